@@ -1,0 +1,57 @@
+# `make train` is all a newcomer needs: it makes .venv, installs this package there, and trains on digits.
+# Needed beforehand: make, and a Python with pip. PYTHON=... picks another one, PIP_ARGS=... is handed to pip.
+
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$python; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+
+help:
+	@echo 'make train   install, and train on the digits; what comes out is in runs/digits'
+	@echo 'make test    install what tests need, and run them all'
+	@echo 'make check   format, lint, types, and which module may import which'
+	@echo 'make clean   remove $(VENV) and caches; runs/ stays'
+
+train: $(VENV)/installed
+	$(BIN)/python jobs/train.py digits --run.name digits --run.storage runs
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed-check
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
+
+# An install is repeated when pyproject.toml has changed. [check] contains [test], which contains the package.
+$(VENV)/installed: STAMPS := installed
+$(VENV)/installed-test: EXTRA := [test]
+$(VENV)/installed-test: STAMPS := installed installed-test
+$(VENV)/installed-check: EXTRA := [check]
+$(VENV)/installed-check: STAMPS := installed installed-test installed-check
+$(VENV)/installed $(VENV)/installed-test $(VENV)/installed-check: pyproject.toml | $(BIN)/pip
+	@echo 'Installing into $(VENV); the first time takes some minutes, since PyTorch is large.'
+	$(BIN)/python -m pip install $(PIP_ARGS) --editable '.$(EXTRA)'
+	@touch $(STAMPS:%=$(VENV)/%)
+
+# Debian keeps the pip of new environments in a package of its own (python3-venv). Where that is missing,
+# the pip of the system brings one.
+NO_PYTHON := Python 3.11 or newer is needed. Where it is can be said with: make PYTHON=/path/to/python
+NO_PIP := has neither venv nor pip. On Debian and Ubuntu they come with: apt install python3-venv
+$(BIN)/pip:
+	@test -n '$(PYTHON)' || { echo '$(NO_PYTHON)' >&2; exit 1; }
+	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then \
+	    $(PYTHON) -m venv $(VENV); \
+	elif $(PYTHON) -m pip --version >/dev/null 2>&1; then \
+	    $(PYTHON) -m venv --without-pip $(VENV) && \
+	    $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; \
+	else \
+	    echo '$(PYTHON) $(NO_PIP)' >&2; exit 1; \
+	fi
+
+.PHONY: help train test check clean

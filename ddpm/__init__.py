@@ -1,0 +1,1 @@
+"""Denoising diffusion models for images, trained on a Ray cluster."""

@@ -1,0 +1,319 @@
+"""What a run is, as one tree of frozen dataclasses.
+
+The tree is the command line (tyro), the MLflow parameters (`flatten`) and the `config.json` of a
+checkpoint (`to_json`, `from_json`). Sampling and evaluation rebuild the net from that file alone.
+Unknown keys are errors; nothing here is ever executed.
+"""
+
+import dataclasses
+import json
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union
+
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """A mistake of the user's: one line that says what was wrong, where, and what would be right.
+
+    Jobs print it without a traceback and exit with `exit_code`.
+    """
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from, and how they are dealt out."""
+
+    shards: str | None = None
+    """Folder or s3:// URI of a data set made by jobs/prepare.py. Without it, `source` is prepared first."""
+    source: str | None = None
+    """A source that needs no download, prepared to {run.storage}/data/ when `shards` is not given."""
+    split: str = "train"
+    """The split to train on."""
+    window_rows: int = 8192
+    """Images shuffled among each other: row groups are grouped into windows of at least so many rows."""
+    horizontal_flip: bool = False
+    """Mirror each image with probability 1/2 (drawn per micro-batch, as all noise is)."""
+    stall_timeout_s: float = 120.0
+    """Seconds without a batch after which the run stops with an error instead of waiting on."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The noise schedule: beta_t over T steps."""
+
+    kind: Literal["linear", "scaled_linear", "cosine", "sigmoid"] = "linear"
+    num_timesteps: int = 1000
+    beta_start: float = 1e-4
+    """linear, scaled_linear: the first beta."""
+    beta_end: float = 0.02
+    """linear, scaled_linear: the last beta."""
+    cosine_s: float = 0.008
+    """cosine: the offset s near t = 0."""
+    max_beta: float = 0.999
+    """cosine, sigmoid: the largest beta allowed."""
+    sigmoid_start: float = -3.0
+    """sigmoid: where the logistic curve begins."""
+    sigmoid_end: float = 3.0
+    """sigmoid: where it ends."""
+    sigmoid_tau: float = 1.0
+    """sigmoid: its temperature."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is corrupted how, and what the net predicts."""
+
+    process: Literal["gaussian", "uniform_mix"] = "gaussian"
+    """gaussian: DDPM. uniform_mix: the Hugging Face course's baseline (no timestep; the net predicts x_0)."""
+    predict: Literal["eps", "x_0", "v"] = "eps"
+    """What the net's output means (gaussian process)."""
+    weight: Literal["simple", "min_snr"] = "simple"
+    """Loss weight over t: 1, or min-SNR (Hang et al. 2023)."""
+    min_snr_gamma: float = 5.0
+    label_dropout: float = 0.1
+    """Share of labels dropped, sample by sample, for classifier-free guidance (with model.num_classes > 0)."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The U-Net."""
+
+    image_size: int = 32
+    channels: int = 3
+    """Image channels."""
+    num_classes: int = 0
+    """0: unconditional. Else the net is conditioned on a label in 0..num_classes-1."""
+    base_width: int = 128
+    """Width of the first resolution; each resolution has base_width * its multiplier."""
+    width_multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    """One entry a resolution, finest first; each but the last halves the image."""
+    blocks_per_resolution: int = 2
+    attention_resolutions: tuple[int, ...] = (16,)
+    """Image sizes at which there is self-attention."""
+    attention_head_dim: int | None = None
+    """Width of an attention head; None: one head."""
+    middle_attention: bool = True
+    """Self-attention in the middle block."""
+    norm_groups: int = 32
+    dropout: float = 0.0
+    zero_init: bool = True
+    """Zero the output convolution, and the second convolution of every residual block, at the start."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, its learning rate over time, and the averaged weights."""
+
+    lr: float = 2e-4
+    lr_warmup_images: int = 0
+    """Images over which the learning rate rises linearly from 0."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up: constant, or a cosine to 0 at train.total_images."""
+    beta_1: float = 0.9
+    beta_2: float = 0.999
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    """Largest norm of the gradient; larger ones are scaled down to it."""
+    ema_decay: float = 0.9999
+    """Decay per step of the averaged weights, warmed up as min(ema_decay, (1 + step) / (10 + step))."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, in which batches, and what is written when."""
+
+    total_images: int = 100_000_000
+    """Training ends when so many images have been seen (rounded up to a global batch)."""
+    batch_size: int = 128
+    """The global batch: images per optimizer step, over all workers."""
+    micro_batch_size: int = 64
+    """The grain: each worker takes whole micro-batches. batch_size / micro_batch_size must divide by the workers."""
+    seed: int = 0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the net alone (autocast). Noise, loss and weights are float32."""
+    compile: bool = False
+    """torch.compile the net."""
+    log_every_images: int = 12_800
+    checkpoint_every_images: int = 1_280_000
+    sample_every_images: int = 1_280_000
+    keep_checkpoints: int = 3
+    """The newest so many are kept, and the best (lowest held-out loss)."""
+    held_out_images: int = 512
+    """Held-out images whose loss (EMA weights, fixed noise and t) is measured at every checkpoint; 0: none."""
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How images are drawn: the grids during training, and the defaults of jobs/sample.py."""
+
+    sampler: Literal["auto", "ancestral", "ddim", "mix"] = "auto"
+    """ancestral: Algorithm 2. ddim: few steps. mix: for objective.process uniform_mix. auto: ddim or mix."""
+    num_sample_steps: int = 50
+    """Steps of ddim and mix; ancestral takes all T."""
+    eta: float = 0.0
+    """ddim: 0 is deterministic, 1 as noisy as ancestral."""
+    mean: Literal["clipped", "plain"] = "clipped"
+    """ancestral: posterior mean from the clipped x_0_hat, or Algorithm 2 to the letter."""
+    variance: Literal["beta", "beta_tilde"] = "beta_tilde"
+    """ancestral: sigma_t^2."""
+    clip_x_0: bool = True
+    """ddim, mix: clip x_0_hat to [-1, 1]."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance; 1 is none."""
+    num_images: int = 64
+    """Images of a grid."""
+    seed: int = 0
+    """Image i is a function of this seed and i."""
+
+    def resolved(self, process: str) -> "SampleConfig":
+        """With `auto` replaced by what fits the process.
+
+        Raises:
+            UserError: a sampler of the other process.
+        """
+        fitting = ("mix",) if process == "uniform_mix" else ("ddim", "ancestral")
+        if self.sampler not in ("auto", *fitting):
+            raise UserError(
+                f"sampler {self.sampler} cannot undo the process {process}; use {' or '.join(fitting)}"
+            )
+        if self.sampler != "auto":
+            return self
+        return dataclasses.replace(self, sampler="mix" if process == "uniform_mix" else "ddim")
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """How the run spreads over a Ray cluster."""
+
+    num_workers: int = 1
+    gpu: bool | None = None
+    """One GPU a worker. None: if the cluster has enough."""
+    cpus_per_worker: float | None = None
+    """None: 1, or less where data tasks would be left without a CPU."""
+    threads_per_worker: int | None = None
+    """torch threads. None: the worker's fair share of its node's cores."""
+    max_failures: int = 3
+    """Worker failures after which the run gives up."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What the run is called and where it lives."""
+
+    name: str | None = None
+    """Folder under `storage`; the same name goes on where the run stopped. None: preset and time."""
+    storage: str = "runs"
+    """Folder or s3:// URI that holds runs."""
+    shared_storage: bool = False
+    """Say that a folder given as storage is shared by all nodes (NFS)."""
+    experiment: str = "ddpm"
+    """MLflow experiment."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """A config tree as {"model.base_width": 128, ...}, in the order of the tree."""
+    flat: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            flat.update(flatten(value, f"{prefix}{f.name}."))
+        else:
+            flat[f"{prefix}{f.name}"] = value
+    return flat
+
+
+def override(config: T, values: Mapping[str, Any]) -> T:
+    """A copy of `config` with dotted keys replaced: override(config, {"optim.lr": 1e-4}).
+
+    Raises:
+        UserError: an unknown key, or a value of the wrong type.
+    """
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        *parents, last = key.split(".")
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return _from_dict(type(config), nested, "config", base=config)
+
+
+def to_json(config: Any) -> str:
+    """`config` as indented JSON, the format of config.json."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str, where: str = "config.json") -> Config:
+    """The config that `to_json` wrote.
+
+    Raises:
+        UserError: not JSON, an unknown key, or a value of the wrong type; `where` names the file.
+    """
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON: {error}") from None
+    return _from_dict(Config, values, where)
+
+
+def _from_dict(cls: type[T], values: Any, where: str, base: Any = None) -> T:
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where}: expected an object of {cls.__name__}, got {type(values).__name__}")
+    types = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise UserError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(fields)}")
+    made = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(types[name]):
+            old = getattr(base, name) if base is not None else None
+            made[name] = _from_dict(types[name], value, f"{where}: {name}", base=old)  # type: ignore[arg-type]
+        else:
+            made[name] = _checked(types[name], value, f"{where}: {name}")
+    return dataclasses.replace(base, **made) if base is not None else cls(**made)
+
+
+def _checked(kind: Any, value: Any, where: str) -> Any:
+    """`value` if it is of the annotated type (JSON lists become tuples, ints serve as floats)."""
+    origin = typing.get_origin(kind)
+    if origin in (Union, UnionType):
+        if value is None and NoneType in typing.get_args(kind):
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not NoneType)
+        return _checked(kind, value, where)
+    if origin is Literal:
+        if value in typing.get_args(kind):
+            return value
+        raise UserError(
+            f"{where} is {value!r}; it must be one of {', '.join(map(repr, typing.get_args(kind)))}"
+        )
+    if origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(_checked(typing.get_args(kind)[0], v, where) for v in value)
+    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise UserError(f"{where} is {value!r}; it must be of type {getattr(kind, '__name__', kind)}")

@@ -1,0 +1,280 @@
+"""What the net is trained to predict, and how its prediction is read.
+
+An objective does two things: `loss` corrupts clean images and scores the net (training), `denoise` turns
+the net's output into x_0_hat and eps_hat (sampling, evaluation). One short class per meaning of the output.
+
+A model is any callable model(x_t, t, label) that returns a tensor like x_t. It may compute in half
+precision; what surrounds it is in the dtype of the images, float32.
+
+Papers:
+    Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239 (eps)
+    Salimans & Ho 2022, Progressive Distillation, arXiv:2202.00512 (v)
+    Hang et al. 2023, Efficient Diffusion Training via Min-SNR Weighting, arXiv:2303.09556
+    Ho & Salimans 2022, Classifier-Free Diffusion Guidance, arXiv:2207.12598 (dropped labels)
+    UniformMix: the Hugging Face diffusion course, unit 1
+
+Axes: B batch, C channels, H W height and width, T timesteps.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+from torch import Generator, Tensor
+
+from ddpm.diffusion import process
+from ddpm.diffusion.schedules import Schedule
+
+if TYPE_CHECKING:
+    from ddpm.config import ObjectiveConfig
+
+Model = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+"""model(x_t, t, label): x_t [B, C, H, W]; t [B] int64 or None; label [B] int64 or None."""
+
+SMALLEST_AMOUNT = 1e-3
+"""Below this amount of noise UniformMix does not divide by it: one grey level of 255 would become 8 units."""
+
+
+class Loss(NamedTuple):
+    """The loss of a batch, and what is needed to report it by image and by noise level."""
+
+    value: Tensor
+    """[], the weighted mean to descend on."""
+    per_image: Tensor
+    """[B], the unweighted mean squared error of each image, detached."""
+    quarter: Tensor
+    """[B] int64 in 0..3: in which quarter of the noise levels each image fell, 0 the cleanest."""
+
+
+class Denoised(NamedTuple):
+    """What the net says about x_t; the two agree: x_t is x_0_hat noised with eps_hat."""
+
+    x_0_hat: Tensor
+    """[B, C, H, W], not clipped."""
+    eps_hat: Tensor
+    """[B, C, H, W]."""
+
+
+class Objective(Protocol):
+    """What the training loop, the samplers and the evaluation know of an objective."""
+
+    def loss(self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator) -> Loss:
+        """Corrupt `x_0`, and score what `model` makes of it.
+
+        Args:
+            model: its output is compared with the target.
+            x_0: [B, C, H, W] float32, clean images in [-1, 1].
+            label: [B] int64 in 0..num_classes-1; ignored by an unconditional objective.
+            generator: on the device of x_0; all randomness comes from it.
+
+        Raises:
+            ValueError: the objective is conditional and there is no label.
+        """
+        ...
+
+    def denoise(self, model: Model, x_t: Tensor, t: Tensor, label: Tensor | None) -> Denoised:
+        """Read the prediction of `model` at `x_t`.
+
+        Args:
+            model: called once.
+            x_t: [B, C, H, W] float32.
+            t: [B] int64 in [0, T); for UniformMix the amount of noise, [B] float in [0, 1].
+            label: [B] int64 in 0..num_classes; num_classes, or None for all, means no label.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels on their way to the net: the null label, num_classes, stands for "no label".
+
+    Args:
+        num_classes: 0 for an unconditional net, which is given None.
+        dropout: in [0, 1], the share of labels dropped in training, image by image.
+
+    Raises:
+        ValueError: a parameter is out of its range.
+
+    Source: Ho & Salimans 2022, Algorithm 1.
+    """
+
+    num_classes: int = 0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes is {self.num_classes}; it must be 0 (unconditional) or more")
+        if not 0 <= self.dropout <= 1:
+            raise ValueError(f"label_dropout is {self.dropout}; it must be in [0, 1]")
+
+    def for_training(self, label: Tensor | None, generator: Generator) -> Tensor | None:
+        """`label` with some entries dropped, each image for itself."""
+        if self.num_classes == 0:
+            return None
+        if label is None:
+            raise ValueError(f"label is None; with num_classes = {self.num_classes} it must be int64 [B]")
+        dropped = torch.rand(label.shape, generator=generator, device=label.device) < self.dropout
+        return label.masked_fill(dropped, self.num_classes)
+
+    def for_denoising(self, label: Tensor | None, x_t: Tensor) -> Tensor | None:
+        """`label`, or the null label for every image."""
+        if self.num_classes == 0:
+            return None
+        return label if label is not None else x_t.new_full((len(x_t),), self.num_classes, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Algorithm 1: t uniform over all T steps, eps standard normal, squared error of a prediction.
+
+    A subclass says what is predicted. `min_snr_gamma` None weighs all t alike in the space of that
+    prediction; a number above 0 caps the weight that the equivalent x_0 loss has, min(snr, gamma).
+
+    Source: Ho et al. 2020, Algorithm 1 and Eq. 14; Hang et al. 2023, Sec. 3.4.
+    """
+
+    schedule: Schedule
+    labels: Labels = Labels()
+    min_snr_gamma: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
+            raise ValueError(f"min_snr_gamma is {self.min_snr_gamma}; it must be in (0, inf)")
+
+    def loss(self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator) -> Loss:
+        T = self.schedule.num_timesteps
+        t = torch.randint(T, (len(x_0),), generator=generator, device=x_0.device)
+        eps = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
+        x_t = process.q_sample(self.schedule.alpha_bar, x_0, t, eps)
+        prediction = model(x_t, t, self.labels.for_training(label, generator)).to(x_0.dtype)
+        error = _per_image(prediction, self._target(x_0, t, eps))
+        weight = process.gather(self.weight, t, error)
+        return Loss((weight * error).mean(), error.detach(), 4 * t // T)
+
+    def denoise(self, model: Model, x_t: Tensor, t: Tensor, label: Tensor | None) -> Denoised:
+        return self._read(model(x_t, t, self.labels.for_denoising(label, x_t)).to(x_t.dtype), x_t, t)
+
+    @property
+    def weight(self) -> Tensor:
+        """[T] float64, the loss weight of each t."""
+        snr = self.schedule.snr
+        if self.min_snr_gamma is None:
+            return torch.ones_like(snr)
+        return snr.clamp(max=self.min_snr_gamma) / self._snr_per_x_0_error(snr)
+
+    def _target(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """What the net should output."""
+        raise NotImplementedError
+
+    def _read(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Denoised:
+        """The inverse of `_target`."""
+        raise NotImplementedError
+
+    def _snr_per_x_0_error(self, snr: Tensor) -> Tensor:
+        """[T]: (squared error of the prediction) / (squared error of the x_0_hat it implies)."""
+        raise NotImplementedError
+
+
+class Eps(Gaussian):
+    """The net predicts the noise. Ho et al. 2020, Eq. 14."""
+
+    def _target(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        return eps
+
+    def _read(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Denoised:
+        x_0_hat = process.predict_x_0_from_eps(self.schedule.alpha_bar, x_t, t, prediction)
+        return Denoised(x_0_hat, eps_hat=prediction)
+
+    def _snr_per_x_0_error(self, snr: Tensor) -> Tensor:
+        return snr
+
+
+class X0(Gaussian):
+    """The net predicts the clean image."""
+
+    def _target(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        return x_0
+
+    def _read(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Denoised:
+        eps_hat = process.predict_eps_from_x_0(self.schedule.alpha_bar, x_t, t, prediction)
+        return Denoised(x_0_hat=prediction, eps_hat=eps_hat)
+
+    def _snr_per_x_0_error(self, snr: Tensor) -> Tensor:
+        return torch.ones_like(snr)
+
+
+class V(Gaussian):
+    """The net predicts v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0. Salimans & Ho 2022, Sec. 4."""
+
+    def _target(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        return process.v_from(self.schedule.alpha_bar, x_0, t, eps)
+
+    def _read(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Denoised:
+        alpha_bar = self.schedule.alpha_bar
+        x_0_hat = process.predict_x_0_from_v(alpha_bar, x_t, t, prediction)
+        return Denoised(x_0_hat, process.predict_eps_from_v(alpha_bar, x_t, t, prediction))
+
+    def _snr_per_x_0_error(self, snr: Tensor) -> Tensor:
+        return snr + 1
+
+
+@dataclass(frozen=True)
+class UniformMix:
+    """The course's baseline: mix with uniform noise, predict the clean image, tell the net no timestep."""
+
+    labels: Labels = Labels()
+
+    def loss(self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator) -> Loss:
+        amount = torch.rand(len(x_0), generator=generator, device=x_0.device)
+        u = 2 * torch.rand(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype) - 1
+        x_t = process.mix(x_0, amount, u)
+        prediction = model(x_t, None, self.labels.for_training(label, generator)).to(x_0.dtype)
+        error = _per_image(prediction, x_0)
+        return Loss(error.mean(), error.detach(), (4 * amount).long())
+
+    def denoise(self, model: Model, x_t: Tensor, t: Tensor, label: Tensor | None) -> Denoised:
+        """As Objective.denoise; `t` is the amount, and eps_hat the u that it and x_0_hat imply."""
+        if not t.is_floating_point():
+            raise ValueError(f"t is {t.dtype}; for UniformMix it is the amount, float [B] in [0, 1]")
+        x_0_hat = model(x_t, None, self.labels.for_denoising(label, x_t)).to(x_t.dtype)
+        amount = t.to(x_t.dtype).clamp(min=SMALLEST_AMOUNT).view(-1, *[1] * (x_t.ndim - 1))
+        return Denoised(x_0_hat, eps_hat=(x_t - (1 - amount) * x_0_hat) / amount)
+
+
+def build(config: "ObjectiveConfig", schedule: Schedule, num_classes: int) -> Objective:
+    """The objective that `config` describes; num_classes as in the model, 0 for unconditional.
+
+    uniform_mix has one prediction and one weight, so `predict`, `weight`, `min_snr_gamma` and the schedule
+    are ignored with it.
+
+    Raises:
+        ValueError: an unknown process or prediction, or a parameter out of its range.
+    """
+    labels = Labels(num_classes, config.label_dropout)
+    gamma = config.min_snr_gamma if config.weight == "min_snr" else None
+    match config.process, config.predict:
+        case "uniform_mix", _:
+            return UniformMix(labels)
+        case "gaussian", "eps":
+            return Eps(schedule, labels, gamma)
+        case "gaussian", "x_0":
+            return X0(schedule, labels, gamma)
+        case "gaussian", "v":
+            return V(schedule, labels, gamma)
+        case unknown:
+            raise ValueError(
+                f"process, predict are {unknown}; they must be gaussian or uniform_mix, and eps, x_0 or v"
+            )
+
+
+def _per_image(prediction: Tensor, target: Tensor) -> Tensor:
+    """[B], the mean squared error of each image.
+
+    Raises:
+        ValueError: the shapes differ (broadcasting would hide it).
+    """
+    if prediction.shape != target.shape:
+        got, right = tuple(prediction.shape), tuple(target.shape)
+        raise ValueError(f"model returned shape {got}; it must return that of x_t, {right}")
+    return (prediction - target).square().flatten(1).mean(1)

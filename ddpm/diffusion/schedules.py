@@ -1,0 +1,206 @@
+"""Noise schedules: how much noise each of the T timesteps adds.
+
+A schedule is its beta; everything else follows from it. All tables are float64 [T] on the CPU, index t in
+0..T-1, and t = 0 already has one step of noise. Half of the table would vanish in half precision: whoever
+uses it computes in float64 and rounds to float32 at the very end (`process.gather`).
+
+Papers:
+    linear         Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
+    scaled_linear  Rombach et al. 2022, Latent Diffusion, arXiv:2112.10752
+    cosine         Nichol & Dhariwal 2021, Improved DDPM, arXiv:2102.09672
+    sigmoid        Jabri et al. 2022, arXiv:2212.11972; Chen 2023, arXiv:2301.10972
+
+Axes: T timesteps.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ddpm.config import ScheduleConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """beta_t over T steps, and the tables that follow from it.
+
+    Args:
+        beta: [T] float64, in (0, 1); the variance of the noise that step t adds.
+
+    Raises:
+        ValueError: beta is not such a table, or so extreme that alpha_bar leaves (0, 1) in float64.
+
+    Source: Ho et al. 2020, Eqs. 2, 4 and 7.
+    """
+
+    beta: Tensor
+
+    def __post_init__(self) -> None:
+        if self.beta.ndim != 1 or len(self.beta) < 1 or self.beta.dtype != torch.float64:
+            got = f"{self.beta.dtype} of shape {tuple(self.beta.shape)}"
+            raise ValueError(f"beta is {got}; it must be float64 [T] with T >= 1")
+        if not bool(((self.beta > 0) & (self.beta < 1)).all()):
+            low, high = self.beta.min().item(), self.beta.max().item()
+            raise ValueError(f"beta spans {low:g} to {high:g}; every beta must be in (0, 1)")
+        first, last = self.alpha_bar[0].item(), self.alpha_bar[-1].item()
+        if not 0 < last <= first < 1:
+            raise ValueError(f"beta takes alpha_bar from {first:g} to {last:g}; it must stay inside (0, 1)")
+
+    @property
+    def num_timesteps(self) -> int:
+        """T."""
+        return len(self.beta)
+
+    @cached_property
+    def alpha(self) -> Tensor:
+        """1 - beta_t: the share of variance that step t keeps."""
+        return 1 - self.beta
+
+    @cached_property
+    def alpha_bar(self) -> Tensor:
+        """prod_{s <= t} alpha_s: the share of x_0's variance left in x_t; decreasing, in (0, 1)."""
+        return self.alpha.cumprod(0)
+
+    @cached_property
+    def alpha_bar_prev(self) -> Tensor:
+        """alpha_bar_{t-1}; before the first step nothing is lost: 1 at t = 0."""
+        return torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
+
+    @cached_property
+    def snr(self) -> Tensor:
+        """Signal-to-noise ratio, alpha_bar / (1 - alpha_bar); decreasing."""
+        return self.alpha_bar / (1 - self.alpha_bar)
+
+    @cached_property
+    def log_snr(self) -> Tensor:
+        """log snr, natural logarithm."""
+        return self.snr.log()
+
+    @cached_property
+    def sigma(self) -> Tensor:
+        """Noise level relative to the signal, sqrt((1 - alpha_bar) / alpha_bar); increasing."""
+        return ((1 - self.alpha_bar) / self.alpha_bar).sqrt()
+
+    @cached_property
+    def posterior_variance(self) -> Tensor:
+        """beta_tilde_t, the variance of q(x_{t-1} | x_t, x_0); 0 at t = 0. Ho et al. 2020, Eq. 7."""
+        return (1 - self.alpha_bar_prev) / (1 - self.alpha_bar) * self.beta
+
+
+def linear(num_timesteps: int, beta_start: float, beta_end: float) -> Schedule:
+    """beta rises linearly from `beta_start` to `beta_end`. Ho et al. 2020, Sec. 4: T = 1000, 1e-4, 0.02.
+
+    Raises:
+        ValueError: num_timesteps < 1, or not 0 < beta_start <= beta_end < 1.
+    """
+    _check_betas(num_timesteps, beta_start, beta_end)
+    return Schedule(torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64))
+
+
+def scaled_linear(num_timesteps: int, beta_start: float, beta_end: float) -> Schedule:
+    """sqrt(beta) rises linearly, so beta quadratically. Rombach et al. 2022: T = 1000, 0.00085, 0.012.
+
+    Raises:
+        ValueError: num_timesteps < 1, or not 0 < beta_start <= beta_end < 1.
+    """
+    _check_betas(num_timesteps, beta_start, beta_end)
+    root = torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), num_timesteps, dtype=torch.float64)
+    return Schedule(root**2)
+
+
+def cosine(num_timesteps: int, s: float = 0.008, max_beta: float = 0.999) -> Schedule:
+    """alpha_bar falls as a squared cosine: f(u) / f(0), f(u) = cos((u + s) / (1 + s) * pi / 2)^2.
+
+    f reaches 0 at u = 1, so the last beta would be 1 and is held at `max_beta`: there Algorithm 2 divides
+    by sqrt(1 - 0.999), multiplying by 31.6. Sample with x_0_hat clipped.
+
+    Args:
+        num_timesteps: T, at least 1.
+        s: offset that keeps the first beta from being tiny, in [0, 1].
+        max_beta: largest beta, in (0, 1).
+
+    Raises:
+        ValueError: a parameter is out of its range.
+
+    Source: Nichol & Dhariwal 2021, Eq. 17.
+    """
+    _check("s", s, 0 <= s <= 1, "[0, 1]")
+    return _from_alpha_bar(lambda u: torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2, num_timesteps, max_beta)
+
+
+def sigmoid(
+    num_timesteps: int, start: float = -3.0, end: float = 3.0, tau: float = 1.0, max_beta: float = 0.999
+) -> Schedule:
+    """alpha_bar falls as a logistic curve from `start` to `end`, rescaled to go from 1 to 0.
+
+    With S the logistic function, alpha_bar(u) = (S(end / tau) - S((start + u (end - start)) / tau)) /
+    (S(end / tau) - S(start / tau)). This is not the "sigmoid" of diffusers, in which beta itself is a
+    logistic curve (GeoDiff).
+
+    Args:
+        num_timesteps: T, at least 1.
+        start: where on the logistic curve u = 0 is, below `end`.
+        end: where u = 1 is.
+        tau: temperature, above 0; smaller is steeper.
+        max_beta: largest beta, in (0, 1); holds the last one, which would be 1.
+
+    Raises:
+        ValueError: a parameter is out of its range.
+
+    Source: Jabri et al. 2022; Chen 2023, Algorithm 1.
+    """
+    _check("start", start, start < end, f"below end, which is {end}")
+    _check("tau", tau, tau > 0, "(0, inf)")
+
+    # S(b) - S(a) is proportional to tanh(b / 2) - tanh(a / 2), and the factor drops out of the ratio.
+    def curve(u: Tensor) -> Tensor:
+        return math.tanh(end / tau / 2) - torch.tanh((start + u * (end - start)) / tau / 2)
+
+    return _from_alpha_bar(curve, num_timesteps, max_beta)
+
+
+def build(config: "ScheduleConfig") -> Schedule:
+    """The schedule that `config` describes.
+
+    Raises:
+        ValueError: an unknown kind, or a parameter out of its range.
+    """
+    match config.kind:
+        case "linear":
+            return linear(config.num_timesteps, config.beta_start, config.beta_end)
+        case "scaled_linear":
+            return scaled_linear(config.num_timesteps, config.beta_start, config.beta_end)
+        case "cosine":
+            return cosine(config.num_timesteps, config.cosine_s, config.max_beta)
+        case "sigmoid":
+            start, end, tau = config.sigmoid_start, config.sigmoid_end, config.sigmoid_tau
+            return sigmoid(config.num_timesteps, start, end, tau, config.max_beta)
+        case _:
+            raise ValueError(f"kind is {config.kind!r}; it must be linear, scaled_linear, cosine or sigmoid")
+
+
+def _from_alpha_bar(curve: Callable[[Tensor], Tensor], num_timesteps: int, max_beta: float) -> Schedule:
+    """beta_t = 1 - curve((t + 1) / T) / curve(t / T), at most `max_beta`; `curve` need not begin at 1."""
+    _check("num_timesteps", num_timesteps, num_timesteps >= 1, "1, 2, ...")
+    _check("max_beta", max_beta, 0 < max_beta < 1, "(0, 1)")
+    value = curve(torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64))
+    return Schedule((1 - value[1:] / value[:-1]).clamp(max=max_beta))
+
+
+def _check_betas(num_timesteps: int, beta_start: float, beta_end: float) -> None:
+    _check("num_timesteps", num_timesteps, num_timesteps >= 1, "1, 2, ...")
+    _check("beta_start", beta_start, 0 < beta_start < 1, "(0, 1)")
+    _check(
+        "beta_end", beta_end, beta_start <= beta_end < 1, f"[beta_start, 1), beta_start being {beta_start}"
+    )
+
+
+def _check(name: str, value: float, ok: bool, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} is {value}; it must be in {allowed}")

@@ -1,0 +1,173 @@
+"""From a net and its config to images: seeds, labels, guidance and sampler put together.
+
+Its own room because training (its grids) and jobs/sample.py draw in the same way: image i is a function of
+the seed and i alone.
+
+Axes: N images, C channels, H W.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ddpm import images
+from ddpm.config import Config, SampleConfig, UserError
+from ddpm.diffusion import process, samplers, schedules
+from ddpm.diffusion.objectives import Denoised, Model, Objective
+from ddpm.diffusion.objectives import build as _build_objective
+from ddpm.diffusion.samplers import Denoise, OnStep, PerImageNoise, Sampler
+from ddpm.images import Pixels
+from ddpm.training.state import SAMPLE, seed_for
+
+NOISING_COLUMNS = 10
+DENOISING_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+TRAJECTORY_COLUMNS = 10
+
+
+def build_objective(config: Config) -> Objective:
+    """The objective that `config` describes.
+
+    Raises:
+        UserError: a schedule or objective parameter out of its range.
+    """
+    try:
+        return _build_objective(config.objective, schedules.build(config.schedule), config.model.num_classes)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def build_sampler(config: Config, sample: SampleConfig | None = None) -> Sampler:
+    """The sampler that `sample` (default: config.sample) describes, on the run's own schedule.
+
+    Raises:
+        UserError: it cannot undo the process the net was trained on, or a setting is out of its range.
+    """
+    resolved = (sample or config.sample).resolved(config.objective.process)
+    try:
+        return samplers.build(resolved, schedules.build(config.schedule))
+    except ValueError as error:
+        raise UserError(f"sample: {error}") from None
+
+
+@torch.no_grad()
+def draw(
+    net: Model,
+    config: Config,
+    objective: Objective,
+    indices: Sequence[int],
+    *,
+    device: torch.device,
+    sample: SampleConfig | None = None,
+    label: Tensor | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Draw the images with these indices, in one batch.
+
+    Args:
+        net: trained under `config`.
+        indices: image i depends on the seed, i, and its label alone.
+        sample: how to draw; default: config.sample.
+        label: [N] int64; default for a conditional net: i mod num_classes.
+        on_step: sees every step of the sampler.
+
+    Returns:
+        uint8 [N, H, W, C] on `device`.
+    """
+    sample = sample or config.sample
+    if label is None and config.model.num_classes:
+        label = torch.tensor([i % config.model.num_classes for i in indices], device=device)
+    seeds = [seed_for(sample.seed, SAMPLE, i) for i in indices]
+    side = config.model.image_size
+    uniform = config.objective.process == "uniform_mix"
+    noise = PerImageNoise(seeds, (config.model.channels, side, side), device, uniform)
+    denoise = _denoise(net, objective, label, sample.guidance_scale)
+    return images.to_uint8(build_sampler(config, sample)(denoise, noise, on_step))
+
+
+@torch.no_grad()
+def noising_strip(config: Config, x_0: Tensor) -> Pixels:
+    """The forward process on real images x_0 [N, C, H, W], from clean to noise: one row an image."""
+    levels = [i / (NOISING_COLUMNS - 1) for i in range(NOISING_COLUMNS)]
+    frames = [_corrupt(config, x_0, level)[0] if level else x_0 for level in levels]
+    return images.strip(_rows(frames), [_caption(config, level) for level in levels])
+
+
+@torch.no_grad()
+def denoising_strip(
+    net: Model, config: Config, objective: Objective, x_0: Tensor, label: Tensor | None = None
+) -> Pixels:
+    """What the net makes of real images x_0 [N, C, H, W] in more and more noise: pairs of x_t and x_0_hat."""
+    frames, captions = [x_0], ["x_0"]
+    for level in DENOISING_LEVELS:
+        x_t, t = _corrupt(config, x_0, level)
+        frames += [x_t, objective.denoise(net, x_t, t, label).x_0_hat]
+        captions += [_caption(config, level), "x_0_hat"]
+    return images.strip(_rows(frames), captions)
+
+
+def trajectory(
+    net: Model,
+    config: Config,
+    objective: Objective,
+    indices: Sequence[int],
+    *,
+    device: torch.device,
+    sample: SampleConfig | None = None,
+) -> tuple[Pixels, bytes]:
+    """The reverse process, from noise to images: a strip (one row an image), and a GIF of a grid."""
+    frames: list[Tensor] = []
+    last = draw(
+        net,
+        config,
+        objective,
+        indices,
+        device=device,
+        sample=sample,
+        on_step=lambda step, x_t, x_0_hat: frames.append(images.to_uint8(x_t).cpu()),
+    )
+    frames.append(last.cpu())
+    picked = [round(i * (len(frames) - 1) / (TRAJECTORY_COLUMNS - 1)) for i in range(TRAJECTORY_COLUMNS)]
+    rows = torch.stack([frames[i] for i in picked], dim=1).numpy()
+    moving = [images.grid(frames[i].numpy()) for i in range(0, len(frames), max(1, len(frames) // 50))]
+    moving += [images.grid(frames[-1].numpy())] * 10  # rest on the result
+    captions = ["noise", *[f"step {i}" for i in picked[1:]]]
+    return images.strip(list(rows), captions), images.gif_bytes(moving, ms=80)
+
+
+def _denoise(net: Model, objective: Objective, label: Tensor | None, guidance_scale: float) -> Denoise:
+    def conditional(x_t: Tensor, t: Tensor) -> Denoised:
+        return objective.denoise(net, x_t, t, label)
+
+    def unconditional(x_t: Tensor, t: Tensor) -> Denoised:
+        return objective.denoise(net, x_t, t, None)
+
+    return samplers.guided(conditional, unconditional, guidance_scale if label is not None else 1.0)
+
+
+def _corrupt(config: Config, x_0: Tensor, level: float) -> tuple[Tensor, Tensor]:
+    """x_0 at a noise level in [0, 1] (t / (T - 1), or the amount), always the same noise; and its t [N]."""
+    uniform = config.objective.process == "uniform_mix"
+    seeds = [seed_for(config.sample.seed, SAMPLE, i) for i in range(len(x_0))]
+    noise = PerImageNoise(seeds, tuple(x_0.shape[1:]), x_0.device, uniform)()  # type: ignore[arg-type]
+    if uniform:
+        amount = torch.full((len(x_0),), level, device=x_0.device)
+        return process.mix(x_0, amount, noise), amount
+    schedule = schedules.build(config.schedule)
+    t = torch.full((len(x_0),), _timestep(config, level), device=x_0.device)
+    return process.q_sample(schedule.alpha_bar, x_0, t, noise), t
+
+
+def _timestep(config: Config, level: float) -> int:
+    return round(level * (config.schedule.num_timesteps - 1))
+
+
+def _caption(config: Config, level: float) -> str:
+    if level == 0:
+        return "x_0"
+    return f"{level:.0%}" if config.objective.process == "uniform_mix" else f"t={_timestep(config, level)}"
+
+
+def _rows(frames: list[Tensor]) -> list[Pixels]:
+    """F frames of [N, C, H, W] as N rows of uint8 [F, H, W, C]."""
+    return list(torch.stack([images.to_uint8(frame).cpu() for frame in frames], dim=1).numpy())

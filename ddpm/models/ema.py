@@ -1,0 +1,65 @@
+"""The exponential moving average of a net's weights: what samples are drawn from.
+
+Averaged weights make much better samples than the last ones (Song and Ermon 2020, arXiv:2006.09011; Ho et al.
+2020, arXiv:2006.11239, Appendix B: decay 0.9999). The average is warmed up: else the random weights of the
+start stay in it for about 1 / (1 - decay) steps, and early samples are noise.
+"""
+
+from collections.abc import Mapping
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+
+class EMA:
+    """The averaged weights, as a net to evaluate: `ema.net`, in eval mode, without gradients.
+
+    Every rank keeps its own. Weights are equal on all ranks after each step, so the averages are too, without
+    communication, and every rank can sample.
+    """
+
+    def __init__(self, net: nn.Module, decay: float) -> None:
+        """Start the average at the weights of `net`, the bare net.
+
+        Args:
+            net: the net in training; it is copied, with its device and dtype (float32).
+            decay: share of the old average that a step keeps once warm, in [0, 1).
+
+        Raises:
+            ValueError: decay is out of range.
+        """
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay is {decay}; it must be in [0, 1)")
+        self.decay = decay
+        self.net = deepcopy(net).eval().requires_grad_(False)
+
+    def decay_at(self, step: int) -> float:
+        """min(decay, (1 + step) / (10 + step)): 0.1 at step 0, 0.9 at step 80, and at most `decay`."""
+        return min(self.decay, (1 + step) / (10 + step))
+
+    @torch.no_grad()
+    def update(self, net: nn.Module, step: int) -> None:
+        """average <- decay_at(step) * average + (1 - decay_at(step)) * weights; buffers are copied.
+
+        Args:
+            net: the net given at the start, after an optimizer step.
+            step: optimizer steps before that one; 0 at the first.
+        """
+        average = get_ema_multi_avg_fn(self.decay_at(step))
+        average(list(self.net.parameters()), list(net.parameters()), step)
+        for ours, theirs in zip(self.net.buffers(), net.buffers(), strict=True):
+            ours.copy_(theirs)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged weights under the names of the net's."""
+        return self.net.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from weights that `state_dict` gave.
+
+        Raises:
+            RuntimeError: a name or a shape that is not the net's.
+        """
+        self.net.load_state_dict(state)

@@ -1,0 +1,97 @@
+"""Configurations to start from: what each costs, and what it is expected to give.
+
+digits          8x8 grey, embedded (scikit-learn), 0.7 M weights. Minutes on two cores; recognisable digits.
+glyphs          32x32 grey letters and digits, rendered from fonts; no download.
+fashion-mnist   32x32 grey (28x28 padded), from Debian's dataset-fashion-mnist or IDX files.
+cifar10         32x32 colour: Ho et al. 2020, Appendix B, 35.7 M weights; 800,000 steps of 128 in the paper. GPUs.
+celeba64        64x64 colour: the same net, a resolution deeper. GPUs.
+"""
+
+from ddpm.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    SampleConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+DIGITS = Config(
+    data=DataConfig(source="digits"),
+    schedule=ScheduleConfig(kind="cosine", num_timesteps=500),
+    model=ModelConfig(
+        image_size=8,
+        channels=1,
+        base_width=32,
+        width_multipliers=(1, 2, 2),
+        blocks_per_resolution=1,
+        attention_resolutions=(4,),
+        norm_groups=8,
+    ),
+    optim=OptimConfig(lr=2e-3, lr_warmup_images=6_400, lr_schedule="cosine", ema_decay=0.995),
+    train=TrainConfig(
+        total_images=384_000,
+        log_every_images=6_400,
+        sample_every_images=64_000,
+        checkpoint_every_images=64_000,
+        held_out_images=90,
+    ),
+)
+
+GLYPHS = Config(
+    data=DataConfig(source="glyphs"),
+    schedule=ScheduleConfig(kind="cosine"),
+    objective=ObjectiveConfig(weight="min_snr"),
+    model=ModelConfig(
+        channels=1,
+        base_width=32,
+        width_multipliers=(1, 2, 2, 2),
+        blocks_per_resolution=1,
+        attention_resolutions=(8,),
+        norm_groups=8,
+    ),
+    optim=OptimConfig(lr=1e-3, lr_warmup_images=12_800, lr_schedule="cosine", ema_decay=0.999),
+    train=TrainConfig(
+        total_images=1_000_000,
+        log_every_images=6_400,
+        sample_every_images=128_000,
+        checkpoint_every_images=128_000,
+    ),
+)
+
+FASHION_MNIST = Config(
+    data=DataConfig(source="fashion-mnist"),
+    schedule=GLYPHS.schedule,
+    objective=GLYPHS.objective,
+    model=GLYPHS.model,
+    optim=GLYPHS.optim,
+    train=GLYPHS.train,
+)
+
+CIFAR10 = Config(
+    data=DataConfig(horizontal_flip=True),
+    model=ModelConfig(dropout=0.1),
+    optim=OptimConfig(lr=2e-4, lr_warmup_images=640_000),
+    train=TrainConfig(total_images=102_400_000, precision="bfloat16"),
+)
+
+CELEBA64 = Config(
+    data=DataConfig(horizontal_flip=True),
+    model=ModelConfig(image_size=64, width_multipliers=(1, 1, 2, 2, 4)),
+    optim=OptimConfig(lr=2e-4, lr_warmup_images=640_000),
+    train=TrainConfig(total_images=64_000_000, micro_batch_size=16, precision="bfloat16"),
+    sample=SampleConfig(num_images=36),
+)
+
+PRESETS = {
+    "digits": DIGITS,
+    "glyphs": GLYPHS,
+    "fashion-mnist": FASHION_MNIST,
+    "cifar10": CIFAR10,
+    "celeba64": CELEBA64,
+}
+
+ABOUT = dict(line.split(maxsplit=1) for line in (__doc__ or "").splitlines()[2:] if line)
+"""A line about each preset."""

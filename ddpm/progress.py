@@ -1,0 +1,63 @@
+"""How long work shows itself: one live bar in a terminal, one line an interval elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LINE_INTERVAL_S = 10.0
+
+
+class Display:
+    """A context that shows how many of `total` are done.
+
+    Args:
+        description: what is counted, "training" for example.
+        total: how many there will be.
+    """
+
+    def __init__(self, description: str, total: int) -> None:
+        self._description, self._total = description, total
+        self._live = sys.stdout.isatty()
+        self._began, self._line_at = time.monotonic(), 0.0
+        self._first: int | None = None
+        self._done = -1
+        if self._live:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[detail]}"),
+                TimeRemainingColumn(),
+                console=Console(),
+            )
+            self._task = self._bar.add_task(description, total=total, detail="")
+
+    def __enter__(self) -> "Display":
+        if self._live:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._bar.stop()
+
+    def update(self, done: int, detail: str = "") -> None:
+        """Show that `done` of the total are done, with `detail` beside it."""
+        if self._live:
+            self._bar.update(self._task, completed=done, detail=detail)
+            return
+        now = time.monotonic()
+        if done == self._done or (done < self._total and now - self._line_at < LINE_INTERVAL_S):
+            return
+        if self._first is None:
+            self._first, self._began = done, now
+        self._line_at, self._done = now, done
+        speed = (done - self._first) / (now - self._began) if now > self._began else 0.0
+        left = f"{(self._total - done) / speed:.0f} s left" if speed > 0 and done < self._total else ""
+        parts = [f"{self._description} {done:,}/{self._total:,}", detail, left]
+        print("  ".join(part for part in parts if part), flush=True)

@@ -1,0 +1,90 @@
+"""A run's folder: its name, its key, and its checkpoints.
+
+Its own room because the driver, the jobs that draw and those that judge all ask the same questions of it.
+"""
+
+import json
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ddpm import storage
+from ddpm.config import UserError
+from ddpm.storage import Location
+from ddpm.training import checkpoint
+
+RESERVED = "data"
+"""Folder beside the runs that holds prepared sources."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One logical run, however often it is restarted."""
+
+    name: str
+    location: Location
+    key: str
+    """Random, made once: names the run in MLflow."""
+
+
+def default_name(preset: str) -> str:
+    """A name for a run that was given none: preset and time."""
+    return f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def open_run(name: str, uri: str) -> Run:
+    """The run `name` in the folder or bucket `uri`; a new one gets its key.
+
+    Raises:
+        UserError: not a name for a folder, or storage refuses.
+    """
+    if not name or name in (".", "..", RESERVED) or "/" in name or "\\" in name:
+        raise UserError(f"run.name {name!r} cannot be a folder's name; use letters, digits, '-' and '_'")
+    location = storage.resolve(uri).child(name)
+    card = location.child("run.json")
+    try:
+        if card.exists():
+            return Run(name, location, str(json.loads(card.read())["run_key"]))
+        key = uuid.uuid4().hex
+        card.write((json.dumps({"name": name, "run_key": key}, indent=2) + "\n").encode())
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{card.uri} is damaged: {error!r}") from None
+    except OSError as error:
+        raise UserError(f"cannot write to run.storage {uri}: {error}") from None
+    return Run(name, location, key)
+
+
+def checkpoints(location: Location) -> list[Location]:
+    """Complete checkpoints in a run's folder, oldest first."""
+    names = [name for name in location.folders() if name.startswith(checkpoint.PREFIX)]
+    return [child for child in map(location.child, names) if child.child("checksums.json").exists()]
+
+
+@contextmanager
+def local_checkpoint(uri: str) -> Iterator[Path]:
+    """The checkpoint at `uri`, a checkpoint's or a run's folder or URI, as a local folder.
+
+    Of a run it is the newest. What lies in a bucket is downloaded for as long as the context lasts.
+
+    Raises:
+        UserError: there is none.
+    """
+    location = storage.resolve(uri)
+    if not location.exists():
+        raise UserError(f"{uri} does not exist; expected a checkpoint folder or a run folder")
+    if not location.child("checksums.json").exists():
+        found = checkpoints(location)
+        if not found:
+            raise UserError(
+                f"{uri} holds no checkpoint: neither checksums.json nor a {checkpoint.PREFIX}* folder"
+            )
+        location = found[-1]
+    if location.is_local:
+        yield Path(location.path)
+        return
+    with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
+        yield location.download(Path(folder))

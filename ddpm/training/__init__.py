@@ -1,0 +1,1 @@
+"""The training loop, what it carries, and where it runs."""

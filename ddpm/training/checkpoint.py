@@ -1,0 +1,156 @@
+"""A checkpoint is a folder of safetensors and JSON; nothing in it is ever executed.
+
+    net.safetensors  ema.safetensors  optimizer.safetensors   weights, averaged weights, AdamW's state
+    state.json       step, images_seen, and whose run it is
+    config.json      the whole config: enough to rebuild the net
+    checksums.json   SHA-256 of every other file, written last
+
+A folder without checksums.json, or with a file that does not match it, is not a checkpoint.
+"""
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ddpm import config as configs
+from ddpm.config import Config, UserError
+from ddpm.models import unet
+from ddpm.training.state import State, build_net
+
+PREFIX = "checkpoint-"
+BEST_PREFIX = "best-"
+
+# What may differ between a checkpoint and the run that goes on from it; the rest is the run's identity.
+_FREE = ("cluster.", "run.", "sample.", "data.shards", "data.source", "data.stall_timeout_s")
+_FREE_TRAIN = ("total_images", "log_every_images", "checkpoint_every_images", "sample_every_images")
+_FREE_KEYS = (*(f"train.{key}" for key in _FREE_TRAIN), "train.keep_checkpoints", "train.compile")
+
+
+def name_at(images_seen: int, prefix: str = PREFIX) -> str:
+    """Folder name of the checkpoint after `images_seen` images; names sort by age."""
+    return f"{prefix}{images_seen:012d}"
+
+
+def save(folder: Path, state: State, config: Config, extra: dict[str, Any]) -> None:
+    """Write a checkpoint of `state` into the empty or new `folder`; `extra` goes into state.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(_contiguous(state.net.state_dict()), folder / "net.safetensors")
+    save_file(_contiguous(state.ema.state_dict()), folder / "ema.safetensors")
+    save_file(_contiguous(state.optimizer_tensors()), folder / "optimizer.safetensors")
+    best = state.best_held_out_loss
+    position = {
+        "step": state.step,
+        "images_seen": state.images_seen,
+        "best_held_out_loss": best if math.isfinite(best) else None,
+    }
+    (folder / "state.json").write_text(json.dumps({**extra, **position}, indent=2) + "\n")
+    (folder / "config.json").write_text(configs.to_json(config))
+    sums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    temporary = folder / ".checksums.json.tmp"
+    temporary.write_text(json.dumps(sums, indent=2) + "\n")
+    os.replace(temporary, folder / "checksums.json")
+
+
+def verify(folder: Path) -> None:
+    """Raise UserError unless `folder` holds a whole checkpoint, byte for byte as it was written."""
+    try:
+        sums = json.loads((folder / "checksums.json").read_text())
+        files = dict(sums.items())
+    except FileNotFoundError:
+        raise UserError(f"{folder} is no checkpoint: it has no checksums.json") from None
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{folder}/checksums.json is damaged: {error}") from None
+    needed = {"net.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "config.json"}
+    if missing := sorted(needed - set(files)):
+        raise UserError(f"{folder}/checksums.json does not list {missing[0]}")
+    for name in needed:
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{folder} is damaged: {name} is missing")
+        if _sha256(path) != files[name]:
+            raise UserError(f"{path} is damaged: its SHA-256 is not the one in checksums.json")
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint."""
+    return json.loads((folder / "state.json").read_text())
+
+
+def read_config(folder: Path) -> Config:
+    """config.json of a checkpoint."""
+    return configs.from_json((folder / "config.json").read_text(), where=f"{folder}/config.json")
+
+
+def load(folder: Path, state: State, config: Config) -> None:
+    """Put the verified checkpoint in `folder` into `state`.
+
+    Raises:
+        UserError: damaged, or of a run with another configuration (architecture, schedule, data order, ...).
+    """
+    verify(folder)
+    check_same_run(read_config(folder), config, str(folder))
+    device = next(state.net.parameters()).device
+    _load_weights(state.net, load_file(folder / "net.safetensors"), folder / "net.safetensors")
+    _load_weights(state.ema.net, load_file(folder / "ema.safetensors"), folder / "ema.safetensors")
+    state.load_optimizer_tensors(load_file(folder / "optimizer.safetensors", device=str(device)))
+    position = read_state(folder)
+    state.step, state.images_seen = position["step"], position["images_seen"]
+    best = position["best_held_out_loss"]
+    state.best_held_out_loss = math.inf if best is None else best
+
+
+def load_net(folder: Path, device: torch.device, *, ema: bool = True) -> tuple[unet.UNet, Config]:
+    """The averaged (or the raw) net of a checkpoint, ready to draw with, and its config."""
+    verify(folder)
+    config = read_config(folder)
+    net = build_net(config)
+    path = folder / ("ema.safetensors" if ema else "net.safetensors")
+    _load_weights(net, load_file(path), path)
+    return net.to(device).eval().requires_grad_(False), config
+
+
+def check_same_run(saved: Config, now: Config, where: str) -> None:
+    """Raise UserError where `now` would not be the run that `saved` began."""
+    before, after = configs.flatten(saved), configs.flatten(now)
+    changed = [
+        key
+        for key in after
+        if before[key] != after[key] and not key.startswith(_FREE) and key not in _FREE_KEYS
+    ]
+    if changed:
+        listed = ", ".join(f"{key} {before[key]} (now {after[key]})" for key in changed[:4])
+        raise UserError(
+            f"{where} belongs to a run with another configuration: {listed}"
+            f"{', ...' if len(changed) > 4 else ''}; use those values, or another --run.name"
+        )
+
+
+def _load_weights(net: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    want = net.state_dict()
+    for name in sorted(set(want) ^ set(tensors)):
+        has = "lacks" if name in want else "has the unknown"
+        raise UserError(f"{path} is of another architecture: it {has} weight {name}")
+    for name, tensor in tensors.items():
+        if tensor.shape != want[name].shape:
+            raise UserError(
+                f"{path} is of another architecture: {name} is {tuple(tensor.shape)}, "
+                f"the net has {tuple(want[name].shape)}"
+            )
+    net.load_state_dict(tensors)
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    # safetensors stores row-major tensors only; channels-last weights are laid out again on load.
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,105 @@
+"""Algorithm 1 of Ho et al. 2020 (arXiv:2006.11239), on any number of workers.
+
+Axes: B micro-batch, C channels, H W.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from ddpm import images
+from ddpm.config import Config, UserError
+from ddpm.data.plan import micro_batches_per_step
+from ddpm.generation import build_objective, build_sampler
+from ddpm.training import checkpoint
+from ddpm.training.recorder import Recorder
+from ddpm.training.runtime import MicroBatch, Runtime, Tracker
+from ddpm.training.state import TRAIN, State, build_net, generator, lr_at, seed_for
+
+
+class NonFinite(UserError):
+    """The gradient became infinite or not a number; the weights were not touched by it."""
+
+    exit_code = 1
+
+
+def train(config: Config, runtime: Runtime, tracker: Tracker) -> State:
+    """Train from the newest checkpoint, or from nothing, to config.train.total_images.
+
+    Raises:
+        NonFinite: at the first step whose gradient is not finite; the checkpoint before it stands.
+        UserError: the checkpoint is damaged, or belongs to another configuration.
+    """
+    state = State.create(config, runtime.device)
+    with runtime.latest_checkpoint() as folder:
+        if folder is not None:
+            checkpoint.load(folder, state, config)
+    objective = build_objective(config)
+    if config.train.compile:
+        state.net.compile()
+    model = runtime.wrap(state.net)
+    weights = list(state.net.parameters())
+    batch_size = config.train.batch_size
+    share = micro_batches_per_step(batch_size, config.train.micro_batch_size, runtime.world_size)
+    share //= runtime.world_size
+    recorder = Recorder(config, runtime, tracker, state, objective)
+    batches = recorder.timed(runtime.batches(state.images_seen))
+
+    while state.images_seen < config.train.total_images:
+        for k in range(share):
+            micro_batch = next(batches)
+            noise = _generator(config, runtime, state.step, micro_batch)
+            x_0, label = _to_device(micro_batch, config, runtime.device, noise)
+            with nullcontext() if k == share - 1 else _without_sync(model):
+                loss = objective.loss(model, x_0, label, noise)
+                (loss.value / share).backward()
+            recorder.add(loss)
+        grad_norm = nn.utils.clip_grad_norm_(weights, config.optim.grad_clip)
+        if not torch.isfinite(grad_norm):  # after the all-reduce: the same on every rank
+            raise NonFinite(
+                f"step {state.step} ({state.images_seen} images): the gradient is not finite; stopped before it "
+                "touched the weights. Lower optim.lr or optim.grad_clip, or lengthen optim.lr_warmup_images"
+            )
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr_at(config, state.images_seen)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.ema.update(state.net, state.step)
+        state.step += 1
+        state.images_seen += batch_size
+        recorder.after_step(grad_norm)
+    return state
+
+
+def check(config: Config, world_size: int) -> None:
+    """Raise UserError for what would stop the run on its first step, before anything is started."""
+    micro_batches_per_step(config.train.batch_size, config.train.micro_batch_size, world_size)
+    build_objective(config)
+    build_sampler(config)
+    with torch.device("meta"):
+        build_net(config)
+
+
+def _generator(config: Config, runtime: Runtime, step: int, micro_batch: MicroBatch) -> torch.Generator:
+    counters = (config.train.seed, TRAIN, step, micro_batch.index)
+    if config.model.dropout > 0:  # nn.Dropout knows the global generator only
+        torch.manual_seed(seed_for(*counters))
+    return generator(runtime.device, *counters)
+
+
+def _to_device(
+    micro_batch: MicroBatch, config: Config, device: torch.device, noise: torch.Generator
+) -> tuple[Tensor, Tensor | None]:
+    """x_0 [B, C, H, W] in [-1, 1], some mirrored if the config says so, and the labels if the net wants them."""
+    x_0 = images.to_model(micro_batch.image.to(device, non_blocking=True))
+    if config.data.horizontal_flip:
+        mirrored = torch.rand(len(x_0), generator=noise, device=device) < 0.5
+        x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(3), x_0)
+    label = micro_batch.label.to(device, non_blocking=True) if config.model.num_classes else None
+    return x_0, label
+
+
+def _without_sync(model: nn.Module) -> AbstractContextManager:
+    """Let gradients of all but the last micro-batch add up here, before they are averaged over the workers."""
+    return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()

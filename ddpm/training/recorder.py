@@ -1,0 +1,195 @@
+"""What training writes down and when: curves, pictures, checkpoints, progress.
+
+Its own room so that the loop shows Algorithm 1 and nothing else. Every rank runs it alike, since means,
+grids and checkpoints are made together; only the first one talks to the tracker.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ddpm import generation, images
+from ddpm.config import Config
+from ddpm.diffusion.objectives import Loss, Objective
+from ddpm.training import checkpoint
+from ddpm.training.runtime import MicroBatch, NoTracker, Progress, Runtime, Tracker
+from ddpm.training.state import HELD_OUT, State, generator, lr_at
+
+PROGRESS_INTERVAL_S = 0.5
+
+
+class Recorder:
+    """Follows one worker's training; `after_step` does whatever has become due."""
+
+    def __init__(
+        self, config: Config, runtime: Runtime, tracker: Tracker, state: State, objective: Objective
+    ) -> None:
+        self._config, self._runtime, self._state, self._objective = config, runtime, state, objective
+        self._tracker = tracker if runtime.rank == 0 else NoTracker()
+        self._held_out = runtime.held_out()
+        self._progress_at = 0.0
+        self._images_per_s = 0.0
+        self._start_interval()
+
+    def timed(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        """`batches`, with the time spent waiting for them counted."""
+        while True:
+            begin = time.perf_counter()
+            micro_batch = next(batches, None)
+            self._wait_s += time.perf_counter() - begin
+            if micro_batch is None:
+                return
+            yield micro_batch
+
+    def add(self, loss: Loss) -> None:
+        """Count a micro-batch's loss; nothing is read back from the device here."""
+        self._loss_sum += loss.value.detach()
+        self._micro_batches += 1
+        self._quarter_sum.index_add_(0, loss.quarter, loss.per_image)
+        self._quarter_count += torch.bincount(loss.quarter, minlength=4)
+
+    def after_step(self, grad_norm: Tensor) -> None:
+        """Do what has become due with the step just taken."""
+        config, images_seen = self._config.train, self._state.images_seen
+        finished = images_seen >= config.total_images
+        if self._due(config.log_every_images) or finished:
+            self._log(grad_norm)
+        if self._due(config.sample_every_images) or finished:
+            self._draw_grid()
+        if finished:
+            self._draw_final()
+        if self._due(config.checkpoint_every_images) or finished:
+            self._checkpoint()
+        if self._runtime.rank == 0 and (
+            finished or time.perf_counter() - self._progress_at > PROGRESS_INTERVAL_S
+        ):
+            self._tell()
+
+    def _due(self, every: int) -> bool:
+        """Whether the last step crossed a multiple of `every` images."""
+        before = self._state.images_seen - self._config.train.batch_size
+        return every > 0 and self._state.images_seen // every > before // every
+
+    def _start_interval(self) -> None:
+        device = self._runtime.device
+        self._began, self._wait_s = time.perf_counter(), 0.0
+        self._began_at_images = self._state.images_seen
+        self._loss_sum = torch.zeros((), device=device)
+        self._micro_batches = 0
+        self._quarter_sum = torch.zeros(4, device=device)
+        self._quarter_count = torch.zeros(4, dtype=torch.int64, device=device)
+
+    def _rate(self) -> float:
+        """Images/s of the whole run since the last log."""
+        return (self._state.images_seen - self._began_at_images) / (time.perf_counter() - self._began)
+
+    def _log(self, grad_norm: Tensor) -> None:
+        elapsed = time.perf_counter() - self._began
+        self._images_per_s = self._rate()
+        local = torch.cat(
+            [
+                (self._loss_sum / self._micro_batches)[None],
+                self._quarter_sum,
+                self._quarter_count.to(self._quarter_sum.dtype),
+                torch.tensor([self._wait_s / elapsed], device=self._runtime.device),
+            ]
+        )
+        loss, *quarters, wait = self._runtime.mean(local).tolist()
+        values = {
+            "train/loss": loss,
+            "train/grad_norm": grad_norm.item(),
+            "train/lr": lr_at(self._config, self._state.images_seen - self._config.train.batch_size),
+            "train/images_per_s": self._images_per_s,
+            "train/data_wait_share": wait,
+        }
+        for i, (total, count) in enumerate(zip(quarters[:4], quarters[4:], strict=True)):
+            if count > 0:
+                values[f"train/loss_t_quarter_{i + 1}"] = total / count
+        self._tracker.metrics(values, self._state.images_seen)
+        self._tell(loss)
+        self._start_interval()
+
+    def _tell(self, loss: float | None = None) -> None:
+        if self._runtime.rank == 0:
+            if loss is None and self._micro_batches:
+                loss = (self._loss_sum / self._micro_batches).item()
+            self._progress_at = time.perf_counter()
+            rate = self._rate() if self._micro_batches else self._images_per_s
+            total = self._config.train.total_images
+            if loss is not None:
+                self._runtime.progress(Progress(self._state.images_seen, total, rate, loss))
+
+    @torch.no_grad()
+    def _held_out_loss(self) -> float | None:
+        """Mean loss of the averaged weights on held-out images: the same t and noise every time."""
+        if self._held_out is None:
+            return None
+        runtime, size = self._runtime, self._config.train.micro_batch_size
+        total = torch.zeros((), device=runtime.device)
+        starts = range(0, len(self._held_out.image), size)
+        for start in starts[runtime.rank :: runtime.world_size]:
+            x_0 = images.to_model(torch.tensor(self._held_out.image[start : start + size]).to(runtime.device))
+            label = torch.tensor(self._held_out.label[start : start + size]).to(runtime.device)
+            noise = generator(runtime.device, HELD_OUT, start)
+            conditional = label if self._config.model.num_classes else None
+            total += self._objective.loss(self._state.ema.net, x_0, conditional, noise).value * len(x_0)
+        return (runtime.mean(total) * runtime.world_size / len(self._held_out.image)).item()
+
+    def _checkpoint(self) -> None:
+        loss = self._held_out_loss()
+        best = loss is not None and loss < self._state.best_held_out_loss
+        if loss is not None:
+            self._tracker.metrics({"held_out/loss": loss}, self._state.images_seen)
+            self._state.best_held_out_loss = min(loss, self._state.best_held_out_loss)
+        if self._runtime.rank != 0:
+            self._runtime.report(None, self._state.images_seen, best)
+            return
+        with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as name:
+            checkpoint.save(Path(name), self._state, self._config, self._runtime.identity)
+            self._runtime.report(Path(name), self._state.images_seen, best)
+
+    def _draw_grid(self) -> None:
+        """A grid of the same seeds every time, drawn by all ranks together, and what the net sees in noise."""
+        runtime, config = self._runtime, self._config
+        per_rank = -(-config.sample.num_images // runtime.world_size)
+        mine = range(runtime.rank, per_rank * runtime.world_size, runtime.world_size)
+        drawn = runtime.gather(
+            generation.draw(self._state.ema.net, config, self._objective, mine, device=runtime.device)
+        )
+        order = torch.arange(len(drawn)).reshape(runtime.world_size, per_rank).T.reshape(-1)
+        grid = images.grid(drawn.cpu()[order][: config.sample.num_images].numpy())
+        if runtime.rank != 0:
+            return
+        seen = self._state.images_seen
+        self._tracker.image("samples", grid, seen)
+        runtime.publish(f"samples/{seen:012d}.png", images.png_bytes(grid))
+        runtime.publish("samples/latest.png", images.png_bytes(grid))
+        if self._held_out is not None:
+            x_0 = images.to_model(torch.tensor(self._held_out.image[:4]).to(runtime.device))
+            label = (
+                torch.tensor(self._held_out.label[:4]).to(runtime.device)
+                if config.model.num_classes
+                else None
+            )
+            strip = generation.denoising_strip(self._state.ema.net, config, self._objective, x_0, label)
+            self._tracker.image("denoising", strip, seen)
+
+    def _draw_final(self) -> None:
+        """The pictures that tell what the run was about: noise in, noise out."""
+        if self._runtime.rank != 0:
+            return
+        pictures = {}
+        if self._held_out is not None:
+            x_0 = images.to_model(torch.tensor(self._held_out.image[:4]).to(self._runtime.device))
+            pictures["forward_noising.png"] = images.png_bytes(generation.noising_strip(self._config, x_0))
+        strip, gif = generation.trajectory(
+            self._state.ema.net, self._config, self._objective, range(4), device=self._runtime.device
+        )
+        pictures |= {"reverse_trajectory.png": images.png_bytes(strip), "reverse_trajectory.gif": gif}
+        for name, data in pictures.items():
+            self._tracker.artifact(f"pictures/{name}", data)
+            self._runtime.publish(f"pictures/{name}", data)

@@ -1,0 +1,225 @@
+"""Where the loop runs: two small protocols, and their plain-torch side.
+
+The loop is written once against `Runtime` and `Tracker`. `LocalRuntime` needs neither Ray nor a network;
+`cluster.RayRuntime` is Ray Train.
+"""
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ddpm.config import Config
+from ddpm.data.plan import chunks, micro_batches_per_step, share
+from ddpm.data.reading import DataSet, Images
+from ddpm.training import checkpoint
+
+CHUNK_IMAGES = 8192
+"""Images that one reading task fetches: several windows' worth of micro-batches at little cost each."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The grain of a global batch."""
+
+    index: int
+    """Its place in the global batch, 0..M-1: with seed and step, the seed of its noise."""
+    image: Tensor
+    """uint8 [B, H, W, C]."""
+    label: Tensor
+    """int64 [B]."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a person watching wants to know."""
+
+    images_seen: int
+    total_images: int
+    images_per_s: float
+    loss: float
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+class Tracker(Protocol):
+    """Where curves and pictures go. No call may block or raise: tracking never hurts training."""
+
+    def metrics(self, values: dict[str, float], images_seen: int) -> None: ...
+
+    def image(self, key: str, image: NDArray[np.uint8], images_seen: int) -> None: ...
+
+    def artifact(self, name: str, data: bytes) -> None: ...
+
+
+class NoTracker:
+    """Tracks nothing: every rank but the first."""
+
+    def metrics(self, values: dict[str, float], images_seen: int) -> None: ...
+
+    def image(self, key: str, image: NDArray[np.uint8], images_seen: int) -> None: ...
+
+    def artifact(self, name: str, data: bytes) -> None: ...
+
+
+class Runtime(Protocol):
+    """One worker of a training run, and its way to the others and to storage."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    identity: dict[str, Any]
+    """Whose run it is (run key, data fingerprint); travels in every checkpoint."""
+
+    def wrap(self, net: nn.Module) -> nn.Module:
+        """`net` with its gradients averaged over the workers."""
+        ...
+
+    def batches(self, images_seen: int) -> Iterator[MicroBatch]:
+        """This rank's micro-batches, from the global batch at `images_seen` to the end of training."""
+        ...
+
+    def held_out(self) -> Images | None:
+        """The first config.train.held_out_images held-out images; None: there are none."""
+        ...
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over the workers, elementwise."""
+        ...
+
+    def gather(self, values: Tensor) -> Tensor:
+        """[n, ...] of every rank as [world_size * n, ...], rank after rank."""
+        ...
+
+    def latest_checkpoint(self) -> AbstractContextManager[Path | None]:
+        """The newest committed checkpoint as a local folder."""
+        ...
+
+    def report(self, folder: Path | None, images_seen: int, best: bool) -> None:
+        """Commit the checkpoint in `folder` (rank 0; None elsewhere). Every rank calls it."""
+        ...
+
+    def progress(self, progress: Progress) -> None:
+        """Tell whoever watches (rank 0 only)."""
+        ...
+
+    def publish(self, name: str, data: bytes) -> None:
+        """Write a file into the run's folder (rank 0 only)."""
+        ...
+
+
+class LocalRuntime:
+    """One process, plain torch: tests, benchmarks, and reading the loop in a debugger.
+
+    Args:
+        config: the run.
+        train: the split to train on.
+        held_out: the split to judge on, if there is one.
+        folder: the run's folder.
+        run_key: names the logical run.
+    """
+
+    rank = 0
+    world_size = 1
+
+    def __init__(
+        self, config: Config, train: DataSet, held_out: DataSet | None, folder: Path, run_key: str = ""
+    ):
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.identity = {"run_key": run_key, "data_fingerprint": train.rows.fingerprint}
+        self._config, self._train, self._held_out, self._folder = config, train, held_out, folder
+
+    def wrap(self, net: nn.Module) -> nn.Module:
+        return net
+
+    def batches(self, images_seen: int) -> Iterator[MicroBatch]:
+        train = self._config.train
+        plan = self._train.plan(train.seed, self._config.data.window_rows)
+        todo = chunks(images_seen, train.total_images, train.batch_size, CHUNK_IMAGES)
+        micro_batches_per_step(train.batch_size, train.micro_batch_size, self.world_size)
+        with ThreadPoolExecutor(1) as reader:  # reads the next chunk while this one is trained on
+            ahead: Future[Images] | None = None
+            for k, (start, stop) in enumerate(todo):
+                images = ahead.result() if ahead else self._train.read(plan, start, stop)
+                ahead = reader.submit(self._train.read, plan, *todo[k + 1]) if k + 1 < len(todo) else None
+                yield from deal(images, 0, 1, train.batch_size, train.micro_batch_size)
+
+    def held_out(self) -> Images | None:
+        return read_held_out(self._held_out, self._config)
+
+    def mean(self, values: Tensor) -> Tensor:
+        return values
+
+    def gather(self, values: Tensor) -> Tensor:
+        return values
+
+    def latest_checkpoint(self) -> AbstractContextManager[Path | None]:
+        found = sorted(self._folder.glob(f"{checkpoint.PREFIX}*/checksums.json"))
+        return nullcontext(found[-1].parent if found else None)
+
+    def report(self, folder: Path | None, images_seen: int, best: bool) -> None:
+        assert folder is not None
+        self._folder.mkdir(parents=True, exist_ok=True)
+        names = [checkpoint.name_at(images_seen)] + [
+            checkpoint.name_at(images_seen, checkpoint.BEST_PREFIX)
+        ] * best
+        for name in names:
+            temporary = self._folder / f".{name}.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copytree(folder, temporary)
+            shutil.rmtree(self._folder / name, ignore_errors=True)
+            temporary.rename(self._folder / name)
+        old = sorted(self._folder.glob(f"{checkpoint.PREFIX}*"))[: -self._config.train.keep_checkpoints]
+        worse = sorted(self._folder.glob(f"{checkpoint.BEST_PREFIX}*"))[:-1]
+        for path in old + worse:
+            shutil.rmtree(path)
+
+    def progress(self, progress: Progress) -> None: ...
+
+    def publish(self, name: str, data: bytes) -> None:
+        path = self._folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def deal(
+    images: Images, rank: int, world_size: int, batch_size: int, micro_batch_size: int
+) -> Iterator[MicroBatch]:
+    """The micro-batches of `rank` in a range of whole global batches."""
+    image = share(images.image, rank, world_size, batch_size, micro_batch_size)
+    label = share(images.label, rank, world_size, batch_size, micro_batch_size)
+    return cut(image, label, rank, world_size, batch_size, micro_batch_size)
+
+
+def cut(
+    image: NDArray[np.uint8],
+    label: NDArray[np.int64],
+    rank: int,
+    world_size: int,
+    batch_size: int,
+    micro_batch_size: int,
+) -> Iterator[MicroBatch]:
+    """Cut a rank's share of whole global batches into micro-batches, and number them."""
+    per_step = batch_size // micro_batch_size // world_size
+    for k in range(len(image) // micro_batch_size):
+        rows = slice(k * micro_batch_size, (k + 1) * micro_batch_size)
+        index = k % per_step * world_size + rank
+        # Copies: `image` may be a read-only view of a block in shared memory, which is freed the sooner.
+        yield MicroBatch(index, torch.tensor(image[rows]), torch.tensor(label[rows]))
+
+
+def read_held_out(held_out: DataSet | None, config: Config) -> Images | None:
+    """The same few held-out images for every run on this data set, whatever its seed."""
+    if held_out is None or config.train.held_out_images == 0:
+        return None
+    plan = held_out.plan(seed=0, window_rows=config.data.window_rows)
+    return held_out.read(plan, 0, min(config.train.held_out_images, plan.num_images))

@@ -1,0 +1,132 @@
+"""Fixtures: real servers, a browser, jobs; and what keeps tests apart from each other and from the user."""
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import servers
+
+CHROMIUM = Path("/usr/bin/chromium")
+CHROMIUM_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+ENV = {
+    # Two threads a process: several test processes share the machine.
+    "OMP_NUM_THREADS": "2",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # A local ray.init() would make itself a token in ~/.ray, and a head without one would refuse it.
+    "RAY_AUTH_MODE": "disabled",
+    # Ray Train's controller looks after its workers five times a second, not every two seconds.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+def pytest_configure() -> None:
+    """Before torch and ray are imported: both read some of it at import."""
+    os.environ.update(ENV)
+    for name in (
+        "RAY_ADDRESS",
+        "AWS_PROFILE",
+        "MLFLOW_TRACKING_URI",
+        "MLFLOW_RUN_ID",
+        "MLFLOW_EXPERIMENT_NAME",
+    ):
+        os.environ.pop(name, None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Any:
+    report = yield
+    return _without_skips(report)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Any:
+    report = yield
+    return _without_skips(report)
+
+
+def _without_skips(report: Any) -> Any:
+    """In CI everything is installed, so a skipped test is a test that was lost: it fails."""
+    if os.environ.get("CI") == "true" and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome, report.longrepr = "failed", f"no test may be skipped in CI. {reason}"
+    return report
+
+
+@pytest.fixture(autouse=True)
+def own_folder(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A test writes to a folder of its own: relative paths, runs, and what it logs to MLflow."""
+    monkeypatch.chdir(tmp_path)
+    # One database for all tests, since making one takes seconds.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.getbasetemp() / 'mlflow.db'}")
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.S3Server]:
+    with servers.S3Server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3_bucket(s3_server: servers.S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URI of a bucket that exists for one test; the environment leads boto3 and pyarrow to it."""
+    import boto3
+
+    for name, value in s3_server.client_env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it remembers the first credentials it saw
+    client = boto3.client("s3")
+    bucket = f"test-{uuid.uuid4().hex[:12]}"
+    client.create_bucket(Bucket=bucket)
+    yield f"s3://{bucket}"
+    client.delete_bucket(Bucket=bucket)  # with all that is in it, which S3 itself would refuse
+    client.close()
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URI of an MLflow server."""
+    with servers.MlflowServer(tmp_path_factory.mktemp("mlflow")) as server:
+        yield server.uri
+
+
+@pytest.fixture(scope="session")
+def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.RayHead]:
+    with servers.RayHead(tmp_path_factory.mktemp("ray")) as head:
+        yield head
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium, as Playwright's Browser.
+
+    Not for the whole session: as long as it lives, Playwright keeps an event loop running in this thread,
+    and asyncio.run() fails.
+    """
+    from playwright.sync_api import sync_playwright
+
+    if not CHROMIUM.exists():
+        pytest.skip(f"{CHROMIUM} is missing; `apt-get install chromium` brings it")
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def run_job() -> Callable[..., Any]:
+    """`python jobs/{job}.py ...`: run_job("train", "digits", "--run.storage", tmp_path)."""
+    return servers.run_job

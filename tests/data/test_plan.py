@@ -1,0 +1,96 @@
+"""The order is a pure function, covers every image once an epoch, and knows no workers."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddpm.config import UserError
+from ddpm.data.plan import Plan, chunks, micro_batches_per_step, permutation, share
+
+
+def order(plan: Plan, start: int, stop: int) -> np.ndarray:
+    """[stop - start, 2]: row group and row at every position."""
+    found = np.full((stop - start, 2), -1)
+    for piece in plan.pieces(start, stop):
+        assert (found[piece.offsets] == -1).all(), "a position was covered twice"
+        found[piece.offsets, 0] = piece.row_group
+        found[piece.offsets, 1] = piece.rows
+    assert (found >= 0).all(), "a position was not covered"
+    return found
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(0, 5), st.integers(1, 30), st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_range_is_that_part_of_the_whole_order(
+    row_groups: list[int], seed: int, window_rows: int, data: st.DataObject
+) -> None:
+    plan = Plan(tuple(row_groups), seed, window_rows)
+    whole = order(plan, 0, 3 * plan.num_images)
+    start = data.draw(st.integers(0, 3 * plan.num_images - 1))
+    stop = data.draw(st.integers(start + 1, 3 * plan.num_images))
+    assert (order(plan, start, stop) == whole[start:stop]).all()
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(0, 5), st.integers(1, 30))
+@settings(max_examples=60, deadline=None)
+def test_an_epoch_shows_every_image_once(row_groups: list[int], seed: int, window_rows: int) -> None:
+    plan = Plan(tuple(row_groups), seed, window_rows)
+    everything = {(group, row) for group, rows in enumerate(row_groups) for row in range(rows)}
+    for epoch in range(3):
+        shown = order(plan, epoch * plan.num_images, (epoch + 1) * plan.num_images)
+        assert set(map(tuple, shown.tolist())) == everything
+
+
+def test_epochs_and_seeds_differ() -> None:
+    plan = Plan((50, 50, 50), seed=0, window_rows=100)
+    first, second = order(plan, 0, 150), order(plan, 150, 300)
+    assert (first != second).any()
+    assert (first != order(Plan((50, 50, 50), seed=1, window_rows=100), 0, 150)).any()
+
+
+def test_a_window_mixes_its_row_groups_and_no_others() -> None:
+    plan = Plan((100,) * 6, seed=0, window_rows=300)
+    groups = order(plan, 0, 600)[:, 0]
+    assert len(set(groups[:300])) == 3
+    assert not set(groups[:300]) & set(groups[300:])
+    assert len(set(groups[:30])) == 3  # mixed from the first images on
+
+
+def test_the_order_never_changes_between_versions() -> None:
+    """These numbers are in the checkpoints of runs that must resume: they may not change."""
+    assert permutation(8, 7, 0, 0).tolist() == [4, 3, 6, 2, 1, 0, 5, 7]
+    assert order(Plan((4, 4), seed=1, window_rows=8), 0, 8).tolist() == (
+        [[0, 3], [1, 2], [1, 1], [1, 3], [1, 0], [0, 1], [0, 2], [0, 0]]
+    )
+
+
+def test_seeking_far_reads_nothing_else() -> None:
+    plan = Plan((1000,) * 1000, seed=0, window_rows=8000)
+    pieces = list(plan.pieces(123_456_789, 123_456_789 + 128))
+    assert sum(len(piece.rows) for piece in pieces) == 128
+    assert len({piece.row_group for piece in pieces}) <= 16
+
+
+def test_ranks_take_micro_batches_in_turn() -> None:
+    rows = np.arange(24)  # two global batches of 12, micro-batches of 2
+    assert share(rows, 1, 3, 12, 2).tolist() == [2, 3, 8, 9, 14, 15, 20, 21]
+    for n in (1, 2, 3, 6):
+        dealt = np.concatenate([share(rows, rank, n, 12, 2) for rank in range(n)])
+        assert sorted(dealt.tolist()) == rows.tolist()
+
+
+def test_chunks_are_whole_global_batches_and_begin_small() -> None:
+    cut = chunks(256, 10_000, 128, 4096)
+    assert cut[0] == (256, 384)
+    assert [a for a, _ in cut[1:]] == [b for _, b in cut[:-1]]
+    assert cut[-1][1] == 10_112  # rounded up to a global batch
+    assert all((b - a) % 128 == 0 and b - a <= 4096 for a, b in cut)
+
+
+def test_a_global_batch_that_does_not_divide_is_refused() -> None:
+    assert micro_batches_per_step(128, 32, 2) == 4
+    with pytest.raises(UserError, match=r"not a multiple of train\.micro_batch_size 48"):
+        micro_batches_per_step(128, 48, 1)
+    with pytest.raises(UserError, match=r"3 workers cannot share evenly; use 1 or 2 or 4 workers"):
+        micro_batches_per_step(128, 32, 3)

@@ -1,0 +1,134 @@
+"""Schedules against closed forms, diffusers, and one another."""
+
+import math
+from dataclasses import FrozenInstanceError
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from ddpm.config import ScheduleConfig
+from ddpm.diffusion import schedules
+from ddpm.diffusion.schedules import Schedule
+
+ALL = {
+    "linear": schedules.linear(1000, 1e-4, 0.02),
+    "scaled_linear": schedules.scaled_linear(1000, 0.00085, 0.012),
+    "cosine": schedules.cosine(1000),
+    "sigmoid": schedules.sigmoid(1000),
+}
+
+
+@pytest.mark.parametrize("num_timesteps", [10, 1000])
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (lambda T: schedules.linear(T, 1e-4, 0.02), {"beta_schedule": "linear"}),
+        (lambda T: schedules.scaled_linear(T, 1e-4, 0.02), {"beta_schedule": "scaled_linear"}),
+        (lambda T: schedules.cosine(T), {"beta_schedule": "squaredcos_cap_v2"}),
+    ],
+)
+def test_beta_is_that_of_diffusers(ours, theirs, num_timesteps):
+    expected = DDPMScheduler(num_train_timesteps=num_timesteps, **theirs)
+    schedule = ours(num_timesteps)
+    # diffusers computes the linear ones in float32.
+    torch.testing.assert_close(schedule.beta.float(), expected.betas, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(schedule.alpha_bar.float(), expected.alphas_cumprod, rtol=1e-4, atol=1e-9)
+
+
+def test_cosine_follows_its_closed_form_and_caps_the_last_beta():
+    schedule = schedules.cosine(1000, s=0.008, max_beta=0.999)
+    u = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    curve = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
+    torch.testing.assert_close(schedule.alpha_bar[:-1], curve[:-1], rtol=1e-9, atol=0)
+    assert schedule.beta[-1] == 0.999
+    assert 1 / schedule.alpha[-1].sqrt() == pytest.approx(31.6, abs=0.05)
+
+
+@pytest.mark.parametrize(("start", "end", "tau"), [(-3.0, 3.0, 1.0), (0.0, 3.0, 0.7), (-3.0, 3.0, 0.3)])
+def test_sigmoid_follows_its_closed_form(start, end, tau):
+    schedule = schedules.sigmoid(200, start, end, tau)
+    u = torch.arange(1, 201, dtype=torch.float64) / 200
+    v_start, v_end = (torch.tensor(x / tau, dtype=torch.float64).sigmoid() for x in (start, end))
+    curve = (v_end - ((u * (end - start) + start) / tau).sigmoid()) / (v_end - v_start)
+    torch.testing.assert_close(schedule.alpha_bar[:-1], curve[:-1], rtol=1e-7, atol=0)
+    assert schedule.beta[-1] == 0.999
+
+
+def test_sigmoid_between_symmetric_ends_is_half_way_at_half_time():
+    assert schedules.sigmoid(1000).alpha_bar[499].item() == pytest.approx(0.5, abs=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ALL.values(), ids=ALL.keys())
+def test_tables_agree_with_one_another(schedule):
+    T = schedule.num_timesteps
+    tables = ["alpha", "alpha_bar", "alpha_bar_prev", "snr", "log_snr", "sigma", "posterior_variance"]
+    for name in ["beta", *tables]:
+        table = getattr(schedule, name)
+        assert table.dtype == torch.float64 and table.shape == (T,) and table.isfinite().all(), name
+    product = 1.0
+    for t in range(T):
+        assert schedule.alpha_bar_prev[t].item() == pytest.approx(product, rel=1e-12)
+        product *= 1 - schedule.beta[t].item()
+        assert schedule.alpha_bar[t].item() == pytest.approx(product, rel=1e-12)
+    torch.testing.assert_close(schedule.snr, schedule.sigma**-2)
+    torch.testing.assert_close(schedule.log_snr, -2 * schedule.sigma.log())
+    assert (schedule.alpha_bar.diff() < 0).all() and (schedule.sigma.diff() > 0).all()
+
+
+@pytest.mark.parametrize("schedule", ALL.values(), ids=ALL.keys())
+def test_posterior_variance_is_zero_first_and_below_beta(schedule):
+    assert schedule.posterior_variance[0] == 0
+    assert (schedule.posterior_variance[1:] > 0).all()
+    assert (schedule.posterior_variance < schedule.beta).all()
+    # The precision of q(x_{t-1} | x_t, x_0) is that of q(x_{t-1} | x_0) plus what x_t tells (Bayes).
+    s, after = schedule, slice(1, None)
+    precision = 1 / (1 - s.alpha_bar_prev[after]) + s.alpha[after] / s.beta[after]
+    torch.testing.assert_close(1 / s.posterior_variance[after], precision, rtol=1e-9, atol=0)
+
+
+def test_a_schedule_is_frozen():
+    with pytest.raises(FrozenInstanceError):
+        ALL["linear"].beta = ALL["cosine"].beta
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_build(kind):
+    config = ScheduleConfig(kind=kind, num_timesteps=50, beta_end=0.03, cosine_s=0.01, sigmoid_tau=0.9)
+    expected = {
+        "linear": schedules.linear(50, 1e-4, 0.03),
+        "scaled_linear": schedules.scaled_linear(50, 1e-4, 0.03),
+        "cosine": schedules.cosine(50, 0.01, 0.999),
+        "sigmoid": schedules.sigmoid(50, -3, 3, 0.9, 0.999),
+    }[kind]
+    torch.testing.assert_close(schedules.build(config).beta, expected.beta, rtol=0, atol=0)
+
+
+def test_one_timestep_is_enough():
+    assert schedules.linear(1, 0.5, 0.5).alpha_bar.tolist() == [0.5]
+    assert schedules.cosine(1).alpha_bar.tolist() == pytest.approx([0.001])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: schedules.linear(0, 1e-4, 0.02), r"num_timesteps is 0; .* 1, 2"),
+        (lambda: schedules.linear(10, 0.0, 0.02), r"beta_start is 0.0; .* \(0, 1\)"),
+        (lambda: schedules.scaled_linear(10, 0.02, 0.01), r"beta_end is 0.01; .* beta_start being 0.02"),
+        (lambda: schedules.linear(10, 1e-4, 1.0), r"beta_end is 1.0"),
+        (lambda: schedules.cosine(10, s=-1), r"s is -1; .* \[0, 1\]"),
+        (lambda: schedules.cosine(10, max_beta=1.0), r"max_beta is 1.0; .* \(0, 1\)"),
+        (lambda: schedules.sigmoid(10, start=3, end=3), r"start is 3; .* below end"),
+        (lambda: schedules.sigmoid(10, tau=0.0), r"tau is 0.0"),
+        (lambda: schedules.sigmoid(0), r"num_timesteps is 0"),
+        (lambda: schedules.linear(10, float("nan"), 0.02), r"beta_start is nan"),
+        (lambda: schedules.build(ScheduleConfig(kind="exp")), r"kind is 'exp'"),
+        (lambda: Schedule(torch.full((4,), 0.1)), r"beta is torch.float32 .* float64 \[T\]"),
+        (lambda: Schedule(torch.tensor([0.1, 1.0], dtype=torch.float64)), r"every beta must be in \(0, 1\)"),
+        (lambda: Schedule(torch.full((200,), 0.999, dtype=torch.float64)), r"alpha_bar .* inside \(0, 1\)"),
+        (lambda: Schedule(torch.full((4,), 1e-18, dtype=torch.float64)), r"alpha_bar .* inside \(0, 1\)"),
+    ],
+)
+def test_mistakes_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,133 @@
+"""The averaged weights against closed forms."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ddpm.config import ModelConfig
+from ddpm.models.ema import EMA
+from ddpm.models.unet import build
+
+WARM = 10**9  # a step at which the warm-up is long over
+
+
+def one_weight(value: float) -> nn.Linear:
+    net = nn.Linear(1, 1, bias=False)
+    set_weight(net, value)
+    return net
+
+
+def set_weight(net: nn.Linear, value: float) -> None:
+    with torch.no_grad():
+        net.weight.fill_(value)
+
+
+def test_the_average_of_constant_weights_is_those_weights():
+    net = nn.Linear(3, 2)
+    ema = EMA(net, 0.999)
+    for step in range(50):
+        ema.update(net, step)
+    assert torch.equal(ema.net.weight, net.weight)
+    assert torch.equal(ema.net.bias, net.bias)
+
+
+def test_a_jump_is_forgotten_geometrically():
+    net = one_weight(5.0)
+    ema = EMA(net, decay=0.9)
+    set_weight(net, 2.0)
+    for n in range(1, 30):
+        ema.update(net, WARM)
+        assert ema.net.weight.item() == pytest.approx(2 + 3 * 0.9**n, rel=1e-6)
+
+
+def test_a_ramp_is_followed_at_its_lag():
+    # Weights 1, 2, 3, ...: once the start is forgotten, the average trails by d / (1 - d) steps.
+    net = one_weight(0.0)
+    ema = EMA(net, decay=0.75)
+    for n in range(1, 101):
+        set_weight(net, float(n))
+        ema.update(net, WARM)
+    assert ema.net.weight.item() == pytest.approx(100 - 0.75 / 0.25, rel=1e-6)
+
+
+def test_the_warm_up_multiplies_to_a_binomial():
+    # prod over s < n of (1 + s) / (10 + s) = n! 9! / (n + 9)! = 1 / C(n + 9, 9)
+    net = one_weight(1.0)
+    ema = EMA(net, decay=0.9999)
+    set_weight(net, 0.0)
+    for n in range(1, 20):
+        ema.update(net, step=n - 1)
+        assert ema.net.weight.item() == pytest.approx(1 / math.comb(n + 9, 9), rel=1e-5)
+
+
+def test_the_decay_rises_from_a_tenth_to_the_one_given():
+    ema = EMA(one_weight(0.0), decay=0.99)
+    assert ema.decay_at(0) == 0.1
+    assert ema.decay_at(80) == 0.9
+    assert ema.decay_at(889) == 890 / 899
+    assert ema.decay_at(891) == 0.99
+    assert ema.decay_at(WARM) == 0.99
+
+
+def test_buffers_are_copied_not_averaged():
+    net = nn.BatchNorm1d(2)
+    ema = EMA(net, decay=0.9)
+    for _ in range(3):
+        net(torch.randn(8, 2) + 10)
+    ema.update(net, WARM)
+    assert ema.net.num_batches_tracked == 3
+    assert torch.equal(ema.net.running_mean, net.running_mean)
+    assert ema.net.running_mean.min() > 1
+
+
+def test_the_averaged_net_is_a_copy_for_evaluation():
+    net = build(
+        ModelConfig(
+            image_size=4, base_width=8, width_multipliers=(1,), attention_resolutions=(), norm_groups=4
+        )
+    )
+    ema = EMA(net, decay=0.9)
+    assert net.training and not ema.net.training
+    assert not any(weight.requires_grad for weight in ema.net.parameters())
+    assert all(weight.requires_grad for weight in net.parameters())
+    for averaged, weight in zip(ema.net.parameters(), net.parameters(), strict=True):
+        assert averaged.data_ptr() != weight.data_ptr()
+        assert averaged.dtype == torch.float32
+        assert (
+            averaged.stride() == weight.stride()
+        )  # channels-last as the net, so that one kernel averages all
+
+
+def test_update_does_not_enter_the_graph():
+    net = nn.Linear(3, 2)
+    ema = EMA(net, decay=0.9)
+    ema.update(net, 0)
+    assert all(weight.grad_fn is None for weight in ema.net.parameters())
+
+
+def test_a_state_goes_on_where_it_was_taken():
+    net = one_weight(1.0)
+    first = EMA(net, decay=0.9)
+    set_weight(net, 3.0)
+    first.update(net, 5)
+    second = EMA(one_weight(-7.0), decay=0.9)
+    second.load_state_dict({name: weight.clone() for name, weight in first.state_dict().items()})
+    for ema in (first, second):
+        ema.update(net, 6)
+    assert first.state_dict().keys() == {"weight"}
+    assert torch.equal(first.net.weight, second.net.weight)
+
+
+def test_a_state_of_another_net_is_refused():
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        EMA(nn.Linear(1, 1), 0.9).load_state_dict(nn.Linear(2, 1).state_dict())
+    with pytest.raises(RuntimeError, match="bias"):
+        EMA(nn.Linear(1, 1), 0.9).load_state_dict(one_weight(0.0).state_dict())
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, 1.5])
+def test_a_decay_out_of_range_is_named(decay):
+    with pytest.raises(ValueError, match=rf"decay is {decay}; it must be in \[0, 1\)"):
+        EMA(one_weight(0.0), decay)

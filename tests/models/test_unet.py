@@ -1,0 +1,273 @@
+"""What the U-Net promises beyond the parity with diffusers."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ddpm.config import ModelConfig
+from ddpm.models.layers import sinusoids
+from ddpm.models.unet import UNet, build
+
+CONFIG = ModelConfig(
+    image_size=8,
+    channels=1,
+    base_width=8,
+    width_multipliers=(1, 2),
+    blocks_per_resolution=1,
+    attention_resolutions=(4,),
+    norm_groups=4,
+    zero_init=False,
+)
+CLASSES = replace(CONFIG, num_classes=3)
+BATCH = 4
+
+VARIANTS = [
+    pytest.param(config, time, id=f"{'time' if time else 'no time'}, {config.num_classes} classes")
+    for config, time in itertools.product((CONFIG, CLASSES), (True, False))
+]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def images(batch: int = BATCH) -> Tensor:
+    """Noise in the memory order that ddpm.images hands out: [B, H, W, C] seen as [B, C, H, W]."""
+    return torch.randn(batch, 8, 8, 1).permute(0, 3, 1, 2)
+
+
+def timesteps(time_conditional: bool = True) -> Tensor | None:
+    return torch.tensor([0, 1, 500, 999]) if time_conditional else None
+
+
+# Conditions
+
+
+@pytest.mark.parametrize("config, time", VARIANTS)
+def test_every_weight_has_a_gradient(config: ModelConfig, time: bool):
+    net = build(config, time_conditional=time)
+    out = net(images(), timesteps(time))
+    assert out.shape == (BATCH, 1, 8, 8)
+    out.square().sum().backward()
+    for name, weight in net.named_parameters():
+        assert weight.grad is not None and weight.grad.abs().max() > 0, name
+
+
+def test_what_is_not_conditioned_on_has_no_weights():
+    def conditioned(net: UNet) -> set[str]:
+        return {name.split(".")[0] for name, _ in net.named_parameters()} & {
+            "time_mlp",
+            "label_embedding",
+            "shifts",
+        }
+
+    assert conditioned(build(CLASSES)) == {"time_mlp", "label_embedding", "shifts"}
+    assert conditioned(build(CONFIG)) == {"time_mlp", "shifts"}
+    assert conditioned(build(CLASSES, time_conditional=False)) == {"label_embedding", "shifts"}
+    assert conditioned(build(CONFIG, time_conditional=False)) == set()
+
+
+@pytest.mark.parametrize("time", [True, False])
+def test_no_label_is_the_null_label(time: bool):
+    net = build(CLASSES, time_conditional=time)
+    x_t, t = images(), timesteps(time)
+    null = torch.full((BATCH,), CLASSES.num_classes)
+    assert torch.equal(net(x_t, t), net(x_t, t, null))
+    assert not torch.allclose(net(x_t, t), net(x_t, t, null - 1), atol=1e-3)
+
+
+def test_t_matters():
+    net = build(CONFIG)
+    x_t = images()
+    changed = (net(x_t, torch.zeros(BATCH)) - net(x_t, timesteps())).abs().amax((1, 2, 3))
+    assert changed[0] == 0
+    assert (changed[1:] > 1e-3).all()
+
+
+def test_each_image_is_independent_of_the_rest_of_its_batch():
+    net = build(CLASSES)
+    x_t, t, label = images(), timesteps(), torch.tensor([0, 3, 1, 2])
+    together = net(x_t, t, label)
+    for i in range(BATCH):
+        alone = net(x_t[i : i + 1], t[i : i + 1], label[i : i + 1])
+        assert torch.allclose(together[i : i + 1], alone, atol=1e-5)
+
+
+def test_a_shorter_chain_embeds_the_same_noise_alike():
+    long, short = build(CONFIG), build(CONFIG, num_timesteps=100)
+    short.load_state_dict(long.state_dict())
+    x_t, t = images(), torch.tensor([0, 1, 50, 99])
+    assert torch.equal(short(x_t, t), long(x_t, 10 * t))
+    assert not torch.allclose(short(x_t, t), long(x_t, t), atol=1e-3)
+
+
+def test_sinusoids():
+    embedded = sinusoids(torch.tensor([0, 3]), 6)
+    speeds = [1, 0.01, 0.0001]  # a geometric series from 1 to 1/10000
+    expected = [
+        [0, 0, 0, 1, 1, 1],
+        [math.sin(3 * speed) for speed in speeds] + [math.cos(3 * speed) for speed in speeds],
+    ]
+    assert torch.allclose(embedded, torch.tensor(expected, dtype=torch.float32), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "config, time, arguments, message",
+    [
+        (CONFIG, True, (None,), "t must be a tensor of timesteps"),
+        (CONFIG, False, (timesteps(),), "t must be None"),
+        (CONFIG, True, (timesteps(), torch.zeros(BATCH, dtype=torch.int64)), "label must be None"),
+    ],
+)
+def test_a_condition_the_net_does_not_take(config, time, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build(config, time_conditional=time)(images(), *arguments)
+
+
+# The start
+
+
+def test_zero_init_starts_at_zero():
+    net = build(replace(CLASSES, zero_init=True))
+    out = net(images(), timesteps())
+    assert torch.equal(out, torch.zeros_like(out))
+    out.square().sum().backward()
+    assert all(weight.grad is not None for weight in net.parameters())
+
+
+def test_zero_init_makes_every_block_the_identity():
+    net = build(replace(CONFIG, zero_init=True))
+    x = torch.randn(2, 16, 4, 4)
+    shift = torch.randn(2, 16, 1, 1)
+    for block in net.middle:
+        assert torch.equal(block(x, shift), x)
+    assert not torch.equal(build(CONFIG).middle[0](x, shift), x)
+
+
+def test_dropout_acts_in_training_only():
+    net = build(replace(CONFIG, dropout=0.5))
+    x_t, t = images(), timesteps()
+    assert not torch.equal(net(x_t, t), net(x_t, t))
+    net.eval()
+    assert torch.equal(net(x_t, t), net(x_t, t))
+
+
+# Precision and memory
+
+
+def test_autocast_is_the_nets_alone():
+    exact, cast = build(CONFIG), build(CONFIG, autocast_dtype=torch.bfloat16)
+    cast.load_state_dict(exact.state_dict())
+    inside: list[torch.dtype] = []
+    cast.middle[0].register_forward_hook(lambda module, inputs, output: inside.append(output.dtype))
+    x_t, t = images(), timesteps()
+    before = x_t.clone()
+    out = cast(x_t, t)
+    assert inside == [torch.bfloat16]
+    assert out.dtype == torch.float32
+    assert not torch.is_autocast_enabled("cpu")
+    assert torch.equal(x_t, before)
+    assert 0 < (out - exact(x_t, t)).abs().max() < 0.1
+    out.sum().backward()
+    assert all(weight.grad.dtype == torch.float32 for weight in cast.parameters())
+
+
+def test_a_float32_net_stays_float32_inside_a_callers_autocast():
+    net = build(CONFIG)
+    x_t, t = images(), timesteps()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = net(x_t, t)
+    assert torch.equal(out, net(x_t, t))
+
+
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_image_tensors_are_channels_last_all_the_way(contiguous: bool):
+    net = build(replace(CONFIG, channels=3))
+    other: list[str] = []
+
+    def look(name: str, module: nn.Module) -> None:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if output.ndim == 4 and not output.is_contiguous(memory_format=torch.channels_last):
+                other.append(name)
+
+        module.register_forward_hook(hook)
+
+    for name, module in net.named_modules():
+        look(name, module)
+    x_t = torch.randn(BATCH, 8, 8, 3).permute(0, 3, 1, 2)
+    net(x_t.contiguous() if contiguous else x_t, timesteps())
+    assert other == []
+
+
+# Beside the rest of torch
+
+
+@pytest.mark.parametrize("config, time", VARIANTS)
+def test_compiles_to_one_graph(config: ModelConfig, time: bool):
+    net = build(config, time_conditional=time, autocast_dtype=torch.bfloat16)
+    compiled = torch.compile(net, fullgraph=True, backend="eager")
+    x_t, t = images(), timesteps(time)
+    assert torch.equal(compiled(x_t, t), net(x_t, t))
+
+
+@pytest.mark.parametrize("config, time", VARIANTS)
+def test_distributed_training_needs_no_search_for_unused_weights(config, time, tmp_path):
+    # DDP raises at the second step if a weight got no gradient, and warns if its memory order changes.
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
+    try:
+        model = DistributedDataParallel(build(config, time_conditional=time))
+        for _ in range(2):
+            model(images(), timesteps(time)).square().sum().backward()
+        assert all(weight.grad is not None for weight in model.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"image_size": 9}, "image_size is 9; it must be a multiple of 2: it is halved 1 times"),
+        ({"image_size": 0}, "image_size is 0; it must be a multiple of 2"),
+        ({"image_size": 1}, "image_size is 1; it must be a multiple of 2"),
+        ({"channels": 0}, "channels is 0; it must be at least 1"),
+        ({"num_classes": -1}, "num_classes is -1; it must be 0"),
+        ({"base_width": 7}, "base_width is 7; it must be even and at least 4"),
+        ({"base_width": 2}, "base_width is 2; it must be even and at least 4"),
+        ({"width_multipliers": ()}, r"width_multipliers is \(\); it must be one or more"),
+        ({"width_multipliers": (1, 0)}, r"width_multipliers is \(1, 0\)"),
+        ({"blocks_per_resolution": 0}, "blocks_per_resolution is 0; it must be at least 1"),
+        ({"attention_resolutions": (16,)}, r"attention_resolutions is \(16,\); it must be among \[8, 4\]"),
+        ({"attention_head_dim": 3}, r"attention_head_dim is 3; it must be None or a divisor of \[16\]"),
+        ({"attention_head_dim": 0}, "attention_head_dim is 0"),
+        ({"norm_groups": 3}, r"norm_groups is 3; it must be a divisor of each of the widths \[8, 16\]"),
+        ({"norm_groups": 0}, "norm_groups is 0"),
+        ({"dropout": 1.0}, r"dropout is 1.0; it must be in \[0, 1\)"),
+    ],
+)
+def test_sizes_that_make_no_net_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build(replace(CONFIG, **changes))
+
+
+def test_a_chain_without_steps_is_named():
+    with pytest.raises(ValueError, match="num_timesteps is 0; it must be at least 1"):
+        build(CONFIG, num_timesteps=0)
+
+
+def test_a_head_width_is_only_checked_where_there_is_attention():
+    # 16 divides the width at 4x4, which has attention, but not the width 8 at 8x8, which has none.
+    build(replace(CONFIG, attention_head_dim=16))
+    with pytest.raises(ValueError, match=r"attention_head_dim is 16; .* \[8, 16\]"):
+        build(replace(CONFIG, attention_head_dim=16, attention_resolutions=(8,)))

@@ -1,0 +1,322 @@
+"""Real servers for tests: an S3 server, an MLflow server, a Ray head; and jobs run as a user types them.
+
+Each server is a process of its own, on free loopback ports, in a folder of its own, so two test runs
+fit on one machine. `start` returns once the server answers, or raises with the tail of its log.
+"""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+REPO = Path(__file__).resolve().parent.parent
+LOOPBACK = "127.0.0.1"
+# Below the range Linux takes for outgoing connections (32768 and up), so none slips in before the server.
+PORTS = range(10_000, 20_000)
+GRPC_OFFSET = 10_000
+
+
+class Server:
+    """A server process that answers GET `health_url` when it is up."""
+
+    def __init__(
+        self,
+        name: str,
+        command: list[str],
+        health_url: str,
+        folder: Path,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name, self.command, self.health_url, self.folder = name, command, health_url, folder
+        self.env = dict(env or {})
+        self.log = folder / f"{name}.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, timeout_s: float = 90) -> Self:
+        """Start, and wait for the first answer. Also starts again what was stopped or killed.
+
+        Raises:
+            RuntimeError: it ended or did not answer in time; the message carries the tail of its log.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command,
+                cwd=self.folder,
+                env=os.environ | self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + timeout_s
+        while not self.is_up():
+            code = self.process.poll()
+            if code is not None or time.monotonic() > deadline:
+                self.kill()
+                what = (
+                    f"ended with code {code}" if code is not None else f"gave no answer in {timeout_s:.0f} s"
+                )
+                raise RuntimeError(f"{self.name} {what} ({self.health_url}). Its log ends:\n{tail(self.log)}")
+            time.sleep(0.1)
+        return self
+
+    def is_up(self) -> bool:
+        return _get(self.health_url) is not None
+
+    def stop(self, grace_s: float = 10) -> None:
+        """Ask it to end (SIGTERM), and kill what is left after the grace, down to the last descendant."""
+        if self.process is not None:
+            kill_tree(self.process, grace_s)
+            self.process = None
+
+    def kill(self) -> None:
+        """End it at once (SIGKILL), as a crash would."""
+        self.stop(grace_s=0)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+class S3Server(Server):
+    """SeaweedFS, which checks signatures as S3 does. `client_env` is what a client needs."""
+
+    def __init__(self, folder: Path, access_key: str = "lab", secret_key: str = "labsecret") -> None:
+        master, volume, filer, s3, admin = ports = free_ports(5)
+        self.ports = [*ports, *(port + GRPC_OFFSET for port in ports)]
+        self.endpoint = f"http://{LOOPBACK}:{s3}"
+        self.topology_url = f"http://{LOOPBACK}:{master}/dir/status"
+        self.client_env = {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": access_key,
+            "AWS_SECRET_ACCESS_KEY": secret_key,
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+        # Every gRPC port is its HTTP port + 10000. Small volumes: each bucket takes some of its own.
+        options = {
+            "dir": folder / "data",
+            "ip": LOOPBACK,
+            "ip.bind": LOOPBACK,
+            "master.port": master,
+            "master.volumeSizeLimitMB": 64,
+            "master.telemetry": "false",
+            "volume.port": volume,
+            "filer.port": filer,
+            "filer.localSocket": folder / "filer.sock",
+            "s3.port": s3,
+            "s3.port.iceberg": 0,
+            "s3.port.lance": 0,
+            "admin.port": admin,
+            "admin.ui": "false",
+            "webdav": "false",
+        }
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        command = [program("weed"), "mini", *(f"-{name}={value}" for name, value in options.items())]
+        super().__init__("seaweedfs", command, f"{self.endpoint}/healthz", folder, self.client_env)
+
+    def is_up(self) -> bool:
+        # S3 answers before the volume server has told the master what it holds: objects are missing.
+        topology = _get(self.topology_url)
+        return topology is not None and json.loads(topology)["Topology"]["Max"] > 0 and super().is_up()
+
+    def stop(self, grace_s: float = 10) -> None:
+        super().stop(grace_s)
+        for port in self.ports:  # seaweedfs leaves its sockets lying
+            for socket_file in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                socket_file.unlink()
+
+
+class MlflowServer(Server):
+    """An MLflow tracking server on SQLite, with its artifacts in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        (port,) = free_ports(1)
+        self.uri = f"http://{LOOPBACK}:{port}"
+        command = [program("mlflow"), "server", "--host", LOOPBACK, "--port", str(port), "--workers", "1"]
+        command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
+        command += ["--artifacts-destination", str(folder / "artifacts")]
+        # Job execution is for evaluating language models, and costs seven processes.
+        env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        super().__init__("mlflow", command, f"{self.uri}/health", folder, env)
+
+
+class RayHead(Server):
+    """A one-node Ray cluster: `address` for ray.init, `dashboard` for `ray job submit`.
+
+    Its temporary folder is its own: Ray writes the address of the cluster started last to one file in
+    it, and with the default folder every ray.init() on the machine would join this cluster.
+    """
+
+    def __init__(self, folder: Path, num_cpus: int = 3, env: Mapping[str, str] | None = None) -> None:
+        gcs, dashboard, client, agent_http, agent_grpc, runtime_env, metrics = map(str, free_ports(7))
+        self.address = f"{LOOPBACK}:{gcs}"
+        self.dashboard = f"http://{LOOPBACK}:{dashboard}"
+        # Short, since the sockets in it must fit into 107 characters.
+        self.temp_dir = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+        command = [program("ray"), "start", "--head", "--block", "--disable-usage-stats"]
+        command += ["--node-ip-address", LOOPBACK, "--port", gcs, "--dashboard-port", dashboard]
+        command += ["--ray-client-server-port", client, "--metrics-export-port", metrics]
+        command += ["--dashboard-agent-listen-port", agent_http, "--dashboard-agent-grpc-port", agent_grpc]
+        # Worker ports: any free ones. The default range, 10002 to 19999, is shared with the servers here.
+        command += ["--min-worker-port", "0", "--max-worker-port", "0"]
+        command += ["--runtime-env-agent-port", runtime_env, "--temp-dir", str(self.temp_dir)]
+        command += ["--num-cpus", str(num_cpus), "--object-store-memory", str(300 * 2**20)]
+        # Submitted jobs say `python`: it is the one that runs the tests.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        super().__init__(
+            "ray", command, f"{self.dashboard}/api/version", folder, {"PATH": path, **(env or {})}
+        )
+
+    def submit(
+        self, *command: object, env: Mapping[str, str] | None = None, cwd: Path = REPO, timeout_s: float = 240
+    ) -> subprocess.CompletedProcess[str]:
+        """`ray job submit ... -- command` with `cwd` as working directory; `env` reaches driver and workers."""
+        words = [program("ray"), "job", "submit", "--address", self.dashboard, "--working-dir", "."]
+        words += ["--runtime-env-json", json.dumps({"env_vars": dict(env or {})}), "--", *map(str, command)]
+        return run(words, cwd=cwd, timeout_s=timeout_s)
+
+    def stop(self, grace_s: float = 10) -> None:
+        super().stop(grace_s)
+        shutil.rmtree(self.temp_dir, ignore_errors=True)
+
+
+def free_ports(count: int) -> list[int]:
+    """`count` free ports; the port GRPC_OFFSET above each is free as well."""
+    ports: list[int] = []
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        if _is_free(port) and _is_free(port + GRPC_OFFSET):
+            ports.append(port)
+            if len(ports) == count:
+                return ports
+    raise RuntimeError(f"no {count} free ports in {PORTS.start}..{PORTS.stop - 1}")
+
+
+def program(name: str) -> str:
+    """The path of a program that a Python package installed: beside the interpreter, or on the PATH."""
+    beside = Path(sysconfig.get_path("scripts")) / name
+    path = str(beside) if beside.exists() else shutil.which(name)
+    if path is None:
+        raise FileNotFoundError(f"{name} is not installed; `make test` installs it")
+    return path
+
+
+def run(
+    command: Iterable[str | Path], *, cwd: Path, env: Mapping[str, str] | None = None, timeout_s: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """Run `command` to its end, whatever its exit code; `env` is added to the environment.
+
+    Raises:
+        TimeoutError: it ran longer; it is killed, and the message ends in its output.
+    """
+    words = [str(word) for word in command]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        words,
+        cwd=cwd,
+        env=os.environ | dict(env or {}),
+        stdin=subprocess.DEVNULL,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout_s)
+        except BaseException as error:
+            kill_tree(process)
+            out, err = process.communicate()
+            if isinstance(error, subprocess.TimeoutExpired):
+                shown = "\n".join((out + err).splitlines()[-40:])
+                raise TimeoutError(
+                    f"{' '.join(words)}: not done in {timeout_s:.0f} s. Its output ends:\n{shown}"
+                ) from None
+            raise
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+def run_job(
+    job: str, *args: object, cwd: Path = REPO, env: Mapping[str, str] | None = None, timeout_s: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """`python jobs/{job}.py *args`, as a user types it: run_job("train", "digits", "--run.name", "a")."""
+    return run([*job_command(job), *map(str, args)], cwd=cwd, env=env, timeout_s=timeout_s)
+
+
+def job_command(job: str) -> list[str]:
+    """The words that start a job, for tests that kill it halfway."""
+    return [sys.executable, str(REPO / "jobs" / f"{job}.py")]
+
+
+def kill_tree(process: subprocess.Popen[bytes] | subprocess.Popen[str], grace_s: float = 0) -> None:
+    """End `process`, its descendants and the rest of its session; with a grace, SIGTERM comes first.
+
+    Group and session alone would miss what Ray starts in a session of its own (the drivers of submitted
+    jobs); descendants alone would miss the orphans.
+    """
+    family = _family(process.pid)
+    if grace_s and process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(grace_s)
+    family |= _family(process.pid)
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(family, timeout=10)
+    process.wait(10)
+
+
+def tail(path: Path, lines: int = 40) -> str:
+    """The last lines of a text file."""
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _family(pid: int) -> set[psutil.Process]:
+    family = set()
+    for process in psutil.process_iter():
+        try:
+            if process.pid == pid or os.getsid(process.pid) == pid:
+                family |= {process, *process.children(recursive=True)}
+        except (psutil.NoSuchProcess, ProcessLookupError):
+            continue
+    return family
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+def _get(url: str) -> bytes | None:
+    """The body of the answer, if there is one with status 200."""
+    try:
+        with urllib.request.urlopen(url, timeout=2) as response:
+            return bytes(response.read()) if response.status == 200 else None
+    except OSError:
+        return None

@@ -1,0 +1,94 @@
+"""What import-linter cannot see: parts of a package, lists of what is allowed, modules without a floor."""
+
+import ast
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import servers
+
+MODULES = sorted(
+    path for folder in ("ddpm", "jobs", "tune") for path in (servers.REPO / folder).rglob("*.py")
+)
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(servers.REPO).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported(node: ast.AST) -> Iterator[str]:
+    """Every module imported when `node` runs: all but what stands under `if TYPE_CHECKING:`."""
+    match node:
+        case ast.Import(names=names):
+            yield from (alias.name for alias in names)
+        case ast.ImportFrom(module=str(module), names=names):
+            yield from (f"{module}.{alias.name}" for alias in names)
+        case ast.If(test=ast.Name(id="TYPE_CHECKING"), orelse=orelse):
+            for statement in orelse:
+                yield from imported(statement)
+        case _:
+            for child in ast.iter_child_nodes(node):
+                yield from imported(child)
+
+
+def imports_of(path: Path) -> list[str]:
+    return list(imported(ast.parse(path.read_text())))
+
+
+def test_imported_sees_what_it_should() -> None:
+    code = """
+from typing import TYPE_CHECKING
+import a.b as c
+if TYPE_CHECKING:
+    import hidden
+else:
+    from d import e
+def later():
+    from f import g as h, i
+"""
+    assert list(imported(ast.parse(code))) == ["typing.TYPE_CHECKING", "a.b", "d.e", "f.g", "f.i"]
+
+
+@pytest.mark.parametrize(
+    ("part", "owner"),
+    [("ray.train", "ddpm.training.cluster"), ("ray.data", "ddpm.data.stream"), ("ray.tune", "tune.search")],
+)
+def test_each_part_of_ray_has_one_owner(part: str, owner: str) -> None:
+    users = {
+        name_of(path)
+        for path in MODULES
+        for module in imports_of(path)
+        if module == part or module.startswith(part + ".")
+    }
+    assert users <= {owner}
+
+
+@pytest.mark.parametrize("room", ["ddpm/diffusion", "ddpm/models"])
+def test_the_mathematics_knows_torch_alone(room: str) -> None:
+    allowed = {*sys.stdlib_module_names, "torch"}
+    own = room.replace("/", ".") + "."
+    strangers = {
+        f"{name_of(path)} -> {module}"
+        for path in (servers.REPO / room).glob("*.py")
+        for module in imports_of(path)
+        if module.split(".")[0] not in allowed and not f"{module}.".startswith(own)
+    }
+    assert strangers == set()
+
+
+def test_every_module_stands_on_a_floor() -> None:
+    """A module that the layers contract in pyproject.toml does not name would be free to import anything."""
+    contracts = tomllib.loads((servers.REPO / "pyproject.toml").read_text())["tool"]["importlinter"][
+        "contracts"
+    ]
+    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
+    floors = {module.strip(" ()") for layer in layers for module in layer.split("|")}
+    homeless = {
+        name
+        for path in MODULES
+        if path.name != "__init__.py"
+        and not any(f"{(name := name_of(path))}.".startswith(f"{f}.") for f in floors)
+    }
+    assert homeless == set()
