@@ -6,8 +6,10 @@ the seed and i alone.
 Axes: N images, C channels, H W.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ from ddpm.diffusion.samplers import Denoise, OnStep, PerImageNoise, Sampler
 from ddpm.images import Pixels
 from ddpm.training.state import SAMPLE, seed_for
 
+GRID_IMAGES = 64
 NOISING_COLUMNS = 10
 DENOISING_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 TRAJECTORY_COLUMNS = 10
@@ -83,6 +86,53 @@ def draw(
     noise = PerImageNoise(seeds, (config.model.channels, side, side), device, uniform)
     denoise = _denoise(net, objective, label, sample.guidance_scale)
     return images.to_uint8(build_sampler(config, sample)(denoise, noise, on_step))
+
+
+def write_images(
+    net: Model,
+    config: Config,
+    num_images: int,
+    out: Path,
+    device: torch.device,
+    label: int | None = None,
+    batch_size: int = 256,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> Path:
+    """Draw images 0..num_images-1 into out/images/000000.png, ..., and a grid of the first 64 into out/grid.png.
+
+    Args:
+        label: the class of all of them; default: image i is of class i mod num_classes.
+        on_progress: is told how many are written.
+
+    Returns:
+        The path of the grid.
+
+    Raises:
+        UserError: a count or a label out of range, settings that do not fit, or a folder that cannot be written.
+    """
+    if num_images < 1 or batch_size < 1:
+        raise UserError(f"num_images is {num_images} and batch_size {batch_size}; both must be at least 1")
+    classes = config.model.num_classes
+    if label is not None and not 0 <= label < classes:
+        right = f"it must be in 0..{classes - 1}" if classes else "this net was trained without labels"
+        raise UserError(f"label is {label}; {right}")
+    build_sampler(config)
+    objective = build_objective(config)
+    first: list[Pixels] = []
+    try:
+        (out / "images").mkdir(parents=True, exist_ok=True)
+        for start in range(0, num_images, batch_size):
+            indices = range(start, min(start + batch_size, num_images))
+            labels = None if label is None else torch.full((len(indices),), label, device=device)
+            drawn = draw(net, config, objective, indices, device=device, label=labels).cpu().numpy()
+            for i, image in zip(indices, drawn, strict=True):
+                images.save_png(out / "images" / f"{i:06d}.png", image)
+            first.extend(drawn[: max(GRID_IMAGES - len(first), 0)])
+            on_progress(indices[-1] + 1)
+        images.save_png(out / "grid.png", images.grid(np.stack(first)))
+    except OSError as error:
+        raise UserError(f"cannot write images to {out}: {error}") from None
+    return out / "grid.png"
 
 
 @torch.no_grad()

@@ -26,10 +26,13 @@ class Arguments:
 
 def main() -> None:
     defaults = {name: Arguments(name, config) for name, config in presets.PRESETS.items()}
-    arguments = tyro.cli(tyro.extras.subcommand_type_from_defaults(defaults, presets.ABOUT), description=__doc__)
+    arguments = tyro.cli(
+        tyro.extras.subcommand_type_from_defaults(defaults, presets.ABOUT), description=__doc__
+    )
+    from ddpm.data.embedded import prepare as embedded
+
     from ddpm import runs, storage  # after parsing: --help and mistakes answer at once
     from ddpm.data import stream
-    from ddpm.data.embedded import prepare as embedded
     from ddpm.training import cluster, loop
 
     began, config = time.monotonic(), arguments.config

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import servers
 
@@ -129,4 +130,4 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def run_job() -> Callable[..., Any]:
     """`python jobs/{job}.py ...`: run_job("train", "digits", "--run.storage", tmp_path)."""
-    return servers.run_job
+    return processes.run_job

@@ -1,30 +1,26 @@
-"""Real servers for tests: an S3 server, an MLflow server, a Ray head; and jobs run as a user types them.
+"""Real servers for tests: an S3 server, an MLflow server, a Ray head.
 
-Each server is a process of its own, on free loopback ports, in a folder of its own, so two test runs
-fit on one machine. `start` returns once the server answers, or raises with the tail of its log.
+Each is a process of its own, on free loopback ports, in a folder of its own, so two test runs fit on one
+machine. `start` returns once the server answers, or raises with the tail of its log.
 """
 
-import contextlib
 import json
 import os
 import random
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import psutil
+from processes import REPO, kill_tree, program, run
 
-REPO = Path(__file__).resolve().parent.parent
 LOOPBACK = "127.0.0.1"
 # Below the range Linux takes for outgoing connections (32768 and up), so none slips in before the server.
 PORTS = range(10_000, 20_000)
@@ -213,94 +209,9 @@ def free_ports(count: int) -> list[int]:
     raise RuntimeError(f"no {count} free ports in {PORTS.start}..{PORTS.stop - 1}")
 
 
-def program(name: str) -> str:
-    """The path of a program that a Python package installed: beside the interpreter, or on the PATH."""
-    beside = Path(sysconfig.get_path("scripts")) / name
-    path = str(beside) if beside.exists() else shutil.which(name)
-    if path is None:
-        raise FileNotFoundError(f"{name} is not installed; `make test` installs it")
-    return path
-
-
-def run(
-    command: Iterable[str | Path], *, cwd: Path, env: Mapping[str, str] | None = None, timeout_s: float = 240
-) -> subprocess.CompletedProcess[str]:
-    """Run `command` to its end, whatever its exit code; `env` is added to the environment.
-
-    Raises:
-        TimeoutError: it ran longer; it is killed, and the message ends in its output.
-    """
-    words = [str(word) for word in command]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        words,
-        cwd=cwd,
-        env=os.environ | dict(env or {}),
-        stdin=subprocess.DEVNULL,
-        stdout=pipe,
-        stderr=pipe,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            out, err = process.communicate(timeout=timeout_s)
-        except BaseException as error:
-            kill_tree(process)
-            out, err = process.communicate()
-            if isinstance(error, subprocess.TimeoutExpired):
-                shown = "\n".join((out + err).splitlines()[-40:])
-                raise TimeoutError(
-                    f"{' '.join(words)}: not done in {timeout_s:.0f} s. Its output ends:\n{shown}"
-                ) from None
-            raise
-    return subprocess.CompletedProcess(words, process.returncode, out, err)
-
-
-def run_job(
-    job: str, *args: object, cwd: Path = REPO, env: Mapping[str, str] | None = None, timeout_s: float = 240
-) -> subprocess.CompletedProcess[str]:
-    """`python jobs/{job}.py *args`, as a user types it: run_job("train", "digits", "--run.name", "a")."""
-    return run([*job_command(job), *map(str, args)], cwd=cwd, env=env, timeout_s=timeout_s)
-
-
-def job_command(job: str) -> list[str]:
-    """The words that start a job, for tests that kill it halfway."""
-    return [sys.executable, str(REPO / "jobs" / f"{job}.py")]
-
-
-def kill_tree(process: subprocess.Popen[bytes] | subprocess.Popen[str], grace_s: float = 0) -> None:
-    """End `process`, its descendants and the rest of its session; with a grace, SIGTERM comes first.
-
-    Group and session alone would miss what Ray starts in a session of its own (the drivers of submitted
-    jobs); descendants alone would miss the orphans.
-    """
-    family = _family(process.pid)
-    if grace_s and process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(grace_s)
-    family |= _family(process.pid)
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    psutil.wait_procs(family, timeout=10)
-    process.wait(10)
-
-
 def tail(path: Path, lines: int = 40) -> str:
     """The last lines of a text file."""
     return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
-
-
-def _family(pid: int) -> set[psutil.Process]:
-    family = set()
-    for process in psutil.process_iter():
-        try:
-            if process.pid == pid or os.getsid(process.pid) == pid:
-                family |= {process, *process.children(recursive=True)}
-        except (psutil.NoSuchProcess, ProcessLookupError):
-            continue
-    return family
 
 
 def _is_free(port: int) -> bool:

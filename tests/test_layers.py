@@ -7,15 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import servers
+from processes import REPO
 
-MODULES = sorted(
-    path for folder in ("ddpm", "jobs", "tune") for path in (servers.REPO / folder).rglob("*.py")
-)
+MODULES = sorted(path for folder in ("ddpm", "jobs", "tune") for path in (REPO / folder).rglob("*.py"))
 
 
 def name_of(path: Path) -> str:
-    return ".".join(path.relative_to(servers.REPO).with_suffix("").parts).removesuffix(".__init__")
+    return ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__")
 
 
 def imported(node: ast.AST) -> Iterator[str]:
@@ -71,7 +69,7 @@ def test_the_mathematics_knows_torch_alone(room: str) -> None:
     own = room.replace("/", ".") + "."
     strangers = {
         f"{name_of(path)} -> {module}"
-        for path in (servers.REPO / room).glob("*.py")
+        for path in (REPO / room).glob("*.py")
         for module in imports_of(path)
         if module.split(".")[0] not in allowed and not f"{module}.".startswith(own)
     }
@@ -80,9 +78,7 @@ def test_the_mathematics_knows_torch_alone(room: str) -> None:
 
 def test_every_module_stands_on_a_floor() -> None:
     """A module that the layers contract in pyproject.toml does not name would be free to import anything."""
-    contracts = tomllib.loads((servers.REPO / "pyproject.toml").read_text())["tool"]["importlinter"][
-        "contracts"
-    ]
+    contracts = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
     floors = {module.strip(" ()") for layer in layers for module in layer.split("|")}
     homeless = {

@@ -9,6 +9,7 @@ from typing import Any
 
 import boto3
 import mlflow
+import processes
 import psutil
 import pyarrow.fs
 import pytest
@@ -95,7 +96,7 @@ def test_ray_init_elsewhere_does_not_join_the_head(
 ) -> None:
     init = f"ray.init(address={address}, num_cpus=1, object_store_memory=10**8)"
     code = f"import ray; print('at', {init}['gcs_address'])"
-    done = servers.run([sys.executable, "-c", code], cwd=tmp_path)
+    done = processes.run([sys.executable, "-c", code], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "at " in done.stdout
     assert ray_head.address not in done.stdout
@@ -124,7 +125,7 @@ def test_stop_reaches_descendants_in_sessions_of_their_own(tmp_path: Path) -> No
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
         assert psutil.pid_exists(child)
-        servers.kill_tree(parent)
+        processes.kill_tree(parent)
     deadline = time.monotonic() + 10
     while psutil.pid_exists(child) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -145,7 +146,7 @@ def test_a_stopped_server_leaves_no_process_and_starts_again_with_its_data(tmp_p
 
 def test_a_job_that_hangs_is_killed_with_its_output_shown(tmp_path: Path) -> None:
     with pytest.raises(TimeoutError, match=r"(?s)not done in 1 s.*thinking"):
-        servers.run(
+        processes.run(
             [sys.executable, "-uc", "print('thinking'); import time; time.sleep(99)"],
             cwd=tmp_path,
             timeout_s=1,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -97,9 +98,9 @@ def load(folder: Path, state: State, config: Config) -> None:
     verify(folder)
     check_same_run(read_config(folder), config, str(folder))
     device = next(state.net.parameters()).device
-    _load_weights(state.net, load_file(folder / "net.safetensors"), folder / "net.safetensors")
-    _load_weights(state.ema.net, load_file(folder / "ema.safetensors"), folder / "ema.safetensors")
-    state.load_optimizer_tensors(load_file(folder / "optimizer.safetensors", device=str(device)))
+    _load_weights(state.net, folder / "net.safetensors")
+    _load_weights(state.ema.net, folder / "ema.safetensors")
+    state.load_optimizer_tensors(_read_tensors(folder / "optimizer.safetensors", device))
     position = read_state(folder)
     state.step, state.images_seen = position["step"], position["images_seen"]
     best = position["best_held_out_loss"]
@@ -112,7 +113,7 @@ def load_net(folder: Path, device: torch.device, *, ema: bool = True) -> tuple[u
     config = read_config(folder)
     net = build_net(config)
     path = folder / ("ema.safetensors" if ema else "net.safetensors")
-    _load_weights(net, load_file(path), path)
+    _load_weights(net, path)
     return net.to(device).eval().requires_grad_(False), config
 
 
@@ -132,8 +133,15 @@ def check_same_run(saved: Config, now: Config, where: str) -> None:
         )
 
 
-def _load_weights(net: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    want = net.state_dict()
+def _read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
+    try:
+        return load_file(path, device=str(device))
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be read as safetensors: {error}") from None
+
+
+def _load_weights(net: nn.Module, path: Path) -> None:
+    tensors, want = _read_tensors(path, next(net.parameters()).device), net.state_dict()
     for name in sorted(set(want) ^ set(tensors)):
         has = "lacks" if name in want else "has the unknown"
         raise UserError(f"{path} is of another architecture: it {has} weight {name}")

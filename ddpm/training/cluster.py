@@ -341,7 +341,9 @@ def summary(result: Result) -> list[str]:
     if result.delivery is None:
         return lines
     if result.delivery.undelivered:
-        lines.append(f"MLflow      {result.delivery.undelivered} items could not be delivered; is it reachable?")
+        lines.append(
+            f"MLflow      {result.delivery.undelivered} items could not be delivered; is it reachable?"
+        )
     elif result.delivery.run_id:
         lines.append(f"MLflow      run {result.delivery.run_id} in {without_password(tracking_uri())}")
     return lines

@@ -59,9 +59,9 @@ class Recorder:
         if self._due(config.log_every_images) or finished:
             self._log(grad_norm)
         if self._due(config.sample_every_images) or finished:
-            self._draw_grid()
-        if finished:
-            self._draw_final()
+            grid = self._draw_grid()
+            if finished:
+                self._draw_final(grid)
         if self._due(config.checkpoint_every_images) or finished:
             self._checkpoint()
         if self._runtime.rank == 0 and (
@@ -152,7 +152,7 @@ class Recorder:
             checkpoint.save(Path(name), self._state, self._config, self._runtime.identity)
             self._runtime.report(Path(name), self._state.images_seen, best)
 
-    def _draw_grid(self) -> None:
+    def _draw_grid(self) -> images.Pixels:
         """A grid of the same seeds every time, drawn by all ranks together, and what the net sees in noise."""
         runtime, config = self._runtime, self._config
         per_rank = -(-config.sample.num_images // runtime.world_size)
@@ -163,7 +163,7 @@ class Recorder:
         order = torch.arange(len(drawn)).reshape(runtime.world_size, per_rank).T.reshape(-1)
         grid = images.grid(drawn.cpu()[order][: config.sample.num_images].numpy())
         if runtime.rank != 0:
-            return
+            return grid
         seen = self._state.images_seen
         self._tracker.image("samples", grid, seen)
         runtime.publish(f"samples/{seen:012d}.png", images.png_bytes(grid))
@@ -177,12 +177,13 @@ class Recorder:
             )
             strip = generation.denoising_strip(self._state.ema.net, config, self._objective, x_0, label)
             self._tracker.image("denoising", strip, seen)
+        return grid
 
-    def _draw_final(self) -> None:
+    def _draw_final(self, grid: images.Pixels) -> None:
         """The pictures that tell what the run was about: noise in, noise out."""
         if self._runtime.rank != 0:
             return
-        pictures = {}
+        pictures = {"samples.png": images.png_bytes(grid)}
         if self._held_out is not None:
             x_0 = images.to_model(torch.tensor(self._held_out.image[:4]).to(self._runtime.device))
             pictures["forward_noising.png"] = images.png_bytes(generation.noising_strip(self._config, x_0))

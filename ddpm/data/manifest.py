@@ -1,0 +1,244 @@
+"""What a data set is, in one file: manifest.json, written last.
+
+Its own room because shards.py is about pixels, and this is about trust. A manifest comes from outside: every
+field is checked before it is used, nothing in it can name a file out of the data set's folder, and its
+fingerprints are computed again, so that what a run recorded as its data is what it read.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import pyarrow.fs as pafs
+
+from ddpm.config import UserError
+
+MANIFEST = "manifest.json"
+FORMAT = "ddpm-shards/1"
+MAX_SIDE = 16_384
+MAX_COUNT = 10**12
+Encoding = Literal["raw", "encoded"]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file."""
+
+    path: str
+    """Below the data set's folder: "train/00000.parquet"."""
+    num_rows: int
+    row_groups: tuple[int, ...]
+    """Rows of every row group, in order."""
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """The shards of "train", say, in order."""
+
+    num_rows: int
+    fingerprint: str
+    """Of the image shape, the encoding, the classes and the shards' checksums."""
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a data set is."""
+
+    source: str
+    """Where it came from: "digits"."""
+    options: str
+    """Hash of all that `prepare` was asked for: the same means the same data."""
+    height: int
+    width: int
+    channels: int
+    encoding: Encoding
+    class_names: tuple[str, ...]
+    """Empty: no labels."""
+    splits: dict[str, Split]
+    fingerprint: str
+    """Of everything."""
+    format: str = FORMAT
+
+
+def make_manifest(
+    source: str,
+    height: int,
+    width: int,
+    channels: int,
+    encoding: Encoding,
+    class_names: Sequence[str],
+    shards: Mapping[str, Sequence[Shard]],
+    options: str,
+) -> Manifest:
+    """The manifest of shards that have been written; fingerprints are computed here."""
+    shape = [height, width, channels, encoding, list(class_names)]
+    splits = {
+        name: Split(sum(s.num_rows for s in parts), _digest([shape, [s.sha256 for s in parts]]), tuple(parts))
+        for name, parts in sorted(shards.items())
+    }
+    whole = _digest([[name, split.fingerprint] for name, split in splits.items()])
+    return Manifest(source, options, height, width, channels, encoding, tuple(class_names), splits, whole)
+
+
+def write_manifest(filesystem: pafs.FileSystem, root: str, manifest: Manifest) -> None:
+    """Make the data set exist. The file appears whole or not at all."""
+    write_whole(
+        filesystem, f"{root}/{MANIFEST}", (json.dumps(dataclasses.asdict(manifest), indent=1) + "\n").encode()
+    )
+
+
+def write_whole(filesystem: pafs.FileSystem, path: str, data: bytes) -> None:
+    """Write a file that appears whole or not at all: by a rename on disk, by one upload on an object store."""
+    folder, _, name = path.rpartition("/")
+    filesystem.create_dir(folder, recursive=True)
+    # An object store shows an object only when its upload is complete.
+    local = isinstance(filesystem, pafs.LocalFileSystem)
+    temporary = f"{folder}/.{name}.tmp" if local else path
+    with filesystem.open_output_stream(temporary) as stream:
+        stream.write(data)
+    if local:
+        filesystem.move(temporary, path)
+
+
+def read_manifest(filesystem: pafs.FileSystem, root: str, where: str) -> Manifest:
+    """The manifest of the data set at `root`.
+
+    Args:
+        where: what to call the data set in errors, its URI.
+
+    Raises:
+        UserError: there is none, or it does not describe a data set.
+    """
+    try:
+        with filesystem.open_input_stream(f"{root}/{MANIFEST}") as stream:
+            text = stream.read()
+    except FileNotFoundError:
+        raise UserError(
+            f"no data set at {where}: it has no {MANIFEST}; make one with `python jobs/prepare.py SOURCE {where}`"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot read {where}/{MANIFEST}: {error}") from None
+    return manifest_from_json(text, f"{where}/{MANIFEST}")
+
+
+def manifest_from_json(text: str | bytes, where: str) -> Manifest:
+    """The manifest that `text` describes, every field checked.
+
+    Raises:
+        UserError: it is no manifest; `where` names the file.
+    """
+    reader = _Reader(where)
+    raw = reader.fields(_parse(text, where), Manifest, "the manifest")
+    if raw["format"] != FORMAT:
+        raise UserError(f"{where}: format is {raw['format']!r}; this version reads {FORMAT!r}")
+    if raw["encoding"] not in get_args(Encoding):
+        raise UserError(f"{where}: encoding is {raw['encoding']!r}; it must be raw or encoded")
+    shards = {}
+    for name, value in reader.mapping(raw["splits"], "splits").items():
+        split = reader.fields(value, Split, f"split {name!r}")
+        shards[name] = [reader.shard(shard, name) for shard in reader.list(split["shards"], "shards")]
+        if len({shard.path for shard in shards[name]}) != len(shards[name]):
+            raise UserError(f"{where}: split {name!r} names a shard twice")
+        rows = reader.count(split["num_rows"], f"num_rows of {name!r}")
+        if sum(shard.num_rows for shard in shards[name]) != rows:
+            raise UserError(f"{where}: split {name!r} says {rows} rows, its shards hold others")
+    if not shards:
+        raise UserError(f"{where}: there are no splits")
+    manifest = make_manifest(
+        source=reader.text(raw["source"], "source"),
+        height=reader.count(raw["height"], "height", MAX_SIDE),
+        width=reader.count(raw["width"], "width", MAX_SIDE),
+        channels=reader.count(raw["channels"], "channels", 3),
+        encoding=raw["encoding"],
+        class_names=[reader.text(c, "class name") for c in reader.list(raw["class_names"], "class_names")],
+        shards=shards,
+        options=reader.text(raw["options"], "options"),
+    )
+    if manifest.channels == 2:
+        raise UserError(f"{where}: channels is 2; it must be 1 (grey) or 3 (RGB)")
+    recorded = {name: split["fingerprint"] for name, split in raw["splits"].items()}
+    if raw["fingerprint"] != manifest.fingerprint or any(
+        recorded[name] != split.fingerprint for name, split in manifest.splits.items()
+    ):
+        raise UserError(f"{where}: a fingerprint is not that of its shards; the file was altered")
+    return manifest
+
+
+def shard_to_json(shard: Shard) -> str:
+    """What `shard_from_json` reads."""
+    return json.dumps(dataclasses.asdict(shard))
+
+
+def shard_from_json(text: str | bytes, where: str) -> Shard:
+    """The shard that `text` describes, every field checked.
+
+    Raises:
+        UserError: it is none; `where` names the file.
+    """
+    return _Reader(where).shard(_parse(text, where))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _parse(text: str | bytes, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON: {error}") from None
+
+
+class _Reader:
+    """Checks of JSON from outside; every complaint names the file."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+
+    def fields(self, value: Any, cls: type, what: str) -> dict[str, Any]:
+        raw = self.mapping(value, what)
+        want = {f.name for f in dataclasses.fields(cls)}
+        if odd := sorted(want ^ set(raw)):
+            has = "has the unknown key" if odd[0] in raw else "lacks"
+            raise UserError(f"{self._where}: {what} {has} {odd[0]!r}")
+        return raw
+
+    def mapping(self, value: Any, what: str) -> dict[str, Any]:
+        return self._of(dict, value, what)
+
+    def list(self, value: Any, what: str) -> list[Any]:
+        return self._of(list, value, what)
+
+    def text(self, value: Any, what: str) -> str:
+        return self._of(str, value, what)
+
+    def count(self, value: Any, what: str, most: int = MAX_COUNT) -> int:
+        if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most:
+            return value
+        raise UserError(f"{self._where}: {what} is {value!r}; it must be a whole number in 1..{most}")
+
+    def shard(self, value: Any, split: str = "[A-Za-z0-9_-]+") -> Shard:
+        """The shard `value` describes; `split` is the folder it must lie in."""
+        raw = self.fields(value, Shard, "a shard")
+        path, sha256 = self.text(raw["path"], "path"), self.text(raw["sha256"], "sha256")
+        if not re.fullmatch(r"[A-Za-z0-9_-]+/[0-9]+\.parquet", path) or not re.match(f"{split}/", path):
+            raise UserError(f"{self._where}: shard path {path!r} is not of the form SPLIT/00000.parquet")
+        if not re.fullmatch("[0-9a-f]{64}", sha256):
+            raise UserError(f"{self._where}: sha256 of shard {path} is {sha256!r}; it must be 64 hex digits")
+        groups = [self.count(n, "rows of a row group") for n in self.list(raw["row_groups"], "row_groups")]
+        rows = self.count(raw["num_rows"], "num_rows")
+        if sum(groups) != rows:
+            raise UserError(f"{self._where}: shard {path} says {rows} rows, its row groups hold others")
+        return Shard(path, rows, tuple(groups), self.count(raw["num_bytes"], "num_bytes"), sha256)
+
+    def _of(self, kind: type, value: Any, what: str) -> Any:
+        if isinstance(value, kind):
+            return value
+        raise UserError(f"{self._where}: {what} is {type(value).__name__}; it must be {kind.__name__}")

@@ -1,0 +1,209 @@
+"""Algorithm 1 end to end in one process: it learns, it resumes bit for bit, it stops when it must."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from ddpm.config import Config, UserError, override
+from ddpm.data.reading import DataSet
+from ddpm.training import checkpoint, loop
+from ddpm.training.runtime import LocalRuntime, NoTracker
+from ddpm.training.state import State
+
+
+class Notebook(NoTracker):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, dict[str, float]] = {}
+        self.pictures: list[tuple[str, int]] = []
+        self.files: set[str] = set()
+
+    def metrics(self, values: dict[str, float], images_seen: int) -> None:
+        self.rows.setdefault(images_seen, {}).update(values)
+
+    def image(self, key: str, image: NDArray[np.uint8], images_seen: int) -> None:
+        assert image.dtype == np.uint8 and image.ndim == 3
+        self.pictures.append((key, images_seen))
+
+    def artifact(self, name: str, data: bytes) -> None:
+        self.files.add(name)
+
+
+def fit(config: Config, data_set: DataSet, folder: Path, notebook: Notebook | None = None) -> State:
+    runtime = LocalRuntime(config, data_set, data_set.held_out(), folder)
+    return loop.train(config, runtime, notebook or Notebook())
+
+
+def tensors(state: State) -> dict[str, torch.Tensor]:
+    parts = (state.net.state_dict(), state.ema.state_dict(), state.optimizer_tensors())
+    return {f"{i}.{name}": tensor for i, part in enumerate(parts) for name, tensor in part.items()}
+
+
+def assert_same(a: State, b: State) -> None:
+    first, second = tensors(a), tensors(b)
+    assert first.keys() == second.keys() and len(first) > 100
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_interrupted_equals_uninterrupted_bit_for_bit(
+    tiny: Config, train_set: DataSet, tmp_path: Path, dropout: float
+) -> None:
+    config = override(tiny, {"model.dropout": dropout, "data.horizontal_flip": True})
+    straight = fit(config, train_set, tmp_path / "straight")
+
+    class Interrupted(Exception):
+        """The process dies here."""
+
+    class Dies(Notebook):
+        def metrics(self, values: dict[str, float], images_seen: int) -> None:
+            if images_seen > 128:
+                raise Interrupted
+
+    with pytest.raises(Interrupted):
+        fit(config, train_set, tmp_path / "broken", Dies())
+    resumed = fit(config, train_set, tmp_path / "broken")
+    assert resumed.step == straight.step == 8
+    assert_same(straight, resumed)
+
+
+def test_seeds_alone_decide(tiny: Config, train_set: DataSet, tmp_path: Path) -> None:
+    first = fit(tiny, train_set, tmp_path / "a")
+    torch.manual_seed(123)
+    assert_same(first, fit(tiny, train_set, tmp_path / "b"))
+    other = fit(override(tiny, {"train.seed": 1}), train_set, tmp_path / "c")
+    assert any(
+        not torch.equal(a, b) for a, b in zip(tensors(first).values(), tensors(other).values(), strict=True)
+    )
+
+
+def test_it_learns(tiny: Config, train_set: DataSet, run_folder: Path) -> None:
+    notebook = Notebook()
+    config = override(tiny, {"train.total_images": 6400, "train.log_every_images": 640})
+    config = override(config, {"train.sample_every_images": 0, "train.checkpoint_every_images": 0})
+    fit(config, train_set, run_folder, notebook)
+    losses = [row["train/loss"] for row in notebook.rows.values() if "train/loss" in row]
+    assert losses[0] > 0.6  # a net that outputs nothing has eps-MSE 1
+    assert losses[-1] < 0.35
+    quarters = [notebook.rows[6400][f"train/loss_t_quarter_{i}"] for i in (1, 2, 3, 4)]
+    assert quarters == sorted(quarters, reverse=True)  # noise is the easier to see the more there is of it
+
+
+def test_what_is_written_and_when(tiny: Config, train_set: DataSet, run_folder: Path) -> None:
+    notebook = Notebook()
+    fit(tiny, train_set, run_folder, notebook)
+    assert sorted(notebook.rows) == [64, 128, 192, 256]
+    assert {
+        "train/loss",
+        "train/grad_norm",
+        "train/lr",
+        "train/images_per_s",
+        "train/data_wait_share",
+    } <= set(notebook.rows[64])
+    assert 0 <= notebook.rows[64]["train/data_wait_share"] <= 1
+    assert "held_out/loss" in notebook.rows[128] and "held_out/loss" not in notebook.rows[64]
+    assert notebook.pictures == [("samples", 128), ("denoising", 128), ("samples", 256), ("denoising", 256)]
+    assert {Path(name).name for name in notebook.files} == {
+        "samples.png",
+        "forward_noising.png",
+        "reverse_trajectory.png",
+        "reverse_trajectory.gif",
+    }
+    names = sorted(path.name for path in run_folder.iterdir())
+    assert names == [
+        "best-000000000256",
+        "checkpoint-000000000128",
+        "checkpoint-000000000256",
+        "pictures",
+        "samples",
+    ]
+
+
+def test_the_newest_checkpoints_and_the_best_are_kept(
+    tiny: Config, train_set: DataSet, run_folder: Path
+) -> None:
+    config = override(tiny, {"train.checkpoint_every_images": 32, "train.keep_checkpoints": 2})
+    state = fit(config, train_set, run_folder)
+    assert sorted(p.name for p in run_folder.glob("checkpoint-*")) == [
+        "checkpoint-000000000224",
+        "checkpoint-000000000256",
+    ]
+    (best,) = run_folder.glob("best-*")
+    assert checkpoint.read_state(best)["best_held_out_loss"] == state.best_held_out_loss
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"objective.process": "uniform_mix"},
+        {"objective.predict": "v", "objective.weight": "min_snr"},
+        {"objective.predict": "x_0"},
+        {"model.num_classes": 10, "sample.guidance_scale": 2.0},
+        {"train.precision": "bfloat16"},
+        {"sample.sampler": "ancestral"},
+    ],
+    ids=str,
+)
+def test_every_kind_of_run_trains_and_draws(
+    tiny: Config, train_set: DataSet, run_folder: Path, change: dict[str, object]
+) -> None:
+    notebook = Notebook()
+    state = fit(override(tiny, change), train_set, run_folder, notebook)
+    assert state.images_seen == 256
+    assert np.isfinite([row["train/loss"] for row in notebook.rows.values()]).all()
+    assert (run_folder / "samples/latest.png").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(
+    tiny: Config, train_set: DataSet, run_folder: Path
+) -> None:
+    config = override(
+        tiny, {"train.checkpoint_every_images": 32, "optim.lr": 1e36, "optim.lr_warmup_images": 0}
+    )
+    with pytest.raises(loop.NonFinite, match=r"step \d+ \(\d+ images\): the gradient is not finite"):
+        fit(config, train_set, run_folder)
+    for folder in run_folder.glob("checkpoint-*"):
+        net, _ = checkpoint.load_net(folder, torch.device("cpu"), ema=False)
+        assert all(torch.isfinite(weight).all() for weight in net.parameters())
+
+
+def test_training_never_sees_what_is_held_out(tiny: Config, train_set: DataSet, run_folder: Path) -> None:
+    held_out = train_set.held_out()
+    assert held_out is not None
+    hidden = {image.tobytes() for image in held_out.read(held_out.plan(0, 100), 0, 60).image}
+    runtime = LocalRuntime(override(tiny, {"train.total_images": 1800}), train_set, held_out, run_folder)
+    shown = {image.numpy().tobytes() for batch in runtime.batches(0) for image in batch.image}
+    assert len(shown) == len({i.tobytes() for i in train_set.read(train_set.plan(0, 100), 0, 600).image})
+    assert not shown & hidden
+
+
+def test_batches_from_the_middle_are_those_of_the_whole(
+    tiny: Config, train_set: DataSet, run_folder: Path
+) -> None:
+    runtime = LocalRuntime(tiny, train_set, None, run_folder)
+    whole = list(runtime.batches(0))
+    assert [batch.index for batch in whole[:5]] == [0, 1, 2, 3, 0]
+    for a, b in itertools.zip_longest(whole[4 * 3 :], runtime.batches(3 * 32)):
+        assert a.index == b.index and torch.equal(a.image, b.image) and torch.equal(a.label, b.label)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train.micro_batch_size": 5}, "not a multiple of train.micro_batch_size 5"),
+        ({"schedule.beta_end": 2.0, "schedule.kind": "linear"}, "beta_end"),
+        ({"model.norm_groups": 3}, "norm_groups"),
+        ({"sample.sampler": "mix"}, "mix cannot undo the process gaussian"),
+        ({"sample.num_sample_steps": 999}, "num_sample_steps"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_starts(
+    tiny: Config, change: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        loop.check(override(tiny, change), 1)
