@@ -7,6 +7,8 @@ Unknown keys are errors; nothing here is ever executed.
 
 import dataclasses
 import json
+import reprlib
+import sys
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -255,6 +257,10 @@ def override(config: T, values: Mapping[str, Any]) -> T:
         node = nested
         for parent in parents:
             node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise UserError(f"config: {key} contradicts the value given for {parent}")
+        if last in node:
+            raise UserError(f"config: {key} contradicts what is given for keys of {last}")
         node[last] = value
     return _from_dict(type(config), nested, "config", base=config)
 
@@ -274,6 +280,8 @@ def from_json(text: str, where: str = "config.json") -> Config:
         values = json.loads(text)
     except ValueError as error:
         raise UserError(f"{where} is not JSON: {error}") from None
+    except RecursionError:
+        raise UserError(f"{where} is not JSON of a config: it is nested too deeply") from None
     return _from_dict(Config, values, where)
 
 
@@ -284,7 +292,7 @@ def _from_dict(cls: type[T], values: Any, where: str, base: Any = None) -> T:
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(fields))
     if unknown:
-        raise UserError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(fields)}")
+        raise UserError(f"{where}: unknown key {reprlib.repr(unknown[0])}; known are {', '.join(fields)}")
     made = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(types[name]):
@@ -307,13 +315,15 @@ def _checked(kind: Any, value: Any, where: str) -> Any:
         if value in typing.get_args(kind):
             return value
         raise UserError(
-            f"{where} is {value!r}; it must be one of {', '.join(map(repr, typing.get_args(kind)))}"
+            f"{where} is {reprlib.repr(value)}; it must be one of {', '.join(map(repr, typing.get_args(kind)))}"
         )
     if origin is tuple:
         if isinstance(value, list | tuple):
             return tuple(_checked(typing.get_args(kind)[0], v, where) for v in value)
     elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if abs(value) > sys.float_info.max or value != value:
+            raise UserError(f"{where} is {reprlib.repr(value)}; it must be finite")
         return float(value)
     elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
-    raise UserError(f"{where} is {value!r}; it must be of type {getattr(kind, '__name__', kind)}")
+    raise UserError(f"{where} is {reprlib.repr(value)}; it must be of type {getattr(kind, '__name__', kind)}")

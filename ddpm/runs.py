@@ -9,11 +9,11 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ddpm import storage
-from ddpm.config import UserError
+from ddpm.config import Config, UserError
 from ddpm.storage import Location
 from ddpm.training import checkpoint
 
@@ -31,9 +31,16 @@ class Run:
     """Random, made once: names the run in MLflow."""
 
 
-def default_name(preset: str) -> str:
-    """A name for a run that was given none: preset and time."""
-    return f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+def settled(config: Config, preset: str) -> Config:
+    """`config` with a run name (if it has none: preset and time) and an absolute storage URI.
+
+    Raises:
+        UserError: not a name for a folder, or storage that cannot be reached.
+    """
+    name = config.run.name or f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    _check_name(name)
+    uri = storage.resolve(config.run.storage).uri
+    return replace(config, run=replace(config.run, name=name, storage=uri))
 
 
 def open_run(name: str, uri: str) -> Run:
@@ -42,8 +49,7 @@ def open_run(name: str, uri: str) -> Run:
     Raises:
         UserError: not a name for a folder, or storage refuses.
     """
-    if not name or name in (".", "..", RESERVED) or "/" in name or "\\" in name:
-        raise UserError(f"run.name {name!r} cannot be a folder's name; use letters, digits, '-' and '_'")
+    _check_name(name)
     location = storage.resolve(uri).child(name)
     card = location.child("run.json")
     try:
@@ -88,3 +94,8 @@ def local_checkpoint(uri: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
         yield location.download(Path(folder))
+
+
+def _check_name(name: str) -> None:
+    if not name or name in (".", "..", RESERVED) or "/" in name or "\\" in name:
+        raise UserError(f"run.name {name!r} cannot be a folder's name; use letters, digits, '-' and '_'")

@@ -56,8 +56,11 @@ class Location:
         path = Path(self.path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(data)
-        temporary.replace(path)
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def download(self, folder: Path) -> Path:
         """Copy this folder's files into the local `folder`."""
@@ -90,12 +93,13 @@ def resolve(uri: str, check: bool = True) -> Location:
     """
     scheme = urlsplit(uri).scheme if "://" in uri else "file"
     if scheme == "s3":
-        parts = urlsplit(uri)
-        if not parts.netloc:
+        path = uri.partition("://")[2].rstrip("/")  # not urlsplit's: a key may hold ? and #
+        bucket = path.partition("/")[0]
+        if not bucket:
             raise UserError(f"{uri!r} names no bucket; expected s3://bucket/prefix")
         if check:
-            _check_bucket(parts.netloc, uri)
-        return Location(uri.rstrip("/"), _s3(), f"{parts.netloc}{parts.path}".rstrip("/"))
+            _check_bucket(bucket, uri)
+        return Location(f"s3://{path}", _s3(), path)
     if scheme != "file":
         raise UserError(f"{uri!r}: unknown scheme {scheme!r}; expected a folder or s3://bucket/prefix")
     path = absolute(uri)
@@ -137,4 +141,5 @@ def _check_bucket(bucket: str, uri: str) -> None:
             return
         raise UserError(f"{uri}: S3 answered {status or error}") from None
     except (BotoCoreError, ValueError) as error:
-        raise UserError(f"{uri}: cannot reach S3: {error}") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"{uri}: cannot reach S3: {reason}") from None

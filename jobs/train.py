@@ -5,7 +5,7 @@ Typing the same command again, with the same --run.name, goes on where the run s
 """
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
@@ -29,25 +29,21 @@ def main() -> None:
     arguments = tyro.cli(
         tyro.extras.subcommand_type_from_defaults(defaults, presets.ABOUT), description=__doc__
     )
-    from ddpm.data.embedded import prepare as embedded
 
-    from ddpm import runs, storage  # after parsing: --help and mistakes answer at once
-    from ddpm.data import stream
+    from ddpm import runs  # after parsing: --help and mistakes answer at once
+    from ddpm.data import embedded, stream
     from ddpm.training import cluster, loop
 
-    began, config = time.monotonic(), arguments.config
-    name = config.run.name or runs.default_name(arguments.preset)
-    uri = storage.absolute(config.run.storage)
-    config = replace(config, run=replace(config.run, name=name, storage=uri))
+    began = time.monotonic()
+    config = runs.settled(arguments.config, arguments.preset)
     loop.check(config, config.cluster.num_workers)
+    config = embedded.with_shards(config)
+    data_set = stream.open_data_set(config)
+    print(f"data        {config.data.shards}  ({data_set.rows.num_rows:,} images to train on)")
     cluster.connect(arguments.verbose)
-    shards = storage.absolute(config.data.shards or embedded(config))
-    config = replace(config, data=replace(config.data, shards=shards))
-    data_set = stream.open_data_set(shards, config.data.split)
-    print(f"data        {shards}  ({data_set.rows.num_rows:,} images to train on)")
-    result = cluster.fit(config, data_set, runs.open_run(name, uri), verbose=arguments.verbose)
+    result = cluster.fit(config, data_set, verbose=arguments.verbose)
     if result.was_finished:
-        print(f"run {name} is finished: {result.images_seen:,} images seen; nothing left to do")
+        print(f"run {config.run.name} is finished: {result.images_seen:,} images seen; nothing left to do")
     else:
         print(f"trained     {result.images_seen:,} images, done after {time.monotonic() - began:.0f} s")
     for line in cluster.summary(result):

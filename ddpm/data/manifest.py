@@ -224,12 +224,15 @@ class _Reader:
             return value
         raise UserError(f"{self._where}: {what} is {value!r}; it must be a whole number in 1..{most}")
 
-    def shard(self, value: Any, split: str = "[A-Za-z0-9_-]+") -> Shard:
-        """The shard `value` describes; `split` is the folder it must lie in."""
+    def shard(self, value: Any, split: str | None = None) -> Shard:
+        """The shard that `value` describes; it must lie in the folder `split`, if one is given."""
         raw = self.fields(value, Shard, "a shard")
         path, sha256 = self.text(raw["path"], "path"), self.text(raw["sha256"], "sha256")
-        if not re.fullmatch(r"[A-Za-z0-9_-]+/[0-9]+\.parquet", path) or not re.match(f"{split}/", path):
-            raise UserError(f"{self._where}: shard path {path!r} is not of the form SPLIT/00000.parquet")
+        named = re.fullmatch(r"([A-Za-z0-9_-]+)/[0-9]{5,9}\.parquet", path)
+        if named is None or named[1] != (split or named[1]):
+            raise UserError(
+                f"{self._where}: shard path {path!r} is not of the form {split or 'SPLIT'}/00000.parquet"
+            )
         if not re.fullmatch("[0-9a-f]{64}", sha256):
             raise UserError(f"{self._where}: sha256 of shard {path} is {sha256!r}; it must be 64 hex digits")
         groups = [self.count(n, "rows of a row group") for n in self.list(raw["row_groups"], "row_groups")]

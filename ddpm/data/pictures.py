@@ -1,112 +1,197 @@
-"""One picture of a source: a character drawn from a font, or a file's picture made to fit.
+"""Pictures of one's own: a tree of image files, and how a picture of any size becomes one that is stored.
 
-Its own room because it is all that sources.py and files.py share of Pillow.
+Its own room because pictures come in all sizes and modes, and a data set has one. A picture that has it
+already keeps its bytes; any other is resized, cropped to the centre square, and stored without loss.
+
+Axes: N images, H W, C channels.
 """
 
+import hashlib
 import io
-import string
-from functools import cache
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 
 from ddpm.config import UserError
+from ddpm.data.sources import Labels, Pixels, divide
 
-CHARACTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits
-FACES = (
-    "DejaVuSans",
-    "DejaVuSans-Bold",
-    "DejaVuSans-Oblique",
-    "DejaVuSansMono",
-    "DejaVuSerif",
-    "DejaVuSerif-Bold",
-    "DejaVuSerif-Italic",
-)
-"""Of the fonts that matplotlib brings along."""
-FORMATS = ("PNG", "JPEG", "WEBP")
-"""The encodings that shards may hold (shards.py decodes no others)."""
-PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
-"""Pillow's names of pixels with at most 8 bits a channel."""
-ORIENTATION = 0x0112
-"""EXIF: how to turn the picture; 1 is upright."""
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+PARTS = {
+    "train": "train",
+    "test": "test",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+}
+"""Names that folders and files of a split have, and which split that is."""
+MAX_SIZE = 4096
+EXIF_ORIENTATION = 0x0112
+Encoding = Literal["encoded", "raw"]
 
 
-def glyph(seed: int, i: int, size: int, coloured: bool) -> tuple[NDArray[np.uint8], int]:
-    """Character i of an endless list: a function of these arguments alone.
+@dataclass(frozen=True)
+class Folder:
+    """A tree of image files. Subfolders are classes; without any there are no labels. If the subfolders are
+    train and test (or val), these are the splits, and the classes are inside."""
 
-    Character, face, height (0.55 to 0.8 of the image), tilt (12 degrees at most), position (0.07 of the image
-    at most off the centre) and colours are uniform, from a generator seeded by (seed, i).
+    path: Path
+    """The folder."""
+    size: int
+    """Height and width: the shorter side is resized to it, and the centre square kept."""
+    channels: Literal[1, 3] = 3
+    """1: grey, 3: RGB."""
+    encoding: Encoding = "encoded"
+    """encoded: files that fit already as they are, others as PNG. raw: pixels, larger and quicker to read."""
+    seed: int = 0
+    """Order of the images, and which 5 % are held out if the folder has no split for that."""
+    name: str = field(default="folder", init=False)
+
+    def __post_init__(self) -> None:
+        check_size(self.size)
+        if not self.path.is_dir():
+            raise UserError(f"{self.path} is not a folder; --path names the folder of the images")
+        if not all(self._files.values()):
+            raise UserError(
+                f"{self.path} holds no images ({' '.join(sorted(SUFFIXES))}), or a split of it none"
+            )
+        _ = self.class_names, self.splits
+
+    @property
+    def height(self) -> int:
+        return self.size
+
+    @property
+    def width(self) -> int:
+        return self.size
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        without = [file for files in self._files.values() for file in files if file.parent == Path()]
+        names = sorted(
+            {file.parts[0] for files in self._files.values() for file in files if file.parent != Path()}
+        )
+        if without and names:
+            raise UserError(
+                f"{self.path}: {without[0]} is in no subfolder, though other images are; put all images into "
+                "subfolders, one a class, or none"
+            )
+        return tuple(names)
+
+    @property
+    def splits(self) -> dict[str, int]:
+        return {split: len(rows) for split, (_, rows) in self._rows.items()}
+
+    def identity(self) -> dict[str, Any]:
+        files = [self._folders[part] / file for part, files in self._files.items() for file in files]
+        return asdict(self) | {"path": None, "files": digest_of_files(self.path, files)}
+
+    def read(self, split: str, start: int, stop: int) -> tuple[Pixels | Sequence[bytes], Labels | None]:
+        part, rows = self._rows[split]
+        chosen = [self._files[part][row] for row in rows[start:stop].tolist()]
+        paths = [self._folders[part] / file for file in chosen]
+        pictures = ((path.read_bytes(), str(path)) for path in paths)
+        images = store(pictures, self.size, self.channels, self.encoding)
+        if not self.class_names:
+            return images, None
+        classes = {name: label for label, name in enumerate(self.class_names)}
+        return images, np.array([classes[file.parts[0]] for file in chosen], np.int64)
+
+    @cached_property
+    def _folders(self) -> dict[str, Path]:
+        """Where each part lies: subfolders that are splits, if there is "train" and nothing else."""
+        below = {
+            sub.name: sub for sub in self.path.iterdir() if sub.is_dir() and not sub.name.startswith(".")
+        }
+        if "train" in below and len(below) > 1 and set(below) <= set(PARTS):
+            return {PARTS[name]: sub for name, sub in sorted(below.items())}
+        return {"train": self.path}
+
+    @cached_property
+    def _files(self) -> dict[str, list[Path]]:
+        """The images of each part, relative to its folder."""
+        return {
+            part: sorted(
+                f.relative_to(top) for f in top.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file()
+            )
+            for part, top in self._folders.items()
+        }
+
+    @cached_property
+    def _rows(self) -> dict[str, tuple[str, Labels]]:
+        return divide({part: len(files) for part, files in self._files.items()}, self.seed)
+
+
+def store(
+    pictures: Iterable[tuple[bytes, str]], size: int, channels: int, encoding: Encoding
+) -> Pixels | list[bytes]:
+    """Pictures as a data set stores them.
 
     Args:
-        size: side of the image, at least 8.
-        coloured: one colour on another, one of them dark and the other bright; else white on black.
+        pictures: a file's bytes, and what to call it in errors.
 
     Returns:
-        uint8 [size, size, C], C 3 when coloured, else 1; and its label, the index in CHARACTERS.
-    """
-    generator = np.random.default_rng((seed, i))
-    label = int(generator.integers(len(CHARACTERS)))
-    face = FACES[generator.integers(len(FACES))]
-    side = 2 * size  # drawn at twice the size: tilting blurs less
-    font = _font(face, round(side * generator.uniform(0.55, 0.8)))
-    centre = side * (0.5 + generator.uniform(-0.07, 0.07, 2))
-    mask = Image.new("L", (side, side))
-    ImageDraw.Draw(mask).text((centre[0], centre[1]), CHARACTERS[label], fill=255, font=font, anchor="mm")
-    mask = mask.rotate(generator.uniform(-12, 12), Image.Resampling.BICUBIC)
-    ink = np.asarray(mask.resize((size, size), Image.Resampling.BOX), np.uint8)[:, :, None]
-    if not coloured:
-        return ink, label
-    colours = generator.integers([[0], [150]], [[106], [256]], (2, 3))  # a dark one and a bright one
-    paper, pen = colours[generator.permutation(2)]
-    mixed = paper + (pen - paper) * (ink / 255)
-    return mixed.round().astype(np.uint8), label
-
-
-@cache
-def _font(face: str, height: int) -> ImageFont.FreeTypeFont:
-    import matplotlib
-
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"
-    # Not Raqm, which is there on some machines only and places letters otherwise.
-    return ImageFont.truetype(str(path), height, layout_engine=ImageFont.Layout.BASIC)
-
-
-def fitted(data: bytes, height: int, width: int, channels: int, where: str, crop: int | None = None) -> bytes:
-    """An image file as one of the wanted size: itself where it fits already, else a PNG.
-
-    The largest centred part with the wanted proportions is resized (Lanczos; smaller pictures grow). What is
-    transparent becomes white. A picture that its EXIF data turns is turned.
-
-    Args:
-        data: the file, in any format that Pillow reads.
-        where: what to call it in errors.
-        crop: first cut out the central square with this side.
+        encoded: for each its own bytes where they fit, else a PNG. raw: uint8 [N, size, size, channels].
 
     Raises:
-        UserError: it is no image, or has more than 8 bits a channel.
+        UserError: one cannot be decoded.
     """
+    stored, pixels = [], []
+    for data, where in pictures:
+        image, fits = _load(data, size, channels, where)
+        if encoding == "raw":
+            pixels.append(np.asarray(image, np.uint8).reshape(size, size, channels))
+        elif fits:
+            stored.append(data)
+        else:
+            file = io.BytesIO()
+            image.save(file, "PNG")
+            stored.append(file.getvalue())
+    return np.stack(pixels) if encoding == "raw" else stored
+
+
+def check_size(size: int) -> None:
+    """Raise UserError if images cannot be stored at `size`."""
+    if not 1 <= size <= MAX_SIZE:
+        raise UserError(f"--size is {size}; it must be in 1..{MAX_SIZE}")
+
+
+def digest_of_files(root: Path, files: Iterable[Path]) -> str:
+    """Which files there are: a hash of their names below `root` and their sizes."""
+    listing = sorted((f.relative_to(root).as_posix(), f.stat().st_size) for f in files)
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def _load(data: bytes, size: int, channels: int, where: str) -> tuple[Image.Image, bool]:
+    """The picture at its final size, and whether `data` is that picture already."""
+    mode = "L" if channels == 1 else "RGB"
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if image.mode not in PLAIN_MODES:
-                raise UserError(f"{where} has pixels of mode {image.mode}; convert it to 8 bits a channel")
-            # Fully decoded even where the file is kept as it is: a truncated one is found here, not in training.
             image.load()
-            upright = image.getexif().get(ORIENTATION, 1) == 1
-            fits = image.size == (width, height) and image.mode in ("L", "RGB") and crop is None
-            if fits and upright and image.format in FORMATS:
-                return data
-            picture = ImageOps.exif_transpose(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where} is not an image that can be read: {error}") from None
-    if picture.has_transparency_data:
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture.convert("RGBA"))
-    picture = picture.convert("L" if channels == 1 else "RGB")
-    if crop is not None:
-        left, top = (picture.width - crop) // 2, (picture.height - crop) // 2
-        picture = picture.crop((left, top, left + crop, top + crop))
-    file = io.BytesIO()
-    ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS).save(file, "PNG")
-    return file.getvalue()
+            fits = (
+                image.format in ("PNG", "JPEG", "WEBP")
+                and (image.size, image.mode) == ((size, size), mode)
+                and image.getexif().get(EXIF_ORIENTATION, 1) == 1
+                and not image.has_transparency_data
+            )
+            upright = ImageOps.exif_transpose(image)
+            return ImageOps.fit(_converted(upright, mode), (size, size), Image.Resampling.LANCZOS), fits
+    except Exception as error:  # Pillow raises a dozen types for damaged files
+        raise UserError(f"cannot read the image {where}: {error}; repair it or take it away") from None
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    """In `mode`, with what is transparent on white, and 16-bit grey brought to 8 bits (Pillow would clip it)."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are 32-bit ({image.mode}); store it with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)

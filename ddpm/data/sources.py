@@ -1,324 +1,248 @@
-"""Where images come from: digits, glyphs, Fashion-MNIST, and what torchvision reads.
+"""Sources of images, and the small ones that need no pictures of one's own: digits and Fashion-MNIST.
 
-A source is a small frozen dataclass. Its fields are its options (and the flags of jobs/prepare.py); making one
-costs nothing, nothing is read before it is asked for, and it travels to other processes. Ranges are read
-independently of each other. Pictures in folders and Parquet files are in files.py.
+A source is a frozen dataclass of its options. It says how many images each split has, and reads any range of
+them, so that tasks can read ranges at once. The same options give the same images, wherever and whenever.
+A split that the source does not bring is made: a seeded 5 % is held out as "test".
+
+digits: E. Alpaydin, C. Kaynak, "Optical recognition of handwritten digits", UCI 1998 (through scikit-learn).
+fashion-mnist: Xiao et al. 2017, arXiv:1708.07747.
 
 Axes: N images, H W, C channels.
 """
 
+import gzip
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ddpm.config import UserError
-from ddpm.data.pictures import CHARACTERS, fitted, glyph
-from ddpm.data.published import (
-    CIFAR10_CLASSES,
-    Labels,
-    Pixels,
-    digits,
-    read_idx,
-    torchvision_data,
-    with_border,
-)
 
+Pixels = NDArray[np.uint8]
+Labels = NDArray[np.int64]
 HELD_OUT_SHARE = 0.05
-Encoding = Literal["raw", "encoded"]
 
 
 class Source(Protocol):
-    """Images of one size, in splits, with labels or without."""
+    """Images with a known shape, in splits of known size.
+
+    `prepare` calls `read` from many processes, so a source is pickled; large things are loaded where they are
+    needed, and kept in cached properties.
+    """
 
     @property
-    def name(self) -> str:
-        """What it is called: "digits"."""
-
+    def name(self) -> str: ...
+    @property
+    def height(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def encoding(self) -> Literal["raw", "encoded"]: ...
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the labels 0, 1, ...; empty: the images have no labels."""
-
-    @property
-    def height(self) -> int:
-        """Of every image, in pixels."""
-
-    @property
-    def width(self) -> int:
-        """Of every image, in pixels."""
-
-    @property
-    def channels(self) -> int:
-        """1 (grey) or 3 (RGB)."""
-
-    @property
-    def encoding(self) -> Encoding:
-        """What `read` gives: raw pixels, or image files."""
+        """Empty: there are no labels."""
 
     @property
     def splits(self) -> dict[str, int]:
-        """Images in "train", "test", ..."""
+        """Images in each split."""
 
-    def read(self, split: str, start: int, stop: int) -> tuple[Pixels | list[bytes], Labels | None]:
-        """Images [start, stop) of a split: uint8 [N, H, W, C] if raw, else N files; and int64 [N] or None.
+    def identity(self) -> dict[str, Any]:
+        """All that decides what the images are, as JSON."""
 
-        Raises:
-            UserError: what is on disk cannot be read.
-        """
-
-
-def hold_out(num_images: int, seed: int) -> dict[str, Labels]:
-    """A shuffle of 0..num_images-1, cut into "train" and "test" (5 %, at least one).
-
-    Raises:
-        UserError: fewer than two images.
-    """
-    if num_images < 2:
-        raise UserError(f"there must be at least 2 images, one of them to hold out; there is {num_images}")
-    order = np.random.default_rng(seed).permutation(num_images)
-    num_test = max(1, round(HELD_OUT_SHARE * num_images))
-    return {"train": order[num_test:], "test": order[:num_test]}
+    def read(self, split: str, start: int, stop: int) -> tuple[Pixels | Sequence[bytes], Labels | None]:
+        """Images [start, stop) of the split: uint8 [N, H, W, C] (raw) or files' bytes (encoded); labels [N]."""
 
 
 @dataclass(frozen=True)
 class Digits:
-    """1,797 real handwritten digits, 8x8 grey, from scikit-learn. No download."""
+    """1,797 real handwritten digits, 8x8 grey, from scikit-learn; nothing is downloaded."""
 
     seed: int = 0
-    """Which 5 % are held out, and in which order the others are stored."""
+    """Which 5 % are held out."""
+    name: str = field(default="digits", init=False)
+    height: int = field(default=8, init=False)
+    width: int = field(default=8, init=False)
+    channels: int = field(default=1, init=False)
+    encoding: Literal["raw"] = field(default="raw", init=False)
 
-    name: ClassVar[str] = "digits"
-    class_names: ClassVar[tuple[str, ...]] = tuple("0123456789")
-    height: ClassVar[int] = 8
-    width: ClassVar[int] = 8
-    channels: ClassVar[int] = 1
-    encoding: ClassVar[Encoding] = "raw"
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple("0123456789")
 
     @property
     def splits(self) -> dict[str, int]:
-        return _counts(self._rows)
+        return {split: len(rows) for split, rows in self._rows.items()}
 
-    def read(self, split: str, start: int, stop: int) -> tuple[Pixels, Labels | None]:
-        images, labels = digits()
+    def identity(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def read(self, split: str, start: int, stop: int) -> tuple[Pixels, Labels]:
+        images, labels = self._digits
         rows = self._rows[split][start:stop]
         return images[rows], labels[rows]
 
     @cached_property
-    def _rows(self) -> dict[str, Labels]:
-        return hold_out(len(digits()[0]), self.seed)
+    def _digits(self) -> tuple[Pixels, Labels]:
+        from sklearn.datasets import load_digits
 
-
-class _Square:
-    """Images as high and as wide as the option `size`."""
-
-    size: int
-
-    @property
-    def height(self) -> int:
-        return self.size
-
-    @property
-    def width(self) -> int:
-        return self.size
-
-
-@dataclass(frozen=True)
-class Glyphs(_Square):
-    """Letters and digits drawn from fonts, a little tilted and out of place. No download."""
-
-    num_images: int = 30_000
-    size: int = 32
-    coloured: bool = False
-    """One colour on another; else white on black."""
-    seed: int = 0
-    """Image i is a function of this seed and i. Also which 5 % are held out."""
-
-    name: ClassVar[str] = "glyphs"
-    class_names: ClassVar[tuple[str, ...]] = tuple(CHARACTERS)
-    encoding: ClassVar[Encoding] = "raw"
-
-    def __post_init__(self) -> None:
-        if not 8 <= self.size <= 1024:
-            raise UserError(f"size is {self.size}; glyphs can be drawn at 8..1024 pixels")
-
-    @property
-    def channels(self) -> int:
-        return 3 if self.coloured else 1
-
-    @property
-    def splits(self) -> dict[str, int]:
-        return _counts(self._rows)
-
-    def read(self, split: str, start: int, stop: int) -> tuple[Pixels, Labels | None]:
-        rows = self._rows[split][start:stop]
-        drawn = [glyph(self.seed, i, self.size, self.coloured) for i in rows.tolist()]
-        return np.stack([image for image, _ in drawn]), np.array([label for _, label in drawn], np.int64)
+        digits = load_digits()
+        # Ink is counted in 0..16.
+        images = np.round(digits.images * 255 / 16).astype(np.uint8)[..., None]
+        return images, digits.target.astype(np.int64)
 
     @cached_property
     def _rows(self) -> dict[str, Labels]:
-        return hold_out(self.num_images, self.seed)
+        return held_out(len(self._digits[0]), self.seed)
+
+
+FASHION_CLASSES = [
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+]
 
 
 @dataclass(frozen=True)
-class FashionMnist(_Square):
-    """Fashion-MNIST: 60,000 + 10,000 grey images of clothes, from IDX files."""
+class FashionMnist:
+    """70,000 grey pictures of clothes, from the IDX files of Fashion-MNIST."""
 
-    path: str = "/usr/share/datasets/fashion-mnist"
-    """Folder of the four .gz files, where Debian's package dataset-fashion-mnist puts them."""
-    size: int = 32
-    """28x28 images get a black border up to this size; 32 halves more often than 28 does."""
-
-    name: ClassVar[str] = "fashion-mnist"
-    class_names: ClassVar[tuple[str, ...]] = (
-        "T-shirt/top",
-        "Trouser",
-        "Pullover",
-        "Dress",
-        "Coat",
-        "Sandal",
-        "Shirt",
-        "Sneaker",
-        "Bag",
-        "Ankle boot",
-    )
-    channels: ClassVar[int] = 1
-    encoding: ClassVar[Encoding] = "raw"
+    path: Path = Path("/usr/share/datasets/fashion-mnist")
+    """Folder of train-images-idx3-ubyte.gz and the three others; the default is that of Debian's
+    dataset-fashion-mnist."""
+    size: Literal[28, 32] = 32
+    """32 adds two black pixels on every side, so that a U-Net can halve the image five times; 28 leaves it."""
+    name: str = field(default="fashion-mnist", init=False)
+    channels: int = field(default=1, init=False)
+    encoding: Literal["raw"] = field(default="raw", init=False)
 
     def __post_init__(self) -> None:
-        _check_border(self.size)
-
-    @property
-    def splits(self) -> dict[str, int]:
-        return {split: len(self._file(split, "images")) for split in ("train", "test")}
-
-    def read(self, split: str, start: int, stop: int) -> tuple[Pixels, Labels | None]:
-        images, labels = self._file(split, "images"), self._file(split, "labels")
-        if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
+        if missing := missing_idx(self.path):
             raise UserError(
-                f"{self.path}: {split} images are {images.shape}, labels {labels.shape}; not Fashion-MNIST"
+                f"{self.path} has no {missing}[.gz]; install Debian's dataset-fashion-mnist "
+                "(apt install dataset-fashion-mnist), or name the folder of the IDX files: --path FOLDER"
             )
-        return with_border(images[start:stop], self.size), labels[start:stop].astype(np.int64)
-
-    def _file(self, split: str, what: str) -> Pixels:
-        prefix, dimensions = {"train": "train", "test": "t10k"}[split], {"images": 3, "labels": 1}[what]
-        path = Path(self.path).expanduser() / f"{prefix}-{what}-idx{dimensions}-ubyte.gz"
-        if not path.is_file():
-            raise UserError(
-                f"{path} is missing: install it with `apt-get install dataset-fashion-mnist`, or name the folder "
-                "that holds the four .gz files with --path DIR"
-            )
-        return read_idx(path)
-
-
-@dataclass(frozen=True)
-class Torchvision:
-    """CIFAR-10, MNIST or CelebA, from files that torchvision once downloaded."""
-
-    dataset: Literal["cifar10", "mnist", "celeba"]
-    path: str = "data"
-    """torchvision's `root`."""
-    size: int | None = None
-    """None: cifar10 32, as it is; mnist 28 with a black border to 32; celeba 64, from the central 140x140."""
-
-    def __post_init__(self) -> None:
-        if self.dataset not in ("cifar10", "mnist", "celeba"):
-            raise UserError(f"dataset is {self.dataset!r}; it must be cifar10, mnist or celeba")
-        if self.dataset == "cifar10" and self.height != 32:
-            raise UserError(f"size is {self.size}; cifar10 is 32x32")
-        if self.dataset == "mnist":
-            _check_border(self.height)
-        if self.dataset == "celeba" and not 1 <= self.height <= 1024:
-            raise UserError(f"size is {self.size}; celeba can be made 1..1024 pixels large")
-
-    @property
-    def name(self) -> str:
-        return f"torchvision:{self.dataset}"
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        if self.dataset == "celeba":
-            return ()
-        return CIFAR10_CLASSES if self.dataset == "cifar10" else tuple("0123456789")
 
     @property
     def height(self) -> int:
-        return self.size if self.size is not None else {"celeba": 64}.get(self.dataset, 32)
+        return self.size
 
     @property
     def width(self) -> int:
-        return self.height
+        return self.size
 
     @property
-    def channels(self) -> int:
-        return 1 if self.dataset == "mnist" else 3
-
-    @property
-    def encoding(self) -> Encoding:
-        return "encoded" if self.dataset == "celeba" else "raw"
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(FASHION_CLASSES)
 
     @property
     def splits(self) -> dict[str, int]:
-        names = ("train", "valid", "test") if self.dataset == "celeba" else ("train", "test")
-        return {split: len(self._images(split)[0]) for split in names}
+        return {split: len(labels) for split, (_, labels) in self._images.items()}
 
-    def read(self, split: str, start: int, stop: int) -> tuple[Pixels | list[bytes], Labels | None]:
-        images, labels = self._images(split)
-        if isinstance(images, np.ndarray):
-            assert labels is not None
-            return with_border(images[start:stop], self.height), labels[start:stop]
-        shape = (self.height, self.width, self.channels)
-        files = [Path(path) for path in images[start:stop]]
-        return [fitted(_bytes(file), *shape, where=str(file), crop=CELEBA_CROP) for file in files], None
+    def identity(self) -> dict[str, Any]:
+        # Where the files lie does not matter; that they are the same ones is seen from their sizes.
+        return {"name": self.name, "size": self.size, "splits": self.splits}
 
-    def _images(self, split: str) -> tuple[Pixels | Sequence[str], Labels | None]:
-        return torchvision_data(self.dataset, str(Path(self.path).expanduser().absolute()), split)
+    def read(self, split: str, start: int, stop: int) -> tuple[Pixels, Labels]:
+        images, labels = self._images[split]
+        return pad(images[start:stop], self.size), labels[start:stop]
 
-
-CELEBA_CROP = 140
-"""Of 178x218: the face, with hair and without most of the background."""
-EMBEDDED = (
-    "digits",
-    "glyphs",
-    "fashion-mnist",
-    "torchvision:cifar10",
-    "torchvision:mnist",
-    "torchvision:celeba",
-)
-"""What `build` knows."""
+    @cached_property
+    def _images(self) -> dict[str, tuple[Pixels, Labels]]:
+        return read_idx_folder(self.path)
 
 
-def build(name: str) -> Source:
-    """The source called `name`, with its defaults.
+def held_out(n: int, seed: int) -> dict[str, Labels]:
+    """Rows of "train" and of "test", 5 % (at least one), both in an order drawn from the seed."""
+    if n < 2:
+        raise UserError(f"the source has {n} image(s); it takes two to hold one out")
+    # RandomState, since numpy promises its streams for ever: the same rows with every numpy.
+    order = np.random.RandomState(seed).permutation(n).astype(np.int64)
+    num_test = max(1, round(n * HELD_OUT_SHARE))
+    return {"train": order[num_test:], "test": order[:num_test]}
+
+
+def divide(sizes: dict[str, int], seed: int) -> dict[str, tuple[str, Labels]]:
+    """The splits of a source in parts: for each, the part it comes from and its rows in a seeded order.
+
+    The order matters where a part is sorted by class, since training shuffles within windows only.
+    A part "validation" serves as "test" if there is none; without either, 5 % of "train" are held out.
+    """
+    if "test" not in sizes and "validation" not in sizes:
+        return {split: ("train", rows) for split, rows in held_out(sizes["train"], seed).items()}
+    names = {part: part for part in sizes}
+    if "test" not in sizes:
+        names["validation"] = "test"
+    return {
+        names[part]: (part, np.random.RandomState(seed).permutation(n).astype(np.int64))
+        for part, n in sizes.items()
+    }
+
+
+def pad(images: Pixels, size: int) -> Pixels:
+    """[N, h, w, C] with zeros around it up to [N, size, size, C]; an odd pixel goes to the bottom and right."""
+    spare = [size - side for side in images.shape[1:3]]
+    return np.pad(images, [(0, 0), *((s // 2, s - s // 2) for s in spare), (0, 0)])
+
+
+IDX_FILES = {"train": "train", "test": "t10k"}
+
+
+def missing_idx(folder: Path) -> str | None:
+    """The first of MNIST's four files that is not in `folder`, neither plain nor as .gz."""
+    names = [
+        f"{prefix}-{kind}-ubyte" for prefix in IDX_FILES.values() for kind in ("images-idx3", "labels-idx1")
+    ]
+    return next((n for n in names if not (folder / n).exists() and not (folder / f"{n}.gz").exists()), None)
+
+
+def read_idx_folder(folder: Path) -> dict[str, tuple[Pixels, Labels]]:
+    """MNIST's four files: images uint8 [N, 28, 28, 1] and labels int64 [N] of "train" and "test".
 
     Raises:
-        UserError: there is none.
+        UserError: a file is damaged, or does not fit its neighbour.
     """
-    match name.partition(":"):
-        case ("digits", "", _):
-            return Digits()
-        case ("glyphs", "", _):
-            return Glyphs()
-        case ("fashion-mnist", "", _):
-            return FashionMnist()
-        case ("torchvision", _, ("cifar10" | "mnist" | "celeba") as dataset):
-            return Torchvision(dataset)
-    raise UserError(f"unknown source {name!r}; known are {', '.join(EMBEDDED)}")
+    splits = {}
+    for split, prefix in IDX_FILES.items():
+        images = read_idx(folder / f"{prefix}-images-idx3-ubyte")
+        labels = read_idx(folder / f"{prefix}-labels-idx1-ubyte")
+        if images.shape != (len(labels), 28, 28) or labels.ndim != 1 or (len(labels) and labels.max() > 9):
+            raise UserError(
+                f"{folder}: {prefix} has images {images.shape} and labels {labels.shape}; "
+                "they must be [N, 28, 28] and [N], with labels in 0..9"
+            )
+        splits[split] = (images[..., None], labels.astype(np.int64))
+    return splits
 
 
-def _check_border(size: int) -> None:
-    if not 28 <= size <= 1024:
-        raise UserError(f"size is {size}; a border can only make 28x28 images larger: 28..1024")
+def read_idx(path: Path) -> Pixels:
+    """An IDX file of unsigned bytes, plain or as .gz, in the shape its header says.
 
+    The header: 0, 0, the type (8: unsigned byte), the number of axes; then each axis as a big-endian uint32.
+    Source: https://yann.lecun.com/exdb/mnist/
 
-def _counts(rows: dict[str, Labels]) -> dict[str, int]:
-    return {split: len(positions) for split, positions in rows.items()}
-
-
-def _bytes(path: Path) -> bytes:
+    Raises:
+        UserError: it is none.
+    """
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        data = path.read_bytes() if path.exists() else gzip.decompress(Path(f"{path}.gz").read_bytes())
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if len(data) >= 4 and data[:3] == b"\0\0\x08" and len(data) >= 4 + 4 * data[3]:
+        shape = tuple(np.frombuffer(data, ">u4", count=data[3], offset=4).tolist())
+        if len(data) == 4 + 4 * len(shape) + math.prod(shape):
+            return np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+    raise UserError(f"{path} is not a whole IDX file of unsigned bytes")

@@ -21,7 +21,7 @@ from ray.data import DataContext, DataIterator
 from ddpm import storage
 from ddpm.config import Config, UserError
 from ddpm.data.plan import chunks, share
-from ddpm.data.reading import DataSet
+from ddpm.data.reading import DataSet, check_fits
 from ddpm.data.shards import read_manifest
 from ddpm.training.runtime import CHUNK_IMAGES, MicroBatch, cut
 
@@ -31,15 +31,19 @@ OBJECT_STORE_BYTES = 256 << 20
 """How far reading may run ahead of training, in memory of the object store."""
 
 
-def open_data_set(uri: str, split: str, *, check: bool = True) -> DataSet:
-    """A split of the data set at `uri`.
+def open_data_set(config: Config) -> DataSet:
+    """The split config.data.split of the data set at config.data.shards.
 
     Raises:
-        UserError: there is no data set, or it has no such split.
+        UserError: there is no data set, it has no such split, or it does not fit the net.
     """
-    location = storage.resolve(uri, check=check)
+    uri = config.data.shards
+    if uri is None:
+        raise UserError("data.shards is not given; expected the folder or URI of a data set")
+    location = storage.resolve(uri)
     manifest = read_manifest(location.filesystem, location.path, uri)
-    return DataSet(location.filesystem, location.path, manifest, split)
+    check_fits(manifest, config, uri)
+    return DataSet(location.filesystem, location.path, manifest, config.data.split)
 
 
 def legs(config: Config, images_seen: int) -> list[list[tuple[int, int]]]:

@@ -27,7 +27,7 @@ from ddpm import config as configs
 from ddpm import runs
 from ddpm.config import Config, UserError
 from ddpm.data import stream
-from ddpm.data.reading import DataSet, Images, check_fits
+from ddpm.data.reading import DataSet, Images
 from ddpm.progress import Display
 from ddpm.runs import Run
 from ddpm.tracking import Address, Delivery, MlflowTracker, tracking_uri, without_password
@@ -67,23 +67,22 @@ def connect(verbose: bool = False) -> None:
         logging.getLogger(name).setLevel(level)
 
 
-def fit(config: Config, data_set: DataSet, run: Run, *, verbose: bool = False) -> Result:
-    """Train `run` to the end on the connected Ray cluster, going on from its newest checkpoint.
+def fit(config: Config, data_set: DataSet, *, verbose: bool = False) -> Result:
+    """Train the run that `config` names to the end on the connected Ray cluster, from its newest checkpoint on.
 
     Args:
-        config: with data.shards set.
+        config: checked by `loop.check`; with run.name, and absolute run.storage and data.shards.
         data_set: the split to train on.
-        run: where checkpoints and pictures go.
         verbose: let Ray's own messages through.
 
     Raises:
-        UserError: the config does not fit the data, the cluster, or what the run has begun with.
+        UserError: the config does not fit the cluster, or what the run has begun with.
         TrainingFailed: workers failed too often.
     """
     scaling = _scaling(config)
-    loop.check(config, config.cluster.num_workers)
-    check_fits(data_set.manifest, config, config.data.shards or data_set.root)
-    _check_storage(config, run)
+    _check_storage(config)
+    assert config.run.name is not None, "runs.settled names a run"
+    run = runs.open_run(config.run.name, config.run.storage)
     if finished := _finished(config, data_set, run):
         return finished
     address = Address(tracking_uri(), config.run.experiment, run.name, run.key)
@@ -294,10 +293,10 @@ def _scaling(config: Config) -> ScalingConfig:
     return ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker=resources)
 
 
-def _check_storage(config: Config, run: Run) -> None:
+def _check_storage(config: Config) -> None:
     """Refuse a folder that the other nodes of the cluster cannot see."""
     nodes = sum(node["Alive"] for node in ray.nodes())
-    for flag, uri in (("run.storage", run.location.uri), ("data.shards", config.data.shards or "")):
+    for flag, uri in (("run.storage", config.run.storage), ("data.shards", config.data.shards or "")):
         if nodes > 1 and not uri.startswith("s3://") and not config.run.shared_storage:
             raise UserError(
                 f"--{flag} is the local folder {uri}, but the cluster has {nodes} nodes that cannot see it; use "

@@ -72,8 +72,8 @@ def tiny(digits_uri: str) -> Config:
 
 
 @pytest.fixture
-def train_set(digits_uri: str) -> DataSet:
-    return open_data_set(digits_uri, "train")
+def train_set(tiny: Config) -> DataSet:
+    return open_data_set(tiny)
 
 
 @pytest.fixture

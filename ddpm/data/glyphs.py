@@ -1,0 +1,129 @@
+"""Letters and digits drawn from fonts: tens of thousands of real shapes, nothing downloaded.
+
+Its own room because it draws, where the other sources read. The fonts are the DejaVu faces that come with
+matplotlib. Image i is a function of (seed, i) alone, so any range can be drawn anywhere.
+
+Axes: N images, H W, C channels.
+"""
+
+import string
+from dataclasses import asdict, dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.random import RandomState
+from PIL import Image, ImageDraw, ImageFont
+
+from ddpm.config import UserError
+from ddpm.data.sources import Labels, Pixels, held_out
+
+CHARACTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits
+FACES = (
+    ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique")
+    + ("DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique", "DejaVuSansMono-BoldOblique")
+    + ("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic")
+)  # fmt: skip
+
+# Drawn at twice the size and reduced, so that a rotated edge is as smooth as an upright one.
+OVERSAMPLING = 2
+# Of the image's side: the font's size, and how far the glyph's centre may be from the image's.
+FONT_SIZES, MAX_SHIFT = (0.6, 0.85), 0.06
+MAX_ROTATION_DEGREES = 15.0
+# Luma between glyph and background in colour, of 255.
+MIN_CONTRAST = 100
+
+
+@dataclass(frozen=True)
+class Glyphs:
+    """Letters and digits (A-Z a-z 0-9) in 12 faces, drawn with random size, place and slant; no download."""
+
+    num_images: int = 31_000
+    """Of all 62 classes together; 5 % of them are held out."""
+    size: int = 32
+    """Height and width."""
+    colored: bool = False
+    """RGB, with random colours of glyph and background; else white on black."""
+    seed: int = 0
+    name: str = field(default="glyphs", init=False)
+    encoding: Literal["raw"] = field(default="raw", init=False)
+
+    def __post_init__(self) -> None:
+        if self.num_images < 2 or not 16 <= self.size <= 256:
+            raise UserError(
+                f"glyphs: num_images is {self.num_images} and size {self.size}; they must be at least 2, and 16..256"
+            )
+
+    @property
+    def height(self) -> int:
+        return self.size
+
+    @property
+    def width(self) -> int:
+        return self.size
+
+    @property
+    def channels(self) -> int:
+        return 3 if self.colored else 1
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(CHARACTERS)
+
+    @property
+    def splits(self) -> dict[str, int]:
+        return {split: len(rows) for split, rows in self._rows.items()}
+
+    def identity(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def read(self, split: str, start: int, stop: int) -> tuple[Pixels, Labels]:
+        rows = self._rows[split][start:stop]
+        images = [draw(self.seed, i, self.size, self.colored) for i in rows.tolist()]
+        return np.stack(images), rows % len(CHARACTERS)
+
+    @cached_property
+    def _rows(self) -> dict[str, Labels]:
+        return held_out(self.num_images, self.seed)
+
+
+def draw(seed: int, index: int, size: int, colored: bool) -> Pixels:
+    """Image `index`, of class index mod 62: uint8 [size, size, 1 or 3]."""
+    random = RandomState([seed, index])  # numpy promises this stream for all its versions
+    side = size * OVERSAMPLING
+    face = FACES[random.randint(len(FACES))]
+    points = random.randint(int(FONT_SIZES[0] * side), int(FONT_SIZES[1] * side) + 1)
+    center = side / 2 + random.uniform(-MAX_SHIFT, MAX_SHIFT, size=2) * side
+    angle = random.uniform(-MAX_ROTATION_DEGREES, MAX_ROTATION_DEGREES)
+
+    font = _font(face, points)
+    character = CHARACTERS[index % len(CHARACTERS)]
+    # What is centred is the ink, not the line it stands on: a "p" hangs, a "T" does not.
+    left, top, right, bottom = font.getbbox(character, anchor="ls")
+    canvas = Image.new("L", (side, side))
+    origin = (center[0] - (left + right) / 2, center[1] - (top + bottom) / 2)
+    ImageDraw.Draw(canvas).text(origin, character, fill=255, font=font, anchor="ls")
+    canvas = canvas.rotate(angle, Image.Resampling.BICUBIC).reduce(OVERSAMPLING)
+    ink = np.asarray(canvas, np.uint8)[..., None]
+    if not colored:
+        return ink
+    glyph, background = _colors(random)
+    share = ink / 255.0
+    return np.round(share * glyph + (1 - share) * background).astype(np.uint8)
+
+
+def _colors(random: RandomState) -> tuple[np.ndarray, np.ndarray]:
+    """Two random RGB colours that can be told apart."""
+    luma = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
+    while True:
+        glyph, background = random.randint(256, size=(2, 3))
+        if abs((glyph - background) @ luma) >= MIN_CONTRAST:
+            return glyph, background
+
+
+@cache
+def _font(face: str, points: int) -> ImageFont.FreeTypeFont:
+    import matplotlib
+
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"), points)

@@ -1,0 +1,193 @@
+"""Parquet files as Hugging Face writes them: a column of images (struct of bytes and path), one of labels.
+
+Its own room because the layout is somebody else's. Files are read from this machine's disk, row group by row
+group; nothing is downloaded.
+
+Axes: N images, H W, C channels.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ddpm.config import UserError
+from ddpm.data.pictures import PARTS, Encoding, check_size, digest_of_files, store
+from ddpm.data.sources import Labels, Pixels, divide
+
+
+@dataclass(frozen=True)
+class HuggingFace:
+    """Hugging Face's Parquet files of images. A file called train-..., test-... or validation-... (or in a
+    folder of that name) is of that split."""
+
+    path: Path
+    """A Parquet file, or a folder of them."""
+    size: int
+    """Height and width: the shorter side is resized to it, and the centre square kept."""
+    channels: Literal[1, 3] = 3
+    """1: grey, 3: RGB."""
+    encoding: Encoding = "encoded"
+    """encoded: images that fit already as they are, others as PNG. raw: pixels, larger and quicker to read."""
+    image_column: str = "image"
+    label_column: str | None = "label"
+    """Of whole numbers. None, or a column that is not there: no labels."""
+    seed: int = 0
+    """Which 5 % are held out if no file is of a split for that."""
+    name: str = field(default="parquet", init=False)
+
+    def __post_init__(self) -> None:
+        check_size(self.size)
+        for file in (file for files in self._files.values() for file in files):
+            self._check_columns(file)
+        _ = self.splits, self.class_names
+
+    @property
+    def height(self) -> int:
+        return self.size
+
+    @property
+    def width(self) -> int:
+        return self.size
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """From the metadata that Hugging Face writes; else the numbers."""
+        if self._label is None:
+            return ()
+        files = [file for files in self._files.values() for file in files]
+        values = {
+            value for f in files for value in pq.read_table(f, columns=[self._label])[self._label].unique()
+        }
+        labels = {value.as_py() for value in values}
+        names = _names_in(pq.read_schema(files[0]), self._label) or tuple(
+            map(str, range(max(labels, default=0) + 1))
+        )
+        if strange := labels - set(range(len(names))):
+            raise UserError(
+                f"{self.path}: column {self._label!r} holds the label {strange.pop()}, which is not in "
+                f"0..{len(names) - 1}; --label-column names another column, and None means no labels"
+            )
+        return names
+
+    @property
+    def splits(self) -> dict[str, int]:
+        return {split: len(rows) for split, (_, rows) in self._rows.items()}
+
+    def identity(self) -> dict[str, Any]:
+        files = [file for files in self._files.values() for file in files]
+        return asdict(self) | {"path": None, "files": digest_of_files(self._top, files)}
+
+    def read(self, split: str, start: int, stop: int) -> tuple[Pixels | Sequence[bytes], Labels | None]:
+        part, rows = self._rows[split]
+        wanted = rows[start:stop]
+        labels: list[int] = []
+        images = store(self._pictures(part, wanted, labels), self.size, self.channels, self.encoding)
+        return images, np.array(labels, np.int64) if self._label else None
+
+    def _pictures(self, part: str, rows: Labels, labels: list[int]) -> Iterator[tuple[bytes, str]]:
+        """The images of `rows`, which ascend; their labels are appended to `labels` on the way."""
+        columns = [self.image_column] + ([self._label] if self._label else [])
+        begin = 0
+        for file, row_group, num_rows in self._row_groups[part]:
+            inside = rows[(rows >= begin) & (rows < begin + num_rows)] - begin
+            begin += num_rows
+            if not len(inside):
+                continue
+            try:
+                table = pq.ParquetFile(file).read_row_group(row_group, columns=columns).take(pa.array(inside))
+            except (OSError, pa.ArrowException) as error:
+                raise UserError(f"cannot read {file}: {error}") from None
+            if self._label:
+                labels += table[self._label].to_pylist()
+            for row, value in zip(inside.tolist(), table[self.image_column].to_pylist(), strict=True):
+                data = value["bytes"] if isinstance(value, dict) else value
+                where = f"{file}, row group {row_group}, row {row}"
+                if data is None:
+                    raise UserError(
+                        f"{where}: the image has no bytes; only images inside the file can be read"
+                    )
+                yield data, where
+
+    def _check_columns(self, file: Path) -> None:
+        """Raise UserError if the file's columns are not those of images and labels."""
+        try:
+            schema = pq.read_schema(file)
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"cannot read {file}: {error}") from None
+        kinds = dict(zip(schema.names, schema.types, strict=True))
+        image, label = kinds.get(self.image_column), kinds.get(self._label or "")
+        if image is not None and pa.types.is_struct(image) and image.get_field_index("bytes") >= 0:
+            image = image.field("bytes").type
+        if image not in (pa.binary(), pa.large_binary()):
+            raise UserError(
+                f"{file}: column {self.image_column!r} is {image or 'missing'}, no images' bytes; "
+                f"--image-column names another of {', '.join(kinds)}"
+            )
+        if self._label and (label is None or not pa.types.is_integer(label)):
+            raise UserError(
+                f"{file}: column {self._label!r} is {label or 'missing'}, no whole numbers; --label-column names "
+                f"another of {', '.join(kinds)}, and None means no labels"
+            )
+
+    @property
+    def _top(self) -> Path:
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @cached_property
+    def _files(self) -> dict[str, list[Path]]:
+        """The files of each part, "train" where names say nothing."""
+        files = sorted(self.path.rglob("*.parquet")) if self.path.is_dir() else [self.path]
+        if not files or not files[0].is_file():
+            raise UserError(f"{self.path} is no Parquet file, and no folder with *.parquet in it")
+        parts: dict[str, list[Path]] = {}
+        for file in files:
+            # "data/train-00000-of-00002.parquet", "default/train/0000.parquet"
+            words = [re.split(r"[-_.]", word)[0] for word in reversed(file.relative_to(self._top).parts)]
+            parts.setdefault(next((PARTS[word] for word in words if word in PARTS), "train"), []).append(file)
+        if "train" not in parts:
+            raise UserError(f"{self.path} has files of {' and '.join(parts)} alone; train is missing")
+        return parts
+
+    @cached_property
+    def _label(self) -> str | None:
+        """The column of labels, if the first file has it."""
+        first = self._files["train"][0]
+        try:
+            return self.label_column if self.label_column in pq.read_schema(first).names else None
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"cannot read {first}: {error}") from None
+
+    @cached_property
+    def _row_groups(self) -> dict[str, list[tuple[Path, int, int]]]:
+        """For each part its row groups in order: file, index in the file, rows."""
+        found: dict[str, list[tuple[Path, int, int]]] = {part: [] for part in self._files}
+        for part, files in self._files.items():
+            for file in files:
+                metadata = pq.read_metadata(file)
+                found[part] += [
+                    (file, i, metadata.row_group(i).num_rows) for i in range(metadata.num_row_groups)
+                ]
+        return found
+
+    @cached_property
+    def _rows(self) -> dict[str, tuple[str, Labels]]:
+        sizes = {part: sum(n for *_, n in groups) for part, groups in self._row_groups.items()}
+        # In the files' order, so that a range of rows lies in few row groups; Hugging Face's sets are shuffled.
+        return {split: (part, np.sort(rows)) for split, (part, rows) in divide(sizes, self.seed).items()}
+
+
+def _names_in(schema: pa.Schema, column: str) -> tuple[str, ...]:
+    """The class names that Hugging Face keeps in a schema's metadata; none if there are none."""
+    try:
+        names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]["names"]
+        return tuple(str(name) for name in names)
+    except (TypeError, KeyError, ValueError):
+        return ()

@@ -1,0 +1,248 @@
+"""From a source to a data set: one task a shard, the manifest last.
+
+Its own room because writing a data set may be work for a cluster, with Ray's plain tasks, while sources and
+shards know nothing of it. Each finished shard leaves a note in _prepare/, so the same command again goes on
+where it was stopped. Until the manifest is written there is no data set, so a half-written one cannot be read;
+and what is written is never written over by anything else.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow.fs as pafs
+
+from ddpm import images
+from ddpm.config import UserError
+from ddpm.data.manifest import (
+    FORMAT,
+    MANIFEST,
+    Manifest,
+    Shard,
+    make_manifest,
+    read_manifest,
+    shard_from_json,
+    shard_to_json,
+    write_manifest,
+    write_whole,
+)
+from ddpm.data.shards import is_intact, read_row_group, write_shard
+from ddpm.data.sources import Source
+
+NOTES = "_prepare"
+OPTIONS = "options.txt"
+PREVIEW = "preview.png"
+PREVIEW_IMAGES = 64
+PREVIEW_ROW_GROUPS = 8
+
+# A row group is read at once: few megabytes, so that a window of several is shuffled in little memory.
+ROW_GROUP_BYTES, MAX_ROWS_PER_ROW_GROUP = 4 << 20, 1024
+ROW_GROUPS_PER_SHARD = 16
+PROBED_IMAGES = 64
+
+Progress = Callable[[int, int], None]
+"""Called with the images written so far, and all there are."""
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A shard to be written."""
+
+    path: str
+    split: str
+    start: int
+    stop: int
+    rows_per_row_group: int
+
+
+def prepare(
+    source: Source,
+    filesystem: pafs.FileSystem,
+    root: str,
+    *,
+    where: str | None = None,
+    on_progress: Progress | None = None,
+    rows_per_shard: int | None = None,
+    rows_per_row_group: int | None = None,
+    parallel: bool = False,
+) -> Manifest:
+    """Write the source as a data set at `root`, going on where an earlier call was stopped.
+
+    Args:
+        where: what to call the data set in errors, its URI; `root` if not given.
+        on_progress: not called if the data set is there already.
+        rows_per_shard: None: 16 row groups.
+        rows_per_row_group: None: about 4 MB, and at most 1024 images.
+        parallel: write shards at once as Ray tasks, if Ray is initialised and there are several.
+
+    Returns:
+        The manifest, also if the same data set was there already: then nothing is written.
+
+    Raises:
+        UserError: another data set is at `root`, one is being made there, or the source cannot be read.
+    """
+    where = where or root
+    options = _options(source, rows_per_shard, rows_per_row_group)
+    if there := find(source, filesystem, root, where, rows_per_shard, rows_per_row_group):
+        return there
+    _begin(filesystem, root, options, where)
+    tasks = _tasks(source, rows_per_shard, rows_per_row_group or _rows_per_row_group(source))
+    total, done = sum(task.stop - task.start for task in tasks), 0
+    shards: dict[str, Shard] = {}
+    for shard in _run(source, filesystem, root, tasks, parallel):
+        shards[shard.path] = shard
+        done += shard.num_rows
+        if on_progress:
+            on_progress(done, total)
+    by_split = {split: [shards[t.path] for t in tasks if t.split == split] for split in source.splits}
+    manifest = make_manifest(
+        source.name,
+        source.height,
+        source.width,
+        source.channels,
+        source.encoding,
+        source.class_names,
+        by_split,
+        options,
+    )
+    write_manifest(filesystem, root, manifest)
+    filesystem.delete_dir(f"{root}/{NOTES}")
+    return manifest
+
+
+def find(
+    source: Source,
+    filesystem: pafs.FileSystem,
+    root: str,
+    where: str,
+    rows_per_shard: int | None = None,
+    rows_per_row_group: int | None = None,
+) -> Manifest | None:
+    """The data set that `prepare` would make, if it is at `root` already.
+
+    Raises:
+        UserError: another one is there.
+    """
+    if filesystem.get_file_info(f"{root}/{MANIFEST}").type == pafs.FileType.NotFound:
+        return None
+    manifest = read_manifest(filesystem, root, where)
+    if manifest.options != _options(source, rows_per_shard, rows_per_row_group):
+        raise UserError(
+            f"{where} holds another data set, of source {manifest.source!r} or made with other options; choose "
+            "another place, or remove that one first"
+        )
+    return manifest
+
+
+def write_preview(filesystem: pafs.FileSystem, root: str, manifest: Manifest) -> str:
+    """Write a sheet of 64 images from all over the data set; returns its path below `root`."""
+    split = "train" if "train" in manifest.splits else next(iter(manifest.splits))
+    groups = [rows for shard in manifest.splits[split].shards for rows in shard.row_groups]
+    chosen = sorted({*np.linspace(0, len(groups) - 1, PREVIEW_ROW_GROUPS).astype(int).tolist()})
+    share = -(-PREVIEW_IMAGES // len(chosen))
+    pixels = []
+    for group in chosen:
+        rows = np.unique(np.linspace(0, groups[group] - 1, share).astype(np.int64))
+        pixels.append(read_row_group(filesystem, root, manifest, split, group, rows)[0])
+    sheet = images.grid(np.concatenate(pixels)[:PREVIEW_IMAGES])
+    write_whole(filesystem, f"{root}/{PREVIEW}", images.png_bytes(sheet))
+    return PREVIEW
+
+
+def _options(source: Source, rows_per_shard: int | None, rows_per_row_group: int | None) -> str:
+    """Hash of everything that decides the bytes of the data set."""
+    identity = [FORMAT, source.identity(), source.splits, rows_per_shard, rows_per_row_group]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _begin(filesystem: pafs.FileSystem, root: str, options: str, where: str) -> None:
+    """Note what is being made at `root`.
+
+    Raises:
+        UserError: something else is.
+    """
+    path = f"{root}/{NOTES}/{OPTIONS}"
+    try:
+        with filesystem.open_input_stream(path) as stream:
+            begun = stream.read().decode(errors="replace")
+    except FileNotFoundError:
+        write_whole(filesystem, path, options.encode())
+        return
+    except OSError as error:
+        raise UserError(f"cannot write to {where}: {error}") from None
+    if begun != options:
+        raise UserError(
+            f"at {where} another data set was begun and is not finished (other source or options); choose another "
+            "place, or remove that folder first"
+        )
+
+
+def _rows_per_row_group(source: Source) -> int:
+    if source.encoding == "raw":
+        size = source.height * source.width * source.channels
+    else:
+        split, rows = next(iter(source.splits.items()))
+        probe, _ = source.read(split, 0, min(rows, PROBED_IMAGES))
+        size = sum(map(len, probe)) // len(probe)
+    return max(1, min(MAX_ROWS_PER_ROW_GROUP, ROW_GROUP_BYTES // max(1, size)))
+
+
+def _tasks(source: Source, rows_per_shard: int | None, rows_per_row_group: int) -> list[_Task]:
+    rows_per_shard = rows_per_shard or rows_per_row_group * ROW_GROUPS_PER_SHARD
+    return [
+        _Task(f"{split}/{i:05d}.parquet", split, start, min(start + rows_per_shard, rows), rows_per_row_group)
+        for split, rows in source.splits.items()
+        for i, start in enumerate(range(0, rows, rows_per_shard))
+    ]
+
+
+def _run(
+    source: Source, filesystem: pafs.FileSystem, root: str, tasks: list[_Task], parallel: bool
+) -> Iterator[Shard]:
+    """The shards of all tasks, as they are finished."""
+    if parallel and len(tasks) > 1:
+        import ray
+
+        if ray.is_initialized():
+            yield from _run_on_ray(source, filesystem, root, tasks)
+            return
+    for task in tasks:
+        yield _make(source, filesystem, root, task)
+
+
+def _run_on_ray(
+    source: Source, filesystem: pafs.FileSystem, root: str, tasks: list[_Task]
+) -> Iterator[Shard]:
+    import ray
+
+    make, shared = ray.remote(_make), ray.put(source)
+    pending = [make.remote(shared, filesystem, root, task) for task in tasks]
+    try:
+        while pending:
+            (finished,), pending = ray.wait(pending)
+            yield ray.get(finished)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):  # without the worker's traceback
+            raise error.cause from None
+        raise
+    finally:
+        for task in pending:
+            ray.cancel(task)
+
+
+def _make(source: Source, filesystem: pafs.FileSystem, root: str, task: _Task) -> Shard:
+    """Write a shard and its note, unless both are there."""
+    note = f"{root}/{NOTES}/{task.path.replace('/', '-')}.json"
+    try:
+        with filesystem.open_input_stream(note) as stream:
+            shard = shard_from_json(stream.read(), note)
+        if shard.path == task.path and is_intact(filesystem, root, shard):
+            return shard
+    except (FileNotFoundError, UserError):
+        pass  # not made yet, or not wholly
+    read, labels = source.read(task.split, task.start, task.stop)
+    shard = write_shard(filesystem, root, task.path, read, labels, rows_per_row_group=task.rows_per_row_group)
+    write_whole(filesystem, note, shard_to_json(shard).encode())
+    return shard

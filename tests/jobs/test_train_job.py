@@ -1,0 +1,47 @@
+"""python jobs/train.py, as a person types it: what is wrong is said in a line, before anything is written."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BAD = {
+    "unknown preset": (["cifar11"], "cifar11"),
+    "unknown flag": (["digits", "--optim.learning-rate", "1"], "--optim.learning-rate"),
+    "unknown choice": (["digits", "--schedule.kind", "warp"], "warp"),
+    "schedule out of range": (["digits", "--schedule.num-timesteps", "0"], "num_timesteps"),
+    "net that cannot be": (["digits", "--model.norm-groups", "7"], "norm_groups"),
+    "batch that does not divide": (["digits", "--train.batch-size", "100"], "train.micro_batch_size"),
+    "workers that cannot share": (["digits", "--cluster.num-workers", "3"], "3 workers cannot share evenly"),
+    "no such sampler": (["digits", "--sample.sampler", "mix"], "mix cannot undo the process gaussian"),
+    "unknown scheme": (["digits", "--run.storage", "gs://b/runs"], "unknown scheme"),
+    "name that is no folder": (["digits", "--run.name", "a/b"], "run.name"),
+}
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD.values(), ids=list(BAD))
+def test_a_mistake_is_a_line_and_exit_code_2(
+    run_job: Callable[..., Any], tmp_path: Path, flags: list[str], message: str
+) -> None:
+    done = run_job("train", *flags, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_data_it_says_how_to_make_some(run_job: Callable[..., Any], tmp_path: Path) -> None:
+    done = run_job("train", "digits", "--data.shards", str(tmp_path / "none"), cwd=tmp_path)
+    assert done.returncode == 2
+    assert "it has no manifest.json; make one with `python jobs/prepare.py SOURCE" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_is_quick_and_names_every_preset(run_job: Callable[..., Any], tmp_path: Path) -> None:
+    done = run_job("train", "--help", cwd=tmp_path, env={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert done.returncode == 0
+    for preset in ("digits", "glyphs", "fashion-mnist", "cifar10", "celeba64"):
+        assert preset in done.stdout
+    assert " ray" not in done.stderr and " torch" not in done.stderr, "--help imports what it does not need"

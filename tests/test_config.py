@@ -1,0 +1,195 @@
+"""A config survives its JSON, and whatever else is in a file becomes one line about file and key."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddpm.config import Config, UserError, flatten, from_json, override, to_json
+from ddpm.presets import PRESETS
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_survives_json(name: str) -> None:
+    config = PRESETS[name]
+    again = from_json(to_json(config))
+    assert again == config
+    assert hash(again) == hash(config)  # lists came back as tuples
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_flat_preset_builds_it_again(name: str) -> None:
+    assert override(Config(), flatten(PRESETS[name])) == PRESETS[name]
+
+
+def test_flat_keys_are_dotted_and_in_the_order_of_the_tree() -> None:
+    flat = flatten(Config())
+    assert flat["model.base_width"] == 128
+    assert list(flat)[0] == "data.shards"
+    assert list(flat)[-1] == "run.experiment"
+    assert not any(isinstance(value, dict) for value in flat.values())
+
+
+def test_override_changes_what_it_names_alone() -> None:
+    before = PRESETS["digits"]
+    after = override(before, {"optim.lr": 1, "model.width_multipliers": [1, 3], "data.shards": None})
+    assert after.model.width_multipliers == (1, 3)
+    assert (after.optim.lr, type(after.optim.lr)) == (1.0, float)
+    changed = {key for key, value in flatten(after).items() if value != flatten(before)[key]}
+    assert changed == {"optim.lr", "model.width_multipliers"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train.seed", True),
+        ("train.seed", 1.0),
+        ("train.seed", "1"),
+        ("train.seed", None),
+        ("optim.lr", True),
+        ("optim.lr", "0.1"),
+        ("optim.lr", float("nan")),
+        ("optim.grad_clip", float("inf")),
+        ("optim.lr", 10**400),
+        ("train.compile", 1),
+        ("run.storage", None),
+        ("schedule.kind", "lineer"),
+        ("schedule.kind", ["linear"]),
+        ("model.width_multipliers", 2),
+        ("model.width_multipliers", "12"),
+        ("model.width_multipliers", [1, True]),
+        ("model.width_multipliers", [1, [2]]),
+        ("model.width_multipliers", {"0": 1}),
+        ("model.attention_head_dim", 1.5),
+        ("cluster.gpu", 1),
+        ("optim.lr.deeper", 1.0),
+        ("optim", 1),
+        ("optim", None),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named(key: str, value: Any) -> None:
+    *_, last = key.removesuffix(".deeper").split(".")
+    with pytest.raises(UserError, match=rf"^config: .*{last}") as caught:
+        override(Config(), {key: value})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("optim.lr", 1),
+        ("model.attention_resolutions", []),
+        ("model.attention_head_dim", None),
+        ("model.attention_head_dim", 8),
+        ("cluster.gpu", None),
+        ("cluster.gpu", False),
+        ("cluster.cpus_per_worker", 1),
+        ("run.name", None),
+    ],
+)
+def test_a_fitting_value_is_taken(key: str, value: Any) -> None:
+    taken = flatten(override(Config(), {key: value}))[key]
+    assert taken == (tuple(value) if isinstance(value, list) else value)
+
+
+@pytest.mark.parametrize(("key", "unknown"), [("lr", "lr"), ("optim.learning_rate", "learning_rate")])
+def test_an_unknown_key_is_answered_with_the_known_ones(key: str, unknown: str) -> None:
+    with pytest.raises(UserError, match=rf"unknown key '{unknown}'; known are .*(lr_warmup|optim)"):
+        override(Config(), {key: 1})
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_group_and_a_key_of_it_contradict(order: int) -> None:
+    both = {"optim": 1, "optim.lr": 1e-3}
+    with pytest.raises(UserError, match="optim"):
+        override(Config(), dict(list(both.items())[::order]))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "^run/config.json is not JSON"),
+        ("{", "^run/config.json is not JSON"),
+        ("[" * 100_000, "^run/config.json is not JSON"),
+        ('{"optim": ' * 100_000, "^run/config.json is not JSON"),
+        ("9" * 5000, "^run/config.json is not JSON"),
+        ("[]", "^run/config.json: expected an object of Config, got list"),
+        ('{"optim": []}', "^run/config.json: optim: expected an object of OptimConfig, got list"),
+        ('{"optim": {"lr": "a"}}', "^run/config.json: optim: lr is 'a'; it must be of type float"),
+        ('{"optim": {"lr": NaN}}', "^run/config.json: optim: lr is nan; it must be finite"),
+        ('{"optim": {"lr": 1e999}}', "^run/config.json: optim: lr is inf; it must be finite"),
+        ('{"optim": {"rl": 1}}', "^run/config.json: optim: unknown key 'rl'"),
+        ('{"schedule": {"kind": "x"}}', "^run/config.json: schedule: kind is 'x'; it must be one of 'linear'"),
+    ],
+)
+def test_a_bad_file_is_one_line_that_names_it(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        from_json(text, where="run/config.json")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_deep_value_is_refused_however_near_the_limit_it_was_parsed() -> None:
+    for depth in range(700, 1100):
+        with pytest.raises(UserError):
+            from_json('{"train": {"seed": ' + "[" * depth + "]" * depth + "}}")
+
+
+@settings(deadline=None, max_examples=150)
+@given(JSON)
+def test_any_json_is_a_config_or_a_user_error(value: Any) -> None:
+    _read(json.dumps(value))
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.dictionaries(st.sampled_from(sorted(flatten(Config()))), JSON, min_size=1, max_size=3))
+def test_any_value_of_a_known_key_is_taken_or_a_user_error(values: dict[str, Any]) -> None:
+    nested: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        group, name = key.split(".")
+        nested.setdefault(group, {})[name] = value
+    config = _read(json.dumps(nested))
+    if config is not None:
+        assert from_json(to_json(config)) == config
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_a_config_or_a_user_error(text: str) -> None:
+    _read(text)
+
+
+def _read(text: str) -> Config | None:
+    try:
+        config = from_json(text)
+    except UserError as error:
+        assert str(error).startswith("config.json")
+        return None
+    assert isinstance(config, Config)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("sampler", "process", "resolved"),
+    [
+        ("auto", "gaussian", "ddim"),
+        ("auto", "uniform_mix", "mix"),
+        ("ancestral", "gaussian", "ancestral"),
+        ("mix", "uniform_mix", "mix"),
+    ],
+)
+def test_auto_becomes_the_sampler_that_fits(sampler: str, process: str, resolved: str) -> None:
+    assert override(Config(), {"sample.sampler": sampler}).sample.resolved(process).sampler == resolved
+
+
+@pytest.mark.parametrize(("sampler", "process"), [("mix", "gaussian"), ("ddim", "uniform_mix")])
+def test_a_sampler_of_the_other_process_is_refused(sampler: str, process: str) -> None:
+    with pytest.raises(UserError, match=f"sampler {sampler} cannot undo the process {process}"):
+        override(Config(), {"sample.sampler": sampler}).sample.resolved(process)
