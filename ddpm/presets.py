@@ -71,14 +71,14 @@ FASHION_MNIST = Config(
 )
 
 CIFAR10 = Config(
-    data=DataConfig(horizontal_flip=True),
+    data=DataConfig(source="torchvision:cifar10", horizontal_flip=True),
     model=ModelConfig(dropout=0.1),
     optim=OptimConfig(lr=2e-4, lr_warmup_images=640_000),
     train=TrainConfig(total_images=102_400_000, precision="bfloat16"),
 )
 
 CELEBA64 = Config(
-    data=DataConfig(horizontal_flip=True),
+    data=DataConfig(source="torchvision:celeba", horizontal_flip=True),
     model=ModelConfig(image_size=64, width_multipliers=(1, 1, 2, 2, 4)),
     optim=OptimConfig(lr=2e-4, lr_warmup_images=640_000),
     train=TrainConfig(total_images=64_000_000, micro_batch_size=16, precision="bfloat16"),

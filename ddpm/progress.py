@@ -21,15 +21,16 @@ class Display:
     def __init__(self, description: str, total: int) -> None:
         self._description, self._total = description, total
         self._live = sys.stdout.isatty()
-        self._began, self._line_at = time.monotonic(), 0.0
+        self._began, self._line_at = time.monotonic(), float("-inf")
         self._first: int | None = None
-        self._done = -1
+        self._shown = -1
+        self._last = (0, "")
         if self._live:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[detail]}"),
+                TextColumn("{task.fields[detail]}", markup=False),
                 TimeRemainingColumn(),
                 console=Console(),
             )
@@ -45,18 +46,26 @@ class Display:
     ) -> None:
         if self._live:
             self._bar.stop()
+        elif self._first is not None:
+            self._print(*self._last)
 
     def update(self, done: int, detail: str = "") -> None:
         """Show that `done` of the total are done, with `detail` beside it."""
         if self._live:
             self._bar.update(self._task, completed=done, detail=detail)
             return
-        now = time.monotonic()
-        if done == self._done or (done < self._total and now - self._line_at < LINE_INTERVAL_S):
+        self._last = (done, detail)
+        if done >= self._total or time.monotonic() - self._line_at >= LINE_INTERVAL_S:
+            self._print(done, detail)
+
+    def _print(self, done: int, detail: str) -> None:
+        """A line, unless the last one said so already."""
+        if done == self._shown:
             return
+        now = time.monotonic()
         if self._first is None:
             self._first, self._began = done, now
-        self._line_at, self._done = now, done
+        self._line_at, self._shown = now, done
         speed = (done - self._first) / (now - self._began) if now > self._began else 0.0
         left = f"{(self._total - done) / speed:.0f} s left" if speed > 0 and done < self._total else ""
         parts = [f"{self._description} {done:,}/{self._total:,}", detail, left]

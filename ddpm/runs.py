@@ -54,14 +54,22 @@ def open_run(name: str, uri: str) -> Run:
     card = location.child("run.json")
     try:
         if card.exists():
-            return Run(name, location, str(json.loads(card.read())["run_key"]))
+            return Run(name, location, _read_key(card))
         key = uuid.uuid4().hex
         card.write((json.dumps({"name": name, "run_key": key}, indent=2) + "\n").encode())
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{card.uri} is damaged: {error!r}") from None
     except OSError as error:
         raise UserError(f"cannot write to run.storage {uri}: {error}") from None
     return Run(name, location, key)
+
+
+def _read_key(card: Location) -> str:
+    try:
+        key = json.loads(card.read())["run_key"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{card.uri} is damaged: {error!r}") from None
+    if not isinstance(key, str) or not key.isalnum():
+        raise UserError(f"{card.uri} is damaged: run_key is {key!r}")
+    return key
 
 
 def checkpoints(location: Location) -> list[Location]:
@@ -97,5 +105,6 @@ def local_checkpoint(uri: str) -> Iterator[Path]:
 
 
 def _check_name(name: str) -> None:
-    if not name or name in (".", "..", RESERVED) or "/" in name or "\\" in name:
+    is_plain = name.isprintable() and name == name.strip() and "/" not in name and "\\" not in name
+    if not is_plain or name in ("", ".", "..", RESERVED):
         raise UserError(f"run.name {name!r} cannot be a folder's name; use letters, digits, '-' and '_'")

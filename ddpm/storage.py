@@ -8,7 +8,7 @@ exist, and may we read it?
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import pyarrow.fs as pafs
 
@@ -38,9 +38,12 @@ class Location:
         return self.filesystem.get_file_info(self.path).type != pafs.FileType.NotFound
 
     def folders(self) -> list[str]:
-        """Names of the folders inside, sorted; none when this one does not exist."""
+        """Names of the folders inside, sorted; none when this one does not exist, or is a file."""
         selector = pafs.FileSelector(self.path, allow_not_found=True)
-        infos = self.filesystem.get_file_info(selector)
+        try:
+            infos = self.filesystem.get_file_info(selector)
+        except NotADirectoryError:  # S3 lists nothing there
+            return []
         return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
 
     def read(self) -> bytes:
@@ -77,7 +80,7 @@ class Location:
 def absolute(uri: str) -> str:
     """`uri` with a local folder made absolute, so that it means the same in every process of this machine."""
     if uri.startswith("file://"):
-        uri = urlsplit(uri).path
+        uri = unquote(urlsplit(uri).path)
     return uri if "://" in uri else str(Path(uri).expanduser().absolute())
 
 

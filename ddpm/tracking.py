@@ -8,10 +8,11 @@ key, kept as a tag.
 import logging
 import os
 import queue
+import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,20 @@ from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 
+SQLITE = "sqlite:///"
 RUN_KEY_TAG = "ddpm.run_key"
 SYSTEM_INTERVAL_S = 10.0
 MAX_PARAMS_PER_CALL = 100
 MAX_METRICS_PER_CALL = 1000
+PERMANENT = (
+    "BAD_REQUEST",
+    "INVALID_PARAMETER_VALUE",
+    "RESOURCE_DOES_NOT_EXIST",
+    "PERMISSION_DENIED",
+    "UNAUTHENTICATED",
+)
+"""What MLflow says of a call that will never work."""
+USER_INFO = re.compile(r"//[^/\s@]*@")
 
 
 @dataclass(frozen=True)
@@ -49,8 +60,12 @@ class Delivery:
 
 
 def tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, or a SQLite file in the working folder: what `mlflow ui` there will show."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
+    """MLFLOW_TRACKING_URI, or a SQLite file in the working folder: what `mlflow ui` there will show.
+
+    A SQLite file's path is made absolute: the process that tracks may run in another folder.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
+    return SQLITE + str(Path(uri.removeprefix(SQLITE)).absolute()) if uri.startswith(SQLITE) else uri
 
 
 class MlflowTracker:
@@ -69,43 +84,41 @@ class MlflowTracker:
         self._run_id: str | None = None
         self._experiment_id: str | None = None
         self._status = "FINISHED"
-        self._delivered, self._accepted = 0, 0
+        self._ended = False
         # One quick attempt a call: retrying is this thread's business, and it must see the end coming.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it may hold a password
         self._thread = threading.Thread(target=self._deliver_all, name="ddpm-mlflow", daemon=True)
         self._thread.start()
 
     def metrics(self, values: dict[str, float], images_seen: int) -> None:
-        self._put(_Metrics(dict(values), images_seen, int(time.time() * 1000)))
+        self._todo.put(_Metrics(dict(values), images_seen, _now_ms()))
 
     def image(self, key: str, image: NDArray[np.uint8], images_seen: int) -> None:
-        self._put(
-            _Call(
-                lambda client, run: client.log_image(run, image, key=key, step=images_seen, synchronous=True)
-            )
-        )
+        at = {"key": key, "step": images_seen, "timestamp": _now_ms()}
+        self._todo.put(_Call(lambda client, run_id: client.log_image(run_id, image, synchronous=True, **at)))
 
     def artifact(self, name: str, data: bytes) -> None:
         def log(client: Any, run_id: str) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder, Path(name).name)
                 path.write_bytes(data)
-                client.log_artifact(run_id, str(path), str(Path(name).parent))
+                client.log_artifact(run_id, str(path), name.rpartition("/")[0] or None)
 
-        self._put(_Call(log))
+        self._todo.put(_Call(log))
 
     def close(self, status: str = "FINISHED", timeout_s: float = 60.0) -> Delivery:
         """Deliver the rest, for at most `timeout_s`, and end the MLflow run with `status`."""
         self._status, self._deadline = status, time.monotonic() + timeout_s
         self._closing.set()
         self._thread.join(timeout_s + 1)
-        return Delivery(self._run_id, self._experiment_id, self._accepted - self._delivered)
-
-    def _put(self, item: "_Metrics | _Call") -> None:
-        self._accepted += 1
-        self._todo.put(item)
+        undelivered = self._todo.unfinished_tasks
+        if undelivered or not self._ended:
+            uri = without_password(self._address.uri)
+            logger.warning("MLflow at %s did not take everything (%d items left)", uri, undelivered)
+        return Delivery(self._run_id, self._experiment_id, undelivered)
 
     # From here on: the thread.
 
@@ -122,12 +135,11 @@ class MlflowTracker:
                 if (values := system.due()) and not self._closing.is_set():
                     self.metrics(values, int(time.time()) - system.began)
             self._try(client.set_terminated, self._run_id, self._status)
+            self._ended = True
         except _OutOfTime:
-            logger.warning(
-                "MLflow at %s did not take everything in time", without_password(self._address.uri)
-            )
-        except Exception:
-            logger.exception("tracking stopped; training goes on")
+            pass  # close says so
+        except Exception as error:
+            logger.error("tracking stopped, training goes on: %s", self._reason(error))
 
     def _collect(self) -> list["_Metrics | _Call"]:
         """What is waiting, after waiting a moment for something."""
@@ -141,21 +153,41 @@ class MlflowTracker:
         return items
 
     def _deliver(self, client: Any, items: list["_Metrics | _Call"]) -> None:
+        metrics = [item for item in items if isinstance(item, _Metrics)]
+        if not self._hand_over(metrics, self._log_batches, client, metrics):
+            for points in metrics:  # one of them is refused: the others need not suffer
+                self._hand_over([points], self._log_batches, client, [points])
+        for item in items:
+            if isinstance(item, _Call):
+                self._hand_over([item], self._try, item.call, client, self._run_id)
+
+    def _hand_over(
+        self, items: Sequence["_Metrics | _Call"], deliver: Callable[..., None], *args: Any
+    ) -> bool:
+        """Whether deliver(*args) delivered `items`; what MLflow will never accept is logged and left out."""
+        try:
+            deliver(*args)
+        except _OutOfTime:
+            raise
+        except Exception as error:
+            if len(items) == 1:
+                logger.warning("MLflow refuses an item, which is left out: %s", self._reason(error))
+            return False
+        for _ in items:
+            self._todo.task_done()
+        return True
+
+    def _log_batches(self, client: Any, items: list["_Metrics"]) -> None:
+        """Sent twice, a point is still one point: MLflow keeps each key, step, time and value once."""
         from mlflow.entities import Metric
 
         points = [
             Metric(key, float(value), item.timestamp_ms, item.images_seen)
             for item in items
-            if isinstance(item, _Metrics)
             for key, value in item.values.items()
         ]
         for i in range(0, len(points), MAX_METRICS_PER_CALL):
             self._try(client.log_batch, self._run_id, metrics=points[i : i + MAX_METRICS_PER_CALL])
-        self._delivered += sum(isinstance(item, _Metrics) for item in items)
-        for item in items:
-            if isinstance(item, _Call):
-                self._try(item.call, client, self._run_id)
-                self._delivered += 1
 
     def _open(self, client: Any) -> None:
         """Find this run by its key, or create it; bring its params and status up to date."""
@@ -185,7 +217,7 @@ class MlflowTracker:
                 client.set_tag(self._run_id, f"resumed.{name}", str(value))
 
     def _try(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call until it works or time is up; what MLflow will never accept is logged and left out."""
+        """Call until it works, time is up (_OutOfTime), or MLflow says that it never will."""
         for attempt in tenacity.Retrying(
             wait=tenacity.wait_exponential(multiplier=0.5, max=10),
             sleep=lambda seconds: self._sleep(seconds),
@@ -205,9 +237,13 @@ class MlflowTracker:
 
     def _warn_once(self, state: tenacity.RetryCallState) -> None:
         if state.attempt_number == 1 and state.outcome is not None:
-            reason = str(state.outcome.exception()).splitlines()[0][:200]
-            uri = without_password(self._address.uri)
+            reason, uri = self._reason(state.outcome.exception()), without_password(self._address.uri)
             logger.warning("MLflow at %s is not taking data (%s); training goes on, retrying", uri, reason)
+
+    def _reason(self, error: BaseException | None) -> str:
+        """A line of `error`, without the password that MLflow's messages quote with the URI."""
+        text = str(error).replace(self._address.uri, without_password(self._address.uri))
+        return f"{type(error).__name__}: {USER_INFO.sub('//', ' '.join(text.split()))[:200]}"
 
 
 @dataclass(frozen=True)
@@ -220,7 +256,7 @@ class _Metrics:
 @dataclass(frozen=True)
 class _Call:
     call: Callable[[Any, str], Any]
-    """call(client, run_id)."""
+    """Of a client and a run's ID."""
 
 
 class _OutOfTime(Exception):
@@ -264,19 +300,23 @@ def _import_client(uri: str) -> Any:
 def _is_temporary(error: BaseException) -> bool:
     from mlflow.exceptions import MlflowException
 
-    if not isinstance(error, MlflowException):
-        return isinstance(error, OSError)  # requests' and sockets' errors are OSErrors
-    permanent = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED", "UNAUTHENTICATED")
-    return error.error_code not in permanent
+    if isinstance(error, MlflowException):
+        return error.error_code not in PERMANENT
+    status = getattr(getattr(error, "response", None), "status_code", 500)  # files travel by plain HTTP
+    return isinstance(error, OSError) and (status >= 500 or status in (408, 429))  # requests' are OSErrors
 
 
 def _artifact_folder(uri: str) -> str | None:
     """Beside a SQLite file, wherever the process that tracks happens to run; a server knows its own."""
-    if not uri.startswith("sqlite:///"):
+    if not uri.startswith(SQLITE):
         return None
-    return (Path(uri.removeprefix("sqlite:///")).parent / "mlruns").as_uri()
+    return (Path(uri.removeprefix(SQLITE)).absolute().parent / "mlruns").as_uri()
 
 
 def without_password(uri: str) -> str:
-    scheme, _, rest = uri.rpartition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}" if scheme else uri
+    scheme, separator, rest = uri.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}" if separator else uri
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)

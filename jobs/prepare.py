@@ -4,8 +4,9 @@ URI is a folder or s3://bucket/prefix. Typing the same command again goes on whe
 nothing if the data set is there. `python jobs/prepare.py SOURCE --help` lists a source's options.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
 
@@ -21,10 +22,51 @@ S = TypeVar("S")
 
 @dataclass(frozen=True)
 class Arguments(Generic[S]):
-    """A source and where its data set goes."""
-
-    uri: tyro.conf.Positional[str]
-    """Folder or s3://bucket/prefix."""
+    uri: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="URI")]
+    """Folder or s3://bucket/prefix of the data set."""
     source: Annotated[S, tyro.conf.arg(name="")]
     parallel: bool = False
-    """Write shards at once as tasks of the Ray cluster (RAY_ADDRESS, or one started here)."""
+    """Write shards at once, as tasks of the Ray cluster (RAY_ADDRESS, or one started here)."""
+
+
+SOURCES: dict[str, Callable[..., Any]] = {
+    "digits": Arguments[Digits],
+    "glyphs": Arguments[Glyphs],
+    "fashion-mnist": Arguments[FashionMnist],
+    "folder": Arguments[Folder],
+    "torchvision": Arguments[Torchvision],
+    "parquet": Arguments[HuggingFace],
+}
+
+
+def main() -> None:
+    arguments = tyro.extras.subcommand_cli_from_dict(SOURCES, description=__doc__)
+    from ddpm.data import prepare  # after parsing: --help and mistakes answer at once
+    from ddpm.progress import Display
+    from ddpm.storage import resolve
+
+    source, location = arguments.source, resolve(arguments.uri)
+    place = (location.filesystem, location.path)
+    manifest = prepare.find(source, *place, location.uri)
+    print(f"data set    {location.uri}{' was there already' if manifest else ''}")
+    if manifest is None:
+        if arguments.parallel:
+            from ddpm.training.cluster import connect
+
+            connect()
+        with Display("preparing", sum(source.splits.values())) as display:
+            manifest = prepare.prepare(
+                source,
+                *place,
+                where=location.uri,
+                on_progress=lambda done, _: display.update(done),
+                parallel=arguments.parallel,
+            )
+    for name, split in manifest.splits.items():
+        print(f"{name:<11} {split.num_rows:,} images")
+    print(f"fingerprint {manifest.fingerprint}")
+    print(f"preview     {location.uri}/{prepare.write_preview(*place, manifest)}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

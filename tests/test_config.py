@@ -33,7 +33,7 @@ def test_a_flat_preset_builds_it_again(name: str) -> None:
 def test_flat_keys_are_dotted_and_in_the_order_of_the_tree() -> None:
     flat = flatten(Config())
     assert flat["model.base_width"] == 128
-    assert list(flat)[0] == "data.shards"
+    assert next(iter(flat)) == "data.shards"
     assert list(flat)[-1] == "run.experiment"
     assert not any(isinstance(value, dict) for value in flat.values())
 
@@ -127,7 +127,10 @@ def test_a_group_and_a_key_of_it_contradict(order: int) -> None:
         ('{"optim": {"lr": NaN}}', "^run/config.json: optim: lr is nan; it must be finite"),
         ('{"optim": {"lr": 1e999}}', "^run/config.json: optim: lr is inf; it must be finite"),
         ('{"optim": {"rl": 1}}', "^run/config.json: optim: unknown key 'rl'"),
-        ('{"schedule": {"kind": "x"}}', "^run/config.json: schedule: kind is 'x'; it must be one of 'linear'"),
+        (
+            '{"schedule": {"kind": "x"}}',
+            "^run/config.json: schedule: kind is 'x'; it must be one of 'linear'",
+        ),
     ],
 )
 def test_a_bad_file_is_one_line_that_names_it(text: str, message: str) -> None:

@@ -14,7 +14,9 @@ from ddpm.storage import Location
 
 @pytest.fixture(params=["local", "s3"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
-    uri = str(tmp_path / "root") if request.param == "local" else request.getfixturevalue("s3_bucket") + "/root"
+    uri = (
+        str(tmp_path / "root") if request.param == "local" else request.getfixturevalue("s3_bucket") + "/root"
+    )
     return storage.resolve(uri)
 
 
@@ -113,6 +115,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
 def test_a_local_folder_becomes_absolute(tmp_path: Path) -> None:  # every test runs in its tmp_path
     assert storage.absolute("runs/a") == str(tmp_path / "runs/a")
     assert storage.absolute("file:///data/runs") == "/data/runs"
+    assert storage.absolute((tmp_path / "a #1").as_uri()) == str(tmp_path / "a #1")
     assert storage.absolute("~/runs") == str(Path.home() / "runs")
     assert storage.absolute("s3://bucket/runs") == "s3://bucket/runs"
     assert storage.resolve("runs").path == str(tmp_path / "runs")
@@ -183,7 +186,9 @@ def test_no_credentials_are_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert "credentials" in refusal("s3://bucket")
 
 
-@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://no-such-host.invalid:8333", "127.0.0.1:9"])
+@pytest.mark.parametrize(
+    "endpoint", ["http://127.0.0.1:9", "http://no-such-host.invalid:8333", "127.0.0.1:9"]
+)
 @pytest.mark.usefixtures("s3_environment")
 def test_an_endpoint_that_does_not_answer_is_said(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)

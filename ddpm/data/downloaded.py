@@ -18,10 +18,11 @@ from typing import Any, Literal
 import numpy as np
 
 from ddpm.config import UserError
+from ddpm.data.idx import missing_idx, pad, read_idx_folder
 from ddpm.data.pictures import Encoding, check_size, digest_of_files, store
-from ddpm.data.sources import Labels, Pixels, missing_idx, pad, read_idx_folder
+from ddpm.data.sources import Labels, Pixels
 
-CIFAR10_CLASSES = ("airplane automobile bird cat deer dog frog horse ship truck").split()
+CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 CELEBA_PARTS = {"0": "train", "1": "validation", "2": "test"}
 """The numbers of list_eval_partition.txt."""
 

@@ -1,30 +1,54 @@
-"""Data for runs that were given none: prepared beside the runs, once."""
+"""Data for a run that was given none: its preset's source, prepared beside the runs, once."""
 
 from dataclasses import replace
 
 from ddpm import storage
 from ddpm.config import Config, UserError
+from ddpm.data import prepare
+from ddpm.data.downloaded import Torchvision
+from ddpm.data.glyphs import Glyphs
+from ddpm.data.sources import Digits, FashionMnist, Source
 from ddpm.progress import Display
 from ddpm.runs import RESERVED
 
 
 def with_shards(config: Config) -> Config:
-    """`config` with data.shards: what was given, or the preset's source, prepared to {run.storage}/data/.
+    """`config` with data.shards: what was given, or config.data.source, prepared to {run.storage}/data/.
 
     Raises:
         UserError: there is neither, or the source's files are missing.
     """
     if config.data.shards is not None:
         return replace(config, data=replace(config.data, shards=storage.absolute(config.data.shards)))
-    if config.data.source is None:
-        raise UserError(
-            "this preset has no data of its own: make a data set with `python jobs/prepare.py SOURCE URI` "
-            "(see its --help for sources), and give it as --data.shards URI"
-        )
-    from ddpm.data import prepare, sources
+    source = _source(config.data.source)
+    name = str(config.data.source).replace(":", "-")
+    place = storage.resolve(config.run.storage).child(RESERVED).child(name)
+    if not prepare.find(source, place.filesystem, place.path, place.uri):
+        with Display(f"preparing {name}", sum(source.splits.values())) as display:
+            prepare.prepare(
+                source,
+                place.filesystem,
+                place.path,
+                where=place.uri,
+                on_progress=lambda done, total: display.update(done),
+            )
+    return replace(config, data=replace(config.data, shards=place.uri))
 
-    source = sources.build(config.data.source)
-    location = storage.resolve(config.run.storage).child(RESERVED).child(config.data.source)
-    with Display("preparing", sum(source.splits.values())) as display:
-        prepare.prepare(source, location, on_progress=lambda done, total: display.update(done))
-    return replace(config, data=replace(config.data, shards=location.uri))
+
+def _source(name: str | None) -> Source:
+    """The source that a preset names."""
+    match name:
+        case "digits":
+            return Digits()
+        case "glyphs":
+            return Glyphs()
+        case "fashion-mnist":
+            return FashionMnist()
+        case "torchvision:cifar10":
+            return Torchvision("cifar10")
+        case "torchvision:celeba":
+            return Torchvision("celeba")
+    raise UserError(
+        f"data.source is {name!r}, which is not built in; make a data set with `python jobs/prepare.py SOURCE URI`, "
+        "and give it as --data.shards URI"
+    )

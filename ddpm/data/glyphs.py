@@ -1,6 +1,6 @@
 """Letters and digits drawn from fonts: tens of thousands of real shapes, nothing downloaded.
 
-Its own room because it draws, where the other sources read. The fonts are the DejaVu faces that come with
+Its own room because it draws, where all other sources read. The fonts are the DejaVu faces that come with
 matplotlib. Image i is a function of (seed, i) alone, so any range can be drawn anywhere.
 
 Axes: N images, H W, C channels.
@@ -20,11 +20,11 @@ from ddpm.config import UserError
 from ddpm.data.sources import Labels, Pixels, held_out
 
 CHARACTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits
-FACES = (
-    ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique")
-    + ("DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique", "DejaVuSansMono-BoldOblique")
-    + ("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic")
-)  # fmt: skip
+FACES = tuple(
+    f"DejaVu{family}{style}"
+    for family, slanted in (("Sans", "Oblique"), ("SansMono", "Oblique"), ("Serif", "Italic"))
+    for style in ("", "-Bold", f"-{slanted}", f"-Bold{slanted}")
+)
 
 # Drawn at twice the size and reduced, so that a rotated edge is as smooth as an upright one.
 OVERSAMPLING = 2
@@ -126,4 +126,6 @@ def _colors(random: RandomState) -> tuple[np.ndarray, np.ndarray]:
 def _font(face: str, points: int) -> ImageFont.FreeTypeFont:
     import matplotlib
 
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"), points)
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"
+    # Raqm, the other engine, is there on some machines only, and may place a letter differently.
+    return ImageFont.truetype(str(path), points, layout_engine=ImageFont.Layout.BASIC)

@@ -22,6 +22,8 @@ from ddpm.config import UserError
 from ddpm.data.pictures import PARTS, Encoding, check_size, digest_of_files, store
 from ddpm.data.sources import Labels, Pixels, divide
 
+MAX_CLASSES = 100_000
+
 
 @dataclass(frozen=True)
 class HuggingFace:
@@ -67,9 +69,9 @@ class HuggingFace:
             value for f in files for value in pq.read_table(f, columns=[self._label])[self._label].unique()
         }
         labels = {value.as_py() for value in values}
-        names = _names_in(pq.read_schema(files[0]), self._label) or tuple(
-            map(str, range(max(labels, default=0) + 1))
-        )
+        largest = max((label for label in labels if label is not None), default=0)
+        numbers = tuple(map(str, range(min(largest + 1, MAX_CLASSES))))
+        names = _names_in(pq.read_schema(files[0]), self._label) or numbers
         if strange := labels - set(range(len(names))):
             raise UserError(
                 f"{self.path}: column {self._label!r} holds the label {strange.pop()}, which is not in "
@@ -102,11 +104,11 @@ class HuggingFace:
             if not len(inside):
                 continue
             try:
-                table = pq.ParquetFile(file).read_row_group(row_group, columns=columns).take(pa.array(inside))
+                table = pq.ParquetFile(file).read_row_group(row_group, columns=columns).take(inside)
             except (OSError, pa.ArrowException) as error:
                 raise UserError(f"cannot read {file}: {error}") from None
             if self._label:
-                labels += table[self._label].to_pylist()
+                labels += table[self._label].to_numpy().tolist()
             for row, value in zip(inside.tolist(), table[self.image_column].to_pylist(), strict=True):
                 data = value["bytes"] if isinstance(value, dict) else value
                 where = f"{file}, row group {row_group}, row {row}"

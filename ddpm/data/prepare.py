@@ -9,12 +9,12 @@ and what is written is never written over by anything else.
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow.fs as pafs
 
-from ddpm import images
 from ddpm.config import UserError
 from ddpm.data.manifest import (
     FORMAT,
@@ -30,6 +30,8 @@ from ddpm.data.manifest import (
 )
 from ddpm.data.shards import is_intact, read_row_group, write_shard
 from ddpm.data.sources import Source
+from ddpm.images import grid, png_bytes
+from ddpm.storage import Location
 
 NOTES = "_prepare"
 OPTIONS = "options.txt"
@@ -81,17 +83,24 @@ def prepare(
         The manifest, also if the same data set was there already: then nothing is written.
 
     Raises:
-        UserError: another data set is at `root`, one is being made there, or the source cannot be read.
+        UserError: another data set is there, or begun there; or the source cannot be read.
     """
-    where = where or root
-    options = _options(source, rows_per_shard, rows_per_row_group)
-    if there := find(source, filesystem, root, where, rows_per_shard, rows_per_row_group):
+    location = Location(where or root, filesystem, root)
+    if there := find(
+        source,
+        filesystem,
+        root,
+        location.uri,
+        rows_per_shard=rows_per_shard,
+        rows_per_row_group=rows_per_row_group,
+    ):
         return there
-    _begin(filesystem, root, options, where)
+    options = _options(source, rows_per_shard, rows_per_row_group)
+    _begin(location, options)
     tasks = _tasks(source, rows_per_shard, rows_per_row_group or _rows_per_row_group(source))
     total, done = sum(task.stop - task.start for task in tasks), 0
     shards: dict[str, Shard] = {}
-    for shard in _run(source, filesystem, root, tasks, parallel):
+    for shard in _run(source, location, tasks, parallel):
         shards[shard.path] = shard
         done += shard.num_rows
         if on_progress:
@@ -107,8 +116,8 @@ def prepare(
         by_split,
         options,
     )
-    write_manifest(filesystem, root, manifest)
-    filesystem.delete_dir(f"{root}/{NOTES}")
+    write_manifest(location.filesystem, location.path, manifest)
+    location.child(NOTES).delete()
     return manifest
 
 
@@ -117,37 +126,38 @@ def find(
     filesystem: pafs.FileSystem,
     root: str,
     where: str,
+    *,
     rows_per_shard: int | None = None,
     rows_per_row_group: int | None = None,
 ) -> Manifest | None:
-    """The data set that `prepare` would make, if it is at `root` already.
+    """The data set that `prepare` would make, if it is there already.
 
     Raises:
         UserError: another one is there.
     """
-    if filesystem.get_file_info(f"{root}/{MANIFEST}").type == pafs.FileType.NotFound:
+    if not Location(where, filesystem, root).child(MANIFEST).exists():
         return None
     manifest = read_manifest(filesystem, root, where)
     if manifest.options != _options(source, rows_per_shard, rows_per_row_group):
         raise UserError(
-            f"{where} holds another data set, of source {manifest.source!r} or made with other options; choose "
-            "another place, or remove that one first"
+            f"{where} holds another data set, of source {manifest.source!r} or made with other options; "
+            "choose another place, or remove that one first"
         )
     return manifest
 
 
 def write_preview(filesystem: pafs.FileSystem, root: str, manifest: Manifest) -> str:
-    """Write a sheet of 64 images from all over the data set; returns its path below `root`."""
+    """Write a sheet of 64 images from all over the data set; returns its name below `root`."""
     split = "train" if "train" in manifest.splits else next(iter(manifest.splits))
     groups = [rows for shard in manifest.splits[split].shards for rows in shard.row_groups]
-    chosen = sorted({*np.linspace(0, len(groups) - 1, PREVIEW_ROW_GROUPS).astype(int).tolist()})
+    chosen = np.unique(np.linspace(0, len(groups) - 1, PREVIEW_ROW_GROUPS).astype(int)).tolist()
     share = -(-PREVIEW_IMAGES // len(chosen))
     pixels = []
     for group in chosen:
         rows = np.unique(np.linspace(0, groups[group] - 1, share).astype(np.int64))
         pixels.append(read_row_group(filesystem, root, manifest, split, group, rows)[0])
-    sheet = images.grid(np.concatenate(pixels)[:PREVIEW_IMAGES])
-    write_whole(filesystem, f"{root}/{PREVIEW}", images.png_bytes(sheet))
+    sheet = grid(np.concatenate(pixels)[:PREVIEW_IMAGES])
+    write_whole(filesystem, f"{root}/{PREVIEW}", png_bytes(sheet))
     return PREVIEW
 
 
@@ -157,25 +167,24 @@ def _options(source: Source, rows_per_shard: int | None, rows_per_row_group: int
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _begin(filesystem: pafs.FileSystem, root: str, options: str, where: str) -> None:
-    """Note what is being made at `root`.
+def _begin(location: Location, options: str) -> None:
+    """Note what is being made.
 
     Raises:
-        UserError: something else is.
+        UserError: something else is, or nothing can be written.
     """
-    path = f"{root}/{NOTES}/{OPTIONS}"
+    note = location.child(NOTES).child(OPTIONS)
     try:
-        with filesystem.open_input_stream(path) as stream:
-            begun = stream.read().decode(errors="replace")
-    except FileNotFoundError:
-        write_whole(filesystem, path, options.encode())
-        return
+        if not note.exists():
+            note.write(options.encode())
+            return
+        begun = note.read().decode(errors="replace")
     except OSError as error:
-        raise UserError(f"cannot write to {where}: {error}") from None
+        raise UserError(f"cannot write to {location.uri}: {error}") from None
     if begun != options:
         raise UserError(
-            f"at {where} another data set was begun and is not finished (other source or options); choose another "
-            "place, or remove that folder first"
+            f"at {location.uri} another data set was begun and not finished (other source or options); choose "
+            "another place, or remove that folder first"
         )
 
 
@@ -198,27 +207,23 @@ def _tasks(source: Source, rows_per_shard: int | None, rows_per_row_group: int) 
     ]
 
 
-def _run(
-    source: Source, filesystem: pafs.FileSystem, root: str, tasks: list[_Task], parallel: bool
-) -> Iterator[Shard]:
+def _run(source: Source, location: Location, tasks: list[_Task], parallel: bool) -> Iterator[Shard]:
     """The shards of all tasks, as they are finished."""
     if parallel and len(tasks) > 1:
         import ray
 
         if ray.is_initialized():
-            yield from _run_on_ray(source, filesystem, root, tasks)
+            yield from _run_on_ray(source, location, tasks)
             return
     for task in tasks:
-        yield _make(source, filesystem, root, task)
+        yield _make(source, location, task)
 
 
-def _run_on_ray(
-    source: Source, filesystem: pafs.FileSystem, root: str, tasks: list[_Task]
-) -> Iterator[Shard]:
+def _run_on_ray(source: Source, location: Location, tasks: list[_Task]) -> Iterator[Shard]:
     import ray
 
     make, shared = ray.remote(_make), ray.put(source)
-    pending = [make.remote(shared, filesystem, root, task) for task in tasks]
+    pending = [make.remote(shared, location, task) for task in tasks]
     try:
         while pending:
             (finished,), pending = ray.wait(pending)
@@ -232,17 +237,22 @@ def _run_on_ray(
             ray.cancel(task)
 
 
-def _make(source: Source, filesystem: pafs.FileSystem, root: str, task: _Task) -> Shard:
-    """Write a shard and its note, unless both are there."""
-    note = f"{root}/{NOTES}/{task.path.replace('/', '-')}.json"
-    try:
-        with filesystem.open_input_stream(note) as stream:
-            shard = shard_from_json(stream.read(), note)
-        if shard.path == task.path and is_intact(filesystem, root, shard):
-            return shard
-    except (FileNotFoundError, UserError):
-        pass  # not made yet, or not wholly
-    read, labels = source.read(task.split, task.start, task.stop)
-    shard = write_shard(filesystem, root, task.path, read, labels, rows_per_row_group=task.rows_per_row_group)
-    write_whole(filesystem, note, shard_to_json(shard).encode())
+def _make(source: Source, location: Location, task: _Task) -> Shard:
+    """Write a shard and the note of it, unless both are there."""
+    note = location.child(NOTES).child(f"{task.path.replace('/', '-')}.json")
+    if note.exists():
+        with suppress(UserError):  # a note that is damaged counts as none
+            shard = shard_from_json(note.read(), note.uri)
+            if shard.path == task.path and is_intact(location.filesystem, location.path, shard):
+                return shard
+    images, labels = source.read(task.split, task.start, task.stop)
+    shard = write_shard(
+        location.filesystem,
+        location.path,
+        task.path,
+        images,
+        labels,
+        rows_per_row_group=task.rows_per_row_group,
+    )
+    note.write(shard_to_json(shard).encode())
     return shard

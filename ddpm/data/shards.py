@@ -59,7 +59,7 @@ def write_shard(
     """
     if isinstance(images, np.ndarray):
         size = int(np.prod(images.shape[1:]))
-        buffer = pa.py_buffer(np.ascontiguousarray(images))
+        buffer = pa.py_buffer(np.ascontiguousarray(images).data)
         column: pa.Array = pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), len(images), [None, buffer])
     else:
         column = pa.array(list(images), pa.binary())
@@ -115,7 +115,7 @@ def read_row_group(
         rows: which rows, in this order; None: all.
 
     Returns:
-        uint8 [N, H, W, C] (raw images are a read-only view of the file's pages), and int64 [N] or None.
+        uint8 [N, H, W, C] (raw images are a view of what was read), and int64 [N] or None.
 
     Raises:
         CorruptData: naming shard, row group and row.
@@ -194,8 +194,10 @@ def _raw(column: pa.Array, manifest: Manifest, where: str) -> Pixels:
         raise CorruptData(
             f"{where}: image is {column.type}; raw images of the manifest's size are {pa.binary(size)}"
         )
+    buffer = column.buffers()[1]
+    assert buffer is not None
     pixels = np.frombuffer(
-        column.buffers()[1], np.uint8, count=len(column) * size, offset=column.offset * size
+        memoryview(buffer), np.uint8, count=len(column) * size, offset=column.offset * size
     )
     return pixels.reshape(-1, manifest.height, manifest.width, manifest.channels)
 

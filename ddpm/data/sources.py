@@ -1,4 +1,4 @@
-"""Sources of images, and the small ones that need no pictures of one's own: digits and Fashion-MNIST.
+"""Sources of images, and two that people have drawn and photographed already: digits and Fashion-MNIST.
 
 A source is a frozen dataclass of its options. It says how many images each split has, and reads any range of
 them, so that tasks can read ranges at once. The same options give the same images, wherever and whenever.
@@ -10,8 +10,6 @@ fashion-mnist: Xiao et al. 2017, arXiv:1708.07747.
 Axes: N images, H W, C channels.
 """
 
-import gzip
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -22,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm.config import UserError
+from ddpm.data.idx import missing_idx, pad, read_idx_folder
 
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int64]
@@ -190,59 +189,3 @@ def divide(sizes: dict[str, int], seed: int) -> dict[str, tuple[str, Labels]]:
         names[part]: (part, np.random.RandomState(seed).permutation(n).astype(np.int64))
         for part, n in sizes.items()
     }
-
-
-def pad(images: Pixels, size: int) -> Pixels:
-    """[N, h, w, C] with zeros around it up to [N, size, size, C]; an odd pixel goes to the bottom and right."""
-    spare = [size - side for side in images.shape[1:3]]
-    return np.pad(images, [(0, 0), *((s // 2, s - s // 2) for s in spare), (0, 0)])
-
-
-IDX_FILES = {"train": "train", "test": "t10k"}
-
-
-def missing_idx(folder: Path) -> str | None:
-    """The first of MNIST's four files that is not in `folder`, neither plain nor as .gz."""
-    names = [
-        f"{prefix}-{kind}-ubyte" for prefix in IDX_FILES.values() for kind in ("images-idx3", "labels-idx1")
-    ]
-    return next((n for n in names if not (folder / n).exists() and not (folder / f"{n}.gz").exists()), None)
-
-
-def read_idx_folder(folder: Path) -> dict[str, tuple[Pixels, Labels]]:
-    """MNIST's four files: images uint8 [N, 28, 28, 1] and labels int64 [N] of "train" and "test".
-
-    Raises:
-        UserError: a file is damaged, or does not fit its neighbour.
-    """
-    splits = {}
-    for split, prefix in IDX_FILES.items():
-        images = read_idx(folder / f"{prefix}-images-idx3-ubyte")
-        labels = read_idx(folder / f"{prefix}-labels-idx1-ubyte")
-        if images.shape != (len(labels), 28, 28) or labels.ndim != 1 or (len(labels) and labels.max() > 9):
-            raise UserError(
-                f"{folder}: {prefix} has images {images.shape} and labels {labels.shape}; "
-                "they must be [N, 28, 28] and [N], with labels in 0..9"
-            )
-        splits[split] = (images[..., None], labels.astype(np.int64))
-    return splits
-
-
-def read_idx(path: Path) -> Pixels:
-    """An IDX file of unsigned bytes, plain or as .gz, in the shape its header says.
-
-    The header: 0, 0, the type (8: unsigned byte), the number of axes; then each axis as a big-endian uint32.
-    Source: https://yann.lecun.com/exdb/mnist/
-
-    Raises:
-        UserError: it is none.
-    """
-    try:
-        data = path.read_bytes() if path.exists() else gzip.decompress(Path(f"{path}.gz").read_bytes())
-    except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    if len(data) >= 4 and data[:3] == b"\0\0\x08" and len(data) >= 4 + 4 * data[3]:
-        shape = tuple(np.frombuffer(data, ">u4", count=data[3], offset=4).tolist())
-        if len(data) == 4 + 4 * len(shape) + math.prod(shape):
-            return np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
-    raise UserError(f"{path} is not a whole IDX file of unsigned bytes")

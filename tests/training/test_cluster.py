@@ -94,5 +94,8 @@ def test_two_workers_train_what_one_trains(
     import numpy as np
     from PIL import Image
 
-    grids = [np.asarray(Image.open(p / "samples/latest.png"), int) for p in (tmp_path / "local", tmp_path / "runs/two")]
+    grids = [
+        np.asarray(Image.open(p / "samples/latest.png"), int)
+        for p in (tmp_path / "local", tmp_path / "runs/two")
+    ]
     assert np.abs(grids[0] - grids[1]).max() <= 2  # the same images in the same places

@@ -1,0 +1,150 @@
+"""What Ray costs: images/s of RayRuntime with one worker beside LocalRuntime, on the same data and net.
+
+    python benchmarks/runtime.py [--repeats 3]
+
+The two take turns, so that a machine that grows busy slows both. Every run is a process of its own; its speed
+is that between two log points well after the start. The table goes to benchmarks/runtime.md.
+"""
+
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+HERE = Path(__file__).parent
+LOG_IMAGES = 6_400
+RUNTIMES = ("local", "ray")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """How long to measure."""
+
+    repeats: int = 3
+    """Runs of each."""
+    images: int = 64_000
+    """Images a run; the first fifth does not count."""
+    runtime: tyro.conf.Suppress[str | None] = None
+    """Inside a measuring process: which one."""
+
+
+def measure(arguments: Arguments) -> None:
+    """Train once, and print the log points as JSON."""
+
+    from ddpm.config import override
+    from ddpm.data import embedded, stream
+    from ddpm.presets import DIGITS
+    from ddpm.training import cluster, loop
+    from ddpm.training.runtime import LocalRuntime, NoTracker
+
+    with tempfile.TemporaryDirectory() as folder:
+        values = {
+            "train.total_images": arguments.images,
+            "train.log_every_images": LOG_IMAGES,
+            "train.checkpoint_every_images": 0,
+            "train.sample_every_images": 0,
+            "sample.num_images": 1,
+            "sample.num_sample_steps": 1,
+            "run.storage": folder,
+            "run.name": "bench",
+        }
+        config = embedded.with_shards(override(DIGITS, values))
+        data_set = stream.open_data_set(config)
+        if arguments.runtime == "local":
+            points: dict[int, dict[str, float]] = {}
+
+            class Points(NoTracker):
+                def metrics(self, values: dict[str, float], images_seen: int) -> None:
+                    points.setdefault(images_seen, {}).update(values)
+
+            loop.train(
+                config, LocalRuntime(config, data_set, data_set.held_out(), Path(folder, "bench")), Points()
+            )
+        else:
+            import os
+
+            import mlflow
+
+            os.environ["MLFLOW_TRACKING_URI"] = uri = f"sqlite:///{folder}/mlflow.db"
+            cluster.connect()
+            result = cluster.fit(config, data_set)
+            assert result.delivery is not None and result.delivery.run_id is not None
+            client = mlflow.MlflowClient(uri)
+            points = {}
+            for key in ("train/images_per_s", "train/data_wait_share"):
+                for point in client.get_metric_history(result.delivery.run_id, key):
+                    points.setdefault(point.step, {})[key] = point.value
+        print("POINTS " + json.dumps(points))
+
+
+def run(arguments: Arguments, runtime: str) -> tuple[float, float]:
+    """Images/s and the share of time spent waiting for data, of one run."""
+    command = [sys.executable, __file__, "--images", str(arguments.images), "--runtime", runtime]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    line = next(line for line in done.stdout.splitlines() if line.startswith("POINTS "))
+    points = {int(step): values for step, values in json.loads(line.removeprefix("POINTS ")).items()}
+    late = [values for step, values in points.items() if step > arguments.images / 5]
+    speeds = [values["train/images_per_s"] for values in late]
+    return statistics.median(speeds), statistics.mean(values["train/data_wait_share"] for values in late)
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, description=__doc__)
+    if arguments.runtime is not None:
+        measure(arguments)
+        return
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in RUNTIMES}
+    for i in range(arguments.repeats):
+        for name in RUNTIMES if i % 2 == 0 else reversed(RUNTIMES):
+            found[name].append(run(arguments, name))
+            print(
+                f"{name:6} {found[name][-1][0]:,.0f} images/s, waiting {found[name][-1][1]:.2%}", flush=True
+            )
+    write(arguments, found)
+
+
+def write(arguments: Arguments, found: dict[str, list[tuple[float, float]]]) -> None:
+    """The table, as Markdown."""
+    import ray
+    import torch
+
+    speed = {name: statistics.median(s for s, _ in rows) for name, rows in found.items()}
+    wait = {name: statistics.median(w for _, w in rows) for name, rows in found.items()}
+    lines = [
+        "# What Ray costs",
+        "",
+        f"`python benchmarks/runtime.py --repeats {arguments.repeats} --images {arguments.images}`: preset digits, one "
+        f"worker, medians of {arguments.repeats} runs that took turns. {datetime.date.today()}, "
+        f"{torch.get_num_threads()} cores of {processor()}, torch {torch.__version__}, Ray {ray.__version__}.",
+        "",
+        "| runtime | images/s | of LocalRuntime | time waiting for data | all runs, images/s |",
+        "|---|---|---|---|---|",
+    ]
+    for name, title in zip(RUNTIMES, ("LocalRuntime", "RayRuntime, MLflow on"), strict=True):
+        rows = ", ".join(f"{s:,.0f}" for s, _ in found[name])
+        lines.append(
+            f"| {title} | {speed[name]:,.0f} | {speed[name] / speed['local']:.3f} | {wait[name]:.2%} | {rows} |"
+        )
+    (HERE / "runtime.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def processor() -> str:
+    """The processor's name."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    main()

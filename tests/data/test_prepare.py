@@ -1,0 +1,174 @@
+"""Preparing: what comes out, that it goes on where it was stopped, and that nothing is written over."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.fs as pafs
+import pytest
+
+from ddpm import storage
+from ddpm.config import UserError
+from ddpm.data.manifest import MANIFEST, Manifest, read_manifest
+from ddpm.data.prepare import prepare, write_preview
+from ddpm.data.shards import is_intact, read_row_group
+from ddpm.data.sources import Digits
+from ddpm.storage import Location
+
+LOCAL = pafs.LocalFileSystem()
+SMALL = {"rows_per_shard": 600, "rows_per_row_group": 100}
+"""Digits in three shards of "train" and one of "test"."""
+
+
+class Killed(BaseException):
+    """Ends a call between two shards, as a signal would."""
+
+
+@dataclass(frozen=True)
+class Mortal(Digits):
+    """Digits, of which only the first images of "train" can be read."""
+
+    def read(self, split: str, start: int, stop: int) -> Any:
+        if split != "train" or start >= 1200:
+            raise Killed
+        return super().read(split, start, stop)
+
+
+def at(root: Path) -> Location:
+    return storage.resolve(str(root))
+
+
+def make(source: Digits, location: Location, **options: Any) -> Manifest:
+    return prepare(source, location.filesystem, location.path, where=location.uri, **options)
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def all_images(location: Location, manifest: Manifest, split: str) -> list[tuple[int, bytes]]:
+    found = []
+    for index in range(sum(len(shard.row_groups) for shard in manifest.splits[split].shards)):
+        pixels, labels = read_row_group(location.filesystem, location.path, manifest, split, index)
+        assert labels is not None
+        found += [(int(label), image.tobytes()) for label, image in zip(labels, pixels, strict=True)]
+    return found
+
+
+def test_a_data_set_holds_the_source_in_its_order(tmp_path: Path) -> None:
+    source, seen = Digits(), []
+    manifest = make(
+        source, at(tmp_path / "d"), on_progress=lambda done, total: seen.append((done, total)), **SMALL
+    )
+    assert manifest == read_manifest(LOCAL, str(tmp_path / "d"), "d")
+    assert [shard.num_rows for shard in manifest.splits["train"].shards] == [600, 600, 507]
+    assert manifest.splits["train"].shards[2].row_groups == (100, 100, 100, 100, 100, 7)
+    assert (manifest.source, manifest.height, manifest.width, manifest.channels) == ("digits", 8, 8, 1)
+    for split, n in source.splits.items():
+        images, labels = source.read(split, 0, n)
+        expected = [(int(label), image.tobytes()) for label, image in zip(labels, images, strict=True)]
+        assert all_images(at(tmp_path / "d"), manifest, split) == expected
+    assert sorted(seen) == seen and seen[-1] == (1797, 1797)
+    assert set(files_of(tmp_path / "d")) == {MANIFEST, "test/00000.parquet"} | {
+        f"train/0000{i}.parquet" for i in range(3)
+    }
+
+
+def test_what_is_held_out_is_not_in_train(tmp_path: Path) -> None:
+    manifest = make(Digits(), at(tmp_path), **SMALL)
+    train, test = (all_images(at(tmp_path), manifest, split) for split in ("train", "test"))
+    assert len(test) == 90 and len(train) == 1707
+    assert not set(test) & set(train)
+
+
+def test_stopped_and_called_again_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    make(Digits(), at(whole), **SMALL)
+    with pytest.raises(Killed):
+        make(Mortal(), at(parts), **SMALL)
+    with pytest.raises(UserError, match="manifest"):
+        read_manifest(LOCAL, str(parts), "parts")
+    made = {
+        name: (parts / name).stat().st_mtime_ns for name in ("train/00000.parquet", "train/00001.parquet")
+    }
+    make(Digits(), at(parts), **SMALL)
+    assert files_of(parts) == files_of(whole)
+    assert {name: (parts / name).stat().st_mtime_ns for name in made} == made, (
+        "finished shards were made again"
+    )
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "deleted"])
+def test_a_shard_damaged_in_between_is_made_again(tmp_path: Path, damage: str) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    make(Digits(), at(whole), **SMALL)
+    with pytest.raises(Killed):
+        make(Mortal(), at(parts), **SMALL)
+    shard = parts / "train/00000.parquet"
+    data = bytearray(shard.read_bytes())
+    data[5000] ^= 1
+    {
+        "truncated": lambda: shard.write_bytes(data[:100]),
+        "altered": lambda: shard.write_bytes(data),
+        "deleted": shard.unlink,
+    }[damage]()
+    make(Digits(), at(parts), **SMALL)
+    assert files_of(parts) == files_of(whole)
+
+
+def test_the_same_again_does_nothing_and_other_options_are_refused(tmp_path: Path) -> None:
+    first = make(Digits(), at(tmp_path), **SMALL)
+    before = files_of(tmp_path)
+    seen: list[int] = []
+    assert make(Digits(), at(tmp_path), on_progress=lambda done, _: seen.append(done), **SMALL) == first
+    assert seen == []
+    for source, rows in ((Digits(seed=1), SMALL), (Digits(), SMALL | {"rows_per_shard": 700})):
+        with pytest.raises(UserError, match="other options"):
+            make(source, at(tmp_path), **rows)
+    assert files_of(tmp_path) == before
+
+
+def test_an_unfinished_data_set_of_other_options_gives_none_of_its_shards(tmp_path: Path) -> None:
+    """Raw shards of two seeds have the same size: only their options tell them apart."""
+    with pytest.raises(Killed):
+        make(Mortal(), at(tmp_path / "d"), **SMALL)
+    try:
+        manifest = make(Digits(seed=1), at(tmp_path / "d"), **SMALL)
+    except UserError:
+        assert not (tmp_path / "d" / MANIFEST).exists()
+        return
+    assert manifest.fingerprint == make(Digits(seed=1), at(tmp_path / "e"), **SMALL).fingerprint
+
+
+def test_shards_are_whole_row_groups(tmp_path: Path) -> None:
+    manifest = make(Digits(), at(tmp_path), rows_per_row_group=100)
+    groups = [rows for shard in manifest.splits["train"].shards for rows in shard.row_groups]
+    assert set(groups[:-1]) == {100} and groups[-1] == 7
+
+
+def test_the_preview_shows_64_images(tmp_path: Path) -> None:
+    from PIL import Image
+
+    manifest = make(Digits(), at(tmp_path), **SMALL)
+    with Image.open(tmp_path / write_preview(LOCAL, str(tmp_path), manifest)) as sheet:
+        assert sheet.size == (8 * 50 + 2, 8 * 50 + 2)
+        assert len(np.unique(np.asarray(sheet))) > 10
+
+
+def test_storage_that_refuses_is_a_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UserError, match="file"):
+        make(Digits(), at(tmp_path / "file" / "d"), **SMALL)
+
+
+def test_a_bucket_holds_the_same_data_set(tmp_path: Path, s3_bucket: str) -> None:
+    location = storage.resolve(f"{s3_bucket}/data/digits")
+    with pytest.raises(Killed):
+        make(Mortal(), location, **SMALL)
+    there = make(Digits(), location, **SMALL)
+    assert there == make(Digits(), at(tmp_path), **SMALL)
+    assert read_manifest(location.filesystem, location.path, location.uri) == there
+    for split in there.splits.values():
+        assert all(is_intact(location.filesystem, location.path, shard) for shard in split.shards)
+    assert not location.child("_prepare").exists()

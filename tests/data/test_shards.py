@@ -1,0 +1,256 @@
+"""What is written is read back, the same twice; what is damaged or altered is named."""
+
+import dataclasses
+import io
+import json
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from ddpm.config import UserError
+from ddpm.data.manifest import manifest_from_json
+from ddpm.data.shards import (
+    CorruptData,
+    Manifest,
+    Shard,
+    decode,
+    make_manifest,
+    read_manifest,
+    read_row_group,
+    write_manifest,
+    write_shard,
+)
+
+LOCAL = pafs.LocalFileSystem()
+
+
+def pixels(n: int, height: int = 4, width: int = 5, channels: int = 3, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (n, height, width, channels), np.uint8)
+
+
+def image_file(array: np.ndarray, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array).save(file, kind)
+    return file.getvalue()
+
+
+def write(root: Path, images: Any, labels: np.ndarray | None = None, rows: int = 4) -> Manifest:
+    """A data set of two shards, the second half as long."""
+    n = len(images)
+    cut = 2 * n // 3
+    shards = [
+        write_shard(
+            LOCAL,
+            str(root),
+            f"train/{i:05d}.parquet",
+            images[part],
+            None if labels is None else labels[part],
+            rows_per_row_group=rows,
+        )
+        for i, part in enumerate((slice(cut), slice(cut, None)))
+    ]
+    names = [] if labels is None else ["a", "b", "c"]
+    encoding = "raw" if isinstance(images, np.ndarray) else "encoded"
+    manifest = make_manifest("test", 4, 5, 3, encoding, names, {"train": shards}, "options")
+    write_manifest(LOCAL, str(root), manifest)
+    return read_manifest(LOCAL, str(root), "here")
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_what_is_written_is_read_back(tmp_path: Path, encoded: bool) -> None:
+    images, labels = pixels(15), np.arange(15) % 3
+    manifest = write(tmp_path, [image_file(image) for image in images] if encoded else images, labels)
+    groups = [rows for shard in manifest.splits["train"].shards for rows in shard.row_groups]
+    assert groups == [4, 4, 2, 4, 1]
+    read = [read_row_group(LOCAL, str(tmp_path), manifest, "train", i) for i in range(len(groups))]
+    assert (np.concatenate([image for image, _ in read]) == images).all()
+    assert np.concatenate([label for _, label in read if label is not None]).tolist() == labels.tolist()
+    some, label = read_row_group(LOCAL, str(tmp_path), manifest, "train", 1, rows=np.array([3, 0]))
+    assert (some == images[[7, 4]]).all()
+    assert label is not None and label.tolist() == [1, 1]
+    with pytest.raises(IndexError):
+        read_row_group(LOCAL, str(tmp_path), manifest, "train", 5)
+
+
+def test_raw_pixels_are_not_copied(tmp_path: Path) -> None:
+    manifest = write(tmp_path, pixels(6))
+    image, label = read_row_group(LOCAL, str(tmp_path), manifest, "train", 0)
+    assert not image.flags.owndata
+    assert label is None
+
+
+def test_the_same_images_give_the_same_bytes(tmp_path: Path) -> None:
+    first = write(tmp_path / "a", pixels(9), np.arange(9) % 3)
+    second = write(tmp_path / "b", pixels(9), np.arange(9) % 3)
+    assert first == second
+    assert (tmp_path / "a/train/00000.parquet").read_bytes() == (
+        tmp_path / "b/train/00000.parquet"
+    ).read_bytes()
+    other = write(tmp_path / "c", pixels(9, seed=1), np.arange(9) % 3)
+    assert other.fingerprint != first.fingerprint
+
+
+def test_a_folder_without_a_manifest_is_no_data_set(tmp_path: Path) -> None:
+    write(tmp_path, pixels(6))
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(
+        UserError, match=r"no data set at s3://b/x.*`python jobs/prepare\.py SOURCE s3://b/x`"
+    ):
+        read_manifest(LOCAL, str(tmp_path), "s3://b/x")
+
+
+def shard_of(raw: dict[str, Any]) -> dict[str, Any]:
+    shard: dict[str, Any] = raw["splits"]["train"]["shards"][0]
+    return shard
+
+
+ALTERED: list[tuple[Callable[[dict[str, Any]], object], str]] = [
+    (lambda raw: raw.update(extra=1), "unknown key 'extra'"),
+    (lambda raw: raw.pop("width"), "lacks 'width'"),
+    (lambda raw: raw.update(format="ddpm-shards/9"), "format is 'ddpm-shards/9'"),
+    (lambda raw: raw.update(encoding="jpeg"), "encoding is 'jpeg'"),
+    (lambda raw: raw.update(height=True), "height is True"),
+    (lambda raw: raw.update(height=10**6), "height is 1000000"),
+    (lambda raw: raw.update(channels=2), "channels is 2"),
+    (lambda raw: raw.update(class_names="abc"), "class_names is str"),
+    (lambda raw: raw.update(splits=[]), "splits is list"),
+    (lambda raw: raw.update(splits={}), "no splits"),
+    (lambda raw: raw.update(width=6), "fingerprint"),
+    (lambda raw: raw.update(fingerprint="0" * 64), "fingerprint"),
+    (lambda raw: raw["splits"]["train"].update(fingerprint="0" * 64), "fingerprint"),
+    (lambda raw: raw["splits"]["train"].update(num_rows=7), "split 'train' says 7 rows"),
+    (lambda raw: raw["splits"]["train"].update(num_rows=-1), "num_rows of 'train' is -1"),
+    (lambda raw: raw["splits"]["train"]["shards"].append(shard_of(raw)), "a shard twice"),
+    (lambda raw: shard_of(raw).update(num_rows=3), "says 3 rows"),
+    (lambda raw: shard_of(raw).update(row_groups=[0, 4]), "rows of a row group is 0"),
+    (lambda raw: shard_of(raw).update(sha256="x"), "sha256"),
+    (lambda raw: shard_of(raw).update(path="/train/00000.parquet"), "shard path"),
+    (lambda raw: shard_of(raw).update(path="train/../../00000.parquet"), "shard path"),
+    (lambda raw: shard_of(raw).update(path="..\\train\\00000.parquet"), "shard path"),
+    (lambda raw: shard_of(raw).update(path="C:/00000.parquet"), "shard path"),
+    (lambda raw: shard_of(raw).update(path="test/00000.parquet"), "shard path"),
+]
+
+
+@pytest.mark.parametrize(("alter", "message"), ALTERED)
+def test_an_altered_manifest_is_refused(
+    tmp_path: Path, alter: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    raw = json.loads(json.dumps(dataclasses.asdict(write(tmp_path, pixels(6)))))
+    assert manifest_from_json(json.dumps(raw), "here/manifest.json").splits["train"].num_rows == 6
+    alter(raw)
+    with pytest.raises(UserError, match=f"^here/manifest.json: .*{message}"):
+        manifest_from_json(json.dumps(raw), "here/manifest.json")
+
+
+@pytest.mark.parametrize("text", ["", "[" * 100_000, "[]", '{"format": 1'])
+def test_what_is_no_json_object_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="^here"):
+        manifest_from_json(text, "here")
+
+
+def test_one_wrong_byte_anywhere_is_noticed(tmp_path: Path) -> None:
+    manifest = write(tmp_path, pixels(6), np.zeros(6, np.int64))
+    path = tmp_path / "train/00000.parquet"
+    whole = path.read_bytes()
+    images, _ = read_row_group(LOCAL, str(tmp_path), manifest, "train", 0)
+    images = images.copy()
+    for position in range(0, len(whole), 3):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x55]) + whole[position + 1 :])
+        try:
+            read, _ = read_row_group(LOCAL, str(tmp_path), manifest, "train", 0)
+        except CorruptData as error:
+            assert "train/00000.parquet" in str(error)
+        else:  # bytes that mean nothing: names of the software, unused statistics
+            assert (read == images).all()
+
+
+@pytest.mark.parametrize("keep", [0, 10, 400])
+def test_a_truncated_or_missing_shard_is_named(tmp_path: Path, keep: int) -> None:
+    manifest = write(tmp_path, pixels(6))
+    path = tmp_path / "train/00000.parquet"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CorruptData, match=r"train/00000\.parquet, row group 0 cannot be read"):
+        read_row_group(LOCAL, str(tmp_path), manifest, "train", 0)
+    path.unlink()
+    with pytest.raises(CorruptData, match=r"train/00000\.parquet is missing"):
+        read_row_group(LOCAL, str(tmp_path), manifest, "train", 0)
+
+
+def test_storage_that_does_not_answer_is_no_corruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = write(tmp_path, pixels(6))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("timeout")
+
+    monkeypatch.setattr(pq, "ParquetFile", fail)
+    with pytest.raises(OSError, match="timeout"):
+        read_row_group(LOCAL, str(tmp_path), manifest, "train", 0)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"label": pa.array([0, 1, 2])}, "no column image"),
+        ({"image": pa.array([b"a" * 60] * 3, pa.binary(60))}, "no int64 column label"),
+        ({"image": pa.array([b"a" * 60] * 3, pa.binary(60)), "label": pa.array([0, 1, 3])}, r"not in 0\.\.2"),
+        (
+            {"image": pa.array([b"a" * 60] * 3, pa.binary(60)), "label": pa.array([0, None, 1])},
+            r"not in 0\.\.2",
+        ),
+        ({"image": pa.array([b"a" * 61] * 3, pa.binary(61)), "label": pa.array([0, 1, 2])}, "image is"),
+        ({"image": pa.array([b"a" * 60] * 2, pa.binary(60)), "label": pa.array([0, 1])}, "has 2 rows"),
+    ],
+)
+def test_a_shard_that_is_not_as_the_manifest_says(
+    tmp_path: Path, columns: dict[str, pa.Array], message: str
+) -> None:
+    (tmp_path / "train").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "train/00000.parquet")
+    shard = Shard("train/00000.parquet", 3, (3,), 1, "0" * 64)
+    manifest = make_manifest("test", 4, 5, 3, "raw", ["a", "b", "c"], {"train": [shard]}, "")
+    with pytest.raises(CorruptData, match=rf"train/00000\.parquet, row group 0.*{message}"):
+        read_row_group(LOCAL, str(tmp_path), manifest, "train", 0)
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    """A tiny PNG whose header promises a huge picture."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def test_a_bad_image_is_named_with_its_row(tmp_path: Path) -> None:
+    good = image_file(pixels(1)[0])
+    for bad in (b"", good[:40], good[:60], image_file(pixels(1, 5, 4)[0]), png_claiming(30_000, 30_000)):
+        manifest = write(tmp_path, [good, good, bad, good, good, good])
+        with pytest.raises(CorruptData, match=r"train/00000\.parquet, row group 0, row 2: the image"):
+            read_row_group(LOCAL, str(tmp_path), manifest, "train", 0)
+        read_row_group(LOCAL, str(tmp_path), manifest, "train", 0, rows=np.array([0, 1, 3]))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_decode_gives_the_wanted_channels(kind: str, channels: int) -> None:
+    grey = np.full((8, 8, 1), 100, np.uint8)
+    for stored in (grey, grey.repeat(3, axis=2)):
+        decoded = decode(image_file(stored, kind), 8, 8, channels)
+        assert decoded.shape == (8, 8, channels) and decoded.dtype == np.uint8
+        assert abs(decoded.astype(int) - 100).max() <= 1
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        decode(image_file(grey, "GIF"), 8, 8, channels)

@@ -1,0 +1,231 @@
+"""Each source gives the images it promises, any range alike, and says what is wrong with its files."""
+
+import gzip
+import hashlib
+import io
+import pickle
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm.config import UserError
+from ddpm.data.downloaded import Torchvision
+from ddpm.data.glyphs import CHARACTERS, Glyphs
+from ddpm.data.sources import Digits, FashionMnist, Source, divide, held_out
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+needs_fashion = pytest.mark.skipif(
+    not FASHION.exists(), reason="`apt install dataset-fashion-mnist` brings it"
+)
+
+
+def everything(source: Source, split: str) -> tuple[np.ndarray, np.ndarray]:
+    images, labels = source.read(split, 0, source.splits[split])
+    assert isinstance(images, np.ndarray) and labels is not None
+    assert images.shape == (source.splits[split], source.height, source.width, source.channels)
+    assert images.dtype == np.uint8 and labels.dtype == np.int64 and len(labels) == len(images)
+    return images, labels
+
+
+def idx(array: np.ndarray) -> bytes:
+    return b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+def write_mnist(folder: Path, zipped: bool = True) -> np.ndarray:
+    """Five images to train on and two to test, in MNIST's files."""
+    images = np.random.default_rng(0).integers(0, 256, (7, 28, 28), np.uint8)
+    folder.mkdir(parents=True)
+    for prefix, part in (("train", slice(5)), ("t10k", slice(5, 7))):
+        labels = np.arange(7, dtype=np.uint8)[part]
+        for name, array in (("images-idx3", images[part]), ("labels-idx1", labels)):
+            path = folder / f"{prefix}-{name}-ubyte{'.gz' if zipped else ''}"
+            path.write_bytes(gzip.compress(idx(array)) if zipped else idx(array))
+    return images
+
+
+@pytest.mark.parametrize("source", [Digits(), Glyphs(num_images=200), Glyphs(num_images=100, colored=True)])
+def test_a_range_is_that_part_of_the_whole(source: Source) -> None:
+    images, labels = everything(source, "train")
+    part, part_labels = source.read("train", 7, 23)
+    assert (np.asarray(part) == images[7:23]).all()
+    assert part_labels is not None and (part_labels == labels[7:23]).all()
+
+
+def test_digits_are_scikit_learns() -> None:
+    from sklearn.datasets import load_digits
+
+    known = load_digits()
+    source = Digits()
+    assert source.splits == {"train": 1707, "test": 90}
+    train, test = everything(source, "train"), everything(source, "test")
+    ours = sorted(
+        (bytes(image), label)
+        for images, labels in (train, test)
+        for image, label in zip(images, labels.tolist(), strict=True)
+    )
+    levels = np.array([round(v * 255 / 16) for v in range(17)], np.uint8)[known.images.astype(int)]
+    assert ours == sorted((bytes(i), label) for i, label in zip(levels, known.target.tolist(), strict=True))
+
+
+def test_what_is_held_out_depends_on_the_seed_alone() -> None:
+    rows = held_out(100, seed=0)
+    assert sorted([*rows["train"].tolist(), *rows["test"].tolist()]) == list(range(100))
+    assert sorted(rows["test"].tolist()) == [
+        2,
+        26,
+        55,
+        75,
+        86,
+    ]  # never to change: data sets were made with it
+    assert rows["test"].tolist() != held_out(100, seed=1)["test"].tolist()
+    with pytest.raises(UserError, match="1 image"):
+        held_out(1, seed=0)
+
+
+def test_a_sources_own_splits_are_kept() -> None:
+    assert {s: (part, len(rows)) for s, (part, rows) in divide({"train": 8, "validation": 4}, 0).items()} == {
+        "train": ("train", 8),
+        "test": ("validation", 4),
+    }
+    own = divide({"train": 8, "validation": 4, "test": 2}, 0)
+    assert {s: (part, sorted(rows.tolist())) for s, (part, rows) in own.items()} == {
+        "train": ("train", list(range(8))),
+        "validation": ("validation", list(range(4))),
+        "test": ("test", list(range(2))),
+    }
+    assert own["train"][1].tolist() != list(range(8))
+
+
+def test_glyphs_differ_are_legible_and_balanced() -> None:
+    source = Glyphs(num_images=620)
+    images, labels = everything(source, "train")
+    test, test_labels = everything(source, "test")
+    assert len(np.unique(images.reshape(len(images), -1), axis=0)) == len(images)
+    assert np.bincount(np.concatenate([labels, test_labels])).tolist() == [10] * len(CHARACTERS)
+    ink = (images > 127).mean((1, 2, 3))
+    assert ink.min() > 0.01 and ink.max() < 0.5
+    # Nearest class mean, far above the 1/62 of chance: the labels belong to the images.
+    means = np.stack([images[labels == label].mean(0) for label in range(len(CHARACTERS))])
+    distance = ((test[:, None].astype(float) - means[None]) ** 2).sum((2, 3, 4))
+    assert (distance.argmin(1) == test_labels).mean() > 0.15
+
+
+def test_colored_glyphs_can_be_told_from_their_ground() -> None:
+    images, _ = everything(Glyphs(num_images=100, colored=True), "train")
+    luma = images @ np.array([0.299, 0.587, 0.114])
+    assert (np.ptp(luma, axis=(1, 2)) > 60).all()
+    assert (np.ptp(images.astype(int), axis=3).max((1, 2)) > 20).mean() > 0.9  # colour, not grey
+
+
+def test_other_glyphs_with_another_seed() -> None:
+    first, second = (everything(Glyphs(num_images=62, seed=seed), "train")[0] for seed in (0, 1))
+    assert (first != second).any()
+    with pytest.raises(UserError, match=r"size 8; they must be at least 2, and 16\.\.256"):
+        Glyphs(size=8)
+
+
+@needs_fashion
+def test_fashion_mnist() -> None:
+    source = FashionMnist()
+    assert source.splits == {"train": 60_000, "test": 10_000}
+    images, labels = source.read("train", 0, 10)
+    assert [source.class_names[i] for i in labels[:4]] == [
+        "Ankle boot",
+        "T-shirt/top",
+        "T-shirt/top",
+        "Dress",
+    ]
+    assert images.shape == (10, 32, 32, 1)
+    assert not images[:, [0, 1, 30, 31]].any() and not images[:, :, [0, 1, 30, 31]].any()
+    plain, _ = FashionMnist(size=28).read("train", 0, 10)
+    assert (images[:, 2:30, 2:30] == plain).all()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_mnist_where_torchvision_left_it(tmp_path: Path, zipped: bool) -> None:
+    images = write_mnist(tmp_path / "MNIST/raw", zipped)
+    source = Torchvision("mnist", root=tmp_path)
+    assert source.splits == {"train": 5, "test": 2}
+    read, labels = everything(source, "test")
+    assert (read[:, 2:30, 2:30, 0] == images[5:]).all() and labels.tolist() == [5, 6]
+
+
+def test_missing_and_damaged_idx_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"no train-images-idx3-ubyte\[\.gz\].*dataset-fashion-mnist.*--path FOLDER"
+    ):
+        FashionMnist(path=tmp_path)
+    write_mnist(tmp_path / "f")
+    path = tmp_path / "f/t10k-images-idx3-ubyte.gz"
+    whole = path.read_bytes()
+    short = gzip.compress(gzip.decompress(whole)[:-1])
+    for damaged in (whole[:-9], b"", b"no gzip", short, gzip.compress(b"\0\0\x08\x03\0")):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="t10k-images-idx3-ubyte"):
+            _ = FashionMnist(path=tmp_path / "f").splits
+    path.write_bytes(gzip.compress(idx(np.zeros((3, 28, 28), np.uint8))))
+    with pytest.raises(UserError, match="t10k has images"):
+        _ = FashionMnist(path=tmp_path / "f").splits
+
+
+def test_celeba_is_cropped_to_its_centre(tmp_path: Path) -> None:
+    folder = tmp_path / "celeba/img_align_celeba"
+    folder.mkdir(parents=True)
+    picture = np.zeros((218, 178, 3), np.uint8)
+    picture[20:198] = (0, 0, 255)  # the centre square is blue, above and below it is black
+    for i in range(4):
+        Image.fromarray(picture).save(folder / f"{i:06d}.jpg", quality=95)
+    partition = folder.parent / "list_eval_partition.txt"
+    partition.write_text("000000.jpg 0\n000001.jpg 1\n000002.jpg 2\n000003.jpg 0\n")
+    source = Torchvision("celeba", root=tmp_path)
+    assert source.splits == {"train": 2, "validation": 1, "test": 1} and source.class_names == ()
+    images, labels = source.read("train", 0, 2)
+    assert labels is None and len(images) == 2
+    with Image.open(io.BytesIO(bytes(images[0]))) as image:
+        stored = np.asarray(image)
+    assert stored.shape == (64, 64, 3) and stored[1:-1, :, 2].min() > 200 and stored[..., 0].max() < 50
+    (folder / "000003.jpg").unlink()
+    with pytest.raises(
+        UserError, match=r"lacks img_align_celeba/000003\.jpg; --root .*CelebA\(root, download=True\)"
+    ):
+        Torchvision("celeba", root=tmp_path)
+    partition.write_text("000000.jpg 7\n")
+    with pytest.raises(UserError, match="list_eval_partition.txt is damaged"):
+        Torchvision("celeba", root=tmp_path)
+
+
+def test_cifar10_where_torchvision_left_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.datasets import CIFAR10
+
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), np.uint8)
+
+    def write(name: str, content: dict[str, Any]) -> tuple[str, str]:
+        data = pickle.dumps(content)
+        (folder / name).write_bytes(data)
+        return name, hashlib.md5(data).hexdigest()
+
+    batch = {"data": pixels.reshape(4, -1), "labels": [3, 1, 9, 0]}
+    monkeypatch.setattr(CIFAR10, "train_list", [write("data_batch_1", batch)])
+    monkeypatch.setattr(CIFAR10, "test_list", [write("test_batch", batch)])
+    name, md5 = write("batches.meta", {"label_names": ["?"]})
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
+    source = Torchvision("cifar10", root=tmp_path)
+    images, labels = everything(source, "train")
+    assert (images == pixels.transpose(0, 2, 3, 1)).all() and labels.tolist() == [3, 1, 9, 0]
+    assert source.class_names[3] == "cat"
+    (folder / "test_batch").write_bytes(b"another")
+    with pytest.raises(UserError, match=r"lacks files of CIFAR-10, or has damaged ones; --root"):
+        Torchvision("cifar10", root=tmp_path)
+
+
+def test_torchvision_sizes() -> None:
+    with pytest.raises(UserError, match="--size is 64; cifar10 has 32"):
+        Torchvision("cifar10", size=64)
+    with pytest.raises(UserError, match="MNIST/raw lacks train-images"):
+        Torchvision("mnist", root=Path("nowhere"))

@@ -1,0 +1,89 @@
+"""The same job on a running cluster, submitted as a person would, and on shards in a bucket."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from servers import RayHead, S3Server
+
+from ddpm.storage import resolve
+
+SMALL = """--schedule.num-timesteps 100 --model.base-width 8 --model.norm-groups 4 --optim.lr-warmup-images 0
+    --train.total-images 512 --train.batch-size 64 --train.micro-batch-size 16 --train.log-every-images 128
+    --train.checkpoint-every-images 256 --train.sample-every-images 256 --train.held-out-images 32
+    --sample.num-images 9 --sample.num-sample-steps 5""".split()
+
+
+@pytest.mark.slow
+def test_a_submitted_job_trains_on_the_cluster(ray_head: RayHead, mlflow_server: str, tmp_path: Path) -> None:
+    runs = ("--run.storage", str(tmp_path / "runs"), "--run.name", "submitted", "--cluster.num-workers", "2")
+    env = {"MLFLOW_TRACKING_URI": mlflow_server}
+    done = ray_head.submit("python", "jobs/train.py", "digits", *runs, *SMALL, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "512/512" in done.stdout
+    assert (tmp_path / "runs/submitted/checkpoint-000000000512/checksums.json").exists()
+    client = mlflow.MlflowClient(mlflow_server)
+    experiment = client.get_experiment_by_name("ddpm")
+    (run,) = client.search_runs([experiment.experiment_id], "attributes.run_name = 'submitted'")
+    assert run.info.status == "FINISHED"
+    assert run.data.params["cluster.num_workers"] == "2"
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")] == [
+        128,
+        256,
+        384,
+        512,
+    ]
+    pictures = {Path(file.path).name for file in client.list_artifacts(run.info.run_id, "pictures")}
+    assert pictures == {
+        "samples.png",
+        "forward_noising.png",
+        "reverse_trajectory.png",
+        "reverse_trajectory.gif",
+    }
+
+
+@pytest.mark.slow
+def test_fashion_mnist_from_a_bucket_with_two_workers(
+    run_job: Callable[..., Any], s3_bucket: str, mlflow_server: str, tmp_path: Path
+) -> None:
+    """Shards, checkpoints and pictures in S3; through prepare and train alone."""
+    if not Path("/usr/share/datasets/fashion-mnist").exists():
+        pytest.skip("Fashion-MNIST is missing; `apt-get install dataset-fashion-mnist` brings it")
+    shards = f"{s3_bucket}/fashion-mnist"
+    done = run_job("prepare", "fashion-mnist", shards, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    env = {"MLFLOW_TRACKING_URI": mlflow_server}
+    where = ("--data.shards", shards, "--run.storage", f"{s3_bucket}/runs", "--run.name", "fashion")
+    done = run_job(
+        "train", "fashion-mnist", *where, *SMALL, "--cluster.num-workers", "2", cwd=tmp_path, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    run = resolve(f"{s3_bucket}/runs/fashion")
+    newest = run.child("checkpoint-000000000512")
+    assert json.loads(newest.child("state.json").read())["images_seen"] == 512
+    assert run.child("samples/latest.png").read().startswith(b"\x89PNG")
+    done = run_job("sample", f"{s3_bucket}/runs/fashion", "--num-images", "4", "--out", "drawn", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "drawn/images").glob("*.png"))) == 4
+    client = mlflow.MlflowClient(mlflow_server)
+    (found,) = client.search_runs(
+        [client.get_experiment_by_name("ddpm").experiment_id], "attributes.run_name = 'fashion'"
+    )
+    grids = [f.path for f in client.list_artifacts(found.info.run_id, "images") if "samples" in f.path]
+    assert any(path.endswith(".png") for path in grids)
+
+
+def test_a_bucket_that_is_not_there_or_refuses(
+    run_job: Callable[..., Any], s3_bucket: str, s3_server: S3Server, tmp_path: Path
+) -> None:
+    done = run_job("train", "digits", "--data.shards", "s3://no-such-bucket-here/d", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "bucket 'no-such-bucket-here' does not exist" in done.stderr
+    wrong = {**s3_server.client_env, "AWS_SECRET_ACCESS_KEY": "wrong"}
+    done = run_job("train", "digits", "--run.storage", f"{s3_bucket}/runs", cwd=tmp_path, env=wrong)
+    assert done.returncode == 2
+    assert "S3 refuses access to bucket" in done.stderr
+    assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []

@@ -1,0 +1,222 @@
+"""From the command a person types to a data set; interrupted, repeated, refused; on disk and on S3."""
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.fs as pafs
+import pytest
+from PIL import Image
+
+from ddpm.config import UserError
+from ddpm.data.prepare import find, prepare, write_preview
+from ddpm.data.shards import Manifest, read_manifest, read_row_group
+from ddpm.data.sources import Digits
+from ddpm.storage import resolve
+
+LOCAL = pafs.LocalFileSystem()
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """40 + 10 images whose every pixel is their number."""
+
+    encoding: Any = "raw"
+    fail_at: int = 99
+    name: str = field(default="numbers", init=False)
+    height: int = field(default=2, init=False)
+    width: int = field(default=3, init=False)
+    channels: int = field(default=1, init=False)
+    class_names: tuple[str, ...] = field(default=("even", "odd"), init=False)
+    reads: list[int] = field(default_factory=list, compare=False)
+
+    @property
+    def splits(self) -> dict[str, int]:
+        return {"train": 40, "test": 10}
+
+    def identity(self) -> dict[str, Any]:
+        return {"name": self.name, "encoding": self.encoding}
+
+    def read(self, split: str, start: int, stop: int) -> tuple[np.ndarray | Sequence[bytes], np.ndarray]:
+        first = start + (100 if split == "test" else 0)
+        self.reads.append(first)
+        if start <= self.fail_at < stop:
+            raise UserError("image is broken")
+        numbers = np.arange(first, first + stop - start)
+        pixels = np.broadcast_to(numbers[:, None, None, None], (len(numbers), 2, 3, 1)).astype(np.uint8)
+        if self.encoding == "raw":
+            return pixels, numbers % 2
+        files = []
+        for image in pixels:
+            file = io.BytesIO()
+            Image.fromarray(image[..., 0]).save(file, "PNG")
+            files.append(file.getvalue())
+        return files, numbers % 2
+
+
+def numbers_in(root: str, manifest: Manifest, split: str, filesystem: pafs.FileSystem = LOCAL) -> list[int]:
+    groups = range(sum(len(shard.row_groups) for shard in manifest.splits[split].shards))
+    read = [read_row_group(filesystem, root, manifest, split, i) for i in groups]
+    numbers = np.concatenate([image[:, 0, 0, 0] for image, _ in read]).tolist()
+    assert np.concatenate([label for _, label in read if label is not None]).tolist() == [
+        n % 2 for n in numbers
+    ]
+    return [int(n) for n in numbers]
+
+
+SMALL: dict[str, Any] = {"rows_per_shard": 12, "rows_per_row_group": 5}
+
+
+@pytest.mark.parametrize("encoding", ["raw", "encoded"])
+def test_all_images_arrive_in_order(tmp_path: Path, encoding: str) -> None:
+    told: list[tuple[int, int]] = []
+    manifest = prepare(
+        Numbers(encoding), LOCAL, str(tmp_path), on_progress=lambda *done: told.append(done), **SMALL
+    )
+    assert manifest == read_manifest(LOCAL, str(tmp_path), "here")
+    assert numbers_in(str(tmp_path), manifest, "train") == list(range(40))
+    assert numbers_in(str(tmp_path), manifest, "test") == list(range(100, 110))
+    assert [shard.row_groups for shard in manifest.splits["train"].shards] == [(5, 5, 2)] * 3 + [(4,)]
+    assert told == [(12, 50), (24, 50), (36, 50), (40, 50), (50, 50)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "test", "train"]
+
+
+def test_a_stopped_preparation_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    with pytest.raises(UserError, match="broken"):
+        prepare(Numbers(fail_at=30), LOCAL, str(tmp_path / "x"), **SMALL)
+    with pytest.raises(UserError, match="no data set"):
+        read_manifest(LOCAL, str(tmp_path / "x"), "here")
+    # One finished shard is damaged meanwhile, and the note of another.
+    shard = tmp_path / "x/train/00000.parquet"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    (tmp_path / "x/_prepare/train-00001.parquet.json").write_text("{")
+    with pytest.raises(UserError, match="broken"):
+        prepare(Numbers(fail_at=30), LOCAL, str(tmp_path / "x"), **SMALL)
+    source = Numbers()
+    resumed = prepare(source, LOCAL, str(tmp_path / "x"), **SMALL)
+    assert source.reads == [24, 36, 100]
+    assert resumed == prepare(Numbers(), LOCAL, str(tmp_path / "y"), **SMALL)
+    files = sorted(p.relative_to(tmp_path / "y") for p in (tmp_path / "y").rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(tmp_path / "x") for p in (tmp_path / "x").rglob("*") if p.is_file())
+    assert all((tmp_path / "x" / f).read_bytes() == (tmp_path / "y" / f).read_bytes() for f in files)
+
+
+def test_a_finished_one_is_found_and_never_written_over(tmp_path: Path) -> None:
+    assert find(Numbers(), LOCAL, str(tmp_path), "here") is None
+    first = prepare(Numbers(), LOCAL, str(tmp_path))
+    source = Numbers()
+    assert prepare(source, LOCAL, str(tmp_path)) == find(source, LOCAL, str(tmp_path), "here") == first
+    assert source.reads == []
+    others: list[tuple[Any, dict[str, Any]]] = [(Digits(), {}), (Numbers("encoded"), {}), (Numbers(), SMALL)]
+    for other, options in others:
+        with pytest.raises(UserError, match="s3://b/x holds another data set, of source 'numbers'"):
+            prepare(other, LOCAL, str(tmp_path), where="s3://b/x", **options)
+    assert read_manifest(LOCAL, str(tmp_path), "here") == first
+
+
+def test_another_one_cannot_go_on_with_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="broken"):
+        prepare(Numbers(fail_at=30), LOCAL, str(tmp_path), **SMALL)
+    with pytest.raises(UserError, match="another data set was begun and not finished"):
+        prepare(replace(Numbers(), encoding="encoded"), LOCAL, str(tmp_path), **SMALL)
+
+
+def test_the_preview_shows_images_from_everywhere(tmp_path: Path) -> None:
+    manifest = prepare(Numbers(), LOCAL, str(tmp_path), **SMALL)
+    with Image.open(tmp_path / write_preview(LOCAL, str(tmp_path), manifest)) as image:
+        shown = set(np.asarray(image)[..., 0].flatten().tolist()) - {255}
+    assert {0, 39} <= shown <= set(range(40)) and len(shown) > 20
+
+
+@pytest.mark.slow
+def test_ray_tasks_make_the_same(tmp_path: Path) -> None:
+    import ray
+
+    here = prepare(Digits(), LOCAL, str(tmp_path / "here"), rows_per_shard=500)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        there = prepare(Digits(), LOCAL, str(tmp_path / "there"), rows_per_shard=500, parallel=True)
+        with pytest.raises(UserError, match="^cannot") as caught:
+            prepare(_Broken(), LOCAL, str(tmp_path / "broken"), rows_per_shard=500, parallel=True)
+    finally:
+        ray.shutdown()
+    assert here == there
+    assert "Traceback" not in str(caught.value)
+
+
+class _Broken(Digits):
+    """Digits whose images cannot be read."""
+
+    def read(self, split: str, start: int, stop: int) -> Any:
+        raise UserError("cannot read it")
+
+
+def test_on_s3(s3_bucket: str) -> None:
+    location = resolve(f"{s3_bucket}/some/numbers")
+    place = (location.filesystem, location.path)
+    with pytest.raises(UserError, match="broken"):
+        prepare(Numbers(fail_at=30), *place, **SMALL)
+    with pytest.raises(UserError, match="no data set"):
+        read_manifest(*place, location.uri)
+    source = Numbers()
+    manifest = prepare(source, *place, **SMALL)
+    assert source.reads == [24, 36, 100]
+    assert read_manifest(*place, location.uri) == manifest
+    assert numbers_in(location.path, manifest, "train", location.filesystem) == list(range(40))
+    assert not location.child("_prepare").exists()
+    write_preview(*place, manifest)
+    assert location.child("preview.png").read().startswith(b"\x89PNG")
+
+
+def test_the_command(tmp_path: Path, run_job: Callable[..., Any]) -> None:
+    done = run_job("prepare", "digits", tmp_path / "digits")
+    lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    raw = json.loads((tmp_path / "digits/manifest.json").read_text())
+    assert done.returncode == 0, done.stderr
+    assert lines["data"] == f"set    {tmp_path}/digits" and lines["train"] == "1,707 images"
+    assert lines["fingerprint"] == raw["fingerprint"]
+    with Image.open(lines["preview"]) as image:
+        assert image.size == (402, 402)
+    again = run_job("prepare", "digits", tmp_path / "digits")
+    assert again.returncode == 0 and "was there already" in again.stdout
+    other = run_job("prepare", "glyphs", tmp_path / "digits")
+    assert other.returncode == 2
+    assert other.stderr == (
+        f"error: {tmp_path}/digits holds another data set, of source 'digits' or made with other options; choose "
+        "another place, or remove that one first\n"
+    )
+
+
+def test_the_command_with_pictures(tmp_path: Path, run_job: Callable[..., Any]) -> None:
+    for i in range(20):
+        (tmp_path / f"in/{'ab'[i % 2]}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20 + i, 30), (i, 0, 0)).save(tmp_path / f"in/{'ab'[i % 2]}/{i}.jpg")
+    done = run_job("prepare", "folder", tmp_path / "out", "--path", tmp_path / "in", "--size", 16)
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(LOCAL, str(tmp_path / "out"), "here")
+    assert (manifest.height, manifest.channels, manifest.class_names) == (16, 3, ("a", "b"))
+    (tmp_path / "in/a/0.jpg").write_bytes(b"broken")
+    done = run_job("prepare", "folder", tmp_path / "out2", "--path", tmp_path / "in", "--size", 16)
+    assert done.returncode == 2 and done.stderr.startswith(
+        f"error: cannot read the image {tmp_path}/in/a/0.jpg"
+    )
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "out2/manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["folder", "out", "--path", "nowhere", "--size", "16"], "nowhere is not a folder; --path"),
+        (["torchvision", "out", "--dataset", "mnist"], "data/MNIST/raw lacks train-images-idx3-ubyte"),
+        (["digits", "ftp://x"], "unknown scheme 'ftp'"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str, run_job: Callable[..., Any]) -> None:
+    done = run_job("prepare", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1

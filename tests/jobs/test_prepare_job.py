@@ -1,0 +1,113 @@
+"""python jobs/prepare.py, as a person types it."""
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import processes
+import pytest
+from PIL import Image
+
+from ddpm import storage
+from ddpm.data.manifest import MANIFEST, read_manifest
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_digits_and_again(run_job: Callable[..., Any], tmp_path: Path) -> None:
+    done = run_job("prepare", "digits", "data", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    location = storage.resolve(str(tmp_path / "data"))
+    manifest = read_manifest(location.filesystem, location.path, location.uri)
+    for said in (
+        str(tmp_path / "data"),
+        "1,707",
+        "90",
+        manifest.fingerprint,
+        str(tmp_path / "data/preview.png"),
+    ):
+        assert said in done.stdout
+    with Image.open(tmp_path / "data/preview.png") as preview:
+        assert preview.size == (402, 402)
+    before = files_of(tmp_path)
+    again = run_job("prepare", "digits", "data", cwd=tmp_path)
+    assert again.returncode == 0 and manifest.fingerprint in again.stdout
+    assert files_of(tmp_path) == before
+
+
+def test_a_folder_becomes_a_data_set_in_a_bucket(
+    run_job: Callable[..., Any], tmp_path: Path, s3_bucket: str
+) -> None:
+    for i in range(20):
+        for name in ("cat", "dog"):
+            (tmp_path / "images" / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (20, 16), (i, 0, 0)).save(tmp_path / "images" / name / f"{i}.png")
+    uri = f"{s3_bucket}/pets"
+    done = run_job("prepare", "folder", uri, "--path", "images", "--size", "16", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    location = storage.resolve(uri)
+    manifest = read_manifest(location.filesystem, location.path, uri)
+    assert manifest.class_names == ("cat", "dog")
+    assert {name: split.num_rows for name, split in manifest.splits.items()} == {"train": 38, "test": 2}
+    assert location.child("preview.png").exists() and f"{uri}/preview.png" in done.stdout
+
+
+BAD = {
+    "no such source": (["digitz", "data"], "digitz"),
+    "no place": (["digits"], "URI"),
+    "unknown scheme": (["digits", "gs://b/data"], "unknown scheme"),
+    "files missing": (["fashion-mnist", "data", "--path", "none"], "--path"),
+    "folder missing": (["folder", "data", "--path", "none", "--size", "16"], "none is not a folder"),
+    "nothing downloaded": (["torchvision", "data", "--dataset", "cifar10"], "cifar-10-batches-"),
+    "no parquet": (["parquet", "data", "--path", "none", "--size", "16"], "none"),
+    "size out of range": (["glyphs", "data", "--size", "0"], "size"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), BAD.values(), ids=list(BAD))
+def test_a_mistake_is_exit_code_2(
+    run_job: Callable[..., Any], tmp_path: Path, words: list[str], message: str
+) -> None:
+    done = run_job("prepare", *words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    if done.stderr.startswith("error:"):  # else tyro's own box about the words of the command line
+        assert len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_options_are_refused(run_job: Callable[..., Any], tmp_path: Path) -> None:
+    assert run_job("prepare", "digits", "data", cwd=tmp_path).returncode == 0
+    before = files_of(tmp_path)
+    done = run_job("prepare", "digits", "data", "--seed", "1", cwd=tmp_path)
+    assert done.returncode == 2 and "other options" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.slow
+def test_killed_between_shards_it_ends_with_the_same_bytes(
+    run_job: Callable[..., Any], tmp_path: Path
+) -> None:
+    words = ["--num-images", "40000", "--size", "16"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run_job("prepare", "glyphs", whole, *words).returncode == 0
+    process = subprocess.Popen([*processes.job_command("prepare"), "glyphs", str(parts), *words])
+    try:
+        while not (parts / "_prepare/train-00000.parquet.json").exists():
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (parts / MANIFEST).exists()
+    first = (parts / "train/00000.parquet").stat().st_mtime_ns
+    assert run_job("prepare", "glyphs", parts, *words).returncode == 0
+    assert files_of(parts) == files_of(whole)
+    assert (parts / "train/00000.parquet").stat().st_mtime_ns == first, "a finished shard was made again"
