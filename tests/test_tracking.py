@@ -262,7 +262,7 @@ def test_a_server_that_comes_late_gets_everything(tmp_path: Path, caplog: pytest
     tracker = track(server.uri)
     log_everything(tracker)
     time.sleep(3)
-    with server.start():
+    with server:
         delivery = tracker.close(timeout_s=60)
         assert delivery.undelivered == 0
         assert tracked_run(server.uri, delivery).info.status == "FINISHED"
@@ -286,11 +286,10 @@ def test_a_server_that_is_killed_and_comes_back_has_each_point_once(tmp_path: Pa
 
         training = threading.Thread(target=train)
         training.start()
-        for _ in range(2):
-            time.sleep(2.5)
-            server.kill()
-            time.sleep(1.5)
-            server.start()
+        time.sleep(2.5)
+        server.kill()
+        time.sleep(1.5)
+        server.start()
         stop.set()
         training.join()
         delivery = tracker.close(timeout_s=90)

@@ -9,6 +9,7 @@ anywhere but in `share`.
 Nothing here knows of Ray, of files or of pixels.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -129,7 +130,7 @@ def chunks(start: int, stop: int, batch_size: int, chunk_images: int) -> list[tu
         remaining = -(-(stop - cuts[-1]) // batch_size) * batch_size
         cuts.append(cuts[-1] + min(whole, remaining))
         size *= 4
-    return list(zip(cuts[:-1], cuts[1:], strict=True))
+    return list(itertools.pairwise(cuts))
 
 
 def share(rows: NDArray, rank: int, world_size: int, batch_size: int, micro_batch_size: int) -> NDArray:

@@ -46,6 +46,11 @@ def open_data_set(config: Config) -> DataSet:
     return DataSet(location.filesystem, location.path, manifest, config.data.split)
 
 
+def hide_progress() -> None:
+    """Keep Ray Data's own bars off the terminal, for Datasets made in this process."""
+    DataContext.get_current().enable_progress_bars = False
+
+
 def legs(config: Config, images_seen: int) -> list[list[tuple[int, int]]]:
     """The reading tasks of the rest of training, in Datasets of at most MAX_TASKS."""
     train = config.train
@@ -64,7 +69,7 @@ def split(
     context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
         object_store_memory=OBJECT_STORE_BYTES
     )
-    task = _ReadTask(config, data_set, todo, world_size)
+    task: Any = _ReadTask(config, data_set, todo, world_size)
     # One block a task: each is read by its own Ray task, and as many at once as there are free CPUs.
     rows = ray.data.range(len(todo), override_num_blocks=len(todo))
     return rows.map_batches(task, batch_size=1, batch_format="numpy").streaming_split(world_size, equal=True)

@@ -86,7 +86,7 @@ def fit(config: Config, data_set: DataSet, *, verbose: bool = False) -> Result:
     if finished := _finished(config, data_set, run):
         return finished
     address = Address(tracking_uri(), config.run.experiment, run.name, run.key)
-    board = _Board.remote()
+    board: Any = ray.remote(num_cpus=0)(_Board).remote()
     spec = {
         "config": config,
         "data_set": data_set,
@@ -113,7 +113,7 @@ def fit(config: Config, data_set: DataSet, *, verbose: bool = False) -> Result:
         failure = None
     except ray.train.TrainingFailedError as error:
         failure = error
-    notes = ray.get(board.read.remote())
+    notes: dict[str, Any] = ray.get(board.read.remote())
     if "failure" in notes:
         raise notes["failure"]
     if failure is not None:
@@ -131,7 +131,7 @@ def _work(spec: dict[str, Any]) -> None:
         return  # a mistake that no restart mends: let the group end, and the driver tell
     if not spec["verbose"]:
         logging.getLogger("ray").setLevel(logging.ERROR)
-        ray.data.DataContext.get_current().enable_progress_bars = False
+        stream.hide_progress()
     runtime = RayRuntime(config, spec["data_set"], spec["run"], board)
     tracker = MlflowTracker(spec["address"], configs.flatten(config)) if runtime.rank == 0 else NoTracker()
     status = "FAILED"
@@ -225,9 +225,8 @@ class RayRuntime:
                 location.child(name).delete()
 
 
-@ray.remote(num_cpus=0)
 class _Board:
-    """What the workers want the driver to know; the last word on each subject."""
+    """What the workers want the driver to know; the last word on each subject. An actor that needs no CPU."""
 
     def __init__(self) -> None:
         self._notes: dict[str, Any] = {}
