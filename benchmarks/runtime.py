@@ -15,6 +15,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -31,8 +32,8 @@ class Arguments:
     """Runs of each."""
     images: int = 64_000
     """Images a run; the first fifth does not count."""
-    runtime: tyro.conf.Suppress[str | None] = None
-    """Inside a measuring process: which one."""
+    runtime: Literal["local", "ray"] | None = None
+    """Measure this one alone, in this process."""
 
 
 def measure(arguments: Arguments) -> None:

@@ -148,13 +148,13 @@ def test_an_altered_manifest_is_refused(
     raw = json.loads(json.dumps(dataclasses.asdict(write(tmp_path, pixels(6)))))
     assert manifest_from_json(json.dumps(raw), "here/manifest.json").splits["train"].num_rows == 6
     alter(raw)
-    with pytest.raises(UserError, match=f"^here/manifest.json: .*{message}"):
+    with pytest.raises(UserError, match=rf"^here/manifest\.json: .*{message}"):
         manifest_from_json(json.dumps(raw), "here/manifest.json")
 
 
 @pytest.mark.parametrize("text", ["", "[" * 100_000, "[]", '{"format": 1'])
 def test_what_is_no_json_object_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="^here"):
+    with pytest.raises(UserError, match=r"^here"):
         manifest_from_json(text, "here")
 
 

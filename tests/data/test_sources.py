@@ -194,7 +194,7 @@ def test_celeba_is_cropped_to_its_centre(tmp_path: Path) -> None:
     ):
         Torchvision("celeba", root=tmp_path)
     partition.write_text("000000.jpg 7\n")
-    with pytest.raises(UserError, match="list_eval_partition.txt is damaged"):
+    with pytest.raises(UserError, match=r"list_eval_partition\.txt is damaged"):
         Torchvision("celeba", root=tmp_path)
 
 

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from ddpm.config import UserError
+from ddpm.data.pictures import Folder
 from ddpm.data.prepare import find, prepare, write_preview
 from ddpm.data.shards import Manifest, read_manifest, read_row_group
 from ddpm.data.sources import Digits
@@ -138,22 +139,22 @@ def test_ray_tasks_make_the_same(tmp_path: Path) -> None:
     import ray
 
     here = prepare(Digits(), LOCAL, str(tmp_path / "here"), rows_per_shard=500)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(6):
+        Image.new("RGB", (8, 8)).save(pictures / f"{i}.png")
+    (pictures / "3.png").write_bytes(b"broken")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         there = prepare(Digits(), LOCAL, str(tmp_path / "there"), rows_per_shard=500, parallel=True)
-        with pytest.raises(UserError, match="^cannot") as caught:
-            prepare(_Broken(), LOCAL, str(tmp_path / "broken"), rows_per_shard=500, parallel=True)
+        with pytest.raises(UserError, match=r"^cannot read the image .*3\.png") as caught:
+            prepare(
+                Folder(pictures, size=8), LOCAL, str(tmp_path / "broken"), rows_per_shard=2, parallel=True
+            )
     finally:
         ray.shutdown()
     assert here == there
     assert "Traceback" not in str(caught.value)
-
-
-class _Broken(Digits):
-    """Digits whose images cannot be read."""
-
-    def read(self, split: str, start: int, stop: int) -> Any:
-        raise UserError("cannot read it")
 
 
 def test_on_s3(s3_bucket: str) -> None:

@@ -1,13 +1,20 @@
 """Ray Train and Ray Data for real: any number of workers trains the run that one process trains."""
 
 import json
+import subprocess
+import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from processes import kill_tree, program
 from safetensors.torch import load_file
+from servers import RayHead
 
 from ddpm.config import Config, override
 from ddpm.data.reading import DataSet
@@ -91,11 +98,91 @@ def test_two_workers_train_what_one_trains(
     one, two = weights(tmp_path / "local/checkpoint-000000000256"), weights(newest(tmp_path, "two"))
     for name in one:  # gradients are summed in another order
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4, msg=name)
-    import numpy as np
-    from PIL import Image
-
     grids = [
         np.asarray(Image.open(p / "samples/latest.png"), int)
         for p in (tmp_path / "local", tmp_path / "runs/two")
     ]
     assert np.abs(grids[0] - grids[1]).max() <= 2  # the same images in the same places
+
+
+def refused(done: Any, message: str, code: int = 2) -> None:
+    """A user's mistake: the exit code, one line, no traceback."""
+    assert done.returncode == code, done.stdout + done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--model.channels", "3"],
+            "holds images of 1 channel(s), but model.channels is 3; set --model.channels 1",
+        ),
+        (
+            ["--model.image-size", "16", "--model.attention-resolutions", "8"],
+            "holds images of 8x8, but model.image_size is 16; set --model.image-size",
+        ),
+        (
+            ["--model.num-classes", "7"],
+            "has 10 classes, but model.num_classes is 7; set --model.num-classes 10",
+        ),
+        (["--data.split", "validation"], "has no split 'validation'; it has test, train"),
+    ],
+)
+def test_a_data_set_that_does_not_fit_is_refused(
+    train_job: Callable[..., Any], tmp_path: Path, flags: list[str], message: str
+) -> None:
+    refused(train_job("unfit", *flags), message)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_too_few_cpus_for_the_tasks_that_read_are_refused(
+    train_job: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Ray would wait for ever: workers hold every CPU, and the tasks that feed them get none."""
+    done = train_job("full", "--cluster.num-workers", "2", "--cluster.cpus-per-worker", "64")
+    refused(done, "CPUs leave none of the cluster's")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_bad_numbers_and_another_architecture(train_job: Callable[..., Any], tmp_path: Path) -> None:
+    """A gradient that is not finite ends the run with exit code 1 and leaves the checkpoint before it; that one
+    belongs to its architecture."""
+    done = train_job("bad", "--train.checkpoint-every-images", "32", "--optim.lr", "1e36")
+    refused(done, "the gradient is not finite", code=1)
+    for folder in (tmp_path / "runs/bad").glob("checkpoint-*"):
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(folder / "net.safetensors").values())
+    assert list((tmp_path / "runs/bad").glob("checkpoint-*"))
+    done = train_job("bad", "--model.base-width", "16")
+    refused(done, "model.base_width 8 (now 16)")
+
+
+@pytest.mark.slow
+def test_a_local_folder_on_a_cluster_of_two_nodes_is_refused(
+    train_job: Callable[..., Any], ray_head: RayHead, tmp_path: Path
+) -> None:
+    command = [program("ray"), "start", "--address", ray_head.address, "--num-cpus", "1", "--block"]
+    with (tmp_path / "node.log").open("wb") as log:
+        node = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        wait_for_nodes(ray_head, 2)
+        done = train_job("two-nodes", env={"RAY_ADDRESS": ray_head.address})
+        refused(done, "but the cluster has 2 nodes that cannot see it; use s3://bucket/prefix")
+        assert not (tmp_path / "runs").exists()
+    finally:
+        kill_tree(node, grace_s=5)
+
+
+def wait_for_nodes(head: RayHead, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with urllib.request.urlopen(f"{head.dashboard}/nodes?view=summary", timeout=10) as answer:
+            nodes = json.load(answer)["data"]["summary"]
+        if sum(node["raylet"].get("state") == "ALIVE" for node in nodes) >= count:
+            return
+        time.sleep(0.5)
+    raise TimeoutError(f"the cluster did not reach {count} nodes in 60 s")
