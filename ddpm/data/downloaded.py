@@ -19,7 +19,7 @@ import numpy as np
 
 from ddpm.config import UserError
 from ddpm.data.idx import missing_idx, pad, read_idx_folder
-from ddpm.data.pictures import Encoding, check_size, digest_of_files, store
+from ddpm.data.pictures import Encoding, check_size, digest_of_files, read_file, store
 from ddpm.data.sources import Labels, Pixels
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -82,8 +82,9 @@ class Torchvision:
 
     def read(self, split: str, start: int, stop: int) -> tuple[Pixels | Sequence[bytes], Labels | None]:
         if self.dataset == "celeba":
-            pictures = ((file.read_bytes(), str(file)) for file in self._faces[split][start:stop])
-            return store(pictures, self.height, self.channels, self.encoding), None
+            return store(
+                map(read_file, self._faces[split][start:stop]), self.height, self.channels, self.encoding
+            ), None
         images, labels = self._pixels[split]
         return pad(images[start:stop], self.height), labels[start:stop]
 

@@ -95,8 +95,7 @@ class Folder:
         part, rows = self._rows[split]
         chosen = [self._files[part][row] for row in rows[start:stop].tolist()]
         paths = [self._folders[part] / file for file in chosen]
-        pictures = ((path.read_bytes(), str(path)) for path in paths)
-        images = store(pictures, self.size, self.channels, self.encoding)
+        images = store(map(read_file, paths), self.size, self.channels, self.encoding)
         if not self.class_names:
             return images, None
         classes = {name: label for label, name in enumerate(self.class_names)}
@@ -153,6 +152,18 @@ def store(
             image.save(file, "PNG")
             stored.append(file.getvalue())
     return np.stack(pixels) if encoding == "raw" else stored
+
+
+def read_file(path: Path) -> tuple[bytes, str]:
+    """The file's bytes, and what to call it in errors.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return path.read_bytes(), str(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def check_size(size: int) -> None:

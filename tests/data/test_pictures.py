@@ -119,6 +119,15 @@ def test_the_folders_own_splits(tmp_path: Path) -> None:
     assert Folder(tmp_path, size=8).class_names == ("other", "train", "val")
 
 
+def test_a_file_that_has_gone_is_named(tmp_path: Path) -> None:
+    tree(tmp_path, {f"{i}.png": i for i in range(4)})
+    source = Folder(tmp_path, size=8)
+    for i in range(4):
+        (tmp_path / f"{i}.png").unlink()
+    with pytest.raises(UserError, match=r"cannot read .*\.png: No such file"):
+        source.read("train", 0, 1)
+
+
 def test_another_content_is_another_identity(tmp_path: Path) -> None:
     tree(tmp_path / "x", {"a/0.png": 0, "a/1.png": 1})
     tree(tmp_path / "y", {"a/0.png": 0, "a/1.png": 1})
