@@ -25,8 +25,8 @@ class Arguments(Generic[S]):
     uri: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="URI")]
     """Folder or s3://bucket/prefix of the data set."""
     source: Annotated[S, tyro.conf.arg(name="")]
-    parallel: bool = False
-    """Write shards at once, as tasks of the Ray cluster (RAY_ADDRESS, or one started here)."""
+    parallel: bool | None = None
+    """Write shards at once, as tasks of the Ray cluster (RAY_ADDRESS, or one started here). None: if it is large."""
 
 
 SOURCES: dict[str, Callable[..., Any]] = {
@@ -50,7 +50,8 @@ def main() -> None:
     manifest = prepare.find(source, *place, location.uri)
     print(f"data set    {location.uri}{' was there already' if manifest else ''}")
     if manifest is None:
-        if arguments.parallel:
+        parallel = prepare.is_large(source) if arguments.parallel is None else arguments.parallel
+        if parallel:
             from ddpm.training.cluster import connect
 
             connect()
@@ -60,7 +61,7 @@ def main() -> None:
                 *place,
                 where=location.uri,
                 on_progress=lambda done, _: display.update(done),
-                parallel=arguments.parallel,
+                parallel=parallel,
             )
     for name, split in manifest.splits.items():
         print(f"{name:<11} {split.num_rows:,} images")

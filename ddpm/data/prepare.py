@@ -42,6 +42,8 @@ PREVIEW_ROW_GROUPS = 8
 # A row group is read at once: few megabytes, so that a window of several is shuffled in little memory.
 ROW_GROUP_BYTES, MAX_ROWS_PER_ROW_GROUP = 4 << 20, 1024
 ROW_GROUPS_PER_SHARD = 16
+LARGE_RAW, LARGE_ENCODED = 500_000, 20_000
+"""Images from which on a source is prepared on a cluster: arrays are copied, pictures decoded and resized."""
 PROBED_IMAGES = 64
 
 Progress = Callable[[int, int], None]
@@ -75,7 +77,7 @@ def prepare(
     Args:
         where: what to call the data set in errors, its URI; `root` if not given.
         on_progress: not called if the data set is there already.
-        rows_per_shard: None: 16 row groups.
+        rows_per_shard: rounded up to whole row groups; None: 16 of them.
         rows_per_row_group: None: about 4 MB, and at most 1024 images.
         parallel: write shards at once as Ray tasks, if Ray is initialised and there are several.
 
@@ -100,11 +102,16 @@ def prepare(
     tasks = _tasks(source, rows_per_shard, rows_per_row_group or _rows_per_row_group(source))
     total, done = sum(task.stop - task.start for task in tasks), 0
     shards: dict[str, Shard] = {}
-    for shard in _run(source, location, tasks, parallel):
-        shards[shard.path] = shard
-        done += shard.num_rows
-        if on_progress:
-            on_progress(done, total)
+    try:
+        for shard in _run(source, location, tasks, parallel):
+            shards[shard.path] = shard
+            done += shard.num_rows
+            if on_progress:
+                on_progress(done, total)
+    except OSError as error:
+        raise UserError(
+            f"{location.uri} is not finished: {error}; the same command goes on from there"
+        ) from None
     by_split = {split: [shards[t.path] for t in tasks if t.split == split] for split in source.splits}
     manifest = make_manifest(
         source.name,
@@ -144,6 +151,11 @@ def find(
             "choose another place, or remove that one first"
         )
     return manifest
+
+
+def is_large(source: Source) -> bool:
+    """Whether it is worth the seconds that a cluster takes to start."""
+    return sum(source.splits.values()) > (LARGE_RAW if source.encoding == "raw" else LARGE_ENCODED)
 
 
 def write_preview(filesystem: pafs.FileSystem, root: str, manifest: Manifest) -> str:
@@ -199,7 +211,8 @@ def _rows_per_row_group(source: Source) -> int:
 
 
 def _tasks(source: Source, rows_per_shard: int | None, rows_per_row_group: int) -> list[_Task]:
-    rows_per_shard = rows_per_shard or rows_per_row_group * ROW_GROUPS_PER_SHARD
+    whole = -(-rows_per_shard // rows_per_row_group) if rows_per_shard else ROW_GROUPS_PER_SHARD
+    rows_per_shard = whole * rows_per_row_group  # so that only the last row group of a split is smaller
     return [
         _Task(f"{split}/{i:05d}.parquet", split, start, min(start + rows_per_shard, rows), rows_per_row_group)
         for split, rows in source.splits.items()
