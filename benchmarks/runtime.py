@@ -8,6 +8,7 @@ is that between two log points well after the start. The table goes to benchmark
 
 import datetime
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -17,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 
 HERE = Path(__file__).parent
-LOG_IMAGES = 6_400
 RUNTIMES = ("local", "ray")
 
 
@@ -32,6 +33,9 @@ class Arguments:
     """Runs of each."""
     images: int = 64_000
     """Images a run; the first fifth does not count."""
+    preset: str = "digits"
+    threads: int = torch.get_num_threads()
+    """torch threads, of both."""
     runtime: Literal["local", "ray"] | None = None
     """Measure this one alone, in this process."""
 
@@ -41,24 +45,26 @@ def measure(arguments: Arguments) -> None:
 
     from ddpm.config import override
     from ddpm.data import embedded, stream
-    from ddpm.presets import DIGITS
+    from ddpm.presets import PRESETS
     from ddpm.training import cluster, loop
     from ddpm.training.runtime import LocalRuntime, NoTracker
 
     with tempfile.TemporaryDirectory() as folder:
         values = {
             "train.total_images": arguments.images,
-            "train.log_every_images": LOG_IMAGES,
+            "train.log_every_images": arguments.images // 10,
             "train.checkpoint_every_images": 0,
             "train.sample_every_images": 0,
             "sample.num_images": 1,
             "sample.num_sample_steps": 1,
+            "cluster.threads_per_worker": arguments.threads,
             "run.storage": folder,
             "run.name": "bench",
         }
-        config = embedded.with_shards(override(DIGITS, values))
+        config = embedded.with_shards(override(PRESETS[arguments.preset], values))
         data_set = stream.open_data_set(config)
         if arguments.runtime == "local":
+            torch.set_num_threads(arguments.threads)
             points: dict[int, dict[str, float]] = {}
 
             class Points(NoTracker):
@@ -69,8 +75,6 @@ def measure(arguments: Arguments) -> None:
                 config, LocalRuntime(config, data_set, data_set.held_out(), Path(folder, "bench")), Points()
             )
         else:
-            import os
-
             import mlflow
 
             os.environ["MLFLOW_TRACKING_URI"] = uri = f"sqlite:///{folder}/mlflow.db"
@@ -88,6 +92,7 @@ def measure(arguments: Arguments) -> None:
 def run(arguments: Arguments, runtime: str) -> tuple[float, float]:
     """Images/s and the share of time spent waiting for data, of one run."""
     command = [sys.executable, __file__, "--images", str(arguments.images), "--runtime", runtime]
+    command += ["--preset", arguments.preset, "--threads", str(arguments.threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)
@@ -116,16 +121,15 @@ def main() -> None:
 def write(arguments: Arguments, found: dict[str, list[tuple[float, float]]]) -> None:
     """The table, as Markdown."""
     import ray
-    import torch
 
     speed = {name: statistics.median(s for s, _ in rows) for name, rows in found.items()}
     wait = {name: statistics.median(w for _, w in rows) for name, rows in found.items()}
     lines = [
         "# What Ray costs",
         "",
-        f"`python benchmarks/runtime.py --repeats {arguments.repeats} --images {arguments.images}`: preset digits, one "
-        f"worker, medians of {arguments.repeats} runs that took turns. {datetime.date.today()}, "
-        f"{torch.get_num_threads()} cores of {processor()}, torch {torch.__version__}, Ray {ray.__version__}.",
+        f"Preset {arguments.preset}, one worker of {arguments.threads} torch threads, {arguments.images:,} images a "
+        f"run; medians of {arguments.repeats} runs that took turns. {datetime.date.today()}, {os.cpu_count()} cores of "
+        f"{processor()}, torch {torch.__version__}, Ray {ray.__version__}.",
         "",
         "| runtime | images/s | of LocalRuntime | time waiting for data | all runs, images/s |",
         "|---|---|---|---|---|",

@@ -34,7 +34,7 @@ from ddpm.tracking import Address, Delivery, MlflowTracker, tracking_uri, withou
 from ddpm.training import checkpoint, loop
 from ddpm.training.runtime import MicroBatch, NoTracker, Progress, read_held_out
 
-POLL_INTERVAL_S = 0.5
+POLL_INTERVAL_S = 1.0
 
 
 class TrainingFailed(UserError):
@@ -60,9 +60,11 @@ class Result:
 def connect(verbose: bool = False) -> None:
     """Join the Ray cluster of the environment (RAY_ADDRESS, or one started here), or start one on this machine."""
     # The controller takes one report per poll: by default every 2 s, which a checkpoint would wait for.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # Of a cluster started here: training comes first on this machine, not after Ray's own processes.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     level = logging.INFO if verbose else logging.ERROR
-    ray.init(log_to_driver=verbose, logging_level=level, configure_logging=True)
+    ray.init(log_to_driver=verbose, logging_level=level, include_dashboard=False)
     for name in ("ray.train", "ray.data", "ray"):
         logging.getLogger(name).setLevel(level)
 

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from ddpm import config as configs
 from ddpm import images
 from ddpm.config import Config, UserError
 from ddpm.data.plan import micro_batches_per_step
@@ -74,6 +75,7 @@ def train(config: Config, runtime: Runtime, tracker: Tracker) -> State:
 
 def check(config: Config, world_size: int) -> None:
     """Raise UserError for what would stop the run on its first step, before anything is started."""
+    configs.from_json(configs.to_json(config), "the command line")  # as the checkpoints will be read
     micro_batches_per_step(config.train.batch_size, config.train.micro_batch_size, world_size)
     build_objective(config)
     build_sampler(config)
