@@ -31,7 +31,7 @@ from ddpm.data.reading import DataSet, Images
 from ddpm.progress import Display
 from ddpm.runs import Run
 from ddpm.tracking import Address, Delivery, MlflowTracker, tracking_uri, without_password
-from ddpm.training import checkpoint, loop
+from ddpm.training import checkpoint, loop, placement
 from ddpm.training.runtime import MicroBatch, NoTracker, Progress, read_held_out
 
 POLL_INTERVAL_S = 1.0
@@ -81,8 +81,8 @@ def fit(config: Config, data_set: DataSet, *, verbose: bool = False) -> Result:
         UserError: the config does not fit the cluster, or what the run has begun with.
         TrainingFailed: workers failed too often.
     """
-    scaling = _scaling(config)
-    _check_storage(config)
+    resources = placement.resources_per_worker(config)
+    placement.check_storage(config)
     assert config.run.name is not None, "runs.settled names a run"
     run = runs.open_run(config.run.name, config.run.storage)
     if finished := _finished(config, data_set, run):
@@ -100,7 +100,11 @@ def fit(config: Config, data_set: DataSet, *, verbose: bool = False) -> Result:
     trainer = ray.train.torch.TorchTrainer(
         _work,
         train_loop_config=spec,
-        scaling_config=scaling,
+        scaling_config=ScalingConfig(
+            num_workers=config.cluster.num_workers,
+            use_gpu="GPU" in resources,
+            resources_per_worker=resources,
+        ),
         run_config=ray.train.RunConfig(
             name=run.name,
             storage_path=str(Path(run.location.path).parent),
@@ -264,45 +268,6 @@ def _watch(board: Any, total_images: int) -> Iterator[None]:
             stop.set()
             thread.join(timeout=5)
             show(display)
-
-
-def _scaling(config: Config) -> ScalingConfig:
-    """Workers and their resources, with a CPU left for the tasks that read data.
-
-    Raises:
-        UserError: the cluster is too small; Ray would wait for ever without a word.
-    """
-    cluster, have = config.cluster, ray.cluster_resources()
-    workers, cpus, gpus = cluster.num_workers, have.get("CPU", 0.0), have.get("GPU", 0.0)
-    if workers < 1:
-        raise UserError(f"cluster.num_workers is {workers}; it must be at least 1")
-    gpu = cluster.gpu if cluster.gpu is not None else gpus >= workers
-    if gpu and gpus < workers:
-        raise UserError(f"{workers} workers need {workers} GPUs, the cluster has {gpus:g}; use fewer workers")
-    share = cluster.cpus_per_worker
-    if share is None:
-        share = max(min(1.0, int(100 * (cpus - 1) / workers) / 100), 0.01)
-    if share <= 0:
-        raise UserError(f"cluster.cpus_per_worker is {share:g}; it must be above 0")
-    if workers * share > cpus - 1:
-        right = max((cpus - 1) / workers, 0)
-        raise UserError(
-            f"{workers} workers of {share:g} CPUs leave none of the cluster's {cpus:g} CPUs to the tasks that read "
-            f"data; set --cluster.cpus-per-worker to at most {right:g}, or use fewer workers"
-        )
-    resources = {"CPU": share} | ({"GPU": 1.0} if gpu else {})
-    return ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker=resources)
-
-
-def _check_storage(config: Config) -> None:
-    """Refuse a folder that the other nodes of the cluster cannot see."""
-    nodes = sum(node["Alive"] for node in ray.nodes())
-    for flag, uri in (("run.storage", config.run.storage), ("data.shards", config.data.shards or "")):
-        if nodes > 1 and not uri.startswith("s3://") and not config.run.shared_storage:
-            raise UserError(
-                f"--{flag} is the local folder {uri}, but the cluster has {nodes} nodes that cannot see it; use "
-                "s3://bucket/prefix, or say --run.shared-storage if it is mounted on all of them"
-            )
 
 
 def _finished(config: Config, data_set: DataSet, run: Run) -> Result | None:
