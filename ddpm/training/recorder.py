@@ -14,12 +14,14 @@ from torch import Tensor
 
 from ddpm import generation, images
 from ddpm.config import Config
+from ddpm.data.reading import Images
 from ddpm.diffusion.objectives import Loss, Objective
 from ddpm.training import checkpoint
 from ddpm.training.runtime import MicroBatch, NoTracker, Progress, Runtime, Tracker
 from ddpm.training.state import HELD_OUT, State, generator, lr_at
 
 PROGRESS_INTERVAL_S = 0.5
+STRIP_IMAGES = 4
 
 
 class Recorder:
@@ -123,6 +125,13 @@ class Recorder:
             if loss is not None:
                 self._runtime.progress(Progress(self._state.images_seen, total, rate, loss))
 
+    def _held_out_batch(self, held_out: Images, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """x_0 [B, C, H, W], and the labels if the net wants them."""
+        device = self._runtime.device
+        x_0 = images.to_model(torch.tensor(held_out.image[start:stop]).to(device))
+        wanted = self._config.model.num_classes > 0
+        return x_0, torch.tensor(held_out.label[start:stop]).to(device) if wanted else None
+
     @torch.no_grad()
     def _held_out_loss(self) -> float | None:
         """Mean loss of the averaged weights on held-out images: the same t and noise every time."""
@@ -132,11 +141,9 @@ class Recorder:
         total = torch.zeros((), device=runtime.device)
         starts = range(0, len(self._held_out.image), size)
         for start in starts[runtime.rank :: runtime.world_size]:
-            x_0 = images.to_model(torch.tensor(self._held_out.image[start : start + size]).to(runtime.device))
-            label = torch.tensor(self._held_out.label[start : start + size]).to(runtime.device)
+            x_0, label = self._held_out_batch(self._held_out, start, start + size)
             noise = generator(runtime.device, HELD_OUT, start)
-            conditional = label if self._config.model.num_classes else None
-            total += self._objective.loss(self._state.ema.net, x_0, conditional, noise).value * len(x_0)
+            total += self._objective.loss(self._state.ema.net, x_0, label, noise).value * len(x_0)
         return (runtime.mean(total) * runtime.world_size / len(self._held_out.image)).item()
 
     def _checkpoint(self) -> None:
@@ -169,12 +176,7 @@ class Recorder:
         runtime.publish(f"samples/{seen:012d}.png", images.png_bytes(grid))
         runtime.publish("samples/latest.png", images.png_bytes(grid))
         if self._held_out is not None:
-            x_0 = images.to_model(torch.tensor(self._held_out.image[:4]).to(runtime.device))
-            label = (
-                torch.tensor(self._held_out.label[:4]).to(runtime.device)
-                if config.model.num_classes
-                else None
-            )
+            x_0, label = self._held_out_batch(self._held_out, 0, STRIP_IMAGES)
             strip = generation.denoising_strip(self._state.ema.net, config, self._objective, x_0, label)
             self._tracker.image("denoising", strip, seen)
         return grid
@@ -185,10 +187,14 @@ class Recorder:
             return
         pictures = {"samples.png": images.png_bytes(grid)}
         if self._held_out is not None:
-            x_0 = images.to_model(torch.tensor(self._held_out.image[:4]).to(self._runtime.device))
+            x_0, _ = self._held_out_batch(self._held_out, 0, STRIP_IMAGES)
             pictures["forward_noising.png"] = images.png_bytes(generation.noising_strip(self._config, x_0))
         strip, gif = generation.trajectory(
-            self._state.ema.net, self._config, self._objective, range(4), device=self._runtime.device
+            self._state.ema.net,
+            self._config,
+            self._objective,
+            range(STRIP_IMAGES),
+            device=self._runtime.device,
         )
         pictures |= {"reverse_trajectory.png": images.png_bytes(strip), "reverse_trajectory.gif": gif}
         for name, data in pictures.items():

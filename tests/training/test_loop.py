@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from sklearn.datasets import load_digits
+from sklearn.neighbors import KNeighborsClassifier
 
+from ddpm import generation
 from ddpm.config import Config, UserError, override
 from ddpm.data.reading import DataSet
+from ddpm.presets import DIGITS
 from ddpm.training import checkpoint, loop
 from ddpm.training.runtime import LocalRuntime, NoTracker
 from ddpm.training.state import State
@@ -207,3 +211,27 @@ def test_what_cannot_work_is_refused_before_anything_starts(
 ) -> None:
     with pytest.raises(UserError, match=message):
         loop.check(override(tiny, change), 1)
+
+
+@pytest.mark.slow
+def test_a_conditional_run_gives_the_digit_asked_for(
+    digits_uri: str, train_set: DataSet, run_folder: Path
+) -> None:
+    """Judged by a nearest-neighbour classifier fitted on the real digits."""
+    config = override(
+        DIGITS, {"model.num_classes": 10, "train.total_images": 19_200, "optim.ema_decay": 0.98}
+    )
+    config = override(
+        config, {"data.shards": digits_uri, "optim.lr_warmup_images": 1280, "train.held_out_images": 0}
+    )
+    config = override(config, {"train.sample_every_images": 0, "train.checkpoint_every_images": 0})
+    state = fit(config, train_set, run_folder)
+    config = override(config, {"sample.guidance_scale": 2.0, "sample.num_sample_steps": 25})
+    objective = generation.build_objective(config)
+    asked = torch.arange(100) % 10
+    drawn = generation.draw(
+        state.ema.net, config, objective, range(100), device=torch.device("cpu"), label=asked
+    ).numpy()
+    judge = KNeighborsClassifier(5).fit(*load_digits(return_X_y=True))
+    seen = judge.predict(drawn.reshape(100, 64) * (16 / 255))
+    assert (seen == asked.numpy()).mean() >= 0.9
