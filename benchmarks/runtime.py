@@ -129,8 +129,8 @@ def write(arguments: Arguments, found: Found) -> None:
     lines = [
         "# What Ray costs",
         "",
-        f"Preset {arguments.preset}, one worker, {arguments.images:,} images a run; medians of {arguments.repeats} runs "
-        f"that took turns (`python benchmarks/runtime.py`). {datetime.date.today()}, {os.cpu_count()} cores of "
+        f"Preset {arguments.preset}, one worker, {arguments.images:,} images a run; medians of {arguments.repeats} "
+        f"runs that took turns (`python benchmarks/runtime.py`). {datetime.date.today()}, {os.cpu_count()} cores of "
         f"{processor()}, torch {torch.__version__}, Ray {ray.__version__}.",
         "",
         "| torch threads | runtime | images/s | of LocalRuntime | time waiting for data | all runs, images/s |",
