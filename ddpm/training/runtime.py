@@ -23,7 +23,7 @@ from ddpm.data.reading import DataSet, Images
 from ddpm.training import checkpoint
 
 CHUNK_IMAGES = 8192
-"""Images that one reading task fetches: several windows' worth of micro-batches at little cost each."""
+"""Images that one reading task fetches, at most: about a window, so that tasks and blocks are few and large."""
 
 
 @dataclass(frozen=True)
