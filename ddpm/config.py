@@ -42,7 +42,11 @@ class DataConfig:
     horizontal_flip: bool = False
     """Mirror each image with probability 1/2 (drawn per micro-batch, as all noise is)."""
     stall_timeout_s: float = 120.0
-    """Seconds without a batch after which the run stops with an error instead of waiting on."""
+    """Seconds without a batch, beyond run.storage_timeout_s, after which the run stops instead of waiting on."""
+    on_corrupt: Literal["error", "substitute"] = "error"
+    """An image that cannot be read: stop, or put another of its window in its place and list it."""
+    max_corrupt_share: float = 0.01
+    """substitute: the share of the split's images that may turn out unreadable before the run stops."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,8 @@ class OptimConfig:
     weight_decay: float = 0.0
     grad_clip: float = 1.0
     """Largest norm of the gradient; larger ones are scaled down to it."""
+    skip_non_finite: int = 0
+    """Steps of the whole run that may be skipped because the loss or the gradient is not finite."""
     ema_decay: float = 0.9999
     """Decay per step of the averaged weights, warmed up as min(ema_decay, (1 + step) / (10 + step))."""
 
@@ -201,7 +207,9 @@ class ClusterConfig:
     threads_per_worker: int | None = None
     """torch threads. None: the worker's fair share of its node's cores."""
     max_failures: int = 3
-    """Worker failures after which the run gives up."""
+    """Failures in a row, with no checkpoint in between, after which the run gives up."""
+    max_preemptions: int = 1000
+    """Nodes taken away (spot instances) after which the run gives up; they are not counted as failures."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +220,8 @@ class RunConfig:
     """Folder under `storage`; the same name goes on where the run stopped. None: preset and time."""
     storage: str = "runs"
     """Folder or s3:// URI that holds runs."""
+    storage_timeout_s: float = 300.0
+    """Seconds that S3 (or a disk) may fail or not answer before the run stops."""
     shared_storage: bool = False
     """Say that a folder given as storage is shared by all nodes (NFS)."""
     experiment: str = "ddpm"

@@ -29,7 +29,8 @@ PREFIX = "checkpoint-"
 BEST_PREFIX = "best-"
 
 # What may differ between a checkpoint and the run that goes on from it; the rest is the run's identity.
-_FREE = ("cluster.", "run.", "sample.", "data.shards", "data.source", "data.stall_timeout_s")
+_FREE_DATA = ("data.shards", "data.source", "data.stall_timeout_s", "data.on_corrupt", "data.max_corrupt_share")
+_FREE = ("cluster.", "run.", "sample.", "optim.skip_non_finite", *_FREE_DATA)
 _FREE_TRAIN = ("total_images", "log_every_images", "checkpoint_every_images", "sample_every_images")
 _FREE_KEYS = (*(f"train.{key}" for key in _FREE_TRAIN), "train.keep_checkpoints", "train.compile")
 
