@@ -14,8 +14,11 @@ import pyarrow.fs as pafs
 
 from ddpm.config import UserError
 
-S3_CONNECT_TIMEOUT_S = 10.0
-S3_REQUEST_TIMEOUT_S = 60.0
+# So that a call that nothing answers fails after about 20 s, and `patiently` has the rest: pyarrow makes three tries
+# of its own, and ends one after so long without a connection or a byte. It could be told to make fewer, but forgets
+# that when it is pickled (pyarrow 25), which is how workers get it.
+S3_CONNECT_TIMEOUT_S = 5.0
+S3_REQUEST_TIMEOUT_S = 7.0
 
 
 @dataclass(frozen=True)

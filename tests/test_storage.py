@@ -1,9 +1,11 @@
 """Folders and real S3 answer alike, and what storage refuses is one line that a user can act on."""
 
+import pickle
 import threading
 from pathlib import Path
 
 import boto3
+import proxy
 import pytest
 import servers
 
@@ -195,3 +197,25 @@ def test_an_endpoint_that_does_not_answer_is_said(endpoint: str, monkeypatch: py
     said = refusal("s3://bucket/runs")
     assert said.startswith("s3://bucket/runs: cannot reach S3: ")
     assert endpoint in said
+
+
+@pytest.mark.slow
+def test_a_worker_tries_as_often_and_waits_as_long(
+    s3_server: servers.S3Server, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gets the location pickled."""
+    with proxy.FaultyProxy(s3_server.endpoint) as faulty:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", faulty.endpoint)
+        monkeypatch.setattr(storage, "S3_REQUEST_TIMEOUT_S", 1.0)
+        location = storage.resolve(s3_bucket, check=False).child("x")
+        location.write(b"x")
+        for mode, answer in (
+            ("slow_down", "503"),
+            ("black_hole", "Less than 1 bytes/sec transferred the last 1 sec"),
+        ):
+            faulty.switch(mode)
+            for held in (location, pickle.loads(pickle.dumps(location))):
+                before = faulty.requests[mode]
+                with pytest.raises(OSError, match=answer):
+                    held.read()
+                assert faulty.requests[mode] - before == 3

@@ -16,9 +16,10 @@ from typing import Any, Literal, get_args
 import pyarrow.fs as pafs
 
 from ddpm.config import UserError
+from ddpm.patience import patiently
 
 MANIFEST = "manifest.json"
-FORMAT = "ddpm-shards/1"
+FORMAT = "ddpm-shards/2"
 MAX_SIDE = 16_384
 MAX_COUNT = 10**12
 Encoding = Literal["raw", "encoded"]
@@ -35,6 +36,9 @@ class Shard:
     """Rows of every row group, in order."""
     num_bytes: int
     sha256: str
+    """Of the file."""
+    row_group_sha256: tuple[str, ...]
+    """Of the content of every row group, `shards.content_sha256`: checked whenever it is read."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Split:
 
     num_rows: int
     fingerprint: str
-    """Of the image shape, the encoding, the classes and the shards' checksums."""
+    """Of the image shape, the encoding, the classes, and the shards' row groups and checksums."""
     shards: tuple[Shard, ...]
 
 
@@ -79,10 +83,10 @@ def make_manifest(
 ) -> Manifest:
     """The manifest of shards that have been written; fingerprints are computed here."""
     shape = [height, width, channels, encoding, list(class_names)]
-    splits = {
-        name: Split(sum(s.num_rows for s in parts), _digest([shape, [s.sha256 for s in parts]]), tuple(parts))
-        for name, parts in sorted(shards.items())
-    }
+    splits = {}
+    for name, parts in sorted(shards.items()):
+        content = [[shard.sha256, shard.row_groups, shard.row_group_sha256] for shard in parts]
+        splits[name] = Split(sum(s.num_rows for s in parts), _digest([shape, content]), tuple(parts))
     whole = _digest([[name, split.fingerprint] for name, split in splits.items()])
     return Manifest(source, options, height, width, channels, encoding, tuple(class_names), splits, whole)
 
@@ -107,24 +111,28 @@ def write_whole(filesystem: pafs.FileSystem, path: str, data: bytes) -> None:
         filesystem.move(temporary, path)
 
 
-def read_manifest(filesystem: pafs.FileSystem, root: str, where: str) -> Manifest:
+def read_manifest(filesystem: pafs.FileSystem, root: str, where: str, timeout_s: float = 0.0) -> Manifest:
     """The manifest of the data set at `root`.
 
     Args:
         where: what to call the data set in errors, its URI.
+        timeout_s: how long storage may fail (run.storage_timeout_s).
 
     Raises:
         UserError: there is none, or it does not describe a data set.
+        StorageError: storage has failed for longer.
     """
-    try:
+
+    def read() -> bytes:
         with filesystem.open_input_stream(f"{root}/{MANIFEST}") as stream:
-            text = stream.read()
+            return stream.read()
+
+    try:
+        text = patiently(read, where=f"{where}/{MANIFEST}", timeout_s=timeout_s)
     except FileNotFoundError:
         raise UserError(
             f"no data set at {where}: it has no {MANIFEST}; make one with `python jobs/prepare.py SOURCE {where}`"
         ) from None
-    except OSError as error:
-        raise UserError(f"cannot read {where}/{MANIFEST}: {error}") from None
     return manifest_from_json(text, f"{where}/{MANIFEST}")
 
 
@@ -135,9 +143,13 @@ def manifest_from_json(text: str | bytes, where: str) -> Manifest:
         UserError: it is no manifest; `where` names the file.
     """
     reader = _Reader(where)
-    raw = reader.fields(_parse(text, where), Manifest, "the manifest")
-    if raw["format"] != FORMAT:
-        raise UserError(f"{where}: format is {raw['format']!r}; this version reads {FORMAT!r}")
+    parsed = reader.mapping(_parse(text, where), "the manifest")
+    if "format" in parsed and parsed["format"] != FORMAT:
+        raise UserError(
+            f"{where}: format is {parsed['format']!r}; this version reads {FORMAT!r}: prepare the data set again, "
+            "at another place or after removing this one"
+        )
+    raw = reader.fields(parsed, Manifest, "the manifest")
     if raw["encoding"] not in get_args(Encoding):
         raise UserError(f"{where}: encoding is {raw['encoding']!r}; it must be raw or encoded")
     shards = {}
@@ -219,6 +231,11 @@ class _Reader:
     def text(self, value: Any, what: str) -> str:
         return self._of(str, value, what)
 
+    def sha256(self, value: Any, what: str) -> str:
+        if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
+            return value
+        raise UserError(f"{self._where}: {what} is {value!r}; it must be 64 hex digits")
+
     def count(self, value: Any, what: str, most: int = MAX_COUNT) -> int:
         if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most:
             return value
@@ -227,19 +244,27 @@ class _Reader:
     def shard(self, value: Any, split: str | None = None) -> Shard:
         """The shard that `value` describes; it must lie in the folder `split`, if one is given."""
         raw = self.fields(value, Shard, "a shard")
-        path, sha256 = self.text(raw["path"], "path"), self.text(raw["sha256"], "sha256")
+        path = self.text(raw["path"], "path")
         named = re.fullmatch(r"([A-Za-z0-9_-]+)/[0-9]{5,9}\.parquet", path)
         if named is None or named[1] != (split or named[1]):
             raise UserError(
                 f"{self._where}: shard path {path!r} is not of the form {split or 'SPLIT'}/00000.parquet"
             )
-        if not re.fullmatch("[0-9a-f]{64}", sha256):
-            raise UserError(f"{self._where}: sha256 of shard {path} is {sha256!r}; it must be 64 hex digits")
+        sha256 = self.sha256(raw["sha256"], f"sha256 of shard {path}")
+        sums = [
+            self.sha256(value, f"a row_group_sha256 of shard {path}")
+            for value in self.list(raw["row_group_sha256"], "row_group_sha256")
+        ]
         groups = [self.count(n, "rows of a row group") for n in self.list(raw["row_groups"], "row_groups")]
         rows = self.count(raw["num_rows"], "num_rows")
         if sum(groups) != rows:
             raise UserError(f"{self._where}: shard {path} says {rows} rows, its row groups hold others")
-        return Shard(path, rows, tuple(groups), self.count(raw["num_bytes"], "num_bytes"), sha256)
+        if len(sums) != len(groups):
+            raise UserError(
+                f"{self._where}: shard {path} has {len(groups)} row groups, and checksums of {len(sums)}"
+            )
+        num_bytes = self.count(raw["num_bytes"], "num_bytes")
+        return Shard(path, rows, tuple(groups), num_bytes, sha256, tuple(sums))
 
     def _of(self, kind: type, value: Any, what: str) -> Any:
         if isinstance(value, kind):

@@ -36,6 +36,17 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Window:
+    """Images that are shuffled among each other: the order from position `start` on."""
+
+    start: int
+    row_groups: Int64
+    """[n], of the image at each position."""
+    rows: Int64
+    """[n], inside the row group."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """The order of the images of one split.
 
@@ -59,14 +70,21 @@ class Plan:
 
         Every position is covered exactly once; a range may span any number of epochs.
         """
-        epoch_size = self.num_images
-        for epoch in range(start // epoch_size, -(-stop // epoch_size)):
-            begin = epoch * epoch_size
-            yield from self._epoch_pieces(
-                epoch, max(start - begin, 0), min(stop - begin, epoch_size), begin - start
-            )
+        for window in self.windows(start, stop):
+            low, high = max(start - window.start, 0), min(stop - window.start, len(window.rows))
+            row_groups, rows = window.row_groups[low:high], window.rows[low:high]
+            offsets = np.arange(low, high, dtype=np.int64) + (window.start - start)
+            for row_group in np.unique(row_groups).tolist():
+                inside = row_groups == row_group
+                yield Piece(row_group, rows[inside], offsets[inside])
 
-    def _epoch_pieces(self, epoch: int, start: int, stop: int, shift: int) -> Iterator[Piece]:
+    def windows(self, start: int, stop: int) -> Iterator[Window]:
+        """The windows that the positions [start, stop) lie in, in order and whole."""
+        for epoch in range(start // self.num_images, -(-stop // self.num_images)):
+            begin = epoch * self.num_images
+            yield from self._epoch_windows(epoch, max(start - begin, 0), min(stop - begin, self.num_images))
+
+    def _epoch_windows(self, epoch: int, start: int, stop: int) -> Iterator[Window]:
         sizes = np.asarray(self.row_groups, dtype=np.int64)
         order = permutation(len(sizes), self.seed, epoch, _ROW_GROUPS)
         groups_per_window = max(1, -(-self.window_rows // int(sizes.max())))
@@ -74,17 +92,13 @@ class Plan:
         edges = np.concatenate([[0], np.cumsum(sizes[order])])[::groups_per_window]
         first = int(np.searchsorted(edges, start, side="right")) - 1
         last = int(np.searchsorted(edges, stop, side="left"))
-        for window in range(first, last):
-            groups = order[window * groups_per_window : (window + 1) * groups_per_window]
+        for w in range(first, last):
+            groups = order[w * groups_per_window : (w + 1) * groups_per_window]
             begins = np.concatenate([[0], np.cumsum(sizes[groups])])
-            shuffled = permutation(int(begins[-1]), self.seed, epoch, _ROWS, window)
-            low, high = max(start - int(edges[window]), 0), min(stop - int(edges[window]), len(shuffled))
-            wanted = shuffled[low:high]
-            offsets = np.arange(low, high, dtype=np.int64) + int(edges[window]) + shift
-            for group, begin, end in zip(groups, begins[:-1], begins[1:], strict=True):
-                inside = (wanted >= begin) & (wanted < end)
-                if inside.any():
-                    yield Piece(int(group), wanted[inside] - begin, offsets[inside])
+            shuffled = permutation(int(begins[-1]), self.seed, epoch, _ROWS, w)
+            group = np.searchsorted(begins, shuffled, side="right") - 1
+            position = epoch * self.num_images + int(edges[w])
+            yield Window(position, groups[group], shuffled - begins[group])
 
 
 def permutation(n: int, *key: int) -> Int64:

@@ -3,15 +3,20 @@
 Its own room because both runtimes read through it, with Ray (stream.py) and without.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import pyarrow.fs as pafs
 from numpy.typing import NDArray
 
 from ddpm.config import Config, UserError
-from ddpm.data.plan import Plan
-from ddpm.data.shards import Manifest, Split, read_row_group
+from ddpm.data.corrupt import CorruptData, Substitution
+from ddpm.data.plan import Plan, Window
+from ddpm.data.row_group import RowGroup, Rows
+from ddpm.data.shards import Manifest, Split, locate, open_row_group
+from ddpm.patience import patiently
 
 HELD_OUT = "test"
 """The split that training never learns from."""
@@ -25,6 +30,8 @@ class Images:
     """[N, H, W, C]."""
     label: NDArray[np.int64]
     """[N]."""
+    substitutions: tuple[Substitution, ...] = ()
+    """What stands in for what, in the order of positions."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,8 @@ class DataSet:
     root: str
     manifest: Manifest
     split: str
+    timeout_s: float = 0.0
+    """How long storage may fail before reading gives up (run.storage_timeout_s)."""
 
     def __post_init__(self) -> None:
         if self.split not in self.manifest.splits:
@@ -46,6 +55,12 @@ class DataSet:
     def rows(self) -> Split:
         return self.manifest.splits[self.split]
 
+    @property
+    def where(self) -> str:
+        """The folder or bucket, for errors."""
+        is_local = isinstance(self.filesystem, pafs.LocalFileSystem)
+        return self.root if is_local else f"{self.filesystem.type_name}://{self.root}"
+
     def held_out(self) -> "DataSet | None":
         """The split "test" of the same data set, unless that is the one trained on or there is none."""
         if self.split == HELD_OUT or HELD_OUT not in self.manifest.splits:
@@ -56,19 +71,130 @@ class DataSet:
         """The order in which this split is seen."""
         return Plan(tuple(n for shard in self.rows.shards for n in shard.row_groups), seed, window_rows)
 
-    def read(self, plan: Plan, start: int, stop: int) -> Images:
-        """The images at positions [start, stop) of the plan, in order."""
+    def read(
+        self, plan: Plan, start: int, stop: int, on_corrupt: Literal["error", "substitute"] = "error"
+    ) -> Images:
+        """The images at positions [start, stop) of the plan, in order.
+
+        Args:
+            on_corrupt: "substitute": in place of an image that cannot be read stands, with its label, the readable
+                one at the next position of its window (after the last position comes the first). So it depends on
+                the plan and the data alone.
+
+        Raises:
+            CorruptData: an image cannot be read, naming shard, row group and row; or none of a whole window.
+            StorageError: storage has failed for longer than timeout_s.
+        """
         m, n = self.manifest, stop - start
-        image = np.empty((n, m.height, m.width, m.channels), dtype=np.uint8)
-        label = np.zeros(n, dtype=np.int64)
+        images = Images(
+            np.empty((n, m.height, m.width, m.channels), dtype=np.uint8), np.zeros(n, dtype=np.int64)
+        )
+        groups: dict[int, RowGroup | CorruptData] = {}
+        bad: dict[int, CorruptData] = {}
         for piece in plan.pieces(start, stop):
-            pixels, labels = read_row_group(
-                self.filesystem, self.root, m, self.split, piece.row_group, rows=piece.rows
+            group = self.row_group(piece.row_group)
+            if isinstance(group, CorruptData):
+                groups[piece.row_group] = group  # not to be read again when a stand-in is looked for
+            rows = _rows(group, piece.rows)
+            for i, error in rows.unreadable.items():
+                if on_corrupt == "error":
+                    raise error
+                bad[start + int(piece.offsets[i])] = error
+            _put(images, piece.offsets, rows)
+        if not bad:
+            return images
+        found = _StandIns(self, groups, start, images, bad)
+        windows = plan.windows(start, stop)
+        return replace(images, substitutions=tuple(s for window in windows for s in found.put(window)))
+
+    def row_group(self, index: int) -> RowGroup | CorruptData:
+        """Row group `index` of the split, or why none of its rows can be read."""
+        try:
+            return patiently(
+                lambda: open_row_group(self.filesystem, self.root, self.manifest, self.split, index),
+                where=self.where,
+                timeout_s=self.timeout_s,
             )
-            image[piece.offsets] = pixels
-            if labels is not None:
-                label[piece.offsets] = labels
-        return Images(image, label)
+        except CorruptData as error:
+            return error
+
+
+class _StandIns:
+    """Puts readable images in the places of unreadable ones.
+
+    Args:
+        groups: row groups that were opened already; others are added.
+        start: position of the first of `images`.
+        images: to be mended.
+        bad: the positions of unreadable ones among them, and why.
+    """
+
+    def __init__(
+        self,
+        data_set: DataSet,
+        groups: dict[int, RowGroup | CorruptData],
+        start: int,
+        images: Images,
+        bad: dict[int, CorruptData],
+    ) -> None:
+        self._data_set, self._groups, self._start = data_set, groups, start
+        self._images, self._bad = images, bad
+
+    def put(self, window: Window) -> Iterator[Substitution]:
+        """Mend what lies in the window."""
+        places = [p for p in sorted(self._bad) if window.start <= p < window.start + len(window.rows)]
+        stand_ins: dict[int, tuple[int, Rows]] = {}
+        for position in reversed(places):  # so that the way to a stand-in is walked once for all who share it
+            stand_ins[position] = self._next(window, position, stand_ins)
+        for position in places:
+            stand_in, rows = stand_ins[position]
+            _put(self._images, np.array([position - self._start]), rows)
+            shard, row_group, row = self._name(window, position)
+            yield Substitution(
+                position, shard, row_group, row, self._bad[position].reason, *self._name(window, stand_in)
+            )
+
+    def _next(self, window: Window, position: int, known: dict[int, tuple[int, Rows]]) -> tuple[int, Rows]:
+        size = len(window.rows)
+        for k in range(1, size):
+            candidate = window.start + (position - window.start + k) % size
+            if candidate in known:
+                return known[candidate]
+            rows = self._read(window, candidate)
+            if not rows.unreadable:
+                return candidate, rows
+        error = self._bad[position]
+        raise CorruptData(f"no image of the {size} in its window can stand in for {error}", error.reason)
+
+    def _read(self, window: Window, position: int) -> Rows:
+        """The one image at `position`, if it can be read."""
+        i = position - self._start
+        if 0 <= i < len(self._images.label):
+            unreadable = {0: self._bad[position]} if position in self._bad else {}
+            return Rows(self._images.image[i : i + 1], self._images.label[i : i + 1], unreadable)
+        i = position - window.start
+        row_group = int(window.row_groups[i])
+        if row_group not in self._groups:
+            self._groups[row_group] = self._data_set.row_group(row_group)
+        return _rows(self._groups[row_group], window.rows[i : i + 1])
+
+    def _name(self, window: Window, position: int) -> tuple[str, int, int]:
+        i = position - window.start
+        shard, inside = locate(self._data_set.rows, int(window.row_groups[i]))
+        return shard.path, inside, int(window.rows[i])
+
+
+def _rows(group: RowGroup | CorruptData, rows: NDArray[np.int64]) -> Rows:
+    if isinstance(group, RowGroup):
+        return group.rows(rows)
+    return Rows(np.zeros(0, np.uint8), None, dict.fromkeys(range(len(rows)), group))
+
+
+def _put(images: Images, places: NDArray[np.int64], rows: Rows) -> None:
+    if len(rows.image):
+        images.image[places] = rows.image
+        if rows.label is not None:
+            images.label[places] = rows.label
 
 
 def check_fits(manifest: Manifest, config: Config, where: str) -> None:

@@ -5,7 +5,7 @@
 
 A folder without manifest.json is not a data set. An image is either raw, H*W*C uint8 in row-major [H, W, C]
 order, or encoded, the bytes of a PNG, JPEG or WebP of the manifest's size. Row groups are the unit of reading:
-all of a shard are equal, but for the last. Pages carry a checksum, so a damaged pixel is found when it is read.
+all of a shard are equal, but for the last, and each is checked against its checksum whenever it is read.
 
 Axes: N images, H W, C channels.
 """
@@ -19,9 +19,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from PIL import Image
 
-from ddpm.config import UserError
+from ddpm.data.corrupt import CorruptData as CorruptData
 
 # The data set's parts are known by this module's name; where they are checked is its own affair.
 from ddpm.data.manifest import Manifest as Manifest
@@ -31,14 +30,13 @@ from ddpm.data.manifest import make_manifest as make_manifest
 from ddpm.data.manifest import read_manifest as read_manifest
 from ddpm.data.manifest import write_manifest as write_manifest
 from ddpm.data.manifest import write_whole
+from ddpm.data.row_group import Labels as Labels
+from ddpm.data.row_group import Pixels as Pixels
+from ddpm.data.row_group import RowGroup, columns, content_sha256
+from ddpm.data.row_group import decode as decode
+from ddpm.patience import answer
 
-Pixels = NDArray[np.uint8]
-Labels = NDArray[np.int64]
 COPY_BYTES = 1 << 20
-
-
-class CorruptData(UserError):
-    """A shard cannot be read, or holds what its manifest does not say."""
 
 
 def write_shard(
@@ -79,9 +77,10 @@ def write_shard(
     )
     data = file.getvalue()
     write_whole(filesystem, f"{root}/{path}", data)
-    n = len(images)
-    row_groups = tuple(min(rows_per_row_group, n - i) for i in range(0, n, rows_per_row_group))
-    return Shard(path, n, row_groups, len(data), hashlib.sha256(data).hexdigest())
+    parts = [slice(i, i + rows_per_row_group) for i in range(0, len(images), rows_per_row_group)]
+    row_groups = tuple(len(column[part]) for part in parts)
+    sums = tuple(content_sha256(column[part], None if labels is None else labels[part]) for part in parts)
+    return Shard(path, len(images), row_groups, len(data), hashlib.sha256(data).hexdigest(), sums)
 
 
 def is_intact(filesystem: pafs.FileSystem, root: str, shard: Shard) -> bool:
@@ -121,48 +120,35 @@ def read_row_group(
         CorruptData: naming shard, row group and row.
         OSError: storage does not answer.
     """
-    shard, inside = _locate(manifest.splits[split], index)
-    where = f"{root}/{shard.path}, row group {inside}"
-    table = _read(filesystem, root, shard, inside, where)
-    labels = _labels(table, len(manifest.class_names), where) if manifest.class_names else None
-    if labels is not None and rows is not None:
-        labels = labels[rows]
-    if "image" not in table.column_names:
-        raise CorruptData(f"{where} has no column image; it has {', '.join(table.column_names)}")
-    column = table.column("image").combine_chunks()
-    if manifest.encoding == "raw":
-        pixels = _raw(column, manifest, where)
-        return (pixels if rows is None else pixels[rows]), labels
-    wanted = np.arange(table.num_rows) if rows is None else rows
-    shape = (manifest.height, manifest.width, manifest.channels)
-    decoded = np.empty((len(wanted), *shape), np.uint8)
-    for i, row in enumerate(wanted.tolist()):
-        try:
-            decoded[i] = decode(column[row].as_py(), *shape)
-        except ValueError as error:
-            raise CorruptData(f"{where}, row {row}: {error}") from None
-    return decoded, labels
+    read = open_row_group(filesystem, root, manifest, split, index).rows(rows)
+    for error in read.unreadable.values():
+        raise error
+    return read.image, read.label
 
 
-def decode(data: bytes, height: int, width: int, channels: int) -> Pixels:
-    """An encoded image as uint8 [H, W, C].
+def open_row_group(
+    filesystem: pafs.FileSystem, root: str, manifest: Manifest, split: str, index: int
+) -> RowGroup:
+    """Read row group `index`, counted over the shards of the split in order, and verify its checksum.
 
     Raises:
-        ValueError: it is no PNG, JPEG or WebP, or has another size (known from its header, before any pixel
-            is decoded: a small file can claim a picture that fills the memory).
+        CorruptData: naming shard and row group; no row of it can be read.
+        OSError: storage does not answer.
     """
+    shard, inside = locate(manifest.splits[split], index)
+    where = f"{root}/{shard.path}, row group {inside}"
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
-            if image.size == (width, height):
-                pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"), np.uint8)
-                return pixels.reshape(height, width, channels)
-            found = image.size
-    except Exception as error:  # Pillow raises a dozen types for damaged files, warnings of size among them
-        raise ValueError(f"the image cannot be decoded: {error}") from None
-    raise ValueError(f"the image is {found[1]}x{found[0]}; the manifest says {height}x{width}")
+        image, label = columns(_read(filesystem, root, shard, inside), manifest)
+        if content_sha256(image, label) != shard.row_group_sha256[inside]:
+            raise CorruptData("its checksum is not that of the manifest")
+    except CorruptData as error:
+        reason = str(error)
+        raise CorruptData(f"{where} (rows 0-{shard.row_groups[inside] - 1}): {reason}", reason) from None
+    return RowGroup(where, image, label, manifest)
 
 
-def _locate(split: Split, index: int) -> tuple[Shard, int]:
+def locate(split: Split, index: int) -> tuple[Shard, int]:
+    """The shard of row group `index` of the split, and its number inside the shard."""
     for shard in split.shards:
         if index < len(shard.row_groups):
             return shard, index
@@ -170,43 +156,19 @@ def _locate(split: Split, index: int) -> tuple[Shard, int]:
     raise IndexError(f"row group {index} is past the end of the split")
 
 
-def _read(filesystem: pafs.FileSystem, root: str, shard: Shard, inside: int, where: str) -> pa.Table:
+def _read(filesystem: pafs.FileSystem, root: str, shard: Shard, inside: int) -> pa.Table:
     try:
         with filesystem.open_input_file(f"{root}/{shard.path}") as file:
             parquet = pq.ParquetFile(file, pre_buffer=True, page_checksum_verification=True)
             table = parquet.read_row_group(inside, use_threads=False)
     except FileNotFoundError:
-        raise CorruptData(f"{root}/{shard.path} is missing; the manifest names it") from None
+        raise CorruptData("the shard is missing; the manifest names it") from None
     except (OSError, pa.ArrowException, IndexError) as error:
         # Arrow says OSError for a damaged file too. The checksum tells it from storage that does not answer:
         # that raises OSError here again, or has recovered meanwhile.
         if isinstance(error, OSError) and is_intact(filesystem, root, shard):
             raise
-        raise CorruptData(f"{where} cannot be read: {error}") from None
+        raise CorruptData(f"it cannot be read: {answer(error)}") from None
     if table.num_rows != shard.row_groups[inside]:
-        raise CorruptData(f"{where} has {table.num_rows} rows; the manifest says {shard.row_groups[inside]}")
+        raise CorruptData(f"it has {table.num_rows} rows; the manifest says {shard.row_groups[inside]}")
     return table
-
-
-def _raw(column: pa.Array, manifest: Manifest, where: str) -> Pixels:
-    size = manifest.height * manifest.width * manifest.channels
-    if column.type != pa.binary(size) or column.null_count:
-        raise CorruptData(
-            f"{where}: image is {column.type}; raw images of the manifest's size are {pa.binary(size)}"
-        )
-    buffer = column.buffers()[1]
-    assert buffer is not None
-    pixels = np.frombuffer(
-        memoryview(buffer), np.uint8, count=len(column) * size, offset=column.offset * size
-    )
-    return pixels.reshape(-1, manifest.height, manifest.width, manifest.channels)
-
-
-def _labels(table: pa.Table, num_classes: int, where: str) -> Labels:
-    if "label" not in table.column_names or table.schema.field("label").type != pa.int64():
-        raise CorruptData(f"{where} has no int64 column label; the manifest names {num_classes} classes")
-    column = table.column("label")
-    labels = column.to_numpy()
-    if column.null_count or (len(labels) and not (labels.min() >= 0 and labels.max() < num_classes)):
-        raise CorruptData(f"{where} has a label that is not in 0..{num_classes - 1}")
-    return labels

@@ -5,13 +5,18 @@ emits one row for each worker: that worker's micro-batches in a single tensor. A
 their order, and Ray's splitter deals them round-robin, so row k goes to worker k mod n. Nothing is shuffled,
 re-blocked or copied on the way.
 
+An error is a row as well: raised inside Ray, it would come out wrapped, logged and retried. The row says what is
+wrong, and the worker that takes it raises.
+
 The cursor is where the workers' restored checkpoint stands: rank 0 calls `split` and hands the iterators to
 the others.
 """
 
+import json
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -20,15 +25,19 @@ from ray.data import DataContext, DataIterator
 
 from ddpm import storage
 from ddpm.config import Config, UserError
+from ddpm.data.corrupt import CorruptData, Substitution, substitutions_from_json, substitutions_to_json
 from ddpm.data.plan import chunks, share
-from ddpm.data.reading import DataSet, check_fits
+from ddpm.data.reading import DataSet, Images, check_fits
 from ddpm.data.shards import read_manifest
+from ddpm.patience import StorageError
 from ddpm.training.runtime import CHUNK_IMAGES, MicroBatch, cut
 
 MAX_TASKS = 1000
 """Reading tasks of one Ray Dataset; training that needs more goes on with the next Dataset."""
 OBJECT_STORE_BYTES = 256 << 20
 """How far reading may run ahead of training, in memory of the object store."""
+_ERRORS: dict[str, type[UserError]] = {kind.__name__: kind for kind in (CorruptData, StorageError)}
+"""What reading may raise: these travel as rows."""
 
 
 def open_data_set(config: Config) -> DataSet:
@@ -36,14 +45,16 @@ def open_data_set(config: Config) -> DataSet:
 
     Raises:
         UserError: there is no data set, it has no such split, or it does not fit the net.
+        StorageError: storage has failed for longer than config.run.storage_timeout_s.
     """
     uri = config.data.shards
     if uri is None:
         raise UserError("data.shards is not given; expected the folder or URI of a data set")
     location = storage.resolve(uri)
-    manifest = read_manifest(location.filesystem, location.path, uri)
+    timeout_s = config.run.storage_timeout_s
+    manifest = read_manifest(location.filesystem, location.path, uri, timeout_s)
     check_fits(manifest, config, uri)
-    return DataSet(location.filesystem, location.path, manifest, config.data.split)
+    return DataSet(location.filesystem, location.path, manifest, config.data.split, timeout_s)
 
 
 def hide_progress() -> None:
@@ -75,14 +86,30 @@ def split(
     return rows.map_batches(task, batch_size=1, batch_format="numpy").streaming_split(world_size, equal=True)
 
 
-def micro_batches(iterator: DataIterator, config: Config, rank: int, world_size: int) -> Iterator[MicroBatch]:
+def micro_batches(
+    iterator: DataIterator,
+    config: Config,
+    rank: int,
+    world_size: int,
+    on_substitutions: Callable[[list[Substitution]], object] | None = None,
+) -> Iterator[MicroBatch]:
     """Rank `rank`'s micro-batches from its iterator.
 
+    Args:
+        on_substitutions: rank 0's is told what stands in for unreadable images of all ranks, before the first
+            micro-batch of their range is yielded.
+
     Raises:
-        UserError: no data for config.data.stall_timeout_s.
+        CorruptData: an image cannot be read (data.on_corrupt "error"), or none of its whole window.
+        StorageError: storage has failed for longer than run.storage_timeout_s.
+        UserError: no data for data.stall_timeout_s longer than that.
     """
     train = config.train
-    for row in _with_timeout(iterator, config.data.stall_timeout_s):
+    for row in _with_timeout(iterator, config.data.stall_timeout_s, config.run.storage_timeout_s):
+        if error := row["error"][0]:
+            raise _ERRORS[json.loads(error)["kind"]](json.loads(error)["message"])
+        if on_substitutions and (substitutions := substitutions_from_json(row["substitutions"][0])):
+            on_substitutions(substitutions)
         image, label = row["image"][0], row["label"][0]
         yield from cut(image, label, rank, world_size, train.batch_size, train.micro_batch_size)
 
@@ -94,43 +121,66 @@ class _ReadTask:
         self, config: Config, data_set: DataSet, todo: list[tuple[int, int]], world_size: int
     ) -> None:
         self._data_set, self._todo, self._world_size = data_set, todo, world_size
-        self._train = config.train
+        self._train, self._on_corrupt = config.train, config.data.on_corrupt
         self._plan = data_set.plan(config.train.seed, config.data.window_rows)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        images = self._data_set.read(self._plan, *self._todo[int(batch["id"][0])])
+        """One row a rank, whatever happens: the splitter deals them by their number."""
+        error = ""
+        try:
+            images = self._data_set.read(self._plan, *self._todo[int(batch["id"][0])], self._on_corrupt)
+        except tuple(_ERRORS.values()) as failure:
+            error = json.dumps({"kind": type(failure).__name__, "message": str(failure)})
+            images = self._no_images()
         sizes = (self._train.batch_size, self._train.micro_batch_size)
         for rank in range(self._world_size):
             yield {
                 "image": share(images.image, rank, self._world_size, *sizes)[None],
                 "label": share(images.label, rank, self._world_size, *sizes)[None],
+                "substitutions": np.array([substitutions_to_json(images.substitutions if rank == 0 else ())]),
+                "error": np.array([error]),
             }
 
+    def _no_images(self) -> Images:
+        manifest, n = self._data_set.manifest, self._train.batch_size
+        shape = (n, manifest.height, manifest.width, manifest.channels)
+        return Images(np.zeros(shape, np.uint8), np.zeros(n, np.int64))
 
-def _with_timeout(iterator: DataIterator, timeout_s: float) -> Iterator[dict[str, Any]]:
-    """The rows of `iterator`, fetched one ahead in a thread; Ray itself would wait for a free CPU without a word."""
+
+def _with_timeout(
+    iterator: DataIterator, stall_timeout_s: float, storage_timeout_s: float
+) -> Iterator[dict[str, Any]]:
+    """The rows of `iterator`, fetched one ahead in a thread; Ray itself would wait for a free CPU without a word.
+
+    Storage may fail for its own time-out, after which reading says so itself: only then does the stall's begin.
+    """
+    timeout_s = stall_timeout_s + storage_timeout_s
     rows: queue.Queue = queue.Queue(maxsize=1)
-    end = object()
+    end, closed = object(), threading.Event()
 
     def fetch() -> None:
         try:
             for row in iterator.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=1):
                 rows.put(row)
+                if closed.is_set():
+                    return
             rows.put(end)
         except BaseException as error:  # handed to the consumer, whatever it is
             rows.put(error)
 
     threading.Thread(target=fetch, name="ddpm-data", daemon=True).start()
-    while True:
-        try:
-            row = rows.get(timeout=timeout_s)
-        except queue.Empty:
-            raise UserError(
-                f"no data for {timeout_s:g} s (data.stall_timeout_s): either storage does not answer, or no CPU "
-                "is free for the tasks that read; lower --cluster.cpus-per-worker or add CPUs to the cluster"
-            ) from None
-        if row is end:
-            return
-        if isinstance(row, BaseException):
-            raise row
-        yield row
+    try:
+        while (row := rows.get(timeout=timeout_s)) is not end:
+            if isinstance(row, BaseException):
+                raise row
+            yield row
+    except queue.Empty:
+        raise UserError(
+            f"no data for {timeout_s:g} s (data.stall_timeout_s {stall_timeout_s:g} + run.storage_timeout_s "
+            f"{storage_timeout_s:g}), and no word from storage: no CPU may be free for the tasks that read; "
+            "lower --cluster.cpus-per-worker or add CPUs to the cluster"
+        ) from None
+    finally:
+        closed.set()
+        with suppress(queue.Empty):  # make room, for a thread that waits to put its row
+            rows.get_nowait()

@@ -9,11 +9,13 @@ import pyarrow.fs as pafs
 import pytest
 
 from ddpm import storage
-from ddpm.config import UserError
-from ddpm.data.manifest import MANIFEST, Manifest, read_manifest
+from ddpm.config import UserError, override
+from ddpm.data.embedded import with_shards
+from ddpm.data.manifest import FORMAT, MANIFEST, Manifest, read_manifest
 from ddpm.data.prepare import prepare, write_preview
 from ddpm.data.shards import is_intact, read_row_group
 from ddpm.data.sources import Digits
+from ddpm.presets import DIGITS
 from ddpm.storage import Location
 
 LOCAL = pafs.LocalFileSystem()
@@ -127,6 +129,30 @@ def test_the_same_again_does_nothing_and_other_options_are_refused(tmp_path: Pat
         with pytest.raises(UserError, match="other options"):
             make(source, at(tmp_path), **rows)
     assert files_of(tmp_path) == before
+
+
+def test_a_data_set_of_an_older_format_is_refused_and_left_alone(tmp_path: Path) -> None:
+    make(Digits(), at(tmp_path), **SMALL)
+    path = tmp_path / MANIFEST
+    path.write_text(path.read_text().replace(FORMAT, "ddpm-shards/1"))
+    before = files_of(tmp_path)
+    with pytest.raises(
+        UserError, match=r"format is 'ddpm-shards/1'; this version reads .*: prepare the data set again"
+    ):
+        make(Digits(), at(tmp_path), **SMALL)
+    assert files_of(tmp_path) == before
+
+
+def test_embedded_data_is_prepared_again_beside_an_older_format(tmp_path: Path) -> None:
+    old = tmp_path / "data" / "digits"
+    old.mkdir(parents=True)
+    (old / MANIFEST).write_text('{"format": "ddpm-shards/1"}')
+    config = override(DIGITS, {"run.storage": str(tmp_path)})
+    uri = with_shards(config).data.shards
+    assert uri is not None and uri != str(old)
+    assert read_manifest(LOCAL, uri, uri).splits["train"].num_rows == 1707
+    assert with_shards(config).data.shards == uri
+    assert files_of(old) == {MANIFEST: b'{"format": "ddpm-shards/1"}'}
 
 
 def test_an_unfinished_data_set_of_other_options_gives_none_of_its_shards(tmp_path: Path) -> None:

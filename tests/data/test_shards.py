@@ -6,6 +6,7 @@ import json
 import struct
 import zlib
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from PIL import Image
 
 from ddpm.config import UserError
 from ddpm.data.manifest import manifest_from_json
+from ddpm.data.row_group import content_sha256
 from ddpm.data.shards import (
     CorruptData,
     Manifest,
@@ -116,7 +118,11 @@ def shard_of(raw: dict[str, Any]) -> dict[str, Any]:
 ALTERED: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda raw: raw.update(extra=1), "unknown key 'extra'"),
     (lambda raw: raw.pop("width"), "lacks 'width'"),
-    (lambda raw: raw.update(format="ddpm-shards/9"), "format is 'ddpm-shards/9'"),
+    (
+        lambda raw: raw.update(format="ddpm-shards/1"),
+        "format is 'ddpm-shards/1'; .*: prepare the data set again",
+    ),
+    (lambda raw: raw.pop("format"), "lacks 'format'"),
     (lambda raw: raw.update(encoding="jpeg"), "encoding is 'jpeg'"),
     (lambda raw: raw.update(height=True), "height is True"),
     (lambda raw: raw.update(height=10**6), "height is 1000000"),
@@ -132,7 +138,13 @@ ALTERED: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda raw: raw["splits"]["train"]["shards"].append(shard_of(raw)), "a shard twice"),
     (lambda raw: shard_of(raw).update(num_rows=3), "says 3 rows"),
     (lambda raw: shard_of(raw).update(row_groups=[0, 4]), "rows of a row group is 0"),
-    (lambda raw: shard_of(raw).update(sha256="x"), "sha256"),
+    (lambda raw: shard_of(raw).update(row_groups=[3, 1], row_group_sha256=["0" * 64] * 2), "fingerprint"),
+    (lambda raw: shard_of(raw).update(sha256="x"), "sha256 of shard train/00000.parquet is 'x'"),
+    (lambda raw: shard_of(raw).update(row_group_sha256=["x"]), "a row_group_sha256 of shard .* is 'x'"),
+    (lambda raw: shard_of(raw).update(row_group_sha256=["0" * 64]), "fingerprint"),
+    (lambda raw: shard_of(raw).update(row_group_sha256=[]), "has 1 row groups, and checksums of 0"),
+    (lambda raw: shard_of(raw).update(row_group_sha256="0" * 64), "row_group_sha256 is str"),
+    (lambda raw: shard_of(raw).pop("row_group_sha256"), "lacks 'row_group_sha256'"),
     (lambda raw: shard_of(raw).update(path="/train/00000.parquet"), "shard path"),
     (lambda raw: shard_of(raw).update(path="train/../../00000.parquet"), "shard path"),
     (lambda raw: shard_of(raw).update(path="..\\train\\00000.parquet"), "shard path"),
@@ -179,10 +191,14 @@ def test_a_truncated_or_missing_shard_is_named(tmp_path: Path, keep: int) -> Non
     manifest = write(tmp_path, pixels(6))
     path = tmp_path / "train/00000.parquet"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(CorruptData, match=r"train/00000\.parquet, row group 0 cannot be read"):
+    with pytest.raises(
+        CorruptData, match=r"train/00000\.parquet, row group 0 \(rows 0-3\): it cannot be read"
+    ):
         read_row_group(LOCAL, str(tmp_path), manifest, "train", 0)
     path.unlink()
-    with pytest.raises(CorruptData, match=r"train/00000\.parquet is missing"):
+    with pytest.raises(
+        CorruptData, match=r"train/00000\.parquet, row group 0 \(rows 0-3\): the shard is missing"
+    ):
         read_row_group(LOCAL, str(tmp_path), manifest, "train", 0)
 
 
@@ -203,14 +219,18 @@ def test_storage_that_does_not_answer_is_no_corruption(
     ("columns", "message"),
     [
         ({"label": pa.array([0, 1, 2])}, "no column image"),
-        ({"image": pa.array([b"a" * 60] * 3, pa.binary(60))}, "no int64 column label"),
-        ({"image": pa.array([b"a" * 60] * 3, pa.binary(60)), "label": pa.array([0, 1, 3])}, r"not in 0\.\.2"),
+        ({"image": pa.array([b"a" * 60] * 3, pa.binary(60))}, "no column label"),
+        ({"image": pa.array([b"a" * 60] * 3), "label": pa.array([0, 1, 2])}, r"image is binary; .*\[60\]"),
         (
             {"image": pa.array([b"a" * 60] * 3, pa.binary(60)), "label": pa.array([0, None, 1])},
-            r"not in 0\.\.2",
+            "label is int64 with nulls",
         ),
         ({"image": pa.array([b"a" * 61] * 3, pa.binary(61)), "label": pa.array([0, 1, 2])}, "image is"),
         ({"image": pa.array([b"a" * 60] * 2, pa.binary(60)), "label": pa.array([0, 1])}, "has 2 rows"),
+        (
+            {"image": pa.array([b"a" * 60] * 3, pa.binary(60)), "label": pa.array([0, 1, 2])},
+            "its checksum is not that of the manifest",
+        ),
     ],
 )
 def test_a_shard_that_is_not_as_the_manifest_says(
@@ -218,10 +238,62 @@ def test_a_shard_that_is_not_as_the_manifest_says(
 ) -> None:
     (tmp_path / "train").mkdir()
     pq.write_table(pa.table(columns), tmp_path / "train/00000.parquet")
-    shard = Shard("train/00000.parquet", 3, (3,), 1, "0" * 64)
+    shard = Shard("train/00000.parquet", 3, (3,), 1, "0" * 64, ("0" * 64,))
     manifest = make_manifest("test", 4, 5, 3, "raw", ["a", "b", "c"], {"train": [shard]}, "")
-    with pytest.raises(CorruptData, match=rf"train/00000\.parquet, row group 0.*{message}"):
+    with pytest.raises(CorruptData, match=rf"train/00000\.parquet, row group 0 \(rows 0-2\): .*{message}"):
         read_row_group(LOCAL, str(tmp_path), manifest, "train", 0)
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_another_valid_shard_in_its_place_is_noticed(tmp_path: Path, encoded: bool) -> None:
+    def stored(seed: int, labels: list[int]) -> Manifest:
+        images = pixels(6, seed=seed)
+        root = tmp_path / str(seed) / str(labels[0])
+        return write(root, [image_file(i) for i in images] if encoded else images, np.array(labels))
+
+    manifest = stored(0, [0, 1, 2, 0, 1, 2])
+    for seed, labels in ((1, [0, 1, 2, 0, 1, 2]), (0, [1, 1, 2, 0, 1, 2])):
+        stored(seed, labels)
+        root = str(tmp_path / str(seed) / str(labels[0]))
+        with pytest.raises(
+            CorruptData, match=r"row group 0 \(rows 0-3\): its checksum is not that of the manifest"
+        ):
+            read_row_group(LOCAL, root, manifest, "train", 0)
+        assert len(read_row_group(LOCAL, root, read_manifest(LOCAL, root, "it"), "train", 0)[0]) == 4
+
+
+def test_the_checksum_of_a_row_group_is_that_of_its_content(tmp_path: Path) -> None:
+    images, labels = pixels(6), np.arange(6) % 3
+    raw = write(tmp_path / "raw", images, labels).splits["train"].shards
+    parts = [(0, 4), (4, 6)]
+    expected = [
+        sha256(images[a:b].tobytes() + labels[a:b].astype("<i8").tobytes()).hexdigest() for a, b in parts
+    ]
+    assert [*raw[0].row_group_sha256, *raw[1].row_group_sha256] == expected
+    files = [image_file(image) for image in images]
+    encoded = write(tmp_path / "encoded", files).splits["train"].shards
+    expected = [
+        sha256(np.array([*map(len, files[a:b])], "<i8").tobytes() + b"".join(files[a:b])).hexdigest()
+        for a, b in parts
+    ]
+    assert [*encoded[0].row_group_sha256, *encoded[1].row_group_sha256] == expected
+
+
+def test_the_boundaries_of_encoded_images_count() -> None:
+    ab_c, a_bc = pa.array([b"ab", b"c"]), pa.array([b"a", b"bc"])
+    assert content_sha256(ab_c, None) != content_sha256(a_bc, None)
+    longer = pa.array([b"x", b"ab", b"c", b"y"])  # a slice counts as what it shows
+    assert content_sha256(longer[1:3], None) == content_sha256(ab_c, None)
+    assert content_sha256(pa.array([b"xx", b"yy"], pa.binary(2))[1:], None) == sha256(b"yy").hexdigest()
+
+
+def test_a_bad_label_is_named_with_its_row(tmp_path: Path) -> None:
+    manifest = write(tmp_path, pixels(6), np.array([0, 1, 3, 2, 1, -1]))
+    with pytest.raises(CorruptData, match=r"row group 0, row 2: the label is 3, which is not in 0\.\.2$"):
+        read_row_group(LOCAL, str(tmp_path), manifest, "train", 0)
+    assert len(read_row_group(LOCAL, str(tmp_path), manifest, "train", 0, rows=np.array([3, 1]))[0]) == 2
+    with pytest.raises(CorruptData, match=r"00001\.parquet, row group 0, row 1: the label is -1"):
+        read_row_group(LOCAL, str(tmp_path), manifest, "train", 1)
 
 
 def png_claiming(width: int, height: int) -> bytes:

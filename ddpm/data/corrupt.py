@@ -1,0 +1,132 @@
+"""Images that cannot be read: how they are named, what stands in for them, and how many there may be.
+
+Its own room because reading finds them, the stream carries them, and the run lists them.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ddpm.config import UserError
+
+SHOWN = 3
+"""Unreadable images that an error names as examples."""
+
+
+class CorruptData(UserError):
+    """A shard cannot be read, or holds what its manifest does not say.
+
+    Args:
+        message: what is wrong and where.
+        reason: what is wrong, without the place.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason or message
+
+
+@dataclass(frozen=True)
+class Substitution:
+    """An unreadable image, and the one that was taken in its place. Row groups are counted inside their shard."""
+
+    position: int
+    """Of the unreadable image in the order of the plan."""
+    shard: str
+    """"train/00000.parquet"."""
+    row_group: int
+    row: int
+    reason: str
+    stand_in_shard: str
+    stand_in_row_group: int
+    stand_in_row: int
+
+    @property
+    def place(self) -> tuple[str, int, int]:
+        """Names the unreadable image, wherever the order shows it."""
+        return self.shard, self.row_group, self.row
+
+
+class CorruptImages:
+    """The distinct images of a split found unreadable so far, each with its first substitution.
+
+    Args:
+        num_rows: images of the split.
+        max_share: of them may be unreadable (data.max_corrupt_share).
+    """
+
+    def __init__(self, num_rows: int, max_share: float) -> None:
+        self._num_rows, self._max_share = num_rows, max_share
+        self._found: dict[tuple[str, int, int], Substitution] = {}
+
+    @property
+    def count(self) -> int:
+        return len(self._found)
+
+    def add(self, substitutions: Iterable[Substitution]) -> bool:
+        """Take note of them; returns whether an image is among them that was not known."""
+        before = self.count
+        for substitution in substitutions:
+            self._found.setdefault(substitution.place, substitution)
+        return self.count > before
+
+    def check(self) -> None:
+        """Raise CorruptData if too large a share of the split is unreadable."""
+        if self.count <= self._max_share * self._num_rows:
+            return
+        examples = "; ".join(
+            f"{s.shard}, row group {s.row_group}, row {s.row}: {s.reason}"
+            for s in list(self._found.values())[:SHOWN]
+        )
+        raise CorruptData(
+            f"{self.count} of the split's {self._num_rows} images ({self.count / self._num_rows:.2%}) cannot be "
+            f"read, more than --data.max-corrupt-share {self._max_share:g} allows. {examples}"
+            f"{'; ...' if self.count > SHOWN else ''}"
+        )
+
+    def to_jsonl(self) -> str:
+        """One substitution a line, in the order they were found."""
+        return "".join(json.dumps(dataclasses.asdict(s)) + "\n" for s in self._found.values())
+
+    @classmethod
+    def from_jsonl(
+        cls, text: str, num_rows: int, max_share: float, where: str = "corrupt.jsonl"
+    ) -> "CorruptImages":
+        """What `to_jsonl` wrote.
+
+        Raises:
+            UserError: it is not that; `where` names the file.
+        """
+        images = cls(num_rows, max_share)
+        for number, line in enumerate(text.splitlines(), 1):
+            images.add([_from_json(line, f"{where}, line {number}")])
+        return images
+
+
+def substitutions_to_json(substitutions: Iterable[Substitution]) -> str:
+    """What `substitutions_from_json` reads."""
+    return json.dumps([dataclasses.asdict(s) for s in substitutions])
+
+
+def substitutions_from_json(text: str) -> list[Substitution]:
+    """The substitutions that `substitutions_to_json` wrote, in this program."""
+    return [Substitution(**raw) for raw in json.loads(text)]
+
+
+def _from_json(line: str, where: str) -> Substitution:
+    try:
+        raw: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON: {error}") from None
+    fields = {field.name: field.type for field in dataclasses.fields(Substitution)}
+    if not isinstance(raw, dict) or set(raw) != set(fields):
+        raise UserError(f"{where}: expected an object of {', '.join(fields)}")
+    for name, kind in fields.items():
+        value = raw[name]
+        if type(value) is not kind or (kind is int and value < 0):
+            raise UserError(
+                f"{where}: {name} is {value!r:.60}; it must be {'text' if kind is str else 'a count'}"
+            )
+    return Substitution(**raw)

@@ -1,0 +1,148 @@
+"""What a row group holds: Arrow's columns as pixels and labels, and the checksum over both.
+
+Its own room because shards.py is about files. Nothing here reads any.
+
+Axes: N images, H W, C channels.
+"""
+
+import hashlib
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from ddpm.data.corrupt import CorruptData
+from ddpm.data.manifest import Manifest
+
+Pixels = NDArray[np.uint8]
+Labels = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a row group, decoded."""
+
+    image: Pixels
+    """[N, H, W, C]; raw images may be a view of what was read."""
+    label: Labels | None
+    """[N]."""
+    unreadable: dict[int, CorruptData]
+    """Which of the N are none, and why: there image and label mean nothing."""
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A row group as it was stored, its checksum verified; each row of it may still be no image."""
+
+    where: str
+    """Shard and row group, for errors."""
+    image: pa.Array
+    label: Labels | None
+    manifest: Manifest
+
+    def rows(self, rows: NDArray[np.int64] | None = None) -> Rows:
+        """Decode the given rows, in this order; None: all."""
+        wanted = np.arange(len(self.image)) if rows is None else rows
+        label, reasons = None if self.label is None else self.label[wanted], {}
+        num_classes = len(self.manifest.class_names)
+        if label is not None:
+            for i in np.flatnonzero((label < 0) | (label >= num_classes)).tolist():
+                reasons[i] = f"the label is {label[i]}, which is not in 0..{num_classes - 1}"
+        if self.manifest.encoding == "raw":
+            pixels = _raw(self.image, self.manifest)
+            image = pixels if rows is None else pixels[rows]
+        else:
+            image = self._decoded(wanted, reasons)
+        named = {i: (f"{self.where}, row {wanted[i]}: {reason}", reason) for i, reason in reasons.items()}
+        return Rows(image, label, {i: CorruptData(*words) for i, words in sorted(named.items())})
+
+    def _decoded(self, wanted: NDArray[np.int64], reasons: dict[int, str]) -> Pixels:
+        shape = (self.manifest.height, self.manifest.width, self.manifest.channels)
+        decoded = np.zeros((len(wanted), *shape), np.uint8)
+        for i, row in enumerate(wanted.tolist()):
+            try:
+                decoded[i] = decode(self.image[row].as_py(), *shape)
+            except ValueError as error:
+                reasons[i] = " ".join(str(error).split())
+        return decoded
+
+
+def columns(table: pa.Table, manifest: Manifest) -> tuple[pa.Array, Labels | None]:
+    """Images and labels of a row group, as the manifest promises them.
+
+    Raises:
+        CorruptData: a column is missing, of another type, or has nulls.
+    """
+    size = manifest.height * manifest.width * manifest.channels
+    image = _column(table, "image", pa.binary(size) if manifest.encoding == "raw" else pa.binary())
+    if not manifest.class_names:
+        return image, None
+    return image, _column(table, "label", pa.int64()).to_numpy()
+
+
+def content_sha256(image: pa.Array, label: Labels | None) -> str:
+    """SHA-256 of what a row group holds, however Parquet stores it.
+
+    Of encoded images (variable binary) their lengths as little-endian int64; then the bytes of all images in the
+    order of the rows; then the labels as little-endian int64, if there are any.
+
+    Args:
+        image: [N] binary or fixed-size binary, without nulls.
+        label: int64 [N].
+    """
+    digest = hashlib.sha256()
+    if pa.types.is_fixed_size_binary(image.type):
+        size = image.type.byte_width
+        digest.update(_bytes(image, 1)[image.offset * size : (image.offset + len(image)) * size])
+    else:
+        ends = np.frombuffer(_bytes(image, 1), np.int32)[image.offset : image.offset + len(image) + 1]
+        digest.update(np.diff(ends).astype("<i8").tobytes())
+        digest.update(_bytes(image, 2)[ends[0] : ends[-1]])
+    if label is not None:
+        digest.update(np.asarray(label, "<i8").tobytes())
+    return digest.hexdigest()
+
+
+def decode(data: bytes, height: int, width: int, channels: int) -> Pixels:
+    """An encoded image as uint8 [H, W, C].
+
+    Raises:
+        ValueError: it is no PNG, JPEG or WebP, or has another size (known from its header, before any pixel
+            is decoded: a small file can claim a picture that fills the memory).
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
+            if image.size == (width, height):
+                pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"), np.uint8)
+                return pixels.reshape(height, width, channels)
+            found = image.size
+    except UnidentifiedImageError:  # its text names an address in memory
+        raise ValueError("the image cannot be decoded: it is no PNG, JPEG or WebP") from None
+    except Exception as error:  # Pillow raises a dozen types for damaged files, warnings of size among them
+        raise ValueError(f"the image cannot be decoded: {error}") from None
+    raise ValueError(f"the image is {found[1]}x{found[0]}; the manifest says {height}x{width}")
+
+
+def _column(table: pa.Table, name: str, kind: pa.DataType) -> pa.Array:
+    if name not in table.column_names:
+        raise CorruptData(f"it has no column {name}; it has {', '.join(table.column_names)}")
+    column = table.column(name)
+    if column.type != kind or column.null_count:
+        empty = " with nulls" if column.null_count else ""
+        raise CorruptData(f"{name} is {column.type}{empty}; of this manifest it must be {kind}")
+    return column.combine_chunks()
+
+
+def _raw(column: pa.Array, manifest: Manifest) -> Pixels:
+    shape = (manifest.height, manifest.width, manifest.channels)
+    count, offset = len(column) * int(np.prod(shape)), column.offset * int(np.prod(shape))
+    return np.frombuffer(_bytes(column, 1), np.uint8, count=count, offset=offset).reshape(-1, *shape)
+
+
+def _bytes(column: pa.Array, index: int) -> memoryview:
+    """A buffer of a column without nulls: 1 is fixed-size values or offsets, 2 is values of any size."""
+    buffer = column.buffers()[index]
+    return memoryview(b"" if buffer is None else buffer)

@@ -1,0 +1,87 @@
+"""What was found unreadable is counted once, listed, read back, and stops the run above its share."""
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from ddpm.config import UserError
+from ddpm.data.corrupt import (
+    CorruptData,
+    CorruptImages,
+    Substitution,
+    substitutions_from_json,
+    substitutions_to_json,
+)
+
+
+def substitution(row: int, position: int = 0) -> Substitution:
+    return Substitution(
+        position, "train/00002.parquet", 3, row, "no ünïcode at all", "train/00000.parquet", 1, 7
+    )
+
+
+def test_an_image_counts_once_however_often_it_is_met() -> None:
+    images = CorruptImages(num_rows=100, max_share=0.5)
+    assert not images.add([]) and images.count == 0
+    assert images.add([substitution(1, position=5), substitution(2), substitution(1, position=9)])
+    assert not images.add([substitution(1, position=77)])
+    assert images.add([substitution(1, position=78), substitution(3)]) and images.count == 3
+    assert [json.loads(line)["position"] for line in images.to_jsonl().splitlines()] == [5, 0, 0]
+
+
+def test_the_list_is_read_back() -> None:
+    images = CorruptImages(100, 0.5)
+    assert CorruptImages.from_jsonl(images.to_jsonl(), 100, 0.5).count == 0
+    images.add([substitution(2), substitution(1)])
+    text = images.to_jsonl()
+    assert text.count("\n") == 2
+    again = CorruptImages.from_jsonl(text, 100, 0.5)
+    assert again.to_jsonl() == text and not again.add([substitution(1, position=3)])
+    listed = [substitution(2), substitution(1)]
+    assert substitutions_from_json(substitutions_to_json(listed)) == listed
+
+
+def test_above_its_share_the_run_stops() -> None:
+    images = CorruptImages(num_rows=1000, max_share=0.004)
+    images.add(substitution(i) for i in range(4))
+    images.check()  # as many as are allowed
+    images.add([substitution(4)])
+    with pytest.raises(CorruptData) as caught:
+        images.check()
+    said = str(caught.value)
+    assert said.startswith(
+        "5 of the split's 1000 images (0.50%) cannot be read, more than --data.max-corrupt-share 0.004 allows. "
+        "train/00002.parquet, row group 3, row 0: no ünïcode at all; "
+    )
+    assert said.count("row group") == 3 and said.endswith("; ...")
+    nothing_allowed = CorruptImages(10**6, 0)
+    nothing_allowed.check()
+    nothing_allowed.add([substitution(0)])
+    with pytest.raises(CorruptData, match=r"1 of the split's 1000000 images \(0\.00%\).*all$"):
+        nothing_allowed.check()
+
+
+GOOD = dataclasses.asdict(substitution(1))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[]", "expected an object of position, shard"),
+        (json.dumps({k: v for k, v in GOOD.items() if k != "row"}), "expected an object"),
+        (json.dumps(GOOD | {"extra": 1}), "expected an object"),
+        (json.dumps(GOOD | {"row": "1"}), "row is '1'; it must be a count"),
+        (json.dumps(GOOD | {"row": True}), "row is True"),
+        (json.dumps(GOOD | {"position": -1}), "position is -1"),
+        (json.dumps(GOOD | {"reason": None}), "reason is None; it must be text"),
+        ("", "is not JSON"),
+    ],
+)
+def test_a_list_from_elsewhere_is_checked(line: Any, message: str) -> None:
+    text = json.dumps(GOOD) + "\n" + line + "\n"
+    with pytest.raises(UserError, match=rf"^runs/a/corrupt\.jsonl, line 2:? .*{message}"):
+        CorruptImages.from_jsonl(text, 10, 0.1, "runs/a/corrupt.jsonl")

@@ -1,0 +1,139 @@
+"""S3 that falters, real requests through a faulty proxy: the same images in the same order, or an error in time."""
+
+import threading
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import damaged
+import numpy as np
+import proxy
+import pytest
+import servers
+from damaged import NUM_IMAGES, PLAN
+
+from ddpm import storage
+from ddpm.config import Config, UserError, override
+from ddpm.data.corrupt import CorruptData
+from ddpm.data.reading import DataSet, Images
+from ddpm.data.stream import open_data_set
+from ddpm.patience import StorageError
+from ddpm.storage import Location
+
+PATIENCE_S = 60.0
+OnCorrupt = Literal["error", "substitute"]
+
+
+@pytest.fixture
+def faulty(
+    s3_server: servers.S3Server, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[proxy.FaultyProxy]:
+    """Between `resolve`d locations and the server; what nothing answers is given up after two seconds, not twenty."""
+    monkeypatch.setattr(storage, "S3_REQUEST_TIMEOUT_S", 1.0)
+    with proxy.FaultyProxy(s3_server.endpoint) as faulty:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", faulty.endpoint)
+        yield faulty
+
+
+@pytest.fixture
+def location(faulty: proxy.FaultyProxy, s3_bucket: str) -> Location:
+    return damaged.prepare(f"{s3_bucket}/sets/numbers")
+
+
+def read_all(data_set: DataSet, on_corrupt: OnCorrupt = "error") -> Images:
+    return data_set.read(data_set.plan(*PLAN), 5, NUM_IMAGES + 5, on_corrupt)
+
+
+def same(one: Images, other: Images) -> bool:
+    return (
+        np.array_equal(one.image, other.image)
+        and np.array_equal(one.label, other.label)
+        and one.substitutions == other.substitutions
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("reset", {"every": 3}),
+        ("slow_down", {"every": 5}),
+        ("delay", {"delay_s": 0.05}),
+        ("black_hole", {"every": 20}),
+    ],
+)
+def test_the_images_are_the_same(
+    faulty: proxy.FaultyProxy, location: Location, mode: proxy.Mode, options: dict[str, Any]
+) -> None:
+    data_set = damaged.opened(location, PATIENCE_S)
+    undisturbed = read_all(data_set)
+    faulty.switch(mode, **options)
+    assert same(read_all(data_set), undisturbed)
+    assert faulty.requests[mode] > 0
+
+
+@pytest.mark.parametrize("mode", ["down", "reset", "slow_down", "black_hole"])
+def test_an_outage_in_the_middle_is_waited_out(
+    faulty: proxy.FaultyProxy, location: Location, mode: proxy.Mode
+) -> None:
+    data_set = damaged.opened(location, PATIENCE_S)
+    plan = data_set.plan(*PLAN)
+    undisturbed = [data_set.read(plan, start, start + 20) for start in range(0, 60, 20)]
+    for k, expected in enumerate(undisturbed):
+        if k == 1:
+            faulty.switch(mode)
+            threading.Timer(3, faulty.switch, ["pass"]).start()
+        assert same(data_set.read(plan, 20 * k, 20 * k + 20), expected)
+    assert faulty.mode == "pass", "the outage was not waited out"
+
+
+@pytest.mark.parametrize("on_corrupt", ["error", "substitute"])
+@pytest.mark.parametrize(
+    ("mode", "answer"),
+    [
+        ("down", "Could not connect to server"),
+        ("reset", "Connection reset by peer"),
+        ("slow_down", "HTTP status 503"),
+        ("black_hole", "Operation too slow"),
+    ],
+)
+def test_down_for_good_is_an_error_that_names_bucket_and_answer(
+    faulty: proxy.FaultyProxy, location: Location, mode: proxy.Mode, answer: str, on_corrupt: OnCorrupt
+) -> None:
+    data_set = damaged.opened(location, timeout_s=1.0)
+    faulty.switch(mode)
+    with pytest.raises(StorageError) as caught:  # not CorruptData, and nothing stands in
+        read_all(data_set, on_corrupt)
+    said = str(caught.value)
+    assert said.startswith(f"{location.uri}: storage has failed for ") and "\n" not in said
+    assert "--run.storage-timeout-s 1)" in said and answer in said
+
+
+@pytest.mark.parametrize("mode", ["reset", "slow_down"])
+def test_damage_is_told_from_faltering(
+    faulty: proxy.FaultyProxy, location: Location, mode: proxy.Mode
+) -> None:
+    shard = location.child("train/00001.parquet")
+    shard.write(shard.read()[:700])
+    location.child("train/00002.parquet").filesystem.delete_file(f"{location.path}/train/00002.parquet")
+    data_set = damaged.opened(location, PATIENCE_S)
+    plan = data_set.plan(0, NUM_IMAGES)
+    undisturbed = data_set.read(plan, 0, NUM_IMAGES, "substitute")
+    assert {s.shard for s in undisturbed.substitutions} == {"train/00001.parquet", "train/00002.parquet"}
+    faulty.switch(mode, every=5)
+    assert same(data_set.read(plan, 0, NUM_IMAGES, "substitute"), undisturbed)
+    with pytest.raises(CorruptData, match=r"train/0000[12]\.parquet, row group \d \(rows 0-\d\): "):
+        data_set.read(plan, 0, NUM_IMAGES)
+
+
+def test_the_manifest_is_waited_for(faulty: proxy.FaultyProxy, location: Location) -> None:
+    values = {
+        "data.shards": location.uri,
+        "model.image_size": damaged.SIDE,
+        "model.channels": 1,
+        "run.storage_timeout_s": PATIENCE_S,
+    }
+    config = override(Config(), values)
+    faulty.switch("slow_down", every=2)
+    data_set = open_data_set(config)
+    assert data_set.timeout_s == PATIENCE_S and data_set.rows.num_rows == NUM_IMAGES
+    with pytest.raises(UserError, match="no data set at"):  # that is an answer
+        open_data_set(override(config, {"data.shards": location.uri + "-not"}))

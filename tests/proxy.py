@@ -1,0 +1,233 @@
+"""A proxy before an HTTP server that fails on demand, as S3 does: for tests of what a client makes of it.
+
+The modes, switched while it runs:
+
+    pass        forwards
+    reset       RST instead of an answer
+    slow_down   503 with S3's SlowDown
+    delay       forwards, later
+    black_hole  accepts and never answers
+    down        refuses connections
+
+Requests are forwarded as they are: the signature covers the Host header that the client sent.
+"""
+
+import asyncio
+import contextlib
+import re
+import socket
+import struct
+import threading
+from asyncio import StreamReader, StreamWriter
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine
+from types import TracebackType
+from typing import Any, Literal, Self
+from urllib.parse import urlsplit
+
+Mode = Literal["pass", "reset", "slow_down", "delay", "black_hole", "down"]
+CHUNK_BYTES, HEAD_BYTES, BACKLOG = 1 << 16, 1 << 18, 512
+SLOW_DOWN = b"""<?xml version="1.0" encoding="UTF-8"?>
+<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message><RequestId>0</RequestId></Error>"""
+
+
+class FaultyProxy:
+    """A proxy on a free loopback port, in a thread of its own; any number of processes may use it at once.
+
+    Args:
+        upstream: where requests go: "http://127.0.0.1:8333".
+    """
+
+    def __init__(self, upstream: str) -> None:
+        parts = urlsplit(upstream)
+        self._upstream = (parts.hostname, parts.port)
+        self._port = 0
+        self._mode: Mode = "pass"
+        self._every, self._delay_s, self._count = 1, 0.0, 0
+        self._trap: tuple[re.Pattern[str], Callable[[], object]] | None = None
+        self._listener: asyncio.Server | None = None
+        self._connections: dict[
+            asyncio.Task[Any], asyncio.Event
+        ] = {}  # set an event, and its connection ends
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="faulty-proxy", daemon=True)
+        self.requests: Counter[Mode] = Counter()
+        """What was done to how many requests: those that an `every` lets through count as pass."""
+
+    @property
+    def endpoint(self) -> str:
+        """For AWS_ENDPOINT_URL."""
+        return f"http://127.0.0.1:{self._port}"
+
+    @property
+    def mode(self) -> Mode:
+        return self._mode
+
+    def switch(self, mode: Mode, *, every: int = 1, delay_s: float = 2.0) -> None:
+        """From now on, open connections included, do this to requests.
+
+        Args:
+            every: only to every so-manieth of them, and forward the others (not "down").
+            delay_s: seconds that "delay" adds.
+        """
+        self._do(self._switch(mode, every, delay_s))
+
+    def on_request(self, pattern: str, action: Callable[[], object]) -> None:
+        """Once, when a request whose first line matches arrives, and before it goes on: do `action`.
+
+        The request itself gets a reset, since whoever sent it is to be thought of as dead.
+        """
+        self._trap = re.compile(pattern), action
+
+    @property
+    def is_armed(self) -> bool:
+        """Whether an `on_request` waits for its moment."""
+        return self._trap is not None
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self._do(self._listen())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._do(self._shut())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _do(self, work: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
+
+    async def _listen(self) -> None:
+        self._listener = await asyncio.start_server(
+            self._serve, "127.0.0.1", self._port, backlog=BACKLOG, limit=HEAD_BYTES
+        )
+        self._port = self._listener.sockets[0].getsockname()[1]
+
+    async def _switch(self, mode: Mode, every: int, delay_s: float) -> None:
+        self._mode, self._every, self._delay_s = mode, every, delay_s
+        if mode == "down" and self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        elif mode != "down" and self._listener is None:
+            await self._listen()
+        if mode == "down" or (mode == "reset" and every == 1):
+            for end in self._connections.values():
+                end.set()
+
+    async def _shut(self) -> None:
+        await self._switch("down", 1, 0)
+        await asyncio.gather(*self._connections)
+
+    async def _serve(self, reader: StreamReader, client: StreamWriter) -> None:
+        """One connection of a client's, with one of its own upstream."""
+        task, end = asyncio.current_task(), asyncio.Event()
+        assert task is not None
+        self._connections[task] = end
+        server: StreamWriter | None = None
+        try:
+            above, server = await asyncio.open_connection(*self._upstream, limit=HEAD_BYTES)
+            parts = (self._forward(reader, client, server), self._answer(above, client), end.wait())
+            running = [asyncio.create_task(part) for part in parts]
+            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for part in running:
+                part.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+            if end.is_set():
+                _reset(client)
+        except OSError:  # nobody upstream
+            _reset(client)
+        finally:
+            del self._connections[task]
+            for writer in (client, server):
+                if writer is not None:
+                    writer.close()
+
+    async def _forward(self, reader: StreamReader, client: StreamWriter, server: StreamWriter) -> None:
+        """Request after request, each as the mode of its moment has it."""
+        while True:
+            head = await reader.readuntil(b"\r\n\r\n")
+            if self._springs(head):
+                return _reset(client)
+            match self._next():
+                case "reset" | "down":
+                    return _reset(client)
+                case "black_hole":
+                    while await reader.read(CHUNK_BYTES):  # until the client gives up
+                        pass
+                    return
+                case "delay":
+                    await asyncio.sleep(self._delay_s)
+                case "slow_down":
+                    return await _slow_down(head, reader, client)
+            server.write(head)
+            async for data in _body(head, reader):
+                server.write(data)
+                await server.drain()
+
+    async def _answer(self, above: StreamReader, client: StreamWriter) -> None:
+        while data := await above.read(CHUNK_BYTES):
+            if self._mode == "black_hole" and self._every == 1:
+                await asyncio.Event().wait()
+            client.write(data)
+            await client.drain()
+
+    def _springs(self, head: bytes) -> bool:
+        """Whether this is the request that `on_request` waits for."""
+        if self._trap is None or not self._trap[0].search(head.split(b"\r\n")[0].decode(errors="replace")):
+            return False
+        (_, action), self._trap = self._trap, None
+        action()
+        return True
+
+    def _next(self) -> Mode:
+        """What becomes of the next request."""
+        self._count += 1
+        mode: Mode = self._mode if self._count % self._every == 0 else "pass"
+        self.requests[mode] += 1
+        return mode
+
+
+async def _slow_down(head: bytes, reader: StreamReader, client: StreamWriter) -> None:
+    if b"100-continue" not in head.lower():  # else the body waits for a word that never comes
+        async for _ in _body(head, reader):
+            pass
+    answer = b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nConnection: close\r\n"
+    client.write(answer + b"Content-Length: %d\r\n\r\n" % len(SLOW_DOWN))
+    if not head.startswith(b"HEAD "):
+        client.write(SLOW_DOWN)
+    await client.drain()
+
+
+async def _body(head: bytes, reader: StreamReader) -> AsyncIterator[bytes]:
+    """The request's body in pieces, as it comes over the wire."""
+    if re.search(rb"\r\ntransfer-encoding:[^\r]*chunked", head, re.IGNORECASE):
+        while True:
+            size = await reader.readuntil(b"\r\n")
+            length = int(size.split(b";")[0], 16)
+            if length == 0:
+                break
+            yield size + await reader.readexactly(length + 2)
+        while size != b"\r\n":  # trailers, up to an empty line
+            yield size
+            size = await reader.readuntil(b"\r\n")
+        yield size
+        return
+    found = re.search(rb"\r\ncontent-length:\s*(\d+)", head, re.IGNORECASE)
+    left = int(found[1]) if found else 0
+    while left:
+        data = await reader.read(min(left, CHUNK_BYTES))
+        if not data:
+            raise ConnectionResetError
+        left -= len(data)
+        yield data
+
+
+def _reset(client: StreamWriter) -> None:
+    """End the connection with RST, as a server that dies."""
+    raw = client.get_extra_info("socket")
+    with contextlib.suppress(OSError):
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.transport.abort()

@@ -1,0 +1,109 @@
+"""The faulty proxy does to an S3 client what its mode says, and to no signature any harm."""
+
+import multiprocessing
+from collections.abc import Iterator
+from typing import Any
+
+import boto3
+import proxy
+import pytest
+import servers
+from botocore.config import Config
+from botocore.exceptions import ClientError, ConnectionClosedError, EndpointConnectionError, ReadTimeoutError
+
+DATA = bytes(range(256)) * 12_288
+
+GONE = (ConnectionClosedError, EndpointConnectionError)
+"""What botocore makes of RST, by where it was when it came."""
+
+
+@pytest.fixture
+def faulty(s3_server: servers.S3Server) -> Iterator[proxy.FaultyProxy]:
+    with proxy.FaultyProxy(s3_server.endpoint) as faulty:
+        yield faulty
+
+
+def client(endpoint: str, attempts: int = 1) -> boto3.client:
+    retries = {"total_max_attempts": attempts, "mode": "standard"}
+    return boto3.client("s3", endpoint_url=endpoint, config=Config(read_timeout=2, retries=retries))
+
+
+def fetch(s3: boto3.client, bucket: str) -> bytes:
+    body: bytes = s3.get_object(Bucket=bucket.removeprefix("s3://"), Key="x")["Body"].read()
+    return body
+
+
+def test_it_forwards_and_signatures_hold(faulty: proxy.FaultyProxy, s3_bucket: str) -> None:
+    s3 = client(faulty.endpoint)
+    s3.put_object(Bucket=s3_bucket.removeprefix("s3://"), Key="x", Body=DATA)
+    assert fetch(s3, s3_bucket) == DATA
+    assert faulty.requests == {"pass": 2}
+
+
+@pytest.mark.parametrize(
+    ("mode", "error"),
+    [
+        ("reset", GONE),
+        ("slow_down", ClientError),
+        ("black_hole", ReadTimeoutError),
+        ("down", GONE),
+    ],
+)
+def test_a_mode_hits_open_connections_and_ends(
+    faulty: proxy.FaultyProxy, s3_bucket: str, mode: proxy.Mode, error: Any
+) -> None:
+    s3 = client(faulty.endpoint)
+    s3.put_object(Bucket=s3_bucket.removeprefix("s3://"), Key="x", Body=DATA)
+    for _ in range(2):
+        assert fetch(s3, s3_bucket) == DATA
+        faulty.switch(mode)
+        with pytest.raises(error) as caught:
+            fetch(s3, s3_bucket)
+        if mode == "down":
+            with pytest.raises(EndpointConnectionError):
+                fetch(s3, s3_bucket)
+        if isinstance(caught.value, ClientError):
+            assert caught.value.response["Error"]["Code"] == "SlowDown"
+            with pytest.raises(ClientError, match="SlowDown"):  # the body is taken, or was never sent
+                s3.put_object(Bucket=s3_bucket.removeprefix("s3://"), Key="x", Body=DATA)
+        faulty.switch("pass")
+    assert fetch(s3, s3_bucket) == DATA
+    if mode in ("slow_down", "black_hole"):  # what RST hits may not have been sent yet
+        assert faulty.requests[mode] == {"slow_down": 4, "black_hole": 2}[mode]
+
+
+def test_delay_is_no_failure(faulty: proxy.FaultyProxy, s3_bucket: str) -> None:
+    s3 = client(faulty.endpoint)
+    s3.put_object(Bucket=s3_bucket.removeprefix("s3://"), Key="x", Body=DATA)
+    faulty.switch("delay", delay_s=0.5)
+    assert fetch(s3, s3_bucket) == DATA
+    faulty.switch("delay", delay_s=10)
+    with pytest.raises(ReadTimeoutError):
+        fetch(s3, s3_bucket)
+
+
+@pytest.mark.parametrize("mode", ["reset", "slow_down"])
+def test_only_every_third_request(faulty: proxy.FaultyProxy, s3_bucket: str, mode: proxy.Mode) -> None:
+    s3 = client(faulty.endpoint, attempts=3)
+    s3.put_object(Bucket=s3_bucket.removeprefix("s3://"), Key="x", Body=DATA)
+    before = faulty.requests["pass"]
+    faulty.switch(mode, every=3)
+    assert all(fetch(s3, s3_bucket) == DATA for _ in range(6))
+    assert faulty.requests["pass"] - before == 6 and faulty.requests[mode] in (2, 3)
+
+
+def fetch_often(endpoint: str, bucket: str) -> bool:
+    return all(fetch(client(endpoint), bucket) == DATA for _ in range(5))
+
+
+def test_many_processes_at_once(faulty: proxy.FaultyProxy, s3_bucket: str) -> None:
+    client(faulty.endpoint).put_object(Bucket=s3_bucket.removeprefix("s3://"), Key="x", Body=DATA)
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        assert pool.starmap(fetch_often, [(faulty.endpoint, s3_bucket)] * 3) == [True] * 3
+    assert faulty.requests == {"pass": 16}
+
+
+def test_a_server_that_is_gone_is_a_reset(s3_bucket: str) -> None:
+    (port,) = servers.free_ports(1)
+    with proxy.FaultyProxy(f"http://127.0.0.1:{port}") as faulty, pytest.raises(GONE):
+        fetch(client(faulty.endpoint), s3_bucket)
