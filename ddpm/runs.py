@@ -62,6 +62,24 @@ def open_run(name: str, uri: str) -> Run:
     return Run(name, location, key)
 
 
+def existing_run(uri: str) -> Run:
+    """The run in the folder or bucket `uri`.
+
+    Raises:
+        UserError: there is none, or storage refuses.
+    """
+    location = storage.resolve(uri)
+    card = location.child("run.json")
+    try:
+        if not card.exists():
+            raise UserError(
+                f"{uri} is no run's folder: it has no run.json; expected {{run.storage}}/{{run.name}}"
+            )
+        return Run(Path(location.path).name, location, _read_key(card))
+    except OSError as error:
+        raise UserError(f"cannot read {card.uri}: {error}") from None
+
+
 def _read_key(card: Location) -> str:
     try:
         key = json.loads(card.read())["run_key"]

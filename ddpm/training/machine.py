@@ -1,0 +1,39 @@
+"""How busy this worker's machine is, under the names that MLflow's pages gather as system metrics."""
+
+import os
+
+import psutil
+import torch
+
+MEGABYTE = 1e6
+
+
+class SystemMetrics:
+    """CPU, memory, disk, network, and the memory of this worker's GPU; network counts from here on."""
+
+    def __init__(self) -> None:
+        psutil.cpu_percent()  # the first call only starts the count
+        self._network = psutil.net_io_counters()
+
+    def sample(self) -> dict[str, float]:
+        """What is used now, and of the CPU since the last sample: percentages 0..100, and megabytes (10^6 bytes)."""
+        memory, network = psutil.virtual_memory(), psutil.net_io_counters()
+        values = {
+            "cpu_utilization_percentage": psutil.cpu_percent(),
+            "system_memory_usage_megabytes": memory.used / MEGABYTE,
+            "system_memory_usage_percentage": memory.used / memory.total * 100,
+            "disk_usage_percentage": psutil.disk_usage(os.sep).percent,
+        }
+        if network and self._network:  # none in a sandbox without interfaces
+            values |= {
+                "network_receive_megabytes": (network.bytes_recv - self._network.bytes_recv) / MEGABYTE,
+                "network_transmit_megabytes": (network.bytes_sent - self._network.bytes_sent) / MEGABYTE,
+            }
+        if torch.cuda.is_initialized():  # asking would initialize it
+            device = torch.cuda.current_device()
+            free, total = torch.cuda.mem_get_info(device)
+            values |= {
+                f"gpu_{device}_memory_usage_megabytes": (total - free) / MEGABYTE,
+                f"gpu_{device}_memory_usage_percentage": (total - free) / total * 100,
+            }
+        return {f"system/{name}": float(value) for name, value in values.items()}

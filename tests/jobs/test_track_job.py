@@ -1,0 +1,147 @@
+"""python jobs/track.py, as a person types it after MLflow was away."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import servers
+from mlflow import MlflowClient
+from tracked import assert_once, deliver, names_in, put, run_of
+
+from ddpm import config as configs
+from ddpm import runs, segments
+from ddpm.config import Config, override
+from ddpm.runs import Run
+from ddpm.tracking import Address
+from ddpm.training import checkpoint
+
+CONFIG = override(Config(), {"run.experiment": "tracked", "train.total_images": 128, "optim.lr": 0.5})
+
+
+def write_checkpoint(run: Run, images_seen: int, config: Config = CONFIG) -> None:
+    folder = run.location.child(checkpoint.name_at(images_seen))
+    folder.child("config.json").write(configs.to_json(config).encode())
+    folder.child("checksums.json").write(b"{}")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A run that trained to its end at 128 images while MLflow was away."""
+    run = runs.open_run("a-run", str(tmp_path / "runs"))
+    outbox = run.location.child(segments.FOLDER)
+    put(outbox, 64, 32, 64)
+    put(outbox, 128, 96, 128, files=True)
+    for images_seen in (64, 128):
+        write_checkpoint(run, images_seen)
+    return run
+
+
+def address_of(run: Run, uri: str, experiment: str = "tracked") -> Address:
+    return Address(uri, experiment, run.name, run.key)
+
+
+def track(run_job: Callable[..., Any], *args: object, uri: str) -> Any:
+    return run_job("track", *args, env={"MLFLOW_TRACKING_URI": uri})
+
+
+def test_it_delivers_what_the_run_could_not(
+    run_job: Callable[..., Any], run: Run, mlflow_server: str, tmp_path: Path
+) -> None:
+    (port,) = servers.free_ports(1)
+    outbox, absent = run.location.child("tracking"), f"http://{servers.LOOPBACK}:{port}"
+    away = track(run_job, run.location.uri, "--timeout-s", 1, uri=absent)
+    assert away.returncode == 1
+    assert f"error: MLflow at {absent} cannot be reached, all is kept: nothing worked for 1 s" in away.stderr
+    assert "Traceback" not in away.stderr
+    assert len(names_in(outbox)) == 2
+
+    done = track(run_job, run.location.uri, uri=mlflow_server)
+    assert done.returncode == 0, done.stderr
+    address = address_of(run, mlflow_server)
+    found = run_of(address)
+    lines = done.stdout.splitlines()
+    assert lines[-2:] == ["delivered   10 records", f"MLflow      run {found.info.run_id} in {mlflow_server}"]
+    assert lines[-3] == "records 10/10"
+    assert (found.info.run_name, found.info.status) == ("a-run", "FINISHED")
+    assert (found.data.params["optim.lr"], found.data.params["train.total_images"]) == ("0.5", "128")
+    assert_once(address, 32, 64, 96, 128)
+    assert names_in(outbox) == []
+
+    again = track(run_job, run.location.uri, uri=mlflow_server)
+    assert again.returncode == 0, again.stderr
+    assert "delivered   0 records" in again.stdout
+    assert_once(address, 32, 64, 96, 128)
+
+
+def test_a_run_in_a_bucket_that_is_not_finished_keeps_its_status(
+    run_job: Callable[..., Any], mlflow_server: str, s3_bucket: str
+) -> None:
+    run = runs.open_run("b-run", f"{s3_bucket}/runs")
+    outbox, address = run.location.child("tracking"), address_of(run, mlflow_server)
+    deliver(address, outbox, -1, "FAILED")
+    write_checkpoint(run, 64)
+    put(outbox, 64, 64)
+    put(outbox, 96, 96, failed=True)
+    put(outbox, 128, 128)  # of a checkpoint that never came
+    done = track(run_job, run.location.uri, uri=mlflow_server)
+    assert done.returncode == 0, done.stderr
+    assert_once(address, 64, 96)
+    assert run_of(address).info.status == "FAILED"
+
+
+def test_last_words_before_the_first_checkpoint_need_the_experiment_s_name(
+    run_job: Callable[..., Any], mlflow_server: str, tmp_path: Path
+) -> None:
+    run = runs.open_run("c-run", str(tmp_path / "runs"))
+    put(run.location.child("tracking"), 64, 64, failed=True)
+    unsaid = track(run_job, run.location.uri, uri=mlflow_server)
+    assert unsaid.returncode == 2
+    assert "has no checkpoint, which would tell the experiment; name it with --experiment" in unsaid.stderr
+    done = track(run_job, run.location.uri, "--experiment", "mine", uri=mlflow_server)
+    assert done.returncode == 0, done.stderr
+    assert_once(address_of(run, mlflow_server, "mine"), 64)
+
+
+def test_what_stays_is_an_error(run_job: Callable[..., Any], run: Run, mlflow_server: str) -> None:
+    damaged = run.location.child("tracking").child("000000000064.zip")
+    damaged.write(b"")
+    done = track(run_job, run.location.uri, uri=mlflow_server)
+    assert done.returncode == 1
+    assert f"{damaged.uri} is damaged" in done.stderr
+    assert f"did not take everything: 1 records are kept in {damaged.uri.rpartition('/')[0]}" in done.stderr
+    address = address_of(run, mlflow_server)
+    assert_once(address, 96, 128)
+    assert run_of(address).info.status == "FINISHED"
+
+
+def test_mistakes_are_a_line_and_exit_code_2(run_job: Callable[..., Any], run: Run, tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/never.db"
+    (tmp_path / "runs" / "broken").mkdir()
+    (tmp_path / "runs" / "broken" / "run.json").write_text("{}")
+    mistakes = {
+        (str(tmp_path / "none"),): "is no run's folder: it has no run.json",
+        (str(tmp_path / "runs" / "broken"),): "run.json is damaged",
+        ("gs://bucket/run",): "unknown scheme",
+        (run.location.uri, "--timeout-s", "0"): "--timeout-s is 0; it must be above 0",
+    }
+    for words, message in mistakes.items():
+        done = track(run_job, *words, uri=uri)
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+    run.location.child(checkpoint.name_at(128)).child("config.json").write(json.dumps({"x": 1}).encode())
+    done = track(run_job, run.location.uri, uri=uri)
+    assert done.returncode == 2
+    assert "config.json: unknown key 'x'" in done.stderr
+    assert not (tmp_path / "never.db").exists()
+
+
+def test_a_database_on_this_machine_will_do(run_job: Callable[..., Any], run: Run, tmp_path: Path) -> None:
+    done = run_job("track", "runs/a-run", cwd=tmp_path, env={"MLFLOW_TRACKING_URI": ""})
+    assert done.returncode == 0, done.stderr
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    assert f"in {uri}" in done.stdout
+    assert_once(address_of(run, uri), 32, 64, 96, 128)
+    assert len(MlflowClient(uri).search_experiments()) == 2  # MLflow's own, and ours

@@ -1,0 +1,48 @@
+"""The machine's figures are the machine's, and cost next to nothing."""
+
+import socket
+
+import psutil
+import torch
+
+from ddpm.training.machine import SystemMetrics
+
+
+def test_a_sample_says_how_busy_the_machine_is() -> None:
+    values = SystemMetrics().sample()
+    assert all(name.startswith("system/") for name in values)
+    assert {
+        "system/cpu_utilization_percentage",
+        "system/system_memory_usage_megabytes",
+        "system/system_memory_usage_percentage",
+        "system/disk_usage_percentage",
+    } <= set(values)
+    for name, value in values.items():
+        assert 0 <= value <= (100 if name.endswith("percentage") else float("inf")), name
+    total = psutil.virtual_memory().total / 1e6
+    share = values["system/system_memory_usage_megabytes"] / total * 100
+    assert abs(share - values["system/system_memory_usage_percentage"]) < 1e-6
+    assert values["system/disk_usage_percentage"] == psutil.disk_usage("/").percent
+
+
+def test_the_network_is_counted_from_the_start() -> None:
+    system = SystemMetrics()
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as client,
+    ):
+        accepted, _ = server.accept()
+        with accepted:
+            for _ in range(20):
+                client.sendall(b"x" * 100_000)
+                received = 0
+                while received < 100_000:
+                    received += len(accepted.recv(1 << 20))
+    values = system.sample()
+    for name in ("system/network_receive_megabytes", "system/network_transmit_megabytes"):
+        assert 2 <= values[name] < 2_000, "two megabytes went through the loopback interface"
+
+
+def test_no_gpu_is_woken_up() -> None:
+    values = SystemMetrics().sample()
+    assert torch.cuda.is_initialized() or not [name for name in values if "gpu" in name]
