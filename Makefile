@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 help:
 	@echo 'make train   install, and train on the digits; what comes out is in runs/digits'
 	@echo 'make test    install what tests need, and run them all'
+	@echo 'make soak    train for half an hour through a fault a minute, and compare with an undisturbed run'
 	@echo 'make check   format, lint, types, and which module may import which'
 	@echo 'make clean   remove $(VENV) and caches; runs/ stays'
 
@@ -17,6 +18,9 @@ train: $(VENV)/installed
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
+
+soak: $(VENV)/installed-test
+	$(BIN)/python tests/soak.py
 
 check: $(VENV)/installed-check
 	$(BIN)/ruff format --check .
@@ -54,4 +58,4 @@ $(BIN)/pip:
 	    echo '$(PYTHON) $(NO_PIP)' >&2; exit 1; \
 	fi
 
-.PHONY: help train test check clean
+.PHONY: help train test soak check clean

@@ -199,17 +199,33 @@ class SampleConfig:
 class ClusterConfig:
     """How the run spreads over a Ray cluster."""
 
-    num_workers: int = 1
+    num_workers: int | str = 1
+    """2, or least:most as 1:2: shrink when a node is lost and grow when one joins. The global batch stays."""
     gpu: bool | None = None
     """One GPU a worker. None: if the cluster has enough."""
     cpus_per_worker: float | None = None
     """None: 1, or less where data tasks would be left without a CPU."""
     threads_per_worker: int | None = None
     """torch threads. None: the worker's fair share of its node's cores."""
+    resize_interval_s: float = 30.0
+    """least:most workers: how often to look whether there is room for more."""
     max_failures: int = 3
     """Failures in a row, with no checkpoint in between, after which the run gives up."""
     max_preemptions: int = 1000
     """Nodes taken away (spot instances) after which the run gives up; they are not counted as failures."""
+
+    def world_sizes(self) -> range:
+        """Every number of workers that the run may have.
+
+        Raises:
+            UserError: num_workers is neither a number nor least:most.
+        """
+        least, _, most = str(self.num_workers).partition(":")
+        if least.isdecimal() and (most or least).isdecimal() and 1 <= int(least) <= int(most or least):
+            return range(int(least), int(most or least) + 1)
+        raise UserError(
+            f"cluster.num_workers is {self.num_workers!r}; it must be at least 1, or least:most as 1:4"
+        )
 
 
 @dataclass(frozen=True)
@@ -319,8 +335,9 @@ def _checked(kind: Any, value: Any, where: str) -> Any:
     if origin in (Union, UnionType):
         if value is None and NoneType in typing.get_args(kind):
             return None
-        kind = next(k for k in typing.get_args(kind) if k is not NoneType)
-        return _checked(kind, value, where)
+        kinds = [k for k in typing.get_args(kind) if k is not NoneType]
+        exact = [k for k in kinds if type(value) is k]
+        return _checked(exact[0] if exact else kinds[0], value, where)
     if origin is Literal:
         if value in typing.get_args(kind):
             return value

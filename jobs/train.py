@@ -24,7 +24,7 @@ class Arguments:
     """Show Ray's own messages, and tracebacks."""
 
 
-def main() -> None:
+def main() -> int:
     defaults = {name: Arguments(name, config) for name, config in presets.PRESETS.items()}
     arguments = tyro.cli(
         tyro.extras.subcommand_type_from_defaults(defaults, presets.ABOUT), description=__doc__
@@ -36,18 +36,24 @@ def main() -> None:
 
     began = time.monotonic()
     config = runs.settled(arguments.config, arguments.preset)
-    loop.check(config, config.cluster.num_workers)
+    loop.check(config)
     config = embedded.with_shards(config)
     data_set = stream.open_data_set(config)
     print(f"data        {config.data.shards}  ({data_set.rows.num_rows:,} images to train on)")
     cluster.connect(arguments.verbose)
     result = cluster.fit(config, data_set, verbose=arguments.verbose)
-    if result.was_finished:
+    took = f"done after {time.monotonic() - began:.0f} s"
+    if result.delivery is None:
         print(f"run {config.run.name} is finished: {result.images_seen:,} images seen; nothing left to do")
+    elif result.signal:
+        print(
+            f"stopped     at {result.images_seen:,} images; the same command, with this --run.name, goes on there"
+        )
     else:
-        print(f"trained     {result.images_seen:,} images, done after {time.monotonic() - began:.0f} s")
+        print(f"trained     {result.images_seen:,} images, {took}")
     for line in cluster.summary(result):
         print(line)
+    return 128 + result.signal if result.signal else 0
 
 
 if __name__ == "__main__":

@@ -7,11 +7,14 @@ import signal
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Self, TypeVar
 
 import psutil
 
+T = TypeVar("T")
 REPO = Path(__file__).resolve().parent.parent
 
 
@@ -98,3 +101,67 @@ def _family(pid: int) -> set[psutil.Process]:
         except (psutil.NoSuchProcess, ProcessLookupError):
             continue
     return family
+
+
+class Job:
+    """A job that runs while the test goes on: `python jobs/{job}.py *args`, its output in a file."""
+
+    def __init__(self, job: str, *args: object, log: Path, env: Mapping[str, str] | None = None) -> None:
+        self._log = log
+        with log.open("ab") as out:
+            self.process = subprocess.Popen(
+                [*job_command(job), *map(str, args)],
+                cwd=log.parent,
+                env=os.environ | dict(env or {}),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def wait_for(self, condition: Callable[[], T], timeout_s: float = 120) -> T:
+        """What `condition` returns as soon as that is true.
+
+        Raises:
+            AssertionError: the job ended before.
+            TimeoutError: it never was; the message ends in the job's output.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not (result := condition()):
+            assert self.process.poll() is None, (
+                f"the job ended with {self.process.returncode}:\n{self.output}"
+            )
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"waited {timeout_s:.0f} s in vain. The job's output ends:\n{self.output[-3000:]}"
+                )
+            time.sleep(0.02)
+        return result
+
+    def members(self, title: str) -> list[psutil.Process]:
+        """The processes below this one whose command line begins with `title`: "ray::RayTrainWorker", say."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.cmdline()[:1] and process.cmdline()[0].startswith(title):
+                    found.append(process)
+        return found
+
+    def wait(self, timeout_s: float = 240) -> int:
+        """The exit code."""
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(
+                f"not done in {timeout_s:.0f} s. Its output ends:\n{self.output[-3000:]}"
+            ) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *of_error: object) -> None:
+        kill_tree(self.process)

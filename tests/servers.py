@@ -193,9 +193,63 @@ class RayHead(Server):
         words += ["--runtime-env-json", json.dumps({"env_vars": dict(env or {})}), "--", *map(str, command)]
         return run(words, cwd=cwd, timeout_s=timeout_s)
 
+    def nodes(self) -> list[str]:
+        """IDs of the nodes that are alive, as the cluster sees it."""
+        summary = json.loads(_get(f"{self.dashboard}/nodes?view=summary") or b"null")
+        nodes = summary["data"]["summary"] if summary else []
+        return [n["raylet"]["nodeId"] for n in nodes if n["raylet"].get("state") == "ALIVE"]
+
+    def add_node(self, num_cpus: int) -> "RayNode":
+        return RayNode(self, num_cpus)
+
+    def drain(self, node_id: str, within_s: int) -> None:
+        """Say, as a cloud does of a spot instance, that a node will be taken away `within_s` seconds from now."""
+        words = [program("ray"), "drain-node", "--address", self.address, "--node-id", node_id]
+        words += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot instance reclaimed"]
+        done = run([*words, "--deadline-remaining-seconds", str(within_s)], cwd=self.folder)
+        if done.returncode:
+            raise RuntimeError(f"the node was not drained:\n{done.stdout}{done.stderr}")
+
     def stop(self, grace_s: float = 10) -> None:
         super().stop(grace_s)
         shutil.rmtree(self.temp_dir, ignore_errors=True)
+
+
+class RayNode:
+    """One more node of a cluster, on the same machine; `node_id` once it is there."""
+
+    def __init__(self, head: RayHead, num_cpus: int, timeout_s: float = 60) -> None:
+        before = set(head.nodes())
+        command = [program("ray"), "start", "--address", head.address, "--block", "--num-cpus", str(num_cpus)]
+        command += ["--object-store-memory", str(300 * 2**20)]
+        with (head.folder / "nodes.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                env=os.environ | head.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + timeout_s
+        while not (new := set(head.nodes()) - before):
+            if time.monotonic() > deadline or self._process.poll() is not None:
+                self.kill()
+                raise RuntimeError(
+                    f"the node did not join the cluster. Its log ends:\n{tail(head.folder / 'nodes.log')}"
+                )
+            time.sleep(0.2)
+        (self.node_id,) = new
+
+    def kill(self) -> None:
+        """Take it away at once, with everything that runs on it."""
+        kill_tree(self._process)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *of_error: object) -> None:
+        self.kill()
 
 
 def free_ports(count: int) -> list[int]:

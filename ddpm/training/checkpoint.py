@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,18 @@ from ddpm.config import Config, UserError
 from ddpm.models import unet
 from ddpm.training.state import State, build_net
 
+CHECKSUMS = "checksums.json"
 PREFIX = "checkpoint-"
 BEST_PREFIX = "best-"
 
 # What may differ between a checkpoint and the run that goes on from it; the rest is the run's identity.
-_FREE_DATA = ("data.shards", "data.source", "data.stall_timeout_s", "data.on_corrupt", "data.max_corrupt_share")
+_FREE_DATA = (
+    "data.shards",
+    "data.source",
+    "data.stall_timeout_s",
+    "data.on_corrupt",
+    "data.max_corrupt_share",
+)
 _FREE = ("cluster.", "run.", "sample.", "optim.skip_non_finite", *_FREE_DATA)
 _FREE_TRAIN = ("total_images", "log_every_images", "checkpoint_every_images", "sample_every_images")
 _FREE_KEYS = (*(f"train.{key}" for key in _FREE_TRAIN), "train.keep_checkpoints", "train.compile")
@@ -40,30 +48,66 @@ def name_at(images_seen: int, prefix: str = PREFIX) -> str:
     return f"{prefix}{images_seen:012d}"
 
 
-def save(folder: Path, state: State, config: Config, extra: dict[str, Any]) -> None:
-    """Write a checkpoint of `state` into the empty or new `folder`; `extra` goes into state.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(_contiguous(state.net.state_dict()), folder / "net.safetensors")
-    save_file(_contiguous(state.ema.state_dict()), folder / "ema.safetensors")
-    save_file(_contiguous(state.optimizer_tensors()), folder / "optimizer.safetensors")
+@dataclass(frozen=True)
+class Snapshot:
+    """A state as it was at one moment: tensors of its own in main memory, so that training can go on."""
+
+    images_seen: int
+    tensors: dict[str, dict[str, Tensor]]
+    """By file: net, ema and optimizer."""
+    position: dict[str, Any]
+    """What state.json will say."""
+    config: str
+    """What config.json will say."""
+
+
+def snapshot(state: State, config: Config, extra: dict[str, Any]) -> Snapshot:
+    """Copy `state`; `extra` goes into state.json. This is all that training waits for."""
     best = state.best_held_out_loss
     position = {
         "step": state.step,
         "images_seen": state.images_seen,
+        "skipped_steps": state.skipped_steps,
         "best_held_out_loss": best if math.isfinite(best) else None,
     }
-    (folder / "state.json").write_text(json.dumps({**extra, **position}, indent=2) + "\n")
-    (folder / "config.json").write_text(configs.to_json(config))
+    tensors = {
+        "net": state.net.state_dict(),
+        "ema": state.ema.state_dict(),
+        "optimizer": state.optimizer_tensors(),
+    }
+    copies = {file: {name: _copy(t) for name, t in part.items()} for file, part in tensors.items()}
+    return Snapshot(state.images_seen, copies, {**extra, **position}, configs.to_json(config))
+
+
+def write(snapshot: Snapshot, folder: Path) -> None:
+    """Write `snapshot` as a checkpoint into the empty or new `folder`.
+
+    Raises:
+        OSError: the disk is full, or the folder may not be written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, tensors in snapshot.tensors.items():
+        try:
+            save_file(tensors, folder / f"{name}.safetensors")
+        except SafetensorError as error:  # its word for a full disk
+            raise OSError(f"{folder}/{name}.safetensors: {error}") from None
+    (folder / "state.json").write_text(json.dumps(snapshot.position, indent=2) + "\n")
+    (folder / "config.json").write_text(snapshot.config)
     sums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
     temporary = folder / ".checksums.json.tmp"
     temporary.write_text(json.dumps(sums, indent=2) + "\n")
-    os.replace(temporary, folder / "checksums.json")
+    os.replace(temporary, folder / CHECKSUMS)
+
+
+def save(folder: Path, state: State, config: Config, extra: dict[str, Any]) -> None:
+    """`snapshot` and `write` in one."""
+    write(snapshot(state, config, extra), folder)
 
 
 def verify(folder: Path) -> None:
     """Raise UserError unless `folder` holds a whole checkpoint, byte for byte as it was written."""
     try:
-        sums = json.loads((folder / "checksums.json").read_text())
+        sums = json.loads((folder / CHECKSUMS).read_text())
         files = dict(sums.items())
     except FileNotFoundError:
         raise UserError(f"{folder} is no checkpoint: it has no checksums.json") from None
@@ -104,6 +148,7 @@ def load(folder: Path, state: State, config: Config) -> None:
     state.load_optimizer_tensors(_read_tensors(folder / "optimizer.safetensors", device))
     position = read_state(folder)
     state.step, state.images_seen = position["step"], position["images_seen"]
+    state.skipped_steps = position.get("skipped_steps", 0)
     best = position["best_held_out_loss"]
     state.best_held_out_loss = math.inf if best is None else best
 
@@ -155,9 +200,9 @@ def _load_weights(net: nn.Module, path: Path) -> None:
     net.load_state_dict(tensors)
 
 
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _copy(tensor: Tensor) -> Tensor:
     # safetensors stores row-major tensors only; channels-last weights are laid out again on load.
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
 
 
 def _sha256(path: Path) -> str:

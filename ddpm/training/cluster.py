@@ -1,40 +1,60 @@
-"""Training on Ray: `fit` runs the loop on the workers of a Ray Train group.
+"""Training on Ray: `fit` runs the loop on the workers of a Ray Train group, through whatever dies.
 
-The driver checks everything that can be checked before anything is started, then watches. Workers tell it
-how far they are through a small actor, the board; only checkpoints go through `ray.train.report`.
+The driver checks everything that can be checked before anything is started, then watches. Checkpoints do not go
+through `ray.train.report`: rank 0 stores them in the background (keeper.py), a restarted group looks for the
+newest one in storage, and so do a new driver and a new cluster. Of Ray Train there remains what it is best at:
+starting worker groups, noticing deaths, and starting the group again, smaller or larger.
 """
 
 import logging
 import os
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import pyarrow.fs as pafs
 import ray
-import ray.train
-import ray.train.collective
-import ray.train.torch
-import torch
-import torch.distributed
-from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
-from torch import Tensor, nn
+import ray.exceptions
+import ray.util
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2.api.callback import UserCallback
+from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2.torch.torch_trainer import (
+    TorchTrainer,
+)  # what ray.train.torch gives, as a type checker sees it
 
 from ddpm import config as configs
-from ddpm import runs
+from ddpm import runs, segments
 from ddpm.config import Config, UserError
 from ddpm.data import stream
-from ddpm.data.reading import DataSet, Images
-from ddpm.progress import Display
+from ddpm.data.reading import DataSet
+from ddpm.delivery import Courier, Delivery
+from ddpm.records import Outbox
 from ddpm.runs import Run
-from ddpm.tracking import Address, Delivery, MlflowTracker, tracking_uri, without_password
-from ddpm.training import checkpoint, loop, placement
-from ddpm.training.runtime import MicroBatch, NoTracker, Progress, read_held_out
+from ddpm.tracking import Address, tracking_uri, without_password
+from ddpm.training import board as boards
+from ddpm.training import checkpoint, keeper, loop, placement
+from ddpm.training.watch import Watch
+from ddpm.training.worker import RayRuntime
 
-POLL_INTERVAL_S = 1.0
+log = logging.getLogger(__name__)
+
+SETTINGS = {
+    # The controller looks after its workers so often (default 2 s), and after nodes about to be taken away (5 s).
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+    # A worker group that does not get its resources asks again, maybe for fewer workers (default 60 s).
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+    # Of a cluster started here: training comes first on this machine, not after Ray's own processes.
+    "RAY_worker_niceness": "0",
+}
+"""Ray's settings that make a crash cost less time; what the environment says comes first."""
+LEAVE_TIMEOUT_S = 60.0
+"""How long a run that grows waits for the checkpoint it grows from."""
+DELIVERY_TIMEOUT_S = 60.0
+HASTY_DELIVERY_TIMEOUT_S = 1.0
+"""Of a run that was asked to stop: who asked will not wait."""
 
 
 class TrainingFailed(UserError):
@@ -51,18 +71,16 @@ class Result:
     images_seen: int
     checkpoint: str
     """URI of the newest checkpoint."""
-    was_finished: bool
-    """Nothing was left to do."""
     delivery: Delivery | None
-    """How tracking ended; None when nothing was left to do."""
+    """How tracking ended; None: nothing was left to do."""
+    signal: int | None = None
+    """What asked it to stop before its end."""
 
 
 def connect(verbose: bool = False) -> None:
     """Join the Ray cluster of the environment (RAY_ADDRESS, or one started here), or start one on this machine."""
-    # The controller takes one report per poll: by default every 2 s, which a checkpoint would wait for.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    # Of a cluster started here: training comes first on this machine, not after Ray's own processes.
-    os.environ.setdefault("RAY_worker_niceness", "0")
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
     level = logging.INFO if verbose else logging.ERROR
     ray.init(log_to_driver=verbose, logging_level=level, include_dashboard=False)
     for name in ("ray.train", "ray.data", "ray"):
@@ -85,215 +103,198 @@ def fit(config: Config, data_set: DataSet, *, verbose: bool = False) -> Result:
     placement.check_storage(config)
     assert config.run.name is not None, "runs.settled names a run"
     run = runs.open_run(config.run.name, config.run.storage)
-    if finished := _finished(config, data_set, run):
-        return finished
+    total_images = config.train.total_images
+    seen = _images_seen(config, data_set, run)
+    if seen >= total_images:
+        return Result(run, seen, runs.checkpoints(run.location)[-1].uri, None)
     address = Address(tracking_uri(), config.run.experiment, run.name, run.key)
-    board: Any = ray.remote(num_cpus=0)(_Board).remote()
-    spec = {
-        "config": config,
-        "data_set": data_set,
-        "run": run,
-        "address": address,
-        "board": board,
-        "verbose": verbose,
-    }
-    trainer = ray.train.torch.TorchTrainer(
+    courier = Courier(address, configs.flatten(config), run.location.child(segments.FOLDER))
+    courier.committed(seen)
+    board = boards.put_up()
+    spec = {"config": config, "data_set": data_set, "run": run, "board": board, "verbose": verbose}
+    status, watch = "FAILED", Watch(board, total_images, courier.committed)
+    try:
+        with watch:
+            _train(spec, resources, watch)
+        status = "KILLED" if watch.signal else "FINISHED"
+    finally:
+        delivery = courier.close(status, HASTY_DELIVERY_TIMEOUT_S if watch.signal else DELIVERY_TIMEOUT_S)
+    seen = ray.get(board.read.remote())[boards.ENDED]
+    return Result(run, seen, runs.checkpoints(run.location)[-1].uri, delivery, watch.signal)
+
+
+def _train(spec: dict[str, Any], resources: dict[str, float], watch: Watch) -> None:
+    """Until training is done, or was asked to stop: a Ray Train run, and another one if that one was taken away."""
+    config, board, failure = spec["config"], spec["board"], None
+    while True:
+        ray.get(board.note.remote(boards.ENDED, None))
+        with tempfile.TemporaryDirectory(prefix="ddpm-ray-train-") as folder:
+            failure = watch.run(_trainer(spec, resources, folder).fit)
+        notes = ray.get(board.read.remote())
+        if notes.get(boards.FAILURE) is not None:
+            raise notes[boards.FAILURE]
+        ended = notes.get(boards.ENDED)
+        if ended is not None and (watch.signal or ended >= config.train.total_images):
+            return
+        if failure is None:  # a node is about to be taken away: the workers left in good order
+            if ray.get(board.preempted.remote()) > config.cluster.max_preemptions:
+                raise _too_many_preemptions(config)
+            log.warning("a node is about to be taken away; going on elsewhere, at %s images", ended)
+        elif not isinstance(failure, ray.exceptions.ActorDiedError):
+            raise TrainingFailed(f"training failed: {_last_line(failure)} (--verbose shows the whole story)")
+        elif ray.get(board.failed.remote()) > config.cluster.max_failures:
+            raise TrainingFailed(f"training failed: {_last_line(failure)}")
+        else:  # Ray Train does not start again a controller that died (2.60); the next round does
+            _free_place(notes)
+            log.warning("Ray Train's controller died; going on from the last checkpoint with another")
+
+
+def _free_place(notes: dict[str, Any]) -> None:
+    """Give back what a dead controller's workers held.
+
+    Ray Train's cleaner of placement groups asks the dashboard whether the controller lives, and where there is
+    none it cleans nothing (2.60); data tasks would wait for ever for the CPUs.
+    """
+    place = notes.get(boards.PLACE)
+    if place is not None:
+        ray.util.remove_placement_group(place)
+
+
+def _trainer(spec: dict[str, Any], resources: dict[str, float], folder: str) -> TorchTrainer:
+    config, sizes = spec["config"], spec["config"].cluster.world_sizes()
+    callbacks: list[Any] = [_FailureBudget(config, spec["board"]), _ResizeWithoutLoss(spec["board"])]
+    return TorchTrainer(
         _work,
         train_loop_config=spec,
         scaling_config=ScalingConfig(
-            num_workers=config.cluster.num_workers,
+            num_workers=sizes[0] if len(sizes) == 1 else (sizes[0], sizes[-1]),
             use_gpu="GPU" in resources,
             resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=config.cluster.resize_interval_s,
         ),
-        run_config=ray.train.RunConfig(
-            name=run.name,
-            storage_path=str(Path(run.location.path).parent),
-            storage_filesystem=run.location.filesystem,
-            failure_config=FailureConfig(max_failures=config.cluster.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.train.keep_checkpoints),
+        run_config=RunConfig(
+            name=config.run.name,
+            storage_path=folder,  # nothing is reported, so nothing but a marker gets there
+            # Ray's own count knows nothing of progress: _FailureBudget ends a run that makes none.
+            failure_config=FailureConfig(max_failures=-1),
+            callbacks=callbacks,
         ),
     )
-    try:
-        with _watch(board, config.train.total_images):
-            trainer.fit()
-        failure = None
-    except ray.train.TrainingFailedError as error:
-        failure = error
-    notes: dict[str, Any] = ray.get(board.read.remote())
-    if "failure" in notes:
-        raise notes["failure"]
-    if failure is not None:
-        if verbose:
-            raise failure
-        raise TrainingFailed(f"training failed: {_root_cause(failure)} (--verbose shows the whole story)")
-    newest = runs.checkpoints(run.location)[-1]
-    return Result(run, config.train.total_images, newest.uri, False, notes.get("delivery"))
 
 
 def _work(spec: dict[str, Any]) -> None:
     """What each worker runs."""
     board, config = spec["board"], spec["config"]
-    if "failure" in ray.get(board.read.remote()):
-        return  # a mistake that no restart mends: let the group end, and the driver tell
     if not spec["verbose"]:
         logging.getLogger("ray").setLevel(logging.ERROR)
         stream.hide_progress()
-    runtime = RayRuntime(config, spec["data_set"], spec["run"], board)
-    tracker = MlflowTracker(spec["address"], configs.flatten(config)) if runtime.rank == 0 else NoTracker()
-    status = "FAILED"
+    outbox = Outbox()
+    runtime = RayRuntime(config, spec["data_set"], spec["run"], board, outbox)
+    board.note.remote(boards.PLACE, ray.util.get_current_placement_group())
     try:
-        loop.train(config, runtime, tracker)
-        status = "FINISHED"
+        state = loop.train(config, runtime, outbox)
     except UserError as error:
-        ray.get(board.note.remote("failure", error))
+        ray.get(board.note.remote(boards.FAILURE, error))
+        runtime.last_words()
         raise
-    finally:
-        if isinstance(tracker, MlflowTracker):
-            ray.get(board.note.remote("delivery", tracker.close(status)))
+    if runtime.rank == 0:
+        ray.get(board.note.remote(boards.ENDED, state.images_seen))
 
 
-class RayRuntime:
-    """One worker of a Ray Train group; a `runtime.Runtime`."""
+class _FailureBudget(UserCallback):
+    """Ends a run that fails again and again; lives in Ray Train's controller, whose run ends when it raises."""
 
-    def __init__(self, config: Config, data_set: DataSet, run: Run, board: Any) -> None:
-        context = ray.train.get_context()
-        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self.device = ray.train.torch.get_device()
-        self.identity = {"run_key": run.key, "data_fingerprint": data_set.rows.fingerprint}
-        self._config, self._data_set, self._run, self._board = config, data_set, run, board
-        if self.device.type == "cpu":
-            cores = len(os.sched_getaffinity(0)) // context.get_local_world_size()
-            torch.set_num_threads(config.cluster.threads_per_worker or max(1, cores))
+    def __init__(self, config: Config, board: Any) -> None:
+        self._config, self._board = config, board
 
-    def wrap(self, net: nn.Module) -> nn.Module:
-        if self.world_size == 1:
-            return net
-        devices = [self.device] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True)
-
-    def batches(self, images_seen: int) -> Iterator[MicroBatch]:
-        for todo in stream.legs(self._config, images_seen):
-            iterators = None
-            if self.rank == 0:
-                iterators = stream.split(self._config, self._data_set, todo, self.world_size)
-            iterators = ray.train.collective.broadcast_from_rank_zero(iterators)
-            yield from stream.micro_batches(iterators[self.rank], self._config, self.rank, self.world_size)
-
-    def held_out(self) -> Images | None:
-        return read_held_out(self._data_set.held_out(), self._config)
-
-    def mean(self, values: Tensor) -> Tensor:
-        if self.world_size > 1:
-            torch.distributed.all_reduce(values)
-            values = values / self.world_size
-        return values
-
-    def gather(self, values: Tensor) -> Tensor:
-        if self.world_size == 1:
-            return values
-        parts = [torch.empty_like(values) for _ in range(self.world_size)]
-        torch.distributed.all_gather(parts, values.contiguous())
-        return torch.cat(parts)
-
-    @contextmanager
-    def latest_checkpoint(self) -> Iterator[Path | None]:
-        newest = ray.train.get_checkpoint()
-        if newest is None:
-            yield None
-            return
-        with newest.as_directory() as folder:
-            yield Path(folder)
-
-    def report(self, folder: Path | None, images_seen: int, best: bool) -> None:
-        if folder is not None and best:
-            self._keep_best(folder, images_seen)
-        ray.train.report(
-            {"images_seen": images_seen},
-            checkpoint=ray.train.Checkpoint.from_directory(folder) if folder is not None else None,
-            checkpoint_dir_name=checkpoint.name_at(images_seen),
-        )
-
-    def progress(self, progress: Progress) -> None:
-        self._board.note.remote("progress", progress)
-
-    def publish(self, name: str, data: bytes) -> None:
-        self._run.location.child(name).write(data)
-
-    def _keep_best(self, folder: Path, images_seen: int) -> None:
-        """A copy of its own: Ray keeps the newest checkpoints, or the best, but not both."""
-        location = self._run.location
-        older = [name for name in location.folders() if name.startswith(checkpoint.BEST_PREFIX)]
-        target = location.child(checkpoint.name_at(images_seen, checkpoint.BEST_PREFIX))
-        target.filesystem.create_dir(target.path)
-        pafs.copy_files(str(folder), target.path, destination_filesystem=target.filesystem)
-        for name in older:
-            if location.child(name).uri != target.uri:
-                location.child(name).delete()
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        if ray.get(self._board.read.remote()).get(boards.FAILURE) is not None:
+            raise RuntimeError("a mistake that no restart mends")
+        if any(_is_preempted(error) for error in worker_exceptions.values()):
+            failure = (
+                _too_many_preemptions(self._config)
+                if ray.get(self._board.preempted.remote()) > self._config.cluster.max_preemptions
+                else None
+            )
+        else:
+            count = ray.get(self._board.failed.remote())
+            cause = next(iter(worker_exceptions.values()))
+            self._board.warn.remote(
+                f"worker {next(iter(worker_exceptions))} failed; going on from the last checkpoint: {_last_line(cause)}"
+            )
+            failure = (
+                TrainingFailed(
+                    f"training failed: {_last_line(cause)} ({count} times since the last checkpoint, "
+                    "--cluster.max-failures; --verbose shows the whole story)"
+                )
+                if count > self._config.cluster.max_failures
+                else None
+            )
+        if failure is not None:
+            ray.get(self._board.note.remote(boards.FAILURE, failure))
+            raise failure
 
 
-class _Board:
-    """What the workers want the driver to know; the last word on each subject. An actor that needs no CPU."""
+class _ResizeWithoutLoss(ControllerCallback):
+    """Before Ray Train ends a healthy group to start a larger one, the group leaves a checkpoint of where it is.
 
-    def __init__(self) -> None:
-        self._notes: dict[str, Any] = {}
+    Ray Train has no public hook for it (2.60): it would go back to the checkpoint before.
+    """
 
-    def note(self, subject: str, value: Any) -> None:
-        self._notes[subject] = value
+    def __init__(self, board: Any) -> None:
+        self._board, self._healthy = board, False
 
-    def read(self) -> dict[str, Any]:
-        return self._notes
+    def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
+        self._healthy = False
 
-
-@contextmanager
-def _watch(board: Any, total_images: int) -> Iterator[None]:
-    """Show the board's progress for as long as the context lasts."""
-    stop = threading.Event()
-
-    def show(display: Display) -> None:
-        progress = ray.get(board.read.remote()).get("progress")
-        if progress is not None:
-            detail = f"{progress.images_per_s:,.0f} images/s  loss {progress.loss:.4f}"
-            display.update(min(progress.images_seen, total_images), detail)
-
-    def follow(display: Display) -> None:
-        while not stop.wait(POLL_INTERVAL_S):
-            show(display)
-
-    with Display("images", total_images) as display:
-        thread = threading.Thread(target=follow, args=(display,), name="ddpm-progress", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join(timeout=5)
-            show(display)
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        if self._healthy:
+            ray.get(self._board.note.remote(boards.STOP, "more workers"))
+            deadline = time.monotonic() + LEAVE_TIMEOUT_S
+            while ray.get(self._board.read.remote()).get(boards.ENDED) is None:
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.1)
+            ray.get(self._board.note.remote(boards.STOP, None))
+            ray.get(self._board.note.remote(boards.ENDED, None))
+        self._healthy = True
 
 
-def _finished(config: Config, data_set: DataSet, run: Run) -> Result | None:
-    """The result, if the newest checkpoint is the end of the run.
+def _is_preempted(error: Exception) -> bool:
+    if isinstance(error, WorkerHealthCheckFailedError):
+        error = error.health_check_failure
+    return isinstance(error, ray.exceptions.RayActorError) and error.preempted
+
+
+def _too_many_preemptions(config: Config) -> TrainingFailed:
+    return TrainingFailed(
+        f"nodes were taken away more than {config.cluster.max_preemptions} times (--cluster.max-preemptions); "
+        "the same command goes on from the last checkpoint"
+    )
+
+
+def _images_seen(config: Config, data_set: DataSet, run: Run) -> int:
+    """Position of the newest whole checkpoint; -1: there is none.
 
     Raises:
         UserError: the run was begun with another configuration, or on other data.
     """
-    found = runs.checkpoints(run.location)
-    if not found:
-        return None
-    with runs.local_checkpoint(found[-1].uri) as folder:
-        checkpoint.check_same_run(checkpoint.read_config(folder), config, found[-1].uri)
+    with keeper.newest_intact(run.location, config.run.storage_timeout_s, log.warning) as folder:
+        if folder is None:
+            return -1
+        where = f"{run.location.uri}/{folder.name}"
+        checkpoint.check_same_run(checkpoint.read_config(folder), config, where)
         position = checkpoint.read_state(folder)
     if position["data_fingerprint"] != data_set.rows.fingerprint:
         raise UserError(
-            f"{found[-1].uri} was trained on other data (fingerprint {position['data_fingerprint'][:12]}, now "
+            f"{where} was trained on other data (fingerprint {position['data_fingerprint'][:12]}, now "
             f"{data_set.rows.fingerprint[:12]}); use that data set, or another --run.name"
         )
-    if position["images_seen"] < config.train.total_images:
-        return None
-    return Result(run, position["images_seen"], found[-1].uri, True, None)
+    return position["images_seen"]
 
 
-def _root_cause(error: ray.train.TrainingFailedError) -> str:
-    """The line of the failure that says what went wrong."""
+def _last_line(error: BaseException) -> str:
+    """The line of a failure that says what went wrong."""
     failures = getattr(error, "worker_failures", None) or {}
     cause: BaseException = next(iter(failures.values()), error)
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
@@ -302,13 +303,20 @@ def _root_cause(error: ray.train.TrainingFailedError) -> str:
 
 def summary(result: Result) -> list[str]:
     """Where everything is, in lines for a person."""
-    lines = [f"checkpoint  {result.checkpoint}", f"samples     {result.run.location.uri}/samples/latest.png"]
-    if result.delivery is None:
+    folder, delivery = result.run.location.uri, result.delivery
+    lines = [f"checkpoint  {result.checkpoint}", f"samples     {folder}/samples/latest.png"]
+    if delivery is None:
         return lines
-    if result.delivery.undelivered:
+    where = without_password(tracking_uri())
+    if delivery.undelivered:
         lines.append(
-            f"MLflow      {result.delivery.undelivered} items could not be delivered; is it reachable?"
+            f"MLflow      {delivery.undelivered} records could not be delivered to {where}; they are kept in "
+            f"{folder}/{segments.FOLDER}, and `python jobs/track.py {folder}` delivers them"
         )
-    elif result.delivery.run_id:
-        lines.append(f"MLflow      run {result.delivery.run_id} in {without_password(tracking_uri())}")
+    elif not delivery.ended:
+        lines.append(
+            f"MLflow      {where} has not been told how the run ended; `python jobs/track.py {folder}` does"
+        )
+    else:
+        lines.append(f"MLflow      run {delivery.run_id} in {where}")
     return lines

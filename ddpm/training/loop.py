@@ -20,7 +20,7 @@ from ddpm.training.state import TRAIN, State, build_net, generator, lr_at, seed_
 
 
 class NonFinite(UserError):
-    """The gradient became infinite or not a number; the weights were not touched by it."""
+    """The loss or the gradient became infinite or not a number; the weights were not touched by it."""
 
     exit_code = 1
 
@@ -28,9 +28,12 @@ class NonFinite(UserError):
 def train(config: Config, runtime: Runtime, tracker: Tracker) -> State:
     """Train from the newest checkpoint, or from nothing, to config.train.total_images.
 
+    When the runtime asks to stop, it ends with the step it is in, and a checkpoint of it.
+
     Raises:
-        NonFinite: at the first step whose gradient is not finite; the checkpoint before it stands.
-        UserError: the checkpoint is damaged, or belongs to another configuration.
+        NonFinite: at the first step beyond optim.skip_non_finite whose loss or gradient is not finite; the
+            checkpoint before it stands.
+        UserError: the checkpoint belongs to another configuration, data cannot be read, or storage fails.
     """
     state = State.create(config, runtime.device)
     with runtime.latest_checkpoint() as folder:
@@ -46,8 +49,10 @@ def train(config: Config, runtime: Runtime, tracker: Tracker) -> State:
     share //= runtime.world_size
     recorder = Recorder(config, runtime, tracker, state, objective)
     batches = recorder.timed(runtime.batches(state.images_seen))
+    stop = False
 
-    while state.images_seen < config.train.total_images:
+    while state.images_seen < config.train.total_images and not stop:
+        losses = []
         for k in range(share):
             micro_batch = next(batches)
             noise = _generator(config, runtime, state.step, micro_batch)
@@ -55,32 +60,51 @@ def train(config: Config, runtime: Runtime, tracker: Tracker) -> State:
             with nullcontext() if k == share - 1 else _without_sync(model):
                 loss = objective.loss(model, x_0, label, noise)
                 (loss.value / share).backward()
-            recorder.add(loss)
+            losses.append(loss._replace(value=loss.value.detach()))
         grad_norm = nn.utils.clip_grad_norm_(weights, config.optim.grad_clip)
-        if not torch.isfinite(grad_norm):  # after the all-reduce: the same on every rank
-            raise NonFinite(
-                f"step {state.step} ({state.images_seen} images): the gradient is not finite; stopped before it "
-                "touched the weights. Lower optim.lr or optim.grad_clip, or lengthen optim.lr_warmup_images"
-            )
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr_at(config, state.images_seen)
-        state.optimizer.step()
+        finite = grad_norm.isfinite() & torch.stack([loss.value for loss in losses]).isfinite().all()
+        bad, stop = runtime.any_of(~finite, runtime.wants_stop())
+        if bad:
+            _skip(state, config)
+        else:
+            for group in state.optimizer.param_groups:
+                group["lr"] = lr_at(config, state.images_seen)
+            state.optimizer.step()
+            state.ema.update(state.net, state.step)
+            recorder.add(losses, grad_norm)
         state.optimizer.zero_grad(set_to_none=True)
-        state.ema.update(state.net, state.step)
         state.step += 1
         state.images_seen += batch_size
-        recorder.after_step(grad_norm)
+        recorder.after_step(stop)
+    runtime.flush()
     return state
 
 
-def check(config: Config, world_size: int) -> None:
+def check(config: Config) -> None:
     """Raise UserError for what would stop the run on its first step, before anything is started."""
     configs.from_json(configs.to_json(config), "the command line")  # as the checkpoints will be read
-    micro_batches_per_step(config.train.batch_size, config.train.micro_batch_size, world_size)
+    for world_size in config.cluster.world_sizes():
+        micro_batches_per_step(config.train.batch_size, config.train.micro_batch_size, world_size)
     build_objective(config)
     build_sampler(config)
     with torch.device("meta"):
         build_net(config)
+
+
+def _skip(state: State, config: Config) -> None:
+    """Count a step that teaches nothing; every rank comes here in the same step.
+
+    Raises:
+        NonFinite: there have been more of them than optim.skip_non_finite.
+    """
+    if state.skipped_steps >= config.optim.skip_non_finite:
+        skipped = f" after {state.skipped_steps} that were skipped" if state.skipped_steps else ""
+        raise NonFinite(
+            f"step {state.step} ({state.images_seen} images): the loss or the gradient is not finite; stopped"
+            f"{skipped}, before it touched the weights. Lower optim.lr or optim.grad_clip, or lengthen "
+            "optim.lr_warmup_images; --optim.skip-non-finite N passes over N such steps"
+        )
+    state.skipped_steps += 1
 
 
 def _generator(config: Config, runtime: Runtime, step: int, micro_batch: MicroBatch) -> torch.Generator:

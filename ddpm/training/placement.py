@@ -3,9 +3,15 @@
 Its own room because these are the questions before anything is started; cluster.py is about what runs then.
 """
 
+import os
+import time
+
 import ray
 
 from ddpm.config import Config, UserError
+
+JOINING_S = 10.0
+"""How long nodes that are just joining a cluster are waited for, before it is called too small."""
 
 
 def resources_per_worker(config: Config) -> dict[str, float]:
@@ -14,22 +20,33 @@ def resources_per_worker(config: Config) -> dict[str, float]:
     Raises:
         UserError: the cluster is too small; Ray would wait for ever without a word.
     """
-    cluster, have = config.cluster, ray.cluster_resources()
-    workers, cpus, gpus = cluster.num_workers, have.get("CPU", 0.0), have.get("GPU", 0.0)
-    if workers < 1:
-        raise UserError(f"cluster.num_workers is {workers}; it must be at least 1")
-    gpu = cluster.gpu if cluster.gpu is not None else gpus >= workers
-    if gpu and gpus < workers:
-        raise UserError(f"{workers} workers need {workers} GPUs, the cluster has {gpus:g}; use fewer workers")
+    joined = "RAY_ADDRESS" in os.environ  # else it was started here, and is all there
+    deadline = time.monotonic() + (JOINING_S if joined else 0)
+    while True:
+        try:
+            return _resources_per_worker(config, ray.cluster_resources())
+        except UserError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.5)
+
+
+def _resources_per_worker(config: Config, have: dict[str, float]) -> dict[str, float]:
+    cluster, sizes = config.cluster, config.cluster.world_sizes()
+    cpus, gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
+    least, most = sizes[0], sizes[-1]
+    gpu = cluster.gpu if cluster.gpu is not None else gpus >= least
+    if gpu and gpus < least:
+        raise UserError(f"{least} workers need {least} GPUs, the cluster has {gpus:g}; use fewer workers")
     share = cluster.cpus_per_worker
     if share is None:
-        share = max(min(1.0, int(100 * (cpus - 1) / workers) / 100), 0.01)
+        share = max(min(1.0, int(100 * (cpus - 1) / most) / 100), 0.01)
     if share <= 0:
         raise UserError(f"cluster.cpus_per_worker is {share:g}; it must be above 0")
-    if workers * share > cpus - 1:
-        right = max((cpus - 1) / workers, 0)
+    if least * share > cpus - 1:
+        right = max((cpus - 1) / least, 0)
         raise UserError(
-            f"{workers} workers of {share:g} CPUs leave none of the cluster's {cpus:g} CPUs to the tasks that read "
+            f"{least} workers of {share:g} CPUs leave none of the cluster's {cpus:g} CPUs to the tasks that read "
             f"data; set --cluster.cpus-per-worker to at most {right:g}, or use fewer workers"
         )
     return {"CPU": share} | ({"GPU": 1.0} if gpu else {})

@@ -4,10 +4,8 @@ Its own room so that the loop shows Algorithm 1 and nothing else. Every rank run
 grids and checkpoints are made together; only the first one talks to the tracker.
 """
 
-import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -35,6 +33,7 @@ class Recorder:
         self._held_out = runtime.held_out()
         self._progress_at = 0.0
         self._images_per_s = 0.0
+        self._grad_norm: Tensor | None = None
         self._start_interval()
 
     def timed(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
@@ -47,25 +46,29 @@ class Recorder:
                 return
             yield micro_batch
 
-    def add(self, loss: Loss) -> None:
-        """Count a micro-batch's loss; nothing is read back from the device here."""
-        self._loss_sum += loss.value.detach()
-        self._micro_batches += 1
-        self._quarter_sum.index_add_(0, loss.quarter, loss.per_image)
-        self._quarter_count += torch.bincount(loss.quarter, minlength=4)
+    def add(self, losses: list[Loss], grad_norm: Tensor) -> None:
+        """Count a step's micro-batches; nothing is read back from the device here."""
+        for loss in losses:
+            self._loss_sum += loss.value
+            self._quarter_sum.index_add_(0, loss.quarter, loss.per_image)
+            self._quarter_count += torch.bincount(loss.quarter, minlength=4)
+        self._micro_batches += len(losses)
+        self._grad_norm = grad_norm
 
-    def after_step(self, grad_norm: Tensor) -> None:
-        """Do what has become due with the step just taken."""
+    def after_step(self, stopping: bool) -> None:
+        """Do what has become due with the step just taken; one that is the last for now is kept."""
         config, images_seen = self._config.train, self._state.images_seen
         finished = images_seen >= config.total_images
         if self._due(config.log_every_images) or finished:
-            self._log(grad_norm)
+            self._log()
         if self._due(config.sample_every_images) or finished:
             grid = self._draw_grid()
             if finished:
                 self._draw_final(grid)
         if self._due(config.checkpoint_every_images) or finished:
-            self._checkpoint()
+            self._judge_and_save()
+        elif stopping and self._runtime.rank == 0:  # at once: somebody is about to be taken away
+            self._save(best=False)
         if self._runtime.rank == 0 and (
             finished or time.perf_counter() - self._progress_at > PROGRESS_INTERVAL_S
         ):
@@ -81,7 +84,7 @@ class Recorder:
         self._began, self._wait_s = time.perf_counter(), 0.0
         self._began_at_images = self._state.images_seen
         self._loss_sum = torch.zeros((), device=device)
-        self._micro_batches = 0
+        self._micro_batches, self._grad_norm = 0, None
         self._quarter_sum = torch.zeros(4, device=device)
         self._quarter_count = torch.zeros(4, dtype=torch.int64, device=device)
 
@@ -89,29 +92,33 @@ class Recorder:
         """Images/s of the whole run since the last log."""
         return (self._state.images_seen - self._began_at_images) / (time.perf_counter() - self._began)
 
-    def _log(self, grad_norm: Tensor) -> None:
+    def _log(self) -> None:
         elapsed = time.perf_counter() - self._began
         self._images_per_s = self._rate()
         local = torch.cat(
             [
-                (self._loss_sum / self._micro_batches)[None],
+                self._loss_sum[None],
                 self._quarter_sum,
                 self._quarter_count.to(self._quarter_sum.dtype),
                 torch.tensor([self._wait_s / elapsed], device=self._runtime.device),
             ]
         )
-        loss, *quarters, wait = self._runtime.mean(local).tolist()
+        loss_sum, *quarters, wait = self._runtime.mean(local).tolist()
         values = {
-            "train/loss": loss,
-            "train/grad_norm": grad_norm.item(),
             "train/lr": lr_at(self._config, self._state.images_seen - self._config.train.batch_size),
             "train/images_per_s": self._images_per_s,
             "train/data_wait_share": wait,
         }
+        loss = None
+        if self._grad_norm is not None:  # not every step was skipped
+            loss = loss_sum / self._micro_batches
+            values |= {"train/loss": loss, "train/grad_norm": self._grad_norm.item()}
+        if self._config.optim.skip_non_finite:
+            values["train/skipped_steps"] = self._state.skipped_steps
         for i, (total, count) in enumerate(zip(quarters[:4], quarters[4:], strict=True)):
             if count > 0:
                 values[f"train/loss_t_quarter_{i + 1}"] = total / count
-        self._tracker.metrics(values, self._state.images_seen)
+        self._tracker.metrics(values | self._runtime.facts(), self._state.images_seen)
         self._tell(loss)
         self._start_interval()
 
@@ -146,18 +153,17 @@ class Recorder:
             total += self._objective.loss(self._state.ema.net, x_0, label, noise).value * len(x_0)
         return (runtime.mean(total) * runtime.world_size / len(self._held_out.image)).item()
 
-    def _checkpoint(self) -> None:
+    def _judge_and_save(self) -> None:
         loss = self._held_out_loss()
         best = loss is not None and loss < self._state.best_held_out_loss
         if loss is not None:
             self._tracker.metrics({"held_out/loss": loss}, self._state.images_seen)
             self._state.best_held_out_loss = min(loss, self._state.best_held_out_loss)
-        if self._runtime.rank != 0:
-            self._runtime.report(None, self._state.images_seen, best)
-            return
-        with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as name:
-            checkpoint.save(Path(name), self._state, self._config, self._runtime.identity)
-            self._runtime.report(Path(name), self._state.images_seen, best)
+        if self._runtime.rank == 0:
+            self._save(best)
+
+    def _save(self, best: bool) -> None:
+        self._runtime.save(checkpoint.snapshot(self._state, self._config, self._runtime.identity), best)
 
     def _draw_grid(self) -> images.Pixels:
         """A grid of the same seeds every time, drawn by all ranks together, and what the net sees in noise."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,12 +19,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ddpm.config import Config
+from ddpm.data.corrupt import CorruptImages
 from ddpm.data.plan import chunks, micro_batches_per_step, share
 from ddpm.data.reading import DataSet, Images
 from ddpm.training import checkpoint
 
 CHUNK_IMAGES = 8192
 """Images that one reading task fetches, at most: about a window, so that tasks and blocks are few and large."""
+
+CORRUPT = "corrupt.jsonl"
+"""File of a run that lists the images that could not be read."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +109,24 @@ class Runtime(Protocol):
         """The newest committed checkpoint as a local folder."""
         ...
 
-    def report(self, folder: Path | None, images_seen: int, best: bool) -> None:
-        """Commit the checkpoint in `folder` (rank 0; None elsewhere). Every rank calls it."""
+    def any_of(self, *flags: Tensor | bool) -> list[bool]:
+        """Of each flag, whether it is set on any rank. Every rank calls it, after every step."""
+        ...
+
+    def wants_stop(self) -> bool:
+        """Whether this rank has been asked to end training after the step it is in."""
+        ...
+
+    def save(self, snapshot: checkpoint.Snapshot, best: bool) -> None:
+        """Store a checkpoint, now or in the background (rank 0 only); `best`: it has the lowest held-out loss."""
+        ...
+
+    def flush(self) -> None:
+        """Return when all that was saved and published is stored."""
+        ...
+
+    def facts(self) -> dict[str, float]:
+        """What is to be logged beside the loss (rank 0's counts)."""
         ...
 
     def progress(self, progress: Progress) -> None:
@@ -137,6 +158,7 @@ class LocalRuntime:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.identity = {"run_key": run_key, "data_fingerprint": train.rows.fingerprint}
         self._config, self._train, self._held_out, self._folder = config, train, held_out, folder
+        self._corrupt = CorruptImages(train.rows.num_rows, config.data.max_corrupt_share)
 
     def wrap(self, net: nn.Module) -> nn.Module:
         return net
@@ -146,11 +168,15 @@ class LocalRuntime:
         plan = self._train.plan(train.seed, self._config.data.window_rows)
         todo = chunks(images_seen, train.total_images, train.batch_size, CHUNK_IMAGES)
         micro_batches_per_step(train.batch_size, train.micro_batch_size, self.world_size)
+        read = partial(self._train.read, on_corrupt=self._config.data.on_corrupt)
         with ThreadPoolExecutor(1) as reader:  # reads the next chunk while this one is trained on
             ahead: Future[Images] | None = None
             for k, (start, stop) in enumerate(todo):
-                images = ahead.result() if ahead else self._train.read(plan, start, stop)
-                ahead = reader.submit(self._train.read, plan, *todo[k + 1]) if k + 1 < len(todo) else None
+                images = ahead.result() if ahead else read(plan, start, stop)
+                ahead = reader.submit(read, plan, *todo[k + 1]) if k + 1 < len(todo) else None
+                if self._corrupt.add(images.substitutions):
+                    self.publish(CORRUPT, self._corrupt.to_jsonl().encode())
+                    self._corrupt.check()
                 yield from deal(images, 0, 1, train.batch_size, train.micro_batch_size)
 
     def held_out(self) -> Images | None:
@@ -166,22 +192,29 @@ class LocalRuntime:
         found = sorted(self._folder.glob(f"{checkpoint.PREFIX}*/checksums.json"))
         return nullcontext(found[-1].parent if found else None)
 
-    def report(self, folder: Path | None, images_seen: int, best: bool) -> None:
-        assert folder is not None
-        self._folder.mkdir(parents=True, exist_ok=True)
-        names = [checkpoint.name_at(images_seen)] + [
-            checkpoint.name_at(images_seen, checkpoint.BEST_PREFIX)
-        ] * best
-        for name in names:
+    def any_of(self, *flags: Tensor | bool) -> list[bool]:
+        return [bool(flag) for flag in flags]
+
+    def wants_stop(self) -> bool:
+        return False
+
+    def save(self, snapshot: checkpoint.Snapshot, best: bool) -> None:
+        prefixes = [checkpoint.PREFIX] + [checkpoint.BEST_PREFIX] * best
+        for name in (checkpoint.name_at(snapshot.images_seen, prefix) for prefix in prefixes):
             temporary = self._folder / f".{name}.tmp"
             shutil.rmtree(temporary, ignore_errors=True)
-            shutil.copytree(folder, temporary)
+            checkpoint.write(snapshot, temporary)
             shutil.rmtree(self._folder / name, ignore_errors=True)
             temporary.rename(self._folder / name)
         old = sorted(self._folder.glob(f"{checkpoint.PREFIX}*"))[: -self._config.train.keep_checkpoints]
         worse = sorted(self._folder.glob(f"{checkpoint.BEST_PREFIX}*"))[:-1]
         for path in old + worse:
             shutil.rmtree(path)
+
+    def flush(self) -> None: ...
+
+    def facts(self) -> dict[str, float]:
+        return {"data/corrupt_images": float(self._corrupt.count)}
 
     def progress(self, progress: Progress) -> None: ...
 
@@ -222,4 +255,5 @@ def read_held_out(held_out: DataSet | None, config: Config) -> Images | None:
     if held_out is None or config.train.held_out_images == 0:
         return None
     plan = held_out.plan(seed=0, window_rows=config.data.window_rows)
-    return held_out.read(plan, 0, min(config.train.held_out_images, plan.num_images))
+    stop = min(config.train.held_out_images, plan.num_images)
+    return held_out.read(plan, 0, stop, config.data.on_corrupt)

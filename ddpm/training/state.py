@@ -75,6 +75,8 @@ class State:
     """Optimizer steps taken."""
     images_seen: int = 0
     """Position in the plan."""
+    skipped_steps: int = 0
+    """Steps of which nothing was learned, since their loss or gradient was not finite."""
     best_held_out_loss: float = math.inf
 
     @classmethod

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from faulted import Run
 from sklearn.datasets import load_digits
 
 from ddpm.config import Config, override
@@ -79,3 +80,19 @@ def train_set(tiny: Config) -> DataSet:
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     return tmp_path / "run"
+
+
+@pytest.fixture(scope="session")
+def undisturbed(digits_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run = Run("undisturbed", str(folder / "runs"), digits_uri, folder / "job.log")
+    with run.start(env={"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}) as job:
+        assert job.wait() == 0, job.output
+    return run
+
+
+@pytest.fixture
+def run(digits_uri: str, tmp_path: Path) -> Run:
+    """A run of the same flags, to do harm to."""
+    return Run("harmed", str(tmp_path / "runs"), digits_uri, tmp_path / "job.log")

@@ -1,9 +1,8 @@
 """Ray Train and Ray Data for real: any number of workers trains the run that one process trains."""
 
 import json
-import subprocess
-import time
-import urllib.request
+import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import kill_tree, program
+from processes import REPO, run
 from safetensors.torch import load_file
 from servers import RayHead
 
@@ -31,12 +30,12 @@ FLAGS = """--data.window-rows 200 --schedule.num-timesteps 50 --model.base-width
 
 @pytest.fixture
 def train_job(run_job: Callable[..., Any], digits_uri: str, tmp_path: Path) -> Callable[..., Any]:
-    def run(name: str, *flags: str, total_images: int = 256, env: dict[str, str] | None = None) -> Any:
+    def train(name: str, *flags: str, total_images: int = 256, env: dict[str, str] | None = None) -> Any:
         where = ("--data.shards", digits_uri, "--run.name", name, "--run.storage", str(tmp_path / "runs"))
         total = ("--train.total-images", str(total_images))
         return run_job("train", "digits", *where, *total, *FLAGS, *flags, cwd=tmp_path, env=env)
 
-    return run
+    return train
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -105,6 +104,79 @@ def test_two_workers_train_what_one_trains(
     assert np.abs(grids[0] - grids[1]).max() <= 2  # the same images in the same places
 
 
+@pytest.fixture
+def recording_job(digits_uri: str, tmp_path: Path) -> Callable[..., Any]:
+    def record(name: str, *flags: str, bad: tuple[str, ...] = ()) -> Any:
+        """`train_job` of a program that writes micro-batches down in the folder `name`; `bad`: RANK:STEP ..."""
+        where = ("--data.shards", digits_uri, "--run.name", name, "--run.storage", str(tmp_path / "runs"))
+        job = ("digits", *where, "--train.total-images", "256", *FLAGS, *flags)
+        script = REPO / "tests" / "recording_job.py"
+        return run([sys.executable, script, tmp_path / name, *bad, "--", *job], cwd=tmp_path)
+
+    return record
+
+
+@pytest.mark.slow
+def test_any_number_of_workers_sees_the_same(recording_job: Callable[..., Any], tmp_path: Path) -> None:
+    """Images, noise and t of every micro-batch of every global batch: the very same. The weights: nearly."""
+    seen, trained = {}, {}
+    for workers in (1, 2, 4):
+        name = f"workers-{workers}"
+        done = recording_job(name, "--cluster.num-workers", str(workers))
+        assert done.returncode == 0, done.stderr
+        files = list((tmp_path / name).glob("*.jsonl"))
+        assert len(files) == workers
+        lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        seen[workers] = {(line["step"], line["index"]): line["digest"] for line in lines}
+        assert len(seen[workers]) == len(lines)
+        trained[workers] = weights(newest(tmp_path, name))
+    assert sorted(seen[1]) == [(step, index) for step in range(8) for index in range(4)]
+    assert len(set(seen[1].values())) == 32
+    assert seen[1] == seen[2] == seen[4]
+    for workers in (2, 4):
+        for name, tensor in trained[1].items():  # gradients are summed in another order
+            torch.testing.assert_close(trained[workers][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.slow
+def test_bad_steps_are_skipped_on_all_ranks_alike(
+    recording_job: Callable[..., Any], tiny: Config, train_set: DataSet, tmp_path: Path
+) -> None:
+    """One rank's loss is not a number in step 3, the other's in step 5. Two may be skipped, or one."""
+    bad, flags = ("1:3", "0:5"), ("--cluster.num-workers", "2", "--optim.skip-non-finite")
+    done = recording_job("two", *flags, "2", bad=bad)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((newest(tmp_path, "two") / "state.json").read_text())["skipped_steps"] == 2
+
+    done = recording_job("one", *flags, "1", bad=bad)
+    refused(done, "step 5 (160 images): the loss or the gradient is not finite; stopped after 1 that were", 1)
+    assert newest(tmp_path, "one").name == "checkpoint-000000000128"
+
+    class Bad:
+        """The same in one process: nothing is learned in steps 3 and 5."""
+
+        def __init__(self, objective: Any) -> None:
+            self._objective, self._calls = objective, 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._objective, name)
+
+        def loss(self, model: Any, *args: Any) -> Any:
+            loss = self._objective.loss(model, *args)
+            self._calls += model.training
+            return loss._replace(value=loss.value * (math.nan if (self._calls - 1) // 4 in (3, 5) else 1))
+
+    config = override(tiny, {"optim.skip_non_finite": 2})
+    with pytest.MonkeyPatch.context() as patch:
+        build = loop.build_objective
+        patch.setattr(loop, "build_objective", lambda config: Bad(build(config)))
+        local = LocalRuntime(config, train_set, train_set.held_out(), tmp_path / "local")
+        loop.train(config, local, NoTracker())
+    one, two = weights(tmp_path / "local/checkpoint-000000000256"), weights(newest(tmp_path, "two"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
 def refused(done: Any, message: str, code: int = 2) -> None:
     """A user's mistake: the exit code, one line, no traceback."""
     assert done.returncode == code, done.stdout + done.stderr
@@ -153,7 +225,7 @@ def test_bad_numbers_and_another_architecture(train_job: Callable[..., Any], tmp
     """A gradient that is not finite ends the run with exit code 1 and leaves the checkpoint before it; that one
     belongs to its architecture."""
     done = train_job("bad", "--train.checkpoint-every-images", "32", "--optim.lr", "1e36")
-    refused(done, "the gradient is not finite", code=1)
+    refused(done, "the loss or the gradient is not finite", code=1)
     for folder in (tmp_path / "runs/bad").glob("checkpoint-*"):
         assert all(torch.isfinite(tensor).all() for tensor in load_file(folder / "net.safetensors").values())
     assert list((tmp_path / "runs/bad").glob("checkpoint-*"))
@@ -165,24 +237,7 @@ def test_bad_numbers_and_another_architecture(train_job: Callable[..., Any], tmp
 def test_a_local_folder_on_a_cluster_of_two_nodes_is_refused(
     train_job: Callable[..., Any], ray_head: RayHead, tmp_path: Path
 ) -> None:
-    command = [program("ray"), "start", "--address", ray_head.address, "--num-cpus", "1", "--block"]
-    with (tmp_path / "node.log").open("wb") as log:
-        node = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        wait_for_nodes(ray_head, 2)
+    with ray_head.add_node(num_cpus=1):
         done = train_job("two-nodes", env={"RAY_ADDRESS": ray_head.address})
         refused(done, "but the cluster has 2 nodes that cannot see it; use s3://bucket/prefix")
         assert not (tmp_path / "runs").exists()
-    finally:
-        kill_tree(node, grace_s=5)
-
-
-def wait_for_nodes(head: RayHead, count: int) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        with urllib.request.urlopen(f"{head.dashboard}/nodes?view=summary", timeout=10) as answer:
-            nodes = json.load(answer)["data"]["summary"]
-        if sum(node["raylet"].get("state") == "ALIVE" for node in nodes) >= count:
-            return
-        time.sleep(0.5)
-    raise TimeoutError(f"the cluster did not reach {count} nodes in 60 s")

@@ -169,7 +169,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
     config = override(
         tiny, {"train.checkpoint_every_images": 32, "optim.lr": 1e36, "optim.lr_warmup_images": 0}
     )
-    with pytest.raises(loop.NonFinite, match=r"step \d+ \(\d+ images\): the gradient is not finite"):
+    with pytest.raises(loop.NonFinite, match=r"step \d+ \(\d+ images\): the loss or the gradient is not"):
         fit(config, train_set, run_folder)
     for folder in run_folder.glob("checkpoint-*"):
         net, _ = checkpoint.load_net(folder, torch.device("cpu"), ema=False)
@@ -210,7 +210,7 @@ def test_what_cannot_work_is_refused_before_anything_starts(
     tiny: Config, change: dict[str, object], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        loop.check(override(tiny, change), 1)
+        loop.check(override(tiny, change))
 
 
 @pytest.mark.slow

@@ -1,0 +1,201 @@
+"""How long a crash takes: from the kill to the next completed step, beside a bare Ray Train that does nothing.
+
+    PYTHONPATH=tests python benchmarks/recovery.py [--repeats 3]
+
+Both have two workers in a cluster started for the purpose, and restart from the same kill. The bare run's
+"step" is a line written as soon as its function is entered again: what is between the two is ours: imports, the
+checkpoint, the data set, the first step. The table goes to benchmarks/recovery.md.
+"""
+
+import datetime
+import os
+import signal
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+import torch
+import tyro
+from processes import REPO
+from ray.train.torch import TorchTrainer
+from runtime import processor
+from servers import RayHead
+
+from ddpm.config import override
+from ddpm.data import embedded, stream
+from ddpm.presets import DIGITS
+from ddpm.training import cluster
+
+BACK_AFTER_S = 8.0
+"""A lost node comes back so much later."""
+work = cluster._work
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """How often to measure."""
+
+    repeats: int = 3
+
+
+def tick(folder: str) -> None:
+    """A step was completed, by this process."""
+    with Path(folder, f"{os.getpid()}.ticks").open("a") as file:
+        file.write(f"{time.time()}\n")
+
+
+def timed_work(spec: dict[str, Any]) -> None:
+    """Training; each step of rank 0 leaves a tick."""
+    from ddpm.training.worker import RayRuntime
+
+    flags, folder = RayRuntime.any_of, spec["config"].run.storage
+
+    def timed(self: RayRuntime, *args: Any) -> list[bool]:
+        found = flags(self, *args)
+        if self.rank == 0:
+            tick(folder)
+        return found
+
+    RayRuntime.any_of = timed  # type: ignore[method-assign]
+    work(spec)
+
+
+def bare_work(spec: dict[str, Any]) -> None:
+    """Nothing, for as long as it is not killed or told to end."""
+    rank = ray.train.get_context().get_world_rank()
+    while not Path(spec["folder"], "end").exists():
+        if rank == 0:
+            tick(spec["folder"])
+        time.sleep(0.05)
+
+
+def train(folder: str, resources: dict[str, float]) -> None:
+    values = {
+        "run.storage": folder,
+        "run.name": "bench",
+        "run.shared_storage": True,
+        "cluster.num_workers": 2,
+        "cluster.cpus_per_worker": resources["CPU"],
+        "cluster.threads_per_worker": 1,
+        "train.total_images": 192_000,
+        "train.checkpoint_every_images": 1_280,
+        "train.sample_every_images": 0,
+    }
+    config = embedded.with_shards(override(DIGITS, values))
+    try:
+        cluster.fit(config, stream.open_data_set(config))
+    except Exception as error:  # the measurement is over, and shuts everything down
+        print(f"({type(error).__name__})")
+
+
+def bare(folder: str, resources: dict[str, float]) -> None:
+    TorchTrainer(
+        bare_work,
+        train_loop_config={"folder": folder},
+        scaling_config=ray.train.ScalingConfig(num_workers=2, resources_per_worker=resources),
+        run_config=ray.train.RunConfig(
+            storage_path=folder, failure_config=ray.train.FailureConfig(max_failures=-1)
+        ),
+    ).fit()
+
+
+def ticks(folder: str) -> dict[str, list[float]]:
+    return {
+        path.stem: [float(line) for line in path.read_text().splitlines()]
+        for path in Path(folder).glob("*.ticks")
+    }
+
+
+def recovery_s(folder: str, kill: Callable[[], None]) -> float:
+    """Seconds from `kill` to the first tick of a process that is new."""
+    while sum(map(len, ticks(folder).values())) < 60 or not _safe(folder):
+        time.sleep(0.1)
+    old, killed = set(ticks(folder)), time.time()
+    kill()
+    while not (new := [t for pid, times in ticks(folder).items() if pid not in old for t in times]):
+        time.sleep(0.05)
+    return min(new) - killed
+
+
+def _safe(folder: str) -> bool:
+    """Whether there is a checkpoint to go back to, where there are any."""
+    run = Path(folder, "bench")
+    return not run.exists() or any(run.glob("checkpoint-*/checksums.json"))
+
+
+def measure(start: Callable[[str, dict[str, float]], None], lose_node: bool) -> float:
+    lines = (REPO / "infra" / "ray-head.env").read_text().splitlines()
+    settings = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
+        head = stack.enter_context(RayHead(Path(folder, "head"), num_cpus=0, env=settings))
+        nodes = [stack.enter_context(head.add_node(num_cpus)) for num_cpus in (1, 2, 2)]
+        os.environ["RAY_ADDRESS"] = head.address
+        cluster.connect()
+
+        def kill() -> None:
+            if lose_node:
+                nodes[-1].kill()
+                timer = threading.Timer(BACK_AFTER_S, lambda: stack.enter_context(head.add_node(2)))
+                timer.start()
+                return
+            workers = [p for p in psutil.process_iter() if p.name().startswith("ray::RayTrainWo")]
+            workers[0].send_signal(signal.SIGKILL)
+
+        thread = threading.Thread(target=start, args=(folder, {"CPU": 1.5}), daemon=True)
+        thread.start()
+        took = recovery_s(folder, kill)
+        Path(folder, "end").touch()
+        ray.shutdown()
+        return took
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, description=__doc__)
+    cluster._work = timed_work
+    found: dict[tuple[bool, str], list[float]] = {}
+    for _ in range(arguments.repeats):
+        for lose_node in (False, True):
+            for name, start in (("bare", bare), ("ours", train)):
+                took = measure(start, lose_node)
+                found.setdefault((lose_node, name), []).append(took)
+                print(f"{'node' if lose_node else 'worker'} {name}: {took:.1f} s", flush=True)
+    write(arguments, found)
+
+
+def write(arguments: Arguments, found: dict[tuple[bool, str], list[float]]) -> None:
+    """The table, as Markdown."""
+    lines = [
+        "# How long a crash takes",
+        "",
+        f"Seconds from the kill to the next completed step, 2 workers on 2 nodes of one machine; medians of "
+        f"{arguments.repeats} (`PYTHONPATH=tests python benchmarks/recovery.py`). {datetime.date.today()}, "
+        f"{os.cpu_count()} cores of {processor()}, torch {torch.__version__}, Ray {ray.__version__}.",
+        "",
+        "| lost | Ray Train that does nothing | this project | added | all |",
+        "|---|---|---|---|---|",
+    ]
+    for lose_node, what in (
+        (False, "a worker"),
+        (True, f"a node, which is back {BACK_AFTER_S:.0f} s later"),
+    ):
+        both = [found[lose_node, name] for name in ("bare", "ours")]
+        a, b = map(statistics.median, both)
+        every = "; ".join(", ".join(f"{t:.1f}" for t in times) for times in both)
+        lines.append(f"| {what} | {a:.1f} | {b:.1f} | {b - a:.1f} | {every} |")
+    text = "\n".join(lines) + "\n"
+    Path(__file__).with_suffix(".md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

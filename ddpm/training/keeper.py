@@ -1,0 +1,247 @@
+"""A run's checkpoints in storage: written in the background, found again after a crash.
+
+Its own room because checkpoint.py is about what a checkpoint is, and this is about getting one into a bucket
+whatever dies on the way. A checkpoint exists once its checksums.json does: everything else is there before,
+the segment of what was tracked since the last one included. A worker killed at any moment leaves either the
+whole checkpoint or none; what is found damaged is passed over for the one before.
+"""
+
+import contextlib
+import queue
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pyarrow.fs as pafs
+
+from ddpm import runs, segments
+from ddpm.config import UserError
+from ddpm.patience import StorageError, patiently
+from ddpm.records import segment_name
+from ddpm.storage import Location
+from ddpm.training import checkpoint
+from ddpm.training.checkpoint import CHECKSUMS, Snapshot
+
+MAX_SNAPSHOTS = 2
+"""One being written, one waiting: a run that saves faster than storage takes it waits for storage."""
+FILE_TIMEOUT_S = 30.0
+"""Longest patience with a picture: it may be lost, a checkpoint may not."""
+
+
+class Keeper:
+    """Stores one run's checkpoints and files from a thread of its own; rank 0 has one.
+
+    Args:
+        run: the run's folder.
+        keep: the newest so many checkpoints stay, and the best.
+        timeout_s: how long storage may fail before the run gives up.
+        committed: told the images_seen of every checkpoint that is safe.
+        warn: told in a line what went wrong and does not end the run.
+    """
+
+    def __init__(
+        self,
+        run: Location,
+        keep: int,
+        timeout_s: float,
+        committed: Callable[[int], None],
+        warn: Callable[[str], None],
+    ) -> None:
+        self._run, self._keep, self._timeout_s = run, keep, timeout_s
+        self._committed, self._warn = committed, warn
+        self._todo: queue.Queue[Callable[[], None]] = queue.Queue()
+        self._room = threading.Semaphore(MAX_SNAPSHOTS)
+        self._failure: BaseException | None = None
+        threading.Thread(target=self._work, name="ddpm-keeper", daemon=True).start()
+
+    def save(self, snapshot: Snapshot, segment: bytes | None, best: bool) -> None:
+        """Store `snapshot`, with what was tracked since the last one; also as the best, if it is.
+
+        Raises:
+            StorageError: an earlier one could not be stored.
+        """
+        self._room.acquire()
+        self.check()
+        self._todo.put(partial(self._save, snapshot, segment, best))
+
+    def last_words(self, images_seen: int, segment: bytes | None) -> None:
+        """Store what was tracked since the last checkpoint of a run that ends in an error."""
+        if segment is not None:
+            self.publish(f"{segments.FOLDER}/{segment_name(images_seen, last_words=True)}", segment)
+
+    def publish(self, name: str, data: bytes) -> None:
+        """Store a file that training can do without."""
+        self._todo.put(partial(self._publish, name, data))
+
+    def check(self) -> None:
+        """Raise what has made storing fail, if anything has."""
+        if self._failure is not None:
+            raise self._failure
+
+    def flush(self) -> None:
+        """Return when everything is stored.
+
+        Raises:
+            StorageError: a checkpoint could not be.
+        """
+        self._todo.join()
+        self.check()
+
+    # From here on: the thread.
+
+    def _work(self) -> None:
+        while True:
+            job = self._todo.get()
+            try:
+                if self._failure is None:
+                    job()
+            except BaseException as error:  # handed to the training thread, whatever it is
+                self._failure = error
+            self._todo.task_done()
+
+    def _patiently(self, call: Callable[[], None], where: Location, timeout_s: float | None = None) -> None:
+        try:
+            patiently(call, where=where.uri, timeout_s=self._timeout_s if timeout_s is None else timeout_s)
+        except (
+            FileNotFoundError
+        ) as error:  # an answer when reading; to a writer it says that the place is gone
+            raise StorageError(f"{where.uri}: cannot write there: {error}") from None
+
+    def _publish(self, name: str, data: bytes) -> None:
+        where = self._run.child(name)
+        try:
+            self._patiently(lambda: where.write(data), where, min(self._timeout_s, FILE_TIMEOUT_S))
+        except StorageError as error:
+            self._warn(str(error))
+
+    def _save(self, snapshot: Snapshot, segment: bytes | None, best: bool) -> None:
+        try:
+            target = self._run.child(checkpoint.name_at(snapshot.images_seen))
+            with _staging(target) as folder:
+                self._patiently(lambda: _write_fresh(snapshot, folder), target)
+                if segment is not None:
+                    where = self._run.child(segments.FOLDER).child(segment_name(snapshot.images_seen))
+                    self._patiently(lambda: where.write(segment), where)
+                if best:
+                    copy = self._run.child(checkpoint.name_at(snapshot.images_seen, checkpoint.BEST_PREFIX))
+                    self._patiently(lambda: _commit(folder, copy, move=False), copy)
+                self._patiently(lambda: _commit(folder, target, move=True), target)
+        finally:
+            self._room.release()
+        self._committed(snapshot.images_seen)
+        try:
+            self._patiently(self._retire, self._run, min(self._timeout_s, FILE_TIMEOUT_S))
+        except StorageError as error:
+            self._warn(f"an old checkpoint stays: {error}")
+
+    def _retire(self) -> None:
+        """Remove what is too old, or no longer the best."""
+        names = self._run.folders()
+        old = [name for name in names if name.startswith(checkpoint.PREFIX)][: -self._keep]
+        worse = [name for name in names if name.startswith(checkpoint.BEST_PREFIX)][:-1]
+        for name in old + worse:
+            remove(self._run.child(name))
+
+
+@contextmanager
+def newest_intact(run: Location, timeout_s: float, warn: Callable[[str], None]) -> Iterator[Path | None]:
+    """The newest checkpoint that is whole, as a local folder; None: there is none yet.
+
+    Raises:
+        UserError: all are damaged.
+        StorageError: storage does not answer.
+    """
+    found = patiently(lambda: runs.checkpoints(run), where=run.uri, timeout_s=timeout_s)
+    for location in reversed(found):
+        with contextlib.ExitStack() as stack:
+            try:
+                folder = stack.enter_context(as_folder(location, timeout_s))
+                checkpoint.verify(folder)
+            except StorageError:
+                raise
+            except (UserError, FileNotFoundError) as error:
+                warn(f"checkpoint {location.uri} is passed over for the one before: {error}")
+                continue
+            yield folder
+            return
+    if found:
+        raise UserError(
+            f"every checkpoint of {run.uri} is damaged, so nothing can go on from it; restore one, or use "
+            "another --run.name"
+        )
+    yield None
+
+
+@contextmanager
+def as_folder(location: Location, timeout_s: float) -> Iterator[Path]:
+    """The checkpoint at `location` as a local folder of the same name, downloaded if need be."""
+    if location.is_local:
+        yield Path(location.path)
+        return
+    with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
+        local = Path(folder, Path(location.path).name)
+        patiently(lambda: location.download(local), where=location.uri, timeout_s=timeout_s)
+        yield local
+
+
+def clean_up(run: Location) -> None:
+    """Remove what a worker killed while it was writing has left."""
+    for name in run.folders():
+        is_ours = name.startswith((checkpoint.PREFIX, checkpoint.BEST_PREFIX))
+        if _is_temporary(name) or (is_ours and not run.child(name).child(CHECKSUMS).exists()):
+            remove(run.child(name))
+
+
+def remove(location: Location) -> None:
+    """Delete a checkpoint so that at no moment it is one with files missing."""
+    with contextlib.suppress(FileNotFoundError):
+        location.filesystem.delete_file(f"{location.path}/{CHECKSUMS}")
+    location.delete()
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(f".{checkpoint.PREFIX}") or name.startswith(f".{checkpoint.BEST_PREFIX}")
+
+
+@contextmanager
+def _staging(target: Location) -> Iterator[Path]:
+    """Where a checkpoint is put together: beside its place on a disk, to be renamed, else in a temporary folder."""
+    if target.is_local:
+        place = Path(target.path)
+        yield place.with_name(f".{place.name}.tmp")
+        return
+    with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
+        yield Path(folder, "checkpoint")
+
+
+def _write_fresh(snapshot: Snapshot, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    checkpoint.write(snapshot, folder)
+
+
+def _commit(folder: Path, target: Location, *, move: bool) -> None:
+    """Make the checkpoint in `folder` exist at `target`; one of the same name there ceases to exist first."""
+    if not target.is_local:
+        _upload(folder, target)
+        return
+    place = Path(target.path)
+    if not move:
+        copy = place.with_name(f".{place.name}.tmp")
+        shutil.rmtree(copy, ignore_errors=True)
+        folder = Path(shutil.copytree(folder, copy))
+    shutil.rmtree(place, ignore_errors=True)
+    folder.rename(place)
+
+
+def _upload(folder: Path, target: Location) -> None:
+    filesystem = target.filesystem
+    with contextlib.suppress(FileNotFoundError):
+        filesystem.delete_file(f"{target.path}/{CHECKSUMS}")
+    filesystem.create_dir(target.path, recursive=True)
+    files = sorted(path.name for path in folder.iterdir() if path.name != CHECKSUMS)
+    for name in (*files, CHECKSUMS):
+        pafs.copy_files(str(folder / name), f"{target.path}/{name}", destination_filesystem=filesystem)

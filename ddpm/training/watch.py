@@ -1,0 +1,99 @@
+"""The driver while workers train: it shows how far they are, and passes on what each side has to know.
+
+Its own room because this is about people and signals, and cluster.py is about Ray.
+"""
+
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import ray
+
+from ddpm.progress import Display
+from ddpm.training import board as boards
+
+POLL_INTERVAL_S = 0.5
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Watch:
+    """A context in which training runs.
+
+    SIGTERM (`ray job stop`, a batch system) and Ctrl-C ask the workers to end with the step they are in, and to
+    leave a checkpoint of it; a second Ctrl-C interrupts at once.
+
+    Args:
+        board: of the run.
+        total_images: to train on in all.
+        committed: told the position of each new checkpoint.
+    """
+
+    def __init__(self, board: Any, total_images: int, committed: Callable[[int], None]) -> None:
+        self.signal: int | None = None
+        """What asked the run to stop."""
+        self._board, self._total, self._committed = board, total_images, committed
+        self._display = Display("images", total_images)
+        self._position, self._warned, self._told = -1, 0, False
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            # After ray.init(), which puts in a handler of its own.
+            self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        self._display.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._display.__exit__(kind, error, trace)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def run(self, job: Callable[[], object]) -> BaseException | None:
+        """Run `job` in a thread, watching; returns what it raised.
+
+        In a thread because Ray Train puts in a handler for Ctrl-C where it can, in the main one; and because
+        Python handles signals between two waits, not in the middle of a call into Ray.
+        """
+        raised: list[BaseException] = []
+
+        def call() -> None:
+            try:
+                job()
+            except BaseException as error:  # handed to the caller, whatever it is
+                raised.append(error)
+
+        thread = threading.Thread(target=call, name="ddpm-fit", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(POLL_INTERVAL_S)
+            self._look()
+        return raised[0] if raised else None
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def _look(self) -> None:
+        if self.signal is not None and not self._told:
+            name = signal.Signals(self.signal).name
+            ray.get(self._board.note.remote(boards.STOP, name))
+            print(f"{name}: ending with this step, and leaving a checkpoint of it", file=sys.stderr)
+            self._told = True
+        notes = ray.get(self._board.read.remote())
+        progress = notes.get(boards.PROGRESS)
+        if progress is not None:
+            detail = f"{progress.images_per_s:,.0f} images/s  loss {progress.loss:.4f}"
+            self._display.update(min(progress.images_seen, self._total), detail)
+        for line in notes[boards.WARNINGS][self._warned :]:
+            print(f"warning: {line}", file=sys.stderr)
+        self._warned = len(notes[boards.WARNINGS])
+        position = notes.get(boards.COMMITTED, -1)
+        if position > self._position:
+            self._position = position
+            self._committed(position)

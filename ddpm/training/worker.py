@@ -1,0 +1,243 @@
+"""One worker of a Ray Train group: `RayRuntime`, the Ray side of `runtime.Runtime`.
+
+Its own room because it runs in another process than `cluster.fit`: that one starts workers and buries them,
+this one is what they know of Ray.
+"""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.collective
+import ray.train.torch
+import torch
+import torch.distributed
+from ray.train.v2._internal.execution.context import get_train_context
+from torch import Tensor, nn
+
+from ddpm import segments
+from ddpm.config import Config
+from ddpm.data import stream
+from ddpm.data.corrupt import CorruptImages, Substitution
+from ddpm.data.reading import DataSet, Images
+from ddpm.patience import patiently
+from ddpm.records import Outbox
+from ddpm.runs import Run
+from ddpm.training import board as boards
+from ddpm.training import checkpoint, keeper
+from ddpm.training.keeper import Keeper
+from ddpm.training.machine import SystemMetrics
+from ddpm.training.runtime import CORRUPT, MicroBatch, Progress, read_held_out
+
+STOP_POLL_S = 0.2
+LEDGER = "progress.json"
+"""File of a run that says how far it was, so that a restart knows what was lost."""
+LEDGER_INTERVAL_S = 10.0
+
+
+class RayRuntime:
+    """One worker of a Ray Train group; a `runtime.Runtime`."""
+
+    def __init__(self, config: Config, data_set: DataSet, run: Run, board: Any, outbox: Outbox) -> None:
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        self.identity = {"run_key": run.key, "data_fingerprint": data_set.rows.fingerprint}
+        self._config, self._data_set, self._run, self._board = config, data_set, run, board
+        if self.device.type == "cpu":
+            cores = len(os.sched_getaffinity(0)) // context.get_local_world_size()
+            torch.set_num_threads(config.cluster.threads_per_worker or max(1, cores))
+        self._steward = _Steward(config, data_set, run, board, outbox) if self.rank == 0 else None
+
+    def wrap(self, net: nn.Module) -> nn.Module:
+        if self.world_size == 1:
+            return net
+        devices = [self.device] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True)
+
+    def batches(self, images_seen: int) -> Iterator[MicroBatch]:
+        on_substitutions = self._steward.substituted if self._steward else None
+        for todo in stream.legs(self._config, images_seen):
+            iterators = None
+            if self.rank == 0:
+                iterators = stream.split(self._config, self._data_set, todo, self.world_size)
+            iterators = ray.train.collective.broadcast_from_rank_zero(iterators)
+            yield from stream.micro_batches(
+                iterators[self.rank], self._config, self.rank, self.world_size, on_substitutions
+            )
+
+    def held_out(self) -> Images | None:
+        return read_held_out(self._data_set.held_out(), self._config)
+
+    def mean(self, values: Tensor) -> Tensor:
+        if self.world_size > 1:
+            torch.distributed.all_reduce(values)
+            values = values / self.world_size
+        return values
+
+    def gather(self, values: Tensor) -> Tensor:
+        if self.world_size == 1:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.world_size)]
+        torch.distributed.all_gather(parts, values.contiguous())
+        return torch.cat(parts)
+
+    def any_of(self, *flags: Tensor | bool) -> list[bool]:
+        counts = torch.stack([torch.as_tensor(flag, device=self.device).float() for flag in flags])
+        if self.world_size > 1:
+            torch.distributed.all_reduce(counts)
+        return [count > 0 for count in counts.tolist()]
+
+    def wants_stop(self) -> bool:
+        # The very flag that ray.train.get_preemption_info() reads; that call is a barrier through an actor, too
+        # dear after every step, and `any_of` brings the ranks together already (Ray 2.60).
+        noticed = get_train_context().preemption_context.preemption_info is not None
+        return noticed or (self._steward is not None and self._steward.wants_stop())
+
+    @contextmanager
+    def latest_checkpoint(self) -> Iterator[Path | None]:
+        """Rank 0 looks for it and tells the others, so that all restore the same one."""
+        timeout_s, name = self._config.run.storage_timeout_s, None
+        with ExitStack() as stack:
+            if self._steward:
+                folder = stack.enter_context(self._steward.restored())
+                name = folder.name if folder else None
+            name = ray.train.collective.broadcast_from_rank_zero(name)
+            if not self._steward and name:
+                folder = stack.enter_context(keeper.as_folder(self._run.location.child(name), timeout_s))
+            yield folder if name else None
+
+    def save(self, snapshot: checkpoint.Snapshot, best: bool) -> None:
+        assert self._steward, "rank 0 saves"
+        self._steward.save(snapshot, best)
+
+    def flush(self) -> None:
+        if self._steward:
+            self._steward.keeper.flush()
+
+    def facts(self) -> dict[str, float]:
+        return {"train/workers": self.world_size, **self._steward.facts()} if self._steward else {}
+
+    def progress(self, progress: Progress) -> None:
+        assert self._steward, "rank 0 tells"
+        self._steward.progress(progress)
+
+    def publish(self, name: str, data: bytes) -> None:
+        assert self._steward, "rank 0 publishes"
+        self._steward.keeper.publish(name, data)
+
+    def last_words(self) -> None:
+        """Store what was tracked since the last checkpoint, since there will be no other."""
+        if self._steward:
+            self._steward.last_words()
+
+
+class _Steward:
+    """What rank 0 does for the run: its storage, its accounts, and its ear at the board."""
+
+    def __init__(self, config: Config, data_set: DataSet, run: Run, board: Any, outbox: Outbox) -> None:
+        self._run, self._board, self._outbox = run, board, outbox
+        self._timeout_s = config.run.storage_timeout_s
+        self.keeper = Keeper(
+            run.location, config.train.keep_checkpoints, self._timeout_s, self._committed, self._warn
+        )
+        self._limits = data_set.rows.num_rows, config.data.max_corrupt_share
+        self._corrupt = CorruptImages(*self._limits)
+        self._system = SystemMetrics()
+        self._images_seen = self._images_lost = 0
+        self._ledger_at = float("-inf")
+        self._stop = threading.Event()
+        threading.Thread(target=self._listen, name="ddpm-stop", daemon=True).start()
+
+    @contextmanager
+    def restored(self) -> Iterator[Path | None]:
+        """The newest whole checkpoint; storage is put in order, and what was lost since is put to account."""
+        with keeper.newest_intact(self._run.location, self._timeout_s, self._warn) as folder:
+            at = checkpoint.read_state(folder)["images_seen"] if folder else 0
+            self._patiently(lambda: keeper.clean_up(self._run.location))
+            self._patiently(lambda: segments.discard_after(self._run.location.child(segments.FOLDER), at))
+            reached, lost = self._read_ledger()
+            self._images_seen, self._images_lost = at, lost + max(0, reached - at)
+            self._write_ledger()
+            self._read_corrupt()
+            yield folder
+
+    def wants_stop(self) -> bool:
+        self.keeper.check()  # a checkpoint that cannot be stored ends the run now, not when the next is due
+        return self._stop.is_set()
+
+    def save(self, snapshot: checkpoint.Snapshot, best: bool) -> None:
+        self._images_seen = snapshot.images_seen
+        self.keeper.save(snapshot, self._outbox.take(), best)
+
+    def last_words(self) -> None:
+        self.keeper.last_words(self._images_seen, self._outbox.take())
+        self.keeper.flush()
+
+    def facts(self) -> dict[str, float]:
+        run = self._images_seen + self._images_lost
+        goodput = self._images_seen / run if run else 1.0
+        values = {"train/goodput": goodput, "data/corrupt_images": float(self._corrupt.count)}
+        return values | self._system.sample()
+
+    def progress(self, progress: Progress) -> None:
+        self._images_seen = progress.images_seen
+        self._board.note.remote(boards.PROGRESS, progress)
+        if time.monotonic() - self._ledger_at > LEDGER_INTERVAL_S:
+            self._write_ledger()
+
+    def substituted(self, substitutions: list[Substitution]) -> None:
+        """List images that could not be read.
+
+        Raises:
+            CorruptData: there are too many of them.
+        """
+        if self._corrupt.add(substitutions):
+            self.keeper.publish(CORRUPT, self._corrupt.to_jsonl().encode())
+            self._corrupt.check()
+
+    def _committed(self, images_seen: int) -> None:
+        self._board.note.remote(boards.COMMITTED, images_seen)
+
+    def _warn(self, line: str) -> None:
+        self._board.warn.remote(line)
+
+    def _listen(self) -> None:
+        while not self._stop.is_set():
+            if ray.get(self._board.read.remote()).get(boards.STOP):
+                self._stop.set()
+            time.sleep(STOP_POLL_S)
+
+    def _patiently(self, call: Any) -> Any:
+        return patiently(call, where=self._run.location.uri, timeout_s=self._timeout_s)
+
+    def _read_ledger(self) -> tuple[int, int]:
+        """How far the run was before, as far as anybody knows: (images_seen, images_lost)."""
+        ledger = self._run.location.child(LEDGER)
+        try:
+            written = json.loads(self._patiently(ledger.read))
+            reached, lost = int(written["images_seen"]), int(written["images_lost"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            reached = lost = 0
+        told = ray.get(self._board.read.remote()).get(boards.PROGRESS)
+        return max(reached, told.images_seen if told else 0), lost
+
+    def _write_ledger(self) -> None:
+        self._ledger_at = time.monotonic()
+        ledger = {"images_seen": self._images_seen, "images_lost": self._images_lost}
+        self.keeper.publish(LEDGER, (json.dumps(ledger) + "\n").encode())
+
+    def _read_corrupt(self) -> None:
+        file = self._run.location.child(CORRUPT)
+        try:
+            text = self._patiently(file.read).decode(errors="replace")
+        except FileNotFoundError:
+            return
+        self._corrupt = CorruptImages.from_jsonl(text, *self._limits, file.uri)

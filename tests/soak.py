@@ -1,0 +1,273 @@
+"""Half an hour of faults: a run on a cluster, S3 and MLflow that all fail, one after the other, every minute.
+
+    make soak                      (or: python tests/soak.py --minutes 30 --every-s 60 --seed 0)
+
+First the run is trained undisturbed, then again while a random fault strikes every minute. At the end the net, EMA
+and optimizer tensors of the two must be the same bits, and MLflow must hold every metric and picture once. A line
+for each fault, a summary at the end, exit code 1 if they differ.
+"""
+
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+import tyro
+from faulted import Run, metric, tracked
+from processes import REPO, Job, kill_tree
+from proxy import FaultyProxy, Mode
+from servers import MlflowServer, RayHead, RayNode, S3Server
+
+from ddpm import storage
+
+WORKER_CPUS = ("--cluster.cpus-per-worker", "1.5")
+NODE_CPUS = (1, 2, 2)
+"""One for data tasks, two with room for a worker each."""
+LOG_EVERY, SAMPLE_EVERY = 6_400, 128_000
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """How long, and how hard."""
+
+    minutes: float = 30.0
+    """No fault strikes later; the run goes on to its end."""
+    every_s: float = 60.0
+    """Between two faults."""
+    seed: int = 0
+    images: int = 960_000
+    """To train on; a third of it takes about 5 minutes undisturbed on two cores."""
+    reference: Path | None = None
+    """Folder of storage that holds, or will hold, the undisturbed run; None: a temporary one."""
+
+    @property
+    def flags(self) -> list[str]:
+        every = [
+            "--train.checkpoint-every-images",
+            str(LOG_EVERY),
+            "--train.log-every-images",
+            str(LOG_EVERY),
+        ]
+        every += ["--train.sample-every-images", str(SAMPLE_EVERY), "--train.total-images", str(self.images)]
+        return [*every, "--cluster.max-failures", "10"]
+
+
+class Soak:
+    """Everything that can fail, and the run."""
+
+    def __init__(self, arguments: Arguments, folder: Path, stack: ExitStack) -> None:
+        self.arguments, self.folder, self.stack = arguments, folder, stack
+        self.dice = random.Random(arguments.seed)
+        self.s3 = stack.enter_context(S3Server(folder / "s3"))
+        self.proxy = stack.enter_context(FaultyProxy(self.s3.endpoint))
+        self.mlflow = stack.enter_context(MlflowServer(folder / "mlflow"))
+        os.environ |= {**self.s3.client_env, "MLFLOW_TRACKING_URI": self.mlflow.uri}
+        self.struck: Counter[str] = Counter()
+        self.start_cluster()
+        import boto3
+
+        boto3.client("s3").create_bucket(Bucket="soak")
+        self.run = Run("soak", "s3://soak/runs", "s3://soak/data", folder / "soak.log")
+        self.job: Job | None = None
+
+    def start_cluster(self) -> None:
+        lines = (REPO / "infra" / "ray-head.env").read_text().splitlines()
+        env = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+        env |= {"AWS_ENDPOINT_URL": self.proxy.endpoint}
+        self.head = self.stack.enter_context(RayHead(self.folder / f"ray-{time.time():.0f}", 0, env))
+        self.nodes = [self.add(num_cpus) for num_cpus in NODE_CPUS]
+
+    def add(self, num_cpus: int) -> RayNode:
+        return self.stack.enter_context(self.head.add_node(num_cpus))
+
+    def start_job(self) -> None:
+        env = {"RAY_ADDRESS": self.head.address, "AWS_ENDPOINT_URL": self.proxy.endpoint}
+        self.job = self.run.start(*WORKER_CPUS, *self.arguments.flags, env=env)
+
+    # Faults. What they take away is back when they return.
+
+    def worker_killed(self) -> None:
+        self.dice.choice(_ray_processes("RayTrainWo")).send_signal(signal.SIGKILL)
+
+    def controller_killed(self) -> None:
+        self.dice.choice(_ray_processes("TrainContr")).send_signal(signal.SIGKILL)
+
+    def workers_node_lost(self) -> None:
+        self.replace(self.dice.choice((1, 2)))
+
+    def data_node_lost(self) -> None:
+        self.replace(0)
+
+    def node_preempted(self) -> None:
+        which = self.dice.choice((1, 2))
+        self.head.drain(self.nodes[which].node_id, within_s=20)
+        time.sleep(20)
+        self.replace(which)
+
+    def replace(self, which: int) -> None:
+        self.nodes[which].kill()
+        time.sleep(8)
+        self.nodes[which] = self.add(NODE_CPUS[which])
+
+    def driver_killed(self) -> None:
+        assert self.job is not None
+        self.job.process.send_signal(signal.SIGKILL)
+        self.job.process.wait()
+        self.start_job()
+
+    def stopped(self) -> None:
+        assert self.job is not None
+        self.job.process.send_signal(signal.SIGTERM)
+        self.job.wait(60)
+        self.start_job()
+
+    def cluster_killed(self) -> None:
+        assert self.job is not None
+        kill_tree(self.job.process)
+        self.head.kill()
+        for node in self.nodes:
+            node.kill()
+        self.start_cluster()
+        self.start_job()
+
+    def mlflow_killed(self) -> None:
+        self.mlflow.kill()
+        time.sleep(self.dice.uniform(5, 30))
+        self.mlflow.start()
+
+    def s3_resets(self) -> None:
+        self._s3("reset", every=3)
+
+    def s3_slows_down(self) -> None:
+        self._s3("slow_down", every=2)
+
+    def s3_delays(self) -> None:
+        self._s3("delay", every=2)
+
+    def s3_down(self) -> None:
+        self._s3("down")
+
+    def _s3(self, mode: Mode, every: int = 1) -> None:
+        self.proxy.switch(mode, every=every)
+        time.sleep(20)
+        self.proxy.switch("pass")
+
+    @property
+    def faults(self) -> list[Callable[[], None]]:
+        return [
+            self.worker_killed,
+            self.controller_killed,
+            self.workers_node_lost,
+            self.data_node_lost,
+            self.node_preempted,
+            self.driver_killed,
+            self.stopped,
+            self.cluster_killed,
+            self.mlflow_killed,
+            self.s3_resets,
+            self.s3_slows_down,
+            self.s3_delays,
+            self.s3_down,
+        ]
+
+    def endure(self) -> None:
+        """Train to the end, through a fault every so often: each of them once, in random order, then again."""
+        self.start_job()
+        began, todo = time.monotonic(), list[Callable[[], None]]()
+        while True:
+            strike_at = time.monotonic() + self.arguments.every_s
+            while time.monotonic() < strike_at:
+                assert self.job is not None
+                code = self.job.process.poll()
+                if code == 0:
+                    return
+                if code is not None:
+                    raise SystemExit(f"the job ended with {code}:\n{self.job.output[-4000:]}")
+                time.sleep(0.2)
+            minutes = (time.monotonic() - began) / 60
+            if minutes > self.arguments.minutes:
+                continue
+            todo = todo or self.dice.sample(self.faults, len(self.faults))
+            fault = todo.pop()
+            print(f"{minutes:5.1f} min  at {self.run.position():9,}  {fault.__name__}", flush=True)
+            self.struck[fault.__name__] += 1
+            try:
+                fault()
+            except IndexError:  # there is no such process just now: it was struck while it recovered
+                print("           (nothing there to kill)", flush=True)
+
+
+def _ray_processes(name: str) -> list[psutil.Process]:
+    """By the beginning of their title, of which the kernel keeps 15 characters."""
+    return [process for process in psutil.process_iter() if process.name().startswith(f"ray::{name}")]
+
+
+def reference(arguments: Arguments, data: str, folder: Path) -> Run:
+    run = Run("undisturbed", str(folder), data, folder / "undisturbed.log")
+    with run.start(
+        *arguments.flags, env={"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "RAY_ADDRESS": ""}
+    ) as job:
+        if job.wait(4 * 3600):
+            raise SystemExit(
+                f"the undisturbed run ended with {job.process.returncode}:\n{job.output[-4000:]}"
+            )
+    return run
+
+
+def main() -> int:
+    arguments = tyro.cli(Arguments, description=__doc__)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-")))
+        where = (arguments.reference or folder / "reference").absolute()
+        where.mkdir(parents=True, exist_ok=True)
+        data = prepare(where)
+        began = time.monotonic()
+        undisturbed = reference(arguments, data, where)
+        print(f"undisturbed: {time.monotonic() - began:.0f} s", flush=True)
+        soak = Soak(arguments, folder, stack)
+        upload = storage.resolve("s3://soak/data")
+        storage.pafs.copy_files(data, upload.path, destination_filesystem=upload.filesystem)
+        began = time.monotonic()
+        soak.endure()
+        took = time.monotonic() - began
+        return judge(soak, undisturbed, took)
+
+
+def prepare(folder: Path) -> str:
+    """The digits as a data set."""
+    from processes import run_job
+
+    done = run_job("prepare", "digits", folder / "data", cwd=folder)
+    if done.returncode:
+        raise SystemExit(done.stdout + done.stderr)
+    return str(folder / "data")
+
+
+def judge(soak: Soak, undisturbed: Run, took: float) -> int:
+    """The summary; 0 if nothing shows that anything happened."""
+    total = soak.arguments.images
+    first, second = soak.run.tensors(total), undisturbed.tensors(total)
+    differing = [name for name in first if not torch.equal(first[name], second[name])]
+    steps = [step for step, _ in metric(soak.run, "train/loss")]
+    expected = list(range(LOG_EVERY, total + 1, LOG_EVERY))
+    goodput = metric(soak.run, "train/goodput")[-1][1]
+    print(f"endured {sum(soak.struck.values())} faults in {took / 60:.1f} minutes: {dict(soak.struck)}")
+    print(f"tensors that differ from the undisturbed run: {len(differing)} of {len(first)}")
+    print(
+        f"train/loss in MLflow: {len(steps)} points, {'each step once' if steps == expected else 'NOT each step once'}"
+    )
+    print(f"MLflow run {tracked(soak.run).info.status}; goodput {goodput:.3f}")
+    return int(bool(differing) or steps != expected)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""Storage that falters, fills up or loses what it was given: no half checkpoint is ever loaded, and the run goes on.
+
+The server is a real one, behind a proxy that misbehaves; the full disk is a file system of three megabytes.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from faulted import Run, assert_same, assert_tracked_once, metric
+from processes import Job
+from proxy import FaultyProxy
+from servers import S3Server
+
+from ddpm import storage
+
+WORKER = "ray::RayTrainWorker"
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def proxy(s3_server: S3Server) -> Iterator[FaultyProxy]:
+    with FaultyProxy(s3_server.endpoint) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def run_on_s3(s3_bucket: str, digits_uri: str, tmp_path: Path) -> Run:
+    """Data set and run in a bucket."""
+    data = storage.resolve(f"{s3_bucket}/data")
+    storage.pafs.copy_files(digits_uri, data.path, destination_filesystem=data.filesystem)
+    return Run("harmed", f"{s3_bucket}/runs", data.uri, tmp_path / "job.log")
+
+
+def through(proxy: FaultyProxy) -> dict[str, str]:
+    return {"AWS_ENDPOINT_URL": proxy.endpoint}
+
+
+def kill_workers(job: Job) -> None:
+    for worker in job.members(WORKER):
+        worker.send_signal(signal.SIGKILL)
+
+
+def test_killed_while_a_checkpoint_is_uploaded(run_on_s3: Run, undisturbed: Run, proxy: FaultyProxy) -> None:
+    """In the middle of an upload; when all is there but the checksums, which make it a checkpoint; and when those
+    have just arrived, which nobody was told."""
+    moments = ["checkpoint-000000001920/ema.safetensors", "checkpoint-000000003840/checksums.json"]
+    reached = []
+    with run_on_s3.start(env=through(proxy)) as job:
+        for moment in moments:
+            proxy.on_request(f"^PUT .*{moment}", lambda: kill_workers(job))
+            job.wait_for(lambda: not proxy.is_armed)
+            reached.append(run_on_s3.position())
+        job.wait_for(run_on_s3.past(4800))
+        kill_workers(job)
+        assert job.wait() == 0, job.output
+    assert reached == [960, 2880]  # what was half there is no checkpoint
+    assert_same(run_on_s3, undisturbed)
+    assert_tracked_once(run_on_s3)
+    assert 0.3 < metric(run_on_s3, "train/goodput")[-1][1] < 1
+
+
+def test_s3_falters(run_on_s3: Run, undisturbed: Run, proxy: FaultyProxy) -> None:
+    """Resets, 503, delays, and 20 s of nothing: the same images in the same order, and no failure at all."""
+    flags = ("--cluster.max-failures", "0")
+    with run_on_s3.start(*flags, env=through(proxy)) as job:
+        job.wait_for(run_on_s3.past(0))
+        for mode, every in (("reset", 2), ("slow_down", 2), ("delay", 3)):
+            proxy.switch(mode, every=every, delay_s=1)
+            job.wait_for(run_on_s3.past(run_on_s3.position()))
+        proxy.switch("down")
+        time.sleep(20)
+        proxy.switch("pass")
+        assert job.wait() == 0, job.output
+    assert_same(run_on_s3, undisturbed)
+    assert_tracked_once(run_on_s3)
+
+
+def test_s3_gone_for_good(run_on_s3: Run, undisturbed: Run, proxy: FaultyProxy) -> None:
+    """One clear error, in the time that the config says; and the run goes on when S3 is back."""
+    with run_on_s3.start("--run.storage-timeout-s", "10", env=through(proxy)) as job:
+        job.wait_for(run_on_s3.past(0))
+        proxy.switch("down")
+        assert job.wait(120) == 1, job.output
+    (error,) = [line for line in job.output.splitlines() if line.startswith("error: ")]
+    assert run_on_s3.location.path.partition("/")[0] in error  # the bucket
+    assert "--run.storage-timeout-s 10" in error and "its last answer: " in error
+    assert "Traceback" not in job.output
+    proxy.switch("pass")
+    with run_on_s3.start(env=through(proxy)) as job:
+        assert job.wait() == 0, job.output
+    assert_same(run_on_s3, undisturbed)
+
+
+def test_a_damaged_checkpoint_is_passed_over(run: Run, undisturbed: Run) -> None:
+    """A byte of the newest one has flipped, and a folder beside it is half a checkpoint."""
+    with run.start() as job:
+        job.wait_for(run.past(960))
+        job.process.send_signal(signal.SIGTERM)
+        assert job.wait() == 143
+    newest = sorted(Path(run.location.path).glob("checkpoint-*"))[-1]
+    half = newest.with_name("checkpoint-000000009000")
+    half.mkdir()
+    shutil.copy(newest / "net.safetensors", half)
+    with (newest / "ema.safetensors").open("r+b") as file:
+        file.seek(5000)
+        byte = file.read(1)
+        file.seek(5000)
+        file.write(bytes([byte[0] ^ 1]))
+    with run.start() as job:
+        assert job.wait() == 0, job.output
+    assert f"{newest.name} is passed over for the one before" in job.output
+    assert f"{newest.name}/ema.safetensors is damaged" in job.output.replace("\n", "")
+    assert not half.exists()
+    assert_same(run, undisturbed)
+    assert_tracked_once(run)
+
+
+def test_all_checkpoints_damaged(run: Run) -> None:
+    """Beginning again without a word would throw the run away."""
+    with run.start() as job:
+        job.wait_for(run.past(0))
+        job.process.send_signal(signal.SIGTERM)
+        assert job.wait() == 143
+    for folder in Path(run.location.path).glob("checkpoint-*"):
+        (folder / "net.safetensors").write_bytes(b"")
+    with run.start() as job:
+        assert job.wait() == 2
+    assert f"error: every checkpoint of {run.location.uri} is damaged" in job.output
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
+def test_the_disk_is_full(digits_uri: str, undisturbed: Run, tmp_path: Path) -> None:
+    """The checkpoint before stands, and the run goes on when there is room."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", disk], check=True)
+    try:
+        run = Run("harmed", str(disk), digits_uri, tmp_path / "job.log")
+        with run.start("--run.storage-timeout-s", "4") as job:
+            job.wait_for(run.past(0))
+            free = shutil.disk_usage(disk).free
+            (disk / "filler").write_bytes(bytes(max(free - 500_000, 0)))
+            assert job.wait(120) == 1, job.output
+            position = run.position()
+        assert "No space left on device" in job.output
+        assert "Traceback" not in job.output
+        (disk / "filler").unlink()
+        with run.start() as job:
+            assert job.wait() == 0, job.output
+        assert position > 0
+        assert_same(run, undisturbed)
+        assert_tracked_once(run)
+    finally:
+        subprocess.run(["umount", disk], check=True)

@@ -1,0 +1,100 @@
+"""Nodes come and go: two workers on two nodes, data tasks on a third, of one cluster on this machine.
+
+A node is removed as if its plug were pulled. What the run ends with is compared with a run that nothing happened
+to (tests/training/faults.py).
+"""
+
+import itertools
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+from faulted import TOTAL, Run, assert_same, assert_tracked_once, metric
+from processes import REPO
+from servers import RayHead, RayNode
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+# A node of two CPUs has room for one worker, and then none for a data task, which takes one.
+WORKER_CPUS = ("--cluster.cpus-per-worker", "1.5", "--run.shared-storage")
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
+    """Only a driver runs here."""
+    lines = (REPO / "infra" / "ray-head.env").read_text().splitlines()
+    settings = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    with RayHead(tmp_path_factory.mktemp("ray"), num_cpus=0, env=settings) as head:
+        yield head
+
+
+@pytest.fixture
+def nodes(head: RayHead) -> Iterator[ExitStack]:
+    """Nodes entered here are removed at the end."""
+    with ExitStack() as stack:
+        yield stack
+    deadline = time.monotonic() + 60
+    while len(head.nodes()) > 1 and time.monotonic() < deadline:
+        time.sleep(0.5)
+
+
+def add(nodes: ExitStack, head: RayHead, num_cpus: int) -> RayNode:
+    return nodes.enter_context(head.add_node(num_cpus))
+
+
+def test_a_workers_node_lost(run: Run, undisturbed: Run, head: RayHead, nodes: ExitStack) -> None:
+    *_, second = [add(nodes, head, num_cpus) for num_cpus in (1, 2, 2)]
+    with run.start(*WORKER_CPUS, env={"RAY_ADDRESS": head.address}) as job:
+        job.wait_for(run.past(0))
+        second.kill()
+        add(nodes, head, 2)
+        assert job.wait() == 0, job.output
+    assert "Traceback" not in job.output
+    assert_same(run, undisturbed)
+    assert_tracked_once(run)
+
+
+def test_the_node_of_data_tasks_lost(run: Run, undisturbed: Run, head: RayHead, nodes: ExitStack) -> None:
+    """With it go the blocks it holds, read ahead for the workers."""
+    *_, data = [add(nodes, head, num_cpus) for num_cpus in (2, 2, 1)]
+    with run.start(*WORKER_CPUS, env={"RAY_ADDRESS": head.address}) as job:
+        job.wait_for(run.past(0))
+        data.kill()
+        add(nodes, head, 1)
+        assert job.wait() == 0, job.output
+    assert_same(run, undisturbed)
+    assert_tracked_once(run)
+
+
+def test_a_node_about_to_be_taken_away(run: Run, undisturbed: Run, head: RayHead, nodes: ExitStack) -> None:
+    """The workers leave a checkpoint of the step they are in, and go on elsewhere; nothing is trained twice."""
+    *_, second = [add(nodes, head, num_cpus) for num_cpus in (1, 2, 2)]
+    flags = (*WORKER_CPUS, "--cluster.max-failures", "0")  # it is not a failure
+    with run.start(*flags, env={"RAY_ADDRESS": head.address}) as job:
+        job.wait_for(run.past(0))
+        position = run.position()
+        add(nodes, head, 2)
+        head.drain(second.node_id, within_s=60)
+        job.wait_for(run.past(position))
+        job.wait_for(lambda: "going on elsewhere" in job.output)
+        second.kill()
+        assert job.wait() == 0, job.output
+    assert_same(run, undisturbed)
+    assert_tracked_once(run)
+    assert metric(run, "train/goodput")[-1] == (TOTAL, 1.0)
+
+
+def test_an_elastic_run_shrinks_and_grows(run: Run, head: RayHead, nodes: ExitStack) -> None:
+    """2 workers, 1 while a node is missing, 2 again; and growing loses no step."""
+    *_, second = [add(nodes, head, num_cpus) for num_cpus in (1, 2, 2)]
+    total = 4 * TOTAL
+    flags = (*WORKER_CPUS, "--cluster.num-workers", "1:2", "--cluster.resize-interval-s", "3")
+    with run.start(*flags, "--train.total-images", str(total), env={"RAY_ADDRESS": head.address}) as job:
+        job.wait_for(run.past(0))
+        second.kill()
+        job.wait_for(run.past(run.position() + 1920))
+        add(nodes, head, 2)
+        assert job.wait() == 0, job.output
+    workers = [int(value) for _, value in metric(run, "train/workers")]
+    assert [size for size, _ in itertools.groupby(workers)] == [2, 1, 2]

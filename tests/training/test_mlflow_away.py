@@ -1,0 +1,51 @@
+"""MLflow goes away and comes back, or was never there: training goes on, and in the end everything is there once."""
+
+from pathlib import Path
+
+import pytest
+from faulted import Run, assert_same, assert_tracked_once, segments
+from processes import run_job
+from servers import MlflowServer
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def test_killed_and_back(run: Run, undisturbed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with MlflowServer(tmp_path / "mlflow") as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        with run.start() as job:
+            job.wait_for(run.past(0))
+            server.kill()
+            job.wait_for(run.past(run.position() + 960))
+            assert segments(run)  # they wait
+            server.start()
+            assert job.wait() == 0, job.output
+        assert_same(run, undisturbed)
+        assert_tracked_once(run)
+
+
+def test_never_there_and_delivered_later(
+    run: Run, undisturbed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = MlflowServer(tmp_path / "mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    with run.start() as job:
+        assert job.wait() == 0, job.output
+    assert_same(run, undisturbed)
+    kept = len(segments(run))
+    assert kept == 10
+    assert (
+        f"are kept in {run.location.uri}/tracking, and `python jobs/track.py {run.location.uri}`"
+        in job.output
+    )
+
+    away = run_job("track", run.location.uri, "--timeout-s", "2", cwd=tmp_path)
+    assert away.returncode == 1 and "cannot be reached" in away.stderr and "Traceback" not in away.stderr
+    assert len(segments(run)) == kept
+    with server:
+        done = run_job("track", run.location.uri, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert_tracked_once(run)
+        again = run_job("track", run.location.uri, cwd=tmp_path)
+        assert again.returncode == 0, again.stderr
+        assert_tracked_once(run)
