@@ -148,7 +148,8 @@ class TrainConfig:
     compile: bool = False
     """torch.compile the net."""
     log_every_images: int = 12_800
-    checkpoint_every_images: int = 1_280_000
+    checkpoint_every_images: int = 256_000
+    """Also how often MLflow is told the news: what a checkpoint has made final."""
     sample_every_images: int = 1_280_000
     keep_checkpoints: int = 3
     """The newest so many are kept, and the best (lowest held-out loss)."""

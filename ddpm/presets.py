@@ -35,7 +35,7 @@ DIGITS = Config(
         total_images=192_000,
         log_every_images=6_400,
         sample_every_images=32_000,
-        checkpoint_every_images=64_000,
+        checkpoint_every_images=12_800,
         held_out_images=90,
     ),
 )
@@ -57,7 +57,7 @@ GLYPHS = Config(
         total_images=1_000_000,
         log_every_images=6_400,
         sample_every_images=128_000,
-        checkpoint_every_images=128_000,
+        checkpoint_every_images=12_800,
     ),
 )
 

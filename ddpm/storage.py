@@ -116,6 +116,7 @@ def _s3() -> pafs.S3FileSystem:
     # An explicit endpoint: pyarrow reads AWS_ENDPOINT_URL itself only in its newer releases.
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     options: dict = {"connect_timeout": S3_CONNECT_TIMEOUT_S, "request_timeout": S3_REQUEST_TIMEOUT_S}
+    options["allow_delayed_open"] = True  # a small file is one request, that works or does not, not three
     if endpoint:
         parts = urlsplit(endpoint)
         options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme}

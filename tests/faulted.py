@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from ddpm import runs, storage
 
-TOTAL = 9_600
+TOTAL = 6_400
 FLAGS = f"""--data.window-rows 200 --schedule.num-timesteps 50 --model.dropout 0.1 --data.horizontal-flip
     --optim.lr-warmup-images 640 --train.total-images {TOTAL} --train.batch-size 64 --train.micro-batch-size 16
-    --train.log-every-images 320 --train.checkpoint-every-images 960 --train.sample-every-images 4800
+    --train.log-every-images 320 --train.checkpoint-every-images 640 --train.sample-every-images 3200
     --train.held-out-images 40 --sample.num-images 4 --sample.num-sample-steps 5
     --cluster.num-workers 2 --cluster.threads-per-worker 1""".split()
 
@@ -33,10 +33,10 @@ class Run:
 
     def __init__(self, name: str, uri: str, data: str, log: Path) -> None:
         self.location, self._log = storage.resolve(uri).child(name), log
-        self._where = ("--data.shards", data, "--run.name", name, "--run.storage", uri)
+        self.arguments = ["digits", "--data.shards", data, "--run.name", name, "--run.storage", uri, *FLAGS]
 
     def start(self, *flags: str, env: dict[str, str] | None = None) -> processes.Job:
-        return processes.Job("train", "digits", *self._where, *FLAGS, *flags, log=self._log, env=env)
+        return processes.Job("train", *self.arguments, *flags, log=self._log, env=env)
 
     def position(self) -> int:
         """Of the newest checkpoint; 0: there is none."""

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -186,12 +186,23 @@ class RayHead(Server):
         )
 
     def submit(
-        self, *command: object, env: Mapping[str, str] | None = None, cwd: Path = REPO, timeout_s: float = 240
+        self,
+        *command: object,
+        env: Mapping[str, str] | None = None,
+        cwd: Path = REPO,
+        timeout_s: float = 240,
+        options: Sequence[str] = (),
     ) -> subprocess.CompletedProcess[str]:
         """`ray job submit ... -- command` with `cwd` as working directory; `env` reaches driver and workers."""
-        words = [program("ray"), "job", "submit", "--address", self.dashboard, "--working-dir", "."]
+        words = [program("ray"), "job", "submit", "--address", self.dashboard, "--working-dir", ".", *options]
         words += ["--runtime-env-json", json.dumps({"env_vars": dict(env or {})}), "--", *map(str, command)]
         return run(words, cwd=cwd, timeout_s=timeout_s)
+
+    def stop_job(self, job: str) -> None:
+        """`ray job stop`: SIGTERM, and SIGKILL three seconds later."""
+        done = run([program("ray"), "job", "stop", "--address", self.dashboard, job], cwd=self.folder)
+        if done.returncode:
+            raise RuntimeError(f"the job was not stopped:\n{done.stdout}{done.stderr}")
 
     def nodes(self) -> list[str]:
         """IDs of the nodes that are alive, as the cluster sees it."""

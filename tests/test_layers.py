@@ -52,7 +52,10 @@ def later():
 @pytest.mark.parametrize(
     ("part", "owners"),
     [
-        ("ray.train", {"ddpm.training.cluster", "ddpm.training.worker"}),  # the driver's side and the workers'
+        (
+            "ray.train",
+            {"ddpm.training.cluster", "ddpm.training.worker"},
+        ),  # the driver's side and the workers'
         ("ray.data", {"ddpm.data.stream"}),
         ("ray.tune", {"tune.search"}),
     ],

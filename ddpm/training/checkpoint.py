@@ -27,6 +27,15 @@ from ddpm.models import unet
 from ddpm.training.state import State, build_net
 
 CHECKSUMS = "checksums.json"
+FILES = (
+    "net.safetensors",
+    "ema.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "config.json",
+    CHECKSUMS,
+)
+"""Of a checkpoint."""
 PREFIX = "checkpoint-"
 BEST_PREFIX = "best-"
 
@@ -113,7 +122,7 @@ def verify(folder: Path) -> None:
         raise UserError(f"{folder} is no checkpoint: it has no checksums.json") from None
     except (ValueError, AttributeError) as error:
         raise UserError(f"{folder}/checksums.json is damaged: {error}") from None
-    needed = {"net.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "config.json"}
+    needed = set(FILES) - {CHECKSUMS}
     if missing := sorted(needed - set(files)):
         raise UserError(f"{folder}/checksums.json does not list {missing[0]}")
     for name in needed:

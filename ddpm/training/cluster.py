@@ -9,16 +9,12 @@ starting worker groups, noticing deaths, and starting the group again, smaller o
 import logging
 import os
 import tempfile
-import time
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 import ray.exceptions
 import ray.util
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
-from ray.train.v2._internal.execution.callback import ControllerCallback
-from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.torch.torch_trainer import (
     TorchTrainer,
@@ -35,6 +31,13 @@ from ddpm.runs import Run
 from ddpm.tracking import Address, tracking_uri, without_password
 from ddpm.training import board as boards
 from ddpm.training import checkpoint, keeper, loop, placement
+from ddpm.training.controller import (
+    FailureBudget,
+    ResizeWithoutLoss,
+    TrainingFailed,
+    last_line,
+    too_many_preemptions,
+)
 from ddpm.training.watch import Watch
 from ddpm.training.worker import RayRuntime
 
@@ -50,17 +53,10 @@ SETTINGS = {
     "RAY_worker_niceness": "0",
 }
 """Ray's settings that make a crash cost less time; what the environment says comes first."""
-LEAVE_TIMEOUT_S = 60.0
-"""How long a run that grows waits for the checkpoint it grows from."""
-DELIVERY_TIMEOUT_S = 60.0
+DELIVERY_TIMEOUT_S = 30.0
+"""What MLflow has not taken so long after the end is left to jobs/track.py."""
 HASTY_DELIVERY_TIMEOUT_S = 1.0
 """Of a run that was asked to stop: who asked will not wait."""
-
-
-class TrainingFailed(UserError):
-    """Workers failed more often than cluster.max_failures allows."""
-
-    exit_code = 1
 
 
 @dataclass(frozen=True)
@@ -116,11 +112,15 @@ def fit(config: Config, data_set: DataSet, *, verbose: bool = False) -> Result:
     try:
         with watch:
             _train(spec, resources, watch)
+        ended = ray.get(board.read.remote())[boards.ENDED]
         status = "KILLED" if watch.signal else "FINISHED"
+    except ray.exceptions.RayError as error:
+        raise TrainingFailed(
+            f"the Ray cluster is gone: {last_line(error)}; the same command goes on"
+        ) from None
     finally:
         delivery = courier.close(status, HASTY_DELIVERY_TIMEOUT_S if watch.signal else DELIVERY_TIMEOUT_S)
-    seen = ray.get(board.read.remote())[boards.ENDED]
-    return Result(run, seen, runs.checkpoints(run.location)[-1].uri, delivery, watch.signal)
+    return Result(run, ended, runs.checkpoints(run.location)[-1].uri, delivery, watch.signal)
 
 
 def _train(spec: dict[str, Any], resources: dict[str, float], watch: Watch) -> None:
@@ -138,12 +138,12 @@ def _train(spec: dict[str, Any], resources: dict[str, float], watch: Watch) -> N
             return
         if failure is None:  # a node is about to be taken away: the workers left in good order
             if ray.get(board.preempted.remote()) > config.cluster.max_preemptions:
-                raise _too_many_preemptions(config)
+                raise too_many_preemptions(config)
             log.warning("a node is about to be taken away; going on elsewhere, at %s images", ended)
         elif not isinstance(failure, ray.exceptions.ActorDiedError):
-            raise TrainingFailed(f"training failed: {_last_line(failure)} (--verbose shows the whole story)")
+            raise TrainingFailed(f"training failed: {last_line(failure)} (--verbose shows the whole story)")
         elif ray.get(board.failed.remote()) > config.cluster.max_failures:
-            raise TrainingFailed(f"training failed: {_last_line(failure)}")
+            raise TrainingFailed(f"training failed: {last_line(failure)}")
         else:  # Ray Train does not start again a controller that died (2.60); the next round does
             _free_place(notes)
             log.warning("Ray Train's controller died; going on from the last checkpoint with another")
@@ -162,7 +162,7 @@ def _free_place(notes: dict[str, Any]) -> None:
 
 def _trainer(spec: dict[str, Any], resources: dict[str, float], folder: str) -> TorchTrainer:
     config, sizes = spec["config"], spec["config"].cluster.world_sizes()
-    callbacks: list[Any] = [_FailureBudget(config, spec["board"]), _ResizeWithoutLoss(spec["board"])]
+    callbacks: list[Any] = [FailureBudget(config, spec["board"]), ResizeWithoutLoss(spec["board"])]
     return TorchTrainer(
         _work,
         train_loop_config=spec,
@@ -175,7 +175,7 @@ def _trainer(spec: dict[str, Any], resources: dict[str, float], folder: str) -> 
         run_config=RunConfig(
             name=config.run.name,
             storage_path=folder,  # nothing is reported, so nothing but a marker gets there
-            # Ray's own count knows nothing of progress: _FailureBudget ends a run that makes none.
+            # Ray's own count knows nothing of progress: FailureBudget ends a run that makes none.
             failure_config=FailureConfig(max_failures=-1),
             callbacks=callbacks,
         ),
@@ -201,78 +201,6 @@ def _work(spec: dict[str, Any]) -> None:
         ray.get(board.note.remote(boards.ENDED, state.images_seen))
 
 
-class _FailureBudget(UserCallback):
-    """Ends a run that fails again and again; lives in Ray Train's controller, whose run ends when it raises."""
-
-    def __init__(self, config: Config, board: Any) -> None:
-        self._config, self._board = config, board
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        if ray.get(self._board.read.remote()).get(boards.FAILURE) is not None:
-            raise RuntimeError("a mistake that no restart mends")
-        if any(_is_preempted(error) for error in worker_exceptions.values()):
-            failure = (
-                _too_many_preemptions(self._config)
-                if ray.get(self._board.preempted.remote()) > self._config.cluster.max_preemptions
-                else None
-            )
-        else:
-            count = ray.get(self._board.failed.remote())
-            cause = next(iter(worker_exceptions.values()))
-            self._board.warn.remote(
-                f"worker {next(iter(worker_exceptions))} failed; going on from the last checkpoint: {_last_line(cause)}"
-            )
-            failure = (
-                TrainingFailed(
-                    f"training failed: {_last_line(cause)} ({count} times since the last checkpoint, "
-                    "--cluster.max-failures; --verbose shows the whole story)"
-                )
-                if count > self._config.cluster.max_failures
-                else None
-            )
-        if failure is not None:
-            ray.get(self._board.note.remote(boards.FAILURE, failure))
-            raise failure
-
-
-class _ResizeWithoutLoss(ControllerCallback):
-    """Before Ray Train ends a healthy group to start a larger one, the group leaves a checkpoint of where it is.
-
-    Ray Train has no public hook for it (2.60): it would go back to the checkpoint before.
-    """
-
-    def __init__(self, board: Any) -> None:
-        self._board, self._healthy = board, False
-
-    def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
-        self._healthy = False
-
-    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
-        if self._healthy:
-            ray.get(self._board.note.remote(boards.STOP, "more workers"))
-            deadline = time.monotonic() + LEAVE_TIMEOUT_S
-            while ray.get(self._board.read.remote()).get(boards.ENDED) is None:
-                if time.monotonic() > deadline:
-                    break
-                time.sleep(0.1)
-            ray.get(self._board.note.remote(boards.STOP, None))
-            ray.get(self._board.note.remote(boards.ENDED, None))
-        self._healthy = True
-
-
-def _is_preempted(error: Exception) -> bool:
-    if isinstance(error, WorkerHealthCheckFailedError):
-        error = error.health_check_failure
-    return isinstance(error, ray.exceptions.RayActorError) and error.preempted
-
-
-def _too_many_preemptions(config: Config) -> TrainingFailed:
-    return TrainingFailed(
-        f"nodes were taken away more than {config.cluster.max_preemptions} times (--cluster.max-preemptions); "
-        "the same command goes on from the last checkpoint"
-    )
-
-
 def _images_seen(config: Config, data_set: DataSet, run: Run) -> int:
     """Position of the newest whole checkpoint; -1: there is none.
 
@@ -291,14 +219,6 @@ def _images_seen(config: Config, data_set: DataSet, run: Run) -> int:
             f"{data_set.rows.fingerprint[:12]}); use that data set, or another --run.name"
         )
     return position["images_seen"]
-
-
-def _last_line(error: BaseException) -> str:
-    """The line of a failure that says what went wrong."""
-    failures = getattr(error, "worker_failures", None) or {}
-    cause: BaseException = next(iter(failures.values()), error)
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return lines[-1] if lines else repr(cause)
 
 
 def summary(result: Result) -> list[str]:

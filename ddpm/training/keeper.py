@@ -24,7 +24,7 @@ from ddpm.patience import StorageError, patiently
 from ddpm.records import segment_name
 from ddpm.storage import Location
 from ddpm.training import checkpoint
-from ddpm.training.checkpoint import CHECKSUMS, Snapshot
+from ddpm.training.checkpoint import CHECKSUMS, FILES, Snapshot
 
 MAX_SNAPSHOTS = 2
 """One being written, one waiting: a run that saves faster than storage takes it waits for storage."""
@@ -127,9 +127,9 @@ class Keeper:
                     where = self._run.child(segments.FOLDER).child(segment_name(snapshot.images_seen))
                     self._patiently(lambda: where.write(segment), where)
                 if best:
-                    copy = self._run.child(checkpoint.name_at(snapshot.images_seen, checkpoint.BEST_PREFIX))
-                    self._patiently(lambda: _commit(folder, copy, move=False), copy)
-                self._patiently(lambda: _commit(folder, target, move=True), target)
+                    name = checkpoint.name_at(snapshot.images_seen, checkpoint.BEST_PREFIX)
+                    self._commit(folder, self._run.child(name), move=False)
+                self._commit(folder, target, move=True)
         finally:
             self._room.release()
         self._committed(snapshot.images_seen)
@@ -137,6 +137,16 @@ class Keeper:
             self._patiently(self._retire, self._run, min(self._timeout_s, FILE_TIMEOUT_S))
         except StorageError as error:
             self._warn(f"an old checkpoint stays: {error}")
+
+    def _commit(self, folder: Path, target: Location, *, move: bool) -> None:
+        """Make the checkpoint in `folder` exist at `target`; one of the same name there ceases to exist first."""
+        if target.is_local:
+            self._patiently(lambda: _put_in_place(folder, Path(target.path), move), target)
+            return
+        self._patiently(lambda: _uncommit(target), target)
+        names = sorted(path.name for path in folder.iterdir() if path.name != CHECKSUMS)
+        for name in (*names, CHECKSUMS):
+            self._patiently(partial(_upload, folder / name, target.child(name)), target)
 
     def _retire(self) -> None:
         """Remove what is too old, or no longer the best."""
@@ -184,7 +194,11 @@ def as_folder(location: Location, timeout_s: float) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
         local = Path(folder, Path(location.path).name)
-        patiently(lambda: location.download(local), where=location.uri, timeout_s=timeout_s)
+        local.mkdir()
+        for name in FILES:
+            file = location.child(name)
+            data = patiently(file.read, where=location.uri, timeout_s=timeout_s)
+            (local / name).write_bytes(data)
         yield local
 
 
@@ -198,8 +212,7 @@ def clean_up(run: Location) -> None:
 
 def remove(location: Location) -> None:
     """Delete a checkpoint so that at no moment it is one with files missing."""
-    with contextlib.suppress(FileNotFoundError):
-        location.filesystem.delete_file(f"{location.path}/{CHECKSUMS}")
+    _uncommit(location)
     location.delete()
 
 
@@ -223,12 +236,7 @@ def _write_fresh(snapshot: Snapshot, folder: Path) -> None:
     checkpoint.write(snapshot, folder)
 
 
-def _commit(folder: Path, target: Location, *, move: bool) -> None:
-    """Make the checkpoint in `folder` exist at `target`; one of the same name there ceases to exist first."""
-    if not target.is_local:
-        _upload(folder, target)
-        return
-    place = Path(target.path)
+def _put_in_place(folder: Path, place: Path, move: bool) -> None:
     if not move:
         copy = place.with_name(f".{place.name}.tmp")
         shutil.rmtree(copy, ignore_errors=True)
@@ -237,11 +245,10 @@ def _commit(folder: Path, target: Location, *, move: bool) -> None:
     folder.rename(place)
 
 
-def _upload(folder: Path, target: Location) -> None:
-    filesystem = target.filesystem
+def _upload(file: Path, target: Location) -> None:
+    pafs.copy_files(str(file), target.path, destination_filesystem=target.filesystem)
+
+
+def _uncommit(location: Location) -> None:
     with contextlib.suppress(FileNotFoundError):
-        filesystem.delete_file(f"{target.path}/{CHECKSUMS}")
-    filesystem.create_dir(target.path, recursive=True)
-    files = sorted(path.name for path in folder.iterdir() if path.name != CHECKSUMS)
-    for name in (*files, CHECKSUMS):
-        pafs.copy_files(str(folder / name), f"{target.path}/{name}", destination_filesystem=filesystem)
+        location.filesystem.delete_file(location.child(CHECKSUMS).path)

@@ -3,13 +3,15 @@
 Every test kills something for real in a run of two workers, and compares with one run that nothing happened to.
 """
 
+import os
 import random
 import signal
 import time
 
 import processes
 import pytest
-from faulted import Run, assert_same, assert_tracked_once, metric
+from faulted import TOTAL, Run, assert_same, assert_tracked_once, metric
+from servers import RayHead
 
 WORKER = "ray::RayTrainWorker"
 CONTROLLER = "ray::TrainController"
@@ -18,12 +20,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def test_workers_killed_at_random_steps(run: Run, undisturbed: Run) -> None:
-    """Three times a worker dies: by itself the run goes on."""
+    """Twice a worker dies: by itself the run goes on."""
     dice = random.Random(0)
     with run.start() as job:
-        for _ in range(3):
+        for _ in range(2):
             job.wait_for(run.past(run.position()))
-            time.sleep(dice.uniform(0, 0.6))
+            time.sleep(dice.uniform(0, 0.5))
             dice.choice(job.members(WORKER)).send_signal(signal.SIGKILL)
         assert job.wait() == 0, job.output
     assert "Traceback" not in job.output
@@ -39,7 +41,7 @@ def test_controller_driver_and_cluster_killed(run: Run, undisturbed: Run) -> Non
         job.wait_for(run.past(0))
         (controller,) = job.members(CONTROLLER)
         controller.send_signal(signal.SIGKILL)
-        job.wait_for(run.past(run.position() + 960))
+        job.wait_for(run.past(run.position() + 640))
         orphans = job.members(WORKER)
         assert len(orphans) == 2
         job.process.send_signal(signal.SIGKILL)
@@ -55,18 +57,35 @@ def test_controller_driver_and_cluster_killed(run: Run, undisturbed: Run) -> Non
     assert_tracked_once(run)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_asked_to_stop(run: Run, undisturbed: Run, number: int, code: int) -> None:
+def test_asked_to_stop(run: Run, undisturbed: Run) -> None:
     """No step is lost: a checkpoint stands where the run was, and the same command goes on from there."""
-    with run.start() as job:
-        job.wait_for(run.past(0))
-        job.process.send_signal(number)
-        assert job.wait() == code, job.output
-    position = run.position()
-    assert f"stopped     at {position:,} images" in job.output
-    assert "Traceback" not in job.output
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        with run.start() as job:
+            job.wait_for(run.past(run.position()))
+            job.process.send_signal(number)
+            assert job.wait() == code, job.output
+        assert f"stopped     at {run.position():,} images" in job.output
+        assert "Traceback" not in job.output
     with run.start() as job:
         assert job.wait() == 0, job.output
     assert_same(run, undisturbed)
     assert_tracked_once(run)
-    assert metric(run, "train/goodput")[-1][1] == 1
+    assert metric(run, "train/goodput")[-1] == (TOTAL, 1.0)
+
+
+def test_ray_job_stop(run: Run, undisturbed: Run, ray_head: RayHead) -> None:
+    """Three seconds are enough for a checkpoint; the job submitted again goes on at the very step."""
+    command = ("python", "jobs/train.py", *run.arguments)
+    env = {"MLFLOW_TRACKING_URI": os.environ["MLFLOW_TRACKING_URI"], "OMP_NUM_THREADS": "2"}
+    ray_head.submit(*command, env=env, options=("--no-wait", "--submission-id", "stopped"))
+    deadline = time.monotonic() + 120
+    while run.position() == 0 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    before = run.position()
+    ray_head.stop_job("stopped")
+    assert TOTAL > run.position() > before > 0
+    done = ray_head.submit(*command, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same(run, undisturbed)
+    assert_tracked_once(run)
+    assert metric(run, "train/goodput")[-1] == (TOTAL, 1.0)

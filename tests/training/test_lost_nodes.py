@@ -93,7 +93,7 @@ def test_an_elastic_run_shrinks_and_grows(run: Run, head: RayHead, nodes: ExitSt
     with run.start(*flags, "--train.total-images", str(total), env={"RAY_ADDRESS": head.address}) as job:
         job.wait_for(run.past(0))
         second.kill()
-        job.wait_for(run.past(run.position() + 1920))
+        job.wait_for(run.past(run.position() + 1280))
         add(nodes, head, 2)
         assert job.wait() == 0, job.output
     workers = [int(value) for _, value in metric(run, "train/workers")]

@@ -16,7 +16,7 @@ def test_killed_and_back(run: Run, undisturbed: Run, tmp_path: Path, monkeypatch
         with run.start() as job:
             job.wait_for(run.past(0))
             server.kill()
-            job.wait_for(run.past(run.position() + 960))
+            job.wait_for(run.past(run.position() + 640))
             assert segments(run)  # they wait
             server.start()
             assert job.wait() == 0, job.output

@@ -1,0 +1,76 @@
+"""A run on data of which some cannot be read: by default it ends and says what and where, or others stand in."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import damaged
+import pytest
+from mlflow import MlflowClient
+
+FLAGS = """--data.window-rows 32 --schedule.num-timesteps 50 --model.image-size 4 --model.base-width 8
+    --model.width-multipliers 1 2 --model.norm-groups 4 --model.attention-resolutions 2 --train.total-images 128
+    --train.batch-size 16 --train.micro-batch-size 4 --train.log-every-images 32 --train.checkpoint-every-images 64
+    --train.sample-every-images 0 --sample.num-images 4 --sample.num-sample-steps 5
+    --cluster.num-workers 2 --cluster.threads-per-worker 1""".split()
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def train(run_job: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
+    def train(data: str, *flags: str) -> Any:
+        where = ("--data.shards", data, "--run.name", "run", "--run.storage", str(tmp_path / "runs"))
+        return run_job("train", "digits", *where, *FLAGS, *flags, cwd=tmp_path)
+
+    return train
+
+
+def refused(done: Any, *words: str) -> None:
+    assert done.returncode == 2, done.stdout + done.stderr
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert [word for word in words if word not in error] == [], error
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_images_that_are_none(train: Callable[..., Any], tmp_path: Path) -> None:
+    location = damaged.prepare(
+        str(tmp_path / "data"), encoded=True, bad_files={5: b"no image", 41: damaged.png(41, side=5)}
+    )
+    refused(train(location.uri), "train/0000", "row group", "row ")
+
+    substitute = ("--data.on-corrupt", "substitute")
+    refused(
+        train(location.uri, *substitute), "cannot be read, more than --data.max-corrupt-share 0.01 allows"
+    )
+
+    done = train(location.uri, *substitute, "--data.max-corrupt-share", "0.1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    listed = [json.loads(line) for line in (tmp_path / "runs/run/corrupt.jsonl").read_text().splitlines()]
+    places = {(line["shard"], line["row_group"], line["row"]) for line in listed}
+    assert places == {("train/00000.parquet", 0, 5), ("train/00001.parquet", 2, 1)}
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    key = json.loads((tmp_path / "runs/run/run.json").read_text())["run_key"]
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    (tracked,) = client.search_runs(experiments, f"tags.`ddpm.run_key` = '{key}'")
+    assert tracked.data.metrics["data/corrupt_images"] == 2
+
+
+def test_a_shard_cut_short_and_one_exchanged(train: Callable[..., Any], tmp_path: Path) -> None:
+    """Both are found before an image of theirs is trained on; the second by its checksum alone."""
+    location = damaged.prepare(str(tmp_path / "data"))
+    other = damaged.prepare(str(tmp_path / "other"), bad_labels={30: 6})
+    root = Path(location.path)
+    whole = (root / "train/00001.parquet").read_bytes()
+    damaged.rewrite(root, 1, lambda data: data[: len(data) // 2])
+    refused(train(location.uri), "train/00001.parquet, row group")
+    assert not list((tmp_path / "runs/run").glob("checkpoint-*"))
+    exchanged = (Path(other.path) / "train/00001.parquet").read_bytes()
+    assert exchanged != whole
+    damaged.rewrite(root, 1, lambda _: exchanged)
+    refused(train(location.uri), "train/00001.parquet, row group 0", "checksum")
+    damaged.rewrite(root, 1, lambda _: whole)
+    done = train(location.uri)
+    assert done.returncode == 0, done.stdout + done.stderr
