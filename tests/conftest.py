@@ -24,8 +24,6 @@ ENV = {
     # Two threads a process: several test processes share the machine.
     "OMP_NUM_THREADS": "2",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # A local ray.init() would make itself a token in ~/.ray, and a head without one would refuse it.
-    "RAY_AUTH_MODE": "disabled",
     # Ray Train's controller looks after its workers five times a second, not every two seconds.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "MLFLOW_DISABLE_TELEMETRY": "true",

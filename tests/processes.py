@@ -15,6 +15,9 @@ from typing import Self, TypeVar
 import psutil
 
 T = TypeVar("T")
+# A local ray.init() would make itself a token in ~/.ray, and a head without one would refuse it. Set here, since
+# the tests, the soak and the benchmarks all import this before they import ray.
+os.environ["RAY_AUTH_MODE"] = "disabled"
 REPO = Path(__file__).resolve().parent.parent
 
 

@@ -52,10 +52,8 @@ def later():
 @pytest.mark.parametrize(
     ("part", "owners"),
     [
-        (
-            "ray.train",
-            {"ddpm.training.cluster", "ddpm.training.worker"},
-        ),  # the driver's side and the workers'
+        # the driver's side, what runs in the controller, and the workers'
+        ("ray.train", {"ddpm.training.cluster", "ddpm.training.controller", "ddpm.training.worker"}),
         ("ray.data", {"ddpm.data.stream"}),
         ("ray.tune", {"tune.search"}),
     ],
