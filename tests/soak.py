@@ -44,7 +44,7 @@ class Arguments:
     every_s: float = 60.0
     """Between two faults."""
     seed: int = 0
-    images: int = 320_000
+    images: int = 192_000
     """Of a run: about 5 minutes undisturbed, on two cores."""
 
     @property
