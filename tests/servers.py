@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -204,11 +205,11 @@ class RayHead(Server):
         if done.returncode:
             raise RuntimeError(f"the job was not stopped:\n{done.stdout}{done.stderr}")
 
-    def nodes(self) -> list[str]:
-        """IDs of the nodes that are alive, as the cluster sees it."""
+    def nodes(self) -> dict[str, str]:
+        """Name -> ID of the nodes that are alive, as the cluster sees it."""
         summary = json.loads(_get(f"{self.dashboard}/nodes?view=summary") or b"null")
-        nodes = summary["data"]["summary"] if summary else []
-        return [n["raylet"]["nodeId"] for n in nodes if n["raylet"].get("state") == "ALIVE"]
+        raylets = [node["raylet"] for node in summary["data"]["summary"]] if summary else []
+        return {r["nodeName"]: r["nodeId"] for r in raylets if r.get("state") == "ALIVE"}
 
     def add_node(self, num_cpus: int) -> "RayNode":
         return RayNode(self, num_cpus)
@@ -230,9 +231,9 @@ class RayNode:
     """One more node of a cluster, on the same machine; `node_id` once it is there."""
 
     def __init__(self, head: RayHead, num_cpus: int, timeout_s: float = 60) -> None:
-        before = set(head.nodes())
+        name = f"node-{uuid.uuid4().hex[:8]}"
         command = [program("ray"), "start", "--address", head.address, "--block", "--num-cpus", str(num_cpus)]
-        command += ["--object-store-memory", str(300 * 2**20)]
+        command += ["--object-store-memory", str(300 * 2**20), "--node-name", name]
         with (head.folder / "nodes.log").open("ab") as log:
             self._process = subprocess.Popen(
                 command,
@@ -243,14 +244,14 @@ class RayNode:
                 start_new_session=True,
             )
         deadline = time.monotonic() + timeout_s
-        while not (new := set(head.nodes()) - before):
+        while (node_id := head.nodes().get(name)) is None:
             if time.monotonic() > deadline or self._process.poll() is not None:
                 self.kill()
                 raise RuntimeError(
                     f"the node did not join the cluster. Its log ends:\n{tail(head.folder / 'nodes.log')}"
                 )
             time.sleep(0.2)
-        (self.node_id,) = new
+        self.node_id = node_id
 
     def kill(self) -> None:
         """Take it away at once, with everything that runs on it."""

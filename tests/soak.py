@@ -124,7 +124,7 @@ class Soak:
 
     def stopped(self) -> None:
         self.job.process.send_signal(signal.SIGTERM)
-        self.job.wait(60)
+        self.job.wait(180)
         self.start_job()
 
     def cluster_killed(self) -> None:

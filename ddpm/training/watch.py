@@ -83,7 +83,8 @@ class Watch:
         if self.signal is not None and not self._told:
             name = signal.Signals(self.signal).name
             ray.get(self._board.note.remote(boards.STOP, name))
-            print(f"{name}: ending with this step, and leaving a checkpoint of it", file=sys.stderr)
+            again = " (Ctrl-C again: at once)" if self.signal == signal.SIGINT else ""
+            print(f"{name}: ending with this step, and leaving a checkpoint of it{again}", file=sys.stderr)
             self._told = True
         notes = ray.get(self._board.read.remote())
         progress = notes.get(boards.PROGRESS)
