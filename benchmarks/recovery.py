@@ -11,6 +11,8 @@ import datetime
 import os
 import signal
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -18,7 +20,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import ray
@@ -44,6 +46,8 @@ class Arguments:
     """How often to measure."""
 
     repeats: int = 3
+    only: tuple[Literal["bare", "ours"], Literal["worker", "node"]] | None = None
+    """One measurement, in seconds."""
 
 
 def tick(folder: str) -> None:
@@ -57,6 +61,7 @@ def timed_work(spec: dict[str, Any]) -> None:
     from ddpm.training.worker import RayRuntime
 
     flags, folder = RayRuntime.any_of, spec["config"].run.storage
+    Path(folder, f"{os.getpid()}.entered").write_text(str(time.time()))
 
     def timed(self: RayRuntime, *args: Any) -> list[bool]:
         found = flags(self, *args)
@@ -90,6 +95,7 @@ def train(folder: str, resources: dict[str, float]) -> None:
         "train.sample_every_images": 0,
     }
     config = embedded.with_shards(override(DIGITS, values))
+    cluster._work = timed_work
     try:
         cluster.fit(config, stream.open_data_set(config))
     except Exception as error:  # the measurement is over, and shuts everything down
@@ -122,6 +128,9 @@ def recovery_s(folder: str, kill: Callable[[], None]) -> float:
     kill()
     while not (new := [t for pid, times in ticks(folder).items() if pid not in old for t in times]):
         time.sleep(0.05)
+    entered = [float(path.read_text()) for path in Path(folder).glob("*.entered") if path.stem not in old]
+    for at in entered:
+        print(f"  a worker had entered its function after {at - killed:.1f} s", flush=True)
     return min(new) - killed
 
 
@@ -159,20 +168,34 @@ def measure(start: Callable[[str, dict[str, float]], None], lose_node: bool) -> 
         return took
 
 
+def measure_alone(name: str, lost: str) -> float:
+    """`measure` in a process of its own: what a cluster that is gone leaves in a driver's threads ends with it."""
+    command = [sys.executable, __file__, "--only", name, lost]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    *lines, took = done.stdout.splitlines()
+    print(*lines, f"{lost} {name}: {float(took):.1f} s", sep="\n", flush=True)
+    return float(took)
+
+
+STARTS = {"bare": bare, "ours": train}
+LOST = {"worker": "a worker", "node": f"a node, which is back {BACK_AFTER_S:.0f} s later"}
+
+
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
-    cluster._work = timed_work
-    found: dict[tuple[bool, str], list[float]] = {}
+    if arguments.only is not None:
+        name, lost = arguments.only
+        print(measure(STARTS[name], lost == "node"), flush=True)
+        os._exit(0)  # without waiting for the threads of the cluster that is gone
+    found: dict[tuple[str, str], list[float]] = {}
     for _ in range(arguments.repeats):
-        for lose_node in (False, True):
-            for name, start in (("bare", bare), ("ours", train)):
-                took = measure(start, lose_node)
-                found.setdefault((lose_node, name), []).append(took)
-                print(f"{'node' if lose_node else 'worker'} {name}: {took:.1f} s", flush=True)
+        for lost in LOST:
+            for name in STARTS:
+                found.setdefault((lost, name), []).append(measure_alone(name, lost))
     write(arguments, found)
 
 
-def write(arguments: Arguments, found: dict[tuple[bool, str], list[float]]) -> None:
+def write(arguments: Arguments, found: dict[tuple[str, str], list[float]]) -> None:
     """The table, as Markdown."""
     lines = [
         "# How long a crash takes",
@@ -184,11 +207,8 @@ def write(arguments: Arguments, found: dict[tuple[bool, str], list[float]]) -> N
         "| lost | Ray Train that does nothing | this project | added | all |",
         "|---|---|---|---|---|",
     ]
-    for lose_node, what in (
-        (False, "a worker"),
-        (True, f"a node, which is back {BACK_AFTER_S:.0f} s later"),
-    ):
-        both = [found[lose_node, name] for name in ("bare", "ours")]
+    for lost, what in LOST.items():
+        both = [found[lost, name] for name in STARTS]
         a, b = map(statistics.median, both)
         every = "; ".join(", ".join(f"{t:.1f}" for t in times) for times in both)
         lines.append(f"| {what} | {a:.1f} | {b:.1f} | {b - a:.1f} | {every} |")
