@@ -166,8 +166,9 @@ class SampleConfig:
     mix: for objective.process uniform_mix. auto: ddim or mix."""
     num_sample_steps: int | None = None
     """None: all T with ancestral, else 50."""
-    spacing: Literal["uniform", "quadratic", "karras"] = "uniform"
-    """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/rho)."""
+    spacing: Literal["auto", "uniform", "quadratic", "karras"] = "auto"
+    """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/rho). auto: quadratic with
+    dpmpp_2m, karras with heun, else uniform."""
     rho: float = 7.0
     """karras: the larger, the more steps where little noise is left."""
     eta: float = 0.0

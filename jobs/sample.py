@@ -25,8 +25,8 @@ class Arguments:
     sampler: Literal["ancestral", "ddim", "dpmpp_2m", "heun", "mix"] | None = None
     """ancestral: Algorithm 2. ddim: few steps. dpmpp_2m, heun: fewer. mix: nets of uniform_mix."""
     num_sample_steps: int | None = None
-    spacing: Literal["uniform", "quadratic", "karras"] | None = None
-    """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/7)."""
+    spacing: Literal["auto", "uniform", "quadratic", "karras"] | None = None
+    """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/7); auto: what suits the sampler."""
     eta: float | None = None
     """ddim: 0 is deterministic, 1 as noisy as ancestral."""
     dynamic_threshold: float | None = None

@@ -54,11 +54,11 @@ def normal(shape, seed=0, dtype=torch.float64):
 
 def correlated(schedule, covariance):
     """The exact denoiser of images [B, 1, 1, N] from N(0, covariance [N, N])."""
-    noise = torch.eye(len(covariance), dtype=covariance.dtype)
+    a = schedule.alpha_bar.view(-1, 1, 1)
+    gain = a.sqrt() * covariance @ torch.linalg.inv(a * covariance + (1 - a) * torch.eye(len(covariance)))
 
-    def predict(x_t, alpha_bar):
-        a = alpha_bar.view(-1, 1, 1)
-        gain = a.sqrt() * covariance @ torch.linalg.inv(a * covariance + (1 - a) * noise)
-        return torch.einsum("bij,bchj->bchi", gain, x_t)
+    def denoise(x_t, t):
+        x_0_hat = (gain[t] @ x_t.flatten(1)[:, :, None]).view_as(x_t)
+        return Denoised(x_0_hat, process.predict_eps_from_x_0(schedule.alpha_bar, x_t, t, x_0_hat))
 
-    return from_x_0(schedule, predict)
+    return denoise

@@ -1,7 +1,8 @@
 """Which of the T timesteps a sampler visits, and the shorter chain that they are.
 
-A spacing is a list of n distinct timesteps from T - 1 down to 0. Both ends matter: above the first is noise
-that no step has removed, below the last noise that stays. One step is T - 1 alone.
+A spacing is a list of n distinct timesteps from T - 1 (or where sigma is so large that it makes no difference)
+down to 0. Both ends matter: above the first is noise that no step has removed, below the last noise that stays.
+One step is the first alone.
 
 Papers:
     quadratic  Song et al. 2021, Denoising Diffusion Implicit Models, arXiv:2010.02502
@@ -46,24 +47,29 @@ def quadratic(num_timesteps: int, num_sample_steps: int) -> list[int]:
     return _distinct([(num_timesteps - 1) * u**2 for u in _falling(1, num_sample_steps)], num_timesteps)
 
 
-def karras(schedule: Schedule, num_sample_steps: int, rho: float = 7.0) -> list[int]:
-    """Evenly spaced in sigma^(1 / rho), each rounded to the timestep whose log sigma is nearest.
+def karras(schedule: Schedule, num_sample_steps: int, rho: float = 7.0, sigma_max: float = 80.0) -> list[int]:
+    """Evenly spaced in sigma^(1 / rho) below `sigma_max`, each rounded to the timestep nearest in log sigma.
+
+    At sigma_max there is nothing left to see of an image whose pixels are in [-1, 1], so that sampling may
+    begin there. (The cosine schedule begins at 20,000, and would spend most steps on its way down to 80.)
 
     Args:
         schedule: of T steps; its sigma say where each timestep lies.
-        num_sample_steps: in 1..T. Where the schedule has fewer timesteps than are asked for, their neighbours
-            below stand in.
+        num_sample_steps: in 1..T. Where more are wanted than the schedule has timesteps, neighbours stand in.
         rho: in [1, inf). 1 is evenly spaced in sigma; the larger, the more steps at little noise.
+        sigma_max: in (0, inf]; where the schedule does not reach it, T - 1 is first.
 
     Raises:
         ValueError: a parameter is out of its range.
 
-    Source: Karras et al. 2022, Eq. 5.
+    Source: Karras et al. 2022, Eq. 5; sigma_max from its Table 1.
     """
     check_num_sample_steps(num_sample_steps, schedule.num_timesteps)
     if not 1 <= rho < float("inf"):
         raise ValueError(f"rho is {rho}; it must be in [1, inf)")
-    low, high = (float(schedule.sigma[t]) ** (1 / rho) for t in (0, -1))
+    if not sigma_max > 0:
+        raise ValueError(f"sigma_max is {sigma_max}; it must be in (0, inf]")
+    low, high = schedule.sigma[0].item() ** (1 / rho), min(schedule.sigma[-1].item(), sigma_max) ** (1 / rho)
     root = low + (high - low) * torch.tensor(_falling(1, num_sample_steps), dtype=torch.float64)
     nearest = (rho * root.log()[:, None] - schedule.sigma.log()).abs().argmin(1)
     return _distinct(nearest.tolist(), schedule.num_timesteps)
@@ -97,7 +103,11 @@ def respaced(schedule: Schedule, timesteps: Sequence[int]) -> Schedule:
 
 
 def build(config: "SampleConfig", schedule: Schedule) -> list[int]:
-    """The timesteps that `config` describes; without a number, ancestral has all T and others at most 50.
+    """The timesteps that `config` describes.
+
+    Without a number, ancestral has all T and others at most 50. Without a spacing they are uniform, but for the
+    samplers of second order: with as few steps as they are made for, dpmpp_2m needs short ones at little noise,
+    and heun also at much.
 
     Raises:
         ValueError: an unknown spacing, or a parameter out of its range.
@@ -106,7 +116,10 @@ def build(config: "SampleConfig", schedule: Schedule) -> list[int]:
     n = config.num_sample_steps
     if n is None:
         n = T if config.sampler == "ancestral" else min(FEW, T)
-    match config.spacing:
+    spacing = config.spacing
+    if spacing == "auto":
+        spacing = {"dpmpp_2m": "quadratic", "heun": "karras"}.get(config.sampler, "uniform")
+    match spacing:
         case "uniform":
             return uniform(T, n)
         case "quadratic":
@@ -114,7 +127,7 @@ def build(config: "SampleConfig", schedule: Schedule) -> list[int]:
         case "karras":
             return karras(schedule, n, config.rho)
         case _:
-            raise ValueError(f"spacing is {config.spacing!r}; it must be uniform, quadratic or karras")
+            raise ValueError(f"spacing is {config.spacing!r}; it must be auto, uniform, quadratic or karras")
 
 
 def check(timesteps: Sequence[int], num_timesteps: int) -> None:
