@@ -356,9 +356,9 @@ def _checked(kind: Any, value: Any, where: str) -> Any:
             f"{where} is {reprlib.repr(value)}; it must be one of {', '.join(map(repr, typing.get_args(kind)))}"
         )
     if origin is tuple:
-        kinds = typing.get_args(kind)
-        if isinstance(value, list | tuple) and (kinds[-1] is Ellipsis or len(value) == len(kinds)):
-            return tuple(_checked(kinds[0], v, where) for v in value)
+        inner, *rest = typing.get_args(kind)
+        if isinstance(value, list | tuple) and (rest == [...] or len(value) == 1 + len(rest)):
+            return tuple(_checked(inner, v, where) for v in value)
     elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         if abs(value) > sys.float_info.max or value != value:
             raise UserError(f"{where} is {reprlib.repr(value)}; it must be finite")

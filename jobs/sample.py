@@ -55,6 +55,10 @@ def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     if (arguments.inpaint is None) != (arguments.mask is None):
         raise UserError("--inpaint and --mask belong together; give both or neither")
+    if arguments.inpaint and arguments.sampler not in (None, "ancestral"):
+        raise UserError(
+            f"--inpaint takes the steps of ancestral, not of {arguments.sampler}; leave --sampler out"
+        )
     import torch
 
     from ddpm import generation, runs

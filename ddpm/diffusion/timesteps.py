@@ -116,7 +116,7 @@ def build(config: "SampleConfig", schedule: Schedule) -> list[int]:
     n = config.num_sample_steps
     if n is None:
         n = T if config.sampler == "ancestral" else min(FEW, T)
-    spacing = config.spacing
+    spacing: str = config.spacing
     if spacing == "auto":
         spacing = {"dpmpp_2m": "quadratic", "heun": "karras"}.get(config.sampler, "uniform")
     match spacing:

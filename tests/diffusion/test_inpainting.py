@@ -70,7 +70,6 @@ def test_what_is_drawn_comes_to_the_conditional_mean():
             threshold=None,
         )
         means.append(x[:, 0, 0, 1].mean().item())
-    print(means, x[..., 1].std())
     assert means[0] < means[1] - 0.02 < means[2] - 0.04
     assert means[2] == pytest.approx(rho * a, abs=0.02)  # known to 0.004
     assert x[..., 1].std().item() == pytest.approx(s * (1 - rho**2) ** 0.5, rel=0.15)

@@ -93,7 +93,6 @@ def test_convergence_is_of_the_order_promised(sample, order):
         error.append(abs(x.item() / exact.item() - 1))
     assert error[-1] < {1: 0.01, 2: 2e-4}[order]
     orders = [math.log2(coarse / finer) for coarse, finer in pairwise(error)]
-    print(error, orders)
     assert orders == pytest.approx([order] * 3, abs=0.15)
 
 
