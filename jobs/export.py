@@ -1,0 +1,58 @@
+"""Take a net elsewhere: python jobs/export.py CHECKPOINT DIR [--format diffusers|pt2]
+
+CHECKPOINT is the folder or s3:// URI of a checkpoint or of a run (its newest), or models:/NAME@ALIAS. DIR is a new
+folder: of format diffusers one for DDPMPipeline.from_pretrained, of format pt2 one with a torch.export program.
+
+    python jobs/export.py PIPELINE DIR --format checkpoint
+
+makes the checkpoint DIR of a diffusers folder; jobs/train.py --train.init-from DIR goes on from its weights.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from ddpm import cli
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What is taken where."""
+
+    checkpoint: tyro.conf.Positional[str]
+    out: tyro.conf.Positional[Path]
+    format: Literal["diffusers", "pt2", "checkpoint"] = "diffusers"
+    ema: bool = True
+    """The averaged weights, or the last ones."""
+    label: int | None = None
+    """diffusers, of a conditional net: the class its pipeline draws; num_classes: all."""
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, description=__doc__)
+    import torch
+
+    from ddpm import export, runs
+    from ddpm.training import checkpoint
+
+    out = arguments.out.absolute()
+    if arguments.format == "checkpoint":
+        export.from_diffusers(Path(arguments.checkpoint), out)
+        print(f"checkpoint  {out}")
+        return
+    with runs.local_checkpoint(arguments.checkpoint) as folder:
+        net, config = checkpoint.load_net(folder, torch.device("cpu"), ema=arguments.ema)
+    if arguments.format == "pt2":
+        export.to_pt2(net, config, out)
+        print(f"program     {out}/net.pt2")
+    else:
+        export.to_diffusers(net, config, out, arguments.label)
+        steps = config.schedule.num_timesteps
+        print(f"pipeline    {out}")
+        print(f"draw        DDPMPipeline.from_pretrained({str(out)!r})(num_inference_steps={steps})")
+
+
+if __name__ == "__main__":
+    cli.run(main)
