@@ -49,7 +49,7 @@ def register(
         UserError: MLflow does not answer, or refuses.
     """
     with _mlflow() as client, tempfile.TemporaryDirectory(prefix="ddpm-model-") as staging:
-        import mlflow
+        from mlflow import pyfunc
         from mlflow.models import Model
 
         checkpoint.write_light(folder, Path(staging, "checkpoint"))
@@ -58,10 +58,10 @@ def register(
         config, run_key = checkpoint.read_config(folder), checkpoint.read_state(folder)["run_key"]
         experiment_id = tracking.experiment_id(client, tracking.tracking_uri(), config.run.experiment)
         run = tracking.find_run(client, experiment_id, run_key) if run_key else None
-        mlflow.set_experiment(experiment_id=experiment_id)
+        os.environ["MLFLOW_EXPERIMENT_ID"] = experiment_id  # of a model that no run is known of
         stored = Model.log(
             None,
-            mlflow.pyfunc,
+            pyfunc,
             name="ddpm",
             run_id=run.info.run_id if run else None,
             registered_model_name=name,
@@ -84,9 +84,9 @@ def download(uri: str, folder: Path) -> Path:
         UserError: there is none, or MLflow does not answer.
     """
     with _mlflow():
-        import mlflow.artifacts
+        from mlflow.artifacts import download_artifacts
 
-        found = mlflow.artifacts.download_artifacts(
+        found = download_artifacts(
             artifact_uri=f"{uri.rstrip('/')}/artifacts/checkpoint", dst_path=str(folder)
         )
     return Path(found)
@@ -95,18 +95,18 @@ def download(uri: str, folder: Path) -> Path:
 @contextmanager
 def _mlflow() -> Iterator[Any]:
     """A client, and MLflow's own functions led to the same place; what goes wrong there becomes a line."""
+    uri = tracking.tracking_uri()
+    os.environ["MLFLOW_TRACKING_URI"] = uri
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    import mlflow
+    from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    uri = tracking.tracking_uri()
     try:
-        mlflow.set_tracking_uri(uri)
-        yield mlflow.MlflowClient(uri)
+        yield MlflowClient(uri)
     except (MlflowException, OSError) as error:
         reason = Caller(uri, lambda: True).reason(error)
         raise UserError(f"MLflow at {tracking.without_password(uri)}: {reason}") from None
