@@ -15,6 +15,7 @@ from ddpm.config import Config, UserError, override
 from ddpm.diffusion import schedules
 from ddpm.diffusion.samplers import PerImageNoise
 from ddpm.models.unet import UNet
+from ddpm.presets import CIFAR10
 from ddpm.training import checkpoint
 from ddpm.training.state import State, build_net
 
@@ -232,6 +233,31 @@ def test_a_published_pipeline_becomes_a_checkpoint(published: Path, tmp_path: Pa
     theirs = diffusers.UNet2DModel.from_pretrained(published, subfolder="unet")
     x_t, t = torch.randn(3, 3, 8, 8), torch.tensor([0, 400, 999])
     assert (net(x_t, t) - theirs(x_t, t).sample).abs().max() < 1e-5
+
+
+def test_our_cifar10_is_google_s() -> None:
+    """google/ddpm-cifar10-32, unet/config.json, as published."""
+    published = {
+        "act_fn": "silu",
+        "attention_head_dim": None,
+        "block_out_channels": [128, 256, 256, 256],
+        "center_input_sample": False,
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "in_channels": 3,
+        "layers_per_block": 2,
+        "mid_block_scale_factor": 1,
+        "norm_eps": 1e-6,
+        "norm_num_groups": 32,
+        "out_channels": 3,
+        "sample_size": 32,
+        "time_embedding_type": "positional",
+        "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    }
+    ours = export.unet_config(CIFAR10)
+    assert {key: ours[key] for key in published} == published
 
 
 def edit(path: Path, **changes: Any) -> None:
