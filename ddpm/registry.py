@@ -48,32 +48,18 @@ def register(
     Raises:
         UserError: MLflow does not answer, or refuses.
     """
-    with _mlflow() as client, tempfile.TemporaryDirectory(prefix="ddpm-model-") as staging:
-        from mlflow import pyfunc
-        from mlflow.models import Model
-
-        checkpoint.write_light(folder, Path(staging, "checkpoint"))
-        for kind, path in exported.items():
-            shutil.copytree(path, Path(staging, kind))
-        config, run_key = checkpoint.read_config(folder), checkpoint.read_state(folder)["run_key"]
-        experiment_id = tracking.experiment_id(client, tracking.tracking_uri(), config.run.experiment)
-        run = tracking.find_run(client, experiment_id, run_key) if run_key else None
-        os.environ["MLFLOW_EXPERIMENT_ID"] = experiment_id  # of a model that no run is known of
-        stored = Model.log(
-            None,
-            pyfunc,
-            name="ddpm",
-            run_id=run.info.run_id if run else None,
-            registered_model_name=name,
-            python_model=str(PACKAGE / "served.py"),
-            code_paths=[str(PACKAGE)],
-            artifacts={path.name: str(path) for path in sorted(Path(staging).iterdir())},
-            input_example=EXAMPLE,
-            pip_requirements=[f"{package}=={version(package).partition('+')[0]}" for package in NEEDED],
-        )
-        number = stored.registered_model_version
-        if alias is not None:
-            client.set_registered_model_alias(name, alias, number)
+    with tempfile.TemporaryDirectory(prefix="ddpm-model-") as staging:
+        try:
+            checkpoint.write_light(folder, Path(staging, "checkpoint"))
+            for kind, path in exported.items():
+                shutil.copytree(path, Path(staging, kind))
+        except OSError as error:
+            raise UserError(f"cannot put the model together in {staging}: {error}") from None
+        artifacts = {path.name: str(path) for path in Path(staging).iterdir()}
+        with _mlflow() as client:
+            number = _log(client, name, folder, artifacts)
+            if alias is not None:
+                client.set_registered_model_alias(name, alias, number)
     return f"{SCHEME}{name}/{number}", tracking.without_password(tracking.tracking_uri())
 
 
@@ -90,6 +76,31 @@ def download(uri: str, folder: Path) -> Path:
             artifact_uri=f"{uri.rstrip('/')}/artifacts/checkpoint", dst_path=str(folder)
         )
     return Path(found)
+
+
+def _log(client: Any, name: str, folder: Path, artifacts: dict[str, str]) -> int:
+    """Log the model, with the run that MLflow knows of the checkpoint in `folder`, if it does, and register it."""
+    from mlflow import pyfunc
+    from mlflow.models import Model
+
+    experiment = checkpoint.read_config(folder).run.experiment
+    experiment_id = tracking.experiment_id(client, tracking.tracking_uri(), experiment)
+    run_key = checkpoint.read_state(folder).get("run_key")
+    run = tracking.find_run(client, experiment_id, run_key) if run_key else None
+    os.environ["MLFLOW_EXPERIMENT_ID"] = experiment_id
+    stored = Model.log(
+        None,
+        pyfunc,
+        name="ddpm",
+        run_id=run.info.run_id if run else None,
+        registered_model_name=name,
+        python_model=str(PACKAGE / "served.py"),
+        code_paths=[str(PACKAGE)],
+        artifacts=artifacts,
+        input_example=EXAMPLE,
+        pip_requirements=[f"{package}=={version(package).partition('+')[0]}" for package in NEEDED],
+    )
+    return stored.registered_model_version
 
 
 @contextmanager
