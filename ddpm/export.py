@@ -91,6 +91,8 @@ def to_pt2(net: UNet, config: Config, out: Path) -> None:
     plain = build_net(replace(config, train=replace(config.train, precision="float32")))
     plain.load_state_dict(net.state_dict())
     plain.eval().requires_grad_(False)
+    # In the order of rows: of channels-last weights torch.export.save warns that they may be parts of others (2.13).
+    plain.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     batch = torch.export.Dim("batch", min=1)
     side, count = config.model.image_size, 2  # 1 would be taken for a constant
     t = torch.zeros(count, dtype=torch.int64) if net.time_conditional else None
@@ -116,10 +118,9 @@ def from_diffusers(source: Path, out: Path) -> Config:
     Raises:
         UserError: no such folder, or one of another architecture, schedule or prediction than ours can be.
     """
-    unet, scheduler = _load(source)
-    config = _config_of(unet.config, scheduler.config, str(source))
+    config, theirs = _read_pipeline(source)
     state = State.create(config, torch.device("cpu"))
-    weights = _to_our_names(unet.state_dict(), config, str(source))
+    weights = _to_our_names(theirs, config, str(source))
     state.net.load_state_dict(weights)
     state.ema.load_state_dict(weights)
     with _new_folder(out) as folder:
@@ -173,10 +174,11 @@ def unet_config(config: Config) -> dict[str, Any]:
 def scheduler_config(config: Config) -> dict[str, Any]:
     """What DDPMScheduler must be told: our schedule, prediction, and the mean and variance of `ancestral`."""
     schedule, sample = config.schedule, config.sample
+    betas: dict[str, Any]
     match schedule.kind:
         case "linear" | "scaled_linear":
-            betas = {"beta_start": schedule.beta_start, "beta_end": schedule.beta_end}
-            betas |= {"beta_schedule": SCHEDULES[schedule.kind]}
+            betas = {"beta_schedule": SCHEDULES[schedule.kind]}
+            betas |= {"beta_start": schedule.beta_start, "beta_end": schedule.beta_end}
         case "cosine" if (schedule.cosine_s, schedule.max_beta) == (0.008, 0.999):
             betas = {"beta_schedule": SCHEDULES["cosine"]}
         case _:
@@ -200,36 +202,39 @@ def _diffusers() -> Any:
         import diffusers
     except ImportError:
         raise UserError("diffusers is not installed; pip install 'ddpm-on-ray[export]' brings it") from None
+    diffusers.utils.logging.set_verbosity_error()
     return diffusers
 
 
-def _load(folder: Path) -> tuple[Any, Any]:
-    """UNet2DModel and DDPMScheduler in `folder`, from JSON and safetensors alone, whatever model_index.json says."""
+def _read_pipeline(folder: Path) -> tuple[Config, dict[str, Tensor]]:
+    """Config and weights (under diffusers' names) of a pipeline, from JSON and safetensors alone.
+
+    What model_index.json asks for is not looked at: no class but these two is made.
+    """
     diffusers = _diffusers()
     for name in ("unet/config.json", "scheduler/scheduler_config.json"):
         if not (folder / name).is_file():
             raise UserError(f"{folder} is no folder of a diffusers DDPMPipeline: it has no {name}")
     try:
+        with torch.device("meta"):  # for the config, with all that is not said as diffusers has it by default
+            unet = diffusers.UNet2DModel.from_config(diffusers.UNet2DModel.load_config(folder / "unet"))
+        scheduler = diffusers.DDPMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+        config = _config_of(unet.config, scheduler.config, str(folder))
         unet, found = diffusers.UNet2DModel.from_pretrained(
-            folder,
-            subfolder="unet",
+            folder / "unet",
             use_safetensors=True,
             local_files_only=True,
-            low_cpu_mem_usage=False,
+            low_cpu_mem_usage=False,  # else it warns that accelerate is not there
             output_loading_info=True,
         )
-        scheduler = diffusers.DDPMScheduler.from_pretrained(
-            folder, subfolder="scheduler", local_files_only=True
-        )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder} cannot be read as a DDPMPipeline: {reason[:300]}") from None
+        raise UserError(
+            f"{folder} cannot be read as a DDPMPipeline: {' '.join(str(error).split())[:300]}"
+        ) from None
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found[what]:
-            raise UserError(
-                f"{folder}/unet: the weights are not those of its config: {what} {sorted(found[what])[0]}"
-            )
-    return unet, scheduler
+            raise UserError(f"{folder}/unet: the weights do not fit: {what} {sorted(found[what])[0]}")
+    return config, unet.state_dict()
 
 
 def _config_of(unet: Mapping[str, Any], scheduler: Mapping[str, Any], where: str) -> Config:
@@ -269,9 +274,7 @@ def _config_of(unet: Mapping[str, Any], scheduler: Mapping[str, Any], where: str
         variance=_ours(VARIANCES, scheduler, "variance_type", where),
     )
     predict = _ours(PREDICTIONS, scheduler, "prediction_type", where)
-    config = Config(
-        schedule=schedule, objective=ObjectiveConfig(predict=predict), model=model, sample=sample
-    )
+    config = Config(schedule=schedule, objective=ObjectiveConfig(predict=predict), model=model, sample=sample)
     config = configs.from_json(configs.to_json(config), where)  # which checks every type
     _check_same(f"{where}/unet", unet, unet_config(config))
     told = scheduler_config(config)

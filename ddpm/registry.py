@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +33,7 @@ EXAMPLE = [{"num_images": 2, "seed": 0}]
 
 
 def register(
-    name: str, folder: Path, exported: dict[str, Path], alias: str | None = None
+    name: str, folder: Path, exported: Mapping[str, Path], alias: str | None = None
 ) -> tuple[str, str]:
     """Store a model as the next version of the registered model `name`, beside the MLflow run it was trained in.
 
@@ -111,6 +111,7 @@ def _mlflow() -> Iterator[Any]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 

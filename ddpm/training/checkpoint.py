@@ -178,9 +178,7 @@ def begin(folder: Path, state: State, config: Config) -> None:
     """
     verify(folder)
     saved = read_config(folder)
-    changed = [
-        key for key in _changed(saved, config) if key.startswith(_NET) and key not in _NET_FREE_KEYS
-    ]
+    changed = [key for key in _changed(saved, config) if key.startswith(_NET) and key not in _NET_FREE_KEYS]
     if changed:
         raise UserError(
             f"train.init_from: {folder} has another net: {_listed(changed, saved, config)}; use those values"
@@ -215,9 +213,7 @@ def write_light(folder: Path, out: Path) -> None:
 
 def check_same_run(saved: Config, now: Config, where: str) -> None:
     """Raise UserError where `now` would not be the run that `saved` began."""
-    changed = [
-        key for key in _changed(saved, now) if not key.startswith(_FREE) and key not in _FREE_KEYS
-    ]
+    changed = [key for key in _changed(saved, now) if not key.startswith(_FREE) and key not in _FREE_KEYS]
     if changed:
         raise UserError(
             f"{where} belongs to a run with another configuration: {_listed(changed, saved, now)}; use those "
