@@ -270,6 +270,7 @@ def _config_of(unet: Mapping[str, Any], scheduler: Mapping[str, Any], where: str
         beta_end=scheduler["beta_end"],
     )
     sample = SampleConfig(
+        num_sample_steps=min(SampleConfig().num_sample_steps, schedule.num_timesteps),
         mean="clipped" if scheduler["clip_sample"] else "plain",
         variance=_ours(VARIANCES, scheduler, "variance_type", where),
     )

@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ddpm import tracking
+from ddpm import generation, tracking
 from ddpm.calls import Caller
 from ddpm.config import UserError
 from ddpm.training import checkpoint
@@ -46,8 +46,9 @@ def register(
         models:/NAME/VERSION, and where MLflow is.
 
     Raises:
-        UserError: MLflow does not answer, or refuses.
+        UserError: it cannot be drawn from as its config says, or MLflow does not answer, or refuses.
     """
+    generation.build_sampler(checkpoint.read_config(folder))
     with tempfile.TemporaryDirectory(prefix="ddpm-model-") as staging:
         try:
             checkpoint.write_light(folder, Path(staging, "checkpoint"))

@@ -161,7 +161,7 @@ def test_a_conditional_net_leaves_as_that_of_one_class(label: int, tmp_path: Pat
     "changes",
     [
         {},
-        {"schedule.num_timesteps": 50, "schedule.kind": "cosine", "objective.predict": "v"},
+        {"schedule.num_timesteps": 20, "schedule.kind": "cosine", "objective.predict": "v"},
         {"sample.mean": "plain", "sample.variance": "beta", "model.attention_head_dim": 4},
     ],
     ids=str,
@@ -178,6 +178,7 @@ def test_what_comes_back_is_what_left(changes: dict[str, Any], tmp_path: Path) -
         assert all(torch.equal(before[name], after[name]) for name in before)
     assert (known.model, known.schedule, known.objective) == (config.model, config.schedule, config.objective)
     assert (known.sample.mean, known.sample.variance) == (config.sample.mean, config.sample.variance)
+    generation.build_sampler(known)
     state = State.create(known, CPU)
     checkpoint.load(tmp_path / "back", state, known)
     assert (state.step, state.images_seen) == (0, 0)
