@@ -38,16 +38,18 @@ class Arguments:
 
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
+    out, kind = arguments.out.absolute(), str(arguments.format)
+    if arguments.register is None and arguments.alias is not None:
+        raise UserError("--alias is of a registered model; give its name with --register")
+    if arguments.register is not None and not arguments.ema:
+        raise UserError("--register: a registered model draws with the averaged weights; leave --no-ema out")
+    if out.exists():
+        raise UserError(f"{out} exists, and nothing is overwritten; name a new folder")
     import torch
 
     from ddpm import export, registry, runs
     from ddpm.training import checkpoint
 
-    if arguments.register is None and arguments.alias is not None:
-        raise UserError("--alias is of a registered model; give its name with --register")
-    if arguments.register is not None and not arguments.ema:
-        raise UserError("--register: a registered model draws with the averaged weights; leave --no-ema out")
-    out, kind = arguments.out.absolute(), str(arguments.format)
     with ExitStack() as stack:
         if kind == "checkpoint":
             export.from_diffusers(Path(arguments.checkpoint), out)

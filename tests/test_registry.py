@@ -145,13 +145,18 @@ def test_an_mlflow_that_does_not_answer_is_a_line(
 def test_mlflow_serves_the_images_that_the_job_draws(
     mlflow: MlflowClient, name: str, folder: Path, tmp_path: Path, run_job: Callable[..., Any]
 ) -> None:
-    out = tmp_path / "pipeline"
-    done = run_job("export", folder, out, "--label", 3, "--register", name, "--alias", "champion")
-    print(done.stderr)
+    out = tmp_path / "program"
+    done = run_job("export", folder, out, "--format", "pt2", "--register", name, "--alias", "champion")
     assert done.returncode == 0, done.stderr
     assert (
         done.stdout.splitlines()[-1] == f"model       models:/{name}/1 in {os.environ['MLFLOW_TRACKING_URI']}"
     )
+    assert done.stdout.splitlines()[0] == f"program     {out}/net.pt2"
+    net, _ = checkpoint.load_net(folder, CPU)
+    arguments = torch.randn(3, 1, 8, 8), torch.tensor([0, 5, 19]), torch.tensor([0, 2, 3])
+    program = torch.export.load(out / "net.pt2").module()
+    assert (program(*arguments) - net(*arguments)).abs().max() < 1e-5
+
     uri = f"models:/{name}@champion"
     done = run_job("sample", uri, "--num-images", 4, "--seed", 7, "--out", tmp_path / "drawn")
     assert done.returncode == 0, done.stderr
