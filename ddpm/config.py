@@ -143,6 +143,8 @@ class TrainConfig:
     micro_batch_size: int = 64
     """The grain: each worker takes whole micro-batches. batch_size / micro_batch_size must divide by the workers."""
     seed: int = 0
+    init_from: str | None = None
+    """A checkpoint or run, of the same net, whose averaged weights a new run begins with; None: random ones."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the net alone (autocast). Noise, loss and weights are float32."""
     compile: bool = False

@@ -1,7 +1,8 @@
 """Draw images from a checkpoint: python jobs/sample.py CHECKPOINT --num-images 64 --out DIR
 
-CHECKPOINT is the folder or s3:// URI of a checkpoint, or of a run (its newest). DIR gets grid.png and
-images/000000.png, ...; image i depends on the seed and i alone. What is not given is as in training.
+CHECKPOINT is the folder or s3:// URI of a checkpoint, or of a run (its newest), or models:/NAME@ALIAS of MLflow's
+registry. DIR gets grid.png and images/000000.png, ...; image i depends on the seed and i alone. What is not given
+is as in training.
 """
 
 from dataclasses import dataclass, replace
