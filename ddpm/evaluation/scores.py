@@ -6,7 +6,7 @@ get. "FID" alone means Inception's; of the other nets it is called by theirs, "F
 Axes: N generated images, M real images, F features.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -100,14 +100,15 @@ def _without_floor(net_name: str, generated: Features, real: Features) -> Iterat
 
 
 def _fid(net_name: str, generated: Features, real: Features) -> tuple[str, Estimate]:
-    size = generated.values.shape[1]
-    project: Callable[[NDArray[np.float32]], NDArray[np.floating]] = lambda values: values  # noqa: E731
     name = "FID" if net_name == "inception" else f"FID-{net_name}"
+    size = generated.values.shape[1]
     if net_name != "inception" and size > MAX_FID_FEATURES:
-        basis, name = projection(size, MAX_FID_FEATURES), f"{name}-{MAX_FID_FEATURES}d"
-        project = lambda values: values @ basis  # noqa: E731
-    groups = [Moments.of(project(generated.values[k::GROUPS])) for k in range(GROUPS)]
-    of_real = Moments.of(project(real.values))
+        name, basis = f"{name}-{MAX_FID_FEATURES}d", projection(size, MAX_FID_FEATURES)
+        generated, real = (
+            replace(side, values=(side.values @ basis).astype(np.float32)) for side in (generated, real)
+        )
+    groups = [Moments.of(generated.values[k::GROUPS]) for k in range(GROUPS)]
+    of_real = Moments.of(real.values)
     without = [fid(of_real, Moments.merge(*groups[:k], *groups[k + 1 :])) for k in range(GROUPS)]
     return name, Estimate(fid(of_real, Moments.merge(*groups)), jackknife_error(np.array(without)))
 
