@@ -18,7 +18,7 @@ from ddpm.data.reading import Images
 from ddpm.diffusion import likelihood, schedules
 from ddpm.diffusion.likelihood import Variance
 from ddpm.diffusion.objectives import Denoised, Model, Objective
-from ddpm.diffusion.samplers import PerImageNoise
+from ddpm.diffusion.samplers import Denoise, PerImageNoise
 from ddpm.evaluation.bits import BitsPerDim
 from ddpm.evaluation.features import FeatureNet, Features, features_of
 from ddpm.training.state import LIKELIHOOD, seed_for
@@ -45,7 +45,9 @@ def proposal(
     Raises:
         UserError: the process has no such bound.
     """
-    return likelihood.proposal(_bound(net, config, objective, pilot, 0, device, variance, None, 0, 0))
+    denoise, x_0, noise = _posed(net, config, objective, pilot, range(len(pilot.image)), device, seed=0)
+    bound = likelihood.exact(denoise, schedules.build(config.schedule), x_0, noise, variance=variance)
+    return likelihood.proposal(bound)
 
 
 def bits_per_dim(
@@ -74,8 +76,18 @@ def bits_per_dim(
     Raises:
         UserError: the process has no such bound.
     """
-    bound = _bound(net, config, objective, held_out, start, device, variance, proposal, num_draws, seed)
-    return BitsPerDim.of(bound, start, config.schedule.num_timesteps)
+    indices = range(start, start + len(held_out.image))
+    denoise, x_0, noise = _posed(net, config, objective, held_out, indices, device, seed)
+    schedule = schedules.build(config.schedule)
+    if proposal is None:
+        bound = likelihood.exact(denoise, schedule, x_0, noise, variance=variance)
+    else:
+        # Not (..., i, 0): numpy's SeedSequence does not tell a last 0 from none, and that is the noise's.
+        u = torch.tensor([seed_for(seed, LIKELIHOOD, i, 1) / 2**63 for i in indices], dtype=torch.float64)
+        bound = likelihood.estimate(
+            denoise, schedule, x_0, noise, u, proposal, num_draws=num_draws, variance=variance
+        )
+    return BitsPerDim.of(bound, start, schedule.num_timesteps)
 
 
 def drawn_features(
@@ -97,35 +109,26 @@ def drawn_features(
     return Features(np.array(indices, np.int64), features_of(feature_net, image).values)
 
 
-def _bound(
+def _posed(
     net: Model,
     config: Config,
     objective: Objective,
-    held_out: Images,
-    start: int,
+    batch: Images,
+    indices: Sequence[int],
     device: torch.device,
-    variance: Variance,
-    proposal: Tensor | None,
-    num_draws: int,
     seed: int,
-) -> likelihood.Bound:
+) -> tuple[Denoise, Tensor, PerImageNoise]:
+    """The net as the bound sees it, x_0 [N, C, H, W], and noise that depends on the seed and an image's index."""
     if config.objective.process != "gaussian":
         raise UserError(
-            f"the process {config.objective.process} has no variational bound; bits/dim are of gaussian"
+            f"the process {config.objective.process} has no variational bound; only gaussian has bits/dim"
         )
-    x_0 = images.to_model(torch.from_numpy(held_out.image).to(device))
-    label = torch.from_numpy(held_out.label).to(device) if config.model.num_classes else None
-    seeds = [seed_for(seed, LIKELIHOOD, i) for i in range(start, start + len(x_0))]
+    x_0 = images.to_model(torch.from_numpy(batch.image).to(device))
+    label = torch.from_numpy(batch.label).to(device) if config.model.num_classes else None
     channels, height, width = x_0.shape[1:]
-    noise = PerImageNoise(seeds, (channels, height, width), device)
+    seeds = [seed_for(seed, LIKELIHOOD, i) for i in indices]
 
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
         return objective.denoise(net, x_t, t, label)
 
-    schedule = schedules.build(config.schedule)
-    if proposal is None:
-        return likelihood.exact(denoise, schedule, x_0, noise, variance=variance)
-    u = torch.tensor([seed_for(seed, LIKELIHOOD, i, 0) / 2**63 for i in range(start, start + len(x_0))])
-    return likelihood.estimate(
-        denoise, schedule, x_0, noise, u.double(), proposal, num_draws=num_draws, variance=variance
-    )
+    return denoise, x_0, PerImageNoise(seeds, (channels, height, width), device)

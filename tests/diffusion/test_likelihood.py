@@ -210,6 +210,34 @@ def test_an_estimate_agrees_with_the_exact_bound(variance, num_draws):
         assert ours.item() == pytest.approx(theirs.item(), rel=0.2)
 
 
+def test_over_all_u_an_estimate_is_the_exact_bound():
+    """With an x_0_hat that depends on t alone nothing is random but t: averaged over u it is the sum, each t of it."""
+
+    def denoise(x_t, t):
+        return Denoised(torch.ones_like(x_t) * (t / 100).view(-1, 1, 1, 1).double(), x_t)
+
+    x_0 = torch.full((20_000, 1, 1, 1), -1.0, dtype=torch.float64)
+    right = exact(denoise, LINEAR, x_0[:2], normal((2, 1, 1, 1)))
+    u = (torch.arange(len(x_0)) + 0.5).double() / len(x_0)
+    got = estimate(denoise, LINEAR, x_0, normal(x_0.shape), u, proposal(right), num_draws=3)
+    by_t = torch.zeros(100).double().index_add_(0, got.t.flatten(), got.kl.flatten()) / len(x_0)
+    torch.testing.assert_close(by_t[1:], right.kl[0], rtol=0.05, atol=0)
+    torch.testing.assert_close(got.total.mean(), right.total.mean(), rtol=1e-4, atol=0)
+
+
+def test_clipping_is_that_of_the_sampler():
+    def denoise(x_t, t):
+        return Denoised(torch.full_like(x_t, 3.0), x_t)
+
+    def clipped(x_t, t):
+        return Denoised(torch.ones_like(x_t), x_t)
+
+    x_0, noise = gaussian_images((2, 1, 4, 4), 0, 0.3), normal((2, 1, 4, 4))
+    right = exact(clipped, LINEAR, x_0, noise, clip_x_0=False)
+    torch.testing.assert_close(exact(denoise, LINEAR, x_0, noise).total, right.total)
+    assert (exact(denoise, LINEAR, x_0, noise, clip_x_0=False).total > right.total).all()
+
+
 def test_importance_sampling_errs_less_than_uniform():
     x_0 = gaussian_images((400, 1, 4, 4), 0.2, 0.4)
     denoise = gaussian(COSINE, 0.2, 0.4)

