@@ -216,12 +216,12 @@ def test_over_all_u_an_estimate_is_the_exact_bound():
     def denoise(x_t, t):
         return Denoised(torch.ones_like(x_t) * (t / 100).view(-1, 1, 1, 1).double(), x_t)
 
-    x_0 = torch.full((20_000, 1, 1, 1), -1.0, dtype=torch.float64)
+    x_0 = torch.full((5_000, 1, 1, 1), -1.0, dtype=torch.float64)
     right = exact(denoise, LINEAR, x_0[:2], normal((2, 1, 1, 1)))
     u = (torch.arange(len(x_0)) + 0.5).double() / len(x_0)
     got = estimate(denoise, LINEAR, x_0, normal(x_0.shape), u, proposal(right), num_draws=3)
     by_t = torch.zeros(100).double().index_add_(0, got.t.flatten(), got.kl.flatten()) / len(x_0)
-    torch.testing.assert_close(by_t[1:], right.kl[0], rtol=0.05, atol=0)
+    torch.testing.assert_close(by_t[1:], right.kl[0], rtol=0.08, atol=0)
     torch.testing.assert_close(got.total.mean(), right.total.mean(), rtol=1e-4, atol=0)
 
 
