@@ -10,7 +10,8 @@ What diffusers has no word for is said in words it has, or refused; nothing is l
 - a schedule it does not know: "trained_betas";
 - labels, which DDPMPipeline does not take: one is chosen, and its embedding becomes part of a bias.
 
-Sampling is as our `ancestral` has it, with all T steps; guidance, and the samplers of few steps, stay here.
+Sampling is as our `ancestral` has it, with all T steps; guidance, dynamic thresholds, and the samplers of few steps
+stay here.
 
 Papers: Ho et al. 2020 (arXiv:2006.11239). Names: diffusers 0.35 to 0.42.
 
@@ -192,7 +193,7 @@ def scheduler_config(config: Config) -> dict[str, Any]:
         "clip_sample_range": 1.0,
         "thresholding": False,
         "rescale_betas_zero_snr": False,
-        "timestep_spacing": "linspace",  # of fewer steps than T: both ends matter, as in our ddim_timesteps
+        "timestep_spacing": "linspace",  # of fewer steps than T: both ends matter, as in our timesteps.uniform
     }
 
 
@@ -270,7 +271,6 @@ def _config_of(unet: Mapping[str, Any], scheduler: Mapping[str, Any], where: str
         beta_end=scheduler["beta_end"],
     )
     sample = SampleConfig(
-        num_sample_steps=min(SampleConfig().num_sample_steps, schedule.num_timesteps),
         mean="clipped" if scheduler["clip_sample"] else "plain",
         variance=_ours(VARIANCES, scheduler, "variance_type", where),
     )
