@@ -16,9 +16,10 @@ from ddpm import generation, images
 from ddpm.config import Config, SampleConfig, UserError
 from ddpm.data.reading import Images
 from ddpm.diffusion import likelihood, schedules
+from ddpm.diffusion.denoisers import Denoise
 from ddpm.diffusion.likelihood import Variance
 from ddpm.diffusion.objectives import Denoised, Model, Objective
-from ddpm.diffusion.samplers import Denoise, PerImageNoise
+from ddpm.diffusion.samplers import PerImageNoise
 from ddpm.evaluation.bits import BitsPerDim
 from ddpm.evaluation.features import FeatureNet, Features, features_of
 from ddpm.training.state import LIKELIHOOD, seed_for

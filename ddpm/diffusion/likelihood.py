@@ -30,7 +30,8 @@ from ddpm.diffusion.process import q_sample
 from ddpm.diffusion.schedules import Schedule
 
 if TYPE_CHECKING:
-    from ddpm.diffusion.samplers import Denoise, Noise
+    from ddpm.diffusion.denoisers import Denoise
+    from ddpm.diffusion.samplers import Noise
 
 LEVELS = 256
 """Grey levels of an image."""
