@@ -143,6 +143,8 @@ class TrainConfig:
     micro_batch_size: int = 64
     """The grain: each worker takes whole micro-batches. batch_size / micro_batch_size must divide by the workers."""
     seed: int = 0
+    init_from: str | None = None
+    """A checkpoint or run, of the same net, whose averaged weights a new run begins with; None: random ones."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the net alone (autocast). Noise, loss and weights are float32."""
     compile: bool = False
@@ -161,10 +163,16 @@ class TrainConfig:
 class SampleConfig:
     """How images are drawn: the grids during training, and the defaults of jobs/sample.py."""
 
-    sampler: Literal["auto", "ancestral", "ddim", "mix"] = "auto"
-    """ancestral: Algorithm 2. ddim: few steps. mix: for objective.process uniform_mix. auto: ddim or mix."""
-    num_sample_steps: int = 50
-    """Steps of ddim and mix; ancestral takes all T."""
+    sampler: Literal["auto", "ancestral", "ddim", "dpmpp_2m", "heun", "mix"] = "auto"
+    """ancestral: Algorithm 2. ddim: few steps. dpmpp_2m (DPM-Solver++), heun: fewer, being of second order.
+    mix: for objective.process uniform_mix. auto: ddim or mix."""
+    num_sample_steps: int | None = None
+    """None: all T with ancestral, else 50."""
+    spacing: Literal["auto", "uniform", "quadratic", "karras"] = "auto"
+    """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/rho). auto: quadratic with
+    dpmpp_2m, karras with heun, else uniform."""
+    rho: float = 7.0
+    """karras: the larger, the more steps where little noise is left."""
     eta: float = 0.0
     """ddim: 0 is deterministic, 1 as noisy as ancestral."""
     mean: Literal["clipped", "plain"] = "clipped"
@@ -172,9 +180,13 @@ class SampleConfig:
     variance: Literal["beta", "beta_tilde"] = "beta_tilde"
     """ancestral: sigma_t^2."""
     clip_x_0: bool = True
-    """ddim, mix: clip x_0_hat to [-1, 1]."""
+    """All but ancestral: clip x_0_hat to [-1, 1]."""
+    dynamic_threshold: float | None = None
+    """Instead of clipping, Imagen's dynamic thresholding at this quantile of |x_0_hat|, as 0.995."""
     guidance_scale: float = 1.0
     """Classifier-free guidance; 1 is none."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guidance only where sigma (with mix, the amount of noise) is in (low, high]. None: everywhere."""
     num_images: int = 64
     """Images of a grid."""
     seed: int = 0
@@ -186,7 +198,7 @@ class SampleConfig:
         Raises:
             UserError: a sampler of the other process.
         """
-        fitting = ("mix",) if process == "uniform_mix" else ("ddim", "ancestral")
+        fitting = ("mix",) if process == "uniform_mix" else ("ddim", "ancestral", "dpmpp_2m", "heun")
         if self.sampler not in ("auto", *fitting):
             raise UserError(
                 f"sampler {self.sampler} cannot undo the process {process}; use {' or '.join(fitting)}"
@@ -346,12 +358,15 @@ def _checked(kind: Any, value: Any, where: str) -> Any:
             f"{where} is {reprlib.repr(value)}; it must be one of {', '.join(map(repr, typing.get_args(kind)))}"
         )
     if origin is tuple:
-        if isinstance(value, list | tuple):
-            return tuple(_checked(typing.get_args(kind)[0], v, where) for v in value)
+        inner, *rest = typing.get_args(kind)
+        if isinstance(value, list | tuple) and (rest == [...] or len(value) == 1 + len(rest)):
+            return tuple(_checked(inner, v, where) for v in value)
     elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         if abs(value) > sys.float_info.max or value != value:
             raise UserError(f"{where} is {reprlib.repr(value)}; it must be finite")
         return float(value)
     elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
-    raise UserError(f"{where} is {reprlib.repr(value)}; it must be of type {getattr(kind, '__name__', kind)}")
+    raise UserError(
+        f"{where} is {reprlib.repr(value)}; it must be of type {kind if origin else kind.__name__}"
+    )

@@ -7,6 +7,7 @@ Axes: N images, C channels, H W.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,12 @@ from torch import Tensor
 
 from ddpm import images
 from ddpm.config import Config, SampleConfig, UserError
-from ddpm.diffusion import process, samplers, schedules
+from ddpm.data import pictures
+from ddpm.diffusion import denoisers, inpainting, process, samplers, schedules
+from ddpm.diffusion.denoisers import Denoise
 from ddpm.diffusion.objectives import Denoised, Model, Objective
 from ddpm.diffusion.objectives import build as _build_objective
-from ddpm.diffusion.samplers import Denoise, OnStep, PerImageNoise, Sampler
+from ddpm.diffusion.samplers import OnStep, PerImageNoise, Sampler
 from ddpm.images import Pixels
 from ddpm.training.state import SAMPLE, seed_for
 
@@ -26,6 +29,20 @@ GRID_IMAGES = 64
 NOISING_COLUMNS = 10
 DENOISING_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 TRAJECTORY_COLUMNS = 10
+TRAJECTORY_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class Known:
+    """What inpainting is given: an image, and where it is kept."""
+
+    x_0: Tensor
+    """[1, C, H, W] float32 in [-1, 1]."""
+    mask: Tensor
+    """[1, 1, H, W]: 1 keeps the pixel, 0 draws it."""
+    num_resamples: int = 10
+    """How often each stretch of jump_length steps is gone (RePaint)."""
+    jump_length: int = 10
 
 
 def build_objective(config: Config) -> Objective:
@@ -40,17 +57,43 @@ def build_objective(config: Config) -> Objective:
         raise UserError(str(error)) from None
 
 
-def build_sampler(config: Config, sample: SampleConfig | None = None) -> Sampler:
+def build_sampler(config: Config, sample: SampleConfig | None = None, known: Known | None = None) -> Sampler:
     """The sampler that `sample` (default: config.sample) describes, on the run's own schedule.
+
+    What is known of the images makes it RePaint, whatever `sample` says.
 
     Raises:
         UserError: it cannot undo the process the net was trained on, or a setting is out of its range.
     """
-    resolved = (sample or config.sample).resolved(config.objective.process)
+    sample = sample or config.sample
+    if known is not None:
+        sample = replace(sample, sampler="ancestral")
+    resolved = sample.resolved(config.objective.process)
     try:
-        return samplers.build(resolved, schedules.build(config.schedule))
+        denoisers.check_interval(resolved.guidance_interval)
+        schedule = schedules.build(config.schedule)
+        if known is None:
+            return samplers.build(resolved, schedule)
+        resampling = known.num_resamples, known.jump_length
+        return inpainting.build(resolved, schedule, known.x_0, known.mask, *resampling)
     except ValueError as error:
         raise UserError(f"sample: {error}") from None
+
+
+def read_known(image: Path, mask: Path, config: Config, num_resamples: int = 10) -> Known:
+    """What inpainting is given, from two image files: white in `mask` keeps the pixel of `image`, black draws it.
+
+    Both are resized, and cropped to the centre square, as training data is.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    size, channels = config.model.image_size, config.model.channels
+    x_0, keep = (
+        torch.from_numpy(np.asarray(pictures.store([pictures.read_file(path)], size, c, "raw")))
+        for path, c in ((image, channels), (mask, 1))
+    )
+    return Known(images.to_model(x_0), (images.to_model(keep) > 0).float(), num_resamples)
 
 
 @torch.no_grad()
@@ -63,6 +106,7 @@ def draw(
     device: torch.device,
     sample: SampleConfig | None = None,
     label: Tensor | None = None,
+    known: Known | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Draw the images with these indices, in one batch.
@@ -72,6 +116,7 @@ def draw(
         indices: image i depends on the seed, i, and its label alone.
         sample: how to draw; default: config.sample.
         label: [N] int64; default for a conditional net: i mod num_classes.
+        known: what is given of all of them.
         on_step: sees every step of the sampler.
 
     Returns:
@@ -84,8 +129,8 @@ def draw(
     side = config.model.image_size
     uniform = config.objective.process == "uniform_mix"
     noise = PerImageNoise(seeds, (config.model.channels, side, side), device, uniform)
-    denoise = _denoise(net, objective, label, sample.guidance_scale)
-    return images.to_uint8(build_sampler(config, sample)(denoise, noise, on_step))
+    denoise = _denoise(net, config, sample, objective, label)
+    return images.to_uint8(build_sampler(config, sample, known)(denoise, noise, on_step))
 
 
 def write_images(
@@ -97,12 +142,17 @@ def write_images(
     label: int | None = None,
     batch_size: int = 256,
     on_progress: Callable[[int], None] = lambda done: None,
+    *,
+    known: Known | None = None,
+    with_trajectory: bool = False,
 ) -> Path:
     """Draw images 0..num_images-1 into out/images/000000.png, ..., and a grid of the first 64 into out/grid.png.
 
     Args:
         label: the class of all of them; default: image i is of class i mod num_classes.
         on_progress: is told how many are written.
+        known: what is given of every image.
+        with_trajectory: also how the first 8 came to be, out/trajectory.png and out/trajectory.gif.
 
     Returns:
         The path of the grid.
@@ -116,7 +166,7 @@ def write_images(
     if label is not None and not 0 <= label < classes:
         right = f"it must be in 0..{classes - 1}" if classes else "this net was trained without labels"
         raise UserError(f"label is {label}; {right}")
-    build_sampler(config)
+    build_sampler(config, known=known)
     objective = build_objective(config)
     first: list[Pixels] = []
     try:
@@ -124,12 +174,19 @@ def write_images(
         for start in range(0, num_images, batch_size):
             indices = range(start, min(start + batch_size, num_images))
             labels = None if label is None else torch.full((len(indices),), label, device=device)
-            drawn = draw(net, config, objective, indices, device=device, label=labels).cpu().numpy()
-            for i, image in zip(indices, drawn, strict=True):
+            drawn = draw(net, config, objective, indices, device=device, label=labels, known=known)
+            pixels = drawn.cpu().numpy()
+            for i, image in zip(indices, pixels, strict=True):
                 images.save_png(out / "images" / f"{i:06d}.png", image)
-            first.extend(drawn[: max(GRID_IMAGES - len(first), 0)])
+            first.extend(pixels[: max(GRID_IMAGES - len(first), 0)])
             on_progress(indices[-1] + 1)
         images.save_png(out / "grid.png", images.grid(np.stack(first)))
+        if with_trajectory:
+            indices = range(min(TRAJECTORY_IMAGES, num_images))
+            labels = None if label is None else torch.full((len(indices),), label, device=device)
+            strip, gif = trajectory(net, config, objective, indices, device=device, label=labels, known=known)
+            images.save_png(out / "trajectory.png", strip)
+            (out / "trajectory.gif").write_bytes(gif)
     except OSError as error:
         raise UserError(f"cannot write images to {out}: {error}") from None
     return out / "grid.png"
@@ -164,6 +221,8 @@ def trajectory(
     *,
     device: torch.device,
     sample: SampleConfig | None = None,
+    label: Tensor | None = None,
+    known: Known | None = None,
 ) -> tuple[Pixels, bytes]:
     """The reverse process, from noise to images: a strip (one row an image), and a GIF of a grid."""
     frames: list[Tensor] = []
@@ -174,6 +233,8 @@ def trajectory(
         indices,
         device=device,
         sample=sample,
+        label=label,
+        known=known,
         on_step=lambda step, x_t, x_0_hat: frames.append(images.to_uint8(x_t).cpu()),
     )
     frames.append(last.cpu())
@@ -185,14 +246,30 @@ def trajectory(
     return images.strip(list(rows), captions), images.gif_bytes(moving, ms=80)
 
 
-def _denoise(net: Model, objective: Objective, label: Tensor | None, guidance_scale: float) -> Denoise:
+def _denoise(
+    net: Model, config: Config, sample: SampleConfig, objective: Objective, label: Tensor | None
+) -> Denoise:
+    """The net as a sampler sees it: with `label`, and guidance where `sample` wants it."""
+
     def conditional(x_t: Tensor, t: Tensor) -> Denoised:
         return objective.denoise(net, x_t, t, label)
 
     def unconditional(x_t: Tensor, t: Tensor) -> Denoised:
         return objective.denoise(net, x_t, t, None)
 
-    return samplers.guided(conditional, unconditional, guidance_scale if label is not None else 1.0)
+    if label is None:
+        return conditional
+    return denoisers.guided(
+        conditional, unconditional, sample.guidance_scale, sample.guidance_interval, _noise_level(config)
+    )
+
+
+def _noise_level(config: Config) -> Callable[[Tensor], Tensor]:
+    """t [B] to what guidance_interval is about: sigma, or for uniform_mix the amount, which t is itself."""
+    if config.objective.process == "uniform_mix":
+        return lambda amount: amount
+    sigma = schedules.build(config.schedule).sigma
+    return lambda t: sigma.float().to(t.device)[t]
 
 
 def _corrupt(config: Config, x_0: Tensor, level: float) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ddpm import storage
+from ddpm import registry, storage
 from ddpm.config import Config, UserError
 from ddpm.storage import Location
 from ddpm.training import checkpoint
@@ -98,13 +98,18 @@ def checkpoints(location: Location) -> list[Location]:
 
 @contextmanager
 def local_checkpoint(uri: str) -> Iterator[Path]:
-    """The checkpoint at `uri`, a checkpoint's or a run's folder or URI, as a local folder.
+    """The checkpoint at `uri`, a checkpoint's or a run's folder or URI, or a registered model, as a local folder.
 
-    Of a run it is the newest. What lies in a bucket is downloaded for as long as the context lasts.
+    Of a run it is the newest. What lies in a bucket, or in MLflow's registry (models:/NAME@ALIAS), is downloaded for
+    as long as the context lasts.
 
     Raises:
         UserError: there is none.
     """
+    if uri.startswith(registry.SCHEME):
+        with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
+            yield registry.download(uri, Path(folder))
+        return
     location = storage.resolve(uri)
     if not location.exists():
         raise UserError(f"{uri} does not exist; expected a checkpoint folder or a run folder")

@@ -65,6 +65,18 @@ def tracking_uri() -> str:
     return SQLITE + str(Path(uri.removeprefix(SQLITE)).absolute()) if uri.startswith(SQLITE) else uri
 
 
+def experiment_id(client: Any, uri: str, name: str) -> str:
+    """Of the experiment `name`, which is made if there is none."""
+    experiment = client.get_experiment_by_name(name)
+    return experiment.experiment_id if experiment else client.create_experiment(name, _artifact_folder(uri))
+
+
+def find_run(client: Any, experiment_id: str, run_key: str) -> Any:
+    """The MLflow run with this run key, or None."""
+    found = client.search_runs([experiment_id], f"tags.`{RUN_KEY_TAG}` = '{run_key}'", max_results=1)
+    return found[0] if found else None
+
+
 class MlflowRun:
     """One logical run in MLflow, for one thread.
 
@@ -148,16 +160,9 @@ class MlflowRun:
         from mlflow.entities import Param
 
         client, address = self._client, self._address
-        experiment = client.get_experiment_by_name(address.experiment)
-        self.experiment_id = (
-            experiment.experiment_id
-            if experiment
-            else client.create_experiment(address.experiment, _artifact_folder(address.uri))
-        )
-        mine = f"tags.`{RUN_KEY_TAG}` = '{address.run_key}'"
-        found = client.search_runs([self.experiment_id], mine, max_results=1)
-        if found:
-            run = found[0]
+        self.experiment_id = experiment_id(client, address.uri, address.experiment)
+        run = find_run(client, self.experiment_id, address.run_key)
+        if run is not None:
             if running:
                 client.update_run(run.info.run_id, status="RUNNING")
         else:

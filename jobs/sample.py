@@ -1,7 +1,8 @@
 """Draw images from a checkpoint: python jobs/sample.py CHECKPOINT --num-images 64 --out DIR
 
-CHECKPOINT is the folder or s3:// URI of a checkpoint, or of a run (its newest). DIR gets grid.png and
-images/000000.png, ...; image i depends on the seed and i alone. What is not given is as in training.
+CHECKPOINT is the folder or s3:// URI of a checkpoint, or of a run (its newest), or models:/NAME@ALIAS of MLflow's
+registry. DIR gets grid.png and images/000000.png, ...; image i depends on the seed and i alone. What is not given
+is as in training.
 """
 
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import Literal
 import tyro
 
 from ddpm import cli
+from ddpm.config import UserError
 
 
 @dataclass(frozen=True)
@@ -21,22 +23,43 @@ class Arguments:
     num_images: int = 64
     out: Path = Path("samples")
     """Folder for the images."""
-    sampler: Literal["ancestral", "ddim", "mix"] | None = None
+    sampler: Literal["ancestral", "ddim", "dpmpp_2m", "heun", "mix"] | None = None
+    """ancestral: Algorithm 2. ddim: few steps. dpmpp_2m, heun: fewer. mix: nets of uniform_mix."""
     num_sample_steps: int | None = None
-    """Steps of ddim and mix."""
+    spacing: Literal["auto", "uniform", "quadratic", "karras"] | None = None
+    """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/7); auto: what suits the sampler."""
     eta: float | None = None
     """ddim: 0 is deterministic, 1 as noisy as ancestral."""
+    dynamic_threshold: float | None = None
+    """Instead of clipping, dynamic thresholding at this quantile, as 0.995."""
     guidance_scale: float | None = None
     """Classifier-free guidance; 1 is none."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guidance only where sigma is above the first and not above the second."""
     label: int | None = None
     """The class to draw (conditional nets); None: all in turn."""
     seed: int = 0
     batch_size: int = 256
     """Images drawn at a time."""
+    trajectory: bool = False
+    """Also trajectory.png and trajectory.gif: how the first images came to be."""
+    inpaint: Path | None = None
+    """An image file, part of which all images keep (RePaint, 250 steps with resampling)."""
+    mask: Path | None = None
+    """inpaint: an image file, white where it is kept."""
+
+
+SETTINGS = "sampler num_sample_steps spacing eta dynamic_threshold guidance_scale guidance_interval".split()
 
 
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
+    if (arguments.inpaint is None) != (arguments.mask is None):
+        raise UserError("--inpaint and --mask belong together; give both or neither")
+    if arguments.inpaint and arguments.sampler not in (None, "ancestral"):
+        raise UserError(
+            f"--inpaint takes the steps of ancestral, not of {arguments.sampler}; leave --sampler out"
+        )
     import torch
 
     from ddpm import generation, runs
@@ -46,11 +69,11 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with runs.local_checkpoint(arguments.checkpoint) as folder:
         net, config = checkpoint.load_net(folder, device)
-    given = {
-        name: getattr(arguments, name) for name in ("sampler", "num_sample_steps", "eta", "guidance_scale")
-    }
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name in SETTINGS if (value := getattr(arguments, name)) is not None}
     config = replace(config, sample=replace(config.sample, seed=arguments.seed, **given))
+    known = None
+    if arguments.inpaint and arguments.mask:
+        known = generation.read_known(arguments.inpaint, arguments.mask, config)
     with Display("images", arguments.num_images) as display:
         grid = generation.write_images(
             net,
@@ -61,9 +84,13 @@ def main() -> None:
             arguments.label,
             arguments.batch_size,
             display.update,
+            known=known,
+            with_trajectory=arguments.trajectory,
         )
     print(f"images      {arguments.out.absolute()}/images")
     print(f"grid        {grid.absolute()}")
+    if arguments.trajectory:
+        print(f"trajectory  {arguments.out.absolute()}/trajectory.gif")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,22 @@ def test_a_flat_preset_builds_it_again(name: str) -> None:
     assert override(Config(), flatten(PRESETS[name])) == PRESETS[name]
 
 
+def test_a_file_written_before_there_were_spacings_and_thresholds_still_loads() -> None:
+    sample = {
+        "sampler": "ddim",
+        "num_sample_steps": 50,
+        "eta": 0.0,
+        "mean": "clipped",
+        "variance": "beta_tilde",
+        "clip_x_0": False,
+        "guidance_scale": 1.0,
+        "num_images": 64,
+        "seed": 0,
+    }
+    config = from_json(json.dumps({"sample": sample}))
+    assert flatten(config.sample) | sample == flatten(config.sample)
+
+
 def test_flat_keys_are_dotted_and_in_the_order_of_the_tree() -> None:
     flat = flatten(Config())
     assert flat["model.base_width"] == 128
@@ -69,6 +85,9 @@ def test_override_changes_what_it_names_alone() -> None:
         ("model.width_multipliers", [1, [2]]),
         ("model.width_multipliers", {"0": 1}),
         ("model.attention_head_dim", 1.5),
+        ("sample.guidance_interval", [0.3]),
+        ("sample.guidance_interval", [0.3, 1.0, 3.0]),
+        ("sample.guidance_interval", [0.3, "3"]),
         ("cluster.gpu", 1),
         ("optim.lr.deeper", 1.0),
         ("optim", 1),
@@ -88,6 +107,8 @@ def test_a_value_of_the_wrong_type_is_named(key: str, value: Any) -> None:
         ("optim.lr", 1),
         ("model.attention_resolutions", []),
         ("model.attention_head_dim", None),
+        ("sample.guidance_interval", [0.3, 3]),
+        ("sample.guidance_interval", None),
         ("model.attention_head_dim", 8),
         ("cluster.gpu", None),
         ("cluster.gpu", False),

@@ -4,33 +4,36 @@ A sampler sees the net as `denoise(x_t, t) -> Denoised`, and draws randomness fr
 who calls it decides what an image depends on. With `PerImageNoise` image i is a function of its own seed,
 whatever the batch around it and whatever the device.
 
+`threshold` keeps x_0_hat where images are (`denoisers.clip`, `denoisers.dynamic`); None leaves it alone.
 `on_step(step, x_t, x_0_hat)`, if given, is called in every step with what entered it and with the
-prediction it used; the last x_0_hat is the image (with `mean="plain"` up to one step of noise).
+prediction it used; the last x_0_hat is the image (for `ancestral` without a threshold up to one step of
+noise).
 
 Papers:
     ancestral  Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
     ddim       Song et al. 2021, Denoising Diffusion Implicit Models, arXiv:2010.02502
-    guided     Ho & Salimans 2022, Classifier-Free Diffusion Guidance, arXiv:2207.12598
+    dpmpp_2m   Lu et al. 2022, DPM-Solver++, arXiv:2211.01095
+    heun       Karras et al. 2022, Elucidating the Design Space (EDM), arXiv:2206.00364
     mix        the Hugging Face diffusion course, unit 1
 
 Axes: B batch, C channels, H W height and width, T timesteps.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Generator, Tensor
 
-from ddpm.diffusion.objectives import Denoised
-from ddpm.diffusion.process import posterior_mean, predict_eps_from_x_0
+from ddpm.diffusion import timesteps as spacings
+from ddpm.diffusion.denoisers import Denoise, Threshold, build_threshold, clip, predict
+from ddpm.diffusion.process import posterior_mean
 from ddpm.diffusion.schedules import Schedule
 
 if TYPE_CHECKING:
     from ddpm.config import SampleConfig
-
-Denoise = Callable[[Tensor, Tensor], Denoised]
-"""denoise(x_t, t): t is [B] int64; for `mix` it is the amount of noise, [B] float in (0, 1]."""
 
 Noise = Callable[[], Tensor]
 """Each call draws the next [B, C, H, W]: standard normal; for `mix` uniform in [-1, 1]."""
@@ -80,48 +83,50 @@ def ancestral(
     schedule: Schedule,
     noise: Noise,
     *,
-    mean: Literal["clipped", "plain"] = "clipped",
+    timesteps: Sequence[int] | None = None,
     variance: Literal["beta", "beta_tilde"] = "beta_tilde",
+    threshold: Threshold | None = clip,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Algorithm 2: T steps back along the chain.
+    """Algorithm 2: back along the chain, or along the shorter chain that visits some timesteps alone.
 
-    x_{t-1} = mean + sqrt(variance_t) z, z = 0 at the last step.
+    x_prev = mean + sqrt(variance) z, z = 0 at the last step; both are of the jump from one timestep to the
+    next (`timesteps.respaced`).
 
     Args:
-        denoise: at every t of the schedule.
+        denoise: at the timesteps.
         schedule: the one the net was trained with.
-        noise: standard normal; drawn T times.
-        mean: "clipped" is mu_tilde_t(x_0_hat clipped to [-1, 1], x_t), Eq. 7. "plain" is Algorithm 2 to the
-            letter, the same without the clipping; with the cosine schedule its first step multiplies every
-            error by 31.6.
+        noise: standard normal; drawn once a step.
+        timesteps: falling; None: all T.
         variance: "beta" is right for x_0 ~ N(0, I), "beta_tilde" (Eq. 7) for a single point x_0.
+        threshold: with one, the mean is mu_tilde(x_0_hat, x_t), Eq. 7. None is Algorithm 2 to the letter; with
+            the cosine schedule its first step multiplies every error by 31.6.
         on_step: sees every step.
 
     Returns:
-        [B, C, H, W]; in [-1, 1] with the mean "clipped".
+        [B, C, H, W]; in [-1, 1] with a threshold.
 
     Raises:
-        ValueError: an unknown mean or variance.
+        ValueError: an unknown variance, or timesteps that do not fall.
 
     Source: Ho et al. 2020, Algorithm 2, Eqs. 7 and 11.
     """
-    _check_choices(mean, variance)
-    variances = schedule.beta if variance == "beta" else schedule.posterior_variance
+    _check_variance(variance)
+    if timesteps is None:
+        timesteps = range(schedule.num_timesteps)[::-1]
+    chain = spacings.respaced(schedule, timesteps)
+    variances = chain.beta if variance == "beta" else chain.posterior_variance
     x = noise()
-    for step, t in enumerate(reversed(range(schedule.num_timesteps))):
-        t_batch = torch.full((len(x),), t, device=x.device)
-        x_0_hat, eps_hat = denoise(x, t_batch)
-        if mean == "clipped":
-            x_0_hat = x_0_hat.clamp(-1, 1)
-            x_prev = posterior_mean(schedule, x_0_hat, x, t_batch)
+    for step, t in enumerate(timesteps):
+        x_0_hat, eps_hat = predict(denoise, schedule, x, t, threshold)
+        k = len(timesteps) - 1 - step
+        if threshold is not None:
+            x_prev = posterior_mean(chain, x_0_hat, x, torch.full((len(x),), k, device=x.device))
         else:
-            beta, alpha, alpha_bar = (
-                float(a[t]) for a in (schedule.beta, schedule.alpha, schedule.alpha_bar)
-            )
+            beta, alpha, alpha_bar = (float(a[k]) for a in (chain.beta, chain.alpha, chain.alpha_bar))
             x_prev = (x - beta / (1 - alpha_bar) ** 0.5 * eps_hat) / alpha**0.5
-        if t > 0:
-            x_prev = x_prev + float(variances[t]) ** 0.5 * noise()
+        if k > 0:
+            x_prev = x_prev + float(variances[k]) ** 0.5 * noise()
         if on_step is not None:
             on_step(step, x, x_0_hat)
         x = x_prev
@@ -134,9 +139,9 @@ def ddim(
     schedule: Schedule,
     noise: Noise,
     *,
-    num_sample_steps: int,
+    timesteps: Sequence[int],
     eta: float = 0.0,
-    clip_x_0: bool = True,
+    threshold: Threshold | None = clip,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """A few steps along a subsequence of the timesteps; order 1 in the step, deterministic with eta = 0.
@@ -147,33 +152,28 @@ def ddim(
     The last step has alpha_bar_prev = 1, so s = 0 and it returns x_0_hat.
 
     Args:
-        denoise: at the timesteps of `ddim_timesteps`.
+        denoise: at the timesteps.
         schedule: the one the net was trained with.
-        noise: standard normal; drawn once with eta = 0, else num_sample_steps times.
-        num_sample_steps: in 1..T.
-        eta: in [0, 1]; 0 is deterministic, 1 has the variance beta_tilde of `ancestral` (with all T steps).
-        clip_x_0: clip x_0_hat to [-1, 1] and take the eps_hat that agrees with it, so that
-            x_t = sqrt(alpha_bar) x_0_hat + sqrt(1 - alpha_bar) eps_hat still holds.
+        noise: standard normal; drawn once with eta = 0, else once a step.
+        timesteps: falling.
+        eta: in [0, 1]; 0 is deterministic, 1 is `ancestral` with the variance beta_tilde.
+        threshold: what becomes of x_0_hat outside [-1, 1].
         on_step: sees every step.
 
     Returns:
-        [B, C, H, W]; in [-1, 1] with clip_x_0.
+        [B, C, H, W]; in [-1, 1] with a threshold.
 
     Raises:
-        ValueError: num_sample_steps or eta is out of its range.
+        ValueError: timesteps do not fall, or eta is out of its range.
 
     Source: Song et al. 2021, Eqs. 12 and 16.
     """
     _check_eta(eta)
-    timesteps = ddim_timesteps(schedule.num_timesteps, num_sample_steps)
+    spacings.check(timesteps, schedule.num_timesteps)
     x = noise()
     for step, t in enumerate(timesteps):
-        t_batch = torch.full((len(x),), t, device=x.device)
-        x_0_hat, eps_hat = denoise(x, t_batch)
-        if clip_x_0:
-            x_0_hat = x_0_hat.clamp(-1, 1)
-            eps_hat = predict_eps_from_x_0(schedule.alpha_bar, x, t_batch, x_0_hat)
-        last = step == num_sample_steps - 1
+        x_0_hat, eps_hat = predict(denoise, schedule, x, t, threshold)
+        last = step == len(timesteps) - 1
         alpha_bar = float(schedule.alpha_bar[t])
         alpha_bar_prev = 1.0 if last else float(schedule.alpha_bar[timesteps[step + 1]])
         variance = eta**2 * (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
@@ -187,20 +187,107 @@ def ddim(
     return x
 
 
-def ddim_timesteps(num_timesteps: int, num_sample_steps: int) -> list[int]:
-    """`num_sample_steps` timesteps from T - 1 down to 0, evenly spaced; one step is T - 1 alone.
+@torch.no_grad()
+def dpmpp_2m(
+    denoise: Denoise,
+    schedule: Schedule,
+    noise: Noise,
+    *,
+    timesteps: Sequence[int],
+    threshold: Threshold | None = clip,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """DPM-Solver++(2M): order 2 for the price of order 1, since it remembers the x_0_hat of the step before.
 
-    Both ends matter: above the first is noise no step has removed, below the last noise that stays.
+    With lambda = -log sigma, h the step in lambda and r = h_before / h,
+    D = (1 + 1 / (2 r)) x_0_hat - 1 / (2 r) x_0_hat_before
+    x_prev / sqrt(alpha_bar_prev) = e^-h x / sqrt(alpha_bar) + (1 - e^-h) D
+
+    The first step knows no step before, and the last goes to sigma = 0, where h is infinite: for both D is
+    x_0_hat, and the last returns it.
+
+    Args:
+        denoise: at the timesteps, once each.
+        schedule: the one the net was trained with.
+        noise: standard normal; drawn once.
+        timesteps: falling.
+        threshold: what becomes of x_0_hat outside [-1, 1].
+        on_step: sees every step.
+
+    Returns:
+        [B, C, H, W]; in [-1, 1] with a threshold.
 
     Raises:
-        ValueError: num_sample_steps is not in 1..T.
+        ValueError: timesteps do not fall.
+
+    Source: Lu et al. 2022, Algorithm 2.
     """
-    _check_num_sample_steps(num_sample_steps, num_timesteps)
-    if num_sample_steps == 1:
-        return [num_timesteps - 1]
-    return [
-        round((num_timesteps - 1) * i / (num_sample_steps - 1)) for i in reversed(range(num_sample_steps))
-    ]
+    signal, sigma = _signal_and_sigma(schedule, timesteps)
+    x, before = noise(), None
+    for step, t in enumerate(timesteps):
+        x_0_hat = predict(denoise, schedule, x, t, threshold).x_0_hat
+        shrink = sigma[step + 1] / sigma[step]
+        direction = x_0_hat
+        if before is not None and shrink > 0:
+            r = math.log(sigma[step - 1] / sigma[step]) / -math.log(shrink)
+            direction = x_0_hat + (x_0_hat - before) / (2 * r)
+        if on_step is not None:
+            on_step(step, x, x_0_hat)
+        x = signal[step + 1] * (shrink / signal[step] * x + (1 - shrink) * direction)
+        before = x_0_hat
+    return x
+
+
+@torch.no_grad()
+def heun(
+    denoise: Denoise,
+    schedule: Schedule,
+    noise: Noise,
+    *,
+    timesteps: Sequence[int],
+    threshold: Threshold | None = clip,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Heun's method on the probability flow ODE: order 2, two calls of the net a step, one at the last.
+
+    In y = x_t / sqrt(alpha_bar) the ODE is dy / dsigma = eps_hat. A step goes to the next sigma along eps_hat,
+    asks the net there, and goes again along the mean of both; the last, to sigma = 0, is Euler's and returns
+    x_0_hat.
+
+    The second eps_hat is trusted over the whole step, so sigma should not fall by orders of magnitude in one,
+    as the cosine schedule's does in the first of a few uniform steps: there `timesteps.karras` is called for.
+
+    Args:
+        denoise: at the timesteps, all but the first twice.
+        schedule: the one the net was trained with.
+        noise: standard normal; drawn once.
+        timesteps: falling.
+        threshold: what becomes of x_0_hat outside [-1, 1].
+        on_step: sees every step.
+
+    Returns:
+        [B, C, H, W]; in [-1, 1] with a threshold.
+
+    Raises:
+        ValueError: timesteps do not fall.
+
+    Source: Karras et al. 2022, Algorithm 1.
+    """
+    signal, sigma = _signal_and_sigma(schedule, timesteps)
+    x = noise()
+    for step, t in enumerate(timesteps):
+        x_0_hat, eps_hat = predict(denoise, schedule, x, t, threshold)
+        if step == len(timesteps) - 1:
+            x_prev = x_0_hat
+        else:
+            y, dsigma = x / signal[step], sigma[step + 1] - sigma[step]
+            euler = signal[step + 1] * (y + dsigma * eps_hat)
+            there = predict(denoise, schedule, euler, timesteps[step + 1], threshold).eps_hat
+            x_prev = signal[step + 1] * (y + dsigma * (eps_hat + there) / 2)
+        if on_step is not None:
+            on_step(step, x, x_0_hat)
+        x = x_prev
+    return x
 
 
 @torch.no_grad()
@@ -209,7 +296,7 @@ def mix(
     noise: Noise,
     *,
     num_sample_steps: int,
-    clip_x_0: bool = True,
+    threshold: Threshold | None = clip,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """The course's sampler: in step i of n move 1 / (n - i) of the way from x to the prediction.
@@ -220,50 +307,26 @@ def mix(
         denoise: its second argument is the amount of noise left, float32 [B].
         noise: uniform in [-1, 1]; drawn once.
         num_sample_steps: n, at least 1.
-        clip_x_0: clip x_0_hat to [-1, 1].
+        threshold: what becomes of x_0_hat outside [-1, 1].
         on_step: sees every step.
 
     Returns:
-        [B, C, H, W]; in [-1, 1] with clip_x_0.
+        [B, C, H, W]; in [-1, 1] with a threshold.
 
     Raises:
         ValueError: num_sample_steps < 1.
     """
-    _check_num_sample_steps(num_sample_steps)
+    spacings.check_num_sample_steps(num_sample_steps)
     x = noise()
     for step in range(num_sample_steps):
         amount = torch.full((len(x),), 1 - step / num_sample_steps, device=x.device)
         x_0_hat = denoise(x, amount).x_0_hat
-        if clip_x_0:
-            x_0_hat = x_0_hat.clamp(-1, 1)
+        if threshold is not None:
+            x_0_hat = threshold(x_0_hat)
         if on_step is not None:
             on_step(step, x, x_0_hat)
         x = torch.lerp(x, x_0_hat, 1 / (num_sample_steps - step))
     return x
-
-
-def guided(denoise_cond: Denoise, denoise_uncond: Denoise, scale: float) -> Denoise:
-    """Classifier-free guidance: eps_hat = uncond + scale (cond - uncond).
-
-    At a given x_t, x_0_hat is affine in eps_hat, so the same combination of the two x_0_hat is the one that
-    agrees with it.
-
-    Args:
-        denoise_cond: the net with labels.
-        denoise_uncond: the net with the null label.
-        scale: 0 is unconditional, 1 is conditional (as Imagen counts; Ho & Salimans write 1 + w), more
-            trades variety for adherence to the label.
-
-    Source: Ho & Salimans 2022, Eq. 6.
-    """
-    if scale == 1:
-        return denoise_cond  # half the work
-
-    def denoise(x_t: Tensor, t: Tensor) -> Denoised:
-        cond, uncond = denoise_cond(x_t, t), denoise_uncond(x_t, t)
-        return Denoised(*(u + scale * (c - u) for c, u in zip(cond, uncond, strict=True)))
-
-    return denoise
 
 
 def build(config: "SampleConfig", schedule: Schedule) -> Sampler:
@@ -274,31 +337,44 @@ def build(config: "SampleConfig", schedule: Schedule) -> Sampler:
     Raises:
         ValueError: an unknown sampler, or a setting of it out of its range.
     """
-    n, clip = config.num_sample_steps, config.clip_x_0
+    threshold = build_threshold(config)
+    sampler: Callable[..., Tensor]
     match config.sampler:
         case "ancestral":
-            _check_choices(config.mean, config.variance)
-            return lambda denoise, noise, on_step=None: ancestral(
-                denoise, schedule, noise, mean=config.mean, variance=config.variance, on_step=on_step
-            )
+            _check_variance(config.variance)
+            sampler = partial(ancestral, variance=config.variance)
         case "ddim":
             _check_eta(config.eta)
-            _check_num_sample_steps(n, schedule.num_timesteps)
-            return lambda denoise, noise, on_step=None: ddim(
-                denoise, schedule, noise, num_sample_steps=n, eta=config.eta, clip_x_0=clip, on_step=on_step
-            )
+            sampler = partial(ddim, eta=config.eta)
+        case "dpmpp_2m":
+            sampler = dpmpp_2m
+        case "heun":
+            sampler = heun
         case "mix":
-            _check_num_sample_steps(n)
+            n = spacings.FEW if config.num_sample_steps is None else config.num_sample_steps
+            spacings.check_num_sample_steps(n)
             return lambda denoise, noise, on_step=None: mix(
-                denoise, noise, num_sample_steps=n, clip_x_0=clip, on_step=on_step
+                denoise, noise, num_sample_steps=n, threshold=threshold, on_step=on_step
             )
         case _:
-            raise ValueError(f"sampler is {config.sampler!r}; it must be ancestral, ddim or mix")
+            raise ValueError(
+                f"sampler is {config.sampler!r}; it must be ancestral, ddim, dpmpp_2m, heun or mix"
+            )
+    timesteps = spacings.build(config, schedule)
+    return lambda denoise, noise, on_step=None: sampler(
+        denoise, schedule, noise, timesteps=timesteps, threshold=threshold, on_step=on_step
+    )
 
 
-def _check_choices(mean: str, variance: str) -> None:
-    if mean not in ("clipped", "plain"):
-        raise ValueError(f"mean is {mean!r}; it must be clipped or plain")
+def _signal_and_sigma(schedule: Schedule, timesteps: Sequence[int]) -> tuple[list[float], list[float]]:
+    """sqrt(alpha_bar) and sigma at the timesteps and, after the last, of a clean image: 1 and 0."""
+    spacings.check(timesteps, schedule.num_timesteps)
+    chosen = list(timesteps)
+    signal, sigma = schedule.alpha_bar[chosen].sqrt().tolist(), schedule.sigma[chosen].tolist()
+    return [*signal, 1.0], [*sigma, 0.0]
+
+
+def _check_variance(variance: str) -> None:
     if variance not in ("beta", "beta_tilde"):
         raise ValueError(f"variance is {variance!r}; it must be beta or beta_tilde")
 
@@ -306,9 +382,3 @@ def _check_choices(mean: str, variance: str) -> None:
 def _check_eta(eta: float) -> None:
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; it must be in [0, 1]")
-
-
-def _check_num_sample_steps(num_sample_steps: int, most: int | None = None) -> None:
-    if not 1 <= num_sample_steps <= (most or num_sample_steps):
-        allowed = f"1..{most}, the timesteps of the schedule" if most else "1, 2, ..."
-        raise ValueError(f"num_sample_steps is {num_sample_steps}; it must be in {allowed}")

@@ -49,7 +49,15 @@ _FREE_DATA = (
 )
 _FREE = ("cluster.", "run.", "sample.", "optim.skip_non_finite", *_FREE_DATA)
 _FREE_TRAIN = ("total_images", "log_every_images", "checkpoint_every_images", "sample_every_images")
-_FREE_KEYS = (*(f"train.{key}" for key in _FREE_TRAIN), "train.keep_checkpoints", "train.compile")
+_FREE_KEYS = (
+    *(f"train.{key}" for key in _FREE_TRAIN),
+    "train.keep_checkpoints",
+    "train.compile",
+    "train.init_from",
+)
+# What a new run must share with the checkpoint it takes its first weights from.
+_NET = ("model.", "objective.process", "objective.predict")
+_NET_FREE_KEYS = ("model.dropout", "model.zero_init")
 
 
 def name_at(images_seen: int, prefix: str = PREFIX) -> str:
@@ -162,6 +170,23 @@ def load(folder: Path, state: State, config: Config) -> None:
     state.best_held_out_loss = math.inf if best is None else best
 
 
+def begin(folder: Path, state: State, config: Config) -> None:
+    """Give `state`, which has seen no image, the averaged weights of the checkpoint in `folder`, of whatever run.
+
+    Raises:
+        UserError: damaged, or of a net that is built otherwise or predicts something else.
+    """
+    verify(folder)
+    saved = read_config(folder)
+    changed = [key for key in _changed(saved, config) if key.startswith(_NET) and key not in _NET_FREE_KEYS]
+    if changed:
+        raise UserError(
+            f"train.init_from: {folder} has another net: {_listed(changed, saved, config)}; use those values"
+        )
+    for net in (state.net, state.ema.net):
+        _load_weights(net, folder / "ema.safetensors")
+
+
 def load_net(folder: Path, device: torch.device, *, ema: bool = True) -> tuple[unet.UNet, Config]:
     """The averaged (or the raw) net of a checkpoint, ready to draw with, and its config."""
     verify(folder)
@@ -172,20 +197,39 @@ def load_net(folder: Path, device: torch.device, *, ema: bool = True) -> tuple[u
     return net.to(device).eval().requires_grad_(False), config
 
 
+def write_light(folder: Path, out: Path) -> None:
+    """Write the checkpoint in `folder` to `out` without its optimizer's state: half as large, enough to draw with.
+
+    Raises:
+        UserError: damaged.
+        OSError: it cannot be written.
+    """
+    verify(folder)
+    cpu, position = torch.device("cpu"), read_state(folder)
+    tensors = {name: _read_tensors(folder / f"{name}.safetensors", cpu) for name in ("net", "ema")}
+    config = (folder / "config.json").read_text()
+    write(Snapshot(position["images_seen"], {**tensors, "optimizer": {}}, position, config), out)
+
+
 def check_same_run(saved: Config, now: Config, where: str) -> None:
     """Raise UserError where `now` would not be the run that `saved` began."""
-    before, after = configs.flatten(saved), configs.flatten(now)
-    changed = [
-        key
-        for key in after
-        if before[key] != after[key] and not key.startswith(_FREE) and key not in _FREE_KEYS
-    ]
+    changed = [key for key in _changed(saved, now) if not key.startswith(_FREE) and key not in _FREE_KEYS]
     if changed:
-        listed = ", ".join(f"{key} {before[key]} (now {after[key]})" for key in changed[:4])
         raise UserError(
-            f"{where} belongs to a run with another configuration: {listed}"
-            f"{', ...' if len(changed) > 4 else ''}; use those values, or another --run.name"
+            f"{where} belongs to a run with another configuration: {_listed(changed, saved, now)}; use those "
+            "values, or another --run.name"
         )
+
+
+def _changed(saved: Config, now: Config) -> list[str]:
+    before, after = configs.flatten(saved), configs.flatten(now)
+    return [key for key in after if before[key] != after[key]]
+
+
+def _listed(changed: list[str], saved: Config, now: Config) -> str:
+    before, after = configs.flatten(saved), configs.flatten(now)
+    listed = ", ".join(f"{key} {before[key]} (now {after[key]})" for key in changed[:4])
+    return f"{listed}{', ...' if len(changed) > 4 else ''}"
 
 
 def _read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:

@@ -103,6 +103,10 @@ def fit(config: Config, data_set: DataSet, *, verbose: bool = False) -> Result:
     seen = _images_seen(config, data_set, run)
     if seen >= total_images:
         return Result(run, seen, runs.checkpoints(run.location)[-1].uri, None)
+    if seen < 0 and config.train.init_from is not None:
+        identity = {"run_key": run.key, "data_fingerprint": data_set.rows.fingerprint}
+        keeper.begin(run.location, config, identity, log.warning)
+        seen = 0
     address = Address(tracking_uri(), config.run.experiment, run.name, run.key)
     courier = Courier(address, configs.flatten(config), run.location.child(segments.FOLDER))
     courier.committed(seen)

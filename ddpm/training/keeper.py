@@ -15,16 +15,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow.fs as pafs
+import torch
 
 from ddpm import runs, segments
-from ddpm.config import UserError
+from ddpm.config import Config, UserError
 from ddpm.patience import StorageError, patiently
 from ddpm.records import segment_name
 from ddpm.storage import Location
 from ddpm.training import checkpoint
 from ddpm.training.checkpoint import CHECKSUMS, FILES, Snapshot
+from ddpm.training.state import State
 
 MAX_SNAPSHOTS = 2
 """One being written, one waiting: a run that saves faster than storage takes it waits for storage."""
@@ -184,6 +187,27 @@ def newest_intact(run: Location, timeout_s: float, warn: Callable[[str], None]) 
             "another --run.name"
         )
     yield None
+
+
+def begin(run: Location, config: Config, identity: dict[str, Any], warn: Callable[[str], None]) -> None:
+    """Make the averaged weights that config.train.init_from names the run's first checkpoint, at 0 images.
+
+    From there on the run resumes as any other: nobody needs the checkpoint they came from again.
+
+    Args:
+        identity: of the run; goes into state.json.
+
+    Raises:
+        UserError: there is no such checkpoint, or it holds another net.
+        StorageError: it cannot be stored.
+    """
+    assert config.train.init_from is not None, "who asks has looked"
+    state = State.create(config, torch.device("cpu"))
+    with runs.local_checkpoint(config.train.init_from) as folder:
+        checkpoint.begin(folder, state, config)
+    first = Keeper(run, config.train.keep_checkpoints, config.run.storage_timeout_s, lambda seen: None, warn)
+    first.save(checkpoint.snapshot(state, config, identity), None, best=False)
+    first.flush()
 
 
 @contextmanager

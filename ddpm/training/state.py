@@ -16,7 +16,7 @@ from ddpm.models import unet
 from ddpm.models.ema import EMA
 
 # Counters that keep the streams of different purposes apart.
-INIT, TRAIN, HELD_OUT, SAMPLE = range(4)
+INIT, TRAIN, HELD_OUT, SAMPLE, LIKELIHOOD = range(5)
 
 
 def seed_for(*counters: int) -> int:

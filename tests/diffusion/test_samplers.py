@@ -1,65 +1,37 @@
 """Samplers on problems with known answers, and step for step against diffusers."""
 
+import math
+from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers.schedulers import scheduling_dpmsolver_multistep
+from exact_denoisers import a_net, finite, gaussian, normal
 
 from ddpm.config import SampleConfig
 from ddpm.diffusion import process, samplers, schedules
+from ddpm.diffusion.denoisers import clip, dynamic
 from ddpm.diffusion.objectives import Denoised
-from ddpm.diffusion.samplers import PerImageNoise, ancestral, ddim, ddim_timesteps, guided, mix
+from ddpm.diffusion.samplers import PerImageNoise, ancestral, ddim, dpmpp_2m, heun, mix
+from ddpm.diffusion.timesteps import karras, quadratic, uniform
 
 LINEAR = schedules.linear(1000, 1e-4, 0.02)
 COSINE = schedules.cosine(1000)
 SHORT = schedules.linear(100, 1e-3, 0.2)
-
-
-def from_x_0(schedule, predict):
-    """A denoiser out of x_0_hat = predict(x_t, alpha_bar[t])."""
-
-    def denoise(x_t, t):
-        x_0_hat = predict(x_t, schedule.alpha_bar[t].view(-1, 1, 1, 1).to(x_t.dtype))
-        return Denoised(x_0_hat, process.predict_eps_from_x_0(schedule.alpha_bar, x_t, t, x_0_hat))
-
-    return denoise
-
-
-def gaussian(schedule, mean, std):
-    """The exact denoiser of data from N(mean, std^2): x_0 and x_t are jointly normal."""
-
-    def predict(x_t, alpha_bar):
-        gain = alpha_bar.sqrt() * std**2 / (alpha_bar * std**2 + 1 - alpha_bar)
-        return mean + gain * (x_t - alpha_bar.sqrt() * mean)
-
-    return from_x_0(schedule, predict)
-
-
-def finite(schedule, points):
-    """The exact denoiser of a finite data set [N, C, H, W]: its average, weighted by the posterior."""
-
-    def predict(x_t, alpha_bar):
-        distance = (x_t[:, None] - alpha_bar[:, None].sqrt() * points).square().flatten(2).sum(2)
-        posterior = (-distance / (2 * (1 - alpha_bar.flatten(1)))).softmax(1)
-        return torch.einsum("bn,nchw->bchw", posterior, points)
-
-    return from_x_0(schedule, predict)
-
-
-def a_net(schedule):
-    """Some eps_hat with large values, so that x_0_hat is clipped now and then."""
-
-    def denoise(x_t, t):
-        eps_hat = 2 * torch.tanh(x_t.roll(1, 3) - 0.5 * x_t + t.view(-1, 1, 1, 1) / 50)
-        return Denoised(process.predict_x_0_from_eps(schedule.alpha_bar, x_t, t, eps_hat), eps_hat)
-
-    return denoise
-
-
-def normal(shape, seed=0, dtype=torch.float64):
-    g = torch.Generator().manual_seed(seed)
-    return lambda: torch.randn(shape, generator=g, dtype=dtype)
+TEN = uniform(100, 10)
+ALL = {
+    "ancestral": partial(ancestral, timesteps=TEN),
+    "ancestral-beta": partial(ancestral, timesteps=TEN, variance="beta"),
+    "ddim": partial(ddim, timesteps=TEN),
+    "ddim-eta": partial(ddim, timesteps=TEN, eta=0.5),
+    "dpmpp_2m": partial(dpmpp_2m, timesteps=TEN),
+    "heun": partial(heun, timesteps=TEN),
+}
+"""Every sampler with a net, in ten steps of SHORT."""
+each_sampler = pytest.mark.parametrize("sample", ALL.values(), ids=ALL.keys())
 
 
 class Counted:
@@ -73,10 +45,10 @@ class Counted:
 
 @pytest.mark.parametrize("schedule", [LINEAR, COSINE], ids=["linear", "cosine"])
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
-@pytest.mark.parametrize("mean", ["clipped", "plain"])
-def test_ancestral_reaches_the_moments_of_gaussian_data(schedule, mean, variance):
+@pytest.mark.parametrize("threshold", [clip, None], ids=["clipped", "plain"])
+def test_ancestral_reaches_the_moments_of_gaussian_data(schedule, threshold, variance):
     noise = normal((100, 1, 10, 20))  # 20,000 pixels: the mean is known to 0.0014, the std to 0.001
-    x = ancestral(gaussian(schedule, 0.3, 0.2), schedule, noise, mean=mean, variance=variance)
+    x = ancestral(gaussian(schedule, 0.3, 0.2), schedule, noise, threshold=threshold, variance=variance)
     assert x.mean().item() == pytest.approx(0.3, abs=0.006)
     assert x.std().item() == pytest.approx(0.2, rel=0.03)
 
@@ -90,7 +62,7 @@ def test_ancestral_with_variance_beta_is_exact_for_standard_normal_data(num_time
         gaussian(schedule, 0.0, 1.0),
         schedule,
         normal((100, 1, 20, 20)),
-        mean="plain",
+        threshold=None,
         variance="beta",
         on_step=lambda step, x_t, x_0_hat: seen.append(x_t.std().item()),
     )
@@ -99,24 +71,37 @@ def test_ancestral_with_variance_beta_is_exact_for_standard_normal_data(num_time
     torch.testing.assert_close(x.std(), 0.99**0.5 * torch.tensor(seen[-1]).double(), rtol=1e-6, atol=0)
 
 
-def test_ddim_converges_to_the_std_of_gaussian_data_with_order_one():
-    """All is affine: the std of the images is the factor that a single x_T = 1 is multiplied by."""
-    fine = schedules.linear(10_000, 1e-5, 0.002)  # T far above the steps, so that theirs is the only error
-    denoise, one = gaussian(fine, 0.0, 0.2), torch.ones(1, 1, 1, 1, dtype=torch.float64)
-    steps = (50, 100, 200, 400, 800)
-    stds = [ddim(denoise, fine, lambda: one, num_sample_steps=n, clip_x_0=False).item() for n in steps]
-    error = [abs(std / 0.2 - 1) for std in stds]
-    assert error[-1] < 0.01
-    for coarse, finer in pairwise(error):
-        assert 1.8 < coarse / finer < 2.1
+@pytest.mark.parametrize(("sample", "order"), [(ddim, 1), (dpmpp_2m, 2), (heun, 2)])
+def test_convergence_is_of_the_order_promised(sample, order):
+    """Halving the steps divides the error by 2^order.
+
+    Data from N(0, s^2): all is linear, so the image is the factor that a single x_t = 1 is multiplied by. The
+    ODE, dy / dsigma = sigma y / (s^2 + sigma^2) in y = x_t / sqrt(alpha_bar), makes y grow as
+    sqrt(s^2 + sigma^2); the last step, the same for every number of steps, asks for
+    x_0_hat = s^2 / (s^2 + sigma^2) y.
+    """
+    s = 0.2
+    fine = schedules.linear(25_601, 2.5e-6, 8e-4)  # T far above the steps: what is rounded to t does not show
+    spread = (s**2 + fine.sigma**2).sqrt()
+    denoise, one = gaussian(fine, 0.0, s), torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    error = []
+    for n in (50, 100, 200, 400):
+        timesteps = karras(fine, n + 1)
+        x = sample(denoise, fine, lambda: one, timesteps=timesteps, threshold=None)
+        first = timesteps[0]
+        exact = spread[0] / spread[first] / fine.alpha_bar[first].sqrt() * s**2 / spread[0] ** 2
+        error.append(abs(x.item() / exact.item() - 1))
+    assert error[-1] < {1: 0.01, 2: 2e-4}[order]
+    orders = [math.log2(coarse / finer) for coarse, finer in pairwise(error)]
+    assert orders == pytest.approx([order] * 3, abs=0.15)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("clip_x_0", [True, False])
-def test_ddim_reaches_the_moments_of_gaussian_data(eta, clip_x_0):
+@pytest.mark.parametrize("threshold", [clip, None], ids=["clipped", "plain"])
+def test_ddim_reaches_the_moments_of_gaussian_data(eta, threshold):
     noise = normal((100, 1, 10, 20))
     denoise = gaussian(LINEAR, -0.3, 0.2)
-    x = ddim(denoise, LINEAR, noise, num_sample_steps=500, eta=eta, clip_x_0=clip_x_0)
+    x = ddim(denoise, LINEAR, noise, timesteps=uniform(1000, 500), eta=eta, threshold=threshold)
     assert x.mean().item() == pytest.approx(-0.3, abs=0.006)
     assert x.std().item() == pytest.approx(0.2, rel=0.04)
 
@@ -125,14 +110,20 @@ def test_ddim_reaches_the_moments_of_gaussian_data(eta, clip_x_0):
 @pytest.mark.parametrize(
     "sample",
     [
-        lambda denoise, schedule, noise: ancestral(denoise, schedule, noise),
-        lambda denoise, schedule, noise: ancestral(denoise, schedule, noise, variance="beta"),
-        lambda denoise, schedule, noise: ddim(denoise, schedule, noise, num_sample_steps=50),
-        lambda denoise, schedule, noise: ddim(denoise, schedule, noise, num_sample_steps=50, eta=1.0),
+        partial(ancestral),
+        partial(ancestral, variance="beta"),
+        partial(ancestral, timesteps=quadratic(1000, 50)),
+        partial(ddim, timesteps=uniform(1000, 50)),
+        partial(ddim, timesteps=uniform(1000, 50), eta=1.0),
+        partial(dpmpp_2m, timesteps=uniform(1000, 20)),
+        partial(dpmpp_2m, timesteps="karras"),
+        partial(heun, timesteps="karras"),
     ],
-    ids=["ancestral-beta_tilde", "ancestral-beta", "ddim", "ddim-eta-1"],
+    ids="ancestral beta quadratic ddim ddim-eta-1 dpmpp_2m dpmpp_2m-karras heun-karras".split(),
 )
 def test_a_finite_data_set_is_given_back_point_by_point(sample, schedule):
+    if sample.keywords.get("timesteps") == "karras":
+        sample = partial(sample, timesteps=karras(schedule, 20))
     g = torch.Generator().manual_seed(3)
     points = (2 * torch.rand((4, 1, 4, 4), generator=g, dtype=torch.float64) - 1).sign()
     x = sample(finite(schedule, points), schedule, normal((200, 1, 4, 4)))
@@ -165,7 +156,7 @@ def test_ancestral_is_diffusers_step_for_step(clipped, variance):
         net,
         SHORT,
         normal(shape),
-        mean="clipped" if clipped else "plain",
+        threshold=clip if clipped else None,
         variance=variance,
         on_step=lambda step, x_t, x_0_hat: seen.append(x_t),
     )
@@ -174,14 +165,14 @@ def test_ancestral_is_diffusers_step_for_step(clipped, variance):
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.7, 1.0])
-@pytest.mark.parametrize("clip_x_0", [True, False])
+@pytest.mark.parametrize("clipped", [True, False])
 @pytest.mark.parametrize("num_sample_steps", [12, 100])
-def test_ddim_is_diffusers_step_for_step(num_sample_steps, clip_x_0, eta):
+def test_ddim_is_diffusers_step_for_step(num_sample_steps, clipped, eta):
     shape, net = (3, 2, 4, 4), a_net(SHORT)
-    timesteps = ddim_timesteps(100, num_sample_steps)
+    timesteps = uniform(100, num_sample_steps)
     stride = timesteps[0] - timesteps[1]
     noise = normal(shape)
-    theirs = DDIMScheduler(num_train_timesteps=100, clip_sample=clip_x_0)
+    theirs = DDIMScheduler(num_train_timesteps=100, clip_sample=clipped)
     theirs.alphas_cumprod, theirs.final_alpha_cumprod = SHORT.alpha_bar, torch.ones((), dtype=torch.float64)
     theirs.set_timesteps(100 // stride)
     x = noise()
@@ -190,7 +181,7 @@ def test_ddim_is_diffusers_step_for_step(num_sample_steps, clip_x_0, eta):
         z = noise() if eta > 0 and t > 0 else torch.zeros(shape, dtype=torch.float64)
         eps_hat = net(x, torch.full((3,), t)).eps_hat
         x = theirs.step(
-            eps_hat, t, x, eta=eta, use_clipped_model_output=clip_x_0, variance_noise=z
+            eps_hat, t, x, eta=eta, use_clipped_model_output=clipped, variance_noise=z
         ).prev_sample
         expected.append(x)
 
@@ -199,39 +190,136 @@ def test_ddim_is_diffusers_step_for_step(num_sample_steps, clip_x_0, eta):
         net,
         SHORT,
         normal(shape),
-        num_sample_steps=num_sample_steps,
+        timesteps=timesteps,
         eta=eta,
-        clip_x_0=clip_x_0,
+        threshold=clip if clipped else None,
         on_step=lambda step, x_t, x_0_hat: seen.append(x_t),
     )
     for ours, other in zip([*seen, x], expected, strict=True):
         torch.testing.assert_close(ours, other, rtol=1e-8, atol=1e-8)
 
 
-def test_ddim_with_all_steps_and_eta_one_is_ancestral():
+@pytest.mark.parametrize("clipped", [True, False])
+@pytest.mark.parametrize(("num_timesteps", "num_sample_steps"), [(100, 12), (100, 20), (1000, 20)])
+def test_dpmpp_2m_is_diffusers_step_for_step(num_timesteps, num_sample_steps, clipped, monkeypatch):
+    """With more than 15 steps diffusers goes by order 1 at the last only because sigma is 0 there, as we do."""
+    schedule, shape = schedules.linear(num_timesteps, 1e-3, 20 / num_timesteps), (3, 2, 4, 4)
+    net, timesteps = a_net(schedule), karras(schedule, num_sample_steps)
+    theirs = DPMSolverMultistepScheduler(num_train_timesteps=num_timesteps, thresholding=clipped)
+    # It rounds every x_t to float32, whatever it is given.
+    in_float64 = SimpleNamespace(**{**vars(torch), "float32": torch.float64})
+    monkeypatch.setattr(scheduling_dpmsolver_multistep, "torch", in_float64)
+    # Our steps, in float64; its dynamic threshold is at most sample_max_value = 1, so that it clips.
+    theirs.num_inference_steps, theirs.timesteps = num_sample_steps, torch.tensor(timesteps)
+    theirs.sigmas = torch.cat([schedule.sigma[timesteps], torch.zeros(1, dtype=torch.float64)])
+    x = normal(shape)()
+    expected = [x]
+    for t in timesteps:
+        x = theirs.step(net(x, torch.full((3,), t)).eps_hat, t, x).prev_sample
+        expected.append(x)
+
+    seen = []
+    x = dpmpp_2m(
+        net,
+        schedule,
+        normal(shape),
+        timesteps=timesteps,
+        threshold=clip if clipped else None,
+        on_step=lambda step, x_t, x_0_hat: seen.append(x_t),
+    )
+    for ours, other in zip([*seen, x], expected, strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-8, atol=1e-8)
+
+
+def test_heun_is_algorithm_1_line_by_line():
+    """Karras et al. 2022, with D(y, sigma) = x_0_hat, and their s(t) = 1."""
+    timesteps, shape, net = karras(SHORT, 8), (3, 2, 4, 4), a_net(SHORT)
+    level = {float(SHORT.sigma[t]): t for t in timesteps}
+
+    def D(y, sigma):  # noqa: N802
+        return net(y * SHORT.alpha_bar[level[sigma]].sqrt(), torch.full((3,), level[sigma])).x_0_hat.clamp(
+            -1, 1
+        )
+
+    sigmas = [*level, 0.0]
+    y = normal(shape)() / SHORT.alpha_bar[timesteps[0]].sqrt()
+    for sigma, sigma_next in pairwise(sigmas):
+        d = (y - D(y, sigma)) / sigma
+        y_next = y + (sigma_next - sigma) * d
+        if sigma_next != 0:
+            d_next = (y_next - D(y_next, sigma_next)) / sigma_next
+            y_next = y + (sigma_next - sigma) * (d / 2 + d_next / 2)
+        y = y_next
+    torch.testing.assert_close(heun(net, SHORT, normal(shape), timesteps=timesteps), y, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("timesteps", [uniform(100, 100), uniform(100, 10), quadratic(100, 7), [40]])
+def test_ddim_with_eta_one_is_ancestral(timesteps):
     denoise, shape = gaussian(SHORT, 0.3, 0.2), (2, 1, 4, 4)
-    ours = ddim(denoise, SHORT, normal(shape), num_sample_steps=100, eta=1.0)
-    torch.testing.assert_close(ours, ancestral(denoise, SHORT, normal(shape)), rtol=1e-9, atol=1e-9)
+    ours = ddim(denoise, SHORT, normal(shape), timesteps=timesteps, eta=1.0)
+    expected = ancestral(denoise, SHORT, normal(shape), timesteps=timesteps)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("num_timesteps", [1, 2, 3, 10, 1000])
-def test_ddim_timesteps_span_the_whole_schedule(num_timesteps):
-    for n in {1, 2, 3, 7, 50, 333, 999, 1000} & set(range(1, num_timesteps + 1)):
-        timesteps = ddim_timesteps(num_timesteps, n)
-        assert len(timesteps) == n and timesteps[0] == num_timesteps - 1
-        assert n == 1 or timesteps[-1] == 0
-        strides = {a - b for a, b in pairwise(timesteps)}
-        assert not strides or (min(strides) >= 1 and max(strides) - min(strides) <= 1)
+@pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
+@pytest.mark.parametrize("threshold", [clip, None])
+def test_ancestral_on_all_steps_is_algorithm_2_bit_for_bit(threshold, variance):
+    shape, net, schedule = (2, 1, 4, 4), a_net(SHORT), SHORT
+    variances = schedule.beta if variance == "beta" else schedule.posterior_variance
+    noise = normal(shape, dtype=torch.float32)
+    x = noise()
+    for t in reversed(range(100)):
+        x_0_hat, eps_hat = net(x, torch.full((2,), t))
+        if threshold:
+            x = process.posterior_mean(schedule, x_0_hat.clamp(-1, 1), x, torch.full((2,), t))
+        else:
+            beta, alpha, alpha_bar = (
+                float(a[t]) for a in (schedule.beta, schedule.alpha, schedule.alpha_bar)
+            )
+            x = (x - beta / (1 - alpha_bar) ** 0.5 * eps_hat) / alpha**0.5
+        if t > 0:
+            x = x + float(variances[t]) ** 0.5 * noise()
+    settings = {"variance": variance, "threshold": threshold}
+    for timesteps in (None, range(99, -1, -1), uniform(100, 100), karras(SHORT, 100)):
+        noise = normal(shape, dtype=torch.float32)
+        assert torch.equal(ancestral(net, SHORT, noise, timesteps=timesteps, **settings), x)
+
+
+@pytest.mark.parametrize("timesteps", [uniform(100, 10), quadratic(100, 10), [60, 7]])
+@pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
+def test_ancestral_on_a_subsequence_samples_the_posterior_of_the_jump(timesteps, variance):
+    """Data that are one point: what is left of x_t's noise, and what is added, follows from the two alpha_bars."""
+    seen = []
+    ancestral(
+        gaussian(SHORT, 0.7, 0.0),
+        SHORT,
+        normal((200, 1, 20, 20)),
+        timesteps=timesteps,
+        variance=variance,
+        on_step=lambda step, x_t, x_0_hat: seen.append(x_t.var().item()),
+    )
+    expected = [1.0]
+    for t, t_prev in pairwise(timesteps):
+        alpha_bar, before = float(SHORT.alpha_bar[t]), float(SHORT.alpha_bar[t_prev])
+        alpha = alpha_bar / before
+        kept = alpha**0.5 * (1 - before) / (1 - alpha_bar)
+        added = 1 - alpha if variance == "beta" else (1 - before) / (1 - alpha_bar) * (1 - alpha)
+        expected.append(kept**2 * expected[-1] + added)
+        if variance == "beta_tilde":
+            assert expected[-1] == pytest.approx(1 - before, rel=1e-3)  # q(x_t | x_0) itself
+    assert seen == pytest.approx(expected, rel=0.03)
 
 
 @pytest.mark.parametrize(
     ("sample", "draws"),
     [
-        (lambda denoise, noise: ancestral(denoise, SHORT, noise), 100),
-        (lambda denoise, noise: ddim(denoise, SHORT, noise, num_sample_steps=20), 1),
-        (lambda denoise, noise: ddim(denoise, SHORT, noise, num_sample_steps=20, eta=1.0), 20),
+        (ancestral, 100),
+        (ALL["ancestral"], 10),
+        (ALL["ddim"], 1),
+        (ALL["ddim-eta"], 10),
+        (ALL["dpmpp_2m"], 1),
+        (ALL["heun"], 1),
     ],
-    ids=["ancestral", "ddim", "ddim-eta-1"],
 )
 def test_no_noise_at_the_last_step(sample, draws):
     """x_T and every step but the last; and what comes out is exactly the last x_0_hat."""
@@ -242,25 +330,18 @@ def test_no_noise_at_the_last_step(sample, draws):
         last[:] = [t, denoised.x_0_hat.clamp(-1, 1)]
         return denoised
 
-    x = sample(denoise, noise)
+    x = sample(denoise, SHORT, noise)
     assert noise.count == draws
     assert last[0].tolist() == [0, 0]  # the first timestep is sampled
     torch.testing.assert_close(x, last[1], rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize(
-    "sample",
-    [
-        lambda denoise, noise: ancestral(denoise, SHORT, noise),
-        lambda denoise, noise: ddim(denoise, SHORT, noise, num_sample_steps=10, eta=0.5),
-    ],
-    ids=["ancestral", "ddim"],
-)
+@each_sampler
 def test_an_image_depends_on_its_seed_alone(sample):
     denoise, shape = gaussian(SHORT, 0.3, 0.2), (3, 4, 4)
-    x = sample(denoise, PerImageNoise(range(10, 16), shape))
-    alone = sample(denoise, PerImageNoise([13], shape))
-    reordered = sample(denoise, PerImageNoise([15, 13, 10], shape))
+    x = sample(denoise, SHORT, PerImageNoise(range(10, 16), shape))
+    alone = sample(denoise, SHORT, PerImageNoise([13], shape))
+    reordered = sample(denoise, SHORT, PerImageNoise([15, 13, 10], shape))
     assert torch.equal(x[3:4], alone)
     assert torch.equal(x[[5, 3, 0]], reordered)
     assert not torch.equal(x[0], x[1])
@@ -288,19 +369,19 @@ def test_cosine_stays_bounded_when_clipped_and_explodes_when_not():
         return Denoised(process.predict_x_0_from_eps(COSINE.alpha_bar, x_t, t, eps_hat), eps_hat)
 
     largest = {}
-    for mean in ("clipped", "plain"):
+    for name, threshold in (("clipped", clip), ("plain", None)):
         seen = []
         x = ancestral(
             denoise,
             COSINE,
             normal((4, 1, 4, 4)),
-            mean=mean,
+            threshold=threshold,
             on_step=lambda step, x_t, x_0_hat, seen=seen: seen.append(x_t.abs().max().item()),
         )
-        largest[mean] = max(seen), x.abs().max().item()
+        largest[name] = max(seen), x.abs().max().item()
     assert largest["clipped"][0] < 6 and largest["clipped"][1] <= 1
     assert largest["plain"][1] > 30
-    x = ddim(denoise, COSINE, normal((4, 1, 4, 4)), num_sample_steps=50)
+    x = ddim(denoise, COSINE, normal((4, 1, 4, 4)), timesteps=uniform(1000, 50))
     assert x.abs().max() <= 1
 
 
@@ -337,75 +418,94 @@ def test_mix_with_a_constant_prediction_passes_through_the_forward_process():
         torch.testing.assert_close(x_t, process.mix(c, amount, u))
 
 
-@pytest.mark.parametrize("clip_x_0", [True, False])
-def test_mix_clips(clip_x_0):
+@pytest.mark.parametrize("threshold", [clip, None])
+def test_mix_clips(threshold):
     u = torch.zeros(1, 1, 2, 2)
-    x = mix(lambda x, amount: Denoised(u + 3, u), lambda: u, num_sample_steps=2, clip_x_0=clip_x_0)
-    assert (x == (1 if clip_x_0 else 3)).all()
+    x = mix(lambda x, amount: Denoised(u + 3, u), lambda: u, num_sample_steps=2, threshold=threshold)
+    assert (x == (1 if threshold else 3)).all()
 
 
-@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
-def test_guidance_extrapolates_and_stays_consistent(scale):
-    cond, uncond = gaussian(SHORT, 0.5, 0.2), gaussian(SHORT, 0.0, 0.5)
-    x_t, t = normal((3, 1, 4, 4))(), torch.tensor([0, 50, 99])
-    x_0_hat, eps_hat = guided(cond, uncond, scale)(x_t, t)
-    c, u = cond(x_t, t).eps_hat, uncond(x_t, t).eps_hat
-    torch.testing.assert_close(eps_hat, (1 - scale) * u + scale * c)
-    torch.testing.assert_close(process.q_sample(SHORT.alpha_bar, x_0_hat, t, eps_hat), x_t)
-
-
-def test_guidance_of_scale_one_calls_one_net():
-    def unused(x_t, t):
-        raise AssertionError("the unconditional net was called")
-
-    cond = gaussian(SHORT, 0.5, 0.2)
-    x = ancestral(guided(cond, unused, 1.0), SHORT, normal((2, 1, 2, 2)))
-    assert torch.equal(x, ancestral(cond, SHORT, normal((2, 1, 2, 2))))
-
-
-def test_on_step_sees_every_step_and_no_graph_is_built():
+@pytest.mark.parametrize(
+    ("sample", "n"), [(ancestral, 100), *[(sample, 10) for sample in ALL.values()]], ids=["all", *ALL]
+)
+def test_on_step_sees_every_step_and_no_graph_is_built(sample, n):
     weight = torch.ones((), dtype=torch.float64, requires_grad=True)
 
     def denoise(x_t, t):
         return Denoised(*(weight * a for a in gaussian(SHORT, 0.0, 0.5)(x_t, t)))
 
-    for sample, n in [
-        (lambda on_step: ancestral(denoise, SHORT, normal((2, 1, 2, 2)), on_step=on_step), 100),
-        (lambda on_step: ddim(denoise, SHORT, normal((2, 1, 2, 2)), num_sample_steps=7, on_step=on_step), 7),
-    ]:
+    seen = []
+    x = sample(
+        denoise,
+        SHORT,
+        normal((2, 1, 2, 2)),
+        on_step=lambda step, x_t, x_0_hat: seen.append((step, x_t, x_0_hat)),
+    )
+    assert [step for step, _, _ in seen] == list(range(n))
+    torch.testing.assert_close(seen[0][1], normal((2, 1, 2, 2))())
+    torch.testing.assert_close(seen[-1][2], x)
+    assert not x.requires_grad
+
+
+@each_sampler
+def test_a_threshold_is_what_the_sampler_steps_with(sample):
+    """A net that always says 3: clipped it is 1, thresholded by its own size it is 1 too, and left alone 3."""
+
+    def denoise(x_t, t):
+        x_0_hat = torch.full_like(x_t, 3.0)
+        return Denoised(x_0_hat, process.predict_eps_from_x_0(SHORT.alpha_bar, x_t, t, x_0_hat))
+
+    for threshold, expected in ((clip, 1.0), (dynamic(0.9), 1.0), (lambda x: x / 2, 1.5)):
         seen = []
-        x = sample(lambda step, x_t, x_0_hat, seen=seen: seen.append((step, x_t, x_0_hat)))
-        assert [step for step, _, _ in seen] == list(range(n))
-        torch.testing.assert_close(seen[0][1], normal((2, 1, 2, 2))())
-        torch.testing.assert_close(seen[-1][2], x)
-        assert not x.requires_grad
+        x = sample(
+            denoise,
+            SHORT,
+            normal((2, 1, 2, 2)),
+            threshold=threshold,
+            on_step=lambda step, x_t, x_0_hat, seen=seen: seen.append(x_0_hat),
+        )
+        assert (torch.stack(seen) == expected).all()
+        torch.testing.assert_close(x, torch.full_like(x, expected))
 
 
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
         (
-            SampleConfig(sampler="ancestral", mean="plain", variance="beta"),
-            lambda d, n, f: ancestral(d, SHORT, n, mean="plain", variance="beta", on_step=f),
+            SampleConfig(sampler="ancestral", mean="plain", variance="beta", clip_x_0=True),
+            partial(ancestral, threshold=None, variance="beta"),
+        ),
+        (
+            SampleConfig(sampler="ancestral", num_sample_steps=9, clip_x_0=False),
+            partial(ancestral, timesteps=uniform(100, 9)),
         ),
         (
             SampleConfig(sampler="ddim", num_sample_steps=9, eta=0.5, clip_x_0=False),
-            lambda d, n, f: ddim(d, SHORT, n, num_sample_steps=9, eta=0.5, clip_x_0=False, on_step=f),
+            partial(ddim, timesteps=uniform(100, 9), eta=0.5, threshold=None),
+        ),
+        (SampleConfig(sampler="ddim"), partial(ddim, timesteps=uniform(100, 50))),
+        (
+            SampleConfig(sampler="dpmpp_2m", num_sample_steps=9, spacing="karras", rho=5.0),
+            partial(dpmpp_2m, timesteps=karras(SHORT, 9, rho=5.0)),
+        ),
+        (
+            SampleConfig(sampler="heun", num_sample_steps=9, spacing="quadratic", dynamic_threshold=0.9),
+            partial(heun, timesteps=quadratic(100, 9), threshold=dynamic(0.9)),
         ),
         (
             SampleConfig(sampler="mix", num_sample_steps=300, clip_x_0=False),
-            lambda d, n, f: mix(d, n, num_sample_steps=300, clip_x_0=False, on_step=f),
+            lambda d, s, n, on_step: mix(d, n, num_sample_steps=300, threshold=None, on_step=on_step),
         ),
     ],
-    ids=["ancestral", "ddim", "mix"],
+    ids="ancestral ancestral-few ddim ddim-default dpmpp_2m heun mix".split(),
 )
 def test_build(config, expected):
     def denoise(x_t, t):
-        return Denoised(0.9 * x_t + 1, 0.5 * x_t)
+        return Denoised(0.9 * x_t.roll(1, 3) + 1, 0.5 * x_t)
 
     seen, wanted = [], []
     x = samplers.build(config, SHORT)(denoise, normal((2, 1, 2, 2)), lambda *step: seen.append(step[0]))
-    y = expected(denoise, normal((2, 1, 2, 2)), lambda *step: wanted.append(step[0]))
+    y = expected(denoise, SHORT, normal((2, 1, 2, 2)), on_step=lambda *step: wanted.append(step[0]))
     assert torch.equal(x, y) and seen == wanted and seen
     assert torch.equal(samplers.build(config, SHORT)(denoise, normal((2, 1, 2, 2))), y)
 
@@ -420,6 +520,9 @@ def test_build(config, expected):
         (SampleConfig(sampler="ancestral", mean="mode"), "mean is 'mode'"),
         (SampleConfig(sampler="ancestral", variance="learned"), "variance is 'learned'"),
         (SampleConfig(sampler="auto"), "sampler is 'auto'"),
+        (SampleConfig(sampler="heun", spacing="log"), "spacing is 'log'"),
+        (SampleConfig(sampler="heun", spacing="karras", rho=0.5), "rho is 0.5"),
+        (SampleConfig(sampler="ddim", dynamic_threshold=0.0), r"dynamic_threshold is 0.0; .* \(0, 1\]"),
     ],
 )
 def test_build_names_mistakes_before_anything_is_sampled(config, message):
@@ -428,18 +531,17 @@ def test_build_names_mistakes_before_anything_is_sampled(config, message):
 
 
 @pytest.mark.parametrize(
-    ("sample", "message"),
+    ("make", "message"),
     [
-        (lambda: ancestral(a_net(SHORT), SHORT, normal((1, 1, 2, 2)), mean="mode"), "mean is 'mode'"),
-        (lambda: ancestral(a_net(SHORT), SHORT, normal((1, 1, 2, 2)), variance="big"), "variance is 'big'"),
-        (lambda: ddim(a_net(SHORT), SHORT, normal((1, 1, 2, 2)), num_sample_steps=101), "is 101"),
-        (
-            lambda: ddim(a_net(SHORT), SHORT, normal((1, 1, 2, 2)), num_sample_steps=9, eta=-0.1),
-            "eta is -0.1",
-        ),
-        (lambda: mix(a_net(SHORT), normal((1, 1, 2, 2)), num_sample_steps=0), "num_sample_steps is 0"),
+        (lambda sample: sample(ancestral, variance="big"), "variance is 'big'"),
+        (lambda sample: sample(ddim, timesteps=TEN, eta=-0.1), "eta is -0.1"),
+        (lambda sample: sample(ddim, timesteps=[5, 5]), "timesteps are .* must fall"),
+        (lambda sample: sample(ancestral, timesteps=[]), "timesteps are"),
+        (lambda sample: sample(heun, timesteps=[100, 0]), r"timesteps are \[100, 0\]; .* within 99..0"),
+        (lambda sample: sample(dpmpp_2m, timesteps=[0, -1]), "timesteps are"),
+        (lambda sample: mix(a_net(SHORT), normal((1, 1, 2, 2)), num_sample_steps=0), "num_sample_steps is 0"),
     ],
 )
-def test_mistakes_are_named(sample, message):
+def test_mistakes_are_named(make, message):
     with pytest.raises(ValueError, match=message):
-        sample()
+        make(lambda sample, **settings: sample(a_net(SHORT), SHORT, normal((1, 1, 2, 2)), **settings))

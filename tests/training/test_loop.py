@@ -204,6 +204,7 @@ def test_batches_from_the_middle_are_those_of_the_whole(
         ({"model.norm_groups": 3}, "norm_groups"),
         ({"sample.sampler": "mix"}, "mix cannot undo the process gaussian"),
         ({"sample.num_sample_steps": 999}, "num_sample_steps"),
+        ({"sample.guidance_interval": [3.0, 1.0]}, "guidance_interval"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_starts(

@@ -1,0 +1,140 @@
+"""What stands between the net and a sampler: guidance, and what becomes of an x_0_hat outside [-1, 1].
+
+A sampler sees the net as `denoise(x_t, t) -> Denoised`. All here keeps the two halves of it in agreement:
+x_t is x_0_hat noised with eps_hat.
+
+Papers:
+    guided   Ho & Salimans 2022, Classifier-Free Diffusion Guidance, arXiv:2207.12598
+             Kynkäänniemi et al. 2024, Guidance in a Limited Interval, arXiv:2404.07724
+    dynamic  Saharia et al. 2022, Imagen, arXiv:2205.11487
+
+Axes: B batch, C channels, H W height and width, T timesteps.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ddpm.diffusion.objectives import Denoised
+from ddpm.diffusion.process import predict_eps_from_x_0
+from ddpm.diffusion.schedules import Schedule
+
+if TYPE_CHECKING:
+    from ddpm.config import SampleConfig
+
+Denoise = Callable[[Tensor, Tensor], Denoised]
+"""denoise(x_t, t): t is [B] int64; for `samplers.mix` it is the amount of noise, [B] float in (0, 1]."""
+
+Threshold = Callable[[Tensor], Tensor]
+"""x_0_hat [B, C, H, W] to one that an image can be."""
+
+
+def predict(
+    denoise: Denoise, schedule: Schedule, x_t: Tensor, t: int, threshold: Threshold | None
+) -> Denoised:
+    """What `denoise` says at x_t [B, C, H, W], all at t: after `threshold`, with the eps_hat that agrees."""
+    t_batch = torch.full((len(x_t),), t, device=x_t.device)
+    denoised = denoise(x_t, t_batch)
+    if threshold is None:
+        return denoised
+    x_0_hat = threshold(denoised.x_0_hat)
+    return Denoised(x_0_hat, predict_eps_from_x_0(schedule.alpha_bar, x_t, t_batch, x_0_hat))
+
+
+def clip(x_0_hat: Tensor) -> Tensor:
+    """x_0_hat clipped to [-1, 1]."""
+    return x_0_hat.clamp(-1, 1)
+
+
+def dynamic(quantile: float) -> Threshold:
+    """Dynamic thresholding: each image is clipped to [-s, s] and divided by s, s at least 1.
+
+    s is the quantile of |x_0_hat| over the image. Under strong guidance most of a saturated image keeps its
+    contrasts, which clipping would flatten to -1 and 1.
+
+    Args:
+        quantile: in (0, 1]; Imagen's is 0.995.
+
+    Raises:
+        ValueError: quantile is out of its range.
+
+    Source: Saharia et al. 2022, Sec. 2.3.
+    """
+    if not 0 < quantile <= 1:
+        raise ValueError(f"dynamic_threshold is {quantile}; it must be in (0, 1]")
+
+    def threshold(x_0_hat: Tensor) -> Tensor:
+        s = x_0_hat.abs().flatten(1).quantile(quantile, dim=1).clamp(min=1)
+        s = s.view(-1, *[1] * (x_0_hat.ndim - 1))
+        return x_0_hat.clamp(-s, s) / s
+
+    return threshold
+
+
+def build_threshold(config: "SampleConfig") -> Threshold | None:
+    """The threshold that `config` describes for its sampler.
+
+    Raises:
+        ValueError: a parameter is out of its range.
+    """
+    if config.mean not in ("clipped", "plain"):
+        raise ValueError(f"mean is {config.mean!r}; it must be clipped or plain")
+    if config.dynamic_threshold is not None:
+        return dynamic(config.dynamic_threshold)
+    clips = config.mean == "clipped" if config.sampler == "ancestral" else config.clip_x_0
+    return clip if clips else None
+
+
+def guided(
+    denoise_cond: Denoise,
+    denoise_uncond: Denoise,
+    scale: float,
+    interval: tuple[float, float] | None = None,
+    level: Callable[[Tensor], Tensor] = lambda t: t,
+) -> Denoise:
+    """Classifier-free guidance: eps_hat = uncond + scale (cond - uncond), where the noise is in `interval`.
+
+    At a given x_t, x_0_hat is affine in eps_hat, so the same combination of the two x_0_hat is the one that
+    agrees with it.
+
+    Args:
+        denoise_cond: the net with labels.
+        denoise_uncond: the net with the null label.
+        scale: 0 is unconditional, 1 is conditional (as Imagen counts; Ho & Salimans write 1 + w), more
+            trades variety for adherence to the label.
+        interval: (low, high]; images with another noise level are conditional. None: guidance everywhere.
+        level: t [B] to the noise level [B] that `interval` is about: sigma[t] as in the paper.
+
+    Raises:
+        ValueError: interval is not 0 <= low < high.
+
+    Source: Ho & Salimans 2022, Eq. 6; Kynkäänniemi et al. 2024.
+    """
+    check_interval(interval)
+    if scale == 1:
+        return denoise_cond  # half the work
+
+    def denoise(x_t: Tensor, t: Tensor) -> Denoised:
+        cond = denoise_cond(x_t, t)
+        if interval is None:
+            return _extrapolated(cond, denoise_uncond(x_t, t), scale)
+        inside = (level(t) > interval[0]) & (level(t) <= interval[1])
+        if not inside.any():
+            return cond  # half the work
+        inside = inside.view(-1, *[1] * (x_t.ndim - 1))
+        both = zip(_extrapolated(cond, denoise_uncond(x_t, t), scale), cond, strict=True)
+        return Denoised(*(torch.where(inside, g, c) for g, c in both))
+
+    return denoise
+
+
+def check_interval(interval: tuple[float, float] | None) -> None:
+    """Raise ValueError if `interval` is not 0 <= low < high."""
+    if interval is not None and not 0 <= interval[0] < interval[1]:
+        raise ValueError(f"guidance_interval is {interval}; it must be (low, high], 0 <= low < high")
+
+
+def _extrapolated(cond: Denoised, uncond: Denoised, scale: float) -> Denoised:
+    return Denoised(*(u + scale * (c - u) for c, u in zip(cond, uncond, strict=True)))

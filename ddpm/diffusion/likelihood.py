@@ -1,0 +1,277 @@
+"""The variational bound: how many bits per pixel and channel a model needs, at most, to store an image.
+
+-log p(x_0) <= prior + sum over t of KL_t + decoder, each averaged over the D = C H W dimensions and divided by
+log 2. Unlike the training loss it means the same whatever the schedule, the objective or the weights of the loss:
+
+    prior    KL( q(x_T | x_0) || N(0, I) ): what the noise still knows of the image, closed form
+    KL_t     KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) ), t = 1..T-1, closed form given a draw of x_t
+    decoder  -log p(x_0 | x_t) at t = 0, a Gaussian summed over the width of a grey level
+
+A net is seen as `denoise(x_t, t) -> Denoised`, as by the samplers, and p has the mean and the variance of the
+sampler `ancestral`. Noise is given by whoever calls. Squares are summed in the images' float32; from there on all is
+float64 on the CPU.
+
+Papers:
+    Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
+    Nichol & Dhariwal 2021, Improved DDPM, arXiv:2102.09672 (importance-sampled t)
+    Kingma et al. 2021, Variational Diffusion Models, arXiv:2107.00630 (KL_t as a difference of snr)
+
+Axes: B batch, C channels, H W height and width, T timesteps, K timesteps measured of an image.
+"""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddpm.diffusion.process import q_sample
+from ddpm.diffusion.schedules import Schedule
+
+if TYPE_CHECKING:
+    from ddpm.diffusion.denoisers import Denoise
+    from ddpm.diffusion.samplers import Noise
+
+LEVELS = 256
+"""Grey levels of an image."""
+TINY = 1e-300
+"""Below any KL; divides in place of a sum that is 0."""
+
+Variance = Literal["beta", "beta_tilde"]
+
+
+class Bound(NamedTuple):
+    """The bound of each image, term by term, in bits/dim; float64 on the CPU."""
+
+    prior: Tensor
+    """[B]."""
+    t: Tensor
+    """[B, K] int64 in 1..T-1: where KL_t was measured."""
+    kl: Tensor
+    """[B, K]: KL_t, times what it counts; its sum over K is the sum over all t, or an unbiased estimate of it."""
+    decoder: Tensor
+    """[B]."""
+
+    @property
+    def total(self) -> Tensor:
+        """[B]: the bound."""
+        return self.prior + self.kl.sum(1) + self.decoder
+
+
+@torch.no_grad()
+def exact(
+    denoise: "Denoise",
+    schedule: Schedule,
+    x_0: Tensor,
+    noise: "Noise",
+    *,
+    variance: Variance = "beta_tilde",
+    clip_x_0: bool = True,
+) -> Bound:
+    """Every term, at T evaluations of the net; x_t is drawn once for each t.
+
+    Args:
+        denoise: at every t of the schedule.
+        schedule: the one the net was trained with.
+        x_0: [B, C, H, W] float32, 8-bit images in [-1, 1].
+        noise: standard normal [B, C, H, W]; drawn T times, from t = 0 on.
+        variance: of p(x_{t-1} | x_t). "beta_tilde" is that of q(x_{t-1} | x_t, x_0), at t = 0 that of t = 1.
+        clip_x_0: clip x_0_hat to [-1, 1], as `ancestral` does with the mean "clipped".
+
+    Raises:
+        ValueError: an unknown variance, or images that are not 8-bit.
+
+    Source: Ho et al. 2020, Eq. 5.
+    """
+    T = schedule.num_timesteps
+    x_0_hats = _at(denoise, schedule, x_0, noise, clip_x_0)
+    decoder = decoder_nll(schedule, x_0, x_0_hats(_full(x_0, 0)), variance)
+    t = torch.arange(1, T).expand(len(x_0), T - 1)
+    kl = [posterior_kl(schedule, x_0, x_0_hats(_full(x_0, s)), _full(x_0, s), variance) for s in range(1, T)]
+    return Bound(prior_kl(schedule, x_0), t, torch.stack(kl, 1) if kl else t.double(), decoder)
+
+
+@torch.no_grad()
+def estimate(
+    denoise: "Denoise",
+    schedule: Schedule,
+    x_0: Tensor,
+    noise: "Noise",
+    u: Tensor,
+    proposal: Tensor,
+    *,
+    num_draws: int,
+    variance: Variance = "beta_tilde",
+    clip_x_0: bool = True,
+) -> Bound:
+    """As `exact`, with the sum over t estimated from `num_draws` timesteps; prior and decoder are not.
+
+    sum_t KL_t ~ 1 / K sum_k KL_{t_k} / proposal[t_k], t_k distributed as the proposal. The K timesteps of an image
+    are spread evenly over the proposal, beginning at u: that leaves each one's distribution, and lessens the error.
+
+    Args:
+        denoise: called num_draws + 1 times.
+        schedule: the one the net was trained with.
+        x_0: [B, C, H, W] float32, 8-bit images in [-1, 1].
+        noise: standard normal [B, C, H, W]; drawn num_draws + 1 times.
+        u: [B] float64 in [0, 1), uniform, drawn by the caller.
+        proposal: [T] float64, as of `proposal`.
+        num_draws: K, at least 1.
+        variance: as in `exact`.
+        clip_x_0: as in `exact`.
+
+    Raises:
+        ValueError: as `exact`; or the proposal is no distribution over 1..T-1 that is positive there.
+
+    Source: Nichol & Dhariwal 2021, Sec. 3.3.
+    """
+    T = schedule.num_timesteps
+    if num_draws < 1:
+        raise ValueError(f"num_draws is {num_draws}; it must be at least 1")
+    _check_proposal(proposal, T)
+    x_0_hats = _at(denoise, schedule, x_0, noise, clip_x_0)
+    decoder = decoder_nll(schedule, x_0, x_0_hats(_full(x_0, 0)), variance)
+    strata = (torch.arange(num_draws) + u[:, None].double().cpu()) / num_draws
+    drawn = torch.searchsorted(proposal.cumsum(0), strata, right=True).clamp(1, T - 1)
+    kl = []
+    for t in drawn.unbind(1):
+        on_device = t.to(x_0.device)
+        kl.append(posterior_kl(schedule, x_0, x_0_hats(on_device), on_device, variance))
+    return Bound(prior_kl(schedule, x_0), drawn, torch.stack(kl, 1) / (num_draws * proposal[drawn]), decoder)
+
+
+def proposal(pilot: Bound, uniform_share: float = 0.1) -> Tensor:
+    """The distribution of t with which `estimate` errs least: in proportion to sqrt(E[KL_t^2]).
+
+    Args:
+        pilot: `exact` for a few images.
+        uniform_share: in (0, 1], of the draws from the uniform distribution, so that no t is rare.
+
+    Returns:
+        [T] float64, 0 at t = 0, with sum 1.
+
+    Source: Nichol & Dhariwal 2021, Eq. 18.
+    """
+    if not 0 < uniform_share <= 1:
+        raise ValueError(f"uniform_share is {uniform_share}; it must be in (0, 1]")
+    rms = pilot.kl.square().mean(0).sqrt()
+    share = (1 - uniform_share) * rms / rms.sum().clamp(min=TINY) + uniform_share / max(len(rms), 1)
+    return torch.cat([torch.zeros(1, dtype=torch.float64), share / share.sum()])
+
+
+def prior_kl(schedule: Schedule, x_0: Tensor) -> Tensor:
+    """KL( q(x_T | x_0) || N(0, I) ) of each image, [B] float64 in bits/dim. Ho et al. 2020, Eq. 5, L_T."""
+    alpha_bar = schedule.alpha_bar[-1]
+    square = _per_image(x_0.square())
+    return 0.5 * (alpha_bar * square - alpha_bar - torch.log1p(-alpha_bar)) / math.log(2)
+
+
+def posterior_kl(schedule: Schedule, x_0: Tensor, x_0_hat: Tensor, t: Tensor, variance: Variance) -> Tensor:
+    """KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) ) of each image, [B] float64 in bits/dim.
+
+    Both are Gaussians whose means, mu_tilde of x_0 and of x_0_hat, differ by a multiple of x_0 - x_0_hat. With the
+    variance beta_tilde it is (snr_{t-1} - snr_t) / 2 times the squared error of x_0_hat.
+
+    Args:
+        schedule: of T steps.
+        x_0: [B, C, H, W].
+        x_0_hat: [B, C, H, W], a prediction of x_0 from x_t.
+        t: [B] int64 in 1..T-1; at t = 0 q has no width, and the decoder takes over.
+        variance: of p.
+
+    Source: Ho et al. 2020, Eqs. 5 and 7; Kingma et al. 2021, Eq. 13.
+    """
+    t = t.cpu()
+    if bool((t < 1).any()):
+        raise ValueError("t has a 0; it must be in 1..T-1")
+    s = schedule
+    of_q = s.posterior_variance[t]
+    of_p = _variances(s, variance)[t]
+    of_x_0 = (s.alpha_bar_prev.sqrt() * s.beta / (1 - s.alpha_bar))[t]
+    error = _per_image((x_0 - x_0_hat).square())
+    ratio = of_q / of_p
+    return 0.5 * (ratio - 1 - ratio.log() + of_x_0**2 * error / of_p) / math.log(2)
+
+
+def decoder_nll(schedule: Schedule, x_0: Tensor, x_0_hat: Tensor, variance: Variance) -> Tensor:
+    """-log p(x_0 | x_t) at t = 0 of each image, [B] float64 in bits/dim.
+
+    Raises:
+        ValueError: an unknown variance, or images that are not 8-bit.
+
+    Source: Ho et al. 2020, Eq. 13.
+    """
+    level = (x_0.cpu().double() + 1) * (LEVELS - 1) / 2
+    if bool(((level - level.round()).abs() > 1e-3).any()) or level.min() < -0.5 or level.max() > LEVELS - 0.5:
+        raise ValueError(
+            f"x_0 is not made of {LEVELS} grey levels in [-1, 1]; bits/dim are those of 8-bit images"
+        )
+    std = _variances(schedule, variance)[0].sqrt()
+    return -_per_image(log_prob_of_level(level.round(), x_0_hat.cpu().double(), std)) / math.log(2)
+
+
+def log_prob_of_level(level: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """log of the mass that N(mean, std^2) has on a grey level; the outermost two reach to infinity.
+
+    Level i is the interval of width 2 / 255 around i / 127.5 - 1. Far from the mean, where the difference of two
+    distribution functions would be 0, it is taken of their logarithms.
+
+    Args:
+        level: float64, whole numbers in 0..255.
+        mean: float64, like `level`.
+        std: float64, above 0.
+
+    Returns:
+        float64, like `level`, in nats.
+
+    Source: Ho et al. 2020, Eq. 13.
+    """
+    lower = ((level - 0.5) * 2 / (LEVELS - 1) - 1 - mean) / std
+    upper = ((level + 0.5) * 2 / (LEVELS - 1) - 1 - mean) / std
+    lower = lower.masked_fill(level == 0, -math.inf)
+    upper = upper.masked_fill(level == LEVELS - 1, math.inf)
+    # Of an interval above the mean, its mirror image: log_ndtr is precise in the lower tail alone.
+    above = lower + upper > 0
+    lower, upper = torch.where(above, -upper, lower), torch.where(above, -lower, upper)
+    log_upper = torch.special.log_ndtr(upper)
+    return log_upper + torch.log(-torch.expm1(torch.special.log_ndtr(lower) - log_upper))
+
+
+def _variances(schedule: Schedule, variance: str) -> Tensor:
+    """[T] float64, of p(x_{t-1} | x_t). beta_tilde_0 is 0, and its logarithm is not wanted: as Ho et al., t = 1's."""
+    if variance == "beta":
+        return schedule.beta
+    if variance == "beta_tilde":
+        after = schedule.posterior_variance[1:]
+        return torch.cat([after[:1] if len(after) else schedule.beta, after])
+    raise ValueError(f"variance is {variance!r}; it must be beta or beta_tilde")
+
+
+def _at(
+    denoise: "Denoise", schedule: Schedule, x_0: Tensor, noise: "Noise", clip_x_0: bool
+) -> Callable[[Tensor], Tensor]:
+    """x_0_hat from an x_t drawn at the given t [B]."""
+
+    def x_0_hat(t: Tensor) -> Tensor:
+        predicted = denoise(q_sample(schedule.alpha_bar, x_0, t, noise()), t).x_0_hat
+        return predicted.clamp(-1, 1) if clip_x_0 else predicted
+
+    return x_0_hat
+
+
+def _full(x_0: Tensor, t: int) -> Tensor:
+    return torch.full((len(x_0),), t, device=x_0.device)
+
+
+def _per_image(values: Tensor) -> Tensor:
+    """[B, C, H, W] as the mean of each image, float64 [B] on the CPU."""
+    return values.flatten(1).mean(1).cpu().double()
+
+
+def _check_proposal(proposal: Tensor, num_timesteps: int) -> None:
+    is_one = proposal.shape == (num_timesteps,) and proposal.dtype == torch.float64 and len(proposal) > 1
+    if not is_one or proposal[0] != 0 or proposal[1:].min() <= 0 or abs(proposal.sum() - 1) > 1e-6:
+        raise ValueError(
+            f"proposal must be float64 [{num_timesteps}] of sum 1, 0 at t = 0 and positive after; T must be above 1"
+        )

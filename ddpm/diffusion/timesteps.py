@@ -1,0 +1,159 @@
+"""Which of the T timesteps a sampler visits, and the shorter chain that they are.
+
+A spacing is a list of n distinct timesteps from T - 1 (or where sigma is so large that it makes no difference)
+down to 0. Both ends matter: above the first is noise that no step has removed, below the last noise that stays.
+One step is the first alone.
+
+Papers:
+    quadratic  Song et al. 2021, Denoising Diffusion Implicit Models, arXiv:2010.02502
+    karras     Karras et al. 2022, Elucidating the Design Space (EDM), arXiv:2206.00364
+    respaced   Nichol & Dhariwal 2021, Improved DDPM, arXiv:2102.09672
+
+Axes: T timesteps.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+
+from ddpm.diffusion.schedules import Schedule
+
+if TYPE_CHECKING:
+    from ddpm.config import SampleConfig
+
+FEW = 50
+"""Steps of a sampler that needs few, where nobody says how many."""
+
+
+def uniform(num_timesteps: int, num_sample_steps: int) -> list[int]:
+    """Evenly spaced in t.
+
+    Raises:
+        ValueError: num_sample_steps is not in 1..T.
+    """
+    check_num_sample_steps(num_sample_steps, num_timesteps)
+    return _distinct(_falling(num_timesteps - 1, num_sample_steps), num_timesteps)
+
+
+def quadratic(num_timesteps: int, num_sample_steps: int) -> list[int]:
+    """Evenly spaced in sqrt(t): short steps where little noise is left. Song et al. 2021, App. D.2.
+
+    Raises:
+        ValueError: num_sample_steps is not in 1..T.
+    """
+    check_num_sample_steps(num_sample_steps, num_timesteps)
+    return _distinct([(num_timesteps - 1) * u**2 for u in _falling(1, num_sample_steps)], num_timesteps)
+
+
+def karras(schedule: Schedule, num_sample_steps: int, rho: float = 7.0, sigma_max: float = 80.0) -> list[int]:
+    """Evenly spaced in sigma^(1 / rho) below `sigma_max`, each rounded to the timestep nearest in log sigma.
+
+    At sigma_max there is nothing left to see of an image whose pixels are in [-1, 1], so that sampling may
+    begin there. (The cosine schedule begins at 20,000, and would spend most steps on its way down to 80.)
+
+    Args:
+        schedule: of T steps; its sigma say where each timestep lies.
+        num_sample_steps: in 1..T. Where more are wanted than the schedule has timesteps, neighbours stand in.
+        rho: in [1, inf). 1 is evenly spaced in sigma; the larger, the more steps at little noise.
+        sigma_max: in (0, inf]; where the schedule does not reach it, T - 1 is first.
+
+    Raises:
+        ValueError: a parameter is out of its range.
+
+    Source: Karras et al. 2022, Eq. 5; sigma_max from its Table 1.
+    """
+    check_num_sample_steps(num_sample_steps, schedule.num_timesteps)
+    if not 1 <= rho < float("inf"):
+        raise ValueError(f"rho is {rho}; it must be in [1, inf)")
+    if not sigma_max > 0:
+        raise ValueError(f"sigma_max is {sigma_max}; it must be in (0, inf]")
+    low, high = schedule.sigma[0].item() ** (1 / rho), min(schedule.sigma[-1].item(), sigma_max) ** (1 / rho)
+    root = low + (high - low) * torch.tensor(_falling(1, num_sample_steps), dtype=torch.float64)
+    nearest = (rho * root.log()[:, None] - schedule.sigma.log()).abs().argmin(1)
+    return _distinct(nearest.tolist(), schedule.num_timesteps)
+
+
+def respaced(schedule: Schedule, timesteps: Sequence[int]) -> Schedule:
+    """The chain that visits `timesteps` alone: its step k jumps between two of them.
+
+    beta_k = 1 - alpha_bar[t_k] / alpha_bar[t_{k-1}], k counted from the cleanest; so alpha_bar_k is
+    alpha_bar[t_k], and the posterior of Ho et al. 2020, Eq. 7 is that of the jump. All T steps are the
+    schedule itself.
+
+    Args:
+        schedule: of T steps.
+        timesteps: n distinct ones in 0..T-1, falling.
+
+    Returns:
+        A schedule of n steps.
+
+    Raises:
+        ValueError: timesteps are not such.
+
+    Source: Nichol & Dhariwal 2021, Sec. 4.
+    """
+    check(timesteps, schedule.num_timesteps)
+    if len(timesteps) == schedule.num_timesteps:
+        return schedule
+    alpha_bar = schedule.alpha_bar[list(reversed(timesteps))]
+    before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+    return Schedule(1 - alpha_bar / before)
+
+
+def build(config: "SampleConfig", schedule: Schedule) -> list[int]:
+    """The timesteps that `config` describes.
+
+    Without a number, ancestral has all T and others at most 50. Without a spacing they are uniform, but for the
+    samplers of second order: with as few steps as they are made for, dpmpp_2m needs short ones at little noise,
+    and heun also at much.
+
+    Raises:
+        ValueError: an unknown spacing, or a parameter out of its range.
+    """
+    T = schedule.num_timesteps
+    n = config.num_sample_steps
+    if n is None:
+        n = T if config.sampler == "ancestral" else min(FEW, T)
+    spacing: str = config.spacing
+    if spacing == "auto":
+        spacing = {"dpmpp_2m": "quadratic", "heun": "karras"}.get(config.sampler, "uniform")
+    match spacing:
+        case "uniform":
+            return uniform(T, n)
+        case "quadratic":
+            return quadratic(T, n)
+        case "karras":
+            return karras(schedule, n, config.rho)
+        case _:
+            raise ValueError(f"spacing is {config.spacing!r}; it must be auto, uniform, quadratic or karras")
+
+
+def check(timesteps: Sequence[int], num_timesteps: int) -> None:
+    """Raise ValueError if `timesteps` are not distinct, falling and in 0..T-1, or if there is none."""
+    falling = all(a > b for a, b in pairwise(timesteps))
+    if not timesteps or not falling or timesteps[-1] < 0 or timesteps[0] >= num_timesteps:
+        raise ValueError(f"timesteps are {list(timesteps)}; they must fall, within {num_timesteps - 1}..0")
+
+
+def check_num_sample_steps(num_sample_steps: int, most: int | None = None) -> None:
+    """Raise ValueError if `num_sample_steps` is not in 1..most."""
+    if not 1 <= num_sample_steps <= (most or num_sample_steps):
+        allowed = f"1..{most}, the timesteps of the schedule" if most else "1, 2, ..."
+        raise ValueError(f"num_sample_steps is {num_sample_steps}; it must be in {allowed}")
+
+
+def _falling(top: float, n: int) -> list[float]:
+    """n numbers from `top` to 0, evenly spaced; `top` alone for n = 1."""
+    return [top * i / (n - 1) for i in reversed(range(n))] if n > 1 else [top]
+
+
+def _distinct(wanted: Sequence[float], num_timesteps: int) -> list[int]:
+    """`wanted`, at most T falling numbers, as whole timesteps; where two coincide the later one gives way."""
+    timesteps: list[int] = []
+    above = num_timesteps
+    for i, t in enumerate(wanted):
+        above = max(min(round(t), above - 1), len(wanted) - 1 - i)  # room is left for those to come
+        timesteps.append(above)
+    return timesteps

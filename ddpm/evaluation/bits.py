@@ -1,0 +1,68 @@
+"""Bits/dim of many images: what workers hand over of the bound, and what is said of it in the end.
+
+Axes: N images, T timesteps.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm.diffusion.likelihood import Bound
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class BitsPerDim:
+    """The bound of some images, term by term, each under its index; parts make the whole."""
+
+    index: NDArray[np.int64]
+    """[N], ascending, none twice."""
+    prior: Array
+    """[N]."""
+    kl: Array
+    """[N]: the sum over t."""
+    decoder: Array
+    """[N]."""
+    kl_at: Array
+    """[T]: KL_t, summed over the images; 0 at t = 0."""
+
+    @classmethod
+    def of(cls, bound: Bound, start: int, num_timesteps: int) -> Self:
+        """Of the images from index `start` on."""
+        kl_at = np.zeros(num_timesteps)
+        np.add.at(kl_at, bound.t.numpy(), bound.kl.numpy())
+        index = np.arange(start, start + len(bound.prior))
+        return cls(index, bound.prior.numpy(), bound.kl.sum(1).numpy(), bound.decoder.numpy(), kl_at)
+
+    @classmethod
+    def merge(cls, *parts: Self) -> Self:
+        """All of them, in the order of their index.
+
+        Raises:
+            ValueError: an image is in two of them.
+        """
+        index = np.concatenate([part.index for part in parts])
+        order = np.argsort(index)
+        if (np.diff(index[order]) == 0).any():
+            raise ValueError("an image is in two parts; its KL_t would count twice")
+        prior, kl, decoder = (
+            np.concatenate([getattr(part, term) for part in parts])[order]
+            for term in ("prior", "kl", "decoder")
+        )
+        return cls(index[order], prior, kl, decoder, np.sum([part.kl_at for part in parts], axis=0))
+
+    def summary(self) -> dict[str, float]:
+        """Means in bits/dim, the standard error of their sum over images, noise and t, and n."""
+        total = self.prior + self.kl + self.decoder
+        n = len(total)
+        return {
+            "bits_per_dim": float(total.mean()),
+            "error": float(total.std(ddof=1) / n**0.5) if n > 1 else float("nan"),
+            "prior": float(self.prior.mean()),
+            "kl": float(self.kl.mean()),
+            "decoder": float(self.decoder.mean()),
+            "n": n,
+        }

@@ -1,0 +1,59 @@
+"""Tensors that are dear to make and depend on what is known beforehand: kept in a folder or a bucket.
+
+Its own room because two things are kept so, trained feature nets and features of real images. Files are
+safetensors; one that is damaged is made again.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pyarrow.fs as pafs
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ddpm.config import UserError
+from ddpm.data.manifest import write_whole
+from ddpm.evaluation.features import digest_of
+
+CHECKSUM = "sha256"
+"""Name of the tensor that holds the digest of the others."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A folder of safetensors files."""
+
+    filesystem: pafs.FileSystem
+    root: str
+
+    def get(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors kept under `name`, a file's name that says all they depend on; or made, and kept.
+
+        Raises:
+            UserError: the folder can neither be read nor written.
+        """
+        path = f"{self.root}/{name}.safetensors"
+        try:
+            if (kept := self._read(path)) is not None:
+                return kept
+            made = {key: value.detach().cpu().contiguous() for key, value in make().items()}
+            write_whole(self.filesystem, path, save({**made, CHECKSUM: _checksum(made)}))
+        except OSError as error:
+            raise UserError(f"cannot keep {path}: {error}") from None
+        return made
+
+    def _read(self, path: str) -> dict[str, Tensor] | None:
+        """None: there is none, or it is damaged."""
+        try:
+            with self.filesystem.open_input_stream(path) as stream:
+                tensors = load(stream.read())
+        except (FileNotFoundError, SafetensorError):
+            return None
+        found = tensors.pop(CHECKSUM, None)
+        return tensors if found is not None and torch.equal(found, _checksum(tensors)) else None
+
+
+def _checksum(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.tensor(list(bytes.fromhex(digest_of(tensors))), dtype=torch.uint8)

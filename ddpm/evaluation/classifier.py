@@ -1,0 +1,114 @@
+"""Features of a small classifier trained on the data set itself: the right ones for digits and clothes.
+
+ImageNet's nets have never seen an 8x8 digit. This one is seeded, takes its images in the order of the plan, and is
+kept by the fingerprint of what it was trained on.
+
+Axes: N images, H W, C channels, F features.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddpm import images
+from ddpm.config import UserError
+from ddpm.data.reading import DataSet
+from ddpm.evaluation.cache import Cache
+from ddpm.evaluation.features import digest_of, normalised
+
+RECIPE = "classifier/1"
+"""Of the net, its training and the use of its features: a change of any is another number here."""
+SIZE = 128
+SEED = 0
+TRAIN_IMAGES = 128_000
+BATCH_SIZE = 128
+CHUNK_IMAGES = 8192
+LR = 2e-3
+
+
+class Classifier:
+    """The vector that the last layer sees, scaled to the length sqrt(F).
+
+    Args:
+        net: as of `build_net`, trained.
+    """
+
+    name = "classifier"
+    size = SIZE
+
+    def __init__(self, net: nn.Sequential) -> None:
+        self.net = net.eval().requires_grad_(False)
+        self.digest = digest_of(net.state_dict(), RECIPE)
+
+    def features(self, image: Tensor) -> Tensor:
+        return normalised(self.net[:-1].to(image.device)(images.to_model(image)))
+
+    def logits(self, image: Tensor) -> Tensor:
+        """uint8 [N, H, W, C] to [N, classes]."""
+        return self.net.to(image.device)(images.to_model(image))
+
+
+def build(train: DataSet, cache: Cache, train_images: int = TRAIN_IMAGES) -> Classifier:
+    """The classifier of the data set, from the cache or trained on the split `train`.
+
+    The same split gives the same weights on the same machine; on another they may differ in rounding, so whoever
+    compares takes them from one cache.
+
+    Args:
+        train_images: images it sees in training, over all epochs.
+
+    Raises:
+        UserError: the data set has no labels, or cannot be read.
+    """
+    manifest = train.manifest
+    if len(manifest.class_names) < 2:
+        raise UserError(
+            f"{train.where} has no classes to train a classifier on; use the feature net lite0, inception or pixels"
+        )
+    net = build_net(manifest.channels, len(manifest.class_names))
+    name = f"{RECIPE.replace('/', '-')}-{train_images}-{train.rows.fingerprint[:32]}"
+    net.load_state_dict(cache.get(name, lambda: _train(net, train, train_images)))
+    return Classifier(net)
+
+
+def build_net(channels: int, num_classes: int) -> nn.Sequential:
+    """Three convolutions, the mean over the image, and a hidden layer of F; the last module is the output layer."""
+
+    def block(width_in: int, width_out: int, stride: int) -> list[nn.Module]:
+        return [nn.Conv2d(width_in, width_out, 3, stride, padding=1), nn.BatchNorm2d(width_out), nn.ReLU()]
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        return nn.Sequential(
+            *block(channels, 32, 1),
+            *block(32, 64, 2),
+            *block(64, 128, 2),
+            nn.AdaptiveAvgPool2d(2),  # where a stroke is matters: the mean of each quarter
+            nn.Flatten(),
+            nn.Linear(512, SIZE),
+            nn.ReLU(),
+            nn.Linear(SIZE, num_classes),
+        )
+
+
+def _train(net: nn.Sequential, train: DataSet, train_images: int) -> dict[str, Tensor]:
+    """Adam with a one-cycle learning rate, in the order of the plan."""
+    net.train()
+    plan = train.plan(SEED, CHUNK_IMAGES)
+    steps = -(-train_images // BATCH_SIZE)
+    optimizer = torch.optim.Adam(net.parameters(), lr=LR)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps + 1)
+    for start in range(0, steps * BATCH_SIZE, CHUNK_IMAGES):
+        chunk = train.read(plan, start, min(start + CHUNK_IMAGES, steps * BATCH_SIZE), "substitute")
+        pairs = zip(
+            torch.from_numpy(chunk.image).split(BATCH_SIZE),
+            torch.from_numpy(chunk.label).split(BATCH_SIZE),
+            strict=True,
+        )
+        for image, label in pairs:
+            loss = F.cross_entropy(net(images.to_model(image)), label)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return net.state_dict()

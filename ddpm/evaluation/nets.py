@@ -1,0 +1,39 @@
+"""The feature net of a name."""
+
+from typing import Literal
+
+from ddpm.config import UserError
+from ddpm.data.reading import DataSet
+from ddpm.evaluation import classifier
+from ddpm.evaluation.cache import Cache
+from ddpm.evaluation.features import FeatureNet
+from ddpm.evaluation.inception import Inception
+from ddpm.evaluation.lite0 import Lite0
+from ddpm.evaluation.pixels import Pixels
+
+Name = Literal["inception", "lite0", "classifier", "pixels"]
+
+
+def build(name: Name, train: DataSet, cache: Cache, inception_weights: str | None = None) -> FeatureNet:
+    """The feature net `name` for images like those of `train`.
+
+    Args:
+        name: inception needs its weights, classifier a data set with labels; pixels and lite0 nothing.
+        train: the split to train a classifier on.
+        cache: where a trained classifier is kept.
+        inception_weights: path or URL; None: where torch-fidelity keeps them.
+
+    Raises:
+        UserError: what it needs is missing.
+    """
+    match name:
+        case "inception":
+            return Inception(inception_weights)
+        case "lite0":
+            return Lite0()
+        case "classifier":
+            return classifier.build(train, cache)
+        case "pixels":
+            manifest = train.manifest
+            return Pixels((manifest.height, manifest.width, manifest.channels))
+    raise UserError(f"feature net {name!r} is unknown; it must be inception, lite0, classifier or pixels")

@@ -1,0 +1,46 @@
+"""Features of real images, computed once for a data set and a feature net.
+
+Axes: M images, F features.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ddpm.data.reading import DataSet
+from ddpm.evaluation.cache import Cache
+from ddpm.evaluation.features import FeatureNet, Features, features_of
+
+CHUNK_IMAGES = 4096
+WINDOW_ROWS = 8192
+"""Of the order in which images are taken, whatever a run's own."""
+
+
+def real_features(
+    data_set: DataSet,
+    net: FeatureNet,
+    cache: Cache,
+    num_images: int,
+    device: torch.device,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> Features:
+    """The features of the first `num_images` of the split, or of all if it has fewer, in an order without a seed.
+
+    Raises:
+        UserError: the split cannot be read, or the cache cannot be written.
+    """
+    num_images = min(num_images, data_set.rows.num_rows)
+
+    def make() -> dict[str, Tensor]:
+        plan, parts = data_set.plan(0, WINDOW_ROWS), []
+        for start in range(0, num_images, CHUNK_IMAGES):
+            stop = min(start + CHUNK_IMAGES, num_images)
+            image = torch.from_numpy(data_set.read(plan, start, stop, "substitute").image)
+            parts.append(features_of(net, image.to(device), start))
+            on_progress(stop)
+        return {"values": torch.from_numpy(Features.merge(*parts).values)}
+
+    name = f"features-{net.name}-{net.digest[:16]}-{num_images}-{data_set.rows.fingerprint[:32]}"
+    values = cache.get(name, make)["values"].numpy()
+    return Features(torch.arange(len(values)).numpy(), values)

@@ -1,0 +1,74 @@
+"""The code of a model in MLflow's registry: images for whoever asks, over HTTP.
+
+MLflow keeps a copy of this file in the model and runs it to load the model (`mlflow models serve`), which is why it
+is a room of its own, why it does something at import, and why nothing need be pickled. No other module imports it.
+
+    POST /invocations {"inputs": [{"num_images": 2, "seed": 7}]}
+    {"predictions": [{"index": 0, "png": "iVBORw0K..."}, {"index": 1, "png": ...}]}
+
+png is base64. Image i is the one that jobs/sample.py draws with that seed and the checkpoint's own settings.
+"""
+
+import base64
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
+from pydantic import BaseModel, Field
+
+from ddpm import generation, images
+from ddpm.training import checkpoint
+
+BATCH_SIZE = 64
+MAX_IMAGES = 4096
+"""Of one request."""
+
+
+class Request(BaseModel):
+    """Images 0..num_images-1 of a seed."""
+
+    num_images: int = Field(ge=1, le=MAX_IMAGES)
+    seed: int = Field(ge=0)
+    label: int | None = None
+    """The class of all of them; None: image i is of class i mod num_classes."""
+
+
+class Picture(BaseModel):
+    """Image `index` of its request."""
+
+    index: int
+    png: str
+
+
+class Generator(PythonModel):
+    """The averaged net of a checkpoint, ready to draw."""
+
+    def load_context(self, context: Any) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.net, self.config = checkpoint.load_net(Path(context.artifacts["checkpoint"]), device)
+        self.objective, self.device = generation.build_objective(self.config), device
+
+    def predict(self, model_input: list[Request]) -> list[Picture]:  # type: ignore[override]  # as MLflow's pages say
+        return [picture for request in model_input for picture in self._draw(request)]
+
+    def _draw(self, request: Request) -> Iterator[Picture]:
+        classes, label = self.config.model.num_classes, request.label
+        if label is not None and not 0 <= label < classes:
+            right = f"it must be in 0..{classes - 1}" if classes else "this net was trained without labels"
+            raise ValueError(f"label is {label}; {right}")
+        config = replace(self.config, sample=replace(self.config.sample, seed=request.seed))
+        for start in range(0, request.num_images, BATCH_SIZE):
+            indices = range(start, min(start + BATCH_SIZE, request.num_images))
+            labels = None if label is None else torch.full((len(indices),), label, device=self.device)
+            drawn = generation.draw(
+                self.net, config, self.objective, indices, device=self.device, label=labels
+            )
+            for index, image in zip(indices, drawn.cpu().numpy(), strict=True):
+                yield Picture(index=index, png=base64.b64encode(images.png_bytes(image)).decode())
+
+
+set_model(Generator())

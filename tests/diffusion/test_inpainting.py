@@ -1,0 +1,219 @@
+"""RePaint: what is known stays, what is drawn fits to it, and step for step it is that of diffusers."""
+
+from functools import partial
+
+import pytest
+import torch
+from diffusers import RePaintScheduler
+from exact_denoisers import a_net, correlated, finite, gaussian, normal
+
+from ddpm.config import SampleConfig
+from ddpm.diffusion import inpainting, schedules
+from ddpm.diffusion.inpainting import inpaint
+from ddpm.diffusion.samplers import PerImageNoise, ancestral
+from ddpm.diffusion.timesteps import karras, uniform
+
+SHORT = schedules.linear(100, 1e-3, 0.2)
+ALL = uniform(100, 100)
+
+
+def a_mask(shape, seed=5):
+    return (torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5).float()
+
+
+@pytest.mark.parametrize("num_resamples", [1, 3])
+def test_known_pixels_are_kept_exactly(num_resamples):
+    shape = (3, 2, 4, 4)
+    x_0 = 2 * torch.rand(shape, generator=torch.Generator().manual_seed(1)) - 1
+    mask = a_mask((1, 1, 4, 4))
+    x = inpaint(
+        a_net(SHORT),
+        SHORT,
+        normal(shape, dtype=torch.float32),
+        x_0=x_0,
+        mask=mask,
+        timesteps=uniform(100, 20),
+        num_resamples=num_resamples,
+    )
+    known = mask.bool().expand(shape)
+    assert torch.equal(x[known], x_0[known])
+    assert not (x[~known] == x_0[~known]).any()
+
+
+@pytest.mark.parametrize("timesteps", [ALL, karras(SHORT, 12)], ids=len)
+def test_with_nothing_known_and_no_resampling_it_is_ancestral(timesteps):
+    shape, zero = (2, 1, 4, 4), torch.zeros(1, 1, 4, 4)
+    x = inpaint(a_net(SHORT), SHORT, normal(shape), x_0=zero, mask=zero, timesteps=timesteps, num_resamples=1)
+    assert torch.equal(x, ancestral(a_net(SHORT), SHORT, normal(shape), timesteps=timesteps))
+
+
+def test_what_is_drawn_comes_to_the_conditional_mean():
+    """Two pixels of N(0, s^2) with correlation rho: given the one, a, the other is N(rho a, s^2 (1 - rho^2)).
+
+    RePaint is an approximation: the mean comes near with more resampling, while the spread stays a little low.
+    """
+    s, rho, a = 0.3, 0.9, 0.4
+    covariance = s**2 * torch.tensor([[1, rho], [rho, 1]], dtype=torch.float64)
+    schedule = schedules.linear(200, 5e-4, 0.1)
+    x_0, mask = torch.tensor([[[[a, 0.0]]]]), torch.tensor([[[[1.0, 0.0]]]])
+    means = []
+    for num_resamples in (1, 3, 10):
+        x = inpaint(
+            correlated(schedule, covariance),
+            schedule,
+            normal((1000, 1, 1, 2)),
+            x_0=x_0,
+            mask=mask,
+            timesteps=uniform(200, 200),
+            num_resamples=num_resamples,
+            jump_length=2,
+            threshold=None,
+        )
+        means.append(x[:, 0, 0, 1].mean().item())
+    assert means[0] < means[1] - 0.02 < means[2] - 0.04
+    assert means[2] == pytest.approx(rho * a, abs=0.02)  # known to 0.004
+    assert x[..., 1].std().item() == pytest.approx(s * (1 - rho**2) ** 0.5, rel=0.15)
+
+
+def test_of_a_finite_data_set_the_point_that_fits_is_found():
+    g = torch.Generator().manual_seed(3)
+    points = (2 * torch.rand((4, 1, 4, 4), generator=g, dtype=torch.float64) - 1).sign()
+    mask = torch.zeros(1, 1, 4, 4)
+    mask[..., :2, :] = 1
+    x = inpaint(
+        finite(SHORT, points),
+        SHORT,
+        normal((50, 1, 4, 4)),
+        x_0=points[2:3],
+        mask=mask,
+        timesteps=uniform(100, 50),
+    )
+    assert ((x - points[2]).abs() < 1e-3).all()
+
+
+def test_the_walk_goes_back_and_forth_as_in_the_authors_code():
+    """Their get_schedule_jump, of which diffusers has a copy: the timesteps at which the net is asked."""
+    seen = []
+
+    def denoise(x_t, t):
+        seen.append(int(t[0]))
+        return gaussian(SHORT, 0.0, 0.5)(x_t, t)
+
+    zero, x_steps = torch.zeros(1, 1, 1, 1), []
+    for n, num_resamples, jump_length in [(100, 10, 10), (100, 1, 10), (100, 3, 1), (25, 2, 10)]:
+        seen.clear()
+        x_steps.clear()
+        inpaint(
+            denoise,
+            SHORT,
+            normal((1, 1, 1, 1)),
+            x_0=zero,
+            mask=zero,
+            timesteps=uniform(100, n),
+            num_resamples=num_resamples,
+            jump_length=jump_length,
+            on_step=lambda step, x_t, x_0_hat: x_steps.append(step),
+        )
+        theirs = RePaintScheduler(num_train_timesteps=100)
+        theirs.set_timesteps(100, jump_length, num_resamples)
+        if n == 100:
+            walk = theirs.timesteps.tolist()
+            asked = [t for before, t in zip([100, *walk], walk, strict=False) if t < before]
+            assert seen == asked
+        assert x_steps == list(range(len(seen)))
+        jumps = len(range(0, n - jump_length, jump_length))
+        assert len(seen) == n + (num_resamples - 1) * jump_length * jumps
+
+
+def test_repaint_is_diffusers_step_for_step():
+    shape, net = (2, 1, 4, 4), a_net(SHORT)
+    x_0 = 2 * torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) - 1
+    mask = a_mask((1, 1, 4, 4))
+    theirs = RePaintScheduler(num_train_timesteps=100, eta=1.0, clip_sample=False)
+    theirs.alphas_cumprod, theirs.betas = SHORT.alpha_bar, SHORT.beta
+    theirs.final_alpha_cumprod = torch.ones((), dtype=torch.float64)
+    theirs.set_timesteps(100, jump_length=1, jump_n_sample=2)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=g, dtype=torch.float64)
+    before, expected = 100, []
+    for t in theirs.timesteps.tolist():
+        if t < before:
+            expected.append(x)
+            x = theirs.step(net(x, torch.full((2,), t)).eps_hat, t, x, x_0, mask.double(), g).prev_sample
+        else:
+            x = theirs.undo_step(x, before, g)
+        before = t
+    seen = []
+    x = inpaint(
+        net,
+        SHORT,
+        normal(shape),
+        x_0=x_0,
+        mask=mask,
+        timesteps=ALL,
+        num_resamples=2,
+        jump_length=1,
+        threshold=None,
+        on_step=lambda step, x_t, x_0_hat: seen.append(x_t),
+    )
+    assert len(seen) == len(expected)
+    for ours, other in zip(seen, expected, strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-8, atol=1e-8)
+
+
+def test_an_image_depends_on_its_seed_alone():
+    draw = partial(
+        inpaint,
+        gaussian(SHORT, 0.3, 0.2),
+        SHORT,
+        x_0=torch.zeros(1, 3, 4, 4),
+        mask=a_mask((1, 1, 4, 4)),
+        timesteps=uniform(100, 12),
+        num_resamples=2,
+        jump_length=3,
+    )
+    shape = (3, 4, 4)
+    x, turned = draw(PerImageNoise(range(10, 16), shape)), draw(PerImageNoise([15, 10], shape))
+    assert torch.equal(x[[5, 0]], turned)
+
+
+def test_build():
+    zero = torch.zeros(1, 1, 2, 2)
+
+    def drawn(**changes):
+        config = SampleConfig(**{"sampler": "ancestral", **changes})
+        return inpainting.build(config, SHORT, zero, zero, 2, 5)(a_net(SHORT), normal((2, 1, 2, 2)))
+
+    def expected(**settings):
+        ours = {"x_0": zero, "mask": zero, "num_resamples": 2, "jump_length": 5, **settings}
+        return inpaint(a_net(SHORT), SHORT, normal((2, 1, 2, 2)), **ours)
+
+    assert torch.equal(drawn(), expected(timesteps=ALL))  # of 250, or all that there are
+    assert torch.equal(
+        drawn(num_sample_steps=9, spacing="karras", mean="plain"),
+        expected(timesteps=karras(SHORT, 9), threshold=None),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_resamples": 0}, "num_resamples is 0"),
+        ({"jump_length": 0}, "jump_length is 0"),
+        ({"jump_length": 20}, "jump_length is 20; .* less than the 20 steps"),
+        ({"mask": torch.full((1, 1, 4, 4), 0.5)}, "mask has other values than 0 and 1"),
+        ({"mask": torch.ones(1, 1, 4, 5)}, r"mask has shape \(1, 1, 4, 5\); .* \(2, 1, 4, 4\)"),
+        ({"x_0": torch.zeros(1, 3, 4, 4)}, r"x_0 has shape \(1, 3, 4, 4\)"),
+        ({"timesteps": [3, 4], "num_resamples": 1}, "timesteps are"),
+    ],
+)
+def test_mistakes_are_named(changes, message):
+    settings = {"x_0": torch.zeros(1, 1, 4, 4), "mask": torch.ones(1, 1, 4, 4), "timesteps": uniform(100, 20)}
+    with pytest.raises(ValueError, match=message):
+        inpaint(a_net(SHORT), SHORT, normal((2, 1, 4, 4)), **{"num_resamples": 2, **settings, **changes})
+
+
+def test_build_takes_ancestral_alone():
+    zero = torch.zeros(1, 1, 2, 2)
+    with pytest.raises(ValueError, match="sampler is 'ddim'"):
+        inpainting.build(SampleConfig(sampler="ddim"), SHORT, zero, zero)

@@ -1,0 +1,139 @@
+"""Spacings against their formulas, and the chain between their timesteps against the one they skip."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from ddpm.config import SampleConfig
+from ddpm.diffusion import process, schedules, timesteps
+from ddpm.diffusion.timesteps import karras, quadratic, respaced, uniform
+
+LINEAR = schedules.linear(1000, 1e-4, 0.02)
+COSINE = schedules.cosine(1000)
+SPACINGS = {
+    "uniform": lambda schedule, n: uniform(schedule.num_timesteps, n),
+    "quadratic": lambda schedule, n: quadratic(schedule.num_timesteps, n),
+    "karras": karras,
+    "karras-1": lambda schedule, n: karras(schedule, n, rho=1.0),
+    "karras-100": lambda schedule, n: karras(schedule, n, rho=100.0),
+}
+
+
+@pytest.mark.parametrize("spacing", SPACINGS.values(), ids=SPACINGS.keys())
+@pytest.mark.parametrize(
+    "schedule",
+    [*[schedules.cosine(T) for T in (1, 2, 3, 10, 1000)], LINEAR, schedules.sigmoid(1000)],
+    ids="cosine-1 cosine-2 cosine-3 cosine-10 cosine linear sigmoid".split(),
+)
+def test_every_spacing_has_as_many_distinct_steps_as_asked_and_both_ends(spacing, schedule):
+    T = schedule.num_timesteps
+    for n in {1, 2, 3, 7, 20, 50, 333, 998, 999, 1000} & set(range(1, T + 1)):
+        chosen = spacing(schedule, n)
+        assert len(chosen) == n and all(type(t) is int for t in chosen)
+        assert chosen[0] == T - 1 or schedule.sigma[chosen[0]] > 50
+        assert n == 1 or chosen[-1] == 0
+        assert all(a > b for a, b in pairwise(chosen))
+        timesteps.check(chosen, T)
+
+
+def test_known_answers():
+    assert uniform(1000, 5) == [999, 749, 500, 250, 0]
+    assert uniform(10, 4) == [9, 6, 3, 0]
+    assert quadratic(101, 6) == [100, 64, 36, 16, 4, 0]
+    assert quadratic(5, 4) == [4, 2, 1, 0]  # 4, 1.8, 0.4, 0: the two that round to 0 are 1 and 0
+    assert quadratic(10, 1) == [9]
+
+
+def test_uniform_steps_are_alike():
+    for n in (2, 3, 7, 50, 333, 999):
+        strides = {a - b for a, b in pairwise(uniform(1000, n))}
+        assert max(strides) - min(strides) <= 1
+
+
+@pytest.mark.parametrize("rho", [1.0, 3.0, 7.0])
+def test_karras_is_the_formula_rounded_to_the_nearest_timestep(rho):
+    fine = schedules.linear(20_000, 5e-6, 1e-3)
+    i = torch.arange(18, dtype=torch.float64)
+    low, high = fine.sigma[0] ** (1 / rho), 80 ** (1 / rho)
+    expected = (high + i / 17 * (low - high)) ** rho  # Karras et al. 2022, Eq. 5
+    chosen = karras(fine, 18, rho)
+    torch.testing.assert_close(fine.sigma[chosen], expected, rtol=0.02, atol=0)
+    for t, sigma in zip(chosen, expected.tolist(), strict=True):
+        distance = (fine.sigma.log() - torch.tensor(sigma).double().log()).abs()
+        assert distance[t] == distance.min()
+
+
+def test_karras_begins_at_sigma_max_or_at_the_end_of_the_schedule():
+    assert karras(LINEAR, 5, sigma_max=float("inf"))[0] == 999
+    assert karras(schedules.linear(100, 1e-4, 0.02), 5)[0] == 99  # its sigma ends at 1.3
+    first = karras(COSINE, 5, sigma_max=30.0)[0]
+    assert COSINE.sigma[first].item() == pytest.approx(30, rel=0.05)
+
+
+def test_karras_has_neighbours_where_the_schedule_has_too_few_timesteps():
+    """Between sigma 20,000 and 80 the cosine schedule has 9 timesteps, and 16 of 30 steps want to go there."""
+    chosen = karras(COSINE, 30, sigma_max=float("inf"))
+    assert chosen[:16] == list(range(999, 983, -1)) and chosen[-1] == 0
+    assert karras(COSINE, 1000) == list(range(999, -1, -1))
+
+
+@pytest.mark.parametrize("schedule", [LINEAR, COSINE], ids=["linear", "cosine"])
+@pytest.mark.parametrize("chosen", [uniform(1000, 10), quadratic(1000, 25), [999], [700, 30, 29]], ids=len)
+def test_the_chain_between_timesteps_has_their_alpha_bar_and_the_moments_of_the_jump(schedule, chosen):
+    chain, rising = respaced(schedule, chosen), chosen[::-1]
+    torch.testing.assert_close(chain.alpha_bar, schedule.alpha_bar[rising], rtol=1e-7, atol=0)
+    for k, (t_before, t) in enumerate(pairwise(rising), start=1):
+        # q(x_t | x_before) carried through every step that is skipped.
+        signal, variance = 1.0, 0.0
+        for beta in schedule.beta[t_before + 1 : t + 1].tolist():
+            signal, variance = (1 - beta) ** 0.5 * signal, (1 - beta) * variance + beta
+        assert chain.beta[k].item() == pytest.approx(variance, rel=1e-9)
+        # Bayes: x_before ~ N(sqrt(a) x_0, 1 - a) a priori, and x_t seen through signal and variance.
+        a, x_0, x_t = schedule.alpha_bar[t_before].item(), 0.3, -1.1
+        precision = 1 / (1 - a) + signal**2 / variance
+        mean = (a**0.5 * x_0 / (1 - a) + signal * x_t / variance) / precision
+        pixel = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+        ours = process.posterior_mean(chain, x_0 * pixel, x_t * pixel, torch.tensor([k])).item()
+        assert ours == pytest.approx(mean, rel=1e-8)
+        assert chain.posterior_variance[k].item() == pytest.approx(1 / precision, rel=1e-8)
+
+
+def test_the_chain_of_all_timesteps_is_the_schedule_itself():
+    assert respaced(LINEAR, uniform(1000, 1000)) is LINEAR
+
+
+def test_build():
+    def built(**changes):
+        return timesteps.build(SampleConfig(**{"sampler": "ddim", **changes}), LINEAR)
+
+    assert built() == uniform(1000, 50)
+    assert built(sampler="ancestral") == list(range(999, -1, -1))
+    assert built(sampler="ancestral", num_sample_steps=10) == uniform(1000, 10)
+    assert built(sampler="heun", num_sample_steps=10) == karras(LINEAR, 10)
+    assert built(sampler="dpmpp_2m", num_sample_steps=10) == quadratic(1000, 10)
+    assert built(sampler="heun", num_sample_steps=10, spacing="uniform") == uniform(1000, 10)
+    assert built(num_sample_steps=10, spacing="quadratic") == quadratic(1000, 10)
+    assert built(num_sample_steps=10, spacing="karras", rho=3.0) == karras(LINEAR, 10, 3.0)
+    short = schedules.linear(20, 1e-3, 0.2)
+    assert timesteps.build(SampleConfig(sampler="ddim"), short) == uniform(20, 20)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: uniform(100, 101), r"num_sample_steps is 101; it must be in 1..100"),
+        (lambda: quadratic(100, 0), "num_sample_steps is 0"),
+        (lambda: karras(LINEAR, -3), "num_sample_steps is -3"),
+        (lambda: karras(LINEAR, 10, rho=0.9), r"rho is 0.9; it must be in \[1, inf\)"),
+        (lambda: karras(LINEAR, 10, rho=float("nan")), "rho is nan"),
+        (lambda: karras(LINEAR, 10, sigma_max=0.0), r"sigma_max is 0.0; it must be in \(0, inf\]"),
+        (lambda: respaced(LINEAR, [3, 3]), r"timesteps are \[3, 3\]; they must fall, within 999..0"),
+        (lambda: respaced(LINEAR, [1000]), "timesteps are"),
+        (lambda: respaced(LINEAR, []), "timesteps are"),
+        (lambda: timesteps.build(SampleConfig(spacing="log"), LINEAR), "spacing is 'log'"),
+    ],
+)
+def test_mistakes_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

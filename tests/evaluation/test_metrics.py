@@ -1,0 +1,161 @@
+"""Metrics where they are known in closed form, and against torch-fidelity."""
+
+import numpy as np
+import pytest
+import torch
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+from ddpm.evaluation.metrics import Distances, Moments, fid, jackknife_error, kid, projection
+
+
+def normal(n, size=8, seed=0, mean=0.0, std=1.0):
+    return (mean + std * np.random.RandomState(seed).standard_normal((n, size))).astype(np.float32)
+
+
+def exactly(mean, covariance):
+    return Moments(2, np.array(mean, float), np.array(covariance, float))
+
+
+def test_fid_of_two_gaussians_in_closed_form():
+    """Commuting covariances: |m - m'|^2 + sum (sqrt(a) - sqrt(b))^2; and any pair of 2x2 matrices, whose root's
+    trace is sqrt(tr(AB) + 2 sqrt(det(AB)))."""
+    a, b = exactly([1, 2, 0], np.diag([4.0, 1.0, 0.0])), exactly([0, 2, 2], np.diag([1.0, 9.0, 2.25]))
+    assert fid(a, b) == pytest.approx(5 + 1 + 4 + 2.25, abs=1e-12)
+    assert fid(a, b) == pytest.approx(fid(b, a), abs=1e-12)
+    assert fid(a, a) == pytest.approx(0, abs=1e-12)
+    first, second = np.array([[2.0, 0.5], [0.5, 1.0]]), np.array([[1.0, -0.8], [-0.8, 3.0]])
+    product = first @ second
+    cross = np.sqrt(np.trace(product) + 2 * np.sqrt(np.linalg.det(product)))
+    right = np.trace(first) + np.trace(second) - 2 * cross
+    assert fid(exactly([0, 0], first), exactly([0, 0], second)) == pytest.approx(right, abs=1e-12)
+
+
+def test_fid_is_torch_fidelitys():
+    x, y = normal(300, 16) @ normal(16, 16, 3), normal(200, 16, 1, 0.3) @ normal(16, 16, 4)
+    theirs = [fid_features_to_statistics(torch.from_numpy(f.astype(np.float64))) for f in (x, y)]
+    right = fid_statistics_to_metric(*theirs, verbose=False)["frechet_inception_distance"]
+    assert fid(Moments.of(x), Moments.of(y)) == pytest.approx(right, rel=1e-9)
+
+
+def test_fid_survives_fewer_images_than_features():
+    x, y = normal(20, 64), normal(30, 64, 1)
+    assert fid(Moments.of(x), Moments.of(x)) == pytest.approx(0, abs=1e-5)
+    assert fid(Moments.of(x), Moments.of(y)) > 10  # the bias that a floor shows
+
+
+@pytest.mark.parametrize("parts", [2, 7])
+def test_moments_of_parts_are_those_of_the_whole(parts):
+    x = normal(101, 5, mean=1000.0)  # far from 0, where sums of squares would lose digits
+    whole, merged = Moments.of(x), Moments.merge(*(Moments.of(p) for p in np.array_split(x, parts)))
+    assert whole.n == merged.n == 101
+    np.testing.assert_allclose(merged.mean, x.astype(float).mean(0), rtol=1e-15)
+    np.testing.assert_allclose(
+        merged.covariance, np.cov(x.astype(float), rowvar=False), rtol=1e-11, atol=1e-12
+    )
+    np.testing.assert_allclose(whole.covariance, merged.covariance, rtol=1e-11, atol=1e-12)
+
+
+def test_one_image_has_no_covariance():
+    with pytest.raises(ValueError, match="at least 2"):
+        _ = Moments.of(normal(1)).covariance
+
+
+def test_kid_is_torch_fidelitys():
+    x, y = normal(150), normal(150, seed=1, mean=0.4)
+    right = kid_features_to_metric(
+        torch.from_numpy(x.astype(np.float64)),
+        torch.from_numpy(y.astype(np.float64)),
+        kid_subsets=1,
+        kid_subset_size=150,  # one subset, of all
+    )["kernel_inception_distance_mean"]
+    assert kid(x, y).value == pytest.approx(right, rel=1e-9)
+
+
+def test_kid_is_that_of_the_definition_with_unequal_numbers():
+    x, y = normal(7, 3).astype(float), normal(5, 3, 1).astype(float)
+
+    def k(a, b):
+        return (a @ b / 3 + 1) ** 3
+
+    own = np.mean([k(a, b) for i, a in enumerate(x) for j, b in enumerate(x) if i != j])
+    of_real = np.mean([k(a, b) for i, a in enumerate(y) for j, b in enumerate(y) if i != j])
+    assert kid(x, y).value == pytest.approx(own + of_real - 2 * np.mean([k(a, b) for a in x for b in y]))
+    without = np.array([kid(np.delete(x, i, 0), y).value for i in range(7)])
+    assert kid(x, y).error == pytest.approx(jackknife_error(without))
+
+
+def test_kid_is_unbiased_and_its_error_is_what_it_says():
+    """200 sets of generated images against the same real ones: their mean and their spread."""
+    real = normal(200, 4, 1)
+    for mean in (0.0, 0.5):
+        found = [kid(normal(60, 4, 10 + i, mean), real) for i in range(200)]
+        values, errors = np.array(found).T
+        right = kid(normal(6000, 4, 5, mean), real).value
+        assert values.mean() == pytest.approx(right, abs=3 * values.std() / 200**0.5 + 0.02)
+        assert 0.9 < errors.mean() / values.std() < 1.4
+
+
+def test_a_set_beside_itself_and_far_from_another():
+    x = normal(50)
+    same = Distances(x, x).manifold()
+    assert (same.precision, same.recall, same.coverage) == (1, 1, 1)
+    assert same.density >= 1
+    assert Distances(x + 1000, x).manifold() == (0, 0, 0, 0)
+
+
+def test_precision_and_recall_are_torch_fidelitys():
+    generated, real = normal(120, 4, std=0.8), normal(90, 4, 1)
+    right = prc_features_to_metric(
+        torch.from_numpy(generated.astype(float)), torch.from_numpy(real.astype(float)), prc_neighborhood=3
+    )
+    ours = Distances(generated, real).manifold()
+    assert ours.precision == pytest.approx(right["precision"])
+    assert ours.recall == pytest.approx(right["recall"])
+    assert 0 < ours.recall < ours.precision < 1
+
+
+def test_density_and_coverage_are_those_of_the_definition():
+    """Naeem et al. 2020, Eqs. 5 and 6, in loops."""
+    generated, real = normal(40, 3, std=0.8).astype(float), normal(30, 3, 1).astype(float)
+    radius = [np.sort(np.linalg.norm(real - r, axis=1))[5] for r in real]
+    inside = np.array(
+        [[np.linalg.norm(g - r) <= d for r, d in zip(real, radius, strict=True)] for g in generated]
+    )
+    ours = Distances(generated, real).manifold()
+    assert ours.density == pytest.approx(inside.sum() / (5 * 40))
+    assert ours.coverage == pytest.approx(inside.any(0).mean())
+
+
+def test_a_dropped_mode_costs_recall_and_coverage_and_an_invented_one_precision_and_density():
+    two = np.concatenate([normal(200), normal(200, seed=1, mean=20)])
+    dropped = Distances(normal(200, seed=2), two).manifold()
+    invented = Distances(np.concatenate([two + 0.01, normal(400, seed=3, mean=-20)]), two).manifold()
+    assert dropped.precision > 0.8 and dropped.recall < 0.5 and dropped.coverage < 0.55
+    assert invented.recall > 0.9 and invented.coverage > 0.9 and invented.precision < 0.55
+    assert invented.density < 0.7
+
+
+def test_rows_can_be_left_out():
+    generated, real = normal(30), normal(30, seed=1)
+    rows = np.arange(0, 30, 2)
+    assert Distances(generated, real).manifold(rows) == Distances(generated[rows], real).manifold()
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error():
+    x = normal(50, 1).ravel().astype(float)
+    without = (x.sum() - x) / 49
+    assert jackknife_error(without) == pytest.approx(x.std(ddof=1) / 50**0.5)
+
+
+def test_a_projection_is_orthonormal_and_always_the_same():
+    basis = projection(300, 20)
+    np.testing.assert_allclose(basis.T @ basis, np.eye(20), atol=1e-12)
+    np.testing.assert_array_equal(basis, projection(300, 20))
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 5), (5, 1)])
+def test_too_few_images_for_kid(n, m):
+    with pytest.raises(ValueError, match=f"{n} generated and {m} real"):
+        kid(normal(n), normal(m))

@@ -1,0 +1,136 @@
+"""Scores: their names, their floor, their uncertainty, and that it does not matter who computed the features."""
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm.config import UserError
+from ddpm.data.reading import DataSet
+from ddpm.diffusion.likelihood import Bound
+from ddpm.evaluation import scores
+from ddpm.evaluation.bits import BitsPerDim
+from ddpm.evaluation.classifier import Classifier
+from ddpm.evaluation.features import Features, features_of
+from ddpm.evaluation.scores import Score, score
+
+METRICS = ("precision", "recall", "density", "coverage")
+
+
+def normal(n: int, size: int = 8, seed: int = 0, mean: float = 0.0) -> Features:
+    values = mean + np.random.RandomState(seed).standard_normal((n, size))
+    return Features(np.arange(n), values.astype(np.float32))
+
+
+def by_name(found: list[Score]) -> dict[str, Score]:
+    return {s.name: s for s in found}
+
+
+@pytest.mark.parametrize(
+    ("net", "size", "fid"),
+    [
+        ("inception", 200, "FID"),
+        ("lite0", 200, "FID-lite0-128d"),
+        ("classifier", 128, "FID-classifier"),
+        ("pixels", 64, "FID-pixels"),
+    ],
+)
+def test_a_score_is_named_by_its_net(net: str, size: int, fid: str) -> None:
+    found = score(net, normal(30, size), normal(40, size, 1))
+    assert [s.name for s in found] == [fid, f"KID-{net}", *(f"{metric}-{net}" for metric in METRICS)]
+    assert all((s.n, s.n_real, s.floor) == (30, 40, None) for s in found)
+
+
+def test_a_perfect_model_scores_its_floor_and_a_poor_one_does_not() -> None:
+    real, other = normal(400, seed=1), normal(500, seed=2)
+    perfect = score("pixels", normal(300, seed=3), real, other)
+    poor = score("pixels", normal(300, seed=3, mean=0.7), real, other)
+    for good, bad in zip(perfect, poor, strict=True):
+        assert good.floor == bad.floor and good.floor_n == 300
+        spread = 4 * (good.error + good.floor_error) + 0.01  # type: ignore[operator]
+        assert abs(good.value - good.floor) < spread  # type: ignore[operator]
+    for bad in poor[:2]:  # FID and KID
+        assert bad.value > bad.floor + 4 * bad.error  # type: ignore[operator]
+
+
+def test_the_floor_says_when_it_has_fewer_images() -> None:
+    (first, *_) = score("pixels", normal(300), normal(100, seed=1), normal(50, seed=2))
+    assert (first.n, first.floor_n) == (300, 50)
+
+
+def test_the_uncertainty_of_fid_is_its_spread() -> None:
+    real = normal(300, seed=1)
+    found = [score("pixels", normal(200, seed=10 + i, mean=0.3), real)[0] for i in range(60)]
+    errors, values = np.array([s.error for s in found]), np.array([s.value for s in found])
+    assert 0.8 < errors.mean() / values.std() < 1.3
+
+
+def test_workers_parts_give_the_scores_of_the_whole_bit_for_bit() -> None:
+    whole, real = normal(100), normal(60, seed=1)
+    parts = [Features(whole.index[i::3], whole.values[i::3]) for i in (2, 0, 1)]
+    assert score("pixels", Features.merge(*parts), real) == score("pixels", whole, real)
+
+
+def test_of_many_images_pairs_are_made_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scores, "MAX_PAIRWISE", 50)
+    found = by_name(score("pixels", normal(100), normal(80, seed=1)))
+    few = by_name(score("pixels", normal(50), normal(50, seed=1)))
+    assert (found["FID-pixels"].n, found["FID-pixels"].n_real) == (100, 80)
+    assert {s.n for name, s in found.items() if name != "FID-pixels"} == {50}
+    few_first = Features(normal(100).index[:50], normal(100).values[:50])
+    real_first = Features(normal(80, seed=1).index[:50], normal(80, seed=1).values[:50])
+    again = by_name(score("pixels", few_first, real_first))
+    assert again["KID-pixels"] == found["KID-pixels"]
+    assert few.keys() == found.keys()
+
+
+def test_too_few_images_are_refused_in_a_line() -> None:
+    with pytest.raises(UserError, match="12 generated and 90 real images; it takes at least 20"):
+        score("pixels", normal(12), normal(90))
+
+
+def test_a_harmed_digit_scores_worse(
+    digits_classifier: Classifier, train_digits: DataSet, test_digits: DataSet
+) -> None:
+    """The classifier's KID orders real digits, noisy ones, and ones drowned in noise; the first are at the floor."""
+    real = torch.from_numpy(test_digits.read(test_digits.plan(0, 1000), 0, 90).image)
+    other = torch.from_numpy(train_digits.read(train_digits.plan(0, 2000), 0, 600).image)
+    noise = torch.randn(other[300:].shape, generator=torch.Generator().manual_seed(0))
+    values = []
+    for amount in (0, 80, 200):
+        image = (other[300:] + amount * noise).round().clamp(0, 255).to(torch.uint8)
+        found = score(
+            "classifier",
+            features_of(digits_classifier, image),
+            features_of(digits_classifier, real),
+            features_of(digits_classifier, other[:300]),
+        )
+        values.append(by_name(found)["KID-classifier"])
+    clean, slight, heavy = values
+    assert clean.floor is not None and clean.floor_error is not None
+    assert abs(clean.value - clean.floor) < 3 * np.hypot(clean.error, clean.floor_error)
+    assert clean.value + 3 * clean.error < slight.value
+    assert slight.value + 3 * slight.error < heavy.value
+
+
+def bits(*index: int) -> BitsPerDim:
+    value = torch.tensor(index, dtype=torch.float64)
+    t = torch.tensor([[1, 3]] * len(index))
+    kl = torch.stack([value, value / 2], 1)
+    made = BitsPerDim.of(Bound(value / 100, t, kl, 2 + value), index[0], 5)
+    assert made.index.tolist() == list(index)
+    return made
+
+
+def test_bits_of_parts_are_those_of_the_whole() -> None:
+    whole = bits(0, 1, 2, 3, 4, 5)
+    merged = BitsPerDim.merge(bits(4, 5), bits(0, 1, 2), bits(3))
+    np.testing.assert_array_equal(merged.index, whole.index)
+    np.testing.assert_allclose(merged.kl_at, [0, 15, 0, 7.5, 0])
+    assert merged.summary() == whole.summary()
+    summary = whole.summary()
+    assert summary["n"] == 6
+    assert summary["bits_per_dim"] == pytest.approx(summary["prior"] + summary["kl"] + summary["decoder"])
+    assert summary["kl"] == pytest.approx(merged.kl_at.sum() / 6)
+    assert summary["error"] == pytest.approx(2.51 * np.std(range(6), ddof=1) / 6**0.5)
+    with pytest.raises(ValueError, match="would count twice"):
+        BitsPerDim.merge(bits(0, 1), bits(1, 2))

@@ -1,0 +1,90 @@
+"""python jobs/export.py, as a person types it: out of the house and back."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm import generation
+from ddpm.config import Config, override
+from ddpm.models.unet import UNet
+from ddpm.training import checkpoint
+from ddpm.training.state import SAMPLE, State, seed_for
+
+diffusers = pytest.importorskip("diffusers")
+
+TINY = override(
+    Config(),
+    {
+        "schedule.num_timesteps": 20,
+        "schedule.kind": "cosine",
+        "model.image_size": 8,
+        "model.channels": 1,
+        "model.base_width": 8,
+        "model.width_multipliers": [1, 2],
+        "model.attention_resolutions": [4],
+        "model.blocks_per_resolution": 1,
+        "model.norm_groups": 4,
+        "model.zero_init": False,
+    },
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint whose averaged weights are not its last ones."""
+    state = State.create(TINY, torch.device("cpu"))
+    with torch.no_grad():
+        for weight in state.ema.net.parameters():
+            weight.add_(0.05)
+    checkpoint.save(tmp_path / "c", state, TINY, {"run_key": "k"})
+    return tmp_path / "c"
+
+
+def pixels(net: UNet, config: Config) -> np.ndarray:
+    """Images 0, 1 and 2 of seed 1, as jobs/sample.py draws them."""
+    config = override(config, {"sample.sampler": "ancestral", "sample.seed": 1})
+    objective = generation.build_objective(config)
+    drawn = generation.draw(net, config, objective, range(3), device=torch.device("cpu"))
+    return drawn[..., 0].numpy().astype(int)
+
+
+@pytest.mark.slow
+def test_image_i_of_a_seed_is_the_same_there_and_back(
+    run_job: Callable[..., Any], folder: Path, tmp_path: Path
+) -> None:
+    done = run_job("export", "c", "pipeline", "--no-ema", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"pipeline    {tmp_path}/pipeline"
+    assert lines[1].startswith("draw        DDPMPipeline.from_pretrained(")
+    done = run_job("export", "pipeline", "back", "--format", "checkpoint", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"checkpoint  {tmp_path}/back\n"), done.stderr
+
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed_for(1, SAMPLE, i)) for i in range(3)]
+    theirs = np.stack([np.asarray(image) for image in pipeline(3, generators, 20).images]).astype(int)
+    ours = pixels(*checkpoint.load_net(folder, torch.device("cpu"), ema=False))
+    assert np.abs(ours[0] - ours[1]).max() > 10
+    assert np.abs(ours - theirs).max() <= 1
+    assert (ours == pixels(*checkpoint.load_net(tmp_path / "back", torch.device("cpu")))).all()
+
+
+def test_mistakes_are_a_line_and_exit_code_2(run_job: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    mistakes = {
+        ("c", "there"): "there exists, and nothing is overwritten",
+        ("c", "out", "--alias", "champion"): "--alias is of a registered model",
+        ("c", "out", "--register", "name", "--no-ema"): "draws with the averaged weights",
+        ("c", "out"): "c does not exist; expected a checkpoint folder or a run folder",
+    }
+    for words, message in mistakes.items():
+        done = run_job("export", *words, cwd=tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]

@@ -1,0 +1,104 @@
+"""A run may begin with the weights of another checkpoint, and is then a run like any other."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ddpm import storage
+from ddpm.config import Config, UserError, override
+from ddpm.data.reading import DataSet
+from ddpm.training import checkpoint, keeper, loop
+from ddpm.training.runtime import LocalRuntime, NoTracker
+from ddpm.training.state import State
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def first(tiny: Config, tmp_path: Path) -> Path:
+    """A checkpoint of another run: of the same net, far into its training."""
+    state = State.create(override(tiny, {"train.seed": 5, "model.zero_init": False}), CPU)
+    with torch.no_grad():
+        for weight in state.ema.net.parameters():
+            weight.add_(0.1)
+    state.step, state.images_seen = 100, 3200
+    checkpoint.save(tmp_path / "first", state, override(tiny, {"train.seed": 5}), {"run_key": "other"})
+    return tmp_path / "first"
+
+
+def begin(config: Config, folder: Path) -> list[str]:
+    warnings: list[str] = []
+    identity = {"run_key": "mine", "data_fingerprint": "f"}
+    keeper.begin(storage.resolve(str(folder)), config, identity, warnings.append)
+    return warnings
+
+
+def fit(config: Config, data_set: DataSet, folder: Path) -> State:
+    return loop.train(config, LocalRuntime(config, data_set, None, folder), NoTracker())
+
+
+def tensors(state: State) -> dict[str, torch.Tensor]:
+    parts = (state.net.state_dict(), state.ema.state_dict(), state.optimizer_tensors())
+    return {f"{i}.{name}": tensor for i, part in enumerate(parts) for name, tensor in part.items()}
+
+
+def test_the_averaged_weights_are_the_run_s_first_checkpoint(
+    tiny: Config, first: Path, tmp_path: Path
+) -> None:
+    config = override(tiny, {"train.init_from": str(first), "model.dropout": 0.1})
+    assert begin(config, tmp_path / "run") == []
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [checkpoint.name_at(0)]
+    folder = tmp_path / "run" / checkpoint.name_at(0)
+    state = State.create(config, CPU)
+    checkpoint.load(folder, state, config)
+    assert (state.step, state.images_seen, state.optimizer_tensors()) == (0, 0, {})
+    assert checkpoint.read_state(folder)["run_key"] == "mine"
+    for name, tensor in load_file(first / "ema.safetensors").items():
+        assert torch.equal(state.net.state_dict()[name], tensor)
+        assert torch.equal(state.ema.state_dict()[name], tensor)
+
+
+def test_it_goes_on_as_any_run_does_bit_for_bit(
+    tiny: Config, first: Path, train_set: DataSet, tmp_path: Path
+) -> None:
+    config = override(tiny, {"train.init_from": str(first), "optim.lr_schedule": "constant"})
+    for run in ("straight", "broken"):
+        begin(config, tmp_path / run)
+    straight = fit(config, train_set, tmp_path / "straight")
+    fit(override(config, {"train.total_images": 128}), train_set, tmp_path / "broken")
+    for path in first.iterdir():  # the second half needs neither the flag nor what it named
+        path.unlink()
+    resumed = fit(override(config, {"train.init_from": None}), train_set, tmp_path / "broken")
+    assert (straight.step, resumed.step) == (8, 8)
+    ours, theirs = tensors(straight), tensors(resumed)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    fresh = fit(override(config, {"train.init_from": None}), train_set, tmp_path / "fresh")
+    assert any(not torch.equal(ours[name], tensor) for name, tensor in tensors(fresh).items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.base_width": 16}, "has another net: model.base_width 8 (now 16); use those values"),
+        ({"objective.predict": "v"}, "objective.predict eps (now v)"),
+        ({"train.init_from": "none"}, "none does not exist; expected a checkpoint folder or a run folder"),
+    ],
+)
+def test_another_net_is_refused(
+    tiny: Config, first: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    config = override(tiny, {"train.init_from": str(first)} | changes)
+    with pytest.raises(UserError) as caught:
+        begin(config, tmp_path / "run")
+    assert message in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_one_is_refused(tiny: Config, first: Path, tmp_path: Path) -> None:
+    (first / "ema.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"ema\.safetensors is damaged"):
+        begin(override(tiny, {"train.init_from": str(first)}), tmp_path / "run")

@@ -1,0 +1,91 @@
+"""A net's bits/dim and features: image i is judged the same by whoever judges it."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm import generation, judgement
+from ddpm.config import Config, UserError, override
+from ddpm.data.reading import DataSet, Images
+from ddpm.evaluation.bits import BitsPerDim
+from ddpm.evaluation.features import Features, features_of
+from ddpm.evaluation.pixels import Pixels
+from ddpm.training.state import build_net
+
+CPU = torch.device("cpu")
+
+
+def judged(config: Config) -> tuple:
+    config = override(config, {"model.zero_init": False})
+    net = build_net(config).eval().requires_grad_(False)
+    return net, config, generation.build_objective(config)
+
+
+def part(images: Images, start: int, stop: int) -> Images:
+    return Images(images.image[start:stop], images.label[start:stop])
+
+
+@pytest.fixture
+def held_out(train_set: DataSet) -> Images:
+    test = train_set.held_out()
+    assert test is not None
+    return test.read(test.plan(0, 200), 0, 12)
+
+
+@pytest.mark.parametrize("change", [{}, {"model.num_classes": 10}, {"objective.predict": "v"}], ids=str)
+@pytest.mark.parametrize("estimated", [False, True])
+def test_bits_of_image_i_are_the_same_in_any_company(
+    tiny: Config, held_out: Images, change: dict[str, Any], estimated: bool
+) -> None:
+    net = judged(override(tiny, change))
+    chosen = judgement.proposal(*net, part(held_out, 0, 8), device=CPU) if estimated else None
+    options: dict[str, Any] = {"device": CPU, "proposal": chosen, "num_draws": 3}
+    whole = judgement.bits_per_dim(*net, held_out, start=0, **options)
+    parts = [
+        judgement.bits_per_dim(*net, part(held_out, a, b), start=a, **options)
+        for a, b in ((5, 12), (0, 2), (2, 5))
+    ]
+    merged = BitsPerDim.merge(*parts)
+    for term in ("prior", "kl", "decoder", "kl_at"):
+        np.testing.assert_allclose(getattr(merged, term), getattr(whole, term), rtol=1e-4, atol=1e-6)
+    other = judgement.bits_per_dim(*net, held_out, start=0, seed=1, **options)
+    assert (other.kl != whole.kl).any()
+
+
+def test_an_estimate_agrees_with_all_timesteps(tiny: Config, held_out: Images) -> None:
+    net = judged(tiny)
+    chosen = judgement.proposal(*net, part(held_out, 0, 8), device=CPU)
+    exact = judgement.bits_per_dim(*net, held_out, start=0, device=CPU)
+    found = judgement.bits_per_dim(*net, held_out, start=0, device=CPU, proposal=chosen, num_draws=8, seed=1)
+    difference = found.kl - exact.kl
+    assert abs(difference.mean()) < 4 * difference.std(ddof=1) / len(difference) ** 0.5
+    np.testing.assert_allclose(found.prior, exact.prior)
+
+
+def test_labels_count(tiny: Config, held_out: Images) -> None:
+    net = judged(override(tiny, {"model.num_classes": 10}))
+    wrong = Images(held_out.image, (held_out.label + 1) % 10)
+    found = [judgement.bits_per_dim(*net, images, start=0, device=CPU).kl for images in (held_out, wrong)]
+    assert (found[0] != found[1]).all()
+
+
+def test_the_course_s_mix_has_no_bound(tiny: Config, held_out: Images) -> None:
+    net = judged(override(tiny, {"objective.process": "uniform_mix"}))
+    with pytest.raises(UserError, match="uniform_mix has no variational bound"):
+        judgement.bits_per_dim(*net, held_out, start=0, device=CPU)
+
+
+def test_features_are_those_of_the_images_that_would_be_drawn(tiny: Config) -> None:
+    net, config, objective = judged(tiny)
+    pixels = Pixels((8, 8, 1))
+    drawn = generation.draw(net, config, objective, range(5), device=CPU)
+    parts = [
+        judgement.drawn_features(net, config, objective, pixels, indices, device=CPU)
+        for indices in (range(3, 5), range(3))
+    ]
+    merged = Features.merge(*parts)
+    assert merged.index.tolist() == [0, 1, 2, 3, 4]
+    # A batch of another size may take other kernels: a grey level at most.
+    np.testing.assert_allclose(merged.values, features_of(pixels, drawn).values, atol=1.01 / 127.5)
