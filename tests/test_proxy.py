@@ -4,14 +4,11 @@ import multiprocessing
 from collections.abc import Iterator
 from typing import Any
 
-import boto3
 import proxy
 import pytest
 import servers
-from botocore.config import Config
 from botocore.exceptions import ClientError, ConnectionClosedError, EndpointConnectionError, ReadTimeoutError
-
-DATA = bytes(range(256)) * 12_288
+from fetching import DATA, client, fetch, fetch_often
 
 GONE = (ConnectionClosedError, EndpointConnectionError)
 """What botocore makes of RST, by where it was when it came."""
@@ -21,16 +18,6 @@ GONE = (ConnectionClosedError, EndpointConnectionError)
 def faulty(s3_server: servers.S3Server) -> Iterator[proxy.FaultyProxy]:
     with proxy.FaultyProxy(s3_server.endpoint) as faulty:
         yield faulty
-
-
-def client(endpoint: str, attempts: int = 1) -> boto3.client:
-    retries = {"total_max_attempts": attempts, "mode": "standard"}
-    return boto3.client("s3", endpoint_url=endpoint, config=Config(read_timeout=2, retries=retries))
-
-
-def fetch(s3: boto3.client, bucket: str) -> bytes:
-    body: bytes = s3.get_object(Bucket=bucket.removeprefix("s3://"), Key="x")["Body"].read()
-    return body
 
 
 def test_it_forwards_and_signatures_hold(faulty: proxy.FaultyProxy, s3_bucket: str) -> None:
@@ -90,10 +77,6 @@ def test_only_every_third_request(faulty: proxy.FaultyProxy, s3_bucket: str, mod
     faulty.switch(mode, every=3)
     assert all(fetch(s3, s3_bucket) == DATA for _ in range(6))
     assert faulty.requests["pass"] - before == 6 and faulty.requests[mode] in (2, 3)
-
-
-def fetch_often(endpoint: str, bucket: str) -> bool:
-    return all(fetch(client(endpoint), bucket) == DATA for _ in range(5))
 
 
 def test_many_processes_at_once(faulty: proxy.FaultyProxy, s3_bucket: str) -> None:
