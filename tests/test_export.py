@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import TINY_NET
 from torch import Tensor
 
 from ddpm import export, generation
@@ -24,18 +25,27 @@ diffusers = pytest.importorskip("diffusers")
 
 CPU = torch.device("cpu")
 SEEDS = [3, 1, 4]
-SIZES = {
-    "image_size": 8,
-    "channels": 1,
-    "base_width": 8,
-    "width_multipliers": [1, 2],
-    "attention_resolutions": [4],
-    "blocks_per_resolution": 1,
-    "norm_groups": 4,
+TINY = override(TINY_NET, {"sample.sampler": "ancestral"})
+GOOGLE_UNET = {
+    "act_fn": "silu",
+    "attention_head_dim": None,
+    "block_out_channels": [128, 256, 256, 256],
+    "center_input_sample": False,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "in_channels": 3,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-6,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 32,
+    "time_embedding_type": "positional",
+    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
 }
-TINY = override(
-    Config(), {f"model.{name}": value for name, value in SIZES.items()} | {"sample.sampler": "ancestral"}
-)
+"""google/ddpm-cifar10-32, unet/config.json, as published."""
 # Which words of diffusers' each of them needs, and that they are used.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "eps, linear": ({"schedule.num_timesteps": 20}, {"beta_schedule": "linear"}),
@@ -188,24 +198,12 @@ def test_what_comes_back_is_what_left(changes: dict[str, Any], tmp_path: Path) -
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
     """A small folder as google/ddpm-cifar10-32 is: what is not said there is as diffusers has it by default."""
-    unet = {
+    unet = GOOGLE_UNET | {
         "_class_name": "UNet2DModel",
-        "act_fn": "silu",
-        "attention_head_dim": None,
         "block_out_channels": [8, 16],
-        "center_input_sample": False,
         "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-        "downsample_padding": 0,
-        "flip_sin_to_cos": False,
-        "freq_shift": 1,
-        "in_channels": 3,
-        "layers_per_block": 2,
-        "mid_block_scale_factor": 1,
-        "norm_eps": 1e-6,
         "norm_num_groups": 4,
-        "out_channels": 3,
         "sample_size": 8,
-        "time_embedding_type": "positional",
         "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
     }
     scheduler = {
@@ -240,28 +238,8 @@ def test_a_published_pipeline_becomes_a_checkpoint(published: Path, tmp_path: Pa
 
 
 def test_our_cifar10_is_google_s() -> None:
-    """google/ddpm-cifar10-32, unet/config.json, as published."""
-    published = {
-        "act_fn": "silu",
-        "attention_head_dim": None,
-        "block_out_channels": [128, 256, 256, 256],
-        "center_input_sample": False,
-        "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
-        "downsample_padding": 0,
-        "flip_sin_to_cos": False,
-        "freq_shift": 1,
-        "in_channels": 3,
-        "layers_per_block": 2,
-        "mid_block_scale_factor": 1,
-        "norm_eps": 1e-6,
-        "norm_num_groups": 32,
-        "out_channels": 3,
-        "sample_size": 32,
-        "time_embedding_type": "positional",
-        "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-    }
     ours = export.unet_config(CIFAR10)
-    assert {key: ours[key] for key in published} == published
+    assert {key: ours[key] for key in GOOGLE_UNET} == GOOGLE_UNET
 
 
 def edit(path: Path, **changes: Any) -> None:

@@ -19,26 +19,20 @@ from mlflow.artifacts import download_artifacts
 from mlflow.models import Model
 from processes import program
 from safetensors.torch import load_file
+from tiny import TINY_NET
 
 from ddpm import registry, runs
-from ddpm.config import Config, UserError, override
+from ddpm.config import UserError, override
 from ddpm.tracking import RUN_KEY_TAG
 from ddpm.training import checkpoint
 from ddpm.training.state import State
 
 CPU = torch.device("cpu")
 TINY = override(
-    Config(),
+    TINY_NET,
     {
         "schedule.num_timesteps": 20,
-        "model.image_size": 8,
-        "model.channels": 1,
         "model.num_classes": 3,
-        "model.base_width": 8,
-        "model.width_multipliers": [1, 2],
-        "model.attention_resolutions": [4],
-        "model.blocks_per_resolution": 1,
-        "model.norm_groups": 4,
         "model.zero_init": False,
         "sample.num_sample_steps": 3,
         "run.experiment": "registry",

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import TINY_NET
 
 from ddpm import generation
 from ddpm.config import Config, override
@@ -16,21 +17,7 @@ from ddpm.training.state import SAMPLE, State, seed_for
 
 diffusers = pytest.importorskip("diffusers")
 
-TINY = override(
-    Config(),
-    {
-        "schedule.num_timesteps": 20,
-        "schedule.kind": "cosine",
-        "model.image_size": 8,
-        "model.channels": 1,
-        "model.base_width": 8,
-        "model.width_multipliers": [1, 2],
-        "model.attention_resolutions": [4],
-        "model.blocks_per_resolution": 1,
-        "model.norm_groups": 4,
-        "model.zero_init": False,
-    },
-)
+TINY = override(TINY_NET, {"schedule.num_timesteps": 20, "schedule.kind": "cosine", "model.zero_init": False})
 
 
 @pytest.fixture
