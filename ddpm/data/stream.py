@@ -38,8 +38,9 @@ MAX_TASKS = 1000
 """Reading tasks of one Ray Dataset; training that needs more goes on with the next Dataset."""
 OBJECT_STORE_BYTES = 256 << 20
 """How far reading may run ahead of training, in memory of the object store."""
-PAUSE_S = 0.05
-"""Between two looks of a Ray Dataset at what there is to do."""
+BUSY_STEP_S = 0.05
+PAUSES_S = (0.005, 0.2)
+"""A Ray Dataset rests so long, and each time so much longer, up to the second, after steps shorter than BUSY_STEP_S."""
 _ERRORS: dict[str, type[UserError]] = {kind.__name__: kind for kind in (CorruptData, StorageError)}
 """What reading may raise: these travel as rows."""
 
@@ -122,17 +123,19 @@ def micro_batches(
 class _Pause(ExecutionCallback):
     """Lets Ray Data's scheduling loop rest where it would spin.
 
-    While reading is far enough ahead, no task runs that the loop could wait for, and it takes a whole core from
-    training (Ray 2.60).
+    While it holds back reading that is far enough ahead, finished blocks wait for it, so that it never waits: it
+    takes a whole core from training (Ray 2.60).
     """
 
     def __init__(self) -> None:
-        self._step_ended = 0.0
+        self._step_began, self._pause_s = 0.0, 0.0
 
     def on_execution_step(self, executor: Any) -> None:
-        if time.monotonic() - self._step_ended < PAUSE_S:
-            time.sleep(PAUSE_S)
-        self._step_ended = time.monotonic()
+        least_s, most_s = PAUSES_S
+        spins = time.monotonic() - self._step_began < BUSY_STEP_S
+        self._pause_s = min(self._pause_s + least_s, most_s) if spins else 0.0
+        time.sleep(self._pause_s)
+        self._step_began = time.monotonic()
 
 
 class _ReadTask:
