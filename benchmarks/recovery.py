@@ -157,7 +157,8 @@ def measure(start: Callable[[str, dict[str, float]], None], lose_node: bool) -> 
                 timer = threading.Timer(BACK_AFTER_S, lambda: stack.enter_context(head.add_node(2)))
                 timer.start()
                 return
-            workers = [p for p in psutil.process_iter() if p.name().startswith("ray::RayTrainWo")]
+            processes = psutil.Process(nodes[-1].pid).children(recursive=True)
+            workers = [p for p in processes if p.name().startswith("ray::RayTrainWo")]
             workers[0].send_signal(signal.SIGKILL)
 
         thread = threading.Thread(target=start, args=(folder, {"CPU": 1.5}), daemon=True)

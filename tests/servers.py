@@ -228,7 +228,7 @@ class RayHead(Server):
 
 
 class RayNode:
-    """One more node of a cluster, on the same machine; `node_id` once it is there."""
+    """One more node of a cluster, on the same machine; `node_id` and `pid` once it is there."""
 
     def __init__(self, head: RayHead, num_cpus: int, timeout_s: float = 60) -> None:
         name = f"node-{uuid.uuid4().hex[:8]}"
@@ -251,7 +251,7 @@ class RayNode:
                     f"the node did not join the cluster. Its log ends:\n{tail(head.folder / 'nodes.log')}"
                 )
             time.sleep(0.2)
-        self.node_id = node_id
+        self.node_id, self.pid = node_id, self._process.pid
 
     def kill(self) -> None:
         """Take it away at once, with everything that runs on it."""

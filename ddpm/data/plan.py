@@ -20,6 +20,9 @@ from ddpm.config import UserError
 
 Int64 = NDArray[np.int64]
 
+CHUNK_IMAGES = 8192
+"""Images that one reading task fetches, at most: about a window, so that tasks and blocks are few and large."""
+
 # Counters that keep the random streams of different purposes apart.
 _ROW_GROUPS, _ROWS = 0, 1
 

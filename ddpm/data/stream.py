@@ -10,6 +10,9 @@ wrong, and the worker that takes it raises.
 
 The cursor is where the workers' restored checkpoint stands: rank 0 calls `split` and hands the iterators to
 the others.
+
+After a crash, the processes that split and read start anew, and training waits for them: this module and what it
+imports do without torch, which would double the time that they take.
 """
 
 import json
@@ -22,25 +25,26 @@ from typing import Any
 
 import numpy as np
 import ray.data
+from numpy.typing import NDArray
 from ray.data import DataContext, DataIterator
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from ddpm import storage
 from ddpm.config import Config, UserError
 from ddpm.data.corrupt import CorruptData, Substitution, substitutions_from_json, substitutions_to_json
-from ddpm.data.plan import chunks, share
+from ddpm.data.plan import CHUNK_IMAGES, chunks, share
 from ddpm.data.reading import DataSet, Images, check_fits
 from ddpm.data.shards import read_manifest
 from ddpm.patience import StorageError
-from ddpm.training.runtime import CHUNK_IMAGES, MicroBatch, cut
 
 MAX_TASKS = 1000
 """Reading tasks of one Ray Dataset; training that needs more goes on with the next Dataset."""
 OBJECT_STORE_BYTES = 256 << 20
 """How far reading may run ahead of training, in memory of the object store."""
-BUSY_STEP_S = 0.05
-PAUSES_S = (0.005, 0.2)
-"""A Ray Dataset rests so long, and each time so much longer, up to the second, after steps shorter than BUSY_STEP_S."""
+REST_S = (0.005, 0.2)
+"""A Ray Dataset that has nothing to do looks again after so long, and each time so much longer, up to the second."""
+Share = tuple[NDArray[np.uint8], NDArray[np.int64]]
+"""Images [n, H, W, C] and labels [n]."""
 _ERRORS: dict[str, type[UserError]] = {kind.__name__: kind for kind in (CorruptData, StorageError)}
 """What reading may raise: these travel as rows."""
 
@@ -82,45 +86,49 @@ def split(
     # Blocks of one row: the output buffer cuts a block as soon as it holds more than this.
     context.target_max_block_size = 1
     context.execution_options.preserve_order = True
-    context.custom_execution_callback_classes = [_Pause]
+    context.custom_execution_callback_classes = [_Rest]
     context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
         object_store_memory=OBJECT_STORE_BYTES
     )
     task: Any = _ReadTask(config, data_set, todo, world_size)
     # One block a task: each is read by its own Ray task, and as many at once as there are free CPUs.
-    rows = ray.data.range(len(todo), override_num_blocks=len(todo))
+    rows = ray.data.from_items([{"id": i} for i in range(len(todo))], override_num_blocks=len(todo))
     return rows.map_batches(task, batch_size=1, batch_format="numpy").streaming_split(world_size, equal=True)
 
 
-def micro_batches(
+def shares(
     iterator: DataIterator,
     config: Config,
-    rank: int,
-    world_size: int,
     on_substitutions: Callable[[list[Substitution]], object] | None = None,
-) -> Iterator[MicroBatch]:
-    """Rank `rank`'s micro-batches from its iterator.
+) -> Iterator[Share]:
+    """What one rank trains on of each reading task, micro-batch after micro-batch.
+
+    Reading begins with the call, not with the first `next`.
 
     Args:
-        on_substitutions: rank 0's is told what stands in for unreadable images of all ranks, before the first
-            micro-batch of their range is yielded.
+        iterator: the rank's, of `split`.
+        on_substitutions: rank 0's is told what stands in for unreadable images of all ranks, before the share of
+            their range is yielded.
 
     Raises:
         CorruptData: an image cannot be read (data.on_corrupt "error"), or none of its whole window.
         StorageError: storage has failed for longer than run.storage_timeout_s.
         UserError: no data for data.stall_timeout_s longer than that.
     """
-    train = config.train
-    for row in _with_timeout(iterator, config.data.stall_timeout_s, config.run.storage_timeout_s):
-        if error := row["error"][0]:
-            raise _ERRORS[json.loads(error)["kind"]](json.loads(error)["message"])
-        if on_substitutions and (substitutions := substitutions_from_json(row["substitutions"][0])):
-            on_substitutions(substitutions)
-        image, label = row["image"][0], row["label"][0]
-        yield from cut(image, label, rank, world_size, train.batch_size, train.micro_batch_size)
+    rows = _with_timeout(iterator, config.data.stall_timeout_s, config.run.storage_timeout_s)
+
+    def opened() -> Iterator[Share]:
+        for row in rows:
+            if error := row["error"][0]:
+                raise _ERRORS[json.loads(error)["kind"]](json.loads(error)["message"])
+            if on_substitutions and (substitutions := substitutions_from_json(row["substitutions"][0])):
+                on_substitutions(substitutions)
+            yield row["image"][0], row["label"][0]
+
+    return opened()
 
 
-class _Pause(ExecutionCallback):
+class _Rest(ExecutionCallback):
     """Lets Ray Data's scheduling loop rest where it would spin.
 
     While it holds back reading that is far enough ahead, finished blocks wait for it, so that it never waits: it
@@ -128,14 +136,15 @@ class _Pause(ExecutionCallback):
     """
 
     def __init__(self) -> None:
-        self._step_began, self._pause_s = 0.0, 0.0
+        self._progress, self._rest_s = 0, 0.0
 
     def on_execution_step(self, executor: Any) -> None:
-        least_s, most_s = PAUSES_S
-        spins = time.monotonic() - self._step_began < BUSY_STEP_S
-        self._pause_s = min(self._pause_s + least_s, most_s) if spins else 0.0
-        time.sleep(self._pause_s)
-        self._step_began = time.monotonic()
+        counts = [op.metrics for op in executor._topology]
+        progress = sum(c.num_tasks_submitted + c.num_task_outputs_generated for c in counts)
+        shortest_s, longest_s = REST_S
+        self._rest_s = min(self._rest_s + shortest_s, longest_s) if progress == self._progress else 0.0
+        self._progress = progress
+        time.sleep(self._rest_s)
 
 
 class _ReadTask:
@@ -184,7 +193,8 @@ def _with_timeout(
 
     def fetch() -> None:
         try:
-            for row in iterator.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=1):
+            # Ray's own prefetching would hold back the first row until it has the second.
+            for row in iterator.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=0):
                 rows.put(row)
                 if closed.is_set():
                     return
@@ -192,19 +202,22 @@ def _with_timeout(
         except BaseException as error:  # handed to the consumer, whatever it is
             rows.put(error)
 
+    def fetched() -> Iterator[dict[str, Any]]:
+        try:
+            while (row := rows.get(timeout=timeout_s)) is not end:
+                if isinstance(row, BaseException):
+                    raise row
+                yield row
+        except queue.Empty:
+            raise UserError(
+                f"no data for {timeout_s:g} s (data.stall_timeout_s {stall_timeout_s:g} + run.storage_timeout_s "
+                f"{storage_timeout_s:g}), and no word from storage: no CPU may be free for the tasks that read; "
+                "lower --cluster.cpus-per-worker or add CPUs to the cluster"
+            ) from None
+        finally:
+            closed.set()
+            with suppress(queue.Empty):  # make room, for a thread that waits to put its row
+                rows.get_nowait()
+
     threading.Thread(target=fetch, name="ddpm-data", daemon=True).start()
-    try:
-        while (row := rows.get(timeout=timeout_s)) is not end:
-            if isinstance(row, BaseException):
-                raise row
-            yield row
-    except queue.Empty:
-        raise UserError(
-            f"no data for {timeout_s:g} s (data.stall_timeout_s {stall_timeout_s:g} + run.storage_timeout_s "
-            f"{storage_timeout_s:g}), and no word from storage: no CPU may be free for the tasks that read; "
-            "lower --cluster.cpus-per-worker or add CPUs to the cluster"
-        ) from None
-    finally:
-        closed.set()
-        with suppress(queue.Empty):  # make room, for a thread that waits to put its row
-            rows.get_nowait()
+    return fetched()

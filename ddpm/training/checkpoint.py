@@ -146,6 +146,18 @@ def read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "state.json").read_text())
 
 
+def position(folder: Path | None) -> int:
+    """images_seen of a checkpoint, whose tensors need not be intact; 0 of none.
+
+    Raises:
+        UserError: state.json is damaged.
+    """
+    try:
+        return int(read_state(folder)["images_seen"]) if folder else 0
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}/state.json is damaged: {error!r}") from None
+
+
 def read_config(folder: Path) -> Config:
     """config.json of a checkpoint."""
     return configs.from_json((folder / "config.json").read_text(), where=f"{folder}/config.json")

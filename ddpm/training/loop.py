@@ -35,8 +35,9 @@ def train(config: Config, runtime: Runtime, tracker: Tracker) -> State:
             checkpoint before it stands.
         UserError: the checkpoint belongs to another configuration, data cannot be read, or storage fails.
     """
-    state = State.create(config, runtime.device)
     with runtime.latest_checkpoint() as folder:
+        batches = runtime.batches(checkpoint.position(folder))
+        state = State.create(config, runtime.device)
         if folder is not None:
             checkpoint.load(folder, state, config)
     objective = build_objective(config)
@@ -48,7 +49,7 @@ def train(config: Config, runtime: Runtime, tracker: Tracker) -> State:
     share = micro_batches_per_step(batch_size, config.train.micro_batch_size, runtime.world_size)
     share //= runtime.world_size
     recorder = Recorder(config, runtime, tracker, state, objective)
-    batches = recorder.timed(runtime.batches(state.images_seen))
+    batches = recorder.timed(batches)
     stop = False
 
     while state.images_seen < config.train.total_images and not stop:

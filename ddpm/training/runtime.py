@@ -20,12 +20,9 @@ from torch import Tensor, nn
 
 from ddpm.config import Config
 from ddpm.data.corrupt import CorruptImages
-from ddpm.data.plan import chunks, micro_batches_per_step, share
+from ddpm.data.plan import CHUNK_IMAGES, chunks, micro_batches_per_step, share
 from ddpm.data.reading import DataSet, Images
 from ddpm.training import checkpoint
-
-CHUNK_IMAGES = 8192
-"""Images that one reading task fetches, at most: about a window, so that tasks and blocks are few and large."""
 
 CORRUPT = "corrupt.jsonl"
 """File of a run that lists the images that could not be read."""
@@ -90,7 +87,10 @@ class Runtime(Protocol):
         ...
 
     def batches(self, images_seen: int) -> Iterator[MicroBatch]:
-        """This rank's micro-batches, from the global batch at `images_seen` to the end of training."""
+        """This rank's micro-batches, from the global batch at `images_seen` to the end of training.
+
+        Every rank calls it; reading may begin at once.
+        """
         ...
 
     def held_out(self) -> Images | None:

@@ -4,6 +4,7 @@ Its own room because it runs in another process than `cluster.fit`: that one sta
 this one is what they know of Ray.
 """
 
+import itertools
 import json
 import os
 import threading
@@ -34,7 +35,7 @@ from ddpm.training import board as boards
 from ddpm.training import checkpoint, keeper
 from ddpm.training.keeper import Keeper
 from ddpm.training.machine import SystemMetrics
-from ddpm.training.runtime import CORRUPT, MicroBatch, Progress, read_held_out
+from ddpm.training.runtime import CORRUPT, MicroBatch, Progress, cut, read_held_out
 
 STOP_POLL_S = 0.2
 LEDGER = "progress.json"
@@ -63,15 +64,29 @@ class RayRuntime:
         return nn.parallel.DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True)
 
     def batches(self, images_seen: int) -> Iterator[MicroBatch]:
+        train, legs = self._config.train, stream.legs(self._config, images_seen)
+        begun = [
+            self._shares(leg) for leg in legs[:1]
+        ]  # the processes that read start while the net is built
+
+        def micro_batches() -> Iterator[MicroBatch]:
+            for image, label in itertools.chain.from_iterable(
+                itertools.chain(begun, map(self._shares, legs[1:]))
+            ):
+                yield from cut(
+                    image, label, self.rank, self.world_size, train.batch_size, train.micro_batch_size
+                )
+
+        return micro_batches()
+
+    def _shares(self, leg: list[tuple[int, int]]) -> Iterator[stream.Share]:
+        """What this rank trains on of a leg; every rank calls it."""
+        iterators = None
+        if self.rank == 0:
+            iterators = stream.split(self._config, self._data_set, leg, self.world_size)
+        iterators = ray.train.collective.broadcast_from_rank_zero(iterators)
         on_substitutions = self._steward.substituted if self._steward else None
-        for todo in stream.legs(self._config, images_seen):
-            iterators = None
-            if self.rank == 0:
-                iterators = stream.split(self._config, self._data_set, todo, self.world_size)
-            iterators = ray.train.collective.broadcast_from_rank_zero(iterators)
-            yield from stream.micro_batches(
-                iterators[self.rank], self._config, self.rank, self.world_size, on_substitutions
-            )
+        return stream.shares(iterators[self.rank], self._config, on_substitutions)
 
     def held_out(self) -> Images | None:
         return read_held_out(self._data_set.held_out(), self._config)

@@ -18,7 +18,7 @@ from ddpm.config import Config, UserError, override
 from ddpm.data import stream
 from ddpm.data.corrupt import CorruptData, Substitution
 from ddpm.patience import StorageError
-from ddpm.training.runtime import deal
+from ddpm.training.runtime import cut, deal
 
 
 class Rows:
@@ -107,8 +107,10 @@ def work(config: Config, world_size: int = 2) -> list[dict[str, Any]]:
             taken["told"].append((len(taken["batches"]), substitutions))
 
         try:
-            for batch in stream.micro_batches(iterator, config, rank, world_size, on_substitutions):
-                taken["batches"].append((batch.index, batch.image.numpy(), batch.label.numpy()))
+            sizes = (config.train.batch_size, config.train.micro_batch_size)
+            for image, label in stream.shares(iterator, config, on_substitutions):
+                for batch in cut(image, label, rank, world_size, *sizes):
+                    taken["batches"].append((batch.index, batch.image.numpy(), batch.label.numpy()))
         except Exception as error:
             taken["error"] = error
         return taken
