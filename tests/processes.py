@@ -126,7 +126,7 @@ class Job:
     def output(self) -> str:
         return self._log.read_text(errors="replace")
 
-    def wait_for(self, condition: Callable[[], T], timeout_s: float = 120) -> T:
+    def wait_for(self, condition: Callable[[], T], timeout_s: float = 120, poll_s: float = 0.02) -> T:
         """What `condition` returns as soon as that is true.
 
         Raises:
@@ -142,7 +142,7 @@ class Job:
                 raise TimeoutError(
                     f"waited {timeout_s:.0f} s in vain. The job's output ends:\n{self.output[-3000:]}"
                 )
-            time.sleep(0.02)
+            time.sleep(poll_s)
         return result
 
     def members(self, title: str) -> list[psutil.Process]:

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 import ray.exceptions
 import ray.util
+from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.torch.torch_trainer import (
     TorchTrainer,
@@ -164,10 +165,21 @@ def _free_place(notes: dict[str, Any]) -> None:
         ray.util.remove_placement_group(place)
 
 
+class _Trainer(TorchTrainer):
+    """A TorchTrainer without a manager of data sets.
+
+    Rank 0 splits the data itself, at the cursor of the checkpoint; the manager is a process that every restart of
+    the workers would wait for (Ray 2.60 has no switch for it).
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [c for c in super()._create_default_callbacks() if not isinstance(c, DatasetsCallback)]
+
+
 def _trainer(spec: dict[str, Any], resources: dict[str, float], folder: str) -> TorchTrainer:
     config, sizes = spec["config"], spec["config"].cluster.world_sizes()
     callbacks: list[Any] = [FailureBudget(config, spec["board"]), ResizeWithoutLoss(spec["board"])]
-    return TorchTrainer(
+    return _Trainer(
         _work,
         train_loop_config=spec,
         scaling_config=ScalingConfig(
