@@ -102,8 +102,8 @@ def test_an_elastic_run_shrinks_and_grows(run: Run, head: RayHead, nodes: ExitSt
         assert job.wait() == 128 + signal.SIGINT, job.output
     assert sizes(run)[-3:] == [2, 1, 2]
     lost = [round(seen / goodput - seen) for seen, goodput in metric(run, "train/goodput")]
-    alone = [int(value) for _, value in metric(run, "train/workers")].index(1)
-    assert 0 < lost[-1] == lost[alone]
+    alone = [at for at, (_, workers) in enumerate(metric(run, "train/workers")) if workers == 1]
+    assert 0 < lost[-1] == lost[alone[-1]]
 
 
 def sizes(run: Run) -> list[int]:
