@@ -68,9 +68,7 @@ class Fleet(Generic[Held]):
         if num_workers is not None and num_workers < 1:
             raise UserError(f"num_workers is {num_workers}; it must be at least 1")
         joined = "RAY_ADDRESS" in os.environ  # then what this machine has says nothing
-        self.has_gpus: bool = (
-            _resources(verbose).get("GPU", 0) >= 1 if joined else torch.cuda.is_available()
-        )
+        self.has_gpus: bool = _resources(verbose).get("GPU", 0) >= 1 if joined else torch.cuda.is_available()
         """Whether the workers are GPUs."""
         if joined or (num_workers or torch.cuda.device_count()) > 1:
             self._crew: _Crew = _Actors(make, num_workers, self.has_gpus, verbose)
@@ -112,9 +110,7 @@ class _Crew(Protocol):
 class _Threads:
     """Workers in this process: a thread for its GPU, or one for each core."""
 
-    def __init__(
-        self, make: Callable[[torch.device], Any], num_workers: int | None, has_gpus: bool
-    ) -> None:
+    def __init__(self, make: Callable[[torch.device], Any], num_workers: int | None, has_gpus: bool) -> None:
         self._make, self._device = make, torch.device("cuda" if has_gpus else "cpu")
         self._num_workers = num_workers or (1 if has_gpus else len(os.sched_getaffinity(0)))
         self._held: Any = None
@@ -149,7 +145,9 @@ class _Threads:
         finally:
             # An error, or Ctrl-C: what is under way may take minutes, and nobody waits for it.
             for thread in tuple(self._busy):
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(SystemExit))
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                    ctypes.c_ulong(thread), ctypes.py_object(SystemExit)
+                )
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(num_threads)
 
