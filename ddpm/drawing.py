@@ -116,8 +116,11 @@ class Artist:
         Raises:
             UserError: the GPU has no room for so many.
         """
+        config, label, known = self._request.config, self._label(indices), self._request.known
         try:
-            drawn = generation.draw(*self._drawn_from(), indices, **self._drawn_how(indices))
+            drawn = generation.draw(
+                self._net, config, self._objective, indices, device=self._device, label=label, known=known
+            )
         except torch.OutOfMemoryError:
             raise UserError(
                 f"the GPU has no room for {len(indices)} images at a time; use a smaller --batch-size"
@@ -126,15 +129,14 @@ class Artist:
 
     def trajectory(self, indices: range) -> tuple[Pixels, bytes]:
         """How these images come to be: a strip uint8 [H', W', 3], and a GIF."""
-        return generation.trajectory(*self._drawn_from(), indices, **self._drawn_how(indices))
+        config, label, known = self._request.config, self._label(indices), self._request.known
+        return generation.trajectory(
+            self._net, config, self._objective, indices, device=self._device, label=label, known=known
+        )
 
-    def _drawn_from(self) -> tuple[Any, ...]:
-        return self._net, self._request.config, self._objective
-
-    def _drawn_how(self, indices: range) -> dict[str, Any]:
+    def _label(self, indices: range) -> Tensor | None:
         labels = self._request.labels(indices)
-        label = None if labels is None else torch.from_numpy(labels).to(self._device)
-        return {"device": self._device, "label": label, "known": self._request.known}
+        return None if labels is None else torch.from_numpy(labels).to(self._device)
 
 
 def draw(
@@ -161,8 +163,9 @@ def draw(
         UserError: a count out of range, an album of another request, or one that cannot be written.
         WorkersDied: as `Fleet.map`.
     """
-    if num_images < 1 or (batch_size or 1) < 1:
-        raise UserError(f"num_images is {num_images} and batch_size {batch_size}; both must be at least 1")
+    for name, count in (("num_images", num_images), ("batch_size", batch_size)):
+        if count is not None and count < 1:
+            raise UserError(f"{name} is {count}; it must be at least 1")
     with Fleet(partial(Artist, request), num_workers) as fleet:
         size = batch_size or (BATCH_SIZE_GPU if fleet.has_gpus else BATCH_SIZE_CPU)
         pieces = [range(i, min(i + size, num_images)) for i in range(0, num_images, size)]

@@ -175,7 +175,7 @@ class _Actors:
         self._num_workers = num_workers or max(1, int(have.get("GPU" if has_gpus else "CPU", 1)))
         self._kind = "GPU" if has_gpus else "CPU"
         share: dict[str, Any] = {"num_cpus": 0, "num_gpus": 1} if has_gpus else {"num_cpus": 1}
-        self._recruit = ray.remote(max_restarts=0, **share)(_Worker).remote
+        self._recruit: Any = ray.remote(max_restarts=0, **share)(_Worker).remote
         self._make = ray.put(make)
         self._idle: list[Any] = []
         self._joining: dict[Any, Any] = {}

@@ -1,32 +1,20 @@
 """A fleet does every piece once, in this process or on Ray, whatever dies."""
 
-import os
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import chores
 import pytest
-import ray
 import torch
 from chores import Adder
-from processes import REPO
 
 from ddpm.config import UserError
-from ddpm.connection import connect
 from ddpm.fleet import Fleet, WorkersDied
 
 MAKE = partial(Adder, torch.tensor(100))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def on_ray() -> Iterator[None]:
-    """One cluster for all, whose workers find chores.py."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(REPO / "tests"), prepend=os.pathsep)
-        connect()
-        yield
-        ray.shutdown()
+pytestmark = pytest.mark.usefixtures("ray_here")
 
 
 @pytest.mark.parametrize("num_workers", [None, 1, 2])
