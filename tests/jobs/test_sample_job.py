@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from processes import Job, kill_tree
+from servers import RayHead
 from tiny import TINY_NET
 
 from ddpm.config import override
@@ -85,3 +86,18 @@ def test_a_killed_job_goes_on(form: str, run_job: Callable[..., Any], tmp_path: 
     names = [name for name in kept_before if not Path(name).name.startswith((".", "_")) and name in whole]
     assert len(names) > 1 and all(kept_before[name] == whole[name] for name in names)
     assert json.loads(whole["request.json"])["format"] == form
+
+
+@pytest.mark.slow
+def test_a_cluster_draws_what_one_core_draws(
+    run_job: Callable[..., Any], ray_head: RayHead, tmp_path: Path
+) -> None:
+    """Weights travel to the workers, images travel back: the cluster need not see this folder."""
+    flags = "run --num-images 40 --num-sample-steps 3 --batch-size 8".split()
+    for out, more, env in (
+        ("cluster", [], {"RAY_ADDRESS": ray_head.address}),
+        ("alone", ["--num-workers", "1"], {}),
+    ):
+        done = run_job("sample", *flags, *more, "--out", out, cwd=tmp_path, env=env)
+        assert done.returncode == 0, done.stderr
+    assert files(tmp_path / "cluster") == files(tmp_path / "alone")
