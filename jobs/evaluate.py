@@ -58,13 +58,14 @@ class Arguments:
     seed: int = 0
     cache: str | None = None
     """Folder or s3:// URI for features of real images and the classifier; None: evaluation/ beside the shards."""
-    num_workers: int = 1
-    """Processes of a Ray cluster (RAY_ADDRESS, or one started here) that share the work; the numbers are the same."""
+    num_workers: int | None = None
+    """None: all GPUs, or else cores, of this machine or of the Ray cluster that RAY_ADDRESS names. The numbers are the
+    same."""
     out: str = "evaluation.json"
     """File or s3:// URI for every number with its n and uncertainty; a picture is written beside it."""
 
 
-SETTINGS = "spacing eta dynamic_threshold guidance_scale guidance_interval".split()
+CHANGES = "spacing eta dynamic_threshold guidance_scale guidance_interval".split()
 
 
 def main() -> None:
@@ -73,26 +74,26 @@ def main() -> None:
         raise UserError("no CHECKPOINT is given; expected folders or URIs of checkpoints or runs")
     from rich.console import Console
 
-    from ddpm import evaluate, report
+    from ddpm import evaluate, report, results, yardstick
 
-    place = evaluate.place_for(arguments.out)
-    given = {name: value for name in SETTINGS if (value := getattr(arguments, name)) is not None}
-    settings = evaluate.Settings(
+    place = results.place_for(arguments.out)
+    settings = yardstick.Settings(
         num_images=arguments.num_images,
         features=arguments.features,
         inception_weights=arguments.inception_weights,
         samplers=arguments.sampler,
         num_sample_steps=arguments.num_sample_steps,
-        sample=given,
+        sample={name: value for name in CHANGES if (value := getattr(arguments, name)) is not None},
         num_draws=arguments.num_draws,
         seed=arguments.seed,
         shards=arguments.data.shards,
         cache=arguments.cache,
     )
-    found = evaluate.evaluate(evaluate.read(arguments.checkpoints, arguments.all_checkpoints), settings)
+    candidates = yardstick.read(arguments.checkpoints, arguments.all_checkpoints)
+    found = evaluate.evaluate(candidates, settings, arguments.num_workers)
     # A file or a pipe is as wide as it takes.
-    Console(width=None if sys.stdout.isatty() else 140).print(report.table(found))
-    for line in (*report.remarks(found), *evaluate.store(found, place)):
+    Console(width=None if sys.stdout.isatty() else 200).print(report.table(found))
+    for line in (*report.remarks(found), *results.store(found, place)):
         print(line)
 
 
