@@ -22,6 +22,7 @@ import tyro
 from runtime import processor
 
 from ddpm.config import Config, override
+from ddpm.connection import connect
 from ddpm.data import embedded, stream
 from ddpm.presets import DIGITS
 from ddpm.training import cluster
@@ -89,7 +90,7 @@ def main() -> None:
             "cluster.threads_per_worker": 1,
         },
     )
-    cluster.connect()
+    connect()
     found = {
         name: measure(override(config, {"train.checkpoint_every_images": every * BATCH_SIZE}))
         for name, every in (("none", 0), ("every 100 steps", EVERY_STEPS))

@@ -32,6 +32,7 @@ from runtime import processor
 from servers import RayHead
 
 from ddpm.config import override
+from ddpm.connection import connect
 from ddpm.data import embedded, stream
 from ddpm.presets import DIGITS
 from ddpm.training import cluster
@@ -149,7 +150,7 @@ def measure(start: Callable[[str, dict[str, float]], None], lose_node: bool) -> 
         head = stack.enter_context(RayHead(Path(folder, "head"), num_cpus=0, env=settings))
         nodes = [stack.enter_context(head.add_node(num_cpus)) for num_cpus in (1, 2, 2)]
         os.environ["RAY_ADDRESS"] = head.address
-        cluster.connect()
+        connect()
 
         def kill() -> None:
             if lose_node:

@@ -46,6 +46,7 @@ def measure(arguments: Arguments) -> None:
     """Train once, and print the log points as JSON."""
 
     from ddpm.config import override
+    from ddpm.connection import connect
     from ddpm.data import embedded, stream
     from ddpm.presets import PRESETS
     from ddpm.training import cluster, loop
@@ -80,7 +81,7 @@ def measure(arguments: Arguments) -> None:
             import mlflow
 
             os.environ["MLFLOW_TRACKING_URI"] = uri = f"sqlite:///{folder}/mlflow.db"
-            cluster.connect()
+            connect()
             result = cluster.fit(config, data_set)
             assert result.delivery is not None and result.delivery.run_id is not None
             client = mlflow.MlflowClient(uri)

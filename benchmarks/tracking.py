@@ -27,6 +27,7 @@ from runtime import processor
 from servers import LOOPBACK, MlflowServer, free_ports
 
 from ddpm.config import override
+from ddpm.connection import connect
 from ddpm.data import embedded, stream
 from ddpm.presets import DIGITS
 from ddpm.training import cluster
@@ -103,7 +104,7 @@ def measure(arguments: Arguments, condition: str) -> float:
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     cluster._work = timed_work
-    cluster.connect()
+    connect()
     found: dict[str, list[float]] = {condition: [] for condition in CONDITIONS}
     for i in range(arguments.repeats):
         for condition in CONDITIONS if i % 2 == 0 else reversed(CONDITIONS):

@@ -52,7 +52,7 @@ def main() -> None:
     if manifest is None:
         parallel = prepare.is_large(source) if arguments.parallel is None else arguments.parallel
         if parallel:
-            from ddpm.training.cluster import connect
+            from ddpm.connection import connect
 
             connect()
         with Display("preparing", sum(source.splits.values())) as display:

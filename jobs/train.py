@@ -30,7 +30,7 @@ def main() -> int:
         tyro.extras.subcommand_type_from_defaults(defaults, presets.ABOUT), description=__doc__
     )
 
-    from ddpm import runs  # after parsing: --help and mistakes answer at once
+    from ddpm import connection, runs  # after parsing: --help and mistakes answer at once
     from ddpm.data import embedded, stream
     from ddpm.training import cluster, loop
 
@@ -40,7 +40,7 @@ def main() -> int:
     config = embedded.with_shards(config)
     data_set = stream.open_data_set(config)
     print(f"data        {config.data.shards}  ({data_set.rows.num_rows:,} images to train on)")
-    cluster.connect(arguments.verbose)
+    connection.connect(arguments.verbose)
     result = cluster.fit(config, data_set, verbose=arguments.verbose)
     took = f"done after {time.monotonic() - began:.0f} s"
     if result.delivery is None:

@@ -7,7 +7,6 @@ starting worker groups, noticing deaths, and starting the group again, smaller o
 """
 
 import logging
-import os
 import tempfile
 from dataclasses import dataclass
 from typing import Any
@@ -43,16 +42,6 @@ from ddpm.training.worker import RayRuntime
 
 log = logging.getLogger(__name__)
 
-SETTINGS = {
-    # The controller looks after its workers so often (default 2 s), and after nodes about to be taken away (5 s).
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
-    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
-    # A worker group that does not get its resources asks again, maybe for fewer workers (default 60 s).
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
-    # Of a cluster started here: training comes first on this machine, not after Ray's own processes.
-    "RAY_worker_niceness": "0",
-}
-"""Ray's settings that make a crash cost less time; what the environment says comes first."""
 DELIVERY_TIMEOUT_S = 30.0
 """What MLflow has not taken so long after the end is left to jobs/track.py."""
 HASTY_DELIVERY_TIMEOUT_S = 1.0
@@ -71,16 +60,6 @@ class Result:
     """How tracking ended; None: nothing was left to do."""
     signal: int | None = None
     """What asked it to stop before its end."""
-
-
-def connect(verbose: bool = False) -> None:
-    """Join the Ray cluster of the environment (RAY_ADDRESS, or one started here), or start one on this machine."""
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
-    level = logging.INFO if verbose else logging.ERROR
-    ray.init(log_to_driver=verbose, logging_level=level, include_dashboard=False)
-    for name in ("ray.train", "ray.data", "ray"):
-        logging.getLogger(name).setLevel(level)
 
 
 def fit(config: Config, data_set: DataSet, *, verbose: bool = False) -> Result:

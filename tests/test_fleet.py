@@ -1,0 +1,76 @@
+"""A fleet does every piece once, in this process or on Ray, whatever dies."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import chores
+import pytest
+import torch
+from chores import Adder
+
+from ddpm.config import UserError
+from ddpm.fleet import Fleet, WorkersDied
+
+MAKE = partial(Adder, torch.tensor(100))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_ends() -> Iterator[None]:
+    yield
+    import ray
+
+    ray.shutdown()
+
+
+@pytest.mark.parametrize("num_workers", [None, 1, 2])
+def test_every_piece_is_done_once(num_workers: int | None) -> None:
+    with Fleet(MAKE, num_workers) as fleet:
+        assert dict(fleet.map(Adder.add, range(10))) == {i: 100 + i for i in range(10)}
+        assert list(fleet.map(Adder.add, [])) == []
+        assert dict(fleet.map(Adder.add, [7])) == {7: 107}
+
+
+@pytest.mark.parametrize("num_workers", [None, 2])
+def test_a_piece_is_done_by_one_thread(num_workers: int | None) -> None:
+    before = torch.get_num_threads()
+    with Fleet(MAKE, num_workers) as fleet:
+        done = [result for _, result in fleet.map(chores.who, range(6))]
+    assert {(threads, device) for _, threads, device in done} == {(1, "cpu")}
+    assert len({process for process, _, _ in done}) == (num_workers or 1)
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("num_workers", [None, 1, 2])
+def test_a_mistake_comes_out_as_it_is(num_workers: int | None) -> None:
+    with Fleet(MAKE, num_workers) as fleet:
+        with pytest.raises(UserError, match=r"^piece is 3; it must not be 3$"):
+            list(fleet.map(chores.refuse, range(10)))
+        assert len(list(fleet.map(Adder.add, range(10)))) == 10  # and the fleet still works
+    with (
+        Fleet(chores.make_nothing, num_workers) as fleet,
+        pytest.raises(UserError, match=r"^nothing can be made of this$"),
+    ):
+        list(fleet.map(Adder.add, range(10)))
+    with pytest.raises(UserError, match="num_workers is 0; it must be at least 1"):
+        Fleet(MAKE, 0)
+
+
+def test_who_stops_listening_waits_for_nothing() -> None:
+    with Fleet(MAKE) as fleet:
+        results = fleet.map(chores.spin, range(100))
+        next(results)
+        results.close()  # pieces under way would take minutes
+
+
+def test_a_worker_that_dies_costs_no_piece(tmp_path: Path) -> None:
+    with Fleet(MAKE, 2) as fleet:
+        assert dict(fleet.map(partial(chores.die_once, tmp_path), range(8))) == {i: 100 + i for i in range(8)}
+        assert (tmp_path / "died").exists()
+        with pytest.raises(WorkersDied, match="3 workers died over the same piece, 1"):
+            list(fleet.map(chores.die, [1]))
+
+
+def test_workers_without_a_place_are_not_waited_for() -> None:
+    with Fleet(MAKE, 1000) as fleet:
+        assert len(list(fleet.map(Adder.add, range(20)))) == 20
