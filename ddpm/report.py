@@ -140,9 +140,10 @@ def table(report: Report) -> Table:
 def _list(report: Report) -> Table:
     (verdict,) = report.verdicts
     (drawn,) = verdict.drawn
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    made.add_column(f"{verdict.run}, {verdict.images_seen:,} images seen, {drawn.name}")
-    for title in ("", "n", "real against real"):
+    title = f"{verdict.run}, {verdict.images_seen:,} images seen, {drawn.name}"
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    made.add_column("")
+    for title in ("value", "n", "real against real"):
         made.add_column(title, justify="right")
     for score, _, _ in rows(report):
         name = f"  {score.name.partition('-')[2]}" if score.name in TERMS else score.name
@@ -175,7 +176,7 @@ def metrics(verdict: Verdict) -> dict[str, float]:
 
     What was drawn in another way than the run's own is named by that: eval/dpmpp_2m-20/KID-lite0.
     """
-    values = {}
+    values: dict[str, float] = {}
     for score, _, drawn in rows(Report({}, (verdict,))):
         place = "eval" if drawn is None or drawn.is_own else f"eval/{drawn.name}"
         name = f"{place}/{score.name.replace('bits/dim', 'bits_per_dim')}"
