@@ -8,6 +8,8 @@ sent before is recognised:
 - a run that went back measures again, at other times. So the tag `ddpm.sent_until`, set before anything is sent,
   says how far records go; and of records up to there those are left out whose key and step MLflow has already.
 
+What is measured beside training (`add`) leaves that tag alone: of it a value is left out that MLflow has already.
+
 Nothing here knows of threads or of storage: `ddpm.delivery` does.
 """
 

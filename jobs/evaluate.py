@@ -2,8 +2,7 @@
 
 CHECKPOINT is the folder or s3:// URI of a checkpoint or of a run (its newest), or models:/NAME@ALIAS of MLflow's
 registry. Bits/dim of held-out images, and KID, FID, precision, recall, density and coverage of drawn ones, become a
-table, FILE.json, a picture beside it if there is something to compare, and points in the runs' own MLflow runs. What
-is not given is as in training.
+table, FILE.json, a picture beside it, and points in the runs' own MLflow runs. What is not given is as in training.
 """
 
 import sys
