@@ -41,8 +41,11 @@ def place_for(out: str) -> Location:
     return place
 
 
-def store(report: Report, place: Location) -> Iterator[str]:
+def store(report: Report, place: Location, timeout_s: float = MLFLOW_TIMEOUT_S) -> Iterator[str]:
     """Write the report to `place` and its picture beside it, tell MLflow, and say in lines where everything is.
+
+    Args:
+        timeout_s: without a call that works, after which MLflow is left alone.
 
     Raises:
         UserError: a file cannot be written.
@@ -54,7 +57,7 @@ def store(report: Report, place: Location) -> Iterator[str]:
     shown = replace(place, uri=_sibling(place.uri, beside), path=_sibling(place.path, beside))
     _write(shown, picture)
     yield f"picture     {shown.uri}"
-    yield from publish(report, picture)
+    yield from publish(report, picture, timeout_s)
 
 
 def publish(report: Report, picture: bytes, timeout_s: float = MLFLOW_TIMEOUT_S) -> Iterator[str]:

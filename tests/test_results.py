@@ -65,7 +65,7 @@ def test_results_are_in_the_run_s_own_mlflow_run(
     assert len(points(client, run, "eval/ddim-10/KID-pixels")) == 2
     files = [file.path for file in client.list_artifacts(run.info.run_id, "evaluation")]
     assert files == [f"evaluation/{report.key}.json", f"evaluation/{report.key}.png"]
-    kept = load_dict(f"{run.info.artifact_uri}/evaluation/{report.key}.json", tracking_uri=mlflow_server)
+    kept = load_dict(f"{run.info.artifact_uri}/evaluation/{report.key}.json")
     assert kept == json.loads(report.to_json())
     after = client.get_run(run.info.run_id)
     assert after.info.status == "RUNNING"
@@ -124,8 +124,7 @@ def test_a_database_that_is_not_there_is_not_made(tmp_path: Path, monkeypatch: p
 def test_mlflow_may_be_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = f"http://{servers.LOOPBACK}:{servers.free_ports(1)[0]}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.replace("://", "://me:s3cret@"))
-    monkeypatch.setattr(results, "MLFLOW_TIMEOUT_S", 0.5)
-    lines = list(results.store(report_on("key", 1), results.place_for("out/found.json")))
+    lines = list(results.store(report_on("key", 1), results.place_for("out/found.json"), timeout_s=0.5))
     assert lines[:2] == [f"results     {tmp_path}/out/found.json", f"picture     {tmp_path}/out/found.png"]
     assert lines[2].startswith(f"MLflow      {uri} cannot be reached, nothing is logged: ")
     assert "s3cret" not in lines[2] and "\n" not in lines[2]
