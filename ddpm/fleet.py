@@ -68,9 +68,7 @@ class Fleet(Generic[Held]):
         if num_workers is not None and num_workers < 1:
             raise UserError(f"num_workers is {num_workers}; it must be at least 1")
         joined = "RAY_ADDRESS" in os.environ  # then what this machine has says nothing
-        self.has_gpus: bool = (
-            _resources(verbose).get("GPU", 0) >= 1 if joined else torch.cuda.is_available()
-        )
+        self.has_gpus: bool = _resources(verbose).get("GPU", 0) >= 1 if joined else torch.cuda.is_available()
         """Whether the workers are GPUs."""
         if joined or (num_workers or torch.cuda.device_count()) > 1:
             self._crew: _Crew = _Actors(make, num_workers, self.has_gpus, verbose)
@@ -112,9 +110,7 @@ class _Crew(Protocol):
 class _Threads:
     """Workers in this process: a thread for its GPU, or one for each core."""
 
-    def __init__(
-        self, make: Callable[[torch.device], Any], num_workers: int | None, has_gpus: bool
-    ) -> None:
+    def __init__(self, make: Callable[[torch.device], Any], num_workers: int | None, has_gpus: bool) -> None:
         self._make, self._device = make, torch.device("cuda" if has_gpus else "cpu")
         self._num_workers = num_workers or (1 if has_gpus else len(os.sched_getaffinity(0)))
         self._held: Any = None
@@ -135,21 +131,24 @@ class _Threads:
         torch.set_num_threads(1)  # of each thread that computes, also of those to come
         pool = ThreadPoolExecutor(self._num_workers, initializer=torch.set_num_threads, initargs=(1,))
         jobs: dict[Future[Any], Any] = {}
+
+        def employ() -> None:
+            for piece in islice(pieces, self._num_workers - len(jobs)):
+                jobs[pool.submit(do, piece)] = piece
+
         try:
-            while True:
-                for piece in islice(pieces, self._num_workers - len(jobs)):
-                    jobs[pool.submit(do, piece)] = piece
-                if not jobs:
-                    return
+            employ()
+            while jobs:
                 done = wait(jobs, return_when=FIRST_COMPLETED).done.pop()
                 piece = jobs.pop(done)
-                for successor in islice(pieces, 1):
-                    jobs[pool.submit(do, successor)] = successor
+                employ()
                 yield piece, done.result()
         finally:
             # An error, or Ctrl-C: what is under way may take minutes, and nobody waits for it.
             for thread in tuple(self._busy):
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(SystemExit))
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                    ctypes.c_ulong(thread), ctypes.py_object(SystemExit)
+                )
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(num_threads)
 
@@ -177,7 +176,7 @@ class _Actors:
         self._num_workers = num_workers or max(1, int(have.get("GPU" if has_gpus else "CPU", 1)))
         self._kind = "GPU" if has_gpus else "CPU"
         share: dict[str, Any] = {"num_cpus": 0, "num_gpus": 1} if has_gpus else {"num_cpus": 1}
-        self._recruit = ray.remote(max_restarts=0, **share)(_Worker).remote
+        self._recruit: Any = ray.remote(max_restarts=0, **share)(_Worker).remote
         self._make = ray.put(make)
         self._idle: list[Any] = []
         self._joining: dict[Any, Any] = {}
@@ -194,35 +193,40 @@ class _Actors:
                 self._muster(min(self._num_workers, len(todo) + len(self._jobs)))
                 self._employ(work, todo)
                 ready, _ = ray.wait([*self._jobs, *self._joining], timeout=NO_PLACE_S)
-                if not ready and not self._jobs:
-                    log.warning("no worker has found a free %s in the Ray cluster yet; waiting", self._kind)
-                for job in ready:
-                    is_new = job in self._joining
-                    worker, piece = (self._joining.pop(job), None) if is_new else self._jobs.pop(job)
-                    try:
-                        result = ray.get(job)
-                    except ray.exceptions.RayTaskError as error:
-                        if isinstance(error.cause, UserError):  # without the worker's traceback
-                            raise error.cause from None
-                        raise
-                    except ray.exceptions.RayError as error:  # all else means that the worker is no more
-                        ray.kill(worker)
-                        deaths[piece] += 1
-                        if deaths[piece] >= MAX_DEATHS:
-                            over = "before it could begin" if is_new else f"over the same piece, {piece}"
-                            raise WorkersDied(
-                                f"{MAX_DEATHS} workers died {over}; the last: {answer(error)}"
-                            ) from None
-                        if not is_new:
-                            todo.appendleft(piece)
-                        continue
+                if not ready:
+                    if not self._jobs:
+                        log.warning(
+                            "no worker has found a free %s in the Ray cluster yet; waiting", self._kind
+                        )
+                    continue
+                (job,) = ready
+                is_new = job in self._joining
+                worker, piece = (self._joining.pop(job), None) if is_new else self._jobs.pop(job)
+                try:
+                    result = ray.get(job)
+                except ray.exceptions.RayTaskError as error:
                     self._idle.append(worker)
-                    if is_new:
-                        deaths[None] = 0
-                        continue
-                    todo.extend(islice(pieces, 1))
-                    self._employ(work, todo)
-                    yield piece, result
+                    if isinstance(error.cause, UserError):  # without the worker's traceback
+                        raise error.cause from None
+                    raise
+                except ray.exceptions.RayError as error:  # all else means that the worker is no more
+                    ray.kill(worker)
+                    deaths[piece] += 1
+                    if deaths[piece] == MAX_DEATHS:
+                        over = "one by one before they began" if is_new else f"over the same piece, {piece}"
+                        raise WorkersDied(
+                            f"{MAX_DEATHS} workers died {over}; the last: {answer(error)}"
+                        ) from None
+                    if not is_new:
+                        todo.appendleft(piece)
+                    continue
+                self._idle.append(worker)
+                if is_new:
+                    deaths[None] = 0
+                    continue
+                todo.extend(islice(pieces, 1))
+                self._employ(work, todo)
+                yield piece, result
         finally:
             for worker, _ in self._jobs.values():  # an error: nobody waits for what is under way
                 ray.kill(worker)

@@ -1,7 +1,7 @@
 """From a net and its config to images: seeds, labels, guidance and sampler put together.
 
-Its own room because training (its grids) and jobs/sample.py draw in the same way: image i is a function of
-the seed and i alone.
+Its own room because training (its grids), jobs/sample.py and the registry's server draw in the same way: image i is
+a function of the seed and i alone.
 
 Axes: N images, C channels, H W.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ddpm import images
@@ -25,11 +26,9 @@ from ddpm.diffusion.samplers import OnStep, PerImageNoise, Sampler
 from ddpm.images import Pixels
 from ddpm.training.state import SAMPLE, seed_for
 
-GRID_IMAGES = 64
 NOISING_COLUMNS = 10
 DENOISING_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 TRAJECTORY_COLUMNS = 10
-TRAJECTORY_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,9 @@ def build_sampler(config: Config, sample: SampleConfig | None = None, known: Kno
         raise UserError(f"sample: {error}") from None
 
 
-def read_known(image: Path, mask: Path, config: Config, num_resamples: int = 10) -> Known:
+def read_known(
+    image: Path, mask: Path, config: Config, num_resamples: int = 10, jump_length: int = 10
+) -> Known:
     """What inpainting is given, from two image files: white in `mask` keeps the pixel of `image`, black draws it.
 
     Both are resized, and cropped to the centre square, as training data is.
@@ -93,7 +94,12 @@ def read_known(image: Path, mask: Path, config: Config, num_resamples: int = 10)
         torch.from_numpy(np.asarray(pictures.store([pictures.read_file(path)], size, c, "raw")))
         for path, c in ((image, channels), (mask, 1))
     )
-    return Known(images.to_model(x_0), (images.to_model(keep) > 0).float(), num_resamples)
+    return Known(images.to_model(x_0), (images.to_model(keep) > 0).float(), num_resamples, jump_length)
+
+
+def labels(config: Config, indices: Sequence[int], label: int | None = None) -> NDArray[np.int64]:
+    """The classes that a conditional net draws: `label`, or if that is None i mod num_classes; int64 [N]."""
+    return np.array([i % config.model.num_classes if label is None else label for i in indices], np.int64)
 
 
 @torch.no_grad()
@@ -124,72 +130,13 @@ def draw(
     """
     sample = sample or config.sample
     if label is None and config.model.num_classes:
-        label = torch.tensor([i % config.model.num_classes for i in indices], device=device)
+        label = torch.from_numpy(labels(config, indices)).to(device)
     seeds = [seed_for(sample.seed, SAMPLE, i) for i in indices]
     side = config.model.image_size
     uniform = config.objective.process == "uniform_mix"
     noise = PerImageNoise(seeds, (config.model.channels, side, side), device, uniform)
     denoise = _denoise(net, config, sample, objective, label)
     return images.to_uint8(build_sampler(config, sample, known)(denoise, noise, on_step))
-
-
-def write_images(
-    net: Model,
-    config: Config,
-    num_images: int,
-    out: Path,
-    device: torch.device,
-    label: int | None = None,
-    batch_size: int = 256,
-    on_progress: Callable[[int], None] = lambda done: None,
-    *,
-    known: Known | None = None,
-    with_trajectory: bool = False,
-) -> Path:
-    """Draw images 0..num_images-1 into out/images/000000.png, ..., and a grid of the first 64 into out/grid.png.
-
-    Args:
-        label: the class of all of them; default: image i is of class i mod num_classes.
-        on_progress: is told how many are written.
-        known: what is given of every image.
-        with_trajectory: also how the first 8 came to be, out/trajectory.png and out/trajectory.gif.
-
-    Returns:
-        The path of the grid.
-
-    Raises:
-        UserError: a count or a label out of range, settings that do not fit, or a folder that cannot be written.
-    """
-    if num_images < 1 or batch_size < 1:
-        raise UserError(f"num_images is {num_images} and batch_size {batch_size}; both must be at least 1")
-    classes = config.model.num_classes
-    if label is not None and not 0 <= label < classes:
-        right = f"it must be in 0..{classes - 1}" if classes else "this net was trained without labels"
-        raise UserError(f"label is {label}; {right}")
-    build_sampler(config, known=known)
-    objective = build_objective(config)
-    first: list[Pixels] = []
-    try:
-        (out / "images").mkdir(parents=True, exist_ok=True)
-        for start in range(0, num_images, batch_size):
-            indices = range(start, min(start + batch_size, num_images))
-            labels = None if label is None else torch.full((len(indices),), label, device=device)
-            drawn = draw(net, config, objective, indices, device=device, label=labels, known=known)
-            pixels = drawn.cpu().numpy()
-            for i, image in zip(indices, pixels, strict=True):
-                images.save_png(out / "images" / f"{i:06d}.png", image)
-            first.extend(pixels[: max(GRID_IMAGES - len(first), 0)])
-            on_progress(indices[-1] + 1)
-        images.save_png(out / "grid.png", images.grid(np.stack(first)))
-        if with_trajectory:
-            indices = range(min(TRAJECTORY_IMAGES, num_images))
-            labels = None if label is None else torch.full((len(indices),), label, device=device)
-            strip, gif = trajectory(net, config, objective, indices, device=device, label=labels, known=known)
-            images.save_png(out / "trajectory.png", strip)
-            (out / "trajectory.gif").write_bytes(gif)
-    except OSError as error:
-        raise UserError(f"cannot write images to {out}: {error}") from None
-    return out / "grid.png"
 
 
 @torch.no_grad()

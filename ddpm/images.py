@@ -10,7 +10,6 @@ Axes: N or B images, F frames, H W height and width, C channels.
 import io
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -116,11 +115,10 @@ def png_bytes(array: Pixels) -> bytes:
     return file.getvalue()
 
 
-def save_png(path: str | Path, array: Pixels) -> None:
-    """Write uint8 [H, W, C] as a PNG file, making its folder if need be."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png_bytes(array))
+def from_png(data: bytes) -> Pixels:
+    """The inverse of `png_bytes`."""
+    with Image.open(io.BytesIO(data)) as image:
+        return np.atleast_3d(np.asarray(image, np.uint8))
 
 
 def gif_bytes(frames: Sequence[Pixels], ms: int = 100) -> bytes:

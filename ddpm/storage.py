@@ -42,12 +42,11 @@ class Location:
 
     def folders(self) -> list[str]:
         """Names of the folders inside, sorted; none when this one does not exist, or is a file."""
-        selector = pafs.FileSelector(self.path, allow_not_found=True)
-        try:
-            infos = self.filesystem.get_file_info(selector)
-        except NotADirectoryError:  # S3 lists nothing there
-            return []
-        return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
+        return self._names(pafs.FileType.Directory)
+
+    def files(self) -> list[str]:
+        """Names of the files inside, sorted; none when this one does not exist, or is a file."""
+        return self._names(pafs.FileType.File)
 
     def read(self) -> bytes:
         with self.filesystem.open_input_stream(self.path) as stream:
@@ -74,10 +73,24 @@ class Location:
         pafs.copy_files(self.path, str(folder), source_filesystem=self.filesystem)
         return folder
 
+    def sweep(self) -> None:
+        """Remove what a `write` left in this folder when its process was killed."""
+        for name in self.files():
+            if name.startswith(".") and name.endswith(".tmp"):
+                self.filesystem.delete_file(self.child(name).path)
+
     def delete(self) -> None:
         """Remove this folder and all in it, if it is there."""
         if self.exists():
             self.filesystem.delete_dir(self.path)
+
+    def _names(self, kind: pafs.FileType) -> list[str]:
+        selector = pafs.FileSelector(self.path, allow_not_found=True)
+        try:
+            infos = self.filesystem.get_file_info(selector)
+        except NotADirectoryError:  # S3 lists nothing there
+            return []
+        return sorted(info.base_name for info in infos if info.type == kind)
 
 
 def absolute(uri: str) -> str:

@@ -1,8 +1,8 @@
 """Draw images from a checkpoint: python jobs/sample.py CHECKPOINT --num-images 64 --out DIR
 
 CHECKPOINT is the folder or s3:// URI of a checkpoint, or of a run (its newest), or models:/NAME@ALIAS of MLflow's
-registry. DIR gets grid.png and images/000000.png, ...; image i depends on the seed and i alone. What is not given
-is as in training.
+registry. DIR, a folder or s3:// URI, gets grid.png and images/000000.png, ...; image i depends on the seed and i
+alone. What is not given is as in training. The same command again draws what DIR lacks.
 """
 
 from dataclasses import dataclass, replace
@@ -21,8 +21,15 @@ class Arguments:
 
     checkpoint: tyro.conf.Positional[str]
     num_images: int = 64
-    out: Path = Path("samples")
-    """Folder for the images."""
+    out: str = "samples"
+    """Folder or s3:// URI for the images."""
+    format: Literal["png", "parquet"] = "png"
+    """png: a file an image. parquet: shards and a manifest, a data set for jobs/train.py --data.shards."""
+    num_workers: int | None = None
+    """Ray actors that draw, each on a GPU, or on a core where there is none. None: all of the cluster (RAY_ADDRESS);
+    without one this machine's, and Ray is not started unless it has several GPUs."""
+    batch_size: int | None = None
+    """Images that a worker draws at a time. None: 256 on a GPU, 32 on a core."""
     sampler: Literal["ancestral", "ddim", "dpmpp_2m", "heun", "mix"] | None = None
     """ancestral: Algorithm 2. ddim: few steps. dpmpp_2m, heun: fewer. mix: nets of uniform_mix."""
     num_sample_steps: int | None = None
@@ -39,14 +46,16 @@ class Arguments:
     label: int | None = None
     """The class to draw (conditional nets); None: all in turn."""
     seed: int = 0
-    batch_size: int = 256
-    """Images drawn at a time."""
     trajectory: bool = False
     """Also trajectory.png and trajectory.gif: how the first images came to be."""
     inpaint: Path | None = None
     """An image file, part of which all images keep (RePaint, 250 steps with resampling)."""
     mask: Path | None = None
     """inpaint: an image file, white where it is kept."""
+    num_resamples: int = 10
+    """inpaint: how often each stretch of jump-length steps is gone; 1: no resampling."""
+    jump_length: int = 10
+    """inpaint: steps gone back at a time, less than there are."""
 
 
 SETTINGS = "sampler num_sample_steps spacing eta dynamic_threshold guidance_scale guidance_interval".split()
@@ -62,35 +71,36 @@ def main() -> None:
         )
     import torch
 
-    from ddpm import generation, runs
+    from ddpm import drawing, generation, runs  # after parsing: --help and mistakes answer at once
     from ddpm.progress import Display
+    from ddpm.storage import resolve
     from ddpm.training import checkpoint
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with runs.local_checkpoint(arguments.checkpoint) as folder:
-        net, config = checkpoint.load_net(folder, device)
+        net, config = checkpoint.load_net(folder, torch.device("cpu"))
     given = {name: value for name in SETTINGS if (value := getattr(arguments, name)) is not None}
     config = replace(config, sample=replace(config.sample, seed=arguments.seed, **given))
     known = None
     if arguments.inpaint and arguments.mask:
-        known = generation.read_known(arguments.inpaint, arguments.mask, config)
+        resampling = arguments.num_resamples, arguments.jump_length
+        known = generation.read_known(arguments.inpaint, arguments.mask, config, *resampling)
+    request = drawing.Request(net.state_dict(), config, arguments.label, known)
+    out = resolve(arguments.out)
     with Display("images", arguments.num_images) as display:
-        grid = generation.write_images(
-            net,
-            config,
+        drawing.draw(
+            request,
+            out,
             arguments.num_images,
-            arguments.out,
-            device,
-            arguments.label,
-            arguments.batch_size,
-            display.update,
-            known=known,
+            form=arguments.format,
+            num_workers=arguments.num_workers,
+            batch_size=arguments.batch_size,
             with_trajectory=arguments.trajectory,
+            show=display.update,
         )
-    print(f"images      {arguments.out.absolute()}/images")
-    print(f"grid        {grid.absolute()}")
+    print(f"images      {out.uri}/images" if arguments.format == "png" else f"data set    {out.uri}")
+    print(f"grid        {out.uri}/grid.png")
     if arguments.trajectory:
-        print(f"trajectory  {arguments.out.absolute()}/trajectory.gif")
+        print(f"trajectory  {out.uri}/trajectory.gif")
 
 
 if __name__ == "__main__":

@@ -109,6 +109,20 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.RayHe
 
 
 @pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    """A Ray cluster on this machine, joined by this process; its workers find the modules of tests/."""
+    import ray
+
+    from ddpm.connection import connect
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(processes.REPO / "tests"), prepend=os.pathsep)
+        connect()
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Headless Chromium, as Playwright's Browser.
 

@@ -1,6 +1,5 @@
 """A fleet does every piece once, in this process or on Ray, whatever dies."""
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -15,12 +14,7 @@ from ddpm.fleet import Fleet, WorkersDied
 MAKE = partial(Adder, torch.tensor(100))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ray_ends() -> Iterator[None]:
-    yield
-    import ray
-
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("ray_here")
 
 
 @pytest.mark.parametrize("num_workers", [None, 1, 2])

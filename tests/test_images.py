@@ -93,12 +93,12 @@ def test_strip_is_a_grid_with_a_row_each_and_captions_above():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_png_is_lossless(channels, tmp_path):
+def test_png_is_lossless(channels):
     picture = some(1, 20, channels)[0]
     read = np.asarray(Image.open(io.BytesIO(images.png_bytes(picture))))
     assert np.array_equal(read.reshape(picture.shape), picture)
-    images.save_png(tmp_path / "new" / "a.png", picture)
-    assert (tmp_path / "new" / "a.png").read_bytes() == images.png_bytes(picture)
+    assert np.array_equal(images.from_png(images.png_bytes(picture)), picture)
+    assert images.from_png(images.png_bytes(picture)).shape == picture.shape
 
 
 @pytest.mark.parametrize("channels", [1, 3])

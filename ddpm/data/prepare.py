@@ -8,7 +8,7 @@ and what is written is never written over by anything else.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ from ddpm.data.manifest import (
     write_whole,
 )
 from ddpm.data.shards import is_intact, read_row_group, write_shard
-from ddpm.data.sources import Source
+from ddpm.data.sources import Labels, Pixels, Source
 from ddpm.images import grid, png_bytes
 from ddpm.storage import Location
 
@@ -252,20 +252,45 @@ def _run_on_ray(source: Source, location: Location, tasks: list[_Task]) -> Itera
 
 def _make(source: Source, location: Location, task: _Task) -> Shard:
     """Write a shard and the note of it, unless both are there."""
-    note = location.child(NOTES).child(f"{task.path.replace('/', '-')}.json")
+    if shard := kept_shard(location, task.path):
+        return shard
+    images, labels = source.read(task.split, task.start, task.stop)
+    return keep_shard(location, task.path, images, labels, task.rows_per_row_group)
+
+
+def kept_shard(location: Location, path: str) -> Shard | None:
+    """The shard `path` that an earlier call finished, if it is there, byte for byte.
+
+    Raises:
+        OSError: storage does not answer.
+    """
+    note = _note(location, path)
     if note.exists():
         with suppress(UserError):  # a note that is damaged counts as none
             shard = shard_from_json(note.read(), note.uri)
-            if shard.path == task.path and is_intact(location.filesystem, location.path, shard):
+            if shard.path == path and is_intact(location.filesystem, location.path, shard):
                 return shard
-    images, labels = source.read(task.split, task.start, task.stop)
+    return None
+
+
+def keep_shard(
+    location: Location,
+    path: str,
+    images: Pixels | Sequence[bytes],
+    labels: Labels | None,
+    rows_per_row_group: int,
+) -> Shard:
+    """Write a shard, and the note of it that `kept_shard` finds.
+
+    Raises:
+        OSError: storage does not answer.
+    """
     shard = write_shard(
-        location.filesystem,
-        location.path,
-        task.path,
-        images,
-        labels,
-        rows_per_row_group=task.rows_per_row_group,
+        location.filesystem, location.path, path, images, labels, rows_per_row_group=rows_per_row_group
     )
-    note.write(shard_to_json(shard).encode())
+    _note(location, path).write(shard_to_json(shard).encode())
     return shard
+
+
+def _note(location: Location, path: str) -> Location:
+    return location.child(NOTES).child(f"{path.replace('/', '-')}.json")

@@ -1,0 +1,193 @@
+"""Albums: folders or buckets that drawn images are put into, and that know which ones they lack.
+
+    request.json    all that decides the images, written first; another request is refused
+    images/000000.png ...                   an album of PNGs, or
+    train/00000.parquet ...  manifest.json  one of shards: a data set to train on, which is there when it is complete
+    grid.png        the first 64
+
+Its own room because drawing.py is about who draws what, and this about what stays when everything was killed: a file
+appears whole or not at all, so what is there need not be drawn again.
+
+Axes: N images, H W, C channels.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm import images
+from ddpm.config import UserError
+from ddpm.data import prepare
+from ddpm.data.manifest import MANIFEST, Shard, make_manifest, read_manifest, write_manifest
+from ddpm.data.shards import read_row_group
+from ddpm.images import Pixels
+from ddpm.storage import Location
+
+Form = Literal["png", "parquet"]
+Labels = NDArray[np.int64]
+
+REQUEST = "request.json"
+GRID = "grid.png"
+GRID_IMAGES = 64
+IMAGES = "images"
+SPLIT = "train"
+IMAGES_PER_SHARD = 512
+"""About: a shard holds whole pieces. One that is not complete is lost with its process."""
+TAKEN = (IMAGES, SPLIT, GRID, MANIFEST, prepare.NOTES)
+"""Names that, without a request, are somebody else's."""
+SHOWN = 4
+"""Settings that an error lists."""
+
+
+class Album(Protocol):
+    """Where images are kept."""
+
+    def lacks(self, pieces: Sequence[range]) -> list[range]:
+        """The pieces of which not every image is there."""
+
+    def put(self, piece: range, pixels: Pixels, labels: Labels | None) -> None:
+        """Keep the images with these indices, uint8 [N, H, W, C], and their labels int64 [N]."""
+
+    def close(self) -> None:
+        """All images are there: write the grid, and what makes the album complete."""
+
+
+def begin(location: Location, asked: Mapping[str, Any]) -> None:
+    """Note at `location` what is drawn there, or find that it is the same as before.
+
+    Args:
+        asked: what decides the images, as flat JSON.
+
+    Raises:
+        UserError: another request was made there; it names what differs.
+        OSError: storage does not answer.
+    """
+    note, text = location.child(REQUEST), json.dumps(asked, indent=2) + "\n"
+    location.sweep()
+    if not note.exists():
+        if taken := [name for name in TAKEN if location.child(name).exists()]:
+            raise UserError(
+                f"{location.uri} has {taken[0]} but no {REQUEST}, so what was drawn there is not known; use another "
+                "--out"
+            )
+        note.write(text.encode())
+        return
+    try:
+        before, now = dict(json.loads(note.read())), json.loads(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{note.uri} is damaged: {error}; use another --out") from None
+    if changed := [key for key in {**now, **before} if before.get(key) != now.get(key)]:
+        listed = ", ".join(f"{key} {before.get(key)} (now {now.get(key)})" for key in changed[:SHOWN])
+        raise UserError(
+            f"{location.uri} holds images of another request: {listed}{', ...' if changed[SHOWN:] else ''}; use "
+            "those values, or another --out"
+        )
+
+
+class PngAlbum:
+    """A PNG an image; a larger request adds to it."""
+
+    def __init__(self, location: Location, num_images: int) -> None:
+        self._location, self._num_images = location, num_images
+        self._images = location.child(IMAGES)
+
+    def lacks(self, pieces: Sequence[range]) -> list[range]:
+        self._images.sweep()
+        there = set(self._images.files())
+        return [piece for piece in pieces if any(_name(i) not in there for i in piece)]
+
+    def put(self, piece: range, pixels: Pixels, labels: Labels | None) -> None:
+        for i, image in zip(piece, pixels, strict=True):
+            self._images.child(_name(i)).write(images.png_bytes(image))
+
+    def close(self) -> None:
+        first = range(min(self._num_images, GRID_IMAGES))
+        pixels = [images.from_png(self._images.child(_name(i)).read()) for i in first]
+        self._location.child(GRID).write(images.png_bytes(images.grid(np.stack(pixels))))
+
+
+class ShardAlbum:
+    """Shards and, last of all, their manifest: a data set with the one split "train".
+
+    Args:
+        location: where the request is noted already.
+        num_images: N; a data set is not added to, so it belongs to the request.
+        batch_size: images of a piece.
+        shape: (H, W, C).
+        class_names: of the labels; empty: there are none.
+        asked: the request.
+    """
+
+    def __init__(
+        self,
+        location: Location,
+        num_images: int,
+        batch_size: int,
+        shape: tuple[int, int, int],
+        class_names: Sequence[str],
+        asked: Mapping[str, Any],
+    ) -> None:
+        self._location, self._shape, self._class_names = location, shape, class_names
+        self._options = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        size = batch_size * max(1, round(IMAGES_PER_SHARD / batch_size))
+        self._ranges = [range(i, min(i + size, num_images)) for i in range(0, num_images, size)]
+        self._rows_per_row_group = min(size, max(1, prepare.ROW_GROUP_BYTES // int(np.prod(shape))))
+        self._size, self._shards = size, dict[int, Shard]()
+        self._begun: dict[int, dict[range, tuple[Pixels, Labels | None]]] = {}
+        self._is_complete = False
+
+    def lacks(self, pieces: Sequence[range]) -> list[range]:
+        self._is_complete = self._location.child(MANIFEST).exists()
+        if self._is_complete:
+            return []
+        for k in range(len(self._ranges)):
+            if shard := prepare.kept_shard(self._location, _path(k)):
+                self._shards[k] = shard
+        return [piece for piece in pieces if piece.start // self._size not in self._shards]
+
+    def put(self, piece: range, pixels: Pixels, labels: Labels | None) -> None:
+        k = piece.start // self._size
+        parts = self._begun.setdefault(k, {})
+        parts[piece] = pixels, labels
+        if sum(map(len, parts)) < len(self._ranges[k]):
+            return
+        ordered = [parts[piece] for piece in sorted(parts, key=lambda piece: piece.start)]
+        labelled = [part for _, part in ordered if part is not None]
+        self._shards[k] = prepare.keep_shard(
+            self._location,
+            _path(k),
+            np.concatenate([part for part, _ in ordered]),
+            np.concatenate(labelled) if labelled else None,
+            self._rows_per_row_group,
+        )
+        del self._begun[k]
+
+    def close(self) -> None:
+        filesystem, root = self._location.filesystem, self._location.path
+        if self._is_complete:
+            manifest = read_manifest(filesystem, root, self._location.uri)
+        else:
+            shards = [self._shards[k] for k in range(len(self._ranges))]
+            manifest = make_manifest(
+                "drawn", *self._shape, "raw", self._class_names, {SPLIT: shards}, self._options
+            )
+        pixels, group = np.zeros((0, *self._shape), np.uint8), 0
+        while len(pixels) < min(GRID_IMAGES, manifest.splits[SPLIT].num_rows):
+            more, _ = read_row_group(filesystem, root, manifest, SPLIT, group)
+            pixels, group = np.concatenate([pixels, more]), group + 1
+        self._location.child(GRID).write(images.png_bytes(images.grid(pixels[:GRID_IMAGES])))
+        if not self._is_complete:
+            write_manifest(filesystem, root, manifest)
+        self._location.child(prepare.NOTES).delete()
+
+
+def _name(i: int) -> str:
+    return f"{i:06d}.png"
+
+
+def _path(k: int) -> str:
+    return f"{SPLIT}/{k:05d}.parquet"

@@ -1,0 +1,103 @@
+"""python jobs/sample.py, as a person types it, and killed as an operating system kills."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from processes import Job, kill_tree
+from servers import RayHead
+from tiny import TINY_NET
+
+from ddpm.config import override
+from ddpm.training import checkpoint
+from ddpm.training.state import State
+
+TINY = override(TINY_NET, {"schedule.num_timesteps": 50, "model.num_classes": 3, "model.zero_init": False})
+
+
+@pytest.fixture(autouse=True)
+def run(tmp_path: Path) -> None:
+    """A run with one checkpoint."""
+    state = State.create(TINY, torch.device("cpu"))
+    checkpoint.save(tmp_path / "run/checkpoint-000000000000", state, TINY, {})
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_it_draws_from_a_checkpoint(run_job: Callable[..., Any], tmp_path: Path) -> None:
+    done = run_job(
+        *("sample", "run", "--num-images", "3", "--out", "drawn", "--trajectory"),
+        *("--sampler", "dpmpp_2m", "--num-sample-steps", "2", "--guidance-interval", "0.5", "2"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-3:] == [
+        f"images      {tmp_path}/drawn/images",
+        f"grid        {tmp_path}/drawn/grid.png",
+        f"trajectory  {tmp_path}/drawn/trajectory.gif",
+    ]
+    with Image.open(tmp_path / "drawn/trajectory.gif") as gif, Image.open(tmp_path / "drawn/trajectory.png"):
+        assert gif.is_animated
+    assert len(list((tmp_path / "drawn/images").iterdir())) == 3
+
+
+def test_mistakes_are_a_line_and_exit_code_2(run_job: Callable[..., Any], tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
+    part = ["run", "--inpaint", "a.png", "--mask", "a.png"]
+    for flags, message in (
+        (["nothing-here"], "does not exist"),
+        (["run", "--sampler", "mix"], "mix cannot undo the process gaussian"),
+        (["run", "--num-sample-steps", "51"], "num_sample_steps is 51"),
+        (["run", "--inpaint", "a.png"], "--inpaint and --mask belong together"),
+        ([*part, "--sampler", "ddim"], "not of ddim"),
+        ([*part, "--num-resamples", "0"], "num_resamples is 0"),
+        ([*part, "--jump-length", "50"], "jump_length is 50"),
+    ):
+        done = run_job("sample", *flags, "--out", "refused", cwd=tmp_path)
+        assert done.returncode == 2
+        assert message in done.stderr and "Traceback" not in done.stderr
+        assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize("form", ["png", "parquet"])
+def test_a_killed_job_goes_on(form: str, run_job: Callable[..., Any], tmp_path: Path) -> None:
+    """SIGKILL after the first images: the same command leaves what an undisturbed one does."""
+    flags = "run --num-images 600 --num-sample-steps 3 --batch-size 64 --format".split()
+    with Job("sample", *flags, form, "--out", "killed", log=tmp_path / "job.log") as job:
+        kept = "images/*.png" if form == "png" else "train/*.parquet"
+        job.wait_for(lambda: len(list((tmp_path / "killed").glob(kept))) > 0)
+        kill_tree(job.process)
+    kept_before = files(tmp_path / "killed")
+    assert "grid.png" not in kept_before
+    for out in ("killed", "undisturbed"):
+        done = run_job("sample", *flags, form, "--out", out, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    first = done.stdout.splitlines()[0]
+    assert first == "images 0/600"
+    whole = files(tmp_path / "killed")
+    assert whole == files(tmp_path / "undisturbed")
+    names = [name for name in kept_before if not Path(name).name.startswith((".", "_")) and name in whole]
+    assert len(names) > 1 and all(kept_before[name] == whole[name] for name in names)
+    assert json.loads(whole["request.json"])["format"] == form
+
+
+@pytest.mark.slow
+def test_a_cluster_draws_what_one_core_draws(
+    run_job: Callable[..., Any], ray_head: RayHead, tmp_path: Path
+) -> None:
+    """Weights travel to the workers, images travel back: the cluster need not see this folder."""
+    flags = "run --num-images 40 --num-sample-steps 3 --batch-size 8".split()
+    for out, more, env in (
+        ("cluster", [], {"RAY_ADDRESS": ray_head.address}),
+        ("alone", ["--num-workers", "1"], {}),
+    ):
+        done = run_job("sample", *flags, *more, "--out", out, cwd=tmp_path, env=env)
+        assert done.returncode == 0, done.stderr
+    assert files(tmp_path / "cluster") == files(tmp_path / "alone")
