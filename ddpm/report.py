@@ -7,11 +7,12 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from rich import box
+from rich.console import Console, Group
 from rich.table import Table
 
 from ddpm.config import SampleConfig
@@ -107,32 +108,42 @@ def rows(report: Report) -> Iterator[Row]:
             yield from (Row(score, verdict, drawn) for score in drawn.scores)
 
 
-def table(report: Report) -> Table:
-    """Of one checkpoint and one way of drawing, number by number; of several, a line each, and real images last."""
+def tables(report: Report, width: int) -> Group:
+    """Of one checkpoint and one way of drawing, number by number; of several, a line each, and real images last.
+
+    Args:
+        width: of the terminal; where the numbers do not fit side by side, there are several tables.
+    """
     if sum(len(verdict.drawn) for verdict in report.verdicts) == 1:
-        return _list(report)
-    groups = {name: group for name, group in _by_name(report).items() if name not in TERMS}
+        return Group(_list(report))
+    names = [name for name in _by_name(report) if name not in TERMS]
+    console, made = Console(width=1000), []
+    for at_once in range(len(names), 0, -1):
+        made = [_comparison(report, names[i : i + at_once]) for i in range(0, len(names), at_once)]
+        if all(console.measure(table).maximum <= width for table in made):
+            break
+    return Group(*made)
+
+
+def _comparison(report: Report, names: Sequence[str]) -> Table:
     several = len({verdict.run for verdict in report.verdicts}) > 1
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
     if several:
-        made.add_column("run", overflow="fold")
-    made.add_column("images seen", justify="right")
-    made.add_column("sampler", "real against real")
-    for name, group in groups.items():
-        score = group[0].score
-        title = name.replace("-", "-\n", 1)
-        made.add_column(f"{title}\nn {_counts(score)}", _floor(score), justify="right")
+        made.add_column("run", no_wrap=True)
+    made.add_column("images seen", justify="right", no_wrap=True)
+    made.add_column("sampler", "real against real", no_wrap=True)
+    for name in names:
+        score, title = _by_name(report)[name][0].score, name.replace("-", "-\n", 1)
+        made.add_column(f"{title}\nn {_counts(score)}", _floor(score), justify="right", no_wrap=True)
     for verdict in report.verdicts:
         for i, drawn in enumerate(verdict.drawn):
             scores = {score.name: score for score in (*(verdict.bits if i == 0 else ()), *drawn.scores)}
+            found = [scores.get(name) for name in names]
             made.add_row(
                 *([verdict.run if i == 0 else ""] if several else []),
                 f"{verdict.images_seen:,}" if i == 0 else "",
                 drawn.name,
-                *(
-                    _estimate(scores[name].value, scores[name].error) if name in scores else ""
-                    for name in groups
-                ),
+                *(_estimate(score.value, score.error) if score else "" for score in found),
             )
     return made
 
@@ -194,7 +205,8 @@ def _by_name(report: Report) -> dict[str, list[Row]]:
 
 
 def _estimate(value: float, error: float) -> str:
-    return f"{value:.4f} ± {error:.4f}"
+    is_tiny = 0 < abs(value) < 5e-5
+    return f"{value:.0e} ± {error:.0e}" if is_tiny else f"{value:.4f} ± {error:.4f}"
 
 
 def _counts(score: Score) -> str:

@@ -91,7 +91,8 @@ def main() -> None:
     candidates = yardstick.read(arguments.checkpoints, arguments.all_checkpoints)
     found = evaluate.evaluate(candidates, settings, arguments.num_workers)
     # A file or a pipe is as wide as it takes.
-    Console(width=None if sys.stdout.isatty() else 200).print(report.table(found))
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(report.tables(found, console.width))
     for line in (*report.remarks(found), *results.store(found, place)):
         print(line)
 

@@ -1,5 +1,6 @@
 """Checkpoints judged in this process: numbers against the library's own, however the work is dealt out."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,10 @@ import pytest
 import torch
 from judged import CONFIG, POSITIONS, make_data, make_run
 
-from ddpm import generation, judgement, runs, storage, yardstick
+from ddpm import evaluate, generation, judgement, runs, storage, yardstick
 from ddpm.config import SampleConfig, UserError, override
 from ddpm.data.manifest import make_manifest, read_manifest, write_manifest
 from ddpm.data.shards import write_shard
-from ddpm.evaluate import evaluate
 from ddpm.evaluation.pixels import Pixels
 from ddpm.evaluation.scores import Score, score
 from ddpm.report import Report
@@ -24,8 +24,12 @@ FEW = {"num_images": 150, "features": "pixels", "num_draws": 2}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
+def small_pieces() -> Iterator[None]:
+    """Four of the images drawn, three of those held out; and one thread, as in a fleet."""
     torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "PIECE_IMAGES", 40)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, shards: str) -> Run:
 
 
 def judged(uri: str, *, every: bool = False, num_workers: int | None = 1, **settings: Any) -> Report:
-    return evaluate(yardstick.read([uri], every), Settings(**{**FEW, **settings}), num_workers)
+    return evaluate.evaluate(yardstick.read([uri], every), Settings(**{**FEW, **settings}), num_workers)
 
 
 @pytest.fixture(scope="module")
@@ -223,8 +227,9 @@ def test_checkpoints_of_different_data_are_judged_by_named_data(
     other = make_run(tmp_path / "runs", noise, override(CONFIG, {"run.name": "noise"}))
     candidates = yardstick.read([run.location.uri, other.location.uri])
     with pytest.raises(UserError, match=r"trained on different data; .*--data\.shards"):
-        evaluate(candidates, Settings(**FEW))  # type: ignore[arg-type]
-    found = evaluate(candidates, Settings(**{**FEW, "num_images": 40, "shards": noise}), 1)  # type: ignore[arg-type]
+        evaluate.evaluate(candidates, Settings(**FEW))  # type: ignore[arg-type]
+    settings: dict[str, Any] = {**FEW, "num_images": 40, "shards": noise}
+    found = evaluate.evaluate(candidates, Settings(**settings), 1)
     assert [(verdict.run, verdict.saw_this_data) for verdict in found.verdicts] == [
         ("judged", False),
         ("noise", True),

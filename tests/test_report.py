@@ -56,7 +56,7 @@ SEVERAL = made(
 
 def printed(found: Report, width: int = 250) -> str:
     file = io.StringIO()
-    Console(file=file, width=width).print(report.table(found))
+    Console(file=file, width=width).print(report.tables(found, width))
     return file.getvalue()
 
 
@@ -91,10 +91,13 @@ def test_of_several_the_lines_are_checkpoints_and_ways() -> None:
     assert "real against real" in printed(SEVERAL)
 
 
-def test_a_narrow_terminal_loses_no_number() -> None:
-    text = printed(ONE, 80)
-    for score in (*ONE.verdicts[0].bits, *ONE.verdicts[0].drawn[0].scores):
-        assert estimates({"value": score.value, "error": score.error}) in text
+@pytest.mark.parametrize("found", [ONE, SEVERAL], ids=["one", "several"])
+def test_a_narrow_terminal_loses_no_number(found: Report) -> None:
+    text = printed(found, 80)
+    assert max(map(len, text.splitlines())) <= 80
+    for v in found.verdicts:
+        for score in (v.bits[0], *(score for way in v.drawn for score in way.scores)):
+            assert estimates({"value": score.value, "error": score.error}) in text
 
 
 def test_points_are_named_by_what_was_measured() -> None:
