@@ -4,8 +4,10 @@ Its own room because these are the questions before any image is drawn, where th
 checkpoints are read at the beginning: a run that goes on deletes its old ones meanwhile.
 """
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +19,7 @@ from ddpm.data import embedded
 from ddpm.data.manifest import MANIFEST, read_manifest
 from ddpm.data.reading import DataSet
 from ddpm.diffusion import schedules, timesteps
-from ddpm.evaluation import nets
+from ddpm.evaluation import classifier, nets
 from ddpm.evaluation.cache import Cache
 from ddpm.evaluation.features import FeatureNet, Features
 from ddpm.evaluation.reference import real_features
@@ -141,8 +143,13 @@ def choose(candidates: Sequence[Candidate], settings: Settings) -> Yardstick:
     name = name or ("classifier" if len(train.manifest.class_names) > 1 else "lite0")
     n, m = (min(settings.num_images, split.rows.num_rows) for split in (held_out, train))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with ExitStack() as stack:
+        bar = functools.cache(
+            lambda: stack.enter_context(Display("training a classifier", classifier.TRAIN_IMAGES))
+        )
+        weights = settings.inception_weights
+        net = nets.build(name, train, cache, weights, lambda done: bar().update(done))
     with Display("real images", n + m) as display:
-        net = nets.build(name, train, cache, settings.inception_weights)
         real = real_features(held_out, net, cache, n, device, display.update)
         other = real_features(train, net, cache, m, device, lambda done: display.update(n + done))
         display.update(n + m)
