@@ -116,7 +116,12 @@ def _bits(
 ) -> dict[int, BitsPerDim]:
     """By candidate; those of a process that has no bound are not there."""
     bound = [i for i, candidate in enumerate(candidates) if candidate.config.objective.process == "gaussian"]
-    proposals = dict(fleet.map(Bench.proposal, bound)) if settings.num_draws else {}
+    proposals: dict[int, Tensor] = {}
+    if settings.num_draws:
+        with Display("choosing timesteps", len(bound)) as display:
+            for candidate, proposal in fleet.map(Bench.proposal, bound):
+                proposals[candidate] = proposal
+                display.update(len(proposals))
     pieces = [Piece(i, 0, *part) for i in bound for part in _parts(num_images)]
     done = _watched("bits/dim", fleet.map(partial(_bits_of, proposals=proposals), pieces), pieces)
     return {i: BitsPerDim.merge(*(done[piece] for piece in pieces if piece.candidate == i)) for i in bound}
