@@ -96,6 +96,15 @@ def checkpoints(location: Location) -> list[Location]:
     return [child for child in map(location.child, names) if child.child("checksums.json").exists()]
 
 
+def checkpoints_of(uri: str) -> list[str]:
+    """Itself, where `uri` is a checkpoint or a registered model; of a run its checkpoints, oldest first.
+
+    Raises:
+        UserError: there is none.
+    """
+    return [uri] if uri.startswith(registry.SCHEME) else [location.uri for location in _found(uri)]
+
+
 @contextmanager
 def local_checkpoint(uri: str) -> Iterator[Path]:
     """The checkpoint at `uri`, a checkpoint's or a run's folder or URI, or a registered model, as a local folder.
@@ -110,21 +119,27 @@ def local_checkpoint(uri: str) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
             yield registry.download(uri, Path(folder))
         return
-    location = storage.resolve(uri)
-    if not location.exists():
-        raise UserError(f"{uri} does not exist; expected a checkpoint folder or a run folder")
-    if not location.child("checksums.json").exists():
-        found = checkpoints(location)
-        if not found:
-            raise UserError(
-                f"{uri} holds no checkpoint: neither checksums.json nor a {checkpoint.PREFIX}* folder"
-            )
-        location = found[-1]
+    location = _found(uri)[-1]
     if location.is_local:
         yield Path(location.path)
         return
     with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
         yield location.download(Path(folder))
+
+
+def _found(uri: str) -> list[Location]:
+    """The checkpoint at `uri`, or the checkpoints of the run there, oldest first; at least one."""
+    location = storage.resolve(uri)
+    if not location.exists():
+        raise UserError(f"{uri} does not exist; expected a checkpoint folder or a run folder")
+    if location.child("checksums.json").exists():
+        return [location]
+    found = checkpoints(location)
+    if not found:
+        raise UserError(
+            f"{uri} holds no checkpoint: neither checksums.json nor a {checkpoint.PREFIX}* folder"
+        )
+    return found
 
 
 def _check_name(name: str) -> None:

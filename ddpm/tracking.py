@@ -8,6 +8,8 @@ sent before is recognised:
 - a run that went back measures again, at other times. So the tag `ddpm.sent_until`, set before anything is sent,
   says how far records go; and of records up to there those are left out whose key and step MLflow has already.
 
+What is measured beside training (`add`) leaves that tag alone: of it a value is left out that MLflow has already.
+
 Nothing here knows of threads or of storage: `ddpm.delivery` does.
 """
 
@@ -112,6 +114,19 @@ class MlflowRun:
         self._surely(self._connect)
         self._surely(self._find, running)
 
+    def find(self) -> bool:
+        """Whether MLflow has the run. Nothing is made there, and its status stays.
+
+        Raises:
+            OutOfTime: MLflow did not answer in time.
+            Lost: it refuses.
+        """
+        database = self._address.uri.removeprefix(SQLITE)
+        if database != self._address.uri and not Path(database).exists():
+            return False
+        self._surely(self._connect)
+        return bool(self._surely(self._look_for))
+
     def send(self, records: Sequence[Record]) -> bool:
         """Deliver one segment. What MLflow refuses for good is left out, with a warning.
 
@@ -122,10 +137,23 @@ class MlflowRun:
             OutOfTime: MLflow did not answer in time.
             Lost: somebody deleted the run.
         """
-        from mlflow.entities import Metric
-
         if not self._hand_over("a look at what it has", self._look_up, records):
             return False
+        return self._deliver(records)
+
+    def add(self, records: Sequence[Record]) -> bool:
+        """As `send`, of what was measured beside training: how far training's own records go is not touched.
+
+        A metric is left out if the newest value that MLflow has of it at that step is the same.
+        """
+        if not self._hand_over("a look at what it has", self._look_for_same, records):
+            return False
+        return self._deliver(records)
+
+    def _deliver(self, records: Sequence[Record]) -> bool:
+        """All of `records` but the metrics among self._points."""
+        from mlflow.entities import Metric
+
         points = [
             Metric(key, value, record.timestamp_ms, record.images_seen)
             for record in records
@@ -181,6 +209,24 @@ class MlflowRun:
                 client.set_tag(run_id, f"resumed.{name}", str(value))
         self._sent_until = int(run.data.tags.get(SENT_UNTIL_TAG, -1))
         self.run_id = run_id
+
+    def _look_for(self) -> bool:
+        """Whether there is such a run; from then on it is this one."""
+        experiment = self._client.get_experiment_by_name(self._address.experiment)
+        run = experiment and find_run(self._client, experiment.experiment_id, self._address.run_key)
+        if run:
+            self.run_id, self.experiment_id = run.info.run_id, experiment.experiment_id
+        return bool(run)
+
+    def _look_for_same(self, records: Sequence[Record]) -> None:
+        """Learn which metrics of `records` MLflow has already with these values."""
+        self._points, self._pictures = set(), {}
+        for record in (record for record in records if isinstance(record, Metrics)):
+            for key, value in record.values.items():
+                history = self._client.get_metric_history(self.run_id, key)
+                there = [point for point in history if point.step == record.images_seen]
+                if there and max(there, key=lambda point: point.timestamp).value == value:
+                    self._points.add((key, record.images_seen))
 
     def _look_up(self, records: Sequence[Record]) -> None:
         """Before any of `records` is sent, let MLflow know how far they go; and learn which of them it has."""

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm.diffusion.likelihood import Bound
+from ddpm.evaluation.scores import Score
 
 Array = NDArray[np.float64]
 
@@ -54,15 +55,16 @@ class BitsPerDim:
         )
         return cls(index[order], prior, kl, decoder, np.sum([part.kl_at for part in parts], axis=0))
 
-    def summary(self) -> dict[str, float]:
-        """Means in bits/dim, the standard error of their sum over images, noise and t, and n."""
-        total = self.prior + self.kl + self.decoder
-        n = len(total)
-        return {
-            "bits_per_dim": float(total.mean()),
-            "error": float(total.std(ddof=1) / n**0.5) if n > 1 else float("nan"),
-            "prior": float(self.prior.mean()),
-            "kl": float(self.kl.mean()),
-            "decoder": float(self.decoder.mean()),
-            "n": n,
+    def scores(self) -> list[Score]:
+        """The bound and its three terms, in bits/dim; the errors are over images, noise and t."""
+        terms = {
+            "bits/dim": self.prior + self.kl + self.decoder,
+            "bits/dim-prior": self.prior,
+            "bits/dim-kl": self.kl,
+            "bits/dim-decoder": self.decoder,
         }
+        n = len(self.index)
+        return [
+            Score(name, float(v.mean()), float(v.std(ddof=1) / n**0.5) if n > 1 else float("nan"), n)
+            for name, v in terms.items()
+        ]

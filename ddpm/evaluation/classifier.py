@@ -6,6 +6,8 @@ kept by the fingerprint of what it was trained on.
 Axes: N images, H W, C channels, F features.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -48,7 +50,12 @@ class Classifier:
         return self.net.to(image.device)(images.to_model(image))
 
 
-def build(train: DataSet, cache: Cache, train_images: int = TRAIN_IMAGES) -> Classifier:
+def build(
+    train: DataSet,
+    cache: Cache,
+    train_images: int = TRAIN_IMAGES,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> Classifier:
     """The classifier of the data set, from the cache or trained on the split `train`.
 
     The same split gives the same weights on the same machine; on another they may differ in rounding, so whoever
@@ -56,6 +63,7 @@ def build(train: DataSet, cache: Cache, train_images: int = TRAIN_IMAGES) -> Cla
 
     Args:
         train_images: images it sees in training, over all epochs.
+        on_progress: is told how many it has seen, if it is trained.
 
     Raises:
         UserError: the data set has no labels, or cannot be read.
@@ -67,7 +75,7 @@ def build(train: DataSet, cache: Cache, train_images: int = TRAIN_IMAGES) -> Cla
         )
     net = build_net(manifest.channels, len(manifest.class_names))
     name = f"{RECIPE.replace('/', '-')}-{train_images}-{train.rows.fingerprint[:32]}"
-    net.load_state_dict(cache.get(name, lambda: _train(net, train, train_images)))
+    net.load_state_dict(cache.get(name, lambda: _train(net, train, train_images, on_progress)))
     return Classifier(net)
 
 
@@ -91,7 +99,9 @@ def build_net(channels: int, num_classes: int) -> nn.Sequential:
         )
 
 
-def _train(net: nn.Sequential, train: DataSet, train_images: int) -> dict[str, Tensor]:
+def _train(
+    net: nn.Sequential, train: DataSet, train_images: int, on_progress: Callable[[int], None]
+) -> dict[str, Tensor]:
     """Adam with a one-cycle learning rate, in the order of the plan."""
     net.train()
     plan = train.plan(SEED, CHUNK_IMAGES)
@@ -111,4 +121,5 @@ def _train(net: nn.Sequential, train: DataSet, train_images: int) -> dict[str, T
             loss.backward()
             optimizer.step()
             schedule.step()
+        on_progress(min(start + CHUNK_IMAGES, train_images))
     return net.state_dict()

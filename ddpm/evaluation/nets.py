@@ -1,5 +1,6 @@
 """The feature net of a name."""
 
+from collections.abc import Callable
 from typing import Literal
 
 from ddpm.config import UserError
@@ -14,7 +15,13 @@ from ddpm.evaluation.pixels import Pixels
 Name = Literal["inception", "lite0", "classifier", "pixels"]
 
 
-def build(name: Name, train: DataSet, cache: Cache, inception_weights: str | None = None) -> FeatureNet:
+def build(
+    name: Name,
+    train: DataSet,
+    cache: Cache,
+    inception_weights: str | None = None,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> FeatureNet:
     """The feature net `name` for images like those of `train`.
 
     Args:
@@ -22,6 +29,7 @@ def build(name: Name, train: DataSet, cache: Cache, inception_weights: str | Non
         train: the split to train a classifier on.
         cache: where a trained classifier is kept.
         inception_weights: path or URL; None: where torch-fidelity keeps them.
+        on_progress: is told how many of classifier.TRAIN_IMAGES a classifier has seen, if one is trained.
 
     Raises:
         UserError: what it needs is missing.
@@ -32,7 +40,7 @@ def build(name: Name, train: DataSet, cache: Cache, inception_weights: str | Non
         case "lite0":
             return Lite0()
         case "classifier":
-            return classifier.build(train, cache)
+            return classifier.build(train, cache, on_progress=on_progress)
         case "pixels":
             manifest = train.manifest
             return Pixels((manifest.height, manifest.width, manifest.channels))

@@ -42,10 +42,10 @@ class Score:
     """With its feature net: "KID-lite0"."""
     value: float
     error: float
-    """Standard error over the generated images, the real ones held fixed (jackknife)."""
+    """Standard error over the generated images, the real ones held fixed (jackknife); of bits/dim over images."""
     n: int
-    """Generated images."""
-    n_real: int
+    """Generated images; of bits/dim, real ones."""
+    n_real: int | None = None
     """Real images they are compared with."""
     floor: float | None = None
     """Real against real."""

@@ -98,10 +98,12 @@ def test_the_classifier_classifies(digits_classifier: Classifier, test_digits: D
 def test_the_classifier_is_the_same_again_and_kept(
     train_digits: DataSet, cache: Cache, tmp_path: Path
 ) -> None:
-    first = classifier.build(train_digits, cache, train_images=256)
+    seen: list[int] = []
+    first = classifier.build(train_digits, cache, train_images=256, on_progress=seen.append)
     (file,) = (tmp_path / "cache").iterdir()
     kept = file.read_bytes()
-    assert classifier.build(train_digits, cache, train_images=256).digest == first.digest
+    again = classifier.build(train_digits, cache, train_images=256, on_progress=seen.append)
+    assert (again.digest, seen) == (first.digest, [256])
     file.unlink()
     assert classifier.build(train_digits, cache, train_images=256).digest == first.digest
     assert file.read_bytes() == kept

@@ -126,11 +126,14 @@ def test_bits_of_parts_are_those_of_the_whole() -> None:
     merged = BitsPerDim.merge(bits(4, 5), bits(0, 1, 2), bits(3))
     np.testing.assert_array_equal(merged.index, whole.index)
     np.testing.assert_allclose(merged.kl_at, [0, 15, 0, 7.5, 0])
-    assert merged.summary() == whole.summary()
-    summary = whole.summary()
-    assert summary["n"] == 6
-    assert summary["bits_per_dim"] == pytest.approx(summary["prior"] + summary["kl"] + summary["decoder"])
-    assert summary["kl"] == pytest.approx(merged.kl_at.sum() / 6)
-    assert summary["error"] == pytest.approx(2.51 * np.std(range(6), ddof=1) / 6**0.5)
+    assert merged.scores() == whole.scores()
+    total, *terms = whole.scores()
+    assert [s.name for s in terms] == ["bits/dim-prior", "bits/dim-kl", "bits/dim-decoder"]
+    assert {(s.n, s.n_real, s.floor) for s in (total, *terms)} == {(6, None, None)}
+    assert total.value == pytest.approx(sum(s.value for s in terms))
+    assert terms[1].value == pytest.approx(merged.kl_at.sum() / 6)
+    slopes = {"bits/dim": 2.51, "bits/dim-prior": 0.01, "bits/dim-kl": 1.5, "bits/dim-decoder": 1.0}
+    for s in whole.scores():
+        assert s.error == pytest.approx(slopes[s.name] * np.std(range(6), ddof=1) / 6**0.5)
     with pytest.raises(ValueError, match="would count twice"):
         BitsPerDim.merge(bits(0, 1), bits(1, 2))

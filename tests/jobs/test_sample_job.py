@@ -58,7 +58,6 @@ def test_mistakes_are_a_line_and_exit_code_2(run_job: Callable[..., Any], tmp_pa
         (["run", "--inpaint", "a.png"], "--inpaint and --mask belong together"),
         ([*part, "--sampler", "ddim"], "not of ddim"),
         ([*part, "--num-resamples", "0"], "num_resamples is 0"),
-        ([*part, "--jump-length", "50"], "jump_length is 50"),
     ):
         done = run_job("sample", *flags, "--out", "refused", cwd=tmp_path)
         assert done.returncode == 2

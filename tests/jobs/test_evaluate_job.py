@@ -1,0 +1,77 @@
+"""python jobs/evaluate.py, as a person types it while a run goes on."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from judged import POSITIONS, make_data, make_run
+from mlflow import MlflowClient
+from PIL import Image
+
+from ddpm import runs
+from ddpm.runs import Run
+from ddpm.tracking import RUN_KEY_TAG
+
+FEW = ("--features", "pixels", "--num-images", "60", "--num-draws", "2")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return make_run(tmp_path_factory.mktemp("runs"), make_data(tmp_path_factory.mktemp("data")))
+
+
+@pytest.mark.slow
+def test_all_checkpoints_of_a_run_that_goes_on(
+    run_job: Callable[..., Any], run: Run, mlflow_server: str, tmp_path: Path
+) -> None:
+    client = MlflowClient(mlflow_server)
+    tracked = client.create_run(client.create_experiment("evaluated"), tags={RUN_KEY_TAG: run.key})
+    env = {"MLFLOW_TRACKING_URI": mlflow_server}
+    steps = ("--num-sample-steps", "2", "4")
+    words = (run.location.uri, "--all-checkpoints", *steps, *FEW)
+    done = run_job("evaluate", *words, "--out", "found.json", cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    lines = [line.rstrip() for line in done.stdout.splitlines()]
+    assert {"bits/dim 180/180", "images drawn 360/360"} <= set(lines)
+    assert lines[-3:] == [
+        f"results     {tmp_path}/found.json",
+        f"picture     {tmp_path}/found.png",
+        f"MLflow      run {tracked.info.run_id} in {mlflow_server}",
+    ]
+    report = json.loads((tmp_path / "found.json").read_text())
+    assert [judged["images_seen"] for judged in report["checkpoints"]] == list(POSITIONS)
+    numbers = [judged["bits"][0] for judged in report["checkpoints"]]
+    numbers += [s for judged in report["checkpoints"] for way in judged["drawn"] for s in way["scores"]]
+    for score in numbers:
+        assert f"{score['value']:.4f} ± {score['error']:.4f}" in done.stdout
+    with Image.open(tmp_path / "found.png", formats=("PNG",)) as picture:
+        assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 50
+
+    history = client.get_metric_history(tracked.info.run_id, "eval/KID-pixels")
+    ours = [way["scores"][1]["value"] for judged in report["checkpoints"] for way in judged["drawn"][1:]]
+    assert [(point.step, point.value) for point in history] == list(zip(POSITIONS, ours, strict=True))
+    assert client.get_run(tracked.info.run_id).info.status == "RUNNING"
+
+    newest = runs.checkpoints_of(run.location.uri)[-1]
+    again = run_job("evaluate", newest, *steps, *FEW, "--out", "again.json", cwd=tmp_path, env=env)
+    assert again.returncode == 0, again.stderr
+    judged = json.loads((tmp_path / "again.json").read_text())["checkpoints"]
+    assert judged == report["checkpoints"][-1:]
+    assert len(client.get_metric_history(tracked.info.run_id, "eval/KID-pixels")) == len(POSITIONS)
+
+
+def test_mistakes_are_a_line_and_exit_code_2(run_job: Callable[..., Any], run: Run, tmp_path: Path) -> None:
+    mistakes = {
+        (): "no CHECKPOINT is given",
+        ("none",): "none does not exist; expected a checkpoint folder or a run folder",
+        (run.location.uri, "--num-images", "19"): "num_images is 19; it must be at least 20",
+    }
+    for words, message in mistakes.items():
+        done = run_job("evaluate", *words, cwd=tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,55 @@
+"""A run to be judged: three checkpoints of a tiny net, each a little further from the others, and its data set."""
+
+from pathlib import Path
+
+import torch
+from tiny import TINY_NET
+
+from ddpm import runs, storage
+from ddpm.config import Config, override
+from ddpm.data.manifest import read_manifest
+from ddpm.data.prepare import prepare
+from ddpm.data.reading import DataSet
+from ddpm.data.sources import Digits
+from ddpm.runs import Run
+from ddpm.training import checkpoint
+from ddpm.training.state import State
+
+POSITIONS = (64, 128, 192)
+CONFIG = override(
+    TINY_NET,
+    {
+        "model.zero_init": False,
+        "schedule.num_timesteps": 20,
+        "schedule.kind": "cosine",
+        "sample.num_sample_steps": 4,
+        "run.name": "judged",
+        "run.experiment": "evaluated",
+    },
+)
+
+
+def make_data(folder: Path) -> str:
+    """The digits as shards: 1,707 to train on, 90 held out."""
+    location = storage.resolve(str(folder))
+    prepare(Digits(), location.filesystem, location.path, where=location.uri)
+    return location.uri
+
+
+def make_run(folder: Path, shards: str, config: Config = CONFIG) -> Run:
+    """A run in `folder` that was trained on `shards`, so its checkpoints say."""
+    config = override(config, {"data.shards": shards, "run.storage": str(folder)})
+    place = storage.resolve(shards)
+    manifest = read_manifest(place.filesystem, place.path, shards)
+    train = DataSet(place.filesystem, place.path, manifest, "train")
+    run = runs.open_run(str(config.run.name), str(folder))
+    state = State.create(config, torch.device("cpu"))
+    noise = torch.Generator().manual_seed(0)
+    extra = {"run_key": run.key, "data_fingerprint": train.rows.fingerprint}
+    for images_seen in POSITIONS:
+        with torch.no_grad():
+            for weight in state.ema.net.parameters():
+                weight.add_(0.02 * torch.randn(weight.shape, generator=noise))
+        state.images_seen = images_seen
+        checkpoint.save(Path(run.location.path, checkpoint.name_at(images_seen)), state, config, extra)
+    return run

@@ -1,0 +1,237 @@
+"""Checkpoints judged in this process: numbers against the library's own, however the work is dealt out."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from judged import CONFIG, POSITIONS, make_data, make_run
+
+from ddpm import evaluate, generation, judgement, runs, storage, yardstick
+from ddpm.config import SampleConfig, UserError, override
+from ddpm.data.manifest import make_manifest, read_manifest, write_manifest
+from ddpm.data.shards import write_shard
+from ddpm.evaluation.pixels import Pixels
+from ddpm.evaluation.scores import Score, score
+from ddpm.report import Report
+from ddpm.runs import Run
+from ddpm.yardstick import Settings
+
+CPU = torch.device("cpu")
+FEW = {"num_images": 150, "features": "pixels", "num_draws": 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_pieces() -> Iterator[None]:
+    """Four of the images drawn, three of those held out; and one thread, as in a fleet."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "PIECE_IMAGES", 40)
+        yield
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, shards: str) -> Run:
+    return make_run(tmp_path_factory.mktemp("runs"), shards)
+
+
+def judged(uri: str, *, every: bool = False, num_workers: int | None = 1, **settings: Any) -> Report:
+    return evaluate.evaluate(yardstick.read([uri], every), Settings(**{**FEW, **settings}), num_workers)
+
+
+@pytest.fixture(scope="module")
+def alone(run: Run) -> Report:
+    """All checkpoints in two ways, by one worker."""
+    return judged(run.location.uri, every=True, num_sample_steps=(2, 4))
+
+
+def test_numbers_are_those_of_one_batch(run: Run, alone: Report, shards: str) -> None:
+    """Known answers: the bound and the scores that the library finds when it is given everything at once."""
+    assert [verdict.images_seen for verdict in alone.verdicts] == list(POSITIONS)
+    (candidate,) = yardstick.read([run.location.uri])
+    by = yardstick.choose([candidate], Settings(**FEW))  # type: ignore[arg-type]
+    posed = candidate.net, candidate.config, generation.build_objective(candidate.config)
+    train, held_out = (part.read(part.plan(0, 8192), 0, 90) for part in (by.train, by.held_out))
+    pilot = type(train)(train.image[:8], train.label[:8])
+    proposal = judgement.proposal(*posed, pilot, device=CPU)
+    bits = judgement.bits_per_dim(*posed, held_out, start=0, device=CPU, proposal=proposal, num_draws=2)
+    last = alone.verdicts[-1]
+    for found, expected in zip(last.bits, bits.scores(), strict=True):
+        assert (found.name, found.n) == (expected.name, 90)
+        assert found.value == pytest.approx(expected.value, rel=1e-5)
+        assert found.error == pytest.approx(expected.error, rel=1e-4)
+    drawn = judgement.drawn_features(*posed, Pixels((8, 8, 1)), range(150), device=CPU)
+    for found, expected in zip(
+        last.drawn[1].scores, score("pixels", drawn, by.real, by.other_real), strict=True
+    ):
+        assert (found.name, found.n, found.n_real) == (expected.name, 150, 90)
+        assert (found.floor, found.floor_n) == (expected.floor, 150)
+        assert found.value == pytest.approx(expected.value, rel=1e-3, abs=1e-4)
+
+
+def test_a_score_needs_nothing_but_its_n_and_its_error(alone: Report) -> None:
+    for verdict in alone.verdicts:
+        assert [drawn.name for drawn in verdict.drawn] == ["ddim-2", "ddim-4"]
+        assert [drawn.is_own for drawn in verdict.drawn] == [False, True]
+        for s in (*verdict.bits, *(s for drawn in verdict.drawn for s in drawn.scores)):
+            assert np.isfinite([s.value, s.error]).all() and s.n >= 90
+    first, *others = alone.verdicts
+    assert all(first.bits != other.bits and first.drawn != other.drawn for other in others)
+
+
+@pytest.mark.parametrize("num_workers", [None, pytest.param(2, marks=pytest.mark.slow)])
+def test_several_workers_find_what_one_finds(run: Run, alone: Report, num_workers: int | None) -> None:
+    """Bit for bit: threads of this process, and actors of a Ray cluster."""
+    import ray
+
+    try:
+        again = judged(run.location.uri, every=True, num_sample_steps=(2, 4), num_workers=num_workers)
+        assert ray.is_initialized() == (num_workers is not None)
+    finally:
+        ray.shutdown()
+    assert again.to_json() == alone.to_json()
+    assert again.key == alone.key
+
+
+def test_reference_features_are_kept(run: Run, alone: Report, shards: str, tmp_path: Path) -> None:
+    kept = sorted(path.name for path in Path(shards, "evaluation").iterdir())
+    manifest = read_manifest(storage.resolve(shards).filesystem, shards, shards)
+    digest = alone.settings["features"]["digest"][:16]
+    assert kept == sorted(
+        f"features-pixels-{digest}-{n}-{manifest.splits[split].fingerprint[:32]}.safetensors"
+        for split, n in (("test", 90), ("train", 150))
+    )
+    judged(run.location.uri, cache=str(tmp_path / "elsewhere"))
+    assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == kept
+
+
+def test_of_a_run_the_newest_is_judged_and_a_checkpoint_once(run: Run) -> None:
+    uris = runs.checkpoints_of(run.location.uri)
+    found = yardstick.read([run.location.uri, uris[-1], uris[0]])
+    assert [candidate.position["images_seen"] for candidate in found] == [192, 64]
+    assert {candidate.run for candidate in found} == {"judged"}
+
+
+def ways(**settings: Any) -> list[tuple[str, int | None]]:
+    found = yardstick.ways_of(CONFIG, Settings(**settings))
+    return [(way.sampler, way.num_sample_steps) for way in found]
+
+
+def test_ways_of_drawing() -> None:
+    assert ways() == [("ddim", 4)]
+    assert ways(num_sample_steps=(2, 3, 2)) == [("ddim", 2), ("ddim", 3)]
+    assert ways(samplers=("heun", "dpmpp_2m"), num_sample_steps=(5,)) == [("heun", 5), ("dpmpp_2m", 5)]
+    (way,) = yardstick.ways_of(CONFIG, Settings(sample={"eta": 1.0}, seed=3))
+    assert (way.eta, way.seed, way.num_sample_steps) == (1.0, 3, 4)
+    with pytest.raises(UserError, match=r"num_sample_steps is 21; it must be in 1\.\.20"):
+        ways(num_sample_steps=(21,))
+    with pytest.raises(UserError, match="mix cannot undo the process gaussian"):
+        ways(samplers=("mix",))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "steps"), [("ancestral", 20), ("auto", 20), ("dpmpp_2m", 20), ("heun", 20)]
+)
+def test_a_number_of_steps_left_open_is_said(sampler: Any, steps: int) -> None:
+    way = yardstick.resolved(CONFIG, SampleConfig(sampler=sampler))
+    assert (way.sampler, way.num_sample_steps) == ("ddim" if sampler == "auto" else sampler, steps)
+
+
+def test_the_course_s_mix_is_judged_without_bits(tmp_path: Path, shards: str) -> None:
+    config = override(CONFIG, {"objective.process": "uniform_mix", "run.name": "mix"})
+    run = make_run(tmp_path / "runs", shards, config)
+    (verdict,) = judged(run.location.uri, num_images=40).verdicts
+    assert verdict.bits == ()
+    assert [drawn.name for drawn in verdict.drawn] == ["mix-4"]
+
+
+def test_a_run_that_lost_its_shards_names_its_source_or_none(tmp_path: Path, shards: str) -> None:
+    """Embedded sources are prepared again, and are the same data."""
+    gone = make_run(tmp_path / "a", shards, override(CONFIG, {"data.source": "digits"}))
+    (candidate,) = yardstick.read([gone.location.uri])
+    moved = yardstick.replace(
+        candidate, config=override(candidate.config, {"data.shards": str(tmp_path / "no-more")})
+    )
+    by = yardstick.choose([moved], Settings(**FEW))  # type: ignore[arg-type]
+    assert by.uri == str(tmp_path / "runs/data/digits-v2")
+    assert by.train.rows.fingerprint == candidate.position["data_fingerprint"]
+    nameless = yardstick.replace(moved, config=override(moved.config, {"data.source": None}))
+    with pytest.raises(UserError, match=r"is no longer at .*/no-more; name it with --data\.shards"):
+        yardstick.choose([nameless], Settings(**FEW))  # type: ignore[arg-type]
+
+
+def other_data(folder: Path, side: int = 8, **rows: int) -> str:
+    """Noise, in splits of so many rows."""
+    location = storage.resolve(str(folder))
+    image = np.random.RandomState(0).randint(0, 256, (max(rows.values()), side, side, 1)).astype(np.uint8)
+    shards = {
+        split: [
+            write_shard(
+                location.filesystem,
+                location.path,
+                f"{split}/00000.parquet",
+                image[:n],
+                None,
+                rows_per_row_group=100,
+            )
+        ]
+        for split, n in rows.items()
+    }
+    manifest = make_manifest("noise", side, side, 1, "raw", [], shards, options="test")
+    write_manifest(location.filesystem, location.path, manifest)
+    return location.uri
+
+
+@pytest.mark.parametrize(
+    ("data", "settings", "message"),
+    [
+        ({"train": 100}, {}, "holds no images out: it needs a split test beside train"),
+        ({"train": 100, "test": 19}, {}, "holds 19 images out; it takes at least 20"),
+        (
+            {"train": 100, "test": 30, "side": 16},
+            {},
+            r"draws images of 8x8 in 1 .* holds images of 16x16 in 1",
+        ),
+        ({"test": 30}, {}, "has no split 'train'"),
+        ({"train": 100, "test": 30}, {"features": "classifier"}, "has no classes to train a classifier on"),
+        ({"train": 100, "test": 30}, {"num_images": 19}, "num_images is 19; it must be at least 20"),
+        ({"train": 100, "test": 30}, {"num_draws": -1}, "num_draws is -1; it must be at least 1"),
+        ({"train": 100, "test": 30}, {"num_sample_steps": (0,)}, "num_sample_steps is 0; it must be in"),
+    ],
+    ids=str,
+)
+def test_mistakes(
+    run: Run, tmp_path: Path, data: dict[str, int], settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        judged(run.location.uri, shards=other_data(tmp_path / "d", **data), **settings)
+
+
+def test_a_net_that_knows_classes_wants_them(tmp_path: Path, shards: str) -> None:
+    run = make_run(tmp_path / "runs", shards, override(CONFIG, {"model.num_classes": 10}))
+    with pytest.raises(UserError, match=r"knows 10 classes, but .* has 0"):
+        judged(run.location.uri, shards=other_data(tmp_path / "d", train=100, test=30))
+
+
+def test_checkpoints_of_different_data_are_judged_by_named_data(
+    run: Run, tmp_path: Path, shards: str
+) -> None:
+    noise = other_data(tmp_path / "d", train=100, test=30)
+    other = make_run(tmp_path / "runs", noise, override(CONFIG, {"run.name": "noise"}))
+    candidates = yardstick.read([run.location.uri, other.location.uri])
+    with pytest.raises(UserError, match=r"trained on different data; .*--data\.shards"):
+        evaluate.evaluate(candidates, Settings(**FEW))  # type: ignore[arg-type]
+    settings: dict[str, Any] = {**FEW, "num_images": 40, "shards": noise}
+    found = evaluate.evaluate(candidates, Settings(**settings), 1)
+    assert [(verdict.run, verdict.saw_this_data) for verdict in found.verdicts] == [
+        ("judged", False),
+        ("noise", True),
+    ]
+    assert isinstance(found.verdicts[0].bits[0], Score)

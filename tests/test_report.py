@@ -1,0 +1,162 @@
+"""What a report says is the same wherever it says it."""
+
+import io
+import json
+import re
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from ddpm import plots, report
+from ddpm.config import SampleConfig
+from ddpm.evaluation.scores import Score
+from ddpm.report import Drawn, Report, Verdict
+
+METRICS = (
+    "FID-pixels",
+    "KID-pixels",
+    "precision-pixels",
+    "recall-pixels",
+    "density-pixels",
+    "coverage-pixels",
+)
+TERMS = ("bits/dim", "bits/dim-prior", "bits/dim-kl", "bits/dim-decoder")
+
+
+def drawn(i: int, steps: int = 50, own: bool = True, **sample: Any) -> Drawn:
+    scores = tuple(
+        Score(name, 0.1234567 * (i + j + 1) / steps, 0.01 + j / 1000, 500, 90, 0.2 + j, 0.03, 400)
+        for j, name in enumerate(METRICS)
+    )
+    return Drawn(SampleConfig(sampler="ddim", num_sample_steps=steps, **sample), own, scores)
+
+
+def verdict(i: int, *ways: Drawn, run: str = "a", **changes: Any) -> Verdict:
+    bits = tuple(Score(name, 4.5678901 - i / 10 + j, 0.05, 90) for j, name in enumerate(TERMS))
+    made = Verdict(
+        f"runs/{run}/checkpoint-{i}", f"sha{i}", run, f"key{run}", "ddpm", 1000 * i, True, bits, ways
+    )
+    return replace(made, **changes)
+
+
+def made(*verdicts: Verdict) -> Report:
+    return Report({"features": {"name": "pixels", "size": 64}}, verdicts)
+
+
+ONE = made(verdict(1, drawn(1)))
+SEVERAL = made(
+    *(verdict(i, drawn(i), drawn(i, 10, own=False)) for i in (1, 2, 3)),
+    verdict(1, drawn(9), drawn(9, 10, own=False), run="b"),
+)
+
+
+def printed(found: Report, width: int = 250) -> str:
+    file = io.StringIO()
+    Console(file=file, width=width).print(report.tables(found, width))
+    return file.getvalue()
+
+
+def estimates(score: dict[str, Any]) -> str:
+    return f"{score['value']:.4f} ± {score['error']:.4f}"
+
+
+@pytest.mark.parametrize("found", [ONE, SEVERAL], ids=["one", "several"])
+def test_the_table_says_what_the_json_says(found: Report) -> None:
+    text, parsed = printed(found), json.loads(found.to_json())
+    assert parsed["format"] == report.FORMAT
+    for judged in parsed["checkpoints"]:
+        bits = judged["bits"] if found is ONE else judged["bits"][:1]
+        scores = [score for way in judged["drawn"] for score in way["scores"]]
+        for score in (*bits, *scores):
+            assert estimates(score) in text
+    assert "0.2000 ± 0.0300 (n 400)" in text
+    assert "500 / 90" in text
+    assert f"{1000:,}" in text and "ddim-50" in text
+
+
+def test_of_several_the_lines_are_checkpoints_and_ways() -> None:
+    lines = [line for line in printed(SEVERAL).splitlines() if re.search(r"ddim-\d", line)]
+    assert len(lines) == 8
+    assert [line.split()[:2] for line in lines[::2]] == [
+        ["a", "1,000"],
+        ["a", "2,000"],
+        ["a", "3,000"],
+        ["b", "1,000"],
+    ]
+    assert lines[1].split()[0] == "ddim-10"
+    assert "real against real" in printed(SEVERAL)
+
+
+@pytest.mark.parametrize("found", [ONE, SEVERAL], ids=["one", "several"])
+def test_a_narrow_terminal_loses_no_number(found: Report) -> None:
+    text = printed(found, 80)
+    assert max(map(len, text.splitlines())) <= 80
+    for v in found.verdicts:
+        for score in (v.bits[0], *(score for way in v.drawn for score in way.scores)):
+            assert estimates({"value": score.value, "error": score.error}) in text
+
+
+def test_points_are_named_by_what_was_measured() -> None:
+    found = report.metrics(verdict(1, drawn(1), drawn(1, 10, own=False), drawn(1, 10, own=False, eta=0.5)))
+    assert found["eval/bits_per_dim"] == pytest.approx(4.4678901)
+    assert found["eval/bits_per_dim-error"] == 0.05
+    assert found["eval/bits_per_dim-decoder"] == pytest.approx(7.4678901)
+    assert found["eval/KID-pixels"] == drawn(1).scores[1].value
+    assert found["eval/KID-pixels-floor"] == 1.2
+    assert found["eval/ddim-10/KID-pixels"] == drawn(1, 10).scores[1].value
+    assert "eval/ddim-10 eta 0.5/KID-pixels" in found
+    assert len(found) == 2 * 4 + 3 * 3 * 6
+    broken = replace(verdict(1), bits=(Score("bits/dim", float("nan"), float("inf"), 90),))
+    assert report.metrics(broken) == {}
+
+
+def test_json_has_null_for_what_is_not_finite() -> None:
+    found = made(replace(verdict(1), bits=(Score("bits/dim", float("nan"), float("inf"), 90),)))
+    (score,) = json.loads(found.to_json())["checkpoints"][0]["bits"]
+    assert (score["value"], score["error"], score["n"]) == (None, None, 90)
+
+
+def test_a_report_s_key_is_of_checkpoints_and_settings_not_of_numbers() -> None:
+    assert re.fullmatch(r"000000001000-[0-9a-f]{8}", ONE.key)
+    assert made(verdict(1, replace(drawn(5), scores=()))).key == ONE.key
+    others = [
+        made(verdict(1, drawn(1, 10))),
+        made(verdict(1, drawn(1), weights_sha256="other")),
+        Report({**ONE.settings, "num_images": 7}, ONE.verdicts),
+    ]
+    assert len({ONE.key, *(other.key for other in others)}) == 4
+    assert [v.run for v in SEVERAL.of_run("keyb").verdicts] == ["b"]
+
+
+def test_remarks() -> None:
+    few, other = report.remarks(made(verdict(1, drawn(1), saw_this_data=False)))
+    assert few.startswith("FID-pixels: 90 images are few for 64 features")
+    assert other == "trained on other data than these held-out images belong to: a"
+    many = replace(drawn(1), scores=(Score("FID-pixels", 1.0, 0.1, 640, 640),))
+    assert report.remarks(made(verdict(1, many))) == []
+
+
+def pixels(found: Report) -> np.ndarray:
+    with Image.open(io.BytesIO(plots.picture(found)), formats=("PNG",)) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def colours(picture: np.ndarray) -> int:
+    return len(np.unique(picture.reshape(-1, 3), axis=0))
+
+
+def test_a_picture_has_a_line_of_panels_for_whatever_varies() -> None:
+    over_images = pixels(made(*(verdict(i, drawn(i)) for i in (1, 2, 3))))
+    over_steps = pixels(made(verdict(1, drawn(1), drawn(1, 10))))
+    both, one = pixels(SEVERAL), pixels(ONE)
+    assert over_images.shape == one.shape
+    assert over_steps.shape[0] == one.shape[0] and over_steps.shape[1] < one.shape[1]  # no bits/dim there
+    assert both.shape[0] == 2 * one.shape[0]
+    for picture in (one, over_images, over_steps, both):
+        assert colours(picture) > 50
+    assert (pixels(ONE) == one).all()
+    assert (pixels(made(verdict(1, drawn(3)))) != one).any()

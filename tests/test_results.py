@@ -1,0 +1,158 @@
+"""Reports reach files, buckets and the MLflow runs they are about, once; and MLflow may be away."""
+
+import json
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import servers
+from mlflow import MlflowClient
+from mlflow.artifacts import load_dict
+from mlflow.entities import Run
+from test_report import drawn, made, verdict
+
+from ddpm import results, storage
+from ddpm.config import UserError
+from ddpm.report import Report
+from ddpm.tracking import RUN_KEY_TAG, SENT_UNTIL_TAG
+
+PICTURE = b"\x89PNG..."
+
+
+@pytest.fixture
+def client(mlflow_server: str, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
+    return MlflowClient(mlflow_server)
+
+
+@pytest.fixture
+def start(client: MlflowClient) -> Callable[[str], Run]:
+    """A run that is being trained, with records up to 64 images."""
+
+    def start(key: str) -> Run:
+        found = client.get_experiment_by_name("ddpm")
+        experiment_id = found.experiment_id if found else client.create_experiment("ddpm")
+        return client.create_run(experiment_id, tags={RUN_KEY_TAG: key, SENT_UNTIL_TAG: "64"})
+
+    return start
+
+
+def report_on(key: str, *steps: int, change: int = 0, **settings: object) -> Report:
+    verdicts = (verdict(i, drawn(i + change), drawn(i, 10, own=False), run_key=key) for i in steps)
+    return Report({**made().settings, **settings}, tuple(verdicts))
+
+
+def points(client: MlflowClient, run: Run, key: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, key)]
+
+
+def publish(report: Report) -> list[str]:
+    return list(results.publish(report, PICTURE))
+
+
+def test_results_are_in_the_run_s_own_mlflow_run(
+    client: MlflowClient, start: Callable[[str], Run], mlflow_server: str
+) -> None:
+    key, other = uuid.uuid4().hex, uuid.uuid4().hex
+    run, untouched = start(key), start(other)
+    report = report_on(key, 1, 2)
+    assert publish(report) == [f"MLflow      run {run.info.run_id} in {mlflow_server}"]
+    values = [v.drawn[0].scores[1].value for v in report.verdicts]
+    assert points(client, run, "eval/KID-pixels") == [(1000, values[0]), (2000, values[1])]
+    assert [step for step, _ in points(client, run, "eval/bits_per_dim")] == [1000, 2000]
+    assert len(points(client, run, "eval/ddim-10/KID-pixels")) == 2
+    files = [file.path for file in client.list_artifacts(run.info.run_id, "evaluation")]
+    assert files == [f"evaluation/{report.key}.json", f"evaluation/{report.key}.png"]
+    kept = load_dict(f"{run.info.artifact_uri}/evaluation/{report.key}.json")
+    assert kept == json.loads(report.to_json())
+    after = client.get_run(run.info.run_id)
+    assert after.info.status == "RUNNING"
+    assert after.data.tags[SENT_UNTIL_TAG] == "64"  # training's own records are its own affair
+    assert client.get_run(untouched.info.run_id).data.metrics == {}
+
+
+def test_again_adds_what_is_new_and_replaces_only_its_own_files(
+    client: MlflowClient, start: Callable[[str], Run]
+) -> None:
+    key = uuid.uuid4().hex
+    run, report = start(key), report_on(key, 1)
+    for _ in range(2):
+        publish(report)
+    before = points(client, run, "eval/KID-pixels")
+    assert len(before) == 1
+    time.sleep(0.01)
+    changed = report_on(key, 1, change=5)
+    publish(changed)
+    value = changed.verdicts[0].drawn[0].scores[1].value
+    assert sorted(points(client, run, "eval/KID-pixels")) == sorted([*before, (1000, value)])
+    assert len(points(client, run, "eval/bits_per_dim")) == 1
+    assert client.get_run(run.info.run_id).data.metrics["eval/KID-pixels"] == value
+    publish(report_on(key, 1, num_images=7))
+    assert len(client.list_artifacts(run.info.run_id, "evaluation")) == 4
+    time.sleep(0.01)
+    publish(report)  # the first value is news again
+    assert client.get_run(run.info.run_id).data.metrics["eval/KID-pixels"] == before[0][1]
+
+
+def test_each_run_gets_what_is_about_it(
+    client: MlflowClient, start: Callable[[str], Run], mlflow_server: str
+) -> None:
+    keys = [uuid.uuid4().hex, uuid.uuid4().hex]
+    found = [start(key) for key in keys]
+    unknown = verdict(5, drawn(5), run="strange", run_key=uuid.uuid4().hex)
+    imported = verdict(0, drawn(0), run="imported", run_key="")
+    both = made(*(verdict(i, drawn(i), run_key=key) for i, key in enumerate(keys, 1)), unknown, imported)
+    assert publish(both) == [
+        *(f"MLflow      run {run.info.run_id} in {mlflow_server}" for run in found),
+        f"MLflow      {mlflow_server} does not know run strange; nothing is logged there",
+        "MLflow      nothing is logged of runs/imported/checkpoint-0, which no run of ours made",
+    ]
+    for i, run in enumerate(found, 1):
+        assert [step for step, _ in points(client, run, "eval/KID-pixels")] == [1000 * i]
+
+
+def test_a_database_that_is_not_there_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///none.db")
+    assert publish(report_on("key", 1)) == [
+        f"MLflow      sqlite:///{tmp_path}/none.db does not know run a; nothing is logged there"
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mlflow_may_be_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = f"http://{servers.LOOPBACK}:{servers.free_ports(1)[0]}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.replace("://", "://me:s3cret@"))
+    lines = list(results.store(report_on("key", 1), results.place_for("out/found.json"), timeout_s=0.5))
+    assert lines[:2] == [f"results     {tmp_path}/out/found.json", f"picture     {tmp_path}/out/found.png"]
+    assert lines[2].startswith(f"MLflow      {uri} cannot be reached, nothing is logged: ")
+    assert "s3cret" not in lines[2] and "\n" not in lines[2]
+    assert json.loads((tmp_path / "out/found.json").read_text())["checkpoints"][0]["images_seen"] == 1000
+    assert (tmp_path / "out/found.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_in_a_bucket(s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///none.db")
+    report = report_on("key", 1)
+    lines = list(results.store(report, results.place_for(f"{s3_bucket}/found/all.json")))
+    assert lines[:2] == [
+        f"results     {s3_bucket}/found/all.json",
+        f"picture     {s3_bucket}/found/all.png",
+    ]
+    assert storage.resolve(f"{s3_bucket}/found/all.json").read() == report.to_json().encode()
+    assert storage.resolve(f"{s3_bucket}/found/all.png").read().startswith(b"\x89PNG")
+
+
+def test_a_place_that_cannot_be_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    for out, message in {
+        "folder": "is a folder; name a file",
+        "file/found.json": "file is no folder that may be written to",
+        "found.png": "is for JSON; the picture goes beside it",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            results.place_for(out)
+    assert results.place_for("new/folder/found.json").path == f"{tmp_path}/new/folder/found.json"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
