@@ -182,9 +182,9 @@ class RayHead(Server):
         command += ["--num-cpus", str(num_cpus), "--object-store-memory", str(300 * 2**20)]
         # Submitted jobs say `python`: it is the one that runs the tests.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        super().__init__(
-            "ray", command, f"{self.dashboard}/api/version", folder, {"PATH": path, **(env or {})}
-        )
+        # Its workers are not behind whatever else runs on this machine (by default they have niceness 15).
+        settings = {"PATH": path, "RAY_worker_niceness": "0", **(env or {})}
+        super().__init__("ray", command, f"{self.dashboard}/api/version", folder, settings)
 
     def submit(
         self,
