@@ -1,0 +1,134 @@
+"""How many steps images need: KID of what few steps of each sampler draw, beside all steps of Algorithm 2.
+
+    python benchmarks/samplers.py RUN [--num-images 500]
+
+All ways start from the same noise, and are compared with the same held-out images by the features of a classifier
+trained on the data. The table goes to benchmarks/samplers.md, and the picture, quality over steps, beside it.
+"""
+
+import datetime
+import os
+import time
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from matplotlib.figure import Figure
+from runtime import processor
+
+from ddpm import images, yardstick
+from ddpm.drawing import Artist, Request
+from ddpm.evaluation.features import Features, features_of
+from ddpm.evaluation.scores import Score, score
+from ddpm.fleet import Fleet
+from ddpm.progress import Display
+
+PIECE_IMAGES = 25
+ALL = 1000
+WAYS = (
+    ("dpmpp_2m", 5),
+    ("dpmpp_2m", 10),
+    ("dpmpp_2m", 20),
+    ("heun", 10),
+    ("heun", 20),
+    ("ddim", 10),
+    ("ddim", 20),
+    ("ddim", 50),
+    ("ancestral", 50),
+    ("ancestral", ALL),
+)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to draw from."""
+
+    checkpoint: tyro.conf.Positional[str]
+    num_images: int = 500
+
+
+def draw(candidate: yardstick.Candidate, sampler: str, steps: int, n: int) -> tuple[np.ndarray, float]:
+    """Images uint8 [N, H, W, C], and images/s of all cores."""
+    sample = replace(candidate.config.sample, sampler=sampler, num_sample_steps=steps)
+    request = Request(candidate.net.state_dict(), replace(candidate.config, sample=sample))
+    pieces = [range(i, min(i + PIECE_IMAGES, n)) for i in range(0, n, PIECE_IMAGES)]
+    done: dict[range, np.ndarray] = {}
+    with Fleet(partial(Artist, request)) as fleet, Display(f"{sampler} {steps}", n) as display:
+        began = time.perf_counter()
+        for piece, pixels in fleet.map(Artist.draw, pieces):
+            done[piece] = pixels
+            display.update(sum(map(len, done)))
+        took = time.perf_counter() - began
+    return np.concatenate([done[piece] for piece in pieces]), n / took
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, description=__doc__)
+    (candidate,) = yardstick.read([arguments.checkpoint])
+    by = yardstick.choose([candidate], yardstick.Settings(num_images=2000, features="classifier"))
+    found: dict[tuple[str, int], tuple[Score, float]] = {}
+    for sampler, steps in WAYS:
+        drawn, speed = draw(candidate, sampler, steps, arguments.num_images)
+        features = Features(
+            np.arange(len(drawn)), features_of(by.feature_net, torch.from_numpy(drawn)).values
+        )
+        scores = score(by.feature_net.name, features, by.real, by.other_real)
+        kid = next(s for s in scores if s.name.startswith("KID"))
+        found[sampler, steps] = kid, speed
+        print(
+            f"{sampler} {steps}: {kid.name} {kid.value:.4f} +- {kid.error:.4f}, {speed:.2f} images/s",
+            flush=True,
+        )
+        grid = Path(f"samplers-{sampler}-{steps}.png")
+        images.save_png(grid, images.grid(drawn[:64]))
+        print(f"grid        {grid.absolute()}", flush=True)
+    write(candidate, found)
+
+
+def write(candidate: yardstick.Candidate, found: dict[tuple[str, int], tuple[Score, float]]) -> None:
+    """The table, as Markdown, and the picture."""
+    best, _ = found["ancestral", ALL]
+    seen, n = candidate.position["images_seen"], best.n
+    lines = [
+        "# How many steps images need",
+        "",
+        f"{best.name} of {n} images against {best.n_real} held-out ones of {candidate.config.data.source} (smaller "
+        f"is better; real images have {best.floor:.4f} ± {best.floor_error:.4f}), from a net of this project that has "
+        f"seen {seen:,} images; images/s of {os.cpu_count()} cores of {processor()} (`python benchmarks/samplers.py "
+        f"RUN`). {datetime.date.today()}, torch {torch.__version__}.",
+        "",
+        f"| sampler | steps | {best.name} | from all {ALL} steps of ancestral | images/s |",
+        "|---|---|---|---|---|",
+    ]
+    for (sampler, steps), (kid, speed) in found.items():
+        apart, error = kid.value - best.value, (kid.error**2 + best.error**2) ** 0.5
+        lines.append(
+            f"| {sampler} | {steps} | {kid.value:.4f} ± {kid.error:.4f} | {apart:+.4f} ± {error:.4f} | {speed:.2f} |"
+        )
+    file = Path(__file__).with_suffix(".md")
+    file.write_text("\n".join([*lines, "", "![KID over steps](samplers.png)"]) + "\n")
+    print("\n".join(lines))
+
+    figure = Figure((5, 3.4), layout="constrained")
+    axes = figure.subplots()
+    curves = defaultdict(list)
+    for (sampler, steps), (kid, _) in found.items():
+        curves[sampler].append((steps, kid.value, kid.error))
+    for sampler, points in curves.items():
+        axes.errorbar(*zip(*sorted(points), strict=True), marker="o", capsize=3, label=sampler)
+    if best.floor is not None:
+        axes.axhline(best.floor, color="grey", linewidth=1, label="real against real")
+    axes.set_xscale("log")
+    axes.set_xlabel("steps")
+    axes.set_ylabel(best.name)
+    axes.legend()
+    figure.savefig(file.with_suffix(".png"), dpi=120)
+    print(f"picture     {file.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()
