@@ -7,6 +7,8 @@ future that may not happen, and waits, except for a failed run's last words.
 
 import contextlib
 
+import pyarrow.fs as pafs
+
 from ddpm import records
 from ddpm.records import DamagedSegment
 from ddpm.storage import Location
@@ -60,5 +62,7 @@ def count(outbox: Location, committed: int) -> int:
 
 
 def _segments(outbox: Location) -> list[tuple[int, bool, Location]]:
-    parsed = [(records.parse_name(name), outbox.child(name)) for name in outbox.files()]
+    infos = outbox.filesystem.get_file_info(pafs.FileSelector(outbox.path, allow_not_found=True))
+    names = sorted(info.base_name for info in infos if info.type == pafs.FileType.File)
+    parsed = [(records.parse_name(name), outbox.child(name)) for name in names]
     return [(*position, file) for position, file in parsed if position is not None]
