@@ -5,7 +5,7 @@ work: its workers speak with each other at every step.
 
 A worker is a GPU, or else one core. With another number of threads a CPU's kernels round differently here and there;
 one thread a piece makes its result the same, bit for bit, whoever does it. Several cores are busy with several
-pieces, which is also faster than all of them at one (two cores, the nets of `presets`: by a tenth and more).
+pieces, which is no slower than all of them at one (two cores, 8x8 digits).
 
 A worker that dies costs time, never a piece: another one does it. Workers that find no place in the cluster are
 waited for while the others work, so a fleet shrinks with its cluster, and grows again.

@@ -68,7 +68,7 @@ def test_mistakes_are_a_line_and_exit_code_2(run_job: Callable[..., Any], tmp_pa
 @pytest.mark.parametrize("form", ["png", "parquet"])
 def test_a_killed_job_goes_on(form: str, run_job: Callable[..., Any], tmp_path: Path) -> None:
     """SIGKILL after the first images: the same command leaves what an undisturbed one does."""
-    flags = "run --num-images 600 --num-sample-steps 3 --batch-size 64 --format".split()
+    flags = "run --num-images 1100 --num-sample-steps 6 --batch-size 64 --format".split()
     with Job("sample", *flags, form, "--out", "killed", log=tmp_path / "job.log") as job:
         kept = "images/*.png" if form == "png" else "train/*.parquet"
         job.wait_for(lambda: len(list((tmp_path / "killed").glob(kept))) > 0)
@@ -79,7 +79,7 @@ def test_a_killed_job_goes_on(form: str, run_job: Callable[..., Any], tmp_path: 
         done = run_job("sample", *flags, form, "--out", out, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     first = done.stdout.splitlines()[0]
-    assert first == "images 0/600"
+    assert first == "images 0/1,100"
     whole = files(tmp_path / "killed")
     assert whole == files(tmp_path / "undisturbed")
     names = [name for name in kept_before if not Path(name).name.startswith((".", "_")) and name in whole]
