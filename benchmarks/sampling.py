@@ -2,8 +2,9 @@
 
     python benchmarks/sampling.py [--presets digits fashion-mnist] [--repeats 3]
 
-The two take turns, so that a machine that grows busy slows both. Speed does not depend on what a net has learned:
-its weights are the first ones of a training run. The table goes to benchmarks/sampling.md.
+Ours is a fleet as jobs/sample.py has it. diffusers' pipeline gets all threads, and the batch size that suits it best
+of some. The two take turns, so that a machine that grows busy slows both. Speed does not depend on what a net has
+learned: its weights are the first ones of a training run. The table goes to benchmarks/sampling.md.
 """
 
 import datetime
@@ -13,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,11 @@ import torch
 import tyro
 from runtime import processor
 
-from ddpm import export, generation
+from ddpm import export
 from ddpm.config import Config
+from ddpm.drawing import BATCH_SIZE_CPU, BATCH_SIZE_GPU, Artist, Request
+from ddpm.fleet import Fleet
+from ddpm.models.unet import UNet
 from ddpm.presets import PRESETS
 from ddpm.training.state import build_net
 
@@ -31,16 +36,11 @@ class Arguments:
     """What to draw."""
 
     presets: tuple[str, ...] = ("digits", "fashion-mnist")
-    num_images: int = 64
-    """Of a batch."""
+    num_images: int = 128
     num_sample_steps: int = 20
     repeats: int = 3
-    threads: int = os.cpu_count() or 1
-
-
-def ours(config: Config, net: Any, arguments: Arguments, device: torch.device) -> None:
-    objective = generation.build_objective(config)
-    generation.draw(net, config, objective, range(arguments.num_images), device=device)
+    batch_sizes: tuple[int, ...] = (16, 32, 64, 128)
+    """What diffusers may draw at a time."""
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -51,40 +51,52 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def measure(arguments: Arguments, preset: str, sampler: str) -> list[tuple[float, float]]:
-    """Images/s of diffusers and of ours, a pair a repeat."""
+def pipeline(config: Config, net: UNet, device: torch.device) -> Any:
+    """diffusers' pipeline of the same net and sampler."""
     import diffusers
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = PRESETS[preset]
+    with tempfile.TemporaryDirectory() as folder:
+        export.to_diffusers(net, config, Path(folder, "pipeline"))
+        made = diffusers.DDPMPipeline.from_pretrained(Path(folder, "pipeline"))
+    if config.sample.sampler == "ddim":
+        scheduler = diffusers.DDIMScheduler.from_config(made.scheduler.config)
+        made = diffusers.DDIMPipeline(made.unet, scheduler)
+    made.set_progress_bar_config(disable=True)
+    return made.to(device)
+
+
+def measure(arguments: Arguments, preset: str, sampler: str) -> list[tuple[float, float]]:
+    """Images/s of diffusers and of ours, a pair a repeat."""
+    config, n = PRESETS[preset], arguments.num_images
     sample = replace(config.sample, sampler=sampler, num_sample_steps=arguments.num_sample_steps)
     config = replace(config, sample=sample)
     net = build_net(config).eval().requires_grad_(False)
-    with tempfile.TemporaryDirectory() as folder:
-        export.to_diffusers(net, config, Path(folder, "pipeline"))
-        pipeline = diffusers.DDPMPipeline.from_pretrained(Path(folder, "pipeline"))
-    if sampler == "ddim":
-        pipeline = diffusers.DDIMPipeline(
-            pipeline.unet, diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
-        )
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline, net = pipeline.to(device), net.to(device)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    drawer = pipeline(config, net, device)
 
-    def theirs() -> None:
-        pipeline(
-            batch_size=arguments.num_images,
-            num_inference_steps=arguments.num_sample_steps,
-            output_type="np",
-        )
+    def theirs(batch_size: int) -> None:
+        for _ in range(0, n, batch_size):
+            drawer(batch_size=batch_size, num_inference_steps=arguments.num_sample_steps, output_type="np")
 
-    pair = (theirs, lambda: ours(config, net, arguments, device))
-    for call in pair:
-        call()
-    found = []
-    for _ in range(arguments.repeats):
-        a, b = (arguments.num_images / seconds(call) for call in pair)
-        print(f"{preset} {sampler}: diffusers {a:.1f}, ours {b:.1f} images/s", flush=True)
-        found.append((a, b))
+    with Fleet(partial(Artist, Request(net.state_dict(), config))) as fleet:
+        size = BATCH_SIZE_GPU if fleet.has_gpus else BATCH_SIZE_CPU
+        pieces = [range(i, min(i + size, n)) for i in range(0, n, size)]
+
+        def ours() -> None:
+            for _ in fleet.map(Artist.draw, pieces):
+                pass
+
+        ours()
+        theirs(arguments.batch_sizes[0])  # each once, to warm up
+        best = min(arguments.batch_sizes, key=lambda size: seconds(lambda: theirs(size)))
+        found = []
+        for _ in range(arguments.repeats):
+            found.append((n / seconds(lambda: theirs(best)), n / seconds(ours)))
+            a, b = found[-1]
+            print(
+                f"{preset} {sampler}: diffusers (batches of {best}) {a:.2f}, ours {b:.2f} images/s",
+                flush=True,
+            )
     return found
 
 
@@ -92,14 +104,14 @@ def main() -> None:
     import diffusers
 
     arguments = tyro.cli(Arguments, description=__doc__)
-    torch.set_num_threads(arguments.threads)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     lines = [
         "# How fast images are drawn",
         "",
-        f"Images/s in batches of {arguments.num_images}, {arguments.num_sample_steps} steps, same weights; medians "
-        f"of {arguments.repeats} (`python benchmarks/sampling.py`). {datetime.date.today()}, {arguments.threads} "
-        f"threads of {where}, torch {torch.__version__}, diffusers {diffusers.__version__}.",
+        f"Images/s of {arguments.num_images} images, {arguments.num_sample_steps} steps, same weights: diffusers in the "
+        f"best batch size of {arguments.batch_sizes}, this project as jobs/sample.py draws; medians of "
+        f"{arguments.repeats} that took turns (`python benchmarks/sampling.py`). {datetime.date.today()}, "
+        f"{os.cpu_count()} cores of {where}, torch {torch.__version__}, diffusers {diffusers.__version__}.",
         "",
         "| net | sampler | diffusers' pipeline | this project | ratio | ratios |",
         "|---|---|---|---|---|---|",
@@ -111,7 +123,7 @@ def main() -> None:
             ratios = [ours / theirs for theirs, ours in found]
             every = ", ".join(f"{ratio:.2f}" for ratio in sorted(ratios))
             lines.append(
-                f"| {preset} | {sampler} | {a:.1f} | {b:.1f} | {statistics.median(ratios):.2f} | {every} |"
+                f"| {preset} | {sampler} | {a:.2f} | {b:.2f} | {statistics.median(ratios):.2f} | {every} |"
             )
     text = "\n".join(lines) + "\n"
     Path(__file__).with_suffix(".md").write_text(text)

@@ -9,9 +9,10 @@ import os
 import ray
 
 SETTINGS = {
-    # The controller looks after its workers so often (default 2 s), and after nodes about to be taken away (5 s).
+    # The controller looks after its workers so often (default 2 s).
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
-    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+    # Nodes about to be taken away are looked out for in training/watch.py.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # A worker group that does not get its resources asks again, maybe for fewer workers (default 60 s).
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     # Of a cluster started here: training comes first on this machine, not after Ray's own processes.

@@ -112,6 +112,8 @@ def _train(spec: dict[str, Any], resources: dict[str, float], watch: Watch) -> N
     config, board, failure = spec["config"], spec["board"], None
     while True:
         ray.get(board.note.remote(boards.ENDED, None))
+        if not watch.signal:
+            ray.get(board.note.remote(boards.STOP, None))
         with tempfile.TemporaryDirectory(prefix="ddpm-ray-train-") as folder:
             failure = watch.run(_trainer(spec, resources, folder).fit)
         notes = ray.get(board.read.remote())

@@ -35,8 +35,11 @@ class FailureBudget(UserCallback):
         self._config, self._board = config, board
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        if ray.get(self._board.read.remote()).get(boards.FAILURE) is not None:
+        notes = ray.get(self._board.read.remote())
+        if notes.get(boards.FAILURE) is not None:
             raise RuntimeError("a mistake that no restart mends")
+        if notes.get(boards.STOP) == boards.PREEMPTION:  # was not for those who come now
+            ray.get(self._board.note.remote(boards.STOP, None))
         limits = self._config.cluster
         # A death explains the others' errors: collectives that broke off.
         rank, cause = max(worker_exceptions.items(), key=lambda item: _is_death(item[1]))

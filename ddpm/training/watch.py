@@ -1,5 +1,8 @@
 """The driver while workers train: it shows how far they are, and passes on what each side has to know.
 
+It also looks out for nodes that are about to be taken away. Ray Train can, but with a process that every restart of
+the workers would wait for (2.60).
+
 Its own room because this is about people and signals, and cluster.py is about Ray.
 """
 
@@ -11,6 +14,8 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 import ray
+import ray.util
+from ray._private.state import state  # a driver's view of the cluster; what ray.nodes() reads, too
 
 from ddpm.progress import Display
 from ddpm.training import board as boards
@@ -37,6 +42,7 @@ class Watch:
         self._board, self._total, self._committed = board, total_images, committed
         self._display = Display("images", total_images)
         self._position, self._warned, self._told = -1, 0, False
+        self._place, self._nodes, self._left = None, set[str](), False
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -87,6 +93,7 @@ class Watch:
             print(f"{name}: ending with this step, and leaving a checkpoint of it{again}", file=sys.stderr)
             self._told = True
         notes = ray.get(self._board.read.remote())
+        self._look_out(notes.get(boards.PLACE))
         progress = notes.get(boards.PROGRESS)
         if progress is not None:
             detail = f"{progress.images_per_s:,.0f} images/s  loss {progress.loss:.4f}"
@@ -98,3 +105,14 @@ class Watch:
         if position > self._position:
             self._position = position
             self._committed(position)
+
+    def _look_out(self, place: Any) -> None:
+        """Ask workers to stop, once, when a node of their placement group is about to be taken away."""
+        if place is None:
+            return
+        if place != self._place:
+            bundles = ray.util.placement_group_table(place)["bundles_to_node_id"]
+            self._place, self._nodes, self._left = place, set(bundles.values()), False
+        if not self._left and self._nodes & set(state.get_draining_nodes()):
+            self._left = True
+            ray.get(self._board.note.remote(boards.STOP, boards.PREEMPTION))

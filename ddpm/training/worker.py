@@ -20,7 +20,6 @@ import ray.train.collective
 import ray.train.torch
 import torch
 import torch.distributed
-from ray.train.v2._internal.execution.context import get_train_context
 from torch import Tensor, nn
 
 from ddpm import segments
@@ -111,10 +110,7 @@ class RayRuntime:
         return [count > 0 for count in counts.tolist()]
 
     def wants_stop(self) -> bool:
-        # The very flag that ray.train.get_preemption_info() reads; that call is a barrier through an actor, too
-        # dear after every step, and `any_of` brings the ranks together already (Ray 2.60).
-        noticed = get_train_context().preemption_context.preemption_info is not None
-        return noticed or (self._steward is not None and self._steward.wants_stop())
+        return self._steward is not None and self._steward.wants_stop()
 
     @contextmanager
     def latest_checkpoint(self) -> Iterator[Path | None]:
