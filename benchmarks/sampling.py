@@ -108,8 +108,8 @@ def main() -> None:
     lines = [
         "# How fast images are drawn",
         "",
-        f"Images/s of {arguments.num_images} images, {arguments.num_sample_steps} steps, same weights: diffusers in the "
-        f"best batch size of {arguments.batch_sizes}, this project as jobs/sample.py draws; medians of "
+        f"Images/s of {arguments.num_images} images, {arguments.num_sample_steps} steps, same weights: diffusers in "
+        f"the best batch size of {arguments.batch_sizes}, this project as jobs/sample.py draws; medians of "
         f"{arguments.repeats} that took turns (`python benchmarks/sampling.py`). {datetime.date.today()}, "
         f"{os.cpu_count()} cores of {where}, torch {torch.__version__}, diffusers {diffusers.__version__}.",
         "",

@@ -8,26 +8,29 @@ re-blocked or copied on the way.
 An error is a row as well: raised inside Ray, it would come out wrapped, logged and retried. The row says what is
 wrong, and the worker that takes it raises.
 
-The cursor is where the workers' restored checkpoint stands: rank 0 calls `split` and hands the iterators to
-the others.
+The cursor is where the workers' restored checkpoint stands: rank 0 asks the run's `Librarian` to `split`, and hands
+the iterators to the others.
 
-After a crash, the processes that split and read start anew, and training waits for them: this module and what it
-imports do without torch, which would double the time that they take.
+This module and what it imports do without torch, which would double the time that processes that read take to start.
 """
 
 import json
 import queue
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import ray
 import ray.data
 from numpy.typing import NDArray
 from ray.data import DataContext, DataIterator
 from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data._internal.iterator import stream_split_iterator
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ddpm import storage
 from ddpm.config import Config, UserError
@@ -81,7 +84,7 @@ def legs(config: Config, images_seen: int) -> list[list[tuple[int, int]]]:
 def split(
     config: Config, data_set: DataSet, todo: list[tuple[int, int]], world_size: int
 ) -> list[DataIterator]:
-    """One iterator a worker over the reading tasks `todo`; called by rank 0 alone."""
+    """One iterator a worker over the reading tasks `todo`."""
     context = DataContext.get_current()
     # Blocks of one row: the output buffer cuts a block as soon as it holds more than this.
     context.target_max_block_size = 1
@@ -126,6 +129,85 @@ def shares(
             yield row["image"][0], row["label"][0]
 
     return opened()
+
+
+class Librarian:
+    """The actor that directs the reading of a run, for one group of workers after the other.
+
+    Ray Data starts a coordinator for every split, on the node of rank 0, and every restart of the workers would wait
+    for that process to start. Here Ray's own coordinators live in one process that stays (Ray 2.60 knows no other).
+    Each has its own number: what workers that are no more have left behind reaches none but theirs.
+    """
+
+    def __init__(self, verbose: bool) -> None:
+        self._desks: dict[str, Any] = {}
+        self._lock, self._coordinator = threading.Lock(), _plain(stream_split_iterator.SplitCoordinator)
+        # Its `options` and `remote` are called in Ray's place.
+        stream_split_iterator.SplitCoordinator = self  # type: ignore[misc, assignment]
+        if not verbose:
+            hide_progress()
+
+    def split(
+        self, config: Config, data_set: DataSet, todo: list[tuple[int, int]], world_size: int
+    ) -> list[DataIterator]:
+        """`split`; whatever was split before is given up."""
+        with self._lock:
+            for desk in self._desks.values():  # in a thread: it takes a moment until nothing is read any more
+                threading.Thread(target=desk.shutdown_executor, daemon=True).start()
+            for number in list(self._desks)[:-1]:  # the last one may be asked yet whether that was all
+                del self._desks[number]
+            return split(config, data_set, todo, world_size)
+
+    def call(self, number: str, method: str, *arguments: Any) -> Any:
+        """A method of the coordinator of that number."""
+        if (desk := self._desks.get(number)) is None:
+            raise RuntimeError("the process that directed this reading has died")
+        return getattr(desk, method)(*arguments)
+
+    def options(self, **resources: Any) -> "Librarian":
+        return self
+
+    def remote(self, *arguments: Any) -> "_Desk":
+        number = uuid.uuid4().hex
+        self._desks[number] = self._coordinator(*arguments)
+        return _Desk(ray.get_runtime_context().current_actor, number)
+
+
+class _Desk:
+    """Stands for the actor that Ray's iterators speak with."""
+
+    def __init__(self, librarian: Any, number: str) -> None:
+        for method in (
+            "start_epoch",
+            "get",
+            "notify_split_finished",
+            "stats",
+            "get_dataset_tag",
+            "get_dataset_context",
+        ):
+            setattr(self, method, _Method(librarian, number, method))
+
+
+class _Method(NamedTuple):
+    librarian: Any
+    number: str
+    method: str
+
+    def remote(self, *arguments: Any) -> Any:
+        return self.librarian.call.remote(self.number, self.method, *arguments)
+
+
+def librarian(num_workers: int, verbose: bool = False) -> Any:
+    """A new one, for at most so many workers, on this node: it lives as long as this process."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    # Each worker has a call or two under way, and those of groups that died may hang in theirs for a while.
+    options = {"num_cpus": 0, "max_restarts": -1, "max_concurrency": 16 + 8 * num_workers}
+    return ray.remote(Librarian).options(scheduling_strategy=here, **options).remote(verbose)
+
+
+def _plain(actor_class: Any) -> Any:
+    """The class that was made an actor's."""
+    return actor_class.__ray_metadata__.modified_class
 
 
 class _Rest(ExecutionCallback):

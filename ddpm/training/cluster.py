@@ -90,8 +90,15 @@ def fit(config: Config, data_set: DataSet, *, verbose: bool = False) -> Result:
     address = Address(tracking_uri(), config.run.experiment, run.name, run.key)
     courier = Courier(address, configs.flatten(config), run.location.child(segments.FOLDER))
     courier.committed(seen)
-    board = boards.put_up()
-    spec = {"config": config, "data_set": data_set, "run": run, "board": board, "verbose": verbose}
+    board, librarian = boards.put_up(), stream.librarian(config.cluster.world_sizes()[-1], verbose)
+    spec = {
+        "config": config,
+        "data_set": data_set,
+        "run": run,
+        "board": board,
+        "librarian": librarian,
+        "verbose": verbose,
+    }
     status, watch = "FAILED", Watch(board, total_images, courier.committed)
     try:
         with watch:
@@ -184,9 +191,8 @@ def _work(spec: dict[str, Any]) -> None:
     board, config = spec["board"], spec["config"]
     if not spec["verbose"]:
         logging.getLogger("ray").setLevel(logging.ERROR)
-        stream.hide_progress()
     outbox = Outbox()
-    runtime = RayRuntime(config, spec["data_set"], spec["run"], board, outbox)
+    runtime = RayRuntime(config, spec["data_set"], spec["run"], board, spec["librarian"], outbox)
     board.note.remote(boards.PLACE, ray.util.get_current_placement_group())
     try:
         state = loop.train(config, runtime, outbox)

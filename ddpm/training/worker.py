@@ -45,12 +45,15 @@ LEDGER_INTERVAL_S = 10.0
 class RayRuntime:
     """One worker of a Ray Train group; a `runtime.Runtime`."""
 
-    def __init__(self, config: Config, data_set: DataSet, run: Run, board: Any, outbox: Outbox) -> None:
+    def __init__(
+        self, config: Config, data_set: DataSet, run: Run, board: Any, librarian: Any, outbox: Outbox
+    ) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         self.identity = {"run_key": run.key, "data_fingerprint": data_set.rows.fingerprint}
-        self._config, self._data_set, self._run, self._board = config, data_set, run, board
+        self._config, self._data_set, self._run = config, data_set, run
+        self._board, self._librarian = board, librarian
         if self.device.type == "cpu":
             cores = len(os.sched_getaffinity(0)) // context.get_local_world_size()
             torch.set_num_threads(config.cluster.threads_per_worker or max(1, cores))
@@ -82,7 +85,8 @@ class RayRuntime:
         """What this rank trains on of a leg; every rank calls it."""
         iterators = None
         if self.rank == 0:
-            iterators = stream.split(self._config, self._data_set, leg, self.world_size)
+            split = self._librarian.split.remote(self._config, self._data_set, leg, self.world_size)
+            iterators = ray.get(split)
         iterators = ray.train.collective.broadcast_from_rank_zero(iterators)
         on_substitutions = self._steward.substituted if self._steward else None
         return stream.shares(iterators[self.rank], self._config, on_substitutions)

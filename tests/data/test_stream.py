@@ -71,12 +71,11 @@ def test_a_long_run_is_several_datasets_without_a_seam() -> None:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
+def librarian() -> Iterator[Any]:
     import ray
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    stream.hide_progress()
-    yield
+    yield stream.librarian(num_workers=2)
     ray.shutdown()
 
 
@@ -96,7 +95,7 @@ def configured(folder: Path, **data: Any) -> Config:
     return override(Config(), values | {f"data.{key}": value for key, value in data.items()})
 
 
-def work(config: Config, world_size: int = 2) -> list[dict[str, Any]]:
+def work(librarian: Any, config: Config, world_size: int = 2) -> list[dict[str, Any]]:
     """What each rank takes from its iterator until the end or an error, in a process of its own as in training."""
     import ray
 
@@ -117,20 +116,19 @@ def work(config: Config, world_size: int = 2) -> list[dict[str, Any]]:
 
     data_set = stream.open_data_set(config)
     (todo,) = stream.legs(config, 0)
-    iterators = stream.split(config, data_set, todo, world_size)
+    iterators = ray.get(librarian.split.remote(config, data_set, todo, world_size))
     worker = ray.remote(num_cpus=0)(take)
     return ray.get([worker.remote(iterator, rank) for rank, iterator in enumerate(iterators)])
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("cluster")
-def test_the_stream_is_the_plan_with_its_stand_ins(tmp_path: Path) -> None:
+def test_the_stream_is_the_plan_with_its_stand_ins(librarian: Any, tmp_path: Path) -> None:
     damaged.prepare(str(tmp_path))
     damaged.damage_row_group(tmp_path, 0, 1)
     config = configured(tmp_path, on_corrupt="substitute")
     data_set = stream.open_data_set(config)
     images = data_set.read(data_set.plan(*damaged.PLAN), 0, 120, "substitute")
-    workers = work(config)
+    workers = work(librarian, config)
     for rank, worker in enumerate(workers):
         assert worker["error"] is None
         expected = list(deal(images, rank, 2, 12, 3))
@@ -145,22 +143,21 @@ def test_the_stream_is_the_plan_with_its_stand_ins(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("cluster")
-def test_what_reading_finds_is_raised_in_every_worker(tmp_path: Path) -> None:
+def test_what_reading_finds_is_raised_in_every_worker(librarian: Any, tmp_path: Path) -> None:
     damaged.prepare(str(tmp_path))
     damaged.rewrite(tmp_path, 2, lambda data: data[:100])
     config = configured(tmp_path)
     data_set = stream.open_data_set(config)
     with pytest.raises(CorruptData) as caught:
         data_set.read(data_set.plan(*damaged.PLAN), 0, 120)
-    workers = work(config)
+    workers = work(librarian, config)
     assert [type(worker["error"]) for worker in workers] == [CorruptData] * 2
     assert [str(worker["error"]) for worker in workers] == [str(caught.value)] * 2
     # A folder where a file should be is no damage that a checksum could show.
     damaged.rewrite(tmp_path, 2, lambda data: None)
     (tmp_path / "train/00002.parquet").mkdir()
     for policy in ("error", "substitute"):
-        workers = work(configured(tmp_path, on_corrupt=policy))
+        workers = work(librarian, configured(tmp_path, on_corrupt=policy))
         assert [type(worker["error"]) for worker in workers] == [StorageError] * 2
         assert all(
             str(worker["error"]).startswith(f"{tmp_path}: storage has failed for") for worker in workers

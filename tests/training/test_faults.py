@@ -15,18 +15,22 @@ from servers import RayHead
 
 WORKER = "ray::RayTrainWorker"
 CONTROLLER = "ray::TrainController"
+LIBRARIAN = "ray::Librarian"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def test_workers_killed_at_random_steps(run: Run, undisturbed: Run) -> None:
-    """Twice a worker dies: by itself the run goes on."""
+    """Twice a worker dies, and once the process that directs reading: by itself the run goes on."""
     dice = random.Random(0)
     with run.start() as job:
         for _ in range(2):
             job.wait_for(run.past(run.position()))
             time.sleep(dice.uniform(0, 0.5))
             dice.choice(job.members(WORKER)).send_signal(signal.SIGKILL)
+        job.wait_for(run.past(run.position()))
+        (librarian,) = job.members(LIBRARIAN)
+        librarian.send_signal(signal.SIGKILL)
         assert job.wait() == 0, job.output
     assert "Traceback" not in job.output
     assert_same(run, undisturbed)
