@@ -155,7 +155,7 @@ class Librarian:
             for desk in self._desks.values():  # in a thread: it takes a moment until nothing is read any more
                 threading.Thread(target=desk.shutdown_executor, daemon=True).start()
             for number in list(self._desks)[:-1]:  # the last one may be asked yet whether that was all
-                del self._desks[number]
+                self._desks.pop(number)._cur_epoch = None  # nobody waits there any more for others to come
             return split(config, data_set, todo, world_size)
 
     def call(self, number: str, method: str, *arguments: Any) -> Any:
