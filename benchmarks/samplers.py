@@ -84,7 +84,7 @@ def main() -> None:
             flush=True,
         )
         grid = Path(f"samplers-{sampler}-{steps}.png")
-        images.save_png(grid, images.grid(drawn[:64]))
+        grid.write_bytes(images.png_bytes(images.grid(drawn[:64])))
         print(f"grid        {grid.absolute()}", flush=True)
     write(candidate, found)
 
