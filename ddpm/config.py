@@ -169,8 +169,8 @@ class SampleConfig:
     num_sample_steps: int | None = None
     """None: all T with ancestral, else 50."""
     spacing: Literal["auto", "uniform", "quadratic", "karras"] = "auto"
-    """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/rho). auto: quadratic with
-    dpmpp_2m, karras with heun, else uniform."""
+    """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/rho). auto: karras with
+    dpmpp_2m and heun, else uniform."""
     rho: float = 7.0
     """karras: the larger, the more steps where little noise is left."""
     eta: float = 0.0

@@ -106,8 +106,7 @@ def build(config: "SampleConfig", schedule: Schedule) -> list[int]:
     """The timesteps that `config` describes.
 
     Without a number, ancestral has all T and others at most 50. Without a spacing they are uniform, but for the
-    samplers of second order: with as few steps as they are made for, dpmpp_2m needs short ones at little noise,
-    and heun also at much.
+    samplers of second order: as few steps as those are made for had better be short where little noise is left.
 
     Raises:
         ValueError: an unknown spacing, or a parameter out of its range.
@@ -118,7 +117,7 @@ def build(config: "SampleConfig", schedule: Schedule) -> list[int]:
         n = T if config.sampler == "ancestral" else min(FEW, T)
     spacing: str = config.spacing
     if spacing == "auto":
-        spacing = {"dpmpp_2m": "quadratic", "heun": "karras"}.get(config.sampler, "uniform")
+        spacing = "karras" if config.sampler in ("dpmpp_2m", "heun") else "uniform"
     match spacing:
         case "uniform":
             return uniform(T, n)

@@ -111,7 +111,7 @@ def test_build():
     assert built(sampler="ancestral") == list(range(999, -1, -1))
     assert built(sampler="ancestral", num_sample_steps=10) == uniform(1000, 10)
     assert built(sampler="heun", num_sample_steps=10) == karras(LINEAR, 10)
-    assert built(sampler="dpmpp_2m", num_sample_steps=10) == quadratic(1000, 10)
+    assert built(sampler="dpmpp_2m", num_sample_steps=10) == karras(LINEAR, 10)
     assert built(sampler="heun", num_sample_steps=10, spacing="uniform") == uniform(1000, 10)
     assert built(num_sample_steps=10, spacing="quadratic") == quadratic(1000, 10)
     assert built(num_sample_steps=10, spacing="karras", rho=3.0) == karras(LINEAR, 10, 3.0)

@@ -101,9 +101,9 @@ def test_an_elastic_run_shrinks_and_grows(run: Run, head: RayHead, nodes: ExitSt
         job.process.send_signal(signal.SIGINT)
         assert job.wait() == 128 + signal.SIGINT, job.output
     assert sizes(run)[-3:] == [2, 1, 2]
-    lost = [round(seen / goodput - seen) for seen, goodput in metric(run, "train/goodput")]
+    lost = [seen / goodput - seen for seen, goodput in metric(run, "train/goodput")]
     alone = [at for at, (_, workers) in enumerate(metric(run, "train/workers")) if workers == 1]
-    assert 0 < lost[-1] == lost[alone[-1]]
+    assert 0 < lost[-1] == pytest.approx(lost[alone[-1]], abs=32)  # half a step
 
 
 def sizes(run: Run) -> list[int]:
