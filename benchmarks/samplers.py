@@ -33,6 +33,7 @@ WAYS = (
     ("dpmpp_2m", 5),
     ("dpmpp_2m", 10),
     ("dpmpp_2m", 20),
+    ("dpmpp_2m", 50),
     ("heun", 10),
     ("heun", 20),
     ("ddim", 10),
@@ -97,9 +98,10 @@ def write(candidate: yardstick.Candidate, found: dict[tuple[str, int], tuple[Sco
         "# How many steps images need",
         "",
         f"{best.name} of {n} images against {best.n_real} held-out ones of {candidate.config.data.source} (smaller "
-        f"is better; real images have {best.floor:.4f} ± {best.floor_error:.4f}), from a net of this project that has "
+        f"is better; real images have {best.floor:.4f} ± {best.floor_error:.4f}), from a net of this project with "
+        f"{sum(weight.numel() for weight in candidate.net.parameters()):,} weights that has "
         f"seen {seen:,} images; images/s of {os.cpu_count()} cores of {processor()} (`python benchmarks/samplers.py "
-        f"RUN`). {datetime.date.today()}, torch {torch.__version__}.",
+        f"RUN --num-images {n}`). {datetime.date.today()}, torch {torch.__version__}.",
         "",
         f"| sampler | steps | {best.name} | from all {ALL} steps of ancestral | images/s |",
         "|---|---|---|---|---|",
