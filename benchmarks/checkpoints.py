@@ -19,7 +19,7 @@ from typing import Any
 import ray
 import torch
 import tyro
-from runtime import processor
+from runtime import processor, write_table
 
 from ddpm.config import Config, override
 from ddpm.connection import connect
@@ -117,9 +117,7 @@ def write(arguments: Arguments, parameters: int, found: dict[str, dict[str, Any]
         share = sum(saves) / times["wall"]
         speed = (arguments.steps - 11) / times["wall"]
         lines.append(f"| {name} | {speed:.2f} | {mean * 1000:.0f} ms | {share:.2%} |")
-    text = "\n".join(lines) + "\n"
-    Path(__file__).with_suffix(".md").write_text(text)
-    print(text)
+    write_table(__file__, lines)
 
 
 if __name__ == "__main__":

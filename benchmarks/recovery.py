@@ -28,7 +28,7 @@ import torch
 import tyro
 from processes import REPO
 from ray.train.torch import TorchTrainer
-from runtime import processor
+from runtime import processor, write_table
 from servers import RayHead
 
 from ddpm.config import override
@@ -214,9 +214,7 @@ def write(arguments: Arguments, found: dict[tuple[str, str], list[float]]) -> No
         a, b = map(statistics.median, both)
         every = "; ".join(", ".join(f"{t:.1f}" for t in times) for times in both)
         lines.append(f"| {what} | {a:.1f} | {b:.1f} | {b - a:.1f} | {every} |")
-    text = "\n".join(lines) + "\n"
-    Path(__file__).with_suffix(".md").write_text(text)
-    print(text)
+    write_table(__file__, lines)
 
 
 if __name__ == "__main__":

@@ -148,8 +148,14 @@ def write(arguments: Arguments, found: Found) -> None:
         "With as many threads as cores every moment that Ray's own processes run (about a tenth of a core, idle) "
         "stalls both threads of the worker at their next barrier; with a core to spare Ray costs nothing.",
     ]
-    (HERE / "runtime.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    write_table(__file__, lines)
+
+
+def write_table(script: str, lines: list[str]) -> None:
+    """A benchmark's result, as Markdown beside it and on the terminal."""
+    text = "\n".join(lines) + "\n"
+    Path(script).with_suffix(".md").write_text(text)
+    print(text)
 
 
 def processor() -> str:

@@ -3,7 +3,8 @@
     python benchmarks/samplers.py RUN [--num-images 500]
 
 All ways start from the same noise, and are compared with the same held-out images by the features of a classifier
-trained on the data. The table goes to benchmarks/samplers.md, and the picture, quality over steps, beside it.
+trained on the data. The table goes to benchmarks/samplers.md, and the picture, quality over steps, beside it; grids
+of what was drawn go to the working folder.
 """
 
 import datetime

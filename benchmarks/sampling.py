@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import tyro
-from runtime import processor
+from runtime import processor, write_table
 
 from ddpm import export
 from ddpm.config import Config
@@ -125,9 +125,7 @@ def main() -> None:
             lines.append(
                 f"| {preset} | {sampler} | {a:.2f} | {b:.2f} | {statistics.median(ratios):.2f} | {every} |"
             )
-    text = "\n".join(lines) + "\n"
-    Path(__file__).with_suffix(".md").write_text(text)
-    print(text)
+    write_table(__file__, lines)
 
 
 if __name__ == "__main__":

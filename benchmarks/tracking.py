@@ -23,7 +23,7 @@ from typing import Any
 import ray
 import torch
 import tyro
-from runtime import processor
+from runtime import processor, write_table
 from servers import LOOPBACK, MlflowServer, free_ports
 
 from ddpm.config import override
@@ -132,9 +132,7 @@ def write(arguments: Arguments, found: dict[str, list[float]]) -> None:
         lines.append(
             f"| {condition} | {speed[condition]:,.0f} | {speed[condition] / speed['there']:.3f} | {every} |"
         )
-    text = "\n".join(lines) + "\n"
-    Path(__file__).with_suffix(".md").write_text(text)
-    print(text)
+    write_table(__file__, lines)
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ class _Steward:
     def restored(self) -> Iterator[Path | None]:
         """The newest whole checkpoint; storage is put in order, and what was lost since is put to account."""
         with keeper.newest_intact(self._run.location, self._timeout_s, self._warn) as folder:
-            at = checkpoint.read_state(folder)["images_seen"] if folder else 0
+            at = checkpoint.position(folder)
             self._patiently(lambda: keeper.clean_up(self._run.location))
             self._patiently(lambda: segments.discard_after(self._run.location.child(segments.FOLDER), at))
             reached, lost = self._read_ledger()
