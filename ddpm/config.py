@@ -315,13 +315,25 @@ def from_json(text: str, where: str = "config.json") -> Config:
     Raises:
         UserError: not JSON, an unknown key, or a value of the wrong type; `where` names the file.
     """
+    return _from_dict(Config, _parsed(text, where), where)
+
+
+def merged(base: Config, text: str, where: str) -> Config:
+    """`base` with what the JSON says of it, a whole config.json or a part of one.
+
+    Raises:
+        UserError: as `from_json`.
+    """
+    return _from_dict(Config, _parsed(text, where), where, base=base)
+
+
+def _parsed(text: str, where: str) -> Any:
     try:
-        values = json.loads(text)
+        return json.loads(text)
     except ValueError as error:
         raise UserError(f"{where} is not JSON: {error}") from None
     except RecursionError:
         raise UserError(f"{where} is not JSON of a config: it is nested too deeply") from None
-    return _from_dict(Config, values, where)
 
 
 def _from_dict(cls: type[T], values: Any, where: str, base: Any = None) -> T:

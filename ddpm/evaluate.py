@@ -61,7 +61,7 @@ class Bench:
     def proposal(self, candidate: int) -> Tensor:
         """[T]: the timesteps at which this candidate's bound had better be measured."""
         net, config, objective = self._candidates[candidate]
-        pilot, variance = _images(self._train, 0, judgement.PILOT_IMAGES), config.sample.variance
+        pilot, variance = images_of(self._train, 0, judgement.PILOT_IMAGES), config.sample.variance
         return judgement.proposal(net, config, objective, pilot, device=self._device, variance=variance)
 
     def bits(self, piece: Piece, proposal: Tensor | None) -> BitsPerDim:
@@ -71,7 +71,7 @@ class Bench:
             net,
             config,
             objective,
-            _images(self._held_out, piece.start, piece.stop),
+            images_of(self._held_out, piece.start, piece.stop),
             start=piece.start,
             device=self._device,
             variance=config.sample.variance,
@@ -195,7 +195,7 @@ def _about(by: Yardstick, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _images(data_set: DataSet, start: int, stop: int) -> Images:
+def images_of(data_set: DataSet, start: int, stop: int) -> Images:
     """Those at these places of an order without a seed, as `real_features` takes them."""
     return data_set.read(data_set.plan(0, WINDOW_ROWS), start, stop, "substitute")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ddpm import generation, images
 from ddpm.config import Config, SampleConfig, UserError
 from ddpm.data.reading import Images
-from ddpm.diffusion import likelihood, schedules
+from ddpm.diffusion import denoising, likelihood, schedules
 from ddpm.diffusion.denoisers import Denoise
 from ddpm.diffusion.likelihood import Variance
 from ddpm.diffusion.objectives import Denoised, Model, Objective
@@ -89,6 +89,26 @@ def bits_per_dim(
             denoise, schedule, x_0, noise, u, proposal, num_draws=num_draws, variance=variance
         )
     return BitsPerDim.of(bound, start, schedule.num_timesteps)
+
+
+def denoising_curve(
+    net: Model,
+    config: Config,
+    objective: Objective,
+    held_out: Images,
+    log_snr: Tensor,
+    *,
+    device: torch.device,
+    seed: int = 0,
+) -> Tensor:
+    """[N, L]: the squared error of x_0_hat of each image at the noise levels log_snr [L], the same noise for all nets.
+
+    Raises:
+        UserError: the process has no such levels.
+    """
+    indices = range(len(held_out.image))
+    denoise, x_0, noise = _posed(net, config, objective, held_out, indices, device, seed)
+    return denoising.error_at(denoise, schedules.build(config.schedule), x_0, noise, log_snr)
 
 
 def drawn_features(

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 SQLITE = "sqlite:///"
 RUN_KEY_TAG = "ddpm.run_key"
+PARENT_TAG = "mlflow.parentRunId"
 SENT_UNTIL_TAG = "ddpm.sent_until"
 IMAGES_TAG = "mlflow.loggedImages"
 MAX_PARAMS_PER_CALL = 100
@@ -56,6 +57,10 @@ class Address:
     experiment: str
     run_name: str
     run_key: str
+    parent_run_id: str | None = None
+    """The MLflow run that it is shown under."""
+    source: str = "jobs/train.py"
+    """What makes it."""
 
 
 def tracking_uri() -> str:
@@ -176,6 +181,17 @@ class MlflowRun:
         """Whether MLflow took note that the run ended as `status`: FINISHED, FAILED or KILLED."""
         return self._hand_over("the status", self._client.set_terminated, self.run_id, status)
 
+    def settle(self, status: str) -> bool:
+        """Of a run that was found: what its own process could not say if it was killed, its parent and its end."""
+        return self._hand_over("parent and status", self._settle, status)
+
+    def _settle(self, status: str) -> None:
+        run, parent = self._client.get_run(self.run_id), self._address.parent_run_id
+        if parent is not None and run.data.tags.get(PARENT_TAG) != parent:
+            self._client.set_tag(self.run_id, PARENT_TAG, parent)
+        if run.info.status == "RUNNING":
+            self._client.set_terminated(self.run_id, status)
+
     def _connect(self) -> None:
         """MLflow takes seconds to import, so it happens here."""
         from mlflow import MlflowClient
@@ -196,9 +212,11 @@ class MlflowRun:
         else:
             tags = {
                 RUN_KEY_TAG: address.run_key,
-                "mlflow.source.name": "jobs/train.py",
+                "mlflow.source.name": address.source,
                 "mlflow.source.type": "JOB",
             }
+            if address.parent_run_id is not None:
+                tags[PARENT_TAG] = address.parent_run_id
             run = client.create_run(self.experiment_id, run_name=address.run_name, tags=tags)
         run_id, known = run.info.run_id, run.data.params
         new = [Param(name, str(value)) for name, value in self._params.items() if name not in known]

@@ -20,12 +20,14 @@ class Arguments:
 
     preset: tyro.conf.Suppress[str]
     config: Annotated[Config, tyro.conf.arg(name="")]
+    file: Annotated[str | None, tyro.conf.arg(name="config", metavar="FILE")] = None
+    """JSON of what else is changed in the preset, as a search's best.json; flags come after."""
     verbose: bool = False
     """Show Ray's own messages, and tracebacks."""
 
 
 def main() -> int:
-    defaults = {name: Arguments(name, config) for name, config in presets.PRESETS.items()}
+    defaults = {name: Arguments(name, config) for name, config in cli.starting_points().items()}
     arguments = tyro.cli(
         tyro.extras.subcommand_type_from_defaults(defaults, presets.ABOUT), description=__doc__
     )

@@ -55,10 +55,15 @@ class BitsPerDim:
         )
         return cls(index[order], prior, kl, decoder, np.sum([part.kl_at for part in parts], axis=0))
 
+    @property
+    def total(self) -> Array:
+        """[N]: the whole bound."""
+        return self.prior + self.kl + self.decoder
+
     def scores(self) -> list[Score]:
         """The bound and its three terms, in bits/dim; the errors are over images, noise and t."""
         terms = {
-            "bits/dim": self.prior + self.kl + self.decoder,
+            "bits/dim": self.total,
             "bits/dim-prior": self.prior,
             "bits/dim-kl": self.kl,
             "bits/dim-decoder": self.decoder,

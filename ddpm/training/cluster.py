@@ -38,7 +38,7 @@ from ddpm.training.controller import (
     last_line,
     too_many_preemptions,
 )
-from ddpm.training.watch import Watch
+from ddpm.training.watch import GoesOn, Watch, always
 from ddpm.training.worker import RayRuntime
 
 log = logging.getLogger(__name__)
@@ -63,13 +63,22 @@ class Result:
     """What asked it to stop before its end."""
 
 
-def fit(config: Config, data_set: DataSet, *, verbose: bool = False) -> Result:
+def fit(
+    config: Config,
+    data_set: DataSet,
+    *,
+    verbose: bool = False,
+    goes_on: GoesOn = always,
+    parent_run_id: str | None = None,
+) -> Result:
     """Train the run that `config` names to the end on the connected Ray cluster, from its newest checkpoint on.
 
     Args:
         config: checked by `loop.check`; with run.name, and absolute run.storage and data.shards.
         data_set: the split to train on.
         verbose: let Ray's own messages through.
+        goes_on: asked twice a second whether training shall; if not, it ends with its step, and a checkpoint of it.
+        parent_run_id: the MLflow run that this one is shown under.
 
     Raises:
         UserError: the config does not fit the cluster, or what the run has begun with.
@@ -87,7 +96,7 @@ def fit(config: Config, data_set: DataSet, *, verbose: bool = False) -> Result:
         identity = {"run_key": run.key, "data_fingerprint": data_set.rows.fingerprint}
         keeper.begin(run.location, config, identity, log.warning)
         seen = 0
-    address = Address(tracking_uri(), config.run.experiment, run.name, run.key)
+    address = Address(tracking_uri(), config.run.experiment, run.name, run.key, parent_run_id)
     courier = Courier(address, configs.flatten(config), run.location.child(segments.FOLDER))
     courier.committed(seen)
     board, librarian = boards.put_up(), stream.librarian(config.cluster.world_sizes()[-1], verbose)
@@ -99,12 +108,12 @@ def fit(config: Config, data_set: DataSet, *, verbose: bool = False) -> Result:
         "librarian": librarian,
         "verbose": verbose,
     }
-    status, watch = "FAILED", Watch(board, total_images, courier.committed)
+    status, watch = "FAILED", Watch(board, total_images, courier.committed, goes_on)
     try:
         with watch:
             _train(spec, resources, watch)
         ended = ray.get(board.read.remote())[boards.ENDED]
-        status = "KILLED" if watch.signal else "FINISHED"
+        status = "KILLED" if watch.was_asked else "FINISHED"
     except ray.exceptions.RayError as error:
         raise TrainingFailed(
             f"the Ray cluster is gone: {last_line(error)}; the same command goes on"
@@ -119,7 +128,7 @@ def _train(spec: dict[str, Any], resources: dict[str, float], watch: Watch) -> N
     config, board, failure = spec["config"], spec["board"], None
     while True:
         ray.get(board.note.remote(boards.ENDED, None))
-        if not watch.signal:
+        if not watch.was_asked:
             ray.get(board.note.remote(boards.STOP, None))
         with tempfile.TemporaryDirectory(prefix="ddpm-ray-train-") as folder:
             failure = watch.run(_trainer(spec, resources, folder).fit)
@@ -127,7 +136,7 @@ def _train(spec: dict[str, Any], resources: dict[str, float], watch: Watch) -> N
         if notes.get(boards.FAILURE) is not None:
             raise notes[boards.FAILURE]
         ended = notes.get(boards.ENDED)
-        if ended is not None and (watch.signal or ended >= config.train.total_images):
+        if ended is not None and (watch.was_asked or ended >= config.train.total_images):
             return
         if failure is None:  # a node is about to be taken away: the workers left in good order
             if ray.get(board.preempted.remote()) > config.cluster.max_preemptions:

@@ -5,11 +5,14 @@ Its own room because these are the questions before anything is started; cluster
 
 import os
 import time
+from dataclasses import replace
 
 import ray
 
 from ddpm.config import Config, UserError
 
+DRIVER_CPUS = 0.01
+"""Of the driver of a run that is one of several."""
 JOINING_S = 10.0
 """How long nodes that are just joining a cluster are waited for, before it is called too small."""
 
@@ -50,6 +53,41 @@ def _resources_per_worker(config: Config, have: dict[str, float]) -> dict[str, f
             f"data; set --cluster.cpus-per-worker to at most {right:g}, or use fewer workers"
         )
     return {"CPU": share} | ({"GPU": 1.0} if gpu else {})
+
+
+def shared(config: Config, num_runs: int) -> Config:
+    """`config` with the share of the cluster that each of `num_runs` runs at a time may have, of CPUs and threads.
+
+    Raises:
+        UserError: there is no room for so many; runs would wait for one another, or their data tasks for ever.
+    """
+    have, workers = ray.cluster_resources(), config.cluster.world_sizes()[-1]
+    if num_runs < 1:
+        raise UserError(f"--max-concurrent is {num_runs}; it must be at least 1")
+    everybody = num_runs * workers
+    room = have.get("CPU", 0.0) - 1 - DRIVER_CPUS * num_runs
+    share = config.cluster.cpus_per_worker
+    if share is None:
+        share = max(min(1.0, int(100 * room / everybody) / 100), 0.01)
+    if everybody * share > room:
+        right = max(int(room / (workers * share)), 0)
+        raise UserError(
+            f"{num_runs} trials at a time of {workers} workers of {share:g} CPUs leave none of the cluster's "
+            f"{have.get('CPU', 0.0):g} CPUs to the tasks that read data; --max-concurrent {right} would fit"
+            + (", or smaller --cluster.cpus-per-worker" if share > 0.01 else "")
+        )
+    gpus = have.get("GPU", 0.0)
+    gpu = config.cluster.gpu if config.cluster.gpu is not None else gpus >= everybody
+    if gpu and gpus < everybody:
+        raise UserError(
+            f"{num_runs} trials at a time of {workers} workers need {everybody} GPUs, the cluster has {gpus:g}; "
+            f"--max-concurrent {int(gpus / workers)} would fit"
+        )
+    threads = config.cluster.threads_per_worker
+    if threads is None and sum(node["Alive"] for node in ray.nodes()) == 1:
+        threads = max(1, len(os.sched_getaffinity(0)) // everybody)
+    cluster = replace(config.cluster, cpus_per_worker=share, gpu=gpu, threads_per_worker=threads)
+    return replace(config, cluster=cluster)
 
 
 def check_storage(config: Config) -> None:

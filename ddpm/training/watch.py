@@ -19,9 +19,16 @@ from ray._private.state import state  # a driver's view of the cluster; what ray
 
 from ddpm.progress import Display
 from ddpm.training import board as boards
+from ddpm.training.runtime import Progress
+
+GoesOn = Callable[[Progress | None], bool]
 
 POLL_INTERVAL_S = 0.5
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def always(progress: Progress | None) -> bool:
+    return True
 
 
 class Watch:
@@ -34,12 +41,17 @@ class Watch:
         board: of the run.
         total_images: to train on in all.
         committed: told the position of each new checkpoint.
+        goes_on: asked at every look, with the progress, whether training shall go on; if not, it ends as by a signal.
     """
 
-    def __init__(self, board: Any, total_images: int, committed: Callable[[int], None]) -> None:
+    def __init__(
+        self, board: Any, total_images: int, committed: Callable[[int], None], goes_on: GoesOn = always
+    ) -> None:
         self.signal: int | None = None
         """What asked the run to stop."""
-        self._board, self._total, self._committed = board, total_images, committed
+        self.ended_early = False
+        """`goes_on` said no."""
+        self._board, self._total, self._committed, self._goes_on = board, total_images, committed, goes_on
         self._display = Display("images", total_images)
         self._position, self._warned, self._told = -1, 0, False
         self._place, self._nodes, self._left = None, set[str](), False
@@ -58,6 +70,11 @@ class Watch:
         self._display.__exit__(kind, error, trace)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+
+    @property
+    def was_asked(self) -> bool:
+        """Whether training ends before its end."""
+        return self.signal is not None or self.ended_early
 
     def run(self, job: Callable[[], object]) -> BaseException | None:
         """Run `job` in a thread, watching; returns what it raised.
@@ -105,6 +122,9 @@ class Watch:
         if position > self._position:
             self._position = position
             self._committed(position)
+        if not self.ended_early and not self._goes_on(progress):
+            self.ended_early = True
+            ray.get(self._board.note.remote(boards.STOP, "ended early"))
 
     def _look_out(self, place: Any) -> None:
         """Ask workers to stop, once, when a node of their placement group is about to be taken away."""

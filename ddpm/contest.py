@@ -1,0 +1,171 @@
+"""Who comes next and who may go on: proposals and early stops, from a ledger that survives the search's driver.
+
+Its own room because it knows nothing of Ray: whoever proposes (Optuna) and whoever stops (ASHA) are deterministic
+functions of what they were told, so that telling them the ledger again brings back all that they knew.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from ddpm.config import UserError
+from ddpm.trials import Ledger, Metric, Rung, Status, Trial, name_of
+
+
+class Proposer(Protocol):
+    """Proposes what a trial changes in the config."""
+
+    def suggest(self, number: int) -> dict[str, Any] | None:
+        """Of trial `number`, each asked for once and in order; None: there are no more."""
+
+    def judged(self, number: int, index: int, value: float) -> None:
+        """What was found of the trial at its rung `index`; the less, the better."""
+
+    def ended(self, number: int, value: float | None) -> None:
+        """The last that was found of it; None: it failed."""
+
+
+class Stopper(Protocol):
+    """Compares trials at equal images seen."""
+
+    def goes_on(self, number: int, images_seen: int, value: float) -> bool:
+        """Whether the trial may, given all that was found before."""
+
+
+class Contest:
+    """The trials of a search.
+
+    Args:
+        ledger: of the search; what it holds is told again to proposer and stopper.
+        metric: by which both go.
+        num_trials: in all.
+        total_images: of a trial that comes to its end.
+        news: told what happened, as a line.
+
+    Raises:
+        UserError: the proposer does not propose again what it proposed.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        proposer: Proposer,
+        stopper: Stopper,
+        metric: Metric,
+        num_trials: int,
+        total_images: int,
+        news: Callable[[str], None],
+    ) -> None:
+        self._ledger, self._proposer, self._stopper, self._metric = ledger, proposer, stopper, metric
+        self._num_trials, self._total_images, self._news = num_trials, total_images, news
+        self._trials: dict[int, Trial] = {}
+        self._began_at: dict[int, float] = {}
+        for event in ledger.events:
+            self._tell(event)
+        self._waiting = [trial.number for trial in self._trials.values() if trial.status == "running"]
+        self._exhausted = False
+
+    @property
+    def trials(self) -> list[Trial]:
+        return self._ledger.trials()
+
+    @property
+    def num_left(self) -> int:
+        """Trials that are to run, or to go on."""
+        return max(len(self._waiting), self._num_trials - len(self._trials) + len(self._waiting))
+
+    def next(self) -> tuple[int, dict[str, Any]] | None:
+        """A trial to start, or to go on with: its number, and what it changes. None: there are no more."""
+        if self._waiting:
+            number = self._waiting.pop(0)
+            self._began_at[number] = time.monotonic()
+            return number, dict(self._trials[number].changes)
+        number = len(self._trials)
+        changes = self._proposer.suggest(number) if number < self._num_trials else None
+        if changes is None:
+            return None
+        self._began_at[number] = time.monotonic()
+        self._trials[number] = Trial(number, changes)
+        self._ledger.add("begun", number, changes=changes)
+        self._news(f"{name_of(number)} begins: {said(changes)}")
+        return number, changes
+
+    def judged(self, number: int, rung: Rung) -> bool:
+        """Whether the trial may go on. What was said of a rung before is said again: a trial may be run again."""
+        goes_on = self._told(number, rung.images_seen)
+        if goes_on is None:
+            goes_on = self._goes_on(number, rung)
+            self._ledger.add("judged", number, **dataclasses.asdict(rung), goes_on=goes_on)
+            self._news(
+                f"{name_of(number)} after {rung.images_seen:,} images: {rung.bits_per_dim:.4f} ± "
+                f"{rung.bits_per_dim_error:.4f} bits/dim"
+            )
+        if not goes_on:
+            self._end(number, "finished" if rung.images_seen >= self._total_images else "stopped", "")
+        return goes_on
+
+    def failed(self, number: int, reason: str) -> None:
+        self._end(number, "failed", reason)
+
+    def _told(self, number: int, images_seen: int) -> bool | None:
+        """What was said of a rung; None: nothing yet."""
+        for event in self._ledger.events:
+            if (event["event"], event["trial"], event.get("images_seen")) == ("judged", number, images_seen):
+                return bool(event["goes_on"])
+        return None
+
+    def _goes_on(self, number: int, rung: Rung) -> bool:
+        """Tell of a rung; whether the trial goes on."""
+        trial, value = self._trials[number], rung.value(self._metric)
+        self._trials[number] = dataclasses.replace(trial, rungs=(*trial.rungs, rung))
+        self._proposer.judged(number, len(trial.rungs), value)
+        goes_on = self._stopper.goes_on(number, rung.images_seen, value)
+        return goes_on and rung.images_seen < self._total_images
+
+    def _end(self, number: int, status: Status, reason: str) -> None:
+        if self._trials[number].status != "running":
+            return
+        last = self._trials[number].last
+        wall_s = time.monotonic() - self._began_at[number]
+        self._tell(
+            self._ledger.add(
+                "ended",
+                number,
+                status=status,
+                reason=reason,
+                wall_s=wall_s,
+                training_s=last.training_s if last else 0.0,
+            )
+        )
+        self._news(f"{name_of(number)} {status}" + (f": {reason}" if reason else ""))
+
+    def _tell(self, event: Mapping[str, Any]) -> None:
+        """Proposer and stopper of an event of the ledger."""
+        number = event["trial"]
+        match event["event"]:
+            case "begun":
+                if self._proposer.suggest(number) != event["changes"]:
+                    raise UserError(
+                        f"the searcher proposes another {name_of(number)} than the ledger has, since its version is "
+                        "another one; give the search another --name"
+                    )
+                self._trials[number] = Trial(number, event["changes"])
+            case "judged":
+                keys = [f.name for f in dataclasses.fields(Rung)]
+                self._goes_on(number, Rung(**{key: event[key] for key in keys}))
+            case "ended":
+                trial = self._trials[number]
+                self._trials[number] = dataclasses.replace(trial, status=event["status"])
+                failed = event["status"] == "failed" or trial.last is None
+                value = trial.last.value(self._metric) if trial.last and not failed else None
+                self._proposer.ended(number, value)
+
+
+def said(changes: Mapping[str, Any]) -> str:
+    """optim.lr 0.00123, schedule.kind cosine"""
+    return ", ".join(f"{key} {short(value)}" for key, value in changes.items()) or "nothing changed"
+
+
+def short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

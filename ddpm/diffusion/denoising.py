@@ -1,0 +1,66 @@
+"""How well a net denoises at equal noise, whatever its schedule: the error of x_0_hat over log SNR.
+
+Two schedules visit other noise levels in other proportions, so their losses say nothing of each other. Level by level
+they compare: the integral of this curve over snr is the bound in continuous time (Kingma et al. 2021, Eq. 17).
+
+Papers:
+    Kingma et al. 2021, Variational Diffusion Models, arXiv:2107.00630
+
+Axes: B batch, C channels, H W height and width, T timesteps, L noise levels.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ddpm.diffusion.process import q_sample
+from ddpm.diffusion.schedules import Schedule
+
+if TYPE_CHECKING:
+    from ddpm.diffusion.denoisers import Denoise
+    from ddpm.diffusion.samplers import Noise
+
+
+@torch.no_grad()
+def error_at(
+    denoise: "Denoise",
+    schedule: Schedule,
+    x_0: Tensor,
+    noise: "Noise",
+    log_snr: Tensor,
+    *,
+    clip_x_0: bool = True,
+) -> Tensor:
+    """The squared error of x_0_hat at given noise levels, each image's mean over its dimensions.
+
+    Between the two timesteps next to a level the error is interpolated linearly in log SNR; both see the same noise.
+
+    Args:
+        denoise: at every t of the schedule.
+        schedule: the one the net was trained with.
+        x_0: [B, C, H, W].
+        noise: standard normal [B, C, H, W]; drawn once a level, so that equal seeds are equal noise for all schedules.
+        log_snr: [L] float64, natural logarithm.
+        clip_x_0: clip x_0_hat to [-1, 1], as samplers do.
+
+    Returns:
+        [B, L] float64 on the CPU; nan at levels that the schedule does not reach.
+    """
+    of_t, columns = schedule.log_snr, []
+    for level in log_snr.tolist():
+        eps = noise()
+        if not of_t[-1] <= level <= of_t[0]:
+            columns.append(torch.full((len(x_0),), torch.nan, dtype=torch.float64))
+            continue
+        after = int((of_t > level).sum().clamp(1, len(of_t) - 1))  # the first timestep at the level or beyond
+        low, high = of_t[after].item(), of_t[after - 1].item()
+        share = (high - level) / (high - low)
+        errors = []
+        for t in (after - 1, after):
+            ts = torch.full((len(x_0),), t, device=x_0.device)
+            x_0_hat = denoise(q_sample(schedule.alpha_bar, x_0, ts, eps), ts).x_0_hat
+            x_0_hat = x_0_hat.clamp(-1, 1) if clip_x_0 else x_0_hat
+            errors.append((x_0 - x_0_hat).square().flatten(1).mean(1).cpu().double())
+        columns.append((1 - share) * errors[0] + share * errors[1])
+    return torch.stack(columns, 1)

@@ -1,0 +1,144 @@
+"""What a search is, before anything is started: where the user's mistakes come to light.
+
+Its own room because study.py is about what runs then.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import space as spaces
+from space import Space
+
+from ddpm import config as configs
+from ddpm import runs
+from ddpm.config import Config, UserError
+from ddpm.data import embedded, stream
+from ddpm.data.reading import DataSet
+from ddpm.jury import Jury
+from ddpm.storage import Location, resolve
+from ddpm.training import loop
+from ddpm.trials import Metric, rungs
+
+LOSS_IS_NO_JUDGE = (
+    "--metric {metric} cannot compare noise schedules: on Gaussian data a perfect predictor has a loss of 0.24 with "
+    "linear beta_end 0.01, 0.12 with 0.04 and 0.33 with cosine, so the search would find whatever makes the task easy; "
+    "use bits_per_dim (the whole bound), or --space 'optim.lr=log(1e-4,1e-2)' alone"
+)
+
+
+@dataclass(frozen=True)
+class Outset:
+    """A search, as it stands before its first trial, or before it goes on."""
+
+    name: str
+    place: Location
+    """Its folder."""
+    base: Config
+    """The config that trials change."""
+    space: Space
+    rungs: list[int]
+    train: DataSet
+    jury: Jury
+    settings: dict[str, Any]
+    """All that decides what its trials are."""
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The settings, flat, for MLflow."""
+        own = {
+            f"search.{key}": value for key, value in self.settings.items() if key not in ("config", "space")
+        }
+        space = {f"space.{key}": value for key, value in self.settings["space"].items()}
+        return {**self.settings["config"], **own, **space}
+
+
+def settled(
+    config: Config,
+    preset: str,
+    *,
+    name: str | None,
+    storage: str | None,
+    space: tuple[str, ...],
+    metric: Metric,
+    searcher: str,
+    grid_points: int,
+    scheduler: str,
+    reduction_factor: int,
+    num_rungs: int,
+    num_images: int,
+    seed: int,
+) -> Outset:
+    """The search that the command line describes.
+
+    Raises:
+        UserError: it cannot be run.
+    """
+    if config.run.name is not None:
+        raise UserError("--run.name is the search's to give; name the search with --name")
+    run = replace(config.run, name=name or f"search-{preset}", storage=storage or config.run.storage)
+    config = runs.settled(replace(config, run=run), preset)
+    for flag, value, least in (
+        ("grid-points", grid_points, 1),
+        ("reduction-factor", reduction_factor, 2),
+        ("num-rungs", num_rungs, 1),
+    ):
+        if value < least:
+            raise UserError(f"--{flag} is {value}; it must be at least {least}")
+    loop.check(config)
+    if config.objective.process != "gaussian":
+        raise UserError(
+            f"the process {config.objective.process} has no noise schedule and no bits/dim to search by"
+        )
+    found = spaces.parse(space, config)
+    if metric != "bits_per_dim" and found.has_schedule:
+        raise UserError(LOSS_IS_NO_JUDGE.format(metric=metric))
+    config = embedded.with_shards(config)
+    train = stream.open_data_set(config)
+    held_out = train.held_out()
+    if held_out is None:
+        raise UserError(
+            f"{config.data.shards} holds no images out: trials are judged by a split test beside {train.split}"
+        )
+    at = rungs(
+        config.train.total_images,
+        config.train.batch_size,
+        reduction_factor,
+        num_rungs if scheduler == "asha" else 1,
+    )
+    place = resolve(config.run.storage).child(str(config.run.name))
+    schedule = {
+        "train.total_images": at[-1],
+        "train.checkpoint_every_images": min(at[0], config.train.checkpoint_every_images)
+        if len(at) == 1
+        else at[0],
+        "train.keep_checkpoints": -(-at[-1] // at[0]),
+        "run.storage": place.uri,
+    }
+    base = configs.override(config, schedule)
+    settings = {
+        "config": {
+            key: value
+            for key, value in configs.flatten(base).items()
+            if not key.startswith(("run.", "cluster.", "sample."))
+        },
+        "space": found.as_json(),
+        "metric": metric,
+        "searcher": searcher,
+        "grid_points": grid_points,
+        "scheduler": scheduler,
+        "reduction_factor": reduction_factor,
+        "rungs": at,
+        "num_images": num_images,
+        "seed": seed,
+        "data_fingerprint": train.rows.fingerprint,
+    }
+    return Outset(
+        str(config.run.name),
+        place,
+        base,
+        found,
+        at,
+        train,
+        Jury(train, held_out, num_images, seed=seed),
+        settings,
+    )

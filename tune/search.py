@@ -1,0 +1,123 @@
+"""Search noise schedule and learning rate: python tune/search.py PRESET [--num-trials 16] [--max-concurrent 2] ...
+
+Each trial is a run of its own, in the folder STORAGE/NAME. What compares them is the whole variational bound of
+held-out images in bits/dim, the same images and noise for all, and never a loss. The best few are drawn from, and
+compared by KID. Typing the same command again, with the same --name, goes on where the search stopped.
+`python tune/search.py PRESET --help` lists every flag; those of the preset hold for every trial.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from ddpm import cli, presets
+from ddpm.config import Config
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A preset, what is changed in it for all trials, and how to search."""
+
+    preset: tyro.conf.Suppress[str]
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    num_trials: int = 16
+    max_concurrent: int = 2
+    """Trials at a time; each has cluster.num_workers workers."""
+    space: tuple[str, ...] = ()
+    """What is searched, as 'optim.lr=log(1e-5,1e-2)' 'schedule.kind=linear|cosine'; tune/space.py lists the forms,
+    and the default."""
+    searcher: Literal["optuna", "random", "grid"] = "optuna"
+    grid_points: int = 3
+    """grid: values of each range."""
+    scheduler: Literal["asha", "none"] = "asha"
+    """asha: at each rung, the better third of those seen there goes on."""
+    reduction_factor: int = 3
+    num_rungs: int = 3
+    """Trials are judged at their end, and (asha) num_rungs - 1 times before, each a reduction_factor earlier."""
+    metric: Literal["bits_per_dim", "held_out/loss", "train/loss"] = "bits_per_dim"
+    """The losses compare learning rates, but not schedules."""
+    num_images: int = 512
+    """Held-out images by which trials are judged, at most."""
+    seed: int = 0
+    """Of the searcher and of the jury's noise; train.seed is that of all trials."""
+    finalists: int = 3
+    """So many of the best are drawn from, and compared by KID."""
+    drawn_images: int = 1000
+    name: str | None = None
+    """None: search- and the preset."""
+    storage: str | None = None
+    """Folder or s3:// URI that holds searches; None: run.storage."""
+    file: Annotated[str | None, tyro.conf.arg(name="config", metavar="FILE")] = None
+    """JSON of what else is changed in the preset, as a search's best.json; flags come after."""
+    verbose: bool = False
+    """Show Ray's own messages."""
+
+
+def main() -> int:
+    defaults = {name: Arguments(name, config) for name, config in cli.starting_points().items()}
+    arguments = tyro.cli(
+        tyro.extras.subcommand_type_from_defaults(defaults, presets.ABOUT), description=__doc__
+    )
+
+    import outset  # after parsing: --help and mistakes answer at once
+    import study
+
+    from rich.console import Console
+
+    from ddpm import connection, standings
+    from ddpm.contest import Contest
+    from ddpm.training import placement
+    from ddpm.trials import Ledger
+
+    began = time.monotonic()
+    chosen = arguments
+    search = outset.settled(
+        chosen.config,
+        chosen.preset,
+        name=chosen.name,
+        storage=chosen.storage,
+        space=chosen.space,
+        metric=chosen.metric,
+        searcher=chosen.searcher,
+        grid_points=chosen.grid_points,
+        scheduler=chosen.scheduler,
+        reduction_factor=chosen.reduction_factor,
+        num_rungs=chosen.num_rungs,
+        num_images=chosen.num_images,
+        seed=chosen.seed,
+    )
+    ledger = Ledger(search.place, search.settings, search.base.run.storage_timeout_s)
+    contest = Contest(
+        ledger,
+        study.proposer(chosen.searcher, search.space, chosen.seed, chosen.grid_points),
+        study.stopper(chosen.scheduler, search.rungs, chosen.reduction_factor),
+        chosen.metric,
+        chosen.num_trials,
+        search.rungs[-1],
+        print,
+    )
+    connection.connect(chosen.verbose)
+    config = placement.shared(search.base, chosen.max_concurrent)
+    placement.check_storage(config)
+    parent = standings.address(ledger, search.name, config.run.experiment)
+    parent_run_id = standings.open_parent(parent, search.params, print)
+    env = study.environment(parent.uri)
+    spec = study.Spec(config, search.train, search.rungs, search.jury, env, parent_run_id, chosen.verbose)
+    study.run(contest, spec, chosen.max_concurrent)
+    of_best = search.place, chosen.metric
+    standings.draw_finalists(ledger, *of_best, chosen.finalists, chosen.drawn_images, chosen.seed)
+    found = standings.standings(ledger.trials(), *of_best, search.base)
+    Console(width=None if sys.stdout.isatty() else 200).print(standings.table(found))
+    for line in standings.remarks(found, chosen.metric):
+        print(line)
+    print(f"searched    {len(found)} trials, {time.monotonic() - began:.0f} s")
+    for line in standings.store(ledger, *of_best, search.base, search.jury.held_out, parent):
+        print(line)
+    return 0 if any(standing.by_bits for standing in found) else 1
+
+
+if __name__ == "__main__":
+    cli.run(main)

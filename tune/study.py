@@ -1,0 +1,236 @@
+"""A search on Ray Tune: trials run, are proposed by Optuna and stopped by ASHA, and what happens is in the ledger.
+
+Tune starts and watches the trials' drivers. Who comes next and who goes on is the contest's to say (ddpm/contest.py),
+so that a search that was killed goes on: Tune's own state lies in a temporary folder and is never read back.
+
+With search.py the only one that knows ray.tune.
+"""
+
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Literal
+
+from ray import tune
+from ray.tune.experiment import Trial as TuneTrial
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+from space import Choice, Domain, Space
+
+from ddpm import config as configs
+from ddpm import connection
+from ddpm.attempt import Attempt
+from ddpm.config import Config, UserError
+from ddpm.contest import Contest, Proposer, Stopper
+from ddpm.data.reading import DataSet
+from ddpm.jury import Jury
+from ddpm.training.placement import DRIVER_CPUS
+from ddpm.trials import name_of
+
+SearcherName = Literal["optuna", "random", "grid"]
+SchedulerName = Literal["asha", "none"]
+MAX_DEATHS = 3
+"""So often the process of a trial may die before the trial is given up; it goes on from its checkpoint."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What every trial's driver is given."""
+
+    config: Config
+    """Without what the search changes; run.storage is the search's folder."""
+    data_set: DataSet
+    rungs: list[int]
+    jury: Jury
+    env: Mapping[str, str]
+    parent_run_id: str | None
+    verbose: bool
+
+
+class Driver(tune.Trainable):
+    """A trial's driver: one call of `step` is one rung. It needs no CPU to speak of; its workers have their own."""
+
+    def setup(self, config: dict[str, Any], spec: Spec | None = None) -> None:
+        assert spec is not None, "the search gives it"
+        if not spec.verbose:
+            for name in ("ray.train", "ray.data", "ray"):
+                logging.getLogger(name).setLevel(logging.ERROR)
+        os.environ.update(spec.env)
+        changes = {**config["changes"], "run.name": name_of(config["number"])}
+        own = configs.override(spec.config, changes)
+        self._attempt = Attempt(own, spec.data_set, spec.rungs, spec.jury, spec.parent_run_id, spec.verbose)
+
+    def step(self) -> dict[str, Any]:
+        try:
+            return {"rung": self._attempt.next()}
+        except UserError as error:  # no other try would mend it
+            return {"failed": str(error), "done": True}
+
+    def cleanup(self) -> None:
+        self._attempt.close()
+
+
+class Referee(FIFOScheduler):
+    """Passes on to the contest what Tune hears of trials, and back whether they go on."""
+
+    def __init__(self, contest: Contest) -> None:
+        super().__init__()
+        self._contest = contest
+
+    def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
+        number = trial.config["number"]
+        if "failed" in result:
+            self._contest.failed(number, result["failed"])
+            return TrialScheduler.STOP
+        goes_on = self._contest.judged(number, result["rung"])
+        return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
+
+
+class Starter(Searcher):
+    """Gives Tune the contest's next trial."""
+
+    def __init__(self, contest: Contest) -> None:
+        super().__init__(metric="bits_per_dim", mode="min")
+        self._contest = contest
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        found = self._contest.next()
+        return Searcher.FINISHED if found is None else {"number": found[0], "changes": found[1]}
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None: ...
+
+
+class Deaths(tune.Callback):
+    """Notes trials whose process died too often."""
+
+    def __init__(self, contest: Contest) -> None:
+        self._contest = contest
+
+    def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        self._contest.failed(trial.config["number"], f"its process died more than {MAX_DEATHS} times")
+
+
+class OptunaProposer:
+    """Optuna's TPE: after ten random trials, where those that were good are denser than the others."""
+
+    def __init__(self, space: Space, seed: int) -> None:
+        logging.getLogger("optuna").setLevel(logging.WARNING)
+
+        def define(trial: Any) -> None:
+            space.suggest(lambda key, domain: _ask(trial, key, domain))
+
+        self._optuna = OptunaSearch(define, metric="value", mode="min", seed=seed)
+
+    def suggest(self, number: int) -> dict[str, Any] | None:
+        return self._optuna.suggest(name_of(number))
+
+    def judged(self, number: int, index: int, value: float) -> None:
+        self._optuna.on_trial_result(name_of(number), {"value": value, "training_iteration": index})
+
+    def ended(self, number: int, value: float | None) -> None:
+        result = None if value is None else {"value": value}
+        self._optuna.on_trial_complete(name_of(number), result, error=value is None)
+
+
+class ListProposer:
+    """Trials that depend on nothing that was found: random ones, or a grid."""
+
+    def __init__(self, space: Space, seed: int, grid_points: int | None) -> None:
+        self._space, self._seed = space, seed
+        self._grid = None if grid_points is None else space.grid(grid_points)
+
+    def suggest(self, number: int) -> dict[str, Any] | None:
+        if self._grid is None:
+            return self._space.sample(self._seed, number)
+        return self._grid[number] if number < len(self._grid) else None
+
+    def judged(self, number: int, index: int, value: float) -> None: ...
+
+    def ended(self, number: int, value: float | None) -> None: ...
+
+
+class Asha:
+    """Asynchronous successive halving: of those seen at a rung so far, the best 1 / reduction_factor go on."""
+
+    def __init__(self, rungs: list[int], reduction_factor: int) -> None:
+        self._asha = AsyncHyperBandScheduler(
+            time_attr="images_seen",
+            metric="value",
+            mode="min",
+            max_t=rungs[-1],
+            grace_period=rungs[0],
+            reduction_factor=reduction_factor,
+        )
+        self._known: set[int] = set()
+
+    def goes_on(self, number: int, images_seen: int, value: float) -> bool:
+        trial: Any = SimpleNamespace(trial_id=name_of(number))
+        controller: Any = None
+        if number not in self._known:
+            self._known.add(number)
+            self._asha.on_trial_add(controller, trial)
+        result = {"images_seen": images_seen, "value": value}
+        return bool(self._asha.on_trial_result(controller, trial, result) == TrialScheduler.CONTINUE)
+
+
+class NobodyStops:
+    def goes_on(self, number: int, images_seen: int, value: float) -> bool:
+        return True
+
+
+def proposer(name: SearcherName, space: Space, seed: int, grid_points: int) -> Proposer:
+    if name == "optuna":
+        return OptunaProposer(space, seed)
+    return ListProposer(space, seed, grid_points if name == "grid" else None)
+
+
+def stopper(name: SchedulerName, rungs: list[int], reduction_factor: int) -> Stopper:
+    return Asha(rungs, reduction_factor) if name == "asha" and len(rungs) > 1 else NobodyStops()
+
+
+def run(contest: Contest, spec: Spec, max_concurrent: int) -> None:
+    """Run what is left of the contest's trials on the connected Ray cluster, `max_concurrent` at a time."""
+    if not contest.num_left:
+        return
+    level = logging.INFO if spec.verbose else logging.ERROR
+    logging.getLogger("ray.tune").setLevel(level)
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints a box whatever it is told (2.60)
+    driver = tune.with_parameters(Driver, spec=spec)
+    with tempfile.TemporaryDirectory(prefix="ddpm-ray-tune-") as folder:
+        tuner = tune.Tuner(
+            tune.with_resources(driver, {"CPU": DRIVER_CPUS}),
+            tune_config=tune.TuneConfig(
+                search_alg=Starter(contest),
+                scheduler=Referee(contest),
+                num_samples=contest.num_left,
+                max_concurrent_trials=max_concurrent,
+            ),
+            run_config=tune.RunConfig(
+                name="search",
+                storage_path=folder,
+                verbose=0,
+                callbacks=[Deaths(contest)],
+                failure_config=tune.FailureConfig(max_failures=MAX_DEATHS),
+            ),
+        )
+        tuner.fit()
+
+
+def environment(tracking_uri: str) -> dict[str, str]:
+    """What a trial's driver must know of the search's, wherever it runs."""
+    settings = {name: os.environ.get(name, value) for name, value in connection.SETTINGS.items()}
+    return settings | {"MLFLOW_TRACKING_URI": tracking_uri}
+
+
+def _ask(trial: Any, key: str, domain: Domain) -> Any:
+    if isinstance(domain, Choice):
+        return trial.suggest_categorical(key, list(domain.values))
+    if domain.is_int:
+        return trial.suggest_int(key, int(domain.low), int(domain.high), log=domain.is_log)
+    return trial.suggest_float(key, domain.low, domain.high, log=domain.is_log)
