@@ -7,7 +7,7 @@ the jury. What was judged lies in the run's folder: whoever tries again goes on 
 import threading
 import time
 
-from ddpm import runs, yardstick
+from ddpm import runs
 from ddpm.config import Config, UserError
 from ddpm.data.reading import DataSet
 from ddpm.jury import Judged, Jury
@@ -71,8 +71,7 @@ class Attempt:
         if self._thread is None:
             self._thread = threading.Thread(target=self._fit, name="ddpm-attempt", daemon=True)
             self._thread.start()
-        candidate = self._candidate(images_seen)
-        judged = self._jury.judge(candidate)
+        judged = self._jury.judge(self._checkpoint(images_seen))
         patiently(lambda: file.write(judged.to_json().encode()), where=file.uri, timeout_s=self._timeout_s)
         if not self._left:
             self._thread.join()
@@ -89,13 +88,13 @@ class Attempt:
     def _timeout_s(self) -> float:
         return self._config.run.storage_timeout_s
 
-    def _candidate(self, images_seen: int) -> yardstick.Candidate:
-        """The checkpoint after so many images, read as soon as it is there."""
+    def _checkpoint(self, images_seen: int) -> str:
+        """URI of the checkpoint after so many images, as soon as it is there."""
         place = self._run.location.child(checkpoint.name_at(images_seen))
         while True:
             over = self._thread is None or not self._thread.is_alive()
             if self._patiently(place.child(checkpoint.CHECKSUMS)) is not None:
-                return yardstick.read([place.uri])[0]
+                return place.uri
             self._check()
             if over:
                 raise UserError(f"{place.uri} is not there, though training is over; somebody deleted it")

@@ -14,20 +14,18 @@ from torch import Tensor
 
 from ddpm import generation, judgement
 from ddpm.config import SampleConfig
-from ddpm.data.reading import DataSet, Images
+from ddpm.data.reading import DataSet
 from ddpm.evaluation.bits import BitsPerDim
 from ddpm.evaluation.features import FeatureNet, Features
-from ddpm.evaluation.reference import WINDOW_ROWS
+from ddpm.evaluation.reference import images_of
 from ddpm.evaluation.scores import score
 from ddpm.fleet import Fleet
+from ddpm.judgement import PIECE_IMAGES
 from ddpm.progress import Display
 from ddpm.report import Drawn, Report, Verdict
 from ddpm.yardstick import Candidate, Settings, Yardstick, choose, resolved, ways_of
 
 T = TypeVar("T")
-
-PIECE_IMAGES = 125
-"""Images of a piece, drawn or read as one batch."""
 
 
 class Piece(NamedTuple):
@@ -193,11 +191,6 @@ def _about(by: Yardstick, settings: Settings) -> dict[str, Any]:
             "fingerprint": by.held_out.rows.fingerprint,
         },
     }
-
-
-def images_of(data_set: DataSet, start: int, stop: int) -> Images:
-    """Those at these places of an order without a seed, as `real_features` takes them."""
-    return data_set.read(data_set.plan(0, WINDOW_ROWS), start, stop, "substitute")
 
 
 def _parts(num_images: int) -> Iterator[tuple[int, int]]:

@@ -24,6 +24,8 @@ from ddpm.evaluation.bits import BitsPerDim
 from ddpm.evaluation.features import FeatureNet, Features, features_of
 from ddpm.training.state import LIKELIHOOD, seed_for
 
+PIECE_IMAGES = 125
+"""Images drawn or read as one batch."""
 PILOT_IMAGES = 8
 """Images from which is learned where on the schedule the bound comes from."""
 

@@ -3,26 +3,28 @@
 All trials of a search are judged by the same images, the same noise and the same quantiles of t (common random
 numbers): between two trials only the nets and the schedules differ. The numbers are those of jobs/evaluate.py.
 
-Its own room because evaluate.py judges what is finished, all at once, and this one checkpoint in the trial's driver.
+Its own room because evaluate.py judges what is finished, all at once, and this one checkpoint in the trial's driver,
+which has no time to import feature nets.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from ddpm import generation, images
-from ddpm.config import UserError
-from ddpm.data.reading import DataSet
-from ddpm.evaluate import PIECE_IMAGES, Bench, Piece, images_of
+from ddpm import generation, images, judgement, runs
+from ddpm.config import Config, UserError
+from ddpm.data.reading import DataSet, Images
+from ddpm.diffusion.objectives import Model, Objective
 from ddpm.evaluation.bits import BitsPerDim
-from ddpm.evaluation.pixels import Pixels
+from ddpm.evaluation.reference import images_of
 from ddpm.evaluation.scores import LEAST_IMAGES
+from ddpm.training import checkpoint
 from ddpm.training.state import HELD_OUT, generator
 from ddpm.trials import Rung
-from ddpm.yardstick import Candidate, Settings
 
 
 @dataclass(frozen=True)
@@ -86,41 +88,51 @@ class Jury:
         if self.num_images < LEAST_IMAGES:
             raise UserError(f"--num-images is {self.num_images}; it must be at least {LEAST_IMAGES}")
 
-    def judge(self, candidate: Candidate) -> Judged:
-        """The averaged weights of a checkpoint.
+    def judge(self, uri: str) -> Judged:
+        """The averaged weights of the checkpoint at `uri`.
 
         Raises:
             UserError: a number is not finite, or data cannot be read.
         """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        n = min(self.num_images, self.held_out.rows.num_rows)
-        pieces = [Piece(0, 0, start, min(start + PIECE_IMAGES, n)) for start in range(0, n, PIECE_IMAGES)]
-        model, settings = candidate.config.model, Settings(num_draws=self.num_draws, seed=self.seed)
-        pixels = Pixels((model.image_size, model.image_size, model.channels))
-        bench = Bench([candidate], [()], self.train, self.held_out, pixels, settings, device)
-        proposal = bench.proposal(0) if self.num_draws else None
-        bits = BitsPerDim.merge(*(bench.bits(piece, proposal) for piece in pieces))
-        found = Judged(
-            candidate.position["images_seen"],
-            tuple(map(float, bits.total)),
-            self._loss(candidate, self.held_out, device),
-            self._loss(candidate, self.train, device),
-        )
-        if not np.isfinite([*found.bits, found.held_out_loss, found.train_loss]).all():
-            raise UserError(
-                f"bits/dim of {candidate.uri} are not finite: its net is of no use; lower optim.lr"
+        with runs.local_checkpoint(uri) as folder:
+            net, config = checkpoint.load_net(folder, device)
+            position = checkpoint.read_state(folder)
+        posed = net, config, generation.build_objective(config)
+        how: dict[str, Any] = {"device": device, "variance": config.sample.variance}
+        proposal = None
+        if self.num_draws:
+            pilot = images_of(self.train, 0, judgement.PILOT_IMAGES)
+            proposal = judgement.proposal(*posed, pilot, **how)
+        how |= {"proposal": proposal, "num_draws": self.num_draws, "seed": self.seed}
+        bits = BitsPerDim.merge(
+            *(
+                judgement.bits_per_dim(*posed, batch, start=start, **how)
+                for start, batch in self._batches(self.held_out)
             )
+        )
+        losses = [self._loss(*posed, data_set, device) for data_set in (self.held_out, self.train)]
+        found = Judged(position["images_seen"], tuple(map(float, bits.total)), *losses)
+        if not np.isfinite([*found.bits, *losses]).all():
+            raise UserError(f"the bound of {uri} is not finite: its net is of no use; lower optim.lr")
         return found
 
     @torch.no_grad()
-    def _loss(self, candidate: Candidate, data_set: DataSet, device: torch.device) -> float:
-        """The loss that was trained on, of the averaged weights: the same images, noise and uniforms for all trials."""
-        config, total = candidate.config, 0.0
-        objective, n = generation.build_objective(config), min(self.num_images, data_set.rows.num_rows)
-        for start in range(0, n, PIECE_IMAGES):
-            batch = images_of(data_set, start, min(start + PIECE_IMAGES, n))
+    def _loss(
+        self, net: Model, config: Config, objective: Objective, data_set: DataSet, device: torch.device
+    ) -> float:
+        """The loss trained on, of the averaged weights: the same images, noise and uniforms for all trials."""
+        total, n = 0.0, 0
+        for start, batch in self._batches(data_set):
             x_0 = images.to_model(torch.from_numpy(batch.image).to(device))
             label = torch.from_numpy(batch.label).to(device) if config.model.num_classes else None
             noise = generator(device, self.seed, HELD_OUT, start)
-            total += objective.loss(candidate.net, x_0, label, noise).value.item() * len(x_0)
+            total += objective.loss(net, x_0, label, noise).value.item() * len(x_0)
+            n += len(x_0)
         return total / n
+
+    def _batches(self, data_set: DataSet) -> Iterator[tuple[int, Images]]:
+        """The first images of a split, and the index of each batch's first."""
+        n = min(self.num_images, data_set.rows.num_rows)
+        for start in range(0, n, judgement.PIECE_IMAGES):
+            yield start, images_of(data_set, start, min(start + judgement.PIECE_IMAGES, n))

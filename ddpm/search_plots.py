@@ -1,6 +1,6 @@
 """The pictures of a search: which settings gave what, likelihood beside sample quality, denoising at equal noise.
 
-Its own room because plots.py is about a report on checkpoints. Both know matplotlib, and nobody else does.
+Its own room because plots.py is about a report on checkpoints.
 """
 
 import io

@@ -28,6 +28,7 @@ from ddpm.contest import short
 from ddpm.data.reading import DataSet
 from ddpm.diffusion import schedules
 from ddpm.evaluation.ranking import Rank, paired_ranks, ranks
+from ddpm.evaluation.reference import images_of
 from ddpm.jury import Judged
 from ddpm.records import Artifact, Metrics
 from ddpm.storage import Location
@@ -219,7 +220,7 @@ def best_config(found: Sequence[Standing], base: Config) -> str | None:
 def curves(found: Sequence[Standing], place: Location, held_out: DataSet) -> dict[str, NDArray[np.float64]]:
     """The finalists' errors of x_0_hat, [N, L] at LOG_SNR, by what a legend says."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batch = evaluate.images_of(held_out, 0, min(CURVE_IMAGES, held_out.rows.num_rows))
+    batch = images_of(held_out, 0, min(CURVE_IMAGES, held_out.rows.num_rows))
     made = {}
     for standing in (s for s in found if s.by_kid):
         (candidate,) = yardstick.read([place.child(standing.trial.name).uri])

@@ -1,8 +1,8 @@
 """What a search knows of its trials: a ledger of what happened, in the order in which it happened.
 
 A search that was killed reads its ledger again. Whoever proposes trials and whoever stops them (contest.py) are told
-the same things in the same order, and so are where they were; Tune's own way (Tuner.restore) reads pickles, and forgets what
-ASHA knew (Ray 2.60).
+the same things in the same order, and so are where they were. Tune's own way, Tuner.restore, reads pickles, and forgets
+what ASHA knew (Ray 2.60).
 
     search.json    {"format": "ddpm-search/1", "search_key": ..., "settings": {...}, "events": [...]}
 

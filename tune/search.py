@@ -64,8 +64,8 @@ def main() -> int:
 
     import outset  # after parsing: --help and mistakes answer at once
     import study
-
     from rich.console import Console
+    from scoreboard import Scoreboard
 
     from ddpm import connection, standings
     from ddpm.contest import Contest
@@ -90,6 +90,7 @@ def main() -> int:
         seed=chosen.seed,
     )
     ledger = Ledger(search.place, search.settings, search.base.run.storage_timeout_s)
+    board = Scoreboard(ledger.trials, chosen.num_trials)
     contest = Contest(
         ledger,
         study.proposer(chosen.searcher, search.space, chosen.seed, chosen.grid_points),
@@ -97,7 +98,7 @@ def main() -> int:
         chosen.metric,
         chosen.num_trials,
         search.rungs[-1],
-        print,
+        board.news,
     )
     connection.connect(chosen.verbose)
     config = placement.shared(search.base, chosen.max_concurrent)
@@ -106,7 +107,8 @@ def main() -> int:
     parent_run_id = standings.open_parent(parent, search.params, print)
     env = study.environment(parent.uri)
     spec = study.Spec(config, search.train, search.rungs, search.jury, env, parent_run_id, chosen.verbose)
-    study.run(contest, spec, chosen.max_concurrent)
+    with board:
+        study.run(contest, spec, chosen.max_concurrent)
     of_best = search.place, chosen.metric
     standings.draw_finalists(ledger, *of_best, chosen.finalists, chosen.drawn_images, chosen.seed)
     found = standings.standings(ledger.trials(), *of_best, search.base)

@@ -94,7 +94,7 @@ class Starter(Searcher):
     """Gives Tune the contest's next trial."""
 
     def __init__(self, contest: Contest) -> None:
-        super().__init__(metric="bits_per_dim", mode="min")
+        super().__init__()
         self._contest = contest
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:

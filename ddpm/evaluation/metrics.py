@@ -17,7 +17,6 @@ from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics.pairwise import euclidean_distances
 
 Array = NDArray[np.float64]
 
@@ -192,6 +191,8 @@ def _kernel_sums(x: Array, y: Array, own: bool = False) -> Array:
 
 
 def _distances(x: NDArray[np.floating], y: NDArray[np.floating]) -> NDArray[np.float32]:
+    from sklearn.metrics.pairwise import euclidean_distances  # takes seconds to import
+
     # Computed in float64, kept in float32: there are N^2 of them.
     return euclidean_distances(np.asarray(x, np.float64), np.asarray(y, np.float64)).astype(np.float32)
 

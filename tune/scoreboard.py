@@ -1,0 +1,63 @@
+"""How a search shows itself: one live table in a terminal, a line for each news elsewhere."""
+
+import sys
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Self
+
+from rich import box
+from rich.live import Live
+from rich.table import Table
+
+from ddpm.contest import said
+from ddpm.trials import Trial
+
+SHOWN = 30
+"""Trials of the live table; of more, the newest."""
+
+
+class Scoreboard:
+    """A context in which a search runs.
+
+    Args:
+        trials: what is known now.
+        num_trials: there will be.
+    """
+
+    def __init__(self, trials: Callable[[], Sequence[Trial]], num_trials: int) -> None:
+        self._trials, self._num_trials = trials, num_trials
+        self._live = Live(self._table(), auto_refresh=False) if sys.stdout.isatty() else None
+
+    def news(self, line: str) -> None:
+        """Something happened."""
+        if self._live is None:
+            print(line, flush=True)
+        else:
+            self._live.update(self._table(), refresh=True)
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start(refresh=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def _table(self) -> Table:
+        trials = self._trials()
+        over = sum(trial.status != "running" for trial in trials)
+        made = Table(title=f"{over} of {self._num_trials} trials", title_justify="left", box=box.SIMPLE_HEAD)
+        for name in ("trial", "", "images", "bits/dim", "changes"):
+            made.add_column(name, justify="right" if name in ("images", "bits/dim") else "left")
+        for trial in trials[-SHOWN:]:
+            seen, bits = (f"{trial.last.images_seen:,}", _bits(trial)) if trial.last else ("", "")
+            status = trial.status + (f": {trial.reason}" if trial.reason else "")
+            made.add_row(trial.name, status, seen, bits, said(trial.changes))
+        return made
+
+
+def _bits(trial: Trial) -> str:
+    return f"{trial.last.bits_per_dim:.4f} ± {trial.last.bits_per_dim_error:.4f}" if trial.last else ""
