@@ -79,6 +79,7 @@ class Contest:
         """A trial to start, or to go on with: its number, and what it changes. None: there are no more."""
         if self._waiting:
             number = self._waiting.pop(0)
+            self._news(f"{name_of(number)} goes on")
             self._began_at[number] = time.monotonic()
             return number, dict(self._trials[number].changes)
         number = len(self._trials)

@@ -27,6 +27,7 @@ from ddpm.config import Config, UserError
 from ddpm.contest import short
 from ddpm.data.reading import DataSet
 from ddpm.diffusion import schedules
+from ddpm.evaluation import nets
 from ddpm.evaluation.ranking import Rank, paired_ranks, ranks
 from ddpm.evaluation.reference import images_of
 from ddpm.jury import Judged
@@ -83,7 +84,14 @@ def open_parent(parent: Address, params: Mapping[str, Any], warn: Callable[[str]
 
 
 def draw_finalists(
-    ledger: Ledger, place: Location, metric: Metric, num_finalists: int, num_images: int, seed: int
+    ledger: Ledger,
+    place: Location,
+    metric: Metric,
+    *,
+    num_finalists: int,
+    num_images: int,
+    features: nets.Name | None,
+    seed: int,
 ) -> None:
     """Note in the ledger what the images of the best few are worth; of those of which it is not known yet."""
     todo = [
@@ -94,7 +102,7 @@ def draw_finalists(
     if not todo:
         return
     settings = yardstick.Settings(
-        num_images=num_images, samplers=(SAMPLER,), num_sample_steps=(STEPS,), seed=seed
+        num_images=num_images, features=features, samplers=(SAMPLER,), num_sample_steps=(STEPS,), seed=seed
     )
     candidates = yardstick.read([place.child(trial.name).uri for trial in todo])
     report = evaluate.evaluate(candidates, settings)

@@ -64,7 +64,7 @@ def run_job(
 
 def job_command(job: str) -> list[str]:
     """The words that start a job, for tests that kill it halfway."""
-    return [sys.executable, str(REPO / "jobs" / f"{job}.py")]
+    return [sys.executable, str(REPO / ("tune" if job == "search" else "jobs") / f"{job}.py")]
 
 
 def kill_tree(process: subprocess.Popen[bytes] | subprocess.Popen[str], grace_s: float = 0) -> None:

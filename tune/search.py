@@ -46,6 +46,8 @@ class Arguments:
     finalists: int = 3
     """So many of the best are drawn from, and compared by KID."""
     drawn_images: int = 1000
+    features: Literal["classifier", "inception", "lite0", "pixels"] | None = None
+    """KID's; None: classifier where the data has classes, else lite0."""
     name: str | None = None
     """None: search- and the preset."""
     storage: str | None = None
@@ -110,7 +112,14 @@ def main() -> int:
     with board:
         study.run(contest, spec, chosen.max_concurrent)
     of_best = search.place, chosen.metric
-    standings.draw_finalists(ledger, *of_best, chosen.finalists, chosen.drawn_images, chosen.seed)
+    standings.draw_finalists(
+        ledger,
+        *of_best,
+        num_finalists=chosen.finalists,
+        num_images=chosen.drawn_images,
+        features=chosen.features,
+        seed=chosen.seed,
+    )
     found = standings.standings(ledger.trials(), *of_best, search.base)
     Console(width=None if sys.stdout.isatty() else 200).print(standings.table(found))
     for line in standings.remarks(found, chosen.metric):

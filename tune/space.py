@@ -231,7 +231,8 @@ def _domain(key: str, text: str, base: Config) -> Domain:
     if key.startswith(FIXED) and key not in FREE:
         raise UserError(f"--space cannot vary {key}: all trials of a search must have the same")
     if match := CALL.fullmatch(text.replace(" ", "")):
-        return _range(key, *match.groups(), base)
+        form, low, high = match.groups()
+        return _range(key, form, low, high, base)
     if "(" in text:
         raise UserError(
             f"--space {key}={text} is not understood; expected a|b|c, uniform(low,high), log(low,high), "
@@ -263,7 +264,7 @@ def _range(key: str, form: str, low: str, high: str, base: Config) -> Range:
         except UserError as error:
             other = " (whole numbers: int or intlog)" if not is_int else ""
             raise UserError(f"{where}: {error}{other}") from None
-    return Range(*ends, is_log, is_int)
+    return Range(ends[0], ends[1], is_log, is_int)
 
 
 def _value(key: str, word: str, base: Config) -> Any:

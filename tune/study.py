@@ -97,7 +97,7 @@ class Starter(Searcher):
         super().__init__()
         self._contest = contest
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Any:
         found = self._contest.next()
         return Searcher.FINISHED if found is None else {"number": found[0], "changes": found[1]}
 
@@ -198,7 +198,8 @@ def run(contest: Contest, spec: Spec, max_concurrent: int) -> None:
     """Run what is left of the contest's trials on the connected Ray cluster, `max_concurrent` at a time."""
     if not contest.num_left:
         return
-    level = logging.INFO if spec.verbose else logging.ERROR
+    # What goes wrong with a trial is in the ledger, in a line.
+    level = logging.INFO if spec.verbose else logging.CRITICAL
     logging.getLogger("ray.tune").setLevel(level)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints a box whatever it is told (2.60)
     driver = tune.with_parameters(Driver, spec=spec)
@@ -216,6 +217,7 @@ def run(contest: Contest, spec: Spec, max_concurrent: int) -> None:
                 storage_path=folder,
                 verbose=0,
                 callbacks=[Deaths(contest)],
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 failure_config=tune.FailureConfig(max_failures=MAX_DEATHS),
             ),
         )
