@@ -4,7 +4,7 @@ Its own room because study.py is about what runs then.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import space as spaces
 from space import Space
@@ -17,7 +17,10 @@ from ddpm.data.reading import DataSet
 from ddpm.jury import Jury
 from ddpm.storage import Location, resolve
 from ddpm.training import loop
-from ddpm.trials import Metric, rungs
+from ddpm.trials import rungs
+
+if TYPE_CHECKING:
+    from search import Arguments
 
 LOSS_IS_NO_JUDGE = (
     "--metric {metric} cannot compare noise schedules: on Gaussian data a perfect predictor has a loss of 0.24 with "
@@ -52,35 +55,24 @@ class Outset:
         return {**self.settings["config"], **own, **space}
 
 
-def settled(
-    config: Config,
-    preset: str,
-    *,
-    name: str | None,
-    storage: str | None,
-    space: tuple[str, ...],
-    metric: Metric,
-    searcher: str,
-    grid_points: int,
-    scheduler: str,
-    reduction_factor: int,
-    num_rungs: int,
-    num_images: int,
-    seed: int,
-) -> Outset:
+def settled(chosen: "Arguments") -> Outset:
     """The search that the command line describes.
 
     Raises:
         UserError: it cannot be run.
     """
+    config, preset = chosen.config, chosen.preset
     if config.run.name is not None:
         raise UserError("--run.name is the search's to give; name the search with --name")
-    run = replace(config.run, name=name or f"search-{preset}", storage=storage or config.run.storage)
+    run = replace(
+        config.run, name=chosen.name or f"search-{preset}", storage=chosen.storage or config.run.storage
+    )
     config = runs.settled(replace(config, run=run), preset)
     for flag, value, least in (
-        ("grid-points", grid_points, 1),
-        ("reduction-factor", reduction_factor, 2),
-        ("num-rungs", num_rungs, 1),
+        ("grid-points", chosen.grid_points, 1),
+        ("reduction-factor", chosen.reduction_factor, 2),
+        ("num-rungs", chosen.num_rungs, 1),
+        ("num-trials", chosen.num_trials, 1),
     ):
         if value < least:
             raise UserError(f"--{flag} is {value}; it must be at least {least}")
@@ -89,9 +81,9 @@ def settled(
         raise UserError(
             f"the process {config.objective.process} has no noise schedule and no bits/dim to search by"
         )
-    found = spaces.parse(space, config)
-    if metric != "bits_per_dim" and found.has_schedule:
-        raise UserError(LOSS_IS_NO_JUDGE.format(metric=metric))
+    found = spaces.parse(chosen.space, config)
+    if chosen.metric != "bits_per_dim" and found.has_schedule:
+        raise UserError(LOSS_IS_NO_JUDGE.format(metric=chosen.metric))
     config = embedded.with_shards(config)
     train = stream.open_data_set(config)
     held_out = train.held_out()
@@ -102,8 +94,8 @@ def settled(
     at = rungs(
         config.train.total_images,
         config.train.batch_size,
-        reduction_factor,
-        num_rungs if scheduler == "asha" else 1,
+        chosen.reduction_factor,
+        chosen.num_rungs if chosen.scheduler == "asha" else 1,
     )
     place = resolve(config.run.storage).child(str(config.run.name))
     schedule = {
@@ -122,14 +114,14 @@ def settled(
             if not key.startswith(("run.", "cluster.", "sample."))
         },
         "space": found.as_json(),
-        "metric": metric,
-        "searcher": searcher,
-        "grid_points": grid_points,
-        "scheduler": scheduler,
-        "reduction_factor": reduction_factor,
+        "metric": chosen.metric,
+        "searcher": chosen.searcher,
+        "grid_points": chosen.grid_points,
+        "scheduler": chosen.scheduler,
+        "reduction_factor": chosen.reduction_factor,
         "rungs": at,
-        "num_images": num_images,
-        "seed": seed,
+        "num_images": chosen.num_images,
+        "seed": chosen.seed,
         "data_fingerprint": train.rows.fingerprint,
     }
     return Outset(
@@ -139,6 +131,6 @@ def settled(
         found,
         at,
         train,
-        Jury(train, held_out, num_images, seed=seed),
+        Jury(train, held_out, chosen.num_images, seed=chosen.seed),
         settings,
     )

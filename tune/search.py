@@ -60,9 +60,7 @@ class Arguments:
 
 def main() -> int:
     defaults = {name: Arguments(name, config) for name, config in cli.starting_points().items()}
-    arguments = tyro.cli(
-        tyro.extras.subcommand_type_from_defaults(defaults, presets.ABOUT), description=__doc__
-    )
+    chosen = tyro.cli(tyro.extras.subcommand_type_from_defaults(defaults, presets.ABOUT), description=__doc__)
 
     import outset  # after parsing: --help and mistakes answer at once
     import study
@@ -70,38 +68,14 @@ def main() -> int:
     from scoreboard import Scoreboard
 
     from ddpm import connection, standings
-    from ddpm.contest import Contest
     from ddpm.training import placement
     from ddpm.trials import Ledger
 
     began = time.monotonic()
-    chosen = arguments
-    search = outset.settled(
-        chosen.config,
-        chosen.preset,
-        name=chosen.name,
-        storage=chosen.storage,
-        space=chosen.space,
-        metric=chosen.metric,
-        searcher=chosen.searcher,
-        grid_points=chosen.grid_points,
-        scheduler=chosen.scheduler,
-        reduction_factor=chosen.reduction_factor,
-        num_rungs=chosen.num_rungs,
-        num_images=chosen.num_images,
-        seed=chosen.seed,
-    )
+    search = outset.settled(chosen)
     ledger = Ledger(search.place, search.settings, search.base.run.storage_timeout_s)
     board = Scoreboard(ledger.trials, chosen.num_trials)
-    contest = Contest(
-        ledger,
-        study.proposer(chosen.searcher, search.space, chosen.seed, chosen.grid_points),
-        study.stopper(chosen.scheduler, search.rungs, chosen.reduction_factor),
-        chosen.metric,
-        chosen.num_trials,
-        search.rungs[-1],
-        board.news,
-    )
+    contest = study.contest(chosen, search, ledger, board.news)
     connection.connect(chosen.verbose)
     config = placement.shared(search.base, chosen.max_concurrent)
     placement.check_storage(config)

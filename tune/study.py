@@ -9,11 +9,12 @@ With search.py the only one that knows ray.tune.
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from outset import Outset
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
@@ -29,10 +30,11 @@ from ddpm.contest import Contest, Proposer, Stopper
 from ddpm.data.reading import DataSet
 from ddpm.jury import Jury
 from ddpm.training.placement import DRIVER_CPUS
-from ddpm.trials import name_of
+from ddpm.trials import Ledger, name_of
 
-SearcherName = Literal["optuna", "random", "grid"]
-SchedulerName = Literal["asha", "none"]
+if TYPE_CHECKING:
+    from search import Arguments
+
 MAX_DEATHS = 3
 """So often the process of a trial may die before the trial is given up; it goes on from its checkpoint."""
 
@@ -184,14 +186,17 @@ class NobodyStops:
         return True
 
 
-def proposer(name: SearcherName, space: Space, seed: int, grid_points: int) -> Proposer:
-    if name == "optuna":
-        return OptunaProposer(space, seed)
-    return ListProposer(space, seed, grid_points if name == "grid" else None)
-
-
-def stopper(name: SchedulerName, rungs: list[int], reduction_factor: int) -> Stopper:
-    return Asha(rungs, reduction_factor) if name == "asha" and len(rungs) > 1 else NobodyStops()
+def contest(chosen: "Arguments", search: Outset, ledger: Ledger, news: Callable[[str], None]) -> Contest:
+    """The contest of a search, as far as its ledger has come."""
+    proposer: Proposer
+    if chosen.searcher == "optuna":
+        proposer = OptunaProposer(search.space, chosen.seed)
+    else:
+        grid_points = chosen.grid_points if chosen.searcher == "grid" else None
+        proposer = ListProposer(search.space, chosen.seed, grid_points)
+    halves = chosen.scheduler == "asha" and len(search.rungs) > 1
+    stopper: Stopper = Asha(search.rungs, chosen.reduction_factor) if halves else NobodyStops()
+    return Contest(ledger, proposer, stopper, chosen.metric, chosen.num_trials, search.rungs[-1], news)
 
 
 def run(contest: Contest, spec: Spec, max_concurrent: int) -> None:
