@@ -116,7 +116,7 @@ def standings(trials: Sequence[Trial], place: Location, metric: Metric, base: Co
     order = best(trials, metric)
     there = [trial.number for trial in order]
     by_bits = dict(
-        zip(there, paired_ranks([_bits(trial, place) for trial in order]) if order else [], strict=True)
+        zip(there, paired_ranks([bits_of(trial, place) for trial in order]) if order else [], strict=True)
     )
     drawn = [trial for trial in order if trial.drawn]
     of_kid = ranks([trial.drawn["value"] for trial in drawn], [trial.drawn["error"] for trial in drawn])
@@ -346,7 +346,7 @@ def _estimate(value: float, error: float) -> str:
     return f"{value:.4f} ± {error:.4f}"
 
 
-def _bits(trial: Trial, place: Location) -> tuple[float, ...]:
+def bits_of(trial: Trial, place: Location) -> tuple[float, ...]:
     """Of each held-out image at the trial's last rung."""
     assert trial.last is not None
     file = place.child(trial.name).child(JUDGED).child(f"{trial.last.images_seen:012d}.json")

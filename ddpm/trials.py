@@ -104,6 +104,20 @@ class Ledger:
             self.key, self.events = self._parsed(text)
         self._write()
 
+    @classmethod
+    def existing(cls, place: Location, timeout_s: float = 0.0) -> "Ledger":
+        """The ledger that is in a folder, whatever its settings.
+
+        Raises:
+            UserError: there is none, or it is damaged.
+        """
+        file = place.child(LEDGER)
+        try:
+            settings = json.loads(file.read())["settings"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{file.uri} is no search's ledger: {error!r:.200}") from None
+        return cls(place, settings, timeout_s)
+
     def add(self, event: str, trial: int, **what: Any) -> dict[str, Any]:
         """Note what happened; it is safe when this returns."""
         made = {"event": event, "trial": trial, **what}

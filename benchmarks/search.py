@@ -1,0 +1,188 @@
+"""What an honest search finds, and what a naive one would have: a real search, read.
+
+    python tune/search.py digits --name honest --num-trials 12 --scheduler none --finalists 12 ...
+    python benchmarks/search.py runs/honest [--preset digits] [--seed 1]
+
+By the training loss, by bits/dim and by KID the same trials are ranked, and the rankings compared. The best config and
+the preset's own are then trained with another seed, and judged by the same draws. benchmarks/search.md gets the tables,
+and the search's pictures lie beside it.
+"""
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from numpy.typing import NDArray
+from runtime import processor, write_table
+
+from ddpm import config as configs
+from ddpm import presets, runs, standings, storage
+from ddpm.contest import said
+from ddpm.data import stream
+from ddpm.evaluation.ranking import Z, agreement
+from ddpm.jury import Jury
+from ddpm.trials import Ledger, Trial
+
+REPO = Path(__file__).resolve().parent.parent
+PICTURES = ("parallel.png", "bits-and-kid.png", "denoising.png")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Which search."""
+
+    search: tyro.conf.Positional[str]
+    preset: str = "digits"
+    seed: int = 1
+    """Of training, for the comparison of the best config with the preset's."""
+    command: str = ""
+    """The search's, for the note."""
+
+
+def difference(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float]:
+    """Mean of a - b over images that both were judged by, and its standard error."""
+    return float((a - b).mean()), float((a - b).std(ddof=1) / len(a) ** 0.5)
+
+
+def trained(
+    place: storage.Location, preset: str, config: Path | None, settings: dict, name: str, seed: int
+) -> str:
+    """URI of the run `name`, trained as the preset (and `config`) says for as long as a trial."""
+    flags = ["--config", str(config)] if config else []
+    of_search = settings["config"]
+    same = ["data.shards", "train.total_images", "train.batch_size", "train.micro_batch_size"]
+    for key in same:
+        flags += [f"--{key.replace('_', '-')}", str(of_search[key])]
+    flags += ["--train.seed", str(seed), "--run.name", name, "--run.storage", place.uri]
+    subprocess.run([sys.executable, str(REPO / "jobs" / "train.py"), preset, *flags], check=True)
+    return place.child(name).uri
+
+
+def rankings(trials: list[Trial]) -> list[str]:
+    lasts = [trial.last for trial in trials if trial.last]
+    values = {
+        "train loss": np.array([last.train_loss for last in lasts]),
+        "bits/dim": np.array([last.bits_per_dim for last in lasts]),
+        "KID": np.array([trial.drawn["value"] for trial in trials]),
+    }
+    places = {name: v.argsort().argsort() + 1 for name, v in values.items()}
+    lines = [
+        "| trial | train loss | its rank | bits/dim | its rank | KID | its rank | |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for i in values["bits/dim"].argsort():
+        trial, last = trials[i], lasts[i]
+        cells = [
+            trial.name,
+            f"{last.train_loss:.4f}",
+            places["train loss"][i],
+            f"{last.bits_per_dim:.4f} ± {last.bits_per_dim_error:.4f}",
+            places["bits/dim"][i],
+            f"{trial.drawn['value']:.4f} ± {trial.drawn['error']:.4f}",
+            places["KID"][i],
+            said(trial.changes),
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", "| rankings | Spearman's rho | Kendall's tau |", "|---|---|---|"]
+    names = list(values)
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        found = agreement(values[names[a]], values[names[b]])
+        lines.append(f"| {names[a]} and {names[b]} | {found.spearman:+.2f} | {found.kendall:+.2f} |")
+    return lines
+
+
+def cost(trials: list[Trial], place: storage.Location) -> str:
+    """What the naive choice is worse by."""
+    naive = min(trials, key=lambda t: t.last.train_loss if t.last else np.inf)
+    honest = min(trials, key=lambda t: t.last.bits_per_dim if t.last else np.inf)
+    a, b = (np.array(standings.bits_of(trial, place)) for trial in (naive, honest))
+    bits, error = difference(a, b)
+    kid = naive.drawn["value"] - honest.drawn["value"]
+    kid_error = (naive.drawn["error"] ** 2 + honest.drawn["error"] ** 2) ** 0.5
+    if naive is honest:
+        return f"The lowest training loss and the lowest bound belong to the same trial, {naive.name}."
+    return (
+        f"A search by the training loss would have chosen {naive.name} ({said(naive.changes)}); by the bound it is "
+        f"{honest.name} ({said(honest.changes)}). The naive choice costs {bits:+.4f} ± {error:.4f} bits/dim (image by image) "
+        f"and {kid:+.4f} ± {kid_error:.4f} in {naive.drawn['name']}."
+    )
+
+
+def beaten(arguments: Arguments, place: storage.Location, ledger: Ledger) -> list[str]:
+    """The best config beside the preset's, both trained with another seed."""
+    settings = json.loads(place.child("search.json").read())["settings"]
+    best = Path(place.path, "best.json")
+    uris = [
+        trained(place, arguments.preset, best, settings, f"best-seed-{arguments.seed}", arguments.seed),
+        trained(place, arguments.preset, None, settings, f"default-seed-{arguments.seed}", arguments.seed),
+    ]
+    config = configs.override(
+        presets.PRESETS[arguments.preset], {"data.shards": settings["config"]["data.shards"]}
+    )
+    train = stream.open_data_set(config)
+    held_out = train.held_out()
+    assert held_out is not None, "the search had one"
+    jury = Jury(train, held_out, settings["num_images"], seed=settings["seed"])
+    judged = [jury.judge(runs.checkpoints_of(uri)[-1]) for uri in uris]
+    mean, error = difference(*(np.array(j.bits) for j in judged))
+    rungs = [j.rung(0.0) for j in judged]
+    surely = mean + 2 * error < 0
+    return [
+        "| config, trained with another seed | bits/dim |",
+        "|---|---|",
+        *(
+            f"| {name} | {rung.bits_per_dim:.4f} ± {rung.bits_per_dim_error:.4f} |"
+            for name, rung in zip(
+                ("best of the search", f"the preset {arguments.preset}"), rungs, strict=True
+            )
+        ),
+        "",
+        f"Best minus default, image by image: {mean:+.4f} ± {error:.4f} bits/dim. "
+        + (
+            "The default is beaten by more than two standard errors."
+            if surely
+            else "The default was not beaten."
+        ),
+    ]
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, description=__doc__)
+    place = storage.resolve(arguments.search)
+    ledger = Ledger.existing(place)
+    trials = [trial for trial in ledger.trials() if trial.status == "finished" and trial.drawn]
+    training_s, wall_s = (sum(values) for values in zip(*ledger.shares(), strict=True))
+    lines = [
+        "# What a search finds",
+        "",
+        f"{len(ledger.trials())} trials, {len(trials)} of them to their end ({arguments.command or 'tune/search.py'}; "
+        f"`python benchmarks/search.py {arguments.search}`). {datetime.date.today()}, {os.cpu_count()} cores of "
+        f"{processor()}, torch {torch.__version__}. Ranks count from the best; intervals are standard errors, and two "
+        f"trials closer than {Z} of them are a tie.",
+        "",
+        *rankings(trials),
+        "",
+        cost(trials, place),
+        "",
+        *beaten(arguments, place, ledger),
+        "",
+        f"Of {wall_s:.0f} s that trials took, from their driver's start to their end, the loop ran {training_s:.0f} s: "
+        f"{training_s / wall_s:.0%}.",
+        "",
+    ]
+    for name in PICTURES:
+        target = Path(__file__).with_name(f"search-{name}")
+        target.write_bytes(place.child(name).read())
+        lines.append(f"![{name.removesuffix('.png')}]({target.name})")
+    write_table(__file__, lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""The error of x_0_hat over log SNR: where it is known, and that it depends on no schedule."""
+
+import pytest
+import torch
+from exact_denoisers import gaussian, normal
+
+from ddpm.diffusion import schedules
+from ddpm.diffusion.denoising import error_at
+
+STD = 0.5
+LEVELS = torch.linspace(-4, 4, 9, dtype=torch.float64)
+SCHEDULES = {
+    "linear": schedules.linear(1000, 1e-4, 0.02),
+    "cosine": schedules.cosine(400),
+    "sigmoid": schedules.sigmoid(600),
+}
+
+
+def curve(schedule, seed=0, levels=LEVELS):
+    x_0 = STD * normal((64, 1, 8, 8), seed=9)()
+    denoise = gaussian(schedule, 0.0, STD)
+    return error_at(denoise, schedule, x_0, normal((64, 1, 8, 8), seed), levels, clip_x_0=False)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_of_gaussian_data_it_is_the_posterior_variance(name):
+    """Var(x_0 | x_t) = v / (1 + v snr), whatever the schedule."""
+    found = curve(SCHEDULES[name]).mean(0)
+    assert torch.allclose(found, STD**2 / (1 + STD**2 * LEVELS.exp()), rtol=0.03)
+
+
+def test_schedules_differ_by_interpolation_alone():
+    """The same noise at the same level: image by image the curves of an exact denoiser agree."""
+    linear, cosine, sigmoid = map(curve, SCHEDULES.values())
+    assert linear.shape == (64, 9)
+    assert torch.allclose(linear, cosine, rtol=0.01) and torch.allclose(linear, sigmoid, rtol=0.01)
+    assert not torch.allclose(linear, curve(SCHEDULES["linear"], seed=1), rtol=0.01)
+
+
+def test_what_a_schedule_does_not_reach_is_not_said():
+    short = schedules.linear(10, 1e-3, 0.02)  # log SNR from 6.9 to 2.2
+    found = curve(short, levels=torch.tensor([9.0, 6.9, 3.0, 2.0], dtype=torch.float64))
+    assert found.isnan().all(0).tolist() == [True, False, False, True]
+    ends = short.log_snr[[0, -1]]
+    assert not curve(short, levels=ends).isnan().any()

@@ -1,0 +1,157 @@
+"""How a search ended: ranks and ties, flags, the best config, and pictures, of trials that nobody had to train."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from mlflow import MlflowClient
+from tracked import run_of
+
+from ddpm import config as configs
+from ddpm import search_plots, standings, storage
+from ddpm.attempt import JUDGED
+from ddpm.config import Config
+from ddpm.jury import Judged
+from ddpm.presets import DIGITS
+from ddpm.storage import Location
+from ddpm.trials import Ledger, Trial
+
+COSINE = {"schedule.kind": "cosine", "optim.lr": 1e-3}
+LINEAR = {
+    "schedule.kind": "linear",
+    "schedule.beta_end": 0.005,
+    "schedule.num_timesteps": 200,
+    "optim.lr": 3e-3,
+}
+BASE = configs.override(
+    DIGITS, {"train.total_images": 128, "train.keep_checkpoints": 9, "run.experiment": "searches"}
+)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Location:
+    return storage.resolve(str(tmp_path / "search"))
+
+
+def make(place: Location, trials: list[tuple[dict[str, Any], str, dict[int, Any]]]) -> Ledger:
+    """A ledger, and what was found of each trial's checkpoints: by images seen, the mean of its bits/dim."""
+    ledger = Ledger(place, {}, timeout_s=0)
+    image = np.random.default_rng(0).normal(0, 0.5, 50)
+    for number, (changes, status, found) in enumerate(trials):
+        ledger.add("begun", number, changes=changes)
+        for at, mean in found.items():
+            judged = Judged(at, tuple(mean + image - image.mean()), 0.5, 0.9 - mean / 10)
+            file = place.child(f"trial-{number:03d}").child(JUDGED).child(f"{at:012d}.json")
+            file.write(judged.to_json().encode())
+            ledger.add("judged", number, **vars(judged.rung(8.0)), goes_on=at < 128)
+        reason = "it broke" if status == "failed" else ""
+        ledger.add("ended", number, status=status, reason=reason, wall_s=10.0, training_s=8.0)
+    return ledger
+
+
+@pytest.fixture
+def ledger(place: Location) -> Ledger:
+    found = make(
+        place,
+        [
+            (COSINE, "finished", {64: 3.0, 128: 2.5}),
+            (LINEAR, "finished", {64: 2.9, 128: 2.25}),
+            ({**COSINE, "optim.lr": 1e-2}, "stopped", {64: 4.0}),
+            ({**COSINE, "optim.lr": 1e2}, "failed", {}),
+            ({**COSINE, "optim.lr": 2e-3}, "finished", {64: 3.0, 128: 2.5}),
+        ],
+    )
+    for number, kid in ((0, 0.02), (1, 0.05), (4, 0.021)):
+        found.add("drawn", number, name="KID-pixels", value=kid, error=0.001, n=100)
+    return found
+
+
+def the(place: Location, ledger: Ledger, base: Config = BASE) -> list[standings.Standing]:
+    return standings.standings(ledger.trials(), place, "bits_per_dim", base)
+
+
+def test_ranks_ties_and_flags(place: Location, ledger: Ledger) -> None:
+    found = the(place, ledger)
+    assert [s.trial.number for s in found] == [1, 0, 4, 2, 3]
+    # by bits 0 and 4 are equal, by KID they overlap
+    assert [str(s.by_bits) for s in found] == ["1", "2-3", "2-3", "None", "None"]
+    assert [str(s.by_kid) for s in found] == ["3", "1-2", "1-2", "None", "None"]
+    assert [s.is_flagged for s in found] == [True, False, False, False, False]
+    assert found[0].leftover == pytest.approx(0.775, abs=0.01)  # exp(-200 (1e-4 + 5e-3) / 4)
+    lines = "\n".join(standings.remarks(found, "bits_per_dim"))
+    assert "sqrt(alpha_bar_T) is above 0.01" in lines
+    assert "trial-001, is not the best by KID, which is trial-000" in lines
+
+
+def test_the_table_says_the_same_everywhere(place: Location, ledger: Ledger, tmp_path: Path) -> None:
+    found = the(place, ledger)
+    (tmp_path / "results.parquet").write_bytes(standings.parquet(found))
+    rows = pq.read_table(tmp_path / "results.parquet").to_pylist()
+    assert [row["trial"] for row in rows] == ["trial-001", "trial-000", "trial-004", "trial-002", "trial-003"]
+    first, *_, last = rows
+    assert (first["schedule.beta_end"], first["rank_by_bits"], first["kid"]) == (0.005, "1", 0.05)
+    assert first["bits_per_dim"] == pytest.approx(2.25) and rows[1]["schedule.beta_end"] is None
+    assert (last["status"], last["reason"], last["bits_per_dim"]) == ("failed", "it broke", None)
+    text = standings.markdown(found, "bits_per_dim", ["a remark"])
+    assert "| trial-001 ! | finished | 128 | linear |" in text and "failed: it broke" in text
+    assert text.endswith("- a remark\n")
+    assert standings.table(found).row_count == 5
+
+
+def test_the_best_config_is_one_to_train_with(place: Location, ledger: Ledger) -> None:
+    text = standings.best_config(the(place, ledger), BASE)
+    assert text is not None
+    found = configs.merged(DIGITS, text, "best.json")
+    assert (found.schedule.kind, found.schedule.beta_end, found.optim.lr) == ("linear", 0.005, 3e-3)
+    assert found.train.total_images == 128
+    assert (found.run, found.cluster, found.data.shards) == (DIGITS.run, DIGITS.cluster, None)
+    assert found.train.keep_checkpoints == DIGITS.train.keep_checkpoints
+    assert not set(json.loads(text)) & {"run", "cluster"}
+
+
+def test_where_nothing_came_to_an_end(place: Location) -> None:
+    ledger = make(place, [(COSINE, "failed", {}), (LINEAR, "failed", {})])
+    found = the(place, ledger)
+    assert [s.by_bits for s in found] == [None, None]
+    assert standings.best_config(found, BASE) is None
+    assert standings.parquet(found) and standings.table(found).row_count == 2
+
+
+def test_pictures(ledger: Ledger) -> None:
+    trials = ledger.trials()
+    curve = np.random.default_rng(0).random((9, 5))
+    pictures = [
+        search_plots.parallel(trials, "bits_per_dim"),
+        search_plots.parallel([Trial(0, {}, trials[0].rungs, "finished")], "bits_per_dim"),
+        search_plots.scatter(trials),
+        search_plots.denoising(np.arange(5.0), {"a": curve, "b": curve * 2}),
+    ]
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures)
+
+
+def test_mlflow_has_it_all_in_the_parent_run(place: Location, ledger: Ledger) -> None:
+    held_out: Any = None
+    for number in (0, 1, 4):  # without finalists there are no checkpoints to read
+        ledger.add("drawn", number)
+    parent = standings.address(ledger, "search", "searches")
+    assert standings.open_parent(parent, {"search.metric": "bits_per_dim"}, print) is not None
+    lines = list(standings.store(ledger, place, "bits_per_dim", BASE, held_out, parent))
+    assert {path.name for path in Path(place.path).iterdir() if path.is_file()} == {
+        "search.json",
+        "results.md",
+        "results.parquet",
+        "best.json",
+        "parallel.png",
+    }
+    run = run_of(parent)
+    client = MlflowClient(parent.uri)
+    names = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert {"results.md", "results.parquet", "best.json", "parallel.png"} <= names
+    assert run.data.params["search.metric"] == "bits_per_dim"
+    assert run.data.metrics["best/bits_per_dim"] == pytest.approx(2.25)
+    assert run.data.tags["mlflow.source.name"] == "tune/search.py"
+    assert run.info.status == "FINISHED"
+    assert any(line.startswith("MLflow      run ") for line in lines)

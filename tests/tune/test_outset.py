@@ -1,0 +1,72 @@
+"""What is refused before anything is started, and that the reasons given are true."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import outset
+import pytest
+import search
+
+from ddpm import config as configs
+from ddpm.config import UserError
+from ddpm.diffusion import schedules
+from ddpm.presets import DIGITS
+
+LR = ("optim.lr=log(1e-4,1e-2)",)
+
+
+def settled(**changes: Any) -> outset.Outset:
+    flat = {key: changes.pop(key) for key in list(changes) if "." in key}
+    config = configs.override(DIGITS, {"train.total_images": 9 * 128, **flat})
+    return outset.settled(replace(search.Arguments("digits", config), **changes))
+
+
+def test_the_numbers_of_the_refusal_are_those_of_a_perfect_predictor() -> None:
+    """Of x_0 ~ N(0, s^2) is E[(eps - E[eps | x_t])^2] = alpha_bar s^2 / (alpha_bar s^2 + 1 - alpha_bar)."""
+
+    def loss(schedule: schedules.Schedule) -> str:
+        kept = schedule.alpha_bar / 4
+        return f"{(kept / (kept + 1 - schedule.alpha_bar)).mean().item():.2f}"
+
+    linear, steep = schedules.linear(1000, 1e-4, 0.01), schedules.linear(1000, 1e-4, 0.04)
+    text = f"a loss of {loss(linear)} with linear beta_end 0.01, {loss(steep)} with 0.04 and {loss(schedules.cosine(1000))} with cosine"
+    assert text in outset.LOSS_IS_NO_JUDGE
+
+
+@pytest.mark.parametrize("metric", ["train/loss", "held_out/loss"])
+def test_a_loss_ranks_no_schedules(metric: Any) -> None:
+    with pytest.raises(
+        UserError, match=f"--metric {metric} cannot compare noise schedules: .* 0.24 .* 0.12 .* 0.33"
+    ):
+        settled(metric=metric)
+    assert settled(metric=metric, space=LR).settings["metric"] == metric
+
+
+def test_trials_are_compared_at_equal_images_seen(tmp_path: Path) -> None:
+    found = settled(space=LR, name="s", storage=str(tmp_path))
+    assert found.rungs == [128, 384, 1152]
+    assert found.base.train.checkpoint_every_images == 128
+    assert found.base.train.keep_checkpoints == 9  # a rung's is still there when the jury comes
+    assert found.place.uri == found.base.run.storage == str(tmp_path / "s")
+    assert settled(space=LR, scheduler="none").rungs == [1152]
+    assert not any(key.startswith(("run.", "cluster.")) for key in found.settings["config"])
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "name": ({"run.name": "mine"}, "name the search with --name"),
+    "name of a folder": ({"name": "a/b"}, "cannot be a folder's name"),
+    "trials": ({"num_trials": 0}, "--num-trials is 0; it must be at least 1"),
+    "factor": ({"reduction_factor": 1}, "--reduction-factor is 1"),
+    "rungs": ({"num_rungs": 0}, "--num-rungs is 0"),
+    "images": ({"num_images": 3}, "--num-images is 3; it must be at least 20"),
+    "process": ({"objective.process": "uniform_mix"}, "has no noise schedule and no bits/dim"),
+    "space": ({"space": ("optim.lr=2",) * 2}, "has optim.lr twice"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=list(BAD))
+def test_a_mistake_is_a_line(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        settled(**{"space": LR, **changes})
+    assert message in str(raised.value) and "\n" not in str(raised.value)

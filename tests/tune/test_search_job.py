@@ -1,0 +1,96 @@
+"""python tune/search.py, as a person types it: to its end, and killed on the way."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from mlflow import MlflowClient
+from processes import Job
+from tracked import run_of
+
+from ddpm import config as configs
+from ddpm import standings, storage
+from ddpm.presets import DIGITS
+from ddpm.trials import Ledger, Trial
+
+# A good trial, one whose learning rate lets it fail, and one that is worse than the first and stopped.
+FLAGS = """digits --name s --searcher grid --num-trials 3 --max-concurrent 1 --num-rungs 2 --num-images 60
+    --finalists 1 --drawn-images 40 --features pixels --run.experiment killed
+    --space schedule.kind=cosine|linear optim.lr=2e-3|1e30
+    --schedule.num-timesteps 30 --model.base-width 8 --model.width-multipliers 1 2 --model.norm-groups 4
+    --train.total-images 1920 --train.batch-size 64 --train.micro-batch-size 64 --train.log-every-images 640
+    --train.sample-every-images 1920 --train.held-out-images 20
+    --sample.num-images 4 --sample.num-sample-steps 4""".split()
+
+
+def trials(folder: Path) -> list[Trial]:
+    """What the ledger of the search in `folder` says."""
+    place = folder / "runs" / "s"
+    return Ledger.existing(storage.resolve(str(place))).trials() if (place / "search.json").exists() else []
+
+
+def table(folder: Path) -> list[dict[str, Any]]:
+    return pq.read_table(folder / "runs" / "s" / "results.parquet").to_pylist()
+
+
+@pytest.mark.slow
+def test_a_search_that_was_killed_ends_with_the_same_table(tmp_path: Path) -> None:
+    killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
+    killed.mkdir()
+    with Job("search", *FLAGS, log=killed / "job.log") as job:
+        job.wait_for(lambda: any(trial.rungs for trial in trials(killed)), timeout_s=240)
+    assert len(trials(killed)) < 3 or trials(killed)[-1].status == "running"
+
+    with Job("search", *FLAGS, log=killed / "job.log") as job:
+        assert job.wait(280) == 0, job.output
+        output = job.output
+    found = trials(killed)
+    assert [(trial.status, len(trial.rungs)) for trial in found] == [
+        ("finished", 2),
+        ("failed", 0),
+        ("stopped", 1),
+    ]
+    assert "the loss or the gradient is not finite" in found[1].reason
+    assert "trial-000" in output and "Traceback" not in output
+
+    place = killed / "runs" / "s"
+    for name in ("results.md", "parallel.png", "bits-and-kid.png", "denoising.png"):
+        assert (place / name).stat().st_size > 0
+    best = configs.merged(DIGITS, (place / "best.json").read_text(), "best.json")
+    assert (best.schedule.kind, best.optim.lr, best.train.total_images) == ("cosine", 2e-3, 1920)
+    check_mlflow(place)
+
+    shutil.copytree(killed / "runs" / "data", undisturbed / "runs" / "data")
+    with Job("search", *FLAGS, log=undisturbed / "job.log") as job:
+        assert job.wait(280) == 0, job.output
+    assert table(killed) == table(undisturbed)
+
+
+def check_mlflow(place: Path) -> None:
+    """A parent with three children, each ended as its trial did."""
+    ledger = Ledger.existing(storage.resolve(str(place)))
+    parent = run_of(standings.address(ledger, "s", "killed"))
+    client = MlflowClient(standings.tracking_uri())
+    children = client.search_runs(
+        [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    )
+    status = {run.info.run_name: run.info.status for run in children}
+    assert status == {"trial-000": "FINISHED", "trial-001": "FAILED", "trial-002": "KILLED"}
+    assert parent.info.status == "FINISHED"
+
+
+def test_a_mistake_is_a_line_and_nothing_is_written(run_job: Callable[..., Any], tmp_path: Path) -> None:
+    done = run_job("search", "digits", "--metric", "train/loss", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --metric train/loss cannot compare noise schedules")
+    assert "Traceback" not in done.stdout + done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_is_quick(run_job: Callable[..., Any], tmp_path: Path) -> None:
+    done = run_job("search", "digits", "--help", cwd=tmp_path, env={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert done.returncode == 0 and "--max-concurrent" in done.stdout and "--optim.lr" in done.stdout
+    assert " ray" not in done.stderr and " torch" not in done.stderr, "--help imports what it does not need"
