@@ -110,8 +110,8 @@ def cost(trials: list[Trial], place: storage.Location) -> str:
         return f"The lowest training loss and the lowest bound belong to the same trial, {naive.name}."
     return (
         f"A search by the training loss would have chosen {naive.name} ({said(naive.changes)}); by the bound it is "
-        f"{honest.name} ({said(honest.changes)}). The naive choice costs {bits:+.4f} ± {error:.4f} bits/dim (image by image) "
-        f"and {kid:+.4f} ± {kid_error:.4f} in {naive.drawn['name']}."
+        f"{honest.name} ({said(honest.changes)}). The naive choice costs {bits:+.4f} ± {error:.4f} bits/dim (image by "
+        f"image) and {kid:+.4f} ± {kid_error:.4f} in {naive.drawn['name']}."
     )
 
 

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from search import Arguments
 
 LOSS_IS_NO_JUDGE = (
-    "--metric {metric} cannot compare noise schedules: on Gaussian data (std 1/2) a perfect predictor has a loss of 0.24 with "
-    "linear beta_end 0.01, 0.12 with 0.04 and 0.33 with cosine, so the search would find whatever makes the task easy; "
-    "use bits_per_dim (the whole bound), or --space 'optim.lr=log(1e-4,1e-2)' alone"
+    "--metric {metric} cannot compare noise schedules: on Gaussian data (std 1/2) a perfect predictor has a loss of "
+    "0.24 with linear beta_end 0.01, 0.12 with 0.04 and 0.33 with cosine, so the search would find what makes the task "
+    "easy; use bits_per_dim (the whole bound), or --space 'optim.lr=log(1e-4,1e-2)' alone"
 )
 
 
