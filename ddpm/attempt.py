@@ -6,6 +6,8 @@ the jury. What was judged lies in the run's folder: whoever tries again goes on 
 
 import threading
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from ddpm import runs
 from ddpm.config import Config, UserError
@@ -14,8 +16,8 @@ from ddpm.jury import Judged, Jury
 from ddpm.patience import patiently
 from ddpm.runs import Run
 from ddpm.storage import Location
-from ddpm.training import checkpoint, cluster
-from ddpm.training.runtime import Progress
+from ddpm.training import board as boards
+from ddpm.training import checkpoint, cluster, placement
 from ddpm.trials import Rung
 
 POLL_INTERVAL_S = 0.25
@@ -23,6 +25,8 @@ CLOSING_S = 90.0
 """How long workers that are no longer wanted may take to leave."""
 JUDGED = "judged"
 """Folder of a run: what was found of its checkpoints."""
+PLACE = "place"
+"""File of a run: the id of the placement group of its workers."""
 
 
 class Attempt:
@@ -55,6 +59,7 @@ class Attempt:
         self._error: BaseException | None = None
         self._wanted = True
         self._began_at: float | None = None
+        self._place = ""
         self._images_seen, self._training_s = -1, 0.0
 
     def next(self) -> Rung:
@@ -109,6 +114,9 @@ class Attempt:
 
     def _fit(self) -> None:
         try:
+            left = self._patiently(self._run.location.child(PLACE))
+            if left is not None:  # by a driver of this trial that was killed
+                placement.free(left.decode())
             cluster.fit(
                 self._config,
                 self._data_set,
@@ -119,7 +127,11 @@ class Attempt:
         except BaseException as error:  # handed to who waits, whatever it is
             self._error = error
 
-    def _goes_on(self, progress: Progress | None) -> bool:
+    def _goes_on(self, notes: Mapping[str, Any]) -> bool:
+        place, progress = notes.get(boards.PLACE), notes.get(boards.PROGRESS)
+        if place is not None and place.id.hex() != self._place:
+            self._place = place.id.hex()
+            self._run.location.child(PLACE).write(self._place.encode())
         if progress is not None and progress.images_seen != self._images_seen:
             self._images_seen, now = progress.images_seen, time.monotonic()
             self._began_at = self._began_at or now

@@ -215,7 +215,9 @@ class ClusterConfig:
     num_workers: int | str = 1
     """2, or least:most as 1:2: shrink when a node is lost and grow when one joins. The global batch stays."""
     gpu: bool | None = None
-    """One GPU a worker. None: if the cluster has enough."""
+    """Workers have GPUs. None: if the cluster has enough."""
+    gpus_per_worker: float = 1.0
+    """Below 1, workers of several runs share a GPU; those of one run cannot, where they talk through NCCL."""
     cpus_per_worker: float | None = None
     """None: 1, or less where data tasks would be left without a CPU."""
     threads_per_worker: int | None = None

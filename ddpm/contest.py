@@ -71,6 +71,12 @@ class Contest:
         return self._ledger.trials()
 
     @property
+    def is_over(self) -> bool:
+        """Whether all trials ended, and there will be no more."""
+        running = any(trial.status == "running" for trial in self._trials.values())
+        return not running and (self._exhausted or len(self._trials) >= self._num_trials)
+
+    @property
     def num_left(self) -> int:
         """Trials that are to run, or to go on."""
         return max(len(self._waiting), self._num_trials - len(self._trials) + len(self._waiting))
@@ -85,6 +91,7 @@ class Contest:
         number = len(self._trials)
         changes = self._proposer.suggest(number) if number < self._num_trials else None
         if changes is None:
+            self._exhausted = True
             return None
         self._began_at[number] = time.monotonic()
         self._trials[number] = Trial(number, changes)

@@ -85,6 +85,9 @@ def main() -> int:
     spec = study.Spec(config, search.train, search.rungs, search.jury, env, parent_run_id, chosen.verbose)
     with board:
         study.run(contest, spec, chosen.max_concurrent)
+    if not contest.is_over:
+        print(f"interrupted; the same command goes on, with --name {search.name}", file=sys.stderr)
+        return 130
     of_best = search.place, chosen.metric
     standings.draw_finalists(
         ledger,

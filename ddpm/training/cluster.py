@@ -77,7 +77,7 @@ def fit(
         config: checked by `loop.check`; with run.name, and absolute run.storage and data.shards.
         data_set: the split to train on.
         verbose: let Ray's own messages through.
-        goes_on: asked twice a second whether training shall; if not, it ends with its step, and a checkpoint of it.
+        goes_on: asked twice a second, with what is on the board; if not, training ends with its step, and a checkpoint.
         parent_run_id: the MLflow run that this one is shown under.
 
     Raises:

@@ -8,6 +8,9 @@ import time
 from dataclasses import replace
 
 import ray
+import ray.util
+from ray import PlacementGroupID
+from ray.util.placement_group import PlacementGroup
 
 from ddpm.config import Config, UserError
 
@@ -38,9 +41,14 @@ def _resources_per_worker(config: Config, have: dict[str, float]) -> dict[str, f
     cluster, sizes = config.cluster, config.cluster.world_sizes()
     cpus, gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
     least, most = sizes[0], sizes[-1]
-    gpu = cluster.gpu if cluster.gpu is not None else gpus >= least
-    if gpu and gpus < least:
-        raise UserError(f"{least} workers need {least} GPUs, the cluster has {gpus:g}; use fewer workers")
+    part = cluster.gpus_per_worker
+    if not 0 < part <= 1:
+        raise UserError(f"cluster.gpus_per_worker is {part:g}; it must be above 0 and at most 1")
+    gpu = cluster.gpu if cluster.gpu is not None else gpus >= least * part
+    if gpu and gpus < least * part:
+        raise UserError(
+            f"{least} workers need {least * part:g} GPUs, the cluster has {gpus:g}; use fewer workers"
+        )
     share = cluster.cpus_per_worker
     if share is None:
         share = max(min(1.0, int(100 * (cpus - 1) / most) / 100), 0.01)
@@ -52,7 +60,7 @@ def _resources_per_worker(config: Config, have: dict[str, float]) -> dict[str, f
             f"{least} workers of {share:g} CPUs leave none of the cluster's {cpus:g} CPUs to the tasks that read "
             f"data; set --cluster.cpus-per-worker to at most {right:g}, or use fewer workers"
         )
-    return {"CPU": share} | ({"GPU": 1.0} if gpu else {})
+    return {"CPU": share} | ({"GPU": part} if gpu else {})
 
 
 def shared(config: Config, num_runs: int) -> Config:
@@ -77,17 +85,26 @@ def shared(config: Config, num_runs: int) -> Config:
             + (", or smaller --cluster.cpus-per-worker" if share > 0.01 else "")
         )
     gpus = have.get("GPU", 0.0)
-    gpu = config.cluster.gpu if config.cluster.gpu is not None else gpus >= everybody
-    if gpu and gpus < everybody:
+    part = config.cluster.gpus_per_worker
+    gpu = config.cluster.gpu if config.cluster.gpu is not None else gpus >= everybody * part
+    if gpu and gpus < everybody * part:
         raise UserError(
-            f"{num_runs} trials at a time of {workers} workers need {everybody} GPUs, the cluster has {gpus:g}; "
-            f"--max-concurrent {int(gpus / workers)} would fit"
+            f"{num_runs} trials at a time of {workers} workers need {everybody * part:g} GPUs, the cluster has "
+            f"{gpus:g}; --max-concurrent {int(gpus / (workers * part))} would fit, or smaller --cluster.gpus-per-worker"
         )
     threads = config.cluster.threads_per_worker
     if threads is None and sum(node["Alive"] for node in ray.nodes()) == 1:
         threads = max(1, len(os.sched_getaffinity(0)) // everybody)
     cluster = replace(config.cluster, cpus_per_worker=share, gpu=gpu, threads_per_worker=threads)
     return replace(config, cluster=cluster)
+
+
+def free(place: str) -> None:
+    """Give back the placement group of this id, if the cluster has it: who would have, died.
+
+    Ray does so when the job ends (2.60), which may be long.
+    """
+    ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(place))))
 
 
 def check_storage(config: Config) -> None:

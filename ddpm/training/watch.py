@@ -9,7 +9,7 @@ Its own room because this is about people and signals, and cluster.py is about R
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -19,15 +19,15 @@ from ray._private.state import state  # a driver's view of the cluster; what ray
 
 from ddpm.progress import Display
 from ddpm.training import board as boards
-from ddpm.training.runtime import Progress
 
-GoesOn = Callable[[Progress | None], bool]
+GoesOn = Callable[[Mapping[str, Any]], bool]
+"""From what is on the board to whether training shall go on."""
 
 POLL_INTERVAL_S = 0.5
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def always(progress: Progress | None) -> bool:
+def always(notes: Mapping[str, Any]) -> bool:
     return True
 
 
@@ -41,7 +41,7 @@ class Watch:
         board: of the run.
         total_images: to train on in all.
         committed: told the position of each new checkpoint.
-        goes_on: asked at every look, with the progress, whether training shall go on; if not, it ends as by a signal.
+        goes_on: asked at every look, with what is on the board, whether training shall; if not, it ends as by a signal.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Watch:
         if position > self._position:
             self._position = position
             self._committed(position)
-        if not self.ended_early and not self._goes_on(progress):
+        if not self.ended_early and not self._goes_on(notes):
             self.ended_early = True
             ray.get(self._board.note.remote(boards.STOP, "ended early"))
 
