@@ -55,7 +55,7 @@ def later():
         # the driver's side, what runs in the controller, and the workers'
         ("ray.train", {"ddpm.training.cluster", "ddpm.training.controller", "ddpm.training.worker"}),
         ("ray.data", {"ddpm.data.stream"}),
-        ("ray.tune", {"tune.study"}),
+        ("ray.tune", {"tune.driver", "tune.study"}),
     ],
 )
 def test_each_part_of_ray_has_one_owner(part: str, owners: set[str]) -> None:

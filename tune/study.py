@@ -3,32 +3,27 @@
 Tune starts and watches the trials' drivers. Who comes next and who goes on is the contest's to say (ddpm/contest.py),
 so that a search that was killed goes on: Tune's own state lies in a temporary folder and is never read back.
 
-With search.py the only one that knows ray.tune.
+With driver.py the only one that knows ray.tune.
 """
 
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from driver import Driver, Spec
 from outset import Outset
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
-from ray.tune.search.optuna import OptunaSearch
 from space import Choice, Domain, Space
 
-from ddpm import config as configs
 from ddpm import connection
-from ddpm.attempt import Attempt
-from ddpm.config import Config, UserError
+from ddpm.config import UserError
 from ddpm.contest import Contest, Proposer, Stopper
-from ddpm.data.reading import DataSet
-from ddpm.jury import Jury
 from ddpm.training.placement import DRIVER_CPUS
 from ddpm.trials import Ledger, name_of
 
@@ -37,43 +32,6 @@ if TYPE_CHECKING:
 
 MAX_DEATHS = 3
 """So often the process of a trial may die before the trial is given up; it goes on from its checkpoint."""
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What every trial's driver is given."""
-
-    config: Config
-    """Without what the search changes; run.storage is the search's folder."""
-    data_set: DataSet
-    rungs: list[int]
-    jury: Jury
-    env: Mapping[str, str]
-    parent_run_id: str | None
-    verbose: bool
-
-
-class Driver(tune.Trainable):
-    """A trial's driver: one call of `step` is one rung. It needs no CPU to speak of; its workers have their own."""
-
-    def setup(self, config: dict[str, Any], spec: Spec | None = None) -> None:
-        assert spec is not None, "the search gives it"
-        if not spec.verbose:
-            for name in ("ray.train", "ray.data", "ray"):
-                logging.getLogger(name).setLevel(logging.ERROR)
-        os.environ.update(spec.env)
-        changes = {**config["changes"], "run.name": name_of(config["number"])}
-        own = configs.override(spec.config, changes)
-        self._attempt = Attempt(own, spec.data_set, spec.rungs, spec.jury, spec.parent_run_id, spec.verbose)
-
-    def step(self) -> dict[str, Any]:
-        try:
-            return {"rung": self._attempt.next()}
-        except UserError as error:  # no other try would mend it
-            return {"failed": str(error), "done": True}
-
-    def cleanup(self) -> None:
-        self._attempt.close()
 
 
 class Referee(FIFOScheduler):
@@ -122,6 +80,14 @@ class OptunaProposer:
     """Optuna's TPE: after ten random trials, where those that were good are denser than the others."""
 
     def __init__(self, space: Space, seed: int) -> None:
+        try:
+            import optuna  # noqa: F401
+        except ImportError:
+            raise UserError(
+                "--searcher optuna needs Optuna: pip install -e '.[search]'; --searcher random does without"
+            ) from None
+        from ray.tune.search.optuna import OptunaSearch
+
         logging.getLogger("optuna").setLevel(logging.WARNING)
 
         def define(trial: Any) -> None:
