@@ -4,6 +4,7 @@ Its own room because this is a process of its own between the search and the tri
 the jury. What was judged lies in the run's folder: whoever tries again goes on from there.
 """
 
+import contextlib
 import threading
 import time
 from collections.abc import Mapping
@@ -131,7 +132,8 @@ class Attempt:
         place, progress = notes.get(boards.PLACE), notes.get(boards.PROGRESS)
         if place is not None and place.id.hex() != self._place:
             self._place = place.id.hex()
-            self._run.location.child(PLACE).write(self._place.encode())
+            with contextlib.suppress(OSError):  # training can do without
+                self._run.location.child(PLACE).write(self._place.encode())
         if progress is not None and progress.images_seen != self._images_seen:
             self._images_seen, now = progress.images_seen, time.monotonic()
             self._began_at = self._began_at or now

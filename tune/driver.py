@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from ray import tune
 
 from ddpm import config as configs
@@ -44,6 +45,8 @@ class Driver(tune.Trainable):
         os.environ.update(spec.env)
         changes = {**config["changes"], "run.name": name_of(config["number"])}
         own = configs.override(spec.config, changes)
+        if own.cluster.threads_per_worker is not None:
+            torch.set_num_threads(own.cluster.threads_per_worker)
         self._attempt = Attempt(own, spec.data_set, spec.rungs, spec.jury, spec.parent_run_id, spec.verbose)
 
     def step(self) -> dict[str, Any]:
