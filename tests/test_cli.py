@@ -1,10 +1,12 @@
 """Whatever happens in a job, a person and a script can tell."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from ddpm import cli
+from ddpm import cli, presets
 from ddpm.config import UserError
 
 
@@ -41,3 +43,38 @@ def test_a_job_ends_with_a_code_and_at_most_a_line(
 def test_our_own_mistakes_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         cli.run(raising(ZeroDivisionError()))
+
+
+def test_a_file_changes_the_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "best.json"
+    file.write_text('{"schedule": {"kind": "sigmoid", "sigmoid_end": 2}, "optim": {"lr": 0.5}}')
+    monkeypatch.setattr(sys, "argv", ["train.py", "digits", "--config", str(file), "--optim.lr", "1"])
+    found = cli.starting_points()
+    assert set(found) == set(presets.PRESETS)
+    digits = found["digits"]
+    assert (digits.schedule.kind, digits.schedule.sigmoid_end, digits.optim.lr) == ("sigmoid", 2.0, 0.5)
+    assert digits.schedule.num_timesteps == presets.DIGITS.schedule.num_timesteps
+    monkeypatch.setattr(sys, "argv", ["train.py", "digits"])
+    assert cli.starting_points() == presets.PRESETS
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read"),
+        ("{", "is not JSON"),
+        ('{"optim": {"rate": 1}}', "unknown key 'rate'"),
+        ('{"optim": {"lr": "fast"}}', "lr is 'fast'"),
+        ("[]", "expected an object of Config"),
+    ],
+)
+def test_a_file_that_is_no_config_is_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, message: str
+) -> None:
+    file = tmp_path / "best.json"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setattr(sys, "argv", ["train.py", "digits", "--config", str(file)])
+    with pytest.raises(UserError, match=message) as raised:
+        cli.starting_points()
+    assert "best.json" in str(raised.value) and "\n" not in str(raised.value)
