@@ -202,7 +202,7 @@ def remarks(found: Sequence[Standing], metric: Metric) -> list[str]:
             f"{len(tied)} trials are tied for the best bits/dim: {', '.join(s.trial.name for s in tied)}."
         )
     drawn = [s for s in found if s.by_kid]
-    if drawn and metric == "bits_per_dim":
+    if len(drawn) > 1 and metric == "bits_per_dim":
         first = min(drawn, key=lambda s: s.trial.drawn["value"])
         same = first.trial is found[0].trial
         tie = "" if same else (", though in a tie" if found[0].by_kid and found[0].by_kid.best == 1 else "")

@@ -37,15 +37,16 @@ def table(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_a_search_that_was_killed_ends_with_the_same_table(tmp_path: Path) -> None:
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     killed.mkdir()
     with Job("search", *FLAGS, log=killed / "job.log") as job:
-        job.wait_for(lambda: any(trial.rungs for trial in trials(killed)), timeout_s=240)
+        job.wait_for(lambda: any(trial.rungs for trial in trials(killed)), timeout_s=400)
     assert len(trials(killed)) < 3 or trials(killed)[-1].status == "running"
 
     with Job("search", *FLAGS, log=killed / "job.log") as job:
-        assert job.wait(280) == 0, job.output
+        assert job.wait(600) == 0, job.output
         output = job.output
     found = trials(killed)
     assert [(trial.status, len(trial.rungs)) for trial in found] == [
@@ -65,7 +66,7 @@ def test_a_search_that_was_killed_ends_with_the_same_table(tmp_path: Path) -> No
 
     shutil.copytree(killed / "runs" / "data", undisturbed / "runs" / "data")
     with Job("search", *FLAGS, log=undisturbed / "job.log") as job:
-        assert job.wait(280) == 0, job.output
+        assert job.wait(600) == 0, job.output
     assert table(killed) == table(undisturbed)
 
 
