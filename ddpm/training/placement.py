@@ -78,19 +78,17 @@ def shared(config: Config, num_runs: int) -> Config:
     if share is None:
         share = max(min(1.0, int(100 * room / everybody) / 100), 0.01)
     if everybody * share > room:
-        right = max(int(room / (workers * share)), 0)
         raise UserError(
             f"{num_runs} trials at a time of {workers} workers of {share:g} CPUs leave none of the cluster's "
-            f"{have.get('CPU', 0.0):g} CPUs to the tasks that read data; --max-concurrent {right} would fit"
-            + (", or smaller --cluster.cpus-per-worker" if share > 0.01 else "")
+            f"{have.get('CPU', 0.0):g} CPUs to the tasks that read data; use a smaller --max-concurrent or "
+            "--cluster.cpus-per-worker"
         )
-    gpus = have.get("GPU", 0.0)
-    part = config.cluster.gpus_per_worker
+    gpus, part = have.get("GPU", 0.0), config.cluster.gpus_per_worker
     gpu = config.cluster.gpu if config.cluster.gpu is not None else gpus >= everybody * part
     if gpu and gpus < everybody * part:
         raise UserError(
             f"{num_runs} trials at a time of {workers} workers need {everybody * part:g} GPUs, the cluster has "
-            f"{gpus:g}; --max-concurrent {int(gpus / (workers * part))} would fit, or smaller --cluster.gpus-per-worker"
+            f"{gpus:g}; use a smaller --max-concurrent or --cluster.gpus-per-worker"
         )
     threads = config.cluster.threads_per_worker
     if threads is None and sum(node["Alive"] for node in ray.nodes()) == 1:

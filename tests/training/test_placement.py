@@ -1,0 +1,75 @@
+"""What several runs at a time may have of a cluster, and when there is no room for them; Ray is asked nothing here."""
+
+import os
+from collections.abc import Callable
+
+import pytest
+import ray
+
+from ddpm.config import Config, UserError, override
+from ddpm.training import placement
+
+Cluster = Callable[..., None]
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    def has(cpus: float, gpus: float = 0, nodes: int = 1) -> None:
+        monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus, "GPU": gpus})
+        monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}] * nodes)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(int(cpus))))
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    return has
+
+
+@pytest.mark.parametrize(
+    ("cpus", "num_runs", "num_workers", "share", "threads"),
+    [(2, 1, 1, 0.99, 2), (2, 2, 1, 0.49, 1), (4, 2, 2, 0.74, 1), (16, 2, 2, 1.0, 4), (16, 8, 1, 1.0, 2)],
+)
+def test_a_cpu_stays_for_data_tasks(
+    cluster: Cluster, cpus: int, num_runs: int, num_workers: int, share: float, threads: int
+) -> None:
+    cluster(cpus)
+    found = placement.shared(override(Config(), {"cluster.num_workers": num_workers}), num_runs).cluster
+    assert (found.cpus_per_worker, found.threads_per_worker, found.gpu) == (share, threads, False)
+    drivers = num_runs * placement.DRIVER_CPUS
+    assert num_runs * num_workers * share + drivers <= cpus - 1
+    placement.resources_per_worker(override(Config(), {"cluster.cpus_per_worker": share}))
+
+
+def test_several_runs_share_a_gpu(cluster: Cluster) -> None:
+    cluster(16, gpus=1)
+    config = override(Config(), {"cluster.gpus_per_worker": 0.25})
+    assert placement.shared(config, 4).cluster.gpu is True
+    assert placement.resources_per_worker(config) == {"CPU": 1.0, "GPU": 0.25}
+    assert placement.shared(config, 5).cluster.gpu is False
+    assert placement.shared(Config(), 2).cluster.gpu is False
+
+
+@pytest.mark.parametrize(
+    ("flags", "num_runs", "message"),
+    [
+        (
+            {"cluster.cpus_per_worker": 1.0},
+            2,
+            "2 trials at a time of 1 workers of 1 CPUs leave none of the cluster's 2",
+        ),
+        ({"cluster.num_workers": 2, "cluster.cpus_per_worker": 0.3}, 2, "use a smaller --max-concurrent"),
+        ({}, 100, "100 trials at a time of 1 workers of 0.01 CPUs"),
+        ({"cluster.gpu": True}, 2, "need 2 GPUs, the cluster has 1"),
+        ({"cluster.gpu": True, "cluster.gpus_per_worker": 0.6}, 2, "need 1.2 GPUs, the cluster has 1"),
+        ({}, 0, "--max-concurrent is 0; it must be at least 1"),
+    ],
+)
+def test_without_room_it_is_a_line(cluster: Cluster, flags: dict, num_runs: int, message: str) -> None:
+    cluster(2, gpus=1)
+    with pytest.raises(UserError) as raised:
+        placement.shared(override(Config(), flags), num_runs)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_share_of_a_gpu_is_a_share(cluster: Cluster) -> None:
+    cluster(2, gpus=1)
+    with pytest.raises(UserError, match=r"gpus_per_worker is 2; it must be above 0 and at most 1"):
+        placement.resources_per_worker(override(Config(), {"cluster.gpus_per_worker": 2.0}))
