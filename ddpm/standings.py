@@ -303,14 +303,18 @@ def _settle(trial: Trial, place: Location, parent: Address, parent_run_id: str) 
     uri = place.child(trial.name).uri
     try:
         key = runs.existing_run(uri).key
+    except UserError:  # it never began
+        return True
+    try:
         kept = delivery.kept(uri, parent.experiment)
         if kept.records:
             delivery.deliver(kept, MLFLOW_TIMEOUT_S, lambda done: None)
-    except UserError:  # it never began, or MLflow does not take it now
+    except UserError:  # MLflow does not take it now
         return False
-    child = Address(parent.uri, parent.experiment, trial.name, key, parent_run_id)
-    run = MlflowRun(child, {}, MLFLOW_TIMEOUT_S)
-    return run.find() and run.settle(STATUS[trial.status])
+    run = MlflowRun(
+        Address(parent.uri, parent.experiment, trial.name, key, parent_run_id), {}, MLFLOW_TIMEOUT_S
+    )
+    return not run.find() or run.settle(STATUS[trial.status])
 
 
 def _shown(found: Sequence[Standing]) -> tuple[list[str], list[list[str]]]:
