@@ -1,6 +1,8 @@
 """Fixtures: real servers, a browser, jobs; and what keeps tests apart from each other and from the user."""
 
+import contextlib
 import os
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -100,6 +102,35 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URI of an MLflow server."""
     with servers.MlflowServer(tmp_path_factory.mktemp("mlflow")) as server:
         yield server.uri
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[servers.PostgresServer]:
+    """A PostgreSQL server. Its folder is not pytest's, which root's user postgres could not enter."""
+    try:
+        servers.postgres_program("postgres")
+    except FileNotFoundError as missing:
+        pytest.skip(str(missing))
+    with tempfile.TemporaryDirectory(prefix="postgres-") as folder:
+        Path(folder).chmod(0o711)
+        with servers.PostgresServer(Path(folder)) as server:
+            yield server
+
+
+@pytest.fixture(scope="session")
+def guarded_mlflow(
+    postgres: servers.PostgresServer, s3_server: servers.S3Server, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[servers.GuardedMlflowServer]:
+    """infra/mlflow/serve on PostgreSQL and the bucket mlflow."""
+    import boto3
+
+    with contextlib.closing(boto3.client("s3", **s3_server.client_options)) as client:
+        client.create_bucket(Bucket="mlflow")
+    files = "s3://mlflow/files"
+    with servers.GuardedMlflowServer(
+        tmp_path_factory.mktemp("guarded-mlflow"), postgres, files, s3_server.client_env
+    ) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
