@@ -102,7 +102,7 @@ class Server:
 
 
 class S3Server(Server):
-    """SeaweedFS, which checks signatures as S3 does. `client_env` is what a client needs, `client_options` what boto3."""
+    """SeaweedFS, which checks signatures as S3 does. Clients need `client_env`, or boto3's `client_options`."""
 
     def __init__(self, folder: Path, access_key: str = "lab", secret_key: str = "labsecret") -> None:
         master, volume, filer, s3, admin = ports = free_ports(5)
@@ -281,6 +281,37 @@ class GuardedMlflowServer(Server):
             "MLFLOW_TRACKING_USERNAME": user,
             "MLFLOW_TRACKING_PASSWORD": password or self.admin_password,
         }
+
+
+class AwsServer(Server):
+    """AWS as moto plays it: EC2, IAM, CloudFormation; its S3 checks no signature. `client_env` is what clients need."""
+
+    def __init__(self, folder: Path, host: str = LOOPBACK) -> None:
+        (port,) = free_ports(1)
+        self.endpoint = f"http://{host}:{port}"
+        self.client_env = {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": "lab",
+            "AWS_SECRET_ACCESS_KEY": "labsecret",
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+        self.client_options = {
+            "endpoint_url": self.endpoint,
+            "aws_access_key_id": "lab",
+            "aws_secret_access_key": "labsecret",
+            "region_name": "us-east-1",
+        }
+        command = [program("moto_server"), "--host", host, "--port", str(port)]
+        super().__init__("moto", command, f"{self.endpoint}/moto-api/data.json", folder)
+
+    def check_permissions(self, checked: bool) -> None:
+        """Whether from now on calls need an IAM policy that allows them."""
+        request = urllib.request.Request(
+            f"{self.endpoint}/moto-api/reset-auth", data=b"0" if checked else b"inf", method="POST"
+        )
+        urllib.request.urlopen(request, timeout=10).close()
 
 
 class RayHead(Server):

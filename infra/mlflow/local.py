@@ -2,8 +2,8 @@
 
     MLFLOW_AUTH_ADMIN_PASSWORD=... make mlflow
 
-PostgreSQL is Debian's (apt-get install postgresql), S3 is the server of the tests; both listen on loopback only, and keep
-what they have in --folder until the next start. Ctrl-C ends all three.
+PostgreSQL is Debian's (apt-get install postgresql), S3 is the server of the tests; both listen on loopback only, and
+keep what they have in --folder until the next start. Ctrl-C ends all three.
 """
 
 import os
