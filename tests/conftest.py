@@ -127,10 +127,12 @@ def guarded_mlflow(
     with contextlib.closing(boto3.client("s3", **s3_server.client_options)) as client:
         client.create_bucket(Bucket="mlflow")
     files = "s3://mlflow/files"
-    with servers.GuardedMlflowServer(
-        tmp_path_factory.mktemp("guarded-mlflow"), postgres, files, s3_server.client_env
-    ) as server:
-        yield server
+    folder = tmp_path_factory.mktemp("guarded-mlflow")
+    server = servers.GuardedMlflowServer(folder, postgres, files, s3_server.client_env)
+    try:
+        yield server.start(timeout_s=240)
+    finally:
+        server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -309,7 +309,9 @@ class AwsServer(Server):
     def check_permissions(self, checked: bool) -> None:
         """Whether from now on calls need an IAM policy that allows them."""
         request = urllib.request.Request(
-            f"{self.endpoint}/moto-api/reset-auth", data=b"0" if checked else b"inf", method="POST"
+            f"{self.endpoint}/moto-api/reset-auth",
+            data=b"0" if checked else b"inf",
+            headers={"Content-Type": "text/plain"},
         )
         urllib.request.urlopen(request, timeout=10).close()
 
