@@ -231,10 +231,10 @@ class PostgresServer(Server):
         self.execute(f"ALTER ROLE mlflow PASSWORD '{self.client_env['PGPASSWORD']}'")
         return self
 
-    def execute(self, statement: str) -> list[tuple[Any, ...]]:
+    def execute(self, statement: str, database: str = "postgres") -> list[tuple[Any, ...]]:
         """The rows that `statement` gives, said by the superuser."""
         address = {"host": str(self.socket_dir), "port": self.client_env["PGPORT"]}
-        with psycopg.connect(**address, user="postgres", dbname="postgres", autocommit=True) as connection:
+        with psycopg.connect(**address, user="postgres", dbname=database, autocommit=True) as connection:
             cursor = connection.execute(statement)
             return cursor.fetchall() if cursor.description else []
 
