@@ -143,7 +143,7 @@ def test_the_entrypoint_is_a_command_that_parses() -> None:
     defaults = {name: Arguments(name, config) for name, config in presets.PRESETS.items()}
     parsed = tyro.cli(tyro.extras.subcommand_type_from_defaults(defaults, presets.ABOUT), args=words)
     assert parsed.config.run.storage == "s3://BUCKET/runs"
-    assert parsed.config.cluster.num_workers == (1, 8)
+    assert parsed.config.cluster.num_workers == "1:8"
 
 
 def test_no_pod_is_root_or_may_become_it() -> None:
