@@ -1,9 +1,9 @@
 """Files from outside, altered at random for as long as one likes: python tests/fuzz.py [--seconds 60] [--seed 0].
 
-Each kind of file begins as a valid one; bytes are flipped, cut, doubled, and spliced from another one. A reader may take
-what comes of it or refuse it in its own words (UserError, CorruptData, DamagedSegment, ValueError of an image); whatever
-else it raises is printed with the bytes that did it, and the exit code is 1. Memory is limited to 4 GiB more than the
-programs themselves take, so that a file which asks for more ends the run.
+Each kind of file begins as a valid one; bytes are flipped, cut, doubled, and spliced from another one. A reader may
+take what comes of it or refuse it in its own words (UserError, CorruptData, DamagedSegment, ValueError of an image);
+whatever else it raises is printed with the bytes that did it, and the exit code is 1. Memory is limited to 4 GiB more
+than the programs themselves take, so that a file which asks for more ends the run.
 """
 
 import base64
@@ -15,7 +15,9 @@ import resource
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -46,7 +48,7 @@ LOCAL = pafs.LocalFileSystem()
 class Target:
     """A kind of file: `seeds` are valid ones, and `read` says whether it took one."""
 
-    seeds: list[bytes]
+    seeds: Sequence[bytes]
     is_json = False
     refusals: tuple[type[Exception], ...] = (UserError,)
 
@@ -106,7 +108,7 @@ class Shard(Target):
 
 class Config(Target):
     is_json = True
-    seeds = [configs.to_json(DIGITS).encode()]
+    seeds = (configs.to_json(DIGITS).encode(),)
 
     def take(self, data: bytes) -> None:
         with contextlib.suppress(UnicodeDecodeError):  # read_text's, before any of ours
@@ -136,7 +138,7 @@ class Checkpoint(Target):
 class EncodedImage(Target):
     """An image of a data set."""
 
-    seeds = [image_file(kind) for kind in ("PNG", "JPEG", "WEBP")]
+    seeds = tuple(image_file(kind) for kind in ("PNG", "JPEG", "WEBP"))
     refusals = (ValueError,)
 
     def take(self, data: bytes) -> None:
@@ -146,12 +148,12 @@ class EncodedImage(Target):
 class Picture(Target):
     """A picture of one's own, to prepare."""
 
-    seeds = [
+    seeds = (
         *(image_file(kind) for kind in ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")),
         image_file("PNG", "P"),
         image_file("PNG", "LA"),
         image_file("TIFF", "CMYK"),
-    ]
+    )
 
     def take(self, data: bytes) -> None:
         assert store([(data, "it")], SIDE, 3, "raw").shape == (1, SIDE, SIDE, 3)
@@ -186,7 +188,7 @@ class Arguments:
     seed: int = 0
 
 
-def altered(seeds: list[bytes], dice: random.Random) -> bytes:
+def altered(seeds: Sequence[bytes], dice: random.Random) -> bytes:
     data = bytearray(dice.choice(seeds))
     for _ in range(dice.choice([1, 1, 2, 4, 16])):
         # Headers are where readers decide how much to ask for.
@@ -214,6 +216,7 @@ def altered(seeds: list[bytes], dice: random.Random) -> bytes:
 
 def main() -> int:
     arguments = tyro.cli(Arguments, description=__doc__)
+    warnings.simplefilter("ignore")  # Pillow's, of what is odd in a file
     failed = False
     for kind in TARGETS:
         with tempfile.TemporaryDirectory() as folder:
