@@ -1,8 +1,14 @@
 """infra/mlflow: a server on PostgreSQL and S3 that lets in who has a password, and what a person sees there."""
 
+import contextlib
 import json
+import shutil
 import sys
+import tempfile
+import time
+import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +32,7 @@ SHORT = {
     "sample.num-sample-steps": 5,
     "model.base-width": 16,
     "run.name": "trained",
-    "run.storage": "runs",
+    "run.storage": "s3://trained/runs",
 }
 PATIENCE_MS = 60_000
 
@@ -87,18 +93,50 @@ def test_no_secret_is_in_its_log_or_its_arguments(guarded_mlflow: servers.Guarde
         assert guarded_mlflow.env[name] not in said
 
 
+@dataclass
+class Trained:
+    """What a run with secrets in its environment has left behind."""
+
+    secrets: dict[str, str]
+    arguments: set[str]
+    """Of every process that it started."""
+    output: Path
+    ray: Path
+    """Ray's own logs."""
+
+
 @pytest.fixture(scope="module")
-def runs(
-    guarded_mlflow: servers.GuardedMlflowServer,
-    trainer: dict[str, str],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> list[Run]:
-    """A short run of digits, which had no key of the bucket; and one beside it to compare it with."""
-    folder = tmp_path_factory.mktemp("trained")
+def trained(
+    trainer: dict[str, str], s3_server: servers.S3Server, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Trained]:
+    """A short run of digits with its storage in S3; nobody gave it a key of the bucket that MLflow keeps files in."""
+    with contextlib.closing(boto3.client("s3", **s3_server.client_options)) as client:
+        client.create_bucket(Bucket="trained")
+    folder, ray = tmp_path_factory.mktemp("trained"), Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    token = uuid.uuid4().hex
+    given = {"RAY_TMPDIR": str(ray), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    secrets = {
+        name: (trainer | s3_server.client_env | given)[name]
+        for name in ("MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "RAY_AUTH_TOKEN")
+    }
     words = [word for flag, value in SHORT.items() for word in (f"--{flag}", value)]
-    done = processes.run_job("train", "digits", *words, cwd=folder, env=trainer)
-    assert done.returncode == 0, done.stderr
-    assert PASSWORD not in done.stdout + done.stderr
+    found = Trained(secrets, set(), folder / "job.log", ray)
+    with processes.Job(
+        "train", "digits", *words, log=found.output, env=trainer | s3_server.client_env | given
+    ) as job:
+        while job.process.poll() is None:
+            for process in psutil.Process(job.process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    found.arguments.add(" ".join(process.cmdline()))
+            time.sleep(0.1)
+        assert job.wait() == 0, job.output
+    yield found
+    shutil.rmtree(ray, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def runs(guarded_mlflow: servers.GuardedMlflowServer, trainer: dict[str, str], trained: Trained) -> list[Run]:
+    """That run, as MLflow has it; and one beside it to compare it with."""
     with pytest.MonkeyPatch.context() as patch:
         for variable, value in trainer.items():
             patch.setenv(variable, value)
@@ -132,6 +170,43 @@ def test_a_run_is_in_postgresql_and_its_pictures_in_s3(
         ("other", "FINISHED"),
         ("trained", "FINISHED"),
     ]
+
+
+@pytest.mark.slow
+def test_no_secret_is_in_anything_that_was_written(
+    trained: Trained,
+    runs: list[Run],
+    guarded_mlflow: servers.GuardedMlflowServer,
+    postgres: servers.PostgresServer,
+    s3_server: servers.S3Server,
+) -> None:
+    """Output, arguments, Ray's logs, both buckets, all tables of MLflow, and its log."""
+    texts: dict[str, bytes] = {
+        "output": trained.output.read_bytes(),
+        "MLflow's log": guarded_mlflow.log.read_bytes(),
+        "arguments": "\n".join(trained.arguments).encode(),
+        "MLflow's params": repr(runs[1].data.params | runs[1].data.tags).encode(),
+    }
+    texts |= {str(file): file.read_bytes() for file in trained.ray.rglob("*") if file.is_file()}
+    with contextlib.closing(boto3.client("s3", **s3_server.client_options)) as client:
+        for bucket in ("trained", "mlflow"):
+            for item in client.list_objects_v2(Bucket=bucket)["Contents"]:
+                texts[f"s3://{bucket}/{item['Key']}"] = client.get_object(Bucket=bucket, Key=item["Key"])[
+                    "Body"
+                ].read()
+    for (table,) in postgres.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'", "mlflow"):
+        texts[f"table {table}"] = repr(postgres.execute(f'SELECT * FROM "{table}"', "mlflow")).encode()
+    secrets = trained.secrets | {
+        name: guarded_mlflow.env[name]
+        for name in ("PGPASSWORD", "MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY")
+    }
+    assert any("ray" in words for words in trained.arguments)
+    assert any("/logs/" in name for name in texts)
+    assert any(name.endswith("net.safetensors") for name in texts)
+    assert b"trained" in texts["table runs"]
+    assert [
+        (n, where) for n, secret in secrets.items() for where, t in texts.items() if secret.encode() in t
+    ] == []
 
 
 @pytest.fixture
