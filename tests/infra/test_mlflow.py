@@ -109,7 +109,7 @@ class Trained:
 def trained(
     trainer: dict[str, str], s3_server: servers.S3Server, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Trained]:
-    """A short run of digits with its storage in S3; nobody gave it a key of the bucket that MLflow keeps files in."""
+    """A short run of digits with its storage in S3 and passwords wherever one can be."""
     with contextlib.closing(boto3.client("s3", **s3_server.client_options)) as client:
         client.create_bucket(Bucket="trained")
     folder, ray = tmp_path_factory.mktemp("trained"), Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
@@ -136,7 +136,7 @@ def trained(
 
 @pytest.fixture(scope="module")
 def runs(guarded_mlflow: servers.GuardedMlflowServer, trainer: dict[str, str], trained: Trained) -> list[Run]:
-    """That run, as MLflow has it; and one beside it to compare it with."""
+    """That run, as MLflow has it; and one beside it to compare it with, by a client without a key of S3."""
     with pytest.MonkeyPatch.context() as patch:
         for variable, value in trainer.items():
             patch.setenv(variable, value)
@@ -145,6 +145,7 @@ def runs(guarded_mlflow: servers.GuardedMlflowServer, trainer: dict[str, str], t
         other = client.create_run(experiment, run_name="other")
         client.log_param(other.info.run_id, "optim.lr", 0.000321)
         client.log_metric(other.info.run_id, "train/loss", 0.5, step=256)
+        client.log_text(other.info.run_id, "hello", "note.txt")
         client.set_terminated(other.info.run_id)
         return sorted(client.search_runs([experiment]), key=lambda run: run.info.run_name)
 
@@ -166,6 +167,7 @@ def test_a_run_is_in_postgresql_and_its_pictures_in_s3(
     trained = runs[1].info
     assert trained.artifact_uri.startswith("mlflow-artifacts:/")
     assert any(key.endswith(f"{trained.run_id}/artifacts/pictures/samples.png") for key in keys)
+    assert any(key.endswith(f"{runs[0].info.run_id}/artifacts/note.txt") for key in keys)
     assert postgres.execute("SELECT name, status FROM runs ORDER BY name", "mlflow") == [
         ("other", "FINISHED"),
         ("trained", "FINISHED"),
