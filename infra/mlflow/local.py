@@ -6,9 +6,11 @@ PostgreSQL is Debian's (apt-get install postgresql), S3 is the server of the tes
 keep what they have in --folder until the next start. Ctrl-C ends all three.
 """
 
+import contextlib
 import os
 import signal
 import sys
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +36,9 @@ def main() -> int:
         print("MLFLOW_AUTH_ADMIN_PASSWORD must be set, to 12 characters or more", file=sys.stderr)
         return 2
     folder = arguments.folder.absolute()
-    with servers.S3Server(folder / "s3") as s3, servers.PostgresServer(folder / "postgres") as database:
+    (folder / "s3/data/mini.options").unlink(missing_ok=True)  # would keep it to the ports of the last start
+    s3 = servers.S3Server(folder / "s3", "mlflow", uuid.uuid4().hex)
+    with s3, servers.PostgresServer(folder / "postgres") as database:
         buckets = boto3.client("s3", **s3.client_options)
         if "mlflow" not in {bucket["Name"] for bucket in buckets.list_buckets()["Buckets"]}:
             buckets.create_bucket(Bucket="mlflow")
@@ -49,10 +53,11 @@ def main() -> int:
                 "            and MLFLOW_TRACKING_PASSWORD; `infra/mlflow/add_user.py` lets others in",
                 flush=True,
             )
-            signal.sigwait([signal.SIGINT, signal.SIGTERM])
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.pause()
     return 0
 
 
 if __name__ == "__main__":
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())
