@@ -53,7 +53,7 @@ PUBLIC = {
     "network": (400e9, "bytes/s of a machine of 8 GPUs to others, p5.48xlarge, 3,200 Gbit/s: AWS's EC2 "
     "instance types"),
     "bus_share": (0.7, "of those that large messages reach; an assumption"),
-    "latency": (20e-6, "seconds a step of a ring between machines; an assumption"),
+    "latency": (20e-6, "seconds a step of an all-reduce takes beside the bytes; an assumption"),
     "get_limit": (5500, "GETs a second a prefix: Amazon S3's user guide, performance"),
     "s3_stream": (90e6, "bytes/s a connection: Amazon S3's user guide, performance guidelines (85-90 MB/s)"),
     "get_price": (0.0004 / 1000, "$ a GET: S3 Standard, us-east-1"),
@@ -61,6 +61,70 @@ PUBLIC = {
     "gpu_price": (55.04 / 8, "$ an hour and H100: p5.48xlarge on demand, us-east-1, since June 2025"),
     "core_price": (0.357 / 8, "$ an hour and vCPU: c7i.2xlarge on demand, us-east-1"),
 }  # fmt: skip
+
+
+PAGE = """\
+# From 1 to 256 GPUs, from 1 GB to 100 TB
+
+Computed by [benchmarks/scale.py](../benchmarks/scale.py), a model of a line or two a quantity. Nothing on this page
+was run on GPUs: it says where the next wall stands, not how soon it is reached. {today}, {machine}.
+
+## More GPUs: {images_per_gpu} images each a step, raw shards in S3
+
+| preset | GPUs | images/s | step | all-reduce | cores that read | S3 | requests/s | object store | $/hour |
+|---|---|---|---|---|---|---|---|---|---|
+{gpu_rows}
+
+- **1 GPU.** Its machine has cores enough to read for it. Nothing to set.
+- **8 GPUs, one machine.** The all-reduce hides behind the backward pass. Reading needs cores that the workers leave
+  free (`--cluster.cpus-per-worker`), or a pool of machines without GPUs.
+- **The first wall is ours:** reading may run ahead by {ahead} for the whole run (`OBJECT_STORE_BYTES` in
+  ddpm/data/stream.py), and a task reads {chunk} images. So at most {tasks_32} tasks of `cifar10` and {tasks_64} of
+  `celeba64` are under way at once, however many cores there are. Where the column `object store` says more, it has to
+  be raised, and the nodes' object stores with it.
+- **256 GPUs.** The global batch is {batch}: another learning rate and warm-up, or fewer images a GPU. {cores} cores
+  read, a cluster of their own. {requests} requests a second are {than} the {limit} that S3 answers for one prefix
+  at once: larger row groups need fewer. One actor deals the stream out to all workers: nobody has measured it with so
+  many.
+
+## More data: raw 32x32 colour images, row groups of {rows}
+
+| shards | images | row groups | manifest | to read it | S3 a month | requests of an epoch | epoch on 8 GPUs | on 256 |
+|---|---|---|---|---|---|---|---|---|
+{size_rows}
+
+- **Up to 1 TB** nothing changes but the price. In AWS a gateway endpoint for S3 keeps traffic free of charge.
+- **100 TB.** The manifest is the wall: JSON with a checksum a row group, which every process reads whole. Row groups of
+  sixteen times the size make it a sixteenth (`rows_per_row_group` of `ddpm.data.prepare.prepare`), and tasks that much
+  larger; beyond that it belongs into Parquet, a part a split. Merely to read the images once, as checking them does,
+  takes one core {days} days; `jobs/prepare.py` uses all cores of a cluster.
+
+## Checkpoints
+
+`cifar10` has {weights} M weights and checkpoints of {size} (net, EMA, AdamW), with any number of GPUs: rank 0 writes.
+Training waits for the copy, {copy} s here. Beside it go {write} s of writing and hashing, and {upload} s to S3 over one
+connection. The preset asks for one every {every} images, which would be every {due} GPUs: with many GPUs ask for
+fewer (`--train.checkpoint-every-images`), not more often than every {background} s. {kept} are kept; in a versioned
+bucket those deleted cost money until they expire.
+
+## Constants
+
+| measured here, one core | |
+|---|---|
+| rows a second, 32x32 colour, raw, checksum included | {raw_rows} |
+| the same, PNG | {png_rows} |
+| requests a row group | {requests_each} |
+| a checkpoint copied in memory | {copy_speed}/s |
+| a checkpoint written and hashed | {write_speed}/s |
+| manifest, a row group | {manifest} |
+| FLOPs of an image, forward and backward: `cifar10`, `celeba64` | {flops} |
+
+| taken from elsewhere | |
+|---|---|
+{public_rows}
+
+Prices are list prices as known when this was written, and change: look them up before you rely on them.
+"""
 
 
 @dataclass(frozen=True)
@@ -159,12 +223,12 @@ def flops_per_image(config: Config) -> float:
 
 
 def all_reduce_s(gpus: int, num_bytes: float) -> float:
-    """A ring: each GPU sends 2 (N - 1) / N of the gradient, over the slowest link on the way.
+    """Each GPU sends 2 (N - 1) / N of the gradient over the slowest link on the way, in as many steps as a tree is deep.
 
     Source: Patarasuk and Yuan 2009, Bandwidth optimal all-reduce algorithms.
     """
     link = public("nvlink") if gpus <= 8 else min(public("nvlink"), public("network"))
-    latency = 2 * (gpus - 1) * public("latency") if gpus > 8 else 0.0
+    latency = 2 * math.log2(gpus) * public("latency")
     return 2 * (gpus - 1) / gpus * num_bytes / (link * public("bus_share")) + latency
 
 
@@ -220,151 +284,84 @@ def main() -> None:
     measured = measure()
     published = 21 * 128 * flops_per_image(CIFAR10) / 420e12
     PUBLIC["utilisation"] = (published, PUBLIC["utilisation"][1])
-    OUT.write_text("\n".join(page(measured, published)) + "\n")
+    OUT.write_text(page(measured, published))
     print(OUT.read_text())
 
 
-def page(measured: Measured, utilisation: float) -> list[str]:
-    """docs/scale.md, line by line."""
+def page(measured: Measured, utilisation: float) -> str:
+    """docs/scale.md."""
     plans = {
         (name, gpus): plan(config, gpus, utilisation, measured)
         for name, config in {"cifar10": CIFAR10, "celeba64": CELEBA64}.items()
         for gpus in GPUS
     }
     cifar10 = {gpus: plans["cifar10", gpus] for gpus in GPUS}
-    return [
-        "# From 1 to 256 GPUs, from 1 GB to 100 TB",
-        "",
-        "Computed by [benchmarks/scale.py](../benchmarks/scale.py), a model of a line or two a quantity. "
-        "Nothing on this "
-        "page was run on GPUs: it says where the next wall stands, not how soon it is reached. "
-        f"{datetime.date.today()}, {os.cpu_count()} cores of {processor()}, torch {torch.__version__}.",
-        *more_gpus(plans),
-        *more_data(cifar10, measured),
-        *checkpoints(cifar10, measured),
-        *constants(measured),
+    size, every, image = (
+        parameters(CIFAR10) * BYTES_PER_PARAMETER,
+        CIFAR10.train.checkpoint_every_images,
+        32 * 32 * 3,
+    )
+    largest, limit = cifar10[GPUS[-1]], public("get_limit")
+    return PAGE.format(
+        today=datetime.date.today(),
+        machine=f"{os.cpu_count()} cores of {processor()}, torch {torch.__version__}",
+        images_per_gpu=IMAGES_PER_GPU,
+        gpu_rows="\n".join(gpu_row(name, p) for (name, _), p in plans.items()),
+        ahead=human(OBJECT_STORE_BYTES),
+        chunk=f"{CHUNK_IMAGES:,}",
+        tasks_32=OBJECT_STORE_BYTES // (CHUNK_IMAGES * image),
+        tasks_64=OBJECT_STORE_BYTES // (CHUNK_IMAGES * 4 * image),
+        batch=f"{GPUS[-1] * IMAGES_PER_GPU:,}",
+        cores=math.ceil(largest.cores),
+        requests=f"{largest.requests:,.0f}",
+        than="more than" if largest.requests > limit else "below",
+        limit=f"{limit:,.0f}",
+        rows=f"{rows_of(image):,}",
+        size_rows="\n".join(size_row(name, total, cifar10, measured) for name, total in SIZES.items()),
+        days=f"{SIZES['100 TB'] / image / measured.raw_rows / 3600 / 24:,.0f}",
+        weights=f"{parameters(CIFAR10) / 1e6:.1f}",
+        size=human(size),
+        copy=f"{size / measured.copy:.2f}",
+        write=f"{size / measured.write:.1f}",
+        upload=f"{size / public('s3_stream'):.0f}",
+        every=f"{every:,}",
+        due=", ".join(f"{every / p.images:,.1f} s on {gpus}" for gpus, p in cifar10.items()),
+        background=f"{size / measured.write + size / public('s3_stream'):.0f}",
+        kept=CIFAR10.train.keep_checkpoints,
+        raw_rows=f"{measured.raw_rows:,.0f}",
+        png_rows=f"{measured.png_rows:,.0f}",
+        requests_each=f"{measured.requests:.0f}",
+        copy_speed=human(measured.copy),
+        write_speed=human(measured.write),
+        manifest=f"{measured.manifest_bytes:.0f} B, {measured.manifest_s * 1e6:.1f} us",
+        flops=", ".join(f"{flops_per_image(config) / 1e9:.1f} G" for config in (CIFAR10, CELEBA64)),
+        public_rows="\n".join(f"| {source} | {value:.3g} |" for value, source in PUBLIC.values()),
+    )
+
+
+def gpu_row(name: str, p: Plan) -> str:
+    cells = [
+        f"`{name}`",
+        p.gpus,
+        f"{p.images:,.0f}",
+        f"{p.step_s * 1e3:.1f} ms",
+        f"{p.all_reduce_s * 1e3:.2f} ms",
     ]
+    cells += [math.ceil(p.cores), f"{human(p.bytes)}/s", f"{p.requests:,.1f}", human(p.object_store)]
+    return row(*cells, f"{p.dollars:,.0f}")
 
 
-def more_gpus(plans: dict[tuple[str, int], Plan]) -> list[str]:
-    largest, allowed = plans["cifar10", GPUS[-1]], OBJECT_STORE_BYTES
-    return [
-        "",
-        f"## More GPUs: {IMAGES_PER_GPU} images each a step, raw shards in S3",
-        "",
-        "| preset | GPUs | images/s | step | all-reduce | cores that read | S3 | requests/s | object store | "
-        "$/hour |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-        *(
-            f"| `{name}` | {gpus} | {p.images:,.0f} | {p.step_s * 1e3:.1f} ms | {p.all_reduce_s * 1e3:.2f} ms "
-            f"| "
-            f"{math.ceil(p.cores)} | {human(p.bytes)}/s | {p.requests:,.1f} | {human(p.object_store)} | "
-            f"{p.dollars:,.0f} |"
-            for (name, gpus), p in plans.items()
-        ),
-        "",
-        "- **1 GPU.** Its machine has cores enough to read for it. Nothing to set.",
-        "- **8 GPUs, one machine.** The all-reduce hides behind the backward pass. Reading needs cores that "
-        "the workers "
-        "leave free (`--cluster.cpus-per-worker`), or a pool of machines without GPUs.",
-        f"- **The first wall is ours:** reading may run ahead by {human(allowed)} for the whole run "
-        f"(`OBJECT_STORE_BYTES` in "
-        f"ddpm/data/stream.py), and a task reads {CHUNK_IMAGES:,} images. So at most "
-        f"{allowed // (CHUNK_IMAGES * 32 * 32 * 3)} tasks of `cifar10` and "
-        f"{allowed // (CHUNK_IMAGES * 64 * 64 * 3)} of "
-        "`celeba64` are under way at once, however many cores there are. Where the column `object store` says "
-        "more, it "
-        "has to be raised, and the nodes' object stores with it.",
-        f"- **256 GPUs.** The global batch is {256 * IMAGES_PER_GPU:,}: another learning rate and warm-up, or "
-        f"fewer images "
-        f"a GPU. {math.ceil(largest.cores)} cores read, a cluster of their own. {largest.requests:,.0f} "
-        f"requests a second "
-        f"stay below S3's {public('get_limit'):,.0f} a prefix. One actor deals the stream out to all workers: "
-        f"nobody has "
-        "measured it with so many.",
-    ]
+def size_row(name: str, total: float, plans: dict[int, Plan], measured: Measured) -> str:
+    """Of raw 32x32 colour images."""
+    images, groups = total / (32 * 32 * 3), total / (32 * 32 * 3) / rows_of(32 * 32 * 3)
+    cells = [name, human(images, ""), f"{groups:,.0f}", human(groups * measured.manifest_bytes)]
+    cells += [f"{groups * measured.manifest_s:,.1f} s", f"{total * public('month_price'):,.2f} $"]
+    cells += [f"{groups * measured.requests * public('get_price'):,.2f} $"]
+    return row(*cells, *(f"{images / plans[gpus].images / 3600:,.2f} h" for gpus in (8, 256)))
 
 
-def more_data(plans: dict[int, Plan], measured: Measured) -> list[str]:
-    image = 32 * 32 * 3
-    lines = [
-        "",
-        f"## More data: raw 32x32 colour images, row groups of {rows_of(image):,}",
-        "",
-        "| shards | images | row groups | manifest | to read it | S3 a month | requests of an epoch | epoch "
-        "on 8 GPUs | on 256 |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, total in SIZES.items():
-        images, groups = total / image, total / image / rows_of(image)
-        hours = [images / plans[gpus].images / 3600 for gpus in (8, 256)]
-        lines.append(
-            f"| {name} | {human(images, '')} | {groups:,.0f} | {human(groups * measured.manifest_bytes)} | "
-            f"{groups * measured.manifest_s:,.1f} s | {total * public('month_price'):,.2f} $ | "
-            f"{groups * measured.requests * public('get_price'):,.2f} $ | {hours[0]:,.2f} h | {hours[1]:,.2f} "
-            f"h |"
-        )
-    days = SIZES["100 TB"] / image / measured.raw_rows / 3600 / 24
-    return [
-        *lines,
-        "",
-        "- **Up to 1 TB** nothing changes but the price. In AWS a gateway endpoint for S3 keeps traffic free "
-        "of charge.",
-        "- **100 TB.** The manifest is the wall: JSON with a checksum a row group, which every process reads "
-        "whole. Row "
-        "groups of sixteen times the size make it a sixteenth (`rows_per_row_group` of "
-        "`ddpm.data.prepare.prepare`), and "
-        "tasks that much larger; beyond that it belongs into Parquet, a part a split. Merely to read the "
-        "images once, as "
-        f"checking them does, takes one core {days:,.0f} days; `jobs/prepare.py` uses all cores of a cluster.",
-    ]
-
-
-def checkpoints(plans: dict[int, Plan], measured: Measured) -> list[str]:
-    size, every = parameters(CIFAR10) * BYTES_PER_PARAMETER, CIFAR10.train.checkpoint_every_images
-    due = ", ".join(f"{every / p.images:,.1f} s on {gpus}" for gpus, p in plans.items())
-    background = size / measured.write + size / public("s3_stream")
-    return [
-        "",
-        "## Checkpoints",
-        "",
-        f"`cifar10` has {parameters(CIFAR10) / 1e6:.1f} M weights and checkpoints of {human(size)} (net, EMA, "
-        f"AdamW), with any "
-        f"number of GPUs: rank 0 writes. Training waits for the copy, {size / measured.copy:.2f} s here. "
-        f"Beside it go "
-        f"{size / measured.write:.1f} s of writing and hashing, and {size / public('s3_stream'):.0f} s to S3 "
-        f"over one connection. "
-        f"The preset asks for one every {every:,} images, which would be every {due} GPUs: with many GPUs ask "
-        f"for "
-        f"fewer (`--train.checkpoint-every-images`), not more often than every {background:.0f} s. "
-        f"{CIFAR10.train.keep_checkpoints} are kept; in a versioned bucket those deleted cost money until "
-        f"they expire.",
-    ]
-
-
-def constants(measured: Measured) -> list[str]:
-    return [
-        "",
-        "## Constants",
-        "",
-        "| measured here, one core | |",
-        "|---|---|",
-        f"| rows a second, 32x32 colour, raw, checksum included | {measured.raw_rows:,.0f} |",
-        f"| the same, PNG | {measured.png_rows:,.0f} |",
-        f"| requests a row group | {measured.requests:.0f} |",
-        f"| a checkpoint copied in memory | {human(measured.copy)}/s |",
-        f"| a checkpoint written and hashed | {human(measured.write)}/s |",
-        f"| manifest, a row group | {measured.manifest_bytes:.0f} B, {measured.manifest_s * 1e6:.1f} us |",
-        f"| FLOPs of an image, `cifar10`, forward and backward | {flops_per_image(CIFAR10) / 1e9:.1f} G |",
-        f"| the same, `celeba64` | {flops_per_image(CELEBA64) / 1e9:.1f} G |",
-        "",
-        "| taken from elsewhere | |",
-        "|---|---|",
-        *(f"| {source} | {value:.3g} |" for value, source in PUBLIC.values()),
-        "",
-        "Prices are list prices as known when this was written, and change: look them up before you rely on "
-        "them.",
-    ]
+def row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def human(value: float, unit: str = "B") -> str:

@@ -4,14 +4,17 @@ import base64
 import fnmatch
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import boto3
 import cfnlint.decode
 import processes
 import pytest
+import requests
 import servers
 from botocore.exceptions import ClientError
 from moto.iam.access_control import IAMPolicy, PermissionResult
@@ -201,14 +204,19 @@ def test_the_database_is_mlflows_alone(resources: dict[str, str], client: Callab
     )
 
 
+def boot_script(resources: dict[str, str], client: Callable[[str], Any]) -> str:
+    """What the MLflow server's instance is told to do first."""
+    said = client("ec2").describe_instance_attribute(
+        InstanceId=resources["MlflowServer"], Attribute="userData"
+    )["UserData"]["Value"]
+    return base64.b64decode(said).decode()
+
+
 def test_mlflow_starts_as_infra_mlflow_serve_does(
     resources: dict[str, str], outputs: dict[str, str], client: Callable[[str], Any]
 ) -> None:
     """The instance has the script's settings and command, and no password."""
-    said = client("ec2").describe_instance_attribute(
-        InstanceId=resources["MlflowServer"], Attribute="userData"
-    )["UserData"]["Value"]
-    boot = base64.b64decode(said).decode()
+    boot = boot_script(resources, client)
     serve = (processes.REPO / "infra/mlflow/serve").read_text()
     for setting in ("MLFLOW_BACKEND_STORE_URI=postgresql+psycopg://", "mlflow server --app-name basic-auth"):
         assert setting in serve
@@ -218,6 +226,35 @@ def test_mlflow_starts_as_infra_mlflow_serve_does(
     assert f"MLFLOW_ARTIFACTS_DESTINATION=s3://{outputs['BucketName']}/mlflow" in boot
     for password in re.findall(r"\b\w*(?:PASSWORD|SECRET_KEY)=.*", boot):
         assert "=$(secret ddpm/mlflow-" in password
+
+
+def test_the_boot_script_lets_the_jobs_user_in(
+    resources: dict[str, str],
+    client: Callable[[str], Any],
+    guarded_mlflow: servers.GuardedMlflowServer,
+    tmp_path: Path,
+) -> None:
+    """As on the instance, but for the port, the user's name, and the program that knows passwords."""
+    boot = boot_script(resources, client)
+    (script,) = re.findall(
+        r"^cat > /opt/mlflow/let-trainer-in <<'END'\n(.*?)^END$", boot, re.MULTILINE | re.DOTALL
+    )
+    port = guarded_mlflow.uri.rpartition(":")[2]
+    (tmp_path / "let-in").write_text(script.replace(":5000", f":{port}").replace('"trainer', '"booted'))
+    (tmp_path / "aws").write_text(
+        '#!/bin/bash\n[[ "$*" == *mlflow-admin* ]] && echo "$ADMIN" || echo "$TRAINER"\n'
+    )
+    (tmp_path / "aws").chmod(0o755)
+    env = {"ADMIN": guarded_mlflow.admin_password, "TRAINER": "a-password-of-aws"}
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = processes.run(["bash", tmp_path / "let-in"], cwd=tmp_path, env=env | {"PATH": path})
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    url = f"{guarded_mlflow.uri}/api/2.0/mlflow/experiments/search?max_results=1"
+    statuses = [
+        requests.get(url, auth=("booted", password), timeout=30).status_code
+        for password in ("a-password-of-aws", "another-password")
+    ]
+    assert statuses == [200, 401]
 
 
 OBJECTS = ("s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload")
