@@ -223,7 +223,7 @@ def flops_per_image(config: Config) -> float:
 
 
 def all_reduce_s(gpus: int, num_bytes: float) -> float:
-    """Each GPU sends 2 (N - 1) / N of the gradient over the slowest link on the way, in as many steps as a tree is deep.
+    """Each GPU sends 2 (N - 1) / N of the gradient over the slowest link, in as many steps as a tree is deep.
 
     Source: Patarasuk and Yuan 2009, Bandwidth optimal all-reduce algorithms.
     """
