@@ -15,6 +15,7 @@ import os
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ import torch
 from runtime import processor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm.config import Config
+from ddpm.config import Config, override
 from ddpm.data.manifest import Encoding, Shard, make_manifest, manifest_from_json
 from ddpm.data.plan import CHUNK_IMAGES
 from ddpm.data.prepare import MAX_ROWS_PER_ROW_GROUP, ROW_GROUP_BYTES
@@ -207,18 +208,16 @@ class Counted(io.FileIO):
         return super().read(size)
 
 
+@cache
 def flops_per_image(config: Config) -> float:
     """Of a training step: forward, and twice as much backward."""
-    with torch.device("meta"):
-        net = build_net(config)
-        model = config.model
-        x_t, t = (
-            torch.empty(1, model.channels, model.image_size, model.image_size),
-            torch.zeros(1, dtype=torch.long),
-        )
-        counter = FlopCounterMode(display=False)
-        with counter, torch.no_grad():
-            net(x_t, t)
+    net, model = build_net(override(config, {"train.precision": "float32"})), config.model
+    x_t, t = (
+        torch.zeros(1, model.channels, model.image_size, model.image_size),
+        torch.zeros(1, dtype=torch.long),
+    )
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(x_t, t)
     return 3.0 * counter.get_total_flops()
 
 
