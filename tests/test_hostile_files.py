@@ -8,8 +8,10 @@ made to ask for too much. tests/fuzz.py does the same for as long as one likes.
 import io
 import json
 import re
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +128,7 @@ def test_a_shard_that_unpacks_to_a_thousandfold_is_refused_before_it_is(tmp_path
     shard = Shard("train/00000.parquet", rows, (rows,), file.stat().st_size, "0" * 64, ("0" * 64,))
     manifest = make_manifest("test", side, side, 1, "raw", [], {"train": [shard]}, "")
     before = pa.total_allocated_bytes()
-    with pytest.raises(CorruptData, match="it unpacks to 26843"):
+    with pytest.raises(CorruptData, match=r"it unpacks to 268\d{6} bytes; the whole shard has"):
         read_row_group(LOCAL, str(tmp_path), manifest, "train", 0)
     assert pa.total_allocated_bytes() - before < 1 << 24
 
@@ -181,19 +183,20 @@ def test_a_picture_is_not_given_to_programs_that_pillow_knows(
     assert started == []
 
 
-@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "GIF", "BMP"])
-def test_a_picture_of_any_size_takes_memory_for_one(kind: str) -> None:
-    """The largest that Pillow opens: 179 million pixels; a larger one is refused by its header."""
-    image = Image.fromarray(np.zeros((64, 64), np.uint8))
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"])
+def test_formats_of_pictures_are_still_taken(kind: str) -> None:
     file = io.BytesIO()
-    image.save(file, kind)
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(file, kind)
     assert len(store([(file.getvalue(), "it")], 8, 1, "raw")) == 1
-    monstrous = io.BytesIO()
-    if kind == "PNG":
-        Image.new("1", (40_000, 40_000)).save(monstrous, kind)
-        assert len(monstrous.getvalue()) < 1 << 20
-        with pytest.raises(UserError, match="decompression bomb"):
-            store([(monstrous.getvalue(), "it")], 8, 1, "raw")
+
+
+def test_a_picture_larger_than_pillow_opens_is_refused_by_its_header() -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(file, "PNG")
+    header = file.getvalue()[12:16] + struct.pack(">II", 40_000, 40_000) + file.getvalue()[24:29]
+    claiming = file.getvalue()[:12] + header + struct.pack(">I", zlib.crc32(header)) + file.getvalue()[33:]
+    with pytest.raises(UserError, match=r"cannot read the image it: .*decompression bomb"):
+        store([(claiming, "it")], 8, 1, "raw")
 
 
 def test_the_fuzzer_runs_and_reports(tmp_path: Path) -> None:
