@@ -174,11 +174,12 @@ class MlflowServer(Server):
 class PostgresServer(Server):
     """PostgreSQL with a role and a database `mlflow`; `client_env` is what its clients need.
 
-    PostgreSQL refuses to be root: started by root, it runs as Debian's user postgres. The role's password is a
-    new one at every start, and only in this object: it is set through the socket, which nobody else reaches.
+    PostgreSQL refuses to be root: started by root, it runs as Debian's user postgres. The role's password is in this
+    object alone: it is set through the socket, which nobody else reaches.
 
     Raises:
         FileNotFoundError: it is not installed.
+        RuntimeError: it cannot make its data in `folder`; the message says why.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -186,26 +187,17 @@ class PostgresServer(Server):
         postgres, initdb = (postgres_program(name) for name in ("postgres", "initdb"))
         user = "postgres" if os.geteuid() == 0 else None
         # Short, since a socket's name must fit into 107 characters; its own, since nobody else may enter.
-        self.socket_dir = Path(tempfile.mkdtemp(prefix="postgres-", dir="/tmp"))
+        self.socket_dir = Path("/tmp", f"postgres-{uuid.uuid4().hex[:12]}")
         data = folder / "data"
         data.mkdir(mode=0o700, parents=True, exist_ok=True)
         if user:
-            for path in (self.socket_dir, data):
-                shutil.chown(path, user, user)
+            shutil.chown(data, user, user)
         if not (data / "PG_VERSION").exists():
-            words = [
-                initdb,
-                "--pgdata",
-                str(data),
-                "--username",
-                "postgres",
-                "--encoding",
-                "UTF8",
-                "--locale",
-                "C",
-            ]
-            words += ["--auth-local", "trust", "--auth-host", "scram-sha-256", "--no-sync"]
-            subprocess.run(words, cwd="/", check=True, capture_output=True, **run_as(user))
+            words = [initdb, "--pgdata", str(data), "--username", "postgres", "--encoding", "UTF8"]
+            words += ["--locale", "C", "--auth-local", "trust", "--auth-host", "scram-sha-256", "--no-sync"]
+            done = subprocess.run(words, cwd="/", capture_output=True, text=True, **run_as(user))
+            if done.returncode:
+                raise RuntimeError(f"initdb cannot make {data}:\n{done.stderr}")
         self.client_env = {
             "PGHOST": LOOPBACK,
             "PGPORT": str(port),
@@ -224,6 +216,9 @@ class PostgresServer(Server):
         return True
 
     def start(self, timeout_s: float = 90) -> Self:
+        self.socket_dir.mkdir(mode=0o700, exist_ok=True)
+        if self.user:
+            shutil.chown(self.socket_dir, self.user, self.user)
         super().start(timeout_s)
         for statement in ("CREATE ROLE mlflow LOGIN", "CREATE DATABASE mlflow OWNER mlflow"):
             with contextlib.suppress(psycopg.errors.DuplicateObject, psycopg.errors.DuplicateDatabase):
@@ -244,6 +239,7 @@ class PostgresServer(Server):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(grace_s)
         super().stop(grace_s)
+        shutil.rmtree(self.socket_dir, ignore_errors=True)
 
 
 class GuardedMlflowServer(Server):
