@@ -17,7 +17,7 @@ train: $(VENV)/installed
 	$(BIN)/python jobs/train.py digits --run.name digits --run.storage runs
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: $(VENV)/installed-test
 	$(BIN)/python tests/soak.py

@@ -1,7 +1,9 @@
 """Fixtures: real servers, a browser, jobs; and what keeps tests apart from each other and from the user."""
 
 import os
+import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,11 +30,14 @@ ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+RAY_FOLDER = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)
 
 
 def pytest_configure() -> None:
     """Before torch and ray are imported: both read some of it at import."""
     os.environ.update(ENV)
+    # Clusters of other tests, and of the user, are not found. Short: the sockets in it take 107 characters at most.
+    os.environ["RAY_TMPDIR"] = RAY_FOLDER.name
     for name in (
         "RAY_ADDRESS",
         "AWS_PROFILE",
@@ -41,6 +46,13 @@ def pytest_configure() -> None:
         "MLFLOW_EXPERIMENT_NAME",
     ):
         os.environ.pop(name, None)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of files that are dealt out to processes, those with the most slow tests come first: they end together."""
+    if config.getoption("dist", "no") != "no":
+        slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+        items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.hookimpl(wrapper=True)
