@@ -50,7 +50,7 @@ def pytest_configure() -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of files that are dealt out to processes, those with the most slow tests come first: they end together."""
-    if config.getoption("dist", "no") != "no":
+    if hasattr(config, "workerinput"):  # pytest-xdist
         slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
         items.sort(key=lambda item: -slow[item.path])
 
