@@ -3,7 +3,6 @@
 import os
 import tempfile
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,13 +45,6 @@ def pytest_configure() -> None:
         "MLFLOW_EXPERIMENT_NAME",
     ):
         os.environ.pop(name, None)
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of files that are dealt out to processes, those with the most slow tests come first: they end together."""
-    if hasattr(config, "workerinput"):  # pytest-xdist
-        slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-        items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.hookimpl(wrapper=True)
