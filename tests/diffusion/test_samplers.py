@@ -72,27 +72,38 @@ def test_ancestral_with_variance_beta_is_exact_for_standard_normal_data(num_time
     torch.testing.assert_close(x.std(), 0.99**0.5 * torch.tensor(seen[-1]).double(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("sample", "order"), [(ddim, 1), (dpmpp_2m, 2), (heun, 2)])
+@pytest.mark.parametrize(
+    ("sample", "order"),
+    [
+        (ddim, 1),
+        (partial(ddim, eta=1.0), 1),
+        (dpmpp_2m, 2),
+        (partial(dpmpp_2m, eta=0.5), 2),
+        (partial(dpmpp_2m, eta=1.0), 2),
+        (heun, 2),
+    ],
+    ids="ddim ddim-eta-1 dpmpp_2m dpmpp_2m-eta-0.5 dpmpp_2m-eta-1 heun".split(),
+)
 def test_convergence_is_of_the_order_promised(sample, order):
     """Halving the steps divides the error by 2^order.
 
-    Data from N(0, s^2): all is linear, so the image is the factor that a single x_t = 1 is multiplied by. The
-    ODE, dy / dsigma = sigma y / (s^2 + sigma^2) in y = x_t / sqrt(alpha_bar), makes y grow as
-    sqrt(s^2 + sigma^2); the last step, the same for every number of steps, asks for
-    x_0_hat = s^2 / (s^2 + sigma^2) y.
+    Data from N(0, s^2): all is linear, so the image is a sum of what was drawn, each draw times a factor of its
+    own: image k is what comes of draw k alone, and the root of the sum of squares is the std of images. In
+    y = x_t / sqrt(alpha_bar) that of x_t is sqrt(s^2 + sigma^2), whatever eta; the last step, the same for every
+    number of steps, asks for x_0_hat = s^2 / (s^2 + sigma^2) y.
     """
     s = 0.2
     fine = schedules.linear(25_601, 2.5e-6, 8e-4)  # T far above the steps: what is rounded to t does not show
     spread = (s**2 + fine.sigma**2).sqrt()
-    denoise, one = gaussian(fine, 0.0, s), torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    denoise = gaussian(fine, 0.0, s)
     error = []
     for n in (50, 100, 200, 400):
         timesteps = karras(fine, n + 1)
-        x = sample(denoise, fine, lambda: one, timesteps=timesteps, threshold=None)
-        first = timesteps[0]
-        exact = spread[0] / spread[first] / fine.alpha_bar[first].sqrt() * s**2 / spread[0] ** 2
-        error.append(abs(x.item() / exact.item() - 1))
-    assert error[-1] < {1: 0.01, 2: 2e-4}[order]
+        draws = torch.eye(n + 1, dtype=torch.float64).view(n + 1, n + 1, 1, 1, 1)
+        draws[0] *= spread[timesteps[0]] * fine.alpha_bar[timesteps[0]].sqrt()  # data that are not N(0, 1)
+        x = sample(denoise, fine, iter(draws).__next__, timesteps=timesteps, threshold=None)
+        error.append(abs(x.norm().item() / (s**2 / spread[0].item()) - 1))
+    assert error[-1] < {1: 0.02, 2: 4e-4}[order]
     orders = [math.log2(coarse / finer) for coarse, finer in pairwise(error)]
     assert orders == pytest.approx([order] * 3, abs=0.15)
 
