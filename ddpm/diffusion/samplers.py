@@ -12,7 +12,7 @@ noise).
 Papers:
     ancestral  Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
     ddim       Song et al. 2021, Denoising Diffusion Implicit Models, arXiv:2010.02502
-    dpmpp_2m   Lu et al. 2022, DPM-Solver++, arXiv:2211.01095
+    dpmpp_2m   Lu et al. 2022, DPM-Solver++, arXiv:2211.01095; Xue et al. 2023, SA-Solver, arXiv:2309.05019
     heun       Karras et al. 2022, Elucidating the Design Space (EDM), arXiv:2206.00364
     mix        the Hugging Face diffusion course, unit 1
 
@@ -208,9 +208,10 @@ def dpmpp_2m(
     The first step knows no step before, and the last goes to sigma = 0, where h is infinite: for both D is
     x_0_hat, and the last returns it.
 
-    eta = 0 solves the probability flow ODE. With eta = 1 this is SDE-DPM-Solver++(2M): each step replaces part of
-    the noise, and with it of the errors that a net has made on the way. Any eta between solves an SDE of the
-    same marginals, in y = x / sqrt(alpha_bar): dy = (1 + eta) (x_0_hat - y) dlambda + sqrt(2 eta) sigma dw.
+    eta = 0 solves the probability flow ODE. eta = 1 is SDE-DPM-Solver++(2M), whose every step replaces some of the
+    noise, and with it of the errors that a net has made on the way; the first step is that of `ddim` with either.
+    Any eta between solves, in y = x_t / sqrt(alpha_bar), an SDE of the same marginals,
+    dy = (1 + eta) (x_0_hat - y) dlambda + sqrt(2 eta) sigma dw; in short steps it does what eta^2 does in `ddim`.
 
     Args:
         denoise: at the timesteps, once each.
@@ -227,8 +228,8 @@ def dpmpp_2m(
     Raises:
         ValueError: timesteps do not fall, or eta is out of its range.
 
-    Source: Lu et al. 2022, Algorithm 2, and for the SDE its appendix; between the two, Xue et al. 2023, SA-Solver
-    (arXiv:2309.05019), Eq. 9 with tau^2 = eta.
+    Source: Lu et al. 2022, Algorithm 2, and its section on diffusion SDEs for eta = 1; for the SDEs between,
+    Xue et al. 2023, whose tau^2 is eta.
     """
     _check_eta(eta)
     signal, sigma = _signal_and_sigma(schedule, timesteps)
