@@ -18,7 +18,8 @@ train: $(VENV)/installed
 	$(BIN)/python jobs/train.py digits --run.name digits --run.storage runs
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m slow
 
 soak: $(VENV)/installed-test
 	$(BIN)/python tests/soak.py

@@ -30,11 +30,14 @@ ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+RAY_FOLDER = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)
 
 
 def pytest_configure() -> None:
     """Before torch and ray are imported: both read some of it at import."""
     os.environ.update(ENV)
+    # Clusters of other tests, and of the user, are not found. Short: the sockets in it take 107 characters at most.
+    os.environ["RAY_TMPDIR"] = RAY_FOLDER.name
     for name in (
         "RAY_ADDRESS",
         "AWS_PROFILE",

@@ -26,8 +26,10 @@ import psycopg
 from processes import REPO, kill_tree, program, run
 
 LOOPBACK = "127.0.0.1"
-# Below the range Linux takes for outgoing connections (32768 and up), so none slips in before the server.
-PORTS = range(10_000, 20_000)
+# Below the range Linux takes for outgoing connections (32768 and up), so none slips in before the server. Of
+# processes that test side by side each has ports of its own.
+SHARE = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 4
+PORTS = range(10_000 + 2_500 * SHARE, 12_500 + 2_500 * SHARE)
 GRPC_OFFSET = 10_000
 
 

@@ -228,6 +228,7 @@ def test_mlflow_starts_as_infra_mlflow_serve_does(
         assert "=$(secret ddpm/mlflow-" in password
 
 
+@pytest.mark.slow
 def test_the_boot_script_lets_the_jobs_user_in(
     resources: dict[str, str],
     client: Callable[[str], Any],

@@ -36,6 +36,8 @@ SHORT = {
 }
 PATIENCE_MS = 60_000
 
+pytestmark = pytest.mark.slow  # all of them, since their servers take as long to start
+
 
 def add_user(server: servers.GuardedMlflowServer, name: str, **env: str) -> Any:
     words = [sys.executable, processes.REPO / "infra/mlflow/add_user.py", name]
@@ -150,7 +152,6 @@ def runs(guarded_mlflow: servers.GuardedMlflowServer, trainer: dict[str, str], t
         return sorted(client.search_runs([experiment]), key=lambda run: run.info.run_name)
 
 
-@pytest.mark.slow
 def test_a_run_is_in_postgresql_and_its_pictures_in_s3(
     runs: list[Run],
     postgres: servers.PostgresServer,
@@ -174,7 +175,6 @@ def test_a_run_is_in_postgresql_and_its_pictures_in_s3(
     ]
 
 
-@pytest.mark.slow
 def test_no_secret_is_in_anything_that_was_written(
     trained: Trained,
     runs: list[Run],
@@ -225,7 +225,6 @@ def page(browser: Any, guarded_mlflow: servers.GuardedMlflowServer, tmp_path: Pa
     context.close()
 
 
-@pytest.mark.slow
 def test_runs_are_compared_in_the_browser(page: Any, runs: list[Run], guarded_mlflow: Any) -> None:
     ids = json.dumps([run.info.run_id for run in runs])
     experiments = json.dumps([runs[0].info.experiment_id])
@@ -235,7 +234,6 @@ def test_runs_are_compared_in_the_browser(page: Any, runs: list[Run], guarded_ml
     page.get_by_text("0.000321", exact=True).first.wait_for()
 
 
-@pytest.mark.slow
 def test_grids_are_seen_in_the_browser(page: Any, runs: list[Run], guarded_mlflow: Any) -> None:
     info = runs[1].info
     page.goto(f"{guarded_mlflow.uri}/#/experiments/{info.experiment_id}/runs/{info.run_id}/artifacts")
@@ -247,7 +245,6 @@ def test_grids_are_seen_in_the_browser(page: Any, runs: list[Run], guarded_mlflo
     assert min(size) > 8
 
 
-@pytest.mark.slow
 def test_the_browser_shows_nothing_without_a_password(
     browser: Any, runs: list[Run], guarded_mlflow: servers.GuardedMlflowServer
 ) -> None:
