@@ -10,6 +10,7 @@ help:
 	@echo 'make train   install, and train on the digits; what comes out is in runs/digits'
 	@echo 'make test    install what tests need, and run them all'
 	@echo 'make soak    train for half an hour through a fault a minute, and compare with an undisturbed run'
+	@echo 'make mlflow  start an MLflow server with PostgreSQL, S3 and passwords on this machine'
 	@echo 'make check   format, lint, types, and which module may import which'
 	@echo 'make clean   remove $(VENV) and caches; runs/ stays'
 
@@ -17,10 +18,14 @@ train: $(VENV)/installed
 	$(BIN)/python jobs/train.py digits --run.name digits --run.storage runs
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m slow
 
 soak: $(VENV)/installed-test
 	$(BIN)/python tests/soak.py
+
+mlflow: $(VENV)/installed-test
+	PYTHONPATH=tests $(BIN)/python infra/mlflow/local.py
 
 check: $(VENV)/installed-check
 	$(BIN)/ruff format --check .
@@ -58,4 +63,4 @@ $(BIN)/pip:
 	    echo '$(PYTHON) $(NO_PIP)' >&2; exit 1; \
 	fi
 
-.PHONY: help train test soak check clean
+.PHONY: help train test soak mlflow check clean

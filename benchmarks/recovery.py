@@ -174,11 +174,13 @@ def measure_alone(name: str, lost: str) -> float:
     """`measure` in a process of its own: what a cluster that is gone leaves in a driver's threads ends with it."""
     command = [sys.executable, __file__, "--only", name, lost]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    *lines, took = done.stdout.splitlines()
-    print(*lines, f"{lost} {name}: {float(took):.1f} s", sep="\n", flush=True)
-    return float(took)
+    lines = done.stdout.splitlines()  # Ray's may come after ours
+    (took,) = (float(line.removeprefix(TOOK)) for line in lines if line.startswith(TOOK))
+    print(*lines, f"{lost} {name}: {took:.1f} s", sep="\n", flush=True)
+    return took
 
 
+TOOK = "took, in seconds: "
 STARTS = {"bare": bare, "ours": train}
 LOST = {"worker": "a worker", "node": f"a node, which is back {BACK_AFTER_S:.0f} s later"}
 
@@ -187,7 +189,7 @@ def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     if arguments.only is not None:
         name, lost = arguments.only
-        print(measure(STARTS[name], lost == "node"), flush=True)
+        print(f"{TOOK}{measure(STARTS[name], lost == 'node')}", flush=True)
         os._exit(0)  # without waiting for the threads of the cluster that is gone
     found: dict[tuple[str, str], list[float]] = {}
     for _ in range(arguments.repeats):

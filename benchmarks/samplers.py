@@ -14,6 +14,7 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,18 +31,37 @@ from ddpm.progress import Display
 
 PIECE_IMAGES = 25
 ALL = 1000
+
+
+class Way(NamedTuple):
+    """One of drawing."""
+
+    sampler: str
+    steps: int
+    eta: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """Without its steps."""
+        return f"{self.sampler}, eta {self.eta:g}" if self.eta else self.sampler
+
+
+BEST = Way("ancestral", ALL)
 WAYS = (
-    ("dpmpp_2m", 5),
-    ("dpmpp_2m", 10),
-    ("dpmpp_2m", 20),
-    ("dpmpp_2m", 50),
-    ("heun", 10),
-    ("heun", 20),
-    ("ddim", 10),
-    ("ddim", 20),
-    ("ddim", 50),
-    ("ancestral", 50),
-    ("ancestral", ALL),
+    Way("dpmpp_2m", 5),
+    Way("dpmpp_2m", 10),
+    Way("dpmpp_2m", 20),
+    Way("dpmpp_2m", 50),
+    Way("dpmpp_2m", 10, eta=1.0),
+    Way("dpmpp_2m", 20, eta=1.0),
+    Way("dpmpp_2m", 50, eta=1.0),
+    Way("heun", 10),
+    Way("heun", 20),
+    Way("ddim", 10),
+    Way("ddim", 20),
+    Way("ddim", 50),
+    Way("ancestral", 50),
+    BEST,
 )
 
 
@@ -53,13 +73,13 @@ class Arguments:
     num_images: int = 500
 
 
-def draw(candidate: yardstick.Candidate, sampler: str, steps: int, n: int) -> tuple[np.ndarray, float]:
+def draw(candidate: yardstick.Candidate, way: Way, n: int) -> tuple[np.ndarray, float]:
     """Images uint8 [N, H, W, C], and images/s of all cores."""
-    sample = replace(candidate.config.sample, sampler=sampler, num_sample_steps=steps)
+    sample = replace(candidate.config.sample, sampler=way.sampler, num_sample_steps=way.steps, eta=way.eta)
     request = Request(candidate.net.state_dict(), replace(candidate.config, sample=sample))
     pieces = [range(i, min(i + PIECE_IMAGES, n)) for i in range(0, n, PIECE_IMAGES)]
     done: dict[range, np.ndarray] = {}
-    with Fleet(partial(Artist, request)) as fleet, Display(f"{sampler} {steps}", n) as display:
+    with Fleet(partial(Artist, request)) as fleet, Display(f"{way.name} {way.steps}", n) as display:
         began = time.perf_counter()
         for piece, pixels in fleet.map(Artist.draw, pieces):
             done[piece] = pixels
@@ -72,28 +92,28 @@ def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     (candidate,) = yardstick.read([arguments.checkpoint])
     by = yardstick.choose([candidate], yardstick.Settings(num_images=2000, features="classifier"))
-    found: dict[tuple[str, int], tuple[Score, float]] = {}
-    for sampler, steps in WAYS:
-        drawn, speed = draw(candidate, sampler, steps, arguments.num_images)
+    found: dict[Way, tuple[Score, float]] = {}
+    for way in WAYS:
+        drawn, speed = draw(candidate, way, arguments.num_images)
         features = Features(
             np.arange(len(drawn)), features_of(by.feature_net, torch.from_numpy(drawn)).values
         )
         scores = score(by.feature_net.name, features, by.real, by.other_real)
         kid = next(s for s in scores if s.name.startswith("KID"))
-        found[sampler, steps] = kid, speed
+        found[way] = kid, speed
         print(
-            f"{sampler} {steps}: {kid.name} {kid.value:.4f} +- {kid.error:.4f}, {speed:.2f} images/s",
+            f"{way.name} {way.steps}: {kid.name} {kid.value:.4f} +- {kid.error:.4f}, {speed:.2f} images/s",
             flush=True,
         )
-        grid = Path(f"samplers-{sampler}-{steps}.png")
+        grid = Path(f"samplers-{way.sampler}-{way.steps}-eta-{way.eta:g}.png")
         grid.write_bytes(images.png_bytes(images.grid(drawn[:64])))
         print(f"grid        {grid.absolute()}", flush=True)
     write(candidate, found)
 
 
-def write(candidate: yardstick.Candidate, found: dict[tuple[str, int], tuple[Score, float]]) -> None:
+def write(candidate: yardstick.Candidate, found: dict[Way, tuple[Score, float]]) -> None:
     """The table, as Markdown, and the picture."""
-    best, _ = found["ancestral", ALL]
+    best, _ = found[BEST]
     seen, n = candidate.position["images_seen"], best.n
     lines = [
         "# How many steps images need",
@@ -107,10 +127,11 @@ def write(candidate: yardstick.Candidate, found: dict[tuple[str, int], tuple[Sco
         f"| sampler | steps | {best.name} | from all {ALL} steps of ancestral | images/s |",
         "|---|---|---|---|---|",
     ]
-    for (sampler, steps), (kid, speed) in found.items():
+    for way, (kid, speed) in found.items():
         apart, error = kid.value - best.value, (kid.error**2 + best.error**2) ** 0.5
         lines.append(
-            f"| {sampler} | {steps} | {kid.value:.4f} ± {kid.error:.4f} | {apart:+.4f} ± {error:.4f} | {speed:.2f} |"
+            f"| {way.name} | {way.steps} | {kid.value:.4f} ± {kid.error:.4f} | {apart:+.4f} ± {error:.4f} "
+            f"| {speed:.2f} |"
         )
     file = Path(__file__).with_suffix(".md")
     file.write_text("\n".join([*lines, "", "![KID over steps](samplers.png)"]) + "\n")
@@ -119,10 +140,10 @@ def write(candidate: yardstick.Candidate, found: dict[tuple[str, int], tuple[Sco
     figure = Figure((5, 3.4), layout="constrained")
     axes = figure.subplots()
     curves = defaultdict(list)
-    for (sampler, steps), (kid, _) in found.items():
-        curves[sampler].append((steps, kid.value, kid.error))
-    for sampler, points in curves.items():
-        axes.errorbar(*zip(*sorted(points), strict=True), marker="o", capsize=3, label=sampler)
+    for way, (kid, _) in found.items():
+        curves[way.name].append((way.steps, kid.value, kid.error))
+    for name, points in curves.items():
+        axes.errorbar(*zip(*sorted(points), strict=True), marker="o", capsize=3, label=name)
     if best.floor is not None:
         axes.axhline(best.floor, color="grey", linewidth=1, label="real against real")
     axes.set_xscale("log")

@@ -174,7 +174,7 @@ class SampleConfig:
     rho: float = 7.0
     """karras: the larger, the more steps where little noise is left."""
     eta: float = 0.0
-    """ddim: 0 is deterministic, 1 as noisy as ancestral."""
+    """ddim, dpmpp_2m: 0 is deterministic, 1 as noisy as ancestral."""
     mean: Literal["clipped", "plain"] = "clipped"
     """ancestral: posterior mean from the clipped x_0_hat, or Algorithm 2 to the letter."""
     variance: Literal["beta", "beta_tilde"] = "beta_tilde"

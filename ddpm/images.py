@@ -117,7 +117,7 @@ def png_bytes(array: Pixels) -> bytes:
 
 def from_png(data: bytes) -> Pixels:
     """The inverse of `png_bytes`."""
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
         return np.atleast_3d(np.asarray(image, np.uint8))
 
 

@@ -45,7 +45,7 @@ class Arguments:
     spacing: Literal["auto", "uniform", "quadratic", "karras"] | None = None
     """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/7); auto: what suits the sampler."""
     eta: float | None = None
-    """ddim: 0 is deterministic, 1 as noisy as ancestral."""
+    """ddim, dpmpp_2m: 0 is deterministic, 1 as noisy as ancestral."""
     dynamic_threshold: float | None = None
     """Instead of clipping, dynamic thresholding at this quantile, as 0.995."""
     guidance_scale: float | None = None

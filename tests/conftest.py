@@ -1,6 +1,8 @@
 """Fixtures: real servers, a browser, jobs; and what keeps tests apart from each other and from the user."""
 
+import contextlib
 import os
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,11 +30,14 @@ ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+RAY_FOLDER = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)
 
 
 def pytest_configure() -> None:
     """Before torch and ray are imported: both read some of it at import."""
     os.environ.update(ENV)
+    # Clusters of other tests, and of the user, are not found. Short: the sockets in it take 107 characters at most.
+    os.environ["RAY_TMPDIR"] = RAY_FOLDER.name
     for name in (
         "RAY_ADDRESS",
         "AWS_PROFILE",
@@ -100,6 +105,37 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URI of an MLflow server."""
     with servers.MlflowServer(tmp_path_factory.mktemp("mlflow")) as server:
         yield server.uri
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[servers.PostgresServer]:
+    """A PostgreSQL server. Its folder is not pytest's, which root's user postgres could not enter."""
+    try:
+        servers.postgres_program("postgres")
+    except FileNotFoundError as missing:
+        pytest.skip(str(missing))
+    with tempfile.TemporaryDirectory(prefix="postgres-") as folder:
+        Path(folder).chmod(0o711)
+        with servers.PostgresServer(Path(folder)) as server:
+            yield server
+
+
+@pytest.fixture(scope="session")
+def guarded_mlflow(
+    postgres: servers.PostgresServer, s3_server: servers.S3Server, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[servers.GuardedMlflowServer]:
+    """infra/mlflow/serve on PostgreSQL and the bucket mlflow."""
+    import boto3
+
+    with contextlib.closing(boto3.client("s3", **s3_server.client_options)) as client:
+        client.create_bucket(Bucket="mlflow")
+    files = "s3://mlflow/files"
+    folder = tmp_path_factory.mktemp("guarded-mlflow")
+    server = servers.GuardedMlflowServer(folder, postgres, files, s3_server.client_env)
+    try:
+        yield server.start(timeout_s=240)
+    finally:
+        server.stop()
 
 
 @pytest.fixture(scope="session")

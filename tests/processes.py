@@ -8,7 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -86,6 +86,28 @@ def kill_tree(process: subprocess.Popen[bytes] | subprocess.Popen[str], grace_s:
     process.wait(10)
 
 
+def members(pid: int, title: str) -> list[psutil.Process]:
+    """The processes below `pid` whose command line begins with `title`: "ray::RayTrainWorker", say."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.cmdline()[:1] and process.cmdline()[0].startswith(title):
+                found.append(process)
+    return found
+
+
+@contextlib.contextmanager
+def paused(these: Collection[psutil.Process]) -> Iterator[None]:
+    """Nothing happens in `these` meanwhile, however fast the machine is."""
+    for process in these:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in these:
+            process.resume()
+
+
 def program(name: str) -> str:
     """The path of a program that a Python package installed: beside the interpreter, or on the PATH."""
     beside = Path(sysconfig.get_path("scripts")) / name
@@ -146,13 +168,8 @@ class Job:
         return result
 
     def members(self, title: str) -> list[psutil.Process]:
-        """The processes below this one whose command line begins with `title`: "ray::RayTrainWorker", say."""
-        found = []
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if process.cmdline()[:1] and process.cmdline()[0].startswith(title):
-                    found.append(process)
-        return found
+        """The processes below this one whose command line begins with `title`."""
+        return members(self.process.pid, title)
 
     def wait(self, timeout_s: float = 240) -> int:
         """The exit code."""

@@ -22,6 +22,8 @@ MANIFEST = "manifest.json"
 FORMAT = "ddpm-shards/2"
 MAX_SIDE = 16_384
 MAX_COUNT = 10**12
+MAX_ROW_GROUP_BYTES = 1 << 31
+"""Of a row group's images when decoded, which one task holds in memory; `prepare` makes them of about 4 MB."""
 Encoding = Literal["raw", "encoded"]
 
 
@@ -175,6 +177,14 @@ def manifest_from_json(text: str | bytes, where: str) -> Manifest:
     )
     if manifest.channels == 2:
         raise UserError(f"{where}: channels is 2; it must be 1 (grey) or 3 (RGB)")
+    most = max(
+        rows for split in manifest.splits.values() for shard in split.shards for rows in shard.row_groups
+    )
+    if most * manifest.height * manifest.width * manifest.channels > MAX_ROW_GROUP_BYTES:
+        raise UserError(
+            f"{where}: a row group holds {most} images of {manifest.height}x{manifest.width}, which are more than "
+            f"{MAX_ROW_GROUP_BYTES >> 30} GiB; prepare it again with smaller row groups"
+        )
     recorded = {name: split["fingerprint"] for name, split in raw["splits"].items()}
     if raw["fingerprint"] != manifest.fingerprint or any(
         recorded[name] != split.fingerprint for name, split in manifest.splits.items()

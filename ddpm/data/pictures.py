@@ -22,6 +22,8 @@ from ddpm.config import UserError
 from ddpm.data.sources import Labels, Pixels, divide
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+"""What Pillow may take a file for, whatever its name: some formats that it knows start programs (EPS: Ghostscript)."""
 PARTS = {
     "train": "train",
     "test": "test",
@@ -182,7 +184,7 @@ def _load(data: bytes, size: int, channels: int, where: str) -> tuple[Image.Imag
     """The picture at its final size, and whether `data` is that picture already."""
     mode = "L" if channels == 1 else "RGB"
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             image.load()
             fits = (
                 image.format in ("PNG", "JPEG", "WEBP")

@@ -160,15 +160,24 @@ def _read(filesystem: pafs.FileSystem, root: str, shard: Shard, inside: int) -> 
     try:
         with filesystem.open_input_file(f"{root}/{shard.path}") as file:
             parquet = pq.ParquetFile(file, pre_buffer=True, page_checksum_verification=True)
+            _check_size(parquet.metadata.row_group(inside), shard, inside)
             table = parquet.read_row_group(inside, use_threads=False)
     except FileNotFoundError:
         raise CorruptData("the shard is missing; the manifest names it") from None
-    except (OSError, pa.ArrowException, IndexError) as error:
+    except (OSError, pa.ArrowException, IndexError, UnicodeDecodeError) as error:
         # Arrow says OSError for a damaged file too. The checksum tells it from storage that does not answer:
         # that raises OSError here again, or has recovered meanwhile.
         if isinstance(error, OSError) and is_intact(filesystem, root, shard):
             raise
         raise CorruptData(f"it cannot be read: {answer(error)}") from None
-    if table.num_rows != shard.row_groups[inside]:
-        raise CorruptData(f"it has {table.num_rows} rows; the manifest says {shard.row_groups[inside]}")
     return table
+
+
+def _check_size(group: pq.RowGroupMetaData, shard: Shard, inside: int) -> None:
+    """Raise CorruptData where a small file unpacks to what no memory holds; asked before it is unpacked."""
+    if group.num_rows != shard.row_groups[inside]:
+        raise CorruptData(f"it has {group.num_rows} rows; the manifest says {shard.row_groups[inside]}")
+    if group.total_byte_size > shard.num_bytes + COPY_BYTES:
+        raise CorruptData(
+            f"it unpacks to {group.total_byte_size} bytes; the whole shard has {shard.num_bytes}"
+        )

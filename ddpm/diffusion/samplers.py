@@ -12,7 +12,7 @@ noise).
 Papers:
     ancestral  Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
     ddim       Song et al. 2021, Denoising Diffusion Implicit Models, arXiv:2010.02502
-    dpmpp_2m   Lu et al. 2022, DPM-Solver++, arXiv:2211.01095
+    dpmpp_2m   Lu et al. 2022, DPM-Solver++, arXiv:2211.01095; Xue et al. 2023, SA-Solver, arXiv:2309.05019
     heun       Karras et al. 2022, Elucidating the Design Space (EDM), arXiv:2206.00364
     mix        the Hugging Face diffusion course, unit 1
 
@@ -194,6 +194,7 @@ def dpmpp_2m(
     noise: Noise,
     *,
     timesteps: Sequence[int],
+    eta: float = 0.0,
     threshold: Threshold | None = clip,
     on_step: OnStep | None = None,
 ) -> Tensor:
@@ -201,16 +202,23 @@ def dpmpp_2m(
 
     With lambda = -log sigma, h the step in lambda and r = h_before / h,
     D = (1 + 1 / (2 r)) x_0_hat - 1 / (2 r) x_0_hat_before
-    x_prev / sqrt(alpha_bar_prev) = e^-h x / sqrt(alpha_bar) + (1 - e^-h) D
+    x_prev / sqrt(alpha_bar_prev) = e^-((1 + eta) h) x / sqrt(alpha_bar) + (1 - e^-((1 + eta) h)) D
+        + sigma_prev sqrt(1 - e^-(2 eta h)) z
 
     The first step knows no step before, and the last goes to sigma = 0, where h is infinite: for both D is
     x_0_hat, and the last returns it.
 
+    eta = 0 solves the probability flow ODE. eta = 1 is SDE-DPM-Solver++(2M), whose every step replaces some of the
+    noise, and with it of the errors that a net has made on the way; the first step is that of `ddim` with either.
+    Any eta between solves, in y = x_t / sqrt(alpha_bar), an SDE of the same marginals,
+    dy = (1 + eta) (x_0_hat - y) dlambda + sqrt(2 eta) sigma dw; in short steps it does what eta^2 does in `ddim`.
+
     Args:
         denoise: at the timesteps, once each.
         schedule: the one the net was trained with.
-        noise: standard normal; drawn once.
+        noise: standard normal; drawn once with eta = 0, else once a step.
         timesteps: falling.
+        eta: in [0, 1]; 0 is deterministic, 1 as noisy as `ancestral` with the variance beta_tilde.
         threshold: what becomes of x_0_hat outside [-1, 1].
         on_step: sees every step.
 
@@ -218,23 +226,28 @@ def dpmpp_2m(
         [B, C, H, W]; in [-1, 1] with a threshold.
 
     Raises:
-        ValueError: timesteps do not fall.
+        ValueError: timesteps do not fall, or eta is out of its range.
 
-    Source: Lu et al. 2022, Algorithm 2.
+    Source: Lu et al. 2022, Algorithm 2, and its section on diffusion SDEs for eta = 1; for the SDEs between,
+    Xue et al. 2023, whose tau^2 is eta.
     """
+    _check_eta(eta)
     signal, sigma = _signal_and_sigma(schedule, timesteps)
     x, before = noise(), None
     for step, t in enumerate(timesteps):
         x_0_hat = predict(denoise, schedule, x, t, threshold).x_0_hat
-        shrink = sigma[step + 1] / sigma[step]
+        shrink = sigma[step + 1] / sigma[step]  # e^-h
+        kept = shrink ** (1 + eta)
         direction = x_0_hat
         if before is not None and shrink > 0:
             r = math.log(sigma[step - 1] / sigma[step]) / -math.log(shrink)
             direction = x_0_hat + (x_0_hat - before) / (2 * r)
+        x_prev = signal[step + 1] * (kept / signal[step] * x + (1 - kept) * direction)
+        if eta > 0 and shrink > 0:
+            x_prev = x_prev + signal[step + 1] * sigma[step + 1] * (1 - shrink ** (2 * eta)) ** 0.5 * noise()
         if on_step is not None:
             on_step(step, x, x_0_hat)
-        x = signal[step + 1] * (shrink / signal[step] * x + (1 - shrink) * direction)
-        before = x_0_hat
+        x, before = x_prev, x_0_hat
     return x
 
 
@@ -347,7 +360,8 @@ def build(config: "SampleConfig", schedule: Schedule) -> Sampler:
             _check_eta(config.eta)
             sampler = partial(ddim, eta=config.eta)
         case "dpmpp_2m":
-            sampler = dpmpp_2m
+            _check_eta(config.eta)
+            sampler = partial(dpmpp_2m, eta=config.eta)
         case "heun":
             sampler = heun
         case "mix":

@@ -25,6 +25,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from ddpm.config import ScheduleConfig
 
+MAX_TIMESTEPS = 1_000_000
+"""More are a mistake, or a trap in a config from outside: the tables would take all memory."""
+
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
@@ -187,14 +190,14 @@ def build(config: "ScheduleConfig") -> Schedule:
 
 def _from_alpha_bar(curve: Callable[[Tensor], Tensor], num_timesteps: int, max_beta: float) -> Schedule:
     """beta_t = 1 - curve((t + 1) / T) / curve(t / T), at most `max_beta`; `curve` need not begin at 1."""
-    _check("num_timesteps", num_timesteps, num_timesteps >= 1, "1, 2, ...")
+    _check("num_timesteps", num_timesteps, 1 <= num_timesteps <= MAX_TIMESTEPS, f"1, 2, ... {MAX_TIMESTEPS}")
     _check("max_beta", max_beta, 0 < max_beta < 1, "(0, 1)")
     value = curve(torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64))
     return Schedule((1 - value[1:] / value[:-1]).clamp(max=max_beta))
 
 
 def _check_betas(num_timesteps: int, beta_start: float, beta_end: float) -> None:
-    _check("num_timesteps", num_timesteps, num_timesteps >= 1, "1, 2, ...")
+    _check("num_timesteps", num_timesteps, 1 <= num_timesteps <= MAX_TIMESTEPS, f"1, 2, ... {MAX_TIMESTEPS}")
     _check("beta_start", beta_start, 0 < beta_start < 1, "(0, 1)")
     _check(
         "beta_end", beta_end, beta_start <= beta_end < 1, f"[beta_start, 1), beta_start being {beta_start}"

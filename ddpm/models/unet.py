@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 EMBEDDED_TIMESTEPS = 1000
 """The T that the sinusoids are made for; every other T is stretched onto it."""
+MAX_BLOCKS = 64
+"""Of a resolution. More are a mistake, or a trap in a config from outside: merely to build them takes for ever."""
 
 
 def build(
@@ -187,7 +189,8 @@ def _check(config: ModelConfig, num_timesteps: int) -> None:
     require(num_timesteps >= 1, "num_timesteps", "at least 1")
     require(config.channels >= 1, "channels", "at least 1")
     require(config.num_classes >= 0, "num_classes", "0 (unconditional) or the number of classes")
-    require(config.blocks_per_resolution >= 1, "blocks_per_resolution", "at least 1")
+    blocks = f"at least 1, and at most {MAX_BLOCKS}"
+    require(1 <= config.blocks_per_resolution <= MAX_BLOCKS, "blocks_per_resolution", blocks)
     require(0 <= config.dropout < 1, "dropout", "in [0, 1)")
     multipliers = config.width_multipliers
     require(len(multipliers) >= 1 and min(multipliers) >= 1, "width_multipliers", "one or more integers >= 1")

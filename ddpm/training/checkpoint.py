@@ -12,12 +12,13 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -203,8 +204,9 @@ def load_net(folder: Path, device: torch.device, *, ema: bool = True) -> tuple[u
     """The averaged (or the raw) net of a checkpoint, ready to draw with, and its config."""
     verify(folder)
     config = read_config(folder)
-    net = build_net(config)
     path = folder / ("ema.safetensors" if ema else "net.safetensors")
+    _check_shapes(config, path)
+    net = build_net(config)
     _load_weights(net, path)
     return net.to(device).eval().requires_grad_(False), config
 
@@ -251,18 +253,35 @@ def _read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
         raise UserError(f"{path} cannot be read as safetensors: {error}") from None
 
 
+def _check_shapes(config: Config, path: Path) -> None:
+    """Raise UserError unless the file at `path` holds the weights of the net that `config` describes.
+
+    Neither is built or read for that: a config may describe a net that no memory holds.
+    """
+    with torch.device("meta"):
+        net = build_net(config)
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be read as safetensors: {error}") from None
+    _check_same_net(net, shapes, path)
+
+
 def _load_weights(net: nn.Module, path: Path) -> None:
-    tensors, want = _read_tensors(path, next(net.parameters()).device), net.state_dict()
-    for name in sorted(set(want) ^ set(tensors)):
+    tensors = _read_tensors(path, next(net.parameters()).device)
+    _check_same_net(net, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, path)
+    net.load_state_dict(tensors)
+
+
+def _check_same_net(net: nn.Module, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    want = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    for name in sorted(set(want) ^ set(shapes)):
         has = "lacks" if name in want else "has the unknown"
         raise UserError(f"{path} is of another architecture: it {has} weight {name}")
-    for name, tensor in tensors.items():
-        if tensor.shape != want[name].shape:
-            raise UserError(
-                f"{path} is of another architecture: {name} is {tuple(tensor.shape)}, "
-                f"the net has {tuple(want[name].shape)}"
-            )
-    net.load_state_dict(tensors)
+    for name, shape in shapes.items():
+        if shape != want[name]:
+            raise UserError(f"{path} is of another architecture: {name} is {shape}, the net has {want[name]}")
 
 
 def _copy(tensor: Tensor) -> Tensor:

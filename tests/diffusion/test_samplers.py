@@ -28,6 +28,7 @@ ALL = {
     "ddim": partial(ddim, timesteps=TEN),
     "ddim-eta": partial(ddim, timesteps=TEN, eta=0.5),
     "dpmpp_2m": partial(dpmpp_2m, timesteps=TEN),
+    "dpmpp_2m-eta": partial(dpmpp_2m, timesteps=TEN, eta=0.5),
     "heun": partial(heun, timesteps=TEN),
 }
 """Every sampler with a net, in ten steps of SHORT."""
@@ -71,37 +72,51 @@ def test_ancestral_with_variance_beta_is_exact_for_standard_normal_data(num_time
     torch.testing.assert_close(x.std(), 0.99**0.5 * torch.tensor(seen[-1]).double(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("sample", "order"), [(ddim, 1), (dpmpp_2m, 2), (heun, 2)])
+@pytest.mark.parametrize(
+    ("sample", "order"),
+    [
+        (ddim, 1),
+        (partial(ddim, eta=1.0), 1),
+        (dpmpp_2m, 2),
+        (partial(dpmpp_2m, eta=0.5), 2),
+        (partial(dpmpp_2m, eta=1.0), 2),
+        (heun, 2),
+    ],
+    ids="ddim ddim-eta-1 dpmpp_2m dpmpp_2m-eta-0.5 dpmpp_2m-eta-1 heun".split(),
+)
 def test_convergence_is_of_the_order_promised(sample, order):
     """Halving the steps divides the error by 2^order.
 
-    Data from N(0, s^2): all is linear, so the image is the factor that a single x_t = 1 is multiplied by. The
-    ODE, dy / dsigma = sigma y / (s^2 + sigma^2) in y = x_t / sqrt(alpha_bar), makes y grow as
-    sqrt(s^2 + sigma^2); the last step, the same for every number of steps, asks for
-    x_0_hat = s^2 / (s^2 + sigma^2) y.
+    Data from N(0, s^2): all is linear, so the image is a sum of what was drawn, each draw times a factor of its
+    own: image k is what comes of draw k alone, and the root of the sum of squares is the std of images. In
+    y = x_t / sqrt(alpha_bar) that of x_t is sqrt(s^2 + sigma^2), whatever eta; the last step, the same for every
+    number of steps, asks for x_0_hat = s^2 / (s^2 + sigma^2) y.
     """
     s = 0.2
     fine = schedules.linear(25_601, 2.5e-6, 8e-4)  # T far above the steps: what is rounded to t does not show
     spread = (s**2 + fine.sigma**2).sqrt()
-    denoise, one = gaussian(fine, 0.0, s), torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    denoise = gaussian(fine, 0.0, s)
     error = []
     for n in (50, 100, 200, 400):
         timesteps = karras(fine, n + 1)
-        x = sample(denoise, fine, lambda: one, timesteps=timesteps, threshold=None)
-        first = timesteps[0]
-        exact = spread[0] / spread[first] / fine.alpha_bar[first].sqrt() * s**2 / spread[0] ** 2
-        error.append(abs(x.item() / exact.item() - 1))
-    assert error[-1] < {1: 0.01, 2: 2e-4}[order]
+        draws = torch.eye(n + 1, dtype=torch.float64).view(n + 1, n + 1, 1, 1, 1)
+        draws[0] *= spread[timesteps[0]] * fine.alpha_bar[timesteps[0]].sqrt()  # data that are not N(0, 1)
+        x = sample(denoise, fine, iter(draws).__next__, timesteps=timesteps, threshold=None)
+        error.append(abs(x.norm().item() / (s**2 / spread[0].item()) - 1))
+    assert error[-1] < {1: 0.02, 2: 4e-4}[order]
     orders = [math.log2(coarse / finer) for coarse, finer in pairwise(error)]
     assert orders == pytest.approx([order] * 3, abs=0.15)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("threshold", [clip, None], ids=["clipped", "plain"])
-def test_ddim_reaches_the_moments_of_gaussian_data(eta, threshold):
+@pytest.mark.parametrize(
+    ("sample", "timesteps"), [(ddim, uniform(1000, 500)), (dpmpp_2m, karras(LINEAR, 100))]
+)
+def test_moments_of_gaussian_data_are_reached_with_any_eta(sample, timesteps, eta, threshold):
     noise = normal((100, 1, 10, 20))
     denoise = gaussian(LINEAR, -0.3, 0.2)
-    x = ddim(denoise, LINEAR, noise, timesteps=uniform(1000, 500), eta=eta, threshold=threshold)
+    x = sample(denoise, LINEAR, noise, timesteps=timesteps, eta=eta, threshold=threshold)
     assert x.mean().item() == pytest.approx(-0.3, abs=0.006)
     assert x.std().item() == pytest.approx(0.2, rel=0.04)
 
@@ -117,9 +132,10 @@ def test_ddim_reaches_the_moments_of_gaussian_data(eta, threshold):
         partial(ddim, timesteps=uniform(1000, 50), eta=1.0),
         partial(dpmpp_2m, timesteps=uniform(1000, 20)),
         partial(dpmpp_2m, timesteps="karras"),
+        partial(dpmpp_2m, timesteps="karras", eta=1.0),
         partial(heun, timesteps="karras"),
     ],
-    ids="ancestral beta quadratic ddim ddim-eta-1 dpmpp_2m dpmpp_2m-karras heun-karras".split(),
+    ids="ancestral beta quadratic ddim ddim-eta-1 dpmpp_2m dpmpp_2m-karras dpmpp_2m-eta-1 heun-karras".split(),
 )
 def test_a_finite_data_set_is_given_back_point_by_point(sample, schedule):
     if sample.keywords.get("timesteps") == "karras":
@@ -199,23 +215,30 @@ def test_ddim_is_diffusers_step_for_step(num_sample_steps, clipped, eta):
         torch.testing.assert_close(ours, other, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize(("eta", "algorithm"), [(0.0, "dpmsolver++"), (1.0, "sde-dpmsolver++")])
 @pytest.mark.parametrize("clipped", [True, False])
 @pytest.mark.parametrize(("num_timesteps", "num_sample_steps"), [(100, 12), (100, 20), (1000, 20)])
-def test_dpmpp_2m_is_diffusers_step_for_step(num_timesteps, num_sample_steps, clipped, monkeypatch):
+def test_dpmpp_2m_is_diffusers_step_for_step(
+    num_timesteps, num_sample_steps, clipped, eta, algorithm, monkeypatch
+):
     """With more than 15 steps diffusers goes by order 1 at the last only because sigma is 0 there, as we do."""
     schedule, shape = schedules.linear(num_timesteps, 1e-3, 20 / num_timesteps), (3, 2, 4, 4)
     net, timesteps = a_net(schedule), karras(schedule, num_sample_steps)
-    theirs = DPMSolverMultistepScheduler(num_train_timesteps=num_timesteps, thresholding=clipped)
+    theirs = DPMSolverMultistepScheduler(
+        num_train_timesteps=num_timesteps, thresholding=clipped, algorithm_type=algorithm
+    )
     # It rounds every x_t to float32, whatever it is given.
     in_float64 = SimpleNamespace(**{**vars(torch), "float32": torch.float64})
     monkeypatch.setattr(scheduling_dpmsolver_multistep, "torch", in_float64)
     # Our steps, in float64; its dynamic threshold is at most sample_max_value = 1, so that it clips.
     theirs.num_inference_steps, theirs.timesteps = num_sample_steps, torch.tensor(timesteps)
     theirs.sigmas = torch.cat([schedule.sigma[timesteps], torch.zeros(1, dtype=torch.float64)])
-    x = normal(shape)()
+    noise = normal(shape)
+    x = noise()
     expected = [x]
     for t in timesteps:
-        x = theirs.step(net(x, torch.full((3,), t)).eps_hat, t, x).prev_sample
+        z = noise() if eta > 0 and t > 0 else torch.zeros(shape, dtype=torch.float64)
+        x = theirs.step(net(x, torch.full((3,), t)).eps_hat, t, x, variance_noise=z).prev_sample
         expected.append(x)
 
     seen = []
@@ -224,11 +247,53 @@ def test_dpmpp_2m_is_diffusers_step_for_step(num_timesteps, num_sample_steps, cl
         schedule,
         normal(shape),
         timesteps=timesteps,
+        eta=eta,
         threshold=clip if clipped else None,
         on_step=lambda step, x_t, x_0_hat: seen.append(x_t),
     )
     for ours, other in zip([*seen, x], expected, strict=True):
         torch.testing.assert_close(ours, other, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("threshold", [clip, None], ids=["clipped", "plain"])
+def test_dpmpp_2m_without_eta_is_algorithm_2_bit_for_bit(threshold):
+    shape, net, timesteps = (2, 1, 4, 4), a_net(SHORT), karras(SHORT, 12)
+    signal = [*SHORT.alpha_bar[timesteps].sqrt().tolist(), 1.0]
+    sigma = [*SHORT.sigma[timesteps].tolist(), 0.0]
+    x, before = normal(shape, dtype=torch.float32)(), None
+    for i, t in enumerate(timesteps):
+        x_0_hat, shrink = net(x, torch.full((2,), t)).x_0_hat, sigma[i + 1] / sigma[i]
+        if threshold:
+            x_0_hat = x_0_hat.clamp(-1, 1)
+        D = x_0_hat
+        if 0 < i < 11:
+            r = math.log(sigma[i - 1] / sigma[i]) / -math.log(shrink)
+            D = x_0_hat + (x_0_hat - before) / (2 * r)
+        x = signal[i + 1] * (shrink / signal[i] * x + (1 - shrink) * D)
+        before = x_0_hat
+    noise = Counted(normal(shape, dtype=torch.float32))
+    assert torch.equal(dpmpp_2m(net, SHORT, noise, timesteps=timesteps, eta=0.0, threshold=threshold), x)
+    assert noise.count == 1
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_dpmpp_2m_replaces_noise_as_eta_says(eta):
+    """Data that are one point: x_t has q(x_t | x_0) exactly, and of its noise e^-(eta h) is that of the step before."""
+    seen, timesteps = [], karras(SHORT, 8)
+    dpmpp_2m(
+        gaussian(SHORT, 0.7, 0.0),
+        SHORT,
+        normal((200, 1, 20, 20)),
+        timesteps=timesteps,
+        eta=eta,
+        on_step=lambda step, x_t, x_0_hat: seen.append(x_t),
+    )
+    alpha_bar, sigma = SHORT.alpha_bar[timesteps], SHORT.sigma[timesteps]
+    eps = [(x - a.sqrt() * 0.7) / (1 - a).sqrt() for x, a in zip(seen, alpha_bar, strict=True)]
+    assert [e.mean().item() for e in eps] == pytest.approx([0] * 8, abs=0.02)
+    assert [e.var().item() for e in eps] == pytest.approx([1] * 8, rel=0.03)
+    kept = [(a * b).mean().item() for a, b in pairwise(eps)]
+    assert kept == pytest.approx(((sigma[1:] / sigma[:-1]) ** eta).tolist(), abs=0.02)
 
 
 def test_heun_is_algorithm_1_line_by_line():
@@ -259,6 +324,14 @@ def test_ddim_with_eta_one_is_ancestral(timesteps):
     ours = ddim(denoise, SHORT, normal(shape), timesteps=timesteps, eta=1.0)
     expected = ancestral(denoise, SHORT, normal(shape), timesteps=timesteps)
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_dpmpp_2m_begins_as_ddim_does(eta):
+    """The first step knows no step before; so, with eta = 1, it is that of ancestral."""
+    net, shape, settings = a_net(SHORT), (2, 1, 4, 4), {"timesteps": [80, 30], "eta": eta}
+    ours = dpmpp_2m(net, SHORT, normal(shape), **settings)
+    torch.testing.assert_close(ours, ddim(net, SHORT, normal(shape), **settings), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
@@ -318,6 +391,7 @@ def test_ancestral_on_a_subsequence_samples_the_posterior_of_the_jump(timesteps,
         (ALL["ddim"], 1),
         (ALL["ddim-eta"], 10),
         (ALL["dpmpp_2m"], 1),
+        (ALL["dpmpp_2m-eta"], 10),
         (ALL["heun"], 1),
     ],
 )
@@ -489,6 +563,10 @@ def test_a_threshold_is_what_the_sampler_steps_with(sample):
             partial(dpmpp_2m, timesteps=karras(SHORT, 9, rho=5.0)),
         ),
         (
+            SampleConfig(sampler="dpmpp_2m", num_sample_steps=9, eta=0.5),
+            partial(dpmpp_2m, timesteps=karras(SHORT, 9), eta=0.5),
+        ),
+        (
             SampleConfig(sampler="heun", num_sample_steps=9, spacing="quadratic", dynamic_threshold=0.9),
             partial(heun, timesteps=quadratic(100, 9), threshold=dynamic(0.9)),
         ),
@@ -497,7 +575,7 @@ def test_a_threshold_is_what_the_sampler_steps_with(sample):
             lambda d, s, n, on_step: mix(d, n, num_sample_steps=300, threshold=None, on_step=on_step),
         ),
     ],
-    ids="ancestral ancestral-few ddim ddim-default dpmpp_2m heun mix".split(),
+    ids="ancestral ancestral-few ddim ddim-default dpmpp_2m dpmpp_2m-eta heun mix".split(),
 )
 def test_build(config, expected):
     def denoise(x_t, t):
@@ -516,6 +594,7 @@ def test_build(config, expected):
         (SampleConfig(sampler="ddim", num_sample_steps=101), r"num_sample_steps is 101; .* 1..100"),
         (SampleConfig(sampler="ddim", num_sample_steps=0), "num_sample_steps is 0"),
         (SampleConfig(sampler="ddim", eta=1.5), r"eta is 1.5; .* \[0, 1\]"),
+        (SampleConfig(sampler="dpmpp_2m", eta=-0.5), r"eta is -0.5; .* \[0, 1\]"),
         (SampleConfig(sampler="mix", num_sample_steps=0), "num_sample_steps is 0; .* 1, 2"),
         (SampleConfig(sampler="ancestral", mean="mode"), "mean is 'mode'"),
         (SampleConfig(sampler="ancestral", variance="learned"), "variance is 'learned'"),
@@ -535,6 +614,7 @@ def test_build_names_mistakes_before_anything_is_sampled(config, message):
     [
         (lambda sample: sample(ancestral, variance="big"), "variance is 'big'"),
         (lambda sample: sample(ddim, timesteps=TEN, eta=-0.1), "eta is -0.1"),
+        (lambda sample: sample(dpmpp_2m, timesteps=TEN, eta=1.1), "eta is 1.1"),
         (lambda sample: sample(ddim, timesteps=[5, 5]), "timesteps are .* must fall"),
         (lambda sample: sample(ancestral, timesteps=[]), "timesteps are"),
         (lambda sample: sample(heun, timesteps=[100, 0]), r"timesteps are \[100, 0\]; .* within 99..0"),

@@ -35,7 +35,7 @@ def test_workers_killed_at_random_steps(run: Run, undisturbed: Run) -> None:
     assert "Traceback" not in job.output
     assert_same(run, undisturbed)
     assert_tracked_once(run)
-    assert 0.3 < metric(run, "train/goodput")[-1][1] < 1
+    assert 0.3 < metric(run, "train/goodput")[-1][1] <= 1  # a step is lost or none: chance has it
 
 
 def test_controller_driver_and_cluster_killed(run: Run, undisturbed: Run) -> None:

@@ -1,0 +1,379 @@
+"""What changes from 1 to 256 GPUs and from 1 GB to 100 TB: docs/scale.md, computed.
+
+    PYTHONPATH=benchmarks python benchmarks/scale.py
+
+A model of a few lines a quantity. What can be measured on this machine is measured, in seconds of one core: rows read
+and decoded a second, how a checkpoint is copied, written and hashed, what a manifest weighs, how much arithmetic an
+image takes. What cannot is taken from public figures, each with its source in `PUBLIC`. Nothing here was run on GPUs.
+"""
+
+import datetime
+import io
+import json
+import math
+import os
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import torch
+from runtime import processor
+from torch.utils.flop_counter import FlopCounterMode
+
+from ddpm.config import Config, override
+from ddpm.data.manifest import Encoding, Shard, make_manifest, manifest_from_json
+from ddpm.data.plan import CHUNK_IMAGES
+from ddpm.data.prepare import MAX_ROWS_PER_ROW_GROUP, ROW_GROUP_BYTES
+from ddpm.data.shards import read_row_group, write_shard
+from ddpm.data.stream import OBJECT_STORE_BYTES
+from ddpm.images import png_bytes
+from ddpm.presets import CELEBA64, CIFAR10
+from ddpm.training import checkpoint
+from ddpm.training.state import State, build_net, parameter_count
+
+OUT = Path(__file__).parent.parent / "docs/scale.md"
+GPUS = (1, 8, 256)
+SIZES = {"1 GB": 1e9, "1 TB": 1e12, "100 TB": 1e14}
+IMAGES_PER_GPU = 128
+BYTES_PER_PARAMETER = 16
+"""In a checkpoint: net, EMA, and AdamW's two moments, float32."""
+PUBLIC = {
+    "peak": (989e12, "H100 SXM, bf16 without sparsity, FLOP/s: NVIDIA's data sheet"),
+    "utilisation": (
+        None,
+        "of the peak: that of Ho et al. 2020, Appendix B, 21 steps of 128 images a second on a TPU v3-8, "
+        "whose peak is 420 TFLOP/s (Google Cloud's documentation); nobody has measured ours",
+    ),
+    "nvlink": (450e9, "bytes/s a direction between GPUs of a machine, NVLink 4: NVIDIA's H100 data sheet"),
+    "network": (400e9, "bytes/s of a machine of 8 GPUs to others, p5.48xlarge, 3,200 Gbit/s: AWS's EC2 "
+    "instance types"),
+    "bus_share": (0.7, "of those that large messages reach; an assumption"),
+    "latency": (20e-6, "seconds a step of an all-reduce takes beside the bytes; an assumption"),
+    "get_limit": (5500, "GETs a second a prefix: Amazon S3's user guide, performance"),
+    "s3_stream": (90e6, "bytes/s a connection: Amazon S3's user guide, performance guidelines (85-90 MB/s)"),
+    "get_price": (0.0004 / 1000, "$ a GET: S3 Standard, us-east-1"),
+    "month_price": (0.023 / 1e9, "$ a byte and month: S3 Standard, us-east-1, the first 50 TB"),
+    "gpu_price": (55.04 / 8, "$ an hour and H100: p5.48xlarge on demand, us-east-1, since June 2025"),
+    "core_price": (0.357 / 8, "$ an hour and vCPU: c7i.2xlarge on demand, us-east-1"),
+}  # fmt: skip
+
+
+PAGE = """\
+# From 1 to 256 GPUs, from 1 GB to 100 TB
+
+Computed by [benchmarks/scale.py](../benchmarks/scale.py), a model of a line or two a quantity. Nothing on this page
+was run on GPUs: it says where the next wall stands, not how soon it is reached. {today}, {machine}.
+
+## More GPUs: {images_per_gpu} images each a step, raw shards in S3
+
+| preset | GPUs | images/s | step | all-reduce | cores that read | S3 | requests/s | object store | $/hour |
+|---|---|---|---|---|---|---|---|---|---|
+{gpu_rows}
+
+The cores are those that read, check and decode, from a file beside them: what TLS, the object store and dealing out
+take comes on top and is not known, so have several times as many.
+
+- **1 GPU.** Its machine has cores enough to read for it. Nothing to set.
+- **8 GPUs, one machine.** The all-reduce hides behind the backward pass. Reading needs cores that the workers leave
+  free (`--cluster.cpus-per-worker`), or a pool of machines without GPUs.
+- **The first wall is ours:** reading may run ahead by {ahead} for the whole run (`OBJECT_STORE_BYTES` in
+  ddpm/data/stream.py), and a task reads {chunk} images. So at most {tasks_32} tasks of `cifar10` and {tasks_64} of
+  `celeba64` are under way at once, however many cores there are. Where the column `object store` says more, it has to
+  be raised, and the nodes' object stores with it.
+- **256 GPUs.** The global batch is {batch}: another learning rate and warm-up, or fewer images a GPU. {cores} cores at
+  least read, on machines of their own. {requests} requests a second are {than} the {limit} that S3 answers for one
+  prefix at once: larger row groups need fewer. One actor deals the stream out to all workers: nobody has measured it
+  with so many.
+
+## More data: raw 32x32 colour images, row groups of {rows}
+
+| shards | images | row groups | manifest | to read it | S3 a month | requests of an epoch | epoch on 8 GPUs | on 256 |
+|---|---|---|---|---|---|---|---|---|
+{size_rows}
+
+- **Up to 1 TB** nothing changes but the price. In AWS a gateway endpoint for S3 keeps traffic free of charge.
+- **100 TB.** The manifest is the wall: JSON with a checksum a row group, which every process reads whole. Row groups of
+  sixteen times the size make it a sixteenth (`rows_per_row_group` of `ddpm.data.prepare.prepare`), and tasks that much
+  larger; beyond that it belongs into Parquet, a part a split. Merely to read the images once, as checking them does,
+  takes one core {days} days; `jobs/prepare.py` uses all cores of a cluster.
+
+## Checkpoints
+
+`cifar10` has {weights} M weights and checkpoints of {size} (net, EMA, AdamW), with any number of GPUs: rank 0 writes.
+Training waits for the copy, {copy} s here. Beside it go {write} s of writing and hashing, and {upload} s to S3 over one
+connection. The preset asks for one every {every} images, which would be every
+{due} GPUs: with many GPUs ask for fewer
+(`--train.checkpoint-every-images`), not more often than every {background} s. {kept} are kept; in a versioned bucket
+those deleted cost money until they expire.
+
+## Constants
+
+| measured here, one core | |
+|---|---|
+| rows a second, 32x32 colour, raw, checksum included | {raw_rows} |
+| the same, PNG | {png_rows} |
+| requests a row group | {requests_each} |
+| a checkpoint copied in memory | {copy_speed}/s |
+| a checkpoint written and hashed | {write_speed}/s |
+| manifest, a row group | {manifest} |
+| FLOPs of an image, forward and backward: `cifar10`, `celeba64` | {flops} |
+
+| taken from elsewhere | |
+|---|---|
+{public_rows}
+
+Prices are list prices as known when this was written, and change: look them up before you rely on them.
+"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """On one core of this machine."""
+
+    raw_rows: float
+    """Rows a second, 32x32 colour, raw, checksum included."""
+    png_rows: float
+    """The same, PNG."""
+    requests: float
+    """To S3, a row group."""
+    copy: float
+    """Bytes a second of a checkpoint: copied in memory, which training waits for;"""
+    write: float
+    """written to disk and hashed, which it does not wait for."""
+    manifest_bytes: float
+    """A row group."""
+    manifest_s: float
+    """To read and check, a row group."""
+
+
+def measure() -> Measured:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        raw, png = rows_per_second(f"{folder}/raw", "raw"), rows_per_second(f"{folder}/encoded", "encoded")
+        requests = requests_per_row_group(folder)
+        state = State.create(CIFAR10, torch.device("cpu"))
+        size = parameter_count(state.net) * BYTES_PER_PARAMETER
+        sum(
+            weight.sum() for weight in state.net.parameters()
+        ).backward()  # AdamW has moments after a step alone
+        state.optimizer.step()
+        began = time.process_time()
+        snapshot = checkpoint.snapshot(state, CIFAR10, {})
+        copied = time.process_time()
+        checkpoint.write(snapshot, Path(folder, "checkpoint"))
+        written = time.process_time()
+    groups, digest = 20_000, "0" * 64
+    rows = MAX_ROWS_PER_ROW_GROUP
+    shard = Shard("train/00000.parquet", groups * rows, (rows,) * groups, 1, digest, (digest,) * groups)
+    manifest = make_manifest("test", 32, 32, 3, "raw", [], {"train": [shard]}, "")
+    text = json.dumps(asdict(manifest), indent=1)
+    parsing = time.process_time()
+    manifest_from_json(text, "manifest.json")
+    parsed = time.process_time()
+    copy, write = size / (copied - began), size / (written - copied)
+    return Measured(raw, png, requests, copy, write, len(text) / groups, (parsed - parsing) / groups)
+
+
+def rows_per_second(folder: str, kind: Encoding) -> float:
+    """Of pixels that are neither noise nor plain: a wave an image."""
+    filesystem, rows = pafs.LocalFileSystem(), MAX_ROWS_PER_ROW_GROUP
+    waves = np.sin(np.linspace(0, 9, 32 * 32 * 3) + np.arange(rows)[:, None])
+    pixels = ((waves + 1) * 127).astype(np.uint8).reshape(rows, 32, 32, 3)
+    images = pixels if kind == "raw" else [png_bytes(image) for image in pixels]
+    shard = write_shard(filesystem, folder, "train/00000.parquet", images, None, rows_per_row_group=rows)
+    manifest = make_manifest("test", 32, 32, 3, kind, [], {"train": [shard]}, "")
+    read_row_group(filesystem, folder, manifest, "train", 0)
+    began, count = time.process_time(), 0
+    while time.process_time() - began < 2:
+        count += len(read_row_group(filesystem, folder, manifest, "train", 0)[0])
+    return count / (time.process_time() - began)
+
+
+def requests_per_row_group(folder: str) -> float:
+    """Reads of a file from open to a row group's pixels: each is a GET of S3, and opening asks once for its "
+    "size."""
+    path = f"{folder}/raw/train/00000.parquet"
+    with Counted(path) as file:
+        pq.ParquetFile(pa.PythonFile(file, mode="r"), pre_buffer=True).read_row_group(0, use_threads=False)
+        return file.reads + 1
+
+
+class Counted(io.FileIO):
+    reads = 0
+
+    def read(self, size: int = -1) -> bytes:
+        self.reads += 1
+        return super().read(size)
+
+
+@cache
+def flops_per_image(config: Config) -> float:
+    """Of a training step: forward, and twice as much backward."""
+    net, model = build_net(override(config, {"train.precision": "float32"})), config.model
+    x_t, t = (
+        torch.zeros(1, model.channels, model.image_size, model.image_size),
+        torch.zeros(1, dtype=torch.long),
+    )
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(x_t, t)
+    return 3.0 * counter.get_total_flops()
+
+
+def all_reduce_s(gpus: int, num_bytes: float) -> float:
+    """Each GPU sends 2 (N - 1) / N of the gradient over the slowest link, in as many steps as a tree is deep.
+
+    Source: Patarasuk and Yuan 2009, Bandwidth optimal all-reduce algorithms.
+    """
+    link = public("nvlink") if gpus <= 8 else min(public("nvlink"), public("network"))
+    latency = 2 * math.log2(gpus) * public("latency")
+    return 2 * (gpus - 1) / gpus * num_bytes / (link * public("bus_share")) + latency
+
+
+def public(name: str) -> float:
+    value = PUBLIC[name][0]
+    assert value is not None
+    return value
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run on so many GPUs needs; rates are a second."""
+
+    gpus: int
+    images: float
+    step_s: float
+    all_reduce_s: float
+    cores: float
+    bytes: float
+    requests: float
+    object_store: float
+    dollars: float
+
+
+def plan(config: Config, gpus: int, utilisation: float, measured: Measured) -> Plan:
+    """`all_reduce_s` is hidden behind the backward pass, two thirds of the step, as far as it fits in there."""
+    image = config.model.image_size**2 * config.model.channels
+    compute = IMAGES_PER_GPU * flops_per_image(config) / (public("peak") * utilisation)
+    reduce = all_reduce_s(gpus, 4.0 * parameters(config))
+    step = compute + max(0.0, reduce - 2 / 3 * compute)
+    images = gpus * IMAGES_PER_GPU / step
+    cores = images / (measured.raw_rows * 32 * 32 * 3 / image)  # a row of more pixels takes so much longer
+    requests = images / rows_of(image) * measured.requests
+    # Each core holds what it reads, and what it read before waits to be fetched.
+    store = 2 * math.ceil(cores) * CHUNK_IMAGES * image
+    dollars = (
+        gpus * public("gpu_price") + cores * public("core_price") + requests * 3600 * public("get_price")
+    )
+    return Plan(gpus, images, step, reduce, cores, images * image, requests, store, dollars)
+
+
+def rows_of(image_bytes: int) -> int:
+    """Of a row group, as `prepare` makes them."""
+    return min(MAX_ROWS_PER_ROW_GROUP, ROW_GROUP_BYTES // image_bytes)
+
+
+def parameters(config: Config) -> int:
+    with torch.device("meta"):
+        return parameter_count(build_net(config))
+
+
+def main() -> None:
+    measured = measure()
+    published = 21 * 128 * flops_per_image(CIFAR10) / 420e12
+    PUBLIC["utilisation"] = (published, PUBLIC["utilisation"][1])
+    OUT.write_text(page(measured, published))
+    print(OUT.read_text())
+
+
+def page(measured: Measured, utilisation: float) -> str:
+    """docs/scale.md."""
+    plans = {
+        (name, gpus): plan(config, gpus, utilisation, measured)
+        for name, config in {"cifar10": CIFAR10, "celeba64": CELEBA64}.items()
+        for gpus in GPUS
+    }
+    cifar10 = {gpus: plans["cifar10", gpus] for gpus in GPUS}
+    size, every, image = (
+        parameters(CIFAR10) * BYTES_PER_PARAMETER,
+        CIFAR10.train.checkpoint_every_images,
+        32 * 32 * 3,
+    )
+    largest, limit = cifar10[GPUS[-1]], public("get_limit")
+    return PAGE.format(
+        today=datetime.date.today(),
+        machine=f"{os.cpu_count()} cores of {processor()}, torch {torch.__version__}",
+        images_per_gpu=IMAGES_PER_GPU,
+        gpu_rows="\n".join(gpu_row(name, p) for (name, _), p in plans.items()),
+        ahead=human(OBJECT_STORE_BYTES),
+        chunk=f"{CHUNK_IMAGES:,}",
+        tasks_32=OBJECT_STORE_BYTES // (CHUNK_IMAGES * image),
+        tasks_64=OBJECT_STORE_BYTES // (CHUNK_IMAGES * 4 * image),
+        batch=f"{GPUS[-1] * IMAGES_PER_GPU:,}",
+        cores=math.ceil(largest.cores),
+        requests=f"{largest.requests:,.0f}",
+        than="more than" if largest.requests > limit else "below",
+        limit=f"{limit:,.0f}",
+        rows=f"{rows_of(image):,}",
+        size_rows="\n".join(size_row(name, total, cifar10, measured) for name, total in SIZES.items()),
+        days=f"{SIZES['100 TB'] / image / measured.raw_rows / 3600 / 24:,.0f}",
+        weights=f"{parameters(CIFAR10) / 1e6:.1f}",
+        size=human(size),
+        copy=f"{size / measured.copy:.2f}",
+        write=f"{size / measured.write:.1f}",
+        upload=f"{size / public('s3_stream'):.0f}",
+        every=f"{every:,}",
+        due=", ".join(f"{every / p.images:,.1f} s on {gpus}" for gpus, p in cifar10.items()),
+        background=f"{size / measured.write + size / public('s3_stream'):.0f}",
+        kept=CIFAR10.train.keep_checkpoints,
+        raw_rows=f"{measured.raw_rows:,.0f}",
+        png_rows=f"{measured.png_rows:,.0f}",
+        requests_each=f"{measured.requests:.0f}",
+        copy_speed=human(measured.copy),
+        write_speed=human(measured.write),
+        manifest=f"{measured.manifest_bytes:.0f} B, {measured.manifest_s * 1e6:.1f} us",
+        flops=", ".join(f"{flops_per_image(config) / 1e9:.1f} G" for config in (CIFAR10, CELEBA64)),
+        public_rows="\n".join(f"| {source} | {value:.3g} |" for value, source in PUBLIC.values()),
+    )
+
+
+def gpu_row(name: str, p: Plan) -> str:
+    cells = [
+        f"`{name}`",
+        p.gpus,
+        f"{p.images:,.0f}",
+        f"{p.step_s * 1e3:.1f} ms",
+        f"{p.all_reduce_s * 1e3:.2f} ms",
+    ]
+    cells += [math.ceil(p.cores), f"{human(p.bytes)}/s", f"{p.requests:,.1f}", human(p.object_store)]
+    return row(*cells, f"{p.dollars:,.0f}")
+
+
+def size_row(name: str, total: float, plans: dict[int, Plan], measured: Measured) -> str:
+    """Of raw 32x32 colour images."""
+    images, groups = total / (32 * 32 * 3), total / (32 * 32 * 3) / rows_of(32 * 32 * 3)
+    cells = [name, human(images, ""), f"{groups:,.0f}", human(groups * measured.manifest_bytes)]
+    cells += [f"{groups * measured.manifest_s:,.1f} s", f"{total * public('month_price'):,.2f} $"]
+    cells += [f"{groups * measured.requests * public('get_price'):,.2f} $"]
+    return row(*cells, *(f"{images / plans[gpus].images / 3600:,.2f} h" for gpus in (8, 256)))
+
+
+def row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def human(value: float, unit: str = "B") -> str:
+    for prefix in ("", "k", "M", "G", "T"):
+        if value < 1000:
+            return f"{value:.3g} {prefix}{unit}".strip()
+        value /= 1000
+    return f"{value:.3g} P{unit}"
+
+
+if __name__ == "__main__":
+    main()

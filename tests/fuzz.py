@@ -1,0 +1,252 @@
+"""Files from outside, altered at random for as long as one likes: python tests/fuzz.py [--seconds 60] [--seed 0].
+
+Each kind of file begins as a valid one; bytes are flipped, cut, doubled, and spliced from another one. A reader may
+take what comes of it or refuse it in its own words (UserError, CorruptData, DamagedSegment, ValueError of an image);
+whatever else it raises is printed with the bytes that did it, and the exit code is 1. Memory is limited to 4 GiB more
+than the programs themselves take, so that a file which asks for more ends the run.
+"""
+
+import base64
+import contextlib
+import io
+import json
+import random
+import resource
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.fs as pafs
+import torch
+import tyro
+from PIL import Image
+
+from ddpm import config as configs
+from ddpm import records
+from ddpm.config import UserError, override
+from ddpm.data.corrupt import CorruptData
+from ddpm.data.manifest import make_manifest, manifest_from_json
+from ddpm.data.pictures import store
+from ddpm.data.row_group import decode
+from ddpm.data.shards import read_row_group, write_shard
+from ddpm.presets import DIGITS
+from ddpm.records import DamagedSegment, Outbox
+from ddpm.training import checkpoint
+from ddpm.training.state import State
+
+SIDE = 8
+GIB = 1 << 30
+LOCAL = pafs.LocalFileSystem()
+
+
+class Target:
+    """A kind of file: `seeds` are valid ones, and `read` says whether it took one."""
+
+    seeds: Sequence[bytes]
+    is_json = False
+    refusals: tuple[type[Exception], ...] = (UserError,)
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def take(self, data: bytes) -> None:
+        raise NotImplementedError
+
+    def read(self, data: bytes) -> bool:
+        try:
+            self.take(data)
+        except self.refusals as error:
+            assert len(str(error)) < 2000, str(error)[:200]
+            return False
+        return True
+
+
+def images(count: int, channels: int = 1) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, SIDE, SIDE, channels), np.uint8)
+
+
+def image_file(kind: str, mode: str = "RGB") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(images(1, 3)[0]).convert(mode).save(file, kind)
+    return file.getvalue()
+
+
+class Manifest(Target):
+    is_json = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        shard = write_shard(LOCAL, str(folder), "train/00000.parquet", images(6), None, rows_per_row_group=3)
+        manifest = make_manifest("test", SIDE, SIDE, 1, "raw", [], {"train": [shard]}, "")
+        self.seeds = [json.dumps(asdict(manifest)).encode()]
+
+    def take(self, data: bytes) -> None:
+        manifest_from_json(data, "manifest.json")
+
+
+class Shard(Target):
+    """The file itself, beside a manifest that was not altered."""
+
+    refusals = (CorruptData,)
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        shard = write_shard(LOCAL, str(folder), "train/00000.parquet", images(6), None, rows_per_row_group=3)
+        self.manifest = make_manifest("test", SIDE, SIDE, 1, "raw", [], {"train": [shard]}, "")
+        self.seeds = [(folder / shard.path).read_bytes()]
+
+    def take(self, data: bytes) -> None:
+        (self.folder / "train/00000.parquet").write_bytes(data)
+        read_row_group(LOCAL, str(self.folder), self.manifest, "train", 1)
+
+
+class Config(Target):
+    is_json = True
+    seeds = (configs.to_json(DIGITS).encode(),)
+
+    def take(self, data: bytes) -> None:
+        with contextlib.suppress(UnicodeDecodeError):  # read_text's, before any of ours
+            configs.from_json(data.decode())
+
+
+class Checkpoint(Target):
+    """Weights with matching checksums, as somebody would write them who means harm."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        torch.set_num_threads(1)
+        config = override(
+            DIGITS, {"model.base_width": 4, "model.norm_groups": 2, "model.width_multipliers": [1, 2]}
+        )
+        checkpoint.save(folder, State.create(config, torch.device("cpu")), config, {})
+        self.seeds = [(folder / "ema.safetensors").read_bytes()]
+        self.sums = json.loads((folder / "checksums.json").read_text())
+
+    def take(self, data: bytes) -> None:
+        (self.folder / "ema.safetensors").write_bytes(data)
+        self.sums["ema.safetensors"] = checkpoint._sha256(self.folder / "ema.safetensors")
+        (self.folder / "checksums.json").write_text(json.dumps(self.sums))
+        checkpoint.load_net(self.folder, torch.device("cpu"))
+
+
+class EncodedImage(Target):
+    """An image of a data set."""
+
+    seeds = tuple(image_file(kind) for kind in ("PNG", "JPEG", "WEBP"))
+    refusals = (ValueError,)
+
+    def take(self, data: bytes) -> None:
+        assert decode(data, SIDE, SIDE, 3).shape == (SIDE, SIDE, 3)
+
+
+class Picture(Target):
+    """A picture of one's own, to prepare."""
+
+    seeds = (
+        *(image_file(kind) for kind in ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")),
+        image_file("PNG", "P"),
+        image_file("PNG", "LA"),
+        image_file("TIFF", "CMYK"),
+    )
+
+    def take(self, data: bytes) -> None:
+        assert store([(data, "it")], SIDE, 3, "raw").shape == (1, SIDE, SIDE, 3)
+
+
+class Segment(Target):
+    """What a run has tracked, on its way to MLflow."""
+
+    refusals = (DamagedSegment,)
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        outbox = Outbox()
+        outbox.metrics({"train/loss": 0.5}, 1)
+        outbox.image("samples", images(1)[0], 1)
+        outbox.artifact("pictures/strip.txt", b"strip")
+        self.seeds = [outbox.take() or b""]
+
+    def take(self, data: bytes) -> None:
+        records.read(data, "segment")
+
+
+TARGETS = [Manifest, Shard, Config, Checkpoint, EncodedImage, Picture, Segment]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """How long, and from where."""
+
+    seconds: float = 60.0
+    """For each kind of file."""
+    seed: int = 0
+
+
+def altered(seeds: Sequence[bytes], dice: random.Random) -> bytes:
+    data = bytearray(dice.choice(seeds))
+    for _ in range(dice.choice([1, 1, 2, 4, 16])):
+        # Headers are where readers decide how much to ask for.
+        start = (
+            dice.randrange(min(len(data), 512) + 1) if dice.random() < 0.5 else dice.randrange(len(data) + 1)
+        )
+        stop = min(len(data), start + dice.choice([0, 1, 1, 2, 4, 8, 64]))
+        match dice.randrange(6):
+            case 0 if start < len(data):
+                data[start] ^= 1 << dice.randrange(8)
+            case 1:
+                data[start:stop] = dice.randbytes(stop - start)
+            case 2:
+                data[start:stop] = b""
+            case 3:
+                data[start:start] = bytes(data[start:stop]) * dice.randrange(1, 5)
+            case 4:
+                data[start:stop] = dice.choice([b"\xff", b"\x00", b"\x7f"]) * (stop - start)
+            case 5:
+                other = dice.choice(seeds)
+                begin = dice.randrange(len(other) + 1)
+                data[start:stop] = other[begin : begin + dice.choice([1, 4, 16, 64])]
+    return bytes(data)
+
+
+def main() -> int:
+    arguments = tyro.cli(Arguments, description=__doc__)
+    warnings.simplefilter("ignore")  # Pillow's, of what is odd in a file
+    failed = False
+    for kind in TARGETS:
+        with tempfile.TemporaryDirectory() as folder:
+            target, dice = kind(Path(folder)), random.Random(arguments.seed)
+            assert all(target.read(seed) for seed in target.seeds), f"{kind.__name__} refuses what is valid"
+            limit_memory()
+            found: Counter[str] = Counter()
+            end, slowest = time.monotonic() + arguments.seconds, 0.0
+            while (began := time.monotonic()) < end:
+                data = altered(target.seeds, dice)
+                try:
+                    found["taken" if target.read(data) else "refused"] += 1
+                except Exception as error:
+                    name = f"{type(error).__name__}: {str(error)[:120]}"
+                    if not found[name]:
+                        print(f"{kind.__name__}: {name}\n{base64.b64encode(data).decode()}", file=sys.stderr)
+                    found[name] += 1
+                    failed = True
+                slowest = max(slowest, time.monotonic() - began)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            print(
+                f"{kind.__name__:13} {found.total():8,} files, slowest {slowest:.2f} s, {peak:.0f} MiB, {dict(found)}"
+            )
+    return int(failed)
+
+
+def limit_memory() -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 4 * GIB, resource.RLIM_INFINITY))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""infra/images/Dockerfile, as far as can be seen without a container: a linter, what it names, which versions."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import servers
+from packaging.requirements import Requirement
+from processes import REPO, run
+
+DOCKERFILE = REPO / "infra/images/Dockerfile"
+TARGETS = ("cpu", "gpu", "mlflow")
+
+
+def pins(path: Path) -> dict[str, str]:
+    """Package -> version; every line must fix one."""
+    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    found = {}
+    for line in lines:
+        requirement = Requirement(line)
+        (version,) = requirement.specifier
+        assert version.operator == "==", line
+        found[requirement.name] = version.version
+    return found
+
+
+def test_the_linter_has_nothing_to_say(tmp_path: Path) -> None:
+    done = run([servers.program("hadolint"), "--no-color", DOCKERFILE], cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout
+
+
+def test_what_is_copied_exists_and_is_let_in() -> None:
+    let_in = [
+        line[1:]
+        for line in DOCKERFILE.with_name("Dockerfile.dockerignore").read_text().split()
+        if line[0] == "!"
+    ]
+    copied = re.findall(r"^COPY (?:--\S+ )*(\S+) ", DOCKERFILE.read_text(), re.MULTILINE)
+    assert copied
+    for path in copied:
+        assert (REPO / path).exists(), path
+        assert path in let_in, path
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_target_ends_as_nobody_and_begins_at_one_version(target: str) -> None:
+    stages = {
+        match[2]: (match[1], match[3])
+        for match in re.finditer(
+            r"^FROM (\S+) AS (\S+)\n(.*?)(?=^FROM|\Z)", DOCKERFILE.read_text(), re.M | re.S
+        )
+    }
+    base, body = stages[target]
+    assert re.findall(r"^USER (\S+)", body, re.M)[-1:] == ["1000"]
+    while base in stages:
+        base = stages[base][0]
+    assert re.fullmatch(r"python:\d+\.\d+\.\d+-slim-\w+", base)
+
+
+@pytest.mark.parametrize("file", ["infra/requirements.txt", "infra/mlflow/requirements.txt"])
+def test_versions_are_ones_that_the_package_allows(file: str) -> None:
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["server"]]
+    pinned = pins(REPO / file)
+    for requirement in map(Requirement, wanted):
+        if requirement.name in pinned:
+            assert requirement.specifier.contains(pinned[requirement.name]), requirement
+    if file == "infra/requirements.txt":
+        assert {Requirement(line).name for line in project["dependencies"]} <= pinned.keys()
+
+
+def test_mlflows_server_and_its_clients_are_of_one_version() -> None:
+    clients, server = (pins(REPO / f"infra/{folder}requirements.txt") for folder in ("", "mlflow/"))
+    assert {name: server[name] for name in ("mlflow", "boto3")} == {
+        n: clients[n] for n in ("mlflow", "boto3")
+    }
+    stack = (REPO / "infra/aws/stack.yaml").read_text()
+    for line in (REPO / "infra/mlflow/requirements.txt").read_text().splitlines():
+        assert line.startswith("#") or line in stack

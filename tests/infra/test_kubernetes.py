@@ -1,0 +1,189 @@
+"""infra/kubernetes: manifests that Kubernetes' published schemas accept, and KubeRay's fields, and no secret.
+
+Schemas are those of the package kubernetes-validate. KubeRay's two kinds are not among them: what its API reference
+(ray.io/v1, KubeRay 1.7) calls their fields is listed here, as far as the manifests go; their pods are checked as pods.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import tyro
+import yaml
+from processes import REPO
+
+from ddpm import presets
+from jobs.train import Arguments
+
+FOLDER = REPO / "infra/kubernetes"
+VERSION = "1.33"
+STRING, INTEGER, BOOLEAN, ANY = ({"type": kind} for kind in ("string", "integer", "boolean", "object"))
+POD = {
+    "type": "object",
+    "required": ["spec"],
+    "additionalProperties": False,
+    "properties": {"spec": ANY, "metadata": ANY},
+}
+STRINGS = {"type": "object", "additionalProperties": STRING}
+
+
+def record(required: str = "", **properties: Any) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "required": required.split(),
+        "properties": properties,
+        "additionalProperties": False,
+    }
+
+
+CLUSTER = record(
+    "headGroupSpec",
+    rayVersion=STRING,
+    authOptions=record(mode={"enum": ["disabled", "token"]}, secretName=STRING),
+    enableInTreeAutoscaling=BOOLEAN,
+    autoscalerOptions=record(
+        idleTimeoutSeconds=INTEGER,
+        resources=ANY,
+        securityContext=ANY,
+        env={"type": "array"},
+        upscalingMode={"enum": ["Default", "Aggressive", "Conservative"]},
+    ),
+    headGroupSpec=record(
+        "template",
+        serviceType={"enum": ["ClusterIP", "NodePort", "LoadBalancer"]},
+        rayStartParams=STRINGS,
+        template=POD,
+    ),
+    workerGroupSpecs={
+        "type": "array",
+        "items": record(
+            "groupName maxReplicas minReplicas template",
+            groupName=STRING,
+            replicas=INTEGER,
+            minReplicas=INTEGER,
+            maxReplicas=INTEGER,
+            rayStartParams=STRINGS,
+            template=POD,
+        ),
+    },
+)
+JOB = record(
+    entrypoint=STRING,
+    backoffLimit=INTEGER,
+    shutdownAfterJobFinishes=BOOLEAN,
+    ttlSecondsAfterFinished=INTEGER,
+    rayClusterSpec=CLUSTER,
+)
+SPECS = {"RayCluster": CLUSTER, "RayJob": JOB}
+FILES = sorted(path.name for path in FOLDER.glob("*.yaml"))
+
+
+def documents(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((FOLDER / name).read_text()))
+
+
+def everything() -> Iterator[dict[str, Any]]:
+    for name in FILES:
+        yield from documents(name)
+
+
+def cluster_of(document: dict[str, Any]) -> dict[str, Any]:
+    return document["spec"] if document["kind"] == "RayCluster" else document["spec"]["rayClusterSpec"]
+
+
+def pods(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The specs of all pods that a document asks for."""
+    if document["kind"] in SPECS:
+        cluster = cluster_of(document)
+        return [g["template"]["spec"] for g in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]]
+    return [document["spec"]["template"]["spec"]] if "template" in document.get("spec", {}) else []
+
+
+def test_the_files_are_there() -> None:
+    assert FILES == ["accounts.yaml", "mlflow.yaml", "raycluster.yaml", "rayjob.yaml"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_schemas_accept_it(name: str) -> None:
+    for document in documents(name):
+        if document["kind"] in SPECS:
+            assert document["apiVersion"] == "ray.io/v1"
+            jsonschema.validate(document["spec"], SPECS[document["kind"]])
+        else:
+            kubernetes_validate.validate(document, VERSION, strict=True)
+        for spec in pods(document):
+            pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a"}, "spec": spec}
+            kubernetes_validate.validate(pod, VERSION, strict=True)
+
+
+def test_a_misspelt_field_is_found() -> None:
+    (document,) = documents("raycluster.yaml")
+    document["spec"]["workerGroupSpecs"][0]["maxReplica"] = 1
+    with pytest.raises(jsonschema.ValidationError, match="maxReplica"):
+        jsonschema.validate(document["spec"], CLUSTER)
+    (spec, *_) = pods(document)
+    spec["containers"][0]["imagePullPolice"] = "Always"
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a"}, "spec": spec}
+    with pytest.raises(kubernetes_validate.ValidationError, match="imagePullPolice"):
+        kubernetes_validate.validate(pod, VERSION, strict=True)
+
+
+def test_the_job_runs_on_the_cluster_of_the_other_file() -> None:
+    (cluster,), (job,) = documents("raycluster.yaml"), documents("rayjob.yaml")
+    assert cluster_of(job) == cluster["spec"]
+    assert cluster["spec"]["authOptions"]["mode"] == "token"
+
+
+def test_the_entrypoint_is_a_command_that_parses() -> None:
+    (job,) = documents("rayjob.yaml")
+    program, script, *words = job["spec"]["entrypoint"].split()
+    assert (program, script) == ("python", "/home/ray/ddpm/jobs/train.py")
+    defaults = {name: Arguments(name, config) for name, config in presets.PRESETS.items()}
+    parsed = tyro.cli(tyro.extras.subcommand_type_from_defaults(defaults, presets.ABOUT), args=words)
+    assert parsed.config.run.storage == "s3://BUCKET/runs"
+    assert parsed.config.cluster.num_workers == "1:8"
+
+
+def test_no_pod_is_root_or_may_become_it() -> None:
+    found = [spec for document in everything() for spec in pods(document)]
+    assert len(found) == 8
+    for spec in found:
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in spec["containers"]:
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+            assert not container["image"].endswith(":latest")
+            assert ":" in container["image"]
+
+
+def test_secrets_are_named_and_never_said() -> None:
+    for document in everything():
+        assert document["kind"] != "Secret"
+        for spec in pods(document):
+            for variable in spec["containers"][0].get("env", []):
+                if "PASSWORD" in variable["name"] or "SECRET" in variable["name"]:
+                    assert variable["valueFrom"]["secretKeyRef"]["name"] == "ddpm-mlflow"
+
+
+def test_nothing_is_open_to_the_world() -> None:
+    services = [document for document in everything() if document["kind"] == "Service"]
+    assert {service["spec"].get("type", "ClusterIP") for service in services} == {"ClusterIP"}
+    assert all(
+        cluster_of(document)["headGroupSpec"]["serviceType"] == "ClusterIP"
+        for document in everything()
+        if document["kind"] in SPECS
+    )
+    policies = {d["metadata"]["name"]: d["spec"] for d in everything() if d["kind"] == "NetworkPolicy"}
+    (entrance,) = policies["postgres"]["ingress"]
+    assert entrance["from"] == [{"podSelector": {"matchLabels": {"app.kubernetes.io/name": "mlflow"}}}]
+
+
+def test_mlflow_is_given_what_it_asks_for() -> None:
+    serve = (REPO / "infra/mlflow/serve").read_text()
+    (line,) = (line for line in serve.splitlines() if line.startswith("for name in"))
+    (spec,) = (pods(d)[0] for d in everything() if d["kind"] == "Deployment")
+    given = {variable["name"] for variable in spec["containers"][0]["env"]}
+    assert set(line.removesuffix("; do").split()[3:]) <= given

@@ -1,0 +1,273 @@
+"""infra/mlflow: a server on PostgreSQL and S3 that lets in who has a password, and what a person sees there."""
+
+import contextlib
+import json
+import shutil
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import boto3
+import mlflow
+import processes
+import psutil
+import pytest
+import requests
+import servers
+import tracked
+from mlflow.entities import Run
+from playwright.sync_api import Error
+
+PASSWORD = "of-whoever-trains-0"
+SHORT = {
+    "train.total-images": 1280,
+    "train.log-every-images": 256,
+    "train.checkpoint-every-images": 1280,
+    "train.sample-every-images": 1280,
+    "sample.num-sample-steps": 5,
+    "model.base-width": 16,
+    "run.name": "trained",
+    "run.storage": "s3://trained/runs",
+}
+PATIENCE_MS = 60_000
+
+pytestmark = pytest.mark.slow  # all of them, since their servers take as long to start
+
+
+def add_user(server: servers.GuardedMlflowServer, name: str, **env: str) -> Any:
+    words = [sys.executable, processes.REPO / "infra/mlflow/add_user.py", name]
+    return processes.run(words, cwd=server.folder, env=server.client_env() | {"NEW_PASSWORD": PASSWORD} | env)
+
+
+def get(server: servers.GuardedMlflowServer, user: str | None, password: str = PASSWORD) -> int:
+    """The status of a look at the experiments."""
+    auth = (user, password) if user else None
+    url = f"{server.uri}/api/2.0/mlflow/experiments/search?max_results=1"
+    return requests.get(url, auth=auth, timeout=30).status_code
+
+
+@pytest.fixture(scope="module")
+def trainer(guarded_mlflow: servers.GuardedMlflowServer) -> dict[str, str]:
+    """The environment of somebody who may train, and no more."""
+    done = add_user(guarded_mlflow, "trainer")
+    assert (done.returncode, done.stdout) == (0, "trainer may log in\n"), done.stderr
+    return guarded_mlflow.client_env("trainer", PASSWORD)
+
+
+def test_nobody_enters_without_the_right_password(
+    guarded_mlflow: servers.GuardedMlflowServer, trainer: dict[str, str]
+) -> None:
+    statuses = [get(guarded_mlflow, *who) for who in [(None,), ("trainer", "guessed-0123456"), ("trainer",)]]
+    assert statuses == [401, 401, 200]
+    assert requests.get(f"{guarded_mlflow.uri}/ajax-api/2.0/mlflow/users/list", timeout=30).status_code == 401
+
+
+def test_a_password_can_be_changed_by_an_admin_alone(
+    guarded_mlflow: servers.GuardedMlflowServer, trainer: dict[str, str]
+) -> None:
+    assert add_user(guarded_mlflow, "guest").returncode == 0
+    assert add_user(guarded_mlflow, "guest", NEW_PASSWORD="another-password").returncode == 0
+    assert [get(guarded_mlflow, "guest"), get(guarded_mlflow, "guest", "another-password")] == [401, 200]
+    refused = add_user(guarded_mlflow, "stranger", **trainer)
+    assert refused.returncode == 1
+    assert "Traceback" not in refused.stderr
+    assert get(guarded_mlflow, "stranger") == 401
+
+
+def test_what_it_needs_is_asked_for_by_name(tmp_path: Path) -> None:
+    done = processes.run([processes.REPO / "infra/mlflow/serve"], cwd=tmp_path, env={"PGHOST": "db"})
+    assert done.returncode == 2
+    assert done.stderr.startswith("PGDATABASE is not set")
+
+
+def test_no_secret_is_in_its_log_or_its_arguments(guarded_mlflow: servers.GuardedMlflowServer) -> None:
+    assert guarded_mlflow.process is not None
+    parent = psutil.Process(guarded_mlflow.process.pid)
+    said = guarded_mlflow.log.read_text() + "".join(
+        " ".join(process.cmdline()) for process in [parent, *parent.children(recursive=True)]
+    )
+    for name in ("PGPASSWORD", "MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY"):
+        assert guarded_mlflow.env[name] not in said
+
+
+@dataclass
+class Trained:
+    """What a run with secrets in its environment has left behind."""
+
+    secrets: dict[str, str]
+    arguments: set[str]
+    """Of every process that it started."""
+    output: Path
+    ray: Path
+    """Ray's own logs."""
+
+
+@pytest.fixture(scope="module")
+def trained(
+    trainer: dict[str, str], s3_server: servers.S3Server, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Trained]:
+    """A short run of digits with its storage in S3 and passwords wherever one can be."""
+    with contextlib.closing(boto3.client("s3", **s3_server.client_options)) as client:
+        client.create_bucket(Bucket="trained")
+    folder, ray = tmp_path_factory.mktemp("trained"), Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    token = uuid.uuid4().hex
+    given = {"RAY_TMPDIR": str(ray), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    secrets = {
+        name: (trainer | s3_server.client_env | given)[name]
+        for name in ("MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "RAY_AUTH_TOKEN")
+    }
+    words = [word for flag, value in SHORT.items() for word in (f"--{flag}", value)]
+    found = Trained(secrets, set(), folder / "job.log", ray)
+    with processes.Job(
+        "train", "digits", *words, log=found.output, env=trainer | s3_server.client_env | given
+    ) as job:
+        while job.process.poll() is None:
+            for process in psutil.Process(job.process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    found.arguments.add(" ".join(process.cmdline()))
+            time.sleep(0.1)
+        assert job.wait() == 0, job.output
+    yield found
+    shutil.rmtree(ray, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def runs(guarded_mlflow: servers.GuardedMlflowServer, trainer: dict[str, str], trained: Trained) -> list[Run]:
+    """That run, as MLflow has it; and one beside it to compare it with, by a client without a key of S3."""
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, value in trainer.items():
+            patch.setenv(variable, value)
+        client = mlflow.MlflowClient(guarded_mlflow.uri)
+        experiment = client.get_experiment_by_name("ddpm").experiment_id
+        other = client.create_run(experiment, run_name="other")
+        client.log_param(other.info.run_id, "optim.lr", 0.000321)
+        client.log_metric(other.info.run_id, "train/loss", 0.5, step=256)
+        client.log_text(other.info.run_id, "hello", "note.txt")
+        client.set_terminated(other.info.run_id)
+        return sorted(client.search_runs([experiment]), key=lambda run: run.info.run_name)
+
+
+def test_a_run_is_in_postgresql_and_its_pictures_in_s3(
+    runs: list[Run],
+    postgres: servers.PostgresServer,
+    s3_server: servers.S3Server,
+) -> None:
+    assert [run.info.run_name for run in runs] == ["other", "trained"]
+    assert all(run.info.status == "FINISHED" for run in runs)
+    keys = {
+        item["Key"]
+        for item in boto3.client("s3", **s3_server.client_options).list_objects_v2(
+            Bucket="mlflow", Prefix="files/"
+        )["Contents"]
+    }
+    trained = runs[1].info
+    assert trained.artifact_uri.startswith("mlflow-artifacts:/")
+    assert any(key.endswith(f"{trained.run_id}/artifacts/pictures/samples.png") for key in keys)
+    assert any(key.endswith(f"{runs[0].info.run_id}/artifacts/note.txt") for key in keys)
+    assert postgres.execute("SELECT name, status FROM runs ORDER BY name", "mlflow") == [
+        ("other", "FINISHED"),
+        ("trained", "FINISHED"),
+    ]
+
+
+def test_no_secret_is_in_anything_that_was_written(
+    trained: Trained,
+    runs: list[Run],
+    guarded_mlflow: servers.GuardedMlflowServer,
+    postgres: servers.PostgresServer,
+    s3_server: servers.S3Server,
+) -> None:
+    """Output, arguments, Ray's logs, both buckets, all tables of MLflow, and its log."""
+    texts: dict[str, bytes] = {
+        "output": trained.output.read_bytes(),
+        "MLflow's log": guarded_mlflow.log.read_bytes(),
+        "arguments": "\n".join(trained.arguments).encode(),
+        "MLflow's params": repr(runs[1].data.params | runs[1].data.tags).encode(),
+    }
+    texts |= {str(file): file.read_bytes() for file in trained.ray.rglob("*") if file.is_file()}
+    with contextlib.closing(boto3.client("s3", **s3_server.client_options)) as client:
+        for bucket in ("trained", "mlflow"):
+            for item in client.list_objects_v2(Bucket=bucket)["Contents"]:
+                texts[f"s3://{bucket}/{item['Key']}"] = client.get_object(Bucket=bucket, Key=item["Key"])[
+                    "Body"
+                ].read()
+    for (table,) in postgres.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'", "mlflow"):
+        texts[f"table {table}"] = repr(postgres.execute(f'SELECT * FROM "{table}"', "mlflow")).encode()
+    secrets = trained.secrets | {
+        name: guarded_mlflow.env[name]
+        for name in ("PGPASSWORD", "MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY")
+    }
+    assert any("ray" in words for words in trained.arguments)
+    assert any("/logs/" in name for name in texts)
+    assert any(name.endswith("net.safetensors") for name in texts)
+    assert b"trained" in texts["table runs"]
+    assert [
+        (n, where) for n, secret in secrets.items() for where, t in texts.items() if secret.encode() in t
+    ] == []
+
+
+@pytest.fixture
+def page(browser: Any, guarded_mlflow: servers.GuardedMlflowServer, tmp_path: Path) -> Iterator[Any]:
+    """A page of somebody who has given name and password; what it showed last is kept as a picture."""
+    context = browser.new_context(
+        viewport={"width": 1600, "height": 1000},
+        http_credentials={"username": "trainer", "password": PASSWORD},
+    )
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE_MS)
+    yield page
+    page.screenshot(path=tmp_path / "page.png")
+    context.close()
+
+
+def test_runs_are_compared_in_the_browser(page: Any, runs: list[Run], guarded_mlflow: Any) -> None:
+    ids = json.dumps([run.info.run_id for run in runs])
+    experiments = json.dumps([runs[0].info.experiment_id])
+    page.goto(f"{guarded_mlflow.uri}/#/compare-runs?runs={ids}&experiments={experiments}")
+    page.get_by_text("Comparing 2 Runs").first.wait_for()
+    page.get_by_text("optim.lr", exact=True).first.wait_for()
+    page.get_by_text("0.000321", exact=True).first.wait_for()
+
+
+def test_grids_are_seen_in_the_browser(page: Any, runs: list[Run], guarded_mlflow: Any) -> None:
+    info = runs[1].info
+    page.goto(f"{guarded_mlflow.uri}/#/experiments/{info.experiment_id}/runs/{info.run_id}/artifacts")
+    page.get_by_text("pictures", exact=True).click()
+    page.get_by_text("samples.png", exact=True).click()
+    picture = page.locator("img[src^='blob:']").first
+    picture.wait_for()
+    size = picture.evaluate("image => image.decode().then(() => [image.naturalWidth, image.naturalHeight])")
+    assert min(size) > 8
+
+
+def test_the_browser_shows_nothing_without_a_password(
+    browser: Any, runs: list[Run], guarded_mlflow: servers.GuardedMlflowServer
+) -> None:
+    page = browser.new_page()
+    with pytest.raises(Error, match="ERR_INVALID_AUTH_CREDENTIALS"):
+        page.goto(f"{guarded_mlflow.uri}/#/experiments/{runs[0].info.experiment_id}")
+    page.close()
+
+
+def test_a_wrong_password_is_said_and_loses_nothing(
+    guarded_mlflow: servers.GuardedMlflowServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    wrong = "not-the-password-0"
+    for variable, value in guarded_mlflow.client_env("admin", wrong).items():
+        monkeypatch.setenv(variable, value)
+    outbox = tracked.outbox_in(tmp_path)
+    tracked.put(outbox, 256, 0, 128)
+    delivery = tracked.deliver(tracked.address_at(guarded_mlflow.uri), outbox, committed=256)
+    assert (delivery.run_id, delivery.ended) == (None, False)
+    assert "training goes on, what is tracked stays in" in caplog.text
+    assert "401" in caplog.text
+    assert wrong not in caplog.text
+    assert tracked.names_in(outbox)

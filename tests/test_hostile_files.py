@@ -1,0 +1,212 @@
+"""Files from outside: they are read as what they are or refused in a line, and cannot run, write or fill anything.
+
+What each kind of file must refuse one by one is tested beside its reader (tests/data/test_shards.py, test_pictures.py,
+tests/training/test_checkpoint.py, tests/test_config.py, tests/test_records.py); here they are altered at random, and
+made to ask for too much. tests/fuzz.py does the same for as long as one likes.
+"""
+
+import io
+import json
+import re
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import pytest
+import torch
+from fuzz import TARGETS, Target
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from processes import REPO
+
+from ddpm.config import Config, UserError, override, to_json
+from ddpm.data.corrupt import CorruptData
+from ddpm.data.manifest import MAX_COUNT, MAX_SIDE, Shard, make_manifest, manifest_from_json
+from ddpm.data.pictures import store
+from ddpm.data.shards import read_row_group
+from ddpm.presets import DIGITS
+from ddpm.training import checkpoint
+from ddpm.training.state import State
+
+CPU = torch.device("cpu")
+LOCAL = pafs.LocalFileSystem()
+ALTERED = settings(
+    deadline=None,
+    max_examples=100,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@pytest.fixture(scope="module", params=TARGETS, ids=lambda target: target.__name__)
+def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Target:
+    return request.param(tmp_path_factory.mktemp("target"))
+
+
+@ALTERED
+@given(data=st.data())
+def test_altered_bytes_are_taken_or_refused(target: Target, data: st.DataObject) -> None:
+    """Bytes replaced, cut out or put in; anything but a refusal of our own is a failure."""
+    altered = bytearray(data.draw(st.sampled_from(target.seeds)))
+    for _ in range(data.draw(st.integers(1, 4))):
+        start = data.draw(st.integers(0, len(altered)))
+        stop = data.draw(st.integers(start, min(len(altered), start + 8)))
+        altered[start:stop] = data.draw(st.binary(max_size=8))
+    target.read(bytes(altered))
+
+
+@ALTERED
+@given(data=st.data())
+def test_altered_json_is_taken_or_refused(target: Target, data: st.DataObject) -> None:
+    """A value of a valid file replaced by another."""
+    if not target.is_json:
+        return
+    value = json.loads(target.seeds[0])
+    strange = st.sampled_from(
+        [None, True, -1, 0, 1.5, 10**30, "", "../../x", [], {}, [[]], "\x00", "é" * 100]
+    )
+    at, key = value, data.draw(st.sampled_from(list(value)))
+    while isinstance(at[key], dict | list) and at[key] and data.draw(st.booleans()):
+        at = at[key]
+        key = data.draw(st.sampled_from(list(at) if isinstance(at, dict) else range(len(at))))
+    at[key] = data.draw(strange)
+    target.read(json.dumps(value).encode())
+
+
+@ALTERED
+@given(path=st.text(max_size=30) | st.from_regex(r"(\.\./|/|train/|\\)*[a-z0-9.]*\.parquet", fullmatch=True))
+def test_a_shards_path_stays_in_its_folder(path: str) -> None:
+    shard = Shard(path, 1, (1,), 1, "0" * 64, ("0" * 64,))
+    manifest = make_manifest("test", 1, 1, 1, "raw", [], {"train": [shard]}, "")
+    text = json.dumps(manifest, default=vars)
+    if re.fullmatch(r"train/[0-9]{5,9}\.parquet", path):
+        assert manifest_from_json(text, "here").splits["train"].shards[0].path == path
+    else:
+        with pytest.raises(UserError, match="shard path"):
+            manifest_from_json(text, "here")
+
+
+@ALTERED
+@given(
+    rows=st.integers(1, MAX_COUNT),
+    height=st.integers(1, MAX_SIDE),
+    width=st.integers(1, MAX_SIDE),
+)
+def test_a_row_group_that_no_memory_holds_is_refused(rows: int, height: int, width: int) -> None:
+    shard = Shard("train/00000.parquet", rows, (rows,), 1, "0" * 64, ("0" * 64,))
+    text = json.dumps(
+        make_manifest("test", height, width, 3, "raw", [], {"train": [shard]}, ""), default=vars
+    )
+    if rows * height * width * 3 <= 1 << 31:
+        assert manifest_from_json(text, "here").height == height
+    else:
+        with pytest.raises(UserError, match=r"^here: a row group holds .*, which are more than 2 GiB"):
+            manifest_from_json(text, "here")
+
+
+def test_a_shard_that_unpacks_to_a_thousandfold_is_refused_before_it_is(tmp_path: Path) -> None:
+    rows, side = 1 << 20, 16
+    zeros = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(side * side), 1 << 16, [None, pa.py_buffer(bytes(1 << 24))]
+    )
+    (tmp_path / "train").mkdir()
+    file = tmp_path / "train/00000.parquet"
+    pq.write_table(
+        pa.table({"image": pa.chunked_array([zeros] * (rows >> 16))}),
+        file,
+        compression="zstd",
+        use_dictionary=False,
+    )
+    assert file.stat().st_size < 1 << 20
+    shard = Shard("train/00000.parquet", rows, (rows,), file.stat().st_size, "0" * 64, ("0" * 64,))
+    manifest = make_manifest("test", side, side, 1, "raw", [], {"train": [shard]}, "")
+    before = pa.total_allocated_bytes()
+    with pytest.raises(CorruptData, match=r"it unpacks to 268\d{6} bytes; the whole shard has"):
+        read_row_group(LOCAL, str(tmp_path), manifest, "train", 0)
+    assert pa.total_allocated_bytes() - before < 1 << 24
+
+
+TOO_LARGE = {
+    "a wide net": {"model.base_width": 800_000},
+    "a net of many classes": {"model.num_classes": 10**9},
+    "a deep net": {"model.blocks_per_resolution": 10**9},
+}
+
+
+@pytest.mark.parametrize("values", TOO_LARGE.values(), ids=list(TOO_LARGE))
+def test_a_config_of_a_net_that_no_memory_holds_is_refused(tmp_path: Path, values: dict[str, Any]) -> None:
+    config = override(DIGITS, {"model.base_width": 8, "model.norm_groups": 4})
+    folder = tmp_path / "c"
+    checkpoint.save(folder, State.create(config, CPU), config, {})
+    rewrite(folder, "config.json", to_json(override(config, values)).encode())
+    with pytest.raises(UserError, match=r"is of another architecture|blocks_per_resolution is 1000000000"):
+        checkpoint.load_net(folder, CPU)
+
+
+def test_a_schedule_that_no_memory_holds_is_refused() -> None:
+    from ddpm.diffusion import schedules
+
+    config = override(Config(), {"schedule.num_timesteps": 10**12})
+    with pytest.raises(
+        ValueError, match=r"num_timesteps is 1000000000000; it must be in 1, 2, \.\.\. 1000000"
+    ):
+        schedules.build(config.schedule)
+
+
+def rewrite(folder: Path, name: str, data: bytes) -> None:
+    """Put `data` into a checkpoint as somebody would who wants it to look whole."""
+    (folder / name).write_bytes(data)
+    sums = json.loads((folder / "checksums.json").read_text())
+    sums[name] = checkpoint._sha256(folder / name)
+    (folder / "checksums.json").write_text(json.dumps(sums))
+
+
+def test_a_picture_is_not_given_to_programs_that_pillow_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow hands PostScript to Ghostscript, whatever the file is called."""
+    started = []
+    monkeypatch.setattr(subprocess, "check_call", lambda *words, **_: started.append(words))
+    monkeypatch.setattr(subprocess, "Popen", lambda *words, **_: started.append(words))
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(/tmp/x) (w) file\n%%EOF\n"
+    assert Image.open(io.BytesIO(script)).format == "EPS"
+    with pytest.raises(UserError, match="cannot read the image cat"):
+        store([(script, "cat.png")], 8, 3, "encoded")
+    assert started == []
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"])
+def test_formats_of_pictures_are_still_taken(kind: str) -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(file, kind)
+    assert len(store([(file.getvalue(), "it")], 8, 1, "raw")) == 1
+
+
+def test_a_picture_larger_than_pillow_opens_is_refused_by_its_header() -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(file, "PNG")
+    header = file.getvalue()[12:16] + struct.pack(">II", 40_000, 40_000) + file.getvalue()[24:29]
+    claiming = file.getvalue()[:12] + header + struct.pack(">I", zlib.crc32(header)) + file.getvalue()[33:]
+    with pytest.raises(UserError, match=r"cannot read the image it: .*decompression bomb"):
+        store([(claiming, "it")], 8, 1, "raw")
+
+
+def test_the_fuzzer_runs_and_reports(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, REPO / "tests/fuzz.py", "--seconds", "0.2"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": f"{REPO}:{REPO / 'tests'}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(target.__name__ in done.stdout for target in TARGETS)
