@@ -100,11 +100,13 @@ class Server:
 class S3Server(Server):
     """SeaweedFS, which checks signatures as S3 does. `client_env` is what a client needs."""
 
-    def __init__(self, folder: Path, access_key: str = "lab", secret_key: str = "labsecret") -> None:
+    def __init__(
+        self, folder: Path, access_key: str = "lab", secret_key: str = "labsecret", host: str = LOOPBACK
+    ) -> None:
         master, volume, filer, s3, admin = ports = free_ports(5)
         self.ports = [*ports, *(port + GRPC_OFFSET for port in ports)]
-        self.endpoint = f"http://{LOOPBACK}:{s3}"
-        self.topology_url = f"http://{LOOPBACK}:{master}/dir/status"
+        self.endpoint = f"http://{host}:{s3}"
+        self.topology_url = f"http://{host}:{master}/dir/status"
         self.client_env = {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": access_key,
@@ -116,8 +118,8 @@ class S3Server(Server):
         # Every gRPC port is its HTTP port + 10000. Small volumes: each bucket takes some of its own.
         options = {
             "dir": folder / "data",
-            "ip": LOOPBACK,
-            "ip.bind": LOOPBACK,
+            "ip": host,
+            "ip.bind": host,
             "master.port": master,
             "master.volumeSizeLimitMB": 64,
             "master.telemetry": "false",
@@ -150,10 +152,10 @@ class S3Server(Server):
 class MlflowServer(Server):
     """An MLflow tracking server on SQLite, with its artifacts in a folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, host: str = LOOPBACK) -> None:
         (port,) = free_ports(1)
-        self.uri = f"http://{LOOPBACK}:{port}"
-        command = [program("mlflow"), "server", "--host", LOOPBACK, "--port", str(port), "--workers", "1"]
+        self.uri = f"http://{host}:{port}"
+        command = [program("mlflow"), "server", "--host", host, "--port", str(port), "--workers", "1"]
         command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
         command += ["--artifacts-destination", str(folder / "artifacts")]
         # Job execution is for evaluating language models, and costs seven processes.
