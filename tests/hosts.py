@@ -9,7 +9,6 @@ its mounts and its network cable along. What is left is an empty bridge, which t
 """
 
 import contextlib
-import itertools
 import os
 import pwd
 import shlex
@@ -93,8 +92,8 @@ class Hosts:
         """The private key that opens every host."""
         self._lock, number = _own_network()
         self.network = f"10.231.{number}.0/24"
-        self._bridge, self._addresses = f"ddpm{number}", (f"10.231.{number}.{i}" for i in itertools.count(1))
-        self.gateway = next(self._addresses)
+        self._bridge, self._addresses = f"ddpm{number}", (f"10.231.{number}.{i}" for i in range(10, 250))
+        self.gateway = f"10.231.{number}.1"
         """This machine's address there: what listens on it is seen by the hosts."""
 
     def __enter__(self) -> Self:

@@ -106,6 +106,7 @@ class S3Server(Server):
         master, volume, filer, s3, admin = ports = free_ports(5)
         self.ports = [*ports, *(port + GRPC_OFFSET for port in ports)]
         self.endpoint = f"http://{host}:{s3}"
+        self.keys = (access_key, secret_key)
         self.topology_url = f"http://{host}:{master}/dir/status"
         self.client_env = {
             "AWS_ENDPOINT_URL": self.endpoint,

@@ -17,10 +17,10 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[making.Hosts]:
 
 
 @pytest.fixture
-def bucket(
+def s3_for_hosts(
     hosts: making.Hosts, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[str]:
-    """The URI of a bucket that the hosts reach; this process's environment leads to it, too."""
+) -> Iterator[servers.S3Server]:
+    """An S3 server with a bucket `lab` that the hosts reach; this process's environment leads to it, too."""
     import boto3
 
     with servers.S3Server(tmp_path_factory.mktemp("s3"), host=hosts.gateway) as server:
@@ -30,7 +30,7 @@ def bucket(
         client = boto3.client("s3")
         client.create_bucket(Bucket="lab")
         client.close()
-        yield "s3://lab"
+        yield server
 
 
 @pytest.fixture
