@@ -20,8 +20,8 @@ from servers import Server, free_ports
 
 REGION = "us-east-1"
 OUT_OF_STOCK = """<?xml version="1.0" encoding="UTF-8"?>
-<Response><Errors><Error><Code>InsufficientInstanceCapacity</Code><Message>We currently do not have sufficient {} capacity
-</Message></Error></Errors><RequestID>test</RequestID></Response>"""
+<Response><Errors><Error><Code>InsufficientInstanceCapacity</Code><Message>We currently have no {} capacity</Message>
+</Error></Errors><RequestID>test</RequestID></Response>"""
 METADATA_TOKEN = "x-aws-ec2-metadata-token"
 
 
@@ -138,7 +138,11 @@ def _handler(cloud: Cloud) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             self.wfile.write(answer)
 
-        do_POST = do_PUT = do_GET
+        def do_POST(self) -> None:
+            self.do_GET()
+
+        def do_PUT(self) -> None:
+            self.do_GET()
 
         def log_message(self, *of_request: object) -> None:
             pass

@@ -9,7 +9,7 @@ import pytest
 from cloud import REGION, Cloud, Launch
 from faulted import FLAGS
 from hosts import Hosts
-from launched import DASHBOARD, Desk, cluster_file, environment, gone, install, overlaid
+from launched import DASHBOARD, Desk, cluster_file, environment, install, overlaid
 from servers import S3Server
 
 from ddpm.storage import resolve
@@ -23,7 +23,7 @@ ADDRESSES = {"head": "head", "gpu-on-demand": "gpu", "cpu-spot": "cpu"}
 def test_a_cluster_on_aws_grows_trains_and_is_gone(
     hosts: Hosts, s3_for_hosts: S3Server, mlflow_for_hosts: str, digits_uri: str, tmp_path: Path
 ) -> None:
-    """The head, then two machines for two workers: one on demand, since there are no GPU machines on the spot market."""
+    """The head, then a machine for each of two workers; one of them on demand, since there are no GPU spot machines."""
     machines = {name: hosts.add(name) for name in ADDRESSES.values()}
     for machine in machines.values():
         install(machine)
