@@ -183,7 +183,7 @@ class Host:
             assert self._process.stdin is not None
             self._process.stdin.write(b"\n")
             self._process.stdin.close()
-            while not _answers(self.address, 22):
+            while not answers(self.address, 22):
                 self._check(deadline)
         except BaseException:
             self.kill()
@@ -194,8 +194,10 @@ class Host:
         """Pull its plug: network and processes are gone at once."""
         if self._process is not None:
             subprocess.run(["ip", "link", "delete", self._cable], stderr=subprocess.DEVNULL)
+            first = psutil.Process(self._process.pid).children() if self._process.poll() is None else []
             self._process.kill()
             self._process.wait()
+            psutil.wait_procs(first, timeout=30)  # which the kernel lets go after all others
             self._process = None
 
     @property
@@ -246,12 +248,13 @@ def _own_network() -> tuple[socket.socket, int]:
     raise RuntimeError(f"all {len(NETWORKS)} networks are taken")
 
 
-def _answers(address: str, port: int) -> bool:
+def answers(address: str, port: int) -> bool:
+    """Whether something takes connections there."""
     try:
-        with socket.create_connection((address, port), timeout=1) as connection:
-            return connection.recv(3) == b"SSH"
+        socket.create_connection((address, port), timeout=1).close()
     except OSError:
         return False
+    return True
 
 
 def _path() -> str:

@@ -68,7 +68,7 @@ class Desk:
         }
         self.file.write_text(yaml.safe_dump(config))
 
-    def type(self, *command: object, timeout_s: float = 240) -> str:
+    def type(self, *command: object, timeout_s: float = 600) -> str:
         """Run a command, which must work; returns what it says."""
         done = self.host.run(*command, env=self.env, timeout_s=timeout_s)
         assert done.returncode == 0, f"{' '.join(map(str, command))}:\n{done.stdout}{done.stderr}"
@@ -84,7 +84,7 @@ class Desk:
         return self.type("ray", "down", "-y", self.file)
 
     @contextlib.contextmanager
-    def dashboard(self, timeout_s: float = 60) -> Iterator[None]:
+    def dashboard(self, timeout_s: float = 180) -> Iterator[None]:
         """`ray dashboard`, kept open: the head's dashboard at DASHBOARD."""
         log = self.host.log.with_suffix(".dashboard")
         words = self.host.words("ray", "dashboard", self.file, env=self.env)
@@ -103,7 +103,7 @@ class Desk:
         )
 
 
-def gone(host: Host, title: str, timeout_s: float = 120) -> bool:
+def gone(host: Host, title: str, timeout_s: float = 300) -> bool:
     """Whether no process of the host's is called so any more, at the latest after some time."""
     deadline = time.monotonic() + timeout_s
     while host.processes(title) and time.monotonic() < deadline:
