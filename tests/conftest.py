@@ -43,6 +43,8 @@ def pytest_configure() -> None:
     for name in (
         "RAY_ADDRESS",
         "AWS_PROFILE",
+        "DDPM_CLUSTER_RESOURCES",
+        "DDPM_STORAGE",
         "MLFLOW_TRACKING_URI",
         "MLFLOW_RUN_ID",
         "MLFLOW_EXPERIMENT_NAME",

@@ -3,18 +3,16 @@
 Its own room because these are the questions before anything is started; cluster.py is about what runs then.
 """
 
-import json
 import os
 import time
 
 import ray
 
+from ddpm import connection
 from ddpm.config import Config, UserError
 
 JOINING_S = 10.0
 """How long nodes that are just joining a cluster are waited for, before it is called too small."""
-LIMITS = "DDPM_CLUSTER_RESOURCES"
-"""The variable in which a cluster that grows says how far: '{"CPU": 32, "GPU": 4}'. Ray itself does not (2.60)."""
 
 
 def resources_per_worker(config: Config) -> dict[str, float]:
@@ -27,25 +25,11 @@ def resources_per_worker(config: Config) -> dict[str, float]:
     deadline = time.monotonic() + (JOINING_S if joined else 0)
     while True:
         try:
-            return _resources_per_worker(config, _cluster_resources())
+            return _resources_per_worker(config, connection.resources())
         except UserError:
             if time.monotonic() >= deadline:
                 raise
             time.sleep(0.5)
-
-
-def _cluster_resources() -> dict[str, float]:
-    """What the cluster has, or what it may grow to where that is more."""
-    have, limits = ray.cluster_resources(), _limits()
-    return {name: max(have.get(name, 0.0), limits.get(name, 0.0)) for name in have | limits}
-
-
-def _limits() -> dict[str, float]:
-    text = os.environ.get(LIMITS, "{}")
-    try:
-        return {str(name): float(count) for name, count in json.loads(text).items()}
-    except (ValueError, TypeError, AttributeError):
-        raise UserError(f"""{LIMITS} is {text!r}; expected JSON as '{{"CPU": 32, "GPU": 4}}'""") from None
 
 
 def _resources_per_worker(config: Config, have: dict[str, float]) -> dict[str, float]:
@@ -74,7 +58,11 @@ def check_storage(config: Config) -> None:
     nodes = sum(node["Alive"] for node in ray.nodes())
     whose = f"has {nodes} nodes" if nodes > 1 else "grows by nodes"
     for flag, uri in (("run.storage", config.run.storage), ("data.shards", config.data.shards or "")):
-        if (nodes > 1 or _limits()) and not uri.startswith("s3://") and not config.run.shared_storage:
+        if (
+            (nodes > 1 or connection.limits())
+            and not uri.startswith("s3://")
+            and not config.run.shared_storage
+        ):
             raise UserError(
                 f"--{flag} is the local folder {uri}, but the cluster {whose} that cannot see it; use "
                 "s3://bucket/prefix, or say --run.shared-storage if it is mounted on all of them"

@@ -94,9 +94,7 @@ def overlay(cloud: Cloud, hosts: Hosts, settings: dict[str, str]) -> dict[str, A
         own = {"IamInstanceProfile": profile, "PrivateIpAddress": address}
         types[kind] = {"node_config": place | own}
     for kind in kinds.keys() - {"head"}:  # a machine has three CPUs and no GPU, and each kind one machine
-        types[kind] |= {"max_workers": int(kind != "cpu-on-demand"), "resources": {"CPU": 3}}
-        if kind.startswith("gpu"):
-            types[kind]["resources"]["GPU"] = None
+        types[kind] |= {"max_workers": int(kind != "cpu-on-demand"), "resources": {"CPU": 3, "GPU": 0}}
     return {
         "provider": {"region": REGION, "use_internal_ips": True},
         "auth": {"ssh_user": "root", "ssh_private_key": str(hosts.key)},
