@@ -8,7 +8,6 @@ Nothing needs to be cleaned up after a test that was killed: a host ends with th
 its mounts and its network cable along. What is left is an empty bridge, which the next `Hosts` removes.
 """
 
-import contextlib
 import os
 import pwd
 import shlex
@@ -221,12 +220,7 @@ class Host:
 
     def processes(self, title: str) -> list[psutil.Process]:
         """Its processes whose command line begins with `title`: "ray::RayTrainWorker", say."""
-        found = []
-        for process in psutil.Process(self.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if process.cmdline()[:1] and process.cmdline()[0].startswith(title):
-                    found.append(process)
-        return found
+        return processes.members(self.pid, title)
 
     def _check(self, deadline: float) -> None:
         assert self._process is not None
