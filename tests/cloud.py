@@ -102,23 +102,22 @@ class Cloud:
             return 200, b"a-token", "text/plain"
         if headers.get(METADATA_TOKEN) != "a-token":
             return 401, b"", "text/plain"
-        role = "/latest/meta-data/iam/security-credentials/"
-        if path == role:
-            return 200, b"a-role", "text/plain"
-        if path == f"{role}a-role":
-            access, secret = self.keys
-            granted = {
-                "Code": "Success",
-                "Type": "AWS-HMAC",
-                "AccessKeyId": access,
-                "SecretAccessKey": secret,
-            }
-            granted |= {
-                "Token": "",
-                "LastUpdated": "2026-01-01T00:00:00Z",
-                "Expiration": "2100-01-01T00:00:00Z",
-            }
-            return 200, json.dumps(granted).encode(), "application/json"
+        match (
+            path.removeprefix("/latest/meta-data/").rstrip("/").split("/")
+        ):  # C++ asks without the last slash
+            case ["placement", "availability-zone"]:
+                return 200, f"{REGION}a".encode(), "text/plain"
+            case ["iam", "security-credentials"]:
+                return 200, b"a-role", "text/plain"
+            case ["iam", "security-credentials", "a-role"]:
+                access, secret = self.keys
+                keys = {"AccessKeyId": access, "SecretAccessKey": secret, "Token": ""}
+                keys |= {"LastUpdated": "2026-01-01T00:00:00Z", "Expiration": "2100-01-01T00:00:00Z"}
+                return (
+                    200,
+                    json.dumps({"Code": "Success", "Type": "AWS-HMAC", **keys}).encode(),
+                    "application/json",
+                )
         return 404, b"", "text/plain"
 
 
