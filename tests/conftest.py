@@ -133,7 +133,7 @@ def undisturbed(digits_uri: str, tmp_path_factory: pytest.TempPathFactory) -> "f
     folder = tmp_path_factory.mktemp("undisturbed")
     run = faulted.Run("undisturbed", str(folder / "runs"), digits_uri, folder / "job.log")
     with run.start(env={"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}) as job:
-        assert job.wait() == 0, job.output
+        assert job.wait(900) == 0, job.output
     return run
 
 
