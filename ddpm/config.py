@@ -7,6 +7,7 @@ Unknown keys are errors; nothing here is ever executed.
 
 import dataclasses
 import json
+import os
 import reprlib
 import sys
 import typing
@@ -249,8 +250,8 @@ class RunConfig:
 
     name: str | None = None
     """Folder under `storage`; the same name goes on where the run stopped. None: preset and time."""
-    storage: str = "runs"
-    """Folder or s3:// URI that holds runs."""
+    storage: str = field(default_factory=lambda: os.environ.get("DDPM_STORAGE") or "runs")
+    """Folder or s3:// URI that holds runs. Where DDPM_STORAGE is set, as on a cluster, that is the default."""
     storage_timeout_s: float = 300.0
     """Seconds that S3 (or a disk) may fail or not answer before the run stops."""
     shared_storage: bool = False

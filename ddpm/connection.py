@@ -1,12 +1,15 @@
-"""Joining Ray: the one way in, for training, for preparing data, and for a fleet.
+"""Joining Ray: the one way in, for training, for preparing data, and for a fleet; and what there is to share out.
 
 Its own room because all of them stand on different floors.
 """
 
+import json
 import logging
 import os
 
 import ray
+
+from ddpm.config import UserError
 
 SETTINGS = {
     # The controller looks after its workers so often (default 2 s).
@@ -20,6 +23,9 @@ SETTINGS = {
 }
 """Ray's settings that make a crash cost less time; what the environment says comes first."""
 
+LIMITS = "DDPM_CLUSTER_RESOURCES"
+"""The variable in which a cluster that grows says how far: '{"CPU": 48, "GPU": 4}'. Ray itself does not (2.60)."""
+
 
 def connect(verbose: bool = False) -> None:
     """Join the Ray cluster of the environment (RAY_ADDRESS, or one started here), or start one on this machine."""
@@ -29,3 +35,22 @@ def connect(verbose: bool = False) -> None:
     ray.init(log_to_driver=verbose, logging_level=level, include_dashboard=False)
     for name in ("ray.train", "ray.data", "ray"):
         logging.getLogger(name).setLevel(level)
+
+
+def resources() -> dict[str, float]:
+    """What the joined cluster has, or what it may grow to where that is more, as {"CPU": 48.0, "GPU": 4.0}."""
+    have, may_have = ray.cluster_resources(), limits()
+    return {name: max(have.get(name, 0.0), may_have.get(name, 0.0)) for name in have | may_have}
+
+
+def limits() -> dict[str, float]:
+    """How far the cluster grows when it is asked for more; empty: it does not.
+
+    Raises:
+        UserError: DDPM_CLUSTER_RESOURCES is no JSON of numbers.
+    """
+    text = os.environ.get(LIMITS, "{}")
+    try:
+        return {name: float(count) for name, count in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(f"""{LIMITS} is {text!r}; expected JSON as '{{"CPU": 48, "GPU": 4}}'""") from None

@@ -270,12 +270,11 @@ class _Worker:
 
 
 def _resources(verbose: bool) -> dict[str, float]:
-    """What the cluster has, which is joined, or started here."""
+    """What the cluster has or may grow to, which is joined, or started here."""
     import ray
 
-    from ddpm.connection import connect
+    from ddpm import connection
 
     if not ray.is_initialized():
-        connect(verbose)
-    resources: dict[str, float] = ray.cluster_resources()
-    return resources
+        connection.connect(verbose)
+    return connection.resources()

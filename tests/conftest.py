@@ -6,11 +6,14 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import processes
 import pytest
 import servers
+
+if TYPE_CHECKING:
+    import faulted
 
 CHROMIUM = Path("/usr/bin/chromium")
 CHROMIUM_FLAGS = [
@@ -41,6 +44,8 @@ def pytest_configure() -> None:
     for name in (
         "RAY_ADDRESS",
         "AWS_PROFILE",
+        "DDPM_CLUSTER_RESOURCES",
+        "DDPM_STORAGE",
         "MLFLOW_TRACKING_URI",
         "MLFLOW_RUN_ID",
         "MLFLOW_EXPERIMENT_NAME",
@@ -142,6 +147,26 @@ def guarded_mlflow(
 def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.RayHead]:
     with servers.RayHead(tmp_path_factory.mktemp("ray")) as head:
         yield head
+
+
+@pytest.fixture(scope="session")
+def digits_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Real digits as shards."""
+    import faulted
+
+    return faulted.write_digits(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(digits_uri: str, tmp_path_factory: pytest.TempPathFactory) -> "faulted.Run":
+    """A run of two workers that nothing happens to."""
+    import faulted
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run = faulted.Run("undisturbed", str(folder / "runs"), digits_uri, folder / "job.log")
+    with run.start(env={"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}) as job:
+        assert job.wait(900) == 0, job.output
+    return run
 
 
 @pytest.fixture(scope="module")

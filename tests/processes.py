@@ -128,15 +128,17 @@ def _family(pid: int) -> set[psutil.Process]:
     return family
 
 
-class Job:
-    """A job that runs while the test goes on: `python jobs/{job}.py *args`, its output in a file."""
+class Background:
+    """A command that runs while the test goes on, its output in a file."""
 
-    def __init__(self, job: str, *args: object, log: Path, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, words: Iterable[str], *, log: Path, cwd: Path = REPO, env: Mapping[str, str] | None = None
+    ) -> None:
         self._log = log
         with log.open("ab") as out:
             self.process = subprocess.Popen(
-                [*job_command(job), *map(str, args)],
-                cwd=log.parent,
+                list(words),
+                cwd=cwd,
                 env=os.environ | dict(env or {}),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -185,3 +187,10 @@ class Job:
 
     def __exit__(self, *of_error: object) -> None:
         kill_tree(self.process)
+
+
+class Job(Background):
+    """A job that runs while the test goes on: `python jobs/{job}.py *args`."""
+
+    def __init__(self, job: str, *args: object, log: Path, env: Mapping[str, str] | None = None) -> None:
+        super().__init__([*job_command(job), *map(str, args)], log=log, cwd=log.parent, env=env)

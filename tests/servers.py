@@ -106,11 +106,14 @@ class Server:
 class S3Server(Server):
     """SeaweedFS, which checks signatures as S3 does. Clients need `client_env`, or boto3's `client_options`."""
 
-    def __init__(self, folder: Path, access_key: str = "lab", secret_key: str = "labsecret") -> None:
+    def __init__(
+        self, folder: Path, access_key: str = "lab", secret_key: str = "labsecret", host: str = LOOPBACK
+    ) -> None:
         master, volume, filer, s3, admin = ports = free_ports(5)
         self.ports = [*ports, *(port + GRPC_OFFSET for port in ports)]
-        self.endpoint = f"http://{LOOPBACK}:{s3}"
-        self.topology_url = f"http://{LOOPBACK}:{master}/dir/status"
+        self.endpoint = f"http://{host}:{s3}"
+        self.keys = (access_key, secret_key)
+        self.topology_url = f"http://{host}:{master}/dir/status"
         self.client_env = {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": access_key,
@@ -128,8 +131,8 @@ class S3Server(Server):
         # Every gRPC port is its HTTP port + 10000. Small volumes: each bucket takes some of its own.
         options = {
             "dir": folder / "data",
-            "ip": LOOPBACK,
-            "ip.bind": LOOPBACK,
+            "ip": host,
+            "ip.bind": host,
             "master.port": master,
             "master.volumeSizeLimitMB": 64,
             "master.telemetry": "false",
@@ -162,10 +165,10 @@ class S3Server(Server):
 class MlflowServer(Server):
     """An MLflow tracking server on SQLite, with its artifacts in a folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, host: str = LOOPBACK) -> None:
         (port,) = free_ports(1)
-        self.uri = f"http://{LOOPBACK}:{port}"
-        command = [program("mlflow"), "server", "--host", LOOPBACK, "--port", str(port), "--workers", "1"]
+        self.uri = f"http://{host}:{port}"
+        command = [program("mlflow"), "server", "--host", host, "--port", str(port), "--workers", "1"]
         command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
         command += ["--artifacts-destination", str(folder / "artifacts")]
         # Job execution is for evaluating language models, and costs seven processes.

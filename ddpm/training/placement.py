@@ -12,6 +12,7 @@ import ray.util
 from ray import PlacementGroupID
 from ray.util.placement_group import PlacementGroup
 
+from ddpm import connection
 from ddpm.config import Config, UserError
 
 DRIVER_CPUS = 0.01
@@ -30,7 +31,7 @@ def resources_per_worker(config: Config) -> dict[str, float]:
     deadline = time.monotonic() + (JOINING_S if joined else 0)
     while True:
         try:
-            return _resources_per_worker(config, ray.cluster_resources())
+            return _resources_per_worker(config, connection.resources())
         except UserError:
             if time.monotonic() >= deadline:
                 raise
@@ -69,7 +70,7 @@ def shared(config: Config, num_runs: int) -> Config:
     Raises:
         UserError: there is no room for so many; runs would wait for one another, or their data tasks for ever.
     """
-    have, workers = ray.cluster_resources(), config.cluster.world_sizes()[-1]
+    have, workers = connection.resources(), config.cluster.world_sizes()[-1]
     if num_runs < 1:
         raise UserError(f"--max-concurrent is {num_runs}; it must be at least 1")
     everybody = num_runs * workers
@@ -108,9 +109,14 @@ def free(place: str) -> None:
 def check_storage(config: Config) -> None:
     """Refuse a folder that the other nodes of the cluster cannot see."""
     nodes = sum(node["Alive"] for node in ray.nodes())
+    whose = f"has {nodes} nodes" if nodes > 1 else "grows by nodes"
     for flag, uri in (("run.storage", config.run.storage), ("data.shards", config.data.shards or "")):
-        if nodes > 1 and not uri.startswith("s3://") and not config.run.shared_storage:
+        if (
+            (nodes > 1 or connection.limits())
+            and not uri.startswith("s3://")
+            and not config.run.shared_storage
+        ):
             raise UserError(
-                f"--{flag} is the local folder {uri}, but the cluster has {nodes} nodes that cannot see it; use "
+                f"--{flag} is the local folder {uri}, but the cluster {whose} that cannot see it; use "
                 "s3://bucket/prefix, or say --run.shared-storage if it is mounted on all of them"
             )

@@ -310,12 +310,14 @@ def test_the_head_alone_starts_and_ends_workers(
         ("ec2:DescribeInstances", "*", {}),
         ("ec2:RunInstances", f"{here}:instance/*", {}),
         ("ec2:RunInstances", f"{here}:security-group/{resources['ClusterSecurityGroup']}", {}),
+        ("ssm:GetParameters", "arn:aws:ssm:us-east-1::parameter/aws/service/deeplearning/ami", {}),
         ("ec2:CreateTags", f"{here}:instance/i-1", {}),
         ("ec2:TerminateInstances", f"{here}:instance/i-1", ray_node),
         ("iam:PassRole", workers, {"iam_PassedToService": "ec2.amazonaws.com"}),
     ]
     may_not = [
         ("ec2:RunInstances", f"{here}:security-group/sg-of-others", {}),
+        ("ssm:GetParameters", f"arn:aws:ssm:us-east-1:{account}:parameter/password", {}),
         ("ec2:TerminateInstances", f"{here}:instance/i-of-others", {}),
         ("iam:PassRole", workers, {"iam_PassedToService": "lambda.amazonaws.com"}),
         ("iam:PassRole", mlflows, {"iam_PassedToService": "ec2.amazonaws.com"}),

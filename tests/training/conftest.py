@@ -1,48 +1,15 @@
-"""A small real data set, and a run small enough to train in seconds."""
+"""A run small enough to train in seconds."""
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from faulted import Run
-from sklearn.datasets import load_digits
 
 from ddpm.config import Config, override
 from ddpm.data.reading import DataSet
-from ddpm.data.shards import make_manifest, write_manifest, write_shard
 from ddpm.data.stream import open_data_set
 from ddpm.presets import DIGITS
-from ddpm.storage import resolve
-
-
-@pytest.fixture(scope="session")
-def digits_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Real digits as shards: 600 to train on in two shards, 60 held out."""
-    location = resolve(str(tmp_path_factory.mktemp("digits")))
-    images, labels = load_digits(return_X_y=True)
-    images = np.round(images.reshape(-1, 8, 8, 1) * 255 / 16).astype(np.uint8)
-    shards = {
-        split: [
-            write_shard(
-                location.filesystem,
-                location.path,
-                f"{split}/{i:05d}.parquet",
-                images[part],
-                labels[part],
-                rows_per_row_group=100,
-            )
-            for i, part in enumerate(parts)
-        ]
-        for split, parts in {
-            "train": [slice(0, 350), slice(350, 600)],
-            "test": [slice(600, 660)],
-        }.items()
-    }
-    names = [str(i) for i in range(10)]
-    manifest = make_manifest("digits", 8, 8, 1, "raw", names, shards, options="test")
-    write_manifest(location.filesystem, location.path, manifest)
-    return location.uri
 
 
 @pytest.fixture
@@ -80,16 +47,6 @@ def train_set(tiny: Config) -> DataSet:
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     return tmp_path / "run"
-
-
-@pytest.fixture(scope="session")
-def undisturbed(digits_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run that nothing happens to."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    run = Run("undisturbed", str(folder / "runs"), digits_uri, folder / "job.log")
-    with run.start(env={"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}) as job:
-        assert job.wait() == 0, job.output
-    return run
 
 
 @pytest.fixture

@@ -1,0 +1,33 @@
+"""Which kind of machine the autoscaler asks for: one that AWS has none of comes after all that it may have.
+
+Ray remembers for half an hour that a kind was not to be had, and asks for it again and again all the same (2.60):
+what ranks kinds is told, and does not listen. This does. The head finds it through RAY_AUTOSCALER_UTILIZATION_SCORER.
+"""
+
+from typing import Any
+
+from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer
+
+
+def score(
+    node_resources: dict[str, float],
+    resources: list[dict[str, float]],
+    node_type: str,
+    *,
+    node_availability_summary: Any,
+) -> tuple[Any, ...] | None:
+    """How well one machine of `node_type` fits what is asked for: the larger the better; None: not at all.
+
+    Args:
+        node_resources: what such a machine has.
+        resources: the bundles asked for, as {"CPU": 1, "GPU": 1}.
+        node_type: its name in cluster.yaml.
+        node_availability_summary: how the last attempts to start machines went.
+    """
+    summary = node_availability_summary
+    fit = _default_utilization_scorer(node_resources, resources, node_type, node_availability_summary=summary)
+    if fit is None:
+        return None
+    keeps_gpus_free, *rest = fit
+    record = summary.node_availabilities.get(node_type)
+    return keeps_gpus_free, record is None or record.is_available, *rest
