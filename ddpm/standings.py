@@ -1,4 +1,4 @@
-"""How a search ended: finalists drawn from, a table with ranks and ties, the best config, and where all that is kept.
+"""How a search ended: finalists drawn from, a table with ranks and ties, the best config.
 
 Both rankings are shown, for likelihood and sample quality may disagree; the best config is the best by the metric that
 was searched by. Its own room because it stands on everything that judges, and knows nothing of who searched.
@@ -6,47 +6,33 @@ was searched by. Its own room because it stands on everything that judges, and k
 
 import io
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from numpy.typing import NDArray
 from rich import box
 from rich.table import Table
 
 from ddpm import config as configs
-from ddpm import delivery, evaluate, generation, judgement, runs, search_plots, yardstick
+from ddpm import evaluate, yardstick
 from ddpm.attempt import JUDGED
-from ddpm.calls import OutOfTime
 from ddpm.config import Config, UserError
 from ddpm.contest import short
-from ddpm.data.reading import DataSet
 from ddpm.diffusion import schedules
 from ddpm.evaluation import nets
 from ddpm.evaluation.ranking import Rank, paired_ranks, ranks
-from ddpm.evaluation.reference import images_of
 from ddpm.jury import Judged
-from ddpm.records import Artifact, Metrics
 from ddpm.storage import Location
-from ddpm.tracking import Address, Lost, MlflowRun, tracking_uri, without_password
 from ddpm.trials import Ledger, Metric, Trial, best
 
 SAMPLER, STEPS = "dpmpp_2m", 20
 """How finalists are drawn: fast, and the same for all."""
 LEFTOVER = 0.01
 """A schedule whose last x_t keeps more of x_0 than that, sqrt(alpha_bar_T), is flagged."""
-LOG_SNR = np.linspace(-8, 8, 33)
-CURVE_IMAGES = 128
-MLFLOW_TIMEOUT_S = 20.0
 OF_A_TRIAL = ("train.checkpoint_every_images", "train.keep_checkpoints")
 """What a search sets for its own purposes."""
-STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED", "running": "KILLED"}
-"""Of a trial, in MLflow's words."""
 
 
 @dataclass(frozen=True)
@@ -64,23 +50,6 @@ class Standing:
     @property
     def is_flagged(self) -> bool:
         return self.leftover > LEFTOVER
-
-
-def address(ledger: Ledger, name: str, experiment: str) -> Address:
-    """The search's own run in MLflow."""
-    return Address(tracking_uri(), experiment, name, ledger.key, source="tune/search.py")
-
-
-def open_parent(parent: Address, params: Mapping[str, Any], warn: Callable[[str], None]) -> str | None:
-    """The id of the search's MLflow run, which is made if there is none; None: MLflow is away, and is told later."""
-    run = MlflowRun(parent, params, MLFLOW_TIMEOUT_S)
-    try:
-        run.open(running=True)
-    except (OutOfTime, Lost) as error:
-        warn(
-            f"MLflow at {without_password(parent.uri)} is told of the search later: {error or run.call.trouble}"
-        )
-    return run.run_id
 
 
 def draw_finalists(
@@ -179,7 +148,7 @@ def table(found: Sequence[Standing]) -> Table:
     return made
 
 
-def markdown(found: Sequence[Standing], metric: Metric, remarks: Sequence[str]) -> str:
+def markdown(found: Sequence[Standing], remarks: Sequence[str]) -> str:
     names, rows = _shown(found)
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
@@ -223,98 +192,6 @@ def best_config(found: Sequence[Standing], base: Config) -> str | None:
         if room not in ("run", "cluster") and key != "data.shards" and key not in OF_A_TRIAL:
             nested.setdefault(room, {})[name] = value
     return json.dumps(nested, indent=2) + "\n"
-
-
-def curves(found: Sequence[Standing], place: Location, held_out: DataSet) -> dict[str, NDArray[np.float64]]:
-    """The finalists' errors of x_0_hat, [N, L] at LOG_SNR, by what a legend says."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batch = images_of(held_out, 0, min(CURVE_IMAGES, held_out.rows.num_rows))
-    made = {}
-    for standing in (s for s in found if s.by_kid):
-        (candidate,) = yardstick.read([place.child(standing.trial.name).uri])
-        net, config = candidate.net.to(device), candidate.config
-        error = judgement.denoising_curve(
-            net, config, generation.build_objective(config), batch, torch.from_numpy(LOG_SNR), device=device
-        )
-        kind, steps = config.schedule.kind, config.schedule.num_timesteps
-        made[f"{standing.trial.name} {kind}, T = {steps}"] = error.numpy()
-    return made
-
-
-def store(
-    ledger: Ledger, place: Location, metric: Metric, base: Config, held_out: DataSet, parent: Address
-) -> Iterator[str]:
-    """Write table, best config and pictures to the search's folder and to its MLflow run; lines that say where."""
-    trials = ledger.trials()
-    found = standings(trials, place, metric, base)
-    files = {
-        "results.parquet": parquet(found),
-        "results.md": markdown(found, metric, remarks(found, metric)).encode(),
-    }
-    config = best_config(found, base)
-    if config is not None:
-        files["best.json"] = config.encode()
-        files["parallel.png"] = search_plots.parallel(trials, metric)
-    if any(s.by_kid for s in found):
-        files["bits-and-kid.png"] = search_plots.scatter(trials)
-        files["denoising.png"] = search_plots.denoising(LOG_SNR, curves(found, place, held_out))
-    for name, data in files.items():
-        _patiently_written(place.child(name), data)
-    yield f"results     {place.uri}/results.md, .parquet; pictures beside them"
-    if config is not None:
-        yield f"best        {place.uri}/best.json, of {found[0].trial.name}"
-    yield from _publish(trials, found, place, files, parent)
-
-
-def _publish(
-    trials: Sequence[Trial],
-    found: Sequence[Standing],
-    place: Location,
-    files: Mapping[str, bytes],
-    parent: Address,
-) -> Iterator[str]:
-    shown = without_password(parent.uri)
-    run = MlflowRun(parent, {}, MLFLOW_TIMEOUT_S)
-    try:
-        run.open(running=True)
-        records: list[Any] = [Artifact(name, data) for name, data in files.items()]
-        if found and found[0].by_bits and (last := found[0].trial.last):
-            values = {
-                "best/bits_per_dim": last.bits_per_dim,
-                "best/bits_per_dim_error": last.bits_per_dim_error,
-            }
-            records.append(Metrics(values, len(trials), int(time.time() * 1000)))
-        whole = run.add(records)
-        for trial in trials:
-            whole &= _settle(trial, place, parent, str(run.run_id))
-        whole &= run.end("FINISHED")
-    except OutOfTime:
-        yield f"MLflow      {shown} cannot be reached; the same command tries again: {run.call.trouble}"
-    except Lost as error:
-        yield f"MLflow      {shown} refuses: {error}"
-    else:
-        yield f"MLflow      run {run.run_id} in {shown}" + (
-            "" if whole else ", which did not take everything"
-        )
-
-
-def _settle(trial: Trial, place: Location, parent: Address, parent_run_id: str) -> bool:
-    """Tell MLflow what a trial's own driver could not, if it was killed."""
-    uri = place.child(trial.name).uri
-    try:
-        key = runs.existing_run(uri).key
-    except UserError:  # it never began
-        return True
-    try:
-        kept = delivery.kept(uri, parent.experiment)
-        if kept.records:
-            delivery.deliver(kept, MLFLOW_TIMEOUT_S, lambda done: None)
-    except UserError:  # MLflow does not take it now
-        return False
-    run = MlflowRun(
-        Address(parent.uri, parent.experiment, trial.name, key, parent_run_id), {}, MLFLOW_TIMEOUT_S
-    )
-    return not run.find() or run.settle(STATUS[trial.status])
 
 
 def _shown(found: Sequence[Standing]) -> tuple[list[str], list[list[str]]]:
@@ -362,10 +239,3 @@ def bits_of(trial: Trial, place: Location) -> tuple[float, ...]:
 
 def _leftover(config: Config) -> float:
     return float(schedules.build(config.schedule).alpha_bar[-1].sqrt())
-
-
-def _patiently_written(file: Location, data: bytes) -> None:
-    try:
-        file.write(data)
-    except OSError as error:
-        raise UserError(f"cannot write {file.uri}: {error}") from None

@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from tracked import run_of
 
 from ddpm import config as configs
-from ddpm import search_plots, standings, storage
+from ddpm import search_plots, search_record, standings, storage
 from ddpm.attempt import JUDGED
 from ddpm.config import Config
 from ddpm.jury import Judged
@@ -95,7 +95,7 @@ def test_the_table_says_the_same_everywhere(place: Location, ledger: Ledger, tmp
     assert (first["schedule.beta_end"], first["rank_by_bits"], first["kid"]) == (0.005, "1", 0.05)
     assert first["bits_per_dim"] == pytest.approx(2.25) and rows[1]["schedule.beta_end"] is None
     assert (last["status"], last["reason"], last["bits_per_dim"]) == ("failed", "it broke", None)
-    text = standings.markdown(found, "bits_per_dim", ["a remark"])
+    text = standings.markdown(found, ["a remark"])
     assert "| trial-001 ! | finished | 128 | linear |" in text and "failed: it broke" in text
     assert text.endswith("- a remark\n")
     assert standings.table(found).row_count == 5
@@ -136,9 +136,9 @@ def test_mlflow_has_it_all_in_the_parent_run(place: Location, ledger: Ledger) ->
     held_out: Any = None
     for number in (0, 1, 4):  # without finalists there are no checkpoints to read
         ledger.add("drawn", number)
-    parent = standings.address(ledger, "search", "searches")
-    assert standings.open_parent(parent, {"search.metric": "bits_per_dim"}, print) is not None
-    lines = list(standings.store(ledger, place, "bits_per_dim", BASE, held_out, parent))
+    parent = search_record.address(ledger, "search", "searches")
+    assert search_record.open_parent(parent, {"search.metric": "bits_per_dim"}, print) is not None
+    lines = list(search_record.store(ledger, place, "bits_per_dim", BASE, held_out, parent))
     assert {path.name for path in Path(place.path).iterdir() if path.is_file()} == {
         "search.json",
         "results.md",

@@ -67,7 +67,7 @@ def main() -> int:
     from rich.console import Console
     from scoreboard import Scoreboard
 
-    from ddpm import connection, standings
+    from ddpm import connection, search_record, standings
     from ddpm.training import placement
     from ddpm.trials import Ledger
 
@@ -79,8 +79,8 @@ def main() -> int:
     connection.connect(chosen.verbose)
     config = placement.shared(search.base, chosen.max_concurrent)
     placement.check_storage(config)
-    parent = standings.address(ledger, search.name, config.run.experiment)
-    parent_run_id = standings.open_parent(parent, search.params, print)
+    parent = search_record.address(ledger, search.name, config.run.experiment)
+    parent_run_id = search_record.open_parent(parent, search.params, print)
     env = study.environment(parent.uri)
     spec = study.Spec(config, search.train, search.rungs, search.jury, env, parent_run_id, chosen.verbose)
     with board:
@@ -102,7 +102,7 @@ def main() -> int:
     for line in standings.remarks(found, chosen.metric):
         print(line)
     print(f"searched    {len(found)} trials, {time.monotonic() - began:.0f} s")
-    for line in standings.store(ledger, *of_best, search.base, search.jury.held_out, parent):
+    for line in search_record.store(ledger, *of_best, search.base, search.jury.held_out, parent):
         print(line)
     return 0 if any(standing.by_bits for standing in found) else 1
 

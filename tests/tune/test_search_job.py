@@ -12,7 +12,7 @@ from processes import Job
 from tracked import run_of
 
 from ddpm import config as configs
-from ddpm import standings, storage
+from ddpm import search_record, storage
 from ddpm.presets import DIGITS
 from ddpm.trials import Ledger, Trial
 
@@ -73,8 +73,8 @@ def test_a_search_that_was_killed_ends_with_the_same_table(tmp_path: Path) -> No
 def check_mlflow(place: Path) -> None:
     """A parent with three children, each ended as its trial did."""
     ledger = Ledger.existing(storage.resolve(str(place)))
-    parent = run_of(standings.address(ledger, "s", "killed"))
-    client = MlflowClient(standings.tracking_uri())
+    parent = run_of(search_record.address(ledger, "s", "killed"))
+    client = MlflowClient(search_record.tracking_uri())
     children = client.search_runs(
         [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
     )
