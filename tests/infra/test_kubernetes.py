@@ -4,6 +4,8 @@ Schemas are those of the package kubernetes-validate. KubeRay's two kinds are no
 (ray.io/v1, KubeRay 1.7) calls their fields is listed here, as far as the manifests go; their pods are checked as pods.
 """
 
+import json
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -134,6 +136,19 @@ def test_the_job_runs_on_the_cluster_of_the_other_file() -> None:
     (cluster,), (job,) = documents("raycluster.yaml"), documents("rayjob.yaml")
     assert cluster_of(job) == cluster["spec"]
     assert cluster["spec"]["authOptions"]["mode"] == "token"
+
+
+def test_a_run_may_count_on_what_the_file_allows() -> None:
+    """The head, where it begins, has nothing to give, and no worker is there yet."""
+    (document,) = documents("raycluster.yaml")
+    head, *_ = pods(document)
+    most: Counter[str] = Counter()
+    for group in cluster_of(document)["workerGroupSpecs"]:
+        asked = group["template"]["spec"]["containers"][0]["resources"]["requests"]
+        for ours, theirs in (("CPU", "cpu"), ("GPU", "nvidia.com/gpu")):
+            most[ours] += group["maxReplicas"] * int(asked.get(theirs, 0))
+    (told,) = (v for v in head["containers"][0]["env"] if v["name"] == "DDPM_CLUSTER_RESOURCES")
+    assert json.loads(told["value"]) == most
 
 
 def test_the_entrypoint_is_a_command_that_parses() -> None:
