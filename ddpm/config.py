@@ -216,7 +216,7 @@ class ClusterConfig:
     num_workers: int | str = 1
     """2, or least:most as 1:2: shrink when a node is lost and grow when one joins. The global batch stays."""
     gpu: bool | None = None
-    """Workers have GPUs. None: if the cluster has enough."""
+    """Workers have GPUs. None: if the cluster has any; then too few are an error."""
     gpus_per_worker: float = 1.0
     """Below 1, workers of several runs share a GPU; those of one run cannot, where they talk through NCCL."""
     cpus_per_worker: float | None = None

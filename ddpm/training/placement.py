@@ -45,11 +45,7 @@ def _resources_per_worker(config: Config, have: dict[str, float]) -> dict[str, f
     part = cluster.gpus_per_worker
     if not 0 < part <= 1:
         raise UserError(f"cluster.gpus_per_worker is {part:g}; it must be above 0 and at most 1")
-    gpu = cluster.gpu if cluster.gpu is not None else gpus >= least * part
-    if gpu and gpus < least * part:
-        raise UserError(
-            f"{least} workers need {least * part:g} GPUs, the cluster has {gpus:g}; use fewer workers"
-        )
+    gpu = _on_gpus(config, least, gpus, f"{least} workers", "use fewer workers")
     share = cluster.cpus_per_worker
     if share is None:
         share = max(min(1.0, int(100 * (cpus - 1) / most) / 100), 0.01)
@@ -62,6 +58,21 @@ def _resources_per_worker(config: Config, have: dict[str, float]) -> dict[str, f
             f"data; set --cluster.cpus-per-worker to at most {right:g}, or use fewer workers"
         )
     return {"CPU": share} | ({"GPU": part} if gpu else {})
+
+
+def _on_gpus(config: Config, workers: int, have: float, who: str, remedy: str) -> bool:
+    """Whether workers have GPUs: as cluster.gpu says, or if the cluster has any.
+
+    Raises:
+        UserError: it has fewer than so many workers need; nobody who pays for some means to train without.
+    """
+    cluster = config.cluster
+    need = workers * cluster.gpus_per_worker
+    on_gpus = cluster.gpu if cluster.gpu is not None else have > 0
+    if on_gpus and have < need:
+        without = "" if cluster.gpu else ", or --cluster.gpu False to train on CPUs"
+        raise UserError(f"{who} need {need:g} GPUs, the cluster has {have:g}; {remedy}{without}")
+    return on_gpus
 
 
 def shared(config: Config, num_runs: int) -> Config:
@@ -84,13 +95,9 @@ def shared(config: Config, num_runs: int) -> Config:
             f"{have.get('CPU', 0.0):g} CPUs to the tasks that read data; use a smaller --max-concurrent or "
             "--cluster.cpus-per-worker"
         )
-    gpus, part = have.get("GPU", 0.0), config.cluster.gpus_per_worker
-    gpu = config.cluster.gpu if config.cluster.gpu is not None else gpus >= everybody * part
-    if gpu and gpus < everybody * part:
-        raise UserError(
-            f"{num_runs} trials at a time of {workers} workers need {everybody * part:g} GPUs, the cluster has "
-            f"{gpus:g}; use a smaller --max-concurrent or --cluster.gpus-per-worker"
-        )
+    who = f"{num_runs} trials at a time of {workers} workers"
+    remedy = "use a smaller --max-concurrent or --cluster.gpus-per-worker"
+    gpu = _on_gpus(config, everybody, have.get("GPU", 0.0), who, remedy)
     threads = config.cluster.threads_per_worker
     if threads is None and sum(node["Alive"] for node in ray.nodes()) == 1:
         threads = max(1, len(os.sched_getaffinity(0)) // everybody)

@@ -22,9 +22,12 @@ def workers(count: int) -> Config:
 
 def test_it_counts_on_the_machines_to_come() -> None:
     assert placement.resources_per_worker(workers(4)) == {"CPU": 1.0, "GPU": 1.0}
-    assert placement.resources_per_worker(workers(5)) == {"CPU": 1.0}  # there are not so many GPUs
+    with pytest.raises(UserError, match="5 workers need 5 GPUs, the cluster has 4"):
+        placement.resources_per_worker(workers(5))
     with pytest.raises(UserError, match="48 CPUs"):
-        placement.resources_per_worker(override(workers(48), {"cluster.cpus_per_worker": 1.0}))
+        placement.resources_per_worker(
+            override(workers(48), {"cluster.cpus_per_worker": 1.0, "cluster.gpu": False})
+        )
 
 
 def test_what_is_there_counts_if_it_is_more(monkeypatch: pytest.MonkeyPatch) -> None:

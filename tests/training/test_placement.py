@@ -43,8 +43,6 @@ def test_several_runs_share_a_gpu(cluster: Cluster) -> None:
     config = override(Config(), {"cluster.gpus_per_worker": 0.25})
     assert placement.shared(config, 4).cluster.gpu is True
     assert placement.resources_per_worker(config) == {"CPU": 1.0, "GPU": 0.25}
-    assert placement.shared(config, 5).cluster.gpu is False
-    assert placement.shared(Config(), 2).cluster.gpu is False
 
 
 @pytest.mark.parametrize(
@@ -58,6 +56,11 @@ def test_several_runs_share_a_gpu(cluster: Cluster) -> None:
         ({"cluster.num_workers": 2, "cluster.cpus_per_worker": 0.3}, 2, "use a smaller --max-concurrent"),
         ({}, 100, "100 trials at a time of 1 workers of 0.01 CPUs"),
         ({"cluster.gpu": True}, 2, "need 2 GPUs, the cluster has 1"),
+        (
+            {},
+            2,
+            "need 2 GPUs, the cluster has 1; use a smaller --max-concurrent or --cluster.gpus-per-worker, or",
+        ),
         ({"cluster.gpu": True, "cluster.gpus_per_worker": 0.6}, 2, "need 1.2 GPUs, the cluster has 1"),
         ({}, 0, "--max-concurrent is 0; it must be at least 1"),
     ],
@@ -73,3 +76,20 @@ def test_a_share_of_a_gpu_is_a_share(cluster: Cluster) -> None:
     cluster(2, gpus=1)
     with pytest.raises(UserError, match=r"gpus_per_worker is 2; it must be above 0 and at most 1"):
         placement.resources_per_worker(override(Config(), {"cluster.gpus_per_worker": 2.0}))
+
+
+def test_gpus_that_are_there_are_not_passed_over(cluster: Cluster) -> None:
+    """Too few of them are an error, not a run on CPUs that takes weeks."""
+    four, most = (override(Config(), {"cluster.num_workers": n}) for n in (4, "2:4"))
+    cluster(16, gpus=2)
+    assert placement.resources_per_worker(most) == {"CPU": 1.0, "GPU": 1.0}
+    with pytest.raises(UserError) as raised:
+        placement.resources_per_worker(four)
+    assert str(raised.value) == (
+        "4 workers need 4 GPUs, the cluster has 2; use fewer workers, or --cluster.gpu False to train on CPUs"
+    )
+    assert placement.resources_per_worker(override(four, {"cluster.gpu": False})) == {"CPU": 1.0}
+    cluster(16)
+    assert placement.resources_per_worker(four) == {"CPU": 1.0}
+    with pytest.raises(UserError, match="need 4 GPUs, the cluster has 0; use fewer workers$"):
+        placement.resources_per_worker(override(four, {"cluster.gpu": True}))
