@@ -18,6 +18,7 @@ Papers: Ho et al. 2020 (arXiv:2006.11239). Names: diffusers 0.35 to 0.42.
 Axes: B batch, C channels, H W, T timesteps.
 """
 
+import inspect
 import math
 import os
 import shutil
@@ -217,10 +218,12 @@ def _read_pipeline(folder: Path) -> tuple[Config, dict[str, Tensor]]:
         if not (folder / name).is_file():
             raise UserError(f"{folder} is no folder of a diffusers DDPMPipeline: it has no {name}")
     try:
-        with torch.device("meta"):  # for the config, with all that is not said as diffusers has it by default
-            unet = diffusers.UNet2DModel.from_config(diffusers.UNet2DModel.load_config(folder / "unet"))
-        scheduler = diffusers.DDPMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
-        config = _config_of(unet.config, scheduler.config, str(folder))
+        config = _config_of(
+            _said(diffusers.UNet2DModel, folder / "unet"),
+            _said(diffusers.DDPMScheduler, folder / "scheduler"),
+            str(folder),
+        )
+        _check_size(config, folder / "unet")
         unet, found = diffusers.UNet2DModel.from_pretrained(
             folder / "unet",
             use_safetensors=True,
@@ -228,7 +231,7 @@ def _read_pipeline(folder: Path) -> tuple[Config, dict[str, Tensor]]:
             low_cpu_mem_usage=False,  # else it warns that accelerate is not there
             output_loading_info=True,
         )
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, NotImplementedError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ArithmeticError) as error:
         raise UserError(
             f"{folder} cannot be read as a DDPMPipeline: {' '.join(str(error).split())[:300]}"
         ) from None
@@ -236,6 +239,24 @@ def _read_pipeline(folder: Path) -> tuple[Config, dict[str, Tensor]]:
         if found[what]:
             raise UserError(f"{folder}/unet: the weights do not fit: {what} {sorted(found[what])[0]}")
     return config, unet.state_dict()
+
+
+def _said(kind: Any, folder: Path) -> dict[str, Any]:
+    """What the folder says of a class of diffusers', and what that takes where it says nothing; none is made."""
+    parameters = inspect.signature(kind.__init__).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters} | kind.load_config(folder)
+
+
+def _check_size(config: Config, folder: Path) -> None:
+    """Raise UserError if the net has more weights than the files in `folder` have bytes: no memory may hold it."""
+    with torch.device("meta"):
+        net = build_net(config)
+    described = sum(weight.numel() for weight in net.state_dict().values())
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if described > stored > 0:
+        raise UserError(
+            f"{folder}: config.json describes a net of {described:,} weights, the files beside it have {stored:,} bytes"
+        )
 
 
 def _config_of(unet: Mapping[str, Any], scheduler: Mapping[str, Any], where: str) -> Config:
@@ -257,7 +278,7 @@ def _config_of(unet: Mapping[str, Any], scheduler: Mapping[str, Any], where: str
         width_multipliers=tuple(width // base_width for width in widths),
         blocks_per_resolution=unet["layers_per_block"],
         attention_resolutions=tuple(
-            size for size, kind in zip(sizes, unet["down_block_types"], strict=True) if "Attn" in kind
+            size for size, kind in zip(sizes, unet["down_block_types"], strict=False) if "Attn" in kind
         ),
         attention_head_dim=unet["attention_head_dim"],
         middle_attention=unet["add_attention"],

@@ -91,5 +91,5 @@ def test_gpus_that_are_there_are_not_passed_over(cluster: Cluster) -> None:
     assert placement.resources_per_worker(override(four, {"cluster.gpu": False})) == {"CPU": 1.0}
     cluster(16)
     assert placement.resources_per_worker(four) == {"CPU": 1.0}
-    with pytest.raises(UserError, match="need 4 GPUs, the cluster has 0; use fewer workers$"):
+    with pytest.raises(UserError, match=r"need 4 GPUs, the cluster has 0; use fewer workers$"):
         placement.resources_per_worker(override(four, {"cluster.gpu": True}))
