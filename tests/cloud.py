@@ -9,20 +9,55 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from processes import program
-from servers import Server, free_ports
+from processes import REPO, program
+from servers import LOOPBACK, Server, free_ports
 
 REGION = "us-east-1"
+TEMPLATE = REPO / "infra/aws/stack.yaml"
 OUT_OF_STOCK = """<?xml version="1.0" encoding="UTF-8"?>
 <Response><Errors><Error><Code>InsufficientInstanceCapacity</Code><Message>We currently have no {} capacity</Message>
 </Error></Errors><RequestID>test</RequestID></Response>"""
 METADATA_TOKEN = "x-aws-ec2-metadata-token"
+
+
+class AwsServer(Server):
+    """AWS as moto plays it: EC2, IAM, CloudFormation; its S3 checks no signature. `client_env` is what clients need."""
+
+    def __init__(self, folder: Path, host: str = LOOPBACK) -> None:
+        (port,) = free_ports(1)
+        self.endpoint = f"http://{host}:{port}"
+        self.client_env = {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": "lab",
+            "AWS_SECRET_ACCESS_KEY": "labsecret",
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+        self.client_options = {
+            "endpoint_url": self.endpoint,
+            "aws_access_key_id": "lab",
+            "aws_secret_access_key": "labsecret",
+            "region_name": "us-east-1",
+        }
+        command = [program("moto_server"), "--host", host, "--port", str(port)]
+        super().__init__("moto", command, f"{self.endpoint}/moto-api/data.json", folder)
+
+    def check_permissions(self, checked: bool) -> None:
+        """Whether from now on calls need an IAM policy that allows them."""
+        request = urllib.request.Request(
+            f"{self.endpoint}/moto-api/reset-auth",
+            data=b"0" if checked else b"inf",
+            headers={"Content-Type": "text/plain"},
+        )
+        urllib.request.urlopen(request, timeout=10).close()
 
 
 @dataclass(frozen=True)
@@ -44,10 +79,7 @@ class Cloud:
     """
 
     def __init__(self, folder: Path, host: str, keys: tuple[str, str], no_spot: tuple[str, ...] = ()) -> None:
-        (port,) = free_ports(1)
-        self._moto_url = f"http://{host}:{port}"
-        command = [program("moto_server"), "--host", host, "--port", str(port)]
-        self._moto = Server("moto", command, f"{self._moto_url}/moto-api/", folder)
+        self._moto = AwsServer(folder, host)
         self._front = ThreadingHTTPServer((host, 0), _handler(self))
         self.endpoint = f"http://{host}:{self._front.server_port}"
         self.keys, self.no_spot = keys, no_spot
@@ -89,7 +121,7 @@ class Cloud:
             if spot and launch.instance_type.startswith(self.no_spot):
                 return 500, OUT_OF_STOCK.format(launch.instance_type).encode(), "text/xml"
         kept = {name: value for name, value in headers.items() if name != "content-length"}
-        request = urllib.request.Request(self._moto_url + path, body or None, kept, method=method)
+        request = urllib.request.Request(self._moto.endpoint + path, body or None, kept, method=method)
         try:
             with urllib.request.urlopen(request, timeout=60) as reply:
                 return reply.status, reply.read(), reply.headers.get("Content-Type", "text/xml")
@@ -119,6 +151,25 @@ class Cloud:
                     "application/json",
                 )
         return 404, b"", "text/plain"
+
+
+def make_stack(client: Callable[[str], Any], vpc: str, subnets: list[str]) -> dict[str, str]:
+    """Make the stack `ddpm` of infra/aws/stack.yaml in a network; returns its outputs.
+
+    Args:
+        client: of a service, as the account's owner.
+    """
+    given = {"Vpc": vpc, "Subnets": ",".join(subnets), "SshFrom": "203.0.113.7/32"}
+    cloudformation = client("cloudformation")
+    cloudformation.create_stack(
+        StackName="ddpm",
+        TemplateBody=TEMPLATE.read_text(),
+        Capabilities=["CAPABILITY_IAM"],
+        Parameters=[{"ParameterKey": key, "ParameterValue": value} for key, value in given.items()],
+    )
+    (stack,) = cloudformation.describe_stacks(StackName="ddpm")["Stacks"]
+    assert stack["StackStatus"] == "CREATE_COMPLETE"
+    return {output["OutputKey"]: output["OutputValue"] for output in stack["Outputs"]}
 
 
 def _handler(cloud: Cloud) -> type[BaseHTTPRequestHandler]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import guarded
 import processes
 import pytest
 import servers
@@ -113,22 +114,22 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[servers.PostgresServer]:
+def postgres() -> Iterator[guarded.PostgresServer]:
     """A PostgreSQL server. Its folder is not pytest's, which root's user postgres could not enter."""
     try:
-        servers.postgres_program("postgres")
+        guarded.postgres_program("postgres")
     except FileNotFoundError as missing:
         pytest.skip(str(missing))
     with tempfile.TemporaryDirectory(prefix="postgres-") as folder:
         Path(folder).chmod(0o711)
-        with servers.PostgresServer(Path(folder)) as server:
+        with guarded.PostgresServer(Path(folder)) as server:
             yield server
 
 
 @pytest.fixture(scope="session")
 def guarded_mlflow(
-    postgres: servers.PostgresServer, s3_server: servers.S3Server, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[servers.GuardedMlflowServer]:
+    postgres: guarded.PostgresServer, s3_server: servers.S3Server, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[guarded.GuardedMlflowServer]:
     """infra/mlflow/serve on PostgreSQL and the bucket mlflow."""
     import boto3
 
@@ -136,7 +137,7 @@ def guarded_mlflow(
         client.create_bucket(Bucket="mlflow")
     files = "s3://mlflow/files"
     folder = tmp_path_factory.mktemp("guarded-mlflow")
-    server = servers.GuardedMlflowServer(folder, postgres, files, s3_server.client_env)
+    server = guarded.GuardedMlflowServer(folder, postgres, files, s3_server.client_env)
     try:
         yield server.start(timeout_s=240)
     finally:

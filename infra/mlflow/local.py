@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import boto3
+import guarded
 import servers
 import tyro
 
@@ -38,12 +39,12 @@ def main() -> int:
     folder = arguments.folder.absolute()
     (folder / "s3/data/mini.options").unlink(missing_ok=True)  # would keep it to the ports of the last start
     s3 = servers.S3Server(folder / "s3", "mlflow", uuid.uuid4().hex)
-    with s3, servers.PostgresServer(folder / "postgres") as database:
+    with s3, guarded.PostgresServer(folder / "postgres") as database:
         buckets = boto3.client("s3", **s3.client_options)
         if "mlflow" not in {bucket["Name"] for bucket in buckets.list_buckets()["Buckets"]}:
             buckets.create_bucket(Bucket="mlflow")
         files, port = "s3://mlflow/files", arguments.port
-        with servers.GuardedMlflowServer(folder, database, files, s3.client_env, port, password) as server:
+        with guarded.GuardedMlflowServer(folder, database, files, s3.client_env, port, password) as server:
             print(f"MLflow      {server.uri}, user admin; its log is {server.log}", flush=True)
             print(
                 f"to train    export MLFLOW_TRACKING_URI={server.uri} MLFLOW_TRACKING_USERNAME=admin",

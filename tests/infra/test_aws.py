@@ -1,9 +1,7 @@
 """infra/aws/stack.yaml: made for real by a server that plays AWS, and who may then do what."""
 
 import base64
-import fnmatch
 import itertools
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -15,22 +13,22 @@ import cfnlint.decode
 import processes
 import pytest
 import requests
-import servers
 from botocore.exceptions import ClientError
-from moto.iam.access_control import IAMPolicy, PermissionResult
+from cloud import TEMPLATE, AwsServer, make_stack
+from guarded import GuardedMlflowServer
+from permissions import allowed, policies_of
 
-TEMPLATE = processes.REPO / "infra/aws/stack.yaml"
 TRUST = {"Service": "ec2.amazonaws.com"}
 
 
 @pytest.fixture(scope="module")
-def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.AwsServer]:
-    with servers.AwsServer(tmp_path_factory.mktemp("aws")) as server:
+def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AwsServer]:
+    with AwsServer(tmp_path_factory.mktemp("aws")) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def client(aws: servers.AwsServer) -> Iterator[Callable[[str], Any]]:
+def client(aws: AwsServer) -> Iterator[Callable[[str], Any]]:
     """A client of a service, as the account's owner."""
     clients = {}
 
@@ -45,22 +43,8 @@ def client(aws: servers.AwsServer) -> Iterator[Callable[[str], Any]]:
 @pytest.fixture(scope="module")
 def outputs(client: Callable[[str], Any]) -> dict[str, str]:
     """Of the stack, made in the account's default network."""
-    ec2, cloudformation = client("ec2"), client("cloudformation")
-    subnets = ec2.describe_subnets()["Subnets"]
-    given = {
-        "Vpc": subnets[0]["VpcId"],
-        "Subnets": ",".join(subnet["SubnetId"] for subnet in subnets[:2]),
-        "SshFrom": "203.0.113.7/32",
-    }
-    cloudformation.create_stack(
-        StackName="ddpm",
-        TemplateBody=TEMPLATE.read_text(),
-        Capabilities=["CAPABILITY_IAM"],
-        Parameters=[{"ParameterKey": key, "ParameterValue": value} for key, value in given.items()],
-    )
-    (stack,) = cloudformation.describe_stacks(StackName="ddpm")["Stacks"]
-    assert stack["StackStatus"] == "CREATE_COMPLETE"
-    return {output["OutputKey"]: output["OutputValue"] for output in stack["Outputs"]}
+    subnets = client("ec2").describe_subnets()["Subnets"]
+    return make_stack(client, subnets[0]["VpcId"], [subnet["SubnetId"] for subnet in subnets[:2]])
 
 
 @pytest.fixture(scope="module")
@@ -80,43 +64,10 @@ def policies(resources: dict[str, str], client: Callable[[str], Any]) -> dict[st
     iam, found = client("iam"), {}
     for name in ("WorkerRole", "HeadRole", "MlflowRole"):
         role = resources[name]
-        documents = [
-            iam.get_role_policy(RoleName=role, PolicyName=policy)["PolicyDocument"]
-            for policy in iam.list_role_policies(RoleName=role)["PolicyNames"]
-        ]
-        for policy in iam.list_attached_role_policies(RoleName=role)["AttachedPolicies"]:
-            version = iam.get_policy(PolicyArn=policy["PolicyArn"])["Policy"]["DefaultVersionId"]
-            documents.append(
-                iam.get_policy_version(PolicyArn=policy["PolicyArn"], VersionId=version)["PolicyVersion"][
-                    "Document"
-                ]
-            )
-        found[name] = [d if isinstance(d, str) else json.dumps(d) for d in documents]
+        found[name] = policies_of(iam, role)
         trust = iam.get_role(RoleName=role)["Role"]["AssumeRolePolicyDocument"]
         assert [statement["Principal"] for statement in trust["Statement"]] == [TRUST]
     return found
-
-
-def allowed(policies: list[str], action: str, resource: str, **context: str) -> bool:
-    """What moto's evaluation of the policies says; its conditions are decided here, since moto knows few (5.2.5).
-
-    Args:
-        context: condition keys; in their names __ stands for / and _ for a colon.
-    """
-    known = {key.replace("__", "/").replace("_", ":"): value for key, value in context.items()}
-    results = set()
-    for policy in map(json.loads, policies):
-        policy["Statement"] = [
-            part for part in policy["Statement"] if holds(part.pop("Condition", {}), known)
-        ]
-        results.add(IAMPolicy(json.dumps(policy)).is_action_permitted(action, resource))
-    return PermissionResult.PERMITTED in results and PermissionResult.DENIED not in results
-
-
-def holds(condition: dict[str, dict[str, str]], context: dict[str, str]) -> bool:
-    assert condition.keys() <= {"StringEquals", "StringLike"}
-    wanted = [pair for keys in condition.values() for pair in keys.items()]
-    return all(key in context and fnmatch.fnmatchcase(context[key], pattern) for key, pattern in wanted)
 
 
 def secret(name: str) -> str:
@@ -125,7 +76,7 @@ def secret(name: str) -> str:
 
 
 def test_the_template_is_clean() -> None:
-    done = processes.run([servers.program("cfn-lint"), TEMPLATE], cwd=processes.REPO)
+    done = processes.run([processes.program("cfn-lint"), TEMPLATE], cwd=processes.REPO)
     assert (done.returncode, done.stdout) == (0, ""), done.stdout
 
 
@@ -232,7 +183,7 @@ def test_mlflow_starts_as_infra_mlflow_serve_does(
 def test_the_boot_script_lets_the_jobs_user_in(
     resources: dict[str, str],
     client: Callable[[str], Any],
-    guarded_mlflow: servers.GuardedMlflowServer,
+    guarded_mlflow: GuardedMlflowServer,
     tmp_path: Path,
 ) -> None:
     """As on the instance, but for the port, the user's name, and the program that knows passwords."""
@@ -329,7 +280,7 @@ def test_the_head_alone_starts_and_ends_workers(
 
 
 def test_a_worker_at_the_bucket_itself(
-    aws: servers.AwsServer, outputs: dict[str, str], resources: dict[str, str], client: Callable[[str], Any]
+    aws: AwsServer, outputs: dict[str, str], resources: dict[str, str], client: Callable[[str], Any]
 ) -> None:
     """With the role's own keys, at a server that now asks IAM."""
     arn = client("iam").get_role(RoleName=resources["WorkerRole"])["Role"]["Arn"]

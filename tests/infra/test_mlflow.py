@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import guarded
 import mlflow
 import processes
 import psutil
@@ -39,12 +40,12 @@ PATIENCE_MS = 60_000
 pytestmark = pytest.mark.slow  # all of them, since their servers take as long to start
 
 
-def add_user(server: servers.GuardedMlflowServer, name: str, **env: str) -> Any:
+def add_user(server: guarded.GuardedMlflowServer, name: str, **env: str) -> Any:
     words = [sys.executable, processes.REPO / "infra/mlflow/add_user.py", name]
     return processes.run(words, cwd=server.folder, env=server.client_env() | {"NEW_PASSWORD": PASSWORD} | env)
 
 
-def get(server: servers.GuardedMlflowServer, user: str | None, password: str = PASSWORD) -> int:
+def get(server: guarded.GuardedMlflowServer, user: str | None, password: str = PASSWORD) -> int:
     """The status of a look at the experiments."""
     auth = (user, password) if user else None
     url = f"{server.uri}/api/2.0/mlflow/experiments/search?max_results=1"
@@ -52,7 +53,7 @@ def get(server: servers.GuardedMlflowServer, user: str | None, password: str = P
 
 
 @pytest.fixture(scope="module")
-def trainer(guarded_mlflow: servers.GuardedMlflowServer) -> dict[str, str]:
+def trainer(guarded_mlflow: guarded.GuardedMlflowServer) -> dict[str, str]:
     """The environment of somebody who may train, and no more."""
     done = add_user(guarded_mlflow, "trainer")
     assert (done.returncode, done.stdout) == (0, "trainer may log in\n"), done.stderr
@@ -60,7 +61,7 @@ def trainer(guarded_mlflow: servers.GuardedMlflowServer) -> dict[str, str]:
 
 
 def test_nobody_enters_without_the_right_password(
-    guarded_mlflow: servers.GuardedMlflowServer, trainer: dict[str, str]
+    guarded_mlflow: guarded.GuardedMlflowServer, trainer: dict[str, str]
 ) -> None:
     statuses = [get(guarded_mlflow, *who) for who in [(None,), ("trainer", "guessed-0123456"), ("trainer",)]]
     assert statuses == [401, 401, 200]
@@ -68,7 +69,7 @@ def test_nobody_enters_without_the_right_password(
 
 
 def test_a_password_can_be_changed_by_an_admin_alone(
-    guarded_mlflow: servers.GuardedMlflowServer, trainer: dict[str, str]
+    guarded_mlflow: guarded.GuardedMlflowServer, trainer: dict[str, str]
 ) -> None:
     assert add_user(guarded_mlflow, "guest").returncode == 0
     assert add_user(guarded_mlflow, "guest", NEW_PASSWORD="another-password").returncode == 0
@@ -85,7 +86,7 @@ def test_what_it_needs_is_asked_for_by_name(tmp_path: Path) -> None:
     assert done.stderr.startswith("PGDATABASE is not set")
 
 
-def test_no_secret_is_in_its_log_or_its_arguments(guarded_mlflow: servers.GuardedMlflowServer) -> None:
+def test_no_secret_is_in_its_log_or_its_arguments(guarded_mlflow: guarded.GuardedMlflowServer) -> None:
     assert guarded_mlflow.process is not None
     parent = psutil.Process(guarded_mlflow.process.pid)
     said = guarded_mlflow.log.read_text() + "".join(
@@ -137,7 +138,7 @@ def trained(
 
 
 @pytest.fixture(scope="module")
-def runs(guarded_mlflow: servers.GuardedMlflowServer, trainer: dict[str, str], trained: Trained) -> list[Run]:
+def runs(guarded_mlflow: guarded.GuardedMlflowServer, trainer: dict[str, str], trained: Trained) -> list[Run]:
     """That run, as MLflow has it; and one beside it to compare it with, by a client without a key of S3."""
     with pytest.MonkeyPatch.context() as patch:
         for variable, value in trainer.items():
@@ -154,7 +155,7 @@ def runs(guarded_mlflow: servers.GuardedMlflowServer, trainer: dict[str, str], t
 
 def test_a_run_is_in_postgresql_and_its_pictures_in_s3(
     runs: list[Run],
-    postgres: servers.PostgresServer,
+    postgres: guarded.PostgresServer,
     s3_server: servers.S3Server,
 ) -> None:
     assert [run.info.run_name for run in runs] == ["other", "trained"]
@@ -178,8 +179,8 @@ def test_a_run_is_in_postgresql_and_its_pictures_in_s3(
 def test_no_secret_is_in_anything_that_was_written(
     trained: Trained,
     runs: list[Run],
-    guarded_mlflow: servers.GuardedMlflowServer,
-    postgres: servers.PostgresServer,
+    guarded_mlflow: guarded.GuardedMlflowServer,
+    postgres: guarded.PostgresServer,
     s3_server: servers.S3Server,
 ) -> None:
     """Output, arguments, Ray's logs, both buckets, all tables of MLflow, and its log."""
@@ -212,7 +213,7 @@ def test_no_secret_is_in_anything_that_was_written(
 
 
 @pytest.fixture
-def page(browser: Any, guarded_mlflow: servers.GuardedMlflowServer, tmp_path: Path) -> Iterator[Any]:
+def page(browser: Any, guarded_mlflow: guarded.GuardedMlflowServer, tmp_path: Path) -> Iterator[Any]:
     """A page of somebody who has given name and password; what it showed last is kept as a picture."""
     context = browser.new_context(
         viewport={"width": 1600, "height": 1000},
@@ -246,7 +247,7 @@ def test_grids_are_seen_in_the_browser(page: Any, runs: list[Run], guarded_mlflo
 
 
 def test_the_browser_shows_nothing_without_a_password(
-    browser: Any, runs: list[Run], guarded_mlflow: servers.GuardedMlflowServer
+    browser: Any, runs: list[Run], guarded_mlflow: guarded.GuardedMlflowServer
 ) -> None:
     page = browser.new_page()
     with pytest.raises(Error, match="ERR_INVALID_AUTH_CREDENTIALS"):
@@ -255,7 +256,7 @@ def test_the_browser_shows_nothing_without_a_password(
 
 
 def test_a_wrong_password_is_said_and_loses_nothing(
-    guarded_mlflow: servers.GuardedMlflowServer,
+    guarded_mlflow: guarded.GuardedMlflowServer,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
