@@ -104,9 +104,10 @@ class Cloud:
         keys = {"aws_access_key_id": "owner", "aws_secret_access_key": "owner"}
         return boto3.client(service, region_name=REGION, endpoint_url=self.endpoint, **keys)
 
-    def instances(self) -> list[dict[str, Any]]:
-        """All that ever were, as DescribeInstances tells."""
-        reservations = self.client("ec2").describe_instances()["Reservations"]
+    def machines(self) -> list[dict[str, Any]]:
+        """All instances of Ray clusters that ever were, as DescribeInstances tells."""
+        ours = [{"Name": "tag-key", "Values": ["ray-cluster-name"]}]
+        reservations = self.client("ec2").describe_instances(Filters=ours)["Reservations"]
         return [instance for reservation in reservations for instance in reservation["Instances"]]
 
     def answer(self, method: str, path: str, headers: dict[str, str], body: bytes) -> tuple[int, bytes, str]:

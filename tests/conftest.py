@@ -130,14 +130,14 @@ def postgres() -> Iterator[guarded.PostgresServer]:
 def guarded_mlflow(
     postgres: guarded.PostgresServer, s3_server: servers.S3Server, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[guarded.GuardedMlflowServer]:
-    """infra/mlflow/serve on PostgreSQL and the bucket mlflow."""
+    """infra/mlflow/serve on PostgreSQL and the bucket mlflow; machines of a test reach it, too."""
     import boto3
 
     with contextlib.closing(boto3.client("s3", **s3_server.client_options)) as client:
         client.create_bucket(Bucket="mlflow")
     files = "s3://mlflow/files"
     folder = tmp_path_factory.mktemp("guarded-mlflow")
-    server = guarded.GuardedMlflowServer(folder, postgres, files, s3_server.client_env)
+    server = guarded.GuardedMlflowServer(folder, postgres, files, s3_server.client_env, host="0.0.0.0")
     try:
         yield server.start(timeout_s=240)
     finally:

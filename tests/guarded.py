@@ -5,13 +5,14 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import psycopg
-from processes import REPO, program
+from processes import REPO, program, run
 from servers import LOOPBACK, Server, free_ports, run_as
 
 
@@ -97,9 +98,10 @@ class GuardedMlflowServer(Server):
         s3_env: Mapping[str, str],
         port: int | None = None,
         admin_password: str | None = None,
+        host: str = LOOPBACK,
     ) -> None:
-        port = port or free_ports(1)[0]
-        self.uri = f"http://{LOOPBACK}:{port}"
+        self.port = port or free_ports(1)[0]
+        self.uri = f"http://{LOOPBACK}:{self.port}"
         self.admin_password = admin_password or uuid.uuid4().hex
         path = os.pathsep.join([str(Path(program("mlflow")).parent), os.environ["PATH"]])
         env = {
@@ -109,7 +111,8 @@ class GuardedMlflowServer(Server):
             "MLFLOW_ARTIFACTS_DESTINATION": files,
             "MLFLOW_AUTH_ADMIN_PASSWORD": self.admin_password,
             "MLFLOW_FLASK_SERVER_SECRET_KEY": uuid.uuid4().hex,
-            "MLFLOW_PORT": str(port),
+            "MLFLOW_HOST": host,
+            "MLFLOW_PORT": str(self.port),
             "MLFLOW_WORKERS": "1",
         }
         super().__init__("mlflow", [str(REPO / "infra/mlflow/serve")], f"{self.uri}/health", folder, env)
@@ -121,6 +124,11 @@ class GuardedMlflowServer(Server):
             "MLFLOW_TRACKING_USERNAME": user,
             "MLFLOW_TRACKING_PASSWORD": password or self.admin_password,
         }
+
+    def add_user(self, name: str, password: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """infra/mlflow/add_user.py; `env` is what it is told otherwise than that an admin asks."""
+        words = [sys.executable, REPO / "infra/mlflow/add_user.py", name]
+        return run(words, cwd=self.folder, env=self.client_env() | {"NEW_PASSWORD": password} | env)
 
 
 def postgres_program(name: str) -> str:

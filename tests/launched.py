@@ -1,6 +1,7 @@
 """The repository's cluster files, as tests launch them: a small overlay on the file a user edits."""
 
 import contextlib
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,8 @@ from hosts import Host, Hosts
 from processes import REPO, Background
 
 DASHBOARD = "http://127.0.0.1:8265"
+FIRST_STEP = re.compile(r"^images [1-9]", re.MULTILINE)
+"""What a training run's output says then."""
 
 
 def overlaid(config: Any, overlay: Mapping[str, Any]) -> Any:
@@ -78,7 +81,13 @@ class Desk:
         self.type("bash", "-c", "ray get-auth-token --generate > /dev/null && chmod 600 ~/.ray/auth_token")
 
     def up(self) -> str:
+        self._up_at = time.monotonic()
         return self.type("ray", "up", "-y", self.file)
+
+    def wait_for_first_step(self, job: Background, timeout_s: float = 900) -> str:
+        """Wait until the run trains; returns how long that took from `up` on, in words."""
+        job.wait_for(lambda: FIRST_STEP.search(job.output), timeout_s)
+        return f"ray up to first step: {time.monotonic() - self._up_at:.0f} s"
 
     def down(self) -> str:
         return self.type("ray", "down", "-y", self.file)

@@ -1,6 +1,6 @@
 """Hosts, and servers that they reach."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import hosts as making
 import pytest
@@ -41,3 +41,14 @@ def mlflow_for_hosts(
     with servers.MlflowServer(tmp_path_factory.mktemp("mlflow"), host=hosts.gateway) as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
         yield server.uri
+
+
+@pytest.fixture
+def announce(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
+    """Shows a line in the terminal, whether or not the test goes well: a figure that nothing is asserted of."""
+
+    def show(line: str) -> None:
+        with capsys.disabled():
+            print(f"\n{line}")
+
+    return show

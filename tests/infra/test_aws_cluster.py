@@ -1,13 +1,18 @@
 """cluster.yaml, launched for real: Ray's AWS provider on moto's EC2, whose instances are machines with ssh."""
 
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import boto3
+import leaks
 import mlflow
 import pyarrow.fs
 import pytest
-from cloud import REGION, Cloud, Launch
+from cloud import REGION, Cloud, Launch, make_stack
 from faulted import FLAGS
+from guarded import GuardedMlflowServer, PostgresServer
 from hosts import Hosts, answers
 from launched import DASHBOARD, Desk, cluster_file, environment, install, overlaid
 from servers import S3Server
@@ -21,20 +26,40 @@ ADDRESSES = {"head": "head", "gpu-on-demand": "gpu", "cpu-spot": "cpu"}
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_cluster_on_aws_grows_trains_and_is_gone(
-    hosts: Hosts, s3_for_hosts: S3Server, mlflow_for_hosts: str, digits_uri: str, tmp_path: Path
+    hosts: Hosts,
+    s3_for_hosts: S3Server,
+    guarded_mlflow: GuardedMlflowServer,
+    postgres: PostgresServer,
+    digits_uri: str,
+    announce: Callable[[str], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The head, then a machine for each of two workers; one of them on demand, since there are no GPU spot machines."""
+    """The head, then a machine for each of two workers; one of them on demand, since there are no GPU spot machines.
+
+    They stand in what infra/aws/stack.yaml makes. MLflow wants a password, which AWS alone knows.
+    """
     machines = {name: hosts.add(name) for name in ADDRESSES.values()}
     for machine in machines.values():
         install(machine)
-    shards = resolve("s3://lab/digits")
-    pyarrow.fs.copy_files(digits_uri, shards.path, destination_filesystem=shards.filesystem)
     with Cloud(tmp_path, hosts.gateway, s3_for_hosts.keys, no_spot=("g5", "g6")) as cloud:
-        settings = {
-            "MLFLOW_TRACKING_URI": mlflow_for_hosts,
-            "DDPM_STORAGE": "s3://lab/runs",
+        subnets = network(cloud, hosts)
+        stack = make_stack(cloud.client, *subnets)
+        bucket, password = stack["BucketName"], uuid.uuid4().hex
+        put_data(digits_uri, bucket)
+        # moto makes none of the stack's secrets (5.2.5), and nothing of its MLflow server but the instance.
+        cloud.client("secretsmanager").create_secret(Name=stack["TrainerSecret"], SecretString=password)
+        assert guarded_mlflow.add_user("trainer", password).returncode == 0
+        edited = {
+            "MLFLOW_TRACKING_URI": f"http://{hosts.gateway}:{guarded_mlflow.port}",
+            "MLFLOW_TRACKING_USERNAME": "trainer",
+            "DDPM_MLFLOW_SECRET": stack["TrainerSecret"],
+            "DDPM_STORAGE": f"s3://{bucket}/runs",
+        }
+        elsewhere = {
             "AWS_ENDPOINT_URL_S3": s3_for_hosts.endpoint,
             "AWS_ENDPOINT_URL_EC2": cloud.endpoint,
+            "AWS_ENDPOINT_URL_SECRETS_MANAGER": cloud.endpoint,
             "AWS_EC2_METADATA_SERVICE_ENDPOINT": cloud.endpoint,
         }
         owner = {
@@ -42,67 +67,107 @@ def test_a_cluster_on_aws_grows_trains_and_is_gone(
             "AWS_ACCESS_KEY_ID": "owner",
             "AWS_SECRET_ACCESS_KEY": "owner",
         }
-        desk = Desk(hosts, overlaid(cluster_file("cluster.yaml"), overlay(cloud, hosts, settings)), env=owner)
+        changes = overlay(cloud, hosts, stack, subnets[1][1])
+        changes["file_mounts"] = {"~/ddpm/cluster.env": str(environment(hosts.folder, edited | elsewhere))}
+        desk = Desk(hosts, overlaid(cluster_file("cluster.yaml"), changes), env=owner)
         desk.make_token()
-        desk.up()
-        assert not answers(machines["head"].address, 8265)  # but through ssh
-        with desk.dashboard():
-            refused = desk.host.run("ray", "job", "submit", "--address", DASHBOARD, "--", "id")
-            assert refused.returncode != 0 and "uthentic" in refused.stdout + refused.stderr
-            # Four GPUs are to be had, says cluster.yaml; here there are none.
-            train = ("python", "jobs/train.py", "digits", "--data.shards", "s3://lab/digits", *FLAGS)
-            flags = ("--train.total-images", "1280", "--cluster.cpus-per-worker", "2")
-            name = ("--run.name", "cloudy", "--cluster.gpu", "False")
-            with desk.submit(*train, *flags, *name, log=tmp_path / "job.log") as job:
-                assert job.wait(900) == 0, job.output
+        with leaks.arguments(host.pid for host in [desk.host, *machines.values()]) as arguments:
+            desk.up()
+            assert not answers(machines["head"].address, 8265)  # but through ssh
+            with desk.dashboard():
+                # Four GPUs are to be had, says cluster.yaml; here there are none.
+                train = (
+                    "python",
+                    "jobs/train.py",
+                    "digits",
+                    "--data.shards",
+                    f"s3://{bucket}/data/digits",
+                    *FLAGS,
+                )
+                flags = ("--train.total-images", "1280", "--cluster.cpus-per-worker", "2")
+                name = ("--run.name", "cloudy", "--run.experiment", "on-aws", "--cluster.gpu", "False")
+                with desk.submit(*train, *flags, *name, log=tmp_path / "job.log") as job:
+                    announce(desk.wait_for_first_step(job))
+                    assert job.wait(900) == 0, job.output
+                refused = desk.host.run("ray", "job", "submit", "--address", DASHBOARD, "--", "id")
+                assert refused.returncode != 0 and "uthentic" in refused.stdout + refused.stderr
         assert cloud.launches[0] == Launch("m7i.large", spot=False)
         assert {Launch("g6.xlarge", spot=True), Launch("g5.xlarge", spot=True)} < set(cloud.launches)
         assert Launch("g6.xlarge", spot=False) in cloud.launches
-        assert {instance["PrivateIpAddress"] for instance in cloud.instances()} == {
-            machine.address for machine in machines.values()
+        assert {(i["PrivateIpAddress"], i["IamInstanceProfile"]["Arn"]) for i in cloud.machines()} == {
+            (machines["head"].address, stack["HeadInstanceProfileArn"]),
+            (machines["gpu"].address, stack["WorkerInstanceProfileArn"]),
+            (machines["cpu"].address, stack["WorkerInstanceProfileArn"]),
         }
+        groups = {group["GroupId"] for machine in cloud.machines() for group in machine["SecurityGroups"]}
+        assert groups == {stack["SecurityGroupId"]}
         desk.down()
-        assert {instance["State"]["Name"] for instance in cloud.instances()} == {"terminated"}
-    assert resolve("s3://lab/runs/cloudy/checkpoint-000000001280/checksums.json").read()
-    client = mlflow.MlflowClient(mlflow_for_hosts)
-    (experiment,) = (e for e in client.search_experiments() if e.name == "ddpm")
-    (run,) = client.search_runs([experiment.experiment_id])
+        assert {machine["State"]["Name"] for machine in cloud.machines()} == {"terminated"}
+    assert resolve(f"s3://{bucket}/runs/cloudy/checkpoint-000000001280/checksums.json").read()
+    for variable, value in guarded_mlflow.client_env("trainer", password).items():
+        monkeypatch.setenv(variable, value)
+    client = mlflow.MlflowClient(guarded_mlflow.uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("on-aws").experiment_id])
     assert run.info.status == "FINISHED" and run.data.params["cluster.num_workers"] == "2"
-    for machine in machines.values():
-        assert [
-            file for file in files(machine.home) if s3_for_hosts.keys[1].encode() in file.read_bytes()
-        ] == []
+    assert run.data.metrics["train/loss"] > 0
+
+    texts = {"output": job.output.encode(), "arguments": "\n".join(arguments).encode()}
+    texts |= leaks.in_tables(postgres, "mlflow") | {"MLflow's log": guarded_mlflow.log.read_bytes()}
+    for host in [desk.host, *machines.values()]:
+        texts |= leaks.in_files(host.home) | leaks.in_files(Path(f"/proc/{host.pid}/root/tmp/ray"))
+    with boto3.client("s3") as s3:
+        texts |= leaks.in_bucket(s3, bucket)
+    token = texts.pop(str(desk.host.home / ".ray/auth_token")).decode()
+    assert all(
+        texts.pop(str(machine.home / ".ray/auth_token")).decode() == token for machine in machines.values()
+    )
+    secrets = {"MLflow's password": password, "S3's key": s3_for_hosts.keys[1], "token": token}
+    assert any("/tmp/ray/session" in where for where in texts) and "ray start --address" in "".join(arguments)
+    assert leaks.leaks(secrets, texts) == []
 
 
-def overlay(cloud: Cloud, hosts: Hosts, settings: dict[str, str]) -> dict[str, Any]:
-    """What a user edits, and what differs from AWS: which machines the instances are, and how ssh enters them."""
-    ec2, iam = cloud.client("ec2"), cloud.client("iam")
-    vpc = ec2.create_vpc(CidrBlock=hosts.network)["Vpc"]["VpcId"]
-    subnet = ec2.create_subnet(VpcId=vpc, CidrBlock=hosts.network, AvailabilityZone=f"{REGION}a")
-    group = ec2.create_security_group(GroupName="cluster", Description="cluster", VpcId=vpc)["GroupId"]
-    profiles = {
-        name: iam.create_instance_profile(InstanceProfileName=name)["InstanceProfile"]["Arn"]
-        for name in ("head", "worker")
-    }
-    ec2.import_key_pair(KeyName="hosts", PublicKeyMaterial=hosts.key.with_suffix(".pub").read_bytes())
+def network(cloud: Cloud, hosts: Hosts) -> tuple[str, list[str]]:
+    """A VPC with two subnets, as the stack wants it; the second is that of the hosts."""
+    ec2 = cloud.client("ec2")
+    vpc = ec2.create_vpc(CidrBlock="10.231.0.0/16")["Vpc"]["VpcId"]
+    places = {f"{REGION}b": "10.231.255.0/24", f"{REGION}a": hosts.network}
+    subnets = [
+        ec2.create_subnet(VpcId=vpc, CidrBlock=addresses, AvailabilityZone=zone)["Subnet"]["SubnetId"]
+        for zone, addresses in places.items()
+    ]
+    return vpc, subnets
+
+
+def put_data(digits_uri: str, bucket: str) -> None:
+    """Digits as shards in the bucket, which moto has made, and now S3 as well."""
+    boto3.client("s3").create_bucket(Bucket=bucket)
+    shards = resolve(f"s3://{bucket}/data/digits")
+    pyarrow.fs.copy_files(digits_uri, shards.path, destination_filesystem=shards.filesystem)
+
+
+def overlay(cloud: Cloud, hosts: Hosts, stack: dict[str, str], subnet: str) -> dict[str, Any]:
+    """What a user edits, from the stack's outputs; and what differs from AWS: where instances are, how ssh enters."""
+    cloud.client("ec2").import_key_pair(
+        KeyName="hosts", PublicKeyMaterial=hosts.key.with_suffix(".pub").read_bytes()
+    )
     kinds = cluster_file("cluster.yaml")["available_node_types"]
-    place = {"SubnetIds": [subnet["Subnet"]["SubnetId"]], "SecurityGroupIds": [group], "KeyName": "hosts"}
     types: dict[str, Any] = {}
     for kind in kinds:
-        profile = {"Arn": profiles["head" if kind == "head" else "worker"]}
-        address = hosts[ADDRESSES.get(kind, "head")].address
-        own = {"IamInstanceProfile": profile, "PrivateIpAddress": address}
-        types[kind] = {"node_config": place | own}
+        types[kind] = {
+            "node_config": {
+                "IamInstanceProfile": {
+                    "Arn": stack[f"{'Head' if kind == 'head' else 'Worker'}InstanceProfileArn"]
+                },
+                "SecurityGroupIds": [stack["SecurityGroupId"]],
+                "SubnetIds": [subnet],
+                "KeyName": "hosts",
+                "PrivateIpAddress": hosts[ADDRESSES.get(kind, "head")].address,
+            }
+        }
     for kind in kinds.keys() - {"head"}:  # a machine has three CPUs and no GPU, and each kind one machine
         types[kind] |= {"max_workers": int(kind != "cpu-on-demand"), "resources": {"CPU": 3, "GPU": 0}}
     return {
         "provider": {"region": REGION, "use_internal_ips": True},
         "auth": {"ssh_user": "root", "ssh_private_key": str(hosts.key)},
         "available_node_types": types,
-        "file_mounts": {"~/ddpm/cluster.env": str(environment(hosts.folder, settings))},
     }
-
-
-def files(folder: Path) -> list[Path]:
-    """Regular files of a machine's home; links lead to what it shares with this one."""
-    return [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]

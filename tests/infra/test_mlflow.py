@@ -3,9 +3,7 @@
 import contextlib
 import json
 import shutil
-import sys
 import tempfile
-import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from typing import Any
 
 import boto3
 import guarded
+import leaks
 import mlflow
 import processes
 import psutil
@@ -40,11 +39,6 @@ PATIENCE_MS = 60_000
 pytestmark = pytest.mark.slow  # all of them, since their servers take as long to start
 
 
-def add_user(server: guarded.GuardedMlflowServer, name: str, **env: str) -> Any:
-    words = [sys.executable, processes.REPO / "infra/mlflow/add_user.py", name]
-    return processes.run(words, cwd=server.folder, env=server.client_env() | {"NEW_PASSWORD": PASSWORD} | env)
-
-
 def get(server: guarded.GuardedMlflowServer, user: str | None, password: str = PASSWORD) -> int:
     """The status of a look at the experiments."""
     auth = (user, password) if user else None
@@ -55,7 +49,7 @@ def get(server: guarded.GuardedMlflowServer, user: str | None, password: str = P
 @pytest.fixture(scope="module")
 def trainer(guarded_mlflow: guarded.GuardedMlflowServer) -> dict[str, str]:
     """The environment of somebody who may train, and no more."""
-    done = add_user(guarded_mlflow, "trainer")
+    done = guarded_mlflow.add_user("trainer", PASSWORD)
     assert (done.returncode, done.stdout) == (0, "trainer may log in\n"), done.stderr
     return guarded_mlflow.client_env("trainer", PASSWORD)
 
@@ -71,10 +65,10 @@ def test_nobody_enters_without_the_right_password(
 def test_a_password_can_be_changed_by_an_admin_alone(
     guarded_mlflow: guarded.GuardedMlflowServer, trainer: dict[str, str]
 ) -> None:
-    assert add_user(guarded_mlflow, "guest").returncode == 0
-    assert add_user(guarded_mlflow, "guest", NEW_PASSWORD="another-password").returncode == 0
+    assert guarded_mlflow.add_user("guest", PASSWORD).returncode == 0
+    assert guarded_mlflow.add_user("guest", "another-password").returncode == 0
     assert [get(guarded_mlflow, "guest"), get(guarded_mlflow, "guest", "another-password")] == [401, 200]
-    refused = add_user(guarded_mlflow, "stranger", **trainer)
+    refused = guarded_mlflow.add_user("stranger", PASSWORD, **trainer)
     assert refused.returncode == 1
     assert "Traceback" not in refused.stderr
     assert get(guarded_mlflow, "stranger") == 401
@@ -124,14 +118,12 @@ def trained(
     }
     words = [word for flag, value in SHORT.items() for word in (f"--{flag}", value)]
     found = Trained(secrets, set(), folder / "job.log", ray)
-    with processes.Job(
-        "train", "digits", *words, log=found.output, env=trainer | s3_server.client_env | given
-    ) as job:
-        while job.process.poll() is None:
-            for process in psutil.Process(job.process.pid).children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    found.arguments.add(" ".join(process.cmdline()))
-            time.sleep(0.1)
+    with (
+        processes.Job(
+            "train", "digits", *words, log=found.output, env=trainer | s3_server.client_env | given
+        ) as job,
+        leaks.arguments([job.process.pid]) as found.arguments,
+    ):
         assert job.wait() == 0, job.output
     yield found
     shutil.rmtree(ray, ignore_errors=True)
@@ -170,7 +162,8 @@ def test_a_run_is_in_postgresql_and_its_pictures_in_s3(
     assert trained.artifact_uri.startswith("mlflow-artifacts:/")
     assert any(key.endswith(f"{trained.run_id}/artifacts/pictures/samples.png") for key in keys)
     assert any(key.endswith(f"{runs[0].info.run_id}/artifacts/note.txt") for key in keys)
-    assert postgres.execute("SELECT name, status FROM runs ORDER BY name", "mlflow") == [
+    ours = f"experiment_id = {trained.experiment_id}"
+    assert postgres.execute(f"SELECT name, status FROM runs WHERE {ours} ORDER BY name", "mlflow") == [
         ("other", "FINISHED"),
         ("trained", "FINISHED"),
     ]
@@ -190,15 +183,9 @@ def test_no_secret_is_in_anything_that_was_written(
         "arguments": "\n".join(trained.arguments).encode(),
         "MLflow's params": repr(runs[1].data.params | runs[1].data.tags).encode(),
     }
-    texts |= {str(file): file.read_bytes() for file in trained.ray.rglob("*") if file.is_file()}
+    texts |= leaks.in_files(trained.ray) | leaks.in_tables(postgres, "mlflow")
     with contextlib.closing(boto3.client("s3", **s3_server.client_options)) as client:
-        for bucket in ("trained", "mlflow"):
-            for item in client.list_objects_v2(Bucket=bucket)["Contents"]:
-                texts[f"s3://{bucket}/{item['Key']}"] = client.get_object(Bucket=bucket, Key=item["Key"])[
-                    "Body"
-                ].read()
-    for (table,) in postgres.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'", "mlflow"):
-        texts[f"table {table}"] = repr(postgres.execute(f'SELECT * FROM "{table}"', "mlflow")).encode()
+        texts |= leaks.in_bucket(client, "trained") | leaks.in_bucket(client, "mlflow")
     secrets = trained.secrets | {
         name: guarded_mlflow.env[name]
         for name in ("PGPASSWORD", "MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY")
@@ -207,9 +194,7 @@ def test_no_secret_is_in_anything_that_was_written(
     assert any("/logs/" in name for name in texts)
     assert any(name.endswith("net.safetensors") for name in texts)
     assert b"trained" in texts["table runs"]
-    assert [
-        (n, where) for n, secret in secrets.items() for where, t in texts.items() if secret.encode() in t
-    ] == []
+    assert leaks.leaks(secrets, texts) == []
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """infra/onprem/cluster.yaml, launched for real on three machines with ssh."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.fs
@@ -20,6 +21,7 @@ def test_a_run_outlives_one_of_its_machines(
     mlflow_for_hosts: str,
     digits_uri: str,
     undisturbed: Run,
+    announce: Callable[[str], None],
     tmp_path: Path,
 ) -> None:
     """Two workers on two of three machines; one of the two is gone in mid-run, and the third takes over.
@@ -57,6 +59,7 @@ def test_a_run_outlives_one_of_its_machines(
     desk.up()
     train = ("python", "jobs/train.py", *run.arguments, "--cluster.cpus-per-worker", "2")
     with desk.dashboard(), desk.submit(*train, log=tmp_path / "job.log") as job:
+        announce(desk.wait_for_first_step(job))
         job.wait_for(run.past(0), timeout_s=600)
         working(workers).kill()
         assert job.wait(900) == 0, job.output
