@@ -1,5 +1,6 @@
 """cluster.yaml, launched for real: Ray's AWS provider on moto's EC2, whose instances are machines with ssh."""
 
+import contextlib
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -115,7 +116,7 @@ def test_a_cluster_on_aws_grows_trains_and_is_gone(
     texts |= leaks.in_tables(postgres, "mlflow") | {"MLflow's log": guarded_mlflow.log.read_bytes()}
     for host in [desk.host, *machines.values()]:
         texts |= leaks.in_files(host.home) | leaks.in_files(Path(f"/proc/{host.pid}/root/tmp/ray"))
-    with boto3.client("s3") as s3:
+    with contextlib.closing(boto3.client("s3")) as s3:
         texts |= leaks.in_bucket(s3, bucket)
     token = texts.pop(str(desk.host.home / ".ray/auth_token")).decode()
     assert all(
