@@ -86,6 +86,8 @@ def fit(
     """
     resources = placement.resources_per_worker(config)
     placement.check_storage(config)
+    cpus, gpus = resources["CPU"], resources.get("GPU", 0)
+    print(f"workers     {config.cluster.num_workers}, of {cpus:g} CPUs and {gpus:g} GPUs each", flush=True)
     assert config.run.name is not None, "runs.settled names a run"
     run = runs.open_run(config.run.name, config.run.storage)
     total_images = config.train.total_images

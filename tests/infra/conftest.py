@@ -1,5 +1,6 @@
 """Hosts, and servers that they reach."""
 
+import uuid
 from collections.abc import Callable, Iterator
 
 import hosts as making
@@ -20,10 +21,15 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[making.Hosts]:
 def s3_for_hosts(
     hosts: making.Hosts, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[servers.S3Server]:
-    """An S3 server with a bucket `lab` that the hosts reach; this process's environment leads to it, too."""
+    """An S3 server with a bucket `lab` that the hosts reach; this process's environment leads to it, too.
+
+    Its secret key is one that nothing says by chance.
+    """
     import boto3
 
-    with servers.S3Server(tmp_path_factory.mktemp("s3"), host=hosts.gateway) as server:
+    with servers.S3Server(
+        tmp_path_factory.mktemp("s3"), secret_key=uuid.uuid4().hex, host=hosts.gateway
+    ) as server:
         for name, value in server.client_env.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it remembers the first credentials it saw

@@ -50,7 +50,8 @@ def test_a_run_outlives_one_of_its_machines(
     desk = Desk(hosts, overlaid(cluster_file("infra/onprem/cluster.yaml"), overlay))
     credentials = desk.host.home / ".aws/credentials"
     credentials.parent.mkdir()
-    credentials.write_text("[default]\naws_access_key_id = lab\naws_secret_access_key = labsecret\n")
+    words = zip(("aws_access_key_id", "aws_secret_access_key"), s3_for_hosts.keys, strict=True)
+    credentials.write_text("\n".join(["[default]", *map(" = ".join, words)]))
     shards = resolve("s3://lab/digits")
     pyarrow.fs.copy_files(digits_uri, shards.path, destination_filesystem=shards.filesystem)
     run = Run("harmed", "s3://lab/runs", "s3://lab/digits", tmp_path / "job.log")
