@@ -90,6 +90,9 @@ def test_a_cluster_on_aws_grows_trains_and_is_gone(
                 with desk.submit(*train, *flags, *name, log=tmp_path / "job.log") as job:
                     announce(desk.wait_for_first_step(job))
                     assert job.wait(900) == 0, job.output
+                for machine in machines.values():
+                    (raylet,) = (p for p in machine.processes("") if p.name() == "raylet")
+                    assert raylet.environ()["MLFLOW_TRACKING_PASSWORD"] == password
                 refused = desk.host.run("ray", "job", "submit", "--address", DASHBOARD, "--", "id")
                 assert refused.returncode != 0 and "uthentic" in refused.stdout + refused.stderr
         assert cloud.launches[0] == Launch("m7i.large", spot=False)
