@@ -311,7 +311,8 @@ class Contestant:
     def __init__(self, arguments: Arguments, name: str, folder: Path) -> None:
         command = [sys.executable, __file__, "--contestant", name, "--case", arguments.case]
         command += ["--device", arguments.device, "--losses", str(arguments.losses)]
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / name.translate({32: 95, 44: None}))}
+        cache = str(folder / f"compiled-{abs(hash(name))}")
+        environment = {"TORCHINDUCTOR_CACHE_DIR": cache, **os.environ}
         if arguments.device == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
         self.errors = open(folder / f"{name}.err", "w+")
