@@ -67,6 +67,8 @@ DIFFUSERS = {
 }
 LUCIDRAINS = {"lucidrains, float32 (its default)": {}, "lucidrains, bfloat16": {"autocast": True}}
 BASE = "diffusers, float32 (its default)"
+BEFORE = "before: "
+"""Begins the names of contestants whose code is that of another checkout."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,16 @@ class Arguments:
     only: str = ""
     """Contestants whose name contains this."""
     device: Literal["cpu", "cuda"] = "cpu"
+    batch_size: int = 0
+    """Images a step; 0: the case's."""
+    image_size: int = 0
+    """Pixels along an edge; 0: the case's."""
     profile: bool = False
     """Also say where the time of a step goes."""
     losses: int = 0
     """Instead: the losses of so many steps of ours, as evidence that a change changed nothing."""
+    before: Path | None = None
+    """Another checkout of this project: ours as it is there is a contestant, too."""
     contestant: str | None = None
     """Be this one, and take turns that are asked for on the standard input."""
 
@@ -278,11 +286,26 @@ def float_batches(config: Config, turns: Iterator[None], device: str) -> Iterato
         yield x_0[torch.arange(i * size, (i + 1) * size, device=device) % len(x_0)]
 
 
+def grown(arguments: Arguments) -> Config:
+    """The case, with batch and image as large as asked for; attention stays at half the image or at 16x16."""
+    config = CASES[arguments.case]
+    if arguments.batch_size:
+        grain = arguments.batch_size
+        train = dataclasses.replace(config.train, batch_size=grain, micro_batch_size=grain)
+        config = dataclasses.replace(config, train=train)
+    if arguments.image_size:
+        size, attention = arguments.image_size, (min(16, arguments.image_size // 2),)
+        model = dataclasses.replace(config.model, image_size=size, attention_resolutions=attention)
+        config = dataclasses.replace(config, model=model)
+    return config
+
+
 def contend(arguments: Arguments) -> None:
     """Be a contestant, until the standard input ends."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
-    name, config = arguments.contestant or "", override(CASES[arguments.case], NEVER)
+    name = (arguments.contestant or "").removeprefix(BEFORE)
+    config = override(grown(arguments), NEVER)
     if name in OURS:
         values = dict(OURS[name])
         if arguments.losses:
@@ -305,14 +328,17 @@ class Contestant:
     """A process that trains when it is told to.
 
     Args:
-        name: one of OURS, DIFFUSERS, LUCIDRAINS.
+        name: one of OURS, DIFFUSERS, LUCIDRAINS, or BEFORE and one of OURS.
     """
 
     def __init__(self, arguments: Arguments, name: str, folder: Path) -> None:
         command = [sys.executable, __file__, "--contestant", name, "--case", arguments.case]
         command += ["--device", arguments.device, "--losses", str(arguments.losses)]
+        command += ["--batch-size", str(arguments.batch_size), "--image-size", str(arguments.image_size)]
         cache = str(folder / f"compiled-{abs(hash(name))}")
         environment = {"TORCHINDUCTOR_CACHE_DIR": cache, **os.environ}
+        if name.startswith(BEFORE):
+            environment["PYTHONPATH"] = f"{arguments.before}:{environment.get('PYTHONPATH', '')}"
         if arguments.device == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
         self.errors = open(folder / f"{name}.err", "w+")
@@ -405,9 +431,9 @@ def main() -> None:
     if arguments.contestant:
         contend(arguments)
         return
-    names = [name for name in (*DIFFUSERS, *LUCIDRAINS, *OURS) if arguments.only in name]
-    if arguments.losses:
-        names = [name for name in names if name in OURS]
+    before = [BEFORE + name for name in OURS if arguments.before and "compiled" not in name]
+    peers = () if arguments.losses else (*DIFFUSERS, *LUCIDRAINS)
+    names = [name for name in (*peers, *before, *OURS) if arguments.only in name]
     with tempfile.TemporaryDirectory() as folder:
         contestants = {name: Contestant(arguments, name, Path(folder)) for name in names}
         try:
@@ -429,7 +455,7 @@ def tell_losses(arguments: Arguments, contestants: dict[str, Contestant]) -> Non
 
 
 def measure(arguments: Arguments, contestants: dict[str, Contestant]) -> None:
-    config = CASES[arguments.case]
+    config = grown(arguments)
     batch = config.train.batch_size
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     start, steps, speed = {}, {}, defaultdict(list)
@@ -472,7 +498,7 @@ def write(
     lines = [
         "# How fast a net is trained",
         "",
-        f"Case {arguments.case}: {parameter_count(net) / 1e6:.2f} M weights, {flops:.2f} GFLOP an image forward and "
+        f"Case {arguments.case}: {config.model.image_size}x{config.model.image_size} images, {parameter_count(net) / 1e6:.2f} M weights, {flops:.2f} GFLOP an image forward and "
         f"backward, batches of {config.train.batch_size}. Images/s of whole steps, medians of {arguments.turns} turns "
         f"(`python benchmarks/step.py --case {arguments.case}`); ratios of turns side by side, their medians. "
         f"{datetime.date.today()}, {len(os.sched_getaffinity(0))} cores of {where}, torch {torch.__version__}, "
