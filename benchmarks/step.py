@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -341,15 +341,16 @@ class Contestant:
             environment["PYTHONPATH"] = f"{arguments.before}:{environment.get('PYTHONPATH', '')}"
         if arguments.device == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
-        self.errors = open(folder / f"{name}.err", "w+")
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            env=environment,
-            text=True,
-        )
+        self.errors = folder / f"{name}.err"
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=environment,
+                text=True,
+            )
         self.losses: dict[int, float] = {}
 
     def turn(self, steps: int, profile: bool = False) -> dict[str, Any]:
@@ -362,13 +363,12 @@ class Contestant:
                 if "seconds" in said:
                     return said
                 self.losses[said["step"]] = said["loss"]
-        self.errors.seek(0)
-        raise RuntimeError(self.errors.read())
+        raise RuntimeError(self.errors.read_text())
 
     def end(self) -> None:
+        assert self.process.stdin
         self.process.stdin.close()
         self.process.wait()
-        self.errors.close()
 
 
 # What came out
@@ -498,7 +498,8 @@ def write(
     lines = [
         "# How fast a net is trained",
         "",
-        f"Case {arguments.case}: {config.model.image_size}x{config.model.image_size} images, {parameter_count(net) / 1e6:.2f} M weights, {flops:.2f} GFLOP an image forward and "
+        f"Case {arguments.case}: {config.model.image_size}x{config.model.image_size} images, "
+        f"{parameter_count(net) / 1e6:.2f} M weights, {flops:.2f} GFLOP an image forward and "
         f"backward, batches of {config.train.batch_size}. Images/s of whole steps, medians of {arguments.turns} turns "
         f"(`python benchmarks/step.py --case {arguments.case}`); ratios of turns side by side, their medians. "
         f"{datetime.date.today()}, {len(os.sched_getaffinity(0))} cores of {where}, torch {torch.__version__}, "
