@@ -4,24 +4,28 @@ They are those of Ho et al. 2020 (arXiv:2006.11239), Appendix B, in a room of th
 how the net is put together and nothing else.
 
 Every image tensor is channels-last in memory: attention then reads an image as a sequence of pixels, and
-writes it back, without a copy.
+writes it back, without a copy. Two of torch's kernels for CPUs are slow on that (torch 2.13), and are done here
+in a few large products and sums instead: group normalisation, and attention to few pixels.
 
-Axes: B batch, C channels, H W pixels, N = H * W pixels as a sequence, D width of an attention head.
+Axes: B batch, C channels, H W pixels, N = H * W pixels as a sequence, G groups, D width of an attention head.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     from ddpm.config import ModelConfig
 
 NORM_EPS = 1e-6
+FEW_PIXELS = 1024
+"""A CPU attends to so many with all N x N weights in memory."""
 
 
 class Block(nn.Module):
@@ -29,9 +33,9 @@ class Block(nn.Module):
 
     def __init__(self, width_in: int, width_out: int, attention: bool, config: ModelConfig) -> None:
         super().__init__()
-        self.norm_1 = nn.GroupNorm(config.norm_groups, width_in, eps=NORM_EPS)
+        self.norm_1 = GroupNorm(config.norm_groups, width_in)
         self.conv_1 = nn.Conv2d(width_in, width_out, 3, padding=1)
-        self.norm_2 = nn.GroupNorm(config.norm_groups, width_out, eps=NORM_EPS)
+        self.norm_2 = GroupNorm(config.norm_groups, width_out)
         self.dropout = nn.Dropout(config.dropout)
         self.conv_2 = nn.Conv2d(width_out, width_out, 3, padding=1)
         self.shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
@@ -54,7 +58,7 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim = config.attention_head_dim or width
-        self.norm = nn.GroupNorm(config.norm_groups, width, eps=NORM_EPS)
+        self.norm = GroupNorm(config.norm_groups, width)
         self.qkv = nn.Linear(width, 3 * width)
         self.project = nn.Linear(width, width)
         if config.zero_init:
@@ -64,8 +68,70 @@ class SelfAttention(nn.Module):
         pixels = self.norm(x).flatten(2).mT  # [B, N, C]
         qkv = self.qkv(pixels).unflatten(2, (3, -1, self.head_dim))  # [B, N, 3, heads, D]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, D]
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [B, N, C]
+        h = attend(q, k, v).transpose(1, 2).flatten(2)  # [B, N, C]
         return x + self.project(h).mT.unflatten(2, x.shape[2:])
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation: [B, C, H, W] -> the same.
+
+    Source: Wu and He 2018, arXiv:1803.08494.
+    """
+
+    def __init__(self, groups: int, width: int) -> None:
+        super().__init__(groups, width, eps=NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return super().forward(x)
+        pixels = x.flatten(2).mT  # [B, N, C]
+        normed: Tensor = _Normalise.apply(pixels, self.weight, self.bias, self.num_groups)
+        return normed.mT.unflatten(2, x.shape[2:])
+
+
+class _Normalise(torch.autograd.Function):
+    """Group normalisation of pixels [B, N, C] in the weights' float32, whatever their dtype, and its derivative.
+
+    x_hat = (x - mean) / std, one mean and std for each image and group; y = weight * x_hat + bias. With dy_hat =
+    weight * dy the derivative is dx = (dy_hat - mean(dy_hat) - x_hat * mean(dy_hat * x_hat)) / std. Pixels are
+    summed first, channel by channel: what is left for the groups is small.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
+        exact = x.to(weight.dtype)
+        mean = _group_mean(exact.mean(1), groups)  # [B, 1, C]
+        centred = exact - mean
+        rstd = (_group_mean(centred.square().mean(1), groups) + NORM_EPS).rsqrt()
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.groups = groups
+        return torch.addcmul(bias, centred, rstd * weight).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        x_hat, dy = (x - mean) * rstd, dy.to(weight.dtype)
+        dbias, dweight = dy.mean(1), (dy * x_hat).mean(1)  # [B, C], of the mean pixel
+        offset = -rstd * _group_mean(weight * dbias, ctx.groups)
+        slope = -rstd * _group_mean(weight * dweight, ctx.groups)
+        dx = torch.addcmul(offset, x_hat, slope).addcmul_(dy, rstd * weight)
+        N = x.shape[1]
+        return dx.to(x.dtype), dweight.sum(0) * N, dbias.sum(0) * N, None
+
+
+def _group_mean(per_channel: Tensor, groups: int) -> Tensor:
+    """The mean over each group, for each of its channels: [B, C] -> [B, 1, C]."""
+    grouped = per_channel.unflatten(1, (groups, -1))
+    return grouped.mean(2, keepdim=True).expand_as(grouped).flatten(1)[:, None]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v: three of [B, heads, N, D] -> the same. Vaswani et al. 2017, Eq. 1."""
+    if q.device.type != "cpu" or q.shape[2] > FEW_PIXELS:
+        return F.scaled_dot_product_attention(q, k, v)
+    weights = ((q * q.shape[3] ** -0.5) @ k.mT).softmax(dim=3)
+    return weights @ v
 
 
 class Downsample(nn.Module):

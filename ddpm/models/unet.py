@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.models.layers import NORM_EPS, Block, Downsample, Upsample, sinusoids, zero
+from ddpm.models.layers import Block, Downsample, GroupNorm, Upsample, sinusoids, zero
 
 if TYPE_CHECKING:
     from ddpm.config import ModelConfig
@@ -106,7 +106,7 @@ class UNet(nn.Module):
             if size != sizes[0]:
                 self.up.append(Upsample(width))
 
-        self.norm_out = nn.GroupNorm(config.norm_groups, width, eps=NORM_EPS)
+        self.norm_out = GroupNorm(config.norm_groups, width)
         self.conv_out = nn.Conv2d(width, config.channels, 3, padding=1)
 
         # Only what is conditioned on has weights: DDP would wait for the gradient of an unused one.
