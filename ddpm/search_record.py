@@ -3,6 +3,7 @@
 Its own room because standings.py says who won and how, and this one whom it is told.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -27,6 +28,7 @@ from ddpm.trials import Ledger, Metric, Trial
 LOG_SNR = np.linspace(-8, 8, 33)
 CURVE_IMAGES = 128
 MLFLOW_TIMEOUT_S = 20.0
+INTERRUPTED_TIMEOUT_S = 3.0
 STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED", "running": "KILLED"}
 """Of a trial, in MLflow's words."""
 
@@ -46,6 +48,14 @@ def open_parent(parent: Address, params: Mapping[str, Any], warn: Callable[[str]
             f"MLflow at {without_password(parent.uri)} is told of the search later: {error or run.call.trouble}"
         )
     return run.run_id
+
+
+def interrupted(parent: Address) -> None:
+    """Tell MLflow that nobody searches for the time being, if it listens."""
+    run = MlflowRun(parent, {}, INTERRUPTED_TIMEOUT_S)
+    with contextlib.suppress(OutOfTime, Lost):
+        run.open(running=True)
+        run.end("KILLED")
 
 
 def store(
