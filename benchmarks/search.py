@@ -173,7 +173,7 @@ def main() -> None:
         "",
         *beaten(arguments, place, ledger),
         "",
-        f"Of {wall_s:.0f} s that trials took, from their driver's start to their end, the loop ran {training_s:.0f} s: "
+        f"Of {wall_s:.0f} s for which trials had a seat (ddpm/trials.py), the loop ran {training_s:.0f} s: "
         f"{training_s / wall_s:.0%}.",
         "",
     ]

@@ -20,7 +20,7 @@ from ddpm.patience import patiently
 from ddpm.runs import Run
 from ddpm.storage import Location
 from ddpm.training import board as boards
-from ddpm.training import checkpoint, cluster, placement
+from ddpm.training import checkpoint, cluster, keeper, placement
 from ddpm.training.cluster import Troupe
 from ddpm.trials import Rung
 
@@ -119,6 +119,7 @@ class Attempt:
                 if not self._wanted:
                     return
                 self._tell(judged.rung(self._training_s))
+            self._tidy()
         except BaseException as error:  # handed to who waits, whatever it is
             if self._wanted:
                 self._tell(error)
@@ -136,6 +137,12 @@ class Attempt:
         judged = self._jury.judge(self._checkpoint(images_seen))
         patiently(lambda: file.write(judged.to_json().encode()), where=file.uri, timeout_s=self._timeout_s)
         return judged
+
+    def _tidy(self) -> None:
+        """Of a trial that came to its end, the last checkpoint stays; the others were for the jury, and to go on."""
+        with contextlib.suppress(OSError):
+            for old in runs.checkpoints(self._run.location)[:-1]:
+                keeper.remove(old)
 
     def _wait_until_trained(self) -> None:
         if self._training is None:

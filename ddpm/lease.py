@@ -1,4 +1,4 @@
-"""One driver at a time: a small file in a search's folder that its driver rewrites every other second.
+"""One driver at a time: a small file in a search's folder that its driver rewrites every second or two.
 
 Its own room because it holds wherever storage does, on a disk or in a bucket, whoever's cluster the drivers are on.
 Time is told by the reader's own clock alone: a lease that does not change for a while belongs to somebody who is dead.
@@ -18,8 +18,8 @@ from typing import Any, Self
 from ddpm.config import UserError
 from ddpm.storage import Location
 
-BEAT_S = 2.0
-PATIENCE_S = 5 * BEAT_S
+BEAT_S = 1.5
+PATIENCE_S = 4 * BEAT_S
 """A lease that did not change for so long is nobody's."""
 FILE = "driver.json"
 

@@ -73,6 +73,7 @@ def store(
         files["best.json"] = config.encode()
         files["parallel.png"] = search_plots.parallel(trials, metric)
     if any(s.by_kid for s in found):
+        yield "denoising   the finalists at equal noise ..."
         files["bits-and-kid.png"] = search_plots.scatter(trials)
         files["denoising.png"] = search_plots.denoising(LOG_SNR, curves(found, place, held_out))
     for name, data in files.items():

@@ -108,7 +108,8 @@ class Ledger:
             raise UserError(f"cannot read {self._file.uri}: {error}") from None
         if text is not None:
             self.key, self.events = self._parsed(text)
-        self._write()
+        else:
+            self._write()
 
     @classmethod
     def existing(cls, place: Location, timeout_s: float = 0.0) -> "Ledger":

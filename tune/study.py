@@ -90,6 +90,9 @@ class Interruption(tune.Callback):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its callbacks, for a restoration that there never is
+
     def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
         if self.came and not self._told:
             self._told = True

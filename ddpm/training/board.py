@@ -45,13 +45,14 @@ class Board:
     def __init__(self) -> None:
         self._play: Play | None = None
         self._over = False
-        self._notes: dict[str, Any] = {}
-        self._wipe()
+        self._notes: dict[str, Any] = {WARNINGS: [], PLACE: None}
+        self._failures, self._failed_at, self._preemptions = 0, -1, 0
 
     def begin(self, play: Play) -> None:
-        """Tell the workers what is on; what was said of another run is wiped off."""
+        """Tell the workers what is on; what was said of another run is wiped off, but not where they are."""
         self._play = play
-        self._wipe()
+        self._notes = {WARNINGS: [], PLACE: self._notes[PLACE]}
+        self._failures, self._failed_at, self._preemptions = 0, -1, 0
 
     def leave(self) -> None:
         """Tell the workers that there is no more."""
@@ -92,11 +93,6 @@ class Board:
         """Count a preemption; all there were."""
         self._preemptions += 1
         return self._preemptions
-
-    def _wipe(self) -> None:
-        """All but the place: the workers stay there."""
-        self._notes = {WARNINGS: [], PLACE: self._notes.get(PLACE)}
-        self._failures, self._failed_at, self._preemptions = 0, -1, 0
 
 
 def put_up() -> Any:
