@@ -67,7 +67,7 @@ class Stage:
             shutil.copytree(self._trained / name_at(step), Path(run.location.path) / name_at(step))
             goes_on({boards.PROGRESS: Progress(step, 192, 1.0, 0.5)})
         trained()
-        assert self.delivers.wait(60)  # MLflow takes its time
+        assert self.delivers.wait(280)  # MLflow takes its time
 
     def attempt(self) -> Attempt:
         held_out = self.data.held_out()
@@ -76,7 +76,7 @@ class Stage:
         return Attempt(self.config, self.data, RUNGS, jury, troupe, self.told.put)  # type: ignore[arg-type]
 
     def next(self) -> News:
-        return self.told.get(timeout=60)
+        return self.told.get(timeout=280)
 
 
 @pytest.fixture
