@@ -61,14 +61,20 @@ class Driver(tune.Trainable):
             torch.set_num_threads(spec.config.cluster.threads_per_worker)
         self._spec, self._troupe = spec, Troupe(spec.config, spec.verbose)
         self._news: queue.Queue[tuple[int, News]] = queue.Queue()
-        self._begin(config)
+        self._attempt: Attempt | None = None
+        self._next: dict[str, Any] | None = config
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._attempt.leave()
-        self._begin(new_config)
+        self._next = new_config  # no more than that: who dies in here is not started again (Tune 2.60)
         return True
 
     def step(self) -> dict[str, Any]:
+        if self._next is not None:
+            if self._attempt is not None:
+                self._attempt.leave()
+            self._attempt = self._begin(self._next)
+            self._next = None
+        assert self._attempt is not None, "the first trial has begun"
         while True:
             try:
                 number, news = self._news.get(timeout=POLL_INTERVAL_S)
@@ -92,14 +98,15 @@ class Driver(tune.Trainable):
                     return {"number": number, "rung": news}
 
     def cleanup(self) -> None:
-        self._attempt.close()
+        if self._attempt is not None:
+            self._attempt.close()
         self._troupe.close(LEAVING_S)
 
-    def _begin(self, trial: dict[str, Any]) -> None:
+    def _begin(self, trial: dict[str, Any]) -> Attempt:
         spec, number = self._spec, trial["number"]
         own = configs.override(spec.config, {**trial["changes"], "run.name": name_of(number)})
         self._number = number
-        self._attempt = Attempt(
+        return Attempt(
             own,
             spec.data_set,
             spec.rungs,
