@@ -49,7 +49,7 @@ def test_one_run_after_the_other_and_whatever_happens_to_one(
     fit("third", **{"train.seed": 2})
     assert workers() not in ([], [worker])
     troupe.close(60)
-    assert workers() == []
+    assert psutil.wait_procs(workers(), timeout=60)[1] == []
 
     for name, seed in (("first", 0), ("second", 1), ("third", 2)):
         config, local = override(tiny, {"train.seed": seed}), tmp_path / name
