@@ -44,6 +44,8 @@ class Arguments:
     """Of training, for the comparison of the best config with the preset's."""
     command: str = ""
     """The search's, for the note."""
+    overhead: bool = False
+    """Print what of the trials' time was training, and nothing else."""
 
 
 def difference(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float]:
@@ -153,12 +155,22 @@ def beaten(arguments: Arguments, place: storage.Location, ledger: Ledger) -> lis
     ]
 
 
+def overhead(ledger: Ledger) -> str:
+    training_s, wall_s = (sum(values) for values in zip(*ledger.shares(), strict=True))
+    return (
+        f"Of {wall_s:.0f} s for which {len(ledger.trials())} trials had a seat (ddpm/trials.py says what that is), the "
+        f"loop ran {training_s:.0f} s: {training_s / wall_s:.0%}."
+    )
+
+
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     place = storage.resolve(arguments.search)
     ledger = Ledger.existing(place)
+    if arguments.overhead:
+        print(overhead(ledger))
+        return
     trials = [trial for trial in ledger.trials() if trial.status == "finished" and trial.drawn]
-    training_s, wall_s = (sum(values) for values in zip(*ledger.shares(), strict=True))
     lines = [
         "# What a search finds",
         "",
@@ -173,8 +185,7 @@ def main() -> None:
         "",
         *beaten(arguments, place, ledger),
         "",
-        f"Of {wall_s:.0f} s that trials took, from their driver's start to their end, the loop ran {training_s:.0f} s: "
-        f"{training_s / wall_s:.0%}.",
+        overhead(ledger),
         "",
     ]
     for name in PICTURES:

@@ -1,13 +1,15 @@
 """One trial of a search, in its driver: `cluster.fit`, and each of its checkpoints that counts, judged beside it.
 
 Its own room because this is a process of its own between the search and the trial's workers. Training never waits for
-the jury. What was judged lies in the run's folder: whoever tries again goes on from there.
+the jury, and the workers are free for the next trial before the last verdict is in. What was judged lies in the run's
+folder: whoever tries again goes on from there.
 """
 
 import contextlib
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ddpm import runs
@@ -18,7 +20,8 @@ from ddpm.patience import patiently
 from ddpm.runs import Run
 from ddpm.storage import Location
 from ddpm.training import board as boards
-from ddpm.training import checkpoint, cluster, placement
+from ddpm.training import checkpoint, cluster, keeper, placement
+from ddpm.training.cluster import Troupe
 from ddpm.trials import Rung
 
 POLL_INTERVAL_S = 0.25
@@ -30,14 +33,28 @@ PLACE = "place"
 """File of a run: the id of the placement group of its workers."""
 
 
+@dataclass(frozen=True)
+class Trained:
+    """The trial's training is over, and its workers are free."""
+
+    training_s: float
+    """As Rung.training_s, of all of it."""
+
+
+News = Rung | Trained | BaseException
+"""Of a trial: what is found at each rung, in order; before the last, that it is trained; or what went wrong."""
+
+
 class Attempt:
-    """A trial under way.
+    """A trial under way, from threads of its own.
 
     Args:
         config: of the trial's run.
         data_set: the split to train on.
         rungs: images seen at which it is judged, ascending; there are checkpoints there.
         jury: who judges.
+        troupe: who trains.
+        tell: told the news; the last of them is the last rung, or what went wrong.
         parent_run_id: the search's MLflow run.
         verbose: let Ray's own messages through.
     """
@@ -48,47 +65,90 @@ class Attempt:
         data_set: DataSet,
         rungs: list[int],
         jury: Jury,
+        troupe: Troupe,
+        tell: Callable[[News], object],
         parent_run_id: str | None = None,
         verbose: bool = False,
     ) -> None:
         assert config.run.name is not None, "a search names its trials"
-        self._config, self._data_set, self._jury = config, data_set, jury
-        self._parent_run_id, self._verbose = parent_run_id, verbose
+        self._config, self._data_set, self._rungs, self._jury = config, data_set, rungs, jury
+        self._troupe, self._tell, self._parent_run_id, self._verbose = troupe, tell, parent_run_id, verbose
         self._run: Run = runs.open_run(config.run.name, config.run.storage)
-        self._left = list(rungs)
-        self._thread: threading.Thread | None = None
+        self._training: threading.Thread | None = None
+        self._trained = threading.Event()
         self._error: BaseException | None = None
-        self._wanted = True
+        self._wanted, self._lock = True, threading.Lock()
         self._began_at: float | None = None
         self._place = ""
         self._images_seen, self._training_s = -1, 0.0
+        threading.Thread(target=self._follow, name="ddpm-attempt", daemon=True).start()
 
-    def next(self) -> Rung:
-        """What is found at the next rung, as soon as it is; after the last, training is over.
+    def leave(self) -> None:
+        """Let the workers go, if they still train, and wait until they are free; nothing more is told then.
+
+        Of a trial that is trained, the last verdict still comes.
 
         Raises:
-            UserError: training failed, or what it made is of no use.
+            TimeoutError: they do not leave.
         """
-        images_seen = self._left.pop(0)
+        with self._lock:
+            self._wanted = self._trained.is_set()
+        deadline = time.monotonic() + CLOSING_S
+        while self._training is not None and self._training.is_alive():
+            if self._trained.wait(POLL_INTERVAL_S):
+                return
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the workers of {self._run.location.uri} do not leave")
+
+    def close(self, timeout_s: float = CLOSING_S) -> None:
+        """Let the workers go, and wait until MLflow has been told; no verdict comes any more."""
+        with self._lock:
+            self._wanted = False
+        if self._training is not None:
+            self._training.join(timeout_s)
+
+    # From here on: the threads.
+
+    def _follow(self) -> None:
+        """Judge each rung as soon as it is there, and begin to train when one is met that was not judged before."""
+        try:
+            for images_seen in self._rungs:
+                judged = self._judged(images_seen)
+                if images_seen == self._rungs[-1]:
+                    self._wait_until_trained()
+                if not self._wanted:
+                    return
+                self._tell(judged.rung(self._training_s))
+            self._tidy()
+        except BaseException as error:  # handed to who waits, whatever it is
+            if self._wanted:
+                self._tell(error)
+
+    def _judged(self, images_seen: int) -> Judged:
         file = self._run.location.child(JUDGED).child(f"{images_seen:012d}.json")
         known = self._patiently(file)
         if known is not None:
-            return Judged.from_json(known, file.uri).rung(self._training_s)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._fit, name="ddpm-attempt", daemon=True)
-            self._thread.start()
+            return Judged.from_json(known, file.uri)
+        with self._lock:
+            self._check()
+            if self._training is None:
+                self._training = threading.Thread(target=self._fit, name="ddpm-trial", daemon=True)
+                self._training.start()
         judged = self._jury.judge(self._checkpoint(images_seen))
         patiently(lambda: file.write(judged.to_json().encode()), where=file.uri, timeout_s=self._timeout_s)
-        if not self._left:
-            self._thread.join()
-            self._check()
-        return judged.rung(self._training_s)
+        return judged
 
-    def close(self) -> None:
-        """Let the workers leave, if they are still there, and wait until they have."""
-        self._wanted = False
-        if self._thread is not None:
-            self._thread.join(CLOSING_S)
+    def _tidy(self) -> None:
+        """Of a trial that came to its end, the last checkpoint stays; the others were for the jury, and to go on."""
+        with contextlib.suppress(OSError):
+            for old in runs.checkpoints(self._run.location)[:-1]:
+                keeper.remove(old)
+
+    def _wait_until_trained(self) -> None:
+        if self._training is None:
+            self._is_trained()
+        while not self._trained.wait(POLL_INTERVAL_S):
+            self._check()
 
     @property
     def _timeout_s(self) -> float:
@@ -98,7 +158,7 @@ class Attempt:
         """URI of the checkpoint after so many images, as soon as it is there."""
         place = self._run.location.child(checkpoint.name_at(images_seen))
         while True:
-            over = self._thread is None or not self._thread.is_alive()
+            over = self._trained.is_set()
             if self._patiently(place.child(checkpoint.CHECKSUMS)) is not None:
                 return place.uri
             self._check()
@@ -124,9 +184,18 @@ class Attempt:
                 verbose=self._verbose,
                 goes_on=self._goes_on,
                 parent_run_id=self._parent_run_id,
+                troupe=self._troupe,
+                trained=self._is_trained,
             )
+            self._is_trained()  # of a run that was finished, nobody else says so
         except BaseException as error:  # handed to who waits, whatever it is
             self._error = error
+
+    def _is_trained(self) -> None:
+        if not self._trained.is_set():
+            if self._wanted:
+                self._tell(Trained(self._training_s))
+            self._trained.set()
 
     def _goes_on(self, notes: Mapping[str, Any]) -> bool:
         place, progress = notes.get(boards.PLACE), notes.get(boards.PROGRESS)
@@ -141,5 +210,8 @@ class Attempt:
         return self._wanted
 
     def _check(self) -> None:
+        """Raise what ended training, or that nobody waits for more."""
         if self._error is not None:
             raise self._error
+        if not self._wanted:
+            raise InterruptedError

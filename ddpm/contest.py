@@ -61,10 +61,12 @@ class Contest:
         self._num_trials, self._total_images, self._news = num_trials, total_images, news
         self._trials: dict[int, Trial] = {}
         self._began_at: dict[int, float] = {}
+        self._took: dict[int, tuple[float, float]] = {}
+        """wall_s and training_s of those that are trained."""
+        self._exhausted, self._promised = False, 0
         for event in ledger.events:
             self._tell(event)
-        self._waiting = [trial.number for trial in self._trials.values() if trial.status == "running"]
-        self._exhausted = False
+        self.recall()
 
     @property
     def trials(self) -> list[Trial]:
@@ -81,26 +83,36 @@ class Contest:
         """Trials that are to run, or to go on."""
         return max(len(self._waiting), self._num_trials - len(self._trials) + len(self._waiting))
 
+    def recall(self) -> None:
+        """Nobody runs the trials any more that have not ended: they are to go on."""
+        self._waiting = [trial.number for trial in self._trials.values() if trial.status == "running"]
+        self._began_at.clear()
+
     def next(self) -> tuple[int, dict[str, Any]] | None:
         """A trial to start, or to go on with: its number, and what it changes. None: there are no more."""
-        if self._waiting:
-            number = self._waiting.pop(0)
+        self._promised = max(0, self._promised - 1)
+        if not self._waiting and not self._draw():
+            return None
+        number = self._waiting.pop(0)
+        if number not in self._began_at:
             self._news(f"{name_of(number)} goes on")
             self._began_at[number] = time.monotonic()
-            return number, dict(self._trials[number].changes)
-        number = len(self._trials)
-        changes = self._proposer.suggest(number) if number < self._num_trials else None
-        if changes is None:
-            self._exhausted = True
-            return None
-        self._began_at[number] = time.monotonic()
-        self._trials[number] = Trial(number, changes)
-        self._ledger.add("begun", number, changes=changes)
-        self._news(f"{name_of(number)} begins: {said(changes)}")
-        return number, changes
+        return number, dict(self._trials[number].changes)
+
+    def trained(self, number: int, training_s: float) -> bool:
+        """A trial's training is over; whether its seat is for the next trial at once, before the last verdict is in."""
+        if self._trials[number].status != "running":
+            return False
+        self._took.setdefault(number, (time.monotonic() - self._began_at[number], training_s))
+        if len(self._waiting) <= self._promised and not self._draw():
+            return False
+        self._promised += 1
+        return True
 
     def judged(self, number: int, rung: Rung) -> bool:
         """Whether the trial may go on. What was said of a rung before is said again: a trial may be run again."""
+        if self._trials[number].status != "running":
+            return False
         goes_on = self._told(number, rung.images_seen)
         if goes_on is None:
             goes_on = self._goes_on(number, rung)
@@ -115,6 +127,20 @@ class Contest:
 
     def failed(self, number: int, reason: str) -> None:
         self._end(number, "failed", reason)
+
+    def _draw(self) -> bool:
+        """Let another trial wait for a seat, if there are more."""
+        number = len(self._trials)
+        changes = self._proposer.suggest(number) if number < self._num_trials else None
+        if changes is None:
+            self._exhausted = True
+            return False
+        self._trials[number] = Trial(number, changes)
+        self._ledger.add("begun", number, changes=changes)
+        self._news(f"{name_of(number)} begins: {said(changes)}")
+        self._began_at[number] = time.monotonic()
+        self._waiting.append(number)
+        return True
 
     def _told(self, number: int, images_seen: int) -> bool | None:
         """What was said of a rung; None: nothing yet."""
@@ -135,17 +161,10 @@ class Contest:
         if self._trials[number].status != "running":
             return
         last = self._trials[number].last
-        wall_s = time.monotonic() - self._began_at[number]
-        self._tell(
-            self._ledger.add(
-                "ended",
-                number,
-                status=status,
-                reason=reason,
-                wall_s=wall_s,
-                training_s=last.training_s if last else 0.0,
-            )
-        )
+        so_far = time.monotonic() - self._began_at[number], last.training_s if last else 0.0
+        wall_s, training_s = self._took.get(number, so_far)
+        took = {"wall_s": wall_s, "training_s": training_s}
+        self._tell(self._ledger.add("ended", number, status=status, reason=reason, **took))
         self._news(f"{name_of(number)} {status}" + (f": {reason}" if reason else ""))
 
     def _tell(self, event: Mapping[str, Any]) -> None:

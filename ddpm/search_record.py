@@ -3,6 +3,7 @@
 Its own room because standings.py says who won and how, and this one whom it is told.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -27,6 +28,7 @@ from ddpm.trials import Ledger, Metric, Trial
 LOG_SNR = np.linspace(-8, 8, 33)
 CURVE_IMAGES = 128
 MLFLOW_TIMEOUT_S = 20.0
+INTERRUPTED_TIMEOUT_S = 3.0
 STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED", "running": "KILLED"}
 """Of a trial, in MLflow's words."""
 
@@ -48,6 +50,14 @@ def open_parent(parent: Address, params: Mapping[str, Any], warn: Callable[[str]
     return run.run_id
 
 
+def interrupted(parent: Address) -> None:
+    """Tell MLflow that nobody searches for the time being, if it listens."""
+    run = MlflowRun(parent, {}, INTERRUPTED_TIMEOUT_S)
+    with contextlib.suppress(OutOfTime, Lost):
+        run.open(running=True)
+        run.end("KILLED")
+
+
 def store(
     ledger: Ledger, place: Location, metric: Metric, base: Config, held_out: DataSet, parent: Address
 ) -> Iterator[str]:
@@ -63,6 +73,7 @@ def store(
         files["best.json"] = config.encode()
         files["parallel.png"] = search_plots.parallel(trials, metric)
     if any(s.by_kid for s in found):
+        yield "denoising   the finalists at equal noise ..."
         files["bits-and-kid.png"] = search_plots.scatter(trials)
         files["denoising.png"] = search_plots.denoising(LOG_SNR, curves(found, place, held_out))
     for name, data in files.items():

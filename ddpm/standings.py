@@ -24,6 +24,7 @@ from ddpm.diffusion import schedules
 from ddpm.evaluation import nets
 from ddpm.evaluation.ranking import Rank, paired_ranks, ranks
 from ddpm.jury import Judged
+from ddpm.patience import patiently
 from ddpm.storage import Location
 from ddpm.trials import Ledger, Metric, Trial, best
 
@@ -85,7 +86,13 @@ def standings(trials: Sequence[Trial], place: Location, metric: Metric, base: Co
     order = best(trials, metric)
     there = [trial.number for trial in order]
     by_bits = dict(
-        zip(there, paired_ranks([bits_of(trial, place) for trial in order]) if order else [], strict=True)
+        zip(
+            there,
+            paired_ranks([bits_of(trial, place, base.run.storage_timeout_s) for trial in order])
+            if order
+            else [],
+            strict=True,
+        )
     )
     drawn = [trial for trial in order if trial.drawn]
     of_kid = ranks([trial.drawn["value"] for trial in drawn], [trial.drawn["error"] for trial in drawn])
@@ -227,12 +234,13 @@ def _estimate(value: float, error: float) -> str:
     return f"{value:.4f} ± {error:.4f}"
 
 
-def bits_of(trial: Trial, place: Location) -> tuple[float, ...]:
-    """Of each held-out image at the trial's last rung."""
+def bits_of(trial: Trial, place: Location, timeout_s: float = 0.0) -> tuple[float, ...]:
+    """Of each held-out image at the trial's last rung; storage may fail for `timeout_s`."""
     assert trial.last is not None
     file = place.child(trial.name).child(JUDGED).child(f"{trial.last.images_seen:012d}.json")
     try:
-        return Judged.from_json(file.read(), file.uri).bits
+        text = patiently(file.read, where=file.uri, timeout_s=timeout_s)
+        return Judged.from_json(text, file.uri).bits
     except OSError as error:
         raise UserError(f"cannot read {file.uri}: {error}") from None
 

@@ -11,6 +11,12 @@ what ASHA knew (Ray 2.60).
     {"event": "ended", "trial": 3, "status": "stopped", "reason": "", "wall_s": 70.1, "training_s": 64.2}
     {"event": "drawn", "trial": 3, "name": "KID-classifier", "value": 0.01, "error": 0.002, ...}
 
+wall_s are the seconds for which the trial had a seat, one of --max-concurrent: from when it was given it, through all
+that starts then, to when its training was over and the seat free for the next trial (or, of one that is stopped or
+fails, to when that was said; until its workers have left, the time is the next trial's). training_s are those of them
+from the end of its first step to the end of its last one, with its pictures and held-out losses. Both since the trial
+last began, if the search was interrupted.
+
 The one process that writes it is the search's driver, whole every time: it is small.
 """
 
@@ -45,7 +51,7 @@ class Rung:
     train_loss: float
     """The loss trained on, of training images."""
     training_s: float = 0.0
-    """Seconds in which the loop ran, since the trial last began."""
+    """Seconds in which the loop ran so far, since the trial last began."""
 
     def value(self, metric: Metric) -> float:
         return float(getattr(self, metric.replace("/", "_")))
@@ -102,7 +108,8 @@ class Ledger:
             raise UserError(f"cannot read {self._file.uri}: {error}") from None
         if text is not None:
             self.key, self.events = self._parsed(text)
-        self._write()
+        else:
+            self._write()
 
     @classmethod
     def existing(cls, place: Location, timeout_s: float = 0.0) -> "Ledger":

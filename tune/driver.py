@@ -1,23 +1,31 @@
-"""A trial's driver, as Ray Tune starts and watches it.
+"""A trial's driver, as Ray Tune starts and watches it; and then the next trial's.
 
 Its own room because each trial's process imports it: what proposes trials and what tells mistakes stays outside.
 """
 
 import logging
 import os
+import queue
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 import torch
 from ray import tune
 
 from ddpm import config as configs
-from ddpm.attempt import Attempt
+from ddpm.attempt import Attempt, News, Trained
 from ddpm.config import Config, UserError
 from ddpm.data.reading import DataSet
 from ddpm.jury import Jury
+from ddpm.training import board as boards
+from ddpm.training.cluster import Troupe
 from ddpm.trials import name_of
+
+POLL_INTERVAL_S = 1.0
+LEAVING_S = 5.0
+"""How long workers, and MLflow, may take to end in good order when somebody waits for it."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +40,16 @@ class Spec:
     env: Mapping[str, str]
     parent_run_id: str | None
     verbose: bool
+    board: Any
+    """The search's own: what STOP says there, holds for all."""
 
 
 class Driver(tune.Trainable):
-    """A trial's driver: one call of `step` is one rung. It needs no CPU to speak of; its workers have their own."""
+    """The driver of one trial after the other, with workers that stay; one call of `step` gives one news.
+
+    News may be of the trial before, whose last verdict came when its workers were already at the next one. It needs no
+    CPU to speak of; its workers have their own.
+    """
 
     def setup(self, config: dict[str, Any], spec: Spec | None = None) -> None:
         assert spec is not None, "the search gives it"
@@ -43,17 +57,62 @@ class Driver(tune.Trainable):
             for name in ("ray.train", "ray.data", "ray"):
                 logging.getLogger(name).setLevel(logging.ERROR)
         os.environ.update(spec.env)
-        changes = {**config["changes"], "run.name": name_of(config["number"])}
-        own = configs.override(spec.config, changes)
-        if own.cluster.threads_per_worker is not None:
-            torch.set_num_threads(own.cluster.threads_per_worker)
-        self._attempt = Attempt(own, spec.data_set, spec.rungs, spec.jury, spec.parent_run_id, spec.verbose)
+        if spec.config.cluster.threads_per_worker is not None:
+            torch.set_num_threads(spec.config.cluster.threads_per_worker)
+        self._spec, self._troupe = spec, Troupe(spec.config, spec.verbose)
+        self._news: queue.Queue[tuple[int, News]] = queue.Queue()
+        self._attempt: Attempt | None = None
+        self._next: dict[str, Any] | None = config
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._next = new_config  # no more than that: who dies in here is not started again (Tune 2.60)
+        return True
 
     def step(self) -> dict[str, Any]:
-        try:
-            return {"rung": self._attempt.next()}
-        except UserError as error:  # no other try would mend it
-            return {"failed": str(error)}  # not "done": of such a result Tune does not tell the referee
+        if self._next is not None:
+            if self._attempt is not None:
+                self._attempt.leave()
+            self._attempt = self._begin(self._next)
+            self._next = None
+        assert self._attempt is not None, "the first trial has begun"
+        while True:
+            try:
+                number, news = self._news.get(timeout=POLL_INTERVAL_S)
+            except queue.Empty:
+                if ray.get(self._spec.board.read.remote()).get(boards.STOP):
+                    self._attempt.leave()
+                    self._attempt.close(LEAVING_S)
+                    return {"number": self._number, "left": True}
+                continue
+            match news:
+                case Trained():
+                    return {"number": number, "training_s": news.training_s}
+                case UserError():  # no other try would mend it
+                    return {
+                        "number": number,
+                        "failed": str(news),
+                    }  # not "done": Tune would not tell the referee
+                case BaseException():
+                    raise news
+                case _:
+                    return {"number": number, "rung": news}
 
     def cleanup(self) -> None:
-        self._attempt.close()
+        if self._attempt is not None:
+            self._attempt.close()
+        self._troupe.close(LEAVING_S)
+
+    def _begin(self, trial: dict[str, Any]) -> Attempt:
+        spec, number = self._spec, trial["number"]
+        own = configs.override(spec.config, {**trial["changes"], "run.name": name_of(number)})
+        self._number = number
+        return Attempt(
+            own,
+            spec.data_set,
+            spec.rungs,
+            spec.jury,
+            self._troupe,
+            lambda news: self._news.put((number, news)),
+            spec.parent_run_id,
+            spec.verbose,
+        )

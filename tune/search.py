@@ -9,12 +9,17 @@ compared by KID. Typing the same command again, with the same --name, goes on wh
 import sys
 import time
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from ddpm import cli, presets
-from ddpm.config import Config
+from ddpm.config import Config, UserError
+
+if TYPE_CHECKING:
+    from outset import Outset
+
+    from ddpm.lease import Lease
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,15 @@ def main() -> int:
     chosen = tyro.cli(tyro.extras.subcommand_type_from_defaults(defaults, presets.ABOUT), description=__doc__)
 
     import outset  # after parsing: --help and mistakes answer at once
+
+    from ddpm.lease import Lease
+
+    search = outset.settled(chosen)
+    with Lease(search.place, print) as lease:
+        return _search(chosen, search, lease)
+
+
+def _search(chosen: Arguments, search: "Outset", lease: "Lease") -> int:
     import study
     from rich.console import Console
     from scoreboard import Scoreboard
@@ -72,7 +86,6 @@ def main() -> int:
     from ddpm.trials import Ledger
 
     began = time.monotonic()
-    search = outset.settled(chosen)
     ledger = Ledger(search.place, search.settings, search.base.run.storage_timeout_s)
     board = Scoreboard(ledger.trials, chosen.num_trials)
     contest = study.contest(chosen, search, ledger, board.news)
@@ -81,13 +94,19 @@ def main() -> int:
     placement.check_storage(config)
     parent = search_record.address(ledger, search.name, config.run.experiment)
     parent_run_id = search_record.open_parent(parent, search.params, print)
-    env = study.environment(parent.uri)
-    spec = study.Spec(config, search.train, search.rungs, search.jury, env, parent_run_id, chosen.verbose)
-    with board:
-        study.run(contest, spec, chosen.max_concurrent)
-    if not contest.is_over:
+    with study.Interruption(lambda: lease.is_lost) as interruption:
+        env, stop = study.environment(parent.uri), interruption.board
+        spec = study.Spec(
+            config, search.train, search.rungs, search.jury, env, parent_run_id, chosen.verbose, stop
+        )
+        with board:
+            study.run(contest, spec, chosen.max_concurrent, interruption)
+    if lease.is_lost:
+        raise UserError(f"another process has taken over the search in {search.place.uri}; this one ends")
+    if interruption.signal is not None:
+        search_record.interrupted(parent)
         print(f"interrupted; the same command goes on, with --name {search.name}", file=sys.stderr)
-        return 130
+        return 128 + interruption.signal
     of_best = search.place, chosen.metric
     standings.draw_finalists(
         ledger,

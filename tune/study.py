@@ -8,11 +8,14 @@ With driver.py the only one that knows ray.tune.
 
 import logging
 import os
+import signal
+import sys
 import tempfile
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from types import FrameType, SimpleNamespace, TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
+import ray
 from driver import Driver, Spec
 from outset import Outset
 from ray import tune
@@ -24,7 +27,9 @@ from space import Choice, Domain, Space
 from ddpm import connection
 from ddpm.config import UserError
 from ddpm.contest import Contest, Proposer, Stopper
+from ddpm.training import board as boards
 from ddpm.training.placement import DRIVER_CPUS
+from ddpm.training.watch import SIGNALS
 from ddpm.trials import Ledger, name_of
 
 if TYPE_CHECKING:
@@ -42,23 +47,76 @@ class Referee(FIFOScheduler):
         self._contest = contest
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
-        number = trial.config["number"]
-        if "failed" in result:
+        number, goes_on = result["number"], False  # it may be of the trial that had the seat before
+        if "rung" in result:
+            goes_on = self._contest.judged(number, result["rung"])
+        elif "training_s" in result:
+            goes_on = not self._contest.trained(number, result["training_s"])
+        elif "failed" in result:
             self._contest.failed(number, result["failed"])
-            return TrialScheduler.STOP
-        goes_on = self._contest.judged(number, result["rung"])
-        return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
+        own = number == trial.config["number"]
+        return TrialScheduler.CONTINUE if goes_on or not own else TrialScheduler.STOP
+
+
+class Interruption(tune.Callback):
+    """A context in which Ctrl-C and SIGTERM ask the trials to leave in good order; a second Ctrl-C interrupts at once.
+
+    Args:
+        is_lost: whether the search has got another driver meanwhile; then trials leave as well.
+    """
+
+    def __init__(self, is_lost: Callable[[], bool]) -> None:
+        self.signal: int | None = None
+        """What interrupted the search."""
+        self._is_lost = is_lost
+        self.board = boards.put_up()
+        """Where the trials read of it."""
+        self._told = False
+        self._handlers: dict[int, Any] = {}
+
+    @property
+    def came(self) -> bool:
+        return self.signal is not None or self._is_lost()
+
+    def __enter__(self) -> Self:
+        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+        # After ray.init(), which puts in a handler of its own.
+        self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its callbacks, for a restoration that there never is
+
+    def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
+        if self.came and not self._told:
+            self._told = True
+            ray.get(self.board.note.remote(boards.STOP, "the search is interrupted"))
+            if self.signal is not None:
+                again = " (Ctrl-C again: at once)" if self.signal == signal.SIGINT else ""
+                name = signal.Signals(self.signal).name
+                print(f"{name}: the trials end with this step, and leave checkpoints{again}", file=sys.stderr)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
 
 
 class Starter(Searcher):
     """Gives Tune the contest's next trial."""
 
-    def __init__(self, contest: Contest) -> None:
+    def __init__(self, contest: Contest, interruption: Interruption) -> None:
         super().__init__()
-        self._contest = contest
+        self._contest, self._interruption = contest, interruption
 
     def suggest(self, trial_id: str) -> Any:
-        found = self._contest.next()
+        found = None if self._interruption.came else self._contest.next()
         return Searcher.FINISHED if found is None else {"number": found[0], "changes": found[1]}
 
     def on_trial_complete(
@@ -165,10 +223,17 @@ def contest(chosen: "Arguments", search: Outset, ledger: Ledger, news: Callable[
     return Contest(ledger, proposer, stopper, chosen.metric, chosen.num_trials, search.rungs[-1], news)
 
 
-def run(contest: Contest, spec: Spec, max_concurrent: int) -> None:
-    """Run what is left of the contest's trials on the connected Ray cluster, `max_concurrent` at a time."""
-    if not contest.num_left:
-        return
+def run(contest: Contest, spec: Spec, max_concurrent: int, interruption: Interruption) -> None:
+    """Run what is left of the contest's trials on the connected Ray cluster, `max_concurrent` at a time.
+
+    A driver that dies takes the last verdict of the trial before with it: that trial gets a seat of its own then.
+    """
+    while not contest.is_over and not interruption.came:
+        _run(contest, spec, max_concurrent, interruption)
+        contest.recall()
+
+
+def _run(contest: Contest, spec: Spec, max_concurrent: int, interruption: Interruption) -> None:
     # What goes wrong with a trial is in the ledger, in a line.
     level = logging.INFO if spec.verbose else logging.CRITICAL
     logging.getLogger("ray.tune").setLevel(level)
@@ -178,16 +243,17 @@ def run(contest: Contest, spec: Spec, max_concurrent: int) -> None:
         tuner = tune.Tuner(
             tune.with_resources(driver, {"CPU": DRIVER_CPUS}),
             tune_config=tune.TuneConfig(
-                search_alg=Starter(contest),
+                search_alg=Starter(contest, interruption),
                 scheduler=Referee(contest),
                 num_samples=contest.num_left,
                 max_concurrent_trials=max_concurrent,
+                reuse_actors=True,
             ),
             run_config=tune.RunConfig(
                 name="search",
                 storage_path=folder,
                 verbose=0,
-                callbacks=[Deaths(contest)],
+                callbacks=[Deaths(contest), interruption],
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 failure_config=tune.FailureConfig(max_failures=MAX_DEATHS),
             ),

@@ -4,7 +4,8 @@ Its own room because all three sides of training speak through it, and each dies
 driver's node and needs no CPU. Only the last word on each subject stays.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -17,7 +18,7 @@ STOP = "stop"
 PREEMPTION = "preemption"
 """Of STOP: a node of theirs is about to be taken away."""
 ENDED = "ended"
-"""images_seen at which the workers last returned."""
+"""images_seen at which the workers last left the loop."""
 COMMITTED = "committed"
 """images_seen of the newest safe checkpoint."""
 PROGRESS = "progress"
@@ -28,12 +29,46 @@ WARNINGS = "warnings"
 """Lines for the person watching."""
 
 
+@dataclass(frozen=True)
+class Play:
+    """A run, as its workers are told of it."""
+
+    number: int
+    """Counts from 1, for workers that stay from one run to the next."""
+    what: Any
+    """A reference to what they need to know, which the board, a small process, does not look at."""
+
+
 class Board:
     """The actor."""
 
     def __init__(self) -> None:
-        self._notes: dict[str, Any] = {WARNINGS: []}
+        self._play: Play | None = None
+        self._over = False
+        self._notes: dict[str, Any] = {WARNINGS: [], PLACE: None}
         self._failures, self._failed_at, self._preemptions = 0, -1, 0
+
+    def begin(self, play: Play) -> None:
+        """Tell the workers what is on; what was said of another run is wiped off, but not where they are."""
+        self._play = play
+        self._notes = {WARNINGS: [], PLACE: self._notes[PLACE]}
+        self._failures, self._failed_at, self._preemptions = 0, -1, 0
+
+    def leave(self) -> None:
+        """Tell the workers that there is no more."""
+        self._over = True
+
+    def play(self, after: int) -> Play | Literal["wait", "leave"]:
+        """What is on for workers that have done with play `after`."""
+        if self._over:
+            return "leave"
+        has_ended = self._notes.get(ENDED) is not None
+        return "wait" if self._play is None or self._play.number <= after or has_ended else self._play
+
+    def ended(self, number: int, images_seen: int) -> None:
+        """The workers have left the loop of play `number`."""
+        if self._play is not None and number == self._play.number:
+            self._notes[ENDED] = images_seen
 
     def note(self, subject: str, value: Any) -> None:
         """Write `value` over what was said of `subject`; None wipes it off."""

@@ -8,12 +8,15 @@ starting worker groups, noticing deaths, and starting the group again, smaller o
 
 import logging
 import tempfile
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 import ray.exceptions
 import ray.util
+import torch
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.torch.torch_trainer import (
@@ -38,7 +41,7 @@ from ddpm.training.controller import (
     last_line,
     too_many_preemptions,
 )
-from ddpm.training.watch import GoesOn, Watch, always
+from ddpm.training.watch import Aside, GoesOn, Watch, always
 from ddpm.training.worker import RayRuntime
 
 log = logging.getLogger(__name__)
@@ -47,6 +50,8 @@ DELIVERY_TIMEOUT_S = 30.0
 """What MLflow has not taken so long after the end is left to jobs/track.py."""
 HASTY_DELIVERY_TIMEOUT_S = 1.0
 """Of a run that was asked to stop: who asked will not wait."""
+PLAY_POLL_S = 0.1
+"""Workers that stay look so often for the next run."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,8 @@ def fit(
     verbose: bool = False,
     goes_on: GoesOn = always,
     parent_run_id: str | None = None,
+    troupe: "Troupe | None" = None,
+    trained: Callable[[], object] = lambda: None,
 ) -> Result:
     """Train the run that `config` names to the end on the connected Ray cluster, from its newest checkpoint on.
 
@@ -79,12 +86,14 @@ def fit(
         verbose: let Ray's own messages through.
         goes_on: asked twice a second, with what is on the board; if not, training ends with its step, and a checkpoint.
         parent_run_id: the MLflow run that this one is shown under.
+        troupe: workers that stay from one run to the next; None: this run's own.
+        trained: told when the workers are free again; MLflow may not have been told everything yet.
 
     Raises:
         UserError: the config does not fit the cluster, or what the run has begun with.
         TrainingFailed: workers failed too often.
     """
-    resources = placement.resources_per_worker(config)
+    placement.resources_per_worker(config)
     placement.check_storage(config)
     cpus, gpus = resources["CPU"], resources.get("GPU", 0)
     print(f"workers     {config.cluster.num_workers}, of {cpus:g} CPUs and {gpus:g} GPUs each", flush=True)
@@ -101,20 +110,13 @@ def fit(
     address = Address(tracking_uri(), config.run.experiment, run.name, run.key, parent_run_id)
     courier = Courier(address, configs.flatten(config), run.location.child(segments.FOLDER))
     courier.committed(seen)
-    board, librarian = boards.put_up(), stream.librarian(config.cluster.world_sizes()[-1], verbose)
-    spec = {
-        "config": config,
-        "data_set": data_set,
-        "run": run,
-        "board": board,
-        "librarian": librarian,
-        "verbose": verbose,
-    }
-    status, watch = "FAILED", Watch(board, total_images, courier.committed, goes_on)
+    troupe = troupe or Troupe(config, verbose, stays=False)
+    status, watch = "FAILED", Watch(troupe.board, total_images, courier.committed, goes_on)
     try:
+        troupe.begin(config, data_set, run)
         with watch:
-            _train(spec, resources, watch)
-        ended = ray.get(board.read.remote())[boards.ENDED]
+            ended = _train(config, troupe, watch)
+        trained()
         status = "KILLED" if watch.was_asked else "FINISHED"
     except ray.exceptions.RayError as error:
         raise TrainingFailed(
@@ -125,43 +127,92 @@ def fit(
     return Result(run, ended, runs.checkpoints(run.location)[-1].uri, delivery, watch.signal)
 
 
-def _train(spec: dict[str, Any], resources: dict[str, float], watch: Watch) -> None:
-    """Until training is done, or was asked to stop: a Ray Train run, and another one if that one was taken away."""
-    config, board, failure = spec["config"], spec["board"], None
+class Troupe:
+    """The workers, and what stays with them from one run to the next: processes, imports, the process group.
+
+    They start with the first run, and anew after a failure. One run at a time is on; all ask the same of the cluster.
+
+    Args:
+        config: of any of the runs.
+        verbose: let Ray's own messages through.
+        stays: after the end of a run; until `close`.
+    """
+
+    def __init__(self, config: Config, verbose: bool = False, stays: bool = True) -> None:
+        self.stays, self.board = stays, boards.put_up()
+        librarian = stream.librarian(config.cluster.world_sizes()[-1], verbose)
+        self._config, self._resources = config, placement.resources_per_worker(config)
+        self._spec = {"board": self.board, "librarian": librarian, "verbose": verbose, "stays": stays}
+        self._number, self._workers = 0, Aside(lambda: None)
+
+    def begin(self, config: Config, data_set: DataSet, run: Run) -> None:
+        """Put a run on."""
+        self._number += 1
+        what = ray.put({"config": config, "data_set": data_set, "run": run})
+        ray.get(self.board.begin.remote(boards.Play(self._number, what)))
+
+    def workers(self) -> Aside:
+        """The Ray Train run, which is started if there is none; it ends when the workers leave."""
+        if not self._workers.is_alive():
+            self._free_place()
+            self._workers = Aside(self._fit)
+        return self._workers
+
+    def close(self, timeout_s: float) -> None:
+        """Let the workers leave, and wait until they have."""
+        ray.get(self.board.leave.remote())
+        self._workers.join(timeout_s)
+
+    def _fit(self) -> None:
+        with tempfile.TemporaryDirectory(prefix="ddpm-ray-train-") as folder:
+            _trainer(self._config, self._spec, self._resources, folder).fit()
+
+    def _free_place(self) -> None:
+        """Give back what a dead controller's workers held.
+
+        Ray Train's cleaner of placement groups asks the dashboard whether the controller lives, and where there is
+        none it cleans nothing (2.60); data tasks would wait for ever for the CPUs.
+        """
+        place = ray.get(self.board.read.remote()).get(boards.PLACE)
+        if place is not None:
+            ray.util.remove_placement_group(place)
+            ray.get(self.board.note.remote(boards.PLACE, None))
+
+
+def _train(config: Config, troupe: Troupe, watch: Watch) -> int:
+    """Until training is done, or was asked to stop; returns images_seen.
+
+    That takes a Ray Train run, or what is left of one, and another one if that one was taken away.
+    """
+    board = troupe.board
+
+    def is_over(notes: Mapping[str, Any]) -> bool:
+        ended, failed = notes.get(boards.ENDED), notes.get(boards.FAILURE) is not None
+        return ended is not None and (ended >= config.train.total_images or watch.was_asked or failed)
+
     while True:
         ray.get(board.note.remote(boards.ENDED, None))
         if not watch.was_asked:
             ray.get(board.note.remote(boards.STOP, None))
-        with tempfile.TemporaryDirectory(prefix="ddpm-ray-train-") as folder:
-            failure = watch.run(_trainer(spec, resources, folder).fit)
-        notes = ray.get(board.read.remote())
+        workers = troupe.workers()
+        watch.run(workers, lambda notes: troupe.stays and is_over(notes))
+        notes, failure = ray.get(board.read.remote()), workers.error
         if notes.get(boards.FAILURE) is not None:
             raise notes[boards.FAILURE]
-        ended = notes.get(boards.ENDED)
-        if ended is not None and (watch.was_asked or ended >= config.train.total_images):
-            return
+        if is_over(notes):
+            return notes[boards.ENDED]
         if failure is None:  # a node is about to be taken away: the workers left in good order
             if ray.get(board.preempted.remote()) > config.cluster.max_preemptions:
                 raise too_many_preemptions(config)
-            log.warning("a node is about to be taken away; going on elsewhere, at %s images", ended)
+            log.warning(
+                "a node is about to be taken away; going on elsewhere, at %s images", notes[boards.ENDED]
+            )
         elif not isinstance(failure, ray.exceptions.ActorDiedError):
             raise TrainingFailed(f"training failed: {last_line(failure)} (--verbose shows the whole story)")
         elif ray.get(board.failed.remote()) > config.cluster.max_failures:
             raise TrainingFailed(f"training failed: {last_line(failure)}")
         else:  # Ray Train does not start again a controller that died (2.60); the next round does
-            _free_place(notes)
             log.warning("Ray Train's controller died; going on from the last checkpoint with another")
-
-
-def _free_place(notes: dict[str, Any]) -> None:
-    """Give back what a dead controller's workers held.
-
-    Ray Train's cleaner of placement groups asks the dashboard whether the controller lives, and where there is
-    none it cleans nothing (2.60); data tasks would wait for ever for the CPUs.
-    """
-    place = notes.get(boards.PLACE)
-    if place is not None:
-        ray.util.remove_placement_group(place)
 
 
 class _Trainer(TorchTrainer):
@@ -175,8 +226,8 @@ class _Trainer(TorchTrainer):
         return [c for c in super()._create_default_callbacks() if not isinstance(c, DatasetsCallback)]
 
 
-def _trainer(spec: dict[str, Any], resources: dict[str, float], folder: str) -> TorchTrainer:
-    config, sizes = spec["config"], spec["config"].cluster.world_sizes()
+def _trainer(config: Config, spec: dict[str, Any], resources: dict[str, float], folder: str) -> TorchTrainer:
+    sizes = config.cluster.world_sizes()
     callbacks: list[Any] = [FailureBudget(config, spec["board"]), ResizeWithoutLoss(spec["board"])]
     return _Trainer(
         _work,
@@ -198,21 +249,42 @@ def _trainer(spec: dict[str, Any], resources: dict[str, float], folder: str) -> 
 
 
 def _work(spec: dict[str, Any]) -> None:
-    """What each worker runs."""
-    board, config = spec["board"], spec["config"]
+    """What each worker runs: a run, and where workers stay the next ones, as they come."""
+    board, number = spec["board"], 0
     if not spec["verbose"]:
         logging.getLogger("ray").setLevel(logging.ERROR)
-    outbox = Outbox()
-    runtime = RayRuntime(config, spec["data_set"], spec["run"], board, spec["librarian"], outbox)
     board.note.remote(boards.PLACE, ray.util.get_current_placement_group())
+    while (play := ray.get(board.play.remote(number))) != "leave":
+        if play == "wait":
+            time.sleep(PLAY_POLL_S)
+            continue
+        number = play.number
+        _perform(number, **ray.get(play.what), spec=spec)
+        leaves = ray.get(board.read.remote()).get(boards.STOP) == boards.PREEMPTION
+        if leaves or not spec["stays"]:
+            return
+
+
+def _perform(number: int, config: Config, data_set: DataSet, run: Run, spec: dict[str, Any]) -> None:
+    """One worker's part in a run."""
+    board, outbox = spec["board"], Outbox()
+    runtime = RayRuntime(config, data_set, run, board, spec["librarian"], outbox)
+    images_seen = -1
     try:
-        state = loop.train(config, runtime, outbox)
+        images_seen = loop.train(config, runtime, outbox).images_seen
     except UserError as error:
         ray.get(board.note.remote(boards.FAILURE, error))
         runtime.last_words()
-        raise
+        if not (
+            spec["stays"] and isinstance(error, loop.NonFinite)
+        ):  # of that, all workers know in the same step
+            raise
+    finally:
+        runtime.close()
+        if config.train.compile:  # what was compiled for one net counts as a variant of the next one's
+            torch.compiler.reset()
     if runtime.rank == 0:
-        ray.get(board.note.remote(boards.ENDED, state.images_seen))
+        ray.get(board.ended.remote(number, images_seen))
 
 
 def _images_seen(config: Config, data_set: DataSet, run: Run) -> int:

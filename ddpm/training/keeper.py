@@ -56,7 +56,7 @@ class Keeper:
     ) -> None:
         self._run, self._keep, self._timeout_s = run, keep, timeout_s
         self._committed, self._warn = committed, warn
-        self._todo: queue.Queue[Callable[[], None]] = queue.Queue()
+        self._todo: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._room = threading.Semaphore(MAX_SNAPSHOTS)
         self._failure: BaseException | None = None
         threading.Thread(target=self._work, name="ddpm-keeper", daemon=True).start()
@@ -94,11 +94,14 @@ class Keeper:
         self._todo.join()
         self.check()
 
+    def close(self) -> None:
+        """There will be no more; what is still to be stored is."""
+        self._todo.put(None)
+
     # From here on: the thread.
 
     def _work(self) -> None:
-        while True:
-            job = self._todo.get()
+        while (job := self._todo.get()) is not None:
             try:
                 if self._failure is None:
                     job()
@@ -208,6 +211,7 @@ def begin(run: Location, config: Config, identity: dict[str, Any], warn: Callabl
     first = Keeper(run, config.train.keep_checkpoints, config.run.storage_timeout_s, lambda seen: None, warn)
     first.save(checkpoint.snapshot(state, config, identity), None, best=False)
     first.flush()
+    first.close()
 
 
 @contextmanager

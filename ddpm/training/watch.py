@@ -31,6 +31,27 @@ def always(notes: Mapping[str, Any]) -> bool:
     return True
 
 
+class Aside(threading.Thread):
+    """A call in a thread of its own, which begins at once.
+
+    Ray Train puts in a handler for Ctrl-C where it can, in the main one; and Python handles signals between two waits,
+    not in the middle of a call into Ray.
+    """
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        super().__init__(name="ddpm-fit", daemon=True)
+        self.error: BaseException | None = None
+        """What it raised."""
+        self._call = call
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._call()
+        except BaseException as error:  # handed to who waits, whatever it is
+            self.error = error
+
+
 class Watch:
     """A context in which training runs.
 
@@ -76,33 +97,19 @@ class Watch:
         """Whether training ends before its end."""
         return self.signal is not None or self.ended_early
 
-    def run(self, job: Callable[[], object]) -> BaseException | None:
-        """Run `job` in a thread, watching; returns what it raised.
-
-        In a thread because Ray Train puts in a handler for Ctrl-C where it can, in the main one; and because
-        Python handles signals between two waits, not in the middle of a call into Ray.
-        """
-        raised: list[BaseException] = []
-
-        def call() -> None:
-            try:
-                job()
-            except BaseException as error:  # handed to the caller, whatever it is
-                raised.append(error)
-
-        thread = threading.Thread(target=call, name="ddpm-fit", daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(POLL_INTERVAL_S)
-            self._look()
-        return raised[0] if raised else None
+    def run(self, workers: threading.Thread, is_over: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Watch until `workers` is over, or what they were to do is, as far as the board says."""
+        while workers.is_alive():
+            workers.join(POLL_INTERVAL_S)
+            if is_over(self._look()):
+                return
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
 
-    def _look(self) -> None:
+    def _look(self) -> Mapping[str, Any]:
         if self.signal is not None and not self._told:
             name = signal.Signals(self.signal).name
             ray.get(self._board.note.remote(boards.STOP, name))
@@ -125,6 +132,7 @@ class Watch:
         if not self.ended_early and not self._goes_on(notes):
             self.ended_early = True
             ray.get(self._board.note.remote(boards.STOP, "ended early"))
+        return notes
 
     def _look_out(self, place: Any) -> None:
         """Ask workers to stop, once, when a node of their placement group is about to be taken away."""

@@ -153,6 +153,11 @@ class RayRuntime:
         if self._steward:
             self._steward.last_words()
 
+    def close(self) -> None:
+        """The run is over for this worker, which may stay for another."""
+        if self._steward:
+            self._steward.close()
+
 
 class _Steward:
     """What rank 0 does for the run: its storage, its accounts, and its ear at the board."""
@@ -168,7 +173,7 @@ class _Steward:
         self._system = SystemMetrics()
         self._images_seen = self._images_lost = 0
         self._ledger_at = float("-inf")
-        self._stop = threading.Event()
+        self._stop, self._closed = threading.Event(), threading.Event()
         threading.Thread(target=self._listen, name="ddpm-stop", daemon=True).start()
 
     @contextmanager
@@ -195,6 +200,10 @@ class _Steward:
     def last_words(self) -> None:
         self.keeper.last_words(self._images_seen, self._outbox.take())
         self.keeper.flush()
+
+    def close(self) -> None:
+        self._closed.set()
+        self.keeper.close()
 
     def facts(self) -> dict[str, float]:
         run = self._images_seen + self._images_lost
@@ -225,10 +234,10 @@ class _Steward:
         self._board.warn.remote(line)
 
     def _listen(self) -> None:
-        while not self._stop.is_set():
+        while not self._stop.is_set() and not self._closed.is_set():
             if ray.get(self._board.read.remote()).get(boards.STOP):
                 self._stop.set()
-            time.sleep(STOP_POLL_S)
+            self._closed.wait(STOP_POLL_S)
 
     def _patiently(self, call: Any) -> Any:
         return patiently(call, where=self._run.location.uri, timeout_s=self._timeout_s)

@@ -1,14 +1,17 @@
 """python tune/search.py, as a person types it: to its end, and killed on the way."""
 
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
-from processes import Job
+from mlflow.entities import Run
+from processes import Job, paused
 from tracked import run_of
 
 from ddpm import config as configs
@@ -38,12 +41,28 @@ def table(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_a_search_that_was_killed_ends_with_the_same_table(tmp_path: Path) -> None:
+def test_a_search_that_was_interrupted_and_killed_ends_with_the_same_table(
+    run_job: Callable[..., Any], tmp_path: Path
+) -> None:
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     killed.mkdir()
+    place = killed / "runs" / "s"
     with Job("search", *FLAGS, log=killed / "job.log") as job:
-        job.wait_for(lambda: any(trial.rungs for trial in trials(killed)), timeout_s=400)
-    assert len(trials(killed)) < 3 or trials(killed)[-1].status == "running"
+        job.wait_for((place / "trial-000/checkpoint-000000000640/checksums.json").exists, timeout_s=400)
+        with paused(job.members("ray::RayTrainWorker")):
+            second = run_job("search", *FLAGS, cwd=killed)
+            assert second.returncode == 2 and "another process drives this search" in second.stderr
+            family = psutil.Process(job.process.pid).children(recursive=True)
+            job.process.send_signal(signal.SIGTERM)
+        assert job.wait(120) == 128 + signal.SIGTERM, job.output
+        assert "interrupted; the same command goes on, with --name s" in job.output
+        assert "Traceback" not in job.output
+        assert psutil.wait_procs(family, timeout=60)[1] == []
+    assert "RUNNING" not in {run.info.status for run in mlflow_runs(place)}
+    assert [trial.status for trial in trials(killed)] == ["running"]
+
+    with Job("search", *FLAGS, log=killed / "job.log") as job:
+        job.wait_for(lambda: len(trials(killed)) == 3, timeout_s=400)
 
     with Job("search", *FLAGS, log=killed / "job.log") as job:
         assert job.wait(600) == 0, job.output
@@ -57,7 +76,6 @@ def test_a_search_that_was_killed_ends_with_the_same_table(tmp_path: Path) -> No
     assert "the loss or the gradient is not finite" in found[1].reason
     assert "trial-000" in output and "Traceback" not in output
 
-    place = killed / "runs" / "s"
     for name in ("results.md", "parallel.png", "bits-and-kid.png", "denoising.png"):
         assert (place / name).stat().st_size > 0
     best = configs.merged(DIGITS, (place / "best.json").read_text(), "best.json")
@@ -70,14 +88,18 @@ def test_a_search_that_was_killed_ends_with_the_same_table(tmp_path: Path) -> No
     assert table(killed) == table(undisturbed)
 
 
-def check_mlflow(place: Path) -> None:
-    """A parent with three children, each ended as its trial did."""
+def mlflow_runs(place: Path) -> list[Run]:
+    """A search's own run, and then its children."""
     ledger = Ledger.existing(storage.resolve(str(place)))
     parent = run_of(search_record.address(ledger, "s", "killed"))
+    of_parent = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
     client = MlflowClient(search_record.tracking_uri())
-    children = client.search_runs(
-        [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
-    )
+    return [parent, *client.search_runs([parent.info.experiment_id], of_parent)]
+
+
+def check_mlflow(place: Path) -> None:
+    """A parent with three children, each ended as its trial did."""
+    parent, *children = mlflow_runs(place)
     status = {run.info.run_name: run.info.status for run in children}
     assert status == {"trial-000": "FINISHED", "trial-001": "FAILED", "trial-002": "KILLED"}
     assert parent.info.status == "FINISHED"

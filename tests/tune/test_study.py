@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import space
 import study
 
-from ddpm import storage
+from ddpm import contest, storage
 from ddpm.config import UserError
 from ddpm.contest import Contest
 from ddpm.presets import DIGITS
@@ -58,15 +59,17 @@ def search(
         else study.ListProposer(found, 3, 2 if searcher == "grid" else None)
     )
     stopper = study.Asha(RUNGS, 3) if scheduler == "asha" else study.NobodyStops()
-    contest = Contest(ledger, proposer, stopper, "bits_per_dim", num_trials, RUNGS[-1], lambda line: None)
-    while (begun := contest.next()) is not None:
+    trials = Contest(ledger, proposer, stopper, "bits_per_dim", num_trials, RUNGS[-1], lambda line: None)
+    while (begun := trials.next()) is not None:
         number, changes = begun
         if number == 4:
-            contest.failed(number, "it broke")
+            trials.failed(number, "it broke")
             continue
         for images_seen in RUNGS:  # also those that were judged in an earlier life
+            if images_seen == RUNGS[-1]:
+                trials.trained(number, 0.0)  # the next trial begins before the verdict
             rung = Rung(images_seen, bits_of(changes, images_seen), 0.01, 0.5, 0.5)
-            if not contest.judged(number, rung):
+            if not trials.judged(number, rung):
                 break
     return ledger
 
@@ -123,9 +126,14 @@ def test_without_optuna_and_without_asha(tmp_path: Path, searcher: str) -> None:
 
 
 def test_more_trials_may_be_asked_for_later(tmp_path: Path, undisturbed: list[dict[str, Any]]) -> None:
-    assert len(search(tmp_path, num_trials=7).trials()) == 7
-    assert told(search(tmp_path)) == undisturbed
-    assert told(search(tmp_path)) == undisturbed  # nothing is left to do
+    """The eighth is proposed with one verdict more than when it did not have to wait to be asked for."""
+    first = search(tmp_path, num_trials=7).trials()
+    assert [trial.changes for trial in first] == [
+        event["changes"] for event in undisturbed if event["event"] == "begun"
+    ][:7]
+    more = search(tmp_path)
+    assert len(more.trials()) == NUM_TRIALS and more.trials()[:7] == first
+    assert told(search(tmp_path)) == told(more)  # nothing is left to do
 
 
 def test_a_searcher_that_has_changed_its_mind_is_refused(tmp_path: Path) -> None:
@@ -135,3 +143,58 @@ def test_a_searcher_that_has_changed_its_mind_is_refused(tmp_path: Path) -> None
     file.write_text(file.read_text().replace('"optim.lr": 0.', '"optim.lr": 0.1'))
     with pytest.raises(UserError, match="proposes another trial-000 than the ledger has"):
         search(tmp_path)
+
+
+def test_a_seat_is_for_the_next_trial_before_the_last_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its time is over then; of the trial that nobody comes after, the seat stays for the verdict."""
+    now = [100.0]
+    monkeypatch.setattr(contest.time, "monotonic", lambda: now[0])
+    ledger = Ledger(storage.resolve(str(tmp_path)), {}, timeout_s=0)
+    proposer = study.ListProposer(space.parse([], DIGITS), 3, None)
+    found = Contest(ledger, proposer, study.NobodyStops(), "bits_per_dim", 2, 900, lambda line: None)
+    referee = study.Referee(found)
+
+    def heard(own: int, number: int, **news: Any) -> str:
+        trial: Any = SimpleNamespace(config={"number": own})
+        return referee.on_trial_result(None, trial, {"number": number, **news})
+
+    def rung(images_seen: int, training_s: float) -> Rung:
+        return Rung(images_seen, 2.0, 0.01, 0.5, 0.5, training_s)
+
+    assert found.next() is not None
+    now[0] += 40
+    assert heard(0, 0, rung=rung(300, 35.0)) == "CONTINUE"
+    now[0] += 60
+    assert heard(0, 0, training_s=90.0) == "STOP"
+    assert [trial.status for trial in found.trials] == ["running", "running"]
+    next_one = found.next()
+    assert next_one is not None and next_one[0] == 1
+    now[0] += 8
+    assert heard(1, 0, rung=rung(900, 90.0)) == "CONTINUE"  # the seat is another's
+    assert heard(1, 1, rung=rung(300, 5.0)) == "CONTINUE"
+    now[0] += 12
+    assert heard(1, 1, training_s=15.0) == "CONTINUE"
+    now[0] += 8
+    assert heard(1, 1, rung=rung(900, 15.0)) == "STOP"
+    assert heard(1, 1, rung=rung(900, 15.0)) == "STOP"  # somebody repeats it
+    assert found.is_over and [trial.status for trial in found.trials] == ["finished", "finished"]
+    assert list(ledger.shares()) == [(90.0, 100.0), (15.0, 20.0)]
+    assert len([event for event in ledger.events if event["event"] == "judged"]) == 4
+
+
+def test_a_verdict_that_was_lost_is_for_another_round(tmp_path: Path) -> None:
+    """The driver died that had it, and there was nothing else left to do."""
+    ledger = Ledger(storage.resolve(str(tmp_path)), {}, timeout_s=0)
+    proposer = study.ListProposer(space.parse([], DIGITS), 3, None)
+    found = Contest(ledger, proposer, study.NobodyStops(), "bits_per_dim", 2, 900, lambda line: None)
+    for number in (0, 1):
+        assert found.next() == (number, found.trials[number].changes)
+        assert found.trained(number, 1.0) == (number == 0)
+    assert not found.judged(1, Rung(900, 2.0, 0.01, 0.5, 0.5))
+    assert not found.is_over
+    found.recall()
+    assert found.num_left == 1 and found.next() == (0, found.trials[0].changes)
+    assert not found.trained(0, 0.0) and not found.judged(0, Rung(900, 2.0, 0.01, 0.5, 0.5))
+    assert found.is_over

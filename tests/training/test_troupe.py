@@ -1,0 +1,65 @@
+"""Workers that stay: each run is what it would be with workers of its own, and the processes are the same."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from processes import members
+from safetensors.torch import load_file
+
+from ddpm.config import Config, override
+from ddpm.data.reading import DataSet
+from ddpm.training import cluster, loop
+from ddpm.training.cluster import Troupe
+from ddpm.training.runtime import LocalRuntime, NoTracker
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_here")]
+
+
+def workers() -> list[psutil.Process]:
+    return members(psutil.Process().pid, "ray::RayTrainWorker")
+
+
+def test_one_run_after_the_other_and_whatever_happens_to_one(
+    tiny: Config, train_set: DataSet, tmp_path: Path
+) -> None:
+    tiny = override(tiny, {"cluster.threads_per_worker": 1, "run.storage": str(tmp_path / "runs")})
+    troupe = Troupe(tiny)
+
+    def fit(name: str, **how: Any) -> cluster.Result:
+        changes = {key: how.pop(key) for key in list(how) if "." in key}
+        return cluster.fit(override(tiny, {"run.name": name, **changes}), train_set, troupe=troupe, **how)
+
+    freed: list[str] = []
+    assert fit("first", trained=lambda: freed.append("first")).images_seen == 256
+    (worker,) = workers()
+    assert freed == ["first"]
+
+    with pytest.raises(loop.NonFinite):
+        fit("infinite", **{"optim.lr": 1e30})
+    early = fit("early", goes_on=lambda notes: False, **{"train.total_images": 25_600})
+    assert 0 < early.images_seen < 25_600 and early.checkpoint.endswith(f"{early.images_seen:012d}")
+    fit("second", **{"train.seed": 1})
+    assert workers() == [worker]
+
+    worker.send_signal(signal.SIGKILL)  # between two runs
+    fit("third", **{"train.seed": 2})
+    assert workers() not in ([], [worker])
+    troupe.close(60)
+    assert psutil.wait_procs(workers(), timeout=60)[1] == []
+
+    for name, seed in (("first", 0), ("second", 1), ("third", 2)):
+        config, local = override(tiny, {"train.seed": seed}), tmp_path / name
+        loop.train(config, LocalRuntime(config, train_set, train_set.held_out(), local), NoTracker())
+        for file in ("net.safetensors", "ema.safetensors", "optimizer.safetensors"):
+            ours, its = (
+                load_file(folder / "checkpoint-000000000256" / file)
+                for folder in (tmp_path / "runs" / name, local)
+            )
+            assert ours.keys() == its.keys() and all(torch.equal(ours[key], its[key]) for key in its), (
+                name,
+                file,
+            )
