@@ -18,23 +18,21 @@ import json
 import math
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
-import psutil
 import quality_peers as peers
 import torch
 import tyro
 from matplotlib.figure import Figure
 from runtime import processor
+from turns import Contestant, Spent, Turn, ended_after, read_turns, spent
 
 from ddpm import config as configs
 from ddpm import images, runs, storage
@@ -67,7 +65,7 @@ VALUE = 0.1
 """The set value: what the picture and the first line are about."""
 NUM_REAL, BATCH_SIZE = 2000, 50
 CHECKPOINT_IMAGES = 6400
-TURNS, JUDGED, END = "turns.json", "judged.json", "<!-- by hand from here on -->"
+JUDGED, END = "judged.json", "<!-- by hand from here on -->"
 
 
 @dataclass(frozen=True)
@@ -96,17 +94,6 @@ class Arguments:
         return self.folder.absolute() / name
 
 
-@dataclass(frozen=True)
-class Turn:
-    """A stretch of time in which one trainer ran."""
-
-    began: float
-    """Seconds since the epoch."""
-    ended: float
-    cpu_s: float
-    """Of all its processes, since the first turn."""
-
-
 class Snapshot(NamedTuple):
     """Averaged weights on the way."""
 
@@ -130,137 +117,52 @@ class Judged:
     num_images: int
 
 
-class Contestant:
-    """A trainer's processes, which run when it is their turn and stand still when it is not."""
-
-    def __init__(self, name: Name, arguments: Arguments) -> None:
-        self.name, self._arguments = name, arguments
-        self._folder = arguments.of(name)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._process: subprocess.Popen[bytes] | None = None
-        self._turns: list[Turn] = []
-
-    @property
-    def ended(self) -> bool:
-        return self._process is not None and self._process.poll() is not None
-
-    @property
-    def minutes(self) -> float:
-        """Trained so far."""
-        return trained(self.name, self._arguments, self._turns, time.time())[0]
-
-    def turn(self, seconds: float) -> None:
-        began = time.time()
-        if self._process is None:
-            self._process = self._start()
-        else:
-            self._signal(signal.SIGCONT)
-        while time.time() < began + seconds and not self.ended:
-            time.sleep(0.2)
-        cpu_s = sum(map(_cpu_s, self._tree()))
-        self._signal(signal.SIGSTOP)
-        self._turns.append(
-            Turn(began, time.time(), max(cpu_s, self._turns[-1].cpu_s if self._turns else 0.0))
-        )
-        (self._folder / TURNS).write_text(json.dumps([asdict(turn) for turn in self._turns]))
-
-    def end(self) -> None:
-        """Ask it to end; if it does not, end it."""
-        tree = self._tree()
-        self._signal(signal.SIGCONT)
-        if self._process is not None:
-            self._process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(90)
-        for process in tree:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-        environment["MLFLOW_TRACKING_URI"] = f"sqlite:///{self._arguments.folder.absolute()}/mlflow.db"
-        log = (self._folder / "log").open("wb")
-        return subprocess.Popen(
-            self._command(), cwd=self._folder, env=environment, stdout=log, stderr=subprocess.STDOUT
-        )
-
-    def _command(self) -> list[str]:
-        if self.name != "ours":
-            return [sys.executable, peers.__file__, self.name, str(self._folder)]
-        command = [sys.executable, str(REPO / "jobs/train.py"), self._arguments.preset]
-        command += ["--data.shards", self._arguments.uri]
-        command += ["--run.storage", str(self._folder), "--run.name", "run"]
-        command += [
-            "--train.checkpoint-every-images",
-            str(CHECKPOINT_IMAGES),
-            "--train.keep-checkpoints",
-            "10000",
-        ]
-        # The peers draw and judge nothing on the way, either.
-        command += ["--train.sample-every-images", "0", "--train.held-out-images", "0"]
-        return command + shlex.split(self._arguments.flags)
-
-    def _tree(self) -> list[psutil.Process]:
-        if self._process is None or self.ended:
-            return []
-        root = psutil.Process(self._process.pid)
-        return [root, *root.children(recursive=True)]
-
-    def _signal(self, number: signal.Signals) -> None:
-        """To all its processes, also those that were born while the others got it."""
-        reached: set[int] = set()
-        while new := [process for process in self._tree() if process.pid not in reached]:
-            for process in new:
-                reached.add(process.pid)
-                with suppress(psutil.NoSuchProcess):
-                    process.send_signal(number)
-
-
-def _cpu_s(process: psutil.Process) -> float:
-    """Of a process and its children that have ended."""
-    try:
-        return sum(process.cpu_times()[:4])
-    except psutil.NoSuchProcess:
-        return 0.0
-
-
-def trained(name: Name, arguments: Arguments, turns: Sequence[Turn], when: float) -> tuple[float, float]:
-    """Minutes of training before `when`, and CPU minutes: ours from the start, a peer's from its first step on."""
-
-    def spent(until: float) -> tuple[float, float]:
-        wall = cpu = before = 0.0
-        for turn in turns:
-            share = min(max((until - turn.began) / (turn.ended - turn.began), 0.0), 1.0)
-            wall += share * (turn.ended - turn.began)
-            cpu += share * (turn.cpu_s - before)
-            before = turn.cpu_s
-        return wall / 60, cpu / 60
-
-    if name == "ours":
-        return spent(when)
-    first = arguments.of(name) / peers.FIRST_STEP
-    if not first.exists():
-        return 0.0, 0.0
-    (wall, cpu), (wall_0, cpu_0) = spent(when), spent(first.stat().st_mtime)
-    return wall - wall_0, cpu - cpu_0
-
-
 def race(arguments: Arguments, names: Sequence[Name]) -> None:
-    """Let them train in turns until each has had its minutes; one that did already is left alone."""
+    """Let them train in turns until each has had its minutes; one that has is left alone."""
     prepare(arguments)
-    waiting = [Contestant(name, arguments) for name in names if not (arguments.of(name) / TURNS).exists()]
-    everyone = list(waiting)
-    try:
+    waiting = {
+        name: Contestant(command(name, arguments), arguments.of(name), environment(arguments))
+        for name in names
+        if read_turns(arguments.of(name)) is None
+    }
+    with ended_after(list(waiting.values())):
         while waiting:
-            for contestant in list(waiting):
-                left = 60 * (arguments.minutes - contestant.minutes)
-                contestant.turn(min(arguments.turn_s, max(left, 1.0)))
-                print(f"{contestant.name:10} {contestant.minutes:5.2f} minutes", flush=True)
-                if contestant.ended or contestant.minutes >= arguments.minutes - 0.01:
-                    waiting.remove(contestant)
-    finally:
-        for contestant in everyone:
-            contestant.end()
+            for name, contestant in list(waiting.items()):
+                left_s = (
+                    60 * arguments.minutes - trained(name, arguments, contestant.turns, time.time()).wall_s
+                )
+                contestant.turn(min(arguments.turn_s, left_s))
+                wall_s = trained(name, arguments, contestant.turns, time.time()).wall_s
+                print(f"{name:10} trained {wall_s / 60:5.2f} minutes", flush=True)
+                if contestant.ended or wall_s > 60 * arguments.minutes - 1:
+                    del waiting[name]
+
+
+def command(name: Name, arguments: Arguments) -> list[str]:
+    """What starts a trainer."""
+    folder = str(arguments.of(name))
+    if name != "ours":
+        return [sys.executable, peers.__file__, name, folder]
+    train = [sys.executable, str(REPO / "jobs/train.py"), arguments.preset, "--data.shards", arguments.uri]
+    train += ["--run.storage", folder, "--run.name", "run"]
+    train += ["--train.checkpoint-every-images", str(CHECKPOINT_IMAGES), "--train.keep-checkpoints", "10000"]
+    # The peers draw and judge nothing on the way, either.
+    train += ["--train.sample-every-images", "0", "--train.held-out-images", "0"]
+    return train + shlex.split(arguments.flags)
+
+
+def environment(arguments: Arguments) -> dict[str, str]:
+    """As of a terminal where nobody has said how many threads there shall be."""
+    tracking = {"MLFLOW_TRACKING_URI": f"sqlite:///{arguments.folder.absolute()}/mlflow.db"}
+    return {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"} | tracking
+
+
+def trained(name: Name, arguments: Arguments, turns: Sequence[Turn], until: float) -> Spent:
+    """What it has had up to a moment: ours from the start, a peer from its first step on."""
+    if name == "ours":
+        return spent(turns, until)
+    first = arguments.of(name) / peers.FIRST_STEP
+    return spent(turns, until) - spent(turns, first.stat().st_mtime if first.exists() else until)
 
 
 def prepare(arguments: Arguments) -> None:
@@ -348,33 +250,44 @@ def judge(arguments: Arguments) -> None:
     manifest = train.manifest
     shape = manifest.channels, manifest.height, manifest.width
     judged = read_judged(arguments)
-    todo = []
-    for name in NAMES:
-        if not (arguments.of(name) / TURNS).exists():
-            continue
-        turns = [Turn(**turn) for turn in json.loads((arguments.of(name) / TURNS).read_text())]
-        found = [(s, *trained(name, arguments, turns, s.written)) for s in snapshots(name, arguments)]
-        for share in MARKS if found else ():
-            todo.append((share, name, min(found, key=lambda f: abs(f[1] - share * arguments.minutes))))
-    for _, name, (snapshot, wall, cpu_minutes) in sorted(todo, key=lambda entry: entry[0]):
-        if any(
-            (j.name, j.images_seen, j.num_images) == (name, snapshot.images_seen, arguments.num_images)
-            for j in judged
-        ):
+    known = {(j.name, j.images_seen) for j in judged if j.num_images == arguments.num_images}
+    for name, snapshot, had in chosen(arguments):
+        if (name, snapshot.images_seen) in known:
             continue
         drawn = draw(*load(name, snapshot.path, arguments), shape, arguments.num_images)
         value, error = kid(features_of(by, drawn).values, real.values)
         judged.append(
-            Judged(name, snapshot.images_seen, wall, cpu_minutes, value, error, arguments.num_images)
+            Judged(
+                name,
+                snapshot.images_seen,
+                had.wall_s / 60,
+                had.cpu_s / 60,
+                value,
+                error,
+                arguments.num_images,
+            )
         )
-        print(
-            f"{name:10} {wall:5.2f} minutes, {snapshot.images_seen:9,} images: KID {value:.4f} +- {error:.4f}",
-            flush=True,
-        )
-        (arguments.folder / f"{name}-{snapshot.images_seen:012d}.png").write_bytes(
-            images.png_bytes(images.grid(drawn[:64].numpy()))
-        )
+        print(f"{name:10} {judged[-1].minutes:5.2f} minutes: KID {value:.4f} +- {error:.4f}", flush=True)
         (arguments.folder / JUDGED).write_text(json.dumps([asdict(j) for j in judged], indent=1))
+        grid = images.png_bytes(images.grid(drawn[:64].numpy()))
+        (arguments.of(name) / f"{snapshot.images_seen:012d}.png").write_bytes(grid)
+
+
+def chosen(arguments: Arguments) -> list[tuple[Name, Snapshot, Spent]]:
+    """The snapshots nearest to the marks, those of early marks first, and what their trainer had had."""
+    found: list[tuple[float, Name, Snapshot, Spent]] = []
+    for name in NAMES:
+        turns = read_turns(arguments.of(name)) or []
+        every = (
+            [(s, trained(name, arguments, turns, s.written)) for s in snapshots(name, arguments)]
+            if turns
+            else []
+        )
+        for mark in (share * arguments.minutes for share in MARKS) if every else ():
+            snapshot, had = min(every, key=lambda one: abs(one[1].wall_s / 60 - mark))
+            if (name, snapshot, had) not in [one[1:] for one in found]:
+                found.append((mark, name, snapshot, had))
+    return [(name, snapshot, had) for _, name, snapshot, had in sorted(found, key=lambda one: one[0])]
 
 
 def read_judged(arguments: Arguments) -> list[Judged]:

@@ -81,7 +81,7 @@ def train_lucidrains(folder: Path, config: Config) -> None:
     diffusion = GaussianDiffusion(lucidrains_net(config), image_size=config.model.image_size)
     trainer = Trainer(
         diffusion,
-        str(folder / IMAGES),
+        str((folder / IMAGES).resolve()),
         train_batch_size=BATCH_SIZE,
         train_lr=LR,
         train_num_steps=FOR_EVER,
@@ -118,7 +118,10 @@ def train_diffusers(folder: Path, config: Config) -> None:
     to_model = T.Compose([T.Resize(size), T.CenterCrop(size), T.ToTensor(), T.Normalize([0.5], [0.5])])
     mode = "L" if config.model.channels == 1 else "RGB"
     data = load_dataset(
-        "imagefolder", data_dir=str(folder / IMAGES), cache_dir=str(folder / "cache"), split="train"
+        "imagefolder",
+        data_dir=str((folder / IMAGES).resolve()),
+        cache_dir=str(folder / "cache"),
+        split="train",
     )
     data.set_transform(lambda rows: {"input": [to_model(image.convert(mode)) for image in rows["image"]]})
     loader = torch.utils.data.DataLoader(data, batch_size=BATCH_SIZE, shuffle=True)
