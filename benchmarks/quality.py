@@ -172,9 +172,10 @@ def prepare(arguments: Arguments) -> None:
         job = [sys.executable, str(REPO / "jobs/prepare.py"), arguments.preset, arguments.uri]
         subprocess.run(job, check=True)
     config = PRESETS[arguments.preset]
+    arguments.of("ours").mkdir(parents=True, exist_ok=True)
     for name in NAMES[1:]:
         folder = arguments.of(name)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         (folder / peers.CONFIG).write_text(configs.to_json(config))
         weights = parameter_count(peers.NET[name](config))
         print(f"{name:10} {weights:,} weights", flush=True)
