@@ -60,11 +60,15 @@ class Snapshots:
 
 
 def lucidrains_net(config: Config) -> nn.Module:
-    """Its Unet with its own multipliers, and the width that brings it nearest to as many weights as ours."""
+    """Its Unet, with the width and the multipliers that bring it nearest to as many weights as ours."""
     from denoising_diffusion_pytorch import Unet
 
-    wanted = parameter_count(build_net(config))
-    nets = [Unet(width, dim_mults=(1, 2, 4, 8), channels=config.model.channels) for width in range(4, 33, 2)]
+    wanted, channels = parameter_count(build_net(config)), config.model.channels
+    nets = [
+        Unet(width, dim_mults=multipliers, channels=channels)
+        for multipliers in ((1, 2, 4, 8), (1, 2, 2, 4))  # its own, and some for small nets
+        for width in range(6, 33, 2)
+    ]
     return min(nets, key=lambda net: abs(parameter_count(net) - wanted))
 
 
