@@ -35,7 +35,7 @@ from runtime import processor
 from turns import Contestant, Spent, Turn, ended_after, read_turns, spent
 
 from ddpm import config as configs
-from ddpm import images, runs, storage
+from ddpm import images, storage
 from ddpm.config import SampleConfig
 from ddpm.data.manifest import MANIFEST, read_manifest
 from ddpm.data.reading import DataSet
@@ -176,7 +176,8 @@ def prepare(arguments: Arguments) -> None:
     for name in NAMES[1:]:
         folder = arguments.of(name)
         folder.mkdir(exist_ok=True)
-        (folder / peers.CONFIG).write_text(configs.to_json(config))
+        if read_turns(folder) is None:
+            (folder / peers.CONFIG).write_text(configs.to_json(config))
         weights = parameter_count(peers.NET[name](config))
         print(f"{name:10} {weights:,} weights", flush=True)
         if not (folder / peers.IMAGES).exists():
@@ -204,15 +205,14 @@ def open_data(arguments: Arguments) -> DataSet:
 
 
 def snapshots(name: Name, arguments: Arguments) -> Iterator[Snapshot]:
+    """What was kept on the way, oldest first."""
     if name == "ours":
-        for uri in runs.checkpoints_of(str(arguments.of(name) / "run")):
-            path = Path(uri)
-            if path.name.startswith(checkpoint.PREFIX):
-                seen = checkpoint.read_state(path)["images_seen"]
-                yield Snapshot(path, seen, (path / checkpoint.CHECKSUMS).stat().st_mtime)
+        for file in sorted(arguments.of(name).glob(f"run/{checkpoint.PREFIX}*/{checkpoint.CHECKSUMS}")):
+            seen = checkpoint.read_state(file.parent)["images_seen"]
+            yield Snapshot(file.parent, seen, file.stat().st_mtime)
         return
-    for path in sorted(arguments.of(name).glob("*.safetensors")):
-        yield Snapshot(path, int(path.stem), path.stat().st_mtime)
+    for file in sorted(arguments.of(name).glob("*.safetensors")):
+        yield Snapshot(file, int(file.stem), file.stat().st_mtime)
 
 
 def load(name: Name, path: Path, arguments: Arguments) -> tuple[Model, Objective, Schedule]:

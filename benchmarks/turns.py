@@ -17,6 +17,8 @@ import psutil
 
 LOG, TURNS = "log", "turns.json"
 """In a contestant's folder: what it wrote on the terminal, and when it ran."""
+GAP_S = 2.0
+"""Where this process itself was held up for longer, all of them are taken to have been: the time does not count."""
 LAST_WORDS_S = 90.0
 """So long may one go on that has been asked to end."""
 
@@ -47,7 +49,7 @@ def spent(turns: Sequence[Turn], until: float) -> Spent:
     """Up to a moment, in seconds since the epoch; within a turn its CPU time is taken to be even."""
     wall_s = cpu_s = before = 0.0
     for turn in turns:
-        share = min(max((until - turn.began) / (turn.ended - turn.began), 0.0), 1.0)
+        share = min(max((until - turn.began) / max(turn.ended - turn.began, 1e-9), 0.0), 1.0)
         wall_s += share * (turn.ended - turn.began)
         cpu_s += share * (turn.cpu_s - before)
         before = turn.cpu_s
@@ -87,12 +89,18 @@ class Contestant:
                     self._command, cwd=self._folder, env=self._environment, stdout=log, stderr=log
                 )
         self._signal(signal.SIGCONT)
-        while time.time() < began + seconds and not self.ended:
+        ran, last = 0.0, began
+        while ran < seconds and not self.ended:
             time.sleep(0.1)
-        cpu_s = sum(map(_cpu_s, self._tree()))
+            now = time.time()
+            if now - last > GAP_S:
+                self._count(began, last)
+                began = now
+            else:
+                ran += now - last
+            last = now
+        self._count(began, last)
         self._signal(signal.SIGSTOP)
-        before = self.turns[-1].cpu_s if self.turns else 0.0
-        self.turns.append(Turn(began, time.time(), max(cpu_s, before)))
         (self._folder / TURNS).write_text(json.dumps([asdict(turn) for turn in self.turns]))
 
     def end(self) -> None:
@@ -106,6 +114,11 @@ class Contestant:
         for process in tree:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
+
+    def _count(self, began: float, ended: float) -> None:
+        cpu_s = sum(map(_cpu_s, self._tree()))
+        before = self.turns[-1].cpu_s if self.turns else 0.0
+        self.turns.append(Turn(began, ended, max(cpu_s, before)))
 
     def _tree(self) -> list[psutil.Process]:
         if self._process is None or self.ended:
