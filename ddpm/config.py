@@ -83,8 +83,6 @@ class ObjectiveConfig:
     weight: Literal["simple", "min_snr"] = "simple"
     """Loss weight over t: 1, or min-SNR (Hang et al. 2023)."""
     min_snr_gamma: float = 5.0
-    draw_t: Literal["independent", "stratified"] = "independent"
-    """stratified: the t of a micro-batch lie evenly apart, each still uniform; the loss of a step varies less."""
     label_dropout: float = 0.1
     """Share of labels dropped, sample by sample, for classifier-free guidance (with model.num_classes > 0)."""
 

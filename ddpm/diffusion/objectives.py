@@ -137,7 +137,6 @@ class Gaussian:
     schedule: Schedule
     labels: Labels = Labels()
     min_snr_gamma: float | None = None
-    stratify_t: bool = False
 
     def __post_init__(self) -> None:
         if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
@@ -145,8 +144,7 @@ class Gaussian:
 
     def loss(self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator) -> Loss:
         T = self.schedule.num_timesteps
-        draw = stratified if self.stratify_t else independent
-        t = draw(T, len(x_0), generator, x_0.device)
+        t = torch.randint(T, (len(x_0),), generator=generator, device=x_0.device)
         eps = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
         x_t = process.q_sample(self.schedule.alpha_bar, x_0, t, eps)
         prediction = model(x_t, t, self.labels.for_training(label, generator)).to(x_0.dtype)
@@ -255,39 +253,19 @@ def build(config: "ObjectiveConfig", schedule: Schedule, num_classes: int) -> Ob
     """
     labels = Labels(num_classes, config.label_dropout)
     gamma = config.min_snr_gamma if config.weight == "min_snr" else None
-    stratify_t = config.draw_t == "stratified"
     match config.process, config.predict:
         case "uniform_mix", _:
             return UniformMix(labels)
         case "gaussian", "eps":
-            return Eps(schedule, labels, gamma, stratify_t)
+            return Eps(schedule, labels, gamma)
         case "gaussian", "x_0":
-            return X0(schedule, labels, gamma, stratify_t)
+            return X0(schedule, labels, gamma)
         case "gaussian", "v":
-            return V(schedule, labels, gamma, stratify_t)
+            return V(schedule, labels, gamma)
         case unknown:
             raise ValueError(
                 f"process, predict are {unknown}; they must be gaussian or uniform_mix, and eps, x_0 or v"
             )
-
-
-def independent(num_timesteps: int, batch_size: int, generator: Generator, device: torch.device) -> Tensor:
-    """int64 [B], each t uniform in 0..T-1 and independent of the others. Ho et al. 2020, Algorithm 1."""
-    return torch.randint(num_timesteps, (batch_size,), generator=generator, device=device)
-
-
-def stratified(num_timesteps: int, batch_size: int, generator: Generator, device: torch.device) -> Tensor:
-    """int64 [B], each t uniform in 0..T-1, and all of them T / B apart, around a circle of T.
-
-    One number is drawn, where the first stands in a circle of T B points, B of them to a t; so each t is exactly
-    uniform, and the mean loss has the same expectation. It varies less: that an image is drawn with much noise and
-    all others of its batch, too, does not happen.
-
-    Source: Kingma et al. 2021, Variational Diffusion Models, arXiv:2107.00630, App. I.1.
-    """
-    points = num_timesteps * batch_size
-    first = torch.randint(points, (1,), generator=generator, device=device)
-    return (first + num_timesteps * torch.arange(batch_size, device=device)) % points // batch_size
 
 
 def _per_image(prediction: Tensor, target: Tensor) -> Tensor:

@@ -43,47 +43,6 @@ def test_t_is_uniform_over_all_steps_from_the_first_to_the_last(kind):
     assert torch.equal(loss.quarter, t // 2)
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 8, 64, 100])
-def test_stratified_t_are_each_uniform_and_lie_evenly_apart(batch_size):
-    T = 8
-    every = [
-        objectives.stratified(T, batch_size, generator(seed), torch.device("cpu")) for seed in range(2000)
-    ]
-    t = torch.stack(every)
-    assert t.dtype == torch.int64 and t.shape == (2000, batch_size)
-    for i in (0, batch_size // 2, batch_size - 1):  # whatever its place in the batch
-        count = torch.bincount(t[:, i], minlength=T)
-        assert len(count) == T
-        assert ((count - 250).abs() < 5 * (2000 * 1 / 8 * 7 / 8) ** 0.5).all()
-    for drawn in every[:50]:
-        count = torch.bincount(drawn, minlength=T)
-        assert count.min() >= batch_size // T and count.max() <= -(-batch_size // T)
-
-
-@pytest.mark.parametrize("kind", GAUSSIAN)
-def test_with_stratified_t_the_loss_has_the_same_mean_and_varies_less(kind):
-    """The net says 0, so the loss of an image is the mean square of its target, which for v depends on x_0 and t."""
-    schedule, x_0 = schedules.cosine(50), images(64, (1, 16, 16))
-
-    def losses(stratify_t):
-        objective = kind(schedule, min_snr_gamma=5.0, stratify_t=stratify_t)
-        return torch.stack([objective.loss(Spy(), x_0, None, generator(seed)).value for seed in range(200)])
-
-    independent, stratified = losses(False), losses(True)
-    error = ((independent.var() + stratified.var()) / 200).sqrt()
-    assert (independent.mean() - stratified.mean()).abs() < 4 * error
-    assert stratified.var() < 0.3 * independent.var()
-
-
-def test_the_config_says_how_t_is_drawn():
-    for draw_t, distinct in (("independent", False), ("stratified", True)):
-        spy = Spy()
-        objectives.build(ObjectiveConfig(draw_t=draw_t), SCHEDULE, 0).loss(
-            spy, images(1000), None, generator()
-        )
-        assert (len(spy.calls[0][1].unique()) == 1000) == distinct
-
-
 @pytest.mark.parametrize("kind", GAUSSIAN)
 def test_noise_and_t_differ_from_image_to_image(kind):
     spy = Spy()
