@@ -1,0 +1,407 @@
+"""How long training takes until images are good: our preset beside lucidrains' Trainer and diffusers' recipe.
+
+    python benchmarks/quality.py race [--minutes 12] [--shards URI] [--folder runs/quality]
+    python benchmarks/quality.py train ours | lucidrains | diffusers      # one of them alone
+    python benchmarks/quality.py judge                                    # what has not been judged yet
+    python benchmarks/quality.py plot
+
+The three train on the same images, on all cores, and take turns of a minute: meanwhile the others are suspended
+(SIGSTOP), so that a machine that grows busy slows all alike. Ours is `jobs/train.py` as a user types it. Of each,
+averaged weights are kept on the way; time is what it trained for until then, ours from the command typed on, the
+peers' from their first step on. Afterwards every net draws the same number of images with one and the same sampler,
+on its own schedule, and KID compares them with the same held-out images. The table goes to benchmarks/quality.md,
+above what is written there by hand, the picture beside it.
+"""
+
+import datetime
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import quality_peers as peers
+import torch
+import tyro
+from matplotlib.figure import Figure
+from runtime import processor
+from turns import Contestant, Spent, Turn, ended_after, read_turns, spent
+
+from ddpm import config as configs
+from ddpm import images, storage
+from ddpm.config import SampleConfig
+from ddpm.data.manifest import MANIFEST, read_manifest
+from ddpm.data.reading import DataSet
+from ddpm.diffusion import samplers, schedules
+from ddpm.diffusion.objectives import Model, Objective
+from ddpm.diffusion.samplers import PerImageNoise
+from ddpm.diffusion.schedules import Schedule
+from ddpm.evaluation import nets
+from ddpm.evaluation.cache import Cache
+from ddpm.evaluation.features import features_of
+from ddpm.evaluation.metrics import kid
+from ddpm.evaluation.reference import images_of, real_features
+from ddpm.generation import build_objective
+from ddpm.presets import PRESETS
+from ddpm.training import checkpoint
+from ddpm.training.state import SAMPLE, parameter_count, seed_for
+
+Name = Literal["ours", "lucidrains", "diffusers"]
+NAMES: tuple[Name, ...] = get_args(Name)
+REPO = Path(__file__).parents[1]
+SAMPLER = SampleConfig(sampler="dpmpp_2m", num_sample_steps=20, eta=1.0)
+"""As good as all 1000 steps of Algorithm 2, as far as benchmarks/samplers.md can tell."""
+MARKS = (0.04, 0.08, 0.125, 0.17, 0.25, 0.33, 0.5, 0.67, 0.83, 1.0)
+"""Where on the way nets are judged, as shares of all minutes; of each trainer the snapshot nearest."""
+THRESHOLDS = (0.3, 0.2, 0.1, 0.05)
+VALUE = 0.1
+"""The set value: what the picture and the first line are about."""
+NUM_REAL, BATCH_SIZE = 2000, 50
+CHECKPOINT_IMAGES = 6400
+JUDGED, END = "judged.json", "<!-- by hand from here on -->"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to do, and where."""
+
+    what: tyro.conf.Positional[Literal["race", "train", "judge", "plot"]]
+    who: tyro.conf.Positional[Name | None] = None
+    """train: whom."""
+    minutes: float = 12.0
+    """Of training, each."""
+    turn_s: float = 60.0
+    num_images: int = 500
+    preset: str = "fashion-mnist"
+    flags: str = ""
+    """More flags for jobs/train.py."""
+    shards: str | None = None
+    """The data set, if it is prepared already."""
+    folder: Path = Path("runs/quality")
+
+    @property
+    def uri(self) -> str:
+        return self.shards or str(self.folder.absolute() / "data")
+
+    def of(self, name: Name) -> Path:
+        return self.folder.absolute() / name
+
+
+class Snapshot(NamedTuple):
+    """Averaged weights on the way."""
+
+    path: Path
+    images_seen: int
+    written: float
+    """Seconds since the epoch."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A snapshot, and what it is worth."""
+
+    name: Name
+    images_seen: int
+    minutes: float
+    """Of training."""
+    cpu_minutes: float
+    kid: float
+    error: float
+    num_images: int
+
+
+def race(arguments: Arguments, names: Sequence[Name]) -> None:
+    """Let them train in turns until each has had its minutes; one that has is left alone."""
+    prepare(arguments)
+    waiting = {
+        name: Contestant(command(name, arguments), arguments.of(name), environment(arguments))
+        for name in names
+        if read_turns(arguments.of(name)) is None
+    }
+    with ended_after(list(waiting.values())):
+        while waiting:
+            for name, contestant in list(waiting.items()):
+                left_s = (
+                    60 * arguments.minutes - trained(name, arguments, contestant.turns, time.time()).wall_s
+                )
+                contestant.turn(min(arguments.turn_s, left_s))
+                wall_s = trained(name, arguments, contestant.turns, time.time()).wall_s
+                print(f"{name:10} trained {wall_s / 60:5.2f} minutes", flush=True)
+                if contestant.ended or wall_s > 60 * arguments.minutes - 1:
+                    del waiting[name]
+
+
+def command(name: Name, arguments: Arguments) -> list[str]:
+    """What starts a trainer."""
+    folder = str(arguments.of(name))
+    if name != "ours":
+        return [sys.executable, peers.__file__, name, folder]
+    train = [sys.executable, str(REPO / "jobs/train.py"), arguments.preset, "--data.shards", arguments.uri]
+    train += ["--run.storage", folder, "--run.name", "run"]
+    train += ["--train.checkpoint-every-images", str(CHECKPOINT_IMAGES), "--train.keep-checkpoints", "10000"]
+    # The peers draw and judge nothing on the way, either.
+    train += ["--train.sample-every-images", "0", "--train.held-out-images", "0"]
+    return train + shlex.split(arguments.flags)
+
+
+def environment(arguments: Arguments) -> dict[str, str]:
+    """As of a terminal where nobody has said how many threads there shall be."""
+    tracking = {"MLFLOW_TRACKING_URI": f"sqlite:///{arguments.folder.absolute()}/mlflow.db"}
+    return {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"} | tracking
+
+
+def trained(name: Name, arguments: Arguments, turns: Sequence[Turn], until: float) -> Spent:
+    """What it has had up to a moment: ours from the start, a peer from its first step on."""
+    if name == "ours":
+        return spent(turns, until)
+    first = arguments.of(name) / peers.FIRST_STEP
+    return spent(turns, until) - spent(turns, first.stat().st_mtime if first.exists() else until)
+
+
+def prepare(arguments: Arguments) -> None:
+    """The data set, the peers' images, and the size that their nets shall have."""
+    place = storage.resolve(arguments.uri)
+    if not place.child(MANIFEST).exists():
+        job = [sys.executable, str(REPO / "jobs/prepare.py"), arguments.preset, arguments.uri]
+        subprocess.run(job, check=True)
+    config = PRESETS[arguments.preset]
+    arguments.of("ours").mkdir(parents=True, exist_ok=True)
+    for name in NAMES[1:]:
+        folder = arguments.of(name)
+        folder.mkdir(exist_ok=True)
+        if read_turns(folder) is None:
+            (folder / peers.CONFIG).write_text(configs.to_json(config))
+        weights = parameter_count(peers.NET[name](config))
+        print(f"{name:10} {weights:,} weights", flush=True)
+        if not (folder / peers.IMAGES).exists():
+            (folder / peers.IMAGES).symlink_to(_pictures(arguments))
+
+
+def _pictures(arguments: Arguments) -> Path:
+    """A folder with an image file for every image to train on."""
+    folder = arguments.folder.absolute() / "images"
+    if not folder.exists():
+        part, train = folder.with_suffix(".part"), open_data(arguments)
+        part.mkdir(parents=True, exist_ok=True)
+        for start in range(0, train.rows.num_rows, 4096):
+            pixels = images_of(train, start, min(start + 4096, train.rows.num_rows)).image
+            for i, image in enumerate(pixels, start):
+                (part / f"{i:06d}.png").write_bytes(images.png_bytes(image))
+        part.rename(folder)
+    return folder
+
+
+def open_data(arguments: Arguments) -> DataSet:
+    place = storage.resolve(arguments.uri)
+    manifest = read_manifest(place.filesystem, place.path, arguments.uri)
+    return DataSet(place.filesystem, place.path, manifest, "train")
+
+
+def snapshots(name: Name, arguments: Arguments) -> Iterator[Snapshot]:
+    """What was kept on the way, oldest first."""
+    if name == "ours":
+        for file in sorted(arguments.of(name).glob(f"run/{checkpoint.PREFIX}*/{checkpoint.CHECKSUMS}")):
+            seen = checkpoint.read_state(file.parent)["images_seen"]
+            yield Snapshot(file.parent, seen, file.stat().st_mtime)
+        return
+    for file in sorted(arguments.of(name).glob("*.safetensors")):
+        yield Snapshot(file, int(file.stem), file.stat().st_mtime)
+
+
+def load(name: Name, path: Path, arguments: Arguments) -> tuple[Model, Objective, Schedule]:
+    """The net of a snapshot, what its output means, and its schedule."""
+    if name != "ours":
+        return peers.LOAD[name](path, peers.read_config(arguments.of(name)))
+    net, config = checkpoint.load_net(path, torch.device("cpu"))
+    net.autocast_dtype = None  # all nets draw in float32
+    return net, build_objective(config), schedules.build(config.schedule)
+
+
+@torch.no_grad()
+def draw(
+    net: Model, objective: Objective, schedule: Schedule, shape: tuple[int, int, int], n: int
+) -> torch.Tensor:
+    """uint8 [N, H, W, C], the same noise for every net."""
+    sampler, drawn = samplers.build(SAMPLER, schedule), []
+    for start in range(0, n, BATCH_SIZE):
+        seeds = [seed_for(0, SAMPLE, i) for i in range(start, min(start + BATCH_SIZE, n))]
+        noise = PerImageNoise(seeds, shape)
+        drawn.append(
+            images.to_uint8(sampler(lambda x_t, t: objective.denoise(net, x_t, t, None), noise, None))
+        )
+    return torch.cat(drawn)
+
+
+def judge(arguments: Arguments) -> None:
+    """KID of the snapshots at the marks, those that have none yet."""
+    train = open_data(arguments)
+    held_out = train.held_out()
+    assert held_out is not None, "Fashion-MNIST has a split test"
+    place = storage.resolve(arguments.uri)
+    cache, cpu = Cache(place.filesystem, f"{place.path}/evaluation"), torch.device("cpu")
+    by = nets.build("classifier", train, cache)
+    real = real_features(held_out, by, cache, NUM_REAL, cpu)
+    manifest = train.manifest
+    shape = manifest.channels, manifest.height, manifest.width
+    judged = read_judged(arguments)
+    known = {(j.name, j.images_seen) for j in judged if j.num_images == arguments.num_images}
+    for name, snapshot, had in chosen(arguments):
+        if (name, snapshot.images_seen) in known:
+            continue
+        drawn = draw(*load(name, snapshot.path, arguments), shape, arguments.num_images)
+        value, error = kid(features_of(by, drawn).values, real.values)
+        judged.append(
+            Judged(
+                name,
+                snapshot.images_seen,
+                had.wall_s / 60,
+                had.cpu_s / 60,
+                value,
+                error,
+                arguments.num_images,
+            )
+        )
+        print(f"{name:10} {judged[-1].minutes:5.2f} minutes: KID {value:.4f} +- {error:.4f}", flush=True)
+        (arguments.folder / JUDGED).write_text(json.dumps([asdict(j) for j in judged], indent=1))
+        grid = images.png_bytes(images.grid(drawn[:64].numpy()))
+        (arguments.of(name) / f"{snapshot.images_seen:012d}.png").write_bytes(grid)
+
+
+def chosen(arguments: Arguments) -> list[tuple[Name, Snapshot, Spent]]:
+    """The snapshots nearest to the marks, those of early marks first, and what their trainer had had."""
+    found: list[tuple[float, Name, Snapshot, Spent]] = []
+    for name in NAMES:
+        turns = read_turns(arguments.of(name)) or []
+        every = (
+            [(s, trained(name, arguments, turns, s.written)) for s in snapshots(name, arguments)]
+            if turns
+            else []
+        )
+        for mark in (share * arguments.minutes for share in MARKS) if every else ():
+            snapshot, had = min(every, key=lambda one: abs(one[1].wall_s / 60 - mark))
+            if (name, snapshot, had) not in [one[1:] for one in found]:
+                found.append((mark, name, snapshot, had))
+    return [(name, snapshot, had) for _, name, snapshot, had in sorted(found, key=lambda one: one[0])]
+
+
+def read_judged(arguments: Arguments) -> list[Judged]:
+    file = arguments.folder / JUDGED
+    return [Judged(**entry) for entry in json.loads(file.read_text())] if file.exists() else []
+
+
+def crossing(curve: Sequence[Judged], value: float, errors: float = 0.0) -> float:
+    """Minutes until KID + errors standard errors is at most `value`, between two points evenly in both logarithms.
+
+    inf: it never is.
+    """
+    before: tuple[float, float] | None = None
+    for point in sorted(curve, key=lambda j: j.minutes):
+        here = max(point.kid + errors * point.error, 1e-6), point.minutes
+        if here[0] <= value:
+            if before is None:
+                return point.minutes
+            share = math.log(before[0] / value) / math.log(before[0] / here[0])
+            return before[1] * (here[1] / before[1]) ** share
+        before = here
+    return math.inf
+
+
+def plot(arguments: Arguments) -> None:
+    """The table, as Markdown, and the picture."""
+    judged = [j for j in read_judged(arguments) if j.num_images == arguments.num_images]
+    curves = {name: sorted((j for j in judged if j.name == name), key=lambda j: j.minutes) for name in NAMES}
+    curves = {name: curve for name, curve in curves.items() if curve}
+    config = PRESETS[arguments.preset]
+    counts = {name: f"{parameter_count(peers.NET[name](config)):,}" for name in NAMES[1:]}
+    counts["ours"] = f"{parameter_count(peers.build_net(config)):,}"
+    lines = [
+        "# Time to quality",
+        "",
+        f"KID-classifier of {arguments.num_images} images (20 steps of `dpmpp_2m` with eta 1, as for all) against "
+        f"{NUM_REAL} held-out ones of {config.data.source}, over the time trained, in turns of {arguments.turn_s:g} s "
+        f"(`python benchmarks/quality.py race --minutes {arguments.minutes:g}`). {datetime.date.today()}, "
+        f"{os.cpu_count()} cores of {processor()}, torch {torch.__version__}.",
+        "",
+        "| trainer | weights | "
+        + " | ".join(f"minutes to KID {value:g}" for value in THRESHOLDS)
+        + " | images/s |",
+        "|---" * (3 + len(THRESHOLDS)) + "|",
+    ]
+    for name, curve in curves.items():
+        cells = [_span(curve, value) for value in THRESHOLDS]
+        speed = curve[-1].images_seen / curve[-1].minutes / 60
+        lines.append(f"| {name} | {counts[name]} | " + " | ".join(cells) + f" | {speed:.0f} |")
+    for name in curves:
+        if name != "ours" and "ours" in curves:
+            cells = [_ratio(curves["ours"], curves[name], value) for value in THRESHOLDS]
+            lines.append(f"| {name} / ours | | " + " | ".join(cells) + " | |")
+    lines += [
+        "",
+        "In brackets: one standard error of KID to each side.",
+        "",
+        "![KID over minutes](quality.png)",
+        "",
+    ]
+    lines += ["| trainer | minutes | CPU minutes | images seen | KID |", "|---|---|---|---|---|"]
+    for j in (j for curve in curves.values() for j in curve):
+        lines.append(
+            f"| {j.name} | {j.minutes:.2f} | {j.cpu_minutes:.2f} | {j.images_seen:,} | {j.kid:.4f} ± {j.error:.4f} |"
+        )
+    file = Path(__file__).with_suffix(".md")
+    by_hand = file.read_text().partition(END)[2] if file.exists() else "\n"
+    file.write_text("\n".join([*lines, "", END]) + by_hand)
+    print("\n".join(lines))
+    _picture(curves, file.with_suffix(".png"))
+
+
+def _span(curve: Sequence[Judged], value: float) -> str:
+    middle, low, high = (crossing(curve, value, errors) for errors in (0.0, -1.0, 1.0))
+    if math.isinf(middle):
+        return f"> {curve[-1].minutes:.1f}"
+    return (
+        f"{middle:.1f} ({low:.1f} to {high:.1f})" if math.isfinite(high) else f"{middle:.1f} (from {low:.1f})"
+    )
+
+
+def _ratio(ours: Sequence[Judged], theirs: Sequence[Judged], value: float) -> str:
+    a, b = crossing(ours, value), crossing(theirs, value)
+    if math.isinf(a):
+        return ""
+    return f"> {theirs[-1].minutes / a:.1f}" if math.isinf(b) else f"{b / a:.1f}"
+
+
+def _picture(curves: dict[Name, list[Judged]], path: Path) -> None:
+    figure = Figure((6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, curve in curves.items():
+        minutes, value, error = np.array([(j.minutes, j.kid, j.error) for j in curve]).T
+        axes.errorbar(minutes, value, error, marker="o", markersize=4, capsize=3, label=name)
+    axes.axhline(VALUE, color="grey", linewidth=1, linestyle="dashed")
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=0.005)
+    axes.set_xlabel("minutes of training")
+    axes.set_ylabel("KID-classifier")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    print(f"picture     {path}")
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, description=__doc__)
+    if arguments.what in ("race", "train"):
+        race(arguments, [arguments.who] if arguments.who else NAMES)
+    if arguments.what in ("race", "judge"):
+        judge(arguments)
+    if arguments.what in ("race", "plot"):
+        plot(arguments)
+
+
+if __name__ == "__main__":
+    main()
