@@ -93,7 +93,7 @@ def fit(
         UserError: the config does not fit the cluster, or what the run has begun with.
         TrainingFailed: workers failed too often.
     """
-    placement.resources_per_worker(config)
+    resources = placement.resources_per_worker(config)
     placement.check_storage(config)
     cpus, gpus = resources["CPU"], resources.get("GPU", 0)
     print(f"workers     {config.cluster.num_workers}, of {cpus:g} CPUs and {gpus:g} GPUs each", flush=True)
