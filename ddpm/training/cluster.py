@@ -9,19 +9,20 @@ starting worker groups, noticing deaths, and starting the group again, smaller o
 import logging
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
 import ray.exceptions
 import ray.util
 from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
-from ray.train.v2.torch.torch_trainer import (
-    TorchTrainer,
-)  # what ray.train.torch gives, as a type checker sees it
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ddpm import config as configs
-from ddpm import runs, segments
+from ddpm import connection, runs, segments
 from ddpm.config import Config, UserError
 from ddpm.data import stream
 from ddpm.data.reading import DataSet
@@ -33,7 +34,9 @@ from ddpm.training import board as boards
 from ddpm.training import checkpoint, keeper, loop, placement
 from ddpm.training.controller import (
     FailureBudget,
+    ProcessGroup,
     ResizeWithoutLoss,
+    TrainController,
     TrainingFailed,
     last_line,
     too_many_preemptions,
@@ -154,31 +157,40 @@ def _train(spec: dict[str, Any], resources: dict[str, float], watch: Watch) -> N
 def _free_place(notes: dict[str, Any]) -> None:
     """Give back what a dead controller's workers held.
 
-    Ray Train's cleaner of placement groups asks the dashboard whether the controller lives, and where there is
-    none it cleans nothing (2.60); data tasks would wait for ever for the CPUs.
+    Data tasks would wait for ever for the CPUs.
     """
     place = notes.get(boards.PLACE)
     if place is not None:
         ray.util.remove_placement_group(place)
 
 
-class _Trainer(TorchTrainer):
-    """A TorchTrainer without a manager of data sets.
+class _Trainer(DataParallelTrainer):
+    """A trainer without processes that every start would wait for (Ray 2.60 has no switch for them).
 
-    Rank 0 splits the data itself, at the cursor of the checkpoint; the manager is a process that every restart of
-    the workers would wait for (Ray 2.60 has no switch for it).
+    - The manager of data sets: rank 0 splits the data itself, at the cursor of the checkpoint.
+    - The cleaner of placement groups: `_free_place` does it, and the end of the job. It would ask the dashboard
+      whether the controller lives, and where there is none clean nothing.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [c for c in super()._create_default_callbacks() if not isinstance(c, DatasetsCallback)]
+        spared = DatasetsCallback | PlacementGroupCleanerCallback
+        return [c for c in super()._create_default_callbacks() if not isinstance(c, spared)]
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        if not connection.begun_here():
+            return super()._initialize_and_run_controller(**parts)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        controller = ray.remote(num_cpus=0)(TrainController).options(scheduling_strategy=here).remote(**parts)
+        ray.get(controller.run.remote())
+        return ray.get(controller.get_result.remote())
 
 
-def _trainer(spec: dict[str, Any], resources: dict[str, float], folder: str) -> TorchTrainer:
+def _trainer(spec: dict[str, Any], resources: dict[str, float], folder: str) -> DataParallelTrainer:
     config, sizes = spec["config"], spec["config"].cluster.world_sizes()
     callbacks: list[Any] = [FailureBudget(config, spec["board"]), ResizeWithoutLoss(spec["board"])]
     return _Trainer(
-        _work,
-        train_loop_config=spec,
+        partial(_work, spec),  # not as train_loop_config, which the controller would unpack, with all its modules
+        backend_config=ProcessGroup("nccl" if "GPU" in resources else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=sizes[0] if len(sizes) == 1 else (sizes[0], sizes[-1]),
             use_gpu="GPU" in resources,
