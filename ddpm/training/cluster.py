@@ -8,6 +8,7 @@ starting worker groups, noticing deaths, and starting the group again, smaller o
 
 import logging
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -100,8 +101,15 @@ def fit(
         keeper.begin(run.location, config, identity, log.warning)
         seen = 0
     address = Address(tracking_uri(), config.run.experiment, run.name, run.key, parent_run_id)
-    courier = Courier(address, configs.flatten(config), run.location.child(segments.FOLDER))
+    courier = Courier(address, configs.flatten(config), run.location.child(segments.FOLDER), at_once=False)
     courier.committed(seen)
+
+    def look(notes: Mapping[str, Any]) -> bool:
+        if boards.PROGRESS in notes:  # from the first step on, which nothing shall keep waiting
+            courier.begin()
+        return goes_on(notes)
+
+    stream.announce()
     board, librarian = boards.put_up(), stream.librarian(config.cluster.world_sizes()[-1], verbose)
     spec = {
         "config": config,
@@ -111,7 +119,7 @@ def fit(
         "librarian": librarian,
         "verbose": verbose,
     }
-    status, watch = "FAILED", Watch(board, total_images, courier.committed, goes_on)
+    status, watch = "FAILED", Watch(board, total_images, courier.committed, look)
     try:
         with watch:
             _train(spec, resources, watch)
@@ -130,9 +138,6 @@ def _train(spec: dict[str, Any], resources: dict[str, float], watch: Watch) -> N
     """Until training is done, or was asked to stop: a Ray Train run, and another one if that one was taken away."""
     config, board, failure = spec["config"], spec["board"], None
     while True:
-        ray.get(board.note.remote(boards.ENDED, None))
-        if not watch.was_asked:
-            ray.get(board.note.remote(boards.STOP, None))
         with tempfile.TemporaryDirectory(prefix="ddpm-ray-train-") as folder:
             failure = watch.run(_trainer(spec, resources, folder).fit)
         notes = ray.get(board.read.remote())
@@ -152,6 +157,9 @@ def _train(spec: dict[str, Any], resources: dict[str, float], watch: Watch) -> N
         else:  # Ray Train does not start again a controller that died (2.60); the next round does
             _free_place(notes)
             log.warning("Ray Train's controller died; going on from the last checkpoint with another")
+        ray.get(board.note.remote(boards.ENDED, None))
+        if not watch.was_asked:
+            ray.get(board.note.remote(boards.STOP, None))
 
 
 def _free_place(notes: dict[str, Any]) -> None:
@@ -189,7 +197,9 @@ def _trainer(spec: dict[str, Any], resources: dict[str, float], folder: str) -> 
     config, sizes = spec["config"], spec["config"].cluster.world_sizes()
     callbacks: list[Any] = [FailureBudget(config, spec["board"]), ResizeWithoutLoss(spec["board"])]
     return _Trainer(
-        partial(_work, spec),  # not as train_loop_config, which the controller would unpack, with all its modules
+        partial(
+            _work, spec
+        ),  # not as train_loop_config, which the controller would unpack, with all its modules
         backend_config=ProcessGroup("nccl" if "GPU" in resources else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=sizes[0] if len(sizes) == 1 else (sizes[0], sizes[-1]),
