@@ -6,8 +6,13 @@ Its own room because all of them stand on different floors.
 import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import ray
+import ray._private.node
+import ray._private.utils
 
 from ddpm.config import UserError
 
@@ -41,11 +46,42 @@ def connect(verbose: bool = False) -> None:
         os.environ.setdefault(name, value)
     os.environ[BEGUN_HERE] = "1"
     level = logging.INFO if verbose else logging.ERROR
-    ray.init(log_to_driver=verbose, logging_level=level, include_dashboard=False)
+    with _spare_processes(verbose):
+        ray.init(log_to_driver=verbose, logging_level=level, include_dashboard=False)
     if not ray._private.worker._global_node.head:
         del os.environ[BEGUN_HERE]
     for name in ("ray.train", "ray.data", "ray"):
         logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
+def _spare_processes(verbose: bool) -> Iterator[None]:
+    """A cluster that is started in this context has no processes that would serve nobody (Ray 2.60 has no switch).
+
+    These are the dashboard's, which without a dashboard tells Ray's makers of its use, or does not; the autoscaler's,
+    which has no machines to start; and the one that brings the drivers what workers print, unless it is shown. The
+    agent of the node does as if it had been installed without a web server: its port may be another cluster's, and
+    every start would wait four seconds for that.
+    """
+
+    def nothing(*args: Any, **kwargs: Any) -> None: ...
+
+    def no_dashboard() -> ImportError:
+        return ImportError("no dashboard is wanted")
+
+    node, utils = ray._private.node.Node, ray._private.utils
+    spared: list[tuple[Any, str, Any]] = [
+        (node, "start_api_server", nothing),
+        (node, "start_monitor", nothing),
+        (utils, "get_dashboard_dependency_error", no_dashboard),
+    ]
+    if not verbose:
+        spared.append((node, "start_log_monitor", nothing))
+    with ExitStack() as stack:
+        for owner, name, instead in spared:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, instead)
+        yield
 
 
 def begun_here() -> bool:
