@@ -6,8 +6,13 @@ Its own room because all of them stand on different floors.
 import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import ray
+import ray._private.node
+import ray._private.utils
 
 from ddpm.config import UserError
 
@@ -18,23 +23,70 @@ SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # A worker group that does not get its resources asks again, maybe for fewer workers (default 60 s).
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+    # Waiting inside an async actor is what Ray Train's controller does; it need not be warned of it.
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
     # Of a cluster started here: training comes first on this machine, not after Ray's own processes.
     "RAY_worker_niceness": "0",
+    # Nor is anybody told that Ray is used, by a process of its own.
+    "RAY_USAGE_STATS_ENABLED": "0",
 }
-"""Ray's settings that make a crash cost less time; what the environment says comes first."""
+"""Ray's settings that make a crash, and a start, cost less time; what the environment says comes first."""
 
 LIMITS = "DDPM_CLUSTER_RESOURCES"
 """The variable in which a cluster that grows says how far: '{"CPU": 48, "GPU": 4}'. Ray itself does not (2.60)."""
+
+
+BEGUN_HERE = "DDPM_CLUSTER_BEGUN_HERE"
+"""The variable that all processes of a cluster have which `connect` started, with the rest of its environment."""
 
 
 def connect(verbose: bool = False) -> None:
     """Join the Ray cluster of the environment (RAY_ADDRESS, or one started here), or start one on this machine."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    os.environ[BEGUN_HERE] = "1"
     level = logging.INFO if verbose else logging.ERROR
-    ray.init(log_to_driver=verbose, logging_level=level, include_dashboard=False)
+    with _spare_processes(verbose):
+        ray.init(log_to_driver=verbose, logging_level=level, include_dashboard=False)
+    if not ray._private.worker._global_node.head:
+        del os.environ[BEGUN_HERE]
     for name in ("ray.train", "ray.data", "ray"):
         logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
+def _spare_processes(verbose: bool) -> Iterator[None]:
+    """A cluster that is started in this context has no processes that would serve nobody (Ray 2.60 has no switch).
+
+    These are the dashboard's, which without a dashboard tells Ray's makers of its use, or does not; the autoscaler's,
+    which has no machines to start; and the one that brings the drivers what workers print, unless it is shown. The
+    agent of the node does as if it had been installed without a web server: its port may be another cluster's, and
+    every start would wait four seconds for that.
+    """
+
+    def nothing(*args: Any, **kwargs: Any) -> None: ...
+
+    def no_dashboard() -> ImportError:
+        return ImportError("no dashboard is wanted")
+
+    node, utils = ray._private.node.Node, ray._private.utils
+    spared: list[tuple[Any, str, Any]] = [
+        (node, "start_api_server", nothing),
+        (node, "start_monitor", nothing),
+        (utils, "get_dashboard_dependency_error", no_dashboard),
+    ]
+    if not verbose:
+        spared.append((node, "start_log_monitor", nothing))
+    with ExitStack() as stack:
+        for owner, name, instead in spared:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, instead)
+        yield
+
+
+def begun_here() -> bool:
+    """Whether all processes of the cluster have SETTINGS, and the rest of the environment it was started from."""
+    return BEGUN_HERE in os.environ
 
 
 def resources() -> dict[str, float]:

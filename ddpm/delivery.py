@@ -58,16 +58,27 @@ class Courier:
         address: of the run.
         params: the flat config; logged once.
         outbox: the run's folder of segments.
+        at_once: if not, it waits for `begin`, or `close`: MLflow takes seconds to import.
     """
 
-    def __init__(self, address: Address, params: Mapping[str, Any], outbox: Location) -> None:
+    def __init__(
+        self, address: Address, params: Mapping[str, Any], outbox: Location, at_once: bool = True
+    ) -> None:
         self._uri, self._outbox = without_password(address.uri), outbox
         self._run = MlflowRun(address, params)
         self._carrier = _Carrier(self._run, outbox)
         self._committed, self._status, self._ended = -1, "FINISHED", False
         self._wake, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="ddpm-mlflow", daemon=True)
-        self._thread.start()
+        self._begun = False
+        if at_once:
+            self.begin()
+
+    def begin(self) -> None:
+        """Look for the MLflow run, or make one."""
+        if not self._begun:
+            self._begun = True
+            self._thread.start()
 
     def committed(self, images_seen: int) -> None:
         """The newest checkpoint is the one after `images_seen` images; -1: there is none."""
@@ -79,6 +90,7 @@ class Courier:
         self._status, self._run.call.deadline = status, time.monotonic() + timeout_s
         self._closing.set()
         self._wake.set()
+        self.begin()
         self._thread.join(timeout_s + GRACE_S)
         left = _count_in_time(self._outbox, self._committed, min(timeout_s, COUNT_TIMEOUT_S))
         if left or not self._ended:

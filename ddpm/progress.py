@@ -2,12 +2,20 @@
 
 import sys
 import time
+from dataclasses import dataclass
 from types import TracebackType
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 LINE_INTERVAL_S = 10.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a person watching training wants to know."""
+
+    images_seen: int
+    total_images: int
+    images_per_s: float
+    loss: float
 
 
 class Display:
@@ -26,13 +34,14 @@ class Display:
         self._shown = -1
         self._last = (0, "")
         if self._live:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[detail]}", markup=False),
-                TimeRemainingColumn(),
-                console=Console(),
+            from rich import progress  # here, since most processes that import this show nothing
+
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[detail]}", markup=False),
+                progress.TimeRemainingColumn(),
             )
             self._task = self._bar.add_task(description, total=total, detail="")
 

@@ -34,7 +34,7 @@ def main() -> int:
 
     from ddpm import connection, runs  # after parsing: --help and mistakes answer at once
     from ddpm.data import embedded, stream
-    from ddpm.training import cluster, loop
+    from ddpm.training import loop
 
     began = time.monotonic()
     config = runs.settled(arguments.config, arguments.preset)
@@ -43,6 +43,8 @@ def main() -> int:
     data_set = stream.open_data_set(config)
     print(f"data        {config.data.shards}  ({data_set.rows.num_rows:,} images to train on)")
     connection.connect(arguments.verbose)
+    from ddpm.training import cluster  # while the first of Ray's processes begin
+
     result = cluster.fit(config, data_set, verbose=arguments.verbose)
     took = f"done after {time.monotonic() - began:.0f} s"
     if result.delivery is None:

@@ -28,11 +28,13 @@ import ray
 import ray.data
 from numpy.typing import NDArray
 from ray.data import DataContext, DataIterator
+from ray.data._internal import stats as ray_stats
+from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.iterator import stream_split_iterator
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ddpm import storage
+from ddpm import connection, storage
 from ddpm.config import Config, UserError
 from ddpm.data.corrupt import CorruptData, Substitution, substitutions_from_json, substitutions_to_json
 from ddpm.data.plan import CHUNK_IMAGES, chunks, share
@@ -85,6 +87,7 @@ def split(
     config: Config, data_set: DataSet, todo: list[tuple[int, int]], world_size: int
 ) -> list[DataIterator]:
     """One iterator a worker over the reading tasks `todo`."""
+    _spare_statistics()
     context = DataContext.get_current()
     # Blocks of one row: the output buffer cuts a block as soon as it holds more than this.
     context.target_max_block_size = 1
@@ -118,6 +121,7 @@ def shares(
         StorageError: storage has failed for longer than run.storage_timeout_s.
         UserError: no data for data.stall_timeout_s longer than that.
     """
+    _spare_statistics()
     rows = _with_timeout(iterator, config.data.stall_timeout_s, config.run.storage_timeout_s)
 
     def opened() -> Iterator[Share]:
@@ -197,12 +201,32 @@ class _Method(NamedTuple):
         return self.librarian.call.remote(self.number, self.method, *arguments)
 
 
+def announce() -> None:
+    """Let Ray's coordinator of all that ask for nodes begin: Ray Train's controller would, and wait for it (2.60)."""
+    get_or_create_autoscaling_coordinator()
+
+
 def librarian(num_workers: int, verbose: bool = False) -> Any:
     """A new one, for at most so many workers, on this node: it lives as long as this process."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # Each worker has a call or two under way, and those of groups that died may hang in theirs for a while.
     options = {"num_cpus": 0, "max_restarts": -1, "max_concurrency": 16 + 8 * num_workers}
     return ray.remote(Librarian).options(scheduling_strategy=here, **options).remote(verbose)
+
+
+class _Nobody:
+    """Stands for an actor that nobody would listen to."""
+
+    def __getattr__(self, method: str) -> "_Nobody":
+        return self
+
+    def remote(self, *arguments: Any) -> None: ...
+
+
+def _spare_statistics() -> None:
+    """Send no statistics of reading to the process that keeps them for Ray's dashboard, where there is none."""
+    if connection.begun_here():
+        ray_stats.get_or_create_stats_actor = _Nobody  # type: ignore[assignment]
 
 
 def _plain(actor_class: Any) -> Any:

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -18,13 +19,13 @@ import ray.exceptions
 import ray.util
 import torch
 from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
-from ray.train.v2.torch.torch_trainer import (
-    TorchTrainer,
-)  # what ray.train.torch gives, as a type checker sees it
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ddpm import config as configs
-from ddpm import runs, segments
+from ddpm import connection, runs, segments
 from ddpm.config import Config, UserError
 from ddpm.data import stream
 from ddpm.data.reading import DataSet
@@ -36,7 +37,9 @@ from ddpm.training import board as boards
 from ddpm.training import checkpoint, keeper, loop, placement
 from ddpm.training.controller import (
     FailureBudget,
+    ProcessGroup,
     ResizeWithoutLoss,
+    TrainController,
     TrainingFailed,
     last_line,
     too_many_preemptions,
@@ -108,10 +111,16 @@ def fit(
         keeper.begin(run.location, config, identity, log.warning)
         seen = 0
     address = Address(tracking_uri(), config.run.experiment, run.name, run.key, parent_run_id)
-    courier = Courier(address, configs.flatten(config), run.location.child(segments.FOLDER))
+    courier = Courier(address, configs.flatten(config), run.location.child(segments.FOLDER), at_once=False)
     courier.committed(seen)
+
+    def look(notes: Mapping[str, Any]) -> bool:
+        if boards.PROGRESS in notes:  # from the first step on, which nothing shall keep waiting
+            courier.begin()
+        return goes_on(notes)
+
     troupe = troupe or Troupe(config, verbose, stays=False)
-    status, watch = "FAILED", Watch(troupe.board, total_images, courier.committed, goes_on)
+    status, watch = "FAILED", Watch(troupe.board, total_images, courier.committed, look)
     try:
         troupe.begin(config, data_set, run)
         with watch:
@@ -139,40 +148,40 @@ class Troupe:
     """
 
     def __init__(self, config: Config, verbose: bool = False, stays: bool = True) -> None:
+        stream.announce()
         self.stays, self.board = stays, boards.put_up()
         librarian = stream.librarian(config.cluster.world_sizes()[-1], verbose)
         self._config, self._resources = config, placement.resources_per_worker(config)
         self._spec = {"board": self.board, "librarian": librarian, "verbose": verbose, "stays": stays}
-        self._number, self._workers = 0, Aside(lambda: None)
+        self._number = 0
+        self._workers: Aside | None = None
 
     def begin(self, config: Config, data_set: DataSet, run: Run) -> None:
         """Put a run on."""
         self._number += 1
         what = ray.put({"config": config, "data_set": data_set, "run": run})
-        ray.get(self.board.begin.remote(boards.Play(self._number, what)))
+        self.board.begin.remote(boards.Play(self._number, what))  # it may still be starting: nobody waits
 
     def workers(self) -> Aside:
         """The Ray Train run, which is started if there is none; it ends when the workers leave."""
-        if not self._workers.is_alive():
-            self._free_place()
+        if self._workers is None or not self._workers.is_alive():
+            if self._workers is not None:
+                self._free_place()
             self._workers = Aside(self._fit)
         return self._workers
 
     def close(self, timeout_s: float) -> None:
         """Let the workers leave, and wait until they have."""
         ray.get(self.board.leave.remote())
-        self._workers.join(timeout_s)
+        if self._workers is not None:
+            self._workers.join(timeout_s)
 
     def _fit(self) -> None:
         with tempfile.TemporaryDirectory(prefix="ddpm-ray-train-") as folder:
             _trainer(self._config, self._spec, self._resources, folder).fit()
 
     def _free_place(self) -> None:
-        """Give back what a dead controller's workers held.
-
-        Ray Train's cleaner of placement groups asks the dashboard whether the controller lives, and where there is
-        none it cleans nothing (2.60); data tasks would wait for ever for the CPUs.
-        """
+        """Give back what a dead controller's workers held: data tasks would wait for ever for the CPUs."""
         place = ray.get(self.board.read.remote()).get(boards.PLACE)
         if place is not None:
             ray.util.remove_placement_group(place)
@@ -191,9 +200,6 @@ def _train(config: Config, troupe: Troupe, watch: Watch) -> int:
         return ended is not None and (ended >= config.train.total_images or watch.was_asked or failed)
 
     while True:
-        ray.get(board.note.remote(boards.ENDED, None))
-        if not watch.was_asked:
-            ray.get(board.note.remote(boards.STOP, None))
         workers = troupe.workers()
         watch.run(workers, lambda notes: troupe.stays and is_over(notes))
         notes, failure = ray.get(board.read.remote()), workers.error
@@ -213,25 +219,41 @@ def _train(config: Config, troupe: Troupe, watch: Watch) -> int:
             raise TrainingFailed(f"training failed: {last_line(failure)}")
         else:  # Ray Train does not start again a controller that died (2.60); the next round does
             log.warning("Ray Train's controller died; going on from the last checkpoint with another")
+        ray.get(board.note.remote(boards.ENDED, None))
+        if not watch.was_asked:
+            ray.get(board.note.remote(boards.STOP, None))
 
 
-class _Trainer(TorchTrainer):
-    """A TorchTrainer without a manager of data sets.
+class _Trainer(DataParallelTrainer):
+    """A trainer without processes that every start would wait for (Ray 2.60 has no switch for them).
 
-    Rank 0 splits the data itself, at the cursor of the checkpoint; the manager is a process that every restart of
-    the workers would wait for (Ray 2.60 has no switch for it).
+    - The manager of data sets: rank 0 splits the data itself, at the cursor of the checkpoint.
+    - The cleaner of placement groups: `Troupe._free_place` does it, and the end of the job. It would ask the dashboard
+      whether the controller lives, and where there is none clean nothing.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [c for c in super()._create_default_callbacks() if not isinstance(c, DatasetsCallback)]
+        spared = DatasetsCallback | PlacementGroupCleanerCallback
+        return [c for c in super()._create_default_callbacks() if not isinstance(c, spared)]
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        if not connection.begun_here():
+            return super()._initialize_and_run_controller(**parts)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        controller = ray.remote(num_cpus=0)(TrainController).options(scheduling_strategy=here).remote(**parts)
+        ray.get(controller.run.remote())
+        return ray.get(controller.get_result.remote())
 
 
-def _trainer(config: Config, spec: dict[str, Any], resources: dict[str, float], folder: str) -> TorchTrainer:
+def _trainer(
+    config: Config, spec: dict[str, Any], resources: dict[str, float], folder: str
+) -> DataParallelTrainer:
     sizes = config.cluster.world_sizes()
     callbacks: list[Any] = [FailureBudget(config, spec["board"]), ResizeWithoutLoss(spec["board"])]
     return _Trainer(
-        _work,
-        train_loop_config=spec,
+        # Not as train_loop_config, which the controller would unpack, with all its modules.
+        partial(_work, spec),
+        backend_config=ProcessGroup("nccl" if "GPU" in resources else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=sizes[0] if len(sizes) == 1 else (sizes[0], sizes[-1]),
             use_gpu="GPU" in resources,

@@ -1,16 +1,23 @@
-"""What runs in Ray Train's controller, besides Ray Train: when a run is given up, and how it grows.
+"""What runs in Ray Train's controller, besides Ray Train: when a run is given up, how it grows, how workers meet.
 
-Its own room because these two live in a process of their own, between the driver and the workers; they speak with
-both through the board.
+Its own room because these live in a process of their own, between the driver and the workers; they speak with
+both through the board. Every start waits for that process, and PyTorch would take it as long again as all the rest:
+this module and what it imports do without.
 """
 
+import logging
 import time
+from datetime import timedelta
 from typing import Any
 
 import ray
 import ray.exceptions
+from ray.train._internal.utils import get_address_and_port
+from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller import controller
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.callback import UserCallback
 
 from ddpm.config import Config, UserError
@@ -20,6 +27,12 @@ SHOWN = 300
 """Characters of a worker's error in a warning."""
 LEAVE_TIMEOUT_S = 60.0
 """How long a run that grows waits for the checkpoint it grows from."""
+COLLECTIVE_TIMEOUT_S = 1800.0
+"""How long a worker waits for the others in a collective."""
+PART_TIMEOUT_S = 30.0
+"""How long workers may take to part."""
+
+log = logging.getLogger(__name__)
 
 
 class TrainingFailed(UserError):
@@ -84,6 +97,76 @@ class ResizeWithoutLoss(ControllerCallback):
             ray.get(self._board.note.remote(boards.STOP, None))
             ray.get(self._board.note.remote(boards.ENDED, None))
         self._healthy = True
+
+
+class TrainController(controller.TrainController):
+    """Ray Train's, where every process has `connection.SETTINGS` in its environment anyway.
+
+    Ray Train hands what the driver has of them to each worker (2.60); but a process with an environment of its own is
+    none of those that Ray keeps ready, and it imports Ray twice.
+    """
+
+    class worker_group_cls(WorkerGroup):  # noqa: N801 (Ray Train's name)
+        @staticmethod
+        def _get_worker_runtime_env(custom_runtime_env: Any) -> dict[str, Any]:
+            return {}
+
+
+class ProcessGroup(BackendConfig):
+    """Workers meet in a process group of torch.distributed; a single one has nobody to meet.
+
+    What ray.train.torch's does, without PyTorch in the controller.
+
+    Args:
+        backend: "gloo" or "nccl".
+    """
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _Meeting
+
+
+class _Meeting(Backend):
+    share_cuda_visible_devices = True
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        size = len(worker_group)
+        if size > 1:
+            host, port = worker_group.execute_single(0, get_address_and_port)
+            where = f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+            meet = worker_group.execute_single_async
+            ray.get([meet(rank, _meet, backend_config.backend, where, rank, size) for rank in range(size)])
+
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        if len(worker_group) > 1:
+            try:
+                ray.get(worker_group.execute_async(_part), timeout=PART_TIMEOUT_S)
+            except ray.exceptions.GetTimeoutError:
+                log.warning("workers did not part within %g s", PART_TIMEOUT_S)
+
+
+def _meet(backend: str, where: str, rank: int, world_size: int) -> None:
+    """Run by each worker."""
+    import torch.distributed
+
+    torch.distributed.init_process_group(
+        backend,
+        init_method=where,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+    )
+
+
+def _part() -> None:
+    """Run by each worker."""
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _is_death(error: Exception) -> bool:

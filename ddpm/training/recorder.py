@@ -14,8 +14,9 @@ from ddpm import generation, images
 from ddpm.config import Config
 from ddpm.data.reading import Images
 from ddpm.diffusion.objectives import Loss, Objective
+from ddpm.progress import Progress
 from ddpm.training import checkpoint
-from ddpm.training.runtime import MicroBatch, NoTracker, Progress, Runtime, Tracker
+from ddpm.training.runtime import MicroBatch, NoTracker, Runtime, Tracker
 from ddpm.training.state import HELD_OUT, State, generator, lr_at
 
 PROGRESS_INTERVAL_S = 0.5

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from ddpm.config import Config
 from ddpm.data.corrupt import CorruptImages
 from ddpm.data.plan import CHUNK_IMAGES, chunks, micro_batches_per_step, share
 from ddpm.data.reading import DataSet, Images
+from ddpm.progress import Progress
 from ddpm.training import checkpoint
 
 CORRUPT = "corrupt.jsonl"
@@ -38,19 +39,6 @@ class MicroBatch:
     """uint8 [B, H, W, C]."""
     label: Tensor
     """int64 [B]."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a person watching wants to know."""
-
-    images_seen: int
-    total_images: int
-    images_per_s: float
-    loss: float
-
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
 
 
 class Tracker(Protocol):

@@ -28,13 +28,14 @@ from ddpm.data import stream
 from ddpm.data.corrupt import CorruptImages, Substitution
 from ddpm.data.reading import DataSet, Images
 from ddpm.patience import patiently
+from ddpm.progress import Progress
 from ddpm.records import Outbox
 from ddpm.runs import Run
 from ddpm.training import board as boards
 from ddpm.training import checkpoint, keeper
 from ddpm.training.keeper import Keeper
 from ddpm.training.machine import SystemMetrics
-from ddpm.training.runtime import CORRUPT, MicroBatch, Progress, cut, read_held_out
+from ddpm.training.runtime import CORRUPT, MicroBatch, cut, read_held_out
 
 STOP_POLL_S = 0.2
 LEDGER = "progress.json"
@@ -51,6 +52,8 @@ class RayRuntime:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         self.identity = {"run_key": run.key, "data_fingerprint": data_set.rows.fingerprint}
         self._config, self._data_set, self._run = config, data_set, run
         self._board, self._librarian = board, librarian

@@ -1,0 +1,158 @@
+"""Where the time goes between typing `python jobs/train.py digits` and its first step.
+
+    python benchmarks/start.py [--repeats 3] [--workers 1 2] [--beside FOLDER]
+
+Runs the real command, with an empty folder for its data and MLflow's database made before, and samples its processes.
+`--beside` is another checkout of the project: the two take turns, so that a machine that grows busy slows both. The
+table goes to benchmarks/start.md.
+"""
+
+import datetime
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import tyro
+from runtime import processor, write_table
+
+HERE = Path(__file__).resolve().parent.parent
+SAMPLE_S = 0.1
+FLAGS = """--train.total-images 2048 --train.checkpoint-every-images 0 --train.sample-every-images 0
+    --sample.num-images 1 --sample.num-sample-steps 1""".split()
+DRIVER, FIRST_STEP, TRAINED, ENDED = "jobs/train.py", "first step", "trained", "ended"
+IDLE, UNKNOWN = "ray::IDLE", "others"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """How often to measure what."""
+
+    repeats: int = 3
+    workers: tuple[int, ...] = (1, 2)
+    beside: Path | None = None
+    """Another checkout."""
+
+
+@dataclass
+class Start:
+    """One run: moments in seconds since it was typed, and of each process (when it was first seen, CPU seconds)."""
+
+    moments: dict[str, float] = field(default_factory=dict)
+    processes: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Until the first step; those of one title are added up."""
+    cpu_s: float = 0.0
+    """Until the end."""
+
+
+def measure(checkout: Path, workers: int, folder: Path) -> Start:
+    """Run the command once.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    command = [sys.executable, "jobs/train.py", "digits", *FLAGS, "--cluster.num-workers", str(workers)]
+    command += ["--run.storage", str(folder / "runs"), "--run.name", "bench"]
+    env = os.environ | {
+        "PYTHONPATH": str(checkout),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{Path(tempfile.gettempdir(), 'bench-start-mlflow.db')}",
+        "RAY_AUTH_MODE": "disabled",
+    }
+    start, began, output = Start(), time.time(), list[str]()
+    driver = subprocess.Popen(
+        command, cwd=checkout, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+    def read() -> None:
+        assert driver.stdout is not None
+        for line in driver.stdout:
+            output.append(line)
+            for word, moment in (("data ", "data"), ("images ", FIRST_STEP), ("trained ", TRAINED)):
+                if line.startswith(word):
+                    start.moments.setdefault(moment, time.time() - began)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    seen: dict[int, tuple[str, float, float]] = {}
+    root = psutil.Process(driver.pid)
+    while driver.poll() is None:
+        _sample(root, seen, began)
+        if FIRST_STEP in start.moments and not start.processes:
+            start.processes = _added_up(seen)
+        time.sleep(SAMPLE_S)
+    start.moments[ENDED] = time.time() - began
+    reader.join()
+    if driver.returncode:
+        raise RuntimeError("".join(output))
+    start.cpu_s = sum(cpu_s for _, _, cpu_s in seen.values())
+    return start
+
+
+def _sample(root: psutil.Process, seen: dict[int, tuple[str, float, float]], began: float) -> None:
+    """Update (title, when it began, CPU seconds) of every process of the job."""
+    try:
+        family = [root, *root.children(recursive=True)]
+    except psutil.Error:
+        return
+    for process in family:
+        try:
+            with process.oneshot():
+                times, title = process.cpu_times(), _title(process.cmdline())
+        except psutil.Error:
+            continue
+        known = seen.get(process.pid)
+        if known is not None and known[0] not in (UNKNOWN, IDLE):
+            title = known[0]
+        seen[process.pid] = (title, process.create_time() - began, times.user + times.system)
+
+
+def _title(command: list[str]) -> str:
+    """What a process is: of Ray's Python processes the actor or task that it was first seen to be."""
+    if command[:1] and command[0].startswith("ray::"):
+        return re.split(r"[.(]", command[0])[0].strip()
+    names = [Path(word).name for word in command[:4] if not word.startswith("-")]
+    for name in ("gcs_server", "raylet", "monitor.py", "log_monitor.py", "dashboard.py"):
+        if name in names:
+            return name
+    return DRIVER if DRIVER in command[1:2] else UNKNOWN
+
+
+def _added_up(seen: dict[int, tuple[str, float, float]]) -> dict[str, tuple[float, float]]:
+    by_title: dict[str, tuple[float, float]] = {}
+    for title, began, cpu_s in seen.values():
+        first, total = by_title.get(title, (began, 0.0))
+        by_title[title] = min(first, began), total + cpu_s
+    return by_title
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, description=__doc__)
+    checkouts = [arguments.beside.resolve(), HERE] if arguments.beside else [HERE]
+    found: dict[tuple[Path, int], list[Start]] = {(c, n): [] for n in arguments.workers for c in checkouts}
+    for i in range(arguments.repeats):
+        for checkout, workers in found if i % 2 == 0 else reversed(found):
+            with tempfile.TemporaryDirectory(prefix="bench-start-") as folder:
+                start = measure(checkout, workers, Path(folder))
+            found[checkout, workers].append(start)
+            moments = ", ".join(f"{name} {s:.1f}" for name, s in start.moments.items())
+            print(f"{checkout} {workers} workers: {moments} s; {start.cpu_s:.1f} s of CPU", flush=True)
+            for title, (began, cpu_s) in sorted(start.processes.items(), key=lambda item: item[1]):
+                print(f"    {began:5.1f} {cpu_s:5.2f} {title}", flush=True)
+    write(arguments, checkouts, found)
+
+
+def write(arguments: Arguments, checkouts: list[Path], found: dict[tuple[Path, int], list[Start]]) -> None:
+    """The table, as Markdown."""
+    pass
+
+
+if __name__ == "__main__":
+    main()
