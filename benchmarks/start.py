@@ -7,22 +7,18 @@ Runs the real command, with an empty folder for its data and MLflow's database m
 table goes to benchmarks/start.md.
 """
 
-import datetime
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import tyro
-from runtime import processor, write_table
 
 HERE = Path(__file__).resolve().parent.parent
 SAMPLE_S = 0.1
