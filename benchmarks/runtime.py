@@ -1,6 +1,6 @@
-"""What Ray costs: images/s of RayRuntime with one worker beside LocalRuntime, on the same data and net.
+"""What Ray costs: images/s of RayRuntime beside the same loop under torchrun, on the same data and net.
 
-    python benchmarks/runtime.py [--repeats 3]
+    python benchmarks/runtime.py [--repeats 3] [--preset fashion-mnist --images 4096]
 
 The two take turns, so that a machine that grows busy slows both. Every run is a process of its own; its speed
 is that between two log points well after the start. The table goes to benchmarks/runtime.md.
@@ -14,17 +14,30 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import psutil
 import torch
+import torch.distributed
 import tyro
+from torch import Tensor, nn
 
-HERE = Path(__file__).parent
-RUNTIMES = ("local", "ray")
-Found = dict[tuple[int, str], list[tuple[float, float]]]
-"""By threads and runtime: images/s and share of time waiting, of each run."""
+from ddpm.config import Config, override
+from ddpm.data import embedded, stream
+from ddpm.data.reading import DataSet
+from ddpm.presets import PRESETS
+from ddpm.training import loop
+from ddpm.training.runtime import LocalRuntime, MicroBatch, NoTracker, deal
+
+RUNTIMES = ("torchrun", "ray")
+CASES = ((1, 1), (1, 2), (2, 1))
+"""Workers, and torch threads of each."""
+READERS = ("ray::Librarian", "ray::MapBatches", "ray::_StatsActor", "ray::IDLE")
+"""Processes of Ray Data; the idle one has read, and will."""
 
 
 @dataclass(frozen=True)
@@ -36,74 +49,169 @@ class Arguments:
     images: int = 64_000
     """Images a run; the first fifth does not count."""
     preset: str = "digits"
-    threads: tuple[int, ...] = (1, 2)
-    """torch threads; a measurement for each."""
-    runtime: Literal["local", "ray"] | None = None
+    workers: int = 1
+    """With --runtime."""
+    threads: int = 1
+    """With --runtime: torch threads of each worker."""
+    runtime: Literal["torchrun", "ray"] | None = None
     """Measure this one alone, in this process."""
 
 
+@dataclass(frozen=True)
+class Found:
+    """Of one run, without its first fifth."""
+
+    images_per_s: float
+    wait: float
+    """Share of the time spent waiting for data."""
+    reading: float | None
+    """Cores that Ray Data took."""
+    others: float | None
+    """Cores that Ray took besides, and the driver."""
+
+
+class TorchrunRuntime(LocalRuntime):
+    """One of the processes that torchrun starts: what one writes without Ray."""
+
+    def __init__(self, config: Config, train: DataSet, folder: Path) -> None:
+        super().__init__(config, train, train.held_out(), folder)
+        torch.distributed.init_process_group("gloo")
+        self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+    def wrap(self, net: nn.Module) -> nn.Module:
+        if self.world_size == 1:
+            return net
+        return nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+
+    def batches(self, images_seen: int) -> Iterator[MicroBatch]:
+        train = self._config.train
+        plan = self._train.plan(train.seed, self._config.data.window_rows)
+        for start, stop in stream.legs(self._config, images_seen)[0]:
+            images = self._train.read(plan, start, stop)
+            yield from deal(images, self.rank, self.world_size, train.batch_size, train.micro_batch_size)
+
+    def mean(self, values: Tensor) -> Tensor:
+        torch.distributed.all_reduce(values)
+        return values / self.world_size
+
+    def gather(self, values: Tensor) -> Tensor:
+        parts = [torch.empty_like(values) for _ in range(self.world_size)]
+        torch.distributed.all_gather(parts, values.contiguous())
+        return torch.cat(parts)
+
+    def any_of(self, *flags: Tensor | bool) -> list[bool]:
+        counts = torch.stack([torch.as_tensor(flag).float() for flag in flags])
+        if self.world_size > 1:
+            torch.distributed.all_reduce(counts)
+        return [count > 0 for count in counts.tolist()]
+
+
+class Points(NoTracker):
+    """Keeps what is tracked."""
+
+    def __init__(self) -> None:
+        self.points: dict[int, dict[str, float]] = {}
+
+    def metrics(self, values: dict[str, float], images_seen: int) -> None:
+        self.points.setdefault(images_seen, {}).update(values)
+
+
+class Meter:
+    """Asked by `cluster.fit` twice a second; notes the CPU seconds of all processes below this one."""
+
+    def __init__(self, first: int) -> None:
+        self._first, self._samples = first, list[tuple[float, dict[int, tuple[str, float]]]]()
+
+    def __call__(self, notes: Mapping[str, Any]) -> bool:
+        progress = notes.get("progress")
+        if progress is not None and progress.images_seen >= self._first:
+            here = psutil.Process()
+            self._samples.append(
+                (time.monotonic(), dict(map(self._look, [here, *here.children(recursive=True)])))
+            )
+        return True
+
+    def cores(self) -> tuple[float, float]:
+        """What Ray Data took, and what Ray took besides, the workers left out."""
+        (began, before), (ended, after) = self._samples[0], self._samples[-2]
+        reading = others = 0.0
+        for pid, (title, cpu_s) in after.items():
+            if not title.startswith("ray::RayTrainWorker"):
+                cores = (cpu_s - before.get(pid, ("", 0.0))[1]) / (ended - began)
+                reading += cores * title.startswith(READERS)
+                others += cores * (not title.startswith(READERS))
+        return reading, others
+
+    @staticmethod
+    def _look(process: psutil.Process) -> tuple[int, tuple[str, float]]:
+        try:
+            with process.oneshot():
+                times = process.cpu_times()
+                return process.pid, (" ".join(process.cmdline()[:1]), times.user + times.system)
+        except psutil.Error:
+            return process.pid, ("", 0.0)
+
+
 def measure(arguments: Arguments) -> None:
-    """Train once, and print the log points as JSON."""
-
-    from ddpm.config import override
-    from ddpm.connection import connect
-    from ddpm.data import embedded, stream
-    from ddpm.presets import PRESETS
-    from ddpm.training import cluster, loop
-    from ddpm.training.runtime import LocalRuntime, NoTracker
-
+    """Train once, and print what was found as JSON."""
     with tempfile.TemporaryDirectory() as folder:
         values = {
             "train.total_images": arguments.images,
             "train.log_every_images": arguments.images // 10,
             "train.checkpoint_every_images": 0,
             "train.sample_every_images": 0,
-            "sample.num_images": 1,
+            "sample.num_images": arguments.workers,
             "sample.num_sample_steps": 1,
-            "cluster.threads_per_worker": arguments.threads[0],
+            "cluster.num_workers": arguments.workers,
+            "cluster.threads_per_worker": arguments.threads,
             "run.storage": folder,
             "run.name": "bench",
         }
         config = embedded.with_shards(override(PRESETS[arguments.preset], values))
         data_set = stream.open_data_set(config)
-        if arguments.runtime == "local":
-            torch.set_num_threads(arguments.threads[0])
-            points: dict[int, dict[str, float]] = {}
-
-            class Points(NoTracker):
-                def metrics(self, values: dict[str, float], images_seen: int) -> None:
-                    points.setdefault(images_seen, {}).update(values)
-
-            loop.train(
-                config, LocalRuntime(config, data_set, data_set.held_out(), Path(folder, "bench")), Points()
-            )
+        reading, others = None, None
+        if arguments.runtime == "torchrun":
+            torch.set_num_threads(arguments.threads)
+            tracker, runtime = Points(), TorchrunRuntime(config, data_set, Path(folder, "bench"))
+            loop.train(config, runtime, tracker)
+            points = tracker.points
+            torch.distributed.destroy_process_group()
+            if runtime.rank:
+                return
         else:
             import mlflow
 
+            from ddpm.connection import connect
+            from ddpm.training import cluster
+
             os.environ["MLFLOW_TRACKING_URI"] = uri = f"sqlite:///{folder}/mlflow.db"
             connect()
-            result = cluster.fit(config, data_set)
+            meter = Meter(arguments.images // 5)
+            result = cluster.fit(config, data_set, goes_on=meter)
             assert result.delivery is not None and result.delivery.run_id is not None
-            client = mlflow.MlflowClient(uri)
-            points = {}
+            client, points = mlflow.MlflowClient(uri), {}
             for key in ("train/images_per_s", "train/data_wait_share"):
                 for point in client.get_metric_history(result.delivery.run_id, key):
                     points.setdefault(point.step, {})[key] = point.value
-        print("POINTS " + json.dumps(points))
+            reading, others = meter.cores()
+        late = [values for step, values in points.items() if step > arguments.images / 5]
+        speed = statistics.median(values["train/images_per_s"] for values in late)
+        wait = statistics.mean(values["train/data_wait_share"] for values in late)
+        print("FOUND " + json.dumps([speed, wait, reading, others]))
 
 
-def run(arguments: Arguments, runtime: str, threads: int) -> tuple[float, float]:
-    """Images/s and the share of time spent waiting for data, of one run."""
-    command = [sys.executable, __file__, "--images", str(arguments.images), "--preset", arguments.preset]
-    command += ["--runtime", runtime, "--threads", str(threads)]
+def run(arguments: Arguments, workers: int, threads: int, runtime: str) -> Found:
+    """One run in processes of its own."""
+    command = [sys.executable]
+    if runtime == "torchrun":
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
+    command += [__file__, "--images", str(arguments.images), "--preset", arguments.preset]
+    command += ["--runtime", runtime, "--workers", str(workers), "--threads", str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)
-    line = next(line for line in done.stdout.splitlines() if line.startswith("POINTS "))
-    points = {int(step): values for step, values in json.loads(line.removeprefix("POINTS ")).items()}
-    late = [values for step, values in points.items() if step > arguments.images / 5]
-    speeds = [values["train/images_per_s"] for values in late]
-    return statistics.median(speeds), statistics.mean(values["train/data_wait_share"] for values in late)
+    line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))
+    return Found(*json.loads(line.removeprefix("FOUND ")))
 
 
 def main() -> None:
@@ -111,43 +219,47 @@ def main() -> None:
     if arguments.runtime is not None:
         measure(arguments)
         return
-    found: Found = {(threads, name): [] for threads in arguments.threads for name in RUNTIMES}
+    found: dict[tuple[int, int, str], list[Found]] = {
+        (*case, name): [] for case in CASES for name in RUNTIMES
+    }
     for i in range(arguments.repeats):
-        for threads, name in found if i % 2 == 0 else reversed(found):
-            found[threads, name].append(run(arguments, name, threads))
-            speed, wait = found[threads, name][-1]
-            print(f"{threads} threads, {name:6} {speed:,.0f} images/s, waiting {wait:.2%}", flush=True)
+        for key in found if i % 2 == 0 else reversed(found):
+            found[key].append(run(arguments, *key))
+            print(key, found[key][-1], flush=True)
     write(arguments, found)
 
 
-def write(arguments: Arguments, found: Found) -> None:
+def write(arguments: Arguments, found: Mapping[tuple[int, int, str], list[Found]]) -> None:
     """The table, as Markdown."""
     import ray
 
-    speed = {key: statistics.median(s for s, _ in runs) for key, runs in found.items()}
-    wait = {key: statistics.median(w for _, w in runs) for key, runs in found.items()}
-    titles = {"local": "LocalRuntime", "ray": "RayRuntime, MLflow on"}
+    speed = {key: statistics.median(one.images_per_s for one in runs) for key, runs in found.items()}
+    titles = {"torchrun": "torchrun", "ray": "RayRuntime, MLflow on"}
     lines = [
         "# What Ray costs",
         "",
-        f"Preset {arguments.preset}, one worker, {arguments.images:,} images a run; medians of {arguments.repeats} "
-        f"runs that took turns (`python benchmarks/runtime.py`). {datetime.date.today()}, {os.cpu_count()} cores of "
+        f"Preset {arguments.preset}, {arguments.images:,} images a run; medians of {arguments.repeats} runs that took "
+        f"turns (`python benchmarks/runtime.py`). {datetime.date.today()}, {os.cpu_count()} cores of "
         f"{processor()}, torch {torch.__version__}, Ray {ray.__version__}.",
         "",
-        "| torch threads | runtime | images/s | of LocalRuntime | time waiting for data | all runs, images/s |",
-        "|---|---|---|---|---|---|",
+        "| workers x threads | | images/s | of torchrun | waits | cores of Ray Data | of the rest | all runs |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for (threads, name), runs in found.items():
-        ratio, every = speed[threads, name] / speed[threads, "local"], ", ".join(f"{s:,.0f}" for s, _ in runs)
-        lines.append(
-            f"| {threads} | {titles[name]} | {speed[threads, name]:,.0f} | {ratio:.3f} | {wait[threads, name]:.2%} "
-            f"| {every} |"
+    for (workers, threads, name), runs in found.items():
+        key = (workers, threads, name)
+        ratio = speed[key] / speed[workers, threads, "torchrun"]
+        cores = [
+            f"{statistics.median(values):.3f}" if None not in values else "-"
+            for values in ([one.reading for one in runs], [one.others for one in runs])
+        ]
+        wait, every = (
+            statistics.median(r.wait for r in runs),
+            ", ".join(f"{r.images_per_s:,.0f}" for r in runs),
         )
-    lines += [
-        "",
-        "With as many threads as cores every moment that Ray's own processes run (about a tenth of a core, idle) "
-        "stalls both threads of the worker at their next barrier; with a core to spare Ray costs nothing.",
-    ]
+        lines.append(
+            f"| {workers} x {threads} | {titles[name]} | {speed[key]:,.0f} | {ratio:.3f} | {wait:.2%} "
+            f"| {cores[0]} | {cores[1]} | {every} |"
+        )
     write_table(__file__, lines)
 
 

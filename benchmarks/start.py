@@ -151,7 +151,50 @@ def main() -> None:
 
 def write(arguments: Arguments, checkouts: list[Path], found: dict[tuple[Path, int], list[Start]]) -> None:
     """The table, as Markdown."""
-    pass
+    import ray
+    import torch
+
+    def median(key: tuple[Path, int], value: Callable[[Start], float]) -> float:
+        return statistics.median(value(start) for start in found[key])
+
+    def name(checkout: Path) -> str:
+        return "this one" if checkout == HERE else "beside it"
+
+    titles = ", ".join(f"{name(c)}: `{_commit(c)}`" for c in reversed(checkouts))
+    lines = [
+        "# From typing `python jobs/train.py digits` to its first step",
+        "",
+        f"The data prepared on the way, MLflow's database made before; medians of {arguments.repeats} runs that "
+        f"took turns (`python benchmarks/start.py`; {titles}). {datetime.date.today()}, {os.cpu_count()} cores "
+        f"of {processor()}, torch {torch.__version__}, Ray {ray.__version__}.",
+        "",
+        "| workers | checkout | data there | first step | trained | ended | CPU in all | first step, all runs |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for key in found:
+        moments = [median(key, lambda s, m=m: s.moments[m]) for m in ("data", FIRST_STEP, TRAINED, ENDED)]  # type: ignore[misc]
+        every = ", ".join(f"{start.moments[FIRST_STEP]:.1f}" for start in found[key])
+        cells = " | ".join(f"{s:.1f} s" for s in moments)
+        lines.append(
+            f"| {key[1]} | {name(key[0])} | {cells} | {median(key, lambda s: s.cpu_s):.0f} s | {every} |"
+        )
+    for workers in arguments.workers:
+        lines += ["", f"Processes until the first step, {workers} worker(s), of the last run:", ""]
+        lines += ["| process | " + " | ".join(f"{name(c)}: begins | CPU" for c in checkouts) + " |"]
+        lines += ["|---" * (1 + 2 * len(checkouts)) + "|"]
+        last = [found[checkout, workers][-1].processes for checkout in checkouts]
+        titles_seen = dict.fromkeys(title for processes in reversed(last) for title in processes)
+        for title in sorted(titles_seen, key=lambda t: max(p[t][0] for p in last if t in p)):
+            cells = " | ".join(
+                f"{max(p[title][0], 0):.1f} s | {p[title][1]:.2f} s" if title in p else "- | -" for p in last
+            )
+            lines.append(f"| {title} | {cells} |")
+    write_table(__file__, lines)
+
+
+def _commit(checkout: Path) -> str:
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ def connect(verbose: bool = False) -> None:
     level = logging.INFO if verbose else logging.ERROR
     with _spare_processes(verbose):
         ray.init(log_to_driver=verbose, logging_level=level, include_dashboard=False)
-    if not ray._private.worker._global_node.head:
+    node = ray._private.worker._global_node
+    if node is None or not node.head:
         del os.environ[BEGUN_HERE]
     for name in ("ray.train", "ray.data", "ray"):
         logging.getLogger(name).setLevel(level)

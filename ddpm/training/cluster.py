@@ -240,7 +240,8 @@ class _Trainer(DataParallelTrainer):
         if not connection.begun_here():
             return super()._initialize_and_run_controller(**parts)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        controller = ray.remote(num_cpus=0)(TrainController).options(scheduling_strategy=here).remote(**parts)
+        actor_class: Any = ray.remote(num_cpus=0)(TrainController)
+        controller = actor_class.options(scheduling_strategy=here).remote(**parts)
         ray.get(controller.run.remote())
         return ray.get(controller.get_result.remote())
 
@@ -260,7 +261,7 @@ def _trainer(
             resources_per_worker=resources,
             elastic_resize_monitor_interval_s=config.cluster.resize_interval_s,
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[arg-type] # which of two, is_v2_enabled says
             name=config.run.name,
             storage_path=folder,  # nothing is reported, so nothing but a marker gets there
             # Ray's own count knows nothing of progress: FailureBudget ends a run that makes none.
