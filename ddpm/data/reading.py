@@ -4,6 +4,7 @@ Its own room because both runtimes read through it, with Ray (stream.py) and wit
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,6 +19,13 @@ from ddpm.data.row_group import RowGroup, Rows
 from ddpm.data.shards import Manifest, Split, locate, open_row_group
 from ddpm.patience import patiently
 
+OnCorrupt = Literal["error", "substitute"]
+Share = tuple[NDArray[np.uint8], NDArray[np.int64]]
+"""Images [n, H, W, C] and labels [n]: what one worker trains on, of some range."""
+READERS = 4
+"""Row groups that are fetched at once: storage answers late, and a window has several."""
+PART_BYTES = 8 << 20
+"""Of decoded images that are handed on at once, to each worker: large enough that handing on costs little."""
 HELD_OUT = "test"
 """The split that training never learns from."""
 
@@ -71,9 +79,7 @@ class DataSet:
         """The order in which this split is seen."""
         return Plan(tuple(n for shard in self.rows.shards for n in shard.row_groups), seed, window_rows)
 
-    def read(
-        self, plan: Plan, start: int, stop: int, on_corrupt: Literal["error", "substitute"] = "error"
-    ) -> Images:
+    def read(self, plan: Plan, start: int, stop: int, on_corrupt: OnCorrupt = "error") -> Images:
         """The images at positions [start, stop) of the plan, in order.
 
         Args:
@@ -85,27 +91,73 @@ class DataSet:
             CorruptData: an image cannot be read, naming shard, row group and row; or none of a whole window.
             StorageError: storage has failed for longer than timeout_s.
         """
-        m, n = self.manifest, stop - start
-        images = Images(
-            np.empty((n, m.height, m.width, m.channels), dtype=np.uint8), np.zeros(n, dtype=np.int64)
-        )
-        groups: dict[int, RowGroup | CorruptData] = {}
-        bad: dict[int, CorruptData] = {}
-        for piece in plan.pieces(start, stop):
-            group = self.row_group(piece.row_group)
-            if isinstance(group, CorruptData):
-                groups[piece.row_group] = group  # not to be read again when a stand-in is looked for
-            rows = _rows(group, piece.rows)
+        read, position = self.empty(stop - start), 0
+        substitutions: list[Substitution] = []
+        for part in self.parts(plan, start, stop, max(1, stop - start), on_corrupt):
+            end = position + len(part.label)
+            read.image[position:end], read.label[position:end] = part.image, part.label
+            substitutions += part.substitutions
+            position = end
+        return replace(read, substitutions=tuple(substitutions))
+
+    def parts(
+        self, plan: Plan, start: int, stop: int, most: int | None = None, on_corrupt: OnCorrupt = "error"
+    ) -> Iterator[Images]:
+        """What `read` reads, in parts of at most `most` images (None: of PART_BYTES).
+
+        Each lies in one window, whose row groups are read once, and held until the next.
+        """
+        most = most or self.part_images()
+        for window in plan.windows(start, stop):
+            low, high = max(start - window.start, 0), min(stop - window.start, len(window.rows))
+            groups: dict[int, RowGroup | CorruptData] = {}
+            for index, group in self._row_groups(np.unique(window.row_groups[low:high]).tolist()):
+                groups[index] = group
+                if isinstance(group, CorruptData) and on_corrupt == "error":
+                    raise group
+            for begin in range(low, high, most):
+                yield self._part(window, begin, min(begin + most, high), groups, on_corrupt)
+
+    def _part(
+        self,
+        window: Window,
+        low: int,
+        high: int,
+        groups: dict[int, RowGroup | CorruptData],
+        on_corrupt: OnCorrupt,
+    ) -> Images:
+        """The images [low, high) of the window."""
+        images, bad = self.empty(high - low), dict[int, CorruptData]()
+        for index in np.unique(window.row_groups[low:high]).tolist():
+            (offsets,) = np.nonzero(window.row_groups[low:high] == index)
+            rows = _rows(groups[index], window.rows[low:high][offsets])
             for i, error in rows.unreadable.items():
                 if on_corrupt == "error":
                     raise error
-                bad[start + int(piece.offsets[i])] = error
-            _put(images, piece.offsets, rows)
+                bad[window.start + low + int(offsets[i])] = error
+            _put(images, offsets, rows)
         if not bad:
             return images
-        found = _StandIns(self, groups, start, images, bad)
-        windows = plan.windows(start, stop)
-        return replace(images, substitutions=tuple(s for window in windows for s in found.put(window)))
+        found = _StandIns(self, groups, window.start + low, images, bad)
+        return replace(images, substitutions=tuple(found.put(window)))
+
+    def _row_groups(self, indices: list[int]) -> Iterator[tuple[int, RowGroup | CorruptData]]:
+        """The row groups, in order; several are fetched at once."""
+        pool = ThreadPoolExecutor(READERS, thread_name_prefix="ddpm-read")
+        try:
+            yield from zip(indices, pool.map(self.row_group, indices), strict=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def part_images(self, world_size: int = 1) -> int:
+        """Images of a part that so many workers share."""
+        m = self.manifest
+        return max(1, PART_BYTES * world_size // (m.height * m.width * m.channels))
+
+    def empty(self, n: int) -> Images:
+        """`n` images to be filled in."""
+        m = self.manifest
+        return Images(np.empty((n, m.height, m.width, m.channels), np.uint8), np.zeros(n, np.int64))
 
     def row_group(self, index: int) -> RowGroup | CorruptData:
         """Row group `index` of the split, or why none of its rows can be read."""

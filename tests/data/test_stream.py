@@ -13,10 +13,13 @@ from typing import Any
 import damaged
 import numpy as np
 import pytest
+from pyarrow.fs import LocalFileSystem
 
 from ddpm.config import Config, UserError, override
 from ddpm.data import stream
 from ddpm.data.corrupt import CorruptData, Substitution
+from ddpm.data.reading import DataSet
+from ddpm.data.shards import Manifest, Shard, Split
 from ddpm.patience import StorageError
 from ddpm.training.runtime import cut, deal
 
@@ -63,7 +66,9 @@ def test_a_worker_that_stops_lets_the_reader_go() -> None:
 
 def test_a_long_run_is_several_datasets_without_a_seam() -> None:
     config = override(Config(), {"train.total_images": 30_000_000})
-    parts = stream.legs(config, images_seen=12_800)
+    shards = (Shard("train/00000.parquet", 50_000, (1000,) * 50, 1, "", ("",) * 50),)
+    manifest = Manifest("", "", 32, 32, 3, "raw", (), {"train": Split(50_000, "", shards)}, "")
+    parts = list(stream.legs(config, DataSet(LocalFileSystem(), "", manifest, "train"), images_seen=12_800))
     assert all(len(part) <= stream.MAX_TASKS for part in parts) and len(parts) > 3
     tasks = [task for part in parts for task in part]
     assert tasks[0][0] == 12_800 and tasks[-1][1] == 30_000_000
@@ -107,16 +112,16 @@ def work(librarian: Any, config: Config, world_size: int = 2) -> list[dict[str, 
 
         try:
             sizes = (config.train.batch_size, config.train.micro_batch_size)
-            for image, label in stream.shares(iterator, config, on_substitutions):
-                for batch in cut(image, label, rank, world_size, *sizes):
-                    taken["batches"].append((batch.index, batch.image.numpy(), batch.label.numpy()))
+            shares = stream.shares(iterator, config, on_substitutions)
+            for batch in cut(shares, rank, world_size, *sizes):
+                taken["batches"].append((batch.index, batch.image.numpy(), batch.label.numpy()))
         except Exception as error:
             taken["error"] = error
         return taken
 
     data_set = stream.open_data_set(config)
-    (todo,) = stream.legs(config, 0)
-    iterators = ray.get(librarian.split.remote(config, data_set, todo, world_size))
+    (todo,) = stream.legs(config, data_set, 0)
+    iterators = ray.get(librarian.split.remote(config, data_set, todo, 0, world_size))
     worker = ray.remote(num_cpus=0)(take)
     return ray.get([worker.remote(iterator, rank) for rank, iterator in enumerate(iterators)])
 
