@@ -6,15 +6,13 @@ an encoded image with `decode`, or, "as documented", with Pillow and torchvision
 
 import functools
 import io
-import itertools
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from data_sets import TRAINED, Case
+from data_sets import STORED, TRAINED, Case
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -35,17 +33,19 @@ def documented(data: bytes) -> NDArray[np.uint8]:
         return np.asarray(functional.resize(image.convert("RGB"), [TRAINED, TRAINED]))
 
 
-def ours(data: bytes) -> NDArray[np.uint8]:
+def decode_as_ours(data: bytes) -> NDArray[np.uint8]:
     from ddpm.data.row_group import decode
 
-    return decode(data, 256, 256, 3, TRAINED)
+    return decode(data, STORED, STORED, 3, STORED // TRAINED)
 
 
 def _raw(data: bytes) -> NDArray[np.uint8]:
     return np.frombuffer(data, np.uint8).reshape(32, 32, 3)
 
 
-def mosaicml_streaming(case: Case, bucket: str, folder: Path, decode: Decode, start: int = 0) -> Iterator[Tensor]:
+def mosaicml_streaming(
+    case: Case, bucket: str, folder: Path, decode: Decode, start: int = 0
+) -> Iterator[Tensor]:
     """StreamingDataset and StreamingDataLoader: shuffle algorithm py1e (its default) over blocks of WINDOW."""
     from streaming import StreamingDataLoader, StreamingDataset
 
@@ -131,7 +131,9 @@ def _stacked(images: list[NDArray[np.uint8]]) -> Tensor:
 def _open_s3(url: str, mode: str = "rb", bufsize: int = 0, **options: Any) -> Any:
     """pyarrow's, as ours."""
     location = _located(url.rpartition("/")[0])
-    return location.filesystem.open_input_stream(f"{location.path}/{url.rpartition('/')[2]}", buffer_size=1 << 20)
+    return location.filesystem.open_input_stream(
+        f"{location.path}/{url.rpartition('/')[2]}", buffer_size=1 << 20
+    )
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,7 +113,7 @@ class _Source:
     def identity(self) -> dict[str, str]:
         return {"name": self.name}
 
-    def read(self, split: str, start: int, stop: int):  # noqa: ANN201
+    def read(self, split: str, start: int, stop: int) -> tuple[Any, None]:
         return self._images[start:stop], None
 
 

@@ -180,9 +180,7 @@ def last_position(images_seen: int, total_images: int, batch_size: int) -> int:
     return images_seen + -(-max(0, total_images - images_seen) // batch_size) * batch_size
 
 
-def share(
-    rows: NDArray, start: int, rank: int, world_size: int, micro_batch_size: int
-) -> NDArray:
+def share(rows: NDArray, start: int, rank: int, world_size: int, micro_batch_size: int) -> NDArray:
     """The rows that `rank` of `world_size` trains on.
 
     Of each global batch rank r takes micro-batches r, r + n, r + 2n, ...

@@ -3,6 +3,7 @@
 Its own room because both runtimes read through it, with Ray (stream.py) and without.
 """
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -52,6 +53,8 @@ class DataSet:
     split: str
     timeout_s: float = 0.0
     """How long storage may fail before reading gives up (run.storage_timeout_s)."""
+    scale: int = 1
+    """Images arrive at 1 / scale of the size they are stored in (`scale_of`)."""
 
     def __post_init__(self) -> None:
         if self.split not in self.manifest.splits:
@@ -62,6 +65,17 @@ class DataSet:
     @property
     def rows(self) -> Split:
         return self.manifest.splits[self.split]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of the images."""
+        m = self.manifest
+        return m.height // self.scale, m.width // self.scale, m.channels
+
+    @property
+    def key(self) -> str:
+        """Names these images, for what is kept of them."""
+        return self.rows.fingerprint[:32] + (f"-{self.scale}" if self.scale > 1 else "")
 
     @property
     def where(self) -> str:
@@ -130,7 +144,7 @@ class DataSet:
         images, bad = self.empty(high - low), dict[int, CorruptData]()
         for index in np.unique(window.row_groups[low:high]).tolist():
             (offsets,) = np.nonzero(window.row_groups[low:high] == index)
-            rows = _rows(groups[index], window.rows[low:high][offsets])
+            rows = self.rows_of(groups[index], window.rows[low:high][offsets])
             for i, error in rows.unreadable.items():
                 if on_corrupt == "error":
                     raise error
@@ -151,13 +165,17 @@ class DataSet:
 
     def part_images(self, world_size: int = 1) -> int:
         """Images of a part that so many workers share."""
-        m = self.manifest
-        return max(1, PART_BYTES * world_size // (m.height * m.width * m.channels))
+        return max(1, PART_BYTES * world_size // math.prod(self.shape))
 
     def empty(self, n: int) -> Images:
         """`n` images to be filled in."""
-        m = self.manifest
-        return Images(np.empty((n, m.height, m.width, m.channels), np.uint8), np.zeros(n, np.int64))
+        return Images(np.empty((n, *self.shape), np.uint8), np.zeros(n, np.int64))
+
+    def rows_of(self, group: RowGroup | CorruptData, rows: NDArray[np.int64]) -> Rows:
+        """Rows of a row group, or why none of them can be read."""
+        if isinstance(group, RowGroup):
+            return group.rows(rows, self.scale)
+        return Rows(np.zeros(0, np.uint8), None, dict.fromkeys(range(len(rows)), group))
 
     def row_group(self, index: int) -> RowGroup | CorruptData:
         """Row group `index` of the split, or why none of its rows can be read."""
@@ -228,18 +246,12 @@ class _StandIns:
         row_group = int(window.row_groups[i])
         if row_group not in self._groups:
             self._groups[row_group] = self._data_set.row_group(row_group)
-        return _rows(self._groups[row_group], window.rows[i : i + 1])
+        return self._data_set.rows_of(self._groups[row_group], window.rows[i : i + 1])
 
     def _name(self, window: Window, position: int) -> tuple[str, int, int]:
         i = position - window.start
         shard, inside = locate(self._data_set.rows, int(window.row_groups[i]))
         return shard.path, inside, int(window.rows[i])
-
-
-def _rows(group: RowGroup | CorruptData, rows: NDArray[np.int64]) -> Rows:
-    if isinstance(group, RowGroup):
-        return group.rows(rows)
-    return Rows(np.zeros(0, np.uint8), None, dict.fromkeys(range(len(rows)), group))
 
 
 def _put(images: Images, places: NDArray[np.int64], rows: Rows) -> None:
@@ -249,9 +261,16 @@ def _put(images: Images, places: NDArray[np.int64], rows: Rows) -> None:
             images.label[places] = rows.label
 
 
+def scale_of(manifest: Manifest, image_size: int) -> int:
+    """By how much encoded images are reduced to be `image_size` squares; 1 where that is no whole number."""
+    square = manifest.height == manifest.width and manifest.height % image_size == 0
+    return manifest.height // image_size if manifest.encoding == "encoded" and square else 1
+
+
 def check_fits(manifest: Manifest, config: Config, where: str) -> None:
     """Raise UserError where the data set and the net disagree about channels, size or classes."""
-    if (manifest.height, manifest.width) != (config.model.image_size, config.model.image_size):
+    size, scale = config.model.image_size, scale_of(manifest, config.model.image_size)
+    if (manifest.height, manifest.width) != (size * scale, size * scale):
         raise UserError(
             f"{where} holds images of {manifest.height}x{manifest.width}, but model.image_size is "
             f"{config.model.image_size}; set --model.image-size, or prepare the data at that size"

@@ -38,7 +38,7 @@ from ddpm import storage
 from ddpm.config import Config, UserError
 from ddpm.data.corrupt import CorruptData, Substitution, substitutions_from_json, substitutions_to_json
 from ddpm.data.plan import Plan, last_position, share
-from ddpm.data.reading import DataSet, Images, Share, check_fits
+from ddpm.data.reading import DataSet, Images, Share, check_fits, scale_of
 from ddpm.data.shards import read_manifest
 from ddpm.patience import StorageError
 
@@ -68,7 +68,8 @@ def open_data_set(config: Config) -> DataSet:
     timeout_s = config.run.storage_timeout_s
     manifest = read_manifest(location.filesystem, location.path, uri, timeout_s)
     check_fits(manifest, config, uri)
-    return DataSet(location.filesystem, location.path, manifest, config.data.split, timeout_s)
+    scale = scale_of(manifest, config.model.image_size)
+    return DataSet(location.filesystem, location.path, manifest, config.data.split, timeout_s, scale)
 
 
 def hide_progress() -> None:
@@ -130,12 +131,17 @@ def shares(
     rows = _with_timeout(iterator, config.data.stall_timeout_s, config.run.storage_timeout_s)
 
     def opened() -> Iterator[Share]:
+        begun: list[Share] = []
         for row in rows:
             if error := row["error"][0]:
                 raise _ERRORS[json.loads(error)["kind"]](json.loads(error)["message"])
             if on_substitutions and (substitutions := substitutions_from_json(row["substitutions"][0])):
                 on_substitutions(substitutions)
-            yield row["image"][0], row["label"][0]
+            yield from begun  # of a global batch of which all is known by now, that of other ranks too
+            image, label, whole = row["image"][0], row["label"][0], row["whole"][0]
+            yield image[:whole], label[:whole]
+            begun = [(image[whole:], label[whole:])]
+        yield from begun
 
     return opened()
 
@@ -262,11 +268,14 @@ class _ReadTask:
             yield from self._rows(data_set.empty(self._train.batch_size), start, error)
 
     def _rows(self, images: Images, start: int, error: str = "") -> Iterator[dict[str, np.ndarray]]:
+        begin, batch_size = start - self._images_seen, self._train.batch_size
+        whole = max(0, (begin + len(images.label)) // batch_size * batch_size - begin)
         for rank in range(self._world_size):
-            which = (start - self._images_seen, rank, self._world_size, self._train.micro_batch_size)
+            which = (begin, rank, self._world_size, self._train.micro_batch_size)
             yield {
                 "image": share(images.image, *which)[None],
                 "label": share(images.label, *which)[None],
+                "whole": np.array([len(share(images.label[:whole], *which))]),
                 "substitutions": np.array([substitutions_to_json(images.substitutions if rank == 0 else ())]),
                 "error": np.array([error]),
             }

@@ -85,7 +85,9 @@ def test_ranks_take_micro_batches_in_turn() -> None:
             assert np.concatenate(parts).tolist() == share(rows, 0, rank, n, 2).tolist()
 
 
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(1, 30), st.integers(1, 40), st.data())
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(1, 30), st.integers(1, 40), st.data()
+)
 @settings(max_examples=60, deadline=None)
 def test_a_task_is_whole_windows(
     row_groups: list[int], window_rows: int, most: int, data: st.DataObject
