@@ -8,10 +8,11 @@ is a process tree of its own, whose CPU time is counted besides the clock. The p
 """
 
 import datetime
+import functools
 import importlib.metadata
 import json
+import math
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,6 @@ import psutil
 import tyro
 from data_contestants import BATCH, WINDOW, WORKERS
 from data_sets import STORED, TRAINED, Case
-from numpy.typing import NDArray
 from runtime import processor, write_table
 
 BUCKET = "s3://bench"
@@ -50,6 +50,38 @@ NAMES = {
     "webdataset": "webdataset",
     "dataloader": "DataLoader, files",
 }
+
+
+EXACT = {
+    "ours-1": ("yes", "yes"),
+    "ours-2": ("yes, whatever the number of consumers", "yes"),
+    "mosaicml_streaming": ("yes", "yes"),
+    "webdataset": ("no", "no"),
+    "dataloader": ("with a seeded sampler", "no"),
+}
+"""Whether the order is a function of the seed, and whether reading goes on where it stopped: by documentation."""
+PACKAGES = ("ray", "torch", "pyarrow", "pillow", "mosaicml-streaming", "webdataset")
+TITLES = {
+    "raw": "Raw, 32x32x3",
+    "encoded": f"JPEG, {STORED}x{STORED} decoded to {TRAINED}x{TRAINED}",
+}
+HOW = f"""All hand out uint8 batches of {BATCH}; {WORKERS} loader workers or reading tasks, one a core; ours and
+webdataset
+shuffle {WINDOW:,} images among each other, mosaicml-streaming in blocks of that size (py1e), DataLoader all. Ours and
+webdataset read S3 always, mosaicml-streaming in its first epoch, DataLoader (PNG or JPEG files, at most {FILES:,}) the
+local disk. CPU time is that of all processes of a contestant, Ray's own included; the server's is not. Neighbours: mean
+distance of successive images in the original order; displacement: mean distance of an image from its original place;
+1 is a uniform permutation. Memory: of the two largest processes, what they share with no other.""".replace(
+    "\n", " "
+)
+SEEKS = [
+    "From the call to the first batch, raw images; Ray runs already, the peer's workers are started.",
+    "",
+]
+STALLS = (
+    f"{CASES['small'].num_images:,} raw images, two epochs, and a trainer that takes {PACE:,} a second: the longest "
+    f"wait for a batch from the last one of the epoch to {WINDOW:,} images later, and anywhere else."
+)
 
 
 @dataclass(frozen=True)
@@ -304,7 +336,7 @@ def main() -> None:
         compete(arguments)
         return
     with tempfile.TemporaryDirectory() as folder:
-        compete(tyro.extras.get_parser and Arguments(**{**vars(arguments), "folder": Path(folder)}))
+        compete(replace(arguments, folder=Path(folder)))
 
 
 def compete(arguments: Arguments) -> None:
@@ -337,3 +369,84 @@ def compete(arguments: Arguments) -> None:
                     print(case.name, name, decoder, json.dumps(found), flush=True)
                     kept.write_text(json.dumps(figures))
     write(figures)
+
+
+def write(figures: dict[str, list[Any]]) -> None:
+    """The tables, as Markdown."""
+
+    def median(key: str, *path: str) -> float:
+        values = [
+            functools.reduce(lambda found, name: found.get(name, {}), path, run)
+            for run in figures.get(key, [])
+        ]
+        return statistics.median([value for value in values if isinstance(value, float)] or [math.nan])
+
+    def peers(case: str) -> list[tuple[str, str, str]]:
+        """Key, phase and title of all but ours."""
+        rows = []
+        for key in figures:
+            of, name, decoder = key.split()
+            if of == case and not name.startswith("ours"):
+                how = {"documented": ", Pillow and Resize", "decode_as_ours": ", our decoder"}[decoder]
+                title = NAMES[name] + (how if case == "encoded" else "")
+                rows.append((key, "first", title))
+                if name == "mosaicml_streaming" and not math.isnan(median(key, "later", "per_s")):
+                    rows.append((key, "later", f"{title}, later epochs from its local copy"))
+        return rows
+
+    def table(case: str) -> list[str]:
+        ours = [(f"{case} {name} decode_as_ours", "first", NAMES[name]) for name in ("ours-1", "ours-2")]
+        best = {
+            measure: max(median(key, phase, measure) for key, phase, _ in ours)
+            for measure in ("per_s", "per_cpu_s")
+        }
+        lines = [
+            "| | images/s | ours is faster by | images/s of CPU time | ours is faster by | first batch | neighbours "
+            "| displacement | memory a process | exact order | exact resume |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for key, phase, title in ours + peers(case):
+            name, mean = key.split()[1], functools.partial(median, key)
+            speed, cpu = mean(phase, "per_s"), mean(phase, "per_cpu_s")
+            lines.append(
+                f"| {title} | {speed:,.0f} | {best['per_s'] / speed:.2f} | {cpu:,.0f} | {best['per_cpu_s'] / cpu:.2f} "
+                f"| {mean('first_s'):.1f} s | {mean('neighbours'):.2f} | {mean('displacement'):.2f} "
+                f"| {mean('memory') / 2**20:,.0f} MiB | {' | '.join(EXACT[name])} |"
+            )
+        return lines
+
+    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES)
+    lines = [
+        "# From shards in S3 to batches on the trainer",
+        "",
+        f"`PYTHONPATH=tests python benchmarks/data.py`, {datetime.date.today()}, {os.cpu_count()} cores of "
+        f"{processor()}, which the S3 server (SeaweedFS) shares; {versions}. {HOW}",
+    ]
+    for case, title in TITLES.items():
+        if f"{case} ours-1 decode_as_ours" in figures:
+            lines += ["", f"## {title}", "", *table(case)]
+    ours = next((runs for key, runs in figures.items() if key.startswith("raw ours-1")), None)
+    if ours:
+        seeks = [statistics.median(run["seeks_s"][i] for run in ours) for i in range(3)]
+        peer = figures.get("raw mosaicml_streaming decode_as_ours", [{}])[-1].get("seeks_s")
+        lines += [
+            "",
+            "## Seeking",
+            "",
+            *SEEKS,
+            "| | from the beginning | from the middle of the epoch | of the 101st |",
+        ]
+        lines += ["|---|---|---|---|", f"| ours | {' | '.join(f'{s:.2f} s' for s in seeks)} |"]
+        if peer:
+            lines.append(f"| mosaicml-streaming | {' | '.join(f'{s:.2f} s' for s in peer)} | - |")
+        lines.append("| webdataset, DataLoader | - | reads and drops what comes before | - |")
+    if any(key.startswith("small") for key in figures):
+        lines += ["", "## The end of an epoch", "", STALLS, ""]
+        lines += ["| | longest wait at the boundary | elsewhere |", "|---|---|---|"]
+        for key, title in [("small ours-1 decode_as_ours", NAMES["ours-1"])] + [
+            (k, t) for k, _, t in peers("small")
+        ]:
+            lines.append(
+                f"| {title} | {1000 * median(key, 'boundary_s'):.0f} ms | {1000 * median(key, 'elsewhere_s'):.0f} ms |"
+            )
+    write_table(__file__, lines)
