@@ -41,6 +41,8 @@ RUNS = {"raw": 1.6, "encoded": 0.8, "small": 2.0}
 """Epochs of a run; mosaicml-streaming reads its local copy from the second on."""
 PACE = 4000
 """Images/s that the trainer of the case `small` takes: waits are stalls then."""
+LONGEST_S = 20.0
+"""Of a run, from its first batch on."""
 SKIPPED = 0.25
 """Share of a run's first epoch that does not count: processes start."""
 NAMES = {
@@ -112,7 +114,7 @@ def consume(case: Case, batches: Iterable[Any], images: int) -> dict[str, Any]:
         times.append(now)
         waits.append(now - asked)
         seen.append(data_sets.numbers(case, batch.numpy()))
-        if (k + 1) * BATCH >= images:
+        if (k + 1) * BATCH >= images or now - times[0] > LONGEST_S:
             break
         if case.name == "small":
             time.sleep(max(0.0, times[0] + (k + 1) * BATCH / PACE - time.monotonic()))
@@ -361,7 +363,11 @@ def compete(arguments: Arguments) -> None:
         for k in range(arguments.repeats):
             for case in (CASES[name] for name in arguments.cases):
                 for name, decoder in list(contests(case, arguments.only))[:: 1 if k % 2 == 0 else -1]:
-                    found = measure(arguments, case, name, decoder)
+                    try:
+                        found = measure(arguments, case, name, decoder)
+                    except RuntimeError as error:
+                        print(error, flush=True)
+                        continue
                     if name == "mosaicml_streaming" and case.name == "raw":
                         seek = measure(arguments, case, name, decoder, start=case.num_images // 2)
                         found["seeks_s"] = [found["first_s"], seek["first_s"]]
