@@ -4,7 +4,8 @@
 
 Everybody reads the same images, hands out batches of 64, and shuffles 8,192 images among each other. Every contestant
 is a process tree of its own, whose CPU time is counted besides the clock. The peers come with
-`pip install -e '.[benchmarks]' 'huggingface-hub<1'`, in an environment of their own. The table goes to benchmarks/data.md.
+`pip install -e '.[benchmarks]' 'huggingface-hub<1'`, in an environment of their own. The tables go to
+benchmarks/data.md.
 """
 
 import datetime
