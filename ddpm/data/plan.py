@@ -191,5 +191,7 @@ def share(rows: NDArray, start: int, rank: int, world_size: int, micro_batch_siz
     Returns:
         [n, ...], in order; the first and last micro-batch may be parts, whose rest is in the ranges beside this one.
     """
+    if world_size == 1:
+        return rows
     micro_batch = (start + np.arange(len(rows))) // micro_batch_size
     return rows[micro_batch % world_size == rank]

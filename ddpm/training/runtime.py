@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ddpm.config import Config
 from ddpm.data.corrupt import CorruptImages
-from ddpm.data.plan import last_position, micro_batches_per_step, share
+from ddpm.data.plan import last_position, micro_batches_per_step
 from ddpm.data.reading import DataSet, Images, Share
 from ddpm.training import checkpoint
 
@@ -225,15 +225,6 @@ class LocalRuntime:
         path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-
-
-def deal(
-    images: Images, rank: int, world_size: int, batch_size: int, micro_batch_size: int
-) -> Iterator[MicroBatch]:
-    """The micro-batches of `rank` in a range of whole global batches."""
-    image = share(images.image, 0, rank, world_size, micro_batch_size)
-    label = share(images.label, 0, rank, world_size, micro_batch_size)
-    return cut([(image, label)], rank, world_size, batch_size, micro_batch_size)
 
 
 def cut(

@@ -18,10 +18,11 @@ from pyarrow.fs import LocalFileSystem
 from ddpm.config import Config, UserError, override
 from ddpm.data import stream
 from ddpm.data.corrupt import CorruptData, Substitution
+from ddpm.data.plan import share
 from ddpm.data.reading import DataSet
 from ddpm.data.shards import Manifest, Shard, Split
 from ddpm.patience import StorageError
-from ddpm.training.runtime import cut, deal
+from ddpm.training.runtime import cut
 
 
 class Rows:
@@ -132,15 +133,14 @@ def test_the_stream_is_the_plan_with_its_stand_ins(librarian: Any, tmp_path: Pat
     damaged.damage_row_group(tmp_path, 0, 1)
     config = configured(tmp_path, on_corrupt="substitute")
     data_set = stream.open_data_set(config)
-    for start, stop in (
-        (90, 126),
-        (0, 120),
-    ):  # the first task has 2 images, none for the second rank; and all
+    # All; and from where the first task has 2 images, none for the second rank.
+    for start, stop in ((90, 126), (0, 120)):
         images = data_set.read(data_set.plan(*damaged.PLAN), start, stop, "substitute")
         workers = work(librarian, config, start)
         for rank, worker in enumerate(workers):
             assert worker["error"] is None
-            expected = list(deal(images, rank, 2, 12, 3))
+            mine = [share(rows, 0, rank, 2, 3) for rows in (images.image, images.label)]
+            expected = list(cut([(mine[0], mine[1])], rank, 2, 12, 3))
             assert len(worker["batches"]) == len(expected) == (stop - start) // 6
             for (index, image, label), wanted in zip(worker["batches"], expected, strict=True):
                 assert index == wanted.index
