@@ -457,3 +457,7 @@ def write(figures: dict[str, list[Any]]) -> None:
                 f"| {title} | {1000 * median(key, 'boundary_s'):.0f} ms | {1000 * median(key, 'elsewhere_s'):.0f} ms |"
             )
     write_table(__file__, lines)
+
+
+if __name__ == "__main__":
+    main()
