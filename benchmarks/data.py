@@ -9,7 +9,6 @@ benchmarks/data.md.
 """
 
 import datetime
-import functools
 import importlib.metadata
 import json
 import math
@@ -38,18 +37,19 @@ BUCKET = "s3://bench"
 CASES = {case.name: case for case in (Case("raw", 200_000), Case("encoded", 12_288), Case("small", 32_768))}
 FILES = 50_000
 """At most so many image files."""
-RUNS = {"raw": 1.6, "encoded": 0.8, "small": 2.0}
-"""Epochs of a run; mosaicml-streaming reads its local copy from the second on."""
+RUNS = {"raw": 0.95, "encoded": 0.8, "small": 2.0}
+"""Epochs of a run, at most."""
 PACE = 4000
 """Images/s that the trainer of the case `small` takes: waits are stalls then."""
-LONGEST_S = 20.0
+LONGEST_S = 10.0
 """Of a run, from its first batch on."""
 SKIPPED = 0.25
-"""Share of a run's first epoch that does not count: processes start."""
+"""Share of a run that does not count: processes start."""
 NAMES = {
     "ours-1": "ours, 1 consumer",
     "ours-2": "ours, 2 consumers",
-    "mosaicml_streaming": "mosaicml-streaming",
+    "mosaicml_streaming": "mosaicml-streaming, first epoch",
+    "mosaicml_local": "mosaicml-streaming, from its local copy",
     "webdataset": "webdataset",
     "dataloader": "DataLoader, files",
 }
@@ -59,6 +59,7 @@ EXACT = {
     "ours-1": ("yes", "yes"),
     "ours-2": ("yes, whatever the number of consumers", "yes"),
     "mosaicml_streaming": ("yes", "yes"),
+    "mosaicml_local": ("yes", "yes"),
     "webdataset": ("no", "no"),
     "dataloader": ("with a seeded sampler", "no"),
 }
@@ -115,7 +116,7 @@ def consume(case: Case, batches: Iterable[Any], images: int) -> dict[str, Any]:
         times.append(now)
         waits.append(now - asked)
         seen.append(data_sets.numbers(case, batch.numpy()))
-        if (k + 1) * BATCH >= images or now - times[0] > LONGEST_S:
+        if (k + 1) * BATCH >= images or (case.name != "small" and now - times[0] > LONGEST_S):
             break
         if case.name == "small":
             time.sleep(max(0.0, times[0] + (k + 1) * BATCH / PACE - time.monotonic()))
@@ -124,11 +125,20 @@ def consume(case: Case, batches: Iterable[Any], images: int) -> dict[str, Any]:
 
 
 def run_peer(arguments: Arguments, case: Case, name: str, decoder: str, start: int) -> dict[str, Any]:
+    import pyarrow.fs as pafs
     import torch
+
+    from ddpm.storage import resolve
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        bucket = str(arguments.folder / "files") if name == "dataloader" and arguments.folder else BUCKET
+        bucket = BUCKET
+        if name == "dataloader":
+            bucket = f"{arguments.folder}/files"
+        if name == "mosaicml_local":
+            name, bucket = "mosaicml_streaming", f"{folder}/copy"
+            copied = resolve(f"{BUCKET}/mds/{case.name}")
+            pafs.copy_files(copied.path, bucket, source_filesystem=copied.filesystem)
         batches = getattr(contestants, name)(case, bucket, Path(folder), getattr(contestants, decoder), start)
         count = case.num_images if name != "dataloader" else min(case.num_images, FILES)
         images = BATCH if start else RUNS[case.name] * (count if case.name == "small" else case.num_images)
@@ -255,16 +265,10 @@ def measure(arguments: Arguments, case: Case, name: str, decoder: str, start: in
     }
     if start:
         return found
-    epoch = min(len(times) - 1, case.num_images // BATCH)
-    phases = {"first": (int(SKIPPED * epoch), epoch)}
-    if name == "mosaicml_streaming" and len(times) - 1 > 1.2 * epoch:
-        phases["later"] = (int(1.1 * epoch), len(times) - 1)
-    elif name != "mosaicml_streaming":
-        phases["first"] = (int(SKIPPED * epoch), len(times) - 1 - len(times) // 50)
-    for phase, (begin, end) in phases.items():
-        wall, cpu = times[end] - times[begin], watch.between(times[begin], times[end])
-        images = (end - begin) * BATCH
-        found[phase] = {"per_s": images / wall, "per_cpu_s": images / cpu}
+    begin, end = int(SKIPPED * len(times)), len(times) - 1
+    images = (end - begin) * BATCH
+    found["per_s"] = images / (times[end] - times[begin])
+    found["per_cpu_s"] = images / watch.between(times[begin], times[end])
     found |= quality(consumers, case, name)
     if case.name == "small":
         found |= stalls(consumers[0]["waits"], case.num_images // BATCH)
@@ -278,10 +282,11 @@ def quality(consumers: list[dict[str, Any]], case: Case, name: str) -> dict[str,
     order = np.stack([part[:shown] for part in parts], 1).reshape(-1)
     n = case.num_images if name != "dataloader" else min(case.num_images, FILES)
     order = order[:n]
-    places = np.arange(len(order))
+    places = np.arange(len(order)) / n
+    expected = n * np.mean(places**2 - places + 0.5)  # of an image that comes from anywhere
     return {
         "neighbours": float(np.abs(np.diff(order)).mean() / (n / 3)),
-        "displacement": float(np.abs(order - places).mean() / (n / 3)) if len(order) == n else float("nan"),
+        "displacement": float(np.abs(order - n * places).mean() / expected),
         "repeated": len(order) - len(set(order.tolist())),
         "within_100": float((np.abs(np.diff(order)) < 100).mean() / (200 / n)),
     }
@@ -316,7 +321,7 @@ def prepare(case: Case, folder: Path) -> None:
 def contests(case: Case, only: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """Name and decoder."""
     for name in only:
-        if case.name == "small" and name == "ours-2":
+        if case.name == "small" and name in ("ours-2", "mosaicml_local"):
             continue
         yield name, "decode_as_ours"
         if case.encoded and not name.startswith("ours"):
@@ -381,44 +386,36 @@ def compete(arguments: Arguments) -> None:
 def write(figures: dict[str, list[Any]]) -> None:
     """The tables, as Markdown."""
 
-    def median(key: str, *path: str) -> float:
-        values = [
-            functools.reduce(lambda found, name: found.get(name, {}), path, run)
-            for run in figures.get(key, [])
-        ]
-        return statistics.median([value for value in values if isinstance(value, float)] or [math.nan])
+    def median(key: str, name: str) -> float:
+        values = [run[name] for run in figures.get(key, []) if name in run]
+        return statistics.median(values) if values else math.nan
 
-    def peers(case: str) -> list[tuple[str, str, str]]:
-        """Key, phase and title of all but ours."""
-        rows = []
-        for key in figures:
-            of, name, decoder = key.split()
-            if of == case and not name.startswith("ours"):
-                how = {"documented": ", Pillow and Resize", "decode_as_ours": ", our decoder"}[decoder]
-                title = NAMES[name] + (how if case == "encoded" else "")
-                rows.append((key, "first", title))
-                if name == "mosaicml_streaming" and not math.isnan(median(key, "later", "per_s")):
-                    rows.append((key, "later", f"{title}, later epochs from its local copy"))
-        return rows
+    def titles(case: str) -> dict[str, str]:
+        """Of every key of the case."""
+        how = {"documented": ", Pillow and Resize", "decode_as_ours": ", our decoder"}
+        found = {}
+        for name in NAMES:
+            for decoder in how:
+                if (key := f"{case} {name} {decoder}") in figures:
+                    suffix = how[decoder] if case == "encoded" and not name.startswith("ours") else ""
+                    found[key] = NAMES[name] + suffix
+        return found
 
     def table(case: str) -> list[str]:
-        ours = [(f"{case} {name} decode_as_ours", "first", NAMES[name]) for name in ("ours-1", "ours-2")]
-        best = {
-            measure: max(median(key, phase, measure) for key, phase, _ in ours)
-            for measure in ("per_s", "per_cpu_s")
-        }
+        ours = [key for key in titles(case) if key.split()[1].startswith("ours")]
+        best = {name: max(median(key, name) for key in ours) for name in ("per_s", "per_cpu_s")}
         lines = [
             "| | images/s | ours is faster by | images/s of CPU time | ours is faster by | first batch | neighbours "
             "| displacement | memory a process | exact order | exact resume |",
             "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
-        for key, phase, title in ours + peers(case):
-            name, mean = key.split()[1], functools.partial(median, key)
-            speed, cpu = mean(phase, "per_s"), mean(phase, "per_cpu_s")
+        for key, title in titles(case).items():
+            speed, cpu = median(key, "per_s"), median(key, "per_cpu_s")
             lines.append(
                 f"| {title} | {speed:,.0f} | {best['per_s'] / speed:.2f} | {cpu:,.0f} | {best['per_cpu_s'] / cpu:.2f} "
-                f"| {mean('first_s'):.1f} s | {mean('neighbours'):.2f} | {mean('displacement'):.2f} "
-                f"| {mean('memory') / 2**20:,.0f} MiB | {' | '.join(EXACT[name])} |"
+                f"| {median(key, 'first_s'):.1f} s | {median(key, 'neighbours'):.2f} "
+                f"| {median(key, 'displacement'):.2f} | {median(key, 'memory') / 2**20:,.0f} MiB "
+                f"| {' | '.join(EXACT[key.split()[1]])} |"
             )
         return lines
 
@@ -450,9 +447,7 @@ def write(figures: dict[str, list[Any]]) -> None:
     if any(key.startswith("small") for key in figures):
         lines += ["", "## The end of an epoch", "", STALLS, ""]
         lines += ["| | longest wait at the boundary | elsewhere |", "|---|---|---|"]
-        for key, title in [("small ours-1 decode_as_ours", NAMES["ours-1"])] + [
-            (k, t) for k, _, t in peers("small")
-        ]:
+        for key, title in titles("small").items():
             lines.append(
                 f"| {title} | {1000 * median(key, 'boundary_s'):.0f} ms | {1000 * median(key, 'elsewhere_s'):.0f} ms |"
             )

@@ -46,7 +46,10 @@ def _raw(data: bytes) -> NDArray[np.uint8]:
 def mosaicml_streaming(
     case: Case, bucket: str, folder: Path, decode: Decode, start: int = 0
 ) -> Iterator[Tensor]:
-    """StreamingDataset and StreamingDataLoader: shuffle algorithm py1e (its default) over blocks of WINDOW."""
+    """StreamingDataset and StreamingDataLoader: shuffle algorithm py1e (its default) over blocks of WINDOW.
+
+    What it has downloaded stays in `folder`; a bucket that is a folder is read as it is in every epoch but the first.
+    """
     from streaming import StreamingDataLoader, StreamingDataset
 
     class Images(StreamingDataset):
@@ -55,8 +58,8 @@ def mosaicml_streaming(
             return decode(image) if case.encoded else image
 
     images = Images(
-        remote=f"{bucket}/mds/{case.name}",
-        local=str(folder / "mds"),
+        remote=f"{bucket}/mds/{case.name}" if "://" in bucket else None,
+        local=str(folder / "mds") if "://" in bucket else bucket,
         batch_size=BATCH,
         shuffle=True,
         shuffle_seed=0,
