@@ -41,7 +41,7 @@ RUNS = {"raw": 0.95, "encoded": 0.8, "small": 2.0}
 """Epochs of a run, at most."""
 PACE = 4000
 """Images/s that the trainer of the case `small` takes: waits are stalls then."""
-LONGEST_S = 10.0
+LONGEST_S = 7.0
 """Of a run, from its first batch on."""
 SKIPPED = 0.25
 """Share of a run that does not count: processes start."""
@@ -249,8 +249,11 @@ def measure(arguments: Arguments, case: Case, name: str, decoder: str, start: in
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     watch = Watch(process.pid)
     watch.start()
-    out, err = process.communicate()
-    watch.stop()
+    try:
+        out, err = process.communicate()
+    finally:
+        process.kill()
+        watch.stop()
     line = next((line for line in out.splitlines() if line.startswith("RESULT ")), None)
     if line is None:
         raise RuntimeError(f"{name} {case.name}: {err[-3000:]}")
