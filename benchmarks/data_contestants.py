@@ -46,7 +46,7 @@ def _raw(data: bytes) -> NDArray[np.uint8]:
 def mosaicml_streaming(
     case: Case, bucket: str, folder: Path, decode: Decode, start: int = 0
 ) -> Iterator[Tensor]:
-    """StreamingDataset and StreamingDataLoader: shuffle algorithm py1e (its default) over blocks of WINDOW.
+    """StreamingDataset and StreamingDataLoader: shuffled as by default, which is all of so few images.
 
     What it has downloaded stays in `folder`; a bucket that is a folder is read as it is in every epoch but the first.
     """
@@ -63,7 +63,6 @@ def mosaicml_streaming(
         batch_size=BATCH,
         shuffle=True,
         shuffle_seed=0,
-        shuffle_block_size=WINDOW,
         predownload=WINDOW,
     )
     loader = StreamingDataLoader(images, **_options())
