@@ -2,7 +2,7 @@
 
     PYTHONPATH=tests python benchmarks/data.py [--folder F] [--cases raw encoded small]
 
-Everybody reads the same images, hands out batches of 64, and shuffles 8,192 images among each other. Every contestant
+Everybody reads the same images, hands out batches of 64, and shuffles at least some thousand images. Every contestant
 is a process tree of its own, whose CPU time is counted besides the clock. The peers come with
 `pip install -e '.[benchmarks]' 'huggingface-hub<1'`, in an environment of their own. The tables go to
 benchmarks/data.md.
@@ -29,7 +29,7 @@ import data_sets
 import numpy as np
 import psutil
 import tyro
-from data_contestants import BATCH, WINDOW, WORKERS
+from data_contestants import BATCH, WORKERS
 from data_sets import STORED, TRAINED, Case
 from runtime import processor, write_table
 
@@ -73,7 +73,7 @@ TITLES = {
 }
 HOW = f"""All hand out uint8 batches of {BATCH}; {WORKERS} loader workers or reading tasks, one a core; ours and
 webdataset
-shuffle {WINDOW:,} images among each other, mosaicml-streaming (py1e, its default) and DataLoader all. Ours and
+shuffle {CASES["raw"].window:,} images (JPEG: {CASES["encoded"].window:,}) among each other, mosaicml-streaming (py1e, its default) and DataLoader all. Ours and
 webdataset read S3 always, mosaicml-streaming in its first epoch, DataLoader (PNG or JPEG files, at most {FILES:,}) the
 local disk. CPU time is that of all processes of a contestant, Ray's own included; the server's is not. Neighbours: mean
 distance of successive images in the original order; displacement: mean distance of an image from its original place;
@@ -84,7 +84,7 @@ SEEKS = [
 ]
 STALLS = (
     f"{CASES['small'].num_images:,} raw images, two epochs, and a trainer that takes {PACE:,} a second: the longest "
-    f"wait for a batch from the last one of the epoch to {WINDOW:,} images later, and anywhere else."
+    f"wait for a batch from the last one of the epoch to {CASES['small'].window:,} images later, and anywhere else."
 )
 
 
@@ -164,7 +164,7 @@ def run_ours(case: Case, consumers: int) -> dict[str, Any]:
     n = case.num_images
     values = {
         "data.shards": f"{BUCKET}/ours/{case.name}",
-        "data.window_rows": WINDOW,
+        "data.window_rows": case.window,
         "model.image_size": case.side,
         "train.batch_size": BATCH * consumers,
         "train.micro_batch_size": BATCH,
@@ -280,7 +280,7 @@ def measure(arguments: Arguments, case: Case, name: str, decoder: str, start: in
     found["per_cpu_s"] = images / watch.between(times[begin], times[end])
     found |= quality(consumers, case, name)
     if case.name == "small":
-        found |= stalls(consumers[0]["waits"], case.num_images // BATCH)
+        found |= stalls(consumers[0]["waits"], case.num_images // BATCH, case.window // BATCH)
     return found
 
 
@@ -300,9 +300,9 @@ def quality(consumers: list[dict[str, Any]], case: Case, name: str) -> dict[str,
     }
 
 
-def stalls(waits: list[float], boundary: int) -> dict[str, float]:
+def stalls(waits: list[float], boundary: int, window: int) -> dict[str, float]:
     """The longest wait for a batch: from the epoch's last one to a window after, and elsewhere."""
-    about = slice(boundary - 1, boundary + WINDOW // BATCH)
+    about = slice(boundary - 1, boundary + window)
     elsewhere = np.concatenate([waits[boundary // 4 : about.start], waits[about.stop :]])
     return {"boundary_s": max(waits[about]), "elsewhere_s": float(elsewhere.max())}
 

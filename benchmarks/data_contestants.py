@@ -20,8 +20,6 @@ from torch import Tensor
 BATCH = 64
 WORKERS = 2
 """Of a DataLoader: one a core."""
-WINDOW = 8192
-"""Images that everybody shuffles among each other."""
 Decode = Callable[[bytes], NDArray[np.uint8]]
 
 
@@ -63,7 +61,7 @@ def mosaicml_streaming(
         batch_size=BATCH,
         shuffle=True,
         shuffle_seed=0,
-        predownload=WINDOW,
+        predownload=case.window,
     )
     loader = StreamingDataLoader(images, **_options())
     if start:
@@ -73,7 +71,7 @@ def mosaicml_streaming(
 
 
 def webdataset(case: Case, bucket: str, folder: Path, decode: Decode, start: int = 0) -> Iterator[Tensor]:
-    """WebDataset and WebLoader: shards shuffled, then a buffer of WINDOW images over all workers; batched in them."""
+    """WebDataset and WebLoader: shards shuffled, then a buffer of images over all workers; batched in them."""
     import webdataset as wds
     from webdataset.gopen import gopen_schemes
 
@@ -85,7 +83,7 @@ def webdataset(case: Case, bucket: str, folder: Path, decode: Decode, start: int
     convert = (lambda sample: decode(sample["jpg"])) if case.encoded else (lambda sample: _raw(sample["bin"]))
     images = (
         wds.WebDataset(urls, shardshuffle=len(urls), seed=0, nodesplitter=None)
-        .shuffle(WINDOW // WORKERS, initial=WINDOW // WORKERS)
+        .shuffle(case.window // WORKERS, initial=case.window // WORKERS)
         .map(convert)
         .batched(BATCH, collation_fn=_stacked, partial=False)
     )

@@ -33,6 +33,11 @@ class Case:
         return self.name == "encoded"
 
     @property
+    def window(self) -> int:
+        """Images that are shuffled among each other."""
+        return 2048 if self.encoded else 8192
+
+    @property
     def side(self) -> int:
         """Of the images that arrive."""
         return TRAINED if self.encoded else 32
