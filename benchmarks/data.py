@@ -72,12 +72,14 @@ TITLES = {
     "encoded": f"JPEG, {STORED}x{STORED} decoded to {TRAINED}x{TRAINED}",
 }
 HOW = f"""All hand out uint8 batches of {BATCH}; {WORKERS} loader workers or reading tasks, one a core; ours and
-webdataset
-shuffle {CASES["raw"].window:,} images (JPEG: {CASES["encoded"].window:,}) among each other, mosaicml-streaming (py1e, its default) and DataLoader all. Ours and
-webdataset read S3 always, mosaicml-streaming in its first epoch, DataLoader (PNG or JPEG files, at most {FILES:,}) the
-local disk. CPU time is that of all processes of a contestant, Ray's own included; the server's is not. Neighbours: mean
-distance of successive images in the original order; displacement: mean distance of an image from its original place;
-1 is a uniform permutation. Memory: what the largest process shares with no other.""".replace("\n", " ")
+webdataset shuffle {CASES["raw"].window:,} images (JPEG: {CASES["encoded"].window:,}) among each other,
+mosaicml-streaming (py1e, its default) and DataLoader all. Ours and webdataset read S3 always, mosaicml-streaming in its
+first epoch, DataLoader (PNG or JPEG files, at most {FILES:,}) the local disk. CPU time is that of all processes of a
+contestant, Ray's own included; the server's is not. Neighbours: mean distance of successive images in the original
+order; displacement: mean distance of an image from its original place; 1 is a uniform permutation. Memory: what the
+largest process shares with no other. First batch: ours starts its processes, with Ray running; the peers' library is
+imported already. "Our decoder" is `ddpm.data.row_group.decode`, JPEG's own scaling; "Pillow and Resize" is what the
+peers' documentation does.""".replace("\n", " ")
 SEEKS = [
     "From the call to the first batch, raw images; Ray runs already, the peer's workers are started.",
     "",
