@@ -17,7 +17,7 @@ from ddpm import generation, runs, storage
 from ddpm.config import Config, SampleConfig, UserError
 from ddpm.data import embedded
 from ddpm.data.manifest import MANIFEST, read_manifest
-from ddpm.data.reading import DataSet
+from ddpm.data.reading import DataSet, scale_of
 from ddpm.diffusion import schedules, timesteps
 from ddpm.evaluation import classifier, nets
 from ddpm.evaluation.cache import Cache
@@ -183,7 +183,8 @@ def _data_set(candidates: Sequence[Candidate], shards: str | None) -> tuple[Data
     uri, timeout_s = str(config.data.shards), config.run.storage_timeout_s
     place = storage.resolve(uri)
     manifest = read_manifest(place.filesystem, place.path, uri, timeout_s)
-    return DataSet(place.filesystem, place.path, manifest, config.data.split, timeout_s), uri
+    scale = scale_of(manifest, config.model.image_size)
+    return DataSet(place.filesystem, place.path, manifest, config.data.split, timeout_s, scale), uri
 
 
 def _held_out(train: DataSet, uri: str) -> DataSet:
@@ -204,7 +205,7 @@ def _check_fits(candidate: Candidate, data_set: DataSet, uri: str) -> None:
     """Raise UserError unless the net draws such images as the data set holds."""
     model, manifest = candidate.config.model, data_set.manifest
     draws = f"{model.image_size}x{model.image_size} in {model.channels} channel(s)"
-    holds = f"{manifest.height}x{manifest.width} in {manifest.channels} channel(s)"
+    holds = "{}x{} in {} channel(s)".format(*data_set.shape)
     if draws != holds:
         raise UserError(
             f"{candidate.uri} draws images of {draws}, but {uri} holds images of {holds}; "

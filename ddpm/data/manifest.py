@@ -7,10 +7,12 @@ fingerprints are computed again, so that what a run recorded as its data is what
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import pyarrow.fs as pafs
@@ -51,6 +53,11 @@ class Split:
     fingerprint: str
     """Of the image shape, the encoding, the classes, and the shards' row groups and checksums."""
     shards: tuple[Shard, ...]
+
+    @cached_property
+    def row_group_ends(self) -> list[int]:
+        """Row groups up to the end of each shard."""
+        return list(itertools.accumulate(len(shard.row_groups) for shard in self.shards))
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,14 @@ window are permuted among each other; epoch follows epoch without a seam. A posi
 size, the grain of everything random. Seeking is arithmetic, not reading, and no number of workers appears
 anywhere but in `share`.
 
+What is computed once an epoch, the order of its row groups, is kept: from then on a position costs a binary search.
+
 Nothing here knows of Ray, of files or of pixels.
 """
 
-import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +23,7 @@ from ddpm.config import UserError
 Int64 = NDArray[np.int64]
 
 CHUNK_IMAGES = 8192
-"""Images that one reading task fetches, at most: about a window, so that tasks and blocks are few and large."""
+"""Images that one reading task fetches: whole windows, as many as hold no more, but one at least."""
 
 # Counters that keep the random streams of different purposes apart.
 _ROW_GROUPS, _ROWS = 0, 1
@@ -62,11 +64,24 @@ class Plan:
     row_groups: tuple[int, ...]
     seed: int
     window_rows: int
+    _epochs: dict[int, "_Epoch"] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    @property
+    @cached_property
     def num_images(self) -> int:
         """Images in an epoch."""
         return sum(self.row_groups)
+
+    def tasks(self, start: int, stop: int, most: int = CHUNK_IMAGES) -> Iterator[tuple[int, int]]:
+        """Cut the positions [start, stop) into reading tasks of at most `most` images, or of one window.
+
+        Only the first begins and only the last ends inside a window, so that a row group is read once an epoch.
+        """
+        while start < stop:
+            end = self._window_end(start)
+            while end < stop and (further := self._window_end(end)) - start <= most:
+                end = further
+            yield start, min(end, stop)
+            start = end
 
     def pieces(self, start: int, stop: int) -> Iterator[Piece]:
         """What to read for the positions [start, stop), row group by row group.
@@ -87,21 +102,47 @@ class Plan:
             begin = epoch * self.num_images
             yield from self._epoch_windows(epoch, max(start - begin, 0), min(stop - begin, self.num_images))
 
-    def _epoch_windows(self, epoch: int, start: int, stop: int) -> Iterator[Window]:
-        sizes = np.asarray(self.row_groups, dtype=np.int64)
-        order = permutation(len(sizes), self.seed, epoch, _ROW_GROUPS)
-        groups_per_window = max(1, -(-self.window_rows // int(sizes.max())))
-        # edges[w]: position of the first image of window w in this epoch.
-        edges = np.concatenate([[0], np.cumsum(sizes[order])])[::groups_per_window]
-        first = int(np.searchsorted(edges, start, side="right")) - 1
-        last = int(np.searchsorted(edges, stop, side="left"))
+    def _epoch_windows(self, number: int, start: int, stop: int) -> Iterator[Window]:
+        epoch, begin = self._epoch(number), number * self.num_images
+        first = int(np.searchsorted(epoch.edges, start, side="right")) - 1
+        last = int(np.searchsorted(epoch.edges, stop, side="left"))
         for w in range(first, last):
-            groups = order[w * groups_per_window : (w + 1) * groups_per_window]
-            begins = np.concatenate([[0], np.cumsum(sizes[groups])])
-            shuffled = permutation(int(begins[-1]), self.seed, epoch, _ROWS, w)
+            groups = epoch.order[w * epoch.groups_per_window : (w + 1) * epoch.groups_per_window]
+            begins = np.concatenate([[0], np.cumsum(self._sizes[groups])])
+            shuffled = permutation(int(begins[-1]), self.seed, number, _ROWS, w)
             group = np.searchsorted(begins, shuffled, side="right") - 1
-            position = epoch * self.num_images + int(edges[w])
-            yield Window(position, groups[group], shuffled - begins[group])
+            yield Window(begin + int(epoch.edges[w]), groups[group], shuffled - begins[group])
+
+    def _window_end(self, position: int) -> int:
+        """Where the window ends that `position` lies in."""
+        number, inside = divmod(position, self.num_images)
+        edges = self._epoch(number).edges
+        after = int(np.searchsorted(edges, inside, side="right"))
+        return number * self.num_images + (int(edges[after]) if after < len(edges) else self.num_images)
+
+    def _epoch(self, number: int) -> "_Epoch":
+        if (epoch := self._epochs.get(number)) is None:
+            for other in sorted(self._epochs)[:-1]:  # two are kept: the order goes on from one to the next
+                self._epochs.pop(other, None)
+            order = permutation(len(self._sizes), self.seed, number, _ROW_GROUPS)
+            groups_per_window = max(1, -(-self.window_rows // int(self._sizes.max())))
+            edges = np.concatenate([[0], np.cumsum(self._sizes[order])])[::groups_per_window]
+            self._epochs[number] = epoch = _Epoch(order, edges, groups_per_window)
+        return epoch
+
+    @cached_property
+    def _sizes(self) -> Int64:
+        return np.asarray(self.row_groups, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """The order of the row groups in an epoch."""
+
+    order: Int64
+    edges: Int64
+    """[windows, maybe one more], where in the epoch each window begins."""
+    groups_per_window: int
 
 
 def permutation(n: int, *key: int) -> Int64:
@@ -134,33 +175,23 @@ def micro_batches_per_step(batch_size: int, micro_batch_size: int, world_size: i
     return m
 
 
-def chunks(start: int, stop: int, batch_size: int, chunk_images: int) -> list[tuple[int, int]]:
-    """Cut the positions from `start` up to `stop` (rounded up to a global batch) into reading tasks.
-
-    Each is a whole number of global batches, of about `chunk_images`; the first ones are shorter, so that
-    training begins before the first full one is read.
-    """
-    cuts = [start]
-    size = batch_size
-    while cuts[-1] < stop:
-        whole = max(1, min(size, chunk_images) // batch_size) * batch_size
-        remaining = -(-(stop - cuts[-1]) // batch_size) * batch_size
-        cuts.append(cuts[-1] + min(whole, remaining))
-        size *= 4
-    return list(itertools.pairwise(cuts))
+def last_position(images_seen: int, total_images: int, batch_size: int) -> int:
+    """Where training ends that goes on from `images_seen`: after whole global batches."""
+    return images_seen + -(-max(0, total_images - images_seen) // batch_size) * batch_size
 
 
-def share(rows: NDArray, rank: int, world_size: int, batch_size: int, micro_batch_size: int) -> NDArray:
-    """The rows that `rank` of `world_size` trains on, of a range of whole global batches.
+def share(rows: NDArray, start: int, rank: int, world_size: int, micro_batch_size: int) -> NDArray:
+    """The rows that `rank` of `world_size` trains on.
 
     Of each global batch rank r takes micro-batches r, r + n, r + 2n, ...
 
     Args:
-        rows: [K * batch_size, ...], K global batches in order.
+        rows: [N, ...], of the positions from `start` on, counted from where a global batch begins.
 
     Returns:
-        [K * batch_size / world_size, ...], micro-batch after micro-batch.
+        [n, ...], in order; the first and last micro-batch may be parts, whose rest is in the ranges beside this one.
     """
-    trailing = rows.shape[1:]
-    steps = rows.reshape(-1, batch_size // micro_batch_size, micro_batch_size, *trailing)
-    return steps[:, rank::world_size].reshape(-1, *trailing)
+    if world_size == 1:
+        return rows
+    micro_batch = (start + np.arange(len(rows))) // micro_batch_size
+    return rows[micro_batch % world_size == rank]

@@ -3,7 +3,9 @@
 Its own room because both runtimes read through it, with Ray (stream.py) and without.
 """
 
+import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,6 +20,13 @@ from ddpm.data.row_group import RowGroup, Rows
 from ddpm.data.shards import Manifest, Split, locate, open_row_group
 from ddpm.patience import patiently
 
+OnCorrupt = Literal["error", "substitute"]
+Share = tuple[NDArray[np.uint8], NDArray[np.int64]]
+"""Images [n, H, W, C] and labels [n]: what one worker trains on, of some range."""
+READERS = 4
+"""Row groups that are fetched at once: storage answers late, and a window has several."""
+PART_BYTES = 8 << 20
+"""Of decoded images that are handed on at once, to each worker: large enough that handing on costs little."""
 HELD_OUT = "test"
 """The split that training never learns from."""
 
@@ -44,6 +53,8 @@ class DataSet:
     split: str
     timeout_s: float = 0.0
     """How long storage may fail before reading gives up (run.storage_timeout_s)."""
+    scale: int = 1
+    """Images arrive at 1 / scale of the size they are stored in (`scale_of`)."""
 
     def __post_init__(self) -> None:
         if self.split not in self.manifest.splits:
@@ -54,6 +65,17 @@ class DataSet:
     @property
     def rows(self) -> Split:
         return self.manifest.splits[self.split]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of the images."""
+        m = self.manifest
+        return m.height // self.scale, m.width // self.scale, m.channels
+
+    @property
+    def key(self) -> str:
+        """Names these images, for what is kept of them."""
+        return self.rows.fingerprint[:32] + (f"-{self.scale}" if self.scale > 1 else "")
 
     @property
     def where(self) -> str:
@@ -71,9 +93,7 @@ class DataSet:
         """The order in which this split is seen."""
         return Plan(tuple(n for shard in self.rows.shards for n in shard.row_groups), seed, window_rows)
 
-    def read(
-        self, plan: Plan, start: int, stop: int, on_corrupt: Literal["error", "substitute"] = "error"
-    ) -> Images:
+    def read(self, plan: Plan, start: int, stop: int, on_corrupt: OnCorrupt = "error") -> Images:
         """The images at positions [start, stop) of the plan, in order.
 
         Args:
@@ -85,27 +105,77 @@ class DataSet:
             CorruptData: an image cannot be read, naming shard, row group and row; or none of a whole window.
             StorageError: storage has failed for longer than timeout_s.
         """
-        m, n = self.manifest, stop - start
-        images = Images(
-            np.empty((n, m.height, m.width, m.channels), dtype=np.uint8), np.zeros(n, dtype=np.int64)
-        )
-        groups: dict[int, RowGroup | CorruptData] = {}
-        bad: dict[int, CorruptData] = {}
-        for piece in plan.pieces(start, stop):
-            group = self.row_group(piece.row_group)
-            if isinstance(group, CorruptData):
-                groups[piece.row_group] = group  # not to be read again when a stand-in is looked for
-            rows = _rows(group, piece.rows)
+        read, position = self.empty(stop - start), 0
+        substitutions: list[Substitution] = []
+        for part in self.parts(plan, start, stop, max(1, stop - start), on_corrupt):
+            end = position + len(part.label)
+            read.image[position:end], read.label[position:end] = part.image, part.label
+            substitutions += part.substitutions
+            position = end
+        return replace(read, substitutions=tuple(substitutions))
+
+    def parts(
+        self, plan: Plan, start: int, stop: int, most: int | None = None, on_corrupt: OnCorrupt = "error"
+    ) -> Iterator[Images]:
+        """What `read` reads, in parts of at most `most` images (None: of PART_BYTES).
+
+        Each lies in one window, whose row groups are read once, and held until the next.
+        """
+        most = most or self.part_images()
+        for window in plan.windows(start, stop):
+            low, high = max(start - window.start, 0), min(stop - window.start, len(window.rows))
+            groups: dict[int, RowGroup | CorruptData] = {}
+            for index, group in self._row_groups(np.unique(window.row_groups[low:high]).tolist()):
+                groups[index] = group
+                if isinstance(group, CorruptData) and on_corrupt == "error":
+                    raise group
+            for begin in range(low, high, most):
+                yield self._part(window, begin, min(begin + most, high), groups, on_corrupt)
+
+    def _part(
+        self,
+        window: Window,
+        low: int,
+        high: int,
+        groups: dict[int, RowGroup | CorruptData],
+        on_corrupt: OnCorrupt,
+    ) -> Images:
+        """The images [low, high) of the window."""
+        images, bad = self.empty(high - low), dict[int, CorruptData]()
+        for index in np.unique(window.row_groups[low:high]).tolist():
+            (offsets,) = np.nonzero(window.row_groups[low:high] == index)
+            rows = self.rows_of(groups[index], window.rows[low:high][offsets])
             for i, error in rows.unreadable.items():
                 if on_corrupt == "error":
                     raise error
-                bad[start + int(piece.offsets[i])] = error
-            _put(images, piece.offsets, rows)
+                bad[window.start + low + int(offsets[i])] = error
+            _put(images, offsets, rows)
         if not bad:
             return images
-        found = _StandIns(self, groups, start, images, bad)
-        windows = plan.windows(start, stop)
-        return replace(images, substitutions=tuple(s for window in windows for s in found.put(window)))
+        found = _StandIns(self, groups, window.start + low, images, bad)
+        return replace(images, substitutions=tuple(found.put(window)))
+
+    def _row_groups(self, indices: list[int]) -> Iterator[tuple[int, RowGroup | CorruptData]]:
+        """The row groups, in order; several are fetched at once."""
+        pool = ThreadPoolExecutor(READERS, thread_name_prefix="ddpm-read")
+        try:
+            yield from zip(indices, pool.map(self.row_group, indices), strict=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def part_images(self, world_size: int = 1) -> int:
+        """Images of a part that so many workers share."""
+        return max(1, PART_BYTES * world_size // math.prod(self.shape))
+
+    def empty(self, n: int) -> Images:
+        """`n` images to be filled in."""
+        return Images(np.empty((n, *self.shape), np.uint8), np.zeros(n, np.int64))
+
+    def rows_of(self, group: RowGroup | CorruptData, rows: NDArray[np.int64]) -> Rows:
+        """Rows of a row group, or why none of them can be read."""
+        if isinstance(group, RowGroup):
+            return group.rows(rows, self.scale)
+        return Rows(np.zeros(0, np.uint8), None, dict.fromkeys(range(len(rows)), group))
 
     def row_group(self, index: int) -> RowGroup | CorruptData:
         """Row group `index` of the split, or why none of its rows can be read."""
@@ -176,18 +246,12 @@ class _StandIns:
         row_group = int(window.row_groups[i])
         if row_group not in self._groups:
             self._groups[row_group] = self._data_set.row_group(row_group)
-        return _rows(self._groups[row_group], window.rows[i : i + 1])
+        return self._data_set.rows_of(self._groups[row_group], window.rows[i : i + 1])
 
     def _name(self, window: Window, position: int) -> tuple[str, int, int]:
         i = position - window.start
         shard, inside = locate(self._data_set.rows, int(window.row_groups[i]))
         return shard.path, inside, int(window.rows[i])
-
-
-def _rows(group: RowGroup | CorruptData, rows: NDArray[np.int64]) -> Rows:
-    if isinstance(group, RowGroup):
-        return group.rows(rows)
-    return Rows(np.zeros(0, np.uint8), None, dict.fromkeys(range(len(rows)), group))
 
 
 def _put(images: Images, places: NDArray[np.int64], rows: Rows) -> None:
@@ -197,9 +261,16 @@ def _put(images: Images, places: NDArray[np.int64], rows: Rows) -> None:
             images.label[places] = rows.label
 
 
+def scale_of(manifest: Manifest, image_size: int) -> int:
+    """By how much encoded images are reduced to be `image_size` squares; 1 where that is no whole number."""
+    square = manifest.height == manifest.width and manifest.height % image_size == 0
+    return manifest.height // image_size if manifest.encoding == "encoded" and square else 1
+
+
 def check_fits(manifest: Manifest, config: Config, where: str) -> None:
     """Raise UserError where the data set and the net disagree about channels, size or classes."""
-    if (manifest.height, manifest.width) != (config.model.image_size, config.model.image_size):
+    size, scale = config.model.image_size, scale_of(manifest, config.model.image_size)
+    if (manifest.height, manifest.width) != (size * scale, size * scale):
         raise UserError(
             f"{where} holds images of {manifest.height}x{manifest.width}, but model.image_size is "
             f"{config.model.image_size}; set --model.image-size, or prepare the data at that size"

@@ -10,6 +10,7 @@ all of a shard are equal, but for the last, and each is checked against its chec
 Axes: N images, H W, C channels.
 """
 
+import bisect
 import hashlib
 import io
 from collections.abc import Sequence
@@ -149,11 +150,11 @@ def open_row_group(
 
 def locate(split: Split, index: int) -> tuple[Shard, int]:
     """The shard of row group `index` of the split, and its number inside the shard."""
-    for shard in split.shards:
-        if index < len(shard.row_groups):
-            return shard, index
-        index -= len(shard.row_groups)
-    raise IndexError(f"row group {index} is past the end of the split")
+    number = bisect.bisect_right(split.row_group_ends, index)
+    if number == len(split.shards):
+        raise IndexError(f"row group {index} is past the end of the split")
+    shard = split.shards[number]
+    return shard, index - (split.row_group_ends[number] - len(shard.row_groups))
 
 
 def _read(filesystem: pafs.FileSystem, root: str, shard: Shard, inside: int) -> pa.Table:

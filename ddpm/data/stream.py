@@ -1,9 +1,10 @@
 """The plan as a Ray Dataset: images stream from shards to the workers in the plan's exact order.
 
-One input row is one reading task, a range of whole global batches. The task reads and decodes the range, and
-emits one row for each worker: that worker's micro-batches in a single tensor. A row is a block, blocks keep
-their order, and Ray's splitter deals them round-robin, so row k goes to worker k mod n. Nothing is shuffled,
-re-blocked or copied on the way.
+One input row is one reading task, a range of whole windows. The task reads the row groups of a window once, decodes
+part after part, and emits one row of each part for each worker: what that worker trains on of it, in a single tensor.
+A row is a block, blocks keep their order, and Ray's splitter deals them round-robin, so row k goes to worker k mod n.
+Nothing is shuffled, re-blocked or copied on the way. A micro-batch that a window's edge cuts is put together by its
+worker.
 
 An error is a row as well: raised inside Ray, it would come out wrapped, logged and retried. The row says what is
 wrong, and the worker that takes it raises.
@@ -14,6 +15,7 @@ the iterators to the others.
 This module and what it imports do without torch, which would double the time that processes that read take to start.
 """
 
+import itertools
 import json
 import queue
 import threading
@@ -21,12 +23,12 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import ray
 import ray.data
-from numpy.typing import NDArray
 from ray.data import DataContext, DataIterator
 from ray.data._internal import stats as ray_stats
 from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
@@ -37,8 +39,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ddpm import connection, storage
 from ddpm.config import Config, UserError
 from ddpm.data.corrupt import CorruptData, Substitution, substitutions_from_json, substitutions_to_json
-from ddpm.data.plan import CHUNK_IMAGES, chunks, share
-from ddpm.data.reading import DataSet, Images, check_fits
+from ddpm.data.plan import Plan, last_position, share
+from ddpm.data.reading import DataSet, Images, Share, check_fits, scale_of
 from ddpm.data.shards import read_manifest
 from ddpm.patience import StorageError
 
@@ -48,8 +50,8 @@ OBJECT_STORE_BYTES = 256 << 20
 """How far reading may run ahead of training, in memory of the object store."""
 REST_S = (0.005, 0.2)
 """A Ray Dataset that has nothing to do looks again after so long, and each time so much longer, up to the second."""
-Share = tuple[NDArray[np.uint8], NDArray[np.int64]]
-"""Images [n, H, W, C] and labels [n]."""
+Task = tuple[int, int]
+"""Positions of the plan from start to stop."""
 _ERRORS: dict[str, type[UserError]] = {kind.__name__: kind for kind in (CorruptData, StorageError)}
 """What reading may raise: these travel as rows."""
 
@@ -68,7 +70,8 @@ def open_data_set(config: Config) -> DataSet:
     timeout_s = config.run.storage_timeout_s
     manifest = read_manifest(location.filesystem, location.path, uri, timeout_s)
     check_fits(manifest, config, uri)
-    return DataSet(location.filesystem, location.path, manifest, config.data.split, timeout_s)
+    scale = scale_of(manifest, config.model.image_size)
+    return DataSet(location.filesystem, location.path, manifest, config.data.split, timeout_s, scale)
 
 
 def hide_progress() -> None:
@@ -76,17 +79,23 @@ def hide_progress() -> None:
     DataContext.get_current().enable_progress_bars = False
 
 
-def legs(config: Config, images_seen: int) -> list[list[tuple[int, int]]]:
+def legs(config: Config, data_set: DataSet, images_seen: int) -> Iterator[list[Task]]:
     """The reading tasks of the rest of training, in Datasets of at most MAX_TASKS."""
     train = config.train
-    todo = chunks(images_seen, train.total_images, train.batch_size, CHUNK_IMAGES)
-    return [todo[i : i + MAX_TASKS] for i in range(0, len(todo), MAX_TASKS)]
+    stop = last_position(images_seen, train.total_images, train.batch_size)
+    tasks = data_set.plan(train.seed, config.data.window_rows).tasks(images_seen, stop)
+    while leg := list(itertools.islice(tasks, MAX_TASKS)):
+        yield leg
 
 
 def split(
-    config: Config, data_set: DataSet, todo: list[tuple[int, int]], world_size: int
+    config: Config, data_set: DataSet, todo: list[Task], images_seen: int, world_size: int
 ) -> list[DataIterator]:
-    """One iterator a worker over the reading tasks `todo`."""
+    """One iterator a worker over the reading tasks `todo`.
+
+    Args:
+        images_seen: a position where a global batch begins.
+    """
     _spare_statistics()
     context = DataContext.get_current()
     # Blocks of one row: the output buffer cuts a block as soon as it holds more than this.
@@ -96,9 +105,10 @@ def split(
     context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
         object_store_memory=OBJECT_STORE_BYTES
     )
-    task: Any = _ReadTask(config, data_set, todo, world_size)
+    task: Any = _ReadTask(config, data_set, images_seen, world_size)
     # One block a task: each is read by its own Ray task, and as many at once as there are free CPUs.
-    rows = ray.data.from_items([{"id": i} for i in range(len(todo))], override_num_blocks=len(todo))
+    items = [{"start": start, "stop": stop} for start, stop in todo]
+    rows = ray.data.from_items(items, override_num_blocks=len(items))
     return rows.map_batches(task, batch_size=1, batch_format="numpy").streaming_split(world_size, equal=True)
 
 
@@ -107,7 +117,7 @@ def shares(
     config: Config,
     on_substitutions: Callable[[list[Substitution]], object] | None = None,
 ) -> Iterator[Share]:
-    """What one rank trains on of each reading task, micro-batch after micro-batch.
+    """What one rank trains on of each part that is read, in order.
 
     Reading begins with the call, not with the first `next`.
 
@@ -125,12 +135,17 @@ def shares(
     rows = _with_timeout(iterator, config.data.stall_timeout_s, config.run.storage_timeout_s)
 
     def opened() -> Iterator[Share]:
+        begun: list[Share] = []
         for row in rows:
             if error := row["error"][0]:
                 raise _ERRORS[json.loads(error)["kind"]](json.loads(error)["message"])
             if on_substitutions and (substitutions := substitutions_from_json(row["substitutions"][0])):
                 on_substitutions(substitutions)
-            yield row["image"][0], row["label"][0]
+            yield from begun  # of a global batch of which all is known by now, that of other ranks too
+            image, label, whole = row["image"][0], row["label"][0], row["whole"][0]
+            yield image[:whole], label[:whole]
+            begun = [(image[whole:], label[whole:])]
+        yield from begun
 
     return opened()
 
@@ -152,7 +167,7 @@ class Librarian:
             hide_progress()
 
     def split(
-        self, config: Config, data_set: DataSet, todo: list[tuple[int, int]], world_size: int
+        self, config: Config, data_set: DataSet, todo: list[Task], images_seen: int, world_size: int
     ) -> list[DataIterator]:
         """`split`; whatever was split before is given up."""
         with self._lock:
@@ -160,7 +175,7 @@ class Librarian:
                 threading.Thread(target=desk.shutdown_executor, daemon=True).start()
             for number in list(self._desks)[:-1]:  # the last one may be asked yet whether that was all
                 self._desks.pop(number)._cur_epoch = None  # nobody waits there any more for others to come
-            return split(config, data_set, todo, world_size)
+            return split(config, data_set, todo, images_seen, world_size)
 
     def call(self, number: str, method: str, *arguments: Any) -> Any:
         """A method of the coordinator of that number."""
@@ -254,36 +269,47 @@ class _Rest(ExecutionCallback):
 
 
 class _ReadTask:
-    """What a reading task does; made once on rank 0, run wherever Ray has a free CPU."""
+    """What a reading task does; made by the librarian, run wherever Ray has a free CPU.
 
-    def __init__(
-        self, config: Config, data_set: DataSet, todo: list[tuple[int, int]], world_size: int
-    ) -> None:
-        self._data_set, self._todo, self._world_size = data_set, todo, world_size
-        self._train, self._on_corrupt = config.train, config.data.on_corrupt
-        self._plan = data_set.plan(config.train.seed, config.data.window_rows)
+    Every task unpacks it: what grows with the data set stays in the object store, and is unpacked once a process.
+    """
+
+    def __init__(self, config: Config, data_set: DataSet, images_seen: int, world_size: int) -> None:
+        self._train, self._data = config.train, config.data
+        self._data_set, self._images_seen, self._world_size = ray.put(data_set), images_seen, world_size
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        """One row a rank, whatever happens: the splitter deals them by their number."""
-        error = ""
+        """One row a rank of each part, whatever happens: the splitter deals them by their number."""
+        start, stop = int(batch["start"][0]), int(batch["stop"][0])
+        data_set, plan = _fetched(self._data_set, self._train.seed, self._data.window_rows)
         try:
-            images = self._data_set.read(self._plan, *self._todo[int(batch["id"][0])], self._on_corrupt)
+            most = data_set.part_images(self._world_size)
+            for images in data_set.parts(plan, start, stop, most, self._data.on_corrupt):
+                yield from self._rows(images, start)
+                start += len(images.label)
         except tuple(_ERRORS.values()) as failure:
             error = json.dumps({"kind": type(failure).__name__, "message": str(failure)})
-            images = self._no_images()
-        sizes = (self._train.batch_size, self._train.micro_batch_size)
+            yield from self._rows(data_set.empty(self._train.batch_size), start, error)
+
+    def _rows(self, images: Images, start: int, error: str = "") -> Iterator[dict[str, np.ndarray]]:
+        begin, batch_size = start - self._images_seen, self._train.batch_size
+        whole = max(0, (begin + len(images.label)) // batch_size * batch_size - begin)
         for rank in range(self._world_size):
+            which = (begin, rank, self._world_size, self._train.micro_batch_size)
             yield {
-                "image": share(images.image, rank, self._world_size, *sizes)[None],
-                "label": share(images.label, rank, self._world_size, *sizes)[None],
+                "image": share(images.image, *which)[None],
+                "label": share(images.label, *which)[None],
+                "whole": np.array([len(share(images.label[:whole], *which))]),
                 "substitutions": np.array([substitutions_to_json(images.substitutions if rank == 0 else ())]),
                 "error": np.array([error]),
             }
 
-    def _no_images(self) -> Images:
-        manifest, n = self._data_set.manifest, self._train.batch_size
-        shape = (n, manifest.height, manifest.width, manifest.channels)
-        return Images(np.zeros(shape, np.uint8), np.zeros(n, np.int64))
+
+@lru_cache(maxsize=1)
+def _fetched(reference: Any, seed: int, window_rows: int) -> tuple[DataSet, Plan]:
+    """The data set that an object reference stands for, and its plan."""
+    data_set: DataSet = ray.get(reference)
+    return data_set, data_set.plan(seed, window_rows)
 
 
 def _with_timeout(

@@ -74,7 +74,7 @@ def build(
             f"{train.where} has no classes to train a classifier on; use the feature net lite0, inception or pixels"
         )
     net = build_net(manifest.channels, len(manifest.class_names))
-    name = f"{RECIPE.replace('/', '-')}-{train_images}-{train.rows.fingerprint[:32]}"
+    name = f"{RECIPE.replace('/', '-')}-{train_images}-{train.key}"
     net.load_state_dict(cache.get(name, lambda: _train(net, train, train_images, on_progress)))
     return Classifier(net)
 

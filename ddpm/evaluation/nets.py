@@ -42,6 +42,5 @@ def build(
         case "classifier":
             return classifier.build(train, cache, on_progress=on_progress)
         case "pixels":
-            manifest = train.manifest
-            return Pixels((manifest.height, manifest.width, manifest.channels))
+            return Pixels(train.shape)
     raise UserError(f"feature net {name!r} is unknown; it must be inception, lite0, classifier or pixels")

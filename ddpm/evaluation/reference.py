@@ -46,6 +46,6 @@ def real_features(
             on_progress(stop)
         return {"values": torch.from_numpy(Features.merge(*parts).values)}
 
-    name = f"features-{net.name}-{net.digest[:16]}-{num_images}-{data_set.rows.fingerprint[:32]}"
+    name = f"features-{net.name}-{net.digest[:16]}-{num_images}-{data_set.key}"
     values = cache.get(name, make)["values"].numpy()
     return Features(torch.arange(len(values)).numpy(), values)

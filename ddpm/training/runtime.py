@@ -4,12 +4,12 @@ The loop is written once against `Runtime` and `Tracker`. `LocalRuntime` needs n
 `cluster.RayRuntime` is Ray Train.
 """
 
+import itertools
 import shutil
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from ddpm.config import Config
 from ddpm.data.corrupt import CorruptImages
-from ddpm.data.plan import CHUNK_IMAGES, chunks, micro_batches_per_step, share
-from ddpm.data.reading import DataSet, Images
+from ddpm.data.plan import last_position, micro_batches_per_step
+from ddpm.data.reading import DataSet, Images, Share
 from ddpm.progress import Progress
 from ddpm.training import checkpoint
 
@@ -153,19 +153,22 @@ class LocalRuntime:
 
     def batches(self, images_seen: int) -> Iterator[MicroBatch]:
         train = self._config.train
-        plan = self._train.plan(train.seed, self._config.data.window_rows)
-        todo = chunks(images_seen, train.total_images, train.batch_size, CHUNK_IMAGES)
         micro_batches_per_step(train.batch_size, train.micro_batch_size, self.world_size)
-        read = partial(self._train.read, on_corrupt=self._config.data.on_corrupt)
-        with ThreadPoolExecutor(1) as reader:  # reads the next chunk while this one is trained on
-            ahead: Future[Images] | None = None
-            for k, (start, stop) in enumerate(todo):
-                images = ahead.result() if ahead else read(plan, start, stop)
-                ahead = reader.submit(read, plan, *todo[k + 1]) if k + 1 < len(todo) else None
+        return cut(self._shares(images_seen), 0, 1, train.batch_size, train.micro_batch_size)
+
+    def _shares(self, images_seen: int) -> Iterator[Share]:
+        train, data = self._config.train, self._config.data
+        plan = self._train.plan(train.seed, data.window_rows)
+        stop = last_position(images_seen, train.total_images, train.batch_size)
+        parts = self._train.parts(plan, images_seen, stop, on_corrupt=data.on_corrupt)
+        with ThreadPoolExecutor(1) as reader:  # reads the next part while this one is trained on
+            ahead = reader.submit(next, parts, None)
+            while images := ahead.result():
+                ahead = reader.submit(next, parts, None)
                 if self._corrupt.add(images.substitutions):
                     self.publish(CORRUPT, self._corrupt.to_jsonl().encode())
                     self._corrupt.check()
-                yield from deal(images, 0, 1, train.batch_size, train.micro_batch_size)
+                yield images.image, images.label
 
     def held_out(self) -> Images | None:
         return read_held_out(self._held_out, self._config)
@@ -212,30 +215,31 @@ class LocalRuntime:
         path.write_bytes(data)
 
 
-def deal(
-    images: Images, rank: int, world_size: int, batch_size: int, micro_batch_size: int
-) -> Iterator[MicroBatch]:
-    """The micro-batches of `rank` in a range of whole global batches."""
-    image = share(images.image, rank, world_size, batch_size, micro_batch_size)
-    label = share(images.label, rank, world_size, batch_size, micro_batch_size)
-    return cut(image, label, rank, world_size, batch_size, micro_batch_size)
-
-
 def cut(
-    image: NDArray[np.uint8],
-    label: NDArray[np.int64],
-    rank: int,
-    world_size: int,
-    batch_size: int,
-    micro_batch_size: int,
+    shares: Iterable[Share], rank: int, world_size: int, batch_size: int, micro_batch_size: int
 ) -> Iterator[MicroBatch]:
-    """Cut a rank's share of whole global batches into micro-batches, and number them."""
+    """Cut what a rank trains on into micro-batches, and number them.
+
+    Args:
+        shares: its images [n, H, W, C] and labels [n], in parts of any size.
+    """
     per_step = batch_size // micro_batch_size // world_size
-    for k in range(len(image) // micro_batch_size):
-        rows = slice(k * micro_batch_size, (k + 1) * micro_batch_size)
-        index = k % per_step * world_size + rank
-        # Copies: `image` may be a read-only view of a block in shared memory, which is freed the sooner.
-        yield MicroBatch(index, torch.tensor(image[rows]), torch.tensor(label[rows]))
+    indices = (k % per_step * world_size + rank for k in itertools.count())
+    begun: list[Share] = []  # of the next micro-batch
+    for image, label in shares:
+        first = micro_batch_size - sum(len(part) for _, part in begun)
+        edges = [0, *range(first, len(label) + 1, micro_batch_size)]
+        for low, high in itertools.pairwise(edges):
+            images, labels = zip(*begun, (image[low:high], label[low:high]), strict=True)
+            # Copies: `image` may be a read-only view of a block in shared memory, which is freed the sooner.
+            yield MicroBatch(
+                next(indices),
+                torch.from_numpy(np.concatenate(images)),
+                torch.from_numpy(np.concatenate(labels)),
+            )
+            begun = []
+        if edges[-1] < len(label):
+            begun.append((image[edges[-1] :], label[edges[-1] :]))
 
 
 def read_held_out(held_out: DataSet | None, config: Config) -> Images | None:

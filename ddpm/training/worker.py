@@ -26,7 +26,7 @@ from ddpm import segments
 from ddpm.config import Config
 from ddpm.data import stream
 from ddpm.data.corrupt import CorruptImages, Substitution
-from ddpm.data.reading import DataSet, Images
+from ddpm.data.reading import DataSet, Images, Share
 from ddpm.patience import patiently
 from ddpm.progress import Progress
 from ddpm.records import Outbox
@@ -69,26 +69,26 @@ class RayRuntime:
         return nn.parallel.DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True)
 
     def batches(self, images_seen: int) -> Iterator[MicroBatch]:
-        train, legs = self._config.train, stream.legs(self._config, images_seen)
-        begun = [
-            self._shares(leg) for leg in legs[:1]
-        ]  # the processes that read start while the net is built
+        train, data_set = self._config.train, self._data_set
+        legs = stream.legs(self._config, data_set, images_seen)
+        # The processes that read start while the net is built.
+        begun = [self._shares(leg, images_seen) for leg in itertools.islice(legs, 1)]
+        shares = itertools.chain(begun, (self._shares(leg, images_seen) for leg in legs))
+        return cut(
+            itertools.chain.from_iterable(shares),
+            self.rank,
+            self.world_size,
+            train.batch_size,
+            train.micro_batch_size,
+        )
 
-        def micro_batches() -> Iterator[MicroBatch]:
-            for image, label in itertools.chain.from_iterable(
-                itertools.chain(begun, map(self._shares, legs[1:]))
-            ):
-                yield from cut(
-                    image, label, self.rank, self.world_size, train.batch_size, train.micro_batch_size
-                )
-
-        return micro_batches()
-
-    def _shares(self, leg: list[tuple[int, int]]) -> Iterator[stream.Share]:
+    def _shares(self, leg: list[stream.Task], images_seen: int) -> Iterator[Share]:
         """What this rank trains on of a leg; every rank calls it."""
         iterators = None
         if self.rank == 0:
-            split = self._librarian.split.remote(self._config, self._data_set, leg, self.world_size)
+            split = self._librarian.split.remote(
+                self._config, self._data_set, leg, images_seen, self.world_size
+            )
             iterators = ray.get(split)
         iterators = ray.train.collective.broadcast_from_rank_zero(iterators)
         on_substitutions = self._steward.substituted if self._steward else None

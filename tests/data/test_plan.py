@@ -1,12 +1,14 @@
 """The order is a pure function, covers every image once an epoch, and knows no workers."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpm.config import UserError
-from ddpm.data.plan import Plan, chunks, micro_batches_per_step, permutation, share
+from ddpm.data.plan import Plan, last_position, micro_batches_per_step, permutation, share
 
 
 def order(plan: Plan, start: int, stop: int) -> np.ndarray:
@@ -74,18 +76,38 @@ def test_seeking_far_reads_nothing_else() -> None:
 
 def test_ranks_take_micro_batches_in_turn() -> None:
     rows = np.arange(24)  # two global batches of 12, micro-batches of 2
-    assert share(rows, 1, 3, 12, 2).tolist() == [2, 3, 8, 9, 14, 15, 20, 21]
+    assert share(rows, 0, 1, 3, 2).tolist() == [2, 3, 8, 9, 14, 15, 20, 21]
     for n in (1, 2, 3, 6):
-        dealt = np.concatenate([share(rows, rank, n, 12, 2) for rank in range(n)])
+        dealt = np.concatenate([share(rows, 0, rank, n, 2) for rank in range(n)])
         assert sorted(dealt.tolist()) == rows.tolist()
+        for rank in range(n):  # wherever the range is cut
+            parts = [share(rows[low:high], low, rank, n, 2) for low, high in ((0, 5), (5, 6), (6, 24))]
+            assert np.concatenate(parts).tolist() == share(rows, 0, rank, n, 2).tolist()
 
 
-def test_chunks_are_whole_global_batches_and_begin_small() -> None:
-    cut = chunks(256, 10_000, 128, 4096)
-    assert cut[0] == (256, 384)
-    assert [a for a, _ in cut[1:]] == [b for _, b in cut[:-1]]
-    assert cut[-1][1] == 10_112  # rounded up to a global batch
-    assert all((b - a) % 128 == 0 and b - a <= 4096 for a, b in cut)
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(1, 30), st.integers(1, 40), st.data()
+)
+@settings(max_examples=60, deadline=None)
+def test_a_task_is_whole_windows(
+    row_groups: list[int], window_rows: int, most: int, data: st.DataObject
+) -> None:
+    plan = Plan(tuple(row_groups), 0, window_rows)
+    start = data.draw(st.integers(0, 3 * plan.num_images - 1))
+    stop = data.draw(st.integers(start + 1, 3 * plan.num_images))
+    tasks = list(plan.tasks(start, stop, most))
+    assert tasks[0][0] == start and tasks[-1][1] == stop
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(tasks))
+    edges = {window.start for window in plan.windows(0, stop)} | {stop}
+    assert all(end in edges for _, end in tasks)
+    inside = [[e for e in edges if low < e < high] for low, high in tasks]
+    assert all(high - low <= most or not edges for (low, high), edges in zip(tasks, inside, strict=True))
+
+
+def test_training_ends_with_a_whole_global_batch() -> None:
+    assert last_position(256, 10_000, 128) == 10_112
+    assert last_position(256, 512, 128) == 512
+    assert last_position(640, 512, 128) == 640
 
 
 def test_a_global_batch_that_does_not_divide_is_refused() -> None:

@@ -1,5 +1,7 @@
 """The plan's images, and what stands in for those that cannot be read: the same for every cut of the order."""
 
+import dataclasses
+import io
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -8,11 +10,14 @@ import damaged
 import numpy as np
 import pytest
 from damaged import NUM_IMAGES, PLAN, ROWS
+from PIL import Image
 
 from ddpm.data import reading
 from ddpm.data.corrupt import CorruptData
 from ddpm.data.plan import Plan
-from ddpm.data.reading import Images
+from ddpm.data.reading import DataSet, Images, scale_of
+from ddpm.data.shards import make_manifest, write_shard
+from ddpm.storage import resolve
 
 STOP = 2 * NUM_IMAGES + 10
 """Two epochs and a bit."""
@@ -157,3 +162,49 @@ def test_a_bad_row_group_is_read_once(tmp_path: Path, monkeypatch: pytest.Monkey
     opened.clear()
     data_set.read(plan, 0, 30, "substitute")  # stand-ins may lie beyond
     assert max(opened[i] for i in (3, 4, 5)) == 1 and max(opened.values()) <= 2
+
+
+def test_encoded_images_arrive_smaller(tmp_path: Path) -> None:
+    """A JPEG is decoded at a fraction of its size: what arrives is nearly the mean, whatever the fraction is."""
+    side, smooth = 48, np.linspace(0, 200, 48 * 48 * 3).reshape(48, 48, 3)
+    images = [np.roll(smooth, 5 * k, axis=1).astype(np.uint8) for k in range(4)]
+
+    def encoded(image: np.ndarray, kind: str) -> bytes:
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, kind, quality=95)
+        return file.getvalue()
+
+    for kind, tolerance in (("PNG", 1), ("JPEG", 12)):
+        location = resolve(str(tmp_path / kind))
+        files = [encoded(image, kind) for image in images]
+        shard = write_shard(
+            location.filesystem, location.path, "train/00000.parquet", files, None, rows_per_row_group=4
+        )
+        manifest = make_manifest("", side, side, 3, "encoded", [], {"train": [shard]}, "")
+        for size in (48, 24, 16, 12, 8, 6, 3):
+            scale = scale_of(manifest, size)
+            assert scale == side // size
+            data_set = dataclasses.replace(
+                DataSet(location.filesystem, location.path, manifest, "train"), scale=scale
+            )
+            got = data_set.read(data_set.plan(0, 4), 0, 4).image
+            order = [int(row) for window in data_set.plan(0, 4).windows(0, 4) for row in window.rows]
+            assert got.shape == (4, size, size, 3)
+            for image, row in zip(got, order, strict=True):
+                mean = images[row].reshape(size, scale, size, scale, 3).mean((1, 3))
+                assert np.abs(image - mean).mean() < tolerance
+        assert scale_of(manifest, 32) == scale_of(manifest, 96) == 1
+        assert scale_of(dataclasses.replace(manifest, encoding="raw"), 24) == 1
+
+
+def test_parts_are_the_whole(tmp_path: Path) -> None:
+    """Wherever they are cut, and though each reads its row groups once."""
+    data_set = damaged.opened(damaged.prepare(str(tmp_path), encoded=True, bad_files={5: b"", 41: b""}))
+    plan = data_set.plan(*damaged.PLAN)
+    whole = data_set.read(plan, 7, 130, "substitute")
+    for most in (1, 5, 32, 1000):
+        parts = list(data_set.parts(plan, 7, 130, most, "substitute"))
+        assert all(len(part.label) <= most for part in parts)
+        assert np.array_equal(np.concatenate([part.image for part in parts]), whole.image)
+        assert np.array_equal(np.concatenate([part.label for part in parts]), whole.label)
+        assert tuple(s for part in parts for s in part.substitutions) == whole.substitutions

@@ -13,12 +13,16 @@ from typing import Any
 import damaged
 import numpy as np
 import pytest
+from pyarrow.fs import LocalFileSystem
 
 from ddpm.config import Config, UserError, override
 from ddpm.data import stream
 from ddpm.data.corrupt import CorruptData, Substitution
+from ddpm.data.plan import share
+from ddpm.data.reading import DataSet
+from ddpm.data.shards import Manifest, Shard, Split
 from ddpm.patience import StorageError
-from ddpm.training.runtime import cut, deal
+from ddpm.training.runtime import cut
 
 
 class Rows:
@@ -63,7 +67,9 @@ def test_a_worker_that_stops_lets_the_reader_go() -> None:
 
 def test_a_long_run_is_several_datasets_without_a_seam() -> None:
     config = override(Config(), {"train.total_images": 30_000_000})
-    parts = stream.legs(config, images_seen=12_800)
+    shards = (Shard("train/00000.parquet", 50_000, (1000,) * 50, 1, "", ("",) * 50),)
+    manifest = Manifest("", "", 32, 32, 3, "raw", (), {"train": Split(50_000, "", shards)}, "")
+    parts = list(stream.legs(config, DataSet(LocalFileSystem(), "", manifest, "train"), images_seen=12_800))
     assert all(len(part) <= stream.MAX_TASKS for part in parts) and len(parts) > 3
     tasks = [task for part in parts for task in part]
     assert tasks[0][0] == 12_800 and tasks[-1][1] == 30_000_000
@@ -95,7 +101,7 @@ def configured(folder: Path, **data: Any) -> Config:
     return override(Config(), values | {f"data.{key}": value for key, value in data.items()})
 
 
-def work(librarian: Any, config: Config, world_size: int = 2) -> list[dict[str, Any]]:
+def work(librarian: Any, config: Config, images_seen: int = 0, world_size: int = 2) -> list[dict[str, Any]]:
     """What each rank takes from its iterator until the end or an error, in a process of its own as in training."""
     import ray
 
@@ -107,16 +113,16 @@ def work(librarian: Any, config: Config, world_size: int = 2) -> list[dict[str, 
 
         try:
             sizes = (config.train.batch_size, config.train.micro_batch_size)
-            for image, label in stream.shares(iterator, config, on_substitutions):
-                for batch in cut(image, label, rank, world_size, *sizes):
-                    taken["batches"].append((batch.index, batch.image.numpy(), batch.label.numpy()))
+            shares = stream.shares(iterator, config, on_substitutions)
+            for batch in cut(shares, rank, world_size, *sizes):
+                taken["batches"].append((batch.index, batch.image.numpy(), batch.label.numpy()))
         except Exception as error:
             taken["error"] = error
         return taken
 
     data_set = stream.open_data_set(config)
-    (todo,) = stream.legs(config, 0)
-    iterators = ray.get(librarian.split.remote(config, data_set, todo, world_size))
+    (todo,) = stream.legs(config, data_set, images_seen)
+    iterators = ray.get(librarian.split.remote(config, data_set, todo, images_seen, world_size))
     worker = ray.remote(num_cpus=0)(take)
     return ray.get([worker.remote(iterator, rank) for rank, iterator in enumerate(iterators)])
 
@@ -127,15 +133,18 @@ def test_the_stream_is_the_plan_with_its_stand_ins(librarian: Any, tmp_path: Pat
     damaged.damage_row_group(tmp_path, 0, 1)
     config = configured(tmp_path, on_corrupt="substitute")
     data_set = stream.open_data_set(config)
-    images = data_set.read(data_set.plan(*damaged.PLAN), 0, 120, "substitute")
-    workers = work(librarian, config)
-    for rank, worker in enumerate(workers):
-        assert worker["error"] is None
-        expected = list(deal(images, rank, 2, 12, 3))
-        assert len(worker["batches"]) == len(expected) == 20
-        for (index, image, label), wanted in zip(worker["batches"], expected, strict=True):
-            assert index == wanted.index
-            assert np.array_equal(image, wanted.image) and np.array_equal(label, wanted.label)
+    # All; and from where the first part is one image, none for the second rank.
+    for start, stop in ((87, 123), (0, 120)):
+        images = data_set.read(data_set.plan(*damaged.PLAN), start, stop, "substitute")
+        workers = work(librarian, config, start)
+        for rank, worker in enumerate(workers):
+            assert worker["error"] is None
+            mine = [share(rows, 0, rank, 2, 3) for rows in (images.image, images.label)]
+            expected = list(cut([(mine[0], mine[1])], rank, 2, 12, 3))
+            assert len(worker["batches"]) == len(expected) == (stop - start) // 6
+            for (index, image, label), wanted in zip(worker["batches"], expected, strict=True):
+                assert index == wanted.index
+                assert np.array_equal(image, wanted.image) and np.array_equal(label, wanted.label)
     assert workers[1]["told"] == []
     assert tuple(s for _, told in workers[0]["told"] for s in told) == images.substitutions
     for batches, told in workers[0]["told"]:  # before any of the images that they are about

@@ -1,0 +1,143 @@
+"""Who hands out images in data.py: ours, and what else a user would pick, each as its documentation advises.
+
+A contestant is a function that gives batches of BATCH images, uint8 [64, H, W, 3], as its trainer gets them. All decode
+an encoded image with `decode`, or, "as documented", with Pillow and torchvision's Resize.
+"""
+
+import functools
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from data_sets import STORED, TRAINED, Case
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+BATCH = 64
+WORKERS = 2
+"""Of a DataLoader: one a core."""
+Decode = Callable[[bytes], NDArray[np.uint8]]
+
+
+def documented(data: bytes) -> NDArray[np.uint8]:
+    """Pillow, RGB, torchvision's Resize with its defaults: what the peers' documentation and examples do."""
+    from torchvision.transforms.v2 import functional
+
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(functional.resize(image.convert("RGB"), [TRAINED, TRAINED]))
+
+
+def decode_as_ours(data: bytes) -> NDArray[np.uint8]:
+    from ddpm.data.row_group import decode
+
+    return decode(data, STORED, STORED, 3, STORED // TRAINED)
+
+
+def _raw(data: bytes) -> NDArray[np.uint8]:
+    return np.frombuffer(data, np.uint8).reshape(32, 32, 3)
+
+
+def mosaicml_streaming(
+    case: Case, bucket: str, folder: Path, decode: Decode, start: int = 0
+) -> Iterator[Tensor]:
+    """StreamingDataset and StreamingDataLoader: shuffled as by default, which is all of so few images.
+
+    What it has downloaded stays in `folder`; a bucket that is a folder is read as it is in every epoch but the first.
+    """
+    from streaming import StreamingDataLoader, StreamingDataset
+
+    class Images(StreamingDataset):
+        def __getitem__(self, index: int) -> Any:
+            image = super().__getitem__(index)["image"]
+            return decode(image) if case.encoded else image
+
+    images = Images(
+        remote=f"{bucket}/mds/{case.name}" if "://" in bucket else None,
+        local=str(folder / "mds") if "://" in bucket else bucket,
+        batch_size=BATCH,
+        shuffle=True,
+        shuffle_seed=0,
+        predownload=case.window,
+    )
+    loader = StreamingDataLoader(images, **_options())
+    if start:
+        loader.load_state_dict(images.state_dict(start, from_beginning=True))
+    while True:
+        yield from loader
+
+
+def webdataset(case: Case, bucket: str, folder: Path, decode: Decode, start: int = 0) -> Iterator[Tensor]:
+    """WebDataset and WebLoader: shards shuffled, then a buffer of images over all workers; batched in them."""
+    import webdataset as wds
+    from webdataset.gopen import gopen_schemes
+
+    from ddpm.storage import resolve
+
+    location = resolve(f"{bucket}/tar/{case.name}")
+    urls = [f"{bucket}/tar/{case.name}/{name}" for name in location.files()]
+    gopen_schemes["s3"] = _open_s3
+    convert = (lambda sample: decode(sample["jpg"])) if case.encoded else (lambda sample: _raw(sample["bin"]))
+    images = (
+        wds.WebDataset(urls, shardshuffle=len(urls), seed=0, nodesplitter=None)
+        .shuffle(case.window // WORKERS, initial=case.window // WORKERS)
+        .map(convert)
+        .batched(BATCH, collation_fn=_stacked, partial=False)
+    )
+    loader = wds.WebLoader(images, **_options() | {"batch_size": None})
+    while True:
+        yield from loader
+
+
+def dataloader(case: Case, bucket: str, folder: Path, decode: Decode, start: int = 0) -> Iterator[Tensor]:
+    """torch's DataLoader over image files on the local disk."""
+
+    class Images(torch.utils.data.Dataset[NDArray[np.uint8]]):
+        def __init__(self) -> None:
+            self.files = sorted(map(str, Path(bucket, case.name).rglob("*.*")))
+
+        def __len__(self) -> int:
+            return len(self.files)
+
+        def __getitem__(self, index: int) -> NDArray[np.uint8]:
+            data = Path(self.files[index]).read_bytes()
+            if case.encoded:
+                return decode(data)
+            with Image.open(io.BytesIO(data)) as image:
+                return np.asarray(image)
+
+    loader = torch.utils.data.DataLoader(Images(), shuffle=True, drop_last=True, **_options())
+    while True:
+        yield from loader
+
+
+def _options() -> dict[str, Any]:
+    return {
+        "batch_size": BATCH,
+        "num_workers": WORKERS,
+        "prefetch_factor": 4,
+        "persistent_workers": True,
+        "collate_fn": _stacked,
+    }
+
+
+def _stacked(images: list[NDArray[np.uint8]]) -> Tensor:
+    return torch.from_numpy(np.stack(images))
+
+
+def _open_s3(url: str, mode: str = "rb", bufsize: int = 0, **options: Any) -> Any:
+    """pyarrow's, as ours."""
+    location = _located(url.rpartition("/")[0])
+    return location.filesystem.open_input_stream(
+        f"{location.path}/{url.rpartition('/')[2]}", buffer_size=1 << 20
+    )
+
+
+@functools.cache
+def _located(uri: str) -> Any:
+    from ddpm.storage import resolve
+
+    return resolve(uri, check=False)

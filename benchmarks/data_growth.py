@@ -1,0 +1,152 @@
+"""What more data costs: planning and seeking over row groups, and the memory of a reader over images.
+
+    python benchmarks/data_growth.py
+
+The table goes to benchmarks/data_growth.md, the picture to benchmarks/data_growth.png.
+"""
+
+import datetime
+import json
+import os
+import pickle
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pyarrow.fs as pafs
+from runtime import processor, write_table
+
+from ddpm.data.manifest import Manifest, Shard, make_manifest, write_manifest
+from ddpm.data.reading import DataSet
+from ddpm.data.shards import locate, read_manifest, write_shard
+
+ROW_GROUPS = (10, 100, 1_000, 10_000, 100_000)
+IMAGES = (16_384, 65_536, 262_144)
+WINDOW, ROWS, GROUPS_PER_SHARD = 8192, 1024, 16
+SEEKS = 200
+QUANTITIES = {
+    "first": "first position of an epoch, ms",
+    "window": "every other window, ms",
+    "locate": "shard of a row group, µs",
+    "unpack": "data set unpacked, ms",
+}
+"""Of planning; all but the first and the last happen again and again."""
+
+
+def manifest_of(row_groups: int) -> Manifest:
+    """A data set of 32x32x3 images that is nowhere."""
+    shards = []
+    for k, first in enumerate(range(0, row_groups, GROUPS_PER_SHARD)):
+        groups = (ROWS,) * min(GROUPS_PER_SHARD, row_groups - first)
+        shards.append(
+            Shard(f"train/{k:05d}.parquet", sum(groups), groups, 1, "0" * 64, tuple("0" * 64 for _ in groups))
+        )
+    return make_manifest("growth", 32, 32, 3, "raw", [], {"train": shards}, "")
+
+
+def seconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def planning(row_groups: int) -> dict[str, float]:
+    """What QUANTITIES lists, for a data set of so many row groups."""
+    data_set = DataSet(pafs.LocalFileSystem(), "", manifest_of(row_groups), "train")
+    packed, random = pickle.dumps(data_set), np.random.default_rng(0)
+    first, window = [], []
+    for epoch in range(3):
+        plan = data_set.plan(0, WINDOW)
+        start = epoch * plan.num_images
+        first.append(seconds(lambda: next(plan.windows(start, start + 1))))  # noqa: B023
+        for position in (start + random.integers(0, plan.num_images, SEEKS)).tolist():
+            window.append(seconds(lambda: next(plan.tasks(position, position + 1))))  # noqa: B023
+            window[-1] += seconds(lambda: next(plan.windows(position, position + 1)))  # noqa: B023
+    places = random.integers(0, row_groups, SEEKS).tolist()
+    return {
+        "first": 1e3 * statistics.median(first),
+        "window": 1e3 * statistics.median(window),
+        "locate": 1e6 * statistics.median(seconds(lambda: locate(data_set.rows, k)) for k in places),  # noqa: B023
+        "unpack": 1e3 * statistics.median(seconds(lambda: pickle.loads(packed)) for _ in range(3)),
+    }
+
+
+def peak(folder: str) -> None:
+    """Read an epoch, and print the memory that the process had at most, in MiB, beyond what it has at the start."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    filesystem = pafs.LocalFileSystem()
+    data_set = DataSet(filesystem, folder, read_manifest(filesystem, folder, folder), "train")
+    plan = data_set.plan(0, WINDOW)
+    for start, stop in plan.tasks(0, plan.num_images):
+        for _ in data_set.parts(plan, start, stop):
+            pass
+    print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+
+
+def memory(folder: Path, images: int) -> float:
+    """MiB at the peak of reading an epoch of so many images, in a process of its own."""
+    filesystem, shards = pafs.LocalFileSystem(), []
+    random = np.random.default_rng(0)
+    for k in range(images // (ROWS * GROUPS_PER_SHARD)):
+        pixels = random.integers(0, 256, (ROWS * GROUPS_PER_SHARD, 32, 32, 3), np.uint8)
+        path = f"train/{k:05d}.parquet"
+        shards.append(write_shard(filesystem, str(folder), path, pixels, None, rows_per_row_group=ROWS))
+    manifest = make_manifest("growth", 32, 32, 3, "raw", [], {"train": shards}, "")
+    write_manifest(filesystem, str(folder), manifest)
+    done = subprocess.run([sys.executable, __file__, str(folder)], capture_output=True, text=True, check=True)
+    return float(json.loads(done.stdout))
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        peak(sys.argv[1])
+        return
+    plans = {n: planning(n) for n in ROW_GROUPS}
+    held = {}
+    for images in IMAGES:
+        with tempfile.TemporaryDirectory() as folder:
+            held[images] = memory(Path(folder), images)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for key, marker in zip(("first", "window", "unpack"), "osd", strict=True):
+        left.loglog(ROW_GROUPS, [plans[n][key] for n in ROW_GROUPS], marker=marker, label=QUANTITIES[key])
+    left.set(xlabel="row groups", ylabel="ms")
+    left.legend(frameon=False)
+    right.semilogx(list(held), list(held.values()), marker="o")
+    right.set(
+        xlabel="images (32x32x3)", ylabel="MiB at the peak of reading", ylim=(0, 1.3 * max(held.values()))
+    )
+    figure.savefig(Path(__file__).with_suffix(".png"), dpi=120)
+    lines = [
+        "# What more data costs",
+        "",
+        f"`python benchmarks/data_growth.py`, {datetime.date.today()}, {os.cpu_count()} cores of {processor()}, "
+        f"numpy {np.__version__}. Row groups of {ROWS:,} images, windows of {WINDOW:,}; medians.",
+        "",
+        f"| row groups | images | {' | '.join(QUANTITIES.values())} |",
+        "|---|---|" + "---|" * len(QUANTITIES),
+    ]
+    for n, found in plans.items():
+        lines.append(f"| {n:,} | {n * ROWS:,} | {' | '.join(f'{found[key]:.2f}' for key in QUANTITIES)} |")
+    lines += [
+        "",
+        "The order of an epoch's row groups is computed once an epoch and process, and the data set is unpacked once a "
+        "process; from then on a window costs a binary search and the permutation of its own rows.",
+        "",
+        "| images | on disk | memory at the peak of reading an epoch |",
+        "|---|---|---|",
+    ]
+    for images, mebibytes in held.items():
+        lines.append(f"| {images:,} | {images * 3072 / 2**20:,.0f} MiB | {mebibytes:,.0f} MiB |")
+    lines += ["", "![the same as a picture](data_growth.png)"]
+    write_table(__file__, lines)
+
+
+if __name__ == "__main__":
+    main()
