@@ -4,7 +4,7 @@
 
 Everybody reads the same images, hands out batches of 64, and shuffles at least some thousand images. Every contestant
 is a process tree of its own, whose CPU time is counted besides the clock. The peers come with
-`pip install -e '.[benchmarks]' 'huggingface-hub<1'`, in an environment of their own. The tables go to
+`pip install -e '.[benchmarks-data]'`, in an environment of their own. The tables go to
 benchmarks/data.md.
 """
 
