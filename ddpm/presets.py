@@ -79,6 +79,8 @@ FASHION_MNIST = Config(
     ),
     sample=SampleConfig(sampler="dpmpp_2m", num_sample_steps=20, eta=1.0),
 )
+"""`python jobs/train.py fashion-mnist`: ten minutes on two cores. KID-classifier is 0.07 ± 0.01 after the first 28,000
+images. What was tried, and how it compares: benchmarks/quality.md."""
 
 CIFAR10 = Config(
     data=DataConfig(source="torchvision:cifar10", horizontal_flip=True),
