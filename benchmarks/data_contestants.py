@@ -49,6 +49,9 @@ def mosaicml_streaming(
     What it has downloaded stays in `folder`; a bucket that is a folder is read as it is in every epoch but the first.
     """
     from streaming import StreamingDataLoader, StreamingDataset
+    from streaming.base.util import clean_stale_shared_memory
+
+    clean_stale_shared_memory()  # of a run that was broken off: it would be waited for
 
     class Images(StreamingDataset):
         def __getitem__(self, index: int) -> Any:
