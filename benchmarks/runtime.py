@@ -28,10 +28,11 @@ from torch import Tensor, nn
 
 from ddpm.config import Config, override
 from ddpm.data import embedded, stream
-from ddpm.data.reading import DataSet
+from ddpm.data.plan import share
+from ddpm.data.reading import DataSet, Share
 from ddpm.presets import PRESETS
 from ddpm.training import loop
-from ddpm.training.runtime import LocalRuntime, MicroBatch, NoTracker, deal
+from ddpm.training.runtime import LocalRuntime, MicroBatch, NoTracker, cut
 
 RUNTIMES = ("torchrun", "ray")
 CASES = ((1, 1), (1, 2), (2, 1))
@@ -85,10 +86,15 @@ class TorchrunRuntime(LocalRuntime):
 
     def batches(self, images_seen: int) -> Iterator[MicroBatch]:
         train = self._config.train
-        plan = self._train.plan(train.seed, self._config.data.window_rows)
-        for start, stop in stream.legs(self._config, images_seen)[0]:
-            images = self._train.read(plan, start, stop)
-            yield from deal(images, self.rank, self.world_size, train.batch_size, train.micro_batch_size)
+        shares = self._own_shares(images_seen)
+        return cut(shares, self.rank, self.world_size, train.batch_size, train.micro_batch_size)
+
+    def _own_shares(self, images_seen: int) -> Iterator[Share]:
+        start = 0
+        for image, label in self._shares(images_seen):
+            which = (start, self.rank, self.world_size, self._config.train.micro_batch_size)
+            yield share(image, *which), share(label, *which)
+            start += len(label)
 
     def mean(self, values: Tensor) -> Tensor:
         torch.distributed.all_reduce(values)

@@ -17,10 +17,10 @@ from ddpm.config import Config, UserError
 from ddpm.data.reading import DataSet
 from ddpm.data.stream import open_data_set
 from ddpm.jury import Jury
+from ddpm.progress import Progress
 from ddpm.training import board as boards
 from ddpm.training import cluster, placement
 from ddpm.training.checkpoint import name_at
-from ddpm.training.runtime import Progress
 from ddpm.trials import Rung
 
 RUNGS = [64, 192]
@@ -64,7 +64,9 @@ class Stage:
                 break
             if isinstance(step, BaseException):
                 raise step
-            shutil.copytree(self._trained / name_at(step), Path(run.location.path) / name_at(step))
+            place = Path(run.location.path) / name_at(step)
+            shutil.copytree(self._trained / name_at(step), place.with_suffix(".part"))
+            place.with_suffix(".part").rename(place)  # it is whole as soon as it is there
             goes_on({boards.PROGRESS: Progress(step, 192, 1.0, 0.5)})
         trained()
         assert self.delivers.wait(280)  # MLflow takes its time
