@@ -33,6 +33,7 @@ from runtime import processor, write_table
 from torch import Tensor, nn
 
 from ddpm.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, override
+from ddpm.connection import KEPT_MEMORY
 from ddpm.models.diffusers_names import diffusers_names
 from ddpm.presets import PRESETS
 from ddpm.training import loop
@@ -58,6 +59,7 @@ DIFFUSERS = {
     "diffusers, float32 (its default)": {},
     "diffusers, float32, channels-last": {"channels_last": True},
     "diffusers, bfloat16": {"autocast": True},
+    "diffusers, bfloat16, memory kept": {"autocast": True},
     "diffusers, bfloat16, channels-last": {"autocast": True, "channels_last": True},
     "diffusers, bfloat16, channels-last, compiled": {
         "autocast": True,
@@ -66,6 +68,8 @@ DIFFUSERS = {
     },
 }
 LUCIDRAINS = {"lucidrains, float32 (its default)": {}, "lucidrains, bfloat16": {"autocast": True}}
+KEPT = "memory kept"
+"""Ends the name of a peer that has our settings of the C library, which jobs/train.py makes for its workers."""
 BASE = "diffusers, float32 (its default)"
 BEFORE = "before: "
 """Begins the names of contestants whose code is that of another checkout."""
@@ -337,6 +341,8 @@ class Contestant:
         command += ["--batch-size", str(arguments.batch_size), "--image-size", str(arguments.image_size)]
         cache = str(folder / f"compiled-{abs(hash(name))}")
         environment = {"TORCHINDUCTOR_CACHE_DIR": cache, **os.environ}
+        if name in OURS or name.endswith(KEPT):
+            environment |= KEPT_MEMORY
         if name.startswith(BEFORE):
             environment["PYTHONPATH"] = f"{arguments.before}:{environment.get('PYTHONPATH', '')}"
         if arguments.device == "cpu":
