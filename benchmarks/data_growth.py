@@ -9,7 +9,6 @@ import datetime
 import json
 import os
 import pickle
-import resource
 import statistics
 import subprocess
 import sys
@@ -80,14 +79,20 @@ def planning(row_groups: int) -> dict[str, float]:
 
 def peak(folder: str) -> None:
     """Read an epoch, and print the memory that the process had at most, in MiB, beyond what it has at the start."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_kib()
     filesystem = pafs.LocalFileSystem()
     data_set = DataSet(filesystem, folder, read_manifest(filesystem, folder, folder), "train")
     plan = data_set.plan(0, WINDOW)
     for start, stop in plan.tasks(0, plan.num_images):
         for _ in data_set.parts(plan, start, stop):
             pass
-    print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+    print(json.dumps((_peak_kib() - before) / 1024))
+
+
+def _peak_kib() -> int:
+    """Of this program; getrusage would count what its parent had when it forked."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0])
 
 
 def memory(folder: Path, images: int) -> float:
