@@ -90,8 +90,9 @@ def _spare_processes(verbose: bool) -> Iterator[None]:
         spared.append((node, "start_log_monitor", nothing))
     with ExitStack() as stack:
         for owner, name, instead in spared:
-            stack.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, instead)
+            if hasattr(owner, name):  # else it is another Ray, which starts what it starts
+                stack.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, instead)
         yield
 
 
