@@ -182,14 +182,17 @@ class MlflowRun:
         return self._hand_over("the status", self._client.set_terminated, self.run_id, status)
 
     def settle(self, status: str) -> bool:
-        """Of a run that was found: what its own process could not say if it was killed, its parent and its end."""
+        """Of a run that was found: its parent and its end, as who sees more than its own process knows them.
+
+        That process may have been killed, or have trained to the end before it heard that nobody wants more.
+        """
         return self._hand_over("parent and status", self._settle, status)
 
     def _settle(self, status: str) -> None:
         run, parent = self._client.get_run(self.run_id), self._address.parent_run_id
         if parent is not None and run.data.tags.get(PARENT_TAG) != parent:
             self._client.set_tag(self.run_id, PARENT_TAG, parent)
-        if run.info.status == "RUNNING":
+        if run.info.status != status:
             self._client.set_terminated(self.run_id, status)
 
     def _connect(self) -> None:
