@@ -29,11 +29,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from runtime import processor, write_table
 from torch import Tensor, nn
 
 from ddpm.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, override
-from ddpm.connection import KEPT_MEMORY
 from ddpm.models.diffusers_names import diffusers_names
 from ddpm.presets import PRESETS
 from ddpm.training import loop
@@ -341,6 +339,8 @@ class Contestant:
         command += ["--batch-size", str(arguments.batch_size), "--image-size", str(arguments.image_size)]
         cache = str(folder / f"compiled-{abs(hash(name))}")
         environment = {"TORCHINDUCTOR_CACHE_DIR": cache, **os.environ}
+        from ddpm.connection import KEPT_MEMORY  # not at the top: an earlier checkout has none
+
         if name in OURS or name.endswith(KEPT):
             environment |= KEPT_MEMORY
         if name.startswith(BEFORE):
@@ -492,6 +492,7 @@ def write(
 ) -> None:
     """The tables, as Markdown."""
     import diffusers
+    from runtime import processor, write_table  # not at the top: it is of this checkout
 
     median = {name: statistics.median(found) for name, found in speed.items()}
     peers = {name: found for name, found in median.items() if name in DIFFUSERS}

@@ -46,7 +46,7 @@ class Lease:
         try:
             self._take()
         except OSError as error:
-            raise UserError(f"cannot write {self._file.uri}: {error}") from None
+            raise UserError(f"cannot read or write {self._file.uri}: {error}") from None
         self._thread.start()
         return self
 
