@@ -25,11 +25,11 @@ from ddpm.config import Config, override
 from ddpm.connection import connect
 from ddpm.data import embedded, stream
 from ddpm.presets import DIGITS
-from ddpm.training import cluster
+from ddpm.training import cluster, troupe
 from ddpm.training.state import build_net, parameter_count
 
 EVERY_STEPS, BATCH_SIZE = 100, 32
-work = cluster._work
+work = troupe.work
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def measure(config: Config) -> dict[str, Any]:
 
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
-    cluster._work = timed_work
+    troupe.work = timed_work
     config = override(
         DIGITS,
         {

@@ -159,7 +159,7 @@ def run_ours(case: Case, consumers: int) -> dict[str, Any]:
 
     from ddpm.config import Config, override
     from ddpm.connection import connect
-    from ddpm.data import stream
+    from ddpm.data import librarian, stream
 
     start_ray = time.monotonic()
     connect()
@@ -174,13 +174,13 @@ def run_ours(case: Case, consumers: int) -> dict[str, Any]:
     }
     config = override(Config(), values)
     data_set = stream.open_data_set(config)
-    librarian = stream.librarian(consumers)
+    desk = librarian.employ(consumers)
     trainer = ray.remote(num_cpus=0)(_train)
 
     def consumed(config: Config, start: int, images: int) -> tuple[float, list[Any]]:
         began = time.monotonic()
         leg = next(stream.legs(config, data_set, start))
-        iterators = ray.get(librarian.split.remote(config, data_set, leg, start, consumers))
+        iterators = ray.get(desk.split.remote(config, data_set, leg, start, consumers))
         done = [trainer.remote(case, it, config, k, images) for k, it in enumerate(iterators)]
         return began, ray.get(done)
 

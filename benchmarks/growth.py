@@ -1,9 +1,10 @@
-"""What a training step costs as it grows: images/s over the batch and over the image size.
+"""What training costs as it grows: images/s over the batch, over the image size, and over workers.
 
     python benchmarks/growth.py [--turns 3]
 
 The net is that of benchmarks/step.py (64-128-128 channels, attention at half the image's size up to 16), each size a
-process of its own; all take turns. The table goes to benchmarks/growth.md, the curves to benchmarks/growth.png.
+process of its own; all take turns. Workers, each of one thread, train the preset digits through Ray, as
+benchmarks/runtime.py has it. The tables go to benchmarks/growth.md, the curves to benchmarks/growth.png.
 """
 
 import datetime
@@ -16,9 +17,11 @@ from typing import Literal
 
 import torch
 import tyro
-from runtime import processor, write_table
-from step import Arguments as StepArguments
-from step import Contestant, gigaflops, grown
+from matplotlib.figure import Figure
+from runtime import Arguments as RunArguments
+from runtime import processor, run, write_table
+from step import Contestant, gigaflops
+from step_contestants import Case
 
 PRECISIONS = {"float32": "ours, float32", "bfloat16": "ours, bfloat16"}
 
@@ -31,6 +34,9 @@ class Arguments:
     """Of 32x32 images."""
     sizes: tuple[int, ...] = (8, 16, 32, 64)
     """In batches of 16."""
+    workers: tuple[int, ...] = (1, 2)
+    images: int = 48_000
+    """Images that workers train on in a turn."""
     turns: int = 3
     turn_s: float = 2.0
     """How long a turn lasts, about; at least a step."""
@@ -47,7 +53,7 @@ def measure(arguments: Arguments, wanted: list[Size]) -> dict[tuple[str, Size], 
     with tempfile.TemporaryDirectory() as folder:
         contestants = {}
         for precision, size in found:
-            case = StepArguments(device=arguments.device, batch_size=size[0], image_size=size[1])
+            case = Case(device=arguments.device, batch_size=size[0], image_size=size[1])
             place = Path(folder, f"{precision}-{size[0]}-{size[1]}")
             place.mkdir()
             contestants[precision, size] = Contestant(case, PRECISIONS[precision], place)
@@ -67,20 +73,35 @@ def measure(arguments: Arguments, wanted: list[Size]) -> dict[tuple[str, Size], 
     return {key: statistics.median(values) for key, values in found.items()}
 
 
-def draw(speed: dict[tuple[str, Size], float], by_batch: list[Size], by_size: list[Size], path: Path) -> None:
-    """Both curves, side by side."""
-    import matplotlib
+def measure_workers(arguments: Arguments) -> dict[int, float]:
+    """Images/s by number of workers: medians over turns."""
+    found: dict[int, list[float]] = {workers: [] for workers in arguments.workers}
+    for _ in range(arguments.turns):
+        for workers, speeds in found.items():
+            speeds.append(run(RunArguments(images=arguments.images), workers, 1, "ray").images_per_s)
+            print(f"{workers} workers: {speeds[-1]:.2f} images/s", flush=True)
+    return {workers: statistics.median(speeds) for workers, speeds in found.items()}
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+def draw(
+    speed: dict[tuple[str, Size], float],
+    by_batch: list[Size],
+    by_size: list[Size],
+    by_workers: dict[int, float],
+    path: Path,
+) -> None:
+    """The three curves, side by side."""
+    figure = Figure((12, 3.6), layout="constrained")
+    left, right, last = figure.subplots(1, 3)
+    last.plot(list(by_workers), list(by_workers.values()), "o-", label="digits, float32")
+    last.set(xlabel="workers of one thread", ylabel="images/s", ylim=(0, None))
     for precision in PRECISIONS:
         left.plot([b for b, _ in by_batch], [speed[precision, s] for s in by_batch], "o-", label=precision)
         right.plot([e for _, e in by_size], [speed[precision, s] for s in by_size], "o-", label=precision)
     left.set(xscale="log", xlabel="images a batch (32x32)", ylabel="images/s", ylim=(0, None))
     right.set(xscale="log", yscale="log", xlabel="pixels along an edge (batches of 16)", ylabel="images/s")
-    for axes, ticks in ((left, [b for b, _ in by_batch]), (right, [e for _, e in by_size])):
+    ticked = ((left, [b for b, _ in by_batch]), (right, [e for _, e in by_size]), (last, list(by_workers)))
+    for axes, ticks in ticked:
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
@@ -93,23 +114,29 @@ def main() -> None:
     by_batch = [(batch, 32) for batch in arguments.batches]
     by_size = [(16, size) for size in arguments.sizes]
     speed = measure(arguments, list(dict.fromkeys(by_batch + by_size)))
+    by_workers = measure_workers(arguments) if arguments.device == "cpu" else {}
     where = torch.cuda.get_device_name() if arguments.device == "cuda" else processor()
     lines = [
-        "# What a training step costs as it grows",
+        "# What training costs as it grows",
         "",
         f"Images/s and GFLOP/s of whole steps, medians of {arguments.turns} turns (`python benchmarks/growth.py`). "
         f"{datetime.date.today()}, {len(os.sched_getaffinity(0))} cores of {where}, torch {torch.__version__}.",
         "",
-        "![images/s over the batch and over the image size](growth.png)",
+        "![images/s over the batch, the image size and the workers](growth.png)",
         "",
         "| batch | image | GFLOP an image | float32, images/s | GFLOP/s | bfloat16, images/s | GFLOP/s |",
         "|---|---|---|---|---|---|---|",
     ]
     for batch, edge in dict.fromkeys(by_batch + by_size):
-        flops = gigaflops(grown(StepArguments(batch_size=batch, image_size=edge)))
+        flops = gigaflops(Case(batch_size=batch, image_size=edge).config())
         cells = [f"{speed[p, (batch, edge)]:.2f} | {speed[p, (batch, edge)] * flops:.0f}" for p in PRECISIONS]
         lines.append(f"| {batch} | {edge}x{edge} | {flops:.2f} | {' | '.join(cells)} |")
-    draw(speed, by_batch, by_size, Path(__file__).with_suffix(".png"))
+    lines += ["", "| workers of one thread, preset digits | images/s | of one worker |", "|---|---|---|"]
+    for workers, images_per_s in by_workers.items():
+        lines.append(
+            f"| {workers} | {images_per_s:,.0f} | {images_per_s / next(iter(by_workers.values())):.2f} |"
+        )
+    draw(speed, by_batch, by_size, by_workers, Path(__file__).with_suffix(".png"))
     write_table(__file__, lines)
 
 

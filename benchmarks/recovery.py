@@ -35,11 +35,11 @@ from ddpm.config import override
 from ddpm.connection import connect
 from ddpm.data import embedded, stream
 from ddpm.presets import DIGITS
-from ddpm.training import cluster
+from ddpm.training import cluster, troupe
 
 BACK_AFTER_S = 8.0
 """A lost node comes back so much later."""
-work = cluster._work
+work = troupe.work
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def train(folder: str, resources: dict[str, float]) -> None:
         "train.sample_every_images": 0,
     }
     config = embedded.with_shards(override(DIGITS, values))
-    cluster._work = timed_work
+    troupe.work = timed_work
     try:
         cluster.fit(config, stream.open_data_set(config))
     except Exception as error:  # the measurement is over, and shuts everything down

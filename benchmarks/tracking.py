@@ -30,10 +30,10 @@ from ddpm.config import override
 from ddpm.connection import connect
 from ddpm.data import embedded, stream
 from ddpm.presets import DIGITS
-from ddpm.training import cluster
+from ddpm.training import cluster, troupe
 
 CONDITIONS = ("there", "killed after 5 s, back after 15 s", "never there", "accepts and hangs")
-work = cluster._work
+work = troupe.work
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def measure(arguments: Arguments, condition: str) -> float:
 
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
-    cluster._work = timed_work
+    troupe.work = timed_work
     connect()
     found: dict[str, list[float]] = {condition: [] for condition in CONDITIONS}
     for i in range(arguments.repeats):

@@ -21,7 +21,7 @@ from ddpm.runs import Run
 from ddpm.storage import Location
 from ddpm.training import board as boards
 from ddpm.training import checkpoint, cluster, keeper, placement
-from ddpm.training.cluster import Troupe
+from ddpm.training.troupe import Troupe
 from ddpm.trials import Rung
 
 POLL_INTERVAL_S = 0.25

@@ -53,8 +53,8 @@ def later():
     ("part", "owners"),
     [
         # the driver's side, what runs in the controller, and the workers'
-        ("ray.train", {"ddpm.training.cluster", "ddpm.training.controller", "ddpm.training.worker"}),
-        ("ray.data", {"ddpm.data.stream"}),
+        ("ray.train", {"ddpm.training.troupe", "ddpm.training.controller", "ddpm.training.worker"}),
+        ("ray.data", {"ddpm.data.librarian", "ddpm.data.stream"}),
         ("ray.tune", {"tune.driver", "tune.study"}),
     ],
 )

@@ -20,7 +20,7 @@ from ddpm.config import Config, UserError
 from ddpm.data.reading import DataSet
 from ddpm.jury import Jury
 from ddpm.training import board as boards
-from ddpm.training.cluster import Troupe
+from ddpm.training.troupe import Troupe
 from ddpm.trials import name_of
 
 POLL_INTERVAL_S = 1.0

@@ -170,7 +170,8 @@ def micro_batches_per_step(batch_size: int, micro_batch_size: int, world_size: i
         right = [n for n in range(1, m + 1) if m % n == 0]
         raise UserError(
             f"a global batch of {batch_size} is {m} micro-batches of {micro_batch_size}, which {world_size} workers "
-            f"cannot share evenly; use {' or '.join(map(str, right))} workers, or a smaller train.micro_batch_size"
+            f"cannot share evenly; use cluster.num_workers {' or '.join(map(str, right))}, or a smaller "
+            "train.micro_batch_size"
         )
     return m
 

@@ -9,7 +9,7 @@ worker.
 An error is a row as well: raised inside Ray, it would come out wrapped, logged and retried. The row says what is
 wrong, and the worker that takes it raises.
 
-The cursor is where the workers' restored checkpoint stands: rank 0 asks the run's `Librarian` to `split`, and hands
+The cursor is where the workers' restored checkpoint stands: rank 0 asks the run's librarian to `split`, and hands
 the iterators to the others.
 
 This module and what it imports do without torch, which would double the time that processes that read take to start.
@@ -20,21 +20,17 @@ import json
 import queue
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import ray
 import ray.data
 from ray.data import DataContext, DataIterator
 from ray.data._internal import stats as ray_stats
-from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
 from ray.data._internal.execution.execution_callback import ExecutionCallback
-from ray.data._internal.iterator import stream_split_iterator
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ddpm import connection, storage
 from ddpm.config import Config, UserError
@@ -150,85 +146,6 @@ def shares(
     return opened()
 
 
-class Librarian:
-    """The actor that directs the reading of a run, for one group of workers after the other.
-
-    Ray Data starts a coordinator for every split, on the node of rank 0, and every restart of the workers would wait
-    for that process to start. Here Ray's own coordinators live in one process that stays (Ray 2.60 knows no other).
-    Each has its own number: what workers that are no more have left behind reaches none but theirs.
-    """
-
-    def __init__(self, verbose: bool) -> None:
-        self._desks: dict[str, Any] = {}
-        self._lock, self._coordinator = threading.Lock(), _plain(stream_split_iterator.SplitCoordinator)
-        # Its `options` and `remote` are called in Ray's place.
-        stream_split_iterator.SplitCoordinator = self  # type: ignore[misc, assignment]
-        if not verbose:
-            hide_progress()
-
-    def split(
-        self, config: Config, data_set: DataSet, todo: list[Task], images_seen: int, world_size: int
-    ) -> list[DataIterator]:
-        """`split`; whatever was split before is given up."""
-        with self._lock:
-            for desk in self._desks.values():  # in a thread: it takes a moment until nothing is read any more
-                threading.Thread(target=desk.shutdown_executor, daemon=True).start()
-            for number in list(self._desks)[:-1]:  # the last one may be asked yet whether that was all
-                self._desks.pop(number)._cur_epoch = None  # nobody waits there any more for others to come
-            return split(config, data_set, todo, images_seen, world_size)
-
-    def call(self, number: str, method: str, *arguments: Any) -> Any:
-        """A method of the coordinator of that number."""
-        if (desk := self._desks.get(number)) is None:
-            raise RuntimeError("the process that directed this reading has died")
-        return getattr(desk, method)(*arguments)
-
-    def options(self, **resources: Any) -> "Librarian":
-        return self
-
-    def remote(self, *arguments: Any) -> "_Desk":
-        number = uuid.uuid4().hex
-        self._desks[number] = self._coordinator(*arguments)
-        return _Desk(ray.get_runtime_context().current_actor, number)
-
-
-class _Desk:
-    """Stands for the actor that Ray's iterators speak with."""
-
-    def __init__(self, librarian: Any, number: str) -> None:
-        for method in (
-            "start_epoch",
-            "get",
-            "notify_split_finished",
-            "stats",
-            "get_dataset_tag",
-            "get_dataset_context",
-        ):
-            setattr(self, method, _Method(librarian, number, method))
-
-
-class _Method(NamedTuple):
-    librarian: Any
-    number: str
-    method: str
-
-    def remote(self, *arguments: Any) -> Any:
-        return self.librarian.call.remote(self.number, self.method, *arguments)
-
-
-def announce() -> None:
-    """Let Ray's coordinator of all that ask for nodes begin: Ray Train's controller would, and wait for it (2.60)."""
-    get_or_create_autoscaling_coordinator()
-
-
-def librarian(num_workers: int, verbose: bool = False) -> Any:
-    """A new one, for at most so many workers, on this node: it lives as long as this process."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    # Each worker has a call or two under way, and those of groups that died may hang in theirs for a while.
-    options = {"num_cpus": 0, "max_restarts": -1, "max_concurrency": 16 + 8 * num_workers}
-    return ray.remote(Librarian).options(scheduling_strategy=here, **options).remote(verbose)
-
-
 class _Nobody:
     """Stands for an actor that nobody would listen to."""
 
@@ -242,11 +159,6 @@ def _spare_statistics() -> None:
     """Send no statistics of reading to the process that keeps them for Ray's dashboard, where there is none."""
     if connection.begun_here():
         ray_stats.get_or_create_stats_actor = _Nobody  # type: ignore[assignment]
-
-
-def _plain(actor_class: Any) -> Any:
-    """The class that was made an actor's."""
-    return actor_class.__ray_metadata__.modified_class
 
 
 class _Rest(ExecutionCallback):
@@ -269,7 +181,7 @@ class _Rest(ExecutionCallback):
 
 
 class _ReadTask:
-    """What a reading task does; made by the librarian, run wherever Ray has a free CPU.
+    """What a reading task does; made by who splits, run wherever Ray has a free CPU.
 
     Every task unpacks it: what grows with the data set stays in the object store, and is unpacked once a process.
     """

@@ -1,4 +1,4 @@
-"""Training on Ray: `fit` runs the loop on the workers of a Ray Train group, through whatever dies.
+"""Training on Ray: `fit` runs the loop on the workers of a Ray Train group (troupe.py), through whatever dies.
 
 The driver checks everything that can be checked before anything is started, then watches. Checkpoints do not go
 through `ray.train.report`: rank 0 stores them in the background (keeper.py), a restarted group looks for the
@@ -7,45 +7,25 @@ starting worker groups, noticing deaths, and starting the group again, smaller o
 """
 
 import logging
-import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import ray
 import ray.exceptions
-import ray.util
-import torch
-from ray.train.v2._internal.callbacks import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ddpm import config as configs
-from ddpm import connection, runs, segments
+from ddpm import runs, segments
 from ddpm.config import Config, UserError
-from ddpm.data import stream
 from ddpm.data.reading import DataSet
 from ddpm.delivery import Courier, Delivery
-from ddpm.records import Outbox
 from ddpm.runs import Run
 from ddpm.tracking import Address, tracking_uri, without_password
 from ddpm.training import board as boards
-from ddpm.training import checkpoint, keeper, loop, placement
-from ddpm.training.controller import (
-    FailureBudget,
-    ProcessGroup,
-    ResizeWithoutLoss,
-    TrainController,
-    TrainingFailed,
-    last_line,
-    too_many_preemptions,
-)
-from ddpm.training.watch import Aside, GoesOn, Watch, always
-from ddpm.training.worker import RayRuntime
+from ddpm.training import checkpoint, keeper, placement
+from ddpm.training.controller import TrainingFailed, last_line, too_many_preemptions
+from ddpm.training.troupe import Troupe
+from ddpm.training.watch import GoesOn, Watch, always
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +33,6 @@ DELIVERY_TIMEOUT_S = 30.0
 """What MLflow has not taken so long after the end is left to jobs/track.py."""
 HASTY_DELIVERY_TIMEOUT_S = 1.0
 """Of a run that was asked to stop: who asked will not wait."""
-PLAY_POLL_S = 0.1
-"""Workers that stay look so often for the next run."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +56,7 @@ def fit(
     verbose: bool = False,
     goes_on: GoesOn = always,
     parent_run_id: str | None = None,
-    troupe: "Troupe | None" = None,
+    troupe: Troupe | None = None,
     trained: Callable[[], object] = lambda: None,
 ) -> Result:
     """Train the run that `config` names to the end on the connected Ray cluster, from its newest checkpoint on.
@@ -136,58 +114,6 @@ def fit(
     return Result(run, ended, runs.checkpoints(run.location)[-1].uri, delivery, watch.signal)
 
 
-class Troupe:
-    """The workers, and what stays with them from one run to the next: processes, imports, the process group.
-
-    They start with the first run, and anew after a failure. One run at a time is on; all ask the same of the cluster.
-
-    Args:
-        config: of any of the runs.
-        verbose: let Ray's own messages through.
-        stays: after the end of a run; until `close`.
-    """
-
-    def __init__(self, config: Config, verbose: bool = False, stays: bool = True) -> None:
-        stream.announce()
-        self.stays, self.board = stays, boards.put_up()
-        librarian = stream.librarian(config.cluster.world_sizes()[-1], verbose)
-        self._config, self._resources = config, placement.resources_per_worker(config)
-        self._spec = {"board": self.board, "librarian": librarian, "verbose": verbose, "stays": stays}
-        self._number = 0
-        self._workers: Aside | None = None
-
-    def begin(self, config: Config, data_set: DataSet, run: Run) -> None:
-        """Put a run on."""
-        self._number += 1
-        what = ray.put({"config": config, "data_set": data_set, "run": run})
-        self.board.begin.remote(boards.Play(self._number, what))  # it may still be starting: nobody waits
-
-    def workers(self) -> Aside:
-        """The Ray Train run, which is started if there is none; it ends when the workers leave."""
-        if self._workers is None or not self._workers.is_alive():
-            if self._workers is not None:
-                self._free_place()
-            self._workers = Aside(self._fit)
-        return self._workers
-
-    def close(self, timeout_s: float) -> None:
-        """Let the workers leave, and wait until they have."""
-        ray.get(self.board.leave.remote())
-        if self._workers is not None:
-            self._workers.join(timeout_s)
-
-    def _fit(self) -> None:
-        with tempfile.TemporaryDirectory(prefix="ddpm-ray-train-") as folder:
-            _trainer(self._config, self._spec, self._resources, folder).fit()
-
-    def _free_place(self) -> None:
-        """Give back what a dead controller's workers held: data tasks would wait for ever for the CPUs."""
-        place = ray.get(self.board.read.remote()).get(boards.PLACE)
-        if place is not None:
-            ray.util.remove_placement_group(place)
-            ray.get(self.board.note.remote(boards.PLACE, None))
-
-
 def _train(config: Config, troupe: Troupe, watch: Watch) -> int:
     """Until training is done, or was asked to stop; returns images_seen.
 
@@ -222,92 +148,6 @@ def _train(config: Config, troupe: Troupe, watch: Watch) -> int:
         ray.get(board.note.remote(boards.ENDED, None))
         if not watch.was_asked:
             ray.get(board.note.remote(boards.STOP, None))
-
-
-class _Trainer(DataParallelTrainer):
-    """A trainer without processes that every start would wait for (Ray 2.60 has no switch for them).
-
-    - The manager of data sets: rank 0 splits the data itself, at the cursor of the checkpoint.
-    - The cleaner of placement groups: `Troupe._free_place` does it, and the end of the job. It would ask the dashboard
-      whether the controller lives, and where there is none clean nothing.
-    """
-
-    def _create_default_callbacks(self) -> list[Any]:
-        spared = DatasetsCallback | PlacementGroupCleanerCallback
-        return [c for c in super()._create_default_callbacks() if not isinstance(c, spared)]
-
-    def _initialize_and_run_controller(self, **parts: Any) -> Any:
-        if not connection.begun_here():
-            return super()._initialize_and_run_controller(**parts)
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor_class: Any = ray.remote(num_cpus=0)(TrainController)
-        controller = actor_class.options(scheduling_strategy=here).remote(**parts)
-        ray.get(controller.run.remote())
-        return ray.get(controller.get_result.remote())
-
-
-def _trainer(
-    config: Config, spec: dict[str, Any], resources: dict[str, float], folder: str
-) -> DataParallelTrainer:
-    sizes = config.cluster.world_sizes()
-    callbacks: list[Any] = [FailureBudget(config, spec["board"]), ResizeWithoutLoss(spec["board"])]
-    return _Trainer(
-        # Not as train_loop_config, which the controller would unpack, with all its modules.
-        partial(_work, spec),
-        backend_config=ProcessGroup("nccl" if "GPU" in resources else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=sizes[0] if len(sizes) == 1 else (sizes[0], sizes[-1]),
-            use_gpu="GPU" in resources,
-            resources_per_worker=resources,
-            elastic_resize_monitor_interval_s=config.cluster.resize_interval_s,
-        ),
-        run_config=RunConfig(  # type: ignore[arg-type] # which of two, is_v2_enabled says
-            name=config.run.name,
-            storage_path=folder,  # nothing is reported, so nothing but a marker gets there
-            # Ray's own count knows nothing of progress: FailureBudget ends a run that makes none.
-            failure_config=FailureConfig(max_failures=-1),
-            callbacks=callbacks,
-        ),
-    )
-
-
-def _work(spec: dict[str, Any]) -> None:
-    """What each worker runs: a run, and where workers stay the next ones, as they come."""
-    board, number = spec["board"], 0
-    if not spec["verbose"]:
-        logging.getLogger("ray").setLevel(logging.ERROR)
-    board.note.remote(boards.PLACE, ray.util.get_current_placement_group())
-    while (play := ray.get(board.play.remote(number))) != "leave":
-        if play == "wait":
-            time.sleep(PLAY_POLL_S)
-            continue
-        number = play.number
-        _perform(number, **ray.get(play.what), spec=spec)
-        leaves = ray.get(board.read.remote()).get(boards.STOP) == boards.PREEMPTION
-        if leaves or not spec["stays"]:
-            return
-
-
-def _perform(number: int, config: Config, data_set: DataSet, run: Run, spec: dict[str, Any]) -> None:
-    """One worker's part in a run."""
-    board, outbox = spec["board"], Outbox()
-    runtime = RayRuntime(config, data_set, run, board, spec["librarian"], outbox)
-    images_seen = -1
-    try:
-        images_seen = loop.train(config, runtime, outbox).images_seen
-    except UserError as error:
-        ray.get(board.note.remote(boards.FAILURE, error))
-        runtime.last_words()
-        if not (
-            spec["stays"] and isinstance(error, loop.NonFinite)
-        ):  # of that, all workers know in the same step
-            raise
-    finally:
-        runtime.close()
-        if config.train.compile:  # what was compiled for one net counts as a variant of the next one's
-            torch.compiler.reset()
-    if runtime.rank == 0:
-        ray.get(board.ended.remote(number, images_seen))
 
 
 def _images_seen(config: Config, data_set: DataSet, run: Run) -> int:

@@ -16,6 +16,7 @@ import pytest
 from pyarrow.fs import LocalFileSystem
 
 from ddpm.config import Config, UserError, override
+from ddpm.data import librarian as librarians
 from ddpm.data import stream
 from ddpm.data.corrupt import CorruptData, Substitution
 from ddpm.data.plan import share
@@ -81,7 +82,7 @@ def librarian() -> Iterator[Any]:
     import ray
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield stream.librarian(num_workers=2)
+    yield librarians.employ(num_workers=2)
     ray.shutdown()
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from ddpm.config import Config, override
 from ddpm.data.reading import DataSet
 from ddpm.training import cluster, loop
-from ddpm.training.cluster import Troupe
 from ddpm.training.runtime import LocalRuntime, NoTracker
+from ddpm.training.troupe import Troupe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_here")]
 
