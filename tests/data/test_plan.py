@@ -114,5 +114,7 @@ def test_a_global_batch_that_does_not_divide_is_refused() -> None:
     assert micro_batches_per_step(128, 32, 2) == 4
     with pytest.raises(UserError, match=r"not a multiple of train\.micro_batch_size 48"):
         micro_batches_per_step(128, 48, 1)
-    with pytest.raises(UserError, match=r"3 workers cannot share evenly; use cluster.num_workers 1 or 2 or 4,"):
+    with pytest.raises(
+        UserError, match=r"3 workers cannot share evenly; use cluster.num_workers 1 or 2 or 4,"
+    ):
         micro_batches_per_step(128, 32, 3)
