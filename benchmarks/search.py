@@ -23,12 +23,13 @@ from numpy.typing import NDArray
 from runtime import processor, write_table
 
 from ddpm import config as configs
-from ddpm import presets, runs, standings, storage
-from ddpm.contest import said
+from ddpm import presets, runs, storage
 from ddpm.data import stream
 from ddpm.evaluation.ranking import Z, agreement
-from ddpm.jury import Jury
-from ddpm.trials import Ledger, Trial
+from ddpm.search import standings
+from ddpm.search.contest import said
+from ddpm.search.jury import Jury
+from ddpm.search.trials import Ledger, Trial
 
 REPO = Path(__file__).resolve().parent.parent
 PICTURES = ("parallel.png", "bits-and-kid.png", "denoising.png")
@@ -158,8 +159,8 @@ def beaten(arguments: Arguments, place: storage.Location, ledger: Ledger) -> lis
 def overhead(ledger: Ledger) -> str:
     training_s, wall_s = (sum(values) for values in zip(*ledger.shares(), strict=True))
     return (
-        f"Of {wall_s:.0f} s for which {len(ledger.trials())} trials had a seat (ddpm/trials.py says what that is), the "
-        f"loop ran {training_s:.0f} s: {training_s / wall_s:.0%}."
+        f"Of {wall_s:.0f} s for which {len(ledger.trials())} trials had a seat (ddpm/search/trials.py says what that "
+        f"is), the loop ran {training_s:.0f} s: {training_s / wall_s:.0%}."
     )
 
 

@@ -1,6 +1,6 @@
 """The picture of a report: quality over images seen, and over the number of sampling steps.
 
-Its own room because, with search_plots.py, only this one knows matplotlib.
+Its own room because, with search/plots.py, only this one knows matplotlib.
 """
 
 import io

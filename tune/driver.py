@@ -15,13 +15,13 @@ import torch
 from ray import tune
 
 from ddpm import config as configs
-from ddpm.attempt import Attempt, News, Trained
 from ddpm.config import Config, UserError
 from ddpm.data.reading import DataSet
-from ddpm.jury import Jury
+from ddpm.search.attempt import Attempt, News, Trained
+from ddpm.search.jury import Jury
+from ddpm.search.trials import name_of
 from ddpm.training import board as boards
 from ddpm.training.troupe import Troupe
-from ddpm.trials import name_of
 
 POLL_INTERVAL_S = 1.0
 LEAVING_S = 5.0

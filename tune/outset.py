@@ -14,10 +14,10 @@ from ddpm import runs
 from ddpm.config import Config, UserError
 from ddpm.data import embedded, stream
 from ddpm.data.reading import DataSet
-from ddpm.jury import Jury
+from ddpm.search.jury import Jury
+from ddpm.search.trials import rungs
 from ddpm.storage import Location, resolve
 from ddpm.training import loop
-from ddpm.trials import rungs
 
 if TYPE_CHECKING:
     from search import Arguments

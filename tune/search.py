@@ -19,7 +19,7 @@ from ddpm.config import Config, UserError
 if TYPE_CHECKING:
     from outset import Outset
 
-    from ddpm.lease import Lease
+    from ddpm.search.lease import Lease
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def main() -> int:
 
     import outset  # after parsing: --help and mistakes answer at once
 
-    from ddpm.lease import Lease
+    from ddpm.search.lease import Lease
 
     search = outset.settled(chosen)
     with Lease(search.place, print) as lease:
@@ -81,9 +81,10 @@ def _search(chosen: Arguments, search: "Outset", lease: "Lease") -> int:
     from rich.console import Console
     from scoreboard import Scoreboard
 
-    from ddpm import connection, search_record, standings
+    from ddpm import connection
+    from ddpm.search import record, standings
+    from ddpm.search.trials import Ledger
     from ddpm.training import placement
-    from ddpm.trials import Ledger
 
     began = time.monotonic()
     ledger = Ledger(search.place, search.settings, search.base.run.storage_timeout_s)
@@ -92,8 +93,8 @@ def _search(chosen: Arguments, search: "Outset", lease: "Lease") -> int:
     connection.connect(chosen.verbose)
     config = placement.shared(search.base, chosen.max_concurrent)
     placement.check_storage(config)
-    parent = search_record.address(ledger, search.name, config.run.experiment)
-    parent_run_id = search_record.open_parent(parent, search.params, print)
+    parent = record.address(ledger, search.name, config.run.experiment)
+    parent_run_id = record.open_parent(parent, search.params, print)
     with study.Interruption(lambda: lease.is_lost) as interruption:
         env, stop = study.environment(parent.uri), interruption.board
         spec = study.Spec(
@@ -104,7 +105,7 @@ def _search(chosen: Arguments, search: "Outset", lease: "Lease") -> int:
     if lease.is_lost:
         raise UserError(f"another process has taken over the search in {search.place.uri}; this one ends")
     if interruption.signal is not None:
-        search_record.interrupted(parent)
+        record.interrupted(parent)
         print(f"interrupted; the same command goes on, with --name {search.name}", file=sys.stderr)
         return 128 + interruption.signal
     of_best = search.place, chosen.metric
@@ -121,7 +122,7 @@ def _search(chosen: Arguments, search: "Outset", lease: "Lease") -> int:
     for line in standings.remarks(found, chosen.metric):
         print(line)
     print(f"searched    {len(found)} trials, {time.monotonic() - began:.0f} s")
-    for line in search_record.store(ledger, *of_best, search.base, search.jury.held_out, parent):
+    for line in record.store(ledger, *of_best, search.base, search.jury.held_out, parent):
         print(line)
     return 0 if any(standing.by_bits for standing in found) else 1
 

@@ -1,7 +1,8 @@
 """A search on Ray Tune: trials run, are proposed by Optuna and stopped by ASHA, and what happens is in the ledger.
 
-Tune starts and watches the trials' drivers. Who comes next and who goes on is the contest's to say (ddpm/contest.py),
-so that a search that was killed goes on: Tune's own state lies in a temporary folder and is never read back.
+Tune starts and watches the trials' drivers. Who comes next and who goes on is the contest's to say
+(ddpm/search/contest.py), so that a search that was killed goes on: Tune's own state lies in a temporary
+folder and is never read back.
 
 With driver.py the only one that knows ray.tune.
 """
@@ -26,11 +27,11 @@ from space import Choice, Domain, Space
 
 from ddpm import connection
 from ddpm.config import UserError
-from ddpm.contest import Contest, Proposer, Stopper
+from ddpm.search.contest import Contest, Proposer, Stopper
+from ddpm.search.trials import Ledger, name_of
 from ddpm.training import board as boards
 from ddpm.training.placement import DRIVER_CPUS
 from ddpm.training.watch import SIGNALS
-from ddpm.trials import Ledger, name_of
 
 if TYPE_CHECKING:
     from search import Arguments

@@ -10,11 +10,12 @@ import pytest
 import space
 import study
 
-from ddpm import contest, storage
+from ddpm import storage
 from ddpm.config import UserError
-from ddpm.contest import Contest
 from ddpm.presets import DIGITS
-from ddpm.trials import Ledger, Rung
+from ddpm.search import contest
+from ddpm.search.contest import Contest
+from ddpm.search.trials import Ledger, Rung
 
 RUNGS = [100, 300, 900]
 NUM_TRIALS = 16

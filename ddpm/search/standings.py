@@ -17,16 +17,16 @@ from rich.table import Table
 
 from ddpm import config as configs
 from ddpm import evaluate, yardstick
-from ddpm.attempt import JUDGED
 from ddpm.config import Config, UserError
-from ddpm.contest import short
 from ddpm.diffusion import schedules
 from ddpm.evaluation import nets
 from ddpm.evaluation.ranking import Rank, paired_ranks, ranks
-from ddpm.jury import Judged
 from ddpm.patience import patiently
+from ddpm.search.attempt import JUDGED
+from ddpm.search.contest import short
+from ddpm.search.jury import Judged
+from ddpm.search.trials import Ledger, Metric, Trial, best
 from ddpm.storage import Location
-from ddpm.trials import Ledger, Metric, Trial, best
 
 SAMPLER, STEPS = "dpmpp_2m", 20
 """How finalists are drawn: fast, and the same for all."""

@@ -11,17 +11,18 @@ from typing import Any
 import judged
 import pytest
 
-from ddpm import attempt, config, runs
-from ddpm.attempt import JUDGED, Attempt, News, Trained
+from ddpm import config, runs
 from ddpm.config import Config, UserError
 from ddpm.data.reading import DataSet
 from ddpm.data.stream import open_data_set
-from ddpm.jury import Jury
 from ddpm.progress import Progress
+from ddpm.search import attempt
+from ddpm.search.attempt import JUDGED, Attempt, News, Trained
+from ddpm.search.jury import Jury
+from ddpm.search.trials import Rung
 from ddpm.training import board as boards
 from ddpm.training import cluster, placement
 from ddpm.training.checkpoint import name_at
-from ddpm.trials import Rung
 
 RUNGS = [64, 192]
 

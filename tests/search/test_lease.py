@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from ddpm import lease, storage
+from ddpm import storage
 from ddpm.config import UserError
-from ddpm.lease import Lease
+from ddpm.search import lease
+from ddpm.search.lease import Lease
 from ddpm.storage import Location
 
 

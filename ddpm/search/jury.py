@@ -22,9 +22,9 @@ from ddpm.diffusion.objectives import Model, Objective
 from ddpm.evaluation.bits import BitsPerDim
 from ddpm.evaluation.reference import images_of
 from ddpm.evaluation.scores import LEAST_IMAGES
+from ddpm.search.trials import Rung
 from ddpm.training import checkpoint
 from ddpm.training.state import HELD_OUT, generator
-from ddpm.trials import Rung
 
 
 @dataclass(frozen=True)

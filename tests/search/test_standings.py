@@ -11,13 +11,14 @@ from mlflow import MlflowClient
 from tracked import run_of
 
 from ddpm import config as configs
-from ddpm import search_plots, search_record, standings, storage
-from ddpm.attempt import JUDGED
+from ddpm import storage
 from ddpm.config import Config
-from ddpm.jury import Judged
 from ddpm.presets import DIGITS
+from ddpm.search import plots, record, standings
+from ddpm.search.attempt import JUDGED
+from ddpm.search.jury import Judged
+from ddpm.search.trials import Ledger, Trial
 from ddpm.storage import Location
-from ddpm.trials import Ledger, Trial
 
 COSINE = {"schedule.kind": "cosine", "optim.lr": 1e-3}
 LINEAR = {
@@ -124,10 +125,10 @@ def test_pictures(ledger: Ledger) -> None:
     trials = ledger.trials()
     curve = np.random.default_rng(0).random((9, 5))
     pictures = [
-        search_plots.parallel(trials, "bits_per_dim"),
-        search_plots.parallel([Trial(0, {}, trials[0].rungs, "finished")], "bits_per_dim"),
-        search_plots.scatter(trials),
-        search_plots.denoising(np.arange(5.0), {"a": curve, "b": curve * 2}),
+        plots.parallel(trials, "bits_per_dim"),
+        plots.parallel([Trial(0, {}, trials[0].rungs, "finished")], "bits_per_dim"),
+        plots.scatter(trials),
+        plots.denoising(np.arange(5.0), {"a": curve, "b": curve * 2}),
     ]
     assert all(picture.startswith(b"\x89PNG") for picture in pictures)
 
@@ -136,9 +137,9 @@ def test_mlflow_has_it_all_in_the_parent_run(place: Location, ledger: Ledger) ->
     held_out: Any = None
     for number in (0, 1, 4):  # without finalists there are no checkpoints to read
         ledger.add("drawn", number)
-    parent = search_record.address(ledger, "search", "searches")
-    assert search_record.open_parent(parent, {"search.metric": "bits_per_dim"}, print) is not None
-    lines = list(search_record.store(ledger, place, "bits_per_dim", BASE, held_out, parent))
+    parent = record.address(ledger, "search", "searches")
+    assert record.open_parent(parent, {"search.metric": "bits_per_dim"}, print) is not None
+    lines = list(record.store(ledger, place, "bits_per_dim", BASE, held_out, parent))
     assert {path.name for path in Path(place.path).iterdir() if path.is_file()} == {
         "search.json",
         "results.md",

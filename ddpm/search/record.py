@@ -13,17 +13,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ddpm import delivery, generation, judgement, runs, search_plots, standings, yardstick
+from ddpm import delivery, generation, judgement, runs, yardstick
 from ddpm.calls import OutOfTime
 from ddpm.config import Config, UserError
 from ddpm.data.reading import DataSet
 from ddpm.evaluation.reference import images_of
 from ddpm.patience import patiently
 from ddpm.records import Artifact, Metrics
-from ddpm.standings import Standing
+from ddpm.search import plots, standings
+from ddpm.search.standings import Standing
+from ddpm.search.trials import Ledger, Metric, Trial
 from ddpm.storage import Location
 from ddpm.tracking import Address, Lost, MlflowRun, tracking_uri, without_password
-from ddpm.trials import Ledger, Metric, Trial
 
 LOG_SNR = np.linspace(-8, 8, 33)
 CURVE_IMAGES = 128
@@ -71,11 +72,11 @@ def store(
     config = standings.best_config(found, base)
     if config is not None:
         files["best.json"] = config.encode()
-        files["parallel.png"] = search_plots.parallel(trials, metric)
+        files["parallel.png"] = plots.parallel(trials, metric)
     if any(s.by_kid for s in found):
         yield "denoising   the finalists at equal noise ..."
-        files["bits-and-kid.png"] = search_plots.scatter(trials)
-        files["denoising.png"] = search_plots.denoising(LOG_SNR, curves(found, place, held_out))
+        files["bits-and-kid.png"] = plots.scatter(trials)
+        files["denoising.png"] = plots.denoising(LOG_SNR, curves(found, place, held_out))
     for name, data in files.items():
         file = place.child(name)
         patiently(partial(file.write, data), where=file.uri, timeout_s=base.run.storage_timeout_s)

@@ -11,7 +11,7 @@ from ddpm.config import Config, UserError, override
 from ddpm.data.manifest import read_manifest
 from ddpm.data.reading import DataSet
 from ddpm.diffusion import likelihood
-from ddpm.jury import Judged, Jury
+from ddpm.search.jury import Judged, Jury
 from ddpm.training import checkpoint
 from ddpm.yardstick import Settings
 

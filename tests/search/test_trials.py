@@ -8,7 +8,7 @@ import pytest
 
 from ddpm import storage
 from ddpm.config import UserError
-from ddpm.trials import Ledger, Rung, Trial, best, rungs
+from ddpm.search.trials import Ledger, Rung, Trial, best, rungs
 
 SETTINGS = {"metric": "bits_per_dim", "space": {"optim.lr": [1e-4, 1e-2]}, "seed": 0}
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from ddpm.config import UserError
-from ddpm.trials import Ledger, Metric, Rung, Status, Trial, name_of
+from ddpm.search.trials import Ledger, Metric, Rung, Status, Trial, name_of
 
 
 class Proposer(Protocol):

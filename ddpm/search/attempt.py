@@ -15,14 +15,14 @@ from typing import Any
 from ddpm import runs
 from ddpm.config import Config, UserError
 from ddpm.data.reading import DataSet
-from ddpm.jury import Judged, Jury
 from ddpm.patience import patiently
 from ddpm.runs import Run
+from ddpm.search.jury import Judged, Jury
+from ddpm.search.trials import Rung
 from ddpm.storage import Location
 from ddpm.training import board as boards
 from ddpm.training import checkpoint, cluster, keeper, placement
 from ddpm.training.troupe import Troupe
-from ddpm.trials import Rung
 
 POLL_INTERVAL_S = 0.25
 CLOSING_S = 90.0
