@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
@@ -20,6 +21,7 @@ from ddpm.data.manifest import Manifest
 
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int64]
+JPEG_BEGINS = b"\xff\xd8"
 LARGEST_JPEG_SCALE = 8
 """A JPEG's blocks have 8 x 8 pixels."""
 
@@ -113,12 +115,16 @@ def decode(data: bytes, height: int, width: int, channels: int, scale: int = 1) 
     """An encoded image as uint8 [H / scale, W / scale, C]: each pixel the mean of scale x scale stored ones.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size in the first place: its inverse DCT takes only the lowest
-    frequencies of a block, which is that mean to some 46 dB, in a third of the time.
+    frequencies of a block, which is that mean to some 46 dB, in a third of the time. Most are decoded by simplejpeg,
+    with the same library as Pillow's and a third faster; whatever it has a word to say about is Pillow's to judge.
 
     Raises:
         ValueError: it is no PNG, JPEG or WebP, or has another size (known from its header, before any pixel
             is decoded: a small file can claim a picture that fills the memory).
     """
+    quickly = _jpeg(data, height, width, channels, scale)
+    if quickly is not None:
+        return quickly
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
             if image.size == (width, height):
@@ -136,6 +142,26 @@ def decode(data: bytes, height: int, width: int, channels: int, scale: int = 1) 
     except Exception as error:  # Pillow raises a dozen types for damaged files, warnings of size among them
         raise ValueError(f"the image cannot be decoded: {error}") from None
     raise ValueError(f"the image is {found[1]}x{found[0]}; the manifest says {height}x{width}")
+
+
+def _jpeg(data: bytes, height: int, width: int, channels: int, scale: int) -> Pixels | None:
+    """As `decode`; None: no sound JPEG of that size and those colours, or not at a scale that JPEG knows."""
+    if not data.startswith(JPEG_BEGINS) or LARGEST_JPEG_SCALE % scale:
+        return None
+    try:
+        found = simplejpeg.decode_jpeg_header(data)
+        if found[:3] != (height, width, "Gray" if channels == 1 else "YCbCr"):
+            return None
+        pixels: Pixels = simplejpeg.decode_jpeg(
+            data,
+            "GRAY" if channels == 1 else "RGB",
+            min_height=height // scale,
+            min_width=width // scale,
+            min_factor=1,
+        )
+    except ValueError:
+        return None
+    return pixels if pixels.shape == (height // scale, width // scale, channels) else None
 
 
 def _column(table: pa.Table, name: str, kind: pa.DataType) -> pa.Array:

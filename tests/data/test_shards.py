@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from ddpm.config import UserError
+from ddpm.data import row_group
 from ddpm.data.manifest import manifest_from_json
 from ddpm.data.row_group import content_sha256
 from ddpm.data.shards import (
@@ -314,6 +315,51 @@ def test_a_bad_image_is_named_with_its_row(tmp_path: Path) -> None:
         with pytest.raises(CorruptData, match=r"train/00000\.parquet, row group 0, row 2: the image"):
             read_row_group(LOCAL, str(tmp_path), manifest, "train", 0)
         read_row_group(LOCAL, str(tmp_path), manifest, "train", 0, rows=np.array([0, 1, 3]))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("scale", [1, 2, 3, 4, 8, 16])
+def test_the_quick_decoder_of_jpegs_gives_what_pillow_gives(
+    channels: int, scale: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (48, 96, 3), np.uint8)
+    files = []
+    for mode in ("RGB", "L", "CMYK"):
+        for subsampling in (0, 1, 2):
+            for progressive in (False, True):
+                file = io.BytesIO()
+                image = Image.fromarray(noise).convert(mode)
+                image.save(file, "JPEG", subsampling=subsampling, progressive=progressive)
+                files.append(file.getvalue())
+    middle = len(files[0]) // 2
+    files.append(files[0][:middle] + b"\0\0\0\0" + files[0][middle + 4 :])  # Pillow draws what it can
+    files.append(files[0][:middle])  # and refuses this
+
+    def decoded() -> list[np.ndarray | str]:
+        found: list[np.ndarray | str] = []
+        for file in files:
+            try:
+                found.append(decode(file, 48, 96, channels, scale))
+            except ValueError as error:
+                found.append(str(error))
+        return found
+
+    quickly = decoded()
+    monkeypatch.setattr(row_group, "_jpeg", lambda *args: None)
+    for quick, slow in zip(quickly, decoded(), strict=True):
+        np.testing.assert_array_equal(quick, slow)
+    assert isinstance(quickly[-1], str) and "truncated" in quickly[-1]
+    assert sum(isinstance(found, str) for found in quickly) == 1
+
+
+def test_which_jpegs_are_decoded_quickly() -> None:
+    """Were it none, the test above would say nothing."""
+    colours = np.zeros((16, 16, 3), np.uint8)
+    for image, channels in ((colours, 3), (colours[:, :, :1], 1)):
+        file = image_file(image, "JPEG")
+        assert row_group._jpeg(file, 16, 16, channels, 2) is not None
+        assert row_group._jpeg(file, 16, 16, 4 - channels, 2) is None  # Pillow mixes greys in its own way
+        assert row_group._jpeg(file[:-20], 16, 16, channels, 2) is None
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
