@@ -1,0 +1,147 @@
+"""What DistributedDataParallel's options are worth: images/s of two workers of one thread each, side by side.
+
+    python benchmarks/ddp.py [--case fashion-mnist] [--turns 5]
+
+Each contestant is a net of its own, with its options, in the same two processes (gloo); they take turns. A step is
+noise, forward, backward with the all-reduce, clipping and AdamW. The table goes to benchmarks/ddp.md.
+"""
+
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import tyro
+from runtime import processor, write_table
+from step_contestants import Case, pictures
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+from ddpm import images
+from ddpm.generation import build_objective
+from ddpm.training.state import State, parameter_count
+
+WORKERS = 2
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "gradient_as_bucket_view": {"gradient_as_bucket_view": True},
+    "the same, static_graph": {"gradient_as_bucket_view": True, "static_graph": True},
+    "the same, gradients sent in bfloat16": {"gradient_as_bucket_view": True, "hook": True},
+    "no all-reduce (for comparison)": {"alone": True},
+}
+OURS = "gradient_as_bucket_view"
+"""What `RayRuntime.wrap` has."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to measure, and for how long."""
+
+    cases: tuple[str, ...] = ("digits", "fashion-mnist", "cifar")
+    turns: int = 5
+    turn_s: float = 3.0
+    """How long a turn lasts, about."""
+    contend: tyro.conf.Suppress[str] = ""
+    """Be a worker of this case, started by torchrun."""
+
+
+def stepper(case: Case, options: dict[str, Any]) -> Callable[[], None]:
+    """What makes one step of a worker's share."""
+    config = case.config()
+    state, objective = State.create(config, torch.device("cpu")), build_objective(config)
+    options = dict(options)
+    hook, alone = options.pop("hook", False), options.pop("alone", False)
+    model: nn.Module = state.net
+    if not alone:
+        model = nn.parallel.DistributedDataParallel(state.net, **options)
+        if hook:
+            model.register_comm_hook(None, default_hooks.bf16_compress_hook)
+    share = config.train.batch_size // WORKERS
+    x_0, generator = images.to_model(torch.tensor(pictures(config)[:share])), torch.Generator().manual_seed(0)
+
+    def step() -> None:
+        objective.loss(model, x_0, None, generator).value.backward()
+        nn.utils.clip_grad_norm_(state.net.parameters(), config.optim.grad_clip)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def contend(arguments: Arguments) -> None:
+    """Both workers make the same turns; the first says how long they took."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    case = Case(case=arguments.contend)  # type: ignore[arg-type]
+    steps = {name: stepper(case, options) for name, options in OPTIONS.items()}
+
+    def turn(step: Callable[[], None], count: int) -> float:
+        dist.barrier()
+        began = time.perf_counter()
+        for _ in range(count):
+            step()
+        dist.barrier()
+        return time.perf_counter() - began
+
+    counts, found = {}, {name: list[float]() for name in steps}
+    for name, step in steps.items():
+        turn(step, 2)
+        took = torch.tensor(turn(step, 2) / 2)
+        dist.broadcast(took, 0)
+        counts[name] = max(1, round(arguments.turn_s / took.item()))
+    for _ in range(arguments.turns):
+        for name, step in steps.items():
+            images_each = counts[name] * case.config().train.batch_size
+            found[name].append(images_each / turn(step, counts[name]))
+    if dist.get_rank() == 0:
+        print("FOUND " + json.dumps(found), flush=True)
+    dist.destroy_process_group()
+
+
+def measure(arguments: Arguments, case: str) -> dict[str, list[float]]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(WORKERS), __file__, "--contend", case]
+    command += ["--turns", str(arguments.turns), "--turn-s", str(arguments.turn_s)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))
+    found: dict[str, list[float]] = json.loads(line.removeprefix("FOUND "))
+    return found
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, description=__doc__)
+    if arguments.contend:
+        contend(arguments)
+        return
+    lines = [
+        "# What DistributedDataParallel's options are worth",
+        "",
+        f"{WORKERS} workers of one thread, float32, gloo; images/s of both, medians of {arguments.turns} turns side by "
+        f"side, and their median ratio to what the runtime has (`python benchmarks/ddp.py`). {datetime.date.today()}, "
+        f"{len(os.sched_getaffinity(0))} cores of {processor()}, torch {torch.__version__}.",
+    ]
+    for case in arguments.cases:
+        config = Case(case=case).config()  # type: ignore[arg-type]
+        weights = parameter_count(State.create(config, torch.device("cpu")).net)
+        lines += ["", f"## {case}: {weights / 1e6:.2f} M weights, batches of {config.train.batch_size}", ""]
+        lines += ["| options | images/s | ratio | all turns |", "|---|---|---|---|"]
+        found = measure(arguments, case)
+        for name, speeds in found.items():
+            ratio = statistics.median(a / b for a, b in zip(speeds, found[OURS], strict=True))
+            every = ", ".join(f"{speed:.1f}" for speed in speeds)
+            lines.append(f"| {name} | {statistics.median(speeds):.1f} | {ratio:.3f} | {every} |")
+    write_table(__file__, lines)
+
+
+if __name__ == "__main__":
+    main()
