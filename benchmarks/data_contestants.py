@@ -1,8 +1,8 @@
 """Who hands out images in data.py: ours, and what else a user would pick, each as its documentation advises.
 
 A contestant is a function that gives batches of BATCH images, uint8 [64, H, W, 3], as its trainer gets them. Encoded
-images are decoded "as documented", with Pillow and torchvision's Resize; as somebody who knows Pillow well does it; and,
-to see what else makes a difference, as ours does it.
+images are decoded "as documented", with Pillow and torchvision's Resize; as somebody does who knows Pillow well; and,
+to see what else makes a difference, as ours does.
 """
 
 import functools
