@@ -87,8 +87,9 @@ class Case:
         return config
 
     def flags(self) -> list[str]:
-        values = dataclasses.asdict(self).items()
-        return [word for name, value in values for word in ("--" + name.replace("_", "-"), str(value))]
+        """What makes a program of this case its own."""
+        names = [field.name for field in dataclasses.fields(Case)]
+        return [word for name in names for word in ("--" + name.replace("_", "-"), str(getattr(self, name)))]
 
 
 @dataclass(frozen=True)
