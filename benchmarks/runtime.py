@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ import tyro
 from torch import Tensor, nn
 
 from ddpm.config import Config, override
+from ddpm.connection import KEPT_MEMORY
 from ddpm.data import embedded, stream
 from ddpm.data.plan import share
 from ddpm.data.reading import DataSet, Share
@@ -37,6 +39,8 @@ from ddpm.training.runtime import LocalRuntime, MicroBatch, NoTracker, cut
 RUNTIMES = ("torchrun", "ray")
 CASES = ((1, 1), (1, 2), (2, 1))
 """Workers, and torch threads of each."""
+SAMPLE_S = 3.0
+"""The meter looks so often: it is part of what it measures."""
 READERS = ("ray::Librarian", "ray::MapBatches", "ray::_StatsActor", "ray::IDLE")
 """Processes of Ray Data; the idle one has read, and will."""
 
@@ -69,6 +73,8 @@ class Found:
     """Cores that Ray Data took."""
     others: float | None
     """Cores that Ray took besides, and the driver."""
+    by_process: dict[str, float]
+    """Cores by kind of process, the workers left out."""
 
 
 class TorchrunRuntime(LocalRuntime):
@@ -123,30 +129,30 @@ class Points(NoTracker):
 
 
 class Meter:
-    """Asked by `cluster.fit` twice a second; notes the CPU seconds of all processes below this one."""
+    """Asked by `cluster.fit` twice a second; notes now and then the CPU seconds of all processes below this one."""
 
     def __init__(self, first: int) -> None:
         self._first, self._samples = first, list[tuple[float, dict[int, tuple[str, float]]]]()
 
     def __call__(self, notes: Mapping[str, Any]) -> bool:
         progress = notes.get("progress")
-        if progress is not None and progress.images_seen >= self._first:
+        due = not self._samples or time.monotonic() - self._samples[-1][0] > SAMPLE_S
+        if progress is not None and progress.images_seen >= self._first and due:
             here = psutil.Process()
             self._samples.append(
                 (time.monotonic(), dict(map(self._look, [here, *here.children(recursive=True)])))
             )
         return True
 
-    def cores(self) -> tuple[float, float]:
-        """What Ray Data took, and what Ray took besides, the workers left out."""
+    def cores(self) -> dict[str, float]:
+        """By kind of process, the workers left out."""
         (began, before), (ended, after) = self._samples[0], self._samples[-2]
-        reading = others = 0.0
+        found: dict[str, float] = defaultdict(float)
         for pid, (title, cpu_s) in after.items():
             if not title.startswith("ray::RayTrainWorker"):
-                cores = (cpu_s - before.get(pid, ("", 0.0))[1]) / (ended - began)
-                reading += cores * title.startswith(READERS)
-                others += cores * (not title.startswith(READERS))
-        return reading, others
+                kind = "the driver" if pid == os.getpid() else Path(title.split(".")[0]).name
+                found[kind] += (cpu_s - before.get(pid, ("", 0.0))[1]) / (ended - began)
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
 
     @staticmethod
     def _look(process: psutil.Process) -> tuple[int, tuple[str, float]]:
@@ -175,7 +181,7 @@ def measure(arguments: Arguments) -> None:
         }
         config = embedded.with_shards(override(PRESETS[arguments.preset], values))
         data_set = stream.open_data_set(config)
-        reading, others = None, None
+        cores: dict[str, float] = {}
         if arguments.runtime == "torchrun":
             torch.set_num_threads(arguments.threads)
             tracker, runtime = Points(), TorchrunRuntime(config, data_set, Path(folder, "bench"))
@@ -199,11 +205,13 @@ def measure(arguments: Arguments) -> None:
             for key in ("train/images_per_s", "train/data_wait_share"):
                 for point in client.get_metric_history(result.delivery.run_id, key):
                     points.setdefault(point.step, {})[key] = point.value
-            reading, others = meter.cores()
+            cores = meter.cores()
         late = [values for step, values in points.items() if step > arguments.images / 5]
         speed = statistics.median(values["train/images_per_s"] for values in late)
         wait = statistics.mean(values["train/data_wait_share"] for values in late)
-        print("FOUND " + json.dumps([speed, wait, reading, others]))
+        reading = sum(value for kind, value in cores.items() if kind.startswith(READERS))
+        both = [reading, sum(cores.values()) - reading] if cores else [None, None]
+        print("FOUND " + json.dumps([speed, wait, *both, cores]))
 
 
 def run(arguments: Arguments, workers: int, threads: int, runtime: str) -> Found:
@@ -213,7 +221,8 @@ def run(arguments: Arguments, workers: int, threads: int, runtime: str) -> Found
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
     command += [__file__, "--images", str(arguments.images), "--preset", arguments.preset]
     command += ["--runtime", runtime, "--workers", str(workers), "--threads", str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    kept = os.environ | KEPT_MEMORY  # which Ray's workers have anyway
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=kept)
     if done.returncode:
         raise RuntimeError(done.stderr)
     line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))
@@ -245,8 +254,8 @@ def write(arguments: Arguments, found: Mapping[tuple[int, int, str], list[Found]
         "# What Ray costs",
         "",
         f"Preset {arguments.preset}, {arguments.images:,} images a run; medians of {arguments.repeats} runs that took "
-        f"turns (`python benchmarks/runtime.py`). {datetime.date.today()}, {os.cpu_count()} cores of "
-        f"{processor()}, torch {torch.__version__}, Ray {ray.__version__}.",
+        f"turns, with the same settings of the C library (`python benchmarks/runtime.py`). {datetime.date.today()}, "
+        f"{os.cpu_count()} cores of {processor()}, torch {torch.__version__}, Ray {ray.__version__}.",
         "",
         "| workers x threads | | images/s | of torchrun | waits | cores of Ray Data | of the rest | all runs |",
         "|---|---|---|---|---|---|---|---|",
@@ -266,6 +275,19 @@ def write(arguments: Arguments, found: Mapping[tuple[int, int, str], list[Found]
             f"| {workers} x {threads} | {titles[name]} | {speed[key]:,.0f} | {ratio:.3f} | {wait:.2%} "
             f"| {cores[0]} | {cores[1]} | {every} |"
         )
+    lines += [
+        "",
+        "Cores by process, beside the workers, of the last run of each. An actor of Ray that does nothing takes 0.008 to "
+        "0.01 of a core on this machine: its main thread wakes up every 10 ms to look for signals, which is no setting "
+        "(Ray 2.60; seen with strace).",
+        "",
+    ]
+    for (workers, threads, name), runs in found.items():
+        if runs[-1].by_process:
+            said = ", ".join(
+                f"{kind} {cores:.3f}" for kind, cores in runs[-1].by_process.items() if cores > 5e-4
+            )
+            lines.append(f"- {workers} x {threads}, {titles[name]}: {said}")
     write_table(__file__, lines)
 
 

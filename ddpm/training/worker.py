@@ -37,7 +37,8 @@ from ddpm.training.keeper import Keeper
 from ddpm.training.machine import SystemMetrics
 from ddpm.training.runtime import CORRUPT, MicroBatch, cut, read_held_out
 
-STOP_POLL_S = 0.2
+STOP_POLL_S = 0.5
+"""Rank 0 looks so often whether it shall stop: each look takes a millisecond from training."""
 LEDGER = "progress.json"
 """File of a run that says how far it was, so that a restart knows what was lost."""
 LEDGER_INTERVAL_S = 10.0
