@@ -277,9 +277,9 @@ def write(arguments: Arguments, found: Mapping[tuple[int, int, str], list[Found]
         )
     lines += [
         "",
-        "Cores by process, beside the workers, of the last run of each. An actor of Ray that does nothing takes 0.008 to "
-        "0.01 of a core on this machine: its main thread wakes up every 10 ms to look for signals, which is no setting "
-        "(Ray 2.60; seen with strace).",
+        "Cores by process, beside the workers, of the last run of each. An actor of Ray that does nothing takes 0.008 "
+        "to 0.01 of a core on this machine: its main thread wakes up every 10 ms to look for signals, which is no "
+        "setting (Ray 2.60; seen with strace).",
         "",
     ]
     for (workers, threads, name), runs in found.items():
