@@ -60,7 +60,7 @@ SAMPLER = SampleConfig(sampler="dpmpp_2m", num_sample_steps=20, eta=1.0)
 """As good as all 1000 steps of Algorithm 2, as far as benchmarks/samplers.md can tell."""
 MARKS = (0.04, 0.08, 0.125, 0.17, 0.25, 0.33, 0.5, 0.67, 0.83, 1.0)
 """Where on the way nets are judged, as shares of all minutes; of each trainer the snapshot nearest."""
-THRESHOLDS = (0.3, 0.2, 0.1, 0.05)
+THRESHOLDS = (1.0, 0.7, 0.5, 0.1, 0.05)
 VALUE = 0.1
 """The set value: what the picture and the first line are about."""
 NUM_REAL, BATCH_SIZE = 2000, 50
