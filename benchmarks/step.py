@@ -47,6 +47,8 @@ class Arguments(Case):
     """How long a turn lasts, about."""
     only: str = ""
     """Contestants whose name contains this."""
+    without: str = ""
+    """Contestants whose name does not contain this."""
     profile: bool = False
     """Also say where the time of a step goes."""
     losses: int = 0
@@ -168,6 +170,8 @@ def main() -> None:
     before = [BEFORE + name for name in OURS if arguments.before and "compiled" not in name]
     peers = () if arguments.losses else (*DIFFUSERS, *LUCIDRAINS)
     names = [name for name in (*peers, *before, *OURS) if arguments.only in name]
+    if arguments.without:
+        names = [name for name in names if arguments.without not in name]
     with tempfile.TemporaryDirectory() as folder:
         every = 10 if arguments.losses else 0
         racing = {name: Contestant(arguments, name, Path(folder), every, arguments.before) for name in names}
