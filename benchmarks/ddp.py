@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 import tyro
 from runtime import processor, write_table
-from step_contestants import Case, pictures
+from step_contestants import Case, CaseName, pictures
 from torch import nn
 
 from ddpm import images
@@ -45,11 +45,11 @@ OURS = "gradient_as_bucket_view"
 class Arguments:
     """What to measure, and for how long."""
 
-    cases: tuple[str, ...] = ("digits", "fashion-mnist", "cifar")
+    cases: tuple[CaseName, ...] = ("digits", "fashion-mnist", "cifar")
     turns: int = 5
     turn_s: float = 3.0
     """How long a turn lasts, about."""
-    contend: str = ""
+    contend: CaseName | None = None
     """Be a worker that trains this case, started by torchrun."""
 
 
@@ -76,7 +76,8 @@ def contend(arguments: Arguments) -> None:
     """Both workers make the same turns; the first says how long they took."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    case = Case(case=arguments.contend)  # type: ignore[arg-type]
+    assert arguments.contend is not None
+    case = Case(case=arguments.contend)
     steps = {name: stepper(case, options) for name, options in OPTIONS.items()}
 
     def turn(step: Callable[[], None], count: int) -> float:
@@ -102,7 +103,7 @@ def contend(arguments: Arguments) -> None:
     dist.destroy_process_group()
 
 
-def measure(arguments: Arguments, case: str) -> dict[str, list[float]]:
+def measure(arguments: Arguments, case: CaseName) -> dict[str, list[float]]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(WORKERS), __file__, "--contend", case]
     command += ["--turns", str(arguments.turns), "--turn-s", str(arguments.turn_s)]
@@ -127,7 +128,7 @@ def main() -> None:
         f"{len(os.sched_getaffinity(0))} cores of {processor()}, torch {torch.__version__}.",
     ]
     for case in arguments.cases:
-        config = Case(case=case).config()  # type: ignore[arg-type]
+        config = Case(case=case).config()
         weights = parameter_count(State.create(config, torch.device("cpu")).net)
         lines += ["", f"## {case}: {weights / 1e6:.2f} M weights, batches of {config.train.batch_size}", ""]
         lines += ["| options | images/s | ratio | all turns |", "|---|---|---|---|"]

@@ -61,11 +61,14 @@ BEFORE = "before: "
 """Begins the names of contestants whose code is that of another checkout."""
 
 
+CaseName = Literal["cifar", "digits", "glyphs", "fashion-mnist", "cifar10", "celeba64"]
+
+
 @dataclass(frozen=True)
 class Case:
     """What all of them train."""
 
-    case: Literal["cifar", "digits", "glyphs", "fashion-mnist", "cifar10", "celeba64"] = "cifar"
+    case: CaseName = "cifar"
     """cifar: 64-128-128 channels, attention at 16, batches of 16. Else a preset's net and batch."""
     batch_size: int = 0
     """Images a step; 0: the case's."""

@@ -1,7 +1,7 @@
 """One worker of a Ray Train group: `RayRuntime`, the Ray side of `runtime.Runtime`.
 
-Its own room because it runs in another process than `cluster.fit`: that one starts workers and buries them,
-this one is what they know of Ray.
+Its own room because it runs in another process than `cluster.fit` and the troupe's driver side: those start workers
+and bury them, this one is what they know of Ray.
 """
 
 import itertools
