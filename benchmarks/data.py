@@ -382,12 +382,12 @@ def compete(arguments: Arguments) -> None:
                 for name, decoder in list(contests(case, arguments.only))[:: 1 if k % 2 == 0 else -1]:
                     try:
                         found = measure(arguments, case, name, decoder)
+                        if name == "mosaicml_streaming" and case.name == "raw":
+                            seek = measure(arguments, case, name, decoder, start=case.num_images // 2)
+                            found["seeks_s"] = [found["first_s"], seek["first_s"]]
                     except RuntimeError as error:
                         print(error, flush=True)
                         continue
-                    if name == "mosaicml_streaming" and case.name == "raw":
-                        seek = measure(arguments, case, name, decoder, start=case.num_images // 2)
-                        found["seeks_s"] = [found["first_s"], seek["first_s"]]
                     figures.setdefault(f"{case.name} {name} {decoder}", []).append(found)
                     print(case.name, name, decoder, json.dumps(found), flush=True)
                     kept.write_text(json.dumps(figures))

@@ -75,7 +75,7 @@ class Contestant:
         command += ["--log-every-steps", str(log_every_steps)]
         cache = str(folder / f"compiled-{abs(hash(name))}")
         environment = {"TORCHINDUCTOR_CACHE_DIR": cache, **os.environ}
-        if name in OURS or name.endswith(KEPT):
+        if name.removeprefix(BEFORE) in OURS or name.endswith(KEPT):
             environment |= KEPT_MEMORY
         if name.startswith(BEFORE):
             environment["PYTHONPATH"] = f"{before}:{environment.get('PYTHONPATH', '')}"

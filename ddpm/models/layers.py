@@ -65,7 +65,7 @@ class SelfAttention(nn.Module):
             zero(self.project)
 
     def forward(self, x: Tensor) -> Tensor:
-        pixels = self.norm(x).flatten(2).mT  # [B, N, C]
+        pixels = self.norm(x).flatten(2).mT.contiguous()  # [B, N, C]
         qkv = self.qkv(pixels).unflatten(2, (3, -1, self.head_dim))  # [B, N, 3, heads, D]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, D]
         h = attend(q, k, v).transpose(1, 2).flatten(2)  # [B, N, C]
@@ -82,8 +82,8 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(groups, width, eps=NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
-            return super().forward(x)
+        if x.device.type != "cpu" or torch.compiler.is_compiling():  # which fuses what it can see through
+            return super().forward(x.to(self.weight.dtype)).to(x.dtype)
         pixels = x.flatten(2).mT  # [B, N, C]
         normed: Tensor = _Normalise.apply(pixels, self.weight, self.bias, self.num_groups)
         return normed.mT.unflatten(2, x.shape[2:])
