@@ -19,7 +19,7 @@ train: $(VENV)/installed
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist loadfile
-	$(BIN)/python -m pytest -m slow --durations 25
+	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadfile --durations 25
 
 soak: $(VENV)/installed-test
 	$(BIN)/python tests/soak.py

@@ -29,6 +29,8 @@ CHROMIUM_FLAGS = [
 ENV = {
     # Two threads a process: several test processes share the machine.
     "OMP_NUM_THREADS": "2",
+    # A thread that waits for its like leaves its core to others meanwhile.
+    "OMP_WAIT_POLICY": "passive",
     "RAY_USAGE_STATS_ENABLED": "0",
     # Ray Train's controller looks after its workers five times a second, not every two seconds.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
