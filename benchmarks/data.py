@@ -4,16 +4,13 @@
 
 Everybody reads the same images, hands out batches of 64, and shuffles at least some thousand images. Every contestant
 is a process tree of its own, whose CPU time is counted besides the clock. The peers come with
-`pip install -e '.[benchmarks-data]'`, in an environment of their own. The tables go to
+`pip install -e '.[benchmarks-data]'`, in an environment of their own. The tables (data_table.py) go to
 benchmarks/data.md.
 """
 
-import datetime
-import importlib.metadata
+import importlib
 import json
-import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,68 +23,23 @@ from typing import Any, Literal
 
 import data_contestants as contestants
 import data_sets
+import data_table
 import numpy as np
 import psutil
 import tyro
-from data_contestants import BATCH, WORKERS
-from data_sets import STORED, TRAINED, Case
-from runtime import processor, write_table
+from data_contestants import BATCH
+from data_sets import CASES, FILES, PACE, Case
+from runtime import write_table
 
 BUCKET = "s3://bench"
-CASES = {case.name: case for case in (Case("raw", 200_000), Case("encoded", 12_288), Case("small", 32_768))}
-FILES = 50_000
-"""At most so many image files."""
 RUNS = {"raw": 0.95, "encoded": 4.0, "small": 2.0}
 """Epochs of a run, at most; of mosaicml-streaming's from S3 less than one."""
-PACE = 4000
-"""Images/s that the trainer of the case `small` takes: waits are stalls then."""
 SETTLED_S = 2.0
 """After so long nothing is read any more that was asked for before."""
 LONGEST_S = 8.0
 """Of a run, from its first batch on."""
 SKIPPED = 0.25
 """Share of a run that does not count: processes start."""
-NAMES = {
-    "ours-1": "ours, 1 consumer",
-    "ours-2": "ours, 2 consumers",
-    "mosaicml_streaming": "mosaicml-streaming, first epoch",
-    "mosaicml_local": "mosaicml-streaming, from its local copy",
-    "webdataset": "webdataset",
-    "dataloader": "DataLoader, files",
-}
-
-
-EXACT = {
-    "ours-1": ("yes", "yes"),
-    "ours-2": ("yes, whatever the number of consumers", "yes"),
-    "mosaicml_streaming": ("yes", "yes"),
-    "mosaicml_local": ("yes", "yes"),
-    "webdataset": ("no", "no"),
-    "dataloader": ("with a seeded sampler", "no"),
-}
-"""Whether the order is a function of the seed, and whether reading goes on where it stopped: by documentation."""
-PACKAGES = ("ray", "torch", "pyarrow", "pillow", "simplejpeg", "mosaicml-streaming", "webdataset")
-TITLES = {
-    "raw": "Raw, 32x32x3",
-    "encoded": f"JPEG, {STORED}x{STORED} decoded to {TRAINED}x{TRAINED}",
-}
-HOW = f"""All hand out uint8 batches of {BATCH}; {WORKERS} loader workers or reading tasks, one a core; ours and
-webdataset shuffle {CASES["raw"].window:,} images (JPEG: {CASES["encoded"].window:,}) among each other,
-mosaicml-streaming (py1e, its default) and DataLoader all. Ours and webdataset read S3 always, mosaicml-streaming in its
-first epoch, DataLoader (PNG or JPEG files, at most {FILES:,}) the local disk. CPU time is that of all processes of a
-contestant, Ray's own included; the server's is not. Neighbours: mean distance of successive images in the original
-order; displacement: mean distance of an image from its original place; 1 is a uniform permutation. Memory: what the
-largest process shares with no other. First batch: ours starts its processes, with Ray running; the peers' library is
-imported already. "Pillow and Resize" is what the peers' documentation does, "draft mode" decodes JPEGs at a fraction of
-their size, and "our decoder" is `ddpm.data.row_group.decode`, which does that too.""".replace("\n", " ")
-SEEKS = [
-    "From the call to the first batch, raw images; Ray runs already, the peer's workers are started.",
-    "",
-]
-STALLS = (
-    f"{CASES['small'].num_images:,} raw images, two epochs, and a trainer that takes {PACE:,} a second: the longest "
-    f"wait for a batch from the last one of the epoch to {CASES['small'].window:,} images later, and anywhere else."
-)
 
 
 @dataclass(frozen=True)
@@ -96,7 +48,7 @@ class Arguments:
 
     cases: tuple[Literal["raw", "encoded", "small"], ...] = ("raw", "encoded", "small")
     """small: two epochs at a trainer's pace, to see whether their boundary stalls."""
-    only: tuple[str, ...] = tuple(NAMES)
+    only: tuple[str, ...] = tuple(data_table.NAMES)
     repeats: int = 1
     folder: Path | None = None
     """Where the server's data, files and figures are kept for the next call; None: nowhere."""
@@ -391,82 +343,7 @@ def compete(arguments: Arguments) -> None:
                     figures.setdefault(f"{case.name} {name} {decoder}", []).append(found)
                     print(case.name, name, decoder, json.dumps(found), flush=True)
                     kept.write_text(json.dumps(figures))
-    write(figures)
-
-
-def write(figures: dict[str, list[Any]]) -> None:
-    """The tables, as Markdown."""
-
-    def median(key: str, name: str) -> float:
-        values = [run[name] for run in figures.get(key, []) if name in run]
-        return statistics.median(values) if values else math.nan
-
-    def titles(case: str) -> dict[str, str]:
-        """Of every key of the case."""
-        how = {
-            "documented": ", Pillow and Resize",
-            "drafted": ", Pillow's draft mode",
-            "decode_as_ours": ", our decoder",
-        }
-        found = {}
-        for name in NAMES:
-            for decoder in how:
-                if (key := f"{case} {name} {decoder}") in figures:
-                    suffix = how[decoder] if case == "encoded" and not name.startswith("ours") else ""
-                    found[key] = NAMES[name] + suffix
-        return found
-
-    def table(case: str) -> list[str]:
-        ours = [key for key in titles(case) if key.split()[1].startswith("ours")]
-        best = {name: max(median(key, name) for key in ours) for name in ("per_s", "per_cpu_s")}
-        lines = [
-            "| | images/s | ours is faster by | images/s of CPU time | ours is faster by | first batch | neighbours "
-            "| displacement | memory | exact order | exact resume |",
-            "|---|---|---|---|---|---|---|---|---|---|---|",
-        ]
-        for key, title in titles(case).items():
-            speed, cpu = median(key, "per_s"), median(key, "per_cpu_s")
-            lines.append(
-                f"| {title} | {speed:,.0f} | {best['per_s'] / speed:.2f} | {cpu:,.0f} | {best['per_cpu_s'] / cpu:.2f} "
-                f"| {median(key, 'first_s'):.1f} s | {median(key, 'neighbours'):.2f} "
-                f"| {median(key, 'displacement'):.2f} | {median(key, 'memory') / 2**20:,.0f} MiB "
-                f"| {' | '.join(EXACT[key.split()[1]])} |"
-            )
-        return lines
-
-    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES)
-    lines = [
-        "# From shards in S3 to batches on the trainer",
-        "",
-        f"`PYTHONPATH=tests python benchmarks/data.py`, {datetime.date.today()}, {os.cpu_count()} cores of "
-        f"{processor()}, which the S3 server (SeaweedFS) shares; {versions}. {HOW}",
-    ]
-    for case, title in TITLES.items():
-        if f"{case} ours-1 decode_as_ours" in figures:
-            lines += ["", f"## {title}", "", *table(case)]
-    ours = next((runs for key, runs in figures.items() if key.startswith("raw ours-1")), None)
-    if ours:
-        seeks = [statistics.median(run["seeks_s"][i] for run in ours) for i in range(3)]
-        peer = figures.get("raw mosaicml_streaming decode_as_ours", [{}])[-1].get("seeks_s")
-        lines += [
-            "",
-            "## Seeking",
-            "",
-            *SEEKS,
-            "| | from the beginning | from the middle of the epoch | of the 101st |",
-        ]
-        lines += ["|---|---|---|---|", f"| ours | {' | '.join(f'{s:.2f} s' for s in seeks)} |"]
-        if peer:
-            lines.append(f"| mosaicml-streaming | {' | '.join(f'{s:.2f} s' for s in peer)} | - |")
-        lines.append("| webdataset, DataLoader | - | reads and drops what comes before | - |")
-    if any(key.startswith("small") for key in figures):
-        lines += ["", "## The end of an epoch", "", STALLS, ""]
-        lines += ["| | longest wait at the boundary | elsewhere |", "|---|---|---|"]
-        for key, title in titles("small").items():
-            lines.append(
-                f"| {title} | {1000 * median(key, 'boundary_s'):.0f} ms | {1000 * median(key, 'elsewhere_s'):.0f} ms |"
-            )
-    write_table(__file__, lines)
+    write_table(__file__, data_table.lines(figures))
 
 
 if __name__ == "__main__":

@@ -43,6 +43,13 @@ class Case:
         return TRAINED if self.encoded else 32
 
 
+CASES = {case.name: case for case in (Case("raw", 200_000), Case("encoded", 12_288), Case("small", 32_768))}
+FILES = 50_000
+"""At most so many image files."""
+PACE = 4000
+"""Images/s that the trainer of the case `small` takes: waits are stalls then."""
+
+
 def raw(case: Case) -> NDArray[np.uint8]:
     """[N, 32, 32, 3]: noise, with the image's number in the first pixel."""
     images = np.random.default_rng(0).integers(0, 256, (case.num_images, 32, 32, 3), np.uint8)
