@@ -75,6 +75,9 @@ class SelfAttention(nn.Module):
 class GroupNorm(nn.GroupNorm):
     """Group normalisation: [B, C, H, W] -> the same.
 
+    On a CPU in float32, as an autocast makes it elsewhere: torch's where the net is compiled, which fuses what it can
+    see through, and else ours.
+
     Source: Wu and He 2018, arXiv:1803.08494.
     """
 
@@ -82,7 +85,9 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(groups, width, eps=NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or torch.compiler.is_compiling():  # which fuses what it can see through
+        if x.device.type != "cpu":
+            return super().forward(x)
+        if torch.compiler.is_compiling():
             return super().forward(x.to(self.weight.dtype)).to(x.dtype)
         pixels = x.flatten(2).mT  # [B, N, C]
         normed: Tensor = _Normalise.apply(pixels, self.weight, self.bias, self.num_groups)
