@@ -28,6 +28,7 @@ from torch import nn
 from ddpm import images
 from ddpm.generation import build_objective
 from ddpm.training.state import State, parameter_count
+from ddpm.utils.generators import PhiloxGenerator
 
 WORKERS = 2
 ALONE: dict[str, Any] = {}
@@ -61,7 +62,7 @@ def stepper(case: Case, options: dict[str, Any]) -> Callable[[], None]:
     if options is not ALONE:
         model = nn.parallel.DistributedDataParallel(state.net, **options)
     share = config.train.batch_size // WORKERS
-    x_0, generator = images.to_model(torch.tensor(pictures(config)[:share])), torch.Generator().manual_seed(0)
+    x_0, generator = images.to_model(torch.tensor(pictures(config)[:share])), PhiloxGenerator(0)
 
     def step() -> None:
         objective.loss(model, x_0, None, generator).value.backward()

@@ -51,7 +51,9 @@ from ddpm.evaluation.reference import images_of, real_features
 from ddpm.generation import build_objective
 from ddpm.presets import PRESETS
 from ddpm.training import checkpoint
-from ddpm.training.state import SAMPLE, parameter_count, seed_for
+from ddpm.training.state import parameter_count
+from ddpm.utils.generators import PhiloxGenerator
+from ddpm.utils.seeding import Purpose
 
 Name = Literal["ours", "lucidrains", "diffusers"]
 NAMES: tuple[Name, ...] = get_args(Name)
@@ -231,8 +233,8 @@ def draw(
     """uint8 [N, H, W, C], the same noise for every net."""
     sampler, drawn = samplers.build(SAMPLER, schedule), []
     for start in range(0, n, BATCH_SIZE):
-        seeds = [seed_for(0, SAMPLE, i) for i in range(start, min(start + BATCH_SIZE, n))]
-        noise = PerImageNoise(seeds, shape)
+        generators = [PhiloxGenerator(0, Purpose.SAMPLE, i) for i in range(start, min(start + BATCH_SIZE, n))]
+        noise = PerImageNoise(generators, shape)
         drawn.append(
             images.to_uint8(sampler(lambda x_t, t: objective.denoise(net, x_t, t, None), noise, None))
         )

@@ -28,6 +28,7 @@ from ddpm.generation import Known
 from ddpm.images import Pixels, png_bytes
 from ddpm.storage import Location, resolve
 from ddpm.training.state import build_net
+from ddpm.utils.seeding import GENERATOR
 
 BATCH_SIZE_CPU, BATCH_SIZE_GPU = 32, 256
 """Images of a piece, unless somebody says otherwise: a core is busy with few, and many cores want many pieces."""
@@ -97,7 +98,8 @@ class Request:
                 "num_resamples": self.known.num_resamples,
                 "jump_length": self.known.jump_length,
             }
-        return {"weights": _sha256(self.weights), "label": self.label, **known, **flat}
+        drawn_with = {"generator": GENERATOR, "weights": _sha256(self.weights)}
+        return {**drawn_with, "label": self.label, **known, **flat}
 
 
 class Artist:

@@ -23,6 +23,7 @@ from ddpm.fleet import Fleet
 from ddpm.judgement import PIECE_IMAGES
 from ddpm.progress import Display
 from ddpm.report import Drawn, Report, Verdict
+from ddpm.utils.seeding import GENERATOR
 from ddpm.yardstick import Candidate, Settings, Yardstick, choose, resolved, ways_of
 
 T = TypeVar("T")
@@ -182,6 +183,7 @@ def _about(by: Yardstick, settings: Settings) -> dict[str, Any]:
     return {
         "num_images": settings.num_images,
         "seed": settings.seed,
+        "generator": GENERATOR,
         "features": {key: getattr(by.feature_net, key) for key in ("name", "size", "digest")},
         "bits_per_dim": {"timesteps": settings.num_draws or "all"},
         "data": {

@@ -24,7 +24,8 @@ from ddpm.diffusion.objectives import Denoised, Model, Objective
 from ddpm.diffusion.objectives import build as _build_objective
 from ddpm.diffusion.samplers import OnStep, PerImageNoise, Sampler
 from ddpm.images import Pixels
-from ddpm.training.state import SAMPLE, seed_for
+from ddpm.utils.generators import PhiloxGenerator
+from ddpm.utils.seeding import Purpose
 
 NOISING_COLUMNS = 10
 DENOISING_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -131,10 +132,7 @@ def draw(
     sample = sample or config.sample
     if label is None and config.model.num_classes:
         label = torch.from_numpy(labels(config, indices)).to(device)
-    seeds = [seed_for(sample.seed, SAMPLE, i) for i in indices]
-    side = config.model.image_size
-    uniform = config.objective.process == "uniform_mix"
-    noise = PerImageNoise(seeds, (config.model.channels, side, side), device, uniform)
+    noise = _noise(config, sample.seed, indices, device)
     denoise = _denoise(net, config, sample, objective, label)
     return images.to_uint8(build_sampler(config, sample, known)(denoise, noise, on_step))
 
@@ -219,12 +217,18 @@ def _noise_level(config: Config) -> Callable[[Tensor], Tensor]:
     return lambda t: sigma.float().to(t.device)[t]
 
 
+def _noise(config: Config, seed: int, indices: Sequence[int], device: torch.device) -> PerImageNoise:
+    """Noise for the images with these indices, drawn on the CPU whatever the device."""
+    side = config.model.image_size
+    generators = [PhiloxGenerator(seed, Purpose.SAMPLE, i) for i in indices]
+    uniform = config.objective.process == "uniform_mix"
+    return PerImageNoise(generators, (config.model.channels, side, side), device, uniform)
+
+
 def _corrupt(config: Config, x_0: Tensor, level: float) -> tuple[Tensor, Tensor]:
     """x_0 at a noise level in [0, 1] (t / (T - 1), or the amount), always the same noise; and its t [N]."""
-    uniform = config.objective.process == "uniform_mix"
-    seeds = [seed_for(config.sample.seed, SAMPLE, i) for i in range(len(x_0))]
-    noise = PerImageNoise(seeds, tuple(x_0.shape[1:]), x_0.device, uniform)()  # type: ignore[arg-type]
-    if uniform:
+    noise = _noise(config, config.sample.seed, range(len(x_0)), x_0.device)()
+    if config.objective.process == "uniform_mix":
         amount = torch.full((len(x_0),), level, device=x_0.device)
         return process.mix(x_0, amount, noise), amount
     schedule = schedules.build(config.schedule)

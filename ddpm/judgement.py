@@ -22,7 +22,8 @@ from ddpm.diffusion.objectives import Denoised, Model, Objective
 from ddpm.diffusion.samplers import PerImageNoise
 from ddpm.evaluation.bits import BitsPerDim
 from ddpm.evaluation.features import FeatureNet, Features, features_of
-from ddpm.training.state import LIKELIHOOD, seed_for
+from ddpm.utils.generators import PhiloxGenerator
+from ddpm.utils.seeding import Purpose
 
 PIECE_IMAGES = 125
 """Images drawn or read as one batch."""
@@ -85,10 +86,16 @@ def bits_per_dim(
     if proposal is None:
         bound = likelihood.exact(denoise, schedule, x_0, noise, variance=variance)
     else:
-        # Not (..., i, 0): numpy's SeedSequence does not tell a last 0 from none, and that is the noise's.
-        u = torch.tensor([seed_for(seed, LIKELIHOOD, i, 1) / 2**63 for i in indices], dtype=torch.float64)
+        quantiles = [PhiloxGenerator(seed, Purpose.LIKELIHOOD, i, 1).uniform([]).double() for i in indices]
         bound = likelihood.estimate(
-            denoise, schedule, x_0, noise, u, proposal, num_draws=num_draws, variance=variance
+            denoise,
+            schedule,
+            x_0,
+            noise,
+            torch.stack(quantiles),
+            proposal,
+            num_draws=num_draws,
+            variance=variance,
         )
     return BitsPerDim.of(bound, start, schedule.num_timesteps)
 
@@ -149,9 +156,9 @@ def _posed(
     x_0 = images.to_model(torch.from_numpy(batch.image).to(device))
     label = torch.from_numpy(batch.label).to(device) if config.model.num_classes else None
     channels, height, width = x_0.shape[1:]
-    seeds = [seed_for(seed, LIKELIHOOD, i) for i in indices]
+    generators = [PhiloxGenerator(seed, Purpose.LIKELIHOOD, i) for i in indices]
 
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
         return objective.denoise(net, x_t, t, label)
 
-    return denoise, x_0, PerImageNoise(seeds, (channels, height, width), device)
+    return denoise, x_0, PerImageNoise(generators, (channels, height, width), device)

@@ -18,6 +18,7 @@ from ddpm.search.jury import Jury
 from ddpm.search.trials import rungs
 from ddpm.storage import Location, resolve
 from ddpm.training import loop
+from ddpm.utils.seeding import GENERATOR
 
 if TYPE_CHECKING:
     from search import Arguments
@@ -122,6 +123,7 @@ def settled(chosen: "Arguments") -> Outset:
         "rungs": at,
         "num_images": chosen.num_images,
         "seed": chosen.seed,
+        "generator": GENERATOR,
         "data_fingerprint": train.rows.fingerprint,
     }
     return Outset(

@@ -19,13 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm.config import UserError
+from ddpm.utils.seeding import Purpose, key
 
 Int64 = NDArray[np.int64]
 
 CHUNK_IMAGES = 8192
 """Images that one reading task fetches: whole windows, as many as hold no more, but one at least."""
 
-# Counters that keep the random streams of different purposes apart.
+# Counters that keep the order of row groups and that of rows apart.
 _ROW_GROUPS, _ROWS = 0, 1
 
 
@@ -109,7 +110,7 @@ class Plan:
         for w in range(first, last):
             groups = epoch.order[w * epoch.groups_per_window : (w + 1) * epoch.groups_per_window]
             begins = np.concatenate([[0], np.cumsum(self._sizes[groups])])
-            shuffled = permutation(int(begins[-1]), self.seed, number, _ROWS, w)
+            shuffled = permutation(int(begins[-1]), self.seed, Purpose.ORDER, number, _ROWS, w)
             group = np.searchsorted(begins, shuffled, side="right") - 1
             yield Window(begin + int(epoch.edges[w]), groups[group], shuffled - begins[group])
 
@@ -124,7 +125,7 @@ class Plan:
         if (epoch := self._epochs.get(number)) is None:
             for other in sorted(self._epochs)[:-1]:  # two are kept: the order goes on from one to the next
                 self._epochs.pop(other, None)
-            order = permutation(len(self._sizes), self.seed, number, _ROW_GROUPS)
+            order = permutation(len(self._sizes), self.seed, Purpose.ORDER, number, _ROW_GROUPS)
             groups_per_window = max(1, -(-self.window_rows // int(self._sizes.max())))
             edges = np.concatenate([[0], np.cumsum(self._sizes[order])])[::groups_per_window]
             self._epochs[number] = epoch = _Epoch(order, edges, groups_per_window)
@@ -145,13 +146,13 @@ class _Epoch:
     groups_per_window: int
 
 
-def permutation(n: int, *key: int) -> Int64:
-    """A permutation of range(n) that depends on `key` alone.
+def permutation(n: int, *counters: int) -> Int64:
+    """A permutation of range(n) that depends on `counters` alone.
 
     Sorting raw 64-bit words of a Philox counter: numpy promises that stream for all its versions, which it
     does not for Generator.permutation, and a run may outlive a numpy.
     """
-    bits = np.random.Philox(np.random.SeedSequence(key)).random_raw(n)
+    bits = np.random.Philox(key=key(*counters)).random_raw(n)
     return np.argsort(bits, kind="stable").astype(np.int64)
 
 

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from ddpm.diffusion import process
+from ddpm.diffusion.generator import Generator
 from ddpm.diffusion.schedules import Schedule
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class Labels:
             return None
         if label is None:
             raise ValueError(f"label is None; with num_classes = {self.num_classes} it must be int64 [B]")
-        dropped = torch.rand(label.shape, generator=generator, device=label.device) < self.dropout
+        dropped = generator.uniform(label.shape) < self.dropout
         return label.masked_fill(dropped, self.num_classes)
 
     def for_denoising(self, label: Tensor | None, x_t: Tensor) -> Tensor | None:
@@ -144,8 +145,8 @@ class Gaussian:
 
     def loss(self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator) -> Loss:
         T = self.schedule.num_timesteps
-        t = torch.randint(T, (len(x_0),), generator=generator, device=x_0.device)
-        eps = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
+        t = generator.integers(T, [len(x_0)])
+        eps = generator.normal(x_0.shape, x_0.dtype)
         x_t = process.q_sample(self.schedule.alpha_bar, x_0, t, eps)
         prediction = model(x_t, t, self.labels.for_training(label, generator)).to(x_0.dtype)
         error = _per_image(prediction, self._target(x_0, t, eps))
@@ -226,8 +227,8 @@ class UniformMix:
     labels: Labels = Labels()
 
     def loss(self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator) -> Loss:
-        amount = torch.rand(len(x_0), generator=generator, device=x_0.device)
-        u = 2 * torch.rand(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype) - 1
+        amount = generator.uniform([len(x_0)])
+        u = 2 * generator.uniform(x_0.shape, x_0.dtype) - 1
         x_t = process.mix(x_0, amount, u)
         prediction = model(x_t, None, self.labels.for_training(label, generator)).to(x_0.dtype)
         error = _per_image(prediction, x_0)

@@ -25,10 +25,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from ddpm.diffusion import timesteps as spacings
 from ddpm.diffusion.denoisers import Denoise, Threshold, build_threshold, clip, predict
+from ddpm.diffusion.generator import Generator
 from ddpm.diffusion.process import posterior_mean
 from ddpm.diffusion.schedules import Schedule
 
@@ -49,12 +50,10 @@ class Sampler(Protocol):
 
 
 class PerImageNoise:
-    """Noise of which image i depends on seeds[i] alone.
-
-    Each image has a generator of its own, on the CPU whatever the device of the net.
+    """Noise of which image i depends on generators[i] alone.
 
     Args:
-        seeds: one an image, each in [0, 2^64).
+        generators: one an image.
         shape: (C, H, W).
         device: where the noise is needed.
         uniform: uniform in [-1, 1) for `mix`, instead of standard normal.
@@ -62,19 +61,19 @@ class PerImageNoise:
 
     def __init__(
         self,
-        seeds: Sequence[int],
+        generators: Sequence[Generator],
         shape: tuple[int, int, int],
         device: torch.device | str = "cpu",
         uniform: bool = False,
     ) -> None:
-        self._generators = [Generator().manual_seed(seed) for seed in seeds]
+        self._generators = generators
         self._shape, self._device, self._uniform = shape, device, uniform
 
     def __call__(self) -> Tensor:
         """The next draw, [B, C, H, W] float32."""
-        draw = torch.rand if self._uniform else torch.randn
-        x = torch.stack([draw(self._shape, generator=g) for g in self._generators]).to(self._device)
-        return 2 * x - 1 if self._uniform else x
+        if self._uniform:
+            return 2 * torch.stack([g.uniform(self._shape) for g in self._generators]).to(self._device) - 1
+        return torch.stack([g.normal(self._shape) for g in self._generators]).to(self._device)
 
 
 @torch.no_grad()

@@ -24,7 +24,8 @@ from ddpm.evaluation.reference import images_of
 from ddpm.evaluation.scores import LEAST_IMAGES
 from ddpm.search.trials import Rung
 from ddpm.training import checkpoint
-from ddpm.training.state import HELD_OUT, generator
+from ddpm.utils.generators import generator
+from ddpm.utils.seeding import Purpose
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class Jury:
         for start, batch in self._batches(data_set):
             x_0 = images.to_model(torch.from_numpy(batch.image).to(device))
             label = torch.from_numpy(batch.label).to(device) if config.model.num_classes else None
-            noise = generator(device, self.seed, HELD_OUT, start)
+            noise = generator(device, self.seed, Purpose.HELD_OUT, start)
             total += objective.loss(net, x_0, label, noise).value.item() * len(x_0)
             n += len(x_0)
         return total / n

@@ -1,7 +1,7 @@
 """A checkpoint is a folder of safetensors and JSON; nothing in it is ever executed.
 
     net.safetensors  ema.safetensors  optimizer.safetensors   weights, averaged weights, AdamW's state
-    state.json       step, images_seen, and whose run it is
+    state.json       step, images_seen, whose run it is, and which random generator it was trained with
     config.json      the whole config: enough to rebuild the net
     checksums.json   SHA-256 of every other file, written last
 
@@ -26,6 +26,7 @@ from ddpm import config as configs
 from ddpm.config import Config, UserError
 from ddpm.models import unet
 from ddpm.training.state import State, build_net
+from ddpm.utils.seeding import GENERATOR
 
 CHECKSUMS = "checksums.json"
 FILES = (
@@ -87,6 +88,7 @@ def snapshot(state: State, config: Config, extra: dict[str, Any]) -> Snapshot:
         "images_seen": state.images_seen,
         "skipped_steps": state.skipped_steps,
         "best_held_out_loss": best if math.isfinite(best) else None,
+        "generator": GENERATOR,
     }
     tensors = {
         "net": state.net.state_dict(),
@@ -168,15 +170,21 @@ def load(folder: Path, state: State, config: Config) -> None:
     """Put the verified checkpoint in `folder` into `state`.
 
     Raises:
-        UserError: damaged, or of a run with another configuration (architecture, schedule, data order, ...).
+        UserError: damaged, or of a run with another configuration (architecture, schedule, data order, ...) or
+            another random generator.
     """
     verify(folder)
     check_same_run(read_config(folder), config, str(folder))
+    position = read_state(folder)
+    if (drawn_with := position.get("generator", "PyTorch's, with 32 bits of a seed")) != GENERATOR:
+        raise UserError(
+            f"{folder} was trained with another random generator ({drawn_with}; now {GENERATOR}), so going on would "
+            f"not end where its run would have; begin a new run from its weights: --train.init-from {folder}"
+        )
     device = next(state.net.parameters()).device
     _load_weights(state.net, folder / "net.safetensors")
     _load_weights(state.ema.net, folder / "ema.safetensors")
     state.load_optimizer_tensors(_read_tensors(folder / "optimizer.safetensors", device))
-    position = read_state(folder)
     state.step, state.images_seen = position["step"], position["images_seen"]
     state.skipped_steps = position.get("skipped_steps", 0)
     best = position["best_held_out_loss"]

@@ -12,11 +12,14 @@ from ddpm import config as configs
 from ddpm import images
 from ddpm.config import Config, UserError
 from ddpm.data.plan import micro_batches_per_step
+from ddpm.diffusion.generator import Generator
 from ddpm.generation import build_objective, build_sampler
 from ddpm.training import checkpoint
 from ddpm.training.recorder import Recorder
 from ddpm.training.runtime import MicroBatch, Runtime, Tracker
-from ddpm.training.state import TRAIN, State, build_net, generator, lr_at, seed_for
+from ddpm.training.state import State, build_net, lr_at
+from ddpm.utils.generators import generator
+from ddpm.utils.seeding import Purpose, torch_seed
 
 
 class NonFinite(UserError):
@@ -108,20 +111,23 @@ def _skip(state: State, config: Config) -> None:
     state.skipped_steps += 1
 
 
-def _generator(config: Config, runtime: Runtime, step: int, micro_batch: MicroBatch) -> torch.Generator:
-    counters = (config.train.seed, TRAIN, step, micro_batch.index)
-    if config.model.dropout > 0:  # nn.Dropout knows the global generator only
-        torch.manual_seed(seed_for(*counters))
-    return generator(runtime.device, *counters)
+def _generator(config: Config, runtime: Runtime, step: int, micro_batch: MicroBatch) -> Generator:
+    """The generator of flips, t, eps and dropped labels; dropout has a stream of its own."""
+    seed, where = config.train.seed, (step, micro_batch.index)
+    if (
+        config.model.dropout > 0
+    ):  # nn.Dropout knows PyTorch's global generator only: 32 bits on CPUs, 64 on GPUs
+        torch.manual_seed(torch_seed(seed, Purpose.DROPOUT, *where))
+    return generator(runtime.device, seed, Purpose.TRAIN, *where)
 
 
 def _to_device(
-    micro_batch: MicroBatch, config: Config, device: torch.device, noise: torch.Generator
+    micro_batch: MicroBatch, config: Config, device: torch.device, noise: Generator
 ) -> tuple[Tensor, Tensor | None]:
     """x_0 [B, C, H, W] in [-1, 1], some mirrored if the config says so, and the labels if the net wants them."""
     x_0 = images.to_model(micro_batch.image.to(device, non_blocking=True))
     if config.data.horizontal_flip:
-        mirrored = torch.rand(len(x_0), generator=noise, device=device) < 0.5
+        mirrored = noise.uniform([len(x_0)]) < 0.5
         x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(3), x_0)
     label = micro_batch.label.to(device, non_blocking=True) if config.model.num_classes else None
     return x_0, label

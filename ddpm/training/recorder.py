@@ -17,7 +17,9 @@ from ddpm.diffusion.objectives import Loss, Objective
 from ddpm.progress import Progress
 from ddpm.training import checkpoint
 from ddpm.training.runtime import MicroBatch, NoTracker, Runtime, Tracker
-from ddpm.training.state import HELD_OUT, State, generator, lr_at
+from ddpm.training.state import State, lr_at
+from ddpm.utils.generators import generator
+from ddpm.utils.seeding import Purpose
 
 PROGRESS_INTERVAL_S = 0.5
 STRIP_IMAGES = 4
@@ -150,7 +152,7 @@ class Recorder:
         starts = range(0, len(self._held_out.image), size)
         for start in starts[runtime.rank :: runtime.world_size]:
             x_0, label = self._held_out_batch(self._held_out, start, start + size)
-            noise = generator(runtime.device, HELD_OUT, start)
+            noise = generator(runtime.device, 0, Purpose.HELD_OUT, start)
             total += self._objective.loss(self._state.ema.net, x_0, label, noise).value * len(x_0)
         return (runtime.mean(total) * runtime.world_size / len(self._held_out.image)).item()
 

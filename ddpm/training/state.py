@@ -1,32 +1,19 @@
-"""What training carries from step to step, and the counters its randomness comes from.
+"""What training carries from step to step.
 
-No random state is ever saved: every draw comes from a generator seeded by (seed, step, micro-batch), so a
+No random state is ever saved: every draw comes from a generator keyed by (seed, purpose, step, micro-batch), so a
 resumed run, on any number of workers, draws what the uninterrupted one would have drawn.
 """
 
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ddpm.config import Config, UserError
 from ddpm.models import unet
 from ddpm.models.ema import EMA
-
-# Counters that keep the streams of different purposes apart.
-INIT, TRAIN, HELD_OUT, SAMPLE, LIKELIHOOD = range(5)
-
-
-def seed_for(*counters: int) -> int:
-    """A 63-bit seed that depends on the counters alone (numpy's SeedSequence, stable across versions)."""
-    return int(np.random.SeedSequence(counters).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def generator(device: torch.device, *counters: int) -> torch.Generator:
-    """A fresh generator on `device`, seeded by `seed_for(*counters)`."""
-    return torch.Generator(device).manual_seed(seed_for(*counters))
+from ddpm.utils.seeding import Purpose, torch_seed
 
 
 def build_net(config: Config) -> unet.UNet:
@@ -36,7 +23,7 @@ def build_net(config: Config) -> unet.UNet:
         UserError: the config describes no net that can be built.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_for(config.train.seed, INIT))
+        torch.manual_seed(torch_seed(config.train.seed, Purpose.INIT))
         try:
             return unet.build(
                 config.model,

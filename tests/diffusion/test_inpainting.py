@@ -12,6 +12,7 @@ from ddpm.diffusion import inpainting, schedules
 from ddpm.diffusion.inpainting import inpaint
 from ddpm.diffusion.samplers import PerImageNoise, ancestral
 from ddpm.diffusion.timesteps import karras, uniform
+from ddpm.utils.generators import PhiloxGenerator
 
 SHORT = schedules.linear(100, 1e-3, 0.2)
 ALL = uniform(100, 100)
@@ -173,7 +174,9 @@ def test_an_image_depends_on_its_seed_alone():
         jump_length=3,
     )
     shape = (3, 4, 4)
-    x, turned = draw(PerImageNoise(range(10, 16), shape)), draw(PerImageNoise([15, 10], shape))
+    x, turned = (
+        draw(PerImageNoise(list(map(PhiloxGenerator, seeds)), shape)) for seeds in (range(10, 16), [15, 10])
+    )
     assert torch.equal(x[[5, 0]], turned)
 
 

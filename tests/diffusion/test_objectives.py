@@ -6,13 +6,14 @@ import torch
 from ddpm.config import ObjectiveConfig
 from ddpm.diffusion import objectives, process, schedules
 from ddpm.diffusion.objectives import X0, Eps, Labels, UniformMix, V
+from ddpm.utils.generators import PhiloxGenerator
 
 SCHEDULE = schedules.linear(1000, 1e-4, 0.02)
 GAUSSIAN = [Eps, X0, V]
 
 
 def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
+    return PhiloxGenerator(seed)
 
 
 class Spy:
@@ -27,7 +28,7 @@ class Spy:
 
 
 def images(n=64, shape=(1, 4, 4), seed=1):
-    return 2 * torch.rand((n, *shape), generator=generator(seed)) - 1
+    return 2 * generator(seed).uniform((n, *shape)) - 1
 
 
 @pytest.mark.parametrize("kind", GAUSSIAN)
@@ -104,7 +105,7 @@ def test_eps_loss_of_the_perfect_net_depends_on_the_schedule(schedule, expected)
     def model(x_t, t, label):
         return process.gather((1 - alpha_bar).sqrt() / variance, t, x_t) * x_t
 
-    x_0 = s * torch.randn(20_000, 1, 2, 2, generator=generator(5))
+    x_0 = s * generator(5).normal((20_000, 1, 2, 2))
     loss = Eps(schedule).loss(model, x_0, None, generator())
     standard_error = loss.per_image.std().item() / 20_000**0.5
     assert abs(loss.value.item() - analytic) < 4 * standard_error < 0.02
@@ -151,7 +152,7 @@ def test_per_image_is_unweighted_and_detached(kind):
 @pytest.mark.parametrize("kind", GAUSSIAN)
 def test_denoise_inverts_every_prediction_to_the_same(kind, schedule):
     x_0, t = images(8).double(), torch.tensor([0, 1, 10, 100, 500, 900, 998, 999])
-    eps = torch.randn(x_0.shape, generator=generator(2), dtype=torch.float64)
+    eps = generator(2).normal(x_0.shape, torch.float64)
     x_t = process.q_sample(schedule.alpha_bar, x_0, t, eps)
     v = process.v_from(schedule.alpha_bar, x_0, t, eps)
     denoised = kind(schedule).denoise(lambda x, t, y: {Eps: eps, X0: x_0, V: v}[kind], x_t, t, None)

@@ -17,6 +17,7 @@ from ddpm.diffusion.denoisers import clip, dynamic
 from ddpm.diffusion.objectives import Denoised
 from ddpm.diffusion.samplers import PerImageNoise, ancestral, ddim, dpmpp_2m, heun, mix
 from ddpm.diffusion.timesteps import karras, quadratic, uniform
+from ddpm.utils.generators import PhiloxGenerator
 
 LINEAR = schedules.linear(1000, 1e-4, 0.02)
 COSINE = schedules.cosine(1000)
@@ -410,19 +411,23 @@ def test_no_noise_at_the_last_step(sample, draws):
     torch.testing.assert_close(x, last[1], rtol=1e-12, atol=0)
 
 
+def generators(seeds):
+    return [PhiloxGenerator(seed) for seed in seeds]
+
+
 @each_sampler
 def test_an_image_depends_on_its_seed_alone(sample):
     denoise, shape = gaussian(SHORT, 0.3, 0.2), (3, 4, 4)
-    x = sample(denoise, SHORT, PerImageNoise(range(10, 16), shape))
-    alone = sample(denoise, SHORT, PerImageNoise([13], shape))
-    reordered = sample(denoise, SHORT, PerImageNoise([15, 13, 10], shape))
+    x = sample(denoise, SHORT, PerImageNoise(generators(range(10, 16)), shape))
+    alone = sample(denoise, SHORT, PerImageNoise(generators([13]), shape))
+    reordered = sample(denoise, SHORT, PerImageNoise(generators([15, 13, 10]), shape))
     assert torch.equal(x[3:4], alone)
     assert torch.equal(x[[5, 3, 0]], reordered)
     assert not torch.equal(x[0], x[1])
 
 
 def test_per_image_noise():
-    noise = PerImageNoise(range(50), (3, 8, 8))
+    noise = PerImageNoise(generators(range(50)), (3, 8, 8))
     first, second = noise(), noise()
     assert first.shape == (50, 3, 8, 8) and first.dtype == torch.float32
     assert first.mean().item() == pytest.approx(0, abs=0.05) and first.std().item() == pytest.approx(
@@ -430,7 +435,7 @@ def test_per_image_noise():
     )
     correlation = torch.corrcoef(torch.cat([first, second]).flatten(1))
     assert (correlation - torch.eye(100)).abs().max() < 6 / 192**0.5
-    u = PerImageNoise(range(50), (3, 8, 8), uniform=True)()
+    u = PerImageNoise(generators(range(50)), (3, 8, 8), uniform=True)()
     assert -1 <= u.min() < -0.99 and 0.99 < u.max() < 1
     assert u.square().mean().item() == pytest.approx(1 / 3, abs=0.02)
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from ddpm.config import Config, UserError, override
 from ddpm.training import checkpoint
 from ddpm.training.state import State
+from ddpm.utils.seeding import GENERATOR
 
 CPU = torch.device("cpu")
 
@@ -91,6 +92,22 @@ def test_what_may_change_may_change(folder: Path, tiny: Config) -> None:
         tiny, {"train.total_images": 9999, "cluster.num_workers": 2, "run.storage": "elsewhere"}
     )
     checkpoint.load(folder, State.create(longer, CPU), longer)
+
+
+@pytest.mark.parametrize("says", [{}, {"generator": "philox4x64-blake2b/0"}], ids=["nothing", "another"])
+def test_a_run_of_another_generator_does_not_go_on(folder: Path, tiny: Config, says: dict[str, str]) -> None:
+    """Its images and its noise were others; its weights serve to draw with, and to begin with."""
+    position = checkpoint.read_state(folder)
+    assert position.pop("generator") == GENERATOR
+    (folder / "state.json").write_text(json.dumps(position | says))
+    sums = json.loads((folder / "checksums.json").read_text())
+    sums["state.json"] = checkpoint._sha256(folder / "state.json")
+    (folder / "checksums.json").write_text(json.dumps(sums))
+    expected = says.get("generator", "PyTorch's, with 32 bits of a seed")
+    with pytest.raises(UserError, match=rf"another random generator \({expected}; now .*--train\.init-from"):
+        checkpoint.load(folder, State.create(tiny, CPU), tiny)
+    checkpoint.begin(folder, State.create(tiny, CPU), tiny)
+    checkpoint.load_net(folder, CPU)
 
 
 def test_nothing_loaded_is_executed(folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,23 @@
+"""What the mathematics asks of a source of random numbers."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Generator(Protocol):
+    """A stream of random numbers; each call draws the next of them, on the device where they are needed."""
+
+    def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Standard normal numbers."""
+        ...
+
+    def uniform(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Uniform numbers in [0, 1)."""
+        ...
+
+    def integers(self, high: int, shape: Sequence[int]) -> Tensor:
+        """Whole numbers in 0..high-1, int64, each as likely."""
+        ...

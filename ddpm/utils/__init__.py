@@ -1,0 +1,1 @@
+"""What every layer uses: seeds and random generators."""

@@ -1,0 +1,68 @@
+"""Random generators keyed by counters (`seeding`), for the mathematics, which asks for tensors.
+
+On CPUs NumPy's Philox uses all 128 bits of the key; PyTorch's generator there keeps 32 bits of a seed, so that two of
+65,536 images are likely to be the same. RandomState stands between Philox and the numbers because NumPy has frozen its
+streams: an image is the same with the next version. On GPUs PyTorch's generator, a Philox as well, keeps 64 bits.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm.diffusion.generator import Generator
+from ddpm.utils.seeding import key, torch_seed
+
+CPU = torch.device("cpu")
+FLOAT32_BITS = 24
+"""Of a uniform number: a float32 in [0, 1) has so many."""
+
+
+class PhiloxGenerator:
+    """Philox4x64-10 under a 128-bit key (Salmon et al. 2011, Parallel Random Numbers: As Easy as 1, 2, 3).
+
+    Numbers are drawn on the CPU.
+
+    Args:
+        counters: all of them decide the stream.
+        device: where the numbers are needed.
+    """
+
+    def __init__(self, *counters: int, device: torch.device = CPU) -> None:
+        self._random = np.random.RandomState(np.random.Philox(key=key(*counters)))
+        self._device = device
+
+    def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.from_numpy(self._random.standard_normal(tuple(shape))).to(dtype).to(self._device)
+
+    def uniform(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        whole = torch.from_numpy(self._random.randint(2**FLOAT32_BITS, size=tuple(shape), dtype=np.int64))
+        return (whole.to(dtype) / 2**FLOAT32_BITS).to(self._device)
+
+    def integers(self, high: int, shape: Sequence[int]) -> Tensor:
+        return torch.from_numpy(self._random.randint(high, size=tuple(shape), dtype=np.int64)).to(
+            self._device
+        )
+
+
+class TorchGenerator:
+    """PyTorch's generator of a GPU, seeded with 64 bits; it draws where the numbers are needed."""
+
+    def __init__(self, *counters: int, device: torch.device) -> None:
+        self._generator, self._device = torch.Generator(device).manual_seed(torch_seed(*counters)), device
+
+    def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(tuple(shape), generator=self._generator, device=self._device, dtype=dtype)
+
+    def uniform(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.rand(tuple(shape), generator=self._generator, device=self._device, dtype=dtype)
+
+    def integers(self, high: int, shape: Sequence[int]) -> Tensor:
+        return torch.randint(high, tuple(shape), generator=self._generator, device=self._device)
+
+
+def generator(device: torch.device, *counters: int) -> Generator:
+    """A generator whose stream depends on the counters alone, and on whether `device` is a GPU with one of its own."""
+    kind = TorchGenerator if device.type == "cuda" else PhiloxGenerator
+    return kind(*counters, device=device)

@@ -1,0 +1,88 @@
+"""Counters, not state: the same numbers make the same run, on any machine and in any version."""
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm.utils.generators import PhiloxGenerator, TorchGenerator, generator
+from ddpm.utils.seeding import Purpose, key, torch_seed
+
+CPU = torch.device("cpu")
+
+
+def test_streams_never_change_between_versions() -> None:
+    """A run goes on after an upgrade, of this project or of NumPy: these numbers may not change."""
+    assert key(0) == 144831499309457368979394674105665208338
+    assert key(0, 1, 2, 3) == 63407688129533460527905472793373798608
+    numbers = PhiloxGenerator(0, Purpose.SAMPLE, 7)
+    assert numbers.normal([3]).tolist() == [1.2535868883132935, 0.9168907403945923, -0.16425767540931702]
+    assert numbers.uniform([2]).tolist() == [0.8639244437217712, 0.9025437235832214]
+    assert numbers.integers(1000, [4]).tolist() == [362, 950, 299, 464]
+
+
+def test_keys_tell_counters_apart_by_value_order_length_and_width() -> None:
+    counters = [(a, b, c) for a in range(5) for b in range(5) for c in range(5)]
+    counters += [(2,), (2, 0), (2, 0, 0, 0), (5 + 2**32,), (5, 1), (-1,), (1,), (12, 3), (1, 23), (123,)]
+    keys = {key(*some) for some in counters}
+    assert len(keys) == len(counters)
+    assert all(0 <= one < 2**128 for one in keys) and max(keys) > 2**120
+
+
+def test_a_stream_is_its_counters() -> None:
+    first, again, other = (generator(CPU, 0, i).normal([64]) for i in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_two_images_that_were_once_the_same_differ() -> None:
+    """PyTorch's generator keeps 32 bits of a seed on CPUs, and those of these two images were equal."""
+    a, b = (PhiloxGenerator(0, Purpose.SAMPLE, i).normal([64]) for i in (8790, 50346))
+    assert (a - b).abs().max() > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "counters",
+    [
+        lambda i: (0, Purpose.SAMPLE, i),
+        lambda i: (0, Purpose.TRAIN, *divmod(i, 4)),
+        lambda i: (i, Purpose.LIKELIHOOD, 0, 1),
+    ],
+    ids=["images", "micro-batches", "seeds"],
+)
+def test_a_million_streams_have_no_two_alike(counters: object) -> None:
+    first = np.empty((1_000_000, 64), np.float32)
+    for i in range(len(first)):
+        first[i] = PhiloxGenerator(*counters(i)).normal([64]).numpy()  # type: ignore[operator]
+    assert len(np.unique(first.view("V256"))) == len(first)
+
+
+@pytest.mark.parametrize("kind", [PhiloxGenerator, TorchGenerator])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numbers_are_distributed_as_they_should_be(kind: type, dtype: torch.dtype) -> None:
+    numbers = kind(3, device=CPU)
+    normal, uniform, whole = (
+        numbers.normal([40_000], dtype),
+        numbers.uniform([40_000], dtype),
+        numbers.integers(7, [40_000]),
+    )
+    assert normal.dtype == uniform.dtype == dtype and whole.dtype == torch.int64
+    moments = [normal.mean(), normal.var() - 1, normal.pow(3).mean(), normal.pow(4).mean() - 3]
+    assert all(abs(m) < 5 * (s / 40_000) ** 0.5 for m, s in zip(moments, (1, 2, 15, 96), strict=True))
+    assert 0 <= uniform.min() < 1e-3 and 1 - 1e-3 < uniform.max() < 1
+    assert abs(uniform.mean() - 0.5) < 5 * (1 / 12 / 40_000) ** 0.5
+    counts = torch.bincount(whole, minlength=7)
+    assert len(counts) == 7 and (counts - 40_000 / 7).abs().max() < 5 * (40_000 / 7) ** 0.5
+    assert numbers.uniform([]).shape == () and numbers.normal([2, 3]).shape == (2, 3)
+
+
+def test_a_uniform_number_is_never_one() -> None:
+    """A float64 just below 1 would round to 1 as a float32; multiples of 2^-24 below 1 do not."""
+    u = PhiloxGenerator(0).uniform([2_000_000])
+    assert u.max() < 1 and torch.equal(u * 2**24, (u * 2**24).round())
+
+
+def test_pytorch_is_given_64_bits() -> None:
+    seeds = {torch_seed(0, Purpose.DROPOUT, step) for step in range(1000)}
+    assert len(seeds) == 1000 and 2**63 < max(seeds) < 2**64
+    for seed in seeds:
+        torch.Generator().manual_seed(seed)
