@@ -17,6 +17,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union
 
 T = TypeVar("T")
+SampleVariance = Literal["auto", "beta", "beta_tilde", "measured", "learned"]
 
 
 class UserError(Exception):
@@ -83,6 +84,8 @@ class ObjectiveConfig:
     weight: Literal["simple", "min_snr"] = "simple"
     """Loss weight over t: 1, or min-SNR (Hang et al. 2023)."""
     min_snr_gamma: float = 5.0
+    variance: Literal["fixed", "learned"] = "fixed"
+    """learned: the net also predicts the variance of each pixel (Nichol & Dhariwal 2021)."""
     label_dropout: float = 0.1
     """Share of labels dropped, sample by sample, for classifier-free guidance (with model.num_classes > 0)."""
 
@@ -178,8 +181,9 @@ class SampleConfig:
     """ddim, dpmpp_2m: 0 is deterministic, 1 as noisy as ancestral."""
     mean: Literal["clipped", "plain"] = "clipped"
     """ancestral: posterior mean from the clipped x_0_hat, or Algorithm 2 to the letter."""
-    variance: Literal["beta", "beta_tilde"] = "beta_tilde"
-    """ancestral: sigma_t^2."""
+    variance: SampleVariance = "auto"
+    """ancestral: sigma_t^2. measured: from the net's errors on training images (jobs/evaluate.py --variance measured).
+    auto: learned where the net learned it, else beta_tilde."""
     clip_x_0: bool = True
     """All but ancestral: clip x_0_hat to [-1, 1]."""
     dynamic_threshold: float | None = None
@@ -193,20 +197,26 @@ class SampleConfig:
     seed: int = 0
     """Image i is a function of this seed and i."""
 
-    def resolved(self, process: str) -> "SampleConfig":
-        """With `auto` replaced by what fits the process.
+    def resolved(self, objective: ObjectiveConfig) -> "SampleConfig":
+        """The same with sampler and variance in place of `auto`, as they fit the objective.
 
         Raises:
-            UserError: a sampler of the other process.
+            UserError: a sampler of the other process, or a variance that the net has not learned.
         """
+        process, learned = objective.process, objective.variance == "learned"
+        if self.variance == "learned" and not learned:
+            raise UserError(
+                "variance is learned, but this net did not learn it; use beta, beta_tilde or measured"
+            )
         fitting = ("mix",) if process == "uniform_mix" else ("ddim", "ancestral", "dpmpp_2m", "heun")
         if self.sampler not in ("auto", *fitting):
             raise UserError(
                 f"sampler {self.sampler} cannot undo the process {process}; use {' or '.join(fitting)}"
             )
-        if self.sampler != "auto":
-            return self
-        return dataclasses.replace(self, sampler="mix" if process == "uniform_mix" else "ddim")
+        sampler = fitting[0] if self.sampler == "auto" else self.sampler
+        variance = ("learned" if learned else "beta_tilde") if self.variance == "auto" else self.variance
+        settled: dict[str, Any] = {"sampler": sampler, "variance": variance}
+        return dataclasses.replace(self, **settled)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,15 @@ BATCH_SIZE_CPU, BATCH_SIZE_GPU = 32, 256
 """Images of a piece, unless somebody says otherwise: a core is busy with few, and many cores want many pieces."""
 TRAJECTORY_IMAGES = 8
 
-_DECIDES = ("model.", "schedule.", "objective.process", "objective.predict", "sample.", "train.precision")
+_DECIDES = (
+    "model.",
+    "schedule.",
+    "objective.process",
+    "objective.predict",
+    "objective.variance",
+    "sample.",
+    "train.precision",
+)
 _DECIDES_NOT = ("model.dropout", "model.zero_init", "sample.num_images")
 
 
@@ -54,13 +62,15 @@ class Request:
     """The class of all images; None: image i is of class i mod num_classes."""
     known: Known | None = None
     """What is given of every image."""
+    x_0_error: Tensor | None = None
+    """For the variance "measured": [T] float64."""
 
     def __post_init__(self) -> None:
         classes = self.config.model.num_classes
         if self.label is not None and not 0 <= self.label < classes:
             right = f"it must be in 0..{classes - 1}" if classes else "this net was trained without labels"
             raise UserError(f"label is {self.label}; {right}")
-        generation.build_sampler(self.config, known=self.known)
+        generation.build_sampler(self.config, known=self.known, x_0_error=self.x_0_error)
         generation.build_objective(self.config)
 
     def labels(self, indices: range) -> Labels | None:
@@ -85,7 +95,7 @@ class Request:
         """All that decides image i, as flat JSON."""
         config = self.config
         sample = config.sample if self.known is None else replace(config.sample, sampler="ancestral")
-        config = replace(config, sample=sample.resolved(config.objective.process))
+        config = replace(config, sample=sample.resolved(config.objective))
         flat = {
             key: value
             for key, value in configs.flatten(config).items()
@@ -99,6 +109,8 @@ class Request:
                 "jump_length": self.known.jump_length,
             }
         drawn_with = {"generator": GENERATOR, "weights": _sha256(self.weights)}
+        if config.sample.variance == "measured" and self.x_0_error is not None:
+            known["x_0_error"] = _sha256({"x_0_error": self.x_0_error})
         return {**drawn_with, "label": self.label, **known, **flat}
 
 
@@ -118,11 +130,9 @@ class Artist:
         Raises:
             UserError: the GPU has no room for so many.
         """
-        config, label, known = self._request.config, self._label(indices), self._request.known
+        config, how = self._request.config, self._how(indices)
         try:
-            drawn = generation.draw(
-                self._net, config, self._objective, indices, device=self._device, label=label, known=known
-            )
+            drawn = generation.draw(self._net, config, self._objective, indices, device=self._device, **how)
         except torch.OutOfMemoryError:
             raise UserError(
                 f"the GPU has no room for {len(indices)} images at a time; use a smaller --batch-size"
@@ -131,14 +141,13 @@ class Artist:
 
     def trajectory(self, indices: range) -> tuple[Pixels, bytes]:
         """How these images come to be: a strip uint8 [H', W', 3], and a GIF."""
-        config, label, known = self._request.config, self._label(indices), self._request.known
-        return generation.trajectory(
-            self._net, config, self._objective, indices, device=self._device, label=label, known=known
-        )
+        config, how = self._request.config, self._how(indices)
+        return generation.trajectory(self._net, config, self._objective, indices, device=self._device, **how)
 
-    def _label(self, indices: range) -> Tensor | None:
+    def _how(self, indices: range) -> dict[str, Any]:
         labels = self._request.labels(indices)
-        return None if labels is None else torch.from_numpy(labels).to(self._device)
+        label = None if labels is None else torch.from_numpy(labels).to(self._device)
+        return {"label": label, "known": self._request.known, "x_0_error": self._request.x_0_error}
 
 
 def draw(

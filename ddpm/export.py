@@ -10,6 +10,8 @@ What diffusers has no word for is said in words it has, or refused; nothing is l
 - a schedule it does not know: "trained_betas";
 - labels, which DDPMPipeline does not take: one is chosen, and its embedding becomes part of a bias.
 
+A learned variance is "learned_range" there.
+
 Sampling is as our `ancestral` has it, with all T steps; guidance, dynamic thresholds, and the samplers of few steps
 stay here.
 
@@ -42,7 +44,7 @@ from ddpm.training.state import State, build_net
 
 PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
 """Ours -> diffusers'; their v has the sign of ours."""
-VARIANCES = {"beta_tilde": "fixed_small", "beta": "fixed_large"}
+VARIANCES = {"beta_tilde": "fixed_small", "beta": "fixed_large", "learned": "learned_range"}
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 TIME_TABLE = "time_proj.weight"
 """Diffusers' name for the [T, E] embedding of t, where it is a table."""
@@ -144,7 +146,7 @@ def unet_config(config: Config) -> dict[str, Any]:
     return {
         "sample_size": model.image_size,
         "in_channels": model.channels,
-        "out_channels": model.channels,
+        "out_channels": model.channels * (2 if config.objective.variance == "learned" else 1),
         "center_input_sample": False,
         "time_embedding_type": "learned" if stretched else "positional",
         "num_train_timesteps": config.schedule.num_timesteps if stretched else None,
@@ -175,7 +177,9 @@ def unet_config(config: Config) -> dict[str, Any]:
 
 def scheduler_config(config: Config) -> dict[str, Any]:
     """What DDPMScheduler must be told: our schedule, prediction, and the mean and variance of `ancestral`."""
-    schedule, sample = config.schedule, config.sample
+    schedule, sample = config.schedule, config.sample.resolved(config.objective)
+    if sample.variance not in VARIANCES:
+        raise UserError(f"sample.variance is {sample.variance}; a DDPMScheduler knows {', '.join(VARIANCES)}")
     betas: dict[str, Any]
     match schedule.kind:
         case "linear" | "scaled_linear":
@@ -291,12 +295,13 @@ def _config_of(unet: Mapping[str, Any], scheduler: Mapping[str, Any], where: str
         beta_start=scheduler["beta_start"],
         beta_end=scheduler["beta_end"],
     )
-    sample = SampleConfig(
-        mean="clipped" if scheduler["clip_sample"] else "plain",
-        variance=_ours(VARIANCES, scheduler, "variance_type", where),
+    variance = _ours(VARIANCES, scheduler, "variance_type", where)
+    sample = SampleConfig(mean="clipped" if scheduler["clip_sample"] else "plain", variance=variance)
+    objective = ObjectiveConfig(
+        predict=_ours(PREDICTIONS, scheduler, "prediction_type", where),
+        variance="learned" if variance == "learned" else "fixed",
     )
-    predict = _ours(PREDICTIONS, scheduler, "prediction_type", where)
-    config = Config(schedule=schedule, objective=ObjectiveConfig(predict=predict), model=model, sample=sample)
+    config = Config(schedule=schedule, objective=objective, model=model, sample=sample)
     config = configs.from_json(configs.to_json(config), where)  # which checks every type
     _check_same(f"{where}/unet", unet, unet_config(config))
     told = scheduler_config(config)

@@ -57,10 +57,15 @@ def build_objective(config: Config) -> Objective:
         raise UserError(str(error)) from None
 
 
-def build_sampler(config: Config, sample: SampleConfig | None = None, known: Known | None = None) -> Sampler:
+def build_sampler(
+    config: Config,
+    sample: SampleConfig | None = None,
+    known: Known | None = None,
+    x_0_error: Tensor | None = None,
+) -> Sampler:
     """The sampler that `sample` (default: config.sample) describes, on the run's own schedule.
 
-    What is known of the images makes it RePaint, whatever `sample` says.
+    What is known of the images makes it RePaint, whatever `sample` says. The variance "measured" takes x_0_error, [T].
 
     Raises:
         UserError: it cannot undo the process the net was trained on, or a setting is out of its range.
@@ -68,12 +73,12 @@ def build_sampler(config: Config, sample: SampleConfig | None = None, known: Kno
     sample = sample or config.sample
     if known is not None:
         sample = replace(sample, sampler="ancestral")
-    resolved = sample.resolved(config.objective.process)
+    resolved = sample.resolved(config.objective)
     try:
         denoisers.check_interval(resolved.guidance_interval)
         schedule = schedules.build(config.schedule)
         if known is None:
-            return samplers.build(resolved, schedule)
+            return samplers.build(resolved, schedule, x_0_error)
         resampling = known.num_resamples, known.jump_length
         return inpainting.build(resolved, schedule, known.x_0, known.mask, *resampling)
     except ValueError as error:
@@ -114,6 +119,7 @@ def draw(
     sample: SampleConfig | None = None,
     label: Tensor | None = None,
     known: Known | None = None,
+    x_0_error: Tensor | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Draw the images with these indices, in one batch.
@@ -124,6 +130,7 @@ def draw(
         sample: how to draw; default: config.sample.
         label: [N] int64; default for a conditional net: i mod num_classes.
         known: what is given of all of them.
+        x_0_error: for the variance "measured", [T] float64.
         on_step: sees every step of the sampler.
 
     Returns:
@@ -134,7 +141,7 @@ def draw(
         label = torch.from_numpy(labels(config, indices)).to(device)
     noise = _noise(config, sample.seed, indices, device)
     denoise = _denoise(net, config, sample, objective, label)
-    return images.to_uint8(build_sampler(config, sample, known)(denoise, noise, on_step))
+    return images.to_uint8(build_sampler(config, sample, known, x_0_error)(denoise, noise, on_step))
 
 
 @torch.no_grad()
@@ -168,6 +175,7 @@ def trajectory(
     sample: SampleConfig | None = None,
     label: Tensor | None = None,
     known: Known | None = None,
+    x_0_error: Tensor | None = None,
 ) -> tuple[Pixels, bytes]:
     """The reverse process, from noise to images: a strip (one row an image), and a GIF of a grid."""
     frames: list[Tensor] = []
@@ -180,6 +188,7 @@ def trajectory(
         sample=sample,
         label=label,
         known=known,
+        x_0_error=x_0_error,
         on_step=lambda step, x_t, x_0_hat: frames.append(images.to_uint8(x_t).cpu()),
     )
     frames.append(last.cpu())

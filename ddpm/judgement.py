@@ -7,18 +7,20 @@ Axes: N images, H W, C channels.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ddpm import generation, images
-from ddpm.config import Config, SampleConfig, UserError
+from ddpm.config import Config, SampleConfig, SampleVariance, UserError
 from ddpm.data.reading import Images
 from ddpm.diffusion import denoising, likelihood, schedules
 from ddpm.diffusion.denoisers import Denoise
-from ddpm.diffusion.likelihood import Variance
 from ddpm.diffusion.objectives import Denoised, Model, Objective
+from ddpm.diffusion.reverse import Variance, fixed_variance
 from ddpm.diffusion.samplers import PerImageNoise
 from ddpm.evaluation.bits import BitsPerDim
 from ddpm.evaluation.features import FeatureNet, Features, features_of
@@ -27,31 +29,59 @@ from ddpm.utils.seeding import Purpose
 
 PIECE_IMAGES = 125
 """Images drawn or read as one batch."""
-PILOT_IMAGES = 8
-"""Images from which is learned where on the schedule the bound comes from."""
+MEASURED_IMAGES = 125
+"""Training images by which a net is measured."""
 
 
-def proposal(
+@dataclass(frozen=True)
+class Measured:
+    """What is measured with a net on training images before it is judged by others."""
+
+    x_0_error: Tensor
+    """[T] float64: the mean squared error of x_0_hat; for the variance "measured"."""
+    proposal: Tensor
+    """[T] float64: the timesteps that `bits_per_dim` had better draw."""
+
+
+def bound_variance(config: Config, variance: SampleVariance = "auto") -> Variance:
+    """The variance of p in the bound; auto is the best that the net can have: its own, or the measured one.
+
+    Raises:
+        UserError: "learned", of a net that did not learn it.
+    """
+    learned = config.objective.variance == "learned"
+    if variance == "auto":
+        return "learned" if learned else "measured"
+    replace(config.sample, sampler="auto", variance=variance).resolved(config.objective)  # which checks it
+    return variance
+
+
+def measure(
     net: Model,
     config: Config,
     objective: Objective,
-    pilot: Images,
+    train: Images,
+    variance: Variance,
     *,
     device: torch.device,
-    variance: Variance = "beta_tilde",
-) -> Tensor:
-    """[T]: the timesteps that `bits_per_dim` had better draw, learned from a few images.
+) -> Measured:
+    """Measure the errors of x_0_hat, and where on the schedule the bound comes from.
 
     Args:
         net: trained under `config`.
-        pilot: PILOT_IMAGES are enough.
+        train: MEASURED_IMAGES training images.
+        variance: of p in the bound.
 
     Raises:
         UserError: the process has no such bound.
     """
-    denoise, x_0, noise = _posed(net, config, objective, pilot, range(len(pilot.image)), device, seed=0)
-    bound = likelihood.exact(denoise, schedules.build(config.schedule), x_0, noise, variance=variance)
-    return likelihood.proposal(bound)
+    indices, schedule = range(len(train.image)), schedules.build(config.schedule)
+    denoise, x_0, noise = _posed(net, config, objective, train, indices, device, (0, Purpose.MEASURE))
+    errors = likelihood.x_0_errors(denoise, schedule, x_0, noise)
+    x_0_error = errors.mean(0)
+    # Of a learned variance the proposal is that of the measured one, which is about the same; any is right.
+    fixed = fixed_variance(schedule, "measured" if variance == "learned" else variance, x_0_error)
+    return Measured(x_0_error, likelihood.proposal(likelihood.kl_of_errors(schedule, errors, fixed)))
 
 
 def bits_per_dim(
@@ -62,41 +92,36 @@ def bits_per_dim(
     *,
     start: int,
     device: torch.device,
-    variance: Variance = "beta_tilde",
-    proposal: Tensor | None = None,
+    variance: Variance,
+    measured: Measured,
     num_draws: int = 8,
     seed: int = 0,
 ) -> BitsPerDim:
-    """The bound of a batch of images, exact at T evaluations of the net, or estimated at `num_draws` + 1.
+    """The bound of a batch of images, estimated at `num_draws` + 1 evaluations of the net, or exact at T.
 
     Args:
         net: trained under `config`.
         held_out: the batch.
         start: index of its first image; noise and t of image i depend on the seed and i.
         variance: of p(x_{t-1} | x_t).
-        proposal: [T], of `proposal`; None: all t.
-        num_draws: timesteps an image, with a proposal.
+        measured: of this net.
+        num_draws: timesteps an image; 0: all.
 
     Raises:
         UserError: the process has no such bound.
     """
     indices = range(start, start + len(held_out.image))
-    denoise, x_0, noise = _posed(net, config, objective, held_out, indices, device, seed)
+    denoise, x_0, noise = _posed(
+        net, config, objective, held_out, indices, device, (seed, Purpose.LIKELIHOOD)
+    )
     schedule = schedules.build(config.schedule)
-    if proposal is None:
-        bound = likelihood.exact(denoise, schedule, x_0, noise, variance=variance)
+    how: dict[str, Any] = {"variance": variance, "x_0_error": measured.x_0_error}
+    if num_draws == 0:
+        bound = likelihood.exact(denoise, schedule, x_0, noise, **how)
     else:
         quantiles = [PhiloxGenerator(seed, Purpose.LIKELIHOOD, i, 1).uniform([]).double() for i in indices]
-        bound = likelihood.estimate(
-            denoise,
-            schedule,
-            x_0,
-            noise,
-            torch.stack(quantiles),
-            proposal,
-            num_draws=num_draws,
-            variance=variance,
-        )
+        u, chosen = torch.stack(quantiles), measured.proposal
+        bound = likelihood.estimate(denoise, schedule, x_0, noise, u, chosen, num_draws=num_draws, **how)
     return BitsPerDim.of(bound, start, schedule.num_timesteps)
 
 
@@ -116,7 +141,9 @@ def denoising_curve(
         UserError: the process has no such levels.
     """
     indices = range(len(held_out.image))
-    denoise, x_0, noise = _posed(net, config, objective, held_out, indices, device, seed)
+    denoise, x_0, noise = _posed(
+        net, config, objective, held_out, indices, device, (seed, Purpose.LIKELIHOOD)
+    )
     return denoising.error_at(denoise, schedules.build(config.schedule), x_0, noise, log_snr)
 
 
@@ -129,13 +156,17 @@ def drawn_features(
     *,
     device: torch.device,
     sample: SampleConfig | None = None,
+    x_0_error: Tensor | None = None,
 ) -> Features:
     """Draw the images with these ascending indices, in one batch, and take their features.
 
     Args:
         sample: how to draw; default: config.sample. Images are those of jobs/sample.py.
+        x_0_error: for the variance "measured".
     """
-    image = generation.draw(net, config, objective, indices, device=device, sample=sample)
+    image = generation.draw(
+        net, config, objective, indices, device=device, sample=sample, x_0_error=x_0_error
+    )
     return Features(np.array(indices, np.int64), features_of(feature_net, image).values)
 
 
@@ -146,9 +177,9 @@ def _posed(
     batch: Images,
     indices: Sequence[int],
     device: torch.device,
-    seed: int,
+    counters: tuple[int, ...],
 ) -> tuple[Denoise, Tensor, PerImageNoise]:
-    """The net as the bound sees it, x_0 [N, C, H, W], and noise that depends on the seed and an image's index."""
+    """The net as the bound sees it, x_0 [N, C, H, W], and noise that depends on the counters and an image's index."""
     if config.objective.process != "gaussian":
         raise UserError(
             f"the process {config.objective.process} has no variational bound; only gaussian has bits/dim"
@@ -156,7 +187,7 @@ def _posed(
     x_0 = images.to_model(torch.from_numpy(batch.image).to(device))
     label = torch.from_numpy(batch.label).to(device) if config.model.num_classes else None
     channels, height, width = x_0.shape[1:]
-    generators = [PhiloxGenerator(seed, Purpose.LIKELIHOOD, i) for i in indices]
+    generators = [PhiloxGenerator(*counters, i) for i in indices]
 
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
         return objective.denoise(net, x_t, t, label)

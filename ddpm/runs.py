@@ -3,6 +3,7 @@
 Its own room because the driver, the jobs that draw and those that judge all ask the same questions of it.
 """
 
+import contextlib
 import json
 import tempfile
 import time
@@ -12,11 +13,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from ddpm import registry, storage
 from ddpm.config import Config, UserError
 from ddpm.storage import Location
 from ddpm.training import checkpoint
 
+X_0_ERROR, X_0_ERROR_FORMAT = "x_0_error.json", "ddpm-x_0-error/1"
+"""File of a checkpoint: the errors of its averaged net on training images, once it has been judged."""
 RESERVED = "data"
 """Folder beside the runs that holds prepared sources."""
 
@@ -125,6 +131,41 @@ def local_checkpoint(uri: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
         yield location.download(Path(folder))
+
+
+def keep_x_0_error(uri: str, weights_sha256: str, x_0_error: Tensor) -> None:
+    """Keep what was measured with the averaged weights of the checkpoint at `uri` in its folder, if that can be."""
+    if uri.startswith(registry.SCHEME):
+        return
+    place, errors = storage.resolve(uri), x_0_error.tolist()
+    card = {"format": X_0_ERROR_FORMAT, "weights_sha256": weights_sha256, "x_0_error": errors}
+    with contextlib.suppress(OSError):
+        if place.child(checkpoint.CHECKSUMS).exists():  # a run that goes on deletes its old checkpoints
+            place.child(X_0_ERROR).write((json.dumps(card) + "\n").encode())
+
+
+def read_x_0_error(folder: Path, num_timesteps: int) -> Tensor:
+    """[T] float64, the mean squared error of x_0_hat at every t, as `keep_x_0_error` left it in a checkpoint's folder.
+
+    Raises:
+        UserError: there is none, or it is damaged or of other weights.
+    """
+    file = folder / X_0_ERROR
+    weights = checkpoint.read_checksums(folder)["ema.safetensors"]
+    try:
+        card = json.loads(file.read_text())
+        errors = torch.tensor(card["x_0_error"], dtype=torch.float64)
+        if card["format"] != X_0_ERROR_FORMAT or card["weights_sha256"] != weights:
+            raise ValueError("it is of other weights, or of another format")
+        if errors.shape != (num_timesteps,) or not bool((errors.isfinite() & (errors >= 0)).all()):
+            raise ValueError(f"x_0_error must be {num_timesteps} numbers of at least 0")
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} has no {X_0_ERROR}, which --variance measured takes; jobs/evaluate.py leaves it there"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{file} is damaged: {error!r:.200}; jobs/evaluate.py makes it again") from None
+    return errors
 
 
 def _found(uri: str) -> list[Location]:

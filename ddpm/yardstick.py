@@ -5,7 +5,6 @@ checkpoints are read at the beginning: a run that goes on deletes its old ones m
 """
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -159,7 +158,7 @@ def choose(candidates: Sequence[Candidate], settings: Settings) -> Yardstick:
 def _read(uri: str) -> Candidate:
     with runs.local_checkpoint(uri) as folder:
         net, config = checkpoint.load_net(folder, torch.device("cpu"))
-        digest = json.loads((folder / checkpoint.CHECKSUMS).read_text())["ema.safetensors"]
+        digest = checkpoint.read_checksums(folder)["ema.safetensors"]
         return Candidate(uri, net, config, checkpoint.read_state(folder), digest)
 
 

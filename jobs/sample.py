@@ -37,6 +37,8 @@ class Arguments:
     """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/7); auto: what suits the sampler."""
     eta: float | None = None
     """ddim, dpmpp_2m: 0 is deterministic, 1 as noisy as ancestral."""
+    variance: Literal["beta", "beta_tilde", "measured", "learned"] | None = None
+    """ancestral: of the noise that a step adds. measured: on training images, by an earlier jobs/evaluate.py."""
     dynamic_threshold: float | None = None
     """Instead of clipping, dynamic thresholding at this quantile, as 0.995."""
     guidance_scale: float | None = None
@@ -58,7 +60,9 @@ class Arguments:
     """inpaint: steps gone back at a time, less than there are."""
 
 
-SETTINGS = "sampler num_sample_steps spacing eta dynamic_threshold guidance_scale guidance_interval".split()
+SETTINGS = (
+    "sampler num_sample_steps spacing eta variance dynamic_threshold guidance_scale guidance_interval".split()
+)
 
 
 def main() -> None:
@@ -78,13 +82,15 @@ def main() -> None:
 
     with runs.local_checkpoint(arguments.checkpoint) as folder:
         net, config = checkpoint.load_net(folder, torch.device("cpu"))
+        measured = arguments.variance == "measured"
+        x_0_error = runs.read_x_0_error(folder, config.schedule.num_timesteps) if measured else None
     given = {name: value for name in SETTINGS if (value := getattr(arguments, name)) is not None}
     config = replace(config, sample=replace(config.sample, seed=arguments.seed, **given))
     known = None
     if arguments.inpaint and arguments.mask:
         resampling = arguments.num_resamples, arguments.jump_length
         known = generation.read_known(arguments.inpaint, arguments.mask, config, *resampling)
-    request = drawing.Request(net.state_dict(), config, arguments.label, known)
+    request = drawing.Request(net.state_dict(), config, arguments.label, known, x_0_error)
     out = resolve(arguments.out)
     with Display("images", arguments.num_images) as display:
         drawing.draw(

@@ -40,7 +40,8 @@ def predict(
     if threshold is None:
         return denoised
     x_0_hat = threshold(denoised.x_0_hat)
-    return Denoised(x_0_hat, predict_eps_from_x_0(schedule.alpha_bar, x_t, t_batch, x_0_hat))
+    eps_hat = predict_eps_from_x_0(schedule.alpha_bar, x_t, t_batch, x_0_hat)
+    return denoised._replace(x_0_hat=x_0_hat, eps_hat=eps_hat)
 
 
 def clip(x_0_hat: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ def guided(
     """Classifier-free guidance: eps_hat = uncond + scale (cond - uncond), where the noise is in `interval`.
 
     At a given x_t, x_0_hat is affine in eps_hat, so the same combination of the two x_0_hat is the one that
-    agrees with it.
+    agrees with it. A learned variance is the conditional one.
 
     Args:
         denoise_cond: the net with labels.
@@ -124,8 +125,9 @@ def guided(
         if not inside.any():
             return cond  # half the work
         inside = inside.view(-1, *[1] * (x_t.ndim - 1))
-        both = zip(_extrapolated(cond, denoise_uncond(x_t, t), scale), cond, strict=True)
-        return Denoised(*(torch.where(inside, g, c) for g, c in both))
+        g = _extrapolated(cond, denoise_uncond(x_t, t), scale)
+        x_0_hat, eps_hat = (torch.where(inside, a, b) for a, b in zip(g[:2], cond[:2], strict=True))
+        return cond._replace(x_0_hat=x_0_hat, eps_hat=eps_hat)
 
     return denoise
 
@@ -137,4 +139,5 @@ def check_interval(interval: tuple[float, float] | None) -> None:
 
 
 def _extrapolated(cond: Denoised, uncond: Denoised, scale: float) -> Denoised:
-    return Denoised(*(u + scale * (c - u) for c, u in zip(cond, uncond, strict=True)))
+    x_0_hat, eps_hat = (u + scale * (c - u) for c, u in zip(cond[:2], uncond[:2], strict=True))
+    return cond._replace(x_0_hat=x_0_hat, eps_hat=eps_hat)

@@ -7,9 +7,9 @@ log 2. Unlike the training loss it means the same whatever the schedule, the obj
     KL_t     KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) ), t = 1..T-1, closed form given a draw of x_t
     decoder  -log p(x_0 | x_t) at t = 0, a Gaussian summed over the width of a grey level
 
-A net is seen as `denoise(x_t, t) -> Denoised`, as by the samplers, and p has the mean and the variance of the
-sampler `ancestral`. Noise is given by whoever calls. Squares are summed in the images' float32; from there on all is
-float64 on the CPU.
+A net is seen as `denoise(x_t, t) -> Denoised`, as by the samplers, and p has the mean and one of the variances of the
+sampler `ancestral` (`reverse`): a bound means something beside its variance alone. Noise is given by whoever calls.
+Squares are summed in the images' float32; from there on all is float64 on the CPU.
 
 Papers:
     Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
@@ -21,24 +21,30 @@ Axes: B batch, C channels, H W height and width, T timesteps, K timesteps measur
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ddpm.diffusion.process import q_sample
+from ddpm.diffusion.reverse import (
+    LEVELS,
+    Variance,
+    fixed_variance,
+    gaussian_kl,
+    learned_log_variance,
+    log_prob_of_level,
+)
 from ddpm.diffusion.schedules import Schedule
 
 if TYPE_CHECKING:
     from ddpm.diffusion.denoisers import Denoise
     from ddpm.diffusion.samplers import Noise
 
-LEVELS = 256
-"""Grey levels of an image."""
 TINY = 1e-300
-"""Below any KL; divides in place of a sum that is 0."""
-
-Variance = Literal["beta", "beta_tilde"]
+"""Below any KL and any error; stands in for a sum that is 0."""
+MEASURED_TIMESTEPS = 64
+"""Timesteps at which the error of x_0_hat is measured; it is smooth in log SNR."""
 
 
 class Bound(NamedTuple):
@@ -67,6 +73,7 @@ def exact(
     noise: "Noise",
     *,
     variance: Variance = "beta_tilde",
+    x_0_error: Tensor | None = None,
     clip_x_0: bool = True,
 ) -> Bound:
     """Every term, at T evaluations of the net; x_t is drawn once for each t.
@@ -76,7 +83,8 @@ def exact(
         schedule: the one the net was trained with.
         x_0: [B, C, H, W] float32, 8-bit images in [-1, 1].
         noise: standard normal [B, C, H, W]; drawn T times, from t = 0 on.
-        variance: of p(x_{t-1} | x_t). "beta_tilde" is that of q(x_{t-1} | x_t, x_0), at t = 0 that of t = 1.
+        variance: of p(x_{t-1} | x_t).
+        x_0_error: for "measured", [T] float64, from other images than x_0: the mean of `x_0_errors`.
         clip_x_0: clip x_0_hat to [-1, 1], as `ancestral` does with the mean "clipped".
 
     Raises:
@@ -85,10 +93,10 @@ def exact(
     Source: Ho et al. 2020, Eq. 5.
     """
     T = schedule.num_timesteps
-    x_0_hats = _at(denoise, schedule, x_0, noise, clip_x_0)
-    decoder = decoder_nll(schedule, x_0, x_0_hats(_full(x_0, 0)), variance)
+    p = _reverse(denoise, schedule, x_0, noise, variance, x_0_error, clip_x_0)
+    decoder = decoder_nll(x_0, *p(_full(x_0, 0)))
     t = torch.arange(1, T).expand(len(x_0), T - 1)
-    kl = [posterior_kl(schedule, x_0, x_0_hats(_full(x_0, s)), _full(x_0, s), variance) for s in range(1, T)]
+    kl = [posterior_kl(schedule, x_0, _full(x_0, s), *p(_full(x_0, s))) for s in range(1, T)]
     return Bound(prior_kl(schedule, x_0), t, torch.stack(kl, 1) if kl else t.double(), decoder)
 
 
@@ -103,6 +111,7 @@ def estimate(
     *,
     num_draws: int,
     variance: Variance = "beta_tilde",
+    x_0_error: Tensor | None = None,
     clip_x_0: bool = True,
 ) -> Bound:
     """As `exact`, with the sum over t estimated from `num_draws` timesteps; prior and decoder are not.
@@ -119,6 +128,7 @@ def estimate(
         proposal: [T] float64, as of `proposal`.
         num_draws: K, at least 1.
         variance: as in `exact`.
+        x_0_error: as in `exact`.
         clip_x_0: as in `exact`.
 
     Raises:
@@ -130,22 +140,71 @@ def estimate(
     if num_draws < 1:
         raise ValueError(f"num_draws is {num_draws}; it must be at least 1")
     _check_proposal(proposal, T)
-    x_0_hats = _at(denoise, schedule, x_0, noise, clip_x_0)
-    decoder = decoder_nll(schedule, x_0, x_0_hats(_full(x_0, 0)), variance)
+    p = _reverse(denoise, schedule, x_0, noise, variance, x_0_error, clip_x_0)
+    decoder = decoder_nll(x_0, *p(_full(x_0, 0)))
     strata = (torch.arange(num_draws) + u[:, None].double().cpu()) / num_draws
     drawn = torch.searchsorted(proposal.cumsum(0), strata, right=True).clamp(1, T - 1)
     kl = []
     for t in drawn.unbind(1):
         on_device = t.to(x_0.device)
-        kl.append(posterior_kl(schedule, x_0, x_0_hats(on_device), on_device, variance))
+        kl.append(posterior_kl(schedule, x_0, on_device, *p(on_device)))
     return Bound(prior_kl(schedule, x_0), drawn, torch.stack(kl, 1) / (num_draws * proposal[drawn]), decoder)
 
 
-def proposal(pilot: Bound, uniform_share: float = 0.1) -> Tensor:
+@torch.no_grad()
+def x_0_errors(
+    denoise: "Denoise",
+    schedule: Schedule,
+    x_0: Tensor,
+    noise: "Noise",
+    *,
+    num_measured: int = MEASURED_TIMESTEPS,
+    clip_x_0: bool = True,
+) -> Tensor:
+    """The squared error of x_0_hat at every t, each image's mean over its dimensions; [B, T] float64.
+
+    It is measured at timesteps that are evenly spread in log SNR, and its logarithm interpolated between them.
+
+    Args:
+        denoise: called at most num_measured times.
+        schedule: the one the net was trained with.
+        x_0: [B, C, H, W].
+        noise: standard normal [B, C, H, W]; drawn once a measured timestep.
+        num_measured: at least 2; of so many timesteps or fewer all are measured.
+        clip_x_0: as in `exact`.
+    """
+    T, level = schedule.num_timesteps, schedule.log_snr
+    wanted = torch.linspace(level[0].item(), level[-1].item(), num_measured, dtype=torch.float64)
+    measured = torch.arange(T) if num_measured >= T else (level[:, None] - wanted).abs().argmin(0).unique()
+    errors = []
+    for t in measured.tolist():
+        x_0_hat = denoise(q_sample(schedule.alpha_bar, x_0, _full(x_0, t), noise()), _full(x_0, t)).x_0_hat
+        errors.append(_per_image((x_0 - (x_0_hat.clamp(-1, 1) if clip_x_0 else x_0_hat)).square()))
+    if len(errors) == 1:
+        return errors[0][:, None]
+    logs = torch.stack(errors, 1).clamp(min=TINY).log()
+    right = torch.searchsorted(measured, torch.arange(T)).clamp(min=1)
+    before, after = level[measured[right - 1]], level[measured[right]]
+    return torch.lerp(logs[:, right - 1], logs[:, right], (before - level) / (before - after)).exp()
+
+
+def kl_of_errors(schedule: Schedule, x_0_errors: Tensor, variance: Tensor) -> Tensor:
+    """KL_t of images whose x_0_hat has these errors, [B, T - 1] float64 in bits/dim, t = 1..T-1.
+
+    Args:
+        schedule: of T steps.
+        x_0_errors: [B, T] float64.
+        variance: of p, [T] float64 (`reverse.fixed_variance`).
+    """
+    log_q, log_p, weight = schedule.posterior_variance[1:].log(), variance[1:].log(), schedule.x_0_weight[1:]
+    return gaussian_kl(log_q, log_p, weight**2 * x_0_errors[:, 1:]) / math.log(2)
+
+
+def proposal(kl: Tensor, uniform_share: float = 0.1) -> Tensor:
     """The distribution of t with which `estimate` errs least: in proportion to sqrt(E[KL_t^2]).
 
     Args:
-        pilot: `exact` for a few images.
+        kl: [B, T - 1] float64, KL_t of a few images at t = 1..T-1: of `exact`, or of `kl_of_errors`.
         uniform_share: in (0, 1], of the draws from the uniform distribution, so that no t is rare.
 
     Returns:
@@ -155,7 +214,7 @@ def proposal(pilot: Bound, uniform_share: float = 0.1) -> Tensor:
     """
     if not 0 < uniform_share <= 1:
         raise ValueError(f"uniform_share is {uniform_share}; it must be in (0, 1]")
-    rms = pilot.kl.square().mean(0).sqrt()
+    rms = kl.square().mean(0).sqrt()
     share = (1 - uniform_share) * rms / rms.sum().clamp(min=TINY) + uniform_share / max(len(rms), 1)
     return torch.cat([torch.zeros(1, dtype=torch.float64), share / share.sum()])
 
@@ -167,7 +226,7 @@ def prior_kl(schedule: Schedule, x_0: Tensor) -> Tensor:
     return 0.5 * (alpha_bar * square - alpha_bar - torch.log1p(-alpha_bar)) / math.log(2)
 
 
-def posterior_kl(schedule: Schedule, x_0: Tensor, x_0_hat: Tensor, t: Tensor, variance: Variance) -> Tensor:
+def posterior_kl(schedule: Schedule, x_0: Tensor, t: Tensor, x_0_hat: Tensor, log_variance: Tensor) -> Tensor:
     """KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) ) of each image, [B] float64 in bits/dim.
 
     Both are Gaussians whose means, mu_tilde of x_0 and of x_0_hat, differ by a multiple of x_0 - x_0_hat. With the
@@ -176,29 +235,35 @@ def posterior_kl(schedule: Schedule, x_0: Tensor, x_0_hat: Tensor, t: Tensor, va
     Args:
         schedule: of T steps.
         x_0: [B, C, H, W].
-        x_0_hat: [B, C, H, W], a prediction of x_0 from x_t.
         t: [B] int64 in 1..T-1; at t = 0 q has no width, and the decoder takes over.
-        variance: of p.
+        x_0_hat: [B, C, H, W], a prediction of x_0 from x_t.
+        log_variance: of p, [B] or [B, C, H, W].
 
     Source: Ho et al. 2020, Eqs. 5 and 7; Kingma et al. 2021, Eq. 13.
     """
     t = t.cpu()
     if bool((t < 1).any()):
         raise ValueError("t has a 0; it must be in 1..T-1")
-    s = schedule
-    of_q = s.posterior_variance[t]
-    of_p = _variances(s, variance)[t]
-    of_x_0 = (s.alpha_bar_prev.sqrt() * s.beta / (1 - s.alpha_bar))[t]
-    error = _per_image((x_0 - x_0_hat).square())
-    ratio = of_q / of_p
-    return 0.5 * (ratio - 1 - ratio.log() + of_x_0**2 * error / of_p) / math.log(2)
+    error = (x_0 - x_0_hat).square()
+    error = _per_image(error) if log_variance.ndim == 1 else error.cpu().double()
+    log_q, weight = (
+        table[t].view(-1, *[1] * (error.ndim - 1))
+        for table in (schedule.posterior_variance.log(), schedule.x_0_weight)
+    )
+    kl = gaussian_kl(log_q, log_variance.cpu().double(), weight**2 * error)
+    return kl.reshape(len(t), -1).mean(1) / math.log(2)
 
 
-def decoder_nll(schedule: Schedule, x_0: Tensor, x_0_hat: Tensor, variance: Variance) -> Tensor:
+def decoder_nll(x_0: Tensor, x_0_hat: Tensor, log_variance: Tensor) -> Tensor:
     """-log p(x_0 | x_t) at t = 0 of each image, [B] float64 in bits/dim.
 
+    Args:
+        x_0: [B, C, H, W], 8-bit images in [-1, 1].
+        x_0_hat: [B, C, H, W], a prediction of x_0 from x_t.
+        log_variance: of p, [B] or [B, C, H, W].
+
     Raises:
-        ValueError: an unknown variance, or images that are not 8-bit.
+        ValueError: images that are not 8-bit.
 
     Source: Ho et al. 2020, Eq. 13.
     """
@@ -207,57 +272,31 @@ def decoder_nll(schedule: Schedule, x_0: Tensor, x_0_hat: Tensor, variance: Vari
         raise ValueError(
             f"x_0 is not made of {LEVELS} grey levels in [-1, 1]; bits/dim are those of 8-bit images"
         )
-    std = _variances(schedule, variance)[0].sqrt()
+    std = (0.5 * log_variance.cpu().double()).exp()
+    std = std.view(-1, *[1] * (x_0.ndim - 1)) if std.ndim == 1 else std
     return -_per_image(log_prob_of_level(level.round(), x_0_hat.cpu().double(), std)) / math.log(2)
 
 
-def log_prob_of_level(level: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """log of the mass that N(mean, std^2) has on a grey level; the outermost two reach to infinity.
+def _reverse(
+    denoise: "Denoise",
+    schedule: Schedule,
+    x_0: Tensor,
+    noise: "Noise",
+    variance: Variance,
+    x_0_error: Tensor | None,
+    clip_x_0: bool,
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """x_0_hat and the logarithm of the variance, from an x_t drawn at the given t [B]."""
+    fixed = None if variance == "learned" else fixed_variance(schedule, variance, x_0_error).log()
 
-    Level i is the interval of width 2 / 255 around i / 127.5 - 1. Far from the mean, where the difference of two
-    distribution functions would be 0, it is taken of their logarithms.
+    def p(t: Tensor) -> tuple[Tensor, Tensor]:
+        predicted = denoise(q_sample(schedule.alpha_bar, x_0, t, noise()), t)
+        x_0_hat = predicted.x_0_hat.clamp(-1, 1) if clip_x_0 else predicted.x_0_hat
+        if fixed is not None:
+            return x_0_hat, fixed[t.cpu()]
+        return x_0_hat, learned_log_variance(schedule, t, predicted.variance_mix)
 
-    Args:
-        level: float64, whole numbers in 0..255.
-        mean: float64, like `level`.
-        std: float64, above 0.
-
-    Returns:
-        float64, like `level`, in nats.
-
-    Source: Ho et al. 2020, Eq. 13.
-    """
-    lower = ((level - 0.5) * 2 / (LEVELS - 1) - 1 - mean) / std
-    upper = ((level + 0.5) * 2 / (LEVELS - 1) - 1 - mean) / std
-    lower = lower.masked_fill(level == 0, -math.inf)
-    upper = upper.masked_fill(level == LEVELS - 1, math.inf)
-    # Of an interval above the mean, its mirror image: log_ndtr is precise in the lower tail alone.
-    above = lower + upper > 0
-    lower, upper = torch.where(above, -upper, lower), torch.where(above, -lower, upper)
-    log_upper = torch.special.log_ndtr(upper)
-    return log_upper + torch.log(-torch.expm1(torch.special.log_ndtr(lower) - log_upper))
-
-
-def _variances(schedule: Schedule, variance: str) -> Tensor:
-    """[T] float64, of p(x_{t-1} | x_t). beta_tilde_0 is 0, and its logarithm is not wanted: as Ho et al., t = 1's."""
-    if variance == "beta":
-        return schedule.beta
-    if variance == "beta_tilde":
-        after = schedule.posterior_variance[1:]
-        return torch.cat([after[:1] if len(after) else schedule.beta, after])
-    raise ValueError(f"variance is {variance!r}; it must be beta or beta_tilde")
-
-
-def _at(
-    denoise: "Denoise", schedule: Schedule, x_0: Tensor, noise: "Noise", clip_x_0: bool
-) -> Callable[[Tensor], Tensor]:
-    """x_0_hat from an x_t drawn at the given t [B]."""
-
-    def x_0_hat(t: Tensor) -> Tensor:
-        predicted = denoise(q_sample(schedule.alpha_bar, x_0, t, noise()), t).x_0_hat
-        return predicted.clamp(-1, 1) if clip_x_0 else predicted
-
-    return x_0_hat
+    return p
 
 
 def _full(x_0: Tensor, t: int) -> Tensor:

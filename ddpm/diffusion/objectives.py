@@ -3,7 +3,8 @@
 An objective does two things: `loss` corrupts clean images and scores the net (training), `denoise` turns
 the net's output into x_0_hat and eps_hat (sampling, evaluation). One short class per meaning of the output.
 
-A model is any callable model(x_t, t, label) that returns a tensor like x_t. It may compute in half
+A model is any callable model(x_t, t, label) that returns a tensor like x_t, or with twice its channels where the
+variance is learned. It may compute in half
 precision; what surrounds it is in the dtype of the images, float32.
 
 Papers:
@@ -11,6 +12,7 @@ Papers:
     Salimans & Ho 2022, Progressive Distillation, arXiv:2202.00512 (v)
     Hang et al. 2023, Efficient Diffusion Training via Min-SNR Weighting, arXiv:2303.09556
     Ho & Salimans 2022, Classifier-Free Diffusion Guidance, arXiv:2207.12598 (dropped labels)
+    Nichol & Dhariwal 2021, Improved DDPM, arXiv:2102.09672 (learned variance)
     UniformMix: the Hugging Face diffusion course, unit 1
 
 Axes: B batch, C channels, H W height and width, T timesteps.
@@ -23,7 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ddpm.diffusion import process
+from ddpm.diffusion import process, reverse
 from ddpm.diffusion.generator import Generator
 from ddpm.diffusion.schedules import Schedule
 
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 Model = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 """model(x_t, t, label): x_t [B, C, H, W]; t [B] int64 or None; label [B] int64 or None."""
 
+BOUND_WEIGHT = 1e-3
+"""What the bound counts in the loss of a net that learns its variance (lambda of Nichol & Dhariwal 2021)."""
 SMALLEST_AMOUNT = 1e-3
 """Below this amount of noise UniformMix does not divide by it: one grey level of 255 would become 8 units."""
 
@@ -55,6 +59,8 @@ class Denoised(NamedTuple):
     """[B, C, H, W], not clipped."""
     eps_hat: Tensor
     """[B, C, H, W]."""
+    variance_mix: Tensor | None = None
+    """[B, C, H, W], of a net that learned its variance: 0 is beta_tilde, 1 is beta, in the logarithm."""
 
 
 class Objective(Protocol):
@@ -132,12 +138,17 @@ class Gaussian:
     A subclass says what is predicted. `min_snr_gamma` None weighs all t alike in the space of that
     prediction; a number above 0 caps the weight that the equivalent x_0 loss has, min(snr, gamma).
 
-    Source: Ho et al. 2020, Algorithm 1 and Eq. 14; Hang et al. 2023, Sec. 3.4.
+    With `learns_variance` the net has twice as many output channels; the second half is 2 variance_mix - 1, and the
+    loss is L_hybrid: to the squared error comes BOUND_WEIGHT times an estimate of the bound in bits/dim, in which the
+    prediction of the mean is held fixed, so that only the variance learns from it.
+
+    Source: Ho et al. 2020, Algorithm 1 and Eq. 14; Hang et al. 2023, Sec. 3.4; Nichol & Dhariwal 2021, Sec. 3.1.
     """
 
     schedule: Schedule
     labels: Labels = Labels()
     min_snr_gamma: float | None = None
+    learns_variance: bool = False
 
     def __post_init__(self) -> None:
         if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
@@ -148,13 +159,28 @@ class Gaussian:
         t = generator.integers(T, [len(x_0)])
         eps = generator.normal(x_0.shape, x_0.dtype)
         x_t = process.q_sample(self.schedule.alpha_bar, x_0, t, eps)
-        prediction = model(x_t, t, self.labels.for_training(label, generator)).to(x_0.dtype)
+        output = model(x_t, t, self.labels.for_training(label, generator)).to(x_0.dtype)
+        prediction, variance_mix = self._split(output)
         error = _per_image(prediction, self._target(x_0, t, eps))
-        weight = process.gather(self.weight, t, error)
-        return Loss((weight * error).mean(), error.detach(), 4 * t // T)
+        loss = (process.gather(self.weight, t, error) * error).mean()
+        if variance_mix is not None:
+            x_0_hat = self._read(prediction.detach(), x_t, t).x_0_hat
+            log_variance = reverse.learned_log_variance(self.schedule, t, variance_mix)
+            bits = reverse.step_bits(self.schedule, x_0, x_0_hat, t, log_variance)
+            loss = loss + BOUND_WEIGHT * T * bits.mean()
+        return Loss(loss, error.detach(), 4 * t // T)
 
     def denoise(self, model: Model, x_t: Tensor, t: Tensor, label: Tensor | None) -> Denoised:
-        return self._read(model(x_t, t, self.labels.for_denoising(label, x_t)).to(x_t.dtype), x_t, t)
+        output = model(x_t, t, self.labels.for_denoising(label, x_t)).to(x_t.dtype)
+        prediction, variance_mix = self._split(output)
+        return self._read(prediction, x_t, t)._replace(variance_mix=variance_mix)
+
+    def _split(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The prediction, and variance_mix if the net learns it; both [B, C, H, W]."""
+        if not self.learns_variance:
+            return output, None
+        prediction, between = output.chunk(2, dim=1)
+        return prediction, (between + 1) / 2
 
     @property
     def weight(self) -> Tensor:
@@ -246,23 +272,23 @@ class UniformMix:
 def build(config: "ObjectiveConfig", schedule: Schedule, num_classes: int) -> Objective:
     """The objective that `config` describes; num_classes as in the model, 0 for unconditional.
 
-    uniform_mix has one prediction and one weight, so `predict`, `weight`, `min_snr_gamma` and the schedule
-    are ignored with it.
+    uniform_mix has one prediction and one weight, so `predict`, `weight`, `min_snr_gamma`, `variance` and the
+    schedule are ignored with it.
 
     Raises:
         ValueError: an unknown process or prediction, or a parameter out of its range.
     """
-    labels = Labels(num_classes, config.label_dropout)
+    labels, learns = Labels(num_classes, config.label_dropout), config.variance == "learned"
     gamma = config.min_snr_gamma if config.weight == "min_snr" else None
     match config.process, config.predict:
         case "uniform_mix", _:
             return UniformMix(labels)
         case "gaussian", "eps":
-            return Eps(schedule, labels, gamma)
+            return Eps(schedule, labels, gamma, learns)
         case "gaussian", "x_0":
-            return X0(schedule, labels, gamma)
+            return X0(schedule, labels, gamma, learns)
         case "gaussian", "v":
-            return V(schedule, labels, gamma)
+            return V(schedule, labels, gamma, learns)
         case unknown:
             raise ValueError(
                 f"process, predict are {unknown}; they must be gaussian or uniform_mix, and eps, x_0 or v"

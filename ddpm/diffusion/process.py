@@ -120,9 +120,8 @@ def posterior_mean(schedule: Schedule, x_0: Tensor, x_t: Tensor, t: Tensor) -> T
     """
     _check_shapes("x_0", x_0, "x_t", x_t)
     s = schedule
-    of_x_0 = s.alpha_bar_prev.sqrt() * s.beta / (1 - s.alpha_bar)
     of_x_t = s.alpha.sqrt() * (1 - s.alpha_bar_prev) / (1 - s.alpha_bar)
-    return gather(of_x_0, t, x_t) * x_0 + gather(of_x_t, t, x_t) * x_t
+    return gather(s.x_0_weight, t, x_t) * x_0 + gather(of_x_t, t, x_t) * x_t
 
 
 def mix(x_0: Tensor, amount: Tensor, u: Tensor) -> Tensor:

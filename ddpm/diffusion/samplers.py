@@ -22,7 +22,7 @@ Axes: B batch, C channels, H W height and width, T timesteps.
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from ddpm.diffusion import timesteps as spacings
 from ddpm.diffusion.denoisers import Denoise, Threshold, build_threshold, clip, predict
 from ddpm.diffusion.generator import Generator
 from ddpm.diffusion.process import posterior_mean
+from ddpm.diffusion.reverse import Variance, fixed_variance, learned_log_variance
 from ddpm.diffusion.schedules import Schedule
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def ancestral(
     noise: Noise,
     *,
     timesteps: Sequence[int] | None = None,
-    variance: Literal["beta", "beta_tilde"] = "beta_tilde",
+    variance: Variance = "beta_tilde",
+    x_0_error: Tensor | None = None,
     threshold: Threshold | None = clip,
     on_step: OnStep | None = None,
 ) -> Tensor:
@@ -97,7 +99,8 @@ def ancestral(
         schedule: the one the net was trained with.
         noise: standard normal; drawn once a step.
         timesteps: falling; None: all T.
-        variance: "beta" is right for x_0 ~ N(0, I), "beta_tilde" (Eq. 7) for a single point x_0.
+        variance: of the noise that a step adds (`reverse`).
+        x_0_error: for "measured", [T] float64: the mean squared error of x_0_hat at every t of the schedule.
         threshold: with one, the mean is mu_tilde(x_0_hat, x_t), Eq. 7. None is Algorithm 2 to the letter; with
             the cosine schedule its first step multiplies every error by 31.6.
         on_step: sees every step.
@@ -106,26 +109,32 @@ def ancestral(
         [B, C, H, W]; in [-1, 1] with a threshold.
 
     Raises:
-        ValueError: an unknown variance, or timesteps that do not fall.
+        ValueError: an unknown variance or one that the net has not, or timesteps that do not fall.
 
     Source: Ho et al. 2020, Algorithm 2, Eqs. 7 and 11.
     """
-    _check_variance(variance)
     if timesteps is None:
         timesteps = range(schedule.num_timesteps)[::-1]
     chain = spacings.respaced(schedule, timesteps)
-    variances = chain.beta if variance == "beta" else chain.posterior_variance
+    fixed = None
+    if variance != "learned":
+        of_chain = None if x_0_error is None else x_0_error[list(reversed(timesteps))]
+        fixed = fixed_variance(chain, variance, of_chain).sqrt()
     x = noise()
     for step, t in enumerate(timesteps):
-        x_0_hat, eps_hat = predict(denoise, schedule, x, t, threshold)
+        x_0_hat, eps_hat, variance_mix = predict(denoise, schedule, x, t, threshold)
         k = len(timesteps) - 1 - step
+        k_batch = torch.full((len(x),), k, device=x.device)
         if threshold is not None:
-            x_prev = posterior_mean(chain, x_0_hat, x, torch.full((len(x),), k, device=x.device))
+            x_prev = posterior_mean(chain, x_0_hat, x, k_batch)
         else:
             beta, alpha, alpha_bar = (float(a[k]) for a in (chain.beta, chain.alpha, chain.alpha_bar))
             x_prev = (x - beta / (1 - alpha_bar) ** 0.5 * eps_hat) / alpha**0.5
         if k > 0:
-            x_prev = x_prev + float(variances[k]) ** 0.5 * noise()
+            if fixed is not None:
+                x_prev = x_prev + float(fixed[k]) * noise()
+            else:
+                x_prev = x_prev + (learned_log_variance(chain, k_batch, variance_mix) / 2).exp() * noise()
         if on_step is not None:
             on_step(step, x, x_0_hat)
         x = x_prev
@@ -171,7 +180,7 @@ def ddim(
     spacings.check(timesteps, schedule.num_timesteps)
     x = noise()
     for step, t in enumerate(timesteps):
-        x_0_hat, eps_hat = predict(denoise, schedule, x, t, threshold)
+        x_0_hat, eps_hat, _ = predict(denoise, schedule, x, t, threshold)
         last = step == len(timesteps) - 1
         alpha_bar = float(schedule.alpha_bar[t])
         alpha_bar_prev = 1.0 if last else float(schedule.alpha_bar[timesteps[step + 1]])
@@ -288,7 +297,7 @@ def heun(
     signal, sigma = _signal_and_sigma(schedule, timesteps)
     x = noise()
     for step, t in enumerate(timesteps):
-        x_0_hat, eps_hat = predict(denoise, schedule, x, t, threshold)
+        x_0_hat, eps_hat, _ = predict(denoise, schedule, x, t, threshold)
         if step == len(timesteps) - 1:
             x_prev = x_0_hat
         else:
@@ -341,10 +350,13 @@ def mix(
     return x
 
 
-def build(config: "SampleConfig", schedule: Schedule) -> Sampler:
-    """The sampler that `config` describes; `auto` must have been resolved, by the process, before.
+def build(config: "SampleConfig", schedule: Schedule, x_0_error: Tensor | None = None) -> Sampler:
+    """The sampler that `config` describes; `auto` must have been resolved, by the objective, before.
 
     Its settings are checked here, not after hours of training at the first sample.
+
+    Args:
+        x_0_error: for the variance "measured", as in `ancestral`.
 
     Raises:
         ValueError: an unknown sampler, or a setting of it out of its range.
@@ -353,8 +365,11 @@ def build(config: "SampleConfig", schedule: Schedule) -> Sampler:
     sampler: Callable[..., Tensor]
     match config.sampler:
         case "ancestral":
-            _check_variance(config.variance)
-            sampler = partial(ancestral, variance=config.variance)
+            if config.variance == "auto":
+                raise ValueError("variance is 'auto'; it must be resolved first")
+            if config.variance != "learned":
+                fixed_variance(schedule, config.variance, x_0_error)  # which checks it
+            sampler = partial(ancestral, variance=config.variance, x_0_error=x_0_error)
         case "ddim":
             _check_eta(config.eta)
             sampler = partial(ddim, eta=config.eta)
@@ -385,11 +400,6 @@ def _signal_and_sigma(schedule: Schedule, timesteps: Sequence[int]) -> tuple[lis
     chosen = list(timesteps)
     signal, sigma = schedule.alpha_bar[chosen].sqrt().tolist(), schedule.sigma[chosen].tolist()
     return [*signal, 1.0], [*sigma, 0.0]
-
-
-def _check_variance(variance: str) -> None:
-    if variance not in ("beta", "beta_tilde"):
-        raise ValueError(f"variance is {variance!r}; it must be beta or beta_tilde")
 
 
 def _check_eta(eta: float) -> None:

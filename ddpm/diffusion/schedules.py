@@ -95,6 +95,11 @@ class Schedule:
         """beta_tilde_t, the variance of q(x_{t-1} | x_t, x_0); 0 at t = 0. Ho et al. 2020, Eq. 7."""
         return (1 - self.alpha_bar_prev) / (1 - self.alpha_bar) * self.beta
 
+    @cached_property
+    def x_0_weight(self) -> Tensor:
+        """sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t): what x_0 counts in the mean of q(x_{t-1} | x_t, x_0)."""
+        return self.alpha_bar_prev.sqrt() * self.beta / (1 - self.alpha_bar)
+
 
 def linear(num_timesteps: int, beta_start: float, beta_end: float) -> Schedule:
     """beta rises linearly from `beta_start` to `beta_end`. Ho et al. 2020, Sec. 4: T = 1000, 1e-4, 0.02.

@@ -36,6 +36,7 @@ def build(
     time_conditional: bool = True,
     autocast_dtype: torch.dtype | None = None,
     num_timesteps: int = EMBEDDED_TIMESTEPS,
+    out_channels: int | None = None,
 ) -> UNet:
     """The net of a config, with fresh weights drawn from torch's global generator.
 
@@ -43,13 +44,14 @@ def build(
         config: the sizes; `ddpm.config.ModelConfig` explains each.
         time_conditional: False makes a net without weights for t, to be called with t = None.
         autocast_dtype: what the net computes in, torch.bfloat16 for example; None: float32, as the weights.
+        out_channels: channels of the prediction; None: those of the images.
         num_timesteps: T, at least 1. The net embeds t * 1000 / T, which means about the same noise for any T.
 
     Raises:
         ValueError: sizes out of range, or that do not fit together; it names the parameter.
     """
     _check(config, num_timesteps)
-    net = UNet(config, time_conditional, autocast_dtype, num_timesteps)
+    net = UNet(config, time_conditional, autocast_dtype, num_timesteps, out_channels or config.channels)
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's annotations
     return net
 
@@ -63,6 +65,7 @@ class UNet(nn.Module):
         time_conditional: bool,
         autocast_dtype: torch.dtype | None,
         num_timesteps: int,
+        out_channels: int,
     ) -> None:
         super().__init__()
         self.time_conditional = time_conditional
@@ -107,7 +110,7 @@ class UNet(nn.Module):
                 self.up.append(Upsample(width))
 
         self.norm_out = GroupNorm(config.norm_groups, width)
-        self.conv_out = nn.Conv2d(width, config.channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
         # Only what is conditioned on has weights: DDP would wait for the gradient of an unused one.
         self.sinusoid_width, embedding_width = widths[0], 4 * widths[0]
@@ -134,7 +137,7 @@ class UNet(nn.Module):
             label: [B] int64 in [0, num_classes]; num_classes is the null label, and None is that for all.
 
         Returns:
-            The prediction, float32 and shaped as x_t.
+            The prediction, float32 [B, out_channels, H, W].
 
         Raises:
             ValueError: t or label is given to a net that does not take it, or t is missing.

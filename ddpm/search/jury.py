@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ddpm import generation, images, judgement, runs
-from ddpm.config import Config, UserError
+from ddpm.config import Config, SampleVariance, UserError
 from ddpm.data.reading import DataSet, Images
 from ddpm.diffusion.objectives import Model, Objective
 from ddpm.evaluation.bits import BitsPerDim
@@ -77,6 +77,8 @@ class Jury:
         num_images: at most, of each of them.
         num_draws: timesteps of an image at which KL_t is measured; 0: all.
         seed: of the noise and the quantiles of t.
+        variance: of p in the bound; auto: learned where the net learned it, else measured, so that a net is not judged
+            by how many steps its schedule has.
     """
 
     train: DataSet
@@ -84,6 +86,7 @@ class Jury:
     num_images: int
     num_draws: int = 8
     seed: int = 0
+    variance: SampleVariance = "auto"
 
     def __post_init__(self) -> None:
         if self.num_images < LEAST_IMAGES:
@@ -100,12 +103,11 @@ class Jury:
             net, config = checkpoint.load_net(folder, device)
             position = checkpoint.read_state(folder)
         posed = net, config, generation.build_objective(config)
-        how: dict[str, Any] = {"device": device, "variance": config.sample.variance}
-        proposal = None
-        if self.num_draws:
-            pilot = images_of(self.train, 0, judgement.PILOT_IMAGES)
-            proposal = judgement.proposal(*posed, pilot, **how)
-        how |= {"proposal": proposal, "num_draws": self.num_draws, "seed": self.seed}
+        variance = judgement.bound_variance(config, self.variance)
+        pilot = images_of(self.train, 0, min(judgement.MEASURED_IMAGES, self.train.rows.num_rows))
+        measured = judgement.measure(*posed, pilot, variance, device=device)
+        how: dict[str, Any] = {"device": device, "variance": variance, "measured": measured}
+        how |= {"num_draws": self.num_draws, "seed": self.seed}
         bits = BitsPerDim.merge(
             *(
                 judgement.bits_per_dim(*posed, batch, start=start, **how)

@@ -58,7 +58,7 @@ _FREE_KEYS = (
     "train.init_from",
 )
 # What a new run must share with the checkpoint it takes its first weights from.
-_NET = ("model.", "objective.process", "objective.predict")
+_NET = ("model.", "objective.process", "objective.predict", "objective.variance")
 _NET_FREE_KEYS = ("model.dropout", "model.zero_init")
 
 
@@ -126,13 +126,7 @@ def save(folder: Path, state: State, config: Config, extra: dict[str, Any]) -> N
 
 def verify(folder: Path) -> None:
     """Raise UserError unless `folder` holds a whole checkpoint, byte for byte as it was written."""
-    try:
-        sums = json.loads((folder / CHECKSUMS).read_text())
-        files = dict(sums.items())
-    except FileNotFoundError:
-        raise UserError(f"{folder} is no checkpoint: it has no checksums.json") from None
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{folder}/checksums.json is damaged: {error}") from None
+    files = read_checksums(folder)
     needed = set(FILES) - {CHECKSUMS}
     if missing := sorted(needed - set(files)):
         raise UserError(f"{folder}/checksums.json does not list {missing[0]}")
@@ -142,6 +136,20 @@ def verify(folder: Path) -> None:
             raise UserError(f"{folder} is damaged: {name} is missing")
         if _sha256(path) != files[name]:
             raise UserError(f"{path} is damaged: its SHA-256 is not the one in checksums.json")
+
+
+def read_checksums(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a checkpoint, as checksums.json has them.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    try:
+        return dict(json.loads((folder / CHECKSUMS).read_text()).items())
+    except FileNotFoundError:
+        raise UserError(f"{folder} is no checkpoint: it has no checksums.json") from None
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{folder}/checksums.json is damaged: {error}") from None
 
 
 def read_state(folder: Path) -> dict[str, Any]:

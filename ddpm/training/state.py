@@ -30,6 +30,7 @@ def build_net(config: Config) -> unet.UNet:
                 time_conditional=config.objective.process != "uniform_mix",
                 autocast_dtype=torch.bfloat16 if config.train.precision == "bfloat16" else None,
                 num_timesteps=config.schedule.num_timesteps,
+                out_channels=config.model.channels * (2 if config.objective.variance == "learned" else 1),
             )
         except ValueError as error:
             raise UserError(f"model: {error}") from None

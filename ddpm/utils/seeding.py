@@ -23,6 +23,7 @@ class Purpose(IntEnum):
     LIKELIHOOD = 4
     DROPOUT = 5
     ORDER = 6
+    MEASURE = 7
 
 
 def key(*counters: int) -> int:

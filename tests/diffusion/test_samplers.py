@@ -343,7 +343,7 @@ def test_ancestral_on_all_steps_is_algorithm_2_bit_for_bit(threshold, variance):
     noise = normal(shape, dtype=torch.float32)
     x = noise()
     for t in reversed(range(100)):
-        x_0_hat, eps_hat = net(x, torch.full((2,), t))
+        x_0_hat, eps_hat, _ = net(x, torch.full((2,), t))
         if threshold:
             x = process.posterior_mean(schedule, x_0_hat.clamp(-1, 1), x, torch.full((2,), t))
         else:
@@ -511,7 +511,7 @@ def test_on_step_sees_every_step_and_no_graph_is_built(sample, n):
     weight = torch.ones((), dtype=torch.float64, requires_grad=True)
 
     def denoise(x_t, t):
-        return Denoised(*(weight * a for a in gaussian(SHORT, 0.0, 0.5)(x_t, t)))
+        return Denoised(*(weight * a for a in gaussian(SHORT, 0.0, 0.5)(x_t, t)[:2]))
 
     seen = []
     x = sample(
@@ -602,7 +602,8 @@ def test_build(config, expected):
         (SampleConfig(sampler="dpmpp_2m", eta=-0.5), r"eta is -0.5; .* \[0, 1\]"),
         (SampleConfig(sampler="mix", num_sample_steps=0), "num_sample_steps is 0; .* 1, 2"),
         (SampleConfig(sampler="ancestral", mean="mode"), "mean is 'mode'"),
-        (SampleConfig(sampler="ancestral", variance="learned"), "variance is 'learned'"),
+        (SampleConfig(sampler="ancestral"), "variance is 'auto'; it must be resolved"),
+        (SampleConfig(sampler="ancestral", variance="measured"), "variance is 'measured'; that takes the error"),
         (SampleConfig(sampler="auto"), "sampler is 'auto'"),
         (SampleConfig(sampler="heun", spacing="log"), "spacing is 'log'"),
         (SampleConfig(sampler="heun", spacing="karras", rho=0.5), "rho is 0.5"),

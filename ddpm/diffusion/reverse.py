@@ -1,0 +1,144 @@
+"""The reverse process p(x_{t-1} | x_t): its variance, and what a step of it costs against q(x_{t-1} | x_t, x_0).
+
+Both are Gaussians. The mean of p is that of q at x_0_hat in x_0's place (`process.posterior_mean`). Its variance is
+
+    beta        beta_t: right for x_0 ~ N(0, I)
+    beta_tilde  that of q: right for a single point x_0
+    measured    beta_tilde_t + w_t^2 E|x_0 - x_0_hat|^2 / D, w_t what x_0 counts in the mean of q: of all variances
+                that are the same for every image and pixel the one with the least KL divergence
+    learned     between beta_tilde and beta, for every pixel as the net says
+
+The bound with beta or beta_tilde gets worse the fewer steps there are, whatever the net; with measured it hardly does.
+
+At t = 0, where beta_tilde is 0, p is the decoder: both fixed variances are beta_tilde_1 there, as in the code of Ho et
+al., and the measured one is no less than that of the rounding to grey levels.
+
+Papers:
+    Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
+    Nichol & Dhariwal 2021, Improved DDPM, arXiv:2102.09672 (learned)
+    Bao et al. 2022, Analytic-DPM, arXiv:2201.06503 (measured)
+
+Axes: B batch, C channels, H W height and width, T timesteps, D = C H W.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ddpm.diffusion.process import gather
+from ddpm.diffusion.schedules import Schedule
+
+LEVELS = 256
+"""Grey levels of an image."""
+ROUNDING = (2 / (LEVELS - 1)) ** 2 / 12
+"""Variance of the rounding to grey levels."""
+
+Variance = Literal["beta", "beta_tilde", "measured", "learned"]
+
+
+def fixed_variance(schedule: Schedule, variance: Variance, x_0_error: Tensor | None = None) -> Tensor:
+    """The variance of p at every t, [T] float64, above 0.
+
+    Args:
+        schedule: of T steps.
+        variance: all but "learned".
+        x_0_error: for "measured", [T] float64: the mean squared error of x_0_hat over images and dimensions.
+
+    Raises:
+        ValueError: another variance, or no x_0_error for "measured".
+
+    Source: Ho et al. 2020, Sec. 3.2; Bao et al. 2022, Theorem 1, with the error of the net at hand in place of that
+    of the best one.
+    """
+    match variance:
+        case "beta":
+            return torch.cat([_beta_tilde(schedule)[:1], schedule.beta[1:]])
+        case "beta_tilde":
+            return _beta_tilde(schedule)
+        case "measured" if x_0_error is not None:
+            measured = schedule.posterior_variance + schedule.x_0_weight**2 * x_0_error
+            return torch.cat([measured[:1].clamp(min=ROUNDING), measured[1:]])
+        case "measured":
+            raise ValueError("variance is 'measured'; that takes the error of x_0_hat, measured with the net")
+    raise ValueError(f"variance is {variance!r}; it must be beta, beta_tilde or measured")
+
+
+def learned_log_variance(schedule: Schedule, t: Tensor, variance_mix: Tensor | None) -> Tensor:
+    """mix log beta_t + (1 - mix) log beta_tilde_t, shaped as the mix [B, C, H, W].
+
+    Raises:
+        ValueError: there is no mix, since the net did not learn it.
+
+    Source: Nichol & Dhariwal 2021, Eq. 15.
+    """
+    if variance_mix is None:
+        raise ValueError(
+            "variance is 'learned', but this net did not learn it; use beta, beta_tilde or measured"
+        )
+    low = gather(_beta_tilde(schedule).log(), t, variance_mix)
+    high = gather(schedule.beta.log(), t, variance_mix)
+    return variance_mix * high + (1 - variance_mix) * low
+
+
+def gaussian_kl(log_q: Tensor, log_p: Tensor, squared_difference: Tensor) -> Tensor:
+    """KL( N(., q) || N(., p) ) in nats, from the logarithms of the variances and the squared distance of the means."""
+    difference = log_q - log_p
+    return 0.5 * (difference.exp() - 1 - difference + squared_difference * (-log_p).exp())
+
+
+def step_bits(schedule: Schedule, x_0: Tensor, x_0_hat: Tensor, t: Tensor, log_variance: Tensor) -> Tensor:
+    """The term of the bound that belongs to step t: KL(q || p), and at t = 0 -log p(x_0 | x_1); [B] in bits/dim.
+
+    It can be descended on: everything is on the device and in the dtype of x_0.
+
+    Args:
+        schedule: of T steps.
+        x_0: [B, C, H, W], 8-bit images in [-1, 1].
+        x_0_hat: [B, C, H, W], a prediction of x_0 from x_t.
+        t: [B] int64 in [0, T).
+        log_variance: of p, [B, C, H, W].
+
+    Source: Ho et al. 2020, Eqs. 5 and 13; Nichol & Dhariwal 2021, Eqs. 4 to 7.
+    """
+    log_q, weight = gather(_beta_tilde(schedule).log(), t, x_0), gather(schedule.x_0_weight, t, x_0)
+    kl = gaussian_kl(log_q, log_variance, (weight * (x_0 - x_0_hat)).square())
+    # What is not asked for must be finite, or its gradient, times 0, would not be 0.
+    is_first = (t == 0).view(-1, *[1] * (x_0.ndim - 1))
+    mean, std = torch.where(is_first, x_0_hat, x_0), torch.where(is_first, 0.5 * log_variance, 0).exp()
+    nll = -log_prob_of_level(((x_0 + 1) * (LEVELS - 1) / 2).round(), mean, std)
+    return torch.where(is_first, nll, kl).flatten(1).mean(1) / math.log(2)
+
+
+def log_prob_of_level(level: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """log of the mass that N(mean, std^2) has on a grey level; the outermost two reach to infinity.
+
+    Level i is the interval of width 2 / 255 around i / 127.5 - 1. Far from the mean, where the difference of two
+    distribution functions would be 0, it is taken of their logarithms.
+
+    Args:
+        level: float64, whole numbers in 0..255.
+        mean: float64, like `level`.
+        std: float64, above 0.
+
+    Returns:
+        float64, like `level`, in nats.
+
+    Source: Ho et al. 2020, Eq. 13.
+    """
+    lower = ((level - 0.5) * 2 / (LEVELS - 1) - 1 - mean) / std
+    upper = ((level + 0.5) * 2 / (LEVELS - 1) - 1 - mean) / std
+    lower = lower.masked_fill(level == 0, -math.inf)
+    upper = upper.masked_fill(level == LEVELS - 1, math.inf)
+    # Of an interval above the mean, its mirror image: log_ndtr is precise in the lower tail alone.
+    above = lower + upper > 0
+    lower, upper = torch.where(above, -upper, lower), torch.where(above, -lower, upper)
+    log_upper = torch.special.log_ndtr(upper)
+    return log_upper + torch.log(-torch.expm1(torch.special.log_ndtr(lower) - log_upper))
+
+
+def _beta_tilde(schedule: Schedule) -> Tensor:
+    """[T] float64: beta_tilde, at t = 0 that of t = 1; of one step alone beta."""
+    after = schedule.posterior_variance[1:]
+    return torch.cat([after[:1] if len(after) else schedule.beta, after])

@@ -1,0 +1,270 @@
+"""The variance of the reverse process: where the right one is known, and against the formulas of Improved DDPM."""
+
+import math
+
+import pytest
+import torch
+from exact_denoisers import a_net, gaussian, normal
+from torch import nn
+
+from ddpm.diffusion import process, schedules
+from ddpm.diffusion.likelihood import exact, kl_of_errors, x_0_errors
+from ddpm.diffusion.objectives import BOUND_WEIGHT, X0, Denoised, Eps, V
+from ddpm.diffusion.reverse import ROUNDING, fixed_variance, learned_log_variance
+from ddpm.diffusion.samplers import ancestral
+from ddpm.diffusion.timesteps import respaced, uniform
+from ddpm.utils.generators import PhiloxGenerator
+
+LINEAR = schedules.linear(100, 1e-3, 0.2)
+COSINE = schedules.cosine(200)
+BITS = 1 / math.log(2)
+
+
+def gaussian_errors(schedule, std):
+    """E(x_0 - x_0_hat)^2 of the exact denoiser of N(mean, std^2)."""
+    return std**2 * (1 - schedule.alpha_bar) / (schedule.alpha_bar * std**2 + 1 - schedule.alpha_bar)
+
+
+def grey(shape, mean, std):
+    x = mean + std * normal(shape, 1)()
+    return ((x + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
+
+
+@pytest.mark.parametrize(
+    "schedule", [LINEAR, COSINE, schedules.cosine(40)], ids=["linear", "cosine", "short"]
+)
+def test_errors_are_those_of_the_exact_denoiser(schedule):
+    """Measured at 64 of the timesteps, the others interpolated."""
+    x_0 = 0.1 + 0.3 * normal((4, 1, 60, 60), 1)()
+    errors = x_0_errors(gaussian(schedule, 0.1, 0.3), schedule, x_0, normal(x_0.shape), clip_x_0=False)
+    assert errors.shape == (4, schedule.num_timesteps)
+    torch.testing.assert_close(errors.mean(0), gaussian_errors(schedule, 0.3), rtol=0.06, atol=0)
+
+
+def test_the_measured_variance_is_the_true_one_of_gaussian_data():
+    """x_0 ~ N(m, s^2): x_{t-1} given x_t is Gaussian, and its variance follows from the joint covariance."""
+    s, a = 0.3, COSINE.alpha_bar
+    got = fixed_variance(COSINE, "measured", gaussian_errors(COSINE, s))
+    v = a * s**2 + 1 - a  # of x_t
+    true = v[:-1] - COSINE.alpha[1:] * v[:-1] ** 2 / v[1:]
+    torch.testing.assert_close(got[1:], true, rtol=1e-9, atol=0)
+    assert got[0] == max(gaussian_errors(COSINE, s)[0], torch.tensor(ROUNDING).double())
+
+
+@pytest.mark.parametrize("num_steps", [200, 50, 10])
+def test_with_the_measured_variance_the_bound_is_tight_at_any_number_of_steps(num_steps):
+    """The entropy of N(0, std^2) in grey levels; with beta_tilde the bound grows without end as steps are left out."""
+    std, timesteps = 0.25, uniform(200, num_steps)
+    chain = respaced(COSINE, timesteps)
+    x_0 = grey((4, 1, 50, 50), 0.0, std)
+    where = torch.tensor(timesteps[::-1])
+
+    def denoise(x_t, k):
+        return gaussian(COSINE, 0.0, std)(x_t, where[k])
+
+    def bound(variance):
+        how = {"variance": variance, "x_0_error": gaussian_errors(chain, std)}
+        return exact(denoise, chain, x_0, normal(x_0.shape), **how).total.mean().item()
+
+    entropy = (0.5 * math.log(2 * math.pi * math.e * std**2) + math.log(127.5)) * BITS
+    assert bound("measured") == pytest.approx(entropy, abs=0.03)
+    if num_steps == 10:
+        assert bound("beta_tilde") > entropy + 0.5
+
+
+def test_no_other_variance_has_a_smaller_divergence():
+    errors = 0.01 + normal((50, 100), 2)().square() / 10
+    best = fixed_variance(LINEAR, "measured", errors.mean(0))
+    kl = kl_of_errors(LINEAR, errors, best).mean(0)
+    others = [0.97 * best, 1.03 * best, fixed_variance(LINEAR, "beta"), fixed_variance(LINEAR, "beta_tilde")]
+    for other in others:
+        assert (kl <= kl_of_errors(LINEAR, errors, other).mean(0) + 1e-12).all()
+
+
+def test_at_the_decoder_the_fixed_variances_are_those_of_ho_et_al():
+    """Their code's fixedlarge is [posterior_variance[1], beta[1:]], fixedsmall has the first of these as well."""
+    for variance, rest in (("beta", LINEAR.beta), ("beta_tilde", LINEAR.posterior_variance)):
+        expected = torch.cat([LINEAR.posterior_variance[1:2], rest[1:]])
+        assert torch.equal(fixed_variance(LINEAR, variance), expected)
+
+
+def test_a_few_steps_with_the_measured_variance_reach_the_spread_of_the_data():
+    """Ten steps of Algorithm 2 on N(0.1, 0.3^2): with beta_tilde the images are too much alike."""
+    stds = {}
+    for variance in ("measured", "beta_tilde"):
+        x = ancestral(
+            gaussian(LINEAR, 0.1, 0.3),
+            LINEAR,
+            normal((400, 1, 8, 8)),
+            timesteps=uniform(100, 10),
+            variance=variance,
+            x_0_error=gaussian_errors(LINEAR, 0.3),
+            threshold=None,
+        )
+        stds[variance] = x.std().item()
+        assert x.mean().item() == pytest.approx(0.1, abs=0.01)
+    # The last step adds no noise: what is left is the error at t = 0.
+    assert stds["measured"] == pytest.approx(
+        (0.3**2 - gaussian_errors(LINEAR, 0.3)[0].item()) ** 0.5, rel=0.02
+    )
+    assert stds["beta_tilde"] < 0.95 * stds["measured"]
+
+
+class Toy(nn.Module):
+    """Two channels of a prediction and two that say where the variance lies."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(2, 4, 3, padding=1).double()
+
+    def forward(self, x_t, t, label):
+        return self.conv(x_t) * (1 + t.view(-1, 1, 1, 1) / 100)
+
+
+def improved_diffusion(schedule, predict, model, x_0, t, eps):
+    """L_hybrid as Improved DDPM's code has it (gaussian_diffusion.py, RESCALED_MSE, LEARNED_RANGE), written anew.
+
+    Its distribution function of the normal is an approximation; here it is exact.
+    """
+    a, beta = schedule.alpha_bar, schedule.beta
+    a_prev = torch.cat([torch.ones(1).double(), a[:-1]])
+    variance = beta * (1 - a_prev) / (1 - a)
+    clipped = torch.cat([variance[1:2], variance[1:]]).log()
+    coef_1, coef_2 = beta * a_prev.sqrt() / (1 - a), (1 - a_prev) * (1 - beta).sqrt() / (1 - a)
+
+    def at(table):
+        return table[t].view(-1, 1, 1, 1)
+
+    x_t = at(a.sqrt()) * x_0 + at((1 - a).sqrt()) * eps
+    output, values = model(x_t, t, None).split(x_0.shape[1], dim=1)
+    target = {"eps": eps, "x_0": x_0, "v": at(a.sqrt()) * eps - at((1 - a).sqrt()) * x_0}[predict]
+    mse = (target - output).square().flatten(1).mean(1)
+    frozen = output.detach()
+    frac = (values + 1) / 2
+    log_variance = frac * at(beta.log()) + (1 - frac) * at(clipped)
+    start = {
+        "eps": lambda: (x_t - at((1 - a).sqrt()) * frozen) / at(a.sqrt()),
+        "x_0": lambda: frozen,
+        "v": lambda: at(a.sqrt()) * x_t - at((1 - a).sqrt()) * frozen,
+    }[predict]()
+    mean, true_mean = (at(coef_1) * x + at(coef_2) * x_t for x in (start, x_0))
+    true = at(clipped)
+    kl = 0.5 * (-1 + log_variance - true + (true - log_variance).exp())
+    kl = kl + 0.5 * (true_mean - mean).square() * (-log_variance).exp()
+    kl = kl.flatten(1).mean(1) / math.log(2)
+
+    def cdf(x):
+        return 0.5 * (1 + torch.erf(x / 2**0.5))
+
+    centred, inverse = x_0 - mean, (-0.5 * log_variance).exp()
+    plus, minus = cdf(inverse * (centred + 1 / 255)), cdf(inverse * (centred - 1 / 255))
+    log_probability = torch.where(
+        x_0 < -0.999,
+        plus.clamp(min=1e-12).log(),
+        torch.where(x_0 > 0.999, (1 - minus).clamp(min=1e-12).log(), (plus - minus).clamp(min=1e-12).log()),
+    )
+    nll = -log_probability.flatten(1).mean(1) / math.log(2)
+    vb = torch.where(t == 0, nll, kl) * schedule.num_timesteps / 1000
+    return (mse + vb).mean()
+
+
+class Given:
+    """A generator that says what it is told."""
+
+    def __init__(self, t, eps):
+        self.t, self.eps = t, eps
+
+    def integers(self, high, shape):
+        return self.t
+
+    def normal(self, shape, dtype):
+        return self.eps
+
+
+@pytest.mark.parametrize("predict", ["eps", "x_0", "v"])
+def test_l_hybrid_is_that_of_improved_ddpm(predict):
+    """Loss and gradient, in float64, at every t of a schedule with as much noise at t = 0 as grey levels are wide."""
+    schedule = schedules.linear(50, 2e-4, 0.3)
+    x_0 = grey((50, 2, 4, 4), 0.0, 0.6)
+    t, eps = torch.arange(50), normal(x_0.shape, 3)()
+    if predict == "x_0":  # this model's is so far off at t = 0 that their probability is clamped
+        t = t.clamp(min=1)
+    kind = {"eps": Eps, "x_0": X0, "v": V}[predict]
+    gradients = []
+    for loss_of in (
+        lambda model: kind(schedule, learns_variance=True).loss(model, x_0, None, Given(t, eps)).value,
+        lambda model: improved_diffusion(schedule, predict, model, x_0, t, eps),
+    ):
+        model = Toy()
+        loss = loss_of(model)
+        loss.backward()
+        gradients.append((loss.detach(), model.conv.weight.grad, model.conv.bias.grad))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+    assert BOUND_WEIGHT == 1e-3
+
+
+def test_the_bound_teaches_the_variance_and_not_the_mean():
+    schedule, x_0 = schedules.linear(50, 2e-4, 0.3), grey((20, 1, 4, 4), 0.0, 0.5)
+    prediction = torch.zeros_like(x_0, requires_grad=True)
+    between = torch.zeros_like(x_0, requires_grad=True)
+
+    def model(x_t, t, label):
+        return torch.cat([prediction, between], 1)
+
+    losses = [Eps(schedule, learns_variance=learns) for learns in (True, False)]
+    losses[0].loss(model, x_0, None, PhiloxGenerator(1)).value.backward()
+    assert between.grad.abs().min() > 0
+    alone = torch.zeros_like(x_0, requires_grad=True)
+    losses[1].loss(lambda x_t, t, label: alone, x_0, None, PhiloxGenerator(1)).value.backward()
+    torch.testing.assert_close(prediction.grad, alone.grad)
+
+
+def test_no_gradient_is_lost_where_x_0_hat_is_far_away():
+    """At large t an untrained net's x_0_hat is thousands of standard deviations off, and t = 0 is in the batch."""
+    schedule = schedules.cosine(1000)
+    x_0 = grey((8, 1, 4, 4), 0.0, 0.6).float()
+    between = torch.zeros_like(x_0, requires_grad=True)
+    t = torch.tensor([0, 0, 1, 2, 500, 990, 998, 999])
+    given = Given(t, normal(x_0.shape, 3, torch.float32)())
+    loss = Eps(schedule, learns_variance=True).loss(
+        lambda x_t, t, label: torch.cat([3 - x_t, between], 1), x_0, None, given
+    )
+    loss.value.backward()
+    assert loss.value.isfinite() and between.grad.isfinite().all() and (between.grad != 0).all()
+
+
+def test_a_learned_variance_lies_between_the_fixed_ones():
+    t = torch.tensor([0, 1, 50, 99])
+    ends = [torch.full((4, 1, 2, 2), float(mix), dtype=torch.float64) for mix in (0, 1)]
+    small, large = (learned_log_variance(LINEAR, t, mix).exp()[:, 0, 0, 0] for mix in ends)
+    torch.testing.assert_close(small, fixed_variance(LINEAR, "beta_tilde")[t])
+    torch.testing.assert_close(large, LINEAR.beta[t])
+
+
+@pytest.mark.parametrize(("mix", "fixed"), [(0.0, "beta_tilde"), (1.0, "beta")])
+def test_at_its_ends_a_learned_variance_draws_and_bounds_as_the_fixed_one(mix, fixed):
+    def denoise(x_t, t):
+        return a_net(LINEAR)(x_t, t)._replace(variance_mix=torch.full_like(x_t, mix))
+
+    def drawn(variance):
+        return ancestral(denoise, LINEAR, normal((2, 1, 4, 4)), timesteps=uniform(100, 30), variance=variance)
+
+    torch.testing.assert_close(drawn("learned"), drawn(fixed))
+    x_0 = grey((3, 1, 4, 4), 0.0, 0.4)
+    learned, right = (exact(denoise, LINEAR, x_0, normal(x_0.shape), variance=v) for v in ("learned", fixed))
+    torch.testing.assert_close(learned.kl, right.kl)
+    if mix == 0:
+        torch.testing.assert_close(learned.decoder, right.decoder)
+
+
+def test_a_variance_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="variance is 'learned', but this net did not learn it"):
+        ancestral(a_net(LINEAR), LINEAR, normal((1, 1, 2, 2)), variance="learned")
+    with pytest.raises(ValueError, match="variance is 'measured'; that takes the error"):
+        ancestral(a_net(LINEAR), LINEAR, normal((1, 1, 2, 2)), variance="measured")
+    x_t = process.q_sample(
+        LINEAR.alpha_bar, torch.zeros(1, 1, 2, 2), torch.tensor([3]), torch.zeros(1, 1, 2, 2)
+    )
+    assert Denoised(x_t, x_t).variance_mix is None
