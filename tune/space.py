@@ -15,7 +15,8 @@ The default space, with what the bounds are for:
     schedule.kind            all four
     schedule.num_timesteps   200..1000: the bound tightens with T, and so does the price of judging it
     schedule.beta_start      1e-5..1e-3: Ho et al. 2020 take 1e-4; scaled_linear as Stable Diffusion 8.5e-4
-    schedule.beta_end        0.005..0.1: at T = 1000 from too little noise (sqrt(alpha_bar_T) = 0.08) to far too early
+    schedule.beta_end        0.005..0.1: at T = 1000, linear from 1e-4, from too little noise (sqrt(alpha_bar_T) = 0.28)
+                             to far too early
     schedule.cosine_s        1e-3..0.1: Nichol & Dhariwal 2021 take 0.008
     schedule.sigmoid_start   -6..-0.5 and sigmoid_end 0.5..6: Chen 2023 tries (-3, 3), (0, 3) and (-3, 0) among others
     optim.lr                 1e-4..1e-2, logarithmically

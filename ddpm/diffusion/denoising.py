@@ -1,7 +1,8 @@
 """How well a net denoises at equal noise, whatever its schedule: the error of x_0_hat over log SNR.
 
 Two schedules visit other noise levels in other proportions, so their losses say nothing of each other. Level by level
-they compare: the integral of this curve over snr is the bound in continuous time (Kingma et al. 2021, Eq. 17).
+they compare: half the integral of this curve over snr is, in continuous time, the bound's sum of KL_t in nats per
+dimension (Kingma et al. 2021, Eq. 17). The sum over T steps is above it.
 
 Papers:
     Kingma et al. 2021, Variational Diffusion Models, arXiv:2107.00630

@@ -45,16 +45,18 @@ def inpaint(
 
     After each step of `ancestral` (variance beta_tilde) the known pixels are replaced by x_0 with as much
     noise as the others have. They were not drawn together, so they do not fit together; going back and forth,
-    adding the noise of a few steps and removing it again, lets them become one image.
+    adding the noise of a few steps and removing it again, lets them become one image. A jump adds the noise of
+    jump_length steps at once. Jumps begin with 1, 1 + jump_length, 1 + 2 jump_length, ... steps left, as far as they
+    end within the n steps; so the net is called once at the last timestep.
 
     Args:
-        denoise: at the timesteps; (num_resamples - 1) jump_length times more often where there are jumps.
+        denoise: at the timesteps; (num_resamples - 1) jump_length more calls for each place where jumps begin.
         schedule: the one the net was trained with.
         noise: standard normal; drawn once, and once a step and a jump.
         x_0: [B or 1, C, H, W] in [-1, 1], the given image; what it is where mask is 0 does not matter.
         mask: [B or 1, C or 1, H, W]: 1 keeps the pixel of x_0, 0 draws it.
         timesteps: n of them, falling.
-        num_resamples: how often each stretch of jump_length steps is gone, at least 1; 1 replaces alone.
+        num_resamples: how often each stretch of jump_length steps is taken, at least 1; 1 replaces alone.
         jump_length: steps gone back in a jump, in 1..n-1 if there are any.
         threshold: what becomes of x_0_hat outside [-1, 1].
         on_step: sees every step.
@@ -65,15 +67,14 @@ def inpaint(
     Raises:
         ValueError: a mask of something else than 0 and 1, a shape or parameter that does not fit.
 
-    Source: Lugmayr et al. 2022, Algorithm 1 and App. B (jumps).
+    Source: Lugmayr et al. 2022, Algorithm 1 and App. B (jumps); get_schedule_jump of their code.
     """
     n = len(timesteps)
     _check_jumps(num_resamples, jump_length, n)
     chain = spacings.respaced(schedule, timesteps)
     alpha_bar = [1.0, *chain.alpha_bar.tolist()]  # by k, the number of steps left
-    jumps = dict.fromkeys(
-        range(0, n - jump_length, jump_length), num_resamples - 1
-    )  # as in the authors' code
+    # As in the authors' get_schedule_jump; it counts timesteps, and at timestep t there are t + 1 steps left.
+    jumps = dict.fromkeys(range(1, n - jump_length + 1, jump_length), num_resamples - 1)
     x = noise()
     x_0, keep = _fitted("x_0", x_0.to(x), x), _fitted("mask", _as_bool(mask).to(x.device), x)
     k, step = n, 0

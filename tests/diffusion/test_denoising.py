@@ -1,10 +1,12 @@
 """The error of x_0_hat over log SNR: where it is known, and that it depends on no schedule."""
 
+import math
+
 import pytest
 import torch
 from exact_denoisers import gaussian, normal
 
-from ddpm.diffusion import schedules
+from ddpm.diffusion import likelihood, schedules
 from ddpm.diffusion.denoising import error_at
 
 STD = 0.5
@@ -35,6 +37,34 @@ def test_schedules_differ_by_interpolation_alone():
     assert linear.shape == (64, 9)
     assert torch.allclose(linear, cosine, rtol=0.01) and torch.allclose(linear, sigmoid, rtol=0.01)
     assert not torch.allclose(linear, curve(SCHEDULES["linear"], seed=1), rtol=0.01)
+
+
+def test_half_its_integral_over_snr_is_the_sum_of_the_bound():
+    """In nats per dimension; for N(0, v) both are log((1 + v snr_0) / (1 + v snr_T)) / 2.
+
+    The sum is above the integral, by half a step of log SNR (0.004) here, and by 11 % in 1,000 steps of `linear`.
+    """
+    levels = torch.linspace(7, -7, 1751, dtype=torch.float64)
+    alpha_bar = levels.sigmoid()
+    fine = schedules.Schedule(1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]]))
+    known = 0.5 * (torch.log1p(STD**2 * fine.snr[0]) - torch.log1p(STD**2 * fine.snr[-1])).item()
+
+    levels = fine.log_snr[::10]
+    error, snr = curve(fine, levels=levels).mean(0), levels.exp()
+    assert -0.5 * torch.trapezoid(error, snr).item() == pytest.approx(known, rel=0.01)
+
+    eight_bit = (
+        (STD * normal((64, 1, 8, 8), seed=9)().float())
+        .add(1)
+        .mul(127.5)
+        .round()
+        .div(127.5)
+        .sub(1)
+        .clamp(-1, 1)
+    )
+    noise = normal((64, 1, 8, 8), dtype=torch.float32)
+    bound = likelihood.exact(gaussian(fine, 0.0, STD), fine, eight_bit, noise, clip_x_0=False)
+    assert bound.kl.sum(1).mean().item() * math.log(2) == pytest.approx(known, rel=0.02)
 
 
 def test_what_a_schedule_does_not_reach_is_not_said():

@@ -1,6 +1,7 @@
 """RePaint: what is known stays, what is drawn fits to it, and step for step it is that of diffusers."""
 
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from exact_denoisers import a_net, correlated, finite, gaussian, normal
 from ddpm.config import SampleConfig
 from ddpm.diffusion import inpainting, schedules
 from ddpm.diffusion.inpainting import inpaint
+from ddpm.diffusion.objectives import Denoised
 from ddpm.diffusion.samplers import PerImageNoise, ancestral
 from ddpm.diffusion.timesteps import karras, uniform
 from ddpm.utils.generators import PhiloxGenerator
@@ -92,58 +94,82 @@ def test_of_a_finite_data_set_the_point_that_fits_is_found():
     assert ((x - points[2]).abs() < 1e-3).all()
 
 
-def test_the_walk_goes_back_and_forth_as_in_the_authors_code():
-    """Their get_schedule_jump, of which diffusers has a copy: the timesteps at which the net is asked."""
-    seen = []
+def authors_pairs(n, num_resamples, jump_length):
+    """Lugmayr et al.'s walk, as pairs of timesteps: from, to; -1 is the finished image.
+
+    Downwards the net is asked at the first of a pair, and x_t goes to the second; upwards noise is added. It is not
+    that of diffusers, whose copy of get_schedule_jump is read by a pipeline that asks the net at the second.
+    """
+    left = dict.fromkeys(range(0, n - jump_length, jump_length), num_resamples - 1)
+    t, visited = n, []
+    while t >= 1:
+        t -= 1
+        visited.append(t)
+        if left.get(t, 0) > 0:
+            left[t] -= 1
+            visited += range(t + 1, t + jump_length + 1)
+            t += jump_length
+    return list(pairwise([*visited, -1]))
+
+
+def test_the_authors_pairs_by_hand():
+    """Four steps, jumps of two, each once: from 0 up to 2; one from 2 would end above 3."""
+    down = [(3, 2), (2, 1), (1, 0)]
+    assert authors_pairs(4, 2, 2) == [*down, (0, 1), (1, 2), (2, 1), (1, 0), (0, -1)]
+
+
+@pytest.mark.parametrize(
+    ("n", "num_resamples", "jump_length"),
+    [(100, 10, 10), (100, 1, 10), (100, 3, 1), (25, 2, 10), (12, 3, 11), (2, 4, 1)],
+)
+def test_the_walk_goes_back_and_forth_as_in_the_authors_code(n, num_resamples, jump_length):
+    asked, entered, steps = [], [], []
 
     def denoise(x_t, t):
-        seen.append(int(t[0]))
-        return gaussian(SHORT, 0.0, 0.5)(x_t, t)
+        asked.append(int(t[0]))
+        return Denoised(torch.zeros_like(x_t), x_t)
 
-    zero, x_steps = torch.zeros(1, 1, 1, 1), []
-    for n, num_resamples, jump_length in [(100, 10, 10), (100, 1, 10), (100, 3, 1), (25, 2, 10)]:
-        seen.clear()
-        x_steps.clear()
-        inpaint(
-            denoise,
-            SHORT,
-            normal((1, 1, 1, 1)),
-            x_0=zero,
-            mask=zero,
-            timesteps=uniform(100, n),
-            num_resamples=num_resamples,
-            jump_length=jump_length,
-            on_step=lambda step, x_t, x_0_hat: x_steps.append(step),
-        )
-        theirs = RePaintScheduler(num_train_timesteps=100)
-        theirs.set_timesteps(100, jump_length, num_resamples)
-        if n == 100:
-            walk = theirs.timesteps.tolist()
-            asked = [t for before, t in zip([100, *walk], walk, strict=False) if t < before]
-            assert seen == asked
-        assert x_steps == list(range(len(seen)))
-        jumps = len(range(0, n - jump_length, jump_length))
-        assert len(seen) == n + (num_resamples - 1) * jump_length * jumps
+    # Where all is known, and grey, x_t is noise alone, and the std of 10,000 pixels says at which timestep it is.
+    schedule = schedules.linear(n, 0.05, 0.3)
+    zero = torch.zeros(1, 1, 1, 1)
+    inpaint(
+        denoise,
+        schedule,
+        normal((1, 1, 100, 100), dtype=torch.float32),
+        x_0=zero,
+        mask=zero + 1,
+        timesteps=range(n)[::-1],
+        num_resamples=num_resamples,
+        jump_length=jump_length,
+        on_step=lambda step, x_t, x_0_hat: (steps.append(step), entered.append(x_t.std().item())),
+    )
+    down = [t for t, t_next in authors_pairs(n, num_resamples, jump_length) if t_next < t]
+    assert asked == down and asked.count(0) == 1
+    assert steps == list(range(len(asked)))
+    assert len(asked) == n + (num_resamples - 1) * jump_length * len(range(0, n - jump_length, jump_length))
+    std = (1 - schedule.alpha_bar[asked]).sqrt().tolist()
+    assert entered[1:] == pytest.approx(std[1:], rel=0.04)  # known to 0.7 %; the first is N(0, 1)
 
 
-def test_repaint_is_diffusers_step_for_step():
+@pytest.mark.parametrize("num_resamples", [2, 3])
+def test_repaint_is_diffusers_step_for_step(num_resamples):
+    """Its step and undo_step, in the order of the authors' pairs; theirs adds the noise of one step at a time."""
     shape, net = (2, 1, 4, 4), a_net(SHORT)
     x_0 = 2 * torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) - 1
     mask = a_mask((1, 1, 4, 4))
     theirs = RePaintScheduler(num_train_timesteps=100, eta=1.0, clip_sample=False)
     theirs.alphas_cumprod, theirs.betas = SHORT.alpha_bar, SHORT.beta
     theirs.final_alpha_cumprod = torch.ones((), dtype=torch.float64)
-    theirs.set_timesteps(100, jump_length=1, jump_n_sample=2)
+    theirs.set_timesteps(100)
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=g, dtype=torch.float64)
-    before, expected = 100, []
-    for t in theirs.timesteps.tolist():
-        if t < before:
-            expected.append(x)
-            x = theirs.step(net(x, torch.full((2,), t)).eps_hat, t, x, x_0, mask.double(), g).prev_sample
+    y = torch.randn(shape, generator=g, dtype=torch.float64)
+    expected = []
+    for t, t_next in authors_pairs(100, num_resamples, 1):
+        if t_next < t:
+            expected.append(y)
+            y = theirs.step(net(y, torch.full((2,), t)).eps_hat, t, y, x_0, mask.double(), g).prev_sample
         else:
-            x = theirs.undo_step(x, before, g)
-        before = t
+            y = theirs.undo_step(y, t_next, g)  # which adds beta of the timestep that y goes to
     seen = []
     x = inpaint(
         net,
@@ -152,13 +178,13 @@ def test_repaint_is_diffusers_step_for_step():
         x_0=x_0,
         mask=mask,
         timesteps=ALL,
-        num_resamples=2,
+        num_resamples=num_resamples,
         jump_length=1,
         threshold=None,
         on_step=lambda step, x_t, x_0_hat: seen.append(x_t),
     )
     assert len(seen) == len(expected)
-    for ours, other in zip(seen, expected, strict=True):
+    for ours, other in zip([*seen, x], [*expected, y], strict=True):
         torch.testing.assert_close(ours, other, rtol=1e-8, atol=1e-8)
 
 

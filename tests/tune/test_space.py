@@ -1,6 +1,7 @@
 """What a search varies: the forms of a domain, keys that go with a kind, and mistakes said in a line."""
 
 import math
+import re
 
 import pytest
 import space
@@ -8,6 +9,7 @@ from space import DEFAULT, KINDS, Choice, Range
 
 from ddpm import config as configs
 from ddpm.config import UserError
+from ddpm.diffusion import schedules
 from ddpm.presets import DIGITS, PRESETS
 from ddpm.training import loop
 
@@ -46,6 +48,15 @@ def test_random_trials_are_a_function_of_seed_and_number() -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_default_space_fits_every_preset(preset: str) -> None:
     assert space.parse([], PRESETS[preset]).has_schedule
+
+
+def test_what_the_page_says_of_the_least_noise_is_so() -> None:
+    said = re.search(
+        r"linear from 1e-4, from too little noise \(sqrt\(alpha_bar_T\) = ([\d.]+)\)", space.__doc__
+    )
+    assert said and "schedule.beta_end=log(0.005,0.1)" in DEFAULT
+    least = schedules.linear(1000, 1e-4, 0.005).alpha_bar[-1].sqrt().item()
+    assert float(said[1]) == pytest.approx(least, abs=0.005)
 
 
 def test_values_are_read_as_the_config_has_them() -> None:
