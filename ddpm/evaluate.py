@@ -9,11 +9,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ddpm import generation, judgement
-from ddpm.config import SampleConfig
+from ddpm.config import Config, SampleConfig
 from ddpm.data.reading import DataSet
 from ddpm.evaluation.bits import BitsPerDim
 from ddpm.evaluation.features import FeatureNet, Features
@@ -172,10 +174,21 @@ def _verdict(
         saw_this_data=position.get("data_fingerprint") == by.train.rows.fingerprint,
         bits=tuple(bits.scores()) if bits else (),
         drawn=tuple(
-            Drawn(way, way == own, tuple(score(by.feature_net.name, features, by.real, by.other_real)))
+            Drawn(
+                way,
+                way == own,
+                tuple(
+                    score(by.feature_net.name, features, by.real, by.other_real, _labels(config, features))
+                ),
+            )
             for way, features in drawn
         ),
     )
+
+
+def _labels(config: Config, features: Features) -> NDArray[np.int64] | None:
+    """The classes that the images were drawn with; None: with none."""
+    return generation.labels(config, features.index.tolist()) if config.model.num_classes else None
 
 
 def _about(by: Yardstick, settings: Settings) -> dict[str, Any]:

@@ -13,6 +13,7 @@ Axes: N generated images, M real images, F features.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -62,6 +63,12 @@ class Moments:
             raise ValueError("n is 1; a covariance takes at least 2 images")
         return self.scatter / (self.n - 1)
 
+    @cached_property
+    def root(self) -> Array:
+        """[F, F], the symmetric root of the covariance; kept, since the jackknife asks for it again and again."""
+        eigenvalues, vectors = np.linalg.eigh(self.covariance)
+        return (vectors * np.sqrt(eigenvalues.clip(min=0))) @ vectors.T
+
 
 def fid(a: Moments, b: Moments) -> float:
     """The Frechet distance of two Gaussians, |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)).
@@ -71,8 +78,7 @@ def fid(a: Moments, b: Moments) -> float:
 
     Source: Heusel et al. 2017, Eq. 6.
     """
-    root = _root(a.covariance)
-    eigenvalues = np.linalg.eigvalsh(root @ b.covariance @ root)
+    eigenvalues = np.linalg.eigvalsh(a.root @ b.covariance @ a.root)
     means = np.sum((a.mean - b.mean) ** 2)
     cross = np.sqrt(eigenvalues.clip(min=0)).sum()
     return float(means + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
@@ -89,12 +95,13 @@ class Estimate(NamedTuple):
 def kid(generated: NDArray[np.floating], real: NDArray[np.floating]) -> Estimate:
     """The unbiased squared MMD with the kernel (x y / F + 1)^3, from all pairs; it may be negative.
 
-    The standard error is the jackknife's over the generated images, the real ones held fixed, as between models that
-    are compared on the same real images. It is not too small on average (Efron & Stein 1981).
+    The standard error is that of redrawing both sets: the two-sample jackknife, which leaves out each generated and
+    each real image in turn. It is not too small on average (Efron & Stein 1981), and about sqrt(2) times too
+    large where the sets are alike.
 
     Args:
         generated: [N, F], N at least 3.
-        real: [M, F], M at least 2.
+        real: [M, F], M at least 3.
 
     Raises:
         ValueError: there are fewer.
@@ -102,15 +109,14 @@ def kid(generated: NDArray[np.floating], real: NDArray[np.floating]) -> Estimate
     Source: Binkowski et al. 2018, Eqs. 3 and 4.
     """
     n, m = len(generated), len(real)
-    if n < 3 or m < 2:
-        raise ValueError(f"there are {n} generated and {m} real images; KID takes at least 3 and 2")
+    if min(n, m) < 3:
+        raise ValueError(f"there are {n} generated and {m} real images; KID takes at least 3 of each")
     x, y = np.asarray(generated, np.float64), np.asarray(real, np.float64)
-    to_own, to_real = _kernel_sums(x, x, own=True), _kernel_sums(x, y)
-    real_part = _kernel_sums(y, y, own=True).sum() / (m * (m - 1))
-    value = to_own.sum() / (n * (n - 1)) + real_part - 2 * to_real.sum() / (n * m)
-    without = (to_own.sum() - 2 * to_own) / ((n - 1) * (n - 2)) + real_part
-    without -= 2 * (to_real.sum() - to_real) / ((n - 1) * m)
-    return Estimate(float(value), jackknife_error(without))
+    x_to_x, y_to_y = _kernel_sums(x, x, own=True), _kernel_sums(y, y, own=True)
+    x_to_y, y_to_x = _kernel_sums(x, y), _kernel_sums(y, x)
+    value = x_to_x.sum() / (n * (n - 1)) + y_to_y.sum() / (m * (m - 1)) - 2 * x_to_y.sum() / (n * m)
+    error = jackknife_error(_without_each(x_to_x, x_to_y, m), _without_each(y_to_y, y_to_x, n))
+    return Estimate(float(value), error)
 
 
 class Manifold(NamedTuple):
@@ -127,7 +133,7 @@ class Manifold(NamedTuple):
 
 
 class Distances:
-    """What `Manifold` is computed from, kept so that it can be computed without some of the generated images.
+    """What `Manifold` is computed from, kept so that it can be computed without some of the images of either side.
 
     An image's ball reaches to its k-th nearest neighbour of its own set.
 
@@ -144,27 +150,42 @@ class Distances:
     def __init__(self, generated: NDArray[np.floating], real: NDArray[np.floating]) -> None:
         self._own = _distances(generated, generated)  # [N, N]
         self._to_real = _distances(generated, real)  # [N, M]
-        of_real = _distances(real, real)
-        self._precision_radius = _radius(of_real, self.K_PRECISION)
-        self._density_radius = _radius(of_real, self.K_DENSITY)
+        self._of_real = _distances(real, real)  # [M, M]
+        self._own_radii = _radii(self._own, self.K_PRECISION)
+        self._real_radii = _radii(self._of_real, self.K_PRECISION, self.K_DENSITY)
 
-    def manifold(self, rows: NDArray[np.int64] | None = None) -> Manifold:
-        """Of the generated images in these rows; None: of all. There must be more than 3."""
-        own = self._own if rows is None else self._own[np.ix_(rows, rows)]
-        to_real = self._to_real if rows is None else self._to_real[rows]
-        inside = to_real <= self._density_radius
+    def manifold(
+        self, rows: NDArray[np.int64] | None = None, real_rows: NDArray[np.int64] | None = None
+    ) -> Manifold:
+        """Manifold of the generated images in `rows`, above 3, and the real ones in `real_rows`, above 5.
+
+        None: all. The balls are those of the images that are left.
+        """
+        to_real, own_radii, real_radii = self._to_real, self._own_radii, self._real_radii
+        if rows is not None:
+            to_real, own_radii = to_real[rows], _radii(self._own[np.ix_(rows, rows)], self.K_PRECISION)
+        if real_rows is not None:
+            to_real, of_real = to_real[:, real_rows], self._of_real[np.ix_(real_rows, real_rows)]
+            real_radii = _radii(of_real, self.K_PRECISION, self.K_DENSITY)
+        (own_radius,), (precision_radius, density_radius) = own_radii, real_radii
+        inside = to_real <= density_radius
         return Manifold(
-            precision=float((to_real <= self._precision_radius).any(1).mean()),
-            recall=float((to_real <= _radius(own, self.K_PRECISION)[:, None]).any(0).mean()),
+            precision=float((to_real <= precision_radius).any(1).mean()),
+            recall=float((to_real <= own_radius[:, None]).any(0).mean()),
             density=float(inside.sum(1).mean() / self.K_DENSITY),
             coverage=float(inside.any(0).mean()),
         )
 
 
-def jackknife_error(without: NDArray[np.float64]) -> float:
-    """The standard error of an estimate, from its values without each of G groups in turn, [G]."""
-    groups = len(without)
-    return float(np.sqrt((groups - 1) / groups * np.sum((without - without.mean()) ** 2)))
+def jackknife_error(*without: NDArray[np.float64]) -> float:
+    """The standard error of an estimate from independent samples.
+
+    Args:
+        without: for each sample the estimate without each of its G groups in turn, [G]; a constant may be missing.
+
+    Source: Efron & Stein 1981; of several samples the variances are added (Arvesen 1969).
+    """
+    return float(np.sqrt(sum((len(w) - 1) * w.var() for w in without)))
 
 
 def projection(size: int, target: int, seed: int = 0) -> Array:
@@ -173,12 +194,6 @@ def projection(size: int, target: int, seed: int = 0) -> Array:
     # RandomState, since numpy promises its streams for ever. FID does not depend on the basis of the subspace.
     q, _ = np.linalg.qr(np.random.RandomState(seed).standard_normal((size, target)))
     return q
-
-
-def _root(matrix: Array) -> Array:
-    """The symmetric root of a covariance."""
-    eigenvalues, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.sqrt(eigenvalues.clip(min=0))) @ vectors.T
 
 
 def _kernel_sums(x: Array, y: Array, own: bool = False) -> Array:
@@ -190,6 +205,18 @@ def _kernel_sums(x: Array, y: Array, own: bool = False) -> Array:
     return sums - ((x * x).sum(1) / x.shape[1] + 1) ** 3 if own else sums
 
 
+def _without_each(own: Array, other: Array, m: int) -> Array:
+    """KID without each image of a set in turn, [N], but for the other set's own part, which stays as it is.
+
+    Args:
+        own: [N], the sum of the image's kernel with the others of its set.
+        other: [N], with all M of the other set.
+        m: M.
+    """
+    n = len(own)
+    return (own.sum() - 2 * own) / ((n - 1) * (n - 2)) - 2 * (other.sum() - other) / ((n - 1) * m)
+
+
 def _distances(x: NDArray[np.floating], y: NDArray[np.floating]) -> NDArray[np.float32]:
     from sklearn.metrics.pairwise import euclidean_distances  # takes seconds to import
 
@@ -197,8 +224,12 @@ def _distances(x: NDArray[np.floating], y: NDArray[np.floating]) -> NDArray[np.f
     return euclidean_distances(np.asarray(x, np.float64), np.asarray(y, np.float64)).astype(np.float32)
 
 
-def _radius(own: NDArray[np.float32], k: int) -> NDArray[np.float32]:
-    """[N]: the distance of each image to its k-th nearest other one; of [N, N], with 0 from itself to itself."""
-    if len(own) <= k:
-        raise ValueError(f"there are {len(own)} images; a {k}-th neighbour takes at least {k + 1}")
-    return np.partition(own, k, axis=1)[:, k]
+def _radii(own: NDArray[np.float32], *ks: int) -> NDArray[np.float32]:
+    """[len(ks), N]: the distance of each image to its k-th nearest other one, ks ascending.
+
+    Args:
+        own: [N, N], with 0 from itself to itself.
+    """
+    if len(own) <= ks[-1]:
+        raise ValueError(f"there are {len(own)} images; a {ks[-1]}-th neighbour takes at least {ks[-1] + 1}")
+    return np.partition(own, ks, axis=1)[:, ks].T

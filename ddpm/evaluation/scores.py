@@ -17,7 +17,6 @@ from ddpm.evaluation.features import Features
 from ddpm.evaluation.metrics import (
     Distances,
     Estimate,
-    Manifold,
     Moments,
     fid,
     jackknife_error,
@@ -26,7 +25,7 @@ from ddpm.evaluation.metrics import (
 )
 
 GROUPS = 10
-"""Of the generated images, left out in turn for the uncertainty of FID and of the manifold's four."""
+"""Groups of the generated and of the real images, left out in turn for the errors of FID and of the manifold's four."""
 MAX_PAIRWISE = 10_000
 """KID and the manifold's four compare pairs of images; of more, the first so many are taken."""
 MAX_FID_FEATURES = 128
@@ -42,7 +41,7 @@ class Score:
     """With its feature net: "KID-lite0"."""
     value: float
     error: float
-    """Standard error over the generated images, the real ones held fixed (jackknife); of bits/dim over images."""
+    """Standard error of redrawing the generated and the real images (two-sample jackknife); of bits/dim over images."""
     n: int
     """Generated images; of bits/dim, real ones."""
     n_real: int | None = None
@@ -55,7 +54,11 @@ class Score:
 
 
 def score(
-    net_name: str, generated: Features, real: Features, other_real: Features | None = None
+    net_name: str,
+    generated: Features,
+    real: Features,
+    other_real: Features | None = None,
+    label: NDArray[np.int64] | None = None,
 ) -> list[Score]:
     """FID, KID, precision, recall, density and coverage, of one feature net.
 
@@ -64,11 +67,12 @@ def score(
         generated: of the model.
         real: of images it was not trained on.
         other_real: of other real images, for the floor; the first N of them are used.
+        label: [N], the classes that were asked for; None: none were.
 
     Raises:
         UserError: too few images on one side.
     """
-    scores = list(_without_floor(net_name, generated, real))
+    scores = list(_without_floor(net_name, generated, real, label))
     if other_real is None:
         return scores
     floor_features = _first(other_real, len(generated))
@@ -79,7 +83,9 @@ def score(
     ]
 
 
-def _without_floor(net_name: str, generated: Features, real: Features) -> Iterator[Score]:
+def _without_floor(
+    net_name: str, generated: Features, real: Features, label: NDArray[np.int64] | None = None
+) -> Iterator[Score]:
     for side in (generated, real):
         if len(side) < LEAST_IMAGES:
             raise UserError(
@@ -87,19 +93,18 @@ def _without_floor(net_name: str, generated: Features, real: Features) -> Iterat
                 f"it takes at least {LEAST_IMAGES} of each to compare them"
             )
     n, m = len(generated), len(real)
-    name, estimate = _fid(net_name, generated, real)
+    name, estimate = _fid(net_name, generated, real, label)
     yield Score(name, *estimate, n, m)
     generated, real = _first(generated, MAX_PAIRWISE), _first(real, MAX_PAIRWISE)
     n, m = len(generated), len(real)
     yield Score(f"KID-{net_name}", *kid(generated.values, real.values), n, m)
-    distances = Distances(generated.values, real.values)
-    whole = distances.manifold()
-    without = np.array([distances.manifold(rows) for rows in _leaving_one_group_out(n)])
-    for i, metric in enumerate(Manifold._fields):
-        yield Score(f"{metric}-{net_name}", whole[i], jackknife_error(without[:, i]), n, m)
+    for metric, estimate in _manifold(generated, real, None if label is None else label[:n]).items():
+        yield Score(f"{metric}-{net_name}", *estimate, n, m)
 
 
-def _fid(net_name: str, generated: Features, real: Features) -> tuple[str, Estimate]:
+def _fid(
+    net_name: str, generated: Features, real: Features, label: NDArray[np.int64] | None
+) -> tuple[str, Estimate]:
     name = "FID" if net_name == "inception" else f"FID-{net_name}"
     size = generated.values.shape[1]
     if net_name != "inception" and size > MAX_FID_FEATURES:
@@ -107,16 +112,53 @@ def _fid(net_name: str, generated: Features, real: Features) -> tuple[str, Estim
         generated, real = (
             replace(side, values=(side.values @ basis).astype(np.float32)) for side in (generated, real)
         )
-    groups = [Moments.of(generated.values[k::GROUPS]) for k in range(GROUPS)]
-    of_real = Moments.of(real.values)
-    without = [fid(of_real, Moments.merge(*groups[:k], *groups[k + 1 :])) for k in range(GROUPS)]
-    return name, Estimate(fid(of_real, Moments.merge(*groups)), jackknife_error(np.array(without)))
+    ours = [Moments.of(generated.values[rows]) for rows in _groups(len(generated), label)]
+    theirs = [Moments.of(real.values[rows]) for rows in _groups(len(real))]
+    of_ours, of_theirs = Moments.merge(*ours), Moments.merge(*theirs)
+    without_ours = [fid(of_theirs, Moments.merge(*ours[:k], *ours[k + 1 :])) for k in range(GROUPS)]
+    without_theirs = [fid(of_ours, Moments.merge(*theirs[:k], *theirs[k + 1 :])) for k in range(GROUPS)]
+    error = jackknife_error(np.array(without_ours), np.array(without_theirs))
+    return name, Estimate(fid(of_theirs, of_ours), error)
 
 
-def _leaving_one_group_out(n: int) -> Iterator[NDArray[np.int64]]:
-    rows = np.arange(n)
-    for k in range(GROUPS):
-        yield rows[rows % GROUPS != k]
+def _manifold(generated: Features, real: Features, label: NDArray[np.int64] | None) -> dict[str, Estimate]:
+    n, m = len(generated), len(real)
+    distances = Distances(generated.values, real.values)
+    without_ours = np.array([distances.manifold(rows=_others(rows, n)) for rows in _groups(n, label)])
+    without_theirs = np.array([distances.manifold(real_rows=_others(rows, m)) for rows in _groups(m)])
+    found = {}
+    for i, (metric, value) in enumerate(distances.manifold()._asdict().items()):
+        error = jackknife_error(without_ours[:, i], without_theirs[:, i])
+        if metric != "density":
+            error = max(error, _share_error(value, n if metric == "precision" else m))
+        found[metric] = Estimate(value, error)
+    return found
+
+
+def _share_error(share: float, n: int) -> float:
+    """The least standard error of a share of n images.
+
+    Where a share is 0 or 1 the jackknife finds no error at all. Two images are added to either side (Agresti & Coull
+    1998).
+    """
+    p = (share * n + 2) / (n + 4)
+    return float((p * (1 - p) / (n + 4)) ** 0.5)
+
+
+def _groups(n: int, label: NDArray[np.int64] | None = None) -> list[NDArray[np.int64]]:
+    """The rows of each of the groups, from one fixed permutation, with as much of every class in each.
+
+    Real images have no `label` here: how many there are of a class is chance, as in redrawn ones, and that chance
+    belongs to the error. A conditional net draws as many of a class as it is told to.
+    """
+    order = np.random.RandomState(0).permutation(n)  # RandomState, since numpy promises its streams for ever
+    if label is not None:
+        order = order[np.argsort(label[order], kind="stable")]
+    return [np.sort(order[k::GROUPS]) for k in range(GROUPS)]
+
+
+def _others(rows: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+    return np.delete(np.arange(n), rows)
 
 
 def _first(features: Features, n: int) -> Features:

@@ -165,7 +165,8 @@ def markdown(found: Sequence[Standing], remarks: Sequence[str]) -> str:
 def remarks(found: Sequence[Standing], metric: Metric) -> list[str]:
     """What one must know to read the table."""
     lines = [
-        "Ranks are ranges: two that overlap are a tie. bits/dim are compared image by image, KID by its intervals."
+        "Ranks are ranges: two that overlap are a tie. bits/dim are compared image by image, KID by its errors, "
+        "both corrected for the number of pairs (Holm): of equal trials two are told apart in at most 5 % of searches."
     ]
     if any(s.is_flagged for s in found):
         lines.append(
