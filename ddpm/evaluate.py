@@ -7,19 +7,25 @@ place does not depend on the workers, and pieces are put together in order.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm import generation, judgement
+from ddpm import generation, judgement, plots
 from ddpm.config import SampleConfig
 from ddpm.data.reading import DataSet
+from ddpm.data.reading import Images as Batch
+from ddpm.evaluation import memorisation
 from ddpm.evaluation.bits import BitsPerDim
 from ddpm.evaluation.features import FeatureNet, Features
-from ddpm.evaluation.reference import images_of
-from ddpm.evaluation.scores import score
+from ddpm.evaluation.memorisation import BLOCK_IMAGES, NearerShare, Pairs, nearer_share, nearest_pairs
+from ddpm.evaluation.reference import WINDOW_ROWS, images_of
+from ddpm.evaluation.scores import MAX_PAIRWISE, score
 from ddpm.fleet import Fleet
+from ddpm.images import Pixels
 from ddpm.judgement import PIECE_IMAGES
 from ddpm.progress import Display
 from ddpm.report import Drawn, Report, Verdict
@@ -35,6 +41,14 @@ class Piece(NamedTuple):
     way: int
     start: int
     stop: int
+
+
+class Images(NamedTuple):
+    """Images drawn in one way."""
+
+    features: Features
+    image: Pixels
+    """uint8 [N, H, W, C]: the first MAX_PAIRWISE of the way; none where no nearest training images are searched for."""
 
 
 class Bench:
@@ -78,13 +92,15 @@ class Bench:
             seed=self._settings.seed,
         )
 
-    def draw(self, piece: Piece) -> Features:
-        """The features of images that are drawn."""
+    def draw(self, piece: Piece) -> Images:
+        """Images that are drawn."""
         posed, indices = self._candidates[piece.candidate], range(piece.start, piece.stop)
         sample = self._ways[piece.candidate][piece.way]
-        return judgement.drawn_features(
+        features, image = judgement.drawn_features(
             *posed, self._feature_net, indices, device=self._device, sample=sample
         )
+        kept = MAX_PAIRWISE if self._settings.num_train_images else 0
+        return Images(features, image[: max(0, kept - piece.start)])
 
 
 def evaluate(candidates: Sequence[Candidate], settings: Settings, num_workers: int | None = None) -> Report:
@@ -102,8 +118,9 @@ def evaluate(candidates: Sequence[Candidate], settings: Settings, num_workers: i
     with Fleet(bench, num_workers) as fleet:
         bits = _bits(fleet, candidates, settings, min(settings.num_images, by.held_out.rows.num_rows))
         drawn = _drawn(fleet, ways, settings.num_images)
+    nearnesses = _nearness(by, drawn)
     verdicts = (
-        _verdict(candidate, by, settings, bits.get(i), zip(ways[i], drawn[i], strict=True))
+        _verdict(candidate, by, settings, bits.get(i), zip(ways[i], drawn[i], nearnesses[i], strict=True))
         for i, candidate in enumerate(candidates)
     )
     return Report(_about(by, settings), tuple(verdicts))
@@ -131,15 +148,64 @@ def _bits_of(bench: Bench, piece: Piece, proposals: Mapping[int, Tensor]) -> Bit
 
 def _drawn(
     fleet: Fleet[Bench], ways: Sequence[Sequence[SampleConfig]], num_images: int
-) -> list[list[Features]]:
-    """The features of the images drawn, by candidate and way."""
+) -> list[list[Images]]:
+    """The images drawn, by candidate and way."""
     places = [[(i, way) for way in range(len(of_candidate))] for i, of_candidate in enumerate(ways)]
     pieces = [Piece(*place, *part) for row in places for place in row for part in _parts(num_images)]
     done = _watched("images drawn", fleet.map(Bench.draw, pieces), pieces)
     return [
-        [Features.merge(*(done[piece] for piece in pieces if piece[:2] == place)) for place in row]
-        for row in places
+        [_merged([done[piece] for piece in pieces if piece[:2] == place]) for place in row] for row in places
     ]
+
+
+def _merged(parts: Sequence[Images]) -> Images:
+    return Images(
+        Features.merge(*(part.features for part in parts)), np.concatenate([part.image for part in parts])
+    )
+
+
+class Nearness(NamedTuple):
+    """How near the images drawn in one way are to training images."""
+
+    shares: tuple[NearerShare, ...] = ()
+    """In the feature net's space and in pixels."""
+    pairs: Pairs | None = None
+    """The nearest, in the feature net's space."""
+
+
+def _nearness(by: Yardstick, drawn: Sequence[Sequence[Images]]) -> list[list[Nearness]]:
+    """How near the images drawn are to training images, by candidate and way."""
+    if not by.num_train:
+        return [[Nearness() for _ in row] for row in drawn]
+    ways = [images for row in drawn for images in row]
+    held_out = images_of(by.held_out, 0, min(len(by.real), MAX_PAIRWISE)).image
+    train = by.train.parts(by.train.plan(0, WINDOW_ROWS), 0, by.num_train, BLOCK_IMAGES, "substitute")
+    counted = _counted(train, by.num_train)
+    spaces = {"pixels": memorisation.nearest([held_out, *(way.image for way in ways)], counted)}
+    if by.train_features is not None:
+        features = [by.real.values, *(way.features.values for way in ways)]
+        train_features = memorisation.blocks(by.train_features.values)
+        nearest = memorisation.nearest([values[:MAX_PAIRWISE] for values in features], train_features)
+        spaces = {by.feature_net.name: nearest, **spaces}
+
+    def nearness(way: int, image: Pixels) -> Nearness:
+        found = {name: (of_ways[way], of_held_out) for name, (of_held_out, *of_ways) in spaces.items()}
+        shares = tuple(nearer_share(name, *sides, by.num_train) for name, sides in found.items())
+        name, sides = next(iter(found.items()))
+        return Nearness(shares, nearest_pairs(name, *sides, image, by.train_image))
+
+    nearnesses = iter([nearness(i, way.image) for i, way in enumerate(ways)])
+    return [list(islice(nearnesses, len(row))) for row in drawn]
+
+
+def _counted(parts: Iterable[Batch], num_images: int) -> Iterator[Pixels]:
+    """The images of all parts, while a bar counts them."""
+    done = 0
+    with Display("training images searched", num_images) as display:
+        for part in parts:
+            yield part.image
+            done += len(part.image)
+            display.update(done)
 
 
 def _watched(what: str, results: Iterator[tuple[Piece, T]], pieces: Sequence[Piece]) -> dict[Piece, T]:
@@ -157,7 +223,7 @@ def _verdict(
     by: Yardstick,
     settings: Settings,
     bits: BitsPerDim | None,
-    drawn: Iterable[tuple[SampleConfig, Features]],
+    drawn: Iterable[tuple[SampleConfig, Images, Nearness]],
 ) -> Verdict:
     config, position = candidate.config, candidate.position
     own = replace(resolved(config, config.sample), seed=settings.seed)
@@ -171,8 +237,13 @@ def _verdict(
         saw_this_data=position.get("data_fingerprint") == by.train.rows.fingerprint,
         bits=tuple(bits.scores()) if bits else (),
         drawn=tuple(
-            Drawn(way, way == own, tuple(score(by.feature_net.name, features, by.real, by.other_real)))
-            for way, features in drawn
+            Drawn(
+                way,
+                way == own,
+                (*score(by.feature_net.name, images.features, by.real, by.other_real), *nearness.shares),
+                plots.nearest(nearness.pairs) if nearness.pairs else b"",
+            )
+            for way, images, nearness in drawn
         ),
     )
 
@@ -183,6 +254,7 @@ def _about(by: Yardstick, settings: Settings) -> dict[str, Any]:
         "num_images": settings.num_images,
         "seed": settings.seed,
         "features": {key: getattr(by.feature_net, key) for key in ("name", "size", "digest")},
+        "num_train_images": by.num_train,
         "bits_per_dim": {"timesteps": settings.num_draws or "all"},
         "data": {
             "shards": by.uri,

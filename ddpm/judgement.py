@@ -22,6 +22,7 @@ from ddpm.diffusion.objectives import Denoised, Model, Objective
 from ddpm.diffusion.samplers import PerImageNoise
 from ddpm.evaluation.bits import BitsPerDim
 from ddpm.evaluation.features import FeatureNet, Features, features_of
+from ddpm.images import Pixels
 from ddpm.training.state import LIKELIHOOD, seed_for
 
 PIECE_IMAGES = 125
@@ -122,14 +123,18 @@ def drawn_features(
     *,
     device: torch.device,
     sample: SampleConfig | None = None,
-) -> Features:
+) -> tuple[Features, Pixels]:
     """Draw the images with these ascending indices, in one batch, and take their features.
 
     Args:
         sample: how to draw; default: config.sample. Images are those of jobs/sample.py.
+
+    Returns:
+        The features, and the images, uint8 [N, H, W, C].
     """
     image = generation.draw(net, config, objective, indices, device=device, sample=sample)
-    return Features(np.array(indices, np.int64), features_of(feature_net, image).values)
+    features = Features(np.array(indices, np.int64), features_of(feature_net, image).values)
+    return features, image.cpu().numpy()
 
 
 def _posed(

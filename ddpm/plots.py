@@ -1,4 +1,4 @@
-"""The picture of a report: quality over images seen, and over the number of sampling steps.
+"""The pictures of a report: quality over images seen and over the number of sampling steps; the nearest pairs.
 
 Its own room because, with search/plots.py, only this one knows matplotlib.
 """
@@ -7,12 +7,14 @@ import io
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
+from ddpm.evaluation.memorisation import Pairs
 from ddpm.evaluation.metrics import Manifold
 from ddpm.evaluation.scores import Score
 from ddpm.report import Report, Verdict, rows
@@ -24,6 +26,7 @@ PANELS = (("bits/dim",), ("FID",), ("KID",), Manifold._fields[:2], Manifold._fie
 STYLES = {"solid": "-", "dashed": "--"}
 """Of the metrics that share a panel."""
 GREY = "0.5"
+PAIR_WIDTH, PAIR_HEIGHT = 1.8, 1.15
 
 
 def picture(report: Report) -> bytes:
@@ -41,6 +44,33 @@ def picture(report: Report) -> bytes:
         handles = [Line2D([], [], color=c, marker=".", label=label) for label, c in colours.items() if label]
         handles.append(Line2D([], [], color=GREY, label="real against real"))
         part.legend(handles=handles, loc="outside right upper", fontsize=7, frameon=False)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    return file.getvalue()
+
+
+def nearest(pairs: Pairs) -> bytes:
+    """Drawn images beside their nearest training images, with their distances; a PNG."""
+    columns = 4
+    lines = -(-len(pairs.index) // columns)
+    figure = Figure((PAIR_WIDTH * columns, PAIR_HEIGHT * lines + 0.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(
+        f"drawn | nearest training image, by {pairs.space}: their distance,\n"
+        "and how many of the held-out images are nearer to a training image",
+        fontsize=9,
+    )
+    all_axes = figure.subplots(lines, columns, squeeze=False).flat
+    for axes in all_axes:
+        axes.set_axis_off()
+    for i, axes in zip(range(len(pairs.index)), all_axes, strict=False):
+        left, right = (
+            np.broadcast_to(image[i], (*image.shape[1:3], 3)) for image in (pairs.drawn, pairs.train)
+        )
+        gap = np.full((left.shape[0], max(1, left.shape[1] // 8), 3), 255, np.uint8)
+        axes.imshow(np.concatenate([left, gap, right], axis=1), interpolation="nearest")
+        title = f"{pairs.index[i]}: {pairs.distance[i]:.3g}, {pairs.nearer_held_out[i]:.0%}"
+        axes.set_title(title, fontsize=8)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
     return file.getvalue()

@@ -133,11 +133,11 @@ def test_a_report_s_key_is_of_checkpoints_and_settings_not_of_numbers() -> None:
 
 
 def test_remarks() -> None:
-    few, other = report.remarks(made(verdict(1, drawn(1), saw_this_data=False)))
+    few, other = report.remarks(made(verdict(1, drawn(1), saw_this_data=False)), "found.json")
     assert few.startswith("FID-pixels: 90 images are few for 64 features")
     assert other == "trained on other data than these held-out images belong to: a"
     many = replace(drawn(1), scores=(Score("FID-pixels", 1.0, 0.1, 640, 640),))
-    assert report.remarks(made(verdict(1, many))) == []
+    assert report.remarks(made(verdict(1, many)), "found.json") == []
 
 
 def pixels(found: Report) -> np.ndarray:
