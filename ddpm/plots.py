@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
@@ -26,7 +27,7 @@ PANELS = (("bits/dim",), ("FID",), ("KID",), Manifold._fields[:2], Manifold._fie
 STYLES = {"solid": "-", "dashed": "--"}
 """Of the metrics that share a panel."""
 GREY = "0.5"
-PAIR_WIDTH, PAIR_HEIGHT = 1.8, 1.15
+PAIR_WIDTH, PAIR_HEIGHT = 1.8, 1.3
 
 
 def picture(report: Report) -> bytes:
@@ -53,24 +54,25 @@ def nearest(pairs: Pairs) -> bytes:
     """Drawn images beside their nearest training images, with their distances; a PNG."""
     columns = 4
     lines = -(-len(pairs.index) // columns)
-    figure = Figure((PAIR_WIDTH * columns, PAIR_HEIGHT * lines + 0.5), layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.1)  # inches: more between pairs than within them
+    figure = Figure((PAIR_WIDTH * columns, PAIR_HEIGHT * lines + 0.5), layout=layout)
     FigureCanvasAgg(figure)
     figure.suptitle(
-        f"drawn | nearest training image, by {pairs.space}: their distance,\n"
+        f"drawn | nearest training image, by {pairs.space}; their distance,\n"
         "and how many of the held-out images are nearer to a training image",
         fontsize=9,
     )
-    all_axes = figure.subplots(lines, columns, squeeze=False).flat
+    all_axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes in all_axes:
         axes.set_axis_off()
     for i, axes in zip(range(len(pairs.index)), all_axes, strict=False):
         left, right = (
             np.broadcast_to(image[i], (*image.shape[1:3], 3)) for image in (pairs.drawn, pairs.train)
         )
-        gap = np.full((left.shape[0], max(1, left.shape[1] // 8), 3), 255, np.uint8)
-        axes.imshow(np.concatenate([left, gap, right], axis=1), interpolation="nearest")
-        title = f"{pairs.index[i]}: {pairs.distance[i]:.3g}, {pairs.nearer_held_out[i]:.0%}"
-        axes.set_title(title, fontsize=8)
+        axes.imshow(np.concatenate([left, right], axis=1), interpolation="nearest")
+        axes.axvline(left.shape[1] - 0.5, color="white", linewidth=3)
+        title = f"image {pairs.index[i]}: {pairs.distance[i]:.3g}\n{pairs.nearer_held_out[i]:.0%} of held-out nearer"
+        axes.set_title(title, fontsize=7)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
     return file.getvalue()

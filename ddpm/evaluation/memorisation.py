@@ -30,7 +30,7 @@ MIN_HELD_OUT = 99
 NUM_PAIRS = 16
 BLOCK_IMAGES = 4096
 """Training images compared at a time."""
-NODES = 2000
+NODES = 200
 """Quantiles of the threshold's rank over which the interval is integrated."""
 
 
