@@ -7,22 +7,26 @@ place does not depend on the workers, and pieces are put together in order.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from ddpm import generation, judgement
+from ddpm import generation, judgement, plots, runs
 from ddpm.config import Config, SampleConfig
 from ddpm.data.reading import DataSet
+from ddpm.data.reading import Images as Batch
+from ddpm.evaluation import memorisation
 from ddpm.evaluation.bits import BitsPerDim
 from ddpm.evaluation.features import FeatureNet, Features
-from ddpm.evaluation.reference import images_of
-from ddpm.evaluation.scores import score
+from ddpm.evaluation.memorisation import BLOCK_IMAGES, NearerShare, Pairs, nearer_share, nearest_pairs
+from ddpm.evaluation.reference import WINDOW_ROWS, images_of
+from ddpm.evaluation.scores import MAX_PAIRWISE, score
 from ddpm.fleet import Fleet
-from ddpm.judgement import PIECE_IMAGES
+from ddpm.images import Pixels
+from ddpm.judgement import PIECE_IMAGES, Measured
 from ddpm.progress import Display
 from ddpm.report import Drawn, Report, Verdict
 from ddpm.utils.seeding import GENERATOR
@@ -38,6 +42,14 @@ class Piece(NamedTuple):
     way: int
     start: int
     stop: int
+
+
+class Images(NamedTuple):
+    """Images drawn in one way."""
+
+    features: Features
+    image: Pixels
+    """uint8 [N, H, W, C]: the first MAX_PAIRWISE of the way; none where no nearest training images are searched for."""
 
 
 class Bench:
@@ -59,13 +71,14 @@ class Bench:
             (c.net.to(device), c.config, generation.build_objective(c.config)) for c in candidates
         ]
 
-    def proposal(self, candidate: int) -> Tensor:
-        """[T]: the timesteps at which this candidate's bound had better be measured."""
-        net, config, objective = self._candidates[candidate]
-        pilot, variance = images_of(self._train, 0, judgement.PILOT_IMAGES), config.sample.variance
-        return judgement.proposal(net, config, objective, pilot, device=self._device, variance=variance)
+    def measure(self, candidate: int) -> Measured:
+        """What is measured with this candidate on training images."""
+        posed = self._candidates[candidate]
+        train = images_of(self._train, 0, min(judgement.MEASURED_IMAGES, self._train.rows.num_rows))
+        variance = judgement.bound_variance(posed[1], self._settings.variance)
+        return judgement.measure(*posed, train, variance, device=self._device)
 
-    def bits(self, piece: Piece, proposal: Tensor | None) -> BitsPerDim:
+    def bits(self, piece: Piece, measured: Measured) -> BitsPerDim:
         """The bound of held-out images."""
         net, config, objective = self._candidates[piece.candidate]
         return judgement.bits_per_dim(
@@ -75,19 +88,26 @@ class Bench:
             images_of(self._held_out, piece.start, piece.stop),
             start=piece.start,
             device=self._device,
-            variance=config.sample.variance,
-            proposal=proposal,
+            variance=judgement.bound_variance(config, self._settings.variance),
+            measured=measured,
             num_draws=self._settings.num_draws,
             seed=self._settings.seed,
         )
 
-    def draw(self, piece: Piece) -> Features:
-        """The features of images that are drawn."""
+    def draw(self, piece: Piece, measured: Measured | None) -> Images:
+        """Images that are drawn."""
         posed, indices = self._candidates[piece.candidate], range(piece.start, piece.stop)
         sample = self._ways[piece.candidate][piece.way]
-        return judgement.drawn_features(
-            *posed, self._feature_net, indices, device=self._device, sample=sample
+        features, image = judgement.drawn_features(
+            *posed,
+            self._feature_net,
+            indices,
+            device=self._device,
+            sample=sample,
+            x_0_error=measured.x_0_error if measured else None,
         )
+        kept = MAX_PAIRWISE if self._settings.num_train_images else 0
+        return Images(features, image[: max(0, kept - piece.start)])
 
 
 def evaluate(candidates: Sequence[Candidate], settings: Settings, num_workers: int | None = None) -> Report:
@@ -103,46 +123,107 @@ def evaluate(candidates: Sequence[Candidate], settings: Settings, num_workers: i
     by = choose(candidates, settings)
     bench = partial(Bench, candidates, ways, by.train, by.held_out, by.feature_net, settings)
     with Fleet(bench, num_workers) as fleet:
-        bits = _bits(fleet, candidates, settings, min(settings.num_images, by.held_out.rows.num_rows))
-        drawn = _drawn(fleet, ways, settings.num_images)
+        measured = _measured(fleet, candidates)
+        bits = _bits(fleet, measured, min(settings.num_images, by.held_out.rows.num_rows))
+        drawn = _drawn(fleet, ways, measured, settings.num_images)
+    nearnesses = _nearness(by, drawn)
     verdicts = (
-        _verdict(candidate, by, settings, bits.get(i), zip(ways[i], drawn[i], strict=True))
+        _verdict(candidate, by, settings, bits.get(i), zip(ways[i], drawn[i], nearnesses[i], strict=True))
         for i, candidate in enumerate(candidates)
     )
     return Report(_about(by, settings), tuple(verdicts))
 
 
-def _bits(
-    fleet: Fleet[Bench], candidates: Sequence[Candidate], settings: Settings, num_images: int
-) -> dict[int, BitsPerDim]:
-    """By candidate; those of a process that has no bound are not there."""
+def _measured(fleet: Fleet[Bench], candidates: Sequence[Candidate]) -> dict[int, Measured]:
+    """By candidate, and kept beside its weights; those of a process that has no bound are not there."""
     bound = [i for i, candidate in enumerate(candidates) if candidate.config.objective.process == "gaussian"]
-    proposals: dict[int, Tensor] = {}
-    if settings.num_draws:
-        with Display("choosing timesteps", len(bound)) as display:
-            for candidate, proposal in fleet.map(Bench.proposal, bound):
-                proposals[candidate] = proposal
-                display.update(len(proposals))
-    pieces = [Piece(i, 0, *part) for i in bound for part in _parts(num_images)]
-    done = _watched("bits/dim", fleet.map(partial(_bits_of, proposals=proposals), pieces), pieces)
-    return {i: BitsPerDim.merge(*(done[piece] for piece in pieces if piece.candidate == i)) for i in bound}
+    found: dict[int, Measured] = {}
+    with Display("measuring the nets", len(bound)) as display:
+        for i, measured in fleet.map(Bench.measure, bound):
+            runs.keep_x_0_error(candidates[i].uri, candidates[i].weights_sha256, measured.x_0_error)
+            found[i] = measured
+            display.update(len(found))
+    return found
 
 
-def _bits_of(bench: Bench, piece: Piece, proposals: Mapping[int, Tensor]) -> BitsPerDim:
-    return bench.bits(piece, proposals.get(piece.candidate))
+def _bits(fleet: Fleet[Bench], measured: Mapping[int, Measured], num_images: int) -> dict[int, BitsPerDim]:
+    """By candidate."""
+    pieces = [Piece(i, 0, *part) for i in sorted(measured) for part in _parts(num_images)]
+    done = _watched("bits/dim", fleet.map(partial(_bits_of, measured=measured), pieces), pieces)
+    return {i: BitsPerDim.merge(*(done[piece] for piece in pieces if piece.candidate == i)) for i in measured}
+
+
+def _bits_of(bench: Bench, piece: Piece, measured: Mapping[int, Measured]) -> BitsPerDim:
+    return bench.bits(piece, measured[piece.candidate])
+
+
+def _images_of(bench: Bench, piece: Piece, measured: Mapping[int, Measured]) -> Images:
+    return bench.draw(piece, measured.get(piece.candidate))
 
 
 def _drawn(
-    fleet: Fleet[Bench], ways: Sequence[Sequence[SampleConfig]], num_images: int
-) -> list[list[Features]]:
-    """The features of the images drawn, by candidate and way."""
+    fleet: Fleet[Bench],
+    ways: Sequence[Sequence[SampleConfig]],
+    measured: Mapping[int, Measured],
+    num_images: int,
+) -> list[list[Images]]:
+    """The images drawn, by candidate and way."""
     places = [[(i, way) for way in range(len(of_candidate))] for i, of_candidate in enumerate(ways)]
     pieces = [Piece(*place, *part) for row in places for place in row for part in _parts(num_images)]
-    done = _watched("images drawn", fleet.map(Bench.draw, pieces), pieces)
+    done = _watched("images drawn", fleet.map(partial(_images_of, measured=measured), pieces), pieces)
     return [
-        [Features.merge(*(done[piece] for piece in pieces if piece[:2] == place)) for place in row]
-        for row in places
+        [_merged([done[piece] for piece in pieces if piece[:2] == place]) for place in row] for row in places
     ]
+
+
+def _merged(parts: Sequence[Images]) -> Images:
+    return Images(
+        Features.merge(*(part.features for part in parts)), np.concatenate([part.image for part in parts])
+    )
+
+
+class Nearness(NamedTuple):
+    """How near the images drawn in one way are to training images."""
+
+    shares: tuple[NearerShare, ...] = ()
+    """In the feature net's space and in pixels."""
+    pairs: Pairs | None = None
+    """The nearest, in the feature net's space."""
+
+
+def _nearness(by: Yardstick, drawn: Sequence[Sequence[Images]]) -> list[list[Nearness]]:
+    """How near the images drawn are to training images, by candidate and way."""
+    if not by.num_train:
+        return [[Nearness() for _ in row] for row in drawn]
+    ways = [images for row in drawn for images in row]
+    held_out = images_of(by.held_out, 0, min(len(by.real), MAX_PAIRWISE)).image
+    train = by.train.parts(by.train.plan(0, WINDOW_ROWS), 0, by.num_train, BLOCK_IMAGES, "substitute")
+    counted = _counted(train, by.num_train)
+    spaces = {"pixels": memorisation.nearest([held_out, *(way.image for way in ways)], counted)}
+    if by.train_features is not None:
+        features = [by.real.values, *(way.features.values for way in ways)]
+        train_features = memorisation.blocks(by.train_features.values)
+        nearest = memorisation.nearest([values[:MAX_PAIRWISE] for values in features], train_features)
+        spaces = {by.feature_net.name: nearest, **spaces}
+
+    def nearness(way: int, image: Pixels) -> Nearness:
+        found = {name: (of_ways[way], of_held_out) for name, (of_held_out, *of_ways) in spaces.items()}
+        shares = tuple(nearer_share(name, *sides, by.num_train) for name, sides in found.items())
+        name, sides = next(iter(found.items()))
+        return Nearness(shares, nearest_pairs(name, *sides, image, by.train_image))
+
+    nearnesses = iter([nearness(i, way.image) for i, way in enumerate(ways)])
+    return [list(islice(nearnesses, len(row))) for row in drawn]
+
+
+def _counted(parts: Iterable[Batch], num_images: int) -> Iterator[Pixels]:
+    """The images of all parts, while a bar counts them."""
+    done = 0
+    with Display("training images searched", num_images) as display:
+        for part in parts:
+            yield part.image
+            done += len(part.image)
+            display.update(done)
 
 
 def _watched(what: str, results: Iterator[tuple[Piece, T]], pieces: Sequence[Piece]) -> dict[Piece, T]:
@@ -160,7 +241,7 @@ def _verdict(
     by: Yardstick,
     settings: Settings,
     bits: BitsPerDim | None,
-    drawn: Iterable[tuple[SampleConfig, Features]],
+    drawn: Iterable[tuple[SampleConfig, Images, Nearness]],
 ) -> Verdict:
     config, position = candidate.config, candidate.position
     own = replace(resolved(config, config.sample), seed=settings.seed)
@@ -172,16 +253,26 @@ def _verdict(
         experiment=config.run.experiment,
         images_seen=position["images_seen"],
         saw_this_data=position.get("data_fingerprint") == by.train.rows.fingerprint,
+        variance=judgement.bound_variance(config, settings.variance) if bits else "",
+        variance_is_default=settings.variance == "auto",
         bits=tuple(bits.scores()) if bits else (),
         drawn=tuple(
             Drawn(
                 way,
                 way == own,
-                tuple(
-                    score(by.feature_net.name, features, by.real, by.other_real, _labels(config, features))
+                (
+                    *score(
+                        by.feature_net.name,
+                        images.features,
+                        by.real,
+                        by.other_real,
+                        _labels(config, images.features),
+                    ),
+                    *nearness.shares,
                 ),
+                plots.nearest(nearness.pairs) if nearness.pairs else b"",
             )
-            for way, features in drawn
+            for way, images, nearness in drawn
         ),
     )
 
@@ -198,6 +289,7 @@ def _about(by: Yardstick, settings: Settings) -> dict[str, Any]:
         "seed": settings.seed,
         "generator": GENERATOR,
         "features": {key: getattr(by.feature_net, key) for key in ("name", "size", "digest")},
+        "num_train_images": by.num_train,
         "bits_per_dim": {"timesteps": settings.num_draws or "all"},
         "data": {
             "shards": by.uri,

@@ -24,6 +24,7 @@ from ddpm.diffusion.reverse import Variance, fixed_variance
 from ddpm.diffusion.samplers import PerImageNoise
 from ddpm.evaluation.bits import BitsPerDim
 from ddpm.evaluation.features import FeatureNet, Features, features_of
+from ddpm.images import Pixels
 from ddpm.utils.generators import PhiloxGenerator
 from ddpm.utils.seeding import Purpose
 
@@ -157,17 +158,21 @@ def drawn_features(
     device: torch.device,
     sample: SampleConfig | None = None,
     x_0_error: Tensor | None = None,
-) -> Features:
+) -> tuple[Features, Pixels]:
     """Draw the images with these ascending indices, in one batch, and take their features.
 
     Args:
         sample: how to draw; default: config.sample. Images are those of jobs/sample.py.
         x_0_error: for the variance "measured".
+
+    Returns:
+        The features, and the images, uint8 [N, H, W, C].
     """
     image = generation.draw(
         net, config, objective, indices, device=device, sample=sample, x_0_error=x_0_error
     )
-    return Features(np.array(indices, np.int64), features_of(feature_net, image).values)
+    features = Features(np.array(indices, np.int64), features_of(feature_net, image).values)
+    return features, image.cpu().numpy()
 
 
 def _posed(

@@ -1,4 +1,4 @@
-"""The picture of a report: quality over images seen, and over the number of sampling steps.
+"""The pictures of a report: quality over images seen and over the number of sampling steps; the nearest pairs.
 
 Its own room because, with search/plots.py, only this one knows matplotlib.
 """
@@ -7,12 +7,15 @@ import io
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
+from ddpm.evaluation.memorisation import Pairs
 from ddpm.evaluation.metrics import Manifold
 from ddpm.evaluation.scores import Score
 from ddpm.report import Report, Verdict, rows
@@ -24,6 +27,7 @@ PANELS = (("bits/dim",), ("FID",), ("KID",), Manifold._fields[:2], Manifold._fie
 STYLES = {"solid": "-", "dashed": "--"}
 """Of the metrics that share a panel."""
 GREY = "0.5"
+PAIR_WIDTH, PAIR_HEIGHT = 1.8, 1.3
 
 
 def picture(report: Report) -> bytes:
@@ -41,6 +45,34 @@ def picture(report: Report) -> bytes:
         handles = [Line2D([], [], color=c, marker=".", label=label) for label, c in colours.items() if label]
         handles.append(Line2D([], [], color=GREY, label="real against real"))
         part.legend(handles=handles, loc="outside right upper", fontsize=7, frameon=False)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    return file.getvalue()
+
+
+def nearest(pairs: Pairs) -> bytes:
+    """Drawn images beside their nearest training images, with their distances; a PNG."""
+    columns = 4
+    lines = -(-len(pairs.index) // columns)
+    layout = ConstrainedLayoutEngine(w_pad=0.1)  # inches: more between pairs than within them
+    figure = Figure((PAIR_WIDTH * columns, PAIR_HEIGHT * lines + 0.5), layout=layout)
+    FigureCanvasAgg(figure)
+    figure.suptitle(
+        f"drawn | nearest training image, by {pairs.space}; their distance,\n"
+        "and how many of the held-out images are nearer to a training image",
+        fontsize=9,
+    )
+    all_axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axes in all_axes:
+        axes.set_axis_off()
+    for i, axes in zip(range(len(pairs.index)), all_axes, strict=False):
+        left, right = (
+            np.broadcast_to(image[i], (*image.shape[1:3], 3)) for image in (pairs.drawn, pairs.train)
+        )
+        axes.imshow(np.concatenate([left, right], axis=1), interpolation="nearest")
+        axes.axvline(left.shape[1] - 0.5, color="white", linewidth=3)
+        title = f"image {pairs.index[i]}: {pairs.distance[i]:.3g}\n{pairs.nearer_held_out[i]:.0%} of held-out nearer"
+        axes.set_title(title, fontsize=7)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
     return file.getvalue()

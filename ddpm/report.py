@@ -7,8 +7,10 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from rich import box
@@ -16,11 +18,22 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from ddpm.config import SampleConfig
+from ddpm.evaluation.memorisation import METRIC, MIN_HELD_OUT, NearerShare
 from ddpm.evaluation.scores import MAX_FID_FEATURES, Score
 
 FORMAT = "ddpm-evaluation/1"
 ENOUGH = 10
 """FID of fewer images a feature than that is mostly bias."""
+MANY = 2.0
+"""Memorisation is remarked on where even the lower end of its interval is so many times what is expected."""
+FIXED = "which favours schedules of many steps, whatever the net; --variance measured does not"
+VARIANCES = {
+    "measured": "one a timestep, as the net errs on training images",
+    "learned": "the net's own, pixel by pixel",
+    "beta": FIXED,
+    "beta_tilde": FIXED,
+}
+"""What a bound is worth that has such a variance."""
 TERMS = ("bits/dim-prior", "bits/dim-kl", "bits/dim-decoder")
 SETTINGS = ("spacing", "eta", "dynamic_threshold", "guidance_scale", "guidance_interval", "mean", "variance")
 """Of a sampler, beside its steps."""
@@ -35,13 +48,16 @@ class Drawn:
     is_own: bool
     """As the run itself draws."""
     scores: tuple[Score, ...]
+    """Those of memorisation last, if it was looked for."""
+    nearest: bytes = field(default=b"", repr=False, compare=False)
+    """A PNG: those nearest to a training image, beside it. Not in the JSON; empty: they were not looked for."""
 
     @property
     def name(self) -> str:
         """The sampler and its steps, "ddim-50", and whatever else is not as a config has it by default."""
         words = [f"{self.sample.sampler}-{self.sample.num_sample_steps}"]
         for setting in SETTINGS:
-            if (value := getattr(self.sample, setting)) != getattr(SampleConfig, setting):
+            if (value := getattr(self.sample, setting)) not in (getattr(SampleConfig, setting), "beta_tilde"):
                 words += [setting, *map(str, value if isinstance(value, tuple) else (value,))]
         return " ".join(words)
 
@@ -61,6 +77,10 @@ class Verdict:
     images_seen: int
     saw_this_data: bool
     """Whether it was trained on the data set whose held-out images it is judged by."""
+    variance: str
+    """Of p(x_{t-1} | x_t) in the bound."""
+    variance_is_default: bool
+    """Whether nobody asked for another one."""
     bits: tuple[Score, ...]
     """The bound and its terms; none for a process without one."""
     drawn: tuple[Drawn, ...]
@@ -87,7 +107,8 @@ class Report:
 
     def to_json(self) -> str:
         """Every number with its n, its uncertainty and its floor; null stands for what is not finite."""
-        found = {"settings": self.settings, "checkpoints": [dataclasses.asdict(v) for v in self.verdicts]}
+        verdicts = [dataclasses.asdict(v, dict_factory=_without_pictures) for v in self.verdicts]
+        found = {"settings": self.settings, "checkpoints": verdicts}
         return json.dumps(_finite({"format": FORMAT, **found}), indent=2, allow_nan=False) + "\n"
 
 
@@ -143,7 +164,7 @@ def _comparison(report: Report, names: Sequence[str]) -> Table:
                 *([verdict.run if i == 0 else ""] if several else []),
                 f"{verdict.images_seen:,}" if i == 0 else "",
                 drawn.name,
-                *(_estimate(score.value, score.error) if score else "" for score in found),
+                *(_cell(score) if score else "" for score in found),
             )
     return made
 
@@ -158,13 +179,33 @@ def _list(report: Report) -> Table:
         made.add_column(title, justify="right")
     for score, _, _ in rows(report):
         name = f"  {score.name.partition('-')[2]}" if score.name in TERMS else score.name
-        made.add_row(name, _estimate(score.value, score.error), _counts(score), _floor(score))
+        made.add_row(name, _cell(score), _counts(score), _floor(score))
     return made
 
 
-def remarks(report: Report) -> list[str]:
-    """What one must know to read the numbers."""
-    lines = []
+def nearest_pictures(report: Report, out: str) -> Iterator[tuple[str, Verdict, Drawn]]:
+    """The picture of the nearest pairs of each way of drawing, under the name that it has beside the file `out`.
+
+    "digits.json" has "digits-nearest.png", or "digits-nearest-RUN-IMAGES_SEEN-WAY.png" where there are several.
+    """
+    found = [(verdict, drawn) for verdict in report.verdicts for drawn in verdict.drawn if drawn.nearest]
+    folder, slash, name = out.rpartition("/")
+    stem = f"{folder}{slash}{PurePosixPath(name).stem}-nearest"
+    words = [f"{verdict.run}-{verdict.images_seen}-{drawn.name}" for verdict, drawn in found]
+    if len(set(words)) < len(found):  # runs of one name in two places
+        words = [f"{word}-{v.weights_sha256[:8]}" for word, (v, _) in zip(words, found, strict=True)]
+    for word, pair in zip(words, found, strict=True):
+        suffix = "-" + re.sub(r"[^\w.-]+", "-", word) if len(found) > 1 else ""
+        yield f"{stem}{suffix}.png", *pair
+
+
+def remarks(report: Report, out: str) -> list[str]:
+    """What one must know to read the numbers.
+
+    Args:
+        out: the report's file, which pictures are beside.
+    """
+    lines = list(_on_variances(report))
     size = report.settings["features"]["size"]
     for name, group in _by_name(report).items():
         least = min(min(row.score.n, row.score.n_real or row.score.n) for row in group)
@@ -174,6 +215,7 @@ def remarks(report: Report) -> list[str]:
                 f"{name}: {least:,} images are few for {features:,} features, and raise it by much of what real images "
                 "have against real ones; compare with that, or go by KID, which n does not bias"
             )
+    lines += _on_memorisation(report, out)
     others = {verdict.run for verdict in report.verdicts if not verdict.saw_this_data}
     if others:
         lines.append(
@@ -182,16 +224,46 @@ def remarks(report: Report) -> list[str]:
     return lines
 
 
+def _on_variances(report: Report) -> Iterator[str]:
+    bounded = [verdict for verdict in report.verdicts if verdict.bits]
+    for variance in sorted({verdict.variance for verdict in bounded}):
+        runs = sorted({verdict.run for verdict in bounded if verdict.variance == variance})
+        whose = f" of {', '.join(runs)}" if len({verdict.variance for verdict in bounded}) > 1 else ""
+        yield f"bits/dim{whose}: the variance is {variance}, {VARIANCES[variance]}"
+
+
+def _on_memorisation(report: Report, out: str) -> Iterator[str]:
+    found = [score for score, _, _ in rows(report) if isinstance(score, NearerShare)]
+    if found and (n := found[0].n_real) < MIN_HELD_OUT:
+        yield (
+            f"{METRIC}: {n} held-out images are too few for a 1st percentile; the smallest of their distances stands "
+            f"for it, and of other images like them {found[0].floor:.1%} are expected below it"
+        )
+    for uri, verdict, drawn in nearest_pictures(report, out):
+        for s in drawn.scores:
+            if isinstance(s, NearerShare) and s.low > MANY * s.floor and verdict.saw_this_data:
+                yield (
+                    f"{verdict.run}, {verdict.images_seen:,} images seen, {drawn.name}: {s.value:.1%} (95 % interval "
+                    f"{s.low:.1%} to {s.high:.1%}) of the images drawn are nearer to a training image, by {s.space}, "
+                    f"than {1 - s.floor:.0%} of held-out images are: the net repeats training images, or draws typical "
+                    f"ones alone; look at {uri}"
+                )
+
+
 def metrics(verdict: Verdict) -> dict[str, float]:
     """Points of curves over images seen: eval/bits_per_dim, eval/KID-lite0, eval/KID-lite0-error, ...
 
-    What was drawn in another way than the run's own is named by that: eval/dpmpp_2m-20/KID-lite0.
+    What was drawn in another way than the run's own is named by that: eval/dpmpp_2m-20/KID-lite0. So is a bound of
+    another variance than the default: eval/bits_per_dim-beta_tilde.
     """
+    bits_per_dim = "bits_per_dim" if verdict.variance_is_default else f"bits_per_dim-{verdict.variance}"
     values: dict[str, float] = {}
     for score, _, drawn in rows(Report({}, (verdict,))):
         place = "eval" if drawn is None or drawn.is_own else f"eval/{drawn.name}"
-        name = f"{place}/{score.name.replace('bits/dim', 'bits_per_dim')}"
+        name = f"{place}/{score.name.replace('bits/dim', bits_per_dim)}"
         values |= {name: score.value, f"{name}-error": score.error}
+        if isinstance(score, NearerShare):
+            values |= {f"{name}-low": score.low, f"{name}-high": score.high}
         if score.floor is not None:
             values[f"{name}-floor"] = score.floor
     return {name: value for name, value in values.items() if math.isfinite(value)}
@@ -202,6 +274,12 @@ def _by_name(report: Report) -> dict[str, list[Row]]:
     for row in rows(report):
         groups.setdefault(row.score.name, []).append(row)
     return groups
+
+
+def _cell(score: Score) -> str:
+    if isinstance(score, NearerShare):
+        return f"{score.value:.4f} [{score.low:.4f}, {score.high:.4f}]"
+    return _estimate(score.value, score.error)
 
 
 def _estimate(value: float, error: float) -> str:
@@ -219,6 +297,10 @@ def _floor(score: Score) -> str:
         return ""
     fewer = f" (n {score.floor_n:,})" if score.floor_n != score.n else ""
     return _estimate(score.floor, score.floor_error) + fewer
+
+
+def _without_pictures(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: value for key, value in items if not isinstance(value, bytes)}
 
 
 def _finite(value: Any) -> Any:

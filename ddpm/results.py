@@ -1,4 +1,4 @@
-"""Where a report goes: a file, a picture beside it, and the MLflow runs that the checkpoints come from.
+"""Where a report goes: a file, pictures beside it, and the MLflow runs that the checkpoints come from.
 
 Its own room because a report may lie anywhere that storage.py reaches, and MLflow may be away: nothing found is lost
 by that.
@@ -14,7 +14,7 @@ from ddpm import plots, storage
 from ddpm.calls import OutOfTime
 from ddpm.config import UserError
 from ddpm.records import Artifact, Metrics, Record
-from ddpm.report import Report, metrics
+from ddpm.report import Report, metrics, nearest_pictures
 from ddpm.storage import Location
 from ddpm.tracking import Address, Lost, MlflowRun, tracking_uri, without_password
 
@@ -42,7 +42,7 @@ def place_for(out: str) -> Location:
 
 
 def store(report: Report, place: Location, timeout_s: float = MLFLOW_TIMEOUT_S) -> Iterator[str]:
-    """Write the report to `place` and its picture beside it, tell MLflow, and say in lines where everything is.
+    """Write the report to `place` and its pictures beside it, tell MLflow, and say in lines where everything is.
 
     Args:
         timeout_s: without a call that works, after which MLflow is left alone.
@@ -57,6 +57,10 @@ def store(report: Report, place: Location, timeout_s: float = MLFLOW_TIMEOUT_S) 
     shown = replace(place, uri=_sibling(place.uri, beside), path=_sibling(place.path, beside))
     _write(shown, picture)
     yield f"picture     {shown.uri}"
+    for name, _, drawn in nearest_pictures(report, Path(place.path).name):
+        nearest = replace(place, uri=_sibling(place.uri, name), path=_sibling(place.path, name))
+        _write(nearest, drawn.nearest)
+        yield f"nearest     {nearest.uri}"
     yield from publish(report, picture, timeout_s)
 
 
@@ -65,7 +69,7 @@ def publish(report: Report, picture: bytes, timeout_s: float = MLFLOW_TIMEOUT_S)
 
     Points are at the step images_seen; one that MLflow has already, at the same step with the same value, is not sent
     again, and one of another value (of more images, say) is sent as a newer point beside it. The report and its
-    picture become artifacts whose name depends on the checkpoints and the settings, so that the same evaluation
+    pictures become artifacts whose name depends on the checkpoints and the settings, so that the same evaluation
     replaces its own files and no other's.
     """
     uri = tracking_uri()
@@ -95,6 +99,8 @@ def _records(report: Report, picture: bytes) -> Iterator[Record]:
         yield Metrics(metrics(verdict), verdict.images_seen, now_ms)
     yield Artifact(f"evaluation/{report.key}.json", report.to_json().encode())
     yield Artifact(f"evaluation/{report.key}.png", picture)
+    for path, _, drawn in nearest_pictures(report, f"evaluation/{report.key}.json"):
+        yield Artifact(path, drawn.nearest)
 
 
 def _write(file: Location, data: bytes) -> None:

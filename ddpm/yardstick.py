@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ddpm import generation, runs, storage
-from ddpm.config import Config, SampleConfig, UserError
+from ddpm.config import Config, SampleConfig, SampleVariance, UserError
 from ddpm.data import embedded
 from ddpm.data.manifest import MANIFEST, read_manifest
 from ddpm.data.reading import DataSet, scale_of
@@ -21,8 +21,10 @@ from ddpm.diffusion import schedules, timesteps
 from ddpm.evaluation import classifier, nets
 from ddpm.evaluation.cache import Cache
 from ddpm.evaluation.features import FeatureNet, Features
-from ddpm.evaluation.reference import real_features
+from ddpm.evaluation.memorisation import MAX_TRAIN
+from ddpm.evaluation.reference import images_of, real_features
 from ddpm.evaluation.scores import LEAST_IMAGES
+from ddpm.images import Pixels
 from ddpm.models.unet import UNet
 from ddpm.progress import Display
 from ddpm.training import checkpoint
@@ -45,6 +47,11 @@ class Settings:
     num_sample_steps: tuple[int, ...] = ()
     sample: Mapping[str, Any] = field(default_factory=dict)
     """What else is changed in the run's SampleConfig."""
+    variance: SampleVariance = "auto"
+    """Of p(x_{t-1} | x_t), in the bound and in `ancestral`. auto: in the bound the best that the net can have
+    (judgement.bound_variance), and the run's own in drawing."""
+    num_train_images: int = MAX_TRAIN
+    """Training images among which the nearest one of a drawn image is searched for, at most; 0: no search."""
     num_draws: int = 8
     """Timesteps of an image at which KL_t is measured; 0: all."""
     seed: int = 0
@@ -85,6 +92,14 @@ class Yardstick:
     """Of held-out images."""
     other_real: Features
     """Of training images, for the floor."""
+    num_train: int
+    """Training images that the nearest one is searched among; 0: there is no search."""
+    train_features: Features | None
+    """Their features; None: there is no search, or pixels are the features."""
+
+    def train_image(self, position: int) -> Pixels:
+        """[H, W, C]: the training image at this place of the order in which features are taken."""
+        return images_of(self.train, position, position + 1).image[0]
 
 
 def read(uris: Sequence[str], every: bool = False) -> list[Candidate]:
@@ -106,16 +121,19 @@ def ways_of(config: Config, settings: Settings) -> list[SampleConfig]:
     found = []
     for sampler in settings.samplers or (config.sample.sampler,):
         for steps in settings.num_sample_steps or (config.sample.num_sample_steps,):
-            changes = {"sampler": sampler, "num_sample_steps": steps, "seed": settings.seed}
+            changes: dict[str, Any] = {"sampler": sampler, "num_sample_steps": steps, "seed": settings.seed}
+            if settings.variance != "auto":
+                changes["variance"] = settings.variance
             sample = replace(config.sample, **{**settings.sample, **changes})
-            generation.build_sampler(config, sample)
+            T = config.schedule.num_timesteps
+            generation.build_sampler(config, sample, x_0_error=torch.ones(T, dtype=torch.float64))
             found.append(resolved(config, sample))
     return list(dict.fromkeys(found))
 
 
 def resolved(config: Config, sample: SampleConfig) -> SampleConfig:
     """`sample`, with the sampler and the number of steps that it comes to."""
-    sample = sample.resolved(config.objective.process)
+    sample = sample.resolved(config.objective)
     if sample.num_sample_steps is not None:
         return sample
     is_mix = sample.sampler == "mix"
@@ -131,6 +149,10 @@ def choose(candidates: Sequence[Candidate], settings: Settings) -> Yardstick:
     """
     if settings.num_images < LEAST_IMAGES:
         raise UserError(f"num_images is {settings.num_images}; it must be at least {LEAST_IMAGES}")
+    if settings.num_train_images < 0:
+        raise UserError(
+            f"num_train_images is {settings.num_train_images}; it must be at least 1, or 0 for no search"
+        )
     if settings.num_draws < 0:
         raise UserError(f"num_draws is {settings.num_draws}; it must be at least 1, or 0 for all timesteps")
     train, uri = _data_set(candidates, settings.shards)
@@ -148,11 +170,17 @@ def choose(candidates: Sequence[Candidate], settings: Settings) -> Yardstick:
         )
         weights = settings.inception_weights
         net = nets.build(name, train, cache, weights, lambda done: bar().update(done))
-    with Display("real images", n + m) as display:
+    k = min(settings.num_train_images, train.rows.num_rows)
+    num_features = k if net.name != "pixels" else 0
+    total = n + m + num_features
+    with Display("real images", total) as display:
         real = real_features(held_out, net, cache, n, device, display.update)
         other = real_features(train, net, cache, m, device, lambda done: display.update(n + done))
-        display.update(n + m)
-    return Yardstick(uri, train, held_out, net, real, other)
+        searched = None
+        if num_features:
+            searched = real_features(train, net, cache, k, device, lambda done: display.update(n + m + done))
+        display.update(total)
+    return Yardstick(uri, train, held_out, net, real, other, k, searched)
 
 
 def _read(uri: str) -> Candidate:

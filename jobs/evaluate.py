@@ -1,8 +1,9 @@
 """Judge checkpoints: python jobs/evaluate.py CHECKPOINT [CHECKPOINT ...] [--num-images 2000] [--out FILE.json]
 
 CHECKPOINT is the folder or s3:// URI of a checkpoint or of a run (its newest), or models:/NAME@ALIAS of MLflow's
-registry. Bits/dim of held-out images, and KID, FID, precision, recall, density and coverage of drawn ones, become a
-table, FILE.json, a picture beside it, and points in the runs' own MLflow runs. What is not given is as in training.
+registry. Bits/dim of held-out images, and KID, FID, precision, recall, density, coverage and memorisation of drawn
+ones, become a table, FILE.json, pictures beside it, and points in the runs' own MLflow runs. What is not given is as in
+training.
 """
 
 import sys
@@ -52,6 +53,11 @@ class Arguments:
     """Classifier-free guidance; 1 is none."""
     guidance_interval: tuple[float, float] | None = None
     """Guidance only where sigma is above the first and not above the second."""
+    variance: Literal["beta", "beta_tilde", "measured", "learned"] | None = None
+    """Of p(x_{t-1} | x_t), in bits/dim and with the sampler ancestral. None: in bits/dim learned where the net learned
+    it, else measured on training images; in drawing as in training."""
+    num_train_images: int = 50_000
+    """Memorisation: training images among which the nearest one of a drawn image is searched for, at most; 0: none."""
     num_draws: int = 8
     """bits/dim: timesteps of an image at which KL_t is measured, drawn where it matters; 0: all."""
     seed: int = 0
@@ -83,6 +89,8 @@ def main() -> None:
         samplers=arguments.sampler,
         num_sample_steps=arguments.num_sample_steps,
         sample={name: value for name in CHANGES if (value := getattr(arguments, name)) is not None},
+        variance=arguments.variance or "auto",
+        num_train_images=arguments.num_train_images,
         num_draws=arguments.num_draws,
         seed=arguments.seed,
         shards=arguments.data.shards,
@@ -93,7 +101,7 @@ def main() -> None:
     # A file or a pipe is as wide as it takes.
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(report.tables(found, console.width))
-    for line in (*report.remarks(found), *results.store(found, place)):
+    for line in (*report.remarks(found, place.uri), *results.store(found, place)):
         print(line)
 
 

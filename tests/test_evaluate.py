@@ -13,6 +13,8 @@ from ddpm import evaluate, generation, judgement, runs, storage, yardstick
 from ddpm.config import SampleConfig, UserError, override
 from ddpm.data.manifest import make_manifest, read_manifest, write_manifest
 from ddpm.data.shards import write_shard
+from ddpm.evaluation import memorisation
+from ddpm.evaluation.memorisation import NearerShare
 from ddpm.evaluation.pixels import Pixels
 from ddpm.evaluation.scores import Score, score
 from ddpm.report import Report
@@ -67,13 +69,30 @@ def test_numbers_are_those_of_one_batch(run: Run, alone: Report, shards: str) ->
         assert (found.name, found.n) == (expected.name, 90)
         assert found.value == pytest.approx(expected.value, rel=1e-5)
         assert found.error == pytest.approx(expected.error, rel=1e-4)
-    drawn = judgement.drawn_features(*posed, Pixels((8, 8, 1)), range(150), device=CPU)
-    for found, expected in zip(
-        last.drawn[1].scores, score("pixels", drawn, by.real, by.other_real), strict=True
-    ):
+    drawn, image = judgement.drawn_features(*posed, Pixels((8, 8, 1)), range(150), device=CPU)
+    *scores, share = last.drawn[1].scores
+    for found, expected in zip(scores, score("pixels", drawn, by.real, by.other_real), strict=True):
         assert (found.name, found.n, found.n_real) == (expected.name, 150, 90)
         assert (found.floor, found.floor_n) == (expected.floor, 150)
         assert found.value == pytest.approx(expected.value, rel=1e-3, abs=1e-4)
+    everything = by.train.read(by.train.plan(0, 8192), 0, 1707).image
+    of_held_out, of_drawn = memorisation.nearest([held_out.image, image], [everything])
+    assert share == memorisation.nearer_share("pixels", of_drawn, of_held_out, 1707)
+
+
+def test_training_images_are_searched_as_far_as_is_asked(run: Run, alone: Report, tmp_path: Path) -> None:
+    for verdict in alone.verdicts:
+        for way in verdict.drawn:
+            assert way.scores[-1].name == "nearer_than_held_out-pixels"
+            assert isinstance(way.scores[-1], NearerShare) and way.scores[-1].n_train == 1707
+            assert way.nearest.startswith(b"\x89PNG")
+    ((some,), (none,)) = (
+        judged(run.location.uri, num_images=40, num_train_images=n, cache=str(tmp_path)).verdicts[0].drawn
+        for n in (30, 0)
+    )
+    assert isinstance(some.scores[-1], NearerShare) and some.scores[-1].n_train == 30
+    assert [s.name for s in none.scores] == [s.name for s in some.scores[:-1]]
+    assert none.nearest == b""
 
 
 def test_a_score_needs_nothing_but_its_n_and_its_error(alone: Report) -> None:
@@ -97,6 +116,7 @@ def test_several_workers_find_what_one_finds(run: Run, alone: Report, num_worker
     finally:
         ray.shutdown()
     assert again.to_json() == alone.to_json()
+    assert again.verdicts[-1].drawn[-1].nearest == alone.verdicts[-1].drawn[-1].nearest
     assert again.key == alone.key
 
 
@@ -202,6 +222,11 @@ def other_data(folder: Path, side: int = 8, **rows: int) -> str:
         ({"test": 30}, {}, "has no split 'train'"),
         ({"train": 100, "test": 30}, {"features": "classifier"}, "has no classes to train a classifier on"),
         ({"train": 100, "test": 30}, {"num_images": 19}, "num_images is 19; it must be at least 20"),
+        (
+            {"train": 100, "test": 30},
+            {"num_train_images": -1},
+            "num_train_images is -1; it must be at least 1, or 0 for no search",
+        ),
         ({"train": 100, "test": 30}, {"num_draws": -1}, "num_draws is -1; it must be at least 1"),
         ({"train": 100, "test": 30}, {"num_sample_steps": (0,)}, "num_sample_steps is 0; it must be in"),
     ],

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from ddpm import plots, report
 from ddpm.config import SampleConfig
+from ddpm.evaluation.memorisation import NearerShare, Pairs
 from ddpm.evaluation.scores import Score
 from ddpm.report import Drawn, Report, Verdict
 
@@ -33,6 +34,29 @@ def drawn(i: int, steps: int = 50, own: bool = True, **sample: Any) -> Drawn:
         for j, name in enumerate(METRICS)
     )
     return Drawn(SampleConfig(sampler="ddim", num_sample_steps=steps, **sample), own, scores)
+
+
+def nearer(low: float, n_real: int = 1000, space: str = "pixels") -> NearerShare:
+    return NearerShare(
+        name=f"nearer_than_held_out-{space}",
+        value=low + 0.01234567,
+        error=0.01,
+        n=500,
+        n_real=n_real,
+        floor=0.01,
+        floor_error=0.003,
+        floor_n=500,
+        low=low,
+        high=low + 0.04,
+        space=space,
+        threshold=12.5,
+        n_train=1707,
+    )
+
+
+def near(low: float, steps: int = 50, **changes: Any) -> Drawn:
+    """A way of drawing with its memorisation and a picture of it."""
+    return replace(drawn(1, steps), scores=(nearer(low, **changes),), nearest=f"PNG {low}".encode())
 
 
 def verdict(i: int, *ways: Drawn, run: str = "a", **changes: Any) -> Verdict:
@@ -133,11 +157,61 @@ def test_a_report_s_key_is_of_checkpoints_and_settings_not_of_numbers() -> None:
 
 
 def test_remarks() -> None:
-    few, other = report.remarks(made(verdict(1, drawn(1), saw_this_data=False)))
+    few, other = report.remarks(made(verdict(1, drawn(1), saw_this_data=False)), "found.json")
     assert few.startswith("FID-pixels: 90 images are few for 64 features")
     assert other == "trained on other data than these held-out images belong to: a"
     many = replace(drawn(1), scores=(Score("FID-pixels", 1.0, 0.1, 640, 640),))
-    assert report.remarks(made(verdict(1, many))) == []
+    assert report.remarks(made(verdict(1, many)), "found.json") == []
+
+
+def test_memorisation_is_told_with_its_interval() -> None:
+    found = made(verdict(1, near(0.03)))
+    assert "0.0423 [0.0300, 0.0700]" in printed(found)
+    assert "500 / 1,000" in printed(found) and "0.0100 ± 0.0030" in printed(found)
+    (way,) = json.loads(found.to_json())["checkpoints"][0]["drawn"]
+    assert set(way) == {"sample", "is_own", "scores"}  # the picture is a file of its own
+    (score,) = way["scores"]
+    told = {key: score[key] for key in ("low", "high", "n", "n_real", "n_train", "space", "threshold")}
+    assert told == {
+        "low": 0.03,
+        "high": 0.07,
+        "n": 500,
+        "n_real": 1000,
+        "n_train": 1707,
+        "space": "pixels",
+        "threshold": 12.5,
+    }
+    points = report.metrics(found.verdicts[0])
+    name = "eval/nearer_than_held_out-pixels"
+    assert [points[f"{name}{end}"] for end in ("", "-low", "-high")] == [score["value"], 0.03, 0.07]
+
+
+def test_memorisation_is_remarked_on_where_the_interval_is_clearly_above_what_is_expected() -> None:
+    (line,) = report.remarks(made(verdict(1, near(0.03))), "s3://b/out.json")
+    assert line == (
+        "a, 1,000 images seen, ddim-50: 4.2% (95 % interval 3.0% to 7.0%) of the images drawn are nearer to a training "
+        "image, by pixels, than 99% of held-out images are: the net repeats training images, or draws typical ones "
+        "alone; look at s3://b/out-nearest.png"
+    )
+    assert report.remarks(made(verdict(1, near(0.019))), "out.json") == []
+    (other,) = report.remarks(made(verdict(1, near(0.03), saw_this_data=False)), "out.json")
+    assert other.startswith("trained on other data")
+    (few,) = report.remarks(made(verdict(1, near(0.0, n_real=90))), "out.json")
+    assert few.startswith("nearer_than_held_out: 90 held-out images are too few for a 1st percentile")
+
+
+def test_each_picture_of_the_nearest_has_a_name_of_its_own() -> None:
+    def names(*verdicts: Verdict) -> list[str]:
+        return [name for name, _, _ in report.nearest_pictures(made(*verdicts), "s3://b.c/d/out.json")]
+
+    assert names(verdict(1, near(0.0))) == ["s3://b.c/d/out-nearest.png"]
+    assert names(verdict(1, near(0.0), near(0.0, 10)), verdict(2, drawn(2), run="b c")) == [
+        "s3://b.c/d/out-nearest-a-1000-ddim-50.png",
+        "s3://b.c/d/out-nearest-a-1000-ddim-10.png",
+    ]
+    twins = [verdict(1, near(0.0), weights_sha256=sha * 8) for sha in ("x", "y")]
+    assert [name[-12:] for name in names(*twins)] == ["xxxxxxxx.png", "yyyyyyyy.png"]
+    assert names(verdict(1, drawn(1))) == []
 
 
 def pixels(found: Report) -> np.ndarray:
@@ -160,3 +234,16 @@ def test_a_picture_has_a_line_of_panels_for_whatever_varies() -> None:
         assert colours(picture) > 50
     assert (pixels(ONE) == one).all()
     assert (pixels(made(verdict(1, drawn(3)))) != one).any()
+
+
+@pytest.mark.parametrize(("channels", "num_pairs"), [(1, 16), (3, 5)])
+def test_the_picture_of_the_nearest_shows_every_pair(channels: int, num_pairs: int) -> None:
+    image = np.random.RandomState(0).randint(0, 256, (2, num_pairs, 8, 8, channels)).astype(np.uint8)
+    image[..., 0, 0, :] = 255
+    places = np.arange(num_pairs)
+    pairs = Pairs("pixels", places, image[0], image[1], places / 3.0, places / 100)
+    with Image.open(io.BytesIO(plots.nearest(pairs)), formats=("PNG",)) as picture:
+        shown = np.asarray(picture.convert("RGB"))
+    for picture_of in image.reshape(-1, 8, 8, channels):
+        pixel = np.broadcast_to(picture_of[4, 4], 3)
+        assert (shown == pixel).all(-1).sum() > 9, "an image is missing"

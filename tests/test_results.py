@@ -11,7 +11,7 @@ import servers
 from mlflow import MlflowClient
 from mlflow.artifacts import load_dict
 from mlflow.entities import Run
-from test_report import drawn, made, verdict
+from test_report import drawn, made, near, verdict
 
 from ddpm import results, storage
 from ddpm.config import UserError
@@ -111,6 +111,19 @@ def test_each_run_gets_what_is_about_it(
     ]
     for i, run in enumerate(found, 1):
         assert [step for step, _ in points(client, run, "eval/KID-pixels")] == [1000 * i]
+
+
+def test_the_pictures_of_the_nearest_are_beside_the_file_and_in_mlflow(
+    client: MlflowClient, start: Callable[[str], Run], tmp_path: Path
+) -> None:
+    key = uuid.uuid4().hex
+    run, report = start(key), made(verdict(1, near(0.03), run_key=key))
+    lines = list(results.store(report, results.place_for("out/found.json")))
+    assert lines[2] == f"nearest     {tmp_path}/out/found-nearest.png"
+    assert (tmp_path / "out/found-nearest.png").read_bytes() == b"PNG 0.03"
+    names = [file.path for file in client.list_artifacts(run.info.run_id, "evaluation")]
+    assert f"evaluation/{report.key}-nearest.png" in names
+    assert points(client, run, "eval/nearer_than_held_out-pixels-low") == [(1000, 0.03)]
 
 
 def test_a_database_that_is_not_there_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,12 @@ def draw_finalists(
     if not todo:
         return
     settings = yardstick.Settings(
-        num_images=num_images, features=features, samplers=(SAMPLER,), num_sample_steps=(STEPS,), seed=seed
+        num_images=num_images,
+        features=features,
+        samplers=(SAMPLER,),
+        num_sample_steps=(STEPS,),
+        num_train_images=0,
+        seed=seed,
     )
     candidates = yardstick.read([place.child(trial.name).uri for trial in todo])
     report = evaluate.evaluate(candidates, settings)

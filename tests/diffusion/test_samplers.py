@@ -603,7 +603,10 @@ def test_build(config, expected):
         (SampleConfig(sampler="mix", num_sample_steps=0), "num_sample_steps is 0; .* 1, 2"),
         (SampleConfig(sampler="ancestral", mean="mode"), "mean is 'mode'"),
         (SampleConfig(sampler="ancestral"), "variance is 'auto'; it must be resolved"),
-        (SampleConfig(sampler="ancestral", variance="measured"), "variance is 'measured'; that takes the error"),
+        (
+            SampleConfig(sampler="ancestral", variance="measured"),
+            "variance is 'measured'; that takes the error",
+        ),
         (SampleConfig(sampler="auto"), "sampler is 'auto'"),
         (SampleConfig(sampler="heun", spacing="log"), "spacing is 'log'"),
         (SampleConfig(sampler="heun", spacing="karras", rho=0.5), "rho is 0.5"),

@@ -36,9 +36,11 @@ def test_all_checkpoints_of_a_run_that_goes_on(
     assert done.returncode == 0, done.stderr
     lines = [line.rstrip() for line in done.stdout.splitlines()]
     assert {"bits/dim 180/180", "images drawn 360/360"} <= set(lines)
-    assert lines[-3:] == [
+    names = [f"judged-{images_seen}-ddim-{steps}" for images_seen in POSITIONS for steps in (2, 4)]
+    assert lines[-9:] == [
         f"results     {tmp_path}/found.json",
         f"picture     {tmp_path}/found.png",
+        *(f"nearest     {tmp_path}/found-nearest-{name}.png" for name in names),
         f"MLflow      run {tracked.info.run_id} in {mlflow_server}",
     ]
     report = json.loads((tmp_path / "found.json").read_text())
@@ -46,13 +48,24 @@ def test_all_checkpoints_of_a_run_that_goes_on(
     numbers = [judged["bits"][0] for judged in report["checkpoints"]]
     numbers += [s for judged in report["checkpoints"] for way in judged["drawn"] for s in way["scores"]]
     for score in numbers:
-        assert f"{score['value']:.4f} ± {score['error']:.4f}" in done.stdout
+        uncertainty = (
+            f"[{score['low']:.4f}, {score['high']:.4f}]" if "low" in score else f"± {score['error']:.4f}"
+        )
+        assert f"{score['value']:.4f} {uncertainty}" in done.stdout
+    assert "90 held-out images are too few for a 1st percentile" not in done.stdout  # there are 60
+    assert "60 held-out images are too few for a 1st percentile" in done.stdout
+    for name in names:
+        assert (tmp_path / f"found-nearest-{name}.png").read_bytes().startswith(b"\x89PNG")
     with Image.open(tmp_path / "found.png", formats=("PNG",)) as picture:
         assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 50
 
     history = client.get_metric_history(tracked.info.run_id, "eval/KID-pixels")
     ours = [way["scores"][1]["value"] for judged in report["checkpoints"] for way in judged["drawn"][1:]]
     assert [(point.step, point.value) for point in history] == list(zip(POSITIONS, ours, strict=True))
+    low = client.get_metric_history(tracked.info.run_id, "eval/nearer_than_held_out-pixels-low")
+    assert [point.step for point in low] == list(POSITIONS)
+    kept = [file.path for file in client.list_artifacts(tracked.info.run_id, "evaluation")]
+    assert len([path for path in kept if "-nearest-judged-" in path]) == len(names)
     assert client.get_run(tracked.info.run_id).info.status == "RUNNING"
 
     newest = runs.checkpoints_of(run.location.uri)[-1]

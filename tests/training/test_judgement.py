@@ -82,7 +82,7 @@ def test_features_are_those_of_the_images_that_would_be_drawn(tiny: Config) -> N
     pixels = Pixels((8, 8, 1))
     drawn = generation.draw(net, config, objective, range(5), device=CPU)
     parts = [
-        judgement.drawn_features(net, config, objective, pixels, indices, device=CPU)
+        judgement.drawn_features(net, config, objective, pixels, indices, device=CPU)[0]
         for indices in (range(3, 5), range(3))
     ]
     merged = Features.merge(*parts)

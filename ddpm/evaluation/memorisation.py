@@ -1,0 +1,190 @@
+"""Memorisation: how many generated images lie nearer to a training image than held-out images do.
+
+The threshold is the 1st percentile of the held-out images' distances to their nearest training image. A net that has
+learned the distribution stays below it as often as held-out images do; a net that repeats its training images does so
+far more often. Images that are typical rather than copied, of a net that lacks variety, are near to training images,
+too; so the nearest pairs are kept to be looked at.
+
+Axes: N generated images, M held-out images, K training images, D numbers of an image (pixels or features).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import optimize, special, stats
+
+from ddpm.evaluation.ranking import Z
+from ddpm.evaluation.scores import Score
+from ddpm.images import Pixels
+
+MAX_TRAIN = 50_000
+"""Training images among which the nearest one is searched for."""
+METRIC = "nearer_than_held_out"
+PERCENTILE = 0.01
+ALPHA = 0.05
+MIN_HELD_OUT = 99
+"""With fewer held-out images there is no 1st percentile among them: the nearest of them is the threshold."""
+NUM_PAIRS = 16
+BLOCK_IMAGES = 4096
+"""Training images compared at a time."""
+NODES = 200
+"""Quantiles of the threshold's rank over which the interval is integrated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearerShare(Score):
+    """The share of generated images below the threshold; `n_real` counts held-out images.
+
+    `floor` is the share expected of other held-out images, k / (M + 1) for the k-th smallest distance, and
+    `floor_error` its standard deviation among N of them. `error` is the half width of the interval over 1.96; the
+    interval is not symmetric.
+    """
+
+    n_real: int
+    floor: float
+    low: float
+    """The lower end of the 95 % interval, over generated and held-out images."""
+    high: float
+    space: str
+    """What distances are measured in: the feature net's name, or "pixels"."""
+    threshold: float
+    """The held-out images' 1st percentile, a distance as in `Nearest`."""
+    n_train: int
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The nearest training image of each image."""
+
+    distance: NDArray[np.float64]
+    """[N]: the root mean square of the differences of the D numbers; of pixels, in grey levels."""
+    index: NDArray[np.int64]
+    """[N]: its position among the training images."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Generated images with their nearest training images, the nearest pair first."""
+
+    space: str
+    """What the distances are measured in: the feature net's name, or "pixels"."""
+    index: NDArray[np.int64]
+    """[P]: of the generated images."""
+    drawn: Pixels
+    """[P, H, W, C]."""
+    train: Pixels
+    """[P, H, W, C]."""
+    distance: NDArray[np.float64]
+    """[P]."""
+    nearer_held_out: NDArray[np.float64]
+    """[P]: the share of held-out images that are nearer to a training image."""
+
+
+def nearest(queries: Sequence[NDArray], train: Iterable[NDArray]) -> list[Nearest]:
+    """For each set of images the nearest training images.
+
+    Args:
+        queries: each [N, ...], pixels or features.
+        train: blocks of [K, ...] in order; one at a time is held.
+    """
+    from sklearn.metrics.pairwise import pairwise_distances_argmin  # takes seconds to import
+
+    found = [Nearest(np.full(len(x), np.inf), np.zeros(len(x), np.int64)) for x in queries]
+    start = 0
+    for block in train:
+        y = _flat(block)
+        for query, best in zip(queries, found, strict=True):
+            for i in range(0, len(query), BLOCK_IMAGES):
+                x = _flat(query[i : i + BLOCK_IMAGES])
+                index = pairwise_distances_argmin(x, y)
+                # From the difference: |x|^2 - 2 x y + |y|^2 loses the small distances, which are those that count.
+                distance = np.sqrt(np.mean((x - y[index]) ** 2, axis=1, dtype=np.float64))
+                (closer,) = np.nonzero(distance < best.distance[i : i + len(x)])
+                best.distance[i + closer], best.index[i + closer] = distance[closer], start + index[closer]
+        start += len(y)
+    return found
+
+
+def blocks(values: NDArray) -> Iterator[NDArray]:
+    """The rows of `values`, BLOCK_IMAGES at a time."""
+    return (values[i : i + BLOCK_IMAGES] for i in range(0, len(values), BLOCK_IMAGES))
+
+
+def nearer_share(space: str, drawn: Nearest, held_out: Nearest, n_train: int) -> NearerShare:
+    """The share of generated images that are nearer to a training image than 99 % of held-out images are.
+
+    The interval is of F(q), with F the distribution of generated distances and q the quantile of held-out ones that
+    the threshold estimates. The k-th smallest of M distances lies at a quantile U ~ Beta(k, M + 1 - k), whatever their
+    distribution, and the count below it is Binomial(N, expit(logit U + delta)); the ends are the delta at which the
+    count found is at an end of the middle 95 %. That is exact where both kinds of images are alike (delta = 0), for
+    any N and M; elsewhere the odds of lying below a distance are taken to differ by one factor around the threshold. A
+    bootstrap would not do: its smallest held-out distance is never below the smallest one found.
+
+    Args:
+        space: the feature net's name, or "pixels".
+        n_train: training images searched.
+    """
+    n, m = len(drawn.distance), len(held_out.distance)
+    k = max(1, round(PERCENTILE * (m + 1)))
+    threshold = float(np.sort(held_out.distance)[k - 1])
+    count = int((drawn.distance < threshold).sum())
+    low, high = _interval(count, n, k, m)
+    return NearerShare(
+        name=f"{METRIC}-{space}",
+        value=count / n,
+        error=(high - low) / (2 * Z),
+        n=n,
+        n_real=m,
+        floor=k / (m + 1),
+        floor_error=float(stats.betabinom.std(n, k, m + 1 - k)) / n,
+        floor_n=n,
+        low=low,
+        high=high,
+        space=space,
+        threshold=threshold,
+        n_train=n_train,
+    )
+
+
+def nearest_pairs(
+    space: str, drawn: Nearest, held_out: Nearest, image: Pixels, train_at: Callable[[int], Pixels]
+) -> Pairs:
+    """The NUM_PAIRS generated images that are nearest to a training image.
+
+    Args:
+        image: [N, H, W, C], the generated images.
+        train_at: from a position to the training image there, [H, W, C].
+    """
+    rows = np.argsort(drawn.distance, kind="stable")[:NUM_PAIRS]
+    distance = drawn.distance[rows]
+    return Pairs(
+        space,
+        rows,
+        image[rows],
+        np.stack([train_at(int(i)) for i in drawn.index[rows]]),
+        distance,
+        np.searchsorted(np.sort(held_out.distance), distance) / len(held_out.distance),
+    )
+
+
+def _interval(count: int, n: int, k: int, m: int) -> tuple[float, float]:
+    """The 95 % interval of `nearer_share`."""
+    u = stats.beta.ppf((np.arange(NODES) + 0.5) / NODES, k, m + 1 - k)
+
+    def share(delta: float) -> float:
+        return float(special.expit(special.logit(k / (m + 1)) + delta))
+
+    def excess(delta: float, tail: Callable[..., Any], at: int) -> float:
+        return float(tail(at, n, special.expit(special.logit(u) + delta)).mean()) - ALPHA / 2
+
+    low = 0.0 if count == 0 else share(optimize.brentq(excess, -50, 50, (stats.binom.sf, count - 1)))
+    high = 1.0 if count == n else share(optimize.brentq(excess, -50, 50, (stats.binom.cdf, count)))
+    return low, high
+
+
+def _flat(values: NDArray) -> NDArray[np.float32]:
+    """[N, ...] to [N, D]; bytes stay exact."""
+    return values.reshape(len(values), -1).astype(np.float32)

@@ -1,0 +1,103 @@
+"""Shares and intervals where the answer is known: copies, draws of one distribution, mixtures of both."""
+
+import numpy as np
+import pytest
+from scipy import special
+from sklearn.metrics import pairwise_distances
+
+from ddpm.evaluation import memorisation
+from ddpm.evaluation.memorisation import Nearest, nearer_share, nearest, nearest_pairs
+
+
+def distances(values: np.ndarray) -> Nearest:
+    return Nearest(values, np.zeros(len(values), np.int64))
+
+
+def random_images(seed: int, n: int) -> np.ndarray:
+    return np.random.RandomState(seed).randint(0, 256, (n, 4, 4, 1)).astype(np.uint8)
+
+
+def test_the_nearest_is_found_in_whatever_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, sets = random_images(0, 300), [random_images(1, 70), random_images(2, 20)]
+    sets[0][5] = train[123]
+    whole = [
+        pairwise_distances(x.reshape(-1, 16).astype(float), train.reshape(-1, 16).astype(float)) for x in sets
+    ]
+    for size in (7, 300, 4096):
+        monkeypatch.setattr(memorisation, "BLOCK_IMAGES", size)
+        for found, expected in zip(nearest(sets, memorisation.blocks(train)), whole, strict=True):
+            assert (found.index == expected.argmin(1)).all()
+            np.testing.assert_allclose(found.distance, expected.min(1) / 4, rtol=1e-12)
+    assert nearest(sets, [train])[0].distance[5] == 0
+
+
+def test_small_distances_of_features_are_exact() -> None:
+    """Next to vectors of length 1,000 a difference of 0.001 is lost in |x|^2 - 2 x y + |y|^2 in float32."""
+    train = np.random.RandomState(0).standard_normal((50, 64)).astype(np.float32) * 125
+    (found,) = nearest([train + np.float32(2**-10)], [train])
+    np.testing.assert_allclose(found.distance, 2**-10, rtol=0.01)
+
+
+def test_copies_of_training_images_are_all_nearer() -> None:
+    train, held_out = random_images(0, 200), random_images(1, 150)
+    near_held_out, near_drawn = nearest([held_out, train[:100]], [train])
+    found = nearer_share("pixels", near_drawn, near_held_out, len(train))
+    assert (found.name, found.value, found.high) == ("nearer_than_held_out-pixels", 1, 1)
+    assert found.low > 0.9
+    assert (found.n, found.n_real, found.n_train) == (100, 150, 200)
+    assert found.threshold == np.sort(near_held_out.distance)[1]  # the 1st percentile of 150
+
+
+@pytest.mark.parametrize(("num_drawn", "num_held_out"), [(200, 20), (500, 90), (1000, 1000)])
+def test_the_interval_holds_what_is_expected_of_a_net_that_has_memorised_nothing(
+    num_drawn: int, num_held_out: int
+) -> None:
+    """At most 95 % by construction; 300 repetitions of 95 % are below 91 % once in a thousand."""
+    noise, covered, shares = np.random.RandomState(0), [], []
+    for _ in range(300):
+        sides = (distances(noise.rand(n)) for n in (num_drawn, num_held_out))
+        found = nearer_share("pixels", *sides, 1)
+        covered.append(found.low <= found.floor <= found.high)
+        shares.append(found.value)
+    assert np.mean(covered) >= 0.91
+    # The floor is what is expected, and its error how far from that a share is.
+    assert np.mean(shares) == pytest.approx(found.floor, abs=4 * found.floor_error / 300**0.5)
+    assert np.std(shares) == pytest.approx(found.floor_error, rel=0.25)
+
+
+@pytest.mark.parametrize("num_held_out", [90, 1000])
+def test_the_interval_holds_a_share_that_is_larger(num_held_out: int) -> None:
+    """Distances whose odds of lying below any other are 10 times those of held-out ones."""
+    noise, covered = np.random.RandomState(1), []
+    for _ in range(200):
+        drawn, held_out = noise.rand(1000), noise.rand(num_held_out)
+        found = nearer_share(
+            "pixels", distances(special.expit(special.logit(drawn) - np.log(10))), distances(held_out), 1
+        )
+        truth = special.expit(special.logit(found.floor) + np.log(10))
+        covered.append(found.low <= truth <= found.high)
+    assert 0.9 <= np.mean(covered) < 1
+
+
+@pytest.mark.parametrize(("num_held_out", "share"), [(90, 0.3), (1000, 0.04)])
+def test_one_copy_among_some_is_noticed(num_held_out: int, share: float) -> None:
+    noise = np.random.RandomState(2)
+    drawn = noise.rand(2000)
+    drawn[: int(share * 2000)] = 0
+    found = nearer_share("pixels", distances(drawn), distances(noise.rand(num_held_out)), 1)
+    assert found.value == pytest.approx(share, abs=0.03)
+    assert found.low > 1.5 * found.floor
+
+
+def test_pairs_are_the_nearest_first_with_their_places() -> None:
+    train, drawn = random_images(0, 60), random_images(1, 40)
+    drawn[7], drawn[3] = train[50], train[20]
+    drawn[3, 0, 0] ^= 1
+    near, held_out = nearest([drawn, random_images(2, 30)], [train])
+    pairs = nearest_pairs("pixels", near, held_out, drawn, lambda at: train[at])
+    assert pairs.index[:2].tolist() == [7, 3] and len(pairs.index) == 16
+    assert pairs.distance[:2].tolist() == [0, 0.25]
+    assert (pairs.train[0] == train[50]).all() and (pairs.train[1] == train[20]).all()
+    assert (pairs.drawn == drawn[pairs.index]).all()
+    for distance, share in zip(pairs.distance, pairs.nearer_held_out, strict=True):
+        assert share == (held_out.distance < distance).mean()
