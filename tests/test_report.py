@@ -38,13 +38,14 @@ def drawn(i: int, steps: int = 50, own: bool = True, **sample: Any) -> Drawn:
 def verdict(i: int, *ways: Drawn, run: str = "a", **changes: Any) -> Verdict:
     bits = tuple(Score(name, 4.5678901 - i / 10 + j, 0.05, 90) for j, name in enumerate(TERMS))
     made = Verdict(
-        f"runs/{run}/checkpoint-{i}", f"sha{i}", run, f"key{run}", "ddpm", 1000 * i, True, bits, ways
+        f"runs/{run}/checkpoint-{i}", f"sha{i}", run, f"key{run}", "ddpm", 1000 * i, True, bits, ways, 0
     )
     return replace(made, **changes)
 
 
-def made(*verdicts: Verdict) -> Report:
-    return Report({"features": {"name": "pixels", "size": 64}}, verdicts)
+def made(*verdicts: Verdict, grey_levels: int = 256) -> Report:
+    settings = {"features": {"name": "pixels", "size": 64}, "data": {"grey_levels": grey_levels}}
+    return Report(settings, verdicts)
 
 
 ONE = made(verdict(1, drawn(1)))
@@ -138,6 +139,24 @@ def test_remarks() -> None:
     assert other == "trained on other data than these held-out images belong to: a"
     many = replace(drawn(1), scores=(Score("FID-pixels", 1.0, 0.1, 640, 640),))
     assert report.remarks(made(verdict(1, many))) == []
+
+
+def test_bits_with_and_without_labels_are_told_apart() -> None:
+    plain, ten = verdict(1), verdict(1, run="ten", num_classes=10)
+    (line,) = report.remarks(made(plain, ten))
+    assert line.startswith(
+        "bits/dim: nets that are given the label (ten) bound log p(x | y), the others log p(x)"
+    )
+    assert "with log2(10) = 3.32 bits an image added" in line  # p(x) >= p(x | y) / 10
+    assert report.remarks(made(ten, replace(ten, run="too"))) == report.remarks(made(plain, plain)) == []
+    assert report.remarks(made(replace(plain, bits=()), ten)) == []  # the mix of the course has no bound
+    assert [v["num_classes"] for v in json.loads(made(plain, ten).to_json())["checkpoints"]] == [0, 10]
+
+
+def test_few_grey_levels_are_said_with_what_a_uniform_code_costs() -> None:
+    (line,) = report.remarks(made(verdict(1), grey_levels=17))
+    assert "17 grey levels, not 256" in line and "log2(17) = 4.09" in line
+    assert report.remarks(made(replace(verdict(1), bits=()), grey_levels=17)) == []
 
 
 def pixels(found: Report) -> np.ndarray:
