@@ -274,6 +274,7 @@ def _verdict(
             )
             for way, images, nearness in drawn
         ),
+        num_classes=config.model.num_classes,
     )
 
 
@@ -296,8 +297,16 @@ def _about(by: Yardstick, settings: Settings) -> dict[str, Any]:
             "split": by.held_out.split,
             "num_images": by.held_out.rows.num_rows,
             "fingerprint": by.held_out.rows.fingerprint,
+            "grey_levels": _grey_levels(by.held_out, settings.num_images),
         },
     }
+
+
+def _grey_levels(held_out: DataSet, num_images: int) -> int:
+    """The number of different values that the pixels have of the images whose bound is taken."""
+    parts = _parts(min(num_images, held_out.rows.num_rows))
+    found = [np.unique(images_of(held_out, start, stop).image) for start, stop in parts]
+    return len(np.unique(np.concatenate(found)))
 
 
 def _parts(num_images: int) -> Iterator[tuple[int, int]]:

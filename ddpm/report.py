@@ -84,6 +84,8 @@ class Verdict:
     bits: tuple[Score, ...]
     """The bound and its terms; none for a process without one."""
     drawn: tuple[Drawn, ...]
+    num_classes: int
+    """Of the labels that the net is given, so that bits are of log p(x | y); 0: none, and they are of log p(x)."""
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,30 @@ def remarks(report: Report, out: str) -> list[str]:
     if others:
         lines.append(
             f"trained on other data than these held-out images belong to: {', '.join(sorted(others))}"
+        )
+    return lines + _remarks_on_bits(report)
+
+
+def _remarks_on_bits(report: Report) -> list[str]:
+    """What keeps bits/dim of these checkpoints, or of other data, from being compared."""
+    judged = [verdict for verdict in report.verdicts if verdict.bits]
+    if not judged:
+        return []
+    lines = []
+    conditional = {verdict.run for verdict in judged if verdict.num_classes}
+    if conditional and not all(verdict.num_classes for verdict in judged):
+        # p(x) >= p(x | y) p(y), with p(y) = 1 / num_classes.
+        classes = max(verdict.num_classes for verdict in judged)
+        lines.append(
+            f"bits/dim: nets that are given the label ({', '.join(sorted(conditional))}) bound log p(x | y), the "
+            f"others log p(x); with log2({classes}) = {math.log2(classes):.2f} bits an image added they bound "
+            "log p(x) too"
+        )
+    levels = report.settings["data"]["grey_levels"]
+    if levels < 256:
+        lines.append(
+            f"bits/dim: the held-out images have {levels} grey levels, not 256, and a uniform code over these costs "
+            f"log2({levels}) = {math.log2(levels):.2f}; do not compare with bits/dim of other data"
         )
     return lines
 

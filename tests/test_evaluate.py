@@ -12,6 +12,7 @@ from judged import CONFIG, POSITIONS, make_data, make_run
 from ddpm import evaluate, generation, judgement, runs, storage, yardstick
 from ddpm.config import SampleConfig, UserError, override
 from ddpm.data.manifest import make_manifest, read_manifest, write_manifest
+from ddpm.data.reading import DataSet
 from ddpm.data.shards import write_shard
 from ddpm.evaluation import memorisation
 from ddpm.evaluation.memorisation import NearerShare
@@ -130,6 +131,20 @@ def test_reference_features_are_kept(run: Run, alone: Report, shards: str, tmp_p
     )
     judged(run.location.uri, cache=str(tmp_path / "elsewhere"))
     assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == kept
+
+
+def test_grey_levels_are_those_of_the_images_judged(alone: Report, tmp_path: Path) -> None:
+    assert alone.settings["data"]["grey_levels"] == 17  # of scikit-learn's digits
+    assert [verdict.num_classes for verdict in alone.verdicts] == [0, 0, 0]
+    location, value = storage.resolve(str(tmp_path)), np.arange(100, dtype=np.uint8)
+    image = np.broadcast_to(value[:, None, None, None], (100, 8, 8, 1)).copy()  # a level each
+    part = write_shard(
+        location.filesystem, location.path, "test/00000.parquet", image, None, rows_per_row_group=50
+    )
+    manifest = make_manifest("flat", 8, 8, 1, "raw", [], {"test": [part]}, options="test")
+    write_manifest(location.filesystem, location.path, manifest)
+    held_out = DataSet(location.filesystem, location.path, manifest, "test")
+    assert [evaluate._grey_levels(held_out, n) for n in (30, 90, 100, 2000)] == [30, 90, 100, 100]
 
 
 def test_of_a_run_the_newest_is_judged_and_a_checkpoint_once(run: Run) -> None:

@@ -62,13 +62,14 @@ def near(low: float, steps: int = 50, **changes: Any) -> Drawn:
 def verdict(i: int, *ways: Drawn, run: str = "a", **changes: Any) -> Verdict:
     bits = tuple(Score(name, 4.5678901 - i / 10 + j, 0.05, 90) for j, name in enumerate(TERMS))
     made = Verdict(
-        f"runs/{run}/checkpoint-{i}", f"sha{i}", run, f"key{run}", "ddpm", 1000 * i, True, bits, ways
+        f"runs/{run}/checkpoint-{i}", f"sha{i}", run, f"key{run}", "ddpm", 1000 * i, True, bits, ways, 0
     )
     return replace(made, **changes)
 
 
-def made(*verdicts: Verdict) -> Report:
-    return Report({"features": {"name": "pixels", "size": 64}}, verdicts)
+def made(*verdicts: Verdict, grey_levels: int = 256) -> Report:
+    settings = {"features": {"name": "pixels", "size": 64}, "data": {"grey_levels": grey_levels}}
+    return Report(settings, verdicts)
 
 
 ONE = made(verdict(1, drawn(1)))
@@ -212,6 +213,24 @@ def test_each_picture_of_the_nearest_has_a_name_of_its_own() -> None:
     twins = [verdict(1, near(0.0), weights_sha256=sha * 8) for sha in ("x", "y")]
     assert [name[-12:] for name in names(*twins)] == ["xxxxxxxx.png", "yyyyyyyy.png"]
     assert names(verdict(1, drawn(1))) == []
+
+
+def test_bits_with_and_without_labels_are_told_apart() -> None:
+    plain, ten = verdict(1), verdict(1, run="ten", num_classes=10)
+    (line,) = report.remarks(made(plain, ten))
+    assert line.startswith(
+        "bits/dim: nets that are given the label (ten) bound log p(x | y), the others log p(x)"
+    )
+    assert "with log2(10) = 3.32 bits an image added" in line  # p(x) >= p(x | y) / 10
+    assert report.remarks(made(ten, replace(ten, run="too"))) == report.remarks(made(plain, plain)) == []
+    assert report.remarks(made(replace(plain, bits=()), ten)) == []  # the mix of the course has no bound
+    assert [v["num_classes"] for v in json.loads(made(plain, ten).to_json())["checkpoints"]] == [0, 10]
+
+
+def test_few_grey_levels_are_said_with_what_a_uniform_code_costs() -> None:
+    (line,) = report.remarks(made(verdict(1), grey_levels=17))
+    assert "17 grey levels, not 256" in line and "log2(17) = 4.09" in line
+    assert report.remarks(made(replace(verdict(1), bits=()), grey_levels=17)) == []
 
 
 def pixels(found: Report) -> np.ndarray:

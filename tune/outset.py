@@ -77,6 +77,8 @@ def settled(chosen: "Arguments") -> Outset:
     ):
         if value < least:
             raise UserError(f"--{flag} is {value}; it must be at least {least}")
+    if chosen.searcher == "optuna":
+        _check_optuna()
     loop.check(config)
     if config.objective.process != "gaussian":
         raise UserError(
@@ -136,3 +138,13 @@ def settled(chosen: "Arguments") -> Outset:
         Jury(train, held_out, chosen.num_images, seed=chosen.seed),
         settings,
     )
+
+
+def _check_optuna() -> None:
+    """Refuse a search whose proposals nobody could make, before anything is written."""
+    try:
+        import optuna  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "--searcher optuna needs Optuna: pip install -e '.[search]'; --searcher random does without"
+        ) from None

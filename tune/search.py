@@ -87,12 +87,13 @@ def _search(chosen: Arguments, search: "Outset", lease: "Lease") -> int:
     from ddpm.training import placement
 
     began = time.monotonic()
-    ledger = Ledger(search.place, search.settings, search.base.run.storage_timeout_s)
-    board = Scoreboard(ledger.trials, chosen.num_trials)
-    contest = study.contest(chosen, search, ledger, board.news)
     connection.connect(chosen.verbose)
     config = placement.shared(search.base, chosen.max_concurrent)
     placement.check_storage(config)
+    # From here on the name has its settings: whatever could be mended by another flag has been checked.
+    ledger = Ledger(search.place, search.settings, search.base.run.storage_timeout_s)
+    board = Scoreboard(ledger.trials, chosen.num_trials)
+    contest = study.contest(chosen, search, ledger, board.news)
     parent = record.address(ledger, search.name, config.run.experiment)
     parent_run_id = record.open_parent(parent, search.params, print)
     with study.Interruption(lambda: lease.is_lost) as interruption:

@@ -49,6 +49,9 @@ KINDS = {
 }
 """The kinds of schedule that a key matters to; the others matter to all."""
 KIND = "schedule.kind"
+NUM_CLASSES = "model.num_classes"
+"""The one key beside FIXED that decides what is bounded. The keys of objective. (label_dropout as well) change the net
+alone: the bound is taken from x_0_hat, whatever is predicted, and a net with labels is always given the label."""
 DEFAULT = (
     "schedule.kind=linear|scaled_linear|cosine|sigmoid",
     "schedule.num_timesteps=int(200,1000)",
@@ -201,6 +204,13 @@ def parse(flags: Sequence[str], base: Config) -> Space:
         domains[key] = _domain(key, text, base)
     if KIND in domains:
         domains = {KIND: domains[KIND]} | domains
+    classes = domains.get(NUM_CLASSES)
+    if classes is not None and min(classes.ends) == 0 < max(classes.ends):
+        raise UserError(
+            f"--space cannot mix nets with and without labels, as {NUM_CLASSES} 0 and {max(classes.ends)}: the bound "
+            "is of log p(x | y) where the label is given and of log p(x) where it is not, and one does not rank beside "
+            "the other; give them a search each, under names of their own"
+        )
     space = Space(domains, base.schedule.kind)
     kinds = domains[KIND].ends if KIND in domains else (base.schedule.kind,)
     for key in domains:

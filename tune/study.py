@@ -26,9 +26,8 @@ from ray.tune.search import Searcher
 from space import Choice, Domain, Space
 
 from ddpm import connection
-from ddpm.config import UserError
 from ddpm.search.contest import Contest, Proposer, Stopper
-from ddpm.search.trials import Ledger, name_of
+from ddpm.search.trials import Ledger, Status, name_of
 from ddpm.training import board as boards
 from ddpm.training.placement import DRIVER_CPUS
 from ddpm.training.watch import SIGNALS
@@ -136,33 +135,33 @@ class Deaths(tune.Callback):
 
 
 class OptunaProposer:
-    """Optuna's TPE: after ten random trials, where those that were good are denser than the others."""
+    """Optuna's TPE: after ten random trials, where those that were good are denser than the others.
+
+    A stopped trial is told as PRUNED, with the values of its rungs: TPE ranks it below every finished one, and below
+    those stopped later. Ray Tune's OptunaSearch tells it as COMPLETE with its last value (Ray 2.60).
+    """
 
     def __init__(self, space: Space, seed: int) -> None:
-        try:
-            import optuna  # noqa: F401
-        except ImportError:
-            raise UserError(
-                "--searcher optuna needs Optuna: pip install -e '.[search]'; --searcher random does without"
-            ) from None
-        from ray.tune.search.optuna import OptunaSearch
+        import optuna  # an extra; outset.py has seen that it is installed
 
-        logging.getLogger("optuna").setLevel(logging.WARNING)
-
-        def define(trial: Any) -> None:
-            space.suggest(lambda key, domain: _ask(trial, key, domain))
-
-        self._optuna = OptunaSearch(define, metric="value", mode="min", seed=seed)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        sampler = optuna.samplers.TPESampler(seed=seed)
+        self.study = optuna.create_study(direction="minimize", sampler=sampler)
+        state = optuna.trial.TrialState
+        self._states = {"finished": state.COMPLETE, "stopped": state.PRUNED, "failed": state.FAIL}
+        self._space, self._trials = space, dict[int, Any]()
 
     def suggest(self, number: int) -> dict[str, Any] | None:
-        return self._optuna.suggest(name_of(number))
+        trial = self._trials[number] = self.study.ask()
+        return self._space.suggest(lambda key, domain: _ask(trial, key, domain))
 
-    def judged(self, number: int, index: int, value: float) -> None:
-        self._optuna.on_trial_result(name_of(number), {"value": value, "training_iteration": index})
+    def judged(self, number: int, images_seen: int, value: float) -> None:
+        self._trials[number].report(value, images_seen)
 
-    def ended(self, number: int, value: float | None) -> None:
-        result = None if value is None else {"value": value}
-        self._optuna.on_trial_complete(name_of(number), result, error=value is None)
+    def ended(self, number: int, status: Status, value: float | None) -> None:
+        # Of the others, tell() takes no value; of a pruned one it reads the last that was reported.
+        told = value if status == "finished" else None
+        self.study.tell(self._trials[number], told, self._states[status])
 
 
 class ListProposer:
@@ -177,9 +176,9 @@ class ListProposer:
             return self._space.sample(self._seed, number)
         return self._grid[number] if number < len(self._grid) else None
 
-    def judged(self, number: int, index: int, value: float) -> None: ...
+    def judged(self, number: int, images_seen: int, value: float) -> None: ...
 
-    def ended(self, number: int, value: float | None) -> None: ...
+    def ended(self, number: int, status: Status, value: float | None) -> None: ...
 
 
 class Asha:

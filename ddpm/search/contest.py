@@ -19,11 +19,11 @@ class Proposer(Protocol):
     def suggest(self, number: int) -> dict[str, Any] | None:
         """Of trial `number`, each asked for once and in order; None: there are no more."""
 
-    def judged(self, number: int, index: int, value: float) -> None:
-        """What was found of the trial at its rung `index`; the less, the better."""
+    def judged(self, number: int, images_seen: int, value: float) -> None:
+        """What was found of the trial at a rung; the less, the better."""
 
-    def ended(self, number: int, value: float | None) -> None:
-        """The last that was found of it; None: it failed."""
+    def ended(self, number: int, status: Status, value: float | None) -> None:
+        """How the trial ended, and the last value that was found of it; None: it came to no rung."""
 
 
 class Stopper(Protocol):
@@ -153,7 +153,7 @@ class Contest:
         """Tell of a rung; whether the trial goes on."""
         trial, value = self._trials[number], rung.value(self._metric)
         self._trials[number] = dataclasses.replace(trial, rungs=(*trial.rungs, rung))
-        self._proposer.judged(number, len(trial.rungs), value)
+        self._proposer.judged(number, rung.images_seen, value)
         goes_on = self._stopper.goes_on(number, rung.images_seen, value)
         return goes_on and rung.images_seen < self._total_images
 
@@ -184,9 +184,8 @@ class Contest:
             case "ended":
                 trial = self._trials[number]
                 self._trials[number] = dataclasses.replace(trial, status=event["status"])
-                failed = event["status"] == "failed" or trial.last is None
-                value = trial.last.value(self._metric) if trial.last and not failed else None
-                self._proposer.ended(number, value)
+                value = trial.last.value(self._metric) if trial.last else None
+                self._proposer.ended(number, event["status"], value)
 
 
 def said(changes: Mapping[str, Any]) -> str:

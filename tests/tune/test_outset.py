@@ -1,5 +1,6 @@
 """What is refused before anything is started, and that the reasons given are true."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ import pytest
 import search
 
 from ddpm import config as configs
+from ddpm import connection
 from ddpm.config import UserError
 from ddpm.diffusion import schedules
 from ddpm.presets import DIGITS
+from ddpm.search import record
+from ddpm.training import placement
 
 LR = ("optim.lr=log(1e-4,1e-2)",)
 
@@ -70,3 +74,44 @@ def test_a_mistake_is_a_line(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as raised:
         settled(**{"space": LR, **changes})
     assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+class MlflowIsNext(Exception):
+    """All checks have passed."""
+
+
+def typed(*flags: str) -> int:
+    """python tune/search.py digits --name s ..., up to where MLflow would be told, on a cluster of two CPUs."""
+
+    def stop(*args: Any) -> None:
+        raise MlflowIsNext
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connection, "connect", lambda verbose: None)
+        patch.setattr(connection, "resources", lambda: {"CPU": 2.0})
+        patch.setattr(placement, "check_storage", lambda config: None)
+        patch.setattr(record, "open_parent", stop)
+        threads = "--cluster.threads-per-worker", "1"
+        patch.setattr(sys, "argv", ["search.py", "digits", "--name", "s", *threads, *flags])
+        return search.main()
+
+
+def test_without_optuna_nothing_is_written_and_another_searcher_may_have_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(UserError, match=r"needs Optuna: .* --searcher random does without"):
+        typed()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(MlflowIsNext):
+        typed("--searcher", "random")
+    assert (tmp_path / "runs/s/search.json").exists()
+
+
+def test_a_cluster_that_is_too_small_does_not_settle_what_the_search_is(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"2 trials at a time .* use a smaller --max-concurrent"):
+        typed("--cluster.cpus-per-worker", "1")
+    assert not (tmp_path / "runs/s/search.json").exists()
+    with pytest.raises(MlflowIsNext):
+        typed("--seed", "1")
+    assert (tmp_path / "runs/s/search.json").exists()

@@ -108,6 +108,17 @@ def test_a_mistake_is_a_line(flag: str, message: str) -> None:
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("domain", ["0|10", "10|0", "int(0,10)"])
+def test_nets_with_and_without_labels_are_not_searched_together(domain: str) -> None:
+    with pytest.raises(UserError) as raised:
+        space.parse([f"model.num_classes={domain}", "optim.lr=1e-3|1e-4"], DIGITS)
+    message = str(raised.value)
+    assert "cannot mix nets with and without labels, as model.num_classes 0 and 10" in message
+    assert "log p(x | y)" in message and "\n" not in message
+    for flags in (["model.num_classes=10", "objective.label_dropout=0|0.5"], ["model.num_classes=0"]):
+        assert set(space.parse(flags, DIGITS).domains) == {flag.partition("=")[0] for flag in flags}
+
+
 def test_bounds_that_cross_are_found_out() -> None:
     flags = ["schedule.kind=linear", "schedule.beta_start=log(1e-4,0.1)", "schedule.beta_end=log(0.01,0.5)"]
     with pytest.raises(UserError, match=r"beta_start 0.1, schedule.beta_end 0.01, but beta_end is 0.01"):

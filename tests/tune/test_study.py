@@ -49,16 +49,16 @@ def search(
     scheduler: str = "asha",
     lives: float = math.inf,
     num_trials: int = NUM_TRIALS,
+    proposer: Any = None,
 ) -> Ledger:
     """Run trials one after the other, as Tune would, as long as the ledger lives."""
     found = space.parse([], DIGITS)
     ledger = MortalLedger(storage.resolve(str(folder)), {}, timeout_s=0)
     ledger.lives = lives
-    proposer: Any = (
-        study.OptunaProposer(found, 3)
-        if searcher == "optuna"
-        else study.ListProposer(found, 3, 2 if searcher == "grid" else None)
-    )
+    if proposer is None and searcher == "optuna":
+        proposer = study.OptunaProposer(found, 3)
+    elif proposer is None:
+        proposer = study.ListProposer(found, 3, 2 if searcher == "grid" else None)
     stopper = study.Asha(RUNGS, 3) if scheduler == "asha" else study.NobodyStops()
     trials = Contest(ledger, proposer, stopper, "bits_per_dim", num_trials, RUNGS[-1], lambda line: None)
     while (begun := trials.next()) is not None:
@@ -112,6 +112,30 @@ def test_it_looks_where_it_is_good_and_stops_what_is_not(undisturbed: list[dict[
                 good = not seen or event["bits_per_dim"] <= np.percentile(seen, 100 / 3)
                 assert event["goes_on"] == good, (at, event, seen)
                 seen.append(event["bits_per_dim"])
+
+
+def test_optuna_knows_how_each_trial_ended_and_its_rungs(tmp_path: Path) -> None:
+    """As the search runs, and when its ledger is told again; what is proposed next is the same."""
+    proposers = [study.OptunaProposer(space.parse([], DIGITS), 3) for _ in range(2)]
+    trials, again = (search(tmp_path, proposer=proposer).trials() for proposer in proposers)
+    assert trials == again
+    assert {trial.status for trial in trials} == {"finished", "stopped", "failed"}
+    states = {"finished": "COMPLETE", "stopped": "PRUNED", "failed": "FAIL"}
+    for proposer in proposers:
+        for trial, told in zip(trials, proposer.study.trials, strict=True):
+            assert (told.state.name, told.params) == (states[trial.status], trial.changes)
+            assert told.intermediate_values == {rung.images_seen: rung.bits_per_dim for rung in trial.rungs}
+            assert told.value == (trial.last.bits_per_dim if trial.last else None)
+    assert proposers[0].suggest(NUM_TRIALS) == proposers[1].suggest(NUM_TRIALS)
+
+
+def test_a_trial_that_failed_after_a_rung_has_no_value() -> None:
+    proposer = study.OptunaProposer(space.parse([], DIGITS), 3)
+    proposer.suggest(0)
+    proposer.judged(0, 100, 2.5)
+    proposer.ended(0, "failed", 2.5)
+    (told,) = proposer.study.trials
+    assert (told.state.name, told.value, told.intermediate_values) == ("FAIL", None, {100: 2.5})
 
 
 @pytest.mark.parametrize("searcher", ["random", "grid"])
