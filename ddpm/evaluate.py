@@ -140,7 +140,8 @@ def _measured(fleet: Fleet[Bench], candidates: Sequence[Candidate]) -> dict[int,
     found: dict[int, Measured] = {}
     with Display("measuring the nets", len(bound)) as display:
         for i, measured in fleet.map(Bench.measure, bound):
-            runs.keep_x_0_error(candidates[i].uri, candidates[i].weights_sha256, measured.x_0_error)
+            if bool(measured.x_0_error.isfinite().all()):
+                runs.keep_x_0_error(candidates[i].uri, candidates[i].weights_sha256, measured.x_0_error)
             found[i] = measured
             display.update(len(found))
     return found

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm.config import Config, UserError, flatten, from_json, override, to_json
+from ddpm.config import Config, ObjectiveConfig, UserError, flatten, from_json, override, to_json
 from ddpm.presets import PRESETS
 
 JSON = st.recursive(
@@ -210,10 +210,15 @@ def _read(text: str) -> Config | None:
     ],
 )
 def test_auto_becomes_the_sampler_that_fits(sampler: str, process: str, resolved: str) -> None:
-    assert override(Config(), {"sample.sampler": sampler}).sample.resolved(process).sampler == resolved
+    assert (
+        override(Config(), {"sample.sampler": sampler})
+        .sample.resolved(ObjectiveConfig(process=process))
+        .sampler
+        == resolved
+    )
 
 
 @pytest.mark.parametrize(("sampler", "process"), [("mix", "gaussian"), ("ddim", "uniform_mix")])
 def test_a_sampler_of_the_other_process_is_refused(sampler: str, process: str) -> None:
     with pytest.raises(UserError, match=f"sampler {sampler} cannot undo the process {process}"):
-        override(Config(), {"sample.sampler": sampler}).sample.resolved(process)
+        override(Config(), {"sample.sampler": sampler}).sample.resolved(ObjectiveConfig(process=process))

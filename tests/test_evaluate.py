@@ -61,10 +61,11 @@ def test_numbers_are_those_of_one_batch(run: Run, alone: Report, shards: str) ->
     (candidate,) = yardstick.read([run.location.uri])
     by = yardstick.choose([candidate], Settings(**FEW))  # type: ignore[arg-type]
     posed = candidate.net, candidate.config, generation.build_objective(candidate.config)
-    train, held_out = (part.read(part.plan(0, 8192), 0, 90) for part in (by.train, by.held_out))
-    pilot = type(train)(train.image[:8], train.label[:8])
-    proposal = judgement.proposal(*posed, pilot, device=CPU)
-    bits = judgement.bits_per_dim(*posed, held_out, start=0, device=CPU, proposal=proposal, num_draws=2)
+    train = by.train.read(by.train.plan(0, 8192), 0, judgement.MEASURED_IMAGES)
+    held_out = by.held_out.read(by.held_out.plan(0, 8192), 0, 90)
+    measured = judgement.measure(*posed, train, "measured", device=CPU)
+    how: dict[str, Any] = {"variance": "measured", "measured": measured, "num_draws": 2}
+    bits = judgement.bits_per_dim(*posed, held_out, start=0, device=CPU, **how)
     last = alone.verdicts[-1]
     for found, expected in zip(last.bits, bits.scores(), strict=True):
         assert (found.name, found.n) == (expected.name, 90)

@@ -62,7 +62,18 @@ def near(low: float, steps: int = 50, **changes: Any) -> Drawn:
 def verdict(i: int, *ways: Drawn, run: str = "a", **changes: Any) -> Verdict:
     bits = tuple(Score(name, 4.5678901 - i / 10 + j, 0.05, 90) for j, name in enumerate(TERMS))
     made = Verdict(
-        f"runs/{run}/checkpoint-{i}", f"sha{i}", run, f"key{run}", "ddpm", 1000 * i, True, bits, ways, 0
+        f"runs/{run}/checkpoint-{i}",
+        f"sha{i}",
+        run,
+        f"key{run}",
+        "ddpm",
+        1000 * i,
+        True,
+        "measured",
+        True,
+        bits,
+        ways,
+        0,
     )
     return replace(made, **changes)
 

@@ -123,6 +123,7 @@ def settled(chosen: "Arguments") -> Outset:
         "scheduler": chosen.scheduler,
         "reduction_factor": chosen.reduction_factor,
         "rungs": at,
+        "variance": chosen.variance,
         "num_images": chosen.num_images,
         "seed": chosen.seed,
         "generator": GENERATOR,
@@ -135,7 +136,7 @@ def settled(chosen: "Arguments") -> Outset:
         found,
         at,
         train,
-        Jury(train, held_out, chosen.num_images, seed=chosen.seed),
+        Jury(train, held_out, chosen.num_images, seed=chosen.seed, variance=chosen.variance),
         settings,
     )
 

@@ -44,6 +44,9 @@ class Arguments:
     """Trials are judged at their end, and (asha) num_rungs - 1 times before, each a reduction_factor earlier."""
     metric: Literal["bits_per_dim", "held_out/loss", "train/loss"] = "bits_per_dim"
     """The losses compare learning rates, but not schedules."""
+    variance: Literal["auto", "beta", "beta_tilde", "measured"] = "auto"
+    """bits/dim: the variance of p(x_{t-1} | x_t). auto: learned where the net learns it, else measured on training
+    images; the fixed ones favour schedules of many steps."""
     num_images: int = 512
     """Held-out images by which trials are judged, at most."""
     seed: int = 0

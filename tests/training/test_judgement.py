@@ -9,6 +9,7 @@ import torch
 from ddpm import generation, judgement
 from ddpm.config import Config, UserError, override
 from ddpm.data.reading import DataSet, Images
+from ddpm.diffusion.reverse import Variance
 from ddpm.evaluation.bits import BitsPerDim
 from ddpm.evaluation.features import Features, features_of
 from ddpm.evaluation.pixels import Pixels
@@ -27,6 +28,12 @@ def part(images: Images, start: int, stop: int) -> Images:
     return Images(images.image[start:stop], images.label[start:stop])
 
 
+def measured(net: tuple, images: Images, variance: Variance = "beta_tilde") -> dict[str, Any]:
+    """Arguments of bits_per_dim."""
+    found = judgement.measure(*net, part(images, 0, 8), variance, device=CPU)
+    return {"device": CPU, "variance": variance, "measured": found}
+
+
 @pytest.fixture
 def held_out(train_set: DataSet) -> Images:
     test = train_set.held_out()
@@ -34,14 +41,18 @@ def held_out(train_set: DataSet) -> Images:
     return test.read(test.plan(0, 200), 0, 12)
 
 
-@pytest.mark.parametrize("change", [{}, {"model.num_classes": 10}, {"objective.predict": "v"}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"model.num_classes": 10}, {"objective.predict": "v"}, {"objective.variance": "learned"}],
+    ids=str,
+)
 @pytest.mark.parametrize("estimated", [False, True])
 def test_bits_of_image_i_are_the_same_in_any_company(
     tiny: Config, held_out: Images, change: dict[str, Any], estimated: bool
 ) -> None:
     net = judged(override(tiny, change))
-    chosen = judgement.proposal(*net, part(held_out, 0, 8), device=CPU) if estimated else None
-    options: dict[str, Any] = {"device": CPU, "proposal": chosen, "num_draws": 3}
+    variance = judgement.bound_variance(net[1])
+    options = measured(net, held_out, variance) | {"num_draws": 3 if estimated else 0}
     whole = judgement.bits_per_dim(*net, held_out, start=0, **options)
     parts = [
         judgement.bits_per_dim(*net, part(held_out, a, b), start=a, **options)
@@ -56,9 +67,9 @@ def test_bits_of_image_i_are_the_same_in_any_company(
 
 def test_an_estimate_agrees_with_all_timesteps(tiny: Config, held_out: Images) -> None:
     net = judged(tiny)
-    chosen = judgement.proposal(*net, part(held_out, 0, 8), device=CPU)
-    exact = judgement.bits_per_dim(*net, held_out, start=0, device=CPU)
-    found = judgement.bits_per_dim(*net, held_out, start=0, device=CPU, proposal=chosen, num_draws=8, seed=1)
+    options = measured(net, held_out)
+    exact = judgement.bits_per_dim(*net, held_out, start=0, num_draws=0, **options)
+    found = judgement.bits_per_dim(*net, held_out, start=0, num_draws=8, seed=1, **options)
     difference = found.kl - exact.kl
     assert abs(difference.mean()) < 4 * difference.std(ddof=1) / len(difference) ** 0.5
     np.testing.assert_allclose(found.prior, exact.prior)
@@ -67,14 +78,15 @@ def test_an_estimate_agrees_with_all_timesteps(tiny: Config, held_out: Images) -
 def test_labels_count(tiny: Config, held_out: Images) -> None:
     net = judged(override(tiny, {"model.num_classes": 10}))
     wrong = Images(held_out.image, (held_out.label + 1) % 10)
-    found = [judgement.bits_per_dim(*net, images, start=0, device=CPU).kl for images in (held_out, wrong)]
+    options = measured(net, held_out)
+    found = [judgement.bits_per_dim(*net, images, start=0, **options).kl for images in (held_out, wrong)]
     assert (found[0] != found[1]).all()
 
 
 def test_the_course_s_mix_has_no_bound(tiny: Config, held_out: Images) -> None:
     net = judged(override(tiny, {"objective.process": "uniform_mix"}))
     with pytest.raises(UserError, match="uniform_mix has no variational bound"):
-        judgement.bits_per_dim(*net, held_out, start=0, device=CPU)
+        judgement.measure(*net, held_out, "measured", device=CPU)
 
 
 def test_features_are_those_of_the_images_that_would_be_drawn(tiny: Config) -> None:
@@ -89,3 +101,17 @@ def test_features_are_those_of_the_images_that_would_be_drawn(tiny: Config) -> N
     assert merged.index.tolist() == [0, 1, 2, 3, 4]
     # A batch of another size may take other kernels: a grey level at most.
     np.testing.assert_allclose(merged.values, features_of(pixels, drawn).values, atol=1.01 / 127.5)
+
+
+def test_the_bound_has_the_best_variance_that_the_net_can_have(tiny: Config, held_out: Images) -> None:
+    """Unless another one is asked for; measured on the images that are judged, it is the best of the fixed ones."""
+    learned = override(tiny, {"objective.variance": "learned"})
+    assert [judgement.bound_variance(config) for config in (tiny, learned)] == ["measured", "learned"]
+    assert judgement.bound_variance(learned, "measured") == "measured"
+    with pytest.raises(UserError, match="this net did not learn it"):
+        judgement.bound_variance(tiny, "learned")
+    net, found = judged(tiny), {}
+    for variance in ("measured", "beta", "beta_tilde"):
+        how = measured(net, held_out, variance)  # type: ignore[arg-type]
+        found[variance] = judgement.bits_per_dim(*net, held_out, start=0, num_draws=0, **how).kl.mean()
+    assert min(found.values()) == found["measured"] < 0.9 * found["beta_tilde"]
