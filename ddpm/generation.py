@@ -72,7 +72,7 @@ def build_sampler(config: Config, sample: SampleConfig | None = None, known: Kno
         denoisers.check_interval(resolved.guidance_interval)
         schedule = schedules.build(config.schedule)
         if known is None:
-            return samplers.build(resolved, schedule)
+            return samplers.build(resolved, schedule, config.model.num_dims)
         resampling = known.num_resamples, known.jump_length
         return inpainting.build(resolved, schedule, known.x_0, known.mask, *resampling)
     except ValueError as error:

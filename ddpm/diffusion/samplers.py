@@ -342,10 +342,10 @@ def mix(
     return x
 
 
-def build(config: "SampleConfig", schedule: Schedule) -> Sampler:
+def build(config: "SampleConfig", schedule: Schedule, num_dims: int) -> Sampler:
     """The sampler that `config` describes; `auto` must have been resolved, by the process, before.
 
-    Its settings are checked here, not after hours of training at the first sample.
+    Its settings are checked here, not after hours of training at the first sample. num_dims is D = C H W.
 
     Raises:
         ValueError: an unknown sampler, or a setting of it out of its range.
@@ -374,7 +374,7 @@ def build(config: "SampleConfig", schedule: Schedule) -> Sampler:
             raise ValueError(
                 f"sampler is {config.sampler!r}; it must be ancestral, ddim, dpmpp_2m, heun or mix"
             )
-    timesteps = spacings.build(config, schedule)
+    timesteps = spacings.build(config, schedule, num_dims)
     return lambda denoise, noise, on_step=None: sampler(
         denoise, schedule, noise, timesteps=timesteps, threshold=threshold, on_step=on_step
     )
