@@ -231,7 +231,7 @@ def draw(
     net: Model, objective: Objective, schedule: Schedule, shape: tuple[int, int, int], n: int
 ) -> torch.Tensor:
     """uint8 [N, H, W, C], the same noise for every net."""
-    sampler, drawn = samplers.build(SAMPLER, schedule), []
+    sampler, drawn = samplers.build(SAMPLER, schedule, math.prod(shape)), []
     for start in range(0, n, BATCH_SIZE):
         generators = [PhiloxGenerator(0, Purpose.SAMPLE, i) for i in range(start, min(start + BATCH_SIZE, n))]
         noise = PerImageNoise(generators, shape)

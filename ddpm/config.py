@@ -115,6 +115,11 @@ class ModelConfig:
     zero_init: bool = True
     """Zero the output convolution, and the second convolution of every residual block, at the start."""
 
+    @property
+    def num_dims(self) -> int:
+        """D = C H W, the numbers of an image."""
+        return self.channels * self.image_size**2
+
 
 @dataclass(frozen=True)
 class OptimConfig:

@@ -78,7 +78,7 @@ def build_sampler(
         denoisers.check_interval(resolved.guidance_interval)
         schedule = schedules.build(config.schedule)
         if known is None:
-            return samplers.build(resolved, schedule, x_0_error)
+            return samplers.build(resolved, schedule, config.model.num_dims, x_0_error)
         resampling = known.num_resamples, known.jump_length
         return inpainting.build(resolved, schedule, known.x_0, known.mask, *resampling)
     except ValueError as error:

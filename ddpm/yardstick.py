@@ -137,7 +137,8 @@ def resolved(config: Config, sample: SampleConfig) -> SampleConfig:
     if sample.num_sample_steps is not None:
         return sample
     is_mix = sample.sampler == "mix"
-    steps = timesteps.FEW if is_mix else len(timesteps.build(sample, schedules.build(config.schedule)))
+    schedule, num_dims = schedules.build(config.schedule), config.model.num_dims
+    steps = timesteps.FEW if is_mix else len(timesteps.build(sample, schedule, num_dims))
     return replace(sample, num_sample_steps=steps)
 
 

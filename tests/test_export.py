@@ -73,6 +73,15 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         {"prediction_type": "sample"},
     ),
+    "a learned variance": (
+        {
+            "schedule.num_timesteps": 30,
+            "schedule.kind": "cosine",
+            "objective.variance": "learned",
+            "model.channels": 3,
+        },
+        {"variance_type": "learned_range"},
+    ),
     "eps, sigmoid": ({"schedule.num_timesteps": 25, "schedule.kind": "sigmoid"}, {}),
     "bfloat16, colour, heads, no attention in the middle": (
         {
@@ -176,6 +185,7 @@ def test_a_conditional_net_leaves_as_that_of_one_class(label: int, tmp_path: Pat
         {},
         {"schedule.num_timesteps": 20, "schedule.kind": "cosine", "objective.predict": "v"},
         {"sample.mean": "plain", "sample.variance": "beta", "model.attention_head_dim": 4},
+        {"objective.variance": "learned", "objective.predict": "v"},
     ],
     ids=str,
 )
@@ -190,7 +200,8 @@ def test_what_comes_back_is_what_left(changes: dict[str, Any], tmp_path: Path) -
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
     assert (known.model, known.schedule, known.objective) == (config.model, config.schedule, config.objective)
-    assert (known.sample.mean, known.sample.variance) == (config.sample.mean, config.sample.variance)
+    left = config.sample.resolved(config.objective)
+    assert (known.sample.mean, known.sample.variance) == (left.mean, left.variance)
     generation.build_sampler(known)
     state = State.create(known, CPU)
     checkpoint.load(tmp_path / "back", state, known)
@@ -288,7 +299,12 @@ UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
             {"beta_schedule": "sigmoid"},
             "beta_schedule is 'sigmoid'; ours can be linear, scaled_linear",
         ),
-        (SCHEDULER, {"variance_type": "learned_range"}, "variance_type is 'learned_range'"),
+        (SCHEDULER, {"variance_type": "learned"}, "variance_type is 'learned'; ours can be fixed_small"),
+        (
+            SCHEDULER,
+            {"variance_type": "learned_range"},
+            "out_channels is 3; of our architecture it would be 6",
+        ),
         (SCHEDULER, {"prediction_type": "flow"}, "prediction_type is 'flow'"),
         (SCHEDULER, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True"),
         (SCHEDULER, {"thresholding": True}, "thresholding is True"),

@@ -168,12 +168,32 @@ def test_a_report_s_key_is_of_checkpoints_and_settings_not_of_numbers() -> None:
     assert [v.run for v in SEVERAL.of_run("keyb").verdicts] == ["b"]
 
 
+def remarks(found: Report, out: str = "out.json") -> list[str]:
+    """All but the first, which says what bits/dim hang on."""
+    lines = report.remarks(found, out)
+    if any(v.bits for v in found.verdicts):
+        assert lines.pop(0).startswith("bits/dim: the variance is measured, one a timestep")
+    return lines
+
+
+def test_the_variance_of_a_bound_is_named() -> None:
+    """And with it the number in MLflow, where it is not what everybody gets who does not ask."""
+    fixed = verdict(1, variance="beta_tilde", variance_is_default=False)
+    (line,) = report.remarks(made(fixed), "out.json")
+    assert line == f"bits/dim: the variance is beta_tilde, {report.FIXED}"
+    assert report.metrics(fixed)["eval/bits_per_dim-beta_tilde"] == pytest.approx(4.4678901)
+    learned = verdict(2, run="b", variance="learned")
+    lines = report.remarks(made(fixed, learned), "out.json")
+    assert [line.partition(":")[0] for line in lines] == ["bits/dim of a", "bits/dim of b"]
+    assert json.loads(made(fixed).to_json())["checkpoints"][0]["variance"] == "beta_tilde"
+
+
 def test_remarks() -> None:
-    few, other = report.remarks(made(verdict(1, drawn(1), saw_this_data=False)), "found.json")
+    few, other = remarks(made(verdict(1, drawn(1), saw_this_data=False)), "found.json")
     assert few.startswith("FID-pixels: 90 images are few for 64 features")
     assert other == "trained on other data than these held-out images belong to: a"
     many = replace(drawn(1), scores=(Score("FID-pixels", 1.0, 0.1, 640, 640),))
-    assert report.remarks(made(verdict(1, many)), "found.json") == []
+    assert remarks(made(verdict(1, many)), "found.json") == []
 
 
 def test_memorisation_is_told_with_its_interval() -> None:
@@ -199,16 +219,16 @@ def test_memorisation_is_told_with_its_interval() -> None:
 
 
 def test_memorisation_is_remarked_on_where_the_interval_is_clearly_above_what_is_expected() -> None:
-    (line,) = report.remarks(made(verdict(1, near(0.03))), "s3://b/out.json")
+    (line,) = remarks(made(verdict(1, near(0.03))), "s3://b/out.json")
     assert line == (
         "a, 1,000 images seen, ddim-50: 4.2% (95 % interval 3.0% to 7.0%) of the images drawn are nearer to a training "
         "image, by pixels, than 99% of held-out images are: the net repeats training images, or draws typical ones "
         "alone; look at s3://b/out-nearest.png"
     )
-    assert report.remarks(made(verdict(1, near(0.019))), "out.json") == []
-    (other,) = report.remarks(made(verdict(1, near(0.03), saw_this_data=False)), "out.json")
+    assert remarks(made(verdict(1, near(0.019))), "out.json") == []
+    (other,) = remarks(made(verdict(1, near(0.03), saw_this_data=False)), "out.json")
     assert other.startswith("trained on other data")
-    (few,) = report.remarks(made(verdict(1, near(0.0, n_real=90))), "out.json")
+    (few,) = remarks(made(verdict(1, near(0.0, n_real=90))), "out.json")
     assert few.startswith("nearer_than_held_out: 90 held-out images are too few for a 1st percentile")
 
 
@@ -228,20 +248,20 @@ def test_each_picture_of_the_nearest_has_a_name_of_its_own() -> None:
 
 def test_bits_with_and_without_labels_are_told_apart() -> None:
     plain, ten = verdict(1), verdict(1, run="ten", num_classes=10)
-    (line,) = report.remarks(made(plain, ten))
+    (line,) = remarks(made(plain, ten))
     assert line.startswith(
         "bits/dim: nets that are given the label (ten) bound log p(x | y), the others log p(x)"
     )
     assert "with log2(10) = 3.32 bits an image added" in line  # p(x) >= p(x | y) / 10
-    assert report.remarks(made(ten, replace(ten, run="too"))) == report.remarks(made(plain, plain)) == []
-    assert report.remarks(made(replace(plain, bits=()), ten)) == []  # the mix of the course has no bound
+    assert remarks(made(ten, replace(ten, run="too"))) == remarks(made(plain, plain)) == []
+    assert remarks(made(replace(plain, bits=()), ten)) == []  # the mix of the course has no bound
     assert [v["num_classes"] for v in json.loads(made(plain, ten).to_json())["checkpoints"]] == [0, 10]
 
 
 def test_few_grey_levels_are_said_with_what_a_uniform_code_costs() -> None:
-    (line,) = report.remarks(made(verdict(1), grey_levels=17))
+    (line,) = remarks(made(verdict(1), grey_levels=17))
     assert "17 grey levels, not 256" in line and "log2(17) = 4.09" in line
-    assert report.remarks(made(replace(verdict(1), bits=()), grey_levels=17)) == []
+    assert remarks(made(replace(verdict(1), bits=()), grey_levels=17)) == []
 
 
 def pixels(found: Report) -> np.ndarray:

@@ -113,7 +113,7 @@ def build(
         raise ValueError(f"sampler is {config.sampler!r}; inpainting takes the steps of ancestral")
     if config.num_sample_steps is None:
         config = dataclasses.replace(config, num_sample_steps=min(FEW, schedule.num_timesteps))
-    threshold, timesteps = build_threshold(config), spacings.build(config, schedule)
+    threshold, timesteps = build_threshold(config), spacings.build(config, schedule, x_0[0].numel())
     _check_jumps(num_resamples, jump_length, len(timesteps))
     return lambda denoise, noise, on_step=None: inpaint(
         denoise,

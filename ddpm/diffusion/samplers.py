@@ -350,12 +350,15 @@ def mix(
     return x
 
 
-def build(config: "SampleConfig", schedule: Schedule, x_0_error: Tensor | None = None) -> Sampler:
+def build(
+    config: "SampleConfig", schedule: Schedule, num_dims: int, x_0_error: Tensor | None = None
+) -> Sampler:
     """The sampler that `config` describes; `auto` must have been resolved, by the objective, before.
 
     Its settings are checked here, not after hours of training at the first sample.
 
     Args:
+        num_dims: D = C H W.
         x_0_error: for the variance "measured", as in `ancestral`.
 
     Raises:
@@ -388,7 +391,7 @@ def build(config: "SampleConfig", schedule: Schedule, x_0_error: Tensor | None =
             raise ValueError(
                 f"sampler is {config.sampler!r}; it must be ancestral, ddim, dpmpp_2m, heun or mix"
             )
-    timesteps = spacings.build(config, schedule)
+    timesteps = spacings.build(config, schedule, num_dims)
     return lambda denoise, noise, on_step=None: sampler(
         denoise, schedule, noise, timesteps=timesteps, threshold=threshold, on_step=on_step
     )

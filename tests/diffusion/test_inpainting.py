@@ -220,7 +220,7 @@ def test_build():
     assert torch.equal(drawn(), expected(timesteps=ALL))  # of 250, or all that there are
     assert torch.equal(
         drawn(num_sample_steps=9, spacing="karras", mean="plain"),
-        expected(timesteps=karras(SHORT, 9), threshold=None),
+        expected(timesteps=karras(SHORT, 9, sigma_max=20.0), threshold=None),
     )
 
 

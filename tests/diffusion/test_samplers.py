@@ -555,7 +555,7 @@ def test_a_threshold_is_what_the_sampler_steps_with(sample):
             partial(ancestral, threshold=None, variance="beta"),
         ),
         (
-            SampleConfig(sampler="ancestral", num_sample_steps=9, clip_x_0=False),
+            SampleConfig(sampler="ancestral", variance="beta_tilde", num_sample_steps=9, clip_x_0=False),
             partial(ancestral, timesteps=uniform(100, 9)),
         ),
         (
@@ -587,10 +587,10 @@ def test_build(config, expected):
         return Denoised(0.9 * x_t.roll(1, 3) + 1, 0.5 * x_t)
 
     seen, wanted = [], []
-    x = samplers.build(config, SHORT)(denoise, normal((2, 1, 2, 2)), lambda *step: seen.append(step[0]))
+    x = samplers.build(config, SHORT, 64)(denoise, normal((2, 1, 2, 2)), lambda *step: seen.append(step[0]))
     y = expected(denoise, SHORT, normal((2, 1, 2, 2)), on_step=lambda *step: wanted.append(step[0]))
     assert torch.equal(x, y) and seen == wanted and seen
-    assert torch.equal(samplers.build(config, SHORT)(denoise, normal((2, 1, 2, 2))), y)
+    assert torch.equal(samplers.build(config, SHORT, 64)(denoise, normal((2, 1, 2, 2))), y)
 
 
 @pytest.mark.parametrize(
@@ -615,7 +615,7 @@ def test_build(config, expected):
 )
 def test_build_names_mistakes_before_anything_is_sampled(config, message):
     with pytest.raises(ValueError, match=message):
-        samplers.build(config, SHORT)
+        samplers.build(config, SHORT, 64)
 
 
 @pytest.mark.parametrize(

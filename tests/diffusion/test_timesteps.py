@@ -1,12 +1,14 @@
 """Spacings against their formulas, and the chain between their timesteps against the one they skip."""
 
+import math
 from itertools import pairwise
 
 import pytest
 import torch
+from exact_denoisers import from_x_0
 
 from ddpm.config import SampleConfig
-from ddpm.diffusion import process, schedules, timesteps
+from ddpm.diffusion import process, samplers, schedules, timesteps
 from ddpm.diffusion.timesteps import karras, quadratic, respaced, uniform
 
 LINEAR = schedules.linear(1000, 1e-4, 0.02)
@@ -59,7 +61,8 @@ def test_karras_is_the_formula_rounded_to_the_nearest_timestep(rho):
     expected = (high + i / 17 * (low - high)) ** rho  # Karras et al. 2022, Eq. 5
     chosen = karras(fine, 18, rho)
     torch.testing.assert_close(fine.sigma[chosen], expected, rtol=0.02, atol=0)
-    for t, sigma in zip(chosen, expected.tolist(), strict=True):
+    assert fine.sigma[chosen[0] - 1] < 80 <= fine.sigma[chosen[0]]
+    for t, sigma in list(zip(chosen, expected.tolist(), strict=True))[1:]:
         distance = (fine.sigma.log() - torch.tensor(sigma).double().log()).abs()
         assert distance[t] == distance.min()
 
@@ -69,6 +72,9 @@ def test_karras_begins_at_sigma_max_or_at_the_end_of_the_schedule():
     assert karras(schedules.linear(100, 1e-4, 0.02), 5)[0] == 99  # its sigma ends at 1.3
     first = karras(COSINE, 5, sigma_max=30.0)[0]
     assert COSINE.sigma[first].item() == pytest.approx(30, rel=0.05)
+    assert karras(COSINE, 5, sigma_max=700.0)[0] == 999  # of sigma 20,291, where 998 has 642
+    exact = COSINE.sigma[990].item()
+    assert karras(COSINE, 5, sigma_max=exact)[0] == 990
 
 
 def test_karras_has_neighbours_where_the_schedule_has_too_few_timesteps():
@@ -104,19 +110,61 @@ def test_the_chain_of_all_timesteps_is_the_schedule_itself():
 
 
 def test_build():
-    def built(**changes):
-        return timesteps.build(SampleConfig(**{"sampler": "ddim", **changes}), LINEAR)
+    def built(schedule=LINEAR, num_dims=64, **changes):
+        return timesteps.build(SampleConfig(**{"sampler": "ddim", **changes}), schedule, num_dims)
 
     assert built() == uniform(1000, 50)
     assert built(sampler="ancestral") == list(range(999, -1, -1))
     assert built(sampler="ancestral", num_sample_steps=10) == uniform(1000, 10)
-    assert built(sampler="heun", num_sample_steps=10) == karras(LINEAR, 10)
+    below = LINEAR.sigma[LINEAR.sigma < 80][-1].item()
+    assert built(sampler="heun", num_sample_steps=10) == karras(LINEAR, 10, sigma_max=below)
     assert built(sampler="dpmpp_2m", num_sample_steps=10) == karras(LINEAR, 10)
     assert built(sampler="heun", num_sample_steps=10, spacing="uniform") == uniform(1000, 10)
     assert built(num_sample_steps=10, spacing="quadratic") == quadratic(1000, 10)
     assert built(num_sample_steps=10, spacing="karras", rho=3.0) == karras(LINEAR, 10, 3.0)
     short = schedules.linear(20, 1e-3, 0.2)
-    assert timesteps.build(SampleConfig(sampler="ddim"), short) == uniform(20, 20)
+    assert built(short) == uniform(20, 20)
+
+
+def test_karras_begins_where_the_mean_of_an_image_is_hidden():
+    """At sigma = 10 sqrt(D): 80 for 8x8 grey images, 554 for 32x32 colour images, 1109 for 64x64."""
+
+    def sigmas(num_dims, sampler="dpmpp_2m", schedule=COSINE):
+        config = SampleConfig(sampler=sampler, num_sample_steps=20)
+        return [round(s) for s in schedule.sigma[timesteps.build(config, schedule, num_dims)[:2]].tolist()]
+
+    assert timesteps.build(SampleConfig(sampler="dpmpp_2m"), COSINE, 64) == karras(COSINE, 50)
+    assert sigmas(64) == [80, 58] and sigmas(3 * 32**2) == [642, 321] and sigmas(3 * 64**2) == [20291, 642]
+    # Heun's corrector trusts the second eps_hat over the whole step, so that begins below.
+    assert sigmas(3 * 64**2, "heun") == [642, 321] and sigmas(3 * 32**2, "heun") == [321, 214]
+    assert sigmas(3 * 32**2, "heun", schedules.sigmoid(1000))[0] == 58
+    coarse = schedules.linear(5, 0.995, 0.996)  # it begins at 14, and 10 is wanted
+    config = SampleConfig(sampler="heun", num_sample_steps=5)
+    assert timesteps.build(config, coarse, 1) == [4, 3, 2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("shape", "before"), [((1, 8, 8), 0.594), ((3, 32, 32), 0.558), ((3, 64, 64), 0.517)]
+)
+@pytest.mark.parametrize(("sampler", "tolerance"), [("dpmpp_2m", 0.01), ("heun", 0.011)])
+def test_flat_images_come_out_with_their_mean(shape, before, sampler, tolerance):
+    """Data: flat images of one level from N(0.6, 0.1^2), of which only the mean of all pixels says anything."""
+    num_dims = math.prod(shape)
+
+    def predict(x_t, alpha_bar):
+        gain = alpha_bar.sqrt() * 0.1**2 / (alpha_bar * 0.1**2 + (1 - alpha_bar) / num_dims)
+        return 0.6 + gain * (x_t.mean((1, 2, 3), keepdim=True) - alpha_bar.sqrt() * 0.6) + 0 * x_t
+
+    def level(chosen):
+        sample = getattr(samplers, sampler)
+        # All is linear, so the image of no noise is the mean of all images.
+        x = sample(from_x_0(COSINE, predict), COSINE, lambda: zero, timesteps=chosen, threshold=None)
+        return x.mean().item()
+
+    zero = torch.zeros(1, *shape, dtype=torch.float64)
+    chosen = timesteps.build(SampleConfig(sampler=sampler, num_sample_steps=20), COSINE, num_dims)
+    assert level(chosen) == pytest.approx(0.6, abs=tolerance)
+    assert level(karras(COSINE, 20)) == pytest.approx(before, abs=0.002)  # from 80
 
 
 @pytest.mark.parametrize(
@@ -131,7 +179,7 @@ def test_build():
         (lambda: respaced(LINEAR, [3, 3]), r"timesteps are \[3, 3\]; they must fall, within 999..0"),
         (lambda: respaced(LINEAR, [1000]), "timesteps are"),
         (lambda: respaced(LINEAR, []), "timesteps are"),
-        (lambda: timesteps.build(SampleConfig(spacing="log"), LINEAR), "spacing is 'log'"),
+        (lambda: timesteps.build(SampleConfig(spacing="log"), LINEAR, 64), "spacing is 'log'"),
     ],
 )
 def test_mistakes_are_named(make, message):

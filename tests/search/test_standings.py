@@ -7,12 +7,16 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from mlflow import MlflowClient
+from torch import Tensor
 from tracked import run_of
 
 from ddpm import config as configs
 from ddpm import storage
 from ddpm.config import Config
+from ddpm.diffusion import process, samplers, schedules
+from ddpm.diffusion.objectives import Denoised
 from ddpm.presets import DIGITS
 from ddpm.search import plots, record, standings
 from ddpm.search.attempt import JUDGED
@@ -81,10 +85,42 @@ def test_ranks_ties_and_flags(place: Location, ledger: Ledger) -> None:
     assert [str(s.by_bits) for s in found] == ["1", "2-3", "2-3", "None", "None"]
     assert [str(s.by_kid) for s in found] == ["3", "1-2", "1-2", "None", "None"]
     assert [s.is_flagged for s in found] == [True, False, False, False, False]
-    assert found[0].leftover == pytest.approx(0.775, abs=0.01)  # exp(-200 (1e-4 + 5e-3) / 4)
+    assert found[0].leftover == pytest.approx(8 * 0.775, abs=0.1)  # 8x8 exp(-200 (1e-4 + 5e-3) / 4)
     lines = "\n".join(standings.remarks(found, "bits_per_dim"))
-    assert "sqrt(alpha_bar_T) is above 0.01" in lines
+    assert "sqrt(D alpha_bar_T), D numbers an image, is above 0.5" in lines
     assert "trial-001, is not the best by KID, which is trial-000" in lines
+
+
+@pytest.mark.parametrize(
+    ("image_size", "channels", "leftover", "is_flagged"),
+    [(8, 1, 0.05, False), (32, 3, 0.35, False), (64, 3, 0.70, True), (256, 3, 2.82, True)],
+)
+def test_the_schedule_of_ho_et_al_is_flagged_for_large_images(
+    place: Location, image_size: int, channels: int, leftover: float, is_flagged: bool
+) -> None:
+    changes = {"model.image_size": image_size, "model.channels": channels, "schedule.kind": "linear"}
+    base = configs.override(BASE, {**changes, "schedule.num_timesteps": 1000})
+    (found,) = the(place, make(place, [({"schedule.beta_end": 0.02}, "failed", {})]), base)
+    assert found.leftover == pytest.approx(leftover, abs=0.005) and found.is_flagged == is_flagged
+
+
+def test_what_is_left_over_biases_samples() -> None:
+    """Flat 64x64 colour images of N(0.6, 0.1^2), drawn from pure noise: 0.6 * 0.1 * leftover too small."""
+    linear = schedules.linear(1000, 1e-4, 0.02)
+    num_dims = 3 * 64**2
+
+    def denoise(x_t: Tensor, t: Tensor) -> Denoised:
+        a = linear.alpha_bar[t].view(-1, 1, 1, 1)
+        gain = a.sqrt() * 0.1**2 / (a * 0.1**2 + (1 - a) / num_dims)
+        x_0_hat = 0.6 + gain * (x_t.mean() - a.sqrt() * 0.6) + 0 * x_t
+        return Denoised(x_0_hat, process.predict_eps_from_x_0(linear.alpha_bar, x_t, t, x_0_hat))
+
+    def no_noise() -> Tensor:
+        return torch.zeros(1, 3, 64, 64, dtype=torch.float64)
+
+    x = samplers.ddim(denoise, linear, no_noise, timesteps=range(999, -1, -1), threshold=None)
+    leftover = (num_dims * linear.alpha_bar[-1]).sqrt().item()
+    assert 0.6 - x.mean().item() == pytest.approx(0.06 * leftover, rel=0.03)
 
 
 def test_the_table_says_the_same_everywhere(place: Location, ledger: Ledger, tmp_path: Path) -> None:
