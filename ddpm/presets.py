@@ -38,7 +38,7 @@ DIGITS = Config(
         log_every_images=6_400,
         sample_every_images=32_000,
         checkpoint_every_images=12_800,
-        held_out_images=90,
+        held_out_images=297,
     ),
 )
 

@@ -12,8 +12,10 @@ from judged import CONFIG, POSITIONS, make_data, make_run
 from ddpm import evaluate, generation, judgement, runs, storage, yardstick
 from ddpm.config import SampleConfig, UserError, override
 from ddpm.data.manifest import make_manifest, read_manifest, write_manifest
+from ddpm.data.prepare import options_of
 from ddpm.data.reading import DataSet
 from ddpm.data.shards import write_shard
+from ddpm.data.sources import Digits
 from ddpm.evaluation import memorisation
 from ddpm.evaluation.memorisation import NearerShare
 from ddpm.evaluation.pixels import Pixels
@@ -62,31 +64,31 @@ def test_numbers_are_those_of_one_batch(run: Run, alone: Report, shards: str) ->
     by = yardstick.choose([candidate], Settings(**FEW))  # type: ignore[arg-type]
     posed = candidate.net, candidate.config, generation.build_objective(candidate.config)
     train = by.train.read(by.train.plan(0, 8192), 0, judgement.MEASURED_IMAGES)
-    held_out = by.held_out.read(by.held_out.plan(0, 8192), 0, 90)
+    held_out = by.held_out.read(by.held_out.plan(0, 8192), 0, 150)
     measured = judgement.measure(*posed, train, "measured", device=CPU)
     how: dict[str, Any] = {"variance": "measured", "measured": measured, "num_draws": 2}
     bits = judgement.bits_per_dim(*posed, held_out, start=0, device=CPU, **how)
     last = alone.verdicts[-1]
     for found, expected in zip(last.bits, bits.scores(), strict=True):
-        assert (found.name, found.n) == (expected.name, 90)
+        assert (found.name, found.n) == (expected.name, 150)
         assert found.value == pytest.approx(expected.value, rel=1e-5)
         assert found.error == pytest.approx(expected.error, rel=1e-4)
     drawn, image = judgement.drawn_features(*posed, Pixels((8, 8, 1)), range(150), device=CPU)
     *scores, share = last.drawn[1].scores
     for found, expected in zip(scores, score("pixels", drawn, by.real, by.other_real), strict=True):
-        assert (found.name, found.n, found.n_real) == (expected.name, 150, 90)
+        assert (found.name, found.n, found.n_real) == (expected.name, 150, 150)
         assert (found.floor, found.floor_n) == (expected.floor, 150)
         assert found.value == pytest.approx(expected.value, rel=1e-3, abs=1e-4)
-    everything = by.train.read(by.train.plan(0, 8192), 0, 1707).image
+    everything = by.train.read(by.train.plan(0, 8192), 0, 1500).image
     of_held_out, of_drawn = memorisation.nearest([held_out.image, image], [everything])
-    assert share == memorisation.nearer_share("pixels", of_drawn, of_held_out, 1707)
+    assert share == memorisation.nearer_share("pixels", of_drawn, of_held_out, 1500)
 
 
 def test_training_images_are_searched_as_far_as_is_asked(run: Run, alone: Report, tmp_path: Path) -> None:
     for verdict in alone.verdicts:
         for way in verdict.drawn:
             assert way.scores[-1].name == "nearer_than_held_out-pixels"
-            assert isinstance(way.scores[-1], NearerShare) and way.scores[-1].n_train == 1707
+            assert isinstance(way.scores[-1], NearerShare) and way.scores[-1].n_train == 1500
             assert way.nearest.startswith(b"\x89PNG")
     ((some,), (none,)) = (
         judged(run.location.uri, num_images=40, num_train_images=n, cache=str(tmp_path)).verdicts[0].drawn
@@ -128,7 +130,7 @@ def test_reference_features_are_kept(run: Run, alone: Report, shards: str, tmp_p
     digest = alone.settings["features"]["digest"][:16]
     assert kept == sorted(
         f"features-pixels-{digest}-{n}-{manifest.splits[split].fingerprint[:32]}.safetensors"
-        for split, n in (("test", 90), ("train", 150))
+        for split, n in (("test", 150), ("train", 150))
     )
     judged(run.location.uri, cache=str(tmp_path / "elsewhere"))
     assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == kept
@@ -196,7 +198,7 @@ def test_a_run_that_lost_its_shards_names_its_source_or_none(tmp_path: Path, sha
         candidate, config=override(candidate.config, {"data.shards": str(tmp_path / "no-more")})
     )
     by = yardstick.choose([moved], Settings(**FEW))  # type: ignore[arg-type]
-    assert by.uri == str(tmp_path / "runs/data/digits-v2")
+    assert by.uri == str(tmp_path / f"runs/data/digits-{options_of(Digits())[:8]}")
     assert by.train.rows.fingerprint == candidate.position["data_fingerprint"]
     nameless = yardstick.replace(moved, config=override(moved.config, {"data.source": None}))
     with pytest.raises(UserError, match=r"is no longer at .*/no-more; name it with --data\.shards"):

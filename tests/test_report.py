@@ -50,7 +50,7 @@ def nearer(low: float, n_real: int = 1000, space: str = "pixels") -> NearerShare
         high=low + 0.04,
         space=space,
         threshold=12.5,
-        n_train=1707,
+        n_train=1500,
     )
 
 
@@ -209,7 +209,7 @@ def test_memorisation_is_told_with_its_interval() -> None:
         "high": 0.07,
         "n": 500,
         "n_real": 1000,
-        "n_train": 1707,
+        "n_train": 1500,
         "space": "pixels",
         "threshold": 12.5,
     }

@@ -7,7 +7,6 @@ from ddpm.config import Config, UserError
 from ddpm.data import prepare
 from ddpm.data.downloaded import Torchvision
 from ddpm.data.glyphs import Glyphs
-from ddpm.data.manifest import FORMAT
 from ddpm.data.sources import Digits, FashionMnist, Source
 from ddpm.progress import Display
 from ddpm.runs import RESERVED
@@ -22,8 +21,8 @@ def with_shards(config: Config) -> Config:
     if config.data.shards is not None:
         return replace(config, data=replace(config.data, shards=storage.absolute(config.data.shards)))
     source = _source(config.data.source)
-    # With the format in its name: what another version has prepared stays as it is, beside it.
-    name = f"{config.data.source}-v{FORMAT.rpartition('/')[2]}".replace(":", "-")
+    # With a digest in its name: what another version has prepared stays as it is, beside it.
+    name = f"{config.data.source}-{prepare.options_of(source)[:8]}".replace(":", "-")
     place = storage.resolve(config.run.storage).child(RESERVED).child(name)
     if not prepare.find(source, place.filesystem, place.path, place.uri):
         with Display(f"preparing {config.data.source}", sum(source.splits.values())) as display:

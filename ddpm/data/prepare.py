@@ -97,7 +97,7 @@ def prepare(
         rows_per_row_group=rows_per_row_group,
     ):
         return there
-    options = _options(source, rows_per_shard, rows_per_row_group)
+    options = options_of(source, rows_per_shard, rows_per_row_group)
     _begin(location, options)
     tasks = _tasks(source, rows_per_shard, rows_per_row_group or _rows_per_row_group(source))
     total, done = sum(task.stop - task.start for task in tasks), 0
@@ -145,7 +145,7 @@ def find(
     if not Location(where, filesystem, root).child(MANIFEST).exists():
         return None
     manifest = read_manifest(filesystem, root, where)
-    if manifest.options != _options(source, rows_per_shard, rows_per_row_group):
+    if manifest.options != options_of(source, rows_per_shard, rows_per_row_group):
         raise UserError(
             f"{where} holds another data set, of source {manifest.source!r} or made with other options; "
             "choose another place, or remove that one first"
@@ -173,7 +173,9 @@ def write_preview(filesystem: pafs.FileSystem, root: str, manifest: Manifest) ->
     return PREVIEW
 
 
-def _options(source: Source, rows_per_shard: int | None, rows_per_row_group: int | None) -> str:
+def options_of(
+    source: Source, rows_per_shard: int | None = None, rows_per_row_group: int | None = None
+) -> str:
     """Hash of everything that decides the bytes of the data set."""
     identity = [FORMAT, source.identity(), source.splits, rows_per_shard, rows_per_row_group]
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()

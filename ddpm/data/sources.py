@@ -64,7 +64,9 @@ class Digits:
     """1,797 real handwritten digits, 8x8 grey, from scikit-learn; nothing is downloaded."""
 
     seed: int = 0
-    """Which 5 % are held out."""
+    """Which of them are held out."""
+    held_out_images: int = 297
+    """More than the usual share: numbers that stand on few real images are uncertain by them."""
     name: str = field(default="digits", init=False)
     height: int = field(default=8, init=False)
     width: int = field(default=8, init=False)
@@ -98,7 +100,7 @@ class Digits:
 
     @cached_property
     def _rows(self) -> dict[str, Labels]:
-        return held_out(len(self._digits[0]), self.seed)
+        return held_out(len(self._digits[0]), self.seed, self.held_out_images)
 
 
 FASHION_CLASSES = [
@@ -164,13 +166,13 @@ class FashionMnist:
         return read_idx_folder(self.path)
 
 
-def held_out(n: int, seed: int) -> dict[str, Labels]:
-    """Rows of "train" and of "test", 5 % (at least one), both in an order drawn from the seed."""
+def held_out(n: int, seed: int, num_test: int | None = None) -> dict[str, Labels]:
+    """Rows of "train" and of "test" (None: 5 %, at least one), both in an order drawn from the seed."""
     if n < 2:
         raise UserError(f"the source has {n} image(s); it takes two to hold one out")
     # RandomState, since numpy promises its streams for ever: the same rows with every numpy.
     order = np.random.RandomState(seed).permutation(n).astype(np.int64)
-    num_test = max(1, round(n * HELD_OUT_SHARE))
+    num_test = num_test or max(1, round(n * HELD_OUT_SHARE))
     return {"train": order[num_test:], "test": order[:num_test]}
 
 

@@ -179,7 +179,7 @@ def test_the_command(tmp_path: Path, run_job: Callable[..., Any]) -> None:
     lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     raw = json.loads((tmp_path / "digits/manifest.json").read_text())
     assert done.returncode == 0, done.stderr
-    assert lines["data"] == f"set    {tmp_path}/digits" and lines["train"] == "1,707 images"
+    assert lines["data"] == f"set    {tmp_path}/digits" and lines["train"] == "1,500 images"
     assert lines["fingerprint"] == raw["fingerprint"]
     with Image.open(lines["preview"]) as image:
         assert image.size == (402, 402)

@@ -26,8 +26,8 @@ def test_digits_and_again(run_job: Callable[..., Any], tmp_path: Path) -> None:
     manifest = read_manifest(location.filesystem, location.path, location.uri)
     for said in (
         str(tmp_path / "data"),
-        "1,707",
-        "90",
+        "1,500",
+        "297",
         manifest.fingerprint,
         str(tmp_path / "data/preview.png"),
     ):
