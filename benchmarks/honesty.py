@@ -1,0 +1,211 @@
+"""What a bound hangs on beside the net: the number of timesteps, the variance of p, and whether it was learned.
+
+    python benchmarks/honesty.py variance runs/digits                  # one net, fewer and fewer of its timesteps
+    python benchmarks/honesty.py search runs/honest                    # twelve trials, ranked by the old bound and the new
+    python benchmarks/honesty.py learned runs/fixed runs/learned       # bits/dim and KID of fixed, measured and learned
+
+Each prints tables in Markdown; benchmarks/honesty.md holds them, with the commands that made the runs.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ddpm import evaluate, images, judgement, storage, yardstick
+from ddpm.data.reading import DataSet
+from ddpm.diffusion import likelihood, schedules
+from ddpm.diffusion.objectives import Denoised
+from ddpm.diffusion.process import q_sample
+from ddpm.diffusion.reverse import Variance, fixed_variance
+from ddpm.diffusion.samplers import PerImageNoise
+from ddpm.diffusion.schedules import Schedule
+from ddpm.diffusion.timesteps import respaced, uniform
+from ddpm.evaluation.ranking import agreement
+from ddpm.evaluation.reference import images_of
+from ddpm.evaluation.scores import Score
+from ddpm.generation import build_objective
+from ddpm.search.jury import Jury
+from ddpm.search.trials import Ledger, best
+from ddpm.training import checkpoint
+from ddpm.utils.generators import PhiloxGenerator
+from ddpm.utils.seeding import Purpose
+from ddpm.yardstick import Candidate, Settings
+
+FIXED: tuple[Variance, ...] = ("beta", "beta_tilde", "measured")
+SUBSETS = (500, 300, 200, 100)
+KID_IMAGES = 1000
+
+
+def data_sets(candidate: Candidate) -> tuple[DataSet, DataSet]:
+    """The split that the candidate was trained on, and the one held out."""
+    by = yardstick.choose([candidate], Settings(num_images=20, features="pixels", num_train_images=0))
+    return by.train, by.held_out
+
+
+def bounds_of(candidate: Candidate, num_steps: int) -> dict[Variance, np.ndarray]:
+    """The bound of the chain of `num_steps` of the net's timesteps: [images, (kl, decoder, all)] a variance."""
+    net, config, objective = candidate.net, candidate.config, build_objective(candidate.config)
+    timesteps = uniform(config.schedule.num_timesteps, num_steps)
+    chain, where = respaced(schedules.build(config.schedule), timesteps), torch.tensor(timesteps[::-1])
+
+    def denoise(x_t: torch.Tensor, k: torch.Tensor) -> Denoised:
+        return objective.denoise(net, x_t, where[k], None)
+
+    train, held_out = data_sets(candidate)
+    measured_by, _ = errors_of(denoise, chain, train, judgement.MEASURED_IMAGES, 64, Purpose.MEASURE)
+    errors, x_0 = errors_of(denoise, chain, held_out, held_out.rows.num_rows, num_steps, Purpose.LIKELIHOOD)
+    noise = PerImageNoise([PhiloxGenerator(1, i) for i in range(len(x_0))], tuple(x_0.shape[1:]))  # type: ignore[arg-type]
+    first = torch.zeros(len(x_0), dtype=torch.int64)
+    x_0_hat = denoise(q_sample(chain.alpha_bar, x_0, first, noise()), first).x_0_hat.clamp(-1, 1)
+    found = {}
+    for variance in FIXED:
+        table = fixed_variance(chain, variance, measured_by.mean(0))
+        kl = likelihood.kl_of_errors(chain, errors, table).sum(1)
+        decoder = likelihood.decoder_nll(x_0, x_0_hat, table[:1].log().expand(len(x_0)))
+        found[variance] = torch.stack(
+            [kl, decoder, kl + decoder + likelihood.prior_kl(chain, x_0)], 1
+        ).numpy()
+    return found
+
+
+def errors_of(
+    denoise: Callable, chain: Schedule, data_set: DataSet, n: int, num_measured: int, purpose: Purpose
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The errors of x_0_hat of the first n images of a split, [n, T], and the images."""
+    x_0 = images.to_model(torch.from_numpy(images_of(data_set, 0, n).image))
+    noise = PerImageNoise([PhiloxGenerator(0, purpose, i) for i in range(n)], tuple(x_0.shape[1:]))  # type: ignore[arg-type]
+    return likelihood.x_0_errors(denoise, chain, x_0, noise, num_measured=num_measured), x_0
+
+
+def variance_table(run: str) -> None:
+    (candidate,) = yardstick.read([run])
+    T = candidate.config.schedule.num_timesteps
+    table = {n: bounds_of(candidate, n) for n in SUBSETS if n <= T}
+    print(f"| timesteps of {T} | " + " | ".join(f"{v}: sum of KL, decoder, bits/dim" for v in FIXED) + " |")
+    print("|---" * (len(FIXED) + 1) + "|")
+    for n, found in table.items():
+        cells = []
+        for variance in FIXED:
+            kl, decoder, total = found[variance].mean(0)
+            more = (found[variance] - table[max(table)][variance])[:, 2]
+            change = (
+                f" ({more.mean():+.3f} ± {more.std(ddof=1) / len(more) ** 0.5:.3f})"
+                if n != max(table)
+                else ""
+            )
+            cells.append(f"{kl:.3f}, {decoder:.3f}, **{total:.3f}**{change}")
+        print(f"| {n} | " + " | ".join(cells) + " |")
+
+
+def search_table(run: str) -> None:
+    place = storage.resolve(run)
+    trials = best(Ledger.existing(place).trials(), "bits_per_dim")
+    newest = [
+        place.child(trial.name).child(checkpoint.name_at(trial.last.images_seen)).uri
+        for trial in trials
+        if trial.last
+    ]
+    train, held_out = data_sets(yardstick.read(newest[:1])[0])
+    bits: dict[str, np.ndarray] = {}
+    for variance in ("beta_tilde", "measured"):
+        jury = Jury(train, held_out, held_out.rows.num_rows, variance=variance)  # type: ignore[arg-type]
+        bits[variance] = np.array([jury.judge(uri).bits for uri in newest])
+    kid = np.array([trial.drawn["value"] for trial in trials])
+    few = few_steps(newest)
+    columns: dict[str, np.ndarray] = {
+        "bits/dim, beta_tilde": bits["beta_tilde"].mean(1),
+        "bits/dim, measured": bits["measured"].mean(1),
+        "KID, dpmpp_2m-20": kid,
+        "KID, dpmpp_2m-10": few["dpmpp_2m-10"],
+        "KID, ancestral-20 measured": few["ancestral-20"],
+    }
+    print("| trial | kind | T | " + " | ".join(f"{name} | rank" for name in columns) + " |")
+    print("|---|---|---|" + "---|---|" * len(columns))
+    ranks = {name: v.argsort().argsort() + 1 for name, v in columns.items()}
+    for i, trial in enumerate(trials):
+        cells = " | ".join(f"{columns[name][i]:.4f} | {ranks[name][i]}" for name in columns)
+        print(
+            f"| {trial.name} | {trial.changes['schedule.kind']} | {trial.changes['schedule.num_timesteps']} | {cells} |"
+        )
+    print(
+        "\n| objective | Spearman's rho with KID dpmpp_2m-20 | with KID dpmpp_2m-10 | "
+        "with KID ancestral-20 measured | with T |"
+    )
+    print("|---|---|---|---|---|")
+    T = np.array([trial.changes["schedule.num_timesteps"] for trial in trials])
+    for name in list(columns)[:2]:
+        others = [*(columns[kid_name] for kid_name in list(columns)[2:]), -T]
+        print(
+            f"| {name} | "
+            + " | ".join(f"{agreement(columns[name], other).spearman:+.2f}" for other in others)
+            + " |"
+        )
+
+
+def few_steps(uris: Sequence[str]) -> dict[str, np.ndarray]:
+    """KID of all in a few steps, by the way of drawing."""
+    found = {}
+    for sampler, steps in (("dpmpp_2m", 10), ("ancestral", 20)):
+        settings = Settings(
+            num_images=500,
+            samplers=(sampler,),
+            num_sample_steps=(steps,),
+            variance="measured" if sampler == "ancestral" else "auto",
+            num_draws=2,
+            num_train_images=0,
+        )
+        report = evaluate.evaluate(yardstick.read(uris), settings)
+        found[f"{sampler}-{steps}"] = np.array([kid_of(v.drawn[0].scores).value for v in report.verdicts])
+    return found
+
+
+def kid_of(scores: Sequence[Score]) -> Score:
+    return next(score for score in scores if score.name.startswith("KID"))
+
+
+def learned_table(runs: Sequence[str]) -> None:
+    print(
+        "| run | images seen | variance | bits/dim | KL | decoder | KID, ancestral-25 | KID, ancestral-100 |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for candidate in yardstick.read(runs):
+        learned = candidate.config.objective.variance == "learned"
+        for variance in ("beta_tilde", "measured", *(["learned"] if learned else [])):
+            settings = Settings(
+                num_images=KID_IMAGES,
+                samplers=("ancestral",),
+                num_sample_steps=(25, 100),
+                variance=variance,  # type: ignore[arg-type]
+                num_draws=64,
+                num_train_images=0,
+            )
+            (verdict,) = evaluate.evaluate([replace(candidate)], settings).verdicts
+            total, _, kl, decoder = verdict.bits
+            kids = " | ".join(
+                f"{s.value:.4f} ± {s.error:.4f}" for s in (kid_of(d.scores) for d in verdict.drawn)
+            )
+            print(
+                f"| {candidate.run} | {verdict.images_seen:,} | {variance} | {total.value:.4f} ± {total.error:.4f} | "
+                f"{kl.value:.4f} | {decoder.value:.4f} | {kids} |",
+                flush=True,
+            )
+
+
+def main() -> None:
+    match sys.argv[1:]:
+        case ["variance", run]:
+            variance_table(run)
+        case ["search", run] if Path(run).is_dir():
+            search_table(run)
+        case ["learned", *runs] if runs:
+            learned_table(runs)
+        case _:
+            sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main()
