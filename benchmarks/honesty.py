@@ -1,7 +1,7 @@
 """What a bound hangs on beside the net: the number of timesteps, the variance of p, and whether it was learned.
 
     python benchmarks/honesty.py variance runs/digits                  # one net, fewer and fewer of its timesteps
-    python benchmarks/honesty.py search runs/honest                    # twelve trials, ranked by the old bound and the new
+    python benchmarks/honesty.py search runs/honest                    # twelve trials, ranked by both bounds
     python benchmarks/honesty.py learned runs/fixed runs/learned       # bits/dim and KID of fixed, measured and learned
 
 Each prints tables in Markdown; benchmarks/honesty.md holds them, with the commands that made the runs.
