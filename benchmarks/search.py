@@ -25,7 +25,7 @@ from runtime import processor, write_table
 from ddpm import config as configs
 from ddpm import presets, runs, storage
 from ddpm.data import stream
-from ddpm.evaluation.ranking import Z, agreement
+from ddpm.evaluation.ranking import agreement
 from ddpm.search import standings
 from ddpm.search.contest import said
 from ddpm.search.jury import Jury
@@ -177,8 +177,8 @@ def main() -> None:
         "",
         f"{len(ledger.trials())} trials, {len(trials)} of them to their end ({arguments.command or 'tune/search.py'}; "
         f"`python benchmarks/search.py {arguments.search}`). {datetime.date.today()}, {os.cpu_count()} cores of "
-        f"{processor()}, torch {torch.__version__}. Ranks count from the best; intervals are standard errors, and two "
-        f"trials closer than {Z} of them are a tie.",
+        f"{processor()}, torch {torch.__version__}. Ranks count from the best; intervals are standard errors, and "
+        "ranks that overlap are a tie.",
         "",
         *rankings(trials),
         "",

@@ -263,6 +263,20 @@ def test_a_net_that_knows_classes_wants_them(tmp_path: Path, shards: str) -> Non
         judged(run.location.uri, shards=other_data(tmp_path / "d", train=100, test=30))
 
 
+def test_a_conditional_nets_errors_hold_its_classes(tmp_path: Path, shards: str) -> None:
+    """Known answers: the library's own, with i mod 10 as the label of image i."""
+    run = make_run(tmp_path / "runs", shards, override(CONFIG, {"model.num_classes": 10}))
+    (verdict,) = judged(run.location.uri).verdicts
+    (candidate,) = yardstick.read([run.location.uri])
+    posed = candidate.net, candidate.config, generation.build_objective(candidate.config)
+    drawn = judgement.drawn_features(*posed, Pixels((8, 8, 1)), range(150), device=CPU)
+    by = yardstick.choose([candidate], Settings(**FEW))  # type: ignore[arg-type]
+    held, free = (score("pixels", drawn, by.real, label=label) for label in (np.arange(150) % 10, None))
+    found = [s.error for s in verdict.drawn[0].scores]
+    assert found == pytest.approx([s.error for s in held], rel=1e-2)
+    assert found != pytest.approx([s.error for s in free], rel=1e-2)
+
+
 def test_checkpoints_of_different_data_are_judged_by_named_data(
     run: Run, tmp_path: Path, shards: str
 ) -> None:

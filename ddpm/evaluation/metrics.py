@@ -92,7 +92,9 @@ class Estimate(NamedTuple):
     """Standard error."""
 
 
-def kid(generated: NDArray[np.floating], real: NDArray[np.floating]) -> Estimate:
+def kid(
+    generated: NDArray[np.floating], real: NDArray[np.floating], label: NDArray[np.int64] | None = None
+) -> Estimate:
     """The unbiased squared MMD with the kernel (x y / F + 1)^3, from all pairs; it may be negative.
 
     The standard error is that of redrawing both sets: the two-sample jackknife, which leaves out each generated and
@@ -102,6 +104,7 @@ def kid(generated: NDArray[np.floating], real: NDArray[np.floating]) -> Estimate
     Args:
         generated: [N, F], N at least 3.
         real: [M, F], M at least 3.
+        label: [N], the classes that were asked for: redrawn images would have the same. None: none were.
 
     Raises:
         ValueError: there are fewer.
@@ -115,8 +118,9 @@ def kid(generated: NDArray[np.floating], real: NDArray[np.floating]) -> Estimate
     x_to_x, y_to_y = _kernel_sums(x, x, own=True), _kernel_sums(y, y, own=True)
     x_to_y, y_to_x = _kernel_sums(x, y), _kernel_sums(y, x)
     value = x_to_x.sum() / (n * (n - 1)) + y_to_y.sum() / (m * (m - 1)) - 2 * x_to_y.sum() / (n * m)
-    error = jackknife_error(_without_each(x_to_x, x_to_y, m), _without_each(y_to_y, y_to_x, n))
-    return Estimate(float(value), error)
+    without_x, without_y = _without_each(x_to_x, x_to_y, m), _without_each(y_to_y, y_to_x, n)
+    strata = [without_x[rows] for rows in _strata(n, label)]
+    return Estimate(float(value), jackknife_error(*strata, without_y))
 
 
 class Manifold(NamedTuple):
@@ -215,6 +219,15 @@ def _without_each(own: Array, other: Array, m: int) -> Array:
     """
     n = len(own)
     return (own.sum() - 2 * own) / ((n - 1) * (n - 2)) - 2 * (other.sum() - other) / ((n - 1) * m)
+
+
+def _strata(n: int, label: NDArray[np.int64] | None) -> list[NDArray[np.bool_]]:
+    """The images of each class, [N] each; classes of one image, which show no spread, are taken together."""
+    if label is None:
+        return [np.ones(n, bool)]
+    _, stratum, counts = np.unique(label, return_inverse=True, return_counts=True)
+    stratum[counts[stratum] == 1] = -1
+    return [stratum == k for k in np.unique(stratum)]
 
 
 def _distances(x: NDArray[np.floating], y: NDArray[np.floating]) -> NDArray[np.float32]:

@@ -97,8 +97,9 @@ def _without_floor(
     yield Score(name, *estimate, n, m)
     generated, real = _first(generated, MAX_PAIRWISE), _first(real, MAX_PAIRWISE)
     n, m = len(generated), len(real)
-    yield Score(f"KID-{net_name}", *kid(generated.values, real.values), n, m)
-    for metric, estimate in _manifold(generated, real, None if label is None else label[:n]).items():
+    label = None if label is None else label[:n]
+    yield Score(f"KID-{net_name}", *kid(generated.values, real.values, label), n, m)
+    for metric, estimate in _manifold(generated, real, label).items():
         yield Score(f"{metric}-{net_name}", *estimate, n, m)
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from gaussians import true_kid
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
@@ -92,9 +93,25 @@ def test_kid_is_unbiased_and_its_error_is_what_it_says():
     for mean, most in ((0.0, 1.7), (0.5, 1.3)):
         found = [kid(normal(60, 4, 2 * i, mean), normal(40, 4, 2 * i + 1)) for i in range(200)]
         values, errors = np.array(found).T
-        right = kid(normal(6000, 4, 1000, mean), normal(6000, 4, 1001)).value
-        assert values.mean() == pytest.approx(right, abs=3 * values.std() / 200**0.5 + 0.02)
+        right = true_kid(np.full(4, mean), np.zeros(4))
+        assert values.mean() == pytest.approx(right, abs=3 * values.std() / 200**0.5)
         assert 0.9 < errors.mean() / values.std() < most  # of sets that are alike, about sqrt(2)
+
+
+def test_the_error_of_kid_holds_the_classes_that_were_asked_for():
+    """Ten clusters, as many generated images of each: the spread between clusters is none of the generated side's."""
+    centres, classes, found = normal(10, 8, std=2.0), np.arange(200) % 10, []
+    for seed in range(150):
+        chance = np.random.RandomState(seed).randint(0, 10, 200)  # the classes of real images are drawn too
+        generated = centres[classes] + normal(200, 8, 2 * seed, 0.3)
+        real = centres[chance] + normal(200, 8, 2 * seed + 1)
+        found.append(
+            (kid(generated, real, classes).value, *(kid(generated, real, c).error for c in (classes, None)))
+        )
+    values, stratified, plain = np.array(found).T
+    assert 0.9 < stratified.mean() / values.std() < 1.2 < plain.mean() / values.std()
+    one_each = kid(generated, real, np.arange(200))
+    assert one_each == kid(generated, real)  # where no class shows a spread, all together do
 
 
 def test_a_set_beside_itself_and_far_from_another():

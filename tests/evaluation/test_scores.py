@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from gaussians import true_kid
+from numpy.typing import NDArray
 
 from ddpm.config import UserError
 from ddpm.data.reading import DataSet
@@ -12,6 +14,8 @@ from ddpm.evaluation.bits import BitsPerDim
 from ddpm.evaluation.classifier import Classifier
 from ddpm.evaluation.features import Features, features_of
 from ddpm.evaluation.scores import Score, score
+
+Int64 = NDArray[np.int64]
 
 METRICS = ("precision", "recall", "density", "coverage")
 
@@ -58,10 +62,85 @@ def test_the_floor_says_when_it_has_fewer_images() -> None:
 
 
 def test_the_uncertainty_of_fid_is_its_spread() -> None:
-    real = normal(300, seed=1)
-    found = [score("pixels", normal(200, seed=10 + i, mean=0.3), real)[0] for i in range(60)]
+    """The spread over redrawn generated images and redrawn real ones."""
+    found = [
+        score("pixels", normal(200, seed=2 * i, mean=0.3), normal(100, seed=2 * i + 1))[0] for i in range(60)
+    ]
     errors, values = np.array([s.error for s in found]), np.array([s.value for s in found])
     assert 0.8 < errors.mean() / values.std() < 1.3
+
+
+def clusters(label: Int64, seed: int, shift: float = 0.0) -> NDArray[np.float32]:
+    """Features of images in ten classes."""
+    centres = 2 * np.random.RandomState(0).standard_normal((10, 8))
+    noise = np.random.RandomState(seed).standard_normal((len(label), 8))
+    return (centres[label] + shift + noise).astype(np.float32)
+
+
+def errors_in_order(order: str, is_labelled: bool) -> NDArray[np.float64]:
+    """[6]: the errors of clustered features, in the order of `score`, on average over five draws."""
+    found = []
+    for seed in range(5):
+        sides = []
+        for n, shift in ((500, 0.3), (300, 0.0)):
+            label = np.arange(n) % 10
+            values = clusters(label, 2 * seed + (n == 300), shift)
+            rows = {
+                "i mod 10": np.arange(n),
+                "by class": np.argsort(label, kind="stable"),
+                "shuffled": np.random.RandomState(seed).permutation(n),
+            }[order]
+            sides.append((Features(np.arange(n), values[rows]), label[rows]))
+        (generated, label), (real, _) = sides
+        scores_ = score("pixels", generated, real, label=label if is_labelled else None)
+        found.append([s.error**2 for s in scores_])
+    return np.sqrt(np.mean(found, 0))
+
+
+@pytest.mark.parametrize("is_labelled", [True, False])
+def test_errors_do_not_depend_on_the_order_of_rows(is_labelled: bool) -> None:
+    errors = np.array([errors_in_order(order, is_labelled) for order in ("i mod 10", "by class", "shuffled")])
+    ratios = dict(zip(("FID", "KID", *METRICS), errors.max(0) / errors.min(0), strict=True))
+    assert all(1 <= ratio < 1.5 for ratio in ratios.values()), ratios
+
+
+def test_the_error_of_fid_holds_the_classes_that_were_asked_for() -> None:
+    classes, found = np.arange(200) % 10, []
+    for seed in range(60):
+        generated = Features(np.arange(200), clusters(classes, 2 * seed, 0.3))
+        chance = np.random.RandomState(seed).randint(0, 10, 200)
+        real = Features(np.arange(200), clusters(chance, 2 * seed + 1))
+        first, *_ = score("pixels", generated, real, label=classes)
+        found.append((first.value, first.error))
+    values, errors = np.array(found).T
+    assert 0.8 < errors.mean() / values.std() < 1.3
+
+
+def test_a_share_of_all_images_has_an_error() -> None:
+    """All of 90 real images are covered: two more on either side make 92 of 94 (Agresti & Coull 1998)."""
+    real = normal(90, seed=1)
+    found = by_name(score("pixels", Features(np.arange(300), np.tile(real.values, (4, 1))[:300]), real))
+    assert found["coverage-pixels"].value == 1
+    assert found["coverage-pixels"].error == pytest.approx((92 / 94 * 2 / 94 / 94) ** 0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shift", [0.0, 0.3])
+@pytest.mark.parametrize("n_real", [90, 1000])
+def test_intervals_cover(n_real: int, shift: float) -> None:
+    """Of 200 pairs of sets, 90 % and more have the true value within 1.96 errors.
+
+    For KID that is the population's; the others are biased by the number of images, and theirs is their mean.
+    """
+    found = [
+        score("pixels", normal(300, 16, 2 * i, shift), normal(n_real, 16, 2 * i + 1)) for i in range(200)
+    ]
+    values, errors = (np.array([[getattr(s, key) for s in f] for f in found]) for key in ("value", "error"))
+    right = values.mean(0)
+    right[1] = true_kid(np.full(16, shift), np.zeros(16))
+    coverage = (abs(values - right) <= 1.96 * errors).mean(0)
+    named = dict(zip(("FID", "KID", *METRICS), coverage, strict=True))
+    assert all(share >= 0.9 for share in named.values()), named
 
 
 def test_workers_parts_give_the_scores_of_the_whole_bit_for_bit() -> None:

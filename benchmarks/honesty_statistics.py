@@ -1,0 +1,180 @@
+"""Whether errors and ranks are what they say: intervals that cover, and searches of equals that claim no difference.
+
+    python benchmarks/honesty_statistics.py benchmarks/honesty-statistics.md
+
+Simulated, with features and bits/dim whose truth is known; about three minutes of one core. The old formulas, for
+comparison, live here.
+
+Axes: N generated images, M real images, F features.
+"""
+
+import argparse
+import datetime
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm.evaluation.features import Features
+from ddpm.evaluation.metrics import Distances, Moments, fid, jackknife_error, kid
+from ddpm.evaluation.ranking import Rank, Z, paired_ranks, ranks
+from ddpm.evaluation.scores import GROUPS, score
+
+Array = NDArray[np.float64]
+
+REPETITIONS, NUM_GENERATED, SIZE = 200, 300, 16
+MANY_GENERATED = 2000
+"""Of KID alone: what `jobs/evaluate.py` draws by default."""
+SEARCHES, TRIALS = 400, 16
+TRIAL_NOISE, KID_GENERATED = 0.3, 200
+
+
+def normal(n: int, seed: int, shift: float = 0.0) -> Features:
+    """Features from N(shift, I)."""
+    values = shift + np.random.RandomState(seed).standard_normal((n, SIZE))
+    return Features(np.arange(n), values.astype(np.float32))
+
+
+def kernel(a: Array, b: Array) -> Array:
+    return (a @ b.T / a.shape[1] + 1) ** 3
+
+
+def true_kid(shift: float) -> float:
+    """KID of N(shift, I) and N(0, I), from the moments of x y."""
+    norm = SIZE * shift**2
+
+    def mean(ab: float, spread: float) -> float:
+        third = ab**3 + 3 * ab * spread + 6 * ab
+        return 1 + 3 * ab / SIZE + 3 * (ab**2 + spread) / SIZE**2 + third / SIZE**3
+
+    return mean(norm, 2 * norm + SIZE) + mean(0.0, SIZE) - 2 * mean(0.0, norm + SIZE)
+
+
+def old_kid_error(x: Array, y: Array) -> float:
+    """The jackknife over the generated images, the real ones held fixed."""
+    n, m = len(x), len(y)
+    own, to_real = kernel(x, x), kernel(x, y).sum(1)
+    np.fill_diagonal(own, 0)
+    to_own = own.sum(1)
+    without = (to_own.sum() - 2 * to_own) / ((n - 1) * (n - 2))
+    return jackknife_error(without - 2 * (to_real.sum() - to_real) / ((n - 1) * m))
+
+
+def old_errors(generated: Features, real: Features) -> list[float]:
+    """[6], in the order of `score`: groups i mod 10 of the generated images, the real ones held fixed."""
+    rows = np.arange(len(generated))
+    of_real, distances = Moments.of(real.values), Distances(generated.values, real.values)
+    kept = [rows[rows % GROUPS != k] for k in range(GROUPS)]
+    of_fid = np.array([fid(of_real, Moments.of(generated.values[left])) for left in kept])
+    of_manifold = np.array([distances.manifold(left) for left in kept])
+    x, y = generated.values.astype(float), real.values.astype(float)
+    return [jackknife_error(of_fid), old_kid_error(x, y), *(jackknife_error(w) for w in of_manifold.T)]
+
+
+def intervals() -> Iterator[str]:
+    yield "| shift | generated | real | metric | mean | spread | error, old | covers, old | error | covers |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    for shift in (0.0, 0.3):
+        for n_real in (90, 1000):
+            found, old = [], []
+            for i in range(REPETITIONS):
+                sides = normal(NUM_GENERATED, 2 * i, shift), normal(n_real, 2 * i + 1)
+                found.append(score("pixels", *sides))
+                old.append(old_errors(*sides))
+            for j, first in enumerate(found[0]):
+                name = first.name.removesuffix("-pixels")
+                values, errors = np.array([(f[j].value, f[j].error) for f in found]).T
+                right = true_kid(shift) if name == "KID" else values.mean()
+                numbers = NUM_GENERATED, n_real
+                yield covered(shift, numbers, name, values, right, np.array(old)[:, j], errors)
+        for n_real in (90, 1000):
+            of_kid = []
+            for i in range(REPETITIONS):
+                x, y = (
+                    side.values.astype(float)
+                    for side in (normal(MANY_GENERATED, 2 * i, shift), normal(n_real, 2 * i + 1))
+                )
+                of_kid.append((*kid(x, y), old_kid_error(x, y)))
+            values, errors, before = np.array(of_kid).T
+            numbers = MANY_GENERATED, n_real
+            yield covered(shift, numbers, "KID", values, true_kid(shift), before, errors)
+
+
+def covered(
+    shift: float, numbers: tuple[int, int], name: str, values: Array, right: float, *errors: Array
+) -> str:
+    """A line: how often `right` lies within Z errors, of the old ones and of the new ones."""
+    cells = [f"{shift:g}", *map(str, numbers), name, f"{values.mean():.4f}", f"{values.std(ddof=1):.4f}"]
+    for error in errors:
+        cells += [f"{error.mean():.4f}", f"{(abs(values - right) <= Z * error).mean():.1%}"]
+    return "| " + " | ".join(cells) + " |"
+
+
+def any_pair(values: Array) -> bool:
+    """Whether some mean difference of [TRIALS, M] is below 0 by Z errors, as before."""
+    difference = values[:, None] - values[None]
+    error = difference.std(2, ddof=1) / values.shape[1] ** 0.5
+    return bool((difference.mean(2) + Z * error < 0).any())
+
+
+def searches() -> Iterator[str]:
+    yield "| what is compared | images | searches | claim a difference, uncorrected | Holm |"
+    yield "|---|---|---|---|---|"
+    tie = [Rank(1, TRIALS)] * TRIALS
+    for num_images in (90, 512):
+        rng, old, new = np.random.default_rng(0), 0, 0
+        for _ in range(SEARCHES):
+            image = rng.gamma(9, 1 / 3, num_images)
+            bits = image + rng.normal(0, TRIAL_NOISE, (TRIALS, num_images))
+            old += any_pair(bits)
+            new += paired_ranks(bits) != tie
+        yield row("bits/dim, image by image", num_images, old, new)
+    for num_images in (90, 512):
+        old = new = 0
+        for i in range(SEARCHES):
+            real = normal(num_images, (TRIALS + 1) * i).values.astype(float)
+            drawn = [
+                normal(KID_GENERATED, (TRIALS + 1) * i + 1 + k).values.astype(float) for k in range(TRIALS)
+            ]
+            values, errors = np.array([kid(x, real) for x in drawn]).T
+            fixed = np.array([old_kid_error(x, real) for x in drawn])
+            old += bool((values + Z * fixed).min() < (values - Z * fixed).max())
+            new += ranks(values, errors) != tie
+        yield row("KID by its errors", num_images, old, new)
+
+
+def row(what: str, num_images: int, old: int, new: int) -> str:
+    return f"| {what} | {num_images} | {SEARCHES} | {old / SEARCHES:.1%} | {new / SEARCHES:.1%} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, help="markdown file")
+    out = parser.parse_args().out
+    lines = [
+        "# Errors and ranks, simulated",
+        "",
+        f"{datetime.date.today()}, numpy {np.__version__}; `python benchmarks/honesty_statistics.py {out}`.",
+        "",
+        f"Intervals: the value ± {Z} errors, over {REPETITIONS} pairs of sets: generated images have "
+        f"{SIZE} features from N(shift, I), real ones from N(0, I). Covered is KID's true value; the others are "
+        "biased by the number of images, and covered is their mean over the pairs. Old: groups i mod 10 of the "
+        "generated images, the real ones held fixed.",
+        "",
+        *intervals(),
+        "",
+        f"Searches of {TRIALS} equal trials, judged by the same images. bits/dim: an image's difficulty is shared, a "
+        f"trial's own noise is {TRIAL_NOISE}. KID: {KID_GENERATED} images of each trial, from the distribution of the "
+        "real ones. Uncorrected: any pair apart by 1.96 errors image by image, or with intervals that do not overlap.",
+        "",
+        *searches(),
+    ]
+    out.write_text("\n".join(lines) + "\n")
+    print(out.read_text())
+
+
+if __name__ == "__main__":
+    main()
