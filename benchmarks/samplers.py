@@ -91,7 +91,9 @@ def draw(candidate: yardstick.Candidate, way: Way, n: int) -> tuple[np.ndarray, 
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     (candidate,) = yardstick.read([arguments.checkpoint])
-    by = yardstick.choose([candidate], yardstick.Settings(num_images=2000, features="classifier"))
+    by = yardstick.choose(
+        [candidate], yardstick.Settings(num_images=2000, features="classifier", num_train_images=0)
+    )
     found: dict[Way, tuple[Score, float]] = {}
     for way in WAYS:
         drawn, speed = draw(candidate, way, arguments.num_images)

@@ -263,16 +263,16 @@ def _on_memorisation(report: Report, out: str) -> Iterator[str]:
     if found and (n := found[0].n_real) < MIN_HELD_OUT:
         yield (
             f"{METRIC}: {n} held-out images are too few for a 1st percentile; the smallest of their distances stands "
-            f"for it, and of other images like them {found[0].floor:.1%} are expected below it"
+            f"for it, and of other images like them {_percent(found[0].floor)} are expected below it"
         )
     for uri, verdict, drawn in nearest_pictures(report, out):
         for s in drawn.scores:
             if isinstance(s, NearerShare) and s.low > MANY * s.floor and verdict.saw_this_data:
                 yield (
-                    f"{verdict.run}, {verdict.images_seen:,} images seen, {drawn.name}: {s.value:.1%} (95 % interval "
-                    f"{s.low:.1%} to {s.high:.1%}) of the images drawn are nearer to a training image, by {s.space}, "
-                    f"than {1 - s.floor:.0%} of held-out images are: the net repeats training images, or draws typical "
-                    f"ones alone; look at {uri}"
+                    f"{verdict.run}, {verdict.images_seen:,} images seen, {drawn.name}: {_percent(s.value)} (95 % "
+                    f"interval {_percent(s.low)} to {_percent(s.high)}) of the images drawn are nearer to a training "
+                    f"image, by {s.space}, than {100 - 100 * s.floor:.0f} % of held-out images are: the net repeats "
+                    f"training images, or draws typical ones alone; look at {uri}"
                 )
 
 
@@ -300,6 +300,10 @@ def _by_name(report: Report) -> dict[str, list[Row]]:
     for row in rows(report):
         groups.setdefault(row.score.name, []).append(row)
     return groups
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def _cell(score: Score) -> str:

@@ -221,9 +221,9 @@ def test_memorisation_is_told_with_its_interval() -> None:
 def test_memorisation_is_remarked_on_where_the_interval_is_clearly_above_what_is_expected() -> None:
     (line,) = remarks(made(verdict(1, near(0.03))), "s3://b/out.json")
     assert line == (
-        "a, 1,000 images seen, ddim-50: 4.2% (95 % interval 3.0% to 7.0%) of the images drawn are nearer to a training "
-        "image, by pixels, than 99% of held-out images are: the net repeats training images, or draws typical ones "
-        "alone; look at s3://b/out-nearest.png"
+        "a, 1,000 images seen, ddim-50: 4.2 % (95 % interval 3.0 % to 7.0 %) of the images drawn are nearer to a "
+        "training image, by pixels, than 99 % of held-out images are: the net repeats training images, or draws "
+        "typical ones alone; look at s3://b/out-nearest.png"
     )
     assert remarks(made(verdict(1, near(0.019))), "out.json") == []
     (other,) = remarks(made(verdict(1, near(0.03), saw_this_data=False)), "out.json")

@@ -121,7 +121,11 @@ def nearer_share(space: str, drawn: Nearest, held_out: Nearest, n_train: int) ->
     distribution, and the count below it is Binomial(N, expit(logit U + delta)); the ends are the delta at which the
     count found is at an end of the middle 95 %. That is exact where both kinds of images are alike (delta = 0), for
     any N and M; elsewhere the odds of lying below a distance are taken to differ by one factor around the threshold. A
-    bootstrap would not do: its smallest held-out distance is never below the smallest one found.
+    bootstrap of both sides would not do, since its smallest held-out distance is never below the smallest one found:
+    where nothing is memorised, N = 2,000 and M = 90, it holds 1 % in 72 % of repetitions, this interval in 98 %.
+
+    Nearer is strict: where more than 1 % of held-out images are copies of training images, the threshold is 0, and
+    nothing is below it.
 
     Args:
         space: the feature net's name, or "pixels".
