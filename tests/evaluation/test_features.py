@@ -132,12 +132,12 @@ def test_features_of_real_images_are_computed_once(test_digits: DataSet, cache: 
     assert told == [50]
     np.testing.assert_array_equal(found.values, again.values)
     everything = real_features(test_digits, net, cache, 1000, torch.device("cpu"), told.append)
-    assert len(everything) == 90 and told == [50, 90]
+    assert len(everything) == 297 and told == [50, 297]
     np.testing.assert_array_equal(found.values, everything.values[:50])
     other = Pixels((8, 8, 1))
     other.digest = "0" * 64
     real_features(test_digits, other, cache, 50, torch.device("cpu"), told.append)
-    assert told == [50, 90, 50]
+    assert told == [50, 297, 50]
 
 
 @pytest.mark.parametrize(
