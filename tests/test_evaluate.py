@@ -150,6 +150,26 @@ def test_grey_levels_are_those_of_the_images_judged(alone: Report, tmp_path: Pat
     assert [evaluate._grey_levels(held_out, n) for n in (30, 90, 100, 2000)] == [30, 90, 100, 100]
 
 
+def test_what_was_measured_is_kept_with_the_checkpoint(run: Run, alone: Report) -> None:
+    for uri, verdict in zip(runs.checkpoints_of(run.location.uri), alone.verdicts, strict=True):
+        errors = runs.read_x_0_error(Path(uri), CONFIG.schedule.num_timesteps)
+        assert errors.shape == (20,) and errors[0] < errors[-1]
+        assert (verdict.variance, verdict.variance_is_default) == ("measured", True)
+
+
+def test_the_variance_decides_the_bound_and_the_noise_of_ancestral(run: Run, alone: Report) -> None:
+    """Measured is the least; asked for, it is what `ancestral` draws with as well."""
+    of_bound, drawn = {}, {}
+    for variance in ("auto", "measured", "beta_tilde"):
+        how = {"variance": variance, "samplers": ("ancestral",), "num_sample_steps": (4,)}
+        (verdict,) = judged(run.location.uri, **how).verdicts
+        of_bound[variance], drawn[variance] = verdict.bits[0].value, verdict.drawn[0]
+    assert of_bound["measured"] == of_bound["auto"] == alone.verdicts[-1].bits[0].value
+    assert of_bound["measured"] < of_bound["beta_tilde"]
+    assert drawn["auto"].scores == drawn["beta_tilde"].scores != drawn["measured"].scores
+    assert [drawn[v].name for v in drawn] == ["ancestral-4", "ancestral-4 variance measured", "ancestral-4"]
+
+
 def test_of_a_run_the_newest_is_judged_and_a_checkpoint_once(run: Run) -> None:
     uris = runs.checkpoints_of(run.location.uri)
     found = yardstick.read([run.location.uri, uris[-1], uris[0]])
@@ -269,10 +289,10 @@ def test_a_conditional_nets_errors_hold_its_classes(tmp_path: Path, shards: str)
     (verdict,) = judged(run.location.uri).verdicts
     (candidate,) = yardstick.read([run.location.uri])
     posed = candidate.net, candidate.config, generation.build_objective(candidate.config)
-    drawn = judgement.drawn_features(*posed, Pixels((8, 8, 1)), range(150), device=CPU)
+    drawn, _ = judgement.drawn_features(*posed, Pixels((8, 8, 1)), range(150), device=CPU)
     by = yardstick.choose([candidate], Settings(**FEW))  # type: ignore[arg-type]
     held, free = (score("pixels", drawn, by.real, label=label) for label in (np.arange(150) % 10, None))
-    found = [s.error for s in verdict.drawn[0].scores]
+    found = [s.error for s in verdict.drawn[0].scores if not isinstance(s, NearerShare)]
     assert found == pytest.approx([s.error for s in held], rel=1e-2)
     assert found != pytest.approx([s.error for s in free], rel=1e-2)
 

@@ -390,6 +390,7 @@ def test_a_net_without_a_timestep_has_no_pipeline(tmp_path: Path) -> None:
     [
         {"train.precision": "bfloat16", "schedule.num_timesteps": 20},
         {"model.num_classes": 3},
+        {"objective.variance": "learned"},
         {"objective.process": "uniform_mix", "sample.sampler": "mix"},
     ],
     ids=str,

@@ -1,9 +1,12 @@
 """A run keeps its key for life, and its newest whole checkpoint is found wherever the run lives."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from ddpm import runs, storage
 from ddpm.config import Config, UserError, override
@@ -143,6 +146,34 @@ def test_a_download_is_gone_afterwards(s3_bucket: str) -> None:
     with runs.local_checkpoint(f"{s3_bucket}/a") as folder:
         assert (folder / "net.safetensors").exists()
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda card: card | {"weights_sha256": "0" * 64},
+        lambda card: card | {"format": "ddpm-x_0-error/9"},
+        lambda card: card | {"x_0_error": card["x_0_error"][1:]},
+        lambda card: card | {"x_0_error": [-1.0] * 3},
+        lambda card: card | {"x_0_error": [float("nan")] * 3},
+        lambda card: card | {"x_0_error": "much"},
+        lambda card: [],
+    ],
+)
+def test_measured_errors_are_those_of_these_weights(tmp_path: Path, harm: Callable[[Any], Any]) -> None:
+    (tmp_path / "checksums.json").write_text(json.dumps({"ema.safetensors": "a" * 64}))
+    errors = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+    runs.keep_x_0_error(str(tmp_path), "a" * 64, errors)
+    assert torch.equal(runs.read_x_0_error(tmp_path, 3), errors)
+    file = tmp_path / runs.X_0_ERROR
+    file.write_text(json.dumps(harm(json.loads(file.read_text()))))
+    with pytest.raises(UserError, match=r"x_0_error\.json is damaged: .*jobs/evaluate\.py makes it again"):
+        runs.read_x_0_error(tmp_path, 3)
+
+
+def test_nothing_is_left_where_a_checkpoint_is_gone(tmp_path: Path) -> None:
+    runs.keep_x_0_error(str(tmp_path / "gone"), "a" * 64, torch.ones(3))
+    assert not (tmp_path / "gone").exists()
 
 
 def test_where_nothing_lies_that_is_said(root: str) -> None:

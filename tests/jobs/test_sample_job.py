@@ -13,6 +13,7 @@ from processes import Job, kill_tree
 from servers import RayHead
 from tiny import TINY_NET
 
+from ddpm import runs
 from ddpm.config import override
 from ddpm.training import checkpoint
 from ddpm.training.state import State
@@ -63,6 +64,24 @@ def test_mistakes_are_a_line_and_exit_code_2(run_job: Callable[..., Any], tmp_pa
         assert done.returncode == 2
         assert message in done.stderr and "Traceback" not in done.stderr
         assert not (tmp_path / "refused").exists()
+
+
+def test_the_measured_variance_is_that_of_an_evaluation(run_job: Callable[..., Any], tmp_path: Path) -> None:
+    """It lies in the checkpoint's folder, and belongs to these weights."""
+    folder = tmp_path / "run/checkpoint-000000000000"
+    flags = "run --num-images 2 --sampler ancestral --num-sample-steps 5".split()
+    measured = [*flags, "--variance", "measured", "--out", "measured"]
+    refused = run_job("sample", *measured, cwd=tmp_path)
+    assert refused.returncode == 2 and "has no x_0_error.json" in refused.stderr, refused.stderr
+    weights = checkpoint.read_checksums(folder)["ema.safetensors"]
+    runs.keep_x_0_error(str(folder), weights, torch.full((50,), 0.5, dtype=torch.float64))
+    for out in (measured, [*flags, "--out", "plain"]):
+        done = run_job("sample", *out, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    drawn = [files(tmp_path / out)["images/000000.png"] for out in ("measured", "plain")]
+    assert drawn[0] != drawn[1]
+    learned = run_job("sample", *flags, "--variance", "learned", "--out", "refused", cwd=tmp_path)
+    assert learned.returncode == 2 and "this net did not learn it" in learned.stderr
 
 
 @pytest.mark.parametrize("form", ["png", "parquet"])

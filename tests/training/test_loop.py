@@ -54,11 +54,13 @@ def assert_same(a: State, b: State) -> None:
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
+@pytest.mark.parametrize("variance", ["fixed", "learned"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_interrupted_equals_uninterrupted_bit_for_bit(
-    tiny: Config, train_set: DataSet, tmp_path: Path, dropout: float
+    tiny: Config, train_set: DataSet, tmp_path: Path, dropout: float, variance: str
 ) -> None:
-    config = override(tiny, {"model.dropout": dropout, "data.horizontal_flip": True})
+    changes = {"model.dropout": dropout, "data.horizontal_flip": True, "objective.variance": variance}
+    config = override(tiny, changes)
     straight = fit(config, train_set, tmp_path / "straight")
 
     class Interrupted(Exception):
