@@ -78,14 +78,14 @@ class Verdict:
     saw_this_data: bool
     """Whether it was trained on the data set whose held-out images it is judged by."""
     variance: str
-    """Of p(x_{t-1} | x_t) in the bound."""
+    """That of p(x_{t-1} | x_t) in the bound; empty for a process without one."""
     variance_is_default: bool
     """Whether nobody asked for another one."""
     bits: tuple[Score, ...]
     """The bound and its terms; none for a process without one."""
     drawn: tuple[Drawn, ...]
     num_classes: int
-    """Of the labels that the net is given, so that bits are of log p(x | y); 0: none, and they are of log p(x)."""
+    """Labels that the net is given, so that bits are of log p(x | y); 0: none, and they are of log p(x)."""
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class Settings:
     sample: Mapping[str, Any] = field(default_factory=dict)
     """What else is changed in the run's SampleConfig."""
     variance: SampleVariance = "auto"
-    """Of p(x_{t-1} | x_t), in the bound and in `ancestral`. auto: in the bound the best that the net can have
+    """Variance of p(x_{t-1} | x_t), in the bound and in `ancestral`. auto: in the bound the best that the net can have
     (judgement.bound_variance), and the run's own in drawing."""
     num_train_images: int = MAX_TRAIN
     """Training images among which the nearest one of a drawn image is searched for, at most; 0: no search."""

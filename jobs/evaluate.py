@@ -54,8 +54,8 @@ class Arguments:
     guidance_interval: tuple[float, float] | None = None
     """Guidance only where sigma is above the first and not above the second."""
     variance: Literal["beta", "beta_tilde", "measured", "learned"] | None = None
-    """Of p(x_{t-1} | x_t), in bits/dim and with the sampler ancestral. None: in bits/dim learned where the net learned
-    it, else measured on training images; in drawing as in training."""
+    """Variance of p(x_{t-1} | x_t) in bits/dim and with the sampler ancestral. None: in bits/dim learned where the net
+    learned it, else measured on training images; in drawing as in training."""
     num_train_images: int = 50_000
     """Memorisation: training images among which the nearest one of a drawn image is searched for, at most; 0: none."""
     num_draws: int = 8

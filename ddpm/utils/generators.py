@@ -16,7 +16,7 @@ from ddpm.utils.seeding import key, torch_seed
 
 CPU = torch.device("cpu")
 FLOAT32_BITS = 24
-"""Of a uniform number: a float32 in [0, 1) has so many."""
+"""Bits of a uniform number: a float32 in [0, 1) holds so many."""
 
 
 class PhiloxGenerator:
