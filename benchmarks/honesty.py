@@ -1,19 +1,18 @@
 """What a bound hangs on beside the net: the number of timesteps, the variance of p, and whether it was learned.
 
-    python benchmarks/honesty.py variance runs/digits                  # one net, fewer and fewer of its timesteps
+    python benchmarks/honesty.py fewer runs/digits                  # one net, fewer and fewer of its timesteps
     python benchmarks/honesty.py search runs/honest                    # twelve trials, ranked by both bounds
     python benchmarks/honesty.py learned runs/fixed runs/learned       # bits/dim and KID of fixed, measured and learned
 
 Each prints tables in Markdown; benchmarks/honesty.md holds them, with the commands that made the runs.
 """
 
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+import tyro
 
 from ddpm import evaluate, images, judgement, storage, yardstick
 from ddpm.data.reading import DataSet
@@ -37,7 +36,30 @@ from ddpm.yardstick import Candidate, Settings
 
 FIXED: tuple[Variance, ...] = ("beta", "beta_tilde", "measured")
 SUBSETS = (500, 300, 200, 100)
-KID_IMAGES = 1000
+
+
+@dataclass(frozen=True)
+class Fewer:
+    """The bound of one net at fewer and fewer of its timesteps."""
+
+    run: tyro.conf.Positional[str]
+
+
+@dataclass(frozen=True)
+class Search:
+    """The trials of a search, ranked by the bound with beta_tilde and with the measured variance, and by KID."""
+
+    run: tyro.conf.Positional[str]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """bits/dim and KID of fixed, measured and learned variances."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    num_images: int = 1000
+    num_draws: int = 64
+    num_sample_steps: tuple[int, ...] = (25, 100)
 
 
 def data_sets(candidate: Candidate) -> tuple[DataSet, DataSet]:
@@ -167,23 +189,26 @@ def kid_of(scores: Sequence[Score]) -> Score:
     return next(score for score in scores if score.name.startswith("KID"))
 
 
-def learned_table(runs: Sequence[str]) -> None:
+def learned_table(chosen: Learned) -> None:
+    steps = chosen.num_sample_steps
     print(
-        "| run | images seen | variance | bits/dim | KL | decoder | KID, ancestral-25 | KID, ancestral-100 |"
+        "| run | images seen | variance | bits/dim | KL | decoder | "
+        + " | ".join(f"KID, ancestral-{n}" for n in steps)
+        + " |"
     )
-    print("|---|---|---|---|---|---|---|---|")
-    for candidate in yardstick.read(runs):
+    print("|---" * (6 + len(steps)) + "|")
+    for candidate in yardstick.read(chosen.runs):
         learned = candidate.config.objective.variance == "learned"
         for variance in ("beta_tilde", "measured", *(["learned"] if learned else [])):
             settings = Settings(
-                num_images=KID_IMAGES,
+                num_images=chosen.num_images,
                 samplers=("ancestral",),
-                num_sample_steps=(25, 100),
+                num_sample_steps=steps,
                 variance=variance,  # type: ignore[arg-type]
-                num_draws=64,
+                num_draws=chosen.num_draws,
                 num_train_images=0,
             )
-            (verdict,) = evaluate.evaluate([replace(candidate)], settings).verdicts
+            (verdict,) = evaluate.evaluate([candidate], settings).verdicts
             total, _, kl, decoder = verdict.bits
             kids = " | ".join(
                 f"{s.value:.4f} ± {s.error:.4f}" for s in (kid_of(d.scores) for d in verdict.drawn)
@@ -196,15 +221,13 @@ def learned_table(runs: Sequence[str]) -> None:
 
 
 def main() -> None:
-    match sys.argv[1:]:
-        case ["variance", run]:
+    match tyro.cli(Fewer | Search | Learned, description=__doc__):
+        case Fewer(run):
             variance_table(run)
-        case ["search", run] if Path(run).is_dir():
+        case Search(run):
             search_table(run)
-        case ["learned", *runs] if runs:
-            learned_table(runs)
-        case _:
-            sys.exit(__doc__)
+        case Learned() as chosen:
+            learned_table(chosen)
 
 
 if __name__ == "__main__":

@@ -45,9 +45,8 @@ def test_two_images_that_were_once_the_same_differ() -> None:
     [
         lambda i: (0, Purpose.SAMPLE, i),
         lambda i: (0, Purpose.TRAIN, *divmod(i, 4)),
-        lambda i: (i, Purpose.LIKELIHOOD, 0, 1),
     ],
-    ids=["images", "micro-batches", "seeds"],
+    ids=["images", "micro-batches"],
 )
 def test_a_million_streams_have_no_two_alike(counters: object) -> None:
     first = np.empty((1_000_000, 64), np.float32)
