@@ -160,7 +160,7 @@ def search_table(run: str) -> None:
     print("|---|---|---|---|---|")
     T = np.array([trial.changes["schedule.num_timesteps"] for trial in trials])
     for name in list(columns)[:2]:
-        others = [*(columns[kid_name] for kid_name in list(columns)[2:]), -T]
+        others = [*(columns[kid_name] for kid_name in list(columns)[2:]), T]
         print(
             f"| {name} | "
             + " | ".join(f"{agreement(columns[name], other).spearman:+.2f}" for other in others)
