@@ -21,6 +21,7 @@ from ddpm.config import UserError
 from ddpm.data.manifest import (
     FORMAT,
     MANIFEST,
+    MAX_MANIFEST_BYTES,
     Manifest,
     Shard,
     make_manifest,
@@ -48,6 +49,8 @@ ROW_GROUPS_PER_SHARD = 16
 LARGE_RAW, LARGE_ENCODED = 500_000, 20_000
 """Images from which on a source is prepared on a cluster: arrays are copied, pictures decoded and resized."""
 PROBED_IMAGES = 64
+LISTED_BYTES = 101
+"""What a row group takes in the manifest, with its share of the shard's entry (measured, 16 of them a shard)."""
 
 Progress = Callable[[int, int], None]
 """Called with the images written so far, and all there are."""
@@ -116,10 +119,16 @@ def prepare(
         source.check()
     options = options_of(source, rows_per_shard, rows_per_row_group)
     note = f"{options}\n{_command_of(source, rows_per_shard, rows_per_row_group)}\n"
+    tasks = _tasks(source, rows_per_shard, rows_per_row_group or _rows_per_row_group(source))
+    row_groups = sum(-(-(task.stop - task.start) // task.rows_per_row_group) for task in tasks)
+    if row_groups * LISTED_BYTES > MAX_MANIFEST_BYTES:
+        raise UserError(
+            f"{location.uri}: {row_groups:,} row groups are more than a manifest of {MAX_MANIFEST_BYTES >> 20} MiB "
+            "lists; give ddpm.data.prepare.prepare larger ones (rows_per_row_group)"
+        )
     with _refusals(f"cannot write to {location.uri}"):
         if _begin(location, note) and on_restart:
             on_restart()
-    tasks = _tasks(source, rows_per_shard, rows_per_row_group or _rows_per_row_group(source))
     total, done = sum(task.stop - task.start for task in tasks), 0
     shards: dict[str, Shard] = {}
     with _refusals(f"{location.uri} is not finished", "; the same command goes on from there"):

@@ -275,3 +275,10 @@ def test_a_manifest_that_no_memory_holds_is_not_read(tmp_path: Path, monkeypatch
     monkeypatch.setattr("ddpm.data.manifest.MAX_MANIFEST_BYTES", size - 1)
     with pytest.raises(UserError, match=r"^d/manifest\.json is larger than 0 MiB; "):
         read_manifest(LOCAL, str(tmp_path), "d")
+
+
+def test_what_no_manifest_lists_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddpm.data.prepare.MAX_MANIFEST_BYTES", 17 * 101)
+    with pytest.raises(UserError, match="18 row groups are more than a manifest of 0 MiB lists"):
+        make(Digits(), at(tmp_path / "d"), **SMALL)
+    assert not (tmp_path / "d").exists()
