@@ -98,9 +98,10 @@ take comes on top and is not known, so have several times as many.
 {size_rows}
 
 - **Up to 1 TB** nothing changes but the price. In AWS a gateway endpoint for S3 keeps traffic free of charge.
-- **100 TB.** The manifest is the wall: JSON with a checksum a row group, which every process reads whole. Row groups of
-  sixteen times the size make it a sixteenth (`rows_per_row_group` of `ddpm.data.prepare.prepare`), and tasks that much
-  larger; beyond that it belongs into Parquet, a part a split. Merely to read the images once, as checking them does,
+- **100 TB.** The manifest is the wall: JSON with a checksum a row group, which every process reads whole, and 256 MiB
+  of it at most. Row groups of sixteen times the size make it a sixteenth (`rows_per_row_group` of
+  `ddpm.data.prepare.prepare`), and tasks that much larger; beyond that it belongs into Parquet, a part a split. Merely
+  to read the images once, as checking them does,
   takes one core {days} days; `jobs/prepare.py` uses all cores of a cluster.
 
 ## Checkpoints

@@ -9,6 +9,7 @@ from typing import NoReturn
 from ddpm import config as configs
 from ddpm import presets
 from ddpm.config import Config, UserError
+from ddpm.progress import printable
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -16,7 +17,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

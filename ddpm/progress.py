@@ -18,6 +18,15 @@ class Progress:
     loss: float
 
 
+def printable(text: str) -> str:
+    """`text` with all that is not printable as Python's escapes, so that it is one line and commands no terminal.
+
+    Names of files and what files say come from outside: a line break in them could forge a line of ours, an escape
+    sequence could colour or remove one, and a name that is no UTF-8 could not be printed.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class Display:
     """A context that shows how many of `total` are done.
 
@@ -78,4 +87,4 @@ class Display:
         speed = (done - self._first) / (now - self._began) if now > self._began else 0.0
         left = f"{(self._total - done) / speed:.0f} s left" if speed > 0 and done < self._total else ""
         parts = [f"{self._description} {done:,}/{self._total:,}", detail, left]
-        print("  ".join(part for part in parts if part), flush=True)
+        print(printable("  ".join(part for part in parts if part)), flush=True)

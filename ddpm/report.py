@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console, Group
+from rich.markup import escape
 from rich.table import Table
 
 from ddpm.config import SampleConfig
 from ddpm.evaluation.memorisation import METRIC, MIN_HELD_OUT, NearerShare
 from ddpm.evaluation.scores import MAX_FID_FEATURES, Score
+from ddpm.progress import printable
 
 FORMAT = "ddpm-evaluation/1"
 ENOUGH = 10
@@ -163,7 +165,7 @@ def _comparison(report: Report, names: Sequence[str]) -> Table:
             scores = {score.name: score for score in (*(verdict.bits if i == 0 else ()), *drawn.scores)}
             found = [scores.get(name) for name in names]
             made.add_row(
-                *([verdict.run if i == 0 else ""] if several else []),
+                *([_name(verdict) if i == 0 else ""] if several else []),
                 f"{verdict.images_seen:,}" if i == 0 else "",
                 drawn.name,
                 *(_cell(score) if score else "" for score in found),
@@ -174,7 +176,7 @@ def _comparison(report: Report, names: Sequence[str]) -> Table:
 def _list(report: Report) -> Table:
     (verdict,) = report.verdicts
     (drawn,) = verdict.drawn
-    title = f"{verdict.run}, {verdict.images_seen:,} images seen, {drawn.name}"
+    title = f"{_name(verdict)}, {verdict.images_seen:,} images seen, {drawn.name}"
     made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     made.add_column("")
     for title in ("value", "n", "real against real"):
@@ -310,6 +312,11 @@ def _cell(score: Score) -> str:
     if isinstance(score, NearerShare):
         return f"{score.value:.4f} [{score.low:.4f}, {score.high:.4f}]"
     return _estimate(score.value, score.error)
+
+
+def _name(verdict: Verdict) -> str:
+    """The run's name for a table: what a checkpoint says there is no markup of Rich's, and commands no terminal."""
+    return escape(printable(verdict.run))
 
 
 def _estimate(value: float, error: float) -> str:

@@ -80,6 +80,7 @@ def main() -> None:
     from rich.console import Console
 
     from ddpm import evaluate, report, results, yardstick
+    from ddpm.progress import printable
 
     place = results.place_for(arguments.out)
     settings = yardstick.Settings(
@@ -102,7 +103,7 @@ def main() -> None:
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(report.tables(found, console.width))
     for line in (*report.remarks(found, place.uri), *results.store(found, place)):
-        print(line)
+        print(printable(line))
 
 
 if __name__ == "__main__":

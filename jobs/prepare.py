@@ -42,13 +42,15 @@ SOURCES: dict[str, Callable[..., Any]] = {
 def main() -> None:
     arguments = tyro.extras.subcommand_cli_from_dict(SOURCES, description=__doc__)
     from ddpm.data import prepare  # after parsing: --help and mistakes answer at once
-    from ddpm.progress import Display
+    from ddpm.progress import Display, printable
     from ddpm.storage import resolve
 
     source, location = arguments.source, resolve(arguments.uri)
     place = (location.filesystem, location.path)
     manifest = prepare.find(source, *place, location.uri)
-    print(f"data set    {location.uri}{' was there already' if manifest else ''}")
+    print(f"data set    {printable(location.uri)}{' was there already' if manifest else ''}")
+    if passed_over := getattr(source, "passed_over", ""):
+        print(f"passed over {passed_over}")
     if manifest is None:
         parallel = prepare.is_large(source) if arguments.parallel is None else arguments.parallel
         if parallel:
@@ -61,12 +63,15 @@ def main() -> None:
                 *place,
                 where=location.uri,
                 on_progress=lambda done, _: display.update(done),
+                on_restart=lambda: print(
+                    "anew        the source's files have changed since it was begun here"
+                ),
                 parallel=parallel,
             )
     for name, split in manifest.splits.items():
         print(f"{name:<11} {split.num_rows:,} images")
     print(f"fingerprint {manifest.fingerprint}")
-    print(f"preview     {location.uri}/{prepare.write_preview(*place, manifest)}")
+    print(f"preview     {printable(location.uri)}/{prepare.write_preview(*place, manifest)}")
 
 
 if __name__ == "__main__":

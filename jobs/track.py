@@ -28,13 +28,13 @@ def main() -> None:
     if not arguments.timeout_s > 0:
         raise UserError(f"--timeout-s is {arguments.timeout_s:g}; it must be above 0")
     from ddpm import delivery, tracking
-    from ddpm.progress import Display
+    from ddpm.progress import Display, printable
 
     kept = delivery.kept(arguments.run, arguments.experiment)
     with Display("records", kept.records) as display:
         done = delivery.deliver(kept, arguments.timeout_s, display.update)
     print(f"delivered   {kept.records:,} records")
-    print(f"MLflow      run {done.run_id} in {tracking.without_password(kept.address.uri)}")
+    print(printable(f"MLflow      run {done.run_id} in {tracking.without_password(kept.address.uri)}"))
 
 
 if __name__ == "__main__":

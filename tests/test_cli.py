@@ -29,6 +29,8 @@ def raising(error: BaseException) -> Callable[[], None]:
         (raising(UserError("no such bucket")), 2, "error: no such bucket\n"),
         (raising(Refused("gave up")), 1, "error: gave up\n"),
         (raising(KeyboardInterrupt()), 130, "interrupted\n"),
+        # names from outside forge no line and command no terminal
+        (raising(UserError("no x\nerror: \x1b[2Jy\udc80")), 2, "error: no x\\nerror: \\x1b[2Jy\\udc80\n"),
     ],
 )
 def test_a_job_ends_with_a_code_and_at_most_a_line(

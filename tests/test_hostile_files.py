@@ -29,8 +29,10 @@ from processes import REPO
 
 from ddpm.config import Config, UserError, override, to_json
 from ddpm.data.corrupt import CorruptData
+from ddpm.data.huggingface import HuggingFace
 from ddpm.data.manifest import MAX_COUNT, MAX_SIDE, Shard, make_manifest, manifest_from_json
-from ddpm.data.pictures import store
+from ddpm.data.pictures import Folder, store
+from ddpm.data.row_group import decode
 from ddpm.data.shards import read_row_group
 from ddpm.presets import DIGITS
 from ddpm.training import checkpoint
@@ -190,13 +192,40 @@ def test_formats_of_pictures_are_still_taken(kind: str) -> None:
     assert len(store([(file.getvalue(), "it")], 8, 1, "raw")) == 1
 
 
-def test_a_picture_larger_than_pillow_opens_is_refused_by_its_header() -> None:
+def png_claiming(side: int) -> bytes:
+    """A PNG of 8x8 whose header says side x side."""
     file = io.BytesIO()
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(file, "PNG")
-    header = file.getvalue()[12:16] + struct.pack(">II", 40_000, 40_000) + file.getvalue()[24:29]
-    claiming = file.getvalue()[:12] + header + struct.pack(">I", zlib.crc32(header)) + file.getvalue()[33:]
-    with pytest.raises(UserError, match=r"cannot read the image it: .*decompression bomb"):
+    data = file.getvalue()
+    header = data[12:16] + struct.pack(">II", side, side) + data[24:29]
+    return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+
+
+@pytest.mark.parametrize("side", [8193, 13_000, 40_000])  # silence, a warning and an error of Pillow's
+def test_a_picture_of_too_many_pixels_is_refused_by_its_header(tmp_path: Path, side: int) -> None:
+    claiming = png_claiming(side)
+    said = r"it has more than 67,108,864 pixels, the most that are decoded"
+    with pytest.raises(UserError, match=f"^cannot read the image it: {said}"):
         store([(claiming, "it")], 8, 1, "raw")
+    with pytest.raises(ValueError, match=f"^the image cannot be decoded: {said}"):
+        decode(claiming, 8, 8, 1)
+    with pytest.raises(ValueError, match=f"^the image cannot be decoded: {said}"):
+        decode(claiming, side, side, 1)  # though the manifest says so too
+    (tmp_path / "cats").mkdir()
+    for i in range(2):
+        (tmp_path / "cats" / f"{i}.png").write_bytes(claiming)
+    with pytest.raises(UserError, match=rf"0\.png: {said}.*\(and 1 more: .*1\.png\)"):
+        Folder(tmp_path / "cats", size=8).check()
+    pq.write_table(pa.table({"image": [claiming, claiming]}), tmp_path / "all.parquet")
+    with pytest.raises(UserError, match=rf"all\.parquet, row group 0, row \d: {said}"):
+        HuggingFace(tmp_path / "all.parquet", size=8, label_column=None).read("train", 0, 1)
+
+
+def test_the_largest_picture_is_taken() -> None:
+    with pytest.raises(
+        ValueError, match=r"cannot be decoded: (?!it has more)"
+    ):  # since its pixels are missing
+        decode(png_claiming(8192), 8192, 8192, 1)
 
 
 def test_the_fuzzer_runs_and_reports(tmp_path: Path) -> None:

@@ -99,3 +99,17 @@ def test_a_terminal_gets_one_bar() -> None:
     assert "[loss] 2.0" in text
     assert "\x1b[?25h" in text.rpartition("2000/2000")[2]  # the cursor is back
     assert "2,000" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("größe 猫 C:\\new [b]", "größe 猫 C:\\new [b]"),
+        ("a\nerror: b\r\t", "a\\nerror: b\\r\\t"),
+        ("\x1b[31m\x9b2J\x07", "\\x1b[31m\\x9b2J\\x07"),
+        ("\u202egpj.exe\u200b", "\\u202egpj.exe\\u200b"),  # turns what follows around; is not seen
+        ("\udcff\U000e0041", "\\udcff\\U000e0041"),
+    ],
+)
+def test_what_comes_from_outside_is_printed_as_one_line_of_text(text: str, shown: str) -> None:
+    assert progress.printable(text) == shown

@@ -136,6 +136,13 @@ def test_a_narrow_terminal_loses_no_number(found: Report) -> None:
             assert estimates({"value": score.value, "error": score.error}) in text
 
 
+def test_a_run_s_name_forges_nothing() -> None:
+    name = "a\nerror: b \x1b[2J[red]c[/red]"
+    one, several = verdict(1, drawn(1), run=name), verdict(2, drawn(2), run="b")
+    for found in (made(one), made(one, several)):
+        assert "a\\nerror: b \\x1b[2J[red]c[/red]" in printed(found)
+
+
 def test_points_are_named_by_what_was_measured() -> None:
     found = report.metrics(verdict(1, drawn(1), drawn(1, 10, own=False), drawn(1, 10, own=False, eta=0.5)))
     assert found["eval/bits_per_dim"] == pytest.approx(4.4678901)

@@ -19,7 +19,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ddpm.config import UserError
-from ddpm.data.pictures import PARTS, Encoding, check_size, digest_of_files, store
+from ddpm.data.pictures import (
+    PARTS,
+    Encoding,
+    Listing,
+    check_size,
+    describe,
+    digest_of_files,
+    list_files,
+    store,
+)
 from ddpm.data.sources import Labels, Pixels, divide
 
 MAX_CLASSES = 100_000
@@ -83,6 +92,11 @@ class HuggingFace:
     def splits(self) -> dict[str, int]:
         return {split: len(rows) for split, (_, rows) in self._rows.items()}
 
+    @property
+    def passed_over(self) -> str:
+        """What lies beside the Parquet files and is not read: how many of each kind, and the first names."""
+        return describe(self._listing.passed_over, self._top)
+
     def identity(self) -> dict[str, Any]:
         files = [file for files in self._files.values() for file in files]
         return asdict(self) | {"path": None, "files": digest_of_files(self._top, files)}
@@ -144,9 +158,13 @@ class HuggingFace:
         return self.path if self.path.is_dir() else self.path.parent
 
     @cached_property
+    def _listing(self) -> Listing:
+        return list_files(self.path, {".parquet"}) if self.path.is_dir() else Listing([self.path], [])
+
+    @cached_property
     def _files(self) -> dict[str, list[Path]]:
         """The files of each part, "train" where names say nothing."""
-        files = sorted(self.path.rglob("*.parquet")) if self.path.is_dir() else [self.path]
+        files = sorted(self._listing.files)
         if not files or not files[0].is_file():
             raise UserError(f"{self.path} is no Parquet file, and no folder with *.parquet in it")
         parts: dict[str, list[Path]] = {}

@@ -26,6 +26,8 @@ MAX_SIDE = 16_384
 MAX_COUNT = 10**12
 MAX_ROW_GROUP_BYTES = 1 << 31
 """Of a row group's images when decoded, which one task holds in memory; `prepare` makes them of about 4 MB."""
+MAX_MANIFEST_BYTES = 256 << 20
+"""That is 2.6 million row groups; reading them takes 5 times as much memory."""
 Encoding = Literal["raw", "encoded"]
 
 
@@ -134,7 +136,7 @@ def read_manifest(filesystem: pafs.FileSystem, root: str, where: str, timeout_s:
 
     def read() -> bytes:
         with filesystem.open_input_stream(f"{root}/{MANIFEST}") as stream:
-            return stream.read()
+            return stream.read(MAX_MANIFEST_BYTES + 1)
 
     try:
         text = patiently(read, where=f"{where}/{MANIFEST}", timeout_s=timeout_s)
@@ -142,6 +144,11 @@ def read_manifest(filesystem: pafs.FileSystem, root: str, where: str, timeout_s:
         raise UserError(
             f"no data set at {where}: it has no {MANIFEST}; make one with `python jobs/prepare.py SOURCE {where}`"
         ) from None
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise UserError(
+            f"{where}/{MANIFEST} is larger than {MAX_MANIFEST_BYTES >> 20} MiB; a data set of that size takes larger "
+            "row groups (rows_per_row_group of ddpm.data.prepare.prepare)"
+        )
     return manifest_from_json(text, f"{where}/{MANIFEST}")
 
 

@@ -9,7 +9,9 @@ Axes: N images, H W, C channels.
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Sequence
+import os
+import stat
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +21,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ddpm.config import UserError
+from ddpm.data.row_group import open_image
 from ddpm.data.sources import Labels, Pixels, divide
+from ddpm.progress import printable
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
@@ -33,6 +37,9 @@ PARTS = {
 }
 """Names that folders and files of a split have, and which split that is."""
 MAX_SIZE = 4096
+NAMES_SHOWN = 3
+"""Of files, in a message about many."""
+SPECIAL = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
 EXIF_ORIENTATION = 0x0112
 Encoding = Literal["encoded", "raw"]
 
@@ -59,8 +66,9 @@ class Folder:
         if not self.path.is_dir():
             raise UserError(f"{self.path} is not a folder; --path names the folder of the images")
         if not all(self._files.values()):
+            also = f"; passed over: {self.passed_over}" if self.passed_over else ""
             raise UserError(
-                f"{self.path} holds no images ({' '.join(sorted(SUFFIXES))}), or a split of it none"
+                f"{self.path} holds no images ({' '.join(sorted(SUFFIXES))}), or a split of it none{also}"
             )
         _ = self.class_names, self.splits
 
@@ -89,6 +97,32 @@ class Folder:
     def splits(self) -> dict[str, int]:
         return {split: len(rows) for split, (_, rows) in self._rows.items()}
 
+    @property
+    def passed_over(self) -> str:
+        """What lies beside the images and is not read: how many of each kind, and the first names."""
+        found = [entry for listing in self._listings.values() for entry in listing.passed_over]
+        tops = self._folders.values()
+        if self.path not in tops:
+            beside = list_files(self.path, (), recursive=False).passed_over
+            found += [(kind, path) for kind, path in beside if path not in tops]
+        return describe(found, self.path)
+
+    def check(self) -> None:
+        """Read the header of every image, which takes little of the time that decoding takes.
+
+        Raises:
+            UserError: some may not be read, are no images, or too large.
+        """
+        bad = []
+        for file in (self._folders[part] / file for part, files in self._files.items() for file in files):
+            try:
+                with file.open("rb") as opened, open_image(opened, FORMATS):
+                    pass
+            except Exception as error:  # Pillow raises a dozen types for damaged files
+                bad.append((file, error))
+        if bad:
+            raise _cannot_read(*bad[0], others=[file for file, _ in bad[1:]])
+
     def identity(self) -> dict[str, Any]:
         files = [self._folders[part] / file for part, files in self._files.items() for file in files]
         return asdict(self) | {"path": None, "files": digest_of_files(self.path, files)}
@@ -106,26 +140,76 @@ class Folder:
     @cached_property
     def _folders(self) -> dict[str, Path]:
         """Where each part lies: subfolders that are splits, if there is "train" and nothing else."""
-        below = {
-            sub.name: sub for sub in self.path.iterdir() if sub.is_dir() and not sub.name.startswith(".")
-        }
+        try:
+            below = {
+                sub.name: sub for sub in self.path.iterdir() if sub.is_dir() and not sub.name.startswith(".")
+            }
+        except OSError as error:
+            raise _unreadable(self.path, error) from None
         if "train" in below and len(below) > 1 and set(below) <= set(PARTS):
             return {PARTS[name]: sub for name, sub in sorted(below.items())}
         return {"train": self.path}
 
     @cached_property
+    def _listings(self) -> dict[str, "Listing"]:
+        return {part: list_files(top, SUFFIXES) for part, top in self._folders.items()}
+
+    @cached_property
     def _files(self) -> dict[str, list[Path]]:
         """The images of each part, relative to its folder."""
         return {
-            part: sorted(
-                f.relative_to(top) for f in top.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file()
-            )
-            for part, top in self._folders.items()
+            part: sorted(file.relative_to(self._folders[part]) for file in listing.files)
+            for part, listing in self._listings.items()
         }
 
     @cached_property
     def _rows(self) -> dict[str, tuple[str, Labels]]:
         return divide({part: len(files) for part, files in self._files.items()}, self.seed)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a folder holds."""
+
+    files: list[Path]
+    """Those that were asked for."""
+    passed_over: list[tuple[str, Path]]
+    """Everything else but folders: its kind (".gif", "FIFO"), and where it is."""
+
+
+def list_files(top: Path, suffixes: Collection[str], recursive: bool = True) -> Listing:
+    """The files in a folder, and in all below it, that have one of `suffixes`. Links to folders are not followed.
+
+    Raises:
+        UserError: a folder may not be read.
+    """
+    listing = Listing([], [])
+
+    def refuse(error: OSError) -> None:
+        raise _unreadable(Path(error.filename), error)
+
+    for folder, subfolders, names in os.walk(top, onerror=refuse):
+        linked = [name for name in subfolders if os.path.islink(os.path.join(folder, name))]
+        listing.passed_over.extend(("link to a folder", Path(folder, name)) for name in linked)
+        for path in (Path(folder, name) for name in names):
+            kind = _kind_of(path)
+            if kind in suffixes:
+                listing.files.append(path)
+            else:
+                listing.passed_over.append((kind, path))
+        if not recursive:
+            break
+    return listing
+
+
+def describe(passed_over: Iterable[tuple[str, Path]], top: Path) -> str:
+    """How many files of each kind, and the first names below `top`: "2 .gif (a.gif, b.gif), 1 FIFO (c.png)"."""
+    kinds: dict[str, list[str]] = {}
+    for kind, path in passed_over:
+        kinds.setdefault(kind, []).append(path.relative_to(top).as_posix())
+    return ", ".join(
+        printable(f"{len(names):,} {kind} ({_first(sorted(names))})") for kind, names in sorted(kinds.items())
+    )
 
 
 def store(
@@ -140,7 +224,7 @@ def store(
         encoded: for each its own bytes where they fit, else a PNG. raw: uint8 [N, size, size, channels].
 
     Raises:
-        UserError: one cannot be decoded.
+        UserError: one cannot be decoded, or is too large.
     """
     stored, pixels = [], []
     for data, where in pictures:
@@ -184,7 +268,7 @@ def _load(data: bytes, size: int, channels: int, where: str) -> tuple[Image.Imag
     """The picture at its final size, and whether `data` is that picture already."""
     mode = "L" if channels == 1 else "RGB"
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with open_image(io.BytesIO(data), FORMATS) as image:
             image.load()
             fits = (
                 image.format in ("PNG", "JPEG", "WEBP")
@@ -195,7 +279,7 @@ def _load(data: bytes, size: int, channels: int, where: str) -> tuple[Image.Imag
             upright = ImageOps.exif_transpose(image)
             return ImageOps.fit(_converted(upright, mode), (size, size), Image.Resampling.LANCZOS), fits
     except Exception as error:  # Pillow raises a dozen types for damaged files
-        raise UserError(f"cannot read the image {where}: {error}; repair it or take it away") from None
+        raise _cannot_read(where, error) from None
 
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:
@@ -208,3 +292,34 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert(mode)
+
+
+def _kind_of(path: Path) -> str:
+    """What is passed over or not: the suffix in small letters, or what a file is that is no regular one."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return "broken link"
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if not stat.S_ISREG(mode):
+        return SPECIAL.get(stat.S_IFMT(mode), "special file")
+    return path.suffix.lower() or "without a suffix"
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot read {path}: {error.strerror}; make it readable, or take it away")
+
+
+def _cannot_read(where: str | Path, error: Exception, others: Sequence[Path] = ()) -> UserError:
+    """The error for an image that cannot be decoded, and for `others` that cannot be either."""
+    also = f" (and {len(others):,} more: {_first([str(file) for file in others])})" if others else ""
+    reason, them = getattr(error, "strerror", None) or error, "them" if others else "it"
+    return UserError(
+        f"cannot read the image {where}: {reason}{also}; repair {them} or take {them} away, then give the same "
+        "command again"
+    )

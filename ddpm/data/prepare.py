@@ -3,14 +3,16 @@
 Its own room because writing a data set may be work for a cluster, with Ray's plain tasks, while sources and
 shards know nothing of it. Each finished shard leaves a note in _prepare/, so the same command again goes on
 where it was stopped. Until the manifest is written there is no data set, so a half-written one cannot be read;
-and what is written is never written over by anything else.
+and what is written is never written over by anything else, but for an unfinished data set of the same command
+whose source's files have changed since.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow.fs as pafs
@@ -19,6 +21,7 @@ from ddpm.config import UserError
 from ddpm.data.manifest import (
     FORMAT,
     MANIFEST,
+    MAX_MANIFEST_BYTES,
     Manifest,
     Shard,
     make_manifest,
@@ -31,6 +34,7 @@ from ddpm.data.manifest import (
 from ddpm.data.shards import is_intact, read_row_group, write_shard
 from ddpm.data.sources import Labels, Pixels, Source
 from ddpm.images import grid, png_bytes
+from ddpm.patience import answer
 from ddpm.storage import Location
 
 NOTES = "_prepare"
@@ -45,9 +49,19 @@ ROW_GROUPS_PER_SHARD = 16
 LARGE_RAW, LARGE_ENCODED = 500_000, 20_000
 """Images from which on a source is prepared on a cluster: arrays are copied, pictures decoded and resized."""
 PROBED_IMAGES = 64
+LISTED_BYTES = 101
+"""What a row group takes in the manifest, with its share of the shard's entry (measured, 16 of them a shard)."""
 
 Progress = Callable[[int, int], None]
 """Called with the images written so far, and all there are."""
+
+
+@runtime_checkable
+class Checkable(Protocol):
+    """A source that finds what it cannot read in less time than reading takes."""
+
+    def check(self) -> None:
+        """Raise UserError if something cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +82,19 @@ def prepare(
     *,
     where: str | None = None,
     on_progress: Progress | None = None,
+    on_restart: Callable[[], None] | None = None,
     rows_per_shard: int | None = None,
     rows_per_row_group: int | None = None,
     parallel: bool = False,
 ) -> Manifest:
     """Write the source as a data set at `root`, going on where an earlier call was stopped.
 
+    If the source's files have changed since, all shards are written again.
+
     Args:
         where: what to call the data set in errors, its URI; `root` if not given.
         on_progress: not called if the data set is there already.
+        on_restart: called if the source's files have changed since an earlier call.
         rows_per_shard: rounded up to whole row groups; None: 16 of them.
         rows_per_row_group: None: about 4 MB, and at most 1024 images.
         parallel: write shards at once as Ray tasks, if Ray is initialised and there are several.
@@ -85,7 +103,7 @@ def prepare(
         The manifest, also if the same data set was there already: then nothing is written.
 
     Raises:
-        UserError: another data set is there, or begun there; or the source cannot be read.
+        UserError: another data set is there, or begun there; the source cannot be read; storage refuses.
     """
     location = Location(where or root, filesystem, root)
     if there := find(
@@ -97,34 +115,46 @@ def prepare(
         rows_per_row_group=rows_per_row_group,
     ):
         return there
+    if isinstance(source, Checkable):
+        source.check()
     options = options_of(source, rows_per_shard, rows_per_row_group)
-    _begin(location, options)
+    note = f"{options}\n{_command_of(source, rows_per_shard, rows_per_row_group)}\n"
     tasks = _tasks(source, rows_per_shard, rows_per_row_group or _rows_per_row_group(source))
+    row_groups = sum(-(-(task.stop - task.start) // task.rows_per_row_group) for task in tasks)
+    if row_groups * LISTED_BYTES > MAX_MANIFEST_BYTES:
+        raise UserError(
+            f"{location.uri}: {row_groups:,} row groups are more than a manifest of {MAX_MANIFEST_BYTES >> 20} MiB "
+            "lists; give ddpm.data.prepare.prepare larger ones (rows_per_row_group)"
+        )
+    with _refusals(f"cannot write to {location.uri}"):
+        if _begin(location, note) and on_restart:
+            on_restart()
     total, done = sum(task.stop - task.start for task in tasks), 0
     shards: dict[str, Shard] = {}
-    try:
+    with _refusals(f"{location.uri} is not finished", "; the same command goes on from there"):
         for shard in _run(source, location, tasks, parallel):
             shards[shard.path] = shard
             done += shard.num_rows
             if on_progress:
                 on_progress(done, total)
-    except OSError as error:
-        raise UserError(
-            f"{location.uri} is not finished: {error}; the same command goes on from there"
-        ) from None
-    by_split = {split: [shards[t.path] for t in tasks if t.split == split] for split in source.splits}
-    manifest = make_manifest(
-        source.name,
-        source.height,
-        source.width,
-        source.channels,
-        source.encoding,
-        source.class_names,
-        by_split,
-        options,
-    )
-    write_manifest(location.filesystem, location.path, manifest)
-    location.child(NOTES).delete()
+        by_split = {split: [shards[t.path] for t in tasks if t.split == split] for split in source.splits}
+        manifest = make_manifest(
+            source.name,
+            source.height,
+            source.width,
+            source.channels,
+            source.encoding,
+            source.class_names,
+            by_split,
+            options,
+        )
+        with suppress(FileNotFoundError):  # another process has made the same meanwhile
+            if _options_note(location).read().decode(errors="replace") != note:
+                raise UserError(
+                    f"{location.uri}: another process has begun this data set anew; this one ends"
+                )
+        write_manifest(location.filesystem, location.path, manifest)
+        location.child(NOTES).delete()
     return manifest
 
 
@@ -140,10 +170,11 @@ def find(
     """The data set that `prepare` would make, if it is there already.
 
     Raises:
-        UserError: another one is there.
+        UserError: another one is there, or storage refuses.
     """
-    if not Location(where, filesystem, root).child(MANIFEST).exists():
-        return None
+    with _refusals(f"cannot look for a data set at {where}"):
+        if not Location(where, filesystem, root).child(MANIFEST).exists():
+            return None
     manifest = read_manifest(filesystem, root, where)
     if manifest.options != options_of(source, rows_per_shard, rows_per_row_group):
         raise UserError(
@@ -159,17 +190,22 @@ def is_large(source: Source) -> bool:
 
 
 def write_preview(filesystem: pafs.FileSystem, root: str, manifest: Manifest) -> str:
-    """Write a sheet of 64 images from all over the data set; returns its name below `root`."""
+    """Write a sheet of 64 images from all over the data set; returns its name below `root`.
+
+    Raises:
+        UserError: storage refuses.
+    """
     split = "train" if "train" in manifest.splits else next(iter(manifest.splits))
     groups = [rows for shard in manifest.splits[split].shards for rows in shard.row_groups]
     chosen = np.unique(np.linspace(0, len(groups) - 1, PREVIEW_ROW_GROUPS).astype(int)).tolist()
     share = -(-PREVIEW_IMAGES // len(chosen))
     pixels = []
-    for group in chosen:
-        rows = np.unique(np.linspace(0, groups[group] - 1, share).astype(np.int64))
-        pixels.append(read_row_group(filesystem, root, manifest, split, group, rows)[0])
-    sheet = grid(np.concatenate(pixels)[:PREVIEW_IMAGES])
-    write_whole(filesystem, f"{root}/{PREVIEW}", png_bytes(sheet))
+    with _refusals("the data set is whole, but its preview cannot be written"):
+        for group in chosen:
+            rows = np.unique(np.linspace(0, groups[group] - 1, share).astype(np.int64))
+            pixels.append(read_row_group(filesystem, root, manifest, split, group, rows)[0])
+        sheet = grid(np.concatenate(pixels)[:PREVIEW_IMAGES])
+        write_whole(filesystem, f"{root}/{PREVIEW}", png_bytes(sheet))
     return PREVIEW
 
 
@@ -181,25 +217,58 @@ def options_of(
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _begin(location: Location, options: str) -> None:
-    """Note what is being made.
+def _command_of(source: Source, rows_per_shard: int | None, rows_per_row_group: int | None) -> str:
+    """Hash of what was asked for, whatever files the source has now."""
+    asked = {key: value for key, value in source.identity().items() if key not in ("files", "splits")}
+    identity = [FORMAT, asked, rows_per_shard, rows_per_row_group]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _begin(location: Location, note: str) -> bool:
+    """Note what is being made: hashes of the options and of the command, a line each.
+
+    Returns:
+        Whether an earlier call of the same command found other files, so that all begins anew.
 
     Raises:
-        UserError: something else is, or nothing can be written.
+        UserError: something else is being made there.
+        OSError: storage does not answer.
     """
-    note = location.child(NOTES).child(OPTIONS)
-    try:
-        if not note.exists():
-            note.write(options.encode())
-            return
-        begun = note.read().decode(errors="replace")
-    except OSError as error:
-        raise UserError(f"cannot write to {location.uri}: {error}") from None
-    if begun != options:
+    place = _options_note(location)
+    if not place.exists():
+        place.write(note.encode())
+        return False
+    begun = place.read().decode(errors="replace")
+    if begun == note:
+        return False
+    if begun.splitlines()[1:] != note.splitlines()[1:]:
         raise UserError(
             f"at {location.uri} another data set was begun and not finished (other source or options); choose "
             "another place, or remove that folder first"
         )
+    _remove_shards(location)
+    place.write(note.encode())
+    return True
+
+
+def _remove_shards(location: Location) -> None:
+    """Remove the shards that an earlier call finished, and their notes; nothing else."""
+    for name in location.child(NOTES).files():
+        if not name.endswith(".json"):
+            continue
+        note = location.child(NOTES).child(name)
+        with suppress(UserError, FileNotFoundError):  # a note that is damaged names nothing
+            location.filesystem.delete_file(location.child(shard_from_json(note.read(), note.uri).path).path)
+        location.filesystem.delete_file(note.path)
+
+
+@contextmanager
+def _refusals(what: str, then: str = "") -> Iterator[None]:
+    """What storage refuses, as a UserError of one line that begins with `what`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what}: {answer(error)}{then}") from None
 
 
 def _rows_per_row_group(source: Source) -> int:
@@ -244,7 +313,7 @@ def _run_on_ray(source: Source, location: Location, tasks: list[_Task]) -> Itera
             (finished,), pending = ray.wait(pending)
             yield ray.get(finished)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):  # without the worker's traceback
+        if isinstance(error.cause, UserError | OSError):  # without the worker's traceback
             raise error.cause from None
         raise
     finally:
@@ -296,3 +365,7 @@ def keep_shard(
 
 def _note(location: Location, path: str) -> Location:
     return location.child(NOTES).child(f"{path.replace('/', '-')}.json")
+
+
+def _options_note(location: Location) -> Location:
+    return location.child(NOTES).child(OPTIONS)

@@ -8,7 +8,9 @@ Axes: N images, H W, C channels.
 import hashlib
 import io
 import math
+import warnings
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +26,9 @@ Labels = NDArray[np.int64]
 JPEG_BEGINS = b"\xff\xd8"
 LARGEST_JPEG_SCALE = 8
 """A JPEG's blocks have 8 x 8 pixels."""
+MAX_PIXELS = 1 << 26
+"""Largest picture that is decoded: 8192 x 8192. A transparent one takes 16 bytes a pixel while it is converted, 1 GiB,
+and every core may hold one; cameras of 60 megapixels are below it."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ def decode(data: bytes, height: int, width: int, channels: int, scale: int = 1) 
     if quickly is not None:
         return quickly
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
+        with open_image(io.BytesIO(data), ("PNG", "JPEG", "WEBP")) as image:
             if image.size == (width, height):
                 if scale > 1:
                     factor = math.gcd(scale, LARGEST_JPEG_SCALE)
@@ -138,11 +143,36 @@ def decode(data: bytes, height: int, width: int, channels: int, scale: int = 1) 
                 pixels = np.asarray(converted, np.uint8)
                 return pixels.reshape(height // scale, width // scale, channels)
             found = image.size
-    except UnidentifiedImageError:  # its text names an address in memory
-        raise ValueError("the image cannot be decoded: it is no PNG, JPEG or WebP") from None
-    except Exception as error:  # Pillow raises a dozen types for damaged files, warnings of size among them
+    except Exception as error:  # Pillow raises a dozen types for damaged files
         raise ValueError(f"the image cannot be decoded: {error}") from None
     raise ValueError(f"the image is {found[1]}x{found[0]}; the manifest says {height}x{width}")
+
+
+def open_image(file: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
+    """Open an image file; no pixel is decoded.
+
+    Args:
+        formats: what Pillow may take the file for: "PNG".
+
+    Raises:
+        ValueError: it is of none of these formats, or larger than MAX_PIXELS. Pillow raises other types for damaged
+            headers.
+    """
+    too_large = f"it has more than {MAX_PIXELS:,} pixels, the most that are decoded"
+    try:
+        with warnings.catch_warnings():
+            # Pillow only warns between its own limit and twice that; MAX_PIXELS is below both.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(file, formats=formats)
+    except UnidentifiedImageError:  # its text names an address in memory
+        raise ValueError(f"it is no {', '.join(formats[:-1])} or {formats[-1]} file") from None
+    except Image.DecompressionBombError:
+        raise ValueError(too_large) from None
+    if image.width * image.height > MAX_PIXELS:
+        size = f"{image.width}x{image.height}"
+        image.close()
+        raise ValueError(f"{too_large} ({size})")
+    return image
 
 
 def _jpeg(data: bytes, height: int, width: int, channels: int, scale: int) -> Pixels | None:

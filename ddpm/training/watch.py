@@ -17,7 +17,7 @@ import ray
 import ray.util
 from ray._private.state import state  # a driver's view of the cluster; what ray.nodes() reads, too
 
-from ddpm.progress import Display
+from ddpm.progress import Display, printable
 from ddpm.training import board as boards
 
 GoesOn = Callable[[Mapping[str, Any]], bool]
@@ -123,7 +123,7 @@ class Watch:
             detail = f"{progress.images_per_s:,.0f} images/s  loss {progress.loss:.4f}"
             self._display.update(min(progress.images_seen, self._total), detail)
         for line in notes[boards.WARNINGS][self._warned :]:
-            print(f"warning: {line}", file=sys.stderr)
+            print(printable(f"warning: {line}"), file=sys.stderr)
         self._warned = len(notes[boards.WARNINGS])
         position = notes.get(boards.COMMITTED, -1)
         if position > self._position:

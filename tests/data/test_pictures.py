@@ -1,7 +1,12 @@
 """Pictures of any size and mode become images of one size; what fits keeps its bytes."""
 
+import contextlib
 import io
 import json
+import os
+import pwd
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +152,79 @@ def test_bad_folders_are_refused(tmp_path: Path) -> None:
     tree(tmp_path, {"0.png": 0})
     with pytest.raises(UserError, match="1 image"):
         Folder(tmp_path, size=8)
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that everybody may enter, as pytest's are not."""
+    with tempfile.TemporaryDirectory(prefix="pictures-") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def closed(path: Path) -> Iterator[None]:
+    """`path` may not be read meanwhile: root, who may read all, becomes nobody."""
+    was_root = os.geteuid() == 0
+    path.chmod(0)
+    if was_root:
+        os.seteuid(pwd.getpwnam("nobody").pw_uid)
+    try:
+        yield
+    finally:
+        if was_root:
+            os.seteuid(0)
+        path.chmod(0o755)
+
+
+def test_what_may_not_be_read_is_refused(open_folder: Path) -> None:
+    tree(open_folder, {f"{name}/{i}.png": i for i in range(2) for name in "ab"})
+    assert len(Folder(open_folder, size=8).class_names) == 2
+    with closed(open_folder / "b"), pytest.raises(UserError, match=r"^cannot read .*/b: Permission denied; "):
+        Folder(open_folder, size=8)
+    with closed(open_folder), pytest.raises(UserError, match=r"^cannot read .*: Permission denied; "):
+        Folder(open_folder, size=8)
+    with closed(open_folder / "b/1.png"):
+        source = Folder(open_folder, size=8)
+        with pytest.raises(UserError, match=r"^cannot read the image .*/b/1\.png: Permission denied; "):
+            source.check()
+    hugging_face(open_folder / "data/train.parquet", [0, 1], None)
+    with closed(open_folder / "b"), pytest.raises(UserError, match=r"^cannot read .*/b: Permission denied; "):
+        HuggingFace(open_folder, size=8)
+
+
+def test_what_is_passed_over_is_counted(tmp_path: Path) -> None:
+    tree(tmp_path, {f"in/cats/{i}.png": i for i in range(3)})
+    cats = tmp_path / "in/cats"
+    for i in range(4):
+        (cats / f"{i}.GIF").write_bytes(b"GIF89a")
+    os.mkfifo(cats / "pipe.png")
+    (cats / "gone.png").symlink_to("nowhere")
+    (cats / "README").write_text("")
+    (cats / "x\n\x1b[31mred.txt").write_text("")
+    (tmp_path / "in/dogs").symlink_to(cats)
+    source = Folder(tmp_path / "in", size=8)
+    assert source.splits == {"train": 2, "test": 1} and source.class_names == ("cats",)
+    assert source.passed_over == (
+        "4 .gif (cats/0.GIF, cats/1.GIF, cats/2.GIF, ...), 1 .txt (cats/x\\n\\x1b[31mred.txt), "
+        "1 FIFO (cats/pipe.png), 1 broken link (cats/gone.png), 1 link to a folder (dogs), "
+        "1 without a suffix (cats/README)"
+    )
+    for i in range(3):
+        (cats / f"{i}.png").unlink()
+    with pytest.raises(UserError, match=r"holds no images .*; passed over: 4 \.gif \(cats/0\.GIF"):
+        Folder(tmp_path / "in", size=8)
+
+
+def test_what_lies_beside_splits_is_counted(tmp_path: Path) -> None:
+    tree(tmp_path, {"in/train/0.png": 0, "in/train/1.png": 1, "far/2.png": 2, "in/stray.png": 3})
+    (tmp_path / "in/val").symlink_to(tmp_path / "far")
+    source = Folder(tmp_path / "in", size=8)
+    assert source.splits == {"train": 2, "test": 1} and source.passed_over == "1 .png (stray.png)"
+    hugging_face(tmp_path / "hub/data/train.parquet", [0, 1], None)
+    (tmp_path / "hub/README.md").write_text("")
+    assert HuggingFace(tmp_path / "hub", size=8).passed_over == "1 .md (README.md)"
+    assert HuggingFace(tmp_path / "hub/data/train.parquet", size=8).passed_over == ""
 
 
 def hugging_face(

@@ -12,9 +12,11 @@ from ddpm import storage
 from ddpm.config import UserError, override
 from ddpm.data.embedded import with_shards
 from ddpm.data.manifest import FORMAT, MANIFEST, Manifest, read_manifest
+from ddpm.data.pictures import Folder
 from ddpm.data.prepare import prepare, write_preview
 from ddpm.data.shards import is_intact, read_row_group
 from ddpm.data.sources import Digits
+from ddpm.images import png_bytes
 from ddpm.presets import DIGITS
 from ddpm.storage import Location
 
@@ -198,3 +200,85 @@ def test_a_bucket_holds_the_same_data_set(tmp_path: Path, s3_bucket: str) -> Non
     for split in there.splits.values():
         assert all(is_intact(location.filesystem, location.path, shard) for shard in split.shards)
     assert not location.child("_prepare").exists()
+
+
+def pictures(folder: Path, count: int) -> None:
+    """Grey PNGs of 16x16."""
+    folder.mkdir()
+    for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (count, 16, 16, 1), np.uint8)):
+        (folder / f"{i}.png").write_bytes(png_bytes(image))
+
+
+@pytest.mark.parametrize("mended", [True, False])
+def test_after_a_bad_image_the_same_command_begins_anew(tmp_path: Path, mended: bool) -> None:
+    pictures(tmp_path / "in", 12)
+    source = Folder(tmp_path / "in", size=16, channels=1)
+    last = tmp_path / "in" / source._files["train"][int(source._rows["train"][1][-1])]
+    whole = last.read_bytes()
+    last.write_bytes(whole[:-100])  # its header is that of a good one
+    place, few, restarts = at(tmp_path / "out"), {"rows_per_shard": 4, "rows_per_row_group": 2}, []
+    with pytest.raises(UserError, match=rf"{last.name}.*take it away, then give the same command again"):
+        make(Folder(tmp_path / "in", size=16, channels=1), place, **few)
+    assert (tmp_path / "out/train/00000.parquet").exists()
+    if mended:
+        last.write_bytes(whole)
+    else:
+        last.unlink()
+    again = Folder(tmp_path / "in", size=16, channels=1)
+    manifest = make(again, place, on_restart=lambda: restarts.append(1), **few)
+    assert restarts == [1]
+    assert manifest == make(again, at(tmp_path / "new"), **few)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "new")
+
+
+def test_another_command_does_not_begin_anew(tmp_path: Path) -> None:
+    pictures(tmp_path / "in", 12)
+    (tmp_path / "in/0.png").write_bytes((tmp_path / "in/0.png").read_bytes()[:-100])
+    few = {"rows_per_shard": 4, "rows_per_row_group": 2}
+    with pytest.raises(UserError, match="cannot read the image"):
+        make(Folder(tmp_path / "in", size=16), at(tmp_path / "out"), **few)
+    (tmp_path / "in/0.png").unlink()
+    before = files_of(tmp_path / "out")
+    with pytest.raises(UserError, match="another data set was begun and not finished"):
+        make(Folder(tmp_path / "in", size=8), at(tmp_path / "out"), **few)
+    assert files_of(tmp_path / "out") == before
+
+
+def test_images_that_are_none_are_all_named_before_anything_is_written(tmp_path: Path) -> None:
+    pictures(tmp_path / "in", 12)
+    for i in range(3, 8):
+        (tmp_path / f"in/{i}.png").write_text("an error page")
+    with pytest.raises(UserError) as caught:
+        make(Folder(tmp_path / "in", size=16), at(tmp_path / "out"))
+    assert str(caught.value) == (
+        f"cannot read the image {tmp_path}/in/3.png: it is no PNG, JPEG, WEBP, BMP, TIFF or GIF file (and 4 more: "
+        f"{tmp_path}/in/4.png, {tmp_path}/in/5.png, {tmp_path}/in/6.png, ...); repair them or take them away, then "
+        "give the same command again"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_of_two_at_once_the_one_that_was_begun_anew_over_ends(tmp_path: Path) -> None:
+    def begun_anew(done: int, total: int) -> None:
+        (tmp_path / "_prepare/options.txt").write_text("another")
+
+    with pytest.raises(UserError, match="another process has begun this data set anew; this one ends"):
+        make(Digits(), at(tmp_path), on_progress=begun_anew)
+    assert not (tmp_path / MANIFEST).exists()
+
+
+def test_a_manifest_that_no_memory_holds_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(Digits(), at(tmp_path), **SMALL)
+    size = (tmp_path / MANIFEST).stat().st_size
+    monkeypatch.setattr("ddpm.data.manifest.MAX_MANIFEST_BYTES", size)
+    read_manifest(LOCAL, str(tmp_path), "d")
+    monkeypatch.setattr("ddpm.data.manifest.MAX_MANIFEST_BYTES", size - 1)
+    with pytest.raises(UserError, match=r"^d/manifest\.json is larger than 0 MiB; "):
+        read_manifest(LOCAL, str(tmp_path), "d")
+
+
+def test_what_no_manifest_lists_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddpm.data.prepare.MAX_MANIFEST_BYTES", 17 * 101)
+    with pytest.raises(UserError, match="18 row groups are more than a manifest of 0 MiB lists"):
+        make(Digits(), at(tmp_path / "d"), **SMALL)
+    assert not (tmp_path / "d").exists()

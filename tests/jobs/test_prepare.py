@@ -141,9 +141,12 @@ def test_ray_tasks_make_the_same(tmp_path: Path) -> None:
     here = prepare(Digits(), LOCAL, str(tmp_path / "here"), rows_per_shard=500)
     pictures = tmp_path / "pictures"
     pictures.mkdir()
-    for i in range(6):
-        Image.new("RGB", (8, 8)).save(pictures / f"{i}.png")
-    (pictures / "3.png").write_bytes(b"broken")
+    for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)):
+        Image.fromarray(image).save(pictures / f"{i}.png")
+    whole = (pictures / "3.png").read_bytes()
+    (pictures / "3.png").write_bytes(
+        whole[:-100]
+    )  # its header is that of a good one, so that a task finds it
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         there = prepare(Digits(), LOCAL, str(tmp_path / "there"), rows_per_shard=500, parallel=True)

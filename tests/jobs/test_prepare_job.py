@@ -1,5 +1,6 @@
 """python jobs/prepare.py, as a person types it."""
 
+import json
 import signal
 import subprocess
 import time
@@ -7,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import boto3
 import processes
 import pytest
 from PIL import Image
@@ -55,6 +57,38 @@ def test_a_folder_becomes_a_data_set_in_a_bucket(
     assert manifest.class_names == ("cat", "dog")
     assert {name: split.num_rows for name, split in manifest.splits.items()} == {"train": 38, "test": 2}
     assert location.child("preview.png").exists() and f"{uri}/preview.png" in done.stdout
+
+
+def test_a_bucket_that_may_not_be_listed_is_a_line(run_job: Callable[..., Any], s3_bucket: str) -> None:
+    bucket, client = s3_bucket.removeprefix("s3://"), boto3.client("s3")
+    statement = {
+        "Effect": "Deny",
+        "Principal": "*",
+        "Action": ["s3:ListBucket"],
+        "Resource": [f"arn:aws:s3:::{bucket}"],
+        "Condition": {"StringLike": {"s3:prefix": "*data*"}},
+    }
+    policy = {"Version": "2012-10-17", "Statement": [statement]}
+    client.put_bucket_policy(Bucket=bucket, Policy=json.dumps(policy))
+    client.head_bucket(Bucket=bucket)  # this is allowed
+    done = run_job("prepare", "digits", f"{s3_bucket}/data/digits")
+    client.delete_bucket_policy(Bucket=bucket)
+    client.close()
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: cannot look for a data set at {s3_bucket}/data/digits: ")
+    assert "ACCESS_DENIED during ListObjectsV2" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_what_a_folder_holds_beside_images_is_said(run_job: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for i in range(4):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"in/{i}.png")
+    (tmp_path / "in/a.gif").write_bytes(b"GIF89a")
+    (tmp_path / "in/b\nerror: forged.txt").write_text("")
+    done = run_job("prepare", "folder", "out", "--path", "in", "--size", "8", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = "passed over 1 .gif (a.gif), 1 .txt (b\\nerror: forged.txt)"
+    assert done.stdout.splitlines()[:2] == [f"data set    {tmp_path}/out", said]
 
 
 BAD = {
