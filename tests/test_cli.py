@@ -1,9 +1,12 @@
 """Whatever happens in a job, a person and a script can tell."""
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import processes
 import pytest
 
 from ddpm import cli, presets
@@ -43,6 +46,50 @@ def test_a_job_ends_with_a_code_and_at_most_a_line(
 def test_our_own_mistakes_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         cli.run(raising(ZeroDivisionError()))
+
+
+CHATTY = """
+import sys, time
+from pathlib import Path
+from ddpm import cli
+from ddpm.progress import Display
+
+def main():
+    print("begun", flush=True)
+    sys.stdin.readline()  # until nobody reads any more
+    with Display("images", 3) as display:
+        for done in range(1, 4):
+            display.update(done)
+            print("x" * 100_000, "\u2248", file=sys.stderr)
+    print("done", flush=True)
+    Path("end").touch()
+
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize("reader", ["leaves", "full disk", "none from the start"])
+def test_a_job_outlives_whoever_reads_its_output(tmp_path: Path, reader: str) -> None:
+    read_end, write_end = os.pipe()
+    if reader == "full disk":
+        os.close(write_end)
+        write_end = os.open("/dev/full", os.O_WRONLY)
+    with subprocess.Popen(
+        [sys.executable, "-c", CHATTY],
+        stdin=subprocess.PIPE,
+        stdout=write_end,
+        stderr=write_end,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(processes.REPO)},
+        preexec_fn=(lambda: os.closerange(1, 3)) if reader == "none from the start" else None,
+    ) as job:
+        os.close(write_end)
+        with open(read_end, "rb") as pipe:
+            if reader == "leaves":
+                assert pipe.readline() == b"begun\n"
+        job.communicate(b"\n", timeout=60)
+    assert job.returncode == 0
+    assert (tmp_path / "end").exists()
 
 
 def test_a_file_changes_the_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
