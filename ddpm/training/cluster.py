@@ -7,6 +7,7 @@ starting worker groups, noticing deaths, and starting the group again, smaller o
 """
 
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +80,8 @@ def fit(
     cpus, gpus = resources["CPU"], resources.get("GPU", 0)
     print(f"workers     {config.cluster.num_workers}, of {cpus:g} CPUs and {gpus:g} GPUs each", flush=True)
     assert config.run.name is not None, "runs.settled names a run"
+    if warning := placement.crowding(config, resources):
+        print(f"warning: {warning}", file=sys.stderr)
     run = runs.open_run(config.run.name, config.run.storage)
     total_images = config.train.total_images
     seen = _images_seen(config, data_set, run)
