@@ -58,9 +58,9 @@ def main() -> int:
     if result.delivery is None:
         print(f"run {config.run.name} is finished: {result.images_seen:,} images seen; nothing left to do")
     elif result.signal:
-        print(
-            f"stopped     at {result.images_seen:,} images; the same command, with this --run.name, goes on there"
-        )
+        here = f"with --run.name {shlex.quote(result.run.name)}"
+        goes_on = "goes on there" if result.checkpoint else "begins anew"
+        print(f"stopped     at {result.images_seen:,} images; the same command, {here}, {goes_on}")
     else:
         print(f"trained     {result.images_seen:,} images, {took}")
     for line in cluster.summary(result):
