@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TextIO
 from ddpm import config as configs
 from ddpm import presets
 from ddpm.config import Config, UserError
+from ddpm.utils.openmp import bound_spinning
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -18,6 +19,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
     Output that cannot be written is dropped: a closed pipe or a full disk behind it does not end a job.
     """
+    bound_spinning()
     sys.stdout, sys.stderr = _lossy(sys.stdout), _lossy(sys.stderr)
     try:
         code = main() or 0

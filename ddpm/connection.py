@@ -15,6 +15,7 @@ import ray._private.node
 import ray._private.utils
 
 from ddpm.config import UserError
+from ddpm.utils.openmp import bound_spinning
 
 KEPT_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
@@ -52,6 +53,7 @@ BEGUN_HERE = "DDPM_CLUSTER_BEGUN_HERE"
 
 def connect(verbose: bool = False) -> None:
     """Join the Ray cluster of the environment (RAY_ADDRESS, or one started here), or start one on this machine."""
+    bound_spinning()
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     os.environ[BEGUN_HERE] = "1"

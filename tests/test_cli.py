@@ -11,6 +11,7 @@ import pytest
 
 from ddpm import cli, presets
 from ddpm.config import UserError
+from ddpm.utils.openmp import SPIN_COUNT
 
 
 class Refused(UserError):
@@ -46,6 +47,23 @@ def test_a_job_ends_with_a_code_and_at_most_a_line(
 def test_our_own_mistakes_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         cli.run(raising(ZeroDivisionError()))
+
+
+@pytest.mark.parametrize(
+    ("given", "spin_count"),
+    [({}, SPIN_COUNT), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, None)],
+)
+def test_openmp_spins_for_a_while_unless_told_otherwise(
+    given: dict[str, str], spin_count: str | None
+) -> None:
+    """It is told before PyTorch is there: jobs import that when they run."""
+    program = "import os, sys; from jobs import evaluate, export, prepare, sample, track, train; from ddpm import cli\n"
+    program += "assert 'torch' not in sys.modules\ncli.run(lambda: print(os.environ.get('GOMP_SPINCOUNT')))"
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    rest = {name: value for name, value in os.environ.items() if name not in names}
+    words = [sys.executable, "-c", program]
+    done = subprocess.run(words, env=rest | given, cwd=processes.REPO, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"{spin_count}\n", "")
 
 
 CHATTY = """
