@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import processes
@@ -143,3 +144,32 @@ def test_a_file_that_is_no_config_is_a_line(
     with pytest.raises(UserError, match=message) as raised:
         cli.starting_points()
     assert "best.json" in str(raised.value) and "\n" not in str(raised.value)
+
+
+OWN_FOLDER = """
+import sys
+from ddpm.training import troupe
+
+with troupe._own_folder() as folder:
+    print(folder, flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_killed_process_leaves_no_folder_for_good(tmp_path: Path) -> None:
+    """The next one removes it, but not one that is in use."""
+    env = os.environ | {"PYTHONPATH": str(processes.REPO), "TMPDIR": str(tmp_path)}
+    words = [sys.executable, "-c", OWN_FOLDER]
+    with ExitStack() as stack:
+        folders = []
+        for _ in range(3):
+            job = stack.enter_context(
+                subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
+            )
+            assert job.stdout
+            folders.append(Path(job.stdout.readline().decode().strip()))
+            if len(folders) == 1:
+                job.kill()
+                job.wait()
+        assert [folder.exists() for folder in folders] == [False, True, True]
+    assert not any(folder.exists() for folder in folders)

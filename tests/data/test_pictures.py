@@ -232,3 +232,11 @@ def test_pictures_given_as_shards_are_prepared_beside_them(tmp_path: Path) -> No
     assert len(list(pictures.iterdir())) == 20
     (shards,) = shlex.split(advice[2])
     assert read_manifest(LocalFileSystem(), shards, shards).splits["train"].num_rows == 19
+
+
+def test_a_message_names_no_address_in_memory() -> None:
+    with pytest.raises(UserError) as raised:
+        store([(b"no picture", "cats/x.png")], 8, 1, "raw")
+    assert str(raised.value) == (
+        "cannot read the image cats/x.png: it is no PNG, JPEG, WEBP, BMP, TIFF, GIF; repair it or take it away"
+    )
