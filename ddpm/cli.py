@@ -1,19 +1,27 @@
 """What every job does around its one library call: a user's mistake is one line, never a traceback."""
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 from ddpm import config as configs
 from ddpm import presets
 from ddpm.config import Config, UserError
 from ddpm.progress import printable
+from ddpm.utils.openmp import bound_spinning
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run `main` and exit: 0 (or what it returns) when done, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Run `main` and exit: 0 (or what it returns) when done, 2 for a user's mistake, 130 for Ctrl-C.
+
+    Output that cannot be written is dropped: a closed pipe or a full disk behind it does not end a job.
+    """
+    bound_spinning()
+    sys.stdout, sys.stderr = _lossy(sys.stdout), _lossy(sys.stderr)
     try:
         code = main() or 0
     except UserError as error:
@@ -24,6 +32,35 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         code = 130
     sys.stdout.flush()
     sys.exit(code)
+
+
+class _LossyFile(io.FileIO):
+    """A file that takes everything, and drops what cannot be written."""
+
+    def write(self, data: Any) -> int:
+        try:
+            written = super().write(data)
+        except OSError:
+            written = None
+        return memoryview(data).nbytes if written is None else written  # None: it would have to wait
+
+
+def _lossy(stream: TextIO | None) -> TextIO:
+    """`stream` as one whose writing never fails."""
+    if stream is None:  # closed by whoever started the job
+        return open(os.devnull, "w")
+    try:
+        number = stream.fileno()
+    except OSError:  # a stream in memory
+        return stream
+    stream.flush()
+    file = io.BufferedWriter(_LossyFile(number, "wb", closefd=False))
+    return io.TextIOWrapper(
+        file,
+        encoding=stream.encoding,
+        errors="backslashreplace",  # of characters that the terminal does not have
+        line_buffering=stream.isatty() or stream is sys.stderr,
+    )
 
 
 def starting_points() -> dict[str, Config]:

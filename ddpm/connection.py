@@ -15,6 +15,7 @@ import ray._private.node
 import ray._private.utils
 
 from ddpm.config import UserError
+from ddpm.utils.openmp import bound_spinning
 
 KEPT_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
@@ -42,6 +43,9 @@ SETTINGS = {
 }
 """Ray's settings that make a crash, and a start, cost less time; what the environment says comes first."""
 
+LONGEST_REASON = 400
+"""Characters of Ray's own words in an error."""
+
 LIMITS = "DDPM_CLUSTER_RESOURCES"
 """The variable in which a cluster that grows says how far: '{"CPU": 48, "GPU": 4}'. Ray itself does not (2.60)."""
 
@@ -50,19 +54,42 @@ BEGUN_HERE = "DDPM_CLUSTER_BEGUN_HERE"
 """The variable that all processes of a cluster have which `connect` started, with the rest of its environment."""
 
 
+class NoCluster(UserError):
+    """Ray did not start, or could not be joined."""
+
+    exit_code = 1
+
+
 def connect(verbose: bool = False) -> None:
-    """Join the Ray cluster of the environment (RAY_ADDRESS, or one started here), or start one on this machine."""
+    """Join the Ray cluster of the environment (RAY_ADDRESS, or one started here), or start one on this machine.
+
+    Raises:
+        NoCluster: that did not succeed.
+    """
+    bound_spinning()
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     os.environ[BEGUN_HERE] = "1"
     level = logging.INFO if verbose else logging.ERROR
     with _spare_processes(verbose):
-        ray.init(log_to_driver=verbose, logging_level=level, include_dashboard=False)
+        try:
+            ray.init(log_to_driver=verbose, logging_level=level, include_dashboard=False)
+        except Exception as error:  # Ray raises what it likes: RuntimeError, ConnectionError, plain Exception
+            raise _no_cluster(error) from error
     node = ray._private.worker._global_node
     if node is None or not node.head:
         del os.environ[BEGUN_HERE]
     for name in ("ray.train", "ray.data", "ray"):
         logging.getLogger(name).setLevel(level)
+
+
+def _no_cluster(error: Exception) -> NoCluster:
+    reason = " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
+    if address := os.environ.get("RAY_ADDRESS"):
+        return NoCluster(f"the Ray cluster at RAY_ADDRESS={address} cannot be joined: {reason}")
+    return NoCluster(
+        f"Ray did not start on this machine: {reason}; where it is busy or short of memory, try again when it is not"
+    )
 
 
 @contextmanager

@@ -29,6 +29,8 @@ IDLE_S = 30.0
 ASIDE_S = 300.0
 """After so long, what MLflow did not take is tried again; and when the run ends."""
 COUNT_TIMEOUT_S = 10.0
+MIN_BEGIN_S = 5.0
+"""With less time than that, MLflow would not even be imported."""
 GRACE_S = 0.3
 """The thread looks for its deadline ten times a second, while it waits."""
 
@@ -86,18 +88,26 @@ class Courier:
         self._wake.set()
 
     def close(self, status: str, timeout_s: float = 60.0) -> Delivery:
-        """Deliver the rest, for about `timeout_s` at most, and end the MLflow run: FINISHED, FAILED or KILLED."""
+        """Deliver the rest, for about `timeout_s` at most, and end the MLflow run: FINISHED, FAILED or KILLED.
+
+        A delivery that has not begun by then does not begin when there is less time than MIN_BEGIN_S.
+        """
         self._status, self._run.call.deadline = status, time.monotonic() + timeout_s
         self._closing.set()
         self._wake.set()
-        self.begin()
-        self._thread.join(timeout_s + GRACE_S)
+        if timeout_s >= MIN_BEGIN_S:
+            self.begin()
+        if self._begun:
+            self._thread.join(timeout_s + GRACE_S)
         left = _count_in_time(self._outbox, self._committed, min(timeout_s, COUNT_TIMEOUT_S))
-        if left or not self._ended:
-            reason = f": {self._run.call.trouble}" if self._run.call.trouble else ""
+        trouble = self._run.call.trouble
+        if left:
+            reason = f": {trouble}" if trouble else ""
             logger.warning(
                 "MLflow at %s did not take everything (%d records left)%s", self._uri, left, reason
             )
+        elif trouble and not self._ended:
+            logger.warning("MLflow at %s has not been told how the run ended: %s", self._uri, trouble)
         return Delivery(self._run.run_id, self._run.experiment_id, left, self._ended)
 
     def _work(self) -> None:

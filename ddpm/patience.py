@@ -6,6 +6,7 @@ stand on different floors.
 
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -83,6 +84,8 @@ def patiently(
 
 def answer(error: BaseException) -> str:
     """What storage said: one line, of bounded length, without credentials."""
+    if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
+        error = OSError(error.args[0][0][-1])  # of each file that was not copied: from, to, why
     text = " ".join(str(error).split()) or type(error).__name__
     for name in _SECRETS:
         if secret := os.environ.get(name):

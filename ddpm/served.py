@@ -15,6 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ddpm.utils.openmp import bound_spinning
+
+bound_spinning()  # before PyTorch is imported
+
+# ruff: noqa: E402
 import torch
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel

@@ -4,6 +4,8 @@ Typing the same command again, with the same --run.name, goes on where the run s
 `python jobs/train.py PRESET --help` lists every flag.
 """
 
+import shlex
+import sys
 import time
 from dataclasses import dataclass
 from typing import Annotated
@@ -32,14 +34,20 @@ def main() -> int:
         tyro.extras.subcommand_type_from_defaults(defaults, presets.ABOUT), description=__doc__
     )
 
-    from ddpm import connection, runs  # after parsing: --help and mistakes answer at once
-    from ddpm.data import embedded, stream
-    from ddpm.training import loop
+    from ddpm.data import plan  # after parsing: --help and mistakes answer at once
 
     began = time.monotonic()
+    plan.check_batches(arguments.config)
+
+    from ddpm.training import loop  # seconds: PyTorch
+
+    loop.check(arguments.config)
+
+    from ddpm import connection, runs  # seconds: Ray
+    from ddpm.data import embedded, stream
+
     config = runs.settled(arguments.config, arguments.preset)
-    loop.check(config)
-    config = embedded.with_shards(config)
+    config = embedded.with_shards(config, shlex.join(["python", *sys.argv]))
     data_set = stream.open_data_set(config)
     print(f"data        {config.data.shards}  ({data_set.rows.num_rows:,} images to train on)")
     connection.connect(arguments.verbose)
@@ -50,9 +58,9 @@ def main() -> int:
     if result.delivery is None:
         print(f"run {config.run.name} is finished: {result.images_seen:,} images seen; nothing left to do")
     elif result.signal:
-        print(
-            f"stopped     at {result.images_seen:,} images; the same command, with this --run.name, goes on there"
-        )
+        here = f"with --run.name {shlex.quote(result.run.name)}"
+        goes_on = "goes on there" if result.checkpoint else "begins anew"
+        print(f"stopped     at {result.images_seen:,} images; the same command, {here}, {goes_on}")
     else:
         print(f"trained     {result.images_seen:,} images, {took}")
     for line in cluster.summary(result):

@@ -1,13 +1,18 @@
 """Whatever happens in a job, a person and a script can tell."""
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
+import processes
 import pytest
 
 from ddpm import cli, presets
 from ddpm.config import UserError
+from ddpm.utils.openmp import SPIN_COUNT
 
 
 class Refused(UserError):
@@ -47,6 +52,67 @@ def test_our_own_mistakes_keep_their_traceback() -> None:
         cli.run(raising(ZeroDivisionError()))
 
 
+@pytest.mark.parametrize(
+    ("given", "spin_count"),
+    [({}, SPIN_COUNT), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, None)],
+)
+def test_openmp_spins_for_a_while_unless_told_otherwise(
+    given: dict[str, str], spin_count: str | None
+) -> None:
+    """It is told before PyTorch is there: jobs import that when they run."""
+    program = "import os, sys; from jobs import evaluate, export, prepare, sample, track, train; from ddpm import cli\n"
+    program += "assert 'torch' not in sys.modules\ncli.run(lambda: print(os.environ.get('GOMP_SPINCOUNT')))"
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    rest = {name: value for name, value in os.environ.items() if name not in names}
+    words = [sys.executable, "-c", program]
+    done = subprocess.run(words, env=rest | given, cwd=processes.REPO, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"{spin_count}\n", "")
+
+
+CHATTY = """
+import sys, time
+from pathlib import Path
+from ddpm import cli
+from ddpm.progress import Display
+
+def main():
+    print("begun", flush=True)
+    sys.stdin.readline()  # until nobody reads any more
+    with Display("images", 3) as display:
+        for done in range(1, 4):
+            display.update(done)
+            print("x" * 100_000, "\u2248", file=sys.stderr)
+    print("done", flush=True)
+    Path("end").touch()
+
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize("reader", ["leaves", "full disk", "none from the start"])
+def test_a_job_outlives_whoever_reads_its_output(tmp_path: Path, reader: str) -> None:
+    read_end, write_end = os.pipe()
+    if reader == "full disk":
+        os.close(write_end)
+        write_end = os.open("/dev/full", os.O_WRONLY)
+    with subprocess.Popen(
+        [sys.executable, "-c", CHATTY],
+        stdin=subprocess.PIPE,
+        stdout=write_end,
+        stderr=write_end,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(processes.REPO)},
+        preexec_fn=(lambda: os.closerange(1, 3)) if reader == "none from the start" else None,
+    ) as job:
+        os.close(write_end)
+        with open(read_end, "rb") as pipe:
+            if reader == "leaves":
+                assert pipe.readline() == b"begun\n"
+        job.communicate(b"\n", timeout=60)
+    assert job.returncode == 0
+    assert (tmp_path / "end").exists()
+
+
 def test_a_file_changes_the_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "best.json"
     file.write_text('{"schedule": {"kind": "sigmoid", "sigmoid_end": 2}, "optim": {"lr": 0.5}}')
@@ -80,3 +146,32 @@ def test_a_file_that_is_no_config_is_a_line(
     with pytest.raises(UserError, match=message) as raised:
         cli.starting_points()
     assert "best.json" in str(raised.value) and "\n" not in str(raised.value)
+
+
+OWN_FOLDER = """
+import sys
+from ddpm.training import troupe
+
+with troupe._own_folder() as folder:
+    print(folder, flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_killed_process_leaves_no_folder_for_good(tmp_path: Path) -> None:
+    """The next one removes it, but not one that is in use."""
+    env = os.environ | {"PYTHONPATH": str(processes.REPO), "TMPDIR": str(tmp_path)}
+    words = [sys.executable, "-c", OWN_FOLDER]
+    with ExitStack() as stack:
+        folders = []
+        for _ in range(3):
+            job = stack.enter_context(
+                subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
+            )
+            assert job.stdout
+            folders.append(Path(job.stdout.readline().decode().strip()))
+            if len(folders) == 1:
+                job.kill()
+                job.wait()
+        assert [folder.exists() for folder in folders] == [False, True, True]
+    assert not any(folder.exists() for folder in folders)

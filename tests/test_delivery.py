@@ -176,6 +176,17 @@ def test_a_server_that_never_answers_costs_nothing(silent_server: str, outbox: L
     assert names_in(outbox) == ["000000000064.zip"]
 
 
+@pytest.mark.parametrize("timeout_s", [1.0, 6.0])
+def test_what_has_not_begun_begins_only_with_time_left(
+    absent_server: str, outbox: Location, caplog: pytest.LogCaptureFixture, timeout_s: float
+) -> None:
+    """MLflow takes seconds to import. Where nothing is left to deliver, nobody is told of zero records."""
+    courier = Courier(address_at(absent_server), PARAMS, outbox, at_once=False)
+    assert courier.close("KILLED", timeout_s) == Delivery(None, None, 0, False)
+    assert not [line for line in warnings_of(caplog) if "records" in line]
+    assert bool(warnings_of(caplog)) == (timeout_s > 5)
+
+
 @pytest.mark.slow
 def test_a_server_that_comes_late_gets_everything(
     tmp_path: Path, outbox: Location, caplog: pytest.LogCaptureFixture

@@ -1,7 +1,9 @@
 """What fails is tried again until it answers or the time is over; what is an answer is none too late."""
 
 import re
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 
@@ -86,3 +88,14 @@ def test_no_credentials_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert answer(OSError()) == "OSError"
     assert len(answer(OSError("x" * 10_000))) == LONGEST_ANSWER + 3
+
+
+def test_a_copy_that_failed_is_one_reason(tmp_path: Path) -> None:
+    """shutil says it as a list of lists."""
+    (tmp_path / "from").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "from" / name).symlink_to("nothing")
+    with pytest.raises(shutil.Error) as raised:
+        shutil.copytree(tmp_path / "from", tmp_path / "to")
+    assert answer(raised.value).startswith("[Errno 2] No such file or directory: '")
+    assert answer(raised.value).count("Errno") == 1

@@ -11,16 +11,35 @@ from ddpm.data.sources import Digits, FashionMnist, Source
 from ddpm.progress import Display
 from ddpm.runs import RESERVED
 
+PREPARE = {
+    "fashion-mnist": ("fashion-mnist", "--path FOLDER"),
+    "torchvision:cifar10": ("torchvision", "--dataset cifar10 --root FOLDER"),
+    "torchvision:celeba": ("torchvision", "--dataset celeba --root FOLDER"),
+}
+"""For sources of files that may lie elsewhere: what jobs/prepare.py is told."""
 
-def with_shards(config: Config) -> Config:
+
+def with_shards(config: Config, command: str = "the same command") -> Config:
     """`config` with data.shards: what was given, or config.data.source, prepared to {run.storage}/data/.
+
+    Args:
+        command: what to type again once the source's files are prepared.
 
     Raises:
         UserError: there is neither, or the source's files are missing.
     """
     if config.data.shards is not None:
         return replace(config, data=replace(config.data, shards=storage.absolute(config.data.shards)))
-    source = _source(config.data.source)
+    try:
+        source = _source(config.data.source)
+    except UserError as error:
+        if config.data.source not in PREPARE:
+            raise
+        name, flags = PREPARE[config.data.source]
+        shards = f"shards/{config.data.source.rpartition(':')[2]}"
+        raise UserError(
+            f"{error}: `python jobs/prepare.py {name} {shards} {flags}`, then `{command} --data.shards {shards}`"
+        ) from None
     # With a digest in its name: what another version has prepared stays as it is, beside it.
     name = f"{config.data.source}-{prepare.options_of(source)[:8]}".replace(":", "-")
     place = storage.resolve(config.run.storage).child(RESERVED).child(name)

@@ -9,7 +9,9 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +30,7 @@ MAX_ROW_GROUP_BYTES = 1 << 31
 """Of a row group's images when decoded, which one task holds in memory; `prepare` makes them of about 4 MB."""
 MAX_MANIFEST_BYTES = 256 << 20
 """That is 2.6 million row groups; reading them takes 5 times as much memory."""
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 Encoding = Literal["raw", "encoded"]
 
 
@@ -142,7 +145,7 @@ def read_manifest(filesystem: pafs.FileSystem, root: str, where: str, timeout_s:
         text = patiently(read, where=f"{where}/{MANIFEST}", timeout_s=timeout_s)
     except FileNotFoundError:
         raise UserError(
-            f"no data set at {where}: it has no {MANIFEST}; make one with `python jobs/prepare.py SOURCE {where}`"
+            f"no data set at {where}: it has no {MANIFEST}{_advice(filesystem, root, where)}"
         ) from None
     if len(text) > MAX_MANIFEST_BYTES:
         raise UserError(
@@ -219,6 +222,19 @@ def shard_from_json(text: str | bytes, where: str) -> Shard:
         UserError: it is none; `where` names the file.
     """
     return _Reader(where).shard(_parse(text, where))
+
+
+def _advice(filesystem: pafs.FileSystem, root: str, where: str) -> str:
+    """How to make a data set, which never goes into a folder of pictures."""
+    local = isinstance(filesystem, pafs.LocalFileSystem)
+    names = (name for _, _, files in os.walk(root) for name in files) if local else ()
+    if not any(name.lower().endswith(PICTURES) for name in names):
+        return f"; make one with `python jobs/prepare.py SOURCE {where}`"
+    pictures, shards = shlex.quote(where), shlex.quote(f"{where.rstrip('/')}-shards")
+    return (
+        f", but pictures; make one of them beside it with `python jobs/prepare.py folder {shards} --path {pictures} "
+        f"--size N`, N being --model.image-size or a multiple of it, and give it as --data.shards {shards}"
+    )
 
 
 def _digest(value: Any) -> str:

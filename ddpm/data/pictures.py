@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ddpm.config import UserError
 from ddpm.data.row_group import open_image
@@ -278,6 +278,9 @@ def _load(data: bytes, size: int, channels: int, where: str) -> tuple[Image.Imag
             )
             upright = ImageOps.exif_transpose(image)
             return ImageOps.fit(_converted(upright, mode), (size, size), Image.Resampling.LANCZOS), fits
+    except UnidentifiedImageError:  # its text names an address in memory
+        what = f"it is no {', '.join(FORMATS)}"
+        raise UserError(f"cannot read the image {where}: {what}; repair it or take it away") from None
     except Exception as error:  # Pillow raises a dozen types for damaged files
         raise _cannot_read(where, error) from None
 

@@ -18,7 +18,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm.config import UserError
+from ddpm.config import Config, UserError
 from ddpm.utils.seeding import Purpose, key
 
 Int64 = NDArray[np.int64]
@@ -175,6 +175,12 @@ def micro_batches_per_step(batch_size: int, micro_batch_size: int, world_size: i
             "train.micro_batch_size"
         )
     return m
+
+
+def check_batches(config: Config) -> None:
+    """Raise UserError for batches that cannot be shared evenly, with every number of workers the run may have."""
+    for world_size in config.cluster.world_sizes():
+        micro_batches_per_step(config.train.batch_size, config.train.micro_batch_size, world_size)
 
 
 def last_position(images_seen: int, total_images: int, batch_size: int) -> int:

@@ -207,7 +207,10 @@ def _check(config: ModelConfig, num_timesteps: int) -> None:
     multiple = f"a multiple of {grain}: it is halved {len(widths) - 1} times"
     require(size >= grain and size % grain == 0, "image_size", multiple)
     sizes = [size >> level for level in range(len(widths))]
-    require(set(config.attention_resolutions) <= set(sizes), "attention_resolutions", f"among {sizes}")
+    among = (
+        f"among {sizes}, as --model.attention-resolutions {next((s for s in sizes if s <= 16), sizes[-1])}"
+    )
+    require(set(config.attention_resolutions) <= set(sizes), "attention_resolutions", among)
 
     head_dim = config.attention_head_dim
     attended = {widths[sizes.index(size)] for size in config.attention_resolutions}

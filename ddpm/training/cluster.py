@@ -6,7 +6,9 @@ newest one in storage, and so do a new driver and a new cluster. Of Ray Train th
 starting worker groups, noticing deaths, and starting the group again, smaller or larger.
 """
 
+import contextlib
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,8 +43,8 @@ class Result:
 
     run: Run
     images_seen: int
-    checkpoint: str
-    """URI of the newest checkpoint."""
+    checkpoint: str | None
+    """URI of the newest checkpoint; None: the run was stopped before its first step."""
     delivery: Delivery | None
     """How tracking ended; None: nothing was left to do."""
     signal: int | None = None
@@ -79,6 +81,8 @@ def fit(
     cpus, gpus = resources["CPU"], resources.get("GPU", 0)
     print(f"workers     {config.cluster.num_workers}, of {cpus:g} CPUs and {gpus:g} GPUs each", flush=True)
     assert config.run.name is not None, "runs.settled names a run"
+    if warning := placement.crowding(config, resources):
+        print(f"warning: {warning}", file=sys.stderr)
     run = runs.open_run(config.run.name, config.run.storage)
     total_images = config.train.total_images
     seen = _images_seen(config, data_set, run)
@@ -93,29 +97,38 @@ def fit(
     courier.committed(seen)
 
     def look(notes: Mapping[str, Any]) -> bool:
-        if boards.PROGRESS in notes:  # from the first step on, which nothing shall keep waiting
+        if (
+            boards.PROGRESS in notes and watch.signal is None
+        ):  # from the first step on, which it shall not delay
             courier.begin()
         return goes_on(notes)
 
     troupe = troupe or Troupe(config, verbose, stays=False)
     status, watch = "FAILED", Watch(troupe.board, total_images, courier.committed, look)
+    patience_s = DELIVERY_TIMEOUT_S
     try:
         troupe.begin(config, data_set, run)
         with watch:
             ended = _train(config, troupe, watch)
+        if ended is None:
+            ended = max(seen, 0)
         trained()
         status = "KILLED" if watch.was_asked else "FINISHED"
     except ray.exceptions.RayError as error:
         raise TrainingFailed(
             f"the Ray cluster is gone: {last_line(error)}; the same command goes on"
         ) from None
+    except KeyboardInterrupt:
+        patience_s = HASTY_DELIVERY_TIMEOUT_S
+        raise
     finally:
-        delivery = courier.close(status, HASTY_DELIVERY_TIMEOUT_S if watch.signal else DELIVERY_TIMEOUT_S)
-    return Result(run, ended, runs.checkpoints(run.location)[-1].uri, delivery, watch.signal)
+        delivery = courier.close(status, HASTY_DELIVERY_TIMEOUT_S if watch.signal else patience_s)
+    newest = runs.checkpoints(run.location)[-1:]
+    return Result(run, ended, newest[0].uri if newest else None, delivery, watch.signal)
 
 
-def _train(config: Config, troupe: Troupe, watch: Watch) -> int:
-    """Until training is done, or was asked to stop; returns images_seen.
+def _train(config: Config, troupe: Troupe, watch: Watch) -> int | None:
+    """Until training is done, or was asked to stop; returns images_seen, or None if that was before the first step.
 
     That takes a Ray Train run, or what is left of one, and another one if that one was taken away.
     """
@@ -127,12 +140,16 @@ def _train(config: Config, troupe: Troupe, watch: Watch) -> int:
 
     while True:
         workers = troupe.workers()
-        watch.run(workers, lambda notes: troupe.stays and is_over(notes))
+        watch.run(
+            workers, lambda notes: watch.is_before_first_step(notes) or (troupe.stays and is_over(notes))
+        )
         notes, failure = ray.get(board.read.remote()), workers.error
         if notes.get(boards.FAILURE) is not None:
             raise notes[boards.FAILURE]
         if is_over(notes):
             return notes[boards.ENDED]
+        if watch.is_before_first_step(notes):
+            return None
         if failure is None:  # a node is about to be taken away: the workers left in good order
             if ray.get(board.preempted.remote()) > config.cluster.max_preemptions:
                 raise too_many_preemptions(config)
@@ -173,14 +190,22 @@ def _images_seen(config: Config, data_set: DataSet, run: Run) -> int:
 def summary(result: Result) -> list[str]:
     """Where everything is, in lines for a person."""
     folder, delivery = result.run.location.uri, result.delivery
-    lines = [f"checkpoint  {result.checkpoint}", f"samples     {folder}/samples/latest.png"]
-    if delivery is None:
+    lines = [f"checkpoint  {result.checkpoint}"] if result.checkpoint else []
+    samples = result.run.location.child("samples").child("latest.png")
+    with contextlib.suppress(OSError):
+        if samples.exists():  # the first one is not drawn with the first checkpoint
+            lines.append(f"samples     {samples.uri}")
+    if delivery is None or (result.signal and not result.checkpoint):
         return lines
     where = without_password(tracking_uri())
     if delivery.undelivered:
         lines.append(
             f"MLflow      {delivery.undelivered} records could not be delivered to {where}; they are kept in "
             f"{folder}/{segments.FOLDER}, and `python jobs/track.py {folder}` delivers them"
+        )
+    elif not delivery.ended and result.signal:  # track.py tells the ends of finished runs
+        lines.append(
+            f"MLflow      {where} has not been told that the run stopped; when it goes on, it will be"
         )
     elif not delivery.ended:
         lines.append(

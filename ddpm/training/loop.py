@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ddpm import config as configs
 from ddpm import images
 from ddpm.config import Config, UserError
-from ddpm.data.plan import micro_batches_per_step
+from ddpm.data.plan import check_batches, micro_batches_per_step
 from ddpm.diffusion.generator import Generator
 from ddpm.generation import build_objective, build_sampler
 from ddpm.training import checkpoint
@@ -87,8 +87,7 @@ def train(config: Config, runtime: Runtime, tracker: Tracker) -> State:
 def check(config: Config) -> None:
     """Raise UserError for what would stop the run on its first step, before anything is started."""
     configs.from_json(configs.to_json(config), "the command line")  # as the checkpoints will be read
-    for world_size in config.cluster.world_sizes():
-        micro_batches_per_step(config.train.batch_size, config.train.micro_batch_size, world_size)
+    check_batches(config)
     build_objective(config)
     build_sampler(config)
     with torch.device("meta"):

@@ -17,6 +17,8 @@ from ddpm.config import Config, UserError
 
 DRIVER_CPUS = 0.01
 """Of the driver of a run that is one of several."""
+MAX_WORKERS_PER_CPU = 2
+"""Each worker is a process with a PyTorch of its own: with more of them, starts and collectives take the CPUs' time."""
 JOINING_S = 10.0
 """How long nodes that are just joining a cluster are waited for, before it is called too small."""
 
@@ -48,7 +50,16 @@ def _resources_per_worker(config: Config, have: dict[str, float]) -> dict[str, f
     gpu = _on_gpus(config, least, gpus, f"{least} workers", "use fewer workers")
     share = cluster.cpus_per_worker
     if share is None:
-        share = max(min(1.0, int(100 * (cpus - 1) / most) / 100), 0.01)
+        crowd = (
+            most if gpu else min(most, int(MAX_WORKERS_PER_CPU * cpus))
+        )  # of 1:99 no more are started than that
+        if not gpu and least > crowd:
+            raise UserError(
+                f"{least} workers on CPUs, of which the cluster has {cpus:g}: they would wait for each other at every "
+                f"step; use at most {crowd} ({MAX_WORKERS_PER_CPU} a CPU), best {max(1, int(cpus))} or fewer, or set "
+                "--cluster.cpus-per-worker to have so many all the same"
+            )
+        share = max(min(1.0, int(100 * (cpus - 1) / max(crowd, 1)) / 100), 0.01)
     if share <= 0:
         raise UserError(f"cluster.cpus_per_worker is {share:g}; it must be above 0")
     if least * share > cpus - 1:
@@ -58,6 +69,17 @@ def _resources_per_worker(config: Config, have: dict[str, float]) -> dict[str, f
             f"data; set --cluster.cpus-per-worker to at most {right:g}, or use fewer workers"
         )
     return {"CPU": share} | ({"GPU": part} if gpu else {})
+
+
+def crowding(config: Config, resources: dict[str, float]) -> str | None:
+    """A warning of more workers than CPUs to compute on, where they have no GPUs."""
+    workers, cpus = config.cluster.world_sizes()[0], connection.resources().get("CPU", 0.0)
+    if resources.get("GPU") or workers <= cpus:
+        return None
+    enough = max(1, int(cpus))
+    return (
+        f"{workers} workers share {cpus:g} CPUs, and wait for each other at every step; {enough} are enough"
+    )
 
 
 def _on_gpus(config: Config, workers: int, have: float, who: str, remedy: str) -> bool:

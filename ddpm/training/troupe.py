@@ -4,10 +4,16 @@ Its own room because it says how workers come, what they do and how they go; wha
 for `cluster.fit`.
 """
 
+import atexit
+import contextlib
+import fcntl
 import logging
+import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -31,6 +37,8 @@ from ddpm.training.controller import FailureBudget, ProcessGroup, ResizeWithoutL
 from ddpm.training.watch import Aside
 from ddpm.training.worker import RayRuntime
 
+FOLDER_PREFIX, OWNER = "ddpm-ray-train-", "owner"
+"""Temporary folders of Ray Train runs; the process that uses one holds a lock on the file `owner` in it."""
 PLAY_POLL_S = 0.1
 """Workers that stay look so often for the next run."""
 
@@ -76,7 +84,7 @@ class Troupe:
             self._workers.join(timeout_s)
 
     def _fit(self) -> None:
-        with tempfile.TemporaryDirectory(prefix="ddpm-ray-train-") as folder:
+        with _own_folder() as folder:
             _trainer(self._config, self._spec, self._resources, folder).fit()
 
     def _free_place(self) -> None:
@@ -85,6 +93,19 @@ class Troupe:
         if place is not None:
             ray.util.remove_placement_group(place)
             ray.get(self.board.note.remote(boards.PLACE, None))
+
+
+@contextlib.contextmanager
+def _own_folder() -> Iterator[str]:
+    """A temporary folder, also removed when this process exits; those of processes that were killed are removed."""
+    for left in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*/{OWNER}"):
+        with contextlib.suppress(OSError), left.open() as owner:  # an error: it is in use
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left.parent, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=FOLDER_PREFIX) as folder, Path(folder, OWNER).open("w") as owner:
+        fcntl.flock(owner, fcntl.LOCK_EX)
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)  # the thread that is in here may not end
+        yield folder
 
 
 class _Trainer(DataParallelTrainer):

@@ -56,7 +56,7 @@ class Watch:
     """A context in which training runs.
 
     SIGTERM (`ray job stop`, a batch system) and Ctrl-C ask the workers to end with the step they are in, and to
-    leave a checkpoint of it; a second Ctrl-C interrupts at once.
+    leave a checkpoint of it; a second Ctrl-C interrupts at once. Before the first step nothing is waited for.
 
     Args:
         board: of the run.
@@ -97,6 +97,10 @@ class Watch:
         """Whether training ends before its end."""
         return self.signal is not None or self.ended_early
 
+    def is_before_first_step(self, notes: Mapping[str, Any]) -> bool:
+        """Whether a signal has come, and no step is known of: there is nothing to wait for."""
+        return self.signal is not None and boards.PROGRESS not in notes
+
     def run(self, workers: threading.Thread, is_over: Callable[[Mapping[str, Any]], bool]) -> None:
         """Watch until `workers` is over, or what they were to do is, as far as the board says."""
         while workers.is_alive():
@@ -113,9 +117,14 @@ class Watch:
         if self.signal is not None and not self._told:
             name = signal.Signals(self.signal).name
             ray.get(self._board.note.remote(boards.STOP, name))
-            again = " (Ctrl-C again: at once)" if self.signal == signal.SIGINT else ""
-            print(f"{name}: ending with this step, and leaving a checkpoint of it{again}", file=sys.stderr)
             self._told = True
+            if self.is_before_first_step(ray.get(self._board.read.remote())):
+                print(f"{name}: ending before the first step", file=sys.stderr)
+            else:
+                again = " (Ctrl-C again: at once)" if self.signal == signal.SIGINT else ""
+                print(
+                    f"{name}: ending with this step, and leaving a checkpoint of it{again}", file=sys.stderr
+                )
         notes = ray.get(self._board.read.remote())
         self._look_out(notes.get(boards.PLACE))
         progress = notes.get(boards.PROGRESS)

@@ -5,21 +5,25 @@ import io
 import json
 import os
 import pwd
+import re
+import shlex
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from pyarrow.fs import LocalFileSystem
 
 from ddpm.config import UserError
 from ddpm.data.huggingface import HuggingFace
 from ddpm.data.pictures import Folder, store
-from ddpm.data.shards import decode
+from ddpm.data.shards import decode, read_manifest
 
 
 def picture(height: int, width: int, color: Any = (10, 200, 30), mode: str = "RGB") -> Image.Image:
@@ -290,3 +294,27 @@ def test_parquet_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": pa.array([file_of(picture(8, 8)), b"broken"])}), path)
     with pytest.raises(UserError, match=r"cannot read the image .*x\.parquet, row group 0, row 1"):
         HuggingFace(path, size=8).read("train", 0, 1), HuggingFace(path, size=8).read("test", 0, 1)
+
+
+def test_pictures_given_as_shards_are_prepared_beside_them(tmp_path: Path) -> None:
+    pictures = tmp_path / "my pictures"
+    pictures.mkdir()
+    for number in range(20):
+        Image.new("L", (8, 8), number).save(pictures / f"{number}.PNG", "PNG")
+    with pytest.raises(UserError) as raised:
+        read_manifest(LocalFileSystem(), str(pictures), str(pictures))
+    advice = re.search("`python jobs/prepare.py (.*)`.*--data.shards (.*)$", str(raised.value))
+    assert advice
+    words = shlex.split(advice[1].replace("--size N", "--size 8"))
+    assert processes.run_job("prepare", *words).returncode == 0
+    assert len(list(pictures.iterdir())) == 20
+    (shards,) = shlex.split(advice[2])
+    assert read_manifest(LocalFileSystem(), shards, shards).splits["train"].num_rows == 19
+
+
+def test_a_message_names_no_address_in_memory() -> None:
+    with pytest.raises(UserError) as raised:
+        store([(b"no picture", "cats/x.png")], 8, 1, "raw")
+    assert str(raised.value) == (
+        "cannot read the image cats/x.png: it is no PNG, JPEG, WEBP, BMP, TIFF, GIF; repair it or take it away"
+    )

@@ -4,15 +4,18 @@ import gzip
 import hashlib
 import io
 import pickle
+import shlex
 import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
 from PIL import Image
 
-from ddpm.config import UserError
+from ddpm.config import Config, UserError, override
+from ddpm.data import embedded
 from ddpm.data.downloaded import Torchvision
 from ddpm.data.glyphs import CHARACTERS, Glyphs
 from ddpm.data.sources import Digits, FashionMnist, Source, divide, held_out
@@ -229,3 +232,22 @@ def test_torchvision_sizes() -> None:
         Torchvision("cifar10", size=64)
     with pytest.raises(UserError, match="MNIST/raw lacks train-images"):
         Torchvision("mnist", root=Path("nowhere"))
+
+
+@pytest.mark.parametrize("source", ["torchvision:cifar10", "torchvision:celeba", "fashion-mnist"])
+def test_for_training_missing_files_are_prepared_first(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """prepare.py, unlike train.py, takes the flag that says where they are."""
+    monkeypatch.setattr(FashionMnist, "__init__", _without_files)
+    config = override(Config(), {"data.source": source})
+    with pytest.raises(UserError) as raised:
+        embedded.with_shards(config, "python jobs/train.py preset")
+    _, prepare, _, train, _ = str(raised.value).split("`")
+    words = shlex.split(prepare)
+    assert train == f"python jobs/train.py preset --data.shards {words[3]}"
+    refused = processes.run_job("prepare", *(word.replace("FOLDER", "absent") for word in words[2:]))
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: absent")
+
+
+def _without_files(self: FashionMnist) -> None:
+    raise UserError("no files: --path FOLDER")

@@ -1,5 +1,6 @@
 """python jobs/train.py, as a person types it: what is wrong is said in a line, before anything is written."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,12 @@ BAD = {
     "schedule out of range": (["digits", "--schedule.num-timesteps", "0"], "num_timesteps"),
     "net that cannot be": (["digits", "--model.norm-groups", "7"], "norm_groups"),
     "batch that does not divide": (["digits", "--train.batch-size", "100"], "train.micro_batch_size"),
+    "no attention at this size": (
+        ["digits", "--model.image-size", "32"],
+        "--model.attention-resolutions 16\n",
+    ),
     "workers that cannot share": (["digits", "--cluster.num-workers", "3"], "3 workers cannot share evenly"),
+    "files that are elsewhere": (["cifar10"], "train.py cifar10 --data.shards shards/cifar10`\n"),
     "no such sampler": (["digits", "--sample.sampler", "mix"], "mix cannot undo the process gaussian"),
     "unknown scheme": (["digits", "--run.storage", "gs://b/runs"], "unknown scheme"),
     "name that is no folder": (["digits", "--run.name", "a/b"], "run.name"),
@@ -37,6 +43,18 @@ def test_without_data_it_says_how_to_make_some(run_job: Callable[..., Any], tmp_
     assert "it has no manifest.json; make one with `python jobs/prepare.py SOURCE" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "unneeded"),
+    [(["--train.batch-size", "100"], ("torch", "ray")), (["--model.image-size", "32"], ("ray",))],
+)
+def test_a_mistake_is_told_before_what_it_does_not_need_is_imported(
+    run_job: Callable[..., Any], tmp_path: Path, flags: list[str], unneeded: tuple[str, ...]
+) -> None:
+    done = run_job("train", "digits", *flags, cwd=tmp_path, env={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert done.returncode == 2
+    assert not re.findall(rf"\| +(?:{'|'.join(unneeded)})$", done.stderr, re.MULTILINE)
 
 
 def test_help_is_quick_and_names_every_preset(run_job: Callable[..., Any], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import REPO, run
+from processes import REPO, Job, run
 from safetensors.torch import load_file
 from servers import RayHead
 
@@ -208,6 +209,19 @@ def test_a_data_set_that_does_not_fit_is_refused(
 ) -> None:
     refused(train_job("unfit", *flags), message)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_before_the_first_step_waits_for_nothing(digits_uri: str, tmp_path: Path) -> None:
+    """It names only what there is, and the same command trains."""
+    where = ("--data.shards", digits_uri, "--run.name", "early", "--run.storage", str(tmp_path / "runs"))
+    with Job("train", "digits", *where, *FLAGS, log=tmp_path / "job.log") as job:
+        job.wait_for(lambda: job.members("ray::TrainController"))
+        job.process.send_signal(signal.SIGINT)
+        assert job.wait() == 128 + signal.SIGINT, job.output
+    assert "stopped     at 0 images; the same command, with --run.name early, begins anew" in job.output
+    assert "records" not in job.output and "latest.png" not in job.output, job.output
+    assert [path.name for path in (tmp_path / "runs/early").iterdir()] == ["run.json"]
 
 
 @pytest.mark.slow

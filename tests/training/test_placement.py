@@ -93,3 +93,37 @@ def test_gpus_that_are_there_are_not_passed_over(cluster: Cluster) -> None:
     assert placement.resources_per_worker(four) == {"CPU": 1.0}
     with pytest.raises(UserError, match=r"need 4 GPUs, the cluster has 0; use fewer workers$"):
         placement.resources_per_worker(override(four, {"cluster.gpu": True}))
+
+
+@pytest.mark.parametrize(
+    ("cpus", "workers", "share"),
+    [(2, 4, 0.25), (2, "1:2", 0.5), (2, "1:99", 0.25), (1.5, 3, 0.16), (16, 16, 0.93), (16, "1:99", 0.46)],
+)
+def test_at_most_two_workers_share_a_cpu(
+    cluster: Cluster, cpus: float, workers: int | str, share: float
+) -> None:
+    config = override(Config(), {"cluster.num_workers": workers})
+    cluster(cpus)
+    assert placement.resources_per_worker(config) == {"CPU": share}
+
+
+def test_many_more_workers_than_cpus_are_refused(cluster: Cluster) -> None:
+    eight = override(Config(), {"cluster.num_workers": 8})
+    cluster(2)
+    with pytest.raises(
+        UserError, match=r"^8 workers on CPUs, .* has 2: .* use at most 4 .*, best 2 or fewer"
+    ):
+        placement.resources_per_worker(eight)
+    asked = override(eight, {"cluster.cpus_per_worker": 0.1})
+    assert placement.resources_per_worker(asked) == {"CPU": 0.1}
+    cluster(2, gpus=8)
+    assert placement.resources_per_worker(eight) == {"CPU": 0.12, "GPU": 1.0}
+
+
+def test_more_workers_than_cpus_are_warned_of(cluster: Cluster) -> None:
+    two, four = (override(Config(), {"cluster.num_workers": n}) for n in (2, 4))
+    cluster(2)
+    assert placement.crowding(two, {"CPU": 0.5}) is None
+    assert placement.crowding(four, {"CPU": 0.25, "GPU": 1.0}) is None
+    warning = placement.crowding(four, {"CPU": 0.25})
+    assert warning == "4 workers share 2 CPUs, and wait for each other at every step; 2 are enough"
