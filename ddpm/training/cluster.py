@@ -15,10 +15,11 @@ import ray
 import ray.exceptions
 
 from ddpm import config as configs
-from ddpm import runs, segments
+from ddpm import runs, segments, storage
 from ddpm.config import Config, UserError
 from ddpm.data.reading import DataSet
 from ddpm.delivery import Courier, Delivery
+from ddpm.driver_lock import DriverLock
 from ddpm.runs import Run
 from ddpm.tracking import Address, tracking_uri, without_password
 from ddpm.training import board as boards
@@ -71,7 +72,8 @@ def fit(
         trained: told when the workers are free again; MLflow may not have been told everything yet.
 
     Raises:
-        UserError: the config does not fit the cluster, or what the run has begun with.
+        UserError: the config does not fit the cluster, or what the run has begun with, or another process drives the
+            run.
         TrainingFailed: workers failed too often.
     """
     resources = placement.resources_per_worker(config)
@@ -79,6 +81,23 @@ def fit(
     cpus, gpus = resources["CPU"], resources.get("GPU", 0)
     print(f"workers     {config.cluster.num_workers}, of {cpus:g} CPUs and {gpus:g} GPUs each", flush=True)
     assert config.run.name is not None, "runs.settled names a run"
+    folder = storage.resolve(config.run.storage).child(config.run.name)
+    with DriverLock(folder, "run", "--run.name", log.warning) as lock:
+        return _fit(config, data_set, lock, verbose, goes_on, parent_run_id, troupe, trained)
+
+
+def _fit(
+    config: Config,
+    data_set: DataSet,
+    lock: DriverLock,
+    verbose: bool,
+    goes_on: GoesOn,
+    parent_run_id: str | None,
+    troupe: Troupe | None,
+    trained: Callable[[], object],
+) -> Result:
+    """`fit`, of a run that no other process drives."""
+    assert config.run.name is not None
     run = runs.open_run(config.run.name, config.run.storage)
     total_images = config.train.total_images
     seen = _images_seen(config, data_set, run)
@@ -95,7 +114,7 @@ def fit(
     def look(notes: Mapping[str, Any]) -> bool:
         if boards.PROGRESS in notes:  # from the first step on, which nothing shall keep waiting
             courier.begin()
-        return goes_on(notes)
+        return goes_on(notes) and not lock.is_lost
 
     troupe = troupe or Troupe(config, verbose, stays=False)
     status, watch = "FAILED", Watch(troupe.board, total_images, courier.committed, look)
@@ -103,6 +122,7 @@ def fit(
         troupe.begin(config, data_set, run)
         with watch:
             ended = _train(config, troupe, watch)
+        lock.check()
         trained()
         status = "KILLED" if watch.was_asked else "FINISHED"
     except ray.exceptions.RayError as error:
