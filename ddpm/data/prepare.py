@@ -88,17 +88,13 @@ def prepare(
         UserError: another data set is there, or begun there; or the source cannot be read.
     """
     location = Location(where or root, filesystem, root)
-    if there := find(
-        source,
-        filesystem,
-        root,
-        location.uri,
-        rows_per_shard=rows_per_shard,
-        rows_per_row_group=rows_per_row_group,
-    ):
+    sizes = {"rows_per_shard": rows_per_shard, "rows_per_row_group": rows_per_row_group}
+    if there := find(source, filesystem, root, location.uri, **sizes):
         return there
     options = options_of(source, rows_per_shard, rows_per_row_group)
     _begin(location, options)
+    for folder in (location, *map(location.child, (NOTES, *source.splits))):
+        folder.sweep()
     tasks = _tasks(source, rows_per_shard, rows_per_row_group or _rows_per_row_group(source))
     total, done = sum(task.stop - task.start for task in tasks), 0
     shards: dict[str, Shard] = {}
@@ -109,6 +105,8 @@ def prepare(
             if on_progress:
                 on_progress(done, total)
     except OSError as error:
+        if there := find(source, filesystem, root, location.uri, **sizes):  # by another process, meanwhile
+            return there
         raise UserError(
             f"{location.uri} is not finished: {error}; the same command goes on from there"
         ) from None
@@ -124,7 +122,8 @@ def prepare(
         options,
     )
     write_manifest(location.filesystem, location.path, manifest)
-    location.child(NOTES).delete()
+    with suppress(OSError):  # another process that makes the same may write there, and removes it then
+        location.child(NOTES).delete()
     return manifest
 
 
