@@ -61,7 +61,9 @@ def card(**changes: object) -> bytes:
 
 def test_a_second_one_is_refused_while_the_first_lives(place: Location) -> None:
     with lock(place) as first:
-        with pytest.raises(UserError, match=r"another process drives this run \(host .*, pid \d+, since 20.* UTC"):
+        with pytest.raises(
+            UserError, match=r"another process drives this run \(host .*, pid \d+, since 20.* UTC"
+        ):
             lock(place).__enter__()
         assert not first.is_lost
         first.check()

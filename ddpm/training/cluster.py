@@ -123,6 +123,7 @@ def _fit(
         with watch:
             ended = _train(config, troupe, watch)
         lock.check()
+        courier.committed(ended)  # which the board may not have lived to tell
         trained()
         status = "KILLED" if watch.was_asked else "FINISHED"
     except ray.exceptions.RayError as error:
@@ -148,26 +149,29 @@ def _train(config: Config, troupe: Troupe, watch: Watch) -> int:
     while True:
         workers = troupe.workers()
         watch.run(workers, lambda notes: troupe.stays and is_over(notes))
-        notes, failure = ray.get(board.read.remote()), workers.error
+        notes, failure = board.read(), workers.error
         if notes.get(boards.FAILURE) is not None:
             raise notes[boards.FAILURE]
         if is_over(notes):
             return notes[boards.ENDED]
+        if failure is None and notes.get(boards.ENDED) is None:
+            log.warning("the board died when the workers left; they come again, and see whether all is done")
+            continue
         if failure is None:  # a node is about to be taken away: the workers left in good order
-            if ray.get(board.preempted.remote()) > config.cluster.max_preemptions:
+            if board.preempted() > config.cluster.max_preemptions:
                 raise too_many_preemptions(config)
             log.warning(
                 "a node is about to be taken away; going on elsewhere, at %s images", notes[boards.ENDED]
             )
         elif not isinstance(failure, ray.exceptions.ActorDiedError):
             raise TrainingFailed(f"training failed: {last_line(failure)} (--verbose shows the whole story)")
-        elif ray.get(board.failed.remote()) > config.cluster.max_failures:
+        elif board.failed() > config.cluster.max_failures:
             raise TrainingFailed(f"training failed: {last_line(failure)}")
         else:  # Ray Train does not start again a controller that died (2.60); the next round does
             log.warning("Ray Train's controller died; going on from the last checkpoint with another")
-        ray.get(board.note.remote(boards.ENDED, None))
+        board.note(boards.ENDED, None)
         if not watch.was_asked:
-            ray.get(board.note.remote(boards.STOP, None))
+            board.note(boards.STOP, None)
 
 
 def _images_seen(config: Config, data_set: DataSet, run: Run) -> int:

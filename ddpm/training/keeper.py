@@ -256,11 +256,11 @@ def _is_temporary(name: str) -> bool:
 def _staging(target: Location) -> Iterator[Path]:
     """Where a checkpoint is put together: beside its place on a disk, to be renamed, else in a temporary folder."""
     if target.is_local:
-        folder = files.temporary(Path(target.path))
+        staged = files.temporary(Path(target.path))
         try:
-            yield folder
+            yield staged
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(staged, ignore_errors=True)
         return
     with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
         yield Path(folder, "checkpoint")

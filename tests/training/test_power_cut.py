@@ -21,7 +21,9 @@ def save_two(root: Path, config: Config, committed: list[int]) -> None:
     state = State.create(config, torch.device("cpu"))
     its = Keeper(location, 1, 5.0, committed.append, pytest.fail)
     for state.images_seen in (32, 64):
-        its.save(checkpoint.snapshot(state, config, {"run_key": "a"}), b"segment", best=state.images_seen == 64)
+        its.save(
+            checkpoint.snapshot(state, config, {"run_key": "a"}), b"segment", best=state.images_seen == 64
+        )
     its.flush()
     its.close()
 
@@ -29,7 +31,10 @@ def save_two(root: Path, config: Config, committed: list[int]) -> None:
 def checkpoints(root: Path) -> list[int]:
     """Positions of the checkpoints, which must be whole, and of which what was tracked must be there."""
     location, found = storage.resolve(str(root)).child("runs").child("one"), []
-    names = [*(place.path for place in runs.checkpoints(location)), *map(str, Path(location.path).glob("best-*"))]
+    names = [
+        *(place.path for place in runs.checkpoints(location)),
+        *map(str, Path(location.path).glob("best-*")),
+    ]
     for folder in map(Path, names):
         checkpoint.verify(folder)
         seen = checkpoint.position(folder)
@@ -71,7 +76,7 @@ def test_without_fsync_it_would_be_lost(
         assert runs.checkpoints(location) == []
         return
     with (
-        pytest.raises(UserError, match="every checkpoint of .* is damaged"),
+        pytest.raises(UserError, match=r"every checkpoint of .* is damaged"),
         keeper.newest_intact(location, 5.0, lambda line: None),
     ):
         pass

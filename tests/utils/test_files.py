@@ -39,13 +39,19 @@ LOCAL = pafs.LocalFileSystem()
 
 
 def test_what_the_dead_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
-    program = "import sys, pathlib; from ddpm.utils import files; print(files.temporary(pathlib.Path(sys.argv[1])))"
+    program = (
+        "import sys, pathlib; from ddpm.utils import files; print(files.temporary(pathlib.Path(sys.argv[1])))"
+    )
     words = [sys.executable, "-c", program, str(tmp_path / "x")]
     dead = Path(subprocess.run(words, cwd=REPO, capture_output=True, text=True, check=True).stdout.strip())
     dead.mkdir()
     (dead / "inside").write_bytes(b"x")
     (tmp_path / f".x.y.{dead.name.split('.')[2]}.0.tmp").write_bytes(b"")
-    mine, elsewhere, old = files.temporary(tmp_path / "x"), tmp_path / ".x.a-1-1.b.tmp", tmp_path / ".x.12.tmp"
+    mine, elsewhere, old = (
+        files.temporary(tmp_path / "x"),
+        tmp_path / ".x.a-1-1.b.tmp",
+        tmp_path / ".x.12.tmp",
+    )
     kept = [mine, elsewhere, tmp_path / "x", tmp_path / ".hidden", tmp_path / "y.tmp"]
     for path in (*kept, old):
         path.write_bytes(b"x")
