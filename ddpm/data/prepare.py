@@ -106,6 +106,7 @@ def prepare(
                 on_progress(done, total)
     except OSError as error:
         if there := find(source, filesystem, root, location.uri, **sizes):  # by another process, meanwhile
+            _forget(location)
             return there
         raise UserError(
             f"{location.uri} is not finished: {error}; the same command goes on from there"
@@ -122,8 +123,7 @@ def prepare(
         options,
     )
     write_manifest(location.filesystem, location.path, manifest)
-    with suppress(OSError):  # another process that makes the same may write there, and removes it then
-        location.child(NOTES).delete()
+    _forget(location)
     return manifest
 
 
@@ -199,6 +199,12 @@ def _begin(location: Location, options: str) -> None:
             f"at {location.uri} another data set was begun and not finished (other source or options); choose "
             "another place, or remove that folder first"
         )
+
+
+def _forget(location: Location) -> None:
+    """Remove the notes of a data set that is finished."""
+    with suppress(OSError):  # another process that makes the same may write there, and removes them then
+        location.child(NOTES).delete()
 
 
 def _rows_per_row_group(source: Source) -> int:
