@@ -22,7 +22,6 @@ Axes: B batch, C channels, H W, T timesteps.
 
 import inspect
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -41,6 +40,7 @@ from ddpm.models.layers import NORM_EPS, sinusoids
 from ddpm.models.unet import EMBEDDED_TIMESTEPS, UNet
 from ddpm.training import checkpoint
 from ddpm.training.state import State, build_net
+from ddpm.utils import files
 
 PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
 """Ours -> diffusers'; their v has the sign of ours."""
@@ -382,11 +382,13 @@ def _new_folder(out: Path) -> Iterator[Path]:
     """
     if out.exists():
         raise UserError(f"{out} exists, and nothing is overwritten; name a new folder")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary = files.temporary(out)
     try:
-        temporary.mkdir(parents=True)
+        files.make_folder(temporary)
         yield temporary
+        files.sync_tree(temporary)
         temporary.rename(out)
+        files.sync(out.parent)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error}") from None
     finally:

@@ -62,7 +62,7 @@ def open_run(name: str, uri: str) -> Run:
         if card.exists():
             return Run(name, location, _read_key(card))
         key = uuid.uuid4().hex
-        card.write((json.dumps({"name": name, "run_key": key}, indent=2) + "\n").encode())
+        card.write((json.dumps({"name": name, "run_key": key}, indent=2) + "\n").encode(), durable=True)
     except OSError as error:
         raise UserError(f"cannot write to run.storage {uri}: {error}") from None
     return Run(name, location, key)

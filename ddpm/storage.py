@@ -1,24 +1,38 @@
 """Folders and buckets behind one handle: a URI becomes a pyarrow filesystem and a path.
 
 S3 is reached with the environment's own credentials and `AWS_ENDPOINT_URL`, so a laptop, a test server and
-an instance role all look the same. boto3 asks the one question that pyarrow answers badly: does the bucket
-exist, and may we read it?
+an instance role all look the same. boto3 does what pyarrow does badly or cannot do: it asks whether the bucket
+exists and may be read, and it replaces an object only if nobody else has (`shared_file`).
 """
 
+import contextlib
+import fcntl
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
+from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 import pyarrow.fs as pafs
 
 from ddpm.config import UserError
+from ddpm.utils import files
 
 # So that a call that nothing answers fails after about 20 s, and `patiently` has the rest: pyarrow makes three tries
 # of its own, and ends one after so long without a connection or a byte. It could be told to make fewer, but forgets
 # that when it is pickled (pyarrow 25), which is how workers get it.
 S3_CONNECT_TIMEOUT_S = 5.0
 S3_REQUEST_TIMEOUT_S = 7.0
+ANSWERS = (
+    HTTPStatus.NOT_FOUND,
+    HTTPStatus.CONFLICT,
+    HTTPStatus.PRECONDITION_FAILED,
+    HTTPStatus.NOT_IMPLEMENTED,
+)
+"""HTTP errors that say something about a shared file, not about S3."""
 
 
 @dataclass(frozen=True)
@@ -52,20 +66,17 @@ class Location:
         with self.filesystem.open_input_stream(self.path) as stream:
             return stream.read()
 
-    def write(self, data: bytes) -> None:
-        """Write the file whole or not at all: a temporary name and a rename on disk, one put on S3."""
-        if not self.is_local:
-            with self.filesystem.open_output_stream(self.path) as stream:
-                stream.write(data)
+    def write(self, data: bytes, *, durable: bool = False) -> None:
+        """Write the file whole or not at all: a temporary name and a rename on disk, one put on S3.
+
+        Args:
+            durable: return when it is on disk, which takes longer; S3 does not return before.
+        """
+        if self.is_local:
+            files.write_whole(Path(self.path), data, durable=durable)
             return
-        path = Path(self.path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_bytes(data)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with self.filesystem.open_output_stream(self.path) as stream:
+            stream.write(data)
 
     def download(self, folder: Path) -> Path:
         """Copy this folder's files into the local `folder`."""
@@ -74,10 +85,9 @@ class Location:
         return folder
 
     def sweep(self) -> None:
-        """Remove what a `write` left in this folder when its process was killed."""
-        for name in self.files():
-            if name.startswith(".") and name.endswith(".tmp"):
-                self.filesystem.delete_file(self.child(name).path)
+        """Remove what a `write` left in this folder when its process was killed; on S3 nothing is left."""
+        if self.is_local:
+            files.sweep(Path(self.path))
 
     def delete(self) -> None:
         """Remove this folder and all in it, if it is there."""
@@ -91,6 +101,119 @@ class Location:
         except NotADirectoryError:  # S3 lists nothing there
             return []
         return sorted(info.base_name for info in infos if info.type == kind)
+
+
+@dataclass(frozen=True)
+class Version:
+    """What a shared file held when it was read."""
+
+    data: bytes
+    tag: str = ""
+    """S3's name for it."""
+
+
+class SharedFile(Protocol):
+    """A small file that several processes write: each replaces only what it has read."""
+
+    def read(self) -> Version | None:
+        """What is there; None: nothing."""
+
+    def replace(self, version: Version | None, data: bytes | None) -> bool:
+        """Write `data`, or remove the file if that is None; False: something else than `version` is there by now."""
+
+
+def shared_file(file: Location) -> SharedFile:
+    """The file at `file`, for several processes.
+
+    Methods raise OSError when storage does not answer. Of two who replace the same version, one gets True: on a disk by
+    a lock of the folder, on S3 by conditional writes. On a network file system without locks, and on an S3 server
+    without conditional writes, both may: read again to see who was last.
+    """
+    return _FileOnDisk(Path(file.path)) if file.is_local else _FileOnS3(file.path)
+
+
+class _FileOnDisk:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self) -> Version | None:
+        try:
+            return Version(self._path.read_bytes())
+        except FileNotFoundError:
+            return None
+
+    def replace(self, version: Version | None, data: bytes | None) -> bool:
+        files.make_folder(self._path.parent)
+        with _locked(self._path.parent):
+            if self.read() != version:
+                return False
+            if data is None:
+                self._path.unlink(missing_ok=True)
+            else:
+                files.write_whole(self._path, data, durable=False)
+            return True
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a network file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class _FileOnS3:
+    def __init__(self, path: str) -> None:
+        bucket, _, key = path.partition("/")
+        self._where, self._client = {"Bucket": bucket, "Key": key}, _s3_client()
+        self._is_plain = False
+        """The server has no conditional writes."""
+
+    def read(self) -> Version | None:
+        status, found = self._ask(self._get)
+        if status not in (HTTPStatus.OK, HTTPStatus.NOT_FOUND):
+            raise OSError(f"S3 answered {status}")
+        return found
+
+    def replace(self, version: Version | None, data: bytes | None) -> bool:
+        if data is None or self._is_plain:
+            if self.read() != version:
+                return False
+            action = self._client.delete_object if data is None else self._client.put_object
+            body = {} if data is None else {"Body": data}
+            return self._ask(lambda: action(**self._where, **body))[0] == HTTPStatus.OK
+        condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version.tag}
+        status, _ = self._ask(lambda: self._client.put_object(**self._where, Body=data, **condition))
+        if status == HTTPStatus.NOT_IMPLEMENTED:
+            self._is_plain = True
+            return self.replace(version, data)
+        return status == HTTPStatus.OK
+
+    def _get(self) -> Version:
+        got = self._client.get_object(**self._where)
+        return Version(got["Body"].read(), got["ETag"])
+
+    @staticmethod
+    def _ask(request: Callable[[], Any]) -> tuple[int, Any]:
+        """The HTTP status, where it is an answer, and what came.
+
+        Raises:
+            OSError: S3 refuses, or does not answer.
+        """
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            return HTTPStatus.OK, request()
+        except ClientError as error:
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            if status in ANSWERS and error.response.get("Error", {}).get("Code") != "NoSuchBucket":
+                return status, None
+            raise OSError(str(error)) from None
+        except BotoCoreError as error:
+            raise OSError(str(error)) from None
 
 
 def absolute(uri: str) -> str:
@@ -139,15 +262,20 @@ def _s3() -> pafs.S3FileSystem:
     return pafs.S3FileSystem(**options)
 
 
-def _check_bucket(bucket: str, uri: str) -> None:
+def _s3_client() -> Any:
     import boto3
     from botocore.config import Config
-    from botocore.exceptions import BotoCoreError, ClientError
 
     config = Config(connect_timeout=5, read_timeout=20, retries={"max_attempts": 3, "mode": "standard"})
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    return boto3.client("s3", config=config, region_name=region)
+
+
+def _check_bucket(bucket: str, uri: str) -> None:
+    from botocore.exceptions import BotoCoreError, ClientError
+
     try:
-        boto3.client("s3", config=config, region_name=region).head_bucket(Bucket=bucket)
+        _s3_client().head_bucket(Bucket=bucket)
     except ClientError as error:
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         if status == 404:

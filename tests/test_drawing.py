@@ -21,6 +21,7 @@ from ddpm.data.shards import make_manifest, write_manifest, write_shard
 from ddpm.drawing import Request
 from ddpm.storage import Location, resolve
 from ddpm.training.state import build_net
+from ddpm.utils import process
 
 TINY = override(
     TINY_NET, {"schedule.num_timesteps": 50, "model.zero_init": False, "sample.num_sample_steps": 4}
@@ -133,7 +134,8 @@ def test_a_larger_request_adds_to_an_album(tmp_path: Path) -> None:
 def test_a_lost_image_is_drawn_again_and_a_half_written_one_is_none(tmp_path: Path) -> None:
     request = request_of(TINY)
     whole = drawn(tmp_path, request)
-    (tmp_path / "images/000005.png").rename(tmp_path / "images/.000005.png.99.tmp")
+    gone = f".000005.png.{process.token()}0.1.tmp"  # of a process that has ended
+    (tmp_path / "images/000005.png").rename(tmp_path / "images" / gone)
     (tmp_path / "images/000020.png").unlink()
     assert drawn(tmp_path, request) == whole
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from ddpm import cli, presets
-from ddpm.config import Config, UserError
+from ddpm.config import Config
 
 if TYPE_CHECKING:
     from outset import Outset
 
-    from ddpm.search.lease import Lease
+    from ddpm.driver_lock import DriverLock
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,14 @@ def main() -> int:
 
     import outset  # after parsing: --help and mistakes answer at once
 
-    from ddpm.search.lease import Lease
+    from ddpm.driver_lock import DriverLock
 
     search = outset.settled(chosen)
-    with Lease(search.place, print) as lease:
-        return _search(chosen, search, lease)
+    with DriverLock(search.place, "search", "--name", print) as lock:
+        return _search(chosen, search, lock)
 
 
-def _search(chosen: Arguments, search: "Outset", lease: "Lease") -> int:
+def _search(chosen: Arguments, search: "Outset", lock: "DriverLock") -> int:
     import study
     from rich.console import Console
     from scoreboard import Scoreboard
@@ -99,15 +99,14 @@ def _search(chosen: Arguments, search: "Outset", lease: "Lease") -> int:
     contest = study.contest(chosen, search, ledger, board.news)
     parent = record.address(ledger, search.name, config.run.experiment)
     parent_run_id = record.open_parent(parent, search.params, print)
-    with study.Interruption(lambda: lease.is_lost) as interruption:
+    with study.Interruption(lambda: lock.is_lost) as interruption:
         env, stop = study.environment(parent.uri), interruption.board
         spec = study.Spec(
             config, search.train, search.rungs, search.jury, env, parent_run_id, chosen.verbose, stop
         )
         with board:
             study.run(contest, spec, chosen.max_concurrent, interruption)
-    if lease.is_lost:
-        raise UserError(f"another process has taken over the search in {search.place.uri}; this one ends")
+    lock.check()
     if interruption.signal is not None:
         record.interrupted(parent)
         print(f"interrupted; the same command goes on, with --name {search.name}", file=sys.stderr)

@@ -15,12 +15,14 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import pyarrow.fs as pafs
 
 from ddpm.config import UserError
 from ddpm.patience import patiently
+from ddpm.utils import files
 
 MANIFEST = "manifest.json"
 FORMAT = "ddpm-shards/2"
@@ -114,15 +116,12 @@ def write_manifest(filesystem: pafs.FileSystem, root: str, manifest: Manifest) -
 
 def write_whole(filesystem: pafs.FileSystem, path: str, data: bytes) -> None:
     """Write a file that appears whole or not at all: by a rename on disk, by one upload on an object store."""
-    folder, _, name = path.rpartition("/")
-    filesystem.create_dir(folder, recursive=True)
-    # An object store shows an object only when its upload is complete.
-    local = isinstance(filesystem, pafs.LocalFileSystem)
-    temporary = f"{folder}/.{name}.tmp" if local else path
-    with filesystem.open_output_stream(temporary) as stream:
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        files.write_whole(Path(path), data)
+        return
+    filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+    with filesystem.open_output_stream(path) as stream:  # the object is there when its upload is complete
         stream.write(data)
-    if local:
-        filesystem.move(temporary, path)
 
 
 def read_manifest(filesystem: pafs.FileSystem, root: str, where: str, timeout_s: float = 0.0) -> Manifest:

@@ -106,14 +106,8 @@ def prepare(
         UserError: another data set is there, or begun there; the source cannot be read; storage refuses.
     """
     location = Location(where or root, filesystem, root)
-    if there := find(
-        source,
-        filesystem,
-        root,
-        location.uri,
-        rows_per_shard=rows_per_shard,
-        rows_per_row_group=rows_per_row_group,
-    ):
+    sizes = {"rows_per_shard": rows_per_shard, "rows_per_row_group": rows_per_row_group}
+    if there := find(source, filesystem, root, location.uri, **sizes):
         return there
     if isinstance(source, Checkable):
         source.check()
@@ -129,9 +123,11 @@ def prepare(
     with _refusals(f"cannot write to {location.uri}"):
         if _begin(location, note) and on_restart:
             on_restart()
+        for folder in (location, *map(location.child, (NOTES, *source.splits))):
+            folder.sweep()
     total, done = sum(task.stop - task.start for task in tasks), 0
     shards: dict[str, Shard] = {}
-    with _refusals(f"{location.uri} is not finished", "; the same command goes on from there"):
+    try:
         for shard in _run(source, location, tasks, parallel):
             shards[shard.path] = shard
             done += shard.num_rows
@@ -154,7 +150,14 @@ def prepare(
                     f"{location.uri}: another process has begun this data set anew; this one ends"
                 )
         write_manifest(location.filesystem, location.path, manifest)
-        location.child(NOTES).delete()
+    except OSError as error:
+        if there := find(source, filesystem, root, location.uri, **sizes):  # by another process, meanwhile
+            _forget(location)
+            return there
+        raise UserError(
+            f"{location.uri} is not finished: {answer(error)}; the same command goes on from there"
+        ) from None
+    _forget(location)
     return manifest
 
 
@@ -269,6 +272,12 @@ def _refusals(what: str, then: str = "") -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{what}: {answer(error)}{then}") from None
+
+
+def _forget(location: Location) -> None:
+    """Remove the notes of a data set that is finished."""
+    with suppress(OSError):  # another process that makes the same may write there, and removes them then
+        location.child(NOTES).delete()
 
 
 def _rows_per_row_group(source: Source) -> int:

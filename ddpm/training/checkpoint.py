@@ -11,7 +11,6 @@ A folder without checksums.json, or with a file that does not match it, is not a
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from ddpm import config as configs
 from ddpm.config import Config, UserError
 from ddpm.models import unet
 from ddpm.training.state import State, build_net
+from ddpm.utils import files
 from ddpm.utils.seeding import GENERATOR
 
 CHECKSUMS = "checksums.json"
@@ -100,12 +100,12 @@ def snapshot(state: State, config: Config, extra: dict[str, Any]) -> Snapshot:
 
 
 def write(snapshot: Snapshot, folder: Path) -> None:
-    """Write `snapshot` as a checkpoint into the empty or new `folder`.
+    """Write `snapshot` as a checkpoint into the empty or new `folder`; all of it is on disk before checksums.json is.
 
     Raises:
         OSError: the disk is full, or the folder may not be written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     for name, tensors in snapshot.tensors.items():
         try:
             save_file(tensors, folder / f"{name}.safetensors")
@@ -114,9 +114,8 @@ def write(snapshot: Snapshot, folder: Path) -> None:
     (folder / "state.json").write_text(json.dumps(snapshot.position, indent=2) + "\n")
     (folder / "config.json").write_text(snapshot.config)
     sums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
-    temporary = folder / ".checksums.json.tmp"
-    temporary.write_text(json.dumps(sums, indent=2) + "\n")
-    os.replace(temporary, folder / CHECKSUMS)
+    files.sync_tree(folder)
+    files.write_whole(folder / CHECKSUMS, (json.dumps(sums, indent=2) + "\n").encode())
 
 
 def save(folder: Path, state: State, config: Config, extra: dict[str, Any]) -> None:

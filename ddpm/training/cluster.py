@@ -17,10 +17,11 @@ import ray
 import ray.exceptions
 
 from ddpm import config as configs
-from ddpm import runs, segments
+from ddpm import runs, segments, storage
 from ddpm.config import Config, UserError
 from ddpm.data.reading import DataSet
 from ddpm.delivery import Courier, Delivery
+from ddpm.driver_lock import DriverLock
 from ddpm.runs import Run
 from ddpm.tracking import Address, tracking_uri, without_password
 from ddpm.training import board as boards
@@ -73,7 +74,8 @@ def fit(
         trained: told when the workers are free again; MLflow may not have been told everything yet.
 
     Raises:
-        UserError: the config does not fit the cluster, or what the run has begun with.
+        UserError: the config does not fit the cluster, or what the run has begun with, or another process drives the
+            run.
         TrainingFailed: workers failed too often.
     """
     resources = placement.resources_per_worker(config)
@@ -83,6 +85,23 @@ def fit(
     assert config.run.name is not None, "runs.settled names a run"
     if warning := placement.crowding(config, resources):
         print(f"warning: {warning}", file=sys.stderr)
+    folder = storage.resolve(config.run.storage).child(config.run.name)
+    with DriverLock(folder, "run", "--run.name", log.warning) as lock:
+        return _fit(config, data_set, lock, verbose, goes_on, parent_run_id, troupe, trained)
+
+
+def _fit(
+    config: Config,
+    data_set: DataSet,
+    lock: DriverLock,
+    verbose: bool,
+    goes_on: GoesOn,
+    parent_run_id: str | None,
+    troupe: Troupe | None,
+    trained: Callable[[], object],
+) -> Result:
+    """`fit`, of a run that no other process drives."""
+    assert config.run.name is not None
     run = runs.open_run(config.run.name, config.run.storage)
     total_images = config.train.total_images
     seen = _images_seen(config, data_set, run)
@@ -101,7 +120,7 @@ def fit(
             boards.PROGRESS in notes and watch.signal is None
         ):  # from the first step on, which it shall not delay
             courier.begin()
-        return goes_on(notes)
+        return goes_on(notes) and not lock.is_lost
 
     troupe = troupe or Troupe(config, verbose, stays=False)
     status, watch = "FAILED", Watch(troupe.board, total_images, courier.committed, look)
@@ -112,6 +131,8 @@ def fit(
             ended = _train(config, troupe, watch)
         if ended is None:
             ended = max(seen, 0)
+        lock.check()
+        courier.committed(ended)  # which the board may not have lived to tell
         trained()
         status = "KILLED" if watch.was_asked else "FINISHED"
     except ray.exceptions.RayError as error:
@@ -143,28 +164,31 @@ def _train(config: Config, troupe: Troupe, watch: Watch) -> int | None:
         watch.run(
             workers, lambda notes: watch.is_before_first_step(notes) or (troupe.stays and is_over(notes))
         )
-        notes, failure = ray.get(board.read.remote()), workers.error
+        notes, failure = board.read(), workers.error
         if notes.get(boards.FAILURE) is not None:
             raise notes[boards.FAILURE]
         if is_over(notes):
             return notes[boards.ENDED]
         if watch.is_before_first_step(notes):
             return None
+        if failure is None and notes.get(boards.ENDED) is None:
+            log.warning("the board died when the workers left; they come again, and see whether all is done")
+            continue
         if failure is None:  # a node is about to be taken away: the workers left in good order
-            if ray.get(board.preempted.remote()) > config.cluster.max_preemptions:
+            if board.preempted() > config.cluster.max_preemptions:
                 raise too_many_preemptions(config)
             log.warning(
                 "a node is about to be taken away; going on elsewhere, at %s images", notes[boards.ENDED]
             )
         elif not isinstance(failure, ray.exceptions.ActorDiedError):
             raise TrainingFailed(f"training failed: {last_line(failure)} (--verbose shows the whole story)")
-        elif ray.get(board.failed.remote()) > config.cluster.max_failures:
+        elif board.failed() > config.cluster.max_failures:
             raise TrainingFailed(f"training failed: {last_line(failure)}")
         else:  # Ray Train does not start again a controller that died (2.60); the next round does
             log.warning("Ray Train's controller died; going on from the last checkpoint with another")
-        ray.get(board.note.remote(boards.ENDED, None))
+        board.note(boards.ENDED, None)
         if not watch.was_asked:
-            ray.get(board.note.remote(boards.STOP, None))
+            board.note(boards.STOP, None)
 
 
 def _images_seen(config: Config, data_set: DataSet, run: Run) -> int:

@@ -3,7 +3,8 @@
 Its own room because checkpoint.py is about what a checkpoint is, and this is about getting one into a bucket
 whatever dies on the way. A checkpoint exists once its checksums.json does: everything else is there before,
 the segment of what was tracked since the last one included. A worker killed at any moment leaves either the
-whole checkpoint or none; what is found damaged is passed over for the one before.
+whole checkpoint or none, and so does a power cut: on a disk everything is fsynced before it gets its name. What is
+found damaged is passed over for the one before.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ from ddpm.storage import Location
 from ddpm.training import checkpoint
 from ddpm.training.checkpoint import CHECKSUMS, FILES, Snapshot
 from ddpm.training.state import State
+from ddpm.utils import files
 
 MAX_SNAPSHOTS = 2
 """One being written, one waiting: a run that saves faster than storage takes it waits for storage."""
@@ -131,7 +133,7 @@ class Keeper:
                 self._patiently(lambda: _write_fresh(snapshot, folder), target)
                 if segment is not None:
                     where = self._run.child(segments.FOLDER).child(segment_name(snapshot.images_seen))
-                    self._patiently(lambda: where.write(segment), where)
+                    self._patiently(lambda: where.write(segment, durable=True), where)
                 if best:
                     name = checkpoint.name_at(snapshot.images_seen, checkpoint.BEST_PREFIX)
                     self._commit(folder, self._run.child(name), move=False)
@@ -232,6 +234,8 @@ def as_folder(location: Location, timeout_s: float) -> Iterator[Path]:
 
 def clean_up(run: Location) -> None:
     """Remove what a worker killed while it was writing has left."""
+    run.sweep()
+    run.child(segments.FOLDER).sweep()
     for name in run.folders():
         is_ours = name.startswith((checkpoint.PREFIX, checkpoint.BEST_PREFIX))
         if _is_temporary(name) or (is_ours and not run.child(name).child(CHECKSUMS).exists()):
@@ -252,8 +256,11 @@ def _is_temporary(name: str) -> bool:
 def _staging(target: Location) -> Iterator[Path]:
     """Where a checkpoint is put together: beside its place on a disk, to be renamed, else in a temporary folder."""
     if target.is_local:
-        place = Path(target.path)
-        yield place.with_name(f".{place.name}.tmp")
+        staged = files.temporary(Path(target.path))
+        try:
+            yield staged
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
         return
     with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
         yield Path(folder, "checkpoint")
@@ -265,12 +272,16 @@ def _write_fresh(snapshot: Snapshot, folder: Path) -> None:
 
 
 def _put_in_place(folder: Path, place: Path, move: bool) -> None:
-    if not move:
-        copy = place.with_name(f".{place.name}.tmp")
+    if move:
+        files.put_in_place(folder, place)
+        return
+    copy = files.temporary(place)
+    try:
+        shutil.copytree(folder, copy)
+        files.sync_tree(copy)
+        files.put_in_place(copy, place)
+    finally:
         shutil.rmtree(copy, ignore_errors=True)
-        folder = Path(shutil.copytree(folder, copy))
-    shutil.rmtree(place, ignore_errors=True)
-    folder.rename(place)
 
 
 def _upload(file: Path, target: Location) -> None:

@@ -24,6 +24,7 @@ from ddpm.data.plan import last_position, micro_batches_per_step
 from ddpm.data.reading import DataSet, Images, Share
 from ddpm.progress import Progress
 from ddpm.training import checkpoint
+from ddpm.utils import files
 
 CORRUPT = "corrupt.jsonl"
 """File of a run that lists the images that could not be read."""
@@ -192,11 +193,9 @@ class LocalRuntime:
     def save(self, snapshot: checkpoint.Snapshot, best: bool) -> None:
         prefixes = [checkpoint.PREFIX] + [checkpoint.BEST_PREFIX] * best
         for name in (checkpoint.name_at(snapshot.images_seen, prefix) for prefix in prefixes):
-            temporary = self._folder / f".{name}.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)
+            temporary = files.temporary(self._folder / name)
             checkpoint.write(snapshot, temporary)
-            shutil.rmtree(self._folder / name, ignore_errors=True)
-            temporary.rename(self._folder / name)
+            files.put_in_place(temporary, self._folder / name)
         old = sorted(self._folder.glob(f"{checkpoint.PREFIX}*"))[: -self._config.train.keep_checkpoints]
         worse = sorted(self._folder.glob(f"{checkpoint.BEST_PREFIX}*"))[:-1]
         for path in old + worse:

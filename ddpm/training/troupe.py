@@ -41,6 +41,7 @@ FOLDER_PREFIX, OWNER = "ddpm-ray-train-", "owner"
 """Temporary folders of Ray Train runs; the process that uses one holds a lock on the file `owner` in it."""
 PLAY_POLL_S = 0.1
 """Workers that stay look so often for the next run."""
+LEAVE_POLL_S = 1.0
 
 
 class Troupe:
@@ -56,10 +57,10 @@ class Troupe:
 
     def __init__(self, config: Config, verbose: bool = False, stays: bool = True) -> None:
         librarian.announce()
-        self.stays, self.board = stays, boards.put_up()
+        self.stays, self.board = stays, boards.RunStateClient()
         reading = librarian.employ(config.cluster.world_sizes()[-1], verbose)
         self._config, self._resources = config, placement.resources_per_worker(config)
-        self._spec = {"board": self.board, "librarian": reading, "verbose": verbose, "stays": stays}
+        self._spec = {"board": self.board.actor, "librarian": reading, "verbose": verbose, "stays": stays}
         self._number = 0
         self._workers: Aside | None = None
 
@@ -67,7 +68,7 @@ class Troupe:
         """Put a run on."""
         self._number += 1
         what = ray.put({"config": config, "data_set": data_set, "run": run})
-        self.board.begin.remote(boards.Play(self._number, what))  # it may still be starting: nobody waits
+        self.board.begin(boards.Play(self._number, what))
 
     def workers(self) -> Aside:
         """The Ray Train run, which is started if there is none; it ends when the workers leave."""
@@ -79,9 +80,12 @@ class Troupe:
 
     def close(self, timeout_s: float) -> None:
         """Let the workers leave, and wait until they have."""
-        ray.get(self.board.leave.remote())
-        if self._workers is not None:
-            self._workers.join(timeout_s)
+        deadline = time.monotonic() + timeout_s
+        while True:
+            ray.get(self.board.actor.leave.remote())  # again, since the board may die meanwhile
+            if self._workers is None or not self._workers.is_alive() or time.monotonic() > deadline:
+                return
+            self._workers.join(LEAVE_POLL_S)
 
     def _fit(self) -> None:
         with _own_folder() as folder:
@@ -89,10 +93,10 @@ class Troupe:
 
     def _free_place(self) -> None:
         """Give back what a dead controller's workers held: data tasks would wait for ever for the CPUs."""
-        place = ray.get(self.board.read.remote()).get(boards.PLACE)
+        place = self.board.read().get(boards.PLACE)
         if place is not None:
             ray.util.remove_placement_group(place)
-            ray.get(self.board.note.remote(boards.PLACE, None))
+            self.board.note(boards.PLACE, None)
 
 
 @contextlib.contextmanager
@@ -158,22 +162,30 @@ def _trainer(
 def work(spec: dict[str, Any]) -> None:
     """What each worker runs: a run, and where workers stay the next ones, as they come."""
     board, number = spec["board"], 0
+    ended, told = None, ""
     if not spec["verbose"]:
         logging.getLogger("ray").setLevel(logging.ERROR)
     board.note.remote(boards.PLACE, ray.util.get_current_placement_group())
-    while (play := ray.get(board.play.remote(number))) != "leave":
+    while True:
+        play, life = ray.get(board.play.remote(number))
+        if play == "leave":
+            return
         if play == "wait":
+            if ended is not None and life != told:  # a board that was started anew does not know
+                told = ray.get(board.ended.remote(number, ended))
             time.sleep(PLAY_POLL_S)
             continue
         number = play.number
-        _perform(number, **ray.get(play.what), spec=spec)
+        ended = _perform(**ray.get(play.what), spec=spec)
+        if ended is not None:
+            told = ray.get(board.ended.remote(number, ended))
         leaves = ray.get(board.read.remote()).get(boards.STOP) == boards.PREEMPTION
         if leaves or not spec["stays"]:
             return
 
 
-def _perform(number: int, config: Config, data_set: DataSet, run: Run, spec: dict[str, Any]) -> None:
-    """One worker's part in a run."""
+def _perform(config: Config, data_set: DataSet, run: Run, spec: dict[str, Any]) -> int | None:
+    """One worker's part in a run; rank 0 returns images_seen at its end."""
     board, outbox = spec["board"], Outbox()
     runtime = RayRuntime(config, data_set, run, board, spec["librarian"], outbox)
     images_seen = -1
@@ -190,5 +202,4 @@ def _perform(number: int, config: Config, data_set: DataSet, run: Run, spec: dic
         runtime.close()
         if config.train.compile:  # what was compiled for one net counts as a variant of the next one's
             torch.compiler.reset()
-    if runtime.rank == 0:
-        ray.get(board.ended.remote(number, images_seen))
+    return images_seen if runtime.rank == 0 else None

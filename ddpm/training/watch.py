@@ -19,6 +19,7 @@ from ray._private.state import state  # a driver's view of the cluster; what ray
 
 from ddpm.progress import Display, printable
 from ddpm.training import board as boards
+from ddpm.training.board import RunStateClient
 
 GoesOn = Callable[[Mapping[str, Any]], bool]
 """From what is on the board to whether training shall go on."""
@@ -66,7 +67,11 @@ class Watch:
     """
 
     def __init__(
-        self, board: Any, total_images: int, committed: Callable[[int], None], goes_on: GoesOn = always
+        self,
+        board: RunStateClient,
+        total_images: int,
+        committed: Callable[[int], None],
+        goes_on: GoesOn = always,
     ) -> None:
         self.signal: int | None = None
         """What asked the run to stop."""
@@ -116,16 +121,16 @@ class Watch:
     def _look(self) -> Mapping[str, Any]:
         if self.signal is not None and not self._told:
             name = signal.Signals(self.signal).name
-            ray.get(self._board.note.remote(boards.STOP, name))
+            self._board.note(boards.STOP, name)
             self._told = True
-            if self.is_before_first_step(ray.get(self._board.read.remote())):
+            if self.is_before_first_step(self._board.read()):
                 print(f"{name}: ending before the first step", file=sys.stderr)
             else:
                 again = " (Ctrl-C again: at once)" if self.signal == signal.SIGINT else ""
                 print(
                     f"{name}: ending with this step, and leaving a checkpoint of it{again}", file=sys.stderr
                 )
-        notes = ray.get(self._board.read.remote())
+        notes = self._board.read()
         self._look_out(notes.get(boards.PLACE))
         progress = notes.get(boards.PROGRESS)
         if progress is not None:
@@ -140,7 +145,7 @@ class Watch:
             self._committed(position)
         if not self.ended_early and not self._goes_on(notes):
             self.ended_early = True
-            ray.get(self._board.note.remote(boards.STOP, "ended early"))
+            self._board.note(boards.STOP, "ended early")
         return notes
 
     def _look_out(self, place: Any) -> None:
@@ -152,4 +157,4 @@ class Watch:
             self._place, self._nodes, self._left = place, set(bundles.values()), False
         if not self._left and self._nodes & set(state.get_draining_nodes()):
             self._left = True
-            ray.get(self._board.note.remote(boards.STOP, boards.PREEMPTION))
+            self._board.note(boards.STOP, boards.PREEMPTION)

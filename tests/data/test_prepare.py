@@ -1,5 +1,7 @@
 """Preparing: what comes out, that it goes on where it was stopped, and that nothing is written over."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,6 +169,21 @@ def test_an_unfinished_data_set_of_other_options_gives_none_of_its_shards(tmp_pa
         assert not (tmp_path / "d" / MANIFEST).exists()
         return
     assert manifest.fingerprint == make(Digits(seed=1), at(tmp_path / "e"), **SMALL).fingerprint
+
+
+def test_several_at_once_make_the_same_and_leave_nothing(tmp_path: Path) -> None:
+    alone = make(Digits(), at(tmp_path / "alone"), **SMALL)
+    for i in range(5):
+        root, start = tmp_path / f"together-{i}", threading.Barrier(3)
+
+        def make_with_others(root: Path = root, start: threading.Barrier = start) -> Manifest:
+            start.wait()
+            return make(Digits(), at(root), **SMALL)
+
+        with ThreadPoolExecutor(start.parties) as threads:
+            made = [threads.submit(make_with_others) for _ in range(start.parties)]
+        assert [one.result() for one in made] == [alone] * start.parties
+        assert files_of(root) == files_of(tmp_path / "alone")
 
 
 def test_shards_are_whole_row_groups(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from servers import RayHead
 WORKER = "ray::RayTrainWorker"
 CONTROLLER = "ray::TrainController"
 LIBRARIAN = "ray::Librarian"
+BOARD = "ray::Board"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -36,6 +37,19 @@ def test_workers_killed_at_random_steps(run: Run, undisturbed: Run) -> None:
     assert_same(run, undisturbed)
     assert_tracked_once(run)
     assert 0.3 < metric(run, "train/goodput")[-1][1] <= 1  # a step is lost or none: chance has it
+
+
+def test_board_killed(run: Run, undisturbed: Run) -> None:
+    """What driver and workers speak through dies twice, and a worker between: the new one is told what was there."""
+    with run.start() as job:
+        for title in (BOARD, WORKER, BOARD):
+            job.wait_for(run.past(run.position()))
+            job.members(title)[0].send_signal(signal.SIGKILL)
+        assert job.wait() == 0, job.output
+    assert "Traceback" not in job.output
+    assert job.output.count("failed; going on") == 1  # the worker's warning, which the new board was told
+    assert_same(run, undisturbed)
+    assert_tracked_once(run)
 
 
 def test_controller_driver_and_cluster_killed(run: Run, undisturbed: Run) -> None:

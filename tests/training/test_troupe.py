@@ -19,6 +19,11 @@ from ddpm.training.troupe import Troupe
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_here")]
 
 
+def kill_board() -> None:
+    (board,) = members(psutil.Process().pid, "ray::Board")
+    board.send_signal(signal.SIGKILL)
+
+
 def workers() -> list[psutil.Process]:
     return members(psutil.Process().pid, "ray::RayTrainWorker")
 
@@ -45,13 +50,18 @@ def test_one_run_after_the_other_and_whatever_happens_to_one(
     fit("second", **{"train.seed": 1})
     assert workers() == [worker]
 
+    kill_board()  # between two runs; the workers stay
+    fit("again", **{"train.seed": 1})
+    assert workers() == [worker]
+
     worker.send_signal(signal.SIGKILL)  # between two runs
     fit("third", **{"train.seed": 2})
     assert workers() not in ([], [worker])
+    kill_board()
     troupe.close(60)
     assert psutil.wait_procs(workers(), timeout=60)[1] == []
 
-    for name, seed in (("first", 0), ("second", 1), ("third", 2)):
+    for name, seed in (("first", 0), ("second", 1), ("again", 1), ("third", 2)):
         config, local = override(tiny, {"train.seed": seed}), tmp_path / name
         loop.train(config, LocalRuntime(config, train_set, train_set.held_out(), local), NoTracker())
         for file in ("net.safetensors", "ema.safetensors", "optimizer.safetensors"):

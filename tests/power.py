@@ -1,0 +1,87 @@
+"""Power cuts for tests: what was not fsynced is gone. LazyFS's idea in small (its authors did it in FUSE)."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pytest
+
+
+class Disk:
+    """A context that notes what this process puts on disk below `root`, and what would be there after a power cut.
+
+    Args:
+        root: an existing folder.
+        moment: called after every fsync, rename and removal, when the power might fail.
+    """
+
+    def __init__(self, root: Path, moment: Callable[["Disk"], object]) -> None:
+        self._root, self._moment, self._patch = root, moment, pytest.MonkeyPatch()
+        self._content: dict[int, bytes] = {}
+        self._names: dict[int, dict[str, tuple[int, bool]]] = {}
+        self._held: list[int] = []  # so that no inode is used again
+
+    def __enter__(self) -> Self:
+        self._note(self._root)
+        fsync = os.fsync
+
+        def noted(descriptor: int) -> None:
+            fsync(descriptor)
+            path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+            if path.is_relative_to(self._root):
+                self._note(path)
+                self._moment(self)
+
+        self._patch.setattr(os, "fsync", noted)
+        for name in ("rename", "replace", "unlink"):
+            self._patch.setattr(os, name, self._followed(getattr(os, name)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._patch.undo()
+        for descriptor in self._held:
+            os.close(descriptor)
+
+    def after_power_cut(self, out: Path, *, names_survive: bool) -> Path:
+        """Write to `out` what would be left.
+
+        Args:
+            names_survive: names count without an fsync of their folder, as a file system writes them every few
+                seconds; content of files still needs theirs.
+        """
+        if names_survive:
+            for path in self._root.rglob("*"):
+                copy = out / path.relative_to(self._root)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                if path.is_file():
+                    copy.write_bytes(self._content.get(path.stat().st_ino, b""))
+        else:
+            self._write(self._root.stat().st_ino, out)
+        return out
+
+    def _write(self, folder: int, out: Path) -> None:
+        out.mkdir()
+        for name, (inode, is_folder) in self._names.get(folder, {}).items():
+            if is_folder:
+                self._write(inode, out / name)
+            else:
+                (out / name).write_bytes(self._content.get(inode, b""))
+
+    def _note(self, path: Path) -> None:
+        self._held.append(os.open(path, os.O_RDONLY))
+        if path.is_dir():
+            inside = {p.name: (p.stat().st_ino, p.is_dir()) for p in path.iterdir()}
+            self._names[path.stat().st_ino] = inside
+        else:
+            self._content[path.stat().st_ino] = path.read_bytes()
+
+    def _followed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def followed(*args: Any, **named: Any) -> None:
+            call(*args, **named)
+            self._moment(self)
+
+        return followed

@@ -1,0 +1,82 @@
+"""The power may fail at any moment: a checkpoint that has its name is whole, and one that was reported stays."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from power import Disk
+
+from ddpm import runs, storage
+from ddpm.config import Config, UserError
+from ddpm.training import checkpoint, keeper
+from ddpm.training.keeper import Keeper
+from ddpm.training.state import State
+from ddpm.utils import files
+
+
+def save_two(root: Path, config: Config, committed: list[int]) -> None:
+    """Store checkpoints at 32 and 64 images, the second as the best, too; the first goes when the second is there."""
+    location = storage.resolve(str(root)).child("runs").child("one")
+    state = State.create(config, torch.device("cpu"))
+    its = Keeper(location, 1, 5.0, committed.append, pytest.fail)
+    for state.images_seen in (32, 64):
+        its.save(
+            checkpoint.snapshot(state, config, {"run_key": "a"}), b"segment", best=state.images_seen == 64
+        )
+    its.flush()
+    its.close()
+
+
+def checkpoints(root: Path) -> list[int]:
+    """Positions of the checkpoints, which must be whole, and of which what was tracked must be there."""
+    location, found = storage.resolve(str(root)).child("runs").child("one"), []
+    names = [
+        *(place.path for place in runs.checkpoints(location)),
+        *map(str, Path(location.path).glob("best-*")),
+    ]
+    for folder in map(Path, names):
+        checkpoint.verify(folder)
+        seen = checkpoint.position(folder)
+        assert (Path(location.path) / f"tracking/{seen:012d}.zip").read_bytes() == b"segment"
+        found.append(seen)
+    return found
+
+
+@pytest.mark.parametrize("names_survive", [False, True])
+def test_what_has_a_name_is_whole_at_every_moment(names_survive: bool, tiny: Config, tmp_path: Path) -> None:
+    root, count, committed = tmp_path / "disk", itertools.count(), list[int]()
+    root.mkdir()
+
+    def power_fails(disk: Disk) -> None:
+        safe = max(committed, default=0)
+        left = disk.after_power_cut(tmp_path / f"left-{next(count)}", names_survive=names_survive)
+        assert max(checkpoints(left), default=0) >= safe
+
+    with Disk(root, power_fails) as disk:
+        save_two(root, tiny, committed)
+        assert committed == [32, 64]
+        left = disk.after_power_cut(tmp_path / "left", names_survive=names_survive)
+    assert max(checkpoints(left)) == 64 and next(count) > 30
+
+
+@pytest.mark.parametrize("names_survive", [False, True])
+def test_without_fsync_it_would_be_lost(
+    names_survive: bool, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "sync", lambda path: None)
+    root, committed = tmp_path / "disk", list[int]()
+    root.mkdir()
+    with Disk(root, lambda disk: None) as disk:
+        save_two(root, tiny, committed)
+        left = disk.after_power_cut(tmp_path / "left", names_survive=names_survive)
+    assert committed == [32, 64] and checkpoints(root) == [64, 64]
+    location = storage.resolve(str(left)).child("runs").child("one")
+    if not names_survive:
+        assert runs.checkpoints(location) == []
+        return
+    with (
+        pytest.raises(UserError, match=r"every checkpoint of .* is damaged"),
+        keeper.newest_intact(location, 5.0, lambda line: None),
+    ):
+        pass

@@ -1,0 +1,77 @@
+"""Writers of the same file do not disturb each other, and only what dead ones left is swept."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pyarrow.fs as pafs
+import pytest
+from processes import REPO
+
+from ddpm.data.manifest import write_whole
+from ddpm.utils import files, process
+
+
+@pytest.mark.parametrize("write", [files.write_whole, lambda path, data: write_whole(LOCAL, str(path), data)])
+def test_writers_of_one_file_do_not_disturb_each_other(write: object, tmp_path: Path) -> None:
+    file, errors = tmp_path / "a/b/file", list[Exception]()
+
+    def write_often(data: bytes) -> None:
+        try:
+            for _ in range(50):
+                write(file, data)  # type: ignore[operator]
+        except Exception as error:
+            errors.append(error)
+
+    contents = [bytes([i]) * 200_000 for i in range(3)]
+    threads = [threading.Thread(target=write_often, args=(data,)) for data in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert file.read_bytes() in contents and list(file.parent.iterdir()) == [file]
+
+
+LOCAL = pafs.LocalFileSystem()
+
+
+def test_what_the_dead_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    program = (
+        "import sys, pathlib; from ddpm.utils import files; print(files.temporary(pathlib.Path(sys.argv[1])))"
+    )
+    words = [sys.executable, "-c", program, str(tmp_path / "x")]
+    dead = Path(subprocess.run(words, cwd=REPO, capture_output=True, text=True, check=True).stdout.strip())
+    dead.mkdir()
+    (dead / "inside").write_bytes(b"x")
+    (tmp_path / f".x.y.{dead.name.split('.')[2]}.0.tmp").write_bytes(b"")
+    mine, elsewhere, old = (
+        files.temporary(tmp_path / "x"),
+        tmp_path / ".x.a-1-1.b.tmp",
+        tmp_path / ".x.12.tmp",
+    )
+    kept = [mine, elsewhere, tmp_path / "x", tmp_path / ".hidden", tmp_path / "y.tmp"]
+    for path in (*kept, old):
+        path.write_bytes(b"x")
+    os.utime(old, (0, 0))
+    files.sweep(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
+    files.sweep(tmp_path / "not-there")
+
+
+def test_a_process_is_told_from_another_with_its_pid() -> None:
+    assert process.state(process.token()) == "running"
+    assert process.state(process.token(os.getppid())) == "running"
+    assert process.state(process.token() + "0") == "gone"
+    for other in ("", "x", "elsewhere-1-1", "unknown-1-1", "None"):
+        assert process.state(other) == "unknown"
+    assert files.temporary(Path("a/b")) != files.temporary(Path("a/b"))
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError):
+        files.write_whole(tmp_path / "taken", b"x")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
