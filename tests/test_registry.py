@@ -59,8 +59,8 @@ def folder(tmp_path: Path) -> Path:
     state = State.create(TINY, CPU)
     sum(p.square().sum() for p in state.net.parameters()).backward()  # type: ignore[union-attr]
     state.optimizer.step()
-    state.step, state.images_seen = 3, 96
-    checkpoint.save(tmp_path / "c", state, TINY, {"run_key": uuid.uuid4().hex})
+    state.step, state.images_seen = 3, 3 * TINY.train.batch_size
+    checkpoint.save(tmp_path / "c", state, TINY, {"run_key": uuid.uuid4().hex, "data_fingerprint": "f"})
     return tmp_path / "c"
 
 
