@@ -13,7 +13,13 @@ Axes: N images, H W, C channels.
 
 import hashlib
 import json
+import math
+import os
+import re
+import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -39,6 +45,10 @@ IMAGES_PER_SHARD = 512
 """About: a shard holds whole pieces. One that is not complete is lost with its process."""
 TAKEN = (IMAGES, SPLIT, GRID, MANIFEST, prepare.NOTES)
 """Names that, without a request, are somebody else's."""
+NAME = re.compile(r"[0-9]{6}\.png|[1-9][0-9]{6,}\.png")
+COMPRESSION = 4
+"""Images are taken to need a quarter of the bytes of their pixels, and a PNG at least a block of its disk."""
+GB = 10**9
 SHOWN = 4
 """Settings that an error lists."""
 
@@ -46,14 +56,38 @@ SHOWN = 4
 class Album(Protocol):
     """Where images are kept."""
 
-    def lacks(self, pieces: Sequence[range]) -> list[range]:
-        """The pieces of which not every image is there."""
+    num_kept: int
+    """Images of the pieces that were there in whole at the start."""
+
+    def lacks(self, piece: range) -> bool:
+        """Whether an image of the piece was not there at the start."""
 
     def put(self, piece: range, pixels: Pixels, labels: Labels | None) -> None:
         """Keep the images with these indices, uint8 [N, H, W, C], and their labels int64 [N]."""
 
     def close(self) -> None:
         """All images are there: write the grid, and what makes the album complete."""
+
+
+def check_room(location: Location, num_images: int, form: Form, shape: tuple[int, int, int]) -> None:
+    """Raise UserError if a folder's disk has surely no room for so many images; a bucket has room for any.
+
+    Args:
+        shape: (H, W, C).
+    """
+    if not location.is_local:
+        return
+    path = Path(location.path)
+    disk = next(place for place in (path, *path.parents) if place.exists())
+    least = int(np.prod(shape)) / COMPRESSION
+    if form == "png":
+        least = max(least, os.statvfs(disk).f_frsize)
+    needed, free = num_images * least, shutil.disk_usage(disk).free
+    if needed > free and needed > free + _bytes_in(path):
+        raise UserError(
+            f"{num_images:,} images need {needed / GB:,.1f} GB or more, and {location.uri} has {free / GB:,.1f} GB "
+            "free; ask for fewer with --num-images, or name another --out"
+        )
 
 
 def begin(location: Location, asked: Mapping[str, Any]) -> None:
@@ -89,16 +123,23 @@ def begin(location: Location, asked: Mapping[str, Any]) -> None:
 
 
 class PngAlbum:
-    """A PNG an image; a larger request adds to it."""
+    """A PNG an image; a larger request adds to it.
 
-    def __init__(self, location: Location, num_images: int) -> None:
-        self._location, self._num_images = location, num_images
+    Args:
+        batch_size: images of a piece.
+    """
+
+    def __init__(self, location: Location, num_images: int, batch_size: int) -> None:
+        self._location, self._num_images, self._size = location, num_images, batch_size
         self._images = location.child(IMAGES)
-
-    def lacks(self, pieces: Sequence[range]) -> list[range]:
         self._images.sweep()
-        there = set(self._images.files())
-        return [piece for piece in pieces if any(_name(i) not in there for i in piece)]
+        numbers = (int(name[:-4]) for name in self._images.files() if NAME.fullmatch(name))
+        counts = Counter(i // batch_size for i in numbers if i < num_images)
+        self._whole = {k for k, count in counts.items() if count == len(_piece(k, batch_size, num_images))}
+        self.num_kept = sum(counts[k] for k in self._whole)
+
+    def lacks(self, piece: range) -> bool:
+        return piece.start // self._size not in self._whole
 
     def put(self, piece: range, pixels: Pixels, labels: Labels | None) -> None:
         for i, image in zip(piece, pixels, strict=True):
@@ -134,26 +175,33 @@ class ShardAlbum:
         self._location, self._shape, self._class_names = location, shape, class_names
         self._options = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
         size = batch_size * max(1, round(IMAGES_PER_SHARD / batch_size))
-        self._ranges = [range(i, min(i + size, num_images)) for i in range(0, num_images, size)]
         self._rows_per_row_group = min(size, max(1, prepare.ROW_GROUP_BYTES // int(np.prod(shape))))
-        self._size, self._shards = size, dict[int, Shard]()
+        self._size, self._num_images = size, num_images
         self._begun: dict[int, dict[range, tuple[Pixels, Labels | None]]] = {}
-        self._is_complete = False
+        self._is_complete = location.child(MANIFEST).exists()
+        self._shards = {} if self._is_complete else self._kept_shards()
+        kept = (len(_piece(k, size, num_images)) for k in self._shards)
+        self.num_kept = num_images if self._is_complete else sum(kept)
 
-    def lacks(self, pieces: Sequence[range]) -> list[range]:
-        self._is_complete = self._location.child(MANIFEST).exists()
-        if self._is_complete:
-            return []
-        for k in range(len(self._ranges)):
-            if shard := prepare.kept_shard(self._location, _path(k)):
-                self._shards[k] = shard
-        return [piece for piece in pieces if piece.start // self._size not in self._shards]
+    def lacks(self, piece: range) -> bool:
+        return not self._is_complete and piece.start // self._size not in self._shards
+
+    def _kept_shards(self) -> dict[int, Shard]:
+        """Shards that an earlier process finished; it lists what is there, as most may not be."""
+        names = (name.removesuffix(".parquet") for name in self._location.child(SPLIT).files())
+        numbers = {int(name) for name in names if name.isdecimal()}
+        found = {
+            k: prepare.kept_shard(self._location, _path(k))
+            for k in sorted(numbers)
+            if k * self._size < self._num_images
+        }
+        return {k: shard for k, shard in found.items() if shard}
 
     def put(self, piece: range, pixels: Pixels, labels: Labels | None) -> None:
         k = piece.start // self._size
         parts = self._begun.setdefault(k, {})
         parts[piece] = pixels, labels
-        if sum(map(len, parts)) < len(self._ranges[k]):
+        if sum(map(len, parts)) < len(_piece(k, self._size, self._num_images)):
             return
         ordered = [parts[piece] for piece in sorted(parts, key=lambda piece: piece.start)]
         labelled = [part for _, part in ordered if part is not None]
@@ -171,7 +219,7 @@ class ShardAlbum:
         if self._is_complete:
             manifest = read_manifest(filesystem, root, self._location.uri)
         else:
-            shards = [self._shards[k] for k in range(len(self._ranges))]
+            shards = [self._shards[k] for k in range(math.ceil(self._num_images / self._size))]
             manifest = make_manifest(
                 "drawn", *self._shape, "raw", self._class_names, {SPLIT: shards}, self._options
             )
@@ -183,6 +231,14 @@ class ShardAlbum:
         if not self._is_complete:
             write_manifest(filesystem, root, manifest)
         self._location.child(prepare.NOTES).delete()
+
+
+def _piece(k: int, size: int, num_images: int) -> range:
+    return range(k * size, min((k + 1) * size, num_images))
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
 
 
 def _name(i: int) -> str:

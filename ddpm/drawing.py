@@ -171,27 +171,30 @@ def draw(
         show: is told how many images are there, and how fast they come.
 
     Raises:
-        UserError: a count out of range, an album of another request, or one that cannot be written.
+        UserError: a count out of range or beyond the disk's room, an album of another request, or one that cannot
+            be written.
         WorkersDied: as `Fleet.map`.
     """
     for name, count in (("num_images", num_images), ("batch_size", batch_size)):
         if count is not None and count < 1:
             raise UserError(f"{name} is {count}; it must be at least 1")
+    model = request.config.model
+    with suppress(OSError):  # who writes there says it better
+        albums.check_room(out, num_images, form, (model.image_size, model.image_size, model.channels))
     with Fleet(partial(Artist, request), num_workers) as fleet:
         size = batch_size or (BATCH_SIZE_GPU if fleet.has_gpus else BATCH_SIZE_CPU)
-        pieces = [range(i, min(i + size, num_images)) for i in range(0, num_images, size)]
+        pieces = (range(i, min(i + size, num_images)) for i in range(0, num_images, size))
         try:
             album = _open(request, out, num_images, form, size)
-            todo = album.lacks(pieces)
-            done, began = num_images - sum(map(len, todo)), time.monotonic()
+            done, began = album.num_kept, time.monotonic()
             show(done, "")
             before = done
-            for piece, pixels in fleet.map(Artist.draw, todo):
+            for piece, pixels in fleet.map(Artist.draw, filter(album.lacks, pieces)):
                 album.put(piece, pixels, request.labels(piece))
                 done += len(piece)
                 show(done, f"{(done - before) / (time.monotonic() - began):.1f} images/s")
             album.close()
-            if with_trajectory and (todo or not out.child("trajectory.gif").exists()):
+            if with_trajectory and (done > before or not out.child("trajectory.gif").exists()):
                 first = range(min(TRAJECTORY_IMAGES, num_images))
                 for _, (strip, gif) in fleet.map(Artist.trajectory, [first]):
                     out.child("trajectory.png").write(png_bytes(strip))
@@ -206,7 +209,7 @@ def _open(request: Request, out: Location, num_images: int, form: Form, batch_si
     asked = {"format": form, "batch_size": batch_size, **request.asked()}
     if form == "png":
         albums.begin(out, asked)
-        return PngAlbum(out, num_images)
+        return PngAlbum(out, num_images, batch_size)
     names, size = request.class_names, request.config.model.image_size
     asked = {"num_images": num_images, "class_names": names, **asked}
     albums.begin(out, asked)

@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from ddpm import registry, storage
@@ -35,6 +37,16 @@ class Run:
     location: Location
     key: str
     """Random, made once: names the run in MLflow."""
+
+
+class X0Error(BaseModel):
+    """What x_0_error.json holds."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    format: Literal["ddpm-x_0-error/1"]
+    weights_sha256: str
+    x_0_error: list[Annotated[float, Field(ge=0)]]
 
 
 def settled(config: Config, preset: str) -> Config:
@@ -153,19 +165,20 @@ def read_x_0_error(folder: Path, num_timesteps: int) -> Tensor:
     file = folder / X_0_ERROR
     weights = checkpoint.read_checksums(folder)["ema.safetensors"]
     try:
-        card = json.loads(file.read_text())
-        errors = torch.tensor(card["x_0_error"], dtype=torch.float64)
-        if card["format"] != X_0_ERROR_FORMAT or card["weights_sha256"] != weights:
-            raise ValueError("it is of other weights, or of another format")
-        if errors.shape != (num_timesteps,) or not bool((errors.isfinite() & (errors >= 0)).all()):
-            raise ValueError(f"x_0_error must be {num_timesteps} numbers of at least 0")
+        card = X0Error.model_validate_json(file.read_bytes())
     except FileNotFoundError:
         raise UserError(
             f"{folder} has no {X_0_ERROR}, which --variance measured takes; jobs/evaluate.py leaves it there"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{file} is damaged: {error!r:.200}; jobs/evaluate.py makes it again") from None
-    return errors
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    except ValidationError as error:
+        raise UserError(f"{checkpoint.damaged(file, error)}; jobs/evaluate.py makes it again") from None
+    if card.weights_sha256 != weights or len(card.x_0_error) != num_timesteps:
+        raise UserError(
+            f"{file} is of other weights or another num_timesteps; jobs/evaluate.py makes it again"
+        )
+    return torch.tensor(card.x_0_error, dtype=torch.float64)
 
 
 def _found(uri: str) -> list[Location]:

@@ -6,7 +6,8 @@ is a room of its own, why it does something at import, and why nothing need be p
     POST /invocations {"inputs": [{"num_images": 2, "seed": 7}]}
     {"predictions": [{"index": 0, "png": "iVBORw0K..."}, {"index": 1, "png": ...}]}
 
-png is base64. Image i is the one that jobs/sample.py draws with that seed and the checkpoint's own settings.
+png is base64. Image i is the one that jobs/sample.py draws with that seed and the checkpoint's own settings. A call may
+ask for 4,096 images, over all its requests.
 """
 
 import base64
@@ -23,18 +24,20 @@ bound_spinning()  # before PyTorch is imported
 import torch
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from ddpm import generation, images
 from ddpm.training import checkpoint
 
 BATCH_SIZE = 64
 MAX_IMAGES = 4096
-"""Of one request."""
+"""Of all requests in one call."""
 
 
 class Request(BaseModel):
     """Images 0..num_images-1 of a seed."""
+
+    model_config = ConfigDict(extra="forbid")
 
     num_images: int = Field(ge=1, le=MAX_IMAGES)
     seed: int = Field(ge=0)
@@ -58,13 +61,21 @@ class Generator(PythonModel):
         self.objective, self.device = generation.build_objective(self.config), device
 
     def predict(self, model_input: list[Request]) -> list[Picture]:  # type: ignore[override]  # as MLflow's pages say
+        total = sum(request.num_images for request in model_input)
+        if total > MAX_IMAGES:
+            raise ValueError(f"the requests ask for {total} images together; they may ask for {MAX_IMAGES}")
+        for request in model_input:
+            self._check_label(request.label)
         return [picture for request in model_input for picture in self._draw(request)]
 
-    def _draw(self, request: Request) -> Iterator[Picture]:
-        classes, label = self.config.model.num_classes, request.label
+    def _check_label(self, label: int | None) -> None:
+        classes = self.config.model.num_classes
         if label is not None and not 0 <= label < classes:
             right = f"it must be in 0..{classes - 1}" if classes else "this net was trained without labels"
             raise ValueError(f"label is {label}; {right}")
+
+    def _draw(self, request: Request) -> Iterator[Picture]:
+        label = request.label
         config = replace(self.config, sample=replace(self.config.sample, seed=request.seed))
         for start in range(0, request.num_images, BATCH_SIZE):
             indices = range(start, min(start + BATCH_SIZE, request.num_images))

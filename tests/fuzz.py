@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow.fs as pafs
 import torch
 import tyro
+from forged import forge
 from PIL import Image
 
 from ddpm import config as configs
@@ -118,21 +119,47 @@ class Config(Target):
 class Checkpoint(Target):
     """Weights with matching checksums, as somebody would write them who means harm."""
 
+    file = "ema.safetensors"
+
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         torch.set_num_threads(1)
-        config = override(
-            DIGITS, {"model.base_width": 4, "model.norm_groups": 2, "model.width_multipliers": [1, 2]}
-        )
-        checkpoint.save(folder, State.create(config, torch.device("cpu")), config, {})
-        self.seeds = [(folder / "ema.safetensors").read_bytes()]
-        self.sums = json.loads((folder / "checksums.json").read_text())
+        small = {"model.base_width": 4, "model.norm_groups": 2, "model.width_multipliers": [1, 2]}
+        self.config = override(DIGITS, small)
+        state = State.create(self.config, torch.device("cpu"))
+        sum(p.square().sum() for p in state.net.parameters()).backward()  # type: ignore[union-attr]
+        state.optimizer.step()
+        state.step, state.images_seen = 1, self.config.train.batch_size
+        checkpoint.save(folder, state, self.config, {"run_key": "k", "data_fingerprint": "f"})
+        self.seeds = [(folder / self.file).read_bytes()]
 
     def take(self, data: bytes) -> None:
-        (self.folder / "ema.safetensors").write_bytes(data)
-        self.sums["ema.safetensors"] = checkpoint._sha256(self.folder / "ema.safetensors")
-        (self.folder / "checksums.json").write_text(json.dumps(self.sums))
+        forge(self.folder, self.file, data)
+        self.use()
+
+    def use(self) -> None:
         checkpoint.load_net(self.folder, torch.device("cpu"))
+
+
+class CheckpointConfig(Checkpoint):
+    """config.json of a checkpoint, to draw with."""
+
+    file, is_json = "config.json", True
+
+
+class CheckpointState(Checkpoint):
+    """state.json of a checkpoint, to go on from."""
+
+    file, is_json = "state.json", True
+
+    def use(self) -> None:
+        checkpoint.load(self.folder, State.create(self.config, torch.device("cpu")), self.config)
+
+
+class CheckpointOptimizer(CheckpointState):
+    """AdamW's state."""
+
+    file, is_json = "optimizer.safetensors", False
 
 
 class EncodedImage(Target):
@@ -176,7 +203,18 @@ class Segment(Target):
         records.read(data, "segment")
 
 
-TARGETS = [Manifest, Shard, Config, Checkpoint, EncodedImage, Picture, Segment]
+TARGETS = [
+    Manifest,
+    Shard,
+    Config,
+    Checkpoint,
+    CheckpointConfig,
+    CheckpointState,
+    CheckpointOptimizer,
+    EncodedImage,
+    Picture,
+    Segment,
+]
 
 
 @dataclass(frozen=True)
@@ -186,6 +224,8 @@ class Arguments:
     seconds: float = 60.0
     """For each kind of file."""
     seed: int = 0
+    kinds: str = ""
+    """Only kinds of files whose names begin so, as Checkpoint."""
 
 
 def altered(seeds: Sequence[bytes], dice: random.Random) -> bytes:
@@ -218,7 +258,7 @@ def main() -> int:
     arguments = tyro.cli(Arguments, description=__doc__)
     warnings.simplefilter("ignore")  # Pillow's, of what is odd in a file
     failed = False
-    for kind in TARGETS:
+    for kind in [kind for kind in TARGETS if kind.__name__.startswith(arguments.kinds)]:
         with tempfile.TemporaryDirectory() as folder:
             target, dice = kind(Path(folder)), random.Random(arguments.seed)
             assert all(target.read(seed) for seed in target.seeds), f"{kind.__name__} refuses what is valid"
@@ -238,7 +278,7 @@ def main() -> int:
                 slowest = max(slowest, time.monotonic() - began)
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             print(
-                f"{kind.__name__:13} {found.total():8,} files, slowest {slowest:.2f} s, {peak:.0f} MiB, {dict(found)}"
+                f"{kind.__name__:19} {found.total():8,} files, slowest {slowest:.2f} s, {peak:.0f} MiB, {dict(found)}"
             )
     return int(failed)
 

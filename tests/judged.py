@@ -23,6 +23,7 @@ CONFIG = override(
         "schedule.num_timesteps": 20,
         "schedule.kind": "cosine",
         "sample.num_sample_steps": 4,
+        "train.batch_size": 64,
         "run.name": "judged",
         "run.experiment": "evaluated",
     },
@@ -50,6 +51,6 @@ def make_run(folder: Path, shards: str, config: Config = CONFIG) -> Run:
         with torch.no_grad():
             for weight in state.ema.net.parameters():
                 weight.add_(0.02 * torch.randn(weight.shape, generator=noise))
-        state.images_seen = images_seen
+        state.step, state.images_seen = images_seen // config.train.batch_size, images_seen
         checkpoint.save(Path(run.location.path, checkpoint.name_at(images_seen)), state, config, extra)
     return run

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from ddpm.utils import process
 TINY = override(
     TINY_NET, {"schedule.num_timesteps": 50, "model.zero_init": False, "sample.num_sample_steps": 4}
 )
+BILLION = 10**9
 CONDITIONAL = override(TINY, {"model.num_classes": 3})
 
 
@@ -161,6 +164,45 @@ def test_another_request_is_refused_and_named(tmp_path: Path) -> None:
     (tmp_path / "a/request.json").write_text("{")
     with pytest.raises(UserError, match=r"request\.json is damaged"):
         drawn(tmp_path / "a", request, 2)
+
+
+@pytest.mark.parametrize("form", ["png", "parquet"])
+def test_images_that_the_disk_has_no_room_for_are_refused(
+    form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = request_of(TINY)
+    with pytest.raises(
+        UserError, match=r"^1,000,000,000,000 images need .* GB or more, and .* another --out$"
+    ):
+        drawn(tmp_path / "out", request, 10**12, form=form)
+    assert not (tmp_path / "out").exists()
+    whole = drawn(tmp_path / "out", request, form=form)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    assert drawn(tmp_path / "out", request, form=form) == whole  # what is there needs no room
+    with pytest.raises(UserError, match="9,000 images need"):
+        drawn(tmp_path / "out", request, 9000, form=form)
+
+
+@pytest.mark.parametrize("form", ["png", "parquet"])
+def test_a_billion_images_take_no_memory_before_they_are_drawn(
+    form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**18))
+
+    def die(done: int, detail: str) -> None:
+        if done >= 12:
+            raise Killed
+
+    for _ in range(2):  # the second time some are there
+        tracemalloc.start()
+        try:
+            with pytest.raises(Killed):
+                drawn(tmp_path, request_of(TINY), BILLION, form=form, num_workers=1, show=die)
+            assert tracemalloc.get_traced_memory()[1] < 50 << 20
+        finally:
+            tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

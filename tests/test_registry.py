@@ -59,8 +59,8 @@ def folder(tmp_path: Path) -> Path:
     state = State.create(TINY, CPU)
     sum(p.square().sum() for p in state.net.parameters()).backward()  # type: ignore[union-attr]
     state.optimizer.step()
-    state.step, state.images_seen = 3, 96
-    checkpoint.save(tmp_path / "c", state, TINY, {"run_key": uuid.uuid4().hex})
+    state.step, state.images_seen = 3, 3 * TINY.train.batch_size
+    checkpoint.save(tmp_path / "c", state, TINY, {"run_key": uuid.uuid4().hex, "data_fingerprint": "f"})
     return tmp_path / "c"
 
 
@@ -166,15 +166,25 @@ def test_mlflow_serves_the_images_that_the_job_draws(
             drawn = tmp_path / f"drawn/images/{picture['index']:06d}.png"
             assert base64.b64decode(picture["png"]) == drawn.read_bytes()
         assert len({picture["png"] for picture in pictures}) == 4
-        wrong: list[dict[str, Any]] = [
-            {"num_images": 0, "seed": 0},
-            {"num_images": 1, "seed": 0, "label": 3},
-            {"num_images": "many", "seed": 0},
-            {"seed": 0},
+        one = {"num_images": 1, "seed": 0}
+        wrong: list[tuple[list[dict[str, Any]], str]] = [
+            ([one | {"num_images": 0}], "num_images"),
+            ([one, one | {"label": 3}], "label is 3; it must be in 0..2"),
+            ([one | {"num_images": "many"}], "num_images"),
+            ([{"seed": 0}], "num_images"),
+            ([one | {"num_image": 2}], "num_image"),
+            (
+                [one | {"num_images": 4096}, one],
+                "the requests ask for 4097 images together; they may ask for 4096",
+            ),
+            ([one | {"num_images": 64}] * 65, "the requests ask for 4160 images together"),
         ]
-        for request in wrong:
-            answer = requests.post(f"{url}/invocations", json={"inputs": [request]}, timeout=60)
+        for request, message in wrong:
+            answer = requests.post(f"{url}/invocations", json={"inputs": request}, timeout=60)
             assert answer.status_code == 400, answer.text
+            assert message in answer.text, (message, answer.text)
+        answer = requests.post(f"{url}/invocations", json={"inputs": [one | {"label": 2}, one]}, timeout=60)
+        assert [picture["index"] for picture in answer.json()["predictions"]] == [0, 0]
 
 
 @contextmanager

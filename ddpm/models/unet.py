@@ -28,6 +28,8 @@ EMBEDDED_TIMESTEPS = 1000
 """The T that the sinusoids are made for; every other T is stretched onto it."""
 MAX_BLOCKS = 64
 """Of a resolution. More are a mistake, or a trap in a config from outside: merely to build them takes for ever."""
+MAX_SIZE = 1 << 20
+"""Of a side, or a number of channels or classes. No memory holds a net of more, and torch cannot count its weights."""
 
 
 def build(
@@ -190,8 +192,9 @@ def _check(config: ModelConfig, num_timesteps: int) -> None:
             raise ValueError(f"{name} is {got}; it must be {right}")
 
     require(num_timesteps >= 1, "num_timesteps", "at least 1")
-    require(config.channels >= 1, "channels", "at least 1")
-    require(config.num_classes >= 0, "num_classes", "0 (unconditional) or the number of classes")
+    require(1 <= config.channels <= MAX_SIZE, "channels", f"at least 1, and at most {MAX_SIZE}")
+    classes = f"0 (unconditional) or the number of classes, at most {MAX_SIZE}"
+    require(0 <= config.num_classes <= MAX_SIZE, "num_classes", classes)
     blocks = f"at least 1, and at most {MAX_BLOCKS}"
     require(1 <= config.blocks_per_resolution <= MAX_BLOCKS, "blocks_per_resolution", blocks)
     require(0 <= config.dropout < 1, "dropout", "in [0, 1)")
@@ -200,12 +203,16 @@ def _check(config: ModelConfig, num_timesteps: int) -> None:
 
     widths = [config.base_width * multiplier for multiplier in multipliers]
     require(config.base_width >= 4 and config.base_width % 2 == 0, "base_width", "even and at least 4")
+    require(max(multipliers) <= MAX_SIZE, "width_multipliers", f"at most {MAX_SIZE}")
+    most = MAX_SIZE // max(multipliers)
+    require(config.base_width <= most, "base_width", f"at most {most}: no width may exceed {MAX_SIZE}")
     divides = config.norm_groups >= 1 and all(width % config.norm_groups == 0 for width in widths)
     require(divides, "norm_groups", f"a divisor of each of the widths {widths}")
 
     size, grain = config.image_size, 2 ** (len(widths) - 1)
     multiple = f"a multiple of {grain}: it is halved {len(widths) - 1} times"
     require(size >= grain and size % grain == 0, "image_size", multiple)
+    require(size <= MAX_SIZE, "image_size", f"at most {MAX_SIZE}")
     sizes = [size >> level for level in range(len(widths))]
     among = (
         f"among {sizes}, as --model.attention-resolutions {next((s for s in sizes if s <= 16), sizes[-1])}"

@@ -11,12 +11,14 @@ A folder without checksums.json, or with a file that does not match it, is not a
 import hashlib
 import json
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -40,6 +42,7 @@ FILES = (
 """Of a checkpoint."""
 PREFIX = "checkpoint-"
 BEST_PREFIX = "best-"
+NAME_DIGITS = 12
 
 # What may differ between a checkpoint and the run that goes on from it; the rest is the run's identity.
 _FREE_DATA = (
@@ -64,7 +67,28 @@ _NET_FREE_KEYS = ("model.dropout", "model.zero_init")
 
 def name_at(images_seen: int, prefix: str = PREFIX) -> str:
     """Folder name of the checkpoint after `images_seen` images; names sort by age."""
-    return f"{prefix}{images_seen:012d}"
+    return f"{prefix}{images_seen:0{NAME_DIGITS}d}"
+
+
+Count = Annotated[int, Field(ge=0, lt=10**NAME_DIGITS)]
+
+
+class Position(BaseModel):
+    """What state.json holds: how far training was, and of which run; other keys are kept as they are."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    step: Count
+    images_seen: Count
+    skipped_steps: Count = 0
+    best_held_out_loss: float | None
+    generator: str = Field("", max_length=100, pattern="^[ -~]*$")
+    run_key: str = Field(pattern="^[0-9A-Za-z]*$")
+    """Empty: imported, of no run."""
+    data_fingerprint: str = Field(pattern="^[0-9a-f]*$")
+
+
+_CHECKSUMS = TypeAdapter(dict[str, str])
 
 
 @dataclass(frozen=True)
@@ -144,33 +168,70 @@ def read_checksums(folder: Path) -> dict[str, str]:
         UserError: there is none, or it is damaged.
     """
     try:
-        return dict(json.loads((folder / CHECKSUMS).read_text()).items())
+        return _CHECKSUMS.validate_json((folder / CHECKSUMS).read_bytes(), strict=True)
     except FileNotFoundError:
         raise UserError(f"{folder} is no checkpoint: it has no checksums.json") from None
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{folder}/checksums.json is damaged: {error}") from None
+    except ValidationError as error:
+        raise damaged(folder / CHECKSUMS, error) from None
+
+
+def damaged(file: Path, error: ValidationError) -> UserError:
+    """A line that names the file, the first key that is wrong, and what is there."""
+    first = error.errors(include_url=False)[0]
+    key = reprlib.repr(".".join(map(str, first["loc"]))).strip(
+        "'"
+    )  # repr, for it may hold control characters
+    got = "" if first["type"] in ("missing", "json_invalid") else f", got {reprlib.repr(first['input'])}"
+    return UserError(f"{file} is damaged: {key}{': ' if key else ''}{first['msg']}{got}")
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint."""
-    return json.loads((folder / "state.json").read_text())
+    """state.json of a checkpoint.
+
+    Raises:
+        UserError: it is damaged, or contradicts itself or config.json.
+    """
+    file = folder / "state.json"
+    try:
+        at = Position.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise damaged(file, error) from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    batch_size = read_config(folder).train.batch_size
+    if at.images_seen != at.step * batch_size:
+        raise UserError(
+            f"{file} is damaged: images_seen is {at.images_seen}, but step {at.step} * train.batch_size {batch_size} "
+            f"is {at.step * batch_size}"
+        )
+    if at.skipped_steps > at.step:
+        raise UserError(f"{file} is damaged: skipped_steps is {at.skipped_steps}, but step is {at.step}")
+    if at.images_seen and not at.data_fingerprint:
+        raise UserError(f"{file} is damaged: data_fingerprint is '', but images_seen is {at.images_seen}")
+    return at.model_dump(exclude_unset=True)
 
 
 def position(folder: Path | None) -> int:
     """images_seen of a checkpoint, whose tensors need not be intact; 0 of none.
 
     Raises:
-        UserError: state.json is damaged.
+        UserError: state.json or config.json is damaged.
     """
-    try:
-        return int(read_state(folder)["images_seen"]) if folder else 0
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}/state.json is damaged: {error!r}") from None
+    return read_state(folder)["images_seen"] if folder else 0
 
 
 def read_config(folder: Path) -> Config:
-    """config.json of a checkpoint."""
-    return configs.from_json((folder / "config.json").read_text(), where=f"{folder}/config.json")
+    """config.json of a checkpoint.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    file = folder / "config.json"
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    return configs.from_json(text, where=str(file))
 
 
 def load(folder: Path, state: State, config: Config) -> None:
@@ -191,7 +252,7 @@ def load(folder: Path, state: State, config: Config) -> None:
     device = next(state.net.parameters()).device
     _load_weights(state.net, folder / "net.safetensors")
     _load_weights(state.ema.net, folder / "ema.safetensors")
-    state.load_optimizer_tensors(_read_tensors(folder / "optimizer.safetensors", device))
+    state.load_optimizer_tensors(_read_moments(folder, state, position, device))
     state.step, state.images_seen = position["step"], position["images_seen"]
     state.skipped_steps = position.get("skipped_steps", 0)
     best = position["best_held_out_loss"]
@@ -220,7 +281,7 @@ def load_net(folder: Path, device: torch.device, *, ema: bool = True) -> tuple[u
     verify(folder)
     config = read_config(folder)
     path = folder / ("ema.safetensors" if ema else "net.safetensors")
-    _check_shapes(config, path)
+    _check_shapes(folder, config, path)
     net = build_net(config)
     _load_weights(net, path)
     return net.to(device).eval().requires_grad_(False), config
@@ -235,7 +296,8 @@ def write_light(folder: Path, out: Path) -> None:
     """
     verify(folder)
     cpu, position = torch.device("cpu"), read_state(folder)
-    tensors = {name: _read_tensors(folder / f"{name}.safetensors", cpu) for name in ("net", "ema")}
+    net = _net_without_memory(folder, read_config(folder))
+    tensors = {name: _read_weights(net, folder / f"{name}.safetensors", cpu) for name in ("net", "ema")}
     config = (folder / "config.json").read_text()
     write(Snapshot(position["images_seen"], {**tensors, "optimizer": {}}, position, config), out)
 
@@ -268,35 +330,85 @@ def _read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
         raise UserError(f"{path} cannot be read as safetensors: {error}") from None
 
 
-def _check_shapes(config: Config, path: Path) -> None:
-    """Raise UserError unless the file at `path` holds the weights of the net that `config` describes.
+def _net_without_memory(folder: Path, config: Config) -> unet.UNet:
+    """The net on the meta device: a config from outside may describe one that no memory holds."""
+    try:
+        with torch.device("meta"):
+            return build_net(config)
+    except UserError as error:
+        raise UserError(f"{folder}/config.json: {error}") from None
 
-    Neither is built or read for that: a config may describe a net that no memory holds.
-    """
-    with torch.device("meta"):
-        net = build_net(config)
+
+def _check_shapes(folder: Path, config: Config, path: Path) -> None:
+    """Raise UserError unless the file at `path` has the weights of the net in `config`; neither is built or read."""
+    net = _net_without_memory(folder, config)
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(f"{path} cannot be read as safetensors: {error}") from None
-    _check_same_net(net, shapes, path)
+    _check_fit(shapes, _shapes(net.state_dict()), path)
 
 
 def _load_weights(net: nn.Module, path: Path) -> None:
-    tensors = _read_tensors(path, next(net.parameters()).device)
-    _check_same_net(net, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, path)
-    net.load_state_dict(tensors)
+    net.load_state_dict(_read_weights(net, path, next(net.parameters()).device))
 
 
-def _check_same_net(net: nn.Module, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
-    want = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+def _read_weights(net: nn.Module, path: Path, device: torch.device) -> dict[str, Tensor]:
+    tensors = _read_tensors(path, device)
+    _check_fit(_shapes(tensors), _shapes(net.state_dict()), path)
+    _check_numbers(tensors, path)
+    return tensors
+
+
+def _read_moments(
+    folder: Path, state: State, position: Mapping[str, Any], device: torch.device
+) -> dict[str, Tensor]:
+    """AdamW's state; none before the first step that taught something."""
+    path = folder / "optimizer.safetensors"
+    tensors = _read_tensors(path, device)
+    has_learned = position["step"] > position.get("skipped_steps", 0)
+    if has_learned and not tensors:
+        raise UserError(
+            f"{path} is empty, as in a registered model, but state.json says images_seen {position['images_seen']}, so "
+            f"its run cannot go on; begin a new one from its weights: --train.init-from {folder}"
+        )
+    _check_fit(_shapes(tensors), state.optimizer_shapes() if has_learned else {}, path)
+    _check_numbers(tensors, path)
+    for name, tensor in tensors.items():
+        least = {"step": 1.0, "exp_avg_sq": 0.0}.get(name.rpartition(".")[2], -math.inf)
+        if bool((tensor < least).any()):
+            raise UserError(
+                f"{path} is damaged: {name} holds {tensor.min().item()}; it must be at least {least}"
+            )
+    return tensors
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _check_fit(
+    shapes: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]], path: Path
+) -> None:
+    """Raise UserError unless there is each tensor that the net needs, in its shape, and no other."""
     for name in sorted(set(want) ^ set(shapes)):
         has = "lacks" if name in want else "has the unknown"
-        raise UserError(f"{path} is of another architecture: it {has} weight {name}")
+        raise UserError(f"{path} is damaged or of another architecture: it {has} {name!r:.100}")
     for name, shape in shapes.items():
         if shape != want[name]:
-            raise UserError(f"{path} is of another architecture: {name} is {shape}, the net has {want[name]}")
+            raise UserError(
+                f"{path} is damaged or of another architecture: {name} is {shape}, the net has {want[name]}"
+            )
+
+
+def _check_numbers(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise UserError for what no training of ours has written."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            raise UserError(f"{path} is damaged: {name} is of {tensor.dtype}; it must be of torch.float32")
+        if not bool(tensor.isfinite().all()):
+            raise UserError(f"{path} is damaged: {name} holds numbers that are not finite")
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -88,6 +88,14 @@ class State:
                 tensors[f"{name}.{key}"] = value
         return tensors
 
+    def optimizer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of `optimizer_tensors` after a step."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, weight in self.net.named_parameters():
+            shape = tuple(weight.shape)
+            shapes |= {f"{name}.step": (), f"{name}.exp_avg": shape, f"{name}.exp_avg_sq": shape}
+        return shapes
+
     def load_optimizer_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Inverse of `optimizer_tensors`."""
         for name, weight in self.net.named_parameters():

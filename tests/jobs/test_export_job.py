@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
     with torch.no_grad():
         for weight in state.ema.net.parameters():
             weight.add_(0.05)
-    checkpoint.save(tmp_path / "c", state, TINY, {"run_key": "k"})
+    checkpoint.save(tmp_path / "c", state, TINY, {"run_key": "k", "data_fingerprint": ""})
     return tmp_path / "c"
 
 

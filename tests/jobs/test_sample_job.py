@@ -25,7 +25,9 @@ TINY = override(TINY_NET, {"schedule.num_timesteps": 50, "model.num_classes": 3,
 def run(tmp_path: Path) -> None:
     """A run with one checkpoint."""
     state = State.create(TINY, torch.device("cpu"))
-    checkpoint.save(tmp_path / "run/checkpoint-000000000000", state, TINY, {})
+    checkpoint.save(
+        tmp_path / "run/checkpoint-000000000000", state, TINY, {"run_key": "", "data_fingerprint": ""}
+    )
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -56,6 +58,10 @@ def test_mistakes_are_a_line_and_exit_code_2(run_job: Callable[..., Any], tmp_pa
         (["nothing-here"], "does not exist"),
         (["run", "--sampler", "mix"], "mix cannot undo the process gaussian"),
         (["run", "--num-sample-steps", "51"], "num_sample_steps is 51"),
+        (
+            ["run", "--num-images", "1000000000000"],
+            "1,000,000,000,000 images need 4,096,000.0 GB or more, and",
+        ),
         (["run", "--inpaint", "a.png"], "--inpaint and --mask belong together"),
         ([*part, "--sampler", "ddim"], "not of ddim"),
         ([*part, "--num-resamples", "0"], "num_resamples is 0"),

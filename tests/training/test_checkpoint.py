@@ -1,12 +1,15 @@
 """A checkpoint is loaded whole and as it was, by the run it belongs to, or not at all."""
 
-import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from forged import forge, forge_json, forge_tensors
 from safetensors.torch import load_file
+from torch import Tensor
 
 from ddpm.config import Config, UserError, override
 from ddpm.training import checkpoint
@@ -22,7 +25,7 @@ def folder(tiny: Config, tmp_path: Path) -> Path:
     sum(p.square().sum() for p in state.net.parameters()).backward()  # type: ignore[union-attr]
     state.optimizer.step()
     state.step, state.images_seen = 3, 96
-    checkpoint.save(tmp_path / "c", state, tiny, {"run_key": "k"})
+    checkpoint.save(tmp_path / "c", state, tiny, {"run_key": "k", "data_fingerprint": "f"})
     return tmp_path / "c"
 
 
@@ -82,8 +85,8 @@ def test_another_architecture_is_refused(folder: Path, tiny: Config) -> None:
 
 def test_weights_that_contradict_their_config_are_refused(folder: Path, tiny: Config) -> None:
     other = State.create(override(tiny, {"model.base_width": 16}), CPU)
-    checkpoint.save(folder, other, tiny, {})
-    with pytest.raises(UserError, match="is of another architecture"):
+    checkpoint.save(folder, other, tiny, {"run_key": "k", "data_fingerprint": "f"})
+    with pytest.raises(UserError, match="of another architecture"):
         checkpoint.load_net(folder, CPU)
 
 
@@ -97,12 +100,8 @@ def test_what_may_change_may_change(folder: Path, tiny: Config) -> None:
 @pytest.mark.parametrize("says", [{}, {"generator": "philox4x64-blake2b/0"}], ids=["nothing", "another"])
 def test_a_run_of_another_generator_does_not_go_on(folder: Path, tiny: Config, says: dict[str, str]) -> None:
     """Its images and its noise were others; its weights serve to draw with, and to begin with."""
-    position = checkpoint.read_state(folder)
-    assert position.pop("generator") == GENERATOR
-    (folder / "state.json").write_text(json.dumps(position | says))
-    sums = json.loads((folder / "checksums.json").read_text())
-    sums["state.json"] = checkpoint._sha256(folder / "state.json")
-    (folder / "checksums.json").write_text(json.dumps(sums))
+    assert checkpoint.read_state(folder)["generator"] == GENERATOR
+    forge_json(folder, "state.json", {"generator": ...} | says)
     expected = says.get("generator", "PyTorch's, with 32 bits of a seed")
     with pytest.raises(UserError, match=rf"another random generator \({expected}; now .*--train\.init-from"):
         checkpoint.load(folder, State.create(tiny, CPU), tiny)
@@ -115,10 +114,158 @@ def test_nothing_loaded_is_executed(folder: Path, tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return Path.touch, (tmp_path / "executed",)  # type: ignore[return-value]
 
-    (folder / "net.safetensors").write_bytes(pickle.dumps(Bomb()))
-    sums = json.loads((folder / "checksums.json").read_text())
-    sums["net.safetensors"] = checkpoint._sha256(folder / "net.safetensors")
-    (folder / "checksums.json").write_text(json.dumps(sums))
+    forge(folder, "net.safetensors", pickle.dumps(Bomb()))
     with pytest.raises(UserError, match="cannot be read"):
         checkpoint.load_net(folder, CPU, ema=False)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("state.json", b'{"step": 3, "images', "Invalid JSON: EOF while parsing"),
+        ("state.json", b"[]", r"Input should be an object, got \[\]"),
+        ("state.json", b"[" * 9999, "Invalid JSON: recursion limit"),
+        ("state.json", b"\xff", "Invalid JSON"),
+        ("state.json", {"images_seen": "96"}, "images_seen: Input should be a valid integer, got '96'"),
+        ("state.json", {"images_seen": True}, "images_seen: Input should be a valid integer, got True"),
+        (
+            "state.json",
+            {"images_seen": -5},
+            "images_seen: Input should be greater than or equal to 0, got -5",
+        ),
+        ("state.json", {"images_seen": float("nan")}, "images_seen: Input should be .*, got nan"),
+        (
+            "state.json",
+            {"images_seen": 10**30},
+            "images_seen: Input should be less than 1000000000000, got 10+",
+        ),
+        ("state.json", {"images_seen": 64}, r"images_seen is 64, but step 3 \* train\.batch_size 32 is 96"),
+        ("state.json", {"skipped_steps": 4}, "skipped_steps is 4, but step is 3"),
+        ("state.json", {"best_held_out_loss": float("inf")}, "best_held_out_loss: .* finite number, got inf"),
+        ("state.json", {"data_fingerprint": ...}, "data_fingerprint: Field required$"),
+        ("state.json", {"data_fingerprint": ""}, "data_fingerprint is '', but images_seen is 96"),
+        ("state.json", {"run_key": "\x1b\nerror:"}, r"run_key: .* pattern .*, got '\\x1b\\nerror:'"),
+        ("config.json", b"\xff", "'utf-8' codec can't decode byte 0xff in position 0"),
+        ("checksums.json", b"[" * 9999, "Invalid JSON: recursion limit"),
+        (
+            "checksums.json",
+            b'{"\\u001b\\nerror:": 3}',
+            r"\\x1b\\nerror:: Input should be a valid string, got 3",
+        ),
+    ],
+)
+def test_json_with_wrong_content_is_refused(
+    folder: Path, tiny: Config, name: str, wrong: bytes | dict[str, Any], message: str
+) -> None:
+    """By all who read it: to go on, to register, to draw."""
+    forge_json(folder, name, wrong) if isinstance(wrong, dict) else forge(folder, name, wrong)
+    readers: list[Callable[[], object]] = [
+        lambda: checkpoint.load(folder, State.create(tiny, CPU), tiny),
+        lambda: checkpoint.write_light(folder, folder.parent / "light"),
+    ]
+    if name == "state.json":
+        readers.append(lambda: checkpoint.position(folder))
+    else:
+        readers.append(lambda: checkpoint.load_net(folder, CPU))
+    for read in readers:
+        with pytest.raises(
+            UserError, match=f"^{folder}/{name} (is damaged|cannot be read): {message}"
+        ) as caught:
+            read()
+        assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
+    assert not (folder.parent / "light").exists()
+
+
+def with_tensor(
+    name: str, change: Callable[[Tensor], Tensor]
+) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda tensors: tensors | {name: change(tensors[name])}
+
+
+def without(name: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda tensors: {key: tensor for key, tensor in tensors.items() if key != name}
+
+
+MOMENT = "conv_in.weight.exp_avg"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda tensors: {},
+            "is empty, as in a registered model, but .* images_seen 96, .*--train.init-from",
+        ),
+        (without(MOMENT), f"is damaged or of another architecture: it lacks '{MOMENT}'"),
+        (lambda tensors: {**tensors, "a": torch.zeros(1)}, "is damaged .*: it has the unknown 'a'"),
+        (
+            with_tensor(MOMENT, lambda t: t[:, :, :1].contiguous()),
+            rf"{MOMENT} is \(8, 1, 1, 3\), the net has \(8, 1, 3, 3\)",
+        ),
+        (with_tensor(MOMENT, lambda t: t.new_zeros(1)), rf"{MOMENT} is \(1,\), the net has"),
+        (with_tensor(MOMENT, lambda t: t * torch.nan), f"{MOMENT} holds numbers that are not finite"),
+        (
+            with_tensor(MOMENT, lambda t: t.double()),
+            f"{MOMENT} is of torch.float64; it must be of torch.float32",
+        ),
+        (with_tensor(f"{MOMENT}_sq", lambda t: t - 1), f"{MOMENT}_sq holds -1.0; it must be at least 0.0"),
+        (with_tensor("conv_in.weight.step", lambda t: t * 0), "step holds 0.0; it must be at least 1.0"),
+    ],
+)
+def test_an_optimizer_with_wrong_content_is_refused(
+    folder: Path, tiny: Config, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], message: str
+) -> None:
+    forge_tensors(folder, "optimizer.safetensors", change)
+    with pytest.raises(UserError, match=f"^{folder}/optimizer.safetensors .*{message}"):
+        checkpoint.load(folder, State.create(tiny, CPU), tiny)
+    checkpoint.load_net(folder, CPU)
+    checkpoint.begin(folder, State.create(tiny, CPU), tiny)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t * torch.nan, "holds numbers that are not finite"),
+        (lambda t: t / 0, "holds numbers that are not finite"),
+        (lambda t: t[:1], r"is \(1, 1, 3, 3\), the net has \(8, 1, 3, 3\)"),
+        (lambda t: t.half(), "is of torch.float16; it must be of torch.float32"),
+    ],
+    ids=["nan", "infinite", "that broadcast", "of half precision"],
+)
+@pytest.mark.parametrize("file", ["net.safetensors", "ema.safetensors"])
+def test_weights_with_wrong_content_are_refused(
+    folder: Path, tiny: Config, file: str, change: Callable[[Tensor], Tensor], message: str
+) -> None:
+    """By all who read them: to go on, to register, to draw, to begin another run."""
+    forge_tensors(folder, file, with_tensor("conv_in.weight", change))
+    readers: list[Callable[[], object]] = [
+        lambda: checkpoint.load(folder, State.create(tiny, CPU), tiny),
+        lambda: checkpoint.write_light(folder, folder.parent / "light"),
+        lambda: checkpoint.load_net(folder, CPU, ema=file.startswith("ema")),
+    ]
+    if file.startswith("ema"):
+        readers.append(lambda: checkpoint.begin(folder, State.create(tiny, CPU), tiny))
+    for read in readers:
+        with pytest.raises(UserError, match=rf"^{folder}/{file} is damaged.*: conv_in\.weight {message}$"):
+            read()
+    assert not (folder.parent / "light").exists()
+
+
+def test_a_registered_model_draws_and_does_not_go_on(folder: Path, tiny: Config, tmp_path: Path) -> None:
+    checkpoint.write_light(folder, tmp_path / "light")
+    checkpoint.load_net(tmp_path / "light", CPU)
+    checkpoint.begin(tmp_path / "light", State.create(tiny, CPU), tiny)
+    with pytest.raises(UserError, match=r"optimizer\.safetensors is empty, as in a registered model"):
+        checkpoint.load(tmp_path / "light", State.create(tiny, CPU), tiny)
+
+
+def test_a_checkpoint_of_nothing_but_skipped_steps_goes_on(tiny: Config, tmp_path: Path) -> None:
+    """AdamW has no state before its first step."""
+    state = State.create(tiny, CPU)
+    state.step = state.skipped_steps = 2
+    state.images_seen = 64
+    checkpoint.save(tmp_path / "c", state, tiny, {"run_key": "", "data_fingerprint": "f"})
+    back = State.create(tiny, CPU)
+    checkpoint.load(tmp_path / "c", back, tiny)
+    assert (back.step, back.skipped_steps, back.optimizer_tensors()) == (2, 2, {})

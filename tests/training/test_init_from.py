@@ -25,7 +25,8 @@ def first(tiny: Config, tmp_path: Path) -> Path:
         for weight in state.ema.net.parameters():
             weight.add_(0.1)
     state.step, state.images_seen = 100, 3200
-    checkpoint.save(tmp_path / "first", state, override(tiny, {"train.seed": 5}), {"run_key": "other"})
+    identity = {"run_key": "other", "data_fingerprint": "f"}
+    checkpoint.save(tmp_path / "first", state, override(tiny, {"train.seed": 5}), identity)
     return tmp_path / "first"
 
 

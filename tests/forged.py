@@ -1,0 +1,36 @@
+"""Checkpoints with right checksums and wrong content."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ddpm.training import checkpoint
+
+
+def forge(folder: Path, name: str, data: bytes) -> None:
+    """Put `data` into a file of a checkpoint, and its SHA-256 into checksums.json, unless that is the file."""
+    (folder / name).write_bytes(data)
+    if name != "checksums.json":
+        update_checksum(folder, name)
+
+
+def forge_json(folder: Path, name: str, changes: Mapping[str, Any]) -> None:
+    """Set keys of a JSON file of a checkpoint; ... takes one away."""
+    values = json.loads((folder / name).read_text()) | changes
+    forge(folder, name, json.dumps({k: v for k, v in values.items() if v is not ...}).encode())
+
+
+def forge_tensors(folder: Path, name: str, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    """Replace the tensors of a file of a checkpoint."""
+    save_file(change(load_file(folder / name)), folder / name)
+    update_checksum(folder, name)
+
+
+def update_checksum(folder: Path, name: str) -> None:
+    sums = json.loads((folder / "checksums.json").read_text())
+    sums[name] = checkpoint._sha256(folder / name)
+    (folder / "checksums.json").write_text(json.dumps(sums))
