@@ -10,7 +10,6 @@ model holds
 No pickle is in it. What we download is the checkpoint alone, and none of that code is run.
 """
 
-import logging
 import os
 import shutil
 import tempfile
@@ -113,13 +112,12 @@ def _mlflow() -> Iterator[Any]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        yield MlflowClient(uri)
+        yield tracking.connect(uri)
+    except tracking.Lost as error:
+        raise UserError(f"MLflow at {uri}: {error}") from None
     except (MlflowException, OSError) as error:
         reason = Caller(uri, lambda: True).reason(error)
         raise UserError(f"MLflow at {tracking.without_password(uri)}: {reason}") from None

@@ -13,14 +13,18 @@ What is measured beside training (`add`) leaves that tag alone: of it a value is
 Nothing here knows of threads or of storage: `ddpm.delivery` does.
 """
 
+import glob
 import io
 import logging
 import math
 import os
 import re
+import shutil
+import sqlite3
 import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +47,8 @@ MAX_METRICS_PER_CALL = 1000
 PICTURE_KEY = re.compile(r"[a-zA-Z0-9_\-./ ]+")
 PICTURE_FILE = re.compile(r"(images/(.+)\+step\+(\d+)\+timestamp\+\d+\+[0-9a-f-]+)\.png")
 THUMBNAIL_SIDE = 256
+HALF_MADE = re.compile(r"already exists|duplicate column|no such (table|column|index)")
+"""What SQLite says when MLflow opens a database whose tables it was stopped in making."""
 
 
 class Lost(Exception):
@@ -70,6 +76,35 @@ def tracking_uri() -> str:
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
     return SQLITE + str(Path(uri.removeprefix(SQLITE)).absolute()) if uri.startswith(SQLITE) else uri
+
+
+def connect(uri: str) -> Any:
+    """Open MLflow at `uri`; a SQLite database that does not exist is created.
+
+    Returns:
+        An MlflowClient.
+
+    Raises:
+        Lost: the database is half made.
+        Exception: what MLflow raises.
+    """
+    from mlflow import MlflowClient  # takes seconds
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    database = _database(uri)
+    if database is not None and not database.exists():
+        _create_database(database)
+    try:
+        return MlflowClient(uri)
+    except Exception as error:
+        if database is None or not (trace := _half_made(database, error)):
+            raise
+        raise Lost(
+            f"{database} is half made: MLflow was stopped while it made or upgraded its tables ({trace}). Move this "
+            "file away, and a new one is made. What was delivered to it stays in it alone; what a run still keeps, "
+            "`python jobs/track.py RUN` delivers to the new one"
+        ) from None
 
 
 def experiment_id(client: Any, uri: str, name: str) -> str:
@@ -126,8 +161,8 @@ class MlflowRun:
             OutOfTime: MLflow did not answer in time.
             Lost: it refuses.
         """
-        database = self._address.uri.removeprefix(SQLITE)
-        if database != self._address.uri and not Path(database).exists():
+        database = _database(self._address.uri)
+        if database is not None and not database.exists():
             return False
         self._surely(self._connect)
         return bool(self._surely(self._look_for))
@@ -196,12 +231,7 @@ class MlflowRun:
             self._client.set_terminated(self.run_id, status)
 
     def _connect(self) -> None:
-        """MLflow takes seconds to import, so it happens here."""
-        from mlflow import MlflowClient
-
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        self._client = MlflowClient(self._address.uri)
+        self._client = connect(self._address.uri)
 
     def _find(self, running: bool) -> None:
         from mlflow.entities import Param
@@ -318,7 +348,7 @@ class MlflowRun:
         """call(*args), without which nothing else makes sense."""
         try:
             return self.call(call, *args)
-        except OutOfTime:
+        except (OutOfTime, Lost):
             raise
         except Exception as error:
             raise Lost(self.call.reason(error)) from None
@@ -329,6 +359,53 @@ class MlflowRun:
             return self.run_id is not None and bool(self._client.get_run(self.run_id))
         except Exception:
             return False
+
+
+def _database(uri: str) -> Path | None:
+    """The SQLite file that `uri` names; None if it names something else."""
+    return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) and "?" not in uri else None
+
+
+def _create_database(database: Path) -> None:
+    """Create MLflow's tables in a file of its own, which gets the name `database` once it is whole.
+
+    MLflow's migrations are not atomic: after a kill in the middle of them no MLflow opens the file (3.17).
+    """
+    from mlflow import MlflowClient
+
+    mark = f".{database.name}.new-"
+    try:
+        database.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=mark, dir=database.parent, ignore_cleanup_errors=True
+        ) as folder:
+            new = Path(folder, database.name)
+            MlflowClient(f"{SQLITE}{new}")
+            with suppress(FileExistsError):  # another process was faster, and may have written to its file
+                os.link(new, database)
+    except (
+        OSError
+    ) as error:  # no hard links, or no right to write: MLflow does it in its own way, or says why not
+        logger.info("%s is not created beside its place: %s", database, error)
+        return
+    except Exception:
+        if not database.exists():  # else the faster process cleared this one's folder away
+            raise
+    for left in database.parent.glob(f"{glob.escape(mark)}*"):  # of processes that were killed
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _half_made(database: Path, error: Exception) -> str | None:
+    """The trace of a migration that did not end, if there is one: a leftover table, or else SQLite's message."""
+    with (
+        suppress(sqlite3.Error),
+        closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)) as opened,
+    ):
+        query = "SELECT name FROM sqlite_master WHERE type = 'table' AND name GLOB '_alembic_tmp_*'"
+        if left := opened.execute(query).fetchone():
+            return f"table {left[0]} is left over"
+    message = str(getattr(error, "orig", ""))  # SQLAlchemy's errors carry SQLite's
+    return message if HALF_MADE.search(message) else None
 
 
 def _thumbnail(png: bytes) -> bytes:

@@ -77,8 +77,6 @@ def settled(chosen: "Arguments") -> Outset:
     ):
         if value < least:
             raise UserError(f"--{flag} is {value}; it must be at least {least}")
-    if chosen.searcher == "optuna":
-        _check_optuna()
     loop.check(config)
     if config.objective.process != "gaussian":
         raise UserError(
@@ -139,13 +137,3 @@ def settled(chosen: "Arguments") -> Outset:
         Jury(train, held_out, chosen.num_images, seed=chosen.seed, variance=chosen.variance),
         settings,
     )
-
-
-def _check_optuna() -> None:
-    """Refuse a search whose proposals nobody could make, before anything is written."""
-    try:
-        import optuna  # noqa: F401
-    except ImportError:
-        raise UserError(
-            "--searcher optuna needs Optuna: pip install -e '.[search]'; --searcher random does without"
-        ) from None

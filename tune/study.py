@@ -142,7 +142,7 @@ class OptunaProposer:
     """
 
     def __init__(self, space: Space, seed: int) -> None:
-        import optuna  # an extra; outset.py has seen that it is installed
+        import optuna  # the other searchers do without the time that takes
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         sampler = optuna.samplers.TPESampler(seed=seed)

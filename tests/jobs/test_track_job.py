@@ -1,7 +1,9 @@
 """python jobs/track.py, as a person types it after MLflow was away."""
 
 import json
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +140,18 @@ def test_mistakes_are_a_line_and_exit_code_2(run_job: Callable[..., Any], run: R
     assert not (tmp_path / "never.db").exists()
 
 
-def test_a_database_on_this_machine_will_do(run_job: Callable[..., Any], run: Run, tmp_path: Path) -> None:
+def test_a_half_made_database_is_named_and_a_new_one_takes_all(
+    run_job: Callable[..., Any], run: Run, tmp_path: Path
+) -> None:
+    """As a first run left it that was stopped while MLflow made its tables."""
+    database = tmp_path / "mlflow.db"
+    with closing(sqlite3.connect(database)) as opened:
+        opened.execute("CREATE TABLE _alembic_tmp_experiments (experiment_id INTEGER)")
+    refused = run_job("track", "runs/a-run", cwd=tmp_path, env={"MLFLOW_TRACKING_URI": ""})
+    assert refused.returncode == 1
+    assert f"refuses the run: {database} is half made: " in refused.stderr
+    assert "Move this file away" in refused.stderr and "Traceback" not in refused.stderr
+    database.rename(tmp_path / "aside.db")
     done = run_job("track", "runs/a-run", cwd=tmp_path, env={"MLFLOW_TRACKING_URI": ""})
     assert done.returncode == 0, done.stderr
     uri = f"sqlite:///{tmp_path}/mlflow.db"

@@ -7,10 +7,12 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import processes
 import pytest
-from faulted import TOTAL, Run, assert_same, assert_tracked_once, metric
+from faulted import TOTAL, Run, assert_same, assert_tracked_once, metric, tracked
+from mlflow import MlflowClient
 from servers import RayHead
 
 WORKER = "ray::RayTrainWorker"
@@ -89,6 +91,38 @@ def test_asked_to_stop(run: Run, undisturbed: Run) -> None:
     assert_same(run, undisturbed)
     assert_tracked_once(run)
     assert metric(run, "train/goodput")[-1] == (TOTAL, 1.0)
+
+
+def test_the_clock_jumps(run: Run, undisturbed: Run, tmp_path: Path) -> None:
+    """An hour forth and two back, in every process; and a worker that is killed resumes before it began."""
+    found = list(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
+    if not found:
+        pytest.skip("libfaketime is missing; `apt-get install libfaketime` brings it")
+    clock = tmp_path / "clock"
+    clock.write_text("+0")
+    env = {
+        "LD_PRELOAD": str(found[0]),
+        "FAKETIME_TIMESTAMP_FILE": str(clock),
+        "FAKETIME_CACHE_DURATION": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }
+    with run.start(env=env) as job:
+        for offset_s in (3600, -3600):
+            job.wait_for(run.past(run.position()))
+            clock.write_text(f"{offset_s:+d}")
+        job.wait_for(run.past(run.position() + 640))
+        job.members(WORKER)[0].send_signal(signal.SIGKILL)
+        job.wait_for(run.past(run.position()))
+        clock.write_text("+0")
+        assert job.wait() == 0, job.output
+    assert "Traceback" not in job.output
+    assert_same(run, undisturbed)
+    assert_tracked_once(run)
+    history = MlflowClient(os.environ["MLFLOW_TRACKING_URI"]).get_metric_history(
+        tracked(run).info.run_id, "train/loss"
+    )
+    times = [point.timestamp for point in history]
+    assert max(times) - min(times) > 3_600_000, "the clock was never another one"
 
 
 def test_ray_job_stop(run: Run, undisturbed: Run, ray_head: RayHead) -> None:

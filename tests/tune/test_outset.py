@@ -96,18 +96,6 @@ def typed(*flags: str) -> int:
         return search.main()
 
 
-def test_without_optuna_nothing_is_written_and_another_searcher_may_have_the_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(UserError, match=r"needs Optuna: .* --searcher random does without"):
-        typed()
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(MlflowIsNext):
-        typed("--searcher", "random")
-    assert (tmp_path / "runs/s/search.json").exists()
-
-
 def test_a_cluster_that_is_too_small_does_not_settle_what_the_search_is(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"2 trials at a time .* use a smaller --max-concurrent"):
         typed("--cluster.cpus-per-worker", "1")
