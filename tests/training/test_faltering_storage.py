@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faulted import Run, assert_same, assert_tracked_once, metric, segments, tracked
+from faulted import Run, assert_same, assert_tracked_once, metric
 from processes import Job
 from proxy import FaultyProxy
 from servers import S3Server
@@ -83,19 +83,6 @@ def test_s3_falters(run_on_s3: Run, undisturbed: Run, proxy: FaultyProxy) -> Non
         assert job.wait() == 0, job.output
     assert_same(run_on_s3, undisturbed)
     assert_tracked_once(run_on_s3)
-
-
-def test_s3_answers_slowly(run_on_s3: Run, proxy: FaultyProxy) -> None:
-    """Two seconds a request, from the first to the last: slow is no failure, whatever --run.storage-timeout-s says. The
-    images are few, since all wait for each of their row groups."""
-    proxy.switch("delay", delay_s=2)
-    flags = "--cluster.max-failures 0 --run.storage-timeout-s 5 --train.total-images 640".split()
-    with run_on_s3.start(*flags, env=through(proxy)) as job:
-        assert job.wait(480) == 0, job.output
-    assert "Traceback" not in job.output
-    assert run_on_s3.position() == 640
-    assert [step for step, _ in metric(run_on_s3, "train/loss")] == [320, 640]
-    assert tracked(run_on_s3).info.status == "FINISHED" and segments(run_on_s3) == []
 
 
 def test_reading_tasks_killed(run_on_s3: Run, undisturbed: Run, proxy: FaultyProxy) -> None:
