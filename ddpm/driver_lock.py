@@ -103,9 +103,8 @@ class DriverLock:
             changed = now if found != before else changed
             # Where storage answers slowly, each beat takes two of its answers longer.
             patience = max(patience, 4 * (BEAT_S + 2 * (now - asked)))
-        if (
-            _process(found) == "running" and _parsed(found).get("pid") != os.getpid()
-        ):  # stopped, by Ctrl-Z say
+        is_stopped = _process(found) == "running" and _parsed(found).get("pid") != os.getpid()
+        if is_stopped:  # by Ctrl-Z, say
             raise self._refusal(found)
         return found
 

@@ -83,10 +83,10 @@ def fit(
     cpus, gpus = resources["CPU"], resources.get("GPU", 0)
     print(f"workers     {config.cluster.num_workers}, of {cpus:g} CPUs and {gpus:g} GPUs each", flush=True)
     assert config.run.name is not None, "runs.settled names a run"
-    if warning := placement.crowding(config, resources):
-        print(f"warning: {warning}", file=sys.stderr)
     folder = storage.resolve(config.run.storage).child(config.run.name)
     with DriverLock(folder, "run", "--run.name", log.warning) as lock:
+        if warning := placement.crowding(config, resources):
+            print(f"warning: {warning}", file=sys.stderr)
         return _fit(config, data_set, lock, verbose, goes_on, parent_run_id, troupe, trained)
 
 

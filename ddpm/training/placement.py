@@ -50,10 +50,9 @@ def _resources_per_worker(config: Config, have: dict[str, float]) -> dict[str, f
     gpu = _on_gpus(config, least, gpus, f"{least} workers", "use fewer workers")
     share = cluster.cpus_per_worker
     if share is None:
-        crowd = (
-            most if gpu else min(most, int(MAX_WORKERS_PER_CPU * cpus))
-        )  # of 1:99 no more are started than that
-        if not gpu and least > crowd:
+        # Of 1:99 no more are started than are useful.
+        crowd = most if gpu else min(most, int(MAX_WORKERS_PER_CPU * cpus))
+        if not gpu and cpus and least > crowd:
             raise UserError(
                 f"{least} workers on CPUs, of which the cluster has {cpus:g}: they would wait for each other at every "
                 f"step; use at most {crowd} ({MAX_WORKERS_PER_CPU} a CPU), best {max(1, int(cpus))} or fewer, or set "

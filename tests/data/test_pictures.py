@@ -316,5 +316,6 @@ def test_a_message_names_no_address_in_memory() -> None:
     with pytest.raises(UserError) as raised:
         store([(b"no picture", "cats/x.png")], 8, 1, "raw")
     assert str(raised.value) == (
-        "cannot read the image cats/x.png: it is no PNG, JPEG, WEBP, BMP, TIFF, GIF; repair it or take it away"
+        "cannot read the image cats/x.png: it is no PNG, JPEG, WEBP, BMP, TIFF or GIF file; repair it or take it away, "
+        "then give the same command again"
     )

@@ -171,17 +171,17 @@ def test_a_harmed_digit_scores_worse(
     digits_classifier: Classifier, train_digits: DataSet, test_digits: DataSet
 ) -> None:
     """The classifier's KID orders real digits, noisy ones, and ones drowned in noise; the first are at the floor."""
-    real = torch.from_numpy(test_digits.read(test_digits.plan(0, 1000), 0, 90).image)
-    other = torch.from_numpy(train_digits.read(train_digits.plan(0, 2000), 0, 600).image)
-    noise = torch.randn(other[300:].shape, generator=torch.Generator().manual_seed(0))
+    real = torch.from_numpy(test_digits.read(test_digits.plan(0, 1000), 0, 297).image)
+    other = torch.from_numpy(train_digits.read(train_digits.plan(0, 2000), 0, 1500).image)
+    noise = torch.randn(other[750:].shape, generator=torch.Generator().manual_seed(0))
     values = []
     for amount in (0, 80, 200):
-        image = (other[300:] + amount * noise).round().clamp(0, 255).to(torch.uint8)
+        image = (other[750:] + amount * noise).round().clamp(0, 255).to(torch.uint8)
         found = score(
             "classifier",
             features_of(digits_classifier, image),
             features_of(digits_classifier, real),
-            features_of(digits_classifier, other[:300]),
+            features_of(digits_classifier, other[:750]),
         )
         values.append(by_name(found)["KID-classifier"])
     clean, slight, heavy = values

@@ -20,10 +20,10 @@ def save_two(root: Path, config: Config, committed: list[int]) -> None:
     location = storage.resolve(str(root)).child("runs").child("one")
     state = State.create(config, torch.device("cpu"))
     its = Keeper(location, 1, 5.0, committed.append, pytest.fail)
-    for state.images_seen in (32, 64):
-        its.save(
-            checkpoint.snapshot(state, config, {"run_key": "a"}), b"segment", best=state.images_seen == 64
-        )
+    for state.step in (1, 2):
+        state.images_seen = 32 * state.step
+        snapshot = checkpoint.snapshot(state, config, {"run_key": "a", "data_fingerprint": "b"})
+        its.save(snapshot, b"segment", best=state.step == 2)
     its.flush()
     its.close()
 
