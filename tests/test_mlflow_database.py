@@ -71,10 +71,11 @@ def test_a_first_run_stopped_at_any_moment_leaves_no_broken_database(
     database, stopped = folder / "mlflow.db", 0
     for kill in range(NUM_KILLS):
         number = (signal.SIGKILL, signal.SIGINT)[kill % 2]
-        stopped += stop_midway(forks, connect, database, 1 + kill * WHOLE_BYTES // (2 * NUM_KILLS), number)
-        database.unlink(
-            missing_ok=True
-        )  # of one that was done before; whatever it left beside it must not matter
+        size = 1 + kill * WHOLE_BYTES // (2 * NUM_KILLS)
+        was_stopped = stop_midway(forks, connect, database, size, number)
+        assert database.exists() != was_stopped
+        stopped += was_stopped
+        database.unlink(missing_ok=True)  # of one that was done before
     assert stopped >= NUM_KILLS // 2
     address, outbox = address_at(f"sqlite:///{database}"), outbox_in(tmp_path / "run")
     put(outbox, 64, 64)
