@@ -25,7 +25,7 @@ Array = NDArray[np.float64]
 
 REPETITIONS, NUM_GENERATED, SIZE = 200, 300, 16
 MANY_GENERATED = 2000
-"""Of KID alone: what `jobs/evaluate.py` draws by default."""
+"""Generated images for KID alone: what `jobs/evaluate.py` draws by default."""
 SEARCHES, TRIALS = 400, 16
 TRIAL_NOISE, KID_GENERATED = 0.3, 200
 

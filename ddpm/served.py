@@ -31,7 +31,7 @@ from ddpm.training import checkpoint
 
 BATCH_SIZE = 64
 MAX_IMAGES = 4096
-"""Of all requests in one call."""
+"""Images of all requests in one call, at most."""
 
 
 class Request(BaseModel):

@@ -38,7 +38,7 @@ PARTS = {
 """Names that folders and files of a split have, and which split that is."""
 MAX_SIZE = 4096
 NAMES_SHOWN = 3
-"""Of files, in a message about many."""
+"""Files named in a message about many."""
 SPECIAL = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
 EXIF_ORIENTATION = 0x0112
 Encoding = Literal["encoded", "raw"]

@@ -29,7 +29,7 @@ EMBEDDED_TIMESTEPS = 1000
 MAX_BLOCKS = 64
 """Of a resolution. More are a mistake, or a trap in a config from outside: merely to build them takes for ever."""
 MAX_SIZE = 1 << 20
-"""Of a side, or a number of channels or classes. No memory holds a net of more, and torch cannot count its weights."""
+"""Largest side, width, and number of classes. No memory holds a net of more, and torch cannot count its weights."""
 
 
 def build(
