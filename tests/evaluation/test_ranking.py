@@ -61,7 +61,7 @@ def searches(num_images: int, num: int, lead: float = 0.0) -> list[NDArray[np.fl
 
 @pytest.mark.parametrize("num_images", [90, 512])
 def test_of_equal_trials_few_searches_claim_a_difference(num_images: int) -> None:
-    """Any pair of 16 equals is told apart in 5 % of searches at most, but for chance; without a correction it was 85 %."""
+    """Any pair of 16 equals: told apart in 5 % of searches at most, but for chance; uncorrected it is 85 %."""
     claims = sum(paired_ranks(bits) != [Rank(1, 16)] * 16 for bits in searches(num_images, 2000))
     assert 0.02 < claims / 2000 <= 0.06
 
