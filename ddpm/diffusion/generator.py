@@ -19,5 +19,5 @@ class Generator(Protocol):
         ...
 
     def integers(self, high: int, shape: Sequence[int]) -> Tensor:
-        """Whole numbers in 0..high-1, int64, each as likely."""
+        """Uniform whole numbers in 0..high-1, int64."""
         ...
