@@ -25,11 +25,11 @@ from ddpm.config import Config, override
 from ddpm.connection import connect
 from ddpm.data import embedded, stream
 from ddpm.presets import DIGITS
-from ddpm.training import cluster, troupe
+from ddpm.training import fit, worker_group
 from ddpm.training.state import build_net, parameter_count
 
 EVERY_STEPS, BATCH_SIZE = 100, 32
-work = troupe.work
+work = worker_group.work
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,13 @@ def measure(config: Config) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
         config = embedded.with_shards(override(config, {"run.storage": folder, "run.name": "bench"}))
-        cluster.fit(config, stream.open_data_set(config))
+        fit.fit(config, stream.open_data_set(config))
         return json.loads(Path(folder, "times.json").read_text())
 
 
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
-    troupe.work = timed_work
+    worker_group.work = timed_work
     config = override(
         DIGITS,
         {

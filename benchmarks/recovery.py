@@ -35,11 +35,11 @@ from ddpm.config import override
 from ddpm.connection import connect
 from ddpm.data import embedded, stream
 from ddpm.presets import DIGITS
-from ddpm.training import cluster, troupe
+from ddpm.training import fit, worker_group
 
 BACK_AFTER_S = 8.0
 """A lost node comes back so much later."""
-work = troupe.work
+work = worker_group.work
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,9 @@ def train(folder: str, resources: dict[str, float]) -> None:
         "train.sample_every_images": 0,
     }
     config = embedded.with_shards(override(DIGITS, values))
-    troupe.work = timed_work
+    worker_group.work = timed_work
     try:
-        cluster.fit(config, stream.open_data_set(config))
+        fit.fit(config, stream.open_data_set(config))
     except Exception as error:  # the measurement is over, and shuts everything down
         print(f"({type(error).__name__})")
 

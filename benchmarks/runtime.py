@@ -129,7 +129,7 @@ class Points(NoTracker):
 
 
 class Meter:
-    """Asked by `cluster.fit` twice a second; notes now and then the CPU seconds of all processes below this one."""
+    """Asked by `fit.fit` twice a second; notes now and then the CPU seconds of all processes below this one."""
 
     def __init__(self, first: int) -> None:
         self._first, self._samples = first, list[tuple[float, dict[int, tuple[str, float]]]]()
@@ -194,12 +194,12 @@ def measure(arguments: Arguments) -> None:
             import mlflow
 
             from ddpm.connection import connect
-            from ddpm.training import cluster
+            from ddpm.training import fit
 
             os.environ["MLFLOW_TRACKING_URI"] = uri = f"sqlite:///{folder}/mlflow.db"
             connect()
             meter = Meter(arguments.images // 5)
-            result = cluster.fit(config, data_set, goes_on=meter)
+            result = fit.fit(config, data_set, should_continue=meter)
             assert result.delivery is not None and result.delivery.run_id is not None
             client, points = mlflow.MlflowClient(uri), {}
             for key in ("train/images_per_s", "train/data_wait_share"):

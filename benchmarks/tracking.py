@@ -30,10 +30,10 @@ from ddpm.config import override
 from ddpm.connection import connect
 from ddpm.data import embedded, stream
 from ddpm.presets import DIGITS
-from ddpm.training import cluster, troupe
+from ddpm.training import fit, worker_group
 
 CONDITIONS = ("there", "killed after 5 s, back after 15 s", "never there", "accepts and hangs")
-work = troupe.work
+work = worker_group.work
 
 
 @dataclass(frozen=True)
@@ -95,15 +95,15 @@ def measure(arguments: Arguments, condition: str) -> float:
             "cluster.threads_per_worker": 1,
         }
         config = embedded.with_shards(override(DIGITS, values))
-        cluster.DELIVERY_TIMEOUT_S = 1.0  # what is after the end is not measured
-        cluster.fit(config, stream.open_data_set(config))
+        fit.DELIVERY_TIMEOUT_S = 1.0  # what is after the end is not measured
+        fit.fit(config, stream.open_data_set(config))
         steps = json.loads(Path(name, "steps.json").read_text())
         return (len(steps) - 21) * config.train.batch_size / (steps[-1] - steps[20])
 
 
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
-    troupe.work = timed_work
+    worker_group.work = timed_work
     connect()
     found: dict[str, list[float]] = {condition: [] for condition in CONDITIONS}
     for i in range(arguments.repeats):

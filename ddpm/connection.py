@@ -30,7 +30,7 @@ SETTINGS = {
     **KEPT_MEMORY,
     # The controller looks after its workers so often (default 2 s).
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
-    # Nodes about to be taken away are looked out for in training/watch.py.
+    # Nodes about to be taken away are looked out for in training/monitor.py.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # A worker group that does not get its resources asks again, maybe for fewer workers (default 60 s).
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",

@@ -51,9 +51,9 @@ def main() -> int:
     data_set = stream.open_data_set(config)
     print(f"data        {config.data.shards}  ({data_set.rows.num_rows:,} images to train on)")
     connection.connect(arguments.verbose)
-    from ddpm.training import cluster  # while the first of Ray's processes begin
+    from ddpm.training.fit import fit, summary  # while the first of Ray's processes begin
 
-    result = cluster.fit(config, data_set, verbose=arguments.verbose)
+    result = fit(config, data_set, verbose=arguments.verbose)
     took = f"done after {time.monotonic() - began:.0f} s"
     if result.delivery is None:
         print(f"run {config.run.name} is finished: {result.images_seen:,} images seen; nothing left to do")
@@ -63,7 +63,7 @@ def main() -> int:
         print(f"stopped     at {result.images_seen:,} images; the same command, {here}, {goes_on}")
     else:
         print(f"trained     {result.images_seen:,} images, {took}")
-    for line in cluster.summary(result):
+    for line in summary(result):
         print(line)
     return 128 + result.signal if result.signal else 0
 

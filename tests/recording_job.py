@@ -15,11 +15,11 @@ from typing import Any
 
 from processes import REPO
 
-from ddpm.training import troupe
+from ddpm.training import worker_group
 
 FOLDER = Path(sys.argv[1]).absolute()
 BAD = [tuple(map(int, word.split(":"))) for word in sys.argv[2 : sys.argv.index("--")]]
-work = troupe.work
+work = worker_group.work
 
 
 class Recording:
@@ -64,7 +64,7 @@ def recording_work(spec: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     FOLDER.mkdir(parents=True)
-    troupe.work = recording_work
+    worker_group.work = recording_work
     job = str(REPO / "jobs" / "train.py")
     sys.argv = [job, *sys.argv[sys.argv.index("--") + 1 :]]
     runpy.run_path(job, run_name="__main__")

@@ -150,9 +150,9 @@ def test_a_file_that_is_no_config_is_a_line(
 
 OWN_FOLDER = """
 import sys
-from ddpm.training import troupe
+from ddpm.training import worker_group
 
-with troupe._own_folder() as folder:
+with worker_group._own_folder() as folder:
     print(folder, flush=True)
     sys.stdin.readline()
 """

@@ -20,8 +20,8 @@ from ddpm.data.reading import DataSet
 from ddpm.search.attempt import Attempt, News, Trained
 from ddpm.search.jury import Jury
 from ddpm.search.trials import name_of
-from ddpm.training import board as boards
-from ddpm.training.troupe import Troupe
+from ddpm.training import run_state
+from ddpm.training.worker_group import PersistentWorkerGroup
 
 POLL_INTERVAL_S = 1.0
 LEAVING_S = 5.0
@@ -40,8 +40,8 @@ class Spec:
     env: Mapping[str, str]
     parent_run_id: str | None
     verbose: bool
-    board: Any
-    """The search's own: what STOP says there, holds for all."""
+    state: Any
+    """The RunState actor of the search: its STOP is for all trials."""
 
 
 class Driver(tune.Trainable):
@@ -59,7 +59,7 @@ class Driver(tune.Trainable):
         os.environ.update(spec.env)
         if spec.config.cluster.threads_per_worker is not None:
             torch.set_num_threads(spec.config.cluster.threads_per_worker)
-        self._spec, self._troupe = spec, Troupe(spec.config, spec.verbose)
+        self._spec, self._group = spec, PersistentWorkerGroup(spec.config, spec.verbose)
         self._news: queue.Queue[tuple[int, News]] = queue.Queue()
         self._attempt: Attempt | None = None
         self._next: dict[str, Any] | None = config
@@ -79,7 +79,7 @@ class Driver(tune.Trainable):
             try:
                 number, news = self._news.get(timeout=POLL_INTERVAL_S)
             except queue.Empty:
-                if ray.get(self._spec.board.read.remote()).get(boards.STOP):
+                if ray.get(self._spec.state.snapshot.remote()).get(run_state.STOP):
                     self._attempt.leave()
                     self._attempt.close(LEAVING_S)
                     return {"number": self._number, "left": True}
@@ -100,7 +100,7 @@ class Driver(tune.Trainable):
     def cleanup(self) -> None:
         if self._attempt is not None:
             self._attempt.close()
-        self._troupe.close(LEAVING_S)
+        self._group.close(LEAVING_S)
 
     def _begin(self, trial: dict[str, Any]) -> Attempt:
         spec, number = self._spec, trial["number"]
@@ -111,7 +111,7 @@ class Driver(tune.Trainable):
             spec.data_set,
             spec.rungs,
             spec.jury,
-            self._troupe,
+            self._group,
             lambda news: self._news.put((number, news)),
             spec.parent_run_id,
             spec.verbose,

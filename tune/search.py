@@ -87,12 +87,12 @@ def _search(chosen: Arguments, search: "Outset", lock: "DriverLock") -> int:
     from ddpm import connection
     from ddpm.search import record, standings
     from ddpm.search.trials import Ledger
-    from ddpm.training import placement
+    from ddpm.training import resources
 
     began = time.monotonic()
     connection.connect(chosen.verbose)
-    config = placement.shared(search.base, chosen.max_concurrent)
-    placement.check_storage(config)
+    config = resources.shared(search.base, chosen.max_concurrent)
+    resources.check_storage(config)
     # From here on the name has its settings: whatever could be mended by another flag has been checked.
     ledger = Ledger(search.place, search.settings, search.base.run.storage_timeout_s)
     board = Scoreboard(ledger.trials, chosen.num_trials)
@@ -100,7 +100,7 @@ def _search(chosen: Arguments, search: "Outset", lock: "DriverLock") -> int:
     parent = record.address(ledger, search.name, config.run.experiment)
     parent_run_id = record.open_parent(parent, search.params, print)
     with study.Interruption(lambda: lock.is_lost) as interruption:
-        env, stop = study.environment(parent.uri), interruption.board
+        env, stop = study.environment(parent.uri), interruption.state
         spec = study.Spec(
             config, search.train, search.rungs, search.jury, env, parent_run_id, chosen.verbose, stop
         )

@@ -28,9 +28,9 @@ from space import Choice, Domain, Space
 from ddpm import connection
 from ddpm.search.contest import Contest, Proposer, Stopper
 from ddpm.search.trials import Ledger, Status, name_of
-from ddpm.training import board as boards
-from ddpm.training.placement import DRIVER_CPUS
-from ddpm.training.watch import SIGNALS
+from ddpm.training import run_state
+from ddpm.training.monitor import SIGNALS
+from ddpm.training.resources import DRIVER_CPUS
 
 if TYPE_CHECKING:
     from search import Arguments
@@ -69,7 +69,7 @@ class Interruption(tune.Callback):
         self.signal: int | None = None
         """What interrupted the search."""
         self._is_lost = is_lost
-        self.board = boards.put_up()
+        self.state = run_state.start()
         """Where the trials read of it."""
         self._told = False
         self._handlers: dict[int, Any] = {}
@@ -96,7 +96,7 @@ class Interruption(tune.Callback):
     def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
         if self.came and not self._told:
             self._told = True
-            ray.get(self.board.note.remote(boards.STOP, "the search is interrupted"))
+            ray.get(self.state.set.remote(run_state.STOP, "the search is interrupted"))
             if self.signal is not None:
                 again = " (Ctrl-C again: at once)" if self.signal == signal.SIGINT else ""
                 name = signal.Signals(self.signal).name

@@ -1,4 +1,4 @@
-"""One trial of a search, in its driver: `cluster.fit`, and each of its checkpoints that counts, judged beside it.
+"""One trial of a search, in its driver: `fit`, and each of its checkpoints that counts, judged beside it.
 
 Its own room because this is a process of its own between the search and the trial's workers. Training never waits for
 the jury, and the workers are free for the next trial before the last verdict is in. What was judged lies in the run's
@@ -20,9 +20,9 @@ from ddpm.runs import Run
 from ddpm.search.jury import Judged, Jury
 from ddpm.search.trials import Rung
 from ddpm.storage import Location
-from ddpm.training import board as boards
-from ddpm.training import checkpoint, cluster, keeper, placement
-from ddpm.training.troupe import Troupe
+from ddpm.training import checkpoint, checkpoint_manager, resources, run_state
+from ddpm.training.fit import fit
+from ddpm.training.worker_group import PersistentWorkerGroup
 
 POLL_INTERVAL_S = 0.25
 CLOSING_S = 90.0
@@ -53,7 +53,7 @@ class Attempt:
         data_set: the split to train on.
         rungs: images seen at which it is judged, ascending; there are checkpoints there.
         jury: who judges.
-        troupe: who trains.
+        group: the workers that train.
         tell: told the news; the last of them is the last rung, or what went wrong.
         parent_run_id: the search's MLflow run.
         verbose: let Ray's own messages through.
@@ -65,14 +65,14 @@ class Attempt:
         data_set: DataSet,
         rungs: list[int],
         jury: Jury,
-        troupe: Troupe,
+        group: PersistentWorkerGroup,
         tell: Callable[[News], object],
         parent_run_id: str | None = None,
         verbose: bool = False,
     ) -> None:
         assert config.run.name is not None, "a search names its trials"
         self._config, self._data_set, self._rungs, self._jury = config, data_set, rungs, jury
-        self._troupe, self._tell, self._parent_run_id, self._verbose = troupe, tell, parent_run_id, verbose
+        self._group, self._tell, self._parent_run_id, self._verbose = group, tell, parent_run_id, verbose
         self._run: Run = runs.open_run(config.run.name, config.run.storage)
         self._training: threading.Thread | None = None
         self._trained = threading.Event()
@@ -142,7 +142,7 @@ class Attempt:
         """Of a trial that came to its end, the last checkpoint stays; the others were for the jury, and to go on."""
         with contextlib.suppress(OSError):
             for old in runs.checkpoints(self._run.location)[:-1]:
-                keeper.remove(old)
+                checkpoint_manager.remove(old)
 
     def _wait_until_trained(self) -> None:
         if self._training is None:
@@ -177,14 +177,14 @@ class Attempt:
         try:
             left = self._patiently(self._run.location.child(PLACE))
             if left is not None:  # by a driver of this trial that was killed
-                placement.free(left.decode())
-            cluster.fit(
+                resources.free(left.decode())
+            fit(
                 self._config,
                 self._data_set,
                 verbose=self._verbose,
-                goes_on=self._goes_on,
+                should_continue=self._should_continue,
                 parent_run_id=self._parent_run_id,
-                troupe=self._troupe,
+                group=self._group,
                 trained=self._is_trained,
             )
             self._is_trained()  # of a run that was finished, nobody else says so
@@ -197,8 +197,8 @@ class Attempt:
                 self._tell(Trained(self._training_s))
             self._trained.set()
 
-    def _goes_on(self, notes: Mapping[str, Any]) -> bool:
-        place, progress = notes.get(boards.PLACE), notes.get(boards.PROGRESS)
+    def _should_continue(self, values: Mapping[str, Any]) -> bool:
+        place, progress = values.get(run_state.PLACE), values.get(run_state.PROGRESS)
         if place is not None and place.id.hex() != self._place:
             self._place = place.id.hex()
             with contextlib.suppress(OSError):  # training can do without

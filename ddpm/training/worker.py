@@ -1,9 +1,12 @@
 """One worker of a Ray Train group: `RayRuntime`, the Ray side of `runtime.Runtime`.
 
-Its own room because it runs in another process than `cluster.fit` and the troupe's driver side: those start workers
-and bury them, this one is what they know of Ray.
+Ray is told of the run by `ray.train.report`: metrics, and each stored checkpoint as a pointer, as Ray's documentation
+has it for checkpoints that Ray does not upload itself. Storage is the truth about the run; the pointers are for Ray's
+callbacks, metrics and API. All workers have to report together; which step does it, they agree on in the all-reduce
+that every step has anyway.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -20,6 +23,7 @@ import ray.train.collective
 import ray.train.torch
 import torch
 import torch.distributed
+from ray.train import Checkpoint, CheckpointUploadMode
 from torch import Tensor, nn
 
 from ddpm import segments
@@ -31,24 +35,34 @@ from ddpm.patience import patiently
 from ddpm.progress import Progress
 from ddpm.records import Outbox
 from ddpm.runs import Run
-from ddpm.training import board as boards
-from ddpm.training import checkpoint, keeper
-from ddpm.training.keeper import Keeper
-from ddpm.training.machine import SystemMetrics
+from ddpm.training import checkpoint, checkpoint_manager, run_state
+from ddpm.training.checkpoint_manager import CheckpointManager
 from ddpm.training.runtime import CORRUPT, MicroBatch, cut, read_held_out
+from ddpm.training.system_metrics import SystemMetrics
 
 STOP_POLL_S = 0.5
 """Rank 0 looks so often whether it shall stop: each look takes a millisecond from training."""
 LEDGER = "progress.json"
 """File of a run that says how far it was, so that a restart knows what was lost."""
 LEDGER_INTERVAL_S = 10.0
+REPORT_INTERVAL_S = 5.0
+"""How often Ray Train is told how far the run is, and asked whether a node is about to be taken away."""
+POINTER = "pointer_ckpt.json"
+"""File of a reported checkpoint: the URI of the stored one."""
+
+CAN_BE_PREEMPTED = hasattr(ray.train, "get_preemption_info")  # older than 2.56: a lost node is a crash
 
 
 class RayRuntime:
-    """One worker of a Ray Train group; a `runtime.Runtime`."""
+    """One worker of a Ray Train group; a `runtime.Runtime`.
+
+    Args:
+        state: the run's RunState actor.
+        folder: Ray Train's storage_path, on the driver's node.
+    """
 
     def __init__(
-        self, config: Config, data_set: DataSet, run: Run, board: Any, librarian: Any, outbox: Outbox
+        self, config: Config, data_set: DataSet, run: Run, state: Any, outbox: Outbox, folder: str
     ) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
@@ -57,11 +71,13 @@ class RayRuntime:
             torch.cuda.set_device(self.device)
         self.identity = {"run_key": run.key, "data_fingerprint": data_set.rows.fingerprint}
         self._config, self._data_set, self._run = config, data_set, run
-        self._board, self._librarian = board, librarian
         if self.device.type == "cpu":
             cores = len(os.sched_getaffinity(0)) // context.get_local_world_size()
             torch.set_num_threads(config.cluster.threads_per_worker or max(1, cores))
-        self._steward = _Steward(config, data_set, run, board, outbox) if self.rank == 0 else None
+        self._rank_zero = RankZero(config, data_set, run, state, outbox) if self.rank == 0 else None
+        if self._rank_zero:
+            state.set.remote(run_state.WORKERS, self.world_size)
+        self._pointers = Path(folder, context.get_experiment_name(), run.name)
 
     def wrap(self, net: nn.Module) -> nn.Module:
         if self.world_size == 1:
@@ -87,12 +103,9 @@ class RayRuntime:
         """What this rank trains on of a leg; every rank calls it."""
         iterators = None
         if self.rank == 0:
-            split = self._librarian.split.remote(
-                self._config, self._data_set, leg, images_seen, self.world_size
-            )
-            iterators = ray.get(split)
+            iterators = stream.split(self._config, self._data_set, leg, images_seen, self.world_size)
         iterators = ray.train.collective.broadcast_from_rank_zero(iterators)
-        on_substitutions = self._steward.substituted if self._steward else None
+        on_substitutions = self._rank_zero.substituted if self._rank_zero else None
         return stream.shares(iterators[self.rank], self._config, on_substitutions)
 
     def held_out(self) -> Images | None:
@@ -112,70 +125,98 @@ class RayRuntime:
         return torch.cat(parts)
 
     def any_of(self, *flags: Tensor | bool) -> list[bool]:
-        counts = torch.stack([torch.as_tensor(flag, device=self.device).float() for flag in flags])
+        """`Runtime.any_of`; also the step in which Ray is told, since it is the same one for all workers."""
+        due = self._rank_zero is not None and self._rank_zero.report_is_due()
+        counts = torch.stack([torch.as_tensor(flag, device=self.device).float() for flag in (*flags, due)])
         if self.world_size > 1:
             torch.distributed.all_reduce(counts)
-        return [count > 0 for count in counts.tolist()]
+        *answers, due = (count > 0 for count in counts.tolist())
+        if due:
+            self._report()
+        return answers
+
+    def _report(self) -> None:
+        """Tell Ray Train how far the run is; every rank calls it."""
+        metrics, newest = self._rank_zero.report() if self._rank_zero else ({}, None)
+        pointer = self._pointer(newest) if newest else None
+        ray.train.report(metrics, checkpoint=pointer, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
+        info = ray.train.get_preemption_info() if CAN_BE_PREEMPTED else None
+        if info is not None and self._rank_zero:
+            self._rank_zero.preempted()
+
+    def _pointer(self, newest: str) -> Checkpoint:
+        """What Ray knows of a stored checkpoint."""
+        pointer = self._pointers / newest
+        if self._pointers.parent.exists():  # else this is another node than the driver's
+            pointer.mkdir(parents=True, exist_ok=True)
+            (pointer / POINTER).write_text(json.dumps({"uri": self._run.location.child(newest).uri}))
+        return Checkpoint(str(pointer))
 
     def wants_stop(self) -> bool:
-        return self._steward is not None and self._steward.wants_stop()
+        return self._rank_zero is not None and self._rank_zero.wants_stop()
 
     @contextmanager
     def latest_checkpoint(self) -> Iterator[Path | None]:
         """Rank 0 looks for it and tells the others, so that all restore the same one."""
         timeout_s, name = self._config.run.storage_timeout_s, None
         with ExitStack() as stack:
-            if self._steward:
-                folder = stack.enter_context(self._steward.restored())
+            if self._rank_zero:
+                folder = stack.enter_context(self._rank_zero.restored())
                 name = folder.name if folder else None
             name = ray.train.collective.broadcast_from_rank_zero(name)
-            if not self._steward and name:
-                folder = stack.enter_context(keeper.as_folder(self._run.location.child(name), timeout_s))
+            if not self._rank_zero and name:
+                folder = stack.enter_context(
+                    checkpoint_manager.as_folder(self._run.location.child(name), timeout_s)
+                )
             yield folder if name else None
 
     def save(self, snapshot: checkpoint.Snapshot, best: bool) -> None:
-        assert self._steward, "rank 0 saves"
-        self._steward.save(snapshot, best)
+        assert self._rank_zero, "rank 0 saves"
+        self._rank_zero.save(snapshot, best)
 
     def flush(self) -> None:
-        if self._steward:
-            self._steward.keeper.flush()
+        if self._rank_zero:
+            self._rank_zero.checkpoints.flush()
+        self._report()
 
     def facts(self) -> dict[str, float]:
-        return {"train/workers": self.world_size, **self._steward.facts()} if self._steward else {}
+        return {"train/workers": self.world_size, **self._rank_zero.facts()} if self._rank_zero else {}
 
     def progress(self, progress: Progress) -> None:
-        assert self._steward, "rank 0 tells"
-        self._steward.progress(progress)
+        assert self._rank_zero, "rank 0 tells"
+        self._rank_zero.progress(progress)
 
     def publish(self, name: str, data: bytes) -> None:
-        assert self._steward, "rank 0 publishes"
-        self._steward.keeper.publish(name, data)
+        assert self._rank_zero, "rank 0 publishes"
+        self._rank_zero.checkpoints.publish(name, data)
 
-    def last_words(self) -> None:
+    def flush_on_error(self) -> None:
         """Store what was tracked since the last checkpoint, since there will be no other."""
-        if self._steward:
-            self._steward.last_words()
+        if self._rank_zero:
+            self._rank_zero.flush_on_error()
 
     def close(self) -> None:
         """The run is over for this worker, which may stay for another."""
-        if self._steward:
-            self._steward.close()
+        if self._rank_zero:
+            self._rank_zero.close()
 
 
-class _Steward:
-    """What rank 0 does for the run: its storage, its accounts, and its ear at the board."""
+class RankZero:
+    """What rank 0 does for the run: its storage, its accounts, and listening for a stop."""
 
-    def __init__(self, config: Config, data_set: DataSet, run: Run, board: Any, outbox: Outbox) -> None:
-        self._run, self._board, self._outbox = run, board, outbox
+    def __init__(self, config: Config, data_set: DataSet, run: Run, state: Any, outbox: Outbox) -> None:
+        self._run, self._state, self._outbox = run, state, outbox
         self._timeout_s = config.run.storage_timeout_s
-        self.keeper = Keeper(
+        self.checkpoints = CheckpointManager(
             run.location, config.train.keep_checkpoints, self._timeout_s, self._committed, self._warn
         )
         self._limits = data_set.rows.num_rows, config.data.max_corrupt_share
         self._corrupt = CorruptImages(*self._limits)
         self._system = SystemMetrics()
         self._images_seen = self._images_lost = 0
+        self._progress: Progress | None = None
+        self._newest = self._reported = ""
+        self._reported_at = time.monotonic()
         self._ledger_at = float("-inf")
         self._stop, self._closed = threading.Event(), threading.Event()
         threading.Thread(target=self._listen, name="ddpm-stop", daemon=True).start()
@@ -183,9 +224,9 @@ class _Steward:
     @contextmanager
     def restored(self) -> Iterator[Path | None]:
         """The newest whole checkpoint; storage is put in order, and what was lost since is put to account."""
-        with keeper.newest_intact(self._run.location, self._timeout_s, self._warn) as folder:
+        with checkpoint_manager.latest_valid(self._run.location, self._timeout_s, self._warn) as folder:
             at = checkpoint.position(folder)
-            self._patiently(lambda: keeper.clean_up(self._run.location))
+            self._patiently(lambda: checkpoint_manager.clean_up(self._run.location))
             self._patiently(lambda: segments.discard_after(self._run.location.child(segments.FOLDER), at))
             reached, lost = self._read_ledger()
             self._images_seen, self._images_lost = at, lost + max(0, reached - at)
@@ -193,21 +234,37 @@ class _Steward:
             self._read_corrupt()
             yield folder
 
+    def report_is_due(self) -> bool:
+        return time.monotonic() - self._reported_at > REPORT_INTERVAL_S
+
+    def report(self) -> tuple[dict[str, Any], str | None]:
+        """Metrics for Ray Train, and the name of the newest checkpoint that it has not been told of."""
+        self._reported_at, newest = time.monotonic(), self._newest
+        told, self._reported = newest == self._reported, newest
+        metrics = dataclasses.asdict(self._progress) if self._progress else {}
+        return metrics, None if told else newest
+
+    def preempted(self) -> None:
+        """Let the workers leave with a checkpoint, before a node goes."""
+        if not self._stop.is_set():
+            ray.get(self._state.set.remote(run_state.STOP, run_state.PREEMPTION))
+            self._stop.set()
+
     def wants_stop(self) -> bool:
-        self.keeper.check()  # a checkpoint that cannot be stored ends the run now, not when the next is due
+        self.checkpoints.check()  # a checkpoint that cannot be stored ends the run now, not when the next is due
         return self._stop.is_set()
 
     def save(self, snapshot: checkpoint.Snapshot, best: bool) -> None:
         self._images_seen = snapshot.images_seen
-        self.keeper.save(snapshot, self._outbox.take(), best)
+        self.checkpoints.save(snapshot, self._outbox.take(), best)
 
-    def last_words(self) -> None:
-        self.keeper.last_words(self._images_seen, self._outbox.take())
-        self.keeper.flush()
+    def flush_on_error(self) -> None:
+        self.checkpoints.flush_on_error(self._images_seen, self._outbox.take())
+        self.checkpoints.flush()
 
     def close(self) -> None:
         self._closed.set()
-        self.keeper.close()
+        self.checkpoints.close()
 
     def facts(self) -> dict[str, float]:
         run = self._images_seen + self._images_lost
@@ -216,8 +273,8 @@ class _Steward:
         return values | self._system.sample()
 
     def progress(self, progress: Progress) -> None:
-        self._images_seen = progress.images_seen
-        self._board.note.remote(boards.PROGRESS, progress)
+        self._progress, self._images_seen = progress, progress.images_seen
+        self._state.set.remote(run_state.PROGRESS, progress)
         if time.monotonic() - self._ledger_at > LEDGER_INTERVAL_S:
             self._write_ledger()
 
@@ -228,18 +285,19 @@ class _Steward:
             CorruptData: there are too many of them.
         """
         if self._corrupt.add(substitutions):
-            self.keeper.publish(CORRUPT, self._corrupt.to_jsonl().encode())
+            self.checkpoints.publish(CORRUPT, self._corrupt.to_jsonl().encode())
             self._corrupt.check()
 
     def _committed(self, images_seen: int) -> None:
-        self._board.note.remote(boards.COMMITTED, images_seen)
+        self._newest = checkpoint.name_at(images_seen)
+        self._state.set.remote(run_state.COMMITTED, images_seen)
 
     def _warn(self, line: str) -> None:
-        self._board.warn.remote(line)
+        self._state.warn.remote(line)
 
     def _listen(self) -> None:
         while not self._stop.is_set() and not self._closed.is_set():
-            if ray.get(self._board.read.remote()).get(boards.STOP):
+            if ray.get(self._state.snapshot.remote()).get(run_state.STOP):
                 self._stop.set()
             self._closed.wait(STOP_POLL_S)
 
@@ -254,13 +312,13 @@ class _Steward:
             reached, lost = int(written["images_seen"]), int(written["images_lost"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             reached = lost = 0
-        told = ray.get(self._board.read.remote()).get(boards.PROGRESS)
+        told = ray.get(self._state.snapshot.remote()).get(run_state.PROGRESS)
         return max(reached, told.images_seen if told else 0), lost
 
     def _write_ledger(self) -> None:
         self._ledger_at = time.monotonic()
         ledger = {"images_seen": self._images_seen, "images_lost": self._images_lost}
-        self.keeper.publish(LEDGER, (json.dumps(ledger) + "\n").encode())
+        self.checkpoints.publish(LEDGER, (json.dumps(ledger) + "\n").encode())
 
     def _read_corrupt(self) -> None:
         file = self._run.location.child(CORRUPT)

@@ -20,8 +20,7 @@ from ddpm.search import attempt
 from ddpm.search.attempt import JUDGED, Attempt, News, Trained
 from ddpm.search.jury import Jury
 from ddpm.search.trials import Rung
-from ddpm.training import board as boards
-from ddpm.training import cluster, placement
+from ddpm.training import resources, run_state
 from ddpm.training.checkpoint import name_at
 
 RUNGS = [64, 192]
@@ -35,7 +34,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Stage:
-    """In the place of `cluster.fit`: copies checkpoints, as many as it is let."""
+    """In the place of `fit`: copies checkpoints, as many as it is let."""
 
     def __init__(self, trained: Path, folder: Path) -> None:
         self._trained = trained
@@ -50,7 +49,13 @@ class Stage:
         self.told = queue.Queue[News]()
 
     def fit(
-        self, given: Config, data: DataSet, *, goes_on: Callable[[Any], bool], trained: Any, **rest: Any
+        self,
+        given: Config,
+        data: DataSet,
+        *,
+        should_continue: Callable[[Any], bool],
+        trained: Any,
+        **rest: Any,
     ) -> None:
         self.fits += 1
         run = runs.open_run(str(given.run.name), given.run.storage)
@@ -58,7 +63,7 @@ class Stage:
             try:
                 step = self.to_come.get(timeout=0.02)
             except queue.Empty:
-                if goes_on({}):
+                if should_continue({}):
                     continue
                 step = None
             if step is None:
@@ -68,15 +73,15 @@ class Stage:
             place = Path(run.location.path) / name_at(step)
             shutil.copytree(self._trained / name_at(step), place.with_suffix(".part"))
             place.with_suffix(".part").rename(place)  # it is whole as soon as it is there
-            goes_on({boards.PROGRESS: Progress(step, 192, 1.0, 0.5)})
+            should_continue({run_state.PROGRESS: Progress(step, 192, 1.0, 0.5)})
         trained()
         assert self.delivers.wait(280)  # MLflow takes its time
 
     def attempt(self) -> Attempt:
         held_out = self.data.held_out()
         assert held_out is not None
-        jury, troupe = Jury(self.data, held_out, 40, num_draws=2), SimpleNamespace()
-        return Attempt(self.config, self.data, RUNGS, jury, troupe, self.told.put)  # type: ignore[arg-type]
+        jury, group = Jury(self.data, held_out, 40, num_draws=2), SimpleNamespace()
+        return Attempt(self.config, self.data, RUNGS, jury, group, self.told.put)  # type: ignore[arg-type]
 
     def next(self) -> News:
         return self.told.get(timeout=280)
@@ -85,7 +90,7 @@ class Stage:
 @pytest.fixture
 def stage(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
     made = Stage(trained, tmp_path / "runs")
-    monkeypatch.setattr(cluster, "fit", made.fit)
+    monkeypatch.setattr(attempt, "fit", made.fit)
     monkeypatch.setattr(attempt, "POLL_INTERVAL_S", 0.02)
     return made
 
@@ -121,7 +126,7 @@ def test_what_was_judged_is_not_judged_again(stage: Stage, monkeypatch: pytest.M
     assert [vars(rung) | {"training_s": 0.0} for rung in found] == [vars(rung) for rung in again[::2]]
 
 
-def test_who_goes_on_waits_for_what_is_missing_alone(stage: Stage) -> None:
+def test_who_should_continue_waits_for_what_is_missing_alone(stage: Stage) -> None:
     stage.delivers.set()
     stage.to_come.put(64)
     killed = stage.attempt()
@@ -156,7 +161,7 @@ def test_a_checkpoint_that_somebody_deleted_is_a_line(stage: Stage) -> None:
 
 def test_what_a_killed_driver_held_is_given_back(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     freed: list[str] = []
-    monkeypatch.setattr(placement, "free", freed.append)
+    monkeypatch.setattr(resources, "free", freed.append)
     stage.delivers.set()
     folder = Path(stage.config.run.storage, str(stage.config.run.name))
     folder.mkdir(parents=True)

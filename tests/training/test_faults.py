@@ -17,8 +17,8 @@ from servers import RayHead
 
 WORKER = "ray::RayTrainWorker"
 CONTROLLER = "ray::TrainController"
-LIBRARIAN = "ray::Librarian"
-BOARD = "ray::Board"
+SPLITTER = "ray::SplitCoordinator"
+RUN_STATE = "ray::RunState"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -32,8 +32,8 @@ def test_workers_killed_at_random_steps(run: Run, undisturbed: Run) -> None:
             time.sleep(dice.uniform(0, 0.5))
             dice.choice(job.members(WORKER)).send_signal(signal.SIGKILL)
         job.wait_for(run.past(run.position()))
-        (librarian,) = job.members(LIBRARIAN)
-        librarian.send_signal(signal.SIGKILL)
+        (splitter,) = job.members(SPLITTER)
+        splitter.send_signal(signal.SIGKILL)
         assert job.wait() == 0, job.output
     assert "Traceback" not in job.output
     assert_same(run, undisturbed)
@@ -41,15 +41,15 @@ def test_workers_killed_at_random_steps(run: Run, undisturbed: Run) -> None:
     assert 0.3 < metric(run, "train/goodput")[-1][1] <= 1  # a step is lost or none: chance has it
 
 
-def test_board_killed(run: Run, undisturbed: Run) -> None:
-    """What driver and workers speak through dies twice, and a worker between: the new one is told what was there."""
+def test_run_state_killed(run: Run, undisturbed: Run) -> None:
+    """The actor between driver and workers dies twice, and a worker: the new one is told what was there."""
     with run.start() as job:
-        for title in (BOARD, WORKER, BOARD):
+        for title in (RUN_STATE, WORKER, RUN_STATE):
             job.wait_for(run.past(run.position()))
             job.members(title)[0].send_signal(signal.SIGKILL)
         assert job.wait() == 0, job.output
     assert "Traceback" not in job.output
-    assert job.output.count("failed; going on") == 1  # the worker's warning, which the new board was told
+    assert job.output.count("failed; going on") == 1  # the worker's warning, which the new actor was told
     assert_same(run, undisturbed)
     assert_tracked_once(run)
 

@@ -9,8 +9,8 @@ from power import Disk
 
 from ddpm import runs, storage
 from ddpm.config import Config, UserError
-from ddpm.training import checkpoint, keeper
-from ddpm.training.keeper import Keeper
+from ddpm.training import checkpoint, checkpoint_manager
+from ddpm.training.checkpoint_manager import CheckpointManager
 from ddpm.training.state import State
 from ddpm.utils import files
 
@@ -19,7 +19,7 @@ def save_two(root: Path, config: Config, committed: list[int]) -> None:
     """Store checkpoints at 32 and 64 images, the second as the best, too; the first goes when the second is there."""
     location = storage.resolve(str(root)).child("runs").child("one")
     state = State.create(config, torch.device("cpu"))
-    its = Keeper(location, 1, 5.0, committed.append, pytest.fail)
+    its = CheckpointManager(location, 1, 5.0, committed.append, pytest.fail)
     for state.step in (1, 2):
         state.images_seen = 32 * state.step
         snapshot = checkpoint.snapshot(state, config, {"run_key": "a", "data_fingerprint": "b"})
@@ -77,6 +77,6 @@ def test_without_fsync_it_would_be_lost(
         return
     with (
         pytest.raises(UserError, match=r"every checkpoint of .* is damaged"),
-        keeper.newest_intact(location, 5.0, lambda line: None),
+        checkpoint_manager.latest_valid(location, 5.0, lambda line: None),
     ):
         pass

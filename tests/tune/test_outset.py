@@ -15,7 +15,7 @@ from ddpm.config import UserError
 from ddpm.diffusion import schedules
 from ddpm.presets import DIGITS
 from ddpm.search import record
-from ddpm.training import placement
+from ddpm.training import resources
 
 LR = ("optim.lr=log(1e-4,1e-2)",)
 
@@ -89,7 +89,7 @@ def typed(*flags: str) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(connection, "connect", lambda verbose: None)
         patch.setattr(connection, "resources", lambda: {"CPU": 2.0})
-        patch.setattr(placement, "check_storage", lambda config: None)
+        patch.setattr(resources, "check_storage", lambda config: None)
         patch.setattr(record, "open_parent", stop)
         threads = "--cluster.threads-per-worker", "1"
         patch.setattr(sys, "argv", ["search.py", "digits", "--name", "s", *threads, *flags])

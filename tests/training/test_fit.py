@@ -20,7 +20,7 @@ from ddpm import driver_lock, storage
 from ddpm.config import Config, UserError, override
 from ddpm.data.reading import DataSet
 from ddpm.driver_lock import DriverLock
-from ddpm.training import cluster, loop, placement
+from ddpm.training import fit, loop, resources
 from ddpm.training.runtime import LocalRuntime, NoTracker
 
 FLAGS = """--data.window-rows 200 --schedule.num-timesteps 50 --model.base-width 8 --model.width-multipliers 1 2
@@ -65,12 +65,12 @@ def test_a_second_driver_of_a_run_is_refused_before_it_writes(
 ) -> None:
     monkeypatch.setattr(driver_lock, "BEAT_S", 0.05)
     monkeypatch.setattr(driver_lock, "PATIENCE_S", 1.0)
-    monkeypatch.setattr(placement, "resources_per_worker", lambda config: {"CPU": 1.0})  # there is no cluster
-    monkeypatch.setattr(placement, "check_storage", lambda config: None)
+    monkeypatch.setattr(resources, "resources_per_worker", lambda config: {"CPU": 1.0})  # there is no cluster
+    monkeypatch.setattr(resources, "check_storage", lambda config: None)
     config = override(tiny, {"run.name": "one", "run.storage": str(tmp_path / "runs")})
     with DriverLock(storage.resolve(str(tmp_path / "runs/one")), "run", "--run.name", print):
         with pytest.raises(UserError, match="another process drives this run"):
-            cluster.fit(config, train_set)
+            fit.fit(config, train_set)
         assert [path.name for path in (tmp_path / "runs/one").iterdir()] == [driver_lock.FILE]
 
 

@@ -1,7 +1,4 @@
-"""What a run asks of the cluster, and whether the cluster has it.
-
-Its own room because these are the questions before anything is started; cluster.py is about what runs then.
-"""
+"""What a run asks of the cluster, and whether the cluster has it."""
 
 import os
 import time
@@ -68,6 +65,14 @@ def _resources_per_worker(config: Config, have: dict[str, float]) -> dict[str, f
             f"data; set --cluster.cpus-per-worker to at most {right:g}, or use fewer workers"
         )
     return {"CPU": share} | ({"GPU": part} if gpu else {})
+
+
+def room(config: Config, per_worker: dict[str, float], workers: int) -> int:
+    """How many workers there would be room for beside what is running, with `workers` of the run's running now."""
+    have, free = ray.cluster_resources(), ray.available_resources()
+    most = int((have.get("CPU", 0.0) - 1) / per_worker["CPU"])  # one CPU is for the tasks that read data
+    more = min(int(free.get(name, 0.0) / amount) for name, amount in per_worker.items())
+    return min(config.cluster.world_sizes()[-1], most, workers + more)
 
 
 def crowding(config: Config, resources: dict[str, float]) -> str | None:

@@ -7,7 +7,7 @@ import pytest
 import ray
 
 from ddpm.config import Config, UserError, override
-from ddpm.training import placement
+from ddpm.training import resources
 
 Cluster = Callable[..., None]
 
@@ -31,18 +31,18 @@ def test_a_cpu_stays_for_data_tasks(
     cluster: Cluster, cpus: int, num_runs: int, num_workers: int, share: float, threads: int
 ) -> None:
     cluster(cpus)
-    found = placement.shared(override(Config(), {"cluster.num_workers": num_workers}), num_runs).cluster
+    found = resources.shared(override(Config(), {"cluster.num_workers": num_workers}), num_runs).cluster
     assert (found.cpus_per_worker, found.threads_per_worker, found.gpu) == (share, threads, False)
-    drivers = num_runs * placement.DRIVER_CPUS
+    drivers = num_runs * resources.DRIVER_CPUS
     assert num_runs * num_workers * share + drivers <= cpus - 1
-    placement.resources_per_worker(override(Config(), {"cluster.cpus_per_worker": share}))
+    resources.resources_per_worker(override(Config(), {"cluster.cpus_per_worker": share}))
 
 
 def test_several_runs_share_a_gpu(cluster: Cluster) -> None:
     cluster(16, gpus=1)
     config = override(Config(), {"cluster.gpus_per_worker": 0.25})
-    assert placement.shared(config, 4).cluster.gpu is True
-    assert placement.resources_per_worker(config) == {"CPU": 1.0, "GPU": 0.25}
+    assert resources.shared(config, 4).cluster.gpu is True
+    assert resources.resources_per_worker(config) == {"CPU": 1.0, "GPU": 0.25}
 
 
 @pytest.mark.parametrize(
@@ -68,31 +68,31 @@ def test_several_runs_share_a_gpu(cluster: Cluster) -> None:
 def test_without_room_it_is_a_line(cluster: Cluster, flags: dict, num_runs: int, message: str) -> None:
     cluster(2, gpus=1)
     with pytest.raises(UserError) as raised:
-        placement.shared(override(Config(), flags), num_runs)
+        resources.shared(override(Config(), flags), num_runs)
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_a_share_of_a_gpu_is_a_share(cluster: Cluster) -> None:
     cluster(2, gpus=1)
     with pytest.raises(UserError, match=r"gpus_per_worker is 2; it must be above 0 and at most 1"):
-        placement.resources_per_worker(override(Config(), {"cluster.gpus_per_worker": 2.0}))
+        resources.resources_per_worker(override(Config(), {"cluster.gpus_per_worker": 2.0}))
 
 
 def test_gpus_that_are_there_are_not_passed_over(cluster: Cluster) -> None:
     """Too few of them are an error, not a run on CPUs that takes weeks."""
     four, most = (override(Config(), {"cluster.num_workers": n}) for n in (4, "2:4"))
     cluster(16, gpus=2)
-    assert placement.resources_per_worker(most) == {"CPU": 1.0, "GPU": 1.0}
+    assert resources.resources_per_worker(most) == {"CPU": 1.0, "GPU": 1.0}
     with pytest.raises(UserError) as raised:
-        placement.resources_per_worker(four)
+        resources.resources_per_worker(four)
     assert str(raised.value) == (
         "4 workers need 4 GPUs, the cluster has 2; use fewer workers, or --cluster.gpu False to train on CPUs"
     )
-    assert placement.resources_per_worker(override(four, {"cluster.gpu": False})) == {"CPU": 1.0}
+    assert resources.resources_per_worker(override(four, {"cluster.gpu": False})) == {"CPU": 1.0}
     cluster(16)
-    assert placement.resources_per_worker(four) == {"CPU": 1.0}
+    assert resources.resources_per_worker(four) == {"CPU": 1.0}
     with pytest.raises(UserError, match=r"need 4 GPUs, the cluster has 0; use fewer workers$"):
-        placement.resources_per_worker(override(four, {"cluster.gpu": True}))
+        resources.resources_per_worker(override(four, {"cluster.gpu": True}))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_at_most_two_workers_share_a_cpu(
 ) -> None:
     config = override(Config(), {"cluster.num_workers": workers})
     cluster(cpus)
-    assert placement.resources_per_worker(config) == {"CPU": share}
+    assert resources.resources_per_worker(config) == {"CPU": share}
 
 
 def test_many_more_workers_than_cpus_are_refused(cluster: Cluster) -> None:
@@ -113,17 +113,17 @@ def test_many_more_workers_than_cpus_are_refused(cluster: Cluster) -> None:
     with pytest.raises(
         UserError, match=r"^8 workers on CPUs, .* has 2: .* use at most 4 .*, best 2 or fewer"
     ):
-        placement.resources_per_worker(eight)
+        resources.resources_per_worker(eight)
     asked = override(eight, {"cluster.cpus_per_worker": 0.1})
-    assert placement.resources_per_worker(asked) == {"CPU": 0.1}
+    assert resources.resources_per_worker(asked) == {"CPU": 0.1}
     cluster(2, gpus=8)
-    assert placement.resources_per_worker(eight) == {"CPU": 0.12, "GPU": 1.0}
+    assert resources.resources_per_worker(eight) == {"CPU": 0.12, "GPU": 1.0}
 
 
 def test_more_workers_than_cpus_are_warned_of(cluster: Cluster) -> None:
     two, four = (override(Config(), {"cluster.num_workers": n}) for n in (2, 4))
     cluster(2)
-    assert placement.crowding(two, {"CPU": 0.5}) is None
-    assert placement.crowding(four, {"CPU": 0.25, "GPU": 1.0}) is None
-    warning = placement.crowding(four, {"CPU": 0.25})
+    assert resources.crowding(two, {"CPU": 0.5}) is None
+    assert resources.crowding(four, {"CPU": 0.25, "GPU": 1.0}) is None
+    warning = resources.crowding(four, {"CPU": 0.25})
     assert warning == "4 workers share 2 CPUs, and wait for each other at every step; 2 are enough"

@@ -1,9 +1,8 @@
-"""Training on Ray: `fit` runs the loop on the workers of a Ray Train group (troupe.py), through whatever dies.
+"""Training on Ray: `fit` runs the loop on a worker group (worker_group.py), through whatever dies.
 
-The driver checks everything that can be checked before anything is started, then watches. Checkpoints do not go
-through `ray.train.report`: rank 0 stores them in the background (keeper.py), a restarted group looks for the
-newest one in storage, and so do a new driver and a new cluster. Of Ray Train there remains what it is best at:
-starting worker groups, noticing deaths, and starting the group again, smaller or larger.
+The driver checks what can be checked before anything is started, then monitores. Rank 0 stores checkpoints in the
+background (checkpoint_manager.py); a restarted group looks for the newest one in storage, and so do a new driver and
+a new cluster. Ray Train starts worker groups, notices deaths, and starts the group again, smaller or larger.
 """
 
 import contextlib
@@ -11,6 +10,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -24,11 +24,10 @@ from ddpm.delivery import Courier, Delivery
 from ddpm.driver_lock import DriverLock
 from ddpm.runs import Run
 from ddpm.tracking import Address, tracking_uri, without_password
-from ddpm.training import board as boards
-from ddpm.training import checkpoint, keeper, placement
-from ddpm.training.controller import TrainingFailed, last_line, too_many_preemptions
-from ddpm.training.troupe import Troupe
-from ddpm.training.watch import GoesOn, Watch, always
+from ddpm.training import checkpoint, checkpoint_manager, resources, run_state
+from ddpm.training.failures import TrainingFailed, last_line, too_many_preemptions
+from ddpm.training.monitor import DriverMonitor, ShouldContinue, always
+from ddpm.training.worker_group import PersistentWorkerGroup
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +56,9 @@ def fit(
     data_set: DataSet,
     *,
     verbose: bool = False,
-    goes_on: GoesOn = always,
+    should_continue: ShouldContinue = always,
     parent_run_id: str | None = None,
-    troupe: Troupe | None = None,
+    group: PersistentWorkerGroup | None = None,
     trained: Callable[[], object] = lambda: None,
 ) -> Result:
     """Train the run that `config` names to the end on the connected Ray cluster, from its newest checkpoint on.
@@ -68,9 +67,10 @@ def fit(
         config: checked by `loop.check`; with run.name, and absolute run.storage and data.shards.
         data_set: the split to train on.
         verbose: let Ray's own messages through.
-        goes_on: asked twice a second, with what is on the board; if not, training ends with its step, and a checkpoint.
+        should_continue: called twice a second with the run's state; if not, training ends with its step, and a
+            checkpoint.
         parent_run_id: the MLflow run that this one is shown under.
-        troupe: workers that stay from one run to the next; None: this run's own.
+        group: workers that stay from one run to the next; None: this run's own.
         trained: told when the workers are free again; MLflow may not have been told everything yet.
 
     Raises:
@@ -78,16 +78,16 @@ def fit(
             run.
         TrainingFailed: workers failed too often.
     """
-    resources = placement.resources_per_worker(config)
-    placement.check_storage(config)
-    cpus, gpus = resources["CPU"], resources.get("GPU", 0)
+    per_worker = resources.resources_per_worker(config)
+    resources.check_storage(config)
+    cpus, gpus = per_worker["CPU"], per_worker.get("GPU", 0)
     print(f"workers     {config.cluster.num_workers}, of {cpus:g} CPUs and {gpus:g} GPUs each", flush=True)
     assert config.run.name is not None, "runs.settled names a run"
     folder = storage.resolve(config.run.storage).child(config.run.name)
     with DriverLock(folder, "run", "--run.name", log.warning) as lock:
-        if warning := placement.crowding(config, resources):
+        if warning := resources.crowding(config, per_worker):
             print(f"warning: {warning}", file=sys.stderr)
-        return _fit(config, data_set, lock, verbose, goes_on, parent_run_id, troupe, trained)
+        return _fit(config, data_set, lock, verbose, should_continue, parent_run_id, group, trained)
 
 
 def _fit(
@@ -95,9 +95,9 @@ def _fit(
     data_set: DataSet,
     lock: DriverLock,
     verbose: bool,
-    goes_on: GoesOn,
+    should_continue: ShouldContinue,
     parent_run_id: str | None,
-    troupe: Troupe | None,
+    group: PersistentWorkerGroup | None,
     trained: Callable[[], object],
 ) -> Result:
     """`fit`, of a run that no other process drives."""
@@ -109,32 +109,36 @@ def _fit(
         return Result(run, seen, runs.checkpoints(run.location)[-1].uri, None)
     if seen < 0 and config.train.init_from is not None:
         identity = {"run_key": run.key, "data_fingerprint": data_set.rows.fingerprint}
-        keeper.begin(run.location, config, identity, log.warning)
+        checkpoint_manager.begin(run.location, config, identity, log.warning)
         seen = 0
     address = Address(tracking_uri(), config.run.experiment, run.name, run.key, parent_run_id)
     courier = Courier(address, configs.flatten(config), run.location.child(segments.FOLDER), at_once=False)
     courier.committed(seen)
 
-    def look(notes: Mapping[str, Any]) -> bool:
-        if (
-            boards.PROGRESS in notes and watch.signal is None
-        ):  # from the first step on, which it shall not delay
+    def look(values: Mapping[str, Any]) -> bool:
+        if run_state.PROGRESS in values and monitor.signal is None:  # MLflow must not delay the first step
             courier.begin()
-        return goes_on(notes) and not lock.is_lost
+        return should_continue(values) and not lock.is_lost
 
-    troupe = troupe or Troupe(config, verbose, stays=False)
-    status, watch = "FAILED", Watch(troupe.board, total_images, courier.committed, look)
+    group = group or PersistentWorkerGroup(config, verbose, persistent=False)
+    room = None
+    if len(config.cluster.world_sizes()) > 1:
+        room = partial(resources.room, config, resources.resources_per_worker(config))
+    status = "FAILED"
+    monitor = DriverMonitor(
+        group.state, total_images, courier.committed, look, room, config.cluster.resize_interval_s
+    )
     patience_s = DELIVERY_TIMEOUT_S
     try:
-        troupe.begin(config, data_set, run)
-        with watch:
-            ended = _train(config, troupe, watch)
+        group.submit(config, data_set, run)
+        with monitor:
+            ended = _train(config, group, monitor)
         if ended is None:
             ended = max(seen, 0)
         lock.check()
-        courier.committed(ended)  # which the board may not have lived to tell
+        courier.committed(ended)  # which the run-state actor may not have lived to tell
         trained()
-        status = "KILLED" if watch.was_asked else "FINISHED"
+        status = "KILLED" if monitor.was_asked else "FINISHED"
     except ray.exceptions.RayError as error:
         raise TrainingFailed(
             f"the Ray cluster is gone: {last_line(error)}; the same command goes on"
@@ -143,52 +147,57 @@ def _fit(
         patience_s = HASTY_DELIVERY_TIMEOUT_S
         raise
     finally:
-        delivery = courier.close(status, HASTY_DELIVERY_TIMEOUT_S if watch.signal else patience_s)
+        delivery = courier.close(status, HASTY_DELIVERY_TIMEOUT_S if monitor.signal else patience_s)
     newest = runs.checkpoints(run.location)[-1:]
-    return Result(run, ended, newest[0].uri if newest else None, delivery, watch.signal)
+    return Result(run, ended, newest[0].uri if newest else None, delivery, monitor.signal)
 
 
-def _train(config: Config, troupe: Troupe, watch: Watch) -> int | None:
-    """Until training is done, or was asked to stop; returns images_seen, or None if that was before the first step.
+def _train(config: Config, group: PersistentWorkerGroup, monitor: DriverMonitor) -> int | None:
+    """Wait until training is done, or was asked to stop; returns images_seen, or None: that was before the first step.
 
-    That takes a Ray Train run, or what is left of one, and another one if that one was taken away.
+    Takes one Ray Train run, or several: workers leave before a node does, and when nodes have come.
     """
-    board = troupe.board
+    state = group.state
 
-    def is_over(notes: Mapping[str, Any]) -> bool:
-        ended, failed = notes.get(boards.ENDED), notes.get(boards.FAILURE) is not None
-        return ended is not None and (ended >= config.train.total_images or watch.was_asked or failed)
+    def is_over(values: Mapping[str, Any]) -> bool:
+        ended, failed = values.get(run_state.ENDED), values.get(run_state.FAILURE) is not None
+        return ended is not None and (ended >= config.train.total_images or monitor.was_asked or failed)
 
     while True:
-        workers = troupe.workers()
-        watch.run(
-            workers, lambda notes: watch.is_before_first_step(notes) or (troupe.stays and is_over(notes))
+        workers = group.workers()
+        monitor.run(
+            workers,
+            lambda values: monitor.is_before_first_step(values) or (group.persistent and is_over(values)),
         )
-        notes, failure = board.read(), workers.error
-        if notes.get(boards.FAILURE) is not None:
-            raise notes[boards.FAILURE]
-        if is_over(notes):
-            return notes[boards.ENDED]
-        if watch.is_before_first_step(notes):
+        values, failure = state.snapshot(), workers.error
+        if values.get(run_state.FAILURE) is not None:
+            raise values[run_state.FAILURE]
+        if is_over(values):
+            return values[run_state.ENDED]
+        if monitor.is_before_first_step(values):
             return None
-        if failure is None and notes.get(boards.ENDED) is None:
-            log.warning("the board died when the workers left; they come again, and see whether all is done")
+        if failure is None and values.get(run_state.ENDED) is None:
+            log.warning(
+                "the run-state actor died when the workers left; others start, and see whether all is done"
+            )
             continue
-        if failure is None:  # a node is about to be taken away: the workers left in good order
-            if board.preempted() > config.cluster.max_preemptions:
+        if failure is None and values.get(run_state.STOP) == run_state.MORE_WORKERS:
+            log.warning("nodes have come; going on with more workers, at %s images", values[run_state.ENDED])
+        elif failure is None:  # a node is about to be taken away: the workers left in good order
+            if state.preempted() > config.cluster.max_preemptions:
                 raise too_many_preemptions(config)
             log.warning(
-                "a node is about to be taken away; going on elsewhere, at %s images", notes[boards.ENDED]
+                "a node is about to be taken away; going on elsewhere, at %s images", values[run_state.ENDED]
             )
         elif not isinstance(failure, ray.exceptions.ActorDiedError):
             raise TrainingFailed(f"training failed: {last_line(failure)} (--verbose shows the whole story)")
-        elif board.failed() > config.cluster.max_failures:
+        elif state.failed() > config.cluster.max_failures:
             raise TrainingFailed(f"training failed: {last_line(failure)}")
         else:  # Ray Train does not start again a controller that died (2.60); the next round does
             log.warning("Ray Train's controller died; going on from the last checkpoint with another")
-        board.note(boards.ENDED, None)
-        if not watch.was_asked:
-            board.note(boards.STOP, None)
+        state.set(run_state.ENDED, None)
+        if not monitor.was_asked:
+            state.set(run_state.STOP, None)
 
 
 def _images_seen(config: Config, data_set: DataSet, run: Run) -> int:
@@ -197,7 +206,7 @@ def _images_seen(config: Config, data_set: DataSet, run: Run) -> int:
     Raises:
         UserError: the run was begun with another configuration, or on other data.
     """
-    with keeper.newest_intact(run.location, config.run.storage_timeout_s, log.warning) as folder:
+    with checkpoint_manager.latest_valid(run.location, config.run.storage_timeout_s, log.warning) as folder:
         if folder is None:
             return -1
         where = f"{run.location.uri}/{folder.name}"

@@ -5,7 +5,7 @@ import socket
 import psutil
 import torch
 
-from ddpm.training.machine import SystemMetrics
+from ddpm.training.system_metrics import SystemMetrics
 
 
 def test_a_sample_says_how_busy_the_machine_is() -> None:

@@ -12,16 +12,18 @@ from safetensors.torch import load_file
 
 from ddpm.config import Config, override
 from ddpm.data.reading import DataSet
-from ddpm.training import cluster, loop
+from ddpm.training import loop
+from ddpm.training.fit import Result
+from ddpm.training.fit import fit as train
 from ddpm.training.runtime import LocalRuntime, NoTracker
-from ddpm.training.troupe import Troupe
+from ddpm.training.worker_group import PersistentWorkerGroup
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_here")]
 
 
-def kill_board() -> None:
-    (board,) = members(psutil.Process().pid, "ray::Board")
-    board.send_signal(signal.SIGKILL)
+def kill_run_state() -> None:
+    (state,) = members(psutil.Process().pid, "ray::RunState")
+    state.send_signal(signal.SIGKILL)
 
 
 def workers() -> list[psutil.Process]:
@@ -32,11 +34,11 @@ def test_one_run_after_the_other_and_whatever_happens_to_one(
     tiny: Config, train_set: DataSet, tmp_path: Path
 ) -> None:
     tiny = override(tiny, {"cluster.threads_per_worker": 1, "run.storage": str(tmp_path / "runs")})
-    troupe = Troupe(tiny)
+    group = PersistentWorkerGroup(tiny)
 
-    def fit(name: str, **how: Any) -> cluster.Result:
+    def fit(name: str, **how: Any) -> Result:
         changes = {key: how.pop(key) for key in list(how) if "." in key}
-        return cluster.fit(override(tiny, {"run.name": name, **changes}), train_set, troupe=troupe, **how)
+        return train(override(tiny, {"run.name": name, **changes}), train_set, group=group, **how)
 
     freed: list[str] = []
     assert fit("first", trained=lambda: freed.append("first")).images_seen == 256
@@ -45,20 +47,20 @@ def test_one_run_after_the_other_and_whatever_happens_to_one(
 
     with pytest.raises(loop.NonFinite):
         fit("infinite", **{"optim.lr": 1e30})
-    early = fit("early", goes_on=lambda notes: False, **{"train.total_images": 25_600})
+    early = fit("early", should_continue=lambda values: False, **{"train.total_images": 25_600})
     assert 0 < early.images_seen < 25_600 and early.checkpoint.endswith(f"{early.images_seen:012d}")
     fit("second", **{"train.seed": 1})
     assert workers() == [worker]
 
-    kill_board()  # between two runs; the workers stay
+    kill_run_state()  # between two runs; the workers stay
     fit("again", **{"train.seed": 1})
     assert workers() == [worker]
 
     worker.send_signal(signal.SIGKILL)  # between two runs
     fit("third", **{"train.seed": 2})
     assert workers() not in ([], [worker])
-    kill_board()
-    troupe.close(60)
+    kill_run_state()
+    group.close(60)
     assert psutil.wait_procs(workers(), timeout=60)[1] == []
 
     for name, seed in (("first", 0), ("second", 1), ("again", 1), ("third", 2)):

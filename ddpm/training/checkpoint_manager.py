@@ -37,7 +37,7 @@ FILE_TIMEOUT_S = 30.0
 """Longest patience with a picture: it may be lost, a checkpoint may not."""
 
 
-class Keeper:
+class CheckpointManager:
     """Stores one run's checkpoints and files from a thread of its own; rank 0 has one.
 
     Args:
@@ -61,7 +61,7 @@ class Keeper:
         self._todo: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._room = threading.Semaphore(MAX_SNAPSHOTS)
         self._failure: BaseException | None = None
-        threading.Thread(target=self._work, name="ddpm-keeper", daemon=True).start()
+        threading.Thread(target=self._work, name="ddpm-checkpoints", daemon=True).start()
 
     def save(self, snapshot: Snapshot, segment: bytes | None, best: bool) -> None:
         """Store `snapshot`, with what was tracked since the last one; also as the best, if it is.
@@ -73,7 +73,7 @@ class Keeper:
         self.check()
         self._todo.put(partial(self._save, snapshot, segment, best))
 
-    def last_words(self, images_seen: int, segment: bytes | None) -> None:
+    def flush_on_error(self, images_seen: int, segment: bytes | None) -> None:
         """Store what was tracked since the last checkpoint of a run that ends in an error."""
         if segment is not None:
             self.publish(f"{segments.FOLDER}/{segment_name(images_seen, last_words=True)}", segment)
@@ -166,7 +166,7 @@ class Keeper:
 
 
 @contextmanager
-def newest_intact(run: Location, timeout_s: float, warn: Callable[[str], None]) -> Iterator[Path | None]:
+def latest_valid(run: Location, timeout_s: float, warn: Callable[[str], None]) -> Iterator[Path | None]:
     """The newest checkpoint that is whole, as a local folder; None: there is none yet.
 
     Raises:
@@ -210,7 +210,9 @@ def begin(run: Location, config: Config, identity: dict[str, Any], warn: Callabl
     state = State.create(config, torch.device("cpu"))
     with runs.local_checkpoint(config.train.init_from) as folder:
         checkpoint.begin(folder, state, config)
-    first = Keeper(run, config.train.keep_checkpoints, config.run.storage_timeout_s, lambda seen: None, warn)
+    first = CheckpointManager(
+        run, config.train.keep_checkpoints, config.run.storage_timeout_s, lambda seen: None, warn
+    )
     first.save(checkpoint.snapshot(state, config, identity), None, best=False)
     first.flush()
     first.close()

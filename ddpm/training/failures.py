@@ -1,0 +1,86 @@
+"""When a run is given up: `FailureBudget`, a callback in Ray Train's controller, and the errors it ends with."""
+
+from typing import Any
+
+import ray
+import ray.exceptions
+from ray.train import UserCallback
+
+from ddpm.config import Config, UserError
+from ddpm.training import run_state
+
+SHOWN = 300
+"""Characters of a worker's error in a warning."""
+
+
+class TrainingFailed(UserError):
+    """Workers failed more often than cluster.max_failures allows."""
+
+    exit_code = 1
+
+
+class FailureBudget(UserCallback):
+    """Ends a run that fails again and again; the run ends when a callback raises.
+
+    FailureConfig.max_failures counts all failures of a run, however long ago; this one those without a new checkpoint
+    in between, so that a week on a flaky cluster is no reason to give up. Preemptions are counted here too: a group
+    that leaves in good order before its node goes is none of Ray's failures.
+
+    Args:
+        state: the actor of the run.
+    """
+
+    def __init__(self, config: Config, state: Any) -> None:
+        self._config, self._state = config, state
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        values = ray.get(self._state.snapshot.remote())
+        if values.get(run_state.FAILURE) is not None:
+            raise RuntimeError("a user's mistake, which no restart mends")
+        if values.get(run_state.STOP) in (
+            run_state.PREEMPTION,
+            run_state.MORE_WORKERS,
+        ):  # not for the next group
+            ray.get(self._state.set.remote(run_state.STOP, None))
+        limits = self._config.cluster
+        deaths = {rank: death for rank, error in worker_exceptions.items() if (death := _death(error))}
+        # A death explains the others' errors: collectives that broke off.
+        rank, cause = next(iter(deaths.items() or worker_exceptions.items()))
+        failure: TrainingFailed
+        if any(death.preempted for death in deaths.values()):
+            count, most = ray.get(self._state.preempted.remote()), limits.max_preemptions
+            failure = too_many_preemptions(self._config)
+        else:
+            count, most = ray.get(self._state.failed.remote()), limits.max_failures
+            failure = TrainingFailed(
+                f"training failed: {last_line(cause)} ({count} times since the last checkpoint, "
+                "--cluster.max-failures; --verbose shows the whole story)"
+            )
+        if count <= most:
+            line = f"worker {rank} failed; going on from the last checkpoint: {last_line(cause)[:SHOWN]}"
+            self._state.warn.remote(line)
+            return
+        ray.get(self._state.set.remote(run_state.FAILURE, failure))
+        raise failure
+
+
+def _death(error: Exception) -> ray.exceptions.RayActorError | None:
+    """The death of a worker's process; None: it raised an error."""
+    # Ray Train wraps it (2.60); where this attribute is missing, a death counts as any other failure.
+    error = getattr(error, "health_check_failure", error)
+    return error if isinstance(error, ray.exceptions.RayActorError) else None
+
+
+def too_many_preemptions(config: Config) -> TrainingFailed:
+    return TrainingFailed(
+        f"nodes were taken away more than {config.cluster.max_preemptions} times (--cluster.max-preemptions); "
+        "the same command goes on from the last checkpoint"
+    )
+
+
+def last_line(error: BaseException) -> str:
+    """The line of a failure that says what went wrong."""
+    failures = getattr(error, "worker_failures", None) or {}
+    cause: BaseException = next(iter(failures.values()), error)
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return lines[-1] if lines else repr(cause)

@@ -1,0 +1,170 @@
+"""What driver, controller and workers tell each other about a run: a small actor, `RunState`.
+
+It lives on the driver's node and needs no CPU. The last value of each subject is kept.
+
+The actor may die as well. Ray starts it again and repeats the calls that were not answered; it is empty then. The
+driver, which reads it twice a second, notices that and restores what was there (`RunStateClient`). What was set after
+the last reading is lost, so nothing depends on it: workers tell a new actor that they have ended, and checkpoints and
+user errors are found again without it.
+"""
+
+import uuid
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+# Subjects.
+FAILURE = "failure"
+"""A UserError that no restart mends."""
+STOP = "stop"
+"""Why the workers should end with the step they are in, and leave a checkpoint of it."""
+PREEMPTION = "preemption"
+"""A value of STOP: a node of the workers is about to be taken away."""
+MORE_WORKERS = "more workers"
+"""A value of STOP: nodes have come, and the next worker group can be larger."""
+ENDED = "ended"
+"""images_seen at which the workers last left the loop."""
+COMMITTED = "committed"
+"""images_seen of the newest safe checkpoint."""
+PROGRESS = "progress"
+"""A progress.Progress."""
+PLACE = "place"
+"""The placement group that the workers were last started in."""
+WORKERS = "workers"
+"""How many workers train."""
+FAILURES, PREEMPTIONS = "failures", "preemptions"
+"""What `failed` and `preempted` count."""
+NUMBER = "number"
+"""RunSpec.number; missing in an actor that was started anew."""
+WARNINGS = "warnings"
+"""Lines for the person watching."""
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """A run, as its workers are told of it."""
+
+    number: int
+    """Counts from 1, for workers that stay from one run to the next."""
+    what: Any
+    """A reference to what they need to know; the actor, a small process, does not fetch it."""
+
+
+class RunState:
+    """The actor."""
+
+    def __init__(self) -> None:
+        self._spec: RunSpec | None = None
+        self._closed = False
+        self._values: dict[str, Any] = {WARNINGS: []}
+        self._life, self._ended = uuid.uuid4().hex, (0, -1)
+
+    def submit(self, spec: RunSpec) -> None:
+        """Tell the workers of a run; what was set of another is forgotten, but not where they are."""
+        self._spec = spec
+        place = self._values.get(PLACE)
+        self._values = {NUMBER: spec.number, WARNINGS: [], PLACE: place}
+
+    def restore(self, spec: RunSpec | None, values: dict[str, Any]) -> dict[str, Any]:
+        """Take over what was in an actor that died, except where there is later news; returns everything."""
+        if self._spec is None:
+            self._spec = spec
+            warnings = values.get(WARNINGS, []) + self._values[WARNINGS]
+            self._values = {**values, **self._values, WARNINGS: warnings}
+            self.ended(*self._ended)
+        return self._values
+
+    def close(self) -> None:
+        """Tell the workers that there is no other run."""
+        self._closed = True
+
+    def next_run(self, after: int) -> tuple[RunSpec | Literal["wait", "leave"], str]:
+        """The run for workers that have done with run `after`; and a word that is another after a restart."""
+        if self._closed:
+            return "leave", self._life
+        has_ended = self._values.get(ENDED) is not None
+        waits = self._spec is None or self._spec.number <= after or has_ended
+        return "wait" if waits or self._spec is None else self._spec, self._life
+
+    def ended(self, number: int, images_seen: int) -> str:
+        """The workers have left the loop of run `number`; returns the word that `next_run` does."""
+        self._ended = number, images_seen  # for `restore`, if the run is not known here yet
+        if self._spec is not None and number == self._spec.number:
+            self._values[ENDED] = images_seen
+        return self._life
+
+    def set(self, subject: str, value: Any) -> None:
+        """Set the value of `subject`; None: there is none."""
+        self._values[subject] = value
+
+    def warn(self, line: str) -> None:
+        """Add a line for the person watching."""
+        self._values[WARNINGS].append(line)
+
+    def snapshot(self) -> dict[str, Any]:
+        """All values by subject."""
+        return self._values
+
+    def failed(self) -> int:
+        """Count a failure; failures in a row, with no checkpoint in between."""
+        committed = self._values.get(COMMITTED, -1)
+        failures, failed_at = self._values.get(FAILURES, (0, -1))
+        failures = 1 if committed > failed_at else failures + 1
+        self._values[FAILURES] = failures, committed
+        return failures
+
+    def preempted(self) -> int:
+        """Count a preemption; all there were."""
+        self._values[PREEMPTIONS] = self._values.get(PREEMPTIONS, 0) + 1
+        return self._values[PREEMPTIONS]
+
+
+class RunStateClient:
+    """The driver's side: what it sets survives the actor's death.
+
+    Attributes:
+        actor: the RunState, for controller and workers.
+    """
+
+    def __init__(self) -> None:
+        self.actor = start()
+        self._spec: RunSpec | None = None
+        self._values: dict[str, Any] = {}
+
+    def submit(self, spec: RunSpec) -> None:
+        """`RunState.submit`; the actor may still be starting, and is not waited for."""
+        self._spec = spec
+        self._values = {NUMBER: spec.number, PLACE: self._values.get(PLACE)}
+        self.actor.submit.remote(spec)
+
+    def set(self, subject: str, value: Any) -> None:
+        """`RunState.set`."""
+        ray.get(self.actor.set.remote(subject, value))
+        self._values[subject] = value
+
+    def snapshot(self) -> dict[str, Any]:
+        """All values by subject; an actor that was started anew is told first what was there."""
+        values = ray.get(self.actor.snapshot.remote())
+        if NUMBER not in values:
+            values = ray.get(self.actor.restore.remote(self._spec, self._values))
+        self._values = values
+        return dict(values)
+
+    def failed(self) -> int:
+        """`RunState.failed`."""
+        self.snapshot()
+        return ray.get(self.actor.failed.remote())
+
+    def preempted(self) -> int:
+        """`RunState.preempted`."""
+        self.snapshot()
+        return ray.get(self.actor.preempted.remote())
+
+
+def start() -> Any:
+    """A new RunState on this node: it lives as long as this process, started again if it dies before."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
+    return ray.remote(num_cpus=0)(RunState).options(**options).remote()

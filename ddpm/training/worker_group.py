@@ -1,0 +1,177 @@
+"""The workers of a training run: a `TorchTrainer`, whose workers may stay for the next run.
+
+A search begins a trial in a second that way: processes, imports and process group are there already. What becomes of
+a run when workers die is for `fit.fit`.
+"""
+
+import atexit
+import contextlib
+import fcntl
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.util
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from ddpm.config import Config, UserError
+from ddpm.data.reading import DataSet
+from ddpm.records import Outbox
+from ddpm.runs import Run
+from ddpm.training import loop, resources, run_state
+from ddpm.training.failures import FailureBudget
+from ddpm.training.monitor import CallThread
+from ddpm.training.worker import RayRuntime
+
+FOLDER_PREFIX, OWNER = "ddpm-ray-train-", "owner"
+"""Temporary folders of Ray Train runs; the process that uses one holds a lock on the file `owner` in it."""
+RUN_POLL_S = 0.1
+"""How often persistent workers ask for the next run."""
+LEAVE_POLL_S = 1.0
+NEVER_S = 1e9
+
+
+class PersistentWorkerGroup:
+    """The workers, and what stays with them from one run to the next: processes, imports, the process group.
+
+    They start with the first run, and anew after a failure. One run at a time; all ask the same of the cluster.
+
+    Args:
+        config: of any of the runs.
+        verbose: let Ray's own messages through.
+        persistent: the workers stay after the end of a run, until `close`.
+    """
+
+    def __init__(self, config: Config, verbose: bool = False, persistent: bool = True) -> None:
+        self.persistent, self.state = persistent, run_state.RunStateClient()
+        self._config, self._resources = config, resources.resources_per_worker(config)
+        self._spec = {"state": self.state.actor, "verbose": verbose, "persistent": persistent}
+        self._number = 0
+        self._workers: CallThread | None = None
+
+    def submit(self, config: Config, data_set: DataSet, run: Run) -> None:
+        """Hand a run to the workers."""
+        self._number += 1
+        what = ray.put({"config": config, "data_set": data_set, "run": run})
+        self.state.submit(run_state.RunSpec(self._number, what))
+
+    def workers(self) -> CallThread:
+        """The thread in `TorchTrainer.fit`, begun if there is none; it ends when the workers leave."""
+        if self._workers is None or not self._workers.is_alive():
+            if self._workers is not None:
+                self._free_place()
+            self._workers = CallThread(self._fit)
+        return self._workers
+
+    def close(self, timeout_s: float) -> None:
+        """Let the workers leave, and wait until they have."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            ray.get(self.state.actor.close.remote())  # again, since the actor may die meanwhile
+            if self._workers is None or not self._workers.is_alive() or time.monotonic() > deadline:
+                return
+            self._workers.join(LEAVE_POLL_S)
+
+    def _fit(self) -> None:
+        with _own_folder() as folder:
+            _trainer(self._config, {**self._spec, "folder": folder}, self._resources).fit()
+
+    def _free_place(self) -> None:
+        """Give back what a dead controller's workers held: data tasks would wait for ever for the CPUs.
+
+        Ray's own cleaner asks the dashboard whether the controller lives, and does nothing where there is none (2.60).
+        """
+        place = self.state.snapshot().get(run_state.PLACE)
+        if place is not None:
+            ray.util.remove_placement_group(place)
+            self.state.set(run_state.PLACE, None)
+
+
+@contextlib.contextmanager
+def _own_folder() -> Iterator[str]:
+    """A temporary folder, also removed when this process exits; those of processes that were killed are removed."""
+    for left in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*/{OWNER}"):
+        with contextlib.suppress(OSError), left.open() as owner:  # an error: it is in use
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left.parent, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=FOLDER_PREFIX) as folder, Path(folder, OWNER).open("w") as owner:
+        fcntl.flock(owner, fcntl.LOCK_EX)
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)  # the thread that is in here may not end
+        yield folder
+
+
+def _trainer(config: Config, spec: dict[str, Any], per_worker: dict[str, float]) -> TorchTrainer:
+    sizes, use_gpu = config.cluster.world_sizes(), "GPU" in per_worker
+    return TorchTrainer(
+        work,
+        train_loop_config=spec,
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]  # type checkers see that of Ray Train's version 1
+            num_workers=sizes[0] if len(sizes) == 1 else (sizes[0], sizes[-1]),  # type: ignore[arg-type]
+            use_gpu=use_gpu,
+            resources_per_worker=per_worker,
+            # Ray would end a healthy group where it is, and the next one would go back to the checkpoint before. The
+            # driver asks it to leave with a checkpoint instead (monitor.py).
+            elastic_resize_monitor_interval_s=NEVER_S,
+        ),
+        run_config=RunConfig(
+            name=config.run.name,
+            # Ray's own notes on the run, on this node: the truth about it is in its folder, and what Ray writes would
+            # end the run where storage is away. Checkpoints are reported as pointers (worker.py).
+            storage_path=spec["folder"],
+            failure_config=FailureConfig(max_failures=-1),  # FailureBudget ends a run that makes no progress
+            callbacks=[FailureBudget(config, spec["state"])],  # type: ignore[list-item]
+        ),
+    )
+
+
+def work(spec: dict[str, Any]) -> None:
+    """What each worker runs: a run, and where workers are persistent the next ones, as they come."""
+    state, number = spec["state"], 0
+    ended, told = None, ""
+    if not spec["verbose"]:
+        logging.getLogger("ray").setLevel(logging.ERROR)
+    state.set.remote(run_state.PLACE, ray.util.get_current_placement_group())
+    while True:
+        run, life = ray.get(state.next_run.remote(number))
+        if run == "leave":
+            return
+        if run == "wait":
+            if ended is not None and life != told:  # an actor that was started anew does not know
+                told = ray.get(state.ended.remote(number, ended))
+            time.sleep(RUN_POLL_S)
+            continue
+        number = run.number
+        ended = _run_one(**ray.get(run.what), spec=spec)
+        if ended is not None:
+            told = ray.get(state.ended.remote(number, ended))
+        reason = ray.get(state.snapshot.remote()).get(run_state.STOP)
+        if not spec["persistent"] or reason in (run_state.PREEMPTION, run_state.MORE_WORKERS):
+            return
+
+
+def _run_one(config: Config, data_set: DataSet, run: Run, spec: dict[str, Any]) -> int | None:
+    """One worker's part in a run; rank 0 returns images_seen at its end."""
+    state, outbox = spec["state"], Outbox()
+    runtime = RayRuntime(config, data_set, run, state, outbox, spec["folder"])
+    images_seen = -1
+    try:
+        images_seen = loop.train(config, runtime, outbox).images_seen
+    except UserError as error:
+        ray.get(state.set.remote(run_state.FAILURE, error))
+        runtime.flush_on_error()
+        # Of a loss that is not finite, all workers know in the same step.
+        if not (spec["persistent"] and isinstance(error, loop.NonFinite)):
+            raise
+    finally:
+        runtime.close()
+        if config.train.compile:  # what was compiled for one net counts as a variant of the next one's
+            torch.compiler.reset()
+    return images_seen if runtime.rank == 0 else None
