@@ -1,10 +1,10 @@
-"""Where the time goes between typing `python jobs/train.py digits` and its first step.
+"""Where the time goes between typing `python jobs/train.py digits` and its first step, beside a bare TorchTrainer.
 
-    python benchmarks/start.py [--repeats 3] [--workers 1 2] [--beside FOLDER]
+    python benchmarks/start.py [--repeats 3] [--workers 1 2]
 
 Runs the real command, with an empty folder for its data and MLflow's database made before, and samples its processes.
-`--beside` is another checkout of the project: the two take turns, so that a machine that grows busy slows both. The
-table goes to benchmarks/start.md.
+Bare is benchmarks/bare_trainer.py: no data, no checkpoint, one step on noise. The two take turns, so that a machine
+that grows busy slows both. The table goes to benchmarks/start.md.
 """
 
 import datetime
@@ -28,7 +28,8 @@ HERE = Path(__file__).resolve().parent.parent
 SAMPLE_S = 0.1
 FLAGS = """--train.total-images 2048 --train.checkpoint-every-images 0 --train.sample-every-images 0
     --sample.num-images 1 --sample.num-sample-steps 1""".split()
-DRIVER, FIRST_STEP, TRAINED, ENDED = "jobs/train.py", "first step", "trained", "ended"
+OURS, BARE = "jobs/train.py", "bare TorchTrainer"
+FIRST_STEP, TRAINED, ENDED = "first step", "trained", "ended"
 IDLE, UNKNOWN = "ray::IDLE", "others"
 
 
@@ -38,8 +39,6 @@ class Arguments:
 
     repeats: int = 3
     workers: tuple[int, ...] = (1, 2)
-    beside: Path | None = None
-    """Another checkout."""
 
 
 @dataclass
@@ -53,29 +52,31 @@ class Start:
     """Until the end."""
 
 
-def measure(checkout: Path, workers: int, folder: Path) -> Start:
+def measure(who: str, workers: int, folder: Path) -> Start:
     """Run the command once.
 
     Raises:
         RuntimeError: it failed.
     """
-    command = [sys.executable, "jobs/train.py", "digits", *FLAGS, "--cluster.num-workers", str(workers)]
-    command += ["--run.storage", str(folder / "runs"), "--run.name", "bench"]
+    if who == OURS:
+        command = [sys.executable, OURS, "digits", *FLAGS, "--cluster.num-workers", str(workers)]
+        command += ["--run.storage", str(folder / "runs"), "--run.name", "bench"]
+    else:
+        command = [sys.executable, "benchmarks/bare_trainer.py", str(workers)]
     env = os.environ | {
-        "PYTHONPATH": str(checkout),
         "MLFLOW_TRACKING_URI": f"sqlite:///{Path(tempfile.gettempdir(), 'bench-start-mlflow.db')}",
         "RAY_AUTH_MODE": "disabled",
     }
     start, began, output = Start(), time.time(), list[str]()
     driver = subprocess.Popen(
-        command, cwd=checkout, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command, cwd=HERE, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
 
     def read() -> None:
         assert driver.stdout is not None
         for line in driver.stdout:
             output.append(line)
-            for word, moment in (("data ", "data"), ("images ", FIRST_STEP), ("trained ", TRAINED)):
+            for word, moment in (("images ", FIRST_STEP), ("trained", TRAINED)):
                 if line.startswith(word):
                     start.moments.setdefault(moment, time.time() - began)
 
@@ -122,7 +123,7 @@ def _title(command: list[str]) -> str:
     for name in ("gcs_server", "raylet", "monitor.py", "log_monitor.py", "dashboard.py"):
         if name in names:
             return name
-    return DRIVER if DRIVER in command[1:2] else UNKNOWN
+    return "the driver" if OURS in command[1:2] or "bare_trainer.py" in names else UNKNOWN
 
 
 def _added_up(seen: dict[int, tuple[str, float, float]]) -> dict[str, tuple[float, float]]:
@@ -135,54 +136,51 @@ def _added_up(seen: dict[int, tuple[str, float, float]]) -> dict[str, tuple[floa
 
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
-    checkouts = [arguments.beside.resolve(), HERE] if arguments.beside else [HERE]
-    found: dict[tuple[Path, int], list[Start]] = {(c, n): [] for n in arguments.workers for c in checkouts}
+    found: dict[tuple[str, int], list[Start]] = {
+        (who, workers): [] for workers in arguments.workers for who in (BARE, OURS)
+    }
     for i in range(arguments.repeats):
-        for checkout, workers in found if i % 2 == 0 else reversed(found):
+        for who, workers in found if i % 2 == 0 else reversed(found):
             with tempfile.TemporaryDirectory(prefix="bench-start-") as folder:
-                start = measure(checkout, workers, Path(folder))
-            found[checkout, workers].append(start)
+                start = measure(who, workers, Path(folder))
+            found[who, workers].append(start)
             moments = ", ".join(f"{name} {s:.1f}" for name, s in start.moments.items())
-            print(f"{checkout} {workers} workers: {moments} s; {start.cpu_s:.1f} s of CPU", flush=True)
-            for title, (began, cpu_s) in sorted(start.processes.items(), key=lambda item: item[1]):
-                print(f"    {began:5.1f} {cpu_s:5.2f} {title}", flush=True)
-    write(arguments, checkouts, found)
+            print(f"{who} {workers} workers: {moments} s; {start.cpu_s:.1f} s of CPU", flush=True)
+    write(arguments, found)
 
 
-def write(arguments: Arguments, checkouts: list[Path], found: dict[tuple[Path, int], list[Start]]) -> None:
+def write(arguments: Arguments, found: dict[tuple[str, int], list[Start]]) -> None:
     """The table, as Markdown."""
     import ray
     import torch
 
-    def median(key: tuple[Path, int], value: Callable[[Start], float]) -> float:
+    def median(key: tuple[str, int], value: Callable[[Start], float]) -> float:
         return statistics.median(value(start) for start in found[key])
 
-    def name(checkout: Path) -> str:
-        return "this one" if checkout == HERE else "beside it"
-
-    titles = ", ".join(f"{name(c)}: `{_commit(c)}`" for c in reversed(checkouts))
     lines = [
         "# From typing `python jobs/train.py digits` to its first step",
         "",
-        f"The data prepared on the way, MLflow's database made before; medians of {arguments.repeats} runs that "
-        f"took turns (`python benchmarks/start.py`; {titles}). {datetime.date.today()}, {os.cpu_count()} cores "
+        "Beside a bare TorchTrainer, which has no data, no checkpoint and no MLflow, and takes one step on noise. The "
+        f"digits are prepared on the way, MLflow's database was made before. Medians of {arguments.repeats} runs that "
+        f"took turns (`python benchmarks/start.py`, `{_commit()}`). {datetime.date.today()}, {os.cpu_count()} cores "
         f"of {processor()}, torch {torch.__version__}, Ray {ray.__version__}.",
         "",
-        "| workers | checkout | data there | first step | trained | ended | CPU in all | first step, all runs |",
+        "| workers | | first step | of bare | trained | ended | CPU in all | first step, all runs |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for key in found:
-        moments = [median(key, lambda s, m=m: s.moments[m]) for m in ("data", FIRST_STEP, TRAINED, ENDED)]  # type: ignore[misc]
+    for who, workers in found:
+        key = who, workers
+        moments = [median(key, lambda s, m=m: s.moments[m]) for m in (FIRST_STEP, TRAINED, ENDED)]  # type: ignore[misc]
+        ratio = moments[0] / median((BARE, workers), lambda s: s.moments[FIRST_STEP])
         every = ", ".join(f"{start.moments[FIRST_STEP]:.1f}" for start in found[key])
-        cells = " | ".join(f"{s:.1f} s" for s in moments)
-        lines.append(
-            f"| {key[1]} | {name(key[0])} | {cells} | {median(key, lambda s: s.cpu_s):.0f} s | {every} |"
-        )
+        first, *rest = (f"{s:.1f} s" for s in moments)
+        cells = " | ".join([first, f"{ratio:.2f}", *rest])
+        lines.append(f"| {workers} | {who} | {cells} | {median(key, lambda s: s.cpu_s):.0f} s | {every} |")
     for workers in arguments.workers:
         lines += ["", f"Processes until the first step, {workers} worker(s), of the last run:", ""]
-        lines += ["| process | " + " | ".join(f"{name(c)}: begins | CPU" for c in checkouts) + " |"]
-        lines += ["|---" * (1 + 2 * len(checkouts)) + "|"]
-        last = [found[checkout, workers][-1].processes for checkout in checkouts]
+        lines += ["| process | " + " | ".join(f"{who}: begins | CPU" for who in (BARE, OURS)) + " |"]
+        lines += ["|---" * 5 + "|"]
+        last = [found[who, workers][-1].processes for who in (BARE, OURS)]
         titles_seen = dict.fromkeys(title for processes in reversed(last) for title in processes)
         for title in sorted(titles_seen, key=lambda t: max(p[t][0] for p in last if t in p)):
             cells = " | ".join(
@@ -192,8 +190,8 @@ def write(arguments: Arguments, checkouts: list[Path], found: dict[tuple[Path, i
     write_table(__file__, lines)
 
 
-def _commit(checkout: Path) -> str:
-    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
+def _commit() -> str:
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 

@@ -174,7 +174,7 @@ class MlflowServer(Server):
 
 
 class RayHead(Server):
-    """A one-node Ray cluster: `address` for ray.init, `dashboard` for `ray job submit`.
+    """A one-node Ray cluster: `address` for ray.init, `dashboard` for `ray job submit`, `metrics` for Prometheus.
 
     Its temporary folder is its own: Ray writes the address of the cluster started last to one file in
     it, and with the default folder every ray.init() on the machine would join this cluster.
@@ -183,7 +183,7 @@ class RayHead(Server):
     def __init__(self, folder: Path, num_cpus: int = 3, env: Mapping[str, str] | None = None) -> None:
         gcs, dashboard, client, agent_http, agent_grpc, runtime_env, metrics = map(str, free_ports(7))
         self.address = f"{LOOPBACK}:{gcs}"
-        self.dashboard = f"http://{LOOPBACK}:{dashboard}"
+        self.dashboard, self.metrics = f"http://{LOOPBACK}:{dashboard}", f"http://{LOOPBACK}:{metrics}"
         # Short, since the sockets in it must fit into 107 characters.
         self.temp_dir = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
         command = [program("ray"), "start", "--head", "--block", "--disable-usage-stats"]

@@ -32,6 +32,8 @@ class CallThread(threading.Thread):
 
     def __init__(self, call: Callable[[], object]) -> None:
         super().__init__(name="ddpm-fit", daemon=True)
+        self.result: object = None
+        """What the call returned."""
         self.error: BaseException | None = None
         """What the call raised."""
         self._call = call
@@ -39,7 +41,7 @@ class CallThread(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._call()
+            self.result = self._call()
         except BaseException as error:  # for the caller, whatever it is
             self.error = error
 

@@ -50,8 +50,6 @@ REPORT_INTERVAL_S = 5.0
 POINTER = "pointer_ckpt.json"
 """File of a reported checkpoint: the URI of the stored one."""
 
-CAN_BE_PREEMPTED = hasattr(ray.train, "get_preemption_info")  # older than 2.56: a lost node is a crash
-
 
 class RayRuntime:
     """One worker of a Ray Train group; a `runtime.Runtime`.
@@ -140,8 +138,7 @@ class RayRuntime:
         metrics, newest = self._rank_zero.report() if self._rank_zero else ({}, None)
         pointer = self._pointer(newest) if newest else None
         ray.train.report(metrics, checkpoint=pointer, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
-        info = ray.train.get_preemption_info() if CAN_BE_PREEMPTED else None
-        if info is not None and self._rank_zero:
+        if ray.train.get_preemption_info() and self._rank_zero:
             self._rank_zero.preempted()
 
     def _pointer(self, newest: str) -> Checkpoint:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.train
 import ray.util
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -79,9 +80,9 @@ class PersistentWorkerGroup:
                 return
             self._workers.join(LEAVE_POLL_S)
 
-    def _fit(self) -> None:
+    def _fit(self) -> ray.train.Result:
         with _own_folder() as folder:
-            _trainer(self._config, {**self._spec, "folder": folder}, self._resources).fit()
+            return _trainer(self._config, {**self._spec, "folder": folder}, self._resources).fit()
 
     def _free_place(self) -> None:
         """Give back what a dead controller's workers held: data tasks would wait for ever for the CPUs.

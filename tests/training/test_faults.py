@@ -3,10 +3,12 @@
 Every test kills something for real in a run of two workers, and compares with one run that nothing happened to.
 """
 
+import json
 import os
 import random
 import signal
 import time
+import urllib.request
 from pathlib import Path
 
 import processes
@@ -141,3 +143,15 @@ def test_ray_job_stop(run: Run, undisturbed: Run, ray_head: RayHead) -> None:
     assert_same(run, undisturbed)
     assert_tracked_once(run)
     assert metric(run, "train/goodput")[-1] == (TOTAL, 1.0)
+    assert_ray_sees(ray_head, run)
+
+
+def assert_ray_sees(ray_head: RayHead, run: Run) -> None:
+    """Ray's API and its Prometheus metrics show the run, as the pages that are built on them do."""
+    name = Path(run.location.path).name
+    with urllib.request.urlopen(f"{ray_head.dashboard}/api/train/v2/runs/v1") as answer:
+        found = [shown for shown in json.load(answer)["train_runs"] if shown["name"] == name]
+    assert len(found) == 2 and {shown["status"] for shown in found} == {"FINISHED"}
+    assert all(len(shown["attempts"][-1]["workers"]) == 2 for shown in found)
+    with urllib.request.urlopen(f"{ray_head.metrics}/metrics") as answer:
+        assert f'ray_train_run_name="{name}"' in answer.read().decode()

@@ -62,6 +62,9 @@ def test_one_run_after_the_other_and_whatever_happens_to_one(
     kill_run_state()
     group.close(60)
     assert psutil.wait_procs(workers(), timeout=60)[1] == []
+    told: Any = group._workers and group._workers.result  # what Ray Train was told last
+    assert told.metrics["images_seen"] == 256
+    assert told.checkpoint.path.endswith("third/checkpoint-000000000256")
 
     for name, seed in (("first", 0), ("second", 1), ("again", 1), ("third", 2)):
         config, local = override(tiny, {"train.seed": seed}), tmp_path / name
