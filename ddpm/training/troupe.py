@@ -27,7 +27,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ddpm import connection
 from ddpm.config import Config, UserError
-from ddpm.data import librarian
 from ddpm.data.reading import DataSet
 from ddpm.records import Outbox
 from ddpm.runs import Run
@@ -56,11 +55,9 @@ class Troupe:
     """
 
     def __init__(self, config: Config, verbose: bool = False, stays: bool = True) -> None:
-        librarian.announce()
         self.stays, self.board = stays, boards.RunStateClient()
-        reading = librarian.employ(config.cluster.world_sizes()[-1], verbose)
         self._config, self._resources = config, placement.resources_per_worker(config)
-        self._spec = {"board": self.board.actor, "librarian": reading, "verbose": verbose, "stays": stays}
+        self._spec = {"board": self.board.actor, "verbose": verbose, "stays": stays}
         self._number = 0
         self._workers: Aside | None = None
 
@@ -187,7 +184,7 @@ def work(spec: dict[str, Any]) -> None:
 def _perform(config: Config, data_set: DataSet, run: Run, spec: dict[str, Any]) -> int | None:
     """One worker's part in a run; rank 0 returns images_seen at its end."""
     board, outbox = spec["board"], Outbox()
-    runtime = RayRuntime(config, data_set, run, board, spec["librarian"], outbox)
+    runtime = RayRuntime(config, data_set, run, board, outbox)
     images_seen = -1
     try:
         images_seen = loop.train(config, runtime, outbox).images_seen

@@ -4,7 +4,6 @@ Its own room because it runs in another process than `cluster.fit` and the troup
 and bury them, this one is what they know of Ray.
 """
 
-import itertools
 import json
 import os
 import threading
@@ -24,9 +23,10 @@ from torch import Tensor, nn
 
 from ddpm import segments
 from ddpm.config import Config
-from ddpm.data import stream
+from ddpm.data import ray_dataset
 from ddpm.data.corrupt import CorruptImages, Substitution
-from ddpm.data.reading import DataSet, Images, Share
+from ddpm.data.plan import ReadOrder
+from ddpm.data.reading import DataSet, Images, MicroBatch
 from ddpm.patience import patiently
 from ddpm.progress import Progress
 from ddpm.records import Outbox
@@ -35,7 +35,7 @@ from ddpm.training import board as boards
 from ddpm.training import checkpoint, keeper
 from ddpm.training.keeper import Keeper
 from ddpm.training.machine import SystemMetrics
-from ddpm.training.runtime import CORRUPT, MicroBatch, cut, read_held_out
+from ddpm.training.runtime import CORRUPT, read_held_out
 
 STOP_POLL_S = 0.5
 """Rank 0 looks so often whether it shall stop: each look takes a millisecond from training."""
@@ -47,9 +47,7 @@ LEDGER_INTERVAL_S = 10.0
 class RayRuntime:
     """One worker of a Ray Train group; a `runtime.Runtime`."""
 
-    def __init__(
-        self, config: Config, data_set: DataSet, run: Run, board: Any, librarian: Any, outbox: Outbox
-    ) -> None:
+    def __init__(self, config: Config, data_set: DataSet, run: Run, board: Any, outbox: Outbox) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
@@ -57,7 +55,7 @@ class RayRuntime:
             torch.cuda.set_device(self.device)
         self.identity = {"run_key": run.key, "data_fingerprint": data_set.rows.fingerprint}
         self._config, self._data_set, self._run = config, data_set, run
-        self._board, self._librarian = board, librarian
+        self._reading = ExitStack()
         if self.device.type == "cpu":
             cores = len(os.sched_getaffinity(0)) // context.get_local_world_size()
             torch.set_num_threads(config.cluster.threads_per_worker or max(1, cores))
@@ -70,30 +68,17 @@ class RayRuntime:
         return nn.parallel.DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True)
 
     def batches(self, images_seen: int) -> Iterator[MicroBatch]:
-        train, data_set = self._config.train, self._data_set
-        legs = stream.legs(self._config, data_set, images_seen)
-        # The processes that read start while the net is built.
-        begun = [self._shares(leg, images_seen) for leg in itertools.islice(legs, 1)]
-        shares = itertools.chain(begun, (self._shares(leg, images_seen) for leg in legs))
-        return cut(
-            itertools.chain.from_iterable(shares),
-            self.rank,
-            self.world_size,
-            train.batch_size,
-            train.micro_batch_size,
+        batches = ray_dataset.micro_batches(
+            self._data_set,
+            ReadOrder.from_config(self._config),
+            images_seen,
+            rank=self.rank,
+            world_size=self.world_size,
+            broadcast=ray.train.collective.broadcast_from_rank_zero,
+            on_substitutions=self._steward.substituted if self._steward else None,
         )
-
-    def _shares(self, leg: list[stream.Task], images_seen: int) -> Iterator[Share]:
-        """What this rank trains on of a leg; every rank calls it."""
-        iterators = None
-        if self.rank == 0:
-            split = self._librarian.split.remote(
-                self._config, self._data_set, leg, images_seen, self.world_size
-            )
-            iterators = ray.get(split)
-        iterators = ray.train.collective.broadcast_from_rank_zero(iterators)
-        on_substitutions = self._steward.substituted if self._steward else None
-        return stream.shares(iterators[self.rank], self._config, on_substitutions)
+        self._reading.callback(batches.close)
+        return batches
 
     def held_out(self) -> Images | None:
         return read_held_out(self._data_set.held_out(), self._config)
@@ -159,6 +144,7 @@ class RayRuntime:
 
     def close(self) -> None:
         """The run is over for this worker, which may stay for another."""
+        self._reading.close()
         if self._steward:
             self._steward.close()
 

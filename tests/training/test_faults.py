@@ -17,7 +17,7 @@ from servers import RayHead
 
 WORKER = "ray::RayTrainWorker"
 CONTROLLER = "ray::TrainController"
-LIBRARIAN = "ray::Librarian"
+COORDINATOR = "ray::SplitCoordinator"
 BOARD = "ray::Board"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -32,8 +32,8 @@ def test_workers_killed_at_random_steps(run: Run, undisturbed: Run) -> None:
             time.sleep(dice.uniform(0, 0.5))
             dice.choice(job.members(WORKER)).send_signal(signal.SIGKILL)
         job.wait_for(run.past(run.position()))
-        (librarian,) = job.members(LIBRARIAN)
-        librarian.send_signal(signal.SIGKILL)
+        (coordinator,) = job.members(COORDINATOR)
+        coordinator.send_signal(signal.SIGKILL)
         assert job.wait() == 0, job.output
     assert "Traceback" not in job.output
     assert_same(run, undisturbed)
