@@ -113,9 +113,13 @@ def micro_batches(
     chunks = dataset_chunks(data_set, order, images_seen)
 
     def begin(chunk: list[Task]) -> Iterator[RankBatch]:
-        iterators = split(data_set, order, chunk, images_seen, world_size) if rank == 0 else None
+        place = None  # of the iterators in the object store: they themselves take more than broadcasts are made for
+        if rank == 0:
+            place = [ray.put(split(data_set, order, chunk, images_seen, world_size))]
+        (reference,) = broadcast(place)
         timeouts_s = order.stall_timeout_s, data_set.timeout_s
-        return rank_batches(broadcast(iterators)[rank], *timeouts_s, on_substitutions if rank == 0 else None)
+        told = on_substitutions if rank == 0 else None
+        return rank_batches(ray.get(reference)[rank], *timeouts_s, told)
 
     first = [begin(chunk) for chunk in itertools.islice(chunks, 1)]
     batches = itertools.chain.from_iterable(itertools.chain(first, map(begin, chunks)))
