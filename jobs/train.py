@@ -44,11 +44,11 @@ def main() -> int:
     loop.check(arguments.config)
 
     from ddpm import connection, runs  # seconds: Ray
-    from ddpm.data import embedded, stream
+    from ddpm.data import embedded, ray_dataset
 
     config = runs.settled(arguments.config, arguments.preset)
     config = embedded.with_shards(config, shlex.join(["python", *sys.argv]))
-    data_set = stream.open_data_set(config)
+    data_set = ray_dataset.open_configured(config)
     print(f"data        {config.data.shards}  ({data_set.rows.num_rows:,} images to train on)")
     connection.connect(arguments.verbose)
     from ddpm.training.fit import fit, summary  # while the first of Ray's processes begin

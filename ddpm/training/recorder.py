@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ddpm import generation, images
 from ddpm.config import Config
-from ddpm.data.reading import Images
+from ddpm.data.reading import Images, MicroBatch
 from ddpm.diffusion.objectives import Loss, Objective
 from ddpm.progress import Progress
 from ddpm.training import checkpoint
-from ddpm.training.runtime import MicroBatch, NoTracker, Runtime, Tracker
+from ddpm.training.runtime import NoTracker, Runtime, Tracker
 from ddpm.training.state import State, lr_at
 from ddpm.utils.generators import generator
 from ddpm.utils.seeding import Purpose

@@ -13,8 +13,8 @@ import pytest
 
 from ddpm import config, runs
 from ddpm.config import Config, UserError
+from ddpm.data.ray_dataset import open_configured
 from ddpm.data.reading import DataSet
-from ddpm.data.stream import open_data_set
 from ddpm.progress import Progress
 from ddpm.search import attempt
 from ddpm.search.attempt import JUDGED, Attempt, News, Trained
@@ -42,7 +42,7 @@ class Stage:
             judged.CONFIG,
             {"run.storage": str(folder), "data.shards": str(trained.parent / "data")},
         )
-        self.data: DataSet = open_data_set(self.config)
+        self.data: DataSet = open_configured(self.config)
         self.to_come = queue.Queue[Any]()
         """images_seen of checkpoints; an error to raise; None: training ends."""
         self.fits, self.delivers = 0, threading.Event()
