@@ -1,8 +1,4 @@
-"""One worker of a Ray Train group: `RayRuntime`, the Ray side of `runtime.Runtime`.
-
-Its own room because it runs in another process than `cluster.fit` and the troupe's driver side: those start workers
-and bury them, this one is what they know of Ray.
-"""
+"""One worker of a Ray Train group: `RayRuntime`, the Ray side of `runtime.Runtime`."""
 
 import json
 import os
@@ -143,7 +139,7 @@ class RayRuntime:
             self._steward.last_words()
 
     def close(self) -> None:
-        """The run is over for this worker, which may stay for another."""
+        """End what belongs to this run, reading included: the worker may stay for another run."""
         self._reading.close()
         if self._steward:
             self._steward.close()
