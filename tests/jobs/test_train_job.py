@@ -13,7 +13,10 @@ BAD = {
     "unknown choice": (["digits", "--schedule.kind", "warp"], "warp"),
     "schedule out of range": (["digits", "--schedule.num-timesteps", "0"], "num_timesteps"),
     "net that cannot be": (["digits", "--model.norm-groups", "7"], "norm_groups"),
-    "batch that does not divide": (["digits", "--train.batch-size", "100"], "train.micro_batch_size"),
+    "batch that does not divide": (
+        ["digits", "--train.batch-size", "100"],
+        "100 is not a positive multiple of micro_batch_size 64",
+    ),
     "no attention at this size": (
         ["digits", "--model.image-size", "32"],
         "--model.attention-resolutions 16\n",
