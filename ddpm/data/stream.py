@@ -29,10 +29,9 @@ import numpy as np
 import ray
 import ray.data
 from ray.data import DataContext, DataIterator
-from ray.data._internal import stats as ray_stats
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from ddpm import connection, storage
+from ddpm import storage
 from ddpm.config import Config, UserError
 from ddpm.data.corrupt import CorruptData, Substitution, substitutions_from_json, substitutions_to_json
 from ddpm.data.plan import Plan, last_position, share
@@ -92,7 +91,6 @@ def split(
     Args:
         images_seen: a position where a global batch begins.
     """
-    _spare_statistics()
     context = DataContext.get_current()
     # Blocks of one row: the output buffer cuts a block as soon as it holds more than this.
     context.target_max_block_size = 1
@@ -127,7 +125,6 @@ def shares(
         StorageError: storage has failed for longer than run.storage_timeout_s.
         UserError: no data for data.stall_timeout_s longer than that.
     """
-    _spare_statistics()
     rows = _with_timeout(iterator, config.data.stall_timeout_s, config.run.storage_timeout_s)
 
     def opened() -> Iterator[Share]:
@@ -144,21 +141,6 @@ def shares(
         yield from begun
 
     return opened()
-
-
-class _Nobody:
-    """Stands for an actor that nobody would listen to."""
-
-    def __getattr__(self, method: str) -> "_Nobody":
-        return self
-
-    def remote(self, *arguments: Any) -> None: ...
-
-
-def _spare_statistics() -> None:
-    """Send no statistics of reading to the process that keeps them for Ray's dashboard, where there is none."""
-    if connection.begun_here():
-        ray_stats.get_or_create_stats_actor = _Nobody  # type: ignore[assignment]
 
 
 class _Rest(ExecutionCallback):

@@ -162,7 +162,11 @@ def _train(config: Config, troupe: Troupe, watch: Watch) -> int | None:
     while True:
         workers = troupe.workers()
         watch.run(
-            workers, lambda notes: watch.is_before_first_step(notes) or (troupe.stays and is_over(notes))
+            # After a signal Ray is not waited for: sent to the whole process group, it has ended Ray's processes too.
+            workers,
+            lambda notes: (
+                watch.is_before_first_step(notes) or ((troupe.stays or watch.signal) and is_over(notes))
+            ),
         )
         notes, failure = board.read(), workers.error
         if notes.get(boards.FAILURE) is not None:

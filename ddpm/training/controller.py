@@ -16,8 +16,6 @@ from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback
-from ray.train.v2._internal.execution.controller import controller
-from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.callback import UserCallback
 
 from ddpm.config import Config, UserError
@@ -97,19 +95,6 @@ class ResizeWithoutLoss(ControllerCallback):
             ray.get(self._board.note.remote(boards.STOP, None))
             ray.get(self._board.note.remote(boards.ENDED, None))
         self._healthy = True
-
-
-class TrainController(controller.TrainController):
-    """Ray Train's, where every process has `connection.SETTINGS` in its environment anyway.
-
-    Ray Train hands what the driver has of them to each worker (2.60); but a process with an environment of its own is
-    none of those that Ray keeps ready, and it imports Ray twice.
-    """
-
-    class worker_group_cls(WorkerGroup):  # noqa: N801 (Ray Train's name)
-        @staticmethod
-        def _get_worker_runtime_env(custom_runtime_env: Any) -> dict[str, Any]:
-            return {}
 
 
 class ProcessGroup(BackendConfig):

@@ -23,9 +23,7 @@ from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ddpm import connection
 from ddpm.config import Config, UserError
 from ddpm.data import librarian
 from ddpm.data.reading import DataSet
@@ -33,7 +31,7 @@ from ddpm.records import Outbox
 from ddpm.runs import Run
 from ddpm.training import board as boards
 from ddpm.training import loop, placement
-from ddpm.training.controller import FailureBudget, ProcessGroup, ResizeWithoutLoss, TrainController
+from ddpm.training.controller import FailureBudget, ProcessGroup, ResizeWithoutLoss
 from ddpm.training.watch import Aside
 from ddpm.training.worker import RayRuntime
 
@@ -123,15 +121,6 @@ class _Trainer(DataParallelTrainer):
     def _create_default_callbacks(self) -> list[Any]:
         spared = DatasetsCallback | PlacementGroupCleanerCallback
         return [c for c in super()._create_default_callbacks() if not isinstance(c, spared)]
-
-    def _initialize_and_run_controller(self, **parts: Any) -> Any:
-        if not connection.begun_here():
-            return super()._initialize_and_run_controller(**parts)
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor_class: Any = ray.remote(num_cpus=0)(TrainController)
-        controller = actor_class.options(scheduling_strategy=here).remote(**parts)
-        ray.get(controller.run.remote())
-        return ray.get(controller.get_result.remote())
 
 
 def _trainer(

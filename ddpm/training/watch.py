@@ -131,7 +131,8 @@ class Watch:
                     f"{name}: ending with this step, and leaving a checkpoint of it{again}", file=sys.stderr
                 )
         notes = self._board.read()
-        self._look_out(notes.get(boards.PLACE))
+        if self.signal is None:
+            self._look_out(notes.get(boards.PLACE))
         progress = notes.get(boards.PROGRESS)
         if progress is not None:
             detail = f"{progress.images_per_s:,.0f} images/s  loss {progress.loss:.4f}"
