@@ -165,7 +165,8 @@ def _train(config: Config, troupe: Troupe, watch: Watch) -> int | None:
             # After a signal Ray is not waited for: sent to the whole process group, it has ended Ray's processes too.
             workers,
             lambda notes: (
-                watch.is_before_first_step(notes) or ((troupe.stays or watch.signal) and is_over(notes))
+                watch.is_before_first_step(notes)
+                or ((troupe.stays or watch.signal is not None) and is_over(notes))
             ),
         )
         notes, failure = board.read(), workers.error
