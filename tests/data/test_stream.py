@@ -128,6 +128,7 @@ def work(librarian: Any, config: Config, images_seen: int = 0, world_size: int =
     return ray.get([worker.remote(iterator, rank) for rank, iterator in enumerate(iterators)])
 
 
+@pytest.mark.oldest_ray
 @pytest.mark.slow
 def test_the_stream_is_the_plan_with_its_stand_ins(librarian: Any, tmp_path: Path) -> None:
     damaged.prepare(str(tmp_path))
