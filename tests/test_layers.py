@@ -53,7 +53,11 @@ def later():
     ("part", "owners"),
     [
         # the driver's side, what runs in the controller, and the workers'
-        ("ray.train", {"ddpm.training.troupe", "ddpm.training.controller", "ddpm.training.worker"}),
+        (
+            "ray.train",
+            {"ddpm.training.troupe", "ddpm.training.controller", "ddpm.training.worker"}
+            | {"ddpm.training.mlflow_callback"},
+        ),
         ("ray.data", {"ddpm.data.librarian", "ddpm.data.stream"}),
         ("ray.tune", {"tune.driver", "tune.study"}),
     ],
