@@ -25,6 +25,7 @@ RUN_STATE = "ray::RunState"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
+@pytest.mark.oldest_ray
 def test_workers_killed_at_random_steps(run: Run, undisturbed: Run) -> None:
     """Twice a worker dies, and once the process that directs reading: by itself the run goes on."""
     dice = random.Random(0)
@@ -127,6 +128,7 @@ def test_the_clock_jumps(run: Run, undisturbed: Run, tmp_path: Path) -> None:
     assert max(times) - min(times) > 3_600_000, "the clock was never another one"
 
 
+@pytest.mark.oldest_ray
 def test_ray_job_stop(run: Run, undisturbed: Run, ray_head: RayHead) -> None:
     """Three seconds are enough for a checkpoint; the job submitted again goes on at the very step."""
     command = ("python", "jobs/train.py", *run.arguments)

@@ -17,7 +17,7 @@ from ddpm.presets import DIGITS
 from ddpm.search import contest
 from ddpm.search.contest import Contest
 from ddpm.search.trials import Ledger, Rung
-from ddpm.training import board as boards
+from ddpm.training import run_state
 
 RUNGS = [100, 300, 900]
 NUM_TRIALS = 16
@@ -231,8 +231,8 @@ def test_a_verdict_that_was_lost_is_for_another_round(tmp_path: Path) -> None:
 def test_trials_are_told_to_stop_though_the_actor_that_tells_them_died(ray_here: None) -> None:
     interruption = study.Interruption(lambda: True)
     interruption.on_step_begin(0, [])
-    before = ray.get(interruption.board.play.remote(0))
-    ray.kill(interruption.board, no_restart=False)
+    before = ray.get(interruption.state.next_run.remote(0))
+    ray.kill(interruption.state, no_restart=False)
     interruption.on_step_begin(1, [])
-    assert ray.get(interruption.board.play.remote(0)) != before, "it is the same one"
-    assert boards.STOP in ray.get(interruption.board.read.remote())
+    assert ray.get(interruption.state.next_run.remote(0)) != before, "it is the same one"
+    assert run_state.STOP in ray.get(interruption.state.snapshot.remote())
