@@ -21,9 +21,9 @@ import torch
 import tyro
 from runtime import processor, write_table
 
+from ddpm.cluster.ray_init import connect
 from ddpm.config import Config, override
-from ddpm.connection import connect
-from ddpm.data import embedded, stream
+from ddpm.data import builtin, stream
 from ddpm.presets import DIGITS
 from ddpm.training import fit, worker_group
 from ddpm.training.state import build_net, parameter_count
@@ -67,7 +67,7 @@ def timed_work(spec: dict[str, Any]) -> None:
 def measure(config: Config) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
-        config = embedded.with_shards(override(config, {"run.storage": folder, "run.name": "bench"}))
+        config = builtin.with_shards(override(config, {"run.storage": folder, "run.name": "bench"}))
         fit.fit(config, stream.open_data_set(config))
         return json.loads(Path(folder, "times.json").read_text())
 

@@ -26,16 +26,16 @@ import torch
 from runtime import processor
 from torch.utils.flop_counter import FlopCounterMode
 
+from ddpm.checkpoints import checkpoint
 from ddpm.config import Config, override
 from ddpm.data.manifest import Encoding, Shard, make_manifest, manifest_from_json
 from ddpm.data.plan import CHUNK_IMAGES
 from ddpm.data.prepare import MAX_ROWS_PER_ROW_GROUP, ROW_GROUP_BYTES
 from ddpm.data.shards import read_row_group, write_shard
 from ddpm.data.stream import OBJECT_STORE_BYTES
-from ddpm.images import png_bytes
 from ddpm.presets import CELEBA64, CIFAR10
-from ddpm.training import checkpoint
 from ddpm.training.state import State, build_net, parameter_count
+from ddpm.utils.images import png_bytes
 
 OUT = Path(__file__).parent.parent / "docs/scale.md"
 GPUS = (1, 8, 256)

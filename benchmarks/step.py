@@ -28,8 +28,8 @@ import tyro
 from runtime import processor, write_table
 from step_contestants import BEFORE, DIFFUSERS, LUCIDRAINS, OURS, Case
 
+from ddpm.cluster.ray_init import KEPT_MEMORY
 from ddpm.config import Config
-from ddpm.connection import KEPT_MEMORY
 from ddpm.training.state import build_net, parameter_count
 
 KEPT = "memory kept"

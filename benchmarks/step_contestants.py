@@ -23,7 +23,7 @@ import tyro
 from torch import Tensor, nn
 
 from ddpm.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, override
-from ddpm.models.diffusers_names import diffusers_names
+from ddpm.hub.diffusers_names import diffusers_names
 from ddpm.presets import PRESETS
 from ddpm.training import loop
 from ddpm.training.runtime import LocalRuntime, MicroBatch, NoTracker
@@ -188,7 +188,7 @@ def diffusers_net(config: Config) -> nn.Module:
     """UNet2DModel with the sizes, and the first weights, of our net; it takes its own timesteps, 0 to 999."""
     import diffusers
 
-    from ddpm import export
+    from ddpm.hub import export
 
     model = config.model
     net = diffusers.UNet2DModel(**export.unet_config(override(config, {"schedule.num_timesteps": 1000})))

@@ -11,8 +11,8 @@ from typing import Any, NoReturn, TextIO
 from ddpm import config as configs
 from ddpm import presets
 from ddpm.config import Config, UserError
-from ddpm.progress import printable
 from ddpm.utils.openmp import bound_spinning
+from ddpm.utils.progress import printable
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

@@ -79,11 +79,11 @@ def main() -> None:
         raise UserError("no CHECKPOINT is given; expected folders or URIs of checkpoints or runs")
     from rich.console import Console
 
-    from ddpm import evaluate, report, results, yardstick
-    from ddpm.progress import printable
+    from ddpm.evaluation import context, evaluate, publish, report
+    from ddpm.utils.progress import printable
 
-    place = results.place_for(arguments.out)
-    settings = yardstick.Settings(
+    place = publish.place_for(arguments.out)
+    settings = context.Settings(
         num_images=arguments.num_images,
         features=arguments.features,
         inception_weights=arguments.inception_weights,
@@ -97,12 +97,12 @@ def main() -> None:
         shards=arguments.data.shards,
         cache=arguments.cache,
     )
-    candidates = yardstick.read(arguments.checkpoints, arguments.all_checkpoints)
+    candidates = context.read(arguments.checkpoints, arguments.all_checkpoints)
     found = evaluate.evaluate(candidates, settings, arguments.num_workers)
     # A file or a pipe is as wide as it takes.
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(report.tables(found, console.width))
-    for line in (*report.remarks(found, place.uri), *results.store(found, place)):
+    for line in (*report.remarks(found, place.uri), *publish.store(found, place)):
         print(printable(line))
 
 

@@ -47,8 +47,8 @@ def main() -> None:
         raise UserError(f"{out} exists, and nothing is overwritten; name a new folder")
     import torch
 
-    from ddpm import export, registry, runs
-    from ddpm.training import checkpoint
+    from ddpm.checkpoints import checkpoint, runs
+    from ddpm.hub import export, registry
 
     with ExitStack() as stack:
         if kind == "checkpoint":

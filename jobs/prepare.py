@@ -11,11 +11,11 @@ from typing import Annotated, Any, Generic, TypeVar
 import tyro
 
 from ddpm import cli
-from ddpm.data.downloaded import Torchvision
 from ddpm.data.glyphs import Glyphs
 from ddpm.data.huggingface import HuggingFace
-from ddpm.data.pictures import Folder
+from ddpm.data.image_folder import Folder
 from ddpm.data.sources import Digits, FashionMnist
+from ddpm.data.torchvision import Torchvision
 
 S = TypeVar("S")
 
@@ -42,8 +42,8 @@ SOURCES: dict[str, Callable[..., Any]] = {
 def main() -> None:
     arguments = tyro.extras.subcommand_cli_from_dict(SOURCES, description=__doc__)
     from ddpm.data import prepare  # after parsing: --help and mistakes answer at once
-    from ddpm.progress import Display, printable
-    from ddpm.storage import resolve
+    from ddpm.storage.locations import resolve
+    from ddpm.utils.progress import Display, printable
 
     source, location = arguments.source, resolve(arguments.uri)
     place = (location.filesystem, location.path)
@@ -54,7 +54,7 @@ def main() -> None:
     if manifest is None:
         parallel = prepare.is_large(source) if arguments.parallel is None else arguments.parallel
         if parallel:
-            from ddpm.connection import connect
+            from ddpm.cluster.ray_init import connect
 
             connect()
         with Display("preparing", sum(source.splits.values())) as display:

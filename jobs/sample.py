@@ -75,10 +75,13 @@ def main() -> None:
         )
     import torch
 
-    from ddpm import drawing, generation, runs  # after parsing: --help and mistakes answer at once
-    from ddpm.progress import Display
-    from ddpm.storage import resolve
-    from ddpm.training import checkpoint
+    from ddpm.checkpoints import (
+        checkpoint,
+        runs,  # after parsing: --help and mistakes answer at once
+    )
+    from ddpm.sampling import generate, workers
+    from ddpm.storage.locations import resolve
+    from ddpm.utils.progress import Display
 
     with runs.local_checkpoint(arguments.checkpoint) as folder:
         net, config = checkpoint.load_net(folder, torch.device("cpu"))
@@ -89,11 +92,11 @@ def main() -> None:
     known = None
     if arguments.inpaint and arguments.mask:
         resampling = arguments.num_resamples, arguments.jump_length
-        known = generation.read_known(arguments.inpaint, arguments.mask, config, *resampling)
-    request = drawing.Request(net.state_dict(), config, arguments.label, known, x_0_error)
+        known = generate.read_known(arguments.inpaint, arguments.mask, config, *resampling)
+    request = workers.Request(net.state_dict(), config, arguments.label, known, x_0_error)
     out = resolve(arguments.out)
     with Display("images", arguments.num_images) as display:
-        drawing.draw(
+        workers.draw(
             request,
             out,
             arguments.num_images,

@@ -27,14 +27,14 @@ def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     if not arguments.timeout_s > 0:
         raise UserError(f"--timeout-s is {arguments.timeout_s:g}; it must be above 0")
-    from ddpm import delivery, tracking
-    from ddpm.progress import Display, printable
+    from ddpm.tracking import mlflow_runs, uploader
+    from ddpm.utils.progress import Display, printable
 
-    kept = delivery.kept(arguments.run, arguments.experiment)
+    kept = uploader.kept(arguments.run, arguments.experiment)
     with Display("records", kept.records) as display:
-        done = delivery.deliver(kept, arguments.timeout_s, display.update)
+        done = uploader.deliver(kept, arguments.timeout_s, display.update)
     print(f"delivered   {kept.records:,} records")
-    print(printable(f"MLflow      run {done.run_id} in {tracking.without_password(kept.address.uri)}"))
+    print(printable(f"MLflow      run {done.run_id} in {mlflow_runs.without_password(kept.address.uri)}"))
 
 
 if __name__ == "__main__":

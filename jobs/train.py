@@ -43,14 +43,15 @@ def main() -> int:
 
     loop.check(arguments.config)
 
-    from ddpm import connection, runs  # seconds: Ray
-    from ddpm.data import embedded, stream
+    from ddpm.checkpoints import runs  # seconds: Ray
+    from ddpm.cluster import ray_init
+    from ddpm.data import builtin, stream
 
     config = runs.settled(arguments.config, arguments.preset)
-    config = embedded.with_shards(config, shlex.join(["python", *sys.argv]))
+    config = builtin.with_shards(config, shlex.join(["python", *sys.argv]))
     data_set = stream.open_data_set(config)
     print(f"data        {config.data.shards}  ({data_set.rows.num_rows:,} images to train on)")
-    connection.connect(arguments.verbose)
+    ray_init.connect(arguments.verbose)
     from ddpm.training.fit import fit, summary  # while the first of Ray's processes begin
 
     result = fit(config, data_set, verbose=arguments.verbose)

@@ -13,8 +13,9 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
-from ddpm import runs, storage
+from ddpm.checkpoints import runs
 from ddpm.data.shards import make_manifest, write_manifest, write_shard
+from ddpm.storage import locations
 
 TOTAL = 6_400
 FLAGS = f"""--data.window-rows 200 --schedule.num-timesteps 50 --model.dropout 0.1 --data.horizontal-flip
@@ -35,7 +36,7 @@ class Run:
     """
 
     def __init__(self, name: str, uri: str, data: str, log: Path) -> None:
-        self.location, self._log = storage.resolve(uri).child(name), log
+        self.location, self._log = locations.resolve(uri).child(name), log
         self.arguments = ["digits", "--data.shards", data, "--run.name", name, "--run.storage", uri, *FLAGS]
 
     def start(self, *flags: str, env: dict[str, str] | None = None) -> processes.Job:
@@ -62,7 +63,7 @@ class Run:
 
 def write_digits(folder: Path) -> str:
     """Real digits as shards, 600 to train on in two shards, 60 held out; returns their URI."""
-    location = storage.resolve(str(folder))
+    location = locations.resolve(str(folder))
     images, labels = load_digits(return_X_y=True)
     images = np.round(images.reshape(-1, 8, 8, 1) * 255 / 16).astype(np.uint8)
     shards = {
@@ -130,5 +131,5 @@ def segments(run: Run) -> list[str]:
 
 def files(run: Run, folder: str) -> list[str]:
     """Names of the files in a folder of the run."""
-    selector = storage.pafs.FileSelector(run.location.child(folder).path, allow_not_found=True)
+    selector = locations.pafs.FileSelector(run.location.child(folder).path, allow_not_found=True)
     return sorted(info.base_name for info in run.location.filesystem.get_file_info(selector) if info.is_file)

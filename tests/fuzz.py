@@ -29,16 +29,16 @@ from forged import forge
 from PIL import Image
 
 from ddpm import config as configs
-from ddpm import records
+from ddpm.checkpoints import checkpoint
 from ddpm.config import UserError, override
 from ddpm.data.corrupt import CorruptData
+from ddpm.data.image_folder import store
 from ddpm.data.manifest import make_manifest, manifest_from_json
-from ddpm.data.pictures import store
 from ddpm.data.row_group import decode
 from ddpm.data.shards import read_row_group, write_shard
 from ddpm.presets import DIGITS
-from ddpm.records import DamagedSegment, Outbox
-from ddpm.training import checkpoint
+from ddpm.tracking import metrics_buffer
+from ddpm.tracking.metrics_buffer import DamagedSegment, Outbox
 from ddpm.training.state import State
 
 SIDE = 8
@@ -200,7 +200,7 @@ class Segment(Target):
         self.seeds = [outbox.take() or b""]
 
     def take(self, data: bytes) -> None:
-        records.read(data, "segment")
+        metrics_buffer.read(data, "segment")
 
 
 TARGETS = [

@@ -21,8 +21,8 @@ from typing import Any
 import tracked
 from mlflow import MlflowClient
 
-from ddpm.storage import Location
-from ddpm.tracking import Address
+from ddpm.storage.locations import Location
+from ddpm.tracking.mlflow_runs import Address
 
 CHANGES = ("create_run", "log_batch", "set_tag", "log_artifact", "set_terminated")
 STEPS = (32, 64, 96, 128)

@@ -27,7 +27,7 @@ from processes import REPO, Job, kill_tree
 from proxy import FaultyProxy, Mode
 from servers import MlflowServer, RayHead, RayNode, S3Server
 
-from ddpm import storage
+from ddpm.storage import locations
 
 WORKER_CPUS = ("--cluster.cpus-per-worker", "1.5")
 NODE_CPUS = (1, 2, 2)
@@ -237,8 +237,8 @@ def main() -> int:
         undisturbed = reference(arguments, data, folder)
         print(f"undisturbed: {time.monotonic() - began:.0f} s", flush=True)
         soak = Soak(arguments, folder, stack)
-        upload = storage.resolve("s3://soak/data")
-        storage.pafs.copy_files(data, upload.path, destination_filesystem=upload.filesystem)
+        upload = locations.resolve("s3://soak/data")
+        locations.pafs.copy_files(data, upload.path, destination_filesystem=upload.filesystem)
         verdicts: list[bool] = []
         while soak.minutes < arguments.minutes:
             soak.endure(f"soak-{len(verdicts) + 1}")

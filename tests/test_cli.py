@@ -73,7 +73,7 @@ CHATTY = """
 import sys, time
 from pathlib import Path
 from ddpm import cli
-from ddpm.progress import Display
+from ddpm.utils.progress import Display
 
 def main():
     print("begun", flush=True)

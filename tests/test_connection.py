@@ -5,7 +5,7 @@ import os
 import pytest
 import ray
 
-from ddpm import connection
+from ddpm.cluster import ray_init
 from ddpm.config import UserError
 
 
@@ -35,7 +35,7 @@ def test_ray_that_does_not_start_is_a_line(
     monkeypatch.setattr(os, "environ", environment)
     monkeypatch.setattr(ray, "init", fail)
     with pytest.raises(UserError) as raised:
-        connection.connect()
+        ray_init.connect()
     assert message in str(raised.value)
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 600
     assert raised.value.exit_code == 1

@@ -31,9 +31,10 @@ from tracked import (
     wait_for,
 )
 
-from ddpm import delivery, records, segments, storage
-from ddpm.delivery import Courier, Delivery
-from ddpm.storage import Location
+from ddpm.storage import locations
+from ddpm.storage.locations import Location
+from ddpm.tracking import metrics_buffer, spool, uploader
+from ddpm.tracking.uploader import Courier, Delivery
 
 # Far above what anything here takes, even on a busy machine: only a call that waits for a server exceeds it.
 PATIENCE_S = 8.0
@@ -132,17 +133,17 @@ def test_a_future_that_did_not_happen_is_discarded(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     root = str(tmp_path) if kind == "local" else request.getfixturevalue("s3_bucket")
-    outbox = storage.resolve(root).child("run").child("tracking")
-    segments.discard_after(outbox, 64)  # there is none yet
+    outbox = locations.resolve(root).child("run").child("tracking")
+    spool.discard_after(outbox, 64)  # there is none yet
     for position in (64, 128, 192):
         put(outbox, position, position)
     put(outbox, 100, 100, failed=True)
     outbox.child("000000000192.txt").write(b"somebody's")
-    segments.discard_after(outbox, 64)
-    left = [segment.path.rpartition("/")[2] for segment in segments.final(outbox, 10**9)]
+    spool.discard_after(outbox, 64)
+    left = [segment.path.rpartition("/")[2] for segment in spool.final(outbox, 10**9)]
     assert left == ["000000000064.zip", "000000000100-failed.zip"]
-    assert segments.count(outbox, 10**9) == 4
-    assert segments.count(outbox, 63) == 2
+    assert spool.count(outbox, 10**9) == 4
+    assert spool.count(outbox, 63) == 2
     assert outbox.child("000000000192.txt").exists()
 
 
@@ -239,9 +240,9 @@ def test_what_always_fails_keeps_nothing_else_back(
 
     proxy.fails = fails
     address = address_at(proxy.uri)
-    poison = records.Metrics({"poison": 1.0, "sound": 2.0}, 64, 1)
-    sound = [records.Metrics({"sound": float(step)}, step, step) for step in range(1, 33)]
-    outbox.child(records.segment_name(63)).write(records.pack([*sound, poison]))
+    poison = metrics_buffer.Metrics({"poison": 1.0, "sound": 2.0}, 64, 1)
+    sound = [metrics_buffer.Metrics({"sound": float(step)}, step, step) for step in range(1, 33)]
+    outbox.child(metrics_buffer.segment_name(63)).write(metrics_buffer.pack([*sound, poison]))
     kept = put(outbox, 64, 32, 64)
     put(outbox, 128, 96, 128)
     done = deliver(address, outbox, 128)
@@ -349,7 +350,7 @@ def test_an_outbox_in_a_bucket(mlflow_server: str, s3_bucket: str) -> None:
     put(outbox, 128, 128)
     assert deliver(address, outbox, 64).undelivered == 0
     assert_once(address, 32, 64, 96)
-    assert [file.path.rpartition("/")[2] for file in segments.final(outbox, 128)] == ["000000000128.zip"]
+    assert [file.path.rpartition("/")[2] for file in spool.final(outbox, 128)] == ["000000000128.zip"]
 
 
 def test_what_another_process_delivered_meanwhile_is_delivered(
@@ -358,7 +359,7 @@ def test_what_another_process_delivered_meanwhile_is_delivered(
     address = address_at(mlflow_server)
     stale = [put(outbox, 64, 64)]
     deliver(address, outbox, 64)
-    monkeypatch.setattr(delivery.segments, "final", lambda outbox, committed: stale)
+    monkeypatch.setattr(uploader.segments, "final", lambda outbox, committed: stale)
     done = deliver(address, outbox, 64)
     assert (done.undelivered, done.ended) == (0, True)
 

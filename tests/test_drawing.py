@@ -15,15 +15,15 @@ import torch
 from PIL import Image
 from tiny import TINY_NET
 
-from ddpm import albums, drawing, generation, images
-from ddpm.albums import Form
 from ddpm.config import Config, UserError, override
 from ddpm.data import stream
 from ddpm.data.shards import make_manifest, write_manifest, write_shard
-from ddpm.drawing import Request
-from ddpm.storage import Location, resolve
+from ddpm.sampling import generate, workers, writers
+from ddpm.sampling.workers import Request
+from ddpm.sampling.writers import Form
+from ddpm.storage.locations import Location, resolve
 from ddpm.training.state import build_net
-from ddpm.utils import process
+from ddpm.utils import images, process
 
 TINY = override(
     TINY_NET, {"schedule.num_timesteps": 50, "model.zero_init": False, "sample.num_sample_steps": 4}
@@ -42,13 +42,13 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(albums, "IMAGES_PER_SHARD", 8)
+    monkeypatch.setattr(writers, "IMAGES_PER_SHARD", 8)
     yield
 
 
 def drawn(out: Path, request: Request, num_images: int = 21, **settings: Any) -> dict[str, bytes]:
     """What lies in `out` after 21 images, in pieces of 4."""
-    drawing.draw(request, resolve(str(out)), num_images, **{"batch_size": 4, **settings})
+    workers.draw(request, resolve(str(out)), num_images, **{"batch_size": 4, **settings})
     return files(out)
 
 
@@ -84,10 +84,10 @@ def test_png_i_is_image_i(tmp_path: Path) -> None:
     assert [done for done, _ in told] == [0, 4, 8, 10]
     assert all(detail.endswith(" images/s") for _, detail in told[1:])
     net = build_net(TINY).eval()
-    objective = generation.build_objective(TINY)
+    objective = generate.build_objective(TINY)
     torch.set_num_threads(1)
     expected = [
-        generation.draw(net, TINY, objective, piece, device=torch.device("cpu")).numpy()
+        generate.draw(net, TINY, objective, piece, device=torch.device("cpu")).numpy()
         for piece in (range(4), range(4, 8), range(8, 10))
     ]
     read = [images.from_png(found[f"images/{i:06d}.png"]) for i in range(10)]
@@ -269,16 +269,16 @@ def test_a_bucket_holds_what_a_folder_holds(form: Form, s3_bucket: str, tmp_path
     here = drawn(tmp_path, request_of(TINY), 9, form=form, with_trajectory=True)
     there = resolve(f"{s3_bucket}/drawn")
     for _ in range(2):
-        drawing.draw(request_of(TINY), there, 9, form=form, batch_size=4, with_trajectory=True)
+        workers.draw(request_of(TINY), there, 9, form=form, batch_size=4, with_trajectory=True)
     assert {name: there.child(name).read() for name in here} == here
 
 
-def known_part(**settings: Any) -> generation.Known:
+def known_part(**settings: Any) -> generate.Known:
     """A picture, and its left half is kept."""
     x_0 = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8)
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., :4] = 1
-    return generation.Known(x_0, mask, **settings)
+    return generate.Known(x_0, mask, **settings)
 
 
 def test_inpainting_keeps_the_picture_where_the_mask_is_white(tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_inpainting_keeps_the_picture_where_the_mask_is_white(tmp_path: Path) ->
     Image.fromarray(mask).save(tmp_path / "mask.png")
     config = override(TINY, {"sample.num_sample_steps": 12})
     both = tmp_path / "picture.png", tmp_path / "mask.png"
-    known = generation.read_known(*both, config, num_resamples=2, jump_length=3)
+    known = generate.read_known(*both, config, num_resamples=2, jump_length=3)
     assert (known.num_resamples, known.jump_length) == (2, 3)
     found = drawn(tmp_path / "out", request_of(config, known=known), 3)
     pixels = [images.from_png(found[f"images/{i:06d}.png"])[..., 0] for i in range(3)]

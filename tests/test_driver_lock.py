@@ -14,16 +14,16 @@ import pytest
 import servers
 from processes import REPO
 
-from ddpm import driver_lock, storage
 from ddpm.config import UserError
-from ddpm.driver_lock import DriverLock
-from ddpm.storage import Location
+from ddpm.storage import driver_lock, locations
+from ddpm.storage.driver_lock import DriverLock
+from ddpm.storage.locations import Location
 from ddpm.utils import process
 
 HOLD = """
 import sys, time
 from ddpm import storage
-from ddpm.driver_lock import DriverLock
+from ddpm.storage.driver_lock import DriverLock
 with DriverLock(storage.resolve(sys.argv[1]), "run", "--run.name", print):
     print("held", flush=True)
     time.sleep(600)
@@ -37,7 +37,7 @@ def place(
     monkeypatch.setattr(driver_lock, "BEAT_S", 0.05)
     monkeypatch.setattr(driver_lock, "PATIENCE_S", 1.0)
     uri = str(tmp_path / "run") if request.param == "local" else request.getfixturevalue("s3_bucket") + "/run"
-    yield storage.resolve(uri)
+    yield locations.resolve(uri)
 
 
 @pytest.fixture
@@ -151,6 +151,6 @@ def test_one_that_was_silent_for_too_long_learns_that_another_has_it(place: Loca
 
 
 def test_storage_that_refuses_is_one_line(s3_server: servers.S3Server, s3_bucket: str) -> None:
-    gone = storage.resolve(f"{s3_bucket}-not-there", check=False)
+    gone = locations.resolve(f"{s3_bucket}-not-there", check=False)
     with pytest.raises(UserError, match=r"cannot read or write s3://.*/driver.json: .*NoSuchBucket"):
         lock(gone).__enter__()

@@ -9,20 +9,22 @@ import pytest
 import torch
 from judged import CONFIG, POSITIONS, make_data, make_run
 
-from ddpm import evaluate, generation, judgement, runs, storage, yardstick
+from ddpm.checkpoints import runs
+from ddpm.checkpoints.runs import Run
 from ddpm.config import SampleConfig, UserError, override
 from ddpm.data.manifest import make_manifest, read_manifest, write_manifest
 from ddpm.data.prepare import options_of
 from ddpm.data.reading import DataSet
 from ddpm.data.shards import write_shard
 from ddpm.data.sources import Digits
-from ddpm.evaluation import memorisation
+from ddpm.evaluation import context, evaluate, measure, memorisation
+from ddpm.evaluation.context import Settings
 from ddpm.evaluation.memorisation import NearerShare
 from ddpm.evaluation.pixels import Pixels
+from ddpm.evaluation.report import Report
 from ddpm.evaluation.scores import Score, score
-from ddpm.report import Report
-from ddpm.runs import Run
-from ddpm.yardstick import Settings
+from ddpm.sampling import generate
+from ddpm.storage import locations
 
 CPU = torch.device("cpu")
 FEW = {"num_images": 150, "features": "pixels", "num_draws": 2}
@@ -48,7 +50,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, shards: str) -> Run:
 
 
 def judged(uri: str, *, every: bool = False, num_workers: int | None = 1, **settings: Any) -> Report:
-    return evaluate.evaluate(yardstick.read([uri], every), Settings(**{**FEW, **settings}), num_workers)
+    return evaluate.evaluate(context.read([uri], every), Settings(**{**FEW, **settings}), num_workers)
 
 
 @pytest.fixture(scope="module")
@@ -60,20 +62,20 @@ def alone(run: Run) -> Report:
 def test_numbers_are_those_of_one_batch(run: Run, alone: Report, shards: str) -> None:
     """Known answers: the bound and the scores that the library finds when it is given everything at once."""
     assert [verdict.images_seen for verdict in alone.verdicts] == list(POSITIONS)
-    (candidate,) = yardstick.read([run.location.uri])
-    by = yardstick.choose([candidate], Settings(**FEW))  # type: ignore[arg-type]
-    posed = candidate.net, candidate.config, generation.build_objective(candidate.config)
-    train = by.train.read(by.train.plan(0, 8192), 0, judgement.MEASURED_IMAGES)
+    (candidate,) = context.read([run.location.uri])
+    by = context.choose([candidate], Settings(**FEW))  # type: ignore[arg-type]
+    posed = candidate.net, candidate.config, generate.build_objective(candidate.config)
+    train = by.train.read(by.train.plan(0, 8192), 0, measure.MEASURED_IMAGES)
     held_out = by.held_out.read(by.held_out.plan(0, 8192), 0, 150)
-    measured = judgement.measure(*posed, train, "measured", device=CPU)
+    measured = measure.measure(*posed, train, "measured", device=CPU)
     how: dict[str, Any] = {"variance": "measured", "measured": measured, "num_draws": 2}
-    bits = judgement.bits_per_dim(*posed, held_out, start=0, device=CPU, **how)
+    bits = measure.bits_per_dim(*posed, held_out, start=0, device=CPU, **how)
     last = alone.verdicts[-1]
     for found, expected in zip(last.bits, bits.scores(), strict=True):
         assert (found.name, found.n) == (expected.name, 150)
         assert found.value == pytest.approx(expected.value, rel=1e-5)
         assert found.error == pytest.approx(expected.error, rel=1e-4)
-    drawn, image = judgement.drawn_features(*posed, Pixels((8, 8, 1)), range(150), device=CPU)
+    drawn, image = measure.drawn_features(*posed, Pixels((8, 8, 1)), range(150), device=CPU)
     *scores, share = last.drawn[1].scores
     for found, expected in zip(scores, score("pixels", drawn, by.real, by.other_real), strict=True):
         assert (found.name, found.n, found.n_real) == (expected.name, 150, 150)
@@ -126,7 +128,7 @@ def test_several_workers_find_what_one_finds(run: Run, alone: Report, num_worker
 
 def test_reference_features_are_kept(run: Run, alone: Report, shards: str, tmp_path: Path) -> None:
     kept = sorted(path.name for path in Path(shards, "evaluation").iterdir())
-    manifest = read_manifest(storage.resolve(shards).filesystem, shards, shards)
+    manifest = read_manifest(locations.resolve(shards).filesystem, shards, shards)
     digest = alone.settings["features"]["digest"][:16]
     assert kept == sorted(
         f"features-pixels-{digest}-{n}-{manifest.splits[split].fingerprint[:32]}.safetensors"
@@ -139,7 +141,7 @@ def test_reference_features_are_kept(run: Run, alone: Report, shards: str, tmp_p
 def test_grey_levels_are_those_of_the_images_judged(alone: Report, tmp_path: Path) -> None:
     assert alone.settings["data"]["grey_levels"] == 17  # of scikit-learn's digits
     assert [verdict.num_classes for verdict in alone.verdicts] == [0, 0, 0]
-    location, value = storage.resolve(str(tmp_path)), np.arange(100, dtype=np.uint8)
+    location, value = locations.resolve(str(tmp_path)), np.arange(100, dtype=np.uint8)
     image = np.broadcast_to(value[:, None, None, None], (100, 8, 8, 1)).copy()  # a level each
     part = write_shard(
         location.filesystem, location.path, "test/00000.parquet", image, None, rows_per_row_group=50
@@ -172,13 +174,13 @@ def test_the_variance_decides_the_bound_and_the_noise_of_ancestral(run: Run, alo
 
 def test_of_a_run_the_newest_is_judged_and_a_checkpoint_once(run: Run) -> None:
     uris = runs.checkpoints_of(run.location.uri)
-    found = yardstick.read([run.location.uri, uris[-1], uris[0]])
+    found = context.read([run.location.uri, uris[-1], uris[0]])
     assert [candidate.position["images_seen"] for candidate in found] == [192, 64]
     assert {candidate.run for candidate in found} == {"judged"}
 
 
 def ways(**settings: Any) -> list[tuple[str, int | None]]:
-    found = yardstick.ways_of(CONFIG, Settings(**settings))
+    found = context.ways_of(CONFIG, Settings(**settings))
     return [(way.sampler, way.num_sample_steps) for way in found]
 
 
@@ -186,7 +188,7 @@ def test_ways_of_drawing() -> None:
     assert ways() == [("ddim", 4)]
     assert ways(num_sample_steps=(2, 3, 2)) == [("ddim", 2), ("ddim", 3)]
     assert ways(samplers=("heun", "dpmpp_2m"), num_sample_steps=(5,)) == [("heun", 5), ("dpmpp_2m", 5)]
-    (way,) = yardstick.ways_of(CONFIG, Settings(sample={"eta": 1.0}, seed=3))
+    (way,) = context.ways_of(CONFIG, Settings(sample={"eta": 1.0}, seed=3))
     assert (way.eta, way.seed, way.num_sample_steps) == (1.0, 3, 4)
     with pytest.raises(UserError, match=r"num_sample_steps is 21; it must be in 1\.\.20"):
         ways(num_sample_steps=(21,))
@@ -198,7 +200,7 @@ def test_ways_of_drawing() -> None:
     ("sampler", "steps"), [("ancestral", 20), ("auto", 20), ("dpmpp_2m", 20), ("heun", 20)]
 )
 def test_a_number_of_steps_left_open_is_said(sampler: Any, steps: int) -> None:
-    way = yardstick.resolved(CONFIG, SampleConfig(sampler=sampler))
+    way = context.resolved(CONFIG, SampleConfig(sampler=sampler))
     assert (way.sampler, way.num_sample_steps) == ("ddim" if sampler == "auto" else sampler, steps)
 
 
@@ -213,21 +215,21 @@ def test_the_course_s_mix_is_judged_without_bits(tmp_path: Path, shards: str) ->
 def test_a_run_that_lost_its_shards_names_its_source_or_none(tmp_path: Path, shards: str) -> None:
     """Embedded sources are prepared again, and are the same data."""
     gone = make_run(tmp_path / "a", shards, override(CONFIG, {"data.source": "digits"}))
-    (candidate,) = yardstick.read([gone.location.uri])
-    moved = yardstick.replace(
+    (candidate,) = context.read([gone.location.uri])
+    moved = context.replace(
         candidate, config=override(candidate.config, {"data.shards": str(tmp_path / "no-more")})
     )
-    by = yardstick.choose([moved], Settings(**FEW))  # type: ignore[arg-type]
+    by = context.choose([moved], Settings(**FEW))  # type: ignore[arg-type]
     assert by.uri == str(tmp_path / f"runs/data/digits-{options_of(Digits())[:8]}")
     assert by.train.rows.fingerprint == candidate.position["data_fingerprint"]
-    nameless = yardstick.replace(moved, config=override(moved.config, {"data.source": None}))
+    nameless = context.replace(moved, config=override(moved.config, {"data.source": None}))
     with pytest.raises(UserError, match=r"is no longer at .*/no-more; name it with --data\.shards"):
-        yardstick.choose([nameless], Settings(**FEW))  # type: ignore[arg-type]
+        context.choose([nameless], Settings(**FEW))  # type: ignore[arg-type]
 
 
 def other_data(folder: Path, side: int = 8, **rows: int) -> str:
     """Noise, in splits of so many rows."""
-    location = storage.resolve(str(folder))
+    location = locations.resolve(str(folder))
     image = np.random.RandomState(0).randint(0, 256, (max(rows.values()), side, side, 1)).astype(np.uint8)
     shards = {
         split: [
@@ -287,10 +289,10 @@ def test_a_conditional_nets_errors_hold_its_classes(tmp_path: Path, shards: str)
     """Known answers: the library's own, with i mod 10 as the label of image i."""
     run = make_run(tmp_path / "runs", shards, override(CONFIG, {"model.num_classes": 10}))
     (verdict,) = judged(run.location.uri).verdicts
-    (candidate,) = yardstick.read([run.location.uri])
-    posed = candidate.net, candidate.config, generation.build_objective(candidate.config)
-    drawn, _ = judgement.drawn_features(*posed, Pixels((8, 8, 1)), range(150), device=CPU)
-    by = yardstick.choose([candidate], Settings(**FEW))  # type: ignore[arg-type]
+    (candidate,) = context.read([run.location.uri])
+    posed = candidate.net, candidate.config, generate.build_objective(candidate.config)
+    drawn, _ = measure.drawn_features(*posed, Pixels((8, 8, 1)), range(150), device=CPU)
+    by = context.choose([candidate], Settings(**FEW))  # type: ignore[arg-type]
     held, free = (score("pixels", drawn, by.real, label=label) for label in (np.arange(150) % 10, None))
     found = [s.error for s in verdict.drawn[0].scores if not isinstance(s, NearerShare)]
     assert found == pytest.approx([s.error for s in held], rel=1e-2)
@@ -302,7 +304,7 @@ def test_checkpoints_of_different_data_are_judged_by_named_data(
 ) -> None:
     noise = other_data(tmp_path / "d", train=100, test=30)
     other = make_run(tmp_path / "runs", noise, override(CONFIG, {"run.name": "noise"}))
-    candidates = yardstick.read([run.location.uri, other.location.uri])
+    candidates = context.read([run.location.uri, other.location.uri])
     with pytest.raises(UserError, match=r"trained on different data; .*--data\.shards"):
         evaluate.evaluate(candidates, Settings(**FEW))  # type: ignore[arg-type]
     settings: dict[str, Any] = {**FEW, "num_images": 40, "shards": noise}

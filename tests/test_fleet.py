@@ -8,8 +8,8 @@ import pytest
 import torch
 from chores import Adder
 
+from ddpm.cluster.worker_pool import Fleet, WorkersDied
 from ddpm.config import UserError
-from ddpm.fleet import Fleet, WorkersDied
 
 MAKE = partial(Adder, torch.tensor(100))
 

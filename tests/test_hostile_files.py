@@ -28,15 +28,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from processes import REPO
 
+from ddpm.checkpoints import checkpoint
 from ddpm.config import Config, UserError, override, to_json
 from ddpm.data.corrupt import CorruptData
 from ddpm.data.huggingface import HuggingFace
+from ddpm.data.image_folder import Folder, store
 from ddpm.data.manifest import MAX_COUNT, MAX_SIDE, Shard, make_manifest, manifest_from_json
-from ddpm.data.pictures import Folder, store
 from ddpm.data.row_group import decode
 from ddpm.data.shards import read_row_group
 from ddpm.presets import DIGITS
-from ddpm.training import checkpoint
 from ddpm.training.state import State
 
 CPU = torch.device("cpu")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm import images
-from ddpm.images import PADDING
+from ddpm.utils import images
+from ddpm.utils.images import PADDING
 
 ALL_VALUES = torch.arange(256, dtype=torch.uint8)
 

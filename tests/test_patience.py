@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ddpm.config import UserError
-from ddpm.patience import LONGEST_ANSWER, StorageError, answer, patiently
+from ddpm.utils.retry import LONGEST_ANSWER, StorageError, answer, patiently
 
 
 class Falters:

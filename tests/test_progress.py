@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from ddpm import progress
-from ddpm.progress import Display
+from ddpm.utils import progress
+from ddpm.utils.progress import Display
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_nothing_done_is_nothing_said(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_a_terminal_gets_one_bar() -> None:
     code = (
-        "from ddpm.progress import Display\n"
+        "from ddpm.utils.progress import Display\n"
         "with Display('images', 2000) as display:\n"
         "    for done in (500, 2000):\n"
         "        display.update(done, f'[loss] {done / 1000}')\n"

@@ -13,11 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ddpm import records
-from ddpm.records import Artifact, DamagedSegment, Metrics, Outbox, Picture, parse_name, segment_name
+from ddpm.tracking import metrics_buffer
+from ddpm.tracking.metrics_buffer import (
+    Artifact,
+    DamagedSegment,
+    Metrics,
+    Outbox,
+    Picture,
+    parse_name,
+    segment_name,
+)
 
 GREY = np.arange(96, dtype=np.uint8).reshape(8, 12, 1)
-PNG = records.images.png_bytes(GREY)
+PNG = metrics_buffer.images.png_bytes(GREY)
 GOOD = {"kind": "metrics", "values": {"loss": 1.0}, "images_seen": 1, "timestamp_ms": 2}
 FILE = {"kind": "artifact", "name": "a.txt", "file": "files/000000"}
 IMAGE = {"kind": "image", "key": "k", "file": "files/000000", "images_seen": 1, "timestamp_ms": 2}
@@ -47,7 +55,7 @@ def test_what_is_gathered_comes_back_in_order_and_once() -> None:
     outbox = filled()
     data = outbox.take()
     assert data is not None
-    first, picture, artifact, last = records.read(data, "here")
+    first, picture, artifact, last = metrics_buffer.read(data, "here")
     assert isinstance(first, Metrics) and isinstance(picture, Picture) and isinstance(last, Metrics)
     assert (first.values["train/loss"], first.images_seen) == (0.1, 64)
     assert math.isnan(first.values["odd"])
@@ -58,7 +66,7 @@ def test_what_is_gathered_comes_back_in_order_and_once() -> None:
     with Image.open(io.BytesIO(picture.png)) as image:
         assert np.array_equal(np.asarray(image), GREY[:, :, 0])
     assert artifact == Artifact("pictures/card.txt", b"\x00card")
-    assert records.count(io.BytesIO(data), "here") == 4
+    assert metrics_buffer.count(io.BytesIO(data), "here") == 4
     assert outbox.take() is None
 
 
@@ -72,13 +80,13 @@ def test_what_follows_a_take_is_in_the_next_segment() -> None:
     outbox.artifact("later.txt", b"")
     data = outbox.take()
     assert data is not None
-    assert records.read(data, "here") == [Artifact("later.txt", b"")]
+    assert metrics_buffer.read(data, "here") == [Artifact("later.txt", b"")]
 
 
 @given(st.dictionaries(st.text(), st.floats(allow_nan=False)), st.integers(0, 2**63 - 1))
 def test_any_name_and_value_comes_back(values: dict[str, float], images_seen: int) -> None:
     record = Metrics(values, images_seen, 0)
-    assert records.read(records.pack([record]), "here") == [record]
+    assert metrics_buffer.read(metrics_buffer.pack([record]), "here") == [record]
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 8, 2), (8, 8, 4), (1, 8, 8, 3)])
@@ -95,7 +103,7 @@ def test_an_artifact_stays_in_its_folder(name: str) -> None:
     with pytest.raises(ValueError, match="no relative path"):
         Outbox().artifact(name, b"")
     with pytest.raises(DamagedSegment, match="an artifact is called"):
-        records.read(segment(FILE | {"name": name}, _000000=b""), "here")
+        metrics_buffer.read(segment(FILE | {"name": name}, _000000=b""), "here")
 
 
 def test_names_sort_in_the_order_of_delivery() -> None:
@@ -168,22 +176,22 @@ def test_a_damaged_segment_is_named(data: bytes) -> None:
     with pytest.raises(
         DamagedSegment, match=r"^s3://b/here\.zip is damaged, or no segment of tracking: ."
     ) as caught:
-        records.read(data, "s3://b/here.zip")
+        metrics_buffer.read(data, "s3://b/here.zip")
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 400
 
 
 def test_what_the_damaged_ones_were_made_of_is_good() -> None:
-    assert records.read(segment(GOOD), "here") == [Metrics({"loss": 1.0}, 1, 2)]
-    assert records.read(segment(FILE, _000000=b"x"), "here") == [Artifact("a.txt", b"x")]
-    assert records.read(segment(IMAGE, _000000=PNG), "here") == [Picture("k", PNG, 1, 2)]
+    assert metrics_buffer.read(segment(GOOD), "here") == [Metrics({"loss": 1.0}, 1, 2)]
+    assert metrics_buffer.read(segment(FILE, _000000=b"x"), "here") == [Artifact("a.txt", b"x")]
+    assert metrics_buffer.read(segment(IMAGE, _000000=PNG), "here") == [Picture("k", PNG, 1, 2)]
 
 
 def test_a_segment_cut_or_changed_anywhere_is_noticed_or_the_same() -> None:
     """Where a bit may flip unnoticed (a date in a zip's headers), nothing that is read comes of it."""
     data = filled().take()
     assert data is not None
-    truth = records.pack(records.read(data, "here"))
+    truth = metrics_buffer.pack(metrics_buffer.read(data, "here"))
     rng = random.Random(0)
     noticed = 0
     for _ in range(400):
@@ -191,9 +199,9 @@ def test_a_segment_cut_or_changed_anywhere_is_noticed_or_the_same() -> None:
         if broken:
             broken[rng.randrange(len(broken))] ^= 1 << rng.randrange(8)
         try:
-            found = records.read(bytes(broken), "here")
+            found = metrics_buffer.read(bytes(broken), "here")
         except DamagedSegment:
             noticed += 1
         else:
-            assert records.pack(found) == truth
+            assert metrics_buffer.pack(found) == truth
     assert noticed > 300

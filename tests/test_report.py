@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from ddpm import plots, report
 from ddpm.config import SampleConfig
+from ddpm.evaluation import plots, report
 from ddpm.evaluation.memorisation import NearerShare, Pairs
+from ddpm.evaluation.report import Drawn, Report, Verdict
 from ddpm.evaluation.scores import Score
-from ddpm.report import Drawn, Report, Verdict
 
 METRICS = (
     "FID-pixels",

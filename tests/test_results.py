@@ -13,10 +13,11 @@ from mlflow.artifacts import load_dict
 from mlflow.entities import Run
 from test_report import drawn, made, near, verdict
 
-from ddpm import results, storage
 from ddpm.config import UserError
-from ddpm.report import Report
-from ddpm.tracking import RUN_KEY_TAG, SENT_UNTIL_TAG
+from ddpm.evaluation import publish
+from ddpm.evaluation.report import Report
+from ddpm.storage import locations
+from ddpm.tracking.mlflow_runs import RUN_KEY_TAG, SENT_UNTIL_TAG
 
 PICTURE = b"\x89PNG..."
 
@@ -49,7 +50,7 @@ def points(client: MlflowClient, run: Run, key: str) -> list[tuple[int, float]]:
 
 
 def publish(report: Report) -> list[str]:
-    return list(results.publish(report, PICTURE))
+    return list(publish.publish(report, PICTURE))
 
 
 def test_results_are_in_the_run_s_own_mlflow_run(
@@ -118,7 +119,7 @@ def test_the_pictures_of_the_nearest_are_beside_the_file_and_in_mlflow(
 ) -> None:
     key = uuid.uuid4().hex
     run, report = start(key), made(verdict(1, near(0.03), run_key=key))
-    lines = list(results.store(report, results.place_for("out/found.json")))
+    lines = list(publish.store(report, publish.place_for("out/found.json")))
     assert lines[2] == f"nearest     {tmp_path}/out/found-nearest.png"
     assert (tmp_path / "out/found-nearest.png").read_bytes() == b"PNG 0.03"
     names = [file.path for file in client.list_artifacts(run.info.run_id, "evaluation")]
@@ -137,7 +138,7 @@ def test_a_database_that_is_not_there_is_not_made(tmp_path: Path, monkeypatch: p
 def test_mlflow_may_be_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = f"http://{servers.LOOPBACK}:{servers.free_ports(1)[0]}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.replace("://", "://me:s3cret@"))
-    lines = list(results.store(report_on("key", 1), results.place_for("out/found.json"), timeout_s=0.5))
+    lines = list(publish.store(report_on("key", 1), publish.place_for("out/found.json"), timeout_s=0.5))
     assert lines[:2] == [f"results     {tmp_path}/out/found.json", f"picture     {tmp_path}/out/found.png"]
     assert lines[2].startswith(f"MLflow      {uri} cannot be reached, nothing is logged: ")
     assert "s3cret" not in lines[2] and "\n" not in lines[2]
@@ -148,13 +149,13 @@ def test_mlflow_may_be_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_report_in_a_bucket(s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///none.db")
     report = report_on("key", 1)
-    lines = list(results.store(report, results.place_for(f"{s3_bucket}/found/all.json")))
+    lines = list(publish.store(report, publish.place_for(f"{s3_bucket}/found/all.json")))
     assert lines[:2] == [
         f"results     {s3_bucket}/found/all.json",
         f"picture     {s3_bucket}/found/all.png",
     ]
-    assert storage.resolve(f"{s3_bucket}/found/all.json").read() == report.to_json().encode()
-    assert storage.resolve(f"{s3_bucket}/found/all.png").read().startswith(b"\x89PNG")
+    assert locations.resolve(f"{s3_bucket}/found/all.json").read() == report.to_json().encode()
+    assert locations.resolve(f"{s3_bucket}/found/all.png").read().startswith(b"\x89PNG")
 
 
 def test_a_place_that_cannot_be_is_refused_before_anything_is_done(tmp_path: Path) -> None:
@@ -166,6 +167,6 @@ def test_a_place_that_cannot_be_is_refused_before_anything_is_done(tmp_path: Pat
         "found.png": "is for JSON; the picture goes beside it",
     }.items():
         with pytest.raises(UserError, match=message):
-            results.place_for(out)
-    assert results.place_for("new/folder/found.json").path == f"{tmp_path}/new/folder/found.json"
+            publish.place_for(out)
+    assert publish.place_for("new/folder/found.json").path == f"{tmp_path}/new/folder/found.json"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]

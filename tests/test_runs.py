@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm import runs, storage
+from ddpm.checkpoints import checkpoint, runs
 from ddpm.config import Config, UserError, override
-from ddpm.storage import Location
-from ddpm.training import checkpoint
+from ddpm.storage import locations
+from ddpm.storage.locations import Location
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -53,7 +53,7 @@ def test_a_name_that_is_no_folder_is_refused(name: str, tmp_path: Path) -> None:
 def test_a_name_that_is_one_is_taken(name: str, root: str) -> None:
     key = runs.open_run(name, root).key
     assert runs.open_run(name, root).key == key
-    assert storage.resolve(root).folders() == [name]
+    assert locations.resolve(root).folders() == [name]
 
 
 def test_settling_gives_a_name_and_an_absolute_storage(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_whole_checkpoints_are_listed_oldest_first(root: str) -> None:
 
 
 def test_a_run_without_checkpoints_has_none(root: str) -> None:
-    assert runs.checkpoints(storage.resolve(root).child("never")) == []
+    assert runs.checkpoints(locations.resolve(root).child("never")) == []
 
 
 def test_a_run_folder_means_its_newest_whole_checkpoint(root: str) -> None:

@@ -9,9 +9,9 @@ import proxy
 import pytest
 import servers
 
-from ddpm import storage
 from ddpm.config import UserError
-from ddpm.storage import Location
+from ddpm.storage import locations
+from ddpm.storage.locations import Location
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -19,7 +19,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
     uri = (
         str(tmp_path / "root") if request.param == "local" else request.getfixturevalue("s3_bucket") + "/root"
     )
-    return storage.resolve(uri)
+    return locations.resolve(uri)
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_what_is_written_is_read(root: Location) -> None:
     assert file.exists()
     assert file.read() == data
     assert (file.uri, file.path) == (f"{root.uri}/a/b.bin", f"{root.path}/a/b.bin")
-    assert storage.resolve(file.uri).read() == data
+    assert locations.resolve(file.uri).read() == data
 
 
 def test_an_empty_file_is_a_file(root: Location) -> None:
@@ -81,13 +81,13 @@ def test_delete_removes_a_folder_and_leaves_the_others(root: Location) -> None:
 def test_no_character_of_a_name_is_lost(root: Location, name: str) -> None:
     root.child(name).child("x").write(b"x")
     assert root.folders() == [name]
-    again = storage.resolve(f"{root.uri}/{name}", check=False)
+    again = locations.resolve(f"{root.uri}/{name}", check=False)
     assert again.path == f"{root.path}/{name}"
     assert again.child("x").read() == b"x"
 
 
 def test_a_file_on_disk_is_whole_at_every_moment(tmp_path: Path) -> None:
-    file = storage.resolve(str(tmp_path)).child("f")
+    file = locations.resolve(str(tmp_path)).child("f")
     whole = {bytes([i]) * 300_000 for i in range(2)}
     file.write(min(whole))
     seen, stop = set(), threading.Event()
@@ -110,18 +110,18 @@ def test_a_file_on_disk_is_whole_at_every_moment(tmp_path: Path) -> None:
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "taken" / "by").mkdir(parents=True)
     with pytest.raises(OSError):
-        storage.resolve(str(tmp_path)).child("taken").write(b"x")
+        locations.resolve(str(tmp_path)).child("taken").write(b"x")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
 def test_a_local_folder_becomes_absolute(tmp_path: Path) -> None:  # every test runs in its tmp_path
-    assert storage.absolute("runs/a") == str(tmp_path / "runs/a")
-    assert storage.absolute("file:///data/runs") == "/data/runs"
-    assert storage.absolute((tmp_path / "a #1").as_uri()) == str(tmp_path / "a #1")
-    assert storage.absolute("~/runs") == str(Path.home() / "runs")
-    assert storage.absolute("s3://bucket/runs") == "s3://bucket/runs"
-    assert storage.resolve("runs").path == str(tmp_path / "runs")
-    assert storage.resolve("file:///data").is_local
+    assert locations.absolute("runs/a") == str(tmp_path / "runs/a")
+    assert locations.absolute("file:///data/runs") == "/data/runs"
+    assert locations.absolute((tmp_path / "a #1").as_uri()) == str(tmp_path / "a #1")
+    assert locations.absolute("~/runs") == str(Path.home() / "runs")
+    assert locations.absolute("s3://bucket/runs") == "s3://bucket/runs"
+    assert locations.resolve("runs").path == str(tmp_path / "runs")
+    assert locations.resolve("file:///data").is_local
 
 
 @pytest.mark.parametrize(("uri", "message"), [
@@ -132,7 +132,7 @@ def test_a_local_folder_becomes_absolute(tmp_path: Path) -> None:  # every test 
 ])  # fmt: skip
 def test_a_uri_that_means_nothing_is_refused(uri: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        storage.resolve(uri)
+        locations.resolve(uri)
 
 
 def refusal(uri: str) -> str:
@@ -141,7 +141,7 @@ def refusal(uri: str) -> str:
 
     def ask() -> None:
         try:
-            storage.resolve(uri)
+            locations.resolve(uri)
         except UserError as error:
             said.append(str(error))
 
@@ -157,7 +157,7 @@ def refusal(uri: str) -> str:
 def test_s3_is_not_asked_when_it_was_asked_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_REGION", "us-east-1")
-    assert storage.resolve("s3://bucket/a/b/", check=False).path == "bucket/a/b"
+    assert locations.resolve("s3://bucket/a/b/", check=False).path == "bucket/a/b"
 
 
 @pytest.mark.usefixtures("s3_environment")
@@ -206,8 +206,8 @@ def test_a_worker_tries_as_often_and_waits_as_long(
     """It gets the location pickled."""
     with proxy.FaultyProxy(s3_server.endpoint) as faulty:
         monkeypatch.setenv("AWS_ENDPOINT_URL", faulty.endpoint)
-        monkeypatch.setattr(storage, "S3_REQUEST_TIMEOUT_S", 1.0)
-        location = storage.resolve(s3_bucket, check=False).child("x")
+        monkeypatch.setattr(locations, "S3_REQUEST_TIMEOUT_S", 1.0)
+        location = locations.resolve(s3_bucket, check=False).child("x")
         location.write(b"x")
         for mode, answer in (
             ("slow_down", "503"),

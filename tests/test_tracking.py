@@ -28,11 +28,11 @@ from tracked import (
     wait_for,
 )
 
-from ddpm import records
-from ddpm.delivery import Courier
-from ddpm.records import Metrics, Outbox, Picture, segment_name
-from ddpm.storage import Location
-from ddpm.tracking import Address, MlflowRun, tracking_uri, without_password
+from ddpm.storage.locations import Location
+from ddpm.tracking import metrics_buffer
+from ddpm.tracking.metrics_buffer import Metrics, Outbox, Picture, segment_name
+from ddpm.tracking.mlflow_runs import Address, MlflowRun, tracking_uri, without_password
+from ddpm.tracking.uploader import Courier
 
 
 @pytest.fixture(params=["server", "sqlite"])
@@ -50,8 +50,8 @@ def outbox(tmp_path: Path) -> Location:
     return outbox_in(tmp_path / "run")
 
 
-def put_records(outbox: Location, at: int, *gathered: records.Record) -> None:
-    outbox.child(segment_name(at)).write(records.pack(list(gathered)))
+def put_records(outbox: Location, at: int, *gathered: metrics_buffer.Record) -> None:
+    outbox.child(segment_name(at)).write(metrics_buffer.pack(list(gathered)))
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -170,7 +170,7 @@ def test_what_is_new_at_an_old_step_arrives(address: Address, outbox: Location) 
 def test_what_mlflow_refuses_is_left_out_and_the_rest_arrives(
     address: Address, outbox: Location, caplog: pytest.LogCaptureFixture
 ) -> None:
-    png = records.images.png_bytes(np.zeros((2, 2, 3), np.uint8))
+    png = metrics_buffer.images.png_bytes(np.zeros((2, 2, 3), np.uint8))
     refused = [Metrics({"no such: name?!": 1.0, "good": 2.0}, 2, 2), Picture("no:key", png, 3, 3)]
     put_records(outbox, 4, Metrics({"good": 1.0}, 1, 1), *refused, Metrics({"good": 3.0}, 4, 4))
     put(outbox, 64, 64)

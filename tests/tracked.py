@@ -17,11 +17,11 @@ import servers
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from ddpm import storage
-from ddpm.delivery import Courier
-from ddpm.records import Outbox, segment_name
-from ddpm.storage import Location
-from ddpm.tracking import RUN_KEY_TAG, Address
+from ddpm.storage import locations
+from ddpm.storage.locations import Location
+from ddpm.tracking.metrics_buffer import Outbox, segment_name
+from ddpm.tracking.mlflow_runs import RUN_KEY_TAG, Address
+from ddpm.tracking.uploader import Courier
 
 PARAMS = {"optim.lr": 1e-3, "model.width_multipliers": (1, 2), "data.source": None}
 EXPERIMENT = "tracking"
@@ -33,7 +33,7 @@ def address_at(uri: str, key: str | None = None) -> Address:
 
 
 def outbox_in(folder: Path | str) -> Location:
-    return storage.resolve(str(folder)).child("tracking")
+    return locations.resolve(str(folder)).child("tracking")
 
 
 def track(outbox: Outbox, *steps: int, files: bool = False) -> None:

@@ -17,9 +17,9 @@ from ray import tune
 from ddpm import config as configs
 from ddpm.config import Config, UserError
 from ddpm.data.reading import DataSet
-from ddpm.search.attempt import Attempt, News, Trained
-from ddpm.search.jury import Jury
-from ddpm.search.trials import name_of
+from ddpm.search.evaluator import Jury
+from ddpm.search.event_log import name_of
+from ddpm.search.runner import Attempt, News, Trained
 from ddpm.training import run_state
 from ddpm.training.worker_group import PersistentWorkerGroup
 

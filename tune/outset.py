@@ -10,13 +10,13 @@ import space as spaces
 from space import Space
 
 from ddpm import config as configs
-from ddpm import runs
+from ddpm.checkpoints import runs
 from ddpm.config import Config, UserError
-from ddpm.data import embedded, stream
+from ddpm.data import builtin, stream
 from ddpm.data.reading import DataSet
-from ddpm.search.jury import Jury
-from ddpm.search.trials import rungs
-from ddpm.storage import Location, resolve
+from ddpm.search.evaluator import Jury
+from ddpm.search.event_log import rungs
+from ddpm.storage.locations import Location, resolve
 from ddpm.training import loop
 from ddpm.utils.seeding import GENERATOR
 
@@ -85,7 +85,7 @@ def settled(chosen: "Arguments") -> Outset:
     found = spaces.parse(chosen.space, config)
     if chosen.metric != "bits_per_dim" and found.has_schedule:
         raise UserError(LOSS_IS_NO_JUDGE.format(metric=chosen.metric))
-    config = embedded.with_shards(config)
+    config = builtin.with_shards(config)
     train = stream.open_data_set(config)
     held_out = train.held_out()
     if held_out is None:

@@ -9,8 +9,8 @@ from rich import box
 from rich.live import Live
 from rich.table import Table
 
-from ddpm.search.contest import said
-from ddpm.search.trials import Trial
+from ddpm.search.event_log import Trial
+from ddpm.search.trial_manager import said
 
 SHOWN = 30
 """Trials of the live table; of more, the newest."""

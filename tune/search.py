@@ -19,7 +19,7 @@ from ddpm.config import Config
 if TYPE_CHECKING:
     from outset import Outset
 
-    from ddpm.driver_lock import DriverLock
+    from ddpm.storage.driver_lock import DriverLock
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def main() -> int:
 
     import outset  # after parsing: --help and mistakes answer at once
 
-    from ddpm.driver_lock import DriverLock
+    from ddpm.storage.driver_lock import DriverLock
 
     search = outset.settled(chosen)
     with DriverLock(search.place, "search", "--name", print) as lock:
@@ -84,21 +84,20 @@ def _search(chosen: Arguments, search: "Outset", lock: "DriverLock") -> int:
     from rich.console import Console
     from scoreboard import Scoreboard
 
-    from ddpm import connection
-    from ddpm.search import record, standings
-    from ddpm.search.trials import Ledger
-    from ddpm.training import resources
+    from ddpm.cluster import ray_init, resources
+    from ddpm.search import leaderboard, publish
+    from ddpm.search.event_log import Ledger
 
     began = time.monotonic()
-    connection.connect(chosen.verbose)
+    ray_init.connect(chosen.verbose)
     config = resources.shared(search.base, chosen.max_concurrent)
     resources.check_storage(config)
     # From here on the name has its settings: whatever could be mended by another flag has been checked.
     ledger = Ledger(search.place, search.settings, search.base.run.storage_timeout_s)
     board = Scoreboard(ledger.trials, chosen.num_trials)
     contest = study.contest(chosen, search, ledger, board.news)
-    parent = record.address(ledger, search.name, config.run.experiment)
-    parent_run_id = record.open_parent(parent, search.params, print)
+    parent = publish.address(ledger, search.name, config.run.experiment)
+    parent_run_id = publish.open_parent(parent, search.params, print)
     with study.Interruption(lambda: lock.is_lost) as interruption:
         env, stop = study.environment(parent.uri), interruption.state
         spec = study.Spec(
@@ -108,11 +107,11 @@ def _search(chosen: Arguments, search: "Outset", lock: "DriverLock") -> int:
             study.run(contest, spec, chosen.max_concurrent, interruption)
     lock.check()
     if interruption.signal is not None:
-        record.interrupted(parent)
+        publish.interrupted(parent)
         print(f"interrupted; the same command goes on, with --name {search.name}", file=sys.stderr)
         return 128 + interruption.signal
     of_best = search.place, chosen.metric
-    standings.draw_finalists(
+    leaderboard.draw_finalists(
         ledger,
         *of_best,
         num_finalists=chosen.finalists,
@@ -120,12 +119,12 @@ def _search(chosen: Arguments, search: "Outset", lock: "DriverLock") -> int:
         features=chosen.features,
         seed=chosen.seed,
     )
-    found = standings.standings(ledger.trials(), *of_best, search.base)
-    Console(width=None if sys.stdout.isatty() else 200).print(standings.table(found))
-    for line in standings.remarks(found, chosen.metric):
+    found = leaderboard.standings(ledger.trials(), *of_best, search.base)
+    Console(width=None if sys.stdout.isatty() else 200).print(leaderboard.table(found))
+    for line in leaderboard.remarks(found, chosen.metric):
         print(line)
     print(f"searched    {len(found)} trials, {time.monotonic() - began:.0f} s")
-    for line in record.store(ledger, *of_best, search.base, search.jury.held_out, parent):
+    for line in publish.store(ledger, *of_best, search.base, search.jury.held_out, parent):
         print(line)
     return 0 if any(standing.by_bits for standing in found) else 1
 

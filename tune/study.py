@@ -1,7 +1,7 @@
 """A search on Ray Tune: trials run, are proposed by Optuna and stopped by ASHA, and what happens is in the ledger.
 
 Tune starts and watches the trials' drivers. Who comes next and who goes on is the contest's to say
-(ddpm/search/contest.py), so that a search that was killed goes on: Tune's own state lies in a temporary
+(ddpm/search/trial_manager.py), so that a search that was killed goes on: Tune's own state lies in a temporary
 folder and is never read back.
 
 With driver.py the only one that knows ray.tune.
@@ -25,12 +25,12 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 from ray.tune.search import Searcher
 from space import Choice, Domain, Space
 
-from ddpm import connection
-from ddpm.search.contest import Contest, Proposer, Stopper
-from ddpm.search.trials import Ledger, Status, name_of
+from ddpm.cluster import ray_init
+from ddpm.cluster.resources import DRIVER_CPUS
+from ddpm.search.event_log import Ledger, Status, name_of
+from ddpm.search.trial_manager import Contest, Proposer, Stopper
 from ddpm.training import run_state
 from ddpm.training.monitor import SIGNALS
-from ddpm.training.resources import DRIVER_CPUS
 
 if TYPE_CHECKING:
     from search import Arguments
@@ -263,7 +263,7 @@ def _run(contest: Contest, spec: Spec, max_concurrent: int, interruption: Interr
 
 def environment(tracking_uri: str) -> dict[str, str]:
     """What a trial's driver must know of the search's, wherever it runs."""
-    settings = {name: os.environ.get(name, value) for name, value in connection.SETTINGS.items()}
+    settings = {name: os.environ.get(name, value) for name, value in ray_init.SETTINGS.items()}
     return settings | {"MLFLOW_TRACKING_URI": tracking_uri}
 
 

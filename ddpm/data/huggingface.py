@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ddpm.config import UserError
-from ddpm.data.pictures import (
+from ddpm.data.image_folder import (
     PARTS,
     Encoding,
     Listing,

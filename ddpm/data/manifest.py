@@ -21,8 +21,8 @@ from typing import Any, Literal, get_args
 import pyarrow.fs as pafs
 
 from ddpm.config import UserError
-from ddpm.patience import patiently
 from ddpm.utils import files
+from ddpm.utils.retry import patiently
 
 MANIFEST = "manifest.json"
 FORMAT = "ddpm-shards/2"

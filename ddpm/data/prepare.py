@@ -33,9 +33,9 @@ from ddpm.data.manifest import (
 )
 from ddpm.data.shards import is_intact, read_row_group, write_shard
 from ddpm.data.sources import Labels, Pixels, Source
-from ddpm.images import grid, png_bytes
-from ddpm.patience import answer
-from ddpm.storage import Location
+from ddpm.storage.locations import Location
+from ddpm.utils.images import grid, png_bytes
+from ddpm.utils.retry import answer
 
 NOTES = "_prepare"
 OPTIONS = "options.txt"

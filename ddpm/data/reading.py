@@ -18,7 +18,7 @@ from ddpm.data.corrupt import CorruptData, Substitution
 from ddpm.data.plan import Plan, Window
 from ddpm.data.row_group import RowGroup, Rows
 from ddpm.data.shards import Manifest, Split, locate, open_row_group
-from ddpm.patience import patiently
+from ddpm.utils.retry import patiently
 
 OnCorrupt = Literal["error", "substitute"]
 Share = tuple[NDArray[np.uint8], NDArray[np.int64]]

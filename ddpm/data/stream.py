@@ -32,13 +32,14 @@ from ray.data import DataContext, DataIterator
 from ray.data._internal import stats as ray_stats
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from ddpm import connection, storage
+from ddpm.cluster import ray_init
 from ddpm.config import Config, UserError
 from ddpm.data.corrupt import CorruptData, Substitution, substitutions_from_json, substitutions_to_json
 from ddpm.data.plan import Plan, last_position, share
 from ddpm.data.reading import DataSet, Images, Share, check_fits, scale_of
 from ddpm.data.shards import read_manifest
-from ddpm.patience import StorageError
+from ddpm.storage import locations
+from ddpm.utils.retry import StorageError
 
 MAX_TASKS = 1000
 """Reading tasks of one Ray Dataset; training that needs more goes on with the next Dataset."""
@@ -62,7 +63,7 @@ def open_data_set(config: Config) -> DataSet:
     uri = config.data.shards
     if uri is None:
         raise UserError("data.shards is not given; expected the folder or URI of a data set")
-    location = storage.resolve(uri)
+    location = locations.resolve(uri)
     timeout_s = config.run.storage_timeout_s
     manifest = read_manifest(location.filesystem, location.path, uri, timeout_s)
     check_fits(manifest, config, uri)
@@ -157,7 +158,7 @@ class _Nobody:
 
 def _spare_statistics() -> None:
     """Send no statistics of reading to the process that keeps them for Ray's dashboard, where there is none."""
-    if connection.begun_here():
+    if ray_init.begun_here():
         ray_stats.get_or_create_stats_actor = _Nobody  # type: ignore[assignment]
 
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddpm import images
+from ddpm.utils import images
 
 
 class FeatureNet(Protocol):

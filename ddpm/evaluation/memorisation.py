@@ -18,7 +18,7 @@ from scipy import optimize, special, stats
 
 from ddpm.evaluation.ranking import Z
 from ddpm.evaluation.scores import Score
-from ddpm.images import Pixels
+from ddpm.utils.images import Pixels
 
 MAX_TRAIN = 50_000
 """Training images among which the nearest one is searched for."""

@@ -4,7 +4,7 @@ import hashlib
 
 from torch import Tensor
 
-from ddpm import images
+from ddpm.utils import images
 
 
 class Pixels:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ddpm.evaluation.ranking import Z
-from ddpm.search.trials import Metric, Trial
+from ddpm.search.event_log import Metric, Trial
 
 MANY = 8
 """A numeric axis is logarithmic where its values span more than such a factor."""

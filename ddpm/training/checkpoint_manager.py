@@ -21,15 +21,15 @@ from typing import Any
 import pyarrow.fs as pafs
 import torch
 
-from ddpm import runs, segments
+from ddpm.checkpoints import checkpoint, runs
+from ddpm.checkpoints.checkpoint import CHECKSUMS, FILES, Snapshot
 from ddpm.config import Config, UserError
-from ddpm.patience import StorageError, patiently
-from ddpm.records import segment_name
-from ddpm.storage import Location
-from ddpm.training import checkpoint
-from ddpm.training.checkpoint import CHECKSUMS, FILES, Snapshot
+from ddpm.storage.locations import Location
+from ddpm.tracking import spool
+from ddpm.tracking.metrics_buffer import segment_name
 from ddpm.training.state import State
 from ddpm.utils import files
+from ddpm.utils.retry import StorageError, patiently
 
 MAX_SNAPSHOTS = 2
 """One being written, one waiting: a run that saves faster than storage takes it waits for storage."""
@@ -76,7 +76,7 @@ class CheckpointManager:
     def flush_on_error(self, images_seen: int, segment: bytes | None) -> None:
         """Store what was tracked since the last checkpoint of a run that ends in an error."""
         if segment is not None:
-            self.publish(f"{segments.FOLDER}/{segment_name(images_seen, last_words=True)}", segment)
+            self.publish(f"{spool.FOLDER}/{segment_name(images_seen, last_words=True)}", segment)
 
     def publish(self, name: str, data: bytes) -> None:
         """Store a file that training can do without."""
@@ -132,7 +132,7 @@ class CheckpointManager:
             with _staging(target) as folder:
                 self._patiently(lambda: _write_fresh(snapshot, folder), target)
                 if segment is not None:
-                    where = self._run.child(segments.FOLDER).child(segment_name(snapshot.images_seen))
+                    where = self._run.child(spool.FOLDER).child(segment_name(snapshot.images_seen))
                     self._patiently(lambda: where.write(segment, durable=True), where)
                 if best:
                     name = checkpoint.name_at(snapshot.images_seen, checkpoint.BEST_PREFIX)
@@ -237,7 +237,7 @@ def as_folder(location: Location, timeout_s: float) -> Iterator[Path]:
 def clean_up(run: Location) -> None:
     """Remove what a worker killed while it was writing has left."""
     run.sweep()
-    run.child(segments.FOLDER).sweep()
+    run.child(spool.FOLDER).sweep()
     for name in run.folders():
         is_ours = name.startswith((checkpoint.PREFIX, checkpoint.BEST_PREFIX))
         if _is_temporary(name) or (is_ours and not run.child(name).child(CHECKSUMS).exists()):

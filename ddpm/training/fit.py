@@ -17,14 +17,17 @@ import ray
 import ray.exceptions
 
 from ddpm import config as configs
-from ddpm import runs, segments, storage
+from ddpm.checkpoints import checkpoint, runs
+from ddpm.checkpoints.runs import Run
+from ddpm.cluster import resources
 from ddpm.config import Config, UserError
 from ddpm.data.reading import DataSet
-from ddpm.delivery import Courier, Delivery
-from ddpm.driver_lock import DriverLock
-from ddpm.runs import Run
-from ddpm.tracking import Address, tracking_uri, without_password
-from ddpm.training import checkpoint, checkpoint_manager, resources, run_state
+from ddpm.storage import locations
+from ddpm.storage.driver_lock import DriverLock
+from ddpm.tracking import spool
+from ddpm.tracking.mlflow_runs import Address, tracking_uri, without_password
+from ddpm.tracking.uploader import Courier, Delivery
+from ddpm.training import checkpoint_manager, run_state
 from ddpm.training.failures import TrainingFailed, last_line, too_many_preemptions
 from ddpm.training.monitor import DriverMonitor, ShouldContinue, always
 from ddpm.training.worker_group import PersistentWorkerGroup
@@ -83,7 +86,7 @@ def fit(
     cpus, gpus = per_worker["CPU"], per_worker.get("GPU", 0)
     print(f"workers     {config.cluster.num_workers}, of {cpus:g} CPUs and {gpus:g} GPUs each", flush=True)
     assert config.run.name is not None, "runs.settled names a run"
-    folder = storage.resolve(config.run.storage).child(config.run.name)
+    folder = locations.resolve(config.run.storage).child(config.run.name)
     with DriverLock(folder, "run", "--run.name", log.warning) as lock:
         if warning := resources.crowding(config, per_worker):
             print(f"warning: {warning}", file=sys.stderr)
@@ -112,7 +115,7 @@ def _fit(
         checkpoint_manager.begin(run.location, config, identity, log.warning)
         seen = 0
     address = Address(tracking_uri(), config.run.experiment, run.name, run.key, parent_run_id)
-    courier = Courier(address, configs.flatten(config), run.location.child(segments.FOLDER), at_once=False)
+    courier = Courier(address, configs.flatten(config), run.location.child(spool.FOLDER), at_once=False)
     courier.committed(seen)
 
     def look(values: Mapping[str, Any]) -> bool:
@@ -234,7 +237,7 @@ def summary(result: Result) -> list[str]:
     if delivery.undelivered:
         lines.append(
             f"MLflow      {delivery.undelivered} records could not be delivered to {where}; they are kept in "
-            f"{folder}/{segments.FOLDER}, and `python jobs/track.py {folder}` delivers them"
+            f"{folder}/{spool.FOLDER}, and `python jobs/track.py {folder}` delivers them"
         )
     elif not delivery.ended and result.signal:  # track.py tells the ends of finished runs
         lines.append(

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from ddpm import config as configs
-from ddpm import images
+from ddpm.checkpoints import checkpoint
 from ddpm.config import Config, UserError
 from ddpm.data.plan import check_batches, micro_batches_per_step
 from ddpm.diffusion.generator import Generator
-from ddpm.generation import build_objective, build_sampler
-from ddpm.training import checkpoint
+from ddpm.sampling.generate import build_objective, build_sampler
 from ddpm.training.recorder import Recorder
 from ddpm.training.runtime import MicroBatch, Runtime, Tracker
 from ddpm.training.state import State, build_net, lr_at
+from ddpm.utils import images
 from ddpm.utils.generators import generator
 from ddpm.utils.seeding import Purpose, torch_seed
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from ddpm.progress import Display, printable
 from ddpm.training import run_state
 from ddpm.training.run_state import RunStateClient
+from ddpm.utils.progress import Display, printable
 
 ShouldContinue = Callable[[Mapping[str, Any]], bool]
 """From the run's state to whether training goes on."""

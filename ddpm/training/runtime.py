@@ -18,13 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ddpm.checkpoints import checkpoint
 from ddpm.config import Config
 from ddpm.data.corrupt import CorruptImages
 from ddpm.data.plan import last_position, micro_batches_per_step
 from ddpm.data.reading import DataSet, Images, Share
-from ddpm.progress import Progress
-from ddpm.training import checkpoint
 from ddpm.utils import files
+from ddpm.utils.progress import Progress
 
 CORRUPT = "corrupt.jsonl"
 """File of a run that lists the images that could not be read."""

@@ -26,19 +26,20 @@ import torch.distributed
 from ray.train import Checkpoint, CheckpointUploadMode
 from torch import Tensor, nn
 
-from ddpm import segments
+from ddpm.checkpoints import checkpoint
+from ddpm.checkpoints.runs import Run
 from ddpm.config import Config
 from ddpm.data import stream
 from ddpm.data.corrupt import CorruptImages, Substitution
 from ddpm.data.reading import DataSet, Images, Share
-from ddpm.patience import patiently
-from ddpm.progress import Progress
-from ddpm.records import Outbox
-from ddpm.runs import Run
-from ddpm.training import checkpoint, checkpoint_manager, run_state
+from ddpm.tracking import spool
+from ddpm.tracking.metrics_buffer import Outbox
+from ddpm.training import checkpoint_manager, run_state
 from ddpm.training.checkpoint_manager import CheckpointManager
 from ddpm.training.runtime import CORRUPT, MicroBatch, cut, read_held_out
 from ddpm.training.system_metrics import SystemMetrics
+from ddpm.utils.progress import Progress
+from ddpm.utils.retry import patiently
 
 STOP_POLL_S = 0.5
 """Rank 0 looks so often whether it shall stop: each look takes a millisecond from training."""
@@ -224,7 +225,7 @@ class RankZero:
         with checkpoint_manager.latest_valid(self._run.location, self._timeout_s, self._warn) as folder:
             at = checkpoint.position(folder)
             self._patiently(lambda: checkpoint_manager.clean_up(self._run.location))
-            self._patiently(lambda: segments.discard_after(self._run.location.child(segments.FOLDER), at))
+            self._patiently(lambda: spool.discard_after(self._run.location.child(spool.FOLDER), at))
             reached, lost = self._read_ledger()
             self._images_seen, self._images_lost = at, lost + max(0, reached - at)
             self._write_ledger()

@@ -22,11 +22,12 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from ddpm.checkpoints.runs import Run
+from ddpm.cluster import resources
 from ddpm.config import Config, UserError
 from ddpm.data.reading import DataSet
-from ddpm.records import Outbox
-from ddpm.runs import Run
-from ddpm.training import loop, resources, run_state
+from ddpm.tracking.metrics_buffer import Outbox
+from ddpm.training import loop, run_state
 from ddpm.training.failures import FailureBudget
 from ddpm.training.monitor import CallThread
 from ddpm.training.worker import RayRuntime

@@ -22,7 +22,7 @@ from pyarrow.fs import LocalFileSystem
 
 from ddpm.config import UserError
 from ddpm.data.huggingface import HuggingFace
-from ddpm.data.pictures import Folder, store
+from ddpm.data.image_folder import Folder, store
 from ddpm.data.shards import decode, read_manifest
 
 

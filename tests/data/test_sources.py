@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from ddpm.config import Config, UserError, override
-from ddpm.data import embedded
-from ddpm.data.downloaded import Torchvision
+from ddpm.data import builtin
 from ddpm.data.glyphs import CHARACTERS, Glyphs
 from ddpm.data.sources import Digits, FashionMnist, Source, divide, held_out
+from ddpm.data.torchvision import Torchvision
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 needs_fashion = pytest.mark.skipif(
@@ -240,7 +240,7 @@ def test_for_training_missing_files_are_prepared_first(source: str, monkeypatch:
     monkeypatch.setattr(FashionMnist, "__init__", _without_files)
     config = override(Config(), {"data.source": source})
     with pytest.raises(UserError) as raised:
-        embedded.with_shards(config, "python jobs/train.py preset")
+        builtin.with_shards(config, "python jobs/train.py preset")
     _, prepare, _, train, _ = str(raised.value).split("`")
     words = shlex.split(prepare)
     assert train == f"python jobs/train.py preset --data.shards {words[3]}"

@@ -22,8 +22,8 @@ from ddpm.data.corrupt import CorruptData, Substitution
 from ddpm.data.plan import share
 from ddpm.data.reading import DataSet
 from ddpm.data.shards import Manifest, Shard, Split
-from ddpm.patience import StorageError
 from ddpm.training.runtime import cut
+from ddpm.utils.retry import StorageError
 
 
 class Rows:

@@ -11,9 +11,9 @@ from judged import POSITIONS, make_data, make_run
 from mlflow import MlflowClient
 from PIL import Image
 
-from ddpm import runs
-from ddpm.runs import Run
-from ddpm.tracking import RUN_KEY_TAG
+from ddpm.checkpoints import runs
+from ddpm.checkpoints.runs import Run
+from ddpm.tracking.mlflow_runs import RUN_KEY_TAG
 
 FEW = ("--features", "pixels", "--num-images", "60", "--num-draws", "2")
 

@@ -13,9 +13,8 @@ from processes import Job, kill_tree
 from servers import RayHead
 from tiny import TINY_NET
 
-from ddpm import runs
+from ddpm.checkpoints import checkpoint, runs
 from ddpm.config import override
-from ddpm.training import checkpoint
 from ddpm.training.state import State
 
 TINY = override(TINY_NET, {"schedule.num_timesteps": 50, "model.num_classes": 3, "model.zero_init": False})

@@ -13,11 +13,11 @@ from mlflow import MlflowClient
 from tracked import assert_once, deliver, names_in, put, run_of
 
 from ddpm import config as configs
-from ddpm import runs, segments
+from ddpm.checkpoints import checkpoint, runs
+from ddpm.checkpoints.runs import Run
 from ddpm.config import Config, override
-from ddpm.runs import Run
-from ddpm.tracking import Address
-from ddpm.training import checkpoint
+from ddpm.tracking import spool
+from ddpm.tracking.mlflow_runs import Address
 
 CONFIG = override(Config(), {"run.experiment": "tracked", "train.total_images": 128, "optim.lr": 0.5})
 
@@ -32,7 +32,7 @@ def write_checkpoint(run: Run, images_seen: int, config: Config = CONFIG) -> Non
 def run(tmp_path: Path) -> Run:
     """A run that trained to its end at 128 images while MLflow was away."""
     run = runs.open_run("a-run", str(tmp_path / "runs"))
-    outbox = run.location.child(segments.FOLDER)
+    outbox = run.location.child(spool.FOLDER)
     put(outbox, 64, 32, 64)
     put(outbox, 128, 96, 128, files=True)
     for images_seen in (64, 128):

@@ -40,7 +40,7 @@ def _seed() -> None:
 
 
 def images(batch: int = BATCH) -> Tensor:
-    """Noise in the memory order that ddpm.images hands out: [B, H, W, C] seen as [B, C, H, W]."""
+    """Noise in the memory order that ddpm.utils.images hands out: [B, H, W, C] seen as [B, C, H, W]."""
     return torch.randn(batch, 8, 8, 1).permute(0, 3, 1, 2)
 
 

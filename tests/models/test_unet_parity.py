@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ddpm.config import ModelConfig
-from ddpm.models.diffusers_names import diffusers_names
+from ddpm.hub.diffusers_names import diffusers_names
 from ddpm.models.unet import UNet, build
 
 diffusers = pytest.importorskip("diffusers")

@@ -11,17 +11,19 @@ from typing import Any
 import judged
 import pytest
 
-from ddpm import config, runs
+from ddpm import config
+from ddpm.checkpoints import runs
+from ddpm.checkpoints.checkpoint import name_at
+from ddpm.cluster import resources
 from ddpm.config import Config, UserError
 from ddpm.data.reading import DataSet
 from ddpm.data.stream import open_data_set
-from ddpm.progress import Progress
-from ddpm.search import attempt
-from ddpm.search.attempt import JUDGED, Attempt, News, Trained
-from ddpm.search.jury import Jury
-from ddpm.search.trials import Rung
-from ddpm.training import resources, run_state
-from ddpm.training.checkpoint import name_at
+from ddpm.search import runner
+from ddpm.search.evaluator import Jury
+from ddpm.search.event_log import Rung
+from ddpm.search.runner import JUDGED, Attempt, News, Trained
+from ddpm.training import run_state
+from ddpm.utils.progress import Progress
 
 RUNGS = [64, 192]
 
@@ -90,8 +92,8 @@ class Stage:
 @pytest.fixture
 def stage(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
     made = Stage(trained, tmp_path / "runs")
-    monkeypatch.setattr(attempt, "fit", made.fit)
-    monkeypatch.setattr(attempt, "POLL_INTERVAL_S", 0.02)
+    monkeypatch.setattr(runner, "fit", made.fit)
+    monkeypatch.setattr(runner, "POLL_INTERVAL_S", 0.02)
     return made
 
 
@@ -165,7 +167,7 @@ def test_what_a_killed_driver_held_is_given_back(stage: Stage, monkeypatch: pyte
     stage.delivers.set()
     folder = Path(stage.config.run.storage, str(stage.config.run.name))
     folder.mkdir(parents=True)
-    (folder / attempt.PLACE).write_text("0f")
+    (folder / runner.PLACE).write_text("0f")
     for step in (64, 192, None):
         stage.to_come.put(step)
     stage.attempt()

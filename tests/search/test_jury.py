@@ -6,14 +6,15 @@ import pytest
 import torch
 from judged import CONFIG, make_data, make_run
 
-from ddpm import evaluate, storage, yardstick
+from ddpm.checkpoints import checkpoint
 from ddpm.config import Config, UserError, override
 from ddpm.data.manifest import read_manifest
 from ddpm.data.reading import DataSet
 from ddpm.diffusion import likelihood
-from ddpm.search.jury import Judged, Jury
-from ddpm.training import checkpoint
-from ddpm.yardstick import Settings
+from ddpm.evaluation import context, evaluate
+from ddpm.evaluation.context import Settings
+from ddpm.search.evaluator import Judged, Jury
+from ddpm.storage import locations
 
 LINEAR = override(CONFIG, {"schedule.kind": "linear", "schedule.num_timesteps": 30, "run.name": "linear"})
 
@@ -26,7 +27,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def jury(shards: str) -> Jury:
-    place = storage.resolve(shards)
+    place = locations.resolve(shards)
     train = DataSet(
         place.filesystem, place.path, read_manifest(place.filesystem, place.path, shards), "train"
     )
@@ -43,7 +44,7 @@ def test_numbers_are_those_of_evaluate(jury: Jury, shards: str, tmp_path: Path) 
     uri = a_checkpoint(tmp_path, shards)
     found = jury.judge(uri)
     settings = Settings(num_images=60, features="pixels", num_draws=2)
-    (verdict,) = evaluate.evaluate(yardstick.read([uri]), settings, 1).verdicts
+    (verdict,) = evaluate.evaluate(context.read([uri]), settings, 1).verdicts
     whole = verdict.bits[0]
     rung = found.rung(training_s=1.5)
     assert (rung.bits_per_dim, rung.bits_per_dim_error) == pytest.approx((whole.value, whole.error), rel=1e-6)

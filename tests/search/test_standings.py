@@ -13,16 +13,16 @@ from torch import Tensor
 from tracked import run_of
 
 from ddpm import config as configs
-from ddpm import storage
 from ddpm.config import Config
 from ddpm.diffusion import process, samplers, schedules
 from ddpm.diffusion.objectives import Denoised
 from ddpm.presets import DIGITS
-from ddpm.search import plots, record, standings
-from ddpm.search.attempt import JUDGED
-from ddpm.search.jury import Judged
-from ddpm.search.trials import Ledger, Trial
-from ddpm.storage import Location
+from ddpm.search import leaderboard, plots, publish
+from ddpm.search.evaluator import Judged
+from ddpm.search.event_log import Ledger, Trial
+from ddpm.search.runner import JUDGED
+from ddpm.storage import locations
+from ddpm.storage.locations import Location
 
 COSINE = {"schedule.kind": "cosine", "optim.lr": 1e-3}
 LINEAR = {
@@ -38,7 +38,7 @@ BASE = configs.override(
 
 @pytest.fixture
 def place(tmp_path: Path) -> Location:
-    return storage.resolve(str(tmp_path / "search"))
+    return locations.resolve(str(tmp_path / "search"))
 
 
 def make(place: Location, trials: list[tuple[dict[str, Any], str, dict[int, Any]]]) -> Ledger:
@@ -74,8 +74,8 @@ def ledger(place: Location) -> Ledger:
     return found
 
 
-def the(place: Location, ledger: Ledger, base: Config = BASE) -> list[standings.Standing]:
-    return standings.standings(ledger.trials(), place, "bits_per_dim", base)
+def the(place: Location, ledger: Ledger, base: Config = BASE) -> list[leaderboard.Standing]:
+    return leaderboard.standings(ledger.trials(), place, "bits_per_dim", base)
 
 
 def test_ranks_ties_and_flags(place: Location, ledger: Ledger) -> None:
@@ -86,7 +86,7 @@ def test_ranks_ties_and_flags(place: Location, ledger: Ledger) -> None:
     assert [str(s.by_kid) for s in found] == ["3", "1-2", "1-2", "None", "None"]
     assert [s.is_flagged for s in found] == [True, False, False, False, False]
     assert found[0].leftover == pytest.approx(8 * 0.775, abs=0.1)  # 8x8 exp(-200 (1e-4 + 5e-3) / 4)
-    lines = "\n".join(standings.remarks(found, "bits_per_dim"))
+    lines = "\n".join(leaderboard.remarks(found, "bits_per_dim"))
     assert "sqrt(D alpha_bar_T), D numbers an image, is above 0.5" in lines
     assert "trial-001, is not the best by KID, which is trial-000" in lines
 
@@ -125,21 +125,21 @@ def test_what_is_left_over_biases_samples() -> None:
 
 def test_the_table_says_the_same_everywhere(place: Location, ledger: Ledger, tmp_path: Path) -> None:
     found = the(place, ledger)
-    (tmp_path / "results.parquet").write_bytes(standings.parquet(found))
+    (tmp_path / "results.parquet").write_bytes(leaderboard.parquet(found))
     rows = pq.read_table(tmp_path / "results.parquet").to_pylist()
     assert [row["trial"] for row in rows] == ["trial-001", "trial-000", "trial-004", "trial-002", "trial-003"]
     first, *_, last = rows
     assert (first["schedule.beta_end"], first["rank_by_bits"], first["kid"]) == (0.005, "1", 0.05)
     assert first["bits_per_dim"] == pytest.approx(2.25) and rows[1]["schedule.beta_end"] is None
     assert (last["status"], last["reason"], last["bits_per_dim"]) == ("failed", "it broke", None)
-    text = standings.markdown(found, ["a remark"])
+    text = leaderboard.markdown(found, ["a remark"])
     assert "| trial-001 ! | finished | 128 | linear |" in text and "failed: it broke" in text
     assert text.endswith("- a remark\n")
-    assert standings.table(found).row_count == 5
+    assert leaderboard.table(found).row_count == 5
 
 
 def test_the_best_config_is_one_to_train_with(place: Location, ledger: Ledger) -> None:
-    text = standings.best_config(the(place, ledger), BASE)
+    text = leaderboard.best_config(the(place, ledger), BASE)
     assert text is not None
     found = configs.merged(DIGITS, text, "best.json")
     assert (found.schedule.kind, found.schedule.beta_end, found.optim.lr) == ("linear", 0.005, 3e-3)
@@ -153,8 +153,8 @@ def test_where_nothing_came_to_an_end(place: Location) -> None:
     ledger = make(place, [(COSINE, "failed", {}), (LINEAR, "failed", {})])
     found = the(place, ledger)
     assert [s.by_bits for s in found] == [None, None]
-    assert standings.best_config(found, BASE) is None
-    assert standings.parquet(found) and standings.table(found).row_count == 2
+    assert leaderboard.best_config(found, BASE) is None
+    assert leaderboard.parquet(found) and leaderboard.table(found).row_count == 2
 
 
 def test_pictures(ledger: Ledger) -> None:
@@ -173,9 +173,9 @@ def test_mlflow_has_it_all_in_the_parent_run(place: Location, ledger: Ledger) ->
     held_out: Any = None
     for number in (0, 1, 4):  # without finalists there are no checkpoints to read
         ledger.add("drawn", number)
-    parent = record.address(ledger, "search", "searches")
-    assert record.open_parent(parent, {"search.metric": "bits_per_dim"}, print) is not None
-    lines = list(record.store(ledger, place, "bits_per_dim", BASE, held_out, parent))
+    parent = publish.address(ledger, "search", "searches")
+    assert publish.open_parent(parent, {"search.metric": "bits_per_dim"}, print) is not None
+    lines = list(publish.store(ledger, place, "bits_per_dim", BASE, held_out, parent))
     assert {path.name for path in Path(place.path).iterdir() if path.is_file()} == {
         "search.json",
         "results.md",

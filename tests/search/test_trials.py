@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from ddpm import storage
 from ddpm.config import UserError
-from ddpm.search.trials import Ledger, Rung, Trial, best, rungs
+from ddpm.search.event_log import Ledger, Rung, Trial, best, rungs
+from ddpm.storage import locations
 
 SETTINGS = {"metric": "bits_per_dim", "space": {"optim.lr": [1e-4, 1e-2]}, "seed": 0}
 
 
 def ledger(folder: Path, **changes: Any) -> Ledger:
-    return Ledger(storage.resolve(str(folder)), SETTINGS | changes, timeout_s=0)
+    return Ledger(locations.resolve(str(folder)), SETTINGS | changes, timeout_s=0)
 
 
 def judged(ledger: Ledger, trial: int, images_seen: int, bits: float) -> None:

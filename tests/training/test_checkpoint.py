@@ -11,8 +11,8 @@ from forged import forge, forge_json, forge_tensors
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ddpm.checkpoints import checkpoint
 from ddpm.config import Config, UserError, override
-from ddpm.training import checkpoint
 from ddpm.training.state import State
 from ddpm.utils.seeding import GENERATOR
 

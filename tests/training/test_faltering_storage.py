@@ -18,8 +18,8 @@ from processes import Job
 from proxy import FaultyProxy
 from servers import S3Server
 
-from ddpm import runs, storage
-from ddpm.training import checkpoint
+from ddpm.checkpoints import checkpoint, runs
+from ddpm.storage import locations
 
 WORKER = "ray::RayTrainWorker"
 READER = "ray::MapBatches(_ReadTask)"
@@ -36,8 +36,8 @@ def proxy(s3_server: S3Server) -> Iterator[FaultyProxy]:
 @pytest.fixture
 def run_on_s3(s3_bucket: str, digits_uri: str, tmp_path: Path) -> Run:
     """Data set and run in a bucket."""
-    data = storage.resolve(f"{s3_bucket}/data")
-    storage.pafs.copy_files(digits_uri, data.path, destination_filesystem=data.filesystem)
+    data = locations.resolve(f"{s3_bucket}/data")
+    locations.pafs.copy_files(digits_uri, data.path, destination_filesystem=data.filesystem)
     return Run("harmed", f"{s3_bucket}/runs", data.uri, tmp_path / "job.log")
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from ddpm.cluster import resources
 from ddpm.config import Config, UserError, override
-from ddpm.training import resources
 
 
 @pytest.fixture(autouse=True)

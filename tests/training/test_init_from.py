@@ -7,10 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ddpm import storage
+from ddpm.checkpoints import checkpoint
 from ddpm.config import Config, UserError, override
 from ddpm.data.reading import DataSet
-from ddpm.training import checkpoint, checkpoint_manager, loop
+from ddpm.storage import locations
+from ddpm.training import checkpoint_manager, loop
 from ddpm.training.runtime import LocalRuntime, NoTracker
 from ddpm.training.state import State
 
@@ -33,7 +34,7 @@ def first(tiny: Config, tmp_path: Path) -> Path:
 def begin(config: Config, folder: Path) -> list[str]:
     warnings: list[str] = []
     identity = {"run_key": "mine", "data_fingerprint": "f"}
-    checkpoint_manager.begin(storage.resolve(str(folder)), config, identity, warnings.append)
+    checkpoint_manager.begin(locations.resolve(str(folder)), config, identity, warnings.append)
     return warnings
 
 

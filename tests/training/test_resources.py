@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 import ray
 
+from ddpm.cluster import resources
 from ddpm.config import Config, UserError, override
-from ddpm.training import resources
 
 Cluster = Callable[..., None]
 

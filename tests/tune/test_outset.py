@@ -10,12 +10,11 @@ import pytest
 import search
 
 from ddpm import config as configs
-from ddpm import connection
+from ddpm.cluster import ray_init, resources
 from ddpm.config import UserError
 from ddpm.diffusion import schedules
 from ddpm.presets import DIGITS
-from ddpm.search import record
-from ddpm.training import resources
+from ddpm.search import publish
 
 LR = ("optim.lr=log(1e-4,1e-2)",)
 
@@ -87,10 +86,10 @@ def typed(*flags: str) -> int:
         raise MlflowIsNext
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(connection, "connect", lambda verbose: None)
-        patch.setattr(connection, "resources", lambda: {"CPU": 2.0})
+        patch.setattr(ray_init, "connect", lambda verbose: None)
+        patch.setattr(ray_init, "resources", lambda: {"CPU": 2.0})
         patch.setattr(resources, "check_storage", lambda config: None)
-        patch.setattr(record, "open_parent", stop)
+        patch.setattr(publish, "open_parent", stop)
         threads = "--cluster.threads-per-worker", "1"
         patch.setattr(sys, "argv", ["search.py", "digits", "--name", "s", *threads, *flags])
         return search.main()

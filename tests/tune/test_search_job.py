@@ -15,10 +15,10 @@ from processes import Job, paused
 from tracked import run_of
 
 from ddpm import config as configs
-from ddpm import storage
 from ddpm.presets import DIGITS
-from ddpm.search import record
-from ddpm.search.trials import Ledger, Trial
+from ddpm.search import publish
+from ddpm.search.event_log import Ledger, Trial
+from ddpm.storage import locations
 
 # A good trial, one whose learning rate lets it fail, and one that is worse than the first and stopped.
 FLAGS = """digits --name s --searcher grid --num-trials 3 --max-concurrent 1 --num-rungs 2 --num-images 60
@@ -33,7 +33,7 @@ FLAGS = """digits --name s --searcher grid --num-trials 3 --max-concurrent 1 --n
 def trials(folder: Path) -> list[Trial]:
     """What the ledger of the search in `folder` says."""
     place = folder / "runs" / "s"
-    return Ledger.existing(storage.resolve(str(place))).trials() if (place / "search.json").exists() else []
+    return Ledger.existing(locations.resolve(str(place))).trials() if (place / "search.json").exists() else []
 
 
 def table(folder: Path) -> list[dict[str, Any]]:
@@ -91,10 +91,10 @@ def test_a_search_that_was_interrupted_and_killed_ends_with_the_same_table(
 
 def mlflow_runs(place: Path) -> list[Run]:
     """A search's own run, and then its children."""
-    ledger = Ledger.existing(storage.resolve(str(place)))
-    parent = run_of(record.address(ledger, "s", "killed"))
+    ledger = Ledger.existing(locations.resolve(str(place)))
+    parent = run_of(publish.address(ledger, "s", "killed"))
     of_parent = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
-    client = MlflowClient(record.tracking_uri())
+    client = MlflowClient(publish.tracking_uri())
     return [parent, *client.search_runs([parent.info.experiment_id], of_parent)]
 
 

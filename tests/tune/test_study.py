@@ -10,12 +10,12 @@ import pytest
 import space
 import study
 
-from ddpm import storage
 from ddpm.config import UserError
 from ddpm.presets import DIGITS
-from ddpm.search import contest
-from ddpm.search.contest import Contest
-from ddpm.search.trials import Ledger, Rung
+from ddpm.search import trial_manager
+from ddpm.search.event_log import Ledger, Rung
+from ddpm.search.trial_manager import Contest
+from ddpm.storage import locations
 
 RUNGS = [100, 300, 900]
 NUM_TRIALS = 16
@@ -53,7 +53,7 @@ def search(
 ) -> Ledger:
     """Run trials one after the other, as Tune would, as long as the ledger lives."""
     found = space.parse([], DIGITS)
-    ledger = MortalLedger(storage.resolve(str(folder)), {}, timeout_s=0)
+    ledger = MortalLedger(locations.resolve(str(folder)), {}, timeout_s=0)
     ledger.lives = lives
     if proposer is None and searcher == "optuna":
         proposer = study.OptunaProposer(found, 3)
@@ -175,8 +175,8 @@ def test_a_seat_is_for_the_next_trial_before_the_last_verdict(
 ) -> None:
     """And its time is over then; of the trial that nobody comes after, the seat stays for the verdict."""
     now = [100.0]
-    monkeypatch.setattr(contest.time, "monotonic", lambda: now[0])
-    ledger = Ledger(storage.resolve(str(tmp_path)), {}, timeout_s=0)
+    monkeypatch.setattr(trial_manager.time, "monotonic", lambda: now[0])
+    ledger = Ledger(locations.resolve(str(tmp_path)), {}, timeout_s=0)
     proposer = study.ListProposer(space.parse([], DIGITS), 3, None)
     found = Contest(ledger, proposer, study.NobodyStops(), "bits_per_dim", 2, 900, lambda line: None)
     referee = study.Referee(found)
@@ -211,7 +211,7 @@ def test_a_seat_is_for_the_next_trial_before_the_last_verdict(
 
 def test_a_verdict_that_was_lost_is_for_another_round(tmp_path: Path) -> None:
     """The driver died that had it, and there was nothing else left to do."""
-    ledger = Ledger(storage.resolve(str(tmp_path)), {}, timeout_s=0)
+    ledger = Ledger(locations.resolve(str(tmp_path)), {}, timeout_s=0)
     proposer = study.ListProposer(space.parse([], DIGITS), 3, None)
     found = Contest(ledger, proposer, study.NobodyStops(), "bits_per_dim", 2, 900, lambda line: None)
     for number in (0, 1):

@@ -1,0 +1,226 @@
+"""Many images from a net: a fleet draws them, an album keeps them, and what is there already is not drawn again.
+
+Its own room because generation.py draws one batch and knows nothing of who else draws or of what becomes of it.
+
+Images are drawn in pieces, [k batch_size, (k + 1) batch_size) cut off at the last image, which do not depend on who
+draws, on how many draw, or on what was drawn before. Image i is a function of the seed and i to a grey level in any
+company (tests/training/test_generation.py); in the same piece, on one kind of CPU, it is so to the last bit.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm import config as configs
+from ddpm.cluster.worker_pool import Fleet
+from ddpm.config import Config, UserError
+from ddpm.data.manifest import read_manifest
+from ddpm.sampling import generate, writers
+from ddpm.sampling.generate import Known
+from ddpm.sampling.writers import Album, Form, Labels, PngAlbum, ShardAlbum
+from ddpm.storage.locations import Location, resolve
+from ddpm.training.state import build_net
+from ddpm.utils.images import Pixels, png_bytes
+from ddpm.utils.seeding import GENERATOR
+
+BATCH_SIZE_CPU, BATCH_SIZE_GPU = 32, 256
+"""Images of a piece, unless somebody says otherwise: a core is busy with few, and many cores want many pieces."""
+TRAJECTORY_IMAGES = 8
+
+_DECIDES = (
+    "model.",
+    "schedule.",
+    "objective.process",
+    "objective.predict",
+    "objective.variance",
+    "sample.",
+    "train.precision",
+)
+_DECIDES_NOT = ("model.dropout", "model.zero_init", "sample.num_images")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be drawn: with the seed, which is in the config, all that decides image i.
+
+    Raises:
+        UserError: a label out of range, or settings that do not fit.
+    """
+
+    weights: dict[str, Tensor]
+    """Of the net, on the CPU."""
+    config: Config
+    """What the net was trained under; its `sample` says how to draw."""
+    label: int | None = None
+    """The class of all images; None: image i is of class i mod num_classes."""
+    known: Known | None = None
+    """What is given of every image."""
+    x_0_error: Tensor | None = None
+    """For the variance "measured": [T] float64."""
+
+    def __post_init__(self) -> None:
+        classes = self.config.model.num_classes
+        if self.label is not None and not 0 <= self.label < classes:
+            right = f"it must be in 0..{classes - 1}" if classes else "this net was trained without labels"
+            raise UserError(f"label is {self.label}; {right}")
+        generate.build_sampler(self.config, known=self.known, x_0_error=self.x_0_error)
+        generate.build_objective(self.config)
+
+    def labels(self, indices: range) -> Labels | None:
+        """The labels of images, int64 [N]; None: the net knows none."""
+        if not self.config.model.num_classes:
+            return None
+        return generate.labels(self.config, indices, self.label)
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """Of the data that the net was trained on, if that can still be read; else "0", "1", ..."""
+        classes, uri = self.config.model.num_classes, self.config.data.shards
+        if classes and uri:
+            with suppress(UserError, OSError):
+                location = resolve(uri)
+                names = read_manifest(location.filesystem, location.path, uri).class_names
+                if len(names) == classes:
+                    return names
+        return tuple(map(str, range(classes)))
+
+    def asked(self) -> dict[str, Any]:
+        """All that decides image i, as flat JSON."""
+        config = self.config
+        sample = config.sample if self.known is None else replace(config.sample, sampler="ancestral")
+        config = replace(config, sample=sample.resolved(config.objective))
+        flat = {
+            key: value
+            for key, value in configs.flatten(config).items()
+            if key.startswith(_DECIDES) and key not in _DECIDES_NOT
+        }
+        known: dict[str, Any] = {}
+        if self.known is not None:
+            known = {
+                "inpaint": _sha256({"x_0": self.known.x_0, "mask": self.known.mask}),
+                "num_resamples": self.known.num_resamples,
+                "jump_length": self.known.jump_length,
+            }
+        drawn_with = {"generator": GENERATOR, "weights": _sha256(self.weights)}
+        if config.sample.variance == "measured" and self.x_0_error is not None:
+            known["x_0_error"] = _sha256({"x_0_error": self.x_0_error})
+        return {**drawn_with, "label": self.label, **known, **flat}
+
+
+class Artist:
+    """What a worker holds: the net of a request."""
+
+    def __init__(self, request: Request, device: torch.device) -> None:
+        self._request, self._device = request, device
+        net = build_net(request.config)
+        net.load_state_dict(request.weights)
+        self._net = net.to(device).eval().requires_grad_(False)
+        self._objective = generate.build_objective(request.config)
+
+    def draw(self, indices: range) -> Pixels:
+        """The images with these indices, uint8 [N, H, W, C].
+
+        Raises:
+            UserError: the GPU has no room for so many.
+        """
+        config, how = self._request.config, self._how(indices)
+        try:
+            drawn = generate.draw(self._net, config, self._objective, indices, device=self._device, **how)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"the GPU has no room for {len(indices)} images at a time; use a smaller --batch-size"
+            ) from None
+        return drawn.cpu().numpy()
+
+    def trajectory(self, indices: range) -> tuple[Pixels, bytes]:
+        """How these images come to be: a strip uint8 [H', W', 3], and a GIF."""
+        config, how = self._request.config, self._how(indices)
+        return generate.trajectory(self._net, config, self._objective, indices, device=self._device, **how)
+
+    def _how(self, indices: range) -> dict[str, Any]:
+        labels = self._request.labels(indices)
+        label = None if labels is None else torch.from_numpy(labels).to(self._device)
+        return {"label": label, "known": self._request.known, "x_0_error": self._request.x_0_error}
+
+
+def draw(
+    request: Request,
+    out: Location,
+    num_images: int,
+    *,
+    form: Form = "png",
+    num_workers: int | None = None,
+    batch_size: int | None = None,
+    with_trajectory: bool = False,
+    show: Callable[[int, str], None] = lambda done, detail: None,
+) -> None:
+    """Draw images 0..num_images-1 into the album at `out`, all that it lacks.
+
+    Args:
+        form: PNGs, or shards that a run can be trained on.
+        num_workers: as in `Fleet`.
+        batch_size: images drawn at a time by a worker; None: 32 on a core, 256 on a GPU.
+        with_trajectory: also how the first 8 came to be, trajectory.png and trajectory.gif.
+        show: is told how many images are there, and how fast they come.
+
+    Raises:
+        UserError: a count out of range or beyond the disk's room, an album of another request, or one that cannot
+            be written.
+        WorkersDied: as `Fleet.map`.
+    """
+    for name, count in (("num_images", num_images), ("batch_size", batch_size)):
+        if count is not None and count < 1:
+            raise UserError(f"{name} is {count}; it must be at least 1")
+    model = request.config.model
+    with suppress(OSError):  # who writes there says it better
+        writers.check_room(out, num_images, form, (model.image_size, model.image_size, model.channels))
+    with Fleet(partial(Artist, request), num_workers) as fleet:
+        size = batch_size or (BATCH_SIZE_GPU if fleet.has_gpus else BATCH_SIZE_CPU)
+        pieces = (range(i, min(i + size, num_images)) for i in range(0, num_images, size))
+        try:
+            album = _open(request, out, num_images, form, size)
+            done, began = album.num_kept, time.monotonic()
+            show(done, "")
+            before = done
+            for piece, pixels in fleet.map(Artist.draw, filter(album.lacks, pieces)):
+                album.put(piece, pixels, request.labels(piece))
+                done += len(piece)
+                show(done, f"{(done - before) / (time.monotonic() - began):.1f} images/s")
+            album.close()
+            if with_trajectory and (done > before or not out.child("trajectory.gif").exists()):
+                first = range(min(TRAJECTORY_IMAGES, num_images))
+                for _, (strip, gif) in fleet.map(Artist.trajectory, [first]):
+                    out.child("trajectory.png").write(png_bytes(strip))
+                    out.child("trajectory.gif").write(gif)
+        except OSError as error:
+            raise UserError(
+                f"cannot write images to {out.uri}: {error}; the same command goes on from there"
+            ) from None
+
+
+def _open(request: Request, out: Location, num_images: int, form: Form, batch_size: int) -> Album:
+    asked = {"format": form, "batch_size": batch_size, **request.asked()}
+    if form == "png":
+        writers.begin(out, asked)
+        return PngAlbum(out, num_images, batch_size)
+    names, size = request.class_names, request.config.model.image_size
+    asked = {"num_images": num_images, "class_names": names, **asked}
+    writers.begin(out, asked)
+    shape = size, size, request.config.model.channels
+    return ShardAlbum(out, num_images, batch_size, shape, names, asked)
+
+
+def _sha256(tensors: dict[str, Tensor]) -> str:
+    """Of names, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,68 @@
+"""Segments of what was tracked, as they lie in a run's storage until they are delivered.
+
+A worker writes one before the checkpoint that it leads up to. Once that checkpoint is committed, the segment is
+final: no later life of the run takes back what it says. What lies beyond the newest checkpoint belongs to a
+future that may not happen, and waits, except for a failed run's last words.
+"""
+
+import contextlib
+
+import pyarrow.fs as pafs
+
+from ddpm.storage.locations import Location
+from ddpm.tracking import metrics_buffer
+from ddpm.tracking.metrics_buffer import DamagedSegment
+
+FOLDER = "tracking"
+"""Of a run: holds its segments."""
+
+
+def final(outbox: Location, committed: int) -> list[Location]:
+    """Those that may be delivered when the newest checkpoint is at `committed`, in order of delivery.
+
+    Raises:
+        OSError: storage does not answer.
+    """
+    return [file for at, failed, file in _segments(outbox) if failed or at <= committed]
+
+
+def discard_after(outbox: Location, images_seen: int) -> None:
+    """Delete the segments of a future that did not happen, since a run goes on from `images_seen`.
+
+    Raises:
+        OSError: storage does not answer.
+    """
+    for at, failed, file in _segments(outbox):
+        if at > images_seen and not failed:
+            delete(file)
+
+
+def delete(segment: Location) -> None:
+    """Remove it, if it is still there."""
+    with contextlib.suppress(FileNotFoundError):
+        segment.filesystem.delete_file(segment.path)
+
+
+def count(outbox: Location, committed: int) -> int:
+    """Records that could be delivered and are not yet; a damaged segment counts as one.
+
+    Raises:
+        OSError: storage does not answer.
+    """
+    total = 0
+    for file in final(outbox, committed):
+        try:
+            with file.filesystem.open_input_file(file.path) as stream:
+                total += metrics_buffer.count(stream, file.uri)  # type: ignore[arg-type]
+        except FileNotFoundError:
+            continue
+        except DamagedSegment:
+            total += 1
+    return total
+
+
+def _segments(outbox: Location) -> list[tuple[int, bool, Location]]:
+    infos = outbox.filesystem.get_file_info(pafs.FileSelector(outbox.path, allow_not_found=True))
+    names = sorted(info.base_name for info in infos if info.type == pafs.FileType.File)
+    parsed = [(metrics_buffer.parse_name(name), outbox.child(name)) for name in names]
+    return [(*position, file) for position, file in parsed if position is not None]
