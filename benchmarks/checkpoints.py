@@ -21,12 +21,13 @@ import torch
 import tyro
 from runtime import processor, write_table
 
+from ddpm.build import build_net
 from ddpm.cluster.ray_init import connect
 from ddpm.config import Config, override
 from ddpm.data import builtin, stream
 from ddpm.presets import DIGITS
 from ddpm.training import fit, worker_group
-from ddpm.training.state import build_net, parameter_count
+from ddpm.training.state import parameter_count
 
 EVERY_STEPS, BATCH_SIZE = 100, 32
 work = worker_group.work

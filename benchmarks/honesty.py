@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import tyro
 
+from ddpm.build import build_objective
 from ddpm.checkpoints import checkpoint
 from ddpm.data.reading import DataSet
 from ddpm.diffusion import likelihood, schedules
@@ -28,7 +29,6 @@ from ddpm.evaluation.context import Candidate, Settings
 from ddpm.evaluation.ranking import agreement
 from ddpm.evaluation.reference import images_of
 from ddpm.evaluation.scores import Score
-from ddpm.sampling.generate import build_objective
 from ddpm.search.evaluator import Jury
 from ddpm.search.event_log import Ledger, best
 from ddpm.storage import locations

@@ -22,13 +22,13 @@ import torch
 import tyro
 from runtime import processor, write_table
 
+from ddpm.build import build_net
 from ddpm.cluster.worker_pool import Fleet
 from ddpm.config import Config
 from ddpm.hub import export
 from ddpm.models.unet import UNet
 from ddpm.presets import PRESETS
 from ddpm.sampling.workers import BATCH_SIZE_CPU, BATCH_SIZE_GPU, Artist, Request
-from ddpm.training.state import build_net
 
 
 @dataclass(frozen=True)

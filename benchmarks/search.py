@@ -24,9 +24,9 @@ from runtime import processor, write_table
 
 from ddpm import config as configs
 from ddpm import presets
-from ddpm.checkpoints import runs
 from ddpm.data import stream
 from ddpm.evaluation.ranking import agreement
+from ddpm.hub import resolve
 from ddpm.search import leaderboard
 from ddpm.search.evaluator import Jury
 from ddpm.search.event_log import Ledger, Trial
@@ -135,7 +135,7 @@ def beaten(arguments: Arguments, place: locations.Location, ledger: Ledger) -> l
     held_out = train.held_out()
     assert held_out is not None, "the search had one"
     jury = Jury(train, held_out, settings["num_images"], seed=settings["seed"])
-    judged = [jury.judge(runs.checkpoints_of(uri)[-1]) for uri in uris]
+    judged = [jury.judge(resolve.checkpoints_of(uri)[-1]) for uri in uris]
     mean, error = difference(*(np.array(j.bits) for j in judged))
     rungs = [j.rung(0.0) for j in judged]
     surely = mean + 2 * error < 0
@@ -161,8 +161,8 @@ def beaten(arguments: Arguments, place: locations.Location, ledger: Ledger) -> l
 def overhead(ledger: Ledger) -> str:
     training_s, wall_s = (sum(values) for values in zip(*ledger.shares(), strict=True))
     return (
-        f"Of {wall_s:.0f} s for which {len(ledger.trials())} trials had a seat (ddpm/search/event_log.py says what that "
-        f"is), the loop ran {training_s:.0f} s: {training_s / wall_s:.0%}."
+        f"Of {wall_s:.0f} s for which {len(ledger.trials())} trials had a seat (ddpm/search/event_log.py says what "
+        f"that is), the loop ran {training_s:.0f} s: {training_s / wall_s:.0%}."
     )
 
 

@@ -16,17 +16,10 @@ from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union
 
+from ddpm.utils.errors import UserError
+
 T = TypeVar("T")
 SampleVariance = Literal["auto", "beta", "beta_tilde", "measured", "learned"]
-
-
-class UserError(Exception):
-    """A mistake of the user's: one line that says what was wrong, where, and what would be right.
-
-    Jobs print it without a traceback and exit with `exit_code`.
-    """
-
-    exit_code = 2
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ddpm import cli
-from ddpm.config import UserError
+from ddpm.utils.errors import UserError
 
 
 @dataclass(frozen=True)

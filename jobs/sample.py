@@ -12,7 +12,7 @@ from typing import Literal
 import tyro
 
 from ddpm import cli
-from ddpm.config import UserError
+from ddpm.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,13 @@ def main() -> None:
         )
     import torch
 
-    from ddpm.checkpoints import (
-        checkpoint,
-        runs,  # after parsing: --help and mistakes answer at once
-    )
+    from ddpm.checkpoints import checkpoint, runs  # after parsing: --help and mistakes answer at once
+    from ddpm.hub.resolve import local_checkpoint
     from ddpm.sampling import generate, workers
     from ddpm.storage.locations import resolve
     from ddpm.utils.progress import Display
 
-    with runs.local_checkpoint(arguments.checkpoint) as folder:
+    with local_checkpoint(arguments.checkpoint) as folder:
         net, config = checkpoint.load_net(folder, torch.device("cpu"))
         measured = arguments.variance == "measured"
         x_0_error = runs.read_x_0_error(folder, config.schedule.num_timesteps) if measured else None

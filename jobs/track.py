@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import tyro
 
 from ddpm import cli
-from ddpm.config import UserError
+from ddpm.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ddpm.config import UserError
+from ddpm.utils.errors import UserError
 
 
 class Adder:

@@ -30,7 +30,7 @@ from PIL import Image
 
 from ddpm import config as configs
 from ddpm.checkpoints import checkpoint
-from ddpm.config import UserError, override
+from ddpm.config import override
 from ddpm.data.corrupt import CorruptData
 from ddpm.data.image_folder import store
 from ddpm.data.manifest import make_manifest, manifest_from_json
@@ -40,6 +40,7 @@ from ddpm.presets import DIGITS
 from ddpm.tracking import metrics_buffer
 from ddpm.tracking.metrics_buffer import DamagedSegment, Outbox
 from ddpm.training.state import State
+from ddpm.utils.errors import UserError
 
 SIDE = 8
 GIB = 1 << 30
@@ -130,7 +131,7 @@ class Checkpoint(Target):
         sum(p.square().sum() for p in state.net.parameters()).backward()  # type: ignore[union-attr]
         state.optimizer.step()
         state.step, state.images_seen = 1, self.config.train.batch_size
-        checkpoint.save(folder, state, self.config, {"run_key": "k", "data_fingerprint": "f"})
+        checkpoint.write(state.snapshot(self.config, {"run_key": "k", "data_fingerprint": "f"}), folder)
         self.seeds = [(folder / self.file).read_bytes()]
 
     def take(self, data: bytes) -> None:
@@ -153,7 +154,7 @@ class CheckpointState(Checkpoint):
     file, is_json = "state.json", True
 
     def use(self) -> None:
-        checkpoint.load(self.folder, State.create(self.config, torch.device("cpu")), self.config)
+        State.create(self.config, torch.device("cpu")).restore(self.folder, self.config)
 
 
 class CheckpointOptimizer(CheckpointState):

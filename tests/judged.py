@@ -52,5 +52,7 @@ def make_run(folder: Path, shards: str, config: Config = CONFIG) -> Run:
             for weight in state.ema.net.parameters():
                 weight.add_(0.02 * torch.randn(weight.shape, generator=noise))
         state.step, state.images_seen = images_seen // config.train.batch_size, images_seen
-        checkpoint.save(Path(run.location.path, checkpoint.name_at(images_seen)), state, config, extra)
+        checkpoint.write(
+            state.snapshot(config, extra), Path(run.location.path, checkpoint.name_at(images_seen))
+        )
     return run

@@ -11,7 +11,7 @@ import processes
 import pytest
 
 from ddpm import cli, presets
-from ddpm.config import UserError
+from ddpm.utils.errors import UserError
 from ddpm.utils.openmp import SPIN_COUNT
 
 

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm.config import Config, ObjectiveConfig, UserError, flatten, from_json, override, to_json
+from ddpm.config import Config, ObjectiveConfig, flatten, from_json, override, to_json
 from ddpm.presets import PRESETS
+from ddpm.utils.errors import UserError
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

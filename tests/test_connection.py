@@ -6,7 +6,7 @@ import pytest
 import ray
 
 from ddpm.cluster import ray_init
-from ddpm.config import UserError
+from ddpm.utils.errors import UserError
 
 
 @pytest.mark.parametrize(

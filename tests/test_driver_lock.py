@@ -14,11 +14,11 @@ import pytest
 import servers
 from processes import REPO
 
-from ddpm.config import UserError
 from ddpm.storage import driver_lock, locations
 from ddpm.storage.driver_lock import DriverLock
 from ddpm.storage.locations import Location
 from ddpm.utils import process
+from ddpm.utils.errors import UserError
 
 HOLD = """
 import sys, time

@@ -9,7 +9,7 @@ import torch
 from chores import Adder
 
 from ddpm.cluster.worker_pool import Fleet, WorkersDied
-from ddpm.config import UserError
+from ddpm.utils.errors import UserError
 
 MAKE = partial(Adder, torch.tensor(100))
 

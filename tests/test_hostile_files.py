@@ -29,7 +29,7 @@ from PIL import Image
 from processes import REPO
 
 from ddpm.checkpoints import checkpoint
-from ddpm.config import Config, UserError, override, to_json
+from ddpm.config import Config, override, to_json
 from ddpm.data.corrupt import CorruptData
 from ddpm.data.huggingface import HuggingFace
 from ddpm.data.image_folder import Folder, store
@@ -38,6 +38,7 @@ from ddpm.data.row_group import decode
 from ddpm.data.shards import read_row_group
 from ddpm.presets import DIGITS
 from ddpm.training.state import State
+from ddpm.utils.errors import UserError
 
 CPU = torch.device("cpu")
 LOCAL = pafs.LocalFileSystem()
@@ -164,7 +165,7 @@ def test_a_config_of_a_net_that_no_memory_holds_is_refused(
 ) -> None:
     config = override(DIGITS, {"model.base_width": 8, "model.norm_groups": 4})
     folder = tmp_path / "c"
-    checkpoint.save(folder, State.create(config, CPU), config, {})
+    checkpoint.write(State.create(config, CPU).snapshot(config, {}), folder)
     forge(folder, "config.json", to_json(override(config, values)).encode())
     with pytest.raises(UserError, match=message):
         checkpoint.load_net(folder, CPU)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpm.config import UserError
+from ddpm.utils.errors import UserError
 from ddpm.utils.retry import LONGEST_ANSWER, StorageError, answer, patiently
 
 

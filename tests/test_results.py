@@ -13,11 +13,11 @@ from mlflow.artifacts import load_dict
 from mlflow.entities import Run
 from test_report import drawn, made, near, verdict
 
-from ddpm.config import UserError
 from ddpm.evaluation import publish
 from ddpm.evaluation.report import Report
 from ddpm.storage import locations
 from ddpm.tracking.mlflow_runs import RUN_KEY_TAG, SENT_UNTIL_TAG
+from ddpm.utils.errors import UserError
 
 PICTURE = b"\x89PNG..."
 
@@ -49,7 +49,7 @@ def points(client: MlflowClient, run: Run, key: str) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, key)]
 
 
-def publish(report: Report) -> list[str]:
+def published(report: Report) -> list[str]:
     return list(publish.publish(report, PICTURE))
 
 
@@ -59,7 +59,7 @@ def test_results_are_in_the_run_s_own_mlflow_run(
     key, other = uuid.uuid4().hex, uuid.uuid4().hex
     run, untouched = start(key), start(other)
     report = report_on(key, 1, 2)
-    assert publish(report) == [f"MLflow      run {run.info.run_id} in {mlflow_server}"]
+    assert published(report) == [f"MLflow      run {run.info.run_id} in {mlflow_server}"]
     values = [v.drawn[0].scores[1].value for v in report.verdicts]
     assert points(client, run, "eval/KID-pixels") == [(1000, values[0]), (2000, values[1])]
     assert [step for step, _ in points(client, run, "eval/bits_per_dim")] == [1000, 2000]
@@ -80,20 +80,20 @@ def test_again_adds_what_is_new_and_replaces_only_its_own_files(
     key = uuid.uuid4().hex
     run, report = start(key), report_on(key, 1)
     for _ in range(2):
-        publish(report)
+        published(report)
     before = points(client, run, "eval/KID-pixels")
     assert len(before) == 1
     time.sleep(0.01)
     changed = report_on(key, 1, change=5)
-    publish(changed)
+    published(changed)
     value = changed.verdicts[0].drawn[0].scores[1].value
     assert sorted(points(client, run, "eval/KID-pixels")) == sorted([*before, (1000, value)])
     assert len(points(client, run, "eval/bits_per_dim")) == 1
     assert client.get_run(run.info.run_id).data.metrics["eval/KID-pixels"] == value
-    publish(report_on(key, 1, num_images=7))
+    published(report_on(key, 1, num_images=7))
     assert len(client.list_artifacts(run.info.run_id, "evaluation")) == 4
     time.sleep(0.01)
-    publish(report)  # the first value is news again
+    published(report)  # the first value is news again
     assert client.get_run(run.info.run_id).data.metrics["eval/KID-pixels"] == before[0][1]
 
 
@@ -105,7 +105,7 @@ def test_each_run_gets_what_is_about_it(
     unknown = verdict(5, drawn(5), run="strange", run_key=uuid.uuid4().hex)
     imported = verdict(0, drawn(0), run="imported", run_key="")
     both = made(*(verdict(i, drawn(i), run_key=key) for i, key in enumerate(keys, 1)), unknown, imported)
-    assert publish(both) == [
+    assert published(both) == [
         *(f"MLflow      run {run.info.run_id} in {mlflow_server}" for run in found),
         f"MLflow      {mlflow_server} does not know run strange; nothing is logged there",
         "MLflow      nothing is logged of runs/imported/checkpoint-0, which no run of ours made",
@@ -129,7 +129,7 @@ def test_the_pictures_of_the_nearest_are_beside_the_file_and_in_mlflow(
 
 def test_a_database_that_is_not_there_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///none.db")
-    assert publish(report_on("key", 1)) == [
+    assert published(report_on("key", 1)) == [
         f"MLflow      sqlite:///{tmp_path}/none.db does not know run a; nothing is logged there"
     ]
     assert list(tmp_path.iterdir()) == []

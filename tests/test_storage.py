@@ -9,9 +9,9 @@ import proxy
 import pytest
 import servers
 
-from ddpm.config import UserError
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
+from ddpm.utils.errors import UserError
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -15,13 +15,14 @@ import torch
 from ray import tune
 
 from ddpm import config as configs
-from ddpm.config import Config, UserError
+from ddpm.config import Config
 from ddpm.data.reading import DataSet
 from ddpm.search.evaluator import Jury
 from ddpm.search.event_log import name_of
 from ddpm.search.runner import Attempt, News, Trained
 from ddpm.training import run_state
 from ddpm.training.worker_group import PersistentWorkerGroup
+from ddpm.utils.errors import UserError
 
 POLL_INTERVAL_S = 1.0
 LEAVING_S = 5.0

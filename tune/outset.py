@@ -11,13 +11,14 @@ from space import Space
 
 from ddpm import config as configs
 from ddpm.checkpoints import runs
-from ddpm.config import Config, UserError
+from ddpm.config import Config
 from ddpm.data import builtin, stream
 from ddpm.data.reading import DataSet
 from ddpm.search.evaluator import Jury
 from ddpm.search.event_log import rungs
 from ddpm.storage.locations import Location, resolve
 from ddpm.training import loop
+from ddpm.utils.errors import UserError
 from ddpm.utils.seeding import GENERATOR
 
 if TYPE_CHECKING:

@@ -35,8 +35,9 @@ from typing import Any
 import numpy as np
 
 from ddpm import config as configs
-from ddpm.config import Config, UserError
+from ddpm.config import Config
 from ddpm.training import loop
+from ddpm.utils.errors import UserError
 
 KINDS = {
     "schedule.beta_start": ("linear", "scaled_linear"),

@@ -10,7 +10,6 @@ A folder without checksums.json, or with a file that does not match it, is not a
 
 import hashlib
 import json
-import math
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,11 +23,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ddpm import config as configs
-from ddpm.config import Config, UserError
+from ddpm.build import build_net
+from ddpm.config import Config
 from ddpm.models import unet
-from ddpm.training.state import State, build_net
 from ddpm.utils import files
-from ddpm.utils.seeding import GENERATOR
+from ddpm.utils.errors import UserError
 
 CHECKSUMS = "checksums.json"
 FILES = (
@@ -104,25 +103,6 @@ class Snapshot:
     """What config.json will say."""
 
 
-def snapshot(state: State, config: Config, extra: dict[str, Any]) -> Snapshot:
-    """Copy `state`; `extra` goes into state.json. This is all that training waits for."""
-    best = state.best_held_out_loss
-    position = {
-        "step": state.step,
-        "images_seen": state.images_seen,
-        "skipped_steps": state.skipped_steps,
-        "best_held_out_loss": best if math.isfinite(best) else None,
-        "generator": GENERATOR,
-    }
-    tensors = {
-        "net": state.net.state_dict(),
-        "ema": state.ema.state_dict(),
-        "optimizer": state.optimizer_tensors(),
-    }
-    copies = {file: {name: _copy(t) for name, t in part.items()} for file, part in tensors.items()}
-    return Snapshot(state.images_seen, copies, {**extra, **position}, configs.to_json(config))
-
-
 def write(snapshot: Snapshot, folder: Path) -> None:
     """Write `snapshot` as a checkpoint into the empty or new `folder`; all of it is on disk before checksums.json is.
 
@@ -140,11 +120,6 @@ def write(snapshot: Snapshot, folder: Path) -> None:
     sums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
     files.sync_tree(folder)
     files.write_whole(folder / CHECKSUMS, (json.dumps(sums, indent=2) + "\n").encode())
-
-
-def save(folder: Path, state: State, config: Config, extra: dict[str, Any]) -> None:
-    """`snapshot` and `write` in one."""
-    write(snapshot(state, config, extra), folder)
 
 
 def verify(folder: Path) -> None:
@@ -234,48 +209,6 @@ def read_config(folder: Path) -> Config:
     return configs.from_json(text, where=str(file))
 
 
-def load(folder: Path, state: State, config: Config) -> None:
-    """Put the verified checkpoint in `folder` into `state`.
-
-    Raises:
-        UserError: damaged, or of a run with another configuration (architecture, schedule, data order, ...) or
-            another random generator.
-    """
-    verify(folder)
-    check_same_run(read_config(folder), config, str(folder))
-    position = read_state(folder)
-    if (drawn_with := position.get("generator", "PyTorch's, with 32 bits of a seed")) != GENERATOR:
-        raise UserError(
-            f"{folder} was trained with another random generator ({drawn_with}; now {GENERATOR}), so going on would "
-            f"not end where its run would have; begin a new run from its weights: --train.init-from {folder}"
-        )
-    device = next(state.net.parameters()).device
-    _load_weights(state.net, folder / "net.safetensors")
-    _load_weights(state.ema.net, folder / "ema.safetensors")
-    state.load_optimizer_tensors(_read_moments(folder, state, position, device))
-    state.step, state.images_seen = position["step"], position["images_seen"]
-    state.skipped_steps = position.get("skipped_steps", 0)
-    best = position["best_held_out_loss"]
-    state.best_held_out_loss = math.inf if best is None else best
-
-
-def begin(folder: Path, state: State, config: Config) -> None:
-    """Give `state`, which has seen no image, the averaged weights of the checkpoint in `folder`, of whatever run.
-
-    Raises:
-        UserError: damaged, or of a net that is built otherwise or predicts something else.
-    """
-    verify(folder)
-    saved = read_config(folder)
-    changed = [key for key in _changed(saved, config) if key.startswith(_NET) and key not in _NET_FREE_KEYS]
-    if changed:
-        raise UserError(
-            f"train.init_from: {folder} has another net: {_listed(changed, saved, config)}; use those values"
-        )
-    for net in (state.net, state.ema.net):
-        _load_weights(net, folder / "ema.safetensors")
-
-
 def load_net(folder: Path, device: torch.device, *, ema: bool = True) -> tuple[unet.UNet, Config]:
     """The averaged (or the raw) net of a checkpoint, ready to draw with, and its config."""
     verify(folder)
@@ -283,7 +216,7 @@ def load_net(folder: Path, device: torch.device, *, ema: bool = True) -> tuple[u
     path = folder / ("ema.safetensors" if ema else "net.safetensors")
     _check_shapes(folder, config, path)
     net = build_net(config)
-    _load_weights(net, path)
+    load_weights(net, path)
     return net.to(device).eval().requires_grad_(False), config
 
 
@@ -312,6 +245,15 @@ def check_same_run(saved: Config, now: Config, where: str) -> None:
         )
 
 
+def check_same_net(saved: Config, now: Config, folder: Path) -> None:
+    """Raise UserError where `now` describes another net than `saved`, the config of the checkpoint in `folder`."""
+    changed = [key for key in _changed(saved, now) if key.startswith(_NET) and key not in _NET_FREE_KEYS]
+    if changed:
+        raise UserError(
+            f"train.init_from: {folder} has another net: {_listed(changed, saved, now)}; use those values"
+        )
+
+
 def _changed(saved: Config, now: Config) -> list[str]:
     before, after = configs.flatten(saved), configs.flatten(now)
     return [key for key in after if before[key] != after[key]]
@@ -323,7 +265,8 @@ def _listed(changed: list[str], saved: Config, now: Config) -> str:
     return f"{listed}{', ...' if len(changed) > 4 else ''}"
 
 
-def _read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
+def read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
+    """The tensors of a safetensors file."""
     try:
         return load_file(path, device=str(device))
     except SafetensorError as error:
@@ -344,76 +287,48 @@ def _check_shapes(folder: Path, config: Config, path: Path) -> None:
     net = _net_without_memory(folder, config)
     try:
         with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(f"{path} cannot be read as safetensors: {error}") from None
-    _check_fit(shapes, _shapes(net.state_dict()), path)
+    check_fit(there, shapes(net.state_dict()), path)
 
 
-def _load_weights(net: nn.Module, path: Path) -> None:
+def load_weights(net: nn.Module, path: Path) -> None:
+    """Put the weights in the file at `path` into `net`."""
     net.load_state_dict(_read_weights(net, path, next(net.parameters()).device))
 
 
 def _read_weights(net: nn.Module, path: Path, device: torch.device) -> dict[str, Tensor]:
-    tensors = _read_tensors(path, device)
-    _check_fit(_shapes(tensors), _shapes(net.state_dict()), path)
-    _check_numbers(tensors, path)
+    tensors = read_tensors(path, device)
+    check_fit(shapes(tensors), shapes(net.state_dict()), path)
+    check_numbers(tensors, path)
     return tensors
 
 
-def _read_moments(
-    folder: Path, state: State, position: Mapping[str, Any], device: torch.device
-) -> dict[str, Tensor]:
-    """AdamW's state; none before the first step that taught something."""
-    path = folder / "optimizer.safetensors"
-    tensors = _read_tensors(path, device)
-    has_learned = position["step"] > position.get("skipped_steps", 0)
-    if has_learned and not tensors:
-        raise UserError(
-            f"{path} is empty, as in a registered model, but state.json says images_seen {position['images_seen']}, so "
-            f"its run cannot go on; begin a new one from its weights: --train.init-from {folder}"
-        )
-    _check_fit(_shapes(tensors), state.optimizer_shapes() if has_learned else {}, path)
-    _check_numbers(tensors, path)
-    for name, tensor in tensors.items():
-        least = {"step": 1.0, "exp_avg_sq": 0.0}.get(name.rpartition(".")[2], -math.inf)
-        if bool((tensor < least).any()):
-            raise UserError(
-                f"{path} is damaged: {name} holds {tensor.min().item()}; it must be at least {least}"
-            )
-    return tensors
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _check_fit(
-    shapes: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]], path: Path
-) -> None:
+def check_fit(there: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]], path: Path) -> None:
     """Raise UserError unless there is each tensor that the net needs, in its shape, and no other."""
-    for name in sorted(set(want) ^ set(shapes)):
+    for name in sorted(set(want) ^ set(there)):
         has = "lacks" if name in want else "has the unknown"
         raise UserError(f"{path} is damaged or of another architecture: it {has} {name!r:.100}")
-    for name, shape in shapes.items():
+    for name, shape in there.items():
         if shape != want[name]:
             raise UserError(
                 f"{path} is damaged or of another architecture: {name} is {shape}, the net has {want[name]}"
             )
 
 
-def _check_numbers(tensors: Mapping[str, Tensor], path: Path) -> None:
+def check_numbers(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Raise UserError for what no training of ours has written."""
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32:
             raise UserError(f"{path} is damaged: {name} is of {tensor.dtype}; it must be of torch.float32")
         if not bool(tensor.isfinite().all()):
             raise UserError(f"{path} is damaged: {name} holds numbers that are not finite")
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    # safetensors stores row-major tensors only; channels-last weights are laid out again on load.
-    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
 
 
 def _sha256(path: Path) -> str:

@@ -3,13 +3,9 @@
 Its own room because the driver, the jobs that draw and those that judge all ask the same questions of it.
 """
 
-import contextlib
 import json
-import tempfile
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,10 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from ddpm.checkpoints import checkpoint
-from ddpm.config import Config, UserError
-from ddpm.hub import registry
+from ddpm.config import Config
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
+from ddpm.utils.errors import UserError
 
 X_0_ERROR, X_0_ERROR_FORMAT = "x_0_error.json", "ddpm-x_0-error/1"
 """File of a checkpoint: the errors of its averaged net on training images, once it has been judged."""
@@ -115,48 +111,6 @@ def checkpoints(location: Location) -> list[Location]:
     return [child for child in map(location.child, names) if child.child("checksums.json").exists()]
 
 
-def checkpoints_of(uri: str) -> list[str]:
-    """Itself, where `uri` is a checkpoint or a registered model; of a run its checkpoints, oldest first.
-
-    Raises:
-        UserError: there is none.
-    """
-    return [uri] if uri.startswith(registry.SCHEME) else [location.uri for location in _found(uri)]
-
-
-@contextmanager
-def local_checkpoint(uri: str) -> Iterator[Path]:
-    """The checkpoint at `uri`, a checkpoint's or a run's folder or URI, or a registered model, as a local folder.
-
-    Of a run it is the newest. What lies in a bucket, or in MLflow's registry (models:/NAME@ALIAS), is downloaded for
-    as long as the context lasts.
-
-    Raises:
-        UserError: there is none.
-    """
-    if uri.startswith(registry.SCHEME):
-        with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
-            yield registry.download(uri, Path(folder))
-        return
-    location = _found(uri)[-1]
-    if location.is_local:
-        yield Path(location.path)
-        return
-    with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
-        yield location.download(Path(folder))
-
-
-def keep_x_0_error(uri: str, weights_sha256: str, x_0_error: Tensor) -> None:
-    """Keep what was measured with the averaged weights of the checkpoint at `uri` in its folder, if that can be."""
-    if uri.startswith(registry.SCHEME):
-        return
-    place, errors = locations.resolve(uri), x_0_error.tolist()
-    card = {"format": X_0_ERROR_FORMAT, "weights_sha256": weights_sha256, "x_0_error": errors}
-    with contextlib.suppress(OSError):
-        if place.child(checkpoint.CHECKSUMS).exists():  # a run that goes on deletes its old checkpoints
-            place.child(X_0_ERROR).write((json.dumps(card) + "\n").encode())
-
-
 def read_x_0_error(folder: Path, num_timesteps: int) -> Tensor:
     """[T] float64, the mean squared error of x_0_hat at every t, as `keep_x_0_error` left it in a checkpoint's folder.
 
@@ -180,21 +134,6 @@ def read_x_0_error(folder: Path, num_timesteps: int) -> Tensor:
             f"{file} is of other weights or another num_timesteps; jobs/evaluate.py makes it again"
         )
     return torch.tensor(card.x_0_error, dtype=torch.float64)
-
-
-def _found(uri: str) -> list[Location]:
-    """The checkpoint at `uri`, or the checkpoints of the run there, oldest first; at least one."""
-    location = locations.resolve(uri)
-    if not location.exists():
-        raise UserError(f"{uri} does not exist; expected a checkpoint folder or a run folder")
-    if location.child("checksums.json").exists():
-        return [location]
-    found = checkpoints(location)
-    if not found:
-        raise UserError(
-            f"{uri} holds no checkpoint: neither checksums.json nor a {checkpoint.PREFIX}* folder"
-        )
-    return found
 
 
 def _check_name(name: str) -> None:

@@ -14,7 +14,7 @@ import ray
 import ray._private.node
 import ray._private.utils
 
-from ddpm.config import UserError
+from ddpm.utils.errors import UserError
 from ddpm.utils.openmp import bound_spinning
 
 KEPT_MEMORY = {

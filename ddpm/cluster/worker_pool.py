@@ -24,7 +24,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from ddpm.config import UserError
+from ddpm.utils.errors import UserError
 from ddpm.utils.retry import answer
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ddpm.config import UserError
+from ddpm.utils.errors import UserError
 
 SHOWN = 3
 """Unreadable images that an error names as examples."""

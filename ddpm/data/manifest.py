@@ -20,8 +20,8 @@ from typing import Any, Literal, get_args
 
 import pyarrow.fs as pafs
 
-from ddpm.config import UserError
 from ddpm.utils import files
+from ddpm.utils.errors import UserError
 from ddpm.utils.retry import patiently
 
 MANIFEST = "manifest.json"

@@ -13,11 +13,12 @@ import numpy as np
 import pyarrow.fs as pafs
 from numpy.typing import NDArray
 
-from ddpm.config import Config, UserError
+from ddpm.config import Config
 from ddpm.data.corrupt import CorruptData, Substitution
 from ddpm.data.plan import Plan, Window
 from ddpm.data.row_group import RowGroup, Rows
 from ddpm.data.shards import Manifest, Split, locate, open_row_group
+from ddpm.utils.errors import UserError
 from ddpm.utils.retry import patiently
 
 OnCorrupt = Literal["error", "substitute"]

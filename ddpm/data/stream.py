@@ -33,12 +33,13 @@ from ray.data._internal import stats as ray_stats
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from ddpm.cluster import ray_init
-from ddpm.config import Config, UserError
+from ddpm.config import Config
 from ddpm.data.corrupt import CorruptData, Substitution, substitutions_from_json, substitutions_to_json
 from ddpm.data.plan import Plan, last_position, share
 from ddpm.data.reading import DataSet, Images, Share, check_fits, scale_of
 from ddpm.data.shards import read_manifest
 from ddpm.storage import locations
+from ddpm.utils.errors import UserError
 from ddpm.utils.retry import StorageError
 
 MAX_TASKS = 1000

@@ -27,6 +27,19 @@ FEW = 250
 """Steps where nobody says how many: the paper's."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What inpainting is given: an image, and where it is kept."""
+
+    x_0: Tensor
+    """[1, C, H, W] float32 in [-1, 1]."""
+    mask: Tensor
+    """[1, 1, H, W]: 1 keeps the pixel, 0 draws it."""
+    num_resamples: int = 10
+    """RePaint resampling passes per jump."""
+    jump_length: int = 10
+
+
 @torch.no_grad()
 def inpaint(
     denoise: Denoise,

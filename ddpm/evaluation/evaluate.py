@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ddpm.checkpoints import runs
+from ddpm.build import build_objective
 from ddpm.cluster.worker_pool import Fleet
 from ddpm.config import Config, SampleConfig
 from ddpm.data.reading import DataSet
@@ -28,6 +28,7 @@ from ddpm.evaluation.memorisation import BLOCK_IMAGES, NearerShare, Pairs, neare
 from ddpm.evaluation.reference import WINDOW_ROWS, images_of
 from ddpm.evaluation.report import Drawn, Report, Verdict
 from ddpm.evaluation.scores import MAX_PAIRWISE, score
+from ddpm.hub import resolve
 from ddpm.sampling import generate
 from ddpm.utils.images import Pixels
 from ddpm.utils.progress import Display
@@ -68,9 +69,7 @@ class Bench:
     ) -> None:
         self._ways, self._train, self._held_out = ways, train, held_out
         self._feature_net, self._settings, self._device = feature_net, settings, device
-        self._candidates = [
-            (c.net.to(device), c.config, generate.build_objective(c.config)) for c in candidates
-        ]
+        self._candidates = [(c.net.to(device), c.config, build_objective(c.config)) for c in candidates]
 
     def measure(self, candidate: int) -> Measured:
         """What is measured with this candidate on training images."""
@@ -142,7 +141,7 @@ def _measured(fleet: Fleet[Bench], candidates: Sequence[Candidate]) -> dict[int,
     with Display("measuring the nets", len(bound)) as display:
         for i, measured in fleet.map(Bench.measure, bound):
             if bool(measured.x_0_error.isfinite().all()):
-                runs.keep_x_0_error(candidates[i].uri, candidates[i].weights_sha256, measured.x_0_error)
+                resolve.keep_x_0_error(candidates[i].uri, candidates[i].weights_sha256, measured.x_0_error)
             found[i] = measured
             display.update(len(found))
     return found

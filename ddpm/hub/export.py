@@ -33,14 +33,17 @@ import torch
 from torch import Tensor
 
 from ddpm import config as configs
+from ddpm.build import build_net
 from ddpm.checkpoints import checkpoint
-from ddpm.config import Config, ModelConfig, ObjectiveConfig, SampleConfig, ScheduleConfig, UserError
+from ddpm.checkpoints.checkpoint import Snapshot
+from ddpm.config import Config, ModelConfig, ObjectiveConfig, SampleConfig, ScheduleConfig
 from ddpm.diffusion import schedules
 from ddpm.hub.diffusers_names import diffusers_names
 from ddpm.models.layers import NORM_EPS, sinusoids
 from ddpm.models.unet import EMBEDDED_TIMESTEPS, UNet
-from ddpm.training.state import State, build_net
 from ddpm.utils import files
+from ddpm.utils.errors import UserError
+from ddpm.utils.seeding import GENERATOR
 
 PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
 """Ours -> diffusers'; their v has the sign of ours."""
@@ -123,13 +126,21 @@ def from_diffusers(source: Path, out: Path) -> Config:
         UserError: no such folder, or one of another architecture, schedule or prediction than ours can be.
     """
     config, theirs = _read_pipeline(source)
-    state = State.create(config, torch.device("cpu"))
-    weights = _to_our_names(theirs, config, str(source))
-    state.net.load_state_dict(weights)
-    state.ema.load_state_dict(weights)
+    net = build_net(config)
+    net.load_state_dict(_to_our_names(theirs, config, str(source)))
+    weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
+    position = {
+        "step": 0,
+        "images_seen": 0,
+        "best_held_out_loss": None,
+        "generator": GENERATOR,
+        "run_key": "",
+        "data_fingerprint": "",
+        "imported_from": str(source.absolute()),
+    }
+    tensors = {"net": weights, "ema": weights, "optimizer": {}}
     with _new_folder(out) as folder:
-        extra = {"run_key": "", "data_fingerprint": "", "imported_from": str(source.absolute())}
-        checkpoint.save(folder, state, config, extra)
+        checkpoint.write(Snapshot(0, tensors, position, configs.to_json(config)), folder)
     return config
 
 

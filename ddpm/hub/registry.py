@@ -1,11 +1,10 @@
 """MLflow's model registry: a checkpoint under a name, to be served, and to be drawn from by that name.
 
-Its own room because `ddpm.tracking.mlflow_runs` is about a run while it goes on, and this about what is kept of it. A registered
-model holds
+A registered model holds
 
     artifacts/checkpoint/    ours, without the optimizer's state: what is drawn with
     artifacts/diffusers/     or pt2/: what was exported, for whoever has no use for ours
-    served.py  code/ddpm/    the code that MLflow runs to serve it (models from code), as it was then
+    serving.py  code/ddpm/   the code that MLflow runs to serve it (models from code), as it was then
 
 No pickle is in it. What we download is the checkpoint alone, and none of that code is run.
 """
@@ -19,14 +18,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ddpm.build import build_sampler
 from ddpm.checkpoints import checkpoint
-from ddpm.config import UserError
-from ddpm.sampling import generate
 from ddpm.tracking import mlflow_runs
 from ddpm.tracking.retry import Caller
+from ddpm.utils.errors import UserError
 
 SCHEME = "models:/"
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parent.parent
 NEEDED = ("torch", "numpy", "pillow", "pydantic", "safetensors")
 """What ddpm.hub.serving and all it imports need."""
 EXAMPLE = [{"num_images": 2, "seed": 0}]
@@ -48,7 +47,7 @@ def register(
     Raises:
         UserError: it cannot be drawn from as its config says, or MLflow does not answer, or refuses.
     """
-    generate.build_sampler(checkpoint.read_config(folder))
+    build_sampler(checkpoint.read_config(folder))
     with tempfile.TemporaryDirectory(prefix="ddpm-model-") as staging:
         try:
             checkpoint.write_light(folder, Path(staging, "checkpoint"))
@@ -95,7 +94,7 @@ def _log(client: Any, name: str, folder: Path, artifacts: dict[str, str]) -> int
         name="ddpm",
         run_id=run.info.run_id if run else None,
         registered_model_name=name,
-        python_model=str(PACKAGE / "served.py"),
+        python_model=str(PACKAGE / "hub" / "serving.py"),
         code_paths=[str(PACKAGE)],
         artifacts=artifacts,
         input_example=EXAMPLE,

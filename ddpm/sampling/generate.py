@@ -7,7 +7,6 @@ Axes: N images, C channels, H W.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddpm.config import Config, SampleConfig, UserError
+from ddpm.build import build_sampler
+from ddpm.config import Config, SampleConfig
 from ddpm.data import image_folder
-from ddpm.diffusion import denoisers, inpainting, process, samplers, schedules
+from ddpm.diffusion import denoisers, process, schedules
 from ddpm.diffusion.denoisers import Denoise
+from ddpm.diffusion.inpainting import Known
 from ddpm.diffusion.objectives import Denoised, Model, Objective
-from ddpm.diffusion.objectives import build as _build_objective
-from ddpm.diffusion.samplers import OnStep, PerImageNoise, Sampler
+from ddpm.diffusion.samplers import OnStep, PerImageNoise
 from ddpm.utils import images
 from ddpm.utils.generators import PhiloxGenerator
 from ddpm.utils.images import Pixels
@@ -30,59 +30,6 @@ from ddpm.utils.seeding import Purpose
 NOISING_COLUMNS = 10
 DENOISING_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 TRAJECTORY_COLUMNS = 10
-
-
-@dataclass(frozen=True)
-class Known:
-    """What inpainting is given: an image, and where it is kept."""
-
-    x_0: Tensor
-    """[1, C, H, W] float32 in [-1, 1]."""
-    mask: Tensor
-    """[1, 1, H, W]: 1 keeps the pixel, 0 draws it."""
-    num_resamples: int = 10
-    """How often each stretch of jump_length steps is gone (RePaint)."""
-    jump_length: int = 10
-
-
-def build_objective(config: Config) -> Objective:
-    """The objective that `config` describes.
-
-    Raises:
-        UserError: a schedule or objective parameter out of its range.
-    """
-    try:
-        return _build_objective(config.objective, schedules.build(config.schedule), config.model.num_classes)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def build_sampler(
-    config: Config,
-    sample: SampleConfig | None = None,
-    known: Known | None = None,
-    x_0_error: Tensor | None = None,
-) -> Sampler:
-    """The sampler that `sample` (default: config.sample) describes, on the run's own schedule.
-
-    What is known of the images makes it RePaint, whatever `sample` says. The variance "measured" takes x_0_error, [T].
-
-    Raises:
-        UserError: it cannot undo the process the net was trained on, or a setting is out of its range.
-    """
-    sample = sample or config.sample
-    if known is not None:
-        sample = replace(sample, sampler="ancestral")
-    resolved = sample.resolved(config.objective)
-    try:
-        denoisers.check_interval(resolved.guidance_interval)
-        schedule = schedules.build(config.schedule)
-        if known is None:
-            return samplers.build(resolved, schedule, config.model.num_dims, x_0_error)
-        resampling = known.num_resamples, known.jump_length
-        return inpainting.build(resolved, schedule, known.x_0, known.mask, *resampling)
-    except ValueError as error:
-        raise UserError(f"sample: {error}") from None
 
 
 def read_known(

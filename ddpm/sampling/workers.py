@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 from ddpm import config as configs
+from ddpm.build import build_net, build_objective, build_sampler
 from ddpm.cluster.worker_pool import Fleet
-from ddpm.config import Config, UserError
+from ddpm.config import Config
 from ddpm.data.manifest import read_manifest
+from ddpm.diffusion.inpainting import Known
 from ddpm.sampling import generate, writers
-from ddpm.sampling.generate import Known
 from ddpm.sampling.writers import Album, Form, Labels, PngAlbum, ShardAlbum
 from ddpm.storage.locations import Location, resolve
-from ddpm.training.state import build_net
+from ddpm.utils.errors import UserError
 from ddpm.utils.images import Pixels, png_bytes
 from ddpm.utils.seeding import GENERATOR
 
@@ -70,8 +71,8 @@ class Request:
         if self.label is not None and not 0 <= self.label < classes:
             right = f"it must be in 0..{classes - 1}" if classes else "this net was trained without labels"
             raise UserError(f"label is {self.label}; {right}")
-        generate.build_sampler(self.config, known=self.known, x_0_error=self.x_0_error)
-        generate.build_objective(self.config)
+        build_sampler(self.config, known=self.known, x_0_error=self.x_0_error)
+        build_objective(self.config)
 
     def labels(self, indices: range) -> Labels | None:
         """The labels of images, int64 [N]; None: the net knows none."""
@@ -122,7 +123,7 @@ class Artist:
         net = build_net(request.config)
         net.load_state_dict(request.weights)
         self._net = net.to(device).eval().requires_grad_(False)
-        self._objective = generate.build_objective(request.config)
+        self._objective = build_objective(request.config)
 
     def draw(self, indices: range) -> Pixels:
         """The images with these indices, uint8 [N, H, W, C].

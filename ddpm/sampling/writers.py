@@ -25,12 +25,12 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm.config import UserError
 from ddpm.data import prepare
 from ddpm.data.manifest import MANIFEST, Shard, make_manifest, read_manifest, write_manifest
 from ddpm.data.shards import read_row_group
 from ddpm.storage.locations import Location
 from ddpm.utils import images
+from ddpm.utils.errors import UserError
 from ddpm.utils.images import Pixels
 
 Form = Literal["png", "parquet"]

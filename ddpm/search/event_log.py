@@ -28,8 +28,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ddpm.config import UserError
 from ddpm.storage.locations import Location
+from ddpm.utils.errors import UserError
 from ddpm.utils.retry import patiently
 
 FORMAT = "ddpm-search/1"

@@ -16,7 +16,7 @@ from rich import box
 from rich.table import Table
 
 from ddpm import config as configs
-from ddpm.config import Config, UserError
+from ddpm.config import Config
 from ddpm.diffusion import schedules
 from ddpm.evaluation import context, evaluate, nets
 from ddpm.evaluation.ranking import Rank, paired_ranks, ranks
@@ -25,6 +25,7 @@ from ddpm.search.event_log import Ledger, Metric, Trial, best
 from ddpm.search.runner import JUDGED
 from ddpm.search.trial_manager import short
 from ddpm.storage.locations import Location
+from ddpm.utils.errors import UserError
 from ddpm.utils.retry import patiently
 
 SAMPLER, STEPS = "dpmpp_2m", 20

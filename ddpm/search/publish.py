@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ddpm.build import build_objective
 from ddpm.checkpoints import runs
-from ddpm.config import Config, UserError
+from ddpm.config import Config
 from ddpm.data.reading import DataSet
 from ddpm.evaluation import context, measure
 from ddpm.evaluation.reference import images_of
-from ddpm.sampling import generate
 from ddpm.search import leaderboard, plots
 from ddpm.search.event_log import Ledger, Metric, Trial
 from ddpm.search.leaderboard import Standing
@@ -27,6 +27,7 @@ from ddpm.tracking import uploader
 from ddpm.tracking.metrics_buffer import Artifact, Metrics
 from ddpm.tracking.mlflow_runs import Address, Lost, MlflowRun, tracking_uri, without_password
 from ddpm.tracking.retry import OutOfTime
+from ddpm.utils.errors import UserError
 from ddpm.utils.retry import patiently
 
 LOG_SNR = np.linspace(-8, 8, 33)
@@ -98,7 +99,7 @@ def curves(found: Sequence[Standing], place: Location, held_out: DataSet) -> dic
         (candidate,) = context.read([place.child(standing.trial.name).uri])
         net, config = candidate.net.to(device), candidate.config
         error = measure.denoising_curve(
-            net, config, generate.build_objective(config), batch, torch.from_numpy(LOG_SNR), device=device
+            net, config, build_objective(config), batch, torch.from_numpy(LOG_SNR), device=device
         )
         kind, steps = config.schedule.kind, config.schedule.num_timesteps
         made[f"{standing.trial.name} {kind}, T = {steps}"] = error.numpy()

@@ -15,7 +15,7 @@ from typing import Any
 from ddpm.checkpoints import checkpoint, runs
 from ddpm.checkpoints.runs import Run
 from ddpm.cluster import resources
-from ddpm.config import Config, UserError
+from ddpm.config import Config
 from ddpm.data.reading import DataSet
 from ddpm.search.evaluator import Judged, Jury
 from ddpm.search.event_log import Rung
@@ -23,6 +23,7 @@ from ddpm.storage.locations import Location
 from ddpm.training import checkpoint_manager, run_state
 from ddpm.training.fit import fit
 from ddpm.training.worker_group import PersistentWorkerGroup
+from ddpm.utils.errors import UserError
 from ddpm.utils.retry import patiently
 
 POLL_INTERVAL_S = 0.25

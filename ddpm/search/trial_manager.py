@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from ddpm.config import UserError
 from ddpm.search.event_log import Ledger, Metric, Rung, Status, Trial, name_of
+from ddpm.utils.errors import UserError
 
 
 class Proposer(Protocol):

@@ -16,9 +16,9 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
-from ddpm.config import UserError
 from ddpm.storage.locations import Location, Version, shared_file
 from ddpm.utils import process
+from ddpm.utils.errors import UserError
 from ddpm.utils.retry import patiently
 
 BEAT_S = 1.5

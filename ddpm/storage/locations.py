@@ -18,8 +18,8 @@ from urllib.parse import unquote, urlsplit
 
 import pyarrow.fs as pafs
 
-from ddpm.config import UserError
 from ddpm.utils import files
+from ddpm.utils.errors import UserError
 
 # So that a call that nothing answers fails after about 20 s, and `patiently` has the rest: pyarrow makes three tries
 # of its own, and ends one after so long without a connection or a byte. It could be told to make fewer, but forgets

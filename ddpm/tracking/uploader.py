@@ -15,12 +15,12 @@ from typing import Any
 from ddpm import config as configs
 from ddpm.checkpoints import checkpoint, runs
 from ddpm.checkpoints.runs import Run
-from ddpm.config import UserError
 from ddpm.storage.locations import Location
 from ddpm.tracking import metrics_buffer, spool
 from ddpm.tracking.metrics_buffer import DamagedSegment
 from ddpm.tracking.mlflow_runs import Address, Lost, MlflowRun, tracking_uri, without_password
 from ddpm.tracking.retry import OutOfTime
+from ddpm.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -23,12 +23,14 @@ import torch
 
 from ddpm.checkpoints import checkpoint, runs
 from ddpm.checkpoints.checkpoint import CHECKSUMS, FILES, Snapshot
-from ddpm.config import Config, UserError
+from ddpm.config import Config
+from ddpm.hub import resolve
 from ddpm.storage.locations import Location
 from ddpm.tracking import spool
 from ddpm.tracking.metrics_buffer import segment_name
 from ddpm.training.state import State
 from ddpm.utils import files
+from ddpm.utils.errors import UserError
 from ddpm.utils.retry import StorageError, patiently
 
 MAX_SNAPSHOTS = 2
@@ -208,12 +210,12 @@ def begin(run: Location, config: Config, identity: dict[str, Any], warn: Callabl
     """
     assert config.train.init_from is not None, "who asks has looked"
     state = State.create(config, torch.device("cpu"))
-    with runs.local_checkpoint(config.train.init_from) as folder:
-        checkpoint.begin(folder, state, config)
+    with resolve.local_checkpoint(config.train.init_from) as folder:
+        state.init_from(folder, config)
     first = CheckpointManager(
         run, config.train.keep_checkpoints, config.run.storage_timeout_s, lambda seen: None, warn
     )
-    first.save(checkpoint.snapshot(state, config, identity), None, best=False)
+    first.save(state.snapshot(config, identity), None, best=False)
     first.flush()
     first.close()
 

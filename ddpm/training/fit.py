@@ -20,7 +20,7 @@ from ddpm import config as configs
 from ddpm.checkpoints import checkpoint, runs
 from ddpm.checkpoints.runs import Run
 from ddpm.cluster import resources
-from ddpm.config import Config, UserError
+from ddpm.config import Config
 from ddpm.data.reading import DataSet
 from ddpm.storage import locations
 from ddpm.storage.driver_lock import DriverLock
@@ -31,6 +31,7 @@ from ddpm.training import checkpoint_manager, run_state
 from ddpm.training.failures import TrainingFailed, last_line, too_many_preemptions
 from ddpm.training.monitor import DriverMonitor, ShouldContinue, always
 from ddpm.training.worker_group import PersistentWorkerGroup
+from ddpm.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 

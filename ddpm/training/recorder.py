@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ddpm.checkpoints import checkpoint
 from ddpm.config import Config
 from ddpm.data.reading import Images
 from ddpm.diffusion.objectives import Loss, Objective
@@ -167,7 +166,7 @@ class Recorder:
             self._save(best)
 
     def _save(self, best: bool) -> None:
-        self._runtime.save(checkpoint.snapshot(self._state, self._config, self._runtime.identity), best)
+        self._runtime.save(self._state.snapshot(self._config, self._runtime.identity), best)
 
     def _draw_grid(self) -> images.Pixels:
         """A grid of the same seeds every time, drawn by all ranks together, and what the net sees in noise."""

@@ -24,13 +24,14 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from ddpm.checkpoints.runs import Run
 from ddpm.cluster import resources
-from ddpm.config import Config, UserError
+from ddpm.config import Config
 from ddpm.data.reading import DataSet
 from ddpm.tracking.metrics_buffer import Outbox
 from ddpm.training import loop, run_state
 from ddpm.training.failures import FailureBudget
 from ddpm.training.monitor import CallThread
 from ddpm.training.worker import RayRuntime
+from ddpm.utils.errors import UserError
 
 FOLDER_PREFIX, OWNER = "ddpm-ray-train-", "owner"
 """Temporary folders of Ray Train runs; the process that uses one holds a lock on the file `owner` in it."""

@@ -6,13 +6,16 @@ streams: an image is the same with the next version. On GPUs PyTorch's generator
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm.diffusion.generator import Generator
 from ddpm.utils.seeding import key, torch_seed
+
+if TYPE_CHECKING:
+    from ddpm.diffusion.generator import Generator
 
 CPU = torch.device("cpu")
 FLOAT32_BITS = 24
@@ -62,7 +65,7 @@ class TorchGenerator:
         return torch.randint(high, tuple(shape), generator=self._generator, device=self._device)
 
 
-def generator(device: torch.device, *counters: int) -> Generator:
+def generator(device: torch.device, *counters: int) -> "Generator":
     """A generator whose stream depends on the counters alone, and on whether `device` is a GPU with one of its own."""
     kind = TorchGenerator if device.type == "cuda" else PhiloxGenerator
     return kind(*counters, device=device)

@@ -14,7 +14,7 @@ from typing import TypeVar
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay
 from tenacity.wait import wait_random_exponential
 
-from ddpm.config import UserError
+from ddpm.utils.errors import UserError
 
 T = TypeVar("T")
 

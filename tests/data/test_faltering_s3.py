@@ -11,12 +11,13 @@ import pytest
 import servers
 from damaged import NUM_IMAGES, PLAN
 
-from ddpm.config import Config, UserError, override
+from ddpm.config import Config, override
 from ddpm.data.corrupt import CorruptData
 from ddpm.data.reading import DataSet, Images
 from ddpm.data.stream import open_data_set
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
+from ddpm.utils.errors import UserError
 from ddpm.utils.retry import StorageError
 
 PATIENCE_S = 60.0

@@ -20,10 +20,10 @@ import pytest
 from PIL import Image
 from pyarrow.fs import LocalFileSystem
 
-from ddpm.config import UserError
 from ddpm.data.huggingface import HuggingFace
 from ddpm.data.image_folder import Folder, store
 from ddpm.data.shards import decode, read_manifest
+from ddpm.utils.errors import UserError
 
 
 def picture(height: int, width: int, color: Any = (10, 200, 30), mode: str = "RGB") -> Image.Image:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.fs as pafs
 import pytest
 
-from ddpm.config import UserError, override
+from ddpm.config import override
 from ddpm.data.builtin import with_shards
 from ddpm.data.image_folder import Folder
 from ddpm.data.manifest import FORMAT, MANIFEST, Manifest, read_manifest
@@ -20,6 +20,7 @@ from ddpm.data.sources import Digits
 from ddpm.presets import DIGITS
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
+from ddpm.utils.errors import UserError
 from ddpm.utils.images import png_bytes
 
 LOCAL = pafs.LocalFileSystem()

@@ -14,11 +14,12 @@ import processes
 import pytest
 from PIL import Image
 
-from ddpm.config import Config, UserError, override
+from ddpm.config import Config, override
 from ddpm.data import builtin
 from ddpm.data.glyphs import CHARACTERS, Glyphs
 from ddpm.data.sources import Digits, FashionMnist, Source, divide, held_out
 from ddpm.data.torchvision import Torchvision
+from ddpm.utils.errors import UserError
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 needs_fashion = pytest.mark.skipif(

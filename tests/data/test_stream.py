@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from pyarrow.fs import LocalFileSystem
 
-from ddpm.config import Config, UserError, override
+from ddpm.config import Config, override
 from ddpm.data import librarian as librarians
 from ddpm.data import stream
 from ddpm.data.corrupt import CorruptData, Substitution
@@ -23,6 +23,7 @@ from ddpm.data.plan import share
 from ddpm.data.reading import DataSet
 from ddpm.data.shards import Manifest, Shard, Split
 from ddpm.training.runtime import cut
+from ddpm.utils.errors import UserError
 from ddpm.utils.retry import StorageError
 
 

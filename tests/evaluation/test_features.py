@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm.config import UserError
 from ddpm.data.reading import DataSet
 from ddpm.evaluation import classifier, nets
 from ddpm.evaluation.cache import Cache
@@ -17,6 +16,7 @@ from ddpm.evaluation.features import Features, digest_of, features_of, normalise
 from ddpm.evaluation.lite0 import Lite0
 from ddpm.evaluation.pixels import Pixels
 from ddpm.evaluation.reference import real_features
+from ddpm.utils.errors import UserError
 
 
 def noise(n: int, side: int = 8, channels: int = 1) -> torch.Tensor:

@@ -6,7 +6,6 @@ import torch
 from gaussians import true_kid
 from numpy.typing import NDArray
 
-from ddpm.config import UserError
 from ddpm.data.reading import DataSet
 from ddpm.diffusion.likelihood import Bound
 from ddpm.evaluation import scores
@@ -14,6 +13,7 @@ from ddpm.evaluation.bits import BitsPerDim
 from ddpm.evaluation.classifier import Classifier
 from ddpm.evaluation.features import Features, features_of
 from ddpm.evaluation.scores import Score, score
+from ddpm.utils.errors import UserError
 
 Int64 = NDArray[np.int64]
 

@@ -15,7 +15,7 @@ from ddpm import config
 from ddpm.checkpoints import runs
 from ddpm.checkpoints.checkpoint import name_at
 from ddpm.cluster import resources
-from ddpm.config import Config, UserError
+from ddpm.config import Config
 from ddpm.data.reading import DataSet
 from ddpm.data.stream import open_data_set
 from ddpm.search import runner
@@ -23,6 +23,7 @@ from ddpm.search.evaluator import Jury
 from ddpm.search.event_log import Rung
 from ddpm.search.runner import JUDGED, Attempt, News, Trained
 from ddpm.training import run_state
+from ddpm.utils.errors import UserError
 from ddpm.utils.progress import Progress
 
 RUNGS = [64, 192]

@@ -7,7 +7,7 @@ import torch
 from judged import CONFIG, make_data, make_run
 
 from ddpm.checkpoints import checkpoint
-from ddpm.config import Config, UserError, override
+from ddpm.config import Config, override
 from ddpm.data.manifest import read_manifest
 from ddpm.data.reading import DataSet
 from ddpm.diffusion import likelihood
@@ -15,6 +15,7 @@ from ddpm.evaluation import context, evaluate
 from ddpm.evaluation.context import Settings
 from ddpm.search.evaluator import Judged, Jury
 from ddpm.storage import locations
+from ddpm.utils.errors import UserError
 
 LINEAR = override(CONFIG, {"schedule.kind": "linear", "schedule.num_timesteps": 30, "run.name": "linear"})
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from ddpm.config import UserError
 from ddpm.search.event_log import Ledger, Rung, Trial, best, rungs
 from ddpm.storage import locations
+from ddpm.utils.errors import UserError
 
 SETTINGS = {"metric": "bits_per_dim", "space": {"optim.lr": [1e-4, 1e-2]}, "seed": 0}
 

@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 from servers import RayHead
 
 from ddpm.cluster import resources
-from ddpm.config import Config, UserError, override
+from ddpm.config import Config, override
 from ddpm.data.reading import DataSet
 from ddpm.storage import driver_lock, locations
 from ddpm.storage.driver_lock import DriverLock
 from ddpm.training import fit, loop
 from ddpm.training.runtime import LocalRuntime, NoTracker
+from ddpm.utils.errors import UserError
 
 FLAGS = """--data.window-rows 200 --schedule.num-timesteps 50 --model.base-width 8 --model.width-multipliers 1 2
     --model.norm-groups 4 --optim.lr-warmup-images 64 --train.batch-size 32 --train.micro-batch-size 8

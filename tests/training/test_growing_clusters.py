@@ -3,7 +3,8 @@
 import pytest
 
 from ddpm.cluster import resources
-from ddpm.config import Config, UserError, override
+from ddpm.config import Config, override
+from ddpm.utils.errors import UserError
 
 
 @pytest.fixture(autouse=True)

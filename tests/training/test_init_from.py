@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import load_file
 
 from ddpm.checkpoints import checkpoint
-from ddpm.config import Config, UserError, override
+from ddpm.config import Config, override
 from ddpm.data.reading import DataSet
 from ddpm.storage import locations
 from ddpm.training import checkpoint_manager, loop
 from ddpm.training.runtime import LocalRuntime, NoTracker
 from ddpm.training.state import State
+from ddpm.utils.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -27,7 +28,7 @@ def first(tiny: Config, tmp_path: Path) -> Path:
             weight.add_(0.1)
     state.step, state.images_seen = 100, 3200
     identity = {"run_key": "other", "data_fingerprint": "f"}
-    checkpoint.save(tmp_path / "first", state, override(tiny, {"train.seed": 5}), identity)
+    checkpoint.write(state.snapshot(override(tiny, {"train.seed": 5}), identity), tmp_path / "first")
     return tmp_path / "first"
 
 
@@ -55,7 +56,7 @@ def test_the_averaged_weights_are_the_run_s_first_checkpoint(
     assert [path.name for path in (tmp_path / "run").iterdir()] == [checkpoint.name_at(0)]
     folder = tmp_path / "run" / checkpoint.name_at(0)
     state = State.create(config, CPU)
-    checkpoint.load(folder, state, config)
+    state.restore(folder, config)
     assert (state.step, state.images_seen, state.optimizer_tensors()) == (0, 0, {})
     assert checkpoint.read_state(folder)["run_key"] == "mine"
     for name, tensor in load_file(first / "ema.safetensors").items():

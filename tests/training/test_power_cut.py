@@ -8,12 +8,13 @@ import torch
 from power import Disk
 
 from ddpm.checkpoints import checkpoint, runs
-from ddpm.config import Config, UserError
+from ddpm.config import Config
 from ddpm.storage import locations
 from ddpm.training import checkpoint_manager
 from ddpm.training.checkpoint_manager import CheckpointManager
 from ddpm.training.state import State
 from ddpm.utils import files
+from ddpm.utils.errors import UserError
 
 
 def save_two(root: Path, config: Config, committed: list[int]) -> None:
@@ -23,7 +24,7 @@ def save_two(root: Path, config: Config, committed: list[int]) -> None:
     its = CheckpointManager(location, 1, 5.0, committed.append, pytest.fail)
     for state.step in (1, 2):
         state.images_seen = 32 * state.step
-        snapshot = checkpoint.snapshot(state, config, {"run_key": "a", "data_fingerprint": "b"})
+        snapshot = state.snapshot(config, {"run_key": "a", "data_fingerprint": "b"})
         its.save(snapshot, b"segment", best=state.step == 2)
     its.flush()
     its.close()

@@ -7,7 +7,8 @@ import pytest
 import ray
 
 from ddpm.cluster import resources
-from ddpm.config import Config, UserError, override
+from ddpm.config import Config, override
+from ddpm.utils.errors import UserError
 
 Cluster = Callable[..., None]
 

@@ -11,10 +11,10 @@ import search
 
 from ddpm import config as configs
 from ddpm.cluster import ray_init, resources
-from ddpm.config import UserError
 from ddpm.diffusion import schedules
 from ddpm.presets import DIGITS
 from ddpm.search import publish
+from ddpm.utils.errors import UserError
 
 LR = ("optim.lr=log(1e-4,1e-2)",)
 

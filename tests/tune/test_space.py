@@ -8,10 +8,10 @@ import space
 from space import DEFAULT, KINDS, Choice, Range
 
 from ddpm import config as configs
-from ddpm.config import UserError
 from ddpm.diffusion import schedules
 from ddpm.presets import DIGITS, PRESETS
 from ddpm.training import loop
+from ddpm.utils.errors import UserError
 
 
 def test_where_a_uniform_u_leads() -> None:

@@ -10,12 +10,12 @@ import pytest
 import space
 import study
 
-from ddpm.config import UserError
 from ddpm.presets import DIGITS
 from ddpm.search import trial_manager
 from ddpm.search.event_log import Ledger, Rung
 from ddpm.search.trial_manager import Contest
 from ddpm.storage import locations
+from ddpm.utils.errors import UserError
 
 RUNGS = [100, 300, 900]
 NUM_TRIALS = 16
