@@ -91,11 +91,11 @@ def main() -> None:
     if arguments.inpaint and arguments.mask:
         resampling = arguments.num_resamples, arguments.jump_length
         known = generate.read_known(arguments.inpaint, arguments.mask, config, *resampling)
-    request = workers.Request(net.state_dict(), config, arguments.label, known, x_0_error)
+    job = workers.SampleJob(net.state_dict(), config, arguments.label, known, x_0_error)
     out = resolve(arguments.out)
     with Display("images", arguments.num_images) as display:
         workers.draw(
-            request,
+            job,
             out,
             arguments.num_images,
             form=arguments.format,

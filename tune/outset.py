@@ -14,7 +14,7 @@ from ddpm.checkpoints import runs
 from ddpm.config import Config
 from ddpm.data import builtin, stream
 from ddpm.data.reading import DataSet
-from ddpm.search.evaluator import Jury
+from ddpm.search.evaluator import Evaluator
 from ddpm.search.event_log import rungs
 from ddpm.storage.locations import Location, resolve
 from ddpm.training import loop
@@ -43,7 +43,7 @@ class Outset:
     space: Space
     rungs: list[int]
     train: DataSet
-    jury: Jury
+    evaluator: Evaluator
     settings: dict[str, Any]
     """All that decides what its trials are."""
 
@@ -135,6 +135,6 @@ def settled(chosen: "Arguments") -> Outset:
         found,
         at,
         train,
-        Jury(train, held_out, chosen.num_images, seed=chosen.seed, variance=chosen.variance),
+        Evaluator(train, held_out, chosen.num_images, seed=chosen.seed, variance=chosen.variance),
         settings,
     )

@@ -1,4 +1,4 @@
-"""Joining Ray: the one way in, for training, for preparing data, and for a fleet; and what there is to share out.
+"""Joining Ray: the one way in, for training, for preparing data, and for a pool; and what there is to share out.
 
 Its own room because all of them stand on different floors.
 """

@@ -19,7 +19,7 @@ from ddpm.data.plan import Plan, Window
 from ddpm.data.row_group import RowGroup, Rows
 from ddpm.data.shards import Manifest, Split, locate, open_row_group
 from ddpm.utils.errors import UserError
-from ddpm.utils.retry import patiently
+from ddpm.utils.retry import retry_io
 
 OnCorrupt = Literal["error", "substitute"]
 Share = tuple[NDArray[np.uint8], NDArray[np.int64]]
@@ -181,7 +181,7 @@ class DataSet:
     def row_group(self, index: int) -> RowGroup | CorruptData:
         """Row group `index` of the split, or why none of its rows can be read."""
         try:
-            return patiently(
+            return retry_io(
                 lambda: open_row_group(self.filesystem, self.root, self.manifest, self.split, index),
                 where=self.where,
                 timeout_s=self.timeout_s,

@@ -83,7 +83,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Yardstick:
+class EvalContext:
     """What all candidates are judged by."""
 
     uri: str
@@ -145,7 +145,7 @@ def resolved(config: Config, sample: SampleConfig) -> SampleConfig:
     return replace(sample, num_sample_steps=steps)
 
 
-def choose(candidates: Sequence[Candidate], settings: Settings) -> Yardstick:
+def choose(candidates: Sequence[Candidate], settings: Settings) -> EvalContext:
     """Find the data set, and take the features of its images, or those that were kept.
 
     Raises:
@@ -184,7 +184,7 @@ def choose(candidates: Sequence[Candidate], settings: Settings) -> Yardstick:
         if num_features:
             searched = real_features(train, net, cache, k, device, lambda done: display.update(n + m + done))
         display.update(total)
-    return Yardstick(uri, train, held_out, net, real, other, k, searched)
+    return EvalContext(uri, train, held_out, net, real, other, k, searched)
 
 
 def _read(uri: str) -> Candidate:

@@ -1,4 +1,4 @@
-"""Many images from a net: a fleet draws them, an album keeps them, and what is there already is not drawn again.
+"""Many images from a net: a pool draws them, an writer keeps them, and what is there already is not drawn again.
 
 Its own room because generation.py draws one batch and knows nothing of who else draws or of what becomes of it.
 
@@ -20,12 +20,12 @@ from torch import Tensor
 
 from ddpm import config as configs
 from ddpm.build import build_net, build_objective, build_sampler
-from ddpm.cluster.worker_pool import Fleet
+from ddpm.cluster.worker_pool import WorkerPool
 from ddpm.config import Config
 from ddpm.data.manifest import read_manifest
 from ddpm.diffusion.inpainting import Known
 from ddpm.sampling import generate, writers
-from ddpm.sampling.writers import Album, Form, Labels, PngAlbum, ShardAlbum
+from ddpm.sampling.writers import Form, ImageWriter, Labels, PngWriter, ShardWriter
 from ddpm.storage.locations import Location, resolve
 from ddpm.utils.errors import UserError
 from ddpm.utils.images import Pixels, png_bytes
@@ -48,7 +48,7 @@ _DECIDES_NOT = ("model.dropout", "model.zero_init", "sample.num_images")
 
 
 @dataclass(frozen=True)
-class Request:
+class SampleJob:
     """What is to be drawn: with the seed, which is in the config, all that decides image i.
 
     Raises:
@@ -115,15 +115,15 @@ class Request:
         return {**drawn_with, "label": self.label, **known, **flat}
 
 
-class Artist:
-    """What a worker holds: the net of a request."""
+class SampleWorker:
+    """What a worker holds: the net of a job."""
 
-    def __init__(self, request: Request, device: torch.device) -> None:
-        self._request, self._device = request, device
-        net = build_net(request.config)
-        net.load_state_dict(request.weights)
+    def __init__(self, job: SampleJob, device: torch.device) -> None:
+        self._request, self._device = job, device
+        net = build_net(job.config)
+        net.load_state_dict(job.weights)
         self._net = net.to(device).eval().requires_grad_(False)
-        self._objective = build_objective(request.config)
+        self._objective = build_objective(job.config)
 
     def draw(self, indices: range) -> Pixels:
         """The images with these indices, uint8 [N, H, W, C].
@@ -152,7 +152,7 @@ class Artist:
 
 
 def draw(
-    request: Request,
+    job: SampleJob,
     out: Location,
     num_images: int,
     *,
@@ -162,42 +162,42 @@ def draw(
     with_trajectory: bool = False,
     show: Callable[[int, str], None] = lambda done, detail: None,
 ) -> None:
-    """Draw images 0..num_images-1 into the album at `out`, all that it lacks.
+    """Draw images 0..num_images-1 into the writer at `out`, all that it lacks.
 
     Args:
         form: PNGs, or shards that a run can be trained on.
-        num_workers: as in `Fleet`.
+        num_workers: as in `WorkerPool`.
         batch_size: images drawn at a time by a worker; None: 32 on a core, 256 on a GPU.
         with_trajectory: also how the first 8 came to be, trajectory.png and trajectory.gif.
         show: is told how many images are there, and how fast they come.
 
     Raises:
-        UserError: a count out of range or beyond the disk's room, an album of another request, or one that cannot
+        UserError: a count out of range or beyond the disk's room, an writer of another job, or one that cannot
             be written.
-        WorkersDied: as `Fleet.map`.
+        WorkersDied: as `WorkerPool.map`.
     """
     for name, count in (("num_images", num_images), ("batch_size", batch_size)):
         if count is not None and count < 1:
             raise UserError(f"{name} is {count}; it must be at least 1")
-    model = request.config.model
+    model = job.config.model
     with suppress(OSError):  # who writes there says it better
         writers.check_room(out, num_images, form, (model.image_size, model.image_size, model.channels))
-    with Fleet(partial(Artist, request), num_workers) as fleet:
-        size = batch_size or (BATCH_SIZE_GPU if fleet.has_gpus else BATCH_SIZE_CPU)
+    with WorkerPool(partial(SampleWorker, job), num_workers) as pool:
+        size = batch_size or (BATCH_SIZE_GPU if pool.has_gpus else BATCH_SIZE_CPU)
         pieces = (range(i, min(i + size, num_images)) for i in range(0, num_images, size))
         try:
-            album = _open(request, out, num_images, form, size)
-            done, began = album.num_kept, time.monotonic()
+            writer = _open(job, out, num_images, form, size)
+            done, began = writer.num_kept, time.monotonic()
             show(done, "")
             before = done
-            for piece, pixels in fleet.map(Artist.draw, filter(album.lacks, pieces)):
-                album.put(piece, pixels, request.labels(piece))
+            for piece, pixels in pool.map(SampleWorker.draw, filter(writer.lacks, pieces)):
+                writer.put(piece, pixels, job.labels(piece))
                 done += len(piece)
                 show(done, f"{(done - before) / (time.monotonic() - began):.1f} images/s")
-            album.close()
+            writer.close()
             if with_trajectory and (done > before or not out.child("trajectory.gif").exists()):
                 first = range(min(TRAJECTORY_IMAGES, num_images))
-                for _, (strip, gif) in fleet.map(Artist.trajectory, [first]):
+                for _, (strip, gif) in pool.map(SampleWorker.trajectory, [first]):
                     out.child("trajectory.png").write(png_bytes(strip))
                     out.child("trajectory.gif").write(gif)
         except OSError as error:
@@ -206,16 +206,16 @@ def draw(
             ) from None
 
 
-def _open(request: Request, out: Location, num_images: int, form: Form, batch_size: int) -> Album:
-    asked = {"format": form, "batch_size": batch_size, **request.asked()}
+def _open(job: SampleJob, out: Location, num_images: int, form: Form, batch_size: int) -> ImageWriter:
+    asked = {"format": form, "batch_size": batch_size, **job.asked()}
     if form == "png":
         writers.begin(out, asked)
-        return PngAlbum(out, num_images, batch_size)
-    names, size = request.class_names, request.config.model.image_size
+        return PngWriter(out, num_images, batch_size)
+    names, size = job.class_names, job.config.model.image_size
     asked = {"num_images": num_images, "class_names": names, **asked}
     writers.begin(out, asked)
-    shape = size, size, request.config.model.channels
-    return ShardAlbum(out, num_images, batch_size, shape, names, asked)
+    shape = size, size, job.config.model.channels
+    return ShardWriter(out, num_images, batch_size, shape, names, asked)
 
 
 def _sha256(tensors: dict[str, Tensor]) -> str:

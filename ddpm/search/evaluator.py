@@ -72,7 +72,7 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Jury:
+class Evaluator:
     """How checkpoints are judged.
 
     Args:

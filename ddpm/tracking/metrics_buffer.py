@@ -77,7 +77,7 @@ class Artifact:
 Record = Metrics | Picture | Artifact
 
 
-class Outbox:
+class MetricsBuffer:
     """Gathers what one thread tracks; a `runtime.Tracker`."""
 
     def __init__(self) -> None:

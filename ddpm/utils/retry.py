@@ -31,7 +31,7 @@ class StorageError(UserError):
     exit_code = 1
 
 
-def patiently(
+def retry_io(
     call: Callable[[], T],
     *,
     where: str,

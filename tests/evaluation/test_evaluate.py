@@ -34,7 +34,7 @@ FEW = {"num_images": 150, "features": "pixels", "num_draws": 2}
 
 @pytest.fixture(scope="module", autouse=True)
 def small_pieces() -> Iterator[None]:
-    """Four of the images drawn, three of those held out; and one thread, as in a fleet."""
+    """Four of the images drawn, three of those held out; and one thread, as in a pool."""
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "PIECE_IMAGES", 40)

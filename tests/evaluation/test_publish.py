@@ -11,7 +11,7 @@ import servers
 from mlflow import MlflowClient
 from mlflow.artifacts import load_dict
 from mlflow.entities import Run
-from test_report import drawn, made, near, verdict
+from reported import drawn, made, near, verdict
 
 from ddpm.evaluation import publish
 from ddpm.evaluation.report import Report
