@@ -24,7 +24,7 @@ from runtime import processor, write_table
 from ddpm.build import build_net
 from ddpm.cluster.ray_init import connect
 from ddpm.config import Config, override
-from ddpm.data import builtin, stream
+from ddpm.data import builtin, ray_dataset
 from ddpm.presets import DIGITS
 from ddpm.training import fit, worker_group
 from ddpm.training.state import parameter_count
@@ -69,7 +69,7 @@ def measure(config: Config) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
         config = builtin.with_shards(override(config, {"run.storage": folder, "run.name": "bench"}))
-        fit.fit(config, stream.open_data_set(config))
+        fit.fit(config, ray_dataset.open_configured(config))
         return json.loads(Path(folder, "times.json").read_text())
 
 

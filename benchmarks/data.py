@@ -110,36 +110,27 @@ def run_ours(case: Case, consumers: int) -> dict[str, Any]:
     import ray
 
     from ddpm.cluster.ray_init import connect
-    from ddpm.config import Config, override
-    from ddpm.data import librarian, stream
+    from ddpm.data import ray_dataset
+    from ddpm.data.plan import ReadOrder
 
     start_ray = time.monotonic()
     connect()
     n = case.num_images
-    values = {
-        "data.shards": f"{BUCKET}/ours/{case.name}",
-        "data.window_rows": case.window,
-        "model.image_size": case.side,
-        "train.batch_size": BATCH * consumers,
-        "train.micro_batch_size": BATCH,
-        "train.total_images": int(RUNS[case.name] * n),
-    }
-    config = override(Config(), values)
-    data_set = stream.open_data_set(config)
-    desk = librarian.employ(consumers)
+    order = ReadOrder(BATCH * consumers, BATCH, int(RUNS[case.name] * n), window_rows=case.window)
+    data_set = ray_dataset.open_data_set(f"{BUCKET}/ours/{case.name}", image_size=case.side)
     trainer = ray.remote(num_cpus=0)(_train)
 
-    def consumed(config: Config, start: int, images: int) -> tuple[float, list[Any]]:
+    def consumed(order: ReadOrder, start: int, images: int) -> tuple[float, list[Any]]:
         began = time.monotonic()
-        leg = next(stream.legs(config, data_set, start))
-        iterators = ray.get(desk.split.remote(config, data_set, leg, start, consumers))
-        done = [trainer.remote(case, it, config, k, images) for k, it in enumerate(iterators)]
+        chunk = next(ray_dataset.dataset_chunks(data_set, order, start))
+        iterators = ray_dataset.split(data_set, order, chunk, start, consumers)
+        done = [trainer.remote(case, it, order, k, images) for k, it in enumerate(iterators)]
         return began, ray.get(done)
 
-    began, done = consumed(config, 0, int(RUNS[case.name] * n) // consumers)
+    began, done = consumed(order, 0, int(RUNS[case.name] * n) // consumers)
     seeks = []
     for start in (0, n // 2, 100 * n + n // 2):
-        there = override(Config(), values | {"train.total_images": start + n})
+        there = replace(order, total_images=start + n)
         start -= start % (BATCH * consumers)
         time.sleep(SETTLED_S)
         asked, (first, *_) = consumed(there, start, BATCH)
@@ -148,15 +139,15 @@ def run_ours(case: Case, consumers: int) -> dict[str, Any]:
     return {"began": began, "start_ray": began - start_ray, "consumers": done, "seeks": seeks}
 
 
-def _train(case: Case, iterator: Any, config: Any, rank: int, images: int) -> dict[str, Any]:
-    from ddpm.data import stream
-    from ddpm.training.runtime import cut
+def _train(case: Case, iterator: Any, order: Any, rank: int, images: int) -> dict[str, Any]:
+    import torch
 
-    train = config.train
-    world_size = train.batch_size // BATCH
-    shares = stream.shares(iterator, config)
-    batches = cut(shares, rank, world_size, train.batch_size, train.micro_batch_size)
-    return consume(case, (batch.image for batch in batches), images)
+    from ddpm.data import ray_dataset
+    from ddpm.data.reading import cut
+
+    found = ray_dataset.rank_batches(iterator, order.stall_timeout_s, 300)
+    batches = cut(found, rank, order.batch_size // BATCH, order.batch_size, BATCH)
+    return consume(case, (torch.from_numpy(batch.image) for batch in batches), images)
 
 
 # Around it --------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from servers import RayHead
 
 from ddpm.cluster.ray_init import connect
 from ddpm.config import override
-from ddpm.data import builtin, stream
+from ddpm.data import builtin, ray_dataset
 from ddpm.presets import DIGITS
 from ddpm.training import fit, worker_group
 
@@ -98,7 +98,7 @@ def train(folder: str, resources: dict[str, float]) -> None:
     config = builtin.with_shards(override(DIGITS, values))
     worker_group.work = timed_work
     try:
-        fit.fit(config, stream.open_data_set(config))
+        fit.fit(config, ray_dataset.open_configured(config))
     except Exception as error:  # the measurement is over, and shuts everything down
         print(f"({type(error).__name__})")
 

@@ -29,19 +29,19 @@ from torch import Tensor, nn
 
 from ddpm.cluster.ray_init import KEPT_MEMORY
 from ddpm.config import Config, override
-from ddpm.data import builtin, stream
-from ddpm.data.plan import share
-from ddpm.data.reading import DataSet, Share
+from ddpm.data import builtin, ray_dataset
+from ddpm.data.plan import rank_shard
+from ddpm.data.reading import DataSet, MicroBatch, RankBatch, cut
 from ddpm.presets import PRESETS
 from ddpm.training import loop
-from ddpm.training.runtime import LocalRuntime, MicroBatch, NoTracker, cut
+from ddpm.training.runtime import LocalRuntime, NoTracker
 
 RUNTIMES = ("torchrun", "ray")
 CASES = ((1, 1), (1, 2), (2, 1))
 """Workers, and torch threads of each."""
 SAMPLE_S = 3.0
 """The meter looks so often: it is part of what it measures."""
-READERS = ("ray::Librarian", "ray::MapBatches", "ray::_StatsActor", "ray::IDLE")
+READERS = ("ray::SplitCoordinator", "ray::MapBatches", "ray::_StatsActor", "ray::IDLE")
 """Processes of Ray Data; the idle one has read, and will."""
 
 
@@ -92,14 +92,14 @@ class TorchrunRuntime(LocalRuntime):
 
     def batches(self, images_seen: int) -> Iterator[MicroBatch]:
         train = self._config.train
-        shares = self._own_shares(images_seen)
-        return cut(shares, self.rank, self.world_size, train.batch_size, train.micro_batch_size)
+        batches = self._rank_batches(images_seen)
+        return cut(batches, self.rank, self.world_size, train.batch_size, train.micro_batch_size)
 
-    def _own_shares(self, images_seen: int) -> Iterator[Share]:
+    def _rank_batches(self, images_seen: int) -> Iterator[RankBatch]:
         start = 0
-        for image, label in self._shares(images_seen):
+        for image, label in self._batches(images_seen):
             which = (start, self.rank, self.world_size, self._config.train.micro_batch_size)
-            yield share(image, *which), share(label, *which)
+            yield rank_shard(image, *which), rank_shard(label, *which)
             start += len(label)
 
     def mean(self, values: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ def measure(arguments: Arguments) -> None:
             "run.name": "bench",
         }
         config = builtin.with_shards(override(PRESETS[arguments.preset], values))
-        data_set = stream.open_data_set(config)
+        data_set = ray_dataset.open_configured(config)
         cores: dict[str, float] = {}
         if arguments.runtime == "torchrun":
             torch.set_num_threads(arguments.threads)

@@ -32,8 +32,8 @@ from ddpm.config import Config, override
 from ddpm.data.manifest import Encoding, Shard, make_manifest, manifest_from_json
 from ddpm.data.plan import CHUNK_IMAGES
 from ddpm.data.prepare import MAX_ROWS_PER_ROW_GROUP, ROW_GROUP_BYTES
+from ddpm.data.ray_dataset import OBJECT_STORE_BYTES
 from ddpm.data.shards import read_row_group, write_shard
-from ddpm.data.stream import OBJECT_STORE_BYTES
 from ddpm.presets import CELEBA64, CIFAR10
 from ddpm.training.state import State, parameter_count
 from ddpm.utils.images import png_bytes
@@ -84,7 +84,7 @@ take comes on top and is not known, so have several times as many.
 - **8 GPUs, one machine.** The all-reduce hides behind the backward pass. Reading needs cores that the workers leave
   free (`--cluster.cpus-per-worker`), or a pool of machines without GPUs.
 - **The first wall is ours:** reading may run ahead by {ahead} for the whole run (`OBJECT_STORE_BYTES` in
-  ddpm/data/stream.py), and a task reads {chunk} images. So at most {tasks_32} tasks of `cifar10` and {tasks_64} of
+  ddpm/data/ray_dataset.py), and a task reads {chunk} images. So at most {tasks_32} tasks of `cifar10` and {tasks_64} of
   `celeba64` are under way at once, however many cores there are. Where the column `object store` says more, it has to
   be raised, and the nodes' object stores with it.
 - **256 GPUs.** The global batch is {batch}: another learning rate and warm-up, or fewer images a GPU. {cores} cores at

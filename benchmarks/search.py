@@ -24,7 +24,7 @@ from runtime import processor, write_table
 
 from ddpm import config as configs
 from ddpm import presets
-from ddpm.data import stream
+from ddpm.data import ray_dataset
 from ddpm.evaluation.ranking import agreement
 from ddpm.hub import resolve
 from ddpm.search import leaderboard
@@ -131,7 +131,7 @@ def beaten(arguments: Arguments, place: locations.Location, events: EventLog) ->
     config = configs.override(
         presets.PRESETS[arguments.preset], {"data.shards": settings["config"]["data.shards"]}
     )
-    train = stream.open_data_set(config)
+    train = ray_dataset.open_configured(config)
     held_out = train.held_out()
     assert held_out is not None, "the search had one"
     evaluator = Evaluator(train, held_out, settings["num_images"], seed=settings["seed"])

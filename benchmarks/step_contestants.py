@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from ddpm.build import build_net
 from ddpm.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, override
+from ddpm.data.reading import MicroBatch
 from ddpm.hub.diffusers_names import diffusers_names
 from ddpm.presets import PRESETS
 from ddpm.training import loop
-from ddpm.training.runtime import LocalRuntime, MicroBatch, NoTracker
+from ddpm.training.runtime import LocalRuntime, NoTracker
 from ddpm.training.state import parameter_count
 
 NEVER = {"train.total_images": 10**12, "train.checkpoint_every_images": 0, "train.sample_every_images": 0}
@@ -261,9 +262,9 @@ def pictures(config: Config) -> np.ndarray:
 
 def micro_batches(config: Config, turns: Iterator[None]) -> Iterator[MicroBatch]:
     image, size = pictures(config), config.train.micro_batch_size
-    image, label = torch.tensor(image), torch.zeros(size, dtype=torch.int64)
+    label = np.zeros(size, np.int64)
     for i, _ in enumerate(turns):
-        rows = torch.arange(i * size, (i + 1) * size) % len(image)
+        rows = np.arange(i * size, (i + 1) * size) % len(image)
         yield MicroBatch(i % (config.train.batch_size // size), image[rows], label)
 
 

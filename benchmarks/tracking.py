@@ -28,7 +28,7 @@ from servers import LOOPBACK, MlflowServer, free_ports
 
 from ddpm.cluster.ray_init import connect
 from ddpm.config import override
-from ddpm.data import builtin, stream
+from ddpm.data import builtin, ray_dataset
 from ddpm.presets import DIGITS
 from ddpm.training import fit, worker_group
 
@@ -96,7 +96,7 @@ def measure(arguments: Arguments, condition: str) -> float:
         }
         config = builtin.with_shards(override(DIGITS, values))
         fit.DELIVERY_TIMEOUT_S = 1.0  # what is after the end is not measured
-        fit.fit(config, stream.open_data_set(config))
+        fit.fit(config, ray_dataset.open_configured(config))
         steps = json.loads(Path(name, "steps.json").read_text())
         return (len(steps) - 21) * config.train.batch_size / (steps[-1] - steps[20])
 

@@ -45,11 +45,11 @@ def main() -> int:
 
     from ddpm.checkpoints import runs  # seconds: Ray
     from ddpm.cluster import ray_init
-    from ddpm.data import builtin, stream
+    from ddpm.data import builtin, ray_dataset
 
     config = runs.settled(arguments.config, arguments.preset)
     config = builtin.with_shards(config, shlex.join(["python", *sys.argv]))
-    data_set = stream.open_data_set(config)
+    data_set = ray_dataset.open_configured(config)
     print(f"data        {config.data.shards}  ({data_set.rows.num_rows:,} images to train on)")
     ray_init.connect(arguments.verbose)
     from ddpm.training.fit import fit, summary  # while the first of Ray's processes begin

@@ -54,7 +54,7 @@ def later():
     [
         # the driver's side, what runs in the controller, and the workers'
         ("ray.train", {"ddpm.training.worker_group", "ddpm.training.failures", "ddpm.training.worker"}),
-        ("ray.data", {"ddpm.data.librarian", "ddpm.data.stream"}),
+        ("ray.data", {"ddpm.data.ray_dataset"}),
         ("ray.tune", {"tune.driver", "tune.study"}),
     ],
 )

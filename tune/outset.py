@@ -12,7 +12,7 @@ from space import Space
 from ddpm import config as configs
 from ddpm.checkpoints import runs
 from ddpm.config import Config
-from ddpm.data import builtin, stream
+from ddpm.data import builtin, ray_dataset
 from ddpm.data.reading import DataSet
 from ddpm.search.evaluator import Evaluator
 from ddpm.search.event_log import rungs
@@ -87,7 +87,7 @@ def settled(chosen: "Arguments") -> Outset:
     if chosen.metric != "bits_per_dim" and found.has_schedule:
         raise UserError(LOSS_IS_NO_JUDGE.format(metric=chosen.metric))
     config = builtin.with_shards(config)
-    train = stream.open_data_set(config)
+    train = ray_dataset.open_configured(config)
     held_out = train.held_out()
     if held_out is None:
         raise UserError(

@@ -1,16 +1,18 @@
 """Images that cannot be read: how they are named, what stands in for them, and how many there may be.
 
-Its own room because reading finds them, the stream carries them, and the run lists them.
+Reading finds them, the Ray Dataset carries them to rank 0, and the run lists them.
 """
 
 import dataclasses
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ddpm.utils.errors import UserError
 
+OnCorrupt = Literal["error", "substitute"]
+"""Raise, or put another image of the window in the place of one that cannot be read."""
 SHOWN = 3
 """Unreadable images that an error names as examples."""
 
@@ -33,7 +35,7 @@ class Substitution:
     """An unreadable image, and the one that was taken in its place. Row groups are counted inside their shard."""
 
     position: int
-    """Of the unreadable image in the order of the plan."""
+    """The unreadable image's position in the order of the plan."""
     shard: str
     """"train/00000.parquet"."""
     row_group: int
@@ -66,7 +68,7 @@ class CorruptImages:
         return len(self._found)
 
     def add(self, substitutions: Iterable[Substitution]) -> bool:
-        """Take note of them; returns whether an image is among them that was not known."""
+        """Add substitutions; returns whether one of them names an image that was not known."""
         before = self.count
         for substitution in substitutions:
             self._found.setdefault(substitution.place, substitution)

@@ -4,9 +4,9 @@ The plan is the data set. In each epoch the row groups are permuted and dealt in
 window are permuted among each other; epoch follows epoch without a seam. A position in this endless order is
 `images_seen`; a global batch is the next `batch_size` positions, and it consists of M micro-batches of fixed
 size, the grain of everything random. Seeking is arithmetic, not reading, and no number of workers appears
-anywhere but in `share`.
+anywhere but in `rank_shard`.
 
-What is computed once an epoch, the order of its row groups, is kept: from then on a position costs a binary search.
+The order of the row groups is computed once an epoch; from then on a position costs a binary search.
 
 Nothing here knows of Ray, of files or of pixels.
 """
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm.config import Config
+from ddpm.data.corrupt import OnCorrupt
 from ddpm.utils.errors import UserError
 from ddpm.utils.seeding import Purpose, key
 
@@ -32,14 +33,35 @@ _ROW_GROUPS, _ROWS = 0, 1
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Rows of one row group, and where in the requested range they belong."""
+class ReadOrder:
+    """The images of a training run, in order and in batches: with a position, all that reading depends on."""
 
-    row_group: int
-    rows: Int64
-    """[n], rows inside the row group."""
-    offsets: Int64
-    """[n], positions minus the start of the requested range."""
+    batch_size: int
+    """Images of a global batch, over all ranks."""
+    micro_batch_size: int
+    """Images of a micro-batch; batch_size / micro_batch_size must divide by the number of ranks."""
+    total_images: int
+    """Reading ends when so many images have been seen, rounded up to a global batch."""
+    seed: int = 0
+    window_rows: int = 8192
+    """Images shuffled among each other: row groups are grouped into windows of at least so many rows."""
+    on_corrupt: OnCorrupt = "error"
+    """An image that cannot be read: raise, or put another of its window in its place."""
+    stall_timeout_s: float = 120.0
+    """Seconds without a batch, beyond the time-out of storage, after which reading gives up."""
+
+    @classmethod
+    def from_config(cls, config: Config) -> "ReadOrder":
+        train, data = config.train, config.data
+        return cls(
+            train.batch_size,
+            train.micro_batch_size,
+            train.total_images,
+            train.seed,
+            data.window_rows,
+            data.on_corrupt,
+            data.stall_timeout_s,
+        )
 
 
 @dataclass(frozen=True)
@@ -85,21 +107,8 @@ class Plan:
             yield start, min(end, stop)
             start = end
 
-    def pieces(self, start: int, stop: int) -> Iterator[Piece]:
-        """What to read for the positions [start, stop), row group by row group.
-
-        Every position is covered exactly once; a range may span any number of epochs.
-        """
-        for window in self.windows(start, stop):
-            low, high = max(start - window.start, 0), min(stop - window.start, len(window.rows))
-            row_groups, rows = window.row_groups[low:high], window.rows[low:high]
-            offsets = np.arange(low, high, dtype=np.int64) + (window.start - start)
-            for row_group in np.unique(row_groups).tolist():
-                inside = row_groups == row_group
-                yield Piece(row_group, rows[inside], offsets[inside])
-
     def windows(self, start: int, stop: int) -> Iterator[Window]:
-        """The windows that the positions [start, stop) lie in, in order and whole."""
+        """The windows that the positions [start, stop) lie in, in order and whole; of any number of epochs."""
         for epoch in range(start // self.num_images, -(-stop // self.num_images)):
             begin = epoch * self.num_images
             yield from self._epoch_windows(epoch, max(start - begin, 0), min(stop - begin, self.num_images))
@@ -139,7 +148,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Epoch:
-    """The order of the row groups in an epoch."""
+    """The row groups of an epoch, in order."""
 
     order: Int64
     edges: Int64
@@ -164,16 +173,13 @@ def micro_batches_per_step(batch_size: int, micro_batch_size: int, world_size: i
         UserError: M is not whole, or does not divide by the number of workers.
     """
     if micro_batch_size < 1 or batch_size % micro_batch_size:
-        raise UserError(
-            f"train.batch_size {batch_size} is not a multiple of train.micro_batch_size {micro_batch_size}"
-        )
+        raise UserError(f"batch_size {batch_size} is not a multiple of micro_batch_size {micro_batch_size}")
     m = batch_size // micro_batch_size
     if m % world_size:
         right = [n for n in range(1, m + 1) if m % n == 0]
         raise UserError(
             f"a global batch of {batch_size} is {m} micro-batches of {micro_batch_size}, which {world_size} workers "
-            f"cannot share evenly; use cluster.num_workers {' or '.join(map(str, right))}, or a smaller "
-            "train.micro_batch_size"
+            f"cannot share evenly; use {' or '.join(map(str, right))} workers, or a smaller micro_batch_size"
         )
     return m
 
@@ -189,7 +195,7 @@ def last_position(images_seen: int, total_images: int, batch_size: int) -> int:
     return images_seen + -(-max(0, total_images - images_seen) // batch_size) * batch_size
 
 
-def share(rows: NDArray, start: int, rank: int, world_size: int, micro_batch_size: int) -> NDArray:
+def rank_shard(rows: NDArray, start: int, rank: int, world_size: int, micro_batch_size: int) -> NDArray:
     """The rows that `rank` of `world_size` trains on.
 
     Of each global batch rank r takes micro-batches r, r + n, r + 2n, ...

@@ -1,33 +1,32 @@
-"""Plan and shards together: the images at given positions of the order.
+"""Plan and shards together: the images at given positions of the order, and one rank's micro-batches of them.
 
-Its own room because both runtimes read through it, with Ray (stream.py) and without.
+Ray's processes read through it (ray_dataset.py), and so does training without Ray.
 """
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import pyarrow.fs as pafs
 from numpy.typing import NDArray
 
 from ddpm.config import Config
-from ddpm.data.corrupt import CorruptData, Substitution
+from ddpm.data.corrupt import CorruptData, OnCorrupt, Substitution
 from ddpm.data.plan import Plan, Window
 from ddpm.data.row_group import RowGroup, Rows
 from ddpm.data.shards import Manifest, Split, locate, open_row_group
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import retry_io
 
-OnCorrupt = Literal["error", "substitute"]
-Share = tuple[NDArray[np.uint8], NDArray[np.int64]]
-"""Images [n, H, W, C] and labels [n]: what one worker trains on, of some range."""
+RankBatch = tuple[NDArray[np.uint8], NDArray[np.int64]]
+"""Images [n, H, W, C] and labels [n] of one rank, in some range of the order."""
 READERS = 4
 """Row groups that are fetched at once: storage answers late, and a window has several."""
 PART_BYTES = 8 << 20
-"""Of decoded images that are handed on at once, to each worker: large enough that handing on costs little."""
+"""Decoded images that are handed on at once, to each rank: large enough that handing on costs little."""
 HELD_OUT = "test"
 """The split that training never learns from."""
 
@@ -42,6 +41,18 @@ class Images:
     """[N]."""
     substitutions: tuple[Substitution, ...] = ()
     """What stands in for what, in the order of positions."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The grain of a global batch."""
+
+    index: int
+    """Its place in the global batch, 0..M-1: with seed and step, the seed of its noise."""
+    image: NDArray[np.uint8]
+    """[B, H, W, C]."""
+    label: NDArray[np.int64]
+    """[B]."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ class DataSet:
 
     @property
     def key(self) -> str:
-        """Names these images, for what is kept of them."""
+        """A name for these images, for what is cached of them."""
         return self.rows.fingerprint[:32] + (f"-{self.scale}" if self.scale > 1 else "")
 
     @property
@@ -165,7 +176,7 @@ class DataSet:
             pool.shutdown(cancel_futures=True)
 
     def part_images(self, world_size: int = 1) -> int:
-        """Images of a part that so many workers share."""
+        """Images of a part that so many ranks share."""
         return max(1, PART_BYTES * world_size // math.prod(self.shape))
 
     def empty(self, n: int) -> Images:
@@ -260,6 +271,29 @@ def _put(images: Images, places: NDArray[np.int64], rows: Rows) -> None:
         images.image[places] = rows.image
         if rows.label is not None:
             images.label[places] = rows.label
+
+
+def cut(
+    batches: Iterable[RankBatch], rank: int, world_size: int, batch_size: int, micro_batch_size: int
+) -> Generator[MicroBatch, None, None]:
+    """Cut the images of one rank into micro-batches, and number them.
+
+    Args:
+        batches: the rank's images and labels, in parts of any size.
+    """
+    per_step = batch_size // micro_batch_size // world_size
+    indices = (k % per_step * world_size + rank for k in itertools.count())
+    begun: list[RankBatch] = []  # of the next micro-batch
+    for image, label in batches:
+        first = micro_batch_size - sum(len(part) for _, part in begun)
+        edges = [0, *range(first, len(label) + 1, micro_batch_size)]
+        for low, high in itertools.pairwise(edges):
+            images, labels = zip(*begun, (image[low:high], label[low:high]), strict=True)
+            # Copies: `image` may be a read-only view of a block in shared memory, which is freed the sooner.
+            yield MicroBatch(next(indices), np.concatenate(images), np.concatenate(labels))
+            begun = []
+        if edges[-1] < len(label):
+            begun.append((image[edges[-1] :], label[edges[-1] :]))
 
 
 def scale_of(manifest: Manifest, image_size: int) -> int:

@@ -13,9 +13,10 @@ from ddpm.build import build_net, build_objective, build_sampler
 from ddpm.checkpoints import checkpoint
 from ddpm.config import Config
 from ddpm.data.plan import check_batches, micro_batches_per_step
+from ddpm.data.reading import MicroBatch
 from ddpm.diffusion.generator import Generator
 from ddpm.training.recorder import Recorder
-from ddpm.training.runtime import MicroBatch, Runtime, Tracker
+from ddpm.training.runtime import Runtime, Tracker
 from ddpm.training.state import State, lr_at
 from ddpm.utils import images
 from ddpm.utils.errors import UserError
@@ -125,12 +126,13 @@ def _to_device(
     micro_batch: MicroBatch, config: Config, device: torch.device, noise: Generator
 ) -> tuple[Tensor, Tensor | None]:
     """x_0 [B, C, H, W] in [-1, 1], some mirrored if the config says so, and the labels if the net wants them."""
-    x_0 = images.to_model(micro_batch.image.to(device, non_blocking=True))
+    x_0 = images.to_model(torch.from_numpy(micro_batch.image).to(device, non_blocking=True))
     if config.data.horizontal_flip:
         mirrored = noise.uniform([len(x_0)]) < 0.5
         x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(3), x_0)
-    label = micro_batch.label.to(device, non_blocking=True) if config.model.num_classes else None
-    return x_0, label
+    if not config.model.num_classes:
+        return x_0, None
+    return x_0, torch.from_numpy(micro_batch.label).to(device, non_blocking=True)
 
 
 def _without_sync(model: nn.Module) -> AbstractContextManager:

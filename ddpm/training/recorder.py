@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ddpm.config import Config
-from ddpm.data.reading import Images
+from ddpm.data.reading import Images, MicroBatch
 from ddpm.diffusion.objectives import Loss, Objective
 from ddpm.sampling import generate
-from ddpm.training.runtime import MicroBatch, NoTracker, Runtime, Tracker
+from ddpm.training.runtime import NoTracker, Runtime, Tracker
 from ddpm.training.state import State, lr_at
 from ddpm.utils import images
 from ddpm.utils.generators import generator

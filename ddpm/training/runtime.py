@@ -4,12 +4,10 @@ The loop is written once against `Runtime` and `Tracker`. `LocalRuntime` needs n
 `cluster.RayRuntime` is Ray Train.
 """
 
-import itertools
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,25 +19,13 @@ from torch import Tensor, nn
 from ddpm.checkpoints import checkpoint
 from ddpm.config import Config
 from ddpm.data.corrupt import CorruptImages
-from ddpm.data.plan import last_position, micro_batches_per_step
-from ddpm.data.reading import DataSet, Images, Share
+from ddpm.data.plan import ReadOrder, last_position, micro_batches_per_step
+from ddpm.data.reading import DataSet, Images, MicroBatch, RankBatch, cut
 from ddpm.utils import files
 from ddpm.utils.progress import Progress
 
 CORRUPT = "corrupt.jsonl"
 """File of a run that lists the images that could not be read."""
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """The grain of a global batch."""
-
-    index: int
-    """Its place in the global batch, 0..M-1: with seed and step, the seed of its noise."""
-    image: Tensor
-    """uint8 [B, H, W, C]."""
-    label: Tensor
-    """int64 [B]."""
 
 
 class Tracker(Protocol):
@@ -155,13 +141,13 @@ class LocalRuntime:
     def batches(self, images_seen: int) -> Iterator[MicroBatch]:
         train = self._config.train
         micro_batches_per_step(train.batch_size, train.micro_batch_size, self.world_size)
-        return cut(self._shares(images_seen), 0, 1, train.batch_size, train.micro_batch_size)
+        return cut(self._batches(images_seen), 0, 1, train.batch_size, train.micro_batch_size)
 
-    def _shares(self, images_seen: int) -> Iterator[Share]:
-        train, data = self._config.train, self._config.data
-        plan = self._train.plan(train.seed, data.window_rows)
-        stop = last_position(images_seen, train.total_images, train.batch_size)
-        parts = self._train.parts(plan, images_seen, stop, on_corrupt=data.on_corrupt)
+    def _batches(self, images_seen: int) -> Iterator[RankBatch]:
+        order = ReadOrder.from_config(self._config)
+        plan = self._train.plan(order.seed, order.window_rows)
+        stop = last_position(images_seen, order.total_images, order.batch_size)
+        parts = self._train.parts(plan, images_seen, stop, on_corrupt=order.on_corrupt)
         with ThreadPoolExecutor(1) as reader:  # reads the next part while this one is trained on
             ahead = reader.submit(next, parts, None)
             while images := ahead.result():
@@ -212,33 +198,6 @@ class LocalRuntime:
         path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-
-
-def cut(
-    shares: Iterable[Share], rank: int, world_size: int, batch_size: int, micro_batch_size: int
-) -> Iterator[MicroBatch]:
-    """Cut what a rank trains on into micro-batches, and number them.
-
-    Args:
-        shares: its images [n, H, W, C] and labels [n], in parts of any size.
-    """
-    per_step = batch_size // micro_batch_size // world_size
-    indices = (k % per_step * world_size + rank for k in itertools.count())
-    begun: list[Share] = []  # of the next micro-batch
-    for image, label in shares:
-        first = micro_batch_size - sum(len(part) for _, part in begun)
-        edges = [0, *range(first, len(label) + 1, micro_batch_size)]
-        for low, high in itertools.pairwise(edges):
-            images, labels = zip(*begun, (image[low:high], label[low:high]), strict=True)
-            # Copies: `image` may be a read-only view of a block in shared memory, which is freed the sooner.
-            yield MicroBatch(
-                next(indices),
-                torch.from_numpy(np.concatenate(images)),
-                torch.from_numpy(np.concatenate(labels)),
-            )
-            begun = []
-        if edges[-1] < len(label):
-            begun.append((image[edges[-1] :], label[edges[-1] :]))
 
 
 def read_held_out(held_out: DataSet | None, config: Config) -> Images | None:

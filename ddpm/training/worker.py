@@ -7,7 +7,6 @@ that every step has anyway.
 """
 
 import dataclasses
-import itertools
 import json
 import os
 import threading
@@ -29,14 +28,15 @@ from torch import Tensor, nn
 from ddpm.checkpoints import checkpoint
 from ddpm.checkpoints.runs import Run
 from ddpm.config import Config
-from ddpm.data import stream
+from ddpm.data import ray_dataset
 from ddpm.data.corrupt import CorruptImages, Substitution
-from ddpm.data.reading import DataSet, Images, Share
+from ddpm.data.plan import ReadOrder
+from ddpm.data.reading import DataSet, Images, MicroBatch
 from ddpm.tracking import spool
 from ddpm.tracking.metrics_buffer import MetricsBuffer
 from ddpm.training import checkpoint_manager, run_state
 from ddpm.training.checkpoint_manager import CheckpointManager
-from ddpm.training.runtime import CORRUPT, MicroBatch, cut, read_held_out
+from ddpm.training.runtime import CORRUPT, read_held_out
 from ddpm.training.system_metrics import SystemMetrics
 from ddpm.utils.progress import Progress
 from ddpm.utils.retry import retry_io
@@ -70,6 +70,7 @@ class RayRuntime:
             torch.cuda.set_device(self.device)
         self.identity = {"run_key": run.key, "data_fingerprint": data_set.rows.fingerprint}
         self._config, self._data_set, self._run = config, data_set, run
+        self._reading = ExitStack()
         if self.device.type == "cpu":
             cores = len(os.sched_getaffinity(0)) // context.get_local_world_size()
             torch.set_num_threads(config.cluster.threads_per_worker or max(1, cores))
@@ -85,27 +86,17 @@ class RayRuntime:
         return nn.parallel.DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True)
 
     def batches(self, images_seen: int) -> Iterator[MicroBatch]:
-        train, data_set = self._config.train, self._data_set
-        legs = stream.legs(self._config, data_set, images_seen)
-        # The processes that read start while the net is built.
-        begun = [self._shares(leg, images_seen) for leg in itertools.islice(legs, 1)]
-        shares = itertools.chain(begun, (self._shares(leg, images_seen) for leg in legs))
-        return cut(
-            itertools.chain.from_iterable(shares),
-            self.rank,
-            self.world_size,
-            train.batch_size,
-            train.micro_batch_size,
+        batches = ray_dataset.micro_batches(
+            self._data_set,
+            ReadOrder.from_config(self._config),
+            images_seen,
+            rank=self.rank,
+            world_size=self.world_size,
+            broadcast=ray.train.collective.broadcast_from_rank_zero,
+            on_substitutions=self._rank_zero.substituted if self._rank_zero else None,
         )
-
-    def _shares(self, leg: list[stream.Task], images_seen: int) -> Iterator[Share]:
-        """What this rank trains on of a leg; every rank calls it."""
-        iterators = None
-        if self.rank == 0:
-            iterators = stream.split(self._config, self._data_set, leg, images_seen, self.world_size)
-        iterators = ray.train.collective.broadcast_from_rank_zero(iterators)
-        on_substitutions = self._rank_zero.substituted if self._rank_zero else None
-        return stream.shares(iterators[self.rank], self._config, on_substitutions)
+        self._reading.callback(batches.close)
+        return batches
 
     def held_out(self) -> Images | None:
         return read_held_out(self._data_set.held_out(), self._config)
@@ -195,6 +186,7 @@ class RayRuntime:
 
     def close(self) -> None:
         """The run is over for this worker, which may stay for another."""
+        self._reading.close()
         if self._rank_zero:
             self._rank_zero.close()
 

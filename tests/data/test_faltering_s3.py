@@ -13,8 +13,8 @@ from damaged import NUM_IMAGES, PLAN
 
 from ddpm.config import Config, override
 from ddpm.data.corrupt import CorruptData
+from ddpm.data.ray_dataset import open_configured
 from ddpm.data.reading import DataSet, Images
-from ddpm.data.stream import open_data_set
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
 from ddpm.utils.errors import UserError
@@ -134,7 +134,7 @@ def test_the_manifest_is_waited_for(faulty: proxy.FaultyProxy, location: Locatio
     }
     config = override(Config(), values)
     faulty.switch("slow_down", every=2)
-    data_set = open_data_set(config)
+    data_set = open_configured(config)
     assert data_set.timeout_s == PATIENCE_S and data_set.rows.num_rows == NUM_IMAGES
     with pytest.raises(UserError, match="no data set at"):  # that is an answer
-        open_data_set(override(config, {"data.shards": location.uri + "-not"}))
+        open_configured(override(config, {"data.shards": location.uri + "-not"}))

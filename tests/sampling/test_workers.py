@@ -17,7 +17,7 @@ from tiny import TINY_NET
 
 from ddpm.build import build_net, build_objective
 from ddpm.config import Config, override
-from ddpm.data import stream
+from ddpm.data import ray_dataset
 from ddpm.data.shards import make_manifest, write_manifest, write_shard
 from ddpm.diffusion.inpainting import Known
 from ddpm.sampling import generate, workers, writers
@@ -247,7 +247,7 @@ def test_shards_are_a_data_set_to_train_on(label: int | None, tmp_path: Path) ->
     job = job_of(config, label=label)
     drawn(tmp_path / "pngs", job)
     drawn(tmp_path / "shards", job, form="parquet")
-    data_set = stream.open_data_set(override(config, {"data.shards": str(tmp_path / "shards")}))
+    data_set = ray_dataset.open_configured(override(config, {"data.shards": str(tmp_path / "shards")}))
     assert data_set.manifest.class_names == ("zero", "one", "two")
     assert [shard.num_rows for shard in data_set.rows.shards] == [8, 8, 5]
     plan = data_set.plan(0, 8)

@@ -16,8 +16,8 @@ from ddpm.checkpoints import runs
 from ddpm.checkpoints.checkpoint import name_at
 from ddpm.cluster import resources
 from ddpm.config import Config
+from ddpm.data.ray_dataset import open_configured
 from ddpm.data.reading import DataSet
-from ddpm.data.stream import open_data_set
 from ddpm.search import runner
 from ddpm.search.evaluator import Evaluator
 from ddpm.search.event_log import Rung
@@ -45,7 +45,7 @@ class Stage:
             judged.CONFIG,
             {"run.storage": str(folder), "data.shards": str(trained.parent / "data")},
         )
-        self.data: DataSet = open_data_set(self.config)
+        self.data: DataSet = open_configured(self.config)
         self.to_come = queue.Queue[Any]()
         """images_seen of checkpoints; an error to raise; None: training ends."""
         self.fits, self.delivers = 0, threading.Event()

@@ -7,8 +7,8 @@ import torch
 from faulted import Run
 
 from ddpm.config import Config, override
+from ddpm.data.ray_dataset import open_configured
 from ddpm.data.reading import DataSet
-from ddpm.data.stream import open_data_set
 from ddpm.presets import DIGITS
 
 
@@ -41,7 +41,7 @@ def tiny(digits_uri: str) -> Config:
 
 @pytest.fixture
 def train_set(tiny: Config) -> DataSet:
-    return open_data_set(tiny)
+    return open_configured(tiny)
 
 
 @pytest.fixture

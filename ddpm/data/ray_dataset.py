@@ -1,0 +1,301 @@
+"""The plan as a Ray Dataset: images stream from shards to the workers in the plan's exact order.
+
+An input row is a reading task, a range of whole windows. The task reads the row groups of a window once, decodes part
+after part, and emits one row of each part for each rank: that rank's images of the part, in a single tensor. A row is
+a block, blocks keep their order, and Ray's splitter deals them round-robin, so row k goes to rank k mod n. Nothing is
+shuffled, re-blocked or copied on the way. A micro-batch that a window's edge cuts is put together by its rank.
+
+An error is a row as well: raised inside Ray, it would come out wrapped, logged and retried. The row holds the message,
+and the rank that takes the row raises it.
+
+This module and its imports do without torch, which would double the start-up time of the processes that read.
+"""
+
+import itertools
+import json
+import queue
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+from ray.data import DataIterator
+
+from ddpm.config import Config
+from ddpm.data.corrupt import CorruptData, Substitution, substitutions_from_json, substitutions_to_json
+from ddpm.data.plan import Plan, ReadOrder, last_position, micro_batches_per_step, rank_shard
+from ddpm.data.reading import DataSet, Images, MicroBatch, RankBatch, check_fits, cut, scale_of
+from ddpm.data.shards import read_manifest
+from ddpm.storage import locations
+from ddpm.utils.errors import UserError
+from ddpm.utils.retry import StorageError
+
+MAX_TASKS = 1000
+"""Reading tasks of one Ray Dataset; training that needs more goes on with the next Dataset."""
+OBJECT_STORE_BYTES = 256 << 20
+"""How far reading may run ahead of training, in memory of the object store."""
+LOOP_STEP_S = 0.05
+"""Shortest time between two steps of Ray Data's scheduling loop."""
+Task = tuple[int, int]
+"""Positions of the plan from start to stop."""
+_ERRORS: dict[str, type[UserError]] = {kind.__name__: kind for kind in (CorruptData, StorageError)}
+"""Errors of reading that travel as rows."""
+
+
+def open_data_set(
+    uri: str, split: str = "train", *, image_size: int | None = None, timeout_s: float = 300.0
+) -> DataSet:
+    """One split of the data set at a folder or s3:// URI; its manifest is read and validated.
+
+    Args:
+        image_size: stored images that are a whole number of times as large are decoded at this size; None: all keep
+            theirs.
+        timeout_s: how long storage may fail before opening and reading give up.
+
+    Raises:
+        UserError: there is no data set, or it has no such split.
+        StorageError: storage has failed for longer than timeout_s.
+    """
+    location = locations.resolve(uri)
+    manifest = read_manifest(location.filesystem, location.path, uri, timeout_s)
+    scale = scale_of(manifest, image_size) if image_size else 1
+    return DataSet(location.filesystem, location.path, manifest, split, timeout_s, scale)
+
+
+def open_configured(config: Config) -> DataSet:
+    """The split config.data.split of the data set at config.data.shards.
+
+    Raises:
+        UserError: there is no data set, it has no such split, or it does not fit the net.
+        StorageError: storage has failed for longer than config.run.storage_timeout_s.
+    """
+    uri = config.data.shards
+    if uri is None:
+        raise UserError("data.shards is not given; expected the folder or URI of a data set")
+    size, timeout_s = config.model.image_size, config.run.storage_timeout_s
+    data_set = open_data_set(uri, config.data.split, image_size=size, timeout_s=timeout_s)
+    check_fits(data_set.manifest, config, uri)
+    return data_set
+
+
+def micro_batches(
+    data_set: DataSet,
+    order: ReadOrder,
+    images_seen: int = 0,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    broadcast: Callable[[Any], Any] = lambda value: value,
+    on_substitutions: Callable[[list[Substitution]], object] | None = None,
+) -> Generator[MicroBatch, None, None]:
+    """One rank's micro-batches, from the global batch at `images_seen` to the end of the order.
+
+    Every rank calls it with the same position, and takes the same number of global batches. Reading begins with the
+    call, not with the first `next`, and ends when the generator is exhausted, closed or dropped by all ranks.
+
+    Args:
+        images_seen: a position where a global batch begins; all that a checkpoint has to hold of the data.
+        broadcast: returns, on every rank, the value it was given on rank 0:
+            ray.train.collective.broadcast_from_rank_zero.
+        on_substitutions: called on rank 0 with the images that stand in for unreadable ones of all ranks, before any
+            micro-batch that holds one of them.
+
+    Raises:
+        CorruptData: an image cannot be read (order.on_corrupt "error"), or none of its whole window.
+        StorageError: storage has failed for longer than data_set.timeout_s.
+        UserError: the ranks cannot share a global batch evenly; or no data for order.stall_timeout_s longer than that.
+    """
+    micro_batches_per_step(order.batch_size, order.micro_batch_size, world_size)
+    chunks = dataset_chunks(data_set, order, images_seen)
+
+    def begin(chunk: list[Task]) -> Iterator[RankBatch]:
+        place = None  # of the iterators in the object store: they themselves take more than broadcasts are made for
+        if rank == 0:
+            place = [ray.put(split(data_set, order, chunk, images_seen, world_size))]
+        (reference,) = broadcast(place)
+        timeouts_s = order.stall_timeout_s, data_set.timeout_s
+        told = on_substitutions if rank == 0 else None
+        return rank_batches(ray.get(reference)[rank], *timeouts_s, told)
+
+    first = [begin(chunk) for chunk in itertools.islice(chunks, 1)]
+    batches = itertools.chain.from_iterable(itertools.chain(first, map(begin, chunks)))
+    return cut(batches, rank, world_size, order.batch_size, order.micro_batch_size)
+
+
+def dataset_chunks(data_set: DataSet, order: ReadOrder, images_seen: int) -> Iterator[list[Task]]:
+    """The reading tasks from `images_seen` to the end of the order, at most MAX_TASKS at a time."""
+    stop = last_position(images_seen, order.total_images, order.batch_size)
+    tasks = data_set.plan(order.seed, order.window_rows).tasks(images_seen, stop)
+    while chunk := list(itertools.islice(tasks, MAX_TASKS)):
+        yield chunk
+
+
+def split(
+    data_set: DataSet, order: ReadOrder, chunk: list[Task], images_seen: int, world_size: int
+) -> list[DataIterator]:
+    """One iterator a rank over the reading tasks `chunk`.
+
+    They belong to the calling process: reading ends with it, and as soon as all iterators are exhausted or dropped.
+
+    Args:
+        images_seen: a position where a global batch begins.
+    """
+    items = [{"start": start, "stop": stop} for start, stop in chunk]
+    # One block a task: each is read by its own Ray task, and as many at once as there are free CPUs.
+    rows = ray.data.from_items(items, override_num_blocks=len(items))
+    context = rows.context  # a copy: other Datasets of this process keep their settings
+    # Blocks of one row: the output buffer cuts a block as soon as it holds more than this.
+    context.target_max_block_size = 1
+    context.enable_progress_bars = False
+    rest: Any = _Rest  # has the methods, which is what is asked of it
+    context.custom_execution_callback_classes = [rest]
+    options = context.execution_options
+    options.preserve_order = True
+    options.resource_limits = options.resource_limits.copy(object_store_memory=OBJECT_STORE_BYTES)
+    task: Any = _ReadTask(data_set, order, images_seen, world_size)
+    return rows.map_batches(task, batch_size=1, batch_format="numpy").streaming_split(world_size, equal=True)
+
+
+def rank_batches(
+    iterator: DataIterator,
+    stall_timeout_s: float,
+    storage_timeout_s: float,
+    on_substitutions: Callable[[list[Substitution]], object] | None = None,
+) -> Iterator[RankBatch]:
+    """The images of one rank, in order, from its iterator of `split`; arguments and errors as of `micro_batches`."""
+    rows = _Rows(iterator, stall_timeout_s, storage_timeout_s)
+
+    def opened() -> Iterator[RankBatch]:
+        begun: list[RankBatch] = []
+        for row in rows:
+            if error := row["error"][0]:
+                raise _ERRORS[json.loads(error)["kind"]](json.loads(error)["message"])
+            if on_substitutions and (substitutions := substitutions_from_json(row["substitutions"][0])):
+                on_substitutions(substitutions)
+            yield from begun  # of a global batch of which all is known by now, also what other ranks have of it
+            image, label, whole = row["image"][0], row["label"][0], row["whole"][0]
+            yield image[:whole], label[:whole]
+            begun = [(image[whole:], label[whole:])]
+        yield from begun
+
+    return opened()
+
+
+class _Rest:
+    """Slows down Ray Data's scheduling loop where it would spin.
+
+    While the loop holds back reading that is far enough ahead, finished blocks wait for it, its own waiting returns at
+    once, and it takes a whole core from training (Ray 2.60). Where it has something to do, it waits for up to 0.1 s a
+    step anyway.
+    """
+
+    def __init__(self) -> None:
+        self._begun = time.monotonic()
+
+    def before_execution_starts(self, executor: Any) -> None: ...
+
+    def on_execution_step(self, executor: Any) -> None:
+        time.sleep(max(0.0, self._begun + LOOP_STEP_S - time.monotonic()))
+        self._begun = time.monotonic()
+
+    def after_execution_succeeds(self, executor: Any) -> None: ...
+
+    def after_execution_fails(self, executor: Any, error: Exception) -> None: ...
+
+
+class _ReadTask:
+    """The function of a reading task; made by the process that splits, run wherever Ray has a free CPU.
+
+    Every task unpacks it: what grows with the data set stays in the object store, and is unpacked once a process.
+    """
+
+    def __init__(self, data_set: DataSet, order: ReadOrder, images_seen: int, world_size: int) -> None:
+        self._data_set, self._order = ray.put(data_set), order
+        self._images_seen, self._world_size = images_seen, world_size
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+        """One row a rank of each part, also in place of an error: the splitter deals rows by their number."""
+        start, stop = int(batch["start"][0]), int(batch["stop"][0])
+        data_set, plan = _fetched(self._data_set, self._order.seed, self._order.window_rows)
+        try:
+            most = data_set.part_images(self._world_size)
+            for images in data_set.parts(plan, start, stop, most, self._order.on_corrupt):
+                yield from self._rows(images, start)
+                start += len(images.label)
+        except tuple(_ERRORS.values()) as failure:
+            error = json.dumps({"kind": type(failure).__name__, "message": str(failure)})
+            yield from self._rows(data_set.empty(self._order.batch_size), start, error)
+
+    def _rows(self, images: Images, start: int, error: str = "") -> Iterator[dict[str, np.ndarray]]:
+        begin, batch_size = start - self._images_seen, self._order.batch_size
+        whole = max(0, (begin + len(images.label)) // batch_size * batch_size - begin)
+        for rank in range(self._world_size):
+            which = (begin, rank, self._world_size, self._order.micro_batch_size)
+            yield {
+                "image": rank_shard(images.image, *which)[None],
+                "label": rank_shard(images.label, *which)[None],
+                "whole": np.array([len(rank_shard(images.label[:whole], *which))]),
+                "substitutions": np.array([substitutions_to_json(images.substitutions if rank == 0 else ())]),
+                "error": np.array([error]),
+            }
+
+
+@lru_cache(maxsize=1)
+def _fetched(reference: Any, seed: int, window_rows: int) -> tuple[DataSet, Plan]:
+    """The data set that an object reference stands for, and its plan."""
+    data_set: DataSet = ray.get(reference)
+    return data_set, data_set.plan(seed, window_rows)
+
+
+class _Rows:
+    """The rows of an iterator, fetched one ahead in a thread, which ends with this object.
+
+    Ray itself would wait for a free CPU without a word. Storage may fail for its own time-out, after which an error
+    arrives as a row: only then does the stall's begin.
+    """
+
+    def __init__(self, iterator: DataIterator, stall_timeout_s: float, storage_timeout_s: float) -> None:
+        self._stall_timeout_s, self._storage_timeout_s = stall_timeout_s, storage_timeout_s
+        self._rows: queue.Queue[Any] = queue.Queue(maxsize=1)
+        self._closed = threading.Event()
+        fetch = (iterator, self._rows, self._closed)
+        threading.Thread(target=_fetch, args=fetch, name="ddpm-data", daemon=True).start()
+
+    def __iter__(self) -> "_Rows":
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        timeout_s = self._stall_timeout_s + self._storage_timeout_s
+        try:
+            row = self._rows.get(timeout=timeout_s)
+        except queue.Empty:
+            raise UserError(
+                f"no data for {timeout_s:g} s (stall_timeout_s {self._stall_timeout_s:g} + storage_timeout_s "
+                f"{self._storage_timeout_s:g}), and no word from storage: no CPU may be free for the tasks that read; "
+                "lower --cluster.cpus-per-worker or add CPUs to the cluster"
+            ) from None
+        if isinstance(row, BaseException):
+            raise row
+        return row
+
+    def __del__(self) -> None:
+        self._closed.set()
+        with suppress(queue.Empty):  # make room, for a thread that waits to put its row
+            self._rows.get_nowait()
+
+
+def _fetch(iterator: DataIterator, rows: queue.Queue[Any], closed: threading.Event) -> None:
+    try:
+        # Ray's own prefetching would hold back the first row until it has the second.
+        for row in iterator.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=0):
+            rows.put(row)
+            if closed.is_set():
+                return
+        rows.put(StopIteration())
+    except BaseException as error:  # handed to the consumer, whatever it is
+        rows.put(error)

@@ -1,0 +1,218 @@
+"""What a worker gets out of the stream, in which order, and what it is told when reading fails.
+
+That training on it is the same with any number of workers is in tests/training.
+"""
+
+import asyncio
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import damaged
+import numpy as np
+import psutil
+import pytest
+from processes import members
+from pyarrow.fs import LocalFileSystem
+
+from ddpm.data import ray_dataset
+from ddpm.data.corrupt import CorruptData, Substitution
+from ddpm.data.plan import ReadOrder, rank_shard
+from ddpm.data.reading import DataSet, cut
+from ddpm.data.shards import Manifest, Shard, Split
+from ddpm.utils.errors import UserError
+from ddpm.utils.retry import StorageError
+
+
+class Rows:
+    """Stands for a Ray Data iterator that a cluster without a free CPU never serves."""
+
+    def __init__(self, rows: int, hang: bool) -> None:
+        self._rows, self._hang = rows, hang
+
+    def iter_batches(self, **kwargs: Any) -> Iterator[dict[str, int]]:
+        for i in range(self._rows):
+            yield {"row": i}
+        if self._hang:
+            time.sleep(30)
+        raise OSError("the store is gone")
+
+
+def test_silence_becomes_an_error() -> None:
+    rows = ray_dataset._Rows(Rows(2, hang=True), 0.2, 0.3)  # type: ignore[arg-type]
+    assert [next(rows)["row"], next(rows)["row"]] == [0, 1]
+    with pytest.raises(
+        UserError, match=r"no data for 0\.5 s \(stall_timeout_s 0\.2 \+ storage_timeout_s 0\.3\)"
+    ):
+        next(rows)
+
+
+def test_what_reading_raises_is_raised_in_training() -> None:
+    rows = ray_dataset._Rows(Rows(1, hang=False), 5, 0)  # type: ignore[arg-type]
+    next(rows)
+    with pytest.raises(OSError, match="the store is gone"):
+        next(rows)
+
+
+@pytest.mark.parametrize("taken", [0, 1])
+def test_a_worker_that_stops_lets_the_reader_go(taken: int) -> None:
+    others = set(threading.enumerate())
+    rows = ray_dataset._Rows(Rows(1000, hang=True), 5, 0)  # type: ignore[arg-type]
+    for _ in range(taken):
+        next(rows)
+    (reader,) = set(threading.enumerate()) - others
+    del rows
+    reader.join(10)
+    assert not reader.is_alive()
+
+
+def test_a_long_run_is_several_datasets_without_a_seam() -> None:
+    order = ReadOrder(batch_size=128, micro_batch_size=64, total_images=30_000_000)
+    shards = (Shard("train/00000.parquet", 50_000, (1000,) * 50, 1, "", ("",) * 50),)
+    manifest = Manifest("", "", 32, 32, 3, "raw", (), {"train": Split(50_000, "", shards)}, "")
+    data_set = DataSet(LocalFileSystem(), "", manifest, "train")
+    chunks = list(ray_dataset.dataset_chunks(data_set, order, images_seen=12_800))
+    assert all(len(chunk) <= ray_dataset.MAX_TASKS for chunk in chunks) and len(chunks) > 3
+    tasks = [task for chunk in chunks for task in chunk]
+    assert tasks[0][0] == 12_800 and tasks[-1][1] == 30_000_000
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(tasks))
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+ORDER = ReadOrder(
+    batch_size=12, micro_batch_size=3, total_images=120, seed=damaged.PLAN[0], window_rows=damaged.PLAN[1]
+)
+"""Two epochs of the 60 numbers in ten global batches, each of 4 micro-batches; reading tasks of 1 and 4 windows."""
+
+
+def work(
+    data_set: DataSet, order: ReadOrder = ORDER, images_seen: int = 0, world_size: int = 2
+) -> list[dict[str, Any]]:
+    """What each rank takes from its iterator until the end or an error, in a process of its own as in training."""
+    import ray
+
+    class Board:
+        """Hands the value of rank 0 to the others: Ray Train's broadcast without Ray Train."""
+
+        def __init__(self) -> None:
+            self._values: asyncio.Queue[Any] = asyncio.Queue()
+
+        async def put(self, value: Any) -> None:
+            for _ in range(world_size - 1):
+                await self._values.put(value)
+
+        async def get(self) -> Any:
+            return await self._values.get()
+
+    board = ray.remote(num_cpus=0)(Board).remote()
+
+    def take(rank: int) -> dict[str, Any]:
+        taken: dict[str, Any] = {"batches": [], "told": [], "error": None}
+
+        def broadcast(value: Any) -> Any:
+            if rank == 0:
+                ray.get(board.put.remote(value))
+            return ray.get(board.get.remote()) if rank else value
+
+        def on_substitutions(substitutions: list[Substitution]) -> None:
+            taken["told"].append((len(taken["batches"]), substitutions))
+
+        batches = ray_dataset.micro_batches(
+            data_set,
+            order,
+            images_seen,
+            rank=rank,
+            world_size=world_size,
+            broadcast=broadcast,
+            on_substitutions=on_substitutions,
+        )
+        try:
+            for batch in batches:
+                taken["batches"].append((batch.index, batch.image, batch.label))
+        except Exception as error:
+            taken["error"] = error
+        return taken
+
+    worker = ray.remote(num_cpus=0)(take)
+    return ray.get([worker.remote(rank) for rank in range(world_size)])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_stream_is_the_plan_with_its_stand_ins(tmp_path: Path) -> None:
+    location = damaged.prepare(str(tmp_path))
+    damaged.damage_row_group(tmp_path, 0, 1)
+    order = replace(ORDER, on_corrupt="substitute")
+    data_set = ray_dataset.open_data_set(location.uri, timeout_s=0.5)
+    # All; and from where the first part is one image, none for the second rank.
+    for start, stop in ((87, 123), (0, 120)):
+        images = data_set.read(data_set.plan(*damaged.PLAN), start, stop, "substitute")
+        workers = work(data_set, order, start)
+        for rank, worker in enumerate(workers):
+            assert worker["error"] is None
+            mine = [rank_shard(rows, 0, rank, 2, 3) for rows in (images.image, images.label)]
+            expected = list(cut([(mine[0], mine[1])], rank, 2, 12, 3))
+            assert len(worker["batches"]) == len(expected) == (stop - start) // 6
+            for (index, image, label), wanted in zip(worker["batches"], expected, strict=True):
+                assert index == wanted.index
+                assert np.array_equal(image, wanted.image) and np.array_equal(label, wanted.label)
+    assert workers[1]["told"] == []
+    assert tuple(s for _, told in workers[0]["told"] for s in told) == images.substitutions
+    for batches, told in workers[0]["told"]:  # before any of the images that they are about
+        assert min(s.position for s in told) // 12 * 2 >= batches
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_reading_finds_is_raised_in_every_worker(tmp_path: Path) -> None:
+    location = damaged.prepare(str(tmp_path))
+    damaged.rewrite(tmp_path, 2, lambda data: data[:100])
+    data_set = ray_dataset.open_data_set(location.uri, timeout_s=0.5)
+    with pytest.raises(CorruptData) as caught:
+        data_set.read(data_set.plan(*damaged.PLAN), 0, 120)
+    workers = work(data_set)
+    assert [type(worker["error"]) for worker in workers] == [CorruptData] * 2
+    assert [str(worker["error"]) for worker in workers] == [str(caught.value)] * 2
+    # A folder where a file should be is no damage that a checksum could show.
+    damaged.rewrite(tmp_path, 2, lambda data: None)
+    (tmp_path / "train/00002.parquet").mkdir()
+    for policy in ("error", "substitute"):
+        workers = work(data_set, replace(ORDER, on_corrupt=policy))
+        assert [type(worker["error"]) for worker in workers] == [StorageError] * 2
+        assert all(
+            str(worker["error"]).startswith(f"{tmp_path}: storage has failed for") for worker in workers
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_nothing_is_left_of_reading_that_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one reading after the other in one process: of two Datasets to their end, or broken off, or never begun."""
+    data_set = ray_dataset.open_data_set(damaged.prepare(str(tmp_path)).uri)
+
+    def coordinators() -> list[psutil.Process]:
+        return members(psutil.Process().pid, "ray::SplitCoordinator")
+
+    order = replace(ORDER, total_images=12_000)
+    monkeypatch.setattr(ray_dataset, "MAX_TASKS", 1)
+    for taken in (4000, 1, 0):
+        batches = ray_dataset.micro_batches(data_set, order)
+        assert len(list(itertools.islice(batches, taken))) == taken
+        assert len(coordinators()) > 0
+        del batches
+    deadline = time.monotonic() + 60
+    while coordinators() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert coordinators() == []

@@ -1,0 +1,38 @@
+"""docs/examples, as a user runs them."""
+
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import REPO, Background, run_job
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+def checkpoints(results: Path) -> list[Path]:
+    """Those that Ray Train has taken, in order."""
+    return sorted(results.glob("classifier/checkpoint_*/state.pt"))
+
+
+def test_a_classifier_ends_with_the_same_weights_when_a_worker_is_killed(tmp_path: Path) -> None:
+    assert run_job("prepare", "digits", tmp_path / "shards").returncode == 0
+
+    def ended(name: str, kill: bool) -> dict[str, Any]:
+        results = tmp_path / name
+        command = [sys.executable, str(REPO / "docs/examples/train_classifier.py"), "shards", str(results)]
+        with Background(command, log=tmp_path / f"{name}.log", cwd=tmp_path) as job:
+            if kill:
+                job.wait_for(lambda: len(checkpoints(results)) >= 2)
+                (before := job.members("ray::RayTrainWorker"))[1].send_signal(signal.SIGKILL)
+                job.wait_for(lambda: len(set(job.members("ray::RayTrainWorker")) - set(before)) == 2)
+            assert job.wait() == 0, job.output
+        assert "'images_seen': 102400" in job.output
+        return torch.load(checkpoints(results)[-1], weights_only=True)
+
+    killed, undisturbed = ended("killed", kill=True), ended("undisturbed", kill=False)
+    assert killed["images_seen"] == undisturbed["images_seen"] == 102_400
+    assert killed["net"].keys() == undisturbed["net"].keys()
+    assert all(torch.equal(killed["net"][name], value) for name, value in undisturbed["net"].items())
