@@ -19,6 +19,7 @@ from typing import Any
 import ray
 import torch
 import tyro
+from ddpm.build import build_net
 from runtime import processor, write_table
 
 from ddpm.cluster.ray_init import connect
@@ -26,7 +27,7 @@ from ddpm.config import Config, override
 from ddpm.data import builtin, ray_dataset
 from ddpm.presets import DIGITS
 from ddpm.training import fit, worker_group
-from ddpm.training.state import build_net, parameter_count
+from ddpm.training.state import parameter_count
 
 EVERY_STEPS, BATCH_SIZE = 100, 32
 work = worker_group.work

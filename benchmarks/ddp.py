@@ -21,11 +21,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import tyro
+from ddpm.build import build_objective
 from runtime import processor, write_table
 from step_contestants import Case, CaseName, pictures
 from torch import nn
 
-from ddpm.sampling.generate import build_objective
 from ddpm.training.state import State, parameter_count
 from ddpm.utils import images
 from ddpm.utils.generators import PhiloxGenerator

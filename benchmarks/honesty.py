@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import tyro
+from ddpm.build import build_objective
 
 from ddpm.checkpoints import checkpoint
 from ddpm.data.reading import DataSet
@@ -28,9 +29,8 @@ from ddpm.evaluation.context import Candidate, Settings
 from ddpm.evaluation.ranking import agreement
 from ddpm.evaluation.reference import images_of
 from ddpm.evaluation.scores import Score
-from ddpm.sampling.generate import build_objective
-from ddpm.search.evaluator import Jury
-from ddpm.search.event_log import Ledger, best
+from ddpm.search.evaluator import Evaluator
+from ddpm.search.event_log import EventLog, best
 from ddpm.storage import locations
 from ddpm.utils import images
 from ddpm.utils.generators import PhiloxGenerator
@@ -127,7 +127,7 @@ def variance_table(run: str) -> None:
 
 def search_table(run: str) -> None:
     place = locations.resolve(run)
-    trials = best(Ledger.existing(place).trials(), "bits_per_dim")
+    trials = best(EventLog.existing(place).trials(), "bits_per_dim")
     newest = [
         place.child(trial.name).child(checkpoint.name_at(trial.last.images_seen)).uri
         for trial in trials
@@ -136,8 +136,8 @@ def search_table(run: str) -> None:
     train, held_out = data_sets(context.read(newest[:1])[0])
     bits: dict[str, np.ndarray] = {}
     for variance in ("beta_tilde", "measured"):
-        jury = Jury(train, held_out, held_out.rows.num_rows, variance=variance)  # type: ignore[arg-type]
-        bits[variance] = np.array([jury.judge(uri).bits for uri in newest])
+        evaluator = Evaluator(train, held_out, held_out.rows.num_rows, variance=variance)  # type: ignore[arg-type]
+        bits[variance] = np.array([evaluator.judge(uri).bits for uri in newest])
     kid = np.array([trial.drawn["value"] for trial in trials])
     few = few_steps(newest)
     columns: dict[str, np.ndarray] = {

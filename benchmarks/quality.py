@@ -30,6 +30,7 @@ import numpy as np
 import quality_peers as peers
 import torch
 import tyro
+from ddpm.build import build_objective
 from matplotlib.figure import Figure
 from runtime import processor
 from turns import Contestant, Spent, Turn, ended_after, read_turns, spent
@@ -49,7 +50,6 @@ from ddpm.evaluation.features import features_of
 from ddpm.evaluation.metrics import kid
 from ddpm.evaluation.reference import images_of, real_features
 from ddpm.presets import PRESETS
-from ddpm.sampling.generate import build_objective
 from ddpm.storage import locations
 from ddpm.training.state import parameter_count
 from ddpm.utils import images

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from ddpm.build import build_net
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ from ddpm.diffusion import schedules
 from ddpm.diffusion.objectives import Eps, Model, Objective, V
 from ddpm.diffusion.schedules import Schedule
 from ddpm.hub import export
-from ddpm.training.state import build_net, parameter_count
+from ddpm.training.state import parameter_count
 
 EVERY_S = 10.0
 """Seconds of the loop's thread between two snapshots: a clock that stands still while the process does."""

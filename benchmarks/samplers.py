@@ -22,11 +22,11 @@ import tyro
 from matplotlib.figure import Figure
 from runtime import processor
 
-from ddpm.cluster.worker_pool import Fleet
+from ddpm.cluster.worker_pool import WorkerPool
 from ddpm.evaluation import context
 from ddpm.evaluation.features import Features, features_of
 from ddpm.evaluation.scores import Score, score
-from ddpm.sampling.workers import Artist, Request
+from ddpm.sampling.workers import Request, SampleWorker
 from ddpm.utils import images
 from ddpm.utils.progress import Display
 
@@ -80,9 +80,9 @@ def draw(candidate: context.Candidate, way: Way, n: int) -> tuple[np.ndarray, fl
     request = Request(candidate.net.state_dict(), replace(candidate.config, sample=sample))
     pieces = [range(i, min(i + PIECE_IMAGES, n)) for i in range(0, n, PIECE_IMAGES)]
     done: dict[range, np.ndarray] = {}
-    with Fleet(partial(Artist, request)) as fleet, Display(f"{way.name} {way.steps}", n) as display:
+    with WorkerPool(partial(SampleWorker, request)) as pool, Display(f"{way.name} {way.steps}", n) as display:
         began = time.perf_counter()
-        for piece, pixels in fleet.map(Artist.draw, pieces):
+        for piece, pixels in pool.map(SampleWorker.draw, pieces):
             done[piece] = pixels
             display.update(sum(map(len, done)))
         took = time.perf_counter() - began

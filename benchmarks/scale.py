@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import torch
+from ddpm.build import build_net
 from runtime import processor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,7 +35,7 @@ from ddpm.data.prepare import MAX_ROWS_PER_ROW_GROUP, ROW_GROUP_BYTES
 from ddpm.data.ray_dataset import OBJECT_STORE_BYTES
 from ddpm.data.shards import read_row_group, write_shard
 from ddpm.presets import CELEBA64, CIFAR10
-from ddpm.training.state import State, build_net, parameter_count
+from ddpm.training.state import State, parameter_count
 from ddpm.utils.images import png_bytes
 
 OUT = Path(__file__).parent.parent / "docs/scale.md"

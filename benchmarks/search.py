@@ -24,12 +24,12 @@ from runtime import processor, write_table
 
 from ddpm import config as configs
 from ddpm import presets
-from ddpm.checkpoints import runs
 from ddpm.data import ray_dataset
 from ddpm.evaluation.ranking import agreement
+from ddpm.hub import resolve
 from ddpm.search import leaderboard
-from ddpm.search.evaluator import Jury
-from ddpm.search.event_log import Ledger, Trial
+from ddpm.search.evaluator import Evaluator
+from ddpm.search.event_log import EventLog, Trial
 from ddpm.search.trial_manager import said
 from ddpm.storage import locations
 
@@ -120,7 +120,7 @@ def cost(trials: list[Trial], place: locations.Location) -> str:
     )
 
 
-def beaten(arguments: Arguments, place: locations.Location, ledger: Ledger) -> list[str]:
+def beaten(arguments: Arguments, place: locations.Location, events: EventLog) -> list[str]:
     """The best config beside the preset's, both trained with another seed."""
     settings = json.loads(place.child("search.json").read())["settings"]
     best = Path(place.path, "best.json")
@@ -134,8 +134,8 @@ def beaten(arguments: Arguments, place: locations.Location, ledger: Ledger) -> l
     train = ray_dataset.open_configured(config)
     held_out = train.held_out()
     assert held_out is not None, "the search had one"
-    jury = Jury(train, held_out, settings["num_images"], seed=settings["seed"])
-    judged = [jury.judge(runs.checkpoints_of(uri)[-1]) for uri in uris]
+    evaluator = Evaluator(train, held_out, settings["num_images"], seed=settings["seed"])
+    judged = [evaluator.judge(resolve.checkpoints_of(uri)[-1]) for uri in uris]
     mean, error = difference(*(np.array(j.bits) for j in judged))
     rungs = [j.rung(0.0) for j in judged]
     surely = mean + 2 * error < 0
@@ -158,10 +158,10 @@ def beaten(arguments: Arguments, place: locations.Location, ledger: Ledger) -> l
     ]
 
 
-def overhead(ledger: Ledger) -> str:
-    training_s, wall_s = (sum(values) for values in zip(*ledger.shares(), strict=True))
+def overhead(events: EventLog) -> str:
+    training_s, wall_s = (sum(values) for values in zip(*events.shares(), strict=True))
     return (
-        f"Of {wall_s:.0f} s for which {len(ledger.trials())} trials had a seat (ddpm/search/event_log.py says what that "
+        f"Of {wall_s:.0f} s for which {len(events.trials())} trials had a seat (ddpm/search/event_log.py says what that "
         f"is), the loop ran {training_s:.0f} s: {training_s / wall_s:.0%}."
     )
 
@@ -169,15 +169,15 @@ def overhead(ledger: Ledger) -> str:
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     place = locations.resolve(arguments.search)
-    ledger = Ledger.existing(place)
+    events = EventLog.existing(place)
     if arguments.overhead:
-        print(overhead(ledger))
+        print(overhead(events))
         return
-    trials = [trial for trial in ledger.trials() if trial.status == "finished" and trial.drawn]
+    trials = [trial for trial in events.trials() if trial.status == "finished" and trial.drawn]
     lines = [
         "# What a search finds",
         "",
-        f"{len(ledger.trials())} trials, {len(trials)} of them to their end ({arguments.command or 'tune/search.py'}; "
+        f"{len(events.trials())} trials, {len(trials)} of them to their end ({arguments.command or 'tune/search.py'}; "
         f"`python benchmarks/search.py {arguments.search}`). {datetime.date.today()}, {os.cpu_count()} cores of "
         f"{processor()}, torch {torch.__version__}. Ranks count from the best; intervals are standard errors, and "
         "ranks that overlap are a tie.",
@@ -186,9 +186,9 @@ def main() -> None:
         "",
         cost(trials, place),
         "",
-        *beaten(arguments, place, ledger),
+        *beaten(arguments, place, events),
         "",
-        overhead(ledger),
+        overhead(events),
         "",
     ]
     for name in PICTURES:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from ddpm.build import build_net
 from torch import Tensor, nn
 
 from ddpm.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, override
@@ -28,7 +29,7 @@ from ddpm.hub.diffusers_names import diffusers_names
 from ddpm.presets import PRESETS
 from ddpm.training import loop
 from ddpm.training.runtime import LocalRuntime, NoTracker
-from ddpm.training.state import build_net, parameter_count
+from ddpm.training.state import parameter_count
 
 NEVER = {"train.total_images": 10**12, "train.checkpoint_every_images": 0, "train.sample_every_images": 0}
 REFERENCE = Config(  # a small sibling of Ho et al.'s net for CIFAR-10

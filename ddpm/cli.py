@@ -10,7 +10,8 @@ from typing import Any, NoReturn, TextIO
 
 from ddpm import config as configs
 from ddpm import presets
-from ddpm.config import Config, UserError
+from ddpm.config import Config
+from ddpm.utils.errors import UserError
 from ddpm.utils.openmp import bound_spinning
 from ddpm.utils.progress import printable
 

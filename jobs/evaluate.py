@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import tyro
+from ddpm.utils.errors import UserError
 
 from ddpm import cli
-from ddpm.config import UserError
 
 
 @dataclass(frozen=True)

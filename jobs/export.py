@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from ddpm.utils.errors import UserError
 
 from ddpm import cli
-from ddpm.config import UserError
+from ddpm.hub import resolve
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def main() -> None:
         raise UserError(f"{out} exists, and nothing is overwritten; name a new folder")
     import torch
 
-    from ddpm.checkpoints import checkpoint, runs
+    from ddpm.checkpoints import checkpoint
     from ddpm.hub import export, registry
 
     with ExitStack() as stack:
@@ -56,7 +57,10 @@ def main() -> None:
             folder, exported = out, {}
             print(f"checkpoint  {out}")
         else:
-            folder, exported = stack.enter_context(runs.local_checkpoint(arguments.checkpoint)), {kind: out}
+            folder, exported = (
+                stack.enter_context(resolve.local_checkpoint(arguments.checkpoint)),
+                {kind: out},
+            )
             net, config = checkpoint.load_net(folder, torch.device("cpu"), ema=arguments.ema)
             if kind == "pt2":
                 export.to_pt2(net, config, out)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from ddpm.utils.errors import UserError
 
 from ddpm import cli
-from ddpm.config import UserError
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def main() -> None:
     from ddpm.storage.locations import resolve
     from ddpm.utils.progress import Display
 
-    with runs.local_checkpoint(arguments.checkpoint) as folder:
+    with resolve.local_checkpoint(arguments.checkpoint) as folder:
         net, config = checkpoint.load_net(folder, torch.device("cpu"))
         measured = arguments.variance == "measured"
         x_0_error = runs.read_x_0_error(folder, config.schedule.num_timesteps) if measured else None

@@ -7,9 +7,9 @@ MLFLOW_TRACKING_URI, into the run's own MLflow run. Done twice, or while the run
 from dataclasses import dataclass
 
 import tyro
+from ddpm.utils.errors import UserError
 
 from ddpm import cli
-from ddpm.config import UserError
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@ import time
 from pathlib import Path
 
 import torch
+from ddpm.utils.errors import UserError
 from torch import Tensor
-
-from ddpm.config import UserError
 
 
 class Adder:

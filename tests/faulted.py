@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 
 from ddpm.checkpoints import runs
 from ddpm.data.shards import make_manifest, write_manifest, write_shard
+from ddpm.hub import resolve
 from ddpm.storage import locations
 
 TOTAL = 6_400
@@ -53,7 +54,7 @@ class Run:
     def tensors(self, total: int = TOTAL) -> dict[str, torch.Tensor]:
         """Net, EMA and optimizer of the end of the run, after `total` images."""
         assert self.position() == total
-        with runs.local_checkpoint(self.location.uri) as folder:
+        with resolve.local_checkpoint(self.location.uri) as folder:
             return {
                 f"{file}.{name}": tensor
                 for file in ("net", "ema", "optimizer")

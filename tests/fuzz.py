@@ -25,12 +25,13 @@ import numpy as np
 import pyarrow.fs as pafs
 import torch
 import tyro
+from ddpm.utils.errors import UserError
 from forged import forge
 from PIL import Image
 
 from ddpm import config as configs
 from ddpm.checkpoints import checkpoint
-from ddpm.config import UserError, override
+from ddpm.config import override
 from ddpm.data.corrupt import CorruptData
 from ddpm.data.image_folder import store
 from ddpm.data.manifest import make_manifest, manifest_from_json
@@ -38,7 +39,7 @@ from ddpm.data.row_group import decode
 from ddpm.data.shards import read_row_group, write_shard
 from ddpm.presets import DIGITS
 from ddpm.tracking import metrics_buffer
-from ddpm.tracking.metrics_buffer import DamagedSegment, Outbox
+from ddpm.tracking.metrics_buffer import DamagedSegment, MetricsBuffer
 from ddpm.training.state import State
 
 SIDE = 8
@@ -193,11 +194,11 @@ class Segment(Target):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        outbox = Outbox()
-        outbox.metrics({"train/loss": 0.5}, 1)
-        outbox.image("samples", images(1)[0], 1)
-        outbox.artifact("pictures/strip.txt", b"strip")
-        self.seeds = [outbox.take() or b""]
+        buffer = MetricsBuffer()
+        buffer.metrics({"train/loss": 0.5}, 1)
+        buffer.image("samples", images(1)[0], 1)
+        buffer.artifact("pictures/strip.txt", b"strip")
+        self.seeds = [buffer.take() or b""]
 
     def take(self, data: bytes) -> None:
         metrics_buffer.read(data, "segment")

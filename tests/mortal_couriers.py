@@ -1,12 +1,12 @@
 """Couriers that die: forks of this process, each with a SIGKILL right after its n-th change in MLflow.
 
 Its own program since a process with threads, as pytest has them, cannot safely fork. Prints, as JSON lines, the run
-key of each run and how many couriers died on it.
+key of each run and how many uploaders died on it.
 
     python tests/mortal_couriers.py URI FOLDER {each,all} {same,remade}
 
-each: one run for every n: a courier dies there, the next one lives.
-all: one run whose couriers die after 2, 5, 8, ... changes, until one lives.
+each: one run for every n: a uploader dies there, the next one lives.
+all: one run whose uploaders die after 2, 5, 8, ... changes, until one lives.
 remade: after a death the run goes back: the segments are written again, with other times.
 """
 
@@ -28,10 +28,10 @@ CHANGES = ("create_run", "log_batch", "set_tag", "log_artifact", "set_terminated
 STEPS = (32, 64, 96, 128)
 
 
-def write_segments(outbox: Location) -> None:
+def write_segments(buffer: Location) -> None:
     time.sleep(0.002)  # at another millisecond than before
-    tracked.put(outbox, 64, 32, 64)
-    tracked.put(outbox, 128, 96, 128, files=True)
+    tracked.put(buffer, 64, 32, 64)
+    tracked.put(buffer, 128, 96, 128, files=True)
 
 
 def die_after(change: int) -> None:
@@ -53,31 +53,31 @@ def die_after(change: int) -> None:
         setattr(MlflowClient, name, counted(getattr(MlflowClient, name)))
 
 
-def dies(address: Address, outbox: Location, change: int) -> bool:
-    """Whether a courier that is to die after `change` changes does, before everything is delivered."""
+def dies(address: Address, buffer: Location, change: int) -> bool:
+    """Whether a uploader that is to die after `change` changes does, before everything is delivered."""
     pid = os.fork()
     if pid == 0:
         die_after(change)
-        done = tracked.deliver(address, outbox, STEPS[-1])
+        done = tracked.deliver(address, buffer, STEPS[-1])
         os._exit(0 if done.undelivered == 0 and done.ended else 1)
     _, status = os.waitpid(pid, 0)
     if not os.WIFSIGNALED(status) and os.WEXITSTATUS(status) != 0:
-        sys.exit("a courier lived and did not deliver")
+        sys.exit("a uploader lived and did not deliver")
     return os.WIFSIGNALED(status)
 
 
 def main() -> None:
     uri, folder, which, segments = sys.argv[1:]
     for first in range(1, 1000):
-        address, outbox = tracked.address_at(uri), tracked.outbox_in(Path(folder, str(first)))
-        write_segments(outbox)
+        address, buffer = tracked.address_at(uri), tracked.outbox_in(Path(folder, str(first)))
+        write_segments(buffer)
         deaths = 0
         for change in range(2, 1000, 3) if which == "all" else (first, 1000):
-            if not dies(address, outbox, change):
+            if not dies(address, buffer, change):
                 break
             deaths += 1
             if segments == "remade":
-                write_segments(outbox)
+                write_segments(buffer)
         print(json.dumps({"key": address.run_key, "deaths": deaths}), flush=True)
         if which == "all" or deaths == 0:
             return

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import processes
 import pytest
+from ddpm.utils.errors import UserError
 
 from ddpm import cli, presets
-from ddpm.config import UserError
 from ddpm.utils.openmp import SPIN_COUNT
 
 

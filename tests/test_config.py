@@ -4,10 +4,11 @@ import json
 from typing import Any
 
 import pytest
+from ddpm.utils.errors import UserError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm.config import Config, ObjectiveConfig, UserError, flatten, from_json, override, to_json
+from ddpm.config import Config, ObjectiveConfig, flatten, from_json, override, to_json
 from ddpm.presets import PRESETS
 
 JSON = st.recursive(

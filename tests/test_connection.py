@@ -4,9 +4,9 @@ import os
 
 import pytest
 import ray
+from ddpm.utils.errors import UserError
 
 from ddpm.cluster import ray_init
-from ddpm.config import UserError
 
 
 @pytest.mark.parametrize(

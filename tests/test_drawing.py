@@ -12,17 +12,19 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from ddpm.build import build_net, build_objective
+from ddpm.utils.errors import UserError
 from PIL import Image
 from tiny import TINY_NET
 
-from ddpm.config import Config, UserError, override
+from ddpm.config import Config, override
 from ddpm.data import ray_dataset
 from ddpm.data.shards import make_manifest, write_manifest, write_shard
+from ddpm.diffusion.inpainting import Known
 from ddpm.sampling import generate, workers, writers
 from ddpm.sampling.workers import Request
 from ddpm.sampling.writers import Form
 from ddpm.storage.locations import Location, resolve
-from ddpm.training.state import build_net
 from ddpm.utils import images, process
 
 TINY = override(
@@ -84,7 +86,7 @@ def test_png_i_is_image_i(tmp_path: Path) -> None:
     assert [done for done, _ in told] == [0, 4, 8, 10]
     assert all(detail.endswith(" images/s") for _, detail in told[1:])
     net = build_net(TINY).eval()
-    objective = generate.build_objective(TINY)
+    objective = build_objective(TINY)
     torch.set_num_threads(1)
     expected = [
         generate.draw(net, TINY, objective, piece, device=torch.device("cpu")).numpy()
@@ -273,12 +275,12 @@ def test_a_bucket_holds_what_a_folder_holds(form: Form, s3_bucket: str, tmp_path
     assert {name: there.child(name).read() for name in here} == here
 
 
-def known_part(**settings: Any) -> generate.Known:
+def known_part(**settings: Any) -> Known:
     """A picture, and its left half is kept."""
     x_0 = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8)
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., :4] = 1
-    return generate.Known(x_0, mask, **settings)
+    return Known(x_0, mask, **settings)
 
 
 def test_inpainting_keeps_the_picture_where_the_mask_is_white(tmp_path: Path) -> None:

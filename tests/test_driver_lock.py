@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import servers
+from ddpm.utils.errors import UserError
 from processes import REPO
 
-from ddpm.config import UserError
 from ddpm.storage import driver_lock, locations
 from ddpm.storage.driver_lock import DriverLock
 from ddpm.storage.locations import Location

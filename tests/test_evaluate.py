@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ddpm.build import build_objective
+from ddpm.utils.errors import UserError
 from judged import CONFIG, POSITIONS, make_data, make_run
 
 from ddpm.checkpoints import runs
 from ddpm.checkpoints.runs import Run
-from ddpm.config import SampleConfig, UserError, override
+from ddpm.config import SampleConfig, override
 from ddpm.data.manifest import make_manifest, read_manifest, write_manifest
 from ddpm.data.prepare import options_of
 from ddpm.data.reading import DataSet
@@ -23,7 +25,7 @@ from ddpm.evaluation.memorisation import NearerShare
 from ddpm.evaluation.pixels import Pixels
 from ddpm.evaluation.report import Report
 from ddpm.evaluation.scores import Score, score
-from ddpm.sampling import generate
+from ddpm.hub import resolve
 from ddpm.storage import locations
 
 CPU = torch.device("cpu")
@@ -32,7 +34,7 @@ FEW = {"num_images": 150, "features": "pixels", "num_draws": 2}
 
 @pytest.fixture(scope="module", autouse=True)
 def small_pieces() -> Iterator[None]:
-    """Four of the images drawn, three of those held out; and one thread, as in a fleet."""
+    """Four of the images drawn, three of those held out; and one thread, as in a pool."""
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "PIECE_IMAGES", 40)
@@ -64,7 +66,7 @@ def test_numbers_are_those_of_one_batch(run: Run, alone: Report, shards: str) ->
     assert [verdict.images_seen for verdict in alone.verdicts] == list(POSITIONS)
     (candidate,) = context.read([run.location.uri])
     by = context.choose([candidate], Settings(**FEW))  # type: ignore[arg-type]
-    posed = candidate.net, candidate.config, generate.build_objective(candidate.config)
+    posed = candidate.net, candidate.config, build_objective(candidate.config)
     train = by.train.read(by.train.plan(0, 8192), 0, measure.MEASURED_IMAGES)
     held_out = by.held_out.read(by.held_out.plan(0, 8192), 0, 150)
     measured = measure.measure(*posed, train, "measured", device=CPU)
@@ -153,7 +155,7 @@ def test_grey_levels_are_those_of_the_images_judged(alone: Report, tmp_path: Pat
 
 
 def test_what_was_measured_is_kept_with_the_checkpoint(run: Run, alone: Report) -> None:
-    for uri, verdict in zip(runs.checkpoints_of(run.location.uri), alone.verdicts, strict=True):
+    for uri, verdict in zip(resolve.checkpoints_of(run.location.uri), alone.verdicts, strict=True):
         errors = runs.read_x_0_error(Path(uri), CONFIG.schedule.num_timesteps)
         assert errors.shape == (20,) and errors[0] < errors[-1]
         assert (verdict.variance, verdict.variance_is_default) == ("measured", True)
@@ -173,7 +175,7 @@ def test_the_variance_decides_the_bound_and_the_noise_of_ancestral(run: Run, alo
 
 
 def test_of_a_run_the_newest_is_judged_and_a_checkpoint_once(run: Run) -> None:
-    uris = runs.checkpoints_of(run.location.uri)
+    uris = resolve.checkpoints_of(run.location.uri)
     found = context.read([run.location.uri, uris[-1], uris[0]])
     assert [candidate.position["images_seen"] for candidate in found] == [192, 64]
     assert {candidate.run for candidate in found} == {"judged"}
@@ -290,7 +292,7 @@ def test_a_conditional_nets_errors_hold_its_classes(tmp_path: Path, shards: str)
     run = make_run(tmp_path / "runs", shards, override(CONFIG, {"model.num_classes": 10}))
     (verdict,) = judged(run.location.uri).verdicts
     (candidate,) = context.read([run.location.uri])
-    posed = candidate.net, candidate.config, generate.build_objective(candidate.config)
+    posed = candidate.net, candidate.config, build_objective(candidate.config)
     drawn, _ = measure.drawn_features(*posed, Pixels((8, 8, 1)), range(150), device=CPU)
     by = context.choose([candidate], Settings(**FEW))  # type: ignore[arg-type]
     held, free = (score("pixels", drawn, by.real, label=label) for label in (np.arange(150) % 10, None))

@@ -8,19 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from ddpm.build import build_net, build_objective, build_sampler
+from ddpm.utils.errors import UserError
 from safetensors.torch import load_file, save_file
 from tiny import TINY_NET
 from torch import Tensor
 
 from ddpm.checkpoints import checkpoint
-from ddpm.config import Config, UserError, override
+from ddpm.config import Config, override
 from ddpm.diffusion import schedules
 from ddpm.diffusion.samplers import PerImageNoise
 from ddpm.hub import export
 from ddpm.models.unet import UNet
 from ddpm.presets import CIFAR10
-from ddpm.sampling import generate
-from ddpm.training.state import State, build_net
+from ddpm.training.state import State
 from ddpm.utils.generators import TorchGenerator
 from ddpm.utils.seeding import torch_seed
 
@@ -109,11 +110,11 @@ def make_net(config: Config) -> UNet:
 
 def our_images(net: UNet, config: Config, label: int | None = None) -> Tensor:
     """[B, C, H, W] in [0, 1], as the sampler that `config` describes draws them."""
-    objective = generate.build_objective(config)
+    objective = build_objective(config)
     labels = None if label is None else torch.full((len(SEEDS),), label)
     generators = [TorchGenerator(seed, device=torch.device("cpu")) for seed in SEEDS]
     noise = PerImageNoise(generators, (config.model.channels, 8, 8))
-    x = generate.build_sampler(config)(lambda x_t, t: objective.denoise(net, x_t, t, labels), noise)
+    x = build_sampler(config)(lambda x_t, t: objective.denoise(net, x_t, t, labels), noise)
     return (x / 2 + 0.5).clamp(0, 1)
 
 
@@ -203,7 +204,7 @@ def test_what_comes_back_is_what_left(changes: dict[str, Any], tmp_path: Path) -
     assert (known.model, known.schedule, known.objective) == (config.model, config.schedule, config.objective)
     left = config.sample.resolved(config.objective)
     assert (known.sample.mean, known.sample.variance) == (left.mean, left.variance)
-    generate.build_sampler(known)
+    build_sampler(known)
     state = State.create(known, CPU)
     checkpoint.load(tmp_path / "back", state, known)
     assert (state.step, state.images_seen) == (0, 0)

@@ -21,6 +21,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 import torch
+from ddpm.utils.errors import UserError
 from forged import forge
 from fuzz import TARGETS, Target
 from hypothesis import HealthCheck, given, settings
@@ -29,7 +30,7 @@ from PIL import Image
 from processes import REPO
 
 from ddpm.checkpoints import checkpoint
-from ddpm.config import Config, UserError, override, to_json
+from ddpm.config import Config, override, to_json
 from ddpm.data.corrupt import CorruptData
 from ddpm.data.huggingface import HuggingFace
 from ddpm.data.image_folder import Folder, store

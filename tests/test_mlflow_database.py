@@ -77,9 +77,9 @@ def test_a_first_run_stopped_at_any_moment_leaves_no_broken_database(
         stopped += was_stopped
         database.unlink(missing_ok=True)  # of one that was done before
     assert stopped >= NUM_KILLS // 2
-    address, outbox = address_at(f"sqlite:///{database}"), outbox_in(tmp_path / "run")
-    put(outbox, 64, 64)
-    assert deliver(address, outbox, 64).undelivered == 0
+    address, buffer = address_at(f"sqlite:///{database}"), outbox_in(tmp_path / "run")
+    put(buffer, 64, 64)
+    assert deliver(address, buffer, 64).undelivered == 0
     assert_once(address, 64)
     assert {path.name for path in folder.iterdir()} == {"mlflow.db", "mlruns"}  # nothing of the killed
 

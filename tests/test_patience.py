@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
+from ddpm.utils.errors import UserError
 
-from ddpm.config import UserError
-from ddpm.utils.retry import LONGEST_ANSWER, StorageError, answer, patiently
+from ddpm.utils.retry import LONGEST_ANSWER, StorageError, answer, retry_io
 
 
 class Falters:
@@ -27,7 +27,7 @@ class Falters:
 def test_it_goes_on_until_there_is_an_answer() -> None:
     told: list[OSError] = []
     error = OSError("busy")
-    assert patiently(Falters(3, error), where="s3://b", timeout_s=60, before_retry=told.append) == 4
+    assert retry_io(Falters(3, error), where="s3://b", timeout_s=60, before_retry=told.append) == 4
     assert told == [error] * 3
 
 
@@ -35,7 +35,7 @@ def test_down_for_good_is_one_line_that_says_all() -> None:
     told: list[OSError] = []
     call = Falters(float("inf"), OSError("AWS Error SLOW_DOWN:\n  reduce your\trate"))
     with pytest.raises(StorageError) as caught:
-        patiently(call, where="s3://bucket/runs", timeout_s=0.5, before_retry=told.append)
+        retry_io(call, where="s3://bucket/runs", timeout_s=0.5, before_retry=told.append)
     expected = (
         r"s3://bucket/runs: storage has failed for \d+ s \(--run\.storage-timeout-s 0\.5\); its last answer: "
         r"AWS Error SLOW_DOWN: reduce your rate"
@@ -48,7 +48,7 @@ def test_down_for_good_is_one_line_that_says_all() -> None:
 def test_without_time_there_is_one_try() -> None:
     call = Falters(1, OSError("no"))
     with pytest.raises(StorageError, match="no"):
-        patiently(call, where="disk", timeout_s=0)
+        retry_io(call, where="disk", timeout_s=0)
     assert call.calls == 1
 
 
@@ -62,7 +62,7 @@ def test_the_last_try_begins_at_the_time_out() -> None:
         raise OSError("no")
 
     with pytest.raises(StorageError):
-        patiently(call, where="disk", timeout_s=1.5)
+        retry_io(call, where="disk", timeout_s=1.5)
     assert tries[-1] >= 1.5
 
 
@@ -72,7 +72,7 @@ def test_the_last_try_begins_at_the_time_out() -> None:
 def test_what_waiting_does_not_mend_is_raised_at_once(error: Exception) -> None:
     call = Falters(1, error)
     with pytest.raises(type(error)) as caught:
-        patiently(call, where="disk", timeout_s=60)
+        retry_io(call, where="disk", timeout_s=60)
     assert caught.value is error and call.calls == 1
 
 

@@ -18,7 +18,7 @@ from ddpm.tracking.metrics_buffer import (
     Artifact,
     DamagedSegment,
     Metrics,
-    Outbox,
+    MetricsBuffer,
     Picture,
     parse_name,
     segment_name,
@@ -31,13 +31,13 @@ FILE = {"kind": "artifact", "name": "a.txt", "file": "files/000000"}
 IMAGE = {"kind": "image", "key": "k", "file": "files/000000", "images_seen": 1, "timestamp_ms": 2}
 
 
-def filled() -> Outbox:
-    outbox = Outbox()
-    outbox.metrics({"train/loss": 0.1, "odd": float("nan")}, 64)
-    outbox.image("samples", GREY, 64)
-    outbox.artifact("pictures/card.txt", b"\x00card")
-    outbox.metrics({"up": float("inf"), "down": float("-inf"), "step": np.float32(0.5)}, 2**40)
-    return outbox
+def filled() -> MetricsBuffer:
+    buffer = MetricsBuffer()
+    buffer.metrics({"train/loss": 0.1, "odd": float("nan")}, 64)
+    buffer.image("samples", GREY, 64)
+    buffer.artifact("pictures/card.txt", b"\x00card")
+    buffer.metrics({"up": float("inf"), "down": float("-inf"), "step": np.float32(0.5)}, 2**40)
+    return buffer
 
 
 def segment(*lines: Any, compression: int = zipfile.ZIP_STORED, **files: bytes) -> bytes:
@@ -52,8 +52,8 @@ def segment(*lines: Any, compression: int = zipfile.ZIP_STORED, **files: bytes) 
 
 
 def test_what_is_gathered_comes_back_in_order_and_once() -> None:
-    outbox = filled()
-    data = outbox.take()
+    buffer = filled()
+    data = buffer.take()
     assert data is not None
     first, picture, artifact, last = metrics_buffer.read(data, "here")
     assert isinstance(first, Metrics) and isinstance(picture, Picture) and isinstance(last, Metrics)
@@ -67,18 +67,18 @@ def test_what_is_gathered_comes_back_in_order_and_once() -> None:
         assert np.array_equal(np.asarray(image), GREY[:, :, 0])
     assert artifact == Artifact("pictures/card.txt", b"\x00card")
     assert metrics_buffer.count(io.BytesIO(data), "here") == 4
-    assert outbox.take() is None
+    assert buffer.take() is None
 
 
 def test_nothing_gathered_is_no_segment() -> None:
-    assert Outbox().take() is None
+    assert MetricsBuffer().take() is None
 
 
 def test_what_follows_a_take_is_in_the_next_segment() -> None:
-    outbox = filled()
-    outbox.take()
-    outbox.artifact("later.txt", b"")
-    data = outbox.take()
+    buffer = filled()
+    buffer.take()
+    buffer.artifact("later.txt", b"")
+    data = buffer.take()
     assert data is not None
     assert metrics_buffer.read(data, "here") == [Artifact("later.txt", b"")]
 
@@ -92,7 +92,7 @@ def test_any_name_and_value_comes_back(values: dict[str, float], images_seen: in
 @pytest.mark.parametrize("shape", [(8, 8), (8, 8, 2), (8, 8, 4), (1, 8, 8, 3)])
 def test_an_array_that_is_no_image_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"image samples is uint8 .*; it must be uint8 \[H, W, C\]"):
-        Outbox().image("samples", np.zeros(shape, np.uint8), 0)
+        MetricsBuffer().image("samples", np.zeros(shape, np.uint8), 0)
 
 
 BAD_PATHS = ["", ".", "..", "../a", "/a", "a/../b", "a//b", "a/", "a\\b", "c:a", "a\n"]
@@ -101,7 +101,7 @@ BAD_PATHS = ["", ".", "..", "../a", "/a", "a/../b", "a//b", "a/", "a\\b", "c:a",
 @pytest.mark.parametrize("name", BAD_PATHS)
 def test_an_artifact_stays_in_its_folder(name: str) -> None:
     with pytest.raises(ValueError, match="no relative path"):
-        Outbox().artifact(name, b"")
+        MetricsBuffer().artifact(name, b"")
     with pytest.raises(DamagedSegment, match="an artifact is called"):
         metrics_buffer.read(segment(FILE | {"name": name}, _000000=b""), "here")
 

@@ -14,6 +14,7 @@ import pytest
 import requests
 import servers
 import torch
+from ddpm.utils.errors import UserError
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.models import Model
@@ -21,9 +22,9 @@ from processes import program
 from safetensors.torch import load_file
 from tiny import TINY_NET
 
-from ddpm.checkpoints import checkpoint, runs
-from ddpm.config import UserError, override
-from ddpm.hub import registry
+from ddpm.checkpoints import checkpoint
+from ddpm.config import override
+from ddpm.hub import registry, resolve
 from ddpm.tracking.mlflow_runs import RUN_KEY_TAG
 from ddpm.training.state import State
 
@@ -87,7 +88,7 @@ def test_what_is_registered_is_found_again_by_its_alias(
     assert (version.version, version.run_id) == ("1", run_id)
     assert mlflow.get_run(run_id).info.status == "FINISHED"
 
-    with runs.local_checkpoint(f"models:/{name}@champion") as found:
+    with resolve.local_checkpoint(f"models:/{name}@champion") as found:
         back, config = checkpoint.load_net(found, CPU)
         assert checkpoint.read_state(found) == checkpoint.read_state(folder)
     assert not found.exists()
@@ -119,7 +120,7 @@ def test_a_registered_model_says_what_it_takes_and_holds_no_pickle(
 
 def test_what_is_not_there_is_a_line(mlflow: MlflowClient, name: str) -> None:
     for uri in (f"models:/{name}@champion", f"models:/{name}/1", "models:/", f"models:/{name}"):
-        with pytest.raises(UserError, match=r"^MLflow at http") as caught, runs.local_checkpoint(uri):
+        with pytest.raises(UserError, match=r"^MLflow at http") as caught, resolve.local_checkpoint(uri):
             pass
         assert "\n" not in str(caught.value)
 

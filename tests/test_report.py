@@ -14,7 +14,7 @@ from rich.console import Console
 from ddpm.config import SampleConfig
 from ddpm.evaluation import plots, report
 from ddpm.evaluation.memorisation import NearerShare, Pairs
-from ddpm.evaluation.report import Drawn, Report, Verdict
+from ddpm.evaluation.report import CheckpointResult, Drawn, Report
 from ddpm.evaluation.scores import Score
 
 METRICS = (
@@ -59,9 +59,9 @@ def near(low: float, steps: int = 50, **changes: Any) -> Drawn:
     return replace(drawn(1, steps), scores=(nearer(low, **changes),), nearest=f"PNG {low}".encode())
 
 
-def verdict(i: int, *ways: Drawn, run: str = "a", **changes: Any) -> Verdict:
+def verdict(i: int, *ways: Drawn, run: str = "a", **changes: Any) -> CheckpointResult:
     bits = tuple(Score(name, 4.5678901 - i / 10 + j, 0.05, 90) for j, name in enumerate(TERMS))
-    made = Verdict(
+    made = CheckpointResult(
         f"runs/{run}/checkpoint-{i}",
         f"sha{i}",
         run,
@@ -78,7 +78,7 @@ def verdict(i: int, *ways: Drawn, run: str = "a", **changes: Any) -> Verdict:
     return replace(made, **changes)
 
 
-def made(*verdicts: Verdict, grey_levels: int = 256) -> Report:
+def made(*verdicts: CheckpointResult, grey_levels: int = 256) -> Report:
     settings = {"features": {"name": "pixels", "size": 64}, "data": {"grey_levels": grey_levels}}
     return Report(settings, verdicts)
 
@@ -240,7 +240,7 @@ def test_memorisation_is_remarked_on_where_the_interval_is_clearly_above_what_is
 
 
 def test_each_picture_of_the_nearest_has_a_name_of_its_own() -> None:
-    def names(*verdicts: Verdict) -> list[str]:
+    def names(*verdicts: CheckpointResult) -> list[str]:
         return [name for name, _, _ in report.nearest_pictures(made(*verdicts), "s3://b.c/d/out.json")]
 
     assert names(verdict(1, near(0.0))) == ["s3://b.c/d/out-nearest.png"]

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import servers
+from ddpm.utils.errors import UserError
 from mlflow import MlflowClient
 from mlflow.artifacts import load_dict
 from mlflow.entities import Run
 from test_report import drawn, made, near, verdict
 
-from ddpm.config import UserError
 from ddpm.evaluation import publish
 from ddpm.evaluation.report import Report
 from ddpm.storage import locations

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from ddpm.utils.errors import UserError
 
 from ddpm.checkpoints import checkpoint, runs
-from ddpm.config import Config, UserError, override
+from ddpm.config import Config, override
+from ddpm.hub import resolve
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
 
@@ -121,7 +123,7 @@ def test_a_run_folder_means_its_newest_whole_checkpoint(root: str) -> None:
     for images_seen in (3_000, 20_000):
         write_checkpoint(run, images_seen)
     write_checkpoint(run, 100_000, whole=False)
-    with runs.local_checkpoint(run.uri) as folder:
+    with resolve.local_checkpoint(run.uri) as folder:
         assert (folder / "net.safetensors").read_text() == "net after 20000"
         assert sorted(path.name for path in folder.iterdir()) == ["checksums.json", "net.safetensors"]
 
@@ -130,20 +132,20 @@ def test_a_checkpoint_folder_means_itself(root: str) -> None:
     run = runs.open_run("a", root).location
     older, _ = write_checkpoint(run, 3_000), write_checkpoint(run, 20_000)
     for uri in (older.uri, older.uri + "/"):
-        with runs.local_checkpoint(uri) as folder:
+        with resolve.local_checkpoint(uri) as folder:
             assert (folder / "net.safetensors").read_text() == "net after 3000"
 
 
 def test_on_disk_a_checkpoint_is_used_where_it_lies(tmp_path: Path) -> None:
     lies = write_checkpoint(runs.open_run("a", str(tmp_path)).location, 1)
-    with runs.local_checkpoint("a") as folder:  # relative: every test runs in its tmp_path
+    with resolve.local_checkpoint("a") as folder:  # relative: every test runs in its tmp_path
         assert folder == Path(lies.path)
     assert folder.exists()
 
 
 def test_a_download_is_gone_afterwards(s3_bucket: str) -> None:
     write_checkpoint(runs.open_run("a", s3_bucket).location, 1)
-    with runs.local_checkpoint(f"{s3_bucket}/a") as folder:
+    with resolve.local_checkpoint(f"{s3_bucket}/a") as folder:
         assert (folder / "net.safetensors").exists()
     assert not folder.exists()
 
@@ -164,7 +166,7 @@ def test_a_download_is_gone_afterwards(s3_bucket: str) -> None:
 def test_measured_errors_are_those_of_these_weights(tmp_path: Path, harm: Callable[[Any], Any]) -> None:
     (tmp_path / "checksums.json").write_text(json.dumps({"ema.safetensors": "a" * 64}))
     errors = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
-    runs.keep_x_0_error(str(tmp_path), "a" * 64, errors)
+    resolve.keep_x_0_error(str(tmp_path), "a" * 64, errors)
     assert torch.equal(runs.read_x_0_error(tmp_path, 3), errors)
     file = tmp_path / runs.X_0_ERROR
     file.write_text(json.dumps(harm(json.loads(file.read_text()))))
@@ -173,22 +175,22 @@ def test_measured_errors_are_those_of_these_weights(tmp_path: Path, harm: Callab
 
 
 def test_nothing_is_left_where_a_checkpoint_is_gone(tmp_path: Path) -> None:
-    runs.keep_x_0_error(str(tmp_path / "gone"), "a" * 64, torch.ones(3))
+    resolve.keep_x_0_error(str(tmp_path / "gone"), "a" * 64, torch.ones(3))
     assert not (tmp_path / "gone").exists()
 
 
 def test_where_nothing_lies_that_is_said(root: str) -> None:
     with pytest.raises(UserError, match="/a does not exist; expected a checkpoint folder"), \
-            runs.local_checkpoint(f"{root}/a"):  # fmt: skip
+            resolve.local_checkpoint(f"{root}/a"):  # fmt: skip
         pass
     run = runs.open_run("a", root).location
     write_checkpoint(run, 5, whole=False)
-    with pytest.raises(UserError, match=r"/a holds no checkpoint"), runs.local_checkpoint(run.uri):
+    with pytest.raises(UserError, match=r"/a holds no checkpoint"), resolve.local_checkpoint(run.uri):
         pass
 
 
 def test_a_file_is_no_checkpoint(root: str) -> None:
     run = runs.open_run("a", root).location
     with pytest.raises(UserError, match=r"/run\.json .*checkpoint"), \
-            runs.local_checkpoint(f"{run.uri}/run.json"):  # fmt: skip
+            resolve.local_checkpoint(f"{run.uri}/run.json"):  # fmt: skip
         pass

@@ -8,8 +8,8 @@ import boto3
 import proxy
 import pytest
 import servers
+from ddpm.utils.errors import UserError
 
-from ddpm.config import UserError
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
 

@@ -12,14 +12,15 @@ from typing import Any
 
 import ray
 import torch
+from ddpm.utils.errors import UserError
 from ray import tune
 
 from ddpm import config as configs
-from ddpm.config import Config, UserError
+from ddpm.config import Config
 from ddpm.data.reading import DataSet
-from ddpm.search.evaluator import Jury
+from ddpm.search.evaluator import Evaluator
 from ddpm.search.event_log import name_of
-from ddpm.search.runner import Attempt, News, Trained
+from ddpm.search.runner import News, Trained, TrialRunner
 from ddpm.training import run_state
 from ddpm.training.worker_group import PersistentWorkerGroup
 
@@ -36,7 +37,7 @@ class Spec:
     """Without what the search changes; run.storage is the search's folder."""
     data_set: DataSet
     rungs: list[int]
-    jury: Jury
+    evaluator: Evaluator
     env: Mapping[str, str]
     parent_run_id: str | None
     verbose: bool
@@ -61,7 +62,7 @@ class Driver(tune.Trainable):
             torch.set_num_threads(spec.config.cluster.threads_per_worker)
         self._spec, self._group = spec, PersistentWorkerGroup(spec.config, spec.verbose)
         self._news: queue.Queue[tuple[int, News]] = queue.Queue()
-        self._attempt: Attempt | None = None
+        self._attempt: TrialRunner | None = None
         self._next: dict[str, Any] | None = config
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -102,15 +103,15 @@ class Driver(tune.Trainable):
             self._attempt.close()
         self._group.close(LEAVING_S)
 
-    def _begin(self, trial: dict[str, Any]) -> Attempt:
+    def _begin(self, trial: dict[str, Any]) -> TrialRunner:
         spec, number = self._spec, trial["number"]
         own = configs.override(spec.config, {**trial["changes"], "run.name": name_of(number)})
         self._number = number
-        return Attempt(
+        return TrialRunner(
             own,
             spec.data_set,
             spec.rungs,
-            spec.jury,
+            spec.evaluator,
             self._group,
             lambda news: self._news.put((number, news)),
             spec.parent_run_id,

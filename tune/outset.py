@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import space as spaces
+from ddpm.utils.errors import UserError
 from space import Space
 
 from ddpm import config as configs
 from ddpm.checkpoints import runs
-from ddpm.config import Config, UserError
+from ddpm.config import Config
 from ddpm.data import builtin, ray_dataset
 from ddpm.data.reading import DataSet
-from ddpm.search.evaluator import Jury
+from ddpm.search.evaluator import Evaluator
 from ddpm.search.event_log import rungs
 from ddpm.storage.locations import Location, resolve
 from ddpm.training import loop
@@ -42,7 +43,7 @@ class Outset:
     space: Space
     rungs: list[int]
     train: DataSet
-    jury: Jury
+    evaluator: Evaluator
     settings: dict[str, Any]
     """All that decides what its trials are."""
 
@@ -134,6 +135,6 @@ def settled(chosen: "Arguments") -> Outset:
         found,
         at,
         train,
-        Jury(train, held_out, chosen.num_images, seed=chosen.seed, variance=chosen.variance),
+        Evaluator(train, held_out, chosen.num_images, seed=chosen.seed, variance=chosen.variance),
         settings,
     )

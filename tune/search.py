@@ -50,7 +50,7 @@ class Arguments:
     num_images: int = 512
     """Held-out images by which trials are judged, at most."""
     seed: int = 0
-    """Of the searcher and of the jury's noise; train.seed is that of all trials."""
+    """Of the searcher and of the evaluator's noise; train.seed is that of all trials."""
     finalists: int = 3
     """So many of the best are drawn from, and compared by KID."""
     drawn_images: int = 1000
@@ -86,25 +86,25 @@ def _search(chosen: Arguments, search: "Outset", lock: "DriverLock") -> int:
 
     from ddpm.cluster import ray_init, resources
     from ddpm.search import leaderboard, publish
-    from ddpm.search.event_log import Ledger
+    from ddpm.search.event_log import EventLog
 
     began = time.monotonic()
     ray_init.connect(chosen.verbose)
     config = resources.shared(search.base, chosen.max_concurrent)
     resources.check_storage(config)
     # From here on the name has its settings: whatever could be mended by another flag has been checked.
-    ledger = Ledger(search.place, search.settings, search.base.run.storage_timeout_s)
-    board = Scoreboard(ledger.trials, chosen.num_trials)
-    contest = study.contest(chosen, search, ledger, board.news)
-    parent = publish.address(ledger, search.name, config.run.experiment)
+    events = EventLog(search.place, search.settings, search.base.run.storage_timeout_s)
+    board = Scoreboard(events.trials, chosen.num_trials)
+    manager = study.manager(chosen, search, events, board.news)
+    parent = publish.address(events, search.name, config.run.experiment)
     parent_run_id = publish.open_parent(parent, search.params, print)
     with study.Interruption(lambda: lock.is_lost) as interruption:
         env, stop = study.environment(parent.uri), interruption.state
         spec = study.Spec(
-            config, search.train, search.rungs, search.jury, env, parent_run_id, chosen.verbose, stop
+            config, search.train, search.rungs, search.evaluator, env, parent_run_id, chosen.verbose, stop
         )
         with board:
-            study.run(contest, spec, chosen.max_concurrent, interruption)
+            study.run(manager, spec, chosen.max_concurrent, interruption)
     lock.check()
     if interruption.signal is not None:
         publish.interrupted(parent)
@@ -112,19 +112,19 @@ def _search(chosen: Arguments, search: "Outset", lock: "DriverLock") -> int:
         return 128 + interruption.signal
     of_best = search.place, chosen.metric
     leaderboard.draw_finalists(
-        ledger,
+        events,
         *of_best,
         num_finalists=chosen.finalists,
         num_images=chosen.drawn_images,
         features=chosen.features,
         seed=chosen.seed,
     )
-    found = leaderboard.standings(ledger.trials(), *of_best, search.base)
+    found = leaderboard.standings(events.trials(), *of_best, search.base)
     Console(width=None if sys.stdout.isatty() else 200).print(leaderboard.table(found))
     for line in leaderboard.remarks(found, chosen.metric):
         print(line)
     print(f"searched    {len(found)} trials, {time.monotonic() - began:.0f} s")
-    for line in publish.store(ledger, *of_best, search.base, search.jury.held_out, parent):
+    for line in publish.store(events, *of_best, search.base, search.evaluator.held_out, parent):
         print(line)
     return 0 if any(standing.by_bits for standing in found) else 1
 

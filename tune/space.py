@@ -33,9 +33,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from ddpm.utils.errors import UserError
 
 from ddpm import config as configs
-from ddpm.config import Config, UserError
+from ddpm.config import Config
 from ddpm.training import loop
 
 KINDS = {

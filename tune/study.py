@@ -1,6 +1,6 @@
-"""A search on Ray Tune: trials run, are proposed by Optuna and stopped by ASHA, and what happens is in the ledger.
+"""A search on Ray Tune: trials run, are proposed by Optuna and stopped by ASHA, and what happens is in the events.
 
-Tune starts and watches the trials' drivers. Who comes next and who goes on is the contest's to say
+Tune starts and watches the trials' drivers. Who comes next and who goes on is the manager's to say
 (ddpm/search/trial_manager.py), so that a search that was killed goes on: Tune's own state lies in a temporary
 folder and is never read back.
 
@@ -27,8 +27,8 @@ from space import Choice, Domain, Space
 
 from ddpm.cluster import ray_init
 from ddpm.cluster.resources import DRIVER_CPUS
-from ddpm.search.event_log import Ledger, Status, name_of
-from ddpm.search.trial_manager import Contest, Proposer, Stopper
+from ddpm.search.event_log import EventLog, Status, name_of
+from ddpm.search.trial_manager import Proposer, Stopper, TrialManager
 from ddpm.training import run_state
 from ddpm.training.monitor import SIGNALS
 
@@ -40,20 +40,20 @@ MAX_DEATHS = 3
 
 
 class Referee(FIFOScheduler):
-    """Passes on to the contest what Tune hears of trials, and back whether they go on."""
+    """Passes on to the manager what Tune hears of trials, and back whether they go on."""
 
-    def __init__(self, contest: Contest) -> None:
+    def __init__(self, manager: TrialManager) -> None:
         super().__init__()
-        self._contest = contest
+        self._manager = manager
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
         number, goes_on = result["number"], False  # it may be of the trial that had the seat before
         if "rung" in result:
-            goes_on = self._contest.judged(number, result["rung"])
+            goes_on = self._manager.judged(number, result["rung"])
         elif "training_s" in result:
-            goes_on = not self._contest.trained(number, result["training_s"])
+            goes_on = not self._manager.trained(number, result["training_s"])
         elif "failed" in result:
-            self._contest.failed(number, result["failed"])
+            self._manager.failed(number, result["failed"])
         own = number == trial.config["number"]
         return TrialScheduler.CONTINUE if goes_on or not own else TrialScheduler.STOP
 
@@ -109,14 +109,14 @@ class Interruption(tune.Callback):
 
 
 class Starter(Searcher):
-    """Gives Tune the contest's next trial."""
+    """Gives Tune the manager's next trial."""
 
-    def __init__(self, contest: Contest, interruption: Interruption) -> None:
+    def __init__(self, manager: TrialManager, interruption: Interruption) -> None:
         super().__init__()
-        self._contest, self._interruption = contest, interruption
+        self._manager, self._interruption = manager, interruption
 
     def suggest(self, trial_id: str) -> Any:
-        found = None if self._interruption.came else self._contest.next()
+        found = None if self._interruption.came else self._manager.next()
         return Searcher.FINISHED if found is None else {"number": found[0], "changes": found[1]}
 
     def on_trial_complete(
@@ -127,11 +127,11 @@ class Starter(Searcher):
 class Deaths(tune.Callback):
     """Notes trials whose process died too often."""
 
-    def __init__(self, contest: Contest) -> None:
-        self._contest = contest
+    def __init__(self, manager: TrialManager) -> None:
+        self._manager = manager
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        self._contest.failed(trial.config["number"], f"its process died more than {MAX_DEATHS} times")
+        self._manager.failed(trial.config["number"], f"its process died more than {MAX_DEATHS} times")
 
 
 class OptunaProposer:
@@ -210,8 +210,10 @@ class NobodyStops:
         return True
 
 
-def contest(chosen: "Arguments", search: Outset, ledger: Ledger, news: Callable[[str], None]) -> Contest:
-    """The contest of a search, as far as its ledger has come."""
+def manager(
+    chosen: "Arguments", search: Outset, events: EventLog, news: Callable[[str], None]
+) -> TrialManager:
+    """The manager of a search, as far as its events has come."""
     proposer: Proposer
     if chosen.searcher == "optuna":
         proposer = OptunaProposer(search.space, chosen.seed)
@@ -220,21 +222,21 @@ def contest(chosen: "Arguments", search: Outset, ledger: Ledger, news: Callable[
         proposer = ListProposer(search.space, chosen.seed, grid_points)
     halves = chosen.scheduler == "asha" and len(search.rungs) > 1
     stopper: Stopper = Asha(search.rungs, chosen.reduction_factor) if halves else NobodyStops()
-    return Contest(ledger, proposer, stopper, chosen.metric, chosen.num_trials, search.rungs[-1], news)
+    return TrialManager(events, proposer, stopper, chosen.metric, chosen.num_trials, search.rungs[-1], news)
 
 
-def run(contest: Contest, spec: Spec, max_concurrent: int, interruption: Interruption) -> None:
-    """Run what is left of the contest's trials on the connected Ray cluster, `max_concurrent` at a time.
+def run(manager: TrialManager, spec: Spec, max_concurrent: int, interruption: Interruption) -> None:
+    """Run what is left of the manager's trials on the connected Ray cluster, `max_concurrent` at a time.
 
     A driver that dies takes the last verdict of the trial before with it: that trial gets a seat of its own then.
     """
-    while not contest.is_over and not interruption.came:
-        _run(contest, spec, max_concurrent, interruption)
-        contest.recall()
+    while not manager.is_over and not interruption.came:
+        _run(manager, spec, max_concurrent, interruption)
+        manager.recall()
 
 
-def _run(contest: Contest, spec: Spec, max_concurrent: int, interruption: Interruption) -> None:
-    # What goes wrong with a trial is in the ledger, in a line.
+def _run(manager: TrialManager, spec: Spec, max_concurrent: int, interruption: Interruption) -> None:
+    # What goes wrong with a trial is in the events, in a line.
     level = logging.INFO if spec.verbose else logging.CRITICAL
     logging.getLogger("ray.tune").setLevel(level)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints a box whatever it is told (2.60)
@@ -243,9 +245,9 @@ def _run(contest: Contest, spec: Spec, max_concurrent: int, interruption: Interr
         tuner = tune.Tuner(
             tune.with_resources(driver, {"CPU": DRIVER_CPUS}),
             tune_config=tune.TuneConfig(
-                search_alg=Starter(contest, interruption),
-                scheduler=Referee(contest),
-                num_samples=contest.num_left,
+                search_alg=Starter(manager, interruption),
+                scheduler=Referee(manager),
+                num_samples=manager.num_left,
                 max_concurrent_trials=max_concurrent,
                 reuse_actors=True,
             ),
@@ -253,7 +255,7 @@ def _run(contest: Contest, spec: Spec, max_concurrent: int, interruption: Interr
                 name="search",
                 storage_path=folder,
                 verbose=0,
-                callbacks=[Deaths(contest), interruption],
+                callbacks=[Deaths(manager), interruption],
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 failure_config=tune.FailureConfig(max_failures=MAX_DEATHS),
             ),

@@ -24,10 +24,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ddpm import config as configs
-from ddpm.config import Config, UserError
+from ddpm.build import build_net
+from ddpm.config import Config
 from ddpm.models import unet
-from ddpm.training.state import State, build_net
+from ddpm.training.state import State
 from ddpm.utils import files
+from ddpm.utils.errors import UserError
 from ddpm.utils.seeding import GENERATOR
 
 CHECKSUMS = "checksums.json"

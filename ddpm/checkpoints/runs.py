@@ -19,10 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from ddpm.checkpoints import checkpoint
-from ddpm.config import Config, UserError
+from ddpm.config import Config
 from ddpm.hub import registry
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
+from ddpm.utils.errors import UserError
 
 X_0_ERROR, X_0_ERROR_FORMAT = "x_0_error.json", "ddpm-x_0-error/1"
 """File of a checkpoint: the errors of its averaged net on training images, once it has been judged."""

@@ -1,4 +1,4 @@
-"""Joining Ray: the one way in, for training, for preparing data, and for a fleet; and what there is to share out.
+"""Joining Ray: the one way in, for training, for preparing data, and for a pool; and what there is to share out.
 
 Its own room because all of them stand on different floors.
 """
@@ -14,7 +14,7 @@ import ray
 import ray._private.node
 import ray._private.utils
 
-from ddpm.config import UserError
+from ddpm.utils.errors import UserError
 from ddpm.utils.openmp import bound_spinning
 
 KEPT_MEMORY = {

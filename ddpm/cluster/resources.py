@@ -10,7 +10,8 @@ from ray import PlacementGroupID
 from ray.util.placement_group import PlacementGroup
 
 from ddpm.cluster import ray_init
-from ddpm.config import Config, UserError
+from ddpm.config import Config
+from ddpm.utils.errors import UserError
 
 DRIVER_CPUS = 0.01
 """Of the driver of a run that is one of several."""

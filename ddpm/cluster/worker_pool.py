@@ -1,4 +1,4 @@
-"""A fleet: workers that each hold a net, say, and do pieces of work that know nothing of each other.
+"""A pool: workers that each hold a net, say, and do pieces of work that know nothing of each other.
 
 Its own room because drawing and judging spread in the same way, and neither has to know where. Training is no such
 work: its workers speak with each other at every step.
@@ -8,7 +8,7 @@ one thread a piece makes its result the same, bit for bit, whoever does it. Seve
 pieces, which is no slower than all of them at one (two cores, 8x8 digits).
 
 A worker that dies costs time, never a piece: another one does it. Workers that find no place in the cluster are
-waited for while the others work, so a fleet shrinks with its cluster, and grows again.
+waited for while the others work, so a pool shrinks with its cluster, and grows again.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from ddpm.config import UserError
+from ddpm.utils.errors import UserError
 from ddpm.utils.retry import answer
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class WorkersDied(UserError):
     exit_code = 1
 
 
-class Fleet(Generic[Held]):
+class WorkerPool(Generic[Held]):
     """A context: workers in this process, or actors of a Ray cluster.
 
     Without a cluster in the environment (RAY_ADDRESS), the workers are this machine's GPU or all its cores, and Ray
@@ -93,7 +93,7 @@ class Fleet(Generic[Held]):
         """
         return self._crew.map(work, iter(pieces))
 
-    def __enter__(self) -> "Fleet[Held]":
+    def __enter__(self) -> "WorkerPool[Held]":
         return self
 
     def __exit__(

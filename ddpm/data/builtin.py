@@ -3,12 +3,13 @@
 from dataclasses import replace
 
 from ddpm.checkpoints.runs import RESERVED
-from ddpm.config import Config, UserError
+from ddpm.config import Config
 from ddpm.data import prepare
 from ddpm.data.glyphs import Glyphs
 from ddpm.data.sources import Digits, FashionMnist, Source
 from ddpm.data.torchvision import Torchvision
 from ddpm.storage import locations
+from ddpm.utils.errors import UserError
 from ddpm.utils.progress import Display
 
 PREPARE = {

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.random import RandomState
 from PIL import Image, ImageDraw, ImageFont
 
-from ddpm.config import UserError
 from ddpm.data.sources import Labels, Pixels, held_out
+from ddpm.utils.errors import UserError
 
 CHARACTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits
 FACES = tuple(

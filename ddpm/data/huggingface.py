@@ -18,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ddpm.config import UserError
 from ddpm.data.image_folder import (
     PARTS,
     Encoding,
@@ -30,6 +29,7 @@ from ddpm.data.image_folder import (
     store,
 )
 from ddpm.data.sources import Labels, Pixels, divide
+from ddpm.utils.errors import UserError
 
 MAX_CLASSES = 100_000
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm.config import UserError
+from ddpm.utils.errors import UserError
 
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int64]

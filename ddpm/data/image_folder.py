@@ -20,9 +20,9 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ddpm.config import UserError
 from ddpm.data.row_group import open_image
 from ddpm.data.sources import Labels, Pixels, divide
+from ddpm.utils.errors import UserError
 from ddpm.utils.progress import printable
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}

@@ -20,9 +20,9 @@ from typing import Any, Literal, get_args
 
 import pyarrow.fs as pafs
 
-from ddpm.config import UserError
 from ddpm.utils import files
-from ddpm.utils.retry import patiently
+from ddpm.utils.errors import UserError
+from ddpm.utils.retry import retry_io
 
 MANIFEST = "manifest.json"
 FORMAT = "ddpm-shards/2"
@@ -141,7 +141,7 @@ def read_manifest(filesystem: pafs.FileSystem, root: str, where: str, timeout_s:
             return stream.read(MAX_MANIFEST_BYTES + 1)
 
     try:
-        text = patiently(read, where=f"{where}/{MANIFEST}", timeout_s=timeout_s)
+        text = retry_io(read, where=f"{where}/{MANIFEST}", timeout_s=timeout_s)
     except FileNotFoundError:
         raise UserError(
             f"no data set at {where}: it has no {MANIFEST}{_advice(filesystem, root, where)}"

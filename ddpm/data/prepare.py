@@ -17,7 +17,6 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import pyarrow.fs as pafs
 
-from ddpm.config import UserError
 from ddpm.data.manifest import (
     FORMAT,
     MANIFEST,
@@ -34,6 +33,7 @@ from ddpm.data.manifest import (
 from ddpm.data.shards import is_intact, read_row_group, write_shard
 from ddpm.data.sources import Labels, Pixels, Source
 from ddpm.storage.locations import Location
+from ddpm.utils.errors import UserError
 from ddpm.utils.images import grid, png_bytes
 from ddpm.utils.retry import answer
 

@@ -26,12 +26,13 @@ import ray
 import ray.data
 from ray.data import DataIterator
 
-from ddpm.config import Config, UserError
+from ddpm.config import Config
 from ddpm.data.corrupt import CorruptData, Substitution, substitutions_from_json, substitutions_to_json
 from ddpm.data.plan import Plan, ReadOrder, last_position, micro_batches_per_step, rank_shard
 from ddpm.data.reading import DataSet, Images, MicroBatch, RankBatch, check_fits, cut, scale_of
 from ddpm.data.shards import read_manifest
 from ddpm.storage import locations
+from ddpm.utils.errors import UserError
 from ddpm.utils.retry import StorageError
 
 MAX_TASKS = 1000

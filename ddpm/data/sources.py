@@ -19,8 +19,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm.config import UserError
 from ddpm.data.idx import missing_idx, pad, read_idx_folder
+from ddpm.utils.errors import UserError
 
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int64]

@@ -17,10 +17,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ddpm.config import UserError
 from ddpm.data.idx import missing_idx, pad, read_idx_folder
 from ddpm.data.image_folder import Encoding, check_size, digest_of_files, read_file, store
 from ddpm.data.sources import Labels, Pixels
+from ddpm.utils.errors import UserError
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 CELEBA_PARTS = {"0": "train", "1": "validation", "2": "test"}

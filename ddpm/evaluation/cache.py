@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ddpm.config import UserError
 from ddpm.data.manifest import write_whole
 from ddpm.evaluation.features import digest_of
+from ddpm.utils.errors import UserError
 
 CHECKSUM = "sha256"
 """Name of the tensor that holds the digest of the others."""

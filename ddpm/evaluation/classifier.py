@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.config import UserError
 from ddpm.data.reading import DataSet
 from ddpm.evaluation.cache import Cache
 from ddpm.evaluation.features import digest_of, normalised
 from ddpm.utils import images
+from ddpm.utils.errors import UserError
 
 RECIPE = "classifier/1"
 """Of the net, its training and the use of its features: a change of any is another number here."""

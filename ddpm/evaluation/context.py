@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from ddpm.checkpoints import checkpoint, runs
-from ddpm.config import Config, SampleConfig, SampleVariance, UserError
+from ddpm.build import build_sampler
+from ddpm.checkpoints import checkpoint
+from ddpm.config import Config, SampleConfig, SampleVariance
 from ddpm.data import builtin
 from ddpm.data.manifest import MANIFEST, read_manifest
 from ddpm.data.reading import DataSet, scale_of
@@ -24,9 +25,10 @@ from ddpm.evaluation.features import FeatureNet, Features
 from ddpm.evaluation.memorisation import MAX_TRAIN
 from ddpm.evaluation.reference import images_of, real_features
 from ddpm.evaluation.scores import LEAST_IMAGES
+from ddpm.hub import resolve
 from ddpm.models.unet import UNet
-from ddpm.sampling import generate
 from ddpm.storage import locations
+from ddpm.utils.errors import UserError
 from ddpm.utils.images import Pixels
 from ddpm.utils.progress import Display
 
@@ -81,7 +83,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Yardstick:
+class EvalContext:
     """What all candidates are judged by."""
 
     uri: str
@@ -109,7 +111,7 @@ def read(uris: Sequence[str], every: bool = False) -> list[Candidate]:
     Raises:
         UserError: there is none, or it is damaged.
     """
-    found = [uri for given in uris for uri in runs.checkpoints_of(given)[0 if every else -1 :]]
+    found = [uri for given in uris for uri in resolve.checkpoints_of(given)[0 if every else -1 :]]
     return [_read(uri) for uri in dict.fromkeys(found)]
 
 
@@ -127,7 +129,7 @@ def ways_of(config: Config, settings: Settings) -> list[SampleConfig]:
                 changes["variance"] = settings.variance
             sample = replace(config.sample, **{**settings.sample, **changes})
             T = config.schedule.num_timesteps
-            generate.build_sampler(config, sample, x_0_error=torch.ones(T, dtype=torch.float64))
+            build_sampler(config, sample, x_0_error=torch.ones(T, dtype=torch.float64))
             found.append(resolved(config, sample))
     return list(dict.fromkeys(found))
 
@@ -143,7 +145,7 @@ def resolved(config: Config, sample: SampleConfig) -> SampleConfig:
     return replace(sample, num_sample_steps=steps)
 
 
-def choose(candidates: Sequence[Candidate], settings: Settings) -> Yardstick:
+def choose(candidates: Sequence[Candidate], settings: Settings) -> EvalContext:
     """Find the data set, and take the features of its images, or those that were kept.
 
     Raises:
@@ -182,11 +184,11 @@ def choose(candidates: Sequence[Candidate], settings: Settings) -> Yardstick:
         if num_features:
             searched = real_features(train, net, cache, k, device, lambda done: display.update(n + m + done))
         display.update(total)
-    return Yardstick(uri, train, held_out, net, real, other, k, searched)
+    return EvalContext(uri, train, held_out, net, real, other, k, searched)
 
 
 def _read(uri: str) -> Candidate:
-    with runs.local_checkpoint(uri) as folder:
+    with resolve.local_checkpoint(uri) as folder:
         net, config = checkpoint.load_net(folder, torch.device("cpu"))
         digest = checkpoint.read_checksums(folder)["ema.safetensors"]
         return Candidate(uri, net, config, checkpoint.read_state(folder), digest)

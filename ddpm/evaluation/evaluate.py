@@ -14,20 +14,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ddpm.checkpoints import runs
-from ddpm.cluster.worker_pool import Fleet
+from ddpm.build import build_objective
+from ddpm.cluster.worker_pool import WorkerPool
 from ddpm.config import Config, SampleConfig
 from ddpm.data.reading import DataSet
 from ddpm.data.reading import Images as Batch
 from ddpm.evaluation import measure, memorisation, plots
 from ddpm.evaluation.bits import BitsPerDim
-from ddpm.evaluation.context import Candidate, Settings, Yardstick, choose, resolved, ways_of
+from ddpm.evaluation.context import Candidate, EvalContext, Settings, choose, resolved, ways_of
 from ddpm.evaluation.features import FeatureNet, Features
 from ddpm.evaluation.measure import PIECE_IMAGES, Measured
 from ddpm.evaluation.memorisation import BLOCK_IMAGES, NearerShare, Pairs, nearer_share, nearest_pairs
 from ddpm.evaluation.reference import WINDOW_ROWS, images_of
-from ddpm.evaluation.report import Drawn, Report, Verdict
+from ddpm.evaluation.report import CheckpointResult, Drawn, Report
 from ddpm.evaluation.scores import MAX_PAIRWISE, score
+from ddpm.hub import resolve
 from ddpm.sampling import generate
 from ddpm.utils.images import Pixels
 from ddpm.utils.progress import Display
@@ -53,7 +54,7 @@ class Images(NamedTuple):
     """uint8 [N, H, W, C]: the first MAX_PAIRWISE of the way; none where no nearest training images are searched for."""
 
 
-class Bench:
+class EvalWorker:
     """What a worker holds: all candidates, and what they are judged by."""
 
     def __init__(
@@ -68,9 +69,7 @@ class Bench:
     ) -> None:
         self._ways, self._train, self._held_out = ways, train, held_out
         self._feature_net, self._settings, self._device = feature_net, settings, device
-        self._candidates = [
-            (c.net.to(device), c.config, generate.build_objective(c.config)) for c in candidates
-        ]
+        self._candidates = [(c.net.to(device), c.config, build_objective(c.config)) for c in candidates]
 
     def measure(self, candidate: int) -> Measured:
         """What is measured with this candidate on training images."""
@@ -115,18 +114,18 @@ def evaluate(candidates: Sequence[Candidate], settings: Settings, num_workers: i
     """Judge all candidates by the same held-out images.
 
     Args:
-        num_workers: of the fleet; no number depends on it.
+        num_workers: of the pool; no number depends on it.
 
     Raises:
         UserError: the settings do not fit the candidates, or there are no images to judge them by.
     """
     ways = [ways_of(candidate.config, settings) for candidate in candidates]
     by = choose(candidates, settings)
-    bench = partial(Bench, candidates, ways, by.train, by.held_out, by.feature_net, settings)
-    with Fleet(bench, num_workers) as fleet:
-        measured = _measured(fleet, candidates)
-        bits = _bits(fleet, measured, min(settings.num_images, by.held_out.rows.num_rows))
-        drawn = _drawn(fleet, ways, measured, settings.num_images)
+    bench = partial(EvalWorker, candidates, ways, by.train, by.held_out, by.feature_net, settings)
+    with WorkerPool(bench, num_workers) as pool:
+        measured = _measured(pool, candidates)
+        bits = _bits(pool, measured, min(settings.num_images, by.held_out.rows.num_rows))
+        drawn = _drawn(pool, ways, measured, settings.num_images)
     nearnesses = _nearness(by, drawn)
     verdicts = (
         _verdict(candidate, by, settings, bits.get(i), zip(ways[i], drawn[i], nearnesses[i], strict=True))
@@ -135,36 +134,38 @@ def evaluate(candidates: Sequence[Candidate], settings: Settings, num_workers: i
     return Report(_about(by, settings), tuple(verdicts))
 
 
-def _measured(fleet: Fleet[Bench], candidates: Sequence[Candidate]) -> dict[int, Measured]:
+def _measured(pool: WorkerPool[EvalWorker], candidates: Sequence[Candidate]) -> dict[int, Measured]:
     """By candidate, and kept beside its weights; those of a process that has no bound are not there."""
     bound = [i for i, candidate in enumerate(candidates) if candidate.config.objective.process == "gaussian"]
     found: dict[int, Measured] = {}
     with Display("measuring the nets", len(bound)) as display:
-        for i, measured in fleet.map(Bench.measure, bound):
+        for i, measured in pool.map(EvalWorker.measure, bound):
             if bool(measured.x_0_error.isfinite().all()):
-                runs.keep_x_0_error(candidates[i].uri, candidates[i].weights_sha256, measured.x_0_error)
+                resolve.keep_x_0_error(candidates[i].uri, candidates[i].weights_sha256, measured.x_0_error)
             found[i] = measured
             display.update(len(found))
     return found
 
 
-def _bits(fleet: Fleet[Bench], measured: Mapping[int, Measured], num_images: int) -> dict[int, BitsPerDim]:
+def _bits(
+    pool: WorkerPool[EvalWorker], measured: Mapping[int, Measured], num_images: int
+) -> dict[int, BitsPerDim]:
     """By candidate."""
     pieces = [Piece(i, 0, *part) for i in sorted(measured) for part in _parts(num_images)]
-    done = _watched("bits/dim", fleet.map(partial(_bits_of, measured=measured), pieces), pieces)
+    done = _watched("bits/dim", pool.map(partial(_bits_of, measured=measured), pieces), pieces)
     return {i: BitsPerDim.merge(*(done[piece] for piece in pieces if piece.candidate == i)) for i in measured}
 
 
-def _bits_of(bench: Bench, piece: Piece, measured: Mapping[int, Measured]) -> BitsPerDim:
+def _bits_of(bench: EvalWorker, piece: Piece, measured: Mapping[int, Measured]) -> BitsPerDim:
     return bench.bits(piece, measured[piece.candidate])
 
 
-def _images_of(bench: Bench, piece: Piece, measured: Mapping[int, Measured]) -> Images:
+def _images_of(bench: EvalWorker, piece: Piece, measured: Mapping[int, Measured]) -> Images:
     return bench.draw(piece, measured.get(piece.candidate))
 
 
 def _drawn(
-    fleet: Fleet[Bench],
+    pool: WorkerPool[EvalWorker],
     ways: Sequence[Sequence[SampleConfig]],
     measured: Mapping[int, Measured],
     num_images: int,
@@ -172,7 +173,7 @@ def _drawn(
     """The images drawn, by candidate and way."""
     places = [[(i, way) for way in range(len(of_candidate))] for i, of_candidate in enumerate(ways)]
     pieces = [Piece(*place, *part) for row in places for place in row for part in _parts(num_images)]
-    done = _watched("images drawn", fleet.map(partial(_images_of, measured=measured), pieces), pieces)
+    done = _watched("images drawn", pool.map(partial(_images_of, measured=measured), pieces), pieces)
     return [
         [_merged([done[piece] for piece in pieces if piece[:2] == place]) for place in row] for row in places
     ]
@@ -193,7 +194,7 @@ class Nearness(NamedTuple):
     """The nearest, in the feature net's space."""
 
 
-def _nearness(by: Yardstick, drawn: Sequence[Sequence[Images]]) -> list[list[Nearness]]:
+def _nearness(by: EvalContext, drawn: Sequence[Sequence[Images]]) -> list[list[Nearness]]:
     """How near the images drawn are to training images, by candidate and way."""
     if not by.num_train:
         return [[Nearness() for _ in row] for row in drawn]
@@ -240,14 +241,14 @@ def _watched(what: str, results: Iterator[tuple[Piece, T]], pieces: Sequence[Pie
 
 def _verdict(
     candidate: Candidate,
-    by: Yardstick,
+    by: EvalContext,
     settings: Settings,
     bits: BitsPerDim | None,
     drawn: Iterable[tuple[SampleConfig, Images, Nearness]],
-) -> Verdict:
+) -> CheckpointResult:
     config, position = candidate.config, candidate.position
     own = replace(resolved(config, config.sample), seed=settings.seed)
-    return Verdict(
+    return CheckpointResult(
         checkpoint=candidate.uri,
         weights_sha256=candidate.weights_sha256,
         run=candidate.run,
@@ -285,7 +286,7 @@ def _labels(config: Config, features: Features) -> NDArray[np.int64] | None:
     return generate.labels(config, features.index.tolist()) if config.model.num_classes else None
 
 
-def _about(by: Yardstick, settings: Settings) -> dict[str, Any]:
+def _about(by: EvalContext, settings: Settings) -> dict[str, Any]:
     """What the numbers depend on, but for the checkpoints and the ways of drawing."""
     return {
         "num_images": settings.num_images,

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import inception as tv
 
-from ddpm.config import UserError
 from ddpm.evaluation.features import rgb
+from ddpm.utils.errors import UserError
 
 SHA256_PREFIX = "6726825d"
 """How the SHA-256 of the weights begins; their file's name says so."""

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm.config import UserError
 from ddpm.evaluation.features import digest_of, normalised, rgb
+from ddpm.utils.errors import UserError
 
 RECIPE = "lite0/1"
 """Of the use of its features: a change is another number here."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm.config import Config, SampleConfig, SampleVariance, UserError
+from ddpm.config import Config, SampleConfig, SampleVariance
 from ddpm.data.reading import Images
 from ddpm.diffusion import denoising, likelihood, schedules
 from ddpm.diffusion.denoisers import Denoise
@@ -25,6 +25,7 @@ from ddpm.evaluation.bits import BitsPerDim
 from ddpm.evaluation.features import FeatureNet, Features, features_of
 from ddpm.sampling import generate
 from ddpm.utils import images
+from ddpm.utils.errors import UserError
 from ddpm.utils.generators import PhiloxGenerator
 from ddpm.utils.images import Pixels
 from ddpm.utils.seeding import Purpose

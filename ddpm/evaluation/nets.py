@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Literal
 
-from ddpm.config import UserError
 from ddpm.data.reading import DataSet
 from ddpm.evaluation import classifier
 from ddpm.evaluation.cache import Cache
@@ -11,6 +10,7 @@ from ddpm.evaluation.features import FeatureNet
 from ddpm.evaluation.inception import Inception
 from ddpm.evaluation.lite0 import Lite0
 from ddpm.evaluation.pixels import Pixels
+from ddpm.utils.errors import UserError
 
 Name = Literal["inception", "lite0", "classifier", "pixels"]
 

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from ddpm.evaluation.memorisation import Pairs
 from ddpm.evaluation.metrics import Manifold
-from ddpm.evaluation.report import Report, Verdict, rows
+from ddpm.evaluation.report import CheckpointResult, Report, rows
 from ddpm.evaluation.scores import Score
 
 PANEL_WIDTH, PANEL_HEIGHT, LEGEND_WIDTH = 2.6, 2.8, 1.8
@@ -114,7 +114,7 @@ def _over_sample_steps(report: Report) -> _Line:
     return _Line("sampling steps", True, curves)
 
 
-def _who(report: Report, verdict: Verdict) -> list[str]:
+def _who(report: Report, verdict: CheckpointResult) -> list[str]:
     return [verdict.run] if len({verdict.run for verdict in report.verdicts}) > 1 else []
 
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ddpm.config import UserError
 from ddpm.evaluation import plots
 from ddpm.evaluation.report import Report, metrics, nearest_pictures
 from ddpm.storage import locations
@@ -18,6 +17,7 @@ from ddpm.storage.locations import Location
 from ddpm.tracking.metrics_buffer import Artifact, Metrics, Record
 from ddpm.tracking.mlflow_runs import Address, Lost, MlflowRun, tracking_uri, without_password
 from ddpm.tracking.retry import OutOfTime
+from ddpm.utils.errors import UserError
 
 MLFLOW_TIMEOUT_S = 20.0
 """Seconds without a call that works after which MLflow is left alone."""

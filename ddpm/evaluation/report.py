@@ -65,7 +65,7 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CheckpointResult:
     """What was found of one checkpoint."""
 
     checkpoint: str
@@ -96,7 +96,7 @@ class Report:
 
     settings: Mapping[str, Any]
     """All that decides the numbers, but for the checkpoints."""
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[CheckpointResult, ...]
 
     @property
     def key(self) -> str:
@@ -120,7 +120,7 @@ class Row(NamedTuple):
     """One number, and what it is about."""
 
     score: Score
-    verdict: Verdict
+    verdict: CheckpointResult
     drawn: Drawn | None
     """None: no image was drawn for it."""
 
@@ -187,7 +187,7 @@ def _list(report: Report) -> Table:
     return made
 
 
-def nearest_pictures(report: Report, out: str) -> Iterator[tuple[str, Verdict, Drawn]]:
+def nearest_pictures(report: Report, out: str) -> Iterator[tuple[str, CheckpointResult, Drawn]]:
     """The picture of the nearest pairs of each way of drawing, under the name that it has beside the file `out`.
 
     "digits.json" has "digits-nearest.png", or "digits-nearest-RUN-IMAGES_SEEN-WAY.png" where there are several.
@@ -278,7 +278,7 @@ def _on_memorisation(report: Report, out: str) -> Iterator[str]:
                 )
 
 
-def metrics(verdict: Verdict) -> dict[str, float]:
+def metrics(verdict: CheckpointResult) -> dict[str, float]:
     """Points of curves over images seen: eval/bits_per_dim, eval/KID-lite0, eval/KID-lite0-error, ...
 
     What was drawn in another way than the run's own is named by that: eval/dpmpp_2m-20/KID-lite0. So is a bound of
@@ -314,7 +314,7 @@ def _cell(score: Score) -> str:
     return _estimate(score.value, score.error)
 
 
-def _name(verdict: Verdict) -> str:
+def _name(verdict: CheckpointResult) -> str:
     """The run's name for a table: what a checkpoint says there is no markup of Rich's, and commands no terminal."""
     return escape(printable(verdict.run))
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm.config import UserError
 from ddpm.evaluation.features import Features
 from ddpm.evaluation.metrics import (
     Distances,
@@ -23,6 +22,7 @@ from ddpm.evaluation.metrics import (
     kid,
     projection,
 )
+from ddpm.utils.errors import UserError
 
 GROUPS = 10
 """Groups of the generated and of the real images, left out in turn for the errors of FID and of the manifold's four."""

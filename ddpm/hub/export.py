@@ -33,14 +33,16 @@ import torch
 from torch import Tensor
 
 from ddpm import config as configs
+from ddpm.build import build_net
 from ddpm.checkpoints import checkpoint
-from ddpm.config import Config, ModelConfig, ObjectiveConfig, SampleConfig, ScheduleConfig, UserError
+from ddpm.config import Config, ModelConfig, ObjectiveConfig, SampleConfig, ScheduleConfig
 from ddpm.diffusion import schedules
 from ddpm.hub.diffusers_names import diffusers_names
 from ddpm.models.layers import NORM_EPS, sinusoids
 from ddpm.models.unet import EMBEDDED_TIMESTEPS, UNet
-from ddpm.training.state import State, build_net
+from ddpm.training.state import State
 from ddpm.utils import files
+from ddpm.utils.errors import UserError
 
 PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
 """Ours -> diffusers'; their v has the sign of ours."""

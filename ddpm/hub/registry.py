@@ -19,11 +19,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ddpm.build import build_sampler
 from ddpm.checkpoints import checkpoint
-from ddpm.config import UserError
-from ddpm.sampling import generate
 from ddpm.tracking import mlflow_runs
 from ddpm.tracking.retry import Caller
+from ddpm.utils.errors import UserError
 
 SCHEME = "models:/"
 PACKAGE = Path(__file__).parent
@@ -48,7 +48,7 @@ def register(
     Raises:
         UserError: it cannot be drawn from as its config says, or MLflow does not answer, or refuses.
     """
-    generate.build_sampler(checkpoint.read_config(folder))
+    build_sampler(checkpoint.read_config(folder))
     with tempfile.TemporaryDirectory(prefix="ddpm-model-") as staging:
         try:
             checkpoint.write_light(folder, Path(staging, "checkpoint"))

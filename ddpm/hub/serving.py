@@ -26,6 +26,7 @@ from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 from pydantic import BaseModel, ConfigDict, Field
 
+from ddpm.build import build_objective
 from ddpm.checkpoints import checkpoint
 from ddpm.sampling import generate
 from ddpm.utils import images
@@ -59,7 +60,7 @@ class Generator(PythonModel):
     def load_context(self, context: Any) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.net, self.config = checkpoint.load_net(Path(context.artifacts["checkpoint"]), device)
-        self.objective, self.device = generate.build_objective(self.config), device
+        self.objective, self.device = build_objective(self.config), device
 
     def predict(self, model_input: list[Request]) -> list[Picture]:  # type: ignore[override]  # as MLflow's pages say
         total = sum(request.num_images for request in model_input)

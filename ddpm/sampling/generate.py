@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddpm.config import Config, SampleConfig, UserError
+from ddpm.config import Config, SampleConfig
 from ddpm.data import image_folder
 from ddpm.diffusion import denoisers, inpainting, process, samplers, schedules
 from ddpm.diffusion.denoisers import Denoise
@@ -23,6 +23,7 @@ from ddpm.diffusion.objectives import Denoised, Model, Objective
 from ddpm.diffusion.objectives import build as _build_objective
 from ddpm.diffusion.samplers import OnStep, PerImageNoise, Sampler
 from ddpm.utils import images
+from ddpm.utils.errors import UserError
 from ddpm.utils.generators import PhiloxGenerator
 from ddpm.utils.images import Pixels
 from ddpm.utils.seeding import Purpose

@@ -1,4 +1,4 @@
-"""Many images from a net: a fleet draws them, an album keeps them, and what is there already is not drawn again.
+"""Many images from a net: a pool draws them, an writer keeps them, and what is there already is not drawn again.
 
 Its own room because generation.py draws one batch and knows nothing of who else draws or of what becomes of it.
 
@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 from ddpm import config as configs
-from ddpm.cluster.worker_pool import Fleet
-from ddpm.config import Config, UserError
+from ddpm.build import build_net, build_objective, build_sampler
+from ddpm.cluster.worker_pool import WorkerPool
+from ddpm.config import Config
 from ddpm.data.manifest import read_manifest
+from ddpm.diffusion.inpainting import Known
 from ddpm.sampling import generate, writers
-from ddpm.sampling.generate import Known
-from ddpm.sampling.writers import Album, Form, Labels, PngAlbum, ShardAlbum
+from ddpm.sampling.writers import Form, ImageWriter, Labels, PngWriter, ShardWriter
 from ddpm.storage.locations import Location, resolve
-from ddpm.training.state import build_net
+from ddpm.utils.errors import UserError
 from ddpm.utils.images import Pixels, png_bytes
 from ddpm.utils.seeding import GENERATOR
 
@@ -70,8 +71,8 @@ class Request:
         if self.label is not None and not 0 <= self.label < classes:
             right = f"it must be in 0..{classes - 1}" if classes else "this net was trained without labels"
             raise UserError(f"label is {self.label}; {right}")
-        generate.build_sampler(self.config, known=self.known, x_0_error=self.x_0_error)
-        generate.build_objective(self.config)
+        build_sampler(self.config, known=self.known, x_0_error=self.x_0_error)
+        build_objective(self.config)
 
     def labels(self, indices: range) -> Labels | None:
         """The labels of images, int64 [N]; None: the net knows none."""
@@ -114,7 +115,7 @@ class Request:
         return {**drawn_with, "label": self.label, **known, **flat}
 
 
-class Artist:
+class SampleWorker:
     """What a worker holds: the net of a request."""
 
     def __init__(self, request: Request, device: torch.device) -> None:
@@ -122,7 +123,7 @@ class Artist:
         net = build_net(request.config)
         net.load_state_dict(request.weights)
         self._net = net.to(device).eval().requires_grad_(False)
-        self._objective = generate.build_objective(request.config)
+        self._objective = build_objective(request.config)
 
     def draw(self, indices: range) -> Pixels:
         """The images with these indices, uint8 [N, H, W, C].
@@ -161,19 +162,19 @@ def draw(
     with_trajectory: bool = False,
     show: Callable[[int, str], None] = lambda done, detail: None,
 ) -> None:
-    """Draw images 0..num_images-1 into the album at `out`, all that it lacks.
+    """Draw images 0..num_images-1 into the writer at `out`, all that it lacks.
 
     Args:
         form: PNGs, or shards that a run can be trained on.
-        num_workers: as in `Fleet`.
+        num_workers: as in `WorkerPool`.
         batch_size: images drawn at a time by a worker; None: 32 on a core, 256 on a GPU.
         with_trajectory: also how the first 8 came to be, trajectory.png and trajectory.gif.
         show: is told how many images are there, and how fast they come.
 
     Raises:
-        UserError: a count out of range or beyond the disk's room, an album of another request, or one that cannot
+        UserError: a count out of range or beyond the disk's room, an writer of another request, or one that cannot
             be written.
-        WorkersDied: as `Fleet.map`.
+        WorkersDied: as `WorkerPool.map`.
     """
     for name, count in (("num_images", num_images), ("batch_size", batch_size)):
         if count is not None and count < 1:
@@ -181,22 +182,22 @@ def draw(
     model = request.config.model
     with suppress(OSError):  # who writes there says it better
         writers.check_room(out, num_images, form, (model.image_size, model.image_size, model.channels))
-    with Fleet(partial(Artist, request), num_workers) as fleet:
-        size = batch_size or (BATCH_SIZE_GPU if fleet.has_gpus else BATCH_SIZE_CPU)
+    with WorkerPool(partial(SampleWorker, request), num_workers) as pool:
+        size = batch_size or (BATCH_SIZE_GPU if pool.has_gpus else BATCH_SIZE_CPU)
         pieces = (range(i, min(i + size, num_images)) for i in range(0, num_images, size))
         try:
-            album = _open(request, out, num_images, form, size)
-            done, began = album.num_kept, time.monotonic()
+            writer = _open(request, out, num_images, form, size)
+            done, began = writer.num_kept, time.monotonic()
             show(done, "")
             before = done
-            for piece, pixels in fleet.map(Artist.draw, filter(album.lacks, pieces)):
-                album.put(piece, pixels, request.labels(piece))
+            for piece, pixels in pool.map(SampleWorker.draw, filter(writer.lacks, pieces)):
+                writer.put(piece, pixels, request.labels(piece))
                 done += len(piece)
                 show(done, f"{(done - before) / (time.monotonic() - began):.1f} images/s")
-            album.close()
+            writer.close()
             if with_trajectory and (done > before or not out.child("trajectory.gif").exists()):
                 first = range(min(TRAJECTORY_IMAGES, num_images))
-                for _, (strip, gif) in fleet.map(Artist.trajectory, [first]):
+                for _, (strip, gif) in pool.map(SampleWorker.trajectory, [first]):
                     out.child("trajectory.png").write(png_bytes(strip))
                     out.child("trajectory.gif").write(gif)
         except OSError as error:
@@ -205,16 +206,16 @@ def draw(
             ) from None
 
 
-def _open(request: Request, out: Location, num_images: int, form: Form, batch_size: int) -> Album:
+def _open(request: Request, out: Location, num_images: int, form: Form, batch_size: int) -> ImageWriter:
     asked = {"format": form, "batch_size": batch_size, **request.asked()}
     if form == "png":
         writers.begin(out, asked)
-        return PngAlbum(out, num_images, batch_size)
+        return PngWriter(out, num_images, batch_size)
     names, size = request.class_names, request.config.model.image_size
     asked = {"num_images": num_images, "class_names": names, **asked}
     writers.begin(out, asked)
     shape = size, size, request.config.model.channels
-    return ShardAlbum(out, num_images, batch_size, shape, names, asked)
+    return ShardWriter(out, num_images, batch_size, shape, names, asked)
 
 
 def _sha256(tensors: dict[str, Tensor]) -> str:

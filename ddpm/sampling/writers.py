@@ -1,7 +1,7 @@
 """Albums: folders or buckets that drawn images are put into, and that know which ones they lack.
 
     request.json    all that decides the images, written first; another request is refused
-    images/000000.png ...                   an album of PNGs, or
+    images/000000.png ...                   an writer of PNGs, or
     train/00000.parquet ...  manifest.json  one of shards: a data set to train on, which is there when it is complete
     grid.png        the first 64
 
@@ -25,12 +25,12 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm.config import UserError
 from ddpm.data import prepare
 from ddpm.data.manifest import MANIFEST, Shard, make_manifest, read_manifest, write_manifest
 from ddpm.data.shards import read_row_group
 from ddpm.storage.locations import Location
 from ddpm.utils import images
+from ddpm.utils.errors import UserError
 from ddpm.utils.images import Pixels
 
 Form = Literal["png", "parquet"]
@@ -53,7 +53,7 @@ SHOWN = 4
 """Settings that an error lists."""
 
 
-class Album(Protocol):
+class ImageWriter(Protocol):
     """Where images are kept."""
 
     num_kept: int
@@ -66,7 +66,7 @@ class Album(Protocol):
         """Keep the images with these indices, uint8 [N, H, W, C], and their labels int64 [N]."""
 
     def close(self) -> None:
-        """All images are there: write the grid, and what makes the album complete."""
+        """All images are there: write the grid, and what makes the writer complete."""
 
 
 def check_room(location: Location, num_images: int, form: Form, shape: tuple[int, int, int]) -> None:
@@ -122,7 +122,7 @@ def begin(location: Location, asked: Mapping[str, Any]) -> None:
         )
 
 
-class PngAlbum:
+class PngWriter:
     """A PNG an image; a larger request adds to it.
 
     Args:
@@ -151,7 +151,7 @@ class PngAlbum:
         self._location.child(GRID).write(images.png_bytes(images.grid(np.stack(pixels))))
 
 
-class ShardAlbum:
+class ShardWriter:
     """Shards and, last of all, their manifest: a data set with the one split "train".
 
     Args:

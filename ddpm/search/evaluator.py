@@ -15,17 +15,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddpm.checkpoints import checkpoint, runs
-from ddpm.config import Config, SampleVariance, UserError
+from ddpm.build import build_objective
+from ddpm.checkpoints import checkpoint
+from ddpm.config import Config, SampleVariance
 from ddpm.data.reading import DataSet, Images
 from ddpm.diffusion.objectives import Model, Objective
 from ddpm.evaluation import measure
 from ddpm.evaluation.bits import BitsPerDim
 from ddpm.evaluation.reference import images_of
 from ddpm.evaluation.scores import LEAST_IMAGES
-from ddpm.sampling import generate
+from ddpm.hub import resolve
 from ddpm.search.event_log import Rung
 from ddpm.utils import images
+from ddpm.utils.errors import UserError
 from ddpm.utils.generators import generator
 from ddpm.utils.seeding import Purpose
 
@@ -70,7 +72,7 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Jury:
+class Evaluator:
     """How checkpoints are judged.
 
     Args:
@@ -101,10 +103,10 @@ class Jury:
             UserError: a number is not finite, or data cannot be read.
         """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        with runs.local_checkpoint(uri) as folder:
+        with resolve.local_checkpoint(uri) as folder:
             net, config = checkpoint.load_net(folder, device)
             position = checkpoint.read_state(folder)
-        posed = net, config, generate.build_objective(config)
+        posed = net, config, build_objective(config)
         variance = measure.bound_variance(config, self.variance)
         pilot = images_of(self.train, 0, min(measure.MEASURED_IMAGES, self.train.rows.num_rows))
         measured = measure.measure(*posed, pilot, variance, device=device)

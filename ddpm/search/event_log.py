@@ -1,6 +1,6 @@
-"""What a search knows of its trials: a ledger of what happened, in the order in which it happened.
+"""What a search knows of its trials: a events of what happened, in the order in which it happened.
 
-A search that was killed reads its ledger again. Whoever proposes trials and whoever stops them (contest.py) are told
+A search that was killed reads its events again. Whoever proposes trials and whoever stops them (manager.py) are told
 the same things in the same order, and so are where they were. Tune's own way, Tuner.restore, reads pickles, and forgets
 what ASHA knew (Ray 2.60).
 
@@ -28,9 +28,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ddpm.config import UserError
 from ddpm.storage.locations import Location
-from ddpm.utils.retry import patiently
+from ddpm.utils.errors import UserError
+from ddpm.utils.retry import retry_io
 
 FORMAT = "ddpm-search/1"
 LEDGER = "search.json"
@@ -86,8 +86,8 @@ def name_of(number: int) -> str:
     return f"trial-{number:03d}"
 
 
-class Ledger:
-    """The ledger of the search in a folder or bucket; a new one, if there is none.
+class EventLog:
+    """The events of the search in a folder or bucket; a new one, if there is none.
 
     Args:
         place: the folder of the search.
@@ -103,7 +103,7 @@ class Ledger:
         self._settings = json.loads(json.dumps(settings))
         self.key, self.events = uuid.uuid4().hex, list[dict[str, Any]]()
         try:
-            text = patiently(self._read, where=self._file.uri, timeout_s=timeout_s)
+            text = retry_io(self._read, where=self._file.uri, timeout_s=timeout_s)
         except OSError as error:
             raise UserError(f"cannot read {self._file.uri}: {error}") from None
         if text is not None:
@@ -112,8 +112,8 @@ class Ledger:
             self._write()
 
     @classmethod
-    def existing(cls, place: Location, timeout_s: float = 0.0) -> "Ledger":
-        """The ledger that is in a folder, whatever its settings.
+    def existing(cls, place: Location, timeout_s: float = 0.0) -> "EventLog":
+        """The events that is in a folder, whatever its settings.
 
         Raises:
             UserError: there is none, or it is damaged.
@@ -122,7 +122,7 @@ class Ledger:
         try:
             settings = json.loads(file.read())["settings"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{file.uri} is no search's ledger: {error!r:.200}") from None
+            raise UserError(f"{file.uri} is no search's events: {error!r:.200}") from None
         return cls(place, settings, timeout_s)
 
     def add(self, event: str, trial: int, **what: Any) -> dict[str, Any]:
@@ -169,7 +169,7 @@ class Ledger:
             "events": self.events,
         }
         data = (json.dumps(card, indent=1, allow_nan=False) + "\n").encode()
-        patiently(lambda: self._file.write(data), where=self._file.uri, timeout_s=self._timeout_s)
+        retry_io(lambda: self._file.write(data), where=self._file.uri, timeout_s=self._timeout_s)
 
     def _parsed(self, text: bytes) -> tuple[str, list[dict[str, Any]]]:
         try:

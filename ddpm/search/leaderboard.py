@@ -16,16 +16,17 @@ from rich import box
 from rich.table import Table
 
 from ddpm import config as configs
-from ddpm.config import Config, UserError
+from ddpm.config import Config
 from ddpm.diffusion import schedules
 from ddpm.evaluation import context, evaluate, nets
 from ddpm.evaluation.ranking import Rank, paired_ranks, ranks
 from ddpm.search.evaluator import Judged
-from ddpm.search.event_log import Ledger, Metric, Trial, best
+from ddpm.search.event_log import EventLog, Metric, Trial, best
 from ddpm.search.runner import JUDGED
 from ddpm.search.trial_manager import short
 from ddpm.storage.locations import Location
-from ddpm.utils.retry import patiently
+from ddpm.utils.errors import UserError
+from ddpm.utils.retry import retry_io
 
 SAMPLER, STEPS = "dpmpp_2m", 20
 """How finalists are drawn: fast, and the same for all."""
@@ -58,7 +59,7 @@ class Standing:
 
 
 def draw_finalists(
-    ledger: Ledger,
+    events: EventLog,
     place: Location,
     metric: Metric,
     *,
@@ -67,10 +68,10 @@ def draw_finalists(
     features: nets.Name | None,
     seed: int,
 ) -> None:
-    """Note in the ledger what the images of the best few are worth; of those of which it is not known yet."""
+    """Note in the events what the images of the best few are worth; of those of which it is not known yet."""
     todo = [
         trial
-        for trial in best(ledger.trials(), metric)[:num_finalists]
+        for trial in best(events.trials(), metric)[:num_finalists]
         if not trial.drawn or trial.drawn["n"] != num_images
     ]
     if not todo:
@@ -87,7 +88,7 @@ def draw_finalists(
     report = evaluate.evaluate(candidates, settings)
     for trial, verdict in zip(todo, report.verdicts, strict=True):
         (score,) = (score for score in verdict.drawn[0].scores if score.name.startswith("KID"))
-        ledger.add("drawn", trial.number, **vars(score))
+        events.add("drawn", trial.number, **vars(score))
 
 
 def standings(trials: Sequence[Trial], place: Location, metric: Metric, base: Config) -> list[Standing]:
@@ -249,7 +250,7 @@ def bits_of(trial: Trial, place: Location, timeout_s: float = 0.0) -> tuple[floa
     assert trial.last is not None
     file = place.child(trial.name).child(JUDGED).child(f"{trial.last.images_seen:012d}.json")
     try:
-        text = patiently(file.read, where=file.uri, timeout_s=timeout_s)
+        text = retry_io(file.read, where=file.uri, timeout_s=timeout_s)
         return Judged.from_json(text, file.uri).bits
     except OSError as error:
         raise UserError(f"cannot read {file.uri}: {error}") from None

@@ -13,21 +13,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ddpm.build import build_objective
 from ddpm.checkpoints import runs
-from ddpm.config import Config, UserError
+from ddpm.config import Config
 from ddpm.data.reading import DataSet
 from ddpm.evaluation import context, measure
 from ddpm.evaluation.reference import images_of
-from ddpm.sampling import generate
 from ddpm.search import leaderboard, plots
-from ddpm.search.event_log import Ledger, Metric, Trial
+from ddpm.search.event_log import EventLog, Metric, Trial
 from ddpm.search.leaderboard import Standing
 from ddpm.storage.locations import Location
 from ddpm.tracking import uploader
 from ddpm.tracking.metrics_buffer import Artifact, Metrics
 from ddpm.tracking.mlflow_runs import Address, Lost, MlflowRun, tracking_uri, without_password
 from ddpm.tracking.retry import OutOfTime
-from ddpm.utils.retry import patiently
+from ddpm.utils.errors import UserError
+from ddpm.utils.retry import retry_io
 
 LOG_SNR = np.linspace(-8, 8, 33)
 CURVE_IMAGES = 128
@@ -37,9 +38,9 @@ STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED", "runn
 """Of a trial, in MLflow's words."""
 
 
-def address(ledger: Ledger, name: str, experiment: str) -> Address:
+def address(events: EventLog, name: str, experiment: str) -> Address:
     """The search's own run in MLflow."""
-    return Address(tracking_uri(), experiment, name, ledger.key, source="tune/search.py")
+    return Address(tracking_uri(), experiment, name, events.key, source="tune/search.py")
 
 
 def open_parent(parent: Address, params: Mapping[str, Any], warn: Callable[[str], None]) -> str | None:
@@ -63,10 +64,10 @@ def interrupted(parent: Address) -> None:
 
 
 def store(
-    ledger: Ledger, place: Location, metric: Metric, base: Config, held_out: DataSet, parent: Address
+    events: EventLog, place: Location, metric: Metric, base: Config, held_out: DataSet, parent: Address
 ) -> Iterator[str]:
     """Write table, best config and pictures to the search's folder and to its MLflow run; lines that say where."""
-    trials = ledger.trials()
+    trials = events.trials()
     found = leaderboard.standings(trials, place, metric, base)
     files = {
         "results.parquet": leaderboard.parquet(found),
@@ -82,7 +83,7 @@ def store(
         files["denoising.png"] = plots.denoising(LOG_SNR, curves(found, place, held_out))
     for name, data in files.items():
         file = place.child(name)
-        patiently(partial(file.write, data), where=file.uri, timeout_s=base.run.storage_timeout_s)
+        retry_io(partial(file.write, data), where=file.uri, timeout_s=base.run.storage_timeout_s)
     yield f"results     {place.uri}/results.md, .parquet; pictures beside them"
     if config is not None:
         yield f"best        {place.uri}/best.json, of {found[0].trial.name}"
@@ -98,7 +99,7 @@ def curves(found: Sequence[Standing], place: Location, held_out: DataSet) -> dic
         (candidate,) = context.read([place.child(standing.trial.name).uri])
         net, config = candidate.net.to(device), candidate.config
         error = measure.denoising_curve(
-            net, config, generate.build_objective(config), batch, torch.from_numpy(LOG_SNR), device=device
+            net, config, build_objective(config), batch, torch.from_numpy(LOG_SNR), device=device
         )
         kind, steps = config.schedule.kind, config.schedule.num_timesteps
         made[f"{standing.trial.name} {kind}, T = {steps}"] = error.numpy()

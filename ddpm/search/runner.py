@@ -1,7 +1,7 @@
 """One trial of a search, in its driver: `fit`, and each of its checkpoints that counts, judged beside it.
 
 Its own room because this is a process of its own between the search and the trial's workers. Training never waits for
-the jury, and the workers are free for the next trial before the last verdict is in. What was judged lies in the run's
+the evaluator, and the workers are free for the next trial before the last verdict is in. What was judged lies in the run's
 folder: whoever tries again goes on from there.
 """
 
@@ -15,15 +15,16 @@ from typing import Any
 from ddpm.checkpoints import checkpoint, runs
 from ddpm.checkpoints.runs import Run
 from ddpm.cluster import resources
-from ddpm.config import Config, UserError
+from ddpm.config import Config
 from ddpm.data.reading import DataSet
-from ddpm.search.evaluator import Judged, Jury
+from ddpm.search.evaluator import Evaluator, Judged
 from ddpm.search.event_log import Rung
 from ddpm.storage.locations import Location
 from ddpm.training import checkpoint_manager, run_state
 from ddpm.training.fit import fit
 from ddpm.training.worker_group import PersistentWorkerGroup
-from ddpm.utils.retry import patiently
+from ddpm.utils.errors import UserError
+from ddpm.utils.retry import retry_io
 
 POLL_INTERVAL_S = 0.25
 CLOSING_S = 90.0
@@ -46,14 +47,14 @@ News = Rung | Trained | BaseException
 """Of a trial: what is found at each rung, in order; before the last, that it is trained; or what went wrong."""
 
 
-class Attempt:
+class TrialRunner:
     """A trial under way, from threads of its own.
 
     Args:
         config: of the trial's run.
         data_set: the split to train on.
         rungs: images seen at which it is judged, ascending; there are checkpoints there.
-        jury: who judges.
+        evaluator: who judges.
         group: the workers that train.
         tell: told the news; the last of them is the last rung, or what went wrong.
         parent_run_id: the search's MLflow run.
@@ -65,14 +66,14 @@ class Attempt:
         config: Config,
         data_set: DataSet,
         rungs: list[int],
-        jury: Jury,
+        evaluator: Evaluator,
         group: PersistentWorkerGroup,
         tell: Callable[[News], object],
         parent_run_id: str | None = None,
         verbose: bool = False,
     ) -> None:
         assert config.run.name is not None, "a search names its trials"
-        self._config, self._data_set, self._rungs, self._jury = config, data_set, rungs, jury
+        self._config, self._data_set, self._rungs, self._evaluator = config, data_set, rungs, evaluator
         self._group, self._tell, self._parent_run_id, self._verbose = group, tell, parent_run_id, verbose
         self._run: Run = runs.open_run(config.run.name, config.run.storage)
         self._training: threading.Thread | None = None
@@ -127,7 +128,7 @@ class Attempt:
 
     def _judged(self, images_seen: int) -> Judged:
         file = self._run.location.child(JUDGED).child(f"{images_seen:012d}.json")
-        known = self._patiently(file)
+        known = self._retry_io(file)
         if known is not None:
             return Judged.from_json(known, file.uri)
         with self._lock:
@@ -135,12 +136,12 @@ class Attempt:
             if self._training is None:
                 self._training = threading.Thread(target=self._fit, name="ddpm-trial", daemon=True)
                 self._training.start()
-        judged = self._jury.judge(self._checkpoint(images_seen))
-        patiently(lambda: file.write(judged.to_json().encode()), where=file.uri, timeout_s=self._timeout_s)
+        judged = self._evaluator.judge(self._checkpoint(images_seen))
+        retry_io(lambda: file.write(judged.to_json().encode()), where=file.uri, timeout_s=self._timeout_s)
         return judged
 
     def _tidy(self) -> None:
-        """Of a trial that came to its end, the last checkpoint stays; the others were for the jury, and to go on."""
+        """Of a trial that came to its end, the last checkpoint stays; the others were for the evaluator, and to go on."""
         with contextlib.suppress(OSError):
             for old in runs.checkpoints(self._run.location)[:-1]:
                 checkpoint_manager.remove(old)
@@ -160,23 +161,23 @@ class Attempt:
         place = self._run.location.child(checkpoint.name_at(images_seen))
         while True:
             over = self._trained.is_set()
-            if self._patiently(place.child(checkpoint.CHECKSUMS)) is not None:
+            if self._retry_io(place.child(checkpoint.CHECKSUMS)) is not None:
                 return place.uri
             self._check()
             if over:
                 raise UserError(f"{place.uri} is not there, though training is over; somebody deleted it")
             time.sleep(POLL_INTERVAL_S)
 
-    def _patiently(self, file: Location) -> bytes | None:
+    def _retry_io(self, file: Location) -> bytes | None:
         """Its content; None: it is not there."""
         try:
-            return patiently(file.read, where=file.uri, timeout_s=self._timeout_s)
+            return retry_io(file.read, where=file.uri, timeout_s=self._timeout_s)
         except FileNotFoundError:
             return None
 
     def _fit(self) -> None:
         try:
-            left = self._patiently(self._run.location.child(PLACE))
+            left = self._retry_io(self._run.location.child(PLACE))
             if left is not None:  # by a driver of this trial that was killed
                 resources.free(left.decode())
             fit(

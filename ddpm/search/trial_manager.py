@@ -1,7 +1,7 @@
-"""Who comes next and who may go on: proposals and early stops, from a ledger that survives the search's driver.
+"""Who comes next and who may go on: proposals and early stops, from a events that survives the search's driver.
 
 Its own room because it knows nothing of Ray: whoever proposes (Optuna) and whoever stops (ASHA) are deterministic
-functions of what they were told, so that telling them the ledger again brings back all that they knew.
+functions of what they were told, so that telling them the events again brings back all that they knew.
 """
 
 import dataclasses
@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from ddpm.config import UserError
-from ddpm.search.event_log import Ledger, Metric, Rung, Status, Trial, name_of
+from ddpm.search.event_log import EventLog, Metric, Rung, Status, Trial, name_of
+from ddpm.utils.errors import UserError
 
 
 class Proposer(Protocol):
@@ -33,11 +33,11 @@ class Stopper(Protocol):
         """Whether the trial may, given all that was found before."""
 
 
-class Contest:
+class TrialManager:
     """The trials of a search.
 
     Args:
-        ledger: of the search; what it holds is told again to proposer and stopper.
+        events: of the search; what it holds is told again to proposer and stopper.
         metric: by which both go.
         num_trials: in all.
         total_images: of a trial that comes to its end.
@@ -49,7 +49,7 @@ class Contest:
 
     def __init__(
         self,
-        ledger: Ledger,
+        events: EventLog,
         proposer: Proposer,
         stopper: Stopper,
         metric: Metric,
@@ -57,20 +57,20 @@ class Contest:
         total_images: int,
         news: Callable[[str], None],
     ) -> None:
-        self._ledger, self._proposer, self._stopper, self._metric = ledger, proposer, stopper, metric
+        self._events, self._proposer, self._stopper, self._metric = events, proposer, stopper, metric
         self._num_trials, self._total_images, self._news = num_trials, total_images, news
         self._trials: dict[int, Trial] = {}
         self._began_at: dict[int, float] = {}
         self._took: dict[int, tuple[float, float]] = {}
         """wall_s and training_s of those that are trained."""
         self._exhausted, self._promised = False, 0
-        for event in ledger.events:
+        for event in events.events:
             self._tell(event)
         self.recall()
 
     @property
     def trials(self) -> list[Trial]:
-        return self._ledger.trials()
+        return self._events.trials()
 
     @property
     def is_over(self) -> bool:
@@ -116,7 +116,7 @@ class Contest:
         goes_on = self._told(number, rung.images_seen)
         if goes_on is None:
             goes_on = self._goes_on(number, rung)
-            self._ledger.add("judged", number, **dataclasses.asdict(rung), goes_on=goes_on)
+            self._events.add("judged", number, **dataclasses.asdict(rung), goes_on=goes_on)
             self._news(
                 f"{name_of(number)} after {rung.images_seen:,} images: {rung.bits_per_dim:.4f} ± "
                 f"{rung.bits_per_dim_error:.4f} bits/dim"
@@ -136,7 +136,7 @@ class Contest:
             self._exhausted = True
             return False
         self._trials[number] = Trial(number, changes)
-        self._ledger.add("begun", number, changes=changes)
+        self._events.add("begun", number, changes=changes)
         self._news(f"{name_of(number)} begins: {said(changes)}")
         self._began_at[number] = time.monotonic()
         self._waiting.append(number)
@@ -144,7 +144,7 @@ class Contest:
 
     def _told(self, number: int, images_seen: int) -> bool | None:
         """What was said of a rung; None: nothing yet."""
-        for event in self._ledger.events:
+        for event in self._events.events:
             if (event["event"], event["trial"], event.get("images_seen")) == ("judged", number, images_seen):
                 return bool(event["goes_on"])
         return None
@@ -164,17 +164,17 @@ class Contest:
         so_far = time.monotonic() - self._began_at[number], last.training_s if last else 0.0
         wall_s, training_s = self._took.get(number, so_far)
         took = {"wall_s": wall_s, "training_s": training_s}
-        self._tell(self._ledger.add("ended", number, status=status, reason=reason, **took))
+        self._tell(self._events.add("ended", number, status=status, reason=reason, **took))
         self._news(f"{name_of(number)} {status}" + (f": {reason}" if reason else ""))
 
     def _tell(self, event: Mapping[str, Any]) -> None:
-        """Proposer and stopper of an event of the ledger."""
+        """Proposer and stopper of an event of the events."""
         number = event["trial"]
         match event["event"]:
             case "begun":
                 if self._proposer.suggest(number) != event["changes"]:
                     raise UserError(
-                        f"the searcher proposes another {name_of(number)} than the ledger has, since its version is "
+                        f"the searcher proposes another {name_of(number)} than the events has, since its version is "
                         "another one; give the search another --name"
                     )
                 self._trials[number] = Trial(number, event["changes"])

@@ -16,10 +16,10 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
-from ddpm.config import UserError
 from ddpm.storage.locations import Location, Version, shared_file
 from ddpm.utils import process
-from ddpm.utils.retry import patiently
+from ddpm.utils.errors import UserError
+from ddpm.utils.retry import retry_io
 
 BEAT_S = 1.5
 PATIENCE_S = 4 * BEAT_S
@@ -68,7 +68,7 @@ class DriverLock:
         self._over.set()
         self._thread.join()
         with contextlib.suppress(OSError, UserError):  # else it is abandoned, and found so
-            patiently(self._release, where=self._uri, timeout_s=RELEASE_TIMEOUT_S)
+            retry_io(self._release, where=self._uri, timeout_s=RELEASE_TIMEOUT_S)
 
     def check(self) -> None:
         """Raise UserError if another process has taken the lock over."""

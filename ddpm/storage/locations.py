@@ -18,10 +18,10 @@ from urllib.parse import unquote, urlsplit
 
 import pyarrow.fs as pafs
 
-from ddpm.config import UserError
 from ddpm.utils import files
+from ddpm.utils.errors import UserError
 
-# So that a call that nothing answers fails after about 20 s, and `patiently` has the rest: pyarrow makes three tries
+# So that a call that nothing answers fails after about 20 s, and `retry_io` has the rest: pyarrow makes three tries
 # of its own, and ends one after so long without a connection or a byte. It could be told to make fewer, but forgets
 # that when it is pickled (pyarrow 25), which is how workers get it.
 S3_CONNECT_TIMEOUT_S = 5.0

@@ -26,8 +26,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm.config import UserError
 from ddpm.utils import images
+from ddpm.utils.errors import UserError
 
 INDEX = "records.jsonl"
 NAME = re.compile(r"(\d{12,19})(-failed)?\.zip")
@@ -77,7 +77,7 @@ class Artifact:
 Record = Metrics | Picture | Artifact
 
 
-class Outbox:
+class MetricsBuffer:
     """Gathers what one thread tracks; a `runtime.Tracker`."""
 
     def __init__(self) -> None:

@@ -17,22 +17,22 @@ FOLDER = "tracking"
 """Of a run: holds its segments."""
 
 
-def final(outbox: Location, committed: int) -> list[Location]:
+def final(buffer: Location, committed: int) -> list[Location]:
     """Those that may be delivered when the newest checkpoint is at `committed`, in order of delivery.
 
     Raises:
         OSError: storage does not answer.
     """
-    return [file for at, failed, file in _segments(outbox) if failed or at <= committed]
+    return [file for at, failed, file in _segments(buffer) if failed or at <= committed]
 
 
-def discard_after(outbox: Location, images_seen: int) -> None:
+def discard_after(buffer: Location, images_seen: int) -> None:
     """Delete the segments of a future that did not happen, since a run goes on from `images_seen`.
 
     Raises:
         OSError: storage does not answer.
     """
-    for at, failed, file in _segments(outbox):
+    for at, failed, file in _segments(buffer):
         if at > images_seen and not failed:
             delete(file)
 
@@ -43,14 +43,14 @@ def delete(segment: Location) -> None:
         segment.filesystem.delete_file(segment.path)
 
 
-def count(outbox: Location, committed: int) -> int:
+def count(buffer: Location, committed: int) -> int:
     """Records that could be delivered and are not yet; a damaged segment counts as one.
 
     Raises:
         OSError: storage does not answer.
     """
     total = 0
-    for file in final(outbox, committed):
+    for file in final(buffer, committed):
         try:
             with file.filesystem.open_input_file(file.path) as stream:
                 total += metrics_buffer.count(stream, file.uri)  # type: ignore[arg-type]
@@ -61,8 +61,8 @@ def count(outbox: Location, committed: int) -> int:
     return total
 
 
-def _segments(outbox: Location) -> list[tuple[int, bool, Location]]:
-    infos = outbox.filesystem.get_file_info(pafs.FileSelector(outbox.path, allow_not_found=True))
+def _segments(buffer: Location) -> list[tuple[int, bool, Location]]:
+    infos = buffer.filesystem.get_file_info(pafs.FileSelector(buffer.path, allow_not_found=True))
     names = sorted(info.base_name for info in infos if info.type == pafs.FileType.File)
-    parsed = [(metrics_buffer.parse_name(name), outbox.child(name)) for name in names]
+    parsed = [(metrics_buffer.parse_name(name), buffer.child(name)) for name in names]
     return [(*position, file) for position, file in parsed if position is not None]

@@ -15,12 +15,12 @@ from typing import Any
 from ddpm import config as configs
 from ddpm.checkpoints import checkpoint, runs
 from ddpm.checkpoints.runs import Run
-from ddpm.config import UserError
 from ddpm.storage.locations import Location
 from ddpm.tracking import metrics_buffer, spool
 from ddpm.tracking.metrics_buffer import DamagedSegment
 from ddpm.tracking.mlflow_runs import Address, Lost, MlflowRun, tracking_uri, without_password
 from ddpm.tracking.retry import OutOfTime
+from ddpm.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -53,22 +53,22 @@ class Delivery:
     """Whether MLflow knows how the run ended."""
 
 
-class Courier:
+class Uploader:
     """Delivers a run's segments while it trains, from a thread of its own. No method raises; only `close` waits.
 
     Args:
         address: of the run.
         params: the flat config; logged once.
-        outbox: the run's folder of segments.
+        buffer: the run's folder of segments.
         at_once: if not, it waits for `begin`, or `close`: MLflow takes seconds to import.
     """
 
     def __init__(
-        self, address: Address, params: Mapping[str, Any], outbox: Location, at_once: bool = True
+        self, address: Address, params: Mapping[str, Any], buffer: Location, at_once: bool = True
     ) -> None:
-        self._uri, self._outbox = without_password(address.uri), outbox
+        self._uri, self._buffer = without_password(address.uri), buffer
         self._run = MlflowRun(address, params)
-        self._carrier = _Carrier(self._run, outbox)
+        self._carrier = _Carrier(self._run, buffer)
         self._committed, self._status, self._ended = -1, "FINISHED", False
         self._wake, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="ddpm-mlflow", daemon=True)
@@ -99,7 +99,7 @@ class Courier:
             self.begin()
         if self._begun:
             self._thread.join(timeout_s + GRACE_S)
-        left = _count_in_time(self._outbox, self._committed, min(timeout_s, COUNT_TIMEOUT_S))
+        left = _count_in_time(self._buffer, self._committed, min(timeout_s, COUNT_TIMEOUT_S))
         trouble = self._run.call.trouble
         if left:
             reason = f": {trouble}" if trouble else ""
@@ -120,7 +120,7 @@ class Courier:
             pass  # close says so
         except Exception as error:
             why = str(error) if isinstance(error, Lost) else self._run.call.reason(error)
-            kept = f"what is tracked stays in {self._outbox.uri}"
+            kept = f"what is tracked stays in {self._buffer.uri}"
             logger.error("tracking stopped, training goes on, %s: %s", kept, why)
 
     def _round(self) -> bool:
@@ -140,10 +140,10 @@ class Courier:
 
 
 class _Carrier:
-    """Carries final segments from an outbox to an MLflow run, oldest first."""
+    """Carries final segments from an buffer to an MLflow run, oldest first."""
 
-    def __init__(self, run: MlflowRun, outbox: Location) -> None:
-        self._run, self._outbox = run, outbox
+    def __init__(self, run: MlflowRun, buffer: Location) -> None:
+        self._run, self._buffer = run, buffer
         self._aside: dict[str, float] = {}
         """Segments that MLflow did not take, or that are damaged, and when to try again."""
 
@@ -156,7 +156,7 @@ class _Carrier:
             OSError: storage does not answer.
             OutOfTime, Lost: as MlflowRun.send.
         """
-        for file in spool.final(self._outbox, committed):
+        for file in spool.final(self._buffer, committed):
             if everything or time.monotonic() >= self._aside.get(file.uri, -math.inf):
                 show(self._carry_one(file))
 
@@ -191,7 +191,7 @@ class Kept:
 
     address: Address
     params: Mapping[str, Any]
-    outbox: Location
+    buffer: Location
     committed: int
     """images_seen of the newest checkpoint; -1: there is none."""
     finished: bool
@@ -230,8 +230,8 @@ def _kept(run: Run, experiment: str | None) -> Kept:
             f"(of training, --run.experiment; if that was not given, {configs.RunConfig.experiment})"
         )
     address = Address(tracking_uri(), experiment, run.name, run.key)
-    outbox = run.location.child(spool.FOLDER)
-    return Kept(address, params, outbox, committed, finished, spool.count(outbox, committed))
+    buffer = run.location.child(spool.FOLDER)
+    return Kept(address, params, buffer, committed, finished, spool.count(buffer, committed))
 
 
 def deliver(kept: Kept, timeout_s: float, show: Callable[[int], None]) -> Delivery:
@@ -253,30 +253,30 @@ def deliver(kept: Kept, timeout_s: float, show: Callable[[int], None]) -> Delive
 
     try:
         run.open(running=False)
-        _Carrier(run, kept.outbox).carry(kept.committed, everything=True, show=add)
+        _Carrier(run, kept.buffer).carry(kept.committed, everything=True, show=add)
         ended = kept.finished and run.end("FINISHED")
-        left = spool.count(kept.outbox, kept.committed)
+        left = spool.count(kept.buffer, kept.committed)
     except OutOfTime:
         why = f"nothing worked for {timeout_s:g} s; {run.call.trouble}"
         raise NotDelivered(f"MLflow at {uri} cannot be reached, all is kept: {why}") from None
     except Lost as error:
         raise NotDelivered(f"MLflow at {uri} refuses the run: {error}") from None
     except OSError as error:
-        raise NotDelivered(f"{kept.outbox.uri} cannot be read: {error}") from None
+        raise NotDelivered(f"{kept.buffer.uri} cannot be read: {error}") from None
     if left:
         raise NotDelivered(
-            f"MLflow at {uri} did not take everything: {left} records are kept in {kept.outbox.uri}"
+            f"MLflow at {uri} did not take everything: {left} records are kept in {kept.buffer.uri}"
         )
     return Delivery(run.run_id, run.experiment_id, left, ended)
 
 
-def _count_in_time(outbox: Location, committed: int, timeout_s: float) -> int:
+def _count_in_time(buffer: Location, committed: int, timeout_s: float) -> int:
     """As `segments.count`, of a storage that may not answer: what is not known counts as one."""
     counted = [1]
 
     def count() -> None:
         try:
-            counted.append(spool.count(outbox, committed))
+            counted.append(spool.count(buffer, committed))
         except OSError as error:
             logger.info("storage does not answer, it is not known what is left: %s", error)
 

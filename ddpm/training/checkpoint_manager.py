@@ -23,13 +23,15 @@ import torch
 
 from ddpm.checkpoints import checkpoint, runs
 from ddpm.checkpoints.checkpoint import CHECKSUMS, FILES, Snapshot
-from ddpm.config import Config, UserError
+from ddpm.config import Config
+from ddpm.hub import resolve
 from ddpm.storage.locations import Location
 from ddpm.tracking import spool
 from ddpm.tracking.metrics_buffer import segment_name
 from ddpm.training.state import State
 from ddpm.utils import files
-from ddpm.utils.retry import StorageError, patiently
+from ddpm.utils.errors import UserError
+from ddpm.utils.retry import StorageError, retry_io
 
 MAX_SNAPSHOTS = 2
 """One being written, one waiting: a run that saves faster than storage takes it waits for storage."""
@@ -111,9 +113,9 @@ class CheckpointManager:
                 self._failure = error
             self._todo.task_done()
 
-    def _patiently(self, call: Callable[[], None], where: Location, timeout_s: float | None = None) -> None:
+    def _retry_io(self, call: Callable[[], None], where: Location, timeout_s: float | None = None) -> None:
         try:
-            patiently(call, where=where.uri, timeout_s=self._timeout_s if timeout_s is None else timeout_s)
+            retry_io(call, where=where.uri, timeout_s=self._timeout_s if timeout_s is None else timeout_s)
         except (
             FileNotFoundError
         ) as error:  # an answer when reading; to a writer it says that the place is gone
@@ -122,7 +124,7 @@ class CheckpointManager:
     def _publish(self, name: str, data: bytes) -> None:
         where = self._run.child(name)
         try:
-            self._patiently(lambda: where.write(data), where, min(self._timeout_s, FILE_TIMEOUT_S))
+            self._retry_io(lambda: where.write(data), where, min(self._timeout_s, FILE_TIMEOUT_S))
         except StorageError as error:
             self._warn(str(error))
 
@@ -130,10 +132,10 @@ class CheckpointManager:
         try:
             target = self._run.child(checkpoint.name_at(snapshot.images_seen))
             with _staging(target) as folder:
-                self._patiently(lambda: _write_fresh(snapshot, folder), target)
+                self._retry_io(lambda: _write_fresh(snapshot, folder), target)
                 if segment is not None:
                     where = self._run.child(spool.FOLDER).child(segment_name(snapshot.images_seen))
-                    self._patiently(lambda: where.write(segment, durable=True), where)
+                    self._retry_io(lambda: where.write(segment, durable=True), where)
                 if best:
                     name = checkpoint.name_at(snapshot.images_seen, checkpoint.BEST_PREFIX)
                     self._commit(folder, self._run.child(name), move=False)
@@ -142,19 +144,19 @@ class CheckpointManager:
             self._room.release()
         self._committed(snapshot.images_seen)
         try:
-            self._patiently(self._retire, self._run, min(self._timeout_s, FILE_TIMEOUT_S))
+            self._retry_io(self._retire, self._run, min(self._timeout_s, FILE_TIMEOUT_S))
         except StorageError as error:
             self._warn(f"an old checkpoint stays: {error}")
 
     def _commit(self, folder: Path, target: Location, *, move: bool) -> None:
         """Make the checkpoint in `folder` exist at `target`; one of the same name there ceases to exist first."""
         if target.is_local:
-            self._patiently(lambda: _put_in_place(folder, Path(target.path), move), target)
+            self._retry_io(lambda: _put_in_place(folder, Path(target.path), move), target)
             return
-        self._patiently(lambda: _uncommit(target), target)
+        self._retry_io(lambda: _uncommit(target), target)
         names = sorted(path.name for path in folder.iterdir() if path.name != CHECKSUMS)
         for name in (*names, CHECKSUMS):
-            self._patiently(partial(_upload, folder / name, target.child(name)), target)
+            self._retry_io(partial(_upload, folder / name, target.child(name)), target)
 
     def _retire(self) -> None:
         """Remove what is too old, or no longer the best."""
@@ -173,7 +175,7 @@ def latest_valid(run: Location, timeout_s: float, warn: Callable[[str], None]) -
         UserError: all are damaged.
         StorageError: storage does not answer.
     """
-    found = patiently(lambda: runs.checkpoints(run), where=run.uri, timeout_s=timeout_s)
+    found = retry_io(lambda: runs.checkpoints(run), where=run.uri, timeout_s=timeout_s)
     for location in reversed(found):
         with contextlib.ExitStack() as stack:
             try:
@@ -208,7 +210,7 @@ def begin(run: Location, config: Config, identity: dict[str, Any], warn: Callabl
     """
     assert config.train.init_from is not None, "who asks has looked"
     state = State.create(config, torch.device("cpu"))
-    with runs.local_checkpoint(config.train.init_from) as folder:
+    with resolve.local_checkpoint(config.train.init_from) as folder:
         checkpoint.begin(folder, state, config)
     first = CheckpointManager(
         run, config.train.keep_checkpoints, config.run.storage_timeout_s, lambda seen: None, warn
@@ -229,7 +231,7 @@ def as_folder(location: Location, timeout_s: float) -> Iterator[Path]:
         local.mkdir()
         for name in FILES:
             file = location.child(name)
-            data = patiently(file.read, where=location.uri, timeout_s=timeout_s)
+            data = retry_io(file.read, where=location.uri, timeout_s=timeout_s)
             (local / name).write_bytes(data)
         yield local
 

@@ -20,17 +20,18 @@ from ddpm import config as configs
 from ddpm.checkpoints import checkpoint, runs
 from ddpm.checkpoints.runs import Run
 from ddpm.cluster import resources
-from ddpm.config import Config, UserError
+from ddpm.config import Config
 from ddpm.data.reading import DataSet
 from ddpm.storage import locations
 from ddpm.storage.driver_lock import DriverLock
 from ddpm.tracking import spool
 from ddpm.tracking.mlflow_runs import Address, tracking_uri, without_password
-from ddpm.tracking.uploader import Courier, Delivery
+from ddpm.tracking.uploader import Delivery, Uploader
 from ddpm.training import checkpoint_manager, run_state
 from ddpm.training.failures import TrainingFailed, last_line, too_many_preemptions
 from ddpm.training.monitor import DriverMonitor, ShouldContinue, always
 from ddpm.training.worker_group import PersistentWorkerGroup
+from ddpm.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -115,12 +116,12 @@ def _fit(
         checkpoint_manager.begin(run.location, config, identity, log.warning)
         seen = 0
     address = Address(tracking_uri(), config.run.experiment, run.name, run.key, parent_run_id)
-    courier = Courier(address, configs.flatten(config), run.location.child(spool.FOLDER), at_once=False)
-    courier.committed(seen)
+    uploader = Uploader(address, configs.flatten(config), run.location.child(spool.FOLDER), at_once=False)
+    uploader.committed(seen)
 
     def look(values: Mapping[str, Any]) -> bool:
         if run_state.PROGRESS in values and monitor.signal is None:  # MLflow must not delay the first step
-            courier.begin()
+            uploader.begin()
         return should_continue(values) and not lock.is_lost
 
     group = group or PersistentWorkerGroup(config, verbose, persistent=False)
@@ -129,7 +130,7 @@ def _fit(
         room = partial(resources.room, config, resources.resources_per_worker(config))
     status = "FAILED"
     monitor = DriverMonitor(
-        group.state, total_images, courier.committed, look, room, config.cluster.resize_interval_s
+        group.state, total_images, uploader.committed, look, room, config.cluster.resize_interval_s
     )
     patience_s = DELIVERY_TIMEOUT_S
     try:
@@ -139,7 +140,7 @@ def _fit(
         if ended is None:
             ended = max(seen, 0)
         lock.check()
-        courier.committed(ended)  # which the run-state actor may not have lived to tell
+        uploader.committed(ended)  # which the run-state actor may not have lived to tell
         trained()
         status = "KILLED" if monitor.was_asked else "FINISHED"
     except ray.exceptions.RayError as error:
@@ -150,7 +151,7 @@ def _fit(
         patience_s = HASTY_DELIVERY_TIMEOUT_S
         raise
     finally:
-        delivery = courier.close(status, HASTY_DELIVERY_TIMEOUT_S if monitor.signal else patience_s)
+        delivery = uploader.close(status, HASTY_DELIVERY_TIMEOUT_S if monitor.signal else patience_s)
     newest = runs.checkpoints(run.location)[-1:]
     return Result(run, ended, newest[0].uri if newest else None, delivery, monitor.signal)
 

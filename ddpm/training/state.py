@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ddpm.config import Config, UserError
+from ddpm.config import Config
 from ddpm.models import unet
 from ddpm.models.ema import EMA
+from ddpm.utils.errors import UserError
 from ddpm.utils.seeding import Purpose, torch_seed
 
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay
 from tenacity.wait import wait_random_exponential
 
-from ddpm.config import UserError
+from ddpm.utils.errors import UserError
 
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ class StorageError(UserError):
     exit_code = 1
 
 
-def patiently(
+def retry_io(
     call: Callable[[], T],
     *,
     where: str,

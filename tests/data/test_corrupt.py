@@ -5,8 +5,8 @@ import json
 from typing import Any
 
 import pytest
+from ddpm.utils.errors import UserError
 
-from ddpm.config import UserError
 from ddpm.data.corrupt import (
     CorruptData,
     CorruptImages,

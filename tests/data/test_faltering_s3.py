@@ -10,8 +10,9 @@ import proxy
 import pytest
 import servers
 from damaged import NUM_IMAGES, PLAN
+from ddpm.utils.errors import UserError
 
-from ddpm.config import Config, UserError, override
+from ddpm.config import Config, override
 from ddpm.data.corrupt import CorruptData
 from ddpm.data.ray_dataset import open_configured
 from ddpm.data.reading import DataSet, Images

@@ -17,10 +17,10 @@ import processes
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ddpm.utils.errors import UserError
 from PIL import Image
 from pyarrow.fs import LocalFileSystem
 
-from ddpm.config import UserError
 from ddpm.data.huggingface import HuggingFace
 from ddpm.data.image_folder import Folder, store
 from ddpm.data.shards import decode, read_manifest

@@ -4,10 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
+from ddpm.utils.errors import UserError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm.config import UserError
 from ddpm.data.plan import Plan, last_position, micro_batches_per_step, permutation, rank_shard
 
 

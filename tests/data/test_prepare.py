@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow.fs as pafs
 import pytest
+from ddpm.utils.errors import UserError
 
-from ddpm.config import UserError, override
+from ddpm.config import override
 from ddpm.data.builtin import with_shards
 from ddpm.data.image_folder import Folder
 from ddpm.data.manifest import FORMAT, MANIFEST, Manifest, read_manifest

@@ -16,10 +16,10 @@ import damaged
 import numpy as np
 import psutil
 import pytest
+from ddpm.utils.errors import UserError
 from processes import members
 from pyarrow.fs import LocalFileSystem
 
-from ddpm.config import UserError
 from ddpm.data import ray_dataset
 from ddpm.data.corrupt import CorruptData, Substitution
 from ddpm.data.plan import ReadOrder, rank_shard

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
+from ddpm.utils.errors import UserError
 from PIL import Image
 
-from ddpm.config import UserError
 from ddpm.data import row_group
 from ddpm.data.manifest import manifest_from_json
 from ddpm.data.row_group import content_sha256

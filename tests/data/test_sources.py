@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import processes
 import pytest
+from ddpm.utils.errors import UserError
 from PIL import Image
 
-from ddpm.config import Config, UserError, override
+from ddpm.config import Config, override
 from ddpm.data import builtin
 from ddpm.data.glyphs import CHARACTERS, Glyphs
 from ddpm.data.sources import Digits, FashionMnist, Source, divide, held_out

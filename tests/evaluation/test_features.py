@@ -7,8 +7,8 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from ddpm.utils.errors import UserError
 
-from ddpm.config import UserError
 from ddpm.data.reading import DataSet
 from ddpm.evaluation import classifier, nets
 from ddpm.evaluation.cache import Cache

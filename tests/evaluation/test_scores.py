@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from ddpm.utils.errors import UserError
 from gaussians import true_kid
 from numpy.typing import NDArray
 
-from ddpm.config import UserError
 from ddpm.data.reading import DataSet
 from ddpm.diffusion.likelihood import Bound
 from ddpm.evaluation import scores

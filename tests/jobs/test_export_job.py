@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ddpm.build import build_objective, build_sampler
 from tiny import TINY_NET
 
 from ddpm.checkpoints import checkpoint
 from ddpm.config import Config, override
 from ddpm.diffusion.samplers import PerImageNoise
 from ddpm.models.unet import UNet
-from ddpm.sampling import generate
 from ddpm.training.state import State
 from ddpm.utils import images
 from ddpm.utils.generators import TorchGenerator
@@ -38,9 +38,9 @@ def folder(tmp_path: Path) -> Path:
 def pixels(net: UNet, config: Config) -> np.ndarray:
     """Three images by Algorithm 2, from noise that a diffusers pipeline can be given as well."""
     config = override(config, {"sample.sampler": "ancestral"})
-    objective, shape = generate.build_objective(config), (config.model.channels, 8, 8)
+    objective, shape = build_objective(config), (config.model.channels, 8, 8)
     noise = PerImageNoise([TorchGenerator(i, device=torch.device("cpu")) for i in range(3)], shape)
-    drawn = generate.build_sampler(config)(lambda x_t, t: objective.denoise(net, x_t, t, None), noise)
+    drawn = build_sampler(config)(lambda x_t, t: objective.denoise(net, x_t, t, None), noise)
     return images.to_uint8(drawn)[..., 0].numpy().astype(int)
 
 

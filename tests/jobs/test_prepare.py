@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pyarrow.fs as pafs
 import pytest
+from ddpm.utils.errors import UserError
 from PIL import Image
 
-from ddpm.config import UserError
 from ddpm.data.image_folder import Folder
 from ddpm.data.prepare import find, prepare, write_preview
 from ddpm.data.shards import Manifest, read_manifest, read_row_group

@@ -10,18 +10,19 @@ from typing import Any
 
 import judged
 import pytest
+from ddpm.utils.errors import UserError
 
 from ddpm import config
 from ddpm.checkpoints import runs
 from ddpm.checkpoints.checkpoint import name_at
 from ddpm.cluster import resources
-from ddpm.config import Config, UserError
+from ddpm.config import Config
 from ddpm.data.ray_dataset import open_configured
 from ddpm.data.reading import DataSet
 from ddpm.search import runner
-from ddpm.search.evaluator import Jury
+from ddpm.search.evaluator import Evaluator
 from ddpm.search.event_log import Rung
-from ddpm.search.runner import JUDGED, Attempt, News, Trained
+from ddpm.search.runner import JUDGED, News, Trained, TrialRunner
 from ddpm.training import run_state
 from ddpm.utils.progress import Progress
 
@@ -79,11 +80,11 @@ class Stage:
         trained()
         assert self.delivers.wait(280)  # MLflow takes its time
 
-    def attempt(self) -> Attempt:
+    def attempt(self) -> TrialRunner:
         held_out = self.data.held_out()
         assert held_out is not None
-        jury, group = Jury(self.data, held_out, 40, num_draws=2), SimpleNamespace()
-        return Attempt(self.config, self.data, RUNGS, jury, group, self.told.put)  # type: ignore[arg-type]
+        evaluator, group = Evaluator(self.data, held_out, 40, num_draws=2), SimpleNamespace()
+        return TrialRunner(self.config, self.data, RUNGS, evaluator, group, self.told.put)  # type: ignore[arg-type]
 
     def next(self) -> News:
         return self.told.get(timeout=280)
@@ -121,7 +122,7 @@ def test_what_was_judged_is_not_judged_again(stage: Stage, monkeypatch: pytest.M
     first = stage.attempt()
     found = [news for news in (stage.next() for _ in range(3)) if isinstance(news, Rung)]
     assert first._training is not None
-    monkeypatch.setattr(Jury, "judge", lambda *args: pytest.fail("the jury was asked"))
+    monkeypatch.setattr(Evaluator, "judge", lambda *args: pytest.fail("the evaluator was asked"))
     stage.attempt()
     again = [stage.next() for _ in range(3)]
     assert [type(news) for news in again] == [Rung, Trained, Rung] and stage.fits == 1

@@ -4,16 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from ddpm.utils.errors import UserError
 from judged import CONFIG, make_data, make_run
 
 from ddpm.checkpoints import checkpoint
-from ddpm.config import Config, UserError, override
+from ddpm.config import Config, override
 from ddpm.data.manifest import read_manifest
 from ddpm.data.reading import DataSet
 from ddpm.diffusion import likelihood
 from ddpm.evaluation import context, evaluate
 from ddpm.evaluation.context import Settings
-from ddpm.search.evaluator import Judged, Jury
+from ddpm.search.evaluator import Evaluator, Judged
 from ddpm.storage import locations
 
 LINEAR = override(CONFIG, {"schedule.kind": "linear", "schedule.num_timesteps": 30, "run.name": "linear"})
@@ -26,23 +27,23 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def jury(shards: str) -> Jury:
+def evaluator(shards: str) -> Evaluator:
     place = locations.resolve(shards)
     train = DataSet(
         place.filesystem, place.path, read_manifest(place.filesystem, place.path, shards), "train"
     )
     held_out = train.held_out()
     assert held_out is not None
-    return Jury(train, held_out, num_images=60, num_draws=2)
+    return Evaluator(train, held_out, num_images=60, num_draws=2)
 
 
 def a_checkpoint(folder: Path, shards: str, config: Config = CONFIG) -> str:
     return make_run(folder, shards, config).location.child(checkpoint.name_at(192)).uri
 
 
-def test_numbers_are_those_of_evaluate(jury: Jury, shards: str, tmp_path: Path) -> None:
+def test_numbers_are_those_of_evaluate(evaluator: Evaluator, shards: str, tmp_path: Path) -> None:
     uri = a_checkpoint(tmp_path, shards)
-    found = jury.judge(uri)
+    found = evaluator.judge(uri)
     settings = Settings(num_images=60, features="pixels", num_draws=2)
     (verdict,) = evaluate.evaluate(context.read([uri]), settings, 1).verdicts
     whole = verdict.bits[0]
@@ -54,7 +55,7 @@ def test_numbers_are_those_of_evaluate(jury: Jury, shards: str, tmp_path: Path) 
 
 
 def test_two_trials_are_judged_by_the_same_draws(
-    jury: Jury, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    evaluator: Evaluator, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other schedules, other T: the same images, the same noise, the same quantiles of t."""
     real = likelihood.estimate
@@ -71,15 +72,15 @@ def test_two_trials_are_judged_by_the_same_draws(
         return bound
 
     monkeypatch.setattr(likelihood, "estimate", spy)
-    first = jury.judge(a_checkpoint(tmp_path, shards))
-    second = jury.judge(a_checkpoint(tmp_path, shards, LINEAR))
+    first = evaluator.judge(a_checkpoint(tmp_path, shards))
+    second = evaluator.judge(a_checkpoint(tmp_path, shards, LINEAR))
     (x_0, u, eps, t), (other_x_0, other_u, other_eps, other_t) = drawn
     assert torch.equal(x_0, other_x_0) and torch.equal(u, other_u) and torch.equal(eps, other_eps)
     assert not torch.equal(t, other_t) and first.bits != second.bits
     assert len(set(u.tolist())) == 60 and eps.shape == (3, 60, 1, 8, 8)
 
 
-def test_a_net_of_no_use_is_a_line(jury: Jury, shards: str, tmp_path: Path) -> None:
+def test_a_net_of_no_use_is_a_line(evaluator: Evaluator, shards: str, tmp_path: Path) -> None:
     uri = a_checkpoint(tmp_path, shards)
     with pytest.MonkeyPatch.context() as patch:
         load = checkpoint.load_net
@@ -92,8 +93,8 @@ def test_a_net_of_no_use_is_a_line(jury: Jury, shards: str, tmp_path: Path) -> N
 
         patch.setattr(checkpoint, "load_net", broken)
         with pytest.raises(UserError, match="is not finite: its net is of no use"):
-            jury.judge(uri)
+            evaluator.judge(uri)
     with pytest.raises(UserError, match="--num-images is 5; it must be at least 20"):
-        Jury(jury.train, jury.held_out, 5)
+        Evaluator(evaluator.train, evaluator.held_out, 5)
     with pytest.raises(UserError, match="here is damaged"):
         Judged.from_json("{}", "here")

@@ -19,7 +19,7 @@ from ddpm.diffusion.objectives import Denoised
 from ddpm.presets import DIGITS
 from ddpm.search import leaderboard, plots, publish
 from ddpm.search.evaluator import Judged
-from ddpm.search.event_log import Ledger, Trial
+from ddpm.search.event_log import EventLog, Trial
 from ddpm.search.runner import JUDGED
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
@@ -41,24 +41,24 @@ def place(tmp_path: Path) -> Location:
     return locations.resolve(str(tmp_path / "search"))
 
 
-def make(place: Location, trials: list[tuple[dict[str, Any], str, dict[int, Any]]]) -> Ledger:
-    """A ledger, and what was found of each trial's checkpoints: by images seen, the mean of its bits/dim."""
-    ledger = Ledger(place, {}, timeout_s=0)
+def make(place: Location, trials: list[tuple[dict[str, Any], str, dict[int, Any]]]) -> EventLog:
+    """A events, and what was found of each trial's checkpoints: by images seen, the mean of its bits/dim."""
+    events = EventLog(place, {}, timeout_s=0)
     image = np.random.default_rng(0).normal(0, 0.5, 50)
     for number, (changes, status, found) in enumerate(trials):
-        ledger.add("begun", number, changes=changes)
+        events.add("begun", number, changes=changes)
         for at, mean in found.items():
             judged = Judged(at, tuple(mean + image - image.mean()), 0.5, 0.9 - mean / 10)
             file = place.child(f"trial-{number:03d}").child(JUDGED).child(f"{at:012d}.json")
             file.write(judged.to_json().encode())
-            ledger.add("judged", number, **vars(judged.rung(8.0)), goes_on=at < 128)
+            events.add("judged", number, **vars(judged.rung(8.0)), goes_on=at < 128)
         reason = "it broke" if status == "failed" else ""
-        ledger.add("ended", number, status=status, reason=reason, wall_s=10.0, training_s=8.0)
-    return ledger
+        events.add("ended", number, status=status, reason=reason, wall_s=10.0, training_s=8.0)
+    return events
 
 
 @pytest.fixture
-def ledger(place: Location) -> Ledger:
+def events(place: Location) -> EventLog:
     found = make(
         place,
         [
@@ -74,12 +74,12 @@ def ledger(place: Location) -> Ledger:
     return found
 
 
-def the(place: Location, ledger: Ledger, base: Config = BASE) -> list[leaderboard.Standing]:
-    return leaderboard.standings(ledger.trials(), place, "bits_per_dim", base)
+def the(place: Location, events: EventLog, base: Config = BASE) -> list[leaderboard.Standing]:
+    return leaderboard.standings(events.trials(), place, "bits_per_dim", base)
 
 
-def test_ranks_ties_and_flags(place: Location, ledger: Ledger) -> None:
-    found = the(place, ledger)
+def test_ranks_ties_and_flags(place: Location, events: EventLog) -> None:
+    found = the(place, events)
     assert [s.trial.number for s in found] == [1, 0, 4, 2, 3]
     # by bits 0 and 4 are equal, by KID they overlap
     assert [str(s.by_bits) for s in found] == ["1", "2-3", "2-3", "None", "None"]
@@ -123,8 +123,8 @@ def test_what_is_left_over_biases_samples() -> None:
     assert 0.6 - x.mean().item() == pytest.approx(0.06 * leftover, rel=0.03)
 
 
-def test_the_table_says_the_same_everywhere(place: Location, ledger: Ledger, tmp_path: Path) -> None:
-    found = the(place, ledger)
+def test_the_table_says_the_same_everywhere(place: Location, events: EventLog, tmp_path: Path) -> None:
+    found = the(place, events)
     (tmp_path / "results.parquet").write_bytes(leaderboard.parquet(found))
     rows = pq.read_table(tmp_path / "results.parquet").to_pylist()
     assert [row["trial"] for row in rows] == ["trial-001", "trial-000", "trial-004", "trial-002", "trial-003"]
@@ -138,8 +138,8 @@ def test_the_table_says_the_same_everywhere(place: Location, ledger: Ledger, tmp
     assert leaderboard.table(found).row_count == 5
 
 
-def test_the_best_config_is_one_to_train_with(place: Location, ledger: Ledger) -> None:
-    text = leaderboard.best_config(the(place, ledger), BASE)
+def test_the_best_config_is_one_to_train_with(place: Location, events: EventLog) -> None:
+    text = leaderboard.best_config(the(place, events), BASE)
     assert text is not None
     found = configs.merged(DIGITS, text, "best.json")
     assert (found.schedule.kind, found.schedule.beta_end, found.optim.lr) == ("linear", 0.005, 3e-3)
@@ -150,15 +150,15 @@ def test_the_best_config_is_one_to_train_with(place: Location, ledger: Ledger) -
 
 
 def test_where_nothing_came_to_an_end(place: Location) -> None:
-    ledger = make(place, [(COSINE, "failed", {}), (LINEAR, "failed", {})])
-    found = the(place, ledger)
+    events = make(place, [(COSINE, "failed", {}), (LINEAR, "failed", {})])
+    found = the(place, events)
     assert [s.by_bits for s in found] == [None, None]
     assert leaderboard.best_config(found, BASE) is None
     assert leaderboard.parquet(found) and leaderboard.table(found).row_count == 2
 
 
-def test_pictures(ledger: Ledger) -> None:
-    trials = ledger.trials()
+def test_pictures(events: EventLog) -> None:
+    trials = events.trials()
     curve = np.random.default_rng(0).random((9, 5))
     pictures = [
         plots.parallel(trials, "bits_per_dim"),
@@ -169,13 +169,13 @@ def test_pictures(ledger: Ledger) -> None:
     assert all(picture.startswith(b"\x89PNG") for picture in pictures)
 
 
-def test_mlflow_has_it_all_in_the_parent_run(place: Location, ledger: Ledger) -> None:
+def test_mlflow_has_it_all_in_the_parent_run(place: Location, events: EventLog) -> None:
     held_out: Any = None
     for number in (0, 1, 4):  # without finalists there are no checkpoints to read
-        ledger.add("drawn", number)
-    parent = publish.address(ledger, "search", "searches")
+        events.add("drawn", number)
+    parent = publish.address(events, "search", "searches")
     assert publish.open_parent(parent, {"search.metric": "bits_per_dim"}, print) is not None
-    lines = list(publish.store(ledger, place, "bits_per_dim", BASE, held_out, parent))
+    lines = list(publish.store(events, place, "bits_per_dim", BASE, held_out, parent))
     assert {path.name for path in Path(place.path).iterdir() if path.is_file()} == {
         "search.json",
         "results.md",

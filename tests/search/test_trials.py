@@ -1,29 +1,29 @@
-"""The ledger of a search: what is noted is there again, and what is not its own is refused."""
+"""The events of a search: what is noted is there again, and what is not its own is refused."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ddpm.utils.errors import UserError
 
-from ddpm.config import UserError
-from ddpm.search.event_log import Ledger, Rung, Trial, best, rungs
+from ddpm.search.event_log import EventLog, Rung, Trial, best, rungs
 from ddpm.storage import locations
 
 SETTINGS = {"metric": "bits_per_dim", "space": {"optim.lr": [1e-4, 1e-2]}, "seed": 0}
 
 
-def ledger(folder: Path, **changes: Any) -> Ledger:
-    return Ledger(locations.resolve(str(folder)), SETTINGS | changes, timeout_s=0)
+def events(folder: Path, **changes: Any) -> EventLog:
+    return EventLog(locations.resolve(str(folder)), SETTINGS | changes, timeout_s=0)
 
 
-def judged(ledger: Ledger, trial: int, images_seen: int, bits: float) -> None:
+def judged(events: EventLog, trial: int, images_seen: int, bits: float) -> None:
     rung = vars(Rung(images_seen, bits, 0.1, 0.5, 0.4, 9.0))
-    ledger.add("judged", trial, **rung, goes_on=True)
+    events.add("judged", trial, **rung, goes_on=True)
 
 
 def test_what_is_noted_is_there_again(tmp_path: Path) -> None:
-    first = ledger(tmp_path)
+    first = events(tmp_path)
     for number in range(3):
         first.add("begun", number, changes={"optim.lr": 0.1 + 0.2})  # not what is printed in short
     judged(first, 0, 64, 2.5)
@@ -31,7 +31,7 @@ def test_what_is_noted_is_there_again(tmp_path: Path) -> None:
     first.add("ended", 0, status="finished", reason="", wall_s=20.0, training_s=9.0)
     first.add("ended", 1, status="failed", reason="it broke", wall_s=5.0, training_s=0.0)
     first.add("drawn", 0, name="KID-pixels", value=0.5, error=0.1, n=100)
-    again = ledger(tmp_path)
+    again = events(tmp_path)
     assert (again.key, again.events) == (first.key, first.events)
     assert again.trials() == [
         Trial(
@@ -49,9 +49,9 @@ def test_what_is_noted_is_there_again(tmp_path: Path) -> None:
 
 
 def test_another_search_of_that_name_is_refused(tmp_path: Path) -> None:
-    ledger(tmp_path)
+    events(tmp_path)
     with pytest.raises(UserError, match=r"was begun with seed 0, not 1; give the same, or another --name"):
-        ledger(tmp_path, seed=1)
+        events(tmp_path, seed=1)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_another_search_of_that_name_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_ledger_is_a_line(tmp_path: Path, damage: str) -> None:
     (tmp_path / "search.json").write_text(damage)
     with pytest.raises(UserError, match="is damaged"):
-        ledger(tmp_path)
+        events(tmp_path)
     assert (tmp_path / "search.json").read_text() == damage
 
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from ddpm.utils.errors import UserError
 from forged import forge, forge_json, forge_tensors
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ddpm.checkpoints import checkpoint
-from ddpm.config import Config, UserError, override
+from ddpm.config import Config, override
 from ddpm.training.state import State
 from ddpm.utils.seeding import GENERATOR
 

@@ -18,7 +18,8 @@ from processes import Job
 from proxy import FaultyProxy
 from servers import S3Server
 
-from ddpm.checkpoints import checkpoint, runs
+from ddpm.checkpoints import checkpoint
+from ddpm.hub import resolve
 from ddpm.storage import locations
 
 WORKER = "ray::RayTrainWorker"
@@ -114,7 +115,7 @@ def test_s3_gone_for_good(run_on_s3: Run, proxy: FaultyProxy) -> None:
     assert run_on_s3.location.path.partition("/")[0] in error  # the bucket
     assert "--run.storage-timeout-s 10" in error and "its last answer: " in error
     assert "Traceback" not in job.output
-    with runs.local_checkpoint(run_on_s3.location.uri) as folder:
+    with resolve.local_checkpoint(run_on_s3.location.uri) as folder:
         checkpoint.verify(folder)
 
 

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ddpm.utils.errors import UserError
 from PIL import Image
 from processes import REPO, Job, run
 from safetensors.torch import load_file
 from servers import RayHead
 
 from ddpm.cluster import resources
-from ddpm.config import Config, UserError, override
+from ddpm.config import Config, override
 from ddpm.data.reading import DataSet
 from ddpm.storage import driver_lock, locations
 from ddpm.storage.driver_lock import DriverLock

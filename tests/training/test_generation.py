@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from ddpm.build import build_objective
 
 from ddpm.config import Config, override
 from ddpm.sampling import generate
@@ -26,7 +27,7 @@ CPU = torch.device("cpu")
 )
 def test_image_i_is_the_same_in_any_company(tiny: Config, change: dict[str, Any]) -> None:
     config = override(tiny, {"model.zero_init": False, **change})
-    net, objective = State.create(config, CPU).ema.net, generate.build_objective(config)
+    net, objective = State.create(config, CPU).ema.net, build_objective(config)
     together = generate.draw(net, config, objective, range(6), device=CPU)
     alone = generate.draw(net, config, objective, [4], device=CPU)
     turned = generate.draw(net, config, objective, [5, 4], device=CPU)
@@ -42,7 +43,7 @@ def test_image_i_is_the_same_in_any_company(tiny: Config, change: dict[str, Any]
 
 def test_guidance_is_confined_to_its_interval(tiny: Config) -> None:
     config = override(tiny, {"model.zero_init": False, "model.num_classes": 10, "sample.sampler": "heun"})
-    net, objective = State.create(config, CPU).ema.net, generate.build_objective(config)
+    net, objective = State.create(config, CPU).ema.net, build_objective(config)
 
     def drawn(**changes: Any) -> torch.Tensor:
         sample = dataclasses.replace(config.sample, **changes)

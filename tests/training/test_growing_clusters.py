@@ -1,9 +1,10 @@
 """What a run asks of a cluster whose machines have not come yet."""
 
 import pytest
+from ddpm.utils.errors import UserError
 
 from ddpm.cluster import resources
-from ddpm.config import Config, UserError, override
+from ddpm.config import Config, override
 
 
 @pytest.fixture(autouse=True)

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from ddpm.utils.errors import UserError
 from safetensors.torch import load_file
 
 from ddpm.checkpoints import checkpoint
-from ddpm.config import Config, UserError, override
+from ddpm.config import Config, override
 from ddpm.data.reading import DataSet
 from ddpm.storage import locations
 from ddpm.training import checkpoint_manager, loop

@@ -5,8 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ddpm.build import build_net, build_objective
+from ddpm.utils.errors import UserError
 
-from ddpm.config import Config, UserError, override
+from ddpm.config import Config, override
 from ddpm.data.reading import DataSet, Images
 from ddpm.diffusion.reverse import Variance
 from ddpm.evaluation import measure
@@ -14,7 +16,6 @@ from ddpm.evaluation.bits import BitsPerDim
 from ddpm.evaluation.features import Features, features_of
 from ddpm.evaluation.pixels import Pixels
 from ddpm.sampling import generate
-from ddpm.training.state import build_net
 
 CPU = torch.device("cpu")
 
@@ -22,7 +23,7 @@ CPU = torch.device("cpu")
 def judged(config: Config) -> tuple:
     config = override(config, {"model.zero_init": False})
     net = build_net(config).eval().requires_grad_(False)
-    return net, config, generate.build_objective(config)
+    return net, config, build_objective(config)
 
 
 def part(images: Images, start: int, stop: int) -> Images:

@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ddpm.build import build_objective
+from ddpm.utils.errors import UserError
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
 from ddpm.checkpoints import checkpoint
-from ddpm.config import Config, UserError, override
+from ddpm.config import Config, override
 from ddpm.data.reading import DataSet
 from ddpm.presets import DIGITS
 from ddpm.sampling import generate
@@ -231,7 +233,7 @@ def test_a_conditional_run_gives_the_digit_asked_for(
     config = override(config, {"train.sample_every_images": 0, "train.checkpoint_every_images": 0})
     state = fit(config, train_set, run_folder)
     config = override(config, {"sample.guidance_scale": 2.0, "sample.num_sample_steps": 25})
-    objective = generate.build_objective(config)
+    objective = build_objective(config)
     asked = torch.arange(100) % 10
     drawn = generate.draw(
         state.ema.net, config, objective, range(100), device=torch.device("cpu"), label=asked

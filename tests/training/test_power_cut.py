@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from ddpm.utils.errors import UserError
 from power import Disk
 
 from ddpm.checkpoints import checkpoint, runs
-from ddpm.config import Config, UserError
+from ddpm.config import Config
 from ddpm.storage import locations
 from ddpm.training import checkpoint_manager
 from ddpm.training.checkpoint_manager import CheckpointManager

@@ -5,9 +5,10 @@ from collections.abc import Callable
 
 import pytest
 import ray
+from ddpm.utils.errors import UserError
 
 from ddpm.cluster import resources
-from ddpm.config import Config, UserError, override
+from ddpm.config import Config, override
 
 Cluster = Callable[..., None]
 

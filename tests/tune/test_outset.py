@@ -8,10 +8,10 @@ from typing import Any
 import outset
 import pytest
 import search
+from ddpm.utils.errors import UserError
 
 from ddpm import config as configs
 from ddpm.cluster import ray_init, resources
-from ddpm.config import UserError
 from ddpm.diffusion import schedules
 from ddpm.presets import DIGITS
 from ddpm.search import publish
@@ -50,7 +50,7 @@ def test_trials_are_compared_at_equal_images_seen(tmp_path: Path) -> None:
     found = settled(space=LR, name="s", storage=str(tmp_path))
     assert found.rungs == [128, 384, 1152]
     assert found.base.train.checkpoint_every_images == 128
-    assert found.base.train.keep_checkpoints == 9  # a rung's is still there when the jury comes
+    assert found.base.train.keep_checkpoints == 9  # a rung's is still there when the evaluator comes
     assert found.place.uri == found.base.run.storage == str(tmp_path / "s")
     assert settled(space=LR, scheduler="none").rungs == [1152]
     assert not any(key.startswith(("run.", "cluster.")) for key in found.settings["config"])

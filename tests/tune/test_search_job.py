@@ -17,7 +17,7 @@ from tracked import run_of
 from ddpm import config as configs
 from ddpm.presets import DIGITS
 from ddpm.search import publish
-from ddpm.search.event_log import Ledger, Trial
+from ddpm.search.event_log import EventLog, Trial
 from ddpm.storage import locations
 
 # A good trial, one whose learning rate lets it fail, and one that is worse than the first and stopped.
@@ -31,9 +31,11 @@ FLAGS = """digits --name s --searcher grid --num-trials 3 --max-concurrent 1 --n
 
 
 def trials(folder: Path) -> list[Trial]:
-    """What the ledger of the search in `folder` says."""
+    """What the events of the search in `folder` says."""
     place = folder / "runs" / "s"
-    return Ledger.existing(locations.resolve(str(place))).trials() if (place / "search.json").exists() else []
+    return (
+        EventLog.existing(locations.resolve(str(place))).trials() if (place / "search.json").exists() else []
+    )
 
 
 def table(folder: Path) -> list[dict[str, Any]]:
@@ -91,8 +93,8 @@ def test_a_search_that_was_interrupted_and_killed_ends_with_the_same_table(
 
 def mlflow_runs(place: Path) -> list[Run]:
     """A search's own run, and then its children."""
-    ledger = Ledger.existing(locations.resolve(str(place)))
-    parent = run_of(publish.address(ledger, "s", "killed"))
+    events = EventLog.existing(locations.resolve(str(place)))
+    parent = run_of(publish.address(events, "s", "killed"))
     of_parent = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
     client = MlflowClient(publish.tracking_uri())
     return [parent, *client.search_runs([parent.info.experiment_id], of_parent)]

@@ -5,10 +5,10 @@ import re
 
 import pytest
 import space
+from ddpm.utils.errors import UserError
 from space import DEFAULT, KINDS, Choice, Range
 
 from ddpm import config as configs
-from ddpm.config import UserError
 from ddpm.diffusion import schedules
 from ddpm.presets import DIGITS, PRESETS
 from ddpm.training import loop
