@@ -1,6 +1,7 @@
 """What import-linter cannot see: parts of a package, lists of what is allowed, modules without a floor."""
 
 import ast
+import re
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -93,3 +94,9 @@ def test_every_module_stands_on_a_floor() -> None:
         and not any(f"{(name := name_of(path))}.".startswith(f"{f}.") for f in floors)
     }
     assert homeless == set()
+
+
+def test_no_module_reaches_into_ray() -> None:
+    """Ray's documented API alone: no private module is imported, and nothing of Ray's is replaced."""
+    private = re.compile(r"_internal\b|ray\._private|setattr\(.*\bray\b")
+    assert [path for path in MODULES if private.search(path.read_text())] == []

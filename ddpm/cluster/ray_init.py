@@ -1,18 +1,16 @@
-"""Joining Ray: the one way in, for training, for preparing data, and for a pool; and what there is to share out.
-
-Its own room because all of them stand on different floors.
-"""
+"""Joining a Ray cluster, or starting one on this machine, for training, preparing data and drawing; its resources."""
 
 import json
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+import select
+import socket
+import sys
+import threading
+from urllib.parse import urlsplit
 
+import psutil
 import ray
-import ray._private.node
-import ray._private.utils
 
 from ddpm.utils.errors import UserError
 from ddpm.utils.openmp import bound_spinning
@@ -28,30 +26,28 @@ page by page: on CPUs that is a tenth of a step. It reads them when a process be
 
 SETTINGS = {
     **KEPT_MEMORY,
-    # The controller looks after its workers so often (default 2 s).
+    # How often Ray Train's controller asks its workers (default 2 s).
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
-    # Nodes about to be taken away are looked out for in training/monitor.py.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # A worker group that does not get its resources asks again, maybe for fewer workers (default 60 s).
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
-    # Waiting inside an async actor is what Ray Train's controller does; it need not be warned of it.
-    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
-    # Of a cluster started here: training comes first on this machine, not after Ray's own processes.
+    # Workers of a cluster started here have the priority of any other process, not a lower one.
     "RAY_worker_niceness": "0",
-    # Nor is anybody told that Ray is used, by a process of its own.
-    "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray's API and dashboard show runs of Ray Train.
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
 }
-"""Ray's settings that make a crash, and a start, cost less time; what the environment says comes first."""
+"""Variables of Ray's and the C library's that shorten a crash and a step; what the environment says comes first."""
+
+REACH_TIMEOUT_S = 10.0
+"""How long RAY_ADDRESS may take to accept a connection; Ray itself tries for minutes."""
+
+VITAL = ("gcs_server", "raylet")
+"""Processes of a cluster started here without which it is gone."""
 
 LONGEST_REASON = 400
 """Characters of Ray's own words in an error."""
 
 LIMITS = "DDPM_CLUSTER_RESOURCES"
 """The variable in which a cluster that grows says how far: '{"CPU": 48, "GPU": 4}'. Ray itself does not (2.60)."""
-
-
-BEGUN_HERE = "DDPM_CLUSTER_BEGUN_HERE"
-"""The variable that all processes of a cluster have which `connect` started, with the rest of its environment."""
 
 
 class NoCluster(UserError):
@@ -61,7 +57,7 @@ class NoCluster(UserError):
 
 
 def connect(verbose: bool = False) -> None:
-    """Join the Ray cluster of the environment (RAY_ADDRESS, or one started here), or start one on this machine.
+    """Join the Ray cluster of the environment (RAY_ADDRESS, or `ray start` on this machine), or start one here.
 
     Raises:
         NoCluster: that did not succeed.
@@ -69,63 +65,40 @@ def connect(verbose: bool = False) -> None:
     bound_spinning()
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    os.environ[BEGUN_HERE] = "1"
+    address = os.environ.get("RAY_ADDRESS")
     level = logging.INFO if verbose else logging.ERROR
-    with _spare_processes(verbose):
-        try:
-            ray.init(log_to_driver=verbose, logging_level=level, include_dashboard=False)
-        except Exception as error:  # Ray raises what it likes: RuntimeError, ConnectionError, plain Exception
-            raise _no_cluster(error) from error
-    node = ray._private.worker._global_node
-    if node is None or not node.head:
-        del os.environ[BEGUN_HERE]
+    try:
+        _reach(address or "")
+        ray.init(log_to_driver=verbose, logging_level=level, include_dashboard=False)
+    except Exception as error:  # Ray raises what it likes: RuntimeError, ConnectionError, plain Exception
+        reason = " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
+        if address:
+            raise NoCluster(f"the Ray cluster at RAY_ADDRESS={address} cannot be joined: {reason}") from error
+        raise NoCluster(
+            f"Ray did not start on this machine: {reason}; where it is busy or short of memory, try again when it "
+            "is not"
+        ) from error
+    started = [child for child in psutil.Process().children() if child.name() in VITAL]
+    if started:
+        threading.Thread(target=_exit_with, args=(started,), name="ddpm-ray", daemon=True).start()
     for name in ("ray.train", "ray.data", "ray"):
         logging.getLogger(name).setLevel(level)
 
 
-def _no_cluster(error: Exception) -> NoCluster:
-    reason = " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
-    if address := os.environ.get("RAY_ADDRESS"):
-        return NoCluster(f"the Ray cluster at RAY_ADDRESS={address} cannot be joined: {reason}")
-    return NoCluster(
-        f"Ray did not start on this machine: {reason}; where it is busy or short of memory, try again when it is not"
-    )
+def _exit_with(processes: list[psutil.Process]) -> None:
+    """Exit with an error line as soon as one of these dies: Ray exits up to a minute later, and says why in C++."""
+    select.select([os.pidfd_open(process.pid) for process in processes], [], [])
+    if ray.is_initialized():
+        here = "the Ray cluster on this machine is gone: one of its processes has died"
+        print(f"error: {here}; the same command goes on", file=sys.stderr, flush=True)
+        os._exit(NoCluster.exit_code)
 
 
-@contextmanager
-def _spare_processes(verbose: bool) -> Iterator[None]:
-    """A cluster that is started in this context has no processes that would serve nobody (Ray 2.60 has no switch).
-
-    These are the dashboard's, which without a dashboard tells Ray's makers of its use, or does not; the autoscaler's,
-    which has no machines to start; and the one that brings the drivers what workers print, unless it is shown. The
-    agent of the node does as if it had been installed without a web server: its port may be another cluster's, and
-    every start would wait four seconds for that.
-    """
-
-    def nothing(*args: Any, **kwargs: Any) -> None: ...
-
-    def no_dashboard() -> ImportError:
-        return ImportError("no dashboard is wanted")
-
-    node, utils = ray._private.node.Node, ray._private.utils
-    spared: list[tuple[Any, str, Any]] = [
-        (node, "start_api_server", nothing),
-        (node, "start_monitor", nothing),
-        (utils, "get_dashboard_dependency_error", no_dashboard),
-    ]
-    if not verbose:
-        spared.append((node, "start_log_monitor", nothing))
-    with ExitStack() as stack:
-        for owner, name, instead in spared:
-            if hasattr(owner, name):  # else it is another Ray, which starts what it starts
-                stack.callback(setattr, owner, name, getattr(owner, name))
-                setattr(owner, name, instead)
-        yield
-
-
-def begun_here() -> bool:
-    """Whether all processes of the cluster have SETTINGS, and the rest of the environment it was started from."""
-    return BEGUN_HERE in os.environ
+def _reach(address: str) -> None:
+    """Raise OSError if nothing accepts connections at a host:port; other forms of an address are left to Ray."""
+    where = urlsplit(address if "://" in address else f"//{address}")
+    if where.hostname and where.port:
+        socket.create_connection((where.hostname, where.port), timeout=REACH_TIMEOUT_S).close()
 
 
 def resources() -> dict[str, float]:

@@ -80,11 +80,12 @@ def test_controller_driver_and_cluster_killed(run: Run, undisturbed: Run) -> Non
 
 
 def test_asked_to_stop(run: Run, undisturbed: Run) -> None:
-    """No step is lost: a checkpoint stands where the run was, and the same command goes on from there."""
+    """No step is lost: a checkpoint stands where the run was, and the same command goes on from there. The signal goes
+    to the whole process group, Ray's processes included, as those of a terminal and of `timeout` do."""
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         with run.start() as job:
             job.wait_for(run.past(run.position()))
-            job.process.send_signal(number)
+            os.killpg(job.process.pid, number)
             assert job.wait() == code, job.output
         assert f"stopped     at {run.position():,} images" in job.output
         assert "Traceback" not in job.output
