@@ -32,10 +32,12 @@ SETTINGS = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     # Workers of a cluster started here have the priority of any other process, not a lower one.
     "RAY_worker_niceness": "0",
-    # Ray's API and dashboard show runs of Ray Train.
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
 }
 """Variables of Ray's and the C library's that shorten a crash and a step; what the environment says comes first."""
+
+API_SERVER, NO_API_SERVER = "RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9"
+"""A cluster started here has no dashboard. Ray Train would look for one, find that of another cluster on this machine,
+which does not know our controller, and remove the workers of a controller that it takes for dead (2.60)."""
 
 REACH_TIMEOUT_S = 10.0
 """How long RAY_ADDRESS may take to accept a connection; Ray itself tries for minutes."""
@@ -66,6 +68,9 @@ def connect(verbose: bool = False) -> None:
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
+    is_named = address is not None or API_SERVER in os.environ
+    if not is_named:
+        os.environ[API_SERVER] = NO_API_SERVER
     level = logging.INFO if verbose else logging.ERROR
     try:
         _reach(address or "")
@@ -79,7 +84,11 @@ def connect(verbose: bool = False) -> None:
             "is not"
         ) from error
     started = [child for child in psutil.Process().children() if child.name() in VITAL]
-    if started:
+    if not started:  # Ray's API and dashboard show what Ray Train does
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
+        if not is_named:
+            del os.environ[API_SERVER]
+    else:
         threading.Thread(target=_exit_with, args=(started,), name="ddpm-ray", daemon=True).start()
     for name in ("ray.train", "ray.data", "ray"):
         logging.getLogger(name).setLevel(level)
