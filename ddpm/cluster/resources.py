@@ -14,7 +14,7 @@ from ddpm.config import Config
 from ddpm.utils.errors import UserError
 
 DRIVER_CPUS = 0.01
-"""Of the driver of a run that is one of several."""
+"""CPUs of the driver of a trial."""
 MAX_WORKERS_PER_CPU = 2
 """Each worker is a process with a PyTorch of its own: with more of them, starts and collectives take the CPUs' time."""
 JOINING_S = 10.0
@@ -69,7 +69,7 @@ def _resources_per_worker(config: Config, have: dict[str, float]) -> dict[str, f
 
 
 def room(config: Config, per_worker: dict[str, float], workers: int) -> int:
-    """How many workers there would be room for beside what is running, with `workers` of the run's running now."""
+    """How many workers the run could have now, where `workers` of its own are running."""
     have, free = ray.cluster_resources(), ray.available_resources()
     most = int((have.get("CPU", 0.0) - 1) / per_worker["CPU"])  # one CPU is for the tasks that read data
     more = min(int(free.get(name, 0.0) / amount) for name, amount in per_worker.items())

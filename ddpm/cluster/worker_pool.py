@@ -1,7 +1,4 @@
-"""A pool: workers that each hold a net, say, and do pieces of work that know nothing of each other.
-
-Its own room because drawing and judging spread in the same way, and neither has to know where. Training is no such
-work: its workers speak with each other at every step.
+"""A pool of workers for independent pieces of work: sampling and evaluation. A worker may hold a net, for example.
 
 A worker is a GPU, or else one core. With another number of threads a CPU's kernels round differently here and there;
 one thread a piece makes its result the same, bit for bit, whoever does it. Several cores are busy with several

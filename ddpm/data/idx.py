@@ -1,7 +1,5 @@
 """MNIST's four IDX files, which Fashion-MNIST has too.
 
-Its own room because two sources read them, each from its own folder.
-
 Axes: N images, H W, C channels.
 """
 

@@ -1,7 +1,7 @@
-"""Pictures of one's own: a tree of image files, and how a picture of any size becomes one that is stored.
+"""A folder of image files as a source, and how an image of any size becomes one that is stored.
 
-Its own room because pictures come in all sizes and modes, and a data set has one. A picture that has it
-already keeps its bytes; any other is resized, cropped to the centre square, and stored without loss.
+A data set has one size and mode. An image that has them already keeps its bytes; any other is resized, cropped to the
+centre square, and stored without loss.
 
 Axes: N images, H W, C channels.
 """

@@ -1,6 +1,6 @@
 """What a data set is, in one file: manifest.json, written last.
 
-Its own room because shards.py is about pixels, and this is about trust. A manifest comes from outside: every
+A manifest comes from outside: every
 field is checked before it is used, nothing in it can name a file out of the data set's folder, and its
 fingerprints are computed again, so that what a run recorded as its data is what it read.
 """
@@ -29,7 +29,7 @@ FORMAT = "ddpm-shards/2"
 MAX_SIDE = 16_384
 MAX_COUNT = 10**12
 MAX_ROW_GROUP_BYTES = 1 << 31
-"""Of a row group's images when decoded, which one task holds in memory; `prepare` makes them of about 4 MB."""
+"""Largest row group when decoded, which one task holds in memory; `prepare` makes them of about 4 MB."""
 MAX_MANIFEST_BYTES = 256 << 20
 """That is 2.6 million row groups; reading them takes 5 times as much memory."""
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -47,9 +47,9 @@ class Shard:
     """Rows of every row group, in order."""
     num_bytes: int
     sha256: str
-    """Of the file."""
+    """SHA-256 of the file."""
     row_group_sha256: tuple[str, ...]
-    """Of the content of every row group, `shards.content_sha256`: checked whenever it is read."""
+    """SHA-256 of the content of every row group, `shards.content_sha256`: checked whenever it is read."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Split:
 
     num_rows: int
     fingerprint: str
-    """Of the image shape, the encoding, the classes, and the shards' row groups and checksums."""
+    """Hash of the image shape, the encoding, the classes, and the shards' row groups and checksums."""
     shards: tuple[Shard, ...]
 
     @cached_property
@@ -83,7 +83,7 @@ class Manifest:
     """Empty: no labels."""
     splits: dict[str, Split]
     fingerprint: str
-    """Of everything."""
+    """Hash of all fields."""
     format: str = FORMAT
 
 

@@ -1,6 +1,6 @@
 """Sets that torchvision has downloaded: CIFAR-10, MNIST, CelebA.
 
-Its own room because the layout is somebody else's. Nothing is downloaded here.
+Nothing is downloaded here.
 
 CIFAR-10: A. Krizhevsky, "Learning multiple layers of features from tiny images", 2009.
 MNIST: LeCun et al., "Gradient-based learning applied to document recognition", 1998.

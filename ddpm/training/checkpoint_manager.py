@@ -1,7 +1,6 @@
 """A run's checkpoints in storage: written in the background, found again after a crash.
 
-Its own room because checkpoint.py is about what a checkpoint is, and this is about getting one into a bucket
-whatever dies on the way. A checkpoint exists once its checksums.json does: everything else is there before,
+A checkpoint exists once its checksums.json does: everything else is there before,
 the segment of what was tracked since the last one included. A worker killed at any moment leaves either the
 whole checkpoint or none, and so does a power cut: on a disk everything is fsynced before it gets its name. What is
 found damaged is passed over for the one before.

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 DELIVERY_TIMEOUT_S = 30.0
 """What MLflow has not taken so long after the end is left to jobs/track.py."""
 HASTY_DELIVERY_TIMEOUT_S = 1.0
-"""Of a run that was asked to stop: who asked will not wait."""
+"""The same for a run that was asked to stop."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
-"""What training writes down and when: curves, pictures, checkpoints, progress.
+"""What training records and when: curves, pictures, checkpoints, progress.
 
-Its own room so that the loop shows Algorithm 1 and nothing else. Every rank runs it alike, since means,
-grids and checkpoints are made together; only the first one talks to the tracker.
+Every rank runs the same code, since means, grids and checkpoints are made together; rank 0 alone calls the tracker.
 """
 
 import time

@@ -55,7 +55,7 @@ class Runtime(Protocol):
     world_size: int
     device: torch.device
     identity: dict[str, Any]
-    """Whose run it is (run key, data fingerprint); travels in every checkpoint."""
+    """Run key and data fingerprint; stored in every checkpoint."""
 
     def wrap(self, net: nn.Module) -> nn.Module:
         """`net` with its gradients averaged over the workers."""
@@ -85,7 +85,7 @@ class Runtime(Protocol):
         ...
 
     def any_of(self, *flags: Tensor | bool) -> list[bool]:
-        """Of each flag, whether it is set on any rank. Every rank calls it, after every step."""
+        """Whether each flag is set on any rank. Every rank calls it, after every step."""
         ...
 
     def wants_stop(self) -> bool:
