@@ -1,9 +1,9 @@
 """From a source to a data set: one task a shard, the manifest last.
 
-Shards are written by plain Ray tasks, where there is a cluster. Each finished shard leaves a note in _prepare/, so the same command again goes on
-where it was stopped. Until the manifest is written there is no data set, so a half-written one cannot be read;
-and what is written is never written over by anything else, but for an unfinished data set of the same command
-whose source's files have changed since.
+Shards are written by plain Ray tasks, where there is a cluster. Each finished shard leaves a note in _prepare/, so the
+same command again goes on where it was stopped. Until the manifest is written there is no data set, so a half-written
+one cannot be read; and what is written is never written over by anything else, but for an unfinished data set of the
+same command whose source's files have changed since.
 """
 
 import hashlib

@@ -174,7 +174,7 @@ def open_image(file: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
 
 
 def _jpeg(data: bytes, height: int, width: int, channels: int, scale: int) -> Pixels | None:
-    """`decode` with a quick JPEG decoder; None: no sound JPEG of that size and those colours, or not at a scale that JPEG knows."""
+    """`decode` with a quick decoder; None: no sound JPEG of that size and colours, or not at a scale of JPEG's."""
     if not data.startswith(JPEG_BEGINS) or LARGEST_JPEG_SCALE % scale:
         return None
     try:
