@@ -7,12 +7,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 help:
-	@echo 'make train   install, and train on the digits; what comes out is in runs/digits'
-	@echo 'make test    install what tests need, and run them all'
-	@echo 'make soak    train for half an hour through a fault a minute, and compare with an undisturbed run'
-	@echo 'make mlflow  start an MLflow server with PostgreSQL, S3 and passwords on this machine'
-	@echo 'make check   format, lint, types, and which module may import which'
-	@echo 'make clean   remove $(VENV) and caches; runs/ stays'
+	@echo 'make train            install, and train on the digits; what comes out is in runs/digits'
+	@echo 'make test             install what tests need, and run them all'
+	@echo 'make test-oldest-ray  install the oldest Ray that is supported as well, and run the tests that depend on Ray most'
+	@echo 'make soak             train for half an hour through a fault a minute, and compare with an undisturbed run'
+	@echo 'make mlflow           start an MLflow server with PostgreSQL, S3 and passwords on this machine'
+	@echo 'make check            format, lint, types, and which module may import which'
+	@echo 'make clean            remove $(VENV) and caches; runs/ stays'
 
 train: $(VENV)/installed
 	$(BIN)/python jobs/train.py digits --run.name digits --run.storage runs
@@ -20,6 +21,14 @@ train: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist loadfile
 	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadfile --durations 25
+
+# Ray's processes inherit PYTHONPATH: programs, agents, drivers of submitted jobs and workers are all of that Ray.
+OLDEST_RAY := $(shell sed -n 's/.*"ray\[.*\]>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+OLDEST_RAY_FOLDER := $(VENV)/ray-$(OLDEST_RAY)
+ON_OLDEST_RAY = PYTHONPATH='$(CURDIR)/$(OLDEST_RAY_FOLDER)$(PYTHONPATH:%=:%)' $(BIN)/python
+test-oldest-ray: $(OLDEST_RAY_FOLDER)/installed
+	$(ON_OLDEST_RAY) -c 'import ray; print(ray.__file__); assert f"{ray.__version__}.".startswith("$(OLDEST_RAY).")'
+	$(ON_OLDEST_RAY) -m pytest -m oldest_ray --numprocesses 2 --dist loadfile --durations 10
 
 soak: $(VENV)/installed-test
 	$(BIN)/python tests/soak.py
@@ -48,6 +57,10 @@ $(VENV)/installed $(VENV)/installed-test $(VENV)/installed-check: pyproject.toml
 	$(BIN)/python -m pip install $(PIP_ARGS) --editable '.$(EXTRA)'
 	@touch $(STAMPS:%=$(VENV)/%)
 
+$(OLDEST_RAY_FOLDER)/installed: $(VENV)/installed-test
+	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps --upgrade --target $(@D) 'ray==$(OLDEST_RAY).*'
+	@touch $@
+
 # Debian keeps the pip of new environments in a package of its own (python3-venv). Where that is missing,
 # the pip of the system brings one.
 NO_PYTHON := Python 3.11 or newer is needed. Where it is can be said with: make PYTHON=/path/to/python
@@ -63,4 +76,4 @@ $(BIN)/pip:
 	    echo '$(PYTHON) $(NO_PIP)' >&2; exit 1; \
 	fi
 
-.PHONY: help train test soak mlflow check clean
+.PHONY: help train test test-oldest-ray soak mlflow check clean

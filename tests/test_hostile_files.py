@@ -155,6 +155,10 @@ TOO_LARGE = {
         {"model.blocks_per_resolution": 10**9},
         "config.json: model: blocks_per_resolution is 1000000000",
     ),
+    "a schedule of nothing": (
+        {"schedule.kind": "linear", "schedule.beta_end": 7.0},
+        r"config.json: schedule: beta_end is 7.0; it must be",
+    ),
     "a net of many channels": ({"model.channels": 10**30}, "config.json: model: channels is 10+; it must be"),
 }
 

@@ -54,7 +54,10 @@ def later():
     ("part", "owners"),
     [
         # the driver's side, what runs in the controller, and the workers'
-        ("ray.train", {"ddpm.training.worker_group", "ddpm.training.failures", "ddpm.training.worker"}),
+        (
+            "ray.train",
+            {f"ddpm.training.{name}" for name in ("worker_group", "failures", "worker", "mlflow_callback")},
+        ),
         ("ray.data", {"ddpm.data.ray_dataset"}),
         ("ray.tune", {"tune.driver", "tune.study"}),
     ],

@@ -70,7 +70,11 @@ def main() -> int:
     defaults = {name: Arguments(name, config) for name, config in cli.starting_points().items()}
     chosen = tyro.cli(tyro.extras.subcommand_type_from_defaults(defaults, presets.ABOUT), description=__doc__)
 
-    import outset  # after parsing: --help and mistakes answer at once
+    from ddpm.data import plan  # after parsing: --help and mistakes answer at once
+
+    plan.check_batches(chosen.config)
+
+    import outset  # seconds: PyTorch, Ray
 
     from ddpm.storage.driver_lock import DriverLock
 

@@ -94,9 +94,10 @@ class Interruption(tune.Callback):
         return {}  # Tune pickles its callbacks, for a restoration that there never is
 
     def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
+        if self.came:  # at every step: an actor that was started anew knows nothing
+            ray.get(self.state.set.remote(run_state.STOP, "the search is interrupted"))
         if self.came and not self._told:
             self._told = True
-            ray.get(self.state.set.remote(run_state.STOP, "the search is interrupted"))
             if self.signal is not None:
                 again = " (Ctrl-C again: at once)" if self.signal == signal.SIGINT else ""
                 name = signal.Signals(self.signal).name

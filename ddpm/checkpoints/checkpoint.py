@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ddpm import config as configs
 from ddpm.build import build_net
 from ddpm.config import Config
+from ddpm.diffusion import schedules
 from ddpm.models import unet
 from ddpm.utils import files
 from ddpm.utils.errors import UserError
@@ -213,6 +214,10 @@ def load_net(folder: Path, device: torch.device, *, ema: bool = True) -> tuple[u
     """The averaged (or the raw) net of a checkpoint, ready to draw with, and its config."""
     verify(folder)
     config = read_config(folder)
+    try:
+        schedules.build(config.schedule)
+    except ValueError as error:
+        raise UserError(f"{folder}/config.json: schedule: {error}") from None
     path = folder / ("ema.safetensors" if ema else "net.safetensors")
     _check_shapes(folder, config, path)
     net = build_net(config)

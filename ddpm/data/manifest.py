@@ -5,6 +5,7 @@ field is checked before it is used, nothing in it can name a file out of the dat
 fingerprints are computed again, so that what a run recorded as its data is what it read.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -225,15 +226,29 @@ def shard_from_json(text: str | bytes, where: str) -> Shard:
 
 def _advice(filesystem: pafs.FileSystem, root: str, where: str) -> str:
     """How to make a data set, which never goes into a folder of pictures."""
-    local = isinstance(filesystem, pafs.LocalFileSystem)
-    names = (name for _, _, files in os.walk(root) for name in files) if local else ()
-    if not any(name.lower().endswith(PICTURES) for name in names):
+    if not _holds_pictures(filesystem, root):
         return f"; make one with `python jobs/prepare.py SOURCE {where}`"
+    if not isinstance(filesystem, pafs.LocalFileSystem):
+        return ", but pictures; download them, and make a data set of the folder with `python jobs/prepare.py folder`"
     pictures, shards = shlex.quote(where), shlex.quote(f"{where.rstrip('/')}-shards")
     return (
         f", but pictures; make one of them beside it with `python jobs/prepare.py folder {shards} --path {pictures} "
         f"--size N`, N being --model.image-size or a multiple of it, and give it as --data.shards {shards}"
     )
+
+
+def _holds_pictures(filesystem: pafs.FileSystem, root: str) -> bool:
+    """Whether a file in there has a picture's name; in a bucket the folder and the first one in it are listed."""
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        names = [name for _, _, files in os.walk(root) for name in files]
+    else:
+        found: list[pafs.FileInfo] = []
+        with contextlib.suppress(OSError):  # to be listed needs a right of its own
+            found = filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True))
+            for folder in [info.path for info in found if info.type == pafs.FileType.Directory][:1]:
+                found += filesystem.get_file_info(pafs.FileSelector(folder))
+        names = [info.base_name for info in found]
+    return any(name.lower().endswith(PICTURES) for name in names)
 
 
 def _digest(value: Any) -> str:

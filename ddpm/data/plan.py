@@ -172,8 +172,10 @@ def micro_batches_per_step(batch_size: int, micro_batch_size: int, world_size: i
     Raises:
         UserError: M is not whole, or does not divide by the number of workers.
     """
-    if micro_batch_size < 1 or batch_size % micro_batch_size:
-        raise UserError(f"batch_size {batch_size} is not a multiple of micro_batch_size {micro_batch_size}")
+    if not 0 < micro_batch_size <= batch_size or batch_size % micro_batch_size:
+        raise UserError(
+            f"batch_size {batch_size} is not a positive multiple of micro_batch_size {micro_batch_size}"
+        )
     m = batch_size // micro_batch_size
     if m % world_size:
         right = [n for n in range(1, m + 1) if m % n == 0]

@@ -91,7 +91,7 @@ class Location:
 
     def delete(self) -> None:
         """Remove this folder and all in it, if it is there."""
-        if self.exists():
+        with contextlib.suppress(FileNotFoundError):
             self.filesystem.delete_dir(self.path)
 
     def _names(self, kind: pafs.FileType) -> list[str]:

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -154,16 +155,20 @@ class CheckpointManager:
             return
         self._retry_io(lambda: _uncommit(target), target)
         names = sorted(path.name for path in folder.iterdir() if path.name != CHECKSUMS)
-        for name in (*names, CHECKSUMS):
-            self._retry_io(partial(_upload, folder / name, target.child(name)), target)
+        with ThreadPoolExecutor(len(names)) as pool:  # at once: storage may take seconds for a request
+            list(pool.map(lambda name: self._upload(folder, target, name), names))
+        self._upload(folder, target, CHECKSUMS)
+
+    def _upload(self, folder: Path, target: Location, name: str) -> None:
+        self._retry_io(partial(_upload, folder / name, target.child(name)), target)
 
     def _retire(self) -> None:
         """Remove what is too old, or no longer the best."""
         names = self._run.folders()
         old = [name for name in names if name.startswith(checkpoint.PREFIX)][: -self._keep]
         worse = [name for name in names if name.startswith(checkpoint.BEST_PREFIX)][:-1]
-        for name in old + worse:
-            remove(self._run.child(name))
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda name: remove(self._run.child(name)), old + worse))
 
 
 @contextmanager

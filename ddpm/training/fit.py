@@ -171,7 +171,6 @@ def _train(config: Config, group: PersistentWorkerGroup, monitor: DriverMonitor)
         workers = group.workers()
         monitor.run(
             workers,
-            # After a signal Ray is not waited for: sent to the whole process group, it has ended Ray's processes too.
             lambda values: (
                 monitor.is_before_first_step(values)
                 or ((group.persistent or monitor.signal is not None) and is_over(values))

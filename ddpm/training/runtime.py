@@ -1,7 +1,6 @@
-"""Where the loop runs: two small protocols, and their plain-torch side.
+"""Where the loop runs: the protocols `Runtime` and `Tracker`, and their plain-torch side.
 
-The loop is written once against `Runtime` and `Tracker`. `LocalRuntime` needs neither Ray nor a network;
-`cluster.RayRuntime` is Ray Train.
+The loop is written once against them. `LocalRuntime` needs neither Ray nor a network; `worker.RayRuntime` is Ray Train.
 """
 
 import shutil

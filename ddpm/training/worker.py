@@ -185,7 +185,7 @@ class RayRuntime:
             self._rank_zero.flush_on_error()
 
     def close(self) -> None:
-        """The run is over for this worker, which may stay for another."""
+        """End what belongs to this run, reading included: the worker may stay for another run."""
         self._reading.close()
         if self._rank_zero:
             self._rank_zero.close()

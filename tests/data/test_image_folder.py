@@ -23,6 +23,7 @@ from pyarrow.fs import LocalFileSystem
 from ddpm.data.huggingface import HuggingFace
 from ddpm.data.image_folder import Folder, store
 from ddpm.data.shards import decode, read_manifest
+from ddpm.storage.locations import resolve
 from ddpm.utils.errors import UserError
 
 
@@ -310,6 +311,20 @@ def test_pictures_given_as_shards_are_prepared_beside_them(tmp_path: Path) -> No
     assert len(list(pictures.iterdir())) == 20
     (shards,) = shlex.split(advice[2])
     assert read_manifest(LocalFileSystem(), shards, shards).splits["train"].num_rows == 19
+
+
+def test_pictures_in_a_bucket_given_as_shards_are_not_written_into(s3_bucket: str) -> None:
+    """Whether they lie in it or in folders, one a class; in a bucket that holds neither, shards may be made."""
+    for folder in ("flat", "sorted/cats"):
+        resolve(f"{s3_bucket}/{folder}/1.JPG").write(b"")
+        pictures = resolve(f"{s3_bucket}/{folder.partition('/')[0]}")
+        with pytest.raises(
+            UserError, match=r"has no manifest\.json, but pictures; download them, and make a data set"
+        ):
+            read_manifest(pictures.filesystem, pictures.path, pictures.uri)
+    nothing = resolve(f"{s3_bucket}/nothing")
+    with pytest.raises(UserError, match=rf"make one with `python jobs/prepare\.py SOURCE {nothing.uri}`"):
+        read_manifest(nothing.filesystem, nothing.path, nothing.uri)
 
 
 def test_a_message_names_no_address_in_memory() -> None:

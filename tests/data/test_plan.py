@@ -109,7 +109,7 @@ def test_training_ends_with_a_whole_global_batch() -> None:
 
 def test_a_global_batch_that_does_not_divide_is_refused() -> None:
     assert micro_batches_per_step(128, 32, 2) == 4
-    with pytest.raises(UserError, match="not a multiple of micro_batch_size 48"):
+    with pytest.raises(UserError, match="not a positive multiple of micro_batch_size 48"):
         micro_batches_per_step(128, 48, 1)
     with pytest.raises(UserError, match=r"3 workers cannot share evenly; use 1 or 2 or 4 workers,"):
         micro_batches_per_step(128, 32, 3)

@@ -149,6 +149,28 @@ def work(
     return ray.get([worker.remote(rank) for rank in range(world_size)])
 
 
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({"batch_size": 0}, {}, "batch_size 0 is not a positive multiple of micro_batch_size 3"),
+        ({"micro_batch_size": 5}, {}, "batch_size 12 is not a positive multiple of micro_batch_size 5"),
+        (
+            {},
+            {"world_size": 3},
+            "4 micro-batches of 3, which 3 workers cannot share evenly; use 1 or 2 or 4 workers",
+        ),
+        ({}, {"images_seen": -12}, "images_seen is -12; it must be a position, 0 or more"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_at_once(
+    changes: dict[str, int], arguments: dict[str, int], message: str, tmp_path: Path
+) -> None:
+    data_set = ray_dataset.open_data_set(damaged.prepare(str(tmp_path)).uri)
+    with pytest.raises(UserError, match=message):
+        ray_dataset.micro_batches(data_set, replace(ORDER, **changes), **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.oldest_ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_stream_is_the_plan_with_its_stand_ins(tmp_path: Path) -> None:

@@ -13,7 +13,10 @@ BAD = {
     "unknown choice": (["digits", "--schedule.kind", "warp"], "warp"),
     "schedule out of range": (["digits", "--schedule.num-timesteps", "0"], "num_timesteps"),
     "net that cannot be": (["digits", "--model.norm-groups", "7"], "norm_groups"),
-    "batch that does not divide": (["digits", "--train.batch-size", "100"], "train.micro_batch_size"),
+    "batch that does not divide": (
+        ["digits", "--train.batch-size", "100"],
+        "100 is not a positive multiple of micro_batch_size 64",
+    ),
     "no attention at this size": (
         ["digits", "--model.image-size", "32"],
         "--model.attention-resolutions 16\n",
@@ -46,13 +49,17 @@ def test_without_data_it_says_how_to_make_some(run_job: Callable[..., Any], tmp_
 
 
 @pytest.mark.parametrize(
-    ("flags", "unneeded"),
-    [(["--train.batch-size", "100"], ("torch", "ray")), (["--model.image-size", "32"], ("ray",))],
+    ("job", "flags", "unneeded"),
+    [
+        ("train", ["--train.batch-size", "100"], ("torch", "ray")),
+        ("search", ["--train.batch-size", "100"], ("torch", "ray")),
+        ("train", ["--model.image-size", "32"], ("ray",)),
+    ],
 )
 def test_a_mistake_is_told_before_what_it_does_not_need_is_imported(
-    run_job: Callable[..., Any], tmp_path: Path, flags: list[str], unneeded: tuple[str, ...]
+    run_job: Callable[..., Any], tmp_path: Path, job: str, flags: list[str], unneeded: tuple[str, ...]
 ) -> None:
-    done = run_job("train", "digits", *flags, cwd=tmp_path, env={"PYTHONPROFILEIMPORTTIME": "1"})
+    done = run_job(job, "digits", *flags, cwd=tmp_path, env={"PYTHONPROFILEIMPORTTIME": "1"})
     assert done.returncode == 2
     assert not re.findall(rf"\| +(?:{'|'.join(unneeded)})$", done.stderr, re.MULTILINE)
 

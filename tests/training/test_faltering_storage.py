@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faulted import Run, assert_same, assert_tracked_once, metric
+from faulted import TOTAL, Run, assert_same, assert_tracked_once, metric
 from processes import Job
 from proxy import FaultyProxy
 from servers import S3Server
@@ -82,6 +82,22 @@ def test_s3_falters(run_on_s3: Run, undisturbed: Run, proxy: FaultyProxy) -> Non
         time.sleep(20)
         proxy.switch("pass")
         assert job.wait() == 0, job.output
+    assert_same(run_on_s3, undisturbed)
+    assert_tracked_once(run_on_s3)
+
+
+def test_s3_answers_slowly(run_on_s3: Run, undisturbed: Run, proxy: FaultyProxy) -> None:
+    """Two seconds a request for a minute: that is no failure, whatever --run.storage-timeout-s says."""
+    flags = ("--cluster.max-failures", "0", "--run.storage-timeout-s", "5")
+    with run_on_s3.start(*flags, env=through(proxy)) as job:
+        job.wait_for(run_on_s3.past(0))
+        proxy.switch("delay", delay_s=2)
+        time.sleep(60)
+        before = run_on_s3.position()
+        proxy.switch("pass")
+        assert job.wait() == 0, job.output
+    assert 640 < before < TOTAL, "it went on, and was not yet done"
+    assert "warning" not in job.output and "Traceback" not in job.output
     assert_same(run_on_s3, undisturbed)
     assert_tracked_once(run_on_s3)
 

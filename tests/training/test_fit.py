@@ -135,6 +135,7 @@ def recording_job(digits_uri: str, tmp_path: Path) -> Callable[..., Any]:
     return record
 
 
+@pytest.mark.oldest_ray
 @pytest.mark.slow
 def test_any_number_of_workers_sees_the_same(recording_job: Callable[..., Any], tmp_path: Path) -> None:
     """Images, noise and t of every micro-batch of every global batch: the very same. The weights: nearly."""

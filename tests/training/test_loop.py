@@ -204,7 +204,7 @@ def test_batches_from_the_middle_are_those_of_the_whole(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train.micro_batch_size": 5}, "not a multiple of micro_batch_size 5"),
+        ({"train.micro_batch_size": 5}, "not a positive multiple of micro_batch_size 5"),
         ({"schedule.beta_end": 2.0, "schedule.kind": "linear"}, "beta_end"),
         ({"model.norm_groups": 3}, "norm_groups"),
         ({"sample.sampler": "mix"}, "mix cannot undo the process gaussian"),

@@ -71,6 +71,7 @@ def test_the_node_of_data_tasks_lost(run: Run, undisturbed: Run, head: RayHead, 
     assert_tracked_once(run)
 
 
+@pytest.mark.oldest_ray
 def test_a_node_about_to_be_taken_away(run: Run, undisturbed: Run, head: RayHead, nodes: ExitStack) -> None:
     """The workers leave a checkpoint of the step they are in, and go on elsewhere; nothing is trained twice."""
     *_, second = [add(nodes, head, num_cpus) for num_cpus in (1, 2, 2)]
@@ -89,6 +90,7 @@ def test_a_node_about_to_be_taken_away(run: Run, undisturbed: Run, head: RayHead
     assert metric(run, "train/goodput")[-1] == (TOTAL, 1.0)
 
 
+@pytest.mark.oldest_ray
 def test_an_elastic_run_shrinks_and_grows(run: Run, head: RayHead, nodes: ExitStack) -> None:
     """2 workers, 1 while a node is missing, 2 again; and growing loses no step."""
     *_, second = [add(nodes, head, num_cpus) for num_cpus in (1, 2, 2)]

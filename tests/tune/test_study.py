@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import space
 import study
 
@@ -15,6 +16,7 @@ from ddpm.search import trial_manager
 from ddpm.search.event_log import EventLog, Rung
 from ddpm.search.trial_manager import TrialManager
 from ddpm.storage import locations
+from ddpm.training import run_state
 from ddpm.utils.errors import UserError
 
 RUNGS = [100, 300, 900]
@@ -223,3 +225,14 @@ def test_a_verdict_that_was_lost_is_for_another_round(tmp_path: Path) -> None:
     assert found.num_left == 1 and found.next() == (0, found.trials[0].changes)
     assert not found.trained(0, 0.0) and not found.judged(0, Rung(900, 2.0, 0.01, 0.5, 0.5))
     assert found.is_over
+
+
+@pytest.mark.slow
+def test_trials_are_told_to_stop_though_the_actor_that_tells_them_died(ray_here: None) -> None:
+    interruption = study.Interruption(lambda: True)
+    interruption.on_step_begin(0, [])
+    before = ray.get(interruption.state.next_run.remote(0))
+    ray.kill(interruption.state, no_restart=False)
+    interruption.on_step_begin(1, [])
+    assert ray.get(interruption.state.next_run.remote(0)) != before, "it is the same one"
+    assert run_state.STOP in ray.get(interruption.state.snapshot.remote())

@@ -1,0 +1,168 @@
+"""Ray Train's reports in MLflow: whatever dies, every step is there once."""
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import processes
+import pytest
+import servers
+from mlflow import MlflowClient
+from processes import REPO, Background
+from tracked import names_in, wait_for
+
+from ddpm.storage import locations
+from ddpm.storage.locations import Location
+from ddpm.tracking.spool import FOLDER, count
+from ddpm.training.mlflow_callback import MlflowCallback
+
+Start = Callable[..., MlflowCallback]
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Location:
+    return locations.resolve(str(tmp_path / "spool")).child("a-run").child(FOLDER)
+
+
+@pytest.fixture
+def start(spool: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """Makes callbacks of one run as Ray's controller gets them, for the MLflow at a URI."""
+    made: list[MlflowCallback] = []
+
+    def start(uri: str, **options: Any) -> MlflowCallback:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        callback = MlflowCallback("callbacks", "a-run", spool=str(tmp_path / "spool"), **options)
+        made.append(cloudpickle.loads(cloudpickle.dumps(callback)))
+        return made[-1]
+
+    yield start
+    for callback in made:
+        if callback._delivery is not None:
+            callback._delivery._uploader.close("KILLED", timeout_s=0.1)
+
+
+@pytest.fixture
+def absent_server() -> str:
+    return f"http://{servers.LOOPBACK}:{servers.free_ports(1)[0]}"
+
+
+def report(callback: MlflowCallback, *ranks: dict[str, Any]) -> None:
+    callback.after_report(run_context=None, metrics=list(ranks), checkpoint=None)
+
+
+def logged(uri: str, key: str, run_name: str = "a-run") -> list[tuple[int, float]]:
+    """Every point of a curve, sorted; what is there twice is listed twice."""
+    run = run_at(uri, run_name)
+    history = MlflowClient(uri).get_metric_history(run.info.run_id, key) if run else []
+    return sorted((point.step, point.value) for point in history)
+
+
+def run_at(uri: str, run_name: str = "a-run") -> Any:
+    """The newest run of that name; None: there is none."""
+    client = MlflowClient(uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    found = client.search_runs(experiments, f"attributes.run_name = '{run_name}'", max_results=1)
+    return found[0] if found else None
+
+
+def test_reports_of_several_lives_are_kept_and_arrive_once(
+    start: Start, spool: Location, absent_server: str, mlflow_server: str
+) -> None:
+    first, second = start(absent_server), start(absent_server)
+    for step in (1, 2, 3):
+        report(first, {"step": step, "loss": step + 0.25}, {"step": step, "loss": 9.0})
+    wait_for(lambda: count(spool, -1) == 3)
+    for step in (2, 3, 4):
+        report(second, {"step": step, "loss": step + 0.5}, {"step": step, "loss": 9.0})
+    wait_for(lambda: count(spool, -1) == 6)
+    with start(mlflow_server, params={"lr": 0.1}) as third:
+        report(third, {"step": 5, "loss": 5.5})
+        wait_for(lambda: not names_in(spool))
+    assert logged(mlflow_server, "loss") == [(1, 1.25), (2, 2.25), (3, 3.25), (4, 4.5), (5, 5.5)]
+    run = run_at(mlflow_server)
+    assert run.info.status == "FINISHED" and run.data.params == {"lr": "0.1"}
+
+
+def test_what_cannot_be_logged_ends_nothing(
+    start: Start, spool: Location, mlflow_server: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = start(mlflow_server)
+    for unfit in ({"loss": 1.0}, {"step": None}, {"step": -1}, {"step": float("nan")}):
+        report(callback, unfit)
+    callback.after_report(None, [], None)
+    (warning,) = caplog.messages
+    assert warning == "a report needs its step as 'step' to be logged to MLflow: KeyError('step')"
+    values = {"text": "best", "nested": {"loss": 1.0}, "nan": float("nan"), "is_best": True}
+    report(callback, {"step": 1} | values)
+    wait_for(lambda: logged(mlflow_server, "nan") and not names_in(spool))
+    with pytest.raises(ZeroDivisionError), callback:
+        raise ZeroDivisionError
+    run = run_at(mlflow_server)
+    assert run.info.status == "FAILED"
+    assert sorted(run.data.metrics) == ["is_best", "nan", "step"]
+
+
+def test_a_spool_that_cannot_be_written_holds_nothing_up(
+    start: Start, spool: Location, mlflow_server: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = start(mlflow_server)
+    Path(spool.path).write_text("in the way")
+    for step, loss in ((1, 0.5), (2, 0.25), (2, 9.0)):
+        report(callback, {"step": step, "loss": loss})
+        wait_for(lambda: "Retrying" in caplog.text)
+    Path(spool.path).unlink()
+    wait_for(lambda: logged(mlflow_server, "loss") == [(1, 0.5), (2, 0.25)])
+
+
+def test_track_delivers_what_the_spool_kept(
+    start: Start,
+    spool: Location,
+    absent_server: str,
+    mlflow_server: str,
+    run_job: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    callback = start(absent_server)
+    report(callback, {"step": 1, "loss": 0.5})
+    wait_for(lambda: names_in(spool))
+    with caplog.at_level(logging.WARNING):
+        assert callback.close("FINISHED", timeout_s=1).undelivered == 1
+    command = caplog.messages[-1].split("`")[1].split()
+    assert command[:2] == ["python", "jobs/track.py"]
+    done = run_job("track", *command[2:], env={"MLFLOW_TRACKING_URI": mlflow_server})
+    assert done.returncode == 0, done.stderr
+    assert logged(mlflow_server, "loss") == [(1, 0.5)] and names_in(spool) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_mlflow_and_the_controller_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of docs/examples/digits_mlp.py; after the death of the controller the same command goes on."""
+    spool, log = tmp_path / "spool" / "digits-mlp" / FOLDER, tmp_path / "job.log"
+    words = [sys.executable, str(REPO / "docs" / "examples" / "digits_mlp.py")]
+
+    def kept() -> int:
+        return count(locations.resolve(str(spool)), -1)
+
+    with servers.MlflowServer(tmp_path / "mlflow") as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        with Background(words, log=log, cwd=tmp_path) as job:
+            job.wait_for(lambda: logged(server.uri, "loss", "digits-mlp"), timeout_s=240)
+            server.kill()
+            job.wait_for(lambda: kept() >= 3)
+            with processes.paused(job.members("ray::RayTrainWorker")):
+                server.start()
+                job.wait_for(lambda: kept() == 0)
+                (controller,) = job.members("ray::TrainController")
+                controller.kill()
+            assert job.wait() == 1
+        assert run_at(server.uri, "digits-mlp").info.status == "FAILED"
+        with Background(words, log=log, cwd=tmp_path) as job:
+            assert job.wait() == 0, job.output
+        assert [step for step, _ in logged(server.uri, "loss", "digits-mlp")] == list(range(1, 41))
+        assert {value for _, value in logged(server.uri, "rank", "digits-mlp")} == {0}
+        assert run_at(server.uri, "digits-mlp").info.status == "FINISHED"
+        assert kept() == 0
