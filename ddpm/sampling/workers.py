@@ -1,4 +1,4 @@
-"""Many images from a net: a pool draws them, an writer keeps them, and what is there already is not drawn again.
+"""Many images from a net: a pool draws them, a writer keeps them, and what is there already is not drawn again.
 
 Its own room because generation.py draws one batch and knows nothing of who else draws or of what becomes of it.
 
@@ -172,7 +172,7 @@ def draw(
         show: is told how many images are there, and how fast they come.
 
     Raises:
-        UserError: a count out of range or beyond the disk's room, an writer of another job, or one that cannot
+        UserError: a count out of range or beyond the disk's room, images of another request, or a place that cannot
             be written.
         WorkersDied: as `WorkerPool.map`.
     """

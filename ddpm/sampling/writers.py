@@ -1,7 +1,7 @@
 """Albums: folders or buckets that drawn images are put into, and that know which ones they lack.
 
     request.json    all that decides the images, written first; another request is refused
-    images/000000.png ...                   an writer of PNGs, or
+    images/000000.png ...                   a writer of PNGs, or
     train/00000.parquet ...  manifest.json  one of shards: a data set to train on, which is there when it is complete
     grid.png        the first 64
 

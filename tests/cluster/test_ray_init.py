@@ -81,7 +81,7 @@ def test_an_address_of_nobody_is_a_line(
 @pytest.mark.slow
 def test_a_cluster_that_dies_is_a_line(tmp_path: Path) -> None:
     """Ray itself prints the last twenty lines of a raylet's log."""
-    joins = "import time; from ddpm import connection; connection.connect(); print('joined', flush=True)"
+    joins = "import time; from ddpm.cluster import ray_init; ray_init.connect(); print('joined', flush=True)"
     words = (sys.executable, "-c", f"{joins}; time.sleep(600)")
     with Background(words, log=tmp_path / "log", env={"PYTHONPATH": str(REPO)}) as job:
         job.wait_for(lambda: job.output == "joined\n")

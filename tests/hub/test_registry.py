@@ -108,7 +108,7 @@ def test_a_registered_model_says_what_it_takes_and_holds_no_pickle(
     model, _ = registry.register(name, folder, {"diffusers": tmp_path / "pipeline"})
     local = Path(download_artifacts(artifact_uri=model, dst_path=str(tmp_path / "model")))
     files = {str(path.relative_to(local)) for path in local.rglob("*") if path.is_file()}
-    assert {"artifacts/diffusers/model_index.json", "served.py", "code/ddpm/sampling/generate.py"} <= files
+    assert {"artifacts/diffusers/model_index.json", "serving.py", "code/ddpm/sampling/generate.py"} <= files
     assert {f"artifacts/checkpoint/{file}" for file in checkpoint.FILES} <= files
     assert {Path(file).suffix for file in files} <= {".py", ".json", ".safetensors", ".yaml", ".txt", ""}
     assert load_file(local / "artifacts/checkpoint/optimizer.safetensors") == {}

@@ -152,7 +152,7 @@ def test_another_request_is_refused_and_named(tmp_path: Path) -> None:
         (job_of(TINY, known=known_part(num_resamples=1)), {}, r"inpaint None \(now \w+\)"),
     ]
     for other, settings, message in others:
-        with pytest.raises(UserError, match=f"a holds images of another job: .*{message}.*another --out"):
+        with pytest.raises(UserError, match=f"a holds images of another request: .*{message}.*another --out"):
             drawn(tmp_path / "a", other, 2, **settings)
     assert files(tmp_path / "a") == before
     drawn(tmp_path / "a", job_of(override(TINY, {"sample.sampler": "ddim", "sample.num_images": 9})), 2)

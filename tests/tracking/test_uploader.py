@@ -359,7 +359,7 @@ def test_what_another_process_delivered_meanwhile_is_delivered(
     address = address_at(mlflow_server)
     stale = [put(buffer, 64, 64)]
     deliver(address, buffer, 64)
-    monkeypatch.setattr(uploader.segments, "final", lambda buffer, committed: stale)
+    monkeypatch.setattr(uploader.spool, "final", lambda buffer, committed: stale)
     done = deliver(address, buffer, 64)
     assert (done.undelivered, done.ended) == (0, True)
 
@@ -388,7 +388,7 @@ def test_two_couriers_at_once_double_nothing(mlflow_server: str, buffer: Locatio
 def test_couriers_killed_at_any_point_leave_everything_once(
     mlflow_server: str, tmp_path: Path, which: str, written: str
 ) -> None:
-    script = processes.REPO / "tests" / "mortal_couriers.py"
+    script = processes.REPO / "tests" / "mortal_uploaders.py"
     done = processes.run(
         [sys.executable, script, mlflow_server, tmp_path, which, written],
         cwd=tmp_path,
