@@ -1,16 +1,17 @@
 """From a config to what it describes: the net, the objective, the sampler."""
 
-from dataclasses import replace
+import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ddpm.config import Config, SampleConfig
+from ddpm.config import Config, ObjectiveConfig, SampleConfig
 from ddpm.diffusion import denoisers, inpainting, samplers, schedules
 from ddpm.diffusion.inpainting import Known
-from ddpm.diffusion.objectives import Objective
+from ddpm.diffusion.objectives import PROCESSES, Objective
 from ddpm.diffusion.objectives import build as _build_objective
-from ddpm.diffusion.samplers import Sampler
+from ddpm.diffusion.samplers import SAMPLERS, Sampler
 from ddpm.models import unet
 from ddpm.utils.errors import UserError
 from ddpm.utils.seeding import Purpose, torch_seed
@@ -27,7 +28,7 @@ def build_net(config: Config) -> unet.UNet:
         try:
             return unet.build(
                 config.model,
-                time_conditional=config.objective.process != "uniform_mix",
+                time_conditional=PROCESSES[config.objective.process].uses_time,
                 autocast_dtype=torch.bfloat16 if config.train.precision == "bfloat16" else None,
                 num_timesteps=config.schedule.num_timesteps,
                 out_channels=config.model.channels * (2 if config.objective.variance == "learned" else 1),
@@ -48,6 +49,28 @@ def build_objective(config: Config) -> Objective:
         raise UserError(str(error)) from None
 
 
+def resolve_sample(sample: SampleConfig, objective: ObjectiveConfig) -> SampleConfig:
+    """`sample` with sampler and variance in place of `auto`, as they fit the objective.
+
+    Raises:
+        UserError: a sampler of another process, or a variance that the net has not learned.
+    """
+    learned = objective.variance == "learned"
+    if sample.variance == "learned" and not learned:
+        raise UserError(
+            "variance is learned, but this net did not learn it; use beta, beta_tilde or measured"
+        )
+    fitting = [name for name, kind in SAMPLERS.items() if kind.process == objective.process]
+    if sample.sampler not in ("auto", *fitting):
+        raise UserError(
+            f"sampler {sample.sampler} cannot undo the process {objective.process}; use {' or '.join(fitting)}"
+        )
+    sampler = fitting[0] if sample.sampler == "auto" else sample.sampler
+    variance = ("learned" if learned else "beta_tilde") if sample.variance == "auto" else sample.variance
+    resolved: dict[str, Any] = {"sampler": sampler, "variance": variance}
+    return dataclasses.replace(sample, **resolved)
+
+
 def build_sampler(
     config: Config,
     sample: SampleConfig | None = None,
@@ -63,8 +86,8 @@ def build_sampler(
     """
     sample = sample or config.sample
     if known is not None:
-        sample = replace(sample, sampler="ancestral")
-    resolved = sample.resolved(config.objective)
+        sample = dataclasses.replace(sample, sampler="ancestral")
+    resolved = resolve_sample(sample, config.objective)
     try:
         denoisers.check_interval(resolved.guidance_interval)
         schedule = schedules.build(config.schedule)

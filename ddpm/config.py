@@ -19,7 +19,22 @@ from typing import Any, Literal, TypeVar, Union
 from ddpm.utils.errors import UserError
 
 T = TypeVar("T")
-SampleVariance = Literal["auto", "beta", "beta_tilde", "measured", "learned"]
+
+# What the command lines offer. Each is the keys of a table, which says what is built; tests/test_tables.py holds them
+# equal. The tables lie with what they build, and this module imports neither PyTorch nor a higher package.
+ScheduleKind = Literal["linear", "scaled_linear", "cosine", "sigmoid"]
+"""diffusion.schedules.SCHEDULES."""
+Process = Literal["gaussian", "uniform_mix"]
+"""diffusion.objectives.PROCESSES."""
+Prediction = Literal["eps", "x_0", "v"]
+"""diffusion.objectives.PREDICTIONS."""
+SamplerName = Literal["ddim", "ancestral", "dpmpp_2m", "heun", "mix"]
+"""diffusion.samplers.SAMPLERS."""
+FeatureNetName = Literal["classifier", "inception", "lite0", "pixels"]
+"""evaluation.nets.FEATURE_NETS."""
+Spacing = Literal["auto", "uniform", "quadratic", "karras"]
+Variance = Literal["beta", "beta_tilde", "measured", "learned"]
+SampleVariance = Literal["auto", Variance]
 
 
 @dataclass(frozen=True)
@@ -48,7 +63,7 @@ class DataConfig:
 class ScheduleConfig:
     """The noise schedule: beta_t over T steps."""
 
-    kind: Literal["linear", "scaled_linear", "cosine", "sigmoid"] = "linear"
+    kind: ScheduleKind = "linear"
     num_timesteps: int = 1000
     beta_start: float = 1e-4
     """linear, scaled_linear: the first beta."""
@@ -70,9 +85,9 @@ class ScheduleConfig:
 class ObjectiveConfig:
     """What is corrupted how, and what the net predicts."""
 
-    process: Literal["gaussian", "uniform_mix"] = "gaussian"
+    process: Process = "gaussian"
     """gaussian: DDPM. uniform_mix: the Hugging Face course's baseline (no timestep; the net predicts x_0)."""
-    predict: Literal["eps", "x_0", "v"] = "eps"
+    predict: Prediction = "eps"
     """What the net's output means (gaussian process)."""
     weight: Literal["simple", "min_snr"] = "simple"
     """Loss weight over t: 1, or min-SNR (Hang et al. 2023)."""
@@ -165,12 +180,12 @@ class TrainConfig:
 class SampleConfig:
     """How images are drawn: the grids during training, and the defaults of jobs/sample.py."""
 
-    sampler: Literal["auto", "ancestral", "ddim", "dpmpp_2m", "heun", "mix"] = "auto"
+    sampler: Literal["auto", SamplerName] = "auto"
     """ancestral: Algorithm 2. ddim: few steps. dpmpp_2m (DPM-Solver++), heun: fewer, being of second order.
     mix: for objective.process uniform_mix. auto: ddim or mix."""
     num_sample_steps: int | None = None
     """None: all T with ancestral, else 50."""
-    spacing: Literal["auto", "uniform", "quadratic", "karras"] = "auto"
+    spacing: Spacing = "auto"
     """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/rho). auto: karras with
     dpmpp_2m and heun, else uniform."""
     rho: float = 7.0
@@ -194,27 +209,6 @@ class SampleConfig:
     """Images of a grid."""
     seed: int = 0
     """Image i is a function of this seed and i."""
-
-    def resolved(self, objective: ObjectiveConfig) -> "SampleConfig":
-        """The same with sampler and variance in place of `auto`, as they fit the objective.
-
-        Raises:
-            UserError: a sampler of the other process, or a variance that the net has not learned.
-        """
-        process, learned = objective.process, objective.variance == "learned"
-        if self.variance == "learned" and not learned:
-            raise UserError(
-                "variance is learned, but this net did not learn it; use beta, beta_tilde or measured"
-            )
-        fitting = ("mix",) if process == "uniform_mix" else ("ddim", "ancestral", "dpmpp_2m", "heun")
-        if self.sampler not in ("auto", *fitting):
-            raise UserError(
-                f"sampler {self.sampler} cannot undo the process {process}; use {' or '.join(fitting)}"
-            )
-        sampler = fitting[0] if self.sampler == "auto" else self.sampler
-        variance = ("learned" if learned else "beta_tilde") if self.variance == "auto" else self.variance
-        settled: dict[str, Any] = {"sampler": sampler, "variance": variance}
-        return dataclasses.replace(self, **settled)
 
 
 @dataclass(frozen=True)

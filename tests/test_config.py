@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ddpm.build import resolve_sample
 from ddpm.config import Config, ObjectiveConfig, flatten, from_json, override, to_json
 from ddpm.presets import PRESETS
 from ddpm.utils.errors import UserError
@@ -211,15 +212,13 @@ def _read(text: str) -> Config | None:
     ],
 )
 def test_auto_becomes_the_sampler_that_fits(sampler: str, process: str, resolved: str) -> None:
-    assert (
-        override(Config(), {"sample.sampler": sampler})
-        .sample.resolved(ObjectiveConfig(process=process))
-        .sampler
-        == resolved
-    )
+    sample = override(Config(), {"sample.sampler": sampler}).sample
+    assert resolve_sample(sample, ObjectiveConfig(process=process)).sampler == resolved
 
 
 @pytest.mark.parametrize(("sampler", "process"), [("mix", "gaussian"), ("ddim", "uniform_mix")])
 def test_a_sampler_of_the_other_process_is_refused(sampler: str, process: str) -> None:
     with pytest.raises(UserError, match=f"sampler {sampler} cannot undo the process {process}"):
-        override(Config(), {"sample.sampler": sampler}).sample.resolved(ObjectiveConfig(process=process))
+        resolve_sample(
+            override(Config(), {"sample.sampler": sampler}).sample, ObjectiveConfig(process=process)
+        )

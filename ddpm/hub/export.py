@@ -33,11 +33,12 @@ import torch
 from torch import Tensor
 
 from ddpm import config as configs
-from ddpm.build import build_net
+from ddpm.build import build_net, resolve_sample
 from ddpm.checkpoints import checkpoint
 from ddpm.checkpoints.checkpoint import Snapshot
 from ddpm.config import Config, ModelConfig, ObjectiveConfig, SampleConfig, ScheduleConfig
 from ddpm.diffusion import schedules
+from ddpm.diffusion.objectives import PROCESSES
 from ddpm.hub.diffusers_names import diffusers_names
 from ddpm.models.layers import NORM_EPS, sinusoids
 from ddpm.models.unet import EMBEDDED_TIMESTEPS, UNet
@@ -70,7 +71,7 @@ def to_diffusers(net: UNet, config: Config, out: Path, label: int | None = None)
         UserError: diffusers cannot express it, diffusers is missing, or `out` exists or cannot be written.
     """
     diffusers = _diffusers()
-    if config.objective.process != "gaussian":
+    if not PROCESSES[config.objective.process].uses_time:
         raise UserError(
             f"diffusers has no pipeline for objective.process {config.objective.process}, whose net sees no "
             "timestep; use --format pt2"
@@ -102,7 +103,7 @@ def to_pt2(net: UNet, config: Config, out: Path) -> None:
     plain.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     batch = torch.export.Dim("batch", min=1)
     side, count = config.model.image_size, 2  # 1 would be taken for a constant
-    t = torch.zeros(count, dtype=torch.int64) if net.time_conditional else None
+    t = torch.zeros(count, dtype=torch.int64) if PROCESSES[config.objective.process].uses_time else None
     arguments = [torch.zeros(count, config.model.channels, side, side), t]
     if config.model.num_classes:
         arguments.append(torch.zeros(count, dtype=torch.int64))
@@ -188,7 +189,7 @@ def unet_config(config: Config) -> dict[str, Any]:
 
 def scheduler_config(config: Config) -> dict[str, Any]:
     """What DDPMScheduler must be told: our schedule, prediction, and the mean and variance of `ancestral`."""
-    schedule, sample = config.schedule, config.sample.resolved(config.objective)
+    schedule, sample = config.schedule, resolve_sample(config.sample, config.objective)
     if sample.variance not in VARIANCES:
         raise UserError(f"sample.variance is {sample.variance}; a DDPMScheduler knows {', '.join(VARIANCES)}")
     betas: dict[str, Any]
