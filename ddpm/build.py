@@ -1,10 +1,11 @@
 """From a config to what it describes: the net, the objective, the sampler."""
 
 import dataclasses
+import importlib
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpm.config import Config, ObjectiveConfig, SampleConfig
 from ddpm.diffusion import denoisers, inpainting, samplers, schedules
@@ -12,12 +13,11 @@ from ddpm.diffusion.inpainting import Known
 from ddpm.diffusion.objectives import PROCESSES, Objective
 from ddpm.diffusion.objectives import build as _build_objective
 from ddpm.diffusion.samplers import SAMPLERS, Sampler
-from ddpm.models import unet
 from ddpm.utils.errors import UserError
 from ddpm.utils.seeding import Purpose, torch_seed
 
 
-def build_net(config: Config) -> unet.UNet:
+def build_net(config: Config) -> nn.Module:
     """The net that `config` describes, its weights drawn from the run's seed.
 
     Raises:
@@ -26,13 +26,14 @@ def build_net(config: Config) -> unet.UNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(config.train.seed, Purpose.INIT))
         try:
-            return unet.build(
+            net: nn.Module = importlib.import_module(config.model.module).build(
                 config.model,
                 time_conditional=PROCESSES[config.objective.process].uses_time,
                 autocast_dtype=torch.bfloat16 if config.train.precision == "bfloat16" else None,
                 num_timesteps=config.schedule.num_timesteps,
                 out_channels=config.model.channels * (2 if config.objective.variance == "learned" else 1),
             )
+            return net
         except ValueError as error:
             raise UserError(f"model: {error}") from None
 

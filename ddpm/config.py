@@ -14,8 +14,9 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, ClassVar, Literal, TypeVar, Union
 
+from ddpm.utils import plugins
 from ddpm.utils.errors import UserError
 
 T = TypeVar("T")
@@ -100,13 +101,32 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The U-Net."""
+    """What every net has; NETS are the nets, and an installed package adds one in the group ddpm.nets."""
 
+    module: ClassVar[str]
+    """Where its `build` is, imported when a net is built: this module knows no PyTorch."""
+    net: str
+    """The net; with another one here, --help lists the flags of that."""
     image_size: int = 32
     channels: int = 3
     """Image channels."""
     num_classes: int = 0
     """0: unconditional. Else the net is conditioned on a label in 0..num_classes-1."""
+    dropout: float = 0.0
+
+    @property
+    def num_dims(self) -> int:
+        """D = C H W, the numbers of an image."""
+        return self.channels * self.image_size**2
+
+
+@dataclass(frozen=True)
+class UNetConfig(ModelConfig):
+    """The U-Net."""
+
+    module = "ddpm.models.unet"
+    net: Literal["unet"] = "unet"
+    """The net; with another one here (dit), --help lists the flags of that."""
     base_width: int = 128
     """Width of the first resolution; each resolution has base_width * its multiplier."""
     width_multipliers: tuple[int, ...] = (1, 2, 2, 2)
@@ -119,14 +139,29 @@ class ModelConfig:
     middle_attention: bool = True
     """Self-attention in the middle block."""
     norm_groups: int = 32
-    dropout: float = 0.0
     zero_init: bool = True
     """Zero the output convolution, and the second convolution of every residual block, at the start."""
 
-    @property
-    def num_dims(self) -> int:
-        """D = C H W, the numbers of an image."""
-        return self.channels * self.image_size**2
+
+@dataclass(frozen=True)
+class DiTConfig(ModelConfig):
+    """The diffusion Transformer."""
+
+    module = "ddpm.models.dit"
+    net: Literal["dit"] = "dit"
+    """The net; with another one here (unet), --help lists the flags of that."""
+    patch_size: int = 2
+    """Side of a patch; each patch is one token."""
+    width: int = 128
+    depth: int = 4
+    """Blocks."""
+    num_heads: int = 4
+    mlp_ratio: int = 4
+    """Width of the hidden layer of a block's MLP, in widths."""
+
+
+NETS: dict[str, type[ModelConfig]] = {"unet": UNetConfig, "dit": DiTConfig}
+NETS_GROUP = "ddpm.nets"
 
 
 @dataclass(frozen=True)
@@ -269,7 +304,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=UNetConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -344,6 +379,44 @@ def _parsed(text: str, where: str) -> Any:
 def _from_dict(cls: type[T], values: Any, where: str, base: Any = None) -> T:
     if not isinstance(values, Mapping):
         raise UserError(f"{where}: expected an object of {cls.__name__}, got {type(values).__name__}")
+    if issubclass(cls, ModelConfig):
+        return _net_from_dict(values, where, base)
+    return _fields_from_dict(cls, values, where, base)
+
+
+def _net_from_dict(values: Mapping[str, Any], where: str, base: ModelConfig | None) -> Any:
+    """The config of the net that `values` name, else of that of `base`; a config.json without a name has a U-Net.
+
+    Where the net changes, what all nets have is taken over from `base`.
+    """
+    name = values.get("net", base.net if base is not None else "unet")
+    cls = net_named(name, where)
+    if base is not None and type(base) is not cls:
+        common = [f.name for f in dataclasses.fields(ModelConfig) if f.name != "net"]
+        base = cls(**{key: getattr(base, key) for key in common})
+    return _fields_from_dict(cls, values, where, base)
+
+
+def net_named(name: Any, where: str) -> type[ModelConfig]:
+    """The config class of a net: ours, or one that an installed package has entered.
+
+    Raises:
+        UserError: there is none of this name; `where` names what asked for it.
+    """
+    cls = NETS.get(name) or plugins.load(NETS_GROUP, name) if isinstance(name, str) else None
+    if cls is None:
+        known = ", ".join(map(repr, [*NETS, *plugins.names(NETS_GROUP)]))
+        raise UserError(
+            f"{where}: net is {reprlib.repr(name)}; it must be one of {known}, or of an installed package"
+        )
+    if not (isinstance(cls, type) and issubclass(cls, ModelConfig) and getattr(cls, "net", None) == name):
+        raise UserError(
+            f"{NETS_GROUP}: {name!r} must be a subclass of ddpm.config.ModelConfig with net = {name!r}"
+        )
+    return cls
+
+
+def _fields_from_dict(cls: type[T], values: Mapping[str, Any], where: str, base: Any) -> T:
     types = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(fields))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from ddpm.build import build_sampler, resolve_sample
 from ddpm.checkpoints import checkpoint
@@ -27,7 +28,6 @@ from ddpm.evaluation.memorisation import MAX_TRAIN
 from ddpm.evaluation.reference import images_of, real_features
 from ddpm.evaluation.scores import LEAST_IMAGES
 from ddpm.hub import resolve
-from ddpm.models.unet import UNet
 from ddpm.storage import locations
 from ddpm.utils.errors import UserError
 from ddpm.utils.images import Pixels
@@ -70,7 +70,7 @@ class Candidate:
     """A checkpoint to be judged, in memory."""
 
     uri: str
-    net: UNet
+    net: nn.Module
     config: Config
     position: Mapping[str, Any]
     """Its state.json."""
