@@ -106,7 +106,7 @@ class ModelConfig:
     module: ClassVar[str]
     """Where its `build` is, imported when a net is built: this module knows no PyTorch."""
     net: str
-    """The net; with another one here, --help lists the flags of that."""
+    """unet, dit, or a net of an installed package; beside --help it lists the flags of that net."""
     image_size: int = 32
     channels: int = 3
     """Image channels."""
@@ -126,7 +126,6 @@ class UNetConfig(ModelConfig):
 
     module = "ddpm.models.unet"
     net: Literal["unet"] = "unet"
-    """The net; with another one here (dit), --help lists the flags of that."""
     base_width: int = 128
     """Width of the first resolution; each resolution has base_width * its multiplier."""
     width_multipliers: tuple[int, ...] = (1, 2, 2, 2)
@@ -149,7 +148,6 @@ class DiTConfig(ModelConfig):
 
     module = "ddpm.models.dit"
     net: Literal["dit"] = "dit"
-    """The net; with another one here (unet), --help lists the flags of that."""
     patch_size: int = 2
     """Side of a patch; each patch is one token."""
     width: int = 128
