@@ -89,7 +89,7 @@ class DiT(nn.Module):
         rows, columns = (side // self.patch_size for side in x_t.shape[2:])
         with torch.autocast(x_t.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             width = self.embed.out_features
-            condition = x_t.new_zeros(len(x_t), width)
+            condition = x_t.new_zeros(x_t.shape[0], width)  # len(x_t) would fix the batch in torch.export
             if t is not None:
                 condition = condition + self.time_mlp(sinusoids(t * self.time_scale, SINUSOID_WIDTH))
             if label is not None:

@@ -387,10 +387,21 @@ def test_a_net_without_a_timestep_has_no_pipeline(tmp_path: Path) -> None:
         export.to_diffusers(make_net(config), config, tmp_path / "out")
 
 
+def test_another_net_than_the_u_net_has_no_pipeline(tmp_path: Path) -> None:
+    config = override(TINY, {"model.net": "dit", "model.num_classes": 3})
+    with pytest.raises(
+        UserError, match=r"^model.net is dit; .* draws with a UNet2DModel.*; use --format pt2$"
+    ):
+        export.to_diffusers(make_net(config), config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"train.precision": "bfloat16", "schedule.num_timesteps": 20},
+        {"model.net": "dit", "model.num_classes": 3},
+        {"model.net": "dit", "objective.process": "uniform_mix", "sample.sampler": "mix"},
         {"model.num_classes": 3},
         {"objective.variance": "learned"},
         {"objective.process": "uniform_mix", "sample.sampler": "mix"},
