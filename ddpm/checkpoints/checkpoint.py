@@ -255,12 +255,12 @@ def check_same_net(saved: Config, now: Config, folder: Path) -> None:
 
 def _changed(saved: Config, now: Config) -> list[str]:
     before, after = configs.flatten(saved), configs.flatten(now)
-    return [key for key in after if key not in before or before[key] != after[key]]
+    return [key for key in after if key in before and before[key] != after[key]]  # other nets, other keys
 
 
 def _listed(changed: list[str], saved: Config, now: Config) -> str:
     before, after = configs.flatten(saved), configs.flatten(now)
-    listed = ", ".join(f"{key} {before.get(key)} (now {after[key]})" for key in changed[:4])
+    listed = ", ".join(f"{key} {before[key]} (now {after[key]})" for key in changed[:4])
     return f"{listed}{', ...' if len(changed) > 4 else ''}"
 
 
