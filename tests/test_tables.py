@@ -1,7 +1,9 @@
 """The names that command lines offer are the names of the tables."""
 
+import re
 from typing import Any, get_args
 
+import processes
 import pytest
 
 from ddpm import config as configs
@@ -42,3 +44,10 @@ def test_a_source_s_name_is_that_of_the_table() -> None:
     assert {name: kind.__dataclass_fields__["name"].default for name, kind in catalog.SOURCES.items()} == {
         name: name for name in catalog.SOURCES
     }
+
+
+def test_nobody_else_compares_the_name_of_a_process() -> None:
+    quoted = re.compile("|".join(f"[\"']{name}[\"']" for name in objectives.PROCESSES))
+    files = [file for folder in ("ddpm", "jobs", "tune") for file in (processes.REPO / folder).rglob("*.py")]
+    found = {file.name for file in files if quoted.search(file.read_text())}
+    assert found == {"config.py", "objectives.py", "samplers.py"}

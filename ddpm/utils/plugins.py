@@ -4,7 +4,7 @@ A package enters what it adds in its metadata, as an entry point of the group. S
 may come from anybody, finds what a person has installed for this purpose, and nothing else: it is no import path.
 """
 
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from typing import Any
 
 from ddpm.utils.errors import UserError
@@ -21,17 +21,12 @@ def load(group: str, name: str) -> Any:
     Raises:
         UserError: it cannot be imported.
     """
-    for found in entry_points(group=group, name=name):
-        return _load(found)
-    return None
-
-
-def _load(found: EntryPoint) -> Any:
+    found = next(iter(entry_points(group=group, name=name)), None)
     try:
-        return found.load()
+        return found.load() if found else None
     except Exception as error:  # whatever the code of a package raises when it is imported
-        package = found.dist.name if found.dist else "unknown"
+        package = found.dist.name if found and found.dist else "unknown"
         raise UserError(
-            f"{found.group}: {found.name!r} of the package {package} ({found.value}) cannot be imported: "
+            f"{group}: {name!r} of the package {package} cannot be imported: "
             f"{type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
