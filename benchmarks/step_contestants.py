@@ -23,7 +23,7 @@ import tyro
 from torch import Tensor, nn
 
 from ddpm.build import build_net
-from ddpm.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, override
+from ddpm.config import Config, DataConfig, OptimConfig, TrainConfig, UNetConfig, override
 from ddpm.data.reading import MicroBatch
 from ddpm.hub.diffusers_names import diffusers_names
 from ddpm.presets import PRESETS
@@ -34,7 +34,7 @@ from ddpm.training.state import parameter_count
 NEVER = {"train.total_images": 10**12, "train.checkpoint_every_images": 0, "train.sample_every_images": 0}
 REFERENCE = Config(  # a small sibling of Ho et al.'s net for CIFAR-10
     data=DataConfig(horizontal_flip=True),
-    model=ModelConfig(base_width=64, width_multipliers=(1, 2, 2)),
+    model=UNetConfig(base_width=64, width_multipliers=(1, 2, 2)),
     optim=OptimConfig(lr_warmup_images=1_600),
     train=TrainConfig(batch_size=16, micro_batch_size=16, log_every_images=1_600),
 )

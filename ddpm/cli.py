@@ -65,18 +65,23 @@ def _lossy(stream: TextIO | None) -> TextIO:
 
 
 def starting_points() -> dict[str, Config]:
-    """The presets, each with what the file of --config changes in it; what else is typed comes after.
+    """The presets, each with what the file of --config changes in it, and with the net of --model.net.
+
+    What else is typed comes after; which flags there are depends on the net.
 
     Raises:
-        UserError: the file cannot be read, or is no config.
+        UserError: the file cannot be read, or is no config, or there is no such net.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", nargs="?")
-    path = parser.parse_known_args()[0].config
-    if path is None:
-        return presets.PRESETS
-    try:
-        text = Path(path).read_text()
-    except (OSError, ValueError) as error:
-        raise UserError(f"--config {path} cannot be read: {error}") from None
-    return {name: configs.merged(preset, text, path) for name, preset in presets.PRESETS.items()}
+    parser.add_argument("--model.net", nargs="?", dest="net")
+    typed, found = parser.parse_known_args()[0], presets.PRESETS
+    if typed.config is not None:
+        try:
+            text = Path(typed.config).read_text()
+        except (OSError, ValueError) as error:
+            raise UserError(f"--config {typed.config} cannot be read: {error}") from None
+        found = {name: configs.merged(preset, text, typed.config) for name, preset in found.items()}
+    if typed.net is not None:
+        found = {name: configs.override(preset, {"model.net": typed.net}) for name, preset in found.items()}
+    return found

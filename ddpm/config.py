@@ -14,12 +14,28 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, ClassVar, Literal, TypeVar, Union
 
+from ddpm.utils import plugins
 from ddpm.utils.errors import UserError
 
 T = TypeVar("T")
-SampleVariance = Literal["auto", "beta", "beta_tilde", "measured", "learned"]
+
+# What the command lines offer. Each is the keys of a table, which says what is built; tests/test_tables.py holds them
+# equal. The tables lie with what they build, and this module imports neither PyTorch nor a higher package.
+ScheduleKind = Literal["linear", "scaled_linear", "cosine", "sigmoid"]
+"""diffusion.schedules.SCHEDULES."""
+Process = Literal["gaussian", "uniform_mix"]
+"""diffusion.objectives.PROCESSES."""
+Prediction = Literal["eps", "x_0", "v"]
+"""diffusion.objectives.PREDICTIONS."""
+SamplerName = Literal["ddim", "ancestral", "dpmpp_2m", "heun", "mix"]
+"""diffusion.samplers.SAMPLERS."""
+FeatureNetName = Literal["classifier", "inception", "lite0", "pixels"]
+"""evaluation.nets.FEATURE_NETS."""
+Spacing = Literal["auto", "uniform", "quadratic", "karras"]
+Variance = Literal["beta", "beta_tilde", "measured", "learned"]
+SampleVariance = Literal["auto", Variance]
 
 
 @dataclass(frozen=True)
@@ -48,7 +64,7 @@ class DataConfig:
 class ScheduleConfig:
     """The noise schedule: beta_t over T steps."""
 
-    kind: Literal["linear", "scaled_linear", "cosine", "sigmoid"] = "linear"
+    kind: ScheduleKind = "linear"
     num_timesteps: int = 1000
     beta_start: float = 1e-4
     """linear, scaled_linear: the first beta."""
@@ -70,9 +86,9 @@ class ScheduleConfig:
 class ObjectiveConfig:
     """What is corrupted how, and what the net predicts."""
 
-    process: Literal["gaussian", "uniform_mix"] = "gaussian"
+    process: Process = "gaussian"
     """gaussian: DDPM. uniform_mix: the Hugging Face course's baseline (no timestep; the net predicts x_0)."""
-    predict: Literal["eps", "x_0", "v"] = "eps"
+    predict: Prediction = "eps"
     """What the net's output means (gaussian process)."""
     weight: Literal["simple", "min_snr"] = "simple"
     """Loss weight over t: 1, or min-SNR (Hang et al. 2023)."""
@@ -85,13 +101,31 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The U-Net."""
+    """What every net has; NETS are the nets, and an installed package adds one in the group ddpm.nets."""
 
+    module: ClassVar[str]
+    """Where its `build` is, imported when a net is built: this module knows no PyTorch."""
+    net: str
+    """unet, dit, or a net of an installed package; beside --help it lists the flags of that net."""
     image_size: int = 32
     channels: int = 3
     """Image channels."""
     num_classes: int = 0
     """0: unconditional. Else the net is conditioned on a label in 0..num_classes-1."""
+    dropout: float = 0.0
+
+    @property
+    def num_dims(self) -> int:
+        """D = C H W, the numbers of an image."""
+        return self.channels * self.image_size**2
+
+
+@dataclass(frozen=True)
+class UNetConfig(ModelConfig):
+    """The U-Net."""
+
+    module = "ddpm.models.unet"
+    net: Literal["unet"] = "unet"
     base_width: int = 128
     """Width of the first resolution; each resolution has base_width * its multiplier."""
     width_multipliers: tuple[int, ...] = (1, 2, 2, 2)
@@ -104,14 +138,28 @@ class ModelConfig:
     middle_attention: bool = True
     """Self-attention in the middle block."""
     norm_groups: int = 32
-    dropout: float = 0.0
     zero_init: bool = True
     """Zero the output convolution, and the second convolution of every residual block, at the start."""
 
-    @property
-    def num_dims(self) -> int:
-        """D = C H W, the numbers of an image."""
-        return self.channels * self.image_size**2
+
+@dataclass(frozen=True)
+class DiTConfig(ModelConfig):
+    """The diffusion Transformer."""
+
+    module = "ddpm.models.dit"
+    net: Literal["dit"] = "dit"
+    patch_size: int = 2
+    """Side of a patch; each patch is one token."""
+    width: int = 128
+    depth: int = 4
+    """Blocks."""
+    num_heads: int = 4
+    mlp_ratio: int = 4
+    """Width of the hidden layer of a block's MLP, in widths."""
+
+
+NETS: dict[str, type[ModelConfig]] = {"unet": UNetConfig, "dit": DiTConfig}
+NETS_GROUP = "ddpm.nets"
 
 
 @dataclass(frozen=True)
@@ -165,12 +213,12 @@ class TrainConfig:
 class SampleConfig:
     """How images are drawn: the grids during training, and the defaults of jobs/sample.py."""
 
-    sampler: Literal["auto", "ancestral", "ddim", "dpmpp_2m", "heun", "mix"] = "auto"
+    sampler: Literal["auto", SamplerName] = "auto"
     """ancestral: Algorithm 2. ddim: few steps. dpmpp_2m (DPM-Solver++), heun: fewer, being of second order.
     mix: for objective.process uniform_mix. auto: ddim or mix."""
     num_sample_steps: int | None = None
     """None: all T with ancestral, else 50."""
-    spacing: Literal["auto", "uniform", "quadratic", "karras"] = "auto"
+    spacing: Spacing = "auto"
     """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/rho). auto: karras with
     dpmpp_2m and heun, else uniform."""
     rho: float = 7.0
@@ -194,27 +242,6 @@ class SampleConfig:
     """Images of a grid."""
     seed: int = 0
     """Image i is a function of this seed and i."""
-
-    def resolved(self, objective: ObjectiveConfig) -> "SampleConfig":
-        """The same with sampler and variance in place of `auto`, as they fit the objective.
-
-        Raises:
-            UserError: a sampler of the other process, or a variance that the net has not learned.
-        """
-        process, learned = objective.process, objective.variance == "learned"
-        if self.variance == "learned" and not learned:
-            raise UserError(
-                "variance is learned, but this net did not learn it; use beta, beta_tilde or measured"
-            )
-        fitting = ("mix",) if process == "uniform_mix" else ("ddim", "ancestral", "dpmpp_2m", "heun")
-        if self.sampler not in ("auto", *fitting):
-            raise UserError(
-                f"sampler {self.sampler} cannot undo the process {process}; use {' or '.join(fitting)}"
-            )
-        sampler = fitting[0] if self.sampler == "auto" else self.sampler
-        variance = ("learned" if learned else "beta_tilde") if self.variance == "auto" else self.variance
-        settled: dict[str, Any] = {"sampler": sampler, "variance": variance}
-        return dataclasses.replace(self, **settled)
 
 
 @dataclass(frozen=True)
@@ -275,7 +302,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=UNetConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -350,6 +377,44 @@ def _parsed(text: str, where: str) -> Any:
 def _from_dict(cls: type[T], values: Any, where: str, base: Any = None) -> T:
     if not isinstance(values, Mapping):
         raise UserError(f"{where}: expected an object of {cls.__name__}, got {type(values).__name__}")
+    if issubclass(cls, ModelConfig):
+        return _net_from_dict(values, where, base)
+    return _fields_from_dict(cls, values, where, base)
+
+
+def _net_from_dict(values: Mapping[str, Any], where: str, base: ModelConfig | None) -> Any:
+    """The config of the net that `values` name, else of that of `base`; a config.json without a name has a U-Net.
+
+    Where the net changes, what all nets have is taken over from `base`.
+    """
+    name = values.get("net", base.net if base is not None else "unet")
+    cls = net_named(name, where)
+    if base is not None and type(base) is not cls:
+        common = [f.name for f in dataclasses.fields(ModelConfig) if f.name != "net"]
+        base = cls(**{key: getattr(base, key) for key in common})
+    return _fields_from_dict(cls, values, where, base)
+
+
+def net_named(name: Any, where: str) -> type[ModelConfig]:
+    """The config class of a net: ours, or one that an installed package has entered.
+
+    Raises:
+        UserError: there is none of this name; `where` names what asked for it.
+    """
+    cls = NETS.get(name) or plugins.load(NETS_GROUP, name) if isinstance(name, str) else None
+    if cls is None:
+        known = ", ".join(map(repr, [*NETS, *plugins.names(NETS_GROUP)]))
+        raise UserError(
+            f"{where}: net is {reprlib.repr(name)}; it must be one of {known}, or of an installed package"
+        )
+    if not (isinstance(cls, type) and issubclass(cls, ModelConfig) and getattr(cls, "net", None) == name):
+        raise UserError(
+            f"{NETS_GROUP}: {name!r} must be a subclass of ddpm.config.ModelConfig with net = {name!r}"
+        )
+    return cls
+
+
+def _fields_from_dict(cls: type[T], values: Mapping[str, Any], where: str, base: Any) -> T:
     types = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(fields))

@@ -8,11 +8,12 @@ training.
 
 import sys
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from ddpm import cli
+from ddpm.config import FeatureNetName, SamplerName, Spacing, Variance
 from ddpm.utils.errors import UserError
 
 
@@ -34,16 +35,16 @@ class Arguments:
     data: Data = field(default_factory=Data)
     num_images: int = 2000
     """Images drawn with each sampler, and held-out images at most."""
-    features: Literal["classifier", "inception", "lite0", "pixels"] | None = None
+    features: FeatureNetName | None = None
     """The net by whose features images are compared; None: classifier where the data has classes, else lite0."""
     inception_weights: str | None = None
     """inception: file or URL of its weights; None: where torch-fidelity keeps them."""
     all_checkpoints: bool = False
     """Of a run not the newest checkpoint, but each that it has kept."""
-    sampler: tuple[Literal["ancestral", "ddim", "dpmpp_2m", "heun", "mix"], ...] = ()
+    sampler: tuple[SamplerName, ...] = ()
     """One or several; each is judged with each number of steps."""
     num_sample_steps: tuple[int, ...] = ()
-    spacing: Literal["auto", "uniform", "quadratic", "karras"] | None = None
+    spacing: Spacing | None = None
     """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/7); auto: what suits the sampler."""
     eta: float | None = None
     """ddim, dpmpp_2m: 0 is deterministic, 1 as noisy as ancestral."""
@@ -53,7 +54,7 @@ class Arguments:
     """Classifier-free guidance; 1 is none."""
     guidance_interval: tuple[float, float] | None = None
     """Guidance only where sigma is above the first and not above the second."""
-    variance: Literal["beta", "beta_tilde", "measured", "learned"] | None = None
+    variance: Variance | None = None
     """Variance of p(x_{t-1} | x_t) in bits/dim and with the sampler ancestral. None: in bits/dim learned where the net
     learned it, else measured on training images; in drawing as in training."""
     num_train_images: int = 50_000

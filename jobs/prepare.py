@@ -11,11 +11,7 @@ from typing import Annotated, Any, Generic, TypeVar
 import tyro
 
 from ddpm import cli
-from ddpm.data.glyphs import Glyphs
-from ddpm.data.huggingface import HuggingFace
-from ddpm.data.image_folder import Folder
-from ddpm.data.sources import Digits, FashionMnist
-from ddpm.data.torchvision import Torchvision
+from ddpm.data import catalog
 
 S = TypeVar("S")
 
@@ -29,18 +25,12 @@ class Arguments(Generic[S]):
     """Write shards at once, as tasks of the Ray cluster (RAY_ADDRESS, or one started here). None: if it is large."""
 
 
-SOURCES: dict[str, Callable[..., Any]] = {
-    "digits": Arguments[Digits],
-    "glyphs": Arguments[Glyphs],
-    "fashion-mnist": Arguments[FashionMnist],
-    "folder": Arguments[Folder],
-    "torchvision": Arguments[Torchvision],
-    "parquet": Arguments[HuggingFace],
-}
-
-
 def main() -> None:
-    arguments = tyro.extras.subcommand_cli_from_dict(SOURCES, description=__doc__)
+    kinds: dict[str, Callable[..., Any]] = {
+        name: Arguments[kind]  # type: ignore[valid-type]
+        for name, kind in catalog.sources().items()
+    }
+    arguments = tyro.extras.subcommand_cli_from_dict(kinds, description=__doc__)
     from ddpm.data import prepare  # after parsing: --help and mistakes answer at once
     from ddpm.storage.locations import resolve
     from ddpm.utils.progress import Display, printable

@@ -12,6 +12,7 @@ from typing import Literal
 import tyro
 
 from ddpm import cli
+from ddpm.config import SamplerName, Spacing, Variance
 from ddpm.utils.errors import UserError
 
 
@@ -30,14 +31,14 @@ class Arguments:
     without one this machine's, and Ray is not started unless it has several GPUs."""
     batch_size: int | None = None
     """Images that a worker draws at a time. None: 256 on a GPU, 32 on a core."""
-    sampler: Literal["ancestral", "ddim", "dpmpp_2m", "heun", "mix"] | None = None
+    sampler: SamplerName | None = None
     """ancestral: Algorithm 2. ddim: few steps. dpmpp_2m, heun: fewer. mix: nets of uniform_mix."""
     num_sample_steps: int | None = None
-    spacing: Literal["auto", "uniform", "quadratic", "karras"] | None = None
+    spacing: Spacing | None = None
     """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/7); auto: what suits the sampler."""
     eta: float | None = None
     """ddim, dpmpp_2m: 0 is deterministic, 1 as noisy as ancestral."""
-    variance: Literal["beta", "beta_tilde", "measured", "learned"] | None = None
+    variance: Variance | None = None
     """ancestral: of the noise that a step adds. measured: on training images, by an earlier jobs/evaluate.py."""
     dynamic_threshold: float | None = None
     """Instead of clipping, dynamic thresholding at this quantile, as 0.995."""

@@ -139,6 +139,15 @@ def test_a_shard_that_unpacks_to_a_thousandfold_is_refused_before_it_is(tmp_path
 
 TOO_LARGE = {
     "a wide net": ({"model.base_width": 400_000}, "ema.safetensors is damaged or of another architecture"),
+    "another net": ({"model.net": "dit"}, "ema.safetensors is damaged or of another architecture"),
+    "a wide Transformer": (
+        {"model.net": "dit", "model.width": 200_000},
+        "ema.safetensors is damaged or of another architecture",
+    ),
+    "a Transformer too wide": (
+        {"model.net": "dit", "model.mlp_ratio": 10**9},
+        "config.json: model: mlp_ratio is 1000000000; it must be",
+    ),
     "a net too wide": (
         {"model.base_width": 10**9},
         "config.json: model: base_width is 1000000000; it must be at most",

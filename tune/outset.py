@@ -14,6 +14,7 @@ from ddpm.checkpoints import runs
 from ddpm.config import Config
 from ddpm.data import builtin, ray_dataset
 from ddpm.data.reading import DataSet
+from ddpm.diffusion.objectives import PROCESSES
 from ddpm.search.evaluator import Evaluator
 from ddpm.search.event_log import rungs
 from ddpm.storage.locations import Location, resolve
@@ -79,7 +80,7 @@ def settled(chosen: "Arguments") -> Outset:
         if value < least:
             raise UserError(f"--{flag} is {value}; it must be at least {least}")
     loop.check(config)
-    if config.objective.process != "gaussian":
+    if not PROCESSES[config.objective.process].has_bound:
         raise UserError(
             f"the process {config.objective.process} has no noise schedule and no bits/dim to search by"
         )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from ddpm import cli, presets
-from ddpm.config import Config
+from ddpm.config import Config, FeatureNetName
 
 if TYPE_CHECKING:
     from outset import Outset
@@ -54,7 +54,7 @@ class Arguments:
     finalists: int = 3
     """So many of the best are drawn from, and compared by KID."""
     drawn_images: int = 1000
-    features: Literal["classifier", "inception", "lite0", "pixels"] | None = None
+    features: FeatureNetName | None = None
     """KID's; None: classifier where the data has classes, else lite0."""
     name: str | None = None
     """None: search- and the preset."""

@@ -12,7 +12,7 @@ cosine has no beta_end. Nothing of a flag is executed. Where --space is given, i
 
 The default space, with what the bounds are for:
 
-    schedule.kind            all four
+    schedule.kind            all that there are
     schedule.num_timesteps   200..1000: the bound tightens with T, and so does the price of judging it
     schedule.beta_start      1e-5..1e-3: Ho et al. 2020 take 1e-4; scaled_linear as Stable Diffusion 8.5e-4
     schedule.beta_end        0.005..0.1: at T = 1000, linear from 1e-4, from too little noise (sqrt(alpha_bar_T) = 0.28)
@@ -36,17 +36,14 @@ import numpy as np
 
 from ddpm import config as configs
 from ddpm.config import Config
+from ddpm.diffusion.schedules import SCHEDULES
 from ddpm.training import loop
 from ddpm.utils.errors import UserError
 
 KINDS = {
-    "schedule.beta_start": ("linear", "scaled_linear"),
-    "schedule.beta_end": ("linear", "scaled_linear"),
-    "schedule.cosine_s": ("cosine",),
-    "schedule.max_beta": ("cosine", "sigmoid"),
-    "schedule.sigmoid_start": ("sigmoid",),
-    "schedule.sigmoid_end": ("sigmoid",),
-    "schedule.sigmoid_tau": ("sigmoid",),
+    f"schedule.{field}": tuple(kind for kind, (_, fields) in SCHEDULES.items() if field in fields)
+    for _, fields in SCHEDULES.values()
+    for field in fields
 }
 """The kinds of schedule that a key matters to; the others matter to all."""
 KIND = "schedule.kind"
@@ -54,7 +51,7 @@ NUM_CLASSES = "model.num_classes"
 """The one key beside FIXED that decides what is bounded. The keys of objective. (label_dropout as well) change the net
 alone: the bound is taken from x_0_hat, whatever is predicted, and a net with labels is always given the label."""
 DEFAULT = (
-    "schedule.kind=linear|scaled_linear|cosine|sigmoid",
+    f"schedule.kind={'|'.join(SCHEDULES)}",
     "schedule.num_timesteps=int(200,1000)",
     "schedule.beta_start=log(1e-5,1e-3)",
     "schedule.beta_end=log(0.005,0.1)",

@@ -26,7 +26,6 @@ from ddpm import config as configs
 from ddpm.build import build_net
 from ddpm.config import Config
 from ddpm.diffusion import schedules
-from ddpm.models import unet
 from ddpm.utils import files
 from ddpm.utils.errors import UserError
 
@@ -210,7 +209,7 @@ def read_config(folder: Path) -> Config:
     return configs.from_json(text, where=str(file))
 
 
-def load_net(folder: Path, device: torch.device, *, ema: bool = True) -> tuple[unet.UNet, Config]:
+def load_net(folder: Path, device: torch.device, *, ema: bool = True) -> tuple[nn.Module, Config]:
     """The averaged (or the raw) net of a checkpoint, ready to draw with, and its config."""
     verify(folder)
     config = read_config(folder)
@@ -261,7 +260,7 @@ def check_same_net(saved: Config, now: Config, folder: Path) -> None:
 
 def _changed(saved: Config, now: Config) -> list[str]:
     before, after = configs.flatten(saved), configs.flatten(now)
-    return [key for key in after if before[key] != after[key]]
+    return [key for key in after if key in before and before[key] != after[key]]  # other nets, other keys
 
 
 def _listed(changed: list[str], saved: Config, now: Config) -> str:
@@ -278,7 +277,7 @@ def read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
         raise UserError(f"{path} cannot be read as safetensors: {error}") from None
 
 
-def _net_without_memory(folder: Path, config: Config) -> unet.UNet:
+def _net_without_memory(folder: Path, config: Config) -> nn.Module:
     """The net on the meta device: a config from outside may describe one that no memory holds."""
     try:
         with torch.device("meta"):

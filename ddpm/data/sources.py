@@ -59,6 +59,14 @@ class Source(Protocol):
         """Images [start, stop) of the split: uint8 [N, H, W, C] (raw) or files' bytes (encoded); labels [N]."""
 
 
+class MissingFiles(UserError):
+    """The files of a source are not where it looks; `flags` tell jobs/prepare.py where they are."""
+
+    def __init__(self, message: str, flags: str) -> None:
+        super().__init__(message)
+        self.flags = flags
+
+
 @dataclass(frozen=True)
 class Digits:
     """1,797 real handwritten digits, 8x8 grey, from scikit-learn; nothing is downloaded."""
@@ -132,9 +140,10 @@ class FashionMnist:
 
     def __post_init__(self) -> None:
         if missing := missing_idx(self.path):
-            raise UserError(
+            raise MissingFiles(
                 f"{self.path} has no {missing}[.gz]; install Debian's dataset-fashion-mnist "
-                "(apt install dataset-fashion-mnist), or name the folder of the IDX files: --path FOLDER"
+                "(apt install dataset-fashion-mnist), or name the folder of the IDX files: --path FOLDER",
+                "--path FOLDER",
             )
 
     @property

@@ -13,15 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from ddpm.data.idx import missing_idx, pad, read_idx_folder
 from ddpm.data.image_folder import Encoding, check_size, digest_of_files, read_file, store
-from ddpm.data.sources import Labels, Pixels
+from ddpm.data.sources import Labels, MissingFiles, Pixels
 from ddpm.utils.errors import UserError
 
+Dataset = Literal["cifar10", "mnist", "celeba"]
+DATASETS = get_args(Dataset)
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 CELEBA_PARTS = {"0": "train", "1": "validation", "2": "test"}
 """The numbers of list_eval_partition.txt."""
@@ -31,7 +33,7 @@ CELEBA_PARTS = {"0": "train", "1": "validation", "2": "test"}
 class Torchvision:
     """CIFAR-10, MNIST or CelebA, where torchvision has downloaded it; each brings its own splits."""
 
-    dataset: Literal["cifar10", "mnist", "celeba"]
+    dataset: Dataset
     """cifar10: 32x32 RGB, 10 classes. mnist: grey digits, 10 classes. celeba: RGB faces, no labels."""
     root: Path = Path("data")
     """The folder that torchvision was given as root."""
@@ -41,6 +43,8 @@ class Torchvision:
     name: str = field(default="torchvision", init=False)
 
     def __post_init__(self) -> None:
+        if self.dataset not in DATASETS:  # as in torchvision:DATASET of a config
+            raise UserError(f"dataset is {self.dataset!r}; torchvision has {', '.join(DATASETS)} here")
         check_size(self.height)
         allowed = {"cifar10": (32,), "mnist": (28, 32)}.get(self.dataset)
         if allowed and self.height not in allowed:
@@ -130,7 +134,8 @@ class Torchvision:
 
     def _lacks(self, what: str) -> UserError:
         name = {"mnist": "MNIST", "cifar10": "CIFAR10", "celeba": "CelebA"}[self.dataset]
-        return UserError(
+        return MissingFiles(
             f"{self._folder} lacks {what}; --root names the folder given to "
-            f"torchvision.datasets.{name}(root, download=True), which fetches them"
+            f"torchvision.datasets.{name}(root, download=True), which fetches them",
+            f"--dataset {self.dataset} --root FOLDER",
         )

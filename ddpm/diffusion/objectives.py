@@ -20,7 +20,7 @@ Axes: B batch, C channels, H W height and width, T timesteps.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -64,7 +64,19 @@ class Denoised(NamedTuple):
 
 
 class Objective(Protocol):
-    """What the training loop, the samplers and the evaluation know of an objective."""
+    """What the training loop, the samplers and the evaluation know of an objective and of its forward process."""
+
+    uses_time: ClassVar[bool]
+    """Whether the net is given t."""
+    has_bound: ClassVar[bool]
+    """Whether there are a noise schedule and a variational bound, so bits/dim."""
+    has_uniform_noise: ClassVar[bool]
+    """Whether noise is uniform in [-1, 1), instead of standard normal."""
+
+    @classmethod
+    def build(cls, config: "ObjectiveConfig", schedule: Schedule, labels: "Labels") -> "Objective":
+        """The objective that `config` describes."""
+        ...
 
     def loss(self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator) -> Loss:
         """Corrupt `x_0`, and score what `model` makes of it.
@@ -89,6 +101,18 @@ class Objective(Protocol):
             t: [B] int64 in [0, T); for UniformMix the amount of noise, [B] float in [0, 1].
             label: [B] int64 in 0..num_classes; num_classes, or None for all, means no label.
         """
+        ...
+
+    def noise_level(self, t: Tensor) -> Tensor:
+        """t [B] to what guidance_interval is about."""
+        ...
+
+    def corrupt(self, x_0: Tensor, level: float, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """x_0 at a noise level in [0, 1], with `noise` of its shape; and its t [B]."""
+        ...
+
+    def caption(self, level: float) -> str:
+        """The t of a noise level in [0, 1], for a picture."""
         ...
 
 
@@ -149,6 +173,16 @@ class Gaussian:
     labels: Labels = Labels()
     min_snr_gamma: float | None = None
     learns_variance: bool = False
+    uses_time: ClassVar[bool] = True
+    has_bound: ClassVar[bool] = True
+    has_uniform_noise: ClassVar[bool] = False
+
+    @classmethod
+    def build(cls, config: "ObjectiveConfig", schedule: Schedule, labels: Labels) -> "Gaussian":
+        if config.predict not in PREDICTIONS:
+            raise ValueError(f"predict is {config.predict!r}; it must be one of {', '.join(PREDICTIONS)}")
+        gamma = config.min_snr_gamma if config.weight == "min_snr" else None
+        return PREDICTIONS[config.predict](schedule, labels, gamma, config.variance == "learned")
 
     def __post_init__(self) -> None:
         if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
@@ -174,6 +208,19 @@ class Gaussian:
         output = model(x_t, t, self.labels.for_denoising(label, x_t)).to(x_t.dtype)
         prediction, variance_mix = self._split(output)
         return self._read(prediction, x_t, t)._replace(variance_mix=variance_mix)
+
+    def noise_level(self, t: Tensor) -> Tensor:
+        return self.schedule.sigma.float().to(t.device)[t]
+
+    def corrupt(self, x_0: Tensor, level: float, noise: Tensor) -> tuple[Tensor, Tensor]:
+        t = torch.full((len(x_0),), self._timestep(level), device=x_0.device)
+        return process.q_sample(self.schedule.alpha_bar, x_0, t, noise), t
+
+    def caption(self, level: float) -> str:
+        return f"t={self._timestep(level)}"
+
+    def _timestep(self, level: float) -> int:
+        return round(level * (self.schedule.num_timesteps - 1))
 
     def _split(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
         """The prediction, and variance_mix if the net learns it; both [B, C, H, W]."""
@@ -251,6 +298,14 @@ class UniformMix:
     """The course's baseline: mix with uniform noise, predict the clean image, tell the net no timestep."""
 
     labels: Labels = Labels()
+    uses_time: ClassVar[bool] = False
+    has_bound: ClassVar[bool] = False
+    has_uniform_noise: ClassVar[bool] = True
+
+    @classmethod
+    def build(cls, config: "ObjectiveConfig", schedule: Schedule, labels: Labels) -> "UniformMix":
+        """There is one prediction and one weight: all else in `config`, and the schedule, are ignored."""
+        return cls(labels)
 
     def loss(self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator) -> Loss:
         amount = generator.uniform([len(x_0)])
@@ -268,31 +323,30 @@ class UniformMix:
         amount = t.to(x_t.dtype).clamp(min=SMALLEST_AMOUNT).view(-1, *[1] * (x_t.ndim - 1))
         return Denoised(x_0_hat, eps_hat=(x_t - (1 - amount) * x_0_hat) / amount)
 
+    def noise_level(self, t: Tensor) -> Tensor:
+        return t
+
+    def corrupt(self, x_0: Tensor, level: float, noise: Tensor) -> tuple[Tensor, Tensor]:
+        amount = torch.full((len(x_0),), level, device=x_0.device)
+        return process.mix(x_0, amount, noise), amount
+
+    def caption(self, level: float) -> str:
+        return f"{level:.0%}"
+
+
+PREDICTIONS: dict[str, type[Gaussian]] = {"eps": Eps, "x_0": X0, "v": V}
+PROCESSES: dict[str, type[Objective]] = {"gaussian": Gaussian, "uniform_mix": UniformMix}
+
 
 def build(config: "ObjectiveConfig", schedule: Schedule, num_classes: int) -> Objective:
     """The objective that `config` describes; num_classes as in the model, 0 for unconditional.
 
-    uniform_mix has one prediction and one weight, so `predict`, `weight`, `min_snr_gamma`, `variance` and the
-    schedule are ignored with it.
-
     Raises:
         ValueError: an unknown process or prediction, or a parameter out of its range.
     """
-    labels, learns = Labels(num_classes, config.label_dropout), config.variance == "learned"
-    gamma = config.min_snr_gamma if config.weight == "min_snr" else None
-    match config.process, config.predict:
-        case "uniform_mix", _:
-            return UniformMix(labels)
-        case "gaussian", "eps":
-            return Eps(schedule, labels, gamma, learns)
-        case "gaussian", "x_0":
-            return X0(schedule, labels, gamma, learns)
-        case "gaussian", "v":
-            return V(schedule, labels, gamma, learns)
-        case unknown:
-            raise ValueError(
-                f"process, predict are {unknown}; they must be gaussian or uniform_mix, and eps, x_0 or v"
-            )
+    if config.process not in PROCESSES:
+        raise ValueError(f"process is {config.process!r}; it must be one of {', '.join(PROCESSES)}")
+    return PROCESSES[config.process].build(config, schedule, Labels(num_classes, config.label_dropout))
 
 
 def _per_image(prediction: Tensor, target: Tensor) -> Tensor:

@@ -21,8 +21,7 @@ Axes: B batch, C channels, H W height and width, T timesteps.
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ from torch import Tensor
 from ddpm.diffusion import timesteps as spacings
 from ddpm.diffusion.denoisers import Denoise, Threshold, build_threshold, clip, predict
 from ddpm.diffusion.generator import Generator
+from ddpm.diffusion.objectives import PROCESSES
 from ddpm.diffusion.process import posterior_mean
 from ddpm.diffusion.reverse import Variance, fixed_variance, learned_log_variance
 from ddpm.diffusion.schedules import Schedule
@@ -350,6 +350,48 @@ def mix(
     return x
 
 
+def _ancestral(config: "SampleConfig", schedule: Schedule, x_0_error: Tensor | None) -> dict[str, Any]:
+    if config.variance == "auto":
+        raise ValueError("variance is 'auto'; it must be resolved first")
+    if config.variance != "learned":
+        fixed_variance(schedule, config.variance, x_0_error)  # which checks it
+    return {"variance": config.variance, "x_0_error": x_0_error}
+
+
+def _eta(config: "SampleConfig", schedule: Schedule, x_0_error: Tensor | None) -> dict[str, Any]:
+    _check_eta(config.eta)
+    return {"eta": config.eta}
+
+
+def _mix(config: "SampleConfig", schedule: Schedule, x_0_error: Tensor | None) -> dict[str, Any]:
+    n = spacings.FEW if config.num_sample_steps is None else config.num_sample_steps
+    spacings.check_num_sample_steps(n)
+    return {"num_sample_steps": n}
+
+
+class SamplerKind(NamedTuple):
+    """A sampler of the table."""
+
+    sample: Callable[..., Tensor]
+    settings: Callable[["SampleConfig", Schedule, Tensor | None], dict[str, Any]] = lambda *_: {}
+    """Its keyword arguments, checked, beside threshold and on_step; and schedule and timesteps, if there is a schedule.
+
+    Raises:
+        ValueError: a setting is out of its range.
+    """
+    process: str = "gaussian"
+    """The one that it undoes. The first sampler of each process is its default."""
+
+
+SAMPLERS = {
+    "ddim": SamplerKind(ddim, _eta),
+    "ancestral": SamplerKind(ancestral, _ancestral),
+    "dpmpp_2m": SamplerKind(dpmpp_2m, _eta),
+    "heun": SamplerKind(heun),
+    "mix": SamplerKind(mix, _mix, "uniform_mix"),
+}
+
+
 def build(
     config: "SampleConfig", schedule: Schedule, num_dims: int, x_0_error: Tensor | None = None
 ) -> Sampler:
@@ -364,37 +406,13 @@ def build(
     Raises:
         ValueError: an unknown sampler, or a setting of it out of its range.
     """
-    threshold = build_threshold(config)
-    sampler: Callable[..., Tensor]
-    match config.sampler:
-        case "ancestral":
-            if config.variance == "auto":
-                raise ValueError("variance is 'auto'; it must be resolved first")
-            if config.variance != "learned":
-                fixed_variance(schedule, config.variance, x_0_error)  # which checks it
-            sampler = partial(ancestral, variance=config.variance, x_0_error=x_0_error)
-        case "ddim":
-            _check_eta(config.eta)
-            sampler = partial(ddim, eta=config.eta)
-        case "dpmpp_2m":
-            _check_eta(config.eta)
-            sampler = partial(dpmpp_2m, eta=config.eta)
-        case "heun":
-            sampler = heun
-        case "mix":
-            n = spacings.FEW if config.num_sample_steps is None else config.num_sample_steps
-            spacings.check_num_sample_steps(n)
-            return lambda denoise, noise, on_step=None: mix(
-                denoise, noise, num_sample_steps=n, threshold=threshold, on_step=on_step
-            )
-        case _:
-            raise ValueError(
-                f"sampler is {config.sampler!r}; it must be ancestral, ddim, dpmpp_2m, heun or mix"
-            )
-    timesteps = spacings.build(config, schedule, num_dims)
-    return lambda denoise, noise, on_step=None: sampler(
-        denoise, schedule, noise, timesteps=timesteps, threshold=threshold, on_step=on_step
-    )
+    if config.sampler not in SAMPLERS:
+        raise ValueError(f"sampler is {config.sampler!r}; it must be one of {', '.join(SAMPLERS)}")
+    kind = SAMPLERS[config.sampler]
+    settings = {"threshold": build_threshold(config), **kind.settings(config, schedule, x_0_error)}
+    if PROCESSES[kind.process].has_bound:
+        settings |= {"schedule": schedule, "timesteps": spacings.build(config, schedule, num_dims)}
+    return lambda denoise, noise, on_step=None: kind.sample(denoise, noise=noise, on_step=on_step, **settings)
 
 
 def _signal_and_sigma(schedule: Schedule, timesteps: Sequence[int]) -> tuple[list[float], list[float]]:

@@ -173,24 +173,25 @@ def sigmoid(
     return _from_alpha_bar(curve, num_timesteps, max_beta)
 
 
+SCHEDULES: dict[str, tuple[Callable[..., Schedule], tuple[str, ...]]] = {
+    "linear": (linear, ("beta_start", "beta_end")),
+    "scaled_linear": (scaled_linear, ("beta_start", "beta_end")),
+    "cosine": (cosine, ("cosine_s", "max_beta")),
+    "sigmoid": (sigmoid, ("sigmoid_start", "sigmoid_end", "sigmoid_tau", "max_beta")),
+}
+"""What builds each kind, and the fields of ScheduleConfig that it takes after num_timesteps, in this order."""
+
+
 def build(config: "ScheduleConfig") -> Schedule:
     """The schedule that `config` describes.
 
     Raises:
         ValueError: an unknown kind, or a parameter out of its range.
     """
-    match config.kind:
-        case "linear":
-            return linear(config.num_timesteps, config.beta_start, config.beta_end)
-        case "scaled_linear":
-            return scaled_linear(config.num_timesteps, config.beta_start, config.beta_end)
-        case "cosine":
-            return cosine(config.num_timesteps, config.cosine_s, config.max_beta)
-        case "sigmoid":
-            start, end, tau = config.sigmoid_start, config.sigmoid_end, config.sigmoid_tau
-            return sigmoid(config.num_timesteps, start, end, tau, config.max_beta)
-        case _:
-            raise ValueError(f"kind is {config.kind!r}; it must be linear, scaled_linear, cosine or sigmoid")
+    if config.kind not in SCHEDULES:
+        raise ValueError(f"kind is {config.kind!r}; it must be one of {', '.join(SCHEDULES)}")
+    make, fields = SCHEDULES[config.kind]
+    return make(config.num_timesteps, *(getattr(config, field) for field in fields))
 
 
 def _from_alpha_bar(curve: Callable[[Tensor], Tensor], num_timesteps: int, max_beta: float) -> Schedule:

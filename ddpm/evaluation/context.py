@@ -11,14 +11,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 
-from ddpm.build import build_sampler
+from ddpm.build import build_sampler, resolve_sample
 from ddpm.checkpoints import checkpoint
-from ddpm.config import Config, SampleConfig, SampleVariance
+from ddpm.config import Config, FeatureNetName, SampleConfig, SampleVariance
 from ddpm.data import builtin
 from ddpm.data.manifest import MANIFEST, read_manifest
 from ddpm.data.reading import DataSet, scale_of
 from ddpm.diffusion import schedules, timesteps
+from ddpm.diffusion.objectives import PROCESSES
 from ddpm.evaluation import classifier, nets
 from ddpm.evaluation.cache import Cache
 from ddpm.evaluation.features import FeatureNet, Features
@@ -26,7 +28,6 @@ from ddpm.evaluation.memorisation import MAX_TRAIN
 from ddpm.evaluation.reference import images_of, real_features
 from ddpm.evaluation.scores import LEAST_IMAGES
 from ddpm.hub import resolve
-from ddpm.models.unet import UNet
 from ddpm.storage import locations
 from ddpm.utils.errors import UserError
 from ddpm.utils.images import Pixels
@@ -42,7 +43,7 @@ class Settings:
 
     num_images: int = 2000
     """Drawn in each way; and held-out ones, at most."""
-    features: nets.Name | None = None
+    features: FeatureNetName | None = None
     """None: classifier where the data set has classes, else lite0."""
     inception_weights: str | None = None
     samplers: tuple[str, ...] = ()
@@ -69,7 +70,7 @@ class Candidate:
     """A checkpoint to be judged, in memory."""
 
     uri: str
-    net: UNet
+    net: nn.Module
     config: Config
     position: Mapping[str, Any]
     """Its state.json."""
@@ -136,12 +137,12 @@ def ways_of(config: Config, settings: Settings) -> list[SampleConfig]:
 
 def resolved(config: Config, sample: SampleConfig) -> SampleConfig:
     """`sample`, with the sampler and the number of steps that it comes to."""
-    sample = sample.resolved(config.objective)
+    sample = resolve_sample(sample, config.objective)
     if sample.num_sample_steps is not None:
         return sample
-    is_mix = sample.sampler == "mix"
-    schedule, num_dims = schedules.build(config.schedule), config.model.num_dims
-    steps = timesteps.FEW if is_mix else len(timesteps.build(sample, schedule, num_dims))
+    steps = timesteps.FEW
+    if PROCESSES[config.objective.process].has_bound:
+        steps = len(timesteps.build(sample, schedules.build(config.schedule), config.model.num_dims))
     return replace(sample, num_sample_steps=steps)
 
 

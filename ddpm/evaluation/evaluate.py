@@ -19,6 +19,7 @@ from ddpm.cluster.worker_pool import WorkerPool
 from ddpm.config import Config, SampleConfig
 from ddpm.data.reading import DataSet
 from ddpm.data.reading import Images as Batch
+from ddpm.diffusion.objectives import PROCESSES
 from ddpm.evaluation import measure, memorisation, plots
 from ddpm.evaluation.bits import BitsPerDim
 from ddpm.evaluation.context import Candidate, EvalContext, Settings, choose, resolved, ways_of
@@ -136,7 +137,7 @@ def evaluate(candidates: Sequence[Candidate], settings: Settings, num_workers: i
 
 def _measured(pool: WorkerPool[EvalWorker], candidates: Sequence[Candidate]) -> dict[int, Measured]:
     """By candidate, and kept beside its weights; those of a process that has no bound are not there."""
-    bound = [i for i, candidate in enumerate(candidates) if candidate.config.objective.process == "gaussian"]
+    bound = [i for i, c in enumerate(candidates) if PROCESSES[c.config.objective.process].has_bound]
     found: dict[int, Measured] = {}
     with Display("measuring the nets", len(bound)) as display:
         for i, measured in pool.map(EvalWorker.measure, bound):

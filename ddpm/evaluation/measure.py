@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddpm.build import resolve_sample
 from ddpm.config import Config, SampleConfig, SampleVariance
 from ddpm.data.reading import Images
 from ddpm.diffusion import denoising, likelihood, schedules
@@ -55,7 +56,8 @@ def bound_variance(config: Config, variance: SampleVariance = "auto") -> Varianc
     learned = config.objective.variance == "learned"
     if variance == "auto":
         return "learned" if learned else "measured"
-    replace(config.sample, sampler="auto", variance=variance).resolved(config.objective)  # which checks it
+    sample = replace(config.sample, sampler="auto", variance=variance)
+    resolve_sample(sample, config.objective)  # which checks it
     return variance
 
 
@@ -185,10 +187,8 @@ def _posed(
     counters: tuple[int, ...],
 ) -> tuple[Denoise, Tensor, PerImageNoise]:
     """The net as the bound sees it, x_0 [N, C, H, W], and noise that depends on the counters and an image's index."""
-    if config.objective.process != "gaussian":
-        raise UserError(
-            f"the process {config.objective.process} has no variational bound; only gaussian has bits/dim"
-        )
+    if not objective.has_bound:
+        raise UserError(f"the process {config.objective.process} has no variational bound, so no bits/dim")
     x_0 = images.to_model(torch.from_numpy(batch.image).to(device))
     label = torch.from_numpy(batch.label).to(device) if config.model.num_classes else None
     channels, height, width = x_0.shape[1:]

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ddpm.config import ModelConfig
+    from ddpm.config import UNetConfig
 
 
-def diffusers_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+def diffusers_names(config: UNetConfig) -> dict[str, tuple[str, ...]]:
     """Each weight of a time-conditional `UNet`, and the weights of UNet2DModel it is made of.
 
     Mostly one; where ours does several products in one (q, k, v; the shifts of all blocks), it is theirs

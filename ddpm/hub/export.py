@@ -30,17 +30,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpm import config as configs
-from ddpm.build import build_net
+from ddpm.build import build_net, resolve_sample
 from ddpm.checkpoints import checkpoint
 from ddpm.checkpoints.checkpoint import Snapshot
-from ddpm.config import Config, ModelConfig, ObjectiveConfig, SampleConfig, ScheduleConfig
+from ddpm.config import Config, ObjectiveConfig, SampleConfig, ScheduleConfig, UNetConfig
 from ddpm.diffusion import schedules
+from ddpm.diffusion.objectives import PROCESSES
 from ddpm.hub.diffusers_names import diffusers_names
-from ddpm.models.layers import NORM_EPS, sinusoids
-from ddpm.models.unet import EMBEDDED_TIMESTEPS, UNet
+from ddpm.models.layers import EMBEDDED_TIMESTEPS, NORM_EPS, sinusoids
 from ddpm.utils import files
 from ddpm.utils.errors import UserError
 from ddpm.utils.seeding import GENERATOR
@@ -56,7 +56,7 @@ TIME_TABLE = "time_proj.weight"
 _SAMPLING_ALONE = ("timestep_spacing", "steps_offset", "dynamic_thresholding_ratio", "sample_max_value")
 
 
-def to_diffusers(net: UNet, config: Config, out: Path, label: int | None = None) -> None:
+def to_diffusers(net: nn.Module, config: Config, out: Path, label: int | None = None) -> None:
     """Write the new folder `out`, from which `DDPMPipeline.from_pretrained(out)` draws what `ancestral` draws.
 
     Drawn with num_inference_steps = T, and one torch.Generator an image. Needs diffusers.
@@ -70,11 +70,12 @@ def to_diffusers(net: UNet, config: Config, out: Path, label: int | None = None)
         UserError: diffusers cannot express it, diffusers is missing, or `out` exists or cannot be written.
     """
     diffusers = _diffusers()
-    if config.objective.process != "gaussian":
+    if not PROCESSES[config.objective.process].uses_time:
         raise UserError(
             f"diffusers has no pipeline for objective.process {config.objective.process}, whose net sees no "
             "timestep; use --format pt2"
         )
+    _unet(config)
     weights, config = _without_labels(net.state_dict(), config, label)
     unet = diffusers.UNet2DModel(**unet_config(config))
     unet.load_state_dict(_to_their_names(weights, config, unet.state_dict()))
@@ -83,10 +84,10 @@ def to_diffusers(net: UNet, config: Config, out: Path, label: int | None = None)
         pipeline.save_pretrained(folder, safe_serialization=True)
 
 
-def to_pt2(net: UNet, config: Config, out: Path) -> None:
+def to_pt2(net: nn.Module, config: Config, out: Path) -> None:
     """Write the new folder `out` with the net as a torch.export program, for any batch size, in float32.
 
-    Its arguments are those of `UNet.forward`: x_t, t and label, as far as the net takes them (t is None for
+    Its arguments are those of the net: x_t, t and label, as far as the net takes them (t is None for
     uniform_mix); what its output means, config.json says.
 
     Args:
@@ -102,7 +103,7 @@ def to_pt2(net: UNet, config: Config, out: Path) -> None:
     plain.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     batch = torch.export.Dim("batch", min=1)
     side, count = config.model.image_size, 2  # 1 would be taken for a constant
-    t = torch.zeros(count, dtype=torch.int64) if net.time_conditional else None
+    t = torch.zeros(count, dtype=torch.int64) if PROCESSES[config.objective.process].uses_time else None
     arguments = [torch.zeros(count, config.model.channels, side, side), t]
     if config.model.num_classes:
         arguments.append(torch.zeros(count, dtype=torch.int64))
@@ -150,7 +151,7 @@ def unet_config(config: Config) -> dict[str, Any]:
     Raises:
         AssertionError: a net with labels.
     """
-    model, stretched = config.model, config.schedule.num_timesteps != EMBEDDED_TIMESTEPS
+    model, stretched = _unet(config), config.schedule.num_timesteps != EMBEDDED_TIMESTEPS
     assert model.num_classes == 0, "labels are folded away before"
     sizes = [model.image_size >> level for level in range(len(model.width_multipliers))]
     attention = ["Attn" if size in model.attention_resolutions else "" for size in sizes]
@@ -186,9 +187,23 @@ def unet_config(config: Config) -> dict[str, Any]:
     }
 
 
+def _unet(config: Config) -> UNetConfig:
+    """The U-Net's config.
+
+    Raises:
+        UserError: the net is another one.
+    """
+    if not isinstance(config.model, UNetConfig):
+        raise UserError(
+            f"model.net is {config.model.net}; a DDPMPipeline of diffusers draws with a UNet2DModel, so it takes "
+            "the net unet alone; use --format pt2"
+        )
+    return config.model
+
+
 def scheduler_config(config: Config) -> dict[str, Any]:
     """What DDPMScheduler must be told: our schedule, prediction, and the mean and variance of `ancestral`."""
-    schedule, sample = config.schedule, config.sample.resolved(config.objective)
+    schedule, sample = config.schedule, resolve_sample(config.sample, config.objective)
     if sample.variance not in VARIANCES:
         raise UserError(f"sample.variance is {sample.variance}; a DDPMScheduler knows {', '.join(VARIANCES)}")
     betas: dict[str, Any]
@@ -289,7 +304,7 @@ def _config_of(unet: Mapping[str, Any], scheduler: Mapping[str, Any], where: str
         raise UserError(f"{where}/unet: sample_size is {side}; ours are square, with one number")
     base_width = math.gcd(*widths)
     sizes = [side >> level for level in range(len(widths))]
-    model = ModelConfig(
+    model = UNetConfig(
         image_size=side,
         channels=unet["in_channels"],
         base_width=base_width,
@@ -364,7 +379,7 @@ def _to_their_names(
 ) -> dict[str, Tensor]:
     """Our weights as those of `like`, the weights of a UNet2DModel."""
     theirs: dict[str, Tensor] = {}
-    for ours, names in diffusers_names(config.model).items():
+    for ours, names in diffusers_names(_unet(config)).items():
         parts = weights[ours].split([len(like[name]) for name in names])
         theirs |= dict(zip(names, parts, strict=True))
     if TIME_TABLE in like:
@@ -377,13 +392,14 @@ def _to_our_names(theirs: Mapping[str, Tensor], config: Config, where: str) -> d
         raise UserError(f"{where}/unet: its embedding of t was learned; ours is made of sinusoids")
     return {
         ours: torch.cat([theirs[name] for name in names])
-        for ours, names in diffusers_names(config.model).items()
+        for ours, names in diffusers_names(_unet(config)).items()
     }
 
 
 def _time_table(config: Config) -> Tensor:
     """[T, E] float32: what our net makes of each t before its first product."""
-    T, width = config.schedule.num_timesteps, config.model.base_width * config.model.width_multipliers[0]
+    T, model = config.schedule.num_timesteps, _unet(config)
+    width = model.base_width * model.width_multipliers[0]
     return sinusoids(torch.arange(T) * (EMBEDDED_TIMESTEPS / T), width)
 
 

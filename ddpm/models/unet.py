@@ -19,21 +19,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.models.layers import Block, Downsample, GroupNorm, Upsample, sinusoids, zero
+from ddpm.models.layers import (
+    EMBEDDED_TIMESTEPS,
+    MAX_BLOCKS,
+    MAX_SIZE,
+    Block,
+    Downsample,
+    GroupNorm,
+    Upsample,
+    check_conditions,
+    sinusoids,
+    zero,
+)
 
 if TYPE_CHECKING:
-    from ddpm.config import ModelConfig
-
-EMBEDDED_TIMESTEPS = 1000
-"""The T that the sinusoids are made for; every other T is stretched onto it."""
-MAX_BLOCKS = 64
-"""Of a resolution. More are a mistake, or a trap in a config from outside: merely to build them takes for ever."""
-MAX_SIZE = 1 << 20
-"""Largest side, width, and number of classes. No memory holds a net of more, and torch cannot count its weights."""
+    from ddpm.config import UNetConfig
 
 
 def build(
-    config: ModelConfig,
+    config: UNetConfig,
     *,
     time_conditional: bool = True,
     autocast_dtype: torch.dtype | None = None,
@@ -43,7 +47,7 @@ def build(
     """The net of a config, with fresh weights drawn from torch's global generator.
 
     Args:
-        config: the sizes; `ddpm.config.ModelConfig` explains each.
+        config: the sizes; `ddpm.config.UNetConfig` explains each.
         time_conditional: False makes a net without weights for t, to be called with t = None.
         autocast_dtype: what the net computes in, torch.bfloat16 for example; None: float32, as the weights.
         out_channels: channels of the prediction; None: those of the images.
@@ -63,7 +67,7 @@ class UNet(nn.Module):
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: UNetConfig,
         time_conditional: bool,
         autocast_dtype: torch.dtype | None,
         num_timesteps: int,
@@ -144,14 +148,7 @@ class UNet(nn.Module):
         Raises:
             ValueError: t or label is given to a net that does not take it, or t is missing.
         """
-        if (t is not None) != self.time_conditional:
-            right = "a tensor of timesteps" if self.time_conditional else "None"
-            raise ValueError(f"t must be {right}: the net has time_conditional {self.time_conditional}")
-        if label is not None and not self.num_classes:
-            raise ValueError("label must be None: the net has num_classes 0")
-        if label is None and self.num_classes:
-            label = torch.full((len(x_t),), self.num_classes, device=x_t.device)
-
+        label = check_conditions(self, x_t, t, label)
         with torch.autocast(x_t.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             shifts = self._shifts(t, label)
             h = self.conv_in(x_t.contiguous(memory_format=torch.channels_last))
@@ -183,7 +180,7 @@ class UNet(nn.Module):
         return iter(shifts[:, :, None, None].split(self.shift_widths, dim=1))
 
 
-def _check(config: ModelConfig, num_timesteps: int) -> None:
+def _check(config: UNetConfig, num_timesteps: int) -> None:
     """Raise ValueError for sizes that make no net, with what was got and what would be right."""
 
     def require(true: bool, name: str, right: str) -> None:

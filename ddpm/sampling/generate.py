@@ -6,7 +6,7 @@ a function of the seed and i alone.
 Axes: N images, C channels, H W.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddpm.build import build_sampler
+from ddpm.build import build_objective, build_sampler
 from ddpm.config import Config, SampleConfig
 from ddpm.data import image_folder
-from ddpm.diffusion import denoisers, process, schedules
+from ddpm.diffusion import denoisers
 from ddpm.diffusion.denoisers import Denoise
 from ddpm.diffusion.inpainting import Known
-from ddpm.diffusion.objectives import Denoised, Model, Objective
+from ddpm.diffusion.objectives import PROCESSES, Denoised, Model, Objective
 from ddpm.diffusion.samplers import OnStep, PerImageNoise
 from ddpm.utils import images
 from ddpm.utils.generators import PhiloxGenerator
@@ -87,16 +87,17 @@ def draw(
     if label is None and config.model.num_classes:
         label = torch.from_numpy(labels(config, indices)).to(device)
     noise = _noise(config, sample.seed, indices, device)
-    denoise = _denoise(net, config, sample, objective, label)
+    denoise = _denoise(net, sample, objective, label)
     return images.to_uint8(build_sampler(config, sample, known, x_0_error)(denoise, noise, on_step))
 
 
 @torch.no_grad()
 def noising_strip(config: Config, x_0: Tensor) -> Pixels:
     """The forward process on real images x_0 [N, C, H, W], from clean to noise: one row an image."""
-    levels = [i / (NOISING_COLUMNS - 1) for i in range(NOISING_COLUMNS)]
-    frames = [_corrupt(config, x_0, level)[0] if level else x_0 for level in levels]
-    return images.strip(_rows(frames), [_caption(config, level) for level in levels])
+    objective, noise = build_objective(config), _strip_noise(config, x_0)
+    levels = [i / (NOISING_COLUMNS - 1) for i in range(1, NOISING_COLUMNS)]
+    frames = [x_0, *(objective.corrupt(x_0, level, noise)[0] for level in levels)]
+    return images.strip(_rows(frames), ["x_0", *map(objective.caption, levels)])
 
 
 @torch.no_grad()
@@ -104,11 +105,11 @@ def denoising_strip(
     net: Model, config: Config, objective: Objective, x_0: Tensor, label: Tensor | None = None
 ) -> Pixels:
     """What the net makes of real images x_0 [N, C, H, W] in more and more noise: pairs of x_t and x_0_hat."""
-    frames, captions = [x_0], ["x_0"]
+    frames, captions, noise = [x_0], ["x_0"], _strip_noise(config, x_0)
     for level in DENOISING_LEVELS:
-        x_t, t = _corrupt(config, x_0, level)
+        x_t, t = objective.corrupt(x_0, level, noise)
         frames += [x_t, objective.denoise(net, x_t, t, label).x_0_hat]
-        captions += [_caption(config, level), "x_0_hat"]
+        captions += [objective.caption(level), "x_0_hat"]
     return images.strip(_rows(frames), captions)
 
 
@@ -147,9 +148,7 @@ def trajectory(
     return images.strip(list(rows), captions), images.gif_bytes(moving, ms=80)
 
 
-def _denoise(
-    net: Model, config: Config, sample: SampleConfig, objective: Objective, label: Tensor | None
-) -> Denoise:
+def _denoise(net: Model, sample: SampleConfig, objective: Objective, label: Tensor | None) -> Denoise:
     """The net as a sampler sees it: with `label`, and guidance where `sample` wants it."""
 
     def conditional(x_t: Tensor, t: Tensor) -> Denoised:
@@ -161,45 +160,21 @@ def _denoise(
     if label is None:
         return conditional
     return denoisers.guided(
-        conditional, unconditional, sample.guidance_scale, sample.guidance_interval, _noise_level(config)
+        conditional, unconditional, sample.guidance_scale, sample.guidance_interval, objective.noise_level
     )
-
-
-def _noise_level(config: Config) -> Callable[[Tensor], Tensor]:
-    """t [B] to what guidance_interval is about: sigma, or for uniform_mix the amount, which t is itself."""
-    if config.objective.process == "uniform_mix":
-        return lambda amount: amount
-    sigma = schedules.build(config.schedule).sigma
-    return lambda t: sigma.float().to(t.device)[t]
 
 
 def _noise(config: Config, seed: int, indices: Sequence[int], device: torch.device) -> PerImageNoise:
     """Noise for the images with these indices, drawn on the CPU whatever the device."""
     side = config.model.image_size
     generators = [PhiloxGenerator(seed, Purpose.SAMPLE, i) for i in indices]
-    uniform = config.objective.process == "uniform_mix"
+    uniform = PROCESSES[config.objective.process].has_uniform_noise
     return PerImageNoise(generators, (config.model.channels, side, side), device, uniform)
 
 
-def _corrupt(config: Config, x_0: Tensor, level: float) -> tuple[Tensor, Tensor]:
-    """x_0 at a noise level in [0, 1] (t / (T - 1), or the amount), always the same noise; and its t [N]."""
-    noise = _noise(config, config.sample.seed, range(len(x_0)), x_0.device)()
-    if config.objective.process == "uniform_mix":
-        amount = torch.full((len(x_0),), level, device=x_0.device)
-        return process.mix(x_0, amount, noise), amount
-    schedule = schedules.build(config.schedule)
-    t = torch.full((len(x_0),), _timestep(config, level), device=x_0.device)
-    return process.q_sample(schedule.alpha_bar, x_0, t, noise), t
-
-
-def _timestep(config: Config, level: float) -> int:
-    return round(level * (config.schedule.num_timesteps - 1))
-
-
-def _caption(config: Config, level: float) -> str:
-    if level == 0:
-        return "x_0"
-    return f"{level:.0%}" if config.objective.process == "uniform_mix" else f"t={_timestep(config, level)}"
+def _strip_noise(config: Config, x_0: Tensor) -> Tensor:
+    """Noise for real images x_0 [N, C, H, W]: the same in every column of a strip."""
+    return _noise(config, config.sample.seed, range(len(x_0)), x_0.device)()
 
 
 def _rows(frames: list[Tensor]) -> list[Pixels]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ddpm import config as configs
-from ddpm.build import build_net, build_objective, build_sampler
+from ddpm.build import build_net, build_objective, build_sampler, resolve_sample
 from ddpm.cluster.worker_pool import WorkerPool
 from ddpm.config import Config
 from ddpm.data.manifest import read_manifest
@@ -96,7 +96,7 @@ class SampleJob:
         """All that decides image i, as flat JSON."""
         config = self.config
         sample = config.sample if self.known is None else replace(config.sample, sampler="ancestral")
-        config = replace(config, sample=sample.resolved(config.objective))
+        config = replace(config, sample=resolve_sample(sample, config.objective))
         flat = {
             key: value
             for key, value in configs.flatten(config).items()

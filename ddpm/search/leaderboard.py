@@ -16,9 +16,9 @@ from rich import box
 from rich.table import Table
 
 from ddpm import config as configs
-from ddpm.config import Config
+from ddpm.config import Config, FeatureNetName
 from ddpm.diffusion import schedules
-from ddpm.evaluation import context, evaluate, nets
+from ddpm.evaluation import context, evaluate
 from ddpm.evaluation.ranking import Rank, paired_ranks, ranks
 from ddpm.search.evaluator import Judged
 from ddpm.search.event_log import EventLog, Metric, Trial, best
@@ -65,7 +65,7 @@ def draw_finalists(
     *,
     num_finalists: int,
     num_images: int,
-    features: nets.Name | None,
+    features: FeatureNetName | None,
     seed: int,
 ) -> None:
     """Note in the events what the images of the best few are worth; of those of which it is not known yet."""

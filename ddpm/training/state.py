@@ -18,7 +18,6 @@ from ddpm.build import build_net
 from ddpm.checkpoints import checkpoint
 from ddpm.checkpoints.checkpoint import Snapshot
 from ddpm.config import Config
-from ddpm.models import unet
 from ddpm.models.ema import EMA
 from ddpm.utils.errors import UserError
 from ddpm.utils.seeding import GENERATOR
@@ -44,7 +43,7 @@ def lr_at(config: Config, images_seen: int) -> float:
 class State:
     """Net, averaged weights, optimizer and position; the same on every rank."""
 
-    net: unet.UNet
+    net: nn.Module
     ema: EMA
     optimizer: torch.optim.AdamW
     step: int = 0

@@ -120,7 +120,7 @@ def test_without_classes_there_is_no_classifier(train_digits: DataSet, cache: Ca
 def test_a_net_has_a_name(train_digits: DataSet, cache: Cache) -> None:
     assert nets.build("pixels", train_digits, cache).size == 64
     assert nets.build("lite0", train_digits, cache).size == 1280
-    with pytest.raises(UserError, match="'vgg' is unknown; it must be inception"):
+    with pytest.raises(UserError, match="'vgg' is unknown; it must be one of classifier, inception"):
         nets.build("vgg", train_digits, cache)  # type: ignore[arg-type]
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import TINY_NET
 from torch import Tensor
 
-from ddpm.build import build_net, build_objective, build_sampler
+from ddpm.build import build_net, build_objective, build_sampler, resolve_sample
 from ddpm.checkpoints import checkpoint
 from ddpm.config import Config, override
 from ddpm.diffusion import schedules
@@ -202,7 +202,7 @@ def test_what_comes_back_is_what_left(changes: dict[str, Any], tmp_path: Path) -
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
     assert (known.model, known.schedule, known.objective) == (config.model, config.schedule, config.objective)
-    left = config.sample.resolved(config.objective)
+    left = resolve_sample(config.sample, config.objective)
     assert (known.sample.mean, known.sample.variance) == (left.mean, left.variance)
     build_sampler(known)
     state = State.create(known, CPU)
@@ -387,10 +387,21 @@ def test_a_net_without_a_timestep_has_no_pipeline(tmp_path: Path) -> None:
         export.to_diffusers(make_net(config), config, tmp_path / "out")
 
 
+def test_another_net_than_the_u_net_has_no_pipeline(tmp_path: Path) -> None:
+    config = override(TINY, {"model.net": "dit", "model.num_classes": 3})
+    with pytest.raises(
+        UserError, match=r"^model.net is dit; .* draws with a UNet2DModel.*; use --format pt2$"
+    ):
+        export.to_diffusers(make_net(config), config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"train.precision": "bfloat16", "schedule.num_timesteps": 20},
+        {"model.net": "dit", "model.num_classes": 3},
+        {"model.net": "dit", "objective.process": "uniform_mix", "sample.sampler": "mix"},
         {"model.num_classes": 3},
         {"objective.variance": "learned"},
         {"objective.process": "uniform_mix", "sample.sampler": "mix"},

@@ -87,6 +87,7 @@ def test_it_goes_on_as_any_run_does_bit_for_bit(
     ("changes", "message"),
     [
         ({"model.base_width": 16}, "has another net: model.base_width 8 (now 16); use those values"),
+        ({"model.net": "dit"}, "has another net: model.net unet (now dit); use those values"),
         ({"objective.predict": "v"}, "objective.predict eps (now v)"),
         ({"train.init_from": "none"}, "none does not exist; expected a checkpoint folder or a run folder"),
     ],
