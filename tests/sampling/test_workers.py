@@ -157,7 +157,7 @@ def test_another_request_is_refused_and_named(tmp_path: Path) -> None:
     assert files(tmp_path / "a") == before
     drawn(tmp_path / "a", job_of(override(TINY, {"sample.sampler": "ddim", "sample.num_images": 9})), 2)
     (tmp_path / "b/images").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"b has images but no job\.json"):
+    with pytest.raises(UserError, match=r"b has images but no request\.json"):
         drawn(tmp_path / "b", job, 2)
     (tmp_path / "a/request.json").write_text("{")
     with pytest.raises(UserError, match=r"request\.json is damaged"):
