@@ -1,7 +1,7 @@
 """Make a data set: python jobs/prepare.py SOURCE URI [options]
 
-URI is a folder or s3://bucket/prefix. Typing the same command again goes on where it was stopped, and does
-nothing if the data set is there. `python jobs/prepare.py SOURCE --help` lists a source's options.
+URI is a folder or s3://bucket/prefix. The same command again continues where it stopped, and does nothing if the data
+set is complete. `python jobs/prepare.py SOURCE --help` lists a source's options.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,8 @@ class Arguments(Generic[S]):
     """Folder or s3://bucket/prefix of the data set."""
     source: Annotated[S, tyro.conf.arg(name="")]
     parallel: bool | None = None
-    """Write shards at once, as tasks of the Ray cluster (RAY_ADDRESS, or one started here). None: if it is large."""
+    """Write shards in parallel, as tasks of the Ray cluster (RAY_ADDRESS, or a local one). None: if the source is
+    large."""
 
 
 SOURCES: dict[str, Callable[..., Any]] = {

@@ -1,7 +1,7 @@
-"""Deliver to MLflow what a run could not: python jobs/track.py RUN [--timeout-s 60]
+"""Deliver a run's remaining records to MLflow: python jobs/track.py RUN [--timeout-s 60]
 
-RUN is the folder or s3:// URI of a run. What was tracked while MLflow was away lies there; it goes to
-MLFLOW_TRACKING_URI, into the run's own MLflow run. Done twice, or while the run goes on, it doubles nothing.
+RUN is the folder or s3:// URI of a run. Records that MLflow did not take lie there; they go to the run's own MLflow
+run at MLFLOW_TRACKING_URI. Running it twice, or while the run trains, logs nothing twice.
 """
 
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from ddpm.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Arguments:
-    """Whose records, and how long to try."""
+    """The run, and how long to try."""
 
     run: tyro.conf.Positional[str]
     timeout_s: float = 60.0
-    """Seconds without progress after which it gives up."""
+    """Give up after this many seconds without progress."""
     experiment: str | None = None
-    """MLflow experiment of a run that has no checkpoint yet; else the checkpoint says so."""
+    """MLflow experiment of a run without a checkpoint. Otherwise the checkpoint names it."""
 
 
 def main() -> None:
