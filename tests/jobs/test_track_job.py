@@ -123,7 +123,7 @@ def test_mistakes_are_a_line_and_exit_code_2(run_job: Callable[..., Any], run: R
     (tmp_path / "runs" / "broken").mkdir()
     (tmp_path / "runs" / "broken" / "run.json").write_text("{}")
     mistakes = {
-        (str(tmp_path / "none"),): "is no run's folder: it has no run.json",
+        (str(tmp_path / "none"),): "is not a run's folder: it has no run.json",
         (str(tmp_path / "runs" / "broken"),): "run.json is damaged",
         ("gs://bucket/run",): "unknown scheme",
         (run.location.uri, "--timeout-s", "0"): "--timeout-s is 0; it must be above 0",
