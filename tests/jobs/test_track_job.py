@@ -55,7 +55,7 @@ def test_it_delivers_what_the_run_could_not(
     buffer, absent = run.location.child("tracking"), f"http://{servers.LOOPBACK}:{port}"
     away = track(run_job, run.location.uri, "--timeout-s", 1, uri=absent)
     assert away.returncode == 1
-    assert f"error: MLflow at {absent} cannot be reached, all is kept: nothing worked for 1 s" in away.stderr
+    assert f"error: MLflow at {absent} cannot be reached, all records are kept: nothing worked for 1 s" in away.stderr
     assert "Traceback" not in away.stderr
     assert len(names_in(buffer)) == 2
 
@@ -100,7 +100,7 @@ def test_last_words_before_the_first_checkpoint_need_the_experiment_s_name(
     put(run.location.child("tracking"), 64, 64, failed=True)
     unsaid = track(run_job, run.location.uri, uri=mlflow_server)
     assert unsaid.returncode == 2
-    assert "has no checkpoint, which would tell the experiment; name it with --experiment" in unsaid.stderr
+    assert "has no checkpoint that would name the experiment; give it with --experiment" in unsaid.stderr
     done = track(run_job, run.location.uri, "--experiment", "mine", uri=mlflow_server)
     assert done.returncode == 0, done.stderr
     assert_once(address_of(run, mlflow_server, "mine"), 64)

@@ -123,7 +123,7 @@ def test_what_is_there_is_not_drawn_again(form: Form, tmp_path: Path) -> None:
     assert told == [21]
 
 
-def test_a_larger_request_adds_to_an_album(tmp_path: Path) -> None:
+def test_a_larger_request_adds_images(tmp_path: Path) -> None:
     job = job_of(TINY)
     drawn(tmp_path / "grown", job, 10)
     told: list[int] = []
@@ -152,12 +152,12 @@ def test_another_request_is_refused_and_named(tmp_path: Path) -> None:
         (job_of(TINY, known=known_part(num_resamples=1)), {}, r"inpaint None \(now \w+\)"),
     ]
     for other, settings, message in others:
-        with pytest.raises(UserError, match=f"a holds images of another job: .*{message}.*another --out"):
+        with pytest.raises(UserError, match=f"a holds images of another request: .*{message}.*another --out"):
             drawn(tmp_path / "a", other, 2, **settings)
     assert files(tmp_path / "a") == before
     drawn(tmp_path / "a", job_of(override(TINY, {"sample.sampler": "ddim", "sample.num_images": 9})), 2)
     (tmp_path / "b/images").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"b has images but no job\.json"):
+    with pytest.raises(UserError, match=r"b has images but no request\.json"):
         drawn(tmp_path / "b", job, 2)
     (tmp_path / "a/request.json").write_text("{")
     with pytest.raises(UserError, match=r"request\.json is damaged"):
@@ -226,7 +226,7 @@ def test_labels_are_checked() -> None:
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot write images to .*/file/out: .*; the same command goes on"):
+    with pytest.raises(UserError, match=r"cannot write images to .*/file/out: .*; the same command continues"):
         drawn(tmp_path / "file/out", job_of(TINY))
 
 

@@ -22,9 +22,9 @@ from ddpm.utils.errors import UserError
 
 HOLD = """
 import sys, time
-from ddpm import storage
+from ddpm.storage.locations import resolve
 from ddpm.storage.driver_lock import DriverLock
-with DriverLock(storage.resolve(sys.argv[1]), "run", "--run.name", print):
+with DriverLock(resolve(sys.argv[1]), "run", "--run.name", print):
     print("held", flush=True)
     time.sleep(600)
 """

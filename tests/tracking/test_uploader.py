@@ -285,7 +285,7 @@ def test_a_server_that_refuses_the_run_stops_tracking_with_an_error(
     done = deliver(address_at(proxy.uri), buffer, 64)
     assert done == Delivery(None, None, 2, False)
     assert (
-        f"training goes on, what is tracked stays in {buffer.uri}: RestException: UNAUTHENTICATED"
+        f"training goes on, records stay in {buffer.uri}: RestException: UNAUTHENTICATED"
         in caplog.text
     )
     assert names_in(buffer) == ["000000000064.zip"]
