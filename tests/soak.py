@@ -239,13 +239,13 @@ def main() -> int:
         soak = Soak(arguments, folder, stack)
         upload = locations.resolve("s3://soak/data")
         locations.pafs.copy_files(data, upload.path, destination_filesystem=upload.filesystem)
-        verdicts: list[bool] = []
+        outcomes: list[bool] = []
         while soak.minutes < arguments.minutes:
-            soak.endure(f"soak-{len(verdicts) + 1}")
-            verdicts.append(judge(soak, undisturbed))
+            soak.endure(f"soak-{len(outcomes) + 1}")
+            outcomes.append(judge(soak, undisturbed))
         print(f"{sum(soak.struck.values())} faults in {soak.minutes:.1f} minutes: {dict(soak.struck)}")
-        print(f"{len(verdicts)} runs, of which {verdicts.count(True)} ended as if nothing had happened")
-        return int(not all(verdicts))
+        print(f"{len(outcomes)} runs, of which {outcomes.count(True)} ended as if nothing had happened")
+        return int(not all(outcomes))
 
 
 def prepare(folder: Path) -> str:

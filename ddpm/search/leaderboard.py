@@ -86,8 +86,8 @@ def draw_finalists(
     )
     candidates = context.read([place.child(trial.name).uri for trial in todo])
     report = evaluate.evaluate(candidates, settings)
-    for trial, verdict in zip(todo, report.verdicts, strict=True):
-        (score,) = (score for score in verdict.drawn[0].scores if score.name.startswith("KID"))
+    for trial, result in zip(todo, report.results, strict=True):
+        (score,) = (score for score in result.drawn[0].scores if score.name.startswith("KID"))
         events.add("drawn", trial.number, **vars(score))
 
 

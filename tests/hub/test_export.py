@@ -272,7 +272,11 @@ UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
         (UNET, {"flip_sin_to_cos": True}, "flip_sin_to_cos is True"),
         (UNET, {"downsample_padding": 1}, "downsample_padding is 1"),
         (UNET, {"norm_eps": 1e-5}, "norm_eps is 1e-05"),
-        (UNET, {"sample_size": [8, 16]}, r"sample_size is \[8, 16\]; it must be one number: our images are square"),
+        (
+            UNET,
+            {"sample_size": [8, 16]},
+            r"sample_size is \[8, 16\]; it must be one number: our images are square",
+        ),
         (UNET, {"up_block_types": ["UpBlock2D", "AttnUpBlock2D"]}, "up_block_types is"),
         (UNET, {"in_channels": 6}, "out_channels is 3; in our architecture it is 6"),
         (UNET, {"in_channels": 1, "out_channels": 1}, "cannot be read as a DDPMPipeline: .*conv_in"),
@@ -301,7 +305,11 @@ UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
             {"beta_schedule": "sigmoid"},
             "beta_schedule is 'sigmoid'; it must be one of linear, scaled_linear",
         ),
-        (SCHEDULER, {"variance_type": "learned"}, "variance_type is 'learned'; it must be one of fixed_small"),
+        (
+            SCHEDULER,
+            {"variance_type": "learned"},
+            "variance_type is 'learned'; it must be one of fixed_small",
+        ),
         (
             SCHEDULER,
             {"variance_type": "learned_range"},

@@ -55,7 +55,10 @@ def test_it_delivers_what_the_run_could_not(
     buffer, absent = run.location.child("tracking"), f"http://{servers.LOOPBACK}:{port}"
     away = track(run_job, run.location.uri, "--timeout-s", 1, uri=absent)
     assert away.returncode == 1
-    assert f"error: MLflow at {absent} cannot be reached, all records are kept: nothing worked for 1 s" in away.stderr
+    assert (
+        f"error: MLflow at {absent} cannot be reached, all records are kept: nothing worked for 1 s"
+        in away.stderr
+    )
     assert "Traceback" not in away.stderr
     assert len(names_in(buffer)) == 2
 

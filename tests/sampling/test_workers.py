@@ -226,7 +226,9 @@ def test_labels_are_checked() -> None:
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot write images to .*/file/out: .*; the same command continues"):
+    with pytest.raises(
+        UserError, match=r"cannot write images to .*/file/out: .*; the same command continues"
+    ):
         drawn(tmp_path / "file/out", job_of(TINY))
 
 

@@ -284,10 +284,7 @@ def test_a_server_that_refuses_the_run_stops_tracking_with_an_error(
     put(buffer, 64, 64)
     done = deliver(address_at(proxy.uri), buffer, 64)
     assert done == Delivery(None, None, 2, False)
-    assert (
-        f"training goes on, records stay in {buffer.uri}: RestException: UNAUTHENTICATED"
-        in caplog.text
-    )
+    assert f"training goes on, records stay in {buffer.uri}: RestException: UNAUTHENTICATED" in caplog.text
     assert names_in(buffer) == ["000000000064.zip"]
 
 
