@@ -5,7 +5,7 @@ key of each run and how many uploaders died on it.
 
     python tests/mortal_couriers.py URI FOLDER {each,all} {same,remade}
 
-each: one run for every n: a uploader dies there, the next one lives.
+each: one run for every n: an uploader dies there, the next one lives.
 all: one run whose uploaders die after 2, 5, 8, ... changes, until one lives.
 remade: after a death the run goes back: the segments are written again, with other times.
 """
@@ -54,7 +54,7 @@ def die_after(change: int) -> None:
 
 
 def dies(address: Address, buffer: Location, change: int) -> bool:
-    """Whether a uploader that is to die after `change` changes does, before everything is delivered."""
+    """Whether an uploader that is to die after `change` changes does, before everything is delivered."""
     pid = os.fork()
     if pid == 0:
         die_after(change)
@@ -62,7 +62,7 @@ def dies(address: Address, buffer: Location, change: int) -> bool:
         os._exit(0 if done.undelivered == 0 and done.ended else 1)
     _, status = os.waitpid(pid, 0)
     if not os.WIFSIGNALED(status) and os.WEXITSTATUS(status) != 0:
-        sys.exit("a uploader lived and did not deliver")
+        sys.exit("an uploader lived and did not deliver")
     return os.WIFSIGNALED(status)
 
 

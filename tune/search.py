@@ -17,7 +17,7 @@ from ddpm import cli, presets
 from ddpm.config import Config
 
 if TYPE_CHECKING:
-    from outset import Outset
+    from setup import Setup
 
     from ddpm.storage.driver_lock import DriverLock
 
@@ -71,16 +71,16 @@ def main() -> int:
     defaults = {name: Arguments(name, config) for name, config in cli.starting_points().items()}
     chosen = tyro.cli(tyro.extras.subcommand_type_from_defaults(defaults, presets.ABOUT), description=__doc__)
 
-    import outset  # after parsing: --help and mistakes answer at once
+    import setup  # after parsing: --help and mistakes answer at once
 
     from ddpm.storage.driver_lock import DriverLock
 
-    search = outset.settled(chosen)
+    search = setup.settled(chosen)
     with DriverLock(search.place, "search", "--name", print) as lock:
         return _search(chosen, search, lock)
 
 
-def _search(chosen: Arguments, search: "Outset", lock: "DriverLock") -> int:
+def _search(chosen: Arguments, search: "Setup", lock: "DriverLock") -> int:
     import study
     from rich.console import Console
     from scoreboard import Scoreboard

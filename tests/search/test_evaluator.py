@@ -92,7 +92,7 @@ def test_a_net_of_no_use_is_a_line(evaluator: Evaluator, shards: str, tmp_path: 
             return net, config
 
         patch.setattr(checkpoint, "load_net", broken)
-        with pytest.raises(UserError, match="is not finite: its net is of no use"):
+        with pytest.raises(UserError, match="is not finite: its net is unusable"):
             evaluator.judge(uri)
     with pytest.raises(UserError, match="--num-images is 5; it must be at least 20"):
         Evaluator(evaluator.train, evaluator.held_out, 5)
