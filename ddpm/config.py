@@ -50,6 +50,7 @@ class ScheduleConfig:
 
     kind: Literal["linear", "scaled_linear", "cosine", "sigmoid"] = "linear"
     num_timesteps: int = 1000
+    """T, the number of noise levels."""
     beta_start: float = 1e-4
     """linear, scaled_linear: the first beta."""
     beta_end: float = 0.02
@@ -77,6 +78,7 @@ class ObjectiveConfig:
     weight: Literal["simple", "min_snr"] = "simple"
     """Loss weight over t: 1, or min-SNR (Hang et al. 2023)."""
     min_snr_gamma: float = 5.0
+    """min_snr: the cap of the weight, as SNR."""
     variance: Literal["fixed", "learned"] = "fixed"
     """learned: the net also predicts the variance of each pixel (Nichol & Dhariwal 2021)."""
     label_dropout: float = 0.1
@@ -97,6 +99,7 @@ class ModelConfig:
     width_multipliers: tuple[int, ...] = (1, 2, 2, 2)
     """One entry per resolution, finest first; each but the last halves the image."""
     blocks_per_resolution: int = 2
+    """Residual blocks per resolution, on the way down."""
     attention_resolutions: tuple[int, ...] = (16,)
     """Image sizes with self-attention."""
     attention_head_dim: int | None = None
@@ -104,6 +107,7 @@ class ModelConfig:
     middle_attention: bool = True
     """Self-attention in the middle block."""
     norm_groups: int = 32
+    """Groups of group normalisation."""
     dropout: float = 0.0
     zero_init: bool = True
     """Zero the output convolution, and the second convolution of every residual block, at the start."""
@@ -119,6 +123,7 @@ class OptimConfig:
     """AdamW, its learning rate over time, and the averaged weights."""
 
     lr: float = 2e-4
+    """Learning rate after the warm-up."""
     lr_warmup_images: int = 0
     """Images over which the learning rate rises linearly from 0."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
@@ -141,10 +146,11 @@ class TrainConfig:
     total_images: int = 100_000_000
     """Training ends after this many images, rounded up to a global batch."""
     batch_size: int = 128
-    """The global batch: images per optimizer step, over all workers."""
+    """Global batch: images per optimizer step, over all workers."""
     micro_batch_size: int = 64
     """Each worker takes whole micro-batches: batch_size / micro_batch_size must be a multiple of the workers."""
     seed: int = 0
+    """Seed of the first weights, the order of images, and all noise."""
     init_from: str | None = None
     """A checkpoint or run of the same net: a new run starts with its averaged weights. None: random weights."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -152,9 +158,11 @@ class TrainConfig:
     compile: bool = False
     """torch.compile the net."""
     log_every_images: int = 12_800
+    """Images between two points of the curves."""
     checkpoint_every_images: int = 256_000
-    """MLflow gets metrics at this interval too: a checkpoint makes them final."""
+    """Images between two checkpoints. MLflow gets metrics at this interval too: a checkpoint makes them final."""
     sample_every_images: int = 1_280_000
+    """Images between two grids of samples."""
     keep_checkpoints: int = 3
     """Number of newest checkpoints kept; the best one (lowest held-out loss) is kept as well."""
     held_out_images: int = 512

@@ -31,18 +31,20 @@ class Arguments:
     checkpoints: Annotated[
         tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="CHECKPOINT [CHECKPOINT ...]")
     ]
+    """Folders or URIs of checkpoints or runs."""
     data: Data = field(default_factory=Data)
     num_images: int = 2000
     """Images generated with each sampler, and the largest number of held-out images."""
     features: Literal["classifier", "inception", "lite0", "pixels"] | None = None
     """Feature net for comparing images. None: classifier if the data has classes, else lite0."""
     inception_weights: str | None = None
-    """inception: file or URL of its weights. None: the URL that torch-fidelity uses."""
+    """inception: file or URL of its weights. None: the file of torch-fidelity in torch.hub's folder."""
     all_checkpoints: bool = False
     """Evaluate every kept checkpoint of a run, not only the newest."""
     sampler: tuple[Literal["ancestral", "ddim", "dpmpp_2m", "heun", "mix"], ...] = ()
     """One or several samplers; each is evaluated with each number of steps."""
     num_sample_steps: tuple[int, ...] = ()
+    """One or several numbers of sampling steps."""
     spacing: Literal["auto", "uniform", "quadratic", "karras"] | None = None
     """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/7). auto: the sampler's default."""
     eta: float | None = None
@@ -61,6 +63,7 @@ class Arguments:
     num_draws: int = 8
     """bits/dim: timesteps per image at which KL_t is measured, by importance sampling. 0: all timesteps."""
     seed: int = 0
+    """Seed of generated images and of the bound's noise."""
     cache: str | None = None
     """Folder or s3:// URI for features of real images and the classifier. None: evaluation/ beside the shards."""
     num_workers: int | None = None

@@ -11,7 +11,7 @@ turns a diffusers folder into the checkpoint DIR; jobs/train.py --train.init-fro
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -24,9 +24,12 @@ from ddpm.utils.errors import UserError
 class Arguments:
     """What to export, and where to."""
 
-    checkpoint: tyro.conf.Positional[str]
-    out: tyro.conf.Positional[Path]
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
+    """Folder or URI of a checkpoint or run, or a registered model; checkpoint: a diffusers folder."""
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
+    """New folder."""
     format: Literal["diffusers", "pt2", "checkpoint"] = "diffusers"
+    """diffusers: a DDPMPipeline. pt2: a torch.export program. checkpoint: from diffusers to a checkpoint of ours."""
     ema: bool = True
     """Export the averaged weights, not the last ones."""
     label: int | None = None

@@ -65,7 +65,7 @@ def main() -> None:
                 where=location.uri,
                 on_progress=lambda done, _: display.update(done),
                 on_restart=lambda: print(
-                    "anew        the source's files have changed since it was begun here"
+                    "restarted   the source's files have changed since preparation began"
                 ),
                 parallel=parallel,
             )

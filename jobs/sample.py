@@ -7,7 +7,7 @@ and i alone. Settings that are not given are those of training. The same command
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -19,8 +19,10 @@ from ddpm.utils.errors import UserError
 class Arguments:
     """What to sample, and how."""
 
-    checkpoint: tyro.conf.Positional[str]
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
+    """Folder or URI of a checkpoint or run, or a registered model."""
     num_images: int = 64
+    """Total number of images at `out`."""
     out: str = "samples"
     """Folder or s3:// URI for the images."""
     format: Literal["png", "parquet"] = "png"
@@ -33,6 +35,7 @@ class Arguments:
     sampler: Literal["ancestral", "ddim", "dpmpp_2m", "heun", "mix"] | None = None
     """ancestral: Algorithm 2. ddim: few steps. dpmpp_2m, heun: fewer steps. mix: nets of uniform_mix."""
     num_sample_steps: int | None = None
+    """Number of sampling steps."""
     spacing: Literal["auto", "uniform", "quadratic", "karras"] | None = None
     """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/7). auto: the sampler's default."""
     eta: float | None = None
@@ -49,6 +52,7 @@ class Arguments:
     label: int | None = None
     """Class to sample (conditional nets). None: all classes in turn."""
     seed: int = 0
+    """Image i is a function of this seed and i."""
     trajectory: bool = False
     """Also write trajectory.png and trajectory.gif: the first images from noise to the end."""
     inpaint: Path | None = None

@@ -5,6 +5,7 @@ run at MLFLOW_TRACKING_URI. Running it twice, or while the run trains, logs noth
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 
@@ -16,7 +17,8 @@ from ddpm.utils.errors import UserError
 class Arguments:
     """The run, and how long to try."""
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """Folder or s3:// URI of the run."""
     timeout_s: float = 60.0
     """Give up after this many seconds without progress."""
     experiment: str | None = None

@@ -31,7 +31,7 @@ from ddpm.storage import locations
 
 WORKER_CPUS = ("--cluster.cpus-per-worker", "1.5")
 NODE_CPUS = (1, 2, 2)
-"""One for data tasks, two with room for a worker each."""
+"""One node for data tasks, two for a worker each."""
 LOG_EVERY, SAMPLE_EVERY = 6_400, 128_000
 
 
@@ -45,7 +45,7 @@ class Arguments:
     """Between two faults."""
     seed: int = 0
     images: int = 192_000
-    """Of a run: about 5 minutes undisturbed, on two cores."""
+    """Length of a run: about 5 minutes undisturbed, on two cores."""
 
     @property
     def flags(self) -> list[str]:

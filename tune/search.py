@@ -29,6 +29,7 @@ class Arguments:
     preset: tyro.conf.Suppress[str]
     config: Annotated[Config, tyro.conf.arg(name="")]
     num_trials: int = 16
+    """Total number of trials."""
     max_concurrent: int = 2
     """Trials at a time, each with cluster.num_workers workers."""
     space: tuple[str, ...] = ()
@@ -40,6 +41,7 @@ class Arguments:
     scheduler: Literal["asha", "none"] = "asha"
     """asha: at each rung, the best 1 / reduction_factor of the trials seen there continue."""
     reduction_factor: int = 3
+    """asha: factor between two rungs, in trials that continue and in images seen."""
     num_rungs: int = 3
     """asha: evaluations per trial, the last at its end, each one before it a reduction_factor earlier."""
     metric: Literal["bits_per_dim", "held_out/loss", "train/loss"] = "bits_per_dim"

@@ -146,7 +146,7 @@ def test_mistakes_are_a_line_and_exit_code_2(run_job: Callable[..., Any], run: R
 def test_a_half_made_database_is_named_and_a_new_one_takes_all(
     run_job: Callable[..., Any], run: Run, tmp_path: Path
 ) -> None:
-    """As a first run left it that was stopped while MLflow made its tables."""
+    """The database of a first run that was stopped while MLflow created its tables."""
     database = tmp_path / "mlflow.db"
     with closing(sqlite3.connect(database)) as opened:
         opened.execute("CREATE TABLE _alembic_tmp_experiments (experiment_id INTEGER)")

@@ -1,4 +1,4 @@
-"""Albums fill up: whoever draws, whatever dies, in the end they hold what one undisturbed process puts there."""
+"""Sampling with workers that die: in the end the folder holds what one undisturbed process writes."""
 
 import dataclasses
 import json

@@ -127,7 +127,7 @@ def test_runs_with_other_keys_are_other_runs(uri: str, buffer: Location) -> None
 
 
 def test_a_segment_sent_twice_leaves_everything_once(address: Address, buffer: Location) -> None:
-    """As when an uploader dies between the delivery of a segment and its deletion."""
+    """An uploader dies between the delivery of a segment and its deletion."""
     segment = put(buffer, 64, 32, 64, files=True)
     data = segment.read()
     deliver(address, buffer, 64)

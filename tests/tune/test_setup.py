@@ -26,7 +26,7 @@ def settled(**changes: Any) -> setup.Setup:
 
 
 def test_the_numbers_of_the_refusal_are_those_of_a_perfect_predictor() -> None:
-    """Of x_0 ~ N(0, s^2) is E[(eps - E[eps | x_t])^2] = alpha_bar s^2 / (alpha_bar s^2 + 1 - alpha_bar)."""
+    """For x_0 ~ N(0, s^2), E[(eps - E[eps | x_t])^2] = alpha_bar s^2 / (alpha_bar s^2 + 1 - alpha_bar)."""
 
     def loss(schedule: schedules.Schedule) -> str:
         kept = schedule.alpha_bar / 4

@@ -115,7 +115,7 @@ def test_it_looks_where_it_is_good_and_stops_what_is_not(undisturbed: list[dict[
 
 
 def test_optuna_knows_how_each_trial_ended_and_its_rungs(tmp_path: Path) -> None:
-    """As the search runs, and when its events is told again; what is proposed next is the same."""
+    """While the search runs, and when its events are replayed; the next proposal is the same."""
     proposers = [study.OptunaProposer(space.parse([], DIGITS), 3) for _ in range(2)]
     trials, again = (search(tmp_path, proposer=proposer).trials() for proposer in proposers)
     assert trials == again
