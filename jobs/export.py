@@ -16,7 +16,6 @@ from typing import Annotated, Literal
 import tyro
 
 from ddpm import cli
-from ddpm.hub import resolve
 from ddpm.utils.errors import UserError
 
 
@@ -52,7 +51,7 @@ def main() -> None:
     import torch
 
     from ddpm.checkpoints import checkpoint
-    from ddpm.hub import export, registry
+    from ddpm.hub import export, registry, resolve
 
     with ExitStack() as stack:
         if kind == "checkpoint":
