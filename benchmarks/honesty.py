@@ -183,7 +183,7 @@ def few_steps(uris: Sequence[str]) -> dict[str, np.ndarray]:
             num_train_images=0,
         )
         report = evaluate.evaluate(context.read(uris), settings)
-        found[f"{sampler}-{steps}"] = np.array([kid_of(v.drawn[0].scores).value for v in report.verdicts])
+        found[f"{sampler}-{steps}"] = np.array([kid_of(v.drawn[0].scores).value for v in report.results])
     return found
 
 
@@ -210,13 +210,13 @@ def learned_table(chosen: Learned) -> None:
                 num_draws=chosen.num_draws,
                 num_train_images=0,
             )
-            (verdict,) = evaluate.evaluate([candidate], settings).verdicts
-            total, _, kl, decoder = verdict.bits
+            (result,) = evaluate.evaluate([candidate], settings).results
+            total, _, kl, decoder = result.bits
             kids = " | ".join(
-                f"{s.value:.4f} ± {s.error:.4f}" for s in (kid_of(d.scores) for d in verdict.drawn)
+                f"{s.value:.4f} ± {s.error:.4f}" for s in (kid_of(d.scores) for d in result.drawn)
             )
             print(
-                f"| {candidate.run} | {verdict.images_seen:,} | {variance} | {total.value:.4f} ± {total.error:.4f} | "
+                f"| {candidate.run} | {result.images_seen:,} | {variance} | {total.value:.4f} ± {total.error:.4f} | "
                 f"{kl.value:.4f} | {decoder.value:.4f} | {kids} |",
                 flush=True,
             )

@@ -161,7 +161,7 @@ def beaten(arguments: Arguments, place: locations.Location, events: EventLog) ->
 def overhead(events: EventLog) -> str:
     training_s, wall_s = (sum(values) for values in zip(*events.shares(), strict=True))
     return (
-        f"Of {wall_s:.0f} s for which {len(events.trials())} trials had a seat (ddpm/search/event_log.py says what "
+        f"Of {wall_s:.0f} s for which {len(events.trials())} trials had a slot (ddpm/search/event_log.py says what "
         f"that is), the loop ran {training_s:.0f} s: {training_s / wall_s:.0%}."
     )
 

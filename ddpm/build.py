@@ -80,10 +80,11 @@ def build_sampler(
 ) -> Sampler:
     """The sampler that `sample` (default: config.sample) describes, on the run's own schedule.
 
-    What is known of the images makes it RePaint, whatever `sample` says. The variance "measured" takes x_0_error, [T].
+    `known`, a given part of each image, selects RePaint, whatever `sample` says. The variance "measured" needs
+    x_0_error, [T].
 
     Raises:
-        UserError: it cannot undo the process the net was trained on, or a setting is out of its range.
+        UserError: the sampler cannot reverse the process the net was trained on, or a setting is out of its range.
     """
     sample = sample or config.sample
     if known is not None:

@@ -1,4 +1,4 @@
-"""What every job does around its one library call: a user's mistake is one line, never a traceback."""
+"""The frame of every job around its one library call: a user's mistake is one line, never a traceback."""
 
 import argparse
 import io
@@ -36,7 +36,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 class _LossyFile(io.FileIO):
-    """A file that takes everything, and drops what cannot be written."""
+    """A file that drops what cannot be written."""
 
     def write(self, data: Any) -> int:
         try:
@@ -47,8 +47,8 @@ class _LossyFile(io.FileIO):
 
 
 def _lossy(stream: TextIO | None) -> TextIO:
-    """`stream` as one whose writing never fails."""
-    if stream is None:  # closed by whoever started the job
+    """A stream like `stream`, on which writing never fails."""
+    if stream is None:  # closed before the job started
         return open(os.devnull, "w")
     try:
         number = stream.fileno()
@@ -59,15 +59,15 @@ def _lossy(stream: TextIO | None) -> TextIO:
     return io.TextIOWrapper(
         file,
         encoding=stream.encoding,
-        errors="backslashreplace",  # of characters that the terminal does not have
+        errors="backslashreplace",  # for characters that the terminal does not have
         line_buffering=stream.isatty() or stream is sys.stderr,
     )
 
 
 def starting_points() -> dict[str, Config]:
-    """The presets, each with what the file of --config changes in it, and with the net of --model.net.
+    """The presets, each with the changes of the --config file, and with the net of --model.net.
 
-    What else is typed comes after; which flags there are depends on the net.
+    Other flags are applied after it; which flags there are depends on the net.
 
     Raises:
         UserError: the file cannot be read, or is no config, or there is no such net.

@@ -1,7 +1,7 @@
 """Make a data set: python jobs/prepare.py SOURCE URI [options]
 
-URI is a folder or s3://bucket/prefix. Typing the same command again goes on where it was stopped, and does
-nothing if the data set is there. `python jobs/prepare.py SOURCE --help` lists a source's options.
+URI is a folder or s3://bucket/prefix. The same command again continues where it stopped, and does nothing if the data
+set is complete. `python jobs/prepare.py SOURCE --help` lists a source's options.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,8 @@ class Arguments(Generic[S]):
     """Folder or s3://bucket/prefix of the data set."""
     source: Annotated[S, tyro.conf.arg(name="")]
     parallel: bool | None = None
-    """Write shards at once, as tasks of the Ray cluster (RAY_ADDRESS, or one started here). None: if it is large."""
+    """Write shards in parallel, as tasks of the Ray cluster (RAY_ADDRESS, or a local one). None: if the source is
+    large."""
 
 
 def main() -> None:
@@ -54,7 +55,7 @@ def main() -> None:
                 where=location.uri,
                 on_progress=lambda done, _: display.update(done),
                 on_restart=lambda: print(
-                    "anew        the source's files have changed since it was begun here"
+                    "restarted   the source's files have changed since preparation began"
                 ),
                 parallel=parallel,
             )

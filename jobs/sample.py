@@ -1,13 +1,13 @@
-"""Draw images from a checkpoint: python jobs/sample.py CHECKPOINT --num-images 64 --out DIR
+"""Sample images from a checkpoint: python jobs/sample.py CHECKPOINT --num-images 64 --out DIR
 
-CHECKPOINT is the folder or s3:// URI of a checkpoint, or of a run (its newest), or models:/NAME@ALIAS of MLflow's
-registry. DIR, a folder or s3:// URI, gets grid.png and images/000000.png, ...; image i depends on the seed and i
-alone. What is not given is as in training. The same command again draws what DIR lacks.
+CHECKPOINT is the folder or s3:// URI of a checkpoint, or of a run (its newest checkpoint), or models:/NAME@ALIAS in
+MLflow's registry. DIR, a folder or s3:// URI, gets grid.png and images/000000.png, ...; image i depends on the seed
+and i alone. Settings that are not given are those of training. The same command again adds the images that DIR lacks.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -18,47 +18,52 @@ from ddpm.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Arguments:
-    """What to draw, and how."""
+    """What to sample, and how."""
 
-    checkpoint: tyro.conf.Positional[str]
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
+    """Folder or URI of a checkpoint or run, or a registered model."""
     num_images: int = 64
+    """Total number of images at `out`."""
     out: str = "samples"
     """Folder or s3:// URI for the images."""
     format: Literal["png", "parquet"] = "png"
-    """png: a file an image. parquet: shards and a manifest, a data set for jobs/train.py --data.shards."""
+    """png: one file per image. parquet: shards and a manifest, a data set for jobs/train.py --data.shards."""
     num_workers: int | None = None
-    """Ray actors that draw, each on a GPU, or on a core where there is none. None: all of the cluster (RAY_ADDRESS);
-    without one this machine's, and Ray is not started unless it has several GPUs."""
+    """Ray actors, each on a GPU, or on a core if there are no GPUs. None: all GPUs or cores of the cluster at
+    RAY_ADDRESS; without it those of this machine, where Ray is started only for several GPUs."""
     batch_size: int | None = None
-    """Images that a worker draws at a time. None: 256 on a GPU, 32 on a core."""
+    """Images per batch of a worker. None: 256 on a GPU, 32 on a core."""
     sampler: SamplerName | None = None
-    """ancestral: Algorithm 2. ddim: few steps. dpmpp_2m, heun: fewer. mix: nets of uniform_mix."""
+    """ancestral: Algorithm 2. ddim: few steps. dpmpp_2m, heun: fewer steps. mix: nets of uniform_mix."""
     num_sample_steps: int | None = None
+    """Number of sampling steps."""
     spacing: Spacing | None = None
-    """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/7); auto: what suits the sampler."""
+    """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/7). auto: the sampler's default."""
     eta: float | None = None
-    """ddim, dpmpp_2m: 0 is deterministic, 1 as noisy as ancestral."""
+    """ddim, dpmpp_2m: 0 is deterministic, 1 is as noisy as ancestral."""
     variance: Variance | None = None
-    """ancestral: of the noise that a step adds. measured: on training images, by an earlier jobs/evaluate.py."""
+    """ancestral: variance of the noise that a step adds. measured: on training images, by an earlier
+    jobs/evaluate.py."""
     dynamic_threshold: float | None = None
-    """Instead of clipping, dynamic thresholding at this quantile, as 0.995."""
+    """Instead of clipping, dynamic thresholding at this quantile, such as 0.995."""
     guidance_scale: float | None = None
     """Classifier-free guidance; 1 is none."""
     guidance_interval: tuple[float, float] | None = None
-    """Guidance only where sigma is above the first and not above the second."""
+    """Guidance only where sigma is in (low, high]."""
     label: int | None = None
-    """The class to draw (conditional nets); None: all in turn."""
+    """Class to sample (conditional nets). None: all classes in turn."""
     seed: int = 0
+    """Image i is a function of this seed and i."""
     trajectory: bool = False
-    """Also trajectory.png and trajectory.gif: how the first images came to be."""
+    """Also write trajectory.png and trajectory.gif: the first images from noise to the end."""
     inpaint: Path | None = None
-    """An image file, part of which all images keep (RePaint, 250 steps with resampling)."""
+    """Image file of which a part is kept in all images (RePaint, 250 steps with resampling)."""
     mask: Path | None = None
-    """inpaint: an image file, white where it is kept."""
+    """inpaint: image file, white where the image is kept."""
     num_resamples: int = 10
-    """inpaint: how often each stretch of jump-length steps is gone; 1: no resampling."""
+    """inpaint: RePaint resampling passes per jump; 1: no resampling."""
     jump_length: int = 10
-    """inpaint: steps gone back at a time, less than there are."""
+    """inpaint: steps per jump back, fewer than there are."""
 
 
 SETTINGS = (
@@ -72,7 +77,7 @@ def main() -> None:
         raise UserError("--inpaint and --mask belong together; give both or neither")
     if arguments.inpaint and arguments.sampler not in (None, "ancestral"):
         raise UserError(
-            f"--inpaint takes the steps of ancestral, not of {arguments.sampler}; leave --sampler out"
+            f"--inpaint takes the steps of ancestral, not of {arguments.sampler}; leave out --sampler"
         )
     import torch
 

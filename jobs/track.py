@@ -1,10 +1,11 @@
-"""Deliver to MLflow what a run could not: python jobs/track.py RUN [--timeout-s 60]
+"""Deliver a run's remaining records to MLflow: python jobs/track.py RUN [--timeout-s 60]
 
-RUN is the folder or s3:// URI of a run. What was tracked while MLflow was away lies there; it goes to
-MLFLOW_TRACKING_URI, into the run's own MLflow run. Done twice, or while the run goes on, it doubles nothing.
+RUN is the folder or s3:// URI of a run. Records that MLflow did not take lie there; they go to the run's own MLflow
+run at MLFLOW_TRACKING_URI. Running it twice, or while the run trains, logs nothing twice.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 
@@ -14,13 +15,14 @@ from ddpm.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Arguments:
-    """Whose records, and how long to try."""
+    """The run, and how long to try."""
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """Folder or s3:// URI of the run."""
     timeout_s: float = 60.0
-    """Seconds without progress after which it gives up."""
+    """Give up after this many seconds without progress."""
     experiment: str | None = None
-    """MLflow experiment of a run that has no checkpoint yet; else the checkpoint says so."""
+    """MLflow experiment of a run without a checkpoint. Otherwise the checkpoint names it."""
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Train a preset: python jobs/train.py PRESET [--data.shards URI] [--run.name N] [--run.storage URI] ...
 
-Typing the same command again, with the same --run.name, goes on where the run stopped.
-`python jobs/train.py PRESET --help` lists every flag.
+The same command again, with the same --run.name, resumes the run. `python jobs/train.py PRESET --help` lists every
+flag.
 """
 
 import shlex
@@ -18,14 +18,14 @@ from ddpm.config import Config
 
 @dataclass(frozen=True)
 class Arguments:
-    """A preset and what is changed in it."""
+    """A preset and its changes."""
 
     preset: tyro.conf.Suppress[str]
     config: Annotated[Config, tyro.conf.arg(name="")]
     file: Annotated[str | None, tyro.conf.arg(name="config", metavar="FILE")] = None
-    """JSON of what else is changed in the preset, as a search's best.json; flags come after."""
+    """JSON file of changes to the preset, such as a search's best.json; flags are applied after it."""
     verbose: bool = False
-    """Show Ray's own messages, and tracebacks."""
+    """Show Ray's messages, and tracebacks."""
 
 
 def main() -> int:

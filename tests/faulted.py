@@ -44,7 +44,7 @@ class Run:
         return processes.Job("train", *self.arguments, *flags, log=self._log, env=env)
 
     def position(self) -> int:
-        """Of the newest checkpoint; 0: there is none."""
+        """Position of the newest checkpoint; 0: there is none."""
         found = runs.checkpoints(self.location)
         return int(found[-1].path.rpartition("checkpoint-")[2]) if found else 0
 

@@ -1,6 +1,6 @@
-"""Couriers that die: forks of this process, each with a SIGKILL right after its n-th change in MLflow.
+"""Uploaders that die: forks of this process, each with a SIGKILL right after its n-th change in MLflow.
 
-Its own program since a process with threads, as pytest has them, cannot safely fork. Prints, as JSON lines, the run
+A program of its own, since a process with threads, such as pytest, cannot safely fork. Prints, as JSON lines, the run
 key of each run and how many uploaders died on it.
 
     python tests/mortal_uploaders.py URI FOLDER {each,all} {same,remade}

@@ -52,7 +52,7 @@ def near(low: float, steps: int = 50, **changes: Any) -> Drawn:
     return replace(drawn(1, steps), scores=(nearer(low, **changes),), nearest=f"PNG {low}".encode())
 
 
-def verdict(i: int, *ways: Drawn, run: str = "a", **changes: Any) -> CheckpointResult:
+def result(i: int, *ways: Drawn, run: str = "a", **changes: Any) -> CheckpointResult:
     bits = tuple(Score(name, 4.5678901 - i / 10 + j, 0.05, 90) for j, name in enumerate(TERMS))
     made = CheckpointResult(
         f"runs/{run}/checkpoint-{i}",
@@ -71,6 +71,6 @@ def verdict(i: int, *ways: Drawn, run: str = "a", **changes: Any) -> CheckpointR
     return replace(made, **changes)
 
 
-def made(*verdicts: CheckpointResult, grey_levels: int = 256) -> Report:
+def made(*results: CheckpointResult, grey_levels: int = 256) -> Report:
     settings = {"features": {"name": "pixels", "size": 64}, "data": {"grey_levels": grey_levels}}
-    return Report(settings, verdicts)
+    return Report(settings, results)

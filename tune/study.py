@@ -1,10 +1,7 @@
-"""A search on Ray Tune: trials run, are proposed by Optuna and stopped by ASHA, and what happens is in the events.
+"""A search on Ray Tune: trials run, Optuna proposes them, ASHA stops them, and the event log records all.
 
-Tune starts and watches the trials' drivers. Who comes next and who goes on is the manager's to say
-(ddpm/search/trial_manager.py), so that a search that was killed goes on: Tune's own state lies in a temporary
-folder and is never read back.
-
-With driver.py the only one that knows ray.tune.
+Tune starts and watches the trials' drivers. The trial manager (ddpm/search/trial_manager.py) decides which trials start
+and continue, so a killed search can continue: Tune's own state lies in a temporary folder and is never read back.
 """
 
 import logging
@@ -18,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 import ray
 from driver import Driver, Spec
-from outset import Outset
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
+from setup import Setup
 from space import Choice, Domain, Space
 
 from ddpm.cluster import ray_init
@@ -36,18 +33,18 @@ if TYPE_CHECKING:
     from search import Arguments
 
 MAX_DEATHS = 3
-"""So often the process of a trial may die before the trial is given up; it goes on from its checkpoint."""
+"""A trial's process may die this often and resumes from its checkpoint; then the trial has failed."""
 
 
-class Referee(FIFOScheduler):
-    """Passes on to the manager what Tune hears of trials, and back whether they go on."""
+class Scheduler(FIFOScheduler):
+    """Passes results of trials from Tune to the manager, and its decisions back."""
 
     def __init__(self, manager: TrialManager) -> None:
         super().__init__()
         self._manager = manager
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
-        number, goes_on = result["number"], False  # it may be of the trial that had the seat before
+        number, goes_on = result["number"], False  # possibly the previous trial in this slot
         if "rung" in result:
             goes_on = self._manager.judged(number, result["rung"])
         elif "training_s" in result:
@@ -59,18 +56,18 @@ class Referee(FIFOScheduler):
 
 
 class Interruption(tune.Callback):
-    """A context in which Ctrl-C and SIGTERM ask the trials to leave in good order; a second Ctrl-C interrupts at once.
+    """A context in which Ctrl-C and SIGTERM stop the trials with checkpoints; a second Ctrl-C interrupts at once.
 
     Args:
-        is_lost: whether the search has got another driver meanwhile; then trials leave as well.
+        is_lost: whether another process has taken over the search; then trials stop as well.
     """
 
     def __init__(self, is_lost: Callable[[], bool]) -> None:
         self.signal: int | None = None
-        """What interrupted the search."""
+        """The signal that interrupted the search."""
         self._is_lost = is_lost
         self.state = run_state.start()
-        """Where the trials read of it."""
+        """The actor from which trials read it."""
         self._told = False
         self._handlers: dict[int, Any] = {}
 
@@ -80,7 +77,7 @@ class Interruption(tune.Callback):
 
     def __enter__(self) -> Self:
         os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-        # After ray.init(), which puts in a handler of its own.
+        # After ray.init(), which installs a handler of its own.
         self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         return self
 
@@ -91,7 +88,7 @@ class Interruption(tune.Callback):
             signal.signal(number, handler)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its callbacks, for a restoration that there never is
+        return {}  # Tune pickles its callbacks for a restoration that is never used
 
     def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
         if self.came:  # at every step: an actor that was started anew knows nothing
@@ -101,7 +98,7 @@ class Interruption(tune.Callback):
             if self.signal is not None:
                 again = " (Ctrl-C again: at once)" if self.signal == signal.SIGINT else ""
                 name = signal.Signals(self.signal).name
-                print(f"{name}: the trials end with this step, and leave checkpoints{again}", file=sys.stderr)
+                print(f"{name}: the trials end with this step and store checkpoints{again}", file=sys.stderr)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
@@ -126,7 +123,7 @@ class Starter(Searcher):
 
 
 class Deaths(tune.Callback):
-    """Notes trials whose process died too often."""
+    """Fails trials whose process died too often."""
 
     def __init__(self, manager: TrialManager) -> None:
         self._manager = manager
@@ -136,14 +133,14 @@ class Deaths(tune.Callback):
 
 
 class OptunaProposer:
-    """Optuna's TPE: after ten random trials, where those that were good are denser than the others.
+    """Optuna's TPE: ten random trials, then regions where good trials are denser than others.
 
-    A stopped trial is told as PRUNED, with the values of its rungs: TPE ranks it below every finished one, and below
-    those stopped later. Ray Tune's OptunaSearch tells it as COMPLETE with its last value (Ray 2.60).
+    A stopped trial is reported as PRUNED, with the values of its rungs: TPE ranks it below every finished one, and
+    below those stopped later. Ray Tune's OptunaSearch reports it as COMPLETE with its last value (Ray 2.60).
     """
 
     def __init__(self, space: Space, seed: int) -> None:
-        import optuna  # the other searchers do without the time that takes
+        import optuna  # takes time, which the other searchers save
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         sampler = optuna.samplers.TPESampler(seed=seed)
@@ -160,13 +157,13 @@ class OptunaProposer:
         self._trials[number].report(value, images_seen)
 
     def ended(self, number: int, status: Status, value: float | None) -> None:
-        # Of the others, tell() takes no value; of a pruned one it reads the last that was reported.
+        # For the others tell() takes no value; for a pruned one it reads the last reported value.
         told = value if status == "finished" else None
         self.study.tell(self._trials[number], told, self._states[status])
 
 
 class ListProposer:
-    """Trials that depend on nothing that was found: random ones, or a grid."""
+    """Trials independent of results: random ones, or a grid."""
 
     def __init__(self, space: Space, seed: int, grid_points: int | None) -> None:
         self._space, self._seed = space, seed
@@ -183,7 +180,7 @@ class ListProposer:
 
 
 class Asha:
-    """Asynchronous successive halving: of those seen at a rung so far, the best 1 / reduction_factor go on."""
+    """Asynchronous successive halving: the best 1 / reduction_factor of the trials seen at a rung so far continue."""
 
     def __init__(self, rungs: list[int], reduction_factor: int) -> None:
         self._asha = AsyncHyperBandScheduler(
@@ -212,9 +209,9 @@ class NobodyStops:
 
 
 def manager(
-    chosen: "Arguments", search: Outset, events: EventLog, news: Callable[[str], None]
+    chosen: "Arguments", search: Setup, events: EventLog, news: Callable[[str], None]
 ) -> TrialManager:
-    """The manager of a search, as far as its events has come."""
+    """The trial manager of a search, with the state of its events."""
     proposer: Proposer
     if chosen.searcher == "optuna":
         proposer = OptunaProposer(search.space, chosen.seed)
@@ -229,7 +226,7 @@ def manager(
 def run(manager: TrialManager, spec: Spec, max_concurrent: int, interruption: Interruption) -> None:
     """Run what is left of the manager's trials on the connected Ray cluster, `max_concurrent` at a time.
 
-    A driver that dies takes the last verdict of the trial before with it: that trial gets a seat of its own then.
+    When a driver dies, the last result of its previous trial is lost; that trial gets another slot.
     """
     while not manager.is_over and not interruption.came:
         _run(manager, spec, max_concurrent, interruption)
@@ -237,7 +234,7 @@ def run(manager: TrialManager, spec: Spec, max_concurrent: int, interruption: In
 
 
 def _run(manager: TrialManager, spec: Spec, max_concurrent: int, interruption: Interruption) -> None:
-    # What goes wrong with a trial is in the events, in a line.
+    # A trial's error is in the event log, in one line.
     level = logging.INFO if spec.verbose else logging.CRITICAL
     logging.getLogger("ray.tune").setLevel(level)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints a box whatever it is told (2.60)
@@ -247,7 +244,7 @@ def _run(manager: TrialManager, spec: Spec, max_concurrent: int, interruption: I
             tune.with_resources(driver, {"CPU": DRIVER_CPUS}),
             tune_config=tune.TuneConfig(
                 search_alg=Starter(manager, interruption),
-                scheduler=Referee(manager),
+                scheduler=Scheduler(manager),
                 num_samples=manager.num_left,
                 max_concurrent_trials=max_concurrent,
                 reuse_actors=True,
@@ -265,7 +262,7 @@ def _run(manager: TrialManager, spec: Spec, max_concurrent: int, interruption: I
 
 
 def environment(tracking_uri: str) -> dict[str, str]:
-    """What a trial's driver must know of the search's, wherever it runs."""
+    """Environment variables of a trial's driver, on any node."""
     settings = {name: os.environ.get(name, value) for name, value in ray_init.SETTINGS.items()}
     return settings | {"MLFLOW_TRACKING_URI": tracking_uri}
 

@@ -1,1 +1,1 @@
-"""checkpoints."""
+"""The format of a checkpoint, and the folder of a run."""

@@ -1,7 +1,7 @@
 """A checkpoint is a folder of safetensors and JSON; nothing in it is ever executed.
 
     net.safetensors  ema.safetensors  optimizer.safetensors   weights, averaged weights, AdamW's state
-    state.json       step, images_seen, whose run it is, and which random generator it was trained with
+    state.json       step, images_seen, the run's key, and the name of the random generator
     config.json      the whole config: enough to rebuild the net
     checksums.json   SHA-256 of every other file, written last
 
@@ -38,7 +38,7 @@ FILES = (
     "config.json",
     CHECKSUMS,
 )
-"""Of a checkpoint."""
+"""Files of a checkpoint."""
 PREFIX = "checkpoint-"
 BEST_PREFIX = "best-"
 NAME_DIGITS = 12
@@ -73,7 +73,7 @@ Count = Annotated[int, Field(ge=0, lt=10**NAME_DIGITS)]
 
 
 class Position(BaseModel):
-    """What state.json holds: how far training was, and of which run; other keys are kept as they are."""
+    """Content of state.json: position of training and identity of the run; other keys are kept as they are."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
@@ -83,7 +83,7 @@ class Position(BaseModel):
     best_held_out_loss: float | None
     generator: str = Field("", max_length=100, pattern="^[ -~]*$")
     run_key: str = Field(pattern="^[0-9A-Za-z]*$")
-    """Empty: imported, of no run."""
+    """Empty: imported, without a run."""
     data_fingerprint: str = Field(pattern="^[0-9a-f]*$")
 
 
@@ -92,15 +92,15 @@ _CHECKSUMS = TypeAdapter(dict[str, str])
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A state as it was at one moment: tensors of its own in main memory, so that training can go on."""
+    """Copy of the training state at one moment, in main memory, so that training can go on."""
 
     images_seen: int
     tensors: dict[str, dict[str, Tensor]]
     """By file: net, ema and optimizer."""
     position: dict[str, Any]
-    """What state.json will say."""
+    """Content of state.json."""
     config: str
-    """What config.json will say."""
+    """Content of config.json."""
 
 
 def write(snapshot: Snapshot, folder: Path) -> None:
@@ -151,7 +151,7 @@ def read_checksums(folder: Path) -> dict[str, str]:
 
 
 def damaged(file: Path, error: ValidationError) -> UserError:
-    """A line that names the file, the first key that is wrong, and what is there."""
+    """Error that names the file, the first wrong key, and its value."""
     first = error.errors(include_url=False)[0]
     key = reprlib.repr(".".join(map(str, first["loc"]))).strip(
         "'"
@@ -187,7 +187,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def position(folder: Path | None) -> int:
-    """images_seen of a checkpoint, whose tensors need not be intact; 0 of none.
+    """images_seen of a checkpoint, whose tensors need not be intact; 0 for None.
 
     Raises:
         UserError: state.json or config.json is damaged.
@@ -210,7 +210,7 @@ def read_config(folder: Path) -> Config:
 
 
 def load_net(folder: Path, device: torch.device, *, ema: bool = True) -> tuple[nn.Module, Config]:
-    """The averaged (or the raw) net of a checkpoint, ready to draw with, and its config."""
+    """The averaged (or the raw) net of a checkpoint, ready for sampling, and its config."""
     verify(folder)
     config = read_config(folder)
     try:
@@ -225,10 +225,10 @@ def load_net(folder: Path, device: torch.device, *, ema: bool = True) -> tuple[n
 
 
 def write_light(folder: Path, out: Path) -> None:
-    """Write the checkpoint in `folder` to `out` without its optimizer's state: half as large, enough to draw with.
+    """Write the checkpoint in `folder` to `out` without its optimizer's state: half as large, enough for sampling.
 
     Raises:
-        UserError: damaged.
+        UserError: it is damaged.
         OSError: it cannot be written.
     """
     verify(folder)
@@ -240,7 +240,7 @@ def write_light(folder: Path, out: Path) -> None:
 
 
 def check_same_run(saved: Config, now: Config, where: str) -> None:
-    """Raise UserError where `now` would not be the run that `saved` began."""
+    """Raise UserError if `now` is not the configuration of the run that `saved` began."""
     changed = [key for key in _changed(saved, now) if not key.startswith(_FREE) and key not in _FREE_KEYS]
     if changed:
         raise UserError(
@@ -250,7 +250,7 @@ def check_same_run(saved: Config, now: Config, where: str) -> None:
 
 
 def check_same_net(saved: Config, now: Config, folder: Path) -> None:
-    """Raise UserError where `now` describes another net than `saved`, the config of the checkpoint in `folder`."""
+    """Raise UserError if `now` describes another net than `saved`, the config of the checkpoint in `folder`."""
     changed = [key for key in _changed(saved, now) if key.startswith(_NET) and key not in _NET_FREE_KEYS]
     if changed:
         raise UserError(
@@ -278,7 +278,7 @@ def read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
 
 
 def _net_without_memory(folder: Path, config: Config) -> nn.Module:
-    """The net on the meta device: a config from outside may describe one that no memory holds."""
+    """The net on the meta device: a config from outside may describe a net that no memory holds."""
     try:
         with torch.device("meta"):
             return build_net(config)
@@ -310,7 +310,7 @@ def _read_weights(net: nn.Module, path: Path, device: torch.device) -> dict[str,
 
 
 def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes."""
+    """The shape of each tensor, by name."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
@@ -327,7 +327,7 @@ def check_fit(there: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int
 
 
 def check_numbers(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raise UserError for what no training of ours has written."""
+    """Raise UserError for tensors that are not float32 or not finite."""
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32:
             raise UserError(f"{path} is damaged: {name} is of {tensor.dtype}; it must be of torch.float32")

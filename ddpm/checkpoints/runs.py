@@ -1,7 +1,4 @@
-"""A run's folder: its name, its key, and its checkpoints.
-
-Its own room because the driver, the jobs that draw and those that judge all ask the same questions of it.
-"""
+"""A run's folder: its name, its key, and its checkpoints."""
 
 import json
 import time
@@ -21,7 +18,7 @@ from ddpm.storage.locations import Location
 from ddpm.utils.errors import UserError
 
 X_0_ERROR, X_0_ERROR_FORMAT = "x_0_error.json", "ddpm-x_0-error/1"
-"""File of a checkpoint: the errors of its averaged net on training images, once it has been judged."""
+"""File of a checkpoint: the errors of its averaged net on training images, once it has been evaluated."""
 RESERVED = "data"
 """Folder beside the runs that holds prepared sources."""
 
@@ -33,11 +30,11 @@ class Run:
     name: str
     location: Location
     key: str
-    """Random, made once: names the run in MLflow."""
+    """Random, made once: identifies the run in MLflow."""
 
 
 class X0Error(BaseModel):
-    """What x_0_error.json holds."""
+    """Content of x_0_error.json."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -47,10 +44,10 @@ class X0Error(BaseModel):
 
 
 def settled(config: Config, preset: str) -> Config:
-    """`config` with a run name (if it has none: preset and time) and an absolute storage URI.
+    """`config` with a run name (default: preset and time) and an absolute storage URI.
 
     Raises:
-        UserError: not a name for a folder, or storage that cannot be reached.
+        UserError: the name cannot be a folder's, or storage cannot be reached.
     """
     name = config.run.name or f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     _check_name(name)
@@ -59,10 +56,10 @@ def settled(config: Config, preset: str) -> Config:
 
 
 def open_run(name: str, uri: str) -> Run:
-    """The run `name` in the folder or bucket `uri`; a new one gets its key.
+    """The run `name` in the folder or bucket `uri`; a new run gets its key.
 
     Raises:
-        UserError: not a name for a folder, or storage refuses.
+        UserError: the name cannot be a folder's, or storage refuses.
     """
     _check_name(name)
     location = locations.resolve(uri).child(name)
@@ -88,7 +85,7 @@ def existing_run(uri: str) -> Run:
     try:
         if not card.exists():
             raise UserError(
-                f"{uri} is no run's folder: it has no run.json; expected {{run.storage}}/{{run.name}}"
+                f"{uri} is not a run's folder: it has no run.json; expected {{run.storage}}/{{run.name}}"
             )
         return Run(Path(location.path).name, location, _read_key(card))
     except OSError as error:
@@ -112,10 +109,10 @@ def checkpoints(location: Location) -> list[Location]:
 
 
 def read_x_0_error(folder: Path, num_timesteps: int) -> Tensor:
-    """[T] float64, the mean squared error of x_0_hat at every t, as `keep_x_0_error` left it in a checkpoint's folder.
+    """[T] float64, the mean squared error of x_0_hat at every t, as `keep_x_0_error` stored it in a checkpoint.
 
     Raises:
-        UserError: there is none, or it is damaged or of other weights.
+        UserError: there is none, it is damaged, or it belongs to other weights.
     """
     file = folder / X_0_ERROR
     weights = checkpoint.read_checksums(folder)["ema.safetensors"]
@@ -123,15 +120,15 @@ def read_x_0_error(folder: Path, num_timesteps: int) -> Tensor:
         card = X0Error.model_validate_json(file.read_bytes())
     except FileNotFoundError:
         raise UserError(
-            f"{folder} has no {X_0_ERROR}, which --variance measured takes; jobs/evaluate.py leaves it there"
+            f"{folder} has no {X_0_ERROR}, which --variance measured needs; jobs/evaluate.py writes it"
         ) from None
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error}") from None
     except ValidationError as error:
-        raise UserError(f"{checkpoint.damaged(file, error)}; jobs/evaluate.py makes it again") from None
+        raise UserError(f"{checkpoint.damaged(file, error)}; jobs/evaluate.py writes it again") from None
     if card.weights_sha256 != weights or len(card.x_0_error) != num_timesteps:
         raise UserError(
-            f"{file} is of other weights or another num_timesteps; jobs/evaluate.py makes it again"
+            f"{file} belongs to other weights or another num_timesteps; jobs/evaluate.py writes it again"
         )
     return torch.tensor(card.x_0_error, dtype=torch.float64)
 

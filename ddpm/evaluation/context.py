@@ -1,7 +1,7 @@
-"""What is judged, and by what: checkpoints, ways of drawing, held-out images, a feature net.
+"""Inputs of an evaluation: checkpoints, ways of sampling, held-out images, a feature net.
 
-Its own room because these are the questions before any image is drawn, where the user's mistakes come to light. All
-checkpoints are read at the beginning: a run that goes on deletes its old ones meanwhile.
+The user's mistakes are found here, before any image is sampled. All checkpoints are read at the beginning, since a run
+that still trains deletes its old ones.
 """
 
 import functools
@@ -34,40 +34,40 @@ from ddpm.utils.images import Pixels
 from ddpm.utils.progress import Display
 
 CACHE = "evaluation"
-"""Folder beside the shards: what is kept of the data set, for whoever judges by it."""
+"""Folder beside the shards that caches features of the data set."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How checkpoints are judged."""
+    """How checkpoints are evaluated."""
 
     num_images: int = 2000
-    """Drawn in each way; and held-out ones, at most."""
+    """Images generated in each way, and the largest number of held-out images."""
     features: FeatureNetName | None = None
-    """None: classifier where the data set has classes, else lite0."""
+    """None: classifier if the data set has classes, else lite0."""
     inception_weights: str | None = None
     samplers: tuple[str, ...] = ()
-    """Each with each number of steps; none: the run's own."""
+    """Each with each number of steps; empty: the run's own."""
     num_sample_steps: tuple[int, ...] = ()
     sample: Mapping[str, Any] = field(default_factory=dict)
-    """What else is changed in the run's SampleConfig."""
+    """Other changes to the run's SampleConfig."""
     variance: SampleVariance = "auto"
-    """Variance of p(x_{t-1} | x_t), in the bound and in `ancestral`. auto: in the bound the best that the net can have
-    (judgement.bound_variance), and the run's own in drawing."""
+    """Variance of p(x_{t-1} | x_t), in the bound and in `ancestral`. auto: the best for the net in the bound
+    (measure.bound_variance), and the run's own in sampling."""
     num_train_images: int = MAX_TRAIN
-    """Training images among which the nearest one of a drawn image is searched for, at most; 0: no search."""
+    """Largest number of training images to search for the nearest neighbour; 0: no search."""
     num_draws: int = 8
-    """Timesteps of an image at which KL_t is measured; 0: all."""
+    """Timesteps per image at which KL_t is measured; 0: all."""
     seed: int = 0
     shards: str | None = None
-    """Folder or URI of the data set; None: the one that was trained on."""
+    """Folder or URI of the data set; None: the training data set."""
     cache: str | None = None
-    """Folder or URI for what is kept of the data set; None: beside its shards."""
+    """Folder or URI of the cache; None: beside the shards."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checkpoint to be judged, in memory."""
+    """A checkpoint to evaluate, in memory."""
 
     uri: str
     net: nn.Module
@@ -78,46 +78,46 @@ class Candidate:
 
     @property
     def run(self) -> str:
-        """The name of its run; of one without a name, its folder."""
+        """The name of its run; without a name, its folder."""
         *_, above, name = f"/{self.uri.rstrip('/')}".split("/")
         return self.config.run.name or (above if name.startswith(checkpoint.PREFIX) and above else name)
 
 
 @dataclass(frozen=True)
 class EvalContext:
-    """What all candidates are judged by."""
+    """The data that all candidates are compared with."""
 
     uri: str
-    """Of the data set."""
+    """URI of the data set."""
     train: DataSet
     held_out: DataSet
     feature_net: FeatureNet
     real: Features
-    """Of held-out images."""
+    """Features of held-out images."""
     other_real: Features
-    """Of training images, for the floor."""
+    """Features of training images, for the floor."""
     num_train: int
-    """Training images that the nearest one is searched among; 0: there is no search."""
+    """Training images to search for nearest neighbours; 0: there is no search."""
     train_features: Features | None
-    """Their features; None: there is no search, or pixels are the features."""
+    """Features of these; None: there is no search, or pixels are the features."""
 
     def train_image(self, position: int) -> Pixels:
-        """[H, W, C]: the training image at this place of the order in which features are taken."""
+        """[H, W, C]: the training image at this position of the order in which features are taken."""
         return images_of(self.train, position, position + 1).image[0]
 
 
 def read(uris: Sequence[str], every: bool = False) -> list[Candidate]:
-    """The checkpoints at `uris`; of a run its newest, or with `every` all it has.
+    """The checkpoints at `uris`; for a run its newest, or with `every` all of them.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is none, or one is damaged.
     """
     found = [uri for given in uris for uri in resolve.checkpoints_of(given)[0 if every else -1 :]]
     return [_read(uri) for uri in dict.fromkeys(found)]
 
 
 def ways_of(config: Config, settings: Settings) -> list[SampleConfig]:
-    """The ways in which images are drawn from a net of `config`, each with its sampler and its number of steps.
+    """The ways of sampling a net of `config`, each with its sampler and its number of steps.
 
     Raises:
         UserError: one of them does not fit the net.
@@ -136,7 +136,7 @@ def ways_of(config: Config, settings: Settings) -> list[SampleConfig]:
 
 
 def resolved(config: Config, sample: SampleConfig) -> SampleConfig:
-    """`sample`, with the sampler and the number of steps that it comes to."""
+    """`sample` with its sampler and number of steps filled in."""
     sample = resolve_sample(sample, config.objective)
     if sample.num_sample_steps is not None:
         return sample
@@ -147,10 +147,10 @@ def resolved(config: Config, sample: SampleConfig) -> SampleConfig:
 
 
 def choose(candidates: Sequence[Candidate], settings: Settings) -> EvalContext:
-    """Find the data set, and take the features of its images, or those that were kept.
+    """Open the data set, and compute or load the features of its images.
 
     Raises:
-        UserError: a setting out of its range, no held-out images, or a candidate that draws other images.
+        UserError: a setting is out of its range, there are no held-out images, or a candidate makes other images.
     """
     if settings.num_images < LEAST_IMAGES:
         raise UserError(f"num_images is {settings.num_images}; it must be at least {LEAST_IMAGES}")
@@ -202,7 +202,7 @@ def _data_set(candidates: Sequence[Candidate], shards: str | None) -> tuple[Data
     if shards is None:
         if len({candidate.position.get("data_fingerprint") for candidate in candidates}) > 1:
             raise UserError(
-                "the checkpoints were trained on different data; name the data to judge all by with --data.shards"
+                "the checkpoints were trained on different data; name the data to compare all with by --data.shards"
             )
         if known is not None and locations.resolve(known).child(MANIFEST).exists():
             shards = known
@@ -223,28 +223,28 @@ def _held_out(train: DataSet, uri: str) -> DataSet:
     held_out = train.held_out()
     if held_out is None:
         raise UserError(
-            f"{uri} holds no images out: it needs a split test beside {train.split}, which was trained on; "
-            "name a data set that has one with --data.shards"
+            f"{uri} has no held-out images: it needs a split test beside {train.split}, the training split; name a "
+            "data set that has one with --data.shards"
         )
     if held_out.rows.num_rows < LEAST_IMAGES:
         raise UserError(
-            f"{uri} holds {held_out.rows.num_rows} images out; it takes at least {LEAST_IMAGES} to judge by"
+            f"{uri} has {held_out.rows.num_rows} held-out images; an evaluation needs at least {LEAST_IMAGES}"
         )
     return held_out
 
 
 def _check_fits(candidate: Candidate, data_set: DataSet, uri: str) -> None:
-    """Raise UserError unless the net draws such images as the data set holds."""
+    """Raise UserError unless the net's images have the shape and classes of the data set."""
     model, manifest = candidate.config.model, data_set.manifest
     draws = f"{model.image_size}x{model.image_size} in {model.channels} channel(s)"
     holds = "{}x{} in {} channel(s)".format(*data_set.shape)
     if draws != holds:
         raise UserError(
-            f"{candidate.uri} draws images of {draws}, but {uri} holds images of {holds}; "
+            f"{candidate.uri} makes images of {draws}, but {uri} holds images of {holds}; "
             "name the data it was trained on with --data.shards"
         )
     if model.num_classes not in (0, len(manifest.class_names)):
         raise UserError(
-            f"{candidate.uri} knows {model.num_classes} classes, but {uri} has {len(manifest.class_names)}; "
+            f"{candidate.uri} has {model.num_classes} classes, but {uri} has {len(manifest.class_names)}; "
             "name the data it was trained on with --data.shards"
         )

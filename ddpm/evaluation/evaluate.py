@@ -1,7 +1,6 @@
 """From checkpoints to a report, in pieces that any number of workers may share.
 
-Its own room because judgement.py judges a batch, and here is who judges which. A piece is a range of images whose
-place does not depend on the workers, and pieces are put together in order.
+A piece is a range of images that does not depend on the workers; the results of pieces are merged in order.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -39,7 +38,7 @@ T = TypeVar("T")
 
 
 class Piece(NamedTuple):
-    """Images start..stop-1 of a candidate, drawn in its way of that number (held-out images: 0)."""
+    """Images start..stop-1 of a candidate, sampled in its way number `way` (held-out images: 0)."""
 
     candidate: int
     way: int
@@ -48,15 +47,15 @@ class Piece(NamedTuple):
 
 
 class Images(NamedTuple):
-    """Images drawn in one way."""
+    """Images sampled in one way."""
 
     features: Features
     image: Pixels
-    """uint8 [N, H, W, C]: the first MAX_PAIRWISE of the way; none where no nearest training images are searched for."""
+    """uint8 [N, H, W, C]: the first MAX_PAIRWISE of the way; none if no nearest training images are searched."""
 
 
 class EvalWorker:
-    """What a worker holds: all candidates, and what they are judged by."""
+    """The state of a worker: all candidates, and the data they are compared with."""
 
     def __init__(
         self,
@@ -73,14 +72,14 @@ class EvalWorker:
         self._candidates = [(c.net.to(device), c.config, build_objective(c.config)) for c in candidates]
 
     def measure(self, candidate: int) -> Measured:
-        """What is measured with this candidate on training images."""
-        posed = self._candidates[candidate]
+        """Errors of this candidate on training images."""
+        net, config, objective = self._candidates[candidate]
         train = images_of(self._train, 0, min(measure.MEASURED_IMAGES, self._train.rows.num_rows))
-        variance = measure.bound_variance(posed[1], self._settings.variance)
-        return measure.measure(*posed, train, variance, device=self._device)
+        variance = measure.bound_variance(config, self._settings.variance)
+        return measure.measure(net, config, objective, train, variance, device=self._device)
 
     def bits(self, piece: Piece, measured: Measured) -> BitsPerDim:
-        """The bound of held-out images."""
+        """The bound of the held-out images of a piece."""
         net, config, objective = self._candidates[piece.candidate]
         return measure.bits_per_dim(
             net,
@@ -96,11 +95,11 @@ class EvalWorker:
         )
 
     def draw(self, piece: Piece, measured: Measured | None) -> Images:
-        """Images that are drawn."""
-        posed, indices = self._candidates[piece.candidate], range(piece.start, piece.stop)
+        """Sample the images of a piece."""
+        candidate, indices = self._candidates[piece.candidate], range(piece.start, piece.stop)
         sample = self._ways[piece.candidate][piece.way]
         features, image = measure.drawn_features(
-            *posed,
+            *candidate,
             self._feature_net,
             indices,
             device=self._device,
@@ -112,31 +111,31 @@ class EvalWorker:
 
 
 def evaluate(candidates: Sequence[Candidate], settings: Settings, num_workers: int | None = None) -> Report:
-    """Judge all candidates by the same held-out images.
+    """Evaluate all candidates with the same held-out images.
 
     Args:
-        num_workers: of the pool; no number depends on it.
+        num_workers: size of the pool; results do not depend on it.
 
     Raises:
-        UserError: the settings do not fit the candidates, or there are no images to judge them by.
+        UserError: the settings do not fit the candidates, or there are no held-out images.
     """
     ways = [ways_of(candidate.config, settings) for candidate in candidates]
     by = choose(candidates, settings)
-    bench = partial(EvalWorker, candidates, ways, by.train, by.held_out, by.feature_net, settings)
-    with WorkerPool(bench, num_workers) as pool:
+    worker = partial(EvalWorker, candidates, ways, by.train, by.held_out, by.feature_net, settings)
+    with WorkerPool(worker, num_workers) as pool:
         measured = _measured(pool, candidates)
         bits = _bits(pool, measured, min(settings.num_images, by.held_out.rows.num_rows))
         drawn = _drawn(pool, ways, measured, settings.num_images)
     nearnesses = _nearness(by, drawn)
-    verdicts = (
-        _verdict(candidate, by, settings, bits.get(i), zip(ways[i], drawn[i], nearnesses[i], strict=True))
+    results = (
+        _result(candidate, by, settings, bits.get(i), zip(ways[i], drawn[i], nearnesses[i], strict=True))
         for i, candidate in enumerate(candidates)
     )
-    return Report(_about(by, settings), tuple(verdicts))
+    return Report(_about(by, settings), tuple(results))
 
 
 def _measured(pool: WorkerPool[EvalWorker], candidates: Sequence[Candidate]) -> dict[int, Measured]:
-    """By candidate, and kept beside its weights; those of a process that has no bound are not there."""
+    """Errors by candidate, also stored beside its weights; without candidates whose process has no bound."""
     bound = [i for i, c in enumerate(candidates) if PROCESSES[c.config.objective.process].has_bound]
     found: dict[int, Measured] = {}
     with Display("measuring the nets", len(bound)) as display:
@@ -151,18 +150,18 @@ def _measured(pool: WorkerPool[EvalWorker], candidates: Sequence[Candidate]) -> 
 def _bits(
     pool: WorkerPool[EvalWorker], measured: Mapping[int, Measured], num_images: int
 ) -> dict[int, BitsPerDim]:
-    """By candidate."""
+    """Bits/dim by candidate."""
     pieces = [Piece(i, 0, *part) for i in sorted(measured) for part in _parts(num_images)]
     done = _watched("bits/dim", pool.map(partial(_bits_of, measured=measured), pieces), pieces)
     return {i: BitsPerDim.merge(*(done[piece] for piece in pieces if piece.candidate == i)) for i in measured}
 
 
-def _bits_of(bench: EvalWorker, piece: Piece, measured: Mapping[int, Measured]) -> BitsPerDim:
-    return bench.bits(piece, measured[piece.candidate])
+def _bits_of(worker: EvalWorker, piece: Piece, measured: Mapping[int, Measured]) -> BitsPerDim:
+    return worker.bits(piece, measured[piece.candidate])
 
 
-def _images_of(bench: EvalWorker, piece: Piece, measured: Mapping[int, Measured]) -> Images:
-    return bench.draw(piece, measured.get(piece.candidate))
+def _images_of(worker: EvalWorker, piece: Piece, measured: Mapping[int, Measured]) -> Images:
+    return worker.draw(piece, measured.get(piece.candidate))
 
 
 def _drawn(
@@ -171,10 +170,10 @@ def _drawn(
     measured: Mapping[int, Measured],
     num_images: int,
 ) -> list[list[Images]]:
-    """The images drawn, by candidate and way."""
+    """The sampled images, by candidate and way."""
     places = [[(i, way) for way in range(len(of_candidate))] for i, of_candidate in enumerate(ways)]
     pieces = [Piece(*place, *part) for row in places for place in row for part in _parts(num_images)]
-    done = _watched("images drawn", pool.map(partial(_images_of, measured=measured), pieces), pieces)
+    done = _watched("images sampled", pool.map(partial(_images_of, measured=measured), pieces), pieces)
     return [
         [_merged([done[piece] for piece in pieces if piece[:2] == place]) for place in row] for row in places
     ]
@@ -187,16 +186,16 @@ def _merged(parts: Sequence[Images]) -> Images:
 
 
 class Nearness(NamedTuple):
-    """How near the images drawn in one way are to training images."""
+    """Distances of the images of one way to training images."""
 
     shares: tuple[NearerShare, ...] = ()
     """In the feature net's space and in pixels."""
     pairs: Pairs | None = None
-    """The nearest, in the feature net's space."""
+    """The nearest pairs, in the feature net's space."""
 
 
 def _nearness(by: EvalContext, drawn: Sequence[Sequence[Images]]) -> list[list[Nearness]]:
-    """How near the images drawn are to training images, by candidate and way."""
+    """Distances of sampled images to training images, by candidate and way."""
     if not by.num_train:
         return [[Nearness() for _ in row] for row in drawn]
     ways = [images for row in drawn for images in row]
@@ -221,7 +220,7 @@ def _nearness(by: EvalContext, drawn: Sequence[Sequence[Images]]) -> list[list[N
 
 
 def _counted(parts: Iterable[Batch], num_images: int) -> Iterator[Pixels]:
-    """The images of all parts, while a bar counts them."""
+    """The images of all parts, with a progress bar."""
     done = 0
     with Display("training images searched", num_images) as display:
         for part in parts:
@@ -231,7 +230,7 @@ def _counted(parts: Iterable[Batch], num_images: int) -> Iterator[Pixels]:
 
 
 def _watched(what: str, results: Iterator[tuple[Piece, T]], pieces: Sequence[Piece]) -> dict[Piece, T]:
-    """The results of all pieces, while a bar counts their images."""
+    """The results of all pieces, with a progress bar of their images."""
     found, num_done = {}, 0
     with Display(what, sum(piece.stop - piece.start for piece in pieces)) as display:
         for piece, result in results:
@@ -240,7 +239,7 @@ def _watched(what: str, results: Iterator[tuple[Piece, T]], pieces: Sequence[Pie
     return found
 
 
-def _verdict(
+def _result(
     candidate: Candidate,
     by: EvalContext,
     settings: Settings,
@@ -283,12 +282,12 @@ def _verdict(
 
 
 def _labels(config: Config, features: Features) -> NDArray[np.int64] | None:
-    """The classes that the images were drawn with; None: with none."""
+    """The classes of the sampled images; None: the net is unconditional."""
     return generate.labels(config, features.index.tolist()) if config.model.num_classes else None
 
 
 def _about(by: EvalContext, settings: Settings) -> dict[str, Any]:
-    """What the numbers depend on, but for the checkpoints and the ways of drawing."""
+    """Everything that the results depend on, except for the checkpoints and the ways of sampling."""
     return {
         "num_images": settings.num_images,
         "seed": settings.seed,
@@ -307,7 +306,7 @@ def _about(by: EvalContext, settings: Settings) -> dict[str, Any]:
 
 
 def _grey_levels(held_out: DataSet, num_images: int) -> int:
-    """The number of different values that the pixels have of the images whose bound is taken."""
+    """The number of different pixel values of the images whose bound is computed."""
     parts = _parts(min(num_images, held_out.rows.num_rows))
     found = [np.unique(images_of(held_out, start, stop).image) for start, stop in parts]
     return len(np.unique(np.concatenate(found)))

@@ -1,7 +1,6 @@
-"""From a net and its config to what it is judged by: the bound of held-out images, the features of drawn ones.
+"""Measurements of a net: the bound of held-out images, and the features of sampled ones.
 
-Its own room because it stands on generation.py and on evaluation/, and because workers on a cluster and a laptop
-judge alike: image i depends on the seed and i alone, whoever does it, in whatever batch.
+Image i depends on the seed and i alone, independent of worker and batch.
 
 Axes: N images, H W, C channels.
 """
@@ -32,26 +31,26 @@ from ddpm.utils.images import Pixels
 from ddpm.utils.seeding import Purpose
 
 PIECE_IMAGES = 125
-"""Images drawn or read as one batch."""
+"""Images sampled or read as one batch."""
 MEASURED_IMAGES = 125
-"""Training images by which a net is measured."""
+"""Training images on which the errors of a net are measured."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What is measured with a net on training images before it is judged by others."""
+    """Errors of a net on training images."""
 
     x_0_error: Tensor
     """[T] float64: the mean squared error of x_0_hat; for the variance "measured"."""
     proposal: Tensor
-    """[T] float64: the timesteps that `bits_per_dim` had better draw."""
+    """[T] float64: the distribution of timesteps for `bits_per_dim`."""
 
 
 def bound_variance(config: Config, variance: SampleVariance = "auto") -> Variance:
-    """The variance of p in the bound; auto is the best that the net can have: its own, or the measured one.
+    """The variance of p in the bound; auto is the best for the net: the learned one, else the measured one.
 
     Raises:
-        UserError: "learned", of a net that did not learn it.
+        UserError: "learned", but the net did not learn it.
     """
     learned = config.objective.variance == "learned"
     if variance == "auto":
@@ -70,21 +69,21 @@ def measure(
     *,
     device: torch.device,
 ) -> Measured:
-    """Measure the errors of x_0_hat, and where on the schedule the bound comes from.
+    """Measure the errors of x_0_hat, and the share of each timestep in the bound.
 
     Args:
         net: trained under `config`.
         train: MEASURED_IMAGES training images.
-        variance: of p in the bound.
+        variance: variance of p in the bound.
 
     Raises:
         UserError: the process has no such bound.
     """
     indices, schedule = range(len(train.image)), schedules.build(config.schedule)
-    denoise, x_0, noise = _posed(net, config, objective, train, indices, device, (0, Purpose.MEASURE))
+    denoise, x_0, noise = _prepared(net, config, objective, train, indices, device, (0, Purpose.MEASURE))
     errors = likelihood.x_0_errors(denoise, schedule, x_0, noise)
     x_0_error = errors.mean(0)
-    # Of a learned variance the proposal is that of the measured one, which is about the same; any is right.
+    # For a learned variance the proposal of the measured one serves, which is about the same; any is unbiased.
     fixed = fixed_variance(schedule, "measured" if variance == "learned" else variance, x_0_error)
     return Measured(x_0_error, likelihood.proposal(likelihood.kl_of_errors(schedule, errors, fixed)))
 
@@ -108,15 +107,15 @@ def bits_per_dim(
         net: trained under `config`.
         held_out: the batch.
         start: index of its first image; noise and t of image i depend on the seed and i.
-        variance: of p(x_{t-1} | x_t).
-        measured: of this net.
-        num_draws: timesteps an image; 0: all.
+        variance: variance of p(x_{t-1} | x_t).
+        measured: errors of this net.
+        num_draws: timesteps per image; 0: all.
 
     Raises:
         UserError: the process has no such bound.
     """
     indices = range(start, start + len(held_out.image))
-    denoise, x_0, noise = _posed(
+    denoise, x_0, noise = _prepared(
         net, config, objective, held_out, indices, device, (seed, Purpose.LIKELIHOOD)
     )
     schedule = schedules.build(config.schedule)
@@ -140,13 +139,13 @@ def denoising_curve(
     device: torch.device,
     seed: int = 0,
 ) -> Tensor:
-    """[N, L]: the squared error of x_0_hat of each image at the noise levels log_snr [L], the same noise for all nets.
+    """[N, L]: squared error of x_0_hat of each image at the noise levels log_snr [L], with the same noise for all nets.
 
     Raises:
         UserError: the process has no such levels.
     """
     indices = range(len(held_out.image))
-    denoise, x_0, noise = _posed(
+    denoise, x_0, noise = _prepared(
         net, config, objective, held_out, indices, device, (seed, Purpose.LIKELIHOOD)
     )
     return denoising.error_at(denoise, schedules.build(config.schedule), x_0, noise, log_snr)
@@ -163,10 +162,10 @@ def drawn_features(
     sample: SampleConfig | None = None,
     x_0_error: Tensor | None = None,
 ) -> tuple[Features, Pixels]:
-    """Draw the images with these ascending indices, in one batch, and take their features.
+    """Sample the images with these ascending indices in one batch, and compute their features.
 
     Args:
-        sample: how to draw; default: config.sample. Images are those of jobs/sample.py.
+        sample: settings of the sampler; default: config.sample. Images are those of jobs/sample.py.
         x_0_error: for the variance "measured".
 
     Returns:
@@ -177,7 +176,7 @@ def drawn_features(
     return features, image.cpu().numpy()
 
 
-def _posed(
+def _prepared(
     net: Model,
     config: Config,
     objective: Objective,
@@ -186,7 +185,7 @@ def _posed(
     device: torch.device,
     counters: tuple[int, ...],
 ) -> tuple[Denoise, Tensor, PerImageNoise]:
-    """The net as the bound sees it, x_0 [N, C, H, W], and noise that depends on the counters and an image's index."""
+    """The net as `denoise`, x_0 [N, C, H, W], and noise that depends on the counters and an image's index."""
     if not objective.has_bound:
         raise UserError(f"the process {config.objective.process} has no variational bound, so no bits/dim")
     x_0 = images.to_model(torch.from_numpy(batch.image).to(device))

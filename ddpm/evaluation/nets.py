@@ -1,4 +1,4 @@
-"""The feature nets by name."""
+"""Feature nets by name."""
 
 from collections.abc import Callable
 
@@ -33,14 +33,14 @@ def build(
     """The feature net `name` for images like those of `train`.
 
     Args:
-        name: inception needs its weights, classifier a data set with labels; pixels and lite0 nothing.
+        name: inception needs its weights, classifier a data set with labels; pixels and lite0 need nothing.
         train: the split to train a classifier on.
-        cache: where a trained classifier is kept.
-        inception_weights: path or URL; None: where torch-fidelity keeps them.
-        on_progress: is told how many of classifier.TRAIN_IMAGES a classifier has seen, if one is trained.
+        cache: cache of the trained classifier.
+        inception_weights: path or URL; None: the file of torch-fidelity.
+        on_progress: called with the number of classifier.TRAIN_IMAGES seen, if a classifier is trained.
 
     Raises:
-        UserError: what it needs is missing.
+        UserError: weights, packages or labels are missing.
     """
     if name not in FEATURE_NETS:
         raise UserError(f"feature net {name!r} is unknown; it must be one of {', '.join(FEATURE_NETS)}")

@@ -1,4 +1,4 @@
-"""The pixels themselves as features: no net, no opinion, and little sense of what an image shows."""
+"""The pixels themselves as features, without a net; they say little about the content of an image."""
 
 import hashlib
 

@@ -1,7 +1,4 @@
-"""The pictures of a report: quality over images seen and over the number of sampling steps; the nearest pairs.
-
-Its own room because, with search/plots.py, only this one knows matplotlib.
-"""
+"""Plots of a report: quality over images seen and over the number of sampling steps; the nearest pairs."""
 
 import io
 from collections.abc import Mapping
@@ -23,15 +20,15 @@ from ddpm.evaluation.scores import Score
 PANEL_WIDTH, PANEL_HEIGHT, LEGEND_WIDTH = 2.6, 2.8, 1.8
 """Inches."""
 PANELS = (("bits/dim",), ("FID",), ("KID",), Manifold._fields[:2], Manifold._fields[2:])
-"""The metrics that share one."""
+"""Metrics of each panel."""
 STYLES = {"solid": "-", "dashed": "--"}
-"""Of the metrics that share a panel."""
+"""Line styles of the metrics in a panel."""
 GREY = "0.5"
 PAIR_WIDTH, PAIR_HEIGHT = 1.8, 1.3
 
 
 def picture(report: Report) -> bytes:
-    """Quality over images seen, and over the number of sampling steps, where there are several; a PNG."""
+    """Quality over images seen, and over the number of sampling steps if there are several; a PNG."""
     found = (_over_images_seen(report), _over_sample_steps(report))
     lines = [line for line in found if line.is_curve] or [found[0]]
     width = PANEL_WIDTH * max(len(line.panels) for line in lines) + LEGEND_WIDTH
@@ -41,7 +38,7 @@ def picture(report: Report) -> bytes:
         colours = {label: f"C{i % 10}" for i, label in enumerate(line.curves)}
         all_axes = part.subplots(1, len(line.panels), squeeze=False)[0]
         for panel, axes in zip(line.panels, all_axes, strict=True):
-            _draw(axes, panel, line, colours)
+            _plot(axes, panel, line, colours)
         handles = [Line2D([], [], color=c, marker=".", label=label) for label, c in colours.items() if label]
         handles.append(Line2D([], [], color=GREY, label="real against real"))
         part.legend(handles=handles, loc="outside right upper", fontsize=7, frameon=False)
@@ -51,15 +48,15 @@ def picture(report: Report) -> bytes:
 
 
 def nearest(pairs: Pairs) -> bytes:
-    """Drawn images beside their nearest training images, with their distances; a PNG."""
+    """Generated images beside their nearest training images, with their distances; a PNG."""
     columns = 4
     lines = -(-len(pairs.index) // columns)
     layout = ConstrainedLayoutEngine(w_pad=0.1)  # inches: more between pairs than within them
     figure = Figure((PAIR_WIDTH * columns, PAIR_HEIGHT * lines + 0.5), layout=layout)
     FigureCanvasAgg(figure)
     figure.suptitle(
-        f"drawn | nearest training image, by {pairs.space}; their distance,\n"
-        "and how many of the held-out images are nearer to a training image",
+        f"generated | nearest training image, by {pairs.space}; their distance,\n"
+        "and the share of held-out images that are nearer to a training image",
         fontsize=9,
     )
     all_axes = figure.subplots(lines, columns, squeeze=False).ravel()
@@ -84,11 +81,11 @@ class _Line(NamedTuple):
     x_label: str
     is_log: bool
     curves: dict[str, list[tuple[int, Score]]]
-    """By what the legend says: x, and all scores there."""
+    """By legend entry: x, and all scores there."""
 
     @property
     def is_curve(self) -> bool:
-        """Whether anything of it has more than one place on the x axis."""
+        """Whether a curve has more than one point on the x axis."""
         return any(len({x for x, _ in points}) > 1 for points in self.curves.values())
 
     @property
@@ -99,26 +96,26 @@ class _Line(NamedTuple):
 
 def _over_images_seen(report: Report) -> _Line:
     curves: dict[str, list[tuple[int, Score]]] = {}
-    for score, verdict, drawn in rows(report):
-        label = " ".join([*_who(report, verdict), *([drawn.name] if drawn else [])])
-        curves.setdefault(label, []).append((verdict.images_seen, score))
+    for score, result, drawn in rows(report):
+        label = " ".join([*_run_name(report, result), *([drawn.name] if drawn else [])])
+        curves.setdefault(label, []).append((result.images_seen, score))
     return _Line("images seen", False, curves)
 
 
 def _over_sample_steps(report: Report) -> _Line:
     curves: dict[str, list[tuple[int, Score]]] = {}
-    for score, verdict, drawn in rows(report):
+    for score, result, drawn in rows(report):
         if drawn is not None:
-            label = " ".join([*_who(report, verdict), drawn.sample.sampler, f"at {verdict.images_seen:,}"])
+            label = " ".join([*_run_name(report, result), drawn.sample.sampler, f"at {result.images_seen:,}"])
             curves.setdefault(label, []).append((drawn.sample.num_sample_steps or 0, score))
     return _Line("sampling steps", True, curves)
 
 
-def _who(report: Report, verdict: CheckpointResult) -> list[str]:
-    return [verdict.run] if len({verdict.run for verdict in report.verdicts}) > 1 else []
+def _run_name(report: Report, result: CheckpointResult) -> list[str]:
+    return [result.run] if len({result.run for result in report.results}) > 1 else []
 
 
-def _draw(axes: Axes, panel: tuple[str, ...], line: _Line, colours: Mapping[str, str]) -> None:
+def _plot(axes: Axes, panel: tuple[str, ...], line: _Line, colours: Mapping[str, str]) -> None:
     titles = []
     for name, (word, style) in zip(panel, STYLES.items(), strict=False):
         floor: Score | None = None
@@ -151,5 +148,5 @@ def _draw(axes: Axes, panel: tuple[str, ...], line: _Line, colours: Mapping[str,
 
 
 def _is_of(panel: tuple[str, ...], score: Score) -> bool:
-    """Whether the score is one of the panel's metrics; the terms of the bound are in none."""
+    """Whether the score is one of the panel's metrics; the terms of the bound are in no panel."""
     return score.name in panel or (score.n_real is not None and score.name.partition("-")[0] in panel)

@@ -1,7 +1,6 @@
-"""Where a report goes: a file, pictures beside it, and the MLflow runs that the checkpoints come from.
+"""Publication of a report: a file, pictures beside it, and the MLflow runs of the checkpoints.
 
-Its own room because a report may lie anywhere that storage.py reaches, and MLflow may be away: nothing found is lost
-by that.
+The file may be in any storage. If MLflow is away, the file has all results.
 """
 
 import os
@@ -20,33 +19,35 @@ from ddpm.tracking.retry import OutOfTime
 from ddpm.utils.errors import UserError
 
 MLFLOW_TIMEOUT_S = 20.0
-"""Seconds without a call that works after which MLflow is left alone."""
+"""Seconds without a successful call after which MLflow is given up."""
 
 
 def place_for(out: str) -> Location:
-    """The file `out`, a path or a URI, once it is sure that one can be written there.
+    """The file `out`, a path or a URI, after a check that it can be written.
 
     Raises:
-        UserError: it cannot.
+        UserError: it cannot be written.
     """
     place = locations.resolve(out)
     if place.path.endswith(".png"):
-        raise UserError(f"--out {out} is for JSON; the picture goes beside it")
+        raise UserError(f"--out {out} names a picture, but is for JSON; pictures are written beside it")
     if place.is_local:
         path = Path(place.path)
         if path.is_dir():
-            raise UserError(f"--out {out} is a folder; name a file, as {out.rstrip('/')}/evaluation.json")
+            raise UserError(
+                f"--out {out} is a folder; name a file, such as {out.rstrip('/')}/evaluation.json"
+            )
         nearest = next(parent for parent in path.parents if parent.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-            raise UserError(f"--out {out} cannot be written: {nearest} is no folder that may be written to")
+            raise UserError(f"--out {out} cannot be written: {nearest} is not a writable folder")
     return place
 
 
 def store(report: Report, place: Location, timeout_s: float = MLFLOW_TIMEOUT_S) -> Iterator[str]:
-    """Write the report to `place` and its pictures beside it, tell MLflow, and say in lines where everything is.
+    """Write the report to `place` and its pictures beside it, and log it to MLflow; yields lines with all places.
 
     Args:
-        timeout_s: without a call that works, after which MLflow is left alone.
+        timeout_s: seconds without a successful call after which MLflow is given up.
 
     Raises:
         UserError: a file cannot be written.
@@ -66,24 +67,24 @@ def store(report: Report, place: Location, timeout_s: float = MLFLOW_TIMEOUT_S) 
 
 
 def publish(report: Report, picture: bytes, timeout_s: float = MLFLOW_TIMEOUT_S) -> Iterator[str]:
-    """Put results into the MLflow runs of the checkpoints, and say in lines where they went.
+    """Log results to the MLflow runs of the checkpoints; yields lines with the places.
 
-    Points are at the step images_seen; one that MLflow has already, at the same step with the same value, is not sent
-    again, and one of another value (of more images, say) is sent as a newer point beside it. The report and its
-    pictures become artifacts whose name depends on the checkpoints and the settings, so that the same evaluation
-    replaces its own files and no other's.
+    Points are at the step images_seen. A point that MLflow has, with the same step and value, is not sent again;
+    another value (from more images, for example) is sent as a newer point beside it. The report and its pictures
+    become artifacts whose name depends on the checkpoints and the settings, so that the same evaluation replaces only
+    its own files.
     """
     uri = tracking_uri()
     shown = without_password(uri)
-    for verdict in {verdict.run_key: verdict for verdict in report.verdicts}.values():
-        if not verdict.run_key:
-            yield f"MLflow      nothing is logged of {verdict.checkpoint}, which no run of ours made"
+    for result in {result.run_key: result for result in report.results}.values():
+        if not result.run_key:
+            yield f"MLflow      nothing is logged for {result.checkpoint}, which belongs to no run"
             continue
-        run = MlflowRun(Address(uri, verdict.experiment, verdict.run, verdict.run_key), {}, timeout_s)
+        run = MlflowRun(Address(uri, result.experiment, result.run, result.run_key), {}, timeout_s)
         try:
             if not run.find():
-                yield f"MLflow      {shown} does not know run {verdict.run}; nothing is logged there"
-            elif run.add(list(_records(report.of_run(verdict.run_key), picture))):
+                yield f"MLflow      {shown} does not have run {result.run}; nothing is logged there"
+            elif run.add(list(_records(report.of_run(result.run_key), picture))):
                 yield f"MLflow      run {run.run_id} in {shown}"
             else:
                 yield f"MLflow      {shown} did not take everything: {run.call.trouble}"
@@ -91,13 +92,13 @@ def publish(report: Report, picture: bytes, timeout_s: float = MLFLOW_TIMEOUT_S)
             yield f"MLflow      {shown} cannot be reached, nothing is logged: {run.call.trouble}"
             return
         except Lost as error:
-            yield f"MLflow      {shown} refuses run {verdict.run}: {error}"
+            yield f"MLflow      {shown} refuses run {result.run}: {error}"
 
 
 def _records(report: Report, picture: bytes) -> Iterator[Record]:
     now_ms = int(time.time() * 1000)
-    for verdict in report.verdicts:
-        yield Metrics(metrics(verdict), verdict.images_seen, now_ms)
+    for result in report.results:
+        yield Metrics(metrics(result), result.images_seen, now_ms)
     yield Artifact(f"evaluation/{report.key}.json", report.to_json().encode())
     yield Artifact(f"evaluation/{report.key}.png", picture)
     for path, _, drawn in nearest_pictures(report, f"evaluation/{report.key}.json"):

@@ -1,7 +1,4 @@
-"""What was found of checkpoints, said as JSON, as a table, and as points of MLflow's curves.
-
-Its own room because all must say the same numbers, and none of them asks how those were found.
-"""
+"""Results of an evaluation, as JSON, as a table, and as points of MLflow's curves."""
 
 import dataclasses
 import hashlib
@@ -25,38 +22,38 @@ from ddpm.utils.progress import printable
 
 FORMAT = "ddpm-evaluation/1"
 ENOUGH = 10
-"""FID of fewer images a feature than that is mostly bias."""
+"""With fewer images per feature than this, FID is mostly bias."""
 MANY = 2.0
-"""Memorisation is remarked on where even the lower end of its interval is so many times what is expected."""
-FIXED = "which favours schedules of many steps, whatever the net; --variance measured does not"
+"""Memorisation is reported if the lower end of its interval is this many times the expected share."""
+FIXED = "which favours schedules of many steps, for any net; --variance measured does not"
 VARIANCES = {
-    "measured": "one a timestep, as the net errs on training images",
+    "measured": "one per timestep, from the net's errors on training images",
     "learned": "the net's own, pixel by pixel",
     "beta": FIXED,
     "beta_tilde": FIXED,
 }
-"""What a bound is worth that has such a variance."""
+"""Remark about a bound with each variance."""
 TERMS = ("bits/dim-prior", "bits/dim-kl", "bits/dim-decoder")
 SETTINGS = ("spacing", "eta", "dynamic_threshold", "guidance_scale", "guidance_interval", "mean", "variance")
-"""Of a sampler, beside its steps."""
+"""Settings of a sampler, beside its steps."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What images are worth that were drawn in one way."""
+    """Scores of the images that were sampled in one way."""
 
     sample: SampleConfig
-    """With its sampler and its number of steps."""
+    """Settings, with sampler and number of steps filled in."""
     is_own: bool
-    """As the run itself draws."""
+    """Whether these are the run's own settings."""
     scores: tuple[Score, ...]
-    """Those of memorisation last, if it was looked for."""
+    """Scores; those of memorisation, if any, are last."""
     nearest: bytes = field(default=b"", repr=False, compare=False)
-    """A PNG: those nearest to a training image, beside it. Not in the JSON; empty: they were not looked for."""
+    """A PNG of the images nearest to a training image, beside it. Not in the JSON; empty: there was no search."""
 
     @property
     def name(self) -> str:
-        """The sampler and its steps, "ddim-50", and whatever else is not as a config has it by default."""
+        """The sampler and its steps, such as "ddim-50", and all settings that are not defaults."""
         words = [f"{self.sample.sampler}-{self.sample.num_sample_steps}"]
         for setting in SETTINGS:
             if (value := getattr(self.sample, setting)) not in (getattr(SampleConfig, setting), "beta_tilde"):
@@ -66,80 +63,80 @@ class Drawn:
 
 @dataclass(frozen=True)
 class CheckpointResult:
-    """What was found of one checkpoint."""
+    """Results of one checkpoint."""
 
     checkpoint: str
     """Folder or URI."""
     weights_sha256: str
-    """Of its averaged weights."""
+    """SHA-256 of its averaged weights."""
     run: str
     run_key: str
-    """Empty: no run of ours."""
+    """Empty: imported, without a run."""
     experiment: str
     images_seen: int
     saw_this_data: bool
-    """Whether it was trained on the data set whose held-out images it is judged by."""
+    """Whether it was trained on the data set of these held-out images."""
     variance: str
-    """That of p(x_{t-1} | x_t) in the bound; empty for a process without one."""
+    """Variance of p(x_{t-1} | x_t) in the bound; empty for a process without a bound."""
     variance_is_default: bool
-    """Whether nobody asked for another one."""
+    """Whether the variance was not given."""
     bits: tuple[Score, ...]
-    """The bound and its terms; none for a process without one."""
+    """The bound and its terms; empty for a process without a bound."""
     drawn: tuple[Drawn, ...]
     num_classes: int
-    """Labels that the net is given, so that bits are of log p(x | y); 0: none, and they are of log p(x)."""
+    """Classes of a conditional net, whose bits are of log p(x | y); 0: unconditional, bits are of log p(x)."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was found of some checkpoints that were judged alike."""
+    """Results of some checkpoints that were evaluated alike."""
 
     settings: Mapping[str, Any]
-    """All that decides the numbers, but for the checkpoints."""
-    verdicts: tuple[CheckpointResult, ...]
+    """Everything that determines the results, except for the checkpoints."""
+    results: tuple[CheckpointResult, ...]
 
     @property
     def key(self) -> str:
-        """The same for the same checkpoints judged in the same way; it sorts by the newest of them."""
-        what = [(v.weights_sha256, v.images_seen, [d.sample for d in v.drawn]) for v in self.verdicts]
+        """A name that is equal for equal checkpoints and settings; it sorts by the newest checkpoint."""
+        what = [(v.weights_sha256, v.images_seen, [d.sample for d in v.drawn]) for v in self.results]
         digest = hashlib.sha256(repr((self.settings, what)).encode()).hexdigest()
-        return f"{max(v.images_seen for v in self.verdicts):012d}-{digest[:8]}"
+        return f"{max(v.images_seen for v in self.results):012d}-{digest[:8]}"
 
     def of_run(self, run_key: str) -> "Report":
-        """What is about this run."""
-        return Report(self.settings, tuple(v for v in self.verdicts if v.run_key == run_key))
+        """The results of one run."""
+        return Report(self.settings, tuple(v for v in self.results if v.run_key == run_key))
 
     def to_json(self) -> str:
-        """Every number with its n, its uncertainty and its floor; null stands for what is not finite."""
-        verdicts = [dataclasses.asdict(v, dict_factory=_without_pictures) for v in self.verdicts]
-        found = {"settings": self.settings, "checkpoints": verdicts}
+        """All scores with n, uncertainty and floor; null stands for a number that is not finite."""
+        results = [dataclasses.asdict(v, dict_factory=_without_pictures) for v in self.results]
+        found = {"settings": self.settings, "checkpoints": results}
         return json.dumps(_finite({"format": FORMAT, **found}), indent=2, allow_nan=False) + "\n"
 
 
 class Row(NamedTuple):
-    """One number, and what it is about."""
+    """One score, with its checkpoint and way of sampling."""
 
     score: Score
-    verdict: CheckpointResult
+    result: CheckpointResult
     drawn: Drawn | None
-    """None: no image was drawn for it."""
+    """None: a score without sampled images."""
 
 
 def rows(report: Report) -> Iterator[Row]:
-    """Every number, in the order of checkpoints and ways of drawing."""
-    for verdict in report.verdicts:
-        yield from (Row(score, verdict, None) for score in verdict.bits)
-        for drawn in verdict.drawn:
-            yield from (Row(score, verdict, drawn) for score in drawn.scores)
+    """All scores, in the order of checkpoints and ways of sampling."""
+    for result in report.results:
+        yield from (Row(score, result, None) for score in result.bits)
+        for drawn in result.drawn:
+            yield from (Row(score, result, drawn) for score in drawn.scores)
 
 
 def tables(report: Report, width: int) -> Group:
-    """Of one checkpoint and one way of drawing, number by number; of several, a line each, and real images last.
+    """A list of scores for one checkpoint and one way of sampling; else a line for each, with real images last.
 
     Args:
-        width: of the terminal; where the numbers do not fit side by side, there are several tables.
+        width: width of the terminal; if the columns do not fit, there are several tables.
     """
-    if sum(len(verdict.drawn) for verdict in report.verdicts) == 1:
+    if sum(len(result.drawn) for result in report.results) == 1:
         return Group(_list(report))
     names = [name for name in _by_name(report) if name not in TERMS]
     console, made = Console(width=1000), []
@@ -151,7 +148,7 @@ def tables(report: Report, width: int) -> Group:
 
 
 def _comparison(report: Report, names: Sequence[str]) -> Table:
-    several = len({verdict.run for verdict in report.verdicts}) > 1
+    several = len({result.run for result in report.results}) > 1
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
     if several:
         made.add_column("run", no_wrap=True)
@@ -160,13 +157,13 @@ def _comparison(report: Report, names: Sequence[str]) -> Table:
     for name in names:
         score, title = _by_name(report)[name][0].score, name.replace("-", "-\n", 1)
         made.add_column(f"{title}\nn {_counts(score)}", _floor(score), justify="right", no_wrap=True)
-    for verdict in report.verdicts:
-        for i, drawn in enumerate(verdict.drawn):
-            scores = {score.name: score for score in (*(verdict.bits if i == 0 else ()), *drawn.scores)}
+    for result in report.results:
+        for i, drawn in enumerate(result.drawn):
+            scores = {score.name: score for score in (*(result.bits if i == 0 else ()), *drawn.scores)}
             found = [scores.get(name) for name in names]
             made.add_row(
-                *([_name(verdict) if i == 0 else ""] if several else []),
-                f"{verdict.images_seen:,}" if i == 0 else "",
+                *([_name(result) if i == 0 else ""] if several else []),
+                f"{result.images_seen:,}" if i == 0 else "",
                 drawn.name,
                 *(_cell(score) if score else "" for score in found),
             )
@@ -174,9 +171,9 @@ def _comparison(report: Report, names: Sequence[str]) -> Table:
 
 
 def _list(report: Report) -> Table:
-    (verdict,) = report.verdicts
-    (drawn,) = verdict.drawn
-    title = f"{_name(verdict)}, {verdict.images_seen:,} images seen, {drawn.name}"
+    (result,) = report.results
+    (drawn,) = result.drawn
+    title = f"{_name(result)}, {result.images_seen:,} images seen, {drawn.name}"
     made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     made.add_column("")
     for title in ("value", "n", "real against real"):
@@ -188,14 +185,14 @@ def _list(report: Report) -> Table:
 
 
 def nearest_pictures(report: Report, out: str) -> Iterator[tuple[str, CheckpointResult, Drawn]]:
-    """The picture of the nearest pairs of each way of drawing, under the name that it has beside the file `out`.
+    """The pictures of the nearest pairs of all ways of sampling, with their names beside the file `out`.
 
     "digits.json" has "digits-nearest.png", or "digits-nearest-RUN-IMAGES_SEEN-WAY.png" where there are several.
     """
-    found = [(verdict, drawn) for verdict in report.verdicts for drawn in verdict.drawn if drawn.nearest]
+    found = [(result, drawn) for result in report.results for drawn in result.drawn if drawn.nearest]
     folder, slash, name = out.rpartition("/")
     stem = f"{folder}{slash}{PurePosixPath(name).stem}-nearest"
-    words = [f"{verdict.run}-{verdict.images_seen}-{drawn.name}" for verdict, drawn in found]
+    words = [f"{result.run}-{result.images_seen}-{drawn.name}" for result, drawn in found]
     if len(set(words)) < len(found):  # runs of one name in two places
         words = [f"{word}-{v.weights_sha256[:8]}" for word, (v, _) in zip(words, found, strict=True)]
     for word, pair in zip(words, found, strict=True):
@@ -204,10 +201,10 @@ def nearest_pictures(report: Report, out: str) -> Iterator[tuple[str, Checkpoint
 
 
 def remarks(report: Report, out: str) -> list[str]:
-    """What one must know to read the numbers.
+    """Remarks for reading the scores.
 
     Args:
-        out: the report's file, which pictures are beside.
+        out: the report's file; pictures are beside it.
     """
     lines = list(_on_variances(report))
     size = report.settings["features"]["size"]
@@ -216,47 +213,44 @@ def remarks(report: Report, out: str) -> list[str]:
         features = min(size, MAX_FID_FEATURES) if name.startswith("FID-") else size
         if name.startswith("FID") and least < ENOUGH * features:
             lines.append(
-                f"{name}: {least:,} images are few for {features:,} features, and raise it by much of what real images "
-                "have against real ones; compare with that, or go by KID, which n does not bias"
+                f"{name}: {least:,} images are few for {features:,} features, which raises it by about the value of "
+                "real images against real ones; compare with that value, or use KID, which n does not bias"
             )
     lines += _on_memorisation(report, out)
-    others = {verdict.run for verdict in report.verdicts if not verdict.saw_this_data}
+    others = {result.run for result in report.results if not result.saw_this_data}
     if others:
-        lines.append(
-            f"trained on other data than these held-out images belong to: {', '.join(sorted(others))}"
-        )
+        lines.append(f"trained on other data than the held-out images' data set: {', '.join(sorted(others))}")
     return lines + _remarks_on_bits(report)
 
 
 def _remarks_on_bits(report: Report) -> list[str]:
-    """What keeps bits/dim of these checkpoints, or of other data, from being compared."""
-    judged = [verdict for verdict in report.verdicts if verdict.bits]
+    """Reasons why bits/dim of these checkpoints, or of other data, are not comparable."""
+    judged = [result for result in report.results if result.bits]
     if not judged:
         return []
     lines = []
-    conditional = {verdict.run for verdict in judged if verdict.num_classes}
-    if conditional and not all(verdict.num_classes for verdict in judged):
+    conditional = {result.run for result in judged if result.num_classes}
+    if conditional and not all(result.num_classes for result in judged):
         # p(x) >= p(x | y) p(y), with p(y) = 1 / num_classes.
-        classes = max(verdict.num_classes for verdict in judged)
+        classes = max(result.num_classes for result in judged)
         lines.append(
-            f"bits/dim: nets that are given the label ({', '.join(sorted(conditional))}) bound log p(x | y), the "
-            f"others log p(x); with log2({classes}) = {math.log2(classes):.2f} bits an image added they bound "
-            "log p(x) too"
+            f"bits/dim: nets with labels ({', '.join(sorted(conditional))}) bound log p(x | y), the others log p(x); "
+            f"add log2({classes}) = {math.log2(classes):.2f} bits per image to bound log p(x) with labels, too"
         )
     levels = report.settings["data"]["grey_levels"]
     if levels < 256:
         lines.append(
-            f"bits/dim: the held-out images have {levels} grey levels, not 256, and a uniform code over these costs "
+            f"bits/dim: the held-out images have {levels} grey levels, not 256; a uniform code for these costs "
             f"log2({levels}) = {math.log2(levels):.2f}; do not compare with bits/dim of other data"
         )
     return lines
 
 
 def _on_variances(report: Report) -> Iterator[str]:
-    bounded = [verdict for verdict in report.verdicts if verdict.bits]
-    for variance in sorted({verdict.variance for verdict in bounded}):
-        runs = sorted({verdict.run for verdict in bounded if verdict.variance == variance})
-        whose = f" of {', '.join(runs)}" if len({verdict.variance for verdict in bounded}) > 1 else ""
+    bounded = [result for result in report.results if result.bits]
+    for variance in sorted({result.variance for result in bounded}):
+        runs = sorted({result.run for result in bounded if result.variance == variance})
+        whose = f" of {', '.join(runs)}" if len({result.variance for result in bounded}) > 1 else ""
         yield f"bits/dim{whose}: the variance is {variance}, {VARIANCES[variance]}"
 
 
@@ -264,29 +258,29 @@ def _on_memorisation(report: Report, out: str) -> Iterator[str]:
     found = [score for score, _, _ in rows(report) if isinstance(score, NearerShare)]
     if found and (n := found[0].n_real) < MIN_HELD_OUT:
         yield (
-            f"{METRIC}: {n} held-out images are too few for a 1st percentile; the smallest of their distances stands "
-            f"for it, and of other images like them {_percent(found[0].floor)} are expected below it"
+            f"{METRIC}: {n} held-out images are too few for a 1st percentile; the smallest of their distances is used "
+            f"instead, below which {_percent(found[0].floor)} of other held-out images are expected"
         )
-    for uri, verdict, drawn in nearest_pictures(report, out):
+    for uri, result, drawn in nearest_pictures(report, out):
         for s in drawn.scores:
-            if isinstance(s, NearerShare) and s.low > MANY * s.floor and verdict.saw_this_data:
+            if isinstance(s, NearerShare) and s.low > MANY * s.floor and result.saw_this_data:
                 yield (
-                    f"{verdict.run}, {verdict.images_seen:,} images seen, {drawn.name}: {_percent(s.value)} (95 % "
-                    f"interval {_percent(s.low)} to {_percent(s.high)}) of the images drawn are nearer to a training "
-                    f"image, by {s.space}, than {100 - 100 * s.floor:.0f} % of held-out images are: the net repeats "
-                    f"training images, or draws typical ones alone; look at {uri}"
+                    f"{result.run}, {result.images_seen:,} images seen, {drawn.name}: {_percent(s.value)} (95 % "
+                    f"interval {_percent(s.low)} to {_percent(s.high)}) of the generated images are nearer to a "
+                    f"training image, by {s.space}, than {100 - 100 * s.floor:.0f} % of held-out images are: the net "
+                    f"repeats training images, or makes only typical ones; look at {uri}"
                 )
 
 
-def metrics(verdict: CheckpointResult) -> dict[str, float]:
+def metrics(result: CheckpointResult) -> dict[str, float]:
     """Points of curves over images seen: eval/bits_per_dim, eval/KID-lite0, eval/KID-lite0-error, ...
 
-    What was drawn in another way than the run's own is named by that: eval/dpmpp_2m-20/KID-lite0. So is a bound of
-    another variance than the default: eval/bits_per_dim-beta_tilde.
+    Another way of sampling than the run's own is part of the name: eval/dpmpp_2m-20/KID-lite0. So is another variance
+    than the default: eval/bits_per_dim-beta_tilde.
     """
-    bits_per_dim = "bits_per_dim" if verdict.variance_is_default else f"bits_per_dim-{verdict.variance}"
+    bits_per_dim = "bits_per_dim" if result.variance_is_default else f"bits_per_dim-{result.variance}"
     values: dict[str, float] = {}
-    for score, _, drawn in rows(Report({}, (verdict,))):
+    for score, _, drawn in rows(Report({}, (result,))):
         place = "eval" if drawn is None or drawn.is_own else f"eval/{drawn.name}"
         name = f"{place}/{score.name.replace('bits/dim', bits_per_dim)}"
         values |= {name: score.value, f"{name}-error": score.error}
@@ -314,9 +308,9 @@ def _cell(score: Score) -> str:
     return _estimate(score.value, score.error)
 
 
-def _name(verdict: CheckpointResult) -> str:
-    """The run's name for a table: what a checkpoint says there is no markup of Rich's, and commands no terminal."""
-    return escape(printable(verdict.run))
+def _name(result: CheckpointResult) -> str:
+    """The run's name for a table, without Rich's markup or control characters, since it comes from a checkpoint."""
+    return escape(printable(result.run))
 
 
 def _estimate(value: float, error: float) -> str:
@@ -329,7 +323,7 @@ def _counts(score: Score) -> str:
 
 
 def _floor(score: Score) -> str:
-    """With its own n, where that is smaller."""
+    """The floor, with its own n if that is smaller."""
     if score.floor is None or score.floor_error is None:
         return ""
     fewer = f" (n {score.floor_n:,})" if score.floor_n != score.n else ""
@@ -341,7 +335,7 @@ def _without_pictures(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no name for what is not."""
+    """`value` with null for numbers that are not finite, which JSON lacks."""
     match value:
         case float():
             return value if math.isfinite(value) else None

@@ -1,8 +1,4 @@
-"""What diffusers' UNet2DModel calls the weights of our U-Net.
-
-A room of its own because it knows another project's names and no mathematics, not even torch: the net does
-not depend on it, and whoever converts weights (export, the parity test) needs nothing else.
-"""
+"""The names of our U-Net's weights in diffusers' UNet2DModel."""
 
 from __future__ import annotations
 
@@ -13,9 +9,9 @@ if TYPE_CHECKING:
 
 
 def diffusers_names(config: UNetConfig) -> dict[str, tuple[str, ...]]:
-    """Each weight of a time-conditional `UNet`, and the weights of UNet2DModel it is made of.
+    """Each weight of a time-conditional `UNet`, and the weights of UNet2DModel that it consists of.
 
-    Mostly one; where ours does several products in one (q, k, v; the shifts of all blocks), it is theirs
+    Mostly one. Where our net does several products in one (q, k, v; the shifts of all blocks), its weight is theirs
     concatenated along the first axis, in this order. Every weight of either net appears exactly once.
     """
     modules: dict[str, list[str]] = {"conv_in": ["conv_in"]}

@@ -1,19 +1,19 @@
-"""Our nets as others read them: a diffusers pipeline folder, there and back, and a torch.export program.
+"""Export and import of nets: a diffusers pipeline folder, there and back, and a torch.export program.
 
-    DIR/model_index.json  unet/  scheduler/     diffusers: DDPMPipeline.from_pretrained(DIR) draws what we draw
+    DIR/model_index.json  unet/  scheduler/     diffusers: DDPMPipeline.from_pretrained(DIR) draws the same images
     DIR/net.pt2  config.json                    torch.export.load("DIR/net.pt2").module()(x_t, t)
 
-What diffusers has no word for is said in words it has, or refused; nothing is left out silently:
+What diffusers cannot express directly is translated or refused; nothing is left out silently:
 
-- a T other than 1000, onto which we stretch t and diffusers does not: a "learned" embedding of t, whose table holds
-  our sinusoids at the stretched t;
-- a schedule it does not know: "trained_betas";
+- a T other than 1000, to which we rescale t and diffusers does not: a "learned" embedding of t, whose table holds our
+  sinusoids at the rescaled t;
+- a schedule that it does not know: "trained_betas";
 - labels, which DDPMPipeline does not take: one is chosen, and its embedding becomes part of a bias.
 
 A learned variance is "learned_range" there.
 
-Sampling is as our `ancestral` has it, with all T steps; guidance, dynamic thresholds, and the samplers of few steps
-stay here.
+Sampling is that of our `ancestral`, with all T steps; guidance, dynamic thresholds, and the samplers of few steps are
+not exported.
 
 Papers: Ho et al. 2020 (arXiv:2006.11239). Names: diffusers 0.35 to 0.42.
 
@@ -52,19 +52,19 @@ SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "sq
 TIME_TABLE = "time_proj.weight"
 """Diffusers' name for the [T, E] embedding of t, where it is a table."""
 
-# Of a scheduler: only words for samplers that are not told here.
+# Settings of a scheduler that concern only samplers that are not exported.
 _SAMPLING_ALONE = ("timestep_spacing", "steps_offset", "dynamic_thresholding_ratio", "sample_max_value")
 
 
 def to_diffusers(net: nn.Module, config: Config, out: Path, label: int | None = None) -> None:
     """Write the new folder `out`, from which `DDPMPipeline.from_pretrained(out)` draws what `ancestral` draws.
 
-    Drawn with num_inference_steps = T, and one torch.Generator an image. Needs diffusers.
+    Sample with num_inference_steps = T and one torch.Generator per image. Needs diffusers.
 
     Args:
         net: trained under `config`.
-        label: of a conditional net, the class that the pipeline draws; num_classes is the null label, which
-            draws of all classes.
+        label: for a conditional net, the class that the pipeline generates; num_classes is the null label, which
+            generates all classes.
 
     Raises:
         UserError: diffusers cannot express it, diffusers is missing, or `out` exists or cannot be written.
@@ -88,7 +88,7 @@ def to_pt2(net: nn.Module, config: Config, out: Path) -> None:
     """Write the new folder `out` with the net as a torch.export program, for any batch size, in float32.
 
     Its arguments are those of the net: x_t, t and label, as far as the net takes them (t is None for
-    uniform_mix); what its output means, config.json says.
+    uniform_mix). config.json gives the meaning of its output.
 
     Args:
         net: trained under `config`.
@@ -99,7 +99,7 @@ def to_pt2(net: nn.Module, config: Config, out: Path) -> None:
     plain = build_net(replace(config, train=replace(config.train, precision="float32")))
     plain.load_state_dict(net.state_dict())
     plain.eval().requires_grad_(False)
-    # In the order of rows: of channels-last weights torch.export.save warns that they may be parts of others (2.13).
+    # Row-major: for channels-last weights torch.export.save warns that they may be parts of others (2.13).
     plain.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     batch = torch.export.Dim("batch", min=1)
     side, count = config.model.image_size, 2  # 1 would be taken for a constant
@@ -117,14 +117,14 @@ def to_pt2(net: nn.Module, config: Config, out: Path) -> None:
 def from_diffusers(source: Path, out: Path) -> Config:
     """Write the new checkpoint `out`, at 0 images seen, with the net of the DDPM pipeline in the folder `source`.
 
-    Net and averaged net have the same weights, and what diffusers does not say (data, optimizer) is as `Config`
-    has it. Needs diffusers.
+    Net and averaged net have the same weights; data and optimizer, which diffusers does not store, are `Config`'s
+    defaults. Needs diffusers.
 
     Returns:
         The config of the checkpoint.
 
     Raises:
-        UserError: no such folder, or one of another architecture, schedule or prediction than ours can be.
+        UserError: there is no such folder, or its architecture, schedule or prediction is not one of ours.
     """
     config, theirs = _read_pipeline(source)
     net = build_net(config)
@@ -146,13 +146,13 @@ def from_diffusers(source: Path, out: Path) -> Config:
 
 
 def unet_config(config: Config) -> dict[str, Any]:
-    """What UNet2DModel must be told to compute what our net computes, in words for every one of its arguments.
+    """The arguments, all of them, with which UNet2DModel computes what our net computes.
 
     Raises:
         AssertionError: a net with labels.
     """
     model, stretched = _unet(config), config.schedule.num_timesteps != EMBEDDED_TIMESTEPS
-    assert model.num_classes == 0, "labels are folded away before"
+    assert model.num_classes == 0, "labels are folded into a bias before"
     sizes = [model.image_size >> level for level in range(len(model.width_multipliers))]
     attention = ["Attn" if size in model.attention_resolutions else "" for size in sizes]
     return {
@@ -202,7 +202,7 @@ def _unet(config: Config) -> UNetConfig:
 
 
 def scheduler_config(config: Config) -> dict[str, Any]:
-    """What DDPMScheduler must be told: our schedule, prediction, and the mean and variance of `ancestral`."""
+    """The arguments of DDPMScheduler for our schedule, prediction, and the mean and variance of `ancestral`."""
     schedule, sample = config.schedule, resolve_sample(config.sample, config.objective)
     if sample.variance not in VARIANCES:
         raise UserError(f"sample.variance is {sample.variance}; a DDPMScheduler knows {', '.join(VARIANCES)}")
@@ -229,11 +229,11 @@ def scheduler_config(config: Config) -> dict[str, Any]:
 
 
 def _diffusers() -> Any:
-    """The package, imported late: it takes seconds, and only who exports needs it."""
+    """The package diffusers, imported late: it takes seconds, and only export needs it."""
     try:
         import diffusers
     except ImportError:
-        raise UserError("diffusers is not installed; pip install 'ddpm-on-ray[export]' brings it") from None
+        raise UserError("diffusers is not installed; run pip install 'ddpm-on-ray[export]'") from None
     diffusers.utils.logging.set_verbosity_error()
     return diffusers
 
@@ -241,12 +241,12 @@ def _diffusers() -> Any:
 def _read_pipeline(folder: Path) -> tuple[Config, dict[str, Tensor]]:
     """Config and weights (under diffusers' names) of a pipeline, from JSON and safetensors alone.
 
-    What model_index.json asks for is not looked at: no class but these two is made.
+    model_index.json is not read: only these two classes are created.
     """
     diffusers = _diffusers()
     for name in ("unet/config.json", "scheduler/scheduler_config.json"):
         if not (folder / name).is_file():
-            raise UserError(f"{folder} is no folder of a diffusers DDPMPipeline: it has no {name}")
+            raise UserError(f"{folder} is not a folder of a diffusers DDPMPipeline: it has no {name}")
     try:
         config = _config_of(
             _said(diffusers.UNet2DModel, folder / "unet"),
@@ -272,13 +272,13 @@ def _read_pipeline(folder: Path) -> tuple[Config, dict[str, Tensor]]:
 
 
 def _said(kind: Any, folder: Path) -> dict[str, Any]:
-    """What the folder says of a class of diffusers', and what that takes where it says nothing; none is made."""
+    """The arguments of a diffusers class: those in the folder, else its defaults. No instance is created."""
     parameters = inspect.signature(kind.__init__).parameters.values()
     return {parameter.name: parameter.default for parameter in parameters} | kind.load_config(folder)
 
 
 def _check_size(config: Config, folder: Path) -> None:
-    """Raise UserError if the net has more weights than the files in `folder` have bytes: no memory may hold it."""
+    """Raise UserError if the net has more weights than the files in `folder` have bytes, and may fit in no memory."""
     try:
         with torch.device("meta"):
             net = build_net(config)
@@ -293,15 +293,15 @@ def _check_size(config: Config, folder: Path) -> None:
 
 
 def _config_of(unet: Mapping[str, Any], scheduler: Mapping[str, Any], where: str) -> Config:
-    """Our config for theirs. To be sure that nothing is overlooked, ours is told in their words and compared.
+    """Our config for theirs. It is exported again and compared, so that nothing is overlooked.
 
     Raises:
-        UserError: it comes out different.
+        UserError: the two differ.
     """
     widths = list(unet["block_out_channels"])
     side = unet["sample_size"]
     if not isinstance(side, int):
-        raise UserError(f"{where}/unet: sample_size is {side}; ours are square, with one number")
+        raise UserError(f"{where}/unet: sample_size is {side}; it must be one number: our images are square")
     base_width = math.gcd(*widths)
     sizes = [side >> level for level in range(len(widths))]
     model = UNetConfig(
@@ -344,7 +344,7 @@ def _ours(names: Mapping[str, str], scheduler: Mapping[str, Any], key: str, wher
         if scheduler[key] == theirs:
             return ours
     raise UserError(
-        f"{where}/scheduler: {key} is {scheduler[key]!r}; ours can be {', '.join(names.values())}"
+        f"{where}/scheduler: {key} is {scheduler[key]!r}; it must be one of {', '.join(names.values())}"
     )
 
 
@@ -353,13 +353,13 @@ def _check_same(where: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) 
         got = theirs[key]
         got = list(got) if isinstance(got, tuple) else got
         if got != right and key not in _SAMPLING_ALONE:
-            raise UserError(f"{where}: {key} is {got!r:.80}; of our architecture it would be {right!r:.80}")
+            raise UserError(f"{where}: {key} is {got!r:.80}; in our architecture it is {right!r:.80}")
 
 
 def _without_labels(
     weights: Mapping[str, Tensor], config: Config, label: int | None
 ) -> tuple[dict[str, Tensor], Config]:
-    """The net that draws `label`: its embedding is added to that of t, so it may as well be added to its bias."""
+    """The net for one `label`, whose embedding is added to a bias of the embedding of t."""
     weights, classes = dict(weights), config.model.num_classes
     if not classes:
         if label is not None:
@@ -367,8 +367,8 @@ def _without_labels(
         return weights, config
     if label is None or not 0 <= label <= classes:
         raise UserError(
-            f"label is {label}; a DDPMPipeline draws of one class, 0..{classes - 1}, or of all: {classes}, the "
-            "null label"
+            f"label is {label}; it must be the one class that the pipeline generates, 0..{classes - 1}, or {classes} "
+            "(the null label) for all"
         )
     weights["time_mlp.2.bias"] = weights["time_mlp.2.bias"] + weights.pop("label_embedding.weight")[label]
     return weights, replace(config, model=replace(config.model, num_classes=0))
@@ -389,7 +389,7 @@ def _to_their_names(
 
 def _to_our_names(theirs: Mapping[str, Tensor], config: Config, where: str) -> dict[str, Tensor]:
     if TIME_TABLE in theirs and not torch.allclose(theirs[TIME_TABLE], _time_table(config), atol=1e-5):
-        raise UserError(f"{where}/unet: its embedding of t was learned; ours is made of sinusoids")
+        raise UserError(f"{where}/unet: its embedding of t was learned; ours consists of sinusoids")
     return {
         ours: torch.cat([theirs[name] for name in names])
         for ours, names in diffusers_names(_unet(config)).items()
@@ -397,7 +397,7 @@ def _to_our_names(theirs: Mapping[str, Tensor], config: Config, where: str) -> d
 
 
 def _time_table(config: Config) -> Tensor:
-    """[T, E] float32: what our net makes of each t before its first product."""
+    """[T, E] float32: the sinusoids of our net for each t."""
     T, model = config.schedule.num_timesteps, _unet(config)
     width = model.base_width * model.width_multipliers[0]
     return sinusoids(torch.arange(T) * (EMBEDDED_TIMESTEPS / T), width)
@@ -405,7 +405,7 @@ def _time_table(config: Config) -> Tensor:
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill; it becomes `out` when that is done, and vanishes when it is not.
+    """A context with a new folder, which is named `out` at the end, or removed on an error.
 
     Raises:
         UserError: `out` exists, or cannot be written.

@@ -1,12 +1,12 @@
-"""MLflow's model registry: a checkpoint under a name, to be served, and to be drawn from by that name.
+"""MLflow's model registry: a checkpoint under a name, for serving and sampling.
 
 A registered model holds
 
-    artifacts/checkpoint/    ours, without the optimizer's state: what is drawn with
-    artifacts/diffusers/     or pt2/: what was exported, for whoever has no use for ours
-    serving.py  code/ddpm/   the code that MLflow runs to serve it (models from code), as it was then
+    artifacts/checkpoint/    our checkpoint, without the optimizer's state
+    artifacts/diffusers/     or pt2/: the exported net, for users of other software
+    serving.py  code/ddpm/   a copy of the code that MLflow runs to serve it (models from code)
 
-No pickle is in it. What we download is the checkpoint alone, and none of that code is run.
+It contains no pickle. We download only the checkpoint, and run none of that code.
 """
 
 import os
@@ -27,7 +27,7 @@ from ddpm.utils.errors import UserError
 SCHEME = "models:/"
 PACKAGE = Path(__file__).parent.parent
 NEEDED = ("torch", "numpy", "pillow", "pydantic", "safetensors")
-"""What ddpm.hub.serving and all it imports need."""
+"""Packages that ddpm.hub.serving and its imports need."""
 EXAMPLE = [{"num_images": 2, "seed": 0}]
 
 
@@ -38,14 +38,14 @@ def register(
 
     Args:
         folder: a checkpoint.
-        exported: what else it shall hold, by format.
-        alias: a name that means this version from now on, as in models:/NAME@ALIAS.
+        exported: exported nets to include, by format.
+        alias: a name that points to this version from now on, as in models:/NAME@ALIAS.
 
     Returns:
-        models:/NAME/VERSION, and where MLflow is.
+        models:/NAME/VERSION, and MLflow's URI.
 
     Raises:
-        UserError: it cannot be drawn from as its config says, or MLflow does not answer, or refuses.
+        UserError: its config has no valid sampler, or MLflow does not answer, or refuses.
     """
     build_sampler(checkpoint.read_config(folder))
     with tempfile.TemporaryDirectory(prefix="ddpm-model-") as staging:
@@ -54,7 +54,7 @@ def register(
             for kind, path in exported.items():
                 shutil.copytree(path, Path(staging, kind))
         except OSError as error:
-            raise UserError(f"cannot put the model together in {staging}: {error}") from None
+            raise UserError(f"cannot assemble the model in {staging}: {error}") from None
         artifacts = {path.name: str(path) for path in Path(staging).iterdir()}
         with _mlflow() as client:
             number = _log(client, name, folder, artifacts)
@@ -79,7 +79,7 @@ def download(uri: str, folder: Path) -> Path:
 
 
 def _log(client: Any, name: str, folder: Path, artifacts: dict[str, str]) -> int:
-    """Log the model, with the run that MLflow knows of the checkpoint in `folder`, if it does, and register it."""
+    """Log the model, linked to MLflow's run of the checkpoint in `folder` if there is one, and register it."""
     from mlflow import pyfunc
     from mlflow.models import Model
 
@@ -105,7 +105,7 @@ def _log(client: Any, name: str, folder: Path, artifacts: dict[str, str]) -> int
 
 @contextmanager
 def _mlflow() -> Iterator[Any]:
-    """A client, and MLflow's own functions led to the same place; what goes wrong there becomes a line."""
+    """A context with a client, in which MLflow's own functions use the same server; its errors become UserErrors."""
     uri = mlflow_runs.tracking_uri()
     os.environ["MLFLOW_TRACKING_URI"] = uri
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")

@@ -1,4 +1,4 @@
-"""Which checkpoint a name means: a checkpoint's folder, a run's, or a model of MLflow's registry."""
+"""From a name to a checkpoint: a checkpoint's folder, a run's folder, or a model in MLflow's registry."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from ddpm.utils.errors import UserError
 
 
 def checkpoints_of(uri: str) -> list[str]:
-    """Itself, where `uri` is a checkpoint or a registered model; of a run its checkpoints, oldest first.
+    """`uri` itself, if it is a checkpoint or a registered model; else the checkpoints of the run, oldest first.
 
     Raises:
         UserError: there is none.
@@ -28,10 +28,9 @@ def checkpoints_of(uri: str) -> list[str]:
 
 @contextmanager
 def local_checkpoint(uri: str) -> Iterator[Path]:
-    """The checkpoint at `uri`, a checkpoint's or a run's folder or URI, or a registered model, as a local folder.
+    """A context with the checkpoint at `uri` as a local folder: a checkpoint, a run's newest, or a registered model.
 
-    Of a run it is the newest. What lies in a bucket, or in MLflow's registry (models:/NAME@ALIAS), is downloaded for
-    as long as the context lasts.
+    A checkpoint in a bucket or in MLflow's registry (models:/NAME@ALIAS) is downloaded for the duration of the context.
 
     Raises:
         UserError: there is none.
@@ -49,7 +48,8 @@ def local_checkpoint(uri: str) -> Iterator[Path]:
 
 
 def keep_x_0_error(uri: str, weights_sha256: str, x_0_error: Tensor) -> None:
-    """Keep what was measured with the averaged weights of the checkpoint at `uri` in its folder, if that can be."""
+    """Store errors measured with the averaged weights of the checkpoint at `uri` in its folder, if it can be
+    written."""
     if uri.startswith(registry.SCHEME):
         return
     place, errors = locations.resolve(uri), x_0_error.tolist()

@@ -1,13 +1,13 @@
-"""The code of a model in MLflow's registry: images for whoever asks, over HTTP.
+"""The code of a model in MLflow's registry: images over HTTP.
 
-MLflow keeps a copy of this file in the model and runs it to load the model (`mlflow models serve`), which is why it
-is a room of its own, why it does something at import, and why nothing need be pickled. No other module imports it.
+MLflow keeps a copy of this file in the model and runs it to load the model (`mlflow models serve`), so nothing need be
+pickled. It acts at import for that reason, and no other module imports it.
 
     POST /invocations {"inputs": [{"num_images": 2, "seed": 7}]}
     {"predictions": [{"index": 0, "png": "iVBORw0K..."}, {"index": 1, "png": ...}]}
 
-png is base64. Image i is the one that jobs/sample.py draws with that seed and the checkpoint's own settings. A call may
-ask for 4,096 images, over all its requests.
+png is base64. Image i is that of jobs/sample.py with that seed and the checkpoint's own settings. A call may ask for up
+to 4,096 images in all its requests.
 """
 
 import base64
@@ -33,7 +33,7 @@ from ddpm.utils import images
 
 BATCH_SIZE = 64
 MAX_IMAGES = 4096
-"""Images of all requests in one call, at most."""
+"""Largest number of images of all requests in one call."""
 
 
 class Request(BaseModel):
@@ -44,7 +44,7 @@ class Request(BaseModel):
     num_images: int = Field(ge=1, le=MAX_IMAGES)
     seed: int = Field(ge=0)
     label: int | None = None
-    """The class of all of them; None: image i is of class i mod num_classes."""
+    """The class of all images; None: image i has class i mod num_classes."""
 
 
 class Picture(BaseModel):
@@ -55,7 +55,7 @@ class Picture(BaseModel):
 
 
 class Generator(PythonModel):
-    """The averaged net of a checkpoint, ready to draw."""
+    """The averaged net of a checkpoint, ready for sampling."""
 
     def load_context(self, context: Any) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -65,7 +65,7 @@ class Generator(PythonModel):
     def predict(self, model_input: list[Request]) -> list[Picture]:  # type: ignore[override]  # as MLflow's pages say
         total = sum(request.num_images for request in model_input)
         if total > MAX_IMAGES:
-            raise ValueError(f"the requests ask for {total} images together; they may ask for {MAX_IMAGES}")
+            raise ValueError(f"the requests ask for {total} images together; the limit is {MAX_IMAGES}")
         for request in model_input:
             self._check_label(request.label)
         return [picture for request in model_input for picture in self._draw(request)]

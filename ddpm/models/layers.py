@@ -1,7 +1,6 @@
 """The layers of the U-Net, small enough to read one by one.
 
-They are those of Ho et al. 2020 (arXiv:2006.11239), Appendix B, in a room of their own so that unet.py shows
-how the net is put together and nothing else.
+They are those of Ho et al. 2020 (arXiv:2006.11239), Appendix B.
 
 Every image tensor is channels-last in memory: attention then reads an image as a sequence of pixels, and
 writes it back, without a copy. Two of torch's kernels for CPUs are slow on that (torch 2.13), and are done here
@@ -31,7 +30,7 @@ MAX_BLOCKS = 64
 MAX_SIZE = 1 << 20
 """Largest side, width, and number of classes. No memory holds a net of more, and torch cannot count its weights."""
 FEW_PIXELS = 1024
-"""A CPU attends to so many with all N x N weights in memory."""
+"""Largest N for which attention on a CPU holds all N x N weights in memory."""
 
 
 class Block(nn.Module):
@@ -81,8 +80,8 @@ class SelfAttention(nn.Module):
 class GroupNorm(nn.GroupNorm):
     """Group normalisation: [B, C, H, W] -> the same.
 
-    On a CPU in float32, as an autocast makes it elsewhere: torch's where the net is compiled, which fuses what it can
-    see through, and else ours.
+    On a CPU in float32, as under autocast elsewhere: torch's own if the net is compiled, which can fuse it, else
+    `_Normalise`.
 
     Source: Wu and He 2018, arXiv:1803.08494.
     """

@@ -1,1 +1,1 @@
-"""sampling."""
+"""From net and seeds to images, on one process or many, and the files they are written to."""

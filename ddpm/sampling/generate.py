@@ -1,7 +1,7 @@
-"""From a net and its config to images: seeds, labels, guidance and sampler put together.
+"""From a net and its config to images: seeds, labels, guidance and sampler together.
 
-Its own room because training (its grids), jobs/sample.py and the registry's server draw in the same way: image i is
-a function of the seed and i alone.
+Training (its grids), jobs/sample.py and the registry's server sample alike: image i is a function of the seed and i
+alone.
 
 Axes: N images, C channels, H W.
 """
@@ -35,9 +35,9 @@ TRAJECTORY_COLUMNS = 10
 def read_known(
     image: Path, mask: Path, config: Config, num_resamples: int = 10, jump_length: int = 10
 ) -> Known:
-    """What inpainting is given, from two image files: white in `mask` keeps the pixel of `image`, black draws it.
+    """The input of inpainting, from two image files: white in `mask` keeps the pixel of `image`, black samples it.
 
-    Both are resized, and cropped to the centre square, as training data is.
+    Both are resized and cropped to the centre square, as training data is.
 
     Raises:
         UserError: a file cannot be read.
@@ -51,7 +51,7 @@ def read_known(
 
 
 def labels(config: Config, indices: Sequence[int], label: int | None = None) -> NDArray[np.int64]:
-    """The classes that a conditional net draws: `label`, or if that is None i mod num_classes; int64 [N]."""
+    """The classes for a conditional net: `label`, or i mod num_classes if that is None; int64 [N]."""
     return np.array([i % config.model.num_classes if label is None else label for i in indices], np.int64)
 
 
@@ -74,11 +74,11 @@ def draw(
     Args:
         net: trained under `config`.
         indices: image i depends on the seed, i, and its label alone.
-        sample: how to draw; default: config.sample.
+        sample: the sampler's settings; default: config.sample.
         label: [N] int64; default for a conditional net: i mod num_classes.
-        known: what is given of all of them.
+        known: a given part of every image, for inpainting.
         x_0_error: for the variance "measured", [T] float64.
-        on_step: sees every step of the sampler.
+        on_step: called at every step of the sampler.
 
     Returns:
         uint8 [N, H, W, C] on `device`.
@@ -93,7 +93,7 @@ def draw(
 
 @torch.no_grad()
 def noising_strip(config: Config, x_0: Tensor) -> Pixels:
-    """The forward process on real images x_0 [N, C, H, W], from clean to noise: one row an image."""
+    """The forward process on real images x_0 [N, C, H, W], from clean to noise: one row per image."""
     objective, noise = build_objective(config), _strip_noise(config, x_0)
     levels = [i / (NOISING_COLUMNS - 1) for i in range(1, NOISING_COLUMNS)]
     frames = [x_0, *(objective.corrupt(x_0, level, noise)[0] for level in levels)]
@@ -104,7 +104,7 @@ def noising_strip(config: Config, x_0: Tensor) -> Pixels:
 def denoising_strip(
     net: Model, config: Config, objective: Objective, x_0: Tensor, label: Tensor | None = None
 ) -> Pixels:
-    """What the net makes of real images x_0 [N, C, H, W] in more and more noise: pairs of x_t and x_0_hat."""
+    """Denoising of real images x_0 [N, C, H, W] at rising noise levels: pairs of x_t and x_0_hat."""
     frames, captions, noise = [x_0], ["x_0"], _strip_noise(config, x_0)
     for level in DENOISING_LEVELS:
         x_t, t = objective.corrupt(x_0, level, noise)
@@ -125,7 +125,7 @@ def trajectory(
     known: Known | None = None,
     x_0_error: Tensor | None = None,
 ) -> tuple[Pixels, bytes]:
-    """The reverse process, from noise to images: a strip (one row an image), and a GIF of a grid."""
+    """The reverse process, from noise to images: a strip (one row per image), and a GIF of a grid."""
     frames: list[Tensor] = []
     last = draw(
         net,
@@ -149,7 +149,7 @@ def trajectory(
 
 
 def _denoise(net: Model, sample: SampleConfig, objective: Objective, label: Tensor | None) -> Denoise:
-    """The net as a sampler sees it: with `label`, and guidance where `sample` wants it."""
+    """The net as a function for samplers: with `label`, and guidance if `sample` has it."""
 
     def conditional(x_t: Tensor, t: Tensor) -> Denoised:
         return objective.denoise(net, x_t, t, label)
@@ -165,7 +165,7 @@ def _denoise(net: Model, sample: SampleConfig, objective: Objective, label: Tens
 
 
 def _noise(config: Config, seed: int, indices: Sequence[int], device: torch.device) -> PerImageNoise:
-    """Noise for the images with these indices, drawn on the CPU whatever the device."""
+    """Noise for the images with these indices, drawn on the CPU for any device."""
     side = config.model.image_size
     generators = [PhiloxGenerator(seed, Purpose.SAMPLE, i) for i in indices]
     uniform = PROCESSES[config.objective.process].has_uniform_noise

@@ -1,10 +1,8 @@
-"""Many images from a net: a pool draws them, a writer keeps them, and what is there already is not drawn again.
+"""Many images from a net: a worker pool samples them, a writer stores them, and existing images are not sampled again.
 
-Its own room because generation.py draws one batch and knows nothing of who else draws or of what becomes of it.
-
-Images are drawn in pieces, [k batch_size, (k + 1) batch_size) cut off at the last image, which do not depend on who
-draws, on how many draw, or on what was drawn before. Image i is a function of the seed and i to a grey level in any
-company (tests/training/test_generation.py); in the same piece, on one kind of CPU, it is so to the last bit.
+Images are sampled in pieces, [k batch_size, (k + 1) batch_size) cut off at the last image. Pieces do not depend on the
+workers, their number, or the images that exist. Image i is a function of the seed and i to a grey level in any batch
+(tests/training/test_generation.py); in the same piece, on one kind of CPU, to the last bit.
 """
 
 import hashlib
@@ -32,7 +30,7 @@ from ddpm.utils.images import Pixels, png_bytes
 from ddpm.utils.seeding import GENERATOR
 
 BATCH_SIZE_CPU, BATCH_SIZE_GPU = 32, 256
-"""Images of a piece, unless somebody says otherwise: a core is busy with few, and many cores want many pieces."""
+"""Default images per piece: few images keep a core busy, and many cores need many pieces."""
 TRAJECTORY_IMAGES = 8
 
 _DECIDES = (
@@ -49,20 +47,20 @@ _DECIDES_NOT = ("model.dropout", "model.zero_init", "sample.num_images")
 
 @dataclass(frozen=True)
 class SampleJob:
-    """What is to be drawn: with the seed, which is in the config, all that decides image i.
+    """The images to sample: everything that determines image i, with the seed in the config.
 
     Raises:
-        UserError: a label out of range, or settings that do not fit.
+        UserError: the label is out of range, or settings do not fit.
     """
 
     weights: dict[str, Tensor]
-    """Of the net, on the CPU."""
+    """The net's weights, on the CPU."""
     config: Config
-    """What the net was trained under; its `sample` says how to draw."""
+    """The config of training, with the settings of sampling in its `sample`."""
     label: int | None = None
-    """The class of all images; None: image i is of class i mod num_classes."""
+    """The class of all images; None: image i has class i mod num_classes."""
     known: Known | None = None
-    """What is given of every image."""
+    """A given part of every image, for inpainting."""
     x_0_error: Tensor | None = None
     """For the variance "measured": [T] float64."""
 
@@ -75,14 +73,14 @@ class SampleJob:
         build_objective(self.config)
 
     def labels(self, indices: range) -> Labels | None:
-        """The labels of images, int64 [N]; None: the net knows none."""
+        """The labels of images, int64 [N]; None: the net is unconditional."""
         if not self.config.model.num_classes:
             return None
         return generate.labels(self.config, indices, self.label)
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
-        """Of the data that the net was trained on, if that can still be read; else "0", "1", ..."""
+        """Class names of the training data, if they can be read; else "0", "1", ..."""
         classes, uri = self.config.model.num_classes, self.config.data.shards
         if classes and uri:
             with suppress(UserError, OSError):
@@ -93,7 +91,7 @@ class SampleJob:
         return tuple(map(str, range(classes)))
 
     def asked(self) -> dict[str, Any]:
-        """All that decides image i, as flat JSON."""
+        """Everything that determines image i, as flat JSON."""
         config = self.config
         sample = config.sample if self.known is None else replace(config.sample, sampler="ancestral")
         config = replace(config, sample=resolve_sample(sample, config.objective))
@@ -116,7 +114,7 @@ class SampleJob:
 
 
 class SampleWorker:
-    """What a worker holds: the net of a job."""
+    """The state of a worker: the net of a job."""
 
     def __init__(self, job: SampleJob, device: torch.device) -> None:
         self._request, self._device = job, device
@@ -129,19 +127,19 @@ class SampleWorker:
         """The images with these indices, uint8 [N, H, W, C].
 
         Raises:
-            UserError: the GPU has no room for so many.
+            UserError: they do not fit into the GPU's memory.
         """
         config, how = self._request.config, self._how(indices)
         try:
             drawn = generate.draw(self._net, config, self._objective, indices, device=self._device, **how)
         except torch.OutOfMemoryError:
             raise UserError(
-                f"the GPU has no room for {len(indices)} images at a time; use a smaller --batch-size"
+                f"the GPU has no memory for {len(indices)} images at a time; use a smaller --batch-size"
             ) from None
         return drawn.cpu().numpy()
 
     def trajectory(self, indices: range) -> tuple[Pixels, bytes]:
-        """How these images come to be: a strip uint8 [H', W', 3], and a GIF."""
+        """The trajectories of these images: a strip uint8 [H', W', 3], and a GIF."""
         config, how = self._request.config, self._how(indices)
         return generate.trajectory(self._net, config, self._objective, indices, device=self._device, **how)
 
@@ -162,25 +160,25 @@ def draw(
     with_trajectory: bool = False,
     show: Callable[[int, str], None] = lambda done, detail: None,
 ) -> None:
-    """Draw images 0..num_images-1 into the writer at `out`, all that it lacks.
+    """Sample the missing ones of images 0..num_images-1 at `out`.
 
     Args:
         form: PNGs, or shards that a run can be trained on.
         num_workers: as in `WorkerPool`.
-        batch_size: images drawn at a time by a worker; None: 32 on a core, 256 on a GPU.
-        with_trajectory: also how the first 8 came to be, trajectory.png and trajectory.gif.
-        show: is told how many images are there, and how fast they come.
+        batch_size: images per batch of a worker; None: 32 on a core, 256 on a GPU.
+        with_trajectory: also write trajectory.png and trajectory.gif of the first 8 images.
+        show: called with the number of existing images, and the speed.
 
     Raises:
-        UserError: a count out of range or beyond the disk's room, images of another request, or a place that cannot
-            be written.
+        UserError: a count is out of range or beyond the disk's space, `out` holds images of another job, or cannot be
+            written.
         WorkersDied: as `WorkerPool.map`.
     """
     for name, count in (("num_images", num_images), ("batch_size", batch_size)):
         if count is not None and count < 1:
             raise UserError(f"{name} is {count}; it must be at least 1")
     model = job.config.model
-    with suppress(OSError):  # who writes there says it better
+    with suppress(OSError):  # writing there gives a better message
         writers.check_room(out, num_images, form, (model.image_size, model.image_size, model.channels))
     with WorkerPool(partial(SampleWorker, job), num_workers) as pool:
         size = batch_size or (BATCH_SIZE_GPU if pool.has_gpus else BATCH_SIZE_CPU)
@@ -190,8 +188,8 @@ def draw(
             done, began = writer.num_kept, time.monotonic()
             show(done, "")
             before = done
-            for piece, pixels in pool.map(SampleWorker.draw, filter(writer.lacks, pieces)):
-                writer.put(piece, pixels, job.labels(piece))
+            for piece, pixels in pool.map(SampleWorker.draw, filter(writer.missing, pieces)):
+                writer.write(piece, pixels, job.labels(piece))
                 done += len(piece)
                 show(done, f"{(done - before) / (time.monotonic() - began):.1f} images/s")
             writer.close()
@@ -202,7 +200,7 @@ def draw(
                     out.child("trajectory.gif").write(gif)
         except OSError as error:
             raise UserError(
-                f"cannot write images to {out.uri}: {error}; the same command goes on from there"
+                f"cannot write images to {out.uri}: {error}; the same command continues there"
             ) from None
 
 
@@ -219,7 +217,7 @@ def _open(job: SampleJob, out: Location, num_images: int, form: Form, batch_size
 
 
 def _sha256(tensors: dict[str, Tensor]) -> str:
-    """Of names, shapes and values."""
+    """SHA-256 of names, shapes and values."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())

@@ -1,12 +1,11 @@
-"""Albums: folders or buckets that drawn images are put into, and that know which ones they lack.
+"""Writers of generated images to a folder or bucket, which know the missing images.
 
-    request.json    all that decides the images, written first; another request is refused
-    images/000000.png ...                   a writer of PNGs, or
-    train/00000.parquet ...  manifest.json  one of shards: a data set to train on, which is there when it is complete
+    request.json    everything that determines the images, written first; another request is refused
+    images/000000.png ...                   PngWriter
+    train/00000.parquet ...  manifest.json  ShardWriter: a data set to train on, which exists once it is complete
     grid.png        the first 64
 
-Its own room because drawing.py is about who draws what, and this about what stays when everything was killed: a file
-appears whole or not at all, so what is there need not be drawn again.
+A file is complete or absent, so after a crash existing images need not be sampled again.
 
 Axes: N images, H W, C channels.
 """
@@ -42,35 +41,35 @@ GRID_IMAGES = 64
 IMAGES = "images"
 SPLIT = "train"
 IMAGES_PER_SHARD = 512
-"""About: a shard holds whole pieces. One that is not complete is lost with its process."""
+"""Approximate, since a shard holds whole pieces. An incomplete shard is lost with its process."""
 TAKEN = (IMAGES, SPLIT, GRID, MANIFEST, prepare.NOTES)
-"""Names that, without a request, are somebody else's."""
+"""Names that, without a request.json, belong to something else."""
 NAME = re.compile(r"[0-9]{6}\.png|[1-9][0-9]{6,}\.png")
 COMPRESSION = 4
-"""Images are taken to need a quarter of the bytes of their pixels, and a PNG at least a block of its disk."""
+"""Assumed compression: images need a quarter of the bytes of their pixels, and a PNG at least one block of its disk."""
 GB = 10**9
 SHOWN = 4
 """Settings that an error lists."""
 
 
 class ImageWriter(Protocol):
-    """Where images are kept."""
+    """A destination of images."""
 
     num_kept: int
-    """Images of the pieces that were there in whole at the start."""
+    """Images of the pieces that were complete at the start."""
 
-    def lacks(self, piece: range) -> bool:
-        """Whether an image of the piece was not there at the start."""
+    def missing(self, piece: range) -> bool:
+        """Whether an image of the piece was missing at the start."""
 
-    def put(self, piece: range, pixels: Pixels, labels: Labels | None) -> None:
-        """Keep the images with these indices, uint8 [N, H, W, C], and their labels int64 [N]."""
+    def write(self, piece: range, pixels: Pixels, labels: Labels | None) -> None:
+        """Store the images with these indices, uint8 [N, H, W, C], and their labels int64 [N]."""
 
     def close(self) -> None:
-        """All images are there: write the grid, and what makes the writer complete."""
+        """Write the grid, and the manifest of shards, after the last image."""
 
 
 def check_room(location: Location, num_images: int, form: Form, shape: tuple[int, int, int]) -> None:
-    """Raise UserError if a folder's disk has surely no room for so many images; a bucket has room for any.
+    """Raise UserError if a folder's disk certainly has too little space for so many images.
 
     Args:
         shape: (H, W, C).
@@ -91,13 +90,13 @@ def check_room(location: Location, num_images: int, form: Form, shape: tuple[int
 
 
 def begin(location: Location, asked: Mapping[str, Any]) -> None:
-    """Note at `location` what is drawn there, or find that it is the same as before.
+    """Write the request at `location`, or check that it is the same as before.
 
     Args:
-        asked: what decides the images, as flat JSON.
+        asked: everything that determines the images, as flat JSON.
 
     Raises:
-        UserError: another request was made there; it names what differs.
+        UserError: another request was made there; the message names the differences.
         OSError: storage does not answer.
     """
     note, text = location.child(REQUEST), json.dumps(asked, indent=2) + "\n"
@@ -105,7 +104,7 @@ def begin(location: Location, asked: Mapping[str, Any]) -> None:
     if not note.exists():
         if taken := [name for name in TAKEN if location.child(name).exists()]:
             raise UserError(
-                f"{location.uri} has {taken[0]} but no {REQUEST}, so what was drawn there is not known; use another "
+                f"{location.uri} has {taken[0]} but no {REQUEST}, so it is unknown which images it holds; use another "
                 "--out"
             )
         note.write(text.encode())
@@ -123,10 +122,10 @@ def begin(location: Location, asked: Mapping[str, Any]) -> None:
 
 
 class PngWriter:
-    """A PNG an image; a larger request adds to it.
+    """One PNG per image; a larger num_images adds to them.
 
     Args:
-        batch_size: images of a piece.
+        batch_size: images per piece.
     """
 
     def __init__(self, location: Location, num_images: int, batch_size: int) -> None:
@@ -138,10 +137,10 @@ class PngWriter:
         self._whole = {k for k, count in counts.items() if count == len(_piece(k, batch_size, num_images))}
         self.num_kept = sum(counts[k] for k in self._whole)
 
-    def lacks(self, piece: range) -> bool:
+    def missing(self, piece: range) -> bool:
         return piece.start // self._size not in self._whole
 
-    def put(self, piece: range, pixels: Pixels, labels: Labels | None) -> None:
+    def write(self, piece: range, pixels: Pixels, labels: Labels | None) -> None:
         for i, image in zip(piece, pixels, strict=True):
             self._images.child(_name(i)).write(images.png_bytes(image))
 
@@ -152,14 +151,14 @@ class PngWriter:
 
 
 class ShardWriter:
-    """Shards and, last of all, their manifest: a data set with the one split "train".
+    """Shards and, last, their manifest: a data set with the one split "train".
 
     Args:
-        location: where the request is noted already.
-        num_images: N; a data set is not added to, so it belongs to the request.
-        batch_size: images of a piece.
+        location: where the request is written already.
+        num_images: N; part of the request, since a data set cannot grow.
+        batch_size: images per piece.
         shape: (H, W, C).
-        class_names: of the labels; empty: there are none.
+        class_names: names of the labels; empty: there are no labels.
         asked: the request.
     """
 
@@ -183,11 +182,11 @@ class ShardWriter:
         kept = (len(_piece(k, size, num_images)) for k in self._shards)
         self.num_kept = num_images if self._is_complete else sum(kept)
 
-    def lacks(self, piece: range) -> bool:
+    def missing(self, piece: range) -> bool:
         return not self._is_complete and piece.start // self._size not in self._shards
 
     def _kept_shards(self) -> dict[int, Shard]:
-        """Shards that an earlier process finished; it lists what is there, as most may not be."""
+        """Shards that an earlier process finished, found by listing the folder."""
         names = (name.removesuffix(".parquet") for name in self._location.child(SPLIT).files())
         numbers = {int(name) for name in names if name.isdecimal()}
         found = {
@@ -197,7 +196,7 @@ class ShardWriter:
         }
         return {k: shard for k, shard in found.items() if shard}
 
-    def put(self, piece: range, pixels: Pixels, labels: Labels | None) -> None:
+    def write(self, piece: range, pixels: Pixels, labels: Labels | None) -> None:
         k = piece.start // self._size
         parts = self._begun.setdefault(k, {})
         parts[piece] = pixels, labels

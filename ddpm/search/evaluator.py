@@ -1,10 +1,8 @@
-"""A trial's checkpoint, judged beside its training: the bound of held-out images, and the losses a naive search reads.
+"""Evaluation of a trial's checkpoint during training: the bound of held-out images, and the losses of a naive search.
 
-All trials of a search are judged by the same images, the same noise and the same quantiles of t (common random
-numbers): between two trials only the nets and the schedules differ. The numbers are those of jobs/evaluate.py.
-
-Its own room because evaluate.py judges what is finished, all at once, and this one checkpoint in the trial's driver,
-which has no time to import feature nets.
+All trials of a search are evaluated with the same images, the same noise and the same quantiles of t (common random
+numbers): between two trials only the nets and the schedules differ. The numbers are those of jobs/evaluate.py. Feature
+nets are not imported, which would take the trial's driver seconds.
 """
 
 import json
@@ -34,7 +32,7 @@ from ddpm.utils.seeding import Purpose
 
 @dataclass(frozen=True)
 class Judged:
-    """What was found of one checkpoint."""
+    """Results of one checkpoint."""
 
     images_seen: int
     bits: tuple[float, ...]
@@ -73,16 +71,14 @@ class Judged:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """How checkpoints are judged.
+    """Evaluates checkpoints.
 
     Args:
-        train: the split trained on.
-        held_out: the split to judge by.
-        num_images: at most, of each of them.
-        num_draws: timesteps of an image at which KL_t is measured; 0: all.
-        seed: of the noise and the quantiles of t.
-        variance: of p in the bound; auto: learned where the net learned it, else measured, so that a net is not judged
-            by how many steps its schedule has.
+        train: the training split. held_out: the held-out split. num_images: largest number of images of each split.
+        num_draws: timesteps per image at which KL_t is measured; 0: all. seed: seed of the noise and the quantiles of
+        t. variance: variance of p in the bound; auto: learned if the net learned it, else measured, so that the
+        result does
+            not depend on the number of steps of the schedule.
     """
 
     train: DataSet
@@ -97,7 +93,7 @@ class Evaluator:
             raise UserError(f"--num-images is {self.num_images}; it must be at least {LEAST_IMAGES}")
 
     def judge(self, uri: str) -> Judged:
-        """The averaged weights of the checkpoint at `uri`.
+        """Evaluate the averaged weights of the checkpoint at `uri`.
 
         Raises:
             UserError: a number is not finite, or data cannot be read.
@@ -106,29 +102,29 @@ class Evaluator:
         with resolve.local_checkpoint(uri) as folder:
             net, config = checkpoint.load_net(folder, device)
             position = checkpoint.read_state(folder)
-        posed = net, config, build_objective(config)
+        candidate = net, config, build_objective(config)
         variance = measure.bound_variance(config, self.variance)
         pilot = images_of(self.train, 0, min(measure.MEASURED_IMAGES, self.train.rows.num_rows))
-        measured = measure.measure(*posed, pilot, variance, device=device)
+        measured = measure.measure(*candidate, pilot, variance, device=device)
         how: dict[str, Any] = {"device": device, "variance": variance, "measured": measured}
         how |= {"num_draws": self.num_draws, "seed": self.seed}
         bits = BitsPerDim.merge(
             *(
-                measure.bits_per_dim(*posed, batch, start=start, **how)
+                measure.bits_per_dim(*candidate, batch, start=start, **how)
                 for start, batch in self._batches(self.held_out)
             )
         )
-        losses = [self._loss(*posed, data_set, device) for data_set in (self.held_out, self.train)]
+        losses = [self._loss(*candidate, data_set, device) for data_set in (self.held_out, self.train)]
         found = Judged(position["images_seen"], tuple(map(float, bits.total)), *losses)
         if not np.isfinite([*found.bits, *losses]).all():
-            raise UserError(f"the bound of {uri} is not finite: its net is of no use; lower optim.lr")
+            raise UserError(f"the bound of {uri} is not finite: its net is unusable; lower optim.lr")
         return found
 
     @torch.no_grad()
     def _loss(
         self, net: Model, config: Config, objective: Objective, data_set: DataSet, device: torch.device
     ) -> float:
-        """The loss trained on, of the averaged weights: the same images, noise and uniforms for all trials."""
+        """The training loss of the averaged weights, with the same images, noise and uniforms for all trials."""
         total, n = 0.0, 0
         for start, batch in self._batches(data_set):
             x_0 = images.to_model(torch.from_numpy(batch.image).to(device))
@@ -139,7 +135,7 @@ class Evaluator:
         return total / n
 
     def _batches(self, data_set: DataSet) -> Iterator[tuple[int, Images]]:
-        """The first images of a split, and the index of each batch's first."""
+        """The first images of a split in batches, each with the index of its first image."""
         n = min(self.num_images, data_set.rows.num_rows)
         for start in range(0, n, measure.PIECE_IMAGES):
             yield start, images_of(data_set, start, min(start + measure.PIECE_IMAGES, n))

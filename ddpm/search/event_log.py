@@ -1,8 +1,8 @@
-"""What a search knows of its trials: a events of what happened, in the order in which it happened.
+"""The event log of a search: what happened to its trials, in order.
 
-A search that was killed reads its events again. Whoever proposes trials and whoever stops them (manager.py) are told
-the same things in the same order, and so are where they were. Tune's own way, Tuner.restore, reads pickles, and forgets
-what ASHA knew (Ray 2.60).
+A search that was killed reads its log again. The proposer and the stopper of trials (trial_manager.py) receive the
+same events in the same order, and are in the same state. Tuner.restore, Tune's own way, reads pickles, and loses the
+state of ASHA (Ray 2.60).
 
     search.json    {"format": "ddpm-search/1", "search_key": ..., "settings": {...}, "events": [...]}
 
@@ -11,13 +11,13 @@ what ASHA knew (Ray 2.60).
     {"event": "ended", "trial": 3, "status": "stopped", "reason": "", "wall_s": 70.1, "training_s": 64.2}
     {"event": "drawn", "trial": 3, "name": "KID-classifier", "value": 0.01, "error": 0.002, ...}
 
-wall_s are the seconds for which the trial had a seat, one of --max-concurrent: from when it was given it, through all
-that starts then, to when its training was over and the seat free for the next trial (or, of one that is stopped or
-fails, to when that was said; until its workers have left, the time is the next trial's). training_s are those of them
-from the end of its first step to the end of its last one, with its pictures and held-out losses. Both since the trial
-last began, if the search was interrupted.
+wall_s are the seconds in which the trial held a slot, one of --max-concurrent: from its assignment, through the start
+of everything, to the end of training, when the slot is free for the next trial (for a trial that is stopped or fails,
+to the event; until its workers have left, the time is the next trial's). training_s is the part of them from the end
+of its first step to the end of its last step, with pictures and held-out losses. After an interruption both count
+from the trial's last start.
 
-The one process that writes it is the search's driver, whole every time: it is small.
+Only the search's driver writes the log. The file is small and written whole every time.
 """
 
 import dataclasses
@@ -33,25 +33,25 @@ from ddpm.utils.errors import UserError
 from ddpm.utils.retry import retry_io
 
 FORMAT = "ddpm-search/1"
-LEDGER = "search.json"
+FILE = "search.json"
 Metric = Literal["bits_per_dim", "held_out/loss", "train/loss"]
 Status = Literal["running", "finished", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
 class Rung:
-    """What was found of a trial's averaged weights after so many images."""
+    """Results of a trial's averaged weights at `images_seen`."""
 
     images_seen: int
     bits_per_dim: float
-    """The whole bound, of held-out images."""
+    """The whole bound of held-out images."""
     bits_per_dim_error: float
     """Its standard error, over the images."""
     held_out_loss: float
     train_loss: float
-    """The loss trained on, of training images."""
+    """The training loss of training images."""
     training_s: float = 0.0
-    """Seconds in which the loop ran so far, since the trial last began."""
+    """Seconds in which the loop has run since the trial's last start."""
 
     def value(self, metric: Metric) -> float:
         return float(getattr(self, metric.replace("/", "_")))
@@ -59,22 +59,22 @@ class Rung:
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial, as far as it got."""
+    """One trial, with its results so far."""
 
     number: int
     changes: Mapping[str, Any]
-    """Dotted keys of a config, and what the search made of them."""
+    """Dotted keys of a config, and the values that the search chose."""
     rungs: tuple[Rung, ...] = ()
     status: Status = "running"
     reason: str = ""
-    """Why it failed."""
+    """Reason of a failure."""
     wall_s: float = 0.0
     drawn: Mapping[str, Any] = field(default_factory=dict)
-    """Of a finalist: a scores.Score of its drawn images."""
+    """For a finalist, the scores.Score of its generated images."""
 
     @property
     def name(self) -> str:
-        """Its run, in the folder of the search."""
+        """Name of its run, in the folder of the search."""
         return name_of(self.number)
 
     @property
@@ -87,19 +87,19 @@ def name_of(number: int) -> str:
 
 
 class EventLog:
-    """The events of the search in a folder or bucket; a new one, if there is none.
+    """The event log of the search in a folder or bucket; a new one is created if there is none.
 
     Args:
         place: the folder of the search.
-        settings: all that decides what its trials are, as JSON has it.
+        settings: everything that determines its trials, as JSON.
         timeout_s: how long storage may fail.
 
     Raises:
-        UserError: the search there is another one, or damaged, or storage refuses.
+        UserError: the search there has other settings or is damaged, or storage refuses.
     """
 
     def __init__(self, place: Location, settings: Mapping[str, Any], timeout_s: float) -> None:
-        self._file, self._timeout_s = place.child(LEDGER), timeout_s
+        self._file, self._timeout_s = place.child(FILE), timeout_s
         self._settings = json.loads(json.dumps(settings))
         self.key, self.events = uuid.uuid4().hex, list[dict[str, Any]]()
         try:
@@ -113,27 +113,27 @@ class EventLog:
 
     @classmethod
     def existing(cls, place: Location, timeout_s: float = 0.0) -> "EventLog":
-        """The events that is in a folder, whatever its settings.
+        """The event log in a folder, with its own settings.
 
         Raises:
             UserError: there is none, or it is damaged.
         """
-        file = place.child(LEDGER)
+        file = place.child(FILE)
         try:
             settings = json.loads(file.read())["settings"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{file.uri} is no search's events: {error!r:.200}") from None
+            raise UserError(f"{file.uri} is not a search's event log: {error!r:.200}") from None
         return cls(place, settings, timeout_s)
 
     def add(self, event: str, trial: int, **what: Any) -> dict[str, Any]:
-        """Note what happened; it is safe when this returns."""
+        """Append an event; it is stored when this returns."""
         made = {"event": event, "trial": trial, **what}
         self.events.append(made)
         self._write()
         return made
 
     def trials(self) -> list[Trial]:
-        """All that began, in that order."""
+        """All trials that began, in that order."""
         found: dict[int, Trial] = {}
         for event in self.events:
             what = {key: value for key, value in event.items() if key not in ("event", "trial")}
@@ -186,17 +186,17 @@ class EventLog:
             if old != new:
                 raise UserError(
                     f"the search in {self._file.uri} was begun with {name} {old!r:.200}, not {new!r:.200}; "
-                    "give the same, or another --name"
+                    "give the same value, or another --name"
                 )
         return key, events
 
 
 def rungs(total_images: int, batch_size: int, reduction_factor: int, num_rungs: int) -> list[int]:
-    """The images seen at which trials are compared: the last is the end, each before it a factor earlier.
+    """The images seen at which trials are compared: the last is the end, each one before it a factor earlier.
 
     Args:
-        total_images: of a trial; rounded up to whole batches, as training does.
-        num_rungs: at least 1; fewer, where the first would not be one batch.
+        total_images: length of a trial; rounded up to whole batches, as in training.
+        num_rungs: at least 1; fewer if the first rung would be below one batch.
 
     Returns:
         Ascending; all but the last are multiples of the first.
@@ -208,7 +208,7 @@ def rungs(total_images: int, batch_size: int, reduction_factor: int, num_rungs: 
 
 
 def best(trials: Sequence[Trial], metric: Metric) -> list[Trial]:
-    """Those that came to their end, the best first; with none, those that came farthest."""
+    """The finished trials, the best first; if there are none, those that came farthest."""
     known = [trial for trial in trials if trial.last is not None and trial.status != "failed"]
     farthest = max((trial.last.images_seen for trial in known if trial.last), default=0)
     there = [trial for trial in known if trial.last and trial.last.images_seen == farthest]

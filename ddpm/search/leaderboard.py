@@ -1,7 +1,7 @@
-"""How a search ended: finalists drawn from, a table with ranks and ties, the best config.
+"""The leaderboard of a search: KID of the finalists, a table with ranks and ties, the best config.
 
-Both rankings are shown, for likelihood and sample quality may disagree; the best config is the best by the metric that
-was searched by. Its own room because it stands on everything that judges, and knows nothing of who searched.
+Both rankings are shown, since likelihood and sample quality may disagree; the best config is that of the search's
+metric.
 """
 
 import io
@@ -29,16 +29,16 @@ from ddpm.utils.errors import UserError
 from ddpm.utils.retry import retry_io
 
 SAMPLER, STEPS = "dpmpp_2m", 20
-"""How finalists are drawn: fast, and the same for all."""
+"""How finalists are sampled: fast, and the same for all."""
 LEFTOVER = 0.5
-"""A trial whose sqrt(D alpha_bar_T) is above that is flagged.
+"""A trial with sqrt(D alpha_bar_T) above this is flagged.
 
-By that much the mean of an image of D numbers stands out of the noise of x_T. Samples begin without it, so that means
+By this much the mean of an image of D numbers stands out of the noise of x_T. Samples start without it, so that means
 from N(m, s^2) come out up to m s sqrt(D alpha_bar_T) too small: at 0.5, for N(0.6, 0.1^2), by 0.03, four grey levels.
 The linear schedule of Ho et al. 2020 has 0.05 at 8x8 in grey, 0.35 at 32x32 in colour, 0.70 at 64x64, 2.8 at 256x256.
 """
 OF_A_TRIAL = ("train.checkpoint_every_images", "train.keep_checkpoints")
-"""What a search sets for its own purposes."""
+"""Settings that a search makes for its own purposes."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Standing:
     leftover: float
     """sqrt(D alpha_bar_T)."""
     by_bits: Rank | None
-    """Among those that came equally far; None: it did not."""
+    """Rank among the trials that came farthest; None: the trial did not."""
     by_kid: Rank | None
-    """Among the finalists."""
+    """Rank among the finalists."""
 
     @property
     def is_flagged(self) -> bool:
@@ -68,7 +68,7 @@ def draw_finalists(
     features: FeatureNetName | None,
     seed: int,
 ) -> None:
-    """Note in the events what the images of the best few are worth; of those of which it is not known yet."""
+    """Compute KID of the best few trials, and append it to the events; known values are not computed again."""
     todo = [
         trial
         for trial in best(events.trials(), metric)[:num_finalists]
@@ -86,13 +86,13 @@ def draw_finalists(
     )
     candidates = context.read([place.child(trial.name).uri for trial in todo])
     report = evaluate.evaluate(candidates, settings)
-    for trial, verdict in zip(todo, report.verdicts, strict=True):
-        (score,) = (score for score in verdict.drawn[0].scores if score.name.startswith("KID"))
+    for trial, result in zip(todo, report.results, strict=True):
+        (score,) = (score for score in result.drawn[0].scores if score.name.startswith("KID"))
         events.add("drawn", trial.number, **vars(score))
 
 
 def standings(trials: Sequence[Trial], place: Location, metric: Metric, base: Config) -> list[Standing]:
-    """All trials: the finished ones by the metric, then the others by how far they came."""
+    """All trials: the finished ones by the metric, then the others by images seen."""
     order = best(trials, metric)
     there = [trial.number for trial in order]
     by_bits = dict(
@@ -123,7 +123,7 @@ def standings(trials: Sequence[Trial], place: Location, metric: Metric, base: Co
 
 
 def columns(found: Sequence[Standing]) -> dict[str, list[Any]]:
-    """The table, column by column; None where there is nothing to say."""
+    """The table, column by column; None for missing values."""
     keys = list(dict.fromkeys(key for s in found for key in s.trial.changes))
     lasts, drawn = [s.trial.last for s in found], [s.trial.drawn for s in found]
     return {
@@ -155,7 +155,7 @@ def parquet(found: Sequence[Standing]) -> bytes:
 
 
 def table(found: Sequence[Standing]) -> Table:
-    """For a terminal."""
+    """The table for a terminal."""
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     names, rows = _shown(found)
     for name in names:
@@ -173,15 +173,15 @@ def markdown(found: Sequence[Standing], remarks: Sequence[str]) -> str:
 
 
 def remarks(found: Sequence[Standing], metric: Metric) -> list[str]:
-    """What one must know to read the table."""
+    """Remarks for reading the table."""
     lines = [
         "Ranks are ranges: two that overlap are a tie. bits/dim are compared image by image, KID by its errors, "
-        "both corrected for the number of pairs (Holm): of equal trials two are told apart in at most 5 % of searches."
+        "both corrected for the number of pairs (Holm): two of equal trials differ in at most 5 % of searches."
     ]
     if any(s.is_flagged for s in found):
         lines.append(
-            f"!: sqrt(D alpha_bar_T), D numbers an image, is above {LEFTOVER}: x_T still shows an image's mean. "
-            "The bound counts it, and samples, which begin with pure noise, are biased by it."
+            f"!: sqrt(D alpha_bar_T), with D numbers per image, is above {LEFTOVER}: x_T still shows an image's mean. "
+            "The bound counts it, and it biases samples, which start from pure noise."
         )
     tied = [s for s in found if s.by_bits and s.by_bits.best == 1]
     if len(tied) > 1:
@@ -201,19 +201,20 @@ def remarks(found: Sequence[Standing], metric: Metric) -> list[str]:
 
 
 def best_config(found: Sequence[Standing], base: Config) -> str | None:
-    """What `jobs/train.py PRESET --config FILE` takes: the best trial's config, without its place and its cluster."""
+    """The best trial's config for `jobs/train.py PRESET --config FILE`, without run and cluster; None: there is
+    none."""
     if not found or found[0].by_bits is None:
         return None
     nested: dict[str, Any] = {}
     for key, value in configs.flatten(configs.override(base, found[0].trial.changes)).items():
-        room, name = key.split(".")
-        if room not in ("run", "cluster") and key != "data.shards" and key not in OF_A_TRIAL:
-            nested.setdefault(room, {})[name] = value
+        group, name = key.split(".")
+        if group not in ("run", "cluster") and key != "data.shards" and key not in OF_A_TRIAL:
+            nested.setdefault(group, {})[name] = value
     return json.dumps(nested, indent=2) + "\n"
 
 
 def _shown(found: Sequence[Standing]) -> tuple[list[str], list[list[str]]]:
-    """Names and cells of the table for people: estimates with their errors, settings in short."""
+    """Names and cells of the table for display: estimates with errors, settings in short form."""
     keys = list(dict.fromkeys(key for s in found for key in s.trial.changes))
     with_kid = next((s.trial.drawn["name"] for s in found if s.trial.drawn), None)
     titles = [key.rpartition(".")[2] for key in keys]
@@ -246,7 +247,7 @@ def _estimate(value: float, error: float) -> str:
 
 
 def bits_of(trial: Trial, place: Location, timeout_s: float = 0.0) -> tuple[float, ...]:
-    """Of each held-out image at the trial's last rung; storage may fail for `timeout_s`."""
+    """Bits/dim of each held-out image at the trial's last rung; storage may fail for `timeout_s`."""
     assert trial.last is not None
     file = place.child(trial.name).child(JUDGED).child(f"{trial.last.images_seen:012d}.json")
     try:

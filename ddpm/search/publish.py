@@ -1,7 +1,4 @@
-"""Where the end of a search is kept: its folder, and its run in MLflow above those of its trials.
-
-Its own room because standings.py says who won and how, and this one whom it is told.
-"""
+"""Publishes results of a search to its folder and to its MLflow run; leaderboard.py computes them."""
 
 import contextlib
 import time
@@ -35,28 +32,28 @@ CURVE_IMAGES = 128
 MLFLOW_TIMEOUT_S = 20.0
 INTERRUPTED_TIMEOUT_S = 3.0
 STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED", "running": "KILLED"}
-"""Of a trial, in MLflow's words."""
+"""MLflow's status for each status of a trial."""
 
 
 def address(events: EventLog, name: str, experiment: str) -> Address:
-    """The search's own run in MLflow."""
+    """The address of the search's run in MLflow."""
     return Address(tracking_uri(), experiment, name, events.key, source="tune/search.py")
 
 
 def open_parent(parent: Address, params: Mapping[str, Any], warn: Callable[[str], None]) -> str | None:
-    """The id of the search's MLflow run, which is made if there is none; None: MLflow is away, and is told later."""
+    """The id of the search's MLflow run, which is created if there is none; None: MLflow is away."""
     run = MlflowRun(parent, params, MLFLOW_TIMEOUT_S)
     try:
         run.open(running=True)
     except (OutOfTime, Lost) as error:
         warn(
-            f"MLflow at {without_password(parent.uri)} is told of the search later: {error or run.call.trouble}"
+            f"MLflow at {without_password(parent.uri)} gets the search's run later: {error or run.call.trouble}"
         )
     return run.run_id
 
 
 def interrupted(parent: Address) -> None:
-    """Tell MLflow that nobody searches for the time being, if it listens."""
+    """Set the status of the search's MLflow run to KILLED, if MLflow answers."""
     run = MlflowRun(parent, {}, INTERRUPTED_TIMEOUT_S)
     with contextlib.suppress(OutOfTime, Lost):
         run.open(running=True)
@@ -66,7 +63,7 @@ def interrupted(parent: Address) -> None:
 def store(
     events: EventLog, place: Location, metric: Metric, base: Config, held_out: DataSet, parent: Address
 ) -> Iterator[str]:
-    """Write table, best config and pictures to the search's folder and to its MLflow run; lines that say where."""
+    """Write table, best config and plots to the search's folder and its MLflow run; yields lines with the places."""
     trials = events.trials()
     found = leaderboard.standings(trials, place, metric, base)
     files = {
@@ -91,7 +88,7 @@ def store(
 
 
 def curves(found: Sequence[Standing], place: Location, held_out: DataSet) -> dict[str, NDArray[np.float64]]:
-    """The finalists' errors of x_0_hat, [N, L] at LOG_SNR, by what a legend says."""
+    """The finalists' errors of x_0_hat, [N, L] at LOG_SNR, by legend entry."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = images_of(held_out, 0, min(CURVE_IMAGES, held_out.rows.num_rows))
     made = {}
@@ -139,7 +136,7 @@ def _publish(
 
 
 def _settle(trial: Trial, place: Location, parent: Address, parent_run_id: str) -> bool:
-    """Tell MLflow what a trial's own driver could not, if it was killed."""
+    """Deliver a trial's remaining records and status to MLflow; returns whether MLflow took them."""
     uri = place.child(trial.name).uri
     try:
         key = runs.existing_run(uri).key

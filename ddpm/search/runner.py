@@ -1,7 +1,7 @@
-"""One trial of a search, in its driver: `fit`, and each of its checkpoints that counts, judged beside it.
+"""One trial of a search, in its driver: `fit`, and the evaluation of its checkpoints at rungs.
 
-Training never waits for the evaluator, and the workers are free for the next trial before the last result is in. What
-was judged lies in the run's folder: another try goes on from there.
+Training never waits for the evaluator, and the workers are free for the next trial before the last result is in.
+Results are stored in the run's folder, from which another attempt continues.
 """
 
 import contextlib
@@ -27,11 +27,11 @@ from ddpm.utils.retry import retry_io
 
 POLL_INTERVAL_S = 0.25
 CLOSING_S = 90.0
-"""How long workers that are no longer wanted may take to leave."""
+"""Time-out for workers that are no longer needed to leave."""
 JUDGED = "judged"
-"""Folder of a run: what was found of its checkpoints."""
+"""Folder of a run with the results of its checkpoints."""
 PLACE = "place"
-"""File of a run: the id of the placement group of its workers."""
+"""File of a run with the id of its workers' placement group."""
 
 
 @dataclass(frozen=True)
@@ -39,25 +39,25 @@ class Trained:
     """The trial's training is over, and its workers are free."""
 
     training_s: float
-    """As Rung.training_s, of all of it."""
+    """As Rung.training_s, for the whole training."""
 
 
 News = Rung | Trained | BaseException
-"""Of a trial: what is found at each rung, in order; before the last, that it is trained; or what went wrong."""
+"""An event of a trial: the results at each rung, in order; before the last, that it is trained; or an error."""
 
 
 class TrialRunner:
     """A trial under way, from threads of its own.
 
     Args:
-        config: of the trial's run.
+        config: the config of the trial's run.
         data_set: the split to train on.
-        rungs: images seen at which it is judged, ascending; there are checkpoints there.
-        evaluator: who judges.
+        rungs: images seen at which it is evaluated, ascending; there are checkpoints there.
+        evaluator: evaluates the checkpoints.
         group: the workers that train.
-        tell: told the news; the last of them is the last rung, or what went wrong.
+        tell: called with the news; the last of them is the last rung, or an error.
         parent_run_id: the search's MLflow run.
-        verbose: let Ray's own messages through.
+        verbose: show Ray's messages.
     """
 
     def __init__(
@@ -82,12 +82,12 @@ class TrialRunner:
         self._began_at: float | None = None
         self._place = ""
         self._images_seen, self._training_s = -1, 0.0
-        threading.Thread(target=self._follow, name="ddpm-attempt", daemon=True).start()
+        threading.Thread(target=self._follow, name="ddpm-trial-runner", daemon=True).start()
 
     def leave(self) -> None:
-        """Let the workers go, if they still train, and wait until they are free; nothing more is told then.
+        """Stop the workers, if they still train, and wait until they are free; no more news come then.
 
-        Of a trial that is trained, the last verdict still comes.
+        If the trial is trained, its last result still comes.
 
         Raises:
             TimeoutError: they do not leave.
@@ -102,7 +102,7 @@ class TrialRunner:
                 raise TimeoutError(f"the workers of {self._run.location.uri} do not leave")
 
     def close(self, timeout_s: float = CLOSING_S) -> None:
-        """Let the workers go, and wait until MLflow has been told; no verdict comes any more."""
+        """Stop the workers, and wait for MLflow; no more results come."""
         with self._lock:
             self._wanted = False
         if self._training is not None:
@@ -111,7 +111,7 @@ class TrialRunner:
     # From here on: the threads.
 
     def _follow(self) -> None:
-        """Judge each rung as soon as it is there, and begin to train when one is met that was not judged before."""
+        """Evaluate each rung's checkpoint as soon as it exists; training starts at the first rung without a result."""
         try:
             for images_seen in self._rungs:
                 judged = self._judged(images_seen)
@@ -121,7 +121,7 @@ class TrialRunner:
                     return
                 self._tell(judged.rung(self._training_s))
             self._tidy()
-        except BaseException as error:  # handed to who waits, whatever it is
+        except BaseException as error:  # passed on, whatever it is
             if self._wanted:
                 self._tell(error)
 
@@ -140,7 +140,7 @@ class TrialRunner:
         return judged
 
     def _tidy(self) -> None:
-        """Remove all checkpoints but the last of a trial that came to its end."""
+        """Remove all checkpoints of a finished trial but the last."""
         with contextlib.suppress(OSError):
             for old in runs.checkpoints(self._run.location)[:-1]:
                 checkpoint_manager.remove(old)
@@ -156,7 +156,7 @@ class TrialRunner:
         return self._config.run.storage_timeout_s
 
     def _checkpoint(self, images_seen: int) -> str:
-        """URI of the checkpoint after so many images, as soon as it is there."""
+        """URI of the checkpoint at `images_seen`, as soon as it exists."""
         place = self._run.location.child(checkpoint.name_at(images_seen))
         while True:
             over = self._trained.is_set()
@@ -164,11 +164,11 @@ class TrialRunner:
                 return place.uri
             self._check()
             if over:
-                raise UserError(f"{place.uri} is not there, though training is over; somebody deleted it")
+                raise UserError(f"{place.uri} does not exist, though training is over; it was deleted")
             time.sleep(POLL_INTERVAL_S)
 
     def _retry_io(self, file: Location) -> bytes | None:
-        """Its content; None: it is not there."""
+        """The content of a file; None: it does not exist."""
         try:
             return retry_io(file.read, where=file.uri, timeout_s=self._timeout_s)
         except FileNotFoundError:
@@ -177,7 +177,7 @@ class TrialRunner:
     def _fit(self) -> None:
         try:
             left = self._retry_io(self._run.location.child(PLACE))
-            if left is not None:  # by a driver of this trial that was killed
+            if left is not None:  # by a killed driver of this trial
                 resources.free(left.decode())
             fit(
                 self._config,
@@ -188,8 +188,8 @@ class TrialRunner:
                 group=self._group,
                 trained=self._is_trained,
             )
-            self._is_trained()  # of a run that was finished, nobody else says so
-        except BaseException as error:  # handed to who waits, whatever it is
+            self._is_trained()  # for a run that was already finished
+        except BaseException as error:  # passed on, whatever it is
             self._error = error
 
     def _is_trained(self) -> None:
@@ -211,7 +211,7 @@ class TrialRunner:
         return self._wanted
 
     def _check(self) -> None:
-        """Raise what ended training, or that nobody waits for more."""
+        """Raise the error that ended training, or InterruptedError if the trial is no longer needed."""
         if self._error is not None:
             raise self._error
         if not self._wanted:

@@ -1,7 +1,7 @@
-"""Who comes next and who may go on: proposals and early stops, from a events that survives the search's driver.
+"""The trial manager: proposals and early stops of trials, from an event log that survives the search's driver.
 
-Its own room because it knows nothing of Ray: whoever proposes (Optuna) and whoever stops (ASHA) are deterministic
-functions of what they were told, so that telling them the events again brings back all that they knew.
+It does not know Ray. The proposer (Optuna) and the stopper (ASHA) are deterministic functions of the events, so
+replaying the log restores their state.
 """
 
 import dataclasses
@@ -14,37 +14,37 @@ from ddpm.utils.errors import UserError
 
 
 class Proposer(Protocol):
-    """Proposes what a trial changes in the config."""
+    """Proposes the changes of trials to the config."""
 
     def suggest(self, number: int) -> dict[str, Any] | None:
-        """Of trial `number`, each asked for once and in order; None: there are no more."""
+        """The changes of trial `number`; called once per trial, in order. None: there are no more trials."""
 
     def judged(self, number: int, images_seen: int, value: float) -> None:
-        """What was found of the trial at a rung; the less, the better."""
+        """Receive the value of a trial at a rung; lower is better."""
 
     def ended(self, number: int, status: Status, value: float | None) -> None:
-        """How the trial ended, and the last value that was found of it; None: it came to no rung."""
+        """Receive the end of a trial and its last value; None: it came to no rung."""
 
 
 class Stopper(Protocol):
     """Compares trials at equal images seen."""
 
     def goes_on(self, number: int, images_seen: int, value: float) -> bool:
-        """Whether the trial may, given all that was found before."""
+        """Whether the trial may continue, given all values so far."""
 
 
 class TrialManager:
     """The trials of a search.
 
     Args:
-        events: of the search; what it holds is told again to proposer and stopper.
-        metric: by which both go.
-        num_trials: in all.
-        total_images: of a trial that comes to its end.
-        news: told what happened, as a line.
+        events: the search's event log; its events are replayed to proposer and stopper.
+        metric: the metric for both.
+        num_trials: total number of trials.
+        total_images: length of a finished trial.
+        news: called with a line for each event.
 
     Raises:
-        UserError: the proposer does not propose again what it proposed.
+        UserError: the proposer does not repeat its proposals.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class TrialManager:
         self._trials: dict[int, Trial] = {}
         self._began_at: dict[int, float] = {}
         self._took: dict[int, tuple[float, float]] = {}
-        """wall_s and training_s of those that are trained."""
+        """wall_s and training_s of the trained trials."""
         self._exhausted, self._promised = False, 0
         for event in events.events:
             self._tell(event)
@@ -74,33 +74,33 @@ class TrialManager:
 
     @property
     def is_over(self) -> bool:
-        """Whether all trials ended, and there will be no more."""
+        """Whether all trials have ended, and there are no more."""
         running = any(trial.status == "running" for trial in self._trials.values())
         return not running and (self._exhausted or len(self._trials) >= self._num_trials)
 
     @property
     def num_left(self) -> int:
-        """Trials that are to run, or to go on."""
+        """Number of trials to start or to resume."""
         return max(len(self._waiting), self._num_trials - len(self._trials) + len(self._waiting))
 
     def recall(self) -> None:
-        """Nobody runs the trials any more that have not ended: they are to go on."""
+        """Mark all trials that have not ended as waiting, since no process runs them."""
         self._waiting = [trial.number for trial in self._trials.values() if trial.status == "running"]
         self._began_at.clear()
 
     def next(self) -> tuple[int, dict[str, Any]] | None:
-        """A trial to start, or to go on with: its number, and what it changes. None: there are no more."""
+        """A trial to start or to resume: its number and its changes. None: there are no more."""
         self._promised = max(0, self._promised - 1)
         if not self._waiting and not self._draw():
             return None
         number = self._waiting.pop(0)
         if number not in self._began_at:
-            self._news(f"{name_of(number)} goes on")
+            self._news(f"{name_of(number)} resumes")
             self._began_at[number] = time.monotonic()
         return number, dict(self._trials[number].changes)
 
     def trained(self, number: int, training_s: float) -> bool:
-        """A trial's training is over; whether its seat is for the next trial at once, before the last verdict is in."""
+        """Note that a trial's training is over; returns whether its slot is for the next trial at once."""
         if self._trials[number].status != "running":
             return False
         self._took.setdefault(number, (time.monotonic() - self._began_at[number], training_s))
@@ -110,7 +110,7 @@ class TrialManager:
         return True
 
     def judged(self, number: int, rung: Rung) -> bool:
-        """Whether the trial may go on. What was said of a rung before is said again: a trial may be run again."""
+        """Whether the trial may continue after a rung. A repeated rung, of a trial run again, gets the same answer."""
         if self._trials[number].status != "running":
             return False
         goes_on = self._told(number, rung.images_seen)
@@ -129,7 +129,7 @@ class TrialManager:
         self._end(number, "failed", reason)
 
     def _draw(self) -> bool:
-        """Let another trial wait for a seat, if there are more."""
+        """Let another trial wait for a slot; returns whether there was one."""
         number = len(self._trials)
         changes = self._proposer.suggest(number) if number < self._num_trials else None
         if changes is None:
@@ -143,14 +143,14 @@ class TrialManager:
         return True
 
     def _told(self, number: int, images_seen: int) -> bool | None:
-        """What was said of a rung; None: nothing yet."""
+        """The earlier answer for a rung; None: there is none."""
         for event in self._events.events:
             if (event["event"], event["trial"], event.get("images_seen")) == ("judged", number, images_seen):
                 return bool(event["goes_on"])
         return None
 
     def _goes_on(self, number: int, rung: Rung) -> bool:
-        """Tell of a rung; whether the trial goes on."""
+        """Pass a rung to proposer and stopper; returns whether the trial continues."""
         trial, value = self._trials[number], rung.value(self._metric)
         self._trials[number] = dataclasses.replace(trial, rungs=(*trial.rungs, rung))
         self._proposer.judged(number, rung.images_seen, value)
@@ -168,14 +168,14 @@ class TrialManager:
         self._news(f"{name_of(number)} {status}" + (f": {reason}" if reason else ""))
 
     def _tell(self, event: Mapping[str, Any]) -> None:
-        """Proposer and stopper of an event of the events."""
+        """Replay an event to proposer and stopper."""
         number = event["trial"]
         match event["event"]:
             case "begun":
                 if self._proposer.suggest(number) != event["changes"]:
                     raise UserError(
-                        f"the searcher proposes another {name_of(number)} than the events has, since its version is "
-                        "another one; give the search another --name"
+                        f"the searcher proposes another {name_of(number)} than the event log has, since its version "
+                        "differs; give the search another --name"
                     )
                 self._trials[number] = Trial(number, event["changes"])
             case "judged":
@@ -189,7 +189,7 @@ class TrialManager:
 
 
 def said(changes: Mapping[str, Any]) -> str:
-    """optim.lr 0.00123, schedule.kind cosine"""
+    """Changes as text: optim.lr 0.00123, schedule.kind cosine."""
     return ", ".join(f"{key} {short(value)}" for key, value in changes.items()) or "nothing changed"
 
 

@@ -1,1 +1,1 @@
-"""storage."""
+"""Folders and buckets, and locks in them."""

@@ -1,8 +1,8 @@
-"""One driver at a time for a run or a search: a file in its folder, which the driver rewrites every second or two.
+"""A lock for the one driver of a run or a search: a file in its folder, which the driver rewrites every 1.5 s.
 
-It holds wherever storage does, on a disk or in a bucket, whichever cluster the drivers are on. No clock is compared
-with another one: a lock counts as abandoned when its file has not changed for PATIENCE_S of the reader's monotonic
-time, or when its holder was a process of this machine that has ended.
+It works on a disk and in a bucket, whichever cluster the drivers are on. Clocks of two machines are never compared: a
+lock is abandoned when its file has not changed for PATIENCE_S of the reader's monotonic time, or when its holder was a
+process of this machine that has ended.
 """
 
 import contextlib
@@ -23,22 +23,22 @@ from ddpm.utils.retry import retry_io
 
 BEAT_S = 1.5
 PATIENCE_S = 4 * BEAT_S
-"""A lock whose file does not change for so long is abandoned."""
+"""A lock whose file does not change for this long is abandoned."""
 RELEASE_TIMEOUT_S = 5.0
-"""How long removing the file is tried."""
+"""Time-out for removing the file."""
 FILE = "driver.json"
 
 
 class DriverLock:
-    """A context in which this process alone drives what is in a folder.
+    """A context in which this process alone drives the run or search in a folder.
 
-    A holder that was silent for PATIENCE_S and is not dead loses the lock; it learns so with its next beat.
+    A holder that does not write for PATIENCE_S loses the lock, even if it is alive; it finds out at its next beat.
 
     Args:
-        folder: of the run or the search.
+        folder: the folder of the run or the search.
         what: "run" or "search", for the error.
-        flag: what gives it another name.
-        notify: told in a line that another driver may be there, and for how long its signs of life are waited for.
+        flag: the flag that names it.
+        notify: called with a line that says that another driver may be there, and how long the lock is watched.
 
     Raises:
         UserError: another process drives it, or storage refuses.
@@ -80,15 +80,17 @@ class DriverLock:
             pass  # another one was quicker: it holds the lock now
 
     def _abandoned(self) -> Version | None:
-        """What is there once nobody holds the lock; None: nothing.
+        """The abandoned lock, once nobody holds it; None: there is none.
 
         Raises:
-            UserError: its holder lives.
+            UserError: its holder is alive.
         """
         found = self._file.read()
         if found is None or _process(found) == "gone":
             return found
-        self._notify(f"{self._uri} is of another driver; waiting {PATIENCE_S:.0f} s to see whether it lives")
+        self._notify(
+            f"{self._uri} belongs to another driver; waiting {PATIENCE_S:.0f} s to see whether it is alive"
+        )
         began = changed = now = time.monotonic()
         patience = PATIENCE_S
         while now - changed < patience:
@@ -152,5 +154,5 @@ def _parsed(found: Version) -> dict[str, Any]:
 
 
 def _process(found: Version) -> str:
-    """What became of the process that wrote `found`, as `process.state` has it."""
+    """The `process.state` of the process that wrote `found`."""
     return process.state(str(_parsed(found).get("process")))

@@ -1,8 +1,8 @@
 """Folders and buckets behind one handle: a URI becomes a pyarrow filesystem and a path.
 
-S3 is reached with the environment's own credentials and `AWS_ENDPOINT_URL`, so a laptop, a test server and
-an instance role all look the same. boto3 does what pyarrow does badly or cannot do: it asks whether the bucket
-exists and may be read, and it replaces an object only if nobody else has (`shared_file`).
+S3 is reached with the environment's own credentials and `AWS_ENDPOINT_URL`, so a laptop, a test server and an instance
+role work alike. boto3 does what pyarrow does badly or cannot do: check that the bucket exists and may be read, and
+replace an object only if nobody else has (`shared_file`).
 """
 
 import contextlib
@@ -21,9 +21,9 @@ import pyarrow.fs as pafs
 from ddpm.utils import files
 from ddpm.utils.errors import UserError
 
-# So that a call that nothing answers fails after about 20 s, and `retry_io` has the rest: pyarrow makes three tries
-# of its own, and ends one after so long without a connection or a byte. It could be told to make fewer, but forgets
-# that when it is pickled (pyarrow 25), which is how workers get it.
+# A call without an answer fails after about 20 s, and `retry_io` does the rest: pyarrow makes three tries of its own,
+# and ends each after this long without a connection or a byte. It could be told to make fewer, but loses that setting
+# when it is pickled (pyarrow 25), which is how workers get it.
 S3_CONNECT_TIMEOUT_S = 5.0
 S3_REQUEST_TIMEOUT_S = 7.0
 ANSWERS = (
@@ -32,7 +32,7 @@ ANSWERS = (
     HTTPStatus.PRECONDITION_FAILED,
     HTTPStatus.NOT_IMPLEMENTED,
 )
-"""HTTP errors that say something about a shared file, not about S3."""
+"""HTTP errors about a shared file, not about S3."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Location:
         """Write the file whole or not at all: a temporary name and a rename on disk, one put on S3.
 
         Args:
-            durable: return when it is on disk, which takes longer; S3 does not return before.
+            durable: return when it is on disk, which takes longer; S3 never returns before.
         """
         if self.is_local:
             files.write_whole(Path(self.path), data, durable=durable)
@@ -85,7 +85,7 @@ class Location:
         return folder
 
     def sweep(self) -> None:
-        """Remove what a `write` left in this folder when its process was killed; on S3 nothing is left."""
+        """Remove leftovers of a `write` in this folder whose process was killed; on S3 there are none."""
         if self.is_local:
             files.sweep(Path(self.path))
 
@@ -105,29 +105,29 @@ class Location:
 
 @dataclass(frozen=True)
 class Version:
-    """What a shared file held when it was read."""
+    """Content of a shared file when it was read."""
 
     data: bytes
     tag: str = ""
-    """S3's name for it."""
+    """S3's ETag."""
 
 
 class SharedFile(Protocol):
     """A small file that several processes write: each replaces only what it has read."""
 
     def read(self) -> Version | None:
-        """What is there; None: nothing."""
+        """The current version; None: there is no file."""
 
     def replace(self, version: Version | None, data: bytes | None) -> bool:
-        """Write `data`, or remove the file if that is None; False: something else than `version` is there by now."""
+        """Write `data`, or remove the file if that is None; False: the current version is not `version`."""
 
 
 def shared_file(file: Location) -> SharedFile:
     """The file at `file`, for several processes.
 
-    Methods raise OSError when storage does not answer. Of two who replace the same version, one gets True: on a disk by
-    a lock of the folder, on S3 by conditional writes. On a network file system without locks, and on an S3 server
-    without conditional writes, both may: read again to see who was last.
+    Methods raise OSError when storage does not answer. When two processes replace the same version, one gets True: on a
+    disk by a lock of the folder, on S3 by conditional writes. On a network file system without locks, and on an S3
+    server without conditional writes, both may: read again to see which was last.
     """
     return _FileOnDisk(Path(file.path)) if file.is_local else _FileOnS3(file.path)
 
@@ -198,7 +198,7 @@ class _FileOnS3:
 
     @staticmethod
     def _ask(request: Callable[[], Any]) -> tuple[int, Any]:
-        """The HTTP status, where it is an answer, and what came.
+        """The HTTP status, if it is one of ANSWERS, and the result.
 
         Raises:
             OSError: S3 refuses, or does not answer.
@@ -228,10 +228,10 @@ def resolve(uri: str, check: bool = True) -> Location:
 
     Args:
         uri: a local path, file:///path, or s3://bucket/prefix.
-        check: ask S3 whether the bucket is there; leave it out where that was asked before.
+        check: ask S3 whether the bucket exists; False where that was checked before.
 
     Raises:
-        UserError: another scheme, no such bucket, or one that refuses us.
+        UserError: another scheme, no such bucket, or one that refuses access.
     """
     scheme = urlsplit(uri).scheme if "://" in uri else "file"
     if scheme == "s3":

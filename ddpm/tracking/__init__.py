@@ -1,1 +1,1 @@
-"""tracking."""
+"""Metrics and pictures on their way to MLflow."""

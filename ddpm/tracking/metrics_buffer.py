@@ -1,13 +1,13 @@
-"""What training writes down, gathered in memory and packed into segments: one file a checkpoint.
+"""A buffer of metrics, pictures and files in memory, packed into segments: one file per checkpoint.
 
-A segment is a zip without compression: `records.jsonl`, one JSON object a line, and the files it names.
+A segment is a zip without compression: `records.jsonl`, one JSON object per line, and the files it names.
 
     {"kind": "metrics", "values": {"train/loss": 0.5, "train/x": "nan"}, "images_seen": 64, "timestamp_ms": ...}
     {"kind": "image", "key": "samples", "file": "files/000001", "images_seen": 64, "timestamp_ms": ...}
     {"kind": "artifact", "name": "pictures/strip.png", "file": "files/000002"}
 
-Segments lie in a run's storage until they are delivered; what is read back is checked to the last field,
-since anything may have happened to it there. A zip's own checksums tell a damaged file.
+Segments lie in a run's storage until they are delivered. Every field is checked when they are read back, since storage
+is not trusted. A zip's own checksums detect a damaged file.
 """
 
 import io
@@ -38,11 +38,11 @@ DAMAGE = (
     *(ValueError, KeyError, OverflowError, RecursionError, RuntimeError),  # RuntimeError: encrypted
     *(zipfile.BadZipFile, zlib.error, struct.error, EOFError),
 )
-"""What reading a damaged zip, or damaged JSON, raises."""
+"""Exceptions of reading a damaged zip or damaged JSON."""
 
 
 class DamagedSegment(UserError):
-    """A file that is no segment, or no longer."""
+    """A file that is not a segment, or is damaged."""
 
     exit_code = 1
 
@@ -68,7 +68,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file of the run, by its relative path; a later one of that name replaces it."""
+    """A file of the run, by its relative path; a later one of the same name replaces it."""
 
     name: str
     data: bytes
@@ -78,7 +78,7 @@ Record = Metrics | Picture | Artifact
 
 
 class MetricsBuffer:
-    """Gathers what one thread tracks; a `runtime.Tracker`."""
+    """Collects the records of one thread; a `runtime.Tracker`."""
 
     def __init__(self) -> None:
         self._records: list[Record] = []
@@ -102,32 +102,34 @@ class MetricsBuffer:
         """Keep `data` as the file `name`, a relative path such as pictures/strip.png.
 
         Raises:
-            ValueError: a path that leads elsewhere.
+            ValueError: the path is not relative, or leaves the folder.
         """
         if not _is_relative(name):
-            raise ValueError(f"artifact {name!r} is no relative path; use names such as pictures/strip.png")
+            raise ValueError(
+                f"artifact {name!r} is not a relative path; use names such as pictures/strip.png"
+            )
         self._records.append(Artifact(name, data))
 
     def take(self) -> bytes | None:
-        """Everything gathered since the last take as one segment; None if there is nothing."""
+        """All records since the last take as one segment; None if there are none."""
         taken, self._records = self._records, []
         return pack(taken) if taken else None
 
 
 def segment_name(images_seen: int, last_words: bool = False) -> str:
-    """File name of what was gathered until `images_seen`; names sort in the order of delivery.
+    """File name of the segment up to `images_seen`; names sort in the order of delivery.
 
     Args:
         images_seen: position of the checkpoint that makes the segment final, 0 or more.
-        last_words: what a run that ends in an error had gathered since its last checkpoint; no checkpoint
-            follows. At one position it sorts first ("-" is less than "."): whoever commits a checkpoint
-            there does so in a later life of the run.
+        last_words: the segment of a run that ends in an error, since its last checkpoint; no checkpoint follows. At
+            one position it sorts first ("-" is less than "."), since a checkpoint there is committed by a later start
+            of the run.
     """
     return f"{images_seen:012d}{'-failed' if last_words else ''}.zip"
 
 
 def parse_name(name: str) -> tuple[int, bool] | None:
-    """The arguments that made `segment_name` say so; None: not the name of a segment."""
+    """The inverse of `segment_name`; None: not the name of a segment."""
     match = NAME.fullmatch(name)
     if match is None or segment_name(int(match[1]), match[2] is not None) != name:
         return None
@@ -157,10 +159,10 @@ def pack(records: list[Record]) -> bytes:
 
 
 def read(data: bytes, where: str) -> list[Record]:
-    """The records of a segment, in the order in which they were gathered.
+    """The records of a segment, in their original order.
 
     Raises:
-        DamagedSegment: not a whole segment; `where` names it.
+        DamagedSegment: it is not a whole segment; `where` names it.
     """
     with _told(where), zipfile.ZipFile(io.BytesIO(data)) as archive:
         names = archive.namelist()
@@ -171,10 +173,10 @@ def read(data: bytes, where: str) -> list[Record]:
 
 
 def count(file: IO[bytes], where: str) -> int:
-    """How many records the segment in the seekable `file` holds; pictures and artifacts are not read.
+    """Number of records of the segment in the seekable `file`; pictures and artifacts are not read.
 
     Raises:
-        DamagedSegment: not a segment; `where` names it.
+        DamagedSegment: it is not a segment; `where` names it.
     """
     with _told(where), zipfile.ZipFile(file) as archive:
         return len(_lines(archive))
@@ -198,7 +200,7 @@ def _record(line: str, archive: zipfile.ZipFile) -> Record:
             **rest,
         }:
             png = archive.read(file)
-            _check(png.startswith(PNG_SIGNATURE), f"{file} is no PNG")
+            _check(png.startswith(PNG_SIGNATURE), f"{file} is not a PNG")
             made = Picture(key, png, _count(at), _count(ms))
         case {"kind": "artifact", "name": str(name), "file": str(file), **rest}:
             _check(_is_relative(name), f"an artifact is called {name!r:.80}")
@@ -210,7 +212,7 @@ def _record(line: str, archive: zipfile.ZipFile) -> Record:
 
 
 def _to_json(value: float) -> float | str:
-    """JSON has no name for what is not finite."""
+    """`value`, as a string if it is not finite, for which JSON has no number."""
     return value if math.isfinite(value) else str(value)
 
 
@@ -224,13 +226,13 @@ def _from_json(value: Any) -> float:
 
 
 def _count(value: Any) -> int:
-    """`value`, if it is a whole number that a database takes for a step or a time."""
+    """`value`, if it is a whole number that a database accepts as a step or a time."""
     _check(type(value) is int and 0 <= value <= MAX_INT, f"a step or a time is {value!r:.80}")
     return int(value)
 
 
 def _is_relative(name: str) -> bool:
-    """Whether `name` stays in the folder that it is put into, on every system."""
+    """Whether `name` stays inside its folder, on every system."""
     parts = name.split("/")
     return name.isprintable() and "\\" not in name and ":" not in name and not {"", ".", ".."} & set(parts)
 
@@ -246,12 +248,12 @@ def _check(holds: bool, otherwise: str) -> None:
 
 @contextmanager
 def _told(where: str) -> Iterator[None]:
-    """DAMAGE as DamagedSegment."""
+    """A context that turns DAMAGE into DamagedSegment."""
     try:
         yield
     except DAMAGE as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DamagedSegment(f"{where} is damaged, or no segment of tracking: {reason}") from None
+        raise DamagedSegment(f"{where} is damaged, or not a segment of tracking: {reason}") from None
 
 
 def _now_ms() -> int:

@@ -1,16 +1,15 @@
-"""MLflow, at arm's length: one logical run, and records that arrive there once, whatever happens on the way.
+"""Runs in MLflow: one logical run is one MLflow run, and each record arrives there once.
 
-One logical run is one MLflow run, also across restarts: it is found by its run key, kept as a tag. What was
-sent before is recognised:
+A run is found by its run key, a tag, also after restarts. Records that were sent before are recognised:
 
-- a metric sent again is the same point, since it keeps its time: MLflow holds each key, step, time and value once;
-- a picture sent again has the same file name, and so does an artifact;
-- a run that went back measures again, at other times. So the tag `ddpm.sent_until`, set before anything is sent,
-  says how far records go; and of records up to there those are left out whose key and step MLflow has already.
+- a metric sent again is the same point, since it keeps its time: MLflow holds each key, step, time and value once; -
+a picture sent again has the same file name, and so does an artifact; - a run that went back measures again, at other
+times. So the tag `ddpm.sent_until`, set before anything is sent, says how
+  far records go; records up to there are skipped if MLflow has their key and step.
 
-What is measured beside training (`add`) leaves that tag alone: of it a value is left out that MLflow has already.
+Values measured beside training (`add`) do not change that tag; a value that MLflow already has is skipped.
 
-Nothing here knows of threads or of storage: `ddpm.tracking.uploader` does.
+Threads and storage are the matter of `ddpm.tracking.uploader`.
 """
 
 import glob
@@ -48,31 +47,31 @@ PICTURE_KEY = re.compile(r"[a-zA-Z0-9_\-./ ]+")
 PICTURE_FILE = re.compile(r"(images/(.+)\+step\+(\d+)\+timestamp\+\d+\+[0-9a-f-]+)\.png")
 THUMBNAIL_SIDE = 256
 HALF_MADE = re.compile(r"already exists|duplicate column|no such (table|column|index)")
-"""What SQLite says when MLflow opens a database whose tables it was stopped in making."""
+"""SQLite's message when MLflow opens a database whose creation was interrupted."""
 
 
 class Lost(Exception):
-    """MLflow refuses this run as a whole, or somebody deleted it there."""
+    """MLflow refuses this run as a whole, or it was deleted there."""
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where MLflow is and which run of it is meant."""
+    """MLflow's URI, and the identity of a run there."""
 
     uri: str
     experiment: str
     run_name: str
     run_key: str
     parent_run_id: str | None = None
-    """The MLflow run that it is shown under."""
+    """The parent run in MLflow."""
     source: str = "jobs/train.py"
-    """What makes it."""
+    """The program that makes it."""
 
 
 def tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, or a SQLite file in the working folder: what `mlflow ui` there will show.
+    """MLFLOW_TRACKING_URI, or a SQLite file in the working folder, which `mlflow ui` shows there.
 
-    A SQLite file's path is made absolute: the process that tracks may run in another folder.
+    A SQLite file's path is made absolute, since the process that tracks may run in another folder.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
     return SQLITE + str(Path(uri.removeprefix(SQLITE)).absolute()) if uri.startswith(SQLITE) else uri
@@ -101,14 +100,14 @@ def connect(uri: str) -> Any:
         if database is None or not (trace := _half_made(database, error)):
             raise
         raise Lost(
-            f"{database} is half made: MLflow was stopped while it made or upgraded its tables ({trace}). Move this "
-            "file away, and a new one is made. What was delivered to it stays in it alone; what a run still keeps, "
-            "`python jobs/track.py RUN` delivers to the new one"
+            f"{database} is half made: MLflow was stopped while it created or upgraded its tables ({trace}). Move this "
+            "file away, and a new one is created. Records that were delivered stay in the old file; "
+            "`python jobs/track.py RUN` delivers a run's remaining records to the new one"
         ) from None
 
 
 def experiment_id(client: Any, uri: str, name: str) -> str:
-    """Of the experiment `name`, which is made if there is none."""
+    """The id of the experiment `name`, which is created if there is none."""
     experiment = client.get_experiment_by_name(name)
     return experiment.experiment_id if experiment else client.create_experiment(name, _artifact_folder(uri))
 
@@ -123,9 +122,9 @@ class MlflowRun:
     """One logical run in MLflow, for one thread.
 
     Args:
-        address: of the run.
+        address: the run's identity.
         params: the flat config; logged once.
-        patience_s: seconds without a call that works after which time is up.
+        patience_s: seconds without a successful call after which time is up.
     """
 
     def __init__(self, address: Address, params: Mapping[str, Any], patience_s: float = math.inf) -> None:
@@ -138,28 +137,28 @@ class MlflowRun:
         self._sent_until = -1
         self._points: set[tuple[str, int]] = set()
         self._pictures: dict[tuple[str, int], str] = {}
-        # One quick attempt a call: retrying is the caller's business, and it must see the end coming.
+        # One quick attempt per call: the caller retries, and has a deadline.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it may hold a password
 
     def open(self, running: bool) -> None:
-        """Find the run or create it, and bring its params up to date; `running`: and its status.
+        """Find or create the run, and update its params; with `running` also its status.
 
         Raises:
             OutOfTime: MLflow did not answer in time.
-            Lost: it refuses.
+            Lost: MLflow refuses.
         """
         self._surely(self._connect)
         self._surely(self._find, running)
 
     def find(self) -> bool:
-        """Whether MLflow has the run. Nothing is made there, and its status stays.
+        """Whether MLflow has the run. Nothing is created or changed there.
 
         Raises:
             OutOfTime: MLflow did not answer in time.
-            Lost: it refuses.
+            Lost: MLflow refuses.
         """
         database = _database(self._address.uri)
         if database is not None and not database.exists():
@@ -168,30 +167,30 @@ class MlflowRun:
         return bool(self._surely(self._look_for))
 
     def send(self, records: Sequence[Record]) -> bool:
-        """Deliver one segment. What MLflow refuses for good is left out, with a warning.
+        """Deliver one segment. Records that MLflow refuses for good are skipped, with a warning.
 
         Returns:
-            Whether that is done. If not, `call.trouble` says what kept part of it back: send all of it again later.
+            Whether all is delivered. If not, `call.trouble` gives the reason: send the whole segment again later.
 
         Raises:
             OutOfTime: MLflow did not answer in time.
-            Lost: somebody deleted the run.
+            Lost: the run was deleted.
         """
         if not self._hand_over("a look at what it has", self._look_up, records):
             return False
         return self._deliver(records)
 
     def add(self, records: Sequence[Record]) -> bool:
-        """As `send`, of what was measured beside training: how far training's own records go is not touched.
+        """Deliver values measured beside training, as `send` does, but without changing `ddpm.sent_until`.
 
-        A metric is left out if the newest value that MLflow has of it at that step is the same.
+        A metric is skipped if MLflow's newest value of it at that step is the same.
         """
         if not self._hand_over("a look at what it has", self._look_for_same, records):
             return False
         return self._deliver(records)
 
     def _deliver(self, records: Sequence[Record]) -> bool:
-        """All of `records` but the metrics among self._points."""
+        """Deliver `records`, except for the metrics among self._points."""
         from mlflow.entities import Metric
 
         points = [
@@ -213,13 +212,13 @@ class MlflowRun:
         return done
 
     def end(self, status: str) -> bool:
-        """Whether MLflow took note that the run ended as `status`: FINISHED, FAILED or KILLED."""
+        """Set the status of the ended run: FINISHED, FAILED or KILLED; returns whether MLflow took it."""
         return self._hand_over("the status", self._client.set_terminated, self.run_id, status)
 
     def settle(self, status: str) -> bool:
-        """Of a run that was found: its parent and its end, as who sees more than its own process knows them.
+        """Correct parent and status of a found run; returns whether MLflow took them.
 
-        That process may have been killed, or have trained to the end before it heard that nobody wants more.
+        The run's own process may have been killed, or have trained to the end before it was told to stop.
         """
         return self._hand_over("parent and status", self._settle, status)
 
@@ -262,7 +261,7 @@ class MlflowRun:
         self.run_id = run_id
 
     def _look_for(self) -> bool:
-        """Whether there is such a run; from then on it is this one."""
+        """Find the run and keep its ids; returns whether there is one."""
         experiment = self._client.get_experiment_by_name(self._address.experiment)
         run = experiment and find_run(self._client, experiment.experiment_id, self._address.run_key)
         if run:
@@ -270,7 +269,7 @@ class MlflowRun:
         return bool(run)
 
     def _look_for_same(self, records: Sequence[Record]) -> None:
-        """Learn which metrics of `records` MLflow has already with these values."""
+        """Look up which metrics of `records` MLflow already has with these values."""
         self._points, self._pictures = set(), {}
         for record in (record for record in records if isinstance(record, Metrics)):
             for key, value in record.values.items():
@@ -280,7 +279,7 @@ class MlflowRun:
                     self._points.add((key, record.images_seen))
 
     def _look_up(self, records: Sequence[Record]) -> None:
-        """Before any of `records` is sent, let MLflow know how far they go; and learn which of them it has."""
+        """Set `ddpm.sent_until` before any of `records` is sent, and look up which of them MLflow has."""
         timed = [record for record in records if not isinstance(record, Artifact)]
         until = max((record.images_seen for record in timed), default=-1)
         if until > self._sent_until:
@@ -297,7 +296,7 @@ class MlflowRun:
         self._sent_until = max(until, self._sent_until)
 
     def _send_points(self, points: list[Any], attempts: int = ATTEMPTS) -> bool:
-        """As `send`. One that MLflow does not take keeps no other back: halves are tried, and their halves."""
+        """Send points; on a refusal halves are tried, and their halves, so that one bad point does not stop others."""
         if len(points) == 1:
             what = f"metric {points[0].key} at {points[0].step}"
             return self._hand_over(what, self._log_points, points, attempts=attempts)
@@ -314,9 +313,9 @@ class MlflowRun:
         self._client.log_batch(self.run_id, metrics=points)
 
     def _send_picture(self, picture: Picture) -> None:
-        """As MlflowClient.log_image of MLflow 3.11 and later, but under a name that is the same every time."""
+        """Log an image as MlflowClient.log_image does (MLflow 3.11 and later), but under a reproducible name."""
         if not PICTURE_KEY.fullmatch(picture.key):
-            raise Refused(f"{picture.key!r:.80} is no key of an image; use letters, digits and _-./")
+            raise Refused(f"{picture.key!r:.80} cannot be an image's key; use letters, digits and _-./")
         key = picture.key.replace("/", "~")
         name = f"images/{key}+step+{picture.images_seen}+timestamp+{picture.timestamp_ms}"
         unique = uuid.uuid5(uuid.NAMESPACE_URL, name)
@@ -326,7 +325,7 @@ class MlflowRun:
         self._client.set_tag(self.run_id, IMAGES_TAG, "True")
 
     def _upload(self, name: str, data: bytes) -> None:
-        """Write `data` as the artifact `name`, in place of one that is there."""
+        """Write `data` as the artifact `name`; an existing one is replaced."""
         folder, _, base = name.rpartition("/")
         with tempfile.TemporaryDirectory(prefix="ddpm-mlflow-") as temporary:
             path = Path(temporary, base)
@@ -334,18 +333,18 @@ class MlflowRun:
             self._client.log_artifact(self.run_id, str(path), folder or None)
 
     def _hand_over(self, what: str, call: Any, *args: Any, attempts: int = ATTEMPTS) -> bool:
-        """Whether call(*args) is dealt with: it worked, or MLflow will never take `what`."""
+        """Whether call(*args) is done: it worked, or MLflow will never accept `what`."""
         try:
             return self.call.takes(call, *args, attempts=attempts)
         except Refused as error:
-            # Of a deleted run MLflow refuses everything; nothing is wrong with the records then.
+            # MLflow refuses everything for a deleted run; nothing is wrong with the records then.
             if self._surely(self._client.get_run, self.run_id).info.lifecycle_stage != "active":
                 raise Lost(f"run {self.run_id} was deleted in MLflow") from None
-            logger.warning("MLflow refuses %s, which is left out: %s", what, error)
+            logger.warning("MLflow refuses %s, which is skipped: %s", what, error)
             return True
 
     def _surely(self, call: Any, *args: Any) -> Any:
-        """call(*args), without which nothing else makes sense."""
+        """call(*args); if it fails for good the run is Lost."""
         try:
             return self.call(call, *args)
         except (OutOfTime, Lost):
@@ -354,7 +353,7 @@ class MlflowRun:
             raise Lost(self.call.reason(error)) from None
 
     def _answers(self) -> bool:
-        """Whether MLflow answers as far as this run is concerned; not before it was found."""
+        """Whether MLflow answers a query for this run; False before the run was found."""
         try:
             return self.run_id is not None and bool(self._client.get_run(self.run_id))
         except Exception:
@@ -367,9 +366,9 @@ def _database(uri: str) -> Path | None:
 
 
 def _create_database(database: Path) -> None:
-    """Create MLflow's tables in a file of its own, which gets the name `database` once it is whole.
+    """Create MLflow's tables in a temporary file, which is named `database` once it is complete.
 
-    MLflow's migrations are not atomic: after a kill in the middle of them no MLflow opens the file (3.17).
+    MLflow's migrations are not atomic: after a kill during one, MLflow cannot open the file any more (3.17).
     """
     from mlflow import MlflowClient
 
@@ -386,7 +385,7 @@ def _create_database(database: Path) -> None:
     except (
         OSError
     ) as error:  # no hard links, or no right to write: MLflow does it in its own way, or says why not
-        logger.info("%s is not created beside its place: %s", database, error)
+        logger.info("%s is not created in a temporary file: %s", database, error)
         return
     except Exception:
         if not database.exists():  # else the faster process cleared this one's folder away
@@ -396,7 +395,7 @@ def _create_database(database: Path) -> None:
 
 
 def _half_made(database: Path, error: Exception) -> str | None:
-    """The trace of a migration that did not end, if there is one: a leftover table, or else SQLite's message."""
+    """Sign of an interrupted migration: a leftover table, or SQLite's message; None: there is none."""
     with (
         suppress(sqlite3.Error),
         closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)) as opened,
@@ -418,7 +417,7 @@ def _thumbnail(png: bytes) -> bytes:
 
 
 def _artifact_folder(uri: str) -> str | None:
-    """Beside a SQLite file, wherever the process that tracks happens to run; a server knows its own."""
+    """The folder `mlruns` beside a SQLite file; None: a server knows its own folder."""
     if not uri.startswith(SQLITE):
         return None
     return (Path(uri.removeprefix(SQLITE)).absolute().parent / "mlruns").as_uri()

@@ -1,7 +1,4 @@
-"""Calls to an MLflow server that may be away, hang, or not take one thing: made again until time is up.
-
-Its own room because `ddpm.tracking.mlflow_runs` is about what is said to MLflow, and this about how long and how often.
-"""
+"""Retries of calls to an MLflow server that may be away, hang, or refuse a record, until time is up."""
 
 import logging
 import math
@@ -15,11 +12,11 @@ import tenacity
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 4
-"""So often a call may fail at a server that otherwise answers."""
+"""Largest number of failures of a call at a server that otherwise answers."""
 REFUSED = ("BAD_REQUEST", "INVALID_PARAMETER_VALUE")
-"""What MLflow says of a thing that it will never take."""
+"""MLflow's codes for a record that it will never accept."""
 PERMANENT = (*REFUSED, "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED", "UNAUTHENTICATED")
-"""What MLflow says of a call that it is of no use to repeat."""
+"""MLflow's codes for a call that is useless to repeat."""
 USER_INFO = re.compile(r"//[^/\s@]*@")
 
 
@@ -28,23 +25,23 @@ class OutOfTime(Exception):
 
 
 class Refused(ValueError):
-    """What MLflow would refuse, found out before."""
+    """A record that MLflow refuses for good."""
 
 
 class Caller:
-    """Makes calls for one thread; another may set `deadline`.
+    """Makes calls for one thread; another thread may set `deadline`.
 
     Args:
-        uri: of MLflow; a password in it is never shown.
-        answers: whether the server answers an easy question.
-        patience_s: seconds without a call that works after which time is up.
+        uri: MLflow's URI; a password in it is never shown.
+        answers: whether the server answers a simple query.
+        patience_s: seconds without a successful call after which time is up.
     """
 
     def __init__(self, uri: str, answers: Callable[[], bool], patience_s: float = math.inf) -> None:
         self.deadline = math.inf
         """time.monotonic() at which time is up."""
         self.trouble = ""
-        """What was wrong last."""
+        """The last failure."""
         self._uri, self._answers = uri, answers
         self._patience_s, self._worked_at = patience_s, time.monotonic()
         self._told = False
@@ -56,7 +53,7 @@ class Caller:
             raise OutOfTime
 
     def __call__(self, call: Callable[..., Any], *args: Any, attempts: int = ATTEMPTS) -> Any:
-        """call(*args), until it works, is of no use, or failed `attempts` times at a server that answers.
+        """call(*args), until it works, is useless to repeat, or failed `attempts` times at a server that answers.
 
         Raises:
             OutOfTime: time is up.
@@ -84,11 +81,11 @@ class Caller:
         return result
 
     def takes(self, call: Callable[..., Any], *args: Any, attempts: int = ATTEMPTS) -> bool:
-        """Whether call(*args) works in the end; if not, `trouble` says why.
+        """Whether call(*args) works in the end; if not, `trouble` gives the reason.
 
         Raises:
             OutOfTime: time is up.
-            Refused: it never will; the message says why.
+            Refused: it will never work; the message gives the reason.
         """
         try:
             self(call, *args, attempts=attempts)
@@ -102,7 +99,7 @@ class Caller:
         return True
 
     def reason(self, error: BaseException | None) -> str:
-        """A line of `error`, without the password that MLflow's messages quote with the URI."""
+        """`error` in one line, without the password that MLflow's messages quote with the URI."""
         text = str(error).replace(self._uri, without_password(self._uri))
         return f"{type(error).__name__}: {USER_INFO.sub('//', ' '.join(text.split()))[:400]}"
 
@@ -113,7 +110,7 @@ class Caller:
             time.sleep(0.1)
 
     def _tell_once(self, state: tenacity.RetryCallState) -> None:
-        """Warn, once an outage."""
+        """Warn once per outage."""
         assert state.outcome is not None
         self.trouble = self.reason(state.outcome.exception())
         if not self._told:

@@ -1,8 +1,8 @@
-"""Segments of what was tracked, as they lie in a run's storage until they are delivered.
+"""The spool: segments of records in a run's storage, until they are delivered.
 
-A worker writes one before the checkpoint that it leads up to. Once that checkpoint is committed, the segment is
-final: no later life of the run takes back what it says. What lies beyond the newest checkpoint belongs to a
-future that may not happen, and waits, except for a failed run's last words.
+A worker writes a segment before the checkpoint that follows it. Once that checkpoint is committed, the segment is
+final: no restart of the run takes it back. Segments beyond the newest checkpoint wait, since a restart may discard
+them, except for the last segment of a run that failed.
 """
 
 import contextlib
@@ -14,11 +14,11 @@ from ddpm.tracking import metrics_buffer
 from ddpm.tracking.metrics_buffer import DamagedSegment
 
 FOLDER = "tracking"
-"""Of a run: holds its segments."""
+"""Folder of a run that holds its segments."""
 
 
 def final(buffer: Location, committed: int) -> list[Location]:
-    """Those that may be delivered when the newest checkpoint is at `committed`, in order of delivery.
+    """The segments that may be delivered when the newest checkpoint is at `committed`, in order of delivery.
 
     Raises:
         OSError: storage does not answer.
@@ -27,7 +27,7 @@ def final(buffer: Location, committed: int) -> list[Location]:
 
 
 def discard_after(buffer: Location, images_seen: int) -> None:
-    """Delete the segments of a future that did not happen, since a run goes on from `images_seen`.
+    """Delete the segments beyond `images_seen`, from which the run resumes.
 
     Raises:
         OSError: storage does not answer.
@@ -38,13 +38,13 @@ def discard_after(buffer: Location, images_seen: int) -> None:
 
 
 def delete(segment: Location) -> None:
-    """Remove it, if it is still there."""
+    """Remove a segment, if it is still there."""
     with contextlib.suppress(FileNotFoundError):
         segment.filesystem.delete_file(segment.path)
 
 
 def count(buffer: Location, committed: int) -> int:
-    """Records that could be delivered and are not yet; a damaged segment counts as one.
+    """Number of final records that are not delivered yet; a damaged segment counts as one.
 
     Raises:
         OSError: storage does not answer.

@@ -1,7 +1,7 @@
-"""From a run's storage to MLflow: segments of what was tracked are delivered once they are final, then deleted.
+"""From a run's storage to MLflow: segments are delivered once they are final, then deleted.
 
-MLflow may be away for as long as it likes: nothing is lost, training notices nothing, and what the run could
-not deliver before it ended `jobs/track.py` delivers later.
+MLflow may be away for any time: nothing is lost, training is not affected, and `jobs/track.py` delivers later what a
+run could not deliver before it ended.
 """
 
 import logging
@@ -25,42 +25,42 @@ from ddpm.utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 IDLE_S = 30.0
-"""A segment may appear that nobody announced: last words."""
+"""Interval at which unannounced segments are looked for, such as that of a run that failed."""
 ASIDE_S = 300.0
-"""After so long, what MLflow did not take is tried again; and when the run ends."""
+"""Interval after which a segment that MLflow did not take is tried again; it is also tried when the run ends."""
 COUNT_TIMEOUT_S = 10.0
 MIN_BEGIN_S = 5.0
-"""With less time than that, MLflow would not even be imported."""
+"""Importing MLflow takes about this long."""
 GRACE_S = 0.3
-"""The thread looks for its deadline ten times a second, while it waits."""
+"""Longer than the 0.1 s between two looks of the waiting thread at its deadline."""
 
 
 class NotDelivered(UserError):
-    """Something is still in the run's storage."""
+    """Records are still in the run's storage."""
 
     exit_code = 1
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """How tracking ended."""
+    """The outcome of tracking."""
 
     run_id: str | None
     experiment_id: str | None
     undelivered: int
-    """Records that are still in the run's storage, at least."""
+    """Smallest number of records that are still in the run's storage."""
     ended: bool
-    """Whether MLflow knows how the run ended."""
+    """Whether MLflow has the final status of the run."""
 
 
 class Uploader:
     """Delivers a run's segments while it trains, from a thread of its own. No method raises; only `close` waits.
 
     Args:
-        address: of the run.
+        address: the run's identity.
         params: the flat config; logged once.
         buffer: the run's folder of segments.
-        at_once: if not, it waits for `begin`, or `close`: MLflow takes seconds to import.
+        at_once: False waits for `begin` or `close`, since MLflow takes seconds to import.
     """
 
     def __init__(
@@ -77,20 +77,20 @@ class Uploader:
             self.begin()
 
     def begin(self) -> None:
-        """Look for the MLflow run, or make one."""
+        """Start the thread, which finds or creates the MLflow run."""
         if not self._begun:
             self._begun = True
             self._thread.start()
 
     def committed(self, images_seen: int) -> None:
-        """The newest checkpoint is the one after `images_seen` images; -1: there is none."""
+        """Announce that the newest checkpoint is at `images_seen`; -1: there is none."""
         self._committed = images_seen
         self._wake.set()
 
     def close(self, status: str, timeout_s: float = 60.0) -> Delivery:
         """Deliver the rest, for about `timeout_s` at most, and end the MLflow run: FINISHED, FAILED or KILLED.
 
-        A delivery that has not begun by then does not begin when there is less time than MIN_BEGIN_S.
+        A delivery that has not begun does not begin if there is less time than MIN_BEGIN_S.
         """
         self._status, self._run.call.deadline = status, time.monotonic() + timeout_s
         self._closing.set()
@@ -117,21 +117,21 @@ class Uploader:
                 self._wake.wait(IDLE_S)
             self._ended = self._run.end(self._status)
         except OutOfTime:
-            pass  # close says so
+            pass  # `close` reports it
         except Exception as error:
             why = str(error) if isinstance(error, Lost) else self._run.call.reason(error)
-            kept = f"what is tracked stays in {self._buffer.uri}"
+            kept = f"records stay in {self._buffer.uri}"
             logger.error("tracking stopped, training goes on, %s: %s", kept, why)
 
     def _round(self) -> bool:
-        """Whether this was the last one."""
-        self._wake.clear()  # first: what is announced from now on gets a round of its own
+        """Deliver once; returns whether this was the last time."""
+        self._wake.clear()  # first, so that a checkpoint announced from now on causes another round
         closing = self._closing.is_set()
         try:
             self._carrier.carry(self._committed, everything=closing)
             return closing
         except OSError as error:
-            logger.info("storage does not answer, tracking waits for it: %s", error)
+            logger.info("storage does not answer, tracking waits: %s", error)
             if closing:
                 self._run.call.check_time()
                 time.sleep(1)
@@ -140,17 +140,17 @@ class Uploader:
 
 
 class _Carrier:
-    """Carries final segments from an buffer to an MLflow run, oldest first."""
+    """Delivers final segments from a folder to an MLflow run, oldest first."""
 
     def __init__(self, run: MlflowRun, buffer: Location) -> None:
         self._run, self._buffer = run, buffer
         self._aside: dict[str, float] = {}
-        """Segments that MLflow did not take, or that are damaged, and when to try again."""
+        """Segments that MLflow did not take or that are damaged, and when to try again."""
 
     def carry(
         self, committed: int, everything: bool, show: Callable[[int], None] = lambda num_records: None
     ) -> None:
-        """Deliver what is final and due; `everything`: also what was put aside. `show` is told of each delivery.
+        """Deliver final segments; `everything`: also those put aside. `show` is called with the records of each.
 
         Raises:
             OSError: storage does not answer.
@@ -161,13 +161,13 @@ class _Carrier:
                 show(self._carry_one(file))
 
     def _carry_one(self, file: Location) -> int:
-        """How many records were delivered."""
+        """Deliver one segment; returns the number of its records that were delivered."""
         try:
             gathered = metrics_buffer.read(file.read(), file.uri)
         except FileNotFoundError:  # somebody else delivered it
             return 0
         except DamagedSegment as error:
-            self._put_aside(file, f"{error}; it is left where it is")
+            self._put_aside(file, f"{error}; it stays where it is")
             return 0
         if not self._run.send(gathered):
             trouble = self._run.call.trouble
@@ -187,7 +187,7 @@ class _Carrier:
 
 @dataclass(frozen=True)
 class Kept:
-    """What a run still has to tell MLflow."""
+    """The records of a run that are not delivered yet."""
 
     address: Address
     params: Mapping[str, Any]
@@ -200,13 +200,13 @@ class Kept:
 
 
 def kept(uri: str, experiment: str | None = None) -> Kept:
-    """What the run in the folder or bucket `uri` has kept.
+    """The undelivered records of the run in the folder or bucket `uri`.
 
     Args:
-        experiment: of a run that has no checkpoint, which would say so.
+        experiment: MLflow experiment of a run without a checkpoint, which would name it.
 
     Raises:
-        UserError: no run, or storage refuses.
+        UserError: there is no run, or storage refuses.
     """
     run = runs.existing_run(uri)
     try:
@@ -226,8 +226,8 @@ def _kept(run: Run, experiment: str | None) -> Kept:
         params = configs.flatten(config)
     elif experiment is None:
         raise UserError(
-            f"{run.location.uri} has no checkpoint, which would tell the experiment; name it with --experiment "
-            f"(of training, --run.experiment; if that was not given, {configs.RunConfig.experiment})"
+            f"{run.location.uri} has no checkpoint that would name the experiment; give it with --experiment (the "
+            f"--run.experiment of training, by default {configs.RunConfig.experiment})"
         )
     address = Address(tracking_uri(), experiment, run.name, run.key)
     buffer = run.location.child(spool.FOLDER)
@@ -235,11 +235,11 @@ def _kept(run: Run, experiment: str | None) -> Kept:
 
 
 def deliver(kept: Kept, timeout_s: float, show: Callable[[int], None]) -> Delivery:
-    """Deliver what a run has kept; the status of its MLflow run is changed only if the run is finished.
+    """Deliver a run's remaining records; the status of its MLflow run is changed only if the run is finished.
 
     Args:
-        timeout_s: of no progress, after which it gives up.
-        show: told how many records were delivered so far.
+        timeout_s: seconds without progress after which it gives up.
+        show: called with the number of records delivered so far.
 
     Raises:
         NotDelivered: MLflow or storage does not answer, refuses the run, or did not take everything.
@@ -258,7 +258,7 @@ def deliver(kept: Kept, timeout_s: float, show: Callable[[int], None]) -> Delive
         left = spool.count(kept.buffer, kept.committed)
     except OutOfTime:
         why = f"nothing worked for {timeout_s:g} s; {run.call.trouble}"
-        raise NotDelivered(f"MLflow at {uri} cannot be reached, all is kept: {why}") from None
+        raise NotDelivered(f"MLflow at {uri} cannot be reached, all records are kept: {why}") from None
     except Lost as error:
         raise NotDelivered(f"MLflow at {uri} refuses the run: {error}") from None
     except OSError as error:
@@ -271,14 +271,14 @@ def deliver(kept: Kept, timeout_s: float, show: Callable[[int], None]) -> Delive
 
 
 def _count_in_time(buffer: Location, committed: int, timeout_s: float) -> int:
-    """As `segments.count`, of a storage that may not answer: what is not known counts as one."""
+    """`spool.count` with a time-out; 1 if storage does not answer."""
     counted = [1]
 
     def count() -> None:
         try:
             counted.append(spool.count(buffer, committed))
         except OSError as error:
-            logger.info("storage does not answer, it is not known what is left: %s", error)
+            logger.info("storage does not answer, the number of records left is unknown: %s", error)
 
     thread = threading.Thread(target=count, name="ddpm-mlflow-count", daemon=True)
     thread.start()

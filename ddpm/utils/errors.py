@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """A mistake of the user's: one line that says what was wrong, where, and what would be right.
+    """A user's mistake: one line that says what was wrong, where, and what would be right.
 
     Jobs print it without a traceback and exit with `exit_code`.
     """

@@ -52,7 +52,7 @@ def grid(images: Pixels, columns: int | None = None, min_side: int = 48) -> Pixe
     Args:
         images: uint8 [N, H, W, C], C 1 or 3, N at least 1.
         columns: tiles a row; None makes the grid about square. Tiles missing in the last row stay white.
-        min_side: tiles are enlarged by the smallest whole factor that makes their shorter side so long.
+        min_side: tiles are enlarged by the smallest whole factor that makes their shorter side at least this long.
 
     Returns:
         uint8 [H', W', 3].
@@ -75,11 +75,11 @@ def grid(images: Pixels, columns: int | None = None, min_side: int = 48) -> Pixe
 
 
 def strip(rows: Sequence[Pixels], captions: Sequence[str] = (), min_side: int = 48) -> Pixels:
-    """Rows of frames, one below the other: trajectories, or images beside what became of them.
+    """Rows of frames, one below the other: trajectories, or images beside their reconstructions.
 
     Args:
         rows: each uint8 [F, H, W, C], all of the same shape.
-        captions: one a column, written above it; none for no captions.
+        captions: one per column, written above it; empty for no captions.
         min_side: as in `grid`.
 
     Returns:
@@ -122,7 +122,7 @@ def from_png(data: bytes) -> Pixels:
 
 
 def gif_bytes(frames: Sequence[Pixels], ms: int = 100) -> bytes:
-    """Frames uint8 [H, W, C] of one size as a GIF that loops for ever, `ms` milliseconds each.
+    """Frames uint8 [H, W, C] of one size as a GIF that loops forever, `ms` milliseconds each.
 
     The format counts in hundredths of a second, and has 256 colours a frame.
 

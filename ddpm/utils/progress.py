@@ -1,4 +1,4 @@
-"""How long work shows itself: one live bar in a terminal, one line an interval elsewhere."""
+"""Progress display: one live bar in a terminal, one line per interval elsewhere."""
 
 import sys
 import time
@@ -10,7 +10,7 @@ LINE_INTERVAL_S = 10.0
 
 @dataclass(frozen=True)
 class Progress:
-    """What a person watching training wants to know."""
+    """State of training for display."""
 
     images_seen: int
     total_images: int
@@ -19,10 +19,10 @@ class Progress:
 
 
 def printable(text: str) -> str:
-    """`text` with all that is not printable as Python's escapes, so that it is one line and commands no terminal.
+    """`text` in one line, with unprintable characters as Python's escapes.
 
-    Names of files and what files say come from outside: a line break in them could forge a line of ours, an escape
-    sequence could colour or remove one, and a name that is no UTF-8 could not be printed.
+    File names and texts from files come from outside: a line break in them could forge a line of output, an escape
+    sequence could colour or remove one, and a name that is not UTF-8 could not be printed.
     """
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
@@ -31,8 +31,8 @@ class Display:
     """A context that shows how many of `total` are done.
 
     Args:
-        description: what is counted, "training" for example.
-        total: how many there will be.
+        description: the thing counted, "training" for example.
+        total: the final count.
     """
 
     def __init__(self, description: str, total: int) -> None:
@@ -43,7 +43,7 @@ class Display:
         self._shown = -1
         self._last = (0, "")
         if self._live:
-            from rich import progress  # here, since most processes that import this show nothing
+            from rich import progress  # imported here, since most processes show nothing
 
             self._bar = progress.Progress(
                 progress.TextColumn("{task.description}"),
@@ -77,7 +77,7 @@ class Display:
             self._print(done, detail)
 
     def _print(self, done: int, detail: str) -> None:
-        """A line, unless the last one said so already."""
+        """Print a line, unless the last one had the same count."""
         if done == self._shown:
             return
         now = time.monotonic()

@@ -1,8 +1,4 @@
-"""Patience with storage: what fails is tried again, for as long as run.storage_timeout_s says and no longer.
-
-Its own room because reading shards, writing checkpoints and the run's own files all need the same patience, and
-stand on different floors.
-"""
+"""Retries of storage calls, for run.storage_timeout_s at most."""
 
 import os
 import re
@@ -40,18 +36,18 @@ def retry_io(
 ) -> T:
     """The result of `call`, which is repeated while it raises OSError.
 
-    Between tries it waits a random time that grows from 0.2 s to at most 10 s, so that many workers do not come
-    back at once. The last try begins at the time-out; a try that is under way is not cut short.
+    The wait between tries is random and grows from 0.2 s to at most 10 s, so that many workers do not come back at
+    once. The last try begins at the time-out; a try that is under way is not cut short.
 
     Args:
         call: safe to repeat.
         where: the bucket or folder, for the error: "s3://bucket/runs".
         timeout_s: seconds after which no new try begins; 0: one try.
-        before_retry: told each failure that is followed by another try, as soon as it happens.
+        before_retry: called with each failure that is followed by another try, as soon as it happens.
 
     Raises:
-        StorageError: the time is over; it says how long it was tried, and the last answer.
-        FileNotFoundError: at once, since that is an answer.
+        StorageError: the time is over; it names the time tried and the last answer.
+        FileNotFoundError: at once, since a retry would not change it.
     """
     backoff = wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S, min=FIRST_WAIT_S / 2)
 
@@ -83,7 +79,7 @@ def retry_io(
 
 
 def answer(error: BaseException) -> str:
-    """What storage said: one line, of bounded length, without credentials."""
+    """The message of storage: one line, of bounded length, without credentials."""
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
         error = OSError(error.args[0][0][-1])  # of each file that was not copied: from, to, why
     text = " ".join(str(error).split()) or type(error).__name__

@@ -170,7 +170,7 @@ def test_measured_errors_are_those_of_these_weights(tmp_path: Path, harm: Callab
     assert torch.equal(runs.read_x_0_error(tmp_path, 3), errors)
     file = tmp_path / runs.X_0_ERROR
     file.write_text(json.dumps(harm(json.loads(file.read_text()))))
-    with pytest.raises(UserError, match=r"x_0_error\.json is .*; jobs/evaluate\.py makes it again"):
+    with pytest.raises(UserError, match=r"x_0_error\.json .*; jobs/evaluate\.py writes it again"):
         runs.read_x_0_error(tmp_path, 3)
 
 

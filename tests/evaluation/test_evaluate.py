@@ -63,7 +63,7 @@ def alone(run: Run) -> Report:
 
 def test_numbers_are_those_of_one_batch(run: Run, alone: Report, shards: str) -> None:
     """Known answers: the bound and the scores that the library finds when it is given everything at once."""
-    assert [verdict.images_seen for verdict in alone.verdicts] == list(POSITIONS)
+    assert [result.images_seen for result in alone.results] == list(POSITIONS)
     (candidate,) = context.read([run.location.uri])
     by = context.choose([candidate], Settings(**FEW))  # type: ignore[arg-type]
     posed = candidate.net, candidate.config, build_objective(candidate.config)
@@ -72,7 +72,7 @@ def test_numbers_are_those_of_one_batch(run: Run, alone: Report, shards: str) ->
     measured = measure.measure(*posed, train, "measured", device=CPU)
     how: dict[str, Any] = {"variance": "measured", "measured": measured, "num_draws": 2}
     bits = measure.bits_per_dim(*posed, held_out, start=0, device=CPU, **how)
-    last = alone.verdicts[-1]
+    last = alone.results[-1]
     for found, expected in zip(last.bits, bits.scores(), strict=True):
         assert (found.name, found.n) == (expected.name, 150)
         assert found.value == pytest.approx(expected.value, rel=1e-5)
@@ -89,13 +89,13 @@ def test_numbers_are_those_of_one_batch(run: Run, alone: Report, shards: str) ->
 
 
 def test_training_images_are_searched_as_far_as_is_asked(run: Run, alone: Report, tmp_path: Path) -> None:
-    for verdict in alone.verdicts:
-        for way in verdict.drawn:
+    for result in alone.results:
+        for way in result.drawn:
             assert way.scores[-1].name == "nearer_than_held_out-pixels"
             assert isinstance(way.scores[-1], NearerShare) and way.scores[-1].n_train == 1500
             assert way.nearest.startswith(b"\x89PNG")
     ((some,), (none,)) = (
-        judged(run.location.uri, num_images=40, num_train_images=n, cache=str(tmp_path)).verdicts[0].drawn
+        judged(run.location.uri, num_images=40, num_train_images=n, cache=str(tmp_path)).results[0].drawn
         for n in (30, 0)
     )
     assert isinstance(some.scores[-1], NearerShare) and some.scores[-1].n_train == 30
@@ -104,12 +104,12 @@ def test_training_images_are_searched_as_far_as_is_asked(run: Run, alone: Report
 
 
 def test_a_score_needs_nothing_but_its_n_and_its_error(alone: Report) -> None:
-    for verdict in alone.verdicts:
-        assert [drawn.name for drawn in verdict.drawn] == ["ddim-2", "ddim-4"]
-        assert [drawn.is_own for drawn in verdict.drawn] == [False, True]
-        for s in (*verdict.bits, *(s for drawn in verdict.drawn for s in drawn.scores)):
+    for result in alone.results:
+        assert [drawn.name for drawn in result.drawn] == ["ddim-2", "ddim-4"]
+        assert [drawn.is_own for drawn in result.drawn] == [False, True]
+        for s in (*result.bits, *(s for drawn in result.drawn for s in drawn.scores)):
             assert np.isfinite([s.value, s.error]).all() and s.n >= 90
-    first, *others = alone.verdicts
+    first, *others = alone.results
     assert all(first.bits != other.bits and first.drawn != other.drawn for other in others)
 
 
@@ -124,7 +124,7 @@ def test_several_workers_find_what_one_finds(run: Run, alone: Report, num_worker
     finally:
         ray.shutdown()
     assert again.to_json() == alone.to_json()
-    assert again.verdicts[-1].drawn[-1].nearest == alone.verdicts[-1].drawn[-1].nearest
+    assert again.results[-1].drawn[-1].nearest == alone.results[-1].drawn[-1].nearest
     assert again.key == alone.key
 
 
@@ -142,7 +142,7 @@ def test_reference_features_are_kept(run: Run, alone: Report, shards: str, tmp_p
 
 def test_grey_levels_are_those_of_the_images_judged(alone: Report, tmp_path: Path) -> None:
     assert alone.settings["data"]["grey_levels"] == 17  # of scikit-learn's digits
-    assert [verdict.num_classes for verdict in alone.verdicts] == [0, 0, 0]
+    assert [result.num_classes for result in alone.results] == [0, 0, 0]
     location, value = locations.resolve(str(tmp_path)), np.arange(100, dtype=np.uint8)
     image = np.broadcast_to(value[:, None, None, None], (100, 8, 8, 1)).copy()  # a level each
     part = write_shard(
@@ -155,10 +155,10 @@ def test_grey_levels_are_those_of_the_images_judged(alone: Report, tmp_path: Pat
 
 
 def test_what_was_measured_is_kept_with_the_checkpoint(run: Run, alone: Report) -> None:
-    for uri, verdict in zip(resolve.checkpoints_of(run.location.uri), alone.verdicts, strict=True):
+    for uri, result in zip(resolve.checkpoints_of(run.location.uri), alone.results, strict=True):
         errors = runs.read_x_0_error(Path(uri), CONFIG.schedule.num_timesteps)
         assert errors.shape == (20,) and errors[0] < errors[-1]
-        assert (verdict.variance, verdict.variance_is_default) == ("measured", True)
+        assert (result.variance, result.variance_is_default) == ("measured", True)
 
 
 def test_the_variance_decides_the_bound_and_the_noise_of_ancestral(run: Run, alone: Report) -> None:
@@ -166,9 +166,9 @@ def test_the_variance_decides_the_bound_and_the_noise_of_ancestral(run: Run, alo
     of_bound, drawn = {}, {}
     for variance in ("auto", "measured", "beta_tilde"):
         how = {"variance": variance, "samplers": ("ancestral",), "num_sample_steps": (4,)}
-        (verdict,) = judged(run.location.uri, **how).verdicts
-        of_bound[variance], drawn[variance] = verdict.bits[0].value, verdict.drawn[0]
-    assert of_bound["measured"] == of_bound["auto"] == alone.verdicts[-1].bits[0].value
+        (result,) = judged(run.location.uri, **how).results
+        of_bound[variance], drawn[variance] = result.bits[0].value, result.drawn[0]
+    assert of_bound["measured"] == of_bound["auto"] == alone.results[-1].bits[0].value
     assert of_bound["measured"] < of_bound["beta_tilde"]
     assert drawn["auto"].scores == drawn["beta_tilde"].scores != drawn["measured"].scores
     assert [drawn[v].name for v in drawn] == ["ancestral-4", "ancestral-4 variance measured", "ancestral-4"]
@@ -209,9 +209,9 @@ def test_a_number_of_steps_left_open_is_said(sampler: Any, steps: int) -> None:
 def test_the_course_s_mix_is_judged_without_bits(tmp_path: Path, shards: str) -> None:
     config = override(CONFIG, {"objective.process": "uniform_mix", "run.name": "mix"})
     run = make_run(tmp_path / "runs", shards, config)
-    (verdict,) = judged(run.location.uri, num_images=40).verdicts
-    assert verdict.bits == ()
-    assert [drawn.name for drawn in verdict.drawn] == ["mix-4"]
+    (result,) = judged(run.location.uri, num_images=40).results
+    assert result.bits == ()
+    assert [drawn.name for drawn in result.drawn] == ["mix-4"]
 
 
 def test_a_run_that_lost_its_shards_names_its_source_or_none(tmp_path: Path, shards: str) -> None:
@@ -254,12 +254,12 @@ def other_data(folder: Path, side: int = 8, **rows: int) -> str:
 @pytest.mark.parametrize(
     ("data", "settings", "message"),
     [
-        ({"train": 100}, {}, "holds no images out: it needs a split test beside train"),
-        ({"train": 100, "test": 19}, {}, "holds 19 images out; it takes at least 20"),
+        ({"train": 100}, {}, "has no held-out images: it needs a split test beside train"),
+        ({"train": 100, "test": 19}, {}, "has 19 held-out images; an evaluation needs at least 20"),
         (
             {"train": 100, "test": 30, "side": 16},
             {},
-            r"draws images of 8x8 in 1 .* holds images of 16x16 in 1",
+            r"makes images of 8x8 in 1 .* holds images of 16x16 in 1",
         ),
         ({"test": 30}, {}, "has no split 'train'"),
         ({"train": 100, "test": 30}, {"features": "classifier"}, "has no classes to train a classifier on"),
@@ -283,20 +283,20 @@ def test_mistakes(
 
 def test_a_net_that_knows_classes_wants_them(tmp_path: Path, shards: str) -> None:
     run = make_run(tmp_path / "runs", shards, override(CONFIG, {"model.num_classes": 10}))
-    with pytest.raises(UserError, match=r"knows 10 classes, but .* has 0"):
+    with pytest.raises(UserError, match=r"has 10 classes, but .* has 0"):
         judged(run.location.uri, shards=other_data(tmp_path / "d", train=100, test=30))
 
 
 def test_a_conditional_nets_errors_hold_its_classes(tmp_path: Path, shards: str) -> None:
     """Known answers: the library's own, with i mod 10 as the label of image i."""
     run = make_run(tmp_path / "runs", shards, override(CONFIG, {"model.num_classes": 10}))
-    (verdict,) = judged(run.location.uri).verdicts
+    (result,) = judged(run.location.uri).results
     (candidate,) = context.read([run.location.uri])
     posed = candidate.net, candidate.config, build_objective(candidate.config)
     drawn, _ = measure.drawn_features(*posed, Pixels((8, 8, 1)), range(150), device=CPU)
     by = context.choose([candidate], Settings(**FEW))  # type: ignore[arg-type]
     held, free = (score("pixels", drawn, by.real, label=label) for label in (np.arange(150) % 10, None))
-    found = [s.error for s in verdict.drawn[0].scores if not isinstance(s, NearerShare)]
+    found = [s.error for s in result.drawn[0].scores if not isinstance(s, NearerShare)]
     assert found == pytest.approx([s.error for s in held], rel=1e-2)
     assert found != pytest.approx([s.error for s in free], rel=1e-2)
 
@@ -311,8 +311,8 @@ def test_checkpoints_of_different_data_are_judged_by_named_data(
         evaluate.evaluate(candidates, Settings(**FEW))  # type: ignore[arg-type]
     settings: dict[str, Any] = {**FEW, "num_images": 40, "shards": noise}
     found = evaluate.evaluate(candidates, Settings(**settings), 1)
-    assert [(verdict.run, verdict.saw_this_data) for verdict in found.verdicts] == [
+    assert [(result.run, result.saw_this_data) for result in found.results] == [
         ("judged", False),
         ("noise", True),
     ]
-    assert isinstance(found.verdicts[0].bits[0], Score)
+    assert isinstance(found.results[0].bits[0], Score)

@@ -161,7 +161,7 @@ def test_a_net_that_repeats_its_sixteen_images_is_caught(
     loop.train(config, LocalRuntime(config, train, None, Path(run.location.path)), NoTracker())
     settings = Settings(num_images=250, features="classifier", num_draws=1)
     report = evaluate.evaluate(context.read([run.location.uri]), settings, 1)
-    (drawn,) = report.verdicts[0].drawn
+    (drawn,) = report.results[0].drawn
     shares = [score for score in drawn.scores if isinstance(score, NearerShare)]
     assert [share.space for share in shares] == ["classifier", "pixels"]
     assert all(share.low > 0.2 if is_caught else share.value < 0.03 for share in shares)

@@ -11,7 +11,7 @@ import servers
 from mlflow import MlflowClient
 from mlflow.artifacts import load_dict
 from mlflow.entities import Run
-from reported import drawn, made, near, verdict
+from reported import drawn, made, near, result
 
 from ddpm.evaluation import publish
 from ddpm.evaluation.report import Report
@@ -41,8 +41,8 @@ def start(client: MlflowClient) -> Callable[[str], Run]:
 
 
 def report_on(key: str, *steps: int, change: int = 0, **settings: object) -> Report:
-    verdicts = (verdict(i, drawn(i + change), drawn(i, 10, own=False), run_key=key) for i in steps)
-    return Report({**made().settings, **settings}, tuple(verdicts))
+    results = (result(i, drawn(i + change), drawn(i, 10, own=False), run_key=key) for i in steps)
+    return Report({**made().settings, **settings}, tuple(results))
 
 
 def points(client: MlflowClient, run: Run, key: str) -> list[tuple[int, float]]:
@@ -60,7 +60,7 @@ def test_results_are_in_the_run_s_own_mlflow_run(
     run, untouched = start(key), start(other)
     report = report_on(key, 1, 2)
     assert published(report) == [f"MLflow      run {run.info.run_id} in {mlflow_server}"]
-    values = [v.drawn[0].scores[1].value for v in report.verdicts]
+    values = [v.drawn[0].scores[1].value for v in report.results]
     assert points(client, run, "eval/KID-pixels") == [(1000, values[0]), (2000, values[1])]
     assert [step for step, _ in points(client, run, "eval/bits_per_dim")] == [1000, 2000]
     assert len(points(client, run, "eval/ddim-10/KID-pixels")) == 2
@@ -86,7 +86,7 @@ def test_again_adds_what_is_new_and_replaces_only_its_own_files(
     time.sleep(0.01)
     changed = report_on(key, 1, change=5)
     published(changed)
-    value = changed.verdicts[0].drawn[0].scores[1].value
+    value = changed.results[0].drawn[0].scores[1].value
     assert sorted(points(client, run, "eval/KID-pixels")) == sorted([*before, (1000, value)])
     assert len(points(client, run, "eval/bits_per_dim")) == 1
     assert client.get_run(run.info.run_id).data.metrics["eval/KID-pixels"] == value
@@ -102,13 +102,13 @@ def test_each_run_gets_what_is_about_it(
 ) -> None:
     keys = [uuid.uuid4().hex, uuid.uuid4().hex]
     found = [start(key) for key in keys]
-    unknown = verdict(5, drawn(5), run="strange", run_key=uuid.uuid4().hex)
-    imported = verdict(0, drawn(0), run="imported", run_key="")
-    both = made(*(verdict(i, drawn(i), run_key=key) for i, key in enumerate(keys, 1)), unknown, imported)
+    unknown = result(5, drawn(5), run="strange", run_key=uuid.uuid4().hex)
+    imported = result(0, drawn(0), run="imported", run_key="")
+    both = made(*(result(i, drawn(i), run_key=key) for i, key in enumerate(keys, 1)), unknown, imported)
     assert published(both) == [
         *(f"MLflow      run {run.info.run_id} in {mlflow_server}" for run in found),
-        f"MLflow      {mlflow_server} does not know run strange; nothing is logged there",
-        "MLflow      nothing is logged of runs/imported/checkpoint-0, which no run of ours made",
+        f"MLflow      {mlflow_server} does not have run strange; nothing is logged there",
+        "MLflow      nothing is logged for runs/imported/checkpoint-0, which belongs to no run",
     ]
     for i, run in enumerate(found, 1):
         assert [step for step, _ in points(client, run, "eval/KID-pixels")] == [1000 * i]
@@ -118,7 +118,7 @@ def test_the_pictures_of_the_nearest_are_beside_the_file_and_in_mlflow(
     client: MlflowClient, start: Callable[[str], Run], tmp_path: Path
 ) -> None:
     key = uuid.uuid4().hex
-    run, report = start(key), made(verdict(1, near(0.03), run_key=key))
+    run, report = start(key), made(result(1, near(0.03), run_key=key))
     lines = list(publish.store(report, publish.place_for("out/found.json")))
     assert lines[2] == f"nearest     {tmp_path}/out/found-nearest.png"
     assert (tmp_path / "out/found-nearest.png").read_bytes() == b"PNG 0.03"
@@ -130,7 +130,7 @@ def test_the_pictures_of_the_nearest_are_beside_the_file_and_in_mlflow(
 def test_a_database_that_is_not_there_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///none.db")
     assert published(report_on("key", 1)) == [
-        f"MLflow      sqlite:///{tmp_path}/none.db does not know run a; nothing is logged there"
+        f"MLflow      sqlite:///{tmp_path}/none.db does not have run a; nothing is logged there"
     ]
     assert list(tmp_path.iterdir()) == []
 
@@ -163,8 +163,8 @@ def test_a_place_that_cannot_be_is_refused_before_anything_is_done(tmp_path: Pat
     (tmp_path / "folder").mkdir()
     for out, message in {
         "folder": "is a folder; name a file",
-        "file/found.json": "file is no folder that may be written to",
-        "found.png": "is for JSON; the picture goes beside it",
+        "file/found.json": "file is not a writable folder",
+        "found.png": "names a picture, but is for JSON; pictures are written beside it",
     }.items():
         with pytest.raises(UserError, match=message):
             publish.place_for(out)

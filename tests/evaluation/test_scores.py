@@ -163,7 +163,7 @@ def test_of_many_images_pairs_are_made_of_the_first(monkeypatch: pytest.MonkeyPa
 
 
 def test_too_few_images_are_refused_in_a_line() -> None:
-    with pytest.raises(UserError, match="12 generated and 90 real images; it takes at least 20"):
+    with pytest.raises(UserError, match="12 generated and 90 real images; a comparison needs at least 20"):
         score("pixels", normal(12), normal(90))
 
 

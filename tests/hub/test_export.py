@@ -169,7 +169,7 @@ def test_a_conditional_net_leaves_as_that_of_one_class(label: int, tmp_path: Pat
     config = override(TINY, {"schedule.num_timesteps": 20, "model.num_classes": 3})
     net = make_net(config)
     with pytest.raises(
-        UserError, match=r"label is None; a DDPMPipeline draws of one class, 0..2, or of all: 3"
+        UserError, match=r"label is None; it must be the one class that the pipeline generates, 0..2, or 3"
     ):
         export.to_diffusers(net, config, tmp_path / "out")
     with pytest.raises(UserError, match=r"label is 4;"):
@@ -268,13 +268,17 @@ UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
-        (UNET, {"freq_shift": 0}, "/unet: freq_shift is 0; of our architecture it would be 1"),
+        (UNET, {"freq_shift": 0}, "/unet: freq_shift is 0; in our architecture it is 1"),
         (UNET, {"flip_sin_to_cos": True}, "flip_sin_to_cos is True"),
         (UNET, {"downsample_padding": 1}, "downsample_padding is 1"),
         (UNET, {"norm_eps": 1e-5}, "norm_eps is 1e-05"),
-        (UNET, {"sample_size": [8, 16]}, r"sample_size is \[8, 16\]; ours are square"),
+        (
+            UNET,
+            {"sample_size": [8, 16]},
+            r"sample_size is \[8, 16\]; it must be one number: our images are square",
+        ),
         (UNET, {"up_block_types": ["UpBlock2D", "AttnUpBlock2D"]}, "up_block_types is"),
-        (UNET, {"in_channels": 6}, "out_channels is 3; of our architecture it would be 6"),
+        (UNET, {"in_channels": 6}, "out_channels is 3; in our architecture it is 6"),
         (UNET, {"in_channels": 1, "out_channels": 1}, "cannot be read as a DDPMPipeline: .*conv_in"),
         (UNET, {"mid_block_scale_factor": 2}, "mid_block_scale_factor is 2"),
         (UNET, {"mid_block_type": None}, "mid_block_type is None"),
@@ -299,13 +303,17 @@ UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
         (
             SCHEDULER,
             {"beta_schedule": "sigmoid"},
-            "beta_schedule is 'sigmoid'; ours can be linear, scaled_linear",
+            "beta_schedule is 'sigmoid'; it must be one of linear, scaled_linear",
         ),
-        (SCHEDULER, {"variance_type": "learned"}, "variance_type is 'learned'; ours can be fixed_small"),
+        (
+            SCHEDULER,
+            {"variance_type": "learned"},
+            "variance_type is 'learned'; it must be one of fixed_small",
+        ),
         (
             SCHEDULER,
             {"variance_type": "learned_range"},
-            "out_channels is 3; of our architecture it would be 6",
+            "out_channels is 3; in our architecture it is 6",
         ),
         (SCHEDULER, {"prediction_type": "flow"}, "prediction_type is 'flow'"),
         (SCHEDULER, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True"),
@@ -358,7 +366,7 @@ def test_pickled_weights_are_not_read(published: Path, tmp_path: Path) -> None:
         export.from_diffusers(published, tmp_path / "checkpoint")
     assert not Path("sprung").exists()
     with pytest.raises(
-        UserError, match=r"is no folder of a diffusers DDPMPipeline: it has no unet/config.json"
+        UserError, match=r"is not a folder of a diffusers DDPMPipeline: it has no unet/config.json"
     ):
         export.from_diffusers(tmp_path / "none", tmp_path / "checkpoint")
 

@@ -178,7 +178,7 @@ def test_mlflow_serves_the_images_that_the_job_draws(
             ([one | {"num_image": 2}], "num_image"),
             (
                 [one | {"num_images": 4096}, one],
-                "the requests ask for 4097 images together; they may ask for 4096",
+                "the requests ask for 4097 images together; the limit is 4096",
             ),
             ([one | {"num_images": 64}] * 65, "the requests ask for 4160 images together"),
         ]

@@ -96,7 +96,7 @@ class Trained:
 
     secrets: dict[str, str]
     arguments: set[str]
-    """Of every process that it started."""
+    """Arguments of every process that it started."""
     output: Path
     ray: Path
     """Ray's own logs."""

@@ -35,7 +35,7 @@ def test_all_checkpoints_of_a_run_that_goes_on(
     done = run_job("evaluate", *words, "--out", "found.json", cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     lines = [line.rstrip() for line in done.stdout.splitlines()]
-    assert {"bits/dim 180/180", "images drawn 360/360"} <= set(lines)
+    assert {"bits/dim 180/180", "images sampled 360/360"} <= set(lines)
     names = [f"judged-{images_seen}-ddim-{steps}" for images_seen in POSITIONS for steps in (2, 4)]
     assert lines[-9:] == [
         f"results     {tmp_path}/found.json",

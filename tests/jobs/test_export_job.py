@@ -70,8 +70,8 @@ def test_mistakes_are_a_line_and_exit_code_2(run_job: Callable[..., Any], tmp_pa
     (tmp_path / "there").mkdir()
     mistakes = {
         ("c", "there"): "there exists, and nothing is overwritten",
-        ("c", "out", "--alias", "champion"): "--alias is of a registered model",
-        ("c", "out", "--register", "name", "--no-ema"): "draws with the averaged weights",
+        ("c", "out", "--alias", "champion"): "--alias needs a registered model",
+        ("c", "out", "--register", "name", "--no-ema"): "a registered model uses the averaged weights",
         ("c", "out"): "c does not exist; expected a checkpoint folder or a run folder",
     }
     for words, message in mistakes.items():

@@ -55,7 +55,10 @@ def test_it_delivers_what_the_run_could_not(
     buffer, absent = run.location.child("tracking"), f"http://{servers.LOOPBACK}:{port}"
     away = track(run_job, run.location.uri, "--timeout-s", 1, uri=absent)
     assert away.returncode == 1
-    assert f"error: MLflow at {absent} cannot be reached, all is kept: nothing worked for 1 s" in away.stderr
+    assert (
+        f"error: MLflow at {absent} cannot be reached, all records are kept: nothing worked for 1 s"
+        in away.stderr
+    )
     assert "Traceback" not in away.stderr
     assert len(names_in(buffer)) == 2
 
@@ -100,7 +103,7 @@ def test_last_words_before_the_first_checkpoint_need_the_experiment_s_name(
     put(run.location.child("tracking"), 64, 64, failed=True)
     unsaid = track(run_job, run.location.uri, uri=mlflow_server)
     assert unsaid.returncode == 2
-    assert "has no checkpoint, which would tell the experiment; name it with --experiment" in unsaid.stderr
+    assert "has no checkpoint that would name the experiment; give it with --experiment" in unsaid.stderr
     done = track(run_job, run.location.uri, "--experiment", "mine", uri=mlflow_server)
     assert done.returncode == 0, done.stderr
     assert_once(address_of(run, mlflow_server, "mine"), 64)
@@ -123,7 +126,7 @@ def test_mistakes_are_a_line_and_exit_code_2(run_job: Callable[..., Any], run: R
     (tmp_path / "runs" / "broken").mkdir()
     (tmp_path / "runs" / "broken" / "run.json").write_text("{}")
     mistakes = {
-        (str(tmp_path / "none"),): "is no run's folder: it has no run.json",
+        (str(tmp_path / "none"),): "is not a run's folder: it has no run.json",
         (str(tmp_path / "runs" / "broken"),): "run.json is damaged",
         ("gs://bucket/run",): "unknown scheme",
         (run.location.uri, "--timeout-s", "0"): "--timeout-s is 0; it must be above 0",
@@ -143,7 +146,7 @@ def test_mistakes_are_a_line_and_exit_code_2(run_job: Callable[..., Any], run: R
 def test_a_half_made_database_is_named_and_a_new_one_takes_all(
     run_job: Callable[..., Any], run: Run, tmp_path: Path
 ) -> None:
-    """As a first run left it that was stopped while MLflow made its tables."""
+    """The database of a first run that was stopped while MLflow created its tables."""
     database = tmp_path / "mlflow.db"
     with closing(sqlite3.connect(database)) as opened:
         opened.execute("CREATE TABLE _alembic_tmp_experiments (experiment_id INTEGER)")

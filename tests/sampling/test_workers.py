@@ -1,4 +1,4 @@
-"""Albums fill up: whoever draws, whatever dies, in the end they hold what one undisturbed process puts there."""
+"""Sampling with workers that die: in the end the folder holds what one undisturbed process writes."""
 
 import dataclasses
 import json
@@ -123,7 +123,7 @@ def test_what_is_there_is_not_drawn_again(form: Form, tmp_path: Path) -> None:
     assert told == [21]
 
 
-def test_a_larger_request_adds_to_an_album(tmp_path: Path) -> None:
+def test_a_larger_request_adds_images(tmp_path: Path) -> None:
     job = job_of(TINY)
     drawn(tmp_path / "grown", job, 10)
     told: list[int] = []
@@ -226,7 +226,9 @@ def test_labels_are_checked() -> None:
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot write images to .*/file/out: .*; the same command goes on"):
+    with pytest.raises(
+        UserError, match=r"cannot write images to .*/file/out: .*; the same command continues"
+    ):
         drawn(tmp_path / "file/out", job_of(TINY))
 
 

@@ -45,8 +45,8 @@ def test_numbers_are_those_of_evaluate(evaluator: Evaluator, shards: str, tmp_pa
     uri = a_checkpoint(tmp_path, shards)
     found = evaluator.judge(uri)
     settings = Settings(num_images=60, features="pixels", num_draws=2)
-    (verdict,) = evaluate.evaluate(context.read([uri]), settings, 1).verdicts
-    whole = verdict.bits[0]
+    (result,) = evaluate.evaluate(context.read([uri]), settings, 1).results
+    whole = result.bits[0]
     rung = found.rung(training_s=1.5)
     assert (rung.bits_per_dim, rung.bits_per_dim_error) == pytest.approx((whole.value, whole.error), rel=1e-6)
     assert (rung.images_seen, len(found.bits), rung.training_s) == (192, 60, 1.5)
@@ -92,7 +92,7 @@ def test_a_net_of_no_use_is_a_line(evaluator: Evaluator, shards: str, tmp_path: 
             return net, config
 
         patch.setattr(checkpoint, "load_net", broken)
-        with pytest.raises(UserError, match="is not finite: its net is of no use"):
+        with pytest.raises(UserError, match="is not finite: its net is unusable"):
             evaluator.judge(uri)
     with pytest.raises(UserError, match="--num-images is 5; it must be at least 20"):
         Evaluator(evaluator.train, evaluator.held_out, 5)

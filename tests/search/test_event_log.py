@@ -50,7 +50,9 @@ def test_what_is_noted_is_there_again(tmp_path: Path) -> None:
 
 def test_another_search_of_that_name_is_refused(tmp_path: Path) -> None:
     events(tmp_path)
-    with pytest.raises(UserError, match=r"was begun with seed 0, not 1; give the same, or another --name"):
+    with pytest.raises(
+        UserError, match=r"was begun with seed 0, not 1; give the same value, or another --name"
+    ):
         events(tmp_path, seed=1)
 
 

@@ -87,7 +87,7 @@ def test_ranks_ties_and_flags(place: Location, events: EventLog) -> None:
     assert [s.is_flagged for s in found] == [True, False, False, False, False]
     assert found[0].leftover == pytest.approx(8 * 0.775, abs=0.1)  # 8x8 exp(-200 (1e-4 + 5e-3) / 4)
     lines = "\n".join(leaderboard.remarks(found, "bits_per_dim"))
-    assert "sqrt(D alpha_bar_T), D numbers an image, is above 0.5" in lines
+    assert "sqrt(D alpha_bar_T), with D numbers per image, is above 0.5" in lines
     assert "trial-001, is not the best by KID, which is trial-000" in lines
 
 

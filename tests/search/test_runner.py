@@ -98,7 +98,7 @@ def stage(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sta
     return made
 
 
-def test_the_last_verdict_comes_when_the_workers_are_free_already(stage: Stage) -> None:
+def test_the_last_result_comes_when_the_workers_are_free_already(stage: Stage) -> None:
     trial = stage.attempt()
     stage.to_come.put(64)
     first = stage.next()
@@ -159,7 +159,7 @@ def test_a_checkpoint_that_somebody_deleted_is_a_line(stage: Stage) -> None:
     stage.attempt()
     assert isinstance(stage.next(), Trained)
     error = stage.next()
-    assert isinstance(error, UserError) and "is not there, though training is over" in str(error)
+    assert isinstance(error, UserError) and "does not exist, though training is over" in str(error)
 
 
 def test_what_a_killed_driver_held_is_given_back(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,7 +127,7 @@ def test_runs_with_other_keys_are_other_runs(uri: str, buffer: Location) -> None
 
 
 def test_a_segment_sent_twice_leaves_everything_once(address: Address, buffer: Location) -> None:
-    """As when an uploader dies between the delivery of a segment and its deletion."""
+    """An uploader dies between the delivery of a segment and its deletion."""
     segment = put(buffer, 64, 32, 64, files=True)
     data = segment.read()
     deliver(address, buffer, 64)
@@ -180,8 +180,8 @@ def test_what_mlflow_refuses_is_left_out_and_the_rest_arrives(
     assert_once(address, 64)
     refusals = warnings_of(caplog)
     assert len(refusals) == 2, refusals
-    assert "MLflow refuses metric no such: name?! at 2, which is left out" in refusals[0]
-    assert "MLflow refuses image no:key at 3, which is left out" in refusals[1]
+    assert "MLflow refuses metric no such: name?! at 2, which is skipped" in refusals[0]
+    assert "MLflow refuses image no:key at 3, which is skipped" in refusals[1]
     put_records(buffer, 65, *refused)  # and once more, now that these steps were sent before
     assert deliver(address, buffer, 65).undelivered == 0
     assert points(address, "good") == [(1, 1.0), (2, 2.0), (4, 3.0)]

@@ -284,10 +284,7 @@ def test_a_server_that_refuses_the_run_stops_tracking_with_an_error(
     put(buffer, 64, 64)
     done = deliver(address_at(proxy.uri), buffer, 64)
     assert done == Delivery(None, None, 2, False)
-    assert (
-        f"training goes on, what is tracked stays in {buffer.uri}: RestException: UNAUTHENTICATED"
-        in caplog.text
-    )
+    assert f"training goes on, records stay in {buffer.uri}: RestException: UNAUTHENTICATED" in caplog.text
     assert names_in(buffer) == ["000000000064.zip"]
 
 
@@ -364,8 +361,8 @@ def test_what_another_process_delivered_meanwhile_is_delivered(
     assert (done.undelivered, done.ended) == (0, True)
 
 
-def test_two_couriers_at_once_double_nothing(mlflow_server: str, buffer: Location) -> None:
-    """As when somebody runs jobs/track.py while the run goes on."""
+def test_two_uploaders_at_once_double_nothing(mlflow_server: str, buffer: Location) -> None:
+    """jobs/track.py delivers while the run goes on."""
     address, steps = address_at(mlflow_server), list(range(8, 161, 8))
     deliver(address, buffer, -1)
     for step in steps:

@@ -1,7 +1,4 @@
-"""What a search is, before anything is started: where the user's mistakes come to light.
-
-Its own room because study.py is about what runs then.
-"""
+"""The setup of a search, which finds the user's mistakes before anything is started."""
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -27,18 +24,18 @@ if TYPE_CHECKING:
 
 LOSS_IS_NO_JUDGE = (
     "--metric {metric} cannot compare noise schedules: on Gaussian data (std 1/2) a perfect predictor has a loss of "
-    "0.24 with linear beta_end 0.01, 0.12 with 0.04 and 0.33 with cosine, so the search would find what makes the task "
-    "easy; use bits_per_dim (the whole bound), or --space 'optim.lr=log(1e-4,1e-2)' alone"
+    "0.24 with linear beta_end 0.01, 0.12 with 0.04 and 0.33 with cosine, so the search would find an easy task, not a "
+    "good net; use bits_per_dim (the whole bound), or only --space 'optim.lr=log(1e-4,1e-2)'"
 )
 
 
 @dataclass(frozen=True)
-class Outset:
-    """A search, as it stands before its first trial, or before it goes on."""
+class Setup:
+    """The setup of a search, before its first trial or before it continues."""
 
     name: str
     place: Location
-    """Its folder."""
+    """The search's folder."""
     base: Config
     """The config that trials change."""
     space: Space
@@ -46,7 +43,7 @@ class Outset:
     train: DataSet
     evaluator: Evaluator
     settings: dict[str, Any]
-    """All that decides what its trials are."""
+    """Everything that determines its trials."""
 
     @property
     def params(self) -> dict[str, Any]:
@@ -58,7 +55,7 @@ class Outset:
         return {**self.settings["config"], **own, **space}
 
 
-def settled(chosen: "Arguments") -> Outset:
+def settled(chosen: "Arguments") -> Setup:
     """The search that the command line describes.
 
     Raises:
@@ -66,7 +63,7 @@ def settled(chosen: "Arguments") -> Outset:
     """
     config, preset = chosen.config, chosen.preset
     if config.run.name is not None:
-        raise UserError("--run.name is the search's to give; name the search with --name")
+        raise UserError("--run.name is set by the search; name the search with --name")
     run = replace(
         config.run, name=chosen.name or f"search-{preset}", storage=chosen.storage or config.run.storage
     )
@@ -92,7 +89,7 @@ def settled(chosen: "Arguments") -> Outset:
     held_out = train.held_out()
     if held_out is None:
         raise UserError(
-            f"{config.data.shards} holds no images out: trials are judged by a split test beside {train.split}"
+            f"{config.data.shards} has no held-out images: trials are evaluated on a split test beside {train.split}"
         )
     at = rungs(
         config.train.total_images,
@@ -129,7 +126,7 @@ def settled(chosen: "Arguments") -> Outset:
         "generator": GENERATOR,
         "data_fingerprint": train.rows.fingerprint,
     }
-    return Outset(
+    return Setup(
         str(config.run.name),
         place,
         base,

@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import outset
 import pytest
 import search
+import setup
 
 from ddpm import config as configs
 from ddpm.cluster import ray_init, resources
@@ -19,14 +19,14 @@ from ddpm.utils.errors import UserError
 LR = ("optim.lr=log(1e-4,1e-2)",)
 
 
-def settled(**changes: Any) -> outset.Outset:
+def settled(**changes: Any) -> setup.Setup:
     flat = {key: changes.pop(key) for key in list(changes) if "." in key}
     config = configs.override(DIGITS, {"train.total_images": 9 * 128, **flat})
-    return outset.settled(replace(search.Arguments("digits", config), **changes))
+    return setup.settled(replace(search.Arguments("digits", config), **changes))
 
 
 def test_the_numbers_of_the_refusal_are_those_of_a_perfect_predictor() -> None:
-    """Of x_0 ~ N(0, s^2) is E[(eps - E[eps | x_t])^2] = alpha_bar s^2 / (alpha_bar s^2 + 1 - alpha_bar)."""
+    """For x_0 ~ N(0, s^2), E[(eps - E[eps | x_t])^2] = alpha_bar s^2 / (alpha_bar s^2 + 1 - alpha_bar)."""
 
     def loss(schedule: schedules.Schedule) -> str:
         kept = schedule.alpha_bar / 4
@@ -34,7 +34,7 @@ def test_the_numbers_of_the_refusal_are_those_of_a_perfect_predictor() -> None:
 
     gentle, steep = (schedules.linear(1000, 1e-4, beta_end) for beta_end in (0.01, 0.04))
     text = f"a loss of {loss(gentle)} with linear beta_end 0.01, {loss(steep)} with 0.04"
-    assert text + f" and {loss(schedules.cosine(1000))} with cosine" in outset.LOSS_IS_NO_JUDGE
+    assert text + f" and {loss(schedules.cosine(1000))} with cosine" in setup.LOSS_IS_NO_JUDGE
 
 
 @pytest.mark.parametrize("metric", ["train/loss", "held_out/loss"])
