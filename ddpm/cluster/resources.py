@@ -68,7 +68,7 @@ def _resources_per_worker(config: Config, have: dict[str, float]) -> dict[str, f
     return {"CPU": share} | ({"GPU": part} if gpu else {})
 
 
-def room(config: Config, per_worker: dict[str, float], workers: int) -> int:
+def possible_workers(config: Config, per_worker: dict[str, float], workers: int) -> int:
     """How many workers the run could have now, where `workers` of its own are running."""
     have, free = ray.cluster_resources(), ray.available_resources()
     most = int((have.get("CPU", 0.0) - 1) / per_worker["CPU"])  # one CPU is for the tasks that read data
@@ -106,7 +106,7 @@ def shared(config: Config, num_runs: int) -> Config:
     """`config` with the share of the cluster that each of `num_runs` runs at a time may have, of CPUs and threads.
 
     Raises:
-        UserError: there is no room for so many; runs would wait for one another, or their data tasks for ever.
+        UserError: the cluster is too small for so many; runs would wait for one another, or their data tasks forever.
     """
     have, workers = ray_init.resources(), config.cluster.world_sizes()[-1]
     if num_runs < 1:

@@ -26,7 +26,7 @@ NORM_EPS = 1e-6
 EMBEDDED_TIMESTEPS = 1000
 """The T that the sinusoids are made for; every other T is stretched onto it."""
 MAX_BLOCKS = 64
-"""Of a resolution. More are a mistake, or a trap in a config from outside: merely to build them takes for ever."""
+"""Largest number of blocks per resolution. A config from outside with more would take forever to build."""
 MAX_SIZE = 1 << 20
 """Largest side, width, and number of classes. No memory holds a net of more, and torch cannot count its weights."""
 FEW_PIXELS = 1024

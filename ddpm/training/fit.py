@@ -125,12 +125,12 @@ def _fit(
         return should_continue(values) and not lock.is_lost
 
     group = group or PersistentWorkerGroup(config, verbose, persistent=False)
-    room = None
+    possible = None
     if len(config.cluster.world_sizes()) > 1:
-        room = partial(resources.room, config, resources.resources_per_worker(config))
+        possible = partial(resources.possible_workers, config, resources.resources_per_worker(config))
     status = "FAILED"
     monitor = DriverMonitor(
-        group.state, total_images, uploader.committed, look, room, config.cluster.resize_interval_s
+        group.state, total_images, uploader.committed, look, possible, config.cluster.resize_interval_s
     )
     patience_s = DELIVERY_TIMEOUT_S
     try:
