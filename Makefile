@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 
 help:
 	@echo 'make train            install, and train on the digits; what comes out is in runs/digits'
-	@echo 'make test             install what tests need, and run them all'
+	@echo 'make test             install what tests need, and run all but the slow ones'
+	@echo 'make test-all         the same and the slow ones: kills, clusters of several machines, browsers'
 	@echo 'make test-oldest-ray  install the oldest Ray that is supported as well, and run the tests that depend on Ray most'
 	@echo 'make soak             train for half an hour through a fault a minute, and compare with an undisturbed run'
 	@echo 'make mlflow           start an MLflow server with PostgreSQL, S3 and passwords on this machine'
@@ -20,6 +21,8 @@ train: $(VENV)/installed
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist loadfile
+
+test-all: test
 	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadfile --durations 25
 
 # Ray's processes inherit PYTHONPATH: programs, agents, drivers of submitted jobs and workers are all of that Ray.
@@ -76,4 +79,4 @@ $(BIN)/pip:
 	    echo '$(PYTHON) $(NO_PIP)' >&2; exit 1; \
 	fi
 
-.PHONY: help train test test-oldest-ray soak mlflow check clean
+.PHONY: help train test test-all test-oldest-ray soak mlflow check clean

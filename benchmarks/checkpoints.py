@@ -21,12 +21,13 @@ import torch
 import tyro
 from runtime import processor, write_table
 
+from ddpm.build import build_net
+from ddpm.cluster.ray_init import connect
 from ddpm.config import Config, override
-from ddpm.connection import connect
-from ddpm.data import embedded, ray_dataset
+from ddpm.data import builtin, ray_dataset
 from ddpm.presets import DIGITS
 from ddpm.training import fit, worker_group
-from ddpm.training.state import build_net, parameter_count
+from ddpm.training.state import parameter_count
 
 EVERY_STEPS, BATCH_SIZE = 100, 32
 work = worker_group.work
@@ -67,7 +68,7 @@ def timed_work(spec: dict[str, Any]) -> None:
 def measure(config: Config) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
-        config = embedded.with_shards(override(config, {"run.storage": folder, "run.name": "bench"}))
+        config = builtin.with_shards(override(config, {"run.storage": folder, "run.name": "bench"}))
         fit.fit(config, ray_dataset.open_configured(config))
         return json.loads(Path(folder, "times.json").read_text())
 

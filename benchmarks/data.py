@@ -82,7 +82,7 @@ def run_peer(arguments: Arguments, case: Case, name: str, decoder: str, start: i
     import pyarrow.fs as pafs
     import torch
 
-    from ddpm.storage import resolve
+    from ddpm.storage.locations import resolve
 
     torch.set_num_threads(1)
     if name != "dataloader":  # what is imported does not count
@@ -109,7 +109,7 @@ def run_ours(case: Case, consumers: int) -> dict[str, Any]:
     """What `RayRuntime.batches` does, without the training around it."""
     import ray
 
-    from ddpm.connection import connect
+    from ddpm.cluster.ray_init import connect
     from ddpm.data import ray_dataset
     from ddpm.data.plan import ReadOrder
 
@@ -256,7 +256,7 @@ def prepare(case: Case, folder: Path) -> None:
     """Make the data of a case, unless it is there."""
     import pyarrow.fs as pafs
 
-    from ddpm.storage import resolve
+    from ddpm.storage.locations import resolve
 
     done = folder / f"{case.name}-{case.num_images}.done"
     if done.exists():

@@ -106,7 +106,7 @@ def write_files(case: Case, folder: Path) -> None:
 def write_shards(case: Case, uri: str) -> None:
     """Ours: what `jobs/prepare.py` would write of a source with these images."""
     from ddpm.data import prepare
-    from ddpm.storage import resolve
+    from ddpm.storage.locations import resolve
 
     location = resolve(uri)
     prepare.prepare(_Source(case), location.filesystem, location.path)

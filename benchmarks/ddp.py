@@ -25,9 +25,9 @@ from runtime import processor, write_table
 from step_contestants import Case, CaseName, pictures
 from torch import nn
 
-from ddpm import images
-from ddpm.generation import build_objective
+from ddpm.build import build_objective
 from ddpm.training.state import State, parameter_count
+from ddpm.utils import images
 from ddpm.utils.generators import PhiloxGenerator
 
 WORKERS = 2

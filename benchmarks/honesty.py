@@ -14,7 +14,8 @@ import numpy as np
 import torch
 import tyro
 
-from ddpm import evaluate, images, judgement, storage, yardstick
+from ddpm.build import build_objective
+from ddpm.checkpoints import checkpoint
 from ddpm.data.reading import DataSet
 from ddpm.diffusion import likelihood, schedules
 from ddpm.diffusion.objectives import Denoised
@@ -23,16 +24,17 @@ from ddpm.diffusion.reverse import Variance, fixed_variance
 from ddpm.diffusion.samplers import PerImageNoise
 from ddpm.diffusion.schedules import Schedule
 from ddpm.diffusion.timesteps import respaced, uniform
+from ddpm.evaluation import context, evaluate, measure
+from ddpm.evaluation.context import Candidate, Settings
 from ddpm.evaluation.ranking import agreement
 from ddpm.evaluation.reference import images_of
 from ddpm.evaluation.scores import Score
-from ddpm.generation import build_objective
-from ddpm.search.jury import Jury
-from ddpm.search.trials import Ledger, best
-from ddpm.training import checkpoint
+from ddpm.search.evaluator import Evaluator
+from ddpm.search.event_log import EventLog, best
+from ddpm.storage import locations
+from ddpm.utils import images
 from ddpm.utils.generators import PhiloxGenerator
 from ddpm.utils.seeding import Purpose
-from ddpm.yardstick import Candidate, Settings
 
 FIXED: tuple[Variance, ...] = ("beta", "beta_tilde", "measured")
 SUBSETS = (500, 300, 200, 100)
@@ -64,7 +66,7 @@ class Learned:
 
 def data_sets(candidate: Candidate) -> tuple[DataSet, DataSet]:
     """The split that the candidate was trained on, and the one held out."""
-    by = yardstick.choose([candidate], Settings(num_images=20, features="pixels", num_train_images=0))
+    by = context.choose([candidate], Settings(num_images=20, features="pixels", num_train_images=0))
     return by.train, by.held_out
 
 
@@ -78,7 +80,7 @@ def bounds_of(candidate: Candidate, num_steps: int) -> dict[Variance, np.ndarray
         return objective.denoise(net, x_t, where[k], None)
 
     train, held_out = data_sets(candidate)
-    measured_by, _ = errors_of(denoise, chain, train, judgement.MEASURED_IMAGES, 64, Purpose.MEASURE)
+    measured_by, _ = errors_of(denoise, chain, train, measure.MEASURED_IMAGES, 64, Purpose.MEASURE)
     errors, x_0 = errors_of(denoise, chain, held_out, held_out.rows.num_rows, num_steps, Purpose.LIKELIHOOD)
     noise = PerImageNoise([PhiloxGenerator(1, i) for i in range(len(x_0))], tuple(x_0.shape[1:]))  # type: ignore[arg-type]
     first = torch.zeros(len(x_0), dtype=torch.int64)
@@ -104,7 +106,7 @@ def errors_of(
 
 
 def variance_table(run: str) -> None:
-    (candidate,) = yardstick.read([run])
+    (candidate,) = context.read([run])
     T = candidate.config.schedule.num_timesteps
     table = {n: bounds_of(candidate, n) for n in SUBSETS if n <= T}
     print(f"| timesteps of {T} | " + " | ".join(f"{v}: sum of KL, decoder, bits/dim" for v in FIXED) + " |")
@@ -124,18 +126,18 @@ def variance_table(run: str) -> None:
 
 
 def search_table(run: str) -> None:
-    place = storage.resolve(run)
-    trials = best(Ledger.existing(place).trials(), "bits_per_dim")
+    place = locations.resolve(run)
+    trials = best(EventLog.existing(place).trials(), "bits_per_dim")
     newest = [
         place.child(trial.name).child(checkpoint.name_at(trial.last.images_seen)).uri
         for trial in trials
         if trial.last
     ]
-    train, held_out = data_sets(yardstick.read(newest[:1])[0])
+    train, held_out = data_sets(context.read(newest[:1])[0])
     bits: dict[str, np.ndarray] = {}
     for variance in ("beta_tilde", "measured"):
-        jury = Jury(train, held_out, held_out.rows.num_rows, variance=variance)  # type: ignore[arg-type]
-        bits[variance] = np.array([jury.judge(uri).bits for uri in newest])
+        evaluator = Evaluator(train, held_out, held_out.rows.num_rows, variance=variance)  # type: ignore[arg-type]
+        bits[variance] = np.array([evaluator.judge(uri).bits for uri in newest])
     kid = np.array([trial.drawn["value"] for trial in trials])
     few = few_steps(newest)
     columns: dict[str, np.ndarray] = {
@@ -180,8 +182,8 @@ def few_steps(uris: Sequence[str]) -> dict[str, np.ndarray]:
             num_draws=2,
             num_train_images=0,
         )
-        report = evaluate.evaluate(yardstick.read(uris), settings)
-        found[f"{sampler}-{steps}"] = np.array([kid_of(v.drawn[0].scores).value for v in report.verdicts])
+        report = evaluate.evaluate(context.read(uris), settings)
+        found[f"{sampler}-{steps}"] = np.array([kid_of(v.drawn[0].scores).value for v in report.results])
     return found
 
 
@@ -197,7 +199,7 @@ def learned_table(chosen: Learned) -> None:
         + " |"
     )
     print("|---" * (6 + len(steps)) + "|")
-    for candidate in yardstick.read(chosen.runs):
+    for candidate in context.read(chosen.runs):
         learned = candidate.config.objective.variance == "learned"
         for variance in ("beta_tilde", "measured", *(["learned"] if learned else [])):
             settings = Settings(
@@ -208,13 +210,13 @@ def learned_table(chosen: Learned) -> None:
                 num_draws=chosen.num_draws,
                 num_train_images=0,
             )
-            (verdict,) = evaluate.evaluate([candidate], settings).verdicts
-            total, _, kl, decoder = verdict.bits
+            (result,) = evaluate.evaluate([candidate], settings).results
+            total, _, kl, decoder = result.bits
             kids = " | ".join(
-                f"{s.value:.4f} ± {s.error:.4f}" for s in (kid_of(d.scores) for d in verdict.drawn)
+                f"{s.value:.4f} ± {s.error:.4f}" for s in (kid_of(d.scores) for d in result.drawn)
             )
             print(
-                f"| {candidate.run} | {verdict.images_seen:,} | {variance} | {total.value:.4f} ± {total.error:.4f} | "
+                f"| {candidate.run} | {result.images_seen:,} | {variance} | {total.value:.4f} ± {total.error:.4f} | "
                 f"{kl.value:.4f} | {decoder.value:.4f} | {kids} |",
                 flush=True,
             )

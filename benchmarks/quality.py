@@ -35,7 +35,8 @@ from runtime import processor
 from turns import Contestant, Spent, Turn, ended_after, read_turns, spent
 
 from ddpm import config as configs
-from ddpm import images, storage
+from ddpm.build import build_objective
+from ddpm.checkpoints import checkpoint
 from ddpm.config import SampleConfig
 from ddpm.data.manifest import MANIFEST, read_manifest
 from ddpm.data.reading import DataSet
@@ -48,10 +49,10 @@ from ddpm.evaluation.cache import Cache
 from ddpm.evaluation.features import features_of
 from ddpm.evaluation.metrics import kid
 from ddpm.evaluation.reference import images_of, real_features
-from ddpm.generation import build_objective
 from ddpm.presets import PRESETS
-from ddpm.training import checkpoint
+from ddpm.storage import locations
 from ddpm.training.state import parameter_count
+from ddpm.utils import images
 from ddpm.utils.generators import PhiloxGenerator
 from ddpm.utils.seeding import Purpose
 
@@ -169,7 +170,7 @@ def trained(name: Name, arguments: Arguments, turns: Sequence[Turn], until: floa
 
 def prepare(arguments: Arguments) -> None:
     """The data set, the peers' images, and the size that their nets shall have."""
-    place = storage.resolve(arguments.uri)
+    place = locations.resolve(arguments.uri)
     if not place.child(MANIFEST).exists():
         job = [sys.executable, str(REPO / "jobs/prepare.py"), arguments.preset, arguments.uri]
         subprocess.run(job, check=True)
@@ -201,7 +202,7 @@ def _pictures(arguments: Arguments) -> Path:
 
 
 def open_data(arguments: Arguments) -> DataSet:
-    place = storage.resolve(arguments.uri)
+    place = locations.resolve(arguments.uri)
     manifest = read_manifest(place.filesystem, place.path, arguments.uri)
     return DataSet(place.filesystem, place.path, manifest, "train")
 
@@ -246,7 +247,7 @@ def judge(arguments: Arguments) -> None:
     train = open_data(arguments)
     held_out = train.held_out()
     assert held_out is not None, "Fashion-MNIST has a split test"
-    place = storage.resolve(arguments.uri)
+    place = locations.resolve(arguments.uri)
     cache, cpu = Cache(place.filesystem, f"{place.path}/evaluation"), torch.device("cpu")
     by = nets.build("classifier", train, cache)
     real = real_features(held_out, by, cache, NUM_REAL, cpu)

@@ -26,12 +26,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ddpm import config as configs
-from ddpm import export
+from ddpm.build import build_net
 from ddpm.config import Config
 from ddpm.diffusion import schedules
 from ddpm.diffusion.objectives import Eps, Model, Objective, V
 from ddpm.diffusion.schedules import Schedule
-from ddpm.training.state import build_net, parameter_count
+from ddpm.hub import export
+from ddpm.training.state import parameter_count
 
 EVERY_S = 10.0
 """Seconds of the loop's thread between two snapshots: a clock that stands still while the process does."""

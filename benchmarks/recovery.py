@@ -31,9 +31,9 @@ from ray.train.torch import TorchTrainer
 from runtime import processor, write_table
 from servers import RayHead
 
+from ddpm.cluster.ray_init import connect
 from ddpm.config import override
-from ddpm.connection import connect
-from ddpm.data import embedded, ray_dataset
+from ddpm.data import builtin, ray_dataset
 from ddpm.presets import DIGITS
 from ddpm.training import fit, worker_group
 
@@ -95,7 +95,7 @@ def train(folder: str, resources: dict[str, float]) -> None:
         "train.checkpoint_every_images": 1_280,
         "train.sample_every_images": 0,
     }
-    config = embedded.with_shards(override(DIGITS, values))
+    config = builtin.with_shards(override(DIGITS, values))
     worker_group.work = timed_work
     try:
         fit.fit(config, ray_dataset.open_configured(config))

@@ -27,9 +27,9 @@ import torch.distributed
 import tyro
 from torch import Tensor, nn
 
+from ddpm.cluster.ray_init import KEPT_MEMORY
 from ddpm.config import Config, override
-from ddpm.connection import KEPT_MEMORY
-from ddpm.data import embedded, ray_dataset
+from ddpm.data import builtin, ray_dataset
 from ddpm.data.plan import rank_shard
 from ddpm.data.reading import DataSet, MicroBatch, RankBatch, cut
 from ddpm.presets import PRESETS
@@ -179,7 +179,7 @@ def measure(arguments: Arguments) -> None:
             "run.storage": folder,
             "run.name": "bench",
         }
-        config = embedded.with_shards(override(PRESETS[arguments.preset], values))
+        config = builtin.with_shards(override(PRESETS[arguments.preset], values))
         data_set = ray_dataset.open_configured(config)
         cores: dict[str, float] = {}
         if arguments.runtime == "torchrun":
@@ -193,7 +193,7 @@ def measure(arguments: Arguments) -> None:
         else:
             import mlflow
 
-            from ddpm.connection import connect
+            from ddpm.cluster.ray_init import connect
             from ddpm.training import fit
 
             os.environ["MLFLOW_TRACKING_URI"] = uri = f"sqlite:///{folder}/mlflow.db"

@@ -22,12 +22,13 @@ import tyro
 from matplotlib.figure import Figure
 from runtime import processor
 
-from ddpm import images, yardstick
-from ddpm.drawing import Artist, Request
+from ddpm.cluster.worker_pool import WorkerPool
+from ddpm.evaluation import context
 from ddpm.evaluation.features import Features, features_of
 from ddpm.evaluation.scores import Score, score
-from ddpm.fleet import Fleet
-from ddpm.progress import Display
+from ddpm.sampling.workers import SampleJob, SampleWorker
+from ddpm.utils import images
+from ddpm.utils.progress import Display
 
 PIECE_IMAGES = 25
 ALL = 1000
@@ -73,15 +74,15 @@ class Arguments:
     num_images: int = 500
 
 
-def draw(candidate: yardstick.Candidate, way: Way, n: int) -> tuple[np.ndarray, float]:
+def draw(candidate: context.Candidate, way: Way, n: int) -> tuple[np.ndarray, float]:
     """Images uint8 [N, H, W, C], and images/s of all cores."""
     sample = replace(candidate.config.sample, sampler=way.sampler, num_sample_steps=way.steps, eta=way.eta)
-    request = Request(candidate.net.state_dict(), replace(candidate.config, sample=sample))
+    request = SampleJob(candidate.net.state_dict(), replace(candidate.config, sample=sample))
     pieces = [range(i, min(i + PIECE_IMAGES, n)) for i in range(0, n, PIECE_IMAGES)]
     done: dict[range, np.ndarray] = {}
-    with Fleet(partial(Artist, request)) as fleet, Display(f"{way.name} {way.steps}", n) as display:
+    with WorkerPool(partial(SampleWorker, request)) as pool, Display(f"{way.name} {way.steps}", n) as display:
         began = time.perf_counter()
-        for piece, pixels in fleet.map(Artist.draw, pieces):
+        for piece, pixels in pool.map(SampleWorker.draw, pieces):
             done[piece] = pixels
             display.update(sum(map(len, done)))
         took = time.perf_counter() - began
@@ -90,9 +91,9 @@ def draw(candidate: yardstick.Candidate, way: Way, n: int) -> tuple[np.ndarray, 
 
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
-    (candidate,) = yardstick.read([arguments.checkpoint])
-    by = yardstick.choose(
-        [candidate], yardstick.Settings(num_images=2000, features="classifier", num_train_images=0)
+    (candidate,) = context.read([arguments.checkpoint])
+    by = context.choose(
+        [candidate], context.Settings(num_images=2000, features="classifier", num_train_images=0)
     )
     found: dict[Way, tuple[Score, float]] = {}
     for way in WAYS:
@@ -113,7 +114,7 @@ def main() -> None:
     write(candidate, found)
 
 
-def write(candidate: yardstick.Candidate, found: dict[Way, tuple[Score, float]]) -> None:
+def write(candidate: context.Candidate, found: dict[Way, tuple[Score, float]]) -> None:
     """The table, as Markdown, and the picture."""
     best, _ = found[BEST]
     seen, n = candidate.position["images_seen"], best.n

@@ -2,7 +2,7 @@
 
     python benchmarks/sampling.py [--presets digits fashion-mnist] [--repeats 3]
 
-Ours is a fleet as jobs/sample.py has it. diffusers' pipeline gets all threads, and the batch size that suits it best
+Ours is a pool as jobs/sample.py has it. diffusers' pipeline gets all threads, and the batch size that suits it best
 of some. The two take turns, so that a machine that grows busy slows both. Speed does not depend on what a net has
 learned: its weights are the first ones of a training run. The table goes to benchmarks/sampling.md.
 """
@@ -22,13 +22,13 @@ import torch
 import tyro
 from runtime import processor, write_table
 
-from ddpm import export
+from ddpm.build import build_net
+from ddpm.cluster.worker_pool import WorkerPool
 from ddpm.config import Config
-from ddpm.drawing import BATCH_SIZE_CPU, BATCH_SIZE_GPU, Artist, Request
-from ddpm.fleet import Fleet
+from ddpm.hub import export
 from ddpm.models.unet import UNet
 from ddpm.presets import PRESETS
-from ddpm.training.state import build_net
+from ddpm.sampling.workers import BATCH_SIZE_CPU, BATCH_SIZE_GPU, SampleJob, SampleWorker
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,12 @@ def measure(arguments: Arguments, preset: str, sampler: str) -> list[tuple[float
         for _ in range(0, n, batch_size):
             drawer(batch_size=batch_size, num_inference_steps=arguments.num_sample_steps, output_type="np")
 
-    with Fleet(partial(Artist, Request(net.state_dict(), config))) as fleet:
-        size = BATCH_SIZE_GPU if fleet.has_gpus else BATCH_SIZE_CPU
+    with WorkerPool(partial(SampleWorker, SampleJob(net.state_dict(), config))) as pool:
+        size = BATCH_SIZE_GPU if pool.has_gpus else BATCH_SIZE_CPU
         pieces = [range(i, min(i + size, n)) for i in range(0, n, size)]
 
         def ours() -> None:
-            for _ in fleet.map(Artist.draw, pieces):
+            for _ in pool.map(SampleWorker.draw, pieces):
                 pass
 
         ours()

@@ -26,16 +26,17 @@ import torch
 from runtime import processor
 from torch.utils.flop_counter import FlopCounterMode
 
+from ddpm.build import build_net
+from ddpm.checkpoints import checkpoint
 from ddpm.config import Config, override
 from ddpm.data.manifest import Encoding, Shard, make_manifest, manifest_from_json
 from ddpm.data.plan import CHUNK_IMAGES
 from ddpm.data.prepare import MAX_ROWS_PER_ROW_GROUP, ROW_GROUP_BYTES
 from ddpm.data.ray_dataset import OBJECT_STORE_BYTES
 from ddpm.data.shards import read_row_group, write_shard
-from ddpm.images import png_bytes
 from ddpm.presets import CELEBA64, CIFAR10
-from ddpm.training import checkpoint
-from ddpm.training.state import State, build_net, parameter_count
+from ddpm.training.state import State, parameter_count
+from ddpm.utils.images import png_bytes
 
 OUT = Path(__file__).parent.parent / "docs/scale.md"
 GPUS = (1, 8, 256)
@@ -165,7 +166,7 @@ def measure() -> Measured:
         ).backward()  # AdamW has moments after a step alone
         state.optimizer.step()
         began = time.process_time()
-        snapshot = checkpoint.snapshot(state, CIFAR10, {})
+        snapshot = state.snapshot(CIFAR10, {})
         copied = time.process_time()
         checkpoint.write(snapshot, Path(folder, "checkpoint"))
         written = time.process_time()

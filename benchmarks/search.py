@@ -23,13 +23,15 @@ from numpy.typing import NDArray
 from runtime import processor, write_table
 
 from ddpm import config as configs
-from ddpm import presets, runs, storage
+from ddpm import presets
 from ddpm.data import ray_dataset
 from ddpm.evaluation.ranking import agreement
-from ddpm.search import standings
-from ddpm.search.contest import said
-from ddpm.search.jury import Jury
-from ddpm.search.trials import Ledger, Trial
+from ddpm.hub import resolve
+from ddpm.search import leaderboard
+from ddpm.search.evaluator import Evaluator
+from ddpm.search.event_log import EventLog, Trial
+from ddpm.search.trial_manager import said
+from ddpm.storage import locations
 
 REPO = Path(__file__).resolve().parent.parent
 PICTURES = ("parallel.png", "bits-and-kid.png", "denoising.png")
@@ -55,7 +57,7 @@ def difference(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, f
 
 
 def trained(
-    place: storage.Location, preset: str, config: Path | None, settings: dict, name: str, seed: int
+    place: locations.Location, preset: str, config: Path | None, settings: dict, name: str, seed: int
 ) -> str:
     """URI of the run `name`, trained as the preset (and `config`) says for as long as a trial."""
     flags = ["--config", str(config)] if config else []
@@ -101,11 +103,11 @@ def rankings(trials: list[Trial]) -> list[str]:
     return lines
 
 
-def cost(trials: list[Trial], place: storage.Location) -> str:
+def cost(trials: list[Trial], place: locations.Location) -> str:
     """What the naive choice is worse by."""
     naive = min(trials, key=lambda t: t.last.train_loss if t.last else np.inf)
     honest = min(trials, key=lambda t: t.last.bits_per_dim if t.last else np.inf)
-    a, b = (np.array(standings.bits_of(trial, place)) for trial in (naive, honest))
+    a, b = (np.array(leaderboard.bits_of(trial, place)) for trial in (naive, honest))
     bits, error = difference(a, b)
     kid = naive.drawn["value"] - honest.drawn["value"]
     kid_error = (naive.drawn["error"] ** 2 + honest.drawn["error"] ** 2) ** 0.5
@@ -118,7 +120,7 @@ def cost(trials: list[Trial], place: storage.Location) -> str:
     )
 
 
-def beaten(arguments: Arguments, place: storage.Location, ledger: Ledger) -> list[str]:
+def beaten(arguments: Arguments, place: locations.Location, events: EventLog) -> list[str]:
     """The best config beside the preset's, both trained with another seed."""
     settings = json.loads(place.child("search.json").read())["settings"]
     best = Path(place.path, "best.json")
@@ -132,8 +134,8 @@ def beaten(arguments: Arguments, place: storage.Location, ledger: Ledger) -> lis
     train = ray_dataset.open_configured(config)
     held_out = train.held_out()
     assert held_out is not None, "the search had one"
-    jury = Jury(train, held_out, settings["num_images"], seed=settings["seed"])
-    judged = [jury.judge(runs.checkpoints_of(uri)[-1]) for uri in uris]
+    evaluator = Evaluator(train, held_out, settings["num_images"], seed=settings["seed"])
+    judged = [evaluator.judge(resolve.checkpoints_of(uri)[-1]) for uri in uris]
     mean, error = difference(*(np.array(j.bits) for j in judged))
     rungs = [j.rung(0.0) for j in judged]
     surely = mean + 2 * error < 0
@@ -156,26 +158,26 @@ def beaten(arguments: Arguments, place: storage.Location, ledger: Ledger) -> lis
     ]
 
 
-def overhead(ledger: Ledger) -> str:
-    training_s, wall_s = (sum(values) for values in zip(*ledger.shares(), strict=True))
+def overhead(events: EventLog) -> str:
+    training_s, wall_s = (sum(values) for values in zip(*events.shares(), strict=True))
     return (
-        f"Of {wall_s:.0f} s for which {len(ledger.trials())} trials had a seat (ddpm/search/trials.py says what that "
-        f"is), the loop ran {training_s:.0f} s: {training_s / wall_s:.0%}."
+        f"Of {wall_s:.0f} s for which {len(events.trials())} trials had a slot (ddpm/search/event_log.py says what "
+        f"that is), the loop ran {training_s:.0f} s: {training_s / wall_s:.0%}."
     )
 
 
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
-    place = storage.resolve(arguments.search)
-    ledger = Ledger.existing(place)
+    place = locations.resolve(arguments.search)
+    events = EventLog.existing(place)
     if arguments.overhead:
-        print(overhead(ledger))
+        print(overhead(events))
         return
-    trials = [trial for trial in ledger.trials() if trial.status == "finished" and trial.drawn]
+    trials = [trial for trial in events.trials() if trial.status == "finished" and trial.drawn]
     lines = [
         "# What a search finds",
         "",
-        f"{len(ledger.trials())} trials, {len(trials)} of them to their end ({arguments.command or 'tune/search.py'}; "
+        f"{len(events.trials())} trials, {len(trials)} of them to their end ({arguments.command or 'tune/search.py'}; "
         f"`python benchmarks/search.py {arguments.search}`). {datetime.date.today()}, {os.cpu_count()} cores of "
         f"{processor()}, torch {torch.__version__}. Ranks count from the best; intervals are standard errors, and "
         "ranks that overlap are a tie.",
@@ -184,9 +186,9 @@ def main() -> None:
         "",
         cost(trials, place),
         "",
-        *beaten(arguments, place, ledger),
+        *beaten(arguments, place, events),
         "",
-        overhead(ledger),
+        overhead(events),
         "",
     ]
     for name in PICTURES:

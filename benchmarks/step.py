@@ -28,9 +28,10 @@ import tyro
 from runtime import processor, write_table
 from step_contestants import BEFORE, DIFFUSERS, LUCIDRAINS, OURS, Case
 
+from ddpm.build import build_net
+from ddpm.cluster.ray_init import KEPT_MEMORY
 from ddpm.config import Config
-from ddpm.connection import KEPT_MEMORY
-from ddpm.training.state import build_net, parameter_count
+from ddpm.training.state import parameter_count
 
 KEPT = "memory kept"
 """Ends the name of a peer that has our settings of the C library, which jobs/train.py makes for its workers."""

@@ -22,18 +22,19 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from ddpm.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, override
+from ddpm.build import build_net
+from ddpm.config import Config, DataConfig, OptimConfig, TrainConfig, UNetConfig, override
 from ddpm.data.reading import MicroBatch
-from ddpm.models.diffusers_names import diffusers_names
+from ddpm.hub.diffusers_names import diffusers_names
 from ddpm.presets import PRESETS
 from ddpm.training import loop
 from ddpm.training.runtime import LocalRuntime, NoTracker
-from ddpm.training.state import build_net, parameter_count
+from ddpm.training.state import parameter_count
 
 NEVER = {"train.total_images": 10**12, "train.checkpoint_every_images": 0, "train.sample_every_images": 0}
 REFERENCE = Config(  # a small sibling of Ho et al.'s net for CIFAR-10
     data=DataConfig(horizontal_flip=True),
-    model=ModelConfig(base_width=64, width_multipliers=(1, 2, 2)),
+    model=UNetConfig(base_width=64, width_multipliers=(1, 2, 2)),
     optim=OptimConfig(lr_warmup_images=1_600),
     train=TrainConfig(batch_size=16, micro_batch_size=16, log_every_images=1_600),
 )
@@ -189,7 +190,7 @@ def diffusers_net(config: Config) -> nn.Module:
     """UNet2DModel with the sizes, and the first weights, of our net; it takes its own timesteps, 0 to 999."""
     import diffusers
 
-    from ddpm import export
+    from ddpm.hub import export
 
     model = config.model
     net = diffusers.UNet2DModel(**export.unet_config(override(config, {"schedule.num_timesteps": 1000})))

@@ -26,9 +26,9 @@ import tyro
 from runtime import processor, write_table
 from servers import LOOPBACK, MlflowServer, free_ports
 
+from ddpm.cluster.ray_init import connect
 from ddpm.config import override
-from ddpm.connection import connect
-from ddpm.data import embedded, ray_dataset
+from ddpm.data import builtin, ray_dataset
 from ddpm.presets import DIGITS
 from ddpm.training import fit, worker_group
 
@@ -94,7 +94,7 @@ def measure(arguments: Arguments, condition: str) -> float:
             "train.sample_every_images": 25_600,
             "cluster.threads_per_worker": 1,
         }
-        config = embedded.with_shards(override(DIGITS, values))
+        config = builtin.with_shards(override(DIGITS, values))
         fit.DELIVERY_TIMEOUT_S = 1.0  # what is after the end is not measured
         fit.fit(config, ray_dataset.open_configured(config))
         steps = json.loads(Path(name, "steps.json").read_text())

@@ -1,4 +1,4 @@
-"""What every job does around its one library call: a user's mistake is one line, never a traceback."""
+"""The frame of every job around its one library call: a user's mistake is one line, never a traceback."""
 
 import argparse
 import io
@@ -10,9 +10,10 @@ from typing import Any, NoReturn, TextIO
 
 from ddpm import config as configs
 from ddpm import presets
-from ddpm.config import Config, UserError
-from ddpm.progress import printable
+from ddpm.config import Config
+from ddpm.utils.errors import UserError
 from ddpm.utils.openmp import bound_spinning
+from ddpm.utils.progress import printable
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -35,7 +36,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 class _LossyFile(io.FileIO):
-    """A file that takes everything, and drops what cannot be written."""
+    """A file that drops what cannot be written."""
 
     def write(self, data: Any) -> int:
         try:
@@ -46,8 +47,8 @@ class _LossyFile(io.FileIO):
 
 
 def _lossy(stream: TextIO | None) -> TextIO:
-    """`stream` as one whose writing never fails."""
-    if stream is None:  # closed by whoever started the job
+    """A stream like `stream`, on which writing never fails."""
+    if stream is None:  # closed before the job started
         return open(os.devnull, "w")
     try:
         number = stream.fileno()
@@ -58,24 +59,29 @@ def _lossy(stream: TextIO | None) -> TextIO:
     return io.TextIOWrapper(
         file,
         encoding=stream.encoding,
-        errors="backslashreplace",  # of characters that the terminal does not have
+        errors="backslashreplace",  # for characters that the terminal does not have
         line_buffering=stream.isatty() or stream is sys.stderr,
     )
 
 
 def starting_points() -> dict[str, Config]:
-    """The presets, each with what the file of --config changes in it; what else is typed comes after.
+    """The presets, each with the changes of the --config file, and with the net of --model.net.
+
+    Other flags are applied after it; which flags there are depends on the net.
 
     Raises:
-        UserError: the file cannot be read, or is no config.
+        UserError: the file cannot be read, or is no config, or there is no such net.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", nargs="?")
-    path = parser.parse_known_args()[0].config
-    if path is None:
-        return presets.PRESETS
-    try:
-        text = Path(path).read_text()
-    except (OSError, ValueError) as error:
-        raise UserError(f"--config {path} cannot be read: {error}") from None
-    return {name: configs.merged(preset, text, path) for name, preset in presets.PRESETS.items()}
+    parser.add_argument("--model.net", nargs="?", dest="net")
+    typed, found = parser.parse_known_args()[0], presets.PRESETS
+    if typed.config is not None:
+        try:
+            text = Path(typed.config).read_text()
+        except (OSError, ValueError) as error:
+            raise UserError(f"--config {typed.config} cannot be read: {error}") from None
+        found = {name: configs.merged(preset, text, typed.config) for name, preset in found.items()}
+    if typed.net is not None:
+        found = {name: configs.override(preset, {"model.net": typed.net}) for name, preset in found.items()}
+    return found

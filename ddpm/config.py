@@ -14,49 +14,59 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, ClassVar, Literal, TypeVar, Union
+
+from ddpm.utils import plugins
+from ddpm.utils.errors import UserError
 
 T = TypeVar("T")
-SampleVariance = Literal["auto", "beta", "beta_tilde", "measured", "learned"]
 
-
-class UserError(Exception):
-    """A mistake of the user's: one line that says what was wrong, where, and what would be right.
-
-    Jobs print it without a traceback and exit with `exit_code`.
-    """
-
-    exit_code = 2
+# What the command lines offer. Each is the keys of a table, which says what is built; tests/test_tables.py holds them
+# equal. The tables lie with what they build, and this module imports neither PyTorch nor a higher package.
+ScheduleKind = Literal["linear", "scaled_linear", "cosine", "sigmoid"]
+"""diffusion.schedules.SCHEDULES."""
+Process = Literal["gaussian", "uniform_mix"]
+"""diffusion.objectives.PROCESSES."""
+Prediction = Literal["eps", "x_0", "v"]
+"""diffusion.objectives.PREDICTIONS."""
+SamplerName = Literal["ddim", "ancestral", "dpmpp_2m", "heun", "mix"]
+"""diffusion.samplers.SAMPLERS."""
+FeatureNetName = Literal["classifier", "inception", "lite0", "pixels"]
+"""evaluation.nets.FEATURE_NETS."""
+Spacing = Literal["auto", "uniform", "quadratic", "karras"]
+Variance = Literal["beta", "beta_tilde", "measured", "learned"]
+SampleVariance = Literal["auto", Variance]
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where images come from, and how they are dealt out."""
+    """The images to train on, and their order."""
 
     shards: str | None = None
     """Folder or s3:// URI of a data set made by jobs/prepare.py. Without it, `source` is prepared first."""
     source: str | None = None
-    """A source that needs no download, prepared to {run.storage}/data/ when `shards` is not given."""
+    """A source that needs no download. Without `shards` it is prepared in {run.storage}/data/ first."""
     split: str = "train"
     """The split to train on."""
     window_rows: int = 8192
-    """Images shuffled among each other: row groups are grouped into windows of at least so many rows."""
+    """Images are shuffled inside windows of row groups that hold at least this many rows."""
     horizontal_flip: bool = False
     """Mirror each image with probability 1/2 (drawn per micro-batch, as all noise is)."""
     stall_timeout_s: float = 120.0
-    """Seconds without a batch, beyond run.storage_timeout_s, after which the run stops instead of waiting on."""
+    """Seconds without a batch, beyond run.storage_timeout_s, after which the run stops."""
     on_corrupt: Literal["error", "substitute"] = "error"
-    """An image that cannot be read: stop, or put another of its window in its place and list it."""
+    """error: stop at an image that cannot be read. substitute: take another of its window, and list it."""
     max_corrupt_share: float = 0.01
-    """substitute: the share of the split's images that may turn out unreadable before the run stops."""
+    """substitute: the run stops when a larger share of the split's images cannot be read."""
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     """The noise schedule: beta_t over T steps."""
 
-    kind: Literal["linear", "scaled_linear", "cosine", "sigmoid"] = "linear"
+    kind: ScheduleKind = "linear"
     num_timesteps: int = 1000
+    """T, the number of noise levels."""
     beta_start: float = 1e-4
     """linear, scaled_linear: the first beta."""
     beta_end: float = 0.02
@@ -75,15 +85,16 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What is corrupted how, and what the net predicts."""
+    """The forward process, and what the net predicts."""
 
-    process: Literal["gaussian", "uniform_mix"] = "gaussian"
+    process: Process = "gaussian"
     """gaussian: DDPM. uniform_mix: the Hugging Face course's baseline (no timestep; the net predicts x_0)."""
-    predict: Literal["eps", "x_0", "v"] = "eps"
+    predict: Prediction = "eps"
     """What the net's output means (gaussian process)."""
     weight: Literal["simple", "min_snr"] = "simple"
     """Loss weight over t: 1, or min-SNR (Hang et al. 2023)."""
     min_snr_gamma: float = 5.0
+    """min_snr: the cap of the weight, as SNR."""
     variance: Literal["fixed", "learned"] = "fixed"
     """learned: the net also predicts the variance of each pixel (Nichol & Dhariwal 2021)."""
     label_dropout: float = 0.1
@@ -92,28 +103,18 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The U-Net."""
+    """What every net has; NETS are the nets, and an installed package adds one in the group ddpm.nets."""
 
+    module: ClassVar[str]
+    """Where its `build` is, imported when a net is built: this module knows no PyTorch."""
+    net: str
+    """unet, dit, or a net of an installed package; beside --help it lists the flags of that net."""
     image_size: int = 32
     channels: int = 3
     """Image channels."""
     num_classes: int = 0
     """0: unconditional. Else the net is conditioned on a label in 0..num_classes-1."""
-    base_width: int = 128
-    """Width of the first resolution; each resolution has base_width * its multiplier."""
-    width_multipliers: tuple[int, ...] = (1, 2, 2, 2)
-    """One entry a resolution, finest first; each but the last halves the image."""
-    blocks_per_resolution: int = 2
-    attention_resolutions: tuple[int, ...] = (16,)
-    """Image sizes at which there is self-attention."""
-    attention_head_dim: int | None = None
-    """Width of an attention head; None: one head."""
-    middle_attention: bool = True
-    """Self-attention in the middle block."""
-    norm_groups: int = 32
     dropout: float = 0.0
-    zero_init: bool = True
-    """Zero the output convolution, and the second convolution of every residual block, at the start."""
 
     @property
     def num_dims(self) -> int:
@@ -122,10 +123,54 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class UNetConfig(ModelConfig):
+    """The U-Net."""
+
+    module = "ddpm.models.unet"
+    net: Literal["unet"] = "unet"
+    base_width: int = 128
+    """Width of the first resolution; each resolution has base_width * its multiplier."""
+    width_multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    """One entry per resolution, finest first; each but the last halves the image."""
+    blocks_per_resolution: int = 2
+    """Residual blocks per resolution, on the way down."""
+    attention_resolutions: tuple[int, ...] = (16,)
+    """Image sizes with self-attention."""
+    attention_head_dim: int | None = None
+    """Width of an attention head; None: one head."""
+    middle_attention: bool = True
+    """Self-attention in the middle block."""
+    norm_groups: int = 32
+    zero_init: bool = True
+    """Zero the output convolution, and the second convolution of every residual block, at the start."""
+
+
+@dataclass(frozen=True)
+class DiTConfig(ModelConfig):
+    """The diffusion Transformer."""
+
+    module = "ddpm.models.dit"
+    net: Literal["dit"] = "dit"
+    patch_size: int = 2
+    """Side of a patch; each patch is one token."""
+    width: int = 128
+    depth: int = 4
+    """Blocks."""
+    num_heads: int = 4
+    mlp_ratio: int = 4
+    """Width of the hidden layer of a block's MLP, in widths."""
+
+
+NETS: dict[str, type[ModelConfig]] = {"unet": UNetConfig, "dit": DiTConfig}
+NETS_GROUP = "ddpm.nets"
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """AdamW, its learning rate over time, and the averaged weights."""
 
     lr: float = 2e-4
+    """Learning rate after the warm-up."""
     lr_warmup_images: int = 0
     """Images over which the learning rate rises linearly from 0."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
@@ -143,85 +188,67 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, in which batches, and what is written when."""
+    """Length, batches, precision, and the intervals of logs, checkpoints and samples."""
 
     total_images: int = 100_000_000
-    """Training ends when so many images have been seen (rounded up to a global batch)."""
+    """Training ends after this many images, rounded up to a global batch."""
     batch_size: int = 128
-    """The global batch: images per optimizer step, over all workers."""
+    """Global batch: images per optimizer step, over all workers."""
     micro_batch_size: int = 64
-    """The grain: each worker takes whole micro-batches. batch_size / micro_batch_size must divide by the workers."""
+    """Each worker takes whole micro-batches: batch_size / micro_batch_size must be a multiple of the workers."""
     seed: int = 0
+    """Seed of the first weights, the order of images, and all noise."""
     init_from: str | None = None
-    """A checkpoint or run, of the same net, whose averaged weights a new run begins with; None: random ones."""
+    """A checkpoint or run of the same net: a new run starts with its averaged weights. None: random weights."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the net alone (autocast). Noise, loss and weights are float32."""
+    """Precision inside the net (autocast). Noise, loss and weights are float32."""
     compile: bool = False
     """torch.compile the net."""
     log_every_images: int = 12_800
+    """Images between two points of the curves."""
     checkpoint_every_images: int = 256_000
-    """Also how often MLflow is told the news: what a checkpoint has made final."""
+    """Images between two checkpoints. MLflow gets metrics at this interval too: a checkpoint makes them final."""
     sample_every_images: int = 1_280_000
+    """Images between two grids of samples."""
     keep_checkpoints: int = 3
-    """The newest so many are kept, and the best (lowest held-out loss)."""
+    """Number of newest checkpoints kept; the best one (lowest held-out loss) is kept as well."""
     held_out_images: int = 512
     """Held-out images whose loss (EMA weights, fixed noise and t) is measured at every checkpoint; 0: none."""
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How images are drawn: the grids during training, and the defaults of jobs/sample.py."""
+    """How images are sampled: grids during training, and the defaults of jobs/sample.py."""
 
-    sampler: Literal["auto", "ancestral", "ddim", "dpmpp_2m", "heun", "mix"] = "auto"
-    """ancestral: Algorithm 2. ddim: few steps. dpmpp_2m (DPM-Solver++), heun: fewer, being of second order.
+    sampler: Literal["auto", SamplerName] = "auto"
+    """ancestral: Algorithm 2. ddim: few steps. dpmpp_2m (DPM-Solver++), heun: second order, fewer steps.
     mix: for objective.process uniform_mix. auto: ddim or mix."""
     num_sample_steps: int | None = None
-    """None: all T with ancestral, else 50."""
-    spacing: Literal["auto", "uniform", "quadratic", "karras"] = "auto"
+    """None: all T for ancestral, else 50."""
+    spacing: Spacing = "auto"
     """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/rho). auto: karras with
     dpmpp_2m and heun, else uniform."""
     rho: float = 7.0
-    """karras: the larger, the more steps where little noise is left."""
+    """karras: a larger rho takes more steps where little noise is left."""
     eta: float = 0.0
     """ddim, dpmpp_2m: 0 is deterministic, 1 as noisy as ancestral."""
     mean: Literal["clipped", "plain"] = "clipped"
-    """ancestral: posterior mean from the clipped x_0_hat, or Algorithm 2 to the letter."""
+    """ancestral: posterior mean from the clipped x_0_hat (clipped), or exactly Algorithm 2 (plain)."""
     variance: SampleVariance = "auto"
     """ancestral: sigma_t^2. measured: from the net's errors on training images (jobs/evaluate.py --variance measured).
     auto: learned where the net learned it, else beta_tilde."""
     clip_x_0: bool = True
-    """All but ancestral: clip x_0_hat to [-1, 1]."""
+    """All samplers but ancestral: clip x_0_hat to [-1, 1]."""
     dynamic_threshold: float | None = None
-    """Instead of clipping, Imagen's dynamic thresholding at this quantile of |x_0_hat|, as 0.995."""
+    """Instead of clipping, Imagen's dynamic thresholding at this quantile of |x_0_hat|, such as 0.995."""
     guidance_scale: float = 1.0
     """Classifier-free guidance; 1 is none."""
     guidance_interval: tuple[float, float] | None = None
     """Guidance only where sigma (with mix, the amount of noise) is in (low, high]. None: everywhere."""
     num_images: int = 64
-    """Images of a grid."""
+    """Images in a grid."""
     seed: int = 0
     """Image i is a function of this seed and i."""
-
-    def resolved(self, objective: ObjectiveConfig) -> "SampleConfig":
-        """The same with sampler and variance in place of `auto`, as they fit the objective.
-
-        Raises:
-            UserError: a sampler of the other process, or a variance that the net has not learned.
-        """
-        process, learned = objective.process, objective.variance == "learned"
-        if self.variance == "learned" and not learned:
-            raise UserError(
-                "variance is learned, but this net did not learn it; use beta, beta_tilde or measured"
-            )
-        fitting = ("mix",) if process == "uniform_mix" else ("ddim", "ancestral", "dpmpp_2m", "heun")
-        if self.sampler not in ("auto", *fitting):
-            raise UserError(
-                f"sampler {self.sampler} cannot undo the process {process}; use {' or '.join(fitting)}"
-            )
-        sampler = fitting[0] if self.sampler == "auto" else self.sampler
-        variance = ("learned" if learned else "beta_tilde") if self.variance == "auto" else self.variance
-        settled: dict[str, Any] = {"sampler": sampler, "variance": variance}
-        return dataclasses.replace(self, **settled)
 
 
 @dataclass(frozen=True)
@@ -229,24 +256,24 @@ class ClusterConfig:
     """How the run spreads over a Ray cluster."""
 
     num_workers: int | str = 1
-    """2, or least:most as 1:2: shrink when a node is lost and grow when one joins. The global batch stays."""
+    """A number, or least:most such as 1:4: shrink when a node is lost, grow when one joins, same global batch."""
     gpu: bool | None = None
-    """Workers have GPUs. None: if the cluster has any; then too few are an error."""
+    """Workers use GPUs. None: if the cluster has any; then too few GPUs are an error."""
     gpus_per_worker: float = 1.0
-    """Below 1, workers of several runs share a GPU; those of one run cannot, where they talk through NCCL."""
+    """Below 1, workers of different runs share a GPU; those of one run cannot when they communicate by NCCL."""
     cpus_per_worker: float | None = None
-    """None: 1, or less where data tasks would be left without a CPU."""
+    """None: 1, or less where reading tasks would be left without a CPU."""
     threads_per_worker: int | None = None
-    """torch threads. None: the worker's fair share of its node's cores."""
+    """torch threads per worker. None: an equal share of the node's cores."""
     resize_interval_s: float = 30.0
-    """least:most workers: how often to look whether there is room for more."""
+    """least:most workers: seconds between checks whether more workers fit."""
     max_failures: int = 3
-    """Failures in a row, with no checkpoint in between, after which the run gives up."""
+    """More failures than this in a row, without a checkpoint in between, end the run."""
     max_preemptions: int = 1000
-    """Nodes taken away (spot instances) after which the run gives up; they are not counted as failures."""
+    """More preempted nodes (spot instances) than this end the run; they do not count as failures."""
 
     def world_sizes(self) -> range:
-        """Every number of workers that the run may have.
+        """All allowed numbers of workers.
 
         Raises:
             UserError: num_workers is neither a number nor least:most.
@@ -255,22 +282,22 @@ class ClusterConfig:
         if least.isdecimal() and (most or least).isdecimal() and 1 <= int(least) <= int(most or least):
             return range(int(least), int(most or least) + 1)
         raise UserError(
-            f"cluster.num_workers is {self.num_workers!r}; it must be at least 1, or least:most as 1:4"
+            f"cluster.num_workers is {self.num_workers!r}; it must be at least 1, or least:most such as 1:4"
         )
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What the run is called and where it lives."""
+    """Name and storage of the run."""
 
     name: str | None = None
-    """Folder under `storage`; the same name goes on where the run stopped. None: preset and time."""
+    """Folder under `storage`; the same name resumes the run. None: preset and time."""
     storage: str = field(default_factory=lambda: os.environ.get("DDPM_STORAGE") or "runs")
-    """Folder or s3:// URI that holds runs. Where DDPM_STORAGE is set, as on a cluster, that is the default."""
+    """Folder or s3:// URI that holds runs. DDPM_STORAGE in the environment, as on a cluster, is the default."""
     storage_timeout_s: float = 300.0
     """Seconds that S3 (or a disk) may fail or not answer before the run stops."""
     shared_storage: bool = False
-    """Say that a folder given as storage is shared by all nodes (NFS)."""
+    """Declare that a local folder given as storage is shared by all nodes (NFS)."""
     experiment: str = "ddpm"
     """MLflow experiment."""
 
@@ -282,7 +309,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=UNetConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -337,7 +364,7 @@ def from_json(text: str, where: str = "config.json") -> Config:
 
 
 def merged(base: Config, text: str, where: str) -> Config:
-    """`base` with what the JSON says of it, a whole config.json or a part of one.
+    """`base` with the values in the JSON, a whole config.json or a part of one.
 
     Raises:
         UserError: as `from_json`.
@@ -357,6 +384,44 @@ def _parsed(text: str, where: str) -> Any:
 def _from_dict(cls: type[T], values: Any, where: str, base: Any = None) -> T:
     if not isinstance(values, Mapping):
         raise UserError(f"{where}: expected an object of {cls.__name__}, got {type(values).__name__}")
+    if issubclass(cls, ModelConfig):
+        return _net_from_dict(values, where, base)
+    return _fields_from_dict(cls, values, where, base)
+
+
+def _net_from_dict(values: Mapping[str, Any], where: str, base: ModelConfig | None) -> Any:
+    """The config of the net that `values` name, else of that of `base`; a config.json without a name has a U-Net.
+
+    Where the net changes, what all nets have is taken over from `base`.
+    """
+    name = values.get("net", base.net if base is not None else "unet")
+    cls = net_named(name, where)
+    if base is not None and type(base) is not cls:
+        common = [f.name for f in dataclasses.fields(ModelConfig) if f.name != "net"]
+        base = cls(**{key: getattr(base, key) for key in common})
+    return _fields_from_dict(cls, values, where, base)
+
+
+def net_named(name: Any, where: str) -> type[ModelConfig]:
+    """The config class of a net: ours, or one that an installed package has entered.
+
+    Raises:
+        UserError: there is none of this name; `where` names what asked for it.
+    """
+    cls = NETS.get(name) or plugins.load(NETS_GROUP, name) if isinstance(name, str) else None
+    if cls is None:
+        known = ", ".join(map(repr, [*NETS, *plugins.names(NETS_GROUP)]))
+        raise UserError(
+            f"{where}: net is {reprlib.repr(name)}; it must be one of {known}, or of an installed package"
+        )
+    if not (isinstance(cls, type) and issubclass(cls, ModelConfig) and getattr(cls, "net", None) == name):
+        raise UserError(
+            f"{NETS_GROUP}: {name!r} must be a subclass of ddpm.config.ModelConfig with net = {name!r}"
+        )
+    return cls
+
+
+def _fields_from_dict(cls: type[T], values: Mapping[str, Any], where: str, base: Any) -> T:
     types = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(fields))

@@ -1,10 +1,10 @@
-"""Configurations to start from: what each costs, and what it is expected to give.
+"""Configurations to start from, each with its cost and expected result.
 
-digits          8x8 grey, embedded (scikit-learn), 0.6 M weights. Three minutes on two cores; recognisable digits.
+digits          8x8 grey, built in (scikit-learn), 0.6 M weights. Three minutes on two cores; recognisable digits.
 glyphs          32x32 grey letters and digits, rendered from fonts; no download.
 fashion-mnist   32x32 grey (28x28 padded), from Debian's dataset-fashion-mnist or IDX files; 0.4 M weights. 15 minutes.
 cifar10         32x32 colour: Ho et al. 2020, Appendix B, 35.7 M weights; 800,000 steps of 128 in the paper. GPUs.
-celeba64        64x64 colour: the same net, a resolution deeper. GPUs.
+celeba64        64x64 colour: the same net, one resolution deeper. GPUs.
 """
 
 from dataclasses import replace
@@ -12,18 +12,18 @@ from dataclasses import replace
 from ddpm.config import (
     Config,
     DataConfig,
-    ModelConfig,
     ObjectiveConfig,
     OptimConfig,
     SampleConfig,
     ScheduleConfig,
     TrainConfig,
+    UNetConfig,
 )
 
 DIGITS = Config(
     data=DataConfig(source="digits"),
     schedule=ScheduleConfig(kind="cosine", num_timesteps=500),
-    model=ModelConfig(
+    model=UNetConfig(
         image_size=8,
         channels=1,
         base_width=24,
@@ -42,18 +42,19 @@ DIGITS = Config(
     ),
 )
 
+GLYPHS_NET = UNetConfig(
+    channels=1,
+    base_width=32,
+    width_multipliers=(1, 2, 2, 2),
+    blocks_per_resolution=1,
+    attention_resolutions=(8,),
+    norm_groups=8,
+)
 GLYPHS = Config(
     data=DataConfig(source="glyphs"),
     schedule=ScheduleConfig(kind="cosine"),
     objective=ObjectiveConfig(weight="min_snr"),
-    model=ModelConfig(
-        channels=1,
-        base_width=32,
-        width_multipliers=(1, 2, 2, 2),
-        blocks_per_resolution=1,
-        attention_resolutions=(8,),
-        norm_groups=8,
-    ),
+    model=GLYPHS_NET,
     optim=OptimConfig(lr=1e-3, lr_warmup_images=12_800, lr_schedule="cosine", ema_decay=0.999),
     train=TrainConfig(
         total_images=1_000_000,
@@ -67,7 +68,7 @@ FASHION_MNIST = Config(
     data=DataConfig(source="fashion-mnist"),
     schedule=ScheduleConfig(kind="cosine"),
     objective=ObjectiveConfig(predict="v", weight="min_snr"),
-    model=replace(GLYPHS.model, base_width=16),
+    model=replace(GLYPHS_NET, base_width=16),
     optim=OptimConfig(lr=2e-3, lr_warmup_images=3_200, lr_schedule="cosine", ema_decay=0.999),
     train=TrainConfig(
         total_images=160_000,
@@ -85,14 +86,14 @@ benchmarks/quality.md."""
 
 CIFAR10 = Config(
     data=DataConfig(source="torchvision:cifar10", horizontal_flip=True),
-    model=ModelConfig(dropout=0.1),
+    model=UNetConfig(dropout=0.1),
     optim=OptimConfig(lr=2e-4, lr_warmup_images=640_000),
     train=TrainConfig(total_images=102_400_000, precision="bfloat16"),
 )
 
 CELEBA64 = Config(
     data=DataConfig(source="torchvision:celeba", horizontal_flip=True),
-    model=ModelConfig(image_size=64, width_multipliers=(1, 1, 2, 2, 4)),
+    model=UNetConfig(image_size=64, width_multipliers=(1, 1, 2, 2, 4)),
     optim=OptimConfig(lr=2e-4, lr_warmup_images=640_000),
     train=TrainConfig(total_images=64_000_000, micro_batch_size=16, precision="bfloat16"),
     sample=SampleConfig(num_images=36),

@@ -1,73 +1,77 @@
-"""Judge checkpoints: python jobs/evaluate.py CHECKPOINT [CHECKPOINT ...] [--num-images 2000] [--out FILE.json]
+"""Evaluate checkpoints: python jobs/evaluate.py CHECKPOINT [CHECKPOINT ...] [--num-images 2000] [--out FILE.json]
 
-CHECKPOINT is the folder or s3:// URI of a checkpoint or of a run (its newest), or models:/NAME@ALIAS of MLflow's
-registry. Bits/dim of held-out images, and KID, FID, precision, recall, density, coverage and memorisation of drawn
-ones, become a table, FILE.json, pictures beside it, and points in the runs' own MLflow runs. What is not given is as in
-training.
+CHECKPOINT is the folder or s3:// URI of a checkpoint, or of a run (its newest checkpoint), or models:/NAME@ALIAS in
+MLflow's registry. Bits/dim of held-out images, and KID, FID, precision, recall, density, coverage and memorisation of
+generated images are printed as a table, written to FILE.json with pictures beside it, and logged to the runs' own
+MLflow runs. Settings that are not given are those of training.
 """
 
 import sys
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from ddpm import cli
-from ddpm.config import UserError
+from ddpm.config import FeatureNetName, SamplerName, Spacing, Variance
+from ddpm.utils.errors import UserError
 
 
 @dataclass(frozen=True)
 class Data:
-    """What to judge by."""
+    """The images to compare with."""
 
     shards: str | None = None
-    """Folder or s3:// URI of a data set; None: the one that was trained on."""
+    """Folder or s3:// URI of a data set. None: the training data set."""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """What to judge, and how."""
+    """Checkpoints, and how to evaluate them."""
 
     checkpoints: Annotated[
         tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="CHECKPOINT [CHECKPOINT ...]")
     ]
+    """Folders or URIs of checkpoints or runs."""
     data: Data = field(default_factory=Data)
     num_images: int = 2000
-    """Images drawn with each sampler, and held-out images at most."""
-    features: Literal["classifier", "inception", "lite0", "pixels"] | None = None
-    """The net by whose features images are compared; None: classifier where the data has classes, else lite0."""
+    """Images generated with each sampler, and the largest number of held-out images."""
+    features: FeatureNetName | None = None
+    """Feature net for comparing images. None: classifier if the data has classes, else lite0."""
     inception_weights: str | None = None
-    """inception: file or URL of its weights; None: where torch-fidelity keeps them."""
+    """inception: file or URL of its weights. None: the file of torch-fidelity in torch.hub's folder."""
     all_checkpoints: bool = False
-    """Of a run not the newest checkpoint, but each that it has kept."""
-    sampler: tuple[Literal["ancestral", "ddim", "dpmpp_2m", "heun", "mix"], ...] = ()
-    """One or several; each is judged with each number of steps."""
+    """Evaluate every kept checkpoint of a run, not only the newest."""
+    sampler: tuple[SamplerName, ...] = ()
+    """One or several samplers; each is evaluated with each number of steps."""
     num_sample_steps: tuple[int, ...] = ()
-    spacing: Literal["auto", "uniform", "quadratic", "karras"] | None = None
-    """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/7); auto: what suits the sampler."""
+    """One or several numbers of sampling steps."""
+    spacing: Spacing | None = None
+    """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/7). auto: the sampler's default."""
     eta: float | None = None
-    """ddim, dpmpp_2m: 0 is deterministic, 1 as noisy as ancestral."""
+    """ddim, dpmpp_2m: 0 is deterministic, 1 is as noisy as ancestral."""
     dynamic_threshold: float | None = None
-    """Instead of clipping, dynamic thresholding at this quantile, as 0.995."""
+    """Instead of clipping, dynamic thresholding at this quantile, such as 0.995."""
     guidance_scale: float | None = None
     """Classifier-free guidance; 1 is none."""
     guidance_interval: tuple[float, float] | None = None
-    """Guidance only where sigma is above the first and not above the second."""
-    variance: Literal["beta", "beta_tilde", "measured", "learned"] | None = None
-    """Variance of p(x_{t-1} | x_t) in bits/dim and with the sampler ancestral. None: in bits/dim learned where the net
-    learned it, else measured on training images; in drawing as in training."""
+    """Guidance only where sigma is in (low, high]."""
+    variance: Variance | None = None
+    """Variance of p(x_{t-1} | x_t), in bits/dim and for the sampler ancestral. None: for bits/dim, learned if the net
+    learned it, else measured on training images; for sampling, as in training."""
     num_train_images: int = 50_000
-    """Memorisation: training images among which the nearest one of a drawn image is searched for, at most; 0: none."""
+    """Memorisation: largest number of training images to search for the nearest neighbour. 0: no memorisation."""
     num_draws: int = 8
-    """bits/dim: timesteps of an image at which KL_t is measured, drawn where it matters; 0: all."""
+    """bits/dim: timesteps per image at which KL_t is measured, by importance sampling. 0: all timesteps."""
     seed: int = 0
+    """Seed of generated images and of the bound's noise."""
     cache: str | None = None
-    """Folder or s3:// URI for features of real images and the classifier; None: evaluation/ beside the shards."""
+    """Folder or s3:// URI for features of real images and the classifier. None: evaluation/ beside the shards."""
     num_workers: int | None = None
-    """None: all GPUs, or else cores, of this machine or of the Ray cluster that RAY_ADDRESS names. The numbers are the
-    same."""
+    """None: all GPUs, or else all cores, of this machine or of the Ray cluster at RAY_ADDRESS. The results do not
+    depend on it."""
     out: str = "evaluation.json"
-    """File or s3:// URI for every number with its n and uncertainty; a picture is written beside it."""
+    """File or s3:// URI for all results with their n and uncertainty; pictures are written beside it."""
 
 
 CHANGES = "spacing eta dynamic_threshold guidance_scale guidance_interval".split()
@@ -79,11 +83,11 @@ def main() -> None:
         raise UserError("no CHECKPOINT is given; expected folders or URIs of checkpoints or runs")
     from rich.console import Console
 
-    from ddpm import evaluate, report, results, yardstick
-    from ddpm.progress import printable
+    from ddpm.evaluation import context, evaluate, publish, report
+    from ddpm.utils.progress import printable
 
-    place = results.place_for(arguments.out)
-    settings = yardstick.Settings(
+    place = publish.place_for(arguments.out)
+    settings = context.Settings(
         num_images=arguments.num_images,
         features=arguments.features,
         inception_weights=arguments.inception_weights,
@@ -97,12 +101,12 @@ def main() -> None:
         shards=arguments.data.shards,
         cache=arguments.cache,
     )
-    candidates = yardstick.read(arguments.checkpoints, arguments.all_checkpoints)
+    candidates = context.read(arguments.checkpoints, arguments.all_checkpoints)
     found = evaluate.evaluate(candidates, settings, arguments.num_workers)
-    # A file or a pipe is as wide as it takes.
+    # A file or a pipe has no width of its own.
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(report.tables(found, console.width))
-    for line in (*report.remarks(found, place.uri), *results.store(found, place)):
+    for line in (*report.remarks(found, place.uri), *publish.store(found, place)):
         print(printable(line))
 
 

@@ -1,54 +1,57 @@
-"""Take a net elsewhere: python jobs/export.py CHECKPOINT DIR [--format diffusers|pt2]
+"""Export a net: python jobs/export.py CHECKPOINT DIR [--format diffusers|pt2]
 
-CHECKPOINT is the folder or s3:// URI of a checkpoint or of a run (its newest), or models:/NAME@ALIAS. DIR is a new
-folder: of format diffusers one for DDPMPipeline.from_pretrained, of format pt2 one with a torch.export program.
+CHECKPOINT is the folder or s3:// URI of a checkpoint, or of a run (its newest checkpoint), or models:/NAME@ALIAS. DIR
+is a new folder: for DDPMPipeline.from_pretrained (diffusers), or with a torch.export program (pt2).
 
     python jobs/export.py PIPELINE DIR --format checkpoint
 
-makes the checkpoint DIR of a diffusers folder; jobs/train.py --train.init-from DIR goes on from its weights.
+turns a diffusers folder into the checkpoint DIR; jobs/train.py --train.init-from DIR trains from its weights.
 """
 
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from ddpm import cli
-from ddpm.config import UserError
+from ddpm.utils.errors import UserError
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """What is taken where."""
+    """What to export, and where to."""
 
-    checkpoint: tyro.conf.Positional[str]
-    out: tyro.conf.Positional[Path]
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
+    """Folder or URI of a checkpoint or run, or a registered model; checkpoint: a diffusers folder."""
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
+    """New folder."""
     format: Literal["diffusers", "pt2", "checkpoint"] = "diffusers"
+    """diffusers: a DDPMPipeline. pt2: a torch.export program. checkpoint: from diffusers to a checkpoint of ours."""
     ema: bool = True
-    """The averaged weights, or the last ones."""
+    """Export the averaged weights, not the last ones."""
     label: int | None = None
-    """diffusers, of a conditional net: the class its pipeline draws; num_classes: all."""
+    """diffusers, conditional nets: the class that the pipeline generates; num_classes: all classes."""
     register: str | None = None
-    """Also store it in MLflow's registry (MLFLOW_TRACKING_URI), as the next version of the model of this name."""
+    """Also store the net in MLflow's registry (MLFLOW_TRACKING_URI), as the next version of the model of this name."""
     alias: str | None = None
-    """Let models:/NAME@ALIAS mean that version."""
+    """Point models:/NAME@ALIAS to that version."""
 
 
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     out, kind = arguments.out.absolute(), str(arguments.format)
     if arguments.register is None and arguments.alias is not None:
-        raise UserError("--alias is of a registered model; give its name with --register")
+        raise UserError("--alias needs a registered model; give its name with --register")
     if arguments.register is not None and not arguments.ema:
-        raise UserError("--register: a registered model draws with the averaged weights; leave --no-ema out")
+        raise UserError("--register: a registered model uses the averaged weights; leave out --no-ema")
     if out.exists():
         raise UserError(f"{out} exists, and nothing is overwritten; name a new folder")
     import torch
 
-    from ddpm import export, registry, runs
-    from ddpm.training import checkpoint
+    from ddpm.checkpoints import checkpoint
+    from ddpm.hub import export, registry, resolve
 
     with ExitStack() as stack:
         if kind == "checkpoint":
@@ -56,7 +59,10 @@ def main() -> None:
             folder, exported = out, {}
             print(f"checkpoint  {out}")
         else:
-            folder, exported = stack.enter_context(runs.local_checkpoint(arguments.checkpoint)), {kind: out}
+            folder, exported = (
+                stack.enter_context(resolve.local_checkpoint(arguments.checkpoint)),
+                {kind: out},
+            )
             net, config = checkpoint.load_net(folder, torch.device("cpu"), ema=arguments.ema)
             if kind == "pt2":
                 export.to_pt2(net, config, out)

@@ -1,7 +1,7 @@
 """Make a data set: python jobs/prepare.py SOURCE URI [options]
 
-URI is a folder or s3://bucket/prefix. Typing the same command again goes on where it was stopped, and does
-nothing if the data set is there. `python jobs/prepare.py SOURCE --help` lists a source's options.
+URI is a folder or s3://bucket/prefix. The same command again continues where it stopped, and does nothing if the data
+set is complete. `python jobs/prepare.py SOURCE --help` lists a source's options.
 """
 
 from collections.abc import Callable
@@ -11,11 +11,7 @@ from typing import Annotated, Any, Generic, TypeVar
 import tyro
 
 from ddpm import cli
-from ddpm.data.downloaded import Torchvision
-from ddpm.data.glyphs import Glyphs
-from ddpm.data.huggingface import HuggingFace
-from ddpm.data.pictures import Folder
-from ddpm.data.sources import Digits, FashionMnist
+from ddpm.data import catalog
 
 S = TypeVar("S")
 
@@ -26,24 +22,19 @@ class Arguments(Generic[S]):
     """Folder or s3://bucket/prefix of the data set."""
     source: Annotated[S, tyro.conf.arg(name="")]
     parallel: bool | None = None
-    """Write shards at once, as tasks of the Ray cluster (RAY_ADDRESS, or one started here). None: if it is large."""
-
-
-SOURCES: dict[str, Callable[..., Any]] = {
-    "digits": Arguments[Digits],
-    "glyphs": Arguments[Glyphs],
-    "fashion-mnist": Arguments[FashionMnist],
-    "folder": Arguments[Folder],
-    "torchvision": Arguments[Torchvision],
-    "parquet": Arguments[HuggingFace],
-}
+    """Write shards in parallel, as tasks of the Ray cluster (RAY_ADDRESS, or a local one). None: if the source is
+    large."""
 
 
 def main() -> None:
-    arguments = tyro.extras.subcommand_cli_from_dict(SOURCES, description=__doc__)
+    kinds: dict[str, Callable[..., Any]] = {
+        name: Arguments[kind]  # type: ignore[valid-type]
+        for name, kind in catalog.sources().items()
+    }
+    arguments = tyro.extras.subcommand_cli_from_dict(kinds, description=__doc__)
     from ddpm.data import prepare  # after parsing: --help and mistakes answer at once
-    from ddpm.progress import Display, printable
-    from ddpm.storage import resolve
+    from ddpm.storage.locations import resolve
+    from ddpm.utils.progress import Display, printable
 
     source, location = arguments.source, resolve(arguments.uri)
     place = (location.filesystem, location.path)
@@ -54,7 +45,7 @@ def main() -> None:
     if manifest is None:
         parallel = prepare.is_large(source) if arguments.parallel is None else arguments.parallel
         if parallel:
-            from ddpm.connection import connect
+            from ddpm.cluster.ray_init import connect
 
             connect()
         with Display("preparing", sum(source.splits.values())) as display:
@@ -64,7 +55,7 @@ def main() -> None:
                 where=location.uri,
                 on_progress=lambda done, _: display.update(done),
                 on_restart=lambda: print(
-                    "anew        the source's files have changed since it was begun here"
+                    "restarted   the source's files have changed since preparation began"
                 ),
                 parallel=parallel,
             )

@@ -1,63 +1,69 @@
-"""Draw images from a checkpoint: python jobs/sample.py CHECKPOINT --num-images 64 --out DIR
+"""Sample images from a checkpoint: python jobs/sample.py CHECKPOINT --num-images 64 --out DIR
 
-CHECKPOINT is the folder or s3:// URI of a checkpoint, or of a run (its newest), or models:/NAME@ALIAS of MLflow's
-registry. DIR, a folder or s3:// URI, gets grid.png and images/000000.png, ...; image i depends on the seed and i
-alone. What is not given is as in training. The same command again draws what DIR lacks.
+CHECKPOINT is the folder or s3:// URI of a checkpoint, or of a run (its newest checkpoint), or models:/NAME@ALIAS in
+MLflow's registry. DIR, a folder or s3:// URI, gets grid.png and images/000000.png, ...; image i depends on the seed
+and i alone. Settings that are not given are those of training. The same command again adds the images that DIR lacks.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from ddpm import cli
-from ddpm.config import UserError
+from ddpm.config import SamplerName, Spacing, Variance
+from ddpm.utils.errors import UserError
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """What to draw, and how."""
+    """What to sample, and how."""
 
-    checkpoint: tyro.conf.Positional[str]
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
+    """Folder or URI of a checkpoint or run, or a registered model."""
     num_images: int = 64
+    """Total number of images at `out`."""
     out: str = "samples"
     """Folder or s3:// URI for the images."""
     format: Literal["png", "parquet"] = "png"
-    """png: a file an image. parquet: shards and a manifest, a data set for jobs/train.py --data.shards."""
+    """png: one file per image. parquet: shards and a manifest, a data set for jobs/train.py --data.shards."""
     num_workers: int | None = None
-    """Ray actors that draw, each on a GPU, or on a core where there is none. None: all of the cluster (RAY_ADDRESS);
-    without one this machine's, and Ray is not started unless it has several GPUs."""
+    """Ray actors, each on a GPU, or on a core if there are no GPUs. None: all GPUs or cores of the cluster at
+    RAY_ADDRESS; without it those of this machine, where Ray is started only for several GPUs."""
     batch_size: int | None = None
-    """Images that a worker draws at a time. None: 256 on a GPU, 32 on a core."""
-    sampler: Literal["ancestral", "ddim", "dpmpp_2m", "heun", "mix"] | None = None
-    """ancestral: Algorithm 2. ddim: few steps. dpmpp_2m, heun: fewer. mix: nets of uniform_mix."""
+    """Images per batch of a worker. None: 256 on a GPU, 32 on a core."""
+    sampler: SamplerName | None = None
+    """ancestral: Algorithm 2. ddim: few steps. dpmpp_2m, heun: fewer steps. mix: nets of uniform_mix."""
     num_sample_steps: int | None = None
-    spacing: Literal["auto", "uniform", "quadratic", "karras"] | None = None
-    """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/7); auto: what suits the sampler."""
+    """Number of sampling steps."""
+    spacing: Spacing | None = None
+    """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/7). auto: the sampler's default."""
     eta: float | None = None
-    """ddim, dpmpp_2m: 0 is deterministic, 1 as noisy as ancestral."""
-    variance: Literal["beta", "beta_tilde", "measured", "learned"] | None = None
-    """ancestral: of the noise that a step adds. measured: on training images, by an earlier jobs/evaluate.py."""
+    """ddim, dpmpp_2m: 0 is deterministic, 1 is as noisy as ancestral."""
+    variance: Variance | None = None
+    """ancestral: variance of the noise that a step adds. measured: on training images, by an earlier
+    jobs/evaluate.py."""
     dynamic_threshold: float | None = None
-    """Instead of clipping, dynamic thresholding at this quantile, as 0.995."""
+    """Instead of clipping, dynamic thresholding at this quantile, such as 0.995."""
     guidance_scale: float | None = None
     """Classifier-free guidance; 1 is none."""
     guidance_interval: tuple[float, float] | None = None
-    """Guidance only where sigma is above the first and not above the second."""
+    """Guidance only where sigma is in (low, high]."""
     label: int | None = None
-    """The class to draw (conditional nets); None: all in turn."""
+    """Class to sample (conditional nets). None: all classes in turn."""
     seed: int = 0
+    """Image i is a function of this seed and i."""
     trajectory: bool = False
-    """Also trajectory.png and trajectory.gif: how the first images came to be."""
+    """Also write trajectory.png and trajectory.gif: the first images from noise to the end."""
     inpaint: Path | None = None
-    """An image file, part of which all images keep (RePaint, 250 steps with resampling)."""
+    """Image file of which a part is kept in all images (RePaint, 250 steps with resampling)."""
     mask: Path | None = None
-    """inpaint: an image file, white where it is kept."""
+    """inpaint: image file, white where the image is kept."""
     num_resamples: int = 10
-    """inpaint: how often each stretch of jump-length steps is gone; 1: no resampling."""
+    """inpaint: RePaint resampling passes per jump; 1: no resampling."""
     jump_length: int = 10
-    """inpaint: steps gone back at a time, less than there are."""
+    """inpaint: steps per jump back, fewer than there are."""
 
 
 SETTINGS = (
@@ -71,16 +77,17 @@ def main() -> None:
         raise UserError("--inpaint and --mask belong together; give both or neither")
     if arguments.inpaint and arguments.sampler not in (None, "ancestral"):
         raise UserError(
-            f"--inpaint takes the steps of ancestral, not of {arguments.sampler}; leave --sampler out"
+            f"--inpaint takes the steps of ancestral, not of {arguments.sampler}; leave out --sampler"
         )
     import torch
 
-    from ddpm import drawing, generation, runs  # after parsing: --help and mistakes answer at once
-    from ddpm.progress import Display
-    from ddpm.storage import resolve
-    from ddpm.training import checkpoint
+    from ddpm.checkpoints import checkpoint, runs  # after parsing: --help and mistakes answer at once
+    from ddpm.hub.resolve import local_checkpoint
+    from ddpm.sampling import generate, workers
+    from ddpm.storage.locations import resolve
+    from ddpm.utils.progress import Display
 
-    with runs.local_checkpoint(arguments.checkpoint) as folder:
+    with local_checkpoint(arguments.checkpoint) as folder:
         net, config = checkpoint.load_net(folder, torch.device("cpu"))
         measured = arguments.variance == "measured"
         x_0_error = runs.read_x_0_error(folder, config.schedule.num_timesteps) if measured else None
@@ -89,12 +96,12 @@ def main() -> None:
     known = None
     if arguments.inpaint and arguments.mask:
         resampling = arguments.num_resamples, arguments.jump_length
-        known = generation.read_known(arguments.inpaint, arguments.mask, config, *resampling)
-    request = drawing.Request(net.state_dict(), config, arguments.label, known, x_0_error)
+        known = generate.read_known(arguments.inpaint, arguments.mask, config, *resampling)
+    job = workers.SampleJob(net.state_dict(), config, arguments.label, known, x_0_error)
     out = resolve(arguments.out)
     with Display("images", arguments.num_images) as display:
-        drawing.draw(
-            request,
+        workers.draw(
+            job,
             out,
             arguments.num_images,
             form=arguments.format,

@@ -1,40 +1,42 @@
-"""Deliver to MLflow what a run could not: python jobs/track.py RUN [--timeout-s 60]
+"""Deliver a run's remaining records to MLflow: python jobs/track.py RUN [--timeout-s 60]
 
-RUN is the folder or s3:// URI of a run. What was tracked while MLflow was away lies there; it goes to
-MLFLOW_TRACKING_URI, into the run's own MLflow run. Done twice, or while the run goes on, it doubles nothing.
+RUN is the folder or s3:// URI of a run. Records that MLflow did not take lie there; they go to the run's own MLflow
+run at MLFLOW_TRACKING_URI. Running it twice, or while the run trains, logs nothing twice.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 
 from ddpm import cli
-from ddpm.config import UserError
+from ddpm.utils.errors import UserError
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Whose records, and how long to try."""
+    """The run, and how long to try."""
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """Folder or s3:// URI of the run."""
     timeout_s: float = 60.0
-    """Seconds without progress after which it gives up."""
+    """Give up after this many seconds without progress."""
     experiment: str | None = None
-    """MLflow experiment of a run that has no checkpoint yet; else the checkpoint says so."""
+    """MLflow experiment of a run without a checkpoint. Otherwise the checkpoint names it."""
 
 
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     if not arguments.timeout_s > 0:
         raise UserError(f"--timeout-s is {arguments.timeout_s:g}; it must be above 0")
-    from ddpm import delivery, tracking
-    from ddpm.progress import Display, printable
+    from ddpm.tracking import mlflow_runs, uploader
+    from ddpm.utils.progress import Display, printable
 
-    kept = delivery.kept(arguments.run, arguments.experiment)
+    kept = uploader.kept(arguments.run, arguments.experiment)
     with Display("records", kept.records) as display:
-        done = delivery.deliver(kept, arguments.timeout_s, display.update)
+        done = uploader.deliver(kept, arguments.timeout_s, display.update)
     print(f"delivered   {kept.records:,} records")
-    print(printable(f"MLflow      run {done.run_id} in {tracking.without_password(kept.address.uri)}"))
+    print(printable(f"MLflow      run {done.run_id} in {mlflow_runs.without_password(kept.address.uri)}"))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Train a preset: python jobs/train.py PRESET [--data.shards URI] [--run.name N] [--run.storage URI] ...
 
-Typing the same command again, with the same --run.name, goes on where the run stopped.
-`python jobs/train.py PRESET --help` lists every flag.
+The same command again, with the same --run.name, resumes the run. `python jobs/train.py PRESET --help` lists every
+flag.
 """
 
 import shlex
@@ -18,14 +18,14 @@ from ddpm.config import Config
 
 @dataclass(frozen=True)
 class Arguments:
-    """A preset and what is changed in it."""
+    """A preset and its changes."""
 
     preset: tyro.conf.Suppress[str]
     config: Annotated[Config, tyro.conf.arg(name="")]
     file: Annotated[str | None, tyro.conf.arg(name="config", metavar="FILE")] = None
-    """JSON of what else is changed in the preset, as a search's best.json; flags come after."""
+    """JSON file of changes to the preset, such as a search's best.json; flags are applied after it."""
     verbose: bool = False
-    """Show Ray's own messages, and tracebacks."""
+    """Show Ray's messages, and tracebacks."""
 
 
 def main() -> int:
@@ -43,14 +43,15 @@ def main() -> int:
 
     loop.check(arguments.config)
 
-    from ddpm import connection, runs  # seconds: Ray
-    from ddpm.data import embedded, ray_dataset
+    from ddpm.checkpoints import runs  # seconds: Ray
+    from ddpm.cluster import ray_init
+    from ddpm.data import builtin, ray_dataset
 
     config = runs.settled(arguments.config, arguments.preset)
-    config = embedded.with_shards(config, shlex.join(["python", *sys.argv]))
+    config = builtin.with_shards(config, shlex.join(["python", *sys.argv]))
     data_set = ray_dataset.open_configured(config)
     print(f"data        {config.data.shards}  ({data_set.rows.num_rows:,} images to train on)")
-    connection.connect(arguments.verbose)
+    ray_init.connect(arguments.verbose)
     from ddpm.training.fit import fit, summary  # while the first of Ray's processes begin
 
     result = fit(config, data_set, verbose=arguments.verbose)

@@ -1,4 +1,4 @@
-"""What the fleets of tests do. In a module of its own, which workers find under this name (see fetching.py)."""
+"""Pieces of work for the worker pools of tests. Workers import this module by its name (see fetching.py)."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ddpm.config import UserError
+from ddpm.utils.errors import UserError
 
 
 class Adder:

@@ -177,7 +177,7 @@ def ray_here() -> Iterator[None]:
     """A Ray cluster on this machine, joined by this process; its workers find the modules of tests/."""
     import ray
 
-    from ddpm.connection import connect
+    from ddpm.cluster.ray_init import connect
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(processes.REPO / "tests"), prepend=os.pathsep)

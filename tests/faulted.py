@@ -13,8 +13,10 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
-from ddpm import runs, storage
+from ddpm.checkpoints import runs
 from ddpm.data.shards import make_manifest, write_manifest, write_shard
+from ddpm.hub import resolve
+from ddpm.storage import locations
 
 TOTAL = 6_400
 FLAGS = f"""--data.window-rows 200 --schedule.num-timesteps 50 --model.dropout 0.1 --data.horizontal-flip
@@ -35,14 +37,14 @@ class Run:
     """
 
     def __init__(self, name: str, uri: str, data: str, log: Path) -> None:
-        self.location, self._log = storage.resolve(uri).child(name), log
+        self.location, self._log = locations.resolve(uri).child(name), log
         self.arguments = ["digits", "--data.shards", data, "--run.name", name, "--run.storage", uri, *FLAGS]
 
     def start(self, *flags: str, env: dict[str, str] | None = None) -> processes.Job:
         return processes.Job("train", *self.arguments, *flags, log=self._log, env=env)
 
     def position(self) -> int:
-        """Of the newest checkpoint; 0: there is none."""
+        """Position of the newest checkpoint; 0: there is none."""
         found = runs.checkpoints(self.location)
         return int(found[-1].path.rpartition("checkpoint-")[2]) if found else 0
 
@@ -52,7 +54,7 @@ class Run:
     def tensors(self, total: int = TOTAL) -> dict[str, torch.Tensor]:
         """Net, EMA and optimizer of the end of the run, after `total` images."""
         assert self.position() == total
-        with runs.local_checkpoint(self.location.uri) as folder:
+        with resolve.local_checkpoint(self.location.uri) as folder:
             return {
                 f"{file}.{name}": tensor
                 for file in ("net", "ema", "optimizer")
@@ -62,7 +64,7 @@ class Run:
 
 def write_digits(folder: Path) -> str:
     """Real digits as shards, 600 to train on in two shards, 60 held out; returns their URI."""
-    location = storage.resolve(str(folder))
+    location = locations.resolve(str(folder))
     images, labels = load_digits(return_X_y=True)
     images = np.round(images.reshape(-1, 8, 8, 1) * 255 / 16).astype(np.uint8)
     shards = {
@@ -130,5 +132,5 @@ def segments(run: Run) -> list[str]:
 
 def files(run: Run, folder: str) -> list[str]:
     """Names of the files in a folder of the run."""
-    selector = storage.pafs.FileSelector(run.location.child(folder).path, allow_not_found=True)
+    selector = locations.pafs.FileSelector(run.location.child(folder).path, allow_not_found=True)
     return sorted(info.base_name for info in run.location.filesystem.get_file_info(selector) if info.is_file)

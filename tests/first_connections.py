@@ -1,11 +1,11 @@
 """First connections to an MLflow database, for processes that tests stop: a module, since those import it."""
 
-from ddpm import tracking
+from ddpm.tracking import mlflow_runs
 
 
 def connect(uri: str) -> None:
-    tracking.connect(uri)
+    mlflow_runs.connect(uri)
 
 
 def create_experiment(uri: str, name: str) -> None:
-    tracking.connect(uri).create_experiment(name)
+    mlflow_runs.connect(uri).create_experiment(name)

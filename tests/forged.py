@@ -8,7 +8,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ddpm.training import checkpoint
+from ddpm.checkpoints import checkpoint
 
 
 def forge(folder: Path, name: str, data: bytes) -> None:

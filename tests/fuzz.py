@@ -29,17 +29,18 @@ from forged import forge
 from PIL import Image
 
 from ddpm import config as configs
-from ddpm import records
-from ddpm.config import UserError, override
+from ddpm.checkpoints import checkpoint
+from ddpm.config import override
 from ddpm.data.corrupt import CorruptData
+from ddpm.data.image_folder import store
 from ddpm.data.manifest import make_manifest, manifest_from_json
-from ddpm.data.pictures import store
 from ddpm.data.row_group import decode
 from ddpm.data.shards import read_row_group, write_shard
 from ddpm.presets import DIGITS
-from ddpm.records import DamagedSegment, Outbox
-from ddpm.training import checkpoint
+from ddpm.tracking import metrics_buffer
+from ddpm.tracking.metrics_buffer import DamagedSegment, MetricsBuffer
 from ddpm.training.state import State
+from ddpm.utils.errors import UserError
 
 SIDE = 8
 GIB = 1 << 30
@@ -130,7 +131,7 @@ class Checkpoint(Target):
         sum(p.square().sum() for p in state.net.parameters()).backward()  # type: ignore[union-attr]
         state.optimizer.step()
         state.step, state.images_seen = 1, self.config.train.batch_size
-        checkpoint.save(folder, state, self.config, {"run_key": "k", "data_fingerprint": "f"})
+        checkpoint.write(state.snapshot(self.config, {"run_key": "k", "data_fingerprint": "f"}), folder)
         self.seeds = [(folder / self.file).read_bytes()]
 
     def take(self, data: bytes) -> None:
@@ -153,7 +154,7 @@ class CheckpointState(Checkpoint):
     file, is_json = "state.json", True
 
     def use(self) -> None:
-        checkpoint.load(self.folder, State.create(self.config, torch.device("cpu")), self.config)
+        State.create(self.config, torch.device("cpu")).restore(self.folder, self.config)
 
 
 class CheckpointOptimizer(CheckpointState):
@@ -193,14 +194,14 @@ class Segment(Target):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        outbox = Outbox()
-        outbox.metrics({"train/loss": 0.5}, 1)
-        outbox.image("samples", images(1)[0], 1)
-        outbox.artifact("pictures/strip.txt", b"strip")
-        self.seeds = [outbox.take() or b""]
+        buffer = MetricsBuffer()
+        buffer.metrics({"train/loss": 0.5}, 1)
+        buffer.image("samples", images(1)[0], 1)
+        buffer.artifact("pictures/strip.txt", b"strip")
+        self.seeds = [buffer.take() or b""]
 
     def take(self, data: bytes) -> None:
-        records.read(data, "segment")
+        metrics_buffer.read(data, "segment")
 
 
 TARGETS = [

@@ -5,14 +5,14 @@ from pathlib import Path
 import torch
 from tiny import TINY_NET
 
-from ddpm import runs, storage
+from ddpm.checkpoints import checkpoint, runs
+from ddpm.checkpoints.runs import Run
 from ddpm.config import Config, override
 from ddpm.data.manifest import read_manifest
 from ddpm.data.prepare import prepare
 from ddpm.data.reading import DataSet
 from ddpm.data.sources import Digits
-from ddpm.runs import Run
-from ddpm.training import checkpoint
+from ddpm.storage import locations
 from ddpm.training.state import State
 
 POSITIONS = (64, 128, 192)
@@ -32,7 +32,7 @@ CONFIG = override(
 
 def make_data(folder: Path) -> str:
     """The digits as shards: 1,500 to train on, 297 held out."""
-    location = storage.resolve(str(folder))
+    location = locations.resolve(str(folder))
     prepare(Digits(), location.filesystem, location.path, where=location.uri)
     return location.uri
 
@@ -40,7 +40,7 @@ def make_data(folder: Path) -> str:
 def make_run(folder: Path, shards: str, config: Config = CONFIG) -> Run:
     """A run in `folder` that was trained on `shards`, so its checkpoints say."""
     config = override(config, {"data.shards": shards, "run.storage": str(folder)})
-    place = storage.resolve(shards)
+    place = locations.resolve(shards)
     manifest = read_manifest(place.filesystem, place.path, shards)
     train = DataSet(place.filesystem, place.path, manifest, "train")
     run = runs.open_run(str(config.run.name), str(folder))
@@ -52,5 +52,7 @@ def make_run(folder: Path, shards: str, config: Config = CONFIG) -> Run:
             for weight in state.ema.net.parameters():
                 weight.add_(0.02 * torch.randn(weight.shape, generator=noise))
         state.step, state.images_seen = images_seen // config.train.batch_size, images_seen
-        checkpoint.save(Path(run.location.path, checkpoint.name_at(images_seen)), state, config, extra)
+        checkpoint.write(
+            state.snapshot(config, extra), Path(run.location.path, checkpoint.name_at(images_seen))
+        )
     return run

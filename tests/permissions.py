@@ -1,4 +1,4 @@
-"""Who may do what, by the policies that IAM has: moto evaluates them, but for conditions that it does not know."""
+"""Permissions by IAM's policies: moto evaluates them, except for conditions that it does not know."""
 
 import fnmatch
 import json

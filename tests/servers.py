@@ -198,6 +198,8 @@ class RayHead(Server):
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         # Its workers are not behind whatever else runs on this machine (by default they have niceness 15).
         settings = {"PATH": path, "RAY_worker_niceness": "0", **(env or {})}
+        # Ray Train finds the API server of its own cluster, not another one's on this machine.
+        settings["RAY_API_SERVER_ADDRESS"] = self.dashboard
         super().__init__("ray", command, f"{self.dashboard}/api/version", folder, settings)
 
     def submit(

@@ -27,11 +27,11 @@ from processes import REPO, Job, kill_tree
 from proxy import FaultyProxy, Mode
 from servers import MlflowServer, RayHead, RayNode, S3Server
 
-from ddpm import storage
+from ddpm.storage import locations
 
 WORKER_CPUS = ("--cluster.cpus-per-worker", "1.5")
 NODE_CPUS = (1, 2, 2)
-"""One for data tasks, two with room for a worker each."""
+"""One node for data tasks, two for a worker each."""
 LOG_EVERY, SAMPLE_EVERY = 6_400, 128_000
 
 
@@ -45,7 +45,7 @@ class Arguments:
     """Between two faults."""
     seed: int = 0
     images: int = 192_000
-    """Of a run: about 5 minutes undisturbed, on two cores."""
+    """Length of a run: about 5 minutes undisturbed, on two cores."""
 
     @property
     def flags(self) -> list[str]:
@@ -237,15 +237,15 @@ def main() -> int:
         undisturbed = reference(arguments, data, folder)
         print(f"undisturbed: {time.monotonic() - began:.0f} s", flush=True)
         soak = Soak(arguments, folder, stack)
-        upload = storage.resolve("s3://soak/data")
-        storage.pafs.copy_files(data, upload.path, destination_filesystem=upload.filesystem)
-        verdicts: list[bool] = []
+        upload = locations.resolve("s3://soak/data")
+        locations.pafs.copy_files(data, upload.path, destination_filesystem=upload.filesystem)
+        outcomes: list[bool] = []
         while soak.minutes < arguments.minutes:
-            soak.endure(f"soak-{len(verdicts) + 1}")
-            verdicts.append(judge(soak, undisturbed))
+            soak.endure(f"soak-{len(outcomes) + 1}")
+            outcomes.append(judge(soak, undisturbed))
         print(f"{sum(soak.struck.values())} faults in {soak.minutes:.1f} minutes: {dict(soak.struck)}")
-        print(f"{len(verdicts)} runs, of which {verdicts.count(True)} ended as if nothing had happened")
-        return int(not all(verdicts))
+        print(f"{len(outcomes)} runs, of which {outcomes.count(True)} ended as if nothing had happened")
+        return int(not all(outcomes))
 
 
 def prepare(folder: Path) -> str:

@@ -11,7 +11,8 @@ import processes
 import pytest
 
 from ddpm import cli, presets
-from ddpm.config import UserError
+from ddpm.config import DiTConfig, UNetConfig
+from ddpm.utils.errors import UserError
 from ddpm.utils.openmp import SPIN_COUNT
 
 
@@ -73,7 +74,7 @@ CHATTY = """
 import sys, time
 from pathlib import Path
 from ddpm import cli
-from ddpm.progress import Display
+from ddpm.utils.progress import Display
 
 def main():
     print("begun", flush=True)
@@ -124,6 +125,18 @@ def test_a_file_changes_the_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert digits.schedule.num_timesteps == presets.DIGITS.schedule.num_timesteps
     monkeypatch.setattr(sys, "argv", ["train.py", "digits"])
     assert cli.starting_points() == presets.PRESETS
+
+
+def test_a_net_is_chosen_for_every_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flag goes before the file, and keeps what the file says of all nets."""
+    file = tmp_path / "best.json"
+    file.write_text('{"model": {"net": "dit", "depth": 3, "num_classes": 10}}')
+    monkeypatch.setattr(sys, "argv", ["train.py", "digits", "--config", str(file)])
+    model = cli.starting_points()["digits"].model
+    assert model == DiTConfig(image_size=8, channels=1, num_classes=10, depth=3)
+    monkeypatch.setattr(sys, "argv", ["train.py", "digits", "--config", str(file), "--model.net=unet"])
+    model = cli.starting_points()["digits"].model
+    assert model == UNetConfig(image_size=8, channels=1, num_classes=10)
 
 
 @pytest.mark.parametrize(

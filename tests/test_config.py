@@ -1,14 +1,26 @@
 """A config survives its JSON, and whatever else is in a file becomes one line about file and key."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm.config import Config, ObjectiveConfig, UserError, flatten, from_json, override, to_json
+from ddpm.build import resolve_sample
+from ddpm.config import (
+    Config,
+    DiTConfig,
+    ObjectiveConfig,
+    UNetConfig,
+    flatten,
+    from_json,
+    override,
+    to_json,
+)
 from ddpm.presets import PRESETS
+from ddpm.utils.errors import UserError
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -44,6 +56,23 @@ def test_a_file_written_before_there_were_spacings_and_thresholds_still_loads() 
     }
     config = from_json(json.dumps({"sample": sample}))
     assert flatten(config.sample) | sample == flatten(config.sample)
+
+
+def test_a_file_written_before_there_were_nets_has_the_u_net() -> None:
+    config = from_json('{"model": {"image_size": 8, "base_width": 16}}')
+    assert config.model == UNetConfig(image_size=8, base_width=16)
+
+
+def test_another_net_keeps_what_all_nets_have() -> None:
+    before = override(PRESETS["digits"], {"model.num_classes": 10, "model.dropout": 0.1})
+    after = override(before, {"model.net": "dit", "model.depth": 3})
+    assert after.model == DiTConfig(image_size=8, channels=1, num_classes=10, dropout=0.1, depth=3)
+    assert override(after, {"model.depth": 4}).model == replace(after.model, depth=4)  # type: ignore[call-arg]
+    assert from_json(to_json(after)) == after
+    back = override(after, {"model.net": "unet"}).model
+    assert back == UNetConfig(image_size=8, channels=1, num_classes=10, dropout=0.1)
+    with pytest.raises(UserError, match=r"unknown key 'base_width'; known are net, image_size, .*patch_size"):
+        override(before, {"model.net": "dit", "model.base_width": 8})
 
 
 def test_flat_keys_are_dotted_and_in_the_order_of_the_tree() -> None:
@@ -210,15 +239,13 @@ def _read(text: str) -> Config | None:
     ],
 )
 def test_auto_becomes_the_sampler_that_fits(sampler: str, process: str, resolved: str) -> None:
-    assert (
-        override(Config(), {"sample.sampler": sampler})
-        .sample.resolved(ObjectiveConfig(process=process))
-        .sampler
-        == resolved
-    )
+    sample = override(Config(), {"sample.sampler": sampler}).sample
+    assert resolve_sample(sample, ObjectiveConfig(process=process)).sampler == resolved
 
 
 @pytest.mark.parametrize(("sampler", "process"), [("mix", "gaussian"), ("ddim", "uniform_mix")])
 def test_a_sampler_of_the_other_process_is_refused(sampler: str, process: str) -> None:
     with pytest.raises(UserError, match=f"sampler {sampler} cannot undo the process {process}"):
-        override(Config(), {"sample.sampler": sampler}).sample.resolved(ObjectiveConfig(process=process))
+        resolve_sample(
+            override(Config(), {"sample.sampler": sampler}).sample, ObjectiveConfig(process=process)
+        )

@@ -28,16 +28,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from processes import REPO
 
-from ddpm.config import Config, UserError, override, to_json
+from ddpm.checkpoints import checkpoint
+from ddpm.config import Config, override, to_json
 from ddpm.data.corrupt import CorruptData
 from ddpm.data.huggingface import HuggingFace
+from ddpm.data.image_folder import Folder, store
 from ddpm.data.manifest import MAX_COUNT, MAX_SIDE, Shard, make_manifest, manifest_from_json
-from ddpm.data.pictures import Folder, store
 from ddpm.data.row_group import decode
 from ddpm.data.shards import read_row_group
 from ddpm.presets import DIGITS
-from ddpm.training import checkpoint
 from ddpm.training.state import State
+from ddpm.utils.errors import UserError
 
 CPU = torch.device("cpu")
 LOCAL = pafs.LocalFileSystem()
@@ -138,6 +139,15 @@ def test_a_shard_that_unpacks_to_a_thousandfold_is_refused_before_it_is(tmp_path
 
 TOO_LARGE = {
     "a wide net": ({"model.base_width": 400_000}, "ema.safetensors is damaged or of another architecture"),
+    "another net": ({"model.net": "dit"}, "ema.safetensors is damaged or of another architecture"),
+    "a wide Transformer": (
+        {"model.net": "dit", "model.width": 200_000},
+        "ema.safetensors is damaged or of another architecture",
+    ),
+    "a Transformer too wide": (
+        {"model.net": "dit", "model.mlp_ratio": 10**9},
+        "config.json: model: mlp_ratio is 1000000000; it must be",
+    ),
     "a net too wide": (
         {"model.base_width": 10**9},
         "config.json: model: base_width is 1000000000; it must be at most",
@@ -168,7 +178,7 @@ def test_a_config_of_a_net_that_no_memory_holds_is_refused(
 ) -> None:
     config = override(DIGITS, {"model.base_width": 8, "model.norm_groups": 4})
     folder = tmp_path / "c"
-    checkpoint.save(folder, State.create(config, CPU), config, {})
+    checkpoint.write(State.create(config, CPU).snapshot(config, {}), folder)
     forge(folder, "config.json", to_json(override(config, values)).encode())
     with pytest.raises(UserError, match=message):
         checkpoint.load_net(folder, CPU)

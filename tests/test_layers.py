@@ -1,6 +1,7 @@
-"""What import-linter cannot see: parts of a package, lists of what is allowed, modules without a floor."""
+"""What import-linter cannot see: parts of a package, lists of what is allowed, modules without a layer."""
 
 import ast
+import re
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -71,28 +72,34 @@ def test_each_part_of_ray_has_one_owner(part: str, owners: set[str]) -> None:
     assert users <= owners
 
 
-@pytest.mark.parametrize("room", ["ddpm/diffusion", "ddpm/models"])
-def test_the_mathematics_knows_torch_alone(room: str) -> None:
+@pytest.mark.parametrize("package", ["ddpm/diffusion", "ddpm/models"])
+def test_the_mathematics_knows_torch_alone(package: str) -> None:
     allowed = {*sys.stdlib_module_names, "torch"}
-    own = room.replace("/", ".") + "."
+    own = package.replace("/", ".") + "."
     strangers = {
         f"{name_of(path)} -> {module}"
-        for path in (REPO / room).glob("*.py")
+        for path in (REPO / package).glob("*.py")
         for module in imports_of(path)
         if module.split(".")[0] not in allowed and not f"{module}.".startswith(own)
     }
     assert strangers == set()
 
 
-def test_every_module_stands_on_a_floor() -> None:
+def test_every_module_is_in_a_layer() -> None:
     """A module that the layers contract in pyproject.toml does not name would be free to import anything."""
     contracts = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
-    floors = {module.strip(" ()") for layer in layers for module in layer.split("|")}
+    named = {module.strip(" ()") for layer in layers for module in layer.split("|")}
     homeless = {
         name
         for path in MODULES
         if path.name != "__init__.py"
-        and not any(f"{(name := name_of(path))}.".startswith(f"{f}.") for f in floors)
+        and not any(f"{(name := name_of(path))}.".startswith(f"{f}.") for f in named)
     }
     assert homeless == set()
+
+
+def test_no_module_reaches_into_ray() -> None:
+    """Ray's documented API alone: no private module is imported, and nothing of Ray's is replaced."""
+    private = re.compile(r"_internal\b|ray\._private|setattr\(.*\bray\b")
+    assert [path for path in MODULES if private.search(path.read_text())] == []

@@ -78,18 +78,6 @@ def test_browser_shows_the_mlflow_page(mlflow_server: str, browser: Any) -> None
 
 
 @pytest.mark.slow
-def test_ray_runs_a_submitted_job(ray_head: servers.RayHead, tmp_path: Path) -> None:
-    (tmp_path / "hello.py").write_text(
-        "import os, ray\n"
-        "ray.init()\n"
-        "print(ray.cluster_resources()['CPU'], os.environ['WORD'], ray.get(ray.put(41)) + 1)\n"
-    )
-    done = ray_head.submit("python", "hello.py", env={"WORD": "forwarded"}, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "3.0 forwarded 42" in done.stdout
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("address", ["None", "'local'"])
 def test_ray_init_elsewhere_does_not_join_the_head(
     ray_head: servers.RayHead, tmp_path: Path, address: str

@@ -17,11 +17,11 @@ import servers
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from ddpm import storage
-from ddpm.delivery import Courier
-from ddpm.records import Outbox, segment_name
-from ddpm.storage import Location
-from ddpm.tracking import RUN_KEY_TAG, Address
+from ddpm.storage import locations
+from ddpm.storage.locations import Location
+from ddpm.tracking.metrics_buffer import MetricsBuffer, segment_name
+from ddpm.tracking.mlflow_runs import RUN_KEY_TAG, Address
+from ddpm.tracking.uploader import Uploader
 
 PARAMS = {"optim.lr": 1e-3, "model.width_multipliers": (1, 2), "data.source": None}
 EXPERIMENT = "tracking"
@@ -33,41 +33,41 @@ def address_at(uri: str, key: str | None = None) -> Address:
 
 
 def outbox_in(folder: Path | str) -> Location:
-    return storage.resolve(str(folder)).child("tracking")
+    return locations.resolve(str(folder)).child("tracking")
 
 
-def track(outbox: Outbox, *steps: int, files: bool = False) -> None:
+def track(buffer: MetricsBuffer, *steps: int, files: bool = False) -> None:
     """Curves and a picture at each of `steps`."""
     for step in steps:
-        outbox.metrics({"train/loss": 1 / (step + 1), "train/lr": 1e-3}, step)
-        outbox.image("samples", np.full((8, 12, 3), step % 256, np.uint8), step)
+        buffer.metrics({"train/loss": 1 / (step + 1), "train/lr": 1e-3}, step)
+        buffer.image("samples", np.full((8, 12, 3), step % 256, np.uint8), step)
     if files:
         for name, data in FILES.items():
-            outbox.artifact(name, data)
+            buffer.artifact(name, data)
 
 
-def put(outbox: Location, at: int, *steps: int, failed: bool = False, files: bool = False) -> Location:
+def put(buffer: Location, at: int, *steps: int, failed: bool = False, files: bool = False) -> Location:
     """A segment that leads up to position `at`, as a worker writes it."""
-    gathered = Outbox()
+    gathered = MetricsBuffer()
     track(gathered, *steps, files=files)
     data = gathered.take()
     assert data is not None
-    segment = outbox.child(segment_name(at, failed))
+    segment = buffer.child(segment_name(at, failed))
     segment.write(data)
     return segment
 
 
 def deliver(
-    address: Address, outbox: Location, committed: int, status: str = "FINISHED", **params: Any
+    address: Address, buffer: Location, committed: int, status: str = "FINISHED", **params: Any
 ) -> Any:
-    """What a whole courier's life comes to."""
-    courier = Courier(address, PARAMS | params, outbox)
-    courier.committed(committed)
-    return courier.close(status, timeout_s=60)
+    """What a whole uploader's life comes to."""
+    uploader = Uploader(address, PARAMS | params, buffer)
+    uploader.committed(committed)
+    return uploader.close(status, timeout_s=60)
 
 
-def names_in(outbox: Location) -> list[str]:
-    path = Path(outbox.path)
+def names_in(buffer: Location) -> list[str]:
+    path = Path(buffer.path)
     return sorted(file.name for file in path.iterdir()) if path.exists() else []
 
 

@@ -1,7 +1,4 @@
-"""A trial's driver, as Ray Tune starts and watches it; and then the next trial's.
-
-Its own room because each trial's process imports it: what proposes trials and what tells mistakes stays outside.
-"""
+"""The driver of trials, one after another, as a Ray Tune trainable. Each trial's process imports this module."""
 
 import logging
 import os
@@ -15,40 +12,41 @@ import torch
 from ray import tune
 
 from ddpm import config as configs
-from ddpm.config import Config, UserError
+from ddpm.config import Config
 from ddpm.data.reading import DataSet
-from ddpm.search.attempt import Attempt, News, Trained
-from ddpm.search.jury import Jury
-from ddpm.search.trials import name_of
+from ddpm.search.evaluator import Evaluator
+from ddpm.search.event_log import name_of
+from ddpm.search.runner import News, Trained, TrialRunner
 from ddpm.training import run_state
 from ddpm.training.worker_group import PersistentWorkerGroup
+from ddpm.utils.errors import UserError
 
 POLL_INTERVAL_S = 1.0
 LEAVING_S = 5.0
-"""How long workers, and MLflow, may take to end in good order when somebody waits for it."""
+"""Time-out for an orderly end of workers and MLflow."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What every trial's driver is given."""
+    """Arguments of every trial's driver."""
 
     config: Config
-    """Without what the search changes; run.storage is the search's folder."""
+    """The base config of all trials; run.storage is the search's folder."""
     data_set: DataSet
     rungs: list[int]
-    jury: Jury
+    evaluator: Evaluator
     env: Mapping[str, str]
     parent_run_id: str | None
     verbose: bool
     state: Any
-    """The RunState actor of the search: its STOP is for all trials."""
+    """The RunState actor of the search; its STOP holds for all trials."""
 
 
 class Driver(tune.Trainable):
-    """The driver of one trial after the other, with workers that stay; one call of `step` gives one news.
+    """The driver of one trial after another, with persistent workers; each call of `step` returns one event.
 
-    News may be of the trial before, whose last verdict came when its workers were already at the next one. It needs no
-    CPU to speak of; its workers have their own.
+    The event may belong to the previous trial, whose last result came when its workers were already at the next one.
+    The driver needs hardly any CPU; its workers have their own.
     """
 
     def setup(self, config: dict[str, Any], spec: Spec | None = None) -> None:
@@ -61,56 +59,54 @@ class Driver(tune.Trainable):
             torch.set_num_threads(spec.config.cluster.threads_per_worker)
         self._spec, self._group = spec, PersistentWorkerGroup(spec.config, spec.verbose)
         self._news: queue.Queue[tuple[int, News]] = queue.Queue()
-        self._attempt: Attempt | None = None
+        self._runner: TrialRunner | None = None
         self._next: dict[str, Any] | None = config
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._next = new_config  # no more than that: who dies in here is not started again (Tune 2.60)
+        self._next = new_config  # nothing else: an actor that dies in this call is not restarted (Tune 2.60)
         return True
 
     def step(self) -> dict[str, Any]:
         if self._next is not None:
-            if self._attempt is not None:
-                self._attempt.leave()
-            self._attempt = self._begin(self._next)
+            if self._runner is not None:
+                self._runner.leave()
+            self._runner = self._begin(self._next)
             self._next = None
-        assert self._attempt is not None, "the first trial has begun"
+        assert self._runner is not None, "the first trial has begun"
         while True:
             try:
                 number, news = self._news.get(timeout=POLL_INTERVAL_S)
             except queue.Empty:
                 if ray.get(self._spec.state.snapshot.remote()).get(run_state.STOP):
-                    self._attempt.leave()
-                    self._attempt.close(LEAVING_S)
+                    self._runner.leave()
+                    self._runner.close(LEAVING_S)
                     return {"number": self._number, "left": True}
                 continue
             match news:
                 case Trained():
                     return {"number": number, "training_s": news.training_s}
-                case UserError():  # no other try would mend it
-                    return {
-                        "number": number,
-                        "failed": str(news),
-                    }  # not "done": Tune would not tell the referee
+                case UserError():  # a retry would not help
+                    # Not "done": Tune would not tell the scheduler.
+                    return {"number": number, "failed": str(news)}
                 case BaseException():
                     raise news
                 case _:
                     return {"number": number, "rung": news}
 
     def cleanup(self) -> None:
-        if self._attempt is not None:
-            self._attempt.close()
+        if self._runner is not None:
+            self._runner.close()
         self._group.close(LEAVING_S)
 
-    def _begin(self, trial: dict[str, Any]) -> Attempt:
+    def _begin(self, trial: dict[str, Any]) -> TrialRunner:
         spec, number = self._spec, trial["number"]
         own = configs.override(spec.config, {**trial["changes"], "run.name": name_of(number)})
         self._number = number
-        return Attempt(
+        return TrialRunner(
             own,
             spec.data_set,
             spec.rungs,
-            spec.jury,
+            spec.evaluator,
             self._group,
             lambda news: self._news.put((number, news)),
             spec.parent_run_id,

@@ -1,4 +1,4 @@
-"""How a search shows itself: one live table in a terminal, a line for each news elsewhere."""
+"""The display of a search: one live table in a terminal, one line per event elsewhere."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -9,19 +9,19 @@ from rich import box
 from rich.live import Live
 from rich.table import Table
 
-from ddpm.search.contest import said
-from ddpm.search.trials import Trial
+from ddpm.search.event_log import Trial
+from ddpm.search.trial_manager import said
 
 SHOWN = 30
-"""Trials of the live table; of more, the newest."""
+"""Largest number of trials in the live table, which shows the newest."""
 
 
 class Scoreboard:
-    """A context in which a search runs.
+    """A context that shows a search.
 
     Args:
-        trials: what is known now.
-        num_trials: there will be.
+        trials: returns the trials so far.
+        num_trials: total number of trials.
     """
 
     def __init__(self, trials: Callable[[], Sequence[Trial]], num_trials: int) -> None:
@@ -29,7 +29,7 @@ class Scoreboard:
         self._live = Live(self._table(), auto_refresh=False) if sys.stdout.isatty() else None
 
     def news(self, line: str) -> None:
-        """Something happened."""
+        """Show an event."""
         if self._live is None:
             print(line, flush=True)
         else:

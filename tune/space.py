@@ -1,4 +1,4 @@
-"""What a search varies: a domain for each key of the config, from the default space or from flags.
+"""The search space: a domain for each varied key of the config, from the default space or from flags.
 
     --space 'optim.lr=log(1e-5,1e-2)' 'schedule.kind=linear|cosine' 'schedule.num_timesteps=int(200,1000)'
 
@@ -7,21 +7,19 @@
     log(low,high)       evenly in the logarithm; low above 0
     int(low,high)       whole numbers, both ends included; intlog(low,high) evenly in the logarithm
 
-A key that belongs to some kinds of schedule only (KINDS) is varied where its kind was chosen, and nowhere else: a
-cosine has no beta_end. Nothing of a flag is executed. Where --space is given, it is the whole space.
+A key that belongs to some kinds of schedule only (KINDS) is varied only where its kind was chosen: a cosine has no
+beta_end. Nothing in a flag is executed. If --space is given, it is the whole space.
 
-The default space, with what the bounds are for:
+The default space, with reasons for the bounds:
 
-    schedule.kind            all four
-    schedule.num_timesteps   200..1000: the bound tightens with T, and so does the price of judging it
+    schedule.kind            all
+    schedule.num_timesteps   200..1000: the bound gets tighter with T, and more expensive to compute
     schedule.beta_start      1e-5..1e-3: Ho et al. 2020 take 1e-4; scaled_linear as Stable Diffusion 8.5e-4
     schedule.beta_end        0.005..0.1: at T = 1000, linear from 1e-4, from too little noise (sqrt(alpha_bar_T) = 0.28)
                              to far too early
     schedule.cosine_s        1e-3..0.1: Nichol & Dhariwal 2021 take 0.008
     schedule.sigmoid_start   -6..-0.5 and sigmoid_end 0.5..6: Chen 2023 tries (-3, 3), (0, 3) and (-3, 0) among others
     optim.lr                 1e-4..1e-2, logarithmically
-
-Its own room because it knows nothing of Ray Tune.
 """
 
 import dataclasses
@@ -35,25 +33,23 @@ from typing import Any
 import numpy as np
 
 from ddpm import config as configs
-from ddpm.config import Config, UserError
+from ddpm.config import Config
+from ddpm.diffusion.schedules import SCHEDULES
 from ddpm.training import loop
+from ddpm.utils.errors import UserError
 
 KINDS = {
-    "schedule.beta_start": ("linear", "scaled_linear"),
-    "schedule.beta_end": ("linear", "scaled_linear"),
-    "schedule.cosine_s": ("cosine",),
-    "schedule.max_beta": ("cosine", "sigmoid"),
-    "schedule.sigmoid_start": ("sigmoid",),
-    "schedule.sigmoid_end": ("sigmoid",),
-    "schedule.sigmoid_tau": ("sigmoid",),
+    f"schedule.{field}": tuple(kind for kind, (_, fields) in SCHEDULES.items() if field in fields)
+    for _, fields in SCHEDULES.values()
+    for field in fields
 }
-"""The kinds of schedule that a key matters to; the others matter to all."""
+"""The kinds of schedule that use a key; all kinds use the other keys."""
 KIND = "schedule.kind"
 NUM_CLASSES = "model.num_classes"
-"""The one key beside FIXED that decides what is bounded. The keys of objective. (label_dropout as well) change the net
-alone: the bound is taken from x_0_hat, whatever is predicted, and a net with labels is always given the label."""
+"""The one key beside FIXED that changes the bounded quantity. The keys of objective. (label_dropout, too) change only
+the net: the bound is computed from x_0_hat for any prediction, and a net with labels is always given the label."""
 DEFAULT = (
-    "schedule.kind=linear|scaled_linear|cosine|sigmoid",
+    f"schedule.kind={'|'.join(SCHEDULES)}",
     "schedule.num_timesteps=int(200,1000)",
     "schedule.beta_start=log(1e-5,1e-3)",
     "schedule.beta_end=log(0.005,0.1)",
@@ -72,9 +68,9 @@ FIXED = (
     "model.channels",
     "objective.process",
 )
-"""What a search does not vary: where trials run and what they are judged by must be the same for all."""
+"""Keys that a search cannot vary: all trials must run and be evaluated alike."""
 FREE = ("train.batch_size", "train.micro_batch_size", "train.precision")
-"""Of train., what it may."""
+"""Exceptions in train. that a search can vary."""
 CALL = re.compile(r"(uniform|log|int|intlog)\(([^,()]+),([^,()]+)\)")
 MAX_CORNERS = 256
 MAX_TIMESTEPS = 10_000
@@ -89,7 +85,7 @@ class Choice:
     values: tuple[Any, ...]
 
     def at(self, u: float) -> Any:
-        """The value at u in [0, 1): what a uniform u becomes."""
+        """The value at u in [0, 1); a uniform u gives each value alike."""
         return self.values[min(int(u * len(self.values)), len(self.values) - 1)]
 
     def grid(self, num_points: int) -> tuple[Any, ...]:
@@ -134,15 +130,15 @@ class Space:
 
     domains: Mapping[str, Domain]
     kind: str
-    """Of the config's schedule, where the kind is not varied."""
+    """The kind of the config's schedule, if the kind is not varied."""
 
     @property
     def has_schedule(self) -> bool:
-        """Whether trials differ in their noise schedules, or in what their loss means."""
+        """Whether trials differ in their noise schedules, or in the meaning of their loss."""
         return any(key.startswith(("schedule.", "objective.")) for key in self.domains)
 
     def suggest(self, ask: Ask) -> dict[str, Any]:
-        """A value for each key that matters, as `ask` answers; the kind is asked for first."""
+        """A value from `ask` for each key that matters; the kind is asked for first."""
         found: dict[str, Any] = {}
         for key, domain in self.domains.items():
             if found.get(KIND, self.kind) in KINDS.get(key, (found.get(KIND, self.kind),)):
@@ -155,7 +151,7 @@ class Space:
         return self.suggest(lambda key, domain: domain.at(rng.random()))
 
     def grid(self, num_points: int) -> list[dict[str, Any]]:
-        """Every combination, with `num_points` of each range; kinds have their own keys only."""
+        """Every combination, with `num_points` of each range; each kind has only its own keys."""
         kinds = self.domains[KIND].grid(num_points) if KIND in self.domains else (self.kind,)
         found = []
         for kind in kinds:
@@ -186,10 +182,11 @@ class Space:
 
 
 def parse(flags: Sequence[str], base: Config) -> Space:
-    """The space that `flags` describe around `base`; without any, the default space.
+    """The space that `flags` describe around `base`; without flags, the default space.
 
     Raises:
-        UserError: a flag that says nothing, an unknown key, a value of the wrong type, or bounds at which a trial could
+        UserError: a flag is not KEY=DOMAIN, a key is unknown, a value has the wrong type, or a trial at the bounds
+        could
             not begin.
     """
     domains: dict[str, Domain] = {}
@@ -197,7 +194,7 @@ def parse(flags: Sequence[str], base: Config) -> Space:
         key, equals, text = (part.strip() for part in flag.partition("="))
         if not equals or not text:
             raise UserError(
-                f"--space {flag!r} says nothing; expected KEY=DOMAIN, as 'optim.lr=log(1e-5,1e-2)'"
+                f"--space {flag!r} has no domain; expected KEY=DOMAIN, such as 'optim.lr=log(1e-5,1e-2)'"
             )
         if key in domains:
             raise UserError(f"--space has {key} twice")
@@ -207,21 +204,23 @@ def parse(flags: Sequence[str], base: Config) -> Space:
     classes = domains.get(NUM_CLASSES)
     if classes is not None and min(classes.ends) == 0 < max(classes.ends):
         raise UserError(
-            f"--space cannot mix nets with and without labels, as {NUM_CLASSES} 0 and {max(classes.ends)}: the bound "
-            "is of log p(x | y) where the label is given and of log p(x) where it is not, and one does not rank beside "
-            "the other; give them a search each, under names of their own"
+            f"--space cannot mix nets with and without labels, here {NUM_CLASSES} 0 and {max(classes.ends)}: the bound "
+            "is of log p(x | y) with labels and of log p(x) without, and the two are not comparable; search each under "
+            "a --name of its own"
         )
     space = Space(domains, base.schedule.kind)
     kinds = domains[KIND].ends if KIND in domains else (base.schedule.kind,)
     for key in domains:
         if not set(kinds) & set(KINDS.get(key, kinds)):
             raise UserError(
-                f"--space {key} changes nothing: it matters to {' and '.join(KINDS[key])}, and {KIND} is "
+                f"--space {key} changes nothing: it is used by {' and '.join(KINDS[key])}, and {KIND} is "
                 f"{' or '.join(kinds)}"
             )
     timesteps = domains.get("schedule.num_timesteps")
     if timesteps is not None and max(timesteps.ends) > MAX_TIMESTEPS:
-        raise UserError(f"--space allows {max(timesteps.ends):,} timesteps; {MAX_TIMESTEPS:,} are the most")
+        raise UserError(
+            f"--space allows {max(timesteps.ends):,} timesteps; at most {MAX_TIMESTEPS:,} are allowed"
+        )
     for corner in space.corners():
         try:
             loop.check(configs.override(base, corner))
@@ -236,9 +235,11 @@ def _domain(key: str, text: str, base: Config) -> Domain:
     if key not in known:
         near = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
         hint = (
-            f"; do you mean {' or '.join(near)}?" if near else "; keys are those of config.json, as optim.lr"
+            f"; do you mean {' or '.join(near)}?"
+            if near
+            else "; keys are those of config.json, such as optim.lr"
         )
-        raise UserError(f"--space {key!r} is no key of the config{hint}")
+        raise UserError(f"--space {key!r} is not a key of the config{hint}")
     if key.startswith(FIXED) and key not in FREE:
         raise UserError(f"--space cannot vary {key}: all trials of a search must have the same")
     if match := CALL.fullmatch(text.replace(" ", "")):
@@ -279,7 +280,7 @@ def _range(key: str, form: str, low: str, high: str, base: Config) -> Range:
 
 
 def _value(key: str, word: str, base: Config) -> Any:
-    """`word` as the config has it: the first of int, float, truth, nothing and text that its type takes."""
+    """`word` as the config's type: the first of int, float, bool, None and str that it accepts."""
     readings: list[Any] = []
     for read in (int, float):
         try:

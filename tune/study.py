@@ -1,10 +1,7 @@
-"""A search on Ray Tune: trials run, are proposed by Optuna and stopped by ASHA, and what happens is in the ledger.
+"""A search on Ray Tune: trials run, Optuna proposes them, ASHA stops them, and the event log records all.
 
-Tune starts and watches the trials' drivers. Who comes next and who goes on is the contest's to say
-(ddpm/search/contest.py), so that a search that was killed goes on: Tune's own state lies in a temporary
-folder and is never read back.
-
-With driver.py the only one that knows ray.tune.
+Tune starts and watches the trials' drivers. The trial manager (ddpm/search/trial_manager.py) decides which trials start
+and continue, so a killed search can continue: Tune's own state lies in a temporary folder and is never read back.
 """
 
 import logging
@@ -18,59 +15,59 @@ from typing import TYPE_CHECKING, Any, Self
 
 import ray
 from driver import Driver, Spec
-from outset import Outset
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
+from setup import Setup
 from space import Choice, Domain, Space
 
-from ddpm import connection
-from ddpm.search.contest import Contest, Proposer, Stopper
-from ddpm.search.trials import Ledger, Status, name_of
+from ddpm.cluster import ray_init
+from ddpm.cluster.resources import DRIVER_CPUS
+from ddpm.search.event_log import EventLog, Status, name_of
+from ddpm.search.trial_manager import Proposer, Stopper, TrialManager
 from ddpm.training import run_state
 from ddpm.training.monitor import SIGNALS
-from ddpm.training.resources import DRIVER_CPUS
 
 if TYPE_CHECKING:
     from search import Arguments
 
 MAX_DEATHS = 3
-"""So often the process of a trial may die before the trial is given up; it goes on from its checkpoint."""
+"""A trial's process may die this often and resumes from its checkpoint; then the trial has failed."""
 
 
-class Referee(FIFOScheduler):
-    """Passes on to the contest what Tune hears of trials, and back whether they go on."""
+class Scheduler(FIFOScheduler):
+    """Passes results of trials from Tune to the manager, and its decisions back."""
 
-    def __init__(self, contest: Contest) -> None:
+    def __init__(self, manager: TrialManager) -> None:
         super().__init__()
-        self._contest = contest
+        self._manager = manager
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
-        number, goes_on = result["number"], False  # it may be of the trial that had the seat before
+        number, goes_on = result["number"], False  # possibly the previous trial in this slot
         if "rung" in result:
-            goes_on = self._contest.judged(number, result["rung"])
+            goes_on = self._manager.judged(number, result["rung"])
         elif "training_s" in result:
-            goes_on = not self._contest.trained(number, result["training_s"])
+            goes_on = not self._manager.trained(number, result["training_s"])
         elif "failed" in result:
-            self._contest.failed(number, result["failed"])
+            self._manager.failed(number, result["failed"])
         own = number == trial.config["number"]
         return TrialScheduler.CONTINUE if goes_on or not own else TrialScheduler.STOP
 
 
 class Interruption(tune.Callback):
-    """A context in which Ctrl-C and SIGTERM ask the trials to leave in good order; a second Ctrl-C interrupts at once.
+    """A context in which Ctrl-C and SIGTERM stop the trials with checkpoints; a second Ctrl-C interrupts at once.
 
     Args:
-        is_lost: whether the search has got another driver meanwhile; then trials leave as well.
+        is_lost: whether another process has taken over the search; then trials stop as well.
     """
 
     def __init__(self, is_lost: Callable[[], bool]) -> None:
         self.signal: int | None = None
-        """What interrupted the search."""
+        """The signal that interrupted the search."""
         self._is_lost = is_lost
         self.state = run_state.start()
-        """Where the trials read of it."""
+        """The actor from which trials read it."""
         self._told = False
         self._handlers: dict[int, Any] = {}
 
@@ -80,7 +77,7 @@ class Interruption(tune.Callback):
 
     def __enter__(self) -> Self:
         os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-        # After ray.init(), which puts in a handler of its own.
+        # After ray.init(), which installs a handler of its own.
         self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         return self
 
@@ -91,7 +88,7 @@ class Interruption(tune.Callback):
             signal.signal(number, handler)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its callbacks, for a restoration that there never is
+        return {}  # Tune pickles its callbacks for a restoration that is never used
 
     def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
         if self.came:  # at every step: an actor that was started anew knows nothing
@@ -101,7 +98,7 @@ class Interruption(tune.Callback):
             if self.signal is not None:
                 again = " (Ctrl-C again: at once)" if self.signal == signal.SIGINT else ""
                 name = signal.Signals(self.signal).name
-                print(f"{name}: the trials end with this step, and leave checkpoints{again}", file=sys.stderr)
+                print(f"{name}: the trials end with this step and store checkpoints{again}", file=sys.stderr)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
@@ -110,14 +107,14 @@ class Interruption(tune.Callback):
 
 
 class Starter(Searcher):
-    """Gives Tune the contest's next trial."""
+    """Gives Tune the manager's next trial."""
 
-    def __init__(self, contest: Contest, interruption: Interruption) -> None:
+    def __init__(self, manager: TrialManager, interruption: Interruption) -> None:
         super().__init__()
-        self._contest, self._interruption = contest, interruption
+        self._manager, self._interruption = manager, interruption
 
     def suggest(self, trial_id: str) -> Any:
-        found = None if self._interruption.came else self._contest.next()
+        found = None if self._interruption.came else self._manager.next()
         return Searcher.FINISHED if found is None else {"number": found[0], "changes": found[1]}
 
     def on_trial_complete(
@@ -126,24 +123,24 @@ class Starter(Searcher):
 
 
 class Deaths(tune.Callback):
-    """Notes trials whose process died too often."""
+    """Fails trials whose process died too often."""
 
-    def __init__(self, contest: Contest) -> None:
-        self._contest = contest
+    def __init__(self, manager: TrialManager) -> None:
+        self._manager = manager
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        self._contest.failed(trial.config["number"], f"its process died more than {MAX_DEATHS} times")
+        self._manager.failed(trial.config["number"], f"its process died more than {MAX_DEATHS} times")
 
 
 class OptunaProposer:
-    """Optuna's TPE: after ten random trials, where those that were good are denser than the others.
+    """Optuna's TPE: ten random trials, then regions where good trials are denser than others.
 
-    A stopped trial is told as PRUNED, with the values of its rungs: TPE ranks it below every finished one, and below
-    those stopped later. Ray Tune's OptunaSearch tells it as COMPLETE with its last value (Ray 2.60).
+    A stopped trial is reported as PRUNED, with the values of its rungs: TPE ranks it below every finished one, and
+    below those stopped later. Ray Tune's OptunaSearch reports it as COMPLETE with its last value (Ray 2.60).
     """
 
     def __init__(self, space: Space, seed: int) -> None:
-        import optuna  # the other searchers do without the time that takes
+        import optuna  # takes time, which the other searchers save
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         sampler = optuna.samplers.TPESampler(seed=seed)
@@ -160,13 +157,13 @@ class OptunaProposer:
         self._trials[number].report(value, images_seen)
 
     def ended(self, number: int, status: Status, value: float | None) -> None:
-        # Of the others, tell() takes no value; of a pruned one it reads the last that was reported.
+        # For the others tell() takes no value; for a pruned one it reads the last reported value.
         told = value if status == "finished" else None
         self.study.tell(self._trials[number], told, self._states[status])
 
 
 class ListProposer:
-    """Trials that depend on nothing that was found: random ones, or a grid."""
+    """Trials independent of results: random ones, or a grid."""
 
     def __init__(self, space: Space, seed: int, grid_points: int | None) -> None:
         self._space, self._seed = space, seed
@@ -183,7 +180,7 @@ class ListProposer:
 
 
 class Asha:
-    """Asynchronous successive halving: of those seen at a rung so far, the best 1 / reduction_factor go on."""
+    """Asynchronous successive halving: the best 1 / reduction_factor of the trials seen at a rung so far continue."""
 
     def __init__(self, rungs: list[int], reduction_factor: int) -> None:
         self._asha = AsyncHyperBandScheduler(
@@ -211,8 +208,10 @@ class NobodyStops:
         return True
 
 
-def contest(chosen: "Arguments", search: Outset, ledger: Ledger, news: Callable[[str], None]) -> Contest:
-    """The contest of a search, as far as its ledger has come."""
+def manager(
+    chosen: "Arguments", search: Setup, events: EventLog, news: Callable[[str], None]
+) -> TrialManager:
+    """The trial manager of a search, with the state of its events."""
     proposer: Proposer
     if chosen.searcher == "optuna":
         proposer = OptunaProposer(search.space, chosen.seed)
@@ -221,21 +220,21 @@ def contest(chosen: "Arguments", search: Outset, ledger: Ledger, news: Callable[
         proposer = ListProposer(search.space, chosen.seed, grid_points)
     halves = chosen.scheduler == "asha" and len(search.rungs) > 1
     stopper: Stopper = Asha(search.rungs, chosen.reduction_factor) if halves else NobodyStops()
-    return Contest(ledger, proposer, stopper, chosen.metric, chosen.num_trials, search.rungs[-1], news)
+    return TrialManager(events, proposer, stopper, chosen.metric, chosen.num_trials, search.rungs[-1], news)
 
 
-def run(contest: Contest, spec: Spec, max_concurrent: int, interruption: Interruption) -> None:
-    """Run what is left of the contest's trials on the connected Ray cluster, `max_concurrent` at a time.
+def run(manager: TrialManager, spec: Spec, max_concurrent: int, interruption: Interruption) -> None:
+    """Run what is left of the manager's trials on the connected Ray cluster, `max_concurrent` at a time.
 
-    A driver that dies takes the last verdict of the trial before with it: that trial gets a seat of its own then.
+    When a driver dies, the last result of its previous trial is lost; that trial gets another slot.
     """
-    while not contest.is_over and not interruption.came:
-        _run(contest, spec, max_concurrent, interruption)
-        contest.recall()
+    while not manager.is_over and not interruption.came:
+        _run(manager, spec, max_concurrent, interruption)
+        manager.recall()
 
 
-def _run(contest: Contest, spec: Spec, max_concurrent: int, interruption: Interruption) -> None:
-    # What goes wrong with a trial is in the ledger, in a line.
+def _run(manager: TrialManager, spec: Spec, max_concurrent: int, interruption: Interruption) -> None:
+    # A trial's error is in the event log, in one line.
     level = logging.INFO if spec.verbose else logging.CRITICAL
     logging.getLogger("ray.tune").setLevel(level)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints a box whatever it is told (2.60)
@@ -244,9 +243,9 @@ def _run(contest: Contest, spec: Spec, max_concurrent: int, interruption: Interr
         tuner = tune.Tuner(
             tune.with_resources(driver, {"CPU": DRIVER_CPUS}),
             tune_config=tune.TuneConfig(
-                search_alg=Starter(contest, interruption),
-                scheduler=Referee(contest),
-                num_samples=contest.num_left,
+                search_alg=Starter(manager, interruption),
+                scheduler=Scheduler(manager),
+                num_samples=manager.num_left,
                 max_concurrent_trials=max_concurrent,
                 reuse_actors=True,
             ),
@@ -254,7 +253,7 @@ def _run(contest: Contest, spec: Spec, max_concurrent: int, interruption: Interr
                 name="search",
                 storage_path=folder,
                 verbose=0,
-                callbacks=[Deaths(contest), interruption],
+                callbacks=[Deaths(manager), interruption],
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 failure_config=tune.FailureConfig(max_failures=MAX_DEATHS),
             ),
@@ -263,8 +262,8 @@ def _run(contest: Contest, spec: Spec, max_concurrent: int, interruption: Interr
 
 
 def environment(tracking_uri: str) -> dict[str, str]:
-    """What a trial's driver must know of the search's, wherever it runs."""
-    settings = {name: os.environ.get(name, value) for name, value in connection.SETTINGS.items()}
+    """Environment variables of a trial's driver, on any node."""
+    settings = {name: os.environ.get(name, value) for name, value in ray_init.SETTINGS.items()}
     return settings | {"MLFLOW_TRACKING_URI": tracking_uri}
 
 

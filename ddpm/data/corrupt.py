@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ddpm.config import UserError
+from ddpm.utils.errors import UserError
 
 OnCorrupt = Literal["error", "substitute"]
 """Raise, or put another image of the window in the place of one that cannot be read."""

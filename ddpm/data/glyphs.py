@@ -1,6 +1,6 @@
 """Letters and digits drawn from fonts: tens of thousands of real shapes, nothing downloaded.
 
-Its own room because it draws, where all other sources read. The fonts are the DejaVu faces that come with
+The fonts are the DejaVu faces that come with
 matplotlib. Image i is a function of (seed, i) alone, so any range can be drawn anywhere.
 
 Axes: N images, H W, C channels.
@@ -16,8 +16,8 @@ import numpy as np
 from numpy.random import RandomState
 from PIL import Image, ImageDraw, ImageFont
 
-from ddpm.config import UserError
 from ddpm.data.sources import Labels, Pixels, held_out
+from ddpm.utils.errors import UserError
 
 CHARACTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits
 FACES = tuple(
@@ -40,7 +40,7 @@ class Glyphs:
     """Letters and digits (A-Z a-z 0-9) in 12 faces, drawn with random size, place and slant; no download."""
 
     num_images: int = 31_000
-    """Of all 62 classes together; 5 % of them are held out."""
+    """Images of all 62 classes together; 5 % of them are held out."""
     size: int = 32
     """Height and width."""
     colored: bool = False

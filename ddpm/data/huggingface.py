@@ -1,6 +1,6 @@
 """Parquet files as Hugging Face writes them: a column of images (struct of bytes and path), one of labels.
 
-Its own room because the layout is somebody else's. Files are read from this machine's disk, row group by row
+Files are read from this machine's disk, row group by row
 group; nothing is downloaded.
 
 Axes: N images, H W, C channels.
@@ -18,8 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ddpm.config import UserError
-from ddpm.data.pictures import (
+from ddpm.data.image_folder import (
     PARTS,
     Encoding,
     Listing,
@@ -30,6 +29,7 @@ from ddpm.data.pictures import (
     store,
 )
 from ddpm.data.sources import Labels, Pixels, divide
+from ddpm.utils.errors import UserError
 
 MAX_CLASSES = 100_000
 
@@ -49,7 +49,7 @@ class HuggingFace:
     """encoded: images that fit already as they are, others as PNG. raw: pixels, larger and quicker to read."""
     image_column: str = "image"
     label_column: str | None = "label"
-    """Of whole numbers. None, or a column that is not there: no labels."""
+    """A column of whole numbers. None, or a column that is not there: no labels."""
     seed: int = 0
     """Which 5 % are held out if no file is of a split for that."""
     name: str = field(default="parquet", init=False)

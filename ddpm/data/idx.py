@@ -1,7 +1,5 @@
 """MNIST's four IDX files, which Fashion-MNIST has too.
 
-Its own room because two sources read them, each from its own folder.
-
 Axes: N images, H W, C channels.
 """
 
@@ -12,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm.config import UserError
+from ddpm.utils.errors import UserError
 
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int64]

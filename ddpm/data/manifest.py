@@ -1,6 +1,6 @@
 """What a data set is, in one file: manifest.json, written last.
 
-Its own room because shards.py is about pixels, and this is about trust. A manifest comes from outside: every
+A manifest comes from outside: every
 field is checked before it is used, nothing in it can name a file out of the data set's folder, and its
 fingerprints are computed again, so that what a run recorded as its data is what it read.
 """
@@ -21,16 +21,16 @@ from typing import Any, Literal, get_args
 
 import pyarrow.fs as pafs
 
-from ddpm.config import UserError
-from ddpm.patience import patiently
 from ddpm.utils import files
+from ddpm.utils.errors import UserError
+from ddpm.utils.retry import retry_io
 
 MANIFEST = "manifest.json"
 FORMAT = "ddpm-shards/2"
 MAX_SIDE = 16_384
 MAX_COUNT = 10**12
 MAX_ROW_GROUP_BYTES = 1 << 31
-"""Of a row group's images when decoded, which one task holds in memory; `prepare` makes them of about 4 MB."""
+"""Largest row group when decoded, which one task holds in memory; `prepare` makes them of about 4 MB."""
 MAX_MANIFEST_BYTES = 256 << 20
 """That is 2.6 million row groups; reading them takes 5 times as much memory."""
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -48,9 +48,9 @@ class Shard:
     """Rows of every row group, in order."""
     num_bytes: int
     sha256: str
-    """Of the file."""
+    """SHA-256 of the file."""
     row_group_sha256: tuple[str, ...]
-    """Of the content of every row group, `shards.content_sha256`: checked whenever it is read."""
+    """SHA-256 of the content of every row group, `shards.content_sha256`: checked whenever it is read."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Split:
 
     num_rows: int
     fingerprint: str
-    """Of the image shape, the encoding, the classes, and the shards' row groups and checksums."""
+    """Hash of the image shape, the encoding, the classes, and the shards' row groups and checksums."""
     shards: tuple[Shard, ...]
 
     @cached_property
@@ -84,7 +84,7 @@ class Manifest:
     """Empty: no labels."""
     splits: dict[str, Split]
     fingerprint: str
-    """Of everything."""
+    """Hash of all fields."""
     format: str = FORMAT
 
 
@@ -142,7 +142,7 @@ def read_manifest(filesystem: pafs.FileSystem, root: str, where: str, timeout_s:
             return stream.read(MAX_MANIFEST_BYTES + 1)
 
     try:
-        text = patiently(read, where=f"{where}/{MANIFEST}", timeout_s=timeout_s)
+        text = retry_io(read, where=f"{where}/{MANIFEST}", timeout_s=timeout_s)
     except FileNotFoundError:
         raise UserError(
             f"no data set at {where}: it has no {MANIFEST}{_advice(filesystem, root, where)}"

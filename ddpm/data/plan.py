@@ -18,8 +18,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm.config import Config, UserError
+from ddpm.config import Config
 from ddpm.data.corrupt import OnCorrupt
+from ddpm.utils.errors import UserError
 from ddpm.utils.seeding import Purpose, key
 
 Int64 = NDArray[np.int64]

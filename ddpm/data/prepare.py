@@ -1,10 +1,9 @@
 """From a source to a data set: one task a shard, the manifest last.
 
-Its own room because writing a data set may be work for a cluster, with Ray's plain tasks, while sources and
-shards know nothing of it. Each finished shard leaves a note in _prepare/, so the same command again goes on
-where it was stopped. Until the manifest is written there is no data set, so a half-written one cannot be read;
-and what is written is never written over by anything else, but for an unfinished data set of the same command
-whose source's files have changed since.
+Shards are written by plain Ray tasks, where there is a cluster. Each finished shard leaves a note in _prepare/, so the
+same command again goes on where it was stopped. Until the manifest is written there is no data set, so a half-written
+one cannot be read; and what is written is never written over by anything else, but for an unfinished data set of the
+same command whose source's files have changed since.
 """
 
 import hashlib
@@ -17,7 +16,6 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import pyarrow.fs as pafs
 
-from ddpm.config import UserError
 from ddpm.data.manifest import (
     FORMAT,
     MANIFEST,
@@ -33,9 +31,10 @@ from ddpm.data.manifest import (
 )
 from ddpm.data.shards import is_intact, read_row_group, write_shard
 from ddpm.data.sources import Labels, Pixels, Source
-from ddpm.images import grid, png_bytes
-from ddpm.patience import answer
-from ddpm.storage import Location
+from ddpm.storage.locations import Location
+from ddpm.utils.errors import UserError
+from ddpm.utils.images import grid, png_bytes
+from ddpm.utils.retry import answer
 
 NOTES = "_prepare"
 OPTIONS = "options.txt"

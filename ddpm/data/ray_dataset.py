@@ -26,13 +26,14 @@ import ray
 import ray.data
 from ray.data import DataIterator
 
-from ddpm import storage
-from ddpm.config import Config, UserError
+from ddpm.config import Config
 from ddpm.data.corrupt import CorruptData, Substitution, substitutions_from_json, substitutions_to_json
 from ddpm.data.plan import Plan, ReadOrder, last_position, micro_batches_per_step, rank_shard
 from ddpm.data.reading import DataSet, Images, MicroBatch, RankBatch, check_fits, cut, scale_of
 from ddpm.data.shards import read_manifest
-from ddpm.patience import StorageError
+from ddpm.storage import locations
+from ddpm.utils.errors import UserError
+from ddpm.utils.retry import StorageError
 
 MAX_TASKS = 1000
 """Reading tasks of one Ray Dataset; training that needs more goes on with the next Dataset."""
@@ -60,7 +61,7 @@ def open_data_set(
         UserError: there is no data set, or it has no such split.
         StorageError: storage has failed for longer than timeout_s.
     """
-    location = storage.resolve(uri)
+    location = locations.resolve(uri)
     manifest = read_manifest(location.filesystem, location.path, uri, timeout_s)
     scale = scale_of(manifest, image_size) if image_size else 1
     return DataSet(location.filesystem, location.path, manifest, split, timeout_s, scale)

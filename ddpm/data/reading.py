@@ -13,12 +13,13 @@ import numpy as np
 import pyarrow.fs as pafs
 from numpy.typing import NDArray
 
-from ddpm.config import Config, UserError
+from ddpm.config import Config
 from ddpm.data.corrupt import CorruptData, OnCorrupt, Substitution
 from ddpm.data.plan import Plan, Window
 from ddpm.data.row_group import RowGroup, Rows
 from ddpm.data.shards import Manifest, Split, locate, open_row_group
-from ddpm.patience import patiently
+from ddpm.utils.errors import UserError
+from ddpm.utils.retry import retry_io
 
 RankBatch = tuple[NDArray[np.uint8], NDArray[np.int64]]
 """Images [n, H, W, C] and labels [n] of one rank, in some range of the order."""
@@ -191,7 +192,7 @@ class DataSet:
     def row_group(self, index: int) -> RowGroup | CorruptData:
         """Row group `index` of the split, or why none of its rows can be read."""
         try:
-            return patiently(
+            return retry_io(
                 lambda: open_row_group(self.filesystem, self.root, self.manifest, self.split, index),
                 where=self.where,
                 timeout_s=self.timeout_s,

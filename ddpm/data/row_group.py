@@ -1,7 +1,5 @@
 """What a row group holds: Arrow's columns as pixels and labels, and the checksum over both.
 
-Its own room because shards.py is about files. Nothing here reads any.
-
 Axes: N images, H W, C channels.
 """
 
@@ -176,7 +174,7 @@ def open_image(file: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
 
 
 def _jpeg(data: bytes, height: int, width: int, channels: int, scale: int) -> Pixels | None:
-    """As `decode`; None: no sound JPEG of that size and those colours, or not at a scale that JPEG knows."""
+    """`decode` with a quick decoder; None: no sound JPEG of that size and colours, or not at a scale of JPEG's."""
     if not data.startswith(JPEG_BEGINS) or LARGEST_JPEG_SCALE % scale:
         return None
     try:

@@ -35,7 +35,7 @@ from ddpm.data.row_group import Labels as Labels
 from ddpm.data.row_group import Pixels as Pixels
 from ddpm.data.row_group import RowGroup, columns, content_sha256
 from ddpm.data.row_group import decode as decode
-from ddpm.patience import answer
+from ddpm.utils.retry import answer
 
 COPY_BYTES = 1 << 20
 

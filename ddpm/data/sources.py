@@ -19,8 +19,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm.config import UserError
 from ddpm.data.idx import missing_idx, pad, read_idx_folder
+from ddpm.utils.errors import UserError
 
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int64]
@@ -57,6 +57,14 @@ class Source(Protocol):
 
     def read(self, split: str, start: int, stop: int) -> tuple[Pixels | Sequence[bytes], Labels | None]:
         """Images [start, stop) of the split: uint8 [N, H, W, C] (raw) or files' bytes (encoded); labels [N]."""
+
+
+class MissingFiles(UserError):
+    """The files of a source are not where it looks; `flags` tell jobs/prepare.py where they are."""
+
+    def __init__(self, message: str, flags: str) -> None:
+        super().__init__(message)
+        self.flags = flags
 
 
 @dataclass(frozen=True)
@@ -132,9 +140,10 @@ class FashionMnist:
 
     def __post_init__(self) -> None:
         if missing := missing_idx(self.path):
-            raise UserError(
+            raise MissingFiles(
                 f"{self.path} has no {missing}[.gz]; install Debian's dataset-fashion-mnist "
-                "(apt install dataset-fashion-mnist), or name the folder of the IDX files: --path FOLDER"
+                "(apt install dataset-fashion-mnist), or name the folder of the IDX files: --path FOLDER",
+                "--path FOLDER",
             )
 
     @property

@@ -1,1 +1,1 @@
-"""The mathematics of diffusion: schedules, process, objectives, samplers. torch and nothing else."""
+"""The mathematics of diffusion: schedules, process, objectives, samplers. Imports torch alone."""

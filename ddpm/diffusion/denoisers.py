@@ -1,7 +1,7 @@
-"""What stands between the net and a sampler: guidance, and what becomes of an x_0_hat outside [-1, 1].
+"""Between net and sampler: guidance, and thresholding of an x_0_hat outside [-1, 1].
 
-A sampler sees the net as `denoise(x_t, t) -> Denoised`. All here keeps the two halves of it in agreement:
-x_t is x_0_hat noised with eps_hat.
+A sampler sees the net as `denoise(x_t, t) -> Denoised`. Every function here keeps the two predictions consistent: x_t
+is x_0_hat noised with eps_hat.
 
 Papers:
     guided   Ho & Salimans 2022, Classifier-Free Diffusion Guidance, arXiv:2207.12598
@@ -28,13 +28,13 @@ Denoise = Callable[[Tensor, Tensor], Denoised]
 """denoise(x_t, t): t is [B] int64; for `samplers.mix` it is the amount of noise, [B] float in (0, 1]."""
 
 Threshold = Callable[[Tensor], Tensor]
-"""x_0_hat [B, C, H, W] to one that an image can be."""
+"""From x_0_hat [B, C, H, W] to one in the range of images."""
 
 
 def predict(
     denoise: Denoise, schedule: Schedule, x_t: Tensor, t: int, threshold: Threshold | None
 ) -> Denoised:
-    """What `denoise` says at x_t [B, C, H, W], all at t: after `threshold`, with the eps_hat that agrees."""
+    """The prediction of `denoise` at x_t [B, C, H, W], all at t, after `threshold`, with the consistent eps_hat."""
     t_batch = torch.full((len(x_t),), t, device=x_t.device)
     denoised = denoise(x_t, t_batch)
     if threshold is None:
@@ -52,8 +52,8 @@ def clip(x_0_hat: Tensor) -> Tensor:
 def dynamic(quantile: float) -> Threshold:
     """Dynamic thresholding: each image is clipped to [-s, s] and divided by s, s at least 1.
 
-    s is the quantile of |x_0_hat| over the image. Under strong guidance most of a saturated image keeps its
-    contrasts, which clipping would flatten to -1 and 1.
+    s is the quantile of |x_0_hat| over the image. Under strong guidance a saturated image keeps most of its contrast,
+    which clipping would flatten to -1 and 1.
 
     Args:
         quantile: in (0, 1]; Imagen's is 0.995.
@@ -97,16 +97,16 @@ def guided(
 ) -> Denoise:
     """Classifier-free guidance: eps_hat = uncond + scale (cond - uncond), where the noise is in `interval`.
 
-    At a given x_t, x_0_hat is affine in eps_hat, so the same combination of the two x_0_hat is the one that
-    agrees with it. A learned variance is the conditional one.
+    At a given x_t, x_0_hat is affine in eps_hat, so the same combination of the two x_0_hat is consistent with it. A
+    learned variance is the conditional one.
 
     Args:
         denoise_cond: the net with labels.
         denoise_uncond: the net with the null label.
-        scale: 0 is unconditional, 1 is conditional (as Imagen counts; Ho & Salimans write 1 + w), more
+        scale: 0 is unconditional, 1 is conditional (Imagen's convention; Ho & Salimans write 1 + w); a larger one
             trades variety for adherence to the label.
         interval: (low, high]; images with another noise level are conditional. None: guidance everywhere.
-        level: t [B] to the noise level [B] that `interval` is about: sigma[t] as in the paper.
+        level: from t [B] to the noise level [B] in which `interval` is given: sigma[t] as in the paper.
 
     Raises:
         ValueError: interval is not 0 <= low < high.

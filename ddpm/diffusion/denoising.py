@@ -1,8 +1,8 @@
-"""How well a net denoises at equal noise, whatever its schedule: the error of x_0_hat over log SNR.
+"""Denoising at equal noise, independent of the schedule: the error of x_0_hat over log SNR.
 
-Two schedules visit other noise levels in other proportions, so their losses say nothing of each other. Level by level
-they compare: half the integral of this curve over snr is, in continuous time, the bound's sum of KL_t in nats per
-dimension (Kingma et al. 2021, Eq. 17). The sum over T steps is above it.
+Two schedules visit different noise levels in different proportions, so their losses are not comparable. Level by level
+they are: half the integral of this curve over snr is, in continuous time, the bound's sum of KL_t in nats per dimension
+(Kingma et al. 2021, Eq. 17). The sum over T steps is above it.
 
 Papers:
     Kingma et al. 2021, Variational Diffusion Models, arXiv:2107.00630
@@ -41,7 +41,7 @@ def error_at(
         denoise: at every t of the schedule.
         schedule: the one the net was trained with.
         x_0: [B, C, H, W].
-        noise: standard normal [B, C, H, W]; drawn once a level, so that equal seeds are equal noise for all schedules.
+        noise: standard normal [B, C, H, W]; drawn once per level, so that equal seeds give all schedules equal noise.
         log_snr: [L] float64, natural logarithm.
         clip_x_0: clip x_0_hat to [-1, 1], as samplers do.
 

@@ -1,4 +1,4 @@
-"""What the mathematics asks of a source of random numbers."""
+"""Interface of a source of random numbers."""
 
 from collections.abc import Sequence
 from typing import Protocol

@@ -1,6 +1,4 @@
-"""RePaint: an image whose one part is given, by a net that was trained to draw whole ones.
-
-Its own room because it is no sampler of images from noise alone: it walks to and fro along the chain.
+"""RePaint: inpainting with a net that was trained on whole images.
 
 Paper: Lugmayr et al. 2022, RePaint: Inpainting using DDPMs, arXiv:2201.09865
 
@@ -24,7 +22,20 @@ if TYPE_CHECKING:
     from ddpm.config import SampleConfig
 
 FEW = 250
-"""Steps where nobody says how many: the paper's."""
+"""Default number of steps, as in the paper."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """A given image, and the mask of the pixels to keep."""
+
+    x_0: Tensor
+    """[1, C, H, W] float32 in [-1, 1]."""
+    mask: Tensor
+    """[1, 1, H, W]: 1 keeps the pixel, 0 draws it."""
+    num_resamples: int = 10
+    """RePaint resampling passes per jump."""
+    jump_length: int = 10
 
 
 @torch.no_grad()
@@ -41,31 +52,31 @@ def inpaint(
     threshold: Threshold | None = clip,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Draw what the mask leaves open, given the rest.
+    """Sample the pixels that the mask leaves open, given the others.
 
-    After each step of `ancestral` (variance beta_tilde) the known pixels are replaced by x_0 with as much
-    noise as the others have. They were not drawn together, so they do not fit together; going back and forth,
-    adding the noise of a few steps and removing it again, lets them become one image. A jump adds the noise of
-    jump_length steps at once. Jumps begin with 1, 1 + jump_length, 1 + 2 jump_length, ... steps left, as far as they
-    end within the n steps; so the net is called once at the last timestep.
+    After each step of `ancestral` (variance beta_tilde) the known pixels are replaced by x_0 with as much noise as the
+    others have. The two parts were not sampled together and do not fit together; adding the noise of a few steps and
+    removing it again, several times, harmonises them. A jump adds the noise of jump_length steps at once. Jumps begin
+    with 1, 1 + jump_length, 1 + 2 jump_length, ... steps left, as long as they end within the n steps; so the net is
+    called once at the last timestep.
 
     Args:
-        denoise: at the timesteps; (num_resamples - 1) jump_length more calls for each place where jumps begin.
+        denoise: called at the timesteps, and (num_resamples - 1) jump_length times more for each start of a jump.
         schedule: the one the net was trained with.
-        noise: standard normal; drawn once, and once a step and a jump.
-        x_0: [B or 1, C, H, W] in [-1, 1], the given image; what it is where mask is 0 does not matter.
+        noise: standard normal; drawn once, and once per step and jump.
+        x_0: [B or 1, C, H, W] in [-1, 1], the given image; its values where mask is 0 do not matter.
         mask: [B or 1, C or 1, H, W]: 1 keeps the pixel of x_0, 0 draws it.
         timesteps: n of them, falling.
-        num_resamples: how often each stretch of jump_length steps is taken, at least 1; 1 replaces alone.
-        jump_length: steps gone back in a jump, in 1..n-1 if there are any.
-        threshold: what becomes of x_0_hat outside [-1, 1].
-        on_step: sees every step.
+        num_resamples: RePaint resampling passes per jump, at least 1; 1 replaces the known pixels only.
+        jump_length: steps per jump back, in 1..n-1 if there are any jumps.
+        threshold: applied to x_0_hat.
+        on_step: called at every step.
 
     Returns:
         [B, C, H, W]; exactly x_0 where mask is 1.
 
     Raises:
-        ValueError: a mask of something else than 0 and 1, a shape or parameter that does not fit.
+        ValueError: the mask has values other than 0 and 1, or a shape or parameter does not fit.
 
     Source: Lugmayr et al. 2022, Algorithm 1 and App. B (jumps); get_schedule_jump of their code.
     """
@@ -83,7 +94,7 @@ def inpaint(
         if on_step is not None:
             on_step(step, x, x_0_hat)
         k, step = k - 1, step + 1
-        z = noise()  # serves both: no pixel is known and unknown
+        z = noise()  # for both: each pixel is either known or unknown
         mean = posterior_mean(chain, x_0_hat, x, torch.full((len(x),), k, device=x.device))
         unknown = mean + float(chain.posterior_variance[k]) ** 0.5 * z
         known = alpha_bar[k] ** 0.5 * x_0 + (1 - alpha_bar[k]) ** 0.5 * z

@@ -1,15 +1,15 @@
-"""The variational bound: how many bits per pixel and channel a model needs, at most, to store an image.
+"""The variational bound: an upper bound of the bits per pixel and channel that a model needs to store an image.
 
--log p(x_0) <= prior + sum over t of KL_t + decoder, each averaged over the D = C H W dimensions and divided by
-log 2. Unlike the training loss it means the same whatever the schedule, the objective or the weights of the loss:
+-log p(x_0) <= prior + sum over t of KL_t + decoder, each averaged over the D = C H W dimensions and divided by log 2.
+Unlike the training loss it does not depend on the schedule, the objective or the weights of the loss:
 
-    prior    KL( q(x_T | x_0) || N(0, I) ): what the noise still knows of the image, closed form
+    prior    KL( q(x_T | x_0) || N(0, I) ): information about the image left in x_T, closed form
     KL_t     KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) ), t = 1..T-1, closed form given a draw of x_t
     decoder  -log p(x_0 | x_t) at t = 0, a Gaussian summed over the width of a grey level
 
-A net is seen as `denoise(x_t, t) -> Denoised`, as by the samplers, and p has the mean and one of the variances of the
-sampler `ancestral` (`reverse`): a bound means something beside its variance alone. Noise is given by whoever calls.
-Squares are summed in the images' float32; from there on all is float64 on the CPU.
+A net is `denoise(x_t, t) -> Denoised`, as for the samplers, and p has the mean and one of the variances of the sampler
+`ancestral` (`reverse`): compare bounds of the same variance only. The caller gives the noise. Squares are summed in the
+images' float32; everything after is float64 on the CPU.
 
 Papers:
     Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from ddpm.diffusion.samplers import Noise
 
 TINY = 1e-300
-"""Below any KL and any error; stands in for a sum that is 0."""
+"""Below any KL and any error; replaces a sum of 0."""
 MEASURED_TIMESTEPS = 64
 """Timesteps at which the error of x_0_hat is measured; it is smooth in log SNR."""
 
@@ -55,7 +55,7 @@ class Bound(NamedTuple):
     t: Tensor
     """[B, K] int64 in 1..T-1: where KL_t was measured."""
     kl: Tensor
-    """[B, K]: KL_t, times what it counts; its sum over K is the sum over all t, or an unbiased estimate of it."""
+    """[B, K]: KL_t times its weight; the sum over K is the sum over all t, or an unbiased estimate of it."""
     decoder: Tensor
     """[B]."""
 
@@ -114,10 +114,10 @@ def estimate(
     x_0_error: Tensor | None = None,
     clip_x_0: bool = True,
 ) -> Bound:
-    """As `exact`, with the sum over t estimated from `num_draws` timesteps; prior and decoder are not.
+    """Every term as in `exact`, but the sum over t is estimated from `num_draws` timesteps.
 
-    sum_t KL_t ~ 1 / K sum_k KL_{t_k} / proposal[t_k], t_k distributed as the proposal. The K timesteps of an image
-    are spread evenly over the proposal, beginning at u: that leaves each one's distribution, and lessens the error.
+    sum_t KL_t ~ 1 / K sum_k KL_{t_k} / proposal[t_k], t_k distributed as the proposal. The K timesteps of an image are
+    spread evenly over the proposal, beginning at u: each keeps its distribution, and the error is smaller.
 
     Args:
         denoise: called num_draws + 1 times.
@@ -132,7 +132,7 @@ def estimate(
         clip_x_0: as in `exact`.
 
     Raises:
-        ValueError: as `exact`; or the proposal is no distribution over 1..T-1 that is positive there.
+        ValueError: as `exact`; or the proposal is not a distribution over 1..T-1 that is positive there.
 
     Source: Nichol & Dhariwal 2021, Sec. 3.3.
     """
@@ -163,14 +163,14 @@ def x_0_errors(
 ) -> Tensor:
     """The squared error of x_0_hat at every t, each image's mean over its dimensions; [B, T] float64.
 
-    It is measured at timesteps that are evenly spread in log SNR, and its logarithm interpolated between them.
+    It is measured at timesteps that are evenly spread in log SNR; its logarithm is interpolated between them.
 
     Args:
         denoise: called at most num_measured times.
         schedule: the one the net was trained with.
         x_0: [B, C, H, W].
-        noise: standard normal [B, C, H, W]; drawn once a measured timestep.
-        num_measured: at least 2; of so many timesteps or fewer all are measured.
+        noise: standard normal [B, C, H, W]; drawn once per measured timestep.
+        num_measured: at least 2; with T at most this, all timesteps are measured.
         clip_x_0: as in `exact`.
     """
     T, level = schedule.num_timesteps, schedule.log_snr
@@ -201,11 +201,11 @@ def kl_of_errors(schedule: Schedule, x_0_errors: Tensor, variance: Tensor) -> Te
 
 
 def proposal(kl: Tensor, uniform_share: float = 0.1) -> Tensor:
-    """The distribution of t with which `estimate` errs least: in proportion to sqrt(E[KL_t^2]).
+    """The distribution of t that minimises the error of `estimate`: in proportion to sqrt(E[KL_t^2]).
 
     Args:
         kl: [B, T - 1] float64, KL_t of a few images at t = 1..T-1: of `exact`, or of `kl_of_errors`.
-        uniform_share: in (0, 1], of the draws from the uniform distribution, so that no t is rare.
+        uniform_share: in (0, 1], share of the draws from the uniform distribution, so that no t is rare.
 
     Returns:
         [T] float64, 0 at t = 0, with sum 1.

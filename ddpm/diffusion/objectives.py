@@ -1,11 +1,10 @@
-"""What the net is trained to predict, and how its prediction is read.
+"""Objectives: the net's prediction target, and the reading of its output.
 
 An objective does two things: `loss` corrupts clean images and scores the net (training), `denoise` turns
 the net's output into x_0_hat and eps_hat (sampling, evaluation). One short class per meaning of the output.
 
-A model is any callable model(x_t, t, label) that returns a tensor like x_t, or with twice its channels where the
-variance is learned. It may compute in half
-precision; what surrounds it is in the dtype of the images, float32.
+A model is any callable model(x_t, t, label) that returns a tensor like x_t, or with twice its channels if the variance
+is learned. It may compute in half precision; everything around it is in the dtype of the images, float32.
 
 Papers:
     Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239 (eps)
@@ -20,7 +19,7 @@ Axes: B batch, C channels, H W height and width, T timesteps.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -36,38 +35,50 @@ Model = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 """model(x_t, t, label): x_t [B, C, H, W]; t [B] int64 or None; label [B] int64 or None."""
 
 BOUND_WEIGHT = 1e-3
-"""What the bound counts in the loss of a net that learns its variance (lambda of Nichol & Dhariwal 2021)."""
+"""Weight of the bound in the loss of a net that learns its variance (lambda of Nichol & Dhariwal 2021)."""
 SMALLEST_AMOUNT = 1e-3
 """Below this amount of noise UniformMix does not divide by it: one grey level of 255 would become 8 units."""
 
 
 class Loss(NamedTuple):
-    """The loss of a batch, and what is needed to report it by image and by noise level."""
+    """The loss of a batch, also by image and by noise level."""
 
     value: Tensor
     """[], the weighted mean to descend on."""
     per_image: Tensor
     """[B], the unweighted mean squared error of each image, detached."""
     quarter: Tensor
-    """[B] int64 in 0..3: in which quarter of the noise levels each image fell, 0 the cleanest."""
+    """[B] int64 in 0..3: the quarter of the noise levels of each image, 0 the cleanest."""
 
 
 class Denoised(NamedTuple):
-    """What the net says about x_t; the two agree: x_t is x_0_hat noised with eps_hat."""
+    """The net's prediction at x_t; x_0_hat and eps_hat are consistent: x_t is x_0_hat noised with eps_hat."""
 
     x_0_hat: Tensor
     """[B, C, H, W], not clipped."""
     eps_hat: Tensor
     """[B, C, H, W]."""
     variance_mix: Tensor | None = None
-    """[B, C, H, W], of a net that learned its variance: 0 is beta_tilde, 1 is beta, in the logarithm."""
+    """[B, C, H, W], if the net learned its variance: 0 is beta_tilde, 1 is beta, in the logarithm."""
 
 
 class Objective(Protocol):
-    """What the training loop, the samplers and the evaluation know of an objective."""
+    """Interface of an objective and its forward process for the training loop, the samplers and the evaluation."""
+
+    uses_time: ClassVar[bool]
+    """Whether the net is given t."""
+    has_bound: ClassVar[bool]
+    """Whether there are a noise schedule and a variational bound, so bits/dim."""
+    has_uniform_noise: ClassVar[bool]
+    """Whether noise is uniform in [-1, 1), instead of standard normal."""
+
+    @classmethod
+    def build(cls, config: "ObjectiveConfig", schedule: Schedule, labels: "Labels") -> "Objective":
+        """The objective that `config` describes."""
+        ...
 
     def loss(self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator) -> Loss:
-        """Corrupt `x_0`, and score what `model` makes of it.
+        """Corrupt `x_0`, and score the prediction of `model`.
 
         Args:
             model: its output is compared with the target.
@@ -87,14 +98,26 @@ class Objective(Protocol):
             model: called once.
             x_t: [B, C, H, W] float32.
             t: [B] int64 in [0, T); for UniformMix the amount of noise, [B] float in [0, 1].
-            label: [B] int64 in 0..num_classes; num_classes, or None for all, means no label.
+            label: [B] int64 in 0..num_classes; num_classes, or None for all images, means no label.
         """
+        ...
+
+    def noise_level(self, t: Tensor) -> Tensor:
+        """t [B] to what guidance_interval is about."""
+        ...
+
+    def corrupt(self, x_0: Tensor, level: float, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """x_0 at a noise level in [0, 1], with `noise` of its shape; and its t [B]."""
+        ...
+
+    def caption(self, level: float) -> str:
+        """The t of a noise level in [0, 1], for a picture."""
         ...
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Labels on their way to the net: the null label, num_classes, stands for "no label".
+    """Labels for the net: the null label, num_classes, stands for "no label".
 
     Args:
         num_classes: 0 for an unconditional net, which is given None.
@@ -116,7 +139,7 @@ class Labels:
             raise ValueError(f"label_dropout is {self.dropout}; it must be in [0, 1]")
 
     def for_training(self, label: Tensor | None, generator: Generator) -> Tensor | None:
-        """`label` with some entries dropped, each image for itself."""
+        """`label` with some entries dropped, independently per image."""
         if self.num_classes == 0:
             return None
         if label is None:
@@ -135,12 +158,12 @@ class Labels:
 class Gaussian:
     """Algorithm 1: t uniform over all T steps, eps standard normal, squared error of a prediction.
 
-    A subclass says what is predicted. `min_snr_gamma` None weighs all t alike in the space of that
-    prediction; a number above 0 caps the weight that the equivalent x_0 loss has, min(snr, gamma).
+    A subclass defines the prediction. `min_snr_gamma` None weighs all t alike in the space of that prediction; a number
+    above 0 caps the weight of the equivalent x_0 loss, min(snr, gamma).
 
-    With `learns_variance` the net has twice as many output channels; the second half is 2 variance_mix - 1, and the
-    loss is L_hybrid: to the squared error comes BOUND_WEIGHT times an estimate of the bound in bits/dim, in which the
-    prediction of the mean is held fixed, so that only the variance learns from it.
+    With `learns_variance` the net has twice as many output channels; the second half is 2 variance_mix - 1. The loss is
+    L_hybrid: the squared error plus BOUND_WEIGHT times an estimate of the bound in bits/dim, in which the prediction of
+    the mean is held fixed, so that only the variance learns from it.
 
     Source: Ho et al. 2020, Algorithm 1 and Eq. 14; Hang et al. 2023, Sec. 3.4; Nichol & Dhariwal 2021, Sec. 3.1.
     """
@@ -149,6 +172,16 @@ class Gaussian:
     labels: Labels = Labels()
     min_snr_gamma: float | None = None
     learns_variance: bool = False
+    uses_time: ClassVar[bool] = True
+    has_bound: ClassVar[bool] = True
+    has_uniform_noise: ClassVar[bool] = False
+
+    @classmethod
+    def build(cls, config: "ObjectiveConfig", schedule: Schedule, labels: Labels) -> "Gaussian":
+        if config.predict not in PREDICTIONS:
+            raise ValueError(f"predict is {config.predict!r}; it must be one of {', '.join(PREDICTIONS)}")
+        gamma = config.min_snr_gamma if config.weight == "min_snr" else None
+        return PREDICTIONS[config.predict](schedule, labels, gamma, config.variance == "learned")
 
     def __post_init__(self) -> None:
         if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
@@ -175,6 +208,19 @@ class Gaussian:
         prediction, variance_mix = self._split(output)
         return self._read(prediction, x_t, t)._replace(variance_mix=variance_mix)
 
+    def noise_level(self, t: Tensor) -> Tensor:
+        return self.schedule.sigma.float().to(t.device)[t]
+
+    def corrupt(self, x_0: Tensor, level: float, noise: Tensor) -> tuple[Tensor, Tensor]:
+        t = torch.full((len(x_0),), self._timestep(level), device=x_0.device)
+        return process.q_sample(self.schedule.alpha_bar, x_0, t, noise), t
+
+    def caption(self, level: float) -> str:
+        return f"t={self._timestep(level)}"
+
+    def _timestep(self, level: float) -> int:
+        return round(level * (self.schedule.num_timesteps - 1))
+
     def _split(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
         """The prediction, and variance_mix if the net learns it; both [B, C, H, W]."""
         if not self.learns_variance:
@@ -191,7 +237,7 @@ class Gaussian:
         return snr.clamp(max=self.min_snr_gamma) / self._snr_per_x_0_error(snr)
 
     def _target(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """What the net should output."""
+        """The target of the net's output."""
         raise NotImplementedError
 
     def _read(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Denoised:
@@ -248,9 +294,17 @@ class V(Gaussian):
 
 @dataclass(frozen=True)
 class UniformMix:
-    """The course's baseline: mix with uniform noise, predict the clean image, tell the net no timestep."""
+    """The course's baseline: mix with uniform noise and predict the clean image, without a timestep."""
 
     labels: Labels = Labels()
+    uses_time: ClassVar[bool] = False
+    has_bound: ClassVar[bool] = False
+    has_uniform_noise: ClassVar[bool] = True
+
+    @classmethod
+    def build(cls, config: "ObjectiveConfig", schedule: Schedule, labels: Labels) -> "UniformMix":
+        """There is one prediction and one weight: all else in `config`, and the schedule, are ignored."""
+        return cls(labels)
 
     def loss(self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator) -> Loss:
         amount = generator.uniform([len(x_0)])
@@ -261,38 +315,37 @@ class UniformMix:
         return Loss(error.mean(), error.detach(), (4 * amount).long())
 
     def denoise(self, model: Model, x_t: Tensor, t: Tensor, label: Tensor | None) -> Denoised:
-        """As Objective.denoise; `t` is the amount, and eps_hat the u that it and x_0_hat imply."""
+        """Read the prediction: `t` is the amount, and eps_hat is the u that amount and x_0_hat imply."""
         if not t.is_floating_point():
             raise ValueError(f"t is {t.dtype}; for UniformMix it is the amount, float [B] in [0, 1]")
         x_0_hat = model(x_t, None, self.labels.for_denoising(label, x_t)).to(x_t.dtype)
         amount = t.to(x_t.dtype).clamp(min=SMALLEST_AMOUNT).view(-1, *[1] * (x_t.ndim - 1))
         return Denoised(x_0_hat, eps_hat=(x_t - (1 - amount) * x_0_hat) / amount)
 
+    def noise_level(self, t: Tensor) -> Tensor:
+        return t
+
+    def corrupt(self, x_0: Tensor, level: float, noise: Tensor) -> tuple[Tensor, Tensor]:
+        amount = torch.full((len(x_0),), level, device=x_0.device)
+        return process.mix(x_0, amount, noise), amount
+
+    def caption(self, level: float) -> str:
+        return f"{level:.0%}"
+
+
+PREDICTIONS: dict[str, type[Gaussian]] = {"eps": Eps, "x_0": X0, "v": V}
+PROCESSES: dict[str, type[Objective]] = {"gaussian": Gaussian, "uniform_mix": UniformMix}
+
 
 def build(config: "ObjectiveConfig", schedule: Schedule, num_classes: int) -> Objective:
     """The objective that `config` describes; num_classes as in the model, 0 for unconditional.
 
-    uniform_mix has one prediction and one weight, so `predict`, `weight`, `min_snr_gamma`, `variance` and the
-    schedule are ignored with it.
-
     Raises:
         ValueError: an unknown process or prediction, or a parameter out of its range.
     """
-    labels, learns = Labels(num_classes, config.label_dropout), config.variance == "learned"
-    gamma = config.min_snr_gamma if config.weight == "min_snr" else None
-    match config.process, config.predict:
-        case "uniform_mix", _:
-            return UniformMix(labels)
-        case "gaussian", "eps":
-            return Eps(schedule, labels, gamma, learns)
-        case "gaussian", "x_0":
-            return X0(schedule, labels, gamma, learns)
-        case "gaussian", "v":
-            return V(schedule, labels, gamma, learns)
-        case unknown:
-            raise ValueError(
-                f"process, predict are {unknown}; they must be gaussian or uniform_mix, and eps, x_0 or v"
-            )
+    if config.process not in PROCESSES:
+        raise ValueError(f"process is {config.process!r}; it must be one of {', '.join(PROCESSES)}")
+    return PROCESSES[config.process].build(config, schedule, Labels(num_classes, config.label_dropout))
 
 
 def _per_image(prediction: Tensor, target: Tensor) -> Tensor:

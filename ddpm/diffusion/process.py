@@ -1,8 +1,7 @@
-"""The forward process, its posterior, and what follows from x_t about x_0, eps and v.
+"""The forward process, its posterior, and the relations between x_t, x_0, eps and v.
 
-Nothing here draws noise: it is given, so that whoever draws it can say from which generator. Tables are
-float64; a coefficient is computed in float64 and rounded to the images' float32 last. Half precision is
-refused: with bfloat16 tables several timesteps carry exactly no noise.
+Nothing here draws noise: the caller gives it. Tables are float64; a coefficient is computed in float64 and rounded to
+the images' float32 last. Half precision is refused: with bfloat16 tables several timesteps carry exactly no noise.
 
 Papers:
     Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
@@ -27,14 +26,14 @@ def gather(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
         like: [B, ...] float32 or float64.
 
     Raises:
-        ValueError: `like` is neither float32 nor float64, or t does not have one entry an image.
+        ValueError: `like` is neither float32 nor float64, or t does not have one entry per image.
     """
     if like.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"images are {like.dtype}; diffusion needs float32 or float64 (autocast the net alone)"
         )
     if t.shape != like.shape[:1] or t.dtype != torch.int64:
-        raise ValueError(f"t is {t.dtype} {tuple(t.shape)}; it must be int64 ({len(like)},), one an image")
+        raise ValueError(f"t is {t.dtype} {tuple(t.shape)}; it must be int64 ({len(like)},), one per image")
     # Rounded before the move: some devices have no float64.
     return table.to(like.dtype).to(like.device)[t].view(-1, *[1] * (like.ndim - 1))
 
@@ -127,8 +126,8 @@ def posterior_mean(schedule: Schedule, x_0: Tensor, x_t: Tensor, t: Tensor) -> T
 def mix(x_0: Tensor, amount: Tensor, u: Tensor) -> Tensor:
     """The course's corruption: (1 - amount) x_0 + amount u.
 
-    The course has x_0 and u in [0, 1]; here both are in [-1, 1]. The map x -> 2 x - 1 takes the one to the
-    other and goes through the mixture unchanged, so the two differ in nothing but the unit of x.
+    The course has x_0 and u in [0, 1]; here both are in [-1, 1]. The map x -> 2 x - 1 commutes with the mixture, so the
+    two differ only in the unit of x.
 
     Args:
         x_0: [B, C, H, W], clean images in [-1, 1].

@@ -1,17 +1,17 @@
-"""The reverse process p(x_{t-1} | x_t): its variance, and what a step of it costs against q(x_{t-1} | x_t, x_0).
+"""The reverse process p(x_{t-1} | x_t): its variance, and the KL divergence of a step from q(x_{t-1} | x_t, x_0).
 
-Both are Gaussians. The mean of p is that of q at x_0_hat in x_0's place (`process.posterior_mean`). Its variance is
+Both are Gaussians. The mean of p is that of q with x_0_hat in place of x_0 (`process.posterior_mean`). Its variance is
 
     beta        beta_t: right for x_0 ~ N(0, I)
     beta_tilde  that of q: right for a single point x_0
-    measured    beta_tilde_t + w_t^2 E|x_0 - x_0_hat|^2 / D, w_t what x_0 counts in the mean of q: of all variances
-                that are the same for every image and pixel the one with the least KL divergence
-    learned     between beta_tilde and beta, for every pixel as the net says
+    measured    beta_tilde_t + w_t^2 E|x_0 - x_0_hat|^2 / D, w_t the weight of x_0 in the mean of q: the variance with
+                the least KL divergence among those that are the same for every image and pixel
+    learned     between beta_tilde and beta, predicted by the net for every pixel
 
-The bound with beta or beta_tilde gets worse the fewer steps there are, whatever the net; with measured it hardly does.
+With fewer steps the bound with beta or beta_tilde gets worse, for any net; with measured it hardly does.
 
 At t = 0, where beta_tilde is 0, p is the decoder: both fixed variances are beta_tilde_1 there, as in the code of Ho et
-al., and the measured one is no less than that of the rounding to grey levels.
+al., and the measured one is at least the variance of rounding to grey levels.
 
 Papers:
     Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
@@ -49,8 +49,8 @@ def fixed_variance(schedule: Schedule, variance: Variance, x_0_error: Tensor | N
     Raises:
         ValueError: another variance, or no x_0_error for "measured".
 
-    Source: Ho et al. 2020, Sec. 3.2; Bao et al. 2022, Theorem 1, with the error of the net at hand in place of that
-    of the best one.
+    Source: Ho et al. 2020, Sec. 3.2; Bao et al. 2022, Theorem 1, with the error of this net in place of that of the
+    best one.
     """
     match variance:
         case "beta":
@@ -61,7 +61,7 @@ def fixed_variance(schedule: Schedule, variance: Variance, x_0_error: Tensor | N
             measured = schedule.posterior_variance + schedule.x_0_weight**2 * x_0_error
             return torch.cat([measured[:1].clamp(min=ROUNDING), measured[1:]])
         case "measured":
-            raise ValueError("variance is 'measured'; that takes the error of x_0_hat, measured with the net")
+            raise ValueError("variance is 'measured'; that needs the error of x_0_hat, measured with the net")
     raise ValueError(f"variance is {variance!r}; it must be beta, beta_tilde or measured")
 
 

@@ -1,13 +1,12 @@
 """Samplers: from noise to images, one plain function each.
 
-A sampler sees the net as `denoise(x_t, t) -> Denoised`, and draws randomness from `noise()` alone, so that
-who calls it decides what an image depends on. With `PerImageNoise` image i is a function of its own seed,
-whatever the batch around it and whatever the device.
+A sampler sees the net as `denoise(x_t, t) -> Denoised`, and takes randomness from `noise()` alone, so the caller
+decides what an image depends on. With `PerImageNoise` image i is a function of its own seed, independent of the batch
+and the device.
 
-`threshold` keeps x_0_hat where images are (`denoisers.clip`, `denoisers.dynamic`); None leaves it alone.
-`on_step(step, x_t, x_0_hat)`, if given, is called in every step with what entered it and with the
-prediction it used; the last x_0_hat is the image (for `ancestral` without a threshold up to one step of
-noise).
+`threshold` keeps x_0_hat in the range of images (`denoisers.clip`, `denoisers.dynamic`); None leaves it as it is.
+`on_step(step, x_t, x_0_hat)`, if given, is called in every step with its input and its prediction; the last x_0_hat is
+the image (for `ancestral` without a threshold, up to one step of noise).
 
 Papers:
     ancestral  Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
@@ -21,8 +20,7 @@ Axes: B batch, C channels, H W height and width, T timesteps.
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +28,7 @@ from torch import Tensor
 from ddpm.diffusion import timesteps as spacings
 from ddpm.diffusion.denoisers import Denoise, Threshold, build_threshold, clip, predict
 from ddpm.diffusion.generator import Generator
+from ddpm.diffusion.objectives import PROCESSES
 from ddpm.diffusion.process import posterior_mean
 from ddpm.diffusion.reverse import Variance, fixed_variance, learned_log_variance
 from ddpm.diffusion.schedules import Schedule
@@ -51,10 +50,10 @@ class Sampler(Protocol):
 
 
 class PerImageNoise:
-    """Noise of which image i depends on generators[i] alone.
+    """Noise in which image i depends on generators[i] alone.
 
     Args:
-        generators: one an image.
+        generators: one per image.
         shape: (C, H, W).
         device: where the noise is needed.
         uniform: uniform in [-1, 1) for `mix`, instead of standard normal.
@@ -89,27 +88,27 @@ def ancestral(
     threshold: Threshold | None = clip,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Algorithm 2: back along the chain, or along the shorter chain that visits some timesteps alone.
+    """Algorithm 2: back along the chain, or along the shorter chain of some timesteps.
 
     x_prev = mean + sqrt(variance) z, z = 0 at the last step; both are of the jump from one timestep to the
     next (`timesteps.respaced`).
 
     Args:
-        denoise: at the timesteps.
+        denoise: called at the timesteps.
         schedule: the one the net was trained with.
-        noise: standard normal; drawn once a step.
+        noise: standard normal; drawn once per step.
         timesteps: falling; None: all T.
-        variance: of the noise that a step adds (`reverse`).
+        variance: variance of the noise that a step adds (`reverse`).
         x_0_error: for "measured", [T] float64: the mean squared error of x_0_hat at every t of the schedule.
-        threshold: with one, the mean is mu_tilde(x_0_hat, x_t), Eq. 7. None is Algorithm 2 to the letter; with
-            the cosine schedule its first step multiplies every error by 31.6.
-        on_step: sees every step.
+        threshold: with a threshold, the mean is mu_tilde(x_0_hat, x_t), Eq. 7. None is exactly Algorithm 2; with the
+            cosine schedule its first step multiplies every error by 31.6.
+        on_step: called at every step.
 
     Returns:
         [B, C, H, W]; in [-1, 1] with a threshold.
 
     Raises:
-        ValueError: an unknown variance or one that the net has not, or timesteps that do not fall.
+        ValueError: the variance is unknown or the net did not learn it, or timesteps do not fall.
 
     Source: Ho et al. 2020, Algorithm 2, Eqs. 7 and 11.
     """
@@ -165,8 +164,8 @@ def ddim(
         noise: standard normal; drawn once with eta = 0, else once a step.
         timesteps: falling.
         eta: in [0, 1]; 0 is deterministic, 1 is `ancestral` with the variance beta_tilde.
-        threshold: what becomes of x_0_hat outside [-1, 1].
-        on_step: sees every step.
+        threshold: applied to x_0_hat.
+        on_step: called at every step.
 
     Returns:
         [B, C, H, W]; in [-1, 1] with a threshold.
@@ -206,29 +205,29 @@ def dpmpp_2m(
     threshold: Threshold | None = clip,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """DPM-Solver++(2M): order 2 for the price of order 1, since it remembers the x_0_hat of the step before.
+    """DPM-Solver++(2M): order 2 at the cost of order 1, since it reuses the x_0_hat of the previous step.
 
     With lambda = -log sigma, h the step in lambda and r = h_before / h,
     D = (1 + 1 / (2 r)) x_0_hat - 1 / (2 r) x_0_hat_before
     x_prev / sqrt(alpha_bar_prev) = e^-((1 + eta) h) x / sqrt(alpha_bar) + (1 - e^-((1 + eta) h)) D
         + sigma_prev sqrt(1 - e^-(2 eta h)) z
 
-    The first step knows no step before, and the last goes to sigma = 0, where h is infinite: for both D is
-    x_0_hat, and the last returns it.
+    The first step has no previous step, and the last goes to sigma = 0, where h is infinite: for both D is x_0_hat, and
+    the last returns it.
 
-    eta = 0 solves the probability flow ODE. eta = 1 is SDE-DPM-Solver++(2M), whose every step replaces some of the
-    noise, and with it of the errors that a net has made on the way; the first step is that of `ddim` with either.
-    Any eta between solves, in y = x_t / sqrt(alpha_bar), an SDE of the same marginals,
-    dy = (1 + eta) (x_0_hat - y) dlambda + sqrt(2 eta) sigma dw; in short steps it does what eta^2 does in `ddim`.
+    eta = 0 solves the probability flow ODE. eta = 1 is SDE-DPM-Solver++(2M), in which every step replaces some of the
+    noise, and so some of the net's errors; the first step is that of `ddim` with either. Any eta between solves, in
+    y = x_t / sqrt(alpha_bar), an SDE of the same marginals,
+    dy = (1 + eta) (x_0_hat - y) dlambda + sqrt(2 eta) sigma dw; in short steps it acts as eta^2 does in `ddim`.
 
     Args:
         denoise: at the timesteps, once each.
         schedule: the one the net was trained with.
         noise: standard normal; drawn once with eta = 0, else once a step.
         timesteps: falling.
-        eta: in [0, 1]; 0 is deterministic, 1 as noisy as `ancestral` with the variance beta_tilde.
-        threshold: what becomes of x_0_hat outside [-1, 1].
-        on_step: sees every step.
+        eta: in [0, 1]; 0 is deterministic, 1 is as noisy as `ancestral` with the variance beta_tilde.
+        threshold: applied to x_0_hat.
+        on_step: called at every step.
 
     Returns:
         [B, C, H, W]; in [-1, 1] with a threshold.
@@ -269,22 +268,21 @@ def heun(
     threshold: Threshold | None = clip,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Heun's method on the probability flow ODE: order 2, two calls of the net a step, one at the last.
+    """Heun's method on the probability flow ODE: order 2, two calls of the net per step, one at the last.
 
-    In y = x_t / sqrt(alpha_bar) the ODE is dy / dsigma = eps_hat. A step goes to the next sigma along eps_hat,
-    asks the net there, and goes again along the mean of both; the last, to sigma = 0, is Euler's and returns
-    x_0_hat.
+    In y = x_t / sqrt(alpha_bar) the ODE is dy / dsigma = eps_hat. A step goes to the next sigma along eps_hat, calls
+    the net there, and goes again along the mean of both; the last, to sigma = 0, is Euler's and returns x_0_hat.
 
-    The second eps_hat is trusted over the whole step, so sigma should not fall by orders of magnitude in one,
-    as the cosine schedule's does in the first of a few uniform steps: there `timesteps.karras` is called for.
+    The second eps_hat is used for the whole step, so sigma should not fall by orders of magnitude in one step, as the
+    cosine schedule's does in the first of a few uniform steps: use `timesteps.karras` there.
 
     Args:
-        denoise: at the timesteps, all but the first twice.
+        denoise: called at the timesteps, at all but the first twice.
         schedule: the one the net was trained with.
         noise: standard normal; drawn once.
         timesteps: falling.
-        threshold: what becomes of x_0_hat outside [-1, 1].
-        on_step: sees every step.
+        threshold: applied to x_0_hat.
+        on_step: called at every step.
 
     Returns:
         [B, C, H, W]; in [-1, 1] with a threshold.
@@ -320,16 +318,16 @@ def mix(
     threshold: Threshold | None = clip,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """The course's sampler: in step i of n move 1 / (n - i) of the way from x to the prediction.
+    """The course's sampler: step i of n moves x by 1 / (n - i) of the way to the prediction.
 
-    So the amount of noise left falls evenly, 1, (n - 1) / n, ..., 1 / n, and the last step returns x_0_hat.
+    The amount of noise left falls evenly, 1, (n - 1) / n, ..., 1 / n, and the last step returns x_0_hat.
 
     Args:
         denoise: its second argument is the amount of noise left, float32 [B].
         noise: uniform in [-1, 1]; drawn once.
         num_sample_steps: n, at least 1.
-        threshold: what becomes of x_0_hat outside [-1, 1].
-        on_step: sees every step.
+        threshold: applied to x_0_hat.
+        on_step: called at every step.
 
     Returns:
         [B, C, H, W]; in [-1, 1] with a threshold.
@@ -350,10 +348,52 @@ def mix(
     return x
 
 
+def _ancestral(config: "SampleConfig", schedule: Schedule, x_0_error: Tensor | None) -> dict[str, Any]:
+    if config.variance == "auto":
+        raise ValueError("variance is 'auto'; it must be resolved first")
+    if config.variance != "learned":
+        fixed_variance(schedule, config.variance, x_0_error)  # which checks it
+    return {"variance": config.variance, "x_0_error": x_0_error}
+
+
+def _eta(config: "SampleConfig", schedule: Schedule, x_0_error: Tensor | None) -> dict[str, Any]:
+    _check_eta(config.eta)
+    return {"eta": config.eta}
+
+
+def _mix(config: "SampleConfig", schedule: Schedule, x_0_error: Tensor | None) -> dict[str, Any]:
+    n = spacings.FEW if config.num_sample_steps is None else config.num_sample_steps
+    spacings.check_num_sample_steps(n)
+    return {"num_sample_steps": n}
+
+
+class SamplerKind(NamedTuple):
+    """A sampler of the table."""
+
+    sample: Callable[..., Tensor]
+    settings: Callable[["SampleConfig", Schedule, Tensor | None], dict[str, Any]] = lambda *_: {}
+    """Its keyword arguments, checked, beside threshold and on_step; and schedule and timesteps, if there is a schedule.
+
+    Raises:
+        ValueError: a setting is out of its range.
+    """
+    process: str = "gaussian"
+    """The one that it undoes. The first sampler of each process is its default."""
+
+
+SAMPLERS = {
+    "ddim": SamplerKind(ddim, _eta),
+    "ancestral": SamplerKind(ancestral, _ancestral),
+    "dpmpp_2m": SamplerKind(dpmpp_2m, _eta),
+    "heun": SamplerKind(heun),
+    "mix": SamplerKind(mix, _mix, "uniform_mix"),
+}
+
+
 def build(
     config: "SampleConfig", schedule: Schedule, num_dims: int, x_0_error: Tensor | None = None
 ) -> Sampler:
-    """The sampler that `config` describes; `auto` must have been resolved, by the objective, before.
+    """The sampler that `config` describes, in which `auto` has been resolved (`SampleConfig.resolved`).
 
     Its settings are checked here, not after hours of training at the first sample.
 
@@ -362,39 +402,15 @@ def build(
         x_0_error: for the variance "measured", as in `ancestral`.
 
     Raises:
-        ValueError: an unknown sampler, or a setting of it out of its range.
+        ValueError: the sampler is unknown, or a setting is out of its range.
     """
-    threshold = build_threshold(config)
-    sampler: Callable[..., Tensor]
-    match config.sampler:
-        case "ancestral":
-            if config.variance == "auto":
-                raise ValueError("variance is 'auto'; it must be resolved first")
-            if config.variance != "learned":
-                fixed_variance(schedule, config.variance, x_0_error)  # which checks it
-            sampler = partial(ancestral, variance=config.variance, x_0_error=x_0_error)
-        case "ddim":
-            _check_eta(config.eta)
-            sampler = partial(ddim, eta=config.eta)
-        case "dpmpp_2m":
-            _check_eta(config.eta)
-            sampler = partial(dpmpp_2m, eta=config.eta)
-        case "heun":
-            sampler = heun
-        case "mix":
-            n = spacings.FEW if config.num_sample_steps is None else config.num_sample_steps
-            spacings.check_num_sample_steps(n)
-            return lambda denoise, noise, on_step=None: mix(
-                denoise, noise, num_sample_steps=n, threshold=threshold, on_step=on_step
-            )
-        case _:
-            raise ValueError(
-                f"sampler is {config.sampler!r}; it must be ancestral, ddim, dpmpp_2m, heun or mix"
-            )
-    timesteps = spacings.build(config, schedule, num_dims)
-    return lambda denoise, noise, on_step=None: sampler(
-        denoise, schedule, noise, timesteps=timesteps, threshold=threshold, on_step=on_step
-    )
+    if config.sampler not in SAMPLERS:
+        raise ValueError(f"sampler is {config.sampler!r}; it must be one of {', '.join(SAMPLERS)}")
+    kind = SAMPLERS[config.sampler]
+    settings = {"threshold": build_threshold(config), **kind.settings(config, schedule, x_0_error)}
+    if PROCESSES[kind.process].has_bound:
+        settings |= {"schedule": schedule, "timesteps": spacings.build(config, schedule, num_dims)}
+    return lambda denoise, noise, on_step=None: kind.sample(denoise, noise=noise, on_step=on_step, **settings)
 
 
 def _signal_and_sigma(schedule: Schedule, timesteps: Sequence[int]) -> tuple[list[float], list[float]]:

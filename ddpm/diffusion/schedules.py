@@ -1,8 +1,8 @@
 """Noise schedules: how much noise each of the T timesteps adds.
 
-A schedule is its beta; everything else follows from it. All tables are float64 [T] on the CPU, index t in
-0..T-1, and t = 0 already has one step of noise. Half of the table would vanish in half precision: whoever
-uses it computes in float64 and rounds to float32 at the very end (`process.gather`).
+A schedule is its beta; everything else follows from it. All tables are float64 [T] on the CPU, index t in 0..T-1, and
+t = 0 already has one step of noise. Half of the table would vanish in half precision: callers compute in float64 and
+round to float32 at the very end (`process.gather`).
 
 Papers:
     linear         Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ddpm.config import ScheduleConfig
 
 MAX_TIMESTEPS = 1_000_000
-"""More are a mistake, or a trap in a config from outside: the tables would take all memory."""
+"""Largest T. The tables of a config from outside with more would take all memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ class Schedule:
 
     @cached_property
     def alpha_bar_prev(self) -> Tensor:
-        """alpha_bar_{t-1}; before the first step nothing is lost: 1 at t = 0."""
+        """alpha_bar_{t-1}; 1 at t = 0."""
         return torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
 
     @cached_property
@@ -97,7 +97,7 @@ class Schedule:
 
     @cached_property
     def x_0_weight(self) -> Tensor:
-        """sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t): what x_0 counts in the mean of q(x_{t-1} | x_t, x_0)."""
+        """sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t): the weight of x_0 in the mean of q(x_{t-1} | x_t, x_0)."""
         return self.alpha_bar_prev.sqrt() * self.beta / (1 - self.alpha_bar)
 
 
@@ -125,12 +125,12 @@ def scaled_linear(num_timesteps: int, beta_start: float, beta_end: float) -> Sch
 def cosine(num_timesteps: int, s: float = 0.008, max_beta: float = 0.999) -> Schedule:
     """alpha_bar falls as a squared cosine: f(u) / f(0), f(u) = cos((u + s) / (1 + s) * pi / 2)^2.
 
-    f reaches 0 at u = 1, so the last beta would be 1 and is held at `max_beta`: there Algorithm 2 divides
-    by sqrt(1 - 0.999), multiplying by 31.6. Sample with x_0_hat clipped.
+    f reaches 0 at u = 1, so the last beta would be 1 and is capped at `max_beta`: there Algorithm 2 divides by
+    sqrt(1 - 0.999), multiplying by 31.6. Sample with x_0_hat clipped.
 
     Args:
         num_timesteps: T, at least 1.
-        s: offset that keeps the first beta from being tiny, in [0, 1].
+        s: offset in [0, 1] that prevents a tiny first beta.
         max_beta: largest beta, in (0, 1).
 
     Raises:
@@ -153,10 +153,10 @@ def sigmoid(
 
     Args:
         num_timesteps: T, at least 1.
-        start: where on the logistic curve u = 0 is, below `end`.
-        end: where u = 1 is.
+        start: argument of the logistic curve at u = 0, below `end`.
+        end: argument at u = 1.
         tau: temperature, above 0; smaller is steeper.
-        max_beta: largest beta, in (0, 1); holds the last one, which would be 1.
+        max_beta: largest beta, in (0, 1); caps the last one, which would be 1.
 
     Raises:
         ValueError: a parameter is out of its range.
@@ -173,24 +173,25 @@ def sigmoid(
     return _from_alpha_bar(curve, num_timesteps, max_beta)
 
 
+SCHEDULES: dict[str, tuple[Callable[..., Schedule], tuple[str, ...]]] = {
+    "linear": (linear, ("beta_start", "beta_end")),
+    "scaled_linear": (scaled_linear, ("beta_start", "beta_end")),
+    "cosine": (cosine, ("cosine_s", "max_beta")),
+    "sigmoid": (sigmoid, ("sigmoid_start", "sigmoid_end", "sigmoid_tau", "max_beta")),
+}
+"""What builds each kind, and the fields of ScheduleConfig that it takes after num_timesteps, in this order."""
+
+
 def build(config: "ScheduleConfig") -> Schedule:
     """The schedule that `config` describes.
 
     Raises:
         ValueError: an unknown kind, or a parameter out of its range.
     """
-    match config.kind:
-        case "linear":
-            return linear(config.num_timesteps, config.beta_start, config.beta_end)
-        case "scaled_linear":
-            return scaled_linear(config.num_timesteps, config.beta_start, config.beta_end)
-        case "cosine":
-            return cosine(config.num_timesteps, config.cosine_s, config.max_beta)
-        case "sigmoid":
-            start, end, tau = config.sigmoid_start, config.sigmoid_end, config.sigmoid_tau
-            return sigmoid(config.num_timesteps, start, end, tau, config.max_beta)
-        case _:
-            raise ValueError(f"kind is {config.kind!r}; it must be linear, scaled_linear, cosine or sigmoid")
+    if config.kind not in SCHEDULES:
+        raise ValueError(f"kind is {config.kind!r}; it must be one of {', '.join(SCHEDULES)}")
+    make, fields = SCHEDULES[config.kind]
+    return make(config.num_timesteps, *(getattr(config, field) for field in fields))
 
 
 def _from_alpha_bar(curve: Callable[[Tensor], Tensor], num_timesteps: int, max_beta: float) -> Schedule:

@@ -1,15 +1,15 @@
-"""Which of the T timesteps a sampler visits, and the shorter chain that they are.
+"""The timesteps that a sampler visits out of T, and the shorter chain that they form.
 
-A spacing is a list of n distinct timesteps from T - 1 (or where sigma is so large that it makes little difference)
-down to 0. Both ends matter: above the first is noise that no step has removed, below the last noise that stays.
-One step is the first alone.
+A spacing is a list of n distinct timesteps from T - 1 (or one whose sigma is so large that it makes little difference)
+down to 0. Both ends matter: noise above the first timestep is never removed, and noise below the last one stays. One
+step is the first timestep alone.
 
 Papers:
     quadratic  Song et al. 2021, Denoising Diffusion Implicit Models, arXiv:2010.02502
     karras     Karras et al. 2022, Elucidating the Design Space (EDM), arXiv:2206.00364
     respaced   Nichol & Dhariwal 2021, Improved DDPM, arXiv:2102.09672
 
-Axes: T timesteps; D = C H W numbers of an image.
+Axes: T timesteps; D = C H W numbers per image.
 """
 
 from collections.abc import Sequence
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from ddpm.config import SampleConfig
 
 FEW = 50
-"""Steps of a sampler that needs few, where nobody says how many."""
+"""Default number of steps of the samplers that need few."""
 SIGMA_MAX = 10.0
-"""Where karras begins, in units of sqrt(D).
+"""Start of karras, in units of sqrt(D).
 
-The mean of an image stands out of the noise of its D numbers by sqrt(D) / sigma. Where images with means from N(m, s^2)
-are begun with pure noise, their means come out m s sqrt(D) / sigma too small: with 10 less than a grey level, 0.006 of
-N(0.6, 0.1^2); with sigma = 80, 0.083 at 64x64 in colour. The price is steps at large noise.
+The mean of an image stands out of the noise of its D numbers by sqrt(D) / sigma. If sampling starts from pure noise,
+images with means from N(m, s^2) come out with means m s sqrt(D) / sigma too small. For N(0.6, 0.1^2) that is 0.006 with
+10, less than a grey level; with sigma = 80 it is 0.083 at 64x64 in colour. The cost is steps at large noise.
 """
 
 
@@ -57,13 +57,13 @@ def quadratic(num_timesteps: int, num_sample_steps: int) -> list[int]:
 def karras(schedule: Schedule, num_sample_steps: int, rho: float = 7.0, sigma_max: float = 80.0) -> list[int]:
     """Evenly spaced in sigma^(1 / rho) from `sigma_max` down, each rounded to the timestep nearest in log sigma.
 
-    The first is rounded up instead, so that no more is left to see of an image than at sigma_max. (The cosine schedule
-    goes on to 20,000, and would spend most steps on its way down.)
+    The first is rounded up instead, so that no more of an image is visible than at sigma_max. (The cosine schedule
+    reaches 20,000, and would spend most steps on the way down.)
 
     Args:
-        schedule: of T steps; its sigma say where each timestep lies.
-        num_sample_steps: in 1..T. Where more are wanted than the schedule has timesteps, neighbours stand in.
-        rho: in [1, inf). 1 is evenly spaced in sigma; the larger, the more steps at little noise.
+        schedule: of T steps; its sigma gives the place of each timestep.
+        num_sample_steps: in 1..T. Where several steps round to one timestep, its neighbours are taken.
+        rho: in [1, inf). 1 is evenly spaced in sigma; a larger rho takes more steps at little noise.
         sigma_max: in (0, inf], for images of D numbers SIGMA_MAX sqrt(D): 80 if D = 64. Where the schedule does not
             reach it, T - 1 is first.
 
@@ -86,7 +86,7 @@ def karras(schedule: Schedule, num_sample_steps: int, rho: float = 7.0, sigma_ma
 
 
 def respaced(schedule: Schedule, timesteps: Sequence[int]) -> Schedule:
-    """The chain that visits `timesteps` alone: its step k jumps between two of them.
+    """The chain that visits only `timesteps`: its step k jumps between two of them.
 
     beta_k = 1 - alpha_bar[t_k] / alpha_bar[t_{k-1}], k counted from the cleanest; so alpha_bar_k is
     alpha_bar[t_k], and the posterior of Ho et al. 2020, Eq. 7 is that of the jump. All T steps are the
@@ -115,11 +115,11 @@ def respaced(schedule: Schedule, timesteps: Sequence[int]) -> Schedule:
 def build(config: "SampleConfig", schedule: Schedule, num_dims: int) -> list[int]:
     """The timesteps that `config` describes, for images of `num_dims` numbers, D.
 
-    Without a number, ancestral has all T and others at most 50. Without a spacing they are uniform, but for the
-    samplers of second order: as few steps as those are made for had better be short where little noise is left.
+    Defaults: all T for ancestral and at most 50 for the others; karras for the samplers of second order, whose few
+    steps should be short where little noise is left, and uniform for the others.
 
     Raises:
-        ValueError: an unknown spacing, or a parameter out of its range.
+        ValueError: the spacing is unknown, or a parameter is out of its range.
     """
     T = schedule.num_timesteps
     n = config.num_sample_steps
@@ -164,7 +164,7 @@ def _falling(top: float, n: int) -> list[float]:
 
 
 def _distinct(wanted: Sequence[float], num_timesteps: int) -> list[int]:
-    """`wanted`, at most T falling numbers, as whole timesteps; where two coincide the later one gives way."""
+    """`wanted`, at most T falling numbers, as distinct whole timesteps; where two coincide the later one moves down."""
     timesteps: list[int] = []
     above = num_timesteps
     for i, t in enumerate(wanted):

@@ -1,1 +1,1 @@
-"""How good images are, in numbers that say how sure they are."""
+"""Quality of images: metrics with their uncertainty."""

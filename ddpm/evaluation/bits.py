@@ -1,4 +1,4 @@
-"""Bits/dim of many images: what workers hand over of the bound, and what is said of it in the end.
+"""Bits/dim of many images: parts of the bound from several workers, and their scores.
 
 Axes: N images, T timesteps.
 """
@@ -17,7 +17,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class BitsPerDim:
-    """The bound of some images, term by term, each under its index; parts make the whole."""
+    """The bound of some images, term by term, by index; parts can be merged."""
 
     index: NDArray[np.int64]
     """[N], ascending, none twice."""
@@ -32,7 +32,7 @@ class BitsPerDim:
 
     @classmethod
     def of(cls, bound: Bound, start: int, num_timesteps: int) -> Self:
-        """Of the images from index `start` on."""
+        """The bound of the images from index `start` on."""
         kl_at = np.zeros(num_timesteps)
         np.add.at(kl_at, bound.t.numpy(), bound.kl.numpy())
         index = np.arange(start, start + len(bound.prior))
@@ -40,10 +40,10 @@ class BitsPerDim:
 
     @classmethod
     def merge(cls, *parts: Self) -> Self:
-        """All of them, in the order of their index.
+        """All parts as one, in the order of the index.
 
         Raises:
-            ValueError: an image is in two of them.
+            ValueError: an image is in two parts.
         """
         index = np.concatenate([part.index for part in parts])
         order = np.argsort(index)

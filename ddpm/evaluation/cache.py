@@ -1,7 +1,6 @@
-"""Tensors that are dear to make and depend on what is known beforehand: kept in a folder or a bucket.
+"""A cache of expensive tensors in a folder or a bucket: trained feature nets, and features of real images.
 
-Its own room because two things are kept so, trained feature nets and features of real images. Files are
-safetensors; one that is damaged is made again.
+Files are safetensors; a damaged file is computed again.
 """
 
 from collections.abc import Callable
@@ -13,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ddpm.config import UserError
 from ddpm.data.manifest import write_whole
 from ddpm.evaluation.features import digest_of
+from ddpm.utils.errors import UserError
 
 CHECKSUM = "sha256"
 """Name of the tensor that holds the digest of the others."""
@@ -29,7 +28,7 @@ class Cache:
     root: str
 
     def get(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The tensors kept under `name`, a file's name that says all they depend on; or made, and kept.
+        """The tensors cached under `name`, a file name with everything that they depend on; computed if missing.
 
         Raises:
             UserError: the folder can neither be read nor written.
@@ -41,11 +40,11 @@ class Cache:
             made = {key: value.detach().cpu().contiguous() for key, value in make().items()}
             write_whole(self.filesystem, path, save({**made, CHECKSUM: _checksum(made)}))
         except OSError as error:
-            raise UserError(f"cannot keep {path}: {error}") from None
+            raise UserError(f"cannot read or write the cache file {path}: {error}") from None
         return made
 
     def _read(self, path: str) -> dict[str, Tensor] | None:
-        """None: there is none, or it is damaged."""
+        """The tensors in a file; None: there is none, or it is damaged."""
         try:
             with self.filesystem.open_input_stream(path) as stream:
                 tensors = load(stream.read())

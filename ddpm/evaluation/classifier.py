@@ -1,7 +1,7 @@
-"""Features of a small classifier trained on the data set itself: the right ones for digits and clothes.
+"""Features of a small classifier trained on the data set itself, suited to digits and clothes.
 
-ImageNet's nets have never seen an 8x8 digit. This one is seeded, takes its images in the order of the plan, and is
-kept by the fingerprint of what it was trained on.
+ImageNet's nets have never seen an 8x8 digit. This one is seeded, trains in the order of the plan, and is cached by the
+fingerprint of its training data.
 
 Axes: N images, H W, C channels, F features.
 """
@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm import images
-from ddpm.config import UserError
 from ddpm.data.reading import DataSet
 from ddpm.evaluation.cache import Cache
 from ddpm.evaluation.features import digest_of, normalised
+from ddpm.utils import images
+from ddpm.utils.errors import UserError
 
 RECIPE = "classifier/1"
-"""Of the net, its training and the use of its features: a change of any is another number here."""
+"""Cache version: bump when net, training or features change."""
 SIZE = 128
 SEED = 0
 TRAIN_IMAGES = 128_000
@@ -29,10 +29,10 @@ LR = 2e-3
 
 
 class Classifier:
-    """The vector that the last layer sees, scaled to the length sqrt(F).
+    """The input of the last layer, scaled to the length sqrt(F).
 
     Args:
-        net: as of `build_net`, trained.
+        net: a trained net from `build_net`.
     """
 
     name = "classifier"
@@ -58,12 +58,12 @@ def build(
 ) -> Classifier:
     """The classifier of the data set, from the cache or trained on the split `train`.
 
-    The same split gives the same weights on the same machine; on another they may differ in rounding, so whoever
-    compares takes them from one cache.
+    The same split gives the same weights on the same machine; on another they may differ in rounding, so comparisons
+    take them from one cache.
 
     Args:
-        train_images: images it sees in training, over all epochs.
-        on_progress: is told how many it has seen, if it is trained.
+        train_images: images seen in training, over all epochs.
+        on_progress: called with the number of images seen, if it is trained.
 
     Raises:
         UserError: the data set has no labels, or cannot be read.

@@ -1,7 +1,7 @@
-"""What a feature net is: images in, vectors out, by which sets of images are compared.
+"""Feature nets: from images to vectors, by which sets of images are compared.
 
-A number is worth no more than the features it was computed from, so every score carries their name. Images are
-judged as they would be stored, as uint8; whoever has floats rounds and clips them first (`images.to_uint8`).
+A metric depends on its features, so every score carries the name of its feature net. Features are taken from uint8
+images, as they are stored; floats are rounded and clipped first (`images.to_uint8`).
 
 Axes: N images, H W height and width, C channels, F features.
 """
@@ -16,18 +16,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddpm import images
+from ddpm.utils import images
 
 
 class FeatureNet(Protocol):
-    """A net that features are taken from; it may be sent to other processes."""
+    """A feature net; it may be sent to other processes."""
 
     name: str
-    """As it appears in a score: "lite0"."""
+    """Name in a score, such as "lite0"."""
     size: int
     """F."""
     digest: str
-    """SHA-256 of all that decides the features: weights, and how images are brought to them."""
+    """SHA-256 of everything that determines the features: weights and preprocessing."""
 
     def features(self, image: Tensor) -> Tensor:
         """uint8 [N, H, W, C] to float32 [N, F], on the device of `image`.
@@ -40,9 +40,9 @@ class FeatureNet(Protocol):
 
 @dataclass(frozen=True)
 class Features:
-    """The features of some images, each under the index it was drawn or stored with.
+    """The features of some images, by their index.
 
-    Parts that several workers computed make the whole that one would have computed.
+    Parts from several workers merge to the features that one worker would have computed.
     """
 
     index: NDArray[np.int64]
@@ -59,13 +59,13 @@ class Features:
 
     @classmethod
     def merge(cls, *parts: Self) -> Self:
-        """All of them in the order of their index; what is there twice is taken once."""
+        """All parts as one, in the order of the index; duplicates are taken once."""
         index, first = np.unique(np.concatenate([part.index for part in parts]), return_index=True)
         return cls(index, np.concatenate([part.values for part in parts])[first])
 
 
 def features_of(net: FeatureNet, image: Tensor, start: int = 0, batch_size: int = 256) -> Features:
-    """The features of uint8 [N, H, W, C], of which the first has index `start`."""
+    """The features of uint8 [N, H, W, C]; the first image has index `start`."""
     with torch.no_grad():
         values = [net.features(part).cpu().float() for part in image.split(batch_size)]
     return Features(np.arange(start, start + len(image)), torch.cat(values).numpy())
@@ -77,12 +77,12 @@ def rgb(image: Tensor) -> Tensor:
 
 
 def normalised(values: Tensor) -> Tensor:
-    """Each of [N, F] scaled to the length sqrt(F), so that KID's kernel sees products about 1 whatever the net."""
+    """Rows of [N, F] scaled to the length sqrt(F), so that KID's kernel sees products of about 1 for any net."""
     return torch.nn.functional.normalize(values.float(), dim=1) * values.shape[1] ** 0.5
 
 
 def digest_of(tensors: Mapping[str, Tensor], recipe: str = "") -> str:
-    """SHA-256 of names, shapes, types and bytes, and of `recipe`, which says what is done with them."""
+    """SHA-256 of names, shapes, types and bytes, and of `recipe`, the version of their use."""
     digest = hashlib.sha256(recipe.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -1,9 +1,9 @@
-"""The Inception-v3 that FID is defined by: TensorFlow's weights of 2015-12-05 in torchvision's layers.
+"""The Inception-v3 that defines FID: TensorFlow's weights of 2015-12-05 in torchvision's layers.
 
-Heusel et al. 2017, arXiv:1706.08500 (FID). The weights are not here: they come as the file that torch-fidelity and
-pytorch-fid use, from where one of these has put it, or from a path or URL. They are known by their digest, and
-nothing in the file is executed. Next to torchvision's net, three pools leave the border out, one is a maximum, and
-images are resized as TensorFlow 1 did.
+Heusel et al. 2017, arXiv:1706.08500 (FID). The weights are not part of this package: they come from the file that
+torch-fidelity and pytorch-fid use, in torch.hub's folder or from a path or URL. Their digest is checked, and nothing in
+the file is executed. Unlike in torchvision's net, three pools exclude the border, one is a maximum, and images are
+resized as in TensorFlow 1.
 
 Axes: N images, H W, C channels, F = 2,048 features.
 """
@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import inception as tv
 
-from ddpm.config import UserError
 from ddpm.evaluation.features import rgb
+from ddpm.utils.errors import UserError
 
 SHA256_PREFIX = "6726825d"
-"""How the SHA-256 of the weights begins; their file's name says so."""
+"""First digits of the weights' SHA-256, as in their file's name."""
 FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
-"""As torch-fidelity and pytorch-fid call it, in torch.hub's folder."""
+"""File names of torch-fidelity and pytorch-fid in torch.hub's folder."""
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILES[0]}"
 SIDE = 299
 
@@ -34,11 +34,11 @@ class Inception:
 
     Args:
         weights: path or http(s):// URL of the file; None: from torch.hub's folder, where torch-fidelity and
-            pytorch-fid keep it. A URL's file is kept there too.
-        sha256_prefix: how its SHA-256 must begin.
+            pytorch-fid store it. A URL's file is stored there too.
+        sha256_prefix: required first digits of its SHA-256.
 
     Raises:
-        UserError: there is no such file, or it is another.
+        UserError: there is no such file, or its SHA-256 differs.
     """
 
     name = "inception"
@@ -69,7 +69,7 @@ class Inception:
 
 
 def build_net() -> tv.Inception3:
-    """The net, with weights to be loaded."""
+    """The net, without weights."""
     blocks: list[Any] = [
         tv.BasicConv2d,
         _InceptionA,
@@ -83,7 +83,7 @@ def build_net() -> tv.Inception3:
 
 
 def resize(x: Tensor, side: int = SIDE) -> Tensor:
-    """[N, C, H, W] to [N, C, side, side], bilinear as TensorFlow 1: pixel i is at i H / side, not at its centre."""
+    """[N, C, H, W] to [N, C, side, side], bilinear as in TensorFlow 1: pixel i is at i H / side, not at its centre."""
     rows, columns = (_interpolation(length, side).to(x) for length in x.shape[2:])
     return rows @ x @ columns.T
 
@@ -98,7 +98,7 @@ def _interpolation(length: int, side: int) -> Tensor:
 
 
 class _OwnPool:
-    """A block whose last branch pools in its own way."""
+    """A block with another pooling in its last branch."""
 
     def _forward(self, x: Tensor) -> list[Tensor]:
         *others, _ = super()._forward(x)  # type: ignore[misc]
@@ -129,7 +129,7 @@ def _find(weights: str | None, sha256_prefix: str) -> Path:
             if (hub / name).is_file():
                 return hub / name
         raise UserError(
-            f"the weights of FID's Inception-v3 are not in {hub}; name a file or a URL, as {URL}, or use lite0"
+            f"the weights of FID's Inception-v3 are not in {hub}; name a file or a URL, such as {URL}, or use lite0"
         )
     if "://" not in weights:
         if not Path(weights).is_file():

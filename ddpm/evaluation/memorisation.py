@@ -1,11 +1,11 @@
-"""Memorisation: how many generated images lie nearer to a training image than held-out images do.
+"""Memorisation: the share of generated images that lie nearer to a training image than held-out images do.
 
 The threshold is the 1st percentile of the held-out images' distances to their nearest training image. A net that has
-learned the distribution stays below it as often as held-out images do; a net that repeats its training images does so
-far more often. Images that are typical rather than copied, of a net that lacks variety, are near to training images,
-too; so the nearest pairs are kept to be looked at.
+learned the distribution falls below it as often as held-out images do; a net that repeats its training images does so
+far more often. A net that makes only typical images is near to training images, too, without copying; so the nearest
+pairs are kept for inspection.
 
-Axes: N generated images, M held-out images, K training images, D numbers of an image (pixels or features).
+Axes: N generated images, M held-out images, K training images, D numbers per image (pixels or features).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,10 +18,10 @@ from scipy import optimize, special, stats
 
 from ddpm.evaluation.ranking import Z
 from ddpm.evaluation.scores import Score
-from ddpm.images import Pixels
+from ddpm.utils.images import Pixels
 
 MAX_TRAIN = 50_000
-"""Training images among which the nearest one is searched for."""
+"""Default number of training images to search for the nearest one."""
 METRIC = "nearer_than_held_out"
 PERCENTILE = 0.01
 ALPHA = 0.05
@@ -49,7 +49,7 @@ class NearerShare(Score):
     """The lower end of the 95 % interval, over generated and held-out images."""
     high: float
     space: str
-    """What distances are measured in: the feature net's name, or "pixels"."""
+    """Space of the distances: the feature net's name, or "pixels"."""
     threshold: float
     """The held-out images' 1st percentile, a distance as in `Nearest`."""
     n_train: int
@@ -70,9 +70,9 @@ class Pairs:
     """Generated images with their nearest training images, the nearest pair first."""
 
     space: str
-    """What the distances are measured in: the feature net's name, or "pixels"."""
+    """Space of the distances: the feature net's name, or "pixels"."""
     index: NDArray[np.int64]
-    """[P]: of the generated images."""
+    """[P]: indices of the generated images."""
     drawn: Pixels
     """[P, H, W, C]."""
     train: Pixels
@@ -84,11 +84,11 @@ class Pairs:
 
 
 def nearest(queries: Sequence[NDArray], train: Iterable[NDArray]) -> list[Nearest]:
-    """For each set of images the nearest training images.
+    """The nearest training images of each set of images.
 
     Args:
         queries: each [N, ...], pixels or features.
-        train: blocks of [K, ...] in order; one at a time is held.
+        train: blocks of [K, ...] in order; one at a time is in memory.
     """
     from sklearn.metrics.pairwise import pairwise_distances_argmin  # takes seconds to import
 
@@ -120,9 +120,9 @@ def nearer_share(space: str, drawn: Nearest, held_out: Nearest, n_train: int) ->
     the threshold estimates. The k-th smallest of M distances lies at a quantile U ~ Beta(k, M + 1 - k), whatever their
     distribution, and the count below it is Binomial(N, expit(logit U + delta)); the ends are the delta at which the
     count found is at an end of the middle 95 %. That is exact where both kinds of images are alike (delta = 0), for
-    any N and M; elsewhere the odds of lying below a distance are taken to differ by one factor around the threshold. A
-    bootstrap of both sides would not do, since its smallest held-out distance is never below the smallest one found:
-    where nothing is memorised, N = 2,000 and M = 90, it holds 1 % in 72 % of repetitions, this interval in 98 %.
+    any N and M; elsewhere the odds of lying below a distance are assumed to differ by one factor around the threshold.
+    A bootstrap of both sides fails, since its smallest held-out distance is never below the smallest one found: without
+    memorisation, N = 2,000 and M = 90, it covers 1 % in 72 % of repetitions, this interval in 98 %.
 
     Nearer is strict: where more than 1 % of held-out images are copies of training images, the threshold is 0, and
     nothing is below it.

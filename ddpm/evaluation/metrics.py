@@ -1,7 +1,7 @@
-"""How far two sets of images are apart, from their features. All in float64.
+"""Distances between two sets of images, from their features. All in float64.
 
-A metric is biased by the number of images (FID: upward, KID not), so it means something beside that of real images
-against real images at the same number (`scores`).
+The number of images biases a metric (FID upward, KID not), so compare it with that of real images against real images
+at the same number (`scores`).
 
 Papers:
     FID                  Heusel et al. 2017, arXiv:1706.08500
@@ -27,7 +27,7 @@ BLOCK = 1024
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean and scatter of features: all that FID asks for, and the same from parts as from the whole."""
+    """Count, mean and scatter of features: all that FID needs, mergeable from parts."""
 
     n: int
     mean: Array
@@ -37,14 +37,14 @@ class Moments:
 
     @classmethod
     def of(cls, features: NDArray[np.floating]) -> Self:
-        """Of [N, F], N at least 1."""
+        """The moments of [N, F], N at least 1."""
         x = np.asarray(features, np.float64)
         mean = x.mean(0)
         return cls(len(x), mean, (x - mean).T @ (x - mean))
 
     @classmethod
     def merge(cls, *parts: Self) -> Self:
-        """Of all their images, to rounding. Chan et al. 1983, Eq. 2.1."""
+        """The moments of all images of the parts, to rounding. Chan et al. 1983, Eq. 2.1."""
         n = sum(part.n for part in parts)
         mean = sum((part.n * part.mean for part in parts), np.zeros_like(parts[0].mean)) / n
         scatter = np.zeros_like(parts[0].scatter)
@@ -57,15 +57,15 @@ class Moments:
         """[F, F], unbiased.
 
         Raises:
-            ValueError: of one image alone.
+            ValueError: there is one image only.
         """
         if self.n < 2:
-            raise ValueError("n is 1; a covariance takes at least 2 images")
+            raise ValueError("n is 1; a covariance needs at least 2 images")
         return self.scatter / (self.n - 1)
 
     @cached_property
     def root(self) -> Array:
-        """[F, F], the symmetric root of the covariance; kept, since the jackknife asks for it again and again."""
+        """[F, F], the symmetric root of the covariance; cached, since the jackknife uses it repeatedly."""
         eigenvalues, vectors = np.linalg.eigh(self.covariance)
         return (vectors * np.sqrt(eigenvalues.clip(min=0))) @ vectors.T
 
@@ -85,7 +85,7 @@ def fid(a: Moments, b: Moments) -> float:
 
 
 class Estimate(NamedTuple):
-    """A number and how uncertain it is."""
+    """A number and its uncertainty."""
 
     value: float
     error: float
@@ -104,16 +104,16 @@ def kid(
     Args:
         generated: [N, F], N at least 3.
         real: [M, F], M at least 3.
-        label: [N], the classes that were asked for: redrawn images would have the same. None: none were.
+        label: [N], the requested classes, which redrawn images would share. None: there are none.
 
     Raises:
-        ValueError: there are fewer.
+        ValueError: there are fewer images.
 
     Source: Binkowski et al. 2018, Eqs. 3 and 4.
     """
     n, m = len(generated), len(real)
     if min(n, m) < 3:
-        raise ValueError(f"there are {n} generated and {m} real images; KID takes at least 3 of each")
+        raise ValueError(f"there are {n} generated and {m} real images; KID needs at least 3 of each")
     x, y = np.asarray(generated, np.float64), np.asarray(real, np.float64)
     x_to_x, y_to_y = _kernel_sums(x, x, own=True), _kernel_sums(y, y, own=True)
     x_to_y, y_to_x = _kernel_sums(x, y), _kernel_sums(y, x)
@@ -124,20 +124,20 @@ def kid(
 
 
 class Manifold(NamedTuple):
-    """How well generated images lie among real ones, and the other way round; each at least 0."""
+    """Overlap of generated and real images; each number is at least 0."""
 
     precision: float
     """Share of generated images inside the ball of a real one."""
     recall: float
     """Share of real images inside the ball of a generated one."""
     density: float
-    """Balls of real images that a generated one lies in, on average, per k; 1 where the sets are alike."""
+    """Mean number of real images' balls that a generated image lies in, per k; 1 if the sets are alike."""
     coverage: float
     """Share of real images with a generated one in their ball."""
 
 
 class Distances:
-    """What `Manifold` is computed from, kept so that it can be computed without some of the images of either side.
+    """Pairwise distances for `Manifold`, which can be computed without some of the images of either side.
 
     An image's ball reaches to its k-th nearest neighbour of its own set.
 
@@ -161,9 +161,9 @@ class Distances:
     def manifold(
         self, rows: NDArray[np.int64] | None = None, real_rows: NDArray[np.int64] | None = None
     ) -> Manifold:
-        """Manifold of the generated images in `rows`, above 3, and the real ones in `real_rows`, above 5.
+        """Manifold of the generated images in `rows`, more than 3, and the real ones in `real_rows`, more than 5.
 
-        None: all. The balls are those of the images that are left.
+        None: all images. The balls are those of the images that are left.
         """
         to_real, own_radii, real_radii = self._to_real, self._own_radii, self._real_radii
         if rows is not None:
@@ -187,15 +187,14 @@ def jackknife_error(*without: NDArray[np.float64]) -> float:
     Args:
         without: for each sample the estimate without each of its G groups in turn, [G]; a constant may be missing.
 
-    Source: Efron & Stein 1981; of several samples the variances are added (Arvesen 1969).
+    Source: Efron & Stein 1981; the variances of several samples are added (Arvesen 1969).
     """
     return float(np.sqrt(sum((len(w) - 1) * w.var() for w in without)))
 
 
 def projection(size: int, target: int, seed: int = 0) -> Array:
-    """[size, target]: onto a random subspace, orthonormal; FID of many features needs as many images or fewer
-    features."""
-    # RandomState, since numpy promises its streams for ever. FID does not depend on the basis of the subspace.
+    """[size, target]: orthonormal projection onto a random subspace, since FID of many features needs many images."""
+    # RandomState, since numpy has frozen its streams. FID does not depend on the basis of the subspace.
     q, _ = np.linalg.qr(np.random.RandomState(seed).standard_normal((size, target)))
     return q
 
@@ -244,5 +243,5 @@ def _radii(own: NDArray[np.float32], *ks: int) -> NDArray[np.float32]:
         own: [N, N], with 0 from itself to itself.
     """
     if len(own) <= ks[-1]:
-        raise ValueError(f"there are {len(own)} images; a {ks[-1]}-th neighbour takes at least {ks[-1] + 1}")
+        raise ValueError(f"there are {len(own)} images; a {ks[-1]}-th neighbour needs at least {ks[-1] + 1}")
     return np.partition(own, ks, axis=1)[:, ks].T

@@ -1,9 +1,7 @@
-"""The feature net of a name."""
+"""Feature nets by name."""
 
 from collections.abc import Callable
-from typing import Literal
 
-from ddpm.config import UserError
 from ddpm.data.reading import DataSet
 from ddpm.evaluation import classifier
 from ddpm.evaluation.cache import Cache
@@ -11,36 +9,39 @@ from ddpm.evaluation.features import FeatureNet
 from ddpm.evaluation.inception import Inception
 from ddpm.evaluation.lite0 import Lite0
 from ddpm.evaluation.pixels import Pixels
+from ddpm.utils.errors import UserError
 
-Name = Literal["inception", "lite0", "classifier", "pixels"]
+OnProgress = Callable[[int], None]
+FEATURE_NETS: dict[str, Callable[[DataSet, Cache, str | None, OnProgress], FeatureNet]] = {
+    "classifier": lambda train, cache, _, on_progress: classifier.build(
+        train, cache, on_progress=on_progress
+    ),
+    "inception": lambda train, cache, weights, _: Inception(weights),
+    "lite0": lambda *_: Lite0(),
+    "pixels": lambda train, *_: Pixels(train.shape),
+}
+"""What builds each, from the arguments of `build` after the name."""
 
 
 def build(
-    name: Name,
+    name: str,
     train: DataSet,
     cache: Cache,
     inception_weights: str | None = None,
-    on_progress: Callable[[int], None] = lambda done: None,
+    on_progress: OnProgress = lambda done: None,
 ) -> FeatureNet:
     """The feature net `name` for images like those of `train`.
 
     Args:
-        name: inception needs its weights, classifier a data set with labels; pixels and lite0 nothing.
+        name: inception needs its weights, classifier a data set with labels; pixels and lite0 need nothing.
         train: the split to train a classifier on.
-        cache: where a trained classifier is kept.
-        inception_weights: path or URL; None: where torch-fidelity keeps them.
-        on_progress: is told how many of classifier.TRAIN_IMAGES a classifier has seen, if one is trained.
+        cache: cache of the trained classifier.
+        inception_weights: path or URL; None: the file of torch-fidelity.
+        on_progress: called with the number of classifier.TRAIN_IMAGES seen, if a classifier is trained.
 
     Raises:
-        UserError: what it needs is missing.
+        UserError: weights, packages or labels are missing.
     """
-    match name:
-        case "inception":
-            return Inception(inception_weights)
-        case "lite0":
-            return Lite0()
-        case "classifier":
-            return classifier.build(train, cache, on_progress=on_progress)
-        case "pixels":
-            return Pixels(train.shape)
-    raise UserError(f"feature net {name!r} is unknown; it must be inception, lite0, classifier or pixels")
+    if name not in FEATURE_NETS:
+        raise UserError(f"feature net {name!r} is unknown; it must be one of {', '.join(FEATURE_NETS)}")
+    return FEATURE_NETS[name](train, cache, inception_weights, on_progress)

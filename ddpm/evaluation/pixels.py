@@ -1,10 +1,10 @@
-"""The pixels themselves as features: no net, no opinion, and little sense of what an image shows."""
+"""The pixels themselves as features, without a net; they say little about the content of an image."""
 
 import hashlib
 
 from torch import Tensor
 
-from ddpm import images
+from ddpm.utils import images
 
 
 class Pixels:

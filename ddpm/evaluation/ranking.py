@@ -1,10 +1,11 @@
-"""Who is better than whom, when every number has an error: ranks with ties, and how far two rankings agree.
+"""Rankings of numbers with errors: ranks with ties, and the agreement of two rankings.
 
-A rank is a range, from 1 + how many are surely better to N - how many are surely worse. Two of which neither is surely
-better are a tie. All pairs are tested, and of N equal competitors any pair is told apart in at most LEVEL of all cases:
-Holm 1979, "A simple sequentially rejective multiple test procedure".
+A rank is a range, from 1 + the number of significantly better competitors to N - the number of significantly worse
+ones. Two competitors without a significant difference are a tie. All pairs are tested; of N equal competitors a pair
+differs significantly in at most LEVEL of all cases: Holm 1979, "A simple sequentially rejective multiple test
+procedure".
 
-Axes: N competitors, P = N (N - 1) / 2 pairs, M images they all were judged by.
+Axes: N competitors, P = N (N - 1) / 2 pairs, M images on which all were evaluated.
 """
 
 from typing import Any, NamedTuple
@@ -16,11 +17,11 @@ from scipy import stats
 Z = 1.96
 """Standard errors to each side of an interval: 95 % of a normal distribution."""
 LEVEL = 0.05
-"""How often a difference may be claimed, at most, where there is none."""
+"""Largest probability of claiming a difference where there is none."""
 
 
 class Rank(NamedTuple):
-    """The places that a competitor may have, from 1 on."""
+    """The range of places of a competitor, from 1 on."""
 
     best: int
     worst: int
@@ -34,13 +35,13 @@ class Agreement(NamedTuple):
 
     spearman: float
     kendall: float
-    """tau-b, which reckons with equal values."""
+    """tau-b, which allows for equal values."""
 
 
 def ranks(values: ArrayLike, errors: ArrayLike) -> list[Rank]:
-    """Ranks of independent numbers, the less the better; differences are tested with the normal distribution.
+    """Ranks of independent numbers, lower is better; differences are tested with the normal distribution.
 
-    Numbers that vary together, as KIDs from the same real images do, are told apart more seldom than they could be.
+    For numbers that vary together, such as KIDs from the same real images, the test is conservative.
 
     Args:
         values: [N].
@@ -52,12 +53,12 @@ def ranks(values: ArrayLike, errors: ArrayLike) -> list[Rank]:
 
 
 def paired_ranks(values: ArrayLike) -> list[Rank]:
-    """Ranks of competitors judged by the same images; differences are tested with Student's paired t-test.
+    """Ranks of competitors evaluated on the same images; differences are tested with Student's paired t-test.
 
-    What an image costs everybody drops out of the difference, so that much smaller ones are told apart.
+    An image's common part cancels in the difference, so much smaller differences are significant.
 
     Args:
-        values: [N, M], the less the better; M at least 2.
+        values: [N, M], lower is better; M at least 2.
     """
     v = np.asarray(values, float)
     n, m = v.shape
@@ -67,7 +68,7 @@ def paired_ranks(values: ArrayLike) -> list[Rank]:
 
 
 def agreement(a: ArrayLike, b: ArrayLike) -> Agreement:
-    """How far two numbers of the same competitors, [N] each, rank them alike."""
+    """Rank correlations of two numbers of the same competitors, [N] each."""
     a, b = np.asarray(a, float), np.asarray(b, float)
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return Agreement(float("nan"), float("nan"))
@@ -87,9 +88,9 @@ def _ranks(
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         t = difference / error
-    t[np.isnan(t)] = 0  # two that are the same for every image, or of which nothing is known
+    t[np.isnan(t)] = 0  # two that are equal for every image, or unknown
     rejected = _rejected(2 * distribution.sf(abs(t)))
-    better = np.zeros((n, n), bool)  # the row is surely better than the column
+    better = np.zeros((n, n), bool)  # the row is significantly better than the column
     better[np.triu_indices(n, 1)] = rejected & (t < 0)
     better.T[np.triu_indices(n, 1)] = rejected & (t > 0)
     worse_than, better_than = better.sum(0), better.sum(1)
@@ -97,7 +98,7 @@ def _ranks(
 
 
 def _rejected(p: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """[P]: which hypotheses Holm's procedure rejects at LEVEL, given their p-values."""
+    """[P]: the hypotheses that Holm's procedure rejects at LEVEL, given their p-values."""
     order = np.argsort(p)
     rejected = np.empty(len(p), bool)
     rejected[order] = np.logical_and.accumulate(p[order] <= LEVEL / np.arange(len(p), 0, -1))

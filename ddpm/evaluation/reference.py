@@ -1,4 +1,4 @@
-"""Features of real images, computed once for a data set and a feature net.
+"""Features of real images, computed once per data set and feature net.
 
 Axes: M images, F features.
 """
@@ -14,11 +14,11 @@ from ddpm.evaluation.features import FeatureNet, Features, features_of
 
 CHUNK_IMAGES = 4096
 WINDOW_ROWS = 8192
-"""Of the order in which images are taken, whatever a run's own."""
+"""Window size of the order in which images are taken, independent of a run's."""
 
 
 def images_of(data_set: DataSet, start: int, stop: int) -> Images:
-    """The images at these places of an order without a seed, as `real_features` takes them."""
+    """The images at these positions of a fixed order, that of `real_features`."""
     return data_set.read(data_set.plan(0, WINDOW_ROWS), start, stop, "substitute")
 
 
@@ -30,7 +30,7 @@ def real_features(
     device: torch.device,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> Features:
-    """The features of the first `num_images` of the split, or of all if it has fewer, in an order without a seed.
+    """The features of the first `num_images` of the split, or of all if it has fewer, in a fixed order.
 
     Raises:
         UserError: the split cannot be read, or the cache cannot be written.

@@ -1,7 +1,7 @@
-"""From features to a table: each number named by its feature net, with n, its uncertainty, and its floor.
+"""Scores from features: each named by its feature net, with n, uncertainty, and floor.
 
-The floor is the same metric of other real images, as many, against the same real images: what a perfect model would
-get. "FID" alone means Inception's; of the other nets it is called by theirs, "FID-lite0".
+The floor is the same metric of as many other real images against the same real images: the score of a perfect model.
+"FID" alone means Inception's; with other nets it carries their name, "FID-lite0".
 
 Axes: N generated images, M real images, F features.
 """
@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm.config import UserError
 from ddpm.evaluation.features import Features
 from ddpm.evaluation.metrics import (
     Distances,
@@ -23,31 +22,32 @@ from ddpm.evaluation.metrics import (
     kid,
     projection,
 )
+from ddpm.utils.errors import UserError
 
 GROUPS = 10
-"""Groups of the generated and of the real images, left out in turn for the errors of FID and of the manifold's four."""
+"""Groups of the generated and of the real images, left out in turn for the errors of FID and the manifold's metrics."""
 MAX_PAIRWISE = 10_000
-"""KID and the manifold's four compare pairs of images; of more, the first so many are taken."""
+"""KID and the manifold's metrics compare pairs of images, of this many images at most."""
 MAX_FID_FEATURES = 128
-"""FID of more features than that is a matter of n rather than of images; they are projected (but not Inception's)."""
+"""More features are projected (except Inception's), since FID would depend on n more than on the images."""
 LEAST_IMAGES = 2 * GROUPS
 
 
 @dataclass(frozen=True)
 class Score:
-    """One number."""
+    """One metric with its uncertainty."""
 
     name: str
-    """With its feature net: "KID-lite0"."""
+    """Name with the feature net: "KID-lite0"."""
     value: float
     error: float
-    """Standard error of redrawing the generated and the real images (two-sample jackknife); of bits/dim over images."""
+    """Standard error of redrawing generated and real images (two-sample jackknife); for bits/dim, over images."""
     n: int
-    """Generated images; of bits/dim, real ones."""
+    """Generated images; for bits/dim, real ones."""
     n_real: int | None = None
-    """Real images they are compared with."""
+    """Real images in the comparison."""
     floor: float | None = None
-    """Real against real."""
+    """Value of real images against real images."""
     floor_error: float | None = None
     floor_n: int | None = None
     """Images of the floor: n, unless there are fewer."""
@@ -60,17 +60,17 @@ def score(
     other_real: Features | None = None,
     label: NDArray[np.int64] | None = None,
 ) -> list[Score]:
-    """FID, KID, precision, recall, density and coverage, of one feature net.
+    """FID, KID, precision, recall, density and coverage, with one feature net.
 
     Args:
         net_name: FeatureNet.name.
-        generated: of the model.
-        real: of images it was not trained on.
-        other_real: of other real images, for the floor; the first N of them are used.
-        label: [N], the classes that were asked for; None: none were.
+        generated: features of generated images.
+        real: features of held-out images.
+        other_real: features of other real images, for the floor; the first N of them are used.
+        label: [N], the requested classes; None: there are none.
 
     Raises:
-        UserError: too few images on one side.
+        UserError: there are too few images on one side.
     """
     scores = list(_without_floor(net_name, generated, real, label))
     if other_real is None:
@@ -90,7 +90,7 @@ def _without_floor(
         if len(side) < LEAST_IMAGES:
             raise UserError(
                 f"there are {len(generated)} generated and {len(real)} real images; "
-                f"it takes at least {LEAST_IMAGES} of each to compare them"
+                f"a comparison needs at least {LEAST_IMAGES} of each"
             )
     n, m = len(generated), len(real)
     name, estimate = _fid(net_name, generated, real, label)
@@ -137,22 +137,21 @@ def _manifold(generated: Features, real: Features, label: NDArray[np.int64] | No
 
 
 def _share_error(share: float, n: int) -> float:
-    """The least standard error of a share of n images.
+    """The smallest standard error of a share of n images.
 
-    Where a share is 0 or 1 the jackknife finds no error at all. Two images are added to either side (Agresti & Coull
-    1998).
+    For a share of 0 or 1 the jackknife gives no error. Two images are added to either side (Agresti & Coull 1998).
     """
     p = (share * n + 2) / (n + 4)
     return float((p * (1 - p) / (n + 4)) ** 0.5)
 
 
 def _groups(n: int, label: NDArray[np.int64] | None = None) -> list[NDArray[np.int64]]:
-    """The rows of each of the groups, from one fixed permutation, with as much of every class in each.
+    """The rows of each group, from one fixed permutation, stratified by class.
 
-    Real images have no `label` here: how many there are of a class is chance, as in redrawn ones, and that chance
-    belongs to the error. A conditional net draws as many of a class as it is told to.
+    Real images have no `label` here: their number per class is random, as in redrawn ones, and belongs to the error. A
+    conditional net makes a given number per class.
     """
-    order = np.random.RandomState(0).permutation(n)  # RandomState, since numpy promises its streams for ever
+    order = np.random.RandomState(0).permutation(n)  # RandomState, since numpy has frozen its streams
     if label is not None:
         order = order[np.argsort(label[order], kind="stable")]
     return [np.sort(order[k::GROUPS]) for k in range(GROUPS)]

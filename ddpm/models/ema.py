@@ -1,8 +1,8 @@
-"""The exponential moving average of a net's weights: what samples are drawn from.
+"""The exponential moving average of a net's weights, which samples are drawn from.
 
 Averaged weights make much better samples than the last ones (Song and Ermon 2020, arXiv:2006.09011; Ho et al.
-2020, arXiv:2006.11239, Appendix B: decay 0.9999). The average is warmed up: else the random weights of the
-start stay in it for about 1 / (1 - decay) steps, and early samples are noise.
+2020, arXiv:2006.11239, Appendix B: decay 0.9999). The average is warmed up; otherwise the random initial weights
+stay in it for about 1 / (1 - decay) steps, and early samples are noise.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 class EMA:
     """The averaged weights, as a net to evaluate: `ema.net`, in eval mode, without gradients.
 
-    Every rank keeps its own. Weights are equal on all ranks after each step, so the averages are too, without
+    Every rank keeps one. Weights are equal on all ranks after each step, so the averages are too, without
     communication, and every rank can sample.
     """
 
@@ -53,13 +53,13 @@ class EMA:
             ours.copy_(theirs)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averaged weights under the names of the net's."""
+        """The averaged weights, under the names of the net's weights."""
         return self.net.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from weights that `state_dict` gave.
+        """Restore weights from `state_dict`.
 
         Raises:
-            RuntimeError: a name or a shape that is not the net's.
+            RuntimeError: a name or a shape differs from the net's.
         """
         self.net.load_state_dict(state)

@@ -1,7 +1,6 @@
 """The layers of the U-Net, small enough to read one by one.
 
-They are those of Ho et al. 2020 (arXiv:2006.11239), Appendix B, in a room of their own so that unet.py shows
-how the net is put together and nothing else.
+They are those of Ho et al. 2020 (arXiv:2006.11239), Appendix B.
 
 Every image tensor is channels-last in memory: attention then reads an image as a sequence of pixels, and
 writes it back, without a copy. Two of torch's kernels for CPUs are slow on that (torch 2.13), and are done here
@@ -13,7 +12,7 @@ Axes: B batch, C channels, H W pixels, N = H * W pixels as a sequence, G groups,
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,17 +20,23 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
-    from ddpm.config import ModelConfig
+    from ddpm.config import UNetConfig
 
 NORM_EPS = 1e-6
+EMBEDDED_TIMESTEPS = 1000
+"""The T that the sinusoids are made for; every other T is stretched onto it."""
+MAX_BLOCKS = 64
+"""Largest number of blocks per resolution. A config from outside with more would take forever to build."""
+MAX_SIZE = 1 << 20
+"""Largest side, width, and number of classes. No memory holds a net of more, and torch cannot count its weights."""
 FEW_PIXELS = 1024
-"""A CPU attends to so many with all N x N weights in memory."""
+"""Largest N for which attention on a CPU holds all N x N weights in memory."""
 
 
 class Block(nn.Module):
     """A residual block, then self-attention if asked for: [B, C_in, H, W] -> [B, C_out, H, W]."""
 
-    def __init__(self, width_in: int, width_out: int, attention: bool, config: ModelConfig) -> None:
+    def __init__(self, width_in: int, width_out: int, attention: bool, config: UNetConfig) -> None:
         super().__init__()
         self.norm_1 = GroupNorm(config.norm_groups, width_in)
         self.conv_1 = nn.Conv2d(width_in, width_out, 3, padding=1)
@@ -55,7 +60,7 @@ class Block(nn.Module):
 class SelfAttention(nn.Module):
     """Every pixel attends to every pixel, and the result is added: [B, C, H, W] -> the same."""
 
-    def __init__(self, width: int, config: ModelConfig) -> None:
+    def __init__(self, width: int, config: UNetConfig) -> None:
         super().__init__()
         self.head_dim = config.attention_head_dim or width
         self.norm = GroupNorm(config.norm_groups, width)
@@ -75,8 +80,8 @@ class SelfAttention(nn.Module):
 class GroupNorm(nn.GroupNorm):
     """Group normalisation: [B, C, H, W] -> the same.
 
-    On a CPU in float32, as an autocast makes it elsewhere: torch's where the net is compiled, which fuses what it can
-    see through, and else ours.
+    On a CPU in float32, as under autocast elsewhere: torch's own if the net is compiled, which can fuse it, else
+    `_Normalise`.
 
     Source: Wu and He 2018, arXiv:1803.08494.
     """
@@ -176,6 +181,29 @@ def sinusoids(t: Tensor, width: int) -> Tensor:
     exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - 1)
     angles = t.float()[:, None] * torch.exp(-math.log(10_000) * exponent)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class Conditional(Protocol):
+    """A net that may take t and a label."""
+
+    time_conditional: bool
+    num_classes: int
+
+
+def check_conditions(net: Conditional, x_t: Tensor, t: Tensor | None, label: Tensor | None) -> Tensor | None:
+    """`label`, or the null label [B] where a net with labels is given none.
+
+    Raises:
+        ValueError: t or label is given to a net that does not take it, or t is missing.
+    """
+    if (t is not None) != net.time_conditional:
+        right = "a tensor of timesteps" if net.time_conditional else "None"
+        raise ValueError(f"t must be {right}: the net has time_conditional {net.time_conditional}")
+    if label is not None and not net.num_classes:
+        raise ValueError("label must be None: the net has num_classes 0")
+    if label is None and net.num_classes:
+        label = torch.full((len(x_t),), net.num_classes, device=x_t.device)
+    return label
 
 
 def zero(layer: nn.Conv2d | nn.Linear) -> None:

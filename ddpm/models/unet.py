@@ -19,21 +19,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.models.layers import Block, Downsample, GroupNorm, Upsample, sinusoids, zero
+from ddpm.models.layers import (
+    EMBEDDED_TIMESTEPS,
+    MAX_BLOCKS,
+    MAX_SIZE,
+    Block,
+    Downsample,
+    GroupNorm,
+    Upsample,
+    check_conditions,
+    sinusoids,
+    zero,
+)
 
 if TYPE_CHECKING:
-    from ddpm.config import ModelConfig
-
-EMBEDDED_TIMESTEPS = 1000
-"""The T that the sinusoids are made for; every other T is stretched onto it."""
-MAX_BLOCKS = 64
-"""Of a resolution. More are a mistake, or a trap in a config from outside: merely to build them takes for ever."""
-MAX_SIZE = 1 << 20
-"""Largest side, width, and number of classes. No memory holds a net of more, and torch cannot count its weights."""
+    from ddpm.config import UNetConfig
 
 
 def build(
-    config: ModelConfig,
+    config: UNetConfig,
     *,
     time_conditional: bool = True,
     autocast_dtype: torch.dtype | None = None,
@@ -43,14 +47,14 @@ def build(
     """The net of a config, with fresh weights drawn from torch's global generator.
 
     Args:
-        config: the sizes; `ddpm.config.ModelConfig` explains each.
+        config: the sizes; `ddpm.config.UNetConfig` explains each.
         time_conditional: False makes a net without weights for t, to be called with t = None.
-        autocast_dtype: what the net computes in, torch.bfloat16 for example; None: float32, as the weights.
+        autocast_dtype: dtype of the computation, torch.bfloat16 for example; None: float32, as the weights.
         out_channels: channels of the prediction; None: those of the images.
         num_timesteps: T, at least 1. The net embeds t * 1000 / T, which means about the same noise for any T.
 
     Raises:
-        ValueError: sizes out of range, or that do not fit together; it names the parameter.
+        ValueError: sizes are out of range or do not fit together; the message names the parameter.
     """
     _check(config, num_timesteps)
     net = UNet(config, time_conditional, autocast_dtype, num_timesteps, out_channels or config.channels)
@@ -59,11 +63,11 @@ def build(
 
 
 class UNet(nn.Module):
-    """The whole net; `build` makes one from sizes it has checked."""
+    """The whole net; `build` checks the sizes and makes one."""
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: UNetConfig,
         time_conditional: bool,
         autocast_dtype: torch.dtype | None,
         num_timesteps: int,
@@ -131,12 +135,12 @@ class UNet(nn.Module):
             zero(self.conv_out)
 
     def forward(self, x_t: Tensor, t: Tensor | None, label: Tensor | None = None) -> Tensor:
-        """What the net predicts for each image, independently of the others in the batch.
+        """Predict for each image, independently of the others in the batch.
 
         Args:
             x_t: [B, C, H, W] float32.
             t: [B] int64 in [0, T); None for a net that is not time-conditional.
-            label: [B] int64 in [0, num_classes]; num_classes is the null label, and None is that for all.
+            label: [B] int64 in [0, num_classes]; num_classes is the null label, None the null label for all.
 
         Returns:
             The prediction, float32 [B, out_channels, H, W].
@@ -144,14 +148,7 @@ class UNet(nn.Module):
         Raises:
             ValueError: t or label is given to a net that does not take it, or t is missing.
         """
-        if (t is not None) != self.time_conditional:
-            right = "a tensor of timesteps" if self.time_conditional else "None"
-            raise ValueError(f"t must be {right}: the net has time_conditional {self.time_conditional}")
-        if label is not None and not self.num_classes:
-            raise ValueError("label must be None: the net has num_classes 0")
-        if label is None and self.num_classes:
-            label = torch.full((len(x_t),), self.num_classes, device=x_t.device)
-
+        label = check_conditions(self, x_t, t, label)
         with torch.autocast(x_t.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             shifts = self._shifts(t, label)
             h = self.conv_in(x_t.contiguous(memory_format=torch.channels_last))
@@ -170,7 +167,7 @@ class UNet(nn.Module):
         return out.float()
 
     def _shifts(self, t: Tensor | None, label: Tensor | None) -> Iterator[Tensor | None]:
-        """What t and label add to every pixel, [B, C, 1, 1], block by block; always None without either."""
+        """The shift of t and label for every pixel, [B, C, 1, 1], block by block; None if there is neither."""
         conditions = []
         if t is not None:
             conditions.append(self.time_mlp(sinusoids(t * self.time_scale, self.sinusoid_width)))  # [B, E]
@@ -183,8 +180,8 @@ class UNet(nn.Module):
         return iter(shifts[:, :, None, None].split(self.shift_widths, dim=1))
 
 
-def _check(config: ModelConfig, num_timesteps: int) -> None:
-    """Raise ValueError for sizes that make no net, with what was got and what would be right."""
+def _check(config: UNetConfig, num_timesteps: int) -> None:
+    """Raise ValueError for sizes that make no net; the message says the value and what would be right."""
 
     def require(true: bool, name: str, right: str) -> None:
         if not true:
@@ -214,9 +211,8 @@ def _check(config: ModelConfig, num_timesteps: int) -> None:
     require(size >= grain and size % grain == 0, "image_size", multiple)
     require(size <= MAX_SIZE, "image_size", f"at most {MAX_SIZE}")
     sizes = [size >> level for level in range(len(widths))]
-    among = (
-        f"among {sizes}, as --model.attention-resolutions {next((s for s in sizes if s <= 16), sizes[-1])}"
-    )
+    example = next((s for s in sizes if s <= 16), sizes[-1])
+    among = f"among {sizes}, such as --model.attention-resolutions {example}"
     require(set(config.attention_resolutions) <= set(sizes), "attention_resolutions", among)
 
     head_dim = config.attention_head_dim

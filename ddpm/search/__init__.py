@@ -1,1 +1,1 @@
-"""A search: its trials, who judges them, and how it ended. What Ray Tune does of it is in tune/."""
+"""A search: its event log, trials, evaluator and leaderboard. The Ray Tune side is in tune/."""

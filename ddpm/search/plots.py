@@ -1,7 +1,4 @@
-"""The pictures of a search: which settings gave what, likelihood beside sample quality, denoising at equal noise.
-
-Its own room because plots.py is about a report on checkpoints.
-"""
+"""Plots of a search: settings and their results, likelihood beside sample quality, denoising at equal noise."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -15,16 +12,16 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ddpm.evaluation.ranking import Z
-from ddpm.search.trials import Metric, Trial
+from ddpm.search.event_log import Metric, Trial
 
 MANY = 8
-"""A numeric axis is logarithmic where its values span more than such a factor."""
+"""A numeric axis is logarithmic if its values span more than this factor."""
 MISSING = -0.12
-"""Where a line passes an axis that does not concern it: below."""
+"""Height at which a line passes an axis without a value."""
 
 
 def parallel(trials: Sequence[Trial], metric: Metric) -> bytes:
-    """A line for each trial over its settings, coloured by the metric: the best are dark. A PNG."""
+    """One line per trial over its settings, coloured by the metric: the best are dark. A PNG."""
     shown = sorted(
         (trial for trial in trials if trial.last),
         key=lambda t: t.last.value(metric) if t.last else 0.0,
@@ -63,7 +60,7 @@ def parallel(trials: Sequence[Trial], metric: Metric) -> bytes:
 
 
 def scatter(trials: Sequence[Trial]) -> bytes:
-    """Likelihood beside sample quality of the trials that were drawn from, with intervals of 95 %. A PNG."""
+    """Likelihood beside sample quality of the finalists, with intervals of 95 %. A PNG."""
     figure, axes = _figure(4.6, 3.6)
     for i, trial in enumerate(trial for trial in trials if trial.drawn and trial.last):
         assert trial.last is not None
@@ -89,7 +86,7 @@ def denoising(log_snr: NDArray[np.float64], curves: Mapping[str, NDArray[np.floa
 
     Args:
         log_snr: [L].
-        curves: by what the legend says, [N, L], the squared error of each image.
+        curves: by legend entry, [N, L], the squared error of each image.
     """
     figure, axes = _figure(4.6, 3.6)
     for label, errors in curves.items():

@@ -1,7 +1,6 @@
 """A run's checkpoints in storage: written in the background, found again after a crash.
 
-Its own room because checkpoint.py is about what a checkpoint is, and this is about getting one into a bucket
-whatever dies on the way. A checkpoint exists once its checksums.json does: everything else is there before,
+A checkpoint exists once its checksums.json does: everything else is there before,
 the segment of what was tracked since the last one included. A worker killed at any moment leaves either the
 whole checkpoint or none, and so does a power cut: on a disk everything is fsynced before it gets its name. What is
 found damaged is passed over for the one before.
@@ -22,15 +21,17 @@ from typing import Any
 import pyarrow.fs as pafs
 import torch
 
-from ddpm import runs, segments
-from ddpm.config import Config, UserError
-from ddpm.patience import StorageError, patiently
-from ddpm.records import segment_name
-from ddpm.storage import Location
-from ddpm.training import checkpoint
-from ddpm.training.checkpoint import CHECKSUMS, FILES, Snapshot
+from ddpm.checkpoints import checkpoint, runs
+from ddpm.checkpoints.checkpoint import CHECKSUMS, FILES, Snapshot
+from ddpm.config import Config
+from ddpm.hub import resolve
+from ddpm.storage.locations import Location
+from ddpm.tracking import spool
+from ddpm.tracking.metrics_buffer import segment_name
 from ddpm.training.state import State
 from ddpm.utils import files
+from ddpm.utils.errors import UserError
+from ddpm.utils.retry import StorageError, retry_io
 
 MAX_SNAPSHOTS = 2
 """One being written, one waiting: a run that saves faster than storage takes it waits for storage."""
@@ -77,7 +78,7 @@ class CheckpointManager:
     def flush_on_error(self, images_seen: int, segment: bytes | None) -> None:
         """Store what was tracked since the last checkpoint of a run that ends in an error."""
         if segment is not None:
-            self.publish(f"{segments.FOLDER}/{segment_name(images_seen, last_words=True)}", segment)
+            self.publish(f"{spool.FOLDER}/{segment_name(images_seen, last_words=True)}", segment)
 
     def publish(self, name: str, data: bytes) -> None:
         """Store a file that training can do without."""
@@ -112,9 +113,9 @@ class CheckpointManager:
                 self._failure = error
             self._todo.task_done()
 
-    def _patiently(self, call: Callable[[], None], where: Location, timeout_s: float | None = None) -> None:
+    def _retry_io(self, call: Callable[[], None], where: Location, timeout_s: float | None = None) -> None:
         try:
-            patiently(call, where=where.uri, timeout_s=self._timeout_s if timeout_s is None else timeout_s)
+            retry_io(call, where=where.uri, timeout_s=self._timeout_s if timeout_s is None else timeout_s)
         except (
             FileNotFoundError
         ) as error:  # an answer when reading; to a writer it says that the place is gone
@@ -123,7 +124,7 @@ class CheckpointManager:
     def _publish(self, name: str, data: bytes) -> None:
         where = self._run.child(name)
         try:
-            self._patiently(lambda: where.write(data), where, min(self._timeout_s, FILE_TIMEOUT_S))
+            self._retry_io(lambda: where.write(data), where, min(self._timeout_s, FILE_TIMEOUT_S))
         except StorageError as error:
             self._warn(str(error))
 
@@ -131,10 +132,10 @@ class CheckpointManager:
         try:
             target = self._run.child(checkpoint.name_at(snapshot.images_seen))
             with _staging(target) as folder:
-                self._patiently(lambda: _write_fresh(snapshot, folder), target)
+                self._retry_io(lambda: _write_fresh(snapshot, folder), target)
                 if segment is not None:
-                    where = self._run.child(segments.FOLDER).child(segment_name(snapshot.images_seen))
-                    self._patiently(lambda: where.write(segment, durable=True), where)
+                    where = self._run.child(spool.FOLDER).child(segment_name(snapshot.images_seen))
+                    self._retry_io(lambda: where.write(segment, durable=True), where)
                 if best:
                     name = checkpoint.name_at(snapshot.images_seen, checkpoint.BEST_PREFIX)
                     self._commit(folder, self._run.child(name), move=False)
@@ -143,23 +144,23 @@ class CheckpointManager:
             self._room.release()
         self._committed(snapshot.images_seen)
         try:
-            self._patiently(self._retire, self._run, min(self._timeout_s, FILE_TIMEOUT_S))
+            self._retry_io(self._retire, self._run, min(self._timeout_s, FILE_TIMEOUT_S))
         except StorageError as error:
             self._warn(f"an old checkpoint stays: {error}")
 
     def _commit(self, folder: Path, target: Location, *, move: bool) -> None:
         """Make the checkpoint in `folder` exist at `target`; one of the same name there ceases to exist first."""
         if target.is_local:
-            self._patiently(lambda: _put_in_place(folder, Path(target.path), move), target)
+            self._retry_io(lambda: _put_in_place(folder, Path(target.path), move), target)
             return
-        self._patiently(lambda: _uncommit(target), target)
+        self._retry_io(lambda: _uncommit(target), target)
         names = sorted(path.name for path in folder.iterdir() if path.name != CHECKSUMS)
         with ThreadPoolExecutor(len(names)) as pool:  # at once: storage may take seconds for a request
             list(pool.map(lambda name: self._upload(folder, target, name), names))
         self._upload(folder, target, CHECKSUMS)
 
     def _upload(self, folder: Path, target: Location, name: str) -> None:
-        self._patiently(partial(_upload, folder / name, target.child(name)), target)
+        self._retry_io(partial(_upload, folder / name, target.child(name)), target)
 
     def _retire(self) -> None:
         """Remove what is too old, or no longer the best."""
@@ -178,7 +179,7 @@ def latest_valid(run: Location, timeout_s: float, warn: Callable[[str], None]) -
         UserError: all are damaged.
         StorageError: storage does not answer.
     """
-    found = patiently(lambda: runs.checkpoints(run), where=run.uri, timeout_s=timeout_s)
+    found = retry_io(lambda: runs.checkpoints(run), where=run.uri, timeout_s=timeout_s)
     for location in reversed(found):
         with contextlib.ExitStack() as stack:
             try:
@@ -213,12 +214,12 @@ def begin(run: Location, config: Config, identity: dict[str, Any], warn: Callabl
     """
     assert config.train.init_from is not None, "who asks has looked"
     state = State.create(config, torch.device("cpu"))
-    with runs.local_checkpoint(config.train.init_from) as folder:
-        checkpoint.begin(folder, state, config)
+    with resolve.local_checkpoint(config.train.init_from) as folder:
+        state.init_from(folder, config)
     first = CheckpointManager(
         run, config.train.keep_checkpoints, config.run.storage_timeout_s, lambda seen: None, warn
     )
-    first.save(checkpoint.snapshot(state, config, identity), None, best=False)
+    first.save(state.snapshot(config, identity), None, best=False)
     first.flush()
     first.close()
 
@@ -234,7 +235,7 @@ def as_folder(location: Location, timeout_s: float) -> Iterator[Path]:
         local.mkdir()
         for name in FILES:
             file = location.child(name)
-            data = patiently(file.read, where=location.uri, timeout_s=timeout_s)
+            data = retry_io(file.read, where=location.uri, timeout_s=timeout_s)
             (local / name).write_bytes(data)
         yield local
 
@@ -242,7 +243,7 @@ def as_folder(location: Location, timeout_s: float) -> Iterator[Path]:
 def clean_up(run: Location) -> None:
     """Remove what a worker killed while it was writing has left."""
     run.sweep()
-    run.child(segments.FOLDER).sweep()
+    run.child(spool.FOLDER).sweep()
     for name in run.folders():
         is_ours = name.startswith((checkpoint.PREFIX, checkpoint.BEST_PREFIX))
         if _is_temporary(name) or (is_ours and not run.child(name).child(CHECKSUMS).exists()):

@@ -6,8 +6,9 @@ import ray
 import ray.exceptions
 from ray.train import UserCallback
 
-from ddpm.config import Config, UserError
+from ddpm.config import Config
 from ddpm.training import run_state
+from ddpm.utils.errors import UserError
 
 SHOWN = 300
 """Characters of a worker's error in a warning."""

@@ -17,24 +17,28 @@ import ray
 import ray.exceptions
 
 from ddpm import config as configs
-from ddpm import runs, segments, storage
-from ddpm.config import Config, UserError
+from ddpm.checkpoints import checkpoint, runs
+from ddpm.checkpoints.runs import Run
+from ddpm.cluster import resources
+from ddpm.config import Config
 from ddpm.data.reading import DataSet
-from ddpm.delivery import Courier, Delivery
-from ddpm.driver_lock import DriverLock
-from ddpm.runs import Run
-from ddpm.tracking import Address, tracking_uri, without_password
-from ddpm.training import checkpoint, checkpoint_manager, resources, run_state
+from ddpm.storage import locations
+from ddpm.storage.driver_lock import DriverLock
+from ddpm.tracking import spool
+from ddpm.tracking.mlflow_runs import Address, tracking_uri, without_password
+from ddpm.tracking.uploader import Delivery, Uploader
+from ddpm.training import checkpoint_manager, run_state
 from ddpm.training.failures import TrainingFailed, last_line, too_many_preemptions
 from ddpm.training.monitor import DriverMonitor, ShouldContinue, always
 from ddpm.training.worker_group import PersistentWorkerGroup
+from ddpm.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
 DELIVERY_TIMEOUT_S = 30.0
 """What MLflow has not taken so long after the end is left to jobs/track.py."""
 HASTY_DELIVERY_TIMEOUT_S = 1.0
-"""Of a run that was asked to stop: who asked will not wait."""
+"""The same for a run that was asked to stop."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def fit(
     cpus, gpus = per_worker["CPU"], per_worker.get("GPU", 0)
     print(f"workers     {config.cluster.num_workers}, of {cpus:g} CPUs and {gpus:g} GPUs each", flush=True)
     assert config.run.name is not None, "runs.settled names a run"
-    folder = storage.resolve(config.run.storage).child(config.run.name)
+    folder = locations.resolve(config.run.storage).child(config.run.name)
     with DriverLock(folder, "run", "--run.name", log.warning) as lock:
         if warning := resources.crowding(config, per_worker):
             print(f"warning: {warning}", file=sys.stderr)
@@ -112,21 +116,21 @@ def _fit(
         checkpoint_manager.begin(run.location, config, identity, log.warning)
         seen = 0
     address = Address(tracking_uri(), config.run.experiment, run.name, run.key, parent_run_id)
-    courier = Courier(address, configs.flatten(config), run.location.child(segments.FOLDER), at_once=False)
-    courier.committed(seen)
+    uploader = Uploader(address, configs.flatten(config), run.location.child(spool.FOLDER), at_once=False)
+    uploader.committed(seen)
 
     def look(values: Mapping[str, Any]) -> bool:
         if run_state.PROGRESS in values and monitor.signal is None:  # MLflow must not delay the first step
-            courier.begin()
+            uploader.begin()
         return should_continue(values) and not lock.is_lost
 
     group = group or PersistentWorkerGroup(config, verbose, persistent=False)
-    room = None
+    possible = None
     if len(config.cluster.world_sizes()) > 1:
-        room = partial(resources.room, config, resources.resources_per_worker(config))
+        possible = partial(resources.possible_workers, config, resources.resources_per_worker(config))
     status = "FAILED"
     monitor = DriverMonitor(
-        group.state, total_images, courier.committed, look, room, config.cluster.resize_interval_s
+        group.state, total_images, uploader.committed, look, possible, config.cluster.resize_interval_s
     )
     patience_s = DELIVERY_TIMEOUT_S
     try:
@@ -136,7 +140,7 @@ def _fit(
         if ended is None:
             ended = max(seen, 0)
         lock.check()
-        courier.committed(ended)  # which the run-state actor may not have lived to tell
+        uploader.committed(ended)  # which the run-state actor may not have lived to tell
         trained()
         status = "KILLED" if monitor.was_asked else "FINISHED"
     except ray.exceptions.RayError as error:
@@ -147,7 +151,7 @@ def _fit(
         patience_s = HASTY_DELIVERY_TIMEOUT_S
         raise
     finally:
-        delivery = courier.close(status, HASTY_DELIVERY_TIMEOUT_S if monitor.signal else patience_s)
+        delivery = uploader.close(status, HASTY_DELIVERY_TIMEOUT_S if monitor.signal else patience_s)
     newest = runs.checkpoints(run.location)[-1:]
     return Result(run, ended, newest[0].uri if newest else None, delivery, monitor.signal)
 
@@ -237,7 +241,7 @@ def summary(result: Result) -> list[str]:
     if delivery.undelivered:
         lines.append(
             f"MLflow      {delivery.undelivered} records could not be delivered to {where}; they are kept in "
-            f"{folder}/{segments.FOLDER}, and `python jobs/track.py {folder}` delivers them"
+            f"{folder}/{spool.FOLDER}, and `python jobs/track.py {folder}` delivers them"
         )
     elif not delivery.ended and result.signal:  # track.py tells the ends of finished runs
         lines.append(

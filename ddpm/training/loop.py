@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from ddpm import config as configs
-from ddpm import images
-from ddpm.config import Config, UserError
+from ddpm.build import build_net, build_objective, build_sampler
+from ddpm.checkpoints import checkpoint
+from ddpm.config import Config
 from ddpm.data.plan import check_batches, micro_batches_per_step
 from ddpm.data.reading import MicroBatch
 from ddpm.diffusion.generator import Generator
-from ddpm.generation import build_objective, build_sampler
-from ddpm.training import checkpoint
 from ddpm.training.recorder import Recorder
 from ddpm.training.runtime import Runtime, Tracker
-from ddpm.training.state import State, build_net, lr_at
+from ddpm.training.state import State, lr_at
+from ddpm.utils import images
+from ddpm.utils.errors import UserError
 from ddpm.utils.generators import generator
 from ddpm.utils.seeding import Purpose, torch_seed
 
@@ -43,7 +44,7 @@ def train(config: Config, runtime: Runtime, tracker: Tracker) -> State:
         batches = runtime.batches(checkpoint.position(folder))
         state = State.create(config, runtime.device)
         if folder is not None:
-            checkpoint.load(folder, state, config)
+            state.restore(folder, config)
     objective = build_objective(config)
     if config.train.compile:
         state.net.compile()

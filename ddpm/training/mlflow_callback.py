@@ -1,7 +1,7 @@
 """MLflow as a callback of any Ray Train trainer: what workers report arrives there once, and training never waits.
 
-Reports are kept in a spool, a folder or a bucket, until MLflow has them (`ddpm.delivery`). A new run of the same
-name and spool goes on in the same MLflow run. docs/tracking.md says what happens when something dies.
+Reports are kept in a spool, a folder or a bucket, until MLflow has them (`ddpm.tracking.uploader`). A new run of the
+same name and spool goes on in the same MLflow run. docs/tracking.md says what happens when something dies.
 """
 
 import logging
@@ -17,11 +17,12 @@ from typing import Any, Self
 import tenacity
 from ray.train import UserCallback
 
-from ddpm import runs, segments
-from ddpm.delivery import Courier, Delivery
-from ddpm.records import Outbox, segment_name
-from ddpm.storage import Location
-from ddpm.tracking import Address, tracking_uri
+from ddpm.checkpoints import runs
+from ddpm.storage.locations import Location
+from ddpm.tracking.metrics_buffer import MetricsBuffer, segment_name
+from ddpm.tracking.mlflow_runs import Address, tracking_uri
+from ddpm.tracking.spool import FOLDER as SPOOL
+from ddpm.tracking.uploader import Delivery, Uploader
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class MlflowCallback(UserCallback):
         source = Path(sys.argv[0]).name
         self._address = Address(tracking_uri(), experiment, run.name, run.key, source=source)
         self._params, self._step = dict(params or {}), step
-        self._folder, self._spool = run.location.uri, run.location.child(segments.FOLDER)
+        self._folder, self._spool = run.location.uri, run.location.child(SPOOL)
         self._delivery: _Delivery | None = None  # of the controller's process alone
         self._has_warned = False
 
@@ -74,7 +75,7 @@ class MlflowCallback(UserCallback):
             if step < 0:
                 raise ValueError(f"{self._step} is {step}")
             if self._delivery is None:
-                self._delivery = _Delivery(Courier(self._address, self._params, self._spool), self._spool)
+                self._delivery = _Delivery(Uploader(self._address, self._params, self._spool), self._spool)
             values = {name: float(v) for name, v in metrics[0].items() if isinstance(v, numbers.Real)}
             self._delivery.add(values, step)
         except Exception as error:
@@ -95,7 +96,7 @@ class MlflowCallback(UserCallback):
 
     def close(self, status: str, timeout_s: float = 30.0) -> Delivery:
         """Deliver what is left, for about `timeout_s` at most, and end the MLflow run: FINISHED, FAILED or KILLED."""
-        delivery = Courier(self._address, self._params, self._spool).close(status, timeout_s)
+        delivery = Uploader(self._address, self._params, self._spool).close(status, timeout_s)
         if delivery.undelivered:
             command = f"python jobs/track.py {self._folder} --experiment {self._address.experiment}"
             logger.warning("what MLflow has not taken is kept; `%s` delivers it", command)
@@ -103,13 +104,13 @@ class MlflowCallback(UserCallback):
 
 
 class _Delivery:
-    """From memory to the spool, in a thread of its own; the courier's goes on from there."""
+    """From memory to the spool, in a thread of its own; the uploader's goes on from there."""
 
-    def __init__(self, courier: Courier, spool: Location) -> None:
-        self._courier, self._spool = courier, spool
+    def __init__(self, uploader: Uploader, spool: Location) -> None:
+        self._uploader, self._spool = uploader, spool
         self._lock, self._wake, self._spooled = threading.Lock(), threading.Event(), threading.Event()
         self._spooled.set()
-        self._outbox, self._gathered = Outbox(), set[tuple[str, int]]()
+        self._buffer, self._gathered = MetricsBuffer(), set[tuple[str, int]]()
         threading.Thread(target=self._work, name="ddpm-mlflow-spool", daemon=True).start()
 
     def add(self, values: Mapping[str, float], step: int) -> None:
@@ -118,7 +119,7 @@ class _Delivery:
             is_behind = not self._spooled.is_set()
             self._spooled.clear()
             new = {name: value for name, value in values.items() if (name, step) not in self._gathered}
-            self._outbox.metrics(new, step)
+            self._buffer.metrics(new, step)
             self._gathered |= {(name, step) for name in new}
         self._wake.set()
         if not is_behind:
@@ -128,13 +129,13 @@ class _Delivery:
         while self._wake.wait():
             self._wake.clear()
             with self._lock:
-                data = self._outbox.take()
+                data = self._buffer.take()
                 self._gathered.clear()
             if data is not None:
                 # Named by time, and as what no checkpoint makes final: it may be delivered once it lies there.
                 file = self._spool.child(segment_name(time.time_ns() // 1000, last_words=True))
                 _RETRY(file.write, data)
-                self._courier.committed(-1)
+                self._uploader.committed(-1)
             with self._lock:
                 if not self._gathered:
                     self._spooled.set()

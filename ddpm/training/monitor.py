@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from ddpm.progress import Display, printable
 from ddpm.training import run_state
 from ddpm.training.run_state import RunStateClient
+from ddpm.utils.progress import Display, printable
 
 ShouldContinue = Callable[[Mapping[str, Any]], bool]
 """From the run's state to whether training goes on."""
@@ -57,7 +57,8 @@ class DriverMonitor:
         total_images: to train on in all.
         committed: called with the position of each new checkpoint.
         should_continue: called at every look, with the run's state; if not, training ends as by a signal.
-        room: called every `room_interval_s`: with how many workers the next group could start; None: the size is fixed.
+        possible: called every `resize_interval_s` with the number of workers that train; returns how many could; None:
+            the number is fixed.
     """
 
     def __init__(
@@ -66,8 +67,8 @@ class DriverMonitor:
         total_images: int,
         committed: Callable[[int], None],
         should_continue: ShouldContinue = always,
-        room: Callable[[int], int] | None = None,
-        room_interval_s: float = 0.0,
+        possible: Callable[[int], int] | None = None,
+        resize_interval_s: float = 0.0,
     ) -> None:
         self.signal: int | None = None
         """What asked the run to stop."""
@@ -75,7 +76,11 @@ class DriverMonitor:
         """`should_continue` said no."""
         self._state, self._total, self._committed = state, total_images, committed
         self._should_continue = should_continue
-        self._room, self._room_interval_s, self._room_at = room, room_interval_s, time.monotonic()
+        self._possible, self._resize_interval_s, self._looked_at = (
+            possible,
+            resize_interval_s,
+            time.monotonic(),
+        )
         self._asked_for = 0
         self._display = Display("images", total_images)
         self._position, self._warned, self._told = -1, 0, False
@@ -106,7 +111,7 @@ class DriverMonitor:
 
     def run(self, workers: threading.Thread, is_over: Callable[[Mapping[str, Any]], bool]) -> None:
         """Watch until the thread `workers` ends, or `is_over` says so of the run's state."""
-        self._room_at = time.monotonic()
+        self._looked_at = time.monotonic()
         while workers.is_alive():
             workers.join(POLL_INTERVAL_S)
             if is_over(self._look()):
@@ -144,19 +149,24 @@ class DriverMonitor:
         if not self.ended_early and not self._should_continue(values):
             self.ended_early = True
             self._state.set(run_state.STOP, "ended early")
-        self._make_room(values)
+        self._resize(values)
         return values
 
-    def _make_room(self, values: Mapping[str, Any]) -> None:
+    def _resize(self, values: Mapping[str, Any]) -> None:
         """Ask the workers to leave with a checkpoint where the next group can be larger."""
         workers = values.get(run_state.WORKERS)
-        if self._room is None or workers is None or values.get(run_state.STOP) or values.get(run_state.ENDED):
+        if (
+            self._possible is None
+            or workers is None
+            or values.get(run_state.STOP)
+            or values.get(run_state.ENDED)
+        ):
             return
-        if time.monotonic() - self._room_at < self._room_interval_s:
+        if time.monotonic() - self._looked_at < self._resize_interval_s:
             return
-        self._room_at, room = time.monotonic(), self._room(workers)
-        if room <= workers:
+        self._looked_at, possible = time.monotonic(), self._possible(workers)
+        if possible <= workers:
             self._asked_for = 0
-        elif room > self._asked_for:  # else Ray could not place so many when it was asked
-            self._asked_for = room
+        elif possible > self._asked_for:  # else Ray could not place so many when it was asked
+            self._asked_for = possible
             self._state.set(run_state.STOP, run_state.MORE_WORKERS)

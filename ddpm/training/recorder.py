@@ -1,7 +1,6 @@
-"""What training writes down and when: curves, pictures, checkpoints, progress.
+"""What training records and when: curves, pictures, checkpoints, progress.
 
-Its own room so that the loop shows Algorithm 1 and nothing else. Every rank runs it alike, since means,
-grids and checkpoints are made together; only the first one talks to the tracker.
+Every rank runs the same code, since means, grids and checkpoints are made together; rank 0 alone calls the tracker.
 """
 
 import time
@@ -10,15 +9,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ddpm import generation, images
 from ddpm.config import Config
 from ddpm.data.reading import Images, MicroBatch
 from ddpm.diffusion.objectives import Loss, Objective
-from ddpm.progress import Progress
-from ddpm.training import checkpoint
+from ddpm.sampling import generate
 from ddpm.training.runtime import NoTracker, Runtime, Tracker
 from ddpm.training.state import State, lr_at
+from ddpm.utils import images
 from ddpm.utils.generators import generator
+from ddpm.utils.progress import Progress
 from ddpm.utils.seeding import Purpose
 
 PROGRESS_INTERVAL_S = 0.5
@@ -166,7 +165,7 @@ class Recorder:
             self._save(best)
 
     def _save(self, best: bool) -> None:
-        self._runtime.save(checkpoint.snapshot(self._state, self._config, self._runtime.identity), best)
+        self._runtime.save(self._state.snapshot(self._config, self._runtime.identity), best)
 
     def _draw_grid(self) -> images.Pixels:
         """A grid of the same seeds every time, drawn by all ranks together, and what the net sees in noise."""
@@ -174,7 +173,7 @@ class Recorder:
         per_rank = -(-config.sample.num_images // runtime.world_size)
         mine = range(runtime.rank, per_rank * runtime.world_size, runtime.world_size)
         drawn = runtime.gather(
-            generation.draw(self._state.ema.net, config, self._objective, mine, device=runtime.device)
+            generate.draw(self._state.ema.net, config, self._objective, mine, device=runtime.device)
         )
         order = torch.arange(len(drawn)).reshape(runtime.world_size, per_rank).T.reshape(-1)
         grid = images.grid(drawn.cpu()[order][: config.sample.num_images].numpy())
@@ -186,7 +185,7 @@ class Recorder:
         runtime.publish("samples/latest.png", images.png_bytes(grid))
         if self._held_out is not None:
             x_0, label = self._held_out_batch(self._held_out, 0, STRIP_IMAGES)
-            strip = generation.denoising_strip(self._state.ema.net, config, self._objective, x_0, label)
+            strip = generate.denoising_strip(self._state.ema.net, config, self._objective, x_0, label)
             self._tracker.image("denoising", strip, seen)
         return grid
 
@@ -197,8 +196,8 @@ class Recorder:
         pictures = {"samples.png": images.png_bytes(grid)}
         if self._held_out is not None:
             x_0, _ = self._held_out_batch(self._held_out, 0, STRIP_IMAGES)
-            pictures["forward_noising.png"] = images.png_bytes(generation.noising_strip(self._config, x_0))
-        strip, gif = generation.trajectory(
+            pictures["forward_noising.png"] = images.png_bytes(generate.noising_strip(self._config, x_0))
+        strip, gif = generate.trajectory(
             self._state.ema.net,
             self._config,
             self._objective,

@@ -15,13 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ddpm.checkpoints import checkpoint
 from ddpm.config import Config
 from ddpm.data.corrupt import CorruptImages
 from ddpm.data.plan import ReadOrder, last_position, micro_batches_per_step
 from ddpm.data.reading import DataSet, Images, MicroBatch, RankBatch, cut
-from ddpm.progress import Progress
-from ddpm.training import checkpoint
 from ddpm.utils import files
+from ddpm.utils.progress import Progress
 
 CORRUPT = "corrupt.jsonl"
 """File of a run that lists the images that could not be read."""
@@ -54,7 +54,7 @@ class Runtime(Protocol):
     world_size: int
     device: torch.device
     identity: dict[str, Any]
-    """Whose run it is (run key, data fingerprint); travels in every checkpoint."""
+    """Run key and data fingerprint; stored in every checkpoint."""
 
     def wrap(self, net: nn.Module) -> nn.Module:
         """`net` with its gradients averaged over the workers."""
@@ -84,7 +84,7 @@ class Runtime(Protocol):
         ...
 
     def any_of(self, *flags: Tensor | bool) -> list[bool]:
-        """Of each flag, whether it is set on any rank. Every rank calls it, after every step."""
+        """Whether each flag is set on any rank. Every rank calls it, after every step."""
         ...
 
     def wants_stop(self) -> bool:

@@ -5,35 +5,22 @@ resumed run, on any number of workers, draws what the uninterrupted one would ha
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ddpm.config import Config, UserError
-from ddpm.models import unet
+from ddpm import config as configs
+from ddpm.build import build_net
+from ddpm.checkpoints import checkpoint
+from ddpm.checkpoints.checkpoint import Snapshot
+from ddpm.config import Config
 from ddpm.models.ema import EMA
-from ddpm.utils.seeding import Purpose, torch_seed
-
-
-def build_net(config: Config) -> unet.UNet:
-    """The net that `config` describes, its weights drawn from the run's seed.
-
-    Raises:
-        UserError: the config describes no net that can be built.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch_seed(config.train.seed, Purpose.INIT))
-        try:
-            return unet.build(
-                config.model,
-                time_conditional=config.objective.process != "uniform_mix",
-                autocast_dtype=torch.bfloat16 if config.train.precision == "bfloat16" else None,
-                num_timesteps=config.schedule.num_timesteps,
-                out_channels=config.model.channels * (2 if config.objective.variance == "learned" else 1),
-            )
-        except ValueError as error:
-            raise UserError(f"model: {error}") from None
+from ddpm.utils.errors import UserError
+from ddpm.utils.seeding import GENERATOR
 
 
 def lr_at(config: Config, images_seen: int) -> float:
@@ -56,7 +43,7 @@ def lr_at(config: Config, images_seen: int) -> float:
 class State:
     """Net, averaged weights, optimizer and position; the same on every rank."""
 
-    net: unet.UNet
+    net: nn.Module
     ema: EMA
     optimizer: torch.optim.AdamW
     step: int = 0
@@ -108,7 +95,88 @@ class State:
                     state[key] = torch.empty_like(weight, requires_grad=False).copy_(state[key])
                 self.optimizer.state[weight] = state
 
+    def snapshot(self, config: Config, extra: dict[str, Any]) -> Snapshot:
+        """Copy everything; `extra` goes into state.json. This is all that training waits for."""
+        best = self.best_held_out_loss
+        position = {
+            "step": self.step,
+            "images_seen": self.images_seen,
+            "skipped_steps": self.skipped_steps,
+            "best_held_out_loss": best if math.isfinite(best) else None,
+            "generator": GENERATOR,
+        }
+        tensors = {
+            "net": self.net.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer_tensors(),
+        }
+        copies = {file: {name: _copy(t) for name, t in part.items()} for file, part in tensors.items()}
+        return Snapshot(self.images_seen, copies, {**extra, **position}, configs.to_json(config))
+
+    def restore(self, folder: Path, config: Config) -> None:
+        """Take over the checkpoint in `folder`.
+
+        Raises:
+            UserError: damaged, or of a run with another configuration (architecture, schedule, data order, ...) or
+                another random generator.
+        """
+        checkpoint.verify(folder)
+        checkpoint.check_same_run(checkpoint.read_config(folder), config, str(folder))
+        position = checkpoint.read_state(folder)
+        if (drawn_with := position.get("generator", "PyTorch's, with 32 bits of a seed")) != GENERATOR:
+            raise UserError(
+                f"{folder} was trained with another random generator ({drawn_with}; now {GENERATOR}), so going on "
+                f"would not end where its run would have; begin a new run from its weights: --train.init-from {folder}"
+            )
+        device = next(self.net.parameters()).device
+        checkpoint.load_weights(self.net, folder / "net.safetensors")
+        checkpoint.load_weights(self.ema.net, folder / "ema.safetensors")
+        self.load_optimizer_tensors(self._read_moments(folder, position, device))
+        self.step, self.images_seen = position["step"], position["images_seen"]
+        self.skipped_steps = position.get("skipped_steps", 0)
+        best = position["best_held_out_loss"]
+        self.best_held_out_loss = math.inf if best is None else best
+
+    def init_from(self, folder: Path, config: Config) -> None:
+        """Take over the averaged weights of the checkpoint in `folder`, of whatever run, before the first image.
+
+        Raises:
+            UserError: damaged, or of a net that is built otherwise or predicts something else.
+        """
+        checkpoint.verify(folder)
+        checkpoint.check_same_net(checkpoint.read_config(folder), config, folder)
+        for net in (self.net, self.ema.net):
+            checkpoint.load_weights(net, folder / "ema.safetensors")
+
+    def _read_moments(
+        self, folder: Path, position: Mapping[str, Any], device: torch.device
+    ) -> dict[str, Tensor]:
+        """AdamW's state; none before the first step that taught something."""
+        path = folder / "optimizer.safetensors"
+        tensors = checkpoint.read_tensors(path, device)
+        has_learned = position["step"] > position.get("skipped_steps", 0)
+        if has_learned and not tensors:
+            raise UserError(
+                f"{path} is empty, as in a registered model, but state.json says images_seen "
+                f"{position['images_seen']}, so its run cannot go on; begin a new one from its weights: "
+                f"--train.init-from {folder}"
+            )
+        checkpoint.check_fit(checkpoint.shapes(tensors), self.optimizer_shapes() if has_learned else {}, path)
+        checkpoint.check_numbers(tensors, path)
+        for name, tensor in tensors.items():
+            least = {"step": 1.0, "exp_avg_sq": 0.0}.get(name.rpartition(".")[2], -math.inf)
+            if bool((tensor < least).any()):
+                raise UserError(
+                    f"{path} is damaged: {name} holds {tensor.min().item()}; it must be at least {least}"
+                )
+        return tensors
+
 
 def parameter_count(net: nn.Module) -> int:
     """Trainable numbers in `net`."""
     return sum(p.numel() for p in net.parameters())
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    # safetensors stores row-major tensors only; channels-last weights are laid out again on load.
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())

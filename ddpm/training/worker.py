@@ -25,20 +25,21 @@ import torch.distributed
 from ray.train import Checkpoint, CheckpointUploadMode
 from torch import Tensor, nn
 
-from ddpm import segments
+from ddpm.checkpoints import checkpoint
+from ddpm.checkpoints.runs import Run
 from ddpm.config import Config
 from ddpm.data import ray_dataset
 from ddpm.data.corrupt import CorruptImages, Substitution
 from ddpm.data.plan import ReadOrder
 from ddpm.data.reading import DataSet, Images, MicroBatch
-from ddpm.patience import patiently
-from ddpm.progress import Progress
-from ddpm.records import Outbox
-from ddpm.runs import Run
-from ddpm.training import checkpoint, checkpoint_manager, run_state
+from ddpm.tracking import spool
+from ddpm.tracking.metrics_buffer import MetricsBuffer
+from ddpm.training import checkpoint_manager, run_state
 from ddpm.training.checkpoint_manager import CheckpointManager
 from ddpm.training.runtime import CORRUPT, read_held_out
 from ddpm.training.system_metrics import SystemMetrics
+from ddpm.utils.progress import Progress
+from ddpm.utils.retry import retry_io
 
 STOP_POLL_S = 0.5
 """Rank 0 looks so often whether it shall stop: each look takes a millisecond from training."""
@@ -60,7 +61,7 @@ class RayRuntime:
     """
 
     def __init__(
-        self, config: Config, data_set: DataSet, run: Run, state: Any, outbox: Outbox, folder: str
+        self, config: Config, data_set: DataSet, run: Run, state: Any, buffer: MetricsBuffer, folder: str
     ) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
@@ -73,7 +74,7 @@ class RayRuntime:
         if self.device.type == "cpu":
             cores = len(os.sched_getaffinity(0)) // context.get_local_world_size()
             torch.set_num_threads(config.cluster.threads_per_worker or max(1, cores))
-        self._rank_zero = RankZero(config, data_set, run, state, outbox) if self.rank == 0 else None
+        self._rank_zero = RankZero(config, data_set, run, state, buffer) if self.rank == 0 else None
         if self._rank_zero:
             state.set.remote(run_state.WORKERS, self.world_size)
         self._pointers = Path(folder, context.get_experiment_name(), run.name)
@@ -193,8 +194,10 @@ class RayRuntime:
 class RankZero:
     """What rank 0 does for the run: its storage, its accounts, and listening for a stop."""
 
-    def __init__(self, config: Config, data_set: DataSet, run: Run, state: Any, outbox: Outbox) -> None:
-        self._run, self._state, self._outbox = run, state, outbox
+    def __init__(
+        self, config: Config, data_set: DataSet, run: Run, state: Any, buffer: MetricsBuffer
+    ) -> None:
+        self._run, self._state, self._buffer = run, state, buffer
         self._timeout_s = config.run.storage_timeout_s
         self.checkpoints = CheckpointManager(
             run.location, config.train.keep_checkpoints, self._timeout_s, self._committed, self._warn
@@ -215,8 +218,8 @@ class RankZero:
         """The newest whole checkpoint; storage is put in order, and what was lost since is put to account."""
         with checkpoint_manager.latest_valid(self._run.location, self._timeout_s, self._warn) as folder:
             at = checkpoint.position(folder)
-            self._patiently(lambda: checkpoint_manager.clean_up(self._run.location))
-            self._patiently(lambda: segments.discard_after(self._run.location.child(segments.FOLDER), at))
+            self._retry_io(lambda: checkpoint_manager.clean_up(self._run.location))
+            self._retry_io(lambda: spool.discard_after(self._run.location.child(spool.FOLDER), at))
             reached, lost = self._read_ledger()
             self._images_seen, self._images_lost = at, lost + max(0, reached - at)
             self._write_ledger()
@@ -245,10 +248,10 @@ class RankZero:
 
     def save(self, snapshot: checkpoint.Snapshot, best: bool) -> None:
         self._images_seen = snapshot.images_seen
-        self.checkpoints.save(snapshot, self._outbox.take(), best)
+        self.checkpoints.save(snapshot, self._buffer.take(), best)
 
     def flush_on_error(self) -> None:
-        self.checkpoints.flush_on_error(self._images_seen, self._outbox.take())
+        self.checkpoints.flush_on_error(self._images_seen, self._buffer.take())
         self.checkpoints.flush()
 
     def close(self) -> None:
@@ -290,14 +293,14 @@ class RankZero:
                 self._stop.set()
             self._closed.wait(STOP_POLL_S)
 
-    def _patiently(self, call: Any) -> Any:
-        return patiently(call, where=self._run.location.uri, timeout_s=self._timeout_s)
+    def _retry_io(self, call: Any) -> Any:
+        return retry_io(call, where=self._run.location.uri, timeout_s=self._timeout_s)
 
     def _read_ledger(self) -> tuple[int, int]:
         """How far the run was before, as far as anybody knows: (images_seen, images_lost)."""
         ledger = self._run.location.child(LEDGER)
         try:
-            written = json.loads(self._patiently(ledger.read))
+            written = json.loads(self._retry_io(ledger.read))
             reached, lost = int(written["images_seen"]), int(written["images_lost"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             reached = lost = 0
@@ -312,7 +315,7 @@ class RankZero:
     def _read_corrupt(self) -> None:
         file = self._run.location.child(CORRUPT)
         try:
-            text = self._patiently(file.read).decode(errors="replace")
+            text = self._retry_io(file.read).decode(errors="replace")
         except FileNotFoundError:
             return
         self._corrupt = CorruptImages.from_jsonl(text, *self._limits, file.uri)

@@ -22,14 +22,16 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from ddpm.config import Config, UserError
+from ddpm.checkpoints.runs import Run
+from ddpm.cluster import resources
+from ddpm.config import Config
 from ddpm.data.reading import DataSet
-from ddpm.records import Outbox
-from ddpm.runs import Run
-from ddpm.training import loop, resources, run_state
+from ddpm.tracking.metrics_buffer import MetricsBuffer
+from ddpm.training import loop, run_state
 from ddpm.training.failures import FailureBudget
 from ddpm.training.monitor import CallThread
 from ddpm.training.worker import RayRuntime
+from ddpm.utils.errors import UserError
 
 FOLDER_PREFIX, OWNER = "ddpm-ray-train-", "owner"
 """Temporary folders of Ray Train runs; the process that uses one holds a lock on the file `owner` in it."""
@@ -160,11 +162,11 @@ def work(spec: dict[str, Any]) -> None:
 
 def _run_one(config: Config, data_set: DataSet, run: Run, spec: dict[str, Any]) -> int | None:
     """One worker's part in a run; rank 0 returns images_seen at its end."""
-    state, outbox = spec["state"], Outbox()
-    runtime = RayRuntime(config, data_set, run, state, outbox, spec["folder"])
+    state, buffer = spec["state"], MetricsBuffer()
+    runtime = RayRuntime(config, data_set, run, state, buffer, spec["folder"])
     images_seen = -1
     try:
-        images_seen = loop.train(config, runtime, outbox).images_seen
+        images_seen = loop.train(config, runtime, buffer).images_seen
     except UserError as error:
         ray.get(state.set.remote(run_state.FAILURE, error))
         runtime.flush_on_error()

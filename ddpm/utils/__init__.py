@@ -1,1 +1,1 @@
-"""What every layer uses: seeds and random generators."""
+"""Helpers for every layer: images, seeds, random generators, files, retries, progress, errors."""

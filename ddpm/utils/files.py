@@ -1,7 +1,7 @@
-"""Files on a local disk that appear whole or not at all, also when the power fails.
+"""Files on a local disk that are complete or absent, also after a power cut.
 
-What is written gets a temporary name of its own, which tells whose it is: writers do not disturb each other, and what
-dead ones left can be swept.
+Each is written under a unique temporary name that identifies the writing process: writers do not disturb each other,
+and leftovers of dead writers can be removed.
 """
 
 import contextlib
@@ -16,13 +16,13 @@ from ddpm.utils import process
 
 SUFFIX = ".tmp"
 ABANDONED_S = 24 * 3600.0
-"""Age of a temporary file whose writer cannot be asked after, since it is on another machine, when it is swept."""
+"""Age at which a temporary file is removed whose writer cannot be checked, since it ran on another machine."""
 NO_SUCH_SYNC = (errno.EINVAL, errno.ENOTSUP)
-"""Answers of file systems that cannot fsync a folder."""
+"""Error numbers of file systems that cannot fsync a folder."""
 
 
 def temporary(path: Path) -> Path:
-    """A name beside `path` that nobody else uses."""
+    """A unique name beside `path`."""
     return path.with_name(f".{path.name}.{process.token()}.{uuid.uuid4().hex[:8]}{SUFFIX}")
 
 
@@ -30,7 +30,7 @@ def write_whole(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Write a file under a temporary name, and rename it.
 
     Args:
-        durable: return when it is on disk; else a power cut may take it away, or leave it empty.
+        durable: return when it is on disk; otherwise a power cut may remove or empty it.
 
     Raises:
         OSError: it cannot be written; nothing is left of it.
@@ -56,7 +56,7 @@ def put_in_place(folder: Path, place: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make `folder`, and those above it that are missing, on disk."""
+    """Make `folder` and its missing parents, on disk."""
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -84,7 +84,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what writers that are dead left in `folder`."""
+    """Remove the temporary files of dead writers in `folder`."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for path in folder.iterdir():
             if path.name.startswith(".") and path.name.endswith(SUFFIX) and _is_abandoned(path):

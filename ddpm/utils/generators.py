@@ -1,22 +1,25 @@
-"""Random generators keyed by counters (`seeding`), for the mathematics, which asks for tensors.
+"""Random generators of tensors, keyed by counters (`seeding`).
 
 On CPUs NumPy's Philox uses all 128 bits of the key; PyTorch's generator there keeps 32 bits of a seed, so that two of
-65,536 images are likely to be the same. RandomState stands between Philox and the numbers because NumPy has frozen its
-streams: an image is the same with the next version. On GPUs PyTorch's generator, a Philox as well, keeps 64 bits.
+65,536 images are likely to be the same. RandomState draws the numbers from Philox because NumPy has frozen its streams:
+the next version draws the same image. On GPUs PyTorch's generator, a Philox as well, keeps 64 bits.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm.diffusion.generator import Generator
 from ddpm.utils.seeding import key, torch_seed
+
+if TYPE_CHECKING:
+    from ddpm.diffusion.generator import Generator
 
 CPU = torch.device("cpu")
 FLOAT32_BITS = 24
-"""Bits of a uniform number: a float32 in [0, 1) holds so many."""
+"""Bits of a uniform number: those that a float32 in [0, 1) holds."""
 
 
 class PhiloxGenerator:
@@ -25,7 +28,7 @@ class PhiloxGenerator:
     Numbers are drawn on the CPU.
 
     Args:
-        counters: all of them decide the stream.
+        counters: the key; all of them determine the stream.
         device: where the numbers are needed.
     """
 
@@ -47,7 +50,7 @@ class PhiloxGenerator:
 
 
 class TorchGenerator:
-    """PyTorch's generator of a GPU, seeded with 64 bits; it draws where the numbers are needed."""
+    """PyTorch's generator of a GPU, seeded with 64 bits; numbers are drawn on the GPU."""
 
     def __init__(self, *counters: int, device: torch.device) -> None:
         self._generator, self._device = torch.Generator(device).manual_seed(torch_seed(*counters)), device
@@ -62,7 +65,7 @@ class TorchGenerator:
         return torch.randint(high, tuple(shape), generator=self._generator, device=self._device)
 
 
-def generator(device: torch.device, *counters: int) -> Generator:
+def generator(device: torch.device, *counters: int) -> "Generator":
     """A generator whose stream depends on the counters alone, and on whether `device` is a GPU with one of its own."""
     kind = TorchGenerator if device.type == "cuda" else PhiloxGenerator
     return kind(*counters, device=device)

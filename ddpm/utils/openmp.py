@@ -1,6 +1,6 @@
-"""How long OpenMP's threads spin before they sleep, on CPUs.
+"""Time that OpenMP's threads spin before they sleep, on CPUs.
 
-By default they spin on, on a core that another process could use.
+By default they spin without end, on a core that another process could use.
 """
 
 import os
@@ -11,9 +11,9 @@ and 166, OMP_WAIT_POLICY=passive 406 and 217."""
 
 
 def bound_spinning() -> None:
-    """Bound it in this process and those it starts, unless the environment says otherwise; before PyTorch is imported.
+    """Bound spinning in this process and those it starts, unless the environment says otherwise.
 
-    PyTorch's OpenMP (libgomp) reads GOMP_SPINCOUNT when it is loaded.
+    Call it before PyTorch is imported: PyTorch's OpenMP (libgomp) reads GOMP_SPINCOUNT when it is loaded.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)

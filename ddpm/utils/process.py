@@ -1,6 +1,6 @@
-"""Names of processes that another process can check: which machine, which pid, started when.
+"""Names of processes that another process can check: machine, pid and start time.
 
-A pid alone is not enough: it is used again, and means another process on another machine or in another container.
+A pid alone is not enough: pids are reused, and mean other processes on other machines or in other containers.
 """
 
 import functools
@@ -14,13 +14,13 @@ ENDED = ("Z", "X")
 
 
 def token(pid: int | None = None) -> str:
-    """The name of a process of this machine, of this one by default: "MACHINE-PID-START", without dots."""
+    """The name of a process on this machine (default: this process): "MACHINE-PID-START", without dots."""
     pid = os.getpid() if pid is None else pid
     return f"{_machine()}-{pid}-{_start(pid) or 'unknown'}"
 
 
 def state(name: str) -> Literal["running", "gone", "unknown"]:
-    """What became of the process called `name`; unknown: it is on another machine, or here is no /proc."""
+    """Whether the process called `name` runs; unknown: it is on another machine, or there is no /proc here."""
     machine, pid, start = [*name.split("-"), "", "", ""][:3]
     if machine != _machine() or machine == "unknown" or not (pid.isdecimal() and start.isdecimal()):
         return "unknown"
@@ -29,7 +29,7 @@ def state(name: str) -> Literal["running", "gone", "unknown"]:
 
 @functools.cache
 def _machine() -> str:
-    """This boot of this machine and this namespace of pids, as 12 hex digits; unknown: here is no /proc."""
+    """This boot of this machine and this pid namespace, as 12 hex digits; unknown: there is no /proc here."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
         return hashlib.sha256(f"{boot}{os.readlink('/proc/self/ns/pid')}".encode()).hexdigest()[:12]
@@ -38,7 +38,7 @@ def _machine() -> str:
 
 
 def _start(pid: int) -> str | None:
-    """When a process started, in clock ticks since boot, which no change of the clock alters; None: it has ended."""
+    """Start time of a process in clock ticks since boot, independent of the wall clock; None: it has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:

@@ -1,20 +1,20 @@
-"""Seeds are counters: whatever is random is a function of a purpose and of where it happens, never of saved state.
+"""Seeds as counters: randomness is a function of its purpose and position, never of saved state.
 
 The counters (seed, purpose, step, micro-batch, ...) are hashed to the key of a counter-based generator. All of them
 count: (2,) and (2, 0) have different keys, and so have 5 + 2**32 and (5, 1).
 
-This module knows neither PyTorch nor NumPy: processes that only read data import it.
+This module imports neither PyTorch nor NumPy: processes that only read data import it.
 """
 
 import hashlib
 from enum import IntEnum
 
 GENERATOR = "philox4x64-blake2b/1"
-"""How counters become random numbers; another way has another name. Checkpoints carry it."""
+"""Name of the way from counters to random numbers; stored in checkpoints. Another way has another name."""
 
 
 class Purpose(IntEnum):
-    """The second counter: it keeps streams of different purposes apart."""
+    """The second counter, which separates the streams of different purposes."""
 
     INIT = 0
     TRAIN = 1

@@ -18,7 +18,7 @@ from torch import nn
 
 from ddpm.data import ray_dataset
 from ddpm.data.plan import ReadOrder
-from ddpm.storage import absolute
+from ddpm.storage.locations import absolute
 
 ORDER = ReadOrder(batch_size=128, micro_batch_size=32, total_images=128 * 800, seed=0)
 

@@ -1,8 +1,8 @@
-"""Run a command that finds MLflow's password in its environment: python with_password.py ray start ...
+"""Run a command with MLflow's password in its environment: python with_password.py ray start ...
 
-It is the value of the secret that DDPM_MLFLOW_SECRET names in AWS's Secrets Manager, which the machine's role may read.
-From there it goes into MLFLOW_TRACKING_PASSWORD of the command and of all that this starts, and so into no file, no
-argument and no log. Without DDPM_MLFLOW_SECRET the command is run as it is.
+The password is the value of the secret DDPM_MLFLOW_SECRET in AWS's Secrets Manager, which the machine's role may
+read. It is passed as MLFLOW_TRACKING_PASSWORD to the command and its children, and is in no file, argument or log.
+Without DDPM_MLFLOW_SECRET the command runs unchanged.
 """
 
 import os
@@ -13,7 +13,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from botocore.utils import IMDSRegionProvider
 
-PATIENCE = Config(connect_timeout=5, read_timeout=10, retries={"max_attempts": 8, "mode": "standard"})
+CLIENT = Config(connect_timeout=5, read_timeout=10, retries={"max_attempts": 8, "mode": "standard"})
 
 
 def main() -> int:
@@ -31,10 +31,10 @@ def main() -> int:
 
 
 def value_of(secret: str) -> str:
-    """Of the region that the environment names, or that the machine is in."""
+    """Value of a secret in the region of the environment or of the machine."""
     session = boto3.Session()
     region = session.region_name or IMDSRegionProvider(session._session).provide()
-    client = session.client("secretsmanager", region_name=region, config=PATIENCE)
+    client = session.client("secretsmanager", region_name=region, config=CLIENT)
     return client.get_secret_value(SecretId=secret)["SecretString"]
 
 

@@ -1,8 +1,8 @@
-"""Let somebody in: python infra/mlflow/add_user.py NAME, at the server that MLFLOW_TRACKING_URI names.
+"""Add a user to the MLflow server at MLFLOW_TRACKING_URI: python infra/mlflow/add_user.py NAME
 
-Asks as MLFLOW_TRACKING_USERNAME with MLFLOW_TRACKING_PASSWORD, who must be an admin. The new user's password is
-NEW_PASSWORD, or what is typed. Such a user may look at everything, and write to the experiments that they make: what
-jobs should have, since they need no more. Again for the same NAME, that user gets the new password.
+MLFLOW_TRACKING_USERNAME with MLFLOW_TRACKING_PASSWORD must be an admin. The new user's password is NEW_PASSWORD, or
+is asked for. The user may read everything, and write to experiments of their own, which is enough for jobs. For an
+existing NAME the password is replaced.
 """
 
 import getpass
@@ -26,7 +26,7 @@ def main() -> int:
         if "RESOURCE_ALREADY_EXISTS" in answer.text:
             answer = ask("PATCH", f"{uri}/api/2.0/mlflow/users/update-password", name, password)
     except requests.RequestException as error:
-        print(f"{uri} cannot be asked: {type(error).__name__}", file=sys.stderr)
+        print(f"{uri} cannot be reached: {type(error).__name__}", file=sys.stderr)
         return 1
     if not answer.ok:
         print(

@@ -1,9 +1,9 @@
-"""What `make mlflow` starts on a developer's machine: infra/mlflow/serve, with PostgreSQL and S3 of its own.
+"""The server of `make mlflow` on a developer's machine: infra/mlflow/serve, with its own PostgreSQL and S3.
 
     MLFLOW_AUTH_ADMIN_PASSWORD=... make mlflow
 
-PostgreSQL is Debian's (apt-get install postgresql), S3 is the server of the tests; both listen on loopback only, and
-keep what they have in --folder until the next start. Ctrl-C ends all three.
+PostgreSQL is Debian's (apt-get install postgresql), S3 is the server of the tests. Both listen on loopback only, and
+keep their data in --folder until the next start. Ctrl-C ends all three.
 """
 
 import contextlib
@@ -22,12 +22,13 @@ import tyro
 
 @dataclass(frozen=True)
 class Arguments:
-    """Where to keep things, and where to listen."""
+    """Folder and port of the server."""
 
     folder: Path = Path("runs/mlflow-server")
-    """PostgreSQL's data, the buckets, the logs. Who is root needs one that the user postgres may enter."""
+    """Folder of PostgreSQL's data, the buckets and the logs. For root it must be one that the user postgres may
+    enter."""
     port: int = 5000
-    """Of MLflow."""
+    """Port of MLflow."""
 
 
 def main() -> int:

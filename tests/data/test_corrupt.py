@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from ddpm.config import UserError
 from ddpm.data.corrupt import (
     CorruptData,
     CorruptImages,
@@ -14,6 +13,7 @@ from ddpm.data.corrupt import (
     substitutions_from_json,
     substitutions_to_json,
 )
+from ddpm.utils.errors import UserError
 
 
 def substitution(row: int, position: int = 0) -> Substitution:

@@ -11,13 +11,14 @@ import pytest
 import servers
 from damaged import NUM_IMAGES, PLAN
 
-from ddpm import storage
-from ddpm.config import Config, UserError, override
+from ddpm.config import Config, override
 from ddpm.data.corrupt import CorruptData
 from ddpm.data.ray_dataset import open_configured
 from ddpm.data.reading import DataSet, Images
-from ddpm.patience import StorageError
-from ddpm.storage import Location
+from ddpm.storage import locations
+from ddpm.storage.locations import Location
+from ddpm.utils.errors import UserError
+from ddpm.utils.retry import StorageError
 
 PATIENCE_S = 60.0
 OnCorrupt = Literal["error", "substitute"]
@@ -28,7 +29,7 @@ def faulty(
     s3_server: servers.S3Server, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[proxy.FaultyProxy]:
     """Between `resolve`d locations and the server; what nothing answers is given up after two seconds, not twenty."""
-    monkeypatch.setattr(storage, "S3_REQUEST_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(locations, "S3_REQUEST_TIMEOUT_S", 1.0)
     with proxy.FaultyProxy(s3_server.endpoint) as faulty:
         monkeypatch.setenv("AWS_ENDPOINT_URL", faulty.endpoint)
         yield faulty

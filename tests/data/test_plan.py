@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm.config import UserError
 from ddpm.data.plan import Plan, last_position, micro_batches_per_step, permutation, rank_shard
+from ddpm.utils.errors import UserError
 
 
 def order(plan: Plan, start: int, stop: int) -> np.ndarray:

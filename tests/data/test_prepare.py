@@ -10,17 +10,18 @@ import numpy as np
 import pyarrow.fs as pafs
 import pytest
 
-from ddpm import storage
-from ddpm.config import UserError, override
-from ddpm.data.embedded import with_shards
+from ddpm.config import override
+from ddpm.data.builtin import with_shards
+from ddpm.data.image_folder import Folder
 from ddpm.data.manifest import FORMAT, MANIFEST, Manifest, read_manifest
-from ddpm.data.pictures import Folder
 from ddpm.data.prepare import prepare, write_preview
 from ddpm.data.shards import is_intact, read_row_group
 from ddpm.data.sources import Digits
-from ddpm.images import png_bytes
 from ddpm.presets import DIGITS
-from ddpm.storage import Location
+from ddpm.storage import locations
+from ddpm.storage.locations import Location
+from ddpm.utils.errors import UserError
+from ddpm.utils.images import png_bytes
 
 LOCAL = pafs.LocalFileSystem()
 SMALL = {"rows_per_shard": 600, "rows_per_row_group": 100}
@@ -42,7 +43,7 @@ class Mortal(Digits):
 
 
 def at(root: Path) -> Location:
-    return storage.resolve(str(root))
+    return locations.resolve(str(root))
 
 
 def make(source: Digits, location: Location, **options: Any) -> Manifest:
@@ -208,7 +209,7 @@ def test_storage_that_refuses_is_a_line(tmp_path: Path) -> None:
 
 
 def test_a_bucket_holds_the_same_data_set(tmp_path: Path, s3_bucket: str) -> None:
-    location = storage.resolve(f"{s3_bucket}/data/digits")
+    location = locations.resolve(f"{s3_bucket}/data/digits")
     with pytest.raises(Killed):
         make(Mortal(), location, **SMALL)
     there = make(Digits(), location, **SMALL)

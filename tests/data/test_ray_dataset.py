@@ -19,13 +19,13 @@ import pytest
 from processes import members
 from pyarrow.fs import LocalFileSystem
 
-from ddpm.config import UserError
 from ddpm.data import ray_dataset
 from ddpm.data.corrupt import CorruptData, Substitution
 from ddpm.data.plan import ReadOrder, rank_shard
 from ddpm.data.reading import DataSet, cut
 from ddpm.data.shards import Manifest, Shard, Split
-from ddpm.patience import StorageError
+from ddpm.utils.errors import UserError
+from ddpm.utils.retry import StorageError
 
 
 class Rows:
@@ -170,6 +170,7 @@ def test_what_cannot_be_read_is_refused_at_once(
         ray_dataset.micro_batches(data_set, replace(ORDER, **changes), **arguments)  # type: ignore[arg-type]
 
 
+@pytest.mark.oldest_ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_stream_is_the_plan_with_its_stand_ins(tmp_path: Path) -> None:

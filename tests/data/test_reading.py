@@ -17,7 +17,7 @@ from ddpm.data.corrupt import CorruptData
 from ddpm.data.plan import Plan
 from ddpm.data.reading import DataSet, Images, scale_of
 from ddpm.data.shards import make_manifest, write_shard
-from ddpm.storage import resolve
+from ddpm.storage.locations import resolve
 
 STOP = 2 * NUM_IMAGES + 10
 """Two epochs and a bit."""

@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ddpm.config import UserError
 from ddpm.data import row_group
 from ddpm.data.manifest import manifest_from_json
 from ddpm.data.row_group import content_sha256
@@ -32,6 +31,7 @@ from ddpm.data.shards import (
     write_manifest,
     write_shard,
 )
+from ddpm.utils.errors import UserError
 
 LOCAL = pafs.LocalFileSystem()
 

@@ -14,11 +14,12 @@ import processes
 import pytest
 from PIL import Image
 
-from ddpm.config import Config, UserError, override
-from ddpm.data import embedded
-from ddpm.data.downloaded import Torchvision
+from ddpm.config import Config, override
+from ddpm.data import builtin
 from ddpm.data.glyphs import CHARACTERS, Glyphs
-from ddpm.data.sources import Digits, FashionMnist, Source, divide, held_out
+from ddpm.data.sources import Digits, FashionMnist, MissingFiles, Source, divide, held_out
+from ddpm.data.torchvision import Torchvision
+from ddpm.utils.errors import UserError
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 needs_fashion = pytest.mark.skipif(
@@ -240,7 +241,7 @@ def test_for_training_missing_files_are_prepared_first(source: str, monkeypatch:
     monkeypatch.setattr(FashionMnist, "__init__", _without_files)
     config = override(Config(), {"data.source": source})
     with pytest.raises(UserError) as raised:
-        embedded.with_shards(config, "python jobs/train.py preset")
+        builtin.with_shards(config, "python jobs/train.py preset")
     _, prepare, _, train, _ = str(raised.value).split("`")
     words = shlex.split(prepare)
     assert train == f"python jobs/train.py preset --data.shards {words[3]}"
@@ -250,4 +251,20 @@ def test_for_training_missing_files_are_prepared_first(source: str, monkeypatch:
 
 
 def _without_files(self: FashionMnist) -> None:
-    raise UserError("no files: --path FOLDER")
+    raise MissingFiles("no files", "--path FOLDER")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("torchvision:svhn", "dataset is 'svhn'; torchvision has cifar10, mnist, celeba here"),
+        ("torchvision", "data.source is 'torchvision', which is not built in"),
+        ("digits:even", "data.source is 'digits:even', which is not built in"),
+        ("folder", "data.source is 'folder', which is not built in"),
+        ("nothing", "data.source is 'nothing', which is not built in"),
+        (None, "data.source is None, which is not built in"),
+    ],
+)
+def test_a_source_that_training_cannot_prepare_is_named(name: str | None, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        builtin.with_shards(override(Config(), {"data.source": name}))

@@ -276,7 +276,7 @@ def test_what_cannot_be_bounded_is_refused():
         exact(some_denoiser, LINEAR, x_0 + 1e-3, noise)
     with pytest.raises(ValueError, match="variance is 'learned', but this net did not learn it"):
         exact(some_denoiser, LINEAR, x_0, noise, variance="learned")
-    with pytest.raises(ValueError, match="variance is 'measured'; that takes the error"):
+    with pytest.raises(ValueError, match="variance is 'measured'; that needs the error"):
         exact(some_denoiser, LINEAR, x_0, noise, variance="measured")
     with pytest.raises(ValueError, match="variance is 'wide'; it must be"):
         exact(some_denoiser, LINEAR, x_0, noise, variance="wide")

@@ -254,7 +254,7 @@ def test_build():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: objectives.build(ObjectiveConfig(predict="score"), SCHEDULE, 0), "'score'.*eps, x_0 or v"),
+        (lambda: objectives.build(ObjectiveConfig(predict="score"), SCHEDULE, 0), "'score'.*eps, x_0, v"),
         (lambda: objectives.build(ObjectiveConfig(label_dropout=1.1), SCHEDULE, 0), "label_dropout is 1.1"),
         (lambda: objectives.build(ObjectiveConfig(), SCHEDULE, -1), "num_classes is -1"),
         (lambda: Eps(SCHEDULE, min_snr_gamma=0.0), "min_snr_gamma is 0.0"),

@@ -262,7 +262,7 @@ def test_at_its_ends_a_learned_variance_draws_and_bounds_as_the_fixed_one(mix, f
 def test_a_variance_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="variance is 'learned', but this net did not learn it"):
         ancestral(a_net(LINEAR), LINEAR, normal((1, 1, 2, 2)), variance="learned")
-    with pytest.raises(ValueError, match="variance is 'measured'; that takes the error"):
+    with pytest.raises(ValueError, match="variance is 'measured'; that needs the error"):
         ancestral(a_net(LINEAR), LINEAR, normal((1, 1, 2, 2)), variance="measured")
     x_t = process.q_sample(
         LINEAR.alpha_bar, torch.zeros(1, 1, 2, 2), torch.tensor([3]), torch.zeros(1, 1, 2, 2)

@@ -605,7 +605,7 @@ def test_build(config, expected):
         (SampleConfig(sampler="ancestral"), "variance is 'auto'; it must be resolved"),
         (
             SampleConfig(sampler="ancestral", variance="measured"),
-            "variance is 'measured'; that takes the error",
+            "variance is 'measured'; that needs the error",
         ),
         (SampleConfig(sampler="auto"), "sampler is 'auto'"),
         (SampleConfig(sampler="heun", spacing="log"), "spacing is 'log'"),

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm.config import UserError
 from ddpm.data.reading import DataSet
 from ddpm.evaluation import classifier, nets
 from ddpm.evaluation.cache import Cache
@@ -17,6 +16,7 @@ from ddpm.evaluation.features import Features, digest_of, features_of, normalise
 from ddpm.evaluation.lite0 import Lite0
 from ddpm.evaluation.pixels import Pixels
 from ddpm.evaluation.reference import real_features
+from ddpm.utils.errors import UserError
 
 
 def noise(n: int, side: int = 8, channels: int = 1) -> torch.Tensor:
@@ -120,7 +120,7 @@ def test_without_classes_there_is_no_classifier(train_digits: DataSet, cache: Ca
 def test_a_net_has_a_name(train_digits: DataSet, cache: Cache) -> None:
     assert nets.build("pixels", train_digits, cache).size == 64
     assert nets.build("lite0", train_digits, cache).size == 1280
-    with pytest.raises(UserError, match="'vgg' is unknown; it must be inception"):
+    with pytest.raises(UserError, match="'vgg' is unknown; it must be one of classifier, inception"):
         nets.build("vgg", train_digits, cache)  # type: ignore[arg-type]
 
 
@@ -160,5 +160,5 @@ def test_what_is_damaged_is_made_again(cache: Cache, tmp_path: Path, harm) -> No
 
 def test_a_cache_that_cannot_be_written_says_so(tmp_path: Path, cache: Cache) -> None:
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(UserError, match=r"cannot keep .*cache/a.safetensors"):
+    with pytest.raises(UserError, match=r"cannot read or write the cache file .*cache/a.safetensors"):
         cache.get("a", lambda: {"a": torch.zeros(1)})

@@ -7,9 +7,9 @@ import torch
 from torch_fidelity import FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-from ddpm.config import UserError
 from ddpm.evaluation import inception
 from ddpm.evaluation.inception import Inception
+from ddpm.utils.errors import UserError
 
 Theirs = tuple[FeatureExtractorInceptionV3, Path]
 

@@ -7,20 +7,20 @@ import pytest
 from scipy import special
 from sklearn.metrics import pairwise_distances
 
-from ddpm import evaluate, storage, yardstick
+from ddpm.checkpoints.runs import open_run
 from ddpm.config import override
 from ddpm.data.manifest import make_manifest, write_manifest
 from ddpm.data.reading import DataSet
 from ddpm.data.shards import write_shard
 from ddpm.data.sources import Digits
-from ddpm.evaluation import memorisation
+from ddpm.evaluation import context, evaluate, memorisation
+from ddpm.evaluation.context import Settings
 from ddpm.evaluation.memorisation import NearerShare, Nearest, nearer_share, nearest, nearest_pairs
+from ddpm.evaluation.report import remarks
 from ddpm.presets import DIGITS
-from ddpm.report import remarks
-from ddpm.runs import open_run
+from ddpm.storage import locations
 from ddpm.training import loop
 from ddpm.training.runtime import LocalRuntime, NoTracker
-from ddpm.yardstick import Settings
 
 
 def distances(values: np.ndarray) -> Nearest:
@@ -127,7 +127,7 @@ def test_a_net_that_repeats_its_sixteen_images_is_caught(
     tmp_path: Path, num_digits: int, is_caught: bool
 ) -> None:
     """A net smaller than the digits preset's, trained a fifth as long in the same way: on few digits, and on all."""
-    source, location = Digits(), storage.resolve(str(tmp_path / "data"))
+    source, location = Digits(), locations.resolve(str(tmp_path / "data"))
     image, label = source.read("train", 0, num_digits)
     # Evaluation needs 20 training images at least for its floor.
     copies = max(1, 160 // num_digits)
@@ -160,8 +160,8 @@ def test_a_net_that_repeats_its_sixteen_images_is_caught(
     run = open_run("judged", str(tmp_path / "runs"))
     loop.train(config, LocalRuntime(config, train, None, Path(run.location.path)), NoTracker())
     settings = Settings(num_images=250, features="classifier", num_draws=1)
-    report = evaluate.evaluate(yardstick.read([run.location.uri]), settings, 1)
-    (drawn,) = report.verdicts[0].drawn
+    report = evaluate.evaluate(context.read([run.location.uri]), settings, 1)
+    (drawn,) = report.results[0].drawn
     shares = [score for score in drawn.scores if isinstance(score, NearerShare)]
     assert [share.space for share in shares] == ["classifier", "pixels"]
     assert all(share.low > 0.2 if is_caught else share.value < 0.03 for share in shares)

@@ -1,4 +1,4 @@
-"""Who is better than whom: known answers."""
+"""Rankings: known answers."""
 
 import math
 

@@ -6,7 +6,6 @@ import torch
 from gaussians import true_kid
 from numpy.typing import NDArray
 
-from ddpm.config import UserError
 from ddpm.data.reading import DataSet
 from ddpm.diffusion.likelihood import Bound
 from ddpm.evaluation import scores
@@ -14,6 +13,7 @@ from ddpm.evaluation.bits import BitsPerDim
 from ddpm.evaluation.classifier import Classifier
 from ddpm.evaluation.features import Features, features_of
 from ddpm.evaluation.scores import Score, score
+from ddpm.utils.errors import UserError
 
 Int64 = NDArray[np.int64]
 
@@ -163,7 +163,7 @@ def test_of_many_images_pairs_are_made_of_the_first(monkeypatch: pytest.MonkeyPa
 
 
 def test_too_few_images_are_refused_in_a_line() -> None:
-    with pytest.raises(UserError, match="12 generated and 90 real images; it takes at least 20"):
+    with pytest.raises(UserError, match="12 generated and 90 real images; a comparison needs at least 20"):
         score("pixels", normal(12), normal(90))
 
 

@@ -42,7 +42,7 @@ def client(aws: AwsServer) -> Iterator[Callable[[str], Any]]:
 
 @pytest.fixture(scope="module")
 def outputs(client: Callable[[str], Any]) -> dict[str, str]:
-    """Of the stack, made in the account's default network."""
+    """Outputs of the stack, made in the account's default network."""
     subnets = client("ec2").describe_subnets()["Subnets"]
     return make_stack(client, subnets[0]["VpcId"], [subnet["SubnetId"] for subnet in subnets[:2]])
 

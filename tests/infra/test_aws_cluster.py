@@ -18,7 +18,7 @@ from hosts import Hosts, answers
 from launched import DASHBOARD, Desk, cluster_file, environment, install, overlaid
 from servers import S3Server
 
-from ddpm.storage import resolve
+from ddpm.storage.locations import resolve
 
 ADDRESSES = {"head": "head", "gpu-on-demand": "gpu", "cpu-spot": "cpu"}
 """The machine that stands for the one instance of a kind."""

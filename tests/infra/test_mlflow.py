@@ -96,7 +96,7 @@ class Trained:
 
     secrets: dict[str, str]
     arguments: set[str]
-    """Of every process that it started."""
+    """Arguments of every process that it started."""
     output: Path
     ray: Path
     """Ray's own logs."""
@@ -249,11 +249,11 @@ def test_a_wrong_password_is_said_and_loses_nothing(
     wrong = "not-the-password-0"
     for variable, value in guarded_mlflow.client_env("admin", wrong).items():
         monkeypatch.setenv(variable, value)
-    outbox = tracked.outbox_in(tmp_path)
-    tracked.put(outbox, 256, 0, 128)
-    delivery = tracked.deliver(tracked.address_at(guarded_mlflow.uri), outbox, committed=256)
+    buffer = tracked.outbox_in(tmp_path)
+    tracked.put(buffer, 256, 0, 128)
+    delivery = tracked.deliver(tracked.address_at(guarded_mlflow.uri), buffer, committed=256)
     assert (delivery.run_id, delivery.ended) == (None, False)
     assert "training goes on, what is tracked stays in" in caplog.text
     assert "401" in caplog.text
     assert wrong not in caplog.text
-    assert tracked.names_in(outbox)
+    assert tracked.names_in(buffer)

@@ -10,7 +10,7 @@ from hosts import Host, Hosts
 from launched import Desk, cluster_file, environment, gone, install, overlaid
 from servers import S3Server
 
-from ddpm.storage import resolve
+from ddpm.storage.locations import resolve
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ ASK = (sys.executable, "-c", "import os; print(os.environ.get('MLFLOW_TRACKING_P
 
 @pytest.fixture(scope="module")
 def env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Of a machine: AWS, its metadata service, and a secret `ddpm/one` in the region that the machine is in."""
+    """Environment of a machine: AWS, its metadata service, and a secret `ddpm/one` in the machine's region."""
     with Cloud(tmp_path_factory.mktemp("cloud"), LOOPBACK, ("machine", "key")) as cloud:
         cloud.client("secretsmanager").create_secret(Name="ddpm/one", SecretString="of-a-machine")
         yield {

@@ -9,7 +9,7 @@ import mlflow
 import pytest
 from servers import RayHead, S3Server
 
-from ddpm.storage import resolve
+from ddpm.storage.locations import resolve
 
 SMALL = """--schedule.num-timesteps 100 --model.base-width 8 --model.norm-groups 4 --optim.lr-warmup-images 0
     --train.total-images 512 --train.batch-size 64 --train.micro-batch-size 16 --train.log-every-images 128

@@ -11,9 +11,9 @@ from judged import POSITIONS, make_data, make_run
 from mlflow import MlflowClient
 from PIL import Image
 
-from ddpm import runs
-from ddpm.runs import Run
-from ddpm.tracking import RUN_KEY_TAG
+from ddpm.checkpoints.runs import Run
+from ddpm.hub import resolve
+from ddpm.tracking.mlflow_runs import RUN_KEY_TAG
 
 FEW = ("--features", "pixels", "--num-images", "60", "--num-draws", "2")
 
@@ -35,7 +35,7 @@ def test_all_checkpoints_of_a_run_that_goes_on(
     done = run_job("evaluate", *words, "--out", "found.json", cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     lines = [line.rstrip() for line in done.stdout.splitlines()]
-    assert {"bits/dim 180/180", "images drawn 360/360"} <= set(lines)
+    assert {"bits/dim 180/180", "images sampled 360/360"} <= set(lines)
     names = [f"judged-{images_seen}-ddim-{steps}" for images_seen in POSITIONS for steps in (2, 4)]
     assert lines[-9:] == [
         f"results     {tmp_path}/found.json",
@@ -68,7 +68,7 @@ def test_all_checkpoints_of_a_run_that_goes_on(
     assert len([path for path in kept if "-nearest-judged-" in path]) == len(names)
     assert client.get_run(tracked.info.run_id).info.status == "RUNNING"
 
-    newest = runs.checkpoints_of(run.location.uri)[-1]
+    newest = resolve.checkpoints_of(run.location.uri)[-1]
     again = run_job("evaluate", newest, *steps, *FEW, "--out", "again.json", cwd=tmp_path, env=env)
     assert again.returncode == 0, again.stderr
     judged = json.loads((tmp_path / "again.json").read_text())["checkpoints"]

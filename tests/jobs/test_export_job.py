@@ -9,12 +9,13 @@ import pytest
 import torch
 from tiny import TINY_NET
 
-from ddpm import generation, images
+from ddpm.build import build_objective, build_sampler
+from ddpm.checkpoints import checkpoint
 from ddpm.config import Config, override
 from ddpm.diffusion.samplers import PerImageNoise
 from ddpm.models.unet import UNet
-from ddpm.training import checkpoint
 from ddpm.training.state import State
+from ddpm.utils import images
 from ddpm.utils.generators import TorchGenerator
 from ddpm.utils.seeding import torch_seed
 
@@ -30,16 +31,16 @@ def folder(tmp_path: Path) -> Path:
     with torch.no_grad():
         for weight in state.ema.net.parameters():
             weight.add_(0.05)
-    checkpoint.save(tmp_path / "c", state, TINY, {"run_key": "k", "data_fingerprint": ""})
+    checkpoint.write(state.snapshot(TINY, {"run_key": "k", "data_fingerprint": ""}), tmp_path / "c")
     return tmp_path / "c"
 
 
 def pixels(net: UNet, config: Config) -> np.ndarray:
     """Three images by Algorithm 2, from noise that a diffusers pipeline can be given as well."""
     config = override(config, {"sample.sampler": "ancestral"})
-    objective, shape = generation.build_objective(config), (config.model.channels, 8, 8)
+    objective, shape = build_objective(config), (config.model.channels, 8, 8)
     noise = PerImageNoise([TorchGenerator(i, device=torch.device("cpu")) for i in range(3)], shape)
-    drawn = generation.build_sampler(config)(lambda x_t, t: objective.denoise(net, x_t, t, None), noise)
+    drawn = build_sampler(config)(lambda x_t, t: objective.denoise(net, x_t, t, None), noise)
     return images.to_uint8(drawn)[..., 0].numpy().astype(int)
 
 
@@ -69,8 +70,8 @@ def test_mistakes_are_a_line_and_exit_code_2(run_job: Callable[..., Any], tmp_pa
     (tmp_path / "there").mkdir()
     mistakes = {
         ("c", "there"): "there exists, and nothing is overwritten",
-        ("c", "out", "--alias", "champion"): "--alias is of a registered model",
-        ("c", "out", "--register", "name", "--no-ema"): "draws with the averaged weights",
+        ("c", "out", "--alias", "champion"): "--alias needs a registered model",
+        ("c", "out", "--register", "name", "--no-ema"): "a registered model uses the averaged weights",
         ("c", "out"): "c does not exist; expected a checkpoint folder or a run folder",
     }
     for words, message in mistakes.items():

@@ -12,12 +12,12 @@ import pyarrow.fs as pafs
 import pytest
 from PIL import Image
 
-from ddpm.config import UserError
-from ddpm.data.pictures import Folder
+from ddpm.data.image_folder import Folder
 from ddpm.data.prepare import find, prepare, write_preview
 from ddpm.data.shards import Manifest, read_manifest, read_row_group
 from ddpm.data.sources import Digits
-from ddpm.storage import resolve
+from ddpm.storage.locations import resolve
+from ddpm.utils.errors import UserError
 
 LOCAL = pafs.LocalFileSystem()
 

@@ -13,8 +13,8 @@ import processes
 import pytest
 from PIL import Image
 
-from ddpm import storage
 from ddpm.data.manifest import MANIFEST, read_manifest
+from ddpm.storage import locations
 
 
 def files_of(root: Path) -> dict[str, bytes]:
@@ -24,7 +24,7 @@ def files_of(root: Path) -> dict[str, bytes]:
 def test_digits_and_again(run_job: Callable[..., Any], tmp_path: Path) -> None:
     done = run_job("prepare", "digits", "data", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    location = storage.resolve(str(tmp_path / "data"))
+    location = locations.resolve(str(tmp_path / "data"))
     manifest = read_manifest(location.filesystem, location.path, location.uri)
     for said in (
         str(tmp_path / "data"),
@@ -52,7 +52,7 @@ def test_a_folder_becomes_a_data_set_in_a_bucket(
     uri = f"{s3_bucket}/pets"
     done = run_job("prepare", "folder", uri, "--path", "images", "--size", "16", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    location = storage.resolve(uri)
+    location = locations.resolve(uri)
     manifest = read_manifest(location.filesystem, location.path, uri)
     assert manifest.class_names == ("cat", "dog")
     assert {name: split.num_rows for name, split in manifest.splits.items()} == {"train": 38, "test": 2}

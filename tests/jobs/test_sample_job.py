@@ -13,9 +13,9 @@ from processes import Job, kill_tree
 from servers import RayHead
 from tiny import TINY_NET
 
-from ddpm import runs
+from ddpm.checkpoints import checkpoint
 from ddpm.config import override
-from ddpm.training import checkpoint
+from ddpm.hub import resolve
 from ddpm.training.state import State
 
 TINY = override(TINY_NET, {"schedule.num_timesteps": 50, "model.num_classes": 3, "model.zero_init": False})
@@ -25,8 +25,9 @@ TINY = override(TINY_NET, {"schedule.num_timesteps": 50, "model.num_classes": 3,
 def run(tmp_path: Path) -> None:
     """A run with one checkpoint."""
     state = State.create(TINY, torch.device("cpu"))
-    checkpoint.save(
-        tmp_path / "run/checkpoint-000000000000", state, TINY, {"run_key": "", "data_fingerprint": ""}
+    checkpoint.write(
+        state.snapshot(TINY, {"run_key": "", "data_fingerprint": ""}),
+        tmp_path / "run/checkpoint-000000000000",
     )
 
 
@@ -80,7 +81,7 @@ def test_the_measured_variance_is_that_of_an_evaluation(run_job: Callable[..., A
     refused = run_job("sample", *measured, cwd=tmp_path)
     assert refused.returncode == 2 and "has no x_0_error.json" in refused.stderr, refused.stderr
     weights = checkpoint.read_checksums(folder)["ema.safetensors"]
-    runs.keep_x_0_error(str(folder), weights, torch.full((50,), 0.5, dtype=torch.float64))
+    resolve.keep_x_0_error(str(folder), weights, torch.full((50,), 0.5, dtype=torch.float64))
     for out in (measured, [*flags, "--out", "plain"]):
         done = run_job("sample", *out, cwd=tmp_path)
         assert done.returncode == 0, done.stderr

@@ -13,11 +13,11 @@ from mlflow import MlflowClient
 from tracked import assert_once, deliver, names_in, put, run_of
 
 from ddpm import config as configs
-from ddpm import runs, segments
+from ddpm.checkpoints import checkpoint, runs
+from ddpm.checkpoints.runs import Run
 from ddpm.config import Config, override
-from ddpm.runs import Run
-from ddpm.tracking import Address
-from ddpm.training import checkpoint
+from ddpm.tracking import spool
+from ddpm.tracking.mlflow_runs import Address
 
 CONFIG = override(Config(), {"run.experiment": "tracked", "train.total_images": 128, "optim.lr": 0.5})
 
@@ -32,9 +32,9 @@ def write_checkpoint(run: Run, images_seen: int, config: Config = CONFIG) -> Non
 def run(tmp_path: Path) -> Run:
     """A run that trained to its end at 128 images while MLflow was away."""
     run = runs.open_run("a-run", str(tmp_path / "runs"))
-    outbox = run.location.child(segments.FOLDER)
-    put(outbox, 64, 32, 64)
-    put(outbox, 128, 96, 128, files=True)
+    buffer = run.location.child(spool.FOLDER)
+    put(buffer, 64, 32, 64)
+    put(buffer, 128, 96, 128, files=True)
     for images_seen in (64, 128):
         write_checkpoint(run, images_seen)
     return run
@@ -52,12 +52,15 @@ def test_it_delivers_what_the_run_could_not(
     run_job: Callable[..., Any], run: Run, mlflow_server: str, tmp_path: Path
 ) -> None:
     (port,) = servers.free_ports(1)
-    outbox, absent = run.location.child("tracking"), f"http://{servers.LOOPBACK}:{port}"
+    buffer, absent = run.location.child("tracking"), f"http://{servers.LOOPBACK}:{port}"
     away = track(run_job, run.location.uri, "--timeout-s", 1, uri=absent)
     assert away.returncode == 1
-    assert f"error: MLflow at {absent} cannot be reached, all is kept: nothing worked for 1 s" in away.stderr
+    assert (
+        f"error: MLflow at {absent} cannot be reached, all records are kept: nothing worked for 1 s"
+        in away.stderr
+    )
     assert "Traceback" not in away.stderr
-    assert len(names_in(outbox)) == 2
+    assert len(names_in(buffer)) == 2
 
     done = track(run_job, run.location.uri, uri=mlflow_server)
     assert done.returncode == 0, done.stderr
@@ -69,7 +72,7 @@ def test_it_delivers_what_the_run_could_not(
     assert (found.info.run_name, found.info.status) == ("a-run", "FINISHED")
     assert (found.data.params["optim.lr"], found.data.params["train.total_images"]) == ("0.5", "128")
     assert_once(address, 32, 64, 96, 128)
-    assert names_in(outbox) == []
+    assert names_in(buffer) == []
 
     again = track(run_job, run.location.uri, uri=mlflow_server)
     assert again.returncode == 0, again.stderr
@@ -81,12 +84,12 @@ def test_a_run_in_a_bucket_that_is_not_finished_keeps_its_status(
     run_job: Callable[..., Any], mlflow_server: str, s3_bucket: str
 ) -> None:
     run = runs.open_run("b-run", f"{s3_bucket}/runs")
-    outbox, address = run.location.child("tracking"), address_of(run, mlflow_server)
-    deliver(address, outbox, -1, "FAILED")
+    buffer, address = run.location.child("tracking"), address_of(run, mlflow_server)
+    deliver(address, buffer, -1, "FAILED")
     write_checkpoint(run, 64)
-    put(outbox, 64, 64)
-    put(outbox, 96, 96, failed=True)
-    put(outbox, 128, 128)  # of a checkpoint that never came
+    put(buffer, 64, 64)
+    put(buffer, 96, 96, failed=True)
+    put(buffer, 128, 128)  # of a checkpoint that never came
     done = track(run_job, run.location.uri, uri=mlflow_server)
     assert done.returncode == 0, done.stderr
     assert_once(address, 64, 96)
@@ -100,7 +103,7 @@ def test_last_words_before_the_first_checkpoint_need_the_experiment_s_name(
     put(run.location.child("tracking"), 64, 64, failed=True)
     unsaid = track(run_job, run.location.uri, uri=mlflow_server)
     assert unsaid.returncode == 2
-    assert "has no checkpoint, which would tell the experiment; name it with --experiment" in unsaid.stderr
+    assert "has no checkpoint that would name the experiment; give it with --experiment" in unsaid.stderr
     done = track(run_job, run.location.uri, "--experiment", "mine", uri=mlflow_server)
     assert done.returncode == 0, done.stderr
     assert_once(address_of(run, mlflow_server, "mine"), 64)
@@ -123,7 +126,7 @@ def test_mistakes_are_a_line_and_exit_code_2(run_job: Callable[..., Any], run: R
     (tmp_path / "runs" / "broken").mkdir()
     (tmp_path / "runs" / "broken" / "run.json").write_text("{}")
     mistakes = {
-        (str(tmp_path / "none"),): "is no run's folder: it has no run.json",
+        (str(tmp_path / "none"),): "is not a run's folder: it has no run.json",
         (str(tmp_path / "runs" / "broken"),): "run.json is damaged",
         ("gs://bucket/run",): "unknown scheme",
         (run.location.uri, "--timeout-s", "0"): "--timeout-s is 0; it must be above 0",
@@ -143,7 +146,7 @@ def test_mistakes_are_a_line_and_exit_code_2(run_job: Callable[..., Any], run: R
 def test_a_half_made_database_is_named_and_a_new_one_takes_all(
     run_job: Callable[..., Any], run: Run, tmp_path: Path
 ) -> None:
-    """As a first run left it that was stopped while MLflow made its tables."""
+    """The database of a first run that was stopped while MLflow created its tables."""
     database = tmp_path / "mlflow.db"
     with closing(sqlite3.connect(database)) as opened:
         opened.execute("CREATE TABLE _alembic_tmp_experiments (experiment_id INTEGER)")

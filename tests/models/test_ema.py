@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ddpm.config import ModelConfig
+from ddpm.config import UNetConfig
 from ddpm.models.ema import EMA
 from ddpm.models.unet import build
 
@@ -84,7 +84,7 @@ def test_buffers_are_copied_not_averaged():
 
 def test_the_averaged_net_is_a_copy_for_evaluation():
     net = build(
-        ModelConfig(
+        UNetConfig(
             image_size=4, base_width=8, width_multipliers=(1,), attention_resolutions=(), norm_groups=4
         )
     )

@@ -11,11 +11,11 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm.config import ModelConfig
+from ddpm.config import UNetConfig
 from ddpm.models.layers import sinusoids
 from ddpm.models.unet import UNet, build
 
-CONFIG = ModelConfig(
+CONFIG = UNetConfig(
     image_size=8,
     channels=1,
     base_width=8,
@@ -40,7 +40,7 @@ def _seed() -> None:
 
 
 def images(batch: int = BATCH) -> Tensor:
-    """Noise in the memory order that ddpm.images hands out: [B, H, W, C] seen as [B, C, H, W]."""
+    """Noise in the memory order that ddpm.utils.images hands out: [B, H, W, C] seen as [B, C, H, W]."""
     return torch.randn(batch, 8, 8, 1).permute(0, 3, 1, 2)
 
 
@@ -52,7 +52,7 @@ def timesteps(time_conditional: bool = True) -> Tensor | None:
 
 
 @pytest.mark.parametrize("config, time", VARIANTS)
-def test_every_weight_has_a_gradient(config: ModelConfig, time: bool):
+def test_every_weight_has_a_gradient(config: UNetConfig, time: bool):
     net = build(config, time_conditional=time)
     out = net(images(), timesteps(time))
     assert out.shape == (BATCH, 1, 8, 8)
@@ -211,7 +211,7 @@ def test_image_tensors_are_channels_last_all_the_way(contiguous: bool):
 
 
 @pytest.mark.parametrize("config, time", VARIANTS)
-def test_compiles_to_one_graph(config: ModelConfig, time: bool, monkeypatch: pytest.MonkeyPatch):
+def test_compiles_to_one_graph(config: UNetConfig, time: bool, monkeypatch: pytest.MonkeyPatch):
     net = build(config, time_conditional=time, autocast_dtype=torch.bfloat16)
     compiled = torch.compile(net, fullgraph=True, backend="eager")
     x_t, t = images(), timesteps(time)
@@ -221,7 +221,7 @@ def test_compiles_to_one_graph(config: ModelConfig, time: bool, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("config, time", VARIANTS)
-def test_compiled_it_computes_what_it_computes_as_written(config: ModelConfig, time: bool):
+def test_compiled_it_computes_what_it_computes_as_written(config: UNetConfig, time: bool):
     net, x_t, t = build(config, time_conditional=time), images(), timesteps(time)
     found = []
     for module in (net, torch.compile(net, fullgraph=True, backend="eager")):

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm.config import ModelConfig
-from ddpm.models.diffusers_names import diffusers_names
+from ddpm.config import UNetConfig
+from ddpm.hub.diffusers_names import diffusers_names
 from ddpm.models.unet import UNet, build
 
 diffusers = pytest.importorskip("diffusers")
 
-SMALL = ModelConfig(
+SMALL = UNetConfig(
     image_size=8, base_width=16, width_multipliers=(1, 2), attention_resolutions=(4,), norm_groups=4
 )
 CONFIGS = {
@@ -30,7 +30,7 @@ CONFIGS = {
         SMALL, width_multipliers=(2, 3, 1), attention_resolutions=(2,)
     ),
 }
-CIFAR10 = ModelConfig(  # google/ddpm-cifar10-32
+CIFAR10 = UNetConfig(  # google/ddpm-cifar10-32
     image_size=32,
     base_width=128,
     width_multipliers=(1, 2, 2, 2),
@@ -40,7 +40,7 @@ CIFAR10 = ModelConfig(  # google/ddpm-cifar10-32
 )
 
 
-def reference(config: ModelConfig):
+def reference(config: UNetConfig):
     """UNet2DModel in the configuration of google/ddpm-cifar10-32, with the sizes of `config`."""
     sizes = [config.image_size >> level for level in range(len(config.width_multipliers))]
     attention = ["Attn" if size in config.attention_resolutions else "" for size in sizes]
@@ -65,7 +65,7 @@ def reference(config: ModelConfig):
     )
 
 
-def pair(config: ModelConfig) -> tuple[UNet, torch.nn.Module]:
+def pair(config: UNetConfig) -> tuple[UNet, torch.nn.Module]:
     """Both nets, with the reference's weights, all of them moved away from their starting values (1, 0)."""
     torch.manual_seed(0)
     net, theirs = build(config), reference(config)
@@ -76,13 +76,13 @@ def pair(config: ModelConfig) -> tuple[UNet, torch.nn.Module]:
     return net, theirs
 
 
-def renamed(config: ModelConfig, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+def renamed(config: UNetConfig, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {
         our: torch.cat([theirs[name] for name in names]) for our, names in diffusers_names(config).items()
     }
 
 
-def assert_equal_nets(config: ModelConfig, batch: int) -> None:
+def assert_equal_nets(config: UNetConfig, batch: int) -> None:
     net, theirs = pair(config)
     x_t = torch.randn(batch, config.channels, config.image_size, config.image_size)
     t = torch.randint(0, 1000, (batch,))

@@ -11,9 +11,10 @@ from forged import forge, forge_json, forge_tensors
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ddpm.config import Config, UserError, override
-from ddpm.training import checkpoint
+from ddpm.checkpoints import checkpoint
+from ddpm.config import Config, override
 from ddpm.training.state import State
+from ddpm.utils.errors import UserError
 from ddpm.utils.seeding import GENERATOR
 
 CPU = torch.device("cpu")
@@ -25,13 +26,13 @@ def folder(tiny: Config, tmp_path: Path) -> Path:
     sum(p.square().sum() for p in state.net.parameters()).backward()  # type: ignore[union-attr]
     state.optimizer.step()
     state.step, state.images_seen = 3, 96
-    checkpoint.save(tmp_path / "c", state, tiny, {"run_key": "k", "data_fingerprint": "f"})
+    checkpoint.write(state.snapshot(tiny, {"run_key": "k", "data_fingerprint": "f"}), tmp_path / "c")
     return tmp_path / "c"
 
 
 def test_a_checkpoint_restores_everything(folder: Path, tiny: Config) -> None:
     state = State.create(tiny, CPU)
-    checkpoint.load(folder, state, tiny)
+    state.restore(folder, tiny)
     assert (state.step, state.images_seen) == (3, 96)
     for file, tensors in {
         "net": state.net.state_dict(),
@@ -47,7 +48,7 @@ def test_a_checkpoint_restores_everything(folder: Path, tiny: Config) -> None:
 
 def test_restored_optimizer_state_lies_in_memory_as_it_did(folder: Path, tiny: Config) -> None:
     state = State.create(tiny, CPU)
-    checkpoint.load(folder, state, tiny)
+    state.restore(folder, tiny)
     for weight in state.net.parameters():
         assert state.optimizer.state[weight]["exp_avg"].stride() == weight.stride()
 
@@ -60,7 +61,7 @@ def test_a_changed_byte_is_found(folder: Path, tiny: Config, name: str) -> None:
     data[len(data) // 2] ^= 1
     (folder / name).write_bytes(data)
     with pytest.raises(UserError, match=rf"{name} is damaged"):
-        checkpoint.load(folder, State.create(tiny, CPU), tiny)
+        State.create(tiny, CPU).restore(folder, tiny)
 
 
 def test_a_missing_file_is_found(folder: Path) -> None:
@@ -80,12 +81,12 @@ def test_another_architecture_is_refused(folder: Path, tiny: Config) -> None:
     with pytest.raises(
         UserError, match=r"model.base_width 8 \(now 16\); use those values, or another --run.name"
     ):
-        checkpoint.load(folder, State.create(other, CPU), other)
+        State.create(other, CPU).restore(folder, other)
 
 
 def test_weights_that_contradict_their_config_are_refused(folder: Path, tiny: Config) -> None:
     other = State.create(override(tiny, {"model.base_width": 16}), CPU)
-    checkpoint.save(folder, other, tiny, {"run_key": "k", "data_fingerprint": "f"})
+    checkpoint.write(other.snapshot(tiny, {"run_key": "k", "data_fingerprint": "f"}), folder)
     with pytest.raises(UserError, match="of another architecture"):
         checkpoint.load_net(folder, CPU)
 
@@ -94,7 +95,7 @@ def test_what_may_change_may_change(folder: Path, tiny: Config) -> None:
     longer = override(
         tiny, {"train.total_images": 9999, "cluster.num_workers": 2, "run.storage": "elsewhere"}
     )
-    checkpoint.load(folder, State.create(longer, CPU), longer)
+    State.create(longer, CPU).restore(folder, longer)
 
 
 @pytest.mark.parametrize("says", [{}, {"generator": "philox4x64-blake2b/0"}], ids=["nothing", "another"])
@@ -104,8 +105,8 @@ def test_a_run_of_another_generator_does_not_go_on(folder: Path, tiny: Config, s
     forge_json(folder, "state.json", {"generator": ...} | says)
     expected = says.get("generator", "PyTorch's, with 32 bits of a seed")
     with pytest.raises(UserError, match=rf"another random generator \({expected}; now .*--train\.init-from"):
-        checkpoint.load(folder, State.create(tiny, CPU), tiny)
-    checkpoint.begin(folder, State.create(tiny, CPU), tiny)
+        State.create(tiny, CPU).restore(folder, tiny)
+    State.create(tiny, CPU).init_from(folder, tiny)
     checkpoint.load_net(folder, CPU)
 
 
@@ -161,7 +162,7 @@ def test_json_with_wrong_content_is_refused(
     """By all who read it: to go on, to register, to draw."""
     forge_json(folder, name, wrong) if isinstance(wrong, dict) else forge(folder, name, wrong)
     readers: list[Callable[[], object]] = [
-        lambda: checkpoint.load(folder, State.create(tiny, CPU), tiny),
+        lambda: State.create(tiny, CPU).restore(folder, tiny),
         lambda: checkpoint.write_light(folder, folder.parent / "light"),
     ]
     if name == "state.json":
@@ -218,9 +219,9 @@ def test_an_optimizer_with_wrong_content_is_refused(
 ) -> None:
     forge_tensors(folder, "optimizer.safetensors", change)
     with pytest.raises(UserError, match=f"^{folder}/optimizer.safetensors .*{message}"):
-        checkpoint.load(folder, State.create(tiny, CPU), tiny)
+        State.create(tiny, CPU).restore(folder, tiny)
     checkpoint.load_net(folder, CPU)
-    checkpoint.begin(folder, State.create(tiny, CPU), tiny)
+    State.create(tiny, CPU).init_from(folder, tiny)
 
 
 @pytest.mark.parametrize(
@@ -240,12 +241,12 @@ def test_weights_with_wrong_content_are_refused(
     """By all who read them: to go on, to register, to draw, to begin another run."""
     forge_tensors(folder, file, with_tensor("conv_in.weight", change))
     readers: list[Callable[[], object]] = [
-        lambda: checkpoint.load(folder, State.create(tiny, CPU), tiny),
+        lambda: State.create(tiny, CPU).restore(folder, tiny),
         lambda: checkpoint.write_light(folder, folder.parent / "light"),
         lambda: checkpoint.load_net(folder, CPU, ema=file.startswith("ema")),
     ]
     if file.startswith("ema"):
-        readers.append(lambda: checkpoint.begin(folder, State.create(tiny, CPU), tiny))
+        readers.append(lambda: State.create(tiny, CPU).init_from(folder, tiny))
     for read in readers:
         with pytest.raises(UserError, match=rf"^{folder}/{file} is damaged.*: conv_in\.weight {message}$"):
             read()
@@ -255,9 +256,9 @@ def test_weights_with_wrong_content_are_refused(
 def test_a_registered_model_draws_and_does_not_go_on(folder: Path, tiny: Config, tmp_path: Path) -> None:
     checkpoint.write_light(folder, tmp_path / "light")
     checkpoint.load_net(tmp_path / "light", CPU)
-    checkpoint.begin(tmp_path / "light", State.create(tiny, CPU), tiny)
+    State.create(tiny, CPU).init_from(tmp_path / "light", tiny)
     with pytest.raises(UserError, match=r"optimizer\.safetensors is empty, as in a registered model"):
-        checkpoint.load(tmp_path / "light", State.create(tiny, CPU), tiny)
+        State.create(tiny, CPU).restore(tmp_path / "light", tiny)
 
 
 def test_a_checkpoint_of_nothing_but_skipped_steps_goes_on(tiny: Config, tmp_path: Path) -> None:
@@ -265,7 +266,7 @@ def test_a_checkpoint_of_nothing_but_skipped_steps_goes_on(tiny: Config, tmp_pat
     state = State.create(tiny, CPU)
     state.step = state.skipped_steps = 2
     state.images_seen = 64
-    checkpoint.save(tmp_path / "c", state, tiny, {"run_key": "", "data_fingerprint": "f"})
+    checkpoint.write(state.snapshot(tiny, {"run_key": "", "data_fingerprint": "f"}), tmp_path / "c")
     back = State.create(tiny, CPU)
-    checkpoint.load(tmp_path / "c", back, tiny)
+    back.restore(tmp_path / "c", tiny)
     assert (back.step, back.skipped_steps, back.optimizer_tensors()) == (2, 2, {})

@@ -18,8 +18,9 @@ from processes import Job
 from proxy import FaultyProxy
 from servers import S3Server
 
-from ddpm import runs, storage
-from ddpm.training import checkpoint
+from ddpm.checkpoints import checkpoint
+from ddpm.hub import resolve
+from ddpm.storage import locations
 
 WORKER = "ray::RayTrainWorker"
 READER = "ray::MapBatches(_ReadTask)"
@@ -36,8 +37,8 @@ def proxy(s3_server: S3Server) -> Iterator[FaultyProxy]:
 @pytest.fixture
 def run_on_s3(s3_bucket: str, digits_uri: str, tmp_path: Path) -> Run:
     """Data set and run in a bucket."""
-    data = storage.resolve(f"{s3_bucket}/data")
-    storage.pafs.copy_files(digits_uri, data.path, destination_filesystem=data.filesystem)
+    data = locations.resolve(f"{s3_bucket}/data")
+    locations.pafs.copy_files(digits_uri, data.path, destination_filesystem=data.filesystem)
     return Run("harmed", f"{s3_bucket}/runs", data.uri, tmp_path / "job.log")
 
 
@@ -130,7 +131,7 @@ def test_s3_gone_for_good(run_on_s3: Run, proxy: FaultyProxy) -> None:
     assert run_on_s3.location.path.partition("/")[0] in error  # the bucket
     assert "--run.storage-timeout-s 10" in error and "its last answer: " in error
     assert "Traceback" not in job.output
-    with runs.local_checkpoint(run_on_s3.location.uri) as folder:
+    with resolve.local_checkpoint(run_on_s3.location.uri) as folder:
         checkpoint.verify(folder)
 
 

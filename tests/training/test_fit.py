@@ -16,12 +16,14 @@ from processes import REPO, Job, run
 from safetensors.torch import load_file
 from servers import RayHead
 
-from ddpm import driver_lock, storage
-from ddpm.config import Config, UserError, override
+from ddpm.cluster import resources
+from ddpm.config import Config, override
 from ddpm.data.reading import DataSet
-from ddpm.driver_lock import DriverLock
-from ddpm.training import fit, loop, resources
+from ddpm.storage import driver_lock, locations
+from ddpm.storage.driver_lock import DriverLock
+from ddpm.training import fit, loop
 from ddpm.training.runtime import LocalRuntime, NoTracker
+from ddpm.utils.errors import UserError
 
 FLAGS = """--data.window-rows 200 --schedule.num-timesteps 50 --model.base-width 8 --model.width-multipliers 1 2
     --model.norm-groups 4 --optim.lr-warmup-images 64 --train.batch-size 32 --train.micro-batch-size 8
@@ -68,7 +70,7 @@ def test_a_second_driver_of_a_run_is_refused_before_it_writes(
     monkeypatch.setattr(resources, "resources_per_worker", lambda config: {"CPU": 1.0})  # there is no cluster
     monkeypatch.setattr(resources, "check_storage", lambda config: None)
     config = override(tiny, {"run.name": "one", "run.storage": str(tmp_path / "runs")})
-    with DriverLock(storage.resolve(str(tmp_path / "runs/one")), "run", "--run.name", print):
+    with DriverLock(locations.resolve(str(tmp_path / "runs/one")), "run", "--run.name", print):
         with pytest.raises(UserError, match="another process drives this run"):
             fit.fit(config, train_set)
         assert [path.name for path in (tmp_path / "runs/one").iterdir()] == [driver_lock.FILE]

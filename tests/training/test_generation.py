@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm import generation
+from ddpm.build import build_objective
 from ddpm.config import Config, override
+from ddpm.sampling import generate
 from ddpm.training.state import State
 
 CPU = torch.device("cpu")
@@ -26,15 +27,15 @@ CPU = torch.device("cpu")
 )
 def test_image_i_is_the_same_in_any_company(tiny: Config, change: dict[str, Any]) -> None:
     config = override(tiny, {"model.zero_init": False, **change})
-    net, objective = State.create(config, CPU).ema.net, generation.build_objective(config)
-    together = generation.draw(net, config, objective, range(6), device=CPU)
-    alone = generation.draw(net, config, objective, [4], device=CPU)
-    turned = generation.draw(net, config, objective, [5, 4], device=CPU)
+    net, objective = State.create(config, CPU).ema.net, build_objective(config)
+    together = generate.draw(net, config, objective, range(6), device=CPU)
+    alone = generate.draw(net, config, objective, [4], device=CPU)
+    turned = generate.draw(net, config, objective, [5, 4], device=CPU)
     # A batch of another size may take other kernels: a grey level at most.
     assert (together[4].int() - alone[0].int()).abs().max() <= 1
     assert (together[4].int() - turned[1].int()).abs().max() <= 1
     assert (together[4] != together[5]).any()
-    other = generation.draw(
+    other = generate.draw(
         net, config, objective, [4], device=CPU, sample=dataclasses.replace(config.sample, seed=1)
     )
     assert (other[0].int() - alone[0].int()).abs().max() > 1
@@ -42,11 +43,11 @@ def test_image_i_is_the_same_in_any_company(tiny: Config, change: dict[str, Any]
 
 def test_guidance_is_confined_to_its_interval(tiny: Config) -> None:
     config = override(tiny, {"model.zero_init": False, "model.num_classes": 10, "sample.sampler": "heun"})
-    net, objective = State.create(config, CPU).ema.net, generation.build_objective(config)
+    net, objective = State.create(config, CPU).ema.net, build_objective(config)
 
     def drawn(**changes: Any) -> torch.Tensor:
         sample = dataclasses.replace(config.sample, **changes)
-        return generation.draw(net, config, objective, range(3), device=CPU, sample=sample)
+        return generate.draw(net, config, objective, range(3), device=CPU, sample=sample)
 
     guided, plain = drawn(guidance_scale=5.0), drawn()
     assert not torch.equal(guided, plain)

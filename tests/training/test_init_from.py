@@ -7,12 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ddpm import storage
-from ddpm.config import Config, UserError, override
+from ddpm.checkpoints import checkpoint
+from ddpm.config import Config, override
 from ddpm.data.reading import DataSet
-from ddpm.training import checkpoint, checkpoint_manager, loop
+from ddpm.storage import locations
+from ddpm.training import checkpoint_manager, loop
 from ddpm.training.runtime import LocalRuntime, NoTracker
 from ddpm.training.state import State
+from ddpm.utils.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -26,14 +28,14 @@ def first(tiny: Config, tmp_path: Path) -> Path:
             weight.add_(0.1)
     state.step, state.images_seen = 100, 3200
     identity = {"run_key": "other", "data_fingerprint": "f"}
-    checkpoint.save(tmp_path / "first", state, override(tiny, {"train.seed": 5}), identity)
+    checkpoint.write(state.snapshot(override(tiny, {"train.seed": 5}), identity), tmp_path / "first")
     return tmp_path / "first"
 
 
 def begin(config: Config, folder: Path) -> list[str]:
     warnings: list[str] = []
     identity = {"run_key": "mine", "data_fingerprint": "f"}
-    checkpoint_manager.begin(storage.resolve(str(folder)), config, identity, warnings.append)
+    checkpoint_manager.begin(locations.resolve(str(folder)), config, identity, warnings.append)
     return warnings
 
 
@@ -54,7 +56,7 @@ def test_the_averaged_weights_are_the_run_s_first_checkpoint(
     assert [path.name for path in (tmp_path / "run").iterdir()] == [checkpoint.name_at(0)]
     folder = tmp_path / "run" / checkpoint.name_at(0)
     state = State.create(config, CPU)
-    checkpoint.load(folder, state, config)
+    state.restore(folder, config)
     assert (state.step, state.images_seen, state.optimizer_tensors()) == (0, 0, {})
     assert checkpoint.read_state(folder)["run_key"] == "mine"
     for name, tensor in load_file(first / "ema.safetensors").items():
@@ -85,6 +87,7 @@ def test_it_goes_on_as_any_run_does_bit_for_bit(
     ("changes", "message"),
     [
         ({"model.base_width": 16}, "has another net: model.base_width 8 (now 16); use those values"),
+        ({"model.net": "dit"}, "has another net: model.net unet (now dit); use those values"),
         ({"objective.predict": "v"}, "objective.predict eps (now v)"),
         ({"train.init_from": "none"}, "none does not exist; expected a checkpoint folder or a run folder"),
     ],

@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm import generation, judgement
-from ddpm.config import Config, UserError, override
+from ddpm.build import build_net, build_objective
+from ddpm.config import Config, override
 from ddpm.data.reading import DataSet, Images
 from ddpm.diffusion.reverse import Variance
+from ddpm.evaluation import measure
 from ddpm.evaluation.bits import BitsPerDim
 from ddpm.evaluation.features import Features, features_of
 from ddpm.evaluation.pixels import Pixels
-from ddpm.training.state import build_net
+from ddpm.sampling import generate
+from ddpm.utils.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -21,7 +23,7 @@ CPU = torch.device("cpu")
 def judged(config: Config) -> tuple:
     config = override(config, {"model.zero_init": False})
     net = build_net(config).eval().requires_grad_(False)
-    return net, config, generation.build_objective(config)
+    return net, config, build_objective(config)
 
 
 def part(images: Images, start: int, stop: int) -> Images:
@@ -30,7 +32,7 @@ def part(images: Images, start: int, stop: int) -> Images:
 
 def measured(net: tuple, images: Images, variance: Variance = "beta_tilde") -> dict[str, Any]:
     """Arguments of bits_per_dim."""
-    found = judgement.measure(*net, part(images, 0, 8), variance, device=CPU)
+    found = measure.measure(*net, part(images, 0, 8), variance, device=CPU)
     return {"device": CPU, "variance": variance, "measured": found}
 
 
@@ -51,25 +53,25 @@ def test_bits_of_image_i_are_the_same_in_any_company(
     tiny: Config, held_out: Images, change: dict[str, Any], estimated: bool
 ) -> None:
     net = judged(override(tiny, change))
-    variance = judgement.bound_variance(net[1])
+    variance = measure.bound_variance(net[1])
     options = measured(net, held_out, variance) | {"num_draws": 3 if estimated else 0}
-    whole = judgement.bits_per_dim(*net, held_out, start=0, **options)
+    whole = measure.bits_per_dim(*net, held_out, start=0, **options)
     parts = [
-        judgement.bits_per_dim(*net, part(held_out, a, b), start=a, **options)
+        measure.bits_per_dim(*net, part(held_out, a, b), start=a, **options)
         for a, b in ((5, 12), (0, 2), (2, 5))
     ]
     merged = BitsPerDim.merge(*parts)
     for term in ("prior", "kl", "decoder", "kl_at"):
         np.testing.assert_allclose(getattr(merged, term), getattr(whole, term), rtol=1e-4, atol=1e-6)
-    other = judgement.bits_per_dim(*net, held_out, start=0, seed=1, **options)
+    other = measure.bits_per_dim(*net, held_out, start=0, seed=1, **options)
     assert (other.kl != whole.kl).any()
 
 
 def test_an_estimate_agrees_with_all_timesteps(tiny: Config, held_out: Images) -> None:
     net = judged(tiny)
     options = measured(net, held_out)
-    exact = judgement.bits_per_dim(*net, held_out, start=0, num_draws=0, **options)
-    found = judgement.bits_per_dim(*net, held_out, start=0, num_draws=8, seed=1, **options)
+    exact = measure.bits_per_dim(*net, held_out, start=0, num_draws=0, **options)
+    found = measure.bits_per_dim(*net, held_out, start=0, num_draws=8, seed=1, **options)
     difference = found.kl - exact.kl
     assert abs(difference.mean()) < 4 * difference.std(ddof=1) / len(difference) ** 0.5
     np.testing.assert_allclose(found.prior, exact.prior)
@@ -79,22 +81,22 @@ def test_labels_count(tiny: Config, held_out: Images) -> None:
     net = judged(override(tiny, {"model.num_classes": 10}))
     wrong = Images(held_out.image, (held_out.label + 1) % 10)
     options = measured(net, held_out)
-    found = [judgement.bits_per_dim(*net, images, start=0, **options).kl for images in (held_out, wrong)]
+    found = [measure.bits_per_dim(*net, images, start=0, **options).kl for images in (held_out, wrong)]
     assert (found[0] != found[1]).all()
 
 
 def test_the_course_s_mix_has_no_bound(tiny: Config, held_out: Images) -> None:
     net = judged(override(tiny, {"objective.process": "uniform_mix"}))
     with pytest.raises(UserError, match="uniform_mix has no variational bound"):
-        judgement.measure(*net, held_out, "measured", device=CPU)
+        measure.measure(*net, held_out, "measured", device=CPU)
 
 
 def test_features_are_those_of_the_images_that_would_be_drawn(tiny: Config) -> None:
     net, config, objective = judged(tiny)
     pixels = Pixels((8, 8, 1))
-    drawn = generation.draw(net, config, objective, range(5), device=CPU)
+    drawn = generate.draw(net, config, objective, range(5), device=CPU)
     parts = [
-        judgement.drawn_features(net, config, objective, pixels, indices, device=CPU)[0]
+        measure.drawn_features(net, config, objective, pixels, indices, device=CPU)[0]
         for indices in (range(3, 5), range(3))
     ]
     merged = Features.merge(*parts)
@@ -106,12 +108,12 @@ def test_features_are_those_of_the_images_that_would_be_drawn(tiny: Config) -> N
 def test_the_bound_has_the_best_variance_that_the_net_can_have(tiny: Config, held_out: Images) -> None:
     """Unless another one is asked for; measured on the images that are judged, it is the best of the fixed ones."""
     learned = override(tiny, {"objective.variance": "learned"})
-    assert [judgement.bound_variance(config) for config in (tiny, learned)] == ["measured", "learned"]
-    assert judgement.bound_variance(learned, "measured") == "measured"
+    assert [measure.bound_variance(config) for config in (tiny, learned)] == ["measured", "learned"]
+    assert measure.bound_variance(learned, "measured") == "measured"
     with pytest.raises(UserError, match="this net did not learn it"):
-        judgement.bound_variance(tiny, "learned")
+        measure.bound_variance(tiny, "learned")
     net, found = judged(tiny), {}
     for variance in ("measured", "beta", "beta_tilde"):
         how = measured(net, held_out, variance)  # type: ignore[arg-type]
-        found[variance] = judgement.bits_per_dim(*net, held_out, start=0, num_draws=0, **how).kl.mean()
+        found[variance] = measure.bits_per_dim(*net, held_out, start=0, num_draws=0, **how).kl.mean()
     assert min(found.values()) == found["measured"] < 0.9 * found["beta_tilde"]

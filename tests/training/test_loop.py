@@ -10,13 +10,16 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
-from ddpm import generation
-from ddpm.config import Config, UserError, override
+from ddpm.build import build_objective
+from ddpm.checkpoints import checkpoint
+from ddpm.config import Config, override
 from ddpm.data.reading import DataSet
 from ddpm.presets import DIGITS
-from ddpm.training import checkpoint, loop
+from ddpm.sampling import generate
+from ddpm.training import loop
 from ddpm.training.runtime import LocalRuntime, NoTracker
 from ddpm.training.state import State
+from ddpm.utils.errors import UserError
 
 
 class Notebook(NoTracker):
@@ -230,9 +233,9 @@ def test_a_conditional_run_gives_the_digit_asked_for(
     config = override(config, {"train.sample_every_images": 0, "train.checkpoint_every_images": 0})
     state = fit(config, train_set, run_folder)
     config = override(config, {"sample.guidance_scale": 2.0, "sample.num_sample_steps": 25})
-    objective = generation.build_objective(config)
+    objective = build_objective(config)
     asked = torch.arange(100) % 10
-    drawn = generation.draw(
+    drawn = generate.draw(
         state.ema.net, config, objective, range(100), device=torch.device("cpu"), label=asked
     ).numpy()
     judge = KNeighborsClassifier(5).fit(*load_digits(return_X_y=True))

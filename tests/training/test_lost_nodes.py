@@ -47,26 +47,20 @@ def add(nodes: ExitStack, head: RayHead, num_cpus: int) -> RayNode:
     return nodes.enter_context(head.add_node(num_cpus))
 
 
-def test_a_workers_node_lost(run: Run, undisturbed: Run, head: RayHead, nodes: ExitStack) -> None:
-    *_, second = [add(nodes, head, num_cpus) for num_cpus in (1, 2, 2)]
+def test_a_node_of_a_worker_and_one_of_data_tasks_lost(
+    run: Run, undisturbed: Run, head: RayHead, nodes: ExitStack
+) -> None:
+    """With the second go the blocks it holds, read ahead for the workers."""
+    data, _, second = [add(nodes, head, num_cpus) for num_cpus in (1, 2, 2)]
     with run.start(*WORKER_CPUS, env={"RAY_ADDRESS": head.address}) as job:
         job.wait_for(run.past(0))
         second.kill()
         add(nodes, head, 2)
-        assert job.wait() == 0, job.output
-    assert "Traceback" not in job.output
-    assert_same(run, undisturbed)
-    assert_tracked_once(run)
-
-
-def test_the_node_of_data_tasks_lost(run: Run, undisturbed: Run, head: RayHead, nodes: ExitStack) -> None:
-    """With it go the blocks it holds, read ahead for the workers."""
-    *_, data = [add(nodes, head, num_cpus) for num_cpus in (2, 2, 1)]
-    with run.start(*WORKER_CPUS, env={"RAY_ADDRESS": head.address}) as job:
-        job.wait_for(run.past(0))
+        job.wait_for(run.past(run.position()))
         data.kill()
         add(nodes, head, 1)
         assert job.wait() == 0, job.output
+    assert "Traceback" not in job.output
     assert_same(run, undisturbed)
     assert_tracked_once(run)
 

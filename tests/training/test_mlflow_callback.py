@@ -14,8 +14,9 @@ from mlflow import MlflowClient
 from processes import REPO, Background
 from tracked import names_in, wait_for
 
-from ddpm import segments, storage
-from ddpm.storage import Location
+from ddpm.storage import locations
+from ddpm.storage.locations import Location
+from ddpm.tracking.spool import FOLDER, count
 from ddpm.training.mlflow_callback import MlflowCallback
 
 Start = Callable[..., MlflowCallback]
@@ -23,7 +24,7 @@ Start = Callable[..., MlflowCallback]
 
 @pytest.fixture
 def spool(tmp_path: Path) -> Location:
-    return storage.resolve(str(tmp_path / "spool")).child("a-run").child(segments.FOLDER)
+    return locations.resolve(str(tmp_path / "spool")).child("a-run").child(FOLDER)
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def start(spool: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     yield start
     for callback in made:
         if callback._delivery is not None:
-            callback._delivery._courier.close("KILLED", timeout_s=0.1)
+            callback._delivery._uploader.close("KILLED", timeout_s=0.1)
 
 
 @pytest.fixture
@@ -73,10 +74,10 @@ def test_reports_of_several_lives_are_kept_and_arrive_once(
     first, second = start(absent_server), start(absent_server)
     for step in (1, 2, 3):
         report(first, {"step": step, "loss": step + 0.25}, {"step": step, "loss": 9.0})
-    wait_for(lambda: segments.count(spool, -1) == 3)
+    wait_for(lambda: count(spool, -1) == 3)
     for step in (2, 3, 4):
         report(second, {"step": step, "loss": step + 0.5}, {"step": step, "loss": 9.0})
-    wait_for(lambda: segments.count(spool, -1) == 6)
+    wait_for(lambda: count(spool, -1) == 6)
     with start(mlflow_server, params={"lr": 0.1}) as third:
         report(third, {"step": 5, "loss": 5.5})
         wait_for(lambda: not names_in(spool))
@@ -140,11 +141,11 @@ def test_track_delivers_what_the_spool_kept(
 @pytest.mark.timeout(600)
 def test_mlflow_and_the_controller_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of docs/examples/digits_mlp.py; after the death of the controller the same command goes on."""
-    spool, log = tmp_path / "spool" / "digits-mlp" / segments.FOLDER, tmp_path / "job.log"
+    spool, log = tmp_path / "spool" / "digits-mlp" / FOLDER, tmp_path / "job.log"
     words = [sys.executable, str(REPO / "docs" / "examples" / "digits_mlp.py")]
 
     def kept() -> int:
-        return segments.count(storage.resolve(str(spool)), -1)
+        return count(locations.resolve(str(spool)), -1)
 
     with servers.MlflowServer(tmp_path / "mlflow") as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)

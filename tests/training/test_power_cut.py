@@ -7,22 +7,24 @@ import pytest
 import torch
 from power import Disk
 
-from ddpm import runs, storage
-from ddpm.config import Config, UserError
-from ddpm.training import checkpoint, checkpoint_manager
+from ddpm.checkpoints import checkpoint, runs
+from ddpm.config import Config
+from ddpm.storage import locations
+from ddpm.training import checkpoint_manager
 from ddpm.training.checkpoint_manager import CheckpointManager
 from ddpm.training.state import State
 from ddpm.utils import files
+from ddpm.utils.errors import UserError
 
 
 def save_two(root: Path, config: Config, committed: list[int]) -> None:
     """Store checkpoints at 32 and 64 images, the second as the best, too; the first goes when the second is there."""
-    location = storage.resolve(str(root)).child("runs").child("one")
+    location = locations.resolve(str(root)).child("runs").child("one")
     state = State.create(config, torch.device("cpu"))
     its = CheckpointManager(location, 1, 5.0, committed.append, pytest.fail)
     for state.step in (1, 2):
         state.images_seen = 32 * state.step
-        snapshot = checkpoint.snapshot(state, config, {"run_key": "a", "data_fingerprint": "b"})
+        snapshot = state.snapshot(config, {"run_key": "a", "data_fingerprint": "b"})
         its.save(snapshot, b"segment", best=state.step == 2)
     its.flush()
     its.close()
@@ -30,7 +32,7 @@ def save_two(root: Path, config: Config, committed: list[int]) -> None:
 
 def checkpoints(root: Path) -> list[int]:
     """Positions of the checkpoints, which must be whole, and of which what was tracked must be there."""
-    location, found = storage.resolve(str(root)).child("runs").child("one"), []
+    location, found = locations.resolve(str(root)).child("runs").child("one"), []
     names = [
         *(place.path for place in runs.checkpoints(location)),
         *map(str, Path(location.path).glob("best-*")),
@@ -71,7 +73,7 @@ def test_without_fsync_it_would_be_lost(
         save_two(root, tiny, committed)
         left = disk.after_power_cut(tmp_path / "left", names_survive=names_survive)
     assert committed == [32, 64] and checkpoints(root) == [64, 64]
-    location = storage.resolve(str(left)).child("runs").child("one")
+    location = locations.resolve(str(left)).child("runs").child("one")
     if not names_survive:
         assert runs.checkpoints(location) == []
         return

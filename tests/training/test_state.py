@@ -2,8 +2,9 @@
 
 import torch
 
+from ddpm.build import build_net
 from ddpm.config import Config, override
-from ddpm.training.state import State, build_net, lr_at
+from ddpm.training.state import State, lr_at
 
 
 def test_weights_depend_on_the_seed_alone_and_leave_the_global_generator_be(tiny: Config) -> None:

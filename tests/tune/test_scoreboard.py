@@ -5,7 +5,7 @@ import sys
 import pytest
 from scoreboard import Scoreboard
 
-from ddpm.search.trials import Rung, Trial
+from ddpm.search.event_log import Rung, Trial
 
 RUNG = Rung(6400, 2.5, 0.125, 0.5, 0.5)
 TRIALS = [

@@ -15,10 +15,10 @@ from processes import Job, paused
 from tracked import run_of
 
 from ddpm import config as configs
-from ddpm import storage
 from ddpm.presets import DIGITS
-from ddpm.search import record
-from ddpm.search.trials import Ledger, Trial
+from ddpm.search import publish
+from ddpm.search.event_log import EventLog, Trial
+from ddpm.storage import locations
 
 # A good trial, one whose learning rate lets it fail, and one that is worse than the first and stopped.
 FLAGS = """digits --name s --searcher grid --num-trials 3 --max-concurrent 1 --num-rungs 2 --num-images 60
@@ -31,9 +31,11 @@ FLAGS = """digits --name s --searcher grid --num-trials 3 --max-concurrent 1 --n
 
 
 def trials(folder: Path) -> list[Trial]:
-    """What the ledger of the search in `folder` says."""
+    """What the events of the search in `folder` says."""
     place = folder / "runs" / "s"
-    return Ledger.existing(storage.resolve(str(place))).trials() if (place / "search.json").exists() else []
+    return (
+        EventLog.existing(locations.resolve(str(place))).trials() if (place / "search.json").exists() else []
+    )
 
 
 def table(folder: Path) -> list[dict[str, Any]]:
@@ -56,7 +58,7 @@ def test_a_search_that_was_interrupted_and_killed_ends_with_the_same_table(
             family = psutil.Process(job.process.pid).children(recursive=True)
             job.process.send_signal(signal.SIGTERM)
         assert job.wait(120) == 128 + signal.SIGTERM, job.output
-        assert "interrupted; the same command goes on, with --name s" in job.output
+        assert "interrupted; the same command, with --name s, continues" in job.output
         assert "Traceback" not in job.output
         assert psutil.wait_procs(family, timeout=60)[1] == []
     assert "RUNNING" not in {run.info.status for run in mlflow_runs(place)}
@@ -91,10 +93,10 @@ def test_a_search_that_was_interrupted_and_killed_ends_with_the_same_table(
 
 def mlflow_runs(place: Path) -> list[Run]:
     """A search's own run, and then its children."""
-    ledger = Ledger.existing(storage.resolve(str(place)))
-    parent = run_of(record.address(ledger, "s", "killed"))
+    events = EventLog.existing(locations.resolve(str(place)))
+    parent = run_of(publish.address(events, "s", "killed"))
     of_parent = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
-    client = MlflowClient(record.tracking_uri())
+    client = MlflowClient(publish.tracking_uri())
     return [parent, *client.search_runs([parent.info.experiment_id], of_parent)]
 
 

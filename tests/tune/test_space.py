@@ -8,10 +8,10 @@ import space
 from space import DEFAULT, KINDS, Choice, Range
 
 from ddpm import config as configs
-from ddpm.config import UserError
 from ddpm.diffusion import schedules
 from ddpm.presets import DIGITS, PRESETS
 from ddpm.training import loop
+from ddpm.utils.errors import UserError
 
 
 def test_where_a_uniform_u_leads() -> None:
@@ -77,9 +77,9 @@ def test_values_are_read_as_the_config_has_them() -> None:
 
 
 BAD = {
-    "optim.lr": "says nothing; expected KEY=DOMAIN",
-    "lr=log(1e-4,1e-2)": "'lr' is no key of the config; do you mean optim.lr?",
-    "optim.rate=1|2": "'optim.rate' is no key of the config; keys are those of config.json",
+    "optim.lr": "has no domain; expected KEY=DOMAIN",
+    "lr=log(1e-4,1e-2)": "'lr' is not a key of the config; do you mean optim.lr?",
+    "optim.rate=1|2": "'optim.rate' is not a key of the config; keys are those of config.json",
     "optim.lr=log(0,1)": "a logarithm's low bound must be above 0",
     "optim.lr=uniform(1,0.1)": "the low one below the high one",
     "optim.lr=uniform(nan,1)": "bounds must be finite",
@@ -91,9 +91,9 @@ BAD = {
     "schedule.num_timesteps=uniform(100,200)": "it must be of type int",
     "schedule.num_timesteps=int(1.5,20)": "bounds must be whole numbers",
     "schedule.num_timesteps=int(0,100)": "allows schedule.num_timesteps 0, but num_timesteps is 0",
-    "schedule.num_timesteps=int(10,1e9)": "10,000 are the most",
+    "schedule.num_timesteps=int(10,1e9)": "at most 10,000 are allowed",
     "schedule.cosine_s=uniform(0,2)": "allows schedule.cosine_s 2.0, but s is 2.0; it must be in [0, 1]",
-    "schedule.beta_end=log(0.01,0.1)": "matters to linear and scaled_linear, and schedule.kind is cosine",
+    "schedule.beta_end=log(0.01,0.1)": "is used by linear and scaled_linear, and schedule.kind is cosine",
     "train.total_images=100|200": "cannot vary train.total_images",
     "cluster.num_workers=1|2": "cannot vary cluster.num_workers",
     "objective.process=gaussian|uniform_mix": "cannot vary objective.process",
@@ -113,7 +113,7 @@ def test_nets_with_and_without_labels_are_not_searched_together(domain: str) -> 
     with pytest.raises(UserError) as raised:
         space.parse([f"model.num_classes={domain}", "optim.lr=1e-3|1e-4"], DIGITS)
     message = str(raised.value)
-    assert "cannot mix nets with and without labels, as model.num_classes 0 and 10" in message
+    assert "cannot mix nets with and without labels, here model.num_classes 0 and 10" in message
     assert "log p(x | y)" in message and "\n" not in message
     for flags in (["model.num_classes=10", "objective.label_dropout=0|0.5"], ["model.num_classes=0"]):
         assert set(space.parse(flags, DIGITS).domains) == {flag.partition("=")[0] for flag in flags}

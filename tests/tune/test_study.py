@@ -11,13 +11,13 @@ import ray
 import space
 import study
 
-from ddpm import storage
-from ddpm.config import UserError
 from ddpm.presets import DIGITS
-from ddpm.search import contest
-from ddpm.search.contest import Contest
-from ddpm.search.trials import Ledger, Rung
+from ddpm.search import trial_manager
+from ddpm.search.event_log import EventLog, Rung
+from ddpm.search.trial_manager import TrialManager
+from ddpm.storage import locations
 from ddpm.training import run_state
+from ddpm.utils.errors import UserError
 
 RUNGS = [100, 300, 900]
 NUM_TRIALS = 16
@@ -27,7 +27,7 @@ class Cut(Exception):
     """The search's driver was killed."""
 
 
-class MortalLedger(Ledger):
+class MortalLedger(EventLog):
     """Ends the search once it holds so many events."""
 
     lives = math.inf
@@ -52,17 +52,17 @@ def search(
     lives: float = math.inf,
     num_trials: int = NUM_TRIALS,
     proposer: Any = None,
-) -> Ledger:
-    """Run trials one after the other, as Tune would, as long as the ledger lives."""
+) -> EventLog:
+    """Run trials one after the other, as Tune would, as long as the events lives."""
     found = space.parse([], DIGITS)
-    ledger = MortalLedger(storage.resolve(str(folder)), {}, timeout_s=0)
-    ledger.lives = lives
+    events = MortalLedger(locations.resolve(str(folder)), {}, timeout_s=0)
+    events.lives = lives
     if proposer is None and searcher == "optuna":
         proposer = study.OptunaProposer(found, 3)
     elif proposer is None:
         proposer = study.ListProposer(found, 3, 2 if searcher == "grid" else None)
     stopper = study.Asha(RUNGS, 3) if scheduler == "asha" else study.NobodyStops()
-    trials = Contest(ledger, proposer, stopper, "bits_per_dim", num_trials, RUNGS[-1], lambda line: None)
+    trials = TrialManager(events, proposer, stopper, "bits_per_dim", num_trials, RUNGS[-1], lambda line: None)
     while (begun := trials.next()) is not None:
         number, changes = begun
         if number == 4:
@@ -70,16 +70,16 @@ def search(
             continue
         for images_seen in RUNGS:  # also those that were judged in an earlier life
             if images_seen == RUNGS[-1]:
-                trials.trained(number, 0.0)  # the next trial begins before the verdict
+                trials.trained(number, 0.0)  # the next trial begins before the result
             rung = Rung(images_seen, bits_of(changes, images_seen), 0.01, 0.5, 0.5)
             if not trials.judged(number, rung):
                 break
-    return ledger
+    return events
 
 
-def told(ledger: Ledger) -> list[dict[str, Any]]:
+def told(events: EventLog) -> list[dict[str, Any]]:
     """All events, without how long they took."""
-    return [{key: value for key, value in event.items() if key != "wall_s"} for event in ledger.events]
+    return [{key: value for key, value in event.items() if key != "wall_s"} for event in events.events]
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_it_looks_where_it_is_good_and_stops_what_is_not(undisturbed: list[dict[
 
 
 def test_optuna_knows_how_each_trial_ended_and_its_rungs(tmp_path: Path) -> None:
-    """As the search runs, and when its ledger is told again; what is proposed next is the same."""
+    """While the search runs, and when its events are replayed; the next proposal is the same."""
     proposers = [study.OptunaProposer(space.parse([], DIGITS), 3) for _ in range(2)]
     trials, again = (search(tmp_path, proposer=proposer).trials() for proposer in proposers)
     assert trials == again
@@ -153,7 +153,7 @@ def test_without_optuna_and_without_asha(tmp_path: Path, searcher: str) -> None:
 
 
 def test_more_trials_may_be_asked_for_later(tmp_path: Path, undisturbed: list[dict[str, Any]]) -> None:
-    """The eighth is proposed with one verdict more than when it did not have to wait to be asked for."""
+    """The eighth is proposed with one result more than when it did not have to wait to be asked for."""
     first = search(tmp_path, num_trials=7).trials()
     assert [trial.changes for trial in first] == [
         event["changes"] for event in undisturbed if event["event"] == "begun"
@@ -168,24 +168,24 @@ def test_a_searcher_that_has_changed_its_mind_is_refused(tmp_path: Path) -> None
         search(tmp_path, lives=3)
     file = tmp_path / "search.json"
     file.write_text(file.read_text().replace('"optim.lr": 0.', '"optim.lr": 0.1'))
-    with pytest.raises(UserError, match="proposes another trial-000 than the ledger has"):
+    with pytest.raises(UserError, match="proposes another trial-000 than the event log has"):
         search(tmp_path)
 
 
-def test_a_seat_is_for_the_next_trial_before_the_last_verdict(
+def test_a_slot_is_for_the_next_trial_before_the_last_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And its time is over then; of the trial that nobody comes after, the seat stays for the verdict."""
+    """And its time is over then; of the trial that nobody comes after, the slot stays for the result."""
     now = [100.0]
-    monkeypatch.setattr(contest.time, "monotonic", lambda: now[0])
-    ledger = Ledger(storage.resolve(str(tmp_path)), {}, timeout_s=0)
+    monkeypatch.setattr(trial_manager.time, "monotonic", lambda: now[0])
+    events = EventLog(locations.resolve(str(tmp_path)), {}, timeout_s=0)
     proposer = study.ListProposer(space.parse([], DIGITS), 3, None)
-    found = Contest(ledger, proposer, study.NobodyStops(), "bits_per_dim", 2, 900, lambda line: None)
-    referee = study.Referee(found)
+    found = TrialManager(events, proposer, study.NobodyStops(), "bits_per_dim", 2, 900, lambda line: None)
+    scheduler = study.Scheduler(found)
 
     def heard(own: int, number: int, **news: Any) -> str:
         trial: Any = SimpleNamespace(config={"number": own})
-        return referee.on_trial_result(None, trial, {"number": number, **news})
+        return scheduler.on_trial_result(None, trial, {"number": number, **news})
 
     def rung(images_seen: int, training_s: float) -> Rung:
         return Rung(images_seen, 2.0, 0.01, 0.5, 0.5, training_s)
@@ -199,7 +199,7 @@ def test_a_seat_is_for_the_next_trial_before_the_last_verdict(
     next_one = found.next()
     assert next_one is not None and next_one[0] == 1
     now[0] += 8
-    assert heard(1, 0, rung=rung(900, 90.0)) == "CONTINUE"  # the seat is another's
+    assert heard(1, 0, rung=rung(900, 90.0)) == "CONTINUE"  # the slot is another's
     assert heard(1, 1, rung=rung(300, 5.0)) == "CONTINUE"
     now[0] += 12
     assert heard(1, 1, training_s=15.0) == "CONTINUE"
@@ -207,15 +207,15 @@ def test_a_seat_is_for_the_next_trial_before_the_last_verdict(
     assert heard(1, 1, rung=rung(900, 15.0)) == "STOP"
     assert heard(1, 1, rung=rung(900, 15.0)) == "STOP"  # somebody repeats it
     assert found.is_over and [trial.status for trial in found.trials] == ["finished", "finished"]
-    assert list(ledger.shares()) == [(90.0, 100.0), (15.0, 20.0)]
-    assert len([event for event in ledger.events if event["event"] == "judged"]) == 4
+    assert list(events.shares()) == [(90.0, 100.0), (15.0, 20.0)]
+    assert len([event for event in events.events if event["event"] == "judged"]) == 4
 
 
-def test_a_verdict_that_was_lost_is_for_another_round(tmp_path: Path) -> None:
+def test_a_result_that_was_lost_is_for_another_round(tmp_path: Path) -> None:
     """The driver died that had it, and there was nothing else left to do."""
-    ledger = Ledger(storage.resolve(str(tmp_path)), {}, timeout_s=0)
+    events = EventLog(locations.resolve(str(tmp_path)), {}, timeout_s=0)
     proposer = study.ListProposer(space.parse([], DIGITS), 3, None)
-    found = Contest(ledger, proposer, study.NobodyStops(), "bits_per_dim", 2, 900, lambda line: None)
+    found = TrialManager(events, proposer, study.NobodyStops(), "bits_per_dim", 2, 900, lambda line: None)
     for number in (0, 1):
         assert found.next() == (number, found.trials[number].changes)
         assert found.trained(number, 1.0) == (number == 0)

@@ -1,0 +1,1 @@
+"""The format of a checkpoint, and the folder of a run."""

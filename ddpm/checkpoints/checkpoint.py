@@ -1,0 +1,340 @@
+"""A checkpoint is a folder of safetensors and JSON; nothing in it is ever executed.
+
+    net.safetensors  ema.safetensors  optimizer.safetensors   weights, averaged weights, AdamW's state
+    state.json       step, images_seen, the run's key, and the name of the random generator
+    config.json      the whole config: enough to rebuild the net
+    checksums.json   SHA-256 of every other file, written last
+
+A folder without checksums.json, or with a file that does not match it, is not a checkpoint.
+"""
+
+import hashlib
+import json
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ddpm import config as configs
+from ddpm.build import build_net
+from ddpm.config import Config
+from ddpm.diffusion import schedules
+from ddpm.utils import files
+from ddpm.utils.errors import UserError
+
+CHECKSUMS = "checksums.json"
+FILES = (
+    "net.safetensors",
+    "ema.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "config.json",
+    CHECKSUMS,
+)
+"""Files of a checkpoint."""
+PREFIX = "checkpoint-"
+BEST_PREFIX = "best-"
+NAME_DIGITS = 12
+
+# What may differ between a checkpoint and the run that goes on from it; the rest is the run's identity.
+_FREE_DATA = (
+    "data.shards",
+    "data.source",
+    "data.stall_timeout_s",
+    "data.on_corrupt",
+    "data.max_corrupt_share",
+)
+_FREE = ("cluster.", "run.", "sample.", "optim.skip_non_finite", *_FREE_DATA)
+_FREE_TRAIN = ("total_images", "log_every_images", "checkpoint_every_images", "sample_every_images")
+_FREE_KEYS = (
+    *(f"train.{key}" for key in _FREE_TRAIN),
+    "train.keep_checkpoints",
+    "train.compile",
+    "train.init_from",
+)
+# What a new run must share with the checkpoint it takes its first weights from.
+_NET = ("model.", "objective.process", "objective.predict", "objective.variance")
+_NET_FREE_KEYS = ("model.dropout", "model.zero_init")
+
+
+def name_at(images_seen: int, prefix: str = PREFIX) -> str:
+    """Folder name of the checkpoint after `images_seen` images; names sort by age."""
+    return f"{prefix}{images_seen:0{NAME_DIGITS}d}"
+
+
+Count = Annotated[int, Field(ge=0, lt=10**NAME_DIGITS)]
+
+
+class Position(BaseModel):
+    """Content of state.json: position of training and identity of the run; other keys are kept as they are."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    step: Count
+    images_seen: Count
+    skipped_steps: Count = 0
+    best_held_out_loss: float | None
+    generator: str = Field("", max_length=100, pattern="^[ -~]*$")
+    run_key: str = Field(pattern="^[0-9A-Za-z]*$")
+    """Empty: imported, without a run."""
+    data_fingerprint: str = Field(pattern="^[0-9a-f]*$")
+
+
+_CHECKSUMS = TypeAdapter(dict[str, str])
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Copy of the training state at one moment, in main memory, so that training can go on."""
+
+    images_seen: int
+    tensors: dict[str, dict[str, Tensor]]
+    """By file: net, ema and optimizer."""
+    position: dict[str, Any]
+    """Content of state.json."""
+    config: str
+    """Content of config.json."""
+
+
+def write(snapshot: Snapshot, folder: Path) -> None:
+    """Write `snapshot` as a checkpoint into the empty or new `folder`; all of it is on disk before checksums.json is.
+
+    Raises:
+        OSError: the disk is full, or the folder may not be written to.
+    """
+    files.make_folder(folder)
+    for name, tensors in snapshot.tensors.items():
+        try:
+            save_file(tensors, folder / f"{name}.safetensors")
+        except SafetensorError as error:  # its word for a full disk
+            raise OSError(f"{folder}/{name}.safetensors: {error}") from None
+    (folder / "state.json").write_text(json.dumps(snapshot.position, indent=2) + "\n")
+    (folder / "config.json").write_text(snapshot.config)
+    sums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    files.sync_tree(folder)
+    files.write_whole(folder / CHECKSUMS, (json.dumps(sums, indent=2) + "\n").encode())
+
+
+def verify(folder: Path) -> None:
+    """Raise UserError unless `folder` holds a whole checkpoint, byte for byte as it was written."""
+    files = read_checksums(folder)
+    needed = set(FILES) - {CHECKSUMS}
+    if missing := sorted(needed - set(files)):
+        raise UserError(f"{folder}/checksums.json does not list {missing[0]}")
+    for name in needed:
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{folder} is damaged: {name} is missing")
+        if _sha256(path) != files[name]:
+            raise UserError(f"{path} is damaged: its SHA-256 is not the one in checksums.json")
+
+
+def read_checksums(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a checkpoint, as checksums.json has them.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    try:
+        return _CHECKSUMS.validate_json((folder / CHECKSUMS).read_bytes(), strict=True)
+    except FileNotFoundError:
+        raise UserError(f"{folder} is no checkpoint: it has no checksums.json") from None
+    except ValidationError as error:
+        raise damaged(folder / CHECKSUMS, error) from None
+
+
+def damaged(file: Path, error: ValidationError) -> UserError:
+    """Error that names the file, the first wrong key, and its value."""
+    first = error.errors(include_url=False)[0]
+    key = reprlib.repr(".".join(map(str, first["loc"]))).strip(
+        "'"
+    )  # repr, for it may hold control characters
+    got = "" if first["type"] in ("missing", "json_invalid") else f", got {reprlib.repr(first['input'])}"
+    return UserError(f"{file} is damaged: {key}{': ' if key else ''}{first['msg']}{got}")
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint.
+
+    Raises:
+        UserError: it is damaged, or contradicts itself or config.json.
+    """
+    file = folder / "state.json"
+    try:
+        at = Position.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise damaged(file, error) from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    batch_size = read_config(folder).train.batch_size
+    if at.images_seen != at.step * batch_size:
+        raise UserError(
+            f"{file} is damaged: images_seen is {at.images_seen}, but step {at.step} * train.batch_size {batch_size} "
+            f"is {at.step * batch_size}"
+        )
+    if at.skipped_steps > at.step:
+        raise UserError(f"{file} is damaged: skipped_steps is {at.skipped_steps}, but step is {at.step}")
+    if at.images_seen and not at.data_fingerprint:
+        raise UserError(f"{file} is damaged: data_fingerprint is '', but images_seen is {at.images_seen}")
+    return at.model_dump(exclude_unset=True)
+
+
+def position(folder: Path | None) -> int:
+    """images_seen of a checkpoint, whose tensors need not be intact; 0 for None.
+
+    Raises:
+        UserError: state.json or config.json is damaged.
+    """
+    return read_state(folder)["images_seen"] if folder else 0
+
+
+def read_config(folder: Path) -> Config:
+    """config.json of a checkpoint.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    file = folder / "config.json"
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    return configs.from_json(text, where=str(file))
+
+
+def load_net(folder: Path, device: torch.device, *, ema: bool = True) -> tuple[nn.Module, Config]:
+    """The averaged (or the raw) net of a checkpoint, ready for sampling, and its config."""
+    verify(folder)
+    config = read_config(folder)
+    try:
+        schedules.build(config.schedule)
+    except ValueError as error:
+        raise UserError(f"{folder}/config.json: schedule: {error}") from None
+    path = folder / ("ema.safetensors" if ema else "net.safetensors")
+    _check_shapes(folder, config, path)
+    net = build_net(config)
+    load_weights(net, path)
+    return net.to(device).eval().requires_grad_(False), config
+
+
+def write_light(folder: Path, out: Path) -> None:
+    """Write the checkpoint in `folder` to `out` without its optimizer's state: half as large, enough for sampling.
+
+    Raises:
+        UserError: it is damaged.
+        OSError: it cannot be written.
+    """
+    verify(folder)
+    cpu, position = torch.device("cpu"), read_state(folder)
+    net = _net_without_memory(folder, read_config(folder))
+    tensors = {name: _read_weights(net, folder / f"{name}.safetensors", cpu) for name in ("net", "ema")}
+    config = (folder / "config.json").read_text()
+    write(Snapshot(position["images_seen"], {**tensors, "optimizer": {}}, position, config), out)
+
+
+def check_same_run(saved: Config, now: Config, where: str) -> None:
+    """Raise UserError if `now` is not the configuration of the run that `saved` began."""
+    changed = [key for key in _changed(saved, now) if not key.startswith(_FREE) and key not in _FREE_KEYS]
+    if changed:
+        raise UserError(
+            f"{where} belongs to a run with another configuration: {_listed(changed, saved, now)}; use those "
+            "values, or another --run.name"
+        )
+
+
+def check_same_net(saved: Config, now: Config, folder: Path) -> None:
+    """Raise UserError if `now` describes another net than `saved`, the config of the checkpoint in `folder`."""
+    changed = [key for key in _changed(saved, now) if key.startswith(_NET) and key not in _NET_FREE_KEYS]
+    if changed:
+        raise UserError(
+            f"train.init_from: {folder} has another net: {_listed(changed, saved, now)}; use those values"
+        )
+
+
+def _changed(saved: Config, now: Config) -> list[str]:
+    before, after = configs.flatten(saved), configs.flatten(now)
+    return [key for key in after if key in before and before[key] != after[key]]  # other nets, other keys
+
+
+def _listed(changed: list[str], saved: Config, now: Config) -> str:
+    before, after = configs.flatten(saved), configs.flatten(now)
+    listed = ", ".join(f"{key} {before[key]} (now {after[key]})" for key in changed[:4])
+    return f"{listed}{', ...' if len(changed) > 4 else ''}"
+
+
+def read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
+    """The tensors of a safetensors file."""
+    try:
+        return load_file(path, device=str(device))
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be read as safetensors: {error}") from None
+
+
+def _net_without_memory(folder: Path, config: Config) -> nn.Module:
+    """The net on the meta device: a config from outside may describe a net that no memory holds."""
+    try:
+        with torch.device("meta"):
+            return build_net(config)
+    except UserError as error:
+        raise UserError(f"{folder}/config.json: {error}") from None
+
+
+def _check_shapes(folder: Path, config: Config, path: Path) -> None:
+    """Raise UserError unless the file at `path` has the weights of the net in `config`; neither is built or read."""
+    net = _net_without_memory(folder, config)
+    try:
+        with safe_open(path, framework="pt") as file:
+            there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be read as safetensors: {error}") from None
+    check_fit(there, shapes(net.state_dict()), path)
+
+
+def load_weights(net: nn.Module, path: Path) -> None:
+    """Put the weights in the file at `path` into `net`."""
+    net.load_state_dict(_read_weights(net, path, next(net.parameters()).device))
+
+
+def _read_weights(net: nn.Module, path: Path, device: torch.device) -> dict[str, Tensor]:
+    tensors = read_tensors(path, device)
+    check_fit(shapes(tensors), shapes(net.state_dict()), path)
+    check_numbers(tensors, path)
+    return tensors
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def check_fit(there: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    """Raise UserError unless there is each tensor that the net needs, in its shape, and no other."""
+    for name in sorted(set(want) ^ set(there)):
+        has = "lacks" if name in want else "has the unknown"
+        raise UserError(f"{path} is damaged or of another architecture: it {has} {name!r:.100}")
+    for name, shape in there.items():
+        if shape != want[name]:
+            raise UserError(
+                f"{path} is damaged or of another architecture: {name} is {shape}, the net has {want[name]}"
+            )
+
+
+def check_numbers(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise UserError for tensors that are not float32 or not finite."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            raise UserError(f"{path} is damaged: {name} is of {tensor.dtype}; it must be of torch.float32")
+        if not bool(tensor.isfinite().all()):
+            raise UserError(f"{path} is damaged: {name} holds numbers that are not finite")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,139 @@
+"""A run's folder: its name, its key, and its checkpoints."""
+
+import json
+import time
+import uuid
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from ddpm.checkpoints import checkpoint
+from ddpm.config import Config
+from ddpm.storage import locations
+from ddpm.storage.locations import Location
+from ddpm.utils.errors import UserError
+
+X_0_ERROR, X_0_ERROR_FORMAT = "x_0_error.json", "ddpm-x_0-error/1"
+"""File of a checkpoint: the errors of its averaged net on training images, once it has been evaluated."""
+RESERVED = "data"
+"""Folder beside the runs that holds prepared sources."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One logical run, however often it is restarted."""
+
+    name: str
+    location: Location
+    key: str
+    """Random, made once: identifies the run in MLflow."""
+
+
+class X0Error(BaseModel):
+    """Content of x_0_error.json."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    format: Literal["ddpm-x_0-error/1"]
+    weights_sha256: str
+    x_0_error: list[Annotated[float, Field(ge=0)]]
+
+
+def settled(config: Config, preset: str) -> Config:
+    """`config` with a run name (default: preset and time) and an absolute storage URI.
+
+    Raises:
+        UserError: the name cannot be a folder's, or storage cannot be reached.
+    """
+    name = config.run.name or f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    _check_name(name)
+    uri = locations.resolve(config.run.storage).uri
+    return replace(config, run=replace(config.run, name=name, storage=uri))
+
+
+def open_run(name: str, uri: str) -> Run:
+    """The run `name` in the folder or bucket `uri`; a new run gets its key.
+
+    Raises:
+        UserError: the name cannot be a folder's, or storage refuses.
+    """
+    _check_name(name)
+    location = locations.resolve(uri).child(name)
+    card = location.child("run.json")
+    try:
+        if card.exists():
+            return Run(name, location, _read_key(card))
+        key = uuid.uuid4().hex
+        card.write((json.dumps({"name": name, "run_key": key}, indent=2) + "\n").encode(), durable=True)
+    except OSError as error:
+        raise UserError(f"cannot write to run.storage {uri}: {error}") from None
+    return Run(name, location, key)
+
+
+def existing_run(uri: str) -> Run:
+    """The run in the folder or bucket `uri`.
+
+    Raises:
+        UserError: there is none, or storage refuses.
+    """
+    location = locations.resolve(uri)
+    card = location.child("run.json")
+    try:
+        if not card.exists():
+            raise UserError(
+                f"{uri} is not a run's folder: it has no run.json; expected {{run.storage}}/{{run.name}}"
+            )
+        return Run(Path(location.path).name, location, _read_key(card))
+    except OSError as error:
+        raise UserError(f"cannot read {card.uri}: {error}") from None
+
+
+def _read_key(card: Location) -> str:
+    try:
+        key = json.loads(card.read())["run_key"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{card.uri} is damaged: {error!r}") from None
+    if not isinstance(key, str) or not key.isalnum():
+        raise UserError(f"{card.uri} is damaged: run_key is {key!r}")
+    return key
+
+
+def checkpoints(location: Location) -> list[Location]:
+    """Complete checkpoints in a run's folder, oldest first."""
+    names = [name for name in location.folders() if name.startswith(checkpoint.PREFIX)]
+    return [child for child in map(location.child, names) if child.child("checksums.json").exists()]
+
+
+def read_x_0_error(folder: Path, num_timesteps: int) -> Tensor:
+    """[T] float64, the mean squared error of x_0_hat at every t, as `keep_x_0_error` stored it in a checkpoint.
+
+    Raises:
+        UserError: there is none, it is damaged, or it belongs to other weights.
+    """
+    file = folder / X_0_ERROR
+    weights = checkpoint.read_checksums(folder)["ema.safetensors"]
+    try:
+        card = X0Error.model_validate_json(file.read_bytes())
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} has no {X_0_ERROR}, which --variance measured needs; jobs/evaluate.py writes it"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    except ValidationError as error:
+        raise UserError(f"{checkpoint.damaged(file, error)}; jobs/evaluate.py writes it again") from None
+    if card.weights_sha256 != weights or len(card.x_0_error) != num_timesteps:
+        raise UserError(
+            f"{file} belongs to other weights or another num_timesteps; jobs/evaluate.py writes it again"
+        )
+    return torch.tensor(card.x_0_error, dtype=torch.float64)
+
+
+def _check_name(name: str) -> None:
+    is_plain = name.isprintable() and name == name.strip() and "/" not in name and "\\" not in name
+    if not is_plain or name in ("", ".", "..", RESERVED):
+        raise UserError(f"run.name {name!r} cannot be a folder's name; use letters, digits, '-' and '_'")

@@ -1,0 +1,129 @@
+"""Joining a Ray cluster, or starting one on this machine, for training, preparing data and drawing; its resources."""
+
+import json
+import logging
+import os
+import select
+import socket
+import sys
+import threading
+from urllib.parse import urlsplit
+
+import psutil
+import ray
+
+from ddpm.utils.errors import UserError
+from ddpm.utils.openmp import bound_spinning
+
+KEPT_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    # Training is in a thread, and what threads have of their own is given back however large the other two are.
+    "MALLOC_ARENA_MAX": "1",
+}
+"""With these the C library (glibc) keeps what a step frees for the next one, instead of asking the system for it anew,
+page by page: on CPUs that is a tenth of a step. It reads them when a process begins."""
+
+SETTINGS = {
+    **KEPT_MEMORY,
+    # How often Ray Train's controller asks its workers (default 2 s).
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    # A worker group that does not get its resources asks again, maybe for fewer workers (default 60 s).
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+    # Workers of a cluster started here have the priority of any other process, not a lower one.
+    "RAY_worker_niceness": "0",
+}
+"""Variables of Ray's and the C library's that shorten a crash and a step; what the environment says comes first."""
+
+API_SERVER, NO_API_SERVER = "RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9"
+"""A cluster started here has no dashboard. Ray Train would look for one, find that of another cluster on this machine,
+which does not know our controller, and remove the workers of a controller that it takes for dead (2.60)."""
+
+REACH_TIMEOUT_S = 10.0
+"""How long RAY_ADDRESS may take to accept a connection; Ray itself tries for minutes."""
+
+VITAL = ("gcs_server", "raylet")
+"""Processes of a cluster started here without which it is gone."""
+
+LONGEST_REASON = 400
+"""Characters of Ray's own words in an error."""
+
+LIMITS = "DDPM_CLUSTER_RESOURCES"
+"""The variable in which a cluster that grows says how far: '{"CPU": 48, "GPU": 4}'. Ray itself does not (2.60)."""
+
+
+class NoCluster(UserError):
+    """Ray did not start, or could not be joined."""
+
+    exit_code = 1
+
+
+def connect(verbose: bool = False) -> None:
+    """Join the Ray cluster of the environment (RAY_ADDRESS, or `ray start` on this machine), or start one here.
+
+    Raises:
+        NoCluster: that did not succeed.
+    """
+    bound_spinning()
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    address = os.environ.get("RAY_ADDRESS")
+    is_named = address is not None or API_SERVER in os.environ
+    if not is_named:
+        os.environ[API_SERVER] = NO_API_SERVER
+    level = logging.INFO if verbose else logging.ERROR
+    try:
+        _reach(address or "")
+        ray.init(log_to_driver=verbose, logging_level=level, include_dashboard=False)
+    except Exception as error:  # Ray raises what it likes: RuntimeError, ConnectionError, plain Exception
+        reason = " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
+        if address:
+            raise NoCluster(f"the Ray cluster at RAY_ADDRESS={address} cannot be joined: {reason}") from error
+        raise NoCluster(
+            f"Ray did not start on this machine: {reason}; where it is busy or short of memory, try again when it "
+            "is not"
+        ) from error
+    started = [child for child in psutil.Process().children() if child.name() in VITAL]
+    if not started:  # Ray's API and dashboard show what Ray Train does
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
+        if not is_named:
+            del os.environ[API_SERVER]
+    else:
+        threading.Thread(target=_exit_with, args=(started,), name="ddpm-ray", daemon=True).start()
+    for name in ("ray.train", "ray.data", "ray"):
+        logging.getLogger(name).setLevel(level)
+
+
+def _exit_with(processes: list[psutil.Process]) -> None:
+    """Exit with an error line as soon as one of these dies: Ray exits up to a minute later, and says why in C++."""
+    select.select([os.pidfd_open(process.pid) for process in processes], [], [])
+    if ray.is_initialized():
+        here = "the Ray cluster on this machine is gone: one of its processes has died"
+        print(f"error: {here}; the same command goes on", file=sys.stderr, flush=True)
+        os._exit(NoCluster.exit_code)
+
+
+def _reach(address: str) -> None:
+    """Raise OSError if nothing accepts connections at a host:port; other forms of an address are left to Ray."""
+    where = urlsplit(address if "://" in address else f"//{address}")
+    if where.hostname and where.port:
+        socket.create_connection((where.hostname, where.port), timeout=REACH_TIMEOUT_S).close()
+
+
+def resources() -> dict[str, float]:
+    """What the joined cluster has, or what it may grow to where that is more, as {"CPU": 48.0, "GPU": 4.0}."""
+    have, may_have = ray.cluster_resources(), limits()
+    return {name: max(have.get(name, 0.0), may_have.get(name, 0.0)) for name in have | may_have}
+
+
+def limits() -> dict[str, float]:
+    """How far the cluster grows when it is asked for more; empty: it does not.
+
+    Raises:
+        UserError: DDPM_CLUSTER_RESOURCES is no JSON of numbers.
+    """
+    text = os.environ.get(LIMITS, "{}")
+    try:
+        return {name: float(count) for name, count in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(f"""{LIMITS} is {text!r}; expected JSON as '{{"CPU": 48, "GPU": 4}}'""") from None

@@ -1,0 +1,152 @@
+"""What a run asks of the cluster, and whether the cluster has it."""
+
+import os
+import time
+from dataclasses import replace
+
+import ray
+import ray.util
+from ray import PlacementGroupID
+from ray.util.placement_group import PlacementGroup
+
+from ddpm.cluster import ray_init
+from ddpm.config import Config
+from ddpm.utils.errors import UserError
+
+DRIVER_CPUS = 0.01
+"""CPUs of the driver of a trial."""
+MAX_WORKERS_PER_CPU = 2
+"""Each worker is a process with a PyTorch of its own: with more of them, starts and collectives take the CPUs' time."""
+JOINING_S = 10.0
+"""How long nodes that are just joining a cluster are waited for, before it is called too small."""
+
+
+def resources_per_worker(config: Config) -> dict[str, float]:
+    """CPUs and GPUs of each worker, with a CPU left for the tasks that read data.
+
+    Raises:
+        UserError: the cluster is too small; Ray would wait for ever without a word.
+    """
+    joined = "RAY_ADDRESS" in os.environ  # else it was started here, and is all there
+    deadline = time.monotonic() + (JOINING_S if joined else 0)
+    while True:
+        try:
+            return _resources_per_worker(config, ray_init.resources())
+        except UserError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.5)
+
+
+def _resources_per_worker(config: Config, have: dict[str, float]) -> dict[str, float]:
+    cluster, sizes = config.cluster, config.cluster.world_sizes()
+    cpus, gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
+    least, most = sizes[0], sizes[-1]
+    part = cluster.gpus_per_worker
+    if not 0 < part <= 1:
+        raise UserError(f"cluster.gpus_per_worker is {part:g}; it must be above 0 and at most 1")
+    gpu = _on_gpus(config, least, gpus, f"{least} workers", "use fewer workers")
+    share = cluster.cpus_per_worker
+    if share is None:
+        # Of 1:99 no more are started than are useful.
+        crowd = most if gpu else min(most, int(MAX_WORKERS_PER_CPU * cpus))
+        if not gpu and cpus and least > crowd:
+            raise UserError(
+                f"{least} workers on CPUs, of which the cluster has {cpus:g}: they would wait for each other at every "
+                f"step; use at most {crowd} ({MAX_WORKERS_PER_CPU} a CPU), best {max(1, int(cpus))} or fewer, or set "
+                "--cluster.cpus-per-worker to have so many all the same"
+            )
+        share = max(min(1.0, int(100 * (cpus - 1) / max(crowd, 1)) / 100), 0.01)
+    if share <= 0:
+        raise UserError(f"cluster.cpus_per_worker is {share:g}; it must be above 0")
+    if least * share > cpus - 1:
+        right = max((cpus - 1) / least, 0)
+        raise UserError(
+            f"{least} workers of {share:g} CPUs leave none of the cluster's {cpus:g} CPUs to the tasks that read "
+            f"data; set --cluster.cpus-per-worker to at most {right:g}, or use fewer workers"
+        )
+    return {"CPU": share} | ({"GPU": part} if gpu else {})
+
+
+def possible_workers(config: Config, per_worker: dict[str, float], workers: int) -> int:
+    """How many workers the run could have now, where `workers` of its own are running."""
+    have, free = ray.cluster_resources(), ray.available_resources()
+    most = int((have.get("CPU", 0.0) - 1) / per_worker["CPU"])  # one CPU is for the tasks that read data
+    more = min(int(free.get(name, 0.0) / amount) for name, amount in per_worker.items())
+    return min(config.cluster.world_sizes()[-1], most, workers + more)
+
+
+def crowding(config: Config, resources: dict[str, float]) -> str | None:
+    """A warning of more workers than CPUs to compute on, where they have no GPUs."""
+    workers, cpus = config.cluster.world_sizes()[0], ray_init.resources().get("CPU", 0.0)
+    if resources.get("GPU") or workers <= cpus:
+        return None
+    enough = max(1, int(cpus))
+    return (
+        f"{workers} workers share {cpus:g} CPUs, and wait for each other at every step; {enough} are enough"
+    )
+
+
+def _on_gpus(config: Config, workers: int, have: float, who: str, remedy: str) -> bool:
+    """Whether workers have GPUs: as cluster.gpu says, or if the cluster has any.
+
+    Raises:
+        UserError: it has fewer than so many workers need; nobody who pays for some means to train without.
+    """
+    cluster = config.cluster
+    need = workers * cluster.gpus_per_worker
+    on_gpus = cluster.gpu if cluster.gpu is not None else have > 0
+    if on_gpus and have < need:
+        without = "" if cluster.gpu else ", or --cluster.gpu False to train on CPUs"
+        raise UserError(f"{who} need {need:g} GPUs, the cluster has {have:g}; {remedy}{without}")
+    return on_gpus
+
+
+def shared(config: Config, num_runs: int) -> Config:
+    """`config` with the share of the cluster that each of `num_runs` runs at a time may have, of CPUs and threads.
+
+    Raises:
+        UserError: the cluster is too small for so many; runs would wait for one another, or their data tasks forever.
+    """
+    have, workers = ray_init.resources(), config.cluster.world_sizes()[-1]
+    if num_runs < 1:
+        raise UserError(f"--max-concurrent is {num_runs}; it must be at least 1")
+    everybody = num_runs * workers
+    room = have.get("CPU", 0.0) - 1 - DRIVER_CPUS * num_runs
+    share = config.cluster.cpus_per_worker
+    if share is None:
+        share = max(min(1.0, int(100 * room / everybody) / 100), 0.01)
+    if everybody * share > room:
+        raise UserError(
+            f"{num_runs} trials at a time of {workers} workers of {share:g} CPUs leave none of the cluster's "
+            f"{have.get('CPU', 0.0):g} CPUs to the tasks that read data; use a smaller --max-concurrent or "
+            "--cluster.cpus-per-worker"
+        )
+    who = f"{num_runs} trials at a time of {workers} workers"
+    remedy = "use a smaller --max-concurrent or --cluster.gpus-per-worker"
+    gpu = _on_gpus(config, everybody, have.get("GPU", 0.0), who, remedy)
+    threads = config.cluster.threads_per_worker
+    if threads is None and sum(node["Alive"] for node in ray.nodes()) == 1:
+        threads = max(1, len(os.sched_getaffinity(0)) // everybody)
+    cluster = replace(config.cluster, cpus_per_worker=share, gpu=gpu, threads_per_worker=threads)
+    return replace(config, cluster=cluster)
+
+
+def free(place: str) -> None:
+    """Give back the placement group of this id, if the cluster has it: who would have, died.
+
+    Ray does so when the job ends (2.60), which may be long.
+    """
+    ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(place))))
+
+
+def check_storage(config: Config) -> None:
+    """Refuse a folder that the other nodes of the cluster cannot see."""
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    whose = f"has {nodes} nodes" if nodes > 1 else "grows by nodes"
+    for flag, uri in (("run.storage", config.run.storage), ("data.shards", config.data.shards or "")):
+        if (nodes > 1 or ray_init.limits()) and not uri.startswith("s3://") and not config.run.shared_storage:
+            raise UserError(
+                f"--{flag} is the local folder {uri}, but the cluster {whose} that cannot see it; use "
+                "s3://bucket/prefix, or say --run.shared-storage if it is mounted on all of them"
+            )

@@ -1,0 +1,277 @@
+"""A pool of workers for independent pieces of work: sampling and evaluation. A worker may hold a net, for example.
+
+A worker is a GPU, or else one core. With another number of threads a CPU's kernels round differently here and there;
+one thread a piece makes its result the same, bit for bit, whoever does it. Several cores are busy with several
+pieces, which is no slower than all of them at one (two cores, 8x8 digits).
+
+A worker that dies costs time, never a piece: another one does it. Workers that find no place in the cluster are
+waited for while the others work, so a pool shrinks with its cluster, and grows again.
+"""
+
+import ctypes
+import logging
+import os
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import islice
+from types import TracebackType
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+
+from ddpm.utils.errors import UserError
+from ddpm.utils.retry import answer
+
+log = logging.getLogger(__name__)
+
+Held = TypeVar("Held")
+Piece = TypeVar("Piece")
+Result = TypeVar("Result")
+
+MAX_DEATHS = 3
+"""So many workers in a row may die before one has found its place, or over the same piece."""
+NO_PLACE_S = 15.0
+"""After so long without any worker, the person watching is told what is waited for."""
+
+
+class WorkersDied(UserError):
+    """Workers died and died, or their cluster did."""
+
+    exit_code = 1
+
+
+class WorkerPool(Generic[Held]):
+    """A context: workers in this process, or actors of a Ray cluster.
+
+    Without a cluster in the environment (RAY_ADDRESS), the workers are this machine's GPU or all its cores, and Ray
+    is not even started, unless several workers are asked for or there are several GPUs.
+
+    Args:
+        make: `make(device)` is what a worker holds; threads of one process share it. It travels to every worker, once,
+            with the weights that are in it: a `functools.partial` of something that can be imported.
+        num_workers: actors, of a GPU each if there are any in the cluster, else of a core. 1, without a cluster: one
+            piece at a time. None: all GPUs, or all cores.
+        verbose: let Ray's own messages through.
+
+    Raises:
+        UserError: num_workers is not positive.
+    """
+
+    def __init__(
+        self, make: Callable[[torch.device], Held], num_workers: int | None = None, *, verbose: bool = False
+    ) -> None:
+        if num_workers is not None and num_workers < 1:
+            raise UserError(f"num_workers is {num_workers}; it must be at least 1")
+        joined = "RAY_ADDRESS" in os.environ  # then what this machine has says nothing
+        self.has_gpus: bool = _resources(verbose).get("GPU", 0) >= 1 if joined else torch.cuda.is_available()
+        """Whether the workers are GPUs."""
+        if joined or (num_workers or torch.cuda.device_count()) > 1:
+            self._crew: _Crew = _Actors(make, num_workers, self.has_gpus, verbose)
+        else:
+            self._crew = _Threads(make, num_workers, self.has_gpus)
+
+    def map(
+        self, work: Callable[[Held, Piece], Result], pieces: Iterable[Piece]
+    ) -> Iterator[tuple[Piece, Result]]:
+        """(piece, work(held, piece)) for every piece, as each is finished.
+
+        Every worker has one piece in hand, and takes the next before a result is given out. A piece may be done
+        twice, if its worker died over it; its result comes once.
+
+        Args:
+            work: a method of what is held, or a function that can be imported; threads may run it at once.
+            pieces: small and hashable; taken as they are needed.
+
+        Raises:
+            UserError: what `make` or `work` raised.
+            WorkersDied: MAX_DEATHS workers died over one piece.
+        """
+        return self._crew.map(work, iter(pieces))
+
+    def __enter__(self) -> "WorkerPool[Held]":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._crew.dismiss()
+
+
+class _Crew(Protocol):
+    def map(self, work: Callable[[Any, Any], Any], pieces: Iterator[Any]) -> Iterator[tuple[Any, Any]]: ...
+    def dismiss(self) -> None: ...
+
+
+class _Threads:
+    """Workers in this process: a thread for its GPU, or one for each core."""
+
+    def __init__(self, make: Callable[[torch.device], Any], num_workers: int | None, has_gpus: bool) -> None:
+        self._make, self._device = make, torch.device("cuda" if has_gpus else "cpu")
+        self._num_workers = num_workers or (1 if has_gpus else len(os.sched_getaffinity(0)))
+        self._held: Any = None
+        self._busy: set[int] = set()
+
+    def map(self, work: Callable[[Any, Any], Any], pieces: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
+        if self._held is None:
+            self._held = self._make(self._device)
+
+        def do(piece: Any) -> Any:
+            self._busy.add(threading.get_ident())
+            try:
+                return work(self._held, piece)
+            finally:
+                self._busy.discard(threading.get_ident())
+
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # of each thread that computes, also of those to come
+        pool = ThreadPoolExecutor(self._num_workers, initializer=torch.set_num_threads, initargs=(1,))
+        jobs: dict[Future[Any], Any] = {}
+
+        def employ() -> None:
+            for piece in islice(pieces, self._num_workers - len(jobs)):
+                jobs[pool.submit(do, piece)] = piece
+
+        try:
+            employ()
+            while jobs:
+                done = wait(jobs, return_when=FIRST_COMPLETED).done.pop()
+                piece = jobs.pop(done)
+                employ()
+                yield piece, done.result()
+        finally:
+            # An error, or Ctrl-C: what is under way may take minutes, and nobody waits for it.
+            for thread in tuple(self._busy):
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                    ctypes.c_ulong(thread), ctypes.py_object(SystemExit)
+                )
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(num_threads)
+
+    def dismiss(self) -> None:
+        self._held = None
+
+
+class _Actors:
+    """Workers in a Ray cluster: actors, each of a GPU or a core.
+
+    Ray could restart an actor itself, and do its piece again; but a restarted actor that finds no place would keep
+    its piece for ever. Here a piece goes to whoever has a place.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[torch.device], Any],
+        num_workers: int | None,
+        has_gpus: bool,
+        verbose: bool,
+    ) -> None:
+        import ray
+
+        have = _resources(verbose)
+        self._num_workers = num_workers or max(1, int(have.get("GPU" if has_gpus else "CPU", 1)))
+        self._kind = "GPU" if has_gpus else "CPU"
+        share: dict[str, Any] = {"num_cpus": 0, "num_gpus": 1} if has_gpus else {"num_cpus": 1}
+        self._recruit: Any = ray.remote(max_restarts=0, **share)(_Worker).remote
+        self._make = ray.put(make)
+        self._idle: list[Any] = []
+        self._joining: dict[Any, Any] = {}
+        self._jobs: dict[Any, tuple[Any, Any]] = {}
+
+    def map(self, work: Callable[[Any, Any], Any], pieces: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
+        import ray
+        import ray.exceptions
+
+        todo = deque(islice(pieces, self._num_workers))
+        deaths: Counter[Any] = Counter()
+        try:
+            while todo or self._jobs:
+                self._muster(min(self._num_workers, len(todo) + len(self._jobs)))
+                self._employ(work, todo)
+                ready, _ = ray.wait([*self._jobs, *self._joining], timeout=NO_PLACE_S)
+                if not ready:
+                    if not self._jobs:
+                        log.warning(
+                            "no worker has found a free %s in the Ray cluster yet; waiting", self._kind
+                        )
+                    continue
+                (job,) = ready
+                is_new = job in self._joining
+                worker, piece = (self._joining.pop(job), None) if is_new else self._jobs.pop(job)
+                try:
+                    result = ray.get(job)
+                except ray.exceptions.RayTaskError as error:
+                    self._idle.append(worker)
+                    if isinstance(error.cause, UserError):  # without the worker's traceback
+                        raise error.cause from None
+                    raise
+                except ray.exceptions.RayError as error:  # all else means that the worker is no more
+                    ray.kill(worker)
+                    deaths[piece] += 1
+                    if deaths[piece] == MAX_DEATHS:
+                        over = "one by one before they began" if is_new else f"over the same piece, {piece}"
+                        raise WorkersDied(
+                            f"{MAX_DEATHS} workers died {over}; the last: {answer(error)}"
+                        ) from None
+                    if not is_new:
+                        todo.appendleft(piece)
+                    continue
+                self._idle.append(worker)
+                if is_new:
+                    deaths[None] = 0
+                    continue
+                todo.extend(islice(pieces, 1))
+                self._employ(work, todo)
+                yield piece, result
+        finally:
+            for worker, _ in self._jobs.values():  # an error: nobody waits for what is under way
+                ray.kill(worker)
+            self._jobs.clear()
+
+    def _muster(self, num_workers: int) -> None:
+        for _ in range(num_workers - len(self._idle) - len(self._joining) - len(self._jobs)):
+            worker = self._recruit(self._make, self._kind == "GPU")
+            self._joining[worker.is_ready.remote()] = worker
+
+    def _employ(self, work: Callable[[Any, Any], Any], todo: deque[Any]) -> None:
+        while self._idle and todo:
+            worker, piece = self._idle.pop(), todo.popleft()
+            self._jobs[worker.do.remote(work, piece)] = worker, piece
+
+    def dismiss(self) -> None:
+        import ray
+
+        for worker in (*self._idle, *self._joining.values()):
+            ray.kill(worker)
+        self._idle.clear()
+        self._joining.clear()
+
+
+class _Worker:
+    """The actor."""
+
+    def __init__(self, make: Callable[[torch.device], Any], has_gpu: bool) -> None:
+        torch.set_num_threads(1)
+        self._make, self._device = make, torch.device("cuda" if has_gpu else "cpu")
+        self._held: Any = None
+
+    def is_ready(self) -> bool:
+        """Comes back when the actor has found its place."""
+        return True
+
+    def do(self, work: Callable[[Any, Any], Any], piece: Any) -> Any:
+        if self._held is None:  # here and not in __init__, where Ray would make a text of an error
+            self._held = self._make(self._device)
+        return work(self._held, piece)
+
+
+def _resources(verbose: bool) -> dict[str, float]:
+    """What the cluster has or may grow to, which is joined, or started here."""
+    import ray
+
+    from ddpm.cluster import ray_init
+
+    if not ray.is_initialized():
+        ray_init.connect(verbose)
+    return ray_init.resources()

@@ -1,0 +1,58 @@
+"""The sources by name: ours, and those that installed packages enter in the group ddpm.sources."""
+
+import inspect
+from typing import Any
+
+from ddpm.data.glyphs import Glyphs
+from ddpm.data.huggingface import HuggingFace
+from ddpm.data.image_folder import Folder
+from ddpm.data.sources import Digits, FashionMnist, Source
+from ddpm.data.torchvision import Torchvision
+from ddpm.utils import plugins
+from ddpm.utils.errors import UserError
+
+GROUP = "ddpm.sources"
+SOURCES: dict[str, type[Any]] = {
+    "digits": Digits,
+    "glyphs": Glyphs,
+    "fashion-mnist": FashionMnist,
+    "folder": Folder,
+    "torchvision": Torchvision,
+    "parquet": HuggingFace,
+}
+"""Each is a frozen dataclass of a source's options; its docstrings are the help of jobs/prepare.py."""
+
+
+def sources() -> dict[str, type[Any]]:
+    """All of them; a package takes no name of ours.
+
+    Raises:
+        UserError: one cannot be imported.
+    """
+    return SOURCES | {name: plugins.load(GROUP, name) for name in plugins.names(GROUP) if name not in SOURCES}
+
+
+def named(name: str | None) -> Source:
+    """The source that data.source means: NAME, with the options it has by default, or torchvision:DATASET.
+
+    Raises:
+        UserError: there is none of this name, it needs options, or its files are missing.
+    """
+    key, _, dataset = (name or "").partition(":")
+    kind = SOURCES.get(key) or plugins.load(GROUP, key)
+    options = {"dataset": dataset} if dataset else {}
+    if kind is None or not _takes(kind, options):
+        raise UserError(
+            f"data.source is {name!r}, which is not built in; make a data set with `python jobs/prepare.py SOURCE "
+            "URI`, and give it as --data.shards URI"
+        )
+    made: Source = kind(**options)
+    return made
+
+
+def _takes(kind: type[Any], options: dict[str, str]) -> bool:
+    try:
+        inspect.signature(kind).bind(**options)
+    except TypeError:
+        return False
+    return True

@@ -1,0 +1,328 @@
+"""A folder of image files as a source, and how an image of any size becomes one that is stored.
+
+A data set has one size and mode. An image that has them already keeps its bytes; any other is resized, cropped to the
+centre square, and stored without loss.
+
+Axes: N images, H W, C channels.
+"""
+
+import hashlib
+import io
+import json
+import os
+import stat
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ddpm.data.row_group import open_image
+from ddpm.data.sources import Labels, Pixels, divide
+from ddpm.utils.errors import UserError
+from ddpm.utils.progress import printable
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+"""What Pillow may take a file for, whatever its name: some formats that it knows start programs (EPS: Ghostscript)."""
+PARTS = {
+    "train": "train",
+    "test": "test",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+}
+"""Names that folders and files of a split have, and which split that is."""
+MAX_SIZE = 4096
+NAMES_SHOWN = 3
+"""Files named in a message about many."""
+SPECIAL = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
+EXIF_ORIENTATION = 0x0112
+Encoding = Literal["encoded", "raw"]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A tree of image files. Subfolders are classes; without any there are no labels. If the subfolders are
+    train and test (or val), these are the splits, and the classes are inside."""
+
+    path: Path
+    """The folder."""
+    size: int
+    """Height and width: the shorter side is resized to it, and the centre square kept."""
+    channels: Literal[1, 3] = 3
+    """1: grey, 3: RGB."""
+    encoding: Encoding = "encoded"
+    """encoded: files that fit already as they are, others as PNG. raw: pixels, larger and quicker to read."""
+    seed: int = 0
+    """Order of the images, and which 5 % are held out if the folder has no split for that."""
+    name: str = field(default="folder", init=False)
+
+    def __post_init__(self) -> None:
+        check_size(self.size)
+        if not self.path.is_dir():
+            raise UserError(f"{self.path} is not a folder; --path names the folder of the images")
+        if not all(self._files.values()):
+            also = f"; passed over: {self.passed_over}" if self.passed_over else ""
+            raise UserError(
+                f"{self.path} holds no images ({' '.join(sorted(SUFFIXES))}), or a split of it none{also}"
+            )
+        _ = self.class_names, self.splits
+
+    @property
+    def height(self) -> int:
+        return self.size
+
+    @property
+    def width(self) -> int:
+        return self.size
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        without = [file for files in self._files.values() for file in files if file.parent == Path()]
+        names = sorted(
+            {file.parts[0] for files in self._files.values() for file in files if file.parent != Path()}
+        )
+        if without and names:
+            raise UserError(
+                f"{self.path}: {without[0]} is in no subfolder, though other images are; put all images into "
+                "subfolders, one a class, or none"
+            )
+        return tuple(names)
+
+    @property
+    def splits(self) -> dict[str, int]:
+        return {split: len(rows) for split, (_, rows) in self._rows.items()}
+
+    @property
+    def passed_over(self) -> str:
+        """What lies beside the images and is not read: how many of each kind, and the first names."""
+        found = [entry for listing in self._listings.values() for entry in listing.passed_over]
+        tops = self._folders.values()
+        if self.path not in tops:
+            beside = list_files(self.path, (), recursive=False).passed_over
+            found += [(kind, path) for kind, path in beside if path not in tops]
+        return describe(found, self.path)
+
+    def check(self) -> None:
+        """Read the header of every image, which takes little of the time that decoding takes.
+
+        Raises:
+            UserError: some may not be read, are no images, or too large.
+        """
+        bad = []
+        for file in (self._folders[part] / file for part, files in self._files.items() for file in files):
+            try:
+                with file.open("rb") as opened, open_image(opened, FORMATS):
+                    pass
+            except Exception as error:  # Pillow raises a dozen types for damaged files
+                bad.append((file, error))
+        if bad:
+            raise _cannot_read(*bad[0], others=[file for file, _ in bad[1:]])
+
+    def identity(self) -> dict[str, Any]:
+        files = [self._folders[part] / file for part, files in self._files.items() for file in files]
+        return asdict(self) | {"path": None, "files": digest_of_files(self.path, files)}
+
+    def read(self, split: str, start: int, stop: int) -> tuple[Pixels | Sequence[bytes], Labels | None]:
+        part, rows = self._rows[split]
+        chosen = [self._files[part][row] for row in rows[start:stop].tolist()]
+        paths = [self._folders[part] / file for file in chosen]
+        images = store(map(read_file, paths), self.size, self.channels, self.encoding)
+        if not self.class_names:
+            return images, None
+        classes = {name: label for label, name in enumerate(self.class_names)}
+        return images, np.array([classes[file.parts[0]] for file in chosen], np.int64)
+
+    @cached_property
+    def _folders(self) -> dict[str, Path]:
+        """Where each part lies: subfolders that are splits, if there is "train" and nothing else."""
+        try:
+            below = {
+                sub.name: sub for sub in self.path.iterdir() if sub.is_dir() and not sub.name.startswith(".")
+            }
+        except OSError as error:
+            raise _unreadable(self.path, error) from None
+        if "train" in below and len(below) > 1 and set(below) <= set(PARTS):
+            return {PARTS[name]: sub for name, sub in sorted(below.items())}
+        return {"train": self.path}
+
+    @cached_property
+    def _listings(self) -> dict[str, "Listing"]:
+        return {part: list_files(top, SUFFIXES) for part, top in self._folders.items()}
+
+    @cached_property
+    def _files(self) -> dict[str, list[Path]]:
+        """The images of each part, relative to its folder."""
+        return {
+            part: sorted(file.relative_to(self._folders[part]) for file in listing.files)
+            for part, listing in self._listings.items()
+        }
+
+    @cached_property
+    def _rows(self) -> dict[str, tuple[str, Labels]]:
+        return divide({part: len(files) for part, files in self._files.items()}, self.seed)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a folder holds."""
+
+    files: list[Path]
+    """Those that were asked for."""
+    passed_over: list[tuple[str, Path]]
+    """Everything else but folders: its kind (".gif", "FIFO"), and where it is."""
+
+
+def list_files(top: Path, suffixes: Collection[str], recursive: bool = True) -> Listing:
+    """The files in a folder, and in all below it, that have one of `suffixes`. Links to folders are not followed.
+
+    Raises:
+        UserError: a folder may not be read.
+    """
+    listing = Listing([], [])
+
+    def refuse(error: OSError) -> None:
+        raise _unreadable(Path(error.filename), error)
+
+    for folder, subfolders, names in os.walk(top, onerror=refuse):
+        linked = [name for name in subfolders if os.path.islink(os.path.join(folder, name))]
+        listing.passed_over.extend(("link to a folder", Path(folder, name)) for name in linked)
+        for path in (Path(folder, name) for name in names):
+            kind = _kind_of(path)
+            if kind in suffixes:
+                listing.files.append(path)
+            else:
+                listing.passed_over.append((kind, path))
+        if not recursive:
+            break
+    return listing
+
+
+def describe(passed_over: Iterable[tuple[str, Path]], top: Path) -> str:
+    """How many files of each kind, and the first names below `top`: "2 .gif (a.gif, b.gif), 1 FIFO (c.png)"."""
+    kinds: dict[str, list[str]] = {}
+    for kind, path in passed_over:
+        kinds.setdefault(kind, []).append(path.relative_to(top).as_posix())
+    return ", ".join(
+        printable(f"{len(names):,} {kind} ({_first(sorted(names))})") for kind, names in sorted(kinds.items())
+    )
+
+
+def store(
+    pictures: Iterable[tuple[bytes, str]], size: int, channels: int, encoding: Encoding
+) -> Pixels | list[bytes]:
+    """Pictures as a data set stores them.
+
+    Args:
+        pictures: a file's bytes, and what to call it in errors.
+
+    Returns:
+        encoded: for each its own bytes where they fit, else a PNG. raw: uint8 [N, size, size, channels].
+
+    Raises:
+        UserError: one cannot be decoded, or is too large.
+    """
+    stored, pixels = [], []
+    for data, where in pictures:
+        image, fits = _load(data, size, channels, where)
+        if encoding == "raw":
+            pixels.append(np.asarray(image, np.uint8).reshape(size, size, channels))
+        elif fits:
+            stored.append(data)
+        else:
+            file = io.BytesIO()
+            image.save(file, "PNG")
+            stored.append(file.getvalue())
+    return np.stack(pixels) if encoding == "raw" else stored
+
+
+def read_file(path: Path) -> tuple[bytes, str]:
+    """The file's bytes, and what to call it in errors.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return path.read_bytes(), str(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def check_size(size: int) -> None:
+    """Raise UserError if images cannot be stored at `size`."""
+    if not 1 <= size <= MAX_SIZE:
+        raise UserError(f"--size is {size}; it must be in 1..{MAX_SIZE}")
+
+
+def digest_of_files(root: Path, files: Iterable[Path]) -> str:
+    """Which files there are: a hash of their names below `root` and their sizes."""
+    listing = sorted((f.relative_to(root).as_posix(), f.stat().st_size) for f in files)
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def _load(data: bytes, size: int, channels: int, where: str) -> tuple[Image.Image, bool]:
+    """The picture at its final size, and whether `data` is that picture already."""
+    mode = "L" if channels == 1 else "RGB"
+    try:
+        with open_image(io.BytesIO(data), FORMATS) as image:
+            image.load()
+            fits = (
+                image.format in ("PNG", "JPEG", "WEBP")
+                and (image.size, image.mode) == ((size, size), mode)
+                and image.getexif().get(EXIF_ORIENTATION, 1) == 1
+                and not image.has_transparency_data
+            )
+            upright = ImageOps.exif_transpose(image)
+            return ImageOps.fit(_converted(upright, mode), (size, size), Image.Resampling.LANCZOS), fits
+    except UnidentifiedImageError:  # its text names an address in memory
+        what = f"it is no {', '.join(FORMATS)}"
+        raise UserError(f"cannot read the image {where}: {what}; repair it or take it away") from None
+    except Exception as error:  # Pillow raises a dozen types for damaged files
+        raise _cannot_read(where, error) from None
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    """In `mode`, with what is transparent on white, and 16-bit grey brought to 8 bits (Pillow would clip it)."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are 32-bit ({image.mode}); store it with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)
+
+
+def _kind_of(path: Path) -> str:
+    """What is passed over or not: the suffix in small letters, or what a file is that is no regular one."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return "broken link"
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if not stat.S_ISREG(mode):
+        return SPECIAL.get(stat.S_IFMT(mode), "special file")
+    return path.suffix.lower() or "without a suffix"
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot read {path}: {error.strerror}; make it readable, or take it away")
+
+
+def _cannot_read(where: str | Path, error: Exception, others: Sequence[Path] = ()) -> UserError:
+    """The error for an image that cannot be decoded, and for `others` that cannot be either."""
+    also = f" (and {len(others):,} more: {_first([str(file) for file in others])})" if others else ""
+    reason, them = getattr(error, "strerror", None) or error, "them" if others else "it"
+    return UserError(
+        f"cannot read the image {where}: {reason}{also}; repair {them} or take {them} away, then give the same "
+        "command again"
+    )

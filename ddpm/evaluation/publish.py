@@ -1,0 +1,116 @@
+"""Publication of a report: a file, pictures beside it, and the MLflow runs of the checkpoints.
+
+The file may be in any storage. If MLflow is away, the file has all results.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from ddpm.evaluation import plots
+from ddpm.evaluation.report import Report, metrics, nearest_pictures
+from ddpm.storage import locations
+from ddpm.storage.locations import Location
+from ddpm.tracking.metrics_buffer import Artifact, Metrics, Record
+from ddpm.tracking.mlflow_runs import Address, Lost, MlflowRun, tracking_uri, without_password
+from ddpm.tracking.retry import OutOfTime
+from ddpm.utils.errors import UserError
+
+MLFLOW_TIMEOUT_S = 20.0
+"""Seconds without a successful call after which MLflow is given up."""
+
+
+def place_for(out: str) -> Location:
+    """The file `out`, a path or a URI, after a check that it can be written.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    place = locations.resolve(out)
+    if place.path.endswith(".png"):
+        raise UserError(f"--out {out} names a picture, but is for JSON; pictures are written beside it")
+    if place.is_local:
+        path = Path(place.path)
+        if path.is_dir():
+            raise UserError(
+                f"--out {out} is a folder; name a file, such as {out.rstrip('/')}/evaluation.json"
+            )
+        nearest = next(parent for parent in path.parents if parent.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise UserError(f"--out {out} cannot be written: {nearest} is not a writable folder")
+    return place
+
+
+def store(report: Report, place: Location, timeout_s: float = MLFLOW_TIMEOUT_S) -> Iterator[str]:
+    """Write the report to `place` and its pictures beside it, and log it to MLflow; yields lines with all places.
+
+    Args:
+        timeout_s: seconds without a successful call after which MLflow is given up.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    _write(place, report.to_json().encode())
+    yield f"results     {place.uri}"
+    picture = plots.picture(report)
+    beside = Path(place.path).with_suffix(".png").name
+    shown = replace(place, uri=_sibling(place.uri, beside), path=_sibling(place.path, beside))
+    _write(shown, picture)
+    yield f"picture     {shown.uri}"
+    for name, _, drawn in nearest_pictures(report, Path(place.path).name):
+        nearest = replace(place, uri=_sibling(place.uri, name), path=_sibling(place.path, name))
+        _write(nearest, drawn.nearest)
+        yield f"nearest     {nearest.uri}"
+    yield from publish(report, picture, timeout_s)
+
+
+def publish(report: Report, picture: bytes, timeout_s: float = MLFLOW_TIMEOUT_S) -> Iterator[str]:
+    """Log results to the MLflow runs of the checkpoints; yields lines with the places.
+
+    Points are at the step images_seen. A point that MLflow has, with the same step and value, is not sent again;
+    another value (from more images, for example) is sent as a newer point beside it. The report and its pictures
+    become artifacts whose name depends on the checkpoints and the settings, so that the same evaluation replaces only
+    its own files.
+    """
+    uri = tracking_uri()
+    shown = without_password(uri)
+    for result in {result.run_key: result for result in report.results}.values():
+        if not result.run_key:
+            yield f"MLflow      nothing is logged for {result.checkpoint}, which belongs to no run"
+            continue
+        run = MlflowRun(Address(uri, result.experiment, result.run, result.run_key), {}, timeout_s)
+        try:
+            if not run.find():
+                yield f"MLflow      {shown} does not have run {result.run}; nothing is logged there"
+            elif run.add(list(_records(report.of_run(result.run_key), picture))):
+                yield f"MLflow      run {run.run_id} in {shown}"
+            else:
+                yield f"MLflow      {shown} did not take everything: {run.call.trouble}"
+        except OutOfTime:
+            yield f"MLflow      {shown} cannot be reached, nothing is logged: {run.call.trouble}"
+            return
+        except Lost as error:
+            yield f"MLflow      {shown} refuses run {result.run}: {error}"
+
+
+def _records(report: Report, picture: bytes) -> Iterator[Record]:
+    now_ms = int(time.time() * 1000)
+    for result in report.results:
+        yield Metrics(metrics(result), result.images_seen, now_ms)
+    yield Artifact(f"evaluation/{report.key}.json", report.to_json().encode())
+    yield Artifact(f"evaluation/{report.key}.png", picture)
+    for path, _, drawn in nearest_pictures(report, f"evaluation/{report.key}.json"):
+        yield Artifact(path, drawn.nearest)
+
+
+def _write(file: Location, data: bytes) -> None:
+    try:
+        file.write(data)
+    except OSError as error:
+        raise UserError(f"cannot write {file.uri}: {error}") from None
+
+
+def _sibling(path: str, name: str) -> str:
+    return f"{path.rpartition('/')[0]}/{name}"

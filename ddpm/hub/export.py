@@ -1,0 +1,425 @@
+"""Export and import of nets: a diffusers pipeline folder, there and back, and a torch.export program.
+
+    DIR/model_index.json  unet/  scheduler/     diffusers: DDPMPipeline.from_pretrained(DIR) draws the same images
+    DIR/net.pt2  config.json                    torch.export.load("DIR/net.pt2").module()(x_t, t)
+
+What diffusers cannot express directly is translated or refused; nothing is left out silently:
+
+- a T other than 1000, to which we rescale t and diffusers does not: a "learned" embedding of t, whose table holds our
+  sinusoids at the rescaled t;
+- a schedule that it does not know: "trained_betas";
+- labels, which DDPMPipeline does not take: one is chosen, and its embedding becomes part of a bias.
+
+A learned variance is "learned_range" there.
+
+Sampling is that of our `ancestral`, with all T steps; guidance, dynamic thresholds, and the samplers of few steps are
+not exported.
+
+Papers: Ho et al. 2020 (arXiv:2006.11239). Names: diffusers 0.35 to 0.42.
+
+Axes: B batch, C channels, H W, T timesteps.
+"""
+
+import inspect
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddpm import config as configs
+from ddpm.build import build_net, resolve_sample
+from ddpm.checkpoints import checkpoint
+from ddpm.checkpoints.checkpoint import Snapshot
+from ddpm.config import Config, ObjectiveConfig, SampleConfig, ScheduleConfig, UNetConfig
+from ddpm.diffusion import schedules
+from ddpm.diffusion.objectives import PROCESSES
+from ddpm.hub.diffusers_names import diffusers_names
+from ddpm.models.layers import EMBEDDED_TIMESTEPS, NORM_EPS, sinusoids
+from ddpm.utils import files
+from ddpm.utils.errors import UserError
+from ddpm.utils.seeding import GENERATOR
+
+PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
+"""Ours -> diffusers'; their v has the sign of ours."""
+VARIANCES = {"beta_tilde": "fixed_small", "beta": "fixed_large", "learned": "learned_range"}
+SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+TIME_TABLE = "time_proj.weight"
+"""Diffusers' name for the [T, E] embedding of t, where it is a table."""
+
+# Settings of a scheduler that concern only samplers that are not exported.
+_SAMPLING_ALONE = ("timestep_spacing", "steps_offset", "dynamic_thresholding_ratio", "sample_max_value")
+
+
+def to_diffusers(net: nn.Module, config: Config, out: Path, label: int | None = None) -> None:
+    """Write the new folder `out`, from which `DDPMPipeline.from_pretrained(out)` draws what `ancestral` draws.
+
+    Sample with num_inference_steps = T and one torch.Generator per image. Needs diffusers.
+
+    Args:
+        net: trained under `config`.
+        label: for a conditional net, the class that the pipeline generates; num_classes is the null label, which
+            generates all classes.
+
+    Raises:
+        UserError: diffusers cannot express it, diffusers is missing, or `out` exists or cannot be written.
+    """
+    diffusers = _diffusers()
+    if not PROCESSES[config.objective.process].uses_time:
+        raise UserError(
+            f"diffusers has no pipeline for objective.process {config.objective.process}, whose net sees no "
+            "timestep; use --format pt2"
+        )
+    _unet(config)
+    weights, config = _without_labels(net.state_dict(), config, label)
+    unet = diffusers.UNet2DModel(**unet_config(config))
+    unet.load_state_dict(_to_their_names(weights, config, unet.state_dict()))
+    pipeline = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler(**scheduler_config(config)))
+    with _new_folder(out) as folder:
+        pipeline.save_pretrained(folder, safe_serialization=True)
+
+
+def to_pt2(net: nn.Module, config: Config, out: Path) -> None:
+    """Write the new folder `out` with the net as a torch.export program, for any batch size, in float32.
+
+    Its arguments are those of the net: x_t, t and label, as far as the net takes them (t is None for
+    uniform_mix). config.json gives the meaning of its output.
+
+    Args:
+        net: trained under `config`.
+
+    Raises:
+        UserError: `out` exists or cannot be written.
+    """
+    plain = build_net(replace(config, train=replace(config.train, precision="float32")))
+    plain.load_state_dict(net.state_dict())
+    plain.eval().requires_grad_(False)
+    # Row-major: for channels-last weights torch.export.save warns that they may be parts of others (2.13).
+    plain.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    batch = torch.export.Dim("batch", min=1)
+    side, count = config.model.image_size, 2  # 1 would be taken for a constant
+    t = torch.zeros(count, dtype=torch.int64) if PROCESSES[config.objective.process].uses_time else None
+    arguments = [torch.zeros(count, config.model.channels, side, side), t]
+    if config.model.num_classes:
+        arguments.append(torch.zeros(count, dtype=torch.int64))
+    dynamic = tuple(None if argument is None else {0: batch} for argument in arguments)
+    program = torch.export.export(plain, tuple(arguments), dynamic_shapes=dynamic)
+    with _new_folder(out) as folder:
+        torch.export.save(program, folder / "net.pt2")
+        (folder / "config.json").write_text(configs.to_json(config))
+
+
+def from_diffusers(source: Path, out: Path) -> Config:
+    """Write the new checkpoint `out`, at 0 images seen, with the net of the DDPM pipeline in the folder `source`.
+
+    Net and averaged net have the same weights; data and optimizer, which diffusers does not store, are `Config`'s
+    defaults. Needs diffusers.
+
+    Returns:
+        The config of the checkpoint.
+
+    Raises:
+        UserError: there is no such folder, or its architecture, schedule or prediction is not one of ours.
+    """
+    config, theirs = _read_pipeline(source)
+    net = build_net(config)
+    net.load_state_dict(_to_our_names(theirs, config, str(source)))
+    weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
+    position = {
+        "step": 0,
+        "images_seen": 0,
+        "best_held_out_loss": None,
+        "generator": GENERATOR,
+        "run_key": "",
+        "data_fingerprint": "",
+        "imported_from": str(source.absolute()),
+    }
+    tensors = {"net": weights, "ema": weights, "optimizer": {}}
+    with _new_folder(out) as folder:
+        checkpoint.write(Snapshot(0, tensors, position, configs.to_json(config)), folder)
+    return config
+
+
+def unet_config(config: Config) -> dict[str, Any]:
+    """The arguments, all of them, with which UNet2DModel computes what our net computes.
+
+    Raises:
+        AssertionError: a net with labels.
+    """
+    model, stretched = _unet(config), config.schedule.num_timesteps != EMBEDDED_TIMESTEPS
+    assert model.num_classes == 0, "labels are folded into a bias before"
+    sizes = [model.image_size >> level for level in range(len(model.width_multipliers))]
+    attention = ["Attn" if size in model.attention_resolutions else "" for size in sizes]
+    return {
+        "sample_size": model.image_size,
+        "in_channels": model.channels,
+        "out_channels": model.channels * (2 if config.objective.variance == "learned" else 1),
+        "center_input_sample": False,
+        "time_embedding_type": "learned" if stretched else "positional",
+        "num_train_timesteps": config.schedule.num_timesteps if stretched else None,
+        "time_embedding_dim": None,
+        "freq_shift": 1,
+        "flip_sin_to_cos": False,
+        "down_block_types": [f"{kind}DownBlock2D" for kind in attention],
+        "mid_block_type": "UNetMidBlock2D",
+        "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(attention)],
+        "block_out_channels": [model.base_width * multiplier for multiplier in model.width_multipliers],
+        "layers_per_block": model.blocks_per_resolution,
+        "mid_block_scale_factor": 1,
+        "downsample_padding": 0,
+        "downsample_type": "conv",
+        "upsample_type": "conv",
+        "dropout": model.dropout,
+        "act_fn": "silu",
+        "attention_head_dim": model.attention_head_dim,
+        "norm_num_groups": model.norm_groups,
+        "attn_norm_num_groups": None,
+        "norm_eps": NORM_EPS,
+        "resnet_time_scale_shift": "default",
+        "add_attention": model.middle_attention,
+        "class_embed_type": None,
+        "num_class_embeds": None,
+    }
+
+
+def _unet(config: Config) -> UNetConfig:
+    """The U-Net's config.
+
+    Raises:
+        UserError: the net is another one.
+    """
+    if not isinstance(config.model, UNetConfig):
+        raise UserError(
+            f"model.net is {config.model.net}; a DDPMPipeline of diffusers draws with a UNet2DModel, so it takes "
+            "the net unet alone; use --format pt2"
+        )
+    return config.model
+
+
+def scheduler_config(config: Config) -> dict[str, Any]:
+    """The arguments of DDPMScheduler for our schedule, prediction, and the mean and variance of `ancestral`."""
+    schedule, sample = config.schedule, resolve_sample(config.sample, config.objective)
+    if sample.variance not in VARIANCES:
+        raise UserError(f"sample.variance is {sample.variance}; a DDPMScheduler knows {', '.join(VARIANCES)}")
+    betas: dict[str, Any]
+    match schedule.kind:
+        case "linear" | "scaled_linear":
+            betas = {"beta_schedule": SCHEDULES[schedule.kind]}
+            betas |= {"beta_start": schedule.beta_start, "beta_end": schedule.beta_end}
+        case "cosine" if (schedule.cosine_s, schedule.max_beta) == (0.008, 0.999):
+            betas = {"beta_schedule": SCHEDULES["cosine"]}
+        case _:
+            betas = {"trained_betas": schedules.build(schedule).beta.tolist()}
+    return {
+        "num_train_timesteps": schedule.num_timesteps,
+        **betas,
+        "prediction_type": PREDICTIONS[config.objective.predict],
+        "variance_type": VARIANCES[sample.variance],
+        "clip_sample": sample.mean == "clipped",
+        "clip_sample_range": 1.0,
+        "thresholding": False,
+        "rescale_betas_zero_snr": False,
+        "timestep_spacing": "linspace",  # of fewer steps than T: both ends matter, as in our timesteps.uniform
+    }
+
+
+def _diffusers() -> Any:
+    """The package diffusers, imported late: it takes seconds, and only export needs it."""
+    try:
+        import diffusers
+    except ImportError:
+        raise UserError("diffusers is not installed; run pip install 'ddpm-on-ray[export]'") from None
+    diffusers.utils.logging.set_verbosity_error()
+    return diffusers
+
+
+def _read_pipeline(folder: Path) -> tuple[Config, dict[str, Tensor]]:
+    """Config and weights (under diffusers' names) of a pipeline, from JSON and safetensors alone.
+
+    model_index.json is not read: only these two classes are created.
+    """
+    diffusers = _diffusers()
+    for name in ("unet/config.json", "scheduler/scheduler_config.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} is not a folder of a diffusers DDPMPipeline: it has no {name}")
+    try:
+        config = _config_of(
+            _said(diffusers.UNet2DModel, folder / "unet"),
+            _said(diffusers.DDPMScheduler, folder / "scheduler"),
+            str(folder),
+        )
+        _check_size(config, folder / "unet")
+        unet, found = diffusers.UNet2DModel.from_pretrained(
+            folder / "unet",
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=False,  # else it warns that accelerate is not there
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ArithmeticError) as error:
+        raise UserError(
+            f"{folder} cannot be read as a DDPMPipeline: {' '.join(str(error).split())[:300]}"
+        ) from None
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found[what]:
+            raise UserError(f"{folder}/unet: the weights do not fit: {what} {sorted(found[what])[0]}")
+    return config, unet.state_dict()
+
+
+def _said(kind: Any, folder: Path) -> dict[str, Any]:
+    """The arguments of a diffusers class: those in the folder, else its defaults. No instance is created."""
+    parameters = inspect.signature(kind.__init__).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters} | kind.load_config(folder)
+
+
+def _check_size(config: Config, folder: Path) -> None:
+    """Raise UserError if the net has more weights than the files in `folder` have bytes, and may fit in no memory."""
+    try:
+        with torch.device("meta"):
+            net = build_net(config)
+    except UserError as error:
+        raise UserError(f"{folder} cannot be read as a DDPMPipeline: {error}") from None
+    described = sum(weight.numel() for weight in net.state_dict().values())
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if described > stored > 0:
+        raise UserError(
+            f"{folder}: config.json describes a net of {described:,} weights, the files beside it have {stored:,} bytes"
+        )
+
+
+def _config_of(unet: Mapping[str, Any], scheduler: Mapping[str, Any], where: str) -> Config:
+    """Our config for theirs. It is exported again and compared, so that nothing is overlooked.
+
+    Raises:
+        UserError: the two differ.
+    """
+    widths = list(unet["block_out_channels"])
+    side = unet["sample_size"]
+    if not isinstance(side, int):
+        raise UserError(f"{where}/unet: sample_size is {side}; it must be one number: our images are square")
+    base_width = math.gcd(*widths)
+    sizes = [side >> level for level in range(len(widths))]
+    model = UNetConfig(
+        image_size=side,
+        channels=unet["in_channels"],
+        base_width=base_width,
+        width_multipliers=tuple(width // base_width for width in widths),
+        blocks_per_resolution=unet["layers_per_block"],
+        attention_resolutions=tuple(
+            size for size, kind in zip(sizes, unet["down_block_types"], strict=False) if "Attn" in kind
+        ),
+        attention_head_dim=unet["attention_head_dim"],
+        middle_attention=unet["add_attention"],
+        norm_groups=unet["norm_num_groups"],
+        dropout=unet["dropout"],
+    )
+    schedule = ScheduleConfig(
+        kind=_ours(SCHEDULES, scheduler, "beta_schedule", where),
+        num_timesteps=scheduler["num_train_timesteps"],
+        beta_start=scheduler["beta_start"],
+        beta_end=scheduler["beta_end"],
+    )
+    variance = _ours(VARIANCES, scheduler, "variance_type", where)
+    sample = SampleConfig(mean="clipped" if scheduler["clip_sample"] else "plain", variance=variance)
+    objective = ObjectiveConfig(
+        predict=_ours(PREDICTIONS, scheduler, "prediction_type", where),
+        variance="learned" if variance == "learned" else "fixed",
+    )
+    config = Config(schedule=schedule, objective=objective, model=model, sample=sample)
+    config = configs.from_json(configs.to_json(config), where)  # which checks every type
+    _check_same(f"{where}/unet", unet, unet_config(config))
+    told = scheduler_config(config)
+    _check_same(f"{where}/scheduler", scheduler, told | {"trained_betas": told.get("trained_betas")})
+    return config
+
+
+def _ours(names: Mapping[str, str], scheduler: Mapping[str, Any], key: str, where: str) -> Any:
+    """The key of `names` whose value is scheduler[key]."""
+    for ours, theirs in names.items():
+        if scheduler[key] == theirs:
+            return ours
+    raise UserError(
+        f"{where}/scheduler: {key} is {scheduler[key]!r}; it must be one of {', '.join(names.values())}"
+    )
+
+
+def _check_same(where: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    for key, right in ours.items():
+        got = theirs[key]
+        got = list(got) if isinstance(got, tuple) else got
+        if got != right and key not in _SAMPLING_ALONE:
+            raise UserError(f"{where}: {key} is {got!r:.80}; in our architecture it is {right!r:.80}")
+
+
+def _without_labels(
+    weights: Mapping[str, Tensor], config: Config, label: int | None
+) -> tuple[dict[str, Tensor], Config]:
+    """The net for one `label`, whose embedding is added to a bias of the embedding of t."""
+    weights, classes = dict(weights), config.model.num_classes
+    if not classes:
+        if label is not None:
+            raise UserError(f"label is {label}; this net was trained without labels")
+        return weights, config
+    if label is None or not 0 <= label <= classes:
+        raise UserError(
+            f"label is {label}; it must be the one class that the pipeline generates, 0..{classes - 1}, or {classes} "
+            "(the null label) for all"
+        )
+    weights["time_mlp.2.bias"] = weights["time_mlp.2.bias"] + weights.pop("label_embedding.weight")[label]
+    return weights, replace(config, model=replace(config.model, num_classes=0))
+
+
+def _to_their_names(
+    weights: Mapping[str, Tensor], config: Config, like: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Our weights as those of `like`, the weights of a UNet2DModel."""
+    theirs: dict[str, Tensor] = {}
+    for ours, names in diffusers_names(_unet(config)).items():
+        parts = weights[ours].split([len(like[name]) for name in names])
+        theirs |= dict(zip(names, parts, strict=True))
+    if TIME_TABLE in like:
+        theirs[TIME_TABLE] = _time_table(config)
+    return theirs
+
+
+def _to_our_names(theirs: Mapping[str, Tensor], config: Config, where: str) -> dict[str, Tensor]:
+    if TIME_TABLE in theirs and not torch.allclose(theirs[TIME_TABLE], _time_table(config), atol=1e-5):
+        raise UserError(f"{where}/unet: its embedding of t was learned; ours consists of sinusoids")
+    return {
+        ours: torch.cat([theirs[name] for name in names])
+        for ours, names in diffusers_names(_unet(config)).items()
+    }
+
+
+def _time_table(config: Config) -> Tensor:
+    """[T, E] float32: the sinusoids of our net for each t."""
+    T, model = config.schedule.num_timesteps, _unet(config)
+    width = model.base_width * model.width_multipliers[0]
+    return sinusoids(torch.arange(T) * (EMBEDDED_TIMESTEPS / T), width)
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A context with a new folder, which is named `out` at the end, or removed on an error.
+
+    Raises:
+        UserError: `out` exists, or cannot be written.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists, and nothing is overwritten; name a new folder")
+    temporary = files.temporary(out)
+    try:
+        files.make_folder(temporary)
+        yield temporary
+        files.sync_tree(temporary)
+        temporary.rename(out)
+        files.sync(out.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

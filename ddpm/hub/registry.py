@@ -1,0 +1,123 @@
+"""MLflow's model registry: a checkpoint under a name, for serving and sampling.
+
+A registered model holds
+
+    artifacts/checkpoint/    our checkpoint, without the optimizer's state
+    artifacts/diffusers/     or pt2/: the exported net, for users of other software
+    serving.py  code/ddpm/   a copy of the code that MLflow runs to serve it (models from code)
+
+It contains no pickle. We download only the checkpoint, and run none of that code.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ddpm.build import build_sampler
+from ddpm.checkpoints import checkpoint
+from ddpm.tracking import mlflow_runs
+from ddpm.tracking.retry import Caller
+from ddpm.utils.errors import UserError
+
+SCHEME = "models:/"
+PACKAGE = Path(__file__).parent.parent
+NEEDED = ("torch", "numpy", "pillow", "pydantic", "safetensors")
+"""Packages that ddpm.hub.serving and its imports need."""
+EXAMPLE = [{"num_images": 2, "seed": 0}]
+
+
+def register(
+    name: str, folder: Path, exported: Mapping[str, Path], alias: str | None = None
+) -> tuple[str, str]:
+    """Store a model as the next version of the registered model `name`, beside the MLflow run it was trained in.
+
+    Args:
+        folder: a checkpoint.
+        exported: exported nets to include, by format.
+        alias: a name that points to this version from now on, as in models:/NAME@ALIAS.
+
+    Returns:
+        models:/NAME/VERSION, and MLflow's URI.
+
+    Raises:
+        UserError: its config has no valid sampler, or MLflow does not answer, or refuses.
+    """
+    build_sampler(checkpoint.read_config(folder))
+    with tempfile.TemporaryDirectory(prefix="ddpm-model-") as staging:
+        try:
+            checkpoint.write_light(folder, Path(staging, "checkpoint"))
+            for kind, path in exported.items():
+                shutil.copytree(path, Path(staging, kind))
+        except OSError as error:
+            raise UserError(f"cannot assemble the model in {staging}: {error}") from None
+        artifacts = {path.name: str(path) for path in Path(staging).iterdir()}
+        with _mlflow() as client:
+            number = _log(client, name, folder, artifacts)
+            if alias is not None:
+                client.set_registered_model_alias(name, alias, number)
+    return f"{SCHEME}{name}/{number}", mlflow_runs.without_password(mlflow_runs.tracking_uri())
+
+
+def download(uri: str, folder: Path) -> Path:
+    """The checkpoint in the registered model `uri`, models:/NAME@ALIAS or models:/NAME/VERSION, downloaded to `folder`.
+
+    Raises:
+        UserError: there is none, or MLflow does not answer.
+    """
+    with _mlflow():
+        from mlflow.artifacts import download_artifacts
+
+        found = download_artifacts(
+            artifact_uri=f"{uri.rstrip('/')}/artifacts/checkpoint", dst_path=str(folder)
+        )
+    return Path(found)
+
+
+def _log(client: Any, name: str, folder: Path, artifacts: dict[str, str]) -> int:
+    """Log the model, linked to MLflow's run of the checkpoint in `folder` if there is one, and register it."""
+    from mlflow import pyfunc
+    from mlflow.models import Model
+
+    experiment = checkpoint.read_config(folder).run.experiment
+    experiment_id = mlflow_runs.experiment_id(client, mlflow_runs.tracking_uri(), experiment)
+    run_key = checkpoint.read_state(folder).get("run_key")
+    run = mlflow_runs.find_run(client, experiment_id, run_key) if run_key else None
+    os.environ["MLFLOW_EXPERIMENT_ID"] = experiment_id
+    stored = Model.log(
+        None,
+        pyfunc,
+        name="ddpm",
+        run_id=run.info.run_id if run else None,
+        registered_model_name=name,
+        python_model=str(PACKAGE / "hub" / "serving.py"),
+        code_paths=[str(PACKAGE)],
+        artifacts=artifacts,
+        input_example=EXAMPLE,
+        pip_requirements=[f"{package}=={version(package).partition('+')[0]}" for package in NEEDED],
+    )
+    return stored.registered_model_version
+
+
+@contextmanager
+def _mlflow() -> Iterator[Any]:
+    """A context with a client, in which MLflow's own functions use the same server; its errors become UserErrors."""
+    uri = mlflow_runs.tracking_uri()
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield mlflow_runs.connect(uri)
+    except mlflow_runs.Lost as error:
+        raise UserError(f"MLflow at {uri}: {error}") from None
+    except (MlflowException, OSError) as error:
+        reason = Caller(uri, lambda: True).reason(error)
+        raise UserError(f"MLflow at {mlflow_runs.without_password(uri)}: {reason}") from None

@@ -1,0 +1,74 @@
+"""From a name to a checkpoint: a checkpoint's folder, a run's folder, or a model in MLflow's registry."""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from ddpm.checkpoints import checkpoint
+from ddpm.checkpoints.runs import X_0_ERROR, X_0_ERROR_FORMAT, checkpoints
+from ddpm.hub import registry
+from ddpm.storage import locations
+from ddpm.storage.locations import Location
+from ddpm.utils.errors import UserError
+
+
+def checkpoints_of(uri: str) -> list[str]:
+    """`uri` itself, if it is a checkpoint or a registered model; else the checkpoints of the run, oldest first.
+
+    Raises:
+        UserError: there is none.
+    """
+    return [uri] if uri.startswith(registry.SCHEME) else [location.uri for location in _found(uri)]
+
+
+@contextmanager
+def local_checkpoint(uri: str) -> Iterator[Path]:
+    """A context with the checkpoint at `uri` as a local folder: a checkpoint, a run's newest, or a registered model.
+
+    A checkpoint in a bucket or in MLflow's registry (models:/NAME@ALIAS) is downloaded for the duration of the context.
+
+    Raises:
+        UserError: there is none.
+    """
+    if uri.startswith(registry.SCHEME):
+        with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
+            yield registry.download(uri, Path(folder))
+        return
+    location = _found(uri)[-1]
+    if location.is_local:
+        yield Path(location.path)
+        return
+    with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
+        yield location.download(Path(folder))
+
+
+def keep_x_0_error(uri: str, weights_sha256: str, x_0_error: Tensor) -> None:
+    """Store errors measured with the averaged weights of the checkpoint at `uri` in its folder, if it can be
+    written."""
+    if uri.startswith(registry.SCHEME):
+        return
+    place, errors = locations.resolve(uri), x_0_error.tolist()
+    card = {"format": X_0_ERROR_FORMAT, "weights_sha256": weights_sha256, "x_0_error": errors}
+    with contextlib.suppress(OSError):
+        if place.child(checkpoint.CHECKSUMS).exists():  # a run that goes on deletes its old checkpoints
+            place.child(X_0_ERROR).write((json.dumps(card) + "\n").encode())
+
+
+def _found(uri: str) -> list[Location]:
+    """The checkpoint at `uri`, or the checkpoints of the run there, oldest first; at least one."""
+    location = locations.resolve(uri)
+    if not location.exists():
+        raise UserError(f"{uri} does not exist; expected a checkpoint folder or a run folder")
+    if location.child("checksums.json").exists():
+        return [location]
+    found = checkpoints(location)
+    if not found:
+        raise UserError(
+            f"{uri} holds no checkpoint: neither checksums.json nor a {checkpoint.PREFIX}* folder"
+        )
+    return found

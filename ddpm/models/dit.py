@@ -1,0 +1,192 @@
+"""The diffusion Transformer (DiT) for small images: it predicts eps (or x_0, or v) from x_t, as the U-Net does.
+
+Peebles and Xie 2022 (arXiv:2212.09748): the image is cut into patches, each patch becomes a token, and Transformer
+blocks attend among all tokens. t and label reach a block through its layer normalisations (adaLN-Zero): from their
+embedding it computes a shift, a scale and a gate for both of its branches. What computes them is zero at the start, so
+that every block is then the identity, and the output is 0.
+
+Axes: B batch, C channels, H W pixels, p side of a patch, N = H W / p^2 tokens, E width of a token.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddpm.models.layers import (
+    EMBEDDED_TIMESTEPS,
+    MAX_BLOCKS,
+    MAX_SIZE,
+    attend,
+    check_conditions,
+    sinusoids,
+    zero,
+)
+
+if TYPE_CHECKING:
+    from ddpm.config import DiTConfig
+
+SINUSOID_WIDTH = 256
+NORM_EPS = 1e-6
+
+
+def build(
+    config: DiTConfig,
+    *,
+    time_conditional: bool = True,
+    autocast_dtype: torch.dtype | None = None,
+    num_timesteps: int = EMBEDDED_TIMESTEPS,
+    out_channels: int | None = None,
+) -> DiT:
+    """The net of a config, with fresh weights drawn from torch's global generator; arguments as of `unet.build`.
+
+    Raises:
+        ValueError: sizes out of range, or that do not fit together; it names the parameter.
+    """
+    _check(config, num_timesteps)
+    return DiT(config, time_conditional, autocast_dtype, num_timesteps, out_channels or config.channels)
+
+
+class DiT(nn.Module):
+    """The whole net; `build` makes one from sizes it has checked."""
+
+    def __init__(
+        self,
+        config: DiTConfig,
+        time_conditional: bool,
+        autocast_dtype: torch.dtype | None,
+        num_timesteps: int,
+        out_channels: int,
+    ) -> None:
+        super().__init__()
+        self.time_conditional = time_conditional
+        self.num_classes = config.num_classes
+        self.autocast_dtype = autocast_dtype
+        self.time_scale = EMBEDDED_TIMESTEPS / num_timesteps
+        self.patch_size = config.patch_size
+        width, pixels = config.width, config.patch_size**2
+        self.embed = nn.Linear(pixels * config.channels, width)
+        # Only what is conditioned on has weights: DDP would wait for the gradient of an unused one.
+        if time_conditional:
+            self.time_mlp = nn.Sequential(
+                nn.Linear(SINUSOID_WIDTH, width), nn.SiLU(), nn.Linear(width, width)
+            )
+        if config.num_classes:
+            self.label_embedding = nn.Embedding(config.num_classes + 1, width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.modulation = nn.Linear(width, 2 * width)
+        self.project = nn.Linear(width, pixels * out_channels)
+        self.apply(_init)
+        zero(self.modulation)
+        zero(self.project)
+
+    def forward(self, x_t: Tensor, t: Tensor | None, label: Tensor | None = None) -> Tensor:
+        """What the net predicts for each image; arguments, result and errors as of `UNet.forward`."""
+        label = check_conditions(self, x_t, t, label)
+        rows, columns = (side // self.patch_size for side in x_t.shape[2:])
+        with torch.autocast(x_t.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            width = self.embed.out_features
+            condition = x_t.new_zeros(x_t.shape[0], width)  # len(x_t) would fix the batch in torch.export
+            if t is not None:
+                condition = condition + self.time_mlp(sinusoids(t * self.time_scale, SINUSOID_WIDTH))
+            if label is not None:
+                condition = condition + self.label_embedding(label)
+            condition = F.silu(condition)  # [B, E]
+            tokens = self.embed(patchify(x_t, self.patch_size)) + positions(rows, columns, width, x_t.device)
+            for block in self.blocks:
+                tokens = block(tokens, condition)
+            shift, scale = self.modulation(condition)[:, None].chunk(2, dim=2)
+            tokens = self.project(_modulated(tokens, shift, scale))
+        return unpatchify(tokens.float(), self.patch_size, rows)
+
+
+class Block(nn.Module):
+    """Attention among the tokens, then an MLP on each; [B, N, E] -> the same. Peebles and Xie 2022, Fig. 3."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        width, hidden = config.width, config.width * config.mlp_ratio
+        self.head_dim = width // config.num_heads
+        self.modulation = nn.Linear(width, 6 * width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.project = nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, hidden),
+            nn.GELU(approximate="tanh"),
+            nn.Dropout(config.dropout),
+            nn.Linear(hidden, width),
+        )
+
+    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition)[:, None].chunk(
+            6, dim=2
+        )
+        qkv = self.qkv(_modulated(tokens, shift_1, scale_1)).unflatten(2, (3, -1, self.head_dim))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, head_dim]
+        tokens = tokens + gate_1 * self.project(attend(q, k, v).transpose(1, 2).flatten(2))
+        return tokens + gate_2 * self.mlp(_modulated(tokens, shift_2, scale_2))
+
+
+def patchify(x: Tensor, p: int) -> Tensor:
+    """Cut images into patches, row by row: [B, C, H, W] -> [B, N, C p p]."""
+    grid = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # [B, C, H / p, p, W / p, p]
+    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpatchify(tokens: Tensor, p: int, rows: int) -> Tensor:
+    """The inverse of `patchify`, for images of H = rows * p: [B, N, C p p] -> [B, C, H, W]."""
+    grid = tokens.unflatten(2, (-1, p, p)).unflatten(1, (rows, -1))  # [B, H / p, W / p, C, p, p]
+    return grid.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def positions(rows: int, columns: int, width: int, device: torch.device) -> Tensor:
+    """Where each token is, as sinusoids of its row (one half) and of its column: float32 [N, E]."""
+    row, column = (sinusoids(torch.arange(n, device=device), width // 2) for n in (rows, columns))
+    return torch.cat([row.repeat_interleave(columns, 0), column.repeat(rows, 1)], dim=1)
+
+
+def _modulated(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Layer normalisation of each token [B, N, E], whose shift and scale [B, 1, E] are given."""
+    return F.layer_norm(tokens, tokens.shape[2:], eps=NORM_EPS) * (1 + scale) + shift
+
+
+def _init(module: nn.Module) -> None:
+    """As the authors': Xavier for products; small numbers for labels; zero for the modulation of a block.
+
+    `Module.apply` comes to a block after the layers in it.
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, Block):
+        zero(module.modulation)
+
+
+def _check(config: DiTConfig, num_timesteps: int) -> None:
+    """Raise ValueError for sizes that make no net, with what was got and what would be right."""
+    c, large = config, f"at least 1, and at most {MAX_SIZE}"
+    classes = f"0 (unconditional) or the number of classes, at most {MAX_SIZE}"
+    for name, right, true in (
+        ("channels", large, 1 <= c.channels <= MAX_SIZE),
+        ("num_classes", classes, 0 <= c.num_classes <= MAX_SIZE),
+        ("dropout", "in [0, 1)", 0 <= c.dropout < 1),
+        ("patch_size", large, 1 <= c.patch_size <= MAX_SIZE),
+        ("depth", f"at least 1, and at most {MAX_BLOCKS}", 1 <= c.depth <= MAX_BLOCKS),
+        ("width", f"a multiple of 4, from 8 to {MAX_SIZE}", c.width % 4 == 0 and 8 <= c.width <= MAX_SIZE),
+        ("mlp_ratio", f"1 to {MAX_SIZE // max(c.width, 1)}", 1 <= c.mlp_ratio <= MAX_SIZE // max(c.width, 1)),
+        ("num_heads", f"a divisor of width, {c.width}", c.num_heads >= 1 and c.width % c.num_heads == 0),
+        (
+            "image_size",
+            f"a multiple of patch_size, {c.patch_size}, and at most {MAX_SIZE}",
+            1 <= c.image_size <= MAX_SIZE and c.image_size % max(c.patch_size, 1) == 0,
+        ),
+    ):
+        if not true:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be {right}")
+    if num_timesteps < 1:
+        raise ValueError(f"num_timesteps is {num_timesteps}; it must be at least 1")

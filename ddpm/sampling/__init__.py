@@ -1,0 +1,1 @@
+"""From net and seeds to images, on one process or many, and the files they are written to."""

@@ -1,0 +1,182 @@
+"""From a net and its config to images: seeds, labels, guidance and sampler together.
+
+Training (its grids), jobs/sample.py and the registry's server sample alike: image i is a function of the seed and i
+alone.
+
+Axes: N images, C channels, H W.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ddpm.build import build_objective, build_sampler
+from ddpm.config import Config, SampleConfig
+from ddpm.data import image_folder
+from ddpm.diffusion import denoisers
+from ddpm.diffusion.denoisers import Denoise
+from ddpm.diffusion.inpainting import Known
+from ddpm.diffusion.objectives import PROCESSES, Denoised, Model, Objective
+from ddpm.diffusion.samplers import OnStep, PerImageNoise
+from ddpm.utils import images
+from ddpm.utils.generators import PhiloxGenerator
+from ddpm.utils.images import Pixels
+from ddpm.utils.seeding import Purpose
+
+NOISING_COLUMNS = 10
+DENOISING_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+TRAJECTORY_COLUMNS = 10
+
+
+def read_known(
+    image: Path, mask: Path, config: Config, num_resamples: int = 10, jump_length: int = 10
+) -> Known:
+    """The input of inpainting, from two image files: white in `mask` keeps the pixel of `image`, black samples it.
+
+    Both are resized and cropped to the centre square, as training data is.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    size, channels = config.model.image_size, config.model.channels
+    x_0, keep = (
+        torch.from_numpy(np.asarray(image_folder.store([image_folder.read_file(path)], size, c, "raw")))
+        for path, c in ((image, channels), (mask, 1))
+    )
+    return Known(images.to_model(x_0), (images.to_model(keep) > 0).float(), num_resamples, jump_length)
+
+
+def labels(config: Config, indices: Sequence[int], label: int | None = None) -> NDArray[np.int64]:
+    """The classes for a conditional net: `label`, or i mod num_classes if that is None; int64 [N]."""
+    return np.array([i % config.model.num_classes if label is None else label for i in indices], np.int64)
+
+
+@torch.no_grad()
+def draw(
+    net: Model,
+    config: Config,
+    objective: Objective,
+    indices: Sequence[int],
+    *,
+    device: torch.device,
+    sample: SampleConfig | None = None,
+    label: Tensor | None = None,
+    known: Known | None = None,
+    x_0_error: Tensor | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Draw the images with these indices, in one batch.
+
+    Args:
+        net: trained under `config`.
+        indices: image i depends on the seed, i, and its label alone.
+        sample: the sampler's settings; default: config.sample.
+        label: [N] int64; default for a conditional net: i mod num_classes.
+        known: a given part of every image, for inpainting.
+        x_0_error: for the variance "measured", [T] float64.
+        on_step: called at every step of the sampler.
+
+    Returns:
+        uint8 [N, H, W, C] on `device`.
+    """
+    sample = sample or config.sample
+    if label is None and config.model.num_classes:
+        label = torch.from_numpy(labels(config, indices)).to(device)
+    noise = _noise(config, sample.seed, indices, device)
+    denoise = _denoise(net, sample, objective, label)
+    return images.to_uint8(build_sampler(config, sample, known, x_0_error)(denoise, noise, on_step))
+
+
+@torch.no_grad()
+def noising_strip(config: Config, x_0: Tensor) -> Pixels:
+    """The forward process on real images x_0 [N, C, H, W], from clean to noise: one row per image."""
+    objective, noise = build_objective(config), _strip_noise(config, x_0)
+    levels = [i / (NOISING_COLUMNS - 1) for i in range(1, NOISING_COLUMNS)]
+    frames = [x_0, *(objective.corrupt(x_0, level, noise)[0] for level in levels)]
+    return images.strip(_rows(frames), ["x_0", *map(objective.caption, levels)])
+
+
+@torch.no_grad()
+def denoising_strip(
+    net: Model, config: Config, objective: Objective, x_0: Tensor, label: Tensor | None = None
+) -> Pixels:
+    """Denoising of real images x_0 [N, C, H, W] at rising noise levels: pairs of x_t and x_0_hat."""
+    frames, captions, noise = [x_0], ["x_0"], _strip_noise(config, x_0)
+    for level in DENOISING_LEVELS:
+        x_t, t = objective.corrupt(x_0, level, noise)
+        frames += [x_t, objective.denoise(net, x_t, t, label).x_0_hat]
+        captions += [objective.caption(level), "x_0_hat"]
+    return images.strip(_rows(frames), captions)
+
+
+def trajectory(
+    net: Model,
+    config: Config,
+    objective: Objective,
+    indices: Sequence[int],
+    *,
+    device: torch.device,
+    sample: SampleConfig | None = None,
+    label: Tensor | None = None,
+    known: Known | None = None,
+    x_0_error: Tensor | None = None,
+) -> tuple[Pixels, bytes]:
+    """The reverse process, from noise to images: a strip (one row per image), and a GIF of a grid."""
+    frames: list[Tensor] = []
+    last = draw(
+        net,
+        config,
+        objective,
+        indices,
+        device=device,
+        sample=sample,
+        label=label,
+        known=known,
+        x_0_error=x_0_error,
+        on_step=lambda step, x_t, x_0_hat: frames.append(images.to_uint8(x_t).cpu()),
+    )
+    frames.append(last.cpu())
+    picked = [round(i * (len(frames) - 1) / (TRAJECTORY_COLUMNS - 1)) for i in range(TRAJECTORY_COLUMNS)]
+    rows = torch.stack([frames[i] for i in picked], dim=1).numpy()
+    moving = [images.grid(frames[i].numpy()) for i in range(0, len(frames), max(1, len(frames) // 50))]
+    moving += [images.grid(frames[-1].numpy())] * 10  # rest on the result
+    captions = ["noise", *[f"step {i}" for i in picked[1:]]]
+    return images.strip(list(rows), captions), images.gif_bytes(moving, ms=80)
+
+
+def _denoise(net: Model, sample: SampleConfig, objective: Objective, label: Tensor | None) -> Denoise:
+    """The net as a function for samplers: with `label`, and guidance if `sample` has it."""
+
+    def conditional(x_t: Tensor, t: Tensor) -> Denoised:
+        return objective.denoise(net, x_t, t, label)
+
+    def unconditional(x_t: Tensor, t: Tensor) -> Denoised:
+        return objective.denoise(net, x_t, t, None)
+
+    if label is None:
+        return conditional
+    return denoisers.guided(
+        conditional, unconditional, sample.guidance_scale, sample.guidance_interval, objective.noise_level
+    )
+
+
+def _noise(config: Config, seed: int, indices: Sequence[int], device: torch.device) -> PerImageNoise:
+    """Noise for the images with these indices, drawn on the CPU for any device."""
+    side = config.model.image_size
+    generators = [PhiloxGenerator(seed, Purpose.SAMPLE, i) for i in indices]
+    uniform = PROCESSES[config.objective.process].has_uniform_noise
+    return PerImageNoise(generators, (config.model.channels, side, side), device, uniform)
+
+
+def _strip_noise(config: Config, x_0: Tensor) -> Tensor:
+    """Noise for real images x_0 [N, C, H, W]: the same in every column of a strip."""
+    return _noise(config, config.sample.seed, range(len(x_0)), x_0.device)()
+
+
+def _rows(frames: list[Tensor]) -> list[Pixels]:
+    """F frames of [N, C, H, W] as N rows of uint8 [F, H, W, C]."""
+    return list(torch.stack([images.to_uint8(frame).cpu() for frame in frames], dim=1).numpy())

@@ -1,0 +1,225 @@
+"""Many images from a net: a worker pool samples them, a writer stores them, and existing images are not sampled again.
+
+Images are sampled in pieces, [k batch_size, (k + 1) batch_size) cut off at the last image. Pieces do not depend on the
+workers, their number, or the images that exist. Image i is a function of the seed and i to a grey level in any batch
+(tests/training/test_generation.py); in the same piece, on one kind of CPU, to the last bit.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm import config as configs
+from ddpm.build import build_net, build_objective, build_sampler, resolve_sample
+from ddpm.cluster.worker_pool import WorkerPool
+from ddpm.config import Config
+from ddpm.data.manifest import read_manifest
+from ddpm.diffusion.inpainting import Known
+from ddpm.sampling import generate, writers
+from ddpm.sampling.writers import Form, ImageWriter, Labels, PngWriter, ShardWriter
+from ddpm.storage.locations import Location, resolve
+from ddpm.utils.errors import UserError
+from ddpm.utils.images import Pixels, png_bytes
+from ddpm.utils.seeding import GENERATOR
+
+BATCH_SIZE_CPU, BATCH_SIZE_GPU = 32, 256
+"""Default images per piece: few images keep a core busy, and many cores need many pieces."""
+TRAJECTORY_IMAGES = 8
+
+_DECIDES = (
+    "model.",
+    "schedule.",
+    "objective.process",
+    "objective.predict",
+    "objective.variance",
+    "sample.",
+    "train.precision",
+)
+_DECIDES_NOT = ("model.dropout", "model.zero_init", "sample.num_images")
+
+
+@dataclass(frozen=True)
+class SampleJob:
+    """The images to sample: everything that determines image i, with the seed in the config.
+
+    Raises:
+        UserError: the label is out of range, or settings do not fit.
+    """
+
+    weights: dict[str, Tensor]
+    """The net's weights, on the CPU."""
+    config: Config
+    """The config of training, with the settings of sampling in its `sample`."""
+    label: int | None = None
+    """The class of all images; None: image i has class i mod num_classes."""
+    known: Known | None = None
+    """A given part of every image, for inpainting."""
+    x_0_error: Tensor | None = None
+    """For the variance "measured": [T] float64."""
+
+    def __post_init__(self) -> None:
+        classes = self.config.model.num_classes
+        if self.label is not None and not 0 <= self.label < classes:
+            right = f"it must be in 0..{classes - 1}" if classes else "this net was trained without labels"
+            raise UserError(f"label is {self.label}; {right}")
+        build_sampler(self.config, known=self.known, x_0_error=self.x_0_error)
+        build_objective(self.config)
+
+    def labels(self, indices: range) -> Labels | None:
+        """The labels of images, int64 [N]; None: the net is unconditional."""
+        if not self.config.model.num_classes:
+            return None
+        return generate.labels(self.config, indices, self.label)
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """Class names of the training data, if they can be read; else "0", "1", ..."""
+        classes, uri = self.config.model.num_classes, self.config.data.shards
+        if classes and uri:
+            with suppress(UserError, OSError):
+                location = resolve(uri)
+                names = read_manifest(location.filesystem, location.path, uri).class_names
+                if len(names) == classes:
+                    return names
+        return tuple(map(str, range(classes)))
+
+    def asked(self) -> dict[str, Any]:
+        """Everything that determines image i, as flat JSON."""
+        config = self.config
+        sample = config.sample if self.known is None else replace(config.sample, sampler="ancestral")
+        config = replace(config, sample=resolve_sample(sample, config.objective))
+        flat = {
+            key: value
+            for key, value in configs.flatten(config).items()
+            if key.startswith(_DECIDES) and key not in _DECIDES_NOT
+        }
+        known: dict[str, Any] = {}
+        if self.known is not None:
+            known = {
+                "inpaint": _sha256({"x_0": self.known.x_0, "mask": self.known.mask}),
+                "num_resamples": self.known.num_resamples,
+                "jump_length": self.known.jump_length,
+            }
+        drawn_with = {"generator": GENERATOR, "weights": _sha256(self.weights)}
+        if config.sample.variance == "measured" and self.x_0_error is not None:
+            known["x_0_error"] = _sha256({"x_0_error": self.x_0_error})
+        return {**drawn_with, "label": self.label, **known, **flat}
+
+
+class SampleWorker:
+    """The state of a worker: the net of a job."""
+
+    def __init__(self, job: SampleJob, device: torch.device) -> None:
+        self._request, self._device = job, device
+        net = build_net(job.config)
+        net.load_state_dict(job.weights)
+        self._net = net.to(device).eval().requires_grad_(False)
+        self._objective = build_objective(job.config)
+
+    def draw(self, indices: range) -> Pixels:
+        """The images with these indices, uint8 [N, H, W, C].
+
+        Raises:
+            UserError: they do not fit into the GPU's memory.
+        """
+        config, how = self._request.config, self._how(indices)
+        try:
+            drawn = generate.draw(self._net, config, self._objective, indices, device=self._device, **how)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"the GPU has no memory for {len(indices)} images at a time; use a smaller --batch-size"
+            ) from None
+        return drawn.cpu().numpy()
+
+    def trajectory(self, indices: range) -> tuple[Pixels, bytes]:
+        """The trajectories of these images: a strip uint8 [H', W', 3], and a GIF."""
+        config, how = self._request.config, self._how(indices)
+        return generate.trajectory(self._net, config, self._objective, indices, device=self._device, **how)
+
+    def _how(self, indices: range) -> dict[str, Any]:
+        labels = self._request.labels(indices)
+        label = None if labels is None else torch.from_numpy(labels).to(self._device)
+        return {"label": label, "known": self._request.known, "x_0_error": self._request.x_0_error}
+
+
+def draw(
+    job: SampleJob,
+    out: Location,
+    num_images: int,
+    *,
+    form: Form = "png",
+    num_workers: int | None = None,
+    batch_size: int | None = None,
+    with_trajectory: bool = False,
+    show: Callable[[int, str], None] = lambda done, detail: None,
+) -> None:
+    """Sample the missing ones of images 0..num_images-1 at `out`.
+
+    Args:
+        form: PNGs, or shards that a run can be trained on.
+        num_workers: as in `WorkerPool`.
+        batch_size: images per batch of a worker; None: 32 on a core, 256 on a GPU.
+        with_trajectory: also write trajectory.png and trajectory.gif of the first 8 images.
+        show: called with the number of existing images, and the speed.
+
+    Raises:
+        UserError: a count is out of range or beyond the disk's space, `out` holds images of another job, or cannot be
+            written.
+        WorkersDied: as `WorkerPool.map`.
+    """
+    for name, count in (("num_images", num_images), ("batch_size", batch_size)):
+        if count is not None and count < 1:
+            raise UserError(f"{name} is {count}; it must be at least 1")
+    model = job.config.model
+    with suppress(OSError):  # writing there gives a better message
+        writers.check_room(out, num_images, form, (model.image_size, model.image_size, model.channels))
+    with WorkerPool(partial(SampleWorker, job), num_workers) as pool:
+        size = batch_size or (BATCH_SIZE_GPU if pool.has_gpus else BATCH_SIZE_CPU)
+        pieces = (range(i, min(i + size, num_images)) for i in range(0, num_images, size))
+        try:
+            writer = _open(job, out, num_images, form, size)
+            done, began = writer.num_kept, time.monotonic()
+            show(done, "")
+            before = done
+            for piece, pixels in pool.map(SampleWorker.draw, filter(writer.missing, pieces)):
+                writer.write(piece, pixels, job.labels(piece))
+                done += len(piece)
+                show(done, f"{(done - before) / (time.monotonic() - began):.1f} images/s")
+            writer.close()
+            if with_trajectory and (done > before or not out.child("trajectory.gif").exists()):
+                first = range(min(TRAJECTORY_IMAGES, num_images))
+                for _, (strip, gif) in pool.map(SampleWorker.trajectory, [first]):
+                    out.child("trajectory.png").write(png_bytes(strip))
+                    out.child("trajectory.gif").write(gif)
+        except OSError as error:
+            raise UserError(
+                f"cannot write images to {out.uri}: {error}; the same command continues there"
+            ) from None
+
+
+def _open(job: SampleJob, out: Location, num_images: int, form: Form, batch_size: int) -> ImageWriter:
+    asked = {"format": form, "batch_size": batch_size, **job.asked()}
+    if form == "png":
+        writers.begin(out, asked)
+        return PngWriter(out, num_images, batch_size)
+    names, size = job.class_names, job.config.model.image_size
+    asked = {"num_images": num_images, "class_names": names, **asked}
+    writers.begin(out, asked)
+    shape = size, size, job.config.model.channels
+    return ShardWriter(out, num_images, batch_size, shape, names, asked)
+
+
+def _sha256(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of names, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,218 @@
+"""One trial of a search, in its driver: `fit`, and the evaluation of its checkpoints at rungs.
+
+Training never waits for the evaluator, and the workers are free for the next trial before the last result is in.
+Results are stored in the run's folder, from which another attempt continues.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ddpm.checkpoints import checkpoint, runs
+from ddpm.checkpoints.runs import Run
+from ddpm.cluster import resources
+from ddpm.config import Config
+from ddpm.data.reading import DataSet
+from ddpm.search.evaluator import Evaluator, Judged
+from ddpm.search.event_log import Rung
+from ddpm.storage.locations import Location
+from ddpm.training import checkpoint_manager, run_state
+from ddpm.training.fit import fit
+from ddpm.training.worker_group import PersistentWorkerGroup
+from ddpm.utils.errors import UserError
+from ddpm.utils.retry import retry_io
+
+POLL_INTERVAL_S = 0.25
+CLOSING_S = 90.0
+"""Time-out for workers that are no longer needed to leave."""
+JUDGED = "judged"
+"""Folder of a run with the results of its checkpoints."""
+PLACE = "place"
+"""File of a run with the id of its workers' placement group."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The trial's training is over, and its workers are free."""
+
+    training_s: float
+    """As Rung.training_s, for the whole training."""
+
+
+News = Rung | Trained | BaseException
+"""An event of a trial: the results at each rung, in order; before the last, that it is trained; or an error."""
+
+
+class TrialRunner:
+    """A trial under way, from threads of its own.
+
+    Args:
+        config: the config of the trial's run.
+        data_set: the split to train on.
+        rungs: images seen at which it is evaluated, ascending; there are checkpoints there.
+        evaluator: evaluates the checkpoints.
+        group: the workers that train.
+        tell: called with the news; the last of them is the last rung, or an error.
+        parent_run_id: the search's MLflow run.
+        verbose: show Ray's messages.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data_set: DataSet,
+        rungs: list[int],
+        evaluator: Evaluator,
+        group: PersistentWorkerGroup,
+        tell: Callable[[News], object],
+        parent_run_id: str | None = None,
+        verbose: bool = False,
+    ) -> None:
+        assert config.run.name is not None, "a search names its trials"
+        self._config, self._data_set, self._rungs, self._evaluator = config, data_set, rungs, evaluator
+        self._group, self._tell, self._parent_run_id, self._verbose = group, tell, parent_run_id, verbose
+        self._run: Run = runs.open_run(config.run.name, config.run.storage)
+        self._training: threading.Thread | None = None
+        self._trained = threading.Event()
+        self._error: BaseException | None = None
+        self._wanted, self._lock = True, threading.Lock()
+        self._began_at: float | None = None
+        self._place = ""
+        self._images_seen, self._training_s = -1, 0.0
+        threading.Thread(target=self._follow, name="ddpm-trial-runner", daemon=True).start()
+
+    def leave(self) -> None:
+        """Stop the workers, if they still train, and wait until they are free; no more news come then.
+
+        If the trial is trained, its last result still comes.
+
+        Raises:
+            TimeoutError: they do not leave.
+        """
+        with self._lock:
+            self._wanted = self._trained.is_set()
+        deadline = time.monotonic() + CLOSING_S
+        while self._training is not None and self._training.is_alive():
+            if self._trained.wait(POLL_INTERVAL_S):
+                return
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the workers of {self._run.location.uri} do not leave")
+
+    def close(self, timeout_s: float = CLOSING_S) -> None:
+        """Stop the workers, and wait for MLflow; no more results come."""
+        with self._lock:
+            self._wanted = False
+        if self._training is not None:
+            self._training.join(timeout_s)
+
+    # From here on: the threads.
+
+    def _follow(self) -> None:
+        """Evaluate each rung's checkpoint as soon as it exists; training starts at the first rung without a result."""
+        try:
+            for images_seen in self._rungs:
+                judged = self._judged(images_seen)
+                if images_seen == self._rungs[-1]:
+                    self._wait_until_trained()
+                if not self._wanted:
+                    return
+                self._tell(judged.rung(self._training_s))
+            self._tidy()
+        except BaseException as error:  # passed on, whatever it is
+            if self._wanted:
+                self._tell(error)
+
+    def _judged(self, images_seen: int) -> Judged:
+        file = self._run.location.child(JUDGED).child(f"{images_seen:012d}.json")
+        known = self._retry_io(file)
+        if known is not None:
+            return Judged.from_json(known, file.uri)
+        with self._lock:
+            self._check()
+            if self._training is None:
+                self._training = threading.Thread(target=self._fit, name="ddpm-trial", daemon=True)
+                self._training.start()
+        judged = self._evaluator.judge(self._checkpoint(images_seen))
+        retry_io(lambda: file.write(judged.to_json().encode()), where=file.uri, timeout_s=self._timeout_s)
+        return judged
+
+    def _tidy(self) -> None:
+        """Remove all checkpoints of a finished trial but the last."""
+        with contextlib.suppress(OSError):
+            for old in runs.checkpoints(self._run.location)[:-1]:
+                checkpoint_manager.remove(old)
+
+    def _wait_until_trained(self) -> None:
+        if self._training is None:
+            self._is_trained()
+        while not self._trained.wait(POLL_INTERVAL_S):
+            self._check()
+
+    @property
+    def _timeout_s(self) -> float:
+        return self._config.run.storage_timeout_s
+
+    def _checkpoint(self, images_seen: int) -> str:
+        """URI of the checkpoint at `images_seen`, as soon as it exists."""
+        place = self._run.location.child(checkpoint.name_at(images_seen))
+        while True:
+            over = self._trained.is_set()
+            if self._retry_io(place.child(checkpoint.CHECKSUMS)) is not None:
+                return place.uri
+            self._check()
+            if over:
+                raise UserError(f"{place.uri} does not exist, though training is over; it was deleted")
+            time.sleep(POLL_INTERVAL_S)
+
+    def _retry_io(self, file: Location) -> bytes | None:
+        """The content of a file; None: it does not exist."""
+        try:
+            return retry_io(file.read, where=file.uri, timeout_s=self._timeout_s)
+        except FileNotFoundError:
+            return None
+
+    def _fit(self) -> None:
+        try:
+            left = self._retry_io(self._run.location.child(PLACE))
+            if left is not None:  # by a killed driver of this trial
+                resources.free(left.decode())
+            fit(
+                self._config,
+                self._data_set,
+                verbose=self._verbose,
+                should_continue=self._should_continue,
+                parent_run_id=self._parent_run_id,
+                group=self._group,
+                trained=self._is_trained,
+            )
+            self._is_trained()  # for a run that was already finished
+        except BaseException as error:  # passed on, whatever it is
+            self._error = error
+
+    def _is_trained(self) -> None:
+        if not self._trained.is_set():
+            if self._wanted:
+                self._tell(Trained(self._training_s))
+            self._trained.set()
+
+    def _should_continue(self, values: Mapping[str, Any]) -> bool:
+        place, progress = values.get(run_state.PLACE), values.get(run_state.PROGRESS)
+        if place is not None and place.id.hex() != self._place:
+            self._place = place.id.hex()
+            with contextlib.suppress(OSError):  # training can do without
+                self._run.location.child(PLACE).write(self._place.encode())
+        if progress is not None and progress.images_seen != self._images_seen:
+            self._images_seen, now = progress.images_seen, time.monotonic()
+            self._began_at = self._began_at or now
+            self._training_s = now - self._began_at
+        return self._wanted
+
+    def _check(self) -> None:
+        """Raise the error that ended training, or InterruptedError if the trial is no longer needed."""
+        if self._error is not None:
+            raise self._error
+        if not self._wanted:
+            raise InterruptedError

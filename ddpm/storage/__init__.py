@@ -1,0 +1,1 @@
+"""Folders and buckets, and locks in them."""

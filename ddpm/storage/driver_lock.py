@@ -1,0 +1,158 @@
+"""A lock for the one driver of a run or a search: a file in its folder, which the driver rewrites every 1.5 s.
+
+It works on a disk and in a bucket, whichever cluster the drivers are on. Clocks of two machines are never compared: a
+lock is abandoned when its file has not changed for PATIENCE_S of the reader's monotonic time, or when its holder was a
+process of this machine that has ended.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from ddpm.storage.locations import Location, Version, shared_file
+from ddpm.utils import process
+from ddpm.utils.errors import UserError
+from ddpm.utils.retry import retry_io
+
+BEAT_S = 1.5
+PATIENCE_S = 4 * BEAT_S
+"""A lock whose file does not change for this long is abandoned."""
+RELEASE_TIMEOUT_S = 5.0
+"""Time-out for removing the file."""
+FILE = "driver.json"
+
+
+class DriverLock:
+    """A context in which this process alone drives the run or search in a folder.
+
+    A holder that does not write for PATIENCE_S loses the lock, even if it is alive; it finds out at its next beat.
+
+    Args:
+        folder: the folder of the run or the search.
+        what: "run" or "search", for the error.
+        flag: the flag that names it.
+        notify: called with a line that says that another driver may be there, and how long the lock is watched.
+
+    Raises:
+        UserError: another process drives it, or storage refuses.
+    """
+
+    def __init__(self, folder: Location, what: str, flag: str, notify: Callable[[str], object]) -> None:
+        self.is_lost = False
+        """Another process has taken it over."""
+        self._place, self._uri = folder.child(FILE), folder.child(FILE).uri
+        self._what, self._flag, self._notify = what, flag, notify
+        self._since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+        self._id, self._beats, self._over = uuid.uuid4().hex, 0, threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="ddpm-driver-lock", daemon=True)
+
+    def __enter__(self) -> Self:
+        try:
+            self._file = shared_file(self._place)
+            self._take()
+        except OSError as error:
+            raise UserError(f"cannot read or write {self._uri}: {error}") from None
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+        with contextlib.suppress(OSError, UserError):  # else it is abandoned, and found so
+            retry_io(self._release, where=self._uri, timeout_s=RELEASE_TIMEOUT_S)
+
+    def check(self) -> None:
+        """Raise UserError if another process has taken the lock over."""
+        if self.is_lost:
+            raise UserError(f"{self._uri}: another process has taken over this {self._what}; this one ends")
+
+    def _take(self) -> None:
+        while not self._file.replace(self._abandoned(), self._card()):
+            pass  # another one was quicker: it holds the lock now
+
+    def _abandoned(self) -> Version | None:
+        """The abandoned lock, once nobody holds it; None: there is none.
+
+        Raises:
+            UserError: its holder is alive.
+        """
+        found = self._file.read()
+        if found is None or _process(found) == "gone":
+            return found
+        self._notify(
+            f"{self._uri} belongs to another driver; waiting {PATIENCE_S:.0f} s to see whether it is alive"
+        )
+        began = changed = now = time.monotonic()
+        patience = PATIENCE_S
+        while now - changed < patience:
+            if now - began >= patience and now - changed < patience / 2:
+                raise self._refusal(found)
+            time.sleep(BEAT_S / 4)
+            asked, before = time.monotonic(), found
+            found = self._file.read()
+            if found is None or _process(found) == "gone":
+                return found
+            now = time.monotonic()
+            changed = now if found != before else changed
+            # Where storage answers slowly, each beat takes two of its answers longer.
+            patience = max(patience, 4 * (BEAT_S + 2 * (now - asked)))
+        is_stopped = _process(found) == "running" and _parsed(found).get("pid") != os.getpid()
+        if is_stopped:  # by Ctrl-Z, say
+            raise self._refusal(found)
+        return found
+
+    def _refusal(self, found: Version) -> UserError:
+        card = _parsed(found)
+        holder = f"host {card.get('host')}, pid {card.get('pid')}, since {card.get('since')}"
+        return UserError(
+            f"{self._uri}: another process drives this {self._what} ({holder}); wait for it, stop it, or give this "
+            f"one another {self._flag}"
+        )
+
+    def _beat(self) -> None:
+        while not self._over.wait(BEAT_S):
+            with contextlib.suppress(OSError):  # storage is away, for others as well
+                found = self._file.read()
+                if found is not None and _parsed(found).get("id") != self._id:
+                    self.is_lost = True
+                    return
+                self._file.replace(found, self._card())  # if that is refused, the next look says why
+
+    def _release(self) -> None:
+        found = self._file.read()
+        if found is not None and _parsed(found).get("id") == self._id:
+            self._file.replace(found, None)
+
+    def _card(self) -> bytes:
+        self._beats += 1
+        card = {
+            "id": self._id,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": self._since,
+            "process": process.token(),
+            "beats": self._beats,
+        }
+        return (json.dumps(card) + "\n").encode()
+
+
+def _parsed(found: Version) -> dict[str, Any]:
+    try:
+        card = json.loads(found.data)
+    except ValueError:
+        return {}
+    return card if isinstance(card, dict) else {}
+
+
+def _process(found: Version) -> str:
+    """The `process.state` of the process that wrote `found`."""
+    return process.state(str(_parsed(found).get("process")))

@@ -1,0 +1,293 @@
+"""Folders and buckets behind one handle: a URI becomes a pyarrow filesystem and a path.
+
+S3 is reached with the environment's own credentials and `AWS_ENDPOINT_URL`, so a laptop, a test server and an instance
+role work alike. boto3 does what pyarrow does badly or cannot do: check that the bucket exists and may be read, and
+replace an object only if nobody else has (`shared_file`).
+"""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import unquote, urlsplit
+
+import pyarrow.fs as pafs
+
+from ddpm.utils import files
+from ddpm.utils.errors import UserError
+
+# A call without an answer fails after about 20 s, and `retry_io` does the rest: pyarrow makes three tries of its own,
+# and ends each after this long without a connection or a byte. It could be told to make fewer, but loses that setting
+# when it is pickled (pyarrow 25), which is how workers get it.
+S3_CONNECT_TIMEOUT_S = 5.0
+S3_REQUEST_TIMEOUT_S = 7.0
+ANSWERS = (
+    HTTPStatus.NOT_FOUND,
+    HTTPStatus.CONFLICT,
+    HTTPStatus.PRECONDITION_FAILED,
+    HTTPStatus.NOT_IMPLEMENTED,
+)
+"""HTTP errors about a shared file, not about S3."""
+
+
+@dataclass(frozen=True)
+class Location:
+    """A folder somewhere: `filesystem` and `path` to work with, `uri` to show and to pass on."""
+
+    uri: str
+    filesystem: pafs.FileSystem
+    path: str
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.filesystem, pafs.LocalFileSystem)
+
+    def child(self, name: str) -> "Location":
+        """The folder or file `name` inside."""
+        return Location(f"{self.uri.rstrip('/')}/{name}", self.filesystem, f"{self.path.rstrip('/')}/{name}")
+
+    def exists(self) -> bool:
+        return self.filesystem.get_file_info(self.path).type != pafs.FileType.NotFound
+
+    def folders(self) -> list[str]:
+        """Names of the folders inside, sorted; none when this one does not exist, or is a file."""
+        return self._names(pafs.FileType.Directory)
+
+    def files(self) -> list[str]:
+        """Names of the files inside, sorted; none when this one does not exist, or is a file."""
+        return self._names(pafs.FileType.File)
+
+    def read(self) -> bytes:
+        with self.filesystem.open_input_stream(self.path) as stream:
+            return stream.read()
+
+    def write(self, data: bytes, *, durable: bool = False) -> None:
+        """Write the file whole or not at all: a temporary name and a rename on disk, one put on S3.
+
+        Args:
+            durable: return when it is on disk, which takes longer; S3 never returns before.
+        """
+        if self.is_local:
+            files.write_whole(Path(self.path), data, durable=durable)
+            return
+        with self.filesystem.open_output_stream(self.path) as stream:
+            stream.write(data)
+
+    def download(self, folder: Path) -> Path:
+        """Copy this folder's files into the local `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        pafs.copy_files(self.path, str(folder), source_filesystem=self.filesystem)
+        return folder
+
+    def sweep(self) -> None:
+        """Remove leftovers of a `write` in this folder whose process was killed; on S3 there are none."""
+        if self.is_local:
+            files.sweep(Path(self.path))
+
+    def delete(self) -> None:
+        """Remove this folder and all in it, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self.filesystem.delete_dir(self.path)
+
+    def _names(self, kind: pafs.FileType) -> list[str]:
+        selector = pafs.FileSelector(self.path, allow_not_found=True)
+        try:
+            infos = self.filesystem.get_file_info(selector)
+        except NotADirectoryError:  # S3 lists nothing there
+            return []
+        return sorted(info.base_name for info in infos if info.type == kind)
+
+
+@dataclass(frozen=True)
+class Version:
+    """Content of a shared file when it was read."""
+
+    data: bytes
+    tag: str = ""
+    """S3's ETag."""
+
+
+class SharedFile(Protocol):
+    """A small file that several processes write: each replaces only what it has read."""
+
+    def read(self) -> Version | None:
+        """The current version; None: there is no file."""
+
+    def replace(self, version: Version | None, data: bytes | None) -> bool:
+        """Write `data`, or remove the file if that is None; False: the current version is not `version`."""
+
+
+def shared_file(file: Location) -> SharedFile:
+    """The file at `file`, for several processes.
+
+    Methods raise OSError when storage does not answer. When two processes replace the same version, one gets True: on a
+    disk by a lock of the folder, on S3 by conditional writes. On a network file system without locks, and on an S3
+    server without conditional writes, both may: read again to see which was last.
+    """
+    return _FileOnDisk(Path(file.path)) if file.is_local else _FileOnS3(file.path)
+
+
+class _FileOnDisk:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self) -> Version | None:
+        try:
+            return Version(self._path.read_bytes())
+        except FileNotFoundError:
+            return None
+
+    def replace(self, version: Version | None, data: bytes | None) -> bool:
+        files.make_folder(self._path.parent)
+        with _locked(self._path.parent):
+            if self.read() != version:
+                return False
+            if data is None:
+                self._path.unlink(missing_ok=True)
+            else:
+                files.write_whole(self._path, data, durable=False)
+            return True
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a network file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class _FileOnS3:
+    def __init__(self, path: str) -> None:
+        bucket, _, key = path.partition("/")
+        self._where, self._client = {"Bucket": bucket, "Key": key}, _s3_client()
+        self._is_plain = False
+        """The server has no conditional writes."""
+
+    def read(self) -> Version | None:
+        status, found = self._ask(self._get)
+        if status not in (HTTPStatus.OK, HTTPStatus.NOT_FOUND):
+            raise OSError(f"S3 answered {status}")
+        return found
+
+    def replace(self, version: Version | None, data: bytes | None) -> bool:
+        if data is None or self._is_plain:
+            if self.read() != version:
+                return False
+            action = self._client.delete_object if data is None else self._client.put_object
+            body = {} if data is None else {"Body": data}
+            return self._ask(lambda: action(**self._where, **body))[0] == HTTPStatus.OK
+        condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version.tag}
+        status, _ = self._ask(lambda: self._client.put_object(**self._where, Body=data, **condition))
+        if status == HTTPStatus.NOT_IMPLEMENTED:
+            self._is_plain = True
+            return self.replace(version, data)
+        return status == HTTPStatus.OK
+
+    def _get(self) -> Version:
+        got = self._client.get_object(**self._where)
+        return Version(got["Body"].read(), got["ETag"])
+
+    @staticmethod
+    def _ask(request: Callable[[], Any]) -> tuple[int, Any]:
+        """The HTTP status, if it is one of ANSWERS, and the result.
+
+        Raises:
+            OSError: S3 refuses, or does not answer.
+        """
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            return HTTPStatus.OK, request()
+        except ClientError as error:
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            if status in ANSWERS and error.response.get("Error", {}).get("Code") != "NoSuchBucket":
+                return status, None
+            raise OSError(str(error)) from None
+        except BotoCoreError as error:
+            raise OSError(str(error)) from None
+
+
+def absolute(uri: str) -> str:
+    """`uri` with a local folder made absolute, so that it means the same in every process of this machine."""
+    if uri.startswith("file://"):
+        uri = unquote(urlsplit(uri).path)
+    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
+
+
+def resolve(uri: str, check: bool = True) -> Location:
+    """Open a folder (created later, when something is written) or an s3://bucket/prefix.
+
+    Args:
+        uri: a local path, file:///path, or s3://bucket/prefix.
+        check: ask S3 whether the bucket exists; False where that was checked before.
+
+    Raises:
+        UserError: another scheme, no such bucket, or one that refuses access.
+    """
+    scheme = urlsplit(uri).scheme if "://" in uri else "file"
+    if scheme == "s3":
+        path = uri.partition("://")[2].rstrip("/")  # not urlsplit's: a key may hold ? and #
+        bucket = path.partition("/")[0]
+        if not bucket:
+            raise UserError(f"{uri!r} names no bucket; expected s3://bucket/prefix")
+        if check:
+            _check_bucket(bucket, uri)
+        return Location(f"s3://{path}", _s3(), path)
+    if scheme != "file":
+        raise UserError(f"{uri!r}: unknown scheme {scheme!r}; expected a folder or s3://bucket/prefix")
+    path = absolute(uri)
+    return Location(path, pafs.LocalFileSystem(), path)
+
+
+def _s3() -> pafs.S3FileSystem:
+    # An explicit endpoint: pyarrow reads AWS_ENDPOINT_URL itself only in its newer releases.
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    options: dict = {"connect_timeout": S3_CONNECT_TIMEOUT_S, "request_timeout": S3_REQUEST_TIMEOUT_S}
+    options["allow_delayed_open"] = True  # a small file is one request, that works or does not, not three
+    if endpoint:
+        parts = urlsplit(endpoint)
+        options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme}
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if region:
+        options["region"] = region
+    return pafs.S3FileSystem(**options)
+
+
+def _s3_client() -> Any:
+    import boto3
+    from botocore.config import Config
+
+    config = Config(connect_timeout=5, read_timeout=20, retries={"max_attempts": 3, "mode": "standard"})
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    return boto3.client("s3", config=config, region_name=region)
+
+
+def _check_bucket(bucket: str, uri: str) -> None:
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        _s3_client().head_bucket(Bucket=bucket)
+    except ClientError as error:
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        if status == 404:
+            raise UserError(f"{uri}: bucket {bucket!r} does not exist; create it, or name another") from None
+        if status in (401, 403):
+            raise UserError(
+                f"{uri}: S3 refuses access to bucket {bucket!r} (HTTP {status}); check the credentials "
+                "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE or the instance role) and their rights"
+            ) from None
+        if status == 301:  # it exists, in another region; pyarrow finds that region itself
+            return
+        raise UserError(f"{uri}: S3 answered {status or error}") from None
+    except (BotoCoreError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{uri}: cannot reach S3: {reason}") from None

@@ -1,0 +1,1 @@
+"""Metrics and pictures on their way to MLflow."""

@@ -1,0 +1,260 @@
+"""A buffer of metrics, pictures and files in memory, packed into segments: one file per checkpoint.
+
+A segment is a zip without compression: `records.jsonl`, one JSON object per line, and the files it names.
+
+    {"kind": "metrics", "values": {"train/loss": 0.5, "train/x": "nan"}, "images_seen": 64, "timestamp_ms": ...}
+    {"kind": "image", "key": "samples", "file": "files/000001", "images_seen": 64, "timestamp_ms": ...}
+    {"kind": "artifact", "name": "pictures/strip.png", "file": "files/000002"}
+
+Segments lie in a run's storage until they are delivered. Every field is checked when they are read back, since storage
+is not trusted. A zip's own checksums detect a damaged file.
+"""
+
+import io
+import json
+import math
+import re
+import struct
+import time
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm.utils import images
+from ddpm.utils.errors import UserError
+
+INDEX = "records.jsonl"
+NAME = re.compile(r"(\d{12,19})(-failed)?\.zip")
+NON_FINITE = ("nan", "inf", "-inf")
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+MAX_INT = 2**63 - 1
+DAMAGE = (
+    *(ValueError, KeyError, OverflowError, RecursionError, RuntimeError),  # RuntimeError: encrypted
+    *(zipfile.BadZipFile, zlib.error, struct.error, EOFError),
+)
+"""Exceptions of reading a damaged zip or damaged JSON."""
+
+
+class DamagedSegment(UserError):
+    """A file that is not a segment, or is damaged."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Values measured at one moment."""
+
+    values: Mapping[str, float]
+    images_seen: int
+    timestamp_ms: int
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image of a series that is shown over time."""
+
+    key: str
+    png: bytes
+    images_seen: int
+    timestamp_ms: int
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file of the run, by its relative path; a later one of the same name replaces it."""
+
+    name: str
+    data: bytes
+
+
+Record = Metrics | Picture | Artifact
+
+
+class MetricsBuffer:
+    """Collects the records of one thread; a `runtime.Tracker`."""
+
+    def __init__(self) -> None:
+        self._records: list[Record] = []
+
+    def metrics(self, values: Mapping[str, float], images_seen: int) -> None:
+        floats = {name: float(value) for name, value in values.items()}
+        self._records.append(Metrics(floats, images_seen, _now_ms()))
+
+    def image(self, key: str, image: NDArray[np.uint8], images_seen: int) -> None:
+        """Keep `image`, uint8 [H, W, C], C 1 or 3, as a PNG.
+
+        Raises:
+            ValueError: another kind of array.
+        """
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
+            got = f"{image.dtype} {image.shape}"
+            raise ValueError(f"image {key} is {got}; it must be uint8 [H, W, C], C 1 or 3")
+        self._records.append(Picture(key, images.png_bytes(image), images_seen, _now_ms()))
+
+    def artifact(self, name: str, data: bytes) -> None:
+        """Keep `data` as the file `name`, a relative path such as pictures/strip.png.
+
+        Raises:
+            ValueError: the path is not relative, or leaves the folder.
+        """
+        if not _is_relative(name):
+            raise ValueError(
+                f"artifact {name!r} is not a relative path; use names such as pictures/strip.png"
+            )
+        self._records.append(Artifact(name, data))
+
+    def take(self) -> bytes | None:
+        """All records since the last take as one segment; None if there are none."""
+        taken, self._records = self._records, []
+        return pack(taken) if taken else None
+
+
+def segment_name(images_seen: int, last_words: bool = False) -> str:
+    """File name of the segment up to `images_seen`; names sort in the order of delivery.
+
+    Args:
+        images_seen: position of the checkpoint that makes the segment final, 0 or more.
+        last_words: the segment of a run that ends in an error, since its last checkpoint; no checkpoint follows. At
+            one position it sorts first ("-" is less than "."), since a checkpoint there is committed by a later start
+            of the run.
+    """
+    return f"{images_seen:012d}{'-failed' if last_words else ''}.zip"
+
+
+def parse_name(name: str) -> tuple[int, bool] | None:
+    """The inverse of `segment_name`; None: not the name of a segment."""
+    match = NAME.fullmatch(name)
+    if match is None or segment_name(int(match[1]), match[2] is not None) != name:
+        return None
+    return int(match[1]), match[2] is not None
+
+
+def pack(records: list[Record]) -> bytes:
+    """`records` as a segment; the same bytes every time."""
+    lines, file = [], io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for i, record in enumerate(records):
+            line: dict[str, Any] = {"kind": "artifact"}
+            match record:
+                case Metrics(values):
+                    line = {"kind": "metrics", "values": {k: _to_json(v) for k, v in values.items()}}
+                case Picture(key, data):
+                    line = {"kind": "image", "key": key, "file": f"files/{i:06d}"}
+                case Artifact(name, data):
+                    line = {"kind": "artifact", "name": name, "file": f"files/{i:06d}"}
+            if not isinstance(record, Artifact):
+                line |= {"images_seen": record.images_seen, "timestamp_ms": record.timestamp_ms}
+            if not isinstance(record, Metrics):
+                archive.writestr(zipfile.ZipInfo(line["file"]), data)
+            lines.append(json.dumps(line, allow_nan=False) + "\n")
+        archive.writestr(zipfile.ZipInfo(INDEX), "".join(lines))
+    return file.getvalue()
+
+
+def read(data: bytes, where: str) -> list[Record]:
+    """The records of a segment, in their original order.
+
+    Raises:
+        DamagedSegment: it is not a whole segment; `where` names it.
+    """
+    with _told(where), zipfile.ZipFile(io.BytesIO(data)) as archive:
+        names = archive.namelist()
+        _check(len(set(names)) == len(names), "a file is in it twice")
+        stored = all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
+        _check(stored, "a file in it is compressed")
+        return [_record(line, archive) for line in _lines(archive)]
+
+
+def count(file: IO[bytes], where: str) -> int:
+    """Number of records of the segment in the seekable `file`; pictures and artifacts are not read.
+
+    Raises:
+        DamagedSegment: it is not a segment; `where` names it.
+    """
+    with _told(where), zipfile.ZipFile(file) as archive:
+        return len(_lines(archive))
+
+
+def _lines(archive: zipfile.ZipFile) -> list[str]:
+    return archive.read(INDEX).decode().splitlines()
+
+
+def _record(line: str, archive: zipfile.ZipFile) -> Record:
+    fields = json.loads(line, parse_constant=_refuse)
+    match fields:
+        case {"kind": "metrics", "values": dict(values), "images_seen": at, "timestamp_ms": ms, **rest}:
+            made: Record = Metrics({k: _from_json(v) for k, v in values.items()}, _count(at), _count(ms))
+        case {
+            "kind": "image",
+            "key": str(key),
+            "file": str(file),
+            "images_seen": at,
+            "timestamp_ms": ms,
+            **rest,
+        }:
+            png = archive.read(file)
+            _check(png.startswith(PNG_SIGNATURE), f"{file} is not a PNG")
+            made = Picture(key, png, _count(at), _count(ms))
+        case {"kind": "artifact", "name": str(name), "file": str(file), **rest}:
+            _check(_is_relative(name), f"an artifact is called {name!r:.80}")
+            made = Artifact(name, archive.read(file))
+        case _:
+            raise ValueError(f"unknown record {line:.80}")
+    _check(not rest, f"unknown fields in {line:.80}")
+    return made
+
+
+def _to_json(value: float) -> float | str:
+    """`value`, as a string if it is not finite, for which JSON has no number."""
+    return value if math.isfinite(value) else str(value)
+
+
+def _from_json(value: Any) -> float:
+    if isinstance(value, str):
+        _check(value in NON_FINITE, f"a value is {value!r:.80}")
+        return float(value)
+    _check(isinstance(value, int | float) and not isinstance(value, bool), f"a value is {value!r:.80}")
+    _check(math.isfinite(float(value)), f"a value is {value!r:.80}")
+    return float(value)
+
+
+def _count(value: Any) -> int:
+    """`value`, if it is a whole number that a database accepts as a step or a time."""
+    _check(type(value) is int and 0 <= value <= MAX_INT, f"a step or a time is {value!r:.80}")
+    return int(value)
+
+
+def _is_relative(name: str) -> bool:
+    """Whether `name` stays inside its folder, on every system."""
+    parts = name.split("/")
+    return name.isprintable() and "\\" not in name and ":" not in name and not {"", ".", ".."} & set(parts)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _check(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise ValueError(otherwise)
+
+
+@contextmanager
+def _told(where: str) -> Iterator[None]:
+    """A context that turns DAMAGE into DamagedSegment."""
+    try:
+        yield
+    except DAMAGE as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DamagedSegment(f"{where} is damaged, or not a segment of tracking: {reason}") from None
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)

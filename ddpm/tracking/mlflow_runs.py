@@ -1,0 +1,423 @@
+"""Runs in MLflow: one logical run is one MLflow run, and each record arrives there once.
+
+A run is found by its run key, a tag, also after restarts. Records that were sent before are recognised:
+
+- a metric sent again is the same point, since it keeps its time: MLflow holds each key, step, time and value once; -
+a picture sent again has the same file name, and so does an artifact; - a run that went back measures again, at other
+times. So the tag `ddpm.sent_until`, set before anything is sent, says how
+  far records go; records up to there are skipped if MLflow has their key and step.
+
+Values measured beside training (`add`) do not change that tag; a value that MLflow already has is skipped.
+
+Threads and storage are the matter of `ddpm.tracking.uploader`.
+"""
+
+import glob
+import io
+import logging
+import math
+import os
+import re
+import shutil
+import sqlite3
+import tempfile
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ddpm.tracking.metrics_buffer import Artifact, Metrics, Picture, Record
+from ddpm.tracking.retry import ATTEMPTS, Caller, OutOfTime, Refused
+from ddpm.tracking.retry import without_password as without_password
+
+logger = logging.getLogger(__name__)
+
+SQLITE = "sqlite:///"
+RUN_KEY_TAG = "ddpm.run_key"
+PARENT_TAG = "mlflow.parentRunId"
+SENT_UNTIL_TAG = "ddpm.sent_until"
+IMAGES_TAG = "mlflow.loggedImages"
+MAX_PARAMS_PER_CALL = 100
+MAX_METRICS_PER_CALL = 1000
+PICTURE_KEY = re.compile(r"[a-zA-Z0-9_\-./ ]+")
+PICTURE_FILE = re.compile(r"(images/(.+)\+step\+(\d+)\+timestamp\+\d+\+[0-9a-f-]+)\.png")
+THUMBNAIL_SIDE = 256
+HALF_MADE = re.compile(r"already exists|duplicate column|no such (table|column|index)")
+"""SQLite's message when MLflow opens a database whose creation was interrupted."""
+
+
+class Lost(Exception):
+    """MLflow refuses this run as a whole, or it was deleted there."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """MLflow's URI, and the identity of a run there."""
+
+    uri: str
+    experiment: str
+    run_name: str
+    run_key: str
+    parent_run_id: str | None = None
+    """The parent run in MLflow."""
+    source: str = "jobs/train.py"
+    """The program that makes it."""
+
+
+def tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, or a SQLite file in the working folder, which `mlflow ui` shows there.
+
+    A SQLite file's path is made absolute, since the process that tracks may run in another folder.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
+    return SQLITE + str(Path(uri.removeprefix(SQLITE)).absolute()) if uri.startswith(SQLITE) else uri
+
+
+def connect(uri: str) -> Any:
+    """Open MLflow at `uri`; a SQLite database that does not exist is created.
+
+    Returns:
+        An MlflowClient.
+
+    Raises:
+        Lost: the database is half made.
+        Exception: what MLflow raises.
+    """
+    from mlflow import MlflowClient  # takes seconds
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    database = _database(uri)
+    if database is not None and not database.exists():
+        _create_database(database)
+    try:
+        return MlflowClient(uri)
+    except Exception as error:
+        if database is None or not (trace := _half_made(database, error)):
+            raise
+        raise Lost(
+            f"{database} is half made: MLflow was stopped while it created or upgraded its tables ({trace}). Move this "
+            "file away, and a new one is created. Records that were delivered stay in the old file; "
+            "`python jobs/track.py RUN` delivers a run's remaining records to the new one"
+        ) from None
+
+
+def experiment_id(client: Any, uri: str, name: str) -> str:
+    """The id of the experiment `name`, which is created if there is none."""
+    experiment = client.get_experiment_by_name(name)
+    return experiment.experiment_id if experiment else client.create_experiment(name, _artifact_folder(uri))
+
+
+def find_run(client: Any, experiment_id: str, run_key: str) -> Any:
+    """The MLflow run with this run key, or None."""
+    found = client.search_runs([experiment_id], f"tags.`{RUN_KEY_TAG}` = '{run_key}'", max_results=1)
+    return found[0] if found else None
+
+
+class MlflowRun:
+    """One logical run in MLflow, for one thread.
+
+    Args:
+        address: the run's identity.
+        params: the flat config; logged once.
+        patience_s: seconds without a successful call after which time is up.
+    """
+
+    def __init__(self, address: Address, params: Mapping[str, Any], patience_s: float = math.inf) -> None:
+        self._address, self._params = address, params
+        self.call = Caller(address.uri, self._answers, patience_s)
+        """Makes every call; its deadline is the run's."""
+        self.run_id: str | None = None
+        self.experiment_id: str | None = None
+        self._client: Any = None
+        self._sent_until = -1
+        self._points: set[tuple[str, int]] = set()
+        self._pictures: dict[tuple[str, int], str] = {}
+        # One quick attempt per call: the caller retries, and has a deadline.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it may hold a password
+
+    def open(self, running: bool) -> None:
+        """Find or create the run, and update its params; with `running` also its status.
+
+        Raises:
+            OutOfTime: MLflow did not answer in time.
+            Lost: MLflow refuses.
+        """
+        self._surely(self._connect)
+        self._surely(self._find, running)
+
+    def find(self) -> bool:
+        """Whether MLflow has the run. Nothing is created or changed there.
+
+        Raises:
+            OutOfTime: MLflow did not answer in time.
+            Lost: MLflow refuses.
+        """
+        database = _database(self._address.uri)
+        if database is not None and not database.exists():
+            return False
+        self._surely(self._connect)
+        return bool(self._surely(self._look_for))
+
+    def send(self, records: Sequence[Record]) -> bool:
+        """Deliver one segment. Records that MLflow refuses for good are skipped, with a warning.
+
+        Returns:
+            Whether all is delivered. If not, `call.trouble` gives the reason: send the whole segment again later.
+
+        Raises:
+            OutOfTime: MLflow did not answer in time.
+            Lost: the run was deleted.
+        """
+        if not self._hand_over("a look at what it has", self._look_up, records):
+            return False
+        return self._deliver(records)
+
+    def add(self, records: Sequence[Record]) -> bool:
+        """Deliver values measured beside training, as `send` does, but without changing `ddpm.sent_until`.
+
+        A metric is skipped if MLflow's newest value of it at that step is the same.
+        """
+        if not self._hand_over("a look at what it has", self._look_for_same, records):
+            return False
+        return self._deliver(records)
+
+    def _deliver(self, records: Sequence[Record]) -> bool:
+        """Deliver `records`, except for the metrics among self._points."""
+        from mlflow.entities import Metric
+
+        points = [
+            Metric(key, value, record.timestamp_ms, record.images_seen)
+            for record in records
+            if isinstance(record, Metrics)
+            for key, value in record.values.items()
+            if (key, record.images_seen) not in self._points
+        ]
+        done = True
+        for i in range(0, len(points), MAX_METRICS_PER_CALL):
+            done &= self._send_points(points[i : i + MAX_METRICS_PER_CALL])
+        for record in records:
+            if isinstance(record, Picture):
+                what = f"image {record.key} at {record.images_seen}"
+                done &= self._hand_over(what, self._send_picture, record)
+            elif isinstance(record, Artifact):
+                done &= self._hand_over(f"file {record.name}", self._upload, record.name, record.data)
+        return done
+
+    def end(self, status: str) -> bool:
+        """Set the status of the ended run: FINISHED, FAILED or KILLED; returns whether MLflow took it."""
+        return self._hand_over("the status", self._client.set_terminated, self.run_id, status)
+
+    def settle(self, status: str) -> bool:
+        """Correct parent and status of a found run; returns whether MLflow took them.
+
+        The run's own process may have been killed, or have trained to the end before it was told to stop.
+        """
+        return self._hand_over("parent and status", self._settle, status)
+
+    def _settle(self, status: str) -> None:
+        run, parent = self._client.get_run(self.run_id), self._address.parent_run_id
+        if parent is not None and run.data.tags.get(PARENT_TAG) != parent:
+            self._client.set_tag(self.run_id, PARENT_TAG, parent)
+        if run.info.status != status:
+            self._client.set_terminated(self.run_id, status)
+
+    def _connect(self) -> None:
+        self._client = connect(self._address.uri)
+
+    def _find(self, running: bool) -> None:
+        from mlflow.entities import Param
+
+        client, address = self._client, self._address
+        self.experiment_id = experiment_id(client, address.uri, address.experiment)
+        run = find_run(client, self.experiment_id, address.run_key)
+        if run is not None:
+            if running:
+                client.update_run(run.info.run_id, status="RUNNING")
+        else:
+            tags = {
+                RUN_KEY_TAG: address.run_key,
+                "mlflow.source.name": address.source,
+                "mlflow.source.type": "JOB",
+            }
+            if address.parent_run_id is not None:
+                tags[PARENT_TAG] = address.parent_run_id
+            run = client.create_run(self.experiment_id, run_name=address.run_name, tags=tags)
+        run_id, known = run.info.run_id, run.data.params
+        new = [Param(name, str(value)) for name, value in self._params.items() if name not in known]
+        for i in range(0, len(new), MAX_PARAMS_PER_CALL):
+            client.log_batch(run_id, params=new[i : i + MAX_PARAMS_PER_CALL])
+        for name, value in self._params.items():  # MLflow's params never change; a resumed run's may
+            if name in known and known[name] != str(value):
+                client.set_tag(run_id, f"resumed.{name}", str(value))
+        self._sent_until = int(run.data.tags.get(SENT_UNTIL_TAG, -1))
+        self.run_id = run_id
+
+    def _look_for(self) -> bool:
+        """Find the run and keep its ids; returns whether there is one."""
+        experiment = self._client.get_experiment_by_name(self._address.experiment)
+        run = experiment and find_run(self._client, experiment.experiment_id, self._address.run_key)
+        if run:
+            self.run_id, self.experiment_id = run.info.run_id, experiment.experiment_id
+        return bool(run)
+
+    def _look_for_same(self, records: Sequence[Record]) -> None:
+        """Look up which metrics of `records` MLflow already has with these values."""
+        self._points, self._pictures = set(), {}
+        for record in (record for record in records if isinstance(record, Metrics)):
+            for key, value in record.values.items():
+                history = self._client.get_metric_history(self.run_id, key)
+                there = [point for point in history if point.step == record.images_seen]
+                if there and max(there, key=lambda point: point.timestamp).value == value:
+                    self._points.add((key, record.images_seen))
+
+    def _look_up(self, records: Sequence[Record]) -> None:
+        """Set `ddpm.sent_until` before any of `records` is sent, and look up which of them MLflow has."""
+        timed = [record for record in records if not isinstance(record, Artifact)]
+        until = max((record.images_seen for record in timed), default=-1)
+        if until > self._sent_until:
+            self._client.set_tag(self.run_id, SENT_UNTIL_TAG, str(until))
+        doubtful = [record for record in timed if record.images_seen <= self._sent_until]
+        self._points, self._pictures = set(), {}
+        for key in {key for record in doubtful if isinstance(record, Metrics) for key in record.values}:
+            history = self._client.get_metric_history(self.run_id, key)
+            self._points |= {(key, point.step) for point in history}
+        if any(isinstance(record, Picture) for record in doubtful):
+            for file in self._client.list_artifacts(self.run_id, "images"):
+                if match := PICTURE_FILE.fullmatch(file.path):
+                    self._pictures[match[2], int(match[3])] = match[1]
+        self._sent_until = max(until, self._sent_until)
+
+    def _send_points(self, points: list[Any], attempts: int = ATTEMPTS) -> bool:
+        """Send points; on a refusal halves are tried, and their halves, so that one bad point does not stop others."""
+        if len(points) == 1:
+            what = f"metric {points[0].key} at {points[0].step}"
+            return self._hand_over(what, self._log_points, points, attempts=attempts)
+        try:
+            if self.call.takes(self._log_points, points, attempts=attempts):
+                return True
+        except Refused:
+            pass
+        half = len(points) // 2
+        first = self._send_points(points[:half], attempts=1)
+        return self._send_points(points[half:], attempts=1) and first
+
+    def _log_points(self, points: list[Any]) -> None:
+        self._client.log_batch(self.run_id, metrics=points)
+
+    def _send_picture(self, picture: Picture) -> None:
+        """Log an image as MlflowClient.log_image does (MLflow 3.11 and later), but under a reproducible name."""
+        if not PICTURE_KEY.fullmatch(picture.key):
+            raise Refused(f"{picture.key!r:.80} cannot be an image's key; use letters, digits and _-./")
+        key = picture.key.replace("/", "~")
+        name = f"images/{key}+step+{picture.images_seen}+timestamp+{picture.timestamp_ms}"
+        unique = uuid.uuid5(uuid.NAMESPACE_URL, name)
+        stem = self._pictures.get((key, picture.images_seen), f"{name}+{unique}")
+        self._upload(f"{stem}.png", picture.png)
+        self._upload(f"{stem}+compressed.webp", _thumbnail(picture.png))
+        self._client.set_tag(self.run_id, IMAGES_TAG, "True")
+
+    def _upload(self, name: str, data: bytes) -> None:
+        """Write `data` as the artifact `name`; an existing one is replaced."""
+        folder, _, base = name.rpartition("/")
+        with tempfile.TemporaryDirectory(prefix="ddpm-mlflow-") as temporary:
+            path = Path(temporary, base)
+            path.write_bytes(data)
+            self._client.log_artifact(self.run_id, str(path), folder or None)
+
+    def _hand_over(self, what: str, call: Any, *args: Any, attempts: int = ATTEMPTS) -> bool:
+        """Whether call(*args) is done: it worked, or MLflow will never accept `what`."""
+        try:
+            return self.call.takes(call, *args, attempts=attempts)
+        except Refused as error:
+            # MLflow refuses everything for a deleted run; nothing is wrong with the records then.
+            if self._surely(self._client.get_run, self.run_id).info.lifecycle_stage != "active":
+                raise Lost(f"run {self.run_id} was deleted in MLflow") from None
+            logger.warning("MLflow refuses %s, which is skipped: %s", what, error)
+            return True
+
+    def _surely(self, call: Any, *args: Any) -> Any:
+        """call(*args); if it fails for good the run is Lost."""
+        try:
+            return self.call(call, *args)
+        except (OutOfTime, Lost):
+            raise
+        except Exception as error:
+            raise Lost(self.call.reason(error)) from None
+
+    def _answers(self) -> bool:
+        """Whether MLflow answers a query for this run; False before the run was found."""
+        try:
+            return self.run_id is not None and bool(self._client.get_run(self.run_id))
+        except Exception:
+            return False
+
+
+def _database(uri: str) -> Path | None:
+    """The SQLite file that `uri` names; None if it names something else."""
+    return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) and "?" not in uri else None
+
+
+def _create_database(database: Path) -> None:
+    """Create MLflow's tables in a temporary file, which is named `database` once it is complete.
+
+    MLflow's migrations are not atomic: after a kill during one, MLflow cannot open the file any more (3.17).
+    """
+    from mlflow import MlflowClient
+
+    mark = f".{database.name}.new-"
+    try:
+        database.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=mark, dir=database.parent, ignore_cleanup_errors=True
+        ) as folder:
+            new = Path(folder, database.name)
+            MlflowClient(f"{SQLITE}{new}")
+            with suppress(FileExistsError):  # another process was faster, and may have written to its file
+                os.link(new, database)
+    except (
+        OSError
+    ) as error:  # no hard links, or no right to write: MLflow does it in its own way, or says why not
+        logger.info("%s is not created in a temporary file: %s", database, error)
+        return
+    except Exception:
+        if not database.exists():  # else the faster process cleared this one's folder away
+            raise
+    for left in database.parent.glob(f"{glob.escape(mark)}*"):  # of processes that were killed
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _half_made(database: Path, error: Exception) -> str | None:
+    """Sign of an interrupted migration: a leftover table, or SQLite's message; None: there is none."""
+    with (
+        suppress(sqlite3.Error),
+        closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)) as opened,
+    ):
+        query = "SELECT name FROM sqlite_master WHERE type = 'table' AND name GLOB '_alembic_tmp_*'"
+        if left := opened.execute(query).fetchone():
+            return f"table {left[0]} is left over"
+    message = str(getattr(error, "orig", ""))  # SQLAlchemy's errors carry SQLite's
+    return message if HALF_MADE.search(message) else None
+
+
+def _thumbnail(png: bytes) -> bytes:
+    """The small WebP that MLflow's pages show first."""
+    file = io.BytesIO()
+    with Image.open(io.BytesIO(png), formats=("PNG",)) as picture:
+        picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+        picture.save(file, "WEBP")
+    return file.getvalue()
+
+
+def _artifact_folder(uri: str) -> str | None:
+    """The folder `mlruns` beside a SQLite file; None: a server knows its own folder."""
+    if not uri.startswith(SQLITE):
+        return None
+    return (Path(uri.removeprefix(SQLITE)).absolute().parent / "mlruns").as_uri()

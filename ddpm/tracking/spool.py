@@ -1,0 +1,68 @@
+"""The spool: segments of records in a run's storage, until they are delivered.
+
+A worker writes a segment before the checkpoint that follows it. Once that checkpoint is committed, the segment is
+final: no restart of the run takes it back. Segments beyond the newest checkpoint wait, since a restart may discard
+them, except for the last segment of a run that failed.
+"""
+
+import contextlib
+
+import pyarrow.fs as pafs
+
+from ddpm.storage.locations import Location
+from ddpm.tracking import metrics_buffer
+from ddpm.tracking.metrics_buffer import DamagedSegment
+
+FOLDER = "tracking"
+"""Folder of a run that holds its segments."""
+
+
+def final(buffer: Location, committed: int) -> list[Location]:
+    """The segments that may be delivered when the newest checkpoint is at `committed`, in order of delivery.
+
+    Raises:
+        OSError: storage does not answer.
+    """
+    return [file for at, failed, file in _segments(buffer) if failed or at <= committed]
+
+
+def discard_after(buffer: Location, images_seen: int) -> None:
+    """Delete the segments beyond `images_seen`, from which the run resumes.
+
+    Raises:
+        OSError: storage does not answer.
+    """
+    for at, failed, file in _segments(buffer):
+        if at > images_seen and not failed:
+            delete(file)
+
+
+def delete(segment: Location) -> None:
+    """Remove a segment, if it is still there."""
+    with contextlib.suppress(FileNotFoundError):
+        segment.filesystem.delete_file(segment.path)
+
+
+def count(buffer: Location, committed: int) -> int:
+    """Number of final records that are not delivered yet; a damaged segment counts as one.
+
+    Raises:
+        OSError: storage does not answer.
+    """
+    total = 0
+    for file in final(buffer, committed):
+        try:
+            with file.filesystem.open_input_file(file.path) as stream:
+                total += metrics_buffer.count(stream, file.uri)  # type: ignore[arg-type]
+        except FileNotFoundError:
+            continue
+        except DamagedSegment:
+            total += 1
+    return total
+
+
+def _segments(buffer: Location) -> list[tuple[int, bool, Location]]:
+    infos = buffer.filesystem.get_file_info(pafs.FileSelector(buffer.path, allow_not_found=True))
+    names = sorted(info.base_name for info in infos if info.type == pafs.FileType.File)
+    parsed = [(metrics_buffer.parse_name(name), buffer.child(name)) for name in names]
+    return [(*position, file) for position, file in parsed if position is not None]

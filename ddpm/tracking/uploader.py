@@ -1,0 +1,286 @@
+"""From a run's storage to MLflow: segments are delivered once they are final, then deleted.
+
+MLflow may be away for any time: nothing is lost, training is not affected, and `jobs/track.py` delivers later what a
+run could not deliver before it ended.
+"""
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ddpm import config as configs
+from ddpm.checkpoints import checkpoint, runs
+from ddpm.checkpoints.runs import Run
+from ddpm.storage.locations import Location
+from ddpm.tracking import metrics_buffer, spool
+from ddpm.tracking.metrics_buffer import DamagedSegment
+from ddpm.tracking.mlflow_runs import Address, Lost, MlflowRun, tracking_uri, without_password
+from ddpm.tracking.retry import OutOfTime
+from ddpm.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+IDLE_S = 30.0
+"""Interval at which unannounced segments are looked for, such as that of a run that failed."""
+ASIDE_S = 300.0
+"""Interval after which a segment that MLflow did not take is tried again; it is also tried when the run ends."""
+COUNT_TIMEOUT_S = 10.0
+MIN_BEGIN_S = 5.0
+"""Importing MLflow takes about this long."""
+GRACE_S = 0.3
+"""Longer than the 0.1 s between two looks of the waiting thread at its deadline."""
+
+
+class NotDelivered(UserError):
+    """Records are still in the run's storage."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """The outcome of tracking."""
+
+    run_id: str | None
+    experiment_id: str | None
+    undelivered: int
+    """Smallest number of records that are still in the run's storage."""
+    ended: bool
+    """Whether MLflow has the final status of the run."""
+
+
+class Uploader:
+    """Delivers a run's segments while it trains, from a thread of its own. No method raises; only `close` waits.
+
+    Args:
+        address: the run's identity.
+        params: the flat config; logged once.
+        buffer: the run's folder of segments.
+        at_once: False waits for `begin` or `close`, since MLflow takes seconds to import.
+    """
+
+    def __init__(
+        self, address: Address, params: Mapping[str, Any], buffer: Location, at_once: bool = True
+    ) -> None:
+        self._uri, self._buffer = without_password(address.uri), buffer
+        self._run = MlflowRun(address, params)
+        self._carrier = _Carrier(self._run, buffer)
+        self._committed, self._status, self._ended = -1, "FINISHED", False
+        self._wake, self._closing = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._work, name="ddpm-mlflow", daemon=True)
+        self._begun = False
+        if at_once:
+            self.begin()
+
+    def begin(self) -> None:
+        """Start the thread, which finds or creates the MLflow run."""
+        if not self._begun:
+            self._begun = True
+            self._thread.start()
+
+    def committed(self, images_seen: int) -> None:
+        """Announce that the newest checkpoint is at `images_seen`; -1: there is none."""
+        self._committed = images_seen
+        self._wake.set()
+
+    def close(self, status: str, timeout_s: float = 60.0) -> Delivery:
+        """Deliver the rest, for about `timeout_s` at most, and end the MLflow run: FINISHED, FAILED or KILLED.
+
+        A delivery that has not begun does not begin if there is less time than MIN_BEGIN_S.
+        """
+        self._status, self._run.call.deadline = status, time.monotonic() + timeout_s
+        self._closing.set()
+        self._wake.set()
+        if timeout_s >= MIN_BEGIN_S:
+            self.begin()
+        if self._begun:
+            self._thread.join(timeout_s + GRACE_S)
+        left = _count_in_time(self._buffer, self._committed, min(timeout_s, COUNT_TIMEOUT_S))
+        trouble = self._run.call.trouble
+        if left:
+            reason = f": {trouble}" if trouble else ""
+            logger.warning(
+                "MLflow at %s did not take everything (%d records left)%s", self._uri, left, reason
+            )
+        elif trouble and not self._ended:
+            logger.warning("MLflow at %s has not been told how the run ended: %s", self._uri, trouble)
+        return Delivery(self._run.run_id, self._run.experiment_id, left, self._ended)
+
+    def _work(self) -> None:
+        try:
+            self._run.open(running=True)
+            while not self._round():
+                self._wake.wait(IDLE_S)
+            self._ended = self._run.end(self._status)
+        except OutOfTime:
+            pass  # `close` reports it
+        except Exception as error:
+            why = str(error) if isinstance(error, Lost) else self._run.call.reason(error)
+            kept = f"records stay in {self._buffer.uri}"
+            logger.error("tracking stopped, training goes on, %s: %s", kept, why)
+
+    def _round(self) -> bool:
+        """Deliver once; returns whether this was the last time."""
+        self._wake.clear()  # first, so that a checkpoint announced from now on causes another round
+        closing = self._closing.is_set()
+        try:
+            self._carrier.carry(self._committed, everything=closing)
+            return closing
+        except OSError as error:
+            logger.info("storage does not answer, tracking waits: %s", error)
+            if closing:
+                self._run.call.check_time()
+                time.sleep(1)
+                self._wake.set()
+            return False
+
+
+class _Carrier:
+    """Delivers final segments from a folder to an MLflow run, oldest first."""
+
+    def __init__(self, run: MlflowRun, buffer: Location) -> None:
+        self._run, self._buffer = run, buffer
+        self._aside: dict[str, float] = {}
+        """Segments that MLflow did not take or that are damaged, and when to try again."""
+
+    def carry(
+        self, committed: int, everything: bool, show: Callable[[int], None] = lambda num_records: None
+    ) -> None:
+        """Deliver final segments; `everything`: also those put aside. `show` is called with the records of each.
+
+        Raises:
+            OSError: storage does not answer.
+            OutOfTime, Lost: as MlflowRun.send.
+        """
+        for file in spool.final(self._buffer, committed):
+            if everything or time.monotonic() >= self._aside.get(file.uri, -math.inf):
+                show(self._carry_one(file))
+
+    def _carry_one(self, file: Location) -> int:
+        """Deliver one segment; returns the number of its records that were delivered."""
+        try:
+            gathered = metrics_buffer.read(file.read(), file.uri)
+        except FileNotFoundError:  # somebody else delivered it
+            return 0
+        except DamagedSegment as error:
+            self._put_aside(file, f"{error}; it stays where it is")
+            return 0
+        if not self._run.send(gathered):
+            trouble = self._run.call.trouble
+            self._put_aside(
+                file, f"MLflow does not take all of {file.uri}, which is kept for later: {trouble}"
+            )
+            return 0
+        self._aside.pop(file.uri, None)
+        spool.delete(file)
+        return len(gathered)
+
+    def _put_aside(self, file: Location, why: str) -> None:
+        if file.uri not in self._aside:
+            logger.warning("%s", why)
+        self._aside[file.uri] = time.monotonic() + ASIDE_S
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The records of a run that are not delivered yet."""
+
+    address: Address
+    params: Mapping[str, Any]
+    buffer: Location
+    committed: int
+    """images_seen of the newest checkpoint; -1: there is none."""
+    finished: bool
+    """That checkpoint is the end of the run."""
+    records: int
+
+
+def kept(uri: str, experiment: str | None = None) -> Kept:
+    """The undelivered records of the run in the folder or bucket `uri`.
+
+    Args:
+        experiment: MLflow experiment of a run without a checkpoint, which would name it.
+
+    Raises:
+        UserError: there is no run, or storage refuses.
+    """
+    run = runs.existing_run(uri)
+    try:
+        return _kept(run, experiment)
+    except OSError as error:
+        raise UserError(f"{run.location.uri} cannot be read: {error}") from None
+
+
+def _kept(run: Run, experiment: str | None) -> Kept:
+    params: dict[str, Any] = {}
+    committed, finished = -1, False
+    if found := runs.checkpoints(run.location):
+        card = found[-1].child("config.json")
+        config = configs.from_json(card.read().decode(errors="replace"), card.uri)
+        committed = int(found[-1].path.rpartition(checkpoint.PREFIX)[2])
+        finished, experiment = committed >= config.train.total_images, config.run.experiment
+        params = configs.flatten(config)
+    elif experiment is None:
+        raise UserError(
+            f"{run.location.uri} has no checkpoint that would name the experiment; give it with --experiment (the "
+            f"--run.experiment of training, by default {configs.RunConfig.experiment})"
+        )
+    address = Address(tracking_uri(), experiment, run.name, run.key)
+    buffer = run.location.child(spool.FOLDER)
+    return Kept(address, params, buffer, committed, finished, spool.count(buffer, committed))
+
+
+def deliver(kept: Kept, timeout_s: float, show: Callable[[int], None]) -> Delivery:
+    """Deliver a run's remaining records; the status of its MLflow run is changed only if the run is finished.
+
+    Args:
+        timeout_s: seconds without progress after which it gives up.
+        show: called with the number of records delivered so far.
+
+    Raises:
+        NotDelivered: MLflow or storage does not answer, refuses the run, or did not take everything.
+    """
+    uri, run, done = without_password(kept.address.uri), MlflowRun(kept.address, kept.params, timeout_s), 0
+
+    def add(num_records: int) -> None:
+        nonlocal done
+        done += num_records
+        show(done)
+
+    try:
+        run.open(running=False)
+        _Carrier(run, kept.buffer).carry(kept.committed, everything=True, show=add)
+        ended = kept.finished and run.end("FINISHED")
+        left = spool.count(kept.buffer, kept.committed)
+    except OutOfTime:
+        why = f"nothing worked for {timeout_s:g} s; {run.call.trouble}"
+        raise NotDelivered(f"MLflow at {uri} cannot be reached, all records are kept: {why}") from None
+    except Lost as error:
+        raise NotDelivered(f"MLflow at {uri} refuses the run: {error}") from None
+    except OSError as error:
+        raise NotDelivered(f"{kept.buffer.uri} cannot be read: {error}") from None
+    if left:
+        raise NotDelivered(
+            f"MLflow at {uri} did not take everything: {left} records are kept in {kept.buffer.uri}"
+        )
+    return Delivery(run.run_id, run.experiment_id, left, ended)
+
+
+def _count_in_time(buffer: Location, committed: int, timeout_s: float) -> int:
+    """`spool.count` with a time-out; 1 if storage does not answer."""
+    counted = [1]
+
+    def count() -> None:
+        try:
+            counted.append(spool.count(buffer, committed))
+        except OSError as error:
+            logger.info("storage does not answer, the number of records left is unknown: %s", error)
+
+    thread = threading.Thread(target=count, name="ddpm-mlflow-count", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    return counted[-1]

@@ -1,0 +1,152 @@
+"""Images in and out: uint8 <-> [-1, 1], grids, strips, PNG and GIF.
+
+An image outside the net is uint8 [N, H, W, C], C = 1 (grey) or 3 (RGB). The net sees float32
+[N, C, H, W] in [-1, 1]. Pictures for people are RGB, nearest-neighbour enlarged so that 8x8 digits
+can be seen.
+
+Axes: N or B images, F frames, H W height and width, C channels.
+"""
+
+import io
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+Pixels = NDArray[np.uint8]
+
+PADDING = 2
+"""Pixels between tiles and around them."""
+BACKGROUND = 255
+
+
+def to_model(image: Tensor) -> Tensor:
+    """uint8 [B, H, W, C] in 0..255 to float32 [B, C, H, W] in [-1, 1].
+
+    x = image / 127.5 - 1. The result keeps the order of the bytes, which is torch's channels_last.
+
+    Raises:
+        ValueError: not uint8 [B, H, W, C].
+    """
+    if image.dtype != torch.uint8 or image.ndim != 4:
+        raise ValueError(f"image is {image.dtype} {tuple(image.shape)}; it must be uint8 [B, H, W, C]")
+    return image.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """float [B, C, H, W] to uint8 [B, H, W, C]: -1 is 0, 1 is 255, rounded, what lies outside is clipped.
+
+    The inverse of `to_model`, exactly, for all 256 values. (A bare cast would truncate, darkening by half
+    a level, and wrap around outside [-1, 1].)
+    """
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def grid(images: Pixels, columns: int | None = None, min_side: int = 48) -> Pixels:
+    """Images as tiles of one RGB picture, row by row.
+
+    Args:
+        images: uint8 [N, H, W, C], C 1 or 3, N at least 1.
+        columns: tiles a row; None makes the grid about square. Tiles missing in the last row stay white.
+        min_side: tiles are enlarged by the smallest whole factor that makes their shorter side at least this long.
+
+    Returns:
+        uint8 [H', W', 3].
+
+    Raises:
+        ValueError: images are not such an array, or columns < 1.
+    """
+    tiles = _enlarged(_rgb(images), min_side)
+    if columns is None:
+        columns = math.ceil(math.sqrt(len(tiles)))
+    if columns < 1:
+        raise ValueError(f"columns is {columns}; it must be 1, 2, ...")
+    height, width = (side + PADDING for side in tiles.shape[1:3])
+    rows = math.ceil(len(tiles) / columns)
+    picture = np.full((rows * height + PADDING, columns * width + PADDING, 3), BACKGROUND, np.uint8)
+    for i, tile in enumerate(tiles):
+        top, left = i // columns * height + PADDING, i % columns * width + PADDING
+        picture[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
+    return picture
+
+
+def strip(rows: Sequence[Pixels], captions: Sequence[str] = (), min_side: int = 48) -> Pixels:
+    """Rows of frames, one below the other: trajectories, or images beside their reconstructions.
+
+    Args:
+        rows: each uint8 [F, H, W, C], all of the same shape.
+        captions: one per column, written above it; empty for no captions.
+        min_side: as in `grid`.
+
+    Returns:
+        uint8 [H', W', 3].
+
+    Raises:
+        ValueError: no row, rows that differ in shape, or another number of captions than of columns.
+    """
+    if len({row.shape for row in rows}) != 1:
+        raise ValueError(
+            f"rows have shapes {[row.shape for row in rows]}; they must be alike, and at least one"
+        )
+    columns = len(rows[0])
+    picture = grid(np.concatenate(rows), columns, min_side)
+    if not captions:
+        return picture
+    if len(captions) != columns:
+        raise ValueError(
+            f"there are {len(captions)} captions; there must be one for each of {columns} columns"
+        )
+    header = Image.new("RGB", (picture.shape[1], 14), (BACKGROUND,) * 3)
+    draw, font = ImageDraw.Draw(header), ImageFont.load_default(size=10)
+    width = (picture.shape[1] - PADDING) // columns
+    for i, caption in enumerate(captions):
+        draw.text((PADDING + i * width, 1), caption, fill=(0, 0, 0), font=font)
+    return np.concatenate([np.asarray(header, np.uint8), picture])
+
+
+def png_bytes(array: Pixels) -> bytes:
+    """uint8 [H, W, C], C 1 or 3, as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(file, "PNG")
+    return file.getvalue()
+
+
+def from_png(data: bytes) -> Pixels:
+    """The inverse of `png_bytes`."""
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        return np.atleast_3d(np.asarray(image, np.uint8))
+
+
+def gif_bytes(frames: Sequence[Pixels], ms: int = 100) -> bytes:
+    """Frames uint8 [H, W, C] of one size as a GIF that loops forever, `ms` milliseconds each.
+
+    The format counts in hundredths of a second, and has 256 colours a frame.
+
+    Raises:
+        ValueError: no frames, or ms is not a multiple of 10, at least 20 (browsers slow down faster ones).
+    """
+    if len(frames) == 0:
+        raise ValueError("frames is empty; a GIF needs at least one")
+    if ms < 20 or ms % 10:
+        raise ValueError(f"ms is {ms}; it must be a multiple of 10, at least 20")
+    pictures = [Image.fromarray(frame) for frame in _rgb(np.stack(frames))]
+    file = io.BytesIO()
+    pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=ms, loop=0)
+    return file.getvalue()
+
+
+def _rgb(images: Pixels) -> Pixels:
+    """[N, H, W, 3] of [N, H, W, 1 or 3], N at least 1."""
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or len(images) == 0:
+        got = f"{images.dtype} {images.shape}"
+        raise ValueError(f"images are {got}; they must be uint8 [N, H, W, C], N at least 1, C 1 or 3")
+    return np.broadcast_to(images, (*images.shape[:3], 3))
+
+
+def _enlarged(images: Pixels, min_side: int) -> Pixels:
+    factor = max(1, math.ceil(min_side / min(images.shape[1:3])))
+    return images.repeat(factor, axis=1).repeat(factor, axis=2)

@@ -1,0 +1,94 @@
+"""Retries of storage calls, for run.storage_timeout_s at most."""
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay
+from tenacity.wait import wait_random_exponential
+
+from ddpm.utils.errors import UserError
+
+T = TypeVar("T")
+
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 10.0
+LONGEST_ANSWER = 400
+"""Characters of the last answer that an error shows."""
+_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
+_LOOKS_SECRET = r"(?:AKIA|ASIA)[A-Z0-9]{16}|(?<=://)[^/@\s]+(?=@)|(?<=X-Amz-Signature=)\w+|(?<=Signature=)\w+"
+
+
+class StorageError(UserError):
+    """Storage failed, or did not answer, for longer than run.storage_timeout_s."""
+
+    exit_code = 1
+
+
+def retry_io(
+    call: Callable[[], T],
+    *,
+    where: str,
+    timeout_s: float,
+    before_retry: Callable[[OSError], object] | None = None,
+) -> T:
+    """The result of `call`, which is repeated while it raises OSError.
+
+    The wait between tries is random and grows from 0.2 s to at most 10 s, so that many workers do not come back at
+    once. The last try begins at the time-out; a try that is under way is not cut short.
+
+    Args:
+        call: safe to repeat.
+        where: the bucket or folder, for the error: "s3://bucket/runs".
+        timeout_s: seconds after which no new try begins; 0: one try.
+        before_retry: called with each failure that is followed by another try, as soon as it happens.
+
+    Raises:
+        StorageError: the time is over; it names the time tried and the last answer.
+        FileNotFoundError: at once, since a retry would not change it.
+    """
+    backoff = wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S, min=FIRST_WAIT_S / 2)
+
+    def wait(state: RetryCallState) -> float:
+        return max(0.0, min(backoff(state), timeout_s - (state.seconds_since_start or 0.0)))
+
+    def tell(state: RetryCallState) -> None:
+        error = state.outcome and state.outcome.exception()
+        if before_retry is not None and isinstance(error, OSError):
+            before_retry(error)
+
+    began = time.monotonic()
+    retrying = Retrying(
+        retry=retry_if_exception(_is_failure),
+        wait=wait,
+        stop=stop_after_delay(timeout_s),
+        before_sleep=tell,
+        reraise=True,
+    )
+    try:
+        return retrying(call)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"{where}: storage has failed for {time.monotonic() - began:.0f} s (--run.storage-timeout-s "
+            f"{timeout_s:g}); its last answer: {answer(error)}"
+        ) from None
+
+
+def answer(error: BaseException) -> str:
+    """The message of storage: one line, of bounded length, without credentials."""
+    if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
+        error = OSError(error.args[0][0][-1])  # of each file that was not copied: from, to, why
+    text = " ".join(str(error).split()) or type(error).__name__
+    for name in _SECRETS:
+        if secret := os.environ.get(name):
+            text = text.replace(secret, "***")
+    text = re.sub(_LOOKS_SECRET, "***", text)
+    return text if len(text) <= LONGEST_ANSWER else f"{text[:LONGEST_ANSWER]}..."
+
+
+def _is_failure(error: BaseException) -> bool:
+    return isinstance(error, OSError) and not isinstance(error, FileNotFoundError)

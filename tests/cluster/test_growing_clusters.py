@@ -1,0 +1,67 @@
+"""What a run asks of a cluster whose machines have not come yet."""
+
+import pytest
+
+from ddpm.cluster import resources
+from ddpm.config import Config, override
+from ddpm.utils.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def empty_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head without a CPU to give, which grows."""
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"memory": 1e9})
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}])
+    monkeypatch.setattr(resources, "JOINING_S", 0.0)
+    monkeypatch.setenv("RAY_ADDRESS", "somewhere")
+    monkeypatch.setenv("DDPM_CLUSTER_RESOURCES", '{"CPU": 48, "GPU": 4}')
+
+
+def workers(count: int) -> Config:
+    return override(Config(), {"cluster.num_workers": count, "run.storage": "s3://bucket/runs"})
+
+
+def test_it_counts_on_the_machines_to_come() -> None:
+    assert resources.resources_per_worker(workers(4)) == {"CPU": 1.0, "GPU": 1.0}
+    with pytest.raises(UserError, match="5 workers need 5 GPUs, the cluster has 4"):
+        resources.resources_per_worker(workers(5))
+    with pytest.raises(UserError, match="48 CPUs"):
+        resources.resources_per_worker(
+            override(workers(48), {"cluster.cpus_per_worker": 1.0, "cluster.gpu": False})
+        )
+
+
+def test_what_is_there_counts_if_it_is_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": 8.0})
+    assert resources.resources_per_worker(workers(8)) == {"CPU": 1.0, "GPU": 1.0}
+
+
+def test_without_a_word_it_counts_on_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DDPM_CLUSTER_RESOURCES")
+    with pytest.raises(UserError, match="the cluster's 0 CPUs"):
+        resources.resources_per_worker(workers(1))
+
+
+@pytest.mark.parametrize("text", ["48", '{"CPU": "many"}', "CPU=48", ""])
+def test_what_is_no_json_is_said(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("DDPM_CLUSTER_RESOURCES", text)
+    with pytest.raises(UserError, match="DDPM_CLUSTER_RESOURCES"):
+        resources.resources_per_worker(workers(1))
+
+
+def test_a_folder_is_not_seen_by_the_machines_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = override(workers(1), {"data.shards": "/data/digits"})
+    with pytest.raises(
+        UserError, match=r"--data\.shards is the local folder /data/digits, but the cluster grows"
+    ):
+        resources.check_storage(config)
+    resources.check_storage(override(config, {"run.shared_storage": True}))
+    monkeypatch.delenv("DDPM_CLUSTER_RESOURCES")
+    resources.check_storage(config)
+
+
+def test_a_cluster_says_where_runs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DDPM_STORAGE", raising=False)
+    assert Config().run.storage == "runs"
+    monkeypatch.setenv("DDPM_STORAGE", "s3://bucket/runs")
+    assert Config().run.storage == "s3://bucket/runs"

@@ -1,0 +1,70 @@
+"""A pool does every piece once, in this process or on Ray, whatever dies."""
+
+from functools import partial
+from pathlib import Path
+
+import chores
+import pytest
+import torch
+from chores import Adder
+
+from ddpm.cluster.worker_pool import WorkerPool, WorkersDied
+from ddpm.utils.errors import UserError
+
+MAKE = partial(Adder, torch.tensor(100))
+
+
+pytestmark = pytest.mark.usefixtures("ray_here")
+
+
+@pytest.mark.parametrize("num_workers", [None, 1, 2])
+def test_every_piece_is_done_once(num_workers: int | None) -> None:
+    with WorkerPool(MAKE, num_workers) as pool:
+        assert dict(pool.map(Adder.add, range(10))) == {i: 100 + i for i in range(10)}
+        assert list(pool.map(Adder.add, [])) == []
+        assert dict(pool.map(Adder.add, [7])) == {7: 107}
+
+
+@pytest.mark.parametrize("num_workers", [None, 2])
+def test_a_piece_is_done_by_one_thread(num_workers: int | None) -> None:
+    before = torch.get_num_threads()
+    with WorkerPool(MAKE, num_workers) as pool:
+        done = [result for _, result in pool.map(chores.who, range(6))]
+    assert {(threads, device) for _, threads, device in done} == {(1, "cpu")}
+    assert len({process for process, _, _ in done}) == (num_workers or 1)
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("num_workers", [None, 1, 2])
+def test_a_mistake_comes_out_as_it_is(num_workers: int | None) -> None:
+    with WorkerPool(MAKE, num_workers) as pool:
+        with pytest.raises(UserError, match=r"^piece is 3; it must not be 3$"):
+            list(pool.map(chores.refuse, range(10)))
+        assert len(list(pool.map(Adder.add, range(10)))) == 10  # and the pool still works
+    with (
+        WorkerPool(chores.make_nothing, num_workers) as pool,
+        pytest.raises(UserError, match=r"^nothing can be made of this$"),
+    ):
+        list(pool.map(Adder.add, range(10)))
+    with pytest.raises(UserError, match="num_workers is 0; it must be at least 1"):
+        WorkerPool(MAKE, 0)
+
+
+def test_who_stops_listening_waits_for_nothing() -> None:
+    with WorkerPool(MAKE) as pool:
+        results = pool.map(chores.spin, range(100))
+        next(results)
+        results.close()  # pieces under way would take minutes
+
+
+def test_a_worker_that_dies_costs_no_piece(tmp_path: Path) -> None:
+    with WorkerPool(MAKE, 2) as pool:
+        assert dict(pool.map(partial(chores.die_once, tmp_path), range(8))) == {i: 100 + i for i in range(8)}
+        assert (tmp_path / "died").exists()
+        with pytest.raises(WorkersDied, match="3 workers died over the same piece, 1"):
+            list(pool.map(chores.die, [1]))
+
+
+def test_workers_without_a_place_are_not_waited_for() -> None:
+    with WorkerPool(MAKE, 1000) as pool:
+        assert len(list(pool.map(Adder.add, range(20)))) == 20

@@ -1,0 +1,172 @@
+"""Reports reach files, buckets and the MLflow runs they are about, once; and MLflow may be away."""
+
+import json
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import servers
+from mlflow import MlflowClient
+from mlflow.artifacts import load_dict
+from mlflow.entities import Run
+from reported import drawn, made, near, result
+
+from ddpm.evaluation import publish
+from ddpm.evaluation.report import Report
+from ddpm.storage import locations
+from ddpm.tracking.mlflow_runs import RUN_KEY_TAG, SENT_UNTIL_TAG
+from ddpm.utils.errors import UserError
+
+PICTURE = b"\x89PNG..."
+
+
+@pytest.fixture
+def client(mlflow_server: str, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
+    return MlflowClient(mlflow_server)
+
+
+@pytest.fixture
+def start(client: MlflowClient) -> Callable[[str], Run]:
+    """A run that is being trained, with records up to 64 images."""
+
+    def start(key: str) -> Run:
+        found = client.get_experiment_by_name("ddpm")
+        experiment_id = found.experiment_id if found else client.create_experiment("ddpm")
+        return client.create_run(experiment_id, tags={RUN_KEY_TAG: key, SENT_UNTIL_TAG: "64"})
+
+    return start
+
+
+def report_on(key: str, *steps: int, change: int = 0, **settings: object) -> Report:
+    results = (result(i, drawn(i + change), drawn(i, 10, own=False), run_key=key) for i in steps)
+    return Report({**made().settings, **settings}, tuple(results))
+
+
+def points(client: MlflowClient, run: Run, key: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, key)]
+
+
+def published(report: Report) -> list[str]:
+    return list(publish.publish(report, PICTURE))
+
+
+def test_results_are_in_the_run_s_own_mlflow_run(
+    client: MlflowClient, start: Callable[[str], Run], mlflow_server: str
+) -> None:
+    key, other = uuid.uuid4().hex, uuid.uuid4().hex
+    run, untouched = start(key), start(other)
+    report = report_on(key, 1, 2)
+    assert published(report) == [f"MLflow      run {run.info.run_id} in {mlflow_server}"]
+    values = [v.drawn[0].scores[1].value for v in report.results]
+    assert points(client, run, "eval/KID-pixels") == [(1000, values[0]), (2000, values[1])]
+    assert [step for step, _ in points(client, run, "eval/bits_per_dim")] == [1000, 2000]
+    assert len(points(client, run, "eval/ddim-10/KID-pixels")) == 2
+    files = [file.path for file in client.list_artifacts(run.info.run_id, "evaluation")]
+    assert files == [f"evaluation/{report.key}.json", f"evaluation/{report.key}.png"]
+    kept = load_dict(f"{run.info.artifact_uri}/evaluation/{report.key}.json")
+    assert kept == json.loads(report.to_json())
+    after = client.get_run(run.info.run_id)
+    assert after.info.status == "RUNNING"
+    assert after.data.tags[SENT_UNTIL_TAG] == "64"  # training's own records are its own affair
+    assert client.get_run(untouched.info.run_id).data.metrics == {}
+
+
+def test_again_adds_what_is_new_and_replaces_only_its_own_files(
+    client: MlflowClient, start: Callable[[str], Run]
+) -> None:
+    key = uuid.uuid4().hex
+    run, report = start(key), report_on(key, 1)
+    for _ in range(2):
+        published(report)
+    before = points(client, run, "eval/KID-pixels")
+    assert len(before) == 1
+    time.sleep(0.01)
+    changed = report_on(key, 1, change=5)
+    published(changed)
+    value = changed.results[0].drawn[0].scores[1].value
+    assert sorted(points(client, run, "eval/KID-pixels")) == sorted([*before, (1000, value)])
+    assert len(points(client, run, "eval/bits_per_dim")) == 1
+    assert client.get_run(run.info.run_id).data.metrics["eval/KID-pixels"] == value
+    published(report_on(key, 1, num_images=7))
+    assert len(client.list_artifacts(run.info.run_id, "evaluation")) == 4
+    time.sleep(0.01)
+    published(report)  # the first value is news again
+    assert client.get_run(run.info.run_id).data.metrics["eval/KID-pixels"] == before[0][1]
+
+
+def test_each_run_gets_what_is_about_it(
+    client: MlflowClient, start: Callable[[str], Run], mlflow_server: str
+) -> None:
+    keys = [uuid.uuid4().hex, uuid.uuid4().hex]
+    found = [start(key) for key in keys]
+    unknown = result(5, drawn(5), run="strange", run_key=uuid.uuid4().hex)
+    imported = result(0, drawn(0), run="imported", run_key="")
+    both = made(*(result(i, drawn(i), run_key=key) for i, key in enumerate(keys, 1)), unknown, imported)
+    assert published(both) == [
+        *(f"MLflow      run {run.info.run_id} in {mlflow_server}" for run in found),
+        f"MLflow      {mlflow_server} does not have run strange; nothing is logged there",
+        "MLflow      nothing is logged for runs/imported/checkpoint-0, which belongs to no run",
+    ]
+    for i, run in enumerate(found, 1):
+        assert [step for step, _ in points(client, run, "eval/KID-pixels")] == [1000 * i]
+
+
+def test_the_pictures_of_the_nearest_are_beside_the_file_and_in_mlflow(
+    client: MlflowClient, start: Callable[[str], Run], tmp_path: Path
+) -> None:
+    key = uuid.uuid4().hex
+    run, report = start(key), made(result(1, near(0.03), run_key=key))
+    lines = list(publish.store(report, publish.place_for("out/found.json")))
+    assert lines[2] == f"nearest     {tmp_path}/out/found-nearest.png"
+    assert (tmp_path / "out/found-nearest.png").read_bytes() == b"PNG 0.03"
+    names = [file.path for file in client.list_artifacts(run.info.run_id, "evaluation")]
+    assert f"evaluation/{report.key}-nearest.png" in names
+    assert points(client, run, "eval/nearer_than_held_out-pixels-low") == [(1000, 0.03)]
+
+
+def test_a_database_that_is_not_there_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///none.db")
+    assert published(report_on("key", 1)) == [
+        f"MLflow      sqlite:///{tmp_path}/none.db does not have run a; nothing is logged there"
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mlflow_may_be_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = f"http://{servers.LOOPBACK}:{servers.free_ports(1)[0]}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.replace("://", "://me:s3cret@"))
+    lines = list(publish.store(report_on("key", 1), publish.place_for("out/found.json"), timeout_s=0.5))
+    assert lines[:2] == [f"results     {tmp_path}/out/found.json", f"picture     {tmp_path}/out/found.png"]
+    assert lines[2].startswith(f"MLflow      {uri} cannot be reached, nothing is logged: ")
+    assert "s3cret" not in lines[2] and "\n" not in lines[2]
+    assert json.loads((tmp_path / "out/found.json").read_text())["checkpoints"][0]["images_seen"] == 1000
+    assert (tmp_path / "out/found.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_in_a_bucket(s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///none.db")
+    report = report_on("key", 1)
+    lines = list(publish.store(report, publish.place_for(f"{s3_bucket}/found/all.json")))
+    assert lines[:2] == [
+        f"results     {s3_bucket}/found/all.json",
+        f"picture     {s3_bucket}/found/all.png",
+    ]
+    assert locations.resolve(f"{s3_bucket}/found/all.json").read() == report.to_json().encode()
+    assert locations.resolve(f"{s3_bucket}/found/all.png").read().startswith(b"\x89PNG")
+
+
+def test_a_place_that_cannot_be_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    for out, message in {
+        "folder": "is a folder; name a file",
+        "file/found.json": "file is not a writable folder",
+        "found.png": "names a picture, but is for JSON; pictures are written beside it",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            publish.place_for(out)
+    assert publish.place_for("new/folder/found.json").path == f"{tmp_path}/new/folder/found.json"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]

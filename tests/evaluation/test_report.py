@@ -1,0 +1,238 @@
+"""What a report says is the same wherever it says it."""
+
+import io
+import json
+import re
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from reported import drawn, made, near, result
+from rich.console import Console
+
+from ddpm.evaluation import plots, report
+from ddpm.evaluation.memorisation import Pairs
+from ddpm.evaluation.report import CheckpointResult, Report
+from ddpm.evaluation.scores import Score
+
+ONE = made(result(1, drawn(1)))
+SEVERAL = made(
+    *(result(i, drawn(i), drawn(i, 10, own=False)) for i in (1, 2, 3)),
+    result(1, drawn(9), drawn(9, 10, own=False), run="b"),
+)
+
+
+def printed(found: Report, width: int = 250) -> str:
+    file = io.StringIO()
+    Console(file=file, width=width).print(report.tables(found, width))
+    return file.getvalue()
+
+
+def estimates(score: dict[str, Any]) -> str:
+    return f"{score['value']:.4f} ± {score['error']:.4f}"
+
+
+@pytest.mark.parametrize("found", [ONE, SEVERAL], ids=["one", "several"])
+def test_the_table_says_what_the_json_says(found: Report) -> None:
+    text, parsed = printed(found), json.loads(found.to_json())
+    assert parsed["format"] == report.FORMAT
+    for judged in parsed["checkpoints"]:
+        bits = judged["bits"] if found is ONE else judged["bits"][:1]
+        scores = [score for way in judged["drawn"] for score in way["scores"]]
+        for score in (*bits, *scores):
+            assert estimates(score) in text
+    assert "0.2000 ± 0.0300 (n 400)" in text
+    assert "500 / 90" in text
+    assert f"{1000:,}" in text and "ddim-50" in text
+
+
+def test_of_several_the_lines_are_checkpoints_and_ways() -> None:
+    lines = [line for line in printed(SEVERAL).splitlines() if re.search(r"ddim-\d", line)]
+    assert len(lines) == 8
+    assert [line.split()[:2] for line in lines[::2]] == [
+        ["a", "1,000"],
+        ["a", "2,000"],
+        ["a", "3,000"],
+        ["b", "1,000"],
+    ]
+    assert lines[1].split()[0] == "ddim-10"
+    assert "real against real" in printed(SEVERAL)
+
+
+@pytest.mark.parametrize("found", [ONE, SEVERAL], ids=["one", "several"])
+def test_a_narrow_terminal_loses_no_number(found: Report) -> None:
+    text = printed(found, 80)
+    assert max(map(len, text.splitlines())) <= 80
+    for v in found.results:
+        for score in (v.bits[0], *(score for way in v.drawn for score in way.scores)):
+            assert estimates({"value": score.value, "error": score.error}) in text
+
+
+def test_a_run_s_name_forges_nothing() -> None:
+    name = "a\nerror: b \x1b[2J[red]c[/red]"
+    one, several = result(1, drawn(1), run=name), result(2, drawn(2), run="b")
+    for found in (made(one), made(one, several)):
+        assert "a\\nerror: b \\x1b[2J[red]c[/red]" in printed(found)
+
+
+def test_points_are_named_by_what_was_measured() -> None:
+    found = report.metrics(result(1, drawn(1), drawn(1, 10, own=False), drawn(1, 10, own=False, eta=0.5)))
+    assert found["eval/bits_per_dim"] == pytest.approx(4.4678901)
+    assert found["eval/bits_per_dim-error"] == 0.05
+    assert found["eval/bits_per_dim-decoder"] == pytest.approx(7.4678901)
+    assert found["eval/KID-pixels"] == drawn(1).scores[1].value
+    assert found["eval/KID-pixels-floor"] == 1.2
+    assert found["eval/ddim-10/KID-pixels"] == drawn(1, 10).scores[1].value
+    assert "eval/ddim-10 eta 0.5/KID-pixels" in found
+    assert len(found) == 2 * 4 + 3 * 3 * 6
+    broken = replace(result(1), bits=(Score("bits/dim", float("nan"), float("inf"), 90),))
+    assert report.metrics(broken) == {}
+
+
+def test_json_has_null_for_what_is_not_finite() -> None:
+    found = made(replace(result(1), bits=(Score("bits/dim", float("nan"), float("inf"), 90),)))
+    (score,) = json.loads(found.to_json())["checkpoints"][0]["bits"]
+    assert (score["value"], score["error"], score["n"]) == (None, None, 90)
+
+
+def test_a_report_s_key_is_of_checkpoints_and_settings_not_of_numbers() -> None:
+    assert re.fullmatch(r"000000001000-[0-9a-f]{8}", ONE.key)
+    assert made(result(1, replace(drawn(5), scores=()))).key == ONE.key
+    others = [
+        made(result(1, drawn(1, 10))),
+        made(result(1, drawn(1), weights_sha256="other")),
+        Report({**ONE.settings, "num_images": 7}, ONE.results),
+    ]
+    assert len({ONE.key, *(other.key for other in others)}) == 4
+    assert [v.run for v in SEVERAL.of_run("keyb").results] == ["b"]
+
+
+def remarks(found: Report, out: str = "out.json") -> list[str]:
+    """All but the first, which says what bits/dim hang on."""
+    lines = report.remarks(found, out)
+    if any(v.bits for v in found.results):
+        assert lines.pop(0).startswith("bits/dim: the variance is measured, one per timestep")
+    return lines
+
+
+def test_the_variance_of_a_bound_is_named() -> None:
+    """And with it the number in MLflow, where it is not what everybody gets who does not ask."""
+    fixed = result(1, variance="beta_tilde", variance_is_default=False)
+    (line,) = report.remarks(made(fixed), "out.json")
+    assert line == f"bits/dim: the variance is beta_tilde, {report.FIXED}"
+    assert report.metrics(fixed)["eval/bits_per_dim-beta_tilde"] == pytest.approx(4.4678901)
+    learned = result(2, run="b", variance="learned")
+    lines = report.remarks(made(fixed, learned), "out.json")
+    assert [line.partition(":")[0] for line in lines] == ["bits/dim of a", "bits/dim of b"]
+    assert json.loads(made(fixed).to_json())["checkpoints"][0]["variance"] == "beta_tilde"
+
+
+def test_remarks() -> None:
+    few, other = remarks(made(result(1, drawn(1), saw_this_data=False)), "found.json")
+    assert few.startswith("FID-pixels: 90 images are few for 64 features")
+    assert other == "trained on other data than the held-out images' data set: a"
+    many = replace(drawn(1), scores=(Score("FID-pixels", 1.0, 0.1, 640, 640),))
+    assert remarks(made(result(1, many)), "found.json") == []
+
+
+def test_memorisation_is_told_with_its_interval() -> None:
+    found = made(result(1, near(0.03)))
+    assert "0.0423 [0.0300, 0.0700]" in printed(found)
+    assert "500 / 1,000" in printed(found) and "0.0100 ± 0.0030" in printed(found)
+    (way,) = json.loads(found.to_json())["checkpoints"][0]["drawn"]
+    assert set(way) == {"sample", "is_own", "scores"}  # the picture is a file of its own
+    (score,) = way["scores"]
+    told = {key: score[key] for key in ("low", "high", "n", "n_real", "n_train", "space", "threshold")}
+    assert told == {
+        "low": 0.03,
+        "high": 0.07,
+        "n": 500,
+        "n_real": 1000,
+        "n_train": 1500,
+        "space": "pixels",
+        "threshold": 12.5,
+    }
+    points = report.metrics(found.results[0])
+    name = "eval/nearer_than_held_out-pixels"
+    assert [points[f"{name}{end}"] for end in ("", "-low", "-high")] == [score["value"], 0.03, 0.07]
+
+
+def test_memorisation_is_remarked_on_where_the_interval_is_clearly_above_what_is_expected() -> None:
+    (line,) = remarks(made(result(1, near(0.03))), "s3://b/out.json")
+    assert line == (
+        "a, 1,000 images seen, ddim-50: 4.2 % (95 % interval 3.0 % to 7.0 %) of the generated images are nearer to a "
+        "training image, by pixels, than 99 % of held-out images are: the net repeats training images, or makes only "
+        "typical ones; look at s3://b/out-nearest.png"
+    )
+    assert remarks(made(result(1, near(0.019))), "out.json") == []
+    (other,) = remarks(made(result(1, near(0.03), saw_this_data=False)), "out.json")
+    assert other.startswith("trained on other data")
+    (few,) = remarks(made(result(1, near(0.0, n_real=90))), "out.json")
+    assert few.startswith("nearer_than_held_out: 90 held-out images are too few for a 1st percentile")
+
+
+def test_each_picture_of_the_nearest_has_a_name_of_its_own() -> None:
+    def names(*results: CheckpointResult) -> list[str]:
+        return [name for name, _, _ in report.nearest_pictures(made(*results), "s3://b.c/d/out.json")]
+
+    assert names(result(1, near(0.0))) == ["s3://b.c/d/out-nearest.png"]
+    assert names(result(1, near(0.0), near(0.0, 10)), result(2, drawn(2), run="b c")) == [
+        "s3://b.c/d/out-nearest-a-1000-ddim-50.png",
+        "s3://b.c/d/out-nearest-a-1000-ddim-10.png",
+    ]
+    twins = [result(1, near(0.0), weights_sha256=sha * 8) for sha in ("x", "y")]
+    assert [name[-12:] for name in names(*twins)] == ["xxxxxxxx.png", "yyyyyyyy.png"]
+    assert names(result(1, drawn(1))) == []
+
+
+def test_bits_with_and_without_labels_are_told_apart() -> None:
+    plain, ten = result(1), result(1, run="ten", num_classes=10)
+    (line,) = remarks(made(plain, ten))
+    assert line.startswith("bits/dim: nets with labels (ten) bound log p(x | y), the others log p(x)")
+    assert "add log2(10) = 3.32 bits per image" in line  # p(x) >= p(x | y) / 10
+    assert remarks(made(ten, replace(ten, run="too"))) == remarks(made(plain, plain)) == []
+    assert remarks(made(replace(plain, bits=()), ten)) == []  # the mix of the course has no bound
+    assert [v["num_classes"] for v in json.loads(made(plain, ten).to_json())["checkpoints"]] == [0, 10]
+
+
+def test_few_grey_levels_are_said_with_what_a_uniform_code_costs() -> None:
+    (line,) = remarks(made(result(1), grey_levels=17))
+    assert "17 grey levels, not 256" in line and "log2(17) = 4.09" in line
+    assert remarks(made(replace(result(1), bits=()), grey_levels=17)) == []
+
+
+def pixels(found: Report) -> np.ndarray:
+    with Image.open(io.BytesIO(plots.picture(found)), formats=("PNG",)) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def colours(picture: np.ndarray) -> int:
+    return len(np.unique(picture.reshape(-1, 3), axis=0))
+
+
+def test_a_picture_has_a_line_of_panels_for_whatever_varies() -> None:
+    over_images = pixels(made(*(result(i, drawn(i)) for i in (1, 2, 3))))
+    over_steps = pixels(made(result(1, drawn(1), drawn(1, 10))))
+    both, one = pixels(SEVERAL), pixels(ONE)
+    assert over_images.shape == one.shape
+    assert over_steps.shape[0] == one.shape[0] and over_steps.shape[1] < one.shape[1]  # no bits/dim there
+    assert both.shape[0] == 2 * one.shape[0]
+    for picture in (one, over_images, over_steps, both):
+        assert colours(picture) > 50
+    assert (pixels(ONE) == one).all()
+    assert (pixels(made(result(1, drawn(3)))) != one).any()
+
+
+@pytest.mark.parametrize(("channels", "num_pairs"), [(1, 16), (3, 5)])
+def test_the_picture_of_the_nearest_shows_every_pair(channels: int, num_pairs: int) -> None:
+    image = np.random.RandomState(0).randint(0, 256, (2, num_pairs, 8, 8, channels)).astype(np.uint8)
+    image[..., 0, 0, :] = 255
+    places = np.arange(num_pairs)
+    pairs = Pairs("pixels", places, image[0], image[1], places / 3.0, places / 100)
+    with Image.open(io.BytesIO(plots.nearest(pairs)), formats=("PNG",)) as picture:
+        shown = np.asarray(picture.convert("RGB"))
+    for picture_of in image.reshape(-1, 8, 8, channels):
+        pixel = np.broadcast_to(picture_of[4, 4], 3)
+        assert (shown == pixel).all(-1).sum() > 9, "an image is missing"

@@ -1,0 +1,202 @@
+"""A checkpoint under a name in a real MLflow: what is stored, what is found again, what is served."""
+
+import base64
+import json
+import os
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import servers
+import torch
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
+from mlflow.models import Model
+from processes import program
+from safetensors.torch import load_file
+from tiny import TINY_NET
+
+from ddpm.checkpoints import checkpoint
+from ddpm.config import override
+from ddpm.hub import registry, resolve
+from ddpm.tracking.mlflow_runs import RUN_KEY_TAG
+from ddpm.training.state import State
+from ddpm.utils.errors import UserError
+
+CPU = torch.device("cpu")
+TINY = override(
+    TINY_NET,
+    {
+        "schedule.num_timesteps": 20,
+        "model.num_classes": 3,
+        "model.zero_init": False,
+        "sample.num_sample_steps": 3,
+        "run.experiment": "registry",
+    },
+)
+
+
+@pytest.fixture
+def mlflow(mlflow_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowClient]:
+    """The server, as what the environment names."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")  # undone afterwards
+    yield MlflowClient(mlflow_server)
+
+
+@pytest.fixture
+def name() -> str:
+    return f"digits-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint of a run that MLflow may know."""
+    state = State.create(TINY, CPU)
+    sum(p.square().sum() for p in state.net.parameters()).backward()  # type: ignore[union-attr]
+    state.optimizer.step()
+    state.step, state.images_seen = 3, 3 * TINY.train.batch_size
+    checkpoint.write(
+        state.snapshot(TINY, {"run_key": uuid.uuid4().hex, "data_fingerprint": "f"}), tmp_path / "c"
+    )
+    return tmp_path / "c"
+
+
+def run_of(client: MlflowClient, folder: Path) -> str:
+    """An MLflow run that has ended, of the run that the checkpoint belongs to."""
+    found = client.get_experiment_by_name("registry")
+    experiment_id = found.experiment_id if found else client.create_experiment("registry")
+    key = checkpoint.read_state(folder)["run_key"]
+    run = client.create_run(experiment_id, tags={RUN_KEY_TAG: key})
+    client.set_terminated(run.info.run_id, "FINISHED")
+    return run.info.run_id
+
+
+def test_what_is_registered_is_found_again_by_its_alias(
+    mlflow: MlflowClient, name: str, folder: Path, tmp_path: Path
+) -> None:
+    run_id = run_of(mlflow, folder)
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    model, where = registry.register(name, folder, {"diffusers": tmp_path / "pipeline"}, "champion")
+    assert (model, where) == (f"models:/{name}/1", os.environ["MLFLOW_TRACKING_URI"])
+    assert registry.register(name, folder, {})[0] == f"models:/{name}/2"
+    version = mlflow.get_model_version_by_alias(name, "champion")
+    assert (version.version, version.run_id) == ("1", run_id)
+    assert mlflow.get_run(run_id).info.status == "FINISHED"
+
+    with resolve.local_checkpoint(f"models:/{name}@champion") as found:
+        back, config = checkpoint.load_net(found, CPU)
+        assert checkpoint.read_state(found) == checkpoint.read_state(folder)
+    assert not found.exists()
+    net, _ = checkpoint.load_net(folder, CPU)
+    assert config == TINY
+    before, after = net.state_dict(), back.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_registered_model_says_what_it_takes_and_holds_no_pickle(
+    mlflow: MlflowClient, name: str, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    model, _ = registry.register(name, folder, {"diffusers": tmp_path / "pipeline"})
+    local = Path(download_artifacts(artifact_uri=model, dst_path=str(tmp_path / "model")))
+    files = {str(path.relative_to(local)) for path in local.rglob("*") if path.is_file()}
+    assert {"artifacts/diffusers/model_index.json", "serving.py", "code/ddpm/sampling/generate.py"} <= files
+    assert {f"artifacts/checkpoint/{file}" for file in checkpoint.FILES} <= files
+    assert {Path(file).suffix for file in files} <= {".py", ".json", ".safetensors", ".yaml", ".txt", ""}
+    assert load_file(local / "artifacts/checkpoint/optimizer.safetensors") == {}
+    card = Model.load(local)
+    assert card.signature.inputs.to_dict()[0]["properties"].keys() == {"num_images", "seed", "label"}
+    assert json.loads((local / "input_example.json").read_text()) == registry.EXAMPLE
+    needed = (local / "requirements.txt").read_text()
+    assert all(f"{package}==" in needed for package in ("torch", "mlflow", "safetensors"))
+    assert "+cpu" not in needed
+
+
+def test_what_is_not_there_is_a_line(mlflow: MlflowClient, name: str) -> None:
+    for uri in (f"models:/{name}@champion", f"models:/{name}/1", "models:/", f"models:/{name}"):
+        with pytest.raises(UserError, match=r"^MLflow at http") as caught, resolve.local_checkpoint(uri):
+            pass
+        assert "\n" not in str(caught.value)
+
+
+def test_an_mlflow_that_does_not_answer_is_a_line(
+    mlflow: MlflowClient, name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (port,) = servers.free_ports(1)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@{servers.LOOPBACK}:{port}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(UserError, match=f"^MLflow at http://{servers.LOOPBACK}:{port}: ") as caught:
+        registry.register(name, folder, {})
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_mlflow_serves_the_images_that_the_job_draws(
+    mlflow: MlflowClient, name: str, folder: Path, tmp_path: Path, run_job: Callable[..., Any]
+) -> None:
+    out = tmp_path / "program"
+    done = run_job("export", folder, out, "--format", "pt2", "--register", name, "--alias", "champion")
+    assert done.returncode == 0, done.stderr
+    assert (
+        done.stdout.splitlines()[-1] == f"model       models:/{name}/1 in {os.environ['MLFLOW_TRACKING_URI']}"
+    )
+    assert done.stdout.splitlines()[0] == f"program     {out}/net.pt2"
+    net, _ = checkpoint.load_net(folder, CPU)
+    arguments = torch.randn(3, 1, 8, 8), torch.tensor([0, 5, 19]), torch.tensor([0, 2, 3])
+    program = torch.export.load(out / "net.pt2").module()
+    assert (program(*arguments) - net(*arguments)).abs().max() < 1e-5
+
+    uri = f"models:/{name}@champion"
+    done = run_job("sample", uri, "--num-images", 4, "--seed", 7, "--out", tmp_path / "drawn")
+    assert done.returncode == 0, done.stderr
+
+    with served(uri, tmp_path / "served") as url:
+        answer = requests.post(
+            f"{url}/invocations", json={"inputs": [{"num_images": 4, "seed": 7}]}, timeout=60
+        )
+        assert answer.status_code == 200, answer.text
+        pictures = answer.json()["predictions"]
+        assert [picture["index"] for picture in pictures] == [0, 1, 2, 3]
+        for picture in pictures:
+            drawn = tmp_path / f"drawn/images/{picture['index']:06d}.png"
+            assert base64.b64decode(picture["png"]) == drawn.read_bytes()
+        assert len({picture["png"] for picture in pictures}) == 4
+        one = {"num_images": 1, "seed": 0}
+        wrong: list[tuple[list[dict[str, Any]], str]] = [
+            ([one | {"num_images": 0}], "num_images"),
+            ([one, one | {"label": 3}], "label is 3; it must be in 0..2"),
+            ([one | {"num_images": "many"}], "num_images"),
+            ([{"seed": 0}], "num_images"),
+            ([one | {"num_image": 2}], "num_image"),
+            (
+                [one | {"num_images": 4096}, one],
+                "the requests ask for 4097 images together; the limit is 4096",
+            ),
+            ([one | {"num_images": 64}] * 65, "the requests ask for 4160 images together"),
+        ]
+        for request, message in wrong:
+            answer = requests.post(f"{url}/invocations", json={"inputs": request}, timeout=60)
+            assert answer.status_code == 400, answer.text
+            assert message in answer.text, (message, answer.text)
+        answer = requests.post(f"{url}/invocations", json={"inputs": [one | {"label": 2}, one]}, timeout=60)
+        assert [picture["index"] for picture in answer.json()["predictions"]] == [0, 0]
+
+
+@contextmanager
+def served(uri: str, folder: Path) -> Iterator[str]:
+    """`mlflow models serve`, as a person types it."""
+    (port,) = servers.free_ports(1)
+    url = f"http://{servers.LOOPBACK}:{port}"
+    command = [program("mlflow"), "models", "serve", "--model-uri", uri, "--env-manager", "local"]
+    command += ["--host", servers.LOOPBACK, "--port", str(port), "--workers", "1"]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # it starts uvicorn
+    with servers.Server("served", command, f"{url}/ping", folder, {"PATH": path}):
+        yield url

@@ -1,0 +1,138 @@
+"""The diffusion Transformer."""
+
+import pytest
+import torch
+
+from ddpm.build import build_net, build_objective
+from ddpm.config import Config, DiTConfig, override
+from ddpm.models import dit
+from ddpm.training.state import State
+from ddpm.utils.generators import PhiloxGenerator
+
+SMALL = DiTConfig(
+    image_size=8, channels=3, num_classes=5, patch_size=2, width=16, depth=2, num_heads=2, mlp_ratio=3
+)
+TINY = override(
+    Config(),
+    {
+        "model.net": "dit",
+        "model.image_size": 8,
+        "model.channels": 1,
+        "model.width": 32,
+        "model.depth": 2,
+        "schedule.num_timesteps": 50,
+        "optim.lr": 2e-3,
+    },
+)
+CPU = torch.device("cpu")
+
+
+def test_patches_are_cut_row_by_row_and_put_together_again() -> None:
+    x = torch.arange(2 * 3 * 4 * 6.0).view(2, 3, 4, 6)
+    tokens = dit.patchify(x, 2)
+    assert tokens.shape == (2, 6, 12)
+    assert torch.equal(tokens[1, 4].view(3, 2, 2), x[1, :, 2:4, 2:4])  # the fourth of two rows of three
+    assert torch.equal(dit.unpatchify(tokens, 2, rows=2), x)
+
+
+def test_no_two_patches_are_at_one_position() -> None:
+    where = dit.positions(4, 6, 16, CPU)
+    assert where.shape == (24, 16)
+    assert len(where.unique(dim=0)) == 24
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_at_the_start_a_block_is_the_identity_and_the_output_0(learned: bool) -> None:
+    """adaLN-Zero; then every weight has a gradient as soon as the last layers are not 0."""
+    net = dit.build(SMALL, out_channels=6 if learned else None)
+    tokens, condition = torch.randn(4, 16, 16), torch.randn(4, 16)
+    for block in net.blocks:
+        assert torch.equal(block(tokens, condition), tokens)
+    x_t, t, label = torch.randn(4, 3, 8, 8), torch.arange(4), torch.tensor([0, 3, 4, 5])
+    out = net(x_t, t, label)
+    assert torch.equal(out, torch.zeros(4, 6 if learned else 3, 8, 8))
+    for weight in net.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    net(x_t, t, label).square().sum().backward()
+    assert [name for name, weight in net.named_parameters() if not weight.grad.any()] == []  # type: ignore[union-attr]
+
+
+def test_t_label_and_place_make_a_difference_and_the_batch_makes_none() -> None:
+    net = dit.build(SMALL)
+    for weight in net.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    x_t, t, label = (
+        torch.randn(1, 3, 8, 8).expand(3, -1, -1, -1),
+        torch.tensor([1, 9, 1]),
+        torch.tensor([0, 0, 1]),
+    )
+    out = net(x_t, t, label)
+    assert not torch.allclose(out[0], out[1]) and not torch.allclose(out[0], out[2])
+    torch.testing.assert_close(out[1:2], net(x_t[1:2], t[1:2], label[1:2]))
+    flat = net(torch.ones(1, 3, 8, 8), t[:1])  # without a label: the null label
+    assert not torch.allclose(flat[..., :2, :2], flat[..., 2:4, :2])
+    torch.testing.assert_close(flat, net(torch.ones(1, 3, 8, 8), t[:1], torch.tensor([5])))
+
+
+@pytest.mark.parametrize("time", [True, False])
+@pytest.mark.parametrize("classes", [0, 5])
+def test_it_has_as_many_weights_as_the_formula_says(time: bool, classes: int) -> None:
+    E, L, r, pixels, S = 16, 2, 3, 4 * 3, 256
+    config = override(SMALL, {"num_classes": classes})
+    block = 3 * E * E + 3 * E + E * E + E + 2 * r * E * E + r * E + E + 6 * E * E + 6 * E
+    rest = pixels * E + E + 2 * E * E + 2 * E + E * pixels + pixels
+    conditions = time * (S * E + E + E * E + E) + bool(classes) * (classes + 1) * E
+    net = dit.build(config, time_conditional=time)
+    assert sum(weight.numel() for weight in net.parameters()) == L * block + rest + conditions
+    assert not list(net.buffers())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"patch_size": 3}, "image_size is 8; it must be a multiple of patch_size, 3"),
+        ({"patch_size": 0}, "patch_size is 0"),
+        ({"width": 18}, "width is 18; it must be a multiple of 4"),
+        ({"width": 10**12}, "width is 1000000000000"),
+        ({"num_heads": 3}, "num_heads is 3; it must be a divisor of width, 16"),
+        ({"num_heads": 0}, "num_heads is 0"),
+        ({"depth": 65}, "depth is 65; it must be at least 1, and at most 64"),
+        ({"mlp_ratio": 10**9}, "mlp_ratio is 1000000000"),
+        ({"image_size": 10**9}, "image_size is 1000000000"),
+        ({"channels": 0}, "channels is 0"),
+        ({"num_classes": -1}, "num_classes is -1"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+    ],
+)
+def test_sizes_that_make_no_net_are_named(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dit.build(override(SMALL, changes))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_same_seeds_give_the_same_loss_and_a_short_training_lowers_it(precision: str) -> None:
+    config = override(TINY, {"train.precision": precision})
+    x_0 = torch.linspace(-1, 1, 64).view(1, 1, 8, 8) * torch.tensor([-1.0, 1.0]).repeat(32).view(64, 1, 1, 1)
+    objective = build_objective(config)
+
+    def losses(steps: int) -> list[float]:
+        state, found = State.create(config, CPU), []
+        for step in range(steps):
+            loss = objective.loss(state.net, x_0, None, PhiloxGenerator(0, step)).value
+            loss.backward()
+            state.optimizer.step()
+            state.optimizer.zero_grad()
+            found.append(loss.item())
+        return found
+
+    first = losses(60)
+    assert losses(5) == first[:5]
+    assert first[0] == pytest.approx(1, abs=0.1)  # eps is predicted as 0
+    assert sum(first[-10:]) / 10 < 0.5
+
+
+def test_without_t_it_is_the_course_s_net() -> None:
+    net = build_net(override(TINY, {"objective.process": "uniform_mix"}))
+    assert net(torch.randn(2, 1, 8, 8), None).shape == (2, 1, 8, 8)
+    with pytest.raises(ValueError, match="t must be None"):
+        net(torch.randn(2, 1, 8, 8), torch.tensor([1, 2]))

@@ -1,0 +1,76 @@
+"""Reports that tests make up."""
+
+from dataclasses import replace
+from typing import Any
+
+from ddpm.config import SampleConfig
+from ddpm.evaluation.memorisation import NearerShare
+from ddpm.evaluation.report import CheckpointResult, Drawn, Report
+from ddpm.evaluation.scores import Score
+
+METRICS = (
+    "FID-pixels",
+    "KID-pixels",
+    "precision-pixels",
+    "recall-pixels",
+    "density-pixels",
+    "coverage-pixels",
+)
+
+
+TERMS = ("bits/dim", "bits/dim-prior", "bits/dim-kl", "bits/dim-decoder")
+
+
+def drawn(i: int, steps: int = 50, own: bool = True, **sample: Any) -> Drawn:
+    scores = tuple(
+        Score(name, 0.1234567 * (i + j + 1) / steps, 0.01 + j / 1000, 500, 90, 0.2 + j, 0.03, 400)
+        for j, name in enumerate(METRICS)
+    )
+    return Drawn(SampleConfig(sampler="ddim", num_sample_steps=steps, **sample), own, scores)
+
+
+def nearer(low: float, n_real: int = 1000, space: str = "pixels") -> NearerShare:
+    return NearerShare(
+        name=f"nearer_than_held_out-{space}",
+        value=low + 0.01234567,
+        error=0.01,
+        n=500,
+        n_real=n_real,
+        floor=0.01,
+        floor_error=0.003,
+        floor_n=500,
+        low=low,
+        high=low + 0.04,
+        space=space,
+        threshold=12.5,
+        n_train=1500,
+    )
+
+
+def near(low: float, steps: int = 50, **changes: Any) -> Drawn:
+    """A way of drawing with its memorisation and a picture of it."""
+    return replace(drawn(1, steps), scores=(nearer(low, **changes),), nearest=f"PNG {low}".encode())
+
+
+def result(i: int, *ways: Drawn, run: str = "a", **changes: Any) -> CheckpointResult:
+    bits = tuple(Score(name, 4.5678901 - i / 10 + j, 0.05, 90) for j, name in enumerate(TERMS))
+    made = CheckpointResult(
+        f"runs/{run}/checkpoint-{i}",
+        f"sha{i}",
+        run,
+        f"key{run}",
+        "ddpm",
+        1000 * i,
+        True,
+        "measured",
+        True,
+        bits,
+        ways,
+        0,
+    )
+    return replace(made, **changes)
+
+
+def made(*results: CheckpointResult, grey_levels: int = 256) -> Report:
+    settings = {"features": {"name": "pixels", "size": 64}, "data": {"grey_levels": grey_levels}}
+    return Report(settings, results)

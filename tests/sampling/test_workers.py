@@ -1,0 +1,305 @@
+"""Sampling with workers that die: in the end the folder holds what one undisturbed process writes."""
+
+import dataclasses
+import json
+import shutil
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+from tiny import TINY_NET
+
+from ddpm.build import build_net, build_objective
+from ddpm.config import Config, override
+from ddpm.data import ray_dataset
+from ddpm.data.shards import make_manifest, write_manifest, write_shard
+from ddpm.diffusion.inpainting import Known
+from ddpm.sampling import generate, workers, writers
+from ddpm.sampling.workers import SampleJob
+from ddpm.sampling.writers import Form
+from ddpm.storage.locations import Location, resolve
+from ddpm.utils import images, process
+from ddpm.utils.errors import UserError
+
+TINY = override(
+    TINY_NET, {"schedule.num_timesteps": 50, "model.zero_init": False, "sample.num_sample_steps": 4}
+)
+BILLION = 10**9
+CONDITIONAL = override(TINY, {"model.num_classes": 3})
+
+
+def job_of(config: Config, **settings: Any) -> SampleJob:
+    return SampleJob(build_net(config).state_dict(), config, **settings)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(writers, "IMAGES_PER_SHARD", 8)
+    yield
+
+
+def drawn(out: Path, job: SampleJob, num_images: int = 21, **settings: Any) -> dict[str, bytes]:
+    """What lies in `out` after 21 images, in pieces of 4."""
+    workers.draw(job, resolve(str(out)), num_images, **{"batch_size": 4, **settings})
+    return files(out)
+
+
+@pytest.mark.usefixtures("ray_here")
+@pytest.mark.parametrize("form", ["png", "parquet"])
+def test_two_workers_draw_what_one_draws(form: Form, tmp_path: Path) -> None:
+    """Bit for bit; also when one is killed; and so do the threads of one process."""
+    job = job_of(CONDITIONAL)
+    alone = drawn(tmp_path / "one", job, num_workers=1, form=form)
+    assert len(alone) == {"png": 21 + 2, "parquet": 3 + 3}[form]
+    victims: list[int] = []
+
+    def kill_one(done: int, detail: str) -> None:
+        if done and not victims:
+            workers = [
+                child
+                for child in psutil.Process().children(recursive=True)
+                if child.cmdline()[0].startswith("ray::_Worker")
+            ]
+            victims.append(workers[0].pid)
+            workers[0].kill()
+
+    assert drawn(tmp_path / "two", job, num_workers=2, form=form, show=kill_one) == alone
+    assert len(victims) == 1
+    assert drawn(tmp_path / "threads", job, form=form) == alone
+
+
+def test_png_i_is_image_i(tmp_path: Path) -> None:
+    told: list[tuple[int, str]] = []
+    job = job_of(TINY)
+    found = drawn(tmp_path, job, 10, num_workers=1, show=lambda *news: told.append(news))
+    assert set(found) == {"request.json", "grid.png", *(f"images/{i:06d}.png" for i in range(10))}
+    assert [done for done, _ in told] == [0, 4, 8, 10]
+    assert all(detail.endswith(" images/s") for _, detail in told[1:])
+    net = build_net(TINY).eval()
+    objective = build_objective(TINY)
+    torch.set_num_threads(1)
+    expected = [
+        generate.draw(net, TINY, objective, piece, device=torch.device("cpu")).numpy()
+        for piece in (range(4), range(4, 8), range(8, 10))
+    ]
+    read = [images.from_png(found[f"images/{i:06d}.png"]) for i in range(10)]
+    assert np.array_equal(read, np.concatenate(expected))
+    assert found["grid.png"] == images.png_bytes(images.grid(np.stack(read)))
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("form", ["png", "parquet"])
+def test_what_is_there_is_not_drawn_again(form: Form, tmp_path: Path) -> None:
+    job = job_of(CONDITIONAL)
+    undisturbed = drawn(tmp_path / "undisturbed", job, form=form)
+
+    def die(done: int, detail: str) -> None:
+        if done >= 12:
+            raise Killed
+
+    with pytest.raises(Killed):
+        drawn(tmp_path / "killed", job, form=form, num_workers=1, show=die)
+    assert "manifest.json" not in files(tmp_path / "killed")
+    told: list[int] = []
+    again = drawn(tmp_path / "killed", job, form=form, num_workers=1, show=lambda done, _: told.append(done))
+    # Shards are of 8, so the third piece was not kept.
+    assert told == {"png": [12, 16, 20, 21], "parquet": [8, 12, 16, 20, 21]}[form]
+    assert again == undisturbed
+    told.clear()
+    assert drawn(tmp_path / "killed", job, form=form, show=lambda done, _: told.append(done)) == undisturbed
+    assert told == [21]
+
+
+def test_a_larger_request_adds_images(tmp_path: Path) -> None:
+    job = job_of(TINY)
+    drawn(tmp_path / "grown", job, 10)
+    told: list[int] = []
+    grown = drawn(tmp_path / "grown", job, 21, num_workers=1, show=lambda done, _: told.append(done))
+    assert told[0] == 8  # the piece that had two of four images is drawn again, as a whole
+    assert grown == drawn(tmp_path / "at-once", job, 21)
+
+
+def test_a_lost_image_is_drawn_again_and_a_half_written_one_is_none(tmp_path: Path) -> None:
+    job = job_of(TINY)
+    whole = drawn(tmp_path, job)
+    gone = f".000005.png.{process.token()}0.1.tmp"  # of a process that has ended
+    (tmp_path / "images/000005.png").rename(tmp_path / "images" / gone)
+    (tmp_path / "images/000020.png").unlink()
+    assert drawn(tmp_path, job) == whole
+
+
+def test_another_request_is_refused_and_named(tmp_path: Path) -> None:
+    job = job_of(TINY)
+    before = drawn(tmp_path / "a", job, 2)
+    others: list[tuple[SampleJob, dict[str, Any], str]] = [
+        (job_of(override(TINY, {"sample.seed": 1})), {}, r"sample\.seed 0 \(now 1\)"),
+        (job_of(override(TINY, {"train.seed": 1})), {}, r"weights \w+ \(now \w+\)"),
+        (job, {"batch_size": 5}, r"batch_size 4 \(now 5\)"),
+        (job, {"form": "parquet"}, r"num_images None \(now 2\)"),
+        (job_of(TINY, known=known_part(num_resamples=1)), {}, r"inpaint None \(now \w+\)"),
+    ]
+    for other, settings, message in others:
+        with pytest.raises(UserError, match=f"a holds images of another request: .*{message}.*another --out"):
+            drawn(tmp_path / "a", other, 2, **settings)
+    assert files(tmp_path / "a") == before
+    drawn(tmp_path / "a", job_of(override(TINY, {"sample.sampler": "ddim", "sample.num_images": 9})), 2)
+    (tmp_path / "b/images").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"b has images but no request\.json"):
+        drawn(tmp_path / "b", job, 2)
+    (tmp_path / "a/request.json").write_text("{")
+    with pytest.raises(UserError, match=r"request\.json is damaged"):
+        drawn(tmp_path / "a", job, 2)
+
+
+@pytest.mark.parametrize("form", ["png", "parquet"])
+def test_images_that_the_disk_has_no_room_for_are_refused(
+    form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_of(TINY)
+    with pytest.raises(
+        UserError, match=r"^1,000,000,000,000 images need .* GB or more, and .* another --out$"
+    ):
+        drawn(tmp_path / "out", job, 10**12, form=form)
+    assert not (tmp_path / "out").exists()
+    whole = drawn(tmp_path / "out", job, form=form)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    assert drawn(tmp_path / "out", job, form=form) == whole  # what is there needs no room
+    with pytest.raises(UserError, match="9,000 images need"):
+        drawn(tmp_path / "out", job, 9000, form=form)
+
+
+@pytest.mark.parametrize("form", ["png", "parquet"])
+def test_a_billion_images_take_no_memory_before_they_are_drawn(
+    form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**18))
+
+    def die(done: int, detail: str) -> None:
+        if done >= 12:
+            raise Killed
+
+    for _ in range(2):  # the second time some are there
+        tracemalloc.start()
+        try:
+            with pytest.raises(Killed):
+                drawn(tmp_path, job_of(TINY), BILLION, form=form, num_workers=1, show=die)
+            assert tracemalloc.get_traced_memory()[1] < 50 << 20
+        finally:
+            tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_images": 0}, "num_images is 0; it must be at least 1"),
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"num_workers": 0}, "num_workers is 0; it must be at least 1"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        drawn(tmp_path / "out", job_of(TINY), **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_are_checked() -> None:
+    with pytest.raises(UserError, match="label is 3; this net was trained without labels"):
+        job_of(TINY, label=3)
+    with pytest.raises(UserError, match=r"label is 3; it must be in 0\.\.2"):
+        job_of(CONDITIONAL, label=3)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        UserError, match=r"cannot write images to .*/file/out: .*; the same command continues"
+    ):
+        drawn(tmp_path / "file/out", job_of(TINY))
+
+
+def training_data(location: Location) -> None:
+    names = ["zero", "one", "two"]
+    pixels, labels = np.zeros((4, 8, 8, 1), np.uint8), np.array([0, 1, 2, 0])
+    shard = write_shard(
+        location.filesystem, location.path, "train/00000.parquet", pixels, labels, rows_per_row_group=4
+    )
+    manifest = make_manifest("test", 8, 8, 1, "raw", names, {"train": [shard]}, "options")
+    write_manifest(location.filesystem, location.path, manifest)
+
+
+@pytest.mark.parametrize("label", [None, 2])
+def test_shards_are_a_data_set_to_train_on(label: int | None, tmp_path: Path) -> None:
+    training_data(resolve(str(tmp_path / "data")))
+    config = override(CONDITIONAL, {"data.shards": str(tmp_path / "data")})
+    job = job_of(config, label=label)
+    drawn(tmp_path / "pngs", job)
+    drawn(tmp_path / "shards", job, form="parquet")
+    data_set = ray_dataset.open_configured(override(config, {"data.shards": str(tmp_path / "shards")}))
+    assert data_set.manifest.class_names == ("zero", "one", "two")
+    assert [shard.num_rows for shard in data_set.rows.shards] == [8, 8, 5]
+    plan = data_set.plan(0, 8)
+    read = data_set.read(plan, 0, 21)
+    order = np.concatenate([8 * window.row_groups + window.rows for window in plan.windows(0, 21)])
+    for i, image, of_class in zip(order, read.image, read.label, strict=True):
+        png = tmp_path / f"pngs/images/{i:06d}.png"
+        assert np.array_equal(image, images.from_png(png.read_bytes()))
+        assert of_class == (i % 3 if label is None else label)
+    assert (tmp_path / "shards/grid.png").read_bytes() == (tmp_path / "pngs/grid.png").read_bytes()
+    with pytest.raises(UserError, match=r"num_images 21 \(now 22\)"):
+        drawn(tmp_path / "shards", job, 22, form="parquet")
+
+
+@pytest.mark.parametrize("form", ["png", "parquet"])
+def test_a_bucket_holds_what_a_folder_holds(form: Form, s3_bucket: str, tmp_path: Path) -> None:
+    here = drawn(tmp_path, job_of(TINY), 9, form=form, with_trajectory=True)
+    there = resolve(f"{s3_bucket}/drawn")
+    for _ in range(2):
+        workers.draw(job_of(TINY), there, 9, form=form, batch_size=4, with_trajectory=True)
+    assert {name: there.child(name).read() for name in here} == here
+
+
+def known_part(**settings: Any) -> Known:
+    """A picture, and its left half is kept."""
+    x_0 = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8)
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., :4] = 1
+    return Known(x_0, mask, **settings)
+
+
+def test_inpainting_keeps_the_picture_where_the_mask_is_white(tmp_path: Path) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:, :4] = 255
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    config = override(TINY, {"sample.num_sample_steps": 12})
+    both = tmp_path / "picture.png", tmp_path / "mask.png"
+    known = generate.read_known(*both, config, num_resamples=2, jump_length=3)
+    assert (known.num_resamples, known.jump_length) == (2, 3)
+    found = drawn(tmp_path / "out", job_of(config, known=known), 3)
+    pixels = [images.from_png(found[f"images/{i:06d}.png"])[..., 0] for i in range(3)]
+    for image in pixels:
+        assert (image[:, :4] == picture[:, :4]).all()
+    assert (pixels[0][:, 4:] != pixels[1][:, 4:]).any()
+    asked = json.loads(found["request.json"])
+    assert (asked["num_resamples"], asked["jump_length"]) == (2, 3)
+    with pytest.raises(UserError, match=r"jump_length is 12; .* 12 steps"):
+        job_of(config, known=dataclasses.replace(known, jump_length=12))
+    mixed = override(config, {"objective.process": "uniform_mix"})
+    with pytest.raises(UserError, match="ancestral cannot undo the process uniform_mix"):
+        job_of(mixed, known=known)

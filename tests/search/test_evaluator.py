@@ -1,0 +1,100 @@
+"""A trial's checkpoint, judged: by the same draws as every other trial's, with the numbers of jobs/evaluate.py."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from judged import CONFIG, make_data, make_run
+
+from ddpm.checkpoints import checkpoint
+from ddpm.config import Config, override
+from ddpm.data.manifest import read_manifest
+from ddpm.data.reading import DataSet
+from ddpm.diffusion import likelihood
+from ddpm.evaluation import context, evaluate
+from ddpm.evaluation.context import Settings
+from ddpm.search.evaluator import Evaluator, Judged
+from ddpm.storage import locations
+from ddpm.utils.errors import UserError
+
+LINEAR = override(CONFIG, {"schedule.kind": "linear", "schedule.num_timesteps": 30, "run.name": "linear"})
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.set_num_threads(1)
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def evaluator(shards: str) -> Evaluator:
+    place = locations.resolve(shards)
+    train = DataSet(
+        place.filesystem, place.path, read_manifest(place.filesystem, place.path, shards), "train"
+    )
+    held_out = train.held_out()
+    assert held_out is not None
+    return Evaluator(train, held_out, num_images=60, num_draws=2)
+
+
+def a_checkpoint(folder: Path, shards: str, config: Config = CONFIG) -> str:
+    return make_run(folder, shards, config).location.child(checkpoint.name_at(192)).uri
+
+
+def test_numbers_are_those_of_evaluate(evaluator: Evaluator, shards: str, tmp_path: Path) -> None:
+    uri = a_checkpoint(tmp_path, shards)
+    found = evaluator.judge(uri)
+    settings = Settings(num_images=60, features="pixels", num_draws=2)
+    (result,) = evaluate.evaluate(context.read([uri]), settings, 1).results
+    whole = result.bits[0]
+    rung = found.rung(training_s=1.5)
+    assert (rung.bits_per_dim, rung.bits_per_dim_error) == pytest.approx((whole.value, whole.error), rel=1e-6)
+    assert (rung.images_seen, len(found.bits), rung.training_s) == (192, 60, 1.5)
+    assert rung.train_loss != rung.held_out_loss
+    assert Judged.from_json(found.to_json(), "here") == found
+
+
+def test_two_trials_are_judged_by_the_same_draws(
+    evaluator: Evaluator, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other schedules, other T: the same images, the same noise, the same quantiles of t."""
+    real = likelihood.estimate
+    drawn = []
+
+    def spy(denoise, schedule, x_0, noise, u, proposal, **how):  # type: ignore[no-untyped-def]
+        def listening():  # type: ignore[no-untyped-def]
+            eps.append(noise())
+            return eps[-1]
+
+        eps: list[torch.Tensor] = []
+        bound = real(denoise, schedule, x_0, listening, u, proposal, **how)
+        drawn.append((x_0, u, torch.stack(eps), bound.t))
+        return bound
+
+    monkeypatch.setattr(likelihood, "estimate", spy)
+    first = evaluator.judge(a_checkpoint(tmp_path, shards))
+    second = evaluator.judge(a_checkpoint(tmp_path, shards, LINEAR))
+    (x_0, u, eps, t), (other_x_0, other_u, other_eps, other_t) = drawn
+    assert torch.equal(x_0, other_x_0) and torch.equal(u, other_u) and torch.equal(eps, other_eps)
+    assert not torch.equal(t, other_t) and first.bits != second.bits
+    assert len(set(u.tolist())) == 60 and eps.shape == (3, 60, 1, 8, 8)
+
+
+def test_a_net_of_no_use_is_a_line(evaluator: Evaluator, shards: str, tmp_path: Path) -> None:
+    uri = a_checkpoint(tmp_path, shards)
+    with pytest.MonkeyPatch.context() as patch:
+        load = checkpoint.load_net
+
+        def broken(*args):  # type: ignore[no-untyped-def]
+            net, config = load(*args)
+            with torch.no_grad():
+                next(net.parameters()).fill_(torch.nan)
+            return net, config
+
+        patch.setattr(checkpoint, "load_net", broken)
+        with pytest.raises(UserError, match="is not finite: its net is unusable"):
+            evaluator.judge(uri)
+    with pytest.raises(UserError, match="--num-images is 5; it must be at least 20"):
+        Evaluator(evaluator.train, evaluator.held_out, 5)
+    with pytest.raises(UserError, match="here is damaged"):
+        Judged.from_json("{}", "here")

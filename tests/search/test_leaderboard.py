@@ -1,0 +1,194 @@
+"""How a search ended: ranks and ties, flags, the best config, and pictures, of trials that nobody had to train."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from mlflow import MlflowClient
+from torch import Tensor
+from tracked import run_of
+
+from ddpm import config as configs
+from ddpm.config import Config
+from ddpm.diffusion import process, samplers, schedules
+from ddpm.diffusion.objectives import Denoised
+from ddpm.presets import DIGITS
+from ddpm.search import leaderboard, plots, publish
+from ddpm.search.evaluator import Judged
+from ddpm.search.event_log import EventLog, Trial
+from ddpm.search.runner import JUDGED
+from ddpm.storage import locations
+from ddpm.storage.locations import Location
+
+COSINE = {"schedule.kind": "cosine", "optim.lr": 1e-3}
+LINEAR = {
+    "schedule.kind": "linear",
+    "schedule.beta_end": 0.005,
+    "schedule.num_timesteps": 200,
+    "optim.lr": 3e-3,
+}
+BASE = configs.override(
+    DIGITS, {"train.total_images": 128, "train.keep_checkpoints": 9, "run.experiment": "searches"}
+)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Location:
+    return locations.resolve(str(tmp_path / "search"))
+
+
+def make(place: Location, trials: list[tuple[dict[str, Any], str, dict[int, Any]]]) -> EventLog:
+    """A events, and what was found of each trial's checkpoints: by images seen, the mean of its bits/dim."""
+    events = EventLog(place, {}, timeout_s=0)
+    image = np.random.default_rng(0).normal(0, 0.5, 50)
+    for number, (changes, status, found) in enumerate(trials):
+        events.add("begun", number, changes=changes)
+        for at, mean in found.items():
+            judged = Judged(at, tuple(mean + image - image.mean()), 0.5, 0.9 - mean / 10)
+            file = place.child(f"trial-{number:03d}").child(JUDGED).child(f"{at:012d}.json")
+            file.write(judged.to_json().encode())
+            events.add("judged", number, **vars(judged.rung(8.0)), goes_on=at < 128)
+        reason = "it broke" if status == "failed" else ""
+        events.add("ended", number, status=status, reason=reason, wall_s=10.0, training_s=8.0)
+    return events
+
+
+@pytest.fixture
+def events(place: Location) -> EventLog:
+    found = make(
+        place,
+        [
+            (COSINE, "finished", {64: 3.0, 128: 2.5}),
+            (LINEAR, "finished", {64: 2.9, 128: 2.25}),
+            ({**COSINE, "optim.lr": 1e-2}, "stopped", {64: 4.0}),
+            ({**COSINE, "optim.lr": 1e2}, "failed", {}),
+            ({**COSINE, "optim.lr": 2e-3}, "finished", {64: 3.0, 128: 2.5}),
+        ],
+    )
+    for number, kid in ((0, 0.02), (1, 0.05), (4, 0.021)):
+        found.add("drawn", number, name="KID-pixels", value=kid, error=0.001, n=100)
+    return found
+
+
+def the(place: Location, events: EventLog, base: Config = BASE) -> list[leaderboard.Standing]:
+    return leaderboard.standings(events.trials(), place, "bits_per_dim", base)
+
+
+def test_ranks_ties_and_flags(place: Location, events: EventLog) -> None:
+    found = the(place, events)
+    assert [s.trial.number for s in found] == [1, 0, 4, 2, 3]
+    # by bits 0 and 4 are equal, by KID they overlap
+    assert [str(s.by_bits) for s in found] == ["1", "2-3", "2-3", "None", "None"]
+    assert [str(s.by_kid) for s in found] == ["3", "1-2", "1-2", "None", "None"]
+    assert [s.is_flagged for s in found] == [True, False, False, False, False]
+    assert found[0].leftover == pytest.approx(8 * 0.775, abs=0.1)  # 8x8 exp(-200 (1e-4 + 5e-3) / 4)
+    lines = "\n".join(leaderboard.remarks(found, "bits_per_dim"))
+    assert "sqrt(D alpha_bar_T), with D numbers per image, is above 0.5" in lines
+    assert "trial-001, is not the best by KID, which is trial-000" in lines
+
+
+@pytest.mark.parametrize(
+    ("image_size", "channels", "leftover", "is_flagged"),
+    [(8, 1, 0.05, False), (32, 3, 0.35, False), (64, 3, 0.70, True), (256, 3, 2.82, True)],
+)
+def test_the_schedule_of_ho_et_al_is_flagged_for_large_images(
+    place: Location, image_size: int, channels: int, leftover: float, is_flagged: bool
+) -> None:
+    changes = {"model.image_size": image_size, "model.channels": channels, "schedule.kind": "linear"}
+    base = configs.override(BASE, {**changes, "schedule.num_timesteps": 1000})
+    (found,) = the(place, make(place, [({"schedule.beta_end": 0.02}, "failed", {})]), base)
+    assert found.leftover == pytest.approx(leftover, abs=0.005) and found.is_flagged == is_flagged
+
+
+def test_what_is_left_over_biases_samples() -> None:
+    """Flat 64x64 colour images of N(0.6, 0.1^2), drawn from pure noise: 0.6 * 0.1 * leftover too small."""
+    linear = schedules.linear(1000, 1e-4, 0.02)
+    num_dims = 3 * 64**2
+
+    def denoise(x_t: Tensor, t: Tensor) -> Denoised:
+        a = linear.alpha_bar[t].view(-1, 1, 1, 1)
+        gain = a.sqrt() * 0.1**2 / (a * 0.1**2 + (1 - a) / num_dims)
+        x_0_hat = 0.6 + gain * (x_t.mean() - a.sqrt() * 0.6) + 0 * x_t
+        return Denoised(x_0_hat, process.predict_eps_from_x_0(linear.alpha_bar, x_t, t, x_0_hat))
+
+    def no_noise() -> Tensor:
+        return torch.zeros(1, 3, 64, 64, dtype=torch.float64)
+
+    x = samplers.ddim(denoise, linear, no_noise, timesteps=range(999, -1, -1), threshold=None)
+    leftover = (num_dims * linear.alpha_bar[-1]).sqrt().item()
+    assert 0.6 - x.mean().item() == pytest.approx(0.06 * leftover, rel=0.03)
+
+
+def test_the_table_says_the_same_everywhere(place: Location, events: EventLog, tmp_path: Path) -> None:
+    found = the(place, events)
+    (tmp_path / "results.parquet").write_bytes(leaderboard.parquet(found))
+    rows = pq.read_table(tmp_path / "results.parquet").to_pylist()
+    assert [row["trial"] for row in rows] == ["trial-001", "trial-000", "trial-004", "trial-002", "trial-003"]
+    first, *_, last = rows
+    assert (first["schedule.beta_end"], first["rank_by_bits"], first["kid"]) == (0.005, "1", 0.05)
+    assert first["bits_per_dim"] == pytest.approx(2.25) and rows[1]["schedule.beta_end"] is None
+    assert (last["status"], last["reason"], last["bits_per_dim"]) == ("failed", "it broke", None)
+    text = leaderboard.markdown(found, ["a remark"])
+    assert "| trial-001 ! | finished | 128 | linear |" in text and "failed: it broke" in text
+    assert text.endswith("- a remark\n")
+    assert leaderboard.table(found).row_count == 5
+
+
+def test_the_best_config_is_one_to_train_with(place: Location, events: EventLog) -> None:
+    text = leaderboard.best_config(the(place, events), BASE)
+    assert text is not None
+    found = configs.merged(DIGITS, text, "best.json")
+    assert (found.schedule.kind, found.schedule.beta_end, found.optim.lr) == ("linear", 0.005, 3e-3)
+    assert found.train.total_images == 128
+    assert (found.run, found.cluster, found.data.shards) == (DIGITS.run, DIGITS.cluster, None)
+    assert found.train.keep_checkpoints == DIGITS.train.keep_checkpoints
+    assert not set(json.loads(text)) & {"run", "cluster"}
+
+
+def test_where_nothing_came_to_an_end(place: Location) -> None:
+    events = make(place, [(COSINE, "failed", {}), (LINEAR, "failed", {})])
+    found = the(place, events)
+    assert [s.by_bits for s in found] == [None, None]
+    assert leaderboard.best_config(found, BASE) is None
+    assert leaderboard.parquet(found) and leaderboard.table(found).row_count == 2
+
+
+def test_pictures(events: EventLog) -> None:
+    trials = events.trials()
+    curve = np.random.default_rng(0).random((9, 5))
+    pictures = [
+        plots.parallel(trials, "bits_per_dim"),
+        plots.parallel([Trial(0, {}, trials[0].rungs, "finished")], "bits_per_dim"),
+        plots.scatter(trials),
+        plots.denoising(np.arange(5.0), {"a": curve, "b": curve * 2}),
+    ]
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures)
+
+
+def test_mlflow_has_it_all_in_the_parent_run(place: Location, events: EventLog) -> None:
+    held_out: Any = None
+    for number in (0, 1, 4):  # without finalists there are no checkpoints to read
+        events.add("drawn", number)
+    parent = publish.address(events, "search", "searches")
+    assert publish.open_parent(parent, {"search.metric": "bits_per_dim"}, print) is not None
+    lines = list(publish.store(events, place, "bits_per_dim", BASE, held_out, parent))
+    assert {path.name for path in Path(place.path).iterdir() if path.is_file()} == {
+        "search.json",
+        "results.md",
+        "results.parquet",
+        "best.json",
+        "parallel.png",
+    }
+    run = run_of(parent)
+    client = MlflowClient(parent.uri)
+    names = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert {"results.md", "results.parquet", "best.json", "parallel.png"} <= names
+    assert run.data.params["search.metric"] == "bits_per_dim"
+    assert run.data.metrics["best/bits_per_dim"] == pytest.approx(2.25)
+    assert run.data.tags["mlflow.source.name"] == "tune/search.py"
+    assert run.info.status == "FINISHED"
+    assert any(line.startswith("MLflow      run ") for line in lines)

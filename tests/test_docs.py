@@ -1,0 +1,179 @@
+"""The documentation is true: its commands parse, its files exist, and docstrings keep to the style."""
+
+import ast
+import importlib
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tyro
+from processes import REPO
+
+from ddpm.utils.errors import UserError
+
+PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
+SCRIPT = re.compile(r"(jobs|tune)/(\w+)\.py")
+ENDS = {"&&", ";", "|", ">"}
+PATH = re.compile(r"(?<![\w/.}~-])(?:ddpm|jobs|tune|tests|infra|benchmarks|docs)/[\w./-]*")
+SECRETS = {"ddpm/mlflow-admin"}
+"""Names that look like paths."""
+RUN_BY_ITS_OWN_TEST = REPO / "docs/extending.md"
+"""Its commands and files are those of diffs and a package that tests/test_extending.py applies."""
+
+
+def blocks(text: str) -> Iterator[str]:
+    """Fenced and indented blocks, and code in a line of prose."""
+    fenced = re.compile(r"^( *)```\w*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+    yield from (match[2] for match in fenced.finditer(text))
+    text = fenced.sub("", text)
+    indented = re.compile(r"(?:^ {4}.*\n|^ {4,}\n)+", re.MULTILINE)
+    yield from indented.findall(text)
+    yield from re.findall(r"`([^`]+)`", indented.sub("", text))
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """Every command of a page as words, without comments and what is behind a pipe."""
+    for block in blocks(text):
+        for line in block.replace("\\\n", " ").splitlines():
+            try:
+                words = shlex.split(line, comments=True)
+            except ValueError:  # prose with an apostrophe
+                continue
+            begin = 0
+            for i, word in enumerate([*words, ";"]):
+                if word in ENDS:
+                    yield words[begin:i]
+                    begin = i + 1
+
+
+COMMANDS = {
+    " ".join(words): words
+    for page in PAGES
+    if page != RUN_BY_ITS_OWN_TEST
+    for words in commands(page.read_text())
+    if words
+}
+
+
+def scripts() -> Iterator[tuple[str, list[str]]]:
+    """Module and arguments of every command that is one of our jobs, also behind `ray job submit ... --`."""
+    for words in COMMANDS.values():
+        for i, word in enumerate(words):
+            if (match := SCRIPT.fullmatch(word)) and i > 0 and words[i - 1].endswith("python"):
+                yield f"{match[1]}.{match[2]}", words[i + 1 :]
+
+
+def test_commands_are_found() -> None:
+    assert {module for module, _ in scripts()} == {
+        *(f"jobs.{path.stem}" for path in (REPO / "jobs").glob("*.py")),
+        "tune.search",
+    }
+    assert "make train" in COMMANDS and "ray up -y cluster.yaml" in COMMANDS
+
+
+class Parsed(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("module", "arguments"), list(scripts()), ids=str)
+def test_jobs_take_their_arguments(
+    module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def only(parse: Any) -> Any:
+        def parsed(*args: Any, **kwargs: Any) -> None:
+            parse(*args, **kwargs)
+            raise Parsed
+
+        return parsed
+
+    monkeypatch.chdir(tmp_path)
+    if "--config" in arguments:
+        file = Path(arguments[arguments.index("--config") + 1])
+        file.parent.mkdir(parents=True)
+        file.write_text("{}")
+    monkeypatch.setattr(tyro, "cli", only(tyro.cli))
+    monkeypatch.setattr(tyro.extras, "subcommand_cli_from_dict", only(tyro.extras.subcommand_cli_from_dict))
+    monkeypatch.setattr(sys, "argv", [f"{module.replace('.', '/')}.py", *arguments])
+    try:
+        importlib.import_module(module).main()
+    except (Parsed, UserError) as error:  # a source's files, which are not here
+        assert isinstance(error, Parsed) or module == "jobs.prepare"
+    except SystemExit as error:
+        assert error.code == 0 and "--help" in arguments
+
+
+def test_other_commands_name_what_exists() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (REPO / "Makefile").read_text(), re.MULTILINE))
+    for command, words in COMMANDS.items():
+        words = [word for word in words if not re.match(r"[A-Z_]+=", word)]
+        if words[:1] == ["make"]:
+            assert set(words[1:]) <= targets, command
+        if len(words) > 1 and words[0].endswith("python") and words[1].endswith(".py"):
+            assert (REPO / words[1]).is_file(), command
+        if words[:1] == ["ray"]:
+            for file in (word for word in words if word.endswith(".yaml")):
+                assert (REPO / file).is_file(), command
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_paths_exist(page: Path) -> None:
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, heading = link.partition("#")
+        if "://" in link:
+            continue
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if heading else []
+        assert not heading or heading in [
+            re.sub(r"[^\w-]", "", h.lower().replace(" ", "-")) for h in headings
+        ]
+    for path in set(PATH.findall(text)) - SECRETS if page != RUN_BY_ITS_OWN_TEST else ():
+        assert (REPO / path.rstrip(".")).exists(), path
+
+
+def test_the_file_tree_is_the_tree() -> None:
+    (tree,) = (block for block in blocks((REPO / "README.md").read_text()) if block.startswith("ddpm/"))
+    assert len(tree.splitlines()) <= 24
+    listed, folder = set(), ""
+    for line in tree.splitlines():
+        names = re.match(r" *(?:[\w.]+/? {2,})+", line)
+        assert names, line
+        folder = folder if line.startswith(" ") else ""
+        for name in names[0].split():
+            assert (REPO / folder / name).exists(), name
+            listed.add(f"{folder}{name}")
+        folder = folder if line.startswith(" ") else names[0].split()[0]
+    there = {
+        f"ddpm/{path.name}{'/' if path.is_dir() else ''}"
+        for path in (REPO / "ddpm").iterdir()
+        if not path.name.startswith("__")
+    }
+    assert there == {name for name in listed if name.startswith("ddpm/") and name != "ddpm/"}
+
+
+def docstrings(path: Path) -> Iterator[str]:
+    """Every string that stands alone, those below constants and fields as well."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
+            yield node.value.value
+
+
+def test_docstrings_name_their_subject() -> None:
+    """DESIGN's rule: a docstring begins with a verb or a noun phrase, and modules are modules."""
+    wrong = [
+        f"{path.relative_to(REPO)}: {text.splitlines()[0]}"
+        for folder in ("ddpm", "jobs", "tune")
+        for path in sorted((REPO / folder).rglob("*.py"))
+        for text in docstrings(path)
+        if text.startswith(("Of ", "Who ")) or re.search(r"\brooms?\b", text)
+    ]
+    assert wrong == []

@@ -1,0 +1,53 @@
+"""The names that command lines offer are the names of the tables."""
+
+import re
+from typing import Any, get_args
+
+import processes
+import pytest
+
+from ddpm import config as configs
+from ddpm.data import catalog
+from ddpm.diffusion import objectives, samplers, schedules
+from ddpm.evaluation import nets
+
+
+@pytest.mark.parametrize(
+    ("names", "table"),
+    [
+        (configs.ScheduleKind, schedules.SCHEDULES),
+        (configs.Process, objectives.PROCESSES),
+        (configs.Prediction, objectives.PREDICTIONS),
+        (configs.SamplerName, samplers.SAMPLERS),
+        (configs.FeatureNetName, nets.FEATURE_NETS),
+    ],
+)
+def test_what_can_be_chosen_is_what_can_be_built(names: Any, table: dict[str, Any]) -> None:
+    assert sorted(get_args(names)) == sorted(table)
+
+
+def test_every_process_has_a_sampler() -> None:
+    assert {kind.process for kind in samplers.SAMPLERS.values()} == set(objectives.PROCESSES)
+
+
+def test_a_net_is_called_as_in_its_config() -> None:
+    assert {name: kind().net for name, kind in configs.NETS.items()} == {name: name for name in configs.NETS}  # type: ignore[call-arg]
+
+
+def test_a_schedule_takes_fields_that_there_are() -> None:
+    known = configs.flatten(configs.ScheduleConfig())
+    assert {field for _, fields in schedules.SCHEDULES.values() for field in fields} <= set(known)
+
+
+def test_a_source_s_name_is_that_of_the_table() -> None:
+    """A manifest says which source its data set was made of."""
+    assert {name: kind.__dataclass_fields__["name"].default for name, kind in catalog.SOURCES.items()} == {
+        name: name for name in catalog.SOURCES
+    }
+
+
+def test_nobody_else_compares_the_name_of_a_process() -> None:
+    quoted = re.compile("|".join(f"[\"']{name}[\"']" for name in objectives.PROCESSES))
+    files = [file for folder in ("ddpm", "jobs", "tune") for file in (processes.REPO / folder).rglob("*.py")]
+    found = {file.name for file in files if quoted.search(file.read_text())}
+    assert found == {"config.py", "objectives.py", "samplers.py"}

@@ -1,0 +1,207 @@
+"""Segments give back what was put in, and nothing else: every other file is refused by name."""
+
+import io
+import json
+import math
+import random
+import zipfile
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from ddpm.tracking import metrics_buffer
+from ddpm.tracking.metrics_buffer import (
+    Artifact,
+    DamagedSegment,
+    Metrics,
+    MetricsBuffer,
+    Picture,
+    parse_name,
+    segment_name,
+)
+
+GREY = np.arange(96, dtype=np.uint8).reshape(8, 12, 1)
+PNG = metrics_buffer.images.png_bytes(GREY)
+GOOD = {"kind": "metrics", "values": {"loss": 1.0}, "images_seen": 1, "timestamp_ms": 2}
+FILE = {"kind": "artifact", "name": "a.txt", "file": "files/000000"}
+IMAGE = {"kind": "image", "key": "k", "file": "files/000000", "images_seen": 1, "timestamp_ms": 2}
+
+
+def filled() -> MetricsBuffer:
+    buffer = MetricsBuffer()
+    buffer.metrics({"train/loss": 0.1, "odd": float("nan")}, 64)
+    buffer.image("samples", GREY, 64)
+    buffer.artifact("pictures/card.txt", b"\x00card")
+    buffer.metrics({"up": float("inf"), "down": float("-inf"), "step": np.float32(0.5)}, 2**40)
+    return buffer
+
+
+def segment(*lines: Any, compression: int = zipfile.ZIP_STORED, **files: bytes) -> bytes:
+    """A zip as an enemy makes it: lines that are not strings become JSON."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+        archive.writestr("records.jsonl", "\n".join(texts))
+        for name, data in files.items():
+            archive.writestr(f"files/{name[1:]}", data)
+    return file.getvalue()
+
+
+def test_what_is_gathered_comes_back_in_order_and_once() -> None:
+    buffer = filled()
+    data = buffer.take()
+    assert data is not None
+    first, picture, artifact, last = metrics_buffer.read(data, "here")
+    assert isinstance(first, Metrics) and isinstance(picture, Picture) and isinstance(last, Metrics)
+    assert (first.values["train/loss"], first.images_seen) == (0.1, 64)
+    assert math.isnan(first.values["odd"])
+    assert dict(last.values) == {"up": math.inf, "down": -math.inf, "step": 0.5}
+    assert last.images_seen == 2**40
+    assert first.timestamp_ms <= picture.timestamp_ms <= last.timestamp_ms < first.timestamp_ms + 60_000
+    assert (picture.key, picture.images_seen) == ("samples", 64)
+    with Image.open(io.BytesIO(picture.png)) as image:
+        assert np.array_equal(np.asarray(image), GREY[:, :, 0])
+    assert artifact == Artifact("pictures/card.txt", b"\x00card")
+    assert metrics_buffer.count(io.BytesIO(data), "here") == 4
+    assert buffer.take() is None
+
+
+def test_nothing_gathered_is_no_segment() -> None:
+    assert MetricsBuffer().take() is None
+
+
+def test_what_follows_a_take_is_in_the_next_segment() -> None:
+    buffer = filled()
+    buffer.take()
+    buffer.artifact("later.txt", b"")
+    data = buffer.take()
+    assert data is not None
+    assert metrics_buffer.read(data, "here") == [Artifact("later.txt", b"")]
+
+
+@given(st.dictionaries(st.text(), st.floats(allow_nan=False)), st.integers(0, 2**63 - 1))
+def test_any_name_and_value_comes_back(values: dict[str, float], images_seen: int) -> None:
+    record = Metrics(values, images_seen, 0)
+    assert metrics_buffer.read(metrics_buffer.pack([record]), "here") == [record]
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 8, 2), (8, 8, 4), (1, 8, 8, 3)])
+def test_an_array_that_is_no_image_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"image samples is uint8 .*; it must be uint8 \[H, W, C\]"):
+        MetricsBuffer().image("samples", np.zeros(shape, np.uint8), 0)
+
+
+BAD_PATHS = ["", ".", "..", "../a", "/a", "a/../b", "a//b", "a/", "a\\b", "c:a", "a\n"]
+
+
+@pytest.mark.parametrize("name", BAD_PATHS)
+def test_an_artifact_stays_in_its_folder(name: str) -> None:
+    with pytest.raises(ValueError, match="not a relative path"):
+        MetricsBuffer().artifact(name, b"")
+    with pytest.raises(DamagedSegment, match="an artifact is called"):
+        metrics_buffer.read(segment(FILE | {"name": name}, _000000=b""), "here")
+
+
+def test_names_sort_in_the_order_of_delivery() -> None:
+    order = [
+        segment_name(0),
+        segment_name(448),
+        segment_name(512, last_words=True),  # by the life before the one that commits 512
+        segment_name(512),
+        segment_name(513),
+        segment_name(10**12 - 1),
+    ]
+    assert order == sorted(order)
+    assert (order[1], order[2]) == ("000000000448.zip", "000000000512-failed.zip")
+
+
+@given(st.integers(0, 10**19 - 1), st.booleans())
+def test_a_name_says_what_it_was_made_of(images_seen: int, last_words: bool) -> None:
+    assert parse_name(segment_name(images_seen, last_words)) == (images_seen, last_words)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".000000000512.zip.12.tmp",
+        "512.zip",
+        "0000000000512.zip",
+        "-00000000512.zip",
+        "000000000512.zip\n",
+        "000000000512-lost.zip",
+        "٠٠٠٠٠٠٠٠٠٥١٢.zip",
+    ],
+)
+def test_other_files_are_no_segments(name: str) -> None:
+    assert parse_name(name) is None
+
+
+DAMAGED = {
+    "empty": b"",
+    "no zip": b"records.jsonl",
+    "no index": b"PK\x05\x06" + b"\0" * 18,
+    "no json": segment("{"),
+    "no object": segment("[]"),
+    "nested": segment("[" * 100_000),
+    "unknown kind": segment(GOOD | {"kind": "pickle"}),
+    "unknown field": segment(GOOD | {"more": 1}),
+    "missing field": segment({k: v for k, v in GOOD.items() if k != "images_seen"}),
+    "values no object": segment(GOOD | {"values": [1]}),
+    "value a bool": segment(GOOD | {"values": {"a": True}}),
+    "value null": segment(GOOD | {"values": {"a": None}}),
+    "value a word": segment(GOOD | {"values": {"a": "1"}}),
+    "bare NaN": segment('{"kind": "metrics", "values": {"a": NaN}, "images_seen": 1, "timestamp_ms": 2}'),
+    "too large": segment('{"kind": "metrics", "values": {"a": 1e999}, "images_seen": 1, "timestamp_ms": 2}'),
+    "huge int": segment(GOOD | {"values": {"a": 10**400}}),
+    "step a bool": segment(GOOD | {"images_seen": True}),
+    "step a float": segment(GOOD | {"images_seen": 1.5}),
+    "step negative": segment(GOOD | {"images_seen": -1}),
+    "step too large": segment(GOOD | {"images_seen": 2**63}),
+    "time a word": segment(GOOD | {"timestamp_ms": "now"}),
+    "file missing": segment(FILE),
+    "file elsewhere": segment(FILE | {"file": "/etc/passwd"}),
+    "no png": segment(IMAGE, _000000=b"GIF89a"),
+    "compressed": segment(GOOD, compression=zipfile.ZIP_DEFLATED),
+    "not text": segment("\ud800".encode("utf-8", "surrogatepass").decode("latin-1")),
+}
+
+
+@pytest.mark.parametrize("data", DAMAGED.values(), ids=list(DAMAGED))
+def test_a_damaged_segment_is_named(data: bytes) -> None:
+    with pytest.raises(
+        DamagedSegment, match=r"^s3://b/here\.zip is damaged, or not a segment of tracking: ."
+    ) as caught:
+        metrics_buffer.read(data, "s3://b/here.zip")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400
+
+
+def test_what_the_damaged_ones_were_made_of_is_good() -> None:
+    assert metrics_buffer.read(segment(GOOD), "here") == [Metrics({"loss": 1.0}, 1, 2)]
+    assert metrics_buffer.read(segment(FILE, _000000=b"x"), "here") == [Artifact("a.txt", b"x")]
+    assert metrics_buffer.read(segment(IMAGE, _000000=PNG), "here") == [Picture("k", PNG, 1, 2)]
+
+
+def test_a_segment_cut_or_changed_anywhere_is_noticed_or_the_same() -> None:
+    """Where a bit may flip unnoticed (a date in a zip's headers), nothing that is read comes of it."""
+    data = filled().take()
+    assert data is not None
+    truth = metrics_buffer.pack(metrics_buffer.read(data, "here"))
+    rng = random.Random(0)
+    noticed = 0
+    for _ in range(400):
+        broken = bytearray(data[: rng.randrange(len(data))] if rng.random() < 0.3 else data)
+        if broken:
+            broken[rng.randrange(len(broken))] ^= 1 << rng.randrange(8)
+        try:
+            found = metrics_buffer.read(bytes(broken), "here")
+        except DamagedSegment:
+            noticed += 1
+        else:
+            assert metrics_buffer.pack(found) == truth
+    assert noticed > 300

@@ -1,0 +1,292 @@
+"""What is tracked arrives in MLflow, once, and under the name of its run.
+
+The server is real, and so is the SQLite file that laptops have instead.
+"""
+
+import logging
+import sqlite3
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pytest
+import servers
+from mlflow import MlflowClient
+from PIL import Image
+from tracked import (
+    FILES,
+    PARAMS,
+    address_at,
+    assert_once,
+    deliver,
+    names_in,
+    outbox_in,
+    pictures,
+    points,
+    put,
+    run_of,
+    wait_for,
+)
+
+from ddpm.storage.locations import Location
+from ddpm.tracking import metrics_buffer
+from ddpm.tracking.metrics_buffer import Metrics, MetricsBuffer, Picture, segment_name
+from ddpm.tracking.mlflow_runs import Address, MlflowRun, tracking_uri, without_password
+from ddpm.tracking.uploader import Uploader
+
+
+@pytest.fixture(params=["server", "sqlite"])
+def uri(request: pytest.FixtureRequest) -> str:
+    return request.getfixturevalue("mlflow_server") if request.param == "server" else tracking_uri()
+
+
+@pytest.fixture
+def address(uri: str) -> Address:
+    return address_at(uri)
+
+
+@pytest.fixture
+def buffer(tmp_path: Path) -> Location:
+    return outbox_in(tmp_path / "run")
+
+
+def put_records(buffer: Location, at: int, *gathered: metrics_buffer.Record) -> None:
+    buffer.child(segment_name(at)).write(metrics_buffer.pack(list(gathered)))
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_everything_arrives(
+    address: Address, buffer: Location, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(buffer, 64, 32, 64)
+    put(buffer, 128, 96, 128, files=True)
+    delivery = deliver(address, buffer, 128)
+    run, client = run_of(address), MlflowClient(address.uri)
+    assert (delivery.run_id, delivery.experiment_id) == (run.info.run_id, run.info.experiment_id)
+    assert (delivery.undelivered, delivery.ended) == (0, True)
+    assert names_in(buffer) == []
+    assert (run.info.run_name, run.info.status) == ("a-run", "FINISHED")
+    assert run.info.end_time >= run.info.start_time
+    assert run.data.params == {name: str(value) for name, value in PARAMS.items()}
+    assert_once(address, 32, 64, 96, 128)
+    for name, data in FILES.items():
+        path = client.download_artifacts(delivery.run_id, name, str(tmp_path))
+        assert Path(path).read_bytes() == data
+    for file in client.list_artifacts(delivery.run_id, "images"):
+        level = int(file.path.split("+")[2])
+        with Image.open(client.download_artifacts(delivery.run_id, file.path, str(tmp_path))) as picture:
+            assert picture.size == (12, 8)
+            assert np.abs(np.asarray(picture).astype(int) - level).max() <= (
+                0 if picture.format == "PNG" else 2
+            )
+    assert warnings_of(caplog) == []
+
+
+def test_points_keep_the_time_at_which_they_were_measured(address: Address, buffer: Location) -> None:
+    put_records(buffer, 1, Metrics({"loss": 1.0}, 1, 1_234_567_890_123))
+    deliver(address, buffer, 1)
+    (point,) = MlflowClient(address.uri).get_metric_history(run_of(address).info.run_id, "loss")
+    assert (point.step, point.value, point.timestamp) == (1, 1.0, 1_234_567_890_123)
+
+
+@pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED"])
+def test_a_run_ends_as_it_is_closed(address: Address, buffer: Location, status: str) -> None:
+    deliver(address, buffer, -1, status)
+    assert run_of(address).info.status == status
+
+
+def test_a_restarted_run_goes_on_in_its_mlflow_run(address: Address, buffer: Location) -> None:
+    put(buffer, 64, 64)
+    before = deliver(address, buffer, 64, "FAILED")
+    put(buffer, 128, 128)
+    after = deliver(address, buffer, 128, **{"optim.lr": 2e-3, "train.total_images": 128})
+    assert (after.run_id, after.experiment_id) == (before.run_id, before.experiment_id)
+    run = run_of(address)
+    assert run.info.status == "FINISHED"
+    assert_once(address, 64, 128)
+    assert run.data.params["optim.lr"] == "0.001"  # params never change in MLflow
+    assert run.data.params["train.total_images"] == "128"
+    assert {k: v for k, v in run.data.tags.items() if k.startswith("resumed.")} == {
+        "resumed.optim.lr": "0.002"
+    }
+
+
+def test_while_it_goes_on_a_failed_run_is_running(address: Address, buffer: Location) -> None:
+    deliver(address, buffer, -1, "FAILED")
+    again = Uploader(address, PARAMS, buffer)
+    wait_for(lambda: run_of(address).info.status == "RUNNING")
+    again.close("FINISHED")
+
+
+def test_runs_with_other_keys_are_other_runs(uri: str, buffer: Location) -> None:
+    first, second = address_at(uri), address_at(uri)
+    assert deliver(first, buffer, -1).run_id != deliver(second, buffer, -1).run_id
+
+
+def test_a_segment_sent_twice_leaves_everything_once(address: Address, buffer: Location) -> None:
+    """An uploader dies between the delivery of a segment and its deletion."""
+    segment = put(buffer, 64, 32, 64, files=True)
+    data = segment.read()
+    deliver(address, buffer, 64)
+    segment.write(data)
+    deliver(address, buffer, 64)
+    assert_once(address, 32, 64)
+    assert names_in(buffer) == []
+
+
+def test_mlflow_itself_keeps_a_point_once(address: Address, buffer: Location) -> None:
+    """A request that times out may have been obeyed: what is sent again must be the same point."""
+    odd = Metrics({"loss": 0.1, "nan": float("nan"), "inf": float("inf")}, 64, 1_700_000_000_000)
+    run = MlflowRun(address, {})
+    run.open(running=True)
+    for _ in range(2):
+        run._sent_until = -1  # or it would ask first
+        assert run.send([odd])
+    for key in odd.values:
+        assert len(points(address, key)) == 1
+
+
+def test_a_run_that_went_back_is_not_doubled(address: Address, buffer: Location) -> None:
+    put(buffer, 64, 32, 64)
+    put(buffer, 128, 96, 128)
+    deliver(address, buffer, 128, "FAILED")
+    put(buffer, 192, 96, 128, 160, 192)  # the checkpoint at 128 was damaged
+    deliver(address, buffer, 192)
+    assert_once(address, 32, 64, 96, 128, 160, 192)
+
+
+def test_what_is_new_at_an_old_step_arrives(address: Address, buffer: Location) -> None:
+    put(buffer, 64, 64)
+    deliver(address, buffer, 64, "FAILED")
+    put_records(buffer, 65, Metrics({"held_out/loss": 0.5, "train/loss": 7.0}, 64, 1))
+    deliver(address, buffer, 65)
+    assert points(address, "held_out/loss") == [(64, 0.5)]
+    assert_once(address, 64)
+
+
+def test_what_mlflow_refuses_is_left_out_and_the_rest_arrives(
+    address: Address, buffer: Location, caplog: pytest.LogCaptureFixture
+) -> None:
+    png = metrics_buffer.images.png_bytes(np.zeros((2, 2, 3), np.uint8))
+    refused = [Metrics({"no such: name?!": 1.0, "good": 2.0}, 2, 2), Picture("no:key", png, 3, 3)]
+    put_records(buffer, 4, Metrics({"good": 1.0}, 1, 1), *refused, Metrics({"good": 3.0}, 4, 4))
+    put(buffer, 64, 64)
+    delivery = deliver(address, buffer, 64)
+    assert (delivery.undelivered, delivery.ended) == (0, True)
+    assert points(address, "good") == [(1, 1.0), (2, 2.0), (4, 3.0)]
+    assert_once(address, 64)
+    refusals = warnings_of(caplog)
+    assert len(refusals) == 2, refusals
+    assert "MLflow refuses metric no such: name?! at 2, which is skipped" in refusals[0]
+    assert "MLflow refuses image no:key at 3, which is skipped" in refusals[1]
+    put_records(buffer, 65, *refused)  # and once more, now that these steps were sent before
+    assert deliver(address, buffer, 65).undelivered == 0
+    assert points(address, "good") == [(1, 1.0), (2, 2.0), (4, 3.0)]
+
+
+def test_a_loss_that_is_no_number_arrives(address: Address, buffer: Location) -> None:
+    gathered = MetricsBuffer()
+    gathered.metrics({"loss": float("nan")}, 1)
+    gathered.metrics({"loss": float("inf")}, 2)
+    data = gathered.take()
+    assert data is not None
+    buffer.child(segment_name(2)).write(data)
+    assert deliver(address, buffer, 2).undelivered == 0
+    values = dict(points(address, "loss"))
+    assert np.isnan(values[1])
+    assert values[2] > 1e300
+
+
+def test_more_points_than_one_call_may_carry(address: Address, buffer: Location) -> None:
+    many = [Metrics({f"m{i}": float(step) for i in range(50)}, step, step) for step in range(30)]
+    put_records(buffer, 30, *many)
+    assert deliver(address, buffer, 30, **{f"param.{i}": i for i in range(230)}).undelivered == 0
+    assert sum(name.startswith("param.") for name in run_of(address).data.params) == 230
+    for key in ("m0", "m49"):
+        assert points(address, key) == [(step, float(step)) for step in range(30)]
+
+
+def test_a_run_deleted_in_mlflow_loses_nothing(
+    address: Address, buffer: Location, caplog: pytest.LogCaptureFixture
+) -> None:
+    uploader = Uploader(address, PARAMS, buffer)
+    put(buffer, 64, 64)
+    uploader.committed(64)
+    wait_for(lambda: names_in(buffer) == [])
+    MlflowClient(address.uri).delete_run(run_of(address).info.run_id)
+    put(buffer, 128, 128)
+    uploader.committed(128)
+    assert uploader.close("FINISHED").undelivered == 2
+    assert "was deleted in MLflow" in caplog.text
+    assert deliver(address, buffer, 128).undelivered == 0
+    assert_once(address, 128)  # in a new MLflow run
+
+
+def test_a_password_is_not_shown_by_a_server_that_works(
+    mlflow_server: str, buffer: Location, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    put_records(buffer, 2, Metrics({"no such: name?!": 1.0}, 2, 2))
+    put(buffer, 64, 64)
+    delivery = deliver(address_at(mlflow_server.replace("://", "://me:s3cret@")), buffer, 64)
+    assert (delivery.undelivered, delivery.ended) == (0, True)
+    assert "refuses" in caplog.text
+    assert "s3cret" not in caplog.text + "".join(capfd.readouterr())
+
+
+def test_a_password_is_not_shown_when_there_is_no_server(
+    buffer: Location, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (port,) = servers.free_ports(1)
+    caplog.set_level(logging.DEBUG)
+    uploader = Uploader(address_at(f"http://me:s3cret@{servers.LOOPBACK}:{port}"), {}, buffer)
+    wait_for(lambda: "is not taking data" in caplog.text)
+    uploader.close("FINISHED", timeout_s=1)
+    assert f"http://{servers.LOOPBACK}:{port}" in caplog.text
+    assert "s3cret" not in caplog.text + "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("http://me:pass@host:5000/path", "http://host:5000/path"),
+        ("http://me:p@ss://word@host", "http://host"),
+        ("https://host", "https://host"),
+        ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
+        ("databricks", "databricks"),
+    ],
+)
+def test_without_password(uri: str, shown: str) -> None:
+    assert without_password(uri) == shown
+
+
+def test_a_relative_database_is_the_driver_s(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///sub.db")
+    assert tracking_uri() == f"sqlite:///{tmp_path}/sub.db"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert tracking_uri() == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
+    assert tracking_uri() == "http://host:5000"
+
+
+def test_artifacts_lie_beside_a_database(
+    tmp_path: Path, buffer: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("driver", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "driver")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    address = address_at(tracking_uri(), uuid.uuid4().hex)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    put(buffer, 64, 64, files=True)
+    assert deliver(address, buffer, 64).undelivered == 0
+    (card,) = tmp_path.rglob("card.txt")
+    assert card.is_relative_to(tmp_path / "driver" / "mlruns")
+    with sqlite3.connect(tmp_path / "driver" / "mlflow.db") as database:
+        assert database.execute("SELECT count(*) FROM runs").fetchone() == (1,)
+    database.close()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert pictures(address) == {(64, "png"): 1, (64, "webp"): 1}

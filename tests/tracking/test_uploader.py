@@ -1,0 +1,401 @@
+"""Whatever dies between training and MLflow, what was tracked arrives later, and once.
+
+Servers are killed, uploaders are killed; servers that hang or fail are sockets that behave so.
+"""
+
+import json
+import logging
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import processes
+import pytest
+import servers
+from tracked import (
+    PARAMS,
+    PickyProxy,
+    address_at,
+    assert_once,
+    deliver,
+    names_in,
+    outbox_in,
+    pictures,
+    points,
+    put,
+    run_of,
+    wait_for,
+)
+
+from ddpm.storage import locations
+from ddpm.storage.locations import Location
+from ddpm.tracking import metrics_buffer, spool, uploader
+from ddpm.tracking.uploader import Delivery, Uploader
+
+# Far above what anything here takes, even on a busy machine: only a call that waits for a server exceeds it.
+PATIENCE_S = 8.0
+
+
+@pytest.fixture
+def buffer(tmp_path: Path) -> Location:
+    return outbox_in(tmp_path / "run")
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """Accepts connections and never answers."""
+    with socket.create_server((servers.LOOPBACK, 0), backlog=50) as server:
+        yield f"http://{servers.LOOPBACK}:{server.getsockname()[1]}"
+
+
+@pytest.fixture
+def absent_server() -> str:
+    return f"http://{servers.LOOPBACK}:{servers.free_ports(1)[0]}"
+
+
+@pytest.fixture
+def proxy(mlflow_server: str) -> Iterator[PickyProxy]:
+    with PickyProxy(mlflow_server) as proxy:
+        yield proxy
+
+
+def within(patience_s: float, call: Callable[[], Any]) -> Any:
+    """What `call` returns; it fails when it takes longer, instead of hanging."""
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(call()), daemon=True)
+    thread.start()
+    thread.join(patience_s)
+    assert not thread.is_alive(), f"it blocks: no return in {patience_s} s"
+    assert results, "it raised"
+    return results[0]
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+# What is final.
+
+
+def test_what_lies_beyond_the_newest_checkpoint_is_not_delivered(
+    mlflow_server: str, buffer: Location
+) -> None:
+    address = address_at(mlflow_server)
+    put(buffer, 64, 64)
+    put(buffer, 128, 128)
+    assert deliver(address, buffer, 64, "FAILED").undelivered == 0
+    assert_once(address, 64)
+    assert names_in(buffer) == ["000000000128.zip"]
+
+
+def test_a_segment_is_delivered_when_its_checkpoint_is_committed(
+    mlflow_server: str, buffer: Location
+) -> None:
+    address = address_at(mlflow_server)
+    uploader = Uploader(address, PARAMS, buffer)
+    for position in (64, 128):
+        put(buffer, position, position)
+        uploader.committed(position)
+        wait_for(lambda: names_in(buffer) == [])
+    assert_once(address, 64, 128)
+    assert run_of(address).info.status == "RUNNING"
+    uploader.close("FINISHED")
+
+
+def test_last_words_are_delivered_and_not_doubled_by_the_next_life(
+    mlflow_server: str, buffer: Location
+) -> None:
+    address = address_at(mlflow_server)
+    put(buffer, 448, 384, 448)
+    put(buffer, 512, 480, 512, failed=True)
+    assert deliver(address, buffer, 448, "FAILED").undelivered == 0
+    assert_once(address, 384, 448, 480, 512)
+    put(buffer, 576, 480, 512, 544, 576)
+    deliver(address, buffer, 576)
+    assert_once(address, 384, 448, 480, 512, 544, 576)
+
+
+def test_last_words_that_come_late_double_nothing(mlflow_server: str, buffer: Location) -> None:
+    address = address_at(mlflow_server)
+    put(buffer, 576, 480, 512, 544, 576)
+    deliver(address, buffer, 576)
+    put(buffer, 512, 480, 500, 512, failed=True)
+    deliver(address, buffer, 576)
+    assert_once(address, 480, 500, 512, 544, 576)
+
+
+@pytest.mark.parametrize("kind", ["local", "s3"])
+def test_a_future_that_did_not_happen_is_discarded(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    root = str(tmp_path) if kind == "local" else request.getfixturevalue("s3_bucket")
+    buffer = locations.resolve(root).child("run").child("tracking")
+    spool.discard_after(buffer, 64)  # there is none yet
+    for position in (64, 128, 192):
+        put(buffer, position, position)
+    put(buffer, 100, 100, failed=True)
+    buffer.child("000000000192.txt").write(b"somebody's")
+    spool.discard_after(buffer, 64)
+    left = [segment.path.rpartition("/")[2] for segment in spool.final(buffer, 10**9)]
+    assert left == ["000000000064.zip", "000000000100-failed.zip"]
+    assert spool.count(buffer, 10**9) == 4
+    assert spool.count(buffer, 63) == 2
+    assert buffer.child("000000000192.txt").exists()
+
+
+# MLflow is away.
+
+
+def test_a_server_that_is_never_there_costs_nothing(
+    absent_server: str, buffer: Location, caplog: pytest.LogCaptureFixture
+) -> None:
+    uploader = within(PATIENCE_S, lambda: Uploader(address_at(absent_server), PARAMS, buffer))
+    put(buffer, 64, 32, 64, files=True)
+    put(buffer, 128, 128)
+    within(PATIENCE_S, lambda: [uploader.committed(64)])
+    wait_for(lambda: len(warnings_of(caplog)) == 1)
+    done = within(2 + PATIENCE_S, lambda: uploader.close("FINISHED", timeout_s=2))
+    assert done == Delivery(None, None, 6, False)
+    assert names_in(buffer) == ["000000000064.zip", "000000000128.zip"]
+    lines = warnings_of(caplog)
+    assert len(lines) == 2, lines
+    assert f"MLflow at {absent_server} is not taking data" in lines[0]
+    assert f"MLflow at {absent_server} did not take everything (6 records left)" in lines[1]
+
+
+def test_a_server_that_never_answers_costs_nothing(silent_server: str, buffer: Location) -> None:
+    put(buffer, 64, 32, 64)
+    uploader = within(PATIENCE_S, lambda: Uploader(address_at(silent_server), PARAMS, buffer))
+    within(PATIENCE_S, lambda: [uploader.committed(64)])
+    time.sleep(2)  # by now it hangs in its first request
+    done = within(2 + PATIENCE_S, lambda: uploader.close("FINISHED", timeout_s=2))
+    assert done == Delivery(None, None, 4, False)
+    assert names_in(buffer) == ["000000000064.zip"]
+
+
+@pytest.mark.parametrize("timeout_s", [1.0, 6.0])
+def test_what_has_not_begun_begins_only_with_time_left(
+    absent_server: str, buffer: Location, caplog: pytest.LogCaptureFixture, timeout_s: float
+) -> None:
+    """MLflow takes seconds to import. Where nothing is left to deliver, nobody is told of zero records."""
+    uploader = Uploader(address_at(absent_server), PARAMS, buffer, at_once=False)
+    assert uploader.close("KILLED", timeout_s) == Delivery(None, None, 0, False)
+    assert not [line for line in warnings_of(caplog) if "records" in line]
+    assert bool(warnings_of(caplog)) == (timeout_s > 5)
+
+
+@pytest.mark.slow
+def test_a_server_that_comes_late_gets_everything(
+    tmp_path: Path, buffer: Location, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = servers.MlflowServer(tmp_path / "late")
+    address = address_at(server.uri)
+    uploader = Uploader(address, PARAMS, buffer)
+    put(buffer, 64, 32, 64)
+    uploader.committed(64)
+    wait_for(lambda: warnings_of(caplog))
+    with server:
+        done = uploader.close("FINISHED", timeout_s=60)
+        assert (done.undelivered, done.ended) == (0, True)
+        assert_once(address, 32, 64)
+    assert len(warnings_of(caplog)) == 1
+
+
+@pytest.mark.slow
+def test_a_server_killed_in_mid_delivery_has_everything_once(tmp_path: Path, buffer: Location) -> None:
+    steps = list(range(8, 481, 8))
+    with servers.MlflowServer(tmp_path / "killed") as server:
+        address = address_at(server.uri)
+        uploader = Uploader(address, PARAMS, buffer)
+        for step in steps:
+            put(buffer, step, step)
+        uploader.committed(steps[-1])
+        for share in (3, 2):  # dies with two thirds left, and again with half
+            wait_for(lambda share=share: len(names_in(buffer)) < len(steps) * (share - 1) / share)
+            server.kill()
+            left = len(names_in(buffer))
+            assert left > 0, "it was too late for the test to mean something"
+            server.start()
+        done = uploader.close("FINISHED", timeout_s=90)
+        assert (done.undelivered, done.ended) == (0, True)
+        assert names_in(buffer) == []
+        assert_once(address, *steps)
+        assert run_of(address).info.status == "FINISHED"
+
+
+# MLflow takes some, and not all.
+
+
+def test_what_always_fails_keeps_nothing_else_back(
+    proxy: PickyProxy, buffer: Location, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(method: str, path: str, body: bytes) -> tuple[int, dict[str, str]] | None:
+        is_picture = method == "PUT" and "step%2B64" in path.replace("+", "%2B")
+        is_point = path.endswith("log-batch") and b'"poison"' in body
+        return (500, {"error_code": "INTERNAL_ERROR", "message": "oh"}) if is_picture or is_point else None
+
+    proxy.fails = fails
+    address = address_at(proxy.uri)
+    poison = metrics_buffer.Metrics({"poison": 1.0, "sound": 2.0}, 64, 1)
+    sound = [metrics_buffer.Metrics({"sound": float(step)}, step, step) for step in range(1, 33)]
+    buffer.child(metrics_buffer.segment_name(63)).write(metrics_buffer.pack([*sound, poison]))
+    kept = put(buffer, 64, 32, 64)
+    put(buffer, 128, 96, 128)
+    done = deliver(address, buffer, 128)
+    assert (done.undelivered, done.ended) == (33 + 4, True)
+    assert names_in(buffer) == ["000000000063.zip", "000000000064.zip"]
+    assert points(address, "sound") == [*((step, float(step)) for step in range(1, 33)), (64, 2.0)]
+    assert [step for step, _ in points(address)] == [32, 64, 96, 128]
+    assert pictures(address) == {(step, kind): 1 for step in (32, 96, 128) for kind in ("png", "webp")}
+    assert any(f"MLflow does not take all of {kept.uri}" in line for line in warnings_of(caplog))
+
+    proxy.fails = lambda *request: None
+    done = deliver(address, buffer, 128)
+    assert (done.undelivered, names_in(buffer)) == (0, [])
+    assert points(address, "poison") == [(64, 1.0)]
+    assert len(points(address, "sound")) == 33
+    assert_once(address, 32, 64, 96, 128)
+
+
+def test_who_is_not_let_in_loses_nothing(proxy: PickyProxy, buffer: Location) -> None:
+    address = address_at(proxy.uri)
+    uploader = Uploader(address, PARAMS, buffer)
+    put(buffer, 64, 64)
+    uploader.committed(64)
+    wait_for(lambda: names_in(buffer) == [])
+    proxy.fails = lambda *request: (403, {"error_code": "PERMISSION_DENIED", "message": "who are you?"})
+    put(buffer, 128, 128)
+    uploader.committed(128)
+    done = uploader.close("FINISHED", timeout_s=30)
+    assert (done.undelivered, done.ended) == (2, False)
+    proxy.fails = lambda *request: None
+    assert deliver(address, buffer, 128).undelivered == 0
+    assert_once(address, 64, 128)
+
+
+def test_a_server_that_refuses_the_run_stops_tracking_with_an_error(
+    proxy: PickyProxy, buffer: Location, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy.fails = lambda *request: (401, {"error_code": "UNAUTHENTICATED", "message": "who are you?"})
+    put(buffer, 64, 64)
+    done = deliver(address_at(proxy.uri), buffer, 64)
+    assert done == Delivery(None, None, 2, False)
+    assert f"training goes on, records stay in {buffer.uri}: RestException: UNAUTHENTICATED" in caplog.text
+    assert names_in(buffer) == ["000000000064.zip"]
+
+
+# Storage.
+
+
+def test_a_damaged_segment_is_named_and_kept(
+    mlflow_server: str, buffer: Location, caplog: pytest.LogCaptureFixture
+) -> None:
+    address = address_at(mlflow_server)
+    put(buffer, 64, 64)
+    damaged = put(buffer, 128, 128)
+    whole = damaged.read()
+    damaged.write(whole[:-9])
+    put(buffer, 192, 192)
+    assert deliver(address, buffer, 192).undelivered == 1
+    assert_once(address, 64, 192)
+    assert [line for line in warnings_of(caplog) if f"{damaged.uri} is damaged" in line]
+    assert names_in(buffer) == ["000000000128.zip"]
+    damaged.write(whole)
+    assert deliver(address, buffer, 192).undelivered == 0
+    assert_once(address, 64, 128, 192)
+
+
+def test_storage_that_cannot_be_read_is_waited_for(mlflow_server: str, buffer: Location) -> None:
+    """A file in the folder's place: listing it raises, as a bucket that is away does."""
+    address = address_at(mlflow_server)
+    place = Path(buffer.path)
+    place.parent.mkdir()
+    place.write_text("")
+    uploader = Uploader(address, PARAMS, buffer)
+    uploader.committed(64)
+    closed: list[Delivery] = []
+    closing = threading.Thread(target=lambda: closed.append(uploader.close("FINISHED", timeout_s=30)))
+    closing.start()
+    wait_for(lambda: uploader._run.run_id is not None)
+    time.sleep(0.5)
+    assert not closed
+    place.unlink()
+    put(buffer, 64, 64)
+    closing.join()
+    assert (closed[0].undelivered, closed[0].ended) == (0, True)
+    assert_once(address, 64)
+
+
+def test_storage_that_stays_away_is_reported(mlflow_server: str, buffer: Location) -> None:
+    Path(buffer.path).parent.mkdir()
+    Path(buffer.path).write_text("")
+    uploader = Uploader(address_at(mlflow_server), PARAMS, buffer)
+    done = within(1 + PATIENCE_S, lambda: uploader.close("FINISHED", timeout_s=1))
+    assert done.undelivered >= 1
+    assert not done.ended
+
+
+def test_an_outbox_in_a_bucket(mlflow_server: str, s3_bucket: str) -> None:
+    address, buffer = address_at(mlflow_server), outbox_in(f"{s3_bucket}/runs/a")
+    assert deliver(address, buffer, -1).undelivered == 0  # nothing there at all
+    put(buffer, 64, 32, 64, files=True)
+    put(buffer, 96, 96, failed=True)
+    put(buffer, 128, 128)
+    assert deliver(address, buffer, 64).undelivered == 0
+    assert_once(address, 32, 64, 96)
+    assert [file.path.rpartition("/")[2] for file in spool.final(buffer, 128)] == ["000000000128.zip"]
+
+
+def test_what_another_process_delivered_meanwhile_is_delivered(
+    mlflow_server: str, buffer: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = address_at(mlflow_server)
+    stale = [put(buffer, 64, 64)]
+    deliver(address, buffer, 64)
+    monkeypatch.setattr(uploader.spool, "final", lambda buffer, committed: stale)
+    done = deliver(address, buffer, 64)
+    assert (done.undelivered, done.ended) == (0, True)
+
+
+def test_two_uploaders_at_once_double_nothing(mlflow_server: str, buffer: Location) -> None:
+    """jobs/track.py delivers while the run goes on."""
+    address, steps = address_at(mlflow_server), list(range(8, 161, 8))
+    deliver(address, buffer, -1)
+    for step in steps:
+        put(buffer, step, step)
+    two = [Uploader(address, PARAMS, buffer) for _ in range(2)]
+    for each in two:
+        each.committed(steps[-1])
+    wait_for(lambda: names_in(buffer) == [])
+    for each in two:
+        assert each.close("FINISHED").undelivered == 0
+    assert_once(address, *steps)
+
+
+# The uploader dies.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("written", ["same", "remade"])
+@pytest.mark.parametrize("which", ["each", "all"])
+def test_couriers_killed_at_any_point_leave_everything_once(
+    mlflow_server: str, tmp_path: Path, which: str, written: str
+) -> None:
+    script = processes.REPO / "tests" / "mortal_uploaders.py"
+    done = processes.run(
+        [sys.executable, script, mlflow_server, tmp_path, which, written],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(script.parent)},
+    )
+    assert done.returncode == 0, done.stderr
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    deaths = sum(run["deaths"] for run in told)
+    assert deaths >= (15 if which == "each" else 3)
+    for run in told:
+        address = address_at(mlflow_server, run["key"])
+        assert_once(address, 32, 64, 96, 128)
+        assert run_of(address).info.status == "FINISHED"
