@@ -1,9 +1,9 @@
 """A scorer for Ray's autoscaler: a machine kind that AWS has run out of comes after all others.
 
-Ray remembers for half an hour that a kind was not available, and asks for it again all the same (2.60): its own scorer
-is given that summary and ignores it. A scorer of one's own is Ray's documented extension: the head reads the import path
-from RAY_AUTOSCALER_UTILIZATION_SCORER. The one private import is Ray's default scorer, which this one extends. Nothing of
-Ray's is replaced, and without the variable Ray uses its default.
+Ray remembers for half an hour that a kind was not available, and asks for it again all the same (2.60): its own
+scorer is given that summary and ignores it. Another scorer is Ray's documented extension: the head reads its import
+path from RAY_AUTOSCALER_UTILIZATION_SCORER. The one private import is Ray's default scorer, which this one extends.
+Nothing of Ray's is replaced, and without the variable Ray uses its default.
 """
 
 from typing import Any
