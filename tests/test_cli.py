@@ -61,7 +61,7 @@ def test_openmp_spins_for_a_while_unless_told_otherwise(
     given: dict[str, str], spin_count: str | None
 ) -> None:
     """It is told before PyTorch is there: jobs import that when they run."""
-    program = "import os, sys; from jobs import evaluate, export, prepare, sample, track, train; from ddpm import cli\n"
+    program = "import os, sys; from jobs import evaluate, export, prepare, sample, sync, train; from ddpm import cli\n"
     program += "assert 'torch' not in sys.modules\ncli.run(lambda: print(os.environ.get('GOMP_SPINCOUNT')))"
     names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     rest = {name: value for name, value in os.environ.items() if name not in names}

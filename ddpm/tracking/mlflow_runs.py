@@ -102,7 +102,7 @@ def connect(uri: str) -> Any:
         raise Lost(
             f"{database} is half made: MLflow was stopped while it created or upgraded its tables ({trace}). Move this "
             "file away, and a new one is created. Records that were delivered stay in the old file; "
-            "`python jobs/track.py RUN` delivers a run's remaining records to the new one"
+            "`python jobs/sync.py RUN` delivers a run's remaining records to the new one"
         ) from None
 
 

@@ -1,6 +1,6 @@
 """From a run's storage to MLflow: segments are delivered once they are final, then deleted.
 
-MLflow may be away for any time: nothing is lost, training is not affected, and `jobs/track.py` delivers later what a
+MLflow may be away for any time: nothing is lost, training is not affected, and `jobs/sync.py` delivers later what a
 run could not deliver before it ended.
 """
 

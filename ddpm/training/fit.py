@@ -36,7 +36,7 @@ from ddpm.utils.errors import UserError
 log = logging.getLogger(__name__)
 
 DELIVERY_TIMEOUT_S = 30.0
-"""What MLflow has not taken so long after the end is left to jobs/track.py."""
+"""What MLflow has not taken so long after the end is left to jobs/sync.py."""
 HASTY_DELIVERY_TIMEOUT_S = 1.0
 """The same for a run that was asked to stop."""
 
@@ -241,15 +241,15 @@ def summary(result: Result) -> list[str]:
     if delivery.undelivered:
         lines.append(
             f"MLflow      {delivery.undelivered} records could not be delivered to {where}; they are kept in "
-            f"{folder}/{spool.FOLDER}, and `python jobs/track.py {folder}` delivers them"
+            f"{folder}/{spool.FOLDER}, and `python jobs/sync.py {folder}` delivers them"
         )
-    elif not delivery.ended and result.signal:  # track.py tells the ends of finished runs
+    elif not delivery.ended and result.signal:  # sync.py tells the ends of finished runs
         lines.append(
             f"MLflow      {where} has not been told that the run stopped; when it goes on, it will be"
         )
     elif not delivery.ended:
         lines.append(
-            f"MLflow      {where} has not been told how the run ended; `python jobs/track.py {folder}` does"
+            f"MLflow      {where} has not been told how the run ended; `python jobs/sync.py {folder}` does"
         )
     else:
         lines.append(f"MLflow      run {delivery.run_id} in {where}")

@@ -98,7 +98,7 @@ class MlflowCallback(UserCallback):
         """Deliver what is left, for about `timeout_s` at most, and end the MLflow run: FINISHED, FAILED or KILLED."""
         delivery = Uploader(self._address, self._params, self._spool).close(status, timeout_s)
         if delivery.undelivered:
-            command = f"python jobs/track.py {self._folder} --experiment {self._address.experiment}"
+            command = f"python jobs/sync.py {self._folder} --experiment {self._address.experiment}"
             logger.warning("what MLflow has not taken is kept; `%s` delivers it", command)
         return delivery
 

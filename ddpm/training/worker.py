@@ -43,9 +43,9 @@ from ddpm.utils.retry import retry_io
 
 STOP_POLL_S = 0.5
 """Rank 0 looks so often whether it shall stop: each look takes a millisecond from training."""
-LEDGER = "progress.json"
+PROGRESS = "progress.json"
 """File of a run that says how far it was, so that a restart knows what was lost."""
-LEDGER_INTERVAL_S = 10.0
+PROGRESS_INTERVAL_S = 10.0
 REPORT_INTERVAL_S = 5.0
 """How often Ray Train is told how far the run is, and asked whether a node is about to be taken away."""
 POINTER = "pointer_ckpt.json"
@@ -209,7 +209,7 @@ class RankZero:
         self._progress: Progress | None = None
         self._newest = self._reported = ""
         self._reported_at = time.monotonic()
-        self._ledger_at = float("-inf")
+        self._written_at = float("-inf")
         self._stop, self._closed = threading.Event(), threading.Event()
         threading.Thread(target=self._listen, name="ddpm-stop", daemon=True).start()
 
@@ -220,9 +220,9 @@ class RankZero:
             at = checkpoint.position(folder)
             self._retry_io(lambda: checkpoint_manager.clean_up(self._run.location))
             self._retry_io(lambda: spool.discard_after(self._run.location.child(spool.FOLDER), at))
-            reached, lost = self._read_ledger()
+            reached, lost = self._read_progress()
             self._images_seen, self._images_lost = at, lost + max(0, reached - at)
-            self._write_ledger()
+            self._write_progress()
             self._read_corrupt()
             yield folder
 
@@ -267,8 +267,8 @@ class RankZero:
     def progress(self, progress: Progress) -> None:
         self._progress, self._images_seen = progress, progress.images_seen
         self._state.set.remote(run_state.PROGRESS, progress)
-        if time.monotonic() - self._ledger_at > LEDGER_INTERVAL_S:
-            self._write_ledger()
+        if time.monotonic() - self._written_at > PROGRESS_INTERVAL_S:
+            self._write_progress()
 
     def substituted(self, substitutions: list[Substitution]) -> None:
         """List images that could not be read.
@@ -296,21 +296,21 @@ class RankZero:
     def _retry_io(self, call: Any) -> Any:
         return retry_io(call, where=self._run.location.uri, timeout_s=self._timeout_s)
 
-    def _read_ledger(self) -> tuple[int, int]:
+    def _read_progress(self) -> tuple[int, int]:
         """How far the run was before, as far as anybody knows: (images_seen, images_lost)."""
-        ledger = self._run.location.child(LEDGER)
+        record = self._run.location.child(PROGRESS)
         try:
-            written = json.loads(self._retry_io(ledger.read))
+            written = json.loads(self._retry_io(record.read))
             reached, lost = int(written["images_seen"]), int(written["images_lost"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             reached = lost = 0
         told = ray.get(self._state.snapshot.remote()).get(run_state.PROGRESS)
         return max(reached, told.images_seen if told else 0), lost
 
-    def _write_ledger(self) -> None:
-        self._ledger_at = time.monotonic()
-        ledger = {"images_seen": self._images_seen, "images_lost": self._images_lost}
-        self.checkpoints.publish(LEDGER, (json.dumps(ledger) + "\n").encode())
+    def _write_progress(self) -> None:
+        self._written_at = time.monotonic()
+        record = {"images_seen": self._images_seen, "images_lost": self._images_lost}
+        self.checkpoints.publish(PROGRESS, (json.dumps(record) + "\n").encode())
 
     def _read_corrupt(self) -> None:
         file = self._run.location.child(CORRUPT)

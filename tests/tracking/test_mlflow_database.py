@@ -122,7 +122,7 @@ def test_a_half_made_database_is_named(tmp_path: Path, damage: str, trace: str) 
         MlflowRun(address_at(f"sqlite:///{database}"), {}).open(running=True)
     said = str(caught.value)
     assert said.startswith(f"{database} is half made: ") and "\n" not in said
-    assert "Move this file away" in said and "`python jobs/track.py RUN`" in said
+    assert "Move this file away" in said and "`python jobs/sync.py RUN`" in said
 
 
 def test_another_error_is_not_taken_for_a_half_made_database(tmp_path: Path) -> None:

@@ -362,7 +362,7 @@ def test_what_another_process_delivered_meanwhile_is_delivered(
 
 
 def test_two_uploaders_at_once_double_nothing(mlflow_server: str, buffer: Location) -> None:
-    """jobs/track.py delivers while the run goes on."""
+    """jobs/sync.py delivers while the run goes on."""
     address, steps = address_at(mlflow_server), list(range(8, 161, 8))
     deliver(address, buffer, -1)
     for step in steps:

@@ -35,17 +35,16 @@ def test_never_there_and_delivered_later(
     kept = len(segments(run))
     assert kept == 10
     assert (
-        f"are kept in {run.location.uri}/tracking, and `python jobs/track.py {run.location.uri}`"
-        in job.output
+        f"are kept in {run.location.uri}/tracking, and `python jobs/sync.py {run.location.uri}`" in job.output
     )
 
-    away = run_job("track", run.location.uri, "--timeout-s", "2", cwd=tmp_path)
+    away = run_job("sync", run.location.uri, "--timeout-s", "2", cwd=tmp_path)
     assert away.returncode == 1 and "cannot be reached" in away.stderr and "Traceback" not in away.stderr
     assert len(segments(run)) == kept
     with server:
-        done = run_job("track", run.location.uri, cwd=tmp_path)
+        done = run_job("sync", run.location.uri, cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
         assert_tracked_once(run)
-        again = run_job("track", run.location.uri, cwd=tmp_path)
+        again = run_job("sync", run.location.uri, cwd=tmp_path)
         assert again.returncode == 0, again.stderr
         assert_tracked_once(run)

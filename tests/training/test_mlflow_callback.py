@@ -131,8 +131,8 @@ def test_track_delivers_what_the_spool_kept(
     with caplog.at_level(logging.WARNING):
         assert callback.close("FINISHED", timeout_s=1).undelivered == 1
     command = caplog.messages[-1].split("`")[1].split()
-    assert command[:2] == ["python", "jobs/track.py"]
-    done = run_job("track", *command[2:], env={"MLFLOW_TRACKING_URI": mlflow_server})
+    assert command[:2] == ["python", "jobs/sync.py"]
+    done = run_job("sync", *command[2:], env={"MLFLOW_TRACKING_URI": mlflow_server})
     assert done.returncode == 0, done.stderr
     assert logged(mlflow_server, "loss") == [(1, 0.5)] and names_in(spool) == []
 

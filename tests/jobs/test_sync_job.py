@@ -1,4 +1,4 @@
-"""python jobs/track.py, as a person types it after MLflow was away."""
+"""python jobs/sync.py, as a person types it after MLflow was away."""
 
 import json
 import sqlite3
@@ -44,8 +44,8 @@ def address_of(run: Run, uri: str, experiment: str = "tracked") -> Address:
     return Address(uri, experiment, run.name, run.key)
 
 
-def track(run_job: Callable[..., Any], *args: object, uri: str) -> Any:
-    return run_job("track", *args, env={"MLFLOW_TRACKING_URI": uri})
+def sync(run_job: Callable[..., Any], *args: object, uri: str) -> Any:
+    return run_job("sync", *args, env={"MLFLOW_TRACKING_URI": uri})
 
 
 def test_it_delivers_what_the_run_could_not(
@@ -53,7 +53,7 @@ def test_it_delivers_what_the_run_could_not(
 ) -> None:
     (port,) = servers.free_ports(1)
     buffer, absent = run.location.child("tracking"), f"http://{servers.LOOPBACK}:{port}"
-    away = track(run_job, run.location.uri, "--timeout-s", 1, uri=absent)
+    away = sync(run_job, run.location.uri, "--timeout-s", 1, uri=absent)
     assert away.returncode == 1
     assert (
         f"error: MLflow at {absent} cannot be reached, all records are kept: nothing worked for 1 s"
@@ -62,7 +62,7 @@ def test_it_delivers_what_the_run_could_not(
     assert "Traceback" not in away.stderr
     assert len(names_in(buffer)) == 2
 
-    done = track(run_job, run.location.uri, uri=mlflow_server)
+    done = sync(run_job, run.location.uri, uri=mlflow_server)
     assert done.returncode == 0, done.stderr
     address = address_of(run, mlflow_server)
     found = run_of(address)
@@ -74,7 +74,7 @@ def test_it_delivers_what_the_run_could_not(
     assert_once(address, 32, 64, 96, 128)
     assert names_in(buffer) == []
 
-    again = track(run_job, run.location.uri, uri=mlflow_server)
+    again = sync(run_job, run.location.uri, uri=mlflow_server)
     assert again.returncode == 0, again.stderr
     assert "delivered   0 records" in again.stdout
     assert_once(address, 32, 64, 96, 128)
@@ -90,7 +90,7 @@ def test_a_run_in_a_bucket_that_is_not_finished_keeps_its_status(
     put(buffer, 64, 64)
     put(buffer, 96, 96, failed=True)
     put(buffer, 128, 128)  # of a checkpoint that never came
-    done = track(run_job, run.location.uri, uri=mlflow_server)
+    done = sync(run_job, run.location.uri, uri=mlflow_server)
     assert done.returncode == 0, done.stderr
     assert_once(address, 64, 96)
     assert run_of(address).info.status == "FAILED"
@@ -101,10 +101,10 @@ def test_last_words_before_the_first_checkpoint_need_the_experiment_s_name(
 ) -> None:
     run = runs.open_run("c-run", str(tmp_path / "runs"))
     put(run.location.child("tracking"), 64, 64, failed=True)
-    unsaid = track(run_job, run.location.uri, uri=mlflow_server)
+    unsaid = sync(run_job, run.location.uri, uri=mlflow_server)
     assert unsaid.returncode == 2
     assert "has no checkpoint that would name the experiment; give it with --experiment" in unsaid.stderr
-    done = track(run_job, run.location.uri, "--experiment", "mine", uri=mlflow_server)
+    done = sync(run_job, run.location.uri, "--experiment", "mine", uri=mlflow_server)
     assert done.returncode == 0, done.stderr
     assert_once(address_of(run, mlflow_server, "mine"), 64)
 
@@ -112,7 +112,7 @@ def test_last_words_before_the_first_checkpoint_need_the_experiment_s_name(
 def test_what_stays_is_an_error(run_job: Callable[..., Any], run: Run, mlflow_server: str) -> None:
     damaged = run.location.child("tracking").child("000000000064.zip")
     damaged.write(b"")
-    done = track(run_job, run.location.uri, uri=mlflow_server)
+    done = sync(run_job, run.location.uri, uri=mlflow_server)
     assert done.returncode == 1
     assert f"{damaged.uri} is damaged" in done.stderr
     assert f"did not take everything: 1 records are kept in {damaged.uri.rpartition('/')[0]}" in done.stderr
@@ -132,12 +132,12 @@ def test_mistakes_are_a_line_and_exit_code_2(run_job: Callable[..., Any], run: R
         (run.location.uri, "--timeout-s", "0"): "--timeout-s is 0; it must be above 0",
     }
     for words, message in mistakes.items():
-        done = track(run_job, *words, uri=uri)
+        done = sync(run_job, *words, uri=uri)
         assert done.returncode == 2, done.stderr
         assert message in done.stderr
         assert "Traceback" not in done.stderr
     run.location.child(checkpoint.name_at(128)).child("config.json").write(json.dumps({"x": 1}).encode())
-    done = track(run_job, run.location.uri, uri=uri)
+    done = sync(run_job, run.location.uri, uri=uri)
     assert done.returncode == 2
     assert "config.json: unknown key 'x'" in done.stderr
     assert not (tmp_path / "never.db").exists()
@@ -150,12 +150,12 @@ def test_a_half_made_database_is_named_and_a_new_one_takes_all(
     database = tmp_path / "mlflow.db"
     with closing(sqlite3.connect(database)) as opened:
         opened.execute("CREATE TABLE _alembic_tmp_experiments (experiment_id INTEGER)")
-    refused = run_job("track", "runs/a-run", cwd=tmp_path, env={"MLFLOW_TRACKING_URI": ""})
+    refused = run_job("sync", "runs/a-run", cwd=tmp_path, env={"MLFLOW_TRACKING_URI": ""})
     assert refused.returncode == 1
     assert f"refuses the run: {database} is half made: " in refused.stderr
     assert "Move this file away" in refused.stderr and "Traceback" not in refused.stderr
     database.rename(tmp_path / "aside.db")
-    done = run_job("track", "runs/a-run", cwd=tmp_path, env={"MLFLOW_TRACKING_URI": ""})
+    done = run_job("sync", "runs/a-run", cwd=tmp_path, env={"MLFLOW_TRACKING_URI": ""})
     assert done.returncode == 0, done.stderr
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     assert f"in {uri}" in done.stdout
