@@ -88,7 +88,8 @@ def connect(verbose: bool = False) -> None:
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
         if not is_named:
             del os.environ[API_SERVER]
-    else:
+    else:  # a cluster of this machine alone has no node to lose, and every worker group would start a watcher
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         threading.Thread(target=_exit_with, args=(started,), name="ddpm-ray", daemon=True).start()
     for name in ("ray.train", "ray.data", "ray"):
         logging.getLogger(name).setLevel(level)
