@@ -162,11 +162,11 @@ class DriverMonitor:
             or values.get(run_state.ENDED)
         ):
             return
-        if time.monotonic() - self._looked_at < self._resize_interval_s:
+        if time.monotonic() - self._looked_at < self._wait_s:
             return
-        self._looked_at, possible = time.monotonic(), self._possible(workers)
-        if possible <= workers:
-            self._asked_for = 0
-        elif possible > self._asked_for:  # else Ray could not place so many when it was asked
-            self._asked_for = possible
+        self._looked_at = time.monotonic()
+        if self._possible(workers) <= workers:
+            self._wait_s = self._resize_interval_s
+        else:  # Ray may not know of the new nodes yet (it looks every 20 s, 2.60): asking in vain costs a restart
+            self._wait_s *= 2
             self._state.set(run_state.STOP, run_state.MORE_WORKERS)
