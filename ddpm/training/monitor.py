@@ -76,12 +76,8 @@ class DriverMonitor:
         """`should_continue` said no."""
         self._state, self._total, self._committed = state, total_images, committed
         self._should_continue = should_continue
-        self._possible, self._resize_interval_s, self._looked_at = (
-            possible,
-            resize_interval_s,
-            time.monotonic(),
-        )
-        self._asked_for = 0
+        self._possible, self._resize_interval_s = possible, resize_interval_s
+        self._wait_s, self._looked_at = resize_interval_s, time.monotonic()
         self._display = Display("images", total_images)
         self._position, self._warned, self._told = -1, 0, False
         self._handlers: dict[int, Any] = {}
@@ -155,12 +151,8 @@ class DriverMonitor:
     def _resize(self, values: Mapping[str, Any]) -> None:
         """Ask the workers to leave with a checkpoint where the next group can be larger."""
         workers = values.get(run_state.WORKERS)
-        if (
-            self._possible is None
-            or workers is None
-            or values.get(run_state.STOP)
-            or values.get(run_state.ENDED)
-        ):
+        is_leaving = values.get(run_state.STOP) or values.get(run_state.ENDED)
+        if self._possible is None or workers is None or is_leaving:
             return
         if time.monotonic() - self._looked_at < self._wait_s:
             return
