@@ -181,6 +181,7 @@ def ray_here() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(processes.REPO / "tests"), prepend=os.pathsep)
+        patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # as `connect` does, but taken back
         connect()
         yield
         ray.shutdown()

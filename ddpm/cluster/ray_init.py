@@ -83,11 +83,12 @@ def connect(verbose: bool = False) -> None:
             f"Ray did not start on this machine: {reason}; where it is busy or short of memory, try again when it "
             "is not"
         ) from error
+    finally:  # the cluster's processes have it now
+        if not is_named:
+            del os.environ[API_SERVER]
     started = [child for child in psutil.Process().children() if child.name() in VITAL]
     if not started:  # Ray's API and dashboard show what Ray Train does
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
-        if not is_named:
-            del os.environ[API_SERVER]
     else:  # a cluster of this machine alone has no node to lose, and every worker group would start a watcher
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         threading.Thread(target=_exit_with, args=(started,), name="ddpm-ray", daemon=True).start()
