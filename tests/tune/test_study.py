@@ -1,3 +1,5 @@
+import time
+
 """A search that is cut anywhere goes on as if it had not been: Optuna and ASHA themselves, trials of arithmetic."""
 
 import math
@@ -233,6 +235,7 @@ def test_trials_are_told_to_stop_though_the_actor_that_tells_them_died(ray_here:
     interruption.on_step_begin(0, [])
     before = ray.get(interruption.state.next_run.remote(0))
     ray.kill(interruption.state, no_restart=False)
+    while ray.get(interruption.state.next_run.remote(0)) == before:  # the old one, which still answers
+        time.sleep(0.05)
     interruption.on_step_begin(1, [])
-    assert ray.get(interruption.state.next_run.remote(0)) != before, "it is the same one"
     assert run_state.STOP in ray.get(interruption.state.snapshot.remote())
