@@ -1,8 +1,7 @@
-import time
-
 """A search that is cut anywhere goes on as if it had not been: Optuna and ASHA themselves, trials of arithmetic."""
 
 import math
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
