@@ -64,7 +64,7 @@ def train(config: Config, runtime: Runtime, tracker: Tracker) -> State:
             noise = _generator(config, runtime, state.step, micro_batch)
             x_0, label = _to_device(micro_batch, config, runtime.device, noise)
             with nullcontext() if k == share - 1 else _without_sync(model):
-                loss = objective.loss(model, x_0, label, noise)
+                loss = objective.loss(model, x_0, label, noise)  # t and eps are drawn in there, from `noise`
                 (loss.value / share).backward()
             losses.append(loss._replace(value=loss.value.detach()))
         grad_norm = nn.utils.clip_grad_norm_(weights, config.optim.grad_clip)
