@@ -136,7 +136,8 @@ def assert_ray_sees(ray_head: RayHead, run: Run) -> None:
     name = Path(run.location.path).name
     with urllib.request.urlopen(f"{ray_head.dashboard}/api/train/v2/runs/v1") as answer:
         found = [shown for shown in json.load(answer)["train_runs"] if shown["name"] == name]
-    assert len(found) == 2 and {shown["status"] for shown in found} == {"FINISHED"}
+    # The driver of a job that was stopped may be gone before Ray has seen its workers leave.
+    assert sorted(shown["status"] for shown in found) in (["ABORTED", "FINISHED"], ["FINISHED"] * 2)
     assert all(len(shown["attempts"][-1]["workers"]) == 2 for shown in found)
     with urllib.request.urlopen(f"{ray_head.metrics}/metrics") as answer:
         assert f'ray_train_run_name="{name}"' in answer.read().decode()
