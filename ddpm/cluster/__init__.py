@@ -1,1 +1,1 @@
-"""cluster."""
+"""Joining a Ray cluster, its resources, and a pool of workers on it."""
