@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ class Arguments:
     """Of each run."""
 
 
-def timed_work(spec: dict[str, Any]) -> None:
-    """Training, with every save and every step timed; in the worker."""
+def timed_work(folder: str, spec: dict[str, Any]) -> None:
+    """Training, with every save and every step timed, in the worker; the times go into the folder."""
     from ddpm.training.recorder import Recorder
     from ddpm.training.worker import RayRuntime
 
@@ -61,21 +62,20 @@ def timed_work(spec: dict[str, Any]) -> None:
 
     Recorder._save, RayRuntime.any_of = timed_save, timed_step  # type: ignore[method-assign]
     work(spec)
-    folder = Path(spec["config"].run.storage)
-    (folder / "times.json").write_text(json.dumps({"saves": saves, "wall": steps[-1] - steps[10]}))
+    Path(folder, "times.json").write_text(json.dumps({"saves": saves, "wall": steps[-1] - steps[10]}))
 
 
 def measure(config: Config) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
         config = builtin.with_shards(override(config, {"run.storage": folder, "run.name": "bench"}))
+        worker_group.work = partial(timed_work, folder)
         fit.fit(config, ray_dataset.open_configured(config))
         return json.loads(Path(folder, "times.json").read_text())
 
 
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
-    worker_group.work = timed_work
     config = override(
         DIGITS,
         {

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,11 +58,11 @@ def tick(folder: str) -> None:
         file.write(f"{time.time()}\n")
 
 
-def timed_work(spec: dict[str, Any]) -> None:
-    """Training; each step of rank 0 leaves a tick."""
+def timed_work(folder: str, spec: dict[str, Any]) -> None:
+    """Training; each step of rank 0 leaves a tick in the folder."""
     from ddpm.training.worker import RayRuntime
 
-    flags, folder = RayRuntime.any_of, spec["config"].run.storage
+    flags = RayRuntime.any_of
     Path(folder, f"{os.getpid()}.entered").write_text(str(time.time()))
 
     def timed(self: RayRuntime, *args: Any) -> list[bool]:
@@ -96,7 +97,7 @@ def train(folder: str, resources: dict[str, float]) -> None:
         "train.sample_every_images": 0,
     }
     config = builtin.with_shards(override(DIGITS, values))
-    worker_group.work = timed_work
+    worker_group.work = partial(timed_work, folder)
     try:
         fit.fit(config, ray_dataset.open_configured(config))
     except Exception as error:  # the measurement is over, and shuts everything down

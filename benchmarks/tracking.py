@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ class Arguments:
     images: int = 38_400
 
 
-def timed_work(spec: dict[str, Any]) -> None:
-    """Training, with the time of every step; in the worker."""
+def timed_work(folder: str, spec: dict[str, Any]) -> None:
+    """Training, with the time of every step, which goes into the folder; in the worker."""
     from ddpm.training.worker import RayRuntime
 
     flags = RayRuntime.any_of
@@ -57,7 +58,7 @@ def timed_work(spec: dict[str, Any]) -> None:
 
     RayRuntime.any_of = timed_step  # type: ignore[method-assign]
     work(spec)
-    Path(spec["config"].run.storage, "steps.json").write_text(json.dumps(steps))
+    Path(folder, "steps.json").write_text(json.dumps(steps))
 
 
 @contextmanager
@@ -96,6 +97,7 @@ def measure(arguments: Arguments, condition: str) -> float:
         }
         config = builtin.with_shards(override(DIGITS, values))
         fit.DELIVERY_TIMEOUT_S = 1.0  # what is after the end is not measured
+        worker_group.work = partial(timed_work, name)
         fit.fit(config, ray_dataset.open_configured(config))
         steps = json.loads(Path(name, "steps.json").read_text())
         return (len(steps) - 21) * config.train.batch_size / (steps[-1] - steps[20])
@@ -103,7 +105,6 @@ def measure(arguments: Arguments, condition: str) -> float:
 
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
-    worker_group.work = timed_work
     connect()
     found: dict[str, list[float]] = {condition: [] for condition in CONDITIONS}
     for i in range(arguments.repeats):

@@ -110,11 +110,13 @@ class ModelConfig:
     net: str
     """unet, dit, or a net of an installed package; beside --help it lists the flags of that net."""
     image_size: int = 32
+    """Height and width of the images, in pixels."""
     channels: int = 3
     """Image channels."""
     num_classes: int = 0
     """0: unconditional. Else the net is conditioned on a label in 0..num_classes-1."""
     dropout: float = 0.0
+    """Dropout probability inside the blocks."""
 
     @property
     def num_dims(self) -> int:
@@ -141,6 +143,7 @@ class UNetConfig(ModelConfig):
     middle_attention: bool = True
     """Self-attention in the middle block."""
     norm_groups: int = 32
+    """Groups of group normalisation."""
     zero_init: bool = True
     """Zero the output convolution, and the second convolution of every residual block, at the start."""
 
@@ -154,9 +157,11 @@ class DiTConfig(ModelConfig):
     patch_size: int = 2
     """Side of a patch; each patch is one token."""
     width: int = 128
+    """Width of a token."""
     depth: int = 4
     """Blocks."""
     num_heads: int = 4
+    """Attention heads of a block."""
     mlp_ratio: int = 4
     """Width of the hidden layer of a block's MLP, in widths."""
 

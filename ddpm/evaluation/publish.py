@@ -14,7 +14,8 @@ from ddpm.evaluation.report import Report, metrics, nearest_pictures
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
 from ddpm.tracking.metrics_buffer import Artifact, Metrics, Record
-from ddpm.tracking.mlflow_runs import Address, Lost, MlflowRun, tracking_uri, without_password
+from ddpm.tracking.mlflow_client import Lost, tracking_uri
+from ddpm.tracking.mlflow_runs import Address, MlflowRun, without_password
 from ddpm.tracking.retry import OutOfTime
 from ddpm.utils.errors import UserError
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from ddpm.build import build_sampler
 from ddpm.checkpoints import checkpoint
-from ddpm.tracking import mlflow_runs
+from ddpm.tracking import mlflow_client, mlflow_runs
 from ddpm.tracking.retry import Caller
 from ddpm.utils.errors import UserError
 
@@ -60,7 +60,7 @@ def register(
             number = _log(client, name, folder, artifacts)
             if alias is not None:
                 client.set_registered_model_alias(name, alias, number)
-    return f"{SCHEME}{name}/{number}", mlflow_runs.without_password(mlflow_runs.tracking_uri())
+    return f"{SCHEME}{name}/{number}", mlflow_runs.without_password(mlflow_client.tracking_uri())
 
 
 def download(uri: str, folder: Path) -> Path:
@@ -84,7 +84,7 @@ def _log(client: Any, name: str, folder: Path, artifacts: dict[str, str]) -> int
     from mlflow.models import Model
 
     experiment = checkpoint.read_config(folder).run.experiment
-    experiment_id = mlflow_runs.experiment_id(client, mlflow_runs.tracking_uri(), experiment)
+    experiment_id = mlflow_runs.experiment_id(client, mlflow_client.tracking_uri(), experiment)
     run_key = checkpoint.read_state(folder).get("run_key")
     run = mlflow_runs.find_run(client, experiment_id, run_key) if run_key else None
     os.environ["MLFLOW_EXPERIMENT_ID"] = experiment_id
@@ -106,7 +106,7 @@ def _log(client: Any, name: str, folder: Path, artifacts: dict[str, str]) -> int
 @contextmanager
 def _mlflow() -> Iterator[Any]:
     """A context with a client, in which MLflow's own functions use the same server; its errors become UserErrors."""
-    uri = mlflow_runs.tracking_uri()
+    uri = mlflow_client.tracking_uri()
     os.environ["MLFLOW_TRACKING_URI"] = uri
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
@@ -115,8 +115,8 @@ def _mlflow() -> Iterator[Any]:
     from mlflow.exceptions import MlflowException
 
     try:
-        yield mlflow_runs.connect(uri)
-    except mlflow_runs.Lost as error:
+        yield mlflow_client.connect(uri)
+    except mlflow_client.Lost as error:
         raise UserError(f"MLflow at {uri}: {error}") from None
     except (MlflowException, OSError) as error:
         reason = Caller(uri, lambda: True).reason(error)

@@ -68,7 +68,7 @@ def draw_finalists(
     features: FeatureNetName | None,
     seed: int,
 ) -> None:
-    """Compute KID of the best few trials, and append it to the events; known values are not computed again."""
+    """Compute KID of the best few trials, and append it to the event log; known values are not computed again."""
     todo = [
         trial
         for trial in best(events.trials(), metric)[:num_finalists]

@@ -22,7 +22,8 @@ from ddpm.search.leaderboard import Standing
 from ddpm.storage.locations import Location
 from ddpm.tracking import uploader
 from ddpm.tracking.metrics_buffer import Artifact, Metrics
-from ddpm.tracking.mlflow_runs import Address, Lost, MlflowRun, tracking_uri, without_password
+from ddpm.tracking.mlflow_client import Lost, tracking_uri
+from ddpm.tracking.mlflow_runs import Address, MlflowRun, without_password
 from ddpm.tracking.retry import OutOfTime
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import retry_io

@@ -2,28 +2,24 @@
 
 A run is found by its run key, a tag, also after restarts. Records that were sent before are recognised:
 
-- a metric sent again is the same point, since it keeps its time: MLflow holds each key, step, time and value once; -
-a picture sent again has the same file name, and so does an artifact; - a run that went back measures again, at other
-times. So the tag `ddpm.sent_until`, set before anything is sent, says how
-  far records go; records up to there are skipped if MLflow has their key and step.
+- A metric sent again is the same point, since it keeps its time: MLflow holds each key, step, time and value once.
+- A picture sent again has the same file name, and so does an artifact.
+- A run that went back measures again, at other times. So the tag `ddpm.sent_until`, set before anything is sent, says
+  how far records go; records up to there are skipped if MLflow has their key and step.
 
 Values measured beside training (`add`) do not change that tag; a value that MLflow already has is skipped.
 
 Threads and storage are the matter of `ddpm.tracking.uploader`.
 """
 
-import glob
 import io
 import logging
 import math
 import os
 import re
-import shutil
-import sqlite3
 import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +27,12 @@ from typing import Any
 from PIL import Image
 
 from ddpm.tracking.metrics_buffer import Artifact, Metrics, Picture, Record
+from ddpm.tracking.mlflow_client import SQLITE, Lost, connect, database_file
 from ddpm.tracking.retry import ATTEMPTS, Caller, OutOfTime, Refused
 from ddpm.tracking.retry import without_password as without_password
 
 logger = logging.getLogger(__name__)
 
-SQLITE = "sqlite:///"
 RUN_KEY_TAG = "ddpm.run_key"
 PARENT_TAG = "mlflow.parentRunId"
 SENT_UNTIL_TAG = "ddpm.sent_until"
@@ -46,12 +42,6 @@ MAX_METRICS_PER_CALL = 1000
 PICTURE_KEY = re.compile(r"[a-zA-Z0-9_\-./ ]+")
 PICTURE_FILE = re.compile(r"(images/(.+)\+step\+(\d+)\+timestamp\+\d+\+[0-9a-f-]+)\.png")
 THUMBNAIL_SIDE = 256
-HALF_MADE = re.compile(r"already exists|duplicate column|no such (table|column|index)")
-"""SQLite's message when MLflow opens a database whose creation was interrupted."""
-
-
-class Lost(Exception):
-    """MLflow refuses this run as a whole, or it was deleted there."""
 
 
 @dataclass(frozen=True)
@@ -66,44 +56,6 @@ class Address:
     """The parent run in MLflow."""
     source: str = "jobs/train.py"
     """The program that makes it."""
-
-
-def tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, or a SQLite file in the working folder, which `mlflow ui` shows there.
-
-    A SQLite file's path is made absolute, since the process that tracks may run in another folder.
-    """
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
-    return SQLITE + str(Path(uri.removeprefix(SQLITE)).absolute()) if uri.startswith(SQLITE) else uri
-
-
-def connect(uri: str) -> Any:
-    """Open MLflow at `uri`; a SQLite database that does not exist is created.
-
-    Returns:
-        An MlflowClient.
-
-    Raises:
-        Lost: the database is half made.
-        Exception: what MLflow raises.
-    """
-    from mlflow import MlflowClient  # takes seconds
-
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    database = _database(uri)
-    if database is not None and not database.exists():
-        _create_database(database)
-    try:
-        return MlflowClient(uri)
-    except Exception as error:
-        if database is None or not (trace := _half_made(database, error)):
-            raise
-        raise Lost(
-            f"{database} is half made: MLflow was stopped while it created or upgraded its tables ({trace}). Move this "
-            "file away, and a new one is created. Records that were delivered stay in the old file; "
-            "`python jobs/sync.py RUN` delivers a run's remaining records to the new one"
-        ) from None
 
 
 def experiment_id(client: Any, uri: str, name: str) -> str:
@@ -160,7 +112,7 @@ class MlflowRun:
             OutOfTime: MLflow did not answer in time.
             Lost: MLflow refuses.
         """
-        database = _database(self._address.uri)
+        database = database_file(self._address.uri)
         if database is not None and not database.exists():
             return False
         self._surely(self._connect)
@@ -358,53 +310,6 @@ class MlflowRun:
             return self.run_id is not None and bool(self._client.get_run(self.run_id))
         except Exception:
             return False
-
-
-def _database(uri: str) -> Path | None:
-    """The SQLite file that `uri` names; None if it names something else."""
-    return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) and "?" not in uri else None
-
-
-def _create_database(database: Path) -> None:
-    """Create MLflow's tables in a temporary file, which is named `database` once it is complete.
-
-    MLflow's migrations are not atomic: after a kill during one, MLflow cannot open the file any more (3.17).
-    """
-    from mlflow import MlflowClient
-
-    mark = f".{database.name}.new-"
-    try:
-        database.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=mark, dir=database.parent, ignore_cleanup_errors=True
-        ) as folder:
-            new = Path(folder, database.name)
-            MlflowClient(f"{SQLITE}{new}")
-            with suppress(FileExistsError):  # another process was faster, and may have written to its file
-                os.link(new, database)
-    except (
-        OSError
-    ) as error:  # no hard links, or no right to write: MLflow does it in its own way, or says why not
-        logger.info("%s is not created in a temporary file: %s", database, error)
-        return
-    except Exception:
-        if not database.exists():  # else the faster process cleared this one's folder away
-            raise
-    for left in database.parent.glob(f"{glob.escape(mark)}*"):  # of processes that were killed
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def _half_made(database: Path, error: Exception) -> str | None:
-    """Sign of an interrupted migration: a leftover table, or SQLite's message; None: there is none."""
-    with (
-        suppress(sqlite3.Error),
-        closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)) as opened,
-    ):
-        query = "SELECT name FROM sqlite_master WHERE type = 'table' AND name GLOB '_alembic_tmp_*'"
-        if left := opened.execute(query).fetchone():
-            return f"table {left[0]} is left over"
-    message = str(getattr(error, "orig", ""))  # SQLAlchemy's errors carry SQLite's
-    return message if HALF_MADE.search(message) else None
 
 
 def _thumbnail(png: bytes) -> bytes:

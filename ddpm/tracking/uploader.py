@@ -18,7 +18,8 @@ from ddpm.checkpoints.runs import Run
 from ddpm.storage.locations import Location
 from ddpm.tracking import metrics_buffer, spool
 from ddpm.tracking.metrics_buffer import DamagedSegment
-from ddpm.tracking.mlflow_runs import Address, Lost, MlflowRun, tracking_uri, without_password
+from ddpm.tracking.mlflow_client import Lost, tracking_uri
+from ddpm.tracking.mlflow_runs import Address, MlflowRun, without_password
 from ddpm.tracking.retry import OutOfTime
 from ddpm.utils.errors import UserError
 

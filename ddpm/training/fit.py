@@ -1,6 +1,6 @@
 """Training on Ray: `fit` runs the loop on a worker group (worker_group.py), through whatever dies.
 
-The driver checks what can be checked before anything is started, then monitores. Rank 0 stores checkpoints in the
+The driver checks what can be checked before anything is started, then watches. Rank 0 stores checkpoints in the
 background (checkpoint_manager.py); a restarted group looks for the newest one in storage, and so do a new driver and
 a new cluster. Ray Train starts worker groups, notices deaths, and starts the group again, smaller or larger.
 """
@@ -25,7 +25,8 @@ from ddpm.data.reading import DataSet
 from ddpm.storage import locations
 from ddpm.storage.driver_lock import DriverLock
 from ddpm.tracking import spool
-from ddpm.tracking.mlflow_runs import Address, tracking_uri, without_password
+from ddpm.tracking.mlflow_client import tracking_uri
+from ddpm.tracking.mlflow_runs import Address, without_password
 from ddpm.tracking.uploader import Delivery, Uploader
 from ddpm.training import checkpoint_manager, run_state
 from ddpm.training.failures import TrainingFailed, last_line, too_many_preemptions
@@ -127,7 +128,7 @@ def _fit(
     group = group or PersistentWorkerGroup(config, verbose, persistent=False)
     possible = None
     if len(config.cluster.world_sizes()) > 1:
-        possible = partial(resources.possible_workers, config, resources.resources_per_worker(config))
+        possible = partial(resources.possible_workers, config, group.per_worker)
     status = "FAILED"
     monitor = DriverMonitor(
         group.state, total_images, uploader.committed, look, possible, config.cluster.resize_interval_s

@@ -20,7 +20,8 @@ from ray.train import UserCallback
 from ddpm.checkpoints import runs
 from ddpm.storage.locations import Location
 from ddpm.tracking.metrics_buffer import MetricsBuffer, segment_name
-from ddpm.tracking.mlflow_runs import Address, tracking_uri
+from ddpm.tracking.mlflow_client import tracking_uri
+from ddpm.tracking.mlflow_runs import Address
 from ddpm.tracking.spool import FOLDER as SPOOL
 from ddpm.tracking.uploader import Delivery, Uploader
 

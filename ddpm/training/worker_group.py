@@ -50,11 +50,15 @@ class PersistentWorkerGroup:
         config: of any of the runs.
         verbose: let Ray's own messages through.
         persistent: the workers stay after the end of a run, until `close`.
+
+    Attributes:
+        state: the driver's side of the RunState actor.
+        per_worker: CPUs and GPUs of each worker, {"CPU": 1.0, "GPU": 1.0}.
     """
 
     def __init__(self, config: Config, verbose: bool = False, persistent: bool = True) -> None:
         self.persistent, self.state = persistent, run_state.RunStateClient()
-        self._config, self._resources = config, resources.resources_per_worker(config)
+        self._config, self.per_worker = config, resources.resources_per_worker(config)
         self._spec = {"state": self.state.actor, "verbose": verbose, "persistent": persistent}
         self._number = 0
         self._workers: CallThread | None = None
@@ -84,7 +88,7 @@ class PersistentWorkerGroup:
 
     def _fit(self) -> ray.train.Result:
         with _own_folder() as folder:
-            return _trainer(self._config, {**self._spec, "folder": folder}, self._resources).fit()
+            return _trainer(self._config, {**self._spec, "folder": folder}, self.per_worker).fit()
 
     def _free_place(self) -> None:
         """Give back what a dead controller's workers held: data tasks would wait for ever for the CPUs.

@@ -221,7 +221,7 @@ def test_what_reading_finds_is_raised_in_every_worker(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_nothing_is_left_of_reading_that_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one reading after the other in one process: of two Datasets to their end, or broken off, or never begun."""
+    """One reading follows another in one process: two Datasets are read to their end, cut short, or never begun."""
     data_set = ray_dataset.open_data_set(damaged.prepare(str(tmp_path)).uri)
 
     def coordinators() -> list[psutil.Process]:

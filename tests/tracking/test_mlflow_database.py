@@ -19,8 +19,9 @@ from first_connections import connect, create_experiment
 from mlflow import MlflowClient
 from tracked import address_at, assert_once, deliver, outbox_in, put
 
-from ddpm.tracking import mlflow_runs
-from ddpm.tracking.mlflow_runs import Lost, MlflowRun
+from ddpm.tracking import mlflow_client
+from ddpm.tracking.mlflow_client import Lost
+from ddpm.tracking.mlflow_runs import MlflowRun
 
 NUM_KILLS = 4
 NUM_AT_ONCE = 2
@@ -112,8 +113,8 @@ def test_first_runs_at_once_share_one_database(forks: ForkServerContext, tmp_pat
 def test_a_half_made_database_is_named(tmp_path: Path, damage: str, trace: str) -> None:
     """The two kinds that an interrupted migration leaves: a table that was being rewritten, and one that is not
     noted down yet."""
-    whole, database = mlflow_runs.tracking_uri(), tmp_path / "half.db"
-    mlflow_runs.connect(whole)
+    whole, database = mlflow_client.tracking_uri(), tmp_path / "half.db"
+    mlflow_client.connect(whole)
     shutil.copy(whole.removeprefix("sqlite:///"), database)
     with closing(sqlite3.connect(database)) as opened, opened:
         opened.execute(damage)

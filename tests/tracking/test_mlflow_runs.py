@@ -31,7 +31,8 @@ from tracked import (
 from ddpm.storage.locations import Location
 from ddpm.tracking import metrics_buffer
 from ddpm.tracking.metrics_buffer import Metrics, MetricsBuffer, Picture, segment_name
-from ddpm.tracking.mlflow_runs import Address, MlflowRun, tracking_uri, without_password
+from ddpm.tracking.mlflow_client import tracking_uri
+from ddpm.tracking.mlflow_runs import Address, MlflowRun, without_password
 from ddpm.tracking.uploader import Uploader
 
 

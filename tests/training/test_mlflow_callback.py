@@ -140,7 +140,7 @@ def test_track_delivers_what_the_spool_kept(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_mlflow_and_the_controller_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of docs/examples/digits_mlp.py; after the death of the controller the same command goes on."""
+    """docs/examples/digits_mlp.py loses both; after the controller's death the same command goes on."""
     spool, log = tmp_path / "spool" / "digits-mlp" / FOLDER, tmp_path / "job.log"
     words = [sys.executable, str(REPO / "docs" / "examples" / "digits_mlp.py")]
 

@@ -31,7 +31,7 @@ FLAGS = """digits --name s --searcher grid --num-trials 3 --max-concurrent 1 --n
 
 
 def trials(folder: Path) -> list[Trial]:
-    """What the events of the search in `folder` says."""
+    """What the event log of the search in `folder` says."""
     place = folder / "runs" / "s"
     return (
         EventLog.existing(locations.resolve(str(place))).trials() if (place / "search.json").exists() else []

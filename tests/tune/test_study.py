@@ -54,7 +54,7 @@ def search(
     num_trials: int = NUM_TRIALS,
     proposer: Any = None,
 ) -> EventLog:
-    """Run trials one after the other, as Tune would, as long as the events lives."""
+    """Run trials one after the other, as Tune would, as long as the event log lives."""
     found = space.parse([], DIGITS)
     events = MortalLedger(locations.resolve(str(folder)), {}, timeout_s=0)
     events.lives = lives

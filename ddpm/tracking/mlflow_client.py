@@ -1,0 +1,107 @@
+"""The way into MLflow: which server or file, and a SQLite database that is created whole or not at all."""
+
+import glob
+import logging
+import os
+import re
+import shutil
+import sqlite3
+import tempfile
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+SQLITE = "sqlite:///"
+HALF_MADE = re.compile(r"already exists|duplicate column|no such (table|column|index)")
+"""SQLite's message when MLflow opens a database whose creation was interrupted."""
+
+
+class Lost(Exception):
+    """MLflow refuses this run as a whole, or it was deleted there."""
+
+
+def tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, or a SQLite file in the working folder, which `mlflow ui` shows there.
+
+    A SQLite file's path is made absolute, since the process that tracks may run in another folder.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
+    return SQLITE + str(Path(uri.removeprefix(SQLITE)).absolute()) if uri.startswith(SQLITE) else uri
+
+
+def connect(uri: str) -> Any:
+    """Open MLflow at `uri`; a SQLite database that does not exist is created.
+
+    Returns:
+        An MlflowClient.
+
+    Raises:
+        Lost: the database is half made.
+        Exception: what MLflow raises.
+    """
+    from mlflow import MlflowClient  # takes seconds
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    database = database_file(uri)
+    if database is not None and not database.exists():
+        _create_database(database)
+    try:
+        return MlflowClient(uri)
+    except Exception as error:
+        if database is None or not (trace := _half_made(database, error)):
+            raise
+        raise Lost(
+            f"{database} is half made: MLflow was stopped while it created or upgraded its tables ({trace}). Move this "
+            "file away, and a new one is created. Records that were delivered stay in the old file; "
+            "`python jobs/sync.py RUN` delivers a run's remaining records to the new one"
+        ) from None
+
+
+def database_file(uri: str) -> Path | None:
+    """The SQLite file that `uri` names; None if it names something else."""
+    return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) and "?" not in uri else None
+
+
+def _create_database(database: Path) -> None:
+    """Create MLflow's tables in a temporary file, which is named `database` once it is complete.
+
+    MLflow's migrations are not atomic: after a kill during one, MLflow cannot open the file any more (3.17).
+    """
+    from mlflow import MlflowClient
+
+    mark = f".{database.name}.new-"
+    try:
+        database.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=mark, dir=database.parent, ignore_cleanup_errors=True
+        ) as folder:
+            new = Path(folder, database.name)
+            MlflowClient(f"{SQLITE}{new}")
+            with suppress(FileExistsError):  # another process was faster, and may have written to its file
+                os.link(new, database)
+    except (
+        OSError
+    ) as error:  # no hard links, or no right to write: MLflow does it in its own way, or says why not
+        logger.info("%s is not created in a temporary file: %s", database, error)
+        return
+    except Exception:
+        if not database.exists():  # else the faster process cleared this one's folder away
+            raise
+    for left in database.parent.glob(f"{glob.escape(mark)}*"):  # of processes that were killed
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _half_made(database: Path, error: Exception) -> str | None:
+    """Sign of an interrupted migration: a leftover table, or SQLite's message; None: there is none."""
+    with (
+        suppress(sqlite3.Error),
+        closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)) as opened,
+    ):
+        query = "SELECT name FROM sqlite_master WHERE type = 'table' AND name GLOB '_alembic_tmp_*'"
+        if left := opened.execute(query).fetchone():
+            return f"table {left[0]} is left over"
+    message = str(getattr(error, "orig", ""))  # SQLAlchemy's errors carry SQLite's
+    return message if HALF_MADE.search(message) else None
