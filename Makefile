@@ -11,19 +11,21 @@ help:
 	@echo 'make test             install what tests need, and run all but the slow ones'
 	@echo 'make test-all         the same and the slow ones: kills, clusters of several machines, browsers'
 	@echo 'make test-oldest-ray  install the oldest Ray that is supported as well, and run the tests that depend on Ray most'
+	@echo 'make gpu              with a CUDA GPU: its tests, and the table benchmarks/gpu.md'
 	@echo 'make soak             train for half an hour through a fault a minute, and compare with an undisturbed run'
 	@echo 'make mlflow           start an MLflow server with PostgreSQL, S3 and passwords on this machine'
 	@echo 'make check            format, lint, types, and which module may import which'
 	@echo 'make clean            remove $(VENV) and caches; runs/ stays'
 
+# Two workers of one thread each train so small a net faster than one of two (benchmarks/runtime.md).
 train: $(VENV)/installed
-	$(BIN)/python jobs/train.py digits --run.name digits --run.storage runs
+	$(BIN)/python jobs/train.py digits --name digits --storage runs --workers 2
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist worksteal
 
 test-all: test
-	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadfile --durations 25
+	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist worksteal --durations 25
 
 # Ray's processes inherit PYTHONPATH: programs, agents, drivers of submitted jobs and workers are all of that Ray.
 OLDEST_RAY := $(shell sed -n 's/.*"ray\[.*\]>=\([0-9.]*\),.*/\1/p' pyproject.toml)
@@ -31,7 +33,11 @@ OLDEST_RAY_FOLDER := $(VENV)/ray-$(OLDEST_RAY)
 ON_OLDEST_RAY = PYTHONPATH='$(CURDIR)/$(OLDEST_RAY_FOLDER)$(PYTHONPATH:%=:%)' $(BIN)/python
 test-oldest-ray: $(OLDEST_RAY_FOLDER)/installed
 	$(ON_OLDEST_RAY) -c 'import ray; print(ray.__file__); assert f"{ray.__version__}.".startswith("$(OLDEST_RAY).")'
-	$(ON_OLDEST_RAY) -m pytest -m oldest_ray --numprocesses 2 --dist loadfile --durations 10
+	$(ON_OLDEST_RAY) -m pytest -m oldest_ray --numprocesses 2 --dist worksteal --durations 10
+
+gpu: $(VENV)/installed-test
+	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python benchmarks/step.py --case cifar10 --device cuda
 
 soak: $(VENV)/installed-test
 	$(BIN)/python tests/soak.py
@@ -79,4 +85,4 @@ $(BIN)/pip:
 	    echo '$(PYTHON) $(NO_PIP)' >&2; exit 1; \
 	fi
 
-.PHONY: help train test test-all test-oldest-ray soak mlflow check clean
+.PHONY: help train test test-all test-oldest-ray gpu soak mlflow check clean

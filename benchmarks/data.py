@@ -21,15 +21,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import data_contestants as contestants
 import data_sets
 import data_table
 import numpy as np
 import psutil
 import tyro
-from data_contestants import BATCH
 from data_sets import CASES, FILES, PACE, Case
-from runtime import write_table
+from harness import processes, tables
+from peers import data as contestants
+from peers.data import BATCH
 
 BUCKET = "s3://bench"
 RUNS = {"raw": 0.95, "encoded": 4.0, "small": 2.0}
@@ -158,7 +158,7 @@ class Watch(threading.Thread):
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
-        self._root, self._ended = psutil.Process(pid), threading.Event()
+        self._root, self._ended = pid, threading.Event()
         self._cpu: dict[int, float] = {}
         self.at: list[float] = []
         self.seconds: list[float] = []
@@ -168,14 +168,9 @@ class Watch(threading.Thread):
         k = 0
         while not self._ended.wait(0.2):
             k += 1
-            try:
-                processes = [self._root, *self._root.children(recursive=True)]
-            except psutil.NoSuchProcess:
-                return
-            for process in processes:
+            for process in processes.family(self._root):
                 try:
-                    times = process.cpu_times()
-                    self._cpu[process.pid] = times.user + times.system
+                    self._cpu[process.pid] = max(self._cpu.get(process.pid, 0.0), processes.cpu_s(process))
                     if k % 5 == 0:
                         memory = process.memory_full_info().uss
                         self.largest[process.pid] = max(self.largest.get(process.pid, 0), memory)
@@ -205,10 +200,10 @@ def measure(arguments: Arguments, case: Case, name: str, decoder: str, start: in
     finally:
         process.kill()
         watch.stop()
-    line = next((line for line in out.splitlines() if line.startswith("RESULT ")), None)
-    if line is None:
-        raise RuntimeError(f"{name} {case.name}: {err[-3000:]}")
-    result = json.loads(line.removeprefix("RESULT "))
+    try:
+        result = processes.read_answer(out)
+    except ValueError:
+        raise RuntimeError(f"{name} {case.name}: {err[-3000:]}") from None
     consumers = result["consumers"]
     times = np.sort(np.concatenate([consumer["times"] for consumer in consumers]))
     found = {
@@ -291,7 +286,7 @@ def main() -> None:
             result = run_ours(case, int(name[-1]))
         else:
             result = run_peer(arguments, case, name, decoder, int(start))
-        print("RESULT " + json.dumps(result), flush=True)
+        processes.answer(result)
         os._exit(0)  # without waiting for workers that read ahead
     if arguments.folder is not None:
         arguments.folder.mkdir(parents=True, exist_ok=True)
@@ -304,7 +299,7 @@ def main() -> None:
 def compete(arguments: Arguments) -> None:
     """Start the server, make the data, and let everybody read."""
     import boto3
-    from servers import S3Server
+    from support.servers import S3Server
 
     folder = arguments.folder
     assert folder is not None
@@ -334,7 +329,7 @@ def compete(arguments: Arguments) -> None:
                     figures.setdefault(f"{case.name} {name} {decoder}", []).append(found)
                     print(case.name, name, decoder, json.dumps(found), flush=True)
                     kept.write_text(json.dumps(figures))
-    write_table(__file__, data_table.lines(figures))
+    tables.write(__file__, "From shards in S3 to batches on the trainer", *data_table.lines(figures))
 
 
 if __name__ == "__main__":

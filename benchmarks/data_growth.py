@@ -5,12 +5,8 @@
 The table goes to benchmarks/data_growth.md, the picture to benchmarks/data_growth.png.
 """
 
-import datetime
-import json
-import os
 import pickle
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,12 +15,12 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pyarrow.fs as pafs
-from runtime import processor, write_table
+from harness import processes, tables
 
-from ddpm.data.manifest import Manifest, Shard, make_manifest, write_manifest
+from ddpm.data.manifest import Manifest, Shard, make_manifest, read_manifest, write_manifest
 from ddpm.data.reading import DataSet
-from ddpm.data.shards import locate, read_manifest, write_shard
+from ddpm.data.shards import locate, write_shard
+from ddpm.storage.locations import resolve
 
 ROW_GROUPS = (10, 100, 1_000, 10_000, 100_000)
 IMAGES = (16_384, 65_536, 262_144)
@@ -58,7 +54,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 def planning(row_groups: int) -> dict[str, float]:
     """What QUANTITIES lists, for a data set of so many row groups."""
-    data_set = DataSet(pafs.LocalFileSystem(), "", manifest_of(row_groups), "train")
+    data_set = DataSet(resolve("nowhere"), manifest_of(row_groups), "train")
     packed, random = pickle.dumps(data_set), np.random.default_rng(0)
     first, window = [], []
     for epoch in range(3):
@@ -80,13 +76,13 @@ def planning(row_groups: int) -> dict[str, float]:
 def peak(folder: str) -> None:
     """Read an epoch, and print the memory that the process had at most, in MiB, beyond what it has at the start."""
     before = _peak_kib()
-    filesystem = pafs.LocalFileSystem()
-    data_set = DataSet(filesystem, folder, read_manifest(filesystem, folder, folder), "train")
+    location = resolve(folder)
+    data_set = DataSet(location, read_manifest(location), "train")
     plan = data_set.plan(0, WINDOW)
     for start, stop in plan.tasks(0, plan.num_images):
         for _ in data_set.parts(plan, start, stop):
             pass
-    print(json.dumps((_peak_kib() - before) / 1024))
+    processes.answer((_peak_kib() - before) / 1024)
 
 
 def _peak_kib() -> int:
@@ -97,16 +93,15 @@ def _peak_kib() -> int:
 
 def memory(folder: Path, images: int) -> float:
     """MiB at the peak of reading an epoch of so many images, in a process of its own."""
-    filesystem, shards = pafs.LocalFileSystem(), []
+    location, shards = resolve(str(folder)), []
     random = np.random.default_rng(0)
     for k in range(images // (ROWS * GROUPS_PER_SHARD)):
         pixels = random.integers(0, 256, (ROWS * GROUPS_PER_SHARD, 32, 32, 3), np.uint8)
         path = f"train/{k:05d}.parquet"
-        shards.append(write_shard(filesystem, str(folder), path, pixels, None, rows_per_row_group=ROWS))
+        shards.append(write_shard(location, path, pixels, None, rows_per_row_group=ROWS))
     manifest = make_manifest("growth", 32, 32, 3, "raw", [], {"train": shards}, "")
-    write_manifest(filesystem, str(folder), manifest)
-    done = subprocess.run([sys.executable, __file__, str(folder)], capture_output=True, text=True, check=True)
-    return float(json.loads(done.stdout))
+    write_manifest(location, manifest)
+    return float(processes.ask([sys.executable, __file__, str(folder)]))
 
 
 def main() -> None:
@@ -128,29 +123,29 @@ def main() -> None:
         xlabel="images (32x32x3)", ylabel="MiB at the peak of reading", ylim=(0, 1.3 * max(held.values()))
     )
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=120)
-    lines = [
-        "# What more data costs",
+    plan_rows = (
+        [f"{n:,}", f"{n * ROWS:,}", *(f"{found[key]:.2f}" for key in QUANTITIES)]
+        for n, found in plans.items()
+    )
+    held_rows = (
+        [f"{images:,}", f"{images * 3072 / 2**20:,.0f} MiB", f"{mebibytes:,.0f} MiB"]
+        for images, mebibytes in held.items()
+    )
+    tables.write(
+        __file__,
+        "What more data costs",
+        f"`python benchmarks/data_growth.py`, {tables.machine('numpy')}. Row groups of {ROWS:,} images, windows of "
+        f"{WINDOW:,}; medians.",
         "",
-        f"`python benchmarks/data_growth.py`, {datetime.date.today()}, {os.cpu_count()} cores of {processor()}, "
-        f"numpy {np.__version__}. Row groups of {ROWS:,} images, windows of {WINDOW:,}; medians.",
-        "",
-        f"| row groups | images | {' | '.join(QUANTITIES.values())} |",
-        "|---|---|" + "---|" * len(QUANTITIES),
-    ]
-    for n, found in plans.items():
-        lines.append(f"| {n:,} | {n * ROWS:,} | {' | '.join(f'{found[key]:.2f}' for key in QUANTITIES)} |")
-    lines += [
+        *tables.table(["row groups", "images", *QUANTITIES.values()], plan_rows),
         "",
         "The order of an epoch's row groups is computed once an epoch and process, and the data set is unpacked once a "
         "process; from then on a window costs a binary search and the permutation of its own rows.",
         "",
-        "| images | on disk | memory at the peak of reading an epoch |",
-        "|---|---|---|",
-    ]
-    for images, mebibytes in held.items():
-        lines.append(f"| {images:,} | {images * 3072 / 2**20:,.0f} MiB | {mebibytes:,.0f} MiB |")
-    lines += ["", "![the same as a picture](data_growth.png)"]
-    write_table(__file__, lines)
+        *tables.table(["images", "on disk", "memory at the peak of reading an epoch"], held_rows),
+        "",
+        "![the same as a picture](data_growth.png)",
+    )
 
 
 if __name__ == "__main__":

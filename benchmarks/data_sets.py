@@ -108,8 +108,7 @@ def write_shards(case: Case, uri: str) -> None:
     from ddpm.data import prepare
     from ddpm.storage.locations import resolve
 
-    location = resolve(uri)
-    prepare.prepare(_Source(case), location.filesystem, location.path)
+    prepare.prepare(_Source(case), resolve(uri))
 
 
 class _Source:

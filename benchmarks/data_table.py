@@ -1,18 +1,12 @@
-"""What benchmarks/data.py found, as Markdown.
+"""What benchmarks/data.py found, as Markdown."""
 
-Its own room because how the figures are read says this, and how they are come by the other.
-"""
-
-import datetime
-import importlib.metadata
 import math
-import os
 import statistics
 from typing import Any
 
-from data_contestants import BATCH, WORKERS
 from data_sets import CASES, FILES, PACE, STORED, TRAINED
-from runtime import processor
+from harness import tables
+from peers.data import BATCH, WORKERS
 
 NAMES = {
     "ours-1": "ours, 1 consumer",
@@ -31,7 +25,11 @@ EXACT = {
     "dataloader": ("with a seeded sampler", "no"),
 }
 """Whether the order is a function of the seed, and whether reading goes on where it stopped: by documentation."""
-PACKAGES = ("ray", "torch", "pyarrow", "pillow", "simplejpeg", "mosaicml-streaming", "webdataset")
+PACKAGES = ("ray", "pyarrow", "pillow", "simplejpeg", "mosaicml-streaming", "webdataset")
+COLUMNS = (
+    "|images/s|ours is faster by|images/s of CPU time|ours is faster by|first batch|neighbours|displacement|memory|"
+    "exact order|exact resume"
+).split("|")
 TITLES = {
     "raw": "Raw, 32x32x3",
     "encoded": f"JPEG, {STORED}x{STORED} decoded to {TRAINED}x{TRAINED}",
@@ -80,27 +78,23 @@ def lines(figures: dict[str, list[Any]]) -> list[str]:
     def table(case: str) -> list[str]:
         ours = [key for key in titles(case) if key.split()[1].startswith("ours")]
         best = {name: max(median(key, name) for key in ours) for name in ("per_s", "per_cpu_s")}
-        lines = [
-            "| | images/s | ours is faster by | images/s of CPU time | ours is faster by | first batch | neighbours "
-            "| displacement | memory | exact order | exact resume |",
-            "|---|---|---|---|---|---|---|---|---|---|---|",
-        ]
+        rows = []
         for key, title in titles(case).items():
             speed, cpu = median(key, "per_s"), median(key, "per_cpu_s")
-            lines.append(
-                f"| {title} | {speed:,.0f} | {best['per_s'] / speed:.2f} | {cpu:,.0f} | {best['per_cpu_s'] / cpu:.2f} "
-                f"| {median(key, 'first_s'):.1f} s | {median(key, 'neighbours'):.2f} "
-                f"| {median(key, 'displacement'):.2f} | {median(key, 'memory') / 2**20:,.0f} MiB "
-                f"| {' | '.join(EXACT[key.split()[1]])} |"
-            )
-        return lines
+            cells = [
+                f"{speed:,.0f}",
+                f"{best['per_s'] / speed:.2f}",
+                f"{cpu:,.0f}",
+                f"{best['per_cpu_s'] / cpu:.2f}",
+            ]
+            cells += [f"{median(key, 'first_s'):.1f} s", f"{median(key, 'neighbours'):.2f}"]
+            cells += [f"{median(key, 'displacement'):.2f}", f"{median(key, 'memory') / 2**20:,.0f} MiB"]
+            rows.append([title, *cells, *EXACT[key.split()[1]]])
+        return tables.table(COLUMNS, rows)
 
-    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES)
     said = [
-        "# From shards in S3 to batches on the trainer",
-        "",
-        f"`PYTHONPATH=tests python benchmarks/data.py`, {datetime.date.today()}, {os.cpu_count()} cores of "
-        f"{processor()}, which the S3 server (SeaweedFS) shares; {versions}. {HOW}",
+        f"`PYTHONPATH=tests python benchmarks/data.py`, {tables.machine(*PACKAGES)}; the S3 server (SeaweedFS) shares "
+        f"the cores. {HOW}",
     ]
     for case, title in TITLES.items():
         if f"{case} ours-1 decode_as_ours" in figures:
@@ -109,22 +103,17 @@ def lines(figures: dict[str, list[Any]]) -> list[str]:
     if ours:
         seeks = [statistics.median(run["seeks_s"][i] for run in ours) for i in range(3)]
         peer = figures.get("raw mosaicml_streaming decode_as_ours", [{}])[-1].get("seeks_s")
-        said += [
-            "",
-            "## Seeking",
-            "",
-            *SEEKS,
-            "| | from the beginning | from the middle of the epoch | of the 101st |",
-        ]
-        said += ["|---|---|---|---|", f"| ours | {' | '.join(f'{s:.2f} s' for s in seeks)} |"]
+        rows = [["ours", *(f"{s:.2f} s" for s in seeks)]]
         if peer:
-            said.append(f"| mosaicml-streaming | {' | '.join(f'{s:.2f} s' for s in peer)} | - |")
-        said.append("| webdataset, DataLoader | - | reads and drops what comes before | - |")
+            rows.append(["mosaicml-streaming", *(f"{s:.2f} s" for s in peer), "-"])
+        rows.append(["webdataset, DataLoader", "-", "reads and drops what comes before", "-"])
+        names = ["", "from the beginning", "from the middle of the epoch", "of the 101st"]
+        said += ["", "## Seeking", "", *SEEKS, *tables.table(names, rows)]
     if any(key.startswith("small") for key in figures):
+        rows = [
+            [title, *(f"{1000 * median(key, name):.0f} ms" for name in ("boundary_s", "elsewhere_s"))]
+            for key, title in titles("small").items()
+        ]
         said += ["", "## The end of an epoch", "", STALLS, ""]
-        said += ["| | longest wait at the boundary | elsewhere |", "|---|---|---|"]
-        for key, title in titles("small").items():
-            said.append(
-                f"| {title} | {1000 * median(key, 'boundary_s'):.0f} ms | {1000 * median(key, 'elsewhere_s'):.0f} ms |"
-            )
+        said += tables.table(["", "longest wait at the boundary", "elsewhere"], rows)
     return said

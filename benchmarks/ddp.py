@@ -7,11 +7,7 @@ noise, forward, backward with the all-reduce, clipping and AdamW. Gradients sent
 has that hook for NCCL and XCCL alone (2.13). The table goes to benchmarks/ddp.md.
 """
 
-import datetime
-import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import tyro
-from runtime import processor, write_table
-from step_contestants import Case, CaseName, pictures
+from harness import processes, tables
+from peers.step import Case, CaseName, pictures
 from torch import nn
 
 from ddpm.build import build_objective
@@ -100,7 +96,7 @@ def contend(arguments: Arguments) -> None:
             images_each = counts[name] * case.config().train.batch_size
             found[name].append(images_each / turn(step, counts[name]))
     if dist.get_rank() == 0:
-        print("FOUND " + json.dumps(found), flush=True)
+        processes.answer(found)
     dist.destroy_process_group()
 
 
@@ -108,11 +104,7 @@ def measure(arguments: Arguments, case: CaseName) -> dict[str, list[float]]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(WORKERS), __file__, "--contend", case]
     command += ["--turns", str(arguments.turns), "--turn-s", str(arguments.turn_s)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))
-    found: dict[str, list[float]] = json.loads(line.removeprefix("FOUND "))
+    found: dict[str, list[float]] = processes.ask(command)
     return found
 
 
@@ -122,23 +114,21 @@ def main() -> None:
         contend(arguments)
         return
     lines = [
-        "# What DistributedDataParallel's options are worth",
-        "",
         f"{WORKERS} workers of one thread, float32, gloo; images/s of both, medians of {arguments.turns} turns side by "
-        f"side, and their median ratio to what the runtime has (`python benchmarks/ddp.py`). {datetime.date.today()}, "
-        f"{len(os.sched_getaffinity(0))} cores of {processor()}, torch {torch.__version__}.",
+        f"side, and their median ratio to what the runtime has (`python benchmarks/ddp.py`). "
+        f"{tables.machine()}.",
     ]
     for case in arguments.cases:
         config = Case(case=case).config()
         weights = parameter_count(State.create(config, torch.device("cpu")).net)
         lines += ["", f"## {case}: {weights / 1e6:.2f} M weights, batches of {config.train.batch_size}", ""]
-        lines += ["| options | images/s | ratio | all turns |", "|---|---|---|---|"]
-        found = measure(arguments, case)
+        found, rows = measure(arguments, case), []
         for name, speeds in found.items():
             ratio = statistics.median(a / b for a, b in zip(speeds, found[OURS], strict=True))
             every = ", ".join(f"{speed:.1f}" for speed in speeds)
-            lines.append(f"| {name} | {statistics.median(speeds):.1f} | {ratio:.3f} | {every} |")
-    write_table(__file__, lines)
+            rows.append([name, f"{statistics.median(speeds):.1f}", f"{ratio:.3f}", every])
+        lines += tables.table(["options", "images/s", "ratio", "all turns"], rows)
+    tables.write(__file__, "What DistributedDataParallel's options are worth", *lines)
 
 
 if __name__ == "__main__":

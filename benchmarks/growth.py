@@ -7,21 +7,19 @@ process of its own; all take turns. Workers, each of one thread, train the prese
 benchmarks/runtime.py has it. The tables go to benchmarks/growth.md, the curves to benchmarks/growth.png.
 """
 
-import datetime
-import os
 import statistics
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 import tyro
+from harness import tables, turns
 from matplotlib.figure import Figure
+from peers.step import Case
 from runtime import Arguments as RunArguments
-from runtime import processor, run, write_table
+from runtime import run
 from step import Contestant, gigaflops
-from step_contestants import Case
 
 PRECISIONS = {"float32": "ours, float32", "bfloat16": "ours, bfloat16"}
 
@@ -75,11 +73,10 @@ def measure(arguments: Arguments, wanted: list[Size]) -> dict[tuple[str, Size], 
 
 def measure_workers(arguments: Arguments) -> dict[int, float]:
     """Images/s by number of workers: medians over turns."""
-    found: dict[int, list[float]] = {workers: [] for workers in arguments.workers}
-    for _ in range(arguments.turns):
-        for workers, speeds in found.items():
-            speeds.append(run(RunArguments(images=arguments.images), workers, 1, "ray").images_per_s)
-            print(f"{workers} workers: {speeds[-1]:.2f} images/s", flush=True)
+    images = RunArguments(images=arguments.images)
+    found = turns.in_turns(
+        arguments.workers, arguments.turns, lambda workers: run(images, workers, 1, "ray").images_per_s
+    )
     return {workers: statistics.median(speeds) for workers, speeds in found.items()}
 
 
@@ -115,29 +112,36 @@ def main() -> None:
     by_size = [(16, size) for size in arguments.sizes]
     speed = measure(arguments, list(dict.fromkeys(by_batch + by_size)))
     by_workers = measure_workers(arguments) if arguments.device == "cpu" else {}
-    where = torch.cuda.get_device_name() if arguments.device == "cuda" else processor()
-    lines = [
-        "# What training costs as it grows",
-        "",
+    names = [
+        "batch",
+        "image",
+        "GFLOP an image",
+        "float32, images/s",
+        "GFLOP/s",
+        "bfloat16, images/s",
+        "GFLOP/s",
+    ]
+    rows = []
+    for batch, edge in dict.fromkeys(by_batch + by_size):
+        flops = gigaflops(Case(batch_size=batch, image_size=edge).config())
+        speeds = [speed[precision, (batch, edge)] for precision in PRECISIONS]
+        cells = [cell for value in speeds for cell in (f"{value:.2f}", f"{value * flops:.0f}")]
+        rows.append([batch, f"{edge}x{edge}", f"{flops:.2f}", *cells])
+    one = next(iter(by_workers.values()), 0.0)
+    of_workers = [[workers, f"{value:,.0f}", f"{value / one:.2f}"] for workers, value in by_workers.items()]
+    draw(speed, by_batch, by_size, by_workers, Path(__file__).with_suffix(".png"))
+    tables.write(
+        __file__,
+        "What training costs as it grows",
         f"Images/s and GFLOP/s of whole steps, medians of {arguments.turns} turns (`python benchmarks/growth.py`). "
-        f"{datetime.date.today()}, {len(os.sched_getaffinity(0))} cores of {where}, torch {torch.__version__}.",
+        f"{tables.machine(device=arguments.device)}.",
         "",
         "![images/s over the batch, the image size and the workers](growth.png)",
         "",
-        "| batch | image | GFLOP an image | float32, images/s | GFLOP/s | bfloat16, images/s | GFLOP/s |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for batch, edge in dict.fromkeys(by_batch + by_size):
-        flops = gigaflops(Case(batch_size=batch, image_size=edge).config())
-        cells = [f"{speed[p, (batch, edge)]:.2f} | {speed[p, (batch, edge)] * flops:.0f}" for p in PRECISIONS]
-        lines.append(f"| {batch} | {edge}x{edge} | {flops:.2f} | {' | '.join(cells)} |")
-    lines += ["", "| workers of one thread, preset digits | images/s | of one worker |", "|---|---|---|"]
-    for workers, images_per_s in by_workers.items():
-        lines.append(
-            f"| {workers} | {images_per_s:,.0f} | {images_per_s / next(iter(by_workers.values())):.2f} |"
-        )
-    draw(speed, by_batch, by_size, by_workers, Path(__file__).with_suffix(".png"))
-    write_table(__file__, lines)
+        *tables.table(names, rows),
+        "",
+        *tables.table(["workers of one thread, preset digits", "images/s", "of one worker"], of_workers),
+    )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import tyro
+from harness import tables
 
 from ddpm.build import build_objective
 from ddpm.checkpoints import checkpoint
@@ -109,8 +110,7 @@ def variance_table(run: str) -> None:
     (candidate,) = context.read([run])
     T = candidate.config.schedule.num_timesteps
     table = {n: bounds_of(candidate, n) for n in SUBSETS if n <= T}
-    print(f"| timesteps of {T} | " + " | ".join(f"{v}: sum of KL, decoder, bits/dim" for v in FIXED) + " |")
-    print("|---" * (len(FIXED) + 1) + "|")
+    rows = []
     for n, found in table.items():
         cells = []
         for variance in FIXED:
@@ -122,7 +122,9 @@ def variance_table(run: str) -> None:
                 else ""
             )
             cells.append(f"{kl:.3f}, {decoder:.3f}, **{total:.3f}**{change}")
-        print(f"| {n} | " + " | ".join(cells) + " |")
+        rows.append([n, *cells])
+    names = [f"timesteps of {T}", *(f"{v}: sum of KL, decoder, bits/dim" for v in FIXED)]
+    print("\n".join(tables.table(names, rows)))
 
 
 def search_table(run: str) -> None:
@@ -147,27 +149,21 @@ def search_table(run: str) -> None:
         "KID, dpmpp_2m-10": few["dpmpp_2m-10"],
         "KID, ancestral-20 measured": few["ancestral-20"],
     }
-    print("| trial | kind | T | " + " | ".join(f"{name} | rank" for name in columns) + " |")
-    print("|---|---|---|" + "---|---|" * len(columns))
     ranks = {name: v.argsort().argsort() + 1 for name, v in columns.items()}
+    rows: list[list[object]] = []
     for i, trial in enumerate(trials):
-        cells = " | ".join(f"{columns[name][i]:.4f} | {ranks[name][i]}" for name in columns)
-        print(
-            f"| {trial.name} | {trial.changes['schedule.kind']} | {trial.changes['schedule.num_timesteps']} | {cells} |"
-        )
-    print(
-        "\n| objective | Spearman's rho with KID dpmpp_2m-20 | with KID dpmpp_2m-10 | "
-        "with KID ancestral-20 measured | with T |"
-    )
-    print("|---|---|---|---|---|")
+        cells = [cell for name in columns for cell in (f"{columns[name][i]:.4f}", ranks[name][i])]
+        changes = trial.changes
+        rows.append([trial.name, changes["schedule.kind"], changes["schedule.num_timesteps"], *cells])
+    ranked = [cell for name in columns for cell in (name, "rank")]
+    print("\n".join(tables.table(["trial", "kind", "T", *ranked], rows)), end="\n\n")
     T = np.array([trial.changes["schedule.num_timesteps"] for trial in trials])
-    for name in list(columns)[:2]:
-        others = [*(columns[kid_name] for kid_name in list(columns)[2:]), T]
-        print(
-            f"| {name} | "
-            + " | ".join(f"{agreement(columns[name], other).spearman:+.2f}" for other in others)
-            + " |"
-        )
+    others = {name: columns[name] for name in list(columns)[2:]} | {"T": T}
+    rows = [
+        [name, *(f"{agreement(columns[name], other).spearman:+.2f}" for other in others.values())]
+        for name in list(columns)[:2]
+    ]
+    print("\n".join(tables.table(["Spearman's rho", *others], rows)))
 
 
 def few_steps(uris: Sequence[str]) -> dict[str, np.ndarray]:
@@ -193,12 +189,8 @@ def kid_of(scores: Sequence[Score]) -> Score:
 
 def learned_table(chosen: Learned) -> None:
     steps = chosen.num_sample_steps
-    print(
-        "| run | images seen | variance | bits/dim | KL | decoder | "
-        + " | ".join(f"KID, ancestral-{n}" for n in steps)
-        + " |"
-    )
-    print("|---" * (6 + len(steps)) + "|")
+    names = ["run", "images seen", "variance", "bits/dim", "KL", "decoder"]
+    rows: list[list[object]] = []
     for candidate in context.read(chosen.runs):
         learned = candidate.config.objective.variance == "learned"
         for variance in ("beta_tilde", "measured", *(["learned"] if learned else [])):
@@ -212,14 +204,12 @@ def learned_table(chosen: Learned) -> None:
             )
             (result,) = evaluate.evaluate([candidate], settings).results
             total, _, kl, decoder = result.bits
-            kids = " | ".join(
-                f"{s.value:.4f} ± {s.error:.4f}" for s in (kid_of(d.scores) for d in result.drawn)
-            )
-            print(
-                f"| {candidate.run} | {result.images_seen:,} | {variance} | {total.value:.4f} ± {total.error:.4f} | "
-                f"{kl.value:.4f} | {decoder.value:.4f} | {kids} |",
-                flush=True,
-            )
+            found = (total, *(kid_of(drawn.scores) for drawn in result.drawn))
+            bits, *kids = (f"{s.value:.4f} ± {s.error:.4f}" for s in found)
+            bound = [bits, f"{kl.value:.4f}", f"{decoder.value:.4f}"]
+            rows.append([candidate.run, f"{result.images_seen:,}", variance, *bound, *kids])
+            print(*rows[-1], flush=True)
+    print("\n".join(tables.table([*names, *(f"KID, ancestral-{n}" for n in steps)], rows)))
 
 
 def main() -> None:

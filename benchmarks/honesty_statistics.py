@@ -9,11 +9,11 @@ Axes: N generated images, M real images, F features.
 """
 
 import argparse
-import datetime
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from harness import tables
 from numpy.typing import NDArray
 
 from ddpm.evaluation.features import Features
@@ -33,7 +33,7 @@ TRIAL_NOISE, KID_GENERATED = 0.3, 200
 def normal(n: int, seed: int, shift: float = 0.0) -> Features:
     """Features from N(shift, I)."""
     values = shift + np.random.RandomState(seed).standard_normal((n, SIZE))
-    return Features(np.arange(n), values.astype(np.float32))
+    return values.astype(np.float32)
 
 
 def kernel(a: Array, b: Array) -> Array:
@@ -64,17 +64,15 @@ def old_kid_error(x: Array, y: Array) -> float:
 def old_errors(generated: Features, real: Features) -> list[float]:
     """[6], in the order of `score`: groups i mod 10 of the generated images, the real ones held fixed."""
     rows = np.arange(len(generated))
-    of_real, distances = Moments.of(real.values), Distances(generated.values, real.values)
+    of_real, distances = Moments.of(real), Distances(generated, real)
     kept = [rows[rows % GROUPS != k] for k in range(GROUPS)]
-    of_fid = np.array([fid(of_real, Moments.of(generated.values[left])) for left in kept])
+    of_fid = np.array([fid(of_real, Moments.of(generated[left])) for left in kept])
     of_manifold = np.array([distances.manifold(left) for left in kept])
-    x, y = generated.values.astype(float), real.values.astype(float)
+    x, y = generated.astype(float), real.astype(float)
     return [jackknife_error(of_fid), old_kid_error(x, y), *(jackknife_error(w) for w in of_manifold.T)]
 
 
-def intervals() -> Iterator[str]:
-    yield "| shift | generated | real | metric | mean | spread | error, old | covers, old | error | covers |"
-    yield "|---|---|---|---|---|---|---|---|---|---|"
+def intervals() -> Iterator[list[object]]:
     for shift in (0.0, 0.3):
         for n_real in (90, 1000):
             found, old = [], []
@@ -92,7 +90,7 @@ def intervals() -> Iterator[str]:
             of_kid = []
             for i in range(REPETITIONS):
                 x, y = (
-                    side.values.astype(float)
+                    side.astype(float)
                     for side in (normal(MANY_GENERATED, 2 * i, shift), normal(n_real, 2 * i + 1))
                 )
                 of_kid.append((*kid(x, y), old_kid_error(x, y)))
@@ -103,12 +101,12 @@ def intervals() -> Iterator[str]:
 
 def covered(
     shift: float, numbers: tuple[int, int], name: str, values: Array, right: float, *errors: Array
-) -> str:
-    """A line: how often `right` lies within Z errors, of the old ones and of the new ones."""
+) -> list[object]:
+    """A row: how often `right` lies within Z errors, of the old ones and of the new ones."""
     cells = [f"{shift:g}", *map(str, numbers), name, f"{values.mean():.4f}", f"{values.std(ddof=1):.4f}"]
     for error in errors:
         cells += [f"{error.mean():.4f}", f"{(abs(values - right) <= Z * error).mean():.1%}"]
-    return "| " + " | ".join(cells) + " |"
+    return [*cells]
 
 
 def any_pair(values: Array) -> bool:
@@ -118,9 +116,7 @@ def any_pair(values: Array) -> bool:
     return bool((difference.mean(2) + Z * error < 0).any())
 
 
-def searches() -> Iterator[str]:
-    yield "| what is compared | images | searches | claim a difference, uncorrected | Holm |"
-    yield "|---|---|---|---|---|"
+def searches() -> Iterator[list[object]]:
     tie = [Rank(1, TRIALS)] * TRIALS
     for num_images in (90, 512):
         rng, old, new = np.random.default_rng(0), 0, 0
@@ -133,10 +129,8 @@ def searches() -> Iterator[str]:
     for num_images in (90, 512):
         old = new = 0
         for i in range(SEARCHES):
-            real = normal(num_images, (TRIALS + 1) * i).values.astype(float)
-            drawn = [
-                normal(KID_GENERATED, (TRIALS + 1) * i + 1 + k).values.astype(float) for k in range(TRIALS)
-            ]
+            real = normal(num_images, (TRIALS + 1) * i).astype(float)
+            drawn = [normal(KID_GENERATED, (TRIALS + 1) * i + 1 + k).astype(float) for k in range(TRIALS)]
             values, errors = np.array([kid(x, real) for x in drawn]).T
             fixed = np.array([old_kid_error(x, real) for x in drawn])
             old += bool((values + Z * fixed).min() < (values - Z * fixed).max())
@@ -144,8 +138,8 @@ def searches() -> Iterator[str]:
         yield row("KID by its errors", num_images, old, new)
 
 
-def row(what: str, num_images: int, old: int, new: int) -> str:
-    return f"| {what} | {num_images} | {SEARCHES} | {old / SEARCHES:.1%} | {new / SEARCHES:.1%} |"
+def row(what: str, num_images: int, old: int, new: int) -> list[object]:
+    return [what, num_images, SEARCHES, f"{old / SEARCHES:.1%}", f"{new / SEARCHES:.1%}"]
 
 
 def main() -> None:
@@ -154,26 +148,37 @@ def main() -> None:
     )
     parser.add_argument("out", type=Path, help="markdown file")
     out = parser.parse_args().out
-    lines = [
-        "# Errors and ranks, simulated",
-        "",
-        f"{datetime.date.today()}, numpy {np.__version__}; `python benchmarks/honesty_statistics.py {out}`.",
+    spread = [
+        "shift",
+        "generated",
+        "real",
+        "metric",
+        "mean",
+        "spread",
+        "error, old",
+        "covers, old",
+        "error",
+        "covers",
+    ]
+    claims = ["what is compared", "images", "searches", "claim a difference, uncorrected", "Holm"]
+    tables.write(
+        str(out),
+        "Errors and ranks, simulated",
+        f"{tables.machine('numpy')}; `python benchmarks/honesty_statistics.py {out}`.",
         "",
         f"Intervals: the value ± {Z} errors, over {REPETITIONS} pairs of sets: generated images have "
         f"{SIZE} features from N(shift, I), real ones from N(0, I). Covered is KID's true value; the others are "
         "biased by the number of images, and covered is their mean over the pairs. Old: groups i mod 10 of the "
         "generated images, the real ones held fixed.",
         "",
-        *intervals(),
+        *tables.table(spread, intervals()),
         "",
         f"Searches of {TRIALS} equal trials, judged by the same images. bits/dim: an image's difficulty is shared, a "
         f"trial's own noise is {TRIAL_NOISE}. KID: {KID_GENERATED} images of each trial, from the distribution of the "
         "real ones. Uncorrected: any pair apart by 1.96 errors image by image, or with intervals that do not overlap.",
         "",
-        *searches(),
-    ]
-    out.write_text("\n".join(lines) + "\n")
-    print(out.read_text())
+        *tables.table(claims, searches()),
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ on its own schedule, and KID compares them with the same held-out images. The ta
 above what is written there by hand, the picture beside it.
 """
 
-import datetime
 import json
 import math
 import os
@@ -27,12 +26,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
-import quality_peers as peers
 import torch
 import tyro
+from harness import tables
+from harness.turns import Contestant, Spent, Turn, ended_after, read_turns, spent
 from matplotlib.figure import Figure
-from runtime import processor
-from turns import Contestant, Spent, Turn, ended_after, read_turns, spent
+from peers import quality as peers
 
 from ddpm import config as configs
 from ddpm.build import build_objective
@@ -203,8 +202,7 @@ def _pictures(arguments: Arguments) -> Path:
 
 def open_data(arguments: Arguments) -> DataSet:
     place = locations.resolve(arguments.uri)
-    manifest = read_manifest(place.filesystem, place.path, arguments.uri)
-    return DataSet(place.filesystem, place.path, manifest, "train")
+    return DataSet(place, read_manifest(place), "train")
 
 
 def snapshots(name: Name, arguments: Arguments) -> Iterator[Snapshot]:
@@ -248,7 +246,7 @@ def judge(arguments: Arguments) -> None:
     held_out = train.held_out()
     assert held_out is not None, "Fashion-MNIST has a split test"
     place = locations.resolve(arguments.uri)
-    cache, cpu = Cache(place.filesystem, f"{place.path}/evaluation"), torch.device("cpu")
+    cache, cpu = Cache(place.child("evaluation")), torch.device("cpu")
     by = nets.build("classifier", train, cache)
     real = real_features(held_out, by, cache, NUM_REAL, cpu)
     manifest = train.manifest
@@ -259,7 +257,7 @@ def judge(arguments: Arguments) -> None:
         if (name, snapshot.images_seen) in known:
             continue
         drawn = draw(*load(name, snapshot.path, arguments), shape, arguments.num_images)
-        value, error = kid(features_of(by, drawn).values, real.values)
+        value, error = kid(features_of(by, drawn), real)
         judged.append(
             Judged(
                 name,
@@ -324,44 +322,50 @@ def plot(arguments: Arguments) -> None:
     config = PRESETS[arguments.preset]
     counts = {name: f"{parameter_count(peers.NET[name](config)):,}" for name in NAMES[1:]}
     counts["ours"] = f"{parameter_count(peers.build_net(config)):,}"
-    lines = [
-        "# Time to quality",
-        "",
+    how = (
         f"KID-classifier of {arguments.num_images} images (20 steps of `dpmpp_2m` with eta 1, as for all) against "
         f"{NUM_REAL} held-out ones of {config.data.source}, over the time trained, in turns of {arguments.turn_s:g} s "
-        f"(`python benchmarks/quality.py race --minutes {arguments.minutes:g}`). {datetime.date.today()}, "
-        f"{os.cpu_count()} cores of {processor()}, torch {torch.__version__}.",
-        "",
-        "| trainer | weights | "
-        + " | ".join(f"minutes to KID {value:g}" for value in THRESHOLDS)
-        + " | images/s |",
-        "|---" * (3 + len(THRESHOLDS)) + "|",
-    ]
+        f"(`python benchmarks/quality.py race --minutes {arguments.minutes:g}`). "
+        f"{tables.machine()}."
+    )
+    rows: list[list[object]] = []
     for name, curve in curves.items():
         cells = [_span(curve, value) for value in THRESHOLDS]
         speed = curve[-1].images_seen / curve[-1].minutes / 60
-        lines.append(f"| {name} | {counts[name]} | " + " | ".join(cells) + f" | {speed:.0f} |")
+        rows.append([name, counts[name], *cells, f"{speed:.0f}"])
     for name in curves:
         if name != "ours" and "ours" in curves:
             cells = [_ratio(curves["ours"], curves[name], value) for value in THRESHOLDS]
-            lines.append(f"| {name} / ours | | " + " | ".join(cells) + " | |")
-    lines += [
+            rows.append([f"{name} / ours", "", *cells, ""])
+    reached = tables.table(
+        ["trainer", "weights", *(f"minutes to KID {value:g}" for value in THRESHOLDS), "images/s"], rows
+    )
+    points = (
+        [
+            j.name,
+            f"{j.minutes:.2f}",
+            f"{j.cpu_minutes:.2f}",
+            f"{j.images_seen:,}",
+            f"{j.kid:.4f} ± {j.error:.4f}",
+        ]
+        for curve in curves.values()
+        for j in curve
+    )
+    tables.write(
+        __file__,
+        "Time to quality",
+        how,
+        "",
+        *reached,
         "",
         "In brackets: one standard error of KID to each side.",
         "",
         "![KID over minutes](quality.png)",
         "",
-    ]
-    lines += ["| trainer | minutes | CPU minutes | images seen | KID |", "|---|---|---|---|---|"]
-    for j in (j for curve in curves.values() for j in curve):
-        lines.append(
-            f"| {j.name} | {j.minutes:.2f} | {j.cpu_minutes:.2f} | {j.images_seen:,} | {j.kid:.4f} ± {j.error:.4f} |"
-        )
-    file = Path(__file__).with_suffix(".md")
-    by_hand = file.read_text().partition(END)[2] if file.exists() else "\n"
-    file.write_text("\n".join([*lines, "", END]) + by_hand)
-    print("\n".join(lines))
-    _picture(curves, file.with_suffix(".png"))
+        *tables.table(["trainer", "minutes", "CPU minutes", "images seen", "KID"], points),
+        by_hand=END,
+    )
+    _picture(curves, Path(__file__).with_suffix(".png"))
 
 
 def _span(curve: Sequence[Judged], value: float) -> str:

@@ -6,17 +6,14 @@ The two take turns, so that a machine that grows busy slows both. Every run is a
 is that between two log points well after the start. The table goes to benchmarks/runtime.md.
 """
 
-import datetime
-import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +22,7 @@ import psutil
 import torch
 import torch.distributed
 import tyro
+from harness import processes, tables, turns
 from torch import Tensor, nn
 
 from ddpm.cluster.ray_init import KEPT_MEMORY
@@ -111,11 +109,11 @@ class TorchrunRuntime(LocalRuntime):
         torch.distributed.all_gather(parts, values.contiguous())
         return torch.cat(parts)
 
-    def any_of(self, *flags: Tensor | bool) -> list[bool]:
+    def any_of(self, *flags: Tensor | bool, at_once: bool) -> tuple[Tensor, list[int]]:
         counts = torch.stack([torch.as_tensor(flag).float() for flag in flags])
         if self.world_size > 1:
             torch.distributed.all_reduce(counts)
-        return [count > 0 for count in counts.tolist()]
+        return counts > 0, [int(count > 0) for count in counts.tolist()]
 
 
 class Points(NoTracker):
@@ -138,10 +136,10 @@ class Meter:
         progress = notes.get("progress")
         due = not self._samples or time.monotonic() - self._samples[-1][0] > SAMPLE_S
         if progress is not None and progress.images_seen >= self._first and due:
-            here = psutil.Process()
-            self._samples.append(
-                (time.monotonic(), dict(map(self._look, [here, *here.children(recursive=True)])))
-            )
+            seen = {
+                process.pid: (_title(process), processes.cpu_s(process)) for process in processes.family()
+            }
+            self._samples.append((time.monotonic(), seen))
         return True
 
     def cores(self) -> dict[str, float]:
@@ -154,14 +152,11 @@ class Meter:
                 found[kind] += (cpu_s - before.get(pid, ("", 0.0))[1]) / (ended - began)
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
-    @staticmethod
-    def _look(process: psutil.Process) -> tuple[int, tuple[str, float]]:
-        try:
-            with process.oneshot():
-                times = process.cpu_times()
-                return process.pid, (" ".join(process.cmdline()[:1]), times.user + times.system)
-        except psutil.Error:
-            return process.pid, ("", 0.0)
+
+def _title(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline()[:1])
+    return ""
 
 
 def measure(arguments: Arguments) -> None:
@@ -211,7 +206,7 @@ def measure(arguments: Arguments) -> None:
         wait = statistics.mean(values["train/data_wait_share"] for values in late)
         reading = sum(value for kind, value in cores.items() if kind.startswith(READERS))
         both = [reading, sum(cores.values()) - reading] if cores else [None, None]
-        print("FOUND " + json.dumps([speed, wait, *both, cores]))
+        processes.answer([speed, wait, *both, cores])
 
 
 def run(arguments: Arguments, workers: int, threads: int, runtime: str) -> Found:
@@ -222,11 +217,7 @@ def run(arguments: Arguments, workers: int, threads: int, runtime: str) -> Found
     command += [__file__, "--images", str(arguments.images), "--preset", arguments.preset]
     command += ["--runtime", runtime, "--workers", str(workers), "--threads", str(threads)]
     kept = os.environ | KEPT_MEMORY  # which Ray's workers have anyway
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=kept)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))
-    return Found(*json.loads(line.removeprefix("FOUND ")))
+    return Found(*processes.ask(command, kept))
 
 
 def main() -> None:
@@ -234,32 +225,21 @@ def main() -> None:
     if arguments.runtime is not None:
         measure(arguments)
         return
-    found: dict[tuple[int, int, str], list[Found]] = {
-        (*case, name): [] for case in CASES for name in RUNTIMES
-    }
-    for i in range(arguments.repeats):
-        for key in found if i % 2 == 0 else reversed(found):
-            found[key].append(run(arguments, *key))
-            print(key, found[key][-1], flush=True)
-    write(arguments, found)
+    keys = [(*case, name) for case in CASES for name in RUNTIMES]
+    write(arguments, turns.in_turns(keys, arguments.repeats, lambda key: run(arguments, *key)))
 
 
 def write(arguments: Arguments, found: Mapping[tuple[int, int, str], list[Found]]) -> None:
     """The table, as Markdown."""
-    import ray
-
     speed = {key: statistics.median(one.images_per_s for one in runs) for key, runs in found.items()}
     titles = {"torchrun": "torchrun", "ray": "RayRuntime, MLflow on"}
-    lines = [
-        "# What Ray costs",
-        "",
+    how = (
         f"Preset {arguments.preset}, {arguments.images:,} images a run; medians of {arguments.repeats} runs that took "
-        f"turns, with the same settings of the C library (`python benchmarks/runtime.py`). {datetime.date.today()}, "
-        f"{os.cpu_count()} cores of {processor()}, torch {torch.__version__}, Ray {ray.__version__}.",
-        "",
-        "| workers x threads | | images/s | of torchrun | waits | cores of Ray Data | of the rest | all runs |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+        f"turns, with the same settings of the C library (`python benchmarks/runtime.py`). "
+        f"{tables.machine('ray')}."
+    )
+    names = ["workers x threads", "", "images/s", "of torchrun", "waits", "cores of Ray Data", "of the rest"]
+    rows = []
     for (workers, threads, name), runs in found.items():
         key = (workers, threads, name)
         ratio = speed[key] / speed[workers, threads, "torchrun"]
@@ -267,15 +247,14 @@ def write(arguments: Arguments, found: Mapping[tuple[int, int, str], list[Found]
             f"{statistics.median(values):.3f}" if None not in values else "-"
             for values in ([one.reading for one in runs], [one.others for one in runs])
         ]
-        wait, every = (
-            statistics.median(r.wait for r in runs),
-            ", ".join(f"{r.images_per_s:,.0f}" for r in runs),
-        )
-        lines.append(
-            f"| {workers} x {threads} | {titles[name]} | {speed[key]:,.0f} | {ratio:.3f} | {wait:.2%} "
-            f"| {cores[0]} | {cores[1]} | {every} |"
-        )
-    lines += [
+        wait = statistics.median(one.wait for one in runs)
+        every = ", ".join(f"{one.images_per_s:,.0f}" for one in runs)
+        numbers = [f"{speed[key]:,.0f}", f"{ratio:.3f}", f"{wait:.2%}", *cores, every]
+        rows.append([f"{workers} x {threads}", titles[name], *numbers])
+    lines = [
+        how,
+        "",
+        *tables.table([*names, "all runs"], rows),
         "",
         "Cores by process, beside the workers, of the last run of each. An actor of Ray that does nothing takes 0.008 "
         "to 0.01 of a core on this machine: its main thread wakes up every 10 ms to look for signals, which is no "
@@ -288,22 +267,7 @@ def write(arguments: Arguments, found: Mapping[tuple[int, int, str], list[Found]
                 f"{kind} {cores:.3f}" for kind, cores in runs[-1].by_process.items() if cores > 5e-4
             )
             lines.append(f"- {workers} x {threads}, {titles[name]}: {said}")
-    write_table(__file__, lines)
-
-
-def write_table(script: str, lines: list[str]) -> None:
-    """A benchmark's result, as Markdown beside it and on the terminal."""
-    text = "\n".join(lines) + "\n"
-    Path(script).with_suffix(".md").write_text(text)
-    print(text)
-
-
-def processor() -> str:
-    """The processor's name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
+    tables.write(__file__, "What Ray costs", *lines)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ trained on the data. The table goes to benchmarks/samplers.md, and the picture, 
 of what was drawn go to the working folder.
 """
 
-import datetime
-import os
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -19,12 +17,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import tyro
+from harness import tables
 from matplotlib.figure import Figure
-from runtime import processor
 
 from ddpm.cluster.worker_pool import WorkerPool
 from ddpm.evaluation import context
-from ddpm.evaluation.features import Features, features_of
+from ddpm.evaluation.features import features_of
 from ddpm.evaluation.scores import Score, score
 from ddpm.sampling.workers import SampleJob, SampleWorker
 from ddpm.utils import images
@@ -98,9 +96,7 @@ def main() -> None:
     found: dict[Way, tuple[Score, float]] = {}
     for way in WAYS:
         drawn, speed = draw(candidate, way, arguments.num_images)
-        features = Features(
-            np.arange(len(drawn)), features_of(by.feature_net, torch.from_numpy(drawn)).values
-        )
+        features = features_of(by.feature_net, torch.from_numpy(drawn))
         scores = score(by.feature_net.name, features, by.real, by.other_real)
         kid = next(s for s in scores if s.name.startswith("KID"))
         found[way] = kid, speed
@@ -118,27 +114,21 @@ def write(candidate: context.Candidate, found: dict[Way, tuple[Score, float]]) -
     """The table, as Markdown, and the picture."""
     best, _ = found[BEST]
     seen, n = candidate.position["images_seen"], best.n
-    lines = [
-        "# How many steps images need",
-        "",
+    how = (
         f"{best.name} of {n} images against {best.n_real} held-out ones of {candidate.config.data.source} (smaller "
         f"is better; real images have {best.floor:.4f} ± {best.floor_error:.4f}), from a net of this project with "
         f"{sum(weight.numel() for weight in candidate.net.parameters()):,} weights that has "
-        f"seen {seen:,} images; images/s of {os.cpu_count()} cores of {processor()} (`python benchmarks/samplers.py "
-        f"RUN --num-images {n}`). {datetime.date.today()}, torch {torch.__version__}.",
-        "",
-        f"| sampler | steps | {best.name} | from all {ALL} steps of ancestral | images/s |",
-        "|---|---|---|---|---|",
-    ]
+        f"seen {seen:,} images; images/s of all cores (`python benchmarks/samplers.py RUN --num-images {n}`). "
+        f"{tables.machine()}."
+    )
+    names = ["sampler", "steps", best.name, f"from all {ALL} steps of ancestral", "images/s"]
+    rows = []
     for way, (kid, speed) in found.items():
         apart, error = kid.value - best.value, (kid.error**2 + best.error**2) ** 0.5
-        lines.append(
-            f"| {way.name} | {way.steps} | {kid.value:.4f} ± {kid.error:.4f} | {apart:+.4f} ± {error:.4f} "
-            f"| {speed:.2f} |"
-        )
-    file = Path(__file__).with_suffix(".md")
-    file.write_text("\n".join([*lines, "", "![KID over steps](samplers.png)"]) + "\n")
-    print("\n".join(lines))
+        cells = [f"{kid.value:.4f} ± {kid.error:.4f}", f"{apart:+.4f} ± {error:.4f}", f"{speed:.2f}"]
+        rows.append([way.name, way.steps, *cells])
+    picture = "![KID over steps](samplers.png)"
+    tables.write(__file__, "How many steps images need", how, "", *tables.table(names, rows), "", picture)
 
     figure = Figure((5, 3.4), layout="constrained")
     axes = figure.subplots()
@@ -153,8 +143,9 @@ def write(candidate: context.Candidate, found: dict[Way, tuple[Score, float]]) -
     axes.set_xlabel("steps")
     axes.set_ylabel(best.name)
     axes.legend()
-    figure.savefig(file.with_suffix(".png"), dpi=120)
-    print(f"picture     {file.with_suffix('.png')}")
+    file = Path(__file__).with_suffix(".png")
+    figure.savefig(file, dpi=120)
+    print(f"picture     {file}")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ of some. The two take turns, so that a machine that grows busy slows both. Speed
 learned: its weights are the first ones of a training run. The table goes to benchmarks/sampling.md.
 """
 
-import datetime
-import os
 import statistics
 import tempfile
 import time
@@ -20,7 +18,7 @@ from typing import Any
 
 import torch
 import tyro
-from runtime import processor, write_table
+from harness import tables
 
 from ddpm.build import build_net
 from ddpm.cluster.worker_pool import WorkerPool
@@ -101,31 +99,24 @@ def measure(arguments: Arguments, preset: str, sampler: str) -> list[tuple[float
 
 
 def main() -> None:
-    import diffusers
-
     arguments = tyro.cli(Arguments, description=__doc__)
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
-    lines = [
-        "# How fast images are drawn",
-        "",
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    how = (
         f"Images/s of {arguments.num_images} images, {arguments.num_sample_steps} steps, same weights: diffusers in "
         f"the best batch size of {arguments.batch_sizes}, this project as jobs/sample.py draws; medians of "
-        f"{arguments.repeats} that took turns (`python benchmarks/sampling.py`). {datetime.date.today()}, "
-        f"{os.cpu_count()} cores of {where}, torch {torch.__version__}, diffusers {diffusers.__version__}.",
-        "",
-        "| net | sampler | diffusers' pipeline | this project | ratio | ratios |",
-        "|---|---|---|---|---|---|",
-    ]
+        f"{arguments.repeats} that took turns (`python benchmarks/sampling.py`). "
+        f"{tables.machine('diffusers', device=device)}."
+    )
+    rows = []
     for preset in arguments.presets:
         for sampler in ("ancestral", "ddim"):
             found = measure(arguments, preset, sampler)
             a, b = (statistics.median(values) for values in zip(*found, strict=True))
             ratios = [ours / theirs for theirs, ours in found]
             every = ", ".join(f"{ratio:.2f}" for ratio in sorted(ratios))
-            lines.append(
-                f"| {preset} | {sampler} | {a:.2f} | {b:.2f} | {statistics.median(ratios):.2f} | {every} |"
-            )
-    write_table(__file__, lines)
+            rows.append([preset, sampler, f"{a:.2f}", f"{b:.2f}", f"{statistics.median(ratios):.2f}", every])
+    names = ["net", "sampler", "diffusers' pipeline", "this project", "ratio", "ratios"]
+    tables.write(__file__, "How fast images are drawn", how, "", *tables.table(names, rows))
 
 
 if __name__ == "__main__":

@@ -7,11 +7,9 @@ and decoded a second, how a checkpoint is copied, written and hashed, what a man
 image takes. What cannot is taken from public figures, each with its source in `PUBLIC`. Nothing here was run on GPUs.
 """
 
-import datetime
 import io
 import json
 import math
-import os
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -20,10 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import torch
-from runtime import processor
+from harness import tables
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm.build import build_net
@@ -35,6 +32,7 @@ from ddpm.data.prepare import MAX_ROWS_PER_ROW_GROUP, ROW_GROUP_BYTES
 from ddpm.data.ray_dataset import OBJECT_STORE_BYTES
 from ddpm.data.shards import read_row_group, write_shard
 from ddpm.presets import CELEBA64, CIFAR10
+from ddpm.storage.locations import resolve
 from ddpm.training.state import State, parameter_count
 from ddpm.utils.images import png_bytes
 
@@ -69,7 +67,7 @@ PAGE = """\
 # From 1 to 256 GPUs, from 1 GB to 100 TB
 
 Computed by [benchmarks/scale.py](../benchmarks/scale.py), a model of a line or two a quantity. Nothing on this page
-was run on GPUs: it says where the next wall stands, not how soon it is reached. {today}, {machine}.
+was run on GPUs: it says where the next wall stands, not how soon it is reached. {machine}.
 
 ## More GPUs: {images_per_gpu} images each a step, raw shards in S3
 
@@ -184,16 +182,16 @@ def measure() -> Measured:
 
 def rows_per_second(folder: str, kind: Encoding) -> float:
     """Of pixels that are neither noise nor plain: a wave an image."""
-    filesystem, rows = pafs.LocalFileSystem(), MAX_ROWS_PER_ROW_GROUP
+    location, rows = resolve(folder), MAX_ROWS_PER_ROW_GROUP
     waves = np.sin(np.linspace(0, 9, 32 * 32 * 3) + np.arange(rows)[:, None])
     pixels = ((waves + 1) * 127).astype(np.uint8).reshape(rows, 32, 32, 3)
     images = pixels if kind == "raw" else [png_bytes(image) for image in pixels]
-    shard = write_shard(filesystem, folder, "train/00000.parquet", images, None, rows_per_row_group=rows)
+    shard = write_shard(location, "train/00000.parquet", images, None, rows_per_row_group=rows)
     manifest = make_manifest("test", 32, 32, 3, kind, [], {"train": [shard]}, "")
-    read_row_group(filesystem, folder, manifest, "train", 0)
+    read_row_group(location, manifest, "train", 0)
     began, count = time.process_time(), 0
     while time.process_time() - began < 2:
-        count += len(read_row_group(filesystem, folder, manifest, "train", 0)[0])
+        count += len(read_row_group(location, manifest, "train", 0)[0])
     return count / (time.process_time() - began)
 
 
@@ -308,8 +306,7 @@ def page(measured: Measured, utilisation: float) -> str:
     )
     largest, limit = cifar10[GPUS[-1]], public("get_limit")
     return PAGE.format(
-        today=datetime.date.today(),
-        machine=f"{os.cpu_count()} cores of {processor()}, torch {torch.__version__}",
+        machine=tables.machine(),
         images_per_gpu=IMAGES_PER_GPU,
         gpu_rows="\n".join(gpu_row(name, p) for (name, _), p in plans.items()),
         ahead=human(OBJECT_STORE_BYTES),

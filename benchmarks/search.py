@@ -8,19 +8,17 @@ the preset's own are then trained with another seed, and judged by the same draw
 and the search's pictures lie beside it.
 """
 
-import datetime
+import itertools
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 import tyro
+from harness import tables
 from numpy.typing import NDArray
-from runtime import processor, write_table
 
 from ddpm import config as configs
 from ddpm import presets
@@ -78,29 +76,20 @@ def rankings(trials: list[Trial]) -> list[str]:
         "KID": np.array([trial.drawn["value"] for trial in trials]),
     }
     places = {name: v.argsort().argsort() + 1 for name, v in values.items()}
-    lines = [
-        "| trial | train loss | its rank | bits/dim | its rank | KID | its rank | |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    rows: list[list[object]] = []
     for i in values["bits/dim"].argsort():
         trial, last = trials[i], lasts[i]
-        cells = [
-            trial.name,
-            f"{last.train_loss:.4f}",
-            places["train loss"][i],
-            f"{last.bits_per_dim:.4f} ± {last.bits_per_dim_error:.4f}",
-            places["bits/dim"][i],
-            f"{trial.drawn['value']:.4f} ± {trial.drawn['error']:.4f}",
-            places["KID"][i],
-            said(trial.changes),
-        ]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    lines += ["", "| rankings | Spearman's rho | Kendall's tau |", "|---|---|---|"]
-    names = list(values)
-    for a, b in ((0, 1), (0, 2), (1, 2)):
-        found = agreement(values[names[a]], values[names[b]])
-        lines.append(f"| {names[a]} and {names[b]} | {found.spearman:+.2f} | {found.kendall:+.2f} |")
-    return lines
+        cells = {
+            "train loss": f"{last.train_loss:.4f}",
+            "bits/dim": f"{last.bits_per_dim:.4f} ± {last.bits_per_dim_error:.4f}",
+            "KID": f"{trial.drawn['value']:.4f} ± {trial.drawn['error']:.4f}",
+        }
+        ranked = [cell for name in values for cell in (cells[name], places[name][i])]
+        rows.append([trial.name, *ranked, said(trial.changes)])
+    lines = tables.table(["trial", *(cell for name in values for cell in (name, "its rank")), ""], rows)
+    pairs = {(a, b): agreement(values[a], values[b]) for a, b in itertools.combinations(values, 2)}
+    agreements = [[f"{a} and {b}", f"{r.spearman:+.2f}", f"{r.kendall:+.2f}"] for (a, b), r in pairs.items()]
+    return [*lines, "", *tables.table(["rankings", "Spearman's rho", "Kendall's tau"], agreements)]
 
 
 def cost(trials: list[Trial], place: locations.Location) -> str:
@@ -139,15 +128,13 @@ def beaten(arguments: Arguments, place: locations.Location, events: EventLog) ->
     mean, error = difference(*(np.array(j.bits) for j in judged))
     rungs = [j.rung(0.0) for j in judged]
     surely = mean + 2 * error < 0
+    names = ("best of the search", f"the preset {arguments.preset}")
+    rows = [
+        [name, f"{rung.bits_per_dim:.4f} ± {rung.bits_per_dim_error:.4f}"]
+        for name, rung in zip(names, rungs, strict=True)
+    ]
     return [
-        "| config, trained with another seed | bits/dim |",
-        "|---|---|",
-        *(
-            f"| {name} | {rung.bits_per_dim:.4f} ± {rung.bits_per_dim_error:.4f} |"
-            for name, rung in zip(
-                ("best of the search", f"the preset {arguments.preset}"), rungs, strict=True
-            )
-        ),
+        *tables.table(["config, trained with another seed", "bits/dim"], rows),
         "",
         f"Best minus default, image by image: {mean:+.4f} ± {error:.4f} bits/dim. "
         + (
@@ -175,11 +162,9 @@ def main() -> None:
         return
     trials = [trial for trial in events.trials() if trial.status == "finished" and trial.drawn]
     lines = [
-        "# What a search finds",
-        "",
         f"{len(events.trials())} trials, {len(trials)} of them to their end ({arguments.command or 'tune/search.py'}; "
-        f"`python benchmarks/search.py {arguments.search}`). {datetime.date.today()}, {os.cpu_count()} cores of "
-        f"{processor()}, torch {torch.__version__}. Ranks count from the best; intervals are standard errors, and "
+        f"`python benchmarks/search.py {arguments.search}`). {tables.machine()}. "
+        "Ranks count from the best; intervals are standard errors, and "
         "ranks that overlap are a tie.",
         "",
         *rankings(trials),
@@ -195,7 +180,7 @@ def main() -> None:
         target = Path(__file__).with_name(f"search-{name}")
         target.write_bytes(place.child(name).read())
         lines.append(f"![{name.removesuffix('.png')}]({target.name})")
-    write_table(__file__, lines)
+    tables.write(__file__, "What a search finds", *lines)
 
 
 if __name__ == "__main__":

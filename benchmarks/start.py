@@ -3,11 +3,11 @@
     python benchmarks/start.py [--repeats 3] [--workers 1 2]
 
 Runs the real command, with an empty folder for its data and MLflow's database made before, and samples its processes.
-Bare is benchmarks/bare_trainer.py: no data, no checkpoint, one step on noise. The two take turns, so that a machine
-that grows busy slows both. The table goes to benchmarks/start.md.
+Bare is benchmarks/peers/bare_trainer.py: no data, no checkpoint, one step on noise. The two take turns, so that a
+machine that grows busy slows both. The table goes to benchmarks/start.md.
 """
 
-import datetime
+import itertools
 import os
 import re
 import statistics
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 import tyro
-from runtime import processor, write_table
+from harness import processes, tables, turns
 
 HERE = Path(__file__).resolve().parent.parent
 SAMPLE_S = 0.1
@@ -51,6 +51,10 @@ class Start:
     cpu_s: float = 0.0
     """Until the end."""
 
+    def __str__(self) -> str:
+        moments = ", ".join(f"{name} {s:.1f}" for name, s in self.moments.items())
+        return f"{moments} s; {self.cpu_s:.1f} s of CPU"
+
 
 def measure(who: str, workers: int, folder: Path) -> Start:
     """Run the command once.
@@ -62,7 +66,7 @@ def measure(who: str, workers: int, folder: Path) -> Start:
         command = [sys.executable, OURS, "digits", *FLAGS, "--cluster.num-workers", str(workers)]
         command += ["--run.storage", str(folder / "runs"), "--run.name", "bench"]
     else:
-        command = [sys.executable, "benchmarks/bare_trainer.py", str(workers)]
+        command = [sys.executable, "benchmarks/peers/bare_trainer.py", str(workers)]
     env = os.environ | {
         "MLFLOW_TRACKING_URI": f"sqlite:///{Path(tempfile.gettempdir(), 'bench-start-mlflow.db')}",
         "RAY_AUTH_MODE": "disabled",
@@ -83,9 +87,8 @@ def measure(who: str, workers: int, folder: Path) -> Start:
     reader = threading.Thread(target=read)
     reader.start()
     seen: dict[int, tuple[str, float, float]] = {}
-    root = psutil.Process(driver.pid)
     while driver.poll() is None:
-        _sample(root, seen, began)
+        _sample(driver.pid, seen, began)
         if FIRST_STEP in start.moments and not start.processes:
             start.processes = _added_up(seen)
         time.sleep(SAMPLE_S)
@@ -97,22 +100,17 @@ def measure(who: str, workers: int, folder: Path) -> Start:
     return start
 
 
-def _sample(root: psutil.Process, seen: dict[int, tuple[str, float, float]], began: float) -> None:
+def _sample(root: int, seen: dict[int, tuple[str, float, float]], began: float) -> None:
     """Update (title, when it began, CPU seconds) of every process of the job."""
-    try:
-        family = [root, *root.children(recursive=True)]
-    except psutil.Error:
-        return
-    for process in family:
+    for process in processes.family(root):
         try:
-            with process.oneshot():
-                times, title = process.cpu_times(), _title(process.cmdline())
+            cpu_s, title = processes.cpu_s(process), _title(process.cmdline())
         except psutil.Error:
             continue
         known = seen.get(process.pid)
         if known is not None and known[0] not in (UNKNOWN, IDLE):
             title = known[0]
-        seen[process.pid] = (title, process.create_time() - began, times.user + times.system)
+        seen[process.pid] = (title, process.create_time() - began, cpu_s)
 
 
 def _title(command: list[str]) -> str:
@@ -136,58 +134,51 @@ def _added_up(seen: dict[int, tuple[str, float, float]]) -> dict[str, tuple[floa
 
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
-    found: dict[tuple[str, int], list[Start]] = {
-        (who, workers): [] for workers in arguments.workers for who in (BARE, OURS)
-    }
-    for i in range(arguments.repeats):
-        for who, workers in found if i % 2 == 0 else reversed(found):
-            with tempfile.TemporaryDirectory(prefix="bench-start-") as folder:
-                start = measure(who, workers, Path(folder))
-            found[who, workers].append(start)
-            moments = ", ".join(f"{name} {s:.1f}" for name, s in start.moments.items())
-            print(f"{who} {workers} workers: {moments} s; {start.cpu_s:.1f} s of CPU", flush=True)
-    write(arguments, found)
+    keys = [(who, workers) for workers in arguments.workers for who in (BARE, OURS)]
+
+    def once(key: tuple[str, int]) -> Start:
+        with tempfile.TemporaryDirectory(prefix="bench-start-") as folder:
+            return measure(*key, Path(folder))
+
+    write(arguments, turns.in_turns(keys, arguments.repeats, once))
 
 
 def write(arguments: Arguments, found: dict[tuple[str, int], list[Start]]) -> None:
     """The table, as Markdown."""
-    import ray
-    import torch
 
     def median(key: tuple[str, int], value: Callable[[Start], float]) -> float:
         return statistics.median(value(start) for start in found[key])
 
-    lines = [
-        "# From typing `python jobs/train.py digits` to its first step",
-        "",
+    how = (
         "Beside a bare TorchTrainer, which has no data, no checkpoint and no MLflow, and takes one step on noise. The "
         f"digits are prepared on the way, MLflow's database was made before. Medians of {arguments.repeats} runs that "
-        f"took turns (`python benchmarks/start.py`, `{_commit()}`). {datetime.date.today()}, {os.cpu_count()} cores "
-        f"of {processor()}, torch {torch.__version__}, Ray {ray.__version__}.",
-        "",
-        "| workers | | first step | of bare | trained | ended | CPU in all | first step, all runs |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+        f"took turns (`python benchmarks/start.py`, `{_commit()}`). "
+        f"{tables.machine('ray')}."
+    )
+    names = ["workers", "", "first step", "of bare", "trained", "ended", "CPU in all", "first step, all runs"]
+    rows = []
     for who, workers in found:
         key = who, workers
         moments = [median(key, lambda s, m=m: s.moments[m]) for m in (FIRST_STEP, TRAINED, ENDED)]  # type: ignore[misc]
         ratio = moments[0] / median((BARE, workers), lambda s: s.moments[FIRST_STEP])
         every = ", ".join(f"{start.moments[FIRST_STEP]:.1f}" for start in found[key])
         first, *rest = (f"{s:.1f} s" for s in moments)
-        cells = " | ".join([first, f"{ratio:.2f}", *rest])
-        lines.append(f"| {workers} | {who} | {cells} | {median(key, lambda s: s.cpu_s):.0f} s | {every} |")
+        cpu_s = median(key, lambda s: s.cpu_s)
+        rows.append([workers, who, first, f"{ratio:.2f}", *rest, f"{cpu_s:.0f} s", every])
+    lines = [how, "", *tables.table(names, rows)]
     for workers in arguments.workers:
         lines += ["", f"Processes until the first step, {workers} worker(s), of the last run:", ""]
-        lines += ["| process | " + " | ".join(f"{who}: begins | CPU" for who in (BARE, OURS)) + " |"]
-        lines += ["|---" * 5 + "|"]
         last = [found[who, workers][-1].processes for who in (BARE, OURS)]
         titles_seen = dict.fromkeys(title for processes in reversed(last) for title in processes)
+        rows = []
         for title in sorted(titles_seen, key=lambda t: max(p[t][0] for p in last if t in p)):
-            cells = " | ".join(
-                f"{max(p[title][0], 0):.1f} s | {p[title][1]:.2f} s" if title in p else "- | -" for p in last
+            pairs = (
+                (f"{max(p[title][0], 0):.1f} s", f"{p[title][1]:.2f} s") if title in p else "--" for p in last
             )
-            lines.append(f"| {title} | {cells} |")
-    write_table(__file__, lines)
+            rows.append([title, *itertools.chain(*pairs)])
+        begins = itertools.chain(*((f"{who}: begins", "CPU") for who in (BARE, OURS)))
+        lines += tables.table(["process", *begins], rows)
+    tables.write(__file__, "From typing `python jobs/train.py digits` to its first step", *lines)
 
 
 def _commit() -> str:

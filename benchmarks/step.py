@@ -6,10 +6,10 @@ What is timed is the whole of a training step, from a batch in memory: noise, fo
 AdamW, averaged weights, and whatever else the loop does between two batches. Ours is `loop.train` itself. diffusers'
 is the step of its `train_unconditional.py`, lucidrains' that of its `Trainer`; their batches are float32 already.
 Every contestant is a process of its own that waits for its turn, so that a machine that grows busy slows all of
-them. The table goes to benchmarks/step.md (of another case to step-CASE.md), with --profile also where the time went.
+them. The table goes to benchmarks/step.md (of another case to step-CASE.md, of a GPU to gpu.md), with --profile also
+where the time went.
 """
 
-import datetime
 import json
 import os
 import statistics
@@ -19,14 +19,15 @@ import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import step_contestants as contestants
 import torch
 import tyro
-from runtime import processor, write_table
-from step_contestants import BEFORE, DIFFUSERS, LUCIDRAINS, OURS, Case
+from harness import tables
+from peers import step as contestants
+from peers.step import BEFORE, DIFFUSERS, LUCIDRAINS, OURS, Case
 
 from ddpm.build import build_net
 from ddpm.cluster.ray_init import KEPT_MEMORY
@@ -168,8 +169,10 @@ def by_kind(operators: dict[str, float]) -> dict[str, float]:
 
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: --device is cuda, but there is no CUDA GPU here")
     before = [BEFORE + name for name in OURS if arguments.before and "compiled" not in name]
-    peers = () if arguments.losses else (*DIFFUSERS, *LUCIDRAINS)
+    peers = [] if arguments.losses else contestants.installed_peers()
     names = [name for name in (*peers, *before, *OURS) if arguments.only in name]
     if arguments.without:
         names = [name for name in names if arguments.without not in name]
@@ -198,7 +201,7 @@ def measure(arguments: Arguments, racing: dict[str, Contestant]) -> None:
     config = arguments.config()
     batch = config.train.batch_size
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    start, steps, speed = {}, {}, defaultdict(list)
+    start, steps, speed, memory = {}, {}, defaultdict(list), {}
     for name, contestant in racing.items():
         begin = time.perf_counter()
         contestant.turn(1)
@@ -209,12 +212,14 @@ def measure(arguments: Arguments, racing: dict[str, Contestant]) -> None:
         for dtype in peaks:
             peaks[dtype] = max(peaks[dtype], peak(arguments.device, dtype))
         for name, contestant in racing.items():
-            speed[name].append(steps[name] * batch / contestant.turn(steps[name])["seconds"])
+            said = contestant.turn(steps[name])
+            speed[name].append(steps[name] * batch / said["seconds"])
+            memory[name] = said.get("gib", float("nan"))
             print(f"{name}: {speed[name][-1]:.2f} images/s", flush=True)
     profiles = {}
     if arguments.profile:
         profiles = {name: by_kind(c.turn(3, profile=True)["operators"]) for name, c in racing.items()}
-    write(arguments, config, start, speed, peaks, profiles)
+    write(arguments, config, start, speed, memory, peaks, profiles)
 
 
 def write(
@@ -222,33 +227,34 @@ def write(
     config: Config,
     start: dict[str, float],
     speed: dict[str, list[float]],
+    memory: dict[str, float],
     peaks: dict[torch.dtype, float],
     profiles: dict[str, dict[str, float]],
 ) -> None:
     """The tables, as Markdown."""
-    import diffusers
-
     median = {name: statistics.median(found) for name, found in speed.items()}
     peers = {name: found for name, found in median.items() if name in DIFFUSERS}
     best = max(peers, key=peers.__getitem__, default=next(iter(median)))
     base = BASE if BASE in median else best
     flops = gigaflops(config)
     net = build_net(config)
-    where = torch.cuda.get_device_name() if arguments.device == "cuda" else processor()
+    on_gpu, peers_here = arguments.device == "cuda", ["diffusers"] if find_spec("diffusers") else []
+    apart = ""
+    if peers_here:
+        apart = (
+            f" Outputs of our net and diffusers' differ by {contestants.difference(config):.1e} at the most."
+        )
     lines = [
-        "# How fast a net is trained",
-        "",
         f"Case {arguments.case}: {config.model.image_size}x{config.model.image_size} images, "
         f"{parameter_count(net) / 1e6:.2f} M weights, {flops:.2f} GFLOP an image forward and "
         f"backward, batches of {config.train.batch_size}. Images/s of whole steps, medians of {arguments.turns} turns "
         f"(`python benchmarks/step.py --case {arguments.case}`); ratios of turns side by side, their medians. "
-        f"{datetime.date.today()}, {len(os.sched_getaffinity(0))} cores of {where}, torch {torch.__version__}, "
-        f"diffusers {diffusers.__version__}; a product of large matrices reaches {peaks[torch.float32]:.0f} GFLOP/s in "
-        f"float32 and {peaks[torch.bfloat16]:.0f} in bfloat16. Outputs of our net and diffusers' differ by "
-        f"{contestants.difference(config):.1e} at the most.",
+        f"{tables.machine(*peers_here, device=arguments.device)}; a product of large matrices reaches "
+        f"{peaks[torch.float32]:.0f} GFLOP/s in float32 and {peaks[torch.bfloat16]:.0f} in bfloat16.{apart}",
         "",
-        "| contestant | images/s | of the bfloat16 peak | diffusers' default | diffusers' best | first step, s |",
-        "|---|---|---|---|---|---|",
+        "| contestant | images/s | of the bfloat16 peak | diffusers' default | diffusers' best | first step, s |"
+        + " memory, GiB |" * on_gpu,
+        "|---|---|---|---|---|---|" + "---|" * on_gpu,
     ]
     for name, found in speed.items():
         ratios = [
@@ -258,6 +264,7 @@ def write(
         share = "" if name in LUCIDRAINS else f"{median[name] * flops / peaks[torch.bfloat16]:.0%}"
         lines.append(
             f"| {name} | {median[name]:.2f} | {share} | {ratios[0]:.2f} | {ratios[1]:.2f} | {start[name]:.1f} |"
+            + f" {memory[name]:.1f} |" * on_gpu
         )
     if profiles:
         kinds = list(dict.fromkeys(kind for profile in profiles.values() for kind in profile))
@@ -269,9 +276,11 @@ def write(
                 f"| {kind} | " + " | ".join(f"{profiles[name].get(kind, 0):.1f}" for name in names) + " |"
             )
     script = Path(__file__)
-    if arguments.case != "cifar":
+    if on_gpu:
+        script = script.with_stem("gpu")
+    elif arguments.case != "cifar":
         script = script.with_stem(f"step-{arguments.case}")
-    write_table(str(script), lines)
+    tables.write(str(script), "How fast a net is trained", *lines)
 
 
 if __name__ == "__main__":

@@ -6,35 +6,24 @@ One Ray worker with one torch thread, a metric point every 20 steps and a grid e
 a machine that grows busy slows all. The table goes to benchmarks/tracking.md.
 """
 
-import datetime
-import json
-import os
 import socket
 import statistics
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import ray
-import torch
 import tyro
-from runtime import processor, write_table
-from servers import LOOPBACK, MlflowServer, free_ports
+from harness import tables, training, turns
+from support.servers import LOOPBACK, MlflowServer, free_ports
 
 from ddpm.cluster.ray_init import connect
-from ddpm.config import override
-from ddpm.data import builtin, ray_dataset
 from ddpm.presets import DIGITS
-from ddpm.training import fit, worker_group
+from ddpm.training import fit
 
 CONDITIONS = ("there", "killed after 5 s, back after 15 s", "never there", "accepts and hangs")
-work = worker_group.work
 
 
 @dataclass(frozen=True)
@@ -43,22 +32,6 @@ class Arguments:
 
     repeats: int = 3
     images: int = 38_400
-
-
-def timed_work(folder: str, spec: dict[str, Any]) -> None:
-    """Training, with the time of every step, which goes into the folder; in the worker."""
-    from ddpm.training.worker import RayRuntime
-
-    flags = RayRuntime.any_of
-    steps: list[float] = []
-
-    def timed_step(*args: Any) -> list[bool]:
-        steps.append(time.perf_counter())
-        return flags(*args)
-
-    RayRuntime.any_of = timed_step  # type: ignore[method-assign]
-    work(spec)
-    Path(folder, "steps.json").write_text(json.dumps(steps))
 
 
 @contextmanager
@@ -85,55 +58,39 @@ def mlflow(condition: str, folder: Path) -> Iterator[str]:
 def measure(arguments: Arguments, condition: str) -> float:
     """Images/s."""
     with tempfile.TemporaryDirectory() as name, mlflow(condition, Path(name, "mlflow")) as uri:
-        os.environ["MLFLOW_TRACKING_URI"] = uri
         values = {
-            "run.storage": name,
-            "run.name": "bench",
             "train.total_images": arguments.images,
             "train.log_every_images": 2_560,
             "train.checkpoint_every_images": 6_400,
             "train.sample_every_images": 25_600,
             "cluster.threads_per_worker": 1,
         }
-        config = builtin.with_shards(override(DIGITS, values))
         fit.DELIVERY_TIMEOUT_S = 1.0  # what is after the end is not measured
-        worker_group.work = partial(timed_work, name)
-        fit.fit(config, ray_dataset.open_configured(config))
-        steps = json.loads(Path(name, "steps.json").read_text())
+        config = training.train(DIGITS, name, values, mlflow_uri=uri)
+        (steps,) = training.ticks(name).values()
         return (len(steps) - 21) * config.train.batch_size / (steps[-1] - steps[20])
 
 
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     connect()
-    found: dict[str, list[float]] = {condition: [] for condition in CONDITIONS}
-    for i in range(arguments.repeats):
-        for condition in CONDITIONS if i % 2 == 0 else reversed(CONDITIONS):
-            found[condition].append(measure(arguments, condition))
-            print(f"{condition}: {found[condition][-1]:,.0f} images/s", flush=True)
-    write(arguments, found)
+    write(arguments, turns.in_turns(CONDITIONS, arguments.repeats, lambda one: measure(arguments, one)))
 
 
 def write(arguments: Arguments, found: dict[str, list[float]]) -> None:
     """The table, as Markdown."""
     speed = {condition: statistics.median(speeds) for condition, speeds in found.items()}
-    lines = [
-        "# What MLflow's absence costs training",
-        "",
+    how = (
         f"Preset digits, one worker, one torch thread, {arguments.images:,} images a run; medians of "
         f"{arguments.repeats} runs that took turns (`PYTHONPATH=tests python benchmarks/tracking.py`). "
-        f"{datetime.date.today()}, {os.cpu_count()} cores of {processor()}, torch {torch.__version__}, Ray "
-        f"{ray.__version__}.",
-        "",
-        "| MLflow server | images/s | of the undisturbed run | all runs, images/s |",
-        "|---|---|---|---|",
-    ]
-    for condition, speeds in found.items():
-        every = ", ".join(f"{s:,.0f}" for s in speeds)
-        lines.append(
-            f"| {condition} | {speed[condition]:,.0f} | {speed[condition] / speed['there']:.3f} | {every} |"
-        )
-    write_table(__file__, lines)
+        f"{tables.machine('ray')}."
+    )
+    names = ["MLflow server", "images/s", "of the undisturbed run", "all runs, images/s"]
+    rows = (
+        [name, f"{s:,.0f}", f"{s / speed['there']:.3f}", ", ".join(f"{one:,.0f}" for one in found[name])]
+        for name, s in speed.items()
+    )
+    tables.write(__file__, "What MLflow's absence costs training", how, "", *tables.table(names, rows))
 
 
 if __name__ == "__main__":

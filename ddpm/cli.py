@@ -1,19 +1,30 @@
 """The frame of every job around its one library call: a user's mistake is one line, never a traceback."""
 
 import argparse
+import difflib
 import io
+import itertools
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+import tyro
+
 from ddpm import config as configs
-from ddpm import presets
+from ddpm import flags, presets
 from ddpm.config import Config
 from ddpm.utils.errors import UserError
 from ddpm.utils.openmp import bound_spinning
 from ddpm.utils.progress import printable
+
+CLOSE_NAME, CLOSE_FLAG = 0.5, 0.65
+"""difflib's measure from which on one word may be meant by another."""
+HELP, HELP_ALL = ("-h", "--help"), "--help-all"
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -62,6 +73,102 @@ def _lossy(stream: TextIO | None) -> TextIO:
         errors="backslashreplace",  # for characters that the terminal does not have
         line_buffering=stream.isatty() or stream is sys.stderr,
     )
+
+
+def parse_preset(kind: type[Any], description: str | None) -> Any:
+    """The command line PRESET [flags] as `kind`, whose first fields are the preset's name and its config.
+
+    Raises:
+        UserError: it is no such command line.
+    """
+    defaults = {name: kind(name, config) for name, config in starting_points().items()}
+    presets_or_flags = tyro.extras.subcommand_type_from_defaults(defaults, presets.ABOUT)
+    own = {f"--{field.name.replace('_', '-')}" for field in fields(kind)}
+    return parse(presets_or_flags, description, "PRESET", list(defaults), own, flags.SHOWN_FIRST)
+
+
+def parse(
+    kind: Any,
+    description: str | None,
+    first: str = "",
+    names: Sequence[str] = (),
+    taken: Collection[str] = (),
+    shown: Collection[str] | None = None,
+) -> Any:
+    """The command line as `kind`, by tyro; where it asks for help, that is printed, and the process exits.
+
+    Args:
+        first: how messages call the first word; `names` are the words that it can be.
+        taken: flags of `kind` itself, which are no short names of a config's.
+        shown: the keys of a config that --help shows; None: all.
+
+    Raises:
+        UserError: it is no such command line.
+    """
+    words = sys.argv[1:]
+    only = shown if {*HELP} & {*words} and HELP_ALL not in words else None
+    words = ["--help" if word == HELP_ALL else word for word in words]
+    if first:
+        _check_first(words, first, names)
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            found, unknown = tyro.cli(
+                kind,
+                args=words,
+                description=description,
+                registry=flags.registry(taken, only),
+                return_unknown_args=True,
+            )
+    except SystemExit as end:
+        if end.code:
+            raise UserError(_in_a_line(said.getvalue())) from None
+        if only:
+            print(f"{HELP_ALL} lists every flag.")
+        raise
+    if unknown:
+        word = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
+        known = _flags(kind, words[:1] if first else [], taken)
+        raise UserError(
+            f"there is no flag {word}{_did_you_mean(word, known, CLOSE_FLAG)}; {HELP_ALL} lists every flag"
+        )
+    return found
+
+
+def _check_first(words: Sequence[str], first: str, names: Sequence[str]) -> None:
+    """Raise UserError unless the command line begins with one of `names`, or asks for help."""
+    word, listed = words[0] if words else "", ", ".join(names)
+    if word in names or word.startswith((*HELP, "--tyro-")):  # tyro writes completions for shells
+        return
+    if not word or word.startswith("-"):
+        raise UserError(f"the command line begins with {first}, one of {listed}")
+    raise UserError(f"there is no {first} {word}{_did_you_mean(word, names, CLOSE_NAME)}; there are {listed}")
+
+
+def _did_you_mean(word: str, known: Sequence[str], cutoff: float) -> str:
+    """The one or two of `known` that are most like `word`, as a part of a message."""
+    word = word.replace("_", "-")
+    elsewhere = [name for name in known if name == flags.OTHER_TRAINERS.get(word.lstrip("-"))]
+    same_end = [name for name in known if "." in name and name.rpartition(".")[2] == word.lstrip("-")]
+    close = elsewhere or same_end or difflib.get_close_matches(word, known, n=2, cutoff=cutoff)
+    return f" (did you mean {' or '.join(close[:2])}?)" if close else ""
+
+
+def _flags(kind: Any, before: Sequence[str], taken: Collection[str]) -> list[str]:
+    """Every flag that tyro's help lists."""
+    shown = io.StringIO()
+    with suppress(SystemExit), redirect_stdout(shown):
+        tyro.cli(kind, args=[*before, "--help"], registry=flags.registry(taken))
+    return [*dict.fromkeys(re.findall(r"--[a-z][\w.-]*", shown.getvalue()))]
+
+
+def _in_a_line(box: str) -> str:
+    """What tyro says of a mistake, without the frame and the help below it."""
+    rows = [row.strip("│| ").strip("─") for row in box.splitlines()[1:]]  # the first is a title
+    rows = [row if row.strip("-") else "" for row in rows]
+    body = itertools.takewhile(bool, itertools.dropwhile(lambda row: not row, rows))
+    said = " ".join(" ".join(body).split())
+    return said.removeprefix("Error parsing ").removesuffix(".")
 
 
 def starting_points() -> dict[str, Config]:

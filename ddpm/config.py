@@ -9,14 +9,12 @@ import dataclasses
 import json
 import os
 import reprlib
-import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, TypeVar, Union
+from typing import Any, ClassVar, Literal, TypeVar
 
-from ddpm.utils import plugins
+from ddpm.utils import plugins, strict_json
 from ddpm.utils.errors import UserError
 
 T = TypeVar("T")
@@ -43,7 +41,10 @@ class DataConfig:
     """The images to train on, and their order."""
 
     shards: str | None = None
-    """Folder or s3:// URI of a data set made by jobs/prepare.py. Without it, `source` is prepared first."""
+    """Folder or s3:// URI of a data set made by jobs/prepare.py. Without it, `images` or `source` is prepared first."""
+    images: str | None = None
+    """Folder of pictures of any size; subfolders are classes. Prepared at the net's size and channels in
+    {run.storage}/data/ first."""
     source: str | None = None
     """A source that needs no download. Without `shards` it is prepared in {run.storage}/data/ first."""
     split: str = "train"
@@ -108,7 +109,7 @@ class ModelConfig:
     module: ClassVar[str]
     """Where its `build` is, imported when a net is built: this module knows no PyTorch."""
     net: str
-    """unet, dit, or a net of an installed package; beside --help it lists the flags of that net."""
+    """unet, dit, or a net of an installed package; beside --help-all it lists the flags of that net."""
     image_size: int = 32
     """Height and width of the images, in pixels."""
     channels: int = 3
@@ -201,12 +202,17 @@ class TrainConfig:
     """Global batch: images per optimizer step, over all workers."""
     micro_batch_size: int = 64
     """Each worker takes whole micro-batches: batch_size / micro_batch_size must be a multiple of the workers."""
+    forward_images: int | None = None
+    """Most images of a forward pass on a worker, a multiple of micro_batch_size: fewer need less memory. None: all of
+    its share of the batch at once. With model.dropout a pass is one micro-batch."""
     seed: int = 0
     """Seed of the first weights, the order of images, and all noise."""
     init_from: str | None = None
     """A checkpoint or run of the same net: a new run starts with its averaged weights. None: random weights."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision inside the net (autocast). Noise, loss and weights are float32."""
+    deterministic: bool = False
+    """On a GPU: kernels that give the same bits every time only, which are slower. On a CPU all of them do."""
     compile: bool = False
     """torch.compile the net."""
     log_every_images: int = 12_800
@@ -340,18 +346,23 @@ def override(config: T, values: Mapping[str, Any]) -> T:
     Raises:
         UserError: an unknown key, or a value of the wrong type.
     """
-    nested: dict[str, Any] = {}
+    tree: dict[str, Any] = {}
     for key, value in values.items():
         *parents, last = key.split(".")
-        node = nested
+        node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise UserError(f"config: {key} contradicts the value given for {parent}")
-        if last in node:
-            raise UserError(f"config: {key} contradicts what is given for keys of {last}")
         node[last] = value
-    return _from_dict(type(config), nested, "config", base=config)
+    return _made(type(config), tree, "config", config)
+
+
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], counts: Callable[[str], bool] = lambda key: True
+) -> str:
+    """The first differences between flat configs, such as "optim.lr 0.1 (now 0.2), ..."; empty: there are none."""
+    changed = [key for key in {**now, **before} if before.get(key) != now.get(key) and counts(key)]
+    listed = [f"{key} {before.get(key)} (now {now.get(key)})" for key in changed[:4]]
+    return ", ".join(listed + ["..."] * (len(changed) > 4))
 
 
 def to_json(config: Any) -> str:
@@ -359,13 +370,13 @@ def to_json(config: Any) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
-def from_json(text: str, where: str = "config.json") -> Config:
+def from_json(text: str | bytes, where: str = "config.json") -> Config:
     """The config that `to_json` wrote.
 
     Raises:
         UserError: not JSON, an unknown key, or a value of the wrong type; `where` names the file.
     """
-    return _from_dict(Config, _parsed(text, where), where)
+    return _made(Config, strict_json.parse(dict[str, Any], text, where), where)
 
 
 def merged(base: Config, text: str, where: str) -> Config:
@@ -374,37 +385,34 @@ def merged(base: Config, text: str, where: str) -> Config:
     Raises:
         UserError: as `from_json`.
     """
-    return _from_dict(Config, _parsed(text, where), where, base=base)
+    return _made(Config, strict_json.parse(dict[str, Any], text, where), where, base)
 
 
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON: {error}") from None
-    except RecursionError:
-        raise UserError(f"{where} is not JSON of a config: it is nested too deeply") from None
+def _made(cls: type[T], values: Mapping[str, Any], where: str, base: T | None = None) -> T:
+    """A `cls` of nested values; what they do not say is as in `base`, else as the defaults are."""
+    tree = _over({} if base is None else dataclasses.asdict(base), values)  # type: ignore[call-overload]
+    if cls is not Config:
+        return strict_json.parse(cls, json.dumps(tree), where)
+    model, given = tree.pop("model", {}), values.get("model", {})
+    made = strict_json.parse(Config, json.dumps(tree), where)
+    kind: type[ModelConfig] = UNetConfig  # of a config.json without a name
+    if isinstance(model, dict):
+        kind = net_named(model.get("net", "unet"), f"{where}: model")
+        if isinstance(base, Config) and type(base.model) is not kind:  # keeps what all nets have
+            common = {f.name for f in dataclasses.fields(ModelConfig)}
+            model = {key: value for key, value in model.items() if key in common or key in given}
+    net = strict_json.parse(kind, json.dumps(model), f"{where}: model")
+    return typing.cast(T, dataclasses.replace(made, model=net))
 
 
-def _from_dict(cls: type[T], values: Any, where: str, base: Any = None) -> T:
-    if not isinstance(values, Mapping):
-        raise UserError(f"{where}: expected an object of {cls.__name__}, got {type(values).__name__}")
-    if issubclass(cls, ModelConfig):
-        return _net_from_dict(values, where, base)
-    return _fields_from_dict(cls, values, where, base)
-
-
-def _net_from_dict(values: Mapping[str, Any], where: str, base: ModelConfig | None) -> Any:
-    """The config of the net that `values` name, else of that of `base`; a config.json without a name has a U-Net.
-
-    Where the net changes, what all nets have is taken over from `base`.
-    """
-    name = values.get("net", base.net if base is not None else "unet")
-    cls = net_named(name, where)
-    if base is not None and type(base) is not cls:
-        common = [f.name for f in dataclasses.fields(ModelConfig) if f.name != "net"]
-        base = cls(**{key: getattr(base, key) for key in common})
-    return _fields_from_dict(cls, values, where, base)
+def _over(base: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with nested values replaced."""
+    nested = {
+        key: _over(base[key], value)
+        for key, value in values.items()
+        if isinstance(base.get(key), dict) and isinstance(value, Mapping)
+    }
+    return {**base, **values, **nested}
 
 
 def net_named(name: Any, where: str) -> type[ModelConfig]:
@@ -424,49 +432,3 @@ def net_named(name: Any, where: str) -> type[ModelConfig]:
             f"{NETS_GROUP}: {name!r} must be a subclass of ddpm.config.ModelConfig with net = {name!r}"
         )
     return cls
-
-
-def _fields_from_dict(cls: type[T], values: Mapping[str, Any], where: str, base: Any) -> T:
-    types = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
-        raise UserError(f"{where}: unknown key {reprlib.repr(unknown[0])}; known are {', '.join(fields)}")
-    made = {}
-    for name, value in values.items():
-        if dataclasses.is_dataclass(types[name]):
-            old = getattr(base, name) if base is not None else None
-            made[name] = _from_dict(types[name], value, f"{where}: {name}", base=old)  # type: ignore[arg-type]
-        else:
-            made[name] = _checked(types[name], value, f"{where}: {name}")
-    return dataclasses.replace(base, **made) if base is not None else cls(**made)
-
-
-def _checked(kind: Any, value: Any, where: str) -> Any:
-    """`value` if it is of the annotated type (JSON lists become tuples, ints serve as floats)."""
-    origin = typing.get_origin(kind)
-    if origin in (Union, UnionType):
-        if value is None and NoneType in typing.get_args(kind):
-            return None
-        kinds = [k for k in typing.get_args(kind) if k is not NoneType]
-        exact = [k for k in kinds if type(value) is k]
-        return _checked(exact[0] if exact else kinds[0], value, where)
-    if origin is Literal:
-        if value in typing.get_args(kind):
-            return value
-        raise UserError(
-            f"{where} is {reprlib.repr(value)}; it must be one of {', '.join(map(repr, typing.get_args(kind)))}"
-        )
-    if origin is tuple:
-        inner, *rest = typing.get_args(kind)
-        if isinstance(value, list | tuple) and (rest == [...] or len(value) == 1 + len(rest)):
-            return tuple(_checked(inner, v, where) for v in value)
-    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if abs(value) > sys.float_info.max or value != value:
-            raise UserError(f"{where} is {reprlib.repr(value)}; it must be finite")
-        return float(value)
-    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        return value
-    raise UserError(
-        f"{where} is {reprlib.repr(value)}; it must be of type {kind if origin else kind.__name__}"
-    )

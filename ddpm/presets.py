@@ -1,6 +1,6 @@
 """Configurations to start from, each with its cost and expected result.
 
-digits          8x8 grey, built in (scikit-learn), 0.6 M weights. Three minutes on two cores; recognisable digits.
+digits          8x8 grey, built in (scikit-learn), 0.6 M weights. A minute and a half on two cores; recognisable digits.
 glyphs          32x32 grey letters and digits, rendered from fonts; no download.
 fashion-mnist   32x32 grey (28x28 padded), from Debian's dataset-fashion-mnist or IDX files; 0.4 M weights. 15 minutes.
 cifar10         32x32 colour: Ho et al. 2020, Appendix B, 35.7 M weights; 800,000 steps of 128 in the paper. GPUs.
@@ -10,6 +10,7 @@ celeba64        64x64 colour: the same net, one resolution deeper. GPUs.
 from dataclasses import replace
 
 from ddpm.config import (
+    ClusterConfig,
     Config,
     DataConfig,
     ObjectiveConfig,
@@ -32,14 +33,16 @@ DIGITS = Config(
         attention_resolutions=(4,),
         norm_groups=8,
     ),
-    optim=OptimConfig(lr=2e-3, lr_warmup_images=6_400, lr_schedule="cosine", ema_decay=0.995),
+    optim=OptimConfig(lr=4e-3, lr_warmup_images=6_400, lr_schedule="cosine", ema_decay=0.995),
     train=TrainConfig(
-        total_images=192_000,
+        total_images=144_000,
         log_every_images=6_400,
-        sample_every_images=32_000,
+        sample_every_images=24_000,
         checkpoint_every_images=12_800,
         held_out_images=297,
     ),
+    # The net is too small for two threads (benchmarks/runtime.md, busy.md).
+    cluster=ClusterConfig(threads_per_worker=1),
 )
 
 GLYPHS_NET = UNetConfig(

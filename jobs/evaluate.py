@@ -67,7 +67,7 @@ class Arguments:
     """Seed of generated images and of the bound's noise."""
     cache: str | None = None
     """Folder or s3:// URI for features of real images and the classifier. None: evaluation/ beside the shards."""
-    num_workers: int | None = None
+    num_workers: Annotated[int | None, tyro.conf.arg(aliases=["--workers"])] = None
     """None: all GPUs, or else all cores, of this machine or of the Ray cluster at RAY_ADDRESS. The results do not
     depend on it."""
     out: str = "evaluation.json"
@@ -78,7 +78,7 @@ CHANGES = "spacing eta dynamic_threshold guidance_scale guidance_interval".split
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
+    arguments: Arguments = cli.parse(Arguments, __doc__)
     if not arguments.checkpoints:
         raise UserError("no CHECKPOINT is given; expected folders or URIs of checkpoints or runs")
     from rich.console import Console

@@ -40,7 +40,7 @@ class Arguments:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
+    arguments: Arguments = cli.parse(Arguments, __doc__)
     out, kind = arguments.out.absolute(), str(arguments.format)
     if arguments.register is None and arguments.alias is not None:
         raise UserError("--alias needs a registered model; give its name with --register")

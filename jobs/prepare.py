@@ -4,9 +4,8 @@ URI is a folder or s3://bucket/prefix. The same command again continues where it
 set is complete. `python jobs/prepare.py SOURCE --help` lists a source's options.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar, Union
 
 import tyro
 
@@ -27,18 +26,17 @@ class Arguments(Generic[S]):
 
 
 def main() -> None:
-    kinds: dict[str, Callable[..., Any]] = {
-        name: Arguments[kind]  # type: ignore[valid-type]
+    kinds = {
+        name: Annotated[Arguments[kind], tyro.conf.subcommand(name)]  # type: ignore[valid-type]
         for name, kind in catalog.sources().items()
     }
-    arguments = tyro.extras.subcommand_cli_from_dict(kinds, description=__doc__)
+    arguments: Any = cli.parse(Union[tuple(kinds.values())], __doc__, "SOURCE", list(kinds))  # noqa: UP007
     from ddpm.data import prepare  # after parsing: --help and mistakes answer at once
     from ddpm.storage.locations import resolve
     from ddpm.utils.progress import Display, printable
 
     source, location = arguments.source, resolve(arguments.uri)
-    place = (location.filesystem, location.path)
-    manifest = prepare.find(source, *place, location.uri)
+    manifest = prepare.find(source, location)
     print(f"data set    {printable(location.uri)}{' was there already' if manifest else ''}")
     if passed_over := getattr(source, "passed_over", ""):
         print(f"passed over {passed_over}")
@@ -51,8 +49,7 @@ def main() -> None:
         with Display("preparing", sum(source.splits.values())) as display:
             manifest = prepare.prepare(
                 source,
-                *place,
-                where=location.uri,
+                location,
                 on_progress=lambda done, _: display.update(done),
                 on_restart=lambda: print(
                     "restarted   the source's files have changed since preparation began"
@@ -62,7 +59,7 @@ def main() -> None:
     for name, split in manifest.splits.items():
         print(f"{name:<11} {split.num_rows:,} images")
     print(f"fingerprint {manifest.fingerprint}")
-    print(f"preview     {printable(location.uri)}/{prepare.write_preview(*place, manifest)}")
+    print(f"preview     {printable(prepare.write_preview(location, manifest).uri)}")
 
 
 if __name__ == "__main__":

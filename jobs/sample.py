@@ -28,7 +28,7 @@ class Arguments:
     """Folder or s3:// URI for the images."""
     format: Literal["png", "parquet"] = "png"
     """png: one file per image. parquet: shards and a manifest, a data set for jobs/train.py --data.shards."""
-    num_workers: int | None = None
+    num_workers: Annotated[int | None, tyro.conf.arg(aliases=["--workers"])] = None
     """Ray actors, each on a GPU, or on a core if there are no GPUs. None: all GPUs or cores of the cluster at
     RAY_ADDRESS; without it those of this machine, where Ray is started only for several GPUs."""
     batch_size: int | None = None
@@ -72,7 +72,7 @@ SETTINGS = (
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
+    arguments: Arguments = cli.parse(Arguments, __doc__)
     if (arguments.inpaint is None) != (arguments.mask is None):
         raise UserError("--inpaint and --mask belong together; give both or neither")
     if arguments.inpaint and arguments.sampler not in (None, "ancestral"):

@@ -26,7 +26,7 @@ class Arguments:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
+    arguments: Arguments = cli.parse(Arguments, __doc__)
     if not arguments.timeout_s > 0:
         raise UserError(f"--timeout-s is {arguments.timeout_s:g}; it must be above 0")
     from ddpm.tracking import mlflow_runs, uploader

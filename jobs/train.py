@@ -1,18 +1,19 @@
-"""Train a preset: python jobs/train.py PRESET [--data.shards URI] [--run.name N] [--run.storage URI] ...
+"""Train a preset: python jobs/train.py PRESET [--name N] [--data URI | --data.images FOLDER] [--storage URI] ...
 
-The same command again, with the same --run.name, resumes the run. `python jobs/train.py PRESET --help` lists every
-flag.
+The same command again, with the same --name, resumes the run. `python jobs/train.py PRESET --help` lists the flags that
+people change first, `--help-all` every flag.
 """
 
 import shlex
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import tyro
 
-from ddpm import cli, presets
+from ddpm import cli
 from ddpm.config import Config
 
 
@@ -29,10 +30,7 @@ class Arguments:
 
 
 def main() -> int:
-    defaults = {name: Arguments(name, config) for name, config in cli.starting_points().items()}
-    arguments = tyro.cli(
-        tyro.extras.subcommand_type_from_defaults(defaults, presets.ABOUT), description=__doc__
-    )
+    arguments: Arguments = cli.parse_preset(Arguments, __doc__)
 
     from ddpm.data import plan  # after parsing: --help and mistakes answer at once
 
@@ -48,10 +46,11 @@ def main() -> int:
     from ddpm.data import builtin, ray_dataset
 
     config = runs.settled(arguments.config, arguments.preset)
-    config = builtin.with_shards(config, shlex.join(["python", *sys.argv]))
+    connect = partial(ray_init.connect, arguments.verbose)
+    config = builtin.with_shards(config, shlex.join(["python", *sys.argv]), connect)
     data_set = ray_dataset.open_configured(config)
     print(f"data        {config.data.shards}  ({data_set.rows.num_rows:,} images to train on)")
-    ray_init.connect(arguments.verbose)
+    connect()
     from ddpm.training.fit import fit, summary  # while the first of Ray's processes begin
 
     result = fit(config, data_set, verbose=arguments.verbose)

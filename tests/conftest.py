@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import guarded
-import processes
+import filelock
 import pytest
-import servers
+from support import guarded, processes, servers
 
 if TYPE_CHECKING:
-    import faulted
+    from support import faulted
 
 CHROMIUM = Path("/usr/bin/chromium")
 CHROMIUM_FLAGS = [
@@ -27,14 +26,16 @@ CHROMIUM_FLAGS = [
     "--disable-sync",
 ]
 ENV = {
-    # Two threads a process: several test processes share the machine.
-    "OMP_NUM_THREADS": "2",
+    # Several test processes, each with workers of its own, share the machine.
+    "OMP_NUM_THREADS": "1",
     # A thread that waits for its like leaves its core to others meanwhile.
     "OMP_WAIT_POLICY": "passive",
     "RAY_USAGE_STATS_ENABLED": "0",
     # Ray Train's controller looks after its workers five times a second, not every two seconds.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    # A process that crashes says where.
+    "PYTHONFAULTHANDLER": "1",
 }
 RAY_FOLDER = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)
 
@@ -155,21 +156,37 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.RayHe
 @pytest.fixture(scope="session")
 def digits_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Real digits as shards."""
-    import faulted
+    from support import faulted
 
     return faulted.write_digits(tmp_path_factory.mktemp("digits"))
 
 
 @pytest.fixture(scope="session")
-def undisturbed(digits_uri: str, tmp_path_factory: pytest.TempPathFactory) -> "faulted.Run":
-    """A run of two workers that nothing happens to."""
-    import faulted
+def undisturbed(
+    digits_uri: str, ray_head: servers.RayHead, tmp_path_factory: pytest.TempPathFactory
+) -> "faulted.Run":
+    """A run of two workers that nothing happens to: one for all processes that test."""
+    from support import faulted
 
-    folder = tmp_path_factory.mktemp("undisturbed")
-    run = faulted.Run("undisturbed", str(folder / "runs"), digits_uri, folder / "job.log")
-    with run.start(env={"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}) as job:
-        assert job.wait(900) == 0, job.output
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    run = faulted.Run("undisturbed", str(folder), digits_uri, folder / "undisturbed.log")
+    with filelock.FileLock(folder / "undisturbed.lock"):
+        if run.position() < faulted.TOTAL:
+            env = {
+                "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/undisturbed.db",
+                "RAY_ADDRESS": ray_head.address,
+            }
+            with run.start(env=env) as job:
+                assert job.wait() == 0, job.output
     return run
+
+
+@pytest.fixture
+def on_ray_head(ray_head: servers.RayHead, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of this test join a cluster that is there, which saves the start of one."""
+    monkeypatch.setenv("RAY_ADDRESS", ray_head.address)
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +197,7 @@ def ray_here() -> Iterator[None]:
     from ddpm.cluster.ray_init import connect
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(processes.REPO / "tests"), prepend=os.pathsep)
+        patch.setenv(*processes.python_path(processes.REPO / "tests").popitem())
         patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # as `connect` does, but taken back
         connect()
         yield

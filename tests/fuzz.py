@@ -22,11 +22,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.fs as pafs
 import torch
 import tyro
-from forged import forge
 from PIL import Image
+from support.forged import forge
 
 from ddpm import config as configs
 from ddpm.checkpoints import checkpoint
@@ -37,6 +36,7 @@ from ddpm.data.manifest import make_manifest, manifest_from_json
 from ddpm.data.row_group import decode
 from ddpm.data.shards import read_row_group, write_shard
 from ddpm.presets import DIGITS
+from ddpm.storage.locations import resolve
 from ddpm.tracking import metrics_buffer
 from ddpm.tracking.metrics_buffer import DamagedSegment, MetricsBuffer
 from ddpm.training.state import State
@@ -44,7 +44,6 @@ from ddpm.utils.errors import UserError
 
 SIDE = 8
 GIB = 1 << 30
-LOCAL = pafs.LocalFileSystem()
 
 
 class Target:
@@ -84,7 +83,9 @@ class Manifest(Target):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        shard = write_shard(LOCAL, str(folder), "train/00000.parquet", images(6), None, rows_per_row_group=3)
+        shard = write_shard(
+            resolve(str(folder)), "train/00000.parquet", images(6), None, rows_per_row_group=3
+        )
         manifest = make_manifest("test", SIDE, SIDE, 1, "raw", [], {"train": [shard]}, "")
         self.seeds = [json.dumps(asdict(manifest)).encode()]
 
@@ -99,13 +100,15 @@ class Shard(Target):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        shard = write_shard(LOCAL, str(folder), "train/00000.parquet", images(6), None, rows_per_row_group=3)
+        shard = write_shard(
+            resolve(str(folder)), "train/00000.parquet", images(6), None, rows_per_row_group=3
+        )
         self.manifest = make_manifest("test", SIDE, SIDE, 1, "raw", [], {"train": [shard]}, "")
         self.seeds = [(folder / shard.path).read_bytes()]
 
     def take(self, data: bytes) -> None:
         (self.folder / "train/00000.parquet").write_bytes(data)
-        read_row_group(LOCAL, str(self.folder), self.manifest, "train", 1)
+        read_row_group(resolve(str(self.folder)), self.manifest, "train", 1)
 
 
 class Config(Target):

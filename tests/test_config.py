@@ -156,30 +156,23 @@ def test_an_unknown_key_is_answered_with_the_known_ones(key: str, unknown: str) 
         override(Config(), {key: 1})
 
 
-@pytest.mark.parametrize("order", [1, -1])
-def test_a_group_and_a_key_of_it_contradict(order: int) -> None:
-    both = {"optim": 1, "optim.lr": 1e-3}
-    with pytest.raises(UserError, match="optim"):
-        override(Config(), dict(list(both.items())[::order]))
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "^run/config.json is not JSON"),
-        ("{", "^run/config.json is not JSON"),
-        ("[" * 100_000, "^run/config.json is not JSON"),
-        ('{"optim": ' * 100_000, "^run/config.json is not JSON"),
-        ("9" * 5000, "^run/config.json is not JSON"),
-        ("[]", "^run/config.json: expected an object of Config, got list"),
-        ('{"optim": []}', "^run/config.json: optim: expected an object of OptimConfig, got list"),
-        ('{"optim": {"lr": "a"}}', "^run/config.json: optim: lr is 'a'; it must be of type float"),
-        ('{"optim": {"lr": NaN}}', "^run/config.json: optim: lr is nan; it must be finite"),
-        ('{"optim": {"lr": 1e999}}', "^run/config.json: optim: lr is inf; it must be finite"),
+        ("", "^run/config.json: it is not JSON"),
+        ("{", "^run/config.json: it is not JSON"),
+        ("[" * 100_000, "^run/config.json: it is not JSON"),
+        ('{"optim": ' * 100_000, "^run/config.json: it is not JSON"),
+        ("9" * 5000, "^run/config.json: it is not JSON"),
+        ("[]", r"^run/config.json: it is \[\]; it must be an object"),
+        ('{"optim": []}', r"^run/config.json: optim is \[\]; it must be an object"),
+        ('{"optim": {"lr": "a"}}', "^run/config.json: optim: lr is 'a'; it must be a valid number"),
+        ('{"optim": {"lr": NaN}}', "^run/config.json: optim: lr is nan; it must be a finite number"),
+        ('{"optim": {"lr": 1e999}}', "^run/config.json: optim: lr is inf; it must be a finite number"),
         ('{"optim": {"rl": 1}}', "^run/config.json: optim: unknown key 'rl'"),
         (
             '{"schedule": {"kind": "x"}}',
-            "^run/config.json: schedule: kind is 'x'; it must be one of 'linear'",
+            "^run/config.json: schedule: kind is 'x'; it must be 'linear', ",
         ),
     ],
 )

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tyro
-from processes import REPO
+from support.processes import REPO
 
+from ddpm import cli
 from ddpm.utils.errors import UserError
 
 PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
@@ -95,8 +95,7 @@ def test_jobs_take_their_arguments(
         file = Path(arguments[arguments.index("--config") + 1])
         file.parent.mkdir(parents=True)
         file.write_text("{}")
-    monkeypatch.setattr(tyro, "cli", only(tyro.cli))
-    monkeypatch.setattr(tyro.extras, "subcommand_cli_from_dict", only(tyro.extras.subcommand_cli_from_dict))
+    monkeypatch.setattr(cli, "parse", only(cli.parse))
     monkeypatch.setattr(sys, "argv", [f"{module.replace('.', '/')}.py", *arguments])
     try:
         importlib.import_module(module).main()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import REPO, Background, run_job
+from support.processes import REPO, Background, run_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 

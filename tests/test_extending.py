@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import processes
 import pytest
+from support import processes
 
 from ddpm.config import from_json
 from ddpm.data import catalog
@@ -22,10 +22,11 @@ ADDED = """
 import sys
 import torch
 import tyro
-from space import DEFAULT, KINDS
+from space import DEFAULT
 from ddpm import build
 from ddpm.config import Config, override
 from ddpm.evaluation import nets
+from ddpm.search.space import KINDS
 
 words = "--schedule.kind constant --objective.process late_mix --sample.num-sample-steps 3".split()
 words += "--model.image-size 8 --model.base-width 8 --model.norm-groups 4 --model.attention-resolutions 2".split()
@@ -113,7 +114,7 @@ def test_a_source_from_outside_is_prepared(
 def test_a_net_from_outside_has_its_own_flags(
     run_job: Callable[..., Any], tmp_path: Path, env: dict[str, str]
 ) -> None:
-    shown = run_job("train", "digits", "--model.net", "mlp", "--help", cwd=tmp_path, env=env)
+    shown = run_job("train", "digits", "--model.net", "mlp", "--help-all", cwd=tmp_path, env=env)
     assert "--model.hidden" in shown.stdout and "--model.base-width" not in shown.stdout
     words = ["train", "digits", "--model.net", "mlp", "--model.num-classes", "2"]
     refused = run_job(*words, cwd=tmp_path, env=env)

@@ -17,16 +17,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 import torch
-from forged import forge
 from fuzz import TARGETS, Target
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from processes import REPO
+from support.forged import forge
+from support.processes import REPO
 
 from ddpm.checkpoints import checkpoint
 from ddpm.config import Config, override, to_json
@@ -37,11 +36,11 @@ from ddpm.data.manifest import MAX_COUNT, MAX_SIDE, Shard, make_manifest, manife
 from ddpm.data.row_group import decode
 from ddpm.data.shards import read_row_group
 from ddpm.presets import DIGITS
+from ddpm.storage.locations import resolve
 from ddpm.training.state import State
 from ddpm.utils.errors import UserError
 
 CPU = torch.device("cpu")
-LOCAL = pafs.LocalFileSystem()
 ALTERED = settings(
     deadline=None,
     max_examples=100,
@@ -133,7 +132,7 @@ def test_a_shard_that_unpacks_to_a_thousandfold_is_refused_before_it_is(tmp_path
     manifest = make_manifest("test", side, side, 1, "raw", [], {"train": [shard]}, "")
     before = pa.total_allocated_bytes()
     with pytest.raises(CorruptData, match=r"it unpacks to 268\d{6} bytes; the whole shard has"):
-        read_row_group(LOCAL, str(tmp_path), manifest, "train", 0)
+        read_row_group(resolve(str(tmp_path)), manifest, "train", 0)
     assert pa.total_allocated_bytes() - before < 1 << 24
 
 

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
-from hosts import HOME, Hosts, answers, missing
-from processes import REPO
+from support.hosts import HOME, Hosts, answers, missing
+from support.processes import REPO
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
 ALONE = """
 import sys
 from pathlib import Path
-from hosts import Hosts
+from support.hosts import Hosts
 with Hosts(Path(sys.argv[1])) as hosts:
     print(hosts.add("alone").pid, flush=True)
     sys.stdin.read()

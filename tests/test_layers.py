@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from processes import REPO
+from support.processes import REPO
 
 MODULES = sorted(path for folder in ("ddpm", "jobs", "tune") for path in (REPO / folder).rglob("*.py"))
 
@@ -59,7 +59,7 @@ def later():
             {f"ddpm.training.{name}" for name in ("worker_group", "failures", "worker", "mlflow_callback")},
         ),
         ("ray.data", {"ddpm.data.ray_dataset"}),
-        ("ray.tune", {"tune.driver", "tune.study"}),
+        ("ray.tune", {"ddpm.search.driver", "ddpm.search.study"}),
     ],
 )
 def test_each_part_of_ray_has_one_owner(part: str, owners: set[str]) -> None:

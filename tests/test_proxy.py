@@ -4,11 +4,10 @@ import multiprocessing
 from collections.abc import Iterator
 from typing import Any
 
-import proxy
 import pytest
-import servers
 from botocore.exceptions import ClientError, ConnectionClosedError, EndpointConnectionError, ReadTimeoutError
-from fetching import DATA, client, fetch, fetch_often
+from support import proxy, servers
+from support.fetching import DATA, client, fetch, fetch_often
 
 GONE = (ConnectionClosedError, EndpointConnectionError)
 """What botocore makes of RST, by where it was when it came."""

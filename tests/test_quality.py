@@ -8,12 +8,20 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from processes import REPO
+from support.processes import REPO
 
 
 @pytest.fixture(scope="module")
 def quality() -> ModuleType:
-    names = ("quality", "quality_peers", "turns", "runtime")
+    names = (
+        "quality",
+        "harness",
+        "harness.tables",
+        "harness.turns",
+        "harness.processes",
+        "peers",
+        "peers.quality",
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(REPO / "benchmarks")
         import quality

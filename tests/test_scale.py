@@ -6,7 +6,7 @@ from dataclasses import replace
 from types import ModuleType
 
 import pytest
-from processes import REPO
+from support.processes import REPO
 
 from ddpm.presets import CIFAR10
 

@@ -9,12 +9,11 @@ from typing import Any
 
 import boto3
 import mlflow
-import processes
 import psutil
 import pyarrow.fs
 import pytest
-import servers
 from botocore.exceptions import ClientError
+from support import processes, servers
 
 
 def processes_in(folder: Path) -> list[psutil.Process]:

@@ -3,8 +3,8 @@
 import re
 from typing import Any, get_args
 
-import processes
 import pytest
+from support import processes
 
 from ddpm import config as configs
 from ddpm.data import catalog

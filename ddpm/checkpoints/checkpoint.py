@@ -10,14 +10,13 @@ A folder without checksums.json, or with a file that does not match it, is not a
 
 import hashlib
 import json
-import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from ddpm import config as configs
 from ddpm.build import build_net
 from ddpm.config import Config
 from ddpm.diffusion import schedules
-from ddpm.utils import files
+from ddpm.utils import files, strict_json
 from ddpm.utils.errors import UserError
 
 CHECKSUMS = "checksums.json"
@@ -57,6 +56,8 @@ _FREE_KEYS = (
     *(f"train.{key}" for key in _FREE_TRAIN),
     "train.keep_checkpoints",
     "train.compile",
+    "train.forward_images",
+    "train.deterministic",
     "train.init_from",
 )
 # What a new run must share with the checkpoint it takes its first weights from.
@@ -85,9 +86,6 @@ class Position(BaseModel):
     run_key: str = Field(pattern="^[0-9A-Za-z]*$")
     """Empty: imported, without a run."""
     data_fingerprint: str = Field(pattern="^[0-9a-f]*$")
-
-
-_CHECKSUMS = TypeAdapter(dict[str, str])
 
 
 @dataclass(frozen=True)
@@ -142,22 +140,18 @@ def read_checksums(folder: Path) -> dict[str, str]:
     Raises:
         UserError: there is none, or it is damaged.
     """
+    file = folder / CHECKSUMS
+    if not file.exists():
+        raise UserError(f"{folder} is no checkpoint: it has no {CHECKSUMS}")
+    return strict_json.parse(dict[str, str], read_bytes(file), f"{file} is damaged")
+
+
+def read_bytes(file: Path) -> bytes:
+    """The content of a checkpoint's file; UserError if it cannot be read."""
     try:
-        return _CHECKSUMS.validate_json((folder / CHECKSUMS).read_bytes(), strict=True)
-    except FileNotFoundError:
-        raise UserError(f"{folder} is no checkpoint: it has no checksums.json") from None
-    except ValidationError as error:
-        raise damaged(folder / CHECKSUMS, error) from None
-
-
-def damaged(file: Path, error: ValidationError) -> UserError:
-    """Error that names the file, the first wrong key, and its value."""
-    first = error.errors(include_url=False)[0]
-    key = reprlib.repr(".".join(map(str, first["loc"]))).strip(
-        "'"
-    )  # repr, for it may hold control characters
-    got = "" if first["type"] in ("missing", "json_invalid") else f", got {reprlib.repr(first['input'])}"
-    return UserError(f"{file} is damaged: {key}{': ' if key else ''}{first['msg']}{got}")
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -167,12 +161,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         UserError: it is damaged, or contradicts itself or config.json.
     """
     file = folder / "state.json"
-    try:
-        at = Position.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        raise damaged(file, error) from None
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
+    at = strict_json.parse(Position, read_bytes(file), f"{file} is damaged", extra="allow")
     batch_size = read_config(folder).train.batch_size
     if at.images_seen != at.step * batch_size:
         raise UserError(
@@ -202,11 +191,7 @@ def read_config(folder: Path) -> Config:
         UserError: it is damaged.
     """
     file = folder / "config.json"
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
-    return configs.from_json(text, where=str(file))
+    return configs.from_json(read_bytes(file), where=str(file))
 
 
 def load_net(folder: Path, device: torch.device, *, ema: bool = True) -> tuple[nn.Module, Config]:
@@ -233,7 +218,7 @@ def write_light(folder: Path, out: Path) -> None:
     """
     verify(folder)
     cpu, position = torch.device("cpu"), read_state(folder)
-    net = _net_without_memory(folder, read_config(folder))
+    net = net_without_memory(read_config(folder), f"{folder}/config.json")
     tensors = {name: _read_weights(net, folder / f"{name}.safetensors", cpu) for name in ("net", "ema")}
     config = (folder / "config.json").read_text()
     write(Snapshot(position["images_seen"], {**tensors, "optimizer": {}}, position, config), out)
@@ -241,32 +226,23 @@ def write_light(folder: Path, out: Path) -> None:
 
 def check_same_run(saved: Config, now: Config, where: str) -> None:
     """Raise UserError if `now` is not the configuration of the run that `saved` began."""
-    changed = [key for key in _changed(saved, now) if not key.startswith(_FREE) and key not in _FREE_KEYS]
+    changed = _differences(saved, now, lambda key: not key.startswith(_FREE) and key not in _FREE_KEYS)
     if changed:
         raise UserError(
-            f"{where} belongs to a run with another configuration: {_listed(changed, saved, now)}; use those "
-            "values, or another --run.name"
+            f"{where} belongs to a run with another configuration: {changed}; use those values, or another --run.name"
         )
 
 
 def check_same_net(saved: Config, now: Config, folder: Path) -> None:
     """Raise UserError if `now` describes another net than `saved`, the config of the checkpoint in `folder`."""
-    changed = [key for key in _changed(saved, now) if key.startswith(_NET) and key not in _NET_FREE_KEYS]
+    changed = _differences(saved, now, lambda key: key.startswith(_NET) and key not in _NET_FREE_KEYS)
     if changed:
-        raise UserError(
-            f"train.init_from: {folder} has another net: {_listed(changed, saved, now)}; use those values"
-        )
+        raise UserError(f"train.init_from: {folder} has another net: {changed}; use those values")
 
 
-def _changed(saved: Config, now: Config) -> list[str]:
-    before, after = configs.flatten(saved), configs.flatten(now)
-    return [key for key in after if key in before and before[key] != after[key]]  # other nets, other keys
-
-
-def _listed(changed: list[str], saved: Config, now: Config) -> str:
-    before, after = configs.flatten(saved), configs.flatten(now)
-    listed = ", ".join(f"{key} {before[key]} (now {after[key]})" for key in changed[:4])
-    return f"{listed}{', ...' if len(changed) > 4 else ''}"
+def _differences(saved: Config, now: Config, counts: Callable[[str], bool]) -> str:
+    before, after = configs.flatten(saved), configs.flatten(now)  # other nets, other keys
+    return configs.differences(before, after, lambda key: key in before and key in after and counts(key))
 
 
 def read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
@@ -277,18 +253,18 @@ def read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
         raise UserError(f"{path} cannot be read as safetensors: {error}") from None
 
 
-def _net_without_memory(folder: Path, config: Config) -> nn.Module:
-    """The net on the meta device: a config from outside may describe a net that no memory holds."""
+def net_without_memory(config: Config, where: str) -> nn.Module:
+    """The net on the meta device: a config from outside, from `where`, may describe a net that no memory holds."""
     try:
         with torch.device("meta"):
             return build_net(config)
     except UserError as error:
-        raise UserError(f"{folder}/config.json: {error}") from None
+        raise UserError(f"{where}: {error}") from None
 
 
 def _check_shapes(folder: Path, config: Config, path: Path) -> None:
     """Raise UserError unless the file at `path` has the weights of the net in `config`; neither is built or read."""
-    net = _net_without_memory(folder, config)
+    net = net_without_memory(config, f"{folder}/config.json")
     try:
         with safe_open(path, framework="pt") as file:
             there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from annotated_types import Ge
 from torch import Tensor
 
 from ddpm.checkpoints import checkpoint
 from ddpm.config import Config
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
+from ddpm.utils import strict_json
 from ddpm.utils.errors import UserError
 
 X_0_ERROR, X_0_ERROR_FORMAT = "x_0_error.json", "ddpm-x_0-error/1"
@@ -33,14 +34,20 @@ class Run:
     """Random, made once: identifies the run in MLflow."""
 
 
-class X0Error(BaseModel):
-    """Content of x_0_error.json."""
+@dataclass(frozen=True)
+class _Card:
+    """What is read of run.json."""
 
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    run_key: str
+
+
+@dataclass(frozen=True)
+class X0Error:
+    """Content of x_0_error.json."""
 
     format: Literal["ddpm-x_0-error/1"]
     weights_sha256: str
-    x_0_error: list[Annotated[float, Field(ge=0)]]
+    x_0_error: list[Annotated[float, Ge(0)]]
 
 
 def settled(config: Config, preset: str) -> Config:
@@ -93,11 +100,8 @@ def existing_run(uri: str) -> Run:
 
 
 def _read_key(card: Location) -> str:
-    try:
-        key = json.loads(card.read())["run_key"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{card.uri} is damaged: {error!r}") from None
-    if not isinstance(key, str) or not key.isalnum():
+    key = strict_json.parse(_Card, card.read(), f"{card.uri} is damaged", extra="ignore").run_key
+    if not key.isalnum():
         raise UserError(f"{card.uri} is damaged: run_key is {key!r}")
     return key
 
@@ -116,16 +120,12 @@ def read_x_0_error(folder: Path, num_timesteps: int) -> Tensor:
     """
     file = folder / X_0_ERROR
     weights = checkpoint.read_checksums(folder)["ema.safetensors"]
-    try:
-        card = X0Error.model_validate_json(file.read_bytes())
-    except FileNotFoundError:
+    if not file.exists():
         raise UserError(
             f"{folder} has no {X_0_ERROR}, which --variance measured needs; jobs/evaluate.py writes it"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
-    except ValidationError as error:
-        raise UserError(f"{checkpoint.damaged(file, error)}; jobs/evaluate.py writes it again") from None
+        )
+    where = f"{file} is damaged; jobs/evaluate.py writes it again"
+    card = strict_json.parse(X0Error, checkpoint.read_bytes(file), where)
     if card.weights_sha256 != weights or len(card.x_0_error) != num_timesteps:
         raise UserError(
             f"{file} belongs to other weights or another num_timesteps; jobs/evaluate.py writes it again"

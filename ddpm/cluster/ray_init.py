@@ -1,6 +1,5 @@
 """Joining a Ray cluster, or starting one on this machine, for training, preparing data and drawing; its resources."""
 
-import json
 import logging
 import os
 import select
@@ -12,8 +11,8 @@ from urllib.parse import urlsplit
 import psutil
 import ray
 
+from ddpm.utils import openmp, strict_json
 from ddpm.utils.errors import UserError
-from ddpm.utils.openmp import bound_spinning
 
 KEPT_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
@@ -64,7 +63,9 @@ def connect(verbose: bool = False) -> None:
     Raises:
         NoCluster: that did not succeed.
     """
-    bound_spinning()
+    if ray.is_initialized():
+        return
+    openmp.bound_spinning()
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
@@ -96,6 +97,14 @@ def connect(verbose: bool = False) -> None:
         logging.getLogger(name).setLevel(level)
 
 
+def worker_env() -> dict[str, str]:
+    """Variables of this process that one that computes must find when it begins: `env_vars` of a runtime environment.
+
+    Processes of a cluster that was there before `connect` do not inherit them.
+    """
+    return {name: os.environ[name] for name in (*KEPT_MEMORY, *openmp.VARIABLES) if name in os.environ}
+
+
 def _exit_with(processes: list[psutil.Process]) -> None:
     """Exit with an error line as soon as one of these dies: Ray exits up to a minute later, and says why in C++."""
     select.select([os.pidfd_open(process.pid) for process in processes], [], [])
@@ -125,7 +134,4 @@ def limits() -> dict[str, float]:
         UserError: DDPM_CLUSTER_RESOURCES is no JSON of numbers.
     """
     text = os.environ.get(LIMITS, "{}")
-    try:
-        return {name: float(count) for name, count in json.loads(text).items()}
-    except (ValueError, TypeError, AttributeError):
-        raise UserError(f"""{LIMITS} is {text!r}; expected JSON as '{{"CPU": 48, "GPU": 4}}'""") from None
+    return strict_json.parse(dict[str, float], text, f"""{LIMITS} (such as '{{"CPU": 48, "GPU": 4}}')""")

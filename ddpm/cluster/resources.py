@@ -2,7 +2,9 @@
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import ray
 import ray.util
@@ -13,28 +15,49 @@ from ddpm.cluster import ray_init
 from ddpm.config import Config
 from ddpm.utils.errors import UserError
 
+T = TypeVar("T")
+
 DRIVER_CPUS = 0.01
 """CPUs of the driver of a trial."""
 MAX_WORKERS_PER_CPU = 2
 """Each worker is a process with a PyTorch of its own: with more of them, starts and collectives take the CPUs' time."""
-JOINING_S = 10.0
-"""How long nodes that are just joining a cluster are waited for, before it is called too small."""
+JOINING_S = 120.0
+"""How long nodes that are just joining a cluster are waited for, before it is called too small: after `ray up` each
+takes a minute or so."""
+
+
+class TooSmall(UserError):
+    """The cluster has too few CPUs or GPUs."""
 
 
 def resources_per_worker(config: Config) -> dict[str, float]:
     """CPUs and GPUs of each worker, with a CPU left for the tasks that read data.
 
     Raises:
-        UserError: the cluster is too small; Ray would wait for ever without a word.
+        UserError: the config asks for what no cluster has.
+        TooSmall: this cluster is too small; Ray would wait for ever without a word.
     """
+    return _once_joined(lambda have: _resources_per_worker(config, have))
+
+
+def _once_joined(ask: Callable[[dict[str, float]], T]) -> T:
+    """What `ask` returns of the cluster's resources, once the nodes have joined that it takes.
+
+    Raises:
+        TooSmall: they have not in time.
+    """
+    deadline = time.monotonic() + JOINING_S
     joined = "RAY_ADDRESS" in os.environ  # else it was started here, and is all there
-    deadline = time.monotonic() + (JOINING_S if joined else 0)
+    waits = False
     while True:
         try:
-            return _resources_per_worker(config, ray_init.resources())
-        except UserError:
-            if time.monotonic() >= deadline:
+            return ask(ray_init.resources())
+        except TooSmall as error:
+            if not joined or time.monotonic() >= deadline:
                 raise
+            if not waits:
+                print(f"waiting     {JOINING_S:.0f} s for nodes that may be joining: {error}", flush=True)
+            waits = True
             time.sleep(0.5)
 
 
@@ -51,7 +74,7 @@ def _resources_per_worker(config: Config, have: dict[str, float]) -> dict[str, f
         # Of 1:99 no more are started than are useful.
         crowd = most if gpu else min(most, int(MAX_WORKERS_PER_CPU * cpus))
         if not gpu and cpus and least > crowd:
-            raise UserError(
+            raise TooSmall(
                 f"{least} workers on CPUs, of which the cluster has {cpus:g}: they would wait for each other at every "
                 f"step; use at most {crowd} ({MAX_WORKERS_PER_CPU} a CPU), best {max(1, int(cpus))} or fewer, or set "
                 "--cluster.cpus-per-worker to have so many all the same"
@@ -61,7 +84,7 @@ def _resources_per_worker(config: Config, have: dict[str, float]) -> dict[str, f
         raise UserError(f"cluster.cpus_per_worker is {share:g}; it must be above 0")
     if least * share > cpus - 1:
         right = max((cpus - 1) / least, 0)
-        raise UserError(
+        raise TooSmall(
             f"{least} workers of {share:g} CPUs leave none of the cluster's {cpus:g} CPUs to the tasks that read "
             f"data; set --cluster.cpus-per-worker to at most {right:g}, or use fewer workers"
         )
@@ -91,14 +114,14 @@ def _on_gpus(config: Config, workers: int, have: float, who: str, remedy: str) -
     """Whether workers have GPUs: as cluster.gpu says, or if the cluster has any.
 
     Raises:
-        UserError: it has fewer than so many workers need; nobody who pays for some means to train without.
+        TooSmall: it has fewer than so many workers need; nobody who pays for some means to train without.
     """
     cluster = config.cluster
     need = workers * cluster.gpus_per_worker
     on_gpus = cluster.gpu if cluster.gpu is not None else have > 0
     if on_gpus and have < need:
         without = "" if cluster.gpu else ", or --cluster.gpu False to train on CPUs"
-        raise UserError(f"{who} need {need:g} GPUs, the cluster has {have:g}; {remedy}{without}")
+        raise TooSmall(f"{who} need {need:g} GPUs, the cluster has {have:g}; {remedy}{without}")
     return on_gpus
 
 
@@ -106,18 +129,23 @@ def shared(config: Config, num_runs: int) -> Config:
     """`config` with the share of the cluster that each of `num_runs` runs at a time may have, of CPUs and threads.
 
     Raises:
-        UserError: the cluster is too small for so many; runs would wait for one another, or their data tasks forever.
+        UserError: that is no number of runs.
+        TooSmall: the cluster is, for so many; runs would wait for one another, or their data tasks forever.
     """
-    have, workers = ray_init.resources(), config.cluster.world_sizes()[-1]
     if num_runs < 1:
         raise UserError(f"--max-concurrent is {num_runs}; it must be at least 1")
+    return _once_joined(lambda have: _shared(config, num_runs, have))
+
+
+def _shared(config: Config, num_runs: int, have: dict[str, float]) -> Config:
+    workers = config.cluster.world_sizes()[-1]
     everybody = num_runs * workers
     room = have.get("CPU", 0.0) - 1 - DRIVER_CPUS * num_runs
     share = config.cluster.cpus_per_worker
     if share is None:
         share = max(min(1.0, int(100 * room / everybody) / 100), 0.01)
     if everybody * share > room:
-        raise UserError(
+        raise TooSmall(
             f"{num_runs} trials at a time of {workers} workers of {share:g} CPUs leave none of the cluster's "
             f"{have.get('CPU', 0.0):g} CPUs to the tasks that read data; use a smaller --max-concurrent or "
             "--cluster.cpus-per-worker"

@@ -16,7 +16,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
-from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -53,22 +52,19 @@ class WorkerPool(Generic[Held]):
             with the weights that are in it: a `functools.partial` of something that can be imported.
         num_workers: actors, of a GPU each if there are any in the cluster, else of a core. 1, without a cluster: one
             piece at a time. None: all GPUs, or all cores.
-        verbose: let Ray's own messages through.
 
     Raises:
         UserError: num_workers is not positive.
     """
 
-    def __init__(
-        self, make: Callable[[torch.device], Held], num_workers: int | None = None, *, verbose: bool = False
-    ) -> None:
+    def __init__(self, make: Callable[[torch.device], Held], num_workers: int | None = None) -> None:
         if num_workers is not None and num_workers < 1:
             raise UserError(f"num_workers is {num_workers}; it must be at least 1")
         joined = "RAY_ADDRESS" in os.environ  # then what this machine has says nothing
-        self.has_gpus: bool = _resources(verbose).get("GPU", 0) >= 1 if joined else torch.cuda.is_available()
+        self.has_gpus: bool = _resources().get("GPU", 0) >= 1 if joined else torch.cuda.is_available()
         """Whether the workers are GPUs."""
         if joined or (num_workers or torch.cuda.device_count()) > 1:
-            self._crew: _Crew = _Actors(make, num_workers, self.has_gpus, verbose)
+            self._crew: _Crew = _Actors(make, num_workers, self.has_gpus)
         else:
             self._crew = _Threads(make, num_workers, self.has_gpus)
 
@@ -93,9 +89,7 @@ class WorkerPool(Generic[Held]):
     def __enter__(self) -> "WorkerPool[Held]":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._crew.dismiss()
 
 
@@ -160,16 +154,10 @@ class _Actors:
     its piece for ever. Here a piece goes to whoever has a place.
     """
 
-    def __init__(
-        self,
-        make: Callable[[torch.device], Any],
-        num_workers: int | None,
-        has_gpus: bool,
-        verbose: bool,
-    ) -> None:
+    def __init__(self, make: Callable[[torch.device], Any], num_workers: int | None, has_gpus: bool) -> None:
         import ray
 
-        have = _resources(verbose)
+        have = _resources()
         self._num_workers = num_workers or max(1, int(have.get("GPU" if has_gpus else "CPU", 1)))
         self._kind = "GPU" if has_gpus else "CPU"
         share: dict[str, Any] = {"num_cpus": 0, "num_gpus": 1} if has_gpus else {"num_cpus": 1}
@@ -266,12 +254,12 @@ class _Worker:
         return work(self._held, piece)
 
 
-def _resources(verbose: bool) -> dict[str, float]:
+def _resources() -> dict[str, float]:
     """What the cluster has or may grow to, which is joined, or started here."""
     import ray
 
     from ddpm.cluster import ray_init
 
     if not ray.is_initialized():
-        ray_init.connect(verbose)
+        ray_init.connect()
     return ray_init.resources()

@@ -1,45 +1,86 @@
-"""Data for a run that was given none: its preset's source, prepared beside the runs, once."""
+"""Data for a run that was given none: its preset's source or a folder of pictures, prepared beside the runs, once."""
 
+import os
+import re
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Literal, cast
 
 from ddpm.checkpoints.runs import RESERVED
 from ddpm.config import Config
 from ddpm.data import catalog, prepare
-from ddpm.data.sources import MissingFiles
+from ddpm.data.image_folder import Folder
+from ddpm.data.sources import MissingFiles, Source
 from ddpm.storage import locations
 from ddpm.utils.errors import UserError
-from ddpm.utils.progress import Display
+from ddpm.utils.progress import Display, printable
 
 
-def with_shards(config: Config, command: str = "the same command") -> Config:
-    """`config` with data.shards: what was given, or config.data.source, prepared to {run.storage}/data/.
+def with_shards(
+    config: Config, command: str = "the same command", connect: Callable[[], None] | None = None
+) -> Config:
+    """`config` with data.shards: what was given, or data.images or data.source, prepared to {run.storage}/data/.
 
     Args:
         command: what to type again once the source's files are prepared.
+        connect: starts Ray, on whose workers many pictures are prepared; not used where they may not see the folder.
 
     Raises:
-        UserError: there is neither, or the source's files are missing.
+        UserError: there is none of them, or the files are missing or no images.
     """
     if config.data.shards is not None:
+        if config.data.images is not None:
+            raise UserError("--data.images and --data.shards are two data sets; give one of them")
         return replace(config, data=replace(config.data, shards=locations.absolute(config.data.shards)))
+    what, source = _pictures(config) if config.data.images is not None else _named(config, command)
+    # With a digest in its name: what another version has prepared, or of other pictures, stays as it is, beside it.
+    name = f"{what}-{prepare.options_of(source)[:8]}".replace(":", "-")
+    place = locations.resolve(config.run.storage).child(RESERVED).child(name)
+    if not prepare.find(source, place):
+        parallel = connect is not None and prepare.is_large(source) and "RAY_ADDRESS" not in os.environ
+        if connect is not None and parallel:
+            connect()
+        with Display(f"preparing {what}", sum(source.splits.values())) as display:
+            prepare.prepare(
+                source,
+                place,
+                on_progress=lambda done, total: display.update(done),
+                parallel=parallel,
+            )
+    if config.data.images is not None:  # the preset's source is not what the shards are made of
+        config = replace(config, data=replace(config.data, images=None, source=None))
+    return replace(config, data=replace(config.data, shards=place.uri))
+
+
+def _named(config: Config, command: str) -> tuple[str, Source]:
+    """The source data.source, and its name."""
     try:
-        source = catalog.named(config.data.source)
+        return str(config.data.source), catalog.named(config.data.source)
     except MissingFiles as error:
         kind, _, dataset = str(config.data.source).partition(":")
         shards = f"shards/{dataset or kind}"
         raise UserError(
             f"{error}: `python jobs/prepare.py {kind} {shards} {error.flags}`, then `{command} --data.shards {shards}`"
         ) from None
-    # With a digest in its name: what another version has prepared stays as it is, beside it.
-    name = f"{config.data.source}-{prepare.options_of(source)[:8]}".replace(":", "-")
-    place = locations.resolve(config.run.storage).child(RESERVED).child(name)
-    if not prepare.find(source, place.filesystem, place.path, place.uri):
-        with Display(f"preparing {config.data.source}", sum(source.splits.values())) as display:
-            prepare.prepare(
-                source,
-                place.filesystem,
-                place.path,
-                where=place.uri,
-                on_progress=lambda done, total: display.update(done),
-            )
-    return replace(config, data=replace(config.data, shards=place.uri))
+
+
+def _pictures(config: Config) -> tuple[str, Source]:
+    """The folder data.images as a source of images of the net's size, and its name."""
+    folder, net = Path(str(config.data.images)), config.model
+    if not folder.is_dir():
+        raise UserError(
+            f"--data.images {config.data.images} is not a folder of this machine; name a folder of pictures"
+        )
+    if net.channels not in (1, 3):
+        raise UserError(
+            f"--data.images: pictures have 1 channel (grey) or 3 (colour), and model.channels is {net.channels}"
+        )
+    source = Folder(folder, net.image_size, cast(Literal[1, 3], net.channels))
+    kind = f"{net.image_size}x{net.image_size} {'grey' if net.channels == 1 else 'colour'}"
+    print(
+        f"pictures    {printable(str(folder))}, as {kind} (--model.image-size, --model.channels)", flush=True
+    )
+    if source.passed_over:
+        print(f"passed over {source.passed_over}", flush=True)
+    return re.sub(r"[^\w.-]+", "-", folder.resolve().name) or "pictures", source

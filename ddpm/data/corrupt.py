@@ -7,12 +7,16 @@ import dataclasses
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Literal
 
+from annotated_types import Ge
+
+from ddpm.utils import strict_json
 from ddpm.utils.errors import UserError
 
 OnCorrupt = Literal["error", "substitute"]
 """Raise, or put another image of the window in the place of one that cannot be read."""
+Count = Annotated[int, Ge(0)]
 SHOWN = 3
 """Unreadable images that an error names as examples."""
 
@@ -34,16 +38,16 @@ class CorruptData(UserError):
 class Substitution:
     """An unreadable image, and the one that was taken in its place. Row groups are counted inside their shard."""
 
-    position: int
+    position: Count
     """The unreadable image's position in the order of the plan."""
     shard: str
     """"train/00000.parquet"."""
-    row_group: int
-    row: int
+    row_group: Count
+    row: Count
     reason: str
     stand_in_shard: str
-    stand_in_row_group: int
-    stand_in_row: int
+    stand_in_row_group: Count
+    stand_in_row: Count
 
     @property
     def place(self) -> tuple[str, int, int]:
@@ -103,7 +107,7 @@ class CorruptImages:
         """
         images = cls(num_rows, max_share)
         for number, line in enumerate(text.splitlines(), 1):
-            images.add([_from_json(line, f"{where}, line {number}")])
+            images.add([strict_json.parse(Substitution, line, f"{where}, line {number}")])
         return images
 
 
@@ -115,20 +119,3 @@ def substitutions_to_json(substitutions: Iterable[Substitution]) -> str:
 def substitutions_from_json(text: str) -> list[Substitution]:
     """The substitutions that `substitutions_to_json` wrote, in this program."""
     return [Substitution(**raw) for raw in json.loads(text)]
-
-
-def _from_json(line: str, where: str) -> Substitution:
-    try:
-        raw: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON: {error}") from None
-    fields = {field.name: field.type for field in dataclasses.fields(Substitution)}
-    if not isinstance(raw, dict) or set(raw) != set(fields):
-        raise UserError(f"{where}: expected an object of {', '.join(fields)}")
-    for name, kind in fields.items():
-        value = raw[name]
-        if type(value) is not kind or (kind is int and value < 0):
-            raise UserError(
-                f"{where}: {name} is {value!r:.60}; it must be {'text' if kind is str else 'a count'}"
-            )
-    return Substitution(**raw)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.random import RandomState
 from PIL import Image, ImageDraw, ImageFont
 
-from ddpm.data.sources import Labels, Pixels, held_out
+from ddpm.data.sources import Labels, Pixels, Square, held_out
 from ddpm.utils.errors import UserError
 
 CHARACTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits
@@ -36,7 +36,7 @@ MIN_CONTRAST = 100
 
 
 @dataclass(frozen=True)
-class Glyphs:
+class Glyphs(Square):
     """Letters and digits (A-Z a-z 0-9) in 12 faces, drawn with random size, place and slant; no download."""
 
     num_images: int = 31_000
@@ -54,14 +54,6 @@ class Glyphs:
             raise UserError(
                 f"glyphs: num_images is {self.num_images} and size {self.size}; they must be at least 2, and 16..256"
             )
-
-    @property
-    def height(self) -> int:
-        return self.size
-
-    @property
-    def width(self) -> int:
-        return self.size
 
     @property
     def channels(self) -> int:

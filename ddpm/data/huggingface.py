@@ -28,14 +28,14 @@ from ddpm.data.image_folder import (
     list_files,
     store,
 )
-from ddpm.data.sources import Labels, Pixels, divide
+from ddpm.data.sources import Labels, Pixels, Square, divide
 from ddpm.utils.errors import UserError
 
 MAX_CLASSES = 100_000
 
 
 @dataclass(frozen=True)
-class HuggingFace:
+class HuggingFace(Square):
     """Hugging Face's Parquet files of images. A file called train-..., test-... or validation-... (or in a
     folder of that name) is of that split."""
 
@@ -59,14 +59,6 @@ class HuggingFace:
         for file in (file for files in self._files.values() for file in files):
             self._check_columns(file)
         _ = self.splits, self.class_names
-
-    @property
-    def height(self) -> int:
-        return self.size
-
-    @property
-    def width(self) -> int:
-        return self.size
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:

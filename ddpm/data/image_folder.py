@@ -20,12 +20,12 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ddpm.data.manifest import PICTURES
 from ddpm.data.row_group import open_image
-from ddpm.data.sources import Labels, Pixels, divide
+from ddpm.data.sources import Labels, Pixels, Square, divide
 from ddpm.utils.errors import UserError
 from ddpm.utils.progress import printable
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 """What Pillow may take a file for, whatever its name: some formats that it knows start programs (EPS: Ghostscript)."""
 PARTS = {
@@ -45,7 +45,7 @@ Encoding = Literal["encoded", "raw"]
 
 
 @dataclass(frozen=True)
-class Folder:
+class Folder(Square):
     """A tree of image files. Subfolders are classes; without any there are no labels. If the subfolders are
     train and test (or val), these are the splits, and the classes are inside."""
 
@@ -68,17 +68,9 @@ class Folder:
         if not all(self._files.values()):
             also = f"; passed over: {self.passed_over}" if self.passed_over else ""
             raise UserError(
-                f"{self.path} holds no images ({' '.join(sorted(SUFFIXES))}), or a split of it none{also}"
+                f"{self.path} holds no images ({' '.join(sorted(PICTURES))}), or a split of it none{also}"
             )
         _ = self.class_names, self.splits
-
-    @property
-    def height(self) -> int:
-        return self.size
-
-    @property
-    def width(self) -> int:
-        return self.size
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
@@ -152,7 +144,7 @@ class Folder:
 
     @cached_property
     def _listings(self) -> dict[str, "Listing"]:
-        return {part: list_files(top, SUFFIXES) for part, top in self._folders.items()}
+        return {part: list_files(top, PICTURES) for part, top in self._folders.items()}
 
     @cached_property
     def _files(self) -> dict[str, list[Path]]:

@@ -1,8 +1,7 @@
 """What a data set is, in one file: manifest.json, written last.
 
-A manifest comes from outside: every
-field is checked before it is used, nothing in it can name a file out of the data set's folder, and its
-fingerprints are computed again, so that what a run recorded as its data is what it read.
+A manifest comes from outside: every field is checked before it is used, nothing in it can name a file out of the data
+set's folder, and its fingerprints are computed again, so that what a run recorded as its data is what it read.
 """
 
 import contextlib
@@ -16,17 +15,17 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Final, Literal
 
-import pyarrow.fs as pafs
+from annotated_types import Interval
 
-from ddpm.utils import files
+from ddpm.storage.locations import Location
+from ddpm.utils import strict_json
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import retry_io
 
 MANIFEST = "manifest.json"
-FORMAT = "ddpm-shards/2"
+FORMAT: Final = "ddpm-shards/2"
 MAX_SIDE = 16_384
 MAX_COUNT = 10**12
 MAX_ROW_GROUP_BYTES = 1 << 31
@@ -35,6 +34,8 @@ MAX_MANIFEST_BYTES = 256 << 20
 """That is 2.6 million row groups; reading them takes 5 times as much memory."""
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 Encoding = Literal["raw", "encoded"]
+Count = Annotated[int, Interval(ge=1, le=MAX_COUNT)]
+Side = Annotated[int, Interval(ge=1, le=MAX_SIDE)]
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,10 @@ class Shard:
 
     path: str
     """Below the data set's folder: "train/00000.parquet"."""
-    num_rows: int
-    row_groups: tuple[int, ...]
+    num_rows: Count
+    row_groups: tuple[Count, ...]
     """Rows of every row group, in order."""
-    num_bytes: int
+    num_bytes: Count
     sha256: str
     """SHA-256 of the file."""
     row_group_sha256: tuple[str, ...]
@@ -57,7 +58,7 @@ class Shard:
 class Split:
     """The shards of "train", say, in order."""
 
-    num_rows: int
+    num_rows: Count
     fingerprint: str
     """Hash of the image shape, the encoding, the classes, and the shards' row groups and checksums."""
     shards: tuple[Shard, ...]
@@ -69,6 +70,11 @@ class Split:
 
 
 @dataclass(frozen=True)
+class _Header:
+    format: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a data set is."""
 
@@ -76,16 +82,16 @@ class Manifest:
     """Where it came from: "digits"."""
     options: str
     """Hash of all that `prepare` was asked for: the same means the same data."""
-    height: int
-    width: int
-    channels: int
+    height: Side
+    width: Side
+    channels: Annotated[int, Interval(ge=1, le=3)]
     encoding: Encoding
     class_names: tuple[str, ...]
     """Empty: no labels."""
     splits: dict[str, Split]
     fingerprint: str
     """Hash of all fields."""
-    format: str = FORMAT
+    format: Literal["ddpm-shards/2"] = FORMAT
 
 
 def make_manifest(
@@ -108,28 +114,16 @@ def make_manifest(
     return Manifest(source, options, height, width, channels, encoding, tuple(class_names), splits, whole)
 
 
-def write_manifest(filesystem: pafs.FileSystem, root: str, manifest: Manifest) -> None:
+def write_manifest(location: Location, manifest: Manifest) -> None:
     """Make the data set exist. The file appears whole or not at all."""
-    write_whole(
-        filesystem, f"{root}/{MANIFEST}", (json.dumps(dataclasses.asdict(manifest), indent=1) + "\n").encode()
-    )
+    text = json.dumps(dataclasses.asdict(manifest), indent=1) + "\n"
+    location.child(MANIFEST).write(text.encode(), durable=True)
 
 
-def write_whole(filesystem: pafs.FileSystem, path: str, data: bytes) -> None:
-    """Write a file that appears whole or not at all: by a rename on disk, by one upload on an object store."""
-    if isinstance(filesystem, pafs.LocalFileSystem):
-        files.write_whole(Path(path), data)
-        return
-    filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-    with filesystem.open_output_stream(path) as stream:  # the object is there when its upload is complete
-        stream.write(data)
-
-
-def read_manifest(filesystem: pafs.FileSystem, root: str, where: str, timeout_s: float = 0.0) -> Manifest:
-    """The manifest of the data set at `root`.
+def read_manifest(location: Location, timeout_s: float = 0.0) -> Manifest:
+    """The manifest of the data set at `location`.
 
     Args:
-        where: what to call the data set in errors, its URI.
         timeout_s: how long storage may fail (run.storage_timeout_s).
 
     Raises:
@@ -137,22 +131,22 @@ def read_manifest(filesystem: pafs.FileSystem, root: str, where: str, timeout_s:
         StorageError: storage has failed for longer.
     """
 
+    file = location.child(MANIFEST)
+
     def read() -> bytes:
-        with filesystem.open_input_stream(f"{root}/{MANIFEST}") as stream:
+        with file.filesystem.open_input_stream(file.path) as stream:
             return stream.read(MAX_MANIFEST_BYTES + 1)
 
     try:
-        text = retry_io(read, where=f"{where}/{MANIFEST}", timeout_s=timeout_s)
+        text = retry_io(read, where=file.uri, timeout_s=timeout_s)
     except FileNotFoundError:
-        raise UserError(
-            f"no data set at {where}: it has no {MANIFEST}{_advice(filesystem, root, where)}"
-        ) from None
+        raise UserError(f"no data set at {location.uri}: it has no {MANIFEST}{_advice(location)}") from None
     if len(text) > MAX_MANIFEST_BYTES:
         raise UserError(
-            f"{where}/{MANIFEST} is larger than {MAX_MANIFEST_BYTES >> 20} MiB; a data set of that size takes larger "
+            f"{file.uri} is larger than {MAX_MANIFEST_BYTES >> 20} MiB; a data set of that size takes larger "
             "row groups (rows_per_row_group of ddpm.data.prepare.prepare)"
         )
-    return manifest_from_json(text, f"{where}/{MANIFEST}")
+    return manifest_from_json(text, file.uri)
 
 
 def manifest_from_json(text: str | bytes, where: str) -> Manifest:
@@ -161,51 +155,34 @@ def manifest_from_json(text: str | bytes, where: str) -> Manifest:
     Raises:
         UserError: it is no manifest; `where` names the file.
     """
-    reader = _Reader(where)
-    parsed = reader.mapping(_parse(text, where), "the manifest")
-    if "format" in parsed and parsed["format"] != FORMAT:
+    header = strict_json.parse(_Header, text, where, extra="ignore")
+    if header.format != FORMAT:
         raise UserError(
-            f"{where}: format is {parsed['format']!r}; this version reads {FORMAT!r}: prepare the data set again, "
+            f"{where}: format is {header.format!r}; this version reads {FORMAT!r}: prepare the data set again, "
             "at another place or after removing this one"
         )
-    raw = reader.fields(parsed, Manifest, "the manifest")
-    if raw["encoding"] not in get_args(Encoding):
-        raise UserError(f"{where}: encoding is {raw['encoding']!r}; it must be raw or encoded")
-    shards = {}
-    for name, value in reader.mapping(raw["splits"], "splits").items():
-        split = reader.fields(value, Split, f"split {name!r}")
-        shards[name] = [reader.shard(shard, name) for shard in reader.list(split["shards"], "shards")]
-        if len({shard.path for shard in shards[name]}) != len(shards[name]):
+    read = strict_json.parse(Manifest, text, where)
+    for name, split in read.splits.items():
+        for shard in split.shards:
+            _check_shard(shard, where, name)
+        if len({shard.path for shard in split.shards}) != len(split.shards):
             raise UserError(f"{where}: split {name!r} names a shard twice")
-        rows = reader.count(split["num_rows"], f"num_rows of {name!r}")
-        if sum(shard.num_rows for shard in shards[name]) != rows:
-            raise UserError(f"{where}: split {name!r} says {rows} rows, its shards hold others")
-    if not shards:
+        if sum(shard.num_rows for shard in split.shards) != split.num_rows:
+            raise UserError(f"{where}: split {name!r} says {split.num_rows} rows, its shards hold others")
+    if not read.splits:
         raise UserError(f"{where}: there are no splits")
-    manifest = make_manifest(
-        source=reader.text(raw["source"], "source"),
-        height=reader.count(raw["height"], "height", MAX_SIDE),
-        width=reader.count(raw["width"], "width", MAX_SIDE),
-        channels=reader.count(raw["channels"], "channels", 3),
-        encoding=raw["encoding"],
-        class_names=[reader.text(c, "class name") for c in reader.list(raw["class_names"], "class_names")],
-        shards=shards,
-        options=reader.text(raw["options"], "options"),
-    )
-    if manifest.channels == 2:
+    if read.channels == 2:
         raise UserError(f"{where}: channels is 2; it must be 1 (grey) or 3 (RGB)")
-    most = max(
-        rows for split in manifest.splits.values() for shard in split.shards for rows in shard.row_groups
-    )
-    if most * manifest.height * manifest.width * manifest.channels > MAX_ROW_GROUP_BYTES:
+    most = max(rows for split in read.splits.values() for shard in split.shards for rows in shard.row_groups)
+    if most * read.height * read.width * read.channels > MAX_ROW_GROUP_BYTES:
         raise UserError(
-            f"{where}: a row group holds {most} images of {manifest.height}x{manifest.width}, which are more than "
+            f"{where}: a row group holds {most} images of {read.height}x{read.width}, which are more than "
             f"{MAX_ROW_GROUP_BYTES >> 30} GiB; prepare it again with smaller row groups"
         )
-    recorded = {name: split["fingerprint"] for name, split in raw["splits"].items()}
-    if raw["fingerprint"] != manifest.fingerprint or any(
-        recorded[name] != split.fingerprint for name, split in manifest.splits.items()
-    ):
+    shape = read.height, read.width, read.channels, read.encoding, read.class_names
+    shards = {name: split.shards for name, split in read.splits.items()}
+    manifest = make_manifest(read.source, *shape, shards, read.options)
+    if read != manifest:
         raise UserError(f"{where}: a fingerprint is not that of its shards; the file was altered")
     return manifest
 
@@ -221,14 +198,31 @@ def shard_from_json(text: str | bytes, where: str) -> Shard:
     Raises:
         UserError: it is none; `where` names the file.
     """
-    return _Reader(where).shard(_parse(text, where))
+    shard = strict_json.parse(Shard, text, where)
+    _check_shard(shard, where)
+    return shard
 
 
-def _advice(filesystem: pafs.FileSystem, root: str, where: str) -> str:
+def _check_shard(shard: Shard, where: str, split: str | None = None) -> None:
+    """Raise UserError if the shard contradicts itself, or does not lie in the folder `split`."""
+    path, groups, sums = shard.path, shard.row_groups, shard.row_group_sha256
+    named = re.fullmatch(r"([A-Za-z0-9_-]+)/[0-9]{5,9}\.parquet", path)
+    if named is None or named[1] != (split or named[1]):
+        raise UserError(f"{where}: shard path {path!r} is not of the form {split or 'SPLIT'}/00000.parquet")
+    if odd := [value for value in (shard.sha256, *sums) if not re.fullmatch("[0-9a-f]{64}", value)]:
+        raise UserError(f"{where}: a sha256 of shard {path} is {odd[0]!r:.80}; it must be 64 hex digits")
+    if sum(groups) != shard.num_rows:
+        raise UserError(f"{where}: shard {path} says {shard.num_rows} rows, its row groups hold others")
+    if len(sums) != len(groups):
+        raise UserError(f"{where}: shard {path} has {len(groups)} row groups, and checksums of {len(sums)}")
+
+
+def _advice(location: Location) -> str:
     """How to make a data set, which never goes into a folder of pictures."""
-    if not _holds_pictures(filesystem, root):
+    where = location.uri
+    if not _holds_pictures(location):
         return f"; make one with `python jobs/prepare.py SOURCE {where}`"
-    if not isinstance(filesystem, pafs.LocalFileSystem):
+    if not location.is_local:
         return ", but pictures; download them, and make a data set of the folder with `python jobs/prepare.py folder`"
     pictures, shards = shlex.quote(where), shlex.quote(f"{where.rstrip('/')}-shards")
     return (
@@ -237,90 +231,18 @@ def _advice(filesystem: pafs.FileSystem, root: str, where: str) -> str:
     )
 
 
-def _holds_pictures(filesystem: pafs.FileSystem, root: str) -> bool:
+def _holds_pictures(location: Location) -> bool:
     """Whether a file in there has a picture's name; in a bucket the folder and the first one in it are listed."""
-    if isinstance(filesystem, pafs.LocalFileSystem):
-        names = [name for _, _, files in os.walk(root) for name in files]
+    if location.is_local:
+        names = [name for _, _, files in os.walk(location.path) for name in files]
     else:
-        found: list[pafs.FileInfo] = []
+        names = []
         with contextlib.suppress(OSError):  # to be listed needs a right of its own
-            found = filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True))
-            for folder in [info.path for info in found if info.type == pafs.FileType.Directory][:1]:
-                found += filesystem.get_file_info(pafs.FileSelector(folder))
-        names = [info.base_name for info in found]
+            names = location.files()
+            for folder in location.folders()[:1]:
+                names += location.child(folder).files()
     return any(name.lower().endswith(PICTURES) for name in names)
 
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-def _parse(text: str | bytes, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON: {error}") from None
-
-
-class _Reader:
-    """Checks of JSON from outside; every complaint names the file."""
-
-    def __init__(self, where: str) -> None:
-        self._where = where
-
-    def fields(self, value: Any, cls: type, what: str) -> dict[str, Any]:
-        raw = self.mapping(value, what)
-        want = {f.name for f in dataclasses.fields(cls)}
-        if odd := sorted(want ^ set(raw)):
-            has = "has the unknown key" if odd[0] in raw else "lacks"
-            raise UserError(f"{self._where}: {what} {has} {odd[0]!r}")
-        return raw
-
-    def mapping(self, value: Any, what: str) -> dict[str, Any]:
-        return self._of(dict, value, what)
-
-    def list(self, value: Any, what: str) -> list[Any]:
-        return self._of(list, value, what)
-
-    def text(self, value: Any, what: str) -> str:
-        return self._of(str, value, what)
-
-    def sha256(self, value: Any, what: str) -> str:
-        if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
-            return value
-        raise UserError(f"{self._where}: {what} is {value!r}; it must be 64 hex digits")
-
-    def count(self, value: Any, what: str, most: int = MAX_COUNT) -> int:
-        if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most:
-            return value
-        raise UserError(f"{self._where}: {what} is {value!r}; it must be a whole number in 1..{most}")
-
-    def shard(self, value: Any, split: str | None = None) -> Shard:
-        """The shard that `value` describes; it must lie in the folder `split`, if one is given."""
-        raw = self.fields(value, Shard, "a shard")
-        path = self.text(raw["path"], "path")
-        named = re.fullmatch(r"([A-Za-z0-9_-]+)/[0-9]{5,9}\.parquet", path)
-        if named is None or named[1] != (split or named[1]):
-            raise UserError(
-                f"{self._where}: shard path {path!r} is not of the form {split or 'SPLIT'}/00000.parquet"
-            )
-        sha256 = self.sha256(raw["sha256"], f"sha256 of shard {path}")
-        sums = [
-            self.sha256(value, f"a row_group_sha256 of shard {path}")
-            for value in self.list(raw["row_group_sha256"], "row_group_sha256")
-        ]
-        groups = [self.count(n, "rows of a row group") for n in self.list(raw["row_groups"], "row_groups")]
-        rows = self.count(raw["num_rows"], "num_rows")
-        if sum(groups) != rows:
-            raise UserError(f"{self._where}: shard {path} says {rows} rows, its row groups hold others")
-        if len(sums) != len(groups):
-            raise UserError(
-                f"{self._where}: shard {path} has {len(groups)} row groups, and checksums of {len(sums)}"
-            )
-        num_bytes = self.count(raw["num_bytes"], "num_bytes")
-        return Shard(path, rows, tuple(groups), num_bytes, sha256, tuple(sums))
-
-    def _of(self, kind: type, value: Any, what: str) -> Any:
-        if isinstance(value, kind):
-            return value
-        raise UserError(f"{self._where}: {what} is {type(value).__name__}; it must be {kind.__name__}")

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-import pyarrow.fs as pafs
 
 from ddpm.data.manifest import (
     FORMAT,
@@ -27,7 +26,6 @@ from ddpm.data.manifest import (
     shard_from_json,
     shard_to_json,
     write_manifest,
-    write_whole,
 )
 from ddpm.data.shards import is_intact, read_row_group, write_shard
 from ddpm.data.sources import Labels, Pixels, Source
@@ -76,22 +74,19 @@ class _Task:
 
 def prepare(
     source: Source,
-    filesystem: pafs.FileSystem,
-    root: str,
+    location: Location,
     *,
-    where: str | None = None,
     on_progress: Progress | None = None,
     on_restart: Callable[[], None] | None = None,
     rows_per_shard: int | None = None,
     rows_per_row_group: int | None = None,
     parallel: bool = False,
 ) -> Manifest:
-    """Write the source as a data set at `root`, going on where an earlier call was stopped.
+    """Write the source as a data set at `location`, going on where an earlier call was stopped.
 
     If the source's files have changed since, all shards are written again.
 
     Args:
-        where: what to call the data set in errors, its URI; `root` if not given.
         on_progress: not called if the data set is there already.
         on_restart: called if the source's files have changed since an earlier call.
         rows_per_shard: rounded up to whole row groups; None: 16 of them.
@@ -104,9 +99,8 @@ def prepare(
     Raises:
         UserError: another data set is there, or begun there; the source cannot be read; storage refuses.
     """
-    location = Location(where or root, filesystem, root)
     sizes = {"rows_per_shard": rows_per_shard, "rows_per_row_group": rows_per_row_group}
-    if there := find(source, filesystem, root, location.uri, **sizes):
+    if there := find(source, location, **sizes):
         return there
     if isinstance(source, Checkable):
         source.check()
@@ -148,9 +142,9 @@ def prepare(
                 raise UserError(
                     f"{location.uri}: another process has begun this data set anew; this one ends"
                 )
-        write_manifest(location.filesystem, location.path, manifest)
+        write_manifest(location, manifest)
     except OSError as error:
-        if there := find(source, filesystem, root, location.uri, **sizes):  # by another process, meanwhile
+        if there := find(source, location, **sizes):  # by another process, meanwhile
             _forget(location)
             return there
         raise UserError(
@@ -162,9 +156,7 @@ def prepare(
 
 def find(
     source: Source,
-    filesystem: pafs.FileSystem,
-    root: str,
-    where: str,
+    location: Location,
     *,
     rows_per_shard: int | None = None,
     rows_per_row_group: int | None = None,
@@ -174,13 +166,13 @@ def find(
     Raises:
         UserError: another one is there, or storage refuses.
     """
-    with _refusals(f"cannot look for a data set at {where}"):
-        if not Location(where, filesystem, root).child(MANIFEST).exists():
+    with _refusals(f"cannot look for a data set at {location.uri}"):
+        if not location.child(MANIFEST).exists():
             return None
-    manifest = read_manifest(filesystem, root, where)
+    manifest = read_manifest(location)
     if manifest.options != options_of(source, rows_per_shard, rows_per_row_group):
         raise UserError(
-            f"{where} holds another data set, of source {manifest.source!r} or made with other options; "
+            f"{location.uri} holds another data set, of source {manifest.source!r} or made with other options; "
             "choose another place, or remove that one first"
         )
     return manifest
@@ -191,8 +183,8 @@ def is_large(source: Source) -> bool:
     return sum(source.splits.values()) > (LARGE_RAW if source.encoding == "raw" else LARGE_ENCODED)
 
 
-def write_preview(filesystem: pafs.FileSystem, root: str, manifest: Manifest) -> str:
-    """Write a sheet of 64 images from all over the data set; returns its name below `root`.
+def write_preview(location: Location, manifest: Manifest) -> Location:
+    """Write a sheet of 64 images from all over the data set; returns where it is.
 
     Raises:
         UserError: storage refuses.
@@ -205,24 +197,27 @@ def write_preview(filesystem: pafs.FileSystem, root: str, manifest: Manifest) ->
     with _refusals("the data set is whole, but its preview cannot be written"):
         for group in chosen:
             rows = np.unique(np.linspace(0, groups[group] - 1, share).astype(np.int64))
-            pixels.append(read_row_group(filesystem, root, manifest, split, group, rows)[0])
+            pixels.append(read_row_group(location, manifest, split, group, rows)[0])
         sheet = grid(np.concatenate(pixels)[:PREVIEW_IMAGES])
-        write_whole(filesystem, f"{root}/{PREVIEW}", png_bytes(sheet))
-    return PREVIEW
+        preview = location.child(PREVIEW)
+        preview.write(png_bytes(sheet), durable=True)
+    return preview
 
 
 def options_of(
     source: Source, rows_per_shard: int | None = None, rows_per_row_group: int | None = None
 ) -> str:
     """Hash of everything that decides the bytes of the data set."""
-    identity = [FORMAT, source.identity(), source.splits, rows_per_shard, rows_per_row_group]
-    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+    return _hash(FORMAT, source.identity(), source.splits, rows_per_shard, rows_per_row_group)
 
 
 def _command_of(source: Source, rows_per_shard: int | None, rows_per_row_group: int | None) -> str:
     """Hash of what was asked for, whatever files the source has now."""
     asked = {key: value for key, value in source.identity().items() if key not in ("files", "splits")}
-    identity = [FORMAT, asked, rows_per_shard, rows_per_row_group]
+    return _hash(FORMAT, asked, rows_per_shard, rows_per_row_group)
+
+
+def _hash(*identity: object) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -265,12 +260,12 @@ def _remove_shards(location: Location) -> None:
 
 
 @contextmanager
-def _refusals(what: str, then: str = "") -> Iterator[None]:
+def _refusals(what: str) -> Iterator[None]:
     """What storage refuses, as a UserError of one line that begins with `what`."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{what}: {answer(error)}{then}") from None
+        raise UserError(f"{what}: {answer(error)}") from None
 
 
 def _forget(location: Location) -> None:
@@ -347,7 +342,7 @@ def kept_shard(location: Location, path: str) -> Shard | None:
     if note.exists():
         with suppress(UserError):  # a note that is damaged counts as none
             shard = shard_from_json(note.read(), note.uri)
-            if shard.path == path and is_intact(location.filesystem, location.path, shard):
+            if shard.path == path and is_intact(location, shard):
                 return shard
     return None
 
@@ -364,9 +359,7 @@ def keep_shard(
     Raises:
         OSError: storage does not answer.
     """
-    shard = write_shard(
-        location.filesystem, location.path, path, images, labels, rows_per_row_group=rows_per_row_group
-    )
+    shard = write_shard(location, path, images, labels, rows_per_row_group=rows_per_row_group)
     _note(location, path).write(shard_to_json(shard).encode())
     return shard
 

@@ -28,9 +28,9 @@ from ray.data import DataIterator
 
 from ddpm.config import Config
 from ddpm.data.corrupt import CorruptData, Substitution, substitutions_from_json, substitutions_to_json
+from ddpm.data.manifest import read_manifest
 from ddpm.data.plan import Plan, ReadOrder, last_position, micro_batches_per_step, rank_shard
 from ddpm.data.reading import DataSet, Images, MicroBatch, RankBatch, check_fits, cut, scale_of
-from ddpm.data.shards import read_manifest
 from ddpm.storage import locations
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import StorageError
@@ -62,9 +62,9 @@ def open_data_set(
         StorageError: storage has failed for longer than timeout_s.
     """
     location = locations.resolve(uri)
-    manifest = read_manifest(location.filesystem, location.path, uri, timeout_s)
+    manifest = read_manifest(location, timeout_s)
     scale = scale_of(manifest, image_size) if image_size else 1
-    return DataSet(location.filesystem, location.path, manifest, split, timeout_s, scale)
+    return DataSet(location, manifest, split, timeout_s, scale)
 
 
 def open_configured(config: Config) -> DataSet:

@@ -10,14 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
-import pyarrow.fs as pafs
 from numpy.typing import NDArray
 
 from ddpm.config import Config
 from ddpm.data.corrupt import CorruptData, OnCorrupt, Substitution
+from ddpm.data.manifest import Manifest, Split
 from ddpm.data.plan import Plan, Window
 from ddpm.data.row_group import RowGroup, Rows
-from ddpm.data.shards import Manifest, Split, locate, open_row_group
+from ddpm.data.shards import locate, open_row_group
+from ddpm.storage.locations import Location
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import retry_io
 
@@ -57,10 +58,9 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class DataSet:
-    """One split of a data set that exists, opened through a filesystem."""
+    """One split of a data set that exists."""
 
-    filesystem: pafs.FileSystem
-    root: str
+    location: Location
     manifest: Manifest
     split: str
     timeout_s: float = 0.0
@@ -71,7 +71,7 @@ class DataSet:
     def __post_init__(self) -> None:
         if self.split not in self.manifest.splits:
             raise UserError(
-                f"{self.root} has no split {self.split!r}; it has {', '.join(sorted(self.manifest.splits))}"
+                f"{self.location.uri} has no split {self.split!r}; it has {', '.join(sorted(self.manifest.splits))}"
             )
 
     @property
@@ -88,12 +88,6 @@ class DataSet:
     def key(self) -> str:
         """A name for these images, for what is cached of them."""
         return self.rows.fingerprint[:32] + (f"-{self.scale}" if self.scale > 1 else "")
-
-    @property
-    def where(self) -> str:
-        """The folder or bucket, for errors."""
-        is_local = isinstance(self.filesystem, pafs.LocalFileSystem)
-        return self.root if is_local else f"{self.filesystem.type_name}://{self.root}"
 
     def held_out(self) -> "DataSet | None":
         """The split "test" of the same data set, unless that is the one trained on or there is none."""
@@ -193,47 +187,40 @@ class DataSet:
         """Row group `index` of the split, or why none of its rows can be read."""
         try:
             return retry_io(
-                lambda: open_row_group(self.filesystem, self.root, self.manifest, self.split, index),
-                where=self.where,
+                lambda: open_row_group(self.location, self.manifest, self.split, index),
+                where=self.location.uri,
                 timeout_s=self.timeout_s,
             )
         except CorruptData as error:
             return error
 
 
+@dataclass(frozen=True)
 class _StandIns:
-    """Puts readable images in the places of unreadable ones.
+    """Puts readable images in the places of unreadable ones."""
 
-    Args:
-        groups: row groups that were opened already; others are added.
-        start: position of the first of `images`.
-        images: to be mended.
-        bad: the positions of unreadable ones among them, and why.
-    """
-
-    def __init__(
-        self,
-        data_set: DataSet,
-        groups: dict[int, RowGroup | CorruptData],
-        start: int,
-        images: Images,
-        bad: dict[int, CorruptData],
-    ) -> None:
-        self._data_set, self._groups, self._start = data_set, groups, start
-        self._images, self._bad = images, bad
+    data_set: DataSet
+    groups: dict[int, RowGroup | CorruptData]
+    """Row groups that were opened already; others are added."""
+    start: int
+    """Position of the first of `images`."""
+    images: Images
+    """To be mended."""
+    bad: dict[int, CorruptData]
+    """The positions of unreadable ones among them, and why."""
 
     def put(self, window: Window) -> Iterator[Substitution]:
         """Mend what lies in the window."""
-        places = [p for p in sorted(self._bad) if window.start <= p < window.start + len(window.rows)]
+        places = sorted(self.bad)
         stand_ins: dict[int, tuple[int, Rows]] = {}
         for position in reversed(places):  # so that the way to a stand-in is walked once for all who share it
             stand_ins[position] = self._next(window, position, stand_ins)
         for position in places:
             stand_in, rows = stand_ins[position]
-            _put(self._images, np.array([position - self._start]), rows)
+            _put(self.images, np.array([position - self.start]), rows)
             shard, row_group, row = self._name(window, position)
             yield Substitution(
-                position, shard, row_group, row, self._bad[position].reason, *self._name(window, stand_in)
+                position, shard, row_group, row, self.bad[position].reason, *self._name(window, stand_in)
             )
 
     def _next(self, window: Window, position: int, known: dict[int, tuple[int, Rows]]) -> tuple[int, Rows]:
@@ -245,24 +232,20 @@ class _StandIns:
             rows = self._read(window, candidate)
             if not rows.unreadable:
                 return candidate, rows
-        error = self._bad[position]
+        error = self.bad[position]
         raise CorruptData(f"no image of the {size} in its window can stand in for {error}", error.reason)
 
     def _read(self, window: Window, position: int) -> Rows:
         """The one image at `position`, if it can be read."""
-        i = position - self._start
-        if 0 <= i < len(self._images.label):
-            unreadable = {0: self._bad[position]} if position in self._bad else {}
-            return Rows(self._images.image[i : i + 1], self._images.label[i : i + 1], unreadable)
         i = position - window.start
         row_group = int(window.row_groups[i])
-        if row_group not in self._groups:
-            self._groups[row_group] = self._data_set.row_group(row_group)
-        return self._data_set.rows_of(self._groups[row_group], window.rows[i : i + 1])
+        if row_group not in self.groups:
+            self.groups[row_group] = self.data_set.row_group(row_group)
+        return self.data_set.rows_of(self.groups[row_group], window.rows[i : i + 1])
 
     def _name(self, window: Window, position: int) -> tuple[str, int, int]:
         i = position - window.start
-        shard, inside = locate(self._data_set.rows, int(window.row_groups[i]))
+        shard, inside = locate(self.data_set.rows, int(window.row_groups[i]))
         return shard.path, inside, int(window.rows[i])
 
 

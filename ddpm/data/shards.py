@@ -17,32 +17,20 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ddpm.data.corrupt import CorruptData as CorruptData
-
-# The data set's parts are known by this module's name; where they are checked is its own affair.
-from ddpm.data.manifest import Manifest as Manifest
-from ddpm.data.manifest import Shard as Shard
-from ddpm.data.manifest import Split as Split
-from ddpm.data.manifest import make_manifest as make_manifest
-from ddpm.data.manifest import read_manifest as read_manifest
-from ddpm.data.manifest import write_manifest as write_manifest
-from ddpm.data.manifest import write_whole
-from ddpm.data.row_group import Labels as Labels
-from ddpm.data.row_group import Pixels as Pixels
-from ddpm.data.row_group import RowGroup, columns, content_sha256
-from ddpm.data.row_group import decode as decode
+from ddpm.data.corrupt import CorruptData
+from ddpm.data.manifest import Manifest, Shard, Split
+from ddpm.data.row_group import Labels, Pixels, RowGroup, columns, content_sha256
+from ddpm.storage.locations import Location
 from ddpm.utils.retry import answer
 
 COPY_BYTES = 1 << 20
 
 
 def write_shard(
-    filesystem: pafs.FileSystem,
-    root: str,
+    location: Location,
     path: str,
     images: Pixels | Sequence[bytes],
     labels: Labels | None,
@@ -52,7 +40,7 @@ def write_shard(
     """Write one shard; the same images give the same bytes (of one version of pyarrow).
 
     Args:
-        path: below `root`: "train/00000.parquet".
+        path: below the data set's folder: "train/00000.parquet".
         images: uint8 [N, H, W, C], stored raw, or N encoded images.
         labels: int64 [N].
     """
@@ -77,14 +65,14 @@ def write_shard(
         write_page_checksum=True,
     )
     data = file.getvalue()
-    write_whole(filesystem, f"{root}/{path}", data)
+    location.child(path).write(data, durable=True)
     parts = [slice(i, i + rows_per_row_group) for i in range(0, len(images), rows_per_row_group)]
     row_groups = tuple(len(column[part]) for part in parts)
     sums = tuple(content_sha256(column[part], None if labels is None else labels[part]) for part in parts)
     return Shard(path, len(images), row_groups, len(data), hashlib.sha256(data).hexdigest(), sums)
 
 
-def is_intact(filesystem: pafs.FileSystem, root: str, shard: Shard) -> bool:
+def is_intact(location: Location, shard: Shard) -> bool:
     """Whether the shard's file is there with the bytes it was written with; reads all of it.
 
     Raises:
@@ -92,7 +80,7 @@ def is_intact(filesystem: pafs.FileSystem, root: str, shard: Shard) -> bool:
     """
     digest = hashlib.sha256()
     try:
-        with filesystem.open_input_stream(f"{root}/{shard.path}") as stream:
+        with location.filesystem.open_input_stream(location.child(shard.path).path) as stream:
             while data := stream.read(COPY_BYTES):
                 digest.update(data)
     except FileNotFoundError:
@@ -101,8 +89,7 @@ def is_intact(filesystem: pafs.FileSystem, root: str, shard: Shard) -> bool:
 
 
 def read_row_group(
-    filesystem: pafs.FileSystem,
-    root: str,
+    location: Location,
     manifest: Manifest,
     split: str,
     index: int,
@@ -121,15 +108,13 @@ def read_row_group(
         CorruptData: naming shard, row group and row.
         OSError: storage does not answer.
     """
-    read = open_row_group(filesystem, root, manifest, split, index).rows(rows)
+    read = open_row_group(location, manifest, split, index).rows(rows)
     for error in read.unreadable.values():
         raise error
     return read.image, read.label
 
 
-def open_row_group(
-    filesystem: pafs.FileSystem, root: str, manifest: Manifest, split: str, index: int
-) -> RowGroup:
+def open_row_group(location: Location, manifest: Manifest, split: str, index: int) -> RowGroup:
     """Read row group `index`, counted over the shards of the split in order, and verify its checksum.
 
     Raises:
@@ -137,9 +122,9 @@ def open_row_group(
         OSError: storage does not answer.
     """
     shard, inside = locate(manifest.splits[split], index)
-    where = f"{root}/{shard.path}, row group {inside}"
+    where = f"{location.child(shard.path).uri}, row group {inside}"
     try:
-        image, label = columns(_read(filesystem, root, shard, inside), manifest)
+        image, label = columns(_read(location, shard, inside), manifest)
         if content_sha256(image, label) != shard.row_group_sha256[inside]:
             raise CorruptData("its checksum is not that of the manifest")
     except CorruptData as error:
@@ -157,9 +142,9 @@ def locate(split: Split, index: int) -> tuple[Shard, int]:
     return shard, index - (split.row_group_ends[number] - len(shard.row_groups))
 
 
-def _read(filesystem: pafs.FileSystem, root: str, shard: Shard, inside: int) -> pa.Table:
+def _read(location: Location, shard: Shard, inside: int) -> pa.Table:
     try:
-        with filesystem.open_input_file(f"{root}/{shard.path}") as file:
+        with location.filesystem.open_input_file(location.child(shard.path).path) as file:
             parquet = pq.ParquetFile(file, pre_buffer=True, page_checksum_verification=True)
             _check_size(parquet.metadata.row_group(inside), shard, inside)
             table = parquet.read_row_group(inside, use_threads=False)
@@ -168,7 +153,7 @@ def _read(filesystem: pafs.FileSystem, root: str, shard: Shard, inside: int) -> 
     except (OSError, pa.ArrowException, IndexError, UnicodeDecodeError) as error:
         # Arrow says OSError for a damaged file too. The checksum tells it from storage that does not answer:
         # that raises OSError here again, or has recovered meanwhile.
-        if isinstance(error, OSError) and is_intact(filesystem, root, shard):
+        if isinstance(error, OSError) and is_intact(location, shard):
             raise
         raise CorruptData(f"it cannot be read: {answer(error)}") from None
     return table

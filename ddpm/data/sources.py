@@ -67,6 +67,20 @@ class MissingFiles(UserError):
         self.flags = flags
 
 
+class Square:
+    """A source of images whose height and width are its option `size`."""
+
+    size: int
+
+    @property
+    def height(self) -> int:
+        return self.size
+
+    @property
+    def width(self) -> int:
+        return self.size
+
+
 @dataclass(frozen=True)
 class Digits:
     """1,797 real handwritten digits, 8x8 grey, from scikit-learn; nothing is downloaded."""
@@ -126,7 +140,7 @@ FASHION_CLASSES = [
 
 
 @dataclass(frozen=True)
-class FashionMnist:
+class FashionMnist(Square):
     """70,000 grey pictures of clothes, from the IDX files of Fashion-MNIST."""
 
     path: Path = Path("/usr/share/datasets/fashion-mnist")
@@ -145,14 +159,6 @@ class FashionMnist:
                 "(apt install dataset-fashion-mnist), or name the folder of the IDX files: --path FOLDER",
                 "--path FOLDER",
             )
-
-    @property
-    def height(self) -> int:
-        return self.size
-
-    @property
-    def width(self) -> int:
-        return self.size
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -94,10 +94,7 @@ def exact(
     """
     T = schedule.num_timesteps
     p = _reverse(denoise, schedule, x_0, noise, variance, x_0_error, clip_x_0)
-    decoder = decoder_nll(x_0, *p(_full(x_0, 0)))
-    t = torch.arange(1, T).expand(len(x_0), T - 1)
-    kl = [posterior_kl(schedule, x_0, _full(x_0, s), *p(_full(x_0, s))) for s in range(1, T)]
-    return Bound(prior_kl(schedule, x_0), t, torch.stack(kl, 1) if kl else t.double(), decoder)
+    return _bound(schedule, x_0, p, torch.arange(1, T).expand(len(x_0), T - 1), 1.0)
 
 
 @torch.no_grad()
@@ -141,14 +138,9 @@ def estimate(
         raise ValueError(f"num_draws is {num_draws}; it must be at least 1")
     _check_proposal(proposal, T)
     p = _reverse(denoise, schedule, x_0, noise, variance, x_0_error, clip_x_0)
-    decoder = decoder_nll(x_0, *p(_full(x_0, 0)))
     strata = (torch.arange(num_draws) + u[:, None].double().cpu()) / num_draws
     drawn = torch.searchsorted(proposal.cumsum(0), strata, right=True).clamp(1, T - 1)
-    kl = []
-    for t in drawn.unbind(1):
-        on_device = t.to(x_0.device)
-        kl.append(posterior_kl(schedule, x_0, on_device, *p(on_device)))
-    return Bound(prior_kl(schedule, x_0), drawn, torch.stack(kl, 1) / (num_draws * proposal[drawn]), decoder)
+    return _bound(schedule, x_0, p, drawn, num_draws * proposal[drawn])
 
 
 @torch.no_grad()
@@ -275,6 +267,22 @@ def decoder_nll(x_0: Tensor, x_0_hat: Tensor, log_variance: Tensor) -> Tensor:
     std = (0.5 * log_variance.cpu().double()).exp()
     std = std.view(-1, *[1] * (x_0.ndim - 1)) if std.ndim == 1 else std
     return -_per_image(log_prob_of_level(level.round(), x_0_hat.cpu().double(), std)) / math.log(2)
+
+
+def _bound(
+    schedule: Schedule,
+    x_0: Tensor,
+    p: Callable[[Tensor], tuple[Tensor, Tensor]],
+    drawn: Tensor,
+    share: Tensor | float,
+) -> Bound:
+    """The bound from KL_t at the timesteps `drawn` [B, K], each divided by its share [B, K]; `p` as of `_reverse`."""
+    decoder = decoder_nll(x_0, *p(_full(x_0, 0)))
+    at = drawn.to(x_0.device)
+    kl = [posterior_kl(schedule, x_0, t, *p(t)) for t in at.unbind(1)]
+    return Bound(
+        prior_kl(schedule, x_0), drawn, torch.stack(kl, 1) / share if kl else drawn.double(), decoder
+    )
 
 
 def _reverse(

@@ -35,7 +35,7 @@ def gather(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
     if t.shape != like.shape[:1] or t.dtype != torch.int64:
         raise ValueError(f"t is {t.dtype} {tuple(t.shape)}; it must be int64 ({len(like)},), one per image")
     # Rounded before the move: some devices have no float64.
-    return table.to(like.dtype).to(like.device)[t].view(-1, *[1] * (like.ndim - 1))
+    return table.to(like.dtype).to(like.device, non_blocking=True)[t].view(-1, *[1] * (like.ndim - 1))
 
 
 def q_sample(alpha_bar: Tensor, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:

@@ -6,14 +6,13 @@ Files are safetensors; a damaged file is computed again.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import pyarrow.fs as pafs
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ddpm.data.manifest import write_whole
 from ddpm.evaluation.features import digest_of
+from ddpm.storage.locations import Location
 from ddpm.utils.errors import UserError
 
 CHECKSUM = "sha256"
@@ -24,8 +23,7 @@ CHECKSUM = "sha256"
 class Cache:
     """A folder of safetensors files."""
 
-    filesystem: pafs.FileSystem
-    root: str
+    folder: Location
 
     def get(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors cached under `name`, a file name with everything that they depend on; computed if missing.
@@ -33,25 +31,25 @@ class Cache:
         Raises:
             UserError: the folder can neither be read nor written.
         """
-        path = f"{self.root}/{name}.safetensors"
+        place = self.folder.child(f"{name}.safetensors")
         try:
-            if (kept := self._read(path)) is not None:
+            if (kept := _read(place)) is not None:
                 return kept
             made = {key: value.detach().cpu().contiguous() for key, value in make().items()}
-            write_whole(self.filesystem, path, save({**made, CHECKSUM: _checksum(made)}))
+            place.write(save({**made, CHECKSUM: _checksum(made)}), durable=True)
         except OSError as error:
-            raise UserError(f"cannot read or write the cache file {path}: {error}") from None
+            raise UserError(f"cannot read or write the cache file {place.uri}: {error}") from None
         return made
 
-    def _read(self, path: str) -> dict[str, Tensor] | None:
-        """The tensors in a file; None: there is none, or it is damaged."""
-        try:
-            with self.filesystem.open_input_stream(path) as stream:
-                tensors = load(stream.read())
-        except (FileNotFoundError, SafetensorError):
-            return None
-        found = tensors.pop(CHECKSUM, None)
-        return tensors if found is not None and torch.equal(found, _checksum(tensors)) else None
+
+def _read(file: Location) -> dict[str, Tensor] | None:
+    """The tensors in a file; None: there is none, or it is damaged."""
+    try:
+        tensors = load(file.read())
+    except (FileNotFoundError, SafetensorError):
+        return None
+    found = tensors.pop(CHECKSUM, None)
+    return tensors if found is not None and torch.equal(found, _checksum(tensors)) else None
 
 
 def _checksum(tensors: dict[str, Tensor]) -> Tensor:

@@ -45,10 +45,6 @@ class Classifier:
     def features(self, image: Tensor) -> Tensor:
         return normalised(self.net[:-1].to(image.device)(images.to_model(image)))
 
-    def logits(self, image: Tensor) -> Tensor:
-        """uint8 [N, H, W, C] to [N, classes]."""
-        return self.net.to(image.device)(images.to_model(image))
-
 
 def build(
     train: DataSet,
@@ -71,7 +67,8 @@ def build(
     manifest = train.manifest
     if len(manifest.class_names) < 2:
         raise UserError(
-            f"{train.where} has no classes to train a classifier on; use the feature net lite0, inception or pixels"
+            f"{train.location.uri} has no classes to train a classifier on; use the feature net lite0, inception or "
+            "pixels"
         )
     net = build_net(manifest.channels, len(manifest.class_names))
     name = f"{RECIPE.replace('/', '-')}-{train_images}-{train.key}"

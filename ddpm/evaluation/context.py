@@ -165,7 +165,7 @@ def choose(candidates: Sequence[Candidate], settings: Settings) -> EvalContext:
     for candidate in candidates:
         _check_fits(candidate, train, uri)
     place = locations.resolve(settings.cache or f"{uri.rstrip('/')}/{CACHE}")
-    cache, name = Cache(place.filesystem, place.path), settings.features
+    cache, name = Cache(place), settings.features
     name = name or ("classifier" if len(train.manifest.class_names) > 1 else "lite0")
     n, m = (min(settings.num_images, split.rows.num_rows) for split in (held_out, train))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -214,9 +214,9 @@ def _data_set(candidates: Sequence[Candidate], shards: str | None) -> tuple[Data
     )
     uri, timeout_s = str(config.data.shards), config.run.storage_timeout_s
     place = locations.resolve(uri)
-    manifest = read_manifest(place.filesystem, place.path, uri, timeout_s)
+    manifest = read_manifest(place, timeout_s)
     scale = scale_of(manifest, config.model.image_size)
-    return DataSet(place.filesystem, place.path, manifest, config.data.split, timeout_s, scale), uri
+    return DataSet(place, manifest, config.data.split, timeout_s, scale), uri
 
 
 def _held_out(train: DataSet, uri: str) -> DataSet:

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ddpm.build import build_objective
 from ddpm.cluster.worker_pool import WorkerPool
-from ddpm.config import Config, SampleConfig
+from ddpm.config import SampleConfig
 from ddpm.data.reading import DataSet
 from ddpm.data.reading import Images as Batch
 from ddpm.diffusion.objectives import PROCESSES
@@ -175,14 +174,8 @@ def _drawn(
     pieces = [Piece(*place, *part) for row in places for place in row for part in _parts(num_images)]
     done = _watched("images sampled", pool.map(partial(_images_of, measured=measured), pieces), pieces)
     return [
-        [_merged([done[piece] for piece in pieces if piece[:2] == place]) for place in row] for row in places
+        [_joined([done[piece] for piece in pieces if piece[:2] == place]) for place in row] for row in places
     ]
-
-
-def _merged(parts: Sequence[Images]) -> Images:
-    return Images(
-        Features.merge(*(part.features for part in parts)), np.concatenate([part.image for part in parts])
-    )
 
 
 class Nearness(NamedTuple):
@@ -192,6 +185,11 @@ class Nearness(NamedTuple):
     """In the feature net's space and in pixels."""
     pairs: Pairs | None = None
     """The nearest pairs, in the feature net's space."""
+
+
+def _joined(parts: Sequence[Images]) -> Images:
+    features, image = zip(*parts, strict=True)
+    return Images(np.concatenate(features), np.concatenate(image))
 
 
 def _nearness(by: EvalContext, drawn: Sequence[Sequence[Images]]) -> list[list[Nearness]]:
@@ -204,8 +202,8 @@ def _nearness(by: EvalContext, drawn: Sequence[Sequence[Images]]) -> list[list[N
     counted = _counted(train, by.num_train)
     spaces = {"pixels": memorisation.nearest([held_out, *(way.image for way in ways)], counted)}
     if by.train_features is not None:
-        features = [by.real.values, *(way.features.values for way in ways)]
-        train_features = memorisation.blocks(by.train_features.values)
+        features = [by.real, *(way.features for way in ways)]
+        train_features = memorisation.blocks(by.train_features)
         nearest = memorisation.nearest([values[:MAX_PAIRWISE] for values in features], train_features)
         spaces = {by.feature_net.name: nearest, **spaces}
 
@@ -248,6 +246,7 @@ def _result(
 ) -> CheckpointResult:
     config, position = candidate.config, candidate.position
     own = replace(resolved(config, config.sample), seed=settings.seed)
+    label = generate.labels(config, range(settings.num_images)) if config.model.num_classes else None
     return CheckpointResult(
         checkpoint=candidate.uri,
         weights_sha256=candidate.weights_sha256,
@@ -264,13 +263,7 @@ def _result(
                 way,
                 way == own,
                 (
-                    *score(
-                        by.feature_net.name,
-                        images.features,
-                        by.real,
-                        by.other_real,
-                        _labels(config, images.features),
-                    ),
+                    *score(by.feature_net.name, images.features, by.real, by.other_real, label),
                     *nearness.shares,
                 ),
                 plots.nearest(nearness.pairs) if nearness.pairs else b"",
@@ -279,11 +272,6 @@ def _result(
         ),
         num_classes=config.model.num_classes,
     )
-
-
-def _labels(config: Config, features: Features) -> NDArray[np.int64] | None:
-    """The classes of the sampled images; None: the net is unconditional."""
-    return generate.labels(config, features.index.tolist()) if config.model.num_classes else None
 
 
 def _about(by: EvalContext, settings: Settings) -> dict[str, Any]:

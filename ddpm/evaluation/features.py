@@ -8,8 +8,7 @@ Axes: N images, H W height and width, C channels, F features.
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,6 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddpm.utils import images
+
+Features = NDArray[np.float32]
+"""[N, F], a row an image."""
 
 
 class FeatureNet(Protocol):
@@ -38,37 +40,10 @@ class FeatureNet(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Features:
-    """The features of some images, by their index.
-
-    Parts from several workers merge to the features that one worker would have computed.
-    """
-
-    index: NDArray[np.int64]
-    """[N], ascending, none twice."""
-    values: NDArray[np.float32]
-    """[N, F]."""
-
-    def __post_init__(self) -> None:
-        if self.index.shape != self.values.shape[:1] or (np.diff(self.index) <= 0).any():
-            raise ValueError("index must be ascending, with one entry for each row of values")
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    @classmethod
-    def merge(cls, *parts: Self) -> Self:
-        """All parts as one, in the order of the index; duplicates are taken once."""
-        index, first = np.unique(np.concatenate([part.index for part in parts]), return_index=True)
-        return cls(index, np.concatenate([part.values for part in parts])[first])
-
-
-def features_of(net: FeatureNet, image: Tensor, start: int = 0, batch_size: int = 256) -> Features:
-    """The features of uint8 [N, H, W, C]; the first image has index `start`."""
+def features_of(net: FeatureNet, image: Tensor, batch_size: int = 256) -> Features:
+    """The features of uint8 [N, H, W, C]."""
     with torch.no_grad():
-        values = [net.features(part).cpu().float() for part in image.split(batch_size)]
-    return Features(np.arange(start, start + len(image)), torch.cat(values).numpy())
+        return torch.cat([net.features(part).cpu().float() for part in image.split(batch_size)]).numpy()
 
 
 def rgb(image: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -126,7 +125,7 @@ def bits_per_dim(
         quantiles = [PhiloxGenerator(seed, Purpose.LIKELIHOOD, i, 1).uniform([]).double() for i in indices]
         u, chosen = torch.stack(quantiles), measured.proposal
         bound = likelihood.estimate(denoise, schedule, x_0, noise, u, chosen, num_draws=num_draws, **how)
-    return BitsPerDim.of(bound, start, schedule.num_timesteps)
+    return BitsPerDim.of(bound, schedule.num_timesteps)
 
 
 def denoising_curve(
@@ -137,7 +136,6 @@ def denoising_curve(
     log_snr: Tensor,
     *,
     device: torch.device,
-    seed: int = 0,
 ) -> Tensor:
     """[N, L]: squared error of x_0_hat of each image at the noise levels log_snr [L], with the same noise for all nets.
 
@@ -146,7 +144,7 @@ def denoising_curve(
     """
     indices = range(len(held_out.image))
     denoise, x_0, noise = _prepared(
-        net, config, objective, held_out, indices, device, (seed, Purpose.LIKELIHOOD)
+        net, config, objective, held_out, indices, device, (0, Purpose.LIKELIHOOD)
     )
     return denoising.error_at(denoise, schedules.build(config.schedule), x_0, noise, log_snr)
 
@@ -162,7 +160,7 @@ def drawn_features(
     sample: SampleConfig | None = None,
     x_0_error: Tensor | None = None,
 ) -> tuple[Features, Pixels]:
-    """Sample the images with these ascending indices in one batch, and compute their features.
+    """Sample the images with these indices in one batch, and compute their features.
 
     Args:
         sample: settings of the sampler; default: config.sample. Images are those of jobs/sample.py.
@@ -172,8 +170,7 @@ def drawn_features(
         The features, and the images, uint8 [N, H, W, C].
     """
     image = generate.draw(net, config, objective, indices, device=device, sample=sample, x_0_error=x_0_error)
-    features = Features(np.array(indices, np.int64), features_of(feature_net, image).values)
-    return features, image.cpu().numpy()
+    return features_of(feature_net, image), image.cpu().numpy()
 
 
 def _prepared(

@@ -192,10 +192,10 @@ def jackknife_error(*without: NDArray[np.float64]) -> float:
     return float(np.sqrt(sum((len(w) - 1) * w.var() for w in without)))
 
 
-def projection(size: int, target: int, seed: int = 0) -> Array:
+def projection(size: int, target: int) -> Array:
     """[size, target]: orthonormal projection onto a random subspace, since FID of many features needs many images."""
     # RandomState, since numpy has frozen its streams. FID does not depend on the basis of the subspace.
-    q, _ = np.linalg.qr(np.random.RandomState(seed).standard_normal((size, target)))
+    q, _ = np.linalg.qr(np.random.RandomState(0).standard_normal((size, target)))
     return q
 
 

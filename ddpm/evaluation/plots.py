@@ -1,12 +1,10 @@
 """Plots of a report: quality over images seen and over the number of sampling steps; the nearest pairs."""
 
-import io
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
@@ -16,6 +14,7 @@ from ddpm.evaluation.memorisation import Pairs
 from ddpm.evaluation.metrics import Manifold
 from ddpm.evaluation.report import CheckpointResult, Report, rows
 from ddpm.evaluation.scores import Score
+from ddpm.utils.images import figure_png
 
 PANEL_WIDTH, PANEL_HEIGHT, LEGEND_WIDTH = 2.6, 2.8, 1.8
 """Inches."""
@@ -33,7 +32,6 @@ def picture(report: Report) -> bytes:
     lines = [line for line in found if line.is_curve] or [found[0]]
     width = PANEL_WIDTH * max(len(line.panels) for line in lines) + LEGEND_WIDTH
     figure = Figure((width, PANEL_HEIGHT * len(lines)), layout="constrained")
-    FigureCanvasAgg(figure)
     for line, part in zip(lines, figure.subfigures(len(lines), squeeze=False)[:, 0], strict=True):
         colours = {label: f"C{i % 10}" for i, label in enumerate(line.curves)}
         all_axes = part.subplots(1, len(line.panels), squeeze=False)[0]
@@ -42,9 +40,7 @@ def picture(report: Report) -> bytes:
         handles = [Line2D([], [], color=c, marker=".", label=label) for label, c in colours.items() if label]
         handles.append(Line2D([], [], color=GREY, label="real against real"))
         part.legend(handles=handles, loc="outside right upper", fontsize=7, frameon=False)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    return file.getvalue()
+    return figure_png(figure)
 
 
 def nearest(pairs: Pairs) -> bytes:
@@ -53,7 +49,6 @@ def nearest(pairs: Pairs) -> bytes:
     lines = -(-len(pairs.index) // columns)
     layout = ConstrainedLayoutEngine(w_pad=0.1)  # inches: more between pairs than within them
     figure = Figure((PAIR_WIDTH * columns, PAIR_HEIGHT * lines + 0.5), layout=layout)
-    FigureCanvasAgg(figure)
     figure.suptitle(
         f"generated | nearest training image, by {pairs.space}; their distance,\n"
         "and the share of held-out images that are nearer to a training image",
@@ -70,9 +65,7 @@ def nearest(pairs: Pairs) -> bytes:
         axes.axvline(left.shape[1] - 0.5, color="white", linewidth=3)
         title = f"image {pairs.index[i]}: {pairs.distance[i]:.3g}\n{pairs.nearer_held_out[i]:.0%} of held-out nearer"
         axes.set_title(title, fontsize=7)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    return file.getvalue()
+    return figure_png(figure)
 
 
 class _Line(NamedTuple):

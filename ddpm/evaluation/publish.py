@@ -23,21 +23,22 @@ MLFLOW_TIMEOUT_S = 20.0
 """Seconds without a successful call after which MLflow is given up."""
 
 
-def place_for(out: str) -> Location:
+def place_for(out: str, example: str = "evaluation.json") -> Location:
     """The file `out`, a path or a URI, after a check that it can be written.
+
+    Args:
+        example: a name for it, which errors suggest.
 
     Raises:
         UserError: it cannot be written.
     """
     place = locations.resolve(out)
-    if place.path.endswith(".png"):
+    if place.path.endswith(".png") and example.endswith(".json"):
         raise UserError(f"--out {out} names a picture, but is for JSON; pictures are written beside it")
     if place.is_local:
         path = Path(place.path)
         if path.is_dir():
-            raise UserError(
-                f"--out {out} is a folder; name a file, such as {out.rstrip('/')}/evaluation.json"
-            )
+            raise UserError(f"--out {out} is a folder; name a file, such as {out.rstrip('/')}/{example}")
         nearest = next(parent for parent in path.parents if parent.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise UserError(f"--out {out} cannot be written: {nearest} is not a writable folder")

@@ -5,6 +5,7 @@ Axes: M images, F features.
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,10 +43,9 @@ def real_features(
         for start in range(0, num_images, CHUNK_IMAGES):
             stop = min(start + CHUNK_IMAGES, num_images)
             image = torch.from_numpy(data_set.read(plan, start, stop, "substitute").image)
-            parts.append(features_of(net, image.to(device), start))
+            parts.append(features_of(net, image.to(device)))
             on_progress(stop)
-        return {"values": torch.from_numpy(Features.merge(*parts).values)}
+        return {"values": torch.from_numpy(np.concatenate(parts))}
 
     name = f"features-{net.name}-{net.digest[:16]}-{num_images}-{data_set.key}"
-    values = cache.get(name, make)["values"].numpy()
-    return Features(torch.arange(len(values)).numpy(), values)
+    return cache.get(name, make)["values"].numpy()

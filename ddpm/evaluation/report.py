@@ -1,5 +1,6 @@
 """Results of an evaluation, as JSON, as a table, and as points of MLflow's curves."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -8,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rich import box
 from rich.console import Console, Group
@@ -18,6 +19,7 @@ from rich.table import Table
 from ddpm.config import SampleConfig
 from ddpm.evaluation.memorisation import METRIC, MIN_HELD_OUT, NearerShare
 from ddpm.evaluation.scores import MAX_FID_FEATURES, Score
+from ddpm.utils import strict_json
 from ddpm.utils.progress import printable
 
 FORMAT = "ddpm-evaluation/1"
@@ -46,7 +48,7 @@ class Drawn:
     """Settings, with sampler and number of steps filled in."""
     is_own: bool
     """Whether these are the run's own settings."""
-    scores: tuple[Score, ...]
+    scores: tuple[NearerShare | Score, ...]
     """Scores; those of memorisation, if any, are last."""
     nearest: bytes = field(default=b"", repr=False, compare=False)
     """A PNG of the images nearest to a training image, beside it. Not in the JSON; empty: there was no search."""
@@ -111,6 +113,28 @@ class Report:
         results = [dataclasses.asdict(v, dict_factory=_without_pictures) for v in self.results]
         found = {"settings": self.settings, "checkpoints": results}
         return json.dumps(_finite({"format": FORMAT, **found}), indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str) -> "Report":
+        """The report that `to_json` wrote, without pictures, and without scores that are not finite.
+
+        Raises:
+            UserError: it is something else, or damaged; `where` names it.
+        """
+        with contextlib.suppress(ValueError, RecursionError):  # of which parse says more
+            text = json.dumps(json.loads(text, object_hook=_finite_scores))
+        where = f"{where} is not a result of jobs/evaluate.py"
+        found = strict_json.parse(_Saved, text, where, extra="ignore")
+        return cls(found.settings, found.checkpoints)
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What is read of a report's JSON."""
+
+    format: Literal["ddpm-evaluation/1"]
+    settings: dict[str, Any]
+    checkpoints: tuple[CheckpointResult, ...]
 
 
 class Row(NamedTuple):
@@ -273,21 +297,23 @@ def _on_memorisation(report: Report, out: str) -> Iterator[str]:
 
 
 def metrics(result: CheckpointResult) -> dict[str, float]:
-    """Points of curves over images seen: eval/bits_per_dim, eval/KID-lite0, eval/KID-lite0-error, ...
+    """Points of curves over images seen: eval/bits_per_dim, eval/KID-lite0, ...
 
-    Another way of sampling than the run's own is part of the name: eval/dpmpp_2m-20/KID-lite0. So is another variance
-    than the default: eval/bits_per_dim-beta_tilde.
+    MLflow groups metrics by the first part of their name: errors are eval_error/KID-lite0, ..., values of real images
+    against real ones eval_floor/KID-lite0, ..., intervals eval_low/..., eval_high/.... Another way of sampling than
+    the run's own is part of the name: eval/dpmpp_2m-20/KID-lite0. So is another variance than the default:
+    eval/bits_per_dim-beta_tilde.
     """
     bits_per_dim = "bits_per_dim" if result.variance_is_default else f"bits_per_dim-{result.variance}"
     values: dict[str, float] = {}
     for score, _, drawn in rows(Report({}, (result,))):
-        place = "eval" if drawn is None or drawn.is_own else f"eval/{drawn.name}"
-        name = f"{place}/{score.name.replace('bits/dim', bits_per_dim)}"
-        values |= {name: score.value, f"{name}-error": score.error}
+        way = "" if drawn is None or drawn.is_own else f"{drawn.name}/"
+        name = f"{way}{score.name.replace('bits/dim', bits_per_dim)}"
+        values |= {f"eval/{name}": score.value, f"eval_error/{name}": score.error}
         if isinstance(score, NearerShare):
-            values |= {f"{name}-low": score.low, f"{name}-high": score.high}
+            values |= {f"eval_low/{name}": score.low, f"eval_high/{name}": score.high}
         if score.floor is not None:
-            values[f"{name}-floor"] = score.floor
+            values[f"eval_floor/{name}"] = score.floor
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
@@ -332,6 +358,17 @@ def _floor(score: Score) -> str:
 
 def _without_pictures(items: list[tuple[str, Any]]) -> dict[str, Any]:
     return {key: value for key, value in items if not isinstance(value, bytes)}
+
+
+def _finite_scores(items: dict[str, Any]) -> dict[str, Any]:
+    """An object of the JSON, without scores for which `_finite` wrote null."""
+    for key in {"bits", "scores"} & set(items):
+        if isinstance(items[key], list):
+            is_null = [
+                isinstance(s, dict) and None in (s.get("value", 0), s.get("error", 0)) for s in items[key]
+            ]
+            items[key] = [s for s, null in zip(items[key], is_null, strict=True) if not null]
+    return items
 
 
 def _finite(value: Any) -> Any:

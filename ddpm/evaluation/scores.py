@@ -75,8 +75,7 @@ def score(
     scores = list(_without_floor(net_name, generated, real, label))
     if other_real is None:
         return scores
-    floor_features = _first(other_real, len(generated))
-    floors = _without_floor(net_name, floor_features, real)
+    floors = _without_floor(net_name, other_real[: len(generated)], real)
     return [
         replace(s, floor=floor.value, floor_error=floor.error, floor_n=floor.n)
         for s, floor in zip(scores, floors, strict=True)
@@ -95,10 +94,10 @@ def _without_floor(
     n, m = len(generated), len(real)
     name, estimate = _fid(net_name, generated, real, label)
     yield Score(name, *estimate, n, m)
-    generated, real = _first(generated, MAX_PAIRWISE), _first(real, MAX_PAIRWISE)
+    generated, real = generated[:MAX_PAIRWISE], real[:MAX_PAIRWISE]
     n, m = len(generated), len(real)
     label = None if label is None else label[:n]
-    yield Score(f"KID-{net_name}", *kid(generated.values, real.values, label), n, m)
+    yield Score(f"KID-{net_name}", *kid(generated, real, label), n, m)
     for metric, estimate in _manifold(generated, real, label).items():
         yield Score(f"{metric}-{net_name}", *estimate, n, m)
 
@@ -107,14 +106,12 @@ def _fid(
     net_name: str, generated: Features, real: Features, label: NDArray[np.int64] | None
 ) -> tuple[str, Estimate]:
     name = "FID" if net_name == "inception" else f"FID-{net_name}"
-    size = generated.values.shape[1]
+    size = generated.shape[1]
     if net_name != "inception" and size > MAX_FID_FEATURES:
         name, basis = f"{name}-{MAX_FID_FEATURES}d", projection(size, MAX_FID_FEATURES)
-        generated, real = (
-            replace(side, values=(side.values @ basis).astype(np.float32)) for side in (generated, real)
-        )
-    ours = [Moments.of(generated.values[rows]) for rows in _groups(len(generated), label)]
-    theirs = [Moments.of(real.values[rows]) for rows in _groups(len(real))]
+        generated, real = ((side @ basis).astype(np.float32) for side in (generated, real))
+    ours = [Moments.of(generated[rows]) for rows in _groups(len(generated), label)]
+    theirs = [Moments.of(real[rows]) for rows in _groups(len(real))]
     of_ours, of_theirs = Moments.merge(*ours), Moments.merge(*theirs)
     without_ours = [fid(of_theirs, Moments.merge(*ours[:k], *ours[k + 1 :])) for k in range(GROUPS)]
     without_theirs = [fid(of_ours, Moments.merge(*theirs[:k], *theirs[k + 1 :])) for k in range(GROUPS)]
@@ -124,7 +121,7 @@ def _fid(
 
 def _manifold(generated: Features, real: Features, label: NDArray[np.int64] | None) -> dict[str, Estimate]:
     n, m = len(generated), len(real)
-    distances = Distances(generated.values, real.values)
+    distances = Distances(generated, real)
     without_ours = np.array([distances.manifold(rows=_others(rows, n)) for rows in _groups(n, label)])
     without_theirs = np.array([distances.manifold(real_rows=_others(rows, m)) for rows in _groups(m)])
     found = {}
@@ -159,7 +156,3 @@ def _groups(n: int, label: NDArray[np.int64] | None = None) -> list[NDArray[np.i
 
 def _others(rows: NDArray[np.int64], n: int) -> NDArray[np.int64]:
     return np.delete(np.arange(n), rows)
-
-
-def _first(features: Features, n: int) -> Features:
-    return Features(features.index[:n], features.values[:n])

@@ -279,11 +279,7 @@ def _said(kind: Any, folder: Path) -> dict[str, Any]:
 
 def _check_size(config: Config, folder: Path) -> None:
     """Raise UserError if the net has more weights than the files in `folder` have bytes, and may fit in no memory."""
-    try:
-        with torch.device("meta"):
-            net = build_net(config)
-    except UserError as error:
-        raise UserError(f"{folder} cannot be read as a DDPMPipeline: {error}") from None
+    net = checkpoint.net_without_memory(config, f"{folder} cannot be read as a DDPMPipeline")
     described = sum(weight.numel() for weight in net.state_dict().values())
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if described > stored > 0:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ddpm.hub import registry
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
 from ddpm.utils.errors import UserError
+from ddpm.utils.retry import retry_io
 
 
 def checkpoints_of(uri: str) -> list[str]:
@@ -39,12 +41,30 @@ def local_checkpoint(uri: str) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
             yield registry.download(uri, Path(folder))
         return
-    location = _found(uri)[-1]
+    with as_folder(_found(uri)[-1]) as local:
+        yield local
+
+
+@contextmanager
+def as_folder(location: Location, timeout_s: float = 0.0) -> Iterator[Path]:
+    """A context with the checkpoint at `location` as a local folder of the same name, downloaded if need be."""
     if location.is_local:
         yield Path(location.path)
         return
     with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
-        yield location.download(Path(folder))
+        local = Path(folder, Path(location.path).name)
+        local.mkdir()
+
+        def fetch(name: str) -> None:
+            data = retry_io(location.child(name).read, where=location.uri, timeout_s=timeout_s)
+            (local / name).write_bytes(data)
+
+        names = retry_io(location.files, where=location.uri, timeout_s=timeout_s)
+        with ThreadPoolExecutor(
+            len(checkpoint.FILES)
+        ) as pool:  # at once: storage may take seconds for a request
+            list(pool.map(fetch, names))
+        yield local
 
 
 def keep_x_0_error(uri: str, weights_sha256: str, x_0_error: Tensor) -> None:

@@ -67,14 +67,8 @@ class Generator(PythonModel):
         if total > MAX_IMAGES:
             raise ValueError(f"the requests ask for {total} images together; the limit is {MAX_IMAGES}")
         for request in model_input:
-            self._check_label(request.label)
+            generate.check_label(self.config, request.label)
         return [picture for request in model_input for picture in self._draw(request)]
-
-    def _check_label(self, label: int | None) -> None:
-        classes = self.config.model.num_classes
-        if label is not None and not 0 <= label < classes:
-            right = f"it must be in 0..{classes - 1}" if classes else "this net was trained without labels"
-            raise ValueError(f"label is {label}; {right}")
 
     def _draw(self, request: Request) -> Iterator[Picture]:
         label = request.label

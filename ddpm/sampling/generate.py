@@ -8,6 +8,7 @@ Axes: N images, C channels, H W.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from ddpm.diffusion.inpainting import Known
 from ddpm.diffusion.objectives import PROCESSES, Denoised, Model, Objective
 from ddpm.diffusion.samplers import OnStep, PerImageNoise
 from ddpm.utils import images
+from ddpm.utils.errors import UserError
 from ddpm.utils.generators import PhiloxGenerator
 from ddpm.utils.images import Pixels
 from ddpm.utils.seeding import Purpose
@@ -48,6 +50,14 @@ def read_known(
         for path, c in ((image, channels), (mask, 1))
     )
     return Known(images.to_model(x_0), (images.to_model(keep) > 0).float(), num_resamples, jump_length)
+
+
+def check_label(config: Config, label: int | None) -> None:
+    """Raise UserError unless `label` is None, or a class of the net."""
+    classes = config.model.num_classes
+    if label is not None and not 0 <= label < classes:
+        right = f"it must be in 0..{classes - 1}" if classes else "this net was trained without labels"
+        raise UserError(f"label is {label}; {right}")
 
 
 def labels(config: Config, indices: Sequence[int], label: int | None = None) -> NDArray[np.int64]:
@@ -114,32 +124,19 @@ def denoising_strip(
 
 
 def trajectory(
-    net: Model,
-    config: Config,
-    objective: Objective,
-    indices: Sequence[int],
-    *,
-    device: torch.device,
-    sample: SampleConfig | None = None,
-    label: Tensor | None = None,
-    known: Known | None = None,
-    x_0_error: Tensor | None = None,
+    net: Model, config: Config, objective: Objective, indices: Sequence[int], **how: Any
 ) -> tuple[Pixels, bytes]:
-    """The reverse process, from noise to images: a strip (one row per image), and a GIF of a grid."""
+    """The reverse process, from noise to images: a strip (one row per image), and a GIF of a grid.
+
+    Args:
+        how: as in `draw`.
+    """
     frames: list[Tensor] = []
-    last = draw(
-        net,
-        config,
-        objective,
-        indices,
-        device=device,
-        sample=sample,
-        label=label,
-        known=known,
-        x_0_error=x_0_error,
-        on_step=lambda step, x_t, x_0_hat: frames.append(images.to_uint8(x_t).cpu()),
-    )
-    frames.append(last.cpu())
+
+    def keep(step: int, x_t: Tensor, x_0_hat: Tensor) -> None:
+        frames.append(images.to_uint8(x_t).cpu())
+
+    frames.append(draw(net, config, objective, indices, on_step=keep, **how).cpu())
     picked = [round(i * (len(frames) - 1) / (TRAJECTORY_COLUMNS - 1)) for i in range(TRAJECTORY_COLUMNS)]
     rows = torch.stack([frames[i] for i in picked], dim=1).numpy()
     moving = [images.grid(frames[i].numpy()) for i in range(0, len(frames), max(1, len(frames) // 50))]

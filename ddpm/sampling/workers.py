@@ -65,10 +65,7 @@ class SampleJob:
     """For the variance "measured": [T] float64."""
 
     def __post_init__(self) -> None:
-        classes = self.config.model.num_classes
-        if self.label is not None and not 0 <= self.label < classes:
-            right = f"it must be in 0..{classes - 1}" if classes else "this net was trained without labels"
-            raise UserError(f"label is {self.label}; {right}")
+        generate.check_label(self.config, self.label)
         build_sampler(self.config, known=self.known, x_0_error=self.x_0_error)
         build_objective(self.config)
 
@@ -84,8 +81,7 @@ class SampleJob:
         classes, uri = self.config.model.num_classes, self.config.data.shards
         if classes and uri:
             with suppress(UserError, OSError):
-                location = resolve(uri)
-                names = read_manifest(location.filesystem, location.path, uri).class_names
+                names = read_manifest(resolve(uri)).class_names
                 if len(names) == classes:
                     return names
         return tuple(map(str, range(classes)))

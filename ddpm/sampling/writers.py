@@ -24,11 +24,12 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ddpm.config import differences
 from ddpm.data import prepare
 from ddpm.data.manifest import MANIFEST, Shard, make_manifest, read_manifest, write_manifest
 from ddpm.data.shards import read_row_group
 from ddpm.storage.locations import Location
-from ddpm.utils import images
+from ddpm.utils import images, strict_json
 from ddpm.utils.errors import UserError
 from ddpm.utils.images import Pixels
 
@@ -48,8 +49,6 @@ NAME = re.compile(r"[0-9]{6}\.png|[1-9][0-9]{6,}\.png")
 COMPRESSION = 4
 """Assumed compression: images need a quarter of the bytes of their pixels, and a PNG at least one block of its disk."""
 GB = 10**9
-SHOWN = 4
-"""Settings that an error lists."""
 
 
 class ImageWriter(Protocol):
@@ -109,15 +108,10 @@ def begin(location: Location, asked: Mapping[str, Any]) -> None:
             )
         note.write(text.encode())
         return
-    try:
-        before, now = dict(json.loads(note.read())), json.loads(text)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{note.uri} is damaged: {error}; use another --out") from None
-    if changed := [key for key in {**now, **before} if before.get(key) != now.get(key)]:
-        listed = ", ".join(f"{key} {before.get(key)} (now {now.get(key)})" for key in changed[:SHOWN])
+    before = strict_json.parse(dict[str, Any], note.read(), f"{note.uri} is damaged; use another --out")
+    if changed := differences(before, json.loads(text)):
         raise UserError(
-            f"{location.uri} holds images of another request: {listed}{', ...' if changed[SHOWN:] else ''}; use "
-            "those values, or another --out"
+            f"{location.uri} holds images of another request: {changed}; use those values, or another --out"
         )
 
 
@@ -214,9 +208,8 @@ class ShardWriter:
         del self._begun[k]
 
     def close(self) -> None:
-        filesystem, root = self._location.filesystem, self._location.path
         if self._is_complete:
-            manifest = read_manifest(filesystem, root, self._location.uri)
+            manifest = read_manifest(self._location)
         else:
             shards = [self._shards[k] for k in range(math.ceil(self._num_images / self._size))]
             manifest = make_manifest(
@@ -224,11 +217,11 @@ class ShardWriter:
             )
         pixels, group = np.zeros((0, *self._shape), np.uint8), 0
         while len(pixels) < min(GRID_IMAGES, manifest.splits[SPLIT].num_rows):
-            more, _ = read_row_group(filesystem, root, manifest, SPLIT, group)
+            more, _ = read_row_group(self._location, manifest, SPLIT, group)
             pixels, group = np.concatenate([pixels, more]), group + 1
         self._location.child(GRID).write(images.png_bytes(images.grid(pixels[:GRID_IMAGES])))
         if not self._is_complete:
-            write_manifest(filesystem, root, manifest)
+            write_manifest(self._location, manifest)
         self._location.child(prepare.NOTES).delete()
 
 

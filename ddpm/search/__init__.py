@@ -1,1 +1,1 @@
-"""A search: its event log, trials, evaluator and leaderboard. The Ray Tune side is in tune/."""
+"""A search: its space, trials on Ray Tune, event log, evaluator and leaderboard."""

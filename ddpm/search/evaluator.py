@@ -24,7 +24,7 @@ from ddpm.evaluation.reference import images_of
 from ddpm.evaluation.scores import LEAST_IMAGES
 from ddpm.hub import resolve
 from ddpm.search.event_log import Rung
-from ddpm.utils import images
+from ddpm.utils import images, strict_json
 from ddpm.utils.errors import UserError
 from ddpm.utils.generators import generator
 from ddpm.utils.seeding import Purpose
@@ -62,11 +62,7 @@ class Judged:
         Raises:
             UserError: it is damaged; `where` names the file.
         """
-        try:
-            fields: dict[str, Any] = json.loads(text)
-            return cls(**{**fields, "bits": tuple(map(float, fields["bits"]))})
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{where} is damaged: {error!r:.200}") from None
+        return strict_json.parse(cls, text, f"{where} is damaged")
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ddpm.storage.locations import Location
+from ddpm.utils import strict_json
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import retry_io
 
@@ -82,6 +83,16 @@ class Trial:
         return self.rungs[-1] if self.rungs else None
 
 
+@dataclass(frozen=True)
+class _Card:
+    """Content of the file."""
+
+    format: Literal["ddpm-search/1"]
+    search_key: str
+    settings: dict[str, Any]
+    events: list[dict[str, Any]]
+
+
 def name_of(number: int) -> str:
     return f"trial-{number:03d}"
 
@@ -112,7 +123,7 @@ class EventLog:
             self._write()
 
     @classmethod
-    def existing(cls, place: Location, timeout_s: float = 0.0) -> "EventLog":
+    def existing(cls, place: Location) -> "EventLog":
         """The event log in a folder, with its own settings.
 
         Raises:
@@ -120,10 +131,10 @@ class EventLog:
         """
         file = place.child(FILE)
         try:
-            settings = json.loads(file.read())["settings"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            text = file.read()
+        except OSError as error:
             raise UserError(f"{file.uri} is not a search's event log: {error!r:.200}") from None
-        return cls(place, settings, timeout_s)
+        return cls(place, strict_json.parse(_Card, text, f"{file.uri} is damaged").settings, 0.0)
 
     def add(self, event: str, trial: int, **what: Any) -> dict[str, Any]:
         """Append an event; it is stored when this returns."""
@@ -172,23 +183,20 @@ class EventLog:
         retry_io(lambda: self._file.write(data), where=self._file.uri, timeout_s=self._timeout_s)
 
     def _parsed(self, text: bytes) -> tuple[str, list[dict[str, Any]]]:
+        card = strict_json.parse(_Card, text, f"{self._file.uri} is damaged")
+        self.events = card.events
         try:
-            card = json.loads(text)
-            key, settings, events = card["search_key"], card["settings"], card["events"]
-            if card["format"] != FORMAT or not isinstance(key, str) or not key.isalnum():
-                raise ValueError(f"it is not of format {FORMAT}")
-            self.events = events
             self.trials()
-        except (ValueError, KeyError, TypeError, RecursionError, AttributeError) as error:
+        except (KeyError, TypeError) as error:
             raise UserError(f"{self._file.uri} is damaged: {error!r:.200}") from None
-        for name in sorted({*settings, *self._settings}):
-            old, new = settings.get(name), self._settings.get(name)
+        for name in sorted({*card.settings, *self._settings}):
+            old, new = card.settings.get(name), self._settings.get(name)
             if old != new:
                 raise UserError(
                     f"the search in {self._file.uri} was begun with {name} {old!r:.200}, not {new!r:.200}; "
                     "give the same value, or another --name"
                 )
-        return key, events
+        return card.search_key, card.events
 
 
 def rungs(total_images: int, batch_size: int, reduction_factor: int, num_rungs: int) -> list[int]:

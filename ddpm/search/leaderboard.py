@@ -94,16 +94,9 @@ def draw_finalists(
 def standings(trials: Sequence[Trial], place: Location, metric: Metric, base: Config) -> list[Standing]:
     """All trials: the finished ones by the metric, then the others by images seen."""
     order = best(trials, metric)
-    there = [trial.number for trial in order]
-    by_bits = dict(
-        zip(
-            there,
-            paired_ranks([bits_of(trial, place, base.run.storage_timeout_s) for trial in order])
-            if order
-            else [],
-            strict=True,
-        )
-    )
+    bits = [bits_of(trial, place, base.run.storage_timeout_s) for trial in order]
+    of_bits = paired_ranks(bits) if bits else []
+    by_bits = dict(zip([trial.number for trial in order], of_bits, strict=True))
     drawn = [trial for trial in order if trial.drawn]
     of_kid = ranks([trial.drawn["value"] for trial in drawn], [trial.drawn["error"] for trial in drawn])
     by_kid = dict(zip([trial.number for trial in drawn], of_kid, strict=True))

@@ -1,18 +1,17 @@
 """Plots of a search: settings and their results, likelihood beside sample quality, denoising at equal noise."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ddpm.evaluation.ranking import Z
 from ddpm.search.event_log import Metric, Trial
+from ddpm.utils.images import figure_png
 
 MANY = 8
 """A numeric axis is logarithmic if its values span more than this factor."""
@@ -56,7 +55,7 @@ def parallel(trials: Sequence[Trial], metric: Metric) -> bytes:
     axes.text(
         -0.15, MISSING - 0.04, "dotted: stopped early; below: not of this schedule", fontsize=7, color="0.4"
     )
-    return _png(figure)
+    return figure_png(figure)
 
 
 def scatter(trials: Sequence[Trial]) -> bytes:
@@ -78,7 +77,7 @@ def scatter(trials: Sequence[Trial]) -> bytes:
     axes.set_xlabel("bits/dim", fontsize=8)
     axes.tick_params(labelsize=7)
     axes.legend(fontsize=7, frameon=False)
-    return _png(figure)
+    return figure_png(figure)
 
 
 def denoising(log_snr: NDArray[np.float64], curves: Mapping[str, NDArray[np.float64]]) -> bytes:
@@ -99,7 +98,7 @@ def denoising(log_snr: NDArray[np.float64], curves: Mapping[str, NDArray[np.floa
     axes.set_ylabel("held-out error of x_0_hat", fontsize=8)
     axes.tick_params(labelsize=7)
     axes.legend(fontsize=7, frameon=False)
-    return _png(figure)
+    return figure_png(figure)
 
 
 def _places(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]]:
@@ -124,11 +123,4 @@ def _places(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]
 
 def _figure(width: float, height: float) -> tuple[Figure, Any]:
     figure = Figure((width, height), layout="constrained")
-    FigureCanvasAgg(figure)
     return figure, figure.subplots()
-
-
-def _png(figure: Figure) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    return file.getvalue()

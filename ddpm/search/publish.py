@@ -14,23 +14,29 @@ from ddpm.build import build_objective
 from ddpm.checkpoints import runs
 from ddpm.config import Config
 from ddpm.data.reading import DataSet
-from ddpm.evaluation import context, measure
+from ddpm.evaluation import compared_run, comparison_page, context, measure
+from ddpm.evaluation.comparison import Cell, Ranking
 from ddpm.evaluation.reference import images_of
 from ddpm.search import leaderboard, plots
 from ddpm.search.event_log import EventLog, Metric, Trial
 from ddpm.search.leaderboard import Standing
 from ddpm.storage.locations import Location
 from ddpm.tracking import uploader
-from ddpm.tracking.metrics_buffer import Artifact, Metrics
+from ddpm.tracking.metrics_buffer import Artifact, Metrics, Tags
 from ddpm.tracking.mlflow_client import Lost, tracking_uri
 from ddpm.tracking.mlflow_runs import Address, MlflowRun, without_password
+from ddpm.tracking.pages import NOTE_TAG
 from ddpm.tracking.retry import OutOfTime
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import retry_io
 
 LOG_SNR = np.linspace(-8, 8, 33)
 CURVE_IMAGES = 128
+COMPARED = 8
+"""Largest number of trials, the first of the leaderboard, on the page that compares them."""
 MLFLOW_TIMEOUT_S = 20.0
+MAX_NOTE = 8000
+"""MLflow's longest tag: the table of more than about a hundred trials is cut off in the description."""
 INTERRUPTED_TIMEOUT_S = 3.0
 STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED", "running": "KILLED"}
 """MLflow's status for each status of a trial."""
@@ -79,10 +85,17 @@ def store(
         yield "denoising   the finalists at equal noise ..."
         files["bits-and-kid.png"] = plots.scatter(trials)
         files["denoising.png"] = plots.denoising(LOG_SNR, curves(found, place, held_out))
+    try:
+        if page := compared(found, place):
+            files["comparison.html"] = page
+    except (UserError, OSError) as error:
+        yield f"comparison  is missing: {error}"
     for name, data in files.items():
         file = place.child(name)
         retry_io(partial(file.write, data), where=file.uri, timeout_s=base.run.storage_timeout_s)
     yield f"results     {place.uri}/results.md, .parquet; pictures beside them"
+    if "comparison.html" in files:
+        yield f"comparison  {place.uri}/comparison.html"
     if config is not None:
         yield f"best        {place.uri}/best.json, of {found[0].trial.name}"
     yield from _publish(trials, found, place, files, parent)
@@ -104,6 +117,35 @@ def curves(found: Sequence[Standing], place: Location, held_out: DataSet) -> dic
     return made
 
 
+def compared(found: Sequence[Standing], place: Location) -> bytes | None:
+    """The page that compares the best trials, with the ranks of the leaderboard; None: none has begun.
+
+    Raises:
+        UserError: a trial's run cannot be read.
+    """
+    shown = [s for s in found if s.trial.last and place.child(s.trial.name).child("run.json").exists()][
+        :COMPARED
+    ]
+    if not shown:
+        return None
+    trials = compared_run.read([place.child(standing.trial.name).uri for standing in shown])
+    bits, kid, title = dict[str, Cell](), dict[str, Cell](), "KID"
+    for run, standing in zip(trials, shown, strict=True):
+        last, drawn = standing.trial.last, standing.trial.drawn
+        if last and standing.by_bits:
+            bits[run.key] = Cell(
+                last.bits_per_dim, last.bits_per_dim_error, last.images_seen, standing.by_bits
+            )
+        if last and standing.by_kid:
+            kid[run.key] = Cell(drawn["value"], drawn["error"], last.images_seen, standing.by_kid)
+            title = drawn["name"]
+    rankings = [
+        Ranking("bits/dim", bits, "compared image by image, among all trials"),
+        Ranking(title, kid, f"{leaderboard.SAMPLER}, {leaderboard.STEPS} steps, among all finalists"),
+    ]
+    return comparison_page.render(trials, [ranking for ranking in rankings if ranking.cells])
+
+
 def _publish(
     trials: Sequence[Trial],
     found: Sequence[Standing],
@@ -116,10 +158,11 @@ def _publish(
     try:
         run.open(running=True)
         records: list[Any] = [Artifact(name, data) for name, data in files.items()]
+        records.append(Tags({NOTE_TAG: files["results.md"].decode()[:MAX_NOTE]}))
         if found and found[0].by_bits and (last := found[0].trial.last):
             values = {
                 "best/bits_per_dim": last.bits_per_dim,
-                "best/bits_per_dim_error": last.bits_per_dim_error,
+                "best_error/bits_per_dim": last.bits_per_dim_error,
             }
             records.append(Metrics(values, len(trials), int(time.time() * 1000)))
         whole = run.add(records)

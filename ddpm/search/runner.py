@@ -42,6 +42,26 @@ class Trained:
     """As Rung.training_s, for the whole training."""
 
 
+@dataclass(frozen=True)
+class Spec:
+    """What all trials of a search have in common."""
+
+    config: Config
+    """The base config; run.storage is the search's folder."""
+    data_set: DataSet
+    """The split to train on."""
+    rungs: list[int]
+    """Images seen at which a trial is evaluated, ascending; there are checkpoints there."""
+    evaluator: Evaluator
+    env: Mapping[str, str]
+    parent_run_id: str | None
+    """The search's MLflow run."""
+    verbose: bool
+    """Show Ray's messages."""
+    state: Any
+    """The RunState actor of the search; its STOP holds for all trials."""
+
+
 News = Rung | Trained | BaseException
 """An event of a trial: the results at each rung, in order; before the last, that it is trained; or an error."""
 
@@ -51,29 +71,15 @@ class TrialRunner:
 
     Args:
         config: the config of the trial's run.
-        data_set: the split to train on.
-        rungs: images seen at which it is evaluated, ascending; there are checkpoints there.
-        evaluator: evaluates the checkpoints.
         group: the workers that train.
         tell: called with the news; the last of them is the last rung, or an error.
-        parent_run_id: the search's MLflow run.
-        verbose: show Ray's messages.
     """
 
     def __init__(
-        self,
-        config: Config,
-        data_set: DataSet,
-        rungs: list[int],
-        evaluator: Evaluator,
-        group: PersistentWorkerGroup,
-        tell: Callable[[News], object],
-        parent_run_id: str | None = None,
-        verbose: bool = False,
+        self, config: Config, spec: Spec, group: PersistentWorkerGroup, tell: Callable[[News], object]
     ) -> None:
         assert config.run.name is not None, "a search names its trials"
-        self._config, self._data_set, self._rungs, self._evaluator = config, data_set, rungs, evaluator
-        self._group, self._tell, self._parent_run_id, self._verbose = group, tell, parent_run_id, verbose
+        self._config, self._spec, self._group, self._tell = config, spec, group, tell
         self._run: Run = runs.open_run(config.run.name, config.run.storage)
         self._training: threading.Thread | None = None
         self._trained = threading.Event()
@@ -113,9 +119,9 @@ class TrialRunner:
     def _follow(self) -> None:
         """Evaluate each rung's checkpoint as soon as it exists; training starts at the first rung without a result."""
         try:
-            for images_seen in self._rungs:
+            for images_seen in self._spec.rungs:
                 judged = self._judged(images_seen)
-                if images_seen == self._rungs[-1]:
+                if images_seen == self._spec.rungs[-1]:
                     self._wait_until_trained()
                 if not self._wanted:
                     return
@@ -135,7 +141,7 @@ class TrialRunner:
             if self._training is None:
                 self._training = threading.Thread(target=self._fit, name="ddpm-trial", daemon=True)
                 self._training.start()
-        judged = self._evaluator.judge(self._checkpoint(images_seen))
+        judged = self._spec.evaluator.judge(self._checkpoint(images_seen))
         retry_io(lambda: file.write(judged.to_json().encode()), where=file.uri, timeout_s=self._timeout_s)
         return judged
 
@@ -181,10 +187,10 @@ class TrialRunner:
                 resources.free(left.decode())
             fit(
                 self._config,
-                self._data_set,
-                verbose=self._verbose,
+                self._spec.data_set,
+                verbose=self._spec.verbose,
                 should_continue=self._should_continue,
-                parent_run_id=self._parent_run_id,
+                parent_run_id=self._spec.parent_run_id,
                 group=self._group,
                 trained=self._is_trained,
             )

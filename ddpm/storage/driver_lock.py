@@ -13,7 +13,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, Self
 
 from ddpm.storage.locations import Location, Version, shared_file
@@ -62,9 +61,7 @@ class DriverLock:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._over.set()
         self._thread.join()
         with contextlib.suppress(OSError, UserError):  # else it is abandoned, and found so

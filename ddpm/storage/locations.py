@@ -78,12 +78,6 @@ class Location:
         with self.filesystem.open_output_stream(self.path) as stream:
             stream.write(data)
 
-    def download(self, folder: Path) -> Path:
-        """Copy this folder's files into the local `folder`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        pafs.copy_files(self.path, str(folder), source_filesystem=self.filesystem)
-        return folder
-
     def sweep(self) -> None:
         """Remove leftovers of a `write` in this folder whose process was killed; on S3 there are none."""
         if self.is_local:

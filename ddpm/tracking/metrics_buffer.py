@@ -5,6 +5,8 @@ A segment is a zip without compression: `records.jsonl`, one JSON object per lin
     {"kind": "metrics", "values": {"train/loss": 0.5, "train/x": "nan"}, "images_seen": 64, "timestamp_ms": ...}
     {"kind": "image", "key": "samples", "file": "files/000001", "images_seen": 64, "timestamp_ms": ...}
     {"kind": "artifact", "name": "pictures/strip.png", "file": "files/000002"}
+    {"kind": "tags", "tags": {"preset": "digits"}}
+    {"kind": "data_set", "name": "digits", "digest": "4f0c...", "uri": "/data/digits", "profile": "{...}"}
 
 Segments lie in a run's storage until they are delivered. Every field is checked when they are read back, since storage
 is not trusted. A zip's own checksums detect a damaged file.
@@ -74,7 +76,26 @@ class Artifact:
     data: bytes
 
 
-Record = Metrics | Picture | Artifact
+@dataclass(frozen=True)
+class Tags:
+    """Tags of the run; a later value of a tag replaces it."""
+
+    tags: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class DataSetInput:
+    """The data set that the run is trained on."""
+
+    name: str
+    digest: str
+    """A hash of the images, at most 36 characters, as MLflow has it."""
+    uri: str
+    profile: str
+    """JSON of what else there is to know of it."""
+
+
+Record = Metrics | Picture | Artifact | Tags | DataSetInput
 
 
 class MetricsBuffer:
@@ -110,6 +131,12 @@ class MetricsBuffer:
             )
         self._records.append(Artifact(name, data))
 
+    def tags(self, tags: Mapping[str, str]) -> None:
+        self._records.append(Tags(tags))
+
+    def data_set(self, data_set: DataSetInput) -> None:
+        self._records.append(data_set)
+
     def take(self) -> bytes | None:
         """All records since the last take as one segment; None if there are none."""
         taken, self._records = self._records, []
@@ -141,7 +168,7 @@ def pack(records: list[Record]) -> bytes:
     lines, file = [], io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for i, record in enumerate(records):
-            line: dict[str, Any] = {"kind": "artifact"}
+            line: dict[str, Any]
             match record:
                 case Metrics(values):
                     line = {"kind": "metrics", "values": {k: _to_json(v) for k, v in values.items()}}
@@ -149,9 +176,13 @@ def pack(records: list[Record]) -> bytes:
                     line = {"kind": "image", "key": key, "file": f"files/{i:06d}"}
                 case Artifact(name, data):
                     line = {"kind": "artifact", "name": name, "file": f"files/{i:06d}"}
-            if not isinstance(record, Artifact):
+                case Tags(tags):
+                    line = {"kind": "tags", "tags": dict(tags)}
+                case DataSetInput():
+                    line = {"kind": "data_set", **vars(record)}
+            if isinstance(record, Metrics | Picture):
                 line |= {"images_seen": record.images_seen, "timestamp_ms": record.timestamp_ms}
-            if not isinstance(record, Metrics):
+            if isinstance(record, Picture | Artifact):
                 archive.writestr(zipfile.ZipInfo(line["file"]), data)
             lines.append(json.dumps(line, allow_nan=False) + "\n")
         archive.writestr(zipfile.ZipInfo(INDEX), "".join(lines))
@@ -205,6 +236,18 @@ def _record(line: str, archive: zipfile.ZipFile) -> Record:
         case {"kind": "artifact", "name": str(name), "file": str(file), **rest}:
             _check(_is_relative(name), f"an artifact is called {name!r:.80}")
             made = Artifact(name, archive.read(file))
+        case {"kind": "tags", "tags": dict(tags), **rest}:
+            _check(all(isinstance(value, str) for value in tags.values()), "a tag is not text")
+            made = Tags(tags)
+        case {
+            "kind": "data_set",
+            "name": str(name),
+            "digest": str(digest),
+            "uri": str(uri),
+            "profile": str(profile),
+            **rest,
+        }:
+            made = DataSetInput(name, digest, uri, profile)
         case _:
             raise ValueError(f"unknown record {line:.80}")
     _check(not rest, f"unknown fields in {line:.80}")

@@ -41,6 +41,12 @@ def connect(uri: str) -> Any:
         Lost: the database is half made.
         Exception: what MLflow raises.
     """
+    # One quick attempt per call: `retry.Caller` retries, and has a deadline. An address may hold a password.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow import MlflowClient  # takes seconds
 
     for name in ("mlflow", "alembic"):

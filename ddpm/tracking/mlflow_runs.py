@@ -13,9 +13,9 @@ Threads and storage are the matter of `ddpm.tracking.uploader`.
 """
 
 import io
+import json
 import logging
 import math
-import os
 import re
 import tempfile
 import uuid
@@ -26,7 +26,8 @@ from typing import Any
 
 from PIL import Image
 
-from ddpm.tracking.metrics_buffer import Artifact, Metrics, Picture, Record
+from ddpm.tracking import pages
+from ddpm.tracking.metrics_buffer import Artifact, DataSetInput, Metrics, Picture, Record, Tags
 from ddpm.tracking.mlflow_client import SQLITE, Lost, connect, database_file
 from ddpm.tracking.retry import ATTEMPTS, Caller, OutOfTime, Refused
 from ddpm.tracking.retry import without_password as without_password
@@ -58,10 +59,15 @@ class Address:
     """The program that makes it."""
 
 
-def experiment_id(client: Any, uri: str, name: str) -> str:
-    """The id of the experiment `name`, which is created if there is none."""
-    experiment = client.get_experiment_by_name(name)
-    return experiment.experiment_id if experiment else client.create_experiment(name, _artifact_folder(uri))
+def experiment_id(client: Any, uri: str, name: str, source: str = "jobs/train.py") -> str:
+    """The id of the experiment `name`, which is created if there is none, and gets a kind if it has none."""
+    experiment, tags = client.get_experiment_by_name(name), pages.experiment_tags(source)
+    if experiment is None:
+        return client.create_experiment(name, _artifact_folder(uri), tags)
+    if pages.KIND_TAG not in experiment.tags:
+        for name, value in tags.items():
+            client.set_experiment_tag(experiment.experiment_id, name, value)
+    return experiment.experiment_id
 
 
 def find_run(client: Any, experiment_id: str, run_key: str) -> Any:
@@ -89,11 +95,6 @@ class MlflowRun:
         self._sent_until = -1
         self._points: set[tuple[str, int]] = set()
         self._pictures: dict[tuple[str, int], str] = {}
-        # One quick attempt per call: the caller retries, and has a deadline.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it may hold a password
 
     def open(self, running: bool) -> None:
         """Find or create the run, and update its params; with `running` also its status.
@@ -152,6 +153,7 @@ class MlflowRun:
             for key, value in record.values.items()
             if (key, record.images_seen) not in self._points
         ]
+        points.sort(key=lambda point: point.key)  # MLflow's page Compare begins with what was logged first
         done = True
         for i in range(0, len(points), MAX_METRICS_PER_CALL):
             done &= self._send_points(points[i : i + MAX_METRICS_PER_CALL])
@@ -161,11 +163,19 @@ class MlflowRun:
                 done &= self._hand_over(what, self._send_picture, record)
             elif isinstance(record, Artifact):
                 done &= self._hand_over(f"file {record.name}", self._upload, record.name, record.data)
-        return done
+            elif isinstance(record, Tags):
+                done &= self._hand_over("the tags", self._send_tags, record)
+            elif isinstance(record, DataSetInput):
+                done &= self._hand_over(f"data set {record.name}", self._send_data_set, record)
+        return done and self._hand_over("the description", self._describe)
 
     def end(self, status: str) -> bool:
         """Set the status of the ended run: FINISHED, FAILED or KILLED; returns whether MLflow took it."""
-        return self._hand_over("the status", self._client.set_terminated, self.run_id, status)
+        return self._hand_over("the status", self._end, status)
+
+    def _end(self, status: str) -> None:
+        self._client.set_terminated(self.run_id, status)
+        self._describe()
 
     def settle(self, status: str) -> bool:
         """Correct parent and status of a found run; returns whether MLflow took them.
@@ -179,7 +189,7 @@ class MlflowRun:
         if parent is not None and run.data.tags.get(PARENT_TAG) != parent:
             self._client.set_tag(self.run_id, PARENT_TAG, parent)
         if run.info.status != status:
-            self._client.set_terminated(self.run_id, status)
+            self._end(status)
 
     def _connect(self) -> None:
         self._client = connect(self._address.uri)
@@ -188,7 +198,7 @@ class MlflowRun:
         from mlflow.entities import Param
 
         client, address = self._client, self._address
-        self.experiment_id = experiment_id(client, address.uri, address.experiment)
+        self.experiment_id = experiment_id(client, address.uri, address.experiment, address.source)
         run = find_run(client, self.experiment_id, address.run_key)
         if run is not None:
             if running:
@@ -232,7 +242,7 @@ class MlflowRun:
 
     def _look_up(self, records: Sequence[Record]) -> None:
         """Set `ddpm.sent_until` before any of `records` is sent, and look up which of them MLflow has."""
-        timed = [record for record in records if not isinstance(record, Artifact)]
+        timed = [record for record in records if isinstance(record, Metrics | Picture)]
         until = max((record.images_seen for record in timed), default=-1)
         if until > self._sent_until:
             self._client.set_tag(self.run_id, SENT_UNTIL_TAG, str(until))
@@ -275,6 +285,25 @@ class MlflowRun:
         self._upload(f"{stem}.png", picture.png)
         self._upload(f"{stem}+compressed.webp", _thumbnail(picture.png))
         self._client.set_tag(self.run_id, IMAGES_TAG, "True")
+
+    def _send_tags(self, record: Tags) -> None:
+        from mlflow.entities import RunTag
+
+        self._client.log_batch(self.run_id, tags=[RunTag(*tag) for tag in record.tags.items()])
+
+    def _send_data_set(self, record: DataSetInput) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        place = "s3" if record.uri.startswith("s3://") else "local"
+        source = json.dumps({"uri": record.uri})
+        data_set = Dataset(record.name, record.digest, place, source, profile=record.profile)
+        context = [InputTag("mlflow.data.context", "training")]
+        self._client.log_inputs(self.run_id, [DatasetInput(data_set, context)])
+
+    def _describe(self) -> None:
+        run = self._client.get_run(self.run_id)
+        if (text := pages.description(run)) and text != run.data.tags.get(pages.NOTE_TAG):
+            self._client.set_tag(self.run_id, pages.NOTE_TAG, text)
 
     def _upload(self, name: str, data: bytes) -> None:
         """Write `data` as the artifact `name`; an existing one is replaced."""

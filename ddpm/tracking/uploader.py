@@ -16,7 +16,7 @@ from ddpm import config as configs
 from ddpm.checkpoints import checkpoint, runs
 from ddpm.checkpoints.runs import Run
 from ddpm.storage.locations import Location
-from ddpm.tracking import metrics_buffer, spool
+from ddpm.tracking import metrics_buffer, pages, spool
 from ddpm.tracking.metrics_buffer import DamagedSegment
 from ddpm.tracking.mlflow_client import Lost, tracking_uri
 from ddpm.tracking.mlflow_runs import Address, MlflowRun, without_password
@@ -71,6 +71,7 @@ class Uploader:
         self._run = MlflowRun(address, params)
         self._carrier = _Carrier(self._run, buffer)
         self._committed, self._status, self._ended = -1, "FINISHED", False
+        self._announced = 0
         self._wake, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="ddpm-mlflow", daemon=True)
         self._begun = False
@@ -85,8 +86,14 @@ class Uploader:
 
     def committed(self, images_seen: int) -> None:
         """Announce that the newest checkpoint is at `images_seen`; -1: there is none."""
+        self._announced += images_seen > self._committed
         self._committed = images_seen
         self._wake.set()
+
+    @property
+    def waiting(self) -> int:
+        """About how many segments MLflow has not taken: those that were found last, and what was announced since."""
+        return self._carrier.waiting + self._announced
 
     def close(self, status: str, timeout_s: float = 60.0) -> Delivery:
         """Deliver the rest, for about `timeout_s` at most, and end the MLflow run: FINISHED, FAILED or KILLED.
@@ -126,6 +133,7 @@ class Uploader:
 
     def _round(self) -> bool:
         """Deliver once; returns whether this was the last time."""
+        self._announced = 0
         self._wake.clear()  # first, so that a checkpoint announced from now on causes another round
         closing = self._closing.is_set()
         try:
@@ -145,6 +153,8 @@ class _Carrier:
 
     def __init__(self, run: MlflowRun, buffer: Location) -> None:
         self._run, self._buffer = run, buffer
+        self.waiting = 0
+        """Segments that were found and are not delivered."""
         self._aside: dict[str, float] = {}
         """Segments that MLflow did not take or that are damaged, and when to try again."""
 
@@ -157,7 +167,9 @@ class _Carrier:
             OSError: storage does not answer.
             OutOfTime, Lost: as MlflowRun.send.
         """
-        for file in spool.final(self._buffer, committed):
+        found = spool.final(self._buffer, committed)
+        self.waiting = len(found)
+        for file in found:
             if everything or time.monotonic() >= self._aside.get(file.uri, -math.inf):
                 show(self._carry_one(file))
 
@@ -178,6 +190,7 @@ class _Carrier:
             return 0
         self._aside.pop(file.uri, None)
         spool.delete(file)
+        self.waiting -= 1
         return len(gathered)
 
     def _put_aside(self, file: Location, why: str) -> None:
@@ -224,7 +237,7 @@ def _kept(run: Run, experiment: str | None) -> Kept:
         config = configs.from_json(card.read().decode(errors="replace"), card.uri)
         committed = int(found[-1].path.rpartition(checkpoint.PREFIX)[2])
         finished, experiment = committed >= config.train.total_images, config.run.experiment
-        params = configs.flatten(config)
+        params = pages.params(config)
     elif experiment is None:
         raise UserError(
             f"{run.location.uri} has no checkpoint that would name the experiment; give it with --experiment (the "

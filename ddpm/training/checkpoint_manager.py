@@ -22,7 +22,7 @@ import pyarrow.fs as pafs
 import torch
 
 from ddpm.checkpoints import checkpoint, runs
-from ddpm.checkpoints.checkpoint import CHECKSUMS, FILES, Snapshot
+from ddpm.checkpoints.checkpoint import CHECKSUMS, Snapshot
 from ddpm.config import Config
 from ddpm.hub import resolve
 from ddpm.storage.locations import Location
@@ -183,7 +183,7 @@ def latest_valid(run: Location, timeout_s: float, warn: Callable[[str], None]) -
     for location in reversed(found):
         with contextlib.ExitStack() as stack:
             try:
-                folder = stack.enter_context(as_folder(location, timeout_s))
+                folder = stack.enter_context(resolve.as_folder(location, timeout_s))
                 checkpoint.verify(folder)
             except StorageError:
                 raise
@@ -222,22 +222,6 @@ def begin(run: Location, config: Config, identity: dict[str, Any], warn: Callabl
     first.save(state.snapshot(config, identity), None, best=False)
     first.flush()
     first.close()
-
-
-@contextmanager
-def as_folder(location: Location, timeout_s: float) -> Iterator[Path]:
-    """The checkpoint at `location` as a local folder of the same name, downloaded if need be."""
-    if location.is_local:
-        yield Path(location.path)
-        return
-    with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
-        local = Path(folder, Path(location.path).name)
-        local.mkdir()
-        for name in FILES:
-            file = location.child(name)
-            data = retry_io(file.read, where=location.uri, timeout_s=timeout_s)
-            (local / name).write_bytes(data)
-        yield local
 
 
 def clean_up(run: Location) -> None:

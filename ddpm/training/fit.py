@@ -5,8 +5,10 @@ background (checkpoint_manager.py); a restarted group looks for the newest one i
 a new cluster. Ray Train starts worker groups, notices deaths, and starts the group again, smaller or larger.
 """
 
+import atexit
 import contextlib
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +18,6 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from ddpm import config as configs
 from ddpm.checkpoints import checkpoint, runs
 from ddpm.checkpoints.runs import Run
 from ddpm.cluster import resources
@@ -24,22 +25,27 @@ from ddpm.config import Config
 from ddpm.data.reading import DataSet
 from ddpm.storage import locations
 from ddpm.storage.driver_lock import DriverLock
-from ddpm.tracking import spool
+from ddpm.tracking import pages, spool
 from ddpm.tracking.mlflow_client import tracking_uri
 from ddpm.tracking.mlflow_runs import Address, without_password
 from ddpm.tracking.uploader import Delivery, Uploader
 from ddpm.training import checkpoint_manager, run_state
 from ddpm.training.failures import TrainingFailed, last_line, too_many_preemptions
+from ddpm.training.gauges import Gauges
 from ddpm.training.monitor import DriverMonitor, ShouldContinue, always
+from ddpm.training.screen import Screen
 from ddpm.training.worker_group import PersistentWorkerGroup
 from ddpm.utils.errors import UserError
+from ddpm.utils.retry import StorageError
 
 log = logging.getLogger(__name__)
 
 DELIVERY_TIMEOUT_S = 30.0
 """What MLflow has not taken so long after the end is left to jobs/sync.py."""
 HASTY_DELIVERY_TIMEOUT_S = 1.0
-"""The same for a run that was asked to stop."""
+"""The same for a run that was asked to stop, or whose storage failed."""
+LEAVING_S = 5.0
+"""How long Ray Train may take to end when the process exits; two seconds are usual."""
 
 
 @dataclass(frozen=True)
@@ -117,10 +123,13 @@ def _fit(
         checkpoint_manager.begin(run.location, config, identity, log.warning)
         seen = 0
     address = Address(tracking_uri(), config.run.experiment, run.name, run.key, parent_run_id)
-    uploader = Uploader(address, configs.flatten(config), run.location.child(spool.FOLDER), at_once=False)
+    uploader = Uploader(address, pages.params(config), run.location.child(spool.FOLDER), at_once=False)
     uploader.committed(seen)
 
+    gauges = Gauges(run.name, total_images, max(seen, 0), lambda: uploader.waiting)
+
     def look(values: Mapping[str, Any]) -> bool:
+        gauges.update(values)
         if run_state.PROGRESS in values and monitor.signal is None:  # MLflow must not delay the first step
             uploader.begin()
         return should_continue(values) and not lock.is_lost
@@ -130,12 +139,15 @@ def _fit(
     if len(config.cluster.world_sizes()) > 1:
         possible = partial(resources.possible_workers, config, group.per_worker)
     status = "FAILED"
+    screen = Screen(run.name, total_images, lambda: uploader.waiting)
     monitor = DriverMonitor(
-        group.state, total_images, uploader.committed, look, possible, config.cluster.resize_interval_s
+        group.state, screen, uploader.committed, look, possible, config.cluster.resize_interval_s
     )
     patience_s = DELIVERY_TIMEOUT_S
     try:
-        group.submit(config, data_set, run)
+        # A trial's command is that of its search.
+        command = None if parent_run_id else shlex.join(["python", *sys.argv])
+        group.submit(config, data_set, run, pages.tags(config, command))
         with monitor:
             ended = _train(config, group, monitor)
         if ended is None:
@@ -148,7 +160,7 @@ def _fit(
         raise TrainingFailed(
             f"the Ray cluster is gone: {last_line(error)}; the same command goes on"
         ) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, StorageError):  # where storage fails, what is left cannot be read either
         patience_s = HASTY_DELIVERY_TIMEOUT_S
         raise
     finally:
@@ -181,6 +193,10 @@ def _train(config: Config, group: PersistentWorkerGroup, monitor: DriverMonitor)
         if values.get(run_state.FAILURE) is not None:
             raise values[run_state.FAILURE]
         if is_over(values):
+            if not group.persistent:
+                # After a signal the thread is still in Ray Train, and a process that exits while a thread is in a call
+                # into Ray may crash (2.60). This is called before Ray's own handler, which was registered earlier.
+                atexit.register(workers.join, LEAVING_S)
             return values[run_state.ENDED]
         if monitor.is_before_first_step(values):
             return None
@@ -254,4 +270,6 @@ def summary(result: Result) -> list[str]:
         )
     else:
         lines.append(f"MLflow      run {delivery.run_id} in {where}")
+        if where.startswith("http"):
+            lines.append(f"            {pages.link(where, delivery.experiment_id, delivery.run_id)}")
     return lines

@@ -1,10 +1,14 @@
 """Algorithm 1 of Ho et al. 2020 (arXiv:2006.11239), on any number of workers.
 
-Axes: B micro-batch, C channels, H W.
+Micro-batches are the grain of order and noise. A forward pass takes as many of them at once as memory allows.
+
+Axes: B images of a forward pass, C channels, H W.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,12 +19,13 @@ from ddpm.config import Config
 from ddpm.data.plan import check_batches, micro_batches_per_step
 from ddpm.data.reading import MicroBatch
 from ddpm.diffusion.generator import Generator
+from ddpm.training.device import HostToDevice, set_deterministic
 from ddpm.training.recorder import Recorder
 from ddpm.training.runtime import Runtime, Tracker
 from ddpm.training.state import State, lr_at
 from ddpm.utils import images
 from ddpm.utils.errors import UserError
-from ddpm.utils.generators import generator
+from ddpm.utils.generators import PerMicroBatch, generator
 from ddpm.utils.seeding import Purpose, torch_seed
 
 
@@ -40,6 +45,7 @@ def train(config: Config, runtime: Runtime, tracker: Tracker) -> State:
             checkpoint before it stands.
         UserError: the checkpoint belongs to another configuration, data cannot be read, or storage fails.
     """
+    set_deterministic(runtime.device, config.train.deterministic)
     with runtime.latest_checkpoint() as folder:
         batches = runtime.batches(checkpoint.position(folder))
         state = State.create(config, runtime.device)
@@ -53,35 +59,33 @@ def train(config: Config, runtime: Runtime, tracker: Tracker) -> State:
     batch_size = config.train.batch_size
     share = micro_batches_per_step(batch_size, config.train.micro_batch_size, runtime.world_size)
     share //= runtime.world_size
+    per_pass = min(share, _micro_batches_per_pass(config))
     recorder = Recorder(config, runtime, tracker, state, objective)
     batches = recorder.timed(batches)
-    stop = False
+    to_device = HostToDevice(runtime.device)
+    stop = 0
 
     while state.images_seen < config.train.total_images and not stop:
         losses = []
-        for k in range(share):
-            micro_batch = next(batches)
-            noise = _generator(config, runtime, state.step, micro_batch)
-            x_0, label = _to_device(micro_batch, config, runtime.device, noise)
-            with nullcontext() if k == share - 1 else _without_sync(model):
-                loss = objective.loss(model, x_0, label, noise)  # t and eps are drawn in there, from `noise`
-                (loss.value / share).backward()
+        for first in range(0, share, per_pass):
+            micro_batches = [next(batches) for _ in range(min(per_pass, share - first))]
+            noise = _noise(config, runtime, state.step, micro_batches)
+            x_0, label = _to_device(micro_batches, config, to_device, noise)
+            with _forward_pass(model, len(x_0), is_last=first + per_pass >= share):
+                # t and eps are drawn in there, from `noise`: diffusion/objectives.py, Gaussian.loss.
+                loss = objective.loss(model, x_0, label, noise)
+                (loss.value * (len(micro_batches) / share)).backward()
             losses.append(loss._replace(value=loss.value.detach()))
         grad_norm = nn.utils.clip_grad_norm_(weights, config.optim.grad_clip)
         finite = grad_norm.isfinite() & torch.stack([loss.value for loss in losses]).isfinite().all()
-        bad, stop = runtime.any_of(~finite, runtime.wants_stop())
-        if bad:
-            _skip(state, config)
-        else:
-            for group in state.optimizer.param_groups:
-                group["lr"] = lr_at(config, state.images_seen)
-            state.optimizer.step()
-            state.ema.update(state.net, state.step)
-            recorder.add(losses, grad_norm)
+        flags, (skipped, stop) = runtime.any_of(~finite, runtime.wants_stop(), at_once=recorder.is_due())
+        _count_skipped(state, config, skipped)
+        state.descend(lr_at(config, state.images_seen), bad=flags[0])
+        recorder.add(losses, grad_norm, bad=flags[0])
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         state.images_seen += batch_size
-        recorder.after_step(stop)
+        recorder.after_step(stop > 0)
     runtime.flush()
     return state
 
@@ -90,51 +94,79 @@ def check(config: Config) -> None:
     """Raise UserError for what would stop the run on its first step, before anything is started."""
     configs.from_json(configs.to_json(config), "the command line")  # as the checkpoints will be read
     check_batches(config)
+    most, grain = config.train.forward_images, config.train.micro_batch_size
+    if most is not None and (most < grain or most % grain):
+        raise UserError(f"train.forward_images is {most}; it must be a multiple of micro_batch_size {grain}")
     build_objective(config)
     build_sampler(config)
     with torch.device("meta"):
         build_net(config)
 
 
-def _skip(state: State, config: Config) -> None:
-    """Count a step that teaches nothing; every rank comes here in the same step.
+def _count_skipped(state: State, config: Config, skipped: int) -> None:
+    """Count steps that teach nothing; every rank does in the same step. On a GPU one learns of them a step late.
 
     Raises:
         NonFinite: there have been more of them than optim.skip_non_finite.
     """
-    if state.skipped_steps >= config.optim.skip_non_finite:
-        skipped = f" after {state.skipped_steps} that were skipped" if state.skipped_steps else ""
+    if skipped and state.skipped_steps + skipped > config.optim.skip_non_finite:
+        before = f" after {state.skipped_steps} that were skipped" if state.skipped_steps else ""
         raise NonFinite(
             f"step {state.step} ({state.images_seen} images): the loss or the gradient is not finite; stopped"
-            f"{skipped}, before it touched the weights. Lower optim.lr or optim.grad_clip, or lengthen "
+            f"{before}, before it touched the weights. Lower optim.lr or optim.grad_clip, or lengthen "
             "optim.lr_warmup_images; --optim.skip-non-finite N passes over N such steps"
         )
-    state.skipped_steps += 1
+    state.skipped_steps += skipped
 
 
-def _generator(config: Config, runtime: Runtime, step: int, micro_batch: MicroBatch) -> Generator:
-    """The generator of flips, t, eps and dropped labels; dropout has a stream of its own."""
-    seed, where = config.train.seed, (step, micro_batch.index)
-    if (
-        config.model.dropout > 0
-    ):  # nn.Dropout knows PyTorch's global generator only: 32 bits on CPUs, 64 on GPUs
-        torch.manual_seed(torch_seed(seed, Purpose.DROPOUT, *where))
-    return generator(runtime.device, seed, Purpose.TRAIN, *where)
+def _micro_batches_per_pass(config: Config) -> int:
+    """The most micro-batches of a forward pass."""
+    if config.model.dropout > 0:
+        return 1  # nn.Dropout draws from PyTorch's global generator, which has one seed at a time
+    train = config.train
+    return (train.forward_images or train.batch_size) // train.micro_batch_size
+
+
+def _noise(config: Config, runtime: Runtime, step: int, micro_batches: Sequence[MicroBatch]) -> Generator:
+    """What flips, t, eps and dropped labels are drawn from, in this order; dropout has a stream of its own."""
+    seed = config.train.seed
+    if config.model.dropout > 0:
+        (micro_batch,) = micro_batches
+        # PyTorch's generator keeps 32 bits of a seed on CPUs, 64 on GPUs.
+        torch.manual_seed(torch_seed(seed, Purpose.DROPOUT, step, micro_batch.index))
+    return PerMicroBatch(
+        [generator(runtime.device, seed, Purpose.TRAIN, step, each.index) for each in micro_batches]
+    )
 
 
 def _to_device(
-    micro_batch: MicroBatch, config: Config, device: torch.device, noise: Generator
+    micro_batches: Sequence[MicroBatch], config: Config, to_device: HostToDevice, noise: Generator
 ) -> tuple[Tensor, Tensor | None]:
     """x_0 [B, C, H, W] in [-1, 1], some mirrored if the config says so, and the labels if the net wants them."""
-    x_0 = images.to_model(torch.from_numpy(micro_batch.image).to(device, non_blocking=True))
+    x_0 = images.to_model(to_device(np.concatenate([each.image for each in micro_batches])))
     if config.data.horizontal_flip:
         mirrored = noise.uniform([len(x_0)]) < 0.5
         x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(3), x_0)
     if not config.model.num_classes:
         return x_0, None
-    return x_0, torch.from_numpy(micro_batch.label).to(device, non_blocking=True)
+    return x_0, to_device(np.concatenate([each.label for each in micro_batches]))
 
 
-def _without_sync(model: nn.Module) -> AbstractContextManager:
-    """Let gradients of all but the last micro-batch add up here, before they are averaged over the workers."""
-    return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
+@contextmanager
+def _forward_pass(model: nn.Module, num_images: int, is_last: bool) -> Iterator[None]:
+    """Let the gradients of all but a step's last pass add up here, before they are averaged over the workers.
+
+    Raises:
+        UserError: the GPU has too little memory.
+    """
+    without_sync: AbstractContextManager = nullcontext()
+    if isinstance(model, nn.parallel.DistributedDataParallel) and not is_last:
+        without_sync = model.no_sync()
+    try:
+        with without_sync:
+            yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"a forward pass of {num_images} images does not fit into the GPU's memory; --train.forward-images "
+            f"sets how many it takes, a multiple of --train.micro-batch-size"
+        ) from error

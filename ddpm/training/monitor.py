@@ -5,12 +5,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 from ddpm.training import run_state
 from ddpm.training.run_state import RunStateClient
-from ddpm.utils.progress import Display, printable
+from ddpm.training.screen import Screen
+from ddpm.utils.progress import printable
 
 ShouldContinue = Callable[[Mapping[str, Any]], bool]
 """From the run's state to whether training goes on."""
@@ -46,15 +47,43 @@ class CallThread(threading.Thread):
             self.error = error
 
 
-class DriverMonitor:
+class StopSignals:
+    """A context in which SIGTERM (`ray job stop`, a batch system) and Ctrl-C are noted; a second Ctrl-C interrupts."""
+
+    signal: int | None = None
+    """The signal that came first."""
+
+    def __enter__(self) -> Self:
+        self._handlers: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            # After ray.init(), which installs a handler of its own.
+            self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    @property
+    def again(self) -> str:
+        """What another Ctrl-C does, for the person who typed one."""
+        return " (Ctrl-C again: at once)" if self.signal == signal.SIGINT else ""
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+class DriverMonitor(StopSignals):
     """A context in which training runs.
 
-    SIGTERM (`ray job stop`, a batch system) and Ctrl-C ask the workers to end with the step they are in, and to
-    leave a checkpoint of it; a second Ctrl-C interrupts at once. Before the first step nothing is waited for.
+    A signal asks the workers to end with the step they are in, and to leave a checkpoint of it. Before the first step
+    nothing is waited for.
 
     Args:
         state: of the run.
-        total_images: to train on in all.
+        screen: what a person sees.
         committed: called with the position of each new checkpoint.
         should_continue: called at every look, with the run's state; if not, training ends as by a signal.
         possible: called every `resize_interval_s` with the number of workers that train; returns how many could; None:
@@ -64,37 +93,28 @@ class DriverMonitor:
     def __init__(
         self,
         state: RunStateClient,
-        total_images: int,
+        screen: Screen,
         committed: Callable[[int], None],
         should_continue: ShouldContinue = always,
         possible: Callable[[int], int] | None = None,
         resize_interval_s: float = 0.0,
     ) -> None:
-        self.signal: int | None = None
-        """What asked the run to stop."""
         self.ended_early = False
         """`should_continue` said no."""
-        self._state, self._total, self._committed = state, total_images, committed
+        self._state, self._screen, self._committed = state, screen, committed
         self._should_continue = should_continue
         self._possible, self._resize_interval_s = possible, resize_interval_s
         self._wait_s, self._looked_at = resize_interval_s, time.monotonic()
-        self._display = Display("images", total_images)
         self._position, self._warned, self._told = -1, 0, False
-        self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            # After ray.init(), which installs a handler of its own.
-            self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-        self._display.__enter__()
+        super().__enter__()
+        self._screen.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._display.__exit__(kind, error, trace)
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+    def __exit__(self, *error: object) -> None:
+        self._screen.__exit__()
+        super().__exit__()
 
     @property
     def was_asked(self) -> bool:
@@ -113,11 +133,6 @@ class DriverMonitor:
             if is_over(self._look()):
                 return
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
-
     def _look(self) -> Mapping[str, Any]:
         if self.signal is not None and not self._told:
             name = signal.Signals(self.signal).name
@@ -126,15 +141,10 @@ class DriverMonitor:
             if self.is_before_first_step(self._state.snapshot()):
                 print(f"{name}: ending before the first step", file=sys.stderr)
             else:
-                again = " (Ctrl-C again: at once)" if self.signal == signal.SIGINT else ""
-                print(
-                    f"{name}: ending with this step, and leaving a checkpoint of it{again}", file=sys.stderr
-                )
+                line = f"{name}: ending with this step, and leaving a checkpoint of it{self.again}"
+                print(line, file=sys.stderr)
         values = self._state.snapshot()
-        progress = values.get(run_state.PROGRESS)
-        if progress is not None:
-            detail = f"{progress.images_per_s:,.0f} images/s  loss {progress.loss:.4f}"
-            self._display.update(min(progress.images_seen, self._total), detail)
+        self._screen.update(values)
         for line in values[run_state.WARNINGS][self._warned :]:
             print(printable(f"warning: {line}"), file=sys.stderr)
         self._warned = len(values[run_state.WARNINGS])

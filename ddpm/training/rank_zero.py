@@ -58,6 +58,7 @@ class RankZero:
         self._newest = self._reported = ""
         self._reported_at = time.monotonic()
         self._written_at = float("-inf")
+        self._saved_at: dict[int, float] = {}
         self._stop, self._closed = threading.Event(), threading.Event()
         threading.Thread(target=self._listen, name="ddpm-stop", daemon=True).start()
 
@@ -96,6 +97,9 @@ class RankZero:
 
     def save(self, snapshot: checkpoint.Snapshot, best: bool) -> None:
         self._images_seen = snapshot.images_seen
+        self._saved_at[snapshot.images_seen] = time.monotonic()
+        place = self._run.location.child(checkpoint.name_at(snapshot.images_seen))
+        self._buffer.tags({"checkpoint": place.uri})
         self.checkpoints.save(snapshot, self._buffer.take(), best)
 
     def flush_on_error(self) -> None:
@@ -110,6 +114,7 @@ class RankZero:
         run = self._images_seen + self._images_lost
         goodput = self._images_seen / run if run else 1.0
         values = {"train/goodput": goodput, "data/corrupt_images": float(self._corrupt.count)}
+        self._state.measured.remote(values, self._images_seen)  # also where they are not logged
         return values | self._system.sample()
 
     def progress(self, progress: Progress) -> None:
@@ -131,6 +136,8 @@ class RankZero:
     def _committed(self, images_seen: int) -> None:
         self._newest = checkpoint.name_at(images_seen)
         self._state.set.remote(run_state.COMMITTED, images_seen)
+        took = time.monotonic() - self._saved_at.pop(images_seen, time.monotonic())
+        self._state.measured.remote({"checkpoint_seconds": took}, images_seen)
 
     def _warn(self, line: str) -> None:
         self._state.warn.remote(line)

@@ -5,6 +5,8 @@ Every rank runs the same code, since means, grids and checkpoints are made toget
 
 import time
 from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +14,10 @@ from torch import Tensor
 from ddpm.config import Config
 from ddpm.data.reading import Images, MicroBatch
 from ddpm.diffusion.objectives import Loss, Objective
+from ddpm.evaluation import measure
 from ddpm.sampling import generate
+from ddpm.tracking import pages
+from ddpm.training.mfu import flops_per_image, peak_flops
 from ddpm.training.runtime import NoTracker, Runtime, Tracker
 from ddpm.training.state import State, lr_at
 from ddpm.utils import images
@@ -22,10 +27,16 @@ from ddpm.utils.seeding import Purpose
 
 PROGRESS_INTERVAL_S = 0.5
 STRIP_IMAGES = 4
+PILOT_IMAGES, BOUND_IMAGES, BOUND_DRAWS = 8, 64, 4
+"""Held-out images on which the errors of x_0_hat are measured, the next ones whose bits/dim are, timesteps of each."""
+CONSTANT = {"train/goodput": 1.0, "data/corrupt_images": 0.0, "train/skipped_steps": 0.0}
+"""Metrics that are not logged while they have these values."""
 
 
 class Recorder:
     """Follows one worker's training; `after_step` does whatever has become due."""
+
+    _grad_norm: Tensor
 
     def __init__(
         self, config: Config, runtime: Runtime, tracker: Tracker, state: State, objective: Objective
@@ -35,7 +46,7 @@ class Recorder:
         self._held_out = runtime.held_out()
         self._progress_at = 0.0
         self._images_per_s = 0.0
-        self._grad_norm: Tensor | None = None
+        self._grad_norm = torch.zeros((), device=runtime.device)
         self._start_interval()
 
     def timed(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
@@ -48,14 +59,15 @@ class Recorder:
                 return
             yield micro_batch
 
-    def add(self, losses: list[Loss], grad_norm: Tensor) -> None:
-        """Count a step's micro-batches; nothing is read back from the device here."""
+    def add(self, losses: list[Loss], grad_norm: Tensor, bad: Tensor) -> None:
+        """Count a step's forward passes, unless it is `bad`; nothing is read back from the device here."""
+        quarters = torch.arange(4, device=grad_norm.device)
         for loss in losses:
-            self._loss_sum += loss.value
-            self._quarter_sum.index_add_(0, loss.quarter, loss.per_image)
-            self._quarter_count += torch.bincount(loss.quarter, minlength=4)
-        self._micro_batches += len(losses)
-        self._grad_norm = grad_norm
+            of_quarter = (loss.quarter[:, None] == quarters).to(loss.per_image.dtype)  # [B, 4]
+            counts = of_quarter.sum(0)
+            of_pass = torch.cat([(loss.value * counts.sum())[None], loss.per_image @ of_quarter, counts])
+            self._sums += torch.where(bad, 0, of_pass)
+        self._grad_norm = torch.where(bad, self._grad_norm, grad_norm)
 
     def after_step(self, stopping: bool) -> None:
         """Do what has become due with the step just taken; one that is the last for now is kept."""
@@ -64,9 +76,9 @@ class Recorder:
         if self._due(config.log_every_images) or finished:
             self._log()
         if self._due(config.sample_every_images) or finished:
-            grid = self._draw_grid()
+            self._draw_grid(finished)
             if finished:
-                self._draw_final(grid)
+                self._draw_final()
         if self._due(config.checkpoint_every_images) or finished:
             self._judge_and_save()
         elif stopping and self._runtime.rank == 0:  # at once: somebody is about to be taken away
@@ -76,60 +88,72 @@ class Recorder:
         ):
             self._tell()
 
+    def is_due(self) -> bool:
+        """Whether `after_step` will do something for which the flags of the step in progress must be known."""
+        train, after = self._config.train, self._state.images_seen + self._config.train.batch_size
+        intervals = (train.log_every_images, train.sample_every_images, train.checkpoint_every_images)
+        return after >= train.total_images or any(self._crosses(every, after) for every in intervals)
+
     def _due(self, every: int) -> bool:
-        """Whether the last step crossed a multiple of `every` images."""
-        before = self._state.images_seen - self._config.train.batch_size
-        return every > 0 and self._state.images_seen // every > before // every
+        return self._crosses(every, self._state.images_seen)
+
+    def _crosses(self, every: int, images_seen: int) -> bool:
+        """Whether the step that ends at `images_seen` crosses a multiple of `every` images."""
+        return every > 0 and images_seen // every > (images_seen - self._config.train.batch_size) // every
 
     def _start_interval(self) -> None:
         device = self._runtime.device
         self._began, self._wait_s = time.perf_counter(), 0.0
         self._began_at_images = self._state.images_seen
-        self._loss_sum = torch.zeros((), device=device)
-        self._micro_batches, self._grad_norm = 0, None
-        self._quarter_sum = torch.zeros(4, device=device)
-        self._quarter_count = torch.zeros(4, dtype=torch.int64, device=device)
+        # Of the loss; by quarter of t, of the errors and of the images.
+        self._sums = torch.zeros(9, device=device)
 
     def _rate(self) -> float:
         """Images/s of the whole run since the last log."""
         return (self._state.images_seen - self._began_at_images) / (time.perf_counter() - self._began)
 
+    @cached_property
+    def _flops_per_image(self) -> float:
+        return flops_per_image(self._state.ema.net, self._config)
+
     def _log(self) -> None:
         elapsed = time.perf_counter() - self._began
         self._images_per_s = self._rate()
-        local = torch.cat(
-            [
-                self._loss_sum[None],
-                self._quarter_sum,
-                self._quarter_count.to(self._quarter_sum.dtype),
-                torch.tensor([self._wait_s / elapsed], device=self._runtime.device),
-            ]
-        )
-        loss_sum, *quarters, wait = self._runtime.mean(local).tolist()
+        local = torch.cat([self._sums, torch.full((1,), self._wait_s / elapsed, device=self._sums.device)])
+        loss_sum, *by_quarter, wait = self._runtime.mean(local).tolist()
         values = {
             "train/lr": lr_at(self._config, self._state.images_seen - self._config.train.batch_size),
             "train/images_per_s": self._images_per_s,
             "train/data_wait_share": wait,
         }
+        if self._runtime.rank == 0 and (
+            peak := peak_flops(self._runtime.device, self._config.train.precision)
+        ):
+            flops = self._images_per_s * self._flops_per_image
+            values["train/mfu"] = flops / (peak * self._runtime.world_size)
         loss = None
-        if self._grad_norm is not None:  # not every step was skipped
-            loss = loss_sum / self._micro_batches
+        sums, counts = by_quarter[:4], by_quarter[4:]
+        if sum(counts) > 0:  # not every step was skipped
+            loss = loss_sum / sum(counts)
             values |= {"train/loss": loss, "train/grad_norm": self._grad_norm.item()}
         if self._config.optim.skip_non_finite:
             values["train/skipped_steps"] = self._state.skipped_steps
-        for i, (total, count) in enumerate(zip(quarters[:4], quarters[4:], strict=True)):
+        for i, (total, count) in enumerate(zip(sums, counts, strict=True)):
             if count > 0:
                 values[f"train/loss_t_quarter_{i + 1}"] = total / count
-        self._tracker.metrics(values | self._runtime.facts(), self._state.images_seen)
+        values |= self._runtime.facts()
+        news = {name: value for name, value in values.items() if CONSTANT.get(name) != value}
+        self._tracker.metrics(news, self._state.images_seen)
         self._tell(loss)
         self._start_interval()
 
     def _tell(self, loss: float | None = None) -> None:
         if self._runtime.rank == 0:
-            if loss is None and self._micro_batches:
-                loss = (self._loss_sum / self._micro_batches).item()
+            num_images = self._sums[5:].sum()
+            if loss is None and num_images > 0:
+                loss = (self._sums[0] / num_images).item()
             self._progress_at = time.perf_counter()
-            rate = self._rate() if self._micro_batches else self._images_per_s
+            rate = self._rate() if num_images > 0 else self._images_per_s
             total = self._config.train.total_images
             if loss is not None:
                 self._runtime.progress(Progress(self._state.images_seen, total, rate, loss))
@@ -155,11 +179,32 @@ class Recorder:
             total += self._objective.loss(self._state.ema.net, x_0, label, noise).value * len(x_0)
         return (runtime.mean(total) * runtime.world_size / len(self._held_out.image)).item()
 
+    def _held_out_bits(self) -> dict[str, float]:
+        """Bits/dim of a few held-out images and their standard error: comparable between schedules, as no loss is."""
+        config, runtime, held_out = self._config, self._runtime, self._held_out
+        has_bound = self._objective.has_bound and config.schedule.num_timesteps > 1
+        stop = min(PILOT_IMAGES + BOUND_IMAGES, len(held_out.image) if held_out and has_bound else 0)
+        if held_out is None or stop < PILOT_IMAGES + 2:
+            return {}
+        candidate, variance = (self._state.ema.net, config, self._objective), measure.bound_variance(config)
+        pilot = Images(held_out.image[:PILOT_IMAGES], held_out.label[:PILOT_IMAGES])
+        how: dict[str, Any] = {"device": runtime.device, "variance": variance}
+        how["measured"] = measure.measure(*candidate, pilot, **how)
+        bits, size = torch.zeros(stop, device=runtime.device), config.train.micro_batch_size
+        for start in range(PILOT_IMAGES, stop, size)[runtime.rank :: runtime.world_size]:
+            part = slice(start, min(start + size, stop))
+            batch = Images(held_out.image[part], held_out.label[part])
+            found = measure.bits_per_dim(*candidate, batch, start=start, num_draws=BOUND_DRAWS, **how)
+            bits[part] = torch.from_numpy(found.total).to(bits)
+        bits = (runtime.mean(bits) * runtime.world_size)[PILOT_IMAGES:]
+        error = bits.std() / len(bits) ** 0.5
+        return {"held_out/bits_per_dim": bits.mean().item(), "held_out_error/bits_per_dim": error.item()}
+
     def _judge_and_save(self) -> None:
         loss = self._held_out_loss()
         best = loss is not None and loss < self._state.best_held_out_loss
         if loss is not None:
-            self._tracker.metrics({"held_out/loss": loss}, self._state.images_seen)
+            self._tracker.metrics({"held_out/loss": loss, **self._held_out_bits()}, self._state.images_seen)
             self._state.best_held_out_loss = min(loss, self._state.best_held_out_loss)
         if self._runtime.rank == 0:
             self._save(best)
@@ -167,7 +212,7 @@ class Recorder:
     def _save(self, best: bool) -> None:
         self._runtime.save(self._state.snapshot(self._config, self._runtime.identity), best)
 
-    def _draw_grid(self) -> images.Pixels:
+    def _draw_grid(self, finished: bool) -> None:
         """A grid of the same seeds every time, drawn by all ranks together, and what the net sees in noise."""
         runtime, config = self._runtime, self._config
         per_rank = -(-config.sample.num_images // runtime.world_size)
@@ -178,22 +223,27 @@ class Recorder:
         order = torch.arange(len(drawn)).reshape(runtime.world_size, per_rank).T.reshape(-1)
         grid = images.grid(drawn.cpu()[order][: config.sample.num_images].numpy())
         if runtime.rank != 0:
-            return grid
-        seen = self._state.images_seen
+            return
+        seen, every, png = self._state.images_seen, config.train.sample_every_images, images.png_bytes(grid)
+        for name in (f"samples/{seen:012d}.png", "samples/latest.png"):
+            runtime.publish(name, png)
+        self._tracker.artifact(pages.GRID, png)
+        if finished:  # of runs of any length, side by side
+            self._tracker.image(pages.LAST_GRID, grid, 0)
+        if not self._due(every):
+            return
+        seen = seen // every * every  # of batches of any size, side by side
         self._tracker.image("samples", grid, seen)
-        runtime.publish(f"samples/{seen:012d}.png", images.png_bytes(grid))
-        runtime.publish("samples/latest.png", images.png_bytes(grid))
         if self._held_out is not None:
             x_0, label = self._held_out_batch(self._held_out, 0, STRIP_IMAGES)
             strip = generate.denoising_strip(self._state.ema.net, config, self._objective, x_0, label)
             self._tracker.image("denoising", strip, seen)
-        return grid
 
-    def _draw_final(self, grid: images.Pixels) -> None:
+    def _draw_final(self) -> None:
         """The pictures that tell what the run was about: noise in, noise out."""
         if self._runtime.rank != 0:
             return
-        pictures = {"samples.png": images.png_bytes(grid)}
+        pictures = {}
         if self._held_out is not None:
             x_0, _ = self._held_out_batch(self._held_out, 0, STRIP_IMAGES)
             pictures["forward_noising.png"] = images.png_bytes(generate.noising_strip(self._config, x_0))

@@ -9,6 +9,7 @@ user errors are found again without it.
 """
 
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +31,8 @@ COMMITTED = "committed"
 """images_seen of the newest safe checkpoint."""
 PROGRESS = "progress"
 """A progress.Progress."""
+METRICS = "metrics"
+"""The newest point of each curve, as {name: (images_seen, value)}."""
 PLACE = "place"
 """The placement group that the workers were last started in."""
 WORKERS = "workers"
@@ -98,6 +101,12 @@ class RunState:
     def set(self, subject: str, value: Any) -> None:
         """Set the value of `subject`; None: there is none."""
         self._values[subject] = value
+
+    def measured(self, values: Mapping[str, float], images_seen: int) -> None:
+        """Set the newest points of curves."""
+        self._values.setdefault(METRICS, {}).update(
+            {name: (images_seen, value) for name, value in values.items()}
+        )
 
     def warn(self, line: str) -> None:
         """Add a line for the person watching."""

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from ddpm.config import Config
 from ddpm.data.corrupt import CorruptImages
 from ddpm.data.plan import ReadOrder, last_position, micro_batches_per_step
 from ddpm.data.reading import DataSet, Images, MicroBatch, RankBatch, cut
+from ddpm.training.device import LateFlags, stack_flags
 from ddpm.utils import files
 from ddpm.utils.progress import Progress
 
@@ -83,8 +85,12 @@ class Runtime(Protocol):
         """The newest committed checkpoint as a local folder."""
         ...
 
-    def any_of(self, *flags: Tensor | bool) -> list[bool]:
-        """Whether each flag is set on any rank. Every rank calls it, after every step."""
+    def any_of(self, *flags: Tensor | bool, at_once: bool) -> tuple[Tensor, list[int]]:
+        """Whether each flag is set on any rank. Every rank calls it, in every step.
+
+        Returns:
+            [n] bool on the device, and what `LateFlags.read` says of this step and those before.
+        """
         ...
 
     def wants_stop(self) -> bool:
@@ -125,6 +131,10 @@ class LocalRuntime:
 
     rank = 0
     world_size = 1
+
+    @cached_property
+    def _flags(self) -> LateFlags:
+        return LateFlags()
 
     def __init__(
         self, config: Config, train: DataSet, held_out: DataSet | None, folder: Path, run_key: str = ""
@@ -169,8 +179,9 @@ class LocalRuntime:
         found = sorted(self._folder.glob(f"{checkpoint.PREFIX}*/checksums.json"))
         return nullcontext(found[-1].parent if found else None)
 
-    def any_of(self, *flags: Tensor | bool) -> list[bool]:
-        return [bool(flag) for flag in flags]
+    def any_of(self, *flags: Tensor | bool, at_once: bool) -> tuple[Tensor, list[int]]:
+        stacked = stack_flags(flags, self.device)
+        return stacked, self._flags.read(stacked, at_once)
 
     def wants_stop(self) -> bool:
         return False

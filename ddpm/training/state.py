@@ -67,6 +67,19 @@ class State:
         )
         return cls(net, EMA(net, config.optim.ema_decay), optimizer)
 
+    def descend(self, lr: float, bad: Tensor) -> None:
+        """Take a step along the gradients, and average the weights; a `bad` step leaves the weights as they are.
+
+        Args:
+            bad: [] bool on the weights' device, which decides there: the host need not know.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # As torch.amp.GradScaler tells fused optimizers, which then decide on the device.
+        self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.ema.update(self.net, self.step)
+
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """AdamW's state by weight: {"input.weight.exp_avg": ..., ".exp_avg_sq", ".step"}."""
         tensors = {}
@@ -108,7 +121,7 @@ class State:
         tensors = {
             "net": self.net.state_dict(),
             "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer_tensors(),
+            "optimizer": self.optimizer_tensors() if self.step > self.skipped_steps else {},
         }
         copies = {file: {name: _copy(t) for name, t in part.items()} for file, part in tensors.items()}
         return Snapshot(self.images_seen, copies, {**extra, **position}, configs.to_json(config))

@@ -1,11 +1,25 @@
 """How busy this worker's machine is, under the names that MLflow's pages gather as system metrics."""
 
 import os
+import platform
+from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import torch
 
 MEGABYTE = 1e6
+
+
+def hardware() -> str:
+    """The GPU of this worker, else the processor and the cores of its machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.machine()
+    with suppress(OSError):  # not on Linux
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), name)
+    return f"{psutil.cpu_count()} cores, {name}"
 
 
 class SystemMetrics:

@@ -8,7 +8,7 @@ that every step has anyway.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,28 @@ from ddpm.config import Config
 from ddpm.data import ray_dataset
 from ddpm.data.plan import ReadOrder
 from ddpm.data.reading import DataSet, Images, MicroBatch
+from ddpm.hub import resolve
 from ddpm.tracking.metrics_buffer import MetricsBuffer
-from ddpm.training import checkpoint_manager, run_state
+from ddpm.training import run_state
+from ddpm.training.device import LateFlags, stack_flags
 from ddpm.training.rank_zero import RankZero
 from ddpm.training.runtime import read_held_out
 from ddpm.utils.progress import Progress
 
 POINTER = "pointer_ckpt.json"
 """File of a reported checkpoint: the URI of the stored one."""
+
+
+class SharedBuffer(MetricsBuffer):
+    """A MetricsBuffer that tells a RunState actor of the newest values as well."""
+
+    def __init__(self, state: Any) -> None:
+        super().__init__()
+        self._state = state
+
+    def metrics(self, values: Mapping[str, float], images_seen: int) -> None:
+        super().metrics(values, images_seen)
+        self._state.measured.remote(dict(values), images_seen)
 
 
 class RayRuntime:
@@ -63,6 +77,7 @@ class RayRuntime:
         self._rank_zero = RankZero(config, data_set, run, state, buffer) if self.rank == 0 else None
         if self._rank_zero:
             state.set.remote(run_state.WORKERS, self.world_size)
+        self._flags = LateFlags()
         self._pointers = Path(folder, context.get_experiment_name(), run.name)
 
     def wrap(self, net: nn.Module) -> nn.Module:
@@ -100,16 +115,18 @@ class RayRuntime:
         torch.distributed.all_gather(parts, values.contiguous())
         return torch.cat(parts)
 
-    def any_of(self, *flags: Tensor | bool) -> list[bool]:
+    def any_of(self, *flags: Tensor | bool, at_once: bool) -> tuple[Tensor, list[int]]:
         """`Runtime.any_of`; also the step in which Ray is told, since it is the same one for all workers."""
         due = self._rank_zero is not None and self._rank_zero.report_is_due()
-        counts = torch.stack([torch.as_tensor(flag, device=self.device).float() for flag in (*flags, due)])
+        agreed = stack_flags((*flags, due), self.device)
         if self.world_size > 1:
+            counts = agreed.float()
             torch.distributed.all_reduce(counts)
-        *answers, due = (count > 0 for count in counts.tolist())
-        if due:
+            agreed = counts > 0
+        *answers, reports = self._flags.read(agreed, at_once)
+        if reports:
             self._report()
-        return answers
+        return agreed[:-1], answers
 
     def _report(self) -> None:
         """Tell Ray Train how far the run is; every rank calls it."""
@@ -140,9 +157,8 @@ class RayRuntime:
                 name = folder.name if folder else None
             name = ray.train.collective.broadcast_from_rank_zero(name)
             if not self._rank_zero and name:
-                folder = stack.enter_context(
-                    checkpoint_manager.as_folder(self._run.location.child(name), timeout_s)
-                )
+                place = self._run.location.child(name)
+                folder = stack.enter_context(resolve.as_folder(place, timeout_s))
             yield folder if name else None
 
     def save(self, snapshot: checkpoint.Snapshot, best: bool) -> None:
@@ -155,7 +171,9 @@ class RayRuntime:
         self._report()
 
     def facts(self) -> dict[str, float]:
-        return {"train/workers": self.world_size, **self._rank_zero.facts()} if self._rank_zero else {}
+        is_elastic = len(self._config.cluster.world_sizes()) > 1
+        workers = {"train/workers": float(self.world_size)} if is_elastic else {}
+        return workers | self._rank_zero.facts() if self._rank_zero else {}
 
     def progress(self, progress: Progress) -> None:
         assert self._rank_zero, "rank 0 tells"

@@ -7,11 +7,12 @@ a run when workers die is for `fit.fit`.
 import atexit
 import contextlib
 import fcntl
+import json
 import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,17 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from ddpm import config as configs
 from ddpm.checkpoints.runs import Run
-from ddpm.cluster import resources
+from ddpm.cluster import ray_init, resources
 from ddpm.config import Config
 from ddpm.data.reading import DataSet
-from ddpm.tracking.metrics_buffer import MetricsBuffer
+from ddpm.tracking.metrics_buffer import DataSetInput
 from ddpm.training import loop, run_state
 from ddpm.training.failures import FailureBudget
 from ddpm.training.monitor import CallThread
-from ddpm.training.worker import RayRuntime
+from ddpm.training.system_metrics import hardware
+from ddpm.training.worker import RayRuntime, SharedBuffer
 from ddpm.utils.errors import UserError
 
 FOLDER_PREFIX, OWNER = "ddpm-ray-train-", "owner"
@@ -63,10 +66,10 @@ class PersistentWorkerGroup:
         self._number = 0
         self._workers: CallThread | None = None
 
-    def submit(self, config: Config, data_set: DataSet, run: Run) -> None:
-        """Hand a run to the workers."""
+    def submit(self, config: Config, data_set: DataSet, run: Run, tags: Mapping[str, str]) -> None:
+        """Hand a run to the workers; `tags` are for MLflow."""
         self._number += 1
-        what = ray.put({"config": config, "data_set": data_set, "run": run})
+        what = ray.put({"config": config, "data_set": data_set, "run": run, "tags": tags})
         self.state.submit(run_state.RunSpec(self._number, what))
 
     def workers(self) -> CallThread:
@@ -128,13 +131,14 @@ def _trainer(config: Config, spec: dict[str, Any], per_worker: dict[str, float])
             # driver asks it to leave with a checkpoint instead (monitor.py).
             elastic_resize_monitor_interval_s=NEVER_S,
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]
             name=config.run.name,
             # Ray's own notes on the run, on this node: the truth about it is in its folder, and what Ray writes would
             # end the run where storage is away. Checkpoints are reported as pointers (worker.py).
             storage_path=spec["folder"],
             failure_config=FailureConfig(max_failures=-1),  # FailureBudget ends a run that makes no progress
             callbacks=[FailureBudget(config, spec["state"])],  # type: ignore[list-item]
+            worker_runtime_env={"env_vars": ray_init.worker_env()},
         ),
     )
 
@@ -164,9 +168,15 @@ def work(spec: dict[str, Any]) -> None:
             return
 
 
-def _run_one(config: Config, data_set: DataSet, run: Run, spec: dict[str, Any]) -> int | None:
+def _run_one(
+    config: Config, data_set: DataSet, run: Run, tags: Mapping[str, str], spec: dict[str, Any]
+) -> int | None:
     """One worker's part in a run; rank 0 returns images_seen at its end."""
-    state, buffer = spec["state"], MetricsBuffer()
+    state = spec["state"]
+    buffer = SharedBuffer(state)
+    buffer.tags({**tags, "hardware": hardware()})
+    buffer.data_set(_data_set_input(config, data_set))
+    buffer.artifact("config.json", configs.to_json(config).encode())
     runtime = RayRuntime(config, data_set, run, state, buffer, spec["folder"])
     images_seen = -1
     try:
@@ -182,3 +192,12 @@ def _run_one(config: Config, data_set: DataSet, run: Run, spec: dict[str, Any]) 
         if config.train.compile:  # what was compiled for one net counts as a variant of the next one's
             torch.compiler.reset()
     return images_seen if runtime.rank == 0 else None
+
+
+def _data_set_input(config: Config, data_set: DataSet) -> DataSetInput:
+    """What MLflow is told of the data."""
+    manifest, rows = data_set.manifest, data_set.rows
+    profile = {"split": data_set.split, "images": rows.num_rows, "shape": data_set.shape}
+    profile |= {"classes": len(manifest.class_names), "fingerprint": rows.fingerprint}
+    uri = data_set.location.uri
+    return DataSetInput(manifest.source, rows.fingerprint[:32], uri, json.dumps(profile))

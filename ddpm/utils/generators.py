@@ -65,6 +65,30 @@ class TorchGenerator:
         return torch.randint(high, tuple(shape), generator=self._generator, device=self._device)
 
 
+class PerMicroBatch:
+    """Draws for a batch of micro-batches: for each of them from its own generator, so in any company the same numbers.
+
+    Args:
+        generators: one a micro-batch, in order; all micro-batches have the same size.
+    """
+
+    def __init__(self, generators: "Sequence[Generator]") -> None:
+        self._generators = generators
+
+    def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.cat([own.normal(self._part(shape), dtype) for own in self._generators])
+
+    def uniform(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.cat([own.uniform(self._part(shape), dtype) for own in self._generators])
+
+    def integers(self, high: int, shape: Sequence[int]) -> Tensor:
+        return torch.cat([own.integers(high, self._part(shape)) for own in self._generators])
+
+    def _part(self, shape: Sequence[int]) -> list[int]:
+        assert shape[0] % len(self._generators) == 0, "micro-batches of one size"
+        return [shape[0] // len(self._generators), *shape[1:]]
+
+
 def generator(device: torch.device, *counters: int) -> "Generator":
     """A generator whose stream depends on the counters alone, and on whether `device` is a GPU with one of its own."""
     kind = TorchGenerator if device.type == "cuda" else PhiloxGenerator

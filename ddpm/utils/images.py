@@ -10,12 +10,16 @@ Axes: N or B images, F frames, H W height and width, C channels.
 import io
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Pixels = NDArray[np.uint8]
 
@@ -112,6 +116,13 @@ def png_bytes(array: Pixels) -> bytes:
     """uint8 [H, W, C], C 1 or 3, as a PNG file."""
     file = io.BytesIO()
     Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(file, "PNG")
+    return file.getvalue()
+
+
+def figure_png(figure: "Figure") -> bytes:
+    """A figure of matplotlib as a PNG file."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
     return file.getvalue()
 
 

@@ -10,6 +10,10 @@ SPIN_COUNT = "10000"
 and 166, OMP_WAIT_POLICY=passive 406 and 217."""
 
 
+VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+"""Either one says how threads wait."""
+
+
 def bound_spinning() -> None:
     """Bound spinning in this process and those it starts, unless the environment says otherwise.
 

@@ -3,7 +3,6 @@
 import sys
 import time
 from dataclasses import dataclass
-from types import TracebackType
 
 LINE_INTERVAL_S = 10.0
 
@@ -59,9 +58,7 @@ class Display:
             self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._live:
             self._bar.stop()
         elif self._first is not None:

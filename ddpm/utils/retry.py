@@ -27,13 +27,7 @@ class StorageError(UserError):
     exit_code = 1
 
 
-def retry_io(
-    call: Callable[[], T],
-    *,
-    where: str,
-    timeout_s: float,
-    before_retry: Callable[[OSError], object] | None = None,
-) -> T:
+def retry_io(call: Callable[[], T], *, where: str, timeout_s: float) -> T:
     """The result of `call`, which is repeated while it raises OSError.
 
     The wait between tries is random and grows from 0.2 s to at most 10 s, so that many workers do not come back at
@@ -43,7 +37,6 @@ def retry_io(
         call: safe to repeat.
         where: the bucket or folder, for the error: "s3://bucket/runs".
         timeout_s: seconds after which no new try begins; 0: one try.
-        before_retry: called with each failure that is followed by another try, as soon as it happens.
 
     Raises:
         StorageError: the time is over; it names the time tried and the last answer.
@@ -54,17 +47,11 @@ def retry_io(
     def wait(state: RetryCallState) -> float:
         return max(0.0, min(backoff(state), timeout_s - (state.seconds_since_start or 0.0)))
 
-    def tell(state: RetryCallState) -> None:
-        error = state.outcome and state.outcome.exception()
-        if before_retry is not None and isinstance(error, OSError):
-            before_retry(error)
-
     began = time.monotonic()
     retrying = Retrying(
         retry=retry_if_exception(_is_failure),
         wait=wait,
         stop=stop_after_delay(timeout_s),
-        before_sleep=tell,
         reraise=True,
     )
     try:

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import boto3
-import guarded
-import servers
 import tyro
+from support import guarded, servers
 
 
 @dataclass(frozen=True)

@@ -65,3 +65,20 @@ def test_a_cluster_says_where_runs_are_kept(monkeypatch: pytest.MonkeyPatch) -> 
     assert Config().run.storage == "runs"
     monkeypatch.setenv("DDPM_STORAGE", "s3://bucket/runs")
     assert Config().run.storage == "s3://bucket/runs"
+
+
+def test_nodes_that_are_joining_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    joined = iter([1.0, 2.0, 3.0, 3.0])
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": next(joined)})
+    monkeypatch.setattr(resources, "JOINING_S", 60.0)
+    monkeypatch.delenv("DDPM_CLUSTER_RESOURCES")
+    two = override(workers(2), {"cluster.cpus_per_worker": 1.0})
+    assert resources.resources_per_worker(two) == {"CPU": 1.0}
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(
+        "waiting     60 s for nodes that may be joining: 2 workers of 1 CPUs leave none of the"
+    )
+    with pytest.raises(UserError, match="must be above 0"):  # which no node that joins would change
+        resources.resources_per_worker(override(two, {"cluster.cpus_per_worker": -1.0}))

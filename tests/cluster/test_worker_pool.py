@@ -3,10 +3,10 @@
 from functools import partial
 from pathlib import Path
 
-import chores
 import pytest
 import torch
-from chores import Adder
+from support import chores
+from support.chores import Adder
 
 from ddpm.cluster.worker_pool import WorkerPool, WorkersDied
 from ddpm.utils.errors import UserError

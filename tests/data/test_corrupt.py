@@ -71,13 +71,13 @@ GOOD = dataclasses.asdict(substitution(1))
     [
         ("{", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
-        ("[]", "expected an object of position, shard"),
-        (json.dumps({k: v for k, v in GOOD.items() if k != "row"}), "expected an object"),
-        (json.dumps(GOOD | {"extra": 1}), "expected an object"),
-        (json.dumps(GOOD | {"row": "1"}), "row is '1'; it must be a count"),
+        ("[]", "it is \\[\\]; it must be an object"),
+        (json.dumps({k: v for k, v in GOOD.items() if k != "row"}), "it lacks 'row'"),
+        (json.dumps(GOOD | {"extra": 1}), "unknown key 'extra'; known are position, shard"),
+        (json.dumps(GOOD | {"row": "1"}), "row is '1'; it must be a valid integer"),
         (json.dumps(GOOD | {"row": True}), "row is True"),
         (json.dumps(GOOD | {"position": -1}), "position is -1"),
-        (json.dumps(GOOD | {"reason": None}), "reason is None; it must be text"),
+        (json.dumps(GOOD | {"reason": None}), "reason is None; it must be a valid string"),
         ("", "is not JSON"),
     ],
 )

@@ -4,12 +4,10 @@ import threading
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import damaged
 import numpy as np
-import proxy
 import pytest
-import servers
-from damaged import NUM_IMAGES, PLAN
+from support import damaged, proxy, servers
+from support.damaged import NUM_IMAGES, PLAN
 
 from ddpm.config import Config, override
 from ddpm.data.corrupt import CorruptData

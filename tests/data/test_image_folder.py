@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import processes
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from pyarrow.fs import LocalFileSystem
+from support import processes
 
 from ddpm.data.huggingface import HuggingFace
 from ddpm.data.image_folder import Folder, store
-from ddpm.data.shards import decode, read_manifest
+from ddpm.data.manifest import read_manifest
+from ddpm.data.row_group import decode
 from ddpm.storage.locations import resolve
 from ddpm.utils.errors import UserError
 
@@ -303,14 +303,14 @@ def test_pictures_given_as_shards_are_prepared_beside_them(tmp_path: Path) -> No
     for number in range(20):
         Image.new("L", (8, 8), number).save(pictures / f"{number}.PNG", "PNG")
     with pytest.raises(UserError) as raised:
-        read_manifest(LocalFileSystem(), str(pictures), str(pictures))
+        read_manifest(resolve(str(pictures)))
     advice = re.search("`python jobs/prepare.py (.*)`.*--data.shards (.*)$", str(raised.value))
     assert advice
     words = shlex.split(advice[1].replace("--size N", "--size 8"))
     assert processes.run_job("prepare", *words).returncode == 0
     assert len(list(pictures.iterdir())) == 20
     (shards,) = shlex.split(advice[2])
-    assert read_manifest(LocalFileSystem(), shards, shards).splits["train"].num_rows == 19
+    assert read_manifest(resolve(shards)).splits["train"].num_rows == 19
 
 
 def test_pictures_in_a_bucket_given_as_shards_are_not_written_into(s3_bucket: str) -> None:
@@ -321,10 +321,10 @@ def test_pictures_in_a_bucket_given_as_shards_are_not_written_into(s3_bucket: st
         with pytest.raises(
             UserError, match=r"has no manifest\.json, but pictures; download them, and make a data set"
         ):
-            read_manifest(pictures.filesystem, pictures.path, pictures.uri)
+            read_manifest(pictures)
     nothing = resolve(f"{s3_bucket}/nothing")
     with pytest.raises(UserError, match=rf"make one with `python jobs/prepare\.py SOURCE {nothing.uri}`"):
-        read_manifest(nothing.filesystem, nothing.path, nothing.uri)
+        read_manifest(nothing)
 
 
 def test_a_message_names_no_address_in_memory() -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.fs as pafs
 import pytest
 
 from ddpm.config import override
@@ -19,11 +18,10 @@ from ddpm.data.shards import is_intact, read_row_group
 from ddpm.data.sources import Digits
 from ddpm.presets import DIGITS
 from ddpm.storage import locations
-from ddpm.storage.locations import Location
+from ddpm.storage.locations import Location, resolve
 from ddpm.utils.errors import UserError
 from ddpm.utils.images import png_bytes
 
-LOCAL = pafs.LocalFileSystem()
 SMALL = {"rows_per_shard": 600, "rows_per_row_group": 100}
 """Digits in three shards of "train" and one of "test"."""
 
@@ -47,7 +45,7 @@ def at(root: Path) -> Location:
 
 
 def make(source: Digits, location: Location, **options: Any) -> Manifest:
-    return prepare(source, location.filesystem, location.path, where=location.uri, **options)
+    return prepare(source, location, **options)
 
 
 def files_of(root: Path) -> dict[str, bytes]:
@@ -57,7 +55,7 @@ def files_of(root: Path) -> dict[str, bytes]:
 def all_images(location: Location, manifest: Manifest, split: str) -> list[tuple[int, bytes]]:
     found = []
     for index in range(sum(len(shard.row_groups) for shard in manifest.splits[split].shards)):
-        pixels, labels = read_row_group(location.filesystem, location.path, manifest, split, index)
+        pixels, labels = read_row_group(location, manifest, split, index)
         assert labels is not None
         found += [(int(label), image.tobytes()) for label, image in zip(labels, pixels, strict=True)]
     return found
@@ -68,7 +66,7 @@ def test_a_data_set_holds_the_source_in_its_order(tmp_path: Path) -> None:
     manifest = make(
         source, at(tmp_path / "d"), on_progress=lambda done, total: seen.append((done, total)), **SMALL
     )
-    assert manifest == read_manifest(LOCAL, str(tmp_path / "d"), "d")
+    assert manifest == read_manifest(resolve(str(tmp_path / "d")))
     assert [shard.num_rows for shard in manifest.splits["train"].shards] == [600, 600, 300]
     assert manifest.splits["test"].shards[0].row_groups == (100, 100, 97)
     assert (manifest.source, manifest.height, manifest.width, manifest.channels) == ("digits", 8, 8, 1)
@@ -95,7 +93,7 @@ def test_stopped_and_called_again_it_ends_with_the_same_bytes(tmp_path: Path) ->
     with pytest.raises(Killed):
         make(Mortal(), at(parts), **SMALL)
     with pytest.raises(UserError, match="manifest"):
-        read_manifest(LOCAL, str(parts), "parts")
+        read_manifest(resolve(str(parts)))
     made = {
         name: (parts / name).stat().st_mtime_ns for name in ("train/00000.parquet", "train/00001.parquet")
     }
@@ -155,7 +153,7 @@ def test_embedded_data_is_prepared_again_beside_an_older_format(tmp_path: Path) 
     config = override(DIGITS, {"run.storage": str(tmp_path)})
     uri = with_shards(config).data.shards
     assert uri is not None and uri != str(old)
-    assert read_manifest(LOCAL, uri, uri).splits["train"].num_rows == 1500
+    assert read_manifest(resolve(uri)).splits["train"].num_rows == 1500
     assert with_shards(config).data.shards == uri
     assert files_of(old) == {MANIFEST: b'{"format": "ddpm-shards/1"}'}
 
@@ -197,7 +195,7 @@ def test_the_preview_shows_64_images(tmp_path: Path) -> None:
     from PIL import Image
 
     manifest = make(Digits(), at(tmp_path), **SMALL)
-    with Image.open(tmp_path / write_preview(LOCAL, str(tmp_path), manifest)) as sheet:
+    with Image.open(write_preview(resolve(str(tmp_path)), manifest).path) as sheet:
         assert sheet.size == (8 * 50 + 2, 8 * 50 + 2)
         assert len(np.unique(np.asarray(sheet))) > 10
 
@@ -214,9 +212,9 @@ def test_a_bucket_holds_the_same_data_set(tmp_path: Path, s3_bucket: str) -> Non
         make(Mortal(), location, **SMALL)
     there = make(Digits(), location, **SMALL)
     assert there == make(Digits(), at(tmp_path), **SMALL)
-    assert read_manifest(location.filesystem, location.path, location.uri) == there
+    assert read_manifest(location) == there
     for split in there.splits.values():
-        assert all(is_intact(location.filesystem, location.path, shard) for shard in split.shards)
+        assert all(is_intact(location, shard) for shard in split.shards)
     assert not location.child("_prepare").exists()
 
 
@@ -289,10 +287,10 @@ def test_a_manifest_that_no_memory_holds_is_not_read(tmp_path: Path, monkeypatch
     make(Digits(), at(tmp_path), **SMALL)
     size = (tmp_path / MANIFEST).stat().st_size
     monkeypatch.setattr("ddpm.data.manifest.MAX_MANIFEST_BYTES", size)
-    read_manifest(LOCAL, str(tmp_path), "d")
+    read_manifest(resolve(str(tmp_path)))
     monkeypatch.setattr("ddpm.data.manifest.MAX_MANIFEST_BYTES", size - 1)
-    with pytest.raises(UserError, match=r"^d/manifest\.json is larger than 0 MiB; "):
-        read_manifest(LOCAL, str(tmp_path), "d")
+    with pytest.raises(UserError, match=r"manifest\.json is larger than 0 MiB; "):
+        read_manifest(resolve(str(tmp_path)))
 
 
 def test_what_no_manifest_lists_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,18 +12,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import damaged
 import numpy as np
 import psutil
 import pytest
-from processes import members
-from pyarrow.fs import LocalFileSystem
+from support import damaged
+from support.processes import members
 
 from ddpm.data import ray_dataset
 from ddpm.data.corrupt import CorruptData, Substitution
+from ddpm.data.manifest import Manifest, Shard, Split
 from ddpm.data.plan import ReadOrder, rank_shard
 from ddpm.data.reading import DataSet, cut
-from ddpm.data.shards import Manifest, Shard, Split
+from ddpm.storage.locations import resolve
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import StorageError
 
@@ -74,7 +74,7 @@ def test_a_long_run_is_several_datasets_without_a_seam() -> None:
     order = ReadOrder(batch_size=128, micro_batch_size=64, total_images=30_000_000)
     shards = (Shard("train/00000.parquet", 50_000, (1000,) * 50, 1, "", ("",) * 50),)
     manifest = Manifest("", "", 32, 32, 3, "raw", (), {"train": Split(50_000, "", shards)}, "")
-    data_set = DataSet(LocalFileSystem(), "", manifest, "train")
+    data_set = DataSet(resolve("nowhere"), manifest, "train")
     chunks = list(ray_dataset.dataset_chunks(data_set, order, images_seen=12_800))
     assert all(len(chunk) <= ray_dataset.MAX_TASKS for chunk in chunks) and len(chunks) > 3
     tasks = [task for chunk in chunks for task in chunk]

@@ -6,17 +6,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import damaged
 import numpy as np
 import pytest
-from damaged import NUM_IMAGES, PLAN, ROWS
 from PIL import Image
+from support import damaged
+from support.damaged import NUM_IMAGES, PLAN, ROWS
 
 from ddpm.data import reading
 from ddpm.data.corrupt import CorruptData
+from ddpm.data.manifest import make_manifest
 from ddpm.data.plan import Plan
 from ddpm.data.reading import DataSet, Images, scale_of
-from ddpm.data.shards import make_manifest, write_shard
+from ddpm.data.shards import write_shard
 from ddpm.storage.locations import resolve
 
 STOP = 2 * NUM_IMAGES + 10
@@ -177,16 +178,12 @@ def test_encoded_images_arrive_smaller(tmp_path: Path) -> None:
     for kind, tolerance in (("PNG", 1), ("JPEG", 12)):
         location = resolve(str(tmp_path / kind))
         files = [encoded(image, kind) for image in images]
-        shard = write_shard(
-            location.filesystem, location.path, "train/00000.parquet", files, None, rows_per_row_group=4
-        )
+        shard = write_shard(location, "train/00000.parquet", files, None, rows_per_row_group=4)
         manifest = make_manifest("", side, side, 3, "encoded", [], {"train": [shard]}, "")
         for size in (48, 24, 16, 12, 8, 6, 3):
             scale = scale_of(manifest, size)
             assert scale == side // size
-            data_set = dataclasses.replace(
-                DataSet(location.filesystem, location.path, manifest, "train"), scale=scale
-            )
+            data_set = dataclasses.replace(DataSet(location, manifest, "train"), scale=scale)
             got = data_set.read(data_set.plan(0, 4), 0, 4).image
             order = [int(row) for window in data_set.plan(0, 4).windows(0, 4) for row in window.rows]
             assert got.shape == (4, size, size, 3)

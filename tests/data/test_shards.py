@@ -12,28 +12,24 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from ddpm.data import row_group
-from ddpm.data.manifest import manifest_from_json
-from ddpm.data.row_group import content_sha256
-from ddpm.data.shards import (
-    CorruptData,
+from ddpm.data.corrupt import CorruptData
+from ddpm.data.manifest import (
     Manifest,
     Shard,
-    decode,
     make_manifest,
+    manifest_from_json,
     read_manifest,
-    read_row_group,
     write_manifest,
-    write_shard,
 )
+from ddpm.data.row_group import content_sha256, decode
+from ddpm.data.shards import read_row_group, write_shard
+from ddpm.storage.locations import resolve
 from ddpm.utils.errors import UserError
-
-LOCAL = pafs.LocalFileSystem()
 
 
 def pixels(n: int, height: int = 4, width: int = 5, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -52,8 +48,7 @@ def write(root: Path, images: Any, labels: np.ndarray | None = None, rows: int =
     cut = 2 * n // 3
     shards = [
         write_shard(
-            LOCAL,
-            str(root),
+            resolve(str(root)),
             f"train/{i:05d}.parquet",
             images[part],
             None if labels is None else labels[part],
@@ -64,8 +59,8 @@ def write(root: Path, images: Any, labels: np.ndarray | None = None, rows: int =
     names = [] if labels is None else ["a", "b", "c"]
     encoding = "raw" if isinstance(images, np.ndarray) else "encoded"
     manifest = make_manifest("test", 4, 5, 3, encoding, names, {"train": shards}, "options")
-    write_manifest(LOCAL, str(root), manifest)
-    return read_manifest(LOCAL, str(root), "here")
+    write_manifest(resolve(str(root)), manifest)
+    return read_manifest(resolve(str(root)))
 
 
 @pytest.mark.parametrize("encoded", [False, True])
@@ -74,19 +69,19 @@ def test_what_is_written_is_read_back(tmp_path: Path, encoded: bool) -> None:
     manifest = write(tmp_path, [image_file(image) for image in images] if encoded else images, labels)
     groups = [rows for shard in manifest.splits["train"].shards for rows in shard.row_groups]
     assert groups == [4, 4, 2, 4, 1]
-    read = [read_row_group(LOCAL, str(tmp_path), manifest, "train", i) for i in range(len(groups))]
+    read = [read_row_group(resolve(str(tmp_path)), manifest, "train", i) for i in range(len(groups))]
     assert (np.concatenate([image for image, _ in read]) == images).all()
     assert np.concatenate([label for _, label in read if label is not None]).tolist() == labels.tolist()
-    some, label = read_row_group(LOCAL, str(tmp_path), manifest, "train", 1, rows=np.array([3, 0]))
+    some, label = read_row_group(resolve(str(tmp_path)), manifest, "train", 1, rows=np.array([3, 0]))
     assert (some == images[[7, 4]]).all()
     assert label is not None and label.tolist() == [1, 1]
     with pytest.raises(IndexError):
-        read_row_group(LOCAL, str(tmp_path), manifest, "train", 5)
+        read_row_group(resolve(str(tmp_path)), manifest, "train", 5)
 
 
 def test_raw_pixels_are_not_copied(tmp_path: Path) -> None:
     manifest = write(tmp_path, pixels(6))
-    image, label = read_row_group(LOCAL, str(tmp_path), manifest, "train", 0)
+    image, label = read_row_group(resolve(str(tmp_path)), manifest, "train", 0)
     assert not image.flags.owndata
     assert label is None
 
@@ -108,7 +103,7 @@ def test_a_folder_without_a_manifest_is_no_data_set(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"no data set at s3://b/x.*`python jobs/prepare\.py SOURCE s3://b/x`"
     ):
-        read_manifest(LOCAL, str(tmp_path), "s3://b/x")
+        read_manifest(dataclasses.replace(resolve(str(tmp_path)), uri="s3://b/x"))
 
 
 def shard_of(raw: dict[str, Any]) -> dict[str, Any]:
@@ -128,23 +123,26 @@ ALTERED: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda raw: raw.update(height=True), "height is True"),
     (lambda raw: raw.update(height=10**6), "height is 1000000"),
     (lambda raw: raw.update(channels=2), "channels is 2"),
-    (lambda raw: raw.update(class_names="abc"), "class_names is str"),
-    (lambda raw: raw.update(splits=[]), "splits is list"),
+    (lambda raw: raw.update(class_names="abc"), "class_names is 'abc'; it must be a valid array"),
+    (lambda raw: raw.update(splits=[]), "splits is \\[\\]; it must be an object"),
     (lambda raw: raw.update(splits={}), "no splits"),
     (lambda raw: raw.update(width=6), "fingerprint"),
     (lambda raw: raw.update(fingerprint="0" * 64), "fingerprint"),
     (lambda raw: raw["splits"]["train"].update(fingerprint="0" * 64), "fingerprint"),
     (lambda raw: raw["splits"]["train"].update(num_rows=7), "split 'train' says 7 rows"),
-    (lambda raw: raw["splits"]["train"].update(num_rows=-1), "num_rows of 'train' is -1"),
+    (lambda raw: raw["splits"]["train"].update(num_rows=-1), "splits: train: num_rows is -1"),
     (lambda raw: raw["splits"]["train"]["shards"].append(shard_of(raw)), "a shard twice"),
     (lambda raw: shard_of(raw).update(num_rows=3), "says 3 rows"),
-    (lambda raw: shard_of(raw).update(row_groups=[0, 4]), "rows of a row group is 0"),
+    (lambda raw: shard_of(raw).update(row_groups=[0, 4]), "row_groups: 0 is 0; it must be greater"),
     (lambda raw: shard_of(raw).update(row_groups=[3, 1], row_group_sha256=["0" * 64] * 2), "fingerprint"),
-    (lambda raw: shard_of(raw).update(sha256="x"), "sha256 of shard train/00000.parquet is 'x'"),
-    (lambda raw: shard_of(raw).update(row_group_sha256=["x"]), "a row_group_sha256 of shard .* is 'x'"),
+    (lambda raw: shard_of(raw).update(sha256="x"), "a sha256 of shard train/00000.parquet is 'x'"),
+    (lambda raw: shard_of(raw).update(row_group_sha256=["x"]), "a sha256 of shard .* is 'x'"),
     (lambda raw: shard_of(raw).update(row_group_sha256=["0" * 64]), "fingerprint"),
     (lambda raw: shard_of(raw).update(row_group_sha256=[]), "has 1 row groups, and checksums of 0"),
-    (lambda raw: shard_of(raw).update(row_group_sha256="0" * 64), "row_group_sha256 is str"),
+    (
+        lambda raw: shard_of(raw).update(row_group_sha256="0" * 64),
+        "row_group_sha256 is '0+.*'; it must be a valid array",
+    ),
     (lambda raw: shard_of(raw).pop("row_group_sha256"), "lacks 'row_group_sha256'"),
     (lambda raw: shard_of(raw).update(path="/train/00000.parquet"), "shard path"),
     (lambda raw: shard_of(raw).update(path="train/../../00000.parquet"), "shard path"),
@@ -175,12 +173,12 @@ def test_one_wrong_byte_anywhere_is_noticed(tmp_path: Path) -> None:
     manifest = write(tmp_path, pixels(6), np.zeros(6, np.int64))
     path = tmp_path / "train/00000.parquet"
     whole = path.read_bytes()
-    images, _ = read_row_group(LOCAL, str(tmp_path), manifest, "train", 0)
+    images, _ = read_row_group(resolve(str(tmp_path)), manifest, "train", 0)
     images = images.copy()
     for position in range(0, len(whole), 3):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x55]) + whole[position + 1 :])
         try:
-            read, _ = read_row_group(LOCAL, str(tmp_path), manifest, "train", 0)
+            read, _ = read_row_group(resolve(str(tmp_path)), manifest, "train", 0)
         except CorruptData as error:
             assert "train/00000.parquet" in str(error)
         else:  # bytes that mean nothing: names of the software, unused statistics
@@ -195,12 +193,12 @@ def test_a_truncated_or_missing_shard_is_named(tmp_path: Path, keep: int) -> Non
     with pytest.raises(
         CorruptData, match=r"train/00000\.parquet, row group 0 \(rows 0-3\): it cannot be read"
     ):
-        read_row_group(LOCAL, str(tmp_path), manifest, "train", 0)
+        read_row_group(resolve(str(tmp_path)), manifest, "train", 0)
     path.unlink()
     with pytest.raises(
         CorruptData, match=r"train/00000\.parquet, row group 0 \(rows 0-3\): the shard is missing"
     ):
-        read_row_group(LOCAL, str(tmp_path), manifest, "train", 0)
+        read_row_group(resolve(str(tmp_path)), manifest, "train", 0)
 
 
 def test_storage_that_does_not_answer_is_no_corruption(
@@ -213,7 +211,7 @@ def test_storage_that_does_not_answer_is_no_corruption(
 
     monkeypatch.setattr(pq, "ParquetFile", fail)
     with pytest.raises(OSError, match="timeout"):
-        read_row_group(LOCAL, str(tmp_path), manifest, "train", 0)
+        read_row_group(resolve(str(tmp_path)), manifest, "train", 0)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +240,7 @@ def test_a_shard_that_is_not_as_the_manifest_says(
     shard = Shard("train/00000.parquet", 3, (3,), 1, "0" * 64, ("0" * 64,))
     manifest = make_manifest("test", 4, 5, 3, "raw", ["a", "b", "c"], {"train": [shard]}, "")
     with pytest.raises(CorruptData, match=rf"train/00000\.parquet, row group 0 \(rows 0-2\): .*{message}"):
-        read_row_group(LOCAL, str(tmp_path), manifest, "train", 0)
+        read_row_group(resolve(str(tmp_path)), manifest, "train", 0)
 
 
 @pytest.mark.parametrize("encoded", [False, True])
@@ -259,8 +257,8 @@ def test_another_valid_shard_in_its_place_is_noticed(tmp_path: Path, encoded: bo
         with pytest.raises(
             CorruptData, match=r"row group 0 \(rows 0-3\): its checksum is not that of the manifest"
         ):
-            read_row_group(LOCAL, root, manifest, "train", 0)
-        assert len(read_row_group(LOCAL, root, read_manifest(LOCAL, root, "it"), "train", 0)[0]) == 4
+            read_row_group(resolve(root), manifest, "train", 0)
+        assert len(read_row_group(resolve(root), read_manifest(resolve(root)), "train", 0)[0]) == 4
 
 
 def test_the_checksum_of_a_row_group_is_that_of_its_content(tmp_path: Path) -> None:
@@ -291,10 +289,10 @@ def test_the_boundaries_of_encoded_images_count() -> None:
 def test_a_bad_label_is_named_with_its_row(tmp_path: Path) -> None:
     manifest = write(tmp_path, pixels(6), np.array([0, 1, 3, 2, 1, -1]))
     with pytest.raises(CorruptData, match=r"row group 0, row 2: the label is 3, which is not in 0\.\.2$"):
-        read_row_group(LOCAL, str(tmp_path), manifest, "train", 0)
-    assert len(read_row_group(LOCAL, str(tmp_path), manifest, "train", 0, rows=np.array([3, 1]))[0]) == 2
+        read_row_group(resolve(str(tmp_path)), manifest, "train", 0)
+    assert len(read_row_group(resolve(str(tmp_path)), manifest, "train", 0, rows=np.array([3, 1]))[0]) == 2
     with pytest.raises(CorruptData, match=r"00001\.parquet, row group 0, row 1: the label is -1"):
-        read_row_group(LOCAL, str(tmp_path), manifest, "train", 1)
+        read_row_group(resolve(str(tmp_path)), manifest, "train", 1)
 
 
 def png_claiming(width: int, height: int) -> bytes:
@@ -313,8 +311,8 @@ def test_a_bad_image_is_named_with_its_row(tmp_path: Path) -> None:
     for bad in (b"", good[:40], good[:60], image_file(pixels(1, 5, 4)[0]), png_claiming(30_000, 30_000)):
         manifest = write(tmp_path, [good, good, bad, good, good, good])
         with pytest.raises(CorruptData, match=r"train/00000\.parquet, row group 0, row 2: the image"):
-            read_row_group(LOCAL, str(tmp_path), manifest, "train", 0)
-        read_row_group(LOCAL, str(tmp_path), manifest, "train", 0, rows=np.array([0, 1, 3]))
+            read_row_group(resolve(str(tmp_path)), manifest, "train", 0)
+        read_row_group(resolve(str(tmp_path)), manifest, "train", 0, rows=np.array([0, 1, 3]))
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import processes
 import pytest
 from PIL import Image
+from support import processes
 
 from ddpm.config import Config, override
 from ddpm.data import builtin

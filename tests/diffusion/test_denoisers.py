@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from exact_denoisers import a_net, gaussian, normal
+from support.exact_denoisers import a_net, gaussian, normal
 
 from ddpm.config import SampleConfig
 from ddpm.diffusion import process, schedules

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from exact_denoisers import gaussian, normal
+from support.exact_denoisers import gaussian, normal
 
 from ddpm.diffusion import likelihood, schedules
 from ddpm.diffusion.denoising import error_at

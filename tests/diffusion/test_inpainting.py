@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from diffusers import RePaintScheduler
-from exact_denoisers import a_net, correlated, finite, gaussian, normal
+from support.exact_denoisers import a_net, correlated, finite, gaussian, normal
 
 from ddpm.config import SampleConfig
 from ddpm.diffusion import inpainting, schedules

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from exact_denoisers import a_net, gaussian, normal
+from support.exact_denoisers import a_net, gaussian, normal
 from torch import nn
 
 from ddpm.diffusion import process, schedules

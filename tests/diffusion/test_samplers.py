@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.schedulers import scheduling_dpmsolver_multistep
-from exact_denoisers import a_net, finite, gaussian, normal
+from support.exact_denoisers import a_net, finite, gaussian, normal
 
 from ddpm.config import SampleConfig
 from ddpm.diffusion import process, samplers, schedules

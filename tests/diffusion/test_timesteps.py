@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from exact_denoisers import from_x_0
+from support.exact_denoisers import from_x_0
 
 from ddpm.config import SampleConfig
 from ddpm.diffusion import process, samplers, schedules, timesteps

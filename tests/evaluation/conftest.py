@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import pyarrow.fs as pafs
 import pytest
 import torch
 
@@ -12,6 +11,7 @@ from ddpm.data.sources import Digits
 from ddpm.evaluation import classifier
 from ddpm.evaluation.cache import Cache
 from ddpm.evaluation.classifier import Classifier
+from ddpm.storage.locations import resolve
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,8 +21,8 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def train_digits(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
-    root = str(tmp_path_factory.mktemp("digits"))
-    return DataSet(pafs.LocalFileSystem(), root, prepare(Digits(), pafs.LocalFileSystem(), root), "train")
+    location = resolve(str(tmp_path_factory.mktemp("digits")))
+    return DataSet(location, prepare(Digits(), location), "train")
 
 
 @pytest.fixture(scope="session")
@@ -34,12 +34,12 @@ def test_digits(train_digits: DataSet) -> DataSet:
 
 @pytest.fixture(scope="session")
 def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    return Cache(pafs.LocalFileSystem(), str(tmp_path_factory.mktemp("cache")))
+    return Cache(resolve(str(tmp_path_factory.mktemp("cache"))))
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Cache:
-    return Cache(pafs.LocalFileSystem(), str(tmp_path / "cache"))
+    return Cache(resolve(str(tmp_path / "cache")))
 
 
 @pytest.fixture(scope="session")

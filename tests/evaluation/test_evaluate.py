@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from judged import CONFIG, POSITIONS, make_data, make_run
+from support.judged import CONFIG, POSITIONS, make_data, make_run
 
 from ddpm.build import build_objective
 from ddpm.checkpoints import runs
@@ -130,7 +130,7 @@ def test_several_workers_find_what_one_finds(run: Run, alone: Report, num_worker
 
 def test_reference_features_are_kept(run: Run, alone: Report, shards: str, tmp_path: Path) -> None:
     kept = sorted(path.name for path in Path(shards, "evaluation").iterdir())
-    manifest = read_manifest(locations.resolve(shards).filesystem, shards, shards)
+    manifest = read_manifest(locations.resolve(shards))
     digest = alone.settings["features"]["digest"][:16]
     assert kept == sorted(
         f"features-pixels-{digest}-{n}-{manifest.splits[split].fingerprint[:32]}.safetensors"
@@ -145,12 +145,10 @@ def test_grey_levels_are_those_of_the_images_judged(alone: Report, tmp_path: Pat
     assert [result.num_classes for result in alone.results] == [0, 0, 0]
     location, value = locations.resolve(str(tmp_path)), np.arange(100, dtype=np.uint8)
     image = np.broadcast_to(value[:, None, None, None], (100, 8, 8, 1)).copy()  # a level each
-    part = write_shard(
-        location.filesystem, location.path, "test/00000.parquet", image, None, rows_per_row_group=50
-    )
+    part = write_shard(location, "test/00000.parquet", image, None, rows_per_row_group=50)
     manifest = make_manifest("flat", 8, 8, 1, "raw", [], {"test": [part]}, options="test")
-    write_manifest(location.filesystem, location.path, manifest)
-    held_out = DataSet(location.filesystem, location.path, manifest, "test")
+    write_manifest(location, manifest)
+    held_out = DataSet(location, manifest, "test")
     assert [evaluate._grey_levels(held_out, n) for n in (30, 90, 100, 2000)] == [30, 90, 100, 100]
 
 
@@ -236,8 +234,7 @@ def other_data(folder: Path, side: int = 8, **rows: int) -> str:
     shards = {
         split: [
             write_shard(
-                location.filesystem,
-                location.path,
+                location,
                 f"{split}/00000.parquet",
                 image[:n],
                 None,
@@ -247,7 +244,7 @@ def other_data(folder: Path, side: int = 8, **rows: int) -> str:
         for split, n in rows.items()
     }
     manifest = make_manifest("noise", side, side, 1, "raw", [], shards, options="test")
-    write_manifest(location.filesystem, location.path, manifest)
+    write_manifest(location, manifest)
     return location.uri
 
 

@@ -12,11 +12,12 @@ from ddpm.data.reading import DataSet
 from ddpm.evaluation import classifier, nets
 from ddpm.evaluation.cache import Cache
 from ddpm.evaluation.classifier import Classifier
-from ddpm.evaluation.features import Features, digest_of, features_of, normalised
+from ddpm.evaluation.features import digest_of, features_of, normalised
 from ddpm.evaluation.lite0 import Lite0
 from ddpm.evaluation.pixels import Pixels
 from ddpm.evaluation.reference import real_features
 from ddpm.utils.errors import UserError
+from ddpm.utils.images import to_model
 
 
 def noise(n: int, side: int = 8, channels: int = 1) -> torch.Tensor:
@@ -24,24 +25,12 @@ def noise(n: int, side: int = 8, channels: int = 1) -> torch.Tensor:
     return torch.randint(256, (n, side, side, channels), generator=g, dtype=torch.uint8)
 
 
-def some(*index: int) -> Features:
-    return Features(np.array(index), np.array(index, np.float32)[:, None] * 2)
-
-
-def test_parts_make_the_whole_in_any_order() -> None:
-    merged = Features.merge(some(7, 9), some(0, 1, 8), some(1, 2))
-    assert merged.index.tolist() == [0, 1, 2, 7, 8, 9]
-    assert merged.values.ravel().tolist() == [0, 2, 4, 14, 16, 18]
-    with pytest.raises(ValueError, match="ascending"):
-        some(2, 1)
-
-
 def test_pixels_are_pixels() -> None:
     image = noise(3)
     net = Pixels((8, 8, 1))
-    found = features_of(net, image, start=5, batch_size=2)
-    assert found.index.tolist() == [5, 6, 7] and net.size == 64
-    np.testing.assert_allclose(found.values, image.numpy().reshape(3, 64) / 127.5 - 1, atol=1e-6)
+    found = features_of(net, image, batch_size=2)
+    assert net.size == 64
+    np.testing.assert_allclose(found, image.numpy().reshape(3, 64) / 127.5 - 1, atol=1e-6)
 
 
 def test_floats_are_not_judged() -> None:
@@ -88,7 +77,7 @@ def test_a_digest_sees_a_changed_bit_a_name_and_the_recipe() -> None:
 
 def test_the_classifier_classifies(digits_classifier: Classifier, test_digits: DataSet) -> None:
     held_out = test_digits.read(test_digits.plan(0, 1000), 0, 90)
-    guess = digits_classifier.logits(torch.from_numpy(held_out.image)).argmax(1).numpy()
+    guess = digits_classifier.net(to_model(torch.from_numpy(held_out.image))).argmax(1).numpy()
     assert (guess == held_out.label).mean() > 0.95
     found = digits_classifier.features(torch.from_numpy(held_out.image))
     assert found.shape == (90, 128)
@@ -112,7 +101,7 @@ def test_the_classifier_is_the_same_again_and_kept(
 
 def test_without_classes_there_is_no_classifier(train_digits: DataSet, cache: Cache) -> None:
     manifest = Mock(wraps=train_digits.manifest, class_names=(), channels=1)
-    unlabelled = Mock(manifest=manifest, where="data/cats")
+    unlabelled = Mock(manifest=manifest, location=Mock(uri="data/cats"))
     with pytest.raises(UserError, match="data/cats has no classes"):
         classifier.build(unlabelled, cache)
 
@@ -130,10 +119,10 @@ def test_features_of_real_images_are_computed_once(test_digits: DataSet, cache: 
     assert len(found) == 50 and told == [50]
     again = real_features(test_digits, net, cache, 50, torch.device("cpu"), told.append)
     assert told == [50]
-    np.testing.assert_array_equal(found.values, again.values)
+    np.testing.assert_array_equal(found, again)
     everything = real_features(test_digits, net, cache, 1000, torch.device("cpu"), told.append)
     assert len(everything) == 297 and told == [50, 297]
-    np.testing.assert_array_equal(found.values, everything.values[:50])
+    np.testing.assert_array_equal(found, everything[:50])
     other = Pixels((8, 8, 1))
     other.digest = "0" * 64
     real_features(test_digits, other, cache, 50, torch.device("cpu"), told.append)

@@ -135,14 +135,13 @@ def test_a_net_that_repeats_its_sixteen_images_is_caught(
         "train": (np.tile(image, (copies, 1, 1, 1)), np.tile(label, copies)),
         "test": source.read("test", 0, 90),
     }
-    place = location.filesystem, location.path
     shards = {
-        split: [write_shard(*place, f"{split}/00000.parquet", *rows, rows_per_row_group=100)]
+        split: [write_shard(location, f"{split}/00000.parquet", *rows, rows_per_row_group=100)]
         for split, rows in splits.items()
     }
     manifest = make_manifest("digits", 8, 8, 1, "raw", list(source.class_names), shards, options="test")
-    write_manifest(*place, manifest)
-    train = DataSet(*place, manifest, "train")
+    write_manifest(location, manifest)
+    train = DataSet(location, manifest, "train")
     config = override(
         DIGITS,
         {

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from gaussians import true_kid
+from support.gaussians import true_kid
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import servers
 from mlflow import MlflowClient
 from mlflow.artifacts import load_dict
 from mlflow.entities import Run
-from reported import drawn, made, near, result
+from support import servers
+from support.reported import drawn, made, near, result
 
 from ddpm.evaluation import publish
 from ddpm.evaluation.report import Report
@@ -124,7 +124,7 @@ def test_the_pictures_of_the_nearest_are_beside_the_file_and_in_mlflow(
     assert (tmp_path / "out/found-nearest.png").read_bytes() == b"PNG 0.03"
     names = [file.path for file in client.list_artifacts(run.info.run_id, "evaluation")]
     assert f"evaluation/{report.key}-nearest.png" in names
-    assert points(client, run, "eval/nearer_than_held_out-pixels-low") == [(1000, 0.03)]
+    assert points(client, run, "eval_low/nearer_than_held_out-pixels") == [(1000, 0.03)]
 
 
 def test_a_database_that_is_not_there_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from reported import drawn, made, near, result
 from rich.console import Console
+from support.reported import drawn, made, near, result
 
 from ddpm.evaluation import plots, report
 from ddpm.evaluation.memorisation import Pairs
@@ -80,10 +80,10 @@ def test_a_run_s_name_forges_nothing() -> None:
 def test_points_are_named_by_what_was_measured() -> None:
     found = report.metrics(result(1, drawn(1), drawn(1, 10, own=False), drawn(1, 10, own=False, eta=0.5)))
     assert found["eval/bits_per_dim"] == pytest.approx(4.4678901)
-    assert found["eval/bits_per_dim-error"] == 0.05
+    assert found["eval_error/bits_per_dim"] == 0.05
     assert found["eval/bits_per_dim-decoder"] == pytest.approx(7.4678901)
     assert found["eval/KID-pixels"] == drawn(1).scores[1].value
-    assert found["eval/KID-pixels-floor"] == 1.2
+    assert found["eval_floor/KID-pixels"] == 1.2
     assert found["eval/ddim-10/KID-pixels"] == drawn(1, 10).scores[1].value
     assert "eval/ddim-10 eta 0.5/KID-pixels" in found
     assert len(found) == 2 * 4 + 3 * 3 * 6
@@ -155,8 +155,12 @@ def test_memorisation_is_told_with_its_interval() -> None:
         "threshold": 12.5,
     }
     points = report.metrics(found.results[0])
-    name = "eval/nearer_than_held_out-pixels"
-    assert [points[f"{name}{end}"] for end in ("", "-low", "-high")] == [score["value"], 0.03, 0.07]
+    name = "nearer_than_held_out-pixels"
+    assert [points[f"{group}/{name}"] for group in ("eval", "eval_low", "eval_high")] == [
+        score["value"],
+        0.03,
+        0.07,
+    ]
 
 
 def test_memorisation_is_remarked_on_where_the_interval_is_clearly_above_what_is_expected() -> None:

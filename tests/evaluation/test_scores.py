@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from gaussians import true_kid
 from numpy.typing import NDArray
+from support.gaussians import true_kid
 
 from ddpm.data.reading import DataSet
 from ddpm.diffusion.likelihood import Bound
@@ -22,7 +22,7 @@ METRICS = ("precision", "recall", "density", "coverage")
 
 def normal(n: int, size: int = 8, seed: int = 0, mean: float = 0.0) -> Features:
     values = mean + np.random.RandomState(seed).standard_normal((n, size))
-    return Features(np.arange(n), values.astype(np.float32))
+    return values.astype(np.float32)
 
 
 def by_name(found: list[Score]) -> dict[str, Score]:
@@ -90,7 +90,7 @@ def errors_in_order(order: str, is_labelled: bool) -> NDArray[np.float64]:
                 "by class": np.argsort(label, kind="stable"),
                 "shuffled": np.random.RandomState(seed).permutation(n),
             }[order]
-            sides.append((Features(np.arange(n), values[rows]), label[rows]))
+            sides.append((values[rows], label[rows]))
         (generated, label), (real, _) = sides
         scores_ = score("pixels", generated, real, label=label if is_labelled else None)
         found.append([s.error**2 for s in scores_])
@@ -107,9 +107,9 @@ def test_errors_do_not_depend_on_the_order_of_rows(is_labelled: bool) -> None:
 def test_the_error_of_fid_holds_the_classes_that_were_asked_for() -> None:
     classes, found = np.arange(200) % 10, []
     for seed in range(60):
-        generated = Features(np.arange(200), clusters(classes, 2 * seed, 0.3))
+        generated = clusters(classes, 2 * seed, 0.3)
         chance = np.random.RandomState(seed).randint(0, 10, 200)
-        real = Features(np.arange(200), clusters(chance, 2 * seed + 1))
+        real = clusters(chance, 2 * seed + 1)
         first, *_ = score("pixels", generated, real, label=classes)
         found.append((first.value, first.error))
     values, errors = np.array(found).T
@@ -119,7 +119,7 @@ def test_the_error_of_fid_holds_the_classes_that_were_asked_for() -> None:
 def test_a_share_of_all_images_has_an_error() -> None:
     """All of 90 real images are covered: two more on either side make 92 of 94 (Agresti & Coull 1998)."""
     real = normal(90, seed=1)
-    found = by_name(score("pixels", Features(np.arange(300), np.tile(real.values, (4, 1))[:300]), real))
+    found = by_name(score("pixels", np.tile(real, (4, 1))[:300], real))
     assert found["coverage-pixels"].value == 1
     assert found["coverage-pixels"].error == pytest.approx((92 / 94 * 2 / 94 / 94) ** 0.5)
 
@@ -143,21 +143,13 @@ def test_intervals_cover(n_real: int, shift: float) -> None:
     assert all(share >= 0.9 for share in named.values()), named
 
 
-def test_workers_parts_give_the_scores_of_the_whole_bit_for_bit() -> None:
-    whole, real = normal(100), normal(60, seed=1)
-    parts = [Features(whole.index[i::3], whole.values[i::3]) for i in (2, 0, 1)]
-    assert score("pixels", Features.merge(*parts), real) == score("pixels", whole, real)
-
-
 def test_of_many_images_pairs_are_made_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scores, "MAX_PAIRWISE", 50)
     found = by_name(score("pixels", normal(100), normal(80, seed=1)))
     few = by_name(score("pixels", normal(50), normal(50, seed=1)))
     assert (found["FID-pixels"].n, found["FID-pixels"].n_real) == (100, 80)
     assert {s.n for name, s in found.items() if name != "FID-pixels"} == {50}
-    few_first = Features(normal(100).index[:50], normal(100).values[:50])
-    real_first = Features(normal(80, seed=1).index[:50], normal(80, seed=1).values[:50])
-    again = by_name(score("pixels", few_first, real_first))
+    again = by_name(score("pixels", normal(100)[:50], normal(80, seed=1)[:50]))
     assert again["KID-pixels"] == found["KID-pixels"]
     assert few.keys() == found.keys()
 
@@ -195,15 +187,12 @@ def bits(*index: int) -> BitsPerDim:
     value = torch.tensor(index, dtype=torch.float64)
     t = torch.tensor([[1, 3]] * len(index))
     kl = torch.stack([value, value / 2], 1)
-    made = BitsPerDim.of(Bound(value / 100, t, kl, 2 + value), index[0], 5)
-    assert made.index.tolist() == list(index)
-    return made
+    return BitsPerDim.of(Bound(value / 100, t, kl, 2 + value), 5)
 
 
 def test_bits_of_parts_are_those_of_the_whole() -> None:
     whole = bits(0, 1, 2, 3, 4, 5)
-    merged = BitsPerDim.merge(bits(4, 5), bits(0, 1, 2), bits(3))
-    np.testing.assert_array_equal(merged.index, whole.index)
+    merged = BitsPerDim.merge(bits(0, 1, 2), bits(3), bits(4, 5))
     np.testing.assert_allclose(merged.kl_at, [0, 15, 0, 7.5, 0])
     assert merged.scores() == whole.scores()
     total, *terms = whole.scores()
@@ -214,5 +203,3 @@ def test_bits_of_parts_are_those_of_the_whole() -> None:
     slopes = {"bits/dim": 2.51, "bits/dim-prior": 0.01, "bits/dim-kl": 1.5, "bits/dim-decoder": 1.0}
     for s in whole.scores():
         assert s.error == pytest.approx(slopes[s.name] * np.std(range(6), ddof=1) / 6**0.5)
-    with pytest.raises(ValueError, match="would count twice"):
-        BitsPerDim.merge(bits(0, 1), bits(1, 2))

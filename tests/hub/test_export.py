@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TINY_NET
+from support.tiny import TINY_NET
 from torch import Tensor
 
 from ddpm.build import build_net, build_objective, build_sampler, resolve_sample

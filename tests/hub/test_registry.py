@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import requests
-import servers
 import torch
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.models import Model
-from processes import program
 from safetensors.torch import load_file
-from tiny import TINY_NET
+from support import servers
+from support.processes import program
+from support.tiny import TINY_NET
 
 from ddpm.checkpoints import checkpoint
 from ddpm.config import override
@@ -110,7 +110,8 @@ def test_a_registered_model_says_what_it_takes_and_holds_no_pickle(
     files = {str(path.relative_to(local)) for path in local.rglob("*") if path.is_file()}
     assert {"artifacts/diffusers/model_index.json", "serving.py", "code/ddpm/sampling/generate.py"} <= files
     assert {f"artifacts/checkpoint/{file}" for file in checkpoint.FILES} <= files
-    assert {Path(file).suffix for file in files} <= {".py", ".json", ".safetensors", ".yaml", ".txt", ""}
+    suffixes = {Path(file).suffix for file in files}
+    assert suffixes <= {".py", ".html", ".json", ".safetensors", ".yaml", ".txt", ""}
     assert load_file(local / "artifacts/checkpoint/optimizer.safetensors") == {}
     card = Model.load(local)
     assert card.signature.inputs.to_dict()[0]["properties"].keys() == {"num_images", "seed", "label"}

@@ -3,9 +3,9 @@
 import uuid
 from collections.abc import Callable, Iterator
 
-import hosts as making
 import pytest
-import servers
+from support import hosts as making
+from support import servers
 
 
 @pytest.fixture

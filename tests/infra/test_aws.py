@@ -10,13 +10,13 @@ from typing import Any
 
 import boto3
 import cfnlint.decode
-import processes
 import pytest
 import requests
 from botocore.exceptions import ClientError
-from cloud import TEMPLATE, AwsServer, make_stack
-from guarded import GuardedMlflowServer
-from permissions import allowed, policies_of
+from support import processes
+from support.cloud import TEMPLATE, AwsServer, make_stack
+from support.guarded import GuardedMlflowServer
+from support.permissions import allowed, policies_of
 
 TRUST = {"Service": "ec2.amazonaws.com"}
 

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import boto3
-import leaks
 import mlflow
 import pyarrow.fs
 import pytest
-from cloud import REGION, Cloud, Launch, make_stack
-from faulted import FLAGS
-from guarded import GuardedMlflowServer, PostgresServer
-from hosts import Hosts, answers
-from launched import DASHBOARD, Desk, cluster_file, environment, install, overlaid
-from servers import S3Server
+from support import leaks
+from support.cloud import REGION, Cloud, Launch, make_stack
+from support.faulted import FLAGS
+from support.guarded import GuardedMlflowServer, PostgresServer
+from support.hosts import Hosts, answers
+from support.launched import DASHBOARD, Desk, cluster_file, environment, install, overlaid
+from support.servers import S3Server
 
 from ddpm.storage.locations import resolve
 

@@ -9,13 +9,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from launched import cluster_file
 from packaging.requirements import Requirement
-from processes import REPO
 from ray.autoscaler._private.node_provider_availability_tracker import NodeProviderAvailabilityTracker
 from ray.autoscaler._private.resource_demand_scheduler import get_nodes_for
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.node_launch_exception import NodeLaunchException
+from support.launched import cluster_file
+from support.processes import REPO
 
 FILES = ("cluster.yaml", "infra/onprem/cluster.yaml")
 

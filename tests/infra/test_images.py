@@ -5,9 +5,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import servers
 from packaging.requirements import Requirement
-from processes import REPO, run
+from support import servers
+from support.processes import REPO, run
 
 DOCKERFILE = REPO / "infra/images/Dockerfile"
 TARGETS = ("cpu", "gpu", "mlflow")

@@ -2,6 +2,7 @@
 
 Schemas are those of the package kubernetes-validate. KubeRay's two kinds are not among them: what its API reference
 (ray.io/v1, KubeRay 1.7) calls their fields is listed here, as far as the manifests go; their pods are checked as pods.
+The same holds for the PodMonitor of the Prometheus operator.
 """
 
 import json
@@ -14,7 +15,7 @@ import kubernetes_validate
 import pytest
 import tyro
 import yaml
-from processes import REPO
+from support.processes import REPO
 
 from ddpm import presets
 from jobs.train import Arguments
@@ -79,6 +80,11 @@ JOB = record(
     rayClusterSpec=CLUSTER,
 )
 SPECS = {"RayCluster": CLUSTER, "RayJob": JOB}
+POD_MONITOR = record(
+    "selector podMetricsEndpoints",
+    selector=record(matchLabels=STRINGS),
+    podMetricsEndpoints={"type": "array", "items": record("port", port=STRING, interval=STRING)},
+)
 FILES = sorted(path.name for path in FOLDER.glob("*.yaml"))
 
 
@@ -104,7 +110,7 @@ def pods(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_the_files_are_there() -> None:
-    assert FILES == ["accounts.yaml", "mlflow.yaml", "raycluster.yaml", "rayjob.yaml"]
+    assert FILES == ["accounts.yaml", "metrics.yaml", "mlflow.yaml", "raycluster.yaml", "rayjob.yaml"]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -113,6 +119,9 @@ def test_the_schemas_accept_it(name: str) -> None:
         if document["kind"] in SPECS:
             assert document["apiVersion"] == "ray.io/v1"
             jsonschema.validate(document["spec"], SPECS[document["kind"]])
+        elif document["kind"] == "PodMonitor":
+            assert document["apiVersion"] == "monitoring.coreos.com/v1"
+            jsonschema.validate(document["spec"], POD_MONITOR)
         else:
             kubernetes_validate.validate(document, VERSION, strict=True)
         for spec in pods(document):

@@ -11,17 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import boto3
-import guarded
-import leaks
 import mlflow
-import processes
 import psutil
 import pytest
 import requests
-import servers
-import tracked
 from mlflow.entities import Run
 from playwright.sync_api import Error
+from support import guarded, leaks, processes, servers, tracked
 
 PASSWORD = "of-whoever-trains-0"
 SHORT = {
@@ -160,7 +156,7 @@ def test_a_run_is_in_postgresql_and_its_pictures_in_s3(
     }
     trained = runs[1].info
     assert trained.artifact_uri.startswith("mlflow-artifacts:/")
-    assert any(key.endswith(f"{trained.run_id}/artifacts/pictures/samples.png") for key in keys)
+    assert any(key.endswith(f"{trained.run_id}/artifacts/samples.png") for key in keys)
     assert any(key.endswith(f"{runs[0].info.run_id}/artifacts/note.txt") for key in keys)
     ours = f"experiment_id = {trained.experiment_id}"
     assert postgres.execute(f"SELECT name, status FROM runs WHERE {ours} ORDER BY name", "mlflow") == [

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pyarrow.fs
 import pytest
-from faulted import Run, assert_same, assert_tracked_once
-from hosts import Host, Hosts
-from launched import Desk, cluster_file, environment, gone, install, overlaid
-from servers import S3Server
+from support.faulted import Run, assert_same, assert_tracked_once
+from support.hosts import Host, Hosts
+from support.launched import Desk, cluster_file, environment, gone, install, overlaid
+from support.servers import S3Server
 
 from ddpm.storage.locations import resolve
 

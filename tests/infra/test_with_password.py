@@ -4,10 +4,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-import processes
 import pytest
-from cloud import Cloud
-from servers import LOOPBACK
+from support import processes
+from support.cloud import Cloud
+from support.servers import LOOPBACK
 
 SCRIPT = processes.REPO / "infra/aws/with_password.py"
 ASK = (sys.executable, "-c", "import os; print(os.environ.get('MLFLOW_TRACKING_PASSWORD'))")

@@ -1,4 +1,4 @@
-"""The same job on a running cluster, submitted as a person would, and on shards in a bucket."""
+"""The jobs on shards in a bucket."""
 
 import json
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 
 import mlflow
 import pytest
-from servers import RayHead, S3Server
+from support.servers import S3Server
 
 from ddpm.storage.locations import resolve
 
@@ -15,34 +15,6 @@ SMALL = """--schedule.num-timesteps 100 --model.base-width 8 --model.norm-groups
     --train.total-images 512 --train.batch-size 64 --train.micro-batch-size 16 --train.log-every-images 128
     --train.checkpoint-every-images 256 --train.sample-every-images 256 --train.held-out-images 32
     --sample.num-images 9 --sample.num-sample-steps 5""".split()
-
-
-@pytest.mark.slow
-def test_a_submitted_job_trains_on_the_cluster(ray_head: RayHead, mlflow_server: str, tmp_path: Path) -> None:
-    runs = ("--run.storage", str(tmp_path / "runs"), "--run.name", "submitted", "--cluster.num-workers", "2")
-    env = {"MLFLOW_TRACKING_URI": mlflow_server}
-    done = ray_head.submit("python", "jobs/train.py", "digits", *runs, *SMALL, env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "512/512" in done.stdout
-    assert (tmp_path / "runs/submitted/checkpoint-000000000512/checksums.json").exists()
-    client = mlflow.MlflowClient(mlflow_server)
-    experiment = client.get_experiment_by_name("ddpm")
-    (run,) = client.search_runs([experiment.experiment_id], "attributes.run_name = 'submitted'")
-    assert run.info.status == "FINISHED"
-    assert run.data.params["cluster.num_workers"] == "2"
-    assert [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")] == [
-        128,
-        256,
-        384,
-        512,
-    ]
-    pictures = {Path(file.path).name for file in client.list_artifacts(run.info.run_id, "pictures")}
-    assert pictures == {
-        "samples.png",
-        "forward_noising.png",
-        "reverse_trajectory.png",
-        "reverse_trajectory.gif",
-    }
 
 
 @pytest.mark.slow

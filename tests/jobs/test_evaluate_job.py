@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from judged import POSITIONS, make_data, make_run
 from mlflow import MlflowClient
 from PIL import Image
+from support.judged import POSITIONS, make_data, make_run
 
 from ddpm.checkpoints.runs import Run
 from ddpm.hub import resolve
@@ -62,7 +62,7 @@ def test_all_checkpoints_of_a_run_that_goes_on(
     history = client.get_metric_history(tracked.info.run_id, "eval/KID-pixels")
     ours = [way["scores"][1]["value"] for judged in report["checkpoints"] for way in judged["drawn"][1:]]
     assert [(point.step, point.value) for point in history] == list(zip(POSITIONS, ours, strict=True))
-    low = client.get_metric_history(tracked.info.run_id, "eval/nearer_than_held_out-pixels-low")
+    low = client.get_metric_history(tracked.info.run_id, "eval_low/nearer_than_held_out-pixels")
     assert [point.step for point in low] == list(POSITIONS)
     kept = [file.path for file in client.list_artifacts(tracked.info.run_id, "evaluation")]
     assert len([path for path in kept if "-nearest-judged-" in path]) == len(names)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import TINY_NET
+from support.tiny import TINY_NET
 
 from ddpm.build import build_objective, build_sampler
 from ddpm.checkpoints import checkpoint

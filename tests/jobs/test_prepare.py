@@ -8,18 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.fs as pafs
 import pytest
 from PIL import Image
 
 from ddpm.data.image_folder import Folder
+from ddpm.data.manifest import Manifest, read_manifest
 from ddpm.data.prepare import find, prepare, write_preview
-from ddpm.data.shards import Manifest, read_manifest, read_row_group
+from ddpm.data.shards import read_row_group
 from ddpm.data.sources import Digits
-from ddpm.storage.locations import resolve
+from ddpm.storage.locations import Location, resolve
 from ddpm.utils.errors import UserError
-
-LOCAL = pafs.LocalFileSystem()
 
 
 @dataclass(frozen=True)
@@ -59,9 +57,9 @@ class Numbers:
         return files, numbers % 2
 
 
-def numbers_in(root: str, manifest: Manifest, split: str, filesystem: pafs.FileSystem = LOCAL) -> list[int]:
+def numbers_in(location: Location, manifest: Manifest, split: str) -> list[int]:
     groups = range(sum(len(shard.row_groups) for shard in manifest.splits[split].shards))
-    read = [read_row_group(filesystem, root, manifest, split, i) for i in groups]
+    read = [read_row_group(location, manifest, split, i) for i in groups]
     numbers = np.concatenate([image[:, 0, 0, 0] for image, _ in read]).tolist()
     assert np.concatenate([label for _, label in read if label is not None]).tolist() == [
         n % 2 for n in numbers
@@ -76,11 +74,11 @@ SMALL: dict[str, Any] = {"rows_per_shard": 10, "rows_per_row_group": 5}
 def test_all_images_arrive_in_order(tmp_path: Path, encoding: str) -> None:
     told: list[tuple[int, int]] = []
     manifest = prepare(
-        Numbers(encoding), LOCAL, str(tmp_path), on_progress=lambda *done: told.append(done), **SMALL
+        Numbers(encoding), resolve(str(tmp_path)), on_progress=lambda *done: told.append(done), **SMALL
     )
-    assert manifest == read_manifest(LOCAL, str(tmp_path), "here")
-    assert numbers_in(str(tmp_path), manifest, "train") == list(range(40))
-    assert numbers_in(str(tmp_path), manifest, "test") == list(range(100, 110))
+    assert manifest == read_manifest(resolve(str(tmp_path)))
+    assert numbers_in(resolve(str(tmp_path)), manifest, "train") == list(range(40))
+    assert numbers_in(resolve(str(tmp_path)), manifest, "test") == list(range(100, 110))
     assert [shard.row_groups for shard in manifest.splits["train"].shards] == [(5, 5)] * 4
     assert told == [(10, 50), (20, 50), (30, 50), (40, 50), (50, 50)]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "test", "train"]
@@ -89,47 +87,47 @@ def test_all_images_arrive_in_order(tmp_path: Path, encoding: str) -> None:
 def test_a_stopped_preparation_goes_on(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     with pytest.raises(UserError, match="broken"):
-        prepare(Numbers(fail_at=30), LOCAL, str(tmp_path / "x"), **SMALL)
+        prepare(Numbers(fail_at=30), resolve(str(tmp_path / "x")), **SMALL)
     with pytest.raises(UserError, match="no data set"):
-        read_manifest(LOCAL, str(tmp_path / "x"), "here")
+        read_manifest(resolve(str(tmp_path / "x")))
     # One finished shard is damaged meanwhile, and the note of another.
     shard = tmp_path / "x/train/00000.parquet"
     shard.write_bytes(shard.read_bytes()[:-1])
     (tmp_path / "x/_prepare/train-00001.parquet.json").write_text("{")
     with pytest.raises(UserError, match="broken"):
-        prepare(Numbers(fail_at=30), LOCAL, str(tmp_path / "x"), **SMALL)
+        prepare(Numbers(fail_at=30), resolve(str(tmp_path / "x")), **SMALL)
     source = Numbers()
-    resumed = prepare(source, LOCAL, str(tmp_path / "x"), **SMALL)
+    resumed = prepare(source, resolve(str(tmp_path / "x")), **SMALL)
     assert source.reads == [30, 100]
-    assert resumed == prepare(Numbers(), LOCAL, str(tmp_path / "y"), **SMALL)
+    assert resumed == prepare(Numbers(), resolve(str(tmp_path / "y")), **SMALL)
     files = sorted(p.relative_to(tmp_path / "y") for p in (tmp_path / "y").rglob("*") if p.is_file())
     assert files == sorted(p.relative_to(tmp_path / "x") for p in (tmp_path / "x").rglob("*") if p.is_file())
     assert all((tmp_path / "x" / f).read_bytes() == (tmp_path / "y" / f).read_bytes() for f in files)
 
 
 def test_a_finished_one_is_found_and_never_written_over(tmp_path: Path) -> None:
-    assert find(Numbers(), LOCAL, str(tmp_path), "here") is None
-    first = prepare(Numbers(), LOCAL, str(tmp_path))
+    assert find(Numbers(), resolve(str(tmp_path))) is None
+    first = prepare(Numbers(), resolve(str(tmp_path)))
     source = Numbers()
-    assert prepare(source, LOCAL, str(tmp_path)) == find(source, LOCAL, str(tmp_path), "here") == first
+    assert prepare(source, resolve(str(tmp_path))) == find(source, resolve(str(tmp_path))) == first
     assert source.reads == []
     others: list[tuple[Any, dict[str, Any]]] = [(Digits(), {}), (Numbers("encoded"), {}), (Numbers(), SMALL)]
     for other, options in others:
         with pytest.raises(UserError, match="s3://b/x holds another data set, of source 'numbers'"):
-            prepare(other, LOCAL, str(tmp_path), where="s3://b/x", **options)
-    assert read_manifest(LOCAL, str(tmp_path), "here") == first
+            prepare(other, replace(resolve(str(tmp_path)), uri="s3://b/x"), **options)
+    assert read_manifest(resolve(str(tmp_path))) == first
 
 
 def test_another_one_cannot_go_on_with_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="broken"):
-        prepare(Numbers(fail_at=30), LOCAL, str(tmp_path), **SMALL)
+        prepare(Numbers(fail_at=30), resolve(str(tmp_path)), **SMALL)
     with pytest.raises(UserError, match="another data set was begun and not finished"):
-        prepare(replace(Numbers(), encoding="encoded"), LOCAL, str(tmp_path), **SMALL)
+        prepare(replace(Numbers(), encoding="encoded"), resolve(str(tmp_path)), **SMALL)
 
 
 def test_the_preview_shows_images_from_everywhere(tmp_path: Path) -> None:
-    manifest = prepare(Numbers(), LOCAL, str(tmp_path), **SMALL)
-    with Image.open(tmp_path / write_preview(LOCAL, str(tmp_path), manifest)) as image:
+    manifest = prepare(Numbers(), resolve(str(tmp_path)), **SMALL)
+    with Image.open(write_preview(resolve(str(tmp_path)), manifest).path) as image:
         shown = set(np.asarray(image)[..., 0].flatten().tolist()) - {255}
     assert {0, 39} <= shown <= set(range(40)) and len(shown) > 20
 
@@ -138,7 +136,7 @@ def test_the_preview_shows_images_from_everywhere(tmp_path: Path) -> None:
 def test_ray_tasks_make_the_same(tmp_path: Path) -> None:
     import ray
 
-    here = prepare(Digits(), LOCAL, str(tmp_path / "here"), rows_per_shard=500)
+    here = prepare(Digits(), resolve(str(tmp_path / "here")), rows_per_shard=500)
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)):
@@ -149,10 +147,10 @@ def test_ray_tasks_make_the_same(tmp_path: Path) -> None:
     )  # its header is that of a good one, so that a task finds it
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        there = prepare(Digits(), LOCAL, str(tmp_path / "there"), rows_per_shard=500, parallel=True)
+        there = prepare(Digits(), resolve(str(tmp_path / "there")), rows_per_shard=500, parallel=True)
         with pytest.raises(UserError, match=r"^cannot read the image .*3\.png") as caught:
             prepare(
-                Folder(pictures, size=8), LOCAL, str(tmp_path / "broken"), rows_per_shard=2, parallel=True
+                Folder(pictures, size=8), resolve(str(tmp_path / "broken")), rows_per_shard=2, parallel=True
             )
     finally:
         ray.shutdown()
@@ -162,18 +160,17 @@ def test_ray_tasks_make_the_same(tmp_path: Path) -> None:
 
 def test_on_s3(s3_bucket: str) -> None:
     location = resolve(f"{s3_bucket}/some/numbers")
-    place = (location.filesystem, location.path)
     with pytest.raises(UserError, match="broken"):
-        prepare(Numbers(fail_at=30), *place, **SMALL)
+        prepare(Numbers(fail_at=30), location, **SMALL)
     with pytest.raises(UserError, match="no data set"):
-        read_manifest(*place, location.uri)
+        read_manifest(location)
     source = Numbers()
-    manifest = prepare(source, *place, **SMALL)
+    manifest = prepare(source, location, **SMALL)
     assert source.reads == [30, 100]
-    assert read_manifest(*place, location.uri) == manifest
-    assert numbers_in(location.path, manifest, "train", location.filesystem) == list(range(40))
+    assert read_manifest(location) == manifest
+    assert numbers_in(location, manifest, "train") == list(range(40))
     assert not location.child("_prepare").exists()
-    write_preview(*place, manifest)
+    write_preview(location, manifest)
     assert location.child("preview.png").read().startswith(b"\x89PNG")
 
 
@@ -202,7 +199,7 @@ def test_the_command_with_pictures(tmp_path: Path, run_job: Callable[..., Any]) 
         Image.new("RGB", (20 + i, 30), (i, 0, 0)).save(tmp_path / f"in/{'ab'[i % 2]}/{i}.jpg")
     done = run_job("prepare", "folder", tmp_path / "out", "--path", tmp_path / "in", "--size", 16)
     assert done.returncode == 0, done.stderr
-    manifest = read_manifest(LOCAL, str(tmp_path / "out"), "here")
+    manifest = read_manifest(resolve(str(tmp_path / "out")))
     assert (manifest.height, manifest.channels, manifest.class_names) == (16, 3, ("a", "b"))
     (tmp_path / "in/a/0.jpg").write_bytes(b"broken")
     done = run_job("prepare", "folder", tmp_path / "out2", "--path", tmp_path / "in", "--size", 16)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import boto3
-import processes
 import pytest
 from PIL import Image
+from support import processes
 
 from ddpm.data.manifest import MANIFEST, read_manifest
 from ddpm.storage import locations
@@ -25,7 +25,7 @@ def test_digits_and_again(run_job: Callable[..., Any], tmp_path: Path) -> None:
     done = run_job("prepare", "digits", "data", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     location = locations.resolve(str(tmp_path / "data"))
-    manifest = read_manifest(location.filesystem, location.path, location.uri)
+    manifest = read_manifest(location)
     for said in (
         str(tmp_path / "data"),
         "1,500",
@@ -53,7 +53,7 @@ def test_a_folder_becomes_a_data_set_in_a_bucket(
     done = run_job("prepare", "folder", uri, "--path", "images", "--size", "16", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     location = locations.resolve(uri)
-    manifest = read_manifest(location.filesystem, location.path, uri)
+    manifest = read_manifest(location)
     assert manifest.class_names == ("cat", "dog")
     assert {name: split.num_rows for name, split in manifest.splits.items()} == {"train": 38, "test": 2}
     assert location.child("preview.png").exists() and f"{uri}/preview.png" in done.stdout

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import Job, kill_tree
-from servers import RayHead
-from tiny import TINY_NET
+from support.processes import Job, kill_tree
+from support.servers import RayHead
+from support.tiny import TINY_NET
 
 from ddpm.checkpoints import checkpoint
 from ddpm.config import override

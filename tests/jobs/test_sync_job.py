@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import servers
 from mlflow import MlflowClient
-from tracked import assert_once, deliver, names_in, put, run_of
+from support import servers
+from support.tracked import assert_once, deliver, names_in, put, run_of
 
 from ddpm import config as configs
 from ddpm.checkpoints import checkpoint, runs

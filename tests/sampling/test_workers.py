@@ -13,12 +13,13 @@ import psutil
 import pytest
 import torch
 from PIL import Image
-from tiny import TINY_NET
+from support.tiny import TINY_NET
 
 from ddpm.build import build_net, build_objective
 from ddpm.config import Config, override
 from ddpm.data import ray_dataset
-from ddpm.data.shards import make_manifest, write_manifest, write_shard
+from ddpm.data.manifest import make_manifest, write_manifest
+from ddpm.data.shards import write_shard
 from ddpm.diffusion.inpainting import Known
 from ddpm.sampling import generate, workers, writers
 from ddpm.sampling.workers import SampleJob
@@ -235,11 +236,9 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def training_data(location: Location) -> None:
     names = ["zero", "one", "two"]
     pixels, labels = np.zeros((4, 8, 8, 1), np.uint8), np.array([0, 1, 2, 0])
-    shard = write_shard(
-        location.filesystem, location.path, "train/00000.parquet", pixels, labels, rows_per_row_group=4
-    )
+    shard = write_shard(location, "train/00000.parquet", pixels, labels, rows_per_row_group=4)
     manifest = make_manifest("test", 8, 8, 1, "raw", names, {"train": [shard]}, "options")
-    write_manifest(location.filesystem, location.path, manifest)
+    write_manifest(location, manifest)
 
 
 @pytest.mark.parametrize("label", [None, 2])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from judged import CONFIG, make_data, make_run
+from support.judged import CONFIG, make_data, make_run
 
 from ddpm.checkpoints import checkpoint
 from ddpm.config import Config, override
@@ -29,9 +29,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def evaluator(shards: str) -> Evaluator:
     place = locations.resolve(shards)
-    train = DataSet(
-        place.filesystem, place.path, read_manifest(place.filesystem, place.path, shards), "train"
-    )
+    train = DataSet(place, read_manifest(place), "train")
     held_out = train.held_out()
     assert held_out is not None
     return Evaluator(train, held_out, num_images=60, num_draws=2)

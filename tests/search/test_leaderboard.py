@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from mlflow import MlflowClient
+from support.tracked import run_of
 from torch import Tensor
-from tracked import run_of
 
 from ddpm import config as configs
 from ddpm.config import Config
@@ -190,5 +190,6 @@ def test_mlflow_has_it_all_in_the_parent_run(place: Location, events: EventLog) 
     assert run.data.params["search.metric"] == "bits_per_dim"
     assert run.data.metrics["best/bits_per_dim"] == pytest.approx(2.25)
     assert run.data.tags["mlflow.source.name"] == "tune/search.py"
+    assert run.data.tags["mlflow.note.content"] == Path(place.path, "results.md").read_text()
     assert run.info.status == "FINISHED"
     assert any(line.startswith("MLflow      run ") for line in lines)

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import judged
 import pytest
+from support import judged
 
 from ddpm import config
 from ddpm.checkpoints import runs
@@ -21,7 +21,7 @@ from ddpm.data.reading import DataSet
 from ddpm.search import runner
 from ddpm.search.evaluator import Evaluator
 from ddpm.search.event_log import Rung
-from ddpm.search.runner import JUDGED, News, Trained, TrialRunner
+from ddpm.search.runner import JUDGED, News, Spec, Trained, TrialRunner
 from ddpm.training import run_state
 from ddpm.utils.errors import UserError
 from ddpm.utils.progress import Progress
@@ -84,7 +84,8 @@ class Stage:
         held_out = self.data.held_out()
         assert held_out is not None
         evaluator, group = Evaluator(self.data, held_out, 40, num_draws=2), SimpleNamespace()
-        return TrialRunner(self.config, self.data, RUNGS, evaluator, group, self.told.put)  # type: ignore[arg-type]
+        spec = Spec(self.config, self.data, RUNGS, evaluator, {}, None, False, None)
+        return TrialRunner(self.config, spec, group, self.told.put)  # type: ignore[arg-type]
 
     def next(self) -> News:
         return self.told.get(timeout=280)

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import servers
-from processes import REPO
+from support import servers
+from support.processes import REPO
 
 from ddpm.storage import driver_lock, locations
 from ddpm.storage.driver_lock import DriverLock

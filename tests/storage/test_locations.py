@@ -5,9 +5,8 @@ import threading
 from pathlib import Path
 
 import boto3
-import proxy
 import pytest
-import servers
+from support import proxy, servers
 
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
@@ -55,16 +54,6 @@ def test_folders_are_listed_in_order_and_files_are_not(root: Location) -> None:
     assert root.folders() == ["a", "b"]
     assert root.child("a").folders() == ["deeper"]
     assert root.child("a").exists()
-
-
-def test_download_brings_the_whole_folder(root: Location, tmp_path: Path) -> None:
-    for name in ("x", "a/y", "a/b/z"):
-        root.child("from").child(name).write(name.encode())
-    root.child("other").write(b"not this")
-    folder = root.child("from").download(tmp_path / "new" / "to")
-    assert folder == tmp_path / "new" / "to"
-    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert found == {"x": b"x", "a/y": b"a/y", "a/b/z": b"a/b/z"}
 
 
 def test_delete_removes_a_folder_and_leaves_the_others(root: Location) -> None:

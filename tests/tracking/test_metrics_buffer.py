@@ -17,9 +17,11 @@ from ddpm.tracking import metrics_buffer
 from ddpm.tracking.metrics_buffer import (
     Artifact,
     DamagedSegment,
+    DataSetInput,
     Metrics,
     MetricsBuffer,
     Picture,
+    Tags,
     parse_name,
     segment_name,
 )
@@ -28,6 +30,8 @@ GREY = np.arange(96, dtype=np.uint8).reshape(8, 12, 1)
 PNG = metrics_buffer.images.png_bytes(GREY)
 GOOD = {"kind": "metrics", "values": {"loss": 1.0}, "images_seen": 1, "timestamp_ms": 2}
 FILE = {"kind": "artifact", "name": "a.txt", "file": "files/000000"}
+TAGS = {"kind": "tags", "tags": {"preset": "digits"}}
+DATA = {"kind": "data_set", "name": "digits", "digest": "4f", "uri": "s3://b/d", "profile": "{}"}
 IMAGE = {"kind": "image", "key": "k", "file": "files/000000", "images_seen": 1, "timestamp_ms": 2}
 
 
@@ -166,6 +170,10 @@ DAMAGED = {
     "file missing": segment(FILE),
     "file elsewhere": segment(FILE | {"file": "/etc/passwd"}),
     "no png": segment(IMAGE, _000000=b"GIF89a"),
+    "tag no text": segment(TAGS | {"tags": {"preset": 1}}),
+    "tags no object": segment(TAGS | {"tags": "preset"}),
+    "data set without digest": segment({k: v for k, v in DATA.items() if k != "digest"}),
+    "data set elsewhere": segment(DATA | {"uri": 1}),
     "compressed": segment(GOOD, compression=zipfile.ZIP_DEFLATED),
     "not text": segment("\ud800".encode("utf-8", "surrogatepass").decode("latin-1")),
 }
@@ -185,6 +193,9 @@ def test_what_the_damaged_ones_were_made_of_is_good() -> None:
     assert metrics_buffer.read(segment(GOOD), "here") == [Metrics({"loss": 1.0}, 1, 2)]
     assert metrics_buffer.read(segment(FILE, _000000=b"x"), "here") == [Artifact("a.txt", b"x")]
     assert metrics_buffer.read(segment(IMAGE, _000000=PNG), "here") == [Picture("k", PNG, 1, 2)]
+    about = [Tags({"preset": "digits"}), DataSetInput("digits", "4f", "s3://b/d", "{}")]
+    assert metrics_buffer.read(segment(TAGS, DATA), "here") == about
+    assert metrics_buffer.read(metrics_buffer.pack(list(about)), "here") == about
 
 
 def test_a_segment_cut_or_changed_anywhere_is_noticed_or_the_same() -> None:

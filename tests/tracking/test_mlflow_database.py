@@ -15,9 +15,9 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
-from first_connections import connect, create_experiment
 from mlflow import MlflowClient
-from tracked import address_at, assert_once, deliver, outbox_in, put
+from support.first_connections import connect, create_experiment
+from support.tracked import address_at, assert_once, deliver, outbox_in, put
 
 from ddpm.tracking import mlflow_client
 from ddpm.tracking.mlflow_client import Lost
@@ -32,7 +32,7 @@ WHOLE_BYTES = 900_000
 @pytest.fixture(scope="module")
 def forks() -> Iterator[ForkServerContext]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["first_connections", "mlflow.store.tracking.sqlalchemy_store"])
+    context.set_forkserver_preload(["support.first_connections", "mlflow.store.tracking.sqlalchemy_store"])
     yield context
 
 

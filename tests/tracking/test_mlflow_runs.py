@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import servers
 from mlflow import MlflowClient
 from PIL import Image
-from tracked import (
+from support import servers
+from support.tracked import (
     FILES,
     PARAMS,
     address_at,

@@ -1,67 +1,107 @@
-"""What a person sees of a run in MLflow's pages, in a real browser."""
+"""What a person sees in MLflow's pages of three runs of three schedules, in a real browser."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import processes
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
+from support import processes
+from support.servers import RayHead
+
+from ddpm.tracking.pages import KIND, KIND_TAG, VIEW_TAG, WORKFLOW
 
 PATIENCE_MS = 60_000
 SHORT = {
-    "train.total-images": 2560,
+    "model.base-width": 8,
+    "model.norm-groups": 4,
     "train.log-every-images": 256,
     "train.checkpoint-every-images": 1280,
     "train.sample-every-images": 1280,
     "sample.num-sample-steps": 10,
-    "run.name": "seen",
+    "run.experiment": "schedules",
 }
+TOTALS = {"linear": 1280, "sigmoid": 2560, "cosine": 2560}
+CARD = "[data-testid='experiment-view-compare-runs-card']"
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
-def run(mlflow_server: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A short run of digits, tracked by the server."""
-    flags = SHORT | {"run.storage": tmp_path_factory.mktemp("runs")}
-    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
-    done = processes.run_job("train", "digits", *words, env={"MLFLOW_TRACKING_URI": mlflow_server})
-    assert done.returncode == 0, done.stderr
-    assert "MLflow      run " in done.stdout
-    client = MlflowClient(mlflow_server)
-    experiment = client.get_experiment_by_name("ddpm")
-    (run,) = client.search_runs([experiment.experiment_id], "attributes.run_name = 'seen'")
-    return run
+def runs(mlflow_server: str, ray_head: RayHead, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """Short runs of digits by schedule, one of them shorter, tracked by the server."""
+    folder, found = tmp_path_factory.mktemp("runs"), {}
+    env = {"MLFLOW_TRACKING_URI": mlflow_server, "RAY_ADDRESS": ray_head.address}
+    for kind, total in TOTALS.items():
+        flags = {"schedule.kind": kind, "run.name": kind, "train.total-images": total, "run.storage": folder}
+        words = [word for name, value in (SHORT | flags).items() for word in (f"--{name}", value)]
+        done = processes.run_job("train", "digits", *words, env=env)
+        assert done.returncode == 0, done.stderr
+        client = MlflowClient(mlflow_server)
+        experiment = client.get_experiment_by_name("schedules")
+        (run,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{kind}'")
+        assert f"{mlflow_server}/#/{place(run)}?{WORKFLOW}" in done.stdout
+        found[kind] = run
+    return found
 
 
 @pytest.fixture
-def page(browser: Any, mlflow_server: str, run: Run, tmp_path: Path) -> Iterator[Any]:
-    """The run's page; what it showed last is kept as a picture."""
-    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+def page(browser: Any, tmp_path: Path) -> Iterator[Any]:
+    """A page of the browser, wide since MLflow draws a panel beside it; what it showed last is kept as a picture."""
+    page = browser.new_page(viewport={"width": 2200, "height": 1000})
     page.set_default_timeout(PATIENCE_MS)
-    page.goto(f"{mlflow_server}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}")
-    page.get_by_role("heading", name="seen").wait_for()
     yield page
     page.screenshot(path=tmp_path / "page.png")
     page.close()
 
 
-def test_the_overview_shows_name_status_and_config(page: Any) -> None:
-    page.get_by_text("Finished").first.wait_for()
-    page.get_by_text("jobs/train.py").first.wait_for()
-    page.get_by_text("train.total_images").first.wait_for()
-    assert page.get_by_role("link", name="train/loss", exact=True).count() == 1
+@pytest.fixture
+def cosine(page: Any, mlflow_server: str, runs: dict[str, Run]) -> Any:
+    """The page of the run with the cosine schedule."""
+    page.goto(f"{mlflow_server}/#/{place(runs['cosine'])}?{WORKFLOW}")
+    page.get_by_role("heading", name="cosine").wait_for()
+    return page
 
 
-def test_the_charts_show_the_loss(page: Any) -> None:
-    page.get_by_role("tab", name="Model metrics").click()
-    page.get_by_placeholder("Search metric charts").fill("train/loss")
-    legend = page.get_by_text("seen (train/loss)")
+def place(run: Run) -> str:
+    return f"experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+
+
+def test_the_experiment_is_of_model_training_and_has_a_view(
+    page: Any, mlflow_server: str, runs: dict[str, Run]
+) -> None:
+    experiment = MlflowClient(mlflow_server).get_experiment_by_name("schedules")
+    assert experiment.tags[KIND_TAG] == KIND
+    page.goto(f"{mlflow_server}/#/experiments/{experiment.experiment_id}?{WORKFLOW}")
+    page.get_by_role("heading", name="Runs").wait_for()
+    assert page.get_by_text("Judges").count() == page.get_by_text("Playground").count() == 0
+    page.get_by_test_id("saved-views-trigger").click()
+    page.get_by_text("Schedules and scores").click()
+    for name in ("schedule.kind", "optim.lr", "changed", "held_out/bits_per_dim", "train/images_per_s"):
+        page.get_by_role("columnheader", name=name).first.wait_for(state="attached")
+    assert VIEW_TAG.rpartition(".")[2] in page.url
+
+
+def test_the_overview_says_what_the_run_is(cosine: Any) -> None:
+    cosine.get_by_text("Finished").first.wait_for()
+    cosine.get_by_text("jobs/train.py").first.wait_for()
+    cosine.get_by_text("predicts eps, cosine schedule of 500 steps").first.wait_for()
+    cosine.get_by_text("Finished at 2,560 of 2,560 images; bits/dim").first.wait_for()
+    cosine.get_by_text("digits (").first.wait_for()  # the data set
+    cosine.get_by_text("train.total_images").first.wait_for()
+    assert cosine.get_by_text("schedule.cosine_s").count() and not cosine.get_by_text("sigmoid_tau").count()
+    assert cosine.get_by_role("link", name="train/loss", exact=True).count() == 1
+    assert shown_size(cosine.locator("img[src^='get-artifact']").first)[0] > 0
+
+
+def test_the_charts_show_the_loss(cosine: Any) -> None:
+    cosine.get_by_role("tab", name="Model metrics").click()
+    cosine.get_by_placeholder("Search metric charts").fill("train/loss")
+    legend = cosine.get_by_text("cosine (train/loss)")
     legend.wait_for()
-    chart = page.locator("[data-testid='experiment-view-compare-runs-card']", has=legend)
+    chart = cosine.locator(CARD, has=legend)
     assert chart.count() == 1
     chart.scroll_into_view_if_needed()
     plot = chart.locator(".js-plotly-plot").first
@@ -70,26 +110,40 @@ def test_the_charts_show_the_loss(page: Any) -> None:
     assert plot.evaluate("plot => plot.data[0].x.length") == 10  # a point each 256 images
 
 
-def test_the_image_panel_shows_the_last_samples(page: Any) -> None:
-    page.get_by_role("tab", name="Model metrics").click()
-    page.get_by_placeholder("Search metric charts").fill("samples")
-    panel = page.locator("[data-testid='experiment-view-compare-runs-card']").filter(has_text="samples").last
-    panel.get_by_role("spinbutton").fill(str(SHORT["train.total-images"]))
-    panel.get_by_role("spinbutton").press("Enter")
-    panel.get_by_role("button").first.click()  # full screen: in the card, the parameters hide the image
-    width, height = shown_size(page.locator("img[src*='samples%2Bstep%2B2560']").first)
-    assert width > 0
-    assert height > 0
+@pytest.mark.parametrize(("number", "key", "step"), [(0, "samples_last", 0)])
+def test_grids_of_runs_of_unlike_length_stand_side_by_side(
+    page: Any, mlflow_server: str, runs: dict[str, Run], number: int, key: str, step: int
+) -> None:
+    """At the step that all share, and the last ones whatever the step was; no parameters hide them."""
+    view = f"viewStateShareKey={VIEW_TAG.rpartition('.')[2]}&compareRunsMode=CHART&{WORKFLOW}"
+    page.goto(f"{mlflow_server}/#/experiments/{runs['linear'].info.experiment_id}/runs?{view}")
+    card = page.locator(CARD).nth(number)
+    card.wait_for()
+    pictures = card.locator(f"img[src*='{key}%2Bstep%2B{step}%2B']")
+    elsewhere = card.get_by_text("No image logged at this step")
+    pictures.or_(elsewhere).first.wait_for()  # the card knows by now which steps there are
+    if elsewhere.count():
+        card.get_by_role("spinbutton").fill(str(step))
+        card.get_by_role("spinbutton").press("Enter")
+    pictures.nth(2).wait_for(state="attached")
+    assert pictures.count() == 3
+    assert all(shown_size(pictures.nth(i))[0] > 0 for i in range(3))
+    assert elsewhere.count() == 0
+    assert card.get_by_text("optim.lr").count() == 0
 
 
-@pytest.mark.parametrize("name", ["samples.png", "reverse_trajectory.png", "forward_noising.png"])
-def test_the_artifacts_show_the_pictures(page: Any, run: Run, mlflow_server: str, name: str) -> None:
-    page.get_by_role("tab", name="Artifacts").click()
-    page.get_by_text("pictures", exact=True).click()
-    page.get_by_text(name, exact=True).click()
-    ours = MlflowClient(mlflow_server).download_artifacts(run.info.run_id, f"pictures/{name}", ".")
+@pytest.mark.parametrize(
+    "name", ["samples.png", "pictures/reverse_trajectory.png", "pictures/forward_noising.png"]
+)
+def test_the_artifacts_show_the_pictures(
+    cosine: Any, runs: dict[str, Run], mlflow_server: str, name: str
+) -> None:
+    cosine.get_by_role("tab", name="Artifacts").click()
+    for part in name.split("/"):
+        cosine.get_by_text(part, exact=True).click()
+    ours = MlflowClient(mlflow_server).download_artifacts(runs["cosine"].info.run_id, name, ".")
     with Image.open(ours) as picture:
-        assert shown_size(page.locator("img[src^='blob:']").first) == list(picture.size)
+        assert shown_size(cosine.locator("img[src^='blob:']").first) == list(picture.size)
 
 
 def shown_size(picture: Any) -> list[int]:

@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import processes
 import pytest
-import servers
-from tracked import (
+from support import processes, servers
+from support.tracked import (
     PARAMS,
     PickyProxy,
     address_at,
@@ -385,11 +384,10 @@ def test_two_uploaders_at_once_double_nothing(mlflow_server: str, buffer: Locati
 def test_couriers_killed_at_any_point_leave_everything_once(
     mlflow_server: str, tmp_path: Path, which: str, written: str
 ) -> None:
-    script = processes.REPO / "tests" / "mortal_uploaders.py"
     done = processes.run(
-        [sys.executable, script, mlflow_server, tmp_path, which, written],
+        [sys.executable, "-m", "support.mortal_uploaders", mlflow_server, tmp_path, which, written],
         cwd=tmp_path,
-        env={"PYTHONPATH": str(script.parent)},
+        env=processes.python_path(processes.REPO / "tests"),
     )
     assert done.returncode == 0, done.stderr
     told = [json.loads(line) for line in done.stdout.splitlines()]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from faulted import Run
+from support.faulted import Run
 
 from ddpm.config import Config, override
 from ddpm.data.ray_dataset import open_configured
@@ -25,6 +25,7 @@ def tiny(digits_uri: str) -> Config:
             "model.base_width": 8,
             "model.width_multipliers": [1, 2],
             "model.norm_groups": 4,
+            "optim.lr": 2e-3,
             "optim.lr_warmup_images": 64,
             "train.total_images": 256,
             "train.batch_size": 32,

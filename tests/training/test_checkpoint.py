@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from forged import forge, forge_json, forge_tensors
 from safetensors.torch import load_file
+from support.forged import forge, forge_json, forge_tensors
 from torch import Tensor
 
 from ddpm.checkpoints import checkpoint
@@ -124,35 +124,39 @@ def test_nothing_loaded_is_executed(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "wrong", "message"),
     [
-        ("state.json", b'{"step": 3, "images', "Invalid JSON: EOF while parsing"),
-        ("state.json", b"[]", r"Input should be an object, got \[\]"),
-        ("state.json", b"[" * 9999, "Invalid JSON: recursion limit"),
-        ("state.json", b"\xff", "Invalid JSON"),
-        ("state.json", {"images_seen": "96"}, "images_seen: Input should be a valid integer, got '96'"),
-        ("state.json", {"images_seen": True}, "images_seen: Input should be a valid integer, got True"),
+        ("state.json", b'{"step": 3, "images', "it is not JSON: EOF while parsing"),
+        ("state.json", b"[]", r"it is \[\]; it must be an object"),
+        ("state.json", b"[" * 9999, "it is not JSON: recursion limit"),
+        ("state.json", b"\xff", "it is not JSON"),
+        ("state.json", {"images_seen": "96"}, "images_seen is '96'; it must be a valid integer"),
+        ("state.json", {"images_seen": True}, "images_seen is True; it must be a valid integer"),
         (
             "state.json",
             {"images_seen": -5},
-            "images_seen: Input should be greater than or equal to 0, got -5",
+            "images_seen is -5; it must be greater than or equal to 0",
         ),
-        ("state.json", {"images_seen": float("nan")}, "images_seen: Input should be .*, got nan"),
+        ("state.json", {"images_seen": float("nan")}, "images_seen is nan; it must be"),
         (
             "state.json",
             {"images_seen": 10**30},
-            "images_seen: Input should be less than 1000000000000, got 10+",
+            "images_seen is 10+; it must be less than 1000000000000",
         ),
         ("state.json", {"images_seen": 64}, r"images_seen is 64, but step 3 \* train\.batch_size 32 is 96"),
         ("state.json", {"skipped_steps": 4}, "skipped_steps is 4, but step is 3"),
-        ("state.json", {"best_held_out_loss": float("inf")}, "best_held_out_loss: .* finite number, got inf"),
-        ("state.json", {"data_fingerprint": ...}, "data_fingerprint: Field required$"),
+        (
+            "state.json",
+            {"best_held_out_loss": float("inf")},
+            "best_held_out_loss is inf; it must be a finite number",
+        ),
+        ("state.json", {"data_fingerprint": ...}, "it lacks 'data_fingerprint'$"),
         ("state.json", {"data_fingerprint": ""}, "data_fingerprint is '', but images_seen is 96"),
-        ("state.json", {"run_key": "\x1b\nerror:"}, r"run_key: .* pattern .*, got '\\x1b\\nerror:'"),
-        ("config.json", b"\xff", "'utf-8' codec can't decode byte 0xff in position 0"),
-        ("checksums.json", b"[" * 9999, "Invalid JSON: recursion limit"),
+        ("state.json", {"run_key": "\x1b\nerror:"}, r"run_key is '\\x1b\\nerror:'; it must .* pattern"),
+        ("config.json", b"\xff", "it is not JSON"),
+        ("checksums.json", b"[" * 9999, "it is not JSON: recursion limit"),
         (
             "checksums.json",
             b'{"\\u001b\\nerror:": 3}',
-            r"\\x1b\\nerror:: Input should be a valid string, got 3",
+            r"\\x1b\\nerror: is 3; it must be a valid string",
         ),
     ],
 )
@@ -170,9 +174,7 @@ def test_json_with_wrong_content_is_refused(
     else:
         readers.append(lambda: checkpoint.load_net(folder, CPU))
     for read in readers:
-        with pytest.raises(
-            UserError, match=f"^{folder}/{name} (is damaged|cannot be read): {message}"
-        ) as caught:
+        with pytest.raises(UserError, match=f"^{folder}/{name}( is damaged)?: {message}") as caught:
             read()
         assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
     assert not (folder.parent / "light").exists()

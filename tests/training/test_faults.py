@@ -6,17 +6,18 @@ Every test kills something for real in a run of two workers, and compares with o
 import json
 import os
 import random
+import shutil
 import signal
 import time
 import urllib.request
 from pathlib import Path
 
-import processes
 import pytest
-from faulted import TOTAL, Run, assert_same, assert_tracked_once, metric, tracked
 from mlflow import MlflowClient
-from processes import REPO
-from servers import RayHead
+from support import processes
+from support.faulted import TOTAL, Run, assert_same, assert_tracked_once, metric, tracked
+from support.processes import REPO
+from support.servers import RayHead
 
 WORKER = "ray::RayTrainWorker"
 CONTROLLER = "ray::TrainController"
@@ -27,22 +28,39 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.mark.oldest_ray
-def test_processes_killed_at_random_steps(run: Run, undisturbed: Run) -> None:
+def test_processes_killed_and_clocks_set(run: Run, undisturbed: Run, tmp_path: Path) -> None:
     """By itself the run goes on: two workers die, the coordinator of reading, and twice the actor between driver and
-    workers, whose successor is told what was there."""
+    workers, whose successor is told what was there. The clock of every Python process goes an hour forth, then two
+    back; a worker that is killed then resumes before it began."""
+    clock = tmp_path / "clock"
+    clock.write_text("0")
+    env = {"CLOCK_OFFSET_FILE": str(clock), **processes.python_path(REPO / "tests/support/jumping_clock")}
     dice = random.Random(0)
-    titles = [RUN_STATE, WORKER, RUN_STATE, WORKER, SPLITTER]
-    with run.start() as job:
-        for title in titles:
+    with run.start(env=env) as job:
+        for title, offset_s in (
+            (RUN_STATE, 0),
+            (WORKER, 3600),
+            (RUN_STATE, 3600),
+            (WORKER, -3600),
+            (SPLITTER, -3600),
+        ):
             job.wait_for(run.past(run.position()))
-            time.sleep(dice.uniform(0, 0.5))
+            clock.write_text(str(offset_s))
+            time.sleep(dice.uniform(0, 0.3))
             dice.choice(job.members(title)).send_signal(signal.SIGKILL)
+        job.wait_for(run.past(run.position()))
+        clock.write_text("0")
         assert job.wait() == 0, job.output
     assert "Traceback" not in job.output
     assert job.output.count("failed; going on") == 3  # warnings that a new actor was told among them
     assert_same(run, undisturbed)
     assert_tracked_once(run)
-    assert 0.3 < metric(run, "train/goodput")[-1][1] <= 1  # a step is lost or none: chance has it
+    assert all(0.3 < goodput < 1 for _, goodput in metric(run, "train/goodput"))  # a step is lost or none
+    history = MlflowClient(os.environ["MLFLOW_TRACKING_URI"]).get_metric_history(
+        tracked(run).info.run_id, "train/loss"
+    )
+    times = [point.timestamp for point in history]
+    assert max(times) - min(times) > 3_600_000, "the clock was never another one"
 
 
 def test_controller_driver_and_cluster_killed(run: Run, undisturbed: Run) -> None:
@@ -68,8 +86,10 @@ def test_controller_driver_and_cluster_killed(run: Run, undisturbed: Run) -> Non
     assert_tracked_once(run)
 
 
-def test_asked_to_stop(run: Run, undisturbed: Run) -> None:
-    """No step is lost: a checkpoint stands where the run was, and the same command goes on from there."""
+@pytest.mark.usefixtures("on_ray_head")
+def test_asked_to_stop_and_then_damaged(run: Run, undisturbed: Run) -> None:
+    """No step is lost: a checkpoint stands where the run was, and the same command goes on from there. When a byte of
+    the newest one has flipped, it goes on from the one before; when no checkpoint is whole, it does not begin anew."""
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         with run.start() as job:
             job.wait_for(run.past(run.position()))
@@ -77,45 +97,48 @@ def test_asked_to_stop(run: Run, undisturbed: Run) -> None:
             assert job.wait() == code, job.output
         assert f"stopped     at {run.position():,} images" in job.output
         assert "Traceback" not in job.output
+    stopped_at = run.position()
+    newest = sorted(Path(run.location.path).glob("checkpoint-*"))[-1]
+    half = newest.with_name("checkpoint-000000006000")
+    half.mkdir()
+    shutil.copy(newest / "net.safetensors", half)
+    flip(newest / "ema.safetensors")
     with run.start() as job:
         assert job.wait() == 0, job.output
+    assert f"{newest.name} is passed over for the one before" in job.output
+    assert f"{newest.name}/ema.safetensors is damaged" in job.output
+    assert not half.exists()
     assert_same(run, undisturbed)
     assert_tracked_once(run)
-    assert metric(run, "train/goodput")[-1] == (TOTAL, 1.0)
+    assert all(step > stopped_at for step, _ in metric(run, "train/goodput"))  # till then nothing was lost
+    for file in Path(run.location.path).glob("checkpoint-*/net.safetensors"):
+        flip(file)
+    with run.start() as job:
+        assert job.wait() == 2
+    assert f"error: every checkpoint of {run.location.uri} is damaged" in job.output
 
 
-def test_the_clock_jumps(run: Run, undisturbed: Run, tmp_path: Path) -> None:
-    """An hour forth and two back, in every Python process; and a worker that is killed resumes before it began."""
-    clock = tmp_path / "clock"
-    clock.write_text("0")
-    env = {
-        "CLOCK_OFFSET_FILE": str(clock),
-        "PYTHONPATH": os.pathsep.join([str(REPO / "tests/jumping_clock"), os.environ.get("PYTHONPATH", "")]),
-    }
-    with run.start(env=env) as job:
-        for offset_s in (3600, -3600):
-            job.wait_for(run.past(run.position()))
-            clock.write_text(str(offset_s))
-        job.wait_for(run.past(run.position() + 640))
-        job.members(WORKER)[0].send_signal(signal.SIGKILL)
-        job.wait_for(run.past(run.position()))
-        clock.write_text("0")
-        assert job.wait() == 0, job.output
-    assert "Traceback" not in job.output
-    assert_same(run, undisturbed)
-    assert_tracked_once(run)
-    history = MlflowClient(os.environ["MLFLOW_TRACKING_URI"]).get_metric_history(
-        tracked(run).info.run_id, "train/loss"
-    )
-    times = [point.timestamp for point in history]
-    assert max(times) - min(times) > 3_600_000, "the clock was never another one"
+def flip(file: Path) -> None:
+    """A bit of it."""
+    data = bytearray(file.read_bytes())
+    data[5000] ^= 1
+    file.write_bytes(data)
 
 
 @pytest.mark.oldest_ray
-def test_ray_job_stop(run: Run, undisturbed: Run, ray_head: RayHead) -> None:
-    """Three seconds are enough for a checkpoint; the job submitted again goes on at the very step."""
+def test_a_submitted_job_is_stopped_and_submitted_again(
+    digits_uri: str,
+    undisturbed: Run,
+    ray_head: RayHead,
+    mlflow_server: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three seconds are enough for a checkpoint, and the run goes on at the very step."""
+    run = Run("submitted", str(tmp_path / "runs"), digits_uri, tmp_path / "job.log")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
     command = ("python", "jobs/train.py", *run.arguments)
-    env = {"MLFLOW_TRACKING_URI": os.environ["MLFLOW_TRACKING_URI"], "OMP_NUM_THREADS": "2"}
+    env = {"MLFLOW_TRACKING_URI": mlflow_server, "OMP_NUM_THREADS": "2"}
     ray_head.submit(*command, env=env, options=("--no-wait", "--submission-id", "stopped"))
     deadline = time.monotonic() + 120
     while run.position() == 0 and time.monotonic() < deadline:
@@ -125,9 +148,15 @@ def test_ray_job_stop(run: Run, undisturbed: Run, ray_head: RayHead) -> None:
     assert TOTAL > run.position() > before > 0
     done = ray_head.submit(*command, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{TOTAL:,}/{TOTAL:,}" in done.stdout
     assert_same(run, undisturbed)
     assert_tracked_once(run)
-    assert metric(run, "train/goodput")[-1] == (TOTAL, 1.0)
+    assert metric(run, "train/goodput") == []  # nothing was lost
+    found = tracked(run)
+    assert found.data.params["cluster.num_workers"] == "2"
+    files = MlflowClient(mlflow_server).list_artifacts(found.info.run_id, "pictures")
+    pictures = ("forward_noising.png", "reverse_trajectory.png", "reverse_trajectory.gif")
+    assert {Path(file.path).name for file in files} == {*pictures}
     assert_ray_sees(ray_head, run)
 
 

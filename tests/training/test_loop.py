@@ -1,7 +1,9 @@
 """Algorithm 1 end to end in one process: it learns, it resumes bit for bit, it stops when it must."""
 
 import itertools
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +15,13 @@ from sklearn.neighbors import KNeighborsClassifier
 from ddpm.build import build_objective
 from ddpm.checkpoints import checkpoint
 from ddpm.config import Config, override
-from ddpm.data.reading import DataSet
+from ddpm.data.reading import DataSet, Images
+from ddpm.diffusion.objectives import Eps, Loss
+from ddpm.evaluation import measure
 from ddpm.presets import DIGITS
 from ddpm.sampling import generate
 from ddpm.training import loop
-from ddpm.training.runtime import LocalRuntime, NoTracker
+from ddpm.training.runtime import LocalRuntime, NoTracker, read_held_out
 from ddpm.training.state import State
 from ddpm.utils.errors import UserError
 
@@ -91,6 +95,42 @@ def test_seeds_alone_decide(tiny: Config, train_set: DataSet, tmp_path: Path) ->
     )
 
 
+@pytest.mark.parametrize("most", [8, 16, 24])
+def test_a_forward_pass_of_any_size_trains_the_same(
+    tiny: Config, train_set: DataSet, tmp_path: Path, most: int
+) -> None:
+    """The same images, flips, noise, t and dropped labels: the weights differ by the order of sums alone."""
+    changes = {"data.horizontal_flip": True, "model.num_classes": 10, "objective.variance": "learned"}
+    config = override(tiny, changes)
+    whole, parts = Notebook(), Notebook()
+    one = tensors(fit(config, train_set, tmp_path / "whole", whole))
+    several = fit(override(config, {"train.forward_images": most}), train_set, tmp_path / "parts", parts)
+    for name, tensor in tensors(several).items():
+        torch.testing.assert_close(tensor, one[name], rtol=1e-3, atol=1e-4, msg=name)
+    for images_seen, row in whole.rows.items():
+        for name in row.keys() - {"train/images_per_s", "train/mfu", "train/data_wait_share"}:
+            assert parts.rows[images_seen][name] == pytest.approx(row[name], rel=1e-3), name
+
+
+def test_dropout_draws_the_same_in_a_pass_of_any_size(
+    tiny: Config, train_set: DataSet, tmp_path: Path
+) -> None:
+    config = override(tiny, {"model.dropout": 0.3})
+    one = fit(config, train_set, tmp_path / "a")
+    assert_same(one, fit(override(config, {"train.forward_images": 8}), train_set, tmp_path / "b"))
+
+
+def test_a_gpu_without_enough_memory_is_told_in_one_line(
+    tiny: Config, train_set: DataSet, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Eps, "loss", full)
+    with pytest.raises(UserError, match=r"a forward pass of 32 images .* --train\.forward-images"):
+        fit(tiny, train_set, run_folder)
+
+
 def test_it_learns(tiny: Config, train_set: DataSet, run_folder: Path) -> None:
     notebook = Notebook()
     config = override(tiny, {"train.total_images": 6400, "train.log_every_images": 640})
@@ -113,15 +153,21 @@ def test_what_is_written_and_when(tiny: Config, train_set: DataSet, run_folder: 
         "train/lr",
         "train/images_per_s",
         "train/data_wait_share",
+        "train/mfu",
     } <= set(notebook.rows[64])
+    assert 0 < notebook.rows[64]["train/mfu"] < 1
     assert 0 <= notebook.rows[64]["train/data_wait_share"] <= 1
     assert "held_out/loss" in notebook.rows[128] and "held_out/loss" not in notebook.rows[64]
-    assert notebook.pictures == [("samples", 128), ("denoising", 128), ("samples", 256), ("denoising", 256)]
-    assert {Path(name).name for name in notebook.files} == {
+    assert not {"train/goodput", "train/workers", "data/corrupt_images"} & {*chain(*notebook.rows.values())}
+    assert notebook.pictures == [
+        *(("samples", 128), ("denoising", 128)),
+        *(("samples_last", 0), ("samples", 256), ("denoising", 256)),
+    ]
+    assert notebook.files == {
         "samples.png",
-        "forward_noising.png",
-        "reverse_trajectory.png",
-        "reverse_trajectory.gif",
+        "pictures/forward_noising.png",
+        "pictures/reverse_trajectory.png",
+        "pictures/reverse_trajectory.gif",
     }
     names = sorted(path.name for path in run_folder.iterdir())
     assert names == [
@@ -131,6 +177,49 @@ def test_what_is_written_and_when(tiny: Config, train_set: DataSet, run_folder: 
         "pictures",
         "samples",
     ]
+
+
+def test_grids_are_at_multiples_of_their_interval_whatever_the_batch(
+    tiny: Config, train_set: DataSet, run_folder: Path
+) -> None:
+    notebook = Notebook()
+    config = override(tiny, {"train.batch_size": 48, "train.sample_every_images": 100})
+    assert fit(config, train_set, run_folder, notebook).images_seen == 288
+    assert [at for key, at in notebook.pictures if key == "samples"] == [100, 200]
+    assert [at for key, at in notebook.pictures if key == "samples_last"] == [0]
+
+
+def test_bits_per_dim_of_held_out_images_come_with_each_checkpoint(
+    tiny: Config, train_set: DataSet, run_folder: Path
+) -> None:
+    """Those of jobs/evaluate.py, of a few images: the errors of x_0_hat are measured on the first eight."""
+    notebook = Notebook()
+    fit(tiny, train_set, run_folder, notebook)
+    assert [seen for seen, row in notebook.rows.items() if "held_out/bits_per_dim" in row] == [128, 256]
+    net, config = checkpoint.load_net(run_folder / "checkpoint-000000000256", torch.device("cpu"))
+    candidate = net, config, build_objective(config)
+    held_out = read_held_out(train_set.held_out(), config)
+    assert held_out is not None
+    pilot, rest = (Images(held_out.image[part], held_out.label[part]) for part in (slice(8), slice(8, 40)))
+    how: dict[str, Any] = {"variance": "measured", "device": torch.device("cpu")}
+    how["measured"] = measure.measure(*candidate, pilot, **how)
+    for num_draws, tolerance in ((4, 1e-4), (0, 0.2)):
+        (whole, *_) = measure.bits_per_dim(*candidate, rest, start=8, num_draws=num_draws, **how).scores()
+        assert notebook.rows[256]["held_out/bits_per_dim"] == pytest.approx(whole.value, abs=tolerance)
+        assert notebook.rows[256]["held_out_error/bits_per_dim"] == pytest.approx(whole.error, abs=tolerance)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"objective.process": "uniform_mix"}, {"schedule.num_timesteps": 1}, {"train.held_out_images": 9}],
+    ids=str,
+)
+def test_without_a_bound_or_images_there_are_no_bits(
+    tiny: Config, train_set: DataSet, run_folder: Path, change: dict[str, Any]
+) -> None:
+    notebook = Notebook()
+    fit(override(tiny, change | {"sample.num_sample_steps": 1}), train_set, run_folder, notebook)
+    assert "held_out/loss" in notebook.rows[256] and "held_out/bits_per_dim" not in notebook.rows[256]
 
 
 def test_the_newest_checkpoints_and_the_best_are_kept(
@@ -181,6 +270,49 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
         assert all(torch.isfinite(weight).all() for weight in net.parameters())
 
 
+@pytest.mark.parametrize("bad_step", [0, 3])
+def test_a_step_that_is_skipped_touches_no_weight(
+    tiny: Config, train_set: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad_step: int
+) -> None:
+    """The run goes on, also from a checkpoint of that step, as if it had not been one."""
+    config = override(
+        tiny,
+        {
+            "optim.skip_non_finite": 1,
+            "optim.lr_schedule": "constant",
+            "optim.lr_warmup_images": 0,
+            "train.checkpoint_every_images": 32,
+            "train.total_images": 32 * (bad_step + 1),
+        },
+    )
+    longer = override(config, {"train.total_images": 32 * 5})
+    calls, loss = iter(range(100)), Eps.loss
+
+    def failing(self: Eps, model: torch.nn.Module, *args: Any) -> Loss:
+        value = loss(self, model, *args)
+        bad = model.training and next(calls) == bad_step
+        return value._replace(value=value.value * float("nan")) if bad else value
+
+    start = State.create(config, torch.device("cpu"))
+    if bad_step:
+        before = override(config, {"train.total_images": 32 * bad_step})
+        start = fit(before, train_set, tmp_path / "before")
+    monkeypatch.setattr(Eps, "loss", failing)
+    notebook = Notebook()
+    skipped = fit(config, train_set, tmp_path / "skipped", notebook)
+    assert skipped.skipped_steps == notebook.rows[32 * (bad_step + 1)]["train/skipped_steps"] == 1
+    for name, weight in skipped.net.state_dict().items():
+        assert torch.equal(weight, start.net.state_dict()[name]), name
+    for name, tensor in start.optimizer_tensors().items():
+        assert torch.equal(tensor, skipped.optimizer_tensors()[name]), name
+
+    resumed = fit(longer, train_set, tmp_path / "skipped")
+    calls = iter(range(100))
+    straight = fit(longer, train_set, tmp_path / "straight")
+    assert resumed.skipped_steps == straight.skipped_steps == 1
+    assert_same(resumed, straight)
+
+
 def test_training_never_sees_what_is_held_out(tiny: Config, train_set: DataSet, run_folder: Path) -> None:
     held_out = train_set.held_out()
     assert held_out is not None
@@ -205,6 +337,8 @@ def test_batches_from_the_middle_are_those_of_the_whole(
     ("change", "message"),
     [
         ({"train.micro_batch_size": 5}, "not a positive multiple of micro_batch_size 5"),
+        ({"train.forward_images": 12}, "forward_images is 12; it must be a multiple of micro_batch_size 8"),
+        ({"train.forward_images": 0}, "forward_images is 0; it must be a multiple of micro_batch_size 8"),
         ({"schedule.beta_end": 2.0, "schedule.kind": "linear"}, "beta_end"),
         ({"model.norm_groups": 3}, "norm_groups"),
         ({"sample.sampler": "mix"}, "mix cannot undo the process gaussian"),

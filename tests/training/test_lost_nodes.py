@@ -11,11 +11,11 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 
-import processes
 import pytest
-from faulted import TOTAL, Run, assert_same, assert_tracked_once, metric
-from processes import REPO
-from servers import RayHead, RayNode
+from support import processes
+from support.faulted import Run, assert_same, assert_tracked_once, metric
+from support.processes import REPO
+from support.servers import RayHead, RayNode
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -47,14 +47,26 @@ def add(nodes: ExitStack, head: RayHead, num_cpus: int) -> RayNode:
     return nodes.enter_context(head.add_node(num_cpus))
 
 
-def test_a_node_of_a_worker_and_one_of_data_tasks_lost(
+@pytest.mark.oldest_ray
+def test_a_node_is_taken_away_and_two_are_lost(
     run: Run, undisturbed: Run, head: RayHead, nodes: ExitStack
 ) -> None:
-    """With the second go the blocks it holds, read ahead for the workers."""
-    data, _, second = [add(nodes, head, num_cpus) for num_cpus in (1, 2, 2)]
+    """When a node is announced to go, the workers leave a checkpoint of the step they are in, and go on elsewhere:
+    that is no failure. Then the node of a worker is lost, and with it the blocks that it has read ahead for the
+    workers; then that of the data tasks."""
+    data, first, second = [add(nodes, head, num_cpus) for num_cpus in (1, 2, 2)]
     with run.start(*WORKER_CPUS, env={"RAY_ADDRESS": head.address}) as job:
         job.wait_for(run.past(0))
+        (worker,) = processes.members(second.pid, WORKER)
+        with processes.paused([worker]):
+            add(nodes, head, 2)
+            head.drain(second.node_id, within_s=60)
+        job.wait_for(lambda: "going on elsewhere" in job.output)
+        job.wait_for(run.past(run.position()))
+        assert "failed" not in job.output
+        moved = run.position()
         second.kill()
+        first.kill()
         add(nodes, head, 2)
         job.wait_for(run.past(run.position()))
         data.kill()
@@ -63,25 +75,7 @@ def test_a_node_of_a_worker_and_one_of_data_tasks_lost(
     assert "Traceback" not in job.output
     assert_same(run, undisturbed)
     assert_tracked_once(run)
-
-
-@pytest.mark.oldest_ray
-def test_a_node_about_to_be_taken_away(run: Run, undisturbed: Run, head: RayHead, nodes: ExitStack) -> None:
-    """The workers leave a checkpoint of the step they are in, and go on elsewhere; nothing is trained twice."""
-    *_, second = [add(nodes, head, num_cpus) for num_cpus in (1, 2, 2)]
-    flags = (*WORKER_CPUS, "--cluster.max-failures", "0")  # it is not a failure
-    with run.start(*flags, env={"RAY_ADDRESS": head.address}) as job:
-        job.wait_for(run.past(0))
-        (worker,) = processes.members(second.pid, WORKER)
-        with processes.paused([worker]):
-            add(nodes, head, 2)
-            head.drain(second.node_id, within_s=60)
-        job.wait_for(lambda: "going on elsewhere" in job.output)
-        second.kill()
-        assert job.wait() == 0, job.output
-    assert_same(run, undisturbed)
-    assert_tracked_once(run)
-    assert metric(run, "train/goodput")[-1] == (TOTAL, 1.0)
+    assert all(step > moved for step, _ in metric(run, "train/goodput"))  # by moving, nothing was lost
 
 
 @pytest.mark.oldest_ray
@@ -99,9 +93,10 @@ def test_an_elastic_run_shrinks_and_grows(run: Run, head: RayHead, nodes: ExitSt
         job.process.send_signal(signal.SIGINT)
         assert job.wait() == 128 + signal.SIGINT, job.output
     assert sizes(run)[-3:] == [2, 1, 2]
-    lost = [seen / goodput - seen for seen, goodput in metric(run, "train/goodput")]
-    alone = [at for at, (_, workers) in enumerate(metric(run, "train/workers")) if workers == 1]
-    assert lost[-1] == pytest.approx(lost[alone[-1]], abs=32)  # half a step
+    lost = {seen: seen / goodput - seen for seen, goodput in metric(run, "train/goodput")}
+    alone = [seen for seen, workers in metric(run, "train/workers") if workers == 1]
+    assert max(lost) > alone[-1]
+    assert lost[max(lost)] == pytest.approx(lost.get(alone[-1], 0.0), abs=32)  # half a step
 
 
 def sizes(run: Run) -> list[int]:

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from faulted import Run, assert_same, assert_tracked_once, segments
-from processes import run_job
-from servers import MlflowServer
+from support.faulted import Run, assert_same, assert_tracked_once, segments
+from support.processes import run_job
+from support.servers import MlflowServer
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("on_ray_head")]
 
 
 def test_killed_and_back(run: Run, undisturbed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
-import processes
 import pytest
-import servers
 from mlflow import MlflowClient
-from processes import REPO, Background
-from tracked import names_in, wait_for
+from support import processes, servers
+from support.processes import REPO, Background
+from support.tracked import names_in, wait_for
 
 from ddpm.storage import locations
 from ddpm.storage.locations import Location

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from power import Disk
+from support.power import Disk
 
 from ddpm.checkpoints import checkpoint, runs
 from ddpm.config import Config

@@ -7,8 +7,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from processes import members
 from safetensors.torch import load_file
+from support.processes import members
 
 from ddpm.config import Config, override
 from ddpm.data.reading import DataSet

@@ -6,15 +6,16 @@ import sys
 import threading
 from pathlib import Path
 
-import pyarrow.fs as pafs
 import pytest
-from processes import REPO
+from support.processes import REPO
 
-from ddpm.data.manifest import write_whole
+from ddpm.storage.locations import resolve
 from ddpm.utils import files, process
 
 
-@pytest.mark.parametrize("write", [files.write_whole, lambda path, data: write_whole(LOCAL, str(path), data)])
+@pytest.mark.parametrize(
+    "write", [files.write_whole, lambda path, data: resolve(str(path)).write(data, durable=True)]
+)
 def test_writers_of_one_file_do_not_disturb_each_other(write: object, tmp_path: Path) -> None:
     file, errors = tmp_path / "a/b/file", list[Exception]()
 
@@ -33,9 +34,6 @@ def test_writers_of_one_file_do_not_disturb_each_other(write: object, tmp_path: 
         thread.join()
     assert errors == []
     assert file.read_bytes() in contents and list(file.parent.iterdir()) == [file]
-
-
-LOCAL = pafs.LocalFileSystem()
 
 
 def test_what_the_dead_left_is_swept_and_nothing_else(tmp_path: Path) -> None:

@@ -25,24 +25,20 @@ class Falters:
 
 
 def test_it_goes_on_until_there_is_an_answer() -> None:
-    told: list[OSError] = []
-    error = OSError("busy")
-    assert retry_io(Falters(3, error), where="s3://b", timeout_s=60, before_retry=told.append) == 4
-    assert told == [error] * 3
+    assert retry_io(Falters(3, OSError("busy")), where="s3://b", timeout_s=60) == 4
 
 
 def test_down_for_good_is_one_line_that_says_all() -> None:
-    told: list[OSError] = []
     call = Falters(float("inf"), OSError("AWS Error SLOW_DOWN:\n  reduce your\trate"))
     with pytest.raises(StorageError) as caught:
-        retry_io(call, where="s3://bucket/runs", timeout_s=0.5, before_retry=told.append)
+        retry_io(call, where="s3://bucket/runs", timeout_s=0.5)
     expected = (
         r"s3://bucket/runs: storage has failed for \d+ s \(--run\.storage-timeout-s 0\.5\); its last answer: "
         r"AWS Error SLOW_DOWN: reduce your rate"
     )
     assert re.fullmatch(expected, str(caught.value))
     assert caught.value.exit_code == 1 and isinstance(caught.value, UserError)
-    assert call.calls >= 2 and len(told) == call.calls - 1  # the last failure is followed by no other try
+    assert call.calls >= 2
 
 
 def test_without_time_there_is_one_try() -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm.utils.generators import PhiloxGenerator, TorchGenerator, generator
+from ddpm.utils.generators import PerMicroBatch, PhiloxGenerator, TorchGenerator, generator
 from ddpm.utils.seeding import Purpose, key, torch_seed
 
 CPU = torch.device("cpu")
@@ -31,6 +31,15 @@ def test_keys_tell_counters_apart_by_value_order_length_and_width() -> None:
 def test_a_stream_is_its_counters() -> None:
     first, again, other = (generator(CPU, 0, i).normal([64]) for i in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_a_micro_batch_draws_the_same_in_any_company() -> None:
+    def drawn(*micro_batches: int) -> list[torch.Tensor]:
+        noise, n = PerMicroBatch([generator(CPU, 0, i) for i in micro_batches]), 2 * len(micro_batches)
+        return [noise.uniform([n]), noise.integers(9, [n]), noise.normal([n, 1, 4, 4], torch.float64)]
+
+    for together, *alone in zip(drawn(3, 1, 4), drawn(3), drawn(1), drawn(4), strict=True):
+        assert torch.equal(together, torch.cat(alone))
 
 
 def test_two_images_that_were_once_the_same_differ() -> None:

@@ -1,0 +1,181 @@
+"""What busy neighbours cost: images/s of `jobs/train.py digits` beside 0, 1 and 2 processes that compute without end.
+
+    python benchmarks/busy.py [--repeats 3] [--turn-s 7] [--quick]
+
+Each row of the table is one run, with another way in which OpenMP's threads wait (GCC's libgomp), with another number
+of threads or of workers. All are started, then take turns: meanwhile the others are suspended, so that a machine that
+grows busy slows all alike. Speed is between the points that the run itself tracks during a turn. The table goes to
+benchmarks/busy.md.
+"""
+
+import contextlib
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from harness import tables
+from harness.turns import LOG, Contestant, Turn, ended_after
+
+from ddpm.tracking import metrics_buffer, spool
+from ddpm.tracking.metrics_buffer import Metrics
+from ddpm.utils.openmp import SPIN_COUNT, VARIABLES
+
+TRAIN = Path(__file__).resolve().parent.parent / "jobs/train.py"
+FLAGS = """--train.total-images 1000000000 --train.log-every-images 128 --train.checkpoint-every-images 0
+    --train.sample-every-images 0 --run.storage . --run.name run""".split()
+OURS = "ours: the preset, 1 thread"
+TWO = ["--cluster.threads-per-worker", "2"]
+ROWS: dict[str, tuple[dict[str, str], list[str]]] = {
+    "2 threads, OMP_WAIT_POLICY=active": ({"OMP_WAIT_POLICY": "active"}, TWO),
+    "2 threads, GOMP_SPINCOUNT=300000, libgomp's default": ({"GOMP_SPINCOUNT": "300000"}, TWO),
+    f"2 threads, GOMP_SPINCOUNT={SPIN_COUNT}, ours": ({}, TWO),
+    "2 threads, GOMP_SPINCOUNT=1000": ({"GOMP_SPINCOUNT": "1000"}, TWO),
+    "2 threads, OMP_WAIT_POLICY=passive": ({"OMP_WAIT_POLICY": "passive"}, TWO),
+    OURS: ({}, []),
+    "2 workers of 1 thread": ({}, ["--cluster.num-workers", "2"]),
+}
+"""Environment and flags of each run. GOMP_SPINCOUNT=0 is what passive means."""
+NEIGHBOURS = (0, 1, 2)
+FIRST_STEP = re.compile(r"^images [1-9]", re.MULTILINE)
+STARTING_S, WARM_UP_S = 2.0, 5.0
+"""Length of the turns until the first step, and of the one after it, in which MLflow is imported."""
+SETTLING_S = 0.5
+"""The beginning of a turn does not count."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """How long to measure."""
+
+    repeats: int = 3
+    turn_s: float = 7.0
+    quick: bool = False
+    """One turn of each, of OpenMP's extremes and ours, beside 0 and 1 neighbours; the table is only printed."""
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, description=__doc__)
+    rows, neighbours, repeats = list(ROWS), NEIGHBOURS, arguments.repeats
+    if arguments.quick:
+        rows, neighbours, repeats = [rows[0], rows[4], OURS], NEIGHBOURS[:2], 1
+    with tempfile.TemporaryDirectory(prefix="bench-busy-", dir="/tmp") as folder:
+        folders = {row: Path(folder, str(i)) for i, row in enumerate(rows)}
+        runs = {row: contestant(row, folders[row]) for row in rows}
+        cells: dict[tuple[str, int], list[Turn]] = {(row, n): [] for n in neighbours for row in rows}
+        with ended_after(list(runs.values())):
+            for row, run in runs.items():
+                start(row, run, folders[row])
+            for i in range(repeats):
+                for row, n in cells if i % 2 == 0 else reversed(cells):
+                    with busy(n):
+                        runs[row].turn(arguments.turn_s)
+                    cells[row, n].append(runs[row].turns[-1])
+        tracked = {row: points(folders[row]) for row in rows}
+    speeds = {cell: [speed(tracked[cell[0]], turn) for turn in turns] for cell, turns in cells.items()}
+    write(arguments, rows, neighbours, speeds)
+
+
+def contestant(row: str, folder: Path) -> Contestant:
+    """A run with a Ray cluster of its own, whose metrics stay in its folder: no MLflow answers."""
+    environment, flags = ROWS[row]
+    folder.mkdir()
+    kept = {name: value for name, value in os.environ.items() if name not in (*VARIABLES, "OMP_NUM_THREADS")}
+    own = {
+        "RAY_TMPDIR": str(folder),
+        "RAY_AUTH_MODE": "disabled",
+        "MLFLOW_TRACKING_URI": "http://127.0.0.1:9",
+    }
+    return Contestant(
+        [sys.executable, str(TRAIN), "digits", *FLAGS, *flags], folder, kept | own | environment
+    )
+
+
+def start(row: str, run: Contestant, folder: Path) -> None:
+    """Let it run past its first step.
+
+    Raises:
+        RuntimeError: it ended.
+    """
+    while True:
+        run.turn(STARTING_S)
+        log = (folder / LOG).read_text(errors="replace")
+        if run.ended:
+            raise RuntimeError(f"{row}:\n{log}")
+        if FIRST_STEP.search(log):
+            break
+    run.turn(WARM_UP_S)
+    print(f"{row}: trains after {run.turns[-1].ended - run.turns[0].began:.0f} s", flush=True)
+
+
+@contextlib.contextmanager
+def busy(number: int) -> Iterator[None]:
+    """So many processes that take all they can get of a core meanwhile."""
+    neighbours = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(number)]
+    try:
+        yield
+    finally:
+        for neighbour in neighbours:
+            neighbour.kill()
+            neighbour.wait()
+
+
+def points(folder: Path) -> list[tuple[float, int]]:
+    """Seconds since the epoch and images_seen, of every log line of a run."""
+    found = set()
+    for segment in (folder / "run" / spool.FOLDER).glob("*.zip"):
+        for record in metrics_buffer.read(segment.read_bytes(), str(segment)):
+            if isinstance(record, Metrics) and "train/images_per_s" in record.values:
+                found.add((record.timestamp_ms / 1000, record.images_seen))
+    return sorted(found)
+
+
+def speed(tracked: list[tuple[float, int]], turn: Turn) -> float:
+    """Images/s in a turn; nan: there are no two points in it."""
+    inside = [point for point in tracked if turn.began + SETTLING_S <= point[0] <= turn.ended]
+    if len(inside) < 2:
+        return float("nan")
+    (began, first), (ended, last) = inside[0], inside[-1]
+    return (last - first) / (ended - began)
+
+
+def write(
+    arguments: Arguments,
+    rows: list[str],
+    neighbours: tuple[int, ...],
+    speeds: dict[tuple[str, int], list[float]],
+) -> None:
+    """The table, as Markdown."""
+    quiet = statistics.median(speeds[OURS, 0])
+    names = [
+        "",
+        *(head for n in neighbours for head in (f"{n} busy: images/s", "of ours alone", "all turns")),
+    ]
+    cells: list[list[str]] = []
+    for row in rows:
+        cells.append([row])
+        for n in neighbours:
+            median = statistics.median(speeds[row, n])
+            every = ", ".join(f"{value:,.0f}" for value in speeds[row, n])
+            cells[-1] += [f"{median:,.0f}", f"{median / quiet:.2f}", every]
+    lines = tables.table(names, cells)
+    if arguments.quick:
+        print("\n".join(lines))
+        return
+    about = (
+        f"`jobs/train.py digits` beside processes that compute without end: medians of {arguments.repeats} turns of "
+        f"{arguments.turn_s:g} s (`python benchmarks/busy.py`). One worker, but for the last row. "
+        f"GOMP_SPINCOUNT={SPIN_COUNT} holds unless the environment has one of these variables. "
+        f"{tables.machine('ray')}."
+    )
+    tables.write(__file__, "Beside busy neighbours", about, "", *lines)
+
+
+if __name__ == "__main__":
+    main()

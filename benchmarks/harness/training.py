@@ -1,0 +1,66 @@
+"""Runs of training on Ray whose steps are timed."""
+
+import os
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ddpm.config import Config, override
+from ddpm.data import builtin, ray_dataset
+from ddpm.training import fit, worker_group
+
+_work = worker_group.work
+
+
+def tick(folder: str) -> None:
+    """Note that this process has completed a step."""
+    with Path(folder, f"{os.getpid()}.ticks").open("a") as file:
+        file.write(f"{time.time()}\n")
+
+
+def ticks(folder: str) -> dict[str, list[float]]:
+    """When steps were completed, seconds since the epoch, by process."""
+    return {
+        path.stem: [float(line) for line in path.read_text().splitlines()]
+        for path in Path(folder).glob("*.ticks")
+    }
+
+
+def timed_work(folder: str, spec: dict[str, Any]) -> None:
+    """Training in the worker; each step of rank 0 leaves a tick in the folder."""
+    from ddpm.training.worker import RayRuntime
+
+    flags = RayRuntime.any_of
+    Path(folder, f"{os.getpid()}.entered").write_text(str(time.time()))
+
+    def timed(self: RayRuntime, *args: Any, **kwargs: Any) -> Any:
+        found = flags(self, *args, **kwargs)
+        if self.rank == 0:
+            tick(folder)
+        return found
+
+    RayRuntime.any_of = timed  # type: ignore[method-assign]
+    _work(spec)
+
+
+def train(
+    config: Config,
+    folder: str,
+    values: Mapping[str, Any],
+    work: Any = timed_work,
+    mlflow_uri: str | None = None,
+) -> Config:
+    """Train `config` with other values as the run FOLDER/bench; returns what was trained.
+
+    Args:
+        work: what a worker runs, called with `folder` first.
+        mlflow_uri: None: a database in `folder`.
+    """
+    os.environ["MLFLOW_TRACKING_URI"] = mlflow_uri or f"sqlite:///{folder}/mlflow.db"
+    config = override(config, {"run.storage": folder, "run.name": "bench", **values})
+    config = builtin.with_shards(config)
+    worker_group.work = partial(work, folder)
+    fit.fit(config, ray_dataset.open_configured(config))
+    return config

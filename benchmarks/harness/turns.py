@@ -1,0 +1,165 @@
+"""Contestants that take turns, so that a machine that grows busy slows all alike.
+
+`in_turns` runs each to its end. A `Contestant` is a process that is suspended between its turns.
+"""
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+
+from harness.processes import family
+
+K, V = TypeVar("K"), TypeVar("V")
+
+LOG, TURNS = "log", "turns.json"
+"""In a contestant's folder: what it wrote on the terminal, and when it ran."""
+GAP_S = 2.0
+"""Where this process itself was held up for longer, all of them are taken to have been: the time does not count."""
+LAST_WORDS_S = 90.0
+"""So long may one go on that has been asked to end."""
+
+
+def in_turns(contestants: Sequence[K], repeats: int, measure: Callable[[K], V]) -> dict[K, list[V]]:
+    """What `measure` finds of each contestant, `repeats` times; every other round begins with the last one."""
+    found: dict[K, list[V]] = {key: [] for key in contestants}
+    for i in range(repeats):
+        for key in contestants if i % 2 == 0 else reversed(contestants):
+            found[key].append(measure(key))
+            print(f"{key}: {found[key][-1]}", flush=True)
+    return found
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A stretch of time in which a contestant ran."""
+
+    began: float
+    """Seconds since the epoch."""
+    ended: float
+    cpu_s: float
+    """Of all its processes, since the first turn."""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a contestant has had."""
+
+    wall_s: float
+    cpu_s: float
+
+    def __sub__(self, other: "Spent") -> "Spent":
+        return Spent(self.wall_s - other.wall_s, self.cpu_s - other.cpu_s)
+
+
+def spent(turns: Sequence[Turn], until: float) -> Spent:
+    """Up to a moment, in seconds since the epoch; within a turn its CPU time is taken to be even."""
+    wall_s = cpu_s = before = 0.0
+    for turn in turns:
+        share = min(max((until - turn.began) / max(turn.ended - turn.began, 1e-9), 0.0), 1.0)
+        wall_s += share * (turn.ended - turn.began)
+        cpu_s += share * (turn.cpu_s - before)
+        before = turn.cpu_s
+    return Spent(wall_s, cpu_s)
+
+
+def read_turns(folder: Path) -> list[Turn] | None:
+    """None: it has never run."""
+    file = folder / TURNS
+    return [Turn(**turn) for turn in json.loads(file.read_text())] if file.exists() else None
+
+
+class Contestant:
+    """A command and all the processes that come of it, which run in turns only.
+
+    Args:
+        command: is started with the first turn, in `folder`, where also its log goes.
+        environment: all of it.
+    """
+
+    def __init__(self, command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
+        self._command, self._folder = command, folder
+        self._environment = environment
+        self._process: subprocess.Popen[bytes] | None = None
+        self.turns: list[Turn] = []
+
+    @property
+    def ended(self) -> bool:
+        return self._process is not None and self._process.poll() is not None
+
+    def turn(self, seconds: float) -> None:
+        """Let it run for so long, or until it ends."""
+        began = time.time()
+        if self._process is None:
+            with (self._folder / LOG).open("wb") as log:
+                self._process = subprocess.Popen(
+                    self._command, cwd=self._folder, env=self._environment, stdout=log, stderr=log
+                )
+        self._signal(signal.SIGCONT)
+        ran, last = 0.0, began
+        while ran < seconds and not self.ended:
+            time.sleep(0.1)
+            now = time.time()
+            if now - last > GAP_S:
+                self._count(began, last)
+                began = now
+            else:
+                ran += now - last
+            last = now
+        self._count(began, last)
+        self._signal(signal.SIGSTOP)
+        (self._folder / TURNS).write_text(json.dumps([asdict(turn) for turn in self.turns]))
+
+    def end(self) -> None:
+        """Ask it to end, and if it does not, end it."""
+        tree = self._tree()
+        self._signal(signal.SIGCONT)
+        if self._process is not None:
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(LAST_WORDS_S)
+        for process in tree:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def _count(self, began: float, ended: float) -> None:
+        cpu_s = sum(map(_cpu_s, self._tree()))
+        before = self.turns[-1].cpu_s if self.turns else 0.0
+        self.turns.append(Turn(began, ended, max(cpu_s, before)))
+
+    def _tree(self) -> list[psutil.Process]:
+        return [] if self._process is None or self.ended else list(family(self._process.pid))
+
+    def _signal(self, number: signal.Signals) -> None:
+        """To all its processes, also those that are born meanwhile."""
+        reached: set[int] = set()
+        while new := [process for process in self._tree() if process.pid not in reached]:
+            for process in new:
+                reached.add(process.pid)
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
+
+
+@contextmanager
+def ended_after(contestants: Sequence[Contestant]) -> Iterator[None]:
+    """Whatever happens, none of them goes on afterwards."""
+    try:
+        yield
+    finally:
+        for contestant in contestants:
+            contestant.end()
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    """Of a process, and of its children that have ended."""
+    try:
+        return sum(process.cpu_times()[:4])
+    except psutil.NoSuchProcess:
+        return 0.0

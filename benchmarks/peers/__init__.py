@@ -1,0 +1,1 @@
+"""The contestants that ours is measured beside, each as its documentation advises."""

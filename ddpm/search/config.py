@@ -1,0 +1,55 @@
+"""The arguments of a search: a preset, and how its trials are proposed, stopped and compared."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from ddpm.config import Config, FeatureNetName
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A preset, its changes for all trials, and how to search."""
+
+    preset: tyro.conf.Suppress[str]
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    num_trials: int = 16
+    """Total number of trials."""
+    max_concurrent: int = 2
+    """Trials at a time, each with cluster.num_workers workers."""
+    space: tuple[str, ...] = ()
+    """Search space, such as 'optim.lr=log(1e-5,1e-2)' 'schedule.kind=linear|cosine'; tune/space.py lists the forms
+    and the default."""
+    searcher: Literal["optuna", "random", "grid"] = "optuna"
+    grid_points: int = 3
+    """grid: number of values per range."""
+    scheduler: Literal["asha", "none"] = "asha"
+    """asha: at each rung, the best 1 / reduction_factor of the trials seen there continue."""
+    reduction_factor: int = 3
+    """asha: factor between two rungs, in trials that continue and in images seen."""
+    num_rungs: int = 3
+    """asha: evaluations per trial, the last at its end, each one before it a reduction_factor earlier."""
+    metric: Literal["bits_per_dim", "held_out/loss", "train/loss"] = "bits_per_dim"
+    """The losses can compare learning rates, but not schedules."""
+    variance: Literal["auto", "beta", "beta_tilde", "measured"] = "auto"
+    """bits/dim: variance of p(x_{t-1} | x_t). auto: learned if the net learns it, else measured on training images. The
+    fixed ones favour schedules of many steps."""
+    num_images: int = 512
+    """Largest number of held-out images for evaluating trials."""
+    seed: int = 0
+    """Seed of the searcher and of the evaluator's noise; train.seed is the seed of every trial."""
+    finalists: int = 3
+    """Number of best trials that are also compared by KID."""
+    drawn_images: int = 1000
+    """Generated images per finalist."""
+    features: FeatureNetName | None = None
+    """Feature net of KID. None: classifier if the data has classes, else lite0."""
+    name: str | None = None
+    """Name of the search. None: search-PRESET."""
+    storage: str | None = None
+    """Folder or s3:// URI that holds searches. None: run.storage."""
+    file: Annotated[str | None, tyro.conf.arg(name="config", metavar="FILE")] = None
+    """JSON file of changes to the preset, such as a search's best.json; flags are applied after it."""
+    verbose: bool = False
+    """Show Ray's messages."""

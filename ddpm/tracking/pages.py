@@ -1,0 +1,163 @@
+"""What MLflow's pages say of an experiment and of a run, beside its records: kind, view, params, tags, description."""
+
+import functools
+import json
+import re
+import subprocess
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ddpm import config as configs
+from ddpm import presets
+from ddpm.build import resolve_sample
+from ddpm.config import Config
+from ddpm.diffusion.objectives import PROCESSES
+from ddpm.diffusion.schedules import SCHEDULES
+
+KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
+"""Tag of an experiment that says what it is of: model training. No constant of MLflow's names it, and the pages of
+3.17 go by a switch that each browser remembers, or by WORKFLOW in a link."""
+WORKFLOW = "workflowType=machine_learning"
+VIEW_TAG = "mlflow.sharedViewState.ddpm"
+"""Tag of a saved view of the experiment's runs, as MLflow's pages keep one (3.17)."""
+NOTE_TAG = "mlflow.note.content"
+NOTE_END = "\n\n*Written by the run; another text in its place stays.*"
+GRID, LAST_GRID = "samples.png", "samples_last"
+"""The newest grid as an artifact, and the key of the last one among the images."""
+COLUMNS = (
+    *("params.`schedule.kind`", "params.`optim.lr`", "tags.`changed`"),
+    *("metrics.`held_out/bits_per_dim`", "metrics.`eval/bits_per_dim`", "metrics.`eval/KID-classifier`"),
+    "metrics.`train/images_per_s`",
+)
+OURS = ("jobs/train.py", "tune/search.py")
+NO_EFFECT = ("run.", "cluster.", "data.stall_timeout_s")
+STATUS = {"RUNNING": "Running", "FINISHED": "Finished", "KILLED": "Stopped", "FAILED": "Failed"}
+
+
+def params(config: Config) -> dict[str, Any]:
+    """The flat config without what has no effect on the images of this run, and without what is None."""
+    objective, has_labels = config.objective, config.model.num_classes > 0
+    sample = resolve_sample(config.sample, objective)
+    is_ancestral, is_second_order = sample.sampler == "ancestral", sample.sampler in ("dpmpp_2m", "heun")
+    schedule = {"kind", "num_timesteps", *SCHEDULES[config.schedule.kind][1]}
+    has_effect = {
+        **{f"schedule.{name}": name in schedule for name in configs.flatten(config.schedule)},
+        "objective.min_snr_gamma": objective.weight == "min_snr",
+        "objective.label_dropout": has_labels,
+        "sample.guidance_scale": has_labels,
+        "sample.rho": sample.spacing == "karras" or (sample.spacing == "auto" and is_second_order),
+        "sample.eta": sample.sampler in ("ddim", "dpmpp_2m"),
+        "sample.mean": is_ancestral,
+        "sample.variance": is_ancestral,
+        "sample.clip_x_0": not is_ancestral,
+        "data.max_corrupt_share": config.data.on_corrupt == "substitute",
+    }
+    if not PROCESSES[objective.process].uses_time:
+        has_effect |= dict.fromkeys([f"schedule.{name}" for name in configs.flatten(config.schedule)], False)
+        has_effect |= dict.fromkeys(
+            [f"objective.{name}" for name in ("predict", "weight", "min_snr_gamma", "variance")], False
+        )
+    return {
+        key: value
+        for key, value in configs.flatten(config).items()
+        if value is not None
+        and has_effect.get(key, not key.startswith(NO_EFFECT) or key == "cluster.num_workers")
+    }
+
+
+def nearest_preset(config: Config) -> tuple[str, dict[str, Any]]:
+    """The preset with the fewest differences from `config`, and these, but not the place of the data."""
+    flat = params(config)
+    changes = {
+        name: {key: value for key, value in flat.items() if key != "data.shards" and value != known.get(key)}
+        for name, known in ((name, configs.flatten(preset)) for name, preset in presets.PRESETS.items())
+    }
+    return min(changes.items(), key=lambda item: len(item[1]))
+
+
+def tags(config: Config, command: str | None) -> dict[str, str]:
+    """Tags of a run that begins: preset, what differs from it, versions, and the command that goes on with it."""
+    name, changes = nearest_preset(config)
+    changed = ", ".join(f"{key}={value}" for key, value in changes.items()) or "nothing"
+    made = {"preset": name, "changed": changed, **_versions()}
+    return made | ({"command": command} if command else {})
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """Versions of the packages, and git's commit where this file is one of its."""
+    found = {}
+    for package, name in (("ddpm-on-ray", "ddpm"), ("torch", "torch"), ("ray", "ray")):
+        with suppress(PackageNotFoundError):
+            found[f"version.{name}"] = version(package)
+    git = ["git", "-C", str(Path(__file__).parent)]
+    with suppress(OSError, subprocess.SubprocessError):
+        how: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 10, "check": True}
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], **how)
+        described = subprocess.run(
+            [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], **how
+        )
+        commit, _, dirty = described.stdout.strip().partition("-")
+        found |= {"git.commit": commit, "git.dirty": str(bool(dirty)), "mlflow.source.git.commit": commit}
+    return found
+
+
+def experiment_tags(source: str) -> dict[str, str]:
+    """Tags of an experiment with runs of the program `source`: its kind, and for ours a view of the runs."""
+    if source not in OURS:
+        return {KIND_TAG: KIND}
+    grids = [
+        {"type": "IMAGE", "uuid": key, "imageKeys": [key], "step": 0, "metricSectionId": "grids"}
+        | {"showRunParams": False}
+        for key in (LAST_GRID, "samples")
+    ]
+    one_row = {"columns": 1, "cardHeight": 400}  # for the pictures of three runs
+    section = {"uuid": "grids", "name": "grids", "display": True, "isReordered": True, **one_row}
+    charts = {"compareRunCharts": grids, "compareRunSections": [section], "isAccordionReordered": True}
+    state = json.dumps({"selectedColumns": COLUMNS, **charts})
+    view = {"name": "Schedules and scores", "createdAt": int(time.time() * 1000), "state": state}
+    return {KIND_TAG: KIND, VIEW_TAG: json.dumps(view)}
+
+
+def link(uri: str, experiment_id: str | None, run_id: str | None) -> str:
+    """The page of a run on the server at `uri`."""
+    return f"{uri.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}?{WORKFLOW}"
+
+
+def description(run: Any) -> str | None:
+    """The description of an MLflow run in Markdown, from its tags, params and newest metrics; None: it is not ours."""
+    tags, params, metrics = run.data.tags, run.data.params, run.data.metrics
+    if "preset" not in tags or not tags.get(NOTE_TAG, NOTE_END).endswith(NOTE_END):
+        return None
+    what = f"**{tags['preset']}**" + (f", {tags['changed']}" if tags["changed"] != "nothing" else "")
+    if "schedule.kind" in params:
+        what += f": predicts {params['objective.predict']}, {params['schedule.kind']} schedule of "
+        what += f"{params['schedule.num_timesteps']} steps"
+    seen, total = int(tags.get("ddpm.sent_until", 0)), int(params.get("train.total_images", 0))
+    lines = [what + ".", f"{STATUS.get(run.info.status, run.info.status)} at {seen:,} of {total:,} images"]
+    lines[1] += "".join(f"; {score}" for score in _scores(metrics)) + "."
+    if tags.get("mlflow.loggedImages"):
+        lines.append(f"![samples](get-artifact?path={GRID}&run_uuid={run.info.run_id})")
+    if "command" in tags:
+        lines.append(f"Go on: `{tags['command']}`")
+    if "checkpoint" in tags:
+        folder = tags["checkpoint"].rpartition("/")[0]
+        lines.append(f"Sample: `python jobs/sample.py {folder} --out samples`")
+    return "\n\n".join(lines) + NOTE_END
+
+
+def _scores(metrics: Mapping[str, float]) -> list[str]:
+    """Bits/dim and KID with their errors; those of an evaluation win over those of training."""
+    bits = [name for name in ("eval/bits_per_dim", "held_out/bits_per_dim") if name in metrics][:1]
+    kid = [name for name in sorted(metrics) if re.fullmatch(r"eval/KID-\w+", name)]
+    found = []
+    for name in bits + kid:
+        group, _, score = name.partition("/")
+        error = metrics.get(f"{group}_error/{score}")
+        plus_minus = "" if error is None else f" ± {error:.4f}"
+        found.append(f"{score.replace('bits_per_dim', 'bits/dim')} {metrics[name]:.4f}{plus_minus}")
+    return found

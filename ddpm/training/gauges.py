@@ -1,0 +1,49 @@
+"""A run's metrics as gauges for Prometheus, through Ray's public `ray.util.metrics`.
+
+Every node of a Ray cluster exports the gauges of its processes. These are the driver's, which lives while workers
+come and go: `train/images_per_s` is `ray_ddpm_train_images_per_s`, labelled with the run. Setting one takes
+microseconds and waits for nobody.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ray.util.metrics import Gauge
+
+from ddpm.training import run_state
+
+IN_RAY = "system/"
+"""Metrics that Ray exports itself, of every node."""
+
+
+class Gauges:
+    """The gauges of one run; they end with the calls of `update`, since Ray forgets one that is not set again (2.60).
+
+    Args:
+        run: its name.
+        total_images: to train on in all.
+        images_seen: where the run is before anything is known of its workers.
+        waiting: returns how many checkpoints' records MLflow has not taken.
+    """
+
+    def __init__(self, run: str, total_images: int, images_seen: int, waiting: Callable[[], int]) -> None:
+        self._run, self._waiting = {"run": run}, waiting
+        self._position = {"images_seen": images_seen, "total_images": total_images}
+        self._gauges: dict[str, Gauge] = {}
+
+    def update(self, values: Mapping[str, Any]) -> None:
+        """Set every gauge to the state of the run, the values of its RunState."""
+        if progress := values.get(run_state.PROGRESS):
+            self._position["images_seen"] = progress.images_seen
+        found = {
+            **self._position,
+            "spool_segments": self._waiting(),
+            "workers": values.get(run_state.WORKERS, 0),
+        }
+        metrics = values.get(run_state.METRICS, {})
+        found |= {name: value for name, (_, value) in metrics.items() if not name.startswith(IN_RAY)}
+        for name, value in found.items():
+            if name not in self._gauges:
+                self._gauges[name] = Gauge("ddpm_" + re.sub(r"\W", "_", name), name, ("run",))
+            self._gauges[name].set(float(value), self._run)

@@ -1,0 +1,140 @@
+"""What a person sees of a run while it trains: one screen on a terminal, a line an interval elsewhere."""
+
+import math
+import re
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Self
+
+from ddpm.training import run_state
+from ddpm.utils.progress import Display
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+CURVES = {"loss": "train/loss", "held-out loss": "held_out/loss", "bits/dim": "held_out/bits_per_dim"}
+"""Metrics that are shown as a curve."""
+GPU_MEMORY = re.compile(r"system/gpu_(\d+)_memory_usage_percentage")
+WIDTH = 40
+"""Columns of the bar and of a curve."""
+LEVELS, ASCII_LEVELS = "▁▂▃▄▅▆▇█", "._-~=+*#"
+
+
+def sparkline(values: list[float], width: int = WIDTH, levels: str = LEVELS) -> str:
+    """A curve as a line of text: the lowest value as the first of `levels`, the highest tenth as the last.
+
+    Values that are not finite are left out; where there are more than `width`, each character is a mean. The highest
+    tenth is cut, since a loss begins so high that the rest would be one level.
+    """
+    values = [value for value in values if math.isfinite(value)]
+    count = min(width, len(values))
+    edges = [len(values) * i // count for i in range(count + 1)] if count else [0]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(means, default=0.0), sorted(means)[-1 - count // 10] if means else 0.0
+    scale = (len(levels) - 1) / (high - low) if high > low else 0.0
+    return "".join(levels[round((min(mean, high) - low) * scale)] for mean in means)
+
+
+class Screen:
+    """A context that shows a run: `update` is called again and again with its state.
+
+    Args:
+        name: of the run.
+        total_images: to train on in all.
+        waiting: returns how many checkpoints' records MLflow has not taken.
+    """
+
+    def __init__(self, name: str, total_images: int, waiting: Callable[[], int]) -> None:
+        self._name, self._total, self._waiting = name, total_images, waiting
+        self._values: Mapping[str, Any] = {}
+        self._curves: dict[str, dict[int, float]] = defaultdict(dict)
+        self._committed, self._committed_at = -1, 0.0
+        self._began = time.monotonic()
+        self._lines = Display("images", total_images) if not sys.stdout.isatty() else None
+        if self._lines is None:
+            from rich.live import Live  # imported here, since most processes show nothing
+
+            self._live = Live(get_renderable=self._table, auto_refresh=False)
+
+    def __enter__(self) -> Self:
+        (self._lines or self._live).__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        (self._lines or self._live).__exit__(None, None, None)
+
+    def update(self, values: Mapping[str, Any]) -> None:
+        """Show the state of the run, the values of its RunState."""
+        self._values = values
+        for name, (images_seen, value) in values.get(run_state.METRICS, {}).items():
+            self._curves[name][images_seen] = value
+        committed = values.get(run_state.COMMITTED, -1)
+        if committed > self._committed:
+            self._committed, self._committed_at = committed, time.monotonic()
+        progress = values.get(run_state.PROGRESS)
+        if self._lines is None:
+            self._live.refresh()
+        elif progress is not None:
+            speed = f"{self._speed()}  loss {progress.loss:.4f}"
+            self._lines.update(min(progress.images_seen, self._total), speed)
+
+    def _newest(self, metric: str) -> float | None:
+        return next(reversed(self._curves.get(metric, {}).values()), None)
+
+    def _speed(self) -> str:
+        mfu = self._newest("train/mfu")
+        utilization = f"  MFU {mfu:.0%}" if mfu is not None else ""
+        return f"{self._values[run_state.PROGRESS].images_per_s:,.0f} images/s{utilization}"
+
+    def _table(self) -> "Table":
+        """The screen."""
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        table, progress = Table.grid("", "", "", padding=(0, 2)), self._values.get(run_state.PROGRESS)
+        table.title, table.title_justify, table.title_style = self._name, "left", "bold"
+        if progress is None:
+            table.add_row("starting", f"{_duration(time.monotonic() - self._began)} for Ray's workers")
+            return table
+        seen = min(progress.images_seen, self._total)
+        left = (self._total - seen) / progress.images_per_s if progress.images_per_s > 0 else math.inf
+        bar = ProgressBar(self._total, seen, width=WIDTH)
+        table.add_row("images", bar, f"{seen:,} of {self._total:,}  {_duration(left)} left")
+        workers = self._values.get(run_state.WORKERS, 1)
+        goodput = self._newest("train/goodput")
+        goodput = 1.0 if goodput is None else goodput  # it is not logged while nothing has been lost
+        useful = f"  goodput {goodput:.1%}" if self._curves else ""
+        table.add_row("speed", self._speed(), f"{workers} worker{'s' * (workers > 1)}{useful}")
+        levels, give_or_take = self._characters()
+        for name, metric in CURVES.items():
+            if (newest := self._newest(metric)) is not None:
+                curve = sparkline([*self._curves[metric].values()], levels=levels)
+                error = self._newest(f"held_out_error/{metric.partition('/')[2]}")
+                shown = f"{newest:.4f} {give_or_take} {error:.4f}" if error is not None else f"{newest:.4f}"
+                table.add_row(name, curve, shown, style="cyan" if name == "loss" else "green")
+        if self._committed >= 0:
+            age = _duration(time.monotonic() - self._committed_at)
+            table.add_row("checkpoint", f"{self._committed:,} images, {age} ago", self._delivered())
+        for metric in self._curves:
+            if gpu := GPU_MEMORY.fullmatch(metric):
+                table.add_row(f"GPU {gpu[1]}", f"{self._newest(metric):.0f} % of its memory")
+        return table
+
+    def _characters(self) -> tuple[str, str]:
+        """The levels of curves, and the sign before an error, that the terminal has."""
+        return (LEVELS, "±") if self._live.console.encoding.startswith("utf") else (ASCII_LEVELS, "+-")
+
+    def _delivered(self) -> str:
+        waiting = self._waiting()
+        return (
+            f"MLflow: {waiting} checkpoint{'s' * (waiting > 1)} behind" if waiting else "MLflow: up to date"
+        )
+
+
+def _duration(seconds: float) -> str:
+    """Hours, minutes and seconds, 0:01:07."""
+    return str(timedelta(seconds=round(seconds))) if math.isfinite(seconds) else "?"

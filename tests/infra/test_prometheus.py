@@ -1,0 +1,195 @@
+"""infra/prometheus and infra/grafana: what Debian's Prometheus says of the files, and of a run on a real cluster."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+from support import servers
+from support.launched import cluster_file
+from support.processes import REPO, Job, members, paused
+
+FOLDER = REPO / "infra/prometheus"
+DASHBOARD = json.loads((REPO / "infra/grafana/dashboards/ddpm.json").read_text())
+PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+RULES = yaml.safe_load((FOLDER / "alerts.yml").read_text())["groups"][0]["rules"]
+WITHOUT_GPU = {"GPU"}
+"""Panels of what a run on CPUs does not have."""
+INTERVAL_S = 4
+"""Ray and Prometheus by default: 10."""
+ENDLESS = """--schedule.num-timesteps 100 --model.base-width 8 --model.norm-groups 4 --train.total-images 100000000
+    --train.batch-size 64 --train.micro-batch-size 32 --train.log-every-images 1024
+    --train.checkpoint-every-images 4096 --train.sample-every-images 0 --sample.num-images 1
+    --sample.num-sample-steps 1 --run.name watched --run.storage runs""".split()
+
+
+def tool(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"{name} is missing; `apt-get install prometheus` brings it")
+    return path
+
+
+def promtool(*words: str | Path) -> str:
+    """What promtool says, which must find nothing wrong."""
+    done = subprocess.run([tool("promtool"), *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def expressions() -> Iterator[tuple[str, str]]:
+    """Title and PromQL of every target of the dashboard, with all runs chosen."""
+    for panel in PANELS:
+        for target in panel["targets"]:
+            yield panel["title"], target["expr"].replace("$run", ".*")
+
+
+def test_the_configuration_is_one_and_the_alerts_have_known_answers() -> None:
+    promtool("check", "config", "--syntax-only", FOLDER / "prometheus.yml")
+    promtool("check", "rules", "--lint-fatal", FOLDER / "alerts.yml")
+    promtool("test", "rules", REPO / "tests/infra/alerts_test.yml")
+
+
+def test_every_panel_asks_what_prometheus_understands(tmp_path: Path) -> None:
+    rules = [{"record": f"panel:{i}", "expr": expr} for i, (_, expr) in enumerate(expressions())]
+    file = tmp_path / "panels.yml"
+    file.write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
+    assert f"{len(rules)} rules found" in promtool("check", "rules", file)
+
+
+def test_the_dashboard_is_whole() -> None:
+    """Panels have ids and places of their own, and ask the data source that is provisioned."""
+    panels = DASHBOARD["panels"]
+    assert len({panel["id"] for panel in panels}) == len({panel["title"] for panel in panels}) == len(panels)
+    cells = [
+        (x, y)
+        for place in (panel["gridPos"] for panel in panels)
+        for x in range(place["x"], place["x"] + place["w"])
+        for y in range(place["y"], place["y"] + place["h"])
+    ]
+    assert len(set(cells)) == len(cells) and max(x for x, _ in cells) < 24
+    assert {variable["name"] for variable in DASHBOARD["templating"]["list"]} == {"datasource", "run"}
+    asked = [panel["datasource"] for panel in PANELS] + [
+        t["datasource"] for p in PANELS for t in p["targets"]
+    ]
+    assert all(source == {"type": "prometheus", "uid": "${datasource}"} for source in asked)
+
+
+def test_both_programs_listen_on_loopback_and_find_their_files() -> None:
+    services = yaml.safe_load((FOLDER / "compose.yaml").read_text())["services"]
+    assert "--web.listen-address=127.0.0.1:9090" in services["prometheus"]["command"]
+    assert services["grafana"]["environment"]["GF_SERVER_HTTP_ADDR"] == "127.0.0.1"
+    mounted = dict(volume.split(":")[1::-1] for service in services.values() for volume in service["volumes"])
+    places = {there: FOLDER / here for there, here in mounted.items() if here.startswith(".")}
+    assert all(folder.is_dir() for folder in places.values())
+    assert (places["/etc/prometheus"] / "prometheus.yml").is_file()
+    provisioning = places["/etc/grafana/provisioning"]
+    (source,) = yaml.safe_load((provisioning / "datasources/prometheus.yaml").read_text())["datasources"]
+    assert source["url"] == "http://127.0.0.1:9090" and source["isDefault"]
+    ours, rays = yaml.safe_load((provisioning / "dashboards/dashboards.yaml").read_text())["providers"]
+    assert (places[ours["options"]["path"]] / "ddpm.json").is_file()
+    assert rays["options"]["path"].startswith("/tmp/ray/") and "/tmp/ray" in mounted
+
+
+@pytest.mark.parametrize("name", ["cluster.yaml", "infra/onprem/cluster.yaml"])
+def test_a_head_starts_them_where_the_lines_are_uncommented(name: str) -> None:
+    text, changed = re.subn(r"^( +)#(.*) # METRICS$", r"\1\2", (REPO / name).read_text(), flags=re.MULTILINE)
+    assert changed == 4
+    config = yaml.safe_load(text)
+    validate_config(prepare_config(config))
+    plain = cluster_file(name)
+    added = dict(config["file_mounts"].items() - plain["file_mounts"].items())
+    assert all((REPO / folder).is_dir() for folder in added.values())
+    *before, docker, start = config["head_start_ray_commands"]
+    assert before == plain["head_start_ray_commands"] and docker.startswith("docker compose version || ")
+    (compose,) = re.findall(r"--file (\S+)", start)
+    there = next(folder for folder in added if compose.startswith(f"{folder}/"))
+    assert (REPO / added[there] / compose.removeprefix(f"{there}/")).is_file()
+
+
+class Prometheus(servers.Server):
+    """Debian's Prometheus with the repository's files, which looks at the nodes of a cluster more often."""
+
+    def __init__(self, folder: Path, ray_folder: Path) -> None:
+        (port,) = servers.free_ports(1)
+        self.uri = f"http://{servers.LOOPBACK}:{port}"
+        config = yaml.safe_load((FOLDER / "prometheus.yml").read_text().replace("/tmp/ray", str(ray_folder)))
+        config["global"] = {"scrape_interval": f"{INTERVAL_S}s", "evaluation_interval": f"{INTERVAL_S}s"}
+        folder.mkdir()
+        (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+        shutil.copy(FOLDER / "alerts.yml", folder)
+        command = [tool("prometheus"), f"--config.file={folder}/prometheus.yml"]
+        command += [f"--storage.tsdb.path={folder}/data", f"--web.listen-address={servers.LOOPBACK}:{port}"]
+        super().__init__("prometheus", command, f"{self.uri}/-/ready", folder)
+
+    def get(self, path: str, **query: str) -> Any:
+        with urllib.request.urlopen(f"{self.uri}/api/v1/{path}?{urllib.parse.urlencode(query)}") as answer:
+            return json.load(answer)["data"]
+
+    def query(self, expr: str) -> list[tuple[dict[str, str], float]]:
+        """Labels and value of every series that `expr` results in now."""
+        return [
+            (series["metric"], float(series["value"][1]))
+            for series in self.get("query", query=expr)["result"]
+        ]
+
+
+def workers(head: servers.RayHead) -> list[psutil.Process]:
+    assert head.process is not None
+    found = members(head.process.pid, "ray::RayTrainWorker")
+    assert found
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_prometheus_sees_a_run_and_that_it_stalls(tmp_path: Path) -> None:
+    often = {"RAY_metrics_report_interval_ms": str(1000 * INTERVAL_S)}
+    with (
+        servers.RayHead(tmp_path / "ray", env=often) as head,
+        Prometheus(tmp_path / "prometheus", head.temp_dir) as prometheus,
+    ):
+        env = {"RAY_ADDRESS": head.address, "GOMP_SPINCOUNT": "7"}
+        with Job("train", "digits", *ENDLESS, log=tmp_path / "log", env=env) as job:
+            watch(job, head, prometheus)
+            job.process.terminate()
+            assert job.wait(120) == 128 + signal.SIGTERM, job.output
+
+
+def watch(job: Job, head: servers.RayHead, prometheus: Prometheus) -> None:
+    missing = {title for title, _ in expressions()}
+
+    def are_filled() -> bool:
+        missing.difference_update({title for title, expr in expressions() if prometheus.query(expr)})
+        return missing <= WITHOUT_GPU
+
+    try:
+        job.wait_for(are_filled, timeout_s=400, poll_s=1)
+    except TimeoutError as error:
+        error.add_note(f"panels without data: {missing}")
+        raise
+    ((labels, seen),) = prometheus.query("ray_ddpm_images_seen")
+    assert labels["run"] == "watched" and seen > 0
+    assert prometheus.query("ray_ddpm_train_goodput == 1")
+    assert prometheus.query("ray_ddpm_total_images == 1e8")
+    assert not prometheus.query('{__name__=~"ray_ddpm_system.*"}')  # Ray has them of every node
+    rules = prometheus.get("rules")["groups"][0]["rules"]
+    assert {rule["name"]: rule["health"] for rule in rules} == {"RunStalled": "ok", "SpoolGrows": "ok"}
+    stalled = RULES[0]["expr"].replace("[5m]", f"[{8 * INTERVAL_S}s]")
+    assert not prometheus.query(stalled)
+    with paused(workers(head)):
+        ((labels, _),) = job.wait_for(lambda: prometheus.query(stalled), timeout_s=180, poll_s=1)
+        assert labels == {"run": "watched"}
+    job.wait_for(lambda: not prometheus.query(stalled), timeout_s=180, poll_s=1)
+    # The cluster's processes did not inherit what its driver has.
+    assert {worker.environ()["GOMP_SPINCOUNT"] for worker in workers(head)} == {"7"}

@@ -1,0 +1,36 @@
+"""A search shows itself: a line for each news, or one table that is always of now."""
+
+import sys
+
+import pytest
+
+from ddpm.search.event_log import Rung, Trial
+from ddpm.search.scoreboard import Scoreboard
+
+RUNG = Rung(6400, 2.5, 0.125, 0.5, 0.5)
+TRIALS = [
+    Trial(0, {"schedule.kind": "cosine", "optim.lr": 1e-3}, (RUNG,), "finished"),
+    Trial(1, {"optim.lr": 1e2}, status="failed", reason="it broke"),
+]
+
+
+def test_without_a_terminal_there_are_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with Scoreboard(lambda: TRIALS, 4) as board:
+        board.news("trial-000 finished")
+        board.news("trial-001 failed: it broke")
+    assert capsys.readouterr().out == "trial-000 finished\ntrial-001 failed: it broke\n"
+
+
+def test_in_a_terminal_there_is_a_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    shown = TRIALS[:1]
+    with Scoreboard(lambda: shown, 4) as board:
+        shown.append(TRIALS[1])
+        board.news("trial-001 failed: it broke")
+    out = capsys.readouterr().out
+    last = out[out.rindex("2 of 4 trials") :]
+    assert "2.5000 ± 0.1250" in last and "schedule.kind cosine, optim.lr 0.001" in last
+    assert "failed: it broke" in last and "trial-001 failed" not in out

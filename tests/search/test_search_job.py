@@ -1,0 +1,127 @@
+"""python tune/search.py, as a person types it: to its end, and killed on the way."""
+
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from support.processes import Job, paused
+from support.tracked import run_of
+
+from ddpm import config as configs
+from ddpm.presets import DIGITS
+from ddpm.search import publish
+from ddpm.search.event_log import EventLog, Trial
+from ddpm.storage import locations
+
+# A good trial, one whose learning rate lets it fail, and one that is worse than the first and stopped.
+FLAGS = """digits --name s --searcher grid --num-trials 3 --max-concurrent 1 --num-rungs 2 --num-images 60
+    --finalists 1 --drawn-images 40 --features pixels --run.experiment killed
+    --space schedule.kind=cosine|linear optim.lr=2e-3|1e30
+    --schedule.num-timesteps 30 --model.base-width 8 --model.width-multipliers 1 2 --model.norm-groups 4
+    --train.total-images 1920 --train.batch-size 64 --train.micro-batch-size 64 --train.log-every-images 640
+    --train.sample-every-images 1920 --train.held-out-images 20
+    --sample.num-images 4 --sample.num-sample-steps 4""".split()
+
+
+def trials(folder: Path) -> list[Trial]:
+    """What the event log of the search in `folder` says."""
+    place = folder / "runs" / "s"
+    return (
+        EventLog.existing(locations.resolve(str(place))).trials() if (place / "search.json").exists() else []
+    )
+
+
+def table(folder: Path) -> list[dict[str, Any]]:
+    return pq.read_table(folder / "runs" / "s" / "results.parquet").to_pylist()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_search_that_was_interrupted_and_killed_ends_with_the_same_table(
+    run_job: Callable[..., Any], tmp_path: Path
+) -> None:
+    killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
+    killed.mkdir()
+    place = killed / "runs" / "s"
+    with Job("search", *FLAGS, log=killed / "job.log") as job:
+        job.wait_for((place / "trial-000/checkpoint-000000000640/checksums.json").exists, timeout_s=400)
+        with paused(job.members("ray::RayTrainWorker")):
+            second = run_job("search", *FLAGS, cwd=killed)
+            assert second.returncode == 2 and "another process drives this search" in second.stderr
+            family = psutil.Process(job.process.pid).children(recursive=True)
+            job.process.send_signal(signal.SIGTERM)
+        assert job.wait(120) == 128 + signal.SIGTERM, job.output
+        assert "interrupted; the same command, with --name s, continues" in job.output
+        assert "Traceback" not in job.output
+        assert psutil.wait_procs(family, timeout=60)[1] == []
+    assert "RUNNING" not in {run.info.status for run in mlflow_runs(place)}
+    assert [trial.status for trial in trials(killed)] == ["running"]
+
+    with Job("search", *FLAGS, log=killed / "job.log") as job:
+        job.wait_for(lambda: len(trials(killed)) == 3, timeout_s=400)
+
+    with Job("search", *FLAGS, log=killed / "job.log") as job:
+        assert job.wait(600) == 0, job.output
+        output = job.output
+    found = trials(killed)
+    assert [(trial.status, len(trial.rungs)) for trial in found] == [
+        ("finished", 2),
+        ("failed", 0),
+        ("stopped", 1),
+    ]
+    assert "the loss or the gradient is not finite" in found[1].reason
+    assert "trial-000" in output and "Traceback" not in output
+
+    for name in ("results.md", "parallel.png", "bits-and-kid.png", "denoising.png"):
+        assert (place / name).stat().st_size > 0
+    page = (place / "comparison.html").read_text()
+    assert page.count('<figure class="grid">') == 2 and "trial-001" not in page  # which was never judged
+    assert "compared image by image" in page and "train/loss over images seen" in page
+    best = configs.merged(DIGITS, (place / "best.json").read_text(), "best.json")
+    assert (best.schedule.kind, best.optim.lr, best.train.total_images) == ("cosine", 2e-3, 1920)
+    check_mlflow(place)
+
+    shutil.copytree(killed / "runs" / "data", undisturbed / "runs" / "data")
+    with Job("search", *FLAGS, log=undisturbed / "job.log") as job:
+        assert job.wait(600) == 0, job.output
+    assert table(killed) == table(undisturbed)
+
+
+def mlflow_runs(place: Path) -> list[Run]:
+    """A search's own run, and then its children."""
+    events = EventLog.existing(locations.resolve(str(place)))
+    parent = run_of(publish.address(events, "s", "killed"))
+    of_parent = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    client = MlflowClient(publish.tracking_uri())
+    return [parent, *client.search_runs([parent.info.experiment_id], of_parent)]
+
+
+def check_mlflow(place: Path) -> None:
+    """A parent with three children, each ended as its trial did."""
+    parent, *children = mlflow_runs(place)
+    status = {run.info.run_name: run.info.status for run in children}
+    assert status == {"trial-000": "FINISHED", "trial-001": "FAILED", "trial-002": "KILLED"}
+    assert parent.info.status == "FINISHED"
+    files = MlflowClient(publish.tracking_uri()).list_artifacts(parent.info.run_id)
+    assert "comparison.html" in {file.path for file in files}
+
+
+def test_a_mistake_is_a_line_and_nothing_is_written(run_job: Callable[..., Any], tmp_path: Path) -> None:
+    done = run_job("search", "digits", "--metric", "train/loss", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --metric train/loss cannot compare noise schedules")
+    assert "Traceback" not in done.stdout + done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_is_quick(run_job: Callable[..., Any], tmp_path: Path) -> None:
+    done = run_job("search", "digits", "--help", cwd=tmp_path, env={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert done.returncode == 0 and "--max-concurrent" in done.stdout and "--lr" in done.stdout
+    assert " ray" not in done.stderr and " torch" not in done.stderr, "--help imports what it does not need"

@@ -1,0 +1,106 @@
+"""What is refused before anything is started, and that the reasons given are true."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import search
+from space import DEFAULT
+
+from ddpm import config as configs
+from ddpm.cluster import ray_init, resources
+from ddpm.diffusion import schedules
+from ddpm.presets import DIGITS
+from ddpm.search import publish, setup
+from ddpm.search.config import Arguments
+from ddpm.utils.errors import UserError
+
+LR = ("optim.lr=log(1e-4,1e-2)",)
+
+
+def settled(**changes: Any) -> setup.Setup:
+    changes = {"space": DEFAULT, **changes}
+    flat = {key: changes.pop(key) for key in list(changes) if "." in key}
+    config = configs.override(DIGITS, {"train.total_images": 9 * 128, **flat})
+    return setup.settled(replace(Arguments("digits", config), **changes))
+
+
+def test_the_numbers_of_the_refusal_are_those_of_a_perfect_predictor() -> None:
+    """For x_0 ~ N(0, s^2), E[(eps - E[eps | x_t])^2] = alpha_bar s^2 / (alpha_bar s^2 + 1 - alpha_bar)."""
+
+    def loss(schedule: schedules.Schedule) -> str:
+        kept = schedule.alpha_bar / 4
+        return f"{(kept / (kept + 1 - schedule.alpha_bar)).mean().item():.2f}"
+
+    gentle, steep = (schedules.linear(1000, 1e-4, beta_end) for beta_end in (0.01, 0.04))
+    text = f"a loss of {loss(gentle)} with linear beta_end 0.01, {loss(steep)} with 0.04"
+    assert text + f" and {loss(schedules.cosine(1000))} with cosine" in setup.LOSS_IS_NO_JUDGE
+
+
+@pytest.mark.parametrize("metric", ["train/loss", "held_out/loss"])
+def test_a_loss_ranks_no_schedules(metric: Any) -> None:
+    with pytest.raises(
+        UserError, match=f"--metric {metric} cannot compare noise schedules: .* 0.24 .* 0.12 .* 0.33"
+    ):
+        settled(metric=metric)
+    assert settled(metric=metric, space=LR).settings["metric"] == metric
+
+
+def test_trials_are_compared_at_equal_images_seen(tmp_path: Path) -> None:
+    found = settled(space=LR, name="s", storage=str(tmp_path))
+    assert found.rungs == [128, 384, 1152]
+    assert found.base.train.checkpoint_every_images == 128
+    assert found.base.train.keep_checkpoints == 9  # a rung's is still there when the evaluator comes
+    assert found.place.uri == found.base.run.storage == str(tmp_path / "s")
+    assert settled(space=LR, scheduler="none").rungs == [1152]
+    assert not any(key.startswith(("run.", "cluster.")) for key in found.settings["config"])
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "name": ({"run.name": "mine"}, "name the search with --name"),
+    "name of a folder": ({"name": "a/b"}, "cannot be a folder's name"),
+    "trials": ({"num_trials": 0}, "--num-trials is 0; it must be at least 1"),
+    "factor": ({"reduction_factor": 1}, "--reduction-factor is 1"),
+    "rungs": ({"num_rungs": 0}, "--num-rungs is 0"),
+    "images": ({"num_images": 3}, "--num-images is 3; it must be at least 20"),
+    "process": ({"objective.process": "uniform_mix"}, "has no noise schedule and no bits/dim"),
+    "space": ({"space": ("optim.lr=2",) * 2}, "has optim.lr twice"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=list(BAD))
+def test_a_mistake_is_a_line(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        settled(**{"space": LR, **changes})
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+class MlflowIsNext(Exception):
+    """All checks have passed."""
+
+
+def typed(*flags: str) -> int:
+    """python tune/search.py digits --name s ..., up to where MLflow would be told, on a cluster of two CPUs."""
+
+    def stop(*args: Any) -> None:
+        raise MlflowIsNext
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray_init, "connect", lambda verbose: None)
+        patch.setattr(ray_init, "resources", lambda: {"CPU": 2.0})
+        patch.setattr(resources, "check_storage", lambda config: None)
+        patch.setattr(publish, "open_parent", stop)
+        threads = "--cluster.threads-per-worker", "1"
+        patch.setattr(sys, "argv", ["search.py", "digits", "--name", "s", *threads, *flags])
+        return search.main()
+
+
+def test_a_cluster_that_is_too_small_does_not_settle_what_the_search_is(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"2 trials at a time .* use a smaller --max-concurrent"):
+        typed("--cluster.cpus-per-worker", "1")
+    assert not (tmp_path / "runs/s/search.json").exists()
+    with pytest.raises(MlflowIsNext):
+        typed("--seed", "1")
+    assert (tmp_path / "runs/s/search.json").exists()

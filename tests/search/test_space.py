@@ -1,0 +1,128 @@
+"""What a search varies: the forms of a domain, keys that go with a kind, and mistakes said in a line."""
+
+import math
+import re
+
+import pytest
+from space import DEFAULT
+from support.processes import REPO
+
+from ddpm import config as configs
+from ddpm.diffusion import schedules
+from ddpm.presets import DIGITS, PRESETS
+from ddpm.search import space
+from ddpm.search.space import KINDS, Choice, Range
+from ddpm.training import loop
+from ddpm.utils.errors import UserError
+
+
+def test_where_a_uniform_u_leads() -> None:
+    assert [Choice(("a", "b")).at(u) for u in (0.0, 0.49, 0.5, 1.0)] == ["a", "a", "b", "b"]
+    assert Range(1.0, 3.0).at(0.25) == 1.5
+    assert math.isclose(Range(1e-4, 1e-2, is_log=True).at(0.5), 1e-3)
+    assert [Range(1, 3, is_int=True).at(u) for u in (0.0, 0.34, 0.5, 0.67, 1.0)] == [1, 2, 2, 3, 3]
+    assert Range(10, 1000, is_log=True, is_int=True).ends == (10, 1000)
+
+
+def test_a_grid_has_every_combination_and_no_kind_has_anothers_keys() -> None:
+    flags = ["schedule.kind=linear|cosine", "schedule.beta_end=log(0.01,0.04)", "optim.lr=log(1e-4,1e-2)"]
+    found = space.parse(flags, DIGITS).grid(3)
+    linear = [point for point in found if point["schedule.kind"] == "linear"]
+    cosine = [point for point in found if point["schedule.kind"] == "cosine"]
+    assert (len(linear), len(cosine)) == (9, 3)
+    assert sorted({round(point["schedule.beta_end"], 9) for point in linear}) == [0.01, 0.02, 0.04]
+    assert all(set(point) == {"schedule.kind", "optim.lr"} for point in cosine)
+
+
+def test_random_trials_are_a_function_of_seed_and_number() -> None:
+    found = space.parse(DEFAULT, DIGITS)
+    points = [found.sample(7, number) for number in range(40)]
+    assert points[5] == found.sample(7, 5) != found.sample(8, 5)
+    assert {point["schedule.kind"] for point in points} == {"linear", "scaled_linear", "cosine", "sigmoid"}
+    for point in points:
+        kind = point["schedule.kind"]
+        assert set(point) == {
+            flag.partition("=")[0] for flag in DEFAULT if kind in KINDS.get(flag.partition("=")[0], (kind,))
+        }
+        loop.check(configs.override(DIGITS, point))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_default_space_fits_every_preset(preset: str) -> None:
+    assert space.parse(DEFAULT, PRESETS[preset]).has_schedule
+
+
+def test_what_the_page_says_of_the_least_noise_is_so() -> None:
+    source = (REPO / "tune/space.py").read_text()
+    said = re.search(r"linear from 1e-4: from too little noise \(sqrt\(alpha_bar_T\) = ([\d.]+)\)", source)
+    assert said and "schedule.beta_end=log(0.005,0.1)" in DEFAULT
+    least = schedules.linear(1000, 1e-4, 0.005).alpha_bar[-1].sqrt().item()
+    assert float(said[1]) == pytest.approx(least, abs=0.005)
+
+
+def test_values_are_read_as_the_config_has_them() -> None:
+    flags = [
+        "optim.lr=1|1e-3",
+        "model.attention_head_dim=none|8",
+        "model.middle_attention=true|false",
+        "objective.predict=eps|v",
+    ]
+    found = space.parse(flags, DIGITS).domains
+    assert [domain.ends for domain in found.values()] == [
+        (1.0, 0.001),
+        (None, 8),
+        (True, False),
+        ("eps", "v"),
+    ]
+    assert isinstance(found["optim.lr"].ends[0], float)
+
+
+BAD = {
+    "optim.lr": "has no domain; expected KEY=DOMAIN",
+    "lr=log(1e-4,1e-2)": "'lr' is not a key of the config; do you mean optim.lr?",
+    "optim.rate=1|2": "'optim.rate' is not a key of the config; keys are those of config.json",
+    "optim.lr=log(0,1)": "a logarithm's low bound must be above 0",
+    "optim.lr=uniform(1,0.1)": "the low one below the high one",
+    "optim.lr=uniform(nan,1)": "bounds must be finite",
+    "optim.lr=uniform(a,b)": "bounds must be numbers",
+    "optim.lr=__import__('os').abort()": "is not understood; expected a|b|c, uniform(low,high)",
+    "optim.lr=fast|slow": "optim.lr=fast: config: optim: lr is 'fast'; it must be a valid number",
+    "optim.lr=1e-3|0.001": "has a value twice",
+    "schedule.kind=linear|warp": "kind is 'warp'; it must be 'linear'",
+    "schedule.num_timesteps=uniform(100,200)": "it must be a valid integer",
+    "schedule.num_timesteps=int(1.5,20)": "bounds must be whole numbers",
+    "schedule.num_timesteps=int(0,100)": "allows schedule.num_timesteps 0, but num_timesteps is 0",
+    "schedule.num_timesteps=int(10,1e9)": "at most 10,000 are allowed",
+    "schedule.cosine_s=uniform(0,2)": "allows schedule.cosine_s 2.0, but s is 2.0; it must be in [0, 1]",
+    "schedule.beta_end=log(0.01,0.1)": "is used by linear and scaled_linear, and schedule.kind is cosine",
+    "train.total_images=100|200": "cannot vary train.total_images",
+    "cluster.num_workers=1|2": "cannot vary cluster.num_workers",
+    "objective.process=gaussian|uniform_mix": "cannot vary objective.process",
+    "model.norm_groups=7|8": "allows model.norm_groups 7, but",
+}
+
+
+@pytest.mark.parametrize(("flag", "message"), BAD.items(), ids=list(BAD))
+def test_a_mistake_is_a_line(flag: str, message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        space.parse([flag], DIGITS)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("domain", ["0|10", "10|0", "int(0,10)"])
+def test_nets_with_and_without_labels_are_not_searched_together(domain: str) -> None:
+    with pytest.raises(UserError) as raised:
+        space.parse([f"model.num_classes={domain}", "optim.lr=1e-3|1e-4"], DIGITS)
+    message = str(raised.value)
+    assert "cannot mix nets with and without labels, here model.num_classes 0 and 10" in message
+    assert "log p(x | y)" in message and "\n" not in message
+    for flags in (["model.num_classes=10", "objective.label_dropout=0|0.5"], ["model.num_classes=0"]):
+        assert set(space.parse(flags, DIGITS).domains) == {flag.partition("=")[0] for flag in flags}
+
+
+def test_bounds_that_cross_are_found_out() -> None:
+    flags = ["schedule.kind=linear", "schedule.beta_start=log(1e-4,0.1)", "schedule.beta_end=log(0.01,0.5)"]
+    with pytest.raises(UserError, match=r"beta_start 0.1, schedule.beta_end 0.01, but beta_end is 0.01"):
+        space.parse(flags, DIGITS)
+    with pytest.raises(UserError, match=r"optim\.lr twice"):
+        space.parse(["optim.lr=1|2", "optim.lr=3|4"], DIGITS)

@@ -1,0 +1,1 @@
+"""Servers, processes, hosts and data of the tests. Programs outside find the package with PYTHONPATH=tests."""

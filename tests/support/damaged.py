@@ -1,0 +1,82 @@
+"""A data set of numbered images, and ways to damage it."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from PIL import Image
+
+from ddpm.data.manifest import make_manifest, read_manifest, write_manifest
+from ddpm.data.reading import DataSet
+from ddpm.data.shards import write_shard
+from ddpm.storage.locations import Location, resolve
+
+SIDE, ROWS, NUM_SHARDS, NUM_IMAGES = 4, 8, 3, 60
+"""Shards of 24, 24 and 12 images, in row groups of 8; the last one has 4."""
+PLAN = (3, 32)
+"""Seed and rows of a window: four row groups, more than a shard has."""
+
+
+def pixels(number: int, side: int = SIDE) -> np.ndarray:
+    return np.full((side, side, 1), number, np.uint8)
+
+
+def png(number: int, side: int = SIDE) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels(number, side)[..., 0]).save(file, "PNG")
+    return file.getvalue()
+
+
+def prepare(
+    uri: str,
+    *,
+    encoded: bool = False,
+    bad_files: dict[int, bytes] | None = None,
+    bad_labels: dict[int, int] | None = None,
+) -> Location:
+    """Image i shows i everywhere, and has the label i mod 7; or what `bad_files` and `bad_labels` say."""
+    location = resolve(uri)
+    labels = np.arange(NUM_IMAGES) % 7
+    for i, label in (bad_labels or {}).items():
+        labels[i] = label
+    shards = []
+    for k, start in enumerate(range(0, NUM_IMAGES, 3 * ROWS)):
+        part = range(start, min(start + 3 * ROWS, NUM_IMAGES))
+        files = [(bad_files or {}).get(i, png(i)) for i in part]
+        shards.append(
+            write_shard(
+                location,
+                f"train/{k:05d}.parquet",
+                files if encoded else np.stack([pixels(i) for i in part]),
+                labels[part.start : part.stop],
+                rows_per_row_group=ROWS,
+            )
+        )
+    encoding = "encoded" if encoded else "raw"
+    names = [str(i) for i in range(7)]
+    manifest = make_manifest("numbers", SIDE, SIDE, 1, encoding, names, {"train": shards}, "")
+    write_manifest(location, manifest)
+    return location
+
+
+def opened(location: Location, timeout_s: float = 0.0) -> DataSet:
+    manifest = read_manifest(location)
+    return DataSet(location, manifest, "train", timeout_s)
+
+
+def damage_row_group(root: Path, shard: int, row_group: int) -> None:
+    """Alter a pixel: the pages of this row group no longer fit their checksums; others are whole."""
+    path = root / f"train/{shard:05d}.parquet"
+    column = pq.ParquetFile(path).metadata.row_group(row_group).column(0)
+    data = bytearray(path.read_bytes())
+    data[column.data_page_offset + column.total_compressed_size - 5] ^= 1
+    path.write_bytes(data)
+
+
+def rewrite(root: Path, shard: int, change: Callable[[bytes], bytes | None]) -> None:
+    """Replace a shard's bytes; None removes it."""
+    path = root / f"train/{shard:05d}.parquet"
+    data = change(path.read_bytes())
+    path.unlink() if data is None else path.write_bytes(data)

@@ -1,0 +1,145 @@
+"""infra/mlflow/serve for tests: MLflow on PostgreSQL and S3, which lets in nobody without a password."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import psycopg
+
+from support.processes import REPO, program, run
+from support.servers import LOOPBACK, Server, free_ports, run_as
+
+
+class PostgresServer(Server):
+    """PostgreSQL with a role and a database `mlflow`; `client_env` is what its clients need.
+
+    PostgreSQL refuses to be root: started by root, it runs as Debian's user postgres. The role's password is in this
+    object alone: it is set through the socket, which nobody else reaches.
+
+    Raises:
+        FileNotFoundError: it is not installed.
+        RuntimeError: it cannot make its data in `folder`; the message says why.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        (port,) = free_ports(1)
+        postgres, initdb = (postgres_program(name) for name in ("postgres", "initdb"))
+        user = "postgres" if os.geteuid() == 0 else None
+        # Short, since a socket's name must fit into 107 characters; its own, since nobody else may enter.
+        self.socket_dir = Path("/tmp", f"postgres-{uuid.uuid4().hex[:12]}")
+        data = folder / "data"
+        data.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if user:
+            shutil.chown(data, user, user)
+        if not (data / "PG_VERSION").exists():
+            words = [initdb, "--pgdata", str(data), "--username", "postgres", "--encoding", "UTF8"]
+            words += ["--locale", "C", "--auth-local", "trust", "--auth-host", "scram-sha-256", "--no-sync"]
+            done = subprocess.run(words, cwd="/", capture_output=True, text=True, **run_as(user))
+            if done.returncode:
+                raise RuntimeError(f"initdb cannot make {data}:\n{done.stderr}")
+        self.client_env = {
+            "PGHOST": LOOPBACK,
+            "PGPORT": str(port),
+            "PGUSER": "mlflow",
+            "PGDATABASE": "mlflow",
+            "PGPASSWORD": uuid.uuid4().hex,
+        }
+        command = [postgres, "-D", str(data), "-h", LOOPBACK, "-p", str(port), "-k", str(self.socket_dir)]
+        super().__init__("postgres", command, f"postgresql://{LOOPBACK}:{port}", folder, user=user)
+
+    def is_up(self) -> bool:
+        try:
+            self.execute("SELECT 1")
+        except psycopg.OperationalError:
+            return False
+        return True
+
+    def start(self, timeout_s: float = 90) -> Self:
+        self.socket_dir.mkdir(mode=0o700, exist_ok=True)
+        if self.user:
+            shutil.chown(self.socket_dir, self.user, self.user)
+        super().start(timeout_s)
+        for statement in ("CREATE ROLE mlflow LOGIN", "CREATE DATABASE mlflow OWNER mlflow"):
+            with contextlib.suppress(psycopg.errors.DuplicateObject, psycopg.errors.DuplicateDatabase):
+                self.execute(statement)
+        self.execute(f"ALTER ROLE mlflow PASSWORD '{self.client_env['PGPASSWORD']}'")
+        return self
+
+    def execute(self, statement: str, database: str = "postgres") -> list[tuple[Any, ...]]:
+        """The rows that `statement` gives, said by the superuser."""
+        address = {"host": str(self.socket_dir), "port": self.client_env["PGPORT"]}
+        with psycopg.connect(**address, user="postgres", dbname=database, autocommit=True) as connection:
+            cursor = connection.execute(statement)
+            return cursor.fetchall() if cursor.description else []
+
+    def stop(self, grace_s: float = 10) -> None:
+        if self.process is not None and grace_s:
+            self.process.send_signal(signal.SIGINT)  # SIGTERM would wait for the clients
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(grace_s)
+        super().stop(grace_s)
+        shutil.rmtree(self.socket_dir, ignore_errors=True)
+
+
+class GuardedMlflowServer(Server):
+    """infra/mlflow/serve: runs in PostgreSQL, files at the s3:// URI `files`, nobody in without a password."""
+
+    def __init__(
+        self,
+        folder: Path,
+        database: PostgresServer,
+        files: str,
+        s3_env: Mapping[str, str],
+        port: int | None = None,
+        admin_password: str | None = None,
+        host: str = LOOPBACK,
+    ) -> None:
+        self.port = port or free_ports(1)[0]
+        self.uri = f"http://{LOOPBACK}:{self.port}"
+        self.admin_password = admin_password or uuid.uuid4().hex
+        path = os.pathsep.join([str(Path(program("mlflow")).parent), os.environ["PATH"]])
+        env = {
+            **database.client_env,
+            **s3_env,
+            "PATH": path,
+            "MLFLOW_ARTIFACTS_DESTINATION": files,
+            "MLFLOW_AUTH_ADMIN_PASSWORD": self.admin_password,
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": uuid.uuid4().hex,
+            "MLFLOW_HOST": host,
+            "MLFLOW_PORT": str(self.port),
+            "MLFLOW_WORKERS": "1",
+        }
+        super().__init__("mlflow", [str(REPO / "infra/mlflow/serve")], f"{self.uri}/health", folder, env)
+
+    def client_env(self, user: str = "admin", password: str | None = None) -> dict[str, str]:
+        """What a client needs who comes as `user`."""
+        return {
+            "MLFLOW_TRACKING_URI": self.uri,
+            "MLFLOW_TRACKING_USERNAME": user,
+            "MLFLOW_TRACKING_PASSWORD": password or self.admin_password,
+        }
+
+    def add_user(self, name: str, password: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """infra/mlflow/add_user.py; `env` is what it is told otherwise than that an admin asks."""
+        words = [sys.executable, REPO / "infra/mlflow/add_user.py", name]
+        return run(words, cwd=self.folder, env=self.client_env() | {"NEW_PASSWORD": password} | env)
+
+
+def postgres_program(name: str) -> str:
+    """The newest that Debian has installed, or the one on the PATH.
+
+    Raises:
+        FileNotFoundError: it is not installed.
+    """
+    found = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), key=lambda path: int(path.parts[4]))
+    path = str(found[-1]) if found else shutil.which(name)
+    if path is None:
+        raise FileNotFoundError(f"{name} is not installed; `apt-get install postgresql` brings it")
+    return path

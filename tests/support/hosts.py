@@ -1,0 +1,267 @@
+"""Machines with ssh for tests of clusters: namespaces of this one, on a network of their own.
+
+A host has its own address and name, its own processes, an empty home, /tmp, /run and /dev/shm, and an sshd that
+lets root in with `key`. It sees this machine's programs, this repository and its environment, and has no way out to
+the world. Its home outlives `kill` and `revive`, as a disk does.
+
+Nothing needs to be cleaned up after a test that was killed: a host ends with the process that made it, and takes
+its mounts and its network cable along. What is left is an empty bridge, which the next `Hosts` removes.
+"""
+
+import os
+import pwd
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+from support import processes
+from support.processes import REPO
+
+PROGRAMS = {
+    "ip": "iproute2",
+    "sshd": "openssh-server",
+    "ssh": "openssh-client",
+    "rsync": "rsync",
+    "unshare": "util-linux",
+}
+"""What hosts are made with, and the Debian package that brings it."""
+HOME = Path(pwd.getpwuid(os.geteuid()).pw_dir)
+PRIVATE = (HOME, Path("/tmp"), Path("/run"), Path("/dev/shm"))
+"""Folders that are empty on a new host."""
+NETWORKS = range(100)
+UP_TIMEOUT_S = 30.0
+
+# What a host does from its first process on. /mnt holds on to this machine's files while the private folders are
+# covered; the line on stdin comes when the network cable is plugged in.
+BOOT = """
+set -e
+mount --make-rprivate /
+mount -t tmpfs tmpfs /mnt && mkdir /mnt/old && mount --rbind / /mnt/old
+for folder in {private}; do mount -t tmpfs -o mode=1777 tmpfs $folder; done
+mount --bind /mnt/old{disk} {home}
+for folder in {kept}; do mkdir -p $folder; mount --bind /mnt/old$folder $folder; done
+mount --bind /mnt/old{folder}/hosts /etc/hosts
+mkdir -p /run/sshd
+umount --lazy /mnt
+hostname {name}
+read -r
+ip link set lo up
+ip address add {address}/24 dev eth0
+ip link set eth0 up
+exec $(command -v sshd) -D -e -f /dev/null -h {folder}/key -o ListenAddress={address} -o StrictModes=no \
+    -o AuthorizedKeysFile={folder}/key.pub -o UsePAM=no -o PidFile=none -o MaxStartups=100
+"""
+
+
+def missing() -> str | None:
+    """Why hosts cannot be made here; None: they can."""
+    if os.geteuid():
+        return "hosts are made of namespaces, which root alone may make"
+    lacking = [
+        package for program, package in PROGRAMS.items() if shutil.which(program, path=_path()) is None
+    ]
+    if lacking:
+        return f"`apt-get install {' '.join(lacking)}` brings what hosts are made with"
+    tried = subprocess.run(
+        ["unshare", "--mount", "--net", "--uts", "--pid", "--fork", "mount", "-t", "tmpfs", "tmpfs", "/mnt"],
+        capture_output=True,
+        text=True,
+    )
+    return f"this machine makes no namespaces: {tried.stderr.strip()}" if tried.returncode else None
+
+
+class Hosts:
+    """A network and the hosts on it, until the context ends.
+
+    Args:
+        folder: keeps their disks, keys and logs; the one folder of /tmp that all of them see.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._hosts = folder, dict[str, Host]()
+        self.key = folder / "key"
+        """The private key that opens every host."""
+        self._lock, number = _own_network()
+        self.network = f"10.231.{number}.0/24"
+        self._bridge, self._addresses = f"ddpm{number}", (f"10.231.{number}.{i}" for i in range(10, 250))
+        self.gateway = f"10.231.{number}.1"
+        """This machine's address there: what listens on it is seen by the hosts."""
+
+    def __enter__(self) -> Self:
+        _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.key))
+        (self.folder / "hosts").write_text("127.0.0.1 localhost\n")
+        self._remove_bridge()  # of an earlier run that was killed
+        _run("ip", "link", "add", self._bridge, "type", "bridge")
+        _run("ip", "address", "add", f"{self.gateway}/24", "dev", self._bridge)
+        _run("ip", "link", "set", self._bridge, "up")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        for host in self._hosts.values():
+            host.kill()
+        self._remove_bridge()
+        self._lock.close()
+
+    def add(self, name: str, env: Mapping[str, str] | None = None) -> "Host":
+        """A new host, up; `env` is what its shells begin with, besides the PATH of this environment."""
+        host = Host(self, name, next(self._addresses), f"{self._bridge}-{len(self._hosts)}", env or {})
+        with (self.folder / "hosts").open("a") as file:
+            file.write(f"{host.address} {name}\n")
+        self._hosts[name] = host
+        return host.revive()
+
+    def __getitem__(self, name: str) -> "Host":
+        return self._hosts[name]
+
+    def plug(self, cable: str, address: str, pid: int) -> None:
+        """Connect the network namespace of process `pid`, where the cable's end is called eth0."""
+        # The same hardware address each time: others remember it.
+        hardware = ":".join(["02:00", *(f"{int(part):02x}" for part in address.split("."))])
+        peer = ("peer", "name", "eth0", "address", hardware, "netns", str(pid))
+        _run("ip", "link", "add", cable, "type", "veth", *peer)
+        _run("ip", "link", "set", cable, "master", self._bridge, "up")
+
+    def _remove_bridge(self) -> None:
+        subprocess.run(["ip", "link", "delete", self._bridge], stderr=subprocess.DEVNULL)
+
+
+class Host:
+    """One machine; made by `Hosts.add`."""
+
+    def __init__(self, hosts: Hosts, name: str, address: str, cable: str, env: Mapping[str, str]) -> None:
+        self.name, self.address, self.log = name, address, hosts.folder / f"{name}.log"
+        self.home = hosts.folder / f"{name}.disk"
+        """Its home, as this machine sees it."""
+        self._hosts, self._cable = hosts, cable
+        self._process: subprocess.Popen[bytes] | None = None
+        self.home.mkdir(0o700)
+        exports = {"PATH": _path(), **env}
+        lines = [f"export {variable}={shlex.quote(value)}\n" for variable, value in exports.items()]
+        (self.home / ".bashrc").write_text("".join(lines))
+
+    def revive(self, timeout_s: float = UP_TIMEOUT_S) -> Self:
+        """Switch it on, and wait until ssh answers.
+
+        Raises:
+            RuntimeError: it does not; the message ends in its log.
+        """
+        folder = self._hosts.folder
+        seen = {REPO, Path(sys.prefix), Path(sys.base_prefix), folder}
+        kept = sorted(path for path in seen if any(path.is_relative_to(private) for private in PRIVATE))
+        script = BOOT.format(
+            private=_words(PRIVATE),
+            kept=_words(kept),
+            disk=self.home,
+            home=HOME,
+            folder=folder,
+            name=self.name,
+            address=self.address,
+        )
+        # The first word: it is killed when this process ends, however that may be, and its descendants with it.
+        command = ["setpriv", "--pdeathsig", "KILL", "unshare", "--kill-child", "--fork", "--mount-proc"]
+        command += ["--mount", "--net", "--uts", "--ipc", "--pid", "bash", "-c", script]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+            )
+        try:
+            deadline = time.monotonic() + timeout_s
+            while not psutil.Process(self._process.pid).children():
+                self._check(deadline)
+            self._hosts.plug(self._cable, self.address, self.pid)
+            assert self._process.stdin is not None
+            self._process.stdin.write(b"\n")
+            self._process.stdin.close()
+            while not answers(self.address, 22):
+                self._check(deadline)
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def kill(self) -> None:
+        """Pull its plug: network and processes are gone at once."""
+        if self._process is not None:
+            subprocess.run(["ip", "link", "delete", self._cable], stderr=subprocess.DEVNULL)
+            first = psutil.Process(self._process.pid).children() if self._process.poll() is None else []
+            self._process.kill()
+            self._process.wait()
+            psutil.wait_procs(first, timeout=30)  # which the kernel lets go after all others
+            self._process = None
+
+    @property
+    def pid(self) -> int:
+        """Its first process, in this machine's numbers."""
+        assert self._process is not None, f"{self.name} is off"
+        return psutil.Process(self._process.pid).children()[0].pid
+
+    def run(
+        self, *command: object, env: Mapping[str, str] | None = None, timeout_s: float = 240
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command as somebody who sits at the machine, in the repository."""
+        return processes.run(self.words(*command, env=env), cwd=REPO, timeout_s=timeout_s)
+
+    def words(self, *command: object, env: Mapping[str, str] | None = None) -> list[str]:
+        """The words that run a command there."""
+        settings = {"HOME": str(HOME), "PATH": _path(), **(env or {})}
+        words = ["nsenter", "--target", str(self.pid), "--mount", "--net", "--uts", "--ipc", "--pid"]
+        words += ["env", "--chdir", str(REPO), *(f"{name}={value}" for name, value in settings.items())]
+        return [*words, *map(str, command)]
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """Its processes whose command line begins with `title`: "ray::RayTrainWorker", say."""
+        return processes.members(self.pid, title)
+
+    def _check(self, deadline: float) -> None:
+        assert self._process is not None
+        if self._process.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"host {self.name} is not up. Its log ends:\n{self.log.read_text()[-2000:]}")
+        time.sleep(0.02)
+
+
+def _own_network() -> tuple[socket.socket, int]:
+    """A network that no other test run has: whoever holds the socket of its number. It is closed with its process."""
+    for number in NETWORKS:
+        lock = socket.socket(socket.AF_UNIX)
+        try:
+            lock.bind(f"\0ddpm-hosts-{number}")
+        except OSError:
+            lock.close()
+        else:
+            return lock, number
+    raise RuntimeError(f"all {len(NETWORKS)} networks are taken")
+
+
+def answers(address: str, port: int) -> bool:
+    """Whether something takes connections there."""
+    try:
+        socket.create_connection((address, port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def _path() -> str:
+    """This environment's programs first, then the system's and the administrator's."""
+    return f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def _words(paths: Iterable[Path]) -> str:
+    return " ".join(shlex.quote(str(path)) for path in paths)
+
+
+def _run(*words: str) -> None:
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)}: {done.stderr.strip()}")

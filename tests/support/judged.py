@@ -1,0 +1,58 @@
+"""A run to be judged: three checkpoints of a tiny net, each a little further from the others, and its data set."""
+
+from pathlib import Path
+
+import torch
+
+from ddpm.checkpoints import checkpoint, runs
+from ddpm.checkpoints.runs import Run
+from ddpm.config import Config, override
+from ddpm.data.manifest import read_manifest
+from ddpm.data.prepare import prepare
+from ddpm.data.reading import DataSet
+from ddpm.data.sources import Digits
+from ddpm.storage import locations
+from ddpm.training.state import State
+from support.tiny import TINY_NET
+
+POSITIONS = (64, 128, 192)
+CONFIG = override(
+    TINY_NET,
+    {
+        "model.zero_init": False,
+        "schedule.num_timesteps": 20,
+        "schedule.kind": "cosine",
+        "sample.num_sample_steps": 4,
+        "train.batch_size": 64,
+        "run.name": "judged",
+        "run.experiment": "evaluated",
+    },
+)
+
+
+def make_data(folder: Path) -> str:
+    """The digits as shards: 1,500 to train on, 297 held out."""
+    location = locations.resolve(str(folder))
+    prepare(Digits(), location)
+    return location.uri
+
+
+def make_run(folder: Path, shards: str, config: Config = CONFIG) -> Run:
+    """A run in `folder` that was trained on `shards`, so its checkpoints say."""
+    config = override(config, {"data.shards": shards, "run.storage": str(folder)})
+    place = locations.resolve(shards)
+    manifest = read_manifest(place)
+    train = DataSet(place, manifest, "train")
+    run = runs.open_run(str(config.run.name), str(folder))
+    state = State.create(config, torch.device("cpu"))
+    noise = torch.Generator().manual_seed(0)
+    extra = {"run_key": run.key, "data_fingerprint": train.rows.fingerprint}
+    for images_seen in POSITIONS:
+        with torch.no_grad():
+            for weight in state.ema.net.parameters():
+                weight.add_(0.02 * torch.randn(weight.shape, generator=noise))
+        state.step, state.images_seen = images_seen // config.train.batch_size, images_seen
+        checkpoint.write(
+            state.snapshot(config, extra), Path(run.location.path, checkpoint.name_at(images_seen))
+        )
+    return run

@@ -1,0 +1,72 @@
+"""Where a secret may have been left: files, buckets, tables, arguments; and whether it has been."""
+
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from support.guarded import PostgresServer
+
+Texts = dict[str, bytes]
+"""What was found where."""
+
+
+def in_files(folder: Path) -> Texts:
+    """Regular files of a folder and those below; links lead elsewhere."""
+    found = {}
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_file() and not path.is_symlink():
+                found[str(path)] = path.read_bytes()
+    return found
+
+
+def in_bucket(client: Any, bucket: str) -> Texts:
+    """All of its objects."""
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket)
+    keys = [item["Key"] for page in pages for item in page.get("Contents", [])]
+    return {f"s3://{bucket}/{key}": client.get_object(Bucket=bucket, Key=key)["Body"].read() for key in keys}
+
+
+def in_tables(postgres: PostgresServer, database: str) -> Texts:
+    """All of its tables."""
+    tables = postgres.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'", database)
+    return {
+        f"table {table}": repr(postgres.execute(f'SELECT * FROM "{table}"', database)).encode()
+        for (table,) in tables
+    }
+
+
+@contextlib.contextmanager
+def arguments(pids: Iterable[int], every_s: float = 0.1) -> Iterator[set[str]]:
+    """The command lines of all descendants of some processes, as they come to be seen meanwhile."""
+    found, done, ancestors = set[str](), threading.Event(), [psutil.Process(pid) for pid in pids]
+
+    def look() -> None:
+        while not done.wait(every_s):
+            for ancestor in ancestors:
+                with contextlib.suppress(psutil.Error):
+                    for process in ancestor.children(recursive=True):
+                        with contextlib.suppress(psutil.Error):
+                            found.add(" ".join(process.cmdline()))
+
+    thread = threading.Thread(target=look, name="arguments", daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        thread.join()
+
+
+def leaks(secrets: Mapping[str, str], texts: Mapping[str, bytes]) -> list[tuple[str, str]]:
+    """(secret's name, where) of each that stands in one of the texts."""
+    return [
+        (name, where)
+        for name, secret in secrets.items()
+        for where in texts
+        if secret.encode() in texts[where]
+    ]

@@ -1,0 +1,72 @@
+"""jobs/train.py whose workers write down what every micro-batch was made of: a program of its own, for tests.
+
+    PYTHONPATH=tests python tests/support/recording_job.py FOLDER RANK:STEP ... -- digits --run.name ...
+
+FOLDER gets a file a rank, with a line a micro-batch: its step, its place in the global batch, and a digest of x_0,
+x_t and t (so of the noise too). In the steps named, the loss of that rank is not a number.
+"""
+
+import hashlib
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+from ddpm.training import worker_group
+from support.processes import REPO
+
+FOLDER = Path(sys.argv[1]).absolute()
+BAD = [tuple(map(int, word.split(":"))) for word in sys.argv[2 : sys.argv.index("--")]]
+work = worker_group.work
+
+
+class Recording:
+    """An objective, and an ear at it."""
+
+    def __init__(self, objective: Any, config: Any, rank: int, world_size: int) -> None:
+        self._objective, self._rank, self._world_size = objective, rank, world_size
+        self._grain = config.train.micro_batch_size
+        self._share = config.train.batch_size // self._grain // world_size
+        self._micro_batches = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._objective, name)
+
+    def loss(self, model: Any, x_0: Any, label: Any, generator: Any) -> Any:
+        lines = []
+
+        def heard(x_t: Any, t: Any, *rest: Any) -> Any:
+            for one in zip(*(tensor.split(self._grain) for tensor in (x_0, x_t, t)), strict=True):
+                digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in one)).hexdigest()
+                step, k = divmod(self._micro_batches, self._share)
+                lines.append({"step": step, "index": k * self._world_size + self._rank, "digest": digest})
+                self._micro_batches += 1
+            return model(x_t, t, *rest)
+
+        if not model.training:  # held-out images
+            return self._objective.loss(model, x_0, label, generator)
+        loss = self._objective.loss(heard, x_0, label, generator)
+        step = lines[-1]["step"]
+        with (FOLDER / f"{self._rank}.jsonl").open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+        return loss._replace(value=loss.value * float("nan")) if (self._rank, step) in BAD else loss
+
+
+def recording_work(spec: dict[str, Any]) -> None:
+    import ray.train
+
+    from ddpm.training import loop
+
+    context, build = ray.train.get_context(), loop.build_objective
+    ranks = context.get_world_rank(), context.get_world_size()
+    loop.build_objective = lambda config: Recording(build(config), config, *ranks)
+    work(spec)
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(parents=True)
+    worker_group.work = recording_work
+    job = str(REPO / "jobs" / "train.py")
+    sys.argv = [job, *sys.argv[sys.argv.index("--") + 1 :]]
+    runpy.run_path(job, run_name="__main__")

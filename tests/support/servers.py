@@ -1,0 +1,323 @@
+"""Real servers for tests: an S3 server, an MLflow server, a Ray head.
+
+Each is a process of its own, on free loopback ports, in a folder of its own, so two test runs fit on one
+machine. `start` returns once the server answers, or raises with the tail of its log.
+"""
+
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from support.processes import REPO, kill_tree, program, run
+
+LOOPBACK = "127.0.0.1"
+# Below the range Linux takes for outgoing connections (32768 and up), so none slips in before the server. Of
+# processes that test side by side each has ports of its own.
+SHARE = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 4
+PORTS = range(10_000 + 2_500 * SHARE, 12_500 + 2_500 * SHARE)
+GRPC_OFFSET = 10_000
+
+
+class Server:
+    """A server process that answers GET `health_url` when it is up."""
+
+    def __init__(
+        self,
+        name: str,
+        command: list[str],
+        health_url: str,
+        folder: Path,
+        env: Mapping[str, str] | None = None,
+        user: str | None = None,
+    ) -> None:
+        self.name, self.command, self.health_url, self.folder = name, command, health_url, folder
+        self.env = dict(env or {})
+        self.user = user  # None: whoever runs the tests
+        self.log = folder / f"{name}.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, timeout_s: float = 90) -> Self:
+        """Start, and wait for the first answer. Also starts again what was stopped or killed.
+
+        Raises:
+            RuntimeError: it ended or did not answer in time; the message carries the tail of its log.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command,
+                cwd=self.folder,
+                env=os.environ | self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                **run_as(self.user),
+            )
+        deadline = time.monotonic() + timeout_s
+        while not self.is_up():
+            code = self.process.poll()
+            if code is not None or time.monotonic() > deadline:
+                self.kill()
+                what = (
+                    f"ended with code {code}" if code is not None else f"gave no answer in {timeout_s:.0f} s"
+                )
+                raise RuntimeError(f"{self.name} {what} ({self.health_url}). Its log ends:\n{tail(self.log)}")
+            time.sleep(0.1)
+        return self
+
+    def is_up(self) -> bool:
+        return _get(self.health_url) is not None
+
+    def stop(self, grace_s: float = 10) -> None:
+        """Ask it to end (SIGTERM), and kill what is left after the grace, down to the last descendant."""
+        if self.process is not None:
+            kill_tree(self.process, grace_s)
+            self.process = None
+
+    def kill(self) -> None:
+        """End it at once (SIGKILL), as a crash would."""
+        self.stop(grace_s=0)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+class S3Server(Server):
+    """SeaweedFS, which checks signatures as S3 does. Clients need `client_env`, or boto3's `client_options`."""
+
+    def __init__(
+        self, folder: Path, access_key: str = "lab", secret_key: str = "labsecret", host: str = LOOPBACK
+    ) -> None:
+        master, volume, filer, s3, admin = ports = free_ports(5)
+        self.ports = [*ports, *(port + GRPC_OFFSET for port in ports)]
+        self.endpoint = f"http://{host}:{s3}"
+        self.keys = (access_key, secret_key)
+        self.topology_url = f"http://{host}:{master}/dir/status"
+        self.client_env = {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": access_key,
+            "AWS_SECRET_ACCESS_KEY": secret_key,
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+        self.client_options = {
+            "endpoint_url": self.endpoint,
+            "aws_access_key_id": access_key,
+            "aws_secret_access_key": secret_key,
+            "region_name": "us-east-1",
+        }
+        # Every gRPC port is its HTTP port + 10000. Small volumes: each bucket takes some of its own.
+        options = {
+            "dir": folder / "data",
+            "ip": host,
+            "ip.bind": host,
+            "master.port": master,
+            "master.volumeSizeLimitMB": 64,
+            "master.telemetry": "false",
+            "volume.port": volume,
+            "filer.port": filer,
+            "filer.localSocket": folder / "filer.sock",
+            "s3.port": s3,
+            "s3.port.iceberg": 0,
+            "s3.port.lance": 0,
+            "admin.port": admin,
+            "admin.ui": "false",
+            "webdav": "false",
+        }
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        command = [program("weed"), "mini", *(f"-{name}={value}" for name, value in options.items())]
+        super().__init__("seaweedfs", command, f"{self.endpoint}/healthz", folder, self.client_env)
+
+    def is_up(self) -> bool:
+        # S3 answers before the volume server has told the master what it holds: objects are missing.
+        topology = _get(self.topology_url)
+        return topology is not None and json.loads(topology)["Topology"]["Max"] > 0 and super().is_up()
+
+    def stop(self, grace_s: float = 10) -> None:
+        super().stop(grace_s)
+        for port in self.ports:  # seaweedfs leaves its sockets lying
+            for socket_file in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                socket_file.unlink()
+
+
+class MlflowServer(Server):
+    """An MLflow tracking server on SQLite, with its artifacts in a folder."""
+
+    def __init__(self, folder: Path, host: str = LOOPBACK) -> None:
+        (port,) = free_ports(1)
+        self.uri = f"http://{host}:{port}"
+        command = [program("mlflow"), "server", "--host", host, "--port", str(port), "--workers", "1"]
+        command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
+        command += ["--artifacts-destination", str(folder / "artifacts")]
+        # Job execution is for evaluating language models, and costs seven processes.
+        env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        super().__init__("mlflow", command, f"{self.uri}/health", folder, env)
+
+
+class RayHead(Server):
+    """A one-node Ray cluster: `address` for ray.init, `dashboard` for `ray job submit`, `metrics` for Prometheus.
+
+    Its temporary folder is its own: Ray writes the address of the cluster started last to one file in
+    it, and with the default folder every ray.init() on the machine would join this cluster.
+    """
+
+    def __init__(self, folder: Path, num_cpus: int = 3, env: Mapping[str, str] | None = None) -> None:
+        gcs, dashboard, client, agent_http, agent_grpc, runtime_env, metrics = map(str, free_ports(7))
+        self.address = f"{LOOPBACK}:{gcs}"
+        self.dashboard, self.metrics = f"http://{LOOPBACK}:{dashboard}", f"http://{LOOPBACK}:{metrics}"
+        # Short, since the sockets in it must fit into 107 characters.
+        self.temp_dir = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+        command = [program("ray"), "start", "--head", "--block", "--disable-usage-stats"]
+        command += ["--node-ip-address", LOOPBACK, "--port", gcs, "--dashboard-port", dashboard]
+        command += ["--ray-client-server-port", client, "--metrics-export-port", metrics]
+        command += ["--dashboard-agent-listen-port", agent_http, "--dashboard-agent-grpc-port", agent_grpc]
+        # Worker ports: any free ones. The default range, 10002 to 19999, is shared with the servers here.
+        command += ["--min-worker-port", "0", "--max-worker-port", "0"]
+        command += ["--runtime-env-agent-port", runtime_env, "--temp-dir", str(self.temp_dir)]
+        command += ["--num-cpus", str(num_cpus), "--object-store-memory", str(300 * 2**20)]
+        # Submitted jobs say `python`: it is the one that runs the tests.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        # Its workers are not behind whatever else runs on this machine (by default they have niceness 15).
+        settings = {"PATH": path, "RAY_worker_niceness": "0", **(env or {})}
+        # Ray Train finds the API server of its own cluster, not another one's on this machine.
+        settings["RAY_API_SERVER_ADDRESS"] = self.dashboard
+        super().__init__("ray", command, f"{self.dashboard}/api/version", folder, settings)
+
+    def submit(
+        self,
+        *command: object,
+        env: Mapping[str, str] | None = None,
+        cwd: Path = REPO,
+        timeout_s: float = 240,
+        options: Sequence[str] = (),
+    ) -> subprocess.CompletedProcess[str]:
+        """`ray job submit ... -- command` with `cwd` as working directory; `env` reaches driver and workers."""
+        words = [program("ray"), "job", "submit", "--address", self.dashboard, "--working-dir", ".", *options]
+        words += ["--runtime-env-json", json.dumps({"env_vars": dict(env or {})}), "--", *map(str, command)]
+        return run(words, cwd=cwd, timeout_s=timeout_s)
+
+    def stop_job(self, job: str) -> None:
+        """What `ray job stop` does, which itself takes seconds to start: SIGTERM, and SIGKILL three seconds later."""
+        from ray.job_submission import JobSubmissionClient
+
+        client = JobSubmissionClient(self.dashboard)
+        client.stop_job(job)
+        while not client.get_job_status(job).is_terminal():
+            time.sleep(0.1)
+
+    def nodes(self) -> dict[str, str]:
+        """Name -> ID of the nodes that are alive, as the cluster sees it."""
+        summary = json.loads(_get(f"{self.dashboard}/nodes?view=summary") or b"null")
+        raylets = [node["raylet"] for node in summary["data"]["summary"]] if summary else []
+        return {r["nodeName"]: r["nodeId"] for r in raylets if r.get("state") == "ALIVE"}
+
+    def add_node(self, num_cpus: int) -> "RayNode":
+        return RayNode(self, num_cpus)
+
+    def drain(self, node_id: str, within_s: int) -> None:
+        """Say, as a cloud does of a spot instance, that a node will be taken away `within_s` seconds from now."""
+        words = [program("ray"), "drain-node", "--address", self.address, "--node-id", node_id]
+        words += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot instance reclaimed"]
+        done = run([*words, "--deadline-remaining-seconds", str(within_s)], cwd=self.folder)
+        if done.returncode:
+            raise RuntimeError(f"the node was not drained:\n{done.stdout}{done.stderr}")
+
+    def stop(self, grace_s: float = 10) -> None:
+        super().stop(grace_s)
+        shutil.rmtree(self.temp_dir, ignore_errors=True)
+
+
+class RayNode:
+    """One more node of a cluster, on the same machine; `node_id` and `pid` once it is there."""
+
+    def __init__(self, head: RayHead, num_cpus: int, timeout_s: float = 60) -> None:
+        name = f"node-{uuid.uuid4().hex[:8]}"
+        command = [program("ray"), "start", "--address", head.address, "--block", "--num-cpus", str(num_cpus)]
+        command += ["--object-store-memory", str(300 * 2**20), "--node-name", name]
+        with (head.folder / "nodes.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                env=os.environ | head.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + timeout_s
+        while (node_id := head.nodes().get(name)) is None:
+            if time.monotonic() > deadline or self._process.poll() is not None:
+                self.kill()
+                raise RuntimeError(
+                    f"the node did not join the cluster. Its log ends:\n{tail(head.folder / 'nodes.log')}"
+                )
+            time.sleep(0.2)
+        self.node_id, self.pid = node_id, self._process.pid
+
+    def kill(self) -> None:
+        """Take it away at once, with everything that runs on it."""
+        kill_tree(self._process)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *of_error: object) -> None:
+        self.kill()
+
+
+def free_ports(count: int) -> list[int]:
+    """`count` free ports; the port GRPC_OFFSET above each is free as well."""
+    ports: list[int] = []
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        if _is_free(port) and _is_free(port + GRPC_OFFSET):
+            ports.append(port)
+            if len(ports) == count:
+                return ports
+    raise RuntimeError(f"no {count} free ports in {PORTS.start}..{PORTS.stop - 1}")
+
+
+def run_as(user: str | None) -> dict[str, Any]:
+    """What subprocess is told so that a process runs as `user`; None: as we do."""
+    return {"user": user, "group": user, "extra_groups": []} if user else {}
+
+
+def tail(path: Path, lines: int = 40) -> str:
+    """The last lines of a text file."""
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+def _get(url: str) -> bytes | None:
+    """The body of the answer, if there is one with status 200."""
+    try:
+        with urllib.request.urlopen(url, timeout=2) as response:
+            return bytes(response.read()) if response.status == 200 else None
+    except OSError:
+        return None

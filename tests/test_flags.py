@@ -1,0 +1,123 @@
+"""Command lines as people type them: short names, short help, and mistakes that are told in one line."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from ddpm import cli, flags, presets
+from ddpm import config as configs
+from ddpm.search import config as search_config
+from jobs import evaluate, sample, train
+
+PRESETS = "digits, glyphs, fashion-mnist, cifar10, celeba64"
+SAMPLERS = "'ddim', 'ancestral', 'dpmpp_2m', 'heun', 'mix', 'ddpm'"
+MISTAKES = {
+    "train": f"the command line begins with PRESET, one of {PRESETS}",
+    "train --lr 1 digits": f"the command line begins with PRESET, one of {PRESETS}",
+    "train mnist": f"there is no PRESET mnist (did you mean fashion-mnist?); there are {PRESETS}",
+    "train digit": f"there is no PRESET digit (did you mean digits?); there are {PRESETS}",
+    "train digits --lrr 1": "there is no flag --lrr (did you mean --lr?); --help-all lists every flag",
+    "train digits --image_size=8": (
+        "there is no flag --image_size (did you mean --model.image-size?); --help-all lists every flag"
+    ),
+    "train digits --learning_rate 1": (
+        "there is no flag --learning_rate (did you mean --lr?); --help-all lists every flag"
+    ),
+    "train digits --xyz": "there is no flag --xyz; --help-all lists every flag",
+    "train digits more": "there is no flag more; --help-all lists every flag",
+    "train digits --lr fast": "--lr/--optim.lr: could not convert string to float: 'fast'",
+    "train digits --lr": "Missing value for argument '--lr/--optim.lr'. Expected 1 values",
+    "train digits --sampler dpm": (
+        f"invalid choice 'dpm' for argument '--sampler/--sample.sampler'. Expected one of ('auto', {SAMPLERS})"
+    ),
+    "search digit": f"there is no PRESET digit (did you mean digits?); there are {PRESETS}",
+    "search digits --num-trails 4": (
+        "there is no flag --num-trails (did you mean --num-trials or --num-rungs?); --help-all lists every flag"
+    ),
+    "prepare digitss data": (
+        "there is no SOURCE digitss (did you mean digits?); there are digits, glyphs, fashion-mnist, folder, "
+        "torchvision, parquet"
+    ),
+    "sample runs/a --seeds 1": (
+        "there is no flag --seeds (did you mean --seed?); --help-all lists every flag"
+    ),
+}
+
+
+@pytest.mark.parametrize("typed", MISTAKES)
+def test_a_mistake_is_a_line(run_job: Callable[..., Any], typed: str) -> None:
+    job, *words = typed.split()
+    done = run_job(job, *words, env={"COLUMNS": "80"})
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {MISTAKES[typed]}\n")
+
+
+def test_a_terminal_without_unicode_gets_the_same_line(run_job: Callable[..., Any]) -> None:
+    done = run_job(
+        "train",
+        "digits",
+        "--lr",
+        "fast",
+        env={"PYTHONIOENCODING": "ascii", "PYTHON_TYRO_UTF8_BOXES": "False"},
+    )
+    assert done.stderr == f"error: {MISTAKES['train digits --lr fast']}\n"
+
+
+def parsed(monkeypatch: pytest.MonkeyPatch, kind: Any, *words: str) -> Any:
+    monkeypatch.setattr(sys, "argv", ["job.py", *words])
+    parse = cli.parse_preset if kind.__module__ in ("jobs.train", "ddpm.search.config") else cli.parse
+    return parse(kind, None)
+
+
+def test_short_names_are_the_long_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {
+        "run.name": "a",
+        "run.storage": "s3://b/c",
+        "data.shards": "d",
+        "schedule.kind": "linear",
+        "optim.lr": 0.5,
+        "train.total_images": 100,
+        "train.batch_size": 64,
+        "train.seed": 7,
+        "sample.sampler": "heun",
+        "cluster.num_workers": "1:4",
+    }
+    assert values.keys() == flags.SHORT.keys()
+    words = [word for key, value in values.items() for word in (flags.SHORT[key], str(value))]
+    short = parsed(monkeypatch, train.Arguments, "digits", *words)
+    words = [word for key, value in values.items() for word in (f"--{key}", str(value))]
+    assert short == parsed(monkeypatch, train.Arguments, "digits", *words)
+    assert short.config == configs.override(presets.DIGITS, values)
+
+
+def test_a_search_keeps_its_own_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "digits --name n --storage s --seed 3 --lr 0.5 --workers 2".split()
+    chosen = parsed(monkeypatch, search_config.Arguments, *words)
+    assert (chosen.name, chosen.storage, chosen.seed) == ("n", "s", 3)
+    changed = configs.override(presets.DIGITS, {"optim.lr": 0.5, "cluster.num_workers": 2})
+    assert chosen.config == changed
+
+
+def test_ddpm_is_a_name_of_algorithm_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (
+        parsed(monkeypatch, train.Arguments, "digits", "--sampler", "ddpm").config.sample.sampler
+        == "ancestral"
+    )
+    assert parsed(monkeypatch, sample.Arguments, "runs/a", "--sampler", "ddpm").sampler == "ancestral"
+    both = parsed(monkeypatch, evaluate.Arguments, "runs/a", "--sampler", "ddpm", "ddim")
+    assert both.sampler == ("ancestral", "ddim")
+
+
+def test_help_shows_what_people_change_first_and_help_all_everything(run_job: Callable[..., Any]) -> None:
+    keys = configs.flatten(presets.DIGITS)
+    assert keys.keys() >= flags.SHOWN_FIRST
+    brief, whole = run_job("train", "digits", "--help"), run_job("train", "digits", "--help-all")
+    assert (brief.returncode, whole.returncode) == (0, 0)
+    for key in keys:
+        flag = f"--{key.replace('_', '-')}"
+        assert f" {flag} " in whole.stdout or f" {flag}, " in whole.stdout, flag
+        named = flags.SHORT.get(key, flag)
+        assert (f"│ {named} " in brief.stdout) == (key in flags.SHOWN_FIRST), flag
+    assert brief.stdout.endswith("--help-all lists every flag.\n")
+    assert len(brief.stdout.splitlines()) < 55

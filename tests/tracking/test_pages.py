@@ -1,0 +1,189 @@
+"""What MLflow's pages say of runs and experiments: params that have an effect, what was changed, and a description."""
+
+import json
+import re
+from typing import Any
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from support import processes
+from support.processes import REPO
+from support.tiny import TINY_NET
+from support.tracked import address_at, deliver, outbox_in, run_of
+
+from ddpm import config as configs
+from ddpm import presets
+from ddpm.build import build_net, build_objective
+from ddpm.config import Config, override
+from ddpm.diffusion import schedules
+from ddpm.sampling import generate
+from ddpm.storage.locations import Location
+from ddpm.tracking import metrics_buffer, pages
+from ddpm.tracking.metrics_buffer import DataSetInput, Metrics, Record, Tags, segment_name
+from ddpm.tracking.mlflow_client import tracking_uri
+from ddpm.tracking.mlflow_runs import Address
+
+SMALL = override(
+    TINY_NET, {"model.zero_init": False, "schedule.num_timesteps": 20, "sample.num_sample_steps": 5}
+)
+OTHER: dict[str, Any] = {
+    "sample.rho": 3.0,
+    "sample.eta": 0.5,
+    "sample.mean": "plain",
+    "sample.variance": "beta",
+}
+DATA = DataSetInput("digits", "4f" * 16, "s3://bucket/digits", '{"images": 1500, "shape": [8, 8, 1]}')
+
+
+@pytest.mark.parametrize("kind", schedules.SCHEDULES)
+def test_the_parameters_of_a_schedule_are_those_that_change_it(kind: str) -> None:
+    config = override(Config(), {"schedule.kind": kind, "schedule.num_timesteps": 100})
+    beta, found = schedules.build(config.schedule).beta, pages.params(config)
+    for name, value in configs.flatten(config.schedule).items():
+        if isinstance(value, float):
+            changed = override(config, {f"schedule.{name}": 0.9 * value}).schedule
+            has_effect = not torch.equal(schedules.build(changed).beta, beta)
+            assert (f"schedule.{name}" in found) == has_effect, name
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ancestral", "dpmpp_2m", "heun"])
+@pytest.mark.parametrize("spacing", ["auto", "uniform", "karras"])
+def test_the_parameters_of_a_sampler_are_those_that_change_its_images(sampler: str, spacing: str) -> None:
+    config = override(SMALL, {"sample.sampler": sampler, "sample.spacing": spacing})
+    net, found = build_net(config).eval(), pages.params(config)
+
+    def drawn(config: Config) -> torch.Tensor:
+        return generate.draw(net, config, build_objective(config), range(4), device=torch.device("cpu"))
+
+    for name, value in (OTHER | {"sample.clip_x_0": False}).items():
+        has_effect = not torch.equal(drawn(override(config, {name: value})), drawn(config))
+        assert (name in found) == has_effect, name
+
+
+@pytest.mark.parametrize(
+    ("change", "has", "lacks"),
+    [
+        ({}, "optim.lr", "objective.min_snr_gamma"),
+        ({"objective.weight": "min_snr"}, "objective.min_snr_gamma", "objective.label_dropout"),
+        ({"model.num_classes": 10}, "objective.label_dropout", "train.init_from"),
+        ({"data.on_corrupt": "substitute"}, "data.max_corrupt_share", "run.storage"),
+        ({"objective.process": "uniform_mix"}, "objective.process", "schedule.kind"),
+        ({"cluster.num_workers": "1:4"}, "cluster.num_workers", "cluster.max_failures"),
+    ],
+)
+def test_parameters_without_effect_are_left_out(change: dict[str, Any], has: str, lacks: str) -> None:
+    found = pages.params(override(presets.DIGITS, change))
+    assert has in found and lacks not in found
+    assert None not in found.values()
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_a_preset_and_what_was_changed(name: str) -> None:
+    changes = {"schedule.kind": "sigmoid", "optim.lr": 0.5, "run.name": "a", "data.shards": "s3://b/d"}
+    assert pages.nearest_preset(presets.PRESETS[name]) == (name, {})
+    changed = override(presets.PRESETS[name], changes)
+    assert pages.nearest_preset(changed) == (name, {"schedule.kind": "sigmoid", "optim.lr": 0.5})
+    found = pages.tags(changed, "python jobs/train.py x")
+    assert (found["preset"], found["changed"]) == (name, "schedule.kind=sigmoid, optim.lr=0.5")
+    assert found["command"] == "python jobs/train.py x"
+    assert found["version.torch"] == torch.__version__.partition("+")[0] or "+" in found["version.torch"]
+    assert pages.tags(presets.PRESETS[name], None).get("changed") == "nothing"
+
+
+@pytest.fixture
+def address() -> Address:
+    return address_at(tracking_uri())
+
+
+@pytest.fixture
+def spool(tmp_path: Any) -> Location:
+    return outbox_in(tmp_path / "run")
+
+
+def put(spool: Location, at: int, *records: Record) -> None:
+    spool.child(segment_name(at)).write(metrics_buffer.pack(list(records)))
+
+
+def begun(config: Config) -> list[Record]:
+    """What a run records first."""
+    checkpoint = Tags({"checkpoint": "s3://bucket/runs/a/checkpoint-000000000064"})
+    return [Tags(pages.tags(config, "python jobs/train.py digits --run.name a")), DATA, checkpoint]
+
+
+def note(run: Run) -> str:
+    return run.data.tags[pages.NOTE_TAG]
+
+
+def test_a_run_describes_itself(address: Address, spool: Location) -> None:
+    config = override(presets.DIGITS, {"schedule.kind": "linear"})
+    bits = {"held_out/bits_per_dim": 4.25, "held_out_error/bits_per_dim": 0.5}
+    put(spool, 64, *begun(config), Metrics(bits, 64, 1))
+    deliver(address, spool, 64, "KILLED", **pages.params(config))
+    run = run_of(address)
+    assert note(run).split("\n\n") == [
+        "**digits**, schedule.kind=linear: predicts eps, linear schedule of 500 steps.",
+        "Stopped at 64 of 144,000 images; bits/dim 4.2500 ± 0.5000.",
+        "Go on: `python jobs/train.py digits --run.name a`",
+        "Sample: `python jobs/sample.py s3://bucket/runs/a --out samples`",
+        "*Written by the run; another text in its place stays.*",
+    ]
+    assert run.data.tags["checkpoint"].endswith("checkpoint-000000000064")
+    if (REPO / ".git").exists():  # not in an archive of the files
+        head = processes.run(["git", "rev-parse", "HEAD"], cwd=REPO).stdout.strip()
+        assert run.data.tags["git.commit"] == run.data.tags["mlflow.source.git.commit"] == head
+        assert run.data.tags["git.dirty"] in ("True", "False")
+    (found,) = run.inputs.dataset_inputs
+    assert (found.dataset.name, found.dataset.digest, found.dataset.profile) == (
+        "digits",
+        DATA.digest,
+        DATA.profile,
+    )
+    assert json.loads(found.dataset.source) == {"uri": DATA.uri}
+
+    evaluated = {"eval/bits_per_dim": 4.0, "eval_error/bits_per_dim": 0.1, "eval/KID-pixels": 0.03}
+    put(spool, 128, *begun(config), Metrics(evaluated, 128, 2))  # a restarted run says it again
+    deliver(address, spool, 128, "FAILED")
+    run = run_of(address)
+    assert "Failed at 128 of 144,000 images; bits/dim 4.0000 ± 0.1000; KID-pixels 0.0300." in note(run)
+    assert len(run.inputs.dataset_inputs) == 1
+
+
+def test_a_description_of_one_s_own_stays(address: Address, spool: Location) -> None:
+    put(spool, 64, *begun(presets.DIGITS))
+    deliver(address, spool, 64)
+    MlflowClient(address.uri).set_tag(run_of(address).info.run_id, pages.NOTE_TAG, "My best run.")
+    put(spool, 128, Metrics({"train/loss": 1.0}, 128, 1))
+    deliver(address, spool, 128)
+    assert note(run_of(address)) == "My best run."
+
+
+def test_a_run_of_another_program_is_not_described(spool: Location) -> None:
+    address = Address(tracking_uri(), "foreign", "a", "5" * 32, source="train_classifier.py")
+    put(spool, 64, Metrics({"loss": 1.0}, 64, 1))
+    deliver(address, spool, 64)
+    assert pages.NOTE_TAG not in run_of(address).data.tags
+    tags = MlflowClient(address.uri).get_experiment_by_name("foreign").tags
+    assert tags[pages.KIND_TAG] == pages.KIND and pages.VIEW_TAG not in tags
+
+
+@pytest.mark.parametrize("kind", [None, "genai_development"])
+def test_an_experiment_without_a_kind_gets_one(spool: Location, kind: str | None) -> None:
+    client, name = MlflowClient(tracking_uri()), f"experiment of kind {kind}"
+    client.create_experiment(name, tags={pages.KIND_TAG: kind} if kind else {})
+    deliver(Address(tracking_uri(), name, "a", "6" * 32), spool, -1)
+    tags = client.get_experiment_by_name(name).tags
+    assert tags[pages.KIND_TAG] == (kind or pages.KIND)
+    assert (pages.VIEW_TAG in tags) == (kind is None)
+
+
+def test_a_new_experiment_has_its_kind_and_a_view(address: Address, spool: Location) -> None:
+    deliver(address, spool, -1)
+    tags = MlflowClient(address.uri).get_experiment_by_name(address.experiment).tags
+    assert tags[pages.KIND_TAG] == pages.KIND
+    view = json.loads(tags[pages.VIEW_TAG])
+    assert view["name"] == "Schedules and scores"
+    columns = json.loads(view["state"])["selectedColumns"]
+    assert "metrics.`held_out/bits_per_dim`" in columns
+    assert all(re.fullmatch(r"(params|metrics|tags)\.`[\w./-]+`", column) for column in columns)

@@ -1,0 +1,145 @@
+"""What a person sees of a run: one screen on a terminal, lines elsewhere."""
+
+import math
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.processes import REPO
+
+from ddpm.training import run_state
+from ddpm.training.screen import Screen, sparkline
+from ddpm.utils.progress import Progress
+
+
+@pytest.mark.parametrize(
+    ("values", "curve"),
+    [
+        ([], ""),
+        ([3.0], "▁"),
+        ([5.0, 5.0], "▁▁"),
+        ([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], "▁▂▃▄▅▆▇█"),
+        ([7.0, math.nan, 0.0, math.inf], "█▁"),
+        ([0.0] * 40 + [1.0] * 40, "▁" * 20 + "█" * 20),
+        ([*range(100)], "▁▁▁" + "".join(level * 5 for level in "▂▃▄▅▆▇") + "█" * 7),
+        ([1e6, 7.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0], "███▇▆▅▄▃▂▁"),  # a loss begins high
+    ],
+)
+def test_a_curve_is_a_line(values: list[float], curve: str) -> None:
+    assert sparkline(values) == curve
+
+
+def values(images_seen: int, **more: Any) -> dict[str, Any]:
+    return {run_state.PROGRESS: Progress(images_seen, 1000, 500.0, 0.25), **more}
+
+
+def test_a_log_gets_lines_with_mfu_where_it_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    with Screen("a", 1000, lambda: 0) as screen:
+        screen.update({run_state.WORKERS: 1})  # they have not begun
+        screen.update(values(100))
+        screen.update(values(1000, metrics={"train/mfu": (1000, 0.123), "train/loss": (1000, 0.25)}))
+    assert capsys.readouterr().out.splitlines() == [
+        "images 100/1,000  500 images/s  loss 0.2500",
+        "images 1,000/1,000  500 images/s  MFU 12%  loss 0.2500",
+    ]
+
+
+SHOWN = """
+from ddpm.training import run_state
+from ddpm.training.screen import Screen
+from ddpm.utils.progress import Progress
+
+with Screen("my run", 1000, lambda: 2) as screen:
+    for seen, loss in ((250, 0.5), (500, 0.25)):
+        metrics = {"train/loss": (seen, loss), "held_out/loss": (500, 0.375), "train/goodput": (seen, 0.9),
+            "held_out/bits_per_dim": (500, 2.5), "held_out_error/bits_per_dim": (500, 0.125),
+            "train/mfu": (seen, 0.4), "system/gpu_0_memory_usage_percentage": (seen, 33.3)}
+        screen.update({run_state.PROGRESS: Progress(seen, 1000, 50.0, loss), run_state.METRICS: metrics,
+            run_state.WORKERS: 2, run_state.COMMITTED: 250})
+        print("warning: seen above", flush=True)
+"""
+
+
+SMALL = "--model.base-width 8 --model.norm-groups 4 --schedule.num-timesteps 50"
+
+
+def on_a_terminal(words: list[str], cwd: Path, env: dict[str, str] | None = None) -> tuple[int, str]:
+    """Exit code and output of a program whose input and output are a terminal."""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        words,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        cwd=cwd,
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "100"} | (env or {}),
+        start_new_session=True,
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        try:
+            while part := os.read(ours, 4096):
+                shown += part
+        except OSError:  # how Linux says that the other side is closed
+            os.close(ours)
+    return process.returncode, shown.decode()
+
+
+def last_screen(shown: str, name: str) -> list[str]:
+    """The lines of the last screen, without colours."""
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown.rpartition(f"\x1b[1m{name}")[2])
+    return [" ".join(line.split()) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize(("encoding", "curve", "error"), [("utf-8", "█▁", "±"), ("ascii", "#.", "+-")])
+def test_a_terminal_gets_one_screen(tmp_path: Path, encoding: str, curve: str, error: str) -> None:
+    env = {"PYTHONPATH": str(REPO), "PYTHONIOENCODING": encoding}
+    code, shown = on_a_terminal([sys.executable, "-c", SHOWN], tmp_path, env)
+    assert code == 0, shown
+    lines = last_screen(shown, "my run")
+    assert lines[1].endswith("500 of 1,000 0:00:10 left")
+    assert lines[2:6] == [
+        "speed 50 images/s MFU 40% 2 workers goodput 90.0%",
+        f"loss {curve} 0.2500",
+        f"held-out loss {curve[1]} 0.3750",
+        f"bits/dim {curve[1]} 2.5000 {error} 0.1250",
+    ]
+    assert re.fullmatch(r"checkpoint 250 images, 0:00:0\d ago MLflow: 2 checkpoints behind", lines[6])
+    assert lines[7] == "GPU 0 33 % of its memory"
+    assert shown.count("warning: seen above") == 2
+    assert "\x1b[?25h" in shown.rpartition("MLflow")[2]  # the cursor is back
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("on_ray_head")
+def test_training_on_a_terminal(tmp_path: Path) -> None:
+    words = f"jobs/train.py digits --name a --total-images 6400 --workers 2 --sampler ddpm {SMALL}".split()
+    words += "--train.log-every-images 1600 --train.checkpoint-every-images 3200".split()
+    code, shown = on_a_terminal([sys.executable, str(REPO / words[0]), *words[1:]], tmp_path)
+    assert code == 0, shown
+    assert re.search(r"starting +0:00:0\d for Ray's workers", shown)
+    lines = last_screen(shown.partition("trained ")[0], "a")
+    assert lines[1].endswith("6,400 of 6,400 0:00:00 left")
+    assert re.fullmatch(r"speed [\d,]+ images/s.* 2 workers goodput 100.0%", lines[2])
+    assert re.fullmatch(r"loss [▁▂▃▄▅▆▇█]{4} 0\.\d{4}", lines[3])
+    assert re.fullmatch(r"held-out loss [▁█]{2} 0\.\d{4}", lines[4])
+    assert any(line.startswith("checkpoint 6,400 images, 0:00:0") for line in lines)
+    assert "MLflow      run " in shown
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("on_ray_head")
+def test_a_reader_that_leaves_ends_nothing(tmp_path: Path) -> None:
+    """`... | head -3`: training goes on without output, and nothing is said of the pipe."""
+    train = f"{sys.executable} {REPO}/jobs/train.py digits --name a --total-images 1280 {SMALL}"
+    words = f"{{ {train}; echo $? > code; }} 2> errors | head -3"
+    done = subprocess.run(["bash", "-c", words], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert (done.returncode, (tmp_path / "errors").read_text()) == (0, "")
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["preparing", "preparing", "data"]
+    assert (tmp_path / "code").read_text() == "0\n"
+    assert (tmp_path / "runs/a/checkpoint-000000001280/checksums.json").exists()
