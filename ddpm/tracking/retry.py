@@ -29,7 +29,7 @@ class Refused(ValueError):
 
 
 class Caller:
-    """Makes calls for one thread; another thread may set `deadline`.
+    """Makes calls for one thread; another thread may set the limits.
 
     Args:
         uri: MLflow's URI; a password in it is never shown.
@@ -38,18 +38,24 @@ class Caller:
     """
 
     def __init__(self, uri: str, answers: Callable[[], bool], patience_s: float = math.inf) -> None:
-        self.deadline = math.inf
-        """time.monotonic() at which time is up."""
         self.trouble = ""
         """The last failure."""
         self._uri, self._answers = uri, answers
-        self._patience_s, self._worked_at = patience_s, time.monotonic()
+        self.limit(math.inf, patience_s)
         self._told = False
+
+    def limit(self, timeout_s: float, patience_s: float) -> None:
+        """Time is up `timeout_s` from now, or after `patience_s` without a successful call."""
+        self._worked_at = time.monotonic()
+        self._deadline, self._patience_s = self._worked_at + timeout_s, patience_s
+
+    @property
+    def is_out_of_time(self) -> bool:
+        return time.monotonic() > min(self._deadline, self._worked_at + self._patience_s)
 
     def check_time(self) -> None:
         """Raise OutOfTime if time is up."""
-        now = time.monotonic()
-        if now > self.deadline or now - self._worked_at > self._patience_s:
+        if self.is_out_of_time:
             raise OutOfTime
 
     def __call__(self, call: Callable[..., Any], *args: Any, attempts: int = ATTEMPTS) -> Any:

@@ -34,6 +34,8 @@ MIN_BEGIN_S = 5.0
 """Importing MLflow takes about this long."""
 GRACE_S = 0.3
 """Longer than the 0.1 s between two looks of the waiting thread at its deadline."""
+SILENCE_S = 10.0
+"""How long `close` waits before it says so."""
 
 
 class NotDelivered(UserError):
@@ -95,18 +97,23 @@ class Uploader:
         """About how many segments MLflow has not taken: those that were found last, and what was announced since."""
         return self._carrier.waiting + self._announced
 
-    def close(self, status: str, timeout_s: float = 60.0) -> Delivery:
-        """Deliver the rest, for about `timeout_s` at most, and end the MLflow run: FINISHED, FAILED or KILLED.
+    def close(self, status: str, timeout_s: float = 300.0, patience_s: float = 30.0) -> Delivery:
+        """Deliver the rest, and end the MLflow run: FINISHED, FAILED or KILLED. `jobs/sync.py` delivers what is left.
 
-        A delivery that has not begun does not begin if there is less time than MIN_BEGIN_S.
+        Args:
+            status: MLflow's status of the run.
+            timeout_s: seconds after which it gives up; where they are fewer than MIN_BEGIN_S, a delivery that has
+                not begun does not begin.
+            patience_s: seconds in which MLflow took nothing after which it gives up.
         """
-        self._status, self._run.call.deadline = status, time.monotonic() + timeout_s
+        self._status = status
+        self._run.call.limit(timeout_s, patience_s)
         self._closing.set()
         self._wake.set()
         if timeout_s >= MIN_BEGIN_S:
             self.begin()
         if self._begun:
-            self._thread.join(timeout_s + GRACE_S)
+            self._wait()
         left = _count_in_time(self._buffer, self._committed, min(timeout_s, COUNT_TIMEOUT_S))
         trouble = self._run.call.trouble
         if left:
@@ -117,6 +124,16 @@ class Uploader:
         elif trouble and not self._ended:
             logger.warning("MLflow at %s has not been told how the run ended: %s", self._uri, trouble)
         return Delivery(self._run.run_id, self._run.experiment_id, left, self._ended)
+
+    def _wait(self) -> None:
+        """Wait for the thread to end, or for its time to be up."""
+        told, begun = False, time.monotonic()
+        while self._thread.is_alive() and not self._run.call.is_out_of_time:
+            self._thread.join(0.1)
+            if not told and time.monotonic() > begun + SILENCE_S:
+                told = True
+                logger.warning("waiting for MLflow at %s to take the rest", self._uri)
+        self._thread.join(GRACE_S)
 
     def _work(self) -> None:
         try:

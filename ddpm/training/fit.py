@@ -40,10 +40,8 @@ from ddpm.utils.retry import StorageError
 
 log = logging.getLogger(__name__)
 
-DELIVERY_TIMEOUT_S = 30.0
-"""What MLflow has not taken so long after the end is left to jobs/sync.py."""
 HASTY_DELIVERY_TIMEOUT_S = 1.0
-"""The same for a run that was asked to stop, or whose storage failed."""
+"""How long MLflow is waited for at the end of a run that was asked to stop, or whose storage failed."""
 LEAVING_S = 5.0
 """How long Ray Train may take to end when the process exits; two seconds are usual."""
 
@@ -143,7 +141,7 @@ def _fit(
     monitor = DriverMonitor(
         group.state, screen, uploader.committed, look, possible, config.cluster.resize_interval_s
     )
-    patience_s = DELIVERY_TIMEOUT_S
+    in_haste = False
     try:
         # A trial's command is that of its search.
         command = None if parent_run_id else shlex.join(["python", *sys.argv])
@@ -161,10 +159,13 @@ def _fit(
             f"the Ray cluster is gone: {last_line(error)}; the same command goes on"
         ) from None
     except (KeyboardInterrupt, StorageError):  # where storage fails, what is left cannot be read either
-        patience_s = HASTY_DELIVERY_TIMEOUT_S
+        in_haste = True
         raise
     finally:
-        delivery = uploader.close(status, HASTY_DELIVERY_TIMEOUT_S if monitor.signal else patience_s)
+        if in_haste or monitor.signal:
+            delivery = uploader.close(status, HASTY_DELIVERY_TIMEOUT_S)
+        else:
+            delivery = uploader.close(status)
     newest = runs.checkpoints(run.location)[-1:]
     return Result(run, ended, newest[0].uri if newest else None, delivery, monitor.signal)
 

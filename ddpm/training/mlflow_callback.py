@@ -95,8 +95,8 @@ class MlflowCallback(UserCallback):
         else:  # who presses Ctrl-C does not wait
             self.close("KILLED", timeout_s=1.0)
 
-    def close(self, status: str, timeout_s: float = 30.0) -> Delivery:
-        """Deliver what is left, for about `timeout_s` at most, and end the MLflow run: FINISHED, FAILED or KILLED."""
+    def close(self, status: str, timeout_s: float = 300.0) -> Delivery:
+        """Deliver what is left, as `Uploader.close` does, and end the MLflow run: FINISHED, FAILED or KILLED."""
         delivery = Uploader(self._address, self._params, self._spool).close(status, timeout_s)
         if delivery.undelivered:
             command = f"python jobs/sync.py {self._folder} --experiment {self._address.experiment}"

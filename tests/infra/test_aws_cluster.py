@@ -112,7 +112,7 @@ def test_a_cluster_on_aws_grows_trains_and_is_gone(
         monkeypatch.setenv(variable, value)
     client = mlflow.MlflowClient(guarded_mlflow.uri)
     (run,) = client.search_runs([client.get_experiment_by_name("on-aws").experiment_id])
-    assert run.info.status == "FINISHED" and run.data.params["cluster.num_workers"] == "2"
+    assert run.info.status == "FINISHED" and run.data.params["cluster.num_workers"] == "2", job.output
     assert run.data.metrics["train/loss"] > 0
 
     texts = {"output": job.output.encode(), "arguments": "\n".join(arguments).encode()}

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from support import processes, servers
+from support.proxy import FaultyProxy
 from support.tracked import (
     PARAMS,
     PickyProxy,
@@ -185,6 +186,30 @@ def test_what_has_not_begun_begins_only_with_time_left(
     assert uploader.close("KILLED", timeout_s) == Delivery(None, None, 0, False)
     assert not [line for line in warnings_of(caplog) if "records" in line]
     assert bool(warnings_of(caplog)) == (timeout_s > 5)
+
+
+def test_a_server_that_takes_nothing_is_not_waited_for_until_the_end(
+    absent_server: str, buffer: Location
+) -> None:
+    put(buffer, 64, 64)
+    uploader = Uploader(address_at(absent_server), PARAMS, buffer)
+    uploader.committed(64)
+    done = within(2 + PATIENCE_S, lambda: uploader.close("FINISHED", timeout_s=10 * PATIENCE_S, patience_s=2))
+    assert done == Delivery(None, None, 2, False)
+
+
+@pytest.mark.slow
+def test_a_slow_server_is_waited_for_while_it_takes_something(mlflow_server: str, buffer: Location) -> None:
+    for position in range(64, 321, 64):
+        put(buffer, position, position)
+    with FaultyProxy(mlflow_server) as slow:
+        slow.switch("delay", delay_s=0.5)
+        uploader = Uploader(address_at(slow.endpoint), PARAMS, buffer, at_once=False)
+        uploader.committed(320)
+        begin = time.monotonic()
+        done = uploader.close("FINISHED", timeout_s=240, patience_s=PATIENCE_S)
+        assert done.undelivered == 0 and done.ended
+        assert time.monotonic() > begin + PATIENCE_S
 
 
 @pytest.mark.slow
