@@ -83,7 +83,7 @@ def main() -> None:
         raise UserError("no CHECKPOINT is given; expected folders or URIs of checkpoints or runs")
     from rich.console import Console
 
-    from ddpm.evaluation import context, evaluate, publish, report
+    from ddpm.evaluation import context, evaluate, publish, tables
     from ddpm.utils.progress import printable
 
     place = publish.place_for(arguments.out)
@@ -105,8 +105,8 @@ def main() -> None:
     found = evaluate.evaluate(candidates, settings, arguments.num_workers)
     # A file or a pipe has no width of its own.
     console = Console(width=None if sys.stdout.isatty() else 200)
-    console.print(report.tables(found, console.width))
-    for line in (*report.remarks(found, place.uri), *publish.store(found, place)):
+    console.print(tables.tables(found, console.width))
+    for line in (*tables.remarks(found, place.uri), *publish.store(found, place)):
         print(printable(line))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.processes import REPO, Background, run_job
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.slow
 
 
 def checkpoints(results: Path) -> list[Path]:

@@ -3,7 +3,6 @@
 import contextlib
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +112,7 @@ def test_stop_reaches_descendants_in_sessions_of_their_own(tmp_path: Path) -> No
         child = int(parent.stdout.readline())
         assert psutil.pid_exists(child)
         processes.kill_tree(parent)
-    deadline = time.monotonic() + 10
-    while psutil.pid_exists(child) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not psutil.pid_exists(child)
+    processes.wait_for(lambda: not psutil.pid_exists(child))
 
 
 @pytest.mark.slow

@@ -33,7 +33,6 @@ def mean(grid: np.ndarray) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_the_notebook_runs_and_shows_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(REPO))
     for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR"):

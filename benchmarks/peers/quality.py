@@ -31,7 +31,7 @@ from ddpm.config import Config
 from ddpm.diffusion import schedules
 from ddpm.diffusion.objectives import Eps, Model, Objective, V
 from ddpm.diffusion.schedules import Schedule
-from ddpm.hub import export
+from ddpm.hub.diffusers_config import unet_config
 from ddpm.training.state import parameter_count
 
 EVERY_S = 10.0
@@ -77,7 +77,7 @@ def diffusers_net(config: Config) -> nn.Module:
     """A UNet2DModel that is our net, layer by layer."""
     from diffusers import UNet2DModel
 
-    return UNet2DModel(**export.unet_config(config))
+    return UNet2DModel(**unet_config(config))
 
 
 def train_lucidrains(folder: Path, config: Config) -> None:

@@ -197,10 +197,10 @@ def diffusers_net(config: Config) -> nn.Module:
     """UNet2DModel with the sizes, and the first weights, of our net; it takes its own timesteps, 0 to 999."""
     import diffusers
 
-    from ddpm.hub import export
+    from ddpm.hub.diffusers_config import unet_config
 
     model = config.model
-    net = diffusers.UNet2DModel(**export.unet_config(override(config, {"schedule.num_timesteps": 1000})))
+    net = diffusers.UNet2DModel(**unet_config(override(config, {"schedule.num_timesteps": 1000})))
     theirs, ours = net.state_dict(), build_net(config).state_dict()
     for our, names in diffusers_names(model).items():
         rows = [theirs[name].shape[0] for name in names]

@@ -83,10 +83,11 @@ def _resources_per_worker(config: Config, have: dict[str, float]) -> dict[str, f
     if share <= 0:
         raise UserError(f"cluster.cpus_per_worker is {share:g}; it must be above 0")
     if least * share > cpus - 1:
-        right = max((cpus - 1) / least, 0)
+        right = (cpus - 1) / least
+        remedy = f"set --cluster.cpus-per-worker to at most {right:g}, or use fewer workers"
         raise TooSmall(
             f"{least} workers of {share:g} CPUs leave none of the cluster's {cpus:g} CPUs to the tasks that read "
-            f"data; set --cluster.cpus-per-worker to at most {right:g}, or use fewer workers"
+            f"data; {remedy if right > 0 else 'more than one CPU is needed'}"
         )
     return {"CPU": share} | ({"GPU": part} if gpu else {})
 

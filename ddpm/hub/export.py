@@ -21,7 +21,6 @@ Axes: B batch, C channels, H W, T timesteps.
 """
 
 import inspect
-import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,27 +32,20 @@ import torch
 from torch import Tensor, nn
 
 from ddpm import config as configs
-from ddpm.build import build_net, resolve_sample
+from ddpm.build import build_net
 from ddpm.checkpoints import checkpoint
 from ddpm.checkpoints.checkpoint import Snapshot
-from ddpm.config import Config, ObjectiveConfig, SampleConfig, ScheduleConfig, UNetConfig
-from ddpm.diffusion import schedules
+from ddpm.config import Config
 from ddpm.diffusion.objectives import PROCESSES
+from ddpm.hub.diffusers_config import config_of, scheduler_config, unet_config, unet_of
 from ddpm.hub.diffusers_names import diffusers_names
-from ddpm.models.layers import EMBEDDED_TIMESTEPS, NORM_EPS, sinusoids
+from ddpm.models.layers import EMBEDDED_TIMESTEPS, sinusoids
 from ddpm.utils import files
 from ddpm.utils.errors import UserError
 from ddpm.utils.seeding import GENERATOR
 
-PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
-"""Ours -> diffusers'; their v has the sign of ours."""
-VARIANCES = {"beta_tilde": "fixed_small", "beta": "fixed_large", "learned": "learned_range"}
-SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 TIME_TABLE = "time_proj.weight"
 """Diffusers' name for the [T, E] embedding of t, where it is a table."""
-
-# Settings of a scheduler that concern only samplers that are not exported.
-_SAMPLING_ALONE = ("timestep_spacing", "steps_offset", "dynamic_thresholding_ratio", "sample_max_value")
 
 
 def to_diffusers(net: nn.Module, config: Config, out: Path, label: int | None = None) -> None:
@@ -75,7 +67,7 @@ def to_diffusers(net: nn.Module, config: Config, out: Path, label: int | None = 
             f"diffusers has no pipeline for objective.process {config.objective.process}, whose net sees no "
             "timestep; use --format pt2"
         )
-    _unet(config)
+    unet_of(config)
     weights, config = _without_labels(net.state_dict(), config, label)
     unet = diffusers.UNet2DModel(**unet_config(config))
     unet.load_state_dict(_to_their_names(weights, config, unet.state_dict()))
@@ -145,89 +137,6 @@ def from_diffusers(source: Path, out: Path) -> Config:
     return config
 
 
-def unet_config(config: Config) -> dict[str, Any]:
-    """The arguments, all of them, with which UNet2DModel computes what our net computes.
-
-    Raises:
-        AssertionError: a net with labels.
-    """
-    model, stretched = _unet(config), config.schedule.num_timesteps != EMBEDDED_TIMESTEPS
-    assert model.num_classes == 0, "labels are folded into a bias before"
-    sizes = [model.image_size >> level for level in range(len(model.width_multipliers))]
-    attention = ["Attn" if size in model.attention_resolutions else "" for size in sizes]
-    return {
-        "sample_size": model.image_size,
-        "in_channels": model.channels,
-        "out_channels": model.channels * (2 if config.objective.variance == "learned" else 1),
-        "center_input_sample": False,
-        "time_embedding_type": "learned" if stretched else "positional",
-        "num_train_timesteps": config.schedule.num_timesteps if stretched else None,
-        "time_embedding_dim": None,
-        "freq_shift": 1,
-        "flip_sin_to_cos": False,
-        "down_block_types": [f"{kind}DownBlock2D" for kind in attention],
-        "mid_block_type": "UNetMidBlock2D",
-        "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(attention)],
-        "block_out_channels": [model.base_width * multiplier for multiplier in model.width_multipliers],
-        "layers_per_block": model.blocks_per_resolution,
-        "mid_block_scale_factor": 1,
-        "downsample_padding": 0,
-        "downsample_type": "conv",
-        "upsample_type": "conv",
-        "dropout": model.dropout,
-        "act_fn": "silu",
-        "attention_head_dim": model.attention_head_dim,
-        "norm_num_groups": model.norm_groups,
-        "attn_norm_num_groups": None,
-        "norm_eps": NORM_EPS,
-        "resnet_time_scale_shift": "default",
-        "add_attention": model.middle_attention,
-        "class_embed_type": None,
-        "num_class_embeds": None,
-    }
-
-
-def _unet(config: Config) -> UNetConfig:
-    """The U-Net's config.
-
-    Raises:
-        UserError: the net is another one.
-    """
-    if not isinstance(config.model, UNetConfig):
-        raise UserError(
-            f"model.net is {config.model.net}; a DDPMPipeline of diffusers draws with a UNet2DModel, so it takes "
-            "the net unet alone; use --format pt2"
-        )
-    return config.model
-
-
-def scheduler_config(config: Config) -> dict[str, Any]:
-    """The arguments of DDPMScheduler for our schedule, prediction, and the mean and variance of `ancestral`."""
-    schedule, sample = config.schedule, resolve_sample(config.sample, config.objective)
-    if sample.variance not in VARIANCES:
-        raise UserError(f"sample.variance is {sample.variance}; a DDPMScheduler knows {', '.join(VARIANCES)}")
-    betas: dict[str, Any]
-    match schedule.kind:
-        case "linear" | "scaled_linear":
-            betas = {"beta_schedule": SCHEDULES[schedule.kind]}
-            betas |= {"beta_start": schedule.beta_start, "beta_end": schedule.beta_end}
-        case "cosine" if (schedule.cosine_s, schedule.max_beta) == (0.008, 0.999):
-            betas = {"beta_schedule": SCHEDULES["cosine"]}
-        case _:
-            betas = {"trained_betas": schedules.build(schedule).beta.tolist()}
-    return {
-        "num_train_timesteps": schedule.num_timesteps,
-        **betas,
-        "prediction_type": PREDICTIONS[config.objective.predict],
-        "variance_type": VARIANCES[sample.variance],
-        "clip_sample": sample.mean == "clipped",
-        "clip_sample_range": 1.0,
-        "thresholding": False,
-        "rescale_betas_zero_snr": False,
-        "timestep_spacing": "linspace",  # of fewer steps than T: both ends matter, as in our timesteps.uniform
-    }
-
-
 def _diffusers() -> Any:
     """The package diffusers, imported late: it takes seconds, and only export needs it."""
     try:
@@ -248,7 +157,7 @@ def _read_pipeline(folder: Path) -> tuple[Config, dict[str, Tensor]]:
         if not (folder / name).is_file():
             raise UserError(f"{folder} is not a folder of a diffusers DDPMPipeline: it has no {name}")
     try:
-        config = _config_of(
+        config = config_of(
             _said(diffusers.UNet2DModel, folder / "unet"),
             _said(diffusers.DDPMScheduler, folder / "scheduler"),
             str(folder),
@@ -288,70 +197,6 @@ def _check_size(config: Config, folder: Path) -> None:
         )
 
 
-def _config_of(unet: Mapping[str, Any], scheduler: Mapping[str, Any], where: str) -> Config:
-    """Our config for theirs. It is exported again and compared, so that nothing is overlooked.
-
-    Raises:
-        UserError: the two differ.
-    """
-    widths = list(unet["block_out_channels"])
-    side = unet["sample_size"]
-    if not isinstance(side, int):
-        raise UserError(f"{where}/unet: sample_size is {side}; it must be one number: our images are square")
-    base_width = math.gcd(*widths)
-    sizes = [side >> level for level in range(len(widths))]
-    model = UNetConfig(
-        image_size=side,
-        channels=unet["in_channels"],
-        base_width=base_width,
-        width_multipliers=tuple(width // base_width for width in widths),
-        blocks_per_resolution=unet["layers_per_block"],
-        attention_resolutions=tuple(
-            size for size, kind in zip(sizes, unet["down_block_types"], strict=False) if "Attn" in kind
-        ),
-        attention_head_dim=unet["attention_head_dim"],
-        middle_attention=unet["add_attention"],
-        norm_groups=unet["norm_num_groups"],
-        dropout=unet["dropout"],
-    )
-    schedule = ScheduleConfig(
-        kind=_ours(SCHEDULES, scheduler, "beta_schedule", where),
-        num_timesteps=scheduler["num_train_timesteps"],
-        beta_start=scheduler["beta_start"],
-        beta_end=scheduler["beta_end"],
-    )
-    variance = _ours(VARIANCES, scheduler, "variance_type", where)
-    sample = SampleConfig(mean="clipped" if scheduler["clip_sample"] else "plain", variance=variance)
-    objective = ObjectiveConfig(
-        predict=_ours(PREDICTIONS, scheduler, "prediction_type", where),
-        variance="learned" if variance == "learned" else "fixed",
-    )
-    config = Config(schedule=schedule, objective=objective, model=model, sample=sample)
-    config = configs.from_json(configs.to_json(config), where)  # which checks every type
-    _check_same(f"{where}/unet", unet, unet_config(config))
-    told = scheduler_config(config)
-    _check_same(f"{where}/scheduler", scheduler, told | {"trained_betas": told.get("trained_betas")})
-    return config
-
-
-def _ours(names: Mapping[str, str], scheduler: Mapping[str, Any], key: str, where: str) -> Any:
-    """The key of `names` whose value is scheduler[key]."""
-    for ours, theirs in names.items():
-        if scheduler[key] == theirs:
-            return ours
-    raise UserError(
-        f"{where}/scheduler: {key} is {scheduler[key]!r}; it must be one of {', '.join(names.values())}"
-    )
-
-
-def _check_same(where: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    for key, right in ours.items():
-        got = theirs[key]
-        got = list(got) if isinstance(got, tuple) else got
-        if got != right and key not in _SAMPLING_ALONE:
-            raise UserError(f"{where}: {key} is {got!r:.80}; in our architecture it is {right!r:.80}")
-
-
 def _without_labels(
     weights: Mapping[str, Tensor], config: Config, label: int | None
 ) -> tuple[dict[str, Tensor], Config]:
@@ -375,7 +220,7 @@ def _to_their_names(
 ) -> dict[str, Tensor]:
     """Our weights as those of `like`, the weights of a UNet2DModel."""
     theirs: dict[str, Tensor] = {}
-    for ours, names in diffusers_names(_unet(config)).items():
+    for ours, names in diffusers_names(unet_of(config)).items():
         parts = weights[ours].split([len(like[name]) for name in names])
         theirs |= dict(zip(names, parts, strict=True))
     if TIME_TABLE in like:
@@ -388,13 +233,13 @@ def _to_our_names(theirs: Mapping[str, Tensor], config: Config, where: str) -> d
         raise UserError(f"{where}/unet: its embedding of t was learned; ours consists of sinusoids")
     return {
         ours: torch.cat([theirs[name] for name in names])
-        for ours, names in diffusers_names(_unet(config)).items()
+        for ours, names in diffusers_names(unet_of(config)).items()
     }
 
 
 def _time_table(config: Config) -> Tensor:
     """[T, E] float32: the sinusoids of our net for each t."""
-    T, model = config.schedule.num_timesteps, _unet(config)
+    T, model = config.schedule.num_timesteps, unet_of(config)
     width = model.base_width * model.width_multipliers[0]
     return sinusoids(torch.arange(T) * (EMBEDDED_TIMESTEPS / T), width)
 

@@ -1,15 +1,15 @@
 """The way into MLflow: which server or file, and a SQLite database that is created whole or not at all."""
 
-import glob
 import logging
 import os
 import re
 import shutil
 import sqlite3
-import tempfile
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
+
+from ddpm.utils import files
 
 logger = logging.getLogger(__name__)
 
@@ -78,26 +78,21 @@ def _create_database(database: Path) -> None:
     """
     from mlflow import MlflowClient
 
-    mark = f".{database.name}.new-"
+    folder = files.temporary(database)
     try:
-        database.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=mark, dir=database.parent, ignore_cleanup_errors=True
-        ) as folder:
-            new = Path(folder, database.name)
-            MlflowClient(f"{SQLITE}{new}")
-            with suppress(FileExistsError):  # another process was faster, and may have written to its file
-                os.link(new, database)
+        folder.mkdir(parents=True)
+        new = folder / database.name
+        MlflowClient(f"{SQLITE}{new}")
+        with suppress(FileExistsError):  # another process was faster, and may have written to its file
+            os.link(new, database)
     except (
         OSError
-    ) as error:  # no hard links, or no right to write: MLflow does it in its own way, or says why not
+    ) as error:  # no hard links, or no right to write: MLflow does it in its way, or says why not
         logger.info("%s is not created in a temporary file: %s", database, error)
-        return
-    except Exception:
-        if not database.exists():  # else the faster process cleared this one's folder away
-            raise
-    for left in database.parent.glob(f"{glob.escape(mark)}*"):  # of processes that were killed
-        shutil.rmtree(left, ignore_errors=True)
+    else:
+        files.sweep(database.parent)  # what is left of processes that were killed
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _half_made(database: Path, error: Exception) -> str | None:

@@ -22,6 +22,9 @@ def main() -> int:
         print(__doc__, file=sys.stderr)
         return 2
     if secret:
+        # boto's default is one attempt of a second; the command inherits these.
+        os.environ.setdefault("AWS_METADATA_SERVICE_TIMEOUT", "5")
+        os.environ.setdefault("AWS_METADATA_SERVICE_NUM_ATTEMPTS", "3")
         try:
             os.environ["MLFLOW_TRACKING_PASSWORD"] = value_of(secret)
         except (BotoCoreError, ClientError, KeyError) as error:

@@ -81,7 +81,7 @@ def test_an_address_of_nobody_is_a_line(
 
 @pytest.mark.slow
 def test_a_cluster_that_dies_is_a_line(tmp_path: Path) -> None:
-    """Ray itself prints the last twenty lines of a raylet's log, and is sometimes quicker; nobody else says a word."""
+    """Ray itself prints the last twenty lines of a raylet's log, before or after; nobody else says a word."""
     joins = "import time; from ddpm.cluster import ray_init; ray_init.connect(); print('joined', flush=True)"
     words = (sys.executable, "-c", f"{joins}; time.sleep(600)")
     with Background(words, log=tmp_path / "log", env={"PYTHONPATH": str(REPO)}) as job:
@@ -92,7 +92,8 @@ def test_a_cluster_that_dies_is_a_line(tmp_path: Path) -> None:
     _, *lines = job.output.splitlines()
     (error,) = [line for line in lines if line.startswith("error: ")]
     assert error.startswith("error: the Ray cluster on this machine is gone: ")
-    assert lines == [error] or "Raylet is terminated." in lines[0]
+    others = [line for line in lines if line != error]
+    assert not others or "Raylet is terminated." in others[0]
     assert "Traceback" not in job.output
 
 

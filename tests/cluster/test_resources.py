@@ -121,6 +121,23 @@ def test_many_more_workers_than_cpus_are_refused(cluster: Cluster) -> None:
     assert resources.resources_per_worker(eight) == {"CPU": 0.12, "GPU": 1.0}
 
 
+@pytest.mark.parametrize(
+    ("cpus", "remedy"),
+    [
+        (4, "set --cluster.cpus-per-worker to at most 1.5, or use fewer workers"),
+        (1, "more than one CPU is needed"),
+    ],
+)
+def test_a_cpu_is_left_to_the_tasks_that_read(cluster: Cluster, cpus: float, remedy: str) -> None:
+    cluster(cpus)
+    config = override(Config(), {"cluster.num_workers": 2, "cluster.cpus_per_worker": 2.0})
+    with pytest.raises(UserError) as raised:
+        resources.resources_per_worker(config)
+    assert str(raised.value) == (
+        f"2 workers of 2 CPUs leave none of the cluster's {cpus} CPUs to the tasks that read data; {remedy}"
+    )
+
+
 def test_more_workers_than_cpus_are_warned_of(cluster: Cluster) -> None:
     two, four = (override(Config(), {"cluster.num_workers": n}) for n in (2, 4))
     cluster(2)

@@ -16,7 +16,7 @@ from ddpm.data.sources import Digits
 from ddpm.evaluation import context, evaluate, memorisation
 from ddpm.evaluation.context import Settings
 from ddpm.evaluation.memorisation import NearerShare, Nearest, nearer_share, nearest, nearest_pairs
-from ddpm.evaluation.report import remarks
+from ddpm.evaluation.tables import remarks
 from ddpm.presets import DIGITS
 from ddpm.storage import locations
 from ddpm.training import loop

@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 from support.reported import drawn, made, near, result
 
-from ddpm.evaluation import plots, report
+from ddpm.evaluation import plots, report, tables
 from ddpm.evaluation.memorisation import Pairs
 from ddpm.evaluation.report import CheckpointResult, Report
 from ddpm.evaluation.scores import Score
@@ -26,7 +26,7 @@ SEVERAL = made(
 
 def printed(found: Report, width: int = 250) -> str:
     file = io.StringIO()
-    Console(file=file, width=width).print(report.tables(found, width))
+    Console(file=file, width=width).print(tables.tables(found, width))
     return file.getvalue()
 
 
@@ -111,7 +111,7 @@ def test_a_report_s_key_is_of_checkpoints_and_settings_not_of_numbers() -> None:
 
 def remarks(found: Report, out: str = "out.json") -> list[str]:
     """All but the first, which says what bits/dim hang on."""
-    lines = report.remarks(found, out)
+    lines = tables.remarks(found, out)
     if any(v.bits for v in found.results):
         assert lines.pop(0).startswith("bits/dim: the variance is measured, one per timestep")
     return lines
@@ -120,11 +120,11 @@ def remarks(found: Report, out: str = "out.json") -> list[str]:
 def test_the_variance_of_a_bound_is_named() -> None:
     """And with it the number in MLflow, where it is not what everybody gets who does not ask."""
     fixed = result(1, variance="beta_tilde", variance_is_default=False)
-    (line,) = report.remarks(made(fixed), "out.json")
-    assert line == f"bits/dim: the variance is beta_tilde, {report.FIXED}"
+    (line,) = tables.remarks(made(fixed), "out.json")
+    assert line == f"bits/dim: the variance is beta_tilde, {tables.FIXED}"
     assert report.metrics(fixed)["eval/bits_per_dim-beta_tilde"] == pytest.approx(4.4678901)
     learned = result(2, run="b", variance="learned")
-    lines = report.remarks(made(fixed, learned), "out.json")
+    lines = tables.remarks(made(fixed, learned), "out.json")
     assert [line.partition(":")[0] for line in lines] == ["bits/dim of a", "bits/dim of b"]
     assert json.loads(made(fixed).to_json())["checkpoints"][0]["variance"] == "beta_tilde"
 

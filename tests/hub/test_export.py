@@ -17,7 +17,7 @@ from ddpm.checkpoints import checkpoint
 from ddpm.config import Config, override
 from ddpm.diffusion import schedules
 from ddpm.diffusion.samplers import PerImageNoise
-from ddpm.hub import export
+from ddpm.hub import diffusers_config, export
 from ddpm.models.unet import UNet
 from ddpm.presets import CIFAR10
 from ddpm.training.state import State
@@ -254,7 +254,7 @@ def test_a_published_pipeline_becomes_a_checkpoint(published: Path, tmp_path: Pa
 
 
 def test_our_cifar10_is_google_s() -> None:
-    ours = export.unet_config(CIFAR10)
+    ours = diffusers_config.unet_config(CIFAR10)
     assert {key: ours[key] for key in GOOGLE_UNET} == GOOGLE_UNET
 
 

@@ -10,7 +10,7 @@ import boto3
 import mlflow
 import pyarrow.fs
 import pytest
-from support import leaks
+from support import leaks, processes
 from support.cloud import REGION, Cloud, Launch, make_stack
 from support.faulted import FLAGS
 from support.guarded import GuardedMlflowServer, PostgresServer
@@ -91,7 +91,7 @@ def test_a_cluster_on_aws_grows_trains_and_is_gone(
                     announce(desk.wait_for_first_step(job))
                     assert job.wait(900) == 0, job.output
                 for machine in machines.values():
-                    (raylet,) = (p for p in machine.processes("") if p.name() == "raylet")
+                    (raylet,) = processes.named(machine.pid, "raylet")
                     assert raylet.environ()["MLFLOW_TRACKING_PASSWORD"] == password
                 refused = desk.host.run("ray", "job", "submit", "--address", DASHBOARD, "--", "id")
                 assert refused.returncode != 0 and "uthentic" in refused.stdout + refused.stderr

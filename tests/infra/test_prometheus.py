@@ -152,7 +152,7 @@ def workers(head: servers.RayHead) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_prometheus_sees_a_run_and_that_it_stalls(tmp_path: Path) -> None:
     often = {"RAY_metrics_report_interval_ms": str(1000 * INTERVAL_S)}
     with (

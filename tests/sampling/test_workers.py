@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import tracemalloc
 from collections.abc import Iterator
@@ -9,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from PIL import Image
+from support import processes
 from support.tiny import TINY_NET
 
 from ddpm.build import build_net, build_objective
@@ -66,13 +67,9 @@ def test_two_workers_draw_what_one_draws(form: Form, tmp_path: Path) -> None:
 
     def kill_one(done: int, detail: str) -> None:
         if done and not victims:
-            workers = [
-                child
-                for child in psutil.Process().children(recursive=True)
-                if child.cmdline()[0].startswith("ray::_Worker")
-            ]
-            victims.append(workers[0].pid)
-            workers[0].kill()
+            victim = processes.members(os.getpid(), "ray::_Worker")[0]
+            victims.append(victim.pid)
+            victim.kill()
 
     assert drawn(tmp_path / "two", job, num_workers=2, form=form, show=kill_one) == alone
     assert len(victims) == 1

@@ -51,8 +51,9 @@ def test_a_search_that_was_interrupted_and_killed_ends_with_the_same_table(
     killed.mkdir()
     place = killed / "runs" / "s"
     with Job("search", *FLAGS, log=killed / "job.log") as job:
+        workers = job.wait_for(lambda: job.members("ray::RayTrainWorker"), timeout_s=400)
         job.wait_for((place / "trial-000/checkpoint-000000000640/checksums.json").exists, timeout_s=400)
-        with paused(job.members("ray::RayTrainWorker")):
+        with paused(workers):
             second = run_job("search", *FLAGS, cwd=killed)
             assert second.returncode == 2 and "another process drives this search" in second.stderr
             family = psutil.Process(job.process.pid).children(recursive=True)

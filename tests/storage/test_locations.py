@@ -195,12 +195,12 @@ def test_a_worker_tries_as_often_and_waits_as_long(
     """It gets the location pickled."""
     with proxy.FaultyProxy(s3_server.endpoint) as faulty:
         monkeypatch.setenv("AWS_ENDPOINT_URL", faulty.endpoint)
-        monkeypatch.setattr(locations, "S3_REQUEST_TIMEOUT_S", 1.0)
+        monkeypatch.setattr(locations, "S3_REQUEST_TIMEOUT_S", 3.0)
         location = locations.resolve(s3_bucket, check=False).child("x")
         location.write(b"x")
         for mode, answer in (
             ("slow_down", "503"),
-            ("black_hole", "Less than 1 bytes/sec transferred the last 1 sec"),
+            ("black_hole", "Less than 1 bytes/sec transferred the last 3 sec"),
         ):
             faulty.switch(mode)
             for held in (location, pickle.loads(pickle.dumps(location))):

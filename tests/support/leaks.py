@@ -1,6 +1,7 @@
 """Where a secret may have been left: files, buckets, tables, arguments; and whether it has been."""
 
 import contextlib
+import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,10 +18,11 @@ Texts = dict[str, bytes]
 def in_files(folder: Path) -> Texts:
     """Regular files of a folder and those below; links lead elsewhere."""
     found = {}
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            if path.is_file() and not path.is_symlink():
-                found[str(path)] = path.read_bytes()
+    for where, _, names in os.walk(folder):  # which passes over what goes away meanwhile
+        for path in (Path(where, name) for name in names):
+            with contextlib.suppress(FileNotFoundError):
+                if path.is_file() and not path.is_symlink():
+                    found[str(path)] = path.read_bytes()
     return found
 
 

@@ -22,7 +22,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 def run(
-    command: Iterable[str | Path], *, cwd: Path, env: Mapping[str, str] | None = None, timeout_s: float = 240
+    command: Iterable[str | Path], *, cwd: Path, env: Mapping[str, str] | None = None, timeout_s: float = 480
 ) -> subprocess.CompletedProcess[str]:
     """Run `command` to its end, whatever its exit code; `env` is added to the environment.
 
@@ -56,7 +56,7 @@ def run(
 
 
 def run_job(
-    job: str, *args: object, cwd: Path = REPO, env: Mapping[str, str] | None = None, timeout_s: float = 240
+    job: str, *args: object, cwd: Path = REPO, env: Mapping[str, str] | None = None, timeout_s: float = 480
 ) -> subprocess.CompletedProcess[str]:
     """`python jobs/{job}.py *args`, as a user types it: run_job("train", "digits", "--run.name", "a")."""
     return run([*job_command(job), *map(str, args)], cwd=cwd, env=env, timeout_s=timeout_s)
@@ -96,8 +96,28 @@ def members(pid: int, title: str) -> list[psutil.Process]:
     found = []
     for process in psutil.Process(pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if process.cmdline()[:1] and process.cmdline()[0].startswith(title):
+            words = process.cmdline()  # none of one that is ending
+            if words and words[0].startswith(title):
                 found.append(process)
+    return found
+
+
+def named(pid: int, name: str) -> list[psutil.Process]:
+    """The processes below `pid` whose program is `name`."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.name() == name:
+                found.append(process)
+    return found
+
+
+def wait_for(what: Callable[[], T], timeout_s: float = 120) -> T:
+    """The first truth that `what` returns."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := what()):
+        assert time.monotonic() < deadline, "it does not come about"
+        time.sleep(0.05)
     return found
 
 
@@ -110,7 +130,8 @@ def paused(these: Collection[psutil.Process]) -> Iterator[None]:
         yield
     finally:
         for process in these:
-            process.resume()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it was killed meanwhile
+                process.resume()
 
 
 def program(name: str) -> str:
@@ -155,7 +176,7 @@ class Background:
     def output(self) -> str:
         return self._log.read_text(errors="replace")
 
-    def wait_for(self, condition: Callable[[], T], timeout_s: float = 120, poll_s: float = 0.02) -> T:
+    def wait_for(self, condition: Callable[[], T], timeout_s: float = 300, poll_s: float = 0.02) -> T:
         """What `condition` returns as soon as that is true.
 
         Raises:
@@ -178,7 +199,7 @@ class Background:
         """The processes below this one whose command line begins with `title`."""
         return members(self.process.pid, title)
 
-    def wait(self, timeout_s: float = 240) -> int:
+    def wait(self, timeout_s: float = 480) -> int:
         """The exit code."""
         try:
             return self.process.wait(timeout_s)

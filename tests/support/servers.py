@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from support.processes import REPO, kill_tree, program, run
+from support.processes import REPO, kill_tree, program, run, wait_for
 
 LOOPBACK = "127.0.0.1"
 # Below the range Linux takes for outgoing connections (32768 and up), so none slips in before the server. Of
@@ -215,11 +215,13 @@ class RayHead(Server):
         words += ["--runtime-env-json", json.dumps({"env_vars": dict(env or {})}), "--", *map(str, command)]
         return run(words, cwd=cwd, timeout_s=timeout_s)
 
-    def stop_job(self, job: str) -> None:
-        """What `ray job stop` does, which itself takes seconds to start: SIGTERM, and SIGKILL three seconds later."""
+    def job_client(self) -> Any:
         from ray.job_submission import JobSubmissionClient
 
-        client = JobSubmissionClient(self.dashboard)
+        return JobSubmissionClient(self.dashboard)
+
+    def stop_job(self, client: Any, job: str) -> None:
+        """What `ray job stop` does, which itself takes seconds to start: SIGTERM, and SIGKILL three seconds later."""
         client.stop_job(job)
         while not client.get_job_status(job).is_terminal():
             time.sleep(0.1)
@@ -270,7 +272,7 @@ class RayNode:
                     f"the node did not join the cluster. Its log ends:\n{tail(head.folder / 'nodes.log')}"
                 )
             time.sleep(0.2)
-        self.node_id, self.pid = node_id, self._process.pid
+        self.node_id, self.pid, self._head = node_id, self._process.pid, head
 
     def kill(self) -> None:
         """Take it away at once, with everything that runs on it."""
@@ -280,7 +282,10 @@ class RayNode:
         return self
 
     def __exit__(self, *of_error: object) -> None:
+        """Take it away, and wait until the cluster knows, so that the next test does not count on it."""
         self.kill()
+        if self._head.is_up():
+            wait_for(lambda: (alive := self._head.nodes()) and self.node_id not in alive.values())
 
 
 def free_ports(count: int) -> list[int]:

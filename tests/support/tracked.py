@@ -3,7 +3,6 @@
 import json
 import re
 import threading
-import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
@@ -63,7 +62,7 @@ def deliver(
     """What a whole uploader's life comes to."""
     uploader = Uploader(address, PARAMS | params, buffer)
     uploader.committed(committed)
-    return uploader.close(status, timeout_s=60)
+    return uploader.close(status)
 
 
 def names_in(buffer: Location) -> list[str]:
@@ -101,15 +100,6 @@ def assert_once(address: Address, *steps: int) -> None:
     for key, value in {"train/loss": lambda step: 1 / (step + 1), "train/lr": lambda step: 1e-3}.items():
         assert points(address, key) == [(step, value(step)) for step in sorted(steps)]
     assert pictures(address) == {(step, kind): 1 for step in steps for kind in ("png", "webp")}
-
-
-def wait_for(what: Callable[[], Any], timeout_s: float = 60) -> Any:
-    """The first truth that `what` returns."""
-    deadline = time.monotonic() + timeout_s
-    while not (found := what()):
-        assert time.monotonic() < deadline, "it does not come about"
-        time.sleep(0.05)
-    return found
 
 
 class PickyProxy:

@@ -63,7 +63,6 @@ def bytes_in(files: set[Path]) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_first_run_stopped_at_any_moment_leaves_no_broken_database(
     forks: ForkServerContext, tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 from support import servers
+from support.processes import wait_for
 from support.tracked import (
     FILES,
     PARAMS,
@@ -25,7 +26,6 @@ from support.tracked import (
     points,
     put,
     run_of,
-    wait_for,
 )
 
 from ddpm.storage.locations import Location

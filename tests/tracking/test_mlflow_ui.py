@@ -26,7 +26,7 @@ SHORT = {
 TOTALS = {"linear": 1280, "sigmoid": 2560, "cosine": 2560}
 CARD = "[data-testid='experiment-view-compare-runs-card']"
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

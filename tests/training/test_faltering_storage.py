@@ -24,7 +24,7 @@ from ddpm.storage import locations
 WORKER = "ray::RayTrainWorker"
 READER = "ray::MapBatches(_ReadTask)"
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

@@ -93,7 +93,6 @@ def recording_job(digits_uri: str, tmp_path: Path) -> Callable[..., Any]:
 
 @pytest.mark.oldest_ray
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("on_ray_head")
 def test_any_number_of_workers_trains_what_one_process_trains(
     recording_job: Callable[..., Any], tiny: Config, train_set: DataSet, tmp_path: Path

@@ -4,13 +4,15 @@ from pathlib import Path
 
 import pytest
 from support.faulted import Run, assert_same, assert_tracked_once, segments
-from support.processes import run_job
-from support.servers import MlflowServer
+from support.processes import members, paused, run_job
+from support.servers import MlflowServer, RayHead
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("on_ray_head")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("on_ray_head")]
 
 
-def test_killed_and_back(run: Run, undisturbed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_and_back(
+    run: Run, undisturbed: Run, ray_head: RayHead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with MlflowServer(tmp_path / "mlflow") as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
         with run.start() as job:
@@ -18,7 +20,8 @@ def test_killed_and_back(run: Run, undisturbed: Run, tmp_path: Path, monkeypatch
             server.kill()
             job.wait_for(run.past(run.position() + 640))
             assert segments(run)  # they wait
-            server.start()
+            with paused(members(ray_head.process.pid, "ray::RayTrainWorker")):  # the run is not over before
+                server.start()
             assert job.wait() == 0, job.output
         assert_same(run, undisturbed)
         assert_tracked_once(run)

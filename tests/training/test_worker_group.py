@@ -18,7 +18,7 @@ from ddpm.training.fit import fit as train
 from ddpm.training.runtime import LocalRuntime, NoTracker
 from ddpm.training.worker_group import PersistentWorkerGroup
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_here")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_here")]
 
 
 def kill_run_state() -> None:
