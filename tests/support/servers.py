@@ -282,8 +282,8 @@ class RayNode:
         return self
 
     def __exit__(self, *of_error: object) -> None:
-        """Take it away, and wait until the cluster knows, so that the next test does not count on it."""
-        self.kill()
+        """Stop it, and wait until the cluster knows, so that the next test does not count on it."""
+        kill_tree(self._process, grace_s=10)
         if self._head.is_up():
             wait_for(lambda: (alive := self._head.nodes()) and self.node_id not in alive.values())
 
