@@ -5,10 +5,8 @@ By default they spin without end, on a core that another process could use.
 
 import os
 
-SPIN_COUNT = "10000"
-"""Digits on two cores, alone and beside one busy process, one run of 45 s each: endless 704 and 48 images/s, 10000 696
-and 166, OMP_WAIT_POLICY=passive 406 and 217."""
-
+SPIN_COUNT = "3000"
+"""The shorter, the faster beside busy processes, and the slower on a quiet machine (benchmarks/busy.md)."""
 
 VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 """Either one says how threads wait."""
