@@ -118,17 +118,18 @@ def test_a_terminal_gets_one_screen(tmp_path: Path, encoding: str, curve: str, e
 @pytest.mark.slow
 @pytest.mark.usefixtures("on_ray_head")
 def test_training_on_a_terminal(tmp_path: Path) -> None:
-    words = f"jobs/train.py digits --name a --total-images 12800 --workers 2 --sampler ddpm {SMALL}".split()
-    words += "--train.log-every-images 3200 --train.checkpoint-every-images 6400".split()
+    words = f"jobs/train.py digits --name a --total-images 25600 --workers 2 --sampler ddpm {SMALL}".split()
+    words += "--train.log-every-images 6400 --train.checkpoint-every-images 12800".split()
     code, shown = on_a_terminal([sys.executable, str(REPO / words[0]), *words[1:]], tmp_path)
     assert code == 0, shown
     assert re.search(r"starting +0:00:\d\d for Ray's workers", shown)
     lines = last_screen(shown.partition("trained ")[0], "a")
-    assert lines[1].endswith("12,800 of 12,800 0:00:00 left")
+    assert lines[1].endswith("25,600 of 25,600 0:00:00 left")
     assert re.fullmatch(r"speed [\d,]+ images/s.* 2 workers goodput 100.0%", lines[2])
-    assert re.fullmatch(r"loss [▁▂▃▄▅▆▇█]{4} 0\.\d{4}", lines[3])
-    assert re.fullmatch(r"held-out loss [▁█]{2} 0\.\d{4}", lines[4])
-    assert any(line.startswith("checkpoint 12,800 images, 0:00:") for line in lines)
+    # Of the four and two points one may be missing: the driver looks twice a second, but not while it imports MLflow.
+    assert re.fullmatch(r"loss [▁▂▃▄▅▆▇█]{3,4} 0\.\d{4}", lines[3]), lines
+    assert re.fullmatch(r"held-out loss [▁▂▃▄▅▆▇█]{1,2} 0\.\d{4}", lines[4]), lines
+    assert any(line.startswith("checkpoint 25,600 images, 0:00:") for line in lines)
     assert "MLflow      run " in shown
 
 
