@@ -42,7 +42,8 @@ def main(uri: str, experiment: str) -> None:
             page.screenshot(path=Path(__file__).parent / f"{name}.png")
 
         take("mlflow-run", f"experiments/{number}/runs/{ids[0]}?{pages.WORKFLOW}", show_more)
-        take("mlflow-view", f"experiments/{number}/runs?{VIEW}&{pages.WORKFLOW}", lambda page: None)
+        view = f"experiments/{number}/runs?{VIEW}&{pages.WORKFLOW}"
+        take("mlflow-view", view, lambda page: None, width=1800)  # three grids fit into a row
         # On a narrow window MLflow 3.17 leaves no room for the names of the files.
         take("mlflow-compare", compare, show_grids, width=2200)
 

@@ -1,5 +1,6 @@
 """What a person sees in MLflow's pages of three runs of three schedules, in a real browser."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from PIL import Image
 from support import processes
 from support.servers import RayHead
 
-from ddpm.tracking.pages import KIND, KIND_TAG, VIEW_TAG, WORKFLOW
+from ddpm.tracking.pages import GRID, KIND, KIND_TAG, VIEW_TAG, WORKFLOW
 
 PATIENCE_MS = 60_000
 SHORT = {
@@ -24,6 +25,7 @@ SHORT = {
     "run.experiment": "schedules",
 }
 TOTALS = {"linear": 1280, "sigmoid": 2560, "cosine": 2560}
+PANEL = "[data-component-id='mlflow.assistant.chat_panel.close']"
 CARD = "[data-testid='experiment-view-compare-runs-card']"
 
 pytestmark = pytest.mark.slow
@@ -130,6 +132,21 @@ def test_grids_of_runs_of_unlike_length_stand_side_by_side(
     assert all(shown_size(pictures.nth(i))[0] > 0 for i in range(3))
     assert elsewhere.count() == 0
     assert card.get_by_text("optim.lr").count() == 0
+
+
+def test_compare_shows_the_newest_grids_side_by_side(
+    page: Any, mlflow_server: str, runs: dict[str, Run]
+) -> None:
+    ids = json.dumps([run.info.run_id for run in runs.values()])
+    experiments = json.dumps([runs["linear"].info.experiment_id])
+    page.goto(f"{mlflow_server}/#/compare-runs?runs={ids}&experiments={experiments}&{WORKFLOW}")
+    page.locator(PANEL).click()  # closed, since it leaves no room for the names of the files
+    page.get_by_text(GRID, exact=True).click()
+    pictures = page.locator("img[src^='blob:']:visible")
+    page.wait_for_function(
+        "new Set([...document.querySelectorAll(\"img[src^='blob:']\")].map(i => i.src)).size == 3"
+    )
+    assert all(shown_size(pictures.nth(i))[0] > 0 for i in range(pictures.count()))
 
 
 @pytest.mark.parametrize(
