@@ -42,7 +42,7 @@ class Gauges:
             "workers": values.get(run_state.WORKERS, 0),
         }
         metrics = values.get(run_state.METRICS, {})
-        found |= {name: value for name, (_, value) in metrics.items() if not name.startswith(IN_RAY)}
+        found |= {name: points[-1][1] for name, points in metrics.items() if not name.startswith(IN_RAY)}
         for name, value in found.items():
             if name not in self._gauges:
                 self._gauges[name] = Gauge("ddpm_" + re.sub(r"\W", "_", name), name, ("run",))

@@ -32,7 +32,8 @@ COMMITTED = "committed"
 PROGRESS = "progress"
 """A progress.Progress."""
 METRICS = "metrics"
-"""The newest point of each curve, as {name: (images_seen, value)}."""
+"""The newest NUM_POINTS points of each curve, as {name: [(images_seen, value), ...]}."""
+NUM_POINTS = 8
 PLACE = "place"
 """The placement group that the workers were last started in."""
 WORKERS = "workers"
@@ -103,10 +104,10 @@ class RunState:
         self._values[subject] = value
 
     def measured(self, values: Mapping[str, float], images_seen: int) -> None:
-        """Set the newest points of curves."""
-        self._values.setdefault(METRICS, {}).update(
-            {name: (images_seen, value) for name, value in values.items()}
-        )
+        """Add points to curves; the newest few of each are kept, for a driver that looks late."""
+        curves = self._values.setdefault(METRICS, {})
+        for name, value in values.items():
+            curves[name] = [*curves.get(name, [])[1 - NUM_POINTS :], (images_seen, value)]
 
     def warn(self, line: str) -> None:
         """Add a line for the person watching."""

@@ -70,8 +70,8 @@ class Screen:
     def update(self, values: Mapping[str, Any]) -> None:
         """Show the state of the run, the values of its RunState."""
         self._values = values
-        for name, (images_seen, value) in values.get(run_state.METRICS, {}).items():
-            self._curves[name][images_seen] = value
+        for name, points in values.get(run_state.METRICS, {}).items():
+            self._curves[name].update(points)
         committed = values.get(run_state.COMMITTED, -1)
         if committed > self._committed:
             self._committed, self._committed_at = committed, time.monotonic()
