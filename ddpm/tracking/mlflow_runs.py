@@ -59,11 +59,12 @@ class Address:
     """The program that makes it."""
 
 
-def experiment_id(client: Any, uri: str, name: str, source: str = "jobs/train.py") -> str:
-    """The id of the experiment `name`, which is created if there is none, and gets a kind if it has none."""
-    experiment, tags = client.get_experiment_by_name(name), pages.experiment_tags(source)
+def experiment_id(client: Any, address: Address, params: Mapping[str, Any]) -> str:
+    """The id of the run's experiment, which is created if there is none, and gets a kind if it has none."""
+    experiment = client.get_experiment_by_name(address.experiment)
+    tags = pages.experiment_tags(address.source, params.get("train.sample_every_images", 0))
     if experiment is None:
-        return client.create_experiment(name, _artifact_folder(uri), tags)
+        return client.create_experiment(address.experiment, _artifact_folder(address.uri), tags)
     if pages.KIND_TAG not in experiment.tags:
         for name, value in tags.items():
             client.set_experiment_tag(experiment.experiment_id, name, value)
@@ -198,7 +199,7 @@ class MlflowRun:
         from mlflow.entities import Param
 
         client, address = self._client, self._address
-        self.experiment_id = experiment_id(client, address.uri, address.experiment, address.source)
+        self.experiment_id = experiment_id(client, address, self._params)
         run = find_run(client, self.experiment_id, address.run_key)
         if run is not None:
             if running:

@@ -106,14 +106,18 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def experiment_tags(source: str) -> dict[str, str]:
-    """Tags of an experiment with runs of the program `source`: its kind, and for ours a view of the runs."""
+def experiment_tags(source: str, first_grid: int = 0) -> dict[str, str]:
+    """Tags of an experiment with runs of the program `source`: its kind, and for ours a view of the runs.
+
+    Args:
+        first_grid: images seen when a run draws its first grid, which the view then shows of every run.
+    """
     if source not in OURS:
         return {KIND_TAG: KIND}
     grids = [
-        {"type": "IMAGE", "uuid": key, "imageKeys": [key], "step": 0, "metricSectionId": "grids"}
+        {"type": "IMAGE", "uuid": key, "imageKeys": [key], "step": step, "metricSectionId": "grids"}
         | {"showRunParams": False}
-        for key in (LAST_GRID, "samples")
+        for key, step in ((LAST_GRID, 0), ("samples", first_grid))
     ]
     one_row = {"columns": 1, "cardHeight": 400}  # for the pictures of three runs
     section = {"uuid": "grids", "name": "grids", "display": True, "isReordered": True, **one_row}
