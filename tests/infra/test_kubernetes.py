@@ -6,6 +6,7 @@ The same holds for the PodMonitor of the Prometheus operator.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -45,6 +46,7 @@ CLUSTER = record(
     "headGroupSpec",
     rayVersion=STRING,
     authOptions=record(mode={"enum": ["disabled", "token"]}, secretName=STRING),
+    historyServerOptions=record(collectorOptions=record(image=STRING, env={"type": "array"}, resources=ANY)),
     enableInTreeAutoscaling=BOOLEAN,
     autoscalerOptions=record(
         idleTimeoutSeconds=INTEGER,
@@ -110,7 +112,8 @@ def pods(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_the_files_are_there() -> None:
-    assert FILES == ["accounts.yaml", "metrics.yaml", "mlflow.yaml", "raycluster.yaml", "rayjob.yaml"]
+    names = ["accounts", "history", "metrics", "mlflow", "raycluster", "rayjob"]
+    assert [f"{name}.yaml" for name in names] == FILES
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -147,6 +150,25 @@ def test_the_job_runs_on_the_cluster_of_the_other_file() -> None:
     assert cluster["spec"]["authOptions"]["mode"] == "token"
 
 
+def test_the_history_server_reads_what_the_collectors_of_a_job_write() -> None:
+    """Where the lines are uncommented; it may read which clusters there are, and change nothing."""
+    text, changed = re.subn(
+        r"^( +)#(.*)  # HISTORY$", r"\1\2", (FOLDER / "rayjob.yaml").read_text(), flags=re.MULTILINE
+    )
+    assert changed == 9
+    job = yaml.safe_load(text)
+    jsonschema.validate(job["spec"], JOB)
+    collector = job["spec"]["rayClusterSpec"].pop("historyServerOptions")["collectorOptions"]
+    assert [job] == documents("rayjob.yaml")
+    (server,) = (pods(d)[0]["containers"][0] for d in documents("history.yaml") if pods(d))
+    assert server["env"] == collector["env"][:-1]
+    assert server["image"].rpartition(":")[2] == collector["image"].rpartition(":")[2]
+    (role,) = (d for d in documents("history.yaml") if d["kind"] == "ClusterRole")
+    assert role["rules"] == [
+        {"apiGroups": ["ray.io"], "resources": ["rayclusters"], "verbs": ["get", "list", "watch"]}
+    ]
+
+
 def test_a_run_may_count_on_what_the_file_allows() -> None:
     """The head, where it begins, has nothing to give, and no worker is there yet."""
     (document,) = documents("raycluster.yaml")
@@ -172,7 +194,7 @@ def test_the_entrypoint_is_a_command_that_parses() -> None:
 
 def test_no_pod_is_root_or_may_become_it() -> None:
     found = [spec for document in everything() for spec in pods(document)]
-    assert len(found) == 8
+    assert len(found) == 9
     for spec in found:
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -208,6 +230,6 @@ def test_nothing_is_open_to_the_world() -> None:
 def test_mlflow_is_given_what_it_asks_for() -> None:
     serve = (REPO / "infra/mlflow/serve").read_text()
     (line,) = (line for line in serve.splitlines() if line.startswith("for name in"))
-    (spec,) = (pods(d)[0] for d in everything() if d["kind"] == "Deployment")
+    (spec,) = (pods(d)[0] for d in documents("mlflow.yaml") if d["kind"] == "Deployment")
     given = {variable["name"] for variable in spec["containers"][0]["env"]}
     assert set(line.removesuffix("; do").split()[3:]) <= given
