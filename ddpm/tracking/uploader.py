@@ -34,6 +34,8 @@ MIN_BEGIN_S = 5.0
 """Importing MLflow takes about this long."""
 GRACE_S = 0.3
 """Longer than the 0.1 s between two looks of the waiting thread at its deadline."""
+DELIVERY_TIMEOUT_S = 300.0
+"""How long `close` may take."""
 SILENCE_S = 10.0
 """How long `close` waits before it says so."""
 
@@ -97,7 +99,7 @@ class Uploader:
         """About how many segments MLflow has not taken: those that were found last, and what was announced since."""
         return self._carrier.waiting + self._announced
 
-    def close(self, status: str, timeout_s: float = 300.0, patience_s: float = 30.0) -> Delivery:
+    def close(self, status: str, timeout_s: float = DELIVERY_TIMEOUT_S, patience_s: float = 30.0) -> Delivery:
         """Deliver the rest, and end the MLflow run: FINISHED, FAILED or KILLED. `jobs/sync.py` delivers what is left.
 
         Args:

@@ -116,9 +116,7 @@ class CheckpointManager:
     def _retry_io(self, call: Callable[[], None], where: Location, timeout_s: float | None = None) -> None:
         try:
             retry_io(call, where=where.uri, timeout_s=self._timeout_s if timeout_s is None else timeout_s)
-        except (
-            FileNotFoundError
-        ) as error:  # an answer when reading; to a writer it says that the place is gone
+        except FileNotFoundError as error:  # an answer to a reader; to a writer: the place is gone
             raise StorageError(f"{where.uri}: cannot write there: {error}") from None
 
     def _publish(self, name: str, data: bytes) -> None:
@@ -160,7 +158,9 @@ class CheckpointManager:
         self._upload(folder, target, CHECKSUMS)
 
     def _upload(self, folder: Path, target: Location, name: str) -> None:
-        self._retry_io(partial(_upload, folder / name, target.child(name)), target)
+        file = str(folder / name), target.child(name).path
+        copy = partial(pafs.copy_files, *file, destination_filesystem=target.filesystem)
+        self._retry_io(copy, target)
 
     def _retire(self) -> None:
         """Remove what is too old, or no longer the best."""
@@ -228,9 +228,10 @@ def clean_up(run: Location) -> None:
     """Remove what a worker killed while it was writing has left."""
     run.sweep()
     run.child(spool.FOLDER).sweep()
+    prefixes = checkpoint.PREFIX, checkpoint.BEST_PREFIX
     for name in run.folders():
-        is_ours = name.startswith((checkpoint.PREFIX, checkpoint.BEST_PREFIX))
-        if _is_temporary(name) or (is_ours and not run.child(name).child(CHECKSUMS).exists()):
+        is_temporary = name.startswith(tuple(f".{prefix}" for prefix in prefixes))
+        if is_temporary or (name.startswith(prefixes) and not run.child(name).child(CHECKSUMS).exists()):
             remove(run.child(name))
 
 
@@ -238,10 +239,6 @@ def remove(location: Location) -> None:
     """Delete a checkpoint so that at no moment it is one with files missing."""
     _uncommit(location)
     location.delete()
-
-
-def _is_temporary(name: str) -> bool:
-    return name.startswith(f".{checkpoint.PREFIX}") or name.startswith(f".{checkpoint.BEST_PREFIX}")
 
 
 @contextmanager
@@ -274,10 +271,6 @@ def _put_in_place(folder: Path, place: Path, move: bool) -> None:
         files.put_in_place(copy, place)
     finally:
         shutil.rmtree(copy, ignore_errors=True)
-
-
-def _upload(file: Path, target: Location) -> None:
-    pafs.copy_files(str(file), target.path, destination_filesystem=target.filesystem)
 
 
 def _uncommit(location: Location) -> None:

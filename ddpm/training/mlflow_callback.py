@@ -23,7 +23,7 @@ from ddpm.tracking.metrics_buffer import MetricsBuffer, segment_name
 from ddpm.tracking.mlflow_client import tracking_uri
 from ddpm.tracking.mlflow_runs import Address
 from ddpm.tracking.spool import FOLDER as SPOOL
-from ddpm.tracking.uploader import Delivery, Uploader
+from ddpm.tracking.uploader import DELIVERY_TIMEOUT_S, Delivery, Uploader
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class MlflowCallback(UserCallback):
         else:  # who presses Ctrl-C does not wait
             self.close("KILLED", timeout_s=1.0)
 
-    def close(self, status: str, timeout_s: float = 300.0) -> Delivery:
+    def close(self, status: str, timeout_s: float = DELIVERY_TIMEOUT_S) -> Delivery:
         """Deliver what is left, as `Uploader.close` does, and end the MLflow run: FINISHED, FAILED or KILLED."""
         delivery = Uploader(self._address, self._params, self._spool).close(status, timeout_s)
         if delivery.undelivered:

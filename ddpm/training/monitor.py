@@ -20,10 +20,6 @@ POLL_INTERVAL_S = 0.5
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def always(values: Mapping[str, Any]) -> bool:
-    return True
-
-
 class CallThread(threading.Thread):
     """A call in a thread of its own, which begins at once.
 
@@ -95,7 +91,7 @@ class DriverMonitor(StopSignals):
         state: RunStateClient,
         screen: Screen,
         committed: Callable[[int], None],
-        should_continue: ShouldContinue = always,
+        should_continue: ShouldContinue = lambda values: True,
         possible: Callable[[int], int] | None = None,
         resize_interval_s: float = 0.0,
     ) -> None:
