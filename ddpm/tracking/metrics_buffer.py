@@ -260,11 +260,8 @@ def _to_json(value: float) -> float | str:
 
 
 def _from_json(value: Any) -> float:
-    if isinstance(value, str):
-        _check(value in NON_FINITE, f"a value is {value!r:.80}")
-        return float(value)
-    _check(isinstance(value, int | float) and not isinstance(value, bool), f"a value is {value!r:.80}")
-    _check(math.isfinite(float(value)), f"a value is {value!r:.80}")
+    is_finite = type(value) in (int, float) and math.isfinite(float(value))
+    _check(is_finite or value in NON_FINITE, f"a value is {value!r:.80}")
     return float(value)
 
 

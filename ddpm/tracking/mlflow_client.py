@@ -85,9 +85,7 @@ def _create_database(database: Path) -> None:
         MlflowClient(f"{SQLITE}{new}")
         with suppress(FileExistsError):  # another process was faster, and may have written to its file
             os.link(new, database)
-    except (
-        OSError
-    ) as error:  # no hard links, or no right to write: MLflow does it in its way, or says why not
+    except OSError as error:  # no hard links, or no right to write: MLflow does it its way, or says why not
         logger.info("%s is not created in a temporary file: %s", database, error)
     else:
         files.sweep(database.parent)  # what is left of processes that were killed

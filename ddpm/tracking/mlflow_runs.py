@@ -19,7 +19,7 @@ import math
 import re
 import tempfile
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ class MlflowRun:
             OutOfTime: MLflow did not answer in time.
             Lost: MLflow refuses.
         """
-        self._surely(self._connect)
+        self._client = self._surely(connect, self._address.uri)
         self._surely(self._find, running)
 
     def find(self) -> bool:
@@ -116,7 +116,7 @@ class MlflowRun:
         database = database_file(self._address.uri)
         if database is not None and not database.exists():
             return False
-        self._surely(self._connect)
+        self._client = self._surely(connect, self._address.uri)
         return bool(self._surely(self._look_for))
 
     def send(self, records: Sequence[Record]) -> bool:
@@ -129,23 +129,21 @@ class MlflowRun:
             OutOfTime: MLflow did not answer in time.
             Lost: the run was deleted.
         """
-        if not self._hand_over("a look at what it has", self._look_up, records):
-            return False
-        return self._deliver(records)
+        return self._deliver(records, self._look_up)
 
     def add(self, records: Sequence[Record]) -> bool:
         """Deliver values measured beside training, as `send` does, but without changing `ddpm.sent_until`.
 
         A metric is skipped if MLflow's newest value of it at that step is the same.
         """
-        if not self._hand_over("a look at what it has", self._look_for_same, records):
-            return False
-        return self._deliver(records)
+        return self._deliver(records, self._look_for_same)
 
-    def _deliver(self, records: Sequence[Record]) -> bool:
-        """Deliver `records`, except for the metrics among self._points."""
+    def _deliver(self, records: Sequence[Record], look: Callable[[Sequence[Record]], None]) -> bool:
+        """Deliver `records`, except for the metrics that `look` has put into self._points."""
         from mlflow.entities import Metric
 
+        if not self._hand_over("a look at what it has", look, records):
+            return False
         points = [
             Metric(key, value, record.timestamp_ms, record.images_seen)
             for record in records
@@ -190,9 +188,6 @@ class MlflowRun:
             self._client.set_tag(self.run_id, PARENT_TAG, parent)
         if run.info.status != status:
             self._end(status)
-
-    def _connect(self) -> None:
-        self._client = connect(self._address.uri)
 
     def _find(self, running: bool) -> None:
         from mlflow.entities import Param

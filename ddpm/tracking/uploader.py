@@ -14,13 +14,12 @@ from typing import Any
 
 from ddpm import config as configs
 from ddpm.checkpoints import checkpoint, runs
-from ddpm.checkpoints.runs import Run
 from ddpm.storage.locations import Location
 from ddpm.tracking import metrics_buffer, pages, spool
 from ddpm.tracking.metrics_buffer import DamagedSegment
 from ddpm.tracking.mlflow_client import Lost, tracking_uri
-from ddpm.tracking.mlflow_runs import Address, MlflowRun, without_password
-from ddpm.tracking.retry import OutOfTime
+from ddpm.tracking.mlflow_runs import Address, MlflowRun
+from ddpm.tracking.retry import OutOfTime, without_password
 from ddpm.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -119,10 +118,11 @@ class Uploader:
         left = _count_in_time(self._buffer, self._committed, min(timeout_s, COUNT_TIMEOUT_S))
         trouble = self._run.call.trouble
         if left:
-            reason = f": {trouble}" if trouble else ""
-            logger.warning(
-                "MLflow at %s did not take everything (%d records left)%s", self._uri, left, reason
+            why, line = (
+                f": {trouble}" * bool(trouble),
+                "MLflow at %s did not take everything (%d records left)%s",
             )
+            logger.warning(line, self._uri, left, why)
         elif trouble and not self._ended:
             logger.warning("MLflow at %s has not been told how the run ended: %s", self._uri, trouble)
         return Delivery(self._run.run_id, self._run.experiment_id, left, self._ended)
@@ -202,10 +202,8 @@ class _Carrier:
             self._put_aside(file, f"{error}; it stays where it is")
             return 0
         if not self._run.send(gathered):
-            trouble = self._run.call.trouble
-            self._put_aside(
-                file, f"MLflow does not take all of {file.uri}, which is kept for later: {trouble}"
-            )
+            why = f"which is kept for later: {self._run.call.trouble}"
+            self._put_aside(file, f"MLflow does not take all of {file.uri}, {why}")
             return 0
         self._aside.pop(file.uri, None)
         spool.delete(file)
@@ -242,29 +240,26 @@ def kept(uri: str, experiment: str | None = None) -> Kept:
         UserError: there is no run, or storage refuses.
     """
     run = runs.existing_run(uri)
-    try:
-        return _kept(run, experiment)
-    except OSError as error:
-        raise UserError(f"{run.location.uri} cannot be read: {error}") from None
-
-
-def _kept(run: Run, experiment: str | None) -> Kept:
     params: dict[str, Any] = {}
     committed, finished = -1, False
-    if found := runs.checkpoints(run.location):
-        card = found[-1].child("config.json")
-        config = configs.from_json(card.read().decode(errors="replace"), card.uri)
-        committed = int(found[-1].path.rpartition(checkpoint.PREFIX)[2])
-        finished, experiment = committed >= config.train.total_images, config.run.experiment
-        params = pages.params(config)
-    elif experiment is None:
-        raise UserError(
-            f"{run.location.uri} has no checkpoint that would name the experiment; give it with --experiment (the "
-            f"--run.experiment of training, by default {configs.RunConfig.experiment})"
-        )
-    address = Address(tracking_uri(), experiment, run.name, run.key)
     buffer = run.location.child(spool.FOLDER)
-    return Kept(address, params, buffer, committed, finished, spool.count(buffer, committed))
+    try:
+        if found := runs.checkpoints(run.location):
+            card = found[-1].child("config.json")
+            config = configs.from_json(card.read().decode(errors="replace"), card.uri)
+            committed = int(found[-1].path.rpartition(checkpoint.PREFIX)[2])
+            finished, experiment = committed >= config.train.total_images, config.run.experiment
+            params = pages.params(config)
+        elif experiment is None:
+            raise UserError(
+                f"{run.location.uri} has no checkpoint that would name the experiment; give it with --experiment (the "
+                f"--run.experiment of training, by default {configs.RunConfig.experiment})"
+            )
+        records = spool.count(buffer, committed)
+    except OSError as error:
+        raise UserError(f"{run.location.uri} cannot be read: {error}") from None
+    address = Address(tracking_uri(), experiment, run.name, run.key)
+    return Kept(address, params, buffer, committed, finished, records)
 
 
 def deliver(kept: Kept, timeout_s: float, show: Callable[[int], None]) -> Delivery:
