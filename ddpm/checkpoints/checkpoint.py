@@ -29,36 +29,20 @@ from ddpm.utils import files, strict_json
 from ddpm.utils.errors import UserError
 
 CHECKSUMS = "checksums.json"
-FILES = (
-    "net.safetensors",
-    "ema.safetensors",
-    "optimizer.safetensors",
-    "state.json",
-    "config.json",
-    CHECKSUMS,
-)
+_TENSORS = ("net.safetensors", "ema.safetensors", "optimizer.safetensors")
+FILES = (*_TENSORS, "state.json", "config.json", CHECKSUMS)
 """Files of a checkpoint."""
 PREFIX = "checkpoint-"
 BEST_PREFIX = "best-"
 NAME_DIGITS = 12
 
 # What may differ between a checkpoint and the run that goes on from it; the rest is the run's identity.
-_FREE_DATA = (
-    "data.shards",
-    "data.source",
-    "data.stall_timeout_s",
-    "data.on_corrupt",
-    "data.max_corrupt_share",
-)
-_FREE = ("cluster.", "run.", "sample.", "optim.skip_non_finite", *_FREE_DATA)
-_FREE_TRAIN = ("total_images", "log_every_images", "checkpoint_every_images", "sample_every_images")
-_FREE_KEYS = (
-    *(f"train.{key}" for key in _FREE_TRAIN),
-    "train.keep_checkpoints",
-    "train.compile",
-    "train.forward_images",
-    "train.deterministic",
-    "train.init_from",
+_FREE = (
+    *("cluster.", "run.", "sample.", "optim.skip_non_finite"),
+    *("data.shards", "data.source", "data.stall_timeout_s", "data.on_corrupt", "data.max_corrupt_share"),
+    *("train.total_images", "train.log_every_images", "train.sample_every_images"),
+    *("train.checkpoint_every_images", "train.keep_checkpoints", "train.forward_images", "train.compile"),
+    *("train.deterministic", "train.init_from"),
 )
 # What a new run must share with the checkpoint it takes its first weights from.
 _NET = ("model.", "objective.process", "objective.predict", "objective.variance")
@@ -122,15 +106,15 @@ def write(snapshot: Snapshot, folder: Path) -> None:
 
 def verify(folder: Path) -> None:
     """Raise UserError unless `folder` holds a whole checkpoint, byte for byte as it was written."""
-    files = read_checksums(folder)
+    sums = read_checksums(folder)
     needed = set(FILES) - {CHECKSUMS}
-    if missing := sorted(needed - set(files)):
+    if missing := sorted(needed - set(sums)):
         raise UserError(f"{folder}/checksums.json does not list {missing[0]}")
     for name in needed:
         path = folder / name
         if not path.is_file():
             raise UserError(f"{folder} is damaged: {name} is missing")
-        if _sha256(path) != files[name]:
+        if _sha256(path) != sums[name]:
             raise UserError(f"{path} is damaged: its SHA-256 is not the one in checksums.json")
 
 
@@ -226,7 +210,7 @@ def write_light(folder: Path, out: Path) -> None:
 
 def check_same_run(saved: Config, now: Config, where: str) -> None:
     """Raise UserError if `now` is not the configuration of the run that `saved` began."""
-    changed = _differences(saved, now, lambda key: not key.startswith(_FREE) and key not in _FREE_KEYS)
+    changed = _differences(saved, now, lambda key: not key.startswith(_FREE))
     if changed:
         raise UserError(
             f"{where} belongs to a run with another configuration: {changed}; use those values, or another --run.name"
@@ -297,9 +281,8 @@ def check_fit(there: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int
         raise UserError(f"{path} is damaged or of another architecture: it {has} {name!r:.100}")
     for name, shape in there.items():
         if shape != want[name]:
-            raise UserError(
-                f"{path} is damaged or of another architecture: {name} is {shape}, the net has {want[name]}"
-            )
+            differs = f"{name} is {shape}, the net has {want[name]}"
+            raise UserError(f"{path} is damaged or of another architecture: {differs}")
 
 
 def check_numbers(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -1,21 +1,17 @@
 """What a run asks of the cluster, and whether the cluster has it."""
 
 import os
-import time
-from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar
 
 import ray
 import ray.util
+import tenacity
 from ray import PlacementGroupID
 from ray.util.placement_group import PlacementGroup
 
 from ddpm.cluster import ray_init
 from ddpm.config import Config
 from ddpm.utils.errors import UserError
-
-T = TypeVar("T")
 
 DRIVER_CPUS = 0.01
 """CPUs of the driver of a trial."""
@@ -30,6 +26,27 @@ class TooSmall(UserError):
     """The cluster has too few CPUs or GPUs."""
 
 
+def _is_all_there(state: tenacity.RetryCallState) -> bool:
+    """Whether no more nodes are waited for; none are where the cluster was started here."""
+    return "RAY_ADDRESS" not in os.environ or (state.seconds_since_start or 0.0) >= JOINING_S
+
+
+def _tell_once(state: tenacity.RetryCallState) -> None:
+    if state.attempt_number == 1 and state.outcome:
+        error = state.outcome.exception()
+        print(f"waiting     {JOINING_S:.0f} s for nodes that may be joining: {error}", flush=True)
+
+
+_once_joined = tenacity.retry(
+    retry=tenacity.retry_if_exception_type(TooSmall),
+    stop=_is_all_there,
+    wait=tenacity.wait_fixed(0.5),
+    before_sleep=_tell_once,
+    reraise=True,
+)
+
+
+@_once_joined
 def resources_per_worker(config: Config) -> dict[str, float]:
     """CPUs and GPUs of each worker, with a CPU left for the tasks that read data.
 
@@ -37,34 +54,8 @@ def resources_per_worker(config: Config) -> dict[str, float]:
         UserError: the config asks for what no cluster has.
         TooSmall: this cluster is too small; Ray would wait for ever without a word.
     """
-    return _once_joined(lambda have: _resources_per_worker(config, have))
-
-
-def _once_joined(ask: Callable[[dict[str, float]], T]) -> T:
-    """What `ask` returns of the cluster's resources, once the nodes have joined that it takes.
-
-    Raises:
-        TooSmall: they have not in time.
-    """
-    deadline = time.monotonic() + JOINING_S
-    joined = "RAY_ADDRESS" in os.environ  # else it was started here, and is all there
-    waits = False
-    while True:
-        try:
-            return ask(ray_init.resources())
-        except TooSmall as error:
-            if not joined or time.monotonic() >= deadline:
-                raise
-            if not waits:
-                print(f"waiting     {JOINING_S:.0f} s for nodes that may be joining: {error}", flush=True)
-            waits = True
-            time.sleep(0.5)
-
-
-def _resources_per_worker(config: Config, have: dict[str, float]) -> dict[str, float]:
-    cluster, sizes = config.cluster, config.cluster.world_sizes()
-    cpus, gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
-    least, most = sizes[0], sizes[-1]
+    have, cluster, sizes = ray_init.resources(), config.cluster, config.cluster.world_sizes()
+    cpus, gpus, least, most = have.get("CPU", 0.0), have.get("GPU", 0.0), sizes[0], sizes[-1]
     part = cluster.gpus_per_worker
     if not 0 < part <= 1:
         raise UserError(f"cluster.gpus_per_worker is {part:g}; it must be above 0 and at most 1")
@@ -105,10 +96,8 @@ def crowding(config: Config, resources: dict[str, float]) -> str | None:
     workers, cpus = config.cluster.world_sizes()[0], ray_init.resources().get("CPU", 0.0)
     if resources.get("GPU") or workers <= cpus:
         return None
-    enough = max(1, int(cpus))
-    return (
-        f"{workers} workers share {cpus:g} CPUs, and wait for each other at every step; {enough} are enough"
-    )
+    enough, wait = max(1, int(cpus)), "and wait for each other at every step"
+    return f"{workers} workers share {cpus:g} CPUs, {wait}; {enough} are enough"
 
 
 def _on_gpus(config: Config, workers: int, have: float, who: str, remedy: str) -> bool:
@@ -126,6 +115,7 @@ def _on_gpus(config: Config, workers: int, have: float, who: str, remedy: str) -
     return on_gpus
 
 
+@_once_joined
 def shared(config: Config, num_runs: int) -> Config:
     """`config` with the share of the cluster that each of `num_runs` runs at a time may have, of CPUs and threads.
 
@@ -135,11 +125,7 @@ def shared(config: Config, num_runs: int) -> Config:
     """
     if num_runs < 1:
         raise UserError(f"--max-concurrent is {num_runs}; it must be at least 1")
-    return _once_joined(lambda have: _shared(config, num_runs, have))
-
-
-def _shared(config: Config, num_runs: int, have: dict[str, float]) -> Config:
-    workers = config.cluster.world_sizes()[-1]
+    have, workers = ray_init.resources(), config.cluster.world_sizes()[-1]
     everybody = num_runs * workers
     room = have.get("CPU", 0.0) - 1 - DRIVER_CPUS * num_runs
     share = config.cluster.cpus_per_worker

@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -64,7 +64,7 @@ class WorkerPool(Generic[Held]):
         self.has_gpus: bool = _resources().get("GPU", 0) >= 1 if joined else torch.cuda.is_available()
         """Whether the workers are GPUs."""
         if joined or (num_workers or torch.cuda.device_count()) > 1:
-            self._crew: _Crew = _Actors(make, num_workers, self.has_gpus)
+            self._crew: _Actors | _Threads = _Actors(make, num_workers, self.has_gpus)
         else:
             self._crew = _Threads(make, num_workers, self.has_gpus)
 
@@ -91,11 +91,6 @@ class WorkerPool(Generic[Held]):
 
     def __exit__(self, *error: object) -> None:
         self._crew.dismiss()
-
-
-class _Crew(Protocol):
-    def map(self, work: Callable[[Any, Any], Any], pieces: Iterator[Any]) -> Iterator[tuple[Any, Any]]: ...
-    def dismiss(self) -> None: ...
 
 
 class _Threads:

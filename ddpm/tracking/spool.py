@@ -7,6 +7,8 @@ them, except for the last segment of a run that failed.
 
 import contextlib
 
+import pyarrow.fs as pafs
+
 from ddpm.storage.locations import Location
 from ddpm.tracking import metrics_buffer
 from ddpm.tracking.metrics_buffer import DamagedSegment
@@ -60,5 +62,7 @@ def count(buffer: Location, committed: int) -> int:
 
 
 def _segments(buffer: Location) -> list[tuple[int, bool, Location]]:
-    parsed = [(metrics_buffer.parse_name(name), buffer.child(name)) for name in buffer.files()]
+    infos = buffer.filesystem.get_file_info(pafs.FileSelector(buffer.path, allow_not_found=True))
+    names = sorted(info.base_name for info in infos if info.type == pafs.FileType.File)
+    parsed = [(metrics_buffer.parse_name(name), buffer.child(name)) for name in names]
     return [(*position, file) for position, file in parsed if position is not None]

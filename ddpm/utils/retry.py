@@ -7,7 +7,13 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    retry_if_not_exception_type,
+    stop_after_delay,
+)
 from tenacity.wait import wait_random_exponential
 
 from ddpm.utils.errors import UserError
@@ -49,7 +55,7 @@ def retry_io(call: Callable[[], T], *, where: str, timeout_s: float) -> T:
 
     began = time.monotonic()
     retrying = Retrying(
-        retry=retry_if_exception(_is_failure),
+        retry=retry_if_exception_type(OSError) & retry_if_not_exception_type(FileNotFoundError),
         wait=wait,
         stop=stop_after_delay(timeout_s),
         reraise=True,
@@ -75,7 +81,3 @@ def answer(error: BaseException) -> str:
             text = text.replace(secret, "***")
     text = re.sub(_LOOKS_SECRET, "***", text)
     return text if len(text) <= LONGEST_ANSWER else f"{text[:LONGEST_ANSWER]}..."
-
-
-def _is_failure(error: BaseException) -> bool:
-    return isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
