@@ -5,7 +5,8 @@
     config.json      the whole config: enough to rebuild the net
     checksums.json   SHA-256 of every other file, written last
 
-A folder without checksums.json, or with a file that does not match it, is not a checkpoint.
+A folder without checksums.json, or with a file that does not match it, is not a checkpoint. What is damaged, or
+contradicts itself, raises UserError when it is read.
 """
 
 import hashlib
@@ -119,11 +120,7 @@ def verify(folder: Path) -> None:
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file of a checkpoint, as checksums.json has them.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
+    """The SHA-256 of every file of a checkpoint, as checksums.json has them."""
     file = folder / CHECKSUMS
     if not file.exists():
         raise UserError(f"{folder} is no checkpoint: it has no {CHECKSUMS}")
@@ -131,7 +128,7 @@ def read_checksums(folder: Path) -> dict[str, str]:
 
 
 def read_bytes(file: Path) -> bytes:
-    """The content of a checkpoint's file; UserError if it cannot be read."""
+    """The content of a checkpoint's file."""
     try:
         return file.read_bytes()
     except OSError as error:
@@ -139,11 +136,7 @@ def read_bytes(file: Path) -> bytes:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint.
-
-    Raises:
-        UserError: it is damaged, or contradicts itself or config.json.
-    """
+    """state.json of a checkpoint, which must agree with itself and with config.json."""
     file = folder / "state.json"
     at = strict_json.parse(Position, read_bytes(file), f"{file} is damaged", extra="allow")
     batch_size = read_config(folder).train.batch_size
@@ -160,20 +153,12 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def position(folder: Path | None) -> int:
-    """images_seen of a checkpoint, whose tensors need not be intact; 0 for None.
-
-    Raises:
-        UserError: state.json or config.json is damaged.
-    """
+    """images_seen of a checkpoint, whose tensors need not be intact; 0 for None."""
     return read_state(folder)["images_seen"] if folder else 0
 
 
 def read_config(folder: Path) -> Config:
-    """config.json of a checkpoint.
-
-    Raises:
-        UserError: it is damaged.
-    """
+    """config.json of a checkpoint."""
     file = folder / "config.json"
     return configs.from_json(read_bytes(file), where=str(file))
 

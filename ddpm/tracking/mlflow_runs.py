@@ -83,6 +83,8 @@ class MlflowRun:
         address: the run's identity.
         params: the flat config; logged once.
         patience_s: seconds without a successful call after which time is up.
+
+    Methods raise OutOfTime where MLflow did not answer in time, and Lost where it refuses the run, or has deleted it.
     """
 
     def __init__(self, address: Address, params: Mapping[str, Any], patience_s: float = math.inf) -> None:
@@ -97,22 +99,12 @@ class MlflowRun:
         self._pictures: dict[tuple[str, int], str] = {}
 
     def open(self, running: bool) -> None:
-        """Find or create the run, and update its params; with `running` also its status.
-
-        Raises:
-            OutOfTime: MLflow did not answer in time.
-            Lost: MLflow refuses.
-        """
+        """Find or create the run, and update its params; with `running` also its status."""
         self._client = self._surely(connect, self._address.uri)
         self._surely(self._find, running)
 
     def find(self) -> bool:
-        """Whether MLflow has the run. Nothing is created or changed there.
-
-        Raises:
-            OutOfTime: MLflow did not answer in time.
-            Lost: MLflow refuses.
-        """
+        """Whether MLflow has the run. Nothing is created or changed there."""
         database = database_file(self._address.uri)
         if database is not None and not database.exists():
             return False
@@ -124,10 +116,6 @@ class MlflowRun:
 
         Returns:
             Whether all is delivered. If not, `call.trouble` gives the reason: send the whole segment again later.
-
-        Raises:
-            OutOfTime: MLflow did not answer in time.
-            Lost: the run was deleted.
         """
         return self._deliver(records, self._look_up)
 

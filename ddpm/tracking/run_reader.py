@@ -1,4 +1,7 @@
-"""Reading runs back from MLflow: settings, curves, files. Nothing is created or changed there."""
+"""Reading runs back from MLflow: settings, curves, files. Nothing is created or changed there.
+
+Methods raise Unreadable when MLflow does not answer, or refuses.
+"""
 
 import tempfile
 from pathlib import Path
@@ -34,19 +37,11 @@ class RunReader:
         self._call = Caller(uri, lambda: False, timeout_s)
 
     def by_id(self, run_id: str) -> "RecordedRun | None":
-        """The run with this id, or None.
-
-        Raises:
-            Unreadable: MLflow does not answer, or refuses.
-        """
+        """The run with this id, or None."""
         return self._found("get_run", run_id)
 
     def by_key(self, experiment: str, run_key: str) -> "RecordedRun | None":
-        """The run of this experiment with this run key, or None.
-
-        Raises:
-            Unreadable: MLflow does not answer, or refuses.
-        """
+        """The run of this experiment with this run key, or None."""
         there = self._found("get_experiment_by_name", experiment, wrap=False)
         run = there and self.ask(find_run, self._client, there.experiment_id, run_key)
         return RecordedRun(self, run) if run else None
@@ -56,11 +51,7 @@ class RunReader:
         return self.ask(getattr(self._client, method), *args)
 
     def ask(self, call: Any, *args: Any) -> Any:
-        """call(*args), with retries.
-
-        Raises:
-            Unreadable: MLflow does not answer, or refuses.
-        """
+        """call(*args), with retries; None: MLflow knows no such run."""
         try:
             return self._call(call, *args)
         except Exception as error:
@@ -81,7 +72,7 @@ class RunReader:
 
 
 class RecordedRun:
-    """A run as MLflow has it. Methods raise Unreadable."""
+    """A run as MLflow has it."""
 
     def __init__(self, reader: RunReader, run: Any) -> None:
         self._reader = reader
