@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -171,10 +171,10 @@ def load_net(folder: Path, device: torch.device, *, ema: bool = True) -> tuple[n
         schedules.build(config.schedule)
     except ValueError as error:
         raise UserError(f"{folder}/config.json: schedule: {error}") from None
-    path = folder / ("ema.safetensors" if ema else "net.safetensors")
-    _check_shapes(folder, config, path)
+    path, cpu = folder / ("ema.safetensors" if ema else "net.safetensors"), torch.device("cpu")
+    weights = _read_weights(net_without_memory(config, f"{folder}/config.json"), path, cpu)
     net = build_net(config)
-    load_weights(net, path)
+    net.load_state_dict(weights)
     return net.to(device).eval().requires_grad_(False), config
 
 
@@ -231,23 +231,13 @@ def net_without_memory(config: Config, where: str) -> nn.Module:
         raise UserError(f"{where}: {error}") from None
 
 
-def _check_shapes(folder: Path, config: Config, path: Path) -> None:
-    """Raise UserError unless the file at `path` has the weights of the net in `config`; neither is built or read."""
-    net = net_without_memory(config, f"{folder}/config.json")
-    try:
-        with safe_open(path, framework="pt") as file:
-            there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{path} cannot be read as safetensors: {error}") from None
-    check_fit(there, shapes(net.state_dict()), path)
-
-
 def load_weights(net: nn.Module, path: Path) -> None:
     """Put the weights in the file at `path` into `net`."""
     net.load_state_dict(_read_weights(net, path, next(net.parameters()).device))
 
 
 def _read_weights(net: nn.Module, path: Path, device: torch.device) -> dict[str, Tensor]:
+    """The weights in the file at `path`, which must be those of a net like `net`."""
     tensors = read_tensors(path, device)
     check_fit(shapes(tensors), shapes(net.state_dict()), path)
     check_numbers(tensors, path)

@@ -28,13 +28,7 @@ from ddpm.utils.progress import printable
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 """What Pillow may take a file for, whatever its name: some formats that it knows start programs (EPS: Ghostscript)."""
-PARTS = {
-    "train": "train",
-    "test": "test",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-}
+PARTS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val"), "validation")
 """Names that folders and files of a split have, and which split that is."""
 MAX_SIZE = 4096
 NAMES_SHOWN = 3
@@ -74,16 +68,14 @@ class Folder(Square):
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
-        without = [file for files in self._files.values() for file in files if file.parent == Path()]
-        names = sorted(
-            {file.parts[0] for files in self._files.values() for file in files if file.parent != Path()}
-        )
-        if without and names:
+        files = [file for files in self._files.values() for file in files]
+        names = {file.parts[0] for file in files if file.parent != Path()}
+        if names and (without := [file for file in files if file.parent == Path()]):
             raise UserError(
                 f"{self.path}: {without[0]} is in no subfolder, though other images are; put all images into "
                 "subfolders, one a class, or none"
             )
-        return tuple(names)
+        return tuple(sorted(names))
 
     @property
     def splits(self) -> dict[str, int]:

@@ -177,17 +177,12 @@ def _jpeg(data: bytes, height: int, width: int, channels: int, scale: int) -> Pi
     """`decode` with a quick decoder; None: no sound JPEG of that size and colours, or not at a scale of JPEG's."""
     if not data.startswith(JPEG_BEGINS) or LARGEST_JPEG_SCALE % scale:
         return None
+    stored, wanted = ("Gray", "GRAY") if channels == 1 else ("YCbCr", "RGB")
+    least = {"min_height": height // scale, "min_width": width // scale, "min_factor": 1}
     try:
-        found = simplejpeg.decode_jpeg_header(data)
-        if found[:3] != (height, width, "Gray" if channels == 1 else "YCbCr"):
+        if simplejpeg.decode_jpeg_header(data)[:3] != (height, width, stored):
             return None
-        pixels: Pixels = simplejpeg.decode_jpeg(
-            data,
-            "GRAY" if channels == 1 else "RGB",
-            min_height=height // scale,
-            min_width=width // scale,
-            min_factor=1,
-        )
+        pixels: Pixels = simplejpeg.decode_jpeg(data, wanted, **least)
     except ValueError:
         return None
     return pixels if pixels.shape == (height // scale, width // scale, channels) else None

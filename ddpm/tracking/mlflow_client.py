@@ -95,10 +95,8 @@ def _create_database(database: Path) -> None:
 
 def _half_made(database: Path, error: Exception) -> str | None:
     """Sign of an interrupted migration: a leftover table, or SQLite's message; None: there is none."""
-    with (
-        suppress(sqlite3.Error),
-        closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)) as opened,
-    ):
+    read_only = f"{database.absolute().as_uri()}?mode=ro"
+    with suppress(sqlite3.Error), closing(sqlite3.connect(read_only, uri=True)) as opened:
         query = "SELECT name FROM sqlite_master WHERE type = 'table' AND name GLOB '_alembic_tmp_*'"
         if left := opened.execute(query).fetchone():
             return f"table {left[0]} is left over"

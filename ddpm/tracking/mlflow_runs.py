@@ -187,11 +187,8 @@ class MlflowRun:
             if running:
                 client.update_run(run.info.run_id, status="RUNNING")
         else:
-            tags = {
-                RUN_KEY_TAG: address.run_key,
-                "mlflow.source.name": address.source,
-                "mlflow.source.type": "JOB",
-            }
+            tags = {RUN_KEY_TAG: address.run_key, "mlflow.source.type": "JOB"}
+            tags["mlflow.source.name"] = address.source
             if address.parent_run_id is not None:
                 tags[PARENT_TAG] = address.parent_run_id
             run = client.create_run(self.experiment_id, run_name=address.run_name, tags=tags)

@@ -118,11 +118,8 @@ class Uploader:
         left = _count_in_time(self._buffer, self._committed, min(timeout_s, COUNT_TIMEOUT_S))
         trouble = self._run.call.trouble
         if left:
-            why, line = (
-                f": {trouble}" * bool(trouble),
-                "MLflow at %s did not take everything (%d records left)%s",
-            )
-            logger.warning(line, self._uri, left, why)
+            said = f"MLflow at {self._uri} did not take everything ({left} records left)"
+            logger.warning("%s", f"{said}: {trouble}" if trouble else said)
         elif trouble and not self._ended:
             logger.warning("MLflow at %s has not been told how the run ended: %s", self._uri, trouble)
         return Delivery(self._run.run_id, self._run.experiment_id, left, self._ended)

@@ -36,11 +36,8 @@ class Gauges:
         """Set every gauge to the state of the run, the values of its RunState."""
         if progress := values.get(run_state.PROGRESS):
             self._position["images_seen"] = progress.images_seen
-        found = {
-            **self._position,
-            "spool_segments": self._waiting(),
-            "workers": values.get(run_state.WORKERS, 0),
-        }
+        workers = values.get(run_state.WORKERS, 0)
+        found = self._position | {"spool_segments": self._waiting(), "workers": workers}
         metrics = values.get(run_state.METRICS, {})
         found |= {name: points[-1][1] for name, points in metrics.items() if not name.startswith(IN_RAY)}
         for name, value in found.items():

@@ -25,6 +25,8 @@ PREEMPTION = "preemption"
 """A value of STOP: a node of the workers is about to be taken away."""
 MORE_WORKERS = "more workers"
 """A value of STOP: nodes have come, and the next worker group can be larger."""
+OF_THIS_GROUP = (PREEMPTION, MORE_WORKERS)
+"""Values of STOP for which the worker group leaves; the next one goes on."""
 ENDED = "ended"
 """images_seen at which the workers last left the loop."""
 COMMITTED = "committed"

@@ -164,7 +164,7 @@ def work(spec: dict[str, Any]) -> None:
         if ended is not None:
             told = ray.get(state.ended.remote(number, ended))
         reason = ray.get(state.snapshot.remote()).get(run_state.STOP)
-        if not spec["persistent"] or reason in (run_state.PREEMPTION, run_state.MORE_WORKERS):
+        if not spec["persistent"] or reason in run_state.OF_THIS_GROUP:
             return
 
 

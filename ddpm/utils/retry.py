@@ -7,14 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception_type,
-    retry_if_not_exception_type,
-    stop_after_delay,
-)
-from tenacity.wait import wait_random_exponential
+import tenacity
 
 from ddpm.utils.errors import UserError
 
@@ -48,16 +41,18 @@ def retry_io(call: Callable[[], T], *, where: str, timeout_s: float) -> T:
         StorageError: the time is over; it names the time tried and the last answer.
         FileNotFoundError: at once, since a retry would not change it.
     """
-    backoff = wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S, min=FIRST_WAIT_S / 2)
+    backoff = tenacity.wait_random_exponential(
+        multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S, min=FIRST_WAIT_S / 2
+    )
 
-    def wait(state: RetryCallState) -> float:
+    def wait(state: tenacity.RetryCallState) -> float:
         return max(0.0, min(backoff(state), timeout_s - (state.seconds_since_start or 0.0)))
 
-    began = time.monotonic()
-    retrying = Retrying(
-        retry=retry_if_exception_type(OSError) & retry_if_not_exception_type(FileNotFoundError),
+    began, not_missing = time.monotonic(), tenacity.retry_if_not_exception_type(FileNotFoundError)
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(OSError) & not_missing,
         wait=wait,
-        stop=stop_after_delay(timeout_s),
+        stop=tenacity.stop_after_delay(timeout_s),
         reraise=True,
     )
     try:
