@@ -55,7 +55,8 @@ class DriverLock:
     def __enter__(self) -> Self:
         try:
             self._file = shared_file(self._place)
-            self._take()
+            while not self._file.replace(self._abandoned(), self._card()):
+                pass  # another one was quicker: it holds the lock now
         except OSError as error:
             raise UserError(f"cannot read or write {self._uri}: {error}") from None
         self._thread.start()
@@ -71,10 +72,6 @@ class DriverLock:
         """Raise UserError if another process has taken the lock over."""
         if self.is_lost:
             raise UserError(f"{self._uri}: another process has taken over this {self._what}; this one ends")
-
-    def _take(self) -> None:
-        while not self._file.replace(self._abandoned(), self._card()):
-            pass  # another one was quicker: it holds the lock now
 
     def _abandoned(self) -> Version | None:
         """The abandoned lock, once nobody holds it; None: there is none.

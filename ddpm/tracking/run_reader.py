@@ -38,11 +38,12 @@ class RunReader:
 
     def by_id(self, run_id: str) -> "RecordedRun | None":
         """The run with this id, or None."""
-        return self._found("get_run", run_id)
+        run = self._is_there() and self.client("get_run", run_id)
+        return RecordedRun(self, run) if run else None
 
     def by_key(self, experiment: str, run_key: str) -> "RecordedRun | None":
         """The run of this experiment with this run key, or None."""
-        there = self._found("get_experiment_by_name", experiment, wrap=False)
+        there = self._is_there() and self.client("get_experiment_by_name", experiment)
         run = there and self.ask(find_run, self._client, there.experiment_id, run_key)
         return RecordedRun(self, run) if run else None
 
@@ -61,14 +62,14 @@ class RunReader:
             why = str(error) if isinstance(error, Lost) else known or self._call.reason(error)
             raise Unreadable(f"MLflow at {self.where} cannot be read: {why}") from None
 
-    def _found(self, method: str, name: str, wrap: bool = True) -> Any:
+    def _is_there(self) -> bool:
+        """Whether there is anything to read; then it is connected to."""
         database = database_file(self._uri)
         if database is not None and not database.exists():
-            return None
+            return False
         if self._client is None:
             self._client = self.ask(connect, self._uri)
-        found = self.client(method, name)
-        return RecordedRun(self, found) if found and wrap else found
+        return True
 
 
 class RecordedRun:

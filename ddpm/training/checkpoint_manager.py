@@ -75,11 +75,6 @@ class CheckpointManager:
         self.check()
         self._todo.put(partial(self._save, snapshot, segment, best))
 
-    def flush_on_error(self, images_seen: int, segment: bytes | None) -> None:
-        """Store what was tracked since the last checkpoint of a run that ends in an error."""
-        if segment is not None:
-            self.publish(f"{spool.FOLDER}/{segment_name(images_seen, last_words=True)}", segment)
-
     def publish(self, name: str, data: bytes) -> None:
         """Store a file that training can do without."""
         self._todo.put(partial(self._publish, name, data))

@@ -134,11 +134,10 @@ class DriverMonitor(StopSignals):
             name = signal.Signals(self.signal).name
             self._state.set(run_state.STOP, name)
             self._told = True
+            line = f"ending with this step, and leaving a checkpoint of it{self.again}"
             if self.is_before_first_step(self._state.snapshot()):
-                print(f"{name}: ending before the first step", file=sys.stderr)
-            else:
-                line = f"{name}: ending with this step, and leaving a checkpoint of it{self.again}"
-                print(line, file=sys.stderr)
+                line = "ending before the first step"
+            print(f"{name}: {line}", file=sys.stderr)
         values = self._state.snapshot()
         self._screen.update(values)
         for line in values[run_state.WARNINGS][self._warned :]:

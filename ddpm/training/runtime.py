@@ -108,17 +108,14 @@ class LocalRuntime:
         train: the split to train on.
         held_out: the split to judge on, if there is one.
         folder: the run's folder.
-        run_key: names the logical run.
     """
 
     rank = 0
     world_size = 1
 
-    def __init__(
-        self, config: Config, train: DataSet, held_out: DataSet | None, folder: Path, run_key: str = ""
-    ):
+    def __init__(self, config: Config, train: DataSet, held_out: DataSet | None, folder: Path) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.identity = {"run_key": run_key, "data_fingerprint": train.rows.fingerprint}
+        self.identity = {"run_key": "", "data_fingerprint": train.rows.fingerprint}
         self._config, self._train, self._held_out, self._folder = config, train, held_out, folder
         self._corrupt = CorruptImages(train.rows.num_rows, config.data.max_corrupt_share)
         self._flags = LateFlags()

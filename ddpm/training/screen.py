@@ -24,14 +24,14 @@ WIDTH = 40
 LEVELS, ASCII_LEVELS = "▁▂▃▄▅▆▇█", "._-~=+*#"
 
 
-def sparkline(values: list[float], width: int = WIDTH, levels: str = LEVELS) -> str:
+def sparkline(values: list[float], levels: str = LEVELS) -> str:
     """A curve as a line of text: the lowest value as the first of `levels`, the highest tenth as the last.
 
-    Values that are not finite are left out; where there are more than `width`, each character is a mean. The highest
+    Values that are not finite are left out; where there are more than WIDTH, each character is a mean. The highest
     tenth is cut, since a loss begins so high that the rest would be one level.
     """
     values = [value for value in values if math.isfinite(value)]
-    count = min(width, len(values))
+    count = min(WIDTH, len(values))
     edges = [len(values) * i // count for i in range(count + 1)] if count else [0]
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(means, default=0.0), sorted(means)[-1 - count // 10] if means else 0.0

@@ -80,13 +80,12 @@ def grid(images: Pixels, columns: int | None = None, min_side: int = 48) -> Pixe
     return picture
 
 
-def strip(rows: Sequence[Pixels], captions: Sequence[str] = (), min_side: int = 48) -> Pixels:
+def strip(rows: Sequence[Pixels], captions: Sequence[str] = ()) -> Pixels:
     """Rows of frames, one below the other: trajectories, or images beside their reconstructions.
 
     Args:
         rows: each uint8 [F, H, W, C], all of the same shape.
         captions: one per column, written above it; empty for no captions.
-        min_side: as in `grid`.
 
     Returns:
         uint8 [H', W', 3].
@@ -99,7 +98,7 @@ def strip(rows: Sequence[Pixels], captions: Sequence[str] = (), min_side: int = 
             f"rows have shapes {[row.shape for row in rows]}; they must be alike, and at least one"
         )
     columns = len(rows[0])
-    picture = grid(np.concatenate(rows), columns, min_side)
+    picture = grid(np.concatenate(rows), columns)
     if not captions:
         return picture
     if len(captions) != columns:
