@@ -96,7 +96,7 @@ def write(snapshot: Snapshot, folder: Path) -> None:
     for name, tensors in snapshot.tensors.items():
         try:
             save_file(tensors, folder / f"{name}.safetensors")
-        except SafetensorError as error:  # its word for a full disk
+        except SafetensorError as error:  # raised for a full disk, too
             raise OSError(f"{folder}/{name}.safetensors: {error}") from None
     (folder / "state.json").write_text(json.dumps(snapshot.position, indent=2) + "\n")
     (folder / "config.json").write_text(snapshot.config)

@@ -62,7 +62,7 @@ def resources_per_worker(config: Config) -> dict[str, float]:
     gpu = _on_gpus(config, least, gpus, f"{least} workers", "use fewer workers")
     share = cluster.cpus_per_worker
     if share is None:
-        # Of 1:99 no more are started than are useful.
+        # With 1:99 workers no more are started than are useful.
         crowd = most if gpu else min(most, int(MAX_WORKERS_PER_CPU * cpus))
         if not gpu and cpus and least > crowd:
             raise TooSmall(
@@ -104,7 +104,7 @@ def _on_gpus(config: Config, workers: int, have: float, who: str, remedy: str) -
     """Whether workers have GPUs: as cluster.gpu says, or if the cluster has any.
 
     Raises:
-        TooSmall: it has fewer than so many workers need; nobody who pays for some means to train without.
+        TooSmall: it has fewer than these workers need; training never falls back to CPUs by itself.
     """
     cluster = config.cluster
     need = workers * cluster.gpus_per_worker
@@ -120,8 +120,8 @@ def shared(config: Config, num_runs: int) -> Config:
     """`config` with the share of the cluster that each of `num_runs` runs at a time may have, of CPUs and threads.
 
     Raises:
-        UserError: that is no number of runs.
-        TooSmall: the cluster is, for so many; runs would wait for one another, or their data tasks forever.
+        UserError: num_runs is below 1.
+        TooSmall: the cluster is too small for so many: runs, or their data tasks, would wait for ever.
     """
     if num_runs < 1:
         raise UserError(f"--max-concurrent is {num_runs}; it must be at least 1")
@@ -148,10 +148,7 @@ def shared(config: Config, num_runs: int) -> Config:
 
 
 def free(place: str) -> None:
-    """Give back the placement group of this id, if the cluster has it: who would have, died.
-
-    Ray does so when the job ends (2.60), which may be long.
-    """
+    """Remove the placement group with this id, whose owner was killed; Ray would only when the job ends (2.60)."""
     ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(place))))
 
 

@@ -119,8 +119,7 @@ def decode(data: bytes, height: int, width: int, channels: int, scale: int = 1) 
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size in the first place: its inverse DCT takes only the lowest
     frequencies of a block, which is that mean to some 46 dB, in a third of the time. Most are decoded by simplejpeg,
-    with the same library as Pillow's and a fifth to a third faster; whatever it has a word to say about is Pillow's to
-    judge.
+    with the same library as Pillow's and a fifth to a third faster; what it refuses is left to Pillow.
 
     Raises:
         ValueError: it is no PNG, JPEG or WebP, or has another size (known from its header, before any pixel

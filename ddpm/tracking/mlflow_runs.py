@@ -80,7 +80,6 @@ class MlflowRun:
     """One logical run in MLflow, for one thread.
 
     Args:
-        address: the run's identity.
         params: the flat config; logged once.
         patience_s: seconds without a successful call after which time is up.
 

@@ -27,7 +27,6 @@ class RunReader:
     """The runs in MLflow at `uri`.
 
     Args:
-        uri: MLflow's URI.
         timeout_s: seconds without a successful call after which MLflow is given up, then and for all later calls.
     """
 

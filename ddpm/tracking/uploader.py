@@ -61,7 +61,6 @@ class Uploader:
     """Delivers a run's segments while it trains, from a thread of its own. No method raises; only `close` waits.
 
     Args:
-        address: the run's identity.
         params: the flat config; logged once.
         buffer: the run's folder of segments.
         at_once: False waits for `begin` or `close`, since MLflow takes seconds to import.
@@ -102,7 +101,6 @@ class Uploader:
         """Deliver the rest, and end the MLflow run: FINISHED, FAILED or KILLED. `jobs/sync.py` delivers what is left.
 
         Args:
-            status: MLflow's status of the run.
             timeout_s: seconds after which it gives up; where they are fewer than MIN_BEGIN_S, a delivery that has
                 not begun does not begin.
             patience_s: seconds in which MLflow took nothing after which it gives up.

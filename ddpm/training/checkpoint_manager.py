@@ -43,7 +43,6 @@ class CheckpointManager:
     """Stores one run's checkpoints and files from a thread of its own; rank 0 has one.
 
     Args:
-        run: the run's folder.
         keep: the newest so many checkpoints stay, and the best.
         timeout_s: how long storage may fail before the run gives up.
         committed: told the images_seen of every checkpoint that is safe.

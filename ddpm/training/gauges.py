@@ -21,8 +21,6 @@ class Gauges:
     """The gauges of one run; they end with the calls of `update`, since Ray forgets one that is not set again (2.60).
 
     Args:
-        run: its name.
-        total_images: to train on in all.
         images_seen: where the run is before anything is known of its workers.
         waiting: returns how many checkpoints' records MLflow has not taken.
     """

@@ -78,8 +78,6 @@ class DriverMonitor(StopSignals):
     nothing is waited for.
 
     Args:
-        state: of the run.
-        screen: what a person sees.
         committed: called with the position of each new checkpoint.
         should_continue: called at every look, with the run's state; if not, training ends as by a signal.
         possible: called every `resize_interval_s` with the number of workers that train; returns how many could; None:

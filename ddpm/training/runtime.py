@@ -101,14 +101,7 @@ class Runtime(Protocol):
 
 
 class LocalRuntime:
-    """One process, plain torch: tests, benchmarks, and reading the loop in a debugger.
-
-    Args:
-        config: the run.
-        train: the split to train on.
-        held_out: the split to judge on, if there is one.
-        folder: the run's folder.
-    """
+    """One process, plain torch: tests, benchmarks, and reading the loop in a debugger."""
 
     rank = 0
     world_size = 1

@@ -43,8 +43,6 @@ class Screen:
     """A context that shows a run: `update` is called again and again with its state.
 
     Args:
-        name: of the run.
-        total_images: to train on in all.
         waiting: returns how many checkpoints' records MLflow has not taken.
     """
 
