@@ -99,13 +99,9 @@ def fit(
             print(f"warning: {warning}", file=sys.stderr)
         run = runs.open_run(config.run.name, config.run.storage)
         total_images = config.train.total_images
-        seen = _images_seen(config, data_set, run)
+        seen = _begins_at(config, data_set, run)
         if seen >= total_images:
             return Result(run, seen, runs.checkpoints(run.location)[-1].uri, None)
-        if seen < 0 and config.train.init_from is not None:
-            identity = {"run_key": run.key, "data_fingerprint": data_set.rows.fingerprint}
-            checkpoint_manager.begin(run.location, config, identity, log.warning)
-            seen = 0
         address = Address(tracking_uri(), config.run.experiment, run.name, run.key, parent_run_id)
         uploader = Uploader(address, pages.params(config), run.location.child(spool.FOLDER), at_once=False)
         uploader.committed(seen)
@@ -118,13 +114,11 @@ def fit(
             return should_continue(values) and not lock.is_lost
 
         group = group or PersistentWorkerGroup(config, verbose, persistent=False)
-        possible = None
-        if len(config.cluster.world_sizes()) > 1:
-            possible = partial(resources.possible_workers, config, group.per_worker)
+        is_elastic = len(config.cluster.world_sizes()) > 1
+        possible = partial(resources.possible_workers, config, group.per_worker) if is_elastic else None
         screen = Screen(run.name, total_images, lambda: uploader.waiting)
-        monitor = DriverMonitor(
-            group.state, screen, uploader.committed, look, possible, config.cluster.resize_interval_s
-        )
+        every_s = config.cluster.resize_interval_s
+        monitor = DriverMonitor(group.state, screen, uploader.committed, look, possible, every_s)
         status, timeout_s = "FAILED", DELIVERY_TIMEOUT_S
         try:
             # A trial's command is that of its search.
@@ -139,9 +133,8 @@ def fit(
             trained()
             status = "KILLED" if monitor.was_asked else "FINISHED"
         except ray.exceptions.RayError as error:
-            raise TrainingFailed(
-                f"the Ray cluster is gone: {last_line(error)}; the same command goes on"
-            ) from None
+            gone = f"the Ray cluster is gone: {last_line(error)}"
+            raise TrainingFailed(f"{gone}; the same command goes on") from None
         except (KeyboardInterrupt, StorageError):  # where storage fails, what is left cannot be read either
             timeout_s = HASTY_DELIVERY_TIMEOUT_S
             raise
@@ -206,13 +199,17 @@ def _train(config: Config, group: PersistentWorkerGroup, monitor: DriverMonitor)
             state.set(run_state.STOP, None)
 
 
-def _images_seen(config: Config, data_set: DataSet, run: Run) -> int:
-    """Position of the newest whole checkpoint; -1: there is none.
+def _begins_at(config: Config, data_set: DataSet, run: Run) -> int:
+    """Position of the newest whole checkpoint, also of one made now from train.init_from; -1: there is none.
 
     Raises:
         UserError: the run was begun with another configuration, or on other data.
     """
     with checkpoint_manager.latest_valid(run.location, config.run.storage_timeout_s, log.warning) as folder:
+        if folder is None and config.train.init_from is not None:
+            identity = {"run_key": run.key, "data_fingerprint": data_set.rows.fingerprint}
+            checkpoint_manager.begin(run.location, config, identity, log.warning)
+            return 0
         if folder is None:
             return -1
         where = f"{run.location.uri}/{folder.name}"
