@@ -124,12 +124,10 @@ def read_x_0_error(folder: Path, num_timesteps: int) -> Tensor:
         raise UserError(
             f"{folder} has no {X_0_ERROR}, which --variance measured needs; jobs/evaluate.py writes it"
         )
-    where = f"{file} is damaged; jobs/evaluate.py writes it again"
-    card = strict_json.parse(X0Error, checkpoint.read_bytes(file), where)
+    remedy = "jobs/evaluate.py writes it again"
+    card = strict_json.parse(X0Error, checkpoint.read_bytes(file), f"{file} is damaged; {remedy}")
     if card.weights_sha256 != weights or len(card.x_0_error) != num_timesteps:
-        raise UserError(
-            f"{file} belongs to other weights or another num_timesteps; jobs/evaluate.py writes it again"
-        )
+        raise UserError(f"{file} belongs to other weights or another num_timesteps; {remedy}")
     return torch.tensor(card.x_0_error, dtype=torch.float64)
 
 

@@ -157,9 +157,7 @@ class DataSet:
                 bad[low + int(offsets[i])] = error
             _put(images, offsets, rows)
         stand_ins: dict[int, tuple[int, Rows]] = {}
-        for i in sorted(
-            bad, reverse=True
-        ):  # so that the way to a stand-in is walked once for all who share it
+        for i in sorted(bad, reverse=True):  # so that those that share a stand-in search for it once
             stand_ins[i] = self._stand_in(window, i, bad[i], groups, stand_ins)
         substitutions = []
         for i, error in sorted(bad.items()):

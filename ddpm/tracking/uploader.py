@@ -76,14 +76,12 @@ class Uploader:
         self._announced = 0
         self._wake, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="ddpm-mlflow", daemon=True)
-        self._begun = False
         if at_once:
             self.begin()
 
     def begin(self) -> None:
         """Start the thread, which finds or creates the MLflow run."""
-        if not self._begun:
-            self._begun = True
+        if self._thread.ident is None:
             self._thread.start()
 
     def committed(self, images_seen: int) -> None:
@@ -111,7 +109,7 @@ class Uploader:
         self._wake.set()
         if timeout_s >= MIN_BEGIN_S:
             self.begin()
-        if self._begun:
+        if self._thread.ident is not None:
             self._wait()
         left = _count_in_time(self._buffer, self._committed, min(timeout_s, COUNT_TIMEOUT_S))
         trouble = self._run.call.trouble

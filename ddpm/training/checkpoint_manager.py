@@ -197,7 +197,7 @@ def latest_valid(run: Location, timeout_s: float, warn: Callable[[str], None]) -
 def begin(run: Location, config: Config, identity: dict[str, Any], warn: Callable[[str], None]) -> None:
     """Make the averaged weights that config.train.init_from names the run's first checkpoint, at 0 images.
 
-    From there on the run resumes as any other: nobody needs the checkpoint they came from again.
+    From there on the run resumes as any other: the checkpoint they came from is not needed again.
 
     Args:
         identity: of the run; goes into state.json.
@@ -206,7 +206,7 @@ def begin(run: Location, config: Config, identity: dict[str, Any], warn: Callabl
         UserError: there is no such checkpoint, or it holds another net.
         StorageError: it cannot be stored.
     """
-    assert config.train.init_from is not None, "who asks has looked"
+    assert config.train.init_from is not None, "asked for"
     state = State.create(config, torch.device("cpu"))
     with resolve.local_checkpoint(config.train.init_from) as folder:
         state.init_from(folder, config)

@@ -2,7 +2,7 @@
 
 Every node of a Ray cluster exports the gauges of its processes. These are the driver's, which lives while workers
 come and go: `train/images_per_s` is `ray_ddpm_train_images_per_s`, labelled with the run. Setting one takes
-microseconds and waits for nobody.
+microseconds and blocks nothing.
 """
 
 import re

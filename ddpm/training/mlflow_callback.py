@@ -89,7 +89,7 @@ class MlflowCallback(UserCallback):
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if error is None or isinstance(error, Exception):
             self.close("FAILED" if error else "FINISHED")
-        else:  # who presses Ctrl-C does not wait
+        else:  # after Ctrl-C nothing is waited for
             self.close("KILLED", timeout_s=1.0)
 
     def close(self, status: str, timeout_s: float = DELIVERY_TIMEOUT_S) -> Delivery:

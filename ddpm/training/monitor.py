@@ -62,7 +62,7 @@ class StopSignals:
 
     @property
     def again(self) -> str:
-        """What another Ctrl-C does, for the person who typed one."""
+        """What another Ctrl-C does, as a part of a message."""
         return " (Ctrl-C again: at once)" if self.signal == signal.SIGINT else ""
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -155,9 +155,8 @@ class DriverMonitor(StopSignals):
         """Ask the workers to leave with a checkpoint where the next group can be larger."""
         workers = values.get(run_state.WORKERS)
         is_leaving = values.get(run_state.STOP) or values.get(run_state.ENDED)
-        if self._possible is None or workers is None or is_leaving:
-            return
-        if time.monotonic() - self._looked_at < self._wait_s:
+        is_early = time.monotonic() - self._looked_at < self._wait_s
+        if self._possible is None or workers is None or is_leaving or is_early:
             return
         self._looked_at = time.monotonic()
         if self._possible(workers) <= workers:

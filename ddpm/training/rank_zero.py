@@ -152,7 +152,7 @@ class RankZero:
         return retry_io(call, where=self._run.location.uri, timeout_s=self._timeout_s)
 
     def _read_progress(self) -> tuple[int, int]:
-        """How far the run was before, as far as anybody knows: (images_seen, images_lost)."""
+        """The furthest position that is known of the run, and the images lost before: (images_seen, images_lost)."""
         record = self._run.location.child(PROGRESS)
         try:
             written = json.loads(self._retry_io(record.read))

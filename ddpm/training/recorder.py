@@ -79,7 +79,7 @@ class Recorder:
                 self._draw_final()
         if self._due(config.checkpoint_every_images) or finished:
             self._judge_and_save()
-        elif stopping and self._runtime.rank == 0:  # at once: somebody is about to be taken away
+        elif stopping and self._runtime.rank == 0:  # at once: a node may be about to be taken away
             self._save(best=False)
         if finished or time.perf_counter() - self._progress_at > PROGRESS_INTERVAL_S:
             self._tell()
@@ -101,7 +101,7 @@ class Recorder:
         device = self._runtime.device
         self._began, self._wait_s = time.perf_counter(), 0.0
         self._began_at_images = self._state.images_seen
-        # Of the loss; by quarter of t, of the errors and of the images.
+        # Sums of the loss; then, by quarter of t, of the errors and of the images.
         self._sums = torch.zeros(9, device=device)
 
     def _rate(self) -> float:

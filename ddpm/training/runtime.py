@@ -94,7 +94,7 @@ class Runtime(Protocol):
         """What is to be logged beside the loss (rank 0's counts)."""
 
     def progress(self, progress: Progress) -> None:
-        """Tell whoever watches (rank 0 only)."""
+        """Report how far training is (rank 0 only)."""
 
     def publish(self, name: str, data: bytes) -> None:
         """Write a file into the run's folder (rank 0 only)."""

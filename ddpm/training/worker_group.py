@@ -184,7 +184,7 @@ def _run_one(
     except UserError as error:
         ray.get(state.set.remote(run_state.FAILURE, error))
         runtime.flush_on_error()
-        # Of a loss that is not finite, all workers know in the same step.
+        # All workers learn of a loss that is not finite in the same step.
         if not (spec["persistent"] and isinstance(error, loop.NonFinite)):
             raise
     finally:
