@@ -109,7 +109,7 @@ def _read_key(card: Location) -> str:
 def checkpoints(location: Location) -> list[Location]:
     """Complete checkpoints in a run's folder, oldest first."""
     names = [name for name in location.folders() if name.startswith(checkpoint.PREFIX)]
-    return [child for child in map(location.child, names) if child.child("checksums.json").exists()]
+    return [child for child in map(location.child, names) if child.child(checkpoint.CHECKSUMS).exists()]
 
 
 def read_x_0_error(folder: Path, num_timesteps: int) -> Tensor:

@@ -251,10 +251,7 @@ class _Worker:
 
 def _resources() -> dict[str, float]:
     """What the cluster has or may grow to, which is joined, or started here."""
-    import ray
-
     from ddpm.cluster import ray_init
 
-    if not ray.is_initialized():
-        ray_init.connect()
+    ray_init.connect()
     return ray_init.resources()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ddpm.checkpoints import checkpoint
 from ddpm.config import Config
 from ddpm.data.corrupt import CorruptImages
-from ddpm.data.plan import ReadOrder, last_position, micro_batches_per_step
+from ddpm.data.plan import ReadOrder, last_position
 from ddpm.data.reading import DataSet, Images, MicroBatch, RankBatch, cut
 from ddpm.training.device import LateFlags, stack_flags
 from ddpm.utils import files
@@ -118,7 +118,6 @@ class LocalRuntime:
 
     def batches(self, images_seen: int) -> Iterator[MicroBatch]:
         train = self._config.train
-        micro_batches_per_step(train.batch_size, train.micro_batch_size, self.world_size)
         return cut(self._batches(images_seen), 0, 1, train.batch_size, train.micro_batch_size)
 
     def _batches(self, images_seen: int) -> Iterator[RankBatch]:
