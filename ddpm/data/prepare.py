@@ -240,7 +240,7 @@ def _remove_shards(location: Location) -> None:
             continue
         note = location.child(NOTES).child(name)
         with suppress(UserError, FileNotFoundError):  # a note that is damaged names nothing
-            location.filesystem.delete_file(location.child(shard_from_json(note.read(), note.uri).path).path)
+            location.child(shard_from_json(note.read(), note.uri).path).unlink()
         location.filesystem.delete_file(note.path)
 
 

@@ -84,6 +84,11 @@ class Location:
         if self.is_local:
             files.sweep(Path(self.path))
 
+    def unlink(self) -> None:
+        """Remove this file, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self.filesystem.delete_file(self.path)
+
     def delete(self) -> None:
         """Remove this folder and all in it, if it is there."""
         with contextlib.suppress(FileNotFoundError):

@@ -7,8 +7,6 @@ them, except for the last segment of a run that failed.
 Functions raise OSError when storage does not answer.
 """
 
-import contextlib
-
 import pyarrow.fs as pafs
 
 from ddpm.storage.locations import Location
@@ -28,13 +26,7 @@ def discard_after(buffer: Location, images_seen: int) -> None:
     """Delete the segments beyond `images_seen`, from which the run resumes."""
     for at, failed, file in _segments(buffer):
         if at > images_seen and not failed:
-            delete(file)
-
-
-def delete(segment: Location) -> None:
-    """Remove a segment, if it is still there."""
-    with contextlib.suppress(FileNotFoundError):
-        segment.filesystem.delete_file(segment.path)
+            file.unlink()
 
 
 def count(buffer: Location, committed: int) -> int:

@@ -199,7 +199,7 @@ class _Carrier:
             self._put_aside(file, f"MLflow does not take all of {file.uri}, {why}")
             return 0
         self._aside.pop(file.uri, None)
-        spool.delete(file)
+        file.unlink()
         self.waiting -= 1
         return len(gathered)
 

@@ -145,7 +145,7 @@ class CheckpointManager:
         if target.is_local:
             self._retry_io(lambda: _put_in_place(folder, Path(target.path), move), target)
             return
-        self._retry_io(lambda: _uncommit(target), target)
+        self._retry_io(target.child(CHECKSUMS).unlink, target)
         names = sorted(path.name for path in folder.iterdir() if path.name != CHECKSUMS)
         with ThreadPoolExecutor(len(names)) as pool:  # at once: storage may take seconds for a request
             list(pool.map(lambda name: self._upload(folder, target, name), names))
@@ -231,7 +231,7 @@ def clean_up(run: Location) -> None:
 
 def remove(location: Location) -> None:
     """Delete a checkpoint so that at no moment it is one with files missing."""
-    _uncommit(location)
+    location.child(CHECKSUMS).unlink()
     location.delete()
 
 
@@ -265,8 +265,3 @@ def _put_in_place(folder: Path, place: Path, move: bool) -> None:
         files.put_in_place(copy, place)
     finally:
         shutil.rmtree(copy, ignore_errors=True)
-
-
-def _uncommit(location: Location) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        location.filesystem.delete_file(location.child(CHECKSUMS).path)
