@@ -9,7 +9,7 @@ same command whose source's files have changed since.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -32,7 +32,7 @@ from ddpm.data.sources import Labels, Pixels, Source
 from ddpm.storage.locations import Location
 from ddpm.utils.errors import UserError
 from ddpm.utils.images import grid, png_bytes
-from ddpm.utils.retry import answer
+from ddpm.utils.retry import answer, as_user_error
 
 NOTES = "_prepare"
 OPTIONS = "options.txt"
@@ -114,7 +114,7 @@ def prepare(
             f"{location.uri}: {row_groups:,} row groups are more than a manifest of {MAX_MANIFEST_BYTES >> 20} MiB "
             "lists; give ddpm.data.prepare.prepare larger ones (rows_per_row_group)"
         )
-    with _refusals(f"cannot write to {location.uri}"):
+    with as_user_error(f"cannot write to {location.uri}"):
         if _begin(location, note) and on_restart:
             on_restart()
         for folder in (location, *map(location.child, (NOTES, *source.splits))):
@@ -153,7 +153,7 @@ def find(source: Source, location: Location, sizes: Sizes = DEFAULT_SIZES) -> Ma
     Raises:
         UserError: another one is there, or storage refuses.
     """
-    with _refusals(f"cannot look for a data set at {location.uri}"):
+    with as_user_error(f"cannot look for a data set at {location.uri}"):
         if not location.child(MANIFEST).exists():
             return None
     manifest = read_manifest(location)
@@ -181,7 +181,7 @@ def write_preview(location: Location, manifest: Manifest) -> Location:
     chosen = np.unique(np.linspace(0, len(groups) - 1, PREVIEW_ROW_GROUPS).astype(int)).tolist()
     share = -(-PREVIEW_IMAGES // len(chosen))
     pixels = []
-    with _refusals("the data set is whole, but its preview cannot be written"):
+    with as_user_error("the data set is whole, but its preview cannot be written"):
         for group in chosen:
             rows = np.unique(np.linspace(0, groups[group] - 1, share).astype(np.int64))
             pixels.append(read_row_group(location, manifest, split, group, rows)[0])
@@ -242,15 +242,6 @@ def _remove_shards(location: Location) -> None:
         with suppress(UserError, FileNotFoundError):  # a note that is damaged names nothing
             location.child(shard_from_json(note.read(), note.uri).path).unlink()
         location.filesystem.delete_file(note.path)
-
-
-@contextmanager
-def _refusals(what: str) -> Iterator[None]:
-    """What storage refuses, as a UserError of one line that begins with `what`."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{what}: {answer(error)}") from None
 
 
 def _forget(location: Location) -> None:

@@ -21,6 +21,7 @@ from ddpm.tracking.mlflow_client import Lost, tracking_uri
 from ddpm.tracking.mlflow_runs import Address, MlflowRun
 from ddpm.tracking.retry import OutOfTime, without_password
 from ddpm.utils.errors import UserError
+from ddpm.utils.retry import as_user_error
 
 logger = logging.getLogger(__name__)
 
@@ -236,7 +237,7 @@ def kept(uri: str, experiment: str | None = None) -> Kept:
     params: dict[str, Any] = {}
     committed, finished = -1, False
     buffer = run.location.child(spool.FOLDER)
-    try:
+    with as_user_error(f"{run.location.uri} cannot be read"):
         if found := runs.checkpoints(run.location):
             card = found[-1].child("config.json")
             config = configs.from_json(card.read().decode(errors="replace"), card.uri)
@@ -249,8 +250,6 @@ def kept(uri: str, experiment: str | None = None) -> Kept:
                 f"--run.experiment of training, by default {configs.RunConfig.experiment})"
             )
         records = spool.count(buffer, committed)
-    except OSError as error:
-        raise UserError(f"{run.location.uri} cannot be read: {error}") from None
     address = Address(tracking_uri(), experiment, run.name, run.key)
     return Kept(address, params, buffer, committed, finished, records)
 

@@ -4,7 +4,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import tenacity
@@ -64,6 +65,15 @@ def retry_io(call: Callable[[], T], *, where: str, timeout_s: float) -> T:
             f"{where}: storage has failed for {time.monotonic() - began:.0f} s (--run.storage-timeout-s "
             f"{timeout_s:g}); its last answer: {answer(error)}"
         ) from None
+
+
+@contextmanager
+def as_user_error(what: str) -> Iterator[None]:
+    """A context in which what storage refuses becomes a UserError of one line that begins with `what`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what}: {answer(error)}") from None
 
 
 def answer(error: BaseException) -> str:
