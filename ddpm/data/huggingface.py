@@ -18,16 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ddpm.data.image_folder import (
-    PARTS,
-    Encoding,
-    Listing,
-    check_size,
-    describe,
-    digest_of_files,
-    list_files,
-    store,
-)
+from ddpm.data.image_folder import PARTS, Encoding, Listing, check_size, digest_of_files, list_files, store
 from ddpm.data.sources import Labels, Pixels, Square, divide
 from ddpm.utils.errors import UserError
 
@@ -84,7 +75,7 @@ class HuggingFace(Square):
     @property
     def passed_over(self) -> str:
         """What lies beside the Parquet files and is not read: how many of each kind, and the first names."""
-        return describe(self._listing.passed_over, self._top)
+        return self._listing.describe(self._top)
 
     def identity(self) -> dict[str, Any]:
         return asdict(self) | {"path": None, "files": digest_of_files(self._top, self._all_files)}

@@ -89,7 +89,7 @@ class Folder(Square):
         if self.path not in tops:
             beside = list_files(self.path, (), recursive=False).passed_over
             found += [(kind, path) for kind, path in beside if path not in tops]
-        return describe(found, self.path)
+        return Listing([], found).describe(self.path)
 
     def check(self) -> None:
         """Read the header of every image, which takes little of the time that decoding takes.
@@ -160,6 +160,14 @@ class Listing:
     passed_over: list[tuple[str, Path]]
     """Everything else but folders: its kind (".gif", "FIFO"), and where it is."""
 
+    def describe(self, top: Path) -> str:
+        """How many of each kind are passed over, and the first below `top`: "2 .gif (a.gif, b.gif), 1 FIFO (c.png)"."""
+        kinds: dict[str, list[str]] = {}
+        for kind, path in self.passed_over:
+            kinds.setdefault(kind, []).append(path.relative_to(top).as_posix())
+        shown = (f"{len(names):,} {kind} ({_first(sorted(names))})" for kind, names in sorted(kinds.items()))
+        return ", ".join(map(printable, shown))
+
 
 def list_files(top: Path, suffixes: Collection[str], recursive: bool = True) -> Listing:
     """The files in a folder, and in all below it, that have one of `suffixes`. Links to folders are not followed.
@@ -184,16 +192,6 @@ def list_files(top: Path, suffixes: Collection[str], recursive: bool = True) -> 
         if not recursive:
             break
     return listing
-
-
-def describe(passed_over: Iterable[tuple[str, Path]], top: Path) -> str:
-    """How many files of each kind, and the first names below `top`: "2 .gif (a.gif, b.gif), 1 FIFO (c.png)"."""
-    kinds: dict[str, list[str]] = {}
-    for kind, path in passed_over:
-        kinds.setdefault(kind, []).append(path.relative_to(top).as_posix())
-    return ", ".join(
-        printable(f"{len(names):,} {kind} ({_first(sorted(names))})") for kind, names in sorted(kinds.items())
-    )
 
 
 def store(

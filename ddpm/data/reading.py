@@ -24,6 +24,10 @@ from ddpm.utils.retry import retry_io
 
 RankBatch = tuple[NDArray[np.uint8], NDArray[np.int64]]
 """Images [n, H, W, C] and labels [n] of one rank, in some range of the order."""
+RowGroups = dict[int, RowGroup | CorruptData]
+"""Row groups of a split that were fetched, or why they cannot be read."""
+StandIns = dict[int, tuple[int, Rows]]
+"""What stands in for the unreadable image at an index of a window: another index, and the image there."""
 READERS = 4
 """Row groups that are fetched at once: storage answers late, and a window has several."""
 PART_BYTES = 8 << 20
@@ -130,7 +134,7 @@ class DataSet:
         most = most or self.part_images()
         for window in plan.windows(start, stop):
             low, high = max(start - window.start, 0), min(stop - window.start, len(window.rows))
-            groups: dict[int, RowGroup | CorruptData] = {}
+            groups: RowGroups = {}
             for index, group in self._row_groups(np.unique(window.row_groups[low:high]).tolist()):
                 groups[index] = group
                 if isinstance(group, CorruptData) and on_corrupt == "error":
@@ -138,14 +142,7 @@ class DataSet:
             for begin in range(low, high, most):
                 yield self._part(window, begin, min(begin + most, high), groups, on_corrupt)
 
-    def _part(
-        self,
-        window: Window,
-        low: int,
-        high: int,
-        groups: dict[int, RowGroup | CorruptData],
-        on_corrupt: OnCorrupt,
-    ) -> Images:
+    def _part(self, window: Window, low: int, high: int, groups: RowGroups, on_corrupt: OnCorrupt) -> Images:
         """The images [low, high) of the window."""
         images, bad = self.empty(high - low), dict[int, CorruptData]()
         for index in np.unique(window.row_groups[low:high]).tolist():
@@ -156,7 +153,7 @@ class DataSet:
                     raise error
                 bad[low + int(offsets[i])] = error
             _put(images, offsets, rows)
-        stand_ins: dict[int, tuple[int, Rows]] = {}
+        stand_ins: StandIns = {}
         for i in sorted(bad, reverse=True):  # so that those that share a stand-in search for it once
             stand_ins[i] = self._stand_in(window, i, bad[i], groups, stand_ins)
         substitutions = []
@@ -168,12 +165,7 @@ class DataSet:
         return replace(images, substitutions=tuple(substitutions))
 
     def _stand_in(
-        self,
-        window: Window,
-        index: int,
-        error: CorruptData,
-        groups: dict[int, RowGroup | CorruptData],
-        known: dict[int, tuple[int, Rows]],
+        self, window: Window, index: int, error: CorruptData, groups: RowGroups, known: StandIns
     ) -> tuple[int, Rows]:
         """The next readable image of the window after the one at `index`, and its own index.
 
