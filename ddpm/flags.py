@@ -32,16 +32,11 @@ SHORT = {
 SHOWN_FIRST = {*SHORT, "data.images", "schedule.num_timesteps", "model.image_size", "model.num_classes"}
 """The flags of a config that --help shows."""
 OTHER_TRAINERS = {
-    "learning-rate": "--lr",
-    "train-lr": "--lr",
-    "epochs": "--total-images",
-    "num-epochs": "--total-images",
-    "max-train-steps": "--total-images",
-    "train-num-steps": "--total-images",
+    **dict.fromkeys(("learning-rate", "train-lr"), "--lr"),
+    **dict.fromkeys(("epochs", "num-epochs", "max-train-steps", "train-num-steps"), "--total-images"),
+    **dict.fromkeys(("output-dir", "results-folder"), "--storage"),
     "resolution": "--model.image-size",
     "train-data-dir": "--data.images",
-    "output-dir": "--storage",
-    "results-folder": "--storage",
 }
 """What other trainers call them, for messages; how long one trains is counted in images here."""
 OTHER_SAMPLERS = {"ddpm": "ancestral"}

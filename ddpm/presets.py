@@ -21,31 +21,8 @@ from ddpm.config import (
     UNetConfig,
 )
 
-DIGITS = Config(
-    data=DataConfig(source="digits"),
-    schedule=ScheduleConfig(kind="cosine", num_timesteps=500),
-    model=UNetConfig(
-        image_size=8,
-        channels=1,
-        base_width=24,
-        width_multipliers=(1, 2, 2),
-        blocks_per_resolution=1,
-        attention_resolutions=(4,),
-        norm_groups=8,
-    ),
-    optim=OptimConfig(lr=4e-3, lr_warmup_images=6_400, lr_schedule="cosine", ema_decay=0.995),
-    train=TrainConfig(
-        total_images=144_000,
-        log_every_images=6_400,
-        sample_every_images=24_000,
-        checkpoint_every_images=12_800,
-        held_out_images=297,
-    ),
-    # The net is too small for two threads (benchmarks/runtime.md, busy.md).
-    cluster=ClusterConfig(threads_per_worker=1),
-)
-
-GLYPHS_NET = UNetConfig(
+# What the presets for two cores have in common.
+SMALL_NET = UNetConfig(
     channels=1,
     base_width=32,
     width_multipliers=(1, 2, 2, 2),
@@ -53,33 +30,37 @@ GLYPHS_NET = UNetConfig(
     attention_resolutions=(8,),
     norm_groups=8,
 )
+SHORT_RUN = TrainConfig(log_every_images=6_400, checkpoint_every_images=12_800)
+
+DIGITS = Config(
+    data=DataConfig(source="digits"),
+    schedule=ScheduleConfig(kind="cosine", num_timesteps=500),
+    model=replace(
+        SMALL_NET, image_size=8, base_width=24, width_multipliers=(1, 2, 2), attention_resolutions=(4,)
+    ),
+    optim=OptimConfig(lr=4e-3, lr_warmup_images=6_400, lr_schedule="cosine", ema_decay=0.995),
+    train=replace(SHORT_RUN, total_images=144_000, sample_every_images=24_000, held_out_images=297),
+    # The net is too small for two threads (benchmarks/runtime.md, busy.md).
+    cluster=ClusterConfig(threads_per_worker=1),
+)
+
 GLYPHS = Config(
     data=DataConfig(source="glyphs"),
     schedule=ScheduleConfig(kind="cosine"),
     objective=ObjectiveConfig(weight="min_snr"),
-    model=GLYPHS_NET,
+    model=SMALL_NET,
     optim=OptimConfig(lr=1e-3, lr_warmup_images=12_800, lr_schedule="cosine", ema_decay=0.999),
-    train=TrainConfig(
-        total_images=1_000_000,
-        log_every_images=6_400,
-        sample_every_images=128_000,
-        checkpoint_every_images=12_800,
-    ),
+    train=replace(SHORT_RUN, total_images=1_000_000, sample_every_images=128_000),
 )
 
 FASHION_MNIST = Config(
     data=DataConfig(source="fashion-mnist"),
     schedule=ScheduleConfig(kind="cosine"),
     objective=ObjectiveConfig(predict="v", weight="min_snr"),
-    model=replace(GLYPHS_NET, base_width=16),
+    model=replace(SMALL_NET, base_width=16),
     optim=OptimConfig(lr=2e-3, lr_warmup_images=3_200, lr_schedule="cosine", ema_decay=0.999),
-    train=TrainConfig(
-        total_images=160_000,
-        batch_size=32,
-        micro_batch_size=32,
-        log_every_images=6_400,
-        sample_every_images=32_000,
-        checkpoint_every_images=12_800,
+    train=replace(
+        SHORT_RUN, total_images=160_000, batch_size=32, micro_batch_size=32, sample_every_images=32_000
     ),
     sample=SampleConfig(sampler="dpmpp_2m", num_sample_steps=20, eta=1.0),
 )

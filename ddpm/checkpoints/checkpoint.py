@@ -5,7 +5,8 @@
     config.json      the whole config: enough to rebuild the net
     checksums.json   SHA-256 of every other file, written last
 
-A folder without checksums.json, or with a file that does not match it, is not a checkpoint.
+A folder without checksums.json, or with a file that does not match it, is not a checkpoint. What is damaged, or
+contradicts itself, raises UserError when it is read.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -29,36 +30,20 @@ from ddpm.utils import files, strict_json
 from ddpm.utils.errors import UserError
 
 CHECKSUMS = "checksums.json"
-FILES = (
-    "net.safetensors",
-    "ema.safetensors",
-    "optimizer.safetensors",
-    "state.json",
-    "config.json",
-    CHECKSUMS,
-)
+_TENSORS = ("net.safetensors", "ema.safetensors", "optimizer.safetensors")
+FILES = (*_TENSORS, "state.json", "config.json", CHECKSUMS)
 """Files of a checkpoint."""
 PREFIX = "checkpoint-"
 BEST_PREFIX = "best-"
 NAME_DIGITS = 12
 
 # What may differ between a checkpoint and the run that goes on from it; the rest is the run's identity.
-_FREE_DATA = (
-    "data.shards",
-    "data.source",
-    "data.stall_timeout_s",
-    "data.on_corrupt",
-    "data.max_corrupt_share",
-)
-_FREE = ("cluster.", "run.", "sample.", "optim.skip_non_finite", *_FREE_DATA)
-_FREE_TRAIN = ("total_images", "log_every_images", "checkpoint_every_images", "sample_every_images")
-_FREE_KEYS = (
-    *(f"train.{key}" for key in _FREE_TRAIN),
-    "train.keep_checkpoints",
-    "train.compile",
-    "train.forward_images",
-    "train.deterministic",
-    "train.init_from",
+_FREE = (
+    *("cluster.", "run.", "sample.", "optim.skip_non_finite"),
+    *("data.shards", "data.source", "data.stall_timeout_s", "data.on_corrupt", "data.max_corrupt_share"),
+    *("train.total_images", "train.log_every_images", "train.sample_every_images"),
+    *("train.checkpoint_every_images", "train.keep_checkpoints", "train.forward_images", "train.compile"),
+    *("train.deterministic", "train.init_from"),
 )
 # What a new run must share with the checkpoint it takes its first weights from.
 _NET = ("model.", "objective.process", "objective.predict", "objective.variance")
@@ -111,7 +96,7 @@ def write(snapshot: Snapshot, folder: Path) -> None:
     for name, tensors in snapshot.tensors.items():
         try:
             save_file(tensors, folder / f"{name}.safetensors")
-        except SafetensorError as error:  # its word for a full disk
+        except SafetensorError as error:  # raised for a full disk, too
             raise OSError(f"{folder}/{name}.safetensors: {error}") from None
     (folder / "state.json").write_text(json.dumps(snapshot.position, indent=2) + "\n")
     (folder / "config.json").write_text(snapshot.config)
@@ -122,24 +107,20 @@ def write(snapshot: Snapshot, folder: Path) -> None:
 
 def verify(folder: Path) -> None:
     """Raise UserError unless `folder` holds a whole checkpoint, byte for byte as it was written."""
-    files = read_checksums(folder)
+    sums = read_checksums(folder)
     needed = set(FILES) - {CHECKSUMS}
-    if missing := sorted(needed - set(files)):
+    if missing := sorted(needed - set(sums)):
         raise UserError(f"{folder}/checksums.json does not list {missing[0]}")
     for name in needed:
         path = folder / name
         if not path.is_file():
             raise UserError(f"{folder} is damaged: {name} is missing")
-        if _sha256(path) != files[name]:
+        if _sha256(path) != sums[name]:
             raise UserError(f"{path} is damaged: its SHA-256 is not the one in checksums.json")
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file of a checkpoint, as checksums.json has them.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
+    """The SHA-256 of every file of a checkpoint, as checksums.json has them."""
     file = folder / CHECKSUMS
     if not file.exists():
         raise UserError(f"{folder} is no checkpoint: it has no {CHECKSUMS}")
@@ -147,7 +128,7 @@ def read_checksums(folder: Path) -> dict[str, str]:
 
 
 def read_bytes(file: Path) -> bytes:
-    """The content of a checkpoint's file; UserError if it cannot be read."""
+    """The content of a checkpoint's file."""
     try:
         return file.read_bytes()
     except OSError as error:
@@ -155,11 +136,7 @@ def read_bytes(file: Path) -> bytes:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint.
-
-    Raises:
-        UserError: it is damaged, or contradicts itself or config.json.
-    """
+    """state.json of a checkpoint, which must agree with itself and with config.json."""
     file = folder / "state.json"
     at = strict_json.parse(Position, read_bytes(file), f"{file} is damaged", extra="allow")
     batch_size = read_config(folder).train.batch_size
@@ -176,20 +153,12 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def position(folder: Path | None) -> int:
-    """images_seen of a checkpoint, whose tensors need not be intact; 0 for None.
-
-    Raises:
-        UserError: state.json or config.json is damaged.
-    """
+    """images_seen of a checkpoint, whose tensors need not be intact; 0 for None."""
     return read_state(folder)["images_seen"] if folder else 0
 
 
 def read_config(folder: Path) -> Config:
-    """config.json of a checkpoint.
-
-    Raises:
-        UserError: it is damaged.
-    """
+    """config.json of a checkpoint."""
     file = folder / "config.json"
     return configs.from_json(read_bytes(file), where=str(file))
 
@@ -202,10 +171,10 @@ def load_net(folder: Path, device: torch.device, *, ema: bool = True) -> tuple[n
         schedules.build(config.schedule)
     except ValueError as error:
         raise UserError(f"{folder}/config.json: schedule: {error}") from None
-    path = folder / ("ema.safetensors" if ema else "net.safetensors")
-    _check_shapes(folder, config, path)
+    path, cpu = folder / ("ema.safetensors" if ema else "net.safetensors"), torch.device("cpu")
+    weights = _read_weights(net_without_memory(config, f"{folder}/config.json"), path, cpu)
     net = build_net(config)
-    load_weights(net, path)
+    net.load_state_dict(weights)
     return net.to(device).eval().requires_grad_(False), config
 
 
@@ -226,7 +195,7 @@ def write_light(folder: Path, out: Path) -> None:
 
 def check_same_run(saved: Config, now: Config, where: str) -> None:
     """Raise UserError if `now` is not the configuration of the run that `saved` began."""
-    changed = _differences(saved, now, lambda key: not key.startswith(_FREE) and key not in _FREE_KEYS)
+    changed = _differences(saved, now, lambda key: not key.startswith(_FREE))
     if changed:
         raise UserError(
             f"{where} belongs to a run with another configuration: {changed}; use those values, or another --run.name"
@@ -262,23 +231,13 @@ def net_without_memory(config: Config, where: str) -> nn.Module:
         raise UserError(f"{where}: {error}") from None
 
 
-def _check_shapes(folder: Path, config: Config, path: Path) -> None:
-    """Raise UserError unless the file at `path` has the weights of the net in `config`; neither is built or read."""
-    net = net_without_memory(config, f"{folder}/config.json")
-    try:
-        with safe_open(path, framework="pt") as file:
-            there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{path} cannot be read as safetensors: {error}") from None
-    check_fit(there, shapes(net.state_dict()), path)
-
-
 def load_weights(net: nn.Module, path: Path) -> None:
     """Put the weights in the file at `path` into `net`."""
     net.load_state_dict(_read_weights(net, path, next(net.parameters()).device))
 
 
 def _read_weights(net: nn.Module, path: Path, device: torch.device) -> dict[str, Tensor]:
+    """The weights in the file at `path`, which must be those of a net like `net`."""
     tensors = read_tensors(path, device)
     check_fit(shapes(tensors), shapes(net.state_dict()), path)
     check_numbers(tensors, path)
@@ -297,9 +256,8 @@ def check_fit(there: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int
         raise UserError(f"{path} is damaged or of another architecture: it {has} {name!r:.100}")
     for name, shape in there.items():
         if shape != want[name]:
-            raise UserError(
-                f"{path} is damaged or of another architecture: {name} is {shape}, the net has {want[name]}"
-            )
+            differs = f"{name} is {shape}, the net has {want[name]}"
+            raise UserError(f"{path} is damaged or of another architecture: {differs}")
 
 
 def check_numbers(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -17,6 +17,7 @@ from ddpm.storage import locations
 from ddpm.storage.locations import Location
 from ddpm.utils import strict_json
 from ddpm.utils.errors import UserError
+from ddpm.utils.retry import as_user_error
 
 X_0_ERROR, X_0_ERROR_FORMAT = "x_0_error.json", "ddpm-x_0-error/1"
 """File of a checkpoint: the errors of its averaged net on training images, once it has been evaluated."""
@@ -71,13 +72,11 @@ def open_run(name: str, uri: str) -> Run:
     _check_name(name)
     location = locations.resolve(uri).child(name)
     card = location.child("run.json")
-    try:
+    with as_user_error(f"cannot write to run.storage {uri}"):
         if card.exists():
             return Run(name, location, _read_key(card))
         key = uuid.uuid4().hex
         card.write((json.dumps({"name": name, "run_key": key}, indent=2) + "\n").encode(), durable=True)
-    except OSError as error:
-        raise UserError(f"cannot write to run.storage {uri}: {error}") from None
     return Run(name, location, key)
 
 
@@ -89,14 +88,13 @@ def existing_run(uri: str) -> Run:
     """
     location = locations.resolve(uri)
     card = location.child("run.json")
-    try:
-        if not card.exists():
-            raise UserError(
-                f"{uri} is not a run's folder: it has no run.json; expected {{run.storage}}/{{run.name}}"
-            )
-        return Run(Path(location.path).name, location, _read_key(card))
-    except OSError as error:
-        raise UserError(f"cannot read {card.uri}: {error}") from None
+    with as_user_error(f"cannot read {card.uri}"):
+        key = _read_key(card) if card.exists() else None
+    if key is None:
+        raise UserError(
+            f"{uri} is not a run's folder: it has no run.json; expected {{run.storage}}/{{run.name}}"
+        )
+    return Run(Path(location.path).name, location, key)
 
 
 def _read_key(card: Location) -> str:
@@ -109,7 +107,7 @@ def _read_key(card: Location) -> str:
 def checkpoints(location: Location) -> list[Location]:
     """Complete checkpoints in a run's folder, oldest first."""
     names = [name for name in location.folders() if name.startswith(checkpoint.PREFIX)]
-    return [child for child in map(location.child, names) if child.child("checksums.json").exists()]
+    return [child for child in map(location.child, names) if child.child(checkpoint.CHECKSUMS).exists()]
 
 
 def read_x_0_error(folder: Path, num_timesteps: int) -> Tensor:
@@ -124,12 +122,10 @@ def read_x_0_error(folder: Path, num_timesteps: int) -> Tensor:
         raise UserError(
             f"{folder} has no {X_0_ERROR}, which --variance measured needs; jobs/evaluate.py writes it"
         )
-    where = f"{file} is damaged; jobs/evaluate.py writes it again"
-    card = strict_json.parse(X0Error, checkpoint.read_bytes(file), where)
+    remedy = "jobs/evaluate.py writes it again"
+    card = strict_json.parse(X0Error, checkpoint.read_bytes(file), f"{file} is damaged; {remedy}")
     if card.weights_sha256 != weights or len(card.x_0_error) != num_timesteps:
-        raise UserError(
-            f"{file} belongs to other weights or another num_timesteps; jobs/evaluate.py writes it again"
-        )
+        raise UserError(f"{file} belongs to other weights or another num_timesteps; {remedy}")
     return torch.tensor(card.x_0_error, dtype=torch.float64)
 
 

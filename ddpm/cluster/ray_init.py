@@ -13,6 +13,7 @@ import ray
 
 from ddpm.utils import openmp, strict_json
 from ddpm.utils.errors import UserError
+from ddpm.utils.retry import answer
 
 KEPT_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
@@ -44,9 +45,6 @@ REACH_TIMEOUT_S = 10.0
 VITAL = ("gcs_server", "raylet")
 """Processes of a cluster started here without which it is gone."""
 
-LONGEST_REASON = 400
-"""Characters of Ray's own words in an error."""
-
 LIMITS = "DDPM_CLUSTER_RESOURCES"
 """The variable in which a cluster that grows says how far: '{"CPU": 48, "GPU": 4}'. Ray itself does not (2.60)."""
 
@@ -77,12 +75,12 @@ def connect(verbose: bool = False) -> None:
         _reach(address or "")
         ray.init(log_to_driver=verbose, logging_level=level, include_dashboard=False)
     except Exception as error:  # Ray raises what it likes: RuntimeError, ConnectionError, plain Exception
-        reason = " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
         if address:
-            raise NoCluster(f"the Ray cluster at RAY_ADDRESS={address} cannot be joined: {reason}") from error
+            where = f"the Ray cluster at RAY_ADDRESS={address}"
+            raise NoCluster(f"{where} cannot be joined: {answer(error)}") from error
         raise NoCluster(
-            f"Ray did not start on this machine: {reason}; where it is busy or short of memory, try again when it "
-            "is not"
+            f"Ray did not start on this machine: {answer(error)}; where it is busy or short of memory, try again when "
+            "it is not"
         ) from error
     finally:  # the cluster's processes have it now
         if not is_named:

@@ -1,21 +1,17 @@
 """What a run asks of the cluster, and whether the cluster has it."""
 
 import os
-import time
-from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar
 
 import ray
 import ray.util
+import tenacity
 from ray import PlacementGroupID
 from ray.util.placement_group import PlacementGroup
 
 from ddpm.cluster import ray_init
 from ddpm.config import Config
 from ddpm.utils.errors import UserError
-
-T = TypeVar("T")
 
 DRIVER_CPUS = 0.01
 """CPUs of the driver of a trial."""
@@ -30,6 +26,27 @@ class TooSmall(UserError):
     """The cluster has too few CPUs or GPUs."""
 
 
+def _is_all_there(state: tenacity.RetryCallState) -> bool:
+    """Whether no more nodes are waited for; none are where the cluster was started here."""
+    return "RAY_ADDRESS" not in os.environ or (state.seconds_since_start or 0.0) >= JOINING_S
+
+
+def _tell_once(state: tenacity.RetryCallState) -> None:
+    if state.attempt_number == 1 and state.outcome:
+        error = state.outcome.exception()
+        print(f"waiting     {JOINING_S:.0f} s for nodes that may be joining: {error}", flush=True)
+
+
+_once_joined = tenacity.retry(
+    retry=tenacity.retry_if_exception_type(TooSmall),
+    stop=_is_all_there,
+    wait=tenacity.wait_fixed(0.5),
+    before_sleep=_tell_once,
+    reraise=True,
+)
+
+
+@_once_joined
 def resources_per_worker(config: Config) -> dict[str, float]:
     """CPUs and GPUs of each worker, with a CPU left for the tasks that read data.
 
@@ -37,41 +54,15 @@ def resources_per_worker(config: Config) -> dict[str, float]:
         UserError: the config asks for what no cluster has.
         TooSmall: this cluster is too small; Ray would wait for ever without a word.
     """
-    return _once_joined(lambda have: _resources_per_worker(config, have))
-
-
-def _once_joined(ask: Callable[[dict[str, float]], T]) -> T:
-    """What `ask` returns of the cluster's resources, once the nodes have joined that it takes.
-
-    Raises:
-        TooSmall: they have not in time.
-    """
-    deadline = time.monotonic() + JOINING_S
-    joined = "RAY_ADDRESS" in os.environ  # else it was started here, and is all there
-    waits = False
-    while True:
-        try:
-            return ask(ray_init.resources())
-        except TooSmall as error:
-            if not joined or time.monotonic() >= deadline:
-                raise
-            if not waits:
-                print(f"waiting     {JOINING_S:.0f} s for nodes that may be joining: {error}", flush=True)
-            waits = True
-            time.sleep(0.5)
-
-
-def _resources_per_worker(config: Config, have: dict[str, float]) -> dict[str, float]:
-    cluster, sizes = config.cluster, config.cluster.world_sizes()
-    cpus, gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
-    least, most = sizes[0], sizes[-1]
+    have, cluster, sizes = ray_init.resources(), config.cluster, config.cluster.world_sizes()
+    cpus, gpus, least, most = have.get("CPU", 0.0), have.get("GPU", 0.0), sizes[0], sizes[-1]
     part = cluster.gpus_per_worker
     if not 0 < part <= 1:
         raise UserError(f"cluster.gpus_per_worker is {part:g}; it must be above 0 and at most 1")
     gpu = _on_gpus(config, least, gpus, f"{least} workers", "use fewer workers")
     share = cluster.cpus_per_worker
     if share is None:
-        # Of 1:99 no more are started than are useful.
+        # With 1:99 workers no more are started than are useful.
         crowd = most if gpu else min(most, int(MAX_WORKERS_PER_CPU * cpus))
         if not gpu and cpus and least > crowd:
             raise TooSmall(
@@ -105,17 +96,15 @@ def crowding(config: Config, resources: dict[str, float]) -> str | None:
     workers, cpus = config.cluster.world_sizes()[0], ray_init.resources().get("CPU", 0.0)
     if resources.get("GPU") or workers <= cpus:
         return None
-    enough = max(1, int(cpus))
-    return (
-        f"{workers} workers share {cpus:g} CPUs, and wait for each other at every step; {enough} are enough"
-    )
+    enough, wait = max(1, int(cpus)), "and wait for each other at every step"
+    return f"{workers} workers share {cpus:g} CPUs, {wait}; {enough} are enough"
 
 
 def _on_gpus(config: Config, workers: int, have: float, who: str, remedy: str) -> bool:
     """Whether workers have GPUs: as cluster.gpu says, or if the cluster has any.
 
     Raises:
-        TooSmall: it has fewer than so many workers need; nobody who pays for some means to train without.
+        TooSmall: it has fewer than these workers need; training never falls back to CPUs by itself.
     """
     cluster = config.cluster
     need = workers * cluster.gpus_per_worker
@@ -126,20 +115,17 @@ def _on_gpus(config: Config, workers: int, have: float, who: str, remedy: str) -
     return on_gpus
 
 
+@_once_joined
 def shared(config: Config, num_runs: int) -> Config:
     """`config` with the share of the cluster that each of `num_runs` runs at a time may have, of CPUs and threads.
 
     Raises:
-        UserError: that is no number of runs.
-        TooSmall: the cluster is, for so many; runs would wait for one another, or their data tasks forever.
+        UserError: num_runs is below 1.
+        TooSmall: the cluster is too small for so many: runs, or their data tasks, would wait for ever.
     """
     if num_runs < 1:
         raise UserError(f"--max-concurrent is {num_runs}; it must be at least 1")
-    return _once_joined(lambda have: _shared(config, num_runs, have))
-
-
-def _shared(config: Config, num_runs: int, have: dict[str, float]) -> Config:
-    workers = config.cluster.world_sizes()[-1]
+    have, workers = ray_init.resources(), config.cluster.world_sizes()[-1]
     everybody = num_runs * workers
     room = have.get("CPU", 0.0) - 1 - DRIVER_CPUS * num_runs
     share = config.cluster.cpus_per_worker
@@ -162,10 +148,7 @@ def _shared(config: Config, num_runs: int, have: dict[str, float]) -> Config:
 
 
 def free(place: str) -> None:
-    """Give back the placement group of this id, if the cluster has it: who would have, died.
-
-    Ray does so when the job ends (2.60), which may be long.
-    """
+    """Remove the placement group with this id, whose owner was killed; Ray would only when the job ends (2.60)."""
     ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(place))))
 
 

@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -30,13 +30,13 @@ Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
 MAX_DEATHS = 3
-"""So many workers in a row may die before one has found its place, or over the same piece."""
+"""Deaths after which the pool gives up: of workers in a row before they began, or over the same piece."""
 NO_PLACE_S = 15.0
-"""After so long without any worker, the person watching is told what is waited for."""
+"""Seconds without any worker after which a warning says what is waited for."""
 
 
 class WorkersDied(UserError):
-    """Workers died and died, or their cluster did."""
+    """Workers died again and again, or their cluster did."""
 
     exit_code = 1
 
@@ -64,9 +64,9 @@ class WorkerPool(Generic[Held]):
         self.has_gpus: bool = _resources().get("GPU", 0) >= 1 if joined else torch.cuda.is_available()
         """Whether the workers are GPUs."""
         if joined or (num_workers or torch.cuda.device_count()) > 1:
-            self._crew: _Crew = _Actors(make, num_workers, self.has_gpus)
+            self._workers: _Actors | _Threads = _Actors(make, num_workers, self.has_gpus)
         else:
-            self._crew = _Threads(make, num_workers, self.has_gpus)
+            self._workers = _Threads(make, num_workers, self.has_gpus)
 
     def map(
         self, work: Callable[[Held, Piece], Result], pieces: Iterable[Piece]
@@ -84,18 +84,13 @@ class WorkerPool(Generic[Held]):
             UserError: what `make` or `work` raised.
             WorkersDied: MAX_DEATHS workers died over one piece.
         """
-        return self._crew.map(work, iter(pieces))
+        return self._workers.map(work, iter(pieces))
 
     def __enter__(self) -> "WorkerPool[Held]":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._crew.dismiss()
-
-
-class _Crew(Protocol):
-    def map(self, work: Callable[[Any, Any], Any], pieces: Iterator[Any]) -> Iterator[tuple[Any, Any]]: ...
-    def dismiss(self) -> None: ...
+        self._workers.close()
 
 
 class _Threads:
@@ -123,16 +118,16 @@ class _Threads:
         pool = ThreadPoolExecutor(self._num_workers, initializer=torch.set_num_threads, initargs=(1,))
         jobs: dict[Future[Any], Any] = {}
 
-        def employ() -> None:
+        def submit() -> None:
             for piece in islice(pieces, self._num_workers - len(jobs)):
                 jobs[pool.submit(do, piece)] = piece
 
         try:
-            employ()
+            submit()
             while jobs:
                 done = wait(jobs, return_when=FIRST_COMPLETED).done.pop()
                 piece = jobs.pop(done)
-                employ()
+                submit()
                 yield piece, done.result()
         finally:
             # An error, or Ctrl-C: what is under way may take minutes, and nobody waits for it.
@@ -143,7 +138,7 @@ class _Threads:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(num_threads)
 
-    def dismiss(self) -> None:
+    def close(self) -> None:
         self._held = None
 
 
@@ -151,7 +146,7 @@ class _Actors:
     """Workers in a Ray cluster: actors, each of a GPU or a core.
 
     Ray could restart an actor itself, and do its piece again; but a restarted actor that finds no place would keep
-    its piece for ever. Here a piece goes to whoever has a place.
+    its piece for ever. Here a piece goes to a worker that has a place.
     """
 
     def __init__(self, make: Callable[[torch.device], Any], num_workers: int | None, has_gpus: bool) -> None:
@@ -161,7 +156,7 @@ class _Actors:
         self._num_workers = num_workers or max(1, int(have.get("GPU" if has_gpus else "CPU", 1)))
         self._kind = "GPU" if has_gpus else "CPU"
         share: dict[str, Any] = {"num_cpus": 0, "num_gpus": 1} if has_gpus else {"num_cpus": 1}
-        self._recruit: Any = ray.remote(max_restarts=0, **share)(_Worker).remote
+        self._new_worker: Any = ray.remote(max_restarts=0, **share)(_Worker).remote
         self._make = ray.put(make)
         self._idle: list[Any] = []
         self._joining: dict[Any, Any] = {}
@@ -175,8 +170,8 @@ class _Actors:
         deaths: Counter[Any] = Counter()
         try:
             while todo or self._jobs:
-                self._muster(min(self._num_workers, len(todo) + len(self._jobs)))
-                self._employ(work, todo)
+                self._start_workers(min(self._num_workers, len(todo) + len(self._jobs)))
+                self._submit(work, todo)
                 ready, _ = ray.wait([*self._jobs, *self._joining], timeout=NO_PLACE_S)
                 if not ready:
                     if not self._jobs:
@@ -210,24 +205,24 @@ class _Actors:
                     deaths[None] = 0
                     continue
                 todo.extend(islice(pieces, 1))
-                self._employ(work, todo)
+                self._submit(work, todo)
                 yield piece, result
         finally:
             for worker, _ in self._jobs.values():  # an error: nobody waits for what is under way
                 ray.kill(worker)
             self._jobs.clear()
 
-    def _muster(self, num_workers: int) -> None:
+    def _start_workers(self, num_workers: int) -> None:
         for _ in range(num_workers - len(self._idle) - len(self._joining) - len(self._jobs)):
-            worker = self._recruit(self._make, self._kind == "GPU")
+            worker = self._new_worker(self._make, self._kind == "GPU")
             self._joining[worker.is_ready.remote()] = worker
 
-    def _employ(self, work: Callable[[Any, Any], Any], todo: deque[Any]) -> None:
+    def _submit(self, work: Callable[[Any, Any], Any], todo: deque[Any]) -> None:
         while self._idle and todo:
             worker, piece = self._idle.pop(), todo.popleft()
             self._jobs[worker.do.remote(work, piece)] = worker, piece
 
-    def dismiss(self) -> None:
+    def close(self) -> None:
         import ray
 
         for worker in (*self._idle, *self._joining.values()):
@@ -256,10 +251,7 @@ class _Worker:
 
 def _resources() -> dict[str, float]:
     """What the cluster has or may grow to, which is joined, or started here."""
-    import ray
-
     from ddpm.cluster import ray_init
 
-    if not ray.is_initialized():
-        ray_init.connect()
+    ray_init.connect()
     return ray_init.resources()

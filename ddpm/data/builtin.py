@@ -42,12 +42,7 @@ def with_shards(
         if connect is not None and parallel:
             connect()
         with Display(f"preparing {what}", sum(source.splits.values())) as display:
-            prepare.prepare(
-                source,
-                place,
-                on_progress=lambda done, total: display.update(done),
-                parallel=parallel,
-            )
+            prepare.prepare(source, place, on_progress=lambda n, _: display.update(n), parallel=parallel)
     if config.data.images is not None:  # the preset's source is not what the shards are made of
         config = replace(config, data=replace(config.data, images=None, source=None))
     return replace(config, data=replace(config.data, shards=place.uri))
@@ -78,9 +73,8 @@ def _pictures(config: Config) -> tuple[str, Source]:
         )
     source = Folder(folder, net.image_size, cast(Literal[1, 3], net.channels))
     kind = f"{net.image_size}x{net.image_size} {'grey' if net.channels == 1 else 'colour'}"
-    print(
-        f"pictures    {printable(str(folder))}, as {kind} (--model.image-size, --model.channels)", flush=True
-    )
+    what = f"{printable(str(folder))}, as {kind}"
+    print(f"pictures    {what} (--model.image-size, --model.channels)", flush=True)
     if source.passed_over:
         print(f"passed over {source.passed_over}", flush=True)
     return re.sub(r"[^\w.-]+", "-", folder.resolve().name) or "pictures", source

@@ -41,18 +41,12 @@ def named(name: str | None) -> Source:
     key, _, dataset = (name or "").partition(":")
     kind = SOURCES.get(key) or plugins.load(GROUP, key)
     options = {"dataset": dataset} if dataset else {}
-    if kind is None or not _takes(kind, options):
+    try:
+        inspect.signature(kind).bind(**options)
+    except TypeError:  # there is none of this name, or it needs options
         raise UserError(
             f"data.source is {name!r}, which is not built in; make a data set with `python jobs/prepare.py SOURCE "
             "URI`, and give it as --data.shards URI"
-        )
+        ) from None
     made: Source = kind(**options)
     return made
-
-
-def _takes(kind: type[Any], options: dict[str, str]) -> bool:
-    try:
-        inspect.signature(kind).bind(**options)
-    except TypeError:
-        return False
-    return True

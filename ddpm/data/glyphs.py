@@ -28,7 +28,7 @@ FACES = tuple(
 
 # Drawn at twice the size and reduced, so that a rotated edge is as smooth as an upright one.
 OVERSAMPLING = 2
-# Of the image's side: the font's size, and how far the glyph's centre may be from the image's.
+# As shares of the image's side: the font's size, and how far the glyph's centre may be from the image's.
 FONT_SIZES, MAX_SHIFT = (0.6, 0.85), 0.06
 MAX_ROTATION_DEGREES = 15.0
 # Luma between glyph and background in colour, of 255.

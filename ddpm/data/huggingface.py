@@ -18,16 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ddpm.data.image_folder import (
-    PARTS,
-    Encoding,
-    Listing,
-    check_size,
-    describe,
-    digest_of_files,
-    list_files,
-    store,
-)
+from ddpm.data.image_folder import PARTS, Encoding, Listing, check_size, digest_of_files, list_files, store
 from ddpm.data.sources import Labels, Pixels, Square, divide
 from ddpm.utils.errors import UserError
 
@@ -56,7 +47,7 @@ class HuggingFace(Square):
 
     def __post_init__(self) -> None:
         check_size(self.size)
-        for file in (file for files in self._files.values() for file in files):
+        for file in self._all_files:
             self._check_columns(file)
         _ = self.splits, self.class_names
 
@@ -65,14 +56,11 @@ class HuggingFace(Square):
         """From the metadata that Hugging Face writes; else the numbers."""
         if self._label is None:
             return ()
-        files = [file for files in self._files.values() for file in files]
-        values = {
-            value for f in files for value in pq.read_table(f, columns=[self._label])[self._label].unique()
-        }
-        labels = {value.as_py() for value in values}
+        columns = (pq.read_table(f, columns=[self._label])[self._label] for f in self._all_files)
+        labels = {value.as_py() for column in columns for value in column.unique()}
         largest = max((label for label in labels if label is not None), default=0)
         numbers = tuple(map(str, range(min(largest + 1, MAX_CLASSES))))
-        names = _names_in(pq.read_schema(files[0]), self._label) or numbers
+        names = _names_in(pq.read_schema(self._all_files[0]), self._label) or numbers
         if strange := labels - set(range(len(names))):
             raise UserError(
                 f"{self.path}: column {self._label!r} holds the label {strange.pop()}, which is not in "
@@ -87,11 +75,10 @@ class HuggingFace(Square):
     @property
     def passed_over(self) -> str:
         """What lies beside the Parquet files and is not read: how many of each kind, and the first names."""
-        return describe(self._listing.passed_over, self._top)
+        return self._listing.describe(self._top)
 
     def identity(self) -> dict[str, Any]:
-        files = [file for files in self._files.values() for file in files]
-        return asdict(self) | {"path": None, "files": digest_of_files(self._top, files)}
+        return asdict(self) | {"path": None, "files": digest_of_files(self._top, self._all_files)}
 
     def read(self, split: str, start: int, stop: int) -> tuple[Pixels | Sequence[bytes], Labels | None]:
         part, rows = self._rows[split]
@@ -126,10 +113,7 @@ class HuggingFace(Square):
 
     def _check_columns(self, file: Path) -> None:
         """Raise UserError if the file's columns are not those of images and labels."""
-        try:
-            schema = pq.read_schema(file)
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"cannot read {file}: {error}") from None
+        schema = _schema_of(file)
         kinds = dict(zip(schema.names, schema.types, strict=True))
         image, label = kinds.get(self.image_column), kinds.get(self._label or "")
         if image is not None and pa.types.is_struct(image) and image.get_field_index("bytes") >= 0:
@@ -168,25 +152,22 @@ class HuggingFace(Square):
             raise UserError(f"{self.path} has files of {' and '.join(parts)} alone; train is missing")
         return parts
 
+    @property
+    def _all_files(self) -> list[Path]:
+        return [file for files in self._files.values() for file in files]
+
     @cached_property
     def _label(self) -> str | None:
         """The column of labels, if the first file has it."""
-        first = self._files["train"][0]
-        try:
-            return self.label_column if self.label_column in pq.read_schema(first).names else None
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"cannot read {first}: {error}") from None
+        return self.label_column if self.label_column in _schema_of(self._files["train"][0]).names else None
 
     @cached_property
     def _row_groups(self) -> dict[str, list[tuple[Path, int, int]]]:
         """For each part its row groups in order: file, index in the file, rows."""
         found: dict[str, list[tuple[Path, int, int]]] = {part: [] for part in self._files}
-        for part, files in self._files.items():
-            for file in files:
-                metadata = pq.read_metadata(file)
-                found[part] += [
-                    (file, i, metadata.row_group(i).num_rows) for i in range(metadata.num_row_groups)
-                ]
+        for part, file in ((part, file) for part, files in self._files.items() for file in files):
+            data = pq.read_metadata(file)
+            found[part] += [(file, i, data.row_group(i).num_rows) for i in range(data.num_row_groups)]
         return found
 
     @cached_property
@@ -194,6 +175,13 @@ class HuggingFace(Square):
         sizes = {part: sum(n for *_, n in groups) for part, groups in self._row_groups.items()}
         # In the files' order, so that a range of rows lies in few row groups; Hugging Face's sets are shuffled.
         return {split: (part, np.sort(rows)) for split, (part, rows) in divide(sizes, self.seed).items()}
+
+
+def _schema_of(file: Path) -> pa.Schema:
+    try:
+        return pq.read_schema(file)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"cannot read {file}: {error}") from None
 
 
 def _names_in(schema: pa.Schema, column: str) -> tuple[str, ...]:

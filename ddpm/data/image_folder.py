@@ -28,13 +28,7 @@ from ddpm.utils.progress import printable
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 """What Pillow may take a file for, whatever its name: some formats that it knows start programs (EPS: Ghostscript)."""
-PARTS = {
-    "train": "train",
-    "test": "test",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-}
+PARTS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val"), "validation")
 """Names that folders and files of a split have, and which split that is."""
 MAX_SIZE = 4096
 NAMES_SHOWN = 3
@@ -74,16 +68,14 @@ class Folder(Square):
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
-        without = [file for files in self._files.values() for file in files if file.parent == Path()]
-        names = sorted(
-            {file.parts[0] for files in self._files.values() for file in files if file.parent != Path()}
-        )
-        if without and names:
+        files = [file for files in self._files.values() for file in files]
+        names = {file.parts[0] for file in files if file.parent != Path()}
+        if names and (without := [file for file in files if file.parent == Path()]):
             raise UserError(
                 f"{self.path}: {without[0]} is in no subfolder, though other images are; put all images into "
                 "subfolders, one a class, or none"
             )
-        return tuple(names)
+        return tuple(sorted(names))
 
     @property
     def splits(self) -> dict[str, int]:
@@ -97,7 +89,7 @@ class Folder(Square):
         if self.path not in tops:
             beside = list_files(self.path, (), recursive=False).passed_over
             found += [(kind, path) for kind, path in beside if path not in tops]
-        return describe(found, self.path)
+        return Listing([], found).describe(self.path)
 
     def check(self) -> None:
         """Read the header of every image, which takes little of the time that decoding takes.
@@ -168,6 +160,14 @@ class Listing:
     passed_over: list[tuple[str, Path]]
     """Everything else but folders: its kind (".gif", "FIFO"), and where it is."""
 
+    def describe(self, top: Path) -> str:
+        """How many of each kind are passed over, and the first below `top`: "2 .gif (a.gif, b.gif), 1 FIFO (c.png)"."""
+        kinds: dict[str, list[str]] = {}
+        for kind, path in self.passed_over:
+            kinds.setdefault(kind, []).append(path.relative_to(top).as_posix())
+        shown = (f"{len(names):,} {kind} ({_first(sorted(names))})" for kind, names in sorted(kinds.items()))
+        return ", ".join(map(printable, shown))
+
 
 def list_files(top: Path, suffixes: Collection[str], recursive: bool = True) -> Listing:
     """The files in a folder, and in all below it, that have one of `suffixes`. Links to folders are not followed.
@@ -192,16 +192,6 @@ def list_files(top: Path, suffixes: Collection[str], recursive: bool = True) -> 
         if not recursive:
             break
     return listing
-
-
-def describe(passed_over: Iterable[tuple[str, Path]], top: Path) -> str:
-    """How many files of each kind, and the first names below `top`: "2 .gif (a.gif, b.gif), 1 FIFO (c.png)"."""
-    kinds: dict[str, list[str]] = {}
-    for kind, path in passed_over:
-        kinds.setdefault(kind, []).append(path.relative_to(top).as_posix())
-    return ", ".join(
-        printable(f"{len(names):,} {kind} ({_first(sorted(names))})") for kind, names in sorted(kinds.items())
-    )
 
 
 def store(

@@ -12,7 +12,7 @@ Nothing here knows of Ray, of files or of pixels.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 
 import numpy as np
@@ -52,16 +52,9 @@ class ReadOrder:
 
     @classmethod
     def from_config(cls, config: Config) -> "ReadOrder":
-        train, data = config.train, config.data
-        return cls(
-            train.batch_size,
-            train.micro_batch_size,
-            train.total_images,
-            train.seed,
-            data.window_rows,
-            data.on_corrupt,
-            data.stall_timeout_s,
-        )
+        """Each field under its own name from config.train or config.data."""
+        values = vars(config.data) | vars(config.train)
+        return cls(**{f.name: values[f.name] for f in fields(cls)})
 
 
 @dataclass(frozen=True)

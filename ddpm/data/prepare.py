@@ -9,7 +9,7 @@ same command whose source's files have changed since.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -32,7 +32,7 @@ from ddpm.data.sources import Labels, Pixels, Source
 from ddpm.storage.locations import Location
 from ddpm.utils.errors import UserError
 from ddpm.utils.images import grid, png_bytes
-from ddpm.utils.retry import answer
+from ddpm.utils.retry import answer, as_user_error
 
 NOTES = "_prepare"
 OPTIONS = "options.txt"
@@ -49,8 +49,9 @@ PROBED_IMAGES = 64
 LISTED_BYTES = 101
 """What a row group takes in the manifest, with its share of the shard's entry (measured, 16 of them a shard)."""
 
-Progress = Callable[[int, int], None]
-"""Called with the images written so far, and all there are."""
+Sizes = tuple[int | None, int | None]
+"""rows_per_shard and rows_per_row_group of `prepare`."""
+DEFAULT_SIZES: Sizes = (None, None)
 
 
 @runtime_checkable
@@ -76,7 +77,7 @@ def prepare(
     source: Source,
     location: Location,
     *,
-    on_progress: Progress | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
     on_restart: Callable[[], None] | None = None,
     rows_per_shard: int | None = None,
     rows_per_row_group: int | None = None,
@@ -87,7 +88,7 @@ def prepare(
     If the source's files have changed since, all shards are written again.
 
     Args:
-        on_progress: not called if the data set is there already.
+        on_progress: called with the images written so far, and all there are, unless the data set is there already.
         on_restart: called if the source's files have changed since an earlier call.
         rows_per_shard: rounded up to whole row groups; None: 16 of them.
         rows_per_row_group: None: about 4 MB, and at most 1024 images.
@@ -99,13 +100,13 @@ def prepare(
     Raises:
         UserError: another data set is there, or begun there; the source cannot be read; storage refuses.
     """
-    sizes = {"rows_per_shard": rows_per_shard, "rows_per_row_group": rows_per_row_group}
-    if there := find(source, location, **sizes):
+    sizes = rows_per_shard, rows_per_row_group
+    if there := find(source, location, sizes):
         return there
     if isinstance(source, Checkable):
         source.check()
-    options = options_of(source, rows_per_shard, rows_per_row_group)
-    note = f"{options}\n{_command_of(source, rows_per_shard, rows_per_row_group)}\n"
+    options = options_of(source, sizes)
+    note = f"{options}\n{_command_of(source, sizes)}\n"
     tasks = _tasks(source, rows_per_shard, rows_per_row_group or _rows_per_row_group(source))
     row_groups = sum(-(-(task.stop - task.start) // task.rows_per_row_group) for task in tasks)
     if row_groups * LISTED_BYTES > MAX_MANIFEST_BYTES:
@@ -113,7 +114,7 @@ def prepare(
             f"{location.uri}: {row_groups:,} row groups are more than a manifest of {MAX_MANIFEST_BYTES >> 20} MiB "
             "lists; give ddpm.data.prepare.prepare larger ones (rows_per_row_group)"
         )
-    with _refusals(f"cannot write to {location.uri}"):
+    with as_user_error(f"cannot write to {location.uri}"):
         if _begin(location, note) and on_restart:
             on_restart()
         for folder in (location, *map(location.child, (NOTES, *source.splits))):
@@ -127,16 +128,8 @@ def prepare(
             if on_progress:
                 on_progress(done, total)
         by_split = {split: [shards[t.path] for t in tasks if t.split == split] for split in source.splits}
-        manifest = make_manifest(
-            source.name,
-            source.height,
-            source.width,
-            source.channels,
-            source.encoding,
-            source.class_names,
-            by_split,
-            options,
-        )
+        shape = source.height, source.width, source.channels, source.encoding, source.class_names
+        manifest = make_manifest(source.name, *shape, by_split, options)
         with suppress(FileNotFoundError):  # another process has made the same meanwhile
             if _options_note(location).read().decode(errors="replace") != note:
                 raise UserError(
@@ -144,7 +137,7 @@ def prepare(
                 )
         write_manifest(location, manifest)
     except OSError as error:
-        if there := find(source, location, **sizes):  # by another process, meanwhile
+        if there := find(source, location, sizes):  # by another process, meanwhile
             _forget(location)
             return there
         raise UserError(
@@ -154,23 +147,17 @@ def prepare(
     return manifest
 
 
-def find(
-    source: Source,
-    location: Location,
-    *,
-    rows_per_shard: int | None = None,
-    rows_per_row_group: int | None = None,
-) -> Manifest | None:
+def find(source: Source, location: Location, sizes: Sizes = DEFAULT_SIZES) -> Manifest | None:
     """The data set that `prepare` would make, if it is there already.
 
     Raises:
         UserError: another one is there, or storage refuses.
     """
-    with _refusals(f"cannot look for a data set at {location.uri}"):
+    with as_user_error(f"cannot look for a data set at {location.uri}"):
         if not location.child(MANIFEST).exists():
             return None
     manifest = read_manifest(location)
-    if manifest.options != options_of(source, rows_per_shard, rows_per_row_group):
+    if manifest.options != options_of(source, sizes):
         raise UserError(
             f"{location.uri} holds another data set, of source {manifest.source!r} or made with other options; "
             "choose another place, or remove that one first"
@@ -194,7 +181,7 @@ def write_preview(location: Location, manifest: Manifest) -> Location:
     chosen = np.unique(np.linspace(0, len(groups) - 1, PREVIEW_ROW_GROUPS).astype(int)).tolist()
     share = -(-PREVIEW_IMAGES // len(chosen))
     pixels = []
-    with _refusals("the data set is whole, but its preview cannot be written"):
+    with as_user_error("the data set is whole, but its preview cannot be written"):
         for group in chosen:
             rows = np.unique(np.linspace(0, groups[group] - 1, share).astype(np.int64))
             pixels.append(read_row_group(location, manifest, split, group, rows)[0])
@@ -204,17 +191,15 @@ def write_preview(location: Location, manifest: Manifest) -> Location:
     return preview
 
 
-def options_of(
-    source: Source, rows_per_shard: int | None = None, rows_per_row_group: int | None = None
-) -> str:
+def options_of(source: Source, sizes: Sizes = DEFAULT_SIZES) -> str:
     """Hash of everything that decides the bytes of the data set."""
-    return _hash(FORMAT, source.identity(), source.splits, rows_per_shard, rows_per_row_group)
+    return _hash(FORMAT, source.identity(), source.splits, *sizes)
 
 
-def _command_of(source: Source, rows_per_shard: int | None, rows_per_row_group: int | None) -> str:
+def _command_of(source: Source, sizes: Sizes) -> str:
     """Hash of what was asked for, whatever files the source has now."""
     asked = {key: value for key, value in source.identity().items() if key not in ("files", "splits")}
-    return _hash(FORMAT, asked, rows_per_shard, rows_per_row_group)
+    return _hash(FORMAT, asked, *sizes)
 
 
 def _hash(*identity: object) -> str:
@@ -255,17 +240,8 @@ def _remove_shards(location: Location) -> None:
             continue
         note = location.child(NOTES).child(name)
         with suppress(UserError, FileNotFoundError):  # a note that is damaged names nothing
-            location.filesystem.delete_file(location.child(shard_from_json(note.read(), note.uri).path).path)
+            location.child(shard_from_json(note.read(), note.uri).path).unlink()
         location.filesystem.delete_file(note.path)
-
-
-@contextmanager
-def _refusals(what: str) -> Iterator[None]:
-    """What storage refuses, as a UserError of one line that begins with `what`."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{what}: {answer(error)}") from None
 
 
 def _forget(location: Location) -> None:
@@ -302,8 +278,7 @@ def _run(source: Source, location: Location, tasks: list[_Task], parallel: bool)
         if ray.is_initialized():
             yield from _run_on_ray(source, location, tasks)
             return
-    for task in tasks:
-        yield _make(source, location, task)
+    yield from (_make(source, location, task) for task in tasks)
 
 
 def _run_on_ray(source: Source, location: Location, tasks: list[_Task]) -> Iterator[Shard]:

@@ -200,14 +200,12 @@ class _Rest:
         self._begun = time.monotonic()
 
     def before_execution_starts(self, executor: Any) -> None: ...
+    def after_execution_succeeds(self, executor: Any) -> None: ...
+    def after_execution_fails(self, executor: Any, error: Exception) -> None: ...
 
     def on_execution_step(self, executor: Any) -> None:
         time.sleep(max(0.0, self._begun + LOOP_STEP_S - time.monotonic()))
         self._begun = time.monotonic()
-
-    def after_execution_succeeds(self, executor: Any) -> None: ...
-
-    def after_execution_fails(self, executor: Any, error: Exception) -> None: ...
 
 
 class _ReadTask:

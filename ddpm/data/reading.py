@@ -24,6 +24,10 @@ from ddpm.utils.retry import retry_io
 
 RankBatch = tuple[NDArray[np.uint8], NDArray[np.int64]]
 """Images [n, H, W, C] and labels [n] of one rank, in some range of the order."""
+RowGroups = dict[int, RowGroup | CorruptData]
+"""Row groups of a split that were fetched, or why they cannot be read."""
+StandIns = dict[int, tuple[int, Rows]]
+"""What stands in for the unreadable image at an index of a window: another index, and the image there."""
 READERS = 4
 """Row groups that are fetched at once: storage answers late, and a window has several."""
 PART_BYTES = 8 << 20
@@ -130,7 +134,7 @@ class DataSet:
         most = most or self.part_images()
         for window in plan.windows(start, stop):
             low, high = max(start - window.start, 0), min(stop - window.start, len(window.rows))
-            groups: dict[int, RowGroup | CorruptData] = {}
+            groups: RowGroups = {}
             for index, group in self._row_groups(np.unique(window.row_groups[low:high]).tolist()):
                 groups[index] = group
                 if isinstance(group, CorruptData) and on_corrupt == "error":
@@ -138,14 +142,7 @@ class DataSet:
             for begin in range(low, high, most):
                 yield self._part(window, begin, min(begin + most, high), groups, on_corrupt)
 
-    def _part(
-        self,
-        window: Window,
-        low: int,
-        high: int,
-        groups: dict[int, RowGroup | CorruptData],
-        on_corrupt: OnCorrupt,
-    ) -> Images:
+    def _part(self, window: Window, low: int, high: int, groups: RowGroups, on_corrupt: OnCorrupt) -> Images:
         """The images [low, high) of the window."""
         images, bad = self.empty(high - low), dict[int, CorruptData]()
         for index in np.unique(window.row_groups[low:high]).tolist():
@@ -154,12 +151,43 @@ class DataSet:
             for i, error in rows.unreadable.items():
                 if on_corrupt == "error":
                     raise error
-                bad[window.start + low + int(offsets[i])] = error
+                bad[low + int(offsets[i])] = error
             _put(images, offsets, rows)
-        if not bad:
-            return images
-        found = _StandIns(self, groups, window.start + low, images, bad)
-        return replace(images, substitutions=tuple(found.put(window)))
+        stand_ins: StandIns = {}
+        for i in sorted(bad, reverse=True):  # so that those that share a stand-in search for it once
+            stand_ins[i] = self._stand_in(window, i, bad[i], groups, stand_ins)
+        substitutions = []
+        for i, error in sorted(bad.items()):
+            stand_in, rows = stand_ins[i]
+            _put(images, np.array([i - low]), rows)
+            names = *self._name(window, i), error.reason, *self._name(window, stand_in)
+            substitutions.append(Substitution(window.start + i, *names))
+        return replace(images, substitutions=tuple(substitutions))
+
+    def _stand_in(
+        self, window: Window, index: int, error: CorruptData, groups: RowGroups, known: StandIns
+    ) -> tuple[int, Rows]:
+        """The next readable image of the window after the one at `index`, and its own index.
+
+        Args:
+            groups: row groups that were opened already; others are added.
+            known: what this returned for other images.
+        """
+        size = len(window.rows)
+        for i in ((index + k) % size for k in range(1, size)):
+            if i in known:
+                return known[i]
+            if (group := int(window.row_groups[i])) not in groups:
+                groups[group] = self.row_group(group)
+            rows = self.rows_of(groups[group], window.rows[i : i + 1])
+            if not rows.unreadable:
+                return i, rows
+        raise CorruptData(f"no image of the {size} in its window can stand in for {error}", error.reason)
+
+    def _name(self, window: Window, index: int) -> tuple[str, int, int]:
+        """Shard, row group and row of the image at `index` of the window."""
+        shard, inside = locate(self.rows, int(window.row_groups[index]))
+        return shard.path, inside, int(window.rows[index])
 
     def _row_groups(self, indices: list[int]) -> Iterator[tuple[int, RowGroup | CorruptData]]:
         """The row groups, in order; several are fetched at once."""
@@ -193,60 +221,6 @@ class DataSet:
             )
         except CorruptData as error:
             return error
-
-
-@dataclass(frozen=True)
-class _StandIns:
-    """Puts readable images in the places of unreadable ones."""
-
-    data_set: DataSet
-    groups: dict[int, RowGroup | CorruptData]
-    """Row groups that were opened already; others are added."""
-    start: int
-    """Position of the first of `images`."""
-    images: Images
-    """To be mended."""
-    bad: dict[int, CorruptData]
-    """The positions of unreadable ones among them, and why."""
-
-    def put(self, window: Window) -> Iterator[Substitution]:
-        """Mend what lies in the window."""
-        places = sorted(self.bad)
-        stand_ins: dict[int, tuple[int, Rows]] = {}
-        for position in reversed(places):  # so that the way to a stand-in is walked once for all who share it
-            stand_ins[position] = self._next(window, position, stand_ins)
-        for position in places:
-            stand_in, rows = stand_ins[position]
-            _put(self.images, np.array([position - self.start]), rows)
-            shard, row_group, row = self._name(window, position)
-            yield Substitution(
-                position, shard, row_group, row, self.bad[position].reason, *self._name(window, stand_in)
-            )
-
-    def _next(self, window: Window, position: int, known: dict[int, tuple[int, Rows]]) -> tuple[int, Rows]:
-        size = len(window.rows)
-        for k in range(1, size):
-            candidate = window.start + (position - window.start + k) % size
-            if candidate in known:
-                return known[candidate]
-            rows = self._read(window, candidate)
-            if not rows.unreadable:
-                return candidate, rows
-        error = self.bad[position]
-        raise CorruptData(f"no image of the {size} in its window can stand in for {error}", error.reason)
-
-    def _read(self, window: Window, position: int) -> Rows:
-        """The one image at `position`, if it can be read."""
-        i = position - window.start
-        row_group = int(window.row_groups[i])
-        if row_group not in self.groups:
-            self.groups[row_group] = self.data_set.row_group(row_group)
-        return self.data_set.rows_of(self.groups[row_group], window.rows[i : i + 1])
-
-    def _name(self, window: Window, position: int) -> tuple[str, int, int]:
-        i = position - window.start
-        shard, inside = locate(self.data_set.rows, int(window.row_groups[i]))
-        return shard.path, inside, int(window.rows[i])
 
 
 def _put(images: Images, places: NDArray[np.int64], rows: Rows) -> None:

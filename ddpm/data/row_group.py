@@ -119,8 +119,7 @@ def decode(data: bytes, height: int, width: int, channels: int, scale: int = 1) 
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size in the first place: its inverse DCT takes only the lowest
     frequencies of a block, which is that mean to some 46 dB, in a third of the time. Most are decoded by simplejpeg,
-    with the same library as Pillow's and a fifth to a third faster; whatever it has a word to say about is Pillow's to
-    judge.
+    with the same library as Pillow's and a fifth to a third faster; what it refuses is left to Pillow.
 
     Raises:
         ValueError: it is no PNG, JPEG or WebP, or has another size (known from its header, before any pixel
@@ -177,17 +176,12 @@ def _jpeg(data: bytes, height: int, width: int, channels: int, scale: int) -> Pi
     """`decode` with a quick decoder; None: no sound JPEG of that size and colours, or not at a scale of JPEG's."""
     if not data.startswith(JPEG_BEGINS) or LARGEST_JPEG_SCALE % scale:
         return None
+    stored, wanted = ("Gray", "GRAY") if channels == 1 else ("YCbCr", "RGB")
+    least = {"min_height": height // scale, "min_width": width // scale, "min_factor": 1}
     try:
-        found = simplejpeg.decode_jpeg_header(data)
-        if found[:3] != (height, width, "Gray" if channels == 1 else "YCbCr"):
+        if simplejpeg.decode_jpeg_header(data)[:3] != (height, width, stored):
             return None
-        pixels: Pixels = simplejpeg.decode_jpeg(
-            data,
-            "GRAY" if channels == 1 else "RGB",
-            min_height=height // scale,
-            min_width=width // scale,
-            min_factor=1,
-        )
+        pixels: Pixels = simplejpeg.decode_jpeg(data, wanted, **least)
     except ValueError:
         return None
     return pixels if pixels.shape == (height // scale, width // scale, channels) else None

@@ -14,6 +14,7 @@ import bisect
 import hashlib
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -53,20 +54,13 @@ def write_shard(
     columns = {"image": column}
     if labels is not None:
         columns["label"] = pa.array(labels, pa.int64())
-    file = io.BytesIO()
     # Pixels hardly compress and must be read fast; an encoded image is compressed already.
-    pq.write_table(
-        pa.table(columns),
-        file,
-        row_group_size=rows_per_row_group,
-        compression="none",
-        use_dictionary=False,
-        write_statistics=False,
-        write_page_checksum=True,
-    )
+    plain: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    file, rows = io.BytesIO(), rows_per_row_group
+    pq.write_table(pa.table(columns), file, row_group_size=rows, write_page_checksum=True, **plain)
     data = file.getvalue()
     location.child(path).write(data, durable=True)
-    parts = [slice(i, i + rows_per_row_group) for i in range(0, len(images), rows_per_row_group)]
+    parts = [slice(i, i + rows) for i in range(0, len(images), rows)]
     row_groups = tuple(len(column[part]) for part in parts)
     sums = tuple(content_sha256(column[part], None if labels is None else labels[part]) for part in parts)
     return Shard(path, len(images), row_groups, len(data), hashlib.sha256(data).hexdigest(), sums)

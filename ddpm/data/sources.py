@@ -17,13 +17,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ddpm.data.idx import missing_idx, pad, read_idx_folder
+from ddpm.data.idx import Labels, Pixels, missing_idx, pad, read_idx_folder
 from ddpm.utils.errors import UserError
 
-Pixels = NDArray[np.uint8]
-Labels = NDArray[np.int64]
 HELD_OUT_SHARE = 0.05
 
 
@@ -125,18 +122,7 @@ class Digits:
         return held_out(len(self._digits[0]), self.seed, self.held_out_images)
 
 
-FASHION_CLASSES = [
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-]
+FASHION_CLASSES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
 
 
 @dataclass(frozen=True)

@@ -86,18 +86,15 @@ class Torchvision:
 
     def read(self, split: str, start: int, stop: int) -> tuple[Pixels | Sequence[bytes], Labels | None]:
         if self.dataset == "celeba":
-            return store(
-                map(read_file, self._faces[split][start:stop]), self.height, self.channels, self.encoding
-            ), None
+            files = map(read_file, self._faces[split][start:stop])
+            return store(files, self.height, self.channels, self.encoding), None
         images, labels = self._pixels[split]
         return pad(images[start:stop], self.height), labels[start:stop]
 
     @property
     def _folder(self) -> Path:
-        return (
-            self.root
-            / {"mnist": "MNIST/raw", "cifar10": "cifar-10-batches-py", "celeba": "celeba"}[self.dataset]
-        )
+        folders = {"mnist": "MNIST/raw", "cifar10": "cifar-10-batches-py", "celeba": "celeba"}
+        return self.root / folders[self.dataset]
 
     @cached_property
     def _pixels(self) -> dict[str, tuple[Pixels, Labels]]:

@@ -18,7 +18,7 @@ from typing import Any, Self
 from ddpm.storage.locations import Location, Version, shared_file
 from ddpm.utils import process
 from ddpm.utils.errors import UserError
-from ddpm.utils.retry import retry_io
+from ddpm.utils.retry import as_user_error, retry_io
 
 BEAT_S = 1.5
 PATIENCE_S = 4 * BEAT_S
@@ -53,11 +53,10 @@ class DriverLock:
         self._thread = threading.Thread(target=self._beat, name="ddpm-driver-lock", daemon=True)
 
     def __enter__(self) -> Self:
-        try:
+        with as_user_error(f"cannot read or write {self._uri}"):
             self._file = shared_file(self._place)
-            self._take()
-        except OSError as error:
-            raise UserError(f"cannot read or write {self._uri}: {error}") from None
+            while not self._file.replace(self._abandoned(), self._card()):
+                pass  # another one was quicker: it holds the lock now
         self._thread.start()
         return self
 
@@ -71,10 +70,6 @@ class DriverLock:
         """Raise UserError if another process has taken the lock over."""
         if self.is_lost:
             raise UserError(f"{self._uri}: another process has taken over this {self._what}; this one ends")
-
-    def _take(self) -> None:
-        while not self._file.replace(self._abandoned(), self._card()):
-            pass  # another one was quicker: it holds the lock now
 
     def _abandoned(self) -> Version | None:
         """The abandoned lock, once nobody holds it; None: there is none.

@@ -20,6 +20,7 @@ import pyarrow.fs as pafs
 
 from ddpm.utils import files
 from ddpm.utils.errors import UserError
+from ddpm.utils.retry import answer
 
 # A call without an answer fails after about 20 s, and `retry_io` does the rest: pyarrow makes three tries of its own,
 # and ends each after this long without a connection or a byte. It could be told to make fewer, but loses that setting
@@ -82,6 +83,11 @@ class Location:
         """Remove leftovers of a `write` in this folder whose process was killed; on S3 there are none."""
         if self.is_local:
             files.sweep(Path(self.path))
+
+    def unlink(self) -> None:
+        """Remove this file, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self.filesystem.delete_file(self.path)
 
     def delete(self) -> None:
         """Remove this folder and all in it, if it is there."""
@@ -283,5 +289,4 @@ def _check_bucket(bucket: str, uri: str) -> None:
             return
         raise UserError(f"{uri}: S3 answered {status or error}") from None
     except (BotoCoreError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{uri}: cannot reach S3: {reason}") from None
+        raise UserError(f"{uri}: cannot reach S3: {answer(error)}") from None

@@ -37,7 +37,14 @@ NON_FINITE = ("nan", "inf", "-inf")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_INT = 2**63 - 1
 DAMAGE = (
-    *(ValueError, KeyError, OverflowError, RecursionError, RuntimeError),  # RuntimeError: encrypted
+    *(
+        ValueError,
+        KeyError,
+        TypeError,
+        OverflowError,
+        RecursionError,
+        RuntimeError,
+    ),  # RuntimeError: encrypted
     *(zipfile.BadZipFile, zlib.error, struct.error, EOFError),
 )
 """Exceptions of reading a damaged zip or damaged JSON."""
@@ -96,6 +103,13 @@ class DataSetInput:
 
 
 Record = Metrics | Picture | Artifact | Tags | DataSetInput
+KINDS: dict[str, type[Record]] = {
+    **{"metrics": Metrics, "image": Picture, "artifact": Artifact},
+    **{"tags": Tags, "data_set": DataSetInput},
+}
+"""The records by their kind in records.jsonl, where a line has the fields of its record."""
+BYTES: dict[type[Record], str] = {Picture: "png", Artifact: "data"}
+"""The field that is a file in the zip; the line has its name, `file`."""
 
 
 class MetricsBuffer:
@@ -132,7 +146,7 @@ class MetricsBuffer:
         self._records.append(Artifact(name, data))
 
     def tags(self, tags: Mapping[str, str]) -> None:
-        self._records.append(Tags(tags))
+        self._records.append(Tags(dict(tags)))
 
     def data_set(self, data_set: DataSetInput) -> None:
         self._records.append(data_set)
@@ -166,24 +180,15 @@ def parse_name(name: str) -> tuple[int, bool] | None:
 def pack(records: list[Record]) -> bytes:
     """`records` as a segment; the same bytes every time."""
     lines, file = [], io.BytesIO()
+    kinds = {record: name for name, record in KINDS.items()}
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for i, record in enumerate(records):
-            line: dict[str, Any]
-            match record:
-                case Metrics(values):
-                    line = {"kind": "metrics", "values": {k: _to_json(v) for k, v in values.items()}}
-                case Picture(key, data):
-                    line = {"kind": "image", "key": key, "file": f"files/{i:06d}"}
-                case Artifact(name, data):
-                    line = {"kind": "artifact", "name": name, "file": f"files/{i:06d}"}
-                case Tags(tags):
-                    line = {"kind": "tags", "tags": dict(tags)}
-                case DataSetInput():
-                    line = {"kind": "data_set", **vars(record)}
-            if isinstance(record, Metrics | Picture):
-                line |= {"images_seen": record.images_seen, "timestamp_ms": record.timestamp_ms}
-            if isinstance(record, Picture | Artifact):
-                archive.writestr(zipfile.ZipInfo(line["file"]), data)
+            line: dict[str, Any] = {"kind": kinds[type(record)], **vars(record)}
+            if isinstance(record, Metrics):
+                line["values"] = {name: _to_json(value) for name, value in record.values.items()}
+            if field := BYTES.get(type(record)):
+                line["file"] = f"files/{i:06d}"
+                archive.writestr(zipfile.ZipInfo(line["file"]), line.pop(field))
             lines.append(json.dumps(line, allow_nan=False) + "\n")
         archive.writestr(zipfile.ZipInfo(INDEX), "".join(lines))
     return file.getvalue()
@@ -219,39 +224,27 @@ def _lines(archive: zipfile.ZipFile) -> list[str]:
 
 def _record(line: str, archive: zipfile.ZipFile) -> Record:
     fields = json.loads(line, parse_constant=_refuse)
-    match fields:
-        case {"kind": "metrics", "values": dict(values), "images_seen": at, "timestamp_ms": ms, **rest}:
-            made: Record = Metrics({k: _from_json(v) for k, v in values.items()}, _count(at), _count(ms))
-        case {
-            "kind": "image",
-            "key": str(key),
-            "file": str(file),
-            "images_seen": at,
-            "timestamp_ms": ms,
-            **rest,
-        }:
-            png = archive.read(file)
-            _check(png.startswith(PNG_SIGNATURE), f"{file} is not a PNG")
-            made = Picture(key, png, _count(at), _count(ms))
-        case {"kind": "artifact", "name": str(name), "file": str(file), **rest}:
+    _check(isinstance(fields, dict), f"not a record: {line:.80}")
+    kind = KINDS[fields.pop("kind")]
+    if field := BYTES.get(kind):
+        _check(field not in fields, f"unknown field {field}")
+        fields[field] = archive.read(fields.pop("file"))
+    record = kind(**fields)
+    match record:
+        case Metrics(dict(values), at, ms):
+            return Metrics({k: _from_json(v) for k, v in values.items()}, _count(at), _count(ms))
+        case Picture(str(), png, at, ms):
+            _check(png.startswith(PNG_SIGNATURE), "a picture is not a PNG")
+            return Picture(record.key, png, _count(at), _count(ms))
+        case Artifact(str(name)):
             _check(_is_relative(name), f"an artifact is called {name!r:.80}")
-            made = Artifact(name, archive.read(file))
-        case {"kind": "tags", "tags": dict(tags), **rest}:
+        case Tags(dict(tags)):
             _check(all(isinstance(value, str) for value in tags.values()), "a tag is not text")
-            made = Tags(tags)
-        case {
-            "kind": "data_set",
-            "name": str(name),
-            "digest": str(digest),
-            "uri": str(uri),
-            "profile": str(profile),
-            **rest,
-        }:
-            made = DataSetInput(name, digest, uri, profile)
+        case DataSetInput(str(), str(), str(), str()):
+            pass
         case _:
-            raise ValueError(f"unknown record {line:.80}")
-    _check(not rest, f"unknown fields in {line:.80}")
-    return made
+            raise ValueError(f"not a record: {line:.80}")
+    return record
 
 
 def _to_json(value: float) -> float | str:
@@ -260,11 +253,8 @@ def _to_json(value: float) -> float | str:
 
 
 def _from_json(value: Any) -> float:
-    if isinstance(value, str):
-        _check(value in NON_FINITE, f"a value is {value!r:.80}")
-        return float(value)
-    _check(isinstance(value, int | float) and not isinstance(value, bool), f"a value is {value!r:.80}")
-    _check(math.isfinite(float(value)), f"a value is {value!r:.80}")
+    is_finite = type(value) in (int, float) and math.isfinite(float(value))
+    _check(is_finite or value in NON_FINITE, f"a value is {value!r:.80}")
     return float(value)
 
 

@@ -85,9 +85,7 @@ def _create_database(database: Path) -> None:
         MlflowClient(f"{SQLITE}{new}")
         with suppress(FileExistsError):  # another process was faster, and may have written to its file
             os.link(new, database)
-    except (
-        OSError
-    ) as error:  # no hard links, or no right to write: MLflow does it in its way, or says why not
+    except OSError as error:  # no hard links, or no right to write: MLflow does it its way, or says why not
         logger.info("%s is not created in a temporary file: %s", database, error)
     else:
         files.sweep(database.parent)  # what is left of processes that were killed
@@ -97,10 +95,8 @@ def _create_database(database: Path) -> None:
 
 def _half_made(database: Path, error: Exception) -> str | None:
     """Sign of an interrupted migration: a leftover table, or SQLite's message; None: there is none."""
-    with (
-        suppress(sqlite3.Error),
-        closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)) as opened,
-    ):
+    read_only = f"{database.absolute().as_uri()}?mode=ro"
+    with suppress(sqlite3.Error), closing(sqlite3.connect(read_only, uri=True)) as opened:
         query = "SELECT name FROM sqlite_master WHERE type = 'table' AND name GLOB '_alembic_tmp_*'"
         if left := opened.execute(query).fetchone():
             return f"table {left[0]} is left over"

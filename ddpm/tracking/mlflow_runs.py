@@ -19,7 +19,7 @@ import math
 import re
 import tempfile
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,9 +81,10 @@ class MlflowRun:
     """One logical run in MLflow, for one thread.
 
     Args:
-        address: the run's identity.
         params: the flat config; logged once.
         patience_s: seconds without a successful call after which time is up.
+
+    Methods raise OutOfTime where MLflow did not answer in time, and Lost where it refuses the run, or has deleted it.
     """
 
     def __init__(self, address: Address, params: Mapping[str, Any], patience_s: float = math.inf) -> None:
@@ -98,26 +99,16 @@ class MlflowRun:
         self._pictures: dict[tuple[str, int], str] = {}
 
     def open(self, running: bool) -> None:
-        """Find or create the run, and update its params; with `running` also its status.
-
-        Raises:
-            OutOfTime: MLflow did not answer in time.
-            Lost: MLflow refuses.
-        """
-        self._surely(self._connect)
+        """Find or create the run, and update its params; with `running` also its status."""
+        self._client = self._surely(connect, self._address.uri)
         self._surely(self._find, running)
 
     def find(self) -> bool:
-        """Whether MLflow has the run. Nothing is created or changed there.
-
-        Raises:
-            OutOfTime: MLflow did not answer in time.
-            Lost: MLflow refuses.
-        """
+        """Whether MLflow has the run. Nothing is created or changed there."""
         database = database_file(self._address.uri)
         if database is not None and not database.exists():
             return False
-        self._surely(self._connect)
+        self._client = self._surely(connect, self._address.uri)
         return bool(self._surely(self._look_for))
 
     def send(self, records: Sequence[Record]) -> bool:
@@ -125,28 +116,22 @@ class MlflowRun:
 
         Returns:
             Whether all is delivered. If not, `call.trouble` gives the reason: send the whole segment again later.
-
-        Raises:
-            OutOfTime: MLflow did not answer in time.
-            Lost: the run was deleted.
         """
-        if not self._hand_over("a look at what it has", self._look_up, records):
-            return False
-        return self._deliver(records)
+        return self._deliver(records, self._look_up)
 
     def add(self, records: Sequence[Record]) -> bool:
         """Deliver values measured beside training, as `send` does, but without changing `ddpm.sent_until`.
 
         A metric is skipped if MLflow's newest value of it at that step is the same.
         """
-        if not self._hand_over("a look at what it has", self._look_for_same, records):
-            return False
-        return self._deliver(records)
+        return self._deliver(records, self._look_for_same)
 
-    def _deliver(self, records: Sequence[Record]) -> bool:
-        """Deliver `records`, except for the metrics among self._points."""
+    def _deliver(self, records: Sequence[Record], look: Callable[[Sequence[Record]], None]) -> bool:
+        """Deliver `records`, except for the metrics that `look` has put into self._points."""
         from mlflow.entities import Metric
 
+        if not self._hand_over("a look at what it has", look, records):
+            return False
         points = [
             Metric(key, value, record.timestamp_ms, record.images_seen)
             for record in records
@@ -192,9 +177,6 @@ class MlflowRun:
         if run.info.status != status:
             self._end(status)
 
-    def _connect(self) -> None:
-        self._client = connect(self._address.uri)
-
     def _find(self, running: bool) -> None:
         from mlflow.entities import Param
 
@@ -205,11 +187,8 @@ class MlflowRun:
             if running:
                 client.update_run(run.info.run_id, status="RUNNING")
         else:
-            tags = {
-                RUN_KEY_TAG: address.run_key,
-                "mlflow.source.name": address.source,
-                "mlflow.source.type": "JOB",
-            }
+            tags = {RUN_KEY_TAG: address.run_key, "mlflow.source.type": "JOB"}
+            tags["mlflow.source.name"] = address.source
             if address.parent_run_id is not None:
                 tags[PARENT_TAG] = address.parent_run_id
             run = client.create_run(self.experiment_id, run_name=address.run_name, tags=tags)

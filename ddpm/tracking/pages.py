@@ -41,12 +41,14 @@ STATUS = {"RUNNING": "Running", "FINISHED": "Finished", "KILLED": "Stopped", "FA
 def params(config: Config) -> dict[str, Any]:
     """The flat config without what has no effect on the images of this run, and without what is None."""
     objective, has_labels = config.objective, config.model.num_classes > 0
+    uses_time = PROCESSES[objective.process].uses_time
     sample = resolve_sample(config.sample, objective)
     is_ancestral, is_second_order = sample.sampler == "ancestral", sample.sampler in ("dpmpp_2m", "heun")
-    schedule = {"kind", "num_timesteps", *SCHEDULES[config.schedule.kind][1]}
+    schedule = {"kind", "num_timesteps", *SCHEDULES[config.schedule.kind][1]} if uses_time else set()
     has_effect = {
         **{f"schedule.{name}": name in schedule for name in configs.flatten(config.schedule)},
-        "objective.min_snr_gamma": objective.weight == "min_snr",
+        **dict.fromkeys(("objective.predict", "objective.weight", "objective.variance"), uses_time),
+        "objective.min_snr_gamma": uses_time and objective.weight == "min_snr",
         "objective.label_dropout": has_labels,
         "sample.guidance_scale": has_labels,
         "sample.rho": sample.spacing == "karras" or (sample.spacing == "auto" and is_second_order),
@@ -56,11 +58,6 @@ def params(config: Config) -> dict[str, Any]:
         "sample.clip_x_0": not is_ancestral,
         "data.max_corrupt_share": config.data.on_corrupt == "substitute",
     }
-    if not PROCESSES[objective.process].uses_time:
-        has_effect |= dict.fromkeys([f"schedule.{name}" for name in configs.flatten(config.schedule)], False)
-        has_effect |= dict.fromkeys(
-            [f"objective.{name}" for name in ("predict", "weight", "min_snr_gamma", "variance")], False
-        )
     return {
         key: value
         for key, value in configs.flatten(config).items()
@@ -96,12 +93,10 @@ def _versions() -> dict[str, str]:
             found[f"version.{name}"] = version(package)
     git = ["git", "-C", str(Path(__file__).parent)]
     with suppress(OSError, subprocess.SubprocessError):
-        how: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 10, "check": True}
-        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], **how)
-        described = subprocess.run(
-            [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], **how
-        )
-        commit, _, dirty = described.stdout.strip().partition("-")
+        how: dict[str, Any] = {"text": True, "timeout": 10, "stderr": subprocess.DEVNULL}
+        subprocess.check_output([*git, "ls-files", "--error-unmatch", Path(__file__).name], **how)
+        describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        commit, _, dirty = subprocess.check_output([*git, *describe], **how).strip().partition("-")
         found |= {"git.commit": commit, "git.dirty": str(bool(dirty)), "mlflow.source.git.commit": commit}
     return found
 

@@ -1,4 +1,7 @@
-"""Reading runs back from MLflow: settings, curves, files. Nothing is created or changed there."""
+"""Reading runs back from MLflow: settings, curves, files. Nothing is created or changed there.
+
+Methods raise Unreadable when MLflow does not answer, or refuses.
+"""
 
 import tempfile
 from pathlib import Path
@@ -24,7 +27,6 @@ class RunReader:
     """The runs in MLflow at `uri`.
 
     Args:
-        uri: MLflow's URI.
         timeout_s: seconds without a successful call after which MLflow is given up, then and for all later calls.
     """
 
@@ -34,20 +36,13 @@ class RunReader:
         self._call = Caller(uri, lambda: False, timeout_s)
 
     def by_id(self, run_id: str) -> "RecordedRun | None":
-        """The run with this id, or None.
-
-        Raises:
-            Unreadable: MLflow does not answer, or refuses.
-        """
-        return self._found("get_run", run_id)
+        """The run with this id, or None."""
+        run = self._is_there() and self.client("get_run", run_id)
+        return RecordedRun(self, run) if run else None
 
     def by_key(self, experiment: str, run_key: str) -> "RecordedRun | None":
-        """The run of this experiment with this run key, or None.
-
-        Raises:
-            Unreadable: MLflow does not answer, or refuses.
-        """
-        there = self._found("get_experiment_by_name", experiment, wrap=False)
+        """The run of this experiment with this run key, or None."""
+        there = self._is_there() and self.client("get_experiment_by_name", experiment)
         run = there and self.ask(find_run, self._client, there.experiment_id, run_key)
         return RecordedRun(self, run) if run else None
 
@@ -56,11 +51,7 @@ class RunReader:
         return self.ask(getattr(self._client, method), *args)
 
     def ask(self, call: Any, *args: Any) -> Any:
-        """call(*args), with retries.
-
-        Raises:
-            Unreadable: MLflow does not answer, or refuses.
-        """
+        """call(*args), with retries; None: MLflow knows no such run."""
         try:
             return self._call(call, *args)
         except Exception as error:
@@ -70,18 +61,18 @@ class RunReader:
             why = str(error) if isinstance(error, Lost) else known or self._call.reason(error)
             raise Unreadable(f"MLflow at {self.where} cannot be read: {why}") from None
 
-    def _found(self, method: str, name: str, wrap: bool = True) -> Any:
+    def _is_there(self) -> bool:
+        """Whether there is anything to read; then it is connected to."""
         database = database_file(self._uri)
         if database is not None and not database.exists():
-            return None
+            return False
         if self._client is None:
             self._client = self.ask(connect, self._uri)
-        found = self.client(method, name)
-        return RecordedRun(self, found) if found and wrap else found
+        return True
 
 
 class RecordedRun:
-    """A run as MLflow has it. Methods raise Unreadable."""
+    """A run as MLflow has it."""
 
     def __init__(self, reader: RunReader, run: Any) -> None:
         self._reader = reader

@@ -3,9 +3,9 @@
 A worker writes a segment before the checkpoint that follows it. Once that checkpoint is committed, the segment is
 final: no restart of the run takes it back. Segments beyond the newest checkpoint wait, since a restart may discard
 them, except for the last segment of a run that failed.
-"""
 
-import contextlib
+Functions raise OSError when storage does not answer.
+"""
 
 import pyarrow.fs as pafs
 
@@ -18,37 +18,19 @@ FOLDER = "tracking"
 
 
 def final(buffer: Location, committed: int) -> list[Location]:
-    """The segments that may be delivered when the newest checkpoint is at `committed`, in order of delivery.
-
-    Raises:
-        OSError: storage does not answer.
-    """
+    """The segments that may be delivered when the newest checkpoint is at `committed`, in order of delivery."""
     return [file for at, failed, file in _segments(buffer) if failed or at <= committed]
 
 
 def discard_after(buffer: Location, images_seen: int) -> None:
-    """Delete the segments beyond `images_seen`, from which the run resumes.
-
-    Raises:
-        OSError: storage does not answer.
-    """
+    """Delete the segments beyond `images_seen`, from which the run resumes."""
     for at, failed, file in _segments(buffer):
         if at > images_seen and not failed:
-            delete(file)
-
-
-def delete(segment: Location) -> None:
-    """Remove a segment, if it is still there."""
-    with contextlib.suppress(FileNotFoundError):
-        segment.filesystem.delete_file(segment.path)
+            file.unlink()
 
 
 def count(buffer: Location, committed: int) -> int:
-    """Number of final records that are not delivered yet; a damaged segment counts as one.
-
-    Raises:
-        OSError: storage does not answer.
-    """
+    """Number of final records that are not delivered yet; a damaged segment counts as one."""
     total = 0
     for file in final(buffer, committed):
         try:

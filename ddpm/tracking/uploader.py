@@ -14,14 +14,14 @@ from typing import Any
 
 from ddpm import config as configs
 from ddpm.checkpoints import checkpoint, runs
-from ddpm.checkpoints.runs import Run
 from ddpm.storage.locations import Location
 from ddpm.tracking import metrics_buffer, pages, spool
 from ddpm.tracking.metrics_buffer import DamagedSegment
 from ddpm.tracking.mlflow_client import Lost, tracking_uri
-from ddpm.tracking.mlflow_runs import Address, MlflowRun, without_password
-from ddpm.tracking.retry import OutOfTime
+from ddpm.tracking.mlflow_runs import Address, MlflowRun
+from ddpm.tracking.retry import OutOfTime, without_password
 from ddpm.utils.errors import UserError
+from ddpm.utils.retry import as_user_error
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,8 @@ MIN_BEGIN_S = 5.0
 """Importing MLflow takes about this long."""
 GRACE_S = 0.3
 """Longer than the 0.1 s between two looks of the waiting thread at its deadline."""
+DELIVERY_TIMEOUT_S = 300.0
+"""How long `close` may take."""
 SILENCE_S = 10.0
 """How long `close` waits before it says so."""
 
@@ -60,7 +62,6 @@ class Uploader:
     """Delivers a run's segments while it trains, from a thread of its own. No method raises; only `close` waits.
 
     Args:
-        address: the run's identity.
         params: the flat config; logged once.
         buffer: the run's folder of segments.
         at_once: False waits for `begin` or `close`, since MLflow takes seconds to import.
@@ -76,14 +77,12 @@ class Uploader:
         self._announced = 0
         self._wake, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="ddpm-mlflow", daemon=True)
-        self._begun = False
         if at_once:
             self.begin()
 
     def begin(self) -> None:
         """Start the thread, which finds or creates the MLflow run."""
-        if not self._begun:
-            self._begun = True
+        if self._thread.ident is None:
             self._thread.start()
 
     def committed(self, images_seen: int) -> None:
@@ -97,11 +96,10 @@ class Uploader:
         """About how many segments MLflow has not taken: those that were found last, and what was announced since."""
         return self._carrier.waiting + self._announced
 
-    def close(self, status: str, timeout_s: float = 300.0, patience_s: float = 30.0) -> Delivery:
+    def close(self, status: str, timeout_s: float = DELIVERY_TIMEOUT_S, patience_s: float = 30.0) -> Delivery:
         """Deliver the rest, and end the MLflow run: FINISHED, FAILED or KILLED. `jobs/sync.py` delivers what is left.
 
         Args:
-            status: MLflow's status of the run.
             timeout_s: seconds after which it gives up; where they are fewer than MIN_BEGIN_S, a delivery that has
                 not begun does not begin.
             patience_s: seconds in which MLflow took nothing after which it gives up.
@@ -112,15 +110,13 @@ class Uploader:
         self._wake.set()
         if timeout_s >= MIN_BEGIN_S:
             self.begin()
-        if self._begun:
+        if self._thread.ident is not None:
             self._wait()
         left = _count_in_time(self._buffer, self._committed, min(timeout_s, COUNT_TIMEOUT_S))
         trouble = self._run.call.trouble
         if left:
-            reason = f": {trouble}" if trouble else ""
-            logger.warning(
-                "MLflow at %s did not take everything (%d records left)%s", self._uri, left, reason
-            )
+            said = f"MLflow at {self._uri} did not take everything ({left} records left)"
+            logger.warning("%s", f"{said}: {trouble}" if trouble else said)
         elif trouble and not self._ended:
             logger.warning("MLflow at %s has not been told how the run ended: %s", self._uri, trouble)
         return Delivery(self._run.run_id, self._run.experiment_id, left, self._ended)
@@ -200,13 +196,11 @@ class _Carrier:
             self._put_aside(file, f"{error}; it stays where it is")
             return 0
         if not self._run.send(gathered):
-            trouble = self._run.call.trouble
-            self._put_aside(
-                file, f"MLflow does not take all of {file.uri}, which is kept for later: {trouble}"
-            )
+            why = f"which is kept for later: {self._run.call.trouble}"
+            self._put_aside(file, f"MLflow does not take all of {file.uri}, {why}")
             return 0
         self._aside.pop(file.uri, None)
-        spool.delete(file)
+        file.unlink()
         self.waiting -= 1
         return len(gathered)
 
@@ -240,29 +234,24 @@ def kept(uri: str, experiment: str | None = None) -> Kept:
         UserError: there is no run, or storage refuses.
     """
     run = runs.existing_run(uri)
-    try:
-        return _kept(run, experiment)
-    except OSError as error:
-        raise UserError(f"{run.location.uri} cannot be read: {error}") from None
-
-
-def _kept(run: Run, experiment: str | None) -> Kept:
     params: dict[str, Any] = {}
     committed, finished = -1, False
-    if found := runs.checkpoints(run.location):
-        card = found[-1].child("config.json")
-        config = configs.from_json(card.read().decode(errors="replace"), card.uri)
-        committed = int(found[-1].path.rpartition(checkpoint.PREFIX)[2])
-        finished, experiment = committed >= config.train.total_images, config.run.experiment
-        params = pages.params(config)
-    elif experiment is None:
-        raise UserError(
-            f"{run.location.uri} has no checkpoint that would name the experiment; give it with --experiment (the "
-            f"--run.experiment of training, by default {configs.RunConfig.experiment})"
-        )
-    address = Address(tracking_uri(), experiment, run.name, run.key)
     buffer = run.location.child(spool.FOLDER)
-    return Kept(address, params, buffer, committed, finished, spool.count(buffer, committed))
+    with as_user_error(f"{run.location.uri} cannot be read"):
+        if found := runs.checkpoints(run.location):
+            card = found[-1].child("config.json")
+            config = configs.from_json(card.read().decode(errors="replace"), card.uri)
+            committed = int(found[-1].path.rpartition(checkpoint.PREFIX)[2])
+            finished, experiment = committed >= config.train.total_images, config.run.experiment
+            params = pages.params(config)
+        elif experiment is None:
+            raise UserError(
+                f"{run.location.uri} has no checkpoint that would name the experiment; give it with --experiment (the "
+                f"--run.experiment of training, by default {configs.RunConfig.experiment})"
+            )
+        records = spool.count(buffer, committed)
+    address = Address(tracking_uri(), experiment, run.name, run.key)
+    return Kept(address, params, buffer, committed, finished, records)
 
 
 def deliver(kept: Kept, timeout_s: float, show: Callable[[int], None]) -> Delivery:

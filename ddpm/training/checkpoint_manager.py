@@ -43,7 +43,6 @@ class CheckpointManager:
     """Stores one run's checkpoints and files from a thread of its own; rank 0 has one.
 
     Args:
-        run: the run's folder.
         keep: the newest so many checkpoints stay, and the best.
         timeout_s: how long storage may fail before the run gives up.
         committed: told the images_seen of every checkpoint that is safe.
@@ -74,11 +73,6 @@ class CheckpointManager:
         self._room.acquire()
         self.check()
         self._todo.put(partial(self._save, snapshot, segment, best))
-
-    def flush_on_error(self, images_seen: int, segment: bytes | None) -> None:
-        """Store what was tracked since the last checkpoint of a run that ends in an error."""
-        if segment is not None:
-            self.publish(f"{spool.FOLDER}/{segment_name(images_seen, last_words=True)}", segment)
 
     def publish(self, name: str, data: bytes) -> None:
         """Store a file that training can do without."""
@@ -116,9 +110,7 @@ class CheckpointManager:
     def _retry_io(self, call: Callable[[], None], where: Location, timeout_s: float | None = None) -> None:
         try:
             retry_io(call, where=where.uri, timeout_s=self._timeout_s if timeout_s is None else timeout_s)
-        except (
-            FileNotFoundError
-        ) as error:  # an answer when reading; to a writer it says that the place is gone
+        except FileNotFoundError as error:  # an answer to a reader; to a writer: the place is gone
             raise StorageError(f"{where.uri}: cannot write there: {error}") from None
 
     def _publish(self, name: str, data: bytes) -> None:
@@ -153,14 +145,16 @@ class CheckpointManager:
         if target.is_local:
             self._retry_io(lambda: _put_in_place(folder, Path(target.path), move), target)
             return
-        self._retry_io(lambda: _uncommit(target), target)
+        self._retry_io(target.child(CHECKSUMS).unlink, target)
         names = sorted(path.name for path in folder.iterdir() if path.name != CHECKSUMS)
         with ThreadPoolExecutor(len(names)) as pool:  # at once: storage may take seconds for a request
             list(pool.map(lambda name: self._upload(folder, target, name), names))
         self._upload(folder, target, CHECKSUMS)
 
     def _upload(self, folder: Path, target: Location, name: str) -> None:
-        self._retry_io(partial(_upload, folder / name, target.child(name)), target)
+        file = str(folder / name), target.child(name).path
+        copy = partial(pafs.copy_files, *file, destination_filesystem=target.filesystem)
+        self._retry_io(copy, target)
 
     def _retire(self) -> None:
         """Remove what is too old, or no longer the best."""
@@ -203,7 +197,7 @@ def latest_valid(run: Location, timeout_s: float, warn: Callable[[str], None]) -
 def begin(run: Location, config: Config, identity: dict[str, Any], warn: Callable[[str], None]) -> None:
     """Make the averaged weights that config.train.init_from names the run's first checkpoint, at 0 images.
 
-    From there on the run resumes as any other: nobody needs the checkpoint they came from again.
+    From there on the run resumes as any other: the checkpoint they came from is not needed again.
 
     Args:
         identity: of the run; goes into state.json.
@@ -212,7 +206,7 @@ def begin(run: Location, config: Config, identity: dict[str, Any], warn: Callabl
         UserError: there is no such checkpoint, or it holds another net.
         StorageError: it cannot be stored.
     """
-    assert config.train.init_from is not None, "who asks has looked"
+    assert config.train.init_from is not None, "asked for"
     state = State.create(config, torch.device("cpu"))
     with resolve.local_checkpoint(config.train.init_from) as folder:
         state.init_from(folder, config)
@@ -228,20 +222,17 @@ def clean_up(run: Location) -> None:
     """Remove what a worker killed while it was writing has left."""
     run.sweep()
     run.child(spool.FOLDER).sweep()
+    prefixes = checkpoint.PREFIX, checkpoint.BEST_PREFIX
     for name in run.folders():
-        is_ours = name.startswith((checkpoint.PREFIX, checkpoint.BEST_PREFIX))
-        if _is_temporary(name) or (is_ours and not run.child(name).child(CHECKSUMS).exists()):
+        is_temporary = name.startswith(tuple(f".{prefix}" for prefix in prefixes))
+        if is_temporary or (name.startswith(prefixes) and not run.child(name).child(CHECKSUMS).exists()):
             remove(run.child(name))
 
 
 def remove(location: Location) -> None:
     """Delete a checkpoint so that at no moment it is one with files missing."""
-    _uncommit(location)
+    location.child(CHECKSUMS).unlink()
     location.delete()
-
-
-def _is_temporary(name: str) -> bool:
-    return name.startswith(f".{checkpoint.PREFIX}") or name.startswith(f".{checkpoint.BEST_PREFIX}")
 
 
 @contextmanager
@@ -274,12 +265,3 @@ def _put_in_place(folder: Path, place: Path, move: bool) -> None:
         files.put_in_place(copy, place)
     finally:
         shutil.rmtree(copy, ignore_errors=True)
-
-
-def _upload(file: Path, target: Location) -> None:
-    pafs.copy_files(str(file), target.path, destination_filesystem=target.filesystem)
-
-
-def _uncommit(location: Location) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        location.filesystem.delete_file(location.child(CHECKSUMS).path)

@@ -26,22 +26,16 @@ class FailureBudget(UserCallback):
     FailureConfig.max_failures counts all failures of a run, however long ago; this one those without a new checkpoint
     in between, so that a week on a flaky cluster is no reason to give up. Preemptions are counted here too: a group
     that leaves in good order before its node goes is none of Ray's failures.
-
-    Args:
-        state: the actor of the run.
     """
 
-    def __init__(self, config: Config, state: Any) -> None:
+    def __init__(self, config: Config, state: Any) -> None:  # `state`: the run's RunState actor
         self._config, self._state = config, state
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         values = ray.get(self._state.snapshot.remote())
         if values.get(run_state.FAILURE) is not None:
             raise RuntimeError("a user's mistake, which no restart mends")
-        if values.get(run_state.STOP) in (
-            run_state.PREEMPTION,
-            run_state.MORE_WORKERS,
-        ):  # not for the next group
+        if values.get(run_state.STOP) in run_state.OF_THIS_GROUP:
             ray.get(self._state.set.remote(run_state.STOP, None))
         limits = self._config.cluster
         deaths = {rank: death for rank, error in worker_exceptions.items() if (death := _death(error))}

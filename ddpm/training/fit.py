@@ -27,12 +27,13 @@ from ddpm.storage import locations
 from ddpm.storage.driver_lock import DriverLock
 from ddpm.tracking import pages, spool
 from ddpm.tracking.mlflow_client import tracking_uri
-from ddpm.tracking.mlflow_runs import Address, without_password
-from ddpm.tracking.uploader import Delivery, Uploader
+from ddpm.tracking.mlflow_runs import Address
+from ddpm.tracking.retry import without_password
+from ddpm.tracking.uploader import DELIVERY_TIMEOUT_S, Delivery, Uploader
 from ddpm.training import checkpoint_manager, run_state
 from ddpm.training.failures import TrainingFailed, last_line, too_many_preemptions
 from ddpm.training.gauges import Gauges
-from ddpm.training.monitor import DriverMonitor, ShouldContinue, always
+from ddpm.training.monitor import DriverMonitor, ShouldContinue
 from ddpm.training.screen import Screen
 from ddpm.training.worker_group import PersistentWorkerGroup
 from ddpm.utils.errors import UserError
@@ -65,7 +66,7 @@ def fit(
     data_set: DataSet,
     *,
     verbose: bool = False,
-    should_continue: ShouldContinue = always,
+    should_continue: ShouldContinue = lambda values: True,
     parent_run_id: str | None = None,
     group: PersistentWorkerGroup | None = None,
     trained: Callable[[], object] = lambda: None,
@@ -96,78 +97,53 @@ def fit(
     with DriverLock(folder, "run", "--run.name", log.warning) as lock:
         if warning := resources.crowding(config, per_worker):
             print(f"warning: {warning}", file=sys.stderr)
-        return _fit(config, data_set, lock, verbose, should_continue, parent_run_id, group, trained)
+        run = runs.open_run(config.run.name, config.run.storage)
+        total_images = config.train.total_images
+        seen = _begins_at(config, data_set, run)
+        if seen >= total_images:
+            return Result(run, seen, runs.checkpoints(run.location)[-1].uri, None)
+        address = Address(tracking_uri(), config.run.experiment, run.name, run.key, parent_run_id)
+        uploader = Uploader(address, pages.params(config), run.location.child(spool.FOLDER), at_once=False)
+        uploader.committed(seen)
+        gauges = Gauges(run.name, total_images, max(seen, 0), lambda: uploader.waiting)
 
+        def look(values: Mapping[str, Any]) -> bool:
+            gauges.update(values)
+            if run_state.PROGRESS in values and monitor.signal is None:  # not before the first step
+                uploader.begin()
+            return should_continue(values) and not lock.is_lost
 
-def _fit(
-    config: Config,
-    data_set: DataSet,
-    lock: DriverLock,
-    verbose: bool,
-    should_continue: ShouldContinue,
-    parent_run_id: str | None,
-    group: PersistentWorkerGroup | None,
-    trained: Callable[[], object],
-) -> Result:
-    """`fit`, of a run that no other process drives."""
-    assert config.run.name is not None
-    run = runs.open_run(config.run.name, config.run.storage)
-    total_images = config.train.total_images
-    seen = _images_seen(config, data_set, run)
-    if seen >= total_images:
-        return Result(run, seen, runs.checkpoints(run.location)[-1].uri, None)
-    if seen < 0 and config.train.init_from is not None:
-        identity = {"run_key": run.key, "data_fingerprint": data_set.rows.fingerprint}
-        checkpoint_manager.begin(run.location, config, identity, log.warning)
-        seen = 0
-    address = Address(tracking_uri(), config.run.experiment, run.name, run.key, parent_run_id)
-    uploader = Uploader(address, pages.params(config), run.location.child(spool.FOLDER), at_once=False)
-    uploader.committed(seen)
-
-    gauges = Gauges(run.name, total_images, max(seen, 0), lambda: uploader.waiting)
-
-    def look(values: Mapping[str, Any]) -> bool:
-        gauges.update(values)
-        if run_state.PROGRESS in values and monitor.signal is None:  # MLflow must not delay the first step
-            uploader.begin()
-        return should_continue(values) and not lock.is_lost
-
-    group = group or PersistentWorkerGroup(config, verbose, persistent=False)
-    possible = None
-    if len(config.cluster.world_sizes()) > 1:
-        possible = partial(resources.possible_workers, config, group.per_worker)
-    status = "FAILED"
-    screen = Screen(run.name, total_images, lambda: uploader.waiting)
-    monitor = DriverMonitor(
-        group.state, screen, uploader.committed, look, possible, config.cluster.resize_interval_s
-    )
-    in_haste = False
-    try:
-        # A trial's command is that of its search.
-        command = None if parent_run_id else shlex.join(["python", *sys.argv])
-        group.submit(config, data_set, run, pages.tags(config, command))
-        with monitor:
-            ended = _train(config, group, monitor)
-        if ended is None:
-            ended = max(seen, 0)
-        lock.check()
-        uploader.committed(ended)  # which the run-state actor may not have lived to tell
-        trained()
-        status = "KILLED" if monitor.was_asked else "FINISHED"
-    except ray.exceptions.RayError as error:
-        raise TrainingFailed(
-            f"the Ray cluster is gone: {last_line(error)}; the same command goes on"
-        ) from None
-    except (KeyboardInterrupt, StorageError):  # where storage fails, what is left cannot be read either
-        in_haste = True
-        raise
-    finally:
-        if in_haste or monitor.signal:
-            delivery = uploader.close(status, HASTY_DELIVERY_TIMEOUT_S)
-        else:
-            delivery = uploader.close(status)
-    newest = runs.checkpoints(run.location)[-1:]
-    return Result(run, ended, newest[0].uri if newest else None, delivery, monitor.signal)
+        group = group or PersistentWorkerGroup(config, verbose, persistent=False)
+        is_elastic = len(config.cluster.world_sizes()) > 1
+        possible = partial(resources.possible_workers, config, group.per_worker) if is_elastic else None
+        screen = Screen(run.name, total_images, lambda: uploader.waiting)
+        every_s = config.cluster.resize_interval_s
+        monitor = DriverMonitor(group.state, screen, uploader.committed, look, possible, every_s)
+        status, timeout_s = "FAILED", DELIVERY_TIMEOUT_S
+        try:
+            # A trial's command is that of its search.
+            command = None if parent_run_id else shlex.join(["python", *sys.argv])
+            group.submit(config, data_set, run, pages.tags(config, command))
+            with monitor:
+                ended = _train(config, group, monitor)
+            if ended is None:
+                ended = max(seen, 0)
+            lock.check()
+            uploader.committed(ended)  # which the run-state actor may not have lived to tell
+            trained()
+            status = "KILLED" if monitor.was_asked else "FINISHED"
+        except ray.exceptions.RayError as error:
+            gone = f"the Ray cluster is gone: {last_line(error)}"
+            raise TrainingFailed(f"{gone}; the same command goes on") from None
+        except (KeyboardInterrupt, StorageError):  # where storage fails, what is left cannot be read either
+            timeout_s = HASTY_DELIVERY_TIMEOUT_S
+            raise
+        finally:
+            if monitor.signal:
+                timeout_s = HASTY_DELIVERY_TIMEOUT_S
+            delivery = uploader.close(status, timeout_s)
+        newest = runs.checkpoints(run.location)[-1:]
+        return Result(run, ended, newest[0].uri if newest else None, delivery, monitor.signal)
 
 
 def _train(config: Config, group: PersistentWorkerGroup, monitor: DriverMonitor) -> int | None:
@@ -181,15 +157,13 @@ def _train(config: Config, group: PersistentWorkerGroup, monitor: DriverMonitor)
         ended, failed = values.get(run_state.ENDED), values.get(run_state.FAILURE) is not None
         return ended is not None and (ended >= config.train.total_images or monitor.was_asked or failed)
 
+    def may_leave(values: Mapping[str, Any]) -> bool:
+        is_waited_for = not group.persistent and monitor.signal is None  # till the workers have left
+        return monitor.is_before_first_step(values) or (not is_waited_for and is_over(values))
+
     while True:
         workers = group.workers()
-        monitor.run(
-            workers,
-            lambda values: (
-                monitor.is_before_first_step(values)
-                or ((group.persistent or monitor.signal is not None) and is_over(values))
-            ),
-        )
+        monitor.run(workers, may_leave)
         values, failure = state.snapshot(), workers.error
         if values.get(run_state.FAILURE) is not None:
             raise values[run_state.FAILURE]
@@ -225,13 +199,17 @@ def _train(config: Config, group: PersistentWorkerGroup, monitor: DriverMonitor)
             state.set(run_state.STOP, None)
 
 
-def _images_seen(config: Config, data_set: DataSet, run: Run) -> int:
-    """Position of the newest whole checkpoint; -1: there is none.
+def _begins_at(config: Config, data_set: DataSet, run: Run) -> int:
+    """Position of the newest whole checkpoint, also of one made now from train.init_from; -1: there is none.
 
     Raises:
         UserError: the run was begun with another configuration, or on other data.
     """
     with checkpoint_manager.latest_valid(run.location, config.run.storage_timeout_s, log.warning) as folder:
+        if folder is None and config.train.init_from is not None:
+            identity = {"run_key": run.key, "data_fingerprint": data_set.rows.fingerprint}
+            checkpoint_manager.begin(run.location, config, identity, log.warning)
+            return 0
         if folder is None:
             return -1
         where = f"{run.location.uri}/{folder.name}"
@@ -261,14 +239,11 @@ def summary(result: Result) -> list[str]:
             f"MLflow      {delivery.undelivered} records could not be delivered to {where}; they are kept in "
             f"{folder}/{spool.FOLDER}, and `python jobs/sync.py {folder}` delivers them"
         )
-    elif not delivery.ended and result.signal:  # sync.py tells the ends of finished runs
-        lines.append(
-            f"MLflow      {where} has not been told that the run stopped; when it goes on, it will be"
-        )
     elif not delivery.ended:
-        lines.append(
-            f"MLflow      {where} has not been told how the run ended; `python jobs/sync.py {folder}` does"
-        )
+        untold = f"how the run ended; `python jobs/sync.py {folder}` does"
+        if result.signal:  # sync.py tells the ends of finished runs
+            untold = "that the run stopped; when it goes on, it will be"
+        lines.append(f"MLflow      {where} has not been told {untold}")
     else:
         lines.append(f"MLflow      run {delivery.run_id} in {where}")
         if where.startswith("http"):

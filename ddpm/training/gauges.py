@@ -2,7 +2,7 @@
 
 Every node of a Ray cluster exports the gauges of its processes. These are the driver's, which lives while workers
 come and go: `train/images_per_s` is `ray_ddpm_train_images_per_s`, labelled with the run. Setting one takes
-microseconds and waits for nobody.
+microseconds and blocks nothing.
 """
 
 import re
@@ -21,8 +21,6 @@ class Gauges:
     """The gauges of one run; they end with the calls of `update`, since Ray forgets one that is not set again (2.60).
 
     Args:
-        run: its name.
-        total_images: to train on in all.
         images_seen: where the run is before anything is known of its workers.
         waiting: returns how many checkpoints' records MLflow has not taken.
     """
@@ -36,11 +34,8 @@ class Gauges:
         """Set every gauge to the state of the run, the values of its RunState."""
         if progress := values.get(run_state.PROGRESS):
             self._position["images_seen"] = progress.images_seen
-        found = {
-            **self._position,
-            "spool_segments": self._waiting(),
-            "workers": values.get(run_state.WORKERS, 0),
-        }
+        workers = values.get(run_state.WORKERS, 0)
+        found = self._position | {"spool_segments": self._waiting(), "workers": workers}
         metrics = values.get(run_state.METRICS, {})
         found |= {name: points[-1][1] for name, points in metrics.items() if not name.startswith(IN_RAY)}
         for name, value in found.items():

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import tenacity
@@ -23,7 +22,7 @@ from ddpm.tracking.metrics_buffer import MetricsBuffer, segment_name
 from ddpm.tracking.mlflow_client import tracking_uri
 from ddpm.tracking.mlflow_runs import Address
 from ddpm.tracking.spool import FOLDER as SPOOL
-from ddpm.tracking.uploader import Delivery, Uploader
+from ddpm.tracking.uploader import DELIVERY_TIMEOUT_S, Delivery, Uploader
 
 logger = logging.getLogger(__name__)
 
@@ -87,15 +86,13 @@ class MlflowCallback(UserCallback):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if error is None or isinstance(error, Exception):
             self.close("FAILED" if error else "FINISHED")
-        else:  # who presses Ctrl-C does not wait
+        else:  # after Ctrl-C nothing is waited for
             self.close("KILLED", timeout_s=1.0)
 
-    def close(self, status: str, timeout_s: float = 300.0) -> Delivery:
+    def close(self, status: str, timeout_s: float = DELIVERY_TIMEOUT_S) -> Delivery:
         """Deliver what is left, as `Uploader.close` does, and end the MLflow run: FINISHED, FAILED or KILLED."""
         delivery = Uploader(self._address, self._params, self._spool).close(status, timeout_s)
         if delivery.undelivered:

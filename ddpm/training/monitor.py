@@ -20,10 +20,6 @@ POLL_INTERVAL_S = 0.5
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def always(values: Mapping[str, Any]) -> bool:
-    return True
-
-
 class CallThread(threading.Thread):
     """A call in a thread of its own, which begins at once.
 
@@ -66,7 +62,7 @@ class StopSignals:
 
     @property
     def again(self) -> str:
-        """What another Ctrl-C does, for the person who typed one."""
+        """What another Ctrl-C does, as a part of a message."""
         return " (Ctrl-C again: at once)" if self.signal == signal.SIGINT else ""
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -82,8 +78,6 @@ class DriverMonitor(StopSignals):
     nothing is waited for.
 
     Args:
-        state: of the run.
-        screen: what a person sees.
         committed: called with the position of each new checkpoint.
         should_continue: called at every look, with the run's state; if not, training ends as by a signal.
         possible: called every `resize_interval_s` with the number of workers that train; returns how many could; None:
@@ -95,7 +89,7 @@ class DriverMonitor(StopSignals):
         state: RunStateClient,
         screen: Screen,
         committed: Callable[[int], None],
-        should_continue: ShouldContinue = always,
+        should_continue: ShouldContinue = lambda values: True,
         possible: Callable[[int], int] | None = None,
         resize_interval_s: float = 0.0,
     ) -> None:
@@ -138,11 +132,10 @@ class DriverMonitor(StopSignals):
             name = signal.Signals(self.signal).name
             self._state.set(run_state.STOP, name)
             self._told = True
+            line = f"ending with this step, and leaving a checkpoint of it{self.again}"
             if self.is_before_first_step(self._state.snapshot()):
-                print(f"{name}: ending before the first step", file=sys.stderr)
-            else:
-                line = f"{name}: ending with this step, and leaving a checkpoint of it{self.again}"
-                print(line, file=sys.stderr)
+                line = "ending before the first step"
+            print(f"{name}: {line}", file=sys.stderr)
         values = self._state.snapshot()
         self._screen.update(values)
         for line in values[run_state.WARNINGS][self._warned :]:
@@ -162,9 +155,8 @@ class DriverMonitor(StopSignals):
         """Ask the workers to leave with a checkpoint where the next group can be larger."""
         workers = values.get(run_state.WORKERS)
         is_leaving = values.get(run_state.STOP) or values.get(run_state.ENDED)
-        if self._possible is None or workers is None or is_leaving:
-            return
-        if time.monotonic() - self._looked_at < self._wait_s:
+        is_early = time.monotonic() - self._looked_at < self._wait_s
+        if self._possible is None or workers is None or is_leaving or is_early:
             return
         self._looked_at = time.monotonic()
         if self._possible(workers) <= workers:

@@ -17,7 +17,7 @@ from ddpm.config import Config
 from ddpm.data.corrupt import CorruptImages, Substitution
 from ddpm.data.reading import DataSet
 from ddpm.tracking import spool
-from ddpm.tracking.metrics_buffer import MetricsBuffer
+from ddpm.tracking.metrics_buffer import MetricsBuffer, segment_name
 from ddpm.training import checkpoint_manager, run_state
 from ddpm.training.checkpoint_manager import CheckpointManager
 from ddpm.training.runtime import CORRUPT
@@ -45,7 +45,7 @@ class RankZero:
     def __init__(
         self, config: Config, data_set: DataSet, run: Run, state: Any, buffer: MetricsBuffer
     ) -> None:
-        self._run, self._state, self._buffer = run, state, buffer
+        self._run, self._state, self._buffer, self._warn = run, state, buffer, state.warn.remote
         self._timeout_s = config.run.storage_timeout_s
         self.checkpoints = CheckpointManager(
             run.location, config.train.keep_checkpoints, self._timeout_s, self._committed, self._warn
@@ -103,7 +103,10 @@ class RankZero:
         self.checkpoints.save(snapshot, self._buffer.take(), best)
 
     def flush_on_error(self) -> None:
-        self.checkpoints.flush_on_error(self._images_seen, self._buffer.take())
+        """Store what was tracked since the last checkpoint, since there will be no other."""
+        if segment := self._buffer.take():
+            name = segment_name(self._images_seen, last_words=True)
+            self.checkpoints.publish(f"{spool.FOLDER}/{name}", segment)
         self.checkpoints.flush()
 
     def close(self) -> None:
@@ -139,9 +142,6 @@ class RankZero:
         took = time.monotonic() - self._saved_at.pop(images_seen, time.monotonic())
         self._state.measured.remote({"checkpoint_seconds": took}, images_seen)
 
-    def _warn(self, line: str) -> None:
-        self._state.warn.remote(line)
-
     def _listen(self) -> None:
         while not self._stop.is_set() and not self._closed.is_set():
             if ray.get(self._state.snapshot.remote()).get(run_state.STOP):
@@ -152,7 +152,7 @@ class RankZero:
         return retry_io(call, where=self._run.location.uri, timeout_s=self._timeout_s)
 
     def _read_progress(self) -> tuple[int, int]:
-        """How far the run was before, as far as anybody knows: (images_seen, images_lost)."""
+        """The furthest position that is known of the run, and the images lost before: (images_seen, images_lost)."""
         record = self._run.location.child(PROGRESS)
         try:
             written = json.loads(self._retry_io(record.read))

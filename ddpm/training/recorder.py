@@ -36,16 +36,14 @@ CONSTANT = {"train/goodput": 1.0, "data/corrupt_images": 0.0, "train/skipped_ste
 class Recorder:
     """Follows one worker's training; `after_step` does whatever has become due."""
 
-    _grad_norm: Tensor
-
     def __init__(
         self, config: Config, runtime: Runtime, tracker: Tracker, state: State, objective: Objective
     ) -> None:
         self._config, self._runtime, self._state, self._objective = config, runtime, state, objective
         self._tracker = tracker if runtime.rank == 0 else NoTracker()
+        self._candidate = state.ema.net, config, objective
         self._held_out = runtime.held_out()
-        self._progress_at = 0.0
-        self._images_per_s = 0.0
+        self._progress_at = self._images_per_s = 0.0
         self._grad_norm = torch.zeros((), device=runtime.device)
         self._start_interval()
 
@@ -81,11 +79,9 @@ class Recorder:
                 self._draw_final()
         if self._due(config.checkpoint_every_images) or finished:
             self._judge_and_save()
-        elif stopping and self._runtime.rank == 0:  # at once: somebody is about to be taken away
+        elif stopping and self._runtime.rank == 0:  # at once: a node may be about to be taken away
             self._save(best=False)
-        if self._runtime.rank == 0 and (
-            finished or time.perf_counter() - self._progress_at > PROGRESS_INTERVAL_S
-        ):
+        if finished or time.perf_counter() - self._progress_at > PROGRESS_INTERVAL_S:
             self._tell()
 
     def is_due(self) -> bool:
@@ -105,7 +101,7 @@ class Recorder:
         device = self._runtime.device
         self._began, self._wait_s = time.perf_counter(), 0.0
         self._began_at_images = self._state.images_seen
-        # Of the loss; by quarter of t, of the errors and of the images.
+        # Sums of the loss; then, by quarter of t, of the errors and of the images.
         self._sums = torch.zeros(9, device=device)
 
     def _rate(self) -> float:
@@ -148,15 +144,16 @@ class Recorder:
         self._start_interval()
 
     def _tell(self, loss: float | None = None) -> None:
-        if self._runtime.rank == 0:
-            num_images = self._sums[5:].sum()
-            if loss is None and num_images > 0:
-                loss = (self._sums[0] / num_images).item()
-            self._progress_at = time.perf_counter()
-            rate = self._rate() if num_images > 0 else self._images_per_s
-            total = self._config.train.total_images
-            if loss is not None:
-                self._runtime.progress(Progress(self._state.images_seen, total, rate, loss))
+        if self._runtime.rank != 0:
+            return
+        num_images = self._sums[5:].sum()
+        if loss is None and num_images > 0:
+            loss = (self._sums[0] / num_images).item()
+        self._progress_at = time.perf_counter()
+        rate = self._rate() if num_images > 0 else self._images_per_s
+        if loss is not None:
+            total_images = self._config.train.total_images
+            self._runtime.progress(Progress(self._state.images_seen, total_images, rate, loss))
 
     def _held_out_batch(self, held_out: Images, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """x_0 [B, C, H, W], and the labels if the net wants them."""
@@ -186,15 +183,14 @@ class Recorder:
         stop = min(PILOT_IMAGES + BOUND_IMAGES, len(held_out.image) if held_out and has_bound else 0)
         if held_out is None or stop < PILOT_IMAGES + 2:
             return {}
-        candidate, variance = (self._state.ema.net, config, self._objective), measure.bound_variance(config)
         pilot = Images(held_out.image[:PILOT_IMAGES], held_out.label[:PILOT_IMAGES])
-        how: dict[str, Any] = {"device": runtime.device, "variance": variance}
-        how["measured"] = measure.measure(*candidate, pilot, **how)
+        how: dict[str, Any] = {"device": runtime.device, "variance": measure.bound_variance(config)}
+        how["measured"] = measure.measure(*self._candidate, pilot, **how)
         bits, size = torch.zeros(stop, device=runtime.device), config.train.micro_batch_size
         for start in range(PILOT_IMAGES, stop, size)[runtime.rank :: runtime.world_size]:
             part = slice(start, min(start + size, stop))
             batch = Images(held_out.image[part], held_out.label[part])
-            found = measure.bits_per_dim(*candidate, batch, start=start, num_draws=BOUND_DRAWS, **how)
+            found = measure.bits_per_dim(*self._candidate, batch, start=start, num_draws=BOUND_DRAWS, **how)
             bits[part] = torch.from_numpy(found.total).to(bits)
         bits = (runtime.mean(bits) * runtime.world_size)[PILOT_IMAGES:]
         error = bits.std() / len(bits) ** 0.5
@@ -217,9 +213,7 @@ class Recorder:
         runtime, config = self._runtime, self._config
         per_rank = -(-config.sample.num_images // runtime.world_size)
         mine = range(runtime.rank, per_rank * runtime.world_size, runtime.world_size)
-        drawn = runtime.gather(
-            generate.draw(self._state.ema.net, config, self._objective, mine, device=runtime.device)
-        )
+        drawn = runtime.gather(generate.draw(*self._candidate, mine, device=runtime.device))
         order = torch.arange(len(drawn)).reshape(runtime.world_size, per_rank).T.reshape(-1)
         grid = images.grid(drawn.cpu()[order][: config.sample.num_images].numpy())
         if runtime.rank != 0:
@@ -236,8 +230,7 @@ class Recorder:
         self._tracker.image("samples", grid, seen)
         if self._held_out is not None:
             x_0, label = self._held_out_batch(self._held_out, 0, STRIP_IMAGES)
-            strip = generate.denoising_strip(self._state.ema.net, config, self._objective, x_0, label)
-            self._tracker.image("denoising", strip, seen)
+            self._tracker.image("denoising", generate.denoising_strip(*self._candidate, x_0, label), seen)
 
     def _draw_final(self) -> None:
         """The pictures that tell what the run was about: noise in, noise out."""
@@ -247,13 +240,8 @@ class Recorder:
         if self._held_out is not None:
             x_0, _ = self._held_out_batch(self._held_out, 0, STRIP_IMAGES)
             pictures["forward_noising.png"] = images.png_bytes(generate.noising_strip(self._config, x_0))
-        strip, gif = generate.trajectory(
-            self._state.ema.net,
-            self._config,
-            self._objective,
-            range(STRIP_IMAGES),
-            device=self._runtime.device,
-        )
+        some = range(STRIP_IMAGES)
+        strip, gif = generate.trajectory(*self._candidate, some, device=self._runtime.device)
         pictures |= {"reverse_trajectory.png": images.png_bytes(strip), "reverse_trajectory.gif": gif}
         for name, data in pictures.items():
             self._tracker.artifact(f"pictures/{name}", data)

@@ -25,6 +25,8 @@ PREEMPTION = "preemption"
 """A value of STOP: a node of the workers is about to be taken away."""
 MORE_WORKERS = "more workers"
 """A value of STOP: nodes have come, and the next worker group can be larger."""
+OF_THIS_GROUP = (PREEMPTION, MORE_WORKERS)
+"""Values of STOP for which the worker group leaves; the next one goes on."""
 ENDED = "ended"
 """images_seen at which the workers last left the loop."""
 COMMITTED = "committed"
@@ -68,8 +70,7 @@ class RunState:
     def submit(self, spec: RunSpec) -> None:
         """Tell the workers of a run; what was set of another is forgotten, but not where they are."""
         self._spec = spec
-        place = self._values.get(PLACE)
-        self._values = {NUMBER: spec.number, WARNINGS: [], PLACE: place}
+        self._values = {NUMBER: spec.number, WARNINGS: [], PLACE: self._values.get(PLACE)}
 
     def restore(self, spec: RunSpec | None, values: dict[str, Any]) -> dict[str, Any]:
         """Take over what was in an actor that died, except where there is later news; returns everything."""
@@ -88,9 +89,9 @@ class RunState:
         """The run for workers that have done with run `after`; and a word that is another after a restart."""
         if self._closed:
             return "leave", self._life
-        has_ended = self._values.get(ENDED) is not None
-        waits = self._spec is None or self._spec.number <= after or has_ended
-        return "wait" if waits or self._spec is None else self._spec, self._life
+        if self._spec is None or self._spec.number <= after or self._values.get(ENDED) is not None:
+            return "wait", self._life
+        return self._spec, self._life
 
     def ended(self, number: int, images_seen: int) -> str:
         """The workers have left the loop of run `number`; returns the word that `next_run` does."""

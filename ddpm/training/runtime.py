@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from ddpm.checkpoints import checkpoint
 from ddpm.config import Config
 from ddpm.data.corrupt import CorruptImages
-from ddpm.data.plan import ReadOrder, last_position, micro_batches_per_step
+from ddpm.data.plan import ReadOrder, last_position
 from ddpm.data.reading import DataSet, Images, MicroBatch, RankBatch, cut
 from ddpm.training.device import LateFlags, stack_flags
 from ddpm.utils import files
@@ -33,9 +32,7 @@ class Tracker(Protocol):
     """Where curves and pictures go. No call may block or raise: tracking never hurts training."""
 
     def metrics(self, values: dict[str, float], images_seen: int) -> None: ...
-
     def image(self, key: str, image: NDArray[np.uint8], images_seen: int) -> None: ...
-
     def artifact(self, name: str, data: bytes) -> None: ...
 
 
@@ -43,9 +40,7 @@ class NoTracker:
     """Tracks nothing: every rank but the first."""
 
     def metrics(self, values: dict[str, float], images_seen: int) -> None: ...
-
     def image(self, key: str, image: NDArray[np.uint8], images_seen: int) -> None: ...
-
     def artifact(self, name: str, data: bytes) -> None: ...
 
 
@@ -60,30 +55,24 @@ class Runtime(Protocol):
 
     def wrap(self, net: nn.Module) -> nn.Module:
         """`net` with its gradients averaged over the workers."""
-        ...
 
     def batches(self, images_seen: int) -> Iterator[MicroBatch]:
         """This rank's micro-batches, from the global batch at `images_seen` to the end of training.
 
         Every rank calls it; reading may begin at once.
         """
-        ...
 
     def held_out(self) -> Images | None:
         """The first config.train.held_out_images held-out images; None: there are none."""
-        ...
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over the workers, elementwise."""
-        ...
 
     def gather(self, values: Tensor) -> Tensor:
         """[n, ...] of every rank as [world_size * n, ...], rank after rank."""
-        ...
 
     def latest_checkpoint(self) -> AbstractContextManager[Path | None]:
         """The newest committed checkpoint as a local folder."""
-        ...
 
     def any_of(self, *flags: Tensor | bool, at_once: bool) -> tuple[Tensor, list[int]]:
         """Whether each flag is set on any rank. Every rank calls it, in every step.
@@ -91,65 +80,44 @@ class Runtime(Protocol):
         Returns:
             [n] bool on the device, and what `LateFlags.read` says of this step and those before.
         """
-        ...
 
     def wants_stop(self) -> bool:
         """Whether this rank has been asked to end training after the step it is in."""
-        ...
 
     def save(self, snapshot: checkpoint.Snapshot, best: bool) -> None:
         """Store a checkpoint, now or in the background (rank 0 only); `best`: it has the lowest held-out loss."""
-        ...
 
     def flush(self) -> None:
         """Return when all that was saved and published is stored."""
-        ...
 
     def facts(self) -> dict[str, float]:
         """What is to be logged beside the loss (rank 0's counts)."""
-        ...
 
     def progress(self, progress: Progress) -> None:
-        """Tell whoever watches (rank 0 only)."""
-        ...
+        """Report how far training is (rank 0 only)."""
 
     def publish(self, name: str, data: bytes) -> None:
         """Write a file into the run's folder (rank 0 only)."""
-        ...
 
 
 class LocalRuntime:
-    """One process, plain torch: tests, benchmarks, and reading the loop in a debugger.
-
-    Args:
-        config: the run.
-        train: the split to train on.
-        held_out: the split to judge on, if there is one.
-        folder: the run's folder.
-        run_key: names the logical run.
-    """
+    """One process, plain torch: tests, benchmarks, and reading the loop in a debugger."""
 
     rank = 0
     world_size = 1
 
-    @cached_property
-    def _flags(self) -> LateFlags:
-        return LateFlags()
-
-    def __init__(
-        self, config: Config, train: DataSet, held_out: DataSet | None, folder: Path, run_key: str = ""
-    ):
+    def __init__(self, config: Config, train: DataSet, held_out: DataSet | None, folder: Path) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.identity = {"run_key": run_key, "data_fingerprint": train.rows.fingerprint}
+        self.identity = {"run_key": "", "data_fingerprint": train.rows.fingerprint}
         self._config, self._train, self._held_out, self._folder = config, train, held_out, folder
         self._corrupt = CorruptImages(train.rows.num_rows, config.data.max_corrupt_share)
+        self._flags = LateFlags()
 
     def wrap(self, net: nn.Module) -> nn.Module:
         return net
 
     def batches(self, images_seen: int) -> Iterator[MicroBatch]:
         train = self._config.train
-        micro_batches_per_step(train.batch_size, train.micro_batch_size, self.world_size)
         return cut(self._batches(images_seen), 0, 1, train.batch_size, train.micro_batch_size)
 
     def _batches(self, images_seen: int) -> Iterator[RankBatch]:
@@ -198,11 +166,9 @@ class LocalRuntime:
             shutil.rmtree(path)
 
     def flush(self) -> None: ...
-
+    def progress(self, progress: Progress) -> None: ...
     def facts(self) -> dict[str, float]:
         return {"data/corrupt_images": float(self._corrupt.count)}
-
-    def progress(self, progress: Progress) -> None: ...
 
     def publish(self, name: str, data: bytes) -> None:
         path = self._folder / name

@@ -24,14 +24,14 @@ WIDTH = 40
 LEVELS, ASCII_LEVELS = "▁▂▃▄▅▆▇█", "._-~=+*#"
 
 
-def sparkline(values: list[float], width: int = WIDTH, levels: str = LEVELS) -> str:
+def sparkline(values: list[float], levels: str = LEVELS) -> str:
     """A curve as a line of text: the lowest value as the first of `levels`, the highest tenth as the last.
 
-    Values that are not finite are left out; where there are more than `width`, each character is a mean. The highest
+    Values that are not finite are left out; where there are more than WIDTH, each character is a mean. The highest
     tenth is cut, since a loss begins so high that the rest would be one level.
     """
     values = [value for value in values if math.isfinite(value)]
-    count = min(width, len(values))
+    count = min(WIDTH, len(values))
     edges = [len(values) * i // count for i in range(count + 1)] if count else [0]
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(means, default=0.0), sorted(means)[-1 - count // 10] if means else 0.0
@@ -43,8 +43,6 @@ class Screen:
     """A context that shows a run: `update` is called again and again with its state.
 
     Args:
-        name: of the run.
-        total_images: to train on in all.
         waiting: returns how many checkpoints' records MLflow has not taken.
     """
 
@@ -82,8 +80,8 @@ class Screen:
             speed = f"{self._speed()}  loss {progress.loss:.4f}"
             self._lines.update(min(progress.images_seen, self._total), speed)
 
-    def _newest(self, metric: str) -> float | None:
-        return next(reversed(self._curves.get(metric, {}).values()), None)
+    def _newest(self, metric: str, otherwise: float | None = None) -> float | None:
+        return next(reversed(self._curves.get(metric, {}).values()), otherwise)
 
     def _speed(self) -> str:
         mfu = self._newest("train/mfu")
@@ -105,11 +103,11 @@ class Screen:
         bar = ProgressBar(self._total, seen, width=WIDTH)
         table.add_row("images", bar, f"{seen:,} of {self._total:,}  {_duration(left)} left")
         workers = self._values.get(run_state.WORKERS, 1)
-        goodput = self._newest("train/goodput")
-        goodput = 1.0 if goodput is None else goodput  # it is not logged while nothing has been lost
+        goodput = self._newest("train/goodput", 1.0)  # it is not logged while nothing has been lost
         useful = f"  goodput {goodput:.1%}" if self._curves else ""
         table.add_row("speed", self._speed(), f"{workers} worker{'s' * (workers > 1)}{useful}")
-        levels, give_or_take = self._characters()
+        has_unicode = self._live.console.encoding.startswith("utf")
+        levels, give_or_take = (LEVELS, "±") if has_unicode else (ASCII_LEVELS, "+-")
         for name, metric in CURVES.items():
             if (newest := self._newest(metric)) is not None:
                 curve = sparkline([*self._curves[metric].values()], levels=levels)
@@ -117,22 +115,13 @@ class Screen:
                 shown = f"{newest:.4f} {give_or_take} {error:.4f}" if error is not None else f"{newest:.4f}"
                 table.add_row(name, curve, shown, style="cyan" if name == "loss" else "green")
         if self._committed >= 0:
-            age = _duration(time.monotonic() - self._committed_at)
-            table.add_row("checkpoint", f"{self._committed:,} images, {age} ago", self._delivered())
+            age, waiting = _duration(time.monotonic() - self._committed_at), self._waiting()
+            state = f"{waiting} checkpoint{'s' * (waiting > 1)} behind" if waiting else "up to date"
+            table.add_row("checkpoint", f"{self._committed:,} images, {age} ago", f"MLflow: {state}")
         for metric in self._curves:
             if gpu := GPU_MEMORY.fullmatch(metric):
                 table.add_row(f"GPU {gpu[1]}", f"{self._newest(metric):.0f} % of its memory")
         return table
-
-    def _characters(self) -> tuple[str, str]:
-        """The levels of curves, and the sign before an error, that the terminal has."""
-        return (LEVELS, "±") if self._live.console.encoding.startswith("utf") else (ASCII_LEVELS, "+-")
-
-    def _delivered(self) -> str:
-        waiting = self._waiting()
-        return (
-            f"MLflow: {waiting} checkpoint{'s' * (waiting > 1)} behind" if waiting else "MLflow: up to date"
-        )
 
 
 def _duration(seconds: float) -> str:

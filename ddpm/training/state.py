@@ -25,17 +25,12 @@ from ddpm.utils.seeding import GENERATOR
 
 def lr_at(config: Config, images_seen: int) -> float:
     """The learning rate of the step that begins after `images_seen` images: warm-up, then the schedule."""
-    optim = config.optim
-    if images_seen < optim.lr_warmup_images:
-        return (
-            optim.lr
-            * (images_seen + config.train.batch_size)
-            / (optim.lr_warmup_images + config.train.batch_size)
-        )
+    optim, warmup, batch_size = config.optim, config.optim.lr_warmup_images, config.train.batch_size
+    if images_seen < warmup:
+        return optim.lr * (images_seen + batch_size) / (warmup + batch_size)
     if optim.lr_schedule == "constant":
         return optim.lr
-    length = max(config.train.total_images - optim.lr_warmup_images, 1)
-    progress = min((images_seen - optim.lr_warmup_images) / length, 1.0)
+    progress = min((images_seen - warmup) / max(config.train.total_images - warmup, 1), 1.0)
     return optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -82,17 +77,16 @@ class State:
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """AdamW's state by weight: {"input.weight.exp_avg": ..., ".exp_avg_sq", ".step"}."""
-        tensors = {}
-        for name, weight in self.net.named_parameters():
-            for key, value in self.optimizer.state.get(weight, {}).items():
-                tensors[f"{name}.{key}"] = value
-        return tensors
+        return {
+            f"{name}.{key}": value
+            for name, weight in self.net.named_parameters()
+            for key, value in self.optimizer.state.get(weight, {}).items()
+        }
 
     def optimizer_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of `optimizer_tensors` after a step."""
         shapes: dict[str, tuple[int, ...]] = {}
-        for name, weight in self.net.named_parameters():
-            shape = tuple(weight.shape)
+        for name, shape in checkpoint.shapes(dict(self.net.named_parameters())).items():
             shapes |= {f"{name}.step": (), f"{name}.exp_avg": shape, f"{name}.exp_avg_sq": shape}
         return shapes
 
@@ -179,9 +173,8 @@ class State:
         for name, tensor in tensors.items():
             least = {"step": 1.0, "exp_avg_sq": 0.0}.get(name.rpartition(".")[2], -math.inf)
             if bool((tensor < least).any()):
-                raise UserError(
-                    f"{path} is damaged: {name} holds {tensor.min().item()}; it must be at least {least}"
-                )
+                holds = f"{name} holds {tensor.min().item()}"
+                raise UserError(f"{path} is damaged: {holds}; it must be at least {least}")
         return tensors
 
 

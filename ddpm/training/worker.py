@@ -150,16 +150,13 @@ class RayRuntime:
     @contextmanager
     def latest_checkpoint(self) -> Iterator[Path | None]:
         """Rank 0 looks for it and tells the others, so that all restore the same one."""
-        timeout_s, name = self._config.run.storage_timeout_s, None
         with ExitStack() as stack:
-            if self._rank_zero:
-                folder = stack.enter_context(self._rank_zero.restored())
-                name = folder.name if folder else None
-            name = ray.train.collective.broadcast_from_rank_zero(name)
+            folder = stack.enter_context(self._rank_zero.restored()) if self._rank_zero else None
+            name = ray.train.collective.broadcast_from_rank_zero(folder.name if folder else None)
             if not self._rank_zero and name:
-                place = self._run.location.child(name)
+                place, timeout_s = self._run.location.child(name), self._config.run.storage_timeout_s
                 folder = stack.enter_context(resolve.as_folder(place, timeout_s))
-            yield folder if name else None
+            yield folder
 
     def save(self, snapshot: checkpoint.Snapshot, best: bool) -> None:
         assert self._rank_zero, "rank 0 saves"
@@ -184,7 +181,6 @@ class RayRuntime:
         self._rank_zero.checkpoints.publish(name, data)
 
     def flush_on_error(self) -> None:
-        """Store what was tracked since the last checkpoint, since there will be no other."""
         if self._rank_zero:
             self._rank_zero.flush_on_error()
 

@@ -164,7 +164,7 @@ def work(spec: dict[str, Any]) -> None:
         if ended is not None:
             told = ray.get(state.ended.remote(number, ended))
         reason = ray.get(state.snapshot.remote()).get(run_state.STOP)
-        if not spec["persistent"] or reason in (run_state.PREEMPTION, run_state.MORE_WORKERS):
+        if not spec["persistent"] or reason in run_state.OF_THIS_GROUP:
             return
 
 
@@ -184,7 +184,7 @@ def _run_one(
     except UserError as error:
         ray.get(state.set.remote(run_state.FAILURE, error))
         runtime.flush_on_error()
-        # Of a loss that is not finite, all workers know in the same step.
+        # All workers learn of a loss that is not finite in the same step.
         if not (spec["persistent"] and isinstance(error, loop.NonFinite)):
             raise
     finally:

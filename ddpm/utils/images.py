@@ -64,7 +64,9 @@ def grid(images: Pixels, columns: int | None = None, min_side: int = 48) -> Pixe
     Raises:
         ValueError: images are not such an array, or columns < 1.
     """
-    tiles = _enlarged(_rgb(images), min_side)
+    tiles = _rgb(images)
+    factor = max(1, math.ceil(min_side / min(tiles.shape[1:3])))
+    tiles = tiles.repeat(factor, axis=1).repeat(factor, axis=2)
     if columns is None:
         columns = math.ceil(math.sqrt(len(tiles)))
     if columns < 1:
@@ -78,13 +80,12 @@ def grid(images: Pixels, columns: int | None = None, min_side: int = 48) -> Pixe
     return picture
 
 
-def strip(rows: Sequence[Pixels], captions: Sequence[str] = (), min_side: int = 48) -> Pixels:
+def strip(rows: Sequence[Pixels], captions: Sequence[str] = ()) -> Pixels:
     """Rows of frames, one below the other: trajectories, or images beside their reconstructions.
 
     Args:
         rows: each uint8 [F, H, W, C], all of the same shape.
         captions: one per column, written above it; empty for no captions.
-        min_side: as in `grid`.
 
     Returns:
         uint8 [H', W', 3].
@@ -97,7 +98,7 @@ def strip(rows: Sequence[Pixels], captions: Sequence[str] = (), min_side: int = 
             f"rows have shapes {[row.shape for row in rows]}; they must be alike, and at least one"
         )
     columns = len(rows[0])
-    picture = grid(np.concatenate(rows), columns, min_side)
+    picture = grid(np.concatenate(rows), columns)
     if not captions:
         return picture
     if len(captions) != columns:
@@ -156,8 +157,3 @@ def _rgb(images: Pixels) -> Pixels:
         got = f"{images.dtype} {images.shape}"
         raise ValueError(f"images are {got}; they must be uint8 [N, H, W, C], N at least 1, C 1 or 3")
     return np.broadcast_to(images, (*images.shape[:3], 3))
-
-
-def _enlarged(images: Pixels, min_side: int) -> Pixels:
-    factor = max(1, math.ceil(min_side / min(images.shape[1:3])))
-    return images.repeat(factor, axis=1).repeat(factor, axis=2)

@@ -27,12 +27,7 @@ def printable(text: str) -> str:
 
 
 class Display:
-    """A context that shows how many of `total` are done.
-
-    Args:
-        description: the thing counted, "training" for example.
-        total: the final count.
-    """
+    """A context that shows how many of `total` are done; `description` names what is counted."""
 
     def __init__(self, description: str, total: int) -> None:
         self._description, self._total = description, total

@@ -4,11 +4,11 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay
-from tenacity.wait import wait_random_exponential
+import tenacity
 
 from ddpm.utils.errors import UserError
 
@@ -42,16 +42,18 @@ def retry_io(call: Callable[[], T], *, where: str, timeout_s: float) -> T:
         StorageError: the time is over; it names the time tried and the last answer.
         FileNotFoundError: at once, since a retry would not change it.
     """
-    backoff = wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S, min=FIRST_WAIT_S / 2)
+    backoff = tenacity.wait_random_exponential(
+        multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S, min=FIRST_WAIT_S / 2
+    )
 
-    def wait(state: RetryCallState) -> float:
+    def wait(state: tenacity.RetryCallState) -> float:
         return max(0.0, min(backoff(state), timeout_s - (state.seconds_since_start or 0.0)))
 
-    began = time.monotonic()
-    retrying = Retrying(
-        retry=retry_if_exception(_is_failure),
+    began, not_missing = time.monotonic(), tenacity.retry_if_not_exception_type(FileNotFoundError)
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(OSError) & not_missing,
         wait=wait,
-        stop=stop_after_delay(timeout_s),
+        stop=tenacity.stop_after_delay(timeout_s),
         reraise=True,
     )
     try:
@@ -65,6 +67,15 @@ def retry_io(call: Callable[[], T], *, where: str, timeout_s: float) -> T:
         ) from None
 
 
+@contextmanager
+def as_user_error(what: str) -> Iterator[None]:
+    """A context in which what storage refuses becomes a UserError of one line that begins with `what`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what}: {answer(error)}") from None
+
+
 def answer(error: BaseException) -> str:
     """The message of storage: one line, of bounded length, without credentials."""
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
@@ -75,7 +86,3 @@ def answer(error: BaseException) -> str:
             text = text.replace(secret, "***")
     text = re.sub(_LOOKS_SECRET, "***", text)
     return text if len(text) <= LONGEST_ANSWER else f"{text[:LONGEST_ANSWER]}..."
-
-
-def _is_failure(error: BaseException) -> bool:
-    return isinstance(error, OSError) and not isinstance(error, FileNotFoundError)

@@ -43,9 +43,8 @@ def _model(kind: Any) -> Any:
 
 def _line(error: Any, kind: Any) -> str:
     first = error.errors(include_url=False)[0]
-    *parents, key = [reprlib.repr(key).strip("'") for key in first["loc"]] or [
-        ""
-    ]  # may hold control characters
+    # Keys may hold control characters.
+    *parents, key = [reprlib.repr(key).strip("'") for key in first["loc"]] or [""]
     within = "".join(f"{parent}: " for parent in parents)
     match first["type"]:
         case "json_invalid":
