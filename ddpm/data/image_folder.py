@@ -25,6 +25,7 @@ from ddpm.data.row_group import open_image
 from ddpm.data.sources import Labels, Pixels, Square, divide
 from ddpm.utils.errors import UserError
 from ddpm.utils.progress import printable
+from ddpm.utils.retry import as_user_error
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 """What Pillow may take a file for, whatever its name: some formats that it knows start programs (EPS: Ghostscript)."""
@@ -242,7 +243,8 @@ def check_size(size: int) -> None:
 
 def digest_of_files(root: Path, files: Iterable[Path]) -> str:
     """Which files there are: a hash of their names below `root` and their sizes."""
-    listing = sorted((f.relative_to(root).as_posix(), f.stat().st_size) for f in files)
+    with as_user_error(f"cannot read {root}"):  # where a file was removed after it was listed, for example
+        listing = sorted((f.relative_to(root).as_posix(), f.stat().st_size) for f in files)
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 

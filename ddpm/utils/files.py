@@ -49,9 +49,14 @@ def write_whole(path: Path, data: bytes, *, durable: bool = True) -> None:
 
 
 def put_in_place(folder: Path, place: Path) -> None:
-    """Name `folder`, which `sync_tree` has put on disk, `place`; another folder there is removed first."""
-    shutil.rmtree(place, ignore_errors=True)
-    folder.rename(place)
+    """Name `folder`, which `sync_tree` has put on disk, `place`; another folder there is removed first.
+
+    Raises:
+        OSError: it may be called again, also where only the name is not on disk yet.
+    """
+    if folder.exists():
+        shutil.rmtree(place, ignore_errors=True)
+        folder.rename(place)
     sync(place.parent)
 
 

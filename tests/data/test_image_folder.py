@@ -136,6 +136,8 @@ def test_a_file_that_has_gone_is_named(tmp_path: Path) -> None:
         (tmp_path / f"{i}.png").unlink()
     with pytest.raises(UserError, match=r"cannot read .*\.png: No such file"):
         source.read("train", 0, 1)
+    with pytest.raises(UserError, match=r"cannot read .*\.png'"):
+        source.identity()
 
 
 def test_another_content_is_another_identity(tmp_path: Path) -> None:
