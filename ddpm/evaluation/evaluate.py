@@ -53,6 +53,15 @@ class Images(NamedTuple):
     """uint8 [N, H, W, C]: the first MAX_PAIRWISE of the way; none if no nearest training images are searched."""
 
 
+class Nearness(NamedTuple):
+    """Distances of the images of one way to training images."""
+
+    shares: tuple[NearerShare, ...] = ()
+    """In the feature net's space and in pixels."""
+    pairs: Pairs | None = None
+    """The nearest pairs, in the feature net's space."""
+
+
 class EvalWorker:
     """The state of a worker: all candidates, and the data they are compared with."""
 
@@ -77,7 +86,7 @@ class EvalWorker:
         variance = measure.bound_variance(config, self._settings.variance)
         return measure.measure(net, config, objective, train, variance, device=self._device)
 
-    def bits(self, piece: Piece, measured: Measured) -> BitsPerDim:
+    def bits(self, piece: Piece, measured: Mapping[int, Measured]) -> BitsPerDim:
         """The bound of the held-out images of a piece."""
         net, config, objective = self._candidates[piece.candidate]
         return measure.bits_per_dim(
@@ -88,22 +97,20 @@ class EvalWorker:
             start=piece.start,
             device=self._device,
             variance=measure.bound_variance(config, self._settings.variance),
-            measured=measured,
+            measured=measured[piece.candidate],
             num_draws=self._settings.num_draws,
             seed=self._settings.seed,
         )
 
-    def draw(self, piece: Piece, measured: Measured | None) -> Images:
+    def draw(self, piece: Piece, measured: Mapping[int, Measured]) -> Images:
         """Sample the images of a piece."""
-        candidate, indices = self._candidates[piece.candidate], range(piece.start, piece.stop)
-        sample = self._ways[piece.candidate][piece.way]
         features, image = measure.drawn_features(
-            *candidate,
+            *self._candidates[piece.candidate],
             self._feature_net,
-            indices,
+            range(piece.start, piece.stop),
             device=self._device,
-            sample=sample,
-            x_0_error=measured.x_0_error if measured else None,
+            sample=self._ways[piece.candidate][piece.way],
+            x_0_error=measured[piece.candidate].x_0_error if piece.candidate in measured else None,
         )
         kept = MAX_PAIRWISE if self._settings.num_train_images else 0
         return Images(features, image[: max(0, kept - piece.start)])
@@ -151,16 +158,8 @@ def _bits(
 ) -> dict[int, BitsPerDim]:
     """Bits/dim by candidate."""
     pieces = [Piece(i, 0, *part) for i in sorted(measured) for part in _parts(num_images)]
-    done = _watched("bits/dim", pool.map(partial(_bits_of, measured=measured), pieces), pieces)
+    done = _watched("bits/dim", pool.map(partial(EvalWorker.bits, measured=measured), pieces), pieces)
     return {i: BitsPerDim.merge(*(done[piece] for piece in pieces if piece.candidate == i)) for i in measured}
-
-
-def _bits_of(worker: EvalWorker, piece: Piece, measured: Mapping[int, Measured]) -> BitsPerDim:
-    return worker.bits(piece, measured[piece.candidate])
-
-
-def _images_of(worker: EvalWorker, piece: Piece, measured: Mapping[int, Measured]) -> Images:
-    return worker.draw(piece, measured.get(piece.candidate))
 
 
 def _drawn(
@@ -172,19 +171,10 @@ def _drawn(
     """The sampled images, by candidate and way."""
     places = [[(i, way) for way in range(len(of_candidate))] for i, of_candidate in enumerate(ways)]
     pieces = [Piece(*place, *part) for row in places for place in row for part in _parts(num_images)]
-    done = _watched("images sampled", pool.map(partial(_images_of, measured=measured), pieces), pieces)
+    done = _watched("images sampled", pool.map(partial(EvalWorker.draw, measured=measured), pieces), pieces)
     return [
         [_joined([done[piece] for piece in pieces if piece[:2] == place]) for place in row] for row in places
     ]
-
-
-class Nearness(NamedTuple):
-    """Distances of the images of one way to training images."""
-
-    shares: tuple[NearerShare, ...] = ()
-    """In the feature net's space and in pixels."""
-    pairs: Pairs | None = None
-    """The nearest pairs, in the feature net's space."""
 
 
 def _joined(parts: Sequence[Images]) -> Images:
@@ -247,6 +237,11 @@ def _result(
     config, position = candidate.config, candidate.position
     own = replace(resolved(config, config.sample), seed=settings.seed)
     label = generate.labels(config, range(settings.num_images)) if config.model.num_classes else None
+    found = []
+    for way, images, nearness in drawn:
+        scores = score(by.feature_net.name, images.features, by.real, by.other_real, label)
+        picture = plots.nearest(nearness.pairs) if nearness.pairs else b""
+        found.append(Drawn(way, way == own, (*scores, *nearness.shares), picture))
     return CheckpointResult(
         checkpoint=candidate.uri,
         weights_sha256=candidate.weights_sha256,
@@ -258,18 +253,7 @@ def _result(
         variance=measure.bound_variance(config, settings.variance) if bits else "",
         variance_is_default=settings.variance == "auto",
         bits=tuple(bits.scores()) if bits else (),
-        drawn=tuple(
-            Drawn(
-                way,
-                way == own,
-                (
-                    *score(by.feature_net.name, images.features, by.real, by.other_real, label),
-                    *nearness.shares,
-                ),
-                plots.nearest(nearness.pairs) if nearness.pairs else b"",
-            )
-            for way, images, nearness in drawn
-        ),
+        drawn=tuple(found),
         num_classes=config.model.num_classes,
     )
 

@@ -57,12 +57,11 @@ def store(report: Report, place: Location, timeout_s: float = MLFLOW_TIMEOUT_S) 
     _write(place, report.to_json().encode())
     yield f"results     {place.uri}"
     picture = plots.picture(report)
-    beside = Path(place.path).with_suffix(".png").name
-    shown = replace(place, uri=_sibling(place.uri, beside), path=_sibling(place.path, beside))
+    shown = _beside(place, Path(place.path).with_suffix(".png").name)
     _write(shown, picture)
     yield f"picture     {shown.uri}"
     for name, _, drawn in nearest_pictures(report, Path(place.path).name):
-        nearest = replace(place, uri=_sibling(place.uri, name), path=_sibling(place.path, name))
+        nearest = _beside(place, name)
         _write(nearest, drawn.nearest)
         yield f"nearest     {nearest.uri}"
     yield from publish(report, picture, timeout_s)
@@ -114,5 +113,6 @@ def _write(file: Location, data: bytes) -> None:
         raise UserError(f"cannot write {file.uri}: {error}") from None
 
 
-def _sibling(path: str, name: str) -> str:
-    return f"{path.rpartition('/')[0]}/{name}"
+def _beside(file: Location, name: str) -> Location:
+    uri, path = (f"{where.rpartition('/')[0]}/{name}" for where in (file.uri, file.path))
+    return replace(file, uri=uri, path=path)
