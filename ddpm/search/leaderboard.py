@@ -100,17 +100,10 @@ def standings(trials: Sequence[Trial], place: Location, metric: Metric, base: Co
     drawn = [trial for trial in order if trial.drawn]
     of_kid = ranks([trial.drawn["value"] for trial in drawn], [trial.drawn["error"] for trial in drawn])
     by_kid = dict(zip([trial.number for trial in drawn], of_kid, strict=True))
-    rest = sorted(
-        (trial for trial in trials if trial.number not in by_bits),
-        key=lambda t: (-t.last.images_seen, t.last.value(metric)) if t.last else (0, float(t.number)),
-    )
+    rest = [trial for trial in trials if trial.number not in by_bits]
+    rest.sort(key=lambda trial: (-trial.images_seen, trial.value(metric)))
     return [
-        Standing(
-            trial,
-            _leftover(configs.override(base, trial.changes)),
-            by_bits.get(trial.number),
-            by_kid.get(trial.number),
-        )
+        Standing(trial, _leftover(base, trial), by_bits.get(trial.number), by_kid.get(trial.number))
         for trial in (*order, *rest)
     ]
 
@@ -122,7 +115,7 @@ def columns(found: Sequence[Standing]) -> dict[str, list[Any]]:
     return {
         "trial": [s.trial.name for s in found],
         "status": [s.trial.status for s in found],
-        "images_seen": [last.images_seen if last else 0 for last in lasts],
+        "images_seen": [s.trial.images_seen for s in found],
         **{key: [s.trial.changes.get(key) for s in found] for key in keys},
         "sqrt_D_alpha_bar_T": [s.leftover for s in found],
         "train_loss": [last.train_loss if last else None for last in lasts],
@@ -138,12 +131,11 @@ def columns(found: Sequence[Standing]) -> dict[str, list[Any]]:
 
 
 def parquet(found: Sequence[Standing]) -> bytes:
-    file = io.BytesIO()
     made = {
         name: [str(v) if isinstance(v, tuple | list) else v for v in values]
         for name, values in columns(found).items()
     }
-    pq.write_table(pa.table(made), file)
+    pq.write_table(pa.table(made), file := io.BytesIO())
     return file.getvalue()
 
 
@@ -217,32 +209,20 @@ def _shown(found: Sequence[Standing]) -> tuple[list[str], list[list[str]]]:
     for s in found:
         last, drawn = s.trial.last, s.trial.drawn
         status = s.trial.status + (f": {s.trial.reason[:80]}" if s.trial.reason else "")
-        row = [
-            s.trial.name + (" !" if s.is_flagged else ""),
-            status,
-            f"{last.images_seen:,}" if last else "0",
-        ]
+        row = [s.trial.name + (" !" if s.is_flagged else ""), status, f"{s.trial.images_seen:,}"]
         row += ["" if (v := s.trial.changes.get(key)) is None else short(v) for key in keys]
-        row += (
-            [f"{last.train_loss:.4f}", _estimate(last.bits_per_dim, last.bits_per_dim_error)]
-            if last
-            else ["", ""]
-        )
+        row += [f"{last.train_loss:.4f}", last.shown] if last else ["", ""]
         row.append(str(s.by_bits or ""))
         if with_kid:
-            row += [_estimate(drawn["value"], drawn["error"]) if drawn else "", str(s.by_kid or "")]
+            row += [f"{drawn['value']:.4f} ± {drawn['error']:.4f}" if drawn else "", str(s.by_kid or "")]
         rows.append(row)
     return names, rows
-
-
-def _estimate(value: float, error: float) -> str:
-    return f"{value:.4f} ± {error:.4f}"
 
 
 def bits_of(trial: Trial, place: Location, timeout_s: float = 0.0) -> tuple[float, ...]:
     """Bits/dim of each held-out image at the trial's last rung; storage may fail for `timeout_s`."""
     assert trial.last is not None
-    file = place.child(trial.name).child(JUDGED).child(f"{trial.last.images_seen:012d}.json")
+    file = place.child(trial.name).child(JUDGED).child(f"{trial.images_seen:012d}.json")
     try:
         text = retry_io(file.read, where=file.uri, timeout_s=timeout_s)
         return Judged.from_json(text, file.uri).bits
@@ -250,6 +230,7 @@ def bits_of(trial: Trial, place: Location, timeout_s: float = 0.0) -> tuple[floa
         raise UserError(f"cannot read {file.uri}: {error}") from None
 
 
-def _leftover(config: Config) -> float:
-    """sqrt(D alpha_bar_T)."""
+def _leftover(base: Config, trial: Trial) -> float:
+    """sqrt(D alpha_bar_T) of the trial's config."""
+    config = configs.override(base, trial.changes)
     return float((config.model.num_dims * schedules.build(config.schedule).alpha_bar[-1]).sqrt())
