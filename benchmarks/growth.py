@@ -112,15 +112,8 @@ def main() -> None:
     by_size = [(16, size) for size in arguments.sizes]
     speed = measure(arguments, list(dict.fromkeys(by_batch + by_size)))
     by_workers = measure_workers(arguments) if arguments.device == "cpu" else {}
-    names = [
-        "batch",
-        "image",
-        "GFLOP an image",
-        "float32, images/s",
-        "GFLOP/s",
-        "bfloat16, images/s",
-        "GFLOP/s",
-    ]
+    of_precisions = [name for precision in PRECISIONS for name in (f"{precision}, images/s", "GFLOP/s")]
+    names = ["batch", "image", "GFLOP an image", *of_precisions]
     rows = []
     for batch, edge in dict.fromkeys(by_batch + by_size):
         flops = gigaflops(Case(batch_size=batch, image_size=edge).config())

@@ -130,10 +130,8 @@ def race(arguments: Arguments, names: Sequence[Name]) -> None:
     with ended_after(list(waiting.values())):
         while waiting:
             for name, contestant in list(waiting.items()):
-                left_s = (
-                    60 * arguments.minutes - trained(name, arguments, contestant.turns, time.time()).wall_s
-                )
-                contestant.turn(min(arguments.turn_s, left_s))
+                wall_s = trained(name, arguments, contestant.turns, time.time()).wall_s
+                contestant.turn(min(arguments.turn_s, 60 * arguments.minutes - wall_s))
                 wall_s = trained(name, arguments, contestant.turns, time.time()).wall_s
                 print(f"{name:10} trained {wall_s / 60:5.2f} minutes", flush=True)
                 if contestant.ended or wall_s > 60 * arguments.minutes - 1:
@@ -234,9 +232,8 @@ def draw(
     for start in range(0, n, BATCH_SIZE):
         generators = [PhiloxGenerator(0, Purpose.SAMPLE, i) for i in range(start, min(start + BATCH_SIZE, n))]
         noise = PerImageNoise(generators, shape)
-        drawn.append(
-            images.to_uint8(sampler(lambda x_t, t: objective.denoise(net, x_t, t, None), noise, None))
-        )
+        x_0 = sampler(lambda x_t, t: objective.denoise(net, x_t, t, None), noise)
+        drawn.append(images.to_uint8(x_0))
     return torch.cat(drawn)
 
 
@@ -258,17 +255,8 @@ def judge(arguments: Arguments) -> None:
             continue
         drawn = draw(*load(name, snapshot.path, arguments), shape, arguments.num_images)
         value, error = kid(features_of(by, drawn), real)
-        judged.append(
-            Judged(
-                name,
-                snapshot.images_seen,
-                had.wall_s / 60,
-                had.cpu_s / 60,
-                value,
-                error,
-                arguments.num_images,
-            )
-        )
+        minutes = had.wall_s / 60, had.cpu_s / 60
+        judged.append(Judged(name, snapshot.images_seen, *minutes, value, error, arguments.num_images))
         print(f"{name:10} {judged[-1].minutes:5.2f} minutes: KID {value:.4f} +- {error:.4f}", flush=True)
         (arguments.folder / JUDGED).write_text(json.dumps([asdict(j) for j in judged], indent=1))
         grid = images.png_bytes(images.grid(drawn[:64].numpy()))
@@ -280,12 +268,8 @@ def chosen(arguments: Arguments) -> list[tuple[Name, Snapshot, Spent]]:
     found: list[tuple[float, Name, Snapshot, Spent]] = []
     for name in NAMES:
         turns = read_turns(arguments.of(name)) or []
-        every = (
-            [(s, trained(name, arguments, turns, s.written)) for s in snapshots(name, arguments)]
-            if turns
-            else []
-        )
-        for mark in (share * arguments.minutes for share in MARKS) if every else ():
+        every = [(s, trained(name, arguments, turns, s.written)) for s in snapshots(name, arguments)]
+        for mark in (share * arguments.minutes for share in MARKS) if turns and every else ():
             snapshot, had = min(every, key=lambda one: abs(one[1].wall_s / 60 - mark))
             if (name, snapshot, had) not in [one[1:] for one in found]:
                 found.append((mark, name, snapshot, had))
@@ -340,17 +324,10 @@ def plot(arguments: Arguments) -> None:
     reached = tables.table(
         ["trainer", "weights", *(f"minutes to KID {value:g}" for value in THRESHOLDS), "images/s"], rows
     )
-    points = (
-        [
-            j.name,
-            f"{j.minutes:.2f}",
-            f"{j.cpu_minutes:.2f}",
-            f"{j.images_seen:,}",
-            f"{j.kid:.4f} ± {j.error:.4f}",
-        ]
-        for curve in curves.values()
-        for j in curve
-    )
+    points: list[list[object]] = []
+    for j in (j for curve in curves.values() for j in curve):
+        minutes = f"{j.minutes:.2f}", f"{j.cpu_minutes:.2f}"
+        points.append([j.name, *minutes, f"{j.images_seen:,}", f"{j.kid:.4f} ± {j.error:.4f}"])
     tables.write(
         __file__,
         "Time to quality",
