@@ -92,9 +92,8 @@ def contestant(row: str, folder: Path) -> Contestant:
         "RAY_AUTH_MODE": "disabled",
         "MLFLOW_TRACKING_URI": "http://127.0.0.1:9",
     }
-    return Contestant(
-        [sys.executable, str(TRAIN), "digits", *FLAGS, *flags], folder, kept | own | environment
-    )
+    command = [sys.executable, str(TRAIN), "digits", *FLAGS, *flags]
+    return Contestant(command, folder, kept | own | environment)
 
 
 def start(row: str, run: Contestant, folder: Path) -> None:
@@ -153,17 +152,13 @@ def write(
 ) -> None:
     """The table, as Markdown."""
     quiet = statistics.median(speeds[OURS, 0])
-    names = [
-        "",
-        *(head for n in neighbours for head in (f"{n} busy: images/s", "of ours alone", "all turns")),
-    ]
-    cells: list[list[str]] = []
-    for row in rows:
-        cells.append([row])
-        for n in neighbours:
+    names, cells = [""], [[row] for row in rows]
+    for n in neighbours:
+        names += [f"{n} busy: images/s", "of ours alone", "all turns"]
+        for row, line in zip(rows, cells, strict=True):
             median = statistics.median(speeds[row, n])
             every = ", ".join(f"{value:,.0f}" for value in speeds[row, n])
-            cells[-1] += [f"{median:,.0f}", f"{median / quiet:.2f}", every]
+            line += [f"{median:,.0f}", f"{median / quiet:.2f}", every]
     lines = tables.table(names, cells)
     if arguments.quick:
         print("\n".join(lines))

@@ -288,21 +288,17 @@ def main() -> None:
             result = run_peer(arguments, case, name, decoder, int(start))
         processes.answer(result)
         os._exit(0)  # without waiting for workers that read ahead
-    if arguments.folder is not None:
-        arguments.folder.mkdir(parents=True, exist_ok=True)
-        compete(arguments)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        compete(replace(arguments, folder=Path(folder)))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        compete(replace(arguments, folder=folder), folder)
 
 
-def compete(arguments: Arguments) -> None:
+def compete(arguments: Arguments, folder: Path) -> None:
     """Start the server, make the data, and let everybody read."""
     import boto3
     from support.servers import S3Server
 
-    folder = arguments.folder
-    assert folder is not None
     with S3Server(folder / "s3") as server:
         # mosaicml-streaming has a name of its own for the endpoint.
         os.environ.update(server.client_env | {"S3_ENDPOINT_URL": server.endpoint, "OMP_NUM_THREADS": "1"})

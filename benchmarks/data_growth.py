@@ -40,9 +40,8 @@ def manifest_of(row_groups: int) -> Manifest:
     shards = []
     for k, first in enumerate(range(0, row_groups, GROUPS_PER_SHARD)):
         groups = (ROWS,) * min(GROUPS_PER_SHARD, row_groups - first)
-        shards.append(
-            Shard(f"train/{k:05d}.parquet", sum(groups), groups, 1, "0" * 64, tuple("0" * 64 for _ in groups))
-        )
+        checksum, path = "0" * 64, f"train/{k:05d}.parquet"
+        shards.append(Shard(path, sum(groups), groups, 1, checksum, (checksum,) * len(groups)))
     return make_manifest("growth", 32, 32, 3, "raw", [], {"train": shards}, "")
 
 
@@ -119,18 +118,13 @@ def main() -> None:
     left.set(xlabel="row groups", ylabel="ms")
     left.legend(frameon=False)
     right.semilogx(list(held), list(held.values()), marker="o")
-    right.set(
-        xlabel="images (32x32x3)", ylabel="MiB at the peak of reading", ylim=(0, 1.3 * max(held.values()))
-    )
+    right.set(xlabel="images (32x32x3)", ylabel="MiB at the peak of reading")
+    right.set_ylim(0, 1.3 * max(held.values()))
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=120)
     plan_rows = (
-        [f"{n:,}", f"{n * ROWS:,}", *(f"{found[key]:.2f}" for key in QUANTITIES)]
-        for n, found in plans.items()
+        [f"{n:,}", f"{n * ROWS:,}", *(f"{of[key]:.2f}" for key in QUANTITIES)] for n, of in plans.items()
     )
-    held_rows = (
-        [f"{images:,}", f"{images * 3072 / 2**20:,.0f} MiB", f"{mebibytes:,.0f} MiB"]
-        for images, mebibytes in held.items()
-    )
+    held_rows = ([f"{n:,}", f"{n * 3072 / 2**20:,.0f} MiB", f"{mib:,.0f} MiB"] for n, mib in held.items())
     tables.write(
         __file__,
         "What more data costs",

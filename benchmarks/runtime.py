@@ -136,9 +136,7 @@ class Meter:
         progress = notes.get("progress")
         due = not self._samples or time.monotonic() - self._samples[-1][0] > SAMPLE_S
         if progress is not None and progress.images_seen >= self._first and due:
-            seen = {
-                process.pid: (_title(process), processes.cpu_s(process)) for process in processes.family()
-            }
+            seen = {p.pid: (_title(p), processes.cpu_s(p)) for p in processes.family()}
             self._samples.append((time.monotonic(), seen))
         return True
 
@@ -240,8 +238,8 @@ def write(arguments: Arguments, found: Mapping[tuple[int, int, str], list[Found]
     )
     names = ["workers x threads", "", "images/s", "of torchrun", "waits", "cores of Ray Data", "of the rest"]
     rows = []
-    for (workers, threads, name), runs in found.items():
-        key = (workers, threads, name)
+    for key, runs in found.items():
+        workers, threads, name = key
         ratio = speed[key] / speed[workers, threads, "torchrun"]
         cores = [
             f"{statistics.median(values):.3f}" if None not in values else "-"
@@ -263,10 +261,8 @@ def write(arguments: Arguments, found: Mapping[tuple[int, int, str], list[Found]
     ]
     for (workers, threads, name), runs in found.items():
         if runs[-1].by_process:
-            said = ", ".join(
-                f"{kind} {cores:.3f}" for kind, cores in runs[-1].by_process.items() if cores > 5e-4
-            )
-            lines.append(f"- {workers} x {threads}, {titles[name]}: {said}")
+            cores = (f"{kind} {number:.3f}" for kind, number in runs[-1].by_process.items() if number > 5e-4)
+            lines.append(f"- {workers} x {threads}, {titles[name]}: {', '.join(cores)}")
     tables.write(__file__, "What Ray costs", *lines)
 
 

@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from harness import tables
 
 from ddpm.build import build_net
 from ddpm.cluster.worker_pool import WorkerPool
-from ddpm.config import Config
+from ddpm.config import Config, override
 from ddpm.hub import export
 from ddpm.models.unet import UNet
 from ddpm.presets import PRESETS
@@ -65,9 +65,8 @@ def pipeline(config: Config, net: UNet, device: torch.device) -> Any:
 
 def measure(arguments: Arguments, preset: str, sampler: str) -> list[tuple[float, float]]:
     """Images/s of diffusers and of ours, a pair a repeat."""
-    config, n = PRESETS[preset], arguments.num_images
-    sample = replace(config.sample, sampler=sampler, num_sample_steps=arguments.num_sample_steps)
-    config = replace(config, sample=sample)
+    values = {"sample.sampler": sampler, "sample.num_sample_steps": arguments.num_sample_steps}
+    config, n = override(PRESETS[preset], values), arguments.num_images
     net = build_net(config).eval().requires_grad_(False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     drawer = pipeline(config, net, device)
@@ -89,12 +88,10 @@ def measure(arguments: Arguments, preset: str, sampler: str) -> list[tuple[float
         best = min(arguments.batch_sizes, key=lambda size: seconds(lambda: theirs(size)))
         found = []
         for _ in range(arguments.repeats):
-            found.append((n / seconds(lambda: theirs(best)), n / seconds(ours)))
-            a, b = found[-1]
-            print(
-                f"{preset} {sampler}: diffusers (batches of {best}) {a:.2f}, ours {b:.2f} images/s",
-                flush=True,
-            )
+            a, b = n / seconds(lambda: theirs(best)), n / seconds(ours)
+            found.append((a, b))
+            said = f"diffusers (batches of {best}) {a:.2f}, ours {b:.2f} images/s"
+            print(f"{preset} {sampler}: {said}", flush=True)
     return found
 
 

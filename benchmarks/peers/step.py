@@ -81,16 +81,12 @@ class Case:
 
     def config(self) -> Config:
         """Attention of another size of image stays at half of it, or at 16x16."""
-        config = CASES[self.case]
-        if self.batch_size:
-            grain = self.batch_size
-            train = dataclasses.replace(config.train, batch_size=grain, micro_batch_size=grain)
-            config = dataclasses.replace(config, train=train)
-        if self.image_size:
-            size, attention = self.image_size, (min(16, self.image_size // 2),)
-            model = dataclasses.replace(config.model, image_size=size, attention_resolutions=attention)
-            config = dataclasses.replace(config, model=model)
-        return config
+        batch, size, values = self.batch_size, self.image_size, dict[str, Any]()
+        if batch:
+            values |= {"train.batch_size": batch, "train.micro_batch_size": batch}
+        if size:
+            values |= {"model.image_size": size, "model.attention_resolutions": (min(16, size // 2),)}
+        return override(CASES[self.case], values)
 
     def flags(self) -> list[str]:
         """What makes a program of this case its own."""
@@ -300,8 +296,7 @@ def main() -> None:
         train_ours(config, micro_batches(config, turns(share)))
         return
     # Peers take the batch whole.
-    train = dataclasses.replace(config.train, micro_batch_size=config.train.batch_size)
-    config = dataclasses.replace(config, train=train)
+    config = override(config, {"train.micro_batch_size": config.train.batch_size})
     batches = float_batches(config, turns(1), arguments.device)
     if name in DIFFUSERS:
         train_diffusers(config, batches, **DIFFUSERS[name])
