@@ -115,7 +115,7 @@ def start(row: str, run: Contestant, folder: Path) -> None:
 
 @contextlib.contextmanager
 def busy(number: int) -> Iterator[None]:
-    """So many processes that take all they can get of a core meanwhile."""
+    """A context in which `number` processes take all they can get of a core."""
     neighbours = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(number)]
     try:
         yield

@@ -35,9 +35,9 @@ BUCKET = "s3://bench"
 RUNS = {"raw": 0.95, "encoded": 4.0, "small": 2.0}
 """Epochs of a run, at most; of mosaicml-streaming's from S3 less than one."""
 SETTLED_S = 2.0
-"""After so long nothing is read any more that was asked for before."""
+"""Seconds after which reads that were asked for have ended."""
 LONGEST_S = 8.0
-"""Of a run, from its first batch on."""
+"""Longest run, in seconds from its first batch on."""
 SKIPPED = 0.25
 """Share of a run that does not count: processes start."""
 
@@ -51,7 +51,7 @@ class Arguments:
     only: tuple[str, ...] = tuple(data_table.NAMES)
     repeats: int = 1
     folder: Path | None = None
-    """Where the server's data, files and figures are kept for the next call; None: nowhere."""
+    """Folder that keeps the server's data, files and figures for the next call; None: they are not kept."""
     prepare: bool = False
     """Only make the data."""
     run: str | None = None
@@ -62,7 +62,7 @@ class Arguments:
 
 
 def consume(case: Case, batches: Iterable[Any], images: int) -> dict[str, Any]:
-    """When each batch was there, how long it was waited for, and which images were in it."""
+    """The time of each batch, the wait for it, and the numbers of its images."""
     times, waits, seen = [], [], []
     asked = time.monotonic()
     for k, batch in enumerate(batches):
@@ -189,7 +189,7 @@ class Watch(threading.Thread):
 
 
 def measure(arguments: Arguments, case: Case, name: str, decoder: str, start: int = 0) -> dict[str, Any]:
-    """Run a contestant in a process of its own, and say how it did."""
+    """The figures of a contestant, run in a process of its own."""
     command = [sys.executable, __file__, "--cases", case.name, "--folder", str(arguments.folder)]
     command += ["--run", f"{name} {decoder} {start}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

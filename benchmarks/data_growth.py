@@ -32,11 +32,11 @@ QUANTITIES = {
     "locate": "shard of a row group, µs",
     "unpack": "data set unpacked, ms",
 }
-"""Of planning; all but the first and the last happen again and again."""
+"""Measured quantities of planning; all but the first and the last recur."""
 
 
 def manifest_of(row_groups: int) -> Manifest:
-    """A data set of 32x32x3 images that is nowhere."""
+    """The manifest of a data set of 32x32x3 images, without its files."""
     shards = []
     for k, first in enumerate(range(0, row_groups, GROUPS_PER_SHARD)):
         groups = (ROWS,) * min(GROUPS_PER_SHARD, row_groups - first)
@@ -52,7 +52,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def planning(row_groups: int) -> dict[str, float]:
-    """What QUANTITIES lists, for a data set of so many row groups."""
+    """The QUANTITIES of a data set with this many row groups."""
     data_set = DataSet(resolve("nowhere"), manifest_of(row_groups), "train")
     packed, random = pickle.dumps(data_set), np.random.default_rng(0)
     first, window = [], []
@@ -85,13 +85,13 @@ def peak(folder: str) -> None:
 
 
 def _peak_kib() -> int:
-    """Of this program; getrusage would count what its parent had when it forked."""
+    """Peak memory of this program; getrusage would count what its parent had when it forked."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0])
 
 
 def memory(folder: Path, images: int) -> float:
-    """MiB at the peak of reading an epoch of so many images, in a process of its own."""
+    """MiB at the peak of reading an epoch of `images` images, in a process of its own."""
     location, shards = resolve(str(folder)), []
     random = np.random.default_rng(0)
     for k in range(images // (ROWS * GROUPS_PER_SHARD)):

@@ -24,7 +24,7 @@ EXACT = {
     "webdataset": ("no", "no"),
     "dataloader": ("with a seeded sampler", "no"),
 }
-"""Whether the order is a function of the seed, and whether reading goes on where it stopped: by documentation."""
+"""Whether the order is a function of the seed, and whether reading resumes where it stopped, by documentation."""
 PACKAGES = ("ray", "pyarrow", "pillow", "simplejpeg", "mosaicml-streaming", "webdataset")
 COLUMNS = (
     "|images/s|ours is faster by|images/s of CPU time|ours is faster by|first batch|neighbours|displacement|memory|"
@@ -61,7 +61,7 @@ def lines(figures: dict[str, list[Any]]) -> list[str]:
         return statistics.median(values) if values else math.nan
 
     def titles(case: str) -> dict[str, str]:
-        """Of every key of the case."""
+        """The title of every key of the case."""
         how = {
             "documented": ", Pillow and Resize",
             "drafted": ", Pillow's draft mode",

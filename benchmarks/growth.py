@@ -29,15 +29,15 @@ class Arguments:
     """What to measure, and for how long."""
 
     batches: tuple[int, ...] = (4, 8, 16, 32, 64, 128)
-    """Of 32x32 images."""
+    """Batch sizes of 32x32 images."""
     sizes: tuple[int, ...] = (8, 16, 32, 64)
-    """In batches of 16."""
+    """Image sizes, in batches of 16."""
     workers: tuple[int, ...] = (1, 2)
     images: int = 48_000
     """Images that workers train on in a turn."""
     turns: int = 3
     turn_s: float = 2.0
-    """How long a turn lasts, about; at least a step."""
+    """Approximate length of a turn; at least a step."""
     device: Literal["cpu", "cuda"] = "cpu"
 
 

@@ -34,7 +34,7 @@ from ddpm.cluster.ray_init import connect
 from ddpm.presets import DIGITS
 
 BACK_AFTER_S = 8.0
-"""A lost node comes back so much later."""
+"""Seconds until a lost node comes back."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Arguments:
 
 
 def bare_work(spec: dict[str, Any]) -> None:
-    """Nothing, for as long as it is not killed or told to end."""
+    """Do nothing until killed or told to end."""
     rank = ray.train.get_context().get_world_rank()
     while not Path(spec["folder"], "end").exists():
         if rank == 0:
@@ -97,7 +97,7 @@ def recovery_s(folder: str, kill: Callable[[], None]) -> float:
 
 
 def _safe(folder: str) -> bool:
-    """Whether there is a checkpoint to go back to, where there are any."""
+    """Whether the run has a checkpoint to restore; the bare run needs none."""
     run = Path(folder, "bench")
     return not run.exists() or any(run.glob("checkpoint-*/checksums.json"))
 

@@ -34,7 +34,7 @@ ALL = 1000
 
 
 class Way(NamedTuple):
-    """One of drawing."""
+    """A way of sampling."""
 
     sampler: str
     steps: int
@@ -42,7 +42,7 @@ class Way(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Without its steps."""
+        """Its name without the number of steps."""
         return f"{self.sampler}, eta {self.eta:g}" if self.eta else self.sampler
 
 

@@ -38,7 +38,7 @@ class Arguments:
     num_sample_steps: int = 20
     repeats: int = 3
     batch_sizes: tuple[int, ...] = (16, 32, 64, 128)
-    """What diffusers may draw at a time."""
+    """Batch sizes tried with diffusers."""
 
 
 def seconds(call: Callable[[], object]) -> float:

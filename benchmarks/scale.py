@@ -65,22 +65,22 @@ PUBLIC = {
 
 @dataclass(frozen=True)
 class Measured:
-    """On one core of this machine."""
+    """Measurements on one core of this machine."""
 
     raw_rows: float
     """Rows a second, 32x32 colour, raw, checksum included."""
     png_rows: float
     """The same, PNG."""
     requests: float
-    """To S3, a row group."""
+    """Requests to S3, per row group."""
     copy: float
     """Bytes a second of a checkpoint: copied in memory, which training waits for;"""
     write: float
     """written to disk and hashed, which it does not wait for."""
     manifest_bytes: float
-    """A row group."""
+    """Bytes of the manifest per row group."""
     manifest_s: float
-    """To read and check, a row group."""
+    """Seconds to read and check the manifest, per row group."""
 
 
 def measure() -> Measured:
@@ -110,7 +110,7 @@ def measure() -> Measured:
 
 
 def rows_per_second(folder: str, kind: Encoding) -> float:
-    """Of pixels that are neither noise nor plain: a wave an image."""
+    """Rows read per second, with a wave in each image: neither noise nor plain."""
     location, rows = resolve(folder), MAX_ROWS_PER_ROW_GROUP
     waves = np.sin(np.linspace(0, 9, 32 * 32 * 3) + np.arange(rows)[:, None])
     pixels = ((waves + 1) * 127).astype(np.uint8).reshape(rows, 32, 32, 3)
@@ -142,7 +142,7 @@ class Counted(io.FileIO):
 
 @cache
 def flops_per_image(config: Config) -> float:
-    """Of a training step: forward, and twice as much backward."""
+    """FLOPs of a training step per image: forward, and twice as many backward."""
     net, model = build_net(override(config, {"train.precision": "float32"})), config.model
     x_t = torch.zeros(1, model.channels, model.image_size, model.image_size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -168,7 +168,7 @@ def public(name: str) -> float:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run on so many GPUs needs; rates are a second."""
+    """The needs of a run on `gpus` GPUs; rates are per second."""
 
     gpus: int
     images: float
@@ -198,7 +198,7 @@ def plan(config: Config, gpus: int, utilisation: float, measured: Measured) -> P
 
 
 def rows_of(image_bytes: int) -> int:
-    """Of a row group, as `prepare` makes them."""
+    """Images of a row group, as `prepare` makes them."""
     return min(MAX_ROWS_PER_ROW_GROUP, ROW_GROUP_BYTES // image_bytes)
 
 
@@ -312,7 +312,7 @@ def gpu_row(name: str, p: Plan) -> str:
 
 
 def size_row(name: str, total: float, plans: dict[int, Plan], measured: Measured) -> str:
-    """Of raw 32x32 colour images."""
+    """A row of the table of sizes, for raw 32x32 colour images."""
     images = total / (32 * 32 * 3)
     groups = images / rows_of(32 * 32 * 3)
     cells = [name, human(images, ""), f"{groups:,.0f}", human(groups * measured.manifest_bytes)]

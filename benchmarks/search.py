@@ -42,11 +42,11 @@ class Arguments:
     search: tyro.conf.Positional[str]
     preset: str = "digits"
     seed: int = 1
-    """Of training, for the comparison of the best config with the preset's."""
+    """Seed of training for the comparison of the best config with the preset's."""
     command: str = ""
-    """The search's, for the note."""
+    """Command of the search, for the note."""
     overhead: bool = False
-    """Print what of the trials' time was training, and nothing else."""
+    """Print only the share of the trials' time that was training."""
 
 
 def difference(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float]:
@@ -91,7 +91,7 @@ def rankings(trials: list[Trial]) -> list[str]:
 
 
 def cost(trials: list[Trial], place: locations.Location) -> str:
-    """What the naive choice is worse by."""
+    """The cost of the naive choice."""
     naive = min(trials, key=lambda trial: trial.value("train/loss"))
     honest = min(trials, key=lambda trial: trial.value("bits_per_dim"))
     a, b = (np.array(leaderboard.bits_of(trial, place)) for trial in (naive, honest))

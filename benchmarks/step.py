@@ -35,7 +35,7 @@ from ddpm.config import Config
 from ddpm.training.state import parameter_count
 
 KEPT = "memory kept"
-"""Ends the name of a peer that has our settings of the C library, which jobs/train.py makes for its workers."""
+"""Suffix of a peer with the settings of the C library that jobs/train.py makes for its workers."""
 BASE = "diffusers, float32 (its default)"
 
 
@@ -44,17 +44,17 @@ class Arguments(Case):
     """What to measure, and for how long."""
 
     turns: int = 5
-    """Of each contestant; the medians count."""
+    """Turns of each contestant; the medians count."""
     turn_s: float = 4.0
-    """How long a turn lasts, about."""
+    """Approximate length of a turn."""
     only: str = ""
     """Contestants whose name contains this."""
     without: str = ""
     """Contestants whose name does not contain this."""
     profile: bool = False
-    """Also say where the time of a step goes."""
+    """Also print the time of a step by operator."""
     losses: int = 0
-    """Instead: the losses of so many steps of ours, as evidence that a change changed nothing."""
+    """Print only the losses of this many steps of ours, as evidence that a change changed nothing."""
     before: Path | None = None
     """Another checkout of this project: ours as it is there is a contestant, too."""
 
@@ -126,7 +126,7 @@ def peak(device: str, dtype: torch.dtype) -> float:
 
 
 def gigaflops(config: Config) -> float:
-    """Of an image, forward and backward: the products of matrices, and the convolutions."""
+    """GFLOP of an image, forward and backward: matrix products and convolutions."""
     from torch.utils.flop_counter import FlopCounterMode
 
     net = build_net(config)

@@ -61,7 +61,7 @@ DIFFUSERS = {
 }
 LUCIDRAINS = {"lucidrains, float32 (its default)": {}, "lucidrains, bfloat16": {"autocast": True}}
 BEFORE = "before: "
-"""Begins the names of contestants whose code is that of another checkout."""
+"""Prefix of contestants that run the code of another checkout."""
 
 
 CaseName = Literal["cifar", "digits", "glyphs", "fashion-mnist", "cifar10", "celeba64"]
@@ -69,7 +69,7 @@ CaseName = Literal["cifar", "digits", "glyphs", "fashion-mnist", "cifar10", "cel
 
 @dataclass(frozen=True)
 class Case:
-    """What all of them train."""
+    """The net, batch and images that all contestants train."""
 
     case: CaseName = "cifar"
     """cifar: 64-128-128 channels, attention at 16, batches of 16. Else a preset's net and batch."""
@@ -89,7 +89,7 @@ class Case:
         return override(CASES[self.case], values)
 
     def flags(self) -> list[str]:
-        """What makes a program of this case its own."""
+        """The flags that describe this case."""
         names = [field.name for field in dataclasses.fields(Case)]
         return [word for name in names for word in ("--" + name.replace("_", "-"), str(getattr(self, name)))]
 
@@ -100,11 +100,11 @@ class Arguments(Case):
 
     name: tyro.conf.Positional[str] = ""
     log_every_steps: int = 0
-    """Say the loss so often; 0: as the case does."""
+    """Steps between two reports of the loss; 0: those of the case."""
 
 
 def installed_peers() -> list[str]:
-    """Those whose packages are here: the extra `benchmarks` brings them."""
+    """Peers whose packages are installed; the extra `benchmarks` has them."""
     peers = {"diffusers": DIFFUSERS, "denoising_diffusion_pytorch": LUCIDRAINS}
     return [name for package, names in peers.items() if find_spec(package) for name in names]
 
@@ -218,7 +218,7 @@ def lucidrains_net(config: Config) -> nn.Module:
 
 
 def difference(config: Config) -> float:
-    """How far our net's output is from diffusers', at the most; outputs are about 1."""
+    """Largest difference of our net's output from diffusers'; outputs are about 1."""
     config = override(config, {"model.zero_init": False, "model.dropout": 0.0})
     ours, theirs = build_net(config), diffusers_net(config).cpu()
     x_t, t = next(float_batches(config, iter([None]), "cpu")), torch.arange(config.train.micro_batch_size)

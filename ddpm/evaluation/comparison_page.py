@@ -22,6 +22,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFor
 from ddpm.evaluation import comparison
 from ddpm.evaluation.compared_run import ComparedRun
 from ddpm.evaluation.comparison import Chart, Ranking
+from ddpm.evaluation.publish import write
 from ddpm.evaluation.ranking import Z
 from ddpm.storage.locations import Location
 from ddpm.utils.errors import UserError
@@ -70,11 +71,7 @@ def store(runs: Sequence[ComparedRun], place: Location) -> None:
     Raises:
         UserError: it cannot be written, or as `render`.
     """
-    page = render(runs)
-    try:
-        place.write(page)
-    except OSError as error:
-        raise UserError(f"cannot write {place.uri}: {error}") from None
+    write(place, render(runs))
 
 
 def render(runs: Sequence[ComparedRun], rankings: Sequence[Ranking] | None = None) -> bytes:

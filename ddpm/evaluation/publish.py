@@ -54,15 +54,15 @@ def store(report: Report, place: Location, timeout_s: float = MLFLOW_TIMEOUT_S) 
     Raises:
         UserError: a file cannot be written.
     """
-    _write(place, report.to_json().encode())
+    write(place, report.to_json().encode())
     yield f"results     {place.uri}"
     picture = plots.picture(report)
     shown = _beside(place, Path(place.path).with_suffix(".png").name)
-    _write(shown, picture)
+    write(shown, picture)
     yield f"picture     {shown.uri}"
     for name, _, drawn in nearest_pictures(report, Path(place.path).name):
         nearest = _beside(place, name)
-        _write(nearest, drawn.nearest)
+        write(nearest, drawn.nearest)
         yield f"nearest     {nearest.uri}"
     yield from publish(report, picture, timeout_s)
 
@@ -106,7 +106,8 @@ def _records(report: Report, picture: bytes) -> Iterator[Record]:
         yield Artifact(path, drawn.nearest)
 
 
-def _write(file: Location, data: bytes) -> None:
+def write(file: Location, data: bytes) -> None:
+    """Write a file; raise UserError if it cannot be written."""
     try:
         file.write(data)
     except OSError as error:

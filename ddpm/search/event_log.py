@@ -89,11 +89,11 @@ class Trial:
 
     @property
     def images_seen(self) -> int:
-        """Those of its last rung; 0: there is none."""
+        """Images seen at its last rung; 0: there is none."""
         return self.last.images_seen if self.last else 0
 
     def value(self, metric: Metric) -> float:
-        """Its value at its last rung; inf: there is none."""
+        """The metric at its last rung; inf: there is none."""
         return self.last.value(metric) if self.last else math.inf
 
 
