@@ -21,7 +21,7 @@ from pathlib import Path
 
 import tyro
 from harness import tables
-from harness.turns import LOG, Contestant, Turn, ended_after
+from harness.turns import LOG, Contestant, Turn, ended_after, in_turns
 
 from ddpm.tracking import metrics_buffer, spool
 from ddpm.tracking.metrics_buffer import Metrics
@@ -68,15 +68,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-busy-", dir="/tmp") as folder:
         folders = {row: Path(folder, str(i)) for i, row in enumerate(rows)}
         runs = {row: contestant(row, folders[row]) for row in rows}
-        cells: dict[tuple[str, int], list[Turn]] = {(row, n): [] for n in neighbours for row in rows}
+
+        def turn(cell: tuple[str, int]) -> Turn:
+            row, n = cell
+            with busy(n):
+                runs[row].turn(arguments.turn_s)
+            return runs[row].turns[-1]
+
         with ended_after(list(runs.values())):
             for row, run in runs.items():
                 start(row, run, folders[row])
-            for i in range(repeats):
-                for row, n in cells if i % 2 == 0 else reversed(cells):
-                    with busy(n):
-                        runs[row].turn(arguments.turn_s)
-                    cells[row, n].append(runs[row].turns[-1])
+            cells = in_turns([(row, n) for n in neighbours for row in rows], repeats, turn)
         tracked = {row: points(folders[row]) for row in rows}
     speeds = {cell: [speed(tracked[cell[0]], turn) for turn in turns] for cell, turns in cells.items()}
     write(arguments, rows, neighbours, speeds)

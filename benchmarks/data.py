@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -24,7 +23,6 @@ from typing import Any, Literal
 import data_sets
 import data_table
 import numpy as np
-import psutil
 import tyro
 from data_sets import CASES, FILES, PACE, Case
 from harness import processes, tables
@@ -153,47 +151,12 @@ def _train(case: Case, iterator: Any, order: Any, rank: int, images: int) -> dic
 # Around it --------------------------------------------------------------------------------------------------------
 
 
-class Watch(threading.Thread):
-    """CPU time and memory of a process and all that descend from it."""
-
-    def __init__(self, pid: int) -> None:
-        super().__init__(daemon=True)
-        self._root, self._ended = pid, threading.Event()
-        self._cpu: dict[int, float] = {}
-        self.at: list[float] = []
-        self.seconds: list[float] = []
-        self.largest: dict[int, int] = {}
-
-    def run(self) -> None:
-        k = 0
-        while not self._ended.wait(0.2):
-            k += 1
-            for process in processes.family(self._root):
-                try:
-                    self._cpu[process.pid] = max(self._cpu.get(process.pid, 0.0), processes.cpu_s(process))
-                    if k % 5 == 0:
-                        memory = process.memory_full_info().uss
-                        self.largest[process.pid] = max(self.largest.get(process.pid, 0), memory)
-                except psutil.Error:  # it has just ended
-                    continue
-            self.at.append(time.monotonic())
-            self.seconds.append(sum(self._cpu.values()))
-
-    def stop(self) -> None:
-        self._ended.set()
-        self.join()
-
-    def between(self, begin: float, end: float) -> float:
-        """CPU seconds."""
-        return float(np.interp(end, self.at, self.seconds) - np.interp(begin, self.at, self.seconds))
-
-
 def measure(arguments: Arguments, case: Case, name: str, decoder: str, start: int = 0) -> dict[str, Any]:
     """The figures of a contestant, run in a process of its own."""
     command = [sys.executable, __file__, "--cases", case.name, "--folder", str(arguments.folder)]
     command += ["--run", f"{name} {decoder} {start}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    watch = Watch(process.pid)
+    watch = processes.Watch(process.pid)
     watch.start()
     try:
         out, err = process.communicate()

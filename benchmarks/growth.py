@@ -7,6 +7,7 @@ process of its own; all take turns. Workers, each of one thread, train the prese
 benchmarks/runtime.py has it. The tables go to benchmarks/growth.md, the curves to benchmarks/growth.png.
 """
 
+import itertools
 import statistics
 import tempfile
 from dataclasses import dataclass
@@ -47,10 +48,9 @@ Size = tuple[int, int]
 
 def measure(arguments: Arguments, wanted: list[Size]) -> dict[tuple[str, Size], float]:
     """Images/s by precision and size: medians over turns."""
-    found: dict[tuple[str, Size], list[float]] = {(p, size): [] for p in PRECISIONS for size in wanted}
     with tempfile.TemporaryDirectory() as folder:
         contestants = {}
-        for precision, size in found:
+        for precision, size in itertools.product(PRECISIONS, wanted):
             case = Case(device=arguments.device, batch_size=size[0], image_size=size[1])
             place = Path(folder, f"{precision}-{size[0]}-{size[1]}")
             place.mkdir()
@@ -60,11 +60,11 @@ def measure(arguments: Arguments, wanted: list[Size]) -> dict[tuple[str, Size], 
             for key, contestant in contestants.items():
                 contestant.turn(1)
                 steps[key] = max(1, round(arguments.turn_s / contestant.turn(1)["seconds"]))
-            for _ in range(arguments.turns):
-                for key, contestant in contestants.items():
-                    seconds = contestant.turn(steps[key])["seconds"]
-                    found[key].append(steps[key] * key[1][0] / seconds)
-                    print(f"{key}: {found[key][-1]:.2f} images/s", flush=True)
+
+            def speed(key: tuple[str, Size]) -> float:
+                return steps[key] * key[1][0] / contestants[key].turn(steps[key])["seconds"]
+
+            found = turns.in_turns(list(contestants), arguments.turns, speed)
         finally:
             for contestant in contestants.values():
                 contestant.end()

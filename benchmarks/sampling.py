@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import tyro
-from harness import tables
+from harness import tables, turns
 
 from ddpm.build import build_net
 from ddpm.cluster.worker_pool import WorkerPool
@@ -86,13 +86,10 @@ def measure(arguments: Arguments, preset: str, sampler: str) -> list[tuple[float
         ours()
         theirs(arguments.batch_sizes[0])  # each once, to warm up
         best = min(arguments.batch_sizes, key=lambda size: seconds(lambda: theirs(size)))
-        found = []
-        for _ in range(arguments.repeats):
-            a, b = n / seconds(lambda: theirs(best)), n / seconds(ours)
-            found.append((a, b))
-            said = f"diffusers (batches of {best}) {a:.2f}, ours {b:.2f} images/s"
-            print(f"{preset} {sampler}: {said}", flush=True)
-    return found
+        print(f"{preset} {sampler}: diffusers in batches of {best}; images/s:", flush=True)
+        calls = {"diffusers": lambda: theirs(best), "ours": ours}
+        found = turns.in_turns(list(calls), arguments.repeats, lambda name: n / seconds(calls[name]))
+    return list(zip(*found.values(), strict=True))
 
 
 def main() -> None:

@@ -16,10 +16,11 @@ from rich import box
 from rich.table import Table
 
 from ddpm import config as configs
-from ddpm.config import Config, FeatureNetName
+from ddpm.config import Config
 from ddpm.diffusion import schedules
 from ddpm.evaluation import context, evaluate
 from ddpm.evaluation.ranking import Rank, paired_ranks, ranks
+from ddpm.search.config import Arguments
 from ddpm.search.evaluator import Judged
 from ddpm.search.event_log import EventLog, Metric, Trial, best
 from ddpm.search.runner import JUDGED
@@ -58,31 +59,19 @@ class Standing:
         return self.leftover > LEFTOVER
 
 
-def draw_finalists(
-    events: EventLog,
-    place: Location,
-    metric: Metric,
-    *,
-    num_finalists: int,
-    num_images: int,
-    features: FeatureNetName | None,
-    seed: int,
-) -> None:
+def draw_finalists(events: EventLog, place: Location, chosen: Arguments) -> None:
     """Compute KID of the best few trials, and append it to the event log; known values are not computed again."""
-    todo = [
-        trial
-        for trial in best(events.trials(), metric)[:num_finalists]
-        if not trial.drawn or trial.drawn["n"] != num_images
-    ]
+    finalists = best(events.trials(), chosen.metric)[: chosen.finalists]
+    todo = [trial for trial in finalists if not trial.drawn or trial.drawn["n"] != chosen.drawn_images]
     if not todo:
         return
     settings = context.Settings(
-        num_images=num_images,
-        features=features,
+        num_images=chosen.drawn_images,
+        features=chosen.features,
         samplers=(SAMPLER,),
         num_sample_steps=(STEPS,),
         num_train_images=0,
-        seed=seed,
+        seed=chosen.seed,
     )
     candidates = context.read([place.child(trial.name).uri for trial in todo])
     report = evaluate.evaluate(candidates, settings)
