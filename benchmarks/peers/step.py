@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from ddpm.build import build_net
 from ddpm.config import Config, DataConfig, OptimConfig, TrainConfig, UNetConfig, override
 from ddpm.data.reading import MicroBatch
-from ddpm.hub.diffusers_names import diffusers_names
 from ddpm.presets import PRESETS
 from ddpm.training import loop
 from ddpm.training.runtime import LocalRuntime, NoTracker
@@ -194,15 +193,10 @@ def diffusers_net(config: Config) -> nn.Module:
     import diffusers
 
     from ddpm.hub.diffusers_config import unet_config
+    from ddpm.hub.export import to_their_names
 
-    model = config.model
     net = diffusers.UNet2DModel(**unet_config(override(config, {"schedule.num_timesteps": 1000})))
-    theirs, ours = net.state_dict(), build_net(config).state_dict()
-    for our, names in diffusers_names(model).items():
-        rows = [theirs[name].shape[0] for name in names]
-        for name, weight in zip(names, ours[our].split(rows), strict=True):
-            theirs[name] = weight
-    net.load_state_dict(theirs)
+    net.load_state_dict(to_their_names(build_net(config).state_dict(), config, net.state_dict()))
     return net.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
