@@ -55,7 +55,7 @@ def measure(arguments: Arguments, wanted: list[Size]) -> dict[tuple[str, Size], 
             place = Path(folder, f"{precision}-{size[0]}-{size[1]}")
             place.mkdir()
             contestants[precision, size] = Contestant(case, PRECISIONS[precision], place)
-        try:
+        with turns.ended_after(list(contestants.values())):
             steps = {}
             for key, contestant in contestants.items():
                 contestant.turn(1)
@@ -65,9 +65,6 @@ def measure(arguments: Arguments, wanted: list[Size]) -> dict[tuple[str, Size], 
                 return steps[key] * key[1][0] / contestants[key].turn(steps[key])["seconds"]
 
             found = turns.in_turns(list(contestants), arguments.turns, speed)
-        finally:
-            for contestant in contestants.values():
-                contestant.end()
     return {key: statistics.median(values) for key, values in found.items()}
 
 

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import tyro
 from harness import tables
+from harness.turns import ended_after
 from peers import step as contestants
 from peers.step import BEFORE, DIFFUSERS, LUCIDRAINS, OURS, Case
 
@@ -173,14 +174,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         every = 10 if arguments.losses else 0
         racing = {name: Contestant(arguments, name, Path(folder), every, arguments.before) for name in names}
-        try:
+        with ended_after(list(racing.values())):
             if arguments.losses:
                 tell_losses(arguments, racing)
             else:
                 measure(arguments, racing)
-        finally:
-            for contestant in racing.values():
-                contestant.end()
 
 
 def tell_losses(arguments: Arguments, racing: dict[str, Contestant]) -> None:

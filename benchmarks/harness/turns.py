@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 
@@ -148,8 +148,8 @@ class Contestant:
 
 
 @contextmanager
-def ended_after(contestants: Sequence[Contestant]) -> Iterator[None]:
-    """A context after which none of the contestants runs, whatever happens."""
+def ended_after(contestants: Sequence[Any]) -> Iterator[None]:
+    """A context after which none of the contestants runs, whatever happens; each has a method `end`."""
     try:
         yield
     finally:

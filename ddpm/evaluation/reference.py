@@ -19,7 +19,8 @@ WINDOW_ROWS = 8192
 
 
 def images_of(data_set: DataSet, start: int, stop: int) -> Images:
-    """The images at these positions of a fixed order, that of `real_features`."""
+    """The images at these positions of a fixed order, that of `real_features`; fewer at the end of the split."""
+    stop = min(stop, data_set.rows.num_rows)
     return data_set.read(data_set.plan(0, WINDOW_ROWS), start, stop, "substitute")
 
 

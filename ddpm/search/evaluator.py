@@ -96,7 +96,7 @@ class Evaluator:
             position = checkpoint.read_state(folder)
         candidate = net, config, build_objective(config)
         variance = measure.bound_variance(config, self.variance)
-        pilot = images_of(self.train, 0, min(measure.MEASURED_IMAGES, self.train.rows.num_rows))
+        pilot = images_of(self.train, 0, measure.MEASURED_IMAGES)
         measured = measure.measure(*candidate, pilot, variance, device=device)
         how: dict[str, Any] = {"device": device, "variance": variance, "measured": measured}
         how |= {"num_draws": self.num_draws, "seed": self.seed}
