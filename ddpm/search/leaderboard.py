@@ -124,7 +124,8 @@ def parquet(found: Sequence[Standing]) -> bytes:
         name: [str(v) if isinstance(v, tuple | list) else v for v in values]
         for name, values in columns(found).items()
     }
-    pq.write_table(pa.table(made), file := io.BytesIO())
+    file = io.BytesIO()
+    pq.write_table(pa.table(made), file)
     return file.getvalue()
 
 
