@@ -21,7 +21,7 @@ from pathlib import Path
 
 import tyro
 from harness import tables
-from harness.turns import LOG, Contestant, Turn, ended_after
+from harness.turns import LOG, Contestant, Turn, ended_after, in_turns
 
 from ddpm.tracking import metrics_buffer, spool
 from ddpm.tracking.metrics_buffer import Metrics
@@ -68,15 +68,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-busy-", dir="/tmp") as folder:
         folders = {row: Path(folder, str(i)) for i, row in enumerate(rows)}
         runs = {row: contestant(row, folders[row]) for row in rows}
-        cells: dict[tuple[str, int], list[Turn]] = {(row, n): [] for n in neighbours for row in rows}
+
+        def turn(cell: tuple[str, int]) -> Turn:
+            row, n = cell
+            with busy(n):
+                runs[row].turn(arguments.turn_s)
+            return runs[row].turns[-1]
+
         with ended_after(list(runs.values())):
             for row, run in runs.items():
                 start(row, run, folders[row])
-            for i in range(repeats):
-                for row, n in cells if i % 2 == 0 else reversed(cells):
-                    with busy(n):
-                        runs[row].turn(arguments.turn_s)
-                    cells[row, n].append(runs[row].turns[-1])
+            cells = in_turns([(row, n) for n in neighbours for row in rows], repeats, turn)
         tracked = {row: points(folders[row]) for row in rows}
     speeds = {cell: [speed(tracked[cell[0]], turn) for turn in turns] for cell, turns in cells.items()}
     write(arguments, rows, neighbours, speeds)
@@ -92,9 +94,8 @@ def contestant(row: str, folder: Path) -> Contestant:
         "RAY_AUTH_MODE": "disabled",
         "MLFLOW_TRACKING_URI": "http://127.0.0.1:9",
     }
-    return Contestant(
-        [sys.executable, str(TRAIN), "digits", *FLAGS, *flags], folder, kept | own | environment
-    )
+    command = [sys.executable, str(TRAIN), "digits", *FLAGS, *flags]
+    return Contestant(command, folder, kept | own | environment)
 
 
 def start(row: str, run: Contestant, folder: Path) -> None:
@@ -116,7 +117,7 @@ def start(row: str, run: Contestant, folder: Path) -> None:
 
 @contextlib.contextmanager
 def busy(number: int) -> Iterator[None]:
-    """So many processes that take all they can get of a core meanwhile."""
+    """A context in which `number` processes take all they can get of a core."""
     neighbours = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(number)]
     try:
         yield
@@ -153,17 +154,13 @@ def write(
 ) -> None:
     """The table, as Markdown."""
     quiet = statistics.median(speeds[OURS, 0])
-    names = [
-        "",
-        *(head for n in neighbours for head in (f"{n} busy: images/s", "of ours alone", "all turns")),
-    ]
-    cells: list[list[str]] = []
-    for row in rows:
-        cells.append([row])
-        for n in neighbours:
+    names, cells = [""], [[row] for row in rows]
+    for n in neighbours:
+        names += [f"{n} busy: images/s", "of ours alone", "all turns"]
+        for row, line in zip(rows, cells, strict=True):
             median = statistics.median(speeds[row, n])
             every = ", ".join(f"{value:,.0f}" for value in speeds[row, n])
-            cells[-1] += [f"{median:,.0f}", f"{median / quiet:.2f}", every]
+            line += [f"{median:,.0f}", f"{median / quiet:.2f}", every]
     lines = tables.table(names, cells)
     if arguments.quick:
         print("\n".join(lines))

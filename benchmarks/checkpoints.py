@@ -31,7 +31,7 @@ class Arguments:
     """How long to measure."""
 
     steps: int = 600
-    """Of each run."""
+    """Steps of each run."""
 
 
 def timed_work(folder: str, spec: dict[str, Any]) -> None:

@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -24,7 +23,6 @@ from typing import Any, Literal
 import data_sets
 import data_table
 import numpy as np
-import psutil
 import tyro
 from data_sets import CASES, FILES, PACE, Case
 from harness import processes, tables
@@ -35,9 +33,9 @@ BUCKET = "s3://bench"
 RUNS = {"raw": 0.95, "encoded": 4.0, "small": 2.0}
 """Epochs of a run, at most; of mosaicml-streaming's from S3 less than one."""
 SETTLED_S = 2.0
-"""After so long nothing is read any more that was asked for before."""
+"""Seconds after which reads that were asked for have ended."""
 LONGEST_S = 8.0
-"""Of a run, from its first batch on."""
+"""Longest run, in seconds from its first batch on."""
 SKIPPED = 0.25
 """Share of a run that does not count: processes start."""
 
@@ -51,7 +49,7 @@ class Arguments:
     only: tuple[str, ...] = tuple(data_table.NAMES)
     repeats: int = 1
     folder: Path | None = None
-    """Where the server's data, files and figures are kept for the next call; None: nowhere."""
+    """Folder that keeps the server's data, files and figures for the next call; None: they are not kept."""
     prepare: bool = False
     """Only make the data."""
     run: str | None = None
@@ -62,7 +60,7 @@ class Arguments:
 
 
 def consume(case: Case, batches: Iterable[Any], images: int) -> dict[str, Any]:
-    """When each batch was there, how long it was waited for, and which images were in it."""
+    """The time of each batch, the wait for it, and the numbers of its images."""
     times, waits, seen = [], [], []
     asked = time.monotonic()
     for k, batch in enumerate(batches):
@@ -153,47 +151,12 @@ def _train(case: Case, iterator: Any, order: Any, rank: int, images: int) -> dic
 # Around it --------------------------------------------------------------------------------------------------------
 
 
-class Watch(threading.Thread):
-    """CPU time and memory of a process and all that descend from it."""
-
-    def __init__(self, pid: int) -> None:
-        super().__init__(daemon=True)
-        self._root, self._ended = pid, threading.Event()
-        self._cpu: dict[int, float] = {}
-        self.at: list[float] = []
-        self.seconds: list[float] = []
-        self.largest: dict[int, int] = {}
-
-    def run(self) -> None:
-        k = 0
-        while not self._ended.wait(0.2):
-            k += 1
-            for process in processes.family(self._root):
-                try:
-                    self._cpu[process.pid] = max(self._cpu.get(process.pid, 0.0), processes.cpu_s(process))
-                    if k % 5 == 0:
-                        memory = process.memory_full_info().uss
-                        self.largest[process.pid] = max(self.largest.get(process.pid, 0), memory)
-                except psutil.Error:  # it has just ended
-                    continue
-            self.at.append(time.monotonic())
-            self.seconds.append(sum(self._cpu.values()))
-
-    def stop(self) -> None:
-        self._ended.set()
-        self.join()
-
-    def between(self, begin: float, end: float) -> float:
-        """CPU seconds."""
-        return float(np.interp(end, self.at, self.seconds) - np.interp(begin, self.at, self.seconds))
-
-
 def measure(arguments: Arguments, case: Case, name: str, decoder: str, start: int = 0) -> dict[str, Any]:
-    """Run a contestant in a process of its own, and say how it did."""
+    """The figures of a contestant, run in a process of its own."""
     command = [sys.executable, __file__, "--cases", case.name, "--folder", str(arguments.folder)]
     command += ["--run", f"{name} {decoder} {start}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    watch = Watch(process.pid)
+    watch = processes.Watch(process.pid)
     watch.start()
     try:
         out, err = process.communicate()
@@ -288,21 +251,17 @@ def main() -> None:
             result = run_peer(arguments, case, name, decoder, int(start))
         processes.answer(result)
         os._exit(0)  # without waiting for workers that read ahead
-    if arguments.folder is not None:
-        arguments.folder.mkdir(parents=True, exist_ok=True)
-        compete(arguments)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        compete(replace(arguments, folder=Path(folder)))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        compete(replace(arguments, folder=folder), folder)
 
 
-def compete(arguments: Arguments) -> None:
+def compete(arguments: Arguments, folder: Path) -> None:
     """Start the server, make the data, and let everybody read."""
     import boto3
     from support.servers import S3Server
 
-    folder = arguments.folder
-    assert folder is not None
     with S3Server(folder / "s3") as server:
         # mosaicml-streaming has a name of its own for the endpoint.
         os.environ.update(server.client_env | {"S3_ENDPOINT_URL": server.endpoint, "OMP_NUM_THREADS": "1"})

@@ -32,17 +32,16 @@ QUANTITIES = {
     "locate": "shard of a row group, µs",
     "unpack": "data set unpacked, ms",
 }
-"""Of planning; all but the first and the last happen again and again."""
+"""Measured quantities of planning; all but the first and the last recur."""
 
 
 def manifest_of(row_groups: int) -> Manifest:
-    """A data set of 32x32x3 images that is nowhere."""
+    """The manifest of a data set of 32x32x3 images, without its files."""
     shards = []
     for k, first in enumerate(range(0, row_groups, GROUPS_PER_SHARD)):
         groups = (ROWS,) * min(GROUPS_PER_SHARD, row_groups - first)
-        shards.append(
-            Shard(f"train/{k:05d}.parquet", sum(groups), groups, 1, "0" * 64, tuple("0" * 64 for _ in groups))
-        )
+        checksum, path = "0" * 64, f"train/{k:05d}.parquet"
+        shards.append(Shard(path, sum(groups), groups, 1, checksum, (checksum,) * len(groups)))
     return make_manifest("growth", 32, 32, 3, "raw", [], {"train": shards}, "")
 
 
@@ -53,7 +52,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def planning(row_groups: int) -> dict[str, float]:
-    """What QUANTITIES lists, for a data set of so many row groups."""
+    """The QUANTITIES of a data set with this many row groups."""
     data_set = DataSet(resolve("nowhere"), manifest_of(row_groups), "train")
     packed, random = pickle.dumps(data_set), np.random.default_rng(0)
     first, window = [], []
@@ -86,13 +85,13 @@ def peak(folder: str) -> None:
 
 
 def _peak_kib() -> int:
-    """Of this program; getrusage would count what its parent had when it forked."""
+    """Peak memory of this program; getrusage would count what its parent had when it forked."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0])
 
 
 def memory(folder: Path, images: int) -> float:
-    """MiB at the peak of reading an epoch of so many images, in a process of its own."""
+    """MiB at the peak of reading an epoch of `images` images, in a process of its own."""
     location, shards = resolve(str(folder)), []
     random = np.random.default_rng(0)
     for k in range(images // (ROWS * GROUPS_PER_SHARD)):
@@ -119,18 +118,13 @@ def main() -> None:
     left.set(xlabel="row groups", ylabel="ms")
     left.legend(frameon=False)
     right.semilogx(list(held), list(held.values()), marker="o")
-    right.set(
-        xlabel="images (32x32x3)", ylabel="MiB at the peak of reading", ylim=(0, 1.3 * max(held.values()))
-    )
+    right.set(xlabel="images (32x32x3)", ylabel="MiB at the peak of reading")
+    right.set_ylim(0, 1.3 * max(held.values()))
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=120)
     plan_rows = (
-        [f"{n:,}", f"{n * ROWS:,}", *(f"{found[key]:.2f}" for key in QUANTITIES)]
-        for n, found in plans.items()
+        [f"{n:,}", f"{n * ROWS:,}", *(f"{of[key]:.2f}" for key in QUANTITIES)] for n, of in plans.items()
     )
-    held_rows = (
-        [f"{images:,}", f"{images * 3072 / 2**20:,.0f} MiB", f"{mebibytes:,.0f} MiB"]
-        for images, mebibytes in held.items()
-    )
+    held_rows = ([f"{n:,}", f"{n * 3072 / 2**20:,.0f} MiB", f"{mib:,.0f} MiB"] for n, mib in held.items())
     tables.write(
         __file__,
         "What more data costs",

@@ -18,12 +18,12 @@ from PIL import Image
 STORED, TRAINED = 256, 64
 """Sides of an encoded image: as stored, and as trained on."""
 BITS = 16
-"""Of the number that an encoded image shows in its top row, as squares of black and white."""
+"""Bits of the number that an encoded image shows in its top row, as squares of black and white."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is read."""
+    """The images that are read."""
 
     name: str
     num_images: int
@@ -39,13 +39,13 @@ class Case:
 
     @property
     def side(self) -> int:
-        """Of the images that arrive."""
+        """Side of the images that arrive."""
         return TRAINED if self.encoded else 32
 
 
 CASES = {case.name: case for case in (Case("raw", 200_000), Case("encoded", 12_288), Case("small", 32_768))}
 FILES = 50_000
-"""At most so many image files."""
+"""Largest number of image files."""
 PACE = 4000
 """Images/s that the trainer of the case `small` takes: waits are stalls then."""
 
@@ -85,7 +85,7 @@ def numbers(case: Case, batch: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 
 def files(case: Case) -> Iterator[bytes]:
-    """What a file of each image holds: PNG of raw ones, the JPEG of encoded ones."""
+    """The content of each image's file: PNG of raw ones, the JPEG of encoded ones."""
     if case.encoded:
         yield from encoded(case)
         return

@@ -24,7 +24,7 @@ EXACT = {
     "webdataset": ("no", "no"),
     "dataloader": ("with a seeded sampler", "no"),
 }
-"""Whether the order is a function of the seed, and whether reading goes on where it stopped: by documentation."""
+"""Whether the order is a function of the seed, and whether reading resumes where it stopped, by documentation."""
 PACKAGES = ("ray", "pyarrow", "pillow", "simplejpeg", "mosaicml-streaming", "webdataset")
 COLUMNS = (
     "|images/s|ours is faster by|images/s of CPU time|ours is faster by|first batch|neighbours|displacement|memory|"
@@ -61,7 +61,7 @@ def lines(figures: dict[str, list[Any]]) -> list[str]:
         return statistics.median(values) if values else math.nan
 
     def titles(case: str) -> dict[str, str]:
-        """Of every key of the case."""
+        """The title of every key of the case."""
         how = {
             "documented": ", Pillow and Resize",
             "drafted": ", Pillow's draft mode",
@@ -80,13 +80,10 @@ def lines(figures: dict[str, list[Any]]) -> list[str]:
         best = {name: max(median(key, name) for key in ours) for name in ("per_s", "per_cpu_s")}
         rows = []
         for key, title in titles(case).items():
-            speed, cpu = median(key, "per_s"), median(key, "per_cpu_s")
-            cells = [
-                f"{speed:,.0f}",
-                f"{best['per_s'] / speed:.2f}",
-                f"{cpu:,.0f}",
-                f"{best['per_cpu_s'] / cpu:.2f}",
-            ]
+            cells = []
+            for name in best:
+                speed = median(key, name)
+                cells += [f"{speed:,.0f}", f"{best[name] / speed:.2f}"]
             cells += [f"{median(key, 'first_s'):.1f} s", f"{median(key, 'neighbours'):.2f}"]
             cells += [f"{median(key, 'displacement'):.2f}", f"{median(key, 'memory') / 2**20:,.0f} MiB"]
             rows.append([title, *cells, *EXACT[key.split()[1]]])

@@ -45,13 +45,13 @@ class Arguments:
     cases: tuple[CaseName, ...] = ("digits", "fashion-mnist", "cifar")
     turns: int = 5
     turn_s: float = 3.0
-    """How long a turn lasts, about."""
+    """Approximate length of a turn."""
     contend: CaseName | None = None
-    """Be a worker that trains this case, started by torchrun."""
+    """Run as a worker that trains this case, started by torchrun."""
 
 
 def stepper(case: Case, options: dict[str, Any]) -> Callable[[], None]:
-    """What makes one step of a worker's share."""
+    """A function that makes one step of a worker's share."""
     config = case.config()
     state, objective = State.create(config, torch.device("cpu")), build_objective(config)
     model: nn.Module = state.net
@@ -70,7 +70,7 @@ def stepper(case: Case, options: dict[str, Any]) -> Callable[[], None]:
 
 
 def contend(arguments: Arguments) -> None:
-    """Both workers make the same turns; the first says how long they took."""
+    """Make the same turns in both workers; the first one reports their speeds."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     assert arguments.contend is not None

@@ -7,6 +7,7 @@ process of its own; all take turns. Workers, each of one thread, train the prese
 benchmarks/runtime.py has it. The tables go to benchmarks/growth.md, the curves to benchmarks/growth.png.
 """
 
+import itertools
 import statistics
 import tempfile
 from dataclasses import dataclass
@@ -29,15 +30,15 @@ class Arguments:
     """What to measure, and for how long."""
 
     batches: tuple[int, ...] = (4, 8, 16, 32, 64, 128)
-    """Of 32x32 images."""
+    """Batch sizes of 32x32 images."""
     sizes: tuple[int, ...] = (8, 16, 32, 64)
-    """In batches of 16."""
+    """Image sizes, in batches of 16."""
     workers: tuple[int, ...] = (1, 2)
     images: int = 48_000
     """Images that workers train on in a turn."""
     turns: int = 3
     turn_s: float = 2.0
-    """How long a turn lasts, about; at least a step."""
+    """Approximate length of a turn; at least a step."""
     device: Literal["cpu", "cuda"] = "cpu"
 
 
@@ -47,27 +48,23 @@ Size = tuple[int, int]
 
 def measure(arguments: Arguments, wanted: list[Size]) -> dict[tuple[str, Size], float]:
     """Images/s by precision and size: medians over turns."""
-    found: dict[tuple[str, Size], list[float]] = {(p, size): [] for p in PRECISIONS for size in wanted}
     with tempfile.TemporaryDirectory() as folder:
         contestants = {}
-        for precision, size in found:
+        for precision, size in itertools.product(PRECISIONS, wanted):
             case = Case(device=arguments.device, batch_size=size[0], image_size=size[1])
             place = Path(folder, f"{precision}-{size[0]}-{size[1]}")
             place.mkdir()
             contestants[precision, size] = Contestant(case, PRECISIONS[precision], place)
-        try:
+        with turns.ended_after(list(contestants.values())):
             steps = {}
             for key, contestant in contestants.items():
                 contestant.turn(1)
                 steps[key] = max(1, round(arguments.turn_s / contestant.turn(1)["seconds"]))
-            for _ in range(arguments.turns):
-                for key, contestant in contestants.items():
-                    seconds = contestant.turn(steps[key])["seconds"]
-                    found[key].append(steps[key] * key[1][0] / seconds)
-                    print(f"{key}: {found[key][-1]:.2f} images/s", flush=True)
-        finally:
-            for contestant in contestants.values():
-                contestant.end()
+
+            def speed(key: tuple[str, Size]) -> float:
+                return steps[key] * key[1][0] / contestants[key].turn(steps[key])["seconds"]
+
+            found = turns.in_turns(list(contestants), arguments.turns, speed)
     return {key: statistics.median(values) for key, values in found.items()}
 
 
@@ -112,15 +109,8 @@ def main() -> None:
     by_size = [(16, size) for size in arguments.sizes]
     speed = measure(arguments, list(dict.fromkeys(by_batch + by_size)))
     by_workers = measure_workers(arguments) if arguments.device == "cpu" else {}
-    names = [
-        "batch",
-        "image",
-        "GFLOP an image",
-        "float32, images/s",
-        "GFLOP/s",
-        "bfloat16, images/s",
-        "GFLOP/s",
-    ]
+    of_precisions = [name for precision in PRECISIONS for name in (f"{precision}, images/s", "GFLOP/s")]
+    names = ["batch", "image", "GFLOP an image", *of_precisions]
     rows = []
     for batch, edge in dict.fromkeys(by_batch + by_size):
         flops = gigaflops(Case(batch_size=batch, image_size=edge).config())

@@ -91,9 +91,8 @@ def bounds_of(candidate: Candidate, num_steps: int) -> dict[Variance, np.ndarray
         table = fixed_variance(chain, variance, measured_by.mean(0))
         kl = likelihood.kl_of_errors(chain, errors, table).sum(1)
         decoder = likelihood.decoder_nll(x_0, x_0_hat, table[:1].log().expand(len(x_0)))
-        found[variance] = torch.stack(
-            [kl, decoder, kl + decoder + likelihood.prior_kl(chain, x_0)], 1
-        ).numpy()
+        total = kl + decoder + likelihood.prior_kl(chain, x_0)
+        found[variance] = torch.stack([kl, decoder, total], 1).numpy()
     return found
 
 
@@ -115,12 +114,9 @@ def variance_table(run: str) -> None:
         cells = []
         for variance in FIXED:
             kl, decoder, total = found[variance].mean(0)
-            more = (found[variance] - table[max(table)][variance])[:, 2]
-            change = (
-                f" ({more.mean():+.3f} ± {more.std(ddof=1) / len(more) ** 0.5:.3f})"
-                if n != max(table)
-                else ""
-            )
+            more, change = (found[variance] - table[max(table)][variance])[:, 2], ""
+            if n != max(table):
+                change = f" ({more.mean():+.3f} ± {more.std(ddof=1) / len(more) ** 0.5:.3f})"
             cells.append(f"{kl:.3f}, {decoder:.3f}, **{total:.3f}**{change}")
         rows.append([n, *cells])
     names = [f"timesteps of {T}", *(f"{v}: sum of KL, decoder, bits/dim" for v in FIXED)]
@@ -130,11 +126,7 @@ def variance_table(run: str) -> None:
 def search_table(run: str) -> None:
     place = locations.resolve(run)
     trials = best(EventLog.existing(place).trials(), "bits_per_dim")
-    newest = [
-        place.child(trial.name).child(checkpoint.name_at(trial.last.images_seen)).uri
-        for trial in trials
-        if trial.last
-    ]
+    newest = [place.child(t.name).child(checkpoint.name_at(t.images_seen)).uri for t in trials]
     train, held_out = data_sets(context.read(newest[:1])[0])
     bits: dict[str, np.ndarray] = {}
     for variance in ("beta_tilde", "measured"):

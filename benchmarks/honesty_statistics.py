@@ -8,11 +8,12 @@ comparison, live here.
 Axes: N generated images, M real images, F features.
 """
 
-import argparse
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tyro
 from harness import tables
 from numpy.typing import NDArray
 
@@ -28,6 +29,12 @@ MANY_GENERATED = 2000
 """Generated images for KID alone: what `jobs/evaluate.py` draws by default."""
 SEARCHES, TRIALS = 400, 16
 TRIAL_NOISE, KID_GENERATED = 0.3, 200
+
+
+@dataclass(frozen=True)
+class Arguments:
+    out: tyro.conf.Positional[Path]
+    """Markdown file."""
 
 
 def normal(n: int, seed: int, shift: float = 0.0) -> Features:
@@ -89,10 +96,8 @@ def intervals() -> Iterator[list[object]]:
         for n_real in (90, 1000):
             of_kid = []
             for i in range(REPETITIONS):
-                x, y = (
-                    side.astype(float)
-                    for side in (normal(MANY_GENERATED, 2 * i, shift), normal(n_real, 2 * i + 1))
-                )
+                x = normal(MANY_GENERATED, 2 * i, shift).astype(float)
+                y = normal(n_real, 2 * i + 1).astype(float)
                 of_kid.append((*kid(x, y), old_kid_error(x, y)))
             values, errors, before = np.array(of_kid).T
             numbers = MANY_GENERATED, n_real
@@ -103,10 +108,16 @@ def covered(
     shift: float, numbers: tuple[int, int], name: str, values: Array, right: float, *errors: Array
 ) -> list[object]:
     """A row: how often `right` lies within Z errors, of the old ones and of the new ones."""
-    cells = [f"{shift:g}", *map(str, numbers), name, f"{values.mean():.4f}", f"{values.std(ddof=1):.4f}"]
+    cells: list[object] = [
+        f"{shift:g}",
+        *map(str, numbers),
+        name,
+        f"{values.mean():.4f}",
+        f"{values.std(ddof=1):.4f}",
+    ]
     for error in errors:
         cells += [f"{error.mean():.4f}", f"{(abs(values - right) <= Z * error).mean():.1%}"]
-    return [*cells]
+    return cells
 
 
 def any_pair(values: Array) -> bool:
@@ -143,23 +154,9 @@ def row(what: str, num_images: int, old: int, new: int) -> list[object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out", type=Path, help="markdown file")
-    out = parser.parse_args().out
-    spread = [
-        "shift",
-        "generated",
-        "real",
-        "metric",
-        "mean",
-        "spread",
-        "error, old",
-        "covers, old",
-        "error",
-        "covers",
-    ]
+    out = tyro.cli(Arguments, description=__doc__).out
+    spread = "shift generated real metric mean spread".split()
+    spread += ["error, old", "covers, old", "error", "covers"]
     claims = ["what is compared", "images", "searches", "claim a difference, uncorrected", "Holm"]
     tables.write(
         str(out),

@@ -59,12 +59,12 @@ Name = Literal["ours", "lucidrains", "diffusers"]
 NAMES: tuple[Name, ...] = get_args(Name)
 REPO = Path(__file__).parents[1]
 SAMPLER = SampleConfig(sampler="dpmpp_2m", num_sample_steps=20, eta=1.0)
-"""As good as all 1000 steps of Algorithm 2, as far as benchmarks/samplers.md can tell."""
+"""The sampler of all nets; benchmarks/samplers.md finds it as good as all 1000 steps of Algorithm 2."""
 MARKS = (0.04, 0.08, 0.125, 0.17, 0.25, 0.33, 0.5, 0.67, 0.83, 1.0)
-"""Where on the way nets are judged, as shares of all minutes; of each trainer the snapshot nearest."""
+"""Times at which nets are judged, as shares of all minutes; each trainer's nearest snapshot is taken."""
 THRESHOLDS = (1.0, 0.7, 0.5, 0.1, 0.05)
 VALUE = 0.1
-"""The set value: what the picture and the first line are about."""
+"""The target value of KID, a line in the picture."""
 NUM_REAL, BATCH_SIZE = 2000, 50
 CHECKPOINT_IMAGES = 6400
 JUDGED, END = "judged.json", "<!-- by hand from here on -->"
@@ -76,9 +76,9 @@ class Arguments:
 
     what: tyro.conf.Positional[Literal["race", "train", "judge", "plot"]]
     who: tyro.conf.Positional[Name | None] = None
-    """train: whom."""
+    """train: the trainer to run."""
     minutes: float = 12.0
-    """Of training, each."""
+    """Minutes of training for each."""
     turn_s: float = 60.0
     num_images: int = 500
     preset: str = "fashion-mnist"
@@ -97,7 +97,7 @@ class Arguments:
 
 
 class Snapshot(NamedTuple):
-    """Averaged weights on the way."""
+    """Averaged weights during training."""
 
     path: Path
     images_seen: int
@@ -107,12 +107,12 @@ class Snapshot(NamedTuple):
 
 @dataclass(frozen=True)
 class Judged:
-    """A snapshot, and what it is worth."""
+    """A snapshot and its quality."""
 
     name: Name
     images_seen: int
     minutes: float
-    """Of training."""
+    """Minutes of training."""
     cpu_minutes: float
     kid: float
     error: float
@@ -130,10 +130,8 @@ def race(arguments: Arguments, names: Sequence[Name]) -> None:
     with ended_after(list(waiting.values())):
         while waiting:
             for name, contestant in list(waiting.items()):
-                left_s = (
-                    60 * arguments.minutes - trained(name, arguments, contestant.turns, time.time()).wall_s
-                )
-                contestant.turn(min(arguments.turn_s, left_s))
+                wall_s = trained(name, arguments, contestant.turns, time.time()).wall_s
+                contestant.turn(min(arguments.turn_s, 60 * arguments.minutes - wall_s))
                 wall_s = trained(name, arguments, contestant.turns, time.time()).wall_s
                 print(f"{name:10} trained {wall_s / 60:5.2f} minutes", flush=True)
                 if contestant.ended or wall_s > 60 * arguments.minutes - 1:
@@ -141,7 +139,7 @@ def race(arguments: Arguments, names: Sequence[Name]) -> None:
 
 
 def command(name: Name, arguments: Arguments) -> list[str]:
-    """What starts a trainer."""
+    """The command that starts a trainer."""
     folder = str(arguments.of(name))
     if name != "ours":
         return [sys.executable, peers.__file__, name, folder]
@@ -154,13 +152,13 @@ def command(name: Name, arguments: Arguments) -> list[str]:
 
 
 def environment(arguments: Arguments) -> dict[str, str]:
-    """As of a terminal where nobody has said how many threads there shall be."""
+    """The environment of a trainer: that of a terminal, without a number of threads."""
     tracking = {"MLFLOW_TRACKING_URI": f"sqlite:///{arguments.folder.absolute()}/mlflow.db"}
     return {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"} | tracking
 
 
 def trained(name: Name, arguments: Arguments, turns: Sequence[Turn], until: float) -> Spent:
-    """What it has had up to a moment: ours from the start, a peer from its first step on."""
+    """Training time up to a moment: of ours from the start, of a peer from its first step on."""
     if name == "ours":
         return spent(turns, until)
     first = arguments.of(name) / peers.FIRST_STEP
@@ -168,7 +166,7 @@ def trained(name: Name, arguments: Arguments, turns: Sequence[Turn], until: floa
 
 
 def prepare(arguments: Arguments) -> None:
-    """The data set, the peers' images, and the size that their nets shall have."""
+    """Prepare the data set, the peers' images, and the config that sets the size of their nets."""
     place = locations.resolve(arguments.uri)
     if not place.child(MANIFEST).exists():
         job = [sys.executable, str(REPO / "jobs/prepare.py"), arguments.preset, arguments.uri]
@@ -206,7 +204,7 @@ def open_data(arguments: Arguments) -> DataSet:
 
 
 def snapshots(name: Name, arguments: Arguments) -> Iterator[Snapshot]:
-    """What was kept on the way, oldest first."""
+    """Snapshots of a trainer, oldest first."""
     if name == "ours":
         for file in sorted(arguments.of(name).glob(f"run/{checkpoint.PREFIX}*/{checkpoint.CHECKSUMS}")):
             seen = checkpoint.read_state(file.parent)["images_seen"]
@@ -229,14 +227,13 @@ def load(name: Name, path: Path, arguments: Arguments) -> tuple[Model, Objective
 def draw(
     net: Model, objective: Objective, schedule: Schedule, shape: tuple[int, int, int], n: int
 ) -> torch.Tensor:
-    """uint8 [N, H, W, C], the same noise for every net."""
+    """Images uint8 [N, H, W, C], drawn from the same noise for every net."""
     sampler, drawn = samplers.build(SAMPLER, schedule, math.prod(shape)), []
     for start in range(0, n, BATCH_SIZE):
         generators = [PhiloxGenerator(0, Purpose.SAMPLE, i) for i in range(start, min(start + BATCH_SIZE, n))]
         noise = PerImageNoise(generators, shape)
-        drawn.append(
-            images.to_uint8(sampler(lambda x_t, t: objective.denoise(net, x_t, t, None), noise, None))
-        )
+        x_0 = sampler(lambda x_t, t: objective.denoise(net, x_t, t, None), noise)
+        drawn.append(images.to_uint8(x_0))
     return torch.cat(drawn)
 
 
@@ -258,17 +255,8 @@ def judge(arguments: Arguments) -> None:
             continue
         drawn = draw(*load(name, snapshot.path, arguments), shape, arguments.num_images)
         value, error = kid(features_of(by, drawn), real)
-        judged.append(
-            Judged(
-                name,
-                snapshot.images_seen,
-                had.wall_s / 60,
-                had.cpu_s / 60,
-                value,
-                error,
-                arguments.num_images,
-            )
-        )
+        minutes = had.wall_s / 60, had.cpu_s / 60
+        judged.append(Judged(name, snapshot.images_seen, *minutes, value, error, arguments.num_images))
         print(f"{name:10} {judged[-1].minutes:5.2f} minutes: KID {value:.4f} +- {error:.4f}", flush=True)
         (arguments.folder / JUDGED).write_text(json.dumps([asdict(j) for j in judged], indent=1))
         grid = images.png_bytes(images.grid(drawn[:64].numpy()))
@@ -276,16 +264,12 @@ def judge(arguments: Arguments) -> None:
 
 
 def chosen(arguments: Arguments) -> list[tuple[Name, Snapshot, Spent]]:
-    """The snapshots nearest to the marks, those of early marks first, and what their trainer had had."""
+    """The snapshots nearest to the marks, early marks first, with the time their trainer had had."""
     found: list[tuple[float, Name, Snapshot, Spent]] = []
     for name in NAMES:
         turns = read_turns(arguments.of(name)) or []
-        every = (
-            [(s, trained(name, arguments, turns, s.written)) for s in snapshots(name, arguments)]
-            if turns
-            else []
-        )
-        for mark in (share * arguments.minutes for share in MARKS) if every else ():
+        every = [(s, trained(name, arguments, turns, s.written)) for s in snapshots(name, arguments)]
+        for mark in (share * arguments.minutes for share in MARKS) if turns and every else ():
             snapshot, had = min(every, key=lambda one: abs(one[1].wall_s / 60 - mark))
             if (name, snapshot, had) not in [one[1:] for one in found]:
                 found.append((mark, name, snapshot, had))
@@ -340,17 +324,10 @@ def plot(arguments: Arguments) -> None:
     reached = tables.table(
         ["trainer", "weights", *(f"minutes to KID {value:g}" for value in THRESHOLDS), "images/s"], rows
     )
-    points = (
-        [
-            j.name,
-            f"{j.minutes:.2f}",
-            f"{j.cpu_minutes:.2f}",
-            f"{j.images_seen:,}",
-            f"{j.kid:.4f} ± {j.error:.4f}",
-        ]
-        for curve in curves.values()
-        for j in curve
-    )
+    points: list[list[object]] = []
+    for j in (j for curve in curves.values() for j in curve):
+        minutes = f"{j.minutes:.2f}", f"{j.cpu_minutes:.2f}"
+        points.append([j.name, *minutes, f"{j.images_seen:,}", f"{j.kid:.4f} ± {j.error:.4f}"])
     tables.write(
         __file__,
         "Time to quality",

@@ -7,6 +7,7 @@ Both have two workers in a cluster started for the purpose, and restart from the
 checkpoint, the data set, the first step. The table goes to benchmarks/recovery.md.
 """
 
+import itertools
 import os
 import signal
 import statistics
@@ -24,7 +25,7 @@ from typing import Any, Literal
 import psutil
 import ray
 import tyro
-from harness import processes, tables, training
+from harness import processes, tables, training, turns
 from harness.training import tick, ticks
 from ray.train.torch import TorchTrainer
 from support.processes import REPO
@@ -34,7 +35,7 @@ from ddpm.cluster.ray_init import connect
 from ddpm.presets import DIGITS
 
 BACK_AFTER_S = 8.0
-"""A lost node comes back so much later."""
+"""Seconds until a lost node comes back."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Arguments:
 
 
 def bare_work(spec: dict[str, Any]) -> None:
-    """Nothing, for as long as it is not killed or told to end."""
+    """Do nothing until killed or told to end."""
     rank = ray.train.get_context().get_world_rank()
     while not Path(spec["folder"], "end").exists():
         if rank == 0:
@@ -97,7 +98,7 @@ def recovery_s(folder: str, kill: Callable[[], None]) -> float:
 
 
 def _safe(folder: str) -> bool:
-    """Whether there is a checkpoint to go back to, where there are any."""
+    """Whether the run has a checkpoint to restore; the bare run needs none."""
     run = Path(folder, "bench")
     return not run.exists() or any(run.glob("checkpoint-*/checksums.json"))
 
@@ -130,13 +131,12 @@ def measure(start: Callable[[str, dict[str, float]], None], lose_node: bool) -> 
         return took
 
 
-def measure_alone(name: str, lost: str) -> float:
+def measure_alone(key: tuple[str, str]) -> float:
     """`measure` in a process of its own: what a cluster that is gone leaves in a driver's threads ends with it."""
-    command = [sys.executable, __file__, "--only", name, lost]
+    command = [sys.executable, __file__, "--only", *key]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    took = float(processes.read_answer(done.stdout))
-    print(f"{done.stdout}{lost} {name}: {took:.1f} s", flush=True)
-    return took
+    print(done.stdout, end="")
+    return float(processes.read_answer(done.stdout))
 
 
 STARTS = {"bare": bare, "ours": train}
@@ -149,12 +149,8 @@ def main() -> None:
         name, lost = arguments.only
         processes.answer(measure(STARTS[name], lost == "node"))
         os._exit(0)  # without waiting for the threads of the cluster that is gone
-    found: dict[tuple[str, str], list[float]] = {}
-    for _ in range(arguments.repeats):
-        for lost in LOST:
-            for name in STARTS:
-                found.setdefault((lost, name), []).append(measure_alone(name, lost))
-    write(arguments, found)
+    keys = list(itertools.product(STARTS, LOST))
+    write(arguments, turns.in_turns(keys, arguments.repeats, measure_alone))
 
 
 def write(arguments: Arguments, found: dict[tuple[str, str], list[float]]) -> None:
@@ -165,7 +161,7 @@ def write(arguments: Arguments, found: dict[tuple[str, str], list[float]]) -> No
     )
     rows = []
     for lost, what in LOST.items():
-        both = [found[lost, name] for name in STARTS]
+        both = [found[name, lost] for name in STARTS]
         a, b = map(statistics.median, both)
         every = "; ".join(", ".join(f"{t:.1f}" for t in times) for times in both)
         rows.append([what, f"{a:.1f}", f"{b:.1f}", f"{b - a:.1f}", every])

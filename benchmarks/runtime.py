@@ -38,9 +38,9 @@ RUNTIMES = ("torchrun", "ray")
 CASES = ((1, 1), (1, 2), (2, 1))
 """Workers, and torch threads of each."""
 SAMPLE_S = 3.0
-"""The meter looks so often: it is part of what it measures."""
+"""Seconds between two samples of the meter, which is part of what it measures."""
 READERS = ("ray::SplitCoordinator", "ray::MapBatches", "ray::_StatsActor", "ray::IDLE")
-"""Processes of Ray Data; the idle one has read, and will."""
+"""Titles of Ray Data's processes; the idle ones are reading tasks between two reads."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Arguments:
     """Images a run; the first fifth does not count."""
     preset: str = "digits"
     workers: int = 1
-    """With --runtime."""
+    """With --runtime: number of workers."""
     threads: int = 1
     """With --runtime: torch threads of each worker."""
     runtime: Literal["torchrun", "ray"] | None = None
@@ -62,7 +62,7 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Found:
-    """Of one run, without its first fifth."""
+    """Figures of one run, without its first fifth."""
 
     images_per_s: float
     wait: float
@@ -127,7 +127,7 @@ class Points(NoTracker):
 
 
 class Meter:
-    """Asked by `fit.fit` twice a second; notes now and then the CPU seconds of all processes below this one."""
+    """A `should_continue` of `fit.fit` that samples the CPU seconds of all processes below this one."""
 
     def __init__(self, first: int) -> None:
         self._first, self._samples = first, list[tuple[float, dict[int, tuple[str, float]]]]()
@@ -136,14 +136,12 @@ class Meter:
         progress = notes.get("progress")
         due = not self._samples or time.monotonic() - self._samples[-1][0] > SAMPLE_S
         if progress is not None and progress.images_seen >= self._first and due:
-            seen = {
-                process.pid: (_title(process), processes.cpu_s(process)) for process in processes.family()
-            }
+            seen = {p.pid: (_title(p), processes.cpu_s(p)) for p in processes.family()}
             self._samples.append((time.monotonic(), seen))
         return True
 
     def cores(self) -> dict[str, float]:
-        """By kind of process, the workers left out."""
+        """Cores by kind of process, the workers left out."""
         (began, before), (ended, after) = self._samples[0], self._samples[-2]
         found: dict[str, float] = defaultdict(float)
         for pid, (title, cpu_s) in after.items():
@@ -240,8 +238,8 @@ def write(arguments: Arguments, found: Mapping[tuple[int, int, str], list[Found]
     )
     names = ["workers x threads", "", "images/s", "of torchrun", "waits", "cores of Ray Data", "of the rest"]
     rows = []
-    for (workers, threads, name), runs in found.items():
-        key = (workers, threads, name)
+    for key, runs in found.items():
+        workers, threads, name = key
         ratio = speed[key] / speed[workers, threads, "torchrun"]
         cores = [
             f"{statistics.median(values):.3f}" if None not in values else "-"
@@ -263,10 +261,8 @@ def write(arguments: Arguments, found: Mapping[tuple[int, int, str], list[Found]
     ]
     for (workers, threads, name), runs in found.items():
         if runs[-1].by_process:
-            said = ", ".join(
-                f"{kind} {cores:.3f}" for kind, cores in runs[-1].by_process.items() if cores > 5e-4
-            )
-            lines.append(f"- {workers} x {threads}, {titles[name]}: {said}")
+            cores = (f"{kind} {number:.3f}" for kind, number in runs[-1].by_process.items() if number > 5e-4)
+            lines.append(f"- {workers} x {threads}, {titles[name]}: {', '.join(cores)}")
     tables.write(__file__, "What Ray costs", *lines)
 
 

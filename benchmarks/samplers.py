@@ -25,6 +25,7 @@ from ddpm.evaluation import context
 from ddpm.evaluation.features import features_of
 from ddpm.evaluation.scores import Score, score
 from ddpm.sampling.workers import SampleJob, SampleWorker
+from ddpm.training.state import parameter_count
 from ddpm.utils import images
 from ddpm.utils.progress import Display
 
@@ -33,7 +34,7 @@ ALL = 1000
 
 
 class Way(NamedTuple):
-    """One of drawing."""
+    """A way of sampling."""
 
     sampler: str
     steps: int
@@ -41,7 +42,7 @@ class Way(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Without its steps."""
+        """Its name without the number of steps."""
         return f"{self.sampler}, eta {self.eta:g}" if self.eta else self.sampler
 
 
@@ -90,9 +91,8 @@ def draw(candidate: context.Candidate, way: Way, n: int) -> tuple[np.ndarray, fl
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     (candidate,) = context.read([arguments.checkpoint])
-    by = context.choose(
-        [candidate], context.Settings(num_images=2000, features="classifier", num_train_images=0)
-    )
+    settings = context.Settings(num_images=2000, features="classifier", num_train_images=0)
+    by = context.choose([candidate], settings)
     found: dict[Way, tuple[Score, float]] = {}
     for way in WAYS:
         drawn, speed = draw(candidate, way, arguments.num_images)
@@ -100,10 +100,8 @@ def main() -> None:
         scores = score(by.feature_net.name, features, by.real, by.other_real)
         kid = next(s for s in scores if s.name.startswith("KID"))
         found[way] = kid, speed
-        print(
-            f"{way.name} {way.steps}: {kid.name} {kid.value:.4f} +- {kid.error:.4f}, {speed:.2f} images/s",
-            flush=True,
-        )
+        said = f"{kid.name} {kid.value:.4f} +- {kid.error:.4f}, {speed:.2f} images/s"
+        print(f"{way.name} {way.steps}: {said}", flush=True)
         grid = Path(f"samplers-{way.sampler}-{way.steps}-eta-{way.eta:g}.png")
         grid.write_bytes(images.png_bytes(images.grid(drawn[:64])))
         print(f"grid        {grid.absolute()}", flush=True)
@@ -117,8 +115,8 @@ def write(candidate: context.Candidate, found: dict[Way, tuple[Score, float]]) -
     how = (
         f"{best.name} of {n} images against {best.n_real} held-out ones of {candidate.config.data.source} (smaller "
         f"is better; real images have {best.floor:.4f} ± {best.floor_error:.4f}), from a net of this project with "
-        f"{sum(weight.numel() for weight in candidate.net.parameters()):,} weights that has "
-        f"seen {seen:,} images; images/s of all cores (`python benchmarks/samplers.py RUN --num-images {n}`). "
+        f"{parameter_count(candidate.net):,} weights that has seen {seen:,} images; images/s of all cores "
+        f"(`python benchmarks/samplers.py RUN --num-images {n}`). "
         f"{tables.machine()}."
     )
     names = ["sampler", "steps", best.name, f"from all {ALL} steps of ancestral", "images/s"]

@@ -11,18 +11,18 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from harness import tables
+from harness import tables, turns
 
 from ddpm.build import build_net
 from ddpm.cluster.worker_pool import WorkerPool
-from ddpm.config import Config
+from ddpm.config import Config, override
 from ddpm.hub import export
 from ddpm.models.unet import UNet
 from ddpm.presets import PRESETS
@@ -38,7 +38,7 @@ class Arguments:
     num_sample_steps: int = 20
     repeats: int = 3
     batch_sizes: tuple[int, ...] = (16, 32, 64, 128)
-    """What diffusers may draw at a time."""
+    """Batch sizes tried with diffusers."""
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -65,9 +65,8 @@ def pipeline(config: Config, net: UNet, device: torch.device) -> Any:
 
 def measure(arguments: Arguments, preset: str, sampler: str) -> list[tuple[float, float]]:
     """Images/s of diffusers and of ours, a pair a repeat."""
-    config, n = PRESETS[preset], arguments.num_images
-    sample = replace(config.sample, sampler=sampler, num_sample_steps=arguments.num_sample_steps)
-    config = replace(config, sample=sample)
+    values = {"sample.sampler": sampler, "sample.num_sample_steps": arguments.num_sample_steps}
+    config, n = override(PRESETS[preset], values), arguments.num_images
     net = build_net(config).eval().requires_grad_(False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     drawer = pipeline(config, net, device)
@@ -87,15 +86,10 @@ def measure(arguments: Arguments, preset: str, sampler: str) -> list[tuple[float
         ours()
         theirs(arguments.batch_sizes[0])  # each once, to warm up
         best = min(arguments.batch_sizes, key=lambda size: seconds(lambda: theirs(size)))
-        found = []
-        for _ in range(arguments.repeats):
-            found.append((n / seconds(lambda: theirs(best)), n / seconds(ours)))
-            a, b = found[-1]
-            print(
-                f"{preset} {sampler}: diffusers (batches of {best}) {a:.2f}, ours {b:.2f} images/s",
-                flush=True,
-            )
-    return found
+        print(f"{preset} {sampler}: diffusers in batches of {best}; images/s:", flush=True)
+        calls = {"diffusers": lambda: theirs(best), "ours": ours}
+        found = turns.in_turns(list(calls), arguments.repeats, lambda name: n / seconds(calls[name]))
+    return list(zip(*found.values(), strict=True))
 
 
 def main() -> None:

@@ -63,93 +63,24 @@ PUBLIC = {
 }  # fmt: skip
 
 
-PAGE = """\
-# From 1 to 256 GPUs, from 1 GB to 100 TB
-
-Computed by [benchmarks/scale.py](../benchmarks/scale.py), a model of a line or two a quantity. Nothing on this page
-was run on GPUs: it says where the next wall stands, not how soon it is reached. {machine}.
-
-## More GPUs: {images_per_gpu} images each a step, raw shards in S3
-
-| preset | GPUs | images/s | step | all-reduce | cores that read | S3 | requests/s | object store | $/hour |
-|---|---|---|---|---|---|---|---|---|---|
-{gpu_rows}
-
-The cores are those that read, check and decode, from a file beside them: what TLS, the object store and dealing out
-take comes on top and is not known, so have several times as many.
-
-- **1 GPU.** Its machine has cores enough to read for it. Nothing to set.
-- **8 GPUs, one machine.** The all-reduce hides behind the backward pass. Reading needs cores that the workers leave
-  free (`--cluster.cpus-per-worker`), or a pool of machines without GPUs.
-- **The first wall is ours:** reading may run ahead by {ahead} for the whole run (`OBJECT_STORE_BYTES` in
-  ddpm/data/ray_dataset.py), and a task reads {chunk} images. So at most {tasks_32} tasks of `cifar10` and {tasks_64} of
-  `celeba64` are under way at once, however many cores there are. Where the column `object store` says more, it has to
-  be raised, and the nodes' object stores with it.
-- **256 GPUs.** The global batch is {batch}: another learning rate and warm-up, or fewer images a GPU. {cores} cores at
-  least read, on machines of their own. {requests} requests a second are {than} the {limit} that S3 answers for one
-  prefix at once: larger row groups need fewer. One actor deals the stream out to all workers: nobody has measured it
-  with so many.
-
-## More data: raw 32x32 colour images, row groups of {rows}
-
-| shards | images | row groups | manifest | to read it | S3 a month | requests of an epoch | epoch on 8 GPUs | on 256 |
-|---|---|---|---|---|---|---|---|---|
-{size_rows}
-
-- **Up to 1 TB** nothing changes but the price. In AWS a gateway endpoint for S3 keeps traffic free of charge.
-- **100 TB.** The manifest is the wall: JSON with a checksum a row group, which every process reads whole, and 256 MiB
-  of it at most. Row groups of sixteen times the size make it a sixteenth (`rows_per_row_group` of
-  `ddpm.data.prepare.prepare`), and tasks that much larger; beyond that it belongs into Parquet, a part a split. Merely
-  to read the images once, as checking them does,
-  takes one core {days} days; `jobs/prepare.py` uses all cores of a cluster.
-
-## Checkpoints
-
-`cifar10` has {weights} M weights and checkpoints of {size} (net, EMA, AdamW), with any number of GPUs: rank 0 writes.
-Training waits for the copy, {copy} s here. Beside it go {write} s of writing and hashing, and {upload} s to S3 over one
-connection. The preset asks for one every {every} images, which would be every
-{due} GPUs: with many GPUs ask for fewer
-(`--train.checkpoint-every-images`), not more often than every {background} s. {kept} are kept; in a versioned bucket
-those deleted cost money until they expire.
-
-## Constants
-
-| measured here, one core | |
-|---|---|
-| rows a second, 32x32 colour, raw, checksum included | {raw_rows} |
-| the same, PNG | {png_rows} |
-| requests a row group | {requests_each} |
-| a checkpoint copied in memory | {copy_speed}/s |
-| a checkpoint written and hashed | {write_speed}/s |
-| manifest, a row group | {manifest} |
-| FLOPs of an image, forward and backward: `cifar10`, `celeba64` | {flops} |
-
-| taken from elsewhere | |
-|---|---|
-{public_rows}
-
-Prices are list prices as known when this was written, and change: look them up before you rely on them.
-"""
-
-
 @dataclass(frozen=True)
 class Measured:
-    """On one core of this machine."""
+    """Measurements on one core of this machine."""
 
     raw_rows: float
     """Rows a second, 32x32 colour, raw, checksum included."""
     png_rows: float
     """The same, PNG."""
     requests: float
-    """To S3, a row group."""
+    """Requests to S3, per row group."""
     copy: float
     """Bytes a second of a checkpoint: copied in memory, which training waits for;"""
     write: float
     """written to disk and hashed, which it does not wait for."""
     manifest_bytes: float
-    """A row group."""
+    """Bytes of the manifest per row group."""
     manifest_s: float
-    """To read and check, a row group."""
+    """Seconds to read and check the manifest, per row group."""
 
 
 def measure() -> Measured:
@@ -159,10 +90,8 @@ def measure() -> Measured:
         requests = requests_per_row_group(folder)
         state = State.create(CIFAR10, torch.device("cpu"))
         size = parameter_count(state.net) * BYTES_PER_PARAMETER
-        sum(
-            weight.sum() for weight in state.net.parameters()
-        ).backward()  # AdamW has moments after a step alone
-        state.optimizer.step()
+        sum(weight.sum() for weight in state.net.parameters()).backward()
+        state.optimizer.step()  # AdamW has no moments before
         began = time.process_time()
         snapshot = state.snapshot(CIFAR10, {})
         copied = time.process_time()
@@ -181,7 +110,7 @@ def measure() -> Measured:
 
 
 def rows_per_second(folder: str, kind: Encoding) -> float:
-    """Of pixels that are neither noise nor plain: a wave an image."""
+    """Rows read per second, with a wave in each image: neither noise nor plain."""
     location, rows = resolve(folder), MAX_ROWS_PER_ROW_GROUP
     waves = np.sin(np.linspace(0, 9, 32 * 32 * 3) + np.arange(rows)[:, None])
     pixels = ((waves + 1) * 127).astype(np.uint8).reshape(rows, 32, 32, 3)
@@ -196,8 +125,7 @@ def rows_per_second(folder: str, kind: Encoding) -> float:
 
 
 def requests_per_row_group(folder: str) -> float:
-    """Reads of a file from open to a row group's pixels: each is a GET of S3, and opening asks once for its "
-    "size."""
+    """Reads of a file, from its opening to a row group's pixels: each is a GET of S3, one more asks for the size."""
     path = f"{folder}/raw/train/00000.parquet"
     with Counted(path) as file:
         pq.ParquetFile(pa.PythonFile(file, mode="r"), pre_buffer=True).read_row_group(0, use_threads=False)
@@ -214,14 +142,11 @@ class Counted(io.FileIO):
 
 @cache
 def flops_per_image(config: Config) -> float:
-    """Of a training step: forward, and twice as much backward."""
+    """FLOPs of a training step per image: forward, and twice as many backward."""
     net, model = build_net(override(config, {"train.precision": "float32"})), config.model
-    x_t, t = (
-        torch.zeros(1, model.channels, model.image_size, model.image_size),
-        torch.zeros(1, dtype=torch.long),
-    )
+    x_t = torch.zeros(1, model.channels, model.image_size, model.image_size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(x_t, t)
+        net(x_t, torch.zeros(1, dtype=torch.long))
     return 3.0 * counter.get_total_flops()
 
 
@@ -243,7 +168,7 @@ def public(name: str) -> float:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run on so many GPUs needs; rates are a second."""
+    """The needs of a run on `gpus` GPUs; rates are per second."""
 
     gpus: int
     images: float
@@ -267,14 +192,13 @@ def plan(config: Config, gpus: int, utilisation: float, measured: Measured) -> P
     requests = images / rows_of(image) * measured.requests
     # Each core holds what it reads, and what it read before waits to be fetched.
     store = 2 * math.ceil(cores) * CHUNK_IMAGES * image
-    dollars = (
-        gpus * public("gpu_price") + cores * public("core_price") + requests * 3600 * public("get_price")
-    )
+    dollars = gpus * public("gpu_price") + cores * public("core_price")
+    dollars += requests * 3600 * public("get_price")
     return Plan(gpus, images, step, reduce, cores, images * image, requests, store, dollars)
 
 
 def rows_of(image_bytes: int) -> int:
-    """Of a row group, as `prepare` makes them."""
+    """Images of a row group, as `prepare` makes them."""
     return min(MAX_ROWS_PER_ROW_GROUP, ROW_GROUP_BYTES // image_bytes)
 
 
@@ -299,63 +223,98 @@ def page(measured: Measured, utilisation: float) -> str:
         for gpus in GPUS
     }
     cifar10 = {gpus: plans["cifar10", gpus] for gpus in GPUS}
-    size, every, image = (
-        parameters(CIFAR10) * BYTES_PER_PARAMETER,
-        CIFAR10.train.checkpoint_every_images,
-        32 * 32 * 3,
-    )
+    image, every = 32 * 32 * 3, CIFAR10.train.checkpoint_every_images
+    size = parameters(CIFAR10) * BYTES_PER_PARAMETER
+    write_s, upload_s = size / measured.write, size / public("s3_stream")
     largest, limit = cifar10[GPUS[-1]], public("get_limit")
-    return PAGE.format(
-        machine=tables.machine(),
-        images_per_gpu=IMAGES_PER_GPU,
-        gpu_rows="\n".join(gpu_row(name, p) for (name, _), p in plans.items()),
-        ahead=human(OBJECT_STORE_BYTES),
-        chunk=f"{CHUNK_IMAGES:,}",
-        tasks_32=OBJECT_STORE_BYTES // (CHUNK_IMAGES * image),
-        tasks_64=OBJECT_STORE_BYTES // (CHUNK_IMAGES * 4 * image),
-        batch=f"{GPUS[-1] * IMAGES_PER_GPU:,}",
-        cores=math.ceil(largest.cores),
-        requests=f"{largest.requests:,.0f}",
-        than="more than" if largest.requests > limit else "below",
-        limit=f"{limit:,.0f}",
-        rows=f"{rows_of(image):,}",
-        size_rows="\n".join(size_row(name, total, cifar10, measured) for name, total in SIZES.items()),
-        days=f"{SIZES['100 TB'] / image / measured.raw_rows / 3600 / 24:,.0f}",
-        weights=f"{parameters(CIFAR10) / 1e6:.1f}",
-        size=human(size),
-        copy=f"{size / measured.copy:.2f}",
-        write=f"{size / measured.write:.1f}",
-        upload=f"{size / public('s3_stream'):.0f}",
-        every=f"{every:,}",
-        due=", ".join(f"{every / p.images:,.1f} s on {gpus}" for gpus, p in cifar10.items()),
-        background=f"{size / measured.write + size / public('s3_stream'):.0f}",
-        kept=CIFAR10.train.keep_checkpoints,
-        raw_rows=f"{measured.raw_rows:,.0f}",
-        png_rows=f"{measured.png_rows:,.0f}",
-        requests_each=f"{measured.requests:.0f}",
-        copy_speed=human(measured.copy),
-        write_speed=human(measured.write),
-        manifest=f"{measured.manifest_bytes:.0f} B, {measured.manifest_s * 1e6:.1f} us",
-        flops=", ".join(f"{flops_per_image(config) / 1e9:.1f} G" for config in (CIFAR10, CELEBA64)),
-        public_rows="\n".join(f"| {source} | {value:.3g} |" for value, source in PUBLIC.values()),
-    )
+    tasks = OBJECT_STORE_BYTES // (CHUNK_IMAGES * image)
+    than = "more than" if largest.requests > limit else "below"
+    days = SIZES["100 TB"] / image / measured.raw_rows / 3600 / 24
+    due = ", ".join(f"{every / p.images:,.1f} s on {gpus}" for gpus, p in cifar10.items())
+    flops = ", ".join(f"{flops_per_image(config) / 1e9:.1f} G" for config in (CIFAR10, CELEBA64))
+    gpu_rows = "\n".join(gpu_row(name, p) for (name, _), p in plans.items())
+    size_rows = "\n".join(size_row(name, total, cifar10, measured) for name, total in SIZES.items())
+    public_rows = "\n".join(f"| {source} | {value:.3g} |" for value, source in PUBLIC.values())
+    return f"""\
+# From 1 to 256 GPUs, from 1 GB to 100 TB
+
+Computed by [benchmarks/scale.py](../benchmarks/scale.py), a model of a line or two a quantity. Nothing on this page
+was run on GPUs: it says where the next wall stands, not how soon it is reached. {tables.machine()}.
+
+## More GPUs: {IMAGES_PER_GPU} images each a step, raw shards in S3
+
+| preset | GPUs | images/s | step | all-reduce | cores that read | S3 | requests/s | object store | $/hour |
+|---|---|---|---|---|---|---|---|---|---|
+{gpu_rows}
+
+The cores are those that read, check and decode, from a file beside them: what TLS, the object store and dealing out
+take comes on top and is not known, so have several times as many.
+
+- **1 GPU.** Its machine has cores enough to read for it. Nothing to set.
+- **8 GPUs, one machine.** The all-reduce hides behind the backward pass. Reading needs cores that the workers leave
+  free (`--cluster.cpus-per-worker`), or a pool of machines without GPUs.
+- **The first wall is ours:** reading may run ahead by {human(OBJECT_STORE_BYTES)} for the whole run
+  (`OBJECT_STORE_BYTES` in ddpm/data/ray_dataset.py), and a task reads {CHUNK_IMAGES:,} images. So at most {tasks} tasks
+  of `cifar10` and {tasks // 4} of `celeba64` are under way at once, however many cores there are. Where the column
+  `object store` says more, it has to be raised, and the nodes' object stores with it.
+- **256 GPUs.** The global batch is {GPUS[-1] * IMAGES_PER_GPU:,}: another learning rate and warm-up, or fewer images a
+  GPU. {math.ceil(largest.cores)} cores at least read, on machines of their own. {largest.requests:,.0f} requests a
+  second are {than} the {limit:,.0f} that S3 answers for one prefix at once: larger row groups need fewer. One actor
+  deals the stream out to all workers: nobody has measured it with so many.
+
+## More data: raw 32x32 colour images, row groups of {rows_of(image):,}
+
+| shards | images | row groups | manifest | to read it | S3 a month | requests of an epoch | epoch on 8 GPUs | on 256 |
+|---|---|---|---|---|---|---|---|---|
+{size_rows}
+
+- **Up to 1 TB** nothing changes but the price. In AWS a gateway endpoint for S3 keeps traffic free of charge.
+- **100 TB.** The manifest is the wall: JSON with a checksum a row group, which every process reads whole, and 256 MiB
+  of it at most. Row groups of sixteen times the size make it a sixteenth (`rows_per_row_group` of
+  `ddpm.data.prepare.prepare`), and tasks that much larger; beyond that it belongs into Parquet, a part a split. Merely
+  to read the images once, as checking them does,
+  takes one core {days:,.0f} days; `jobs/prepare.py` uses all cores of a cluster.
+
+## Checkpoints
+
+`cifar10` has {parameters(CIFAR10) / 1e6:.1f} M weights and checkpoints of {human(size)} (net, EMA, AdamW), with any
+number of GPUs: rank 0 writes. Training waits for the copy, {size / measured.copy:.2f} s here. Beside it go
+{write_s:.1f} s of writing and hashing, and {upload_s:.0f} s to S3 over one connection. The preset asks for one every
+{every:,} images, which would be every {due} GPUs: with many GPUs ask for fewer (`--train.checkpoint-every-images`), not
+more often than every {write_s + upload_s:.0f} s. {CIFAR10.train.keep_checkpoints} are kept; in a versioned bucket those
+deleted cost money until they expire.
+
+## Constants
+
+| measured here, one core | |
+|---|---|
+| rows a second, 32x32 colour, raw, checksum included | {measured.raw_rows:,.0f} |
+| the same, PNG | {measured.png_rows:,.0f} |
+| requests a row group | {measured.requests:.0f} |
+| a checkpoint copied in memory | {human(measured.copy)}/s |
+| a checkpoint written and hashed | {human(measured.write)}/s |
+| manifest, a row group | {measured.manifest_bytes:.0f} B, {measured.manifest_s * 1e6:.1f} us |
+| FLOPs of an image, forward and backward: `cifar10`, `celeba64` | {flops} |
+
+| taken from elsewhere | |
+|---|---|
+{public_rows}
+
+Prices are list prices as known when this was written, and change: look them up before you rely on them.
+"""
 
 
 def gpu_row(name: str, p: Plan) -> str:
-    cells = [
-        f"`{name}`",
-        p.gpus,
-        f"{p.images:,.0f}",
-        f"{p.step_s * 1e3:.1f} ms",
-        f"{p.all_reduce_s * 1e3:.2f} ms",
-    ]
+    cells = [f"`{name}`", p.gpus, f"{p.images:,.0f}"]
+    cells += [f"{p.step_s * 1e3:.1f} ms", f"{p.all_reduce_s * 1e3:.2f} ms"]
     cells += [math.ceil(p.cores), f"{human(p.bytes)}/s", f"{p.requests:,.1f}", human(p.object_store)]
     return row(*cells, f"{p.dollars:,.0f}")
 
 
 def size_row(name: str, total: float, plans: dict[int, Plan], measured: Measured) -> str:
-    """Of raw 32x32 colour images."""
-    images, groups = total / (32 * 32 * 3), total / (32 * 32 * 3) / rows_of(32 * 32 * 3)
+    """A row of the table of sizes, for raw 32x32 colour images."""
+    images = total / (32 * 32 * 3)
+    groups = images / rows_of(32 * 32 * 3)
     cells = [name, human(images, ""), f"{groups:,.0f}", human(groups * measured.manifest_bytes)]
     cells += [f"{groups * measured.manifest_s:,.1f} s", f"{total * public('month_price'):,.2f} $"]
     cells += [f"{groups * measured.requests * public('get_price'):,.2f} $"]

@@ -42,11 +42,11 @@ class Arguments:
     search: tyro.conf.Positional[str]
     preset: str = "digits"
     seed: int = 1
-    """Of training, for the comparison of the best config with the preset's."""
+    """Seed of training for the comparison of the best config with the preset's."""
     command: str = ""
-    """The search's, for the note."""
+    """Command of the search, for the note."""
     overhead: bool = False
-    """Print what of the trials' time was training, and nothing else."""
+    """Print only the share of the trials' time that was training."""
 
 
 def difference(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float]:
@@ -59,10 +59,8 @@ def trained(
 ) -> str:
     """URI of the run `name`, trained as the preset (and `config`) says for as long as a trial."""
     flags = ["--config", str(config)] if config else []
-    of_search = settings["config"]
-    same = ["data.shards", "train.total_images", "train.batch_size", "train.micro_batch_size"]
-    for key in same:
-        flags += [f"--{key.replace('_', '-')}", str(of_search[key])]
+    for key in ("data.shards", "train.total_images", "train.batch_size", "train.micro_batch_size"):
+        flags += [f"--{key.replace('_', '-')}", str(settings["config"][key])]
     flags += ["--train.seed", str(seed), "--run.name", name, "--run.storage", place.uri]
     subprocess.run([sys.executable, str(REPO / "jobs" / "train.py"), preset, *flags], check=True)
     return place.child(name).uri
@@ -81,7 +79,7 @@ def rankings(trials: list[Trial]) -> list[str]:
         trial, last = trials[i], lasts[i]
         cells = {
             "train loss": f"{last.train_loss:.4f}",
-            "bits/dim": f"{last.bits_per_dim:.4f} ± {last.bits_per_dim_error:.4f}",
+            "bits/dim": last.shown,
             "KID": f"{trial.drawn['value']:.4f} ± {trial.drawn['error']:.4f}",
         }
         ranked = [cell for name in values for cell in (cells[name], places[name][i])]
@@ -93,9 +91,9 @@ def rankings(trials: list[Trial]) -> list[str]:
 
 
 def cost(trials: list[Trial], place: locations.Location) -> str:
-    """What the naive choice is worse by."""
-    naive = min(trials, key=lambda t: t.last.train_loss if t.last else np.inf)
-    honest = min(trials, key=lambda t: t.last.bits_per_dim if t.last else np.inf)
+    """The cost of the naive choice."""
+    naive = min(trials, key=lambda trial: trial.value("train/loss"))
+    honest = min(trials, key=lambda trial: trial.value("bits_per_dim"))
     a, b = (np.array(leaderboard.bits_of(trial, place)) for trial in (naive, honest))
     bits, error = difference(a, b)
     kid = naive.drawn["value"] - honest.drawn["value"]
@@ -113,35 +111,27 @@ def beaten(arguments: Arguments, place: locations.Location, events: EventLog) ->
     """The best config beside the preset's, both trained with another seed."""
     settings = json.loads(place.child("search.json").read())["settings"]
     best = Path(place.path, "best.json")
+    seed = arguments.seed
     uris = [
-        trained(place, arguments.preset, best, settings, f"best-seed-{arguments.seed}", arguments.seed),
-        trained(place, arguments.preset, None, settings, f"default-seed-{arguments.seed}", arguments.seed),
+        trained(place, arguments.preset, config, settings, f"{name}-seed-{seed}", seed)
+        for name, config in (("best", best), ("default", None))
     ]
-    config = configs.override(
-        presets.PRESETS[arguments.preset], {"data.shards": settings["config"]["data.shards"]}
-    )
+    shards = {"data.shards": settings["config"]["data.shards"]}
+    config = configs.override(presets.PRESETS[arguments.preset], shards)
     train = ray_dataset.open_configured(config)
     held_out = train.held_out()
     assert held_out is not None, "the search had one"
     evaluator = Evaluator(train, held_out, settings["num_images"], seed=settings["seed"])
     judged = [evaluator.judge(resolve.checkpoints_of(uri)[-1]) for uri in uris]
     mean, error = difference(*(np.array(j.bits) for j in judged))
-    rungs = [j.rung(0.0) for j in judged]
-    surely = mean + 2 * error < 0
     names = ("best of the search", f"the preset {arguments.preset}")
-    rows = [
-        [name, f"{rung.bits_per_dim:.4f} ± {rung.bits_per_dim_error:.4f}"]
-        for name, rung in zip(names, rungs, strict=True)
-    ]
+    rows = [[name, j.rung(0.0).shown] for name, j in zip(names, judged, strict=True)]
+    surely = mean + 2 * error < 0
+    beaten = "is beaten by more than two standard errors" if surely else "was not beaten"
     return [
         *tables.table(["config, trained with another seed", "bits/dim"], rows),
         "",
-        f"Best minus default, image by image: {mean:+.4f} ± {error:.4f} bits/dim. "
-        + (
-            "The default is beaten by more than two standard errors."
-            if surely
-            else "The default was not beaten."
-        ),
+        f"Best minus default, image by image: {mean:+.4f} ± {error:.4f} bits/dim. The default {beaten}.",
     ]
 
 
@@ -164,8 +154,7 @@ def main() -> None:
     lines = [
         f"{len(events.trials())} trials, {len(trials)} of them to their end ({arguments.command or 'tune/search.py'}; "
         f"`python benchmarks/search.py {arguments.search}`). {tables.machine()}. "
-        "Ranks count from the best; intervals are standard errors, and "
-        "ranks that overlap are a tie.",
+        "Ranks count from the best; intervals are standard errors, and ranks that overlap are a tie.",
         "",
         *rankings(trials),
         "",

@@ -114,7 +114,7 @@ def _sample(root: int, seen: dict[int, tuple[str, float, float]], began: float) 
 
 
 def _title(command: list[str]) -> str:
-    """What a process is: of Ray's Python processes the actor or task that it was first seen to be."""
+    """The kind of a process; for Ray's Python processes, its actor or task."""
     if command[:1] and command[0].startswith("ray::"):
         return re.split(r"[.(]", command[0])[0].strip()
     names = [Path(word).name for word in command[:4] if not word.startswith("-")]

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import tyro
 from harness import tables
+from harness.turns import ended_after
 from peers import step as contestants
 from peers.step import BEFORE, DIFFUSERS, LUCIDRAINS, OURS, Case
 
@@ -35,7 +36,7 @@ from ddpm.config import Config
 from ddpm.training.state import parameter_count
 
 KEPT = "memory kept"
-"""Ends the name of a peer that has our settings of the C library, which jobs/train.py makes for its workers."""
+"""Suffix of a peer with the settings of the C library that jobs/train.py makes for its workers."""
 BASE = "diffusers, float32 (its default)"
 
 
@@ -44,17 +45,17 @@ class Arguments(Case):
     """What to measure, and for how long."""
 
     turns: int = 5
-    """Of each contestant; the medians count."""
+    """Turns of each contestant; the medians count."""
     turn_s: float = 4.0
-    """How long a turn lasts, about."""
+    """Approximate length of a turn."""
     only: str = ""
     """Contestants whose name contains this."""
     without: str = ""
     """Contestants whose name does not contain this."""
     profile: bool = False
-    """Also say where the time of a step goes."""
+    """Also print the time of a step by operator."""
     losses: int = 0
-    """Instead: the losses of so many steps of ours, as evidence that a change changed nothing."""
+    """Print only the losses of this many steps of ours, as evidence that a change changed nothing."""
     before: Path | None = None
     """Another checkout of this project: ours as it is there is a contestant, too."""
 
@@ -85,14 +86,8 @@ class Contestant:
             environment["CUDA_VISIBLE_DEVICES"] = ""
         self.errors = folder / f"{name}.err"
         with self.errors.open("w") as errors:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env=environment,
-                text=True,
-            )
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
+            self.process = subprocess.Popen(command, **pipes, env=environment, text=True)
         self.losses: dict[int, float] = {}
 
     def turn(self, steps: int, profile: bool = False) -> dict[str, Any]:
@@ -132,7 +127,7 @@ def peak(device: str, dtype: torch.dtype) -> float:
 
 
 def gigaflops(config: Config) -> float:
-    """Of an image, forward and backward: the products of matrices, and the convolutions."""
+    """GFLOP of an image, forward and backward: matrix products and convolutions."""
     from torch.utils.flop_counter import FlopCounterMode
 
     net = build_net(config)
@@ -173,20 +168,17 @@ def main() -> None:
         sys.exit("error: --device is cuda, but there is no CUDA GPU here")
     before = [BEFORE + name for name in OURS if arguments.before and "compiled" not in name]
     peers = [] if arguments.losses else contestants.installed_peers()
+    without = arguments.without
     names = [name for name in (*peers, *before, *OURS) if arguments.only in name]
-    if arguments.without:
-        names = [name for name in names if arguments.without not in name]
+    names = [name for name in names if not without or without not in name]
     with tempfile.TemporaryDirectory() as folder:
         every = 10 if arguments.losses else 0
         racing = {name: Contestant(arguments, name, Path(folder), every, arguments.before) for name in names}
-        try:
+        with ended_after(list(racing.values())):
             if arguments.losses:
                 tell_losses(arguments, racing)
             else:
                 measure(arguments, racing)
-        finally:
-            for contestant in racing.values():
-                contestant.end()
 
 
 def tell_losses(arguments: Arguments, racing: dict[str, Contestant]) -> None:
@@ -237,44 +229,34 @@ def write(
     best = max(peers, key=peers.__getitem__, default=next(iter(median)))
     base = BASE if BASE in median else best
     flops = gigaflops(config)
-    net = build_net(config)
-    on_gpu, peers_here = arguments.device == "cuda", ["diffusers"] if find_spec("diffusers") else []
-    apart = ""
-    if peers_here:
-        apart = (
-            f" Outputs of our net and diffusers' differ by {contestants.difference(config):.1e} at the most."
-        )
+    on_gpu, peers_here, apart = arguments.device == "cuda", [], ""
+    if find_spec("diffusers"):
+        peers_here, most = ["diffusers"], contestants.difference(config)
+        apart = f" Outputs of our net and diffusers' differ by {most:.1e} at the most."
     lines = [
         f"Case {arguments.case}: {config.model.image_size}x{config.model.image_size} images, "
-        f"{parameter_count(net) / 1e6:.2f} M weights, {flops:.2f} GFLOP an image forward and "
+        f"{parameter_count(build_net(config)) / 1e6:.2f} M weights, {flops:.2f} GFLOP an image forward and "
         f"backward, batches of {config.train.batch_size}. Images/s of whole steps, medians of {arguments.turns} turns "
         f"(`python benchmarks/step.py --case {arguments.case}`); ratios of turns side by side, their medians. "
         f"{tables.machine(*peers_here, device=arguments.device)}; a product of large matrices reaches "
         f"{peaks[torch.float32]:.0f} GFLOP/s in float32 and {peaks[torch.bfloat16]:.0f} in bfloat16.{apart}",
         "",
-        "| contestant | images/s | of the bfloat16 peak | diffusers' default | diffusers' best | first step, s |"
-        + " memory, GiB |" * on_gpu,
-        "|---|---|---|---|---|---|" + "---|" * on_gpu,
     ]
+    names = ["contestant", "images/s", "of the bfloat16 peak", "diffusers' default", "diffusers' best"]
+    names += ["first step, s", *["memory, GiB"] * on_gpu]
+    rows = []
     for name, found in speed.items():
-        ratios = [
-            statistics.median(a / b for a, b in zip(found, speed[other], strict=True))
-            for other in (base, best)
-        ]
         share = "" if name in LUCIDRAINS else f"{median[name] * flops / peaks[torch.bfloat16]:.0%}"
-        lines.append(
-            f"| {name} | {median[name]:.2f} | {share} | {ratios[0]:.2f} | {ratios[1]:.2f} | {start[name]:.1f} |"
-            + f" {memory[name]:.1f} |" * on_gpu
-        )
+        cells = [name, f"{median[name]:.2f}", share]
+        for other in (base, best):
+            ratio = statistics.median(a / b for a, b in zip(found, speed[other], strict=True))
+            cells.append(f"{ratio:.2f}")
+        rows.append([*cells, f"{start[name]:.1f}", *[f"{memory[name]:.1f}"] * on_gpu])
+    lines += tables.table(names, rows)
     if profiles:
-        kinds = list(dict.fromkeys(kind for profile in profiles.values() for kind in profile))
-        names = list(profiles)
-        lines += ["", "Where the time of a step goes, ms:", "", "| operator | " + " | ".join(names) + " |"]
-        lines.append("|---" * (len(names) + 1) + "|")
-        for kind in kinds:
-            lines.append(
-                f"| {kind} | " + " | ".join(f"{profiles[name].get(kind, 0):.1f}" for name in names) + " |"
-            )
+        kinds = dict.fromkeys(kind for profile in profiles.values() for kind in profile)
+        rows = [[kind, *(f"{of.get(kind, 0):.1f}" for of in profiles.values())] for kind in kinds]
+        lines += ["", "Where the time of a step goes, ms:", "", *tables.table(["operator", *profiles], rows)]
     script = Path(__file__)
     if on_gpu:
         script = script.with_stem("gpu")

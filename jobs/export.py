@@ -59,10 +59,8 @@ def main() -> None:
             folder, exported = out, {}
             print(f"checkpoint  {out}")
         else:
-            folder, exported = (
-                stack.enter_context(resolve.local_checkpoint(arguments.checkpoint)),
-                {kind: out},
-            )
+            folder = stack.enter_context(resolve.local_checkpoint(arguments.checkpoint))
+            exported = {kind: out}
             net, config = checkpoint.load_net(folder, torch.device("cpu"), ema=arguments.ema)
             if kind == "pt2":
                 export.to_pt2(net, config, out)

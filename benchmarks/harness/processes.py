@@ -3,9 +3,12 @@
 import json
 import os
 import subprocess
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import psutil
 
 ANSWER = "ANSWER "
@@ -53,3 +56,38 @@ def cpu_s(process: psutil.Process) -> float:
         return times.user + times.system
     except psutil.Error:
         return 0.0
+
+
+class Watch(threading.Thread):
+    """CPU time and memory of a process and all that descend from it."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self._root, self._ended = pid, threading.Event()
+        self._cpu: dict[int, float] = {}
+        self.at: list[float] = []
+        self.seconds: list[float] = []
+        self.largest: dict[int, int] = {}
+
+    def run(self) -> None:
+        k = 0
+        while not self._ended.wait(0.2):
+            k += 1
+            for process in family(self._root):
+                try:
+                    self._cpu[process.pid] = max(self._cpu.get(process.pid, 0.0), cpu_s(process))
+                    if k % 5 == 0:
+                        memory = process.memory_full_info().uss
+                        self.largest[process.pid] = max(self.largest.get(process.pid, 0), memory)
+                except psutil.Error:  # it has just ended
+                    continue
+            self.at.append(time.monotonic())
+            self.seconds.append(sum(self._cpu.values()))
+
+    def stop(self) -> None:
+        self._ended.set()
+        self.join()
+
+    def between(self, begin: float, end: float) -> float:
+        """CPU seconds."""
+        return float(np.interp(end, self.at, self.seconds) - np.interp(begin, self.at, self.seconds))

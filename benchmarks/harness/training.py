@@ -21,7 +21,7 @@ def tick(folder: str) -> None:
 
 
 def ticks(folder: str) -> dict[str, list[float]]:
-    """When steps were completed, seconds since the epoch, by process."""
+    """Times at which steps were completed, seconds since the epoch, by process."""
     return {
         path.stem: [float(line) for line in path.read_text().splitlines()]
         for path in Path(folder).glob("*.ticks")

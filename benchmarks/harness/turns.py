@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 
@@ -22,13 +22,13 @@ K, V = TypeVar("K"), TypeVar("V")
 LOG, TURNS = "log", "turns.json"
 """In a contestant's folder: what it wrote on the terminal, and when it ran."""
 GAP_S = 2.0
-"""Where this process itself was held up for longer, all of them are taken to have been: the time does not count."""
+"""A longer pause of this process is taken for one of the whole machine, and does not count."""
 LAST_WORDS_S = 90.0
-"""So long may one go on that has been asked to end."""
+"""Time-out for the end of a contestant that was asked to end."""
 
 
 def in_turns(contestants: Sequence[K], repeats: int, measure: Callable[[K], V]) -> dict[K, list[V]]:
-    """What `measure` finds of each contestant, `repeats` times; every other round begins with the last one."""
+    """Results of `measure` for each contestant, `repeats` times; every other round begins with the last one."""
     found: dict[K, list[V]] = {key: [] for key in contestants}
     for i in range(repeats):
         for key in contestants if i % 2 == 0 else reversed(contestants):
@@ -45,12 +45,12 @@ class Turn:
     """Seconds since the epoch."""
     ended: float
     cpu_s: float
-    """Of all its processes, since the first turn."""
+    """CPU seconds of all its processes, since the first turn."""
 
 
 @dataclass(frozen=True)
 class Spent:
-    """What a contestant has had."""
+    """Time that a contestant has had."""
 
     wall_s: float
     cpu_s: float
@@ -60,7 +60,7 @@ class Spent:
 
 
 def spent(turns: Sequence[Turn], until: float) -> Spent:
-    """Up to a moment, in seconds since the epoch; within a turn its CPU time is taken to be even."""
+    """Time spent up to `until`, in seconds since the epoch; within a turn CPU time is taken to be even."""
     wall_s = cpu_s = before = 0.0
     for turn in turns:
         share = min(max((until - turn.began) / max(turn.ended - turn.began, 1e-9), 0.0), 1.0)
@@ -71,7 +71,7 @@ def spent(turns: Sequence[Turn], until: float) -> Spent:
 
 
 def read_turns(folder: Path) -> list[Turn] | None:
-    """None: it has never run."""
+    """Turns of the contestant in a folder; None: it has never run."""
     file = folder / TURNS
     return [Turn(**turn) for turn in json.loads(file.read_text())] if file.exists() else None
 
@@ -95,7 +95,7 @@ class Contestant:
         return self._process is not None and self._process.poll() is not None
 
     def turn(self, seconds: float) -> None:
-        """Let it run for so long, or until it ends."""
+        """Let it run for `seconds`, or until it ends."""
         began = time.time()
         if self._process is None:
             with (self._folder / LOG).open("wb") as log:
@@ -138,7 +138,7 @@ class Contestant:
         return [] if self._process is None or self.ended else list(family(self._process.pid))
 
     def _signal(self, number: signal.Signals) -> None:
-        """To all its processes, also those that are born meanwhile."""
+        """Send a signal to all its processes, also to those that start meanwhile."""
         reached: set[int] = set()
         while new := [process for process in self._tree() if process.pid not in reached]:
             for process in new:
@@ -148,8 +148,8 @@ class Contestant:
 
 
 @contextmanager
-def ended_after(contestants: Sequence[Contestant]) -> Iterator[None]:
-    """Whatever happens, none of them goes on afterwards."""
+def ended_after(contestants: Sequence[Any]) -> Iterator[None]:
+    """A context after which none of the contestants runs, whatever happens; each has a method `end`."""
     try:
         yield
     finally:
@@ -158,7 +158,7 @@ def ended_after(contestants: Sequence[Contestant]) -> Iterator[None]:
 
 
 def _cpu_s(process: psutil.Process) -> float:
-    """Of a process, and of its children that have ended."""
+    """CPU seconds of a process and of its ended children; 0 if it has ended."""
     try:
         return sum(process.cpu_times()[:4])
     except psutil.NoSuchProcess:

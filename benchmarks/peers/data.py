@@ -20,7 +20,7 @@ from torch import Tensor
 
 BATCH = 64
 WORKERS = 2
-"""Of a DataLoader: one a core."""
+"""Workers of a DataLoader: one a core."""
 Decode = Callable[[bytes], NDArray[np.uint8]]
 
 

@@ -39,7 +39,7 @@ EVERY_S = 10.0
 BATCH_SIZE, LR = 16, 1e-4
 FOR_EVER = 10**9
 CONFIG, IMAGES, FIRST_STEP = "config.json", "images", "first-step"
-"""In FOLDER: our config, whose size of net is to be met; the images; and a file that is made with the first step."""
+"""Names in FOLDER: our config, which sets the size of the net; the images; a file made with the first step."""
 
 
 class Snapshots:
@@ -169,7 +169,7 @@ def lucidrains(path: Path, config: Config) -> tuple[Model, Objective, Schedule]:
 
 
 def diffusers(path: Path, config: Config) -> tuple[Model, Objective, Schedule]:
-    """As `lucidrains`."""
+    """The same of a diffusers snapshot."""
     net = diffusers_net(config)
     net.load_state_dict(load_file(path))
     net.eval().requires_grad_(False)

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from ddpm.build import build_net
 from ddpm.config import Config, DataConfig, OptimConfig, TrainConfig, UNetConfig, override
 from ddpm.data.reading import MicroBatch
-from ddpm.hub.diffusers_names import diffusers_names
 from ddpm.presets import PRESETS
 from ddpm.training import loop
 from ddpm.training.runtime import LocalRuntime, NoTracker
@@ -61,7 +60,7 @@ DIFFUSERS = {
 }
 LUCIDRAINS = {"lucidrains, float32 (its default)": {}, "lucidrains, bfloat16": {"autocast": True}}
 BEFORE = "before: "
-"""Begins the names of contestants whose code is that of another checkout."""
+"""Prefix of contestants that run the code of another checkout."""
 
 
 CaseName = Literal["cifar", "digits", "glyphs", "fashion-mnist", "cifar10", "celeba64"]
@@ -69,7 +68,7 @@ CaseName = Literal["cifar", "digits", "glyphs", "fashion-mnist", "cifar10", "cel
 
 @dataclass(frozen=True)
 class Case:
-    """What all of them train."""
+    """The net, batch and images that all contestants train."""
 
     case: CaseName = "cifar"
     """cifar: 64-128-128 channels, attention at 16, batches of 16. Else a preset's net and batch."""
@@ -81,19 +80,15 @@ class Case:
 
     def config(self) -> Config:
         """Attention of another size of image stays at half of it, or at 16x16."""
-        config = CASES[self.case]
-        if self.batch_size:
-            grain = self.batch_size
-            train = dataclasses.replace(config.train, batch_size=grain, micro_batch_size=grain)
-            config = dataclasses.replace(config, train=train)
-        if self.image_size:
-            size, attention = self.image_size, (min(16, self.image_size // 2),)
-            model = dataclasses.replace(config.model, image_size=size, attention_resolutions=attention)
-            config = dataclasses.replace(config, model=model)
-        return config
+        batch, size, values = self.batch_size, self.image_size, dict[str, Any]()
+        if batch:
+            values |= {"train.batch_size": batch, "train.micro_batch_size": batch}
+        if size:
+            values |= {"model.image_size": size, "model.attention_resolutions": (min(16, size // 2),)}
+        return override(CASES[self.case], values)
 
     def flags(self) -> list[str]:
-        """What makes a program of this case its own."""
+        """The flags that describe this case."""
         names = [field.name for field in dataclasses.fields(Case)]
         return [word for name in names for word in ("--" + name.replace("_", "-"), str(getattr(self, name)))]
 
@@ -104,11 +99,11 @@ class Arguments(Case):
 
     name: tyro.conf.Positional[str] = ""
     log_every_steps: int = 0
-    """Say the loss so often; 0: as the case does."""
+    """Steps between two reports of the loss; 0: those of the case."""
 
 
 def installed_peers() -> list[str]:
-    """Those whose packages are here: the extra `benchmarks` brings them."""
+    """Peers whose packages are installed; the extra `benchmarks` has them."""
     peers = {"diffusers": DIFFUSERS, "denoising_diffusion_pytorch": LUCIDRAINS}
     return [name for package, names in peers.items() if find_spec(package) for name in names]
 
@@ -198,15 +193,10 @@ def diffusers_net(config: Config) -> nn.Module:
     import diffusers
 
     from ddpm.hub.diffusers_config import unet_config
+    from ddpm.hub.export import to_their_names
 
-    model = config.model
     net = diffusers.UNet2DModel(**unet_config(override(config, {"schedule.num_timesteps": 1000})))
-    theirs, ours = net.state_dict(), build_net(config).state_dict()
-    for our, names in diffusers_names(model).items():
-        rows = [theirs[name].shape[0] for name in names]
-        for name, weight in zip(names, ours[our].split(rows), strict=True):
-            theirs[name] = weight
-    net.load_state_dict(theirs)
+    net.load_state_dict(to_their_names(build_net(config).state_dict(), config, net.state_dict()))
     return net.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -222,7 +212,7 @@ def lucidrains_net(config: Config) -> nn.Module:
 
 
 def difference(config: Config) -> float:
-    """How far our net's output is from diffusers', at the most; outputs are about 1."""
+    """Largest difference of our net's output from diffusers'; outputs are about 1."""
     config = override(config, {"model.zero_init": False, "model.dropout": 0.0})
     ours, theirs = build_net(config), diffusers_net(config).cpu()
     x_t, t = next(float_batches(config, iter([None]), "cpu")), torch.arange(config.train.micro_batch_size)
@@ -300,8 +290,7 @@ def main() -> None:
         train_ours(config, micro_batches(config, turns(share)))
         return
     # Peers take the batch whole.
-    train = dataclasses.replace(config.train, micro_batch_size=config.train.batch_size)
-    config = dataclasses.replace(config, train=train)
+    config = override(config, {"train.micro_batch_size": config.train.batch_size})
     batches = float_batches(config, turns(1), arguments.device)
     if name in DIFFUSERS:
         train_diffusers(config, batches, **DIFFUSERS[name])

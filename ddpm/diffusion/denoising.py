@@ -10,25 +10,21 @@ Papers:
 Axes: B batch, C channels, H W height and width, T timesteps, L noise levels.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from ddpm.diffusion.process import q_sample
+from ddpm.diffusion.denoisers import Denoise
+from ddpm.diffusion.likelihood import x_0_error_at
+from ddpm.diffusion.samplers import Noise
 from ddpm.diffusion.schedules import Schedule
-
-if TYPE_CHECKING:
-    from ddpm.diffusion.denoisers import Denoise
-    from ddpm.diffusion.samplers import Noise
 
 
 @torch.no_grad()
 def error_at(
-    denoise: "Denoise",
+    denoise: Denoise,
     schedule: Schedule,
     x_0: Tensor,
-    noise: "Noise",
+    noise: Noise,
     log_snr: Tensor,
     *,
     clip_x_0: bool = True,
@@ -57,11 +53,6 @@ def error_at(
         after = int((of_t > level).sum().clamp(1, len(of_t) - 1))  # the first timestep at the level or beyond
         low, high = of_t[after].item(), of_t[after - 1].item()
         share = (high - level) / (high - low)
-        errors = []
-        for t in (after - 1, after):
-            ts = torch.full((len(x_0),), t, device=x_0.device)
-            x_0_hat = denoise(q_sample(schedule.alpha_bar, x_0, ts, eps), ts).x_0_hat
-            x_0_hat = x_0_hat.clamp(-1, 1) if clip_x_0 else x_0_hat
-            errors.append((x_0 - x_0_hat).square().flatten(1).mean(1).cpu().double())
-        columns.append((1 - share) * errors[0] + share * errors[1])
+        first, second = (x_0_error_at(denoise, schedule, x_0, t, eps, clip_x_0) for t in (after - 1, after))
+        columns.append((1 - share) * first + share * second)
     return torch.stack(columns, 1)

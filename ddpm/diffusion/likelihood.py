@@ -21,11 +21,12 @@ Axes: B batch, C channels, H W height and width, T timesteps, K timesteps measur
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ddpm.diffusion.denoisers import Denoise
 from ddpm.diffusion.process import q_sample
 from ddpm.diffusion.reverse import (
     LEVELS,
@@ -35,11 +36,8 @@ from ddpm.diffusion.reverse import (
     learned_log_variance,
     log_prob_of_level,
 )
+from ddpm.diffusion.samplers import Noise
 from ddpm.diffusion.schedules import Schedule
-
-if TYPE_CHECKING:
-    from ddpm.diffusion.denoisers import Denoise
-    from ddpm.diffusion.samplers import Noise
 
 TINY = 1e-300
 """Below any KL and any error; replaces a sum of 0."""
@@ -67,10 +65,10 @@ class Bound(NamedTuple):
 
 @torch.no_grad()
 def exact(
-    denoise: "Denoise",
+    denoise: Denoise,
     schedule: Schedule,
     x_0: Tensor,
-    noise: "Noise",
+    noise: Noise,
     *,
     variance: Variance = "beta_tilde",
     x_0_error: Tensor | None = None,
@@ -99,10 +97,10 @@ def exact(
 
 @torch.no_grad()
 def estimate(
-    denoise: "Denoise",
+    denoise: Denoise,
     schedule: Schedule,
     x_0: Tensor,
-    noise: "Noise",
+    noise: Noise,
     u: Tensor,
     proposal: Tensor,
     *,
@@ -116,17 +114,11 @@ def estimate(
     sum_t KL_t ~ 1 / K sum_k KL_{t_k} / proposal[t_k], t_k distributed as the proposal. The K timesteps of an image are
     spread evenly over the proposal, beginning at u: each keeps its distribution, and the error is smaller.
 
-    Args:
-        denoise: called num_draws + 1 times.
-        schedule: the one the net was trained with.
-        x_0: [B, C, H, W] float32, 8-bit images in [-1, 1].
-        noise: standard normal [B, C, H, W]; drawn num_draws + 1 times.
+    Args, beside those of `exact`:
+        denoise: called num_draws + 1 times; `noise` is drawn as often.
         u: [B] float64 in [0, 1), uniform, drawn by the caller.
         proposal: [T] float64, as of `proposal`.
         num_draws: K, at least 1.
-        variance: as in `exact`.
-        x_0_error: as in `exact`.
-        clip_x_0: as in `exact`.
 
     Raises:
         ValueError: as `exact`; or the proposal is not a distribution over 1..T-1 that is positive there.
@@ -145,10 +137,10 @@ def estimate(
 
 @torch.no_grad()
 def x_0_errors(
-    denoise: "Denoise",
+    denoise: Denoise,
     schedule: Schedule,
     x_0: Tensor,
-    noise: "Noise",
+    noise: Noise,
     *,
     num_measured: int = MEASURED_TIMESTEPS,
     clip_x_0: bool = True,
@@ -168,16 +160,22 @@ def x_0_errors(
     T, level = schedule.num_timesteps, schedule.log_snr
     wanted = torch.linspace(level[0].item(), level[-1].item(), num_measured, dtype=torch.float64)
     measured = torch.arange(T) if num_measured >= T else (level[:, None] - wanted).abs().argmin(0).unique()
-    errors = []
-    for t in measured.tolist():
-        x_0_hat = denoise(q_sample(schedule.alpha_bar, x_0, _full(x_0, t), noise()), _full(x_0, t)).x_0_hat
-        errors.append(_per_image((x_0 - (x_0_hat.clamp(-1, 1) if clip_x_0 else x_0_hat)).square()))
+    errors = [x_0_error_at(denoise, schedule, x_0, t, noise(), clip_x_0) for t in measured.tolist()]
     if len(errors) == 1:
         return errors[0][:, None]
     logs = torch.stack(errors, 1).clamp(min=TINY).log()
     right = torch.searchsorted(measured, torch.arange(T)).clamp(min=1)
     before, after = level[measured[right - 1]], level[measured[right]]
     return torch.lerp(logs[:, right - 1], logs[:, right], (before - level) / (before - after)).exp()
+
+
+def x_0_error_at(
+    denoise: Denoise, schedule: Schedule, x_0: Tensor, t: int, eps: Tensor, clip_x_0: bool
+) -> Tensor:
+    """The squared error of x_0_hat at t, each image's mean over its dimensions; [B] float64 on the CPU."""
+    t_batch = _full(x_0, t)
+    x_0_hat = denoise(q_sample(schedule.alpha_bar, x_0, t_batch, eps), t_batch).x_0_hat
+    return _per_image((x_0 - (x_0_hat.clamp(-1, 1) if clip_x_0 else x_0_hat)).square())
 
 
 def kl_of_errors(schedule: Schedule, x_0_errors: Tensor, variance: Tensor) -> Tensor:
@@ -286,10 +284,10 @@ def _bound(
 
 
 def _reverse(
-    denoise: "Denoise",
+    denoise: Denoise,
     schedule: Schedule,
     x_0: Tensor,
-    noise: "Noise",
+    noise: Noise,
     variance: Variance,
     x_0_error: Tensor | None,
     clip_x_0: bool,

@@ -107,12 +107,8 @@ def _train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps + 1)
     for start in range(0, steps * BATCH_SIZE, CHUNK_IMAGES):
         chunk = train.read(plan, start, min(start + CHUNK_IMAGES, steps * BATCH_SIZE), "substitute")
-        pairs = zip(
-            torch.from_numpy(chunk.image).split(BATCH_SIZE),
-            torch.from_numpy(chunk.label).split(BATCH_SIZE),
-            strict=True,
-        )
-        for image, label in pairs:
+        batches = (torch.from_numpy(array).split(BATCH_SIZE) for array in (chunk.image, chunk.label))
+        for image, label in zip(*batches, strict=True):
             loss = F.cross_entropy(net(images.to_model(image)), label)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

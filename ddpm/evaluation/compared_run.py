@@ -15,8 +15,7 @@ from ddpm import config as configs
 from ddpm.checkpoints import checkpoint, runs
 from ddpm.checkpoints.runs import Run
 from ddpm.config import Config
-from ddpm.evaluation.memorisation import NearerShare
-from ddpm.evaluation.report import Drawn, Report, nearest_pictures
+from ddpm.evaluation.report import Report, nearest_pictures
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
 from ddpm.tracking import metrics_buffer, pages, spool
@@ -260,15 +259,9 @@ def _report_in_file(uri: str) -> Report:
 
 def _with_pictures(report: Report, out: str, read_picture: Callable[[str], bytes]) -> Report:
     """`report` with its pictures of the nearest training images, as jobs/evaluate.py named them beside `out`."""
-
-    def mark(way: Drawn) -> Drawn:
-        return replace(way, nearest=b"?" if any(isinstance(s, NearerShare) for s in way.scores) else b"")
-
-    marked = _with_ways(report, mark)
-    pictures = {id(way): read_picture(name) for name, _, way in nearest_pictures(marked, out)}
-    return _with_ways(marked, lambda way: replace(way, nearest=pictures.get(id(way), b"")))
-
-
-def _with_ways(report: Report, change: Callable[[Drawn], Drawn]) -> Report:
-    results = (replace(result, drawn=tuple(map(change, result.drawn))) for result in report.results)
-    return Report(report.settings, tuple(results))
+    pictures = {id(way): read_picture(name) for name, _, way in nearest_pictures(report, out)}
+    results = (
+        replace(result, drawn=tuple(replace(way, nearest=pictures.get(id(way), b"")) for way in result.drawn))
+        for result in report.results
+    )
+    return replace(report, results=tuple(results))

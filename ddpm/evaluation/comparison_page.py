@@ -22,6 +22,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFor
 from ddpm.evaluation import comparison
 from ddpm.evaluation.compared_run import ComparedRun
 from ddpm.evaluation.comparison import Chart, Ranking
+from ddpm.evaluation.publish import write
 from ddpm.evaluation.ranking import Z
 from ddpm.storage.locations import Location
 from ddpm.utils.errors import UserError
@@ -70,11 +71,7 @@ def store(runs: Sequence[ComparedRun], place: Location) -> None:
     Raises:
         UserError: it cannot be written, or as `render`.
     """
-    page = render(runs)
-    try:
-        place.write(page)
-    except OSError as error:
-        raise UserError(f"cannot write {place.uri}: {error}") from None
+    write(place, render(runs))
 
 
 def render(runs: Sequence[ComparedRun], rankings: Sequence[Ranking] | None = None) -> bytes:
@@ -106,31 +103,24 @@ def render(runs: Sequence[ComparedRun], rankings: Sequence[Ranking] | None = Non
         "trajectories": any(run["trajectories"] for run in shown),
         "nearest": any(run["nearest"] for run in shown),
     }
-    return (
-        _template()
-        .render(
-            title=f"Comparison of {', '.join(run.name for run in runs)}",
-            sections={id: name for id, name in SECTIONS.items() if contents[id]},
-            runs=shown,
-            remarks=[f"{run.name}: {remark}" for run in runs for remark in run.remarks],
-            differences=differing,
-            rankings=rankings,
-            positions=positions,
-            sampled_unlike=", ".join(key for key in differing or () if key.startswith("sample.")),
-            curves=contents["curves"],
-            steps=contents["steps"],
-            script=Markup(SCRIPT),
-            script_hash="sha256-" + base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
-        )
-        .encode(errors="replace")
+    templates = Environment(
+        loader=PackageLoader("ddpm.evaluation"), autoescape=True, undefined=StrictUndefined
     )
-
-
-def _template() -> Any:
-    loader = PackageLoader("ddpm.evaluation")
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template(
-        "comparison.html"
+    page = templates.get_template("comparison.html").render(
+        title=f"Comparison of {', '.join(run.name for run in runs)}",
+        sections={id: name for id, name in SECTIONS.items() if contents[id]},
+        runs=shown,
+        remarks=[f"{run.name}: {remark}" for run in runs for remark in run.remarks],
+        differences=differing,
+        rankings=rankings,
+        positions=positions,
+        sampled_unlike=", ".join(key for key in differing or () if key.startswith("sample.")),
+        curves=contents["curves"],
+        steps=contents["steps"],
+        script=Markup(SCRIPT),
+        script_hash="sha256-" + base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
     )
+    return page.encode(errors="replace")
 
 
 def _shown(

@@ -6,7 +6,6 @@ A piece is a range of images that does not depend on the workers; the results of
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -15,8 +14,7 @@ import torch
 from ddpm.build import build_objective
 from ddpm.cluster.worker_pool import WorkerPool
 from ddpm.config import SampleConfig
-from ddpm.data.reading import DataSet
-from ddpm.data.reading import Images as Batch
+from ddpm.data.reading import DataSet, Images
 from ddpm.diffusion.objectives import PROCESSES
 from ddpm.evaluation import measure, memorisation, plots
 from ddpm.evaluation.bits import BitsPerDim
@@ -45,12 +43,21 @@ class Piece(NamedTuple):
     stop: int
 
 
-class Images(NamedTuple):
+class Sampled(NamedTuple):
     """Images sampled in one way."""
 
     features: Features
     image: Pixels
     """uint8 [N, H, W, C]: the first MAX_PAIRWISE of the way; none if no nearest training images are searched."""
+
+
+class Nearness(NamedTuple):
+    """Distances of the images of one way to training images."""
+
+    shares: tuple[NearerShare, ...] = ()
+    """In the feature net's space and in pixels."""
+    pairs: Pairs | None = None
+    """The nearest pairs, in the feature net's space."""
 
 
 class EvalWorker:
@@ -73,11 +80,11 @@ class EvalWorker:
     def measure(self, candidate: int) -> Measured:
         """Errors of this candidate on training images."""
         net, config, objective = self._candidates[candidate]
-        train = images_of(self._train, 0, min(measure.MEASURED_IMAGES, self._train.rows.num_rows))
+        train = images_of(self._train, 0, measure.MEASURED_IMAGES)
         variance = measure.bound_variance(config, self._settings.variance)
         return measure.measure(net, config, objective, train, variance, device=self._device)
 
-    def bits(self, piece: Piece, measured: Measured) -> BitsPerDim:
+    def bits(self, piece: Piece, measured: Mapping[int, Measured]) -> BitsPerDim:
         """The bound of the held-out images of a piece."""
         net, config, objective = self._candidates[piece.candidate]
         return measure.bits_per_dim(
@@ -88,25 +95,23 @@ class EvalWorker:
             start=piece.start,
             device=self._device,
             variance=measure.bound_variance(config, self._settings.variance),
-            measured=measured,
+            measured=measured[piece.candidate],
             num_draws=self._settings.num_draws,
             seed=self._settings.seed,
         )
 
-    def draw(self, piece: Piece, measured: Measured | None) -> Images:
+    def draw(self, piece: Piece, measured: Mapping[int, Measured]) -> Sampled:
         """Sample the images of a piece."""
-        candidate, indices = self._candidates[piece.candidate], range(piece.start, piece.stop)
-        sample = self._ways[piece.candidate][piece.way]
         features, image = measure.drawn_features(
-            *candidate,
+            *self._candidates[piece.candidate],
             self._feature_net,
-            indices,
+            range(piece.start, piece.stop),
             device=self._device,
-            sample=sample,
-            x_0_error=measured.x_0_error if measured else None,
+            sample=self._ways[piece.candidate][piece.way],
+            x_0_error=measured[piece.candidate].x_0_error if piece.candidate in measured else None,
         )
         kept = MAX_PAIRWISE if self._settings.num_train_images else 0
-        return Images(features, image[: max(0, kept - piece.start)])
+        return Sampled(features, image[: max(0, kept - piece.start)])
 
 
 def evaluate(candidates: Sequence[Candidate], settings: Settings, num_workers: int | None = None) -> Report:
@@ -125,11 +130,10 @@ def evaluate(candidates: Sequence[Candidate], settings: Settings, num_workers: i
         measured = _measured(pool, candidates)
         bits = _bits(pool, measured, min(settings.num_images, by.held_out.rows.num_rows))
         drawn = _drawn(pool, ways, measured, settings.num_images)
-    nearnesses = _nearness(by, drawn)
-    results = (
-        _result(candidate, by, settings, bits.get(i), zip(ways[i], drawn[i], nearnesses[i], strict=True))
-        for i, candidate in enumerate(candidates)
-    )
+    nearnesses, results = _nearnesses(by, drawn), []
+    for i, candidate in enumerate(candidates):
+        found = ((way, drawn[i, k], nearnesses[i, k]) for k, way in enumerate(ways[i]))
+        results.append(_result(candidate, by, settings, bits.get(i), found))
     return Report(_about(by, settings), tuple(results))
 
 
@@ -151,16 +155,8 @@ def _bits(
 ) -> dict[int, BitsPerDim]:
     """Bits/dim by candidate."""
     pieces = [Piece(i, 0, *part) for i in sorted(measured) for part in _parts(num_images)]
-    done = _watched("bits/dim", pool.map(partial(_bits_of, measured=measured), pieces), pieces)
+    done = _watched("bits/dim", pool.map(partial(EvalWorker.bits, measured=measured), pieces), pieces)
     return {i: BitsPerDim.merge(*(done[piece] for piece in pieces if piece.candidate == i)) for i in measured}
-
-
-def _bits_of(worker: EvalWorker, piece: Piece, measured: Mapping[int, Measured]) -> BitsPerDim:
-    return worker.bits(piece, measured[piece.candidate])
-
-
-def _images_of(worker: EvalWorker, piece: Piece, measured: Mapping[int, Measured]) -> Images:
-    return worker.draw(piece, measured.get(piece.candidate))
 
 
 def _drawn(
@@ -168,35 +164,24 @@ def _drawn(
     ways: Sequence[Sequence[SampleConfig]],
     measured: Mapping[int, Measured],
     num_images: int,
-) -> list[list[Images]]:
+) -> dict[tuple[int, int], Sampled]:
     """The sampled images, by candidate and way."""
-    places = [[(i, way) for way in range(len(of_candidate))] for i, of_candidate in enumerate(ways)]
-    pieces = [Piece(*place, *part) for row in places for place in row for part in _parts(num_images)]
-    done = _watched("images sampled", pool.map(partial(_images_of, measured=measured), pieces), pieces)
-    return [
-        [_joined([done[piece] for piece in pieces if piece[:2] == place]) for place in row] for row in places
-    ]
+    places = [(i, way) for i, of_candidate in enumerate(ways) for way in range(len(of_candidate))]
+    pieces = [Piece(*place, *part) for place in places for part in _parts(num_images)]
+    done = _watched("images sampled", pool.map(partial(EvalWorker.draw, measured=measured), pieces), pieces)
+    return {place: _joined([done[piece] for piece in pieces if piece[:2] == place]) for place in places}
 
 
-class Nearness(NamedTuple):
-    """Distances of the images of one way to training images."""
-
-    shares: tuple[NearerShare, ...] = ()
-    """In the feature net's space and in pixels."""
-    pairs: Pairs | None = None
-    """The nearest pairs, in the feature net's space."""
-
-
-def _joined(parts: Sequence[Images]) -> Images:
+def _joined(parts: Sequence[Sampled]) -> Sampled:
     features, image = zip(*parts, strict=True)
-    return Images(np.concatenate(features), np.concatenate(image))
+    return Sampled(np.concatenate(features), np.concatenate(image))
 
 
-def _nearness(by: EvalContext, drawn: Sequence[Sequence[Images]]) -> list[list[Nearness]]:
+def _nearnesses(by: EvalContext, drawn: Mapping[tuple[int, int], Sampled]) -> dict[tuple[int, int], Nearness]:
     """Distances of sampled images to training images, by candidate and way."""
     if not by.num_train:
-        return [[Nearness() for _ in row] for row in drawn]
-    ways = [images for row in drawn for images in row]
+        return dict.fromkeys(drawn, Nearness())
+    ways = drawn.values()
     held_out = images_of(by.held_out, 0, min(len(by.real), MAX_PAIRWISE)).image
     train = by.train.parts(by.train.plan(0, WINDOW_ROWS), 0, by.num_train, BLOCK_IMAGES, "substitute")
     counted = _counted(train, by.num_train)
@@ -213,11 +198,10 @@ def _nearness(by: EvalContext, drawn: Sequence[Sequence[Images]]) -> list[list[N
         name, sides = next(iter(found.items()))
         return Nearness(shares, nearest_pairs(name, *sides, image, by.train_image))
 
-    nearnesses = iter([nearness(i, way.image) for i, way in enumerate(ways)])
-    return [list(islice(nearnesses, len(row))) for row in drawn]
+    return {place: nearness(i, way.image) for i, (place, way) in enumerate(drawn.items())}
 
 
-def _counted(parts: Iterable[Batch], num_images: int) -> Iterator[Pixels]:
+def _counted(parts: Iterable[Images], num_images: int) -> Iterator[Pixels]:
     """The images of all parts, with a progress bar."""
     done = 0
     with Display("training images searched", num_images) as display:
@@ -242,11 +226,16 @@ def _result(
     by: EvalContext,
     settings: Settings,
     bits: BitsPerDim | None,
-    drawn: Iterable[tuple[SampleConfig, Images, Nearness]],
+    drawn: Iterable[tuple[SampleConfig, Sampled, Nearness]],
 ) -> CheckpointResult:
     config, position = candidate.config, candidate.position
     own = replace(resolved(config, config.sample), seed=settings.seed)
     label = generate.labels(config, range(settings.num_images)) if config.model.num_classes else None
+    found = []
+    for way, images, nearness in drawn:
+        scores = score(by.feature_net.name, images.features, by.real, by.other_real, label)
+        picture = plots.nearest(nearness.pairs) if nearness.pairs else b""
+        found.append(Drawn(way, way == own, (*scores, *nearness.shares), picture))
     return CheckpointResult(
         checkpoint=candidate.uri,
         weights_sha256=candidate.weights_sha256,
@@ -258,18 +247,7 @@ def _result(
         variance=measure.bound_variance(config, settings.variance) if bits else "",
         variance_is_default=settings.variance == "auto",
         bits=tuple(bits.scores()) if bits else (),
-        drawn=tuple(
-            Drawn(
-                way,
-                way == own,
-                (
-                    *score(by.feature_net.name, images.features, by.real, by.other_real, label),
-                    *nearness.shares,
-                ),
-                plots.nearest(nearness.pairs) if nearness.pairs else b"",
-            )
-            for way, images, nearness in drawn
-        ),
+        drawn=tuple(found),
         num_classes=config.model.num_classes,
     )
 

@@ -1,5 +1,6 @@
 """Plots of a report: quality over images seen and over the number of sampling steps; the nearest pairs."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from ddpm.evaluation.memorisation import Pairs
 from ddpm.evaluation.metrics import Manifold
-from ddpm.evaluation.report import CheckpointResult, Report, rows
+from ddpm.evaluation.report import Report, rows
 from ddpm.evaluation.scores import Score
 from ddpm.utils.images import figure_png
 
@@ -28,7 +29,7 @@ PAIR_WIDTH, PAIR_HEIGHT = 1.8, 1.3
 
 def picture(report: Report) -> bytes:
     """Quality over images seen, and over the number of sampling steps if there are several; a PNG."""
-    found = (_over_images_seen(report), _over_sample_steps(report))
+    found = _lines(report)
     lines = [line for line in found if line.is_curve] or [found[0]]
     width = PANEL_WIDTH * max(len(line.panels) for line in lines) + LEGEND_WIDTH
     figure = Figure((width, PANEL_HEIGHT * len(lines)), layout="constrained")
@@ -87,25 +88,17 @@ class _Line(NamedTuple):
         return [panel for panel in PANELS if any(_is_of(panel, score) for score in scores)]
 
 
-def _over_images_seen(report: Report) -> _Line:
-    curves: dict[str, list[tuple[int, Score]]] = {}
+def _lines(report: Report) -> tuple[_Line, _Line]:
+    """Scores over images seen, and over the number of sampling steps."""
+    over_images, over_steps = defaultdict(list), defaultdict(list)
+    has_runs = len({result.run for result in report.results}) > 1
     for score, result, drawn in rows(report):
-        label = " ".join([*_run_name(report, result), *([drawn.name] if drawn else [])])
-        curves.setdefault(label, []).append((result.images_seen, score))
-    return _Line("images seen", False, curves)
-
-
-def _over_sample_steps(report: Report) -> _Line:
-    curves: dict[str, list[tuple[int, Score]]] = {}
-    for score, result, drawn in rows(report):
+        run, seen = [result.run] if has_runs else [], result.images_seen
+        over_images[" ".join([*run, *([drawn.name] if drawn else [])])].append((seen, score))
         if drawn is not None:
-            label = " ".join([*_run_name(report, result), drawn.sample.sampler, f"at {result.images_seen:,}"])
-            curves.setdefault(label, []).append((drawn.sample.num_sample_steps or 0, score))
-    return _Line("sampling steps", True, curves)
-
-
-def _run_name(report: Report, result: CheckpointResult) -> list[str]:
-    return [result.run] if len({result.run for result in report.results}) > 1 else []
+            label = " ".join([*run, drawn.sample.sampler, f"at {seen:,}"])
+            over_steps[label].append((drawn.sample.num_sample_steps or 0, score))
+    return _Line("images seen", False, over_images), _Line("sampling steps", True, over_steps)
 
 
 def _plot(axes: Axes, panel: tuple[str, ...], line: _Line, colours: Mapping[str, str]) -> None:

@@ -54,16 +54,15 @@ def store(report: Report, place: Location, timeout_s: float = MLFLOW_TIMEOUT_S) 
     Raises:
         UserError: a file cannot be written.
     """
-    _write(place, report.to_json().encode())
+    write(place, report.to_json().encode())
     yield f"results     {place.uri}"
     picture = plots.picture(report)
-    beside = Path(place.path).with_suffix(".png").name
-    shown = replace(place, uri=_sibling(place.uri, beside), path=_sibling(place.path, beside))
-    _write(shown, picture)
+    shown = _beside(place, Path(place.path).with_suffix(".png").name)
+    write(shown, picture)
     yield f"picture     {shown.uri}"
     for name, _, drawn in nearest_pictures(report, Path(place.path).name):
-        nearest = replace(place, uri=_sibling(place.uri, name), path=_sibling(place.path, name))
-        _write(nearest, drawn.nearest)
+        nearest = _beside(place, name)
+        write(nearest, drawn.nearest)
         yield f"nearest     {nearest.uri}"
     yield from publish(report, picture, timeout_s)
 
@@ -107,12 +106,14 @@ def _records(report: Report, picture: bytes) -> Iterator[Record]:
         yield Artifact(path, drawn.nearest)
 
 
-def _write(file: Location, data: bytes) -> None:
+def write(file: Location, data: bytes) -> None:
+    """Write a file; raise UserError if it cannot be written."""
     try:
         file.write(data)
     except OSError as error:
         raise UserError(f"cannot write {file.uri}: {error}") from None
 
 
-def _sibling(path: str, name: str) -> str:
-    return f"{path.rpartition('/')[0]}/{name}"
+def _beside(file: Location, name: str) -> Location:
+    uri, path = (f"{where.rpartition('/')[0]}/{name}" for where in (file.uri, file.path))
+    return replace(file, uri=uri, path=path)

@@ -19,7 +19,8 @@ WINDOW_ROWS = 8192
 
 
 def images_of(data_set: DataSet, start: int, stop: int) -> Images:
-    """The images at these positions of a fixed order, that of `real_features`."""
+    """The images at these positions of a fixed order, that of `real_features`; fewer at the end of the split."""
+    stop = min(stop, data_set.rows.num_rows)
     return data_set.read(data_set.plan(0, WINDOW_ROWS), start, stop, "substitute")
 
 
@@ -39,12 +40,10 @@ def real_features(
     num_images = min(num_images, data_set.rows.num_rows)
 
     def make() -> dict[str, Tensor]:
-        plan, parts = data_set.plan(0, WINDOW_ROWS), []
-        for start in range(0, num_images, CHUNK_IMAGES):
-            stop = min(start + CHUNK_IMAGES, num_images)
-            image = torch.from_numpy(data_set.read(plan, start, stop, "substitute").image)
-            parts.append(features_of(net, image.to(device)))
-            on_progress(stop)
+        plan, parts = data_set.plan(0, WINDOW_ROWS), list[Features]()
+        for part in data_set.parts(plan, 0, num_images, CHUNK_IMAGES, "substitute"):
+            parts.append(features_of(net, torch.from_numpy(part.image).to(device)))
+            on_progress(sum(map(len, parts)))
         return {"values": torch.from_numpy(np.concatenate(parts))}
 
     name = f"features-{net.name}-{net.digest[:16]}-{num_images}-{data_set.key}"

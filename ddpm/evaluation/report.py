@@ -35,6 +35,11 @@ class Drawn:
     """A PNG of the images nearest to a training image, beside it. Not in the JSON; empty: there was no search."""
 
     @property
+    def has_nearest(self) -> bool:
+        """Whether the nearest training images were searched, so that there is a picture of them."""
+        return any(isinstance(score, NearerShare) for score in self.scores)
+
+    @property
     def name(self) -> str:
         """The sampler and its steps, such as "ddim-50", and all settings that are not defaults."""
         words = [f"{self.sample.sampler}-{self.sample.num_sample_steps}"]
@@ -140,7 +145,7 @@ def nearest_pictures(report: Report, out: str) -> Iterator[tuple[str, Checkpoint
 
     "digits.json" has "digits-nearest.png", or "digits-nearest-RUN-IMAGES_SEEN-WAY.png" where there are several.
     """
-    found = [(result, drawn) for result in report.results for drawn in result.drawn if drawn.nearest]
+    found = [(result, drawn) for result in report.results for drawn in result.drawn if drawn.has_nearest]
     folder, slash, name = out.rpartition("/")
     stem = f"{folder}{slash}{PurePosixPath(name).stem}-nearest"
     words = [f"{result.run}-{result.images_seen}-{drawn.name}" for result, drawn in found]

@@ -70,7 +70,7 @@ def to_diffusers(net: nn.Module, config: Config, out: Path, label: int | None = 
     unet_of(config)
     weights, config = _without_labels(net.state_dict(), config, label)
     unet = diffusers.UNet2DModel(**unet_config(config))
-    unet.load_state_dict(_to_their_names(weights, config, unet.state_dict()))
+    unet.load_state_dict(to_their_names(weights, config, unet.state_dict()))
     pipeline = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler(**scheduler_config(config)))
     with _new_folder(out) as folder:
         pipeline.save_pretrained(folder, safe_serialization=True)
@@ -215,7 +215,7 @@ def _without_labels(
     return weights, replace(config, model=replace(config.model, num_classes=0))
 
 
-def _to_their_names(
+def to_their_names(
     weights: Mapping[str, Tensor], config: Config, like: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Our weights as those of `like`, the weights of a UNet2DModel."""

@@ -60,9 +60,7 @@ def as_folder(location: Location, timeout_s: float = 0.0) -> Iterator[Path]:
             (local / name).write_bytes(data)
 
         names = retry_io(location.files, where=location.uri, timeout_s=timeout_s)
-        with ThreadPoolExecutor(
-            len(checkpoint.FILES)
-        ) as pool:  # at once: storage may take seconds for a request
+        with ThreadPoolExecutor(len(checkpoint.FILES)) as pool:  # at once: a request may take seconds
             list(pool.map(fetch, names))
         yield local
 

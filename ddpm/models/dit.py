@@ -154,7 +154,7 @@ def _modulated(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def _init(module: nn.Module) -> None:
-    """As the authors': Xavier for products; small numbers for labels; zero for the modulation of a block.
+    """Initialise as the authors do: Xavier for products, small numbers for labels, zero for a block's modulation.
 
     `Module.apply` comes to a block after the layers in it.
     """

@@ -21,7 +21,7 @@ from ddpm.data import image_folder
 from ddpm.diffusion import denoisers
 from ddpm.diffusion.denoisers import Denoise
 from ddpm.diffusion.inpainting import Known
-from ddpm.diffusion.objectives import PROCESSES, Denoised, Model, Objective
+from ddpm.diffusion.objectives import PROCESSES, Model, Objective
 from ddpm.diffusion.samplers import OnStep, PerImageNoise
 from ddpm.utils import images
 from ddpm.utils.errors import UserError
@@ -148,17 +148,13 @@ def trajectory(
 def _denoise(net: Model, sample: SampleConfig, objective: Objective, label: Tensor | None) -> Denoise:
     """The net as a function for samplers: with `label`, and guidance if `sample` has it."""
 
-    def conditional(x_t: Tensor, t: Tensor) -> Denoised:
-        return objective.denoise(net, x_t, t, label)
-
-    def unconditional(x_t: Tensor, t: Tensor) -> Denoised:
-        return objective.denoise(net, x_t, t, None)
+    def given(label: Tensor | None) -> Denoise:
+        return lambda x_t, t: objective.denoise(net, x_t, t, label)
 
     if label is None:
-        return conditional
-    return denoisers.guided(
-        conditional, unconditional, sample.guidance_scale, sample.guidance_interval, objective.noise_level
-    )
+        return given(None)
+    guidance = sample.guidance_scale, sample.guidance_interval
+    return denoisers.guided(given(label), given(None), *guidance, objective.noise_level)
 
 
 def _noise(config: Config, seed: int, indices: Sequence[int], device: torch.device) -> PerImageNoise:

@@ -96,28 +96,27 @@ class SampleJob:
             for key, value in configs.flatten(config).items()
             if key.startswith(_DECIDES) and key not in _DECIDES_NOT
         }
-        known: dict[str, Any] = {}
+        asked = {"generator": GENERATOR, "weights": _sha256(self.weights), "label": self.label}
         if self.known is not None:
-            known = {
+            asked |= {
                 "inpaint": _sha256({"x_0": self.known.x_0, "mask": self.known.mask}),
                 "num_resamples": self.known.num_resamples,
                 "jump_length": self.known.jump_length,
             }
-        drawn_with = {"generator": GENERATOR, "weights": _sha256(self.weights)}
         if config.sample.variance == "measured" and self.x_0_error is not None:
-            known["x_0_error"] = _sha256({"x_0_error": self.x_0_error})
-        return {**drawn_with, "label": self.label, **known, **flat}
+            asked["x_0_error"] = _sha256({"x_0_error": self.x_0_error})
+        return asked | flat
 
 
 class SampleWorker:
     """The state of a worker: the net of a job."""
 
     def __init__(self, job: SampleJob, device: torch.device) -> None:
-        self._request, self._device = job, device
+        self._job, self._device = job, device
         net = build_net(job.config)
         net.load_state_dict(job.weights)
-        self._net = net.to(device).eval().requires_grad_(False)
-        self._objective = build_objective(job.config)
+        net.to(device).eval().requires_grad_(False)
+        self._trained = net, job.config, build_objective(job.config)
 
     def draw(self, indices: range) -> Pixels:
         """The images with these indices, uint8 [N, H, W, C].
@@ -125,9 +124,8 @@ class SampleWorker:
         Raises:
             UserError: they do not fit into the GPU's memory.
         """
-        config, how = self._request.config, self._how(indices)
         try:
-            drawn = generate.draw(self._net, config, self._objective, indices, device=self._device, **how)
+            drawn = generate.draw(*self._trained, indices, **self._how(indices))
         except torch.OutOfMemoryError:
             raise UserError(
                 f"the GPU has no memory for {len(indices)} images at a time; use a smaller --batch-size"
@@ -136,13 +134,12 @@ class SampleWorker:
 
     def trajectory(self, indices: range) -> tuple[Pixels, bytes]:
         """The trajectories of these images: a strip uint8 [H', W', 3], and a GIF."""
-        config, how = self._request.config, self._how(indices)
-        return generate.trajectory(self._net, config, self._objective, indices, device=self._device, **how)
+        return generate.trajectory(*self._trained, indices, **self._how(indices))
 
     def _how(self, indices: range) -> dict[str, Any]:
-        labels = self._request.labels(indices)
+        job, labels = self._job, self._job.labels(indices)
         label = None if labels is None else torch.from_numpy(labels).to(self._device)
-        return {"label": label, "known": self._request.known, "x_0_error": self._request.x_0_error}
+        return {"device": self._device, "label": label, "known": job.known, "x_0_error": job.x_0_error}
 
 
 def draw(

@@ -43,14 +43,8 @@ class Judged:
     def rung(self, training_s: float) -> Rung:
         bits = np.array(self.bits)
         error = bits.std(ddof=1) / len(bits) ** 0.5
-        return Rung(
-            self.images_seen,
-            float(bits.mean()),
-            float(error),
-            self.held_out_loss,
-            self.train_loss,
-            training_s,
-        )
+        losses = self.held_out_loss, self.train_loss
+        return Rung(self.images_seen, float(bits.mean()), float(error), *losses, training_s)
 
     def to_json(self) -> str:
         return json.dumps({**vars(self), "bits": list(self.bits)}, allow_nan=False) + "\n"
@@ -70,11 +64,13 @@ class Evaluator:
     """Evaluates checkpoints.
 
     Args:
-        train: the training split. held_out: the held-out split. num_images: largest number of images of each split.
-        num_draws: timesteps per image at which KL_t is measured; 0: all. seed: seed of the noise and the quantiles of
-        t. variance: variance of p in the bound; auto: learned if the net learned it, else measured, so that the
-        result does
-            not depend on the number of steps of the schedule.
+        train: the training split.
+        held_out: the held-out split.
+        num_images: largest number of images of each split.
+        num_draws: timesteps per image at which KL_t is measured; 0: all.
+        seed: of the noise and the quantiles of t.
+        variance: of p in the bound; auto: learned if the net learned it, else measured, so that the result does not
+            depend on the number of steps of the schedule.
     """
 
     train: DataSet
@@ -100,16 +96,12 @@ class Evaluator:
             position = checkpoint.read_state(folder)
         candidate = net, config, build_objective(config)
         variance = measure.bound_variance(config, self.variance)
-        pilot = images_of(self.train, 0, min(measure.MEASURED_IMAGES, self.train.rows.num_rows))
+        pilot = images_of(self.train, 0, measure.MEASURED_IMAGES)
         measured = measure.measure(*candidate, pilot, variance, device=device)
         how: dict[str, Any] = {"device": device, "variance": variance, "measured": measured}
         how |= {"num_draws": self.num_draws, "seed": self.seed}
-        bits = BitsPerDim.merge(
-            *(
-                measure.bits_per_dim(*candidate, batch, start=start, **how)
-                for start, batch in self._batches(self.held_out)
-            )
-        )
+        batches = self._batches(self.held_out)
+        bits = BitsPerDim.merge(*(measure.bits_per_dim(*candidate, b, start=i, **how) for i, b in batches))
         losses = [self._loss(*candidate, data_set, device) for data_set in (self.held_out, self.train)]
         found = Judged(position["images_seen"], tuple(map(float, bits.total)), *losses)
         if not np.isfinite([*found.bits, *losses]).all():

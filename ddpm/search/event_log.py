@@ -54,6 +54,11 @@ class Rung:
     training_s: float = 0.0
     """Seconds in which the loop has run since the trial's last start."""
 
+    @property
+    def shown(self) -> str:
+        """The bound with its error, as text."""
+        return f"{self.bits_per_dim:.4f} ± {self.bits_per_dim_error:.4f}"
+
     def value(self, metric: Metric) -> float:
         return float(getattr(self, metric.replace("/", "_")))
 
@@ -81,6 +86,15 @@ class Trial:
     @property
     def last(self) -> Rung | None:
         return self.rungs[-1] if self.rungs else None
+
+    @property
+    def images_seen(self) -> int:
+        """Images seen at its last rung; 0: there is none."""
+        return self.last.images_seen if self.last else 0
+
+    def value(self, metric: Metric) -> float:
+        """The metric at its last rung; inf: there is none."""
+        return self.last.value(metric) if self.last else math.inf
 
 
 @dataclass(frozen=True)
@@ -173,12 +187,8 @@ class EventLog:
         return self._file.read() if self._file.exists() else None
 
     def _write(self) -> None:
-        card = {
-            "format": FORMAT,
-            "search_key": self.key,
-            "settings": self._settings,
-            "events": self.events,
-        }
+        what = {"search_key": self.key, "settings": self._settings, "events": self.events}
+        card = {"format": FORMAT, **what}
         data = (json.dumps(card, indent=1, allow_nan=False) + "\n").encode()
         retry_io(lambda: self._file.write(data), where=self._file.uri, timeout_s=self._timeout_s)
 
@@ -217,7 +227,7 @@ def rungs(total_images: int, batch_size: int, reduction_factor: int, num_rungs: 
 
 def best(trials: Sequence[Trial], metric: Metric) -> list[Trial]:
     """The finished trials, the best first; if there are none, those that came farthest."""
-    known = [trial for trial in trials if trial.last is not None and trial.status != "failed"]
-    farthest = max((trial.last.images_seen for trial in known if trial.last), default=0)
-    there = [trial for trial in known if trial.last and trial.last.images_seen == farthest]
-    return sorted(there, key=lambda trial: trial.last.value(metric) if trial.last else math.inf)
+    known = [trial for trial in trials if trial.last and trial.status != "failed"]
+    farthest = max((trial.images_seen for trial in known), default=0)
+    there = [trial for trial in known if trial.images_seen == farthest]
+    return sorted(there, key=lambda trial: trial.value(metric))

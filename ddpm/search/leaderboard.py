@@ -16,10 +16,11 @@ from rich import box
 from rich.table import Table
 
 from ddpm import config as configs
-from ddpm.config import Config, FeatureNetName
+from ddpm.config import Config
 from ddpm.diffusion import schedules
 from ddpm.evaluation import context, evaluate
 from ddpm.evaluation.ranking import Rank, paired_ranks, ranks
+from ddpm.search.config import Arguments
 from ddpm.search.evaluator import Judged
 from ddpm.search.event_log import EventLog, Metric, Trial, best
 from ddpm.search.runner import JUDGED
@@ -58,31 +59,19 @@ class Standing:
         return self.leftover > LEFTOVER
 
 
-def draw_finalists(
-    events: EventLog,
-    place: Location,
-    metric: Metric,
-    *,
-    num_finalists: int,
-    num_images: int,
-    features: FeatureNetName | None,
-    seed: int,
-) -> None:
+def draw_finalists(events: EventLog, place: Location, chosen: Arguments) -> None:
     """Compute KID of the best few trials, and append it to the event log; known values are not computed again."""
-    todo = [
-        trial
-        for trial in best(events.trials(), metric)[:num_finalists]
-        if not trial.drawn or trial.drawn["n"] != num_images
-    ]
+    finalists = best(events.trials(), chosen.metric)[: chosen.finalists]
+    todo = [trial for trial in finalists if not trial.drawn or trial.drawn["n"] != chosen.drawn_images]
     if not todo:
         return
     settings = context.Settings(
-        num_images=num_images,
-        features=features,
+        num_images=chosen.drawn_images,
+        features=chosen.features,
         samplers=(SAMPLER,),
         num_sample_steps=(STEPS,),
         num_train_images=0,
-        seed=seed,
+        seed=chosen.seed,
     )
     candidates = context.read([place.child(trial.name).uri for trial in todo])
     report = evaluate.evaluate(candidates, settings)
@@ -100,17 +89,10 @@ def standings(trials: Sequence[Trial], place: Location, metric: Metric, base: Co
     drawn = [trial for trial in order if trial.drawn]
     of_kid = ranks([trial.drawn["value"] for trial in drawn], [trial.drawn["error"] for trial in drawn])
     by_kid = dict(zip([trial.number for trial in drawn], of_kid, strict=True))
-    rest = sorted(
-        (trial for trial in trials if trial.number not in by_bits),
-        key=lambda t: (-t.last.images_seen, t.last.value(metric)) if t.last else (0, float(t.number)),
-    )
+    rest = [trial for trial in trials if trial.number not in by_bits]
+    rest.sort(key=lambda trial: (-trial.images_seen, trial.value(metric)))
     return [
-        Standing(
-            trial,
-            _leftover(configs.override(base, trial.changes)),
-            by_bits.get(trial.number),
-            by_kid.get(trial.number),
-        )
+        Standing(trial, _leftover(base, trial), by_bits.get(trial.number), by_kid.get(trial.number))
         for trial in (*order, *rest)
     ]
 
@@ -122,7 +104,7 @@ def columns(found: Sequence[Standing]) -> dict[str, list[Any]]:
     return {
         "trial": [s.trial.name for s in found],
         "status": [s.trial.status for s in found],
-        "images_seen": [last.images_seen if last else 0 for last in lasts],
+        "images_seen": [s.trial.images_seen for s in found],
         **{key: [s.trial.changes.get(key) for s in found] for key in keys},
         "sqrt_D_alpha_bar_T": [s.leftover for s in found],
         "train_loss": [last.train_loss if last else None for last in lasts],
@@ -138,11 +120,11 @@ def columns(found: Sequence[Standing]) -> dict[str, list[Any]]:
 
 
 def parquet(found: Sequence[Standing]) -> bytes:
-    file = io.BytesIO()
     made = {
         name: [str(v) if isinstance(v, tuple | list) else v for v in values]
         for name, values in columns(found).items()
     }
+    file = io.BytesIO()
     pq.write_table(pa.table(made), file)
     return file.getvalue()
 
@@ -217,32 +199,20 @@ def _shown(found: Sequence[Standing]) -> tuple[list[str], list[list[str]]]:
     for s in found:
         last, drawn = s.trial.last, s.trial.drawn
         status = s.trial.status + (f": {s.trial.reason[:80]}" if s.trial.reason else "")
-        row = [
-            s.trial.name + (" !" if s.is_flagged else ""),
-            status,
-            f"{last.images_seen:,}" if last else "0",
-        ]
+        row = [s.trial.name + (" !" if s.is_flagged else ""), status, f"{s.trial.images_seen:,}"]
         row += ["" if (v := s.trial.changes.get(key)) is None else short(v) for key in keys]
-        row += (
-            [f"{last.train_loss:.4f}", _estimate(last.bits_per_dim, last.bits_per_dim_error)]
-            if last
-            else ["", ""]
-        )
+        row += [f"{last.train_loss:.4f}", last.shown] if last else ["", ""]
         row.append(str(s.by_bits or ""))
         if with_kid:
-            row += [_estimate(drawn["value"], drawn["error"]) if drawn else "", str(s.by_kid or "")]
+            row += [f"{drawn['value']:.4f} ± {drawn['error']:.4f}" if drawn else "", str(s.by_kid or "")]
         rows.append(row)
     return names, rows
-
-
-def _estimate(value: float, error: float) -> str:
-    return f"{value:.4f} ± {error:.4f}"
 
 
 def bits_of(trial: Trial, place: Location, timeout_s: float = 0.0) -> tuple[float, ...]:
     """Bits/dim of each held-out image at the trial's last rung; storage may fail for `timeout_s`."""
     assert trial.last is not None
-    file = place.child(trial.name).child(JUDGED).child(f"{trial.last.images_seen:012d}.json")
+    file = place.child(trial.name).child(JUDGED).child(f"{trial.images_seen:012d}.json")
     try:
         text = retry_io(file.read, where=file.uri, timeout_s=timeout_s)
         return Judged.from_json(text, file.uri).bits
@@ -250,6 +220,7 @@ def bits_of(trial: Trial, place: Location, timeout_s: float = 0.0) -> tuple[floa
         raise UserError(f"cannot read {file.uri}: {error}") from None
 
 
-def _leftover(config: Config) -> float:
-    """sqrt(D alpha_bar_T)."""
+def _leftover(base: Config, trial: Trial) -> float:
+    """sqrt(D alpha_bar_T) of the trial's config."""
+    config = configs.override(base, trial.changes)
     return float((config.model.num_dims * schedules.build(config.schedule).alpha_bar[-1]).sqrt())

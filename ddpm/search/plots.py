@@ -21,14 +21,10 @@ MISSING = -0.12
 
 def parallel(trials: Sequence[Trial], metric: Metric) -> bytes:
     """One line per trial over its settings, coloured by the metric: the best are dark. A PNG."""
-    shown = sorted(
-        (trial for trial in trials if trial.last),
-        key=lambda t: t.last.value(metric) if t.last else 0.0,
-        reverse=True,
-    )
+    shown = sorted((t for t in trials if t.last), key=lambda t: t.value(metric), reverse=True)
     keys = list(dict.fromkeys(key for trial in trials for key in trial.changes))
     names = [*keys, metric]
-    rows = [{**trial.changes, metric: trial.last.value(metric) if trial.last else None} for trial in shown]
+    rows = [{**trial.changes, metric: trial.value(metric)} for trial in shown]
     figure, axes = _figure(max(1.5 * len(names), 4), 3.6)
     axes.axis("off")
     places = [_places([row.get(name) for row in rows]) for name in names]

@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -104,7 +105,7 @@ def store(
 def curves(found: Sequence[Standing], place: Location, held_out: DataSet) -> dict[str, NDArray[np.float64]]:
     """The finalists' errors of x_0_hat, [N, L] at LOG_SNR, by legend entry."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batch = images_of(held_out, 0, min(CURVE_IMAGES, held_out.rows.num_rows))
+    batch = images_of(held_out, 0, CURVE_IMAGES)
     made = {}
     for standing in (s for s in found if s.by_kid):
         (candidate,) = context.read([place.child(standing.trial.name).uri])
@@ -123,19 +124,16 @@ def compared(found: Sequence[Standing], place: Location) -> bytes | None:
     Raises:
         UserError: a trial's run cannot be read.
     """
-    shown = [s for s in found if s.trial.last and place.child(s.trial.name).child("run.json").exists()][
-        :COMPARED
-    ]
-    if not shown:
+    begun = (s for s in found if s.trial.last and place.child(s.trial.name).child("run.json").exists())
+    if not (shown := list(islice(begun, COMPARED))):
         return None
     trials = compared_run.read([place.child(standing.trial.name).uri for standing in shown])
     bits, kid, title = dict[str, Cell](), dict[str, Cell](), "KID"
     for run, standing in zip(trials, shown, strict=True):
         last, drawn = standing.trial.last, standing.trial.drawn
         if last and standing.by_bits:
-            bits[run.key] = Cell(
-                last.bits_per_dim, last.bits_per_dim_error, last.images_seen, standing.by_bits
-            )
+            estimate = last.bits_per_dim, last.bits_per_dim_error
+            bits[run.key] = Cell(*estimate, last.images_seen, standing.by_bits)
         if last and standing.by_kid:
             kid[run.key] = Cell(drawn["value"], drawn["error"], last.images_seen, standing.by_kid)
             title = drawn["name"]
@@ -160,10 +158,8 @@ def _publish(
         records: list[Any] = [Artifact(name, data) for name, data in files.items()]
         records.append(Tags({NOTE_TAG: files["results.md"].decode()[:MAX_NOTE]}))
         if found and found[0].by_bits and (last := found[0].trial.last):
-            values = {
-                "best/bits_per_dim": last.bits_per_dim,
-                "best_error/bits_per_dim": last.bits_per_dim_error,
-            }
+            value, error = last.bits_per_dim, last.bits_per_dim_error
+            values = {"best/bits_per_dim": value, "best_error/bits_per_dim": error}
             records.append(Metrics(values, len(trials), int(time.time() * 1000)))
         whole = run.add(records)
         for trial in trials:
@@ -174,9 +170,7 @@ def _publish(
     except Lost as error:
         yield f"MLflow      {shown} refuses: {error}"
     else:
-        yield f"MLflow      run {run.run_id} in {shown}" + (
-            "" if whole else ", which did not take everything"
-        )
+        yield f"MLflow      run {run.run_id} in {shown}{'' if whole else ', which did not take everything'}"
 
 
 def _settle(trial: Trial, place: Location, parent: Address, parent_run_id: str) -> bool:
@@ -192,7 +186,6 @@ def _settle(trial: Trial, place: Location, parent: Address, parent_run_id: str) 
             uploader.deliver(kept, MLFLOW_TIMEOUT_S, lambda done: None)
     except UserError:  # MLflow does not take it now
         return False
-    run = MlflowRun(
-        Address(parent.uri, parent.experiment, trial.name, key, parent_run_id), {}, MLFLOW_TIMEOUT_S
-    )
+    own = Address(parent.uri, parent.experiment, trial.name, key, parent_run_id)
+    run = MlflowRun(own, {}, MLFLOW_TIMEOUT_S)
     return not run.find() or run.settle(STATUS[trial.status])

@@ -50,11 +50,7 @@ class Scoreboard:
         for name in ("trial", "", "images", "bits/dim", "changes"):
             made.add_column(name, justify="right" if name in ("images", "bits/dim") else "left")
         for trial in trials[-SHOWN:]:
-            seen, bits = (f"{trial.last.images_seen:,}", _bits(trial)) if trial.last else ("", "")
+            seen, bits = (f"{trial.images_seen:,}", trial.last.shown) if trial.last else ("", "")
             status = trial.status + (f": {trial.reason}" if trial.reason else "")
             made.add_row(trial.name, status, seen, bits, said(trial.changes))
         return made
-
-
-def _bits(trial: Trial) -> str:
-    return f"{trial.last.bits_per_dim:.4f} ± {trial.last.bits_per_dim_error:.4f}" if trial.last else ""

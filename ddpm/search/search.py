@@ -42,9 +42,8 @@ def _search(chosen: Arguments, search: Setup, lock: DriverLock) -> int:
     parent_run_id = publish.open_parent(parent, search.params, print)
     with study.Interruption(lambda: lock.is_lost) as interruption:
         env, stop = study.environment(parent.uri), interruption.state
-        spec = Spec(
-            config, search.train, search.rungs, search.evaluator, env, parent_run_id, chosen.verbose, stop
-        )
+        same = config, search.train, search.rungs, search.evaluator
+        spec = Spec(*same, env, parent_run_id, chosen.verbose, stop)
         with scoreboard:
             study.run(manager, spec, chosen.max_concurrent, interruption)
     lock.check()
@@ -52,20 +51,13 @@ def _search(chosen: Arguments, search: Setup, lock: DriverLock) -> int:
         publish.interrupted(parent)
         print(f"interrupted; the same command, with --name {search.name}, continues", file=sys.stderr)
         return 128 + interruption.signal
-    of_best = search.place, chosen.metric
-    leaderboard.draw_finalists(
-        events,
-        *of_best,
-        num_finalists=chosen.finalists,
-        num_images=chosen.drawn_images,
-        features=chosen.features,
-        seed=chosen.seed,
-    )
-    found = leaderboard.standings(events.trials(), *of_best, search.base)
+    leaderboard.draw_finalists(events, search.place, chosen)
+    place, metric, base = search.place, chosen.metric, search.base
+    found = leaderboard.standings(events.trials(), place, metric, base)
     Console(width=None if sys.stdout.isatty() else 200).print(leaderboard.table(found))
-    for line in leaderboard.remarks(found, chosen.metric):
+    for line in leaderboard.remarks(found, metric):
         print(line)
     print(f"searched    {len(found)} trials, {time.monotonic() - began:.0f} s")
-    for line in publish.store(events, *of_best, search.base, search.evaluator.held_out, parent):
+    for line in publish.store(events, place, metric, base, search.evaluator.held_out, parent):
         print(line)
     return 0 if any(standing.by_bits for standing in found) else 1

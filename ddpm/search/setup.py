@@ -95,11 +95,10 @@ def settled(chosen: Arguments) -> Setup:
         chosen.num_rungs if chosen.scheduler == "asha" else 1,
     )
     place = resolve(config.run.storage).child(str(config.run.name))
+    every = at[0] if len(at) > 1 else min(at[0], config.train.checkpoint_every_images)
     schedule = {
         "train.total_images": at[-1],
-        "train.checkpoint_every_images": min(at[0], config.train.checkpoint_every_images)
-        if len(at) == 1
-        else at[0],
+        "train.checkpoint_every_images": every,
         "train.keep_checkpoints": -(-at[-1] // at[0]),
         "run.storage": place.uri,
     }

@@ -105,6 +105,11 @@ class Space:
         """Whether trials differ in their noise schedules, or in the meaning of their loss."""
         return any(key.startswith(("schedule.", "objective.")) for key in self.domains)
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of schedule that trials can have."""
+        return self.domains[KIND].ends if KIND in self.domains else (self.kind,)
+
     def suggest(self, ask: Ask) -> dict[str, Any]:
         """A value from `ask` for each key that matters; the kind is asked for first."""
         found: dict[str, Any] = {}
@@ -120,9 +125,8 @@ class Space:
 
     def grid(self, num_points: int) -> list[dict[str, Any]]:
         """Every combination, with `num_points` of each range; each kind has only its own keys."""
-        kinds = self.domains[KIND].grid(num_points) if KIND in self.domains else (self.kind,)
         found = []
-        for kind in kinds:
+        for kind in self.kinds:
             keys = self._keys_of(kind)
             points = [(kind,) if key == KIND else self.domains[key].grid(num_points) for key in keys]
             found += [dict(zip(keys, values, strict=True)) for values in itertools.product(*points)]
@@ -130,8 +134,7 @@ class Space:
 
     def corners(self) -> Iterator[dict[str, Any]]:
         """The ends of all domains in all combinations of a schedule's keys; other keys one after the other."""
-        kinds = self.domains[KIND].ends if KIND in self.domains else (self.kind,)
-        for kind in kinds:
+        for kind in self.kinds:
             keys = [key for key in self._keys_of(kind) if key != KIND]
             of_schedule = [key for key in keys if key.startswith("schedule.")]
             chosen = {KIND: kind} if KIND in self.domains else {}
@@ -176,12 +179,11 @@ def parse(flags: Sequence[str], base: Config) -> Space:
             "a --name of its own"
         )
     space = Space(domains, base.schedule.kind)
-    kinds = domains[KIND].ends if KIND in domains else (base.schedule.kind,)
     for key in domains:
-        if not set(kinds) & set(KINDS.get(key, kinds)):
+        if not set(space.kinds) & set(KINDS.get(key, space.kinds)):
             raise UserError(
                 f"--space {key} changes nothing: it is used by {' and '.join(KINDS[key])}, and {KIND} is "
-                f"{' or '.join(kinds)}"
+                f"{' or '.join(space.kinds)}"
             )
     timesteps = domains.get("schedule.num_timesteps")
     if timesteps is not None and max(timesteps.ends) > MAX_TIMESTEPS:
@@ -202,11 +204,9 @@ def _domain(key: str, text: str, base: Config) -> Domain:
     if key not in known:
         near = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
         hint = (
-            f"; do you mean {' or '.join(near)}?"
-            if near
-            else "; keys are those of config.json, such as optim.lr"
+            f"do you mean {' or '.join(near)}?" if near else "keys are those of config.json, such as optim.lr"
         )
-        raise UserError(f"--space {key!r} is not a key of the config{hint}")
+        raise UserError(f"--space {key!r} is not a key of the config; {hint}")
     if key.startswith(FIXED) and key not in FREE:
         raise UserError(f"--space cannot vary {key}: all trials of a search must have the same")
     if match := CALL.fullmatch(text.replace(" ", "")):

@@ -117,10 +117,7 @@ class TrialManager:
         if goes_on is None:
             goes_on = self._goes_on(number, rung)
             self._events.add("judged", number, **dataclasses.asdict(rung), goes_on=goes_on)
-            self._news(
-                f"{name_of(number)} after {rung.images_seen:,} images: {rung.bits_per_dim:.4f} ± "
-                f"{rung.bits_per_dim_error:.4f} bits/dim"
-            )
+            self._news(f"{name_of(number)} after {rung.images_seen:,} images: {rung.shown} bits/dim")
         if not goes_on:
             self._end(number, "finished" if rung.images_seen >= self._total_images else "stopped", "")
         return goes_on
