@@ -1,16 +1,19 @@
-"""How fast images are drawn: ours beside diffusers' pipelines, with the same weights and as many steps.
+"""How fast images are drawn: ours beside diffusers' pipelines, with the same weights.
 
-    python benchmarks/sampling.py [--presets digits fashion-mnist] [--repeats 3]
+    python benchmarks/sampling.py [--nets digits fashion-mnist cifar] [--repeats 3]
 
-Ours is a pool as jobs/sample.py has it. diffusers' pipeline gets all threads, and the batch size that suits it best
-of some. The two take turns, so that a machine that grows busy slows both. Speed does not depend on what a net has
-learned: its weights are the first ones of a training run. The table goes to benchmarks/sampling.md.
+Ours is a pool as jobs/sample.py has it, of one worker (a thread) and of all. diffusers' pipeline gets all threads, and
+the batch size that suits it best of some. All take turns, so that a machine that grows busy slows all. Speed does not
+depend on what a net has learned: its weights are the first ones of a training run. One table has as many steps for
+all; another the steps that equally good images take, by benchmarks/samplers.md. They go to benchmarks/sampling.md,
+above what is written there by hand.
 """
 
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,21 +22,30 @@ from typing import Any
 import torch
 import tyro
 from harness import tables, turns
+from peers.step import CASES
 
-from ddpm.build import build_net
+from ddpm.build import build_net, resolve_sample
 from ddpm.cluster.worker_pool import WorkerPool
 from ddpm.config import Config, override
+from ddpm.diffusion.timesteps import FEW
 from ddpm.hub import export
 from ddpm.models.unet import UNet
-from ddpm.presets import PRESETS
 from ddpm.sampling.workers import BATCH_SIZE_CPU, BATCH_SIZE_GPU, SampleJob, SampleWorker
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ONE, ALL = "ours, one worker", "ours"
+TRAINED = ("digits", "fashion-mnist")
+"""The nets of which benchmarks/samplers.md knows how many steps they need."""
+SDE = {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}
+END = "<!-- by hand from here on -->"
 
 
 @dataclass(frozen=True)
 class Arguments:
     """What to draw."""
 
-    presets: tuple[str, ...] = ("digits", "fashion-mnist")
+    nets: tuple[str, ...] = ("digits", "fashion-mnist", "cifar")
+    """Presets, or cifar: the net of benchmarks/step.py."""
     num_images: int = 128
     num_sample_steps: int = 20
     repeats: int = 3
@@ -49,68 +61,104 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def pipeline(config: Config, net: UNet, device: torch.device) -> Any:
-    """diffusers' pipeline of the same net and sampler."""
+def pipeline(config: Config, net: UNet, sampler: str) -> Any:
+    """diffusers' pipeline of the same net: ancestral is its DDPMPipeline as it is."""
     import diffusers
 
     with tempfile.TemporaryDirectory() as folder:
         export.to_diffusers(net, config, Path(folder, "pipeline"))
         made = diffusers.DDPMPipeline.from_pretrained(Path(folder, "pipeline"))
-    if config.sample.sampler == "ddim":
+    if sampler == "ddim":
         scheduler = diffusers.DDIMScheduler.from_config(made.scheduler.config)
         made = diffusers.DDIMPipeline(made.unet, scheduler)
+    elif sampler == "dpmpp_2m":
+        made.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(made.scheduler.config, **SDE)
     made.set_progress_bar_config(disable=True)
-    return made.to(device)
+    return made.to(DEVICE)
 
 
-def measure(arguments: Arguments, preset: str, sampler: str) -> list[tuple[float, float]]:
-    """Images/s of diffusers and of ours, a pair a repeat."""
-    values = {"sample.sampler": sampler, "sample.num_sample_steps": arguments.num_sample_steps}
-    config, n = override(PRESETS[preset], values), arguments.num_images
-    net = build_net(config).eval().requires_grad_(False)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    drawer = pipeline(config, net, device)
+def draws(drawer: Any, num_steps: int, n: int, batch_size: int) -> None:
+    for i in range(0, n, batch_size):
+        drawer(batch_size=min(batch_size, n - i), num_inference_steps=num_steps, output_type="np")
 
-    def theirs(batch_size: int) -> None:
-        for _ in range(0, n, batch_size):
-            drawer(batch_size=batch_size, num_inference_steps=arguments.num_sample_steps, output_type="np")
 
-    with WorkerPool(partial(SampleWorker, SampleJob(net.state_dict(), config))) as pool:
-        size = BATCH_SIZE_GPU if pool.has_gpus else BATCH_SIZE_CPU
-        pieces = [range(i, min(i + size, n)) for i in range(0, n, size)]
+def measure(
+    arguments: Arguments, config: Config, theirs: dict[str, tuple[str, int]]
+) -> dict[str, list[float]]:
+    """Images/s by contestant, in turns: ours as `config` says, diffusers' with a sampler and so many steps."""
+    net, n = build_net(config).eval().requires_grad_(False), arguments.num_images
+    job = SampleJob(net.state_dict(), config)
+    calls: dict[str, tuple[int, Callable[[], object]]] = {}
+    with ExitStack() as stack:
+        for name, (sampler, num_steps) in theirs.items():
+            drawer, few = pipeline(config, net, sampler), min(num_steps, arguments.num_sample_steps)
+            draws(drawer, few, n, n)  # to warm up
+            size = min(arguments.batch_sizes, key=lambda size: seconds(lambda: draws(drawer, few, n, size)))  # noqa: B023
+            many = n if num_steps == few else size  # of many steps one batch is enough
+            calls[name] = many, partial(draws, drawer, num_steps, many, size)
+            print(f"{name}: batches of {size}", flush=True)
+        for name, num_workers in ((ONE, 1), (ALL, None)):
+            pool = stack.enter_context(WorkerPool(partial(SampleWorker, job), num_workers))
+            size = BATCH_SIZE_GPU if pool.has_gpus else BATCH_SIZE_CPU
+            pieces = [range(i, min(i + size, n)) for i in range(0, n, size)]
+            calls[name] = n, lambda pool=pool, pieces=pieces: list(pool.map(SampleWorker.draw, pieces))
+            calls[name][1]()  # to warm up
+        return turns.in_turns(
+            list(calls), arguments.repeats, lambda name: calls[name][0] / seconds(calls[name][1])
+        )
 
-        def ours() -> None:
-            for _ in pool.map(SampleWorker.draw, pieces):
-                pass
 
-        ours()
-        theirs(arguments.batch_sizes[0])  # each once, to warm up
-        best = min(arguments.batch_sizes, key=lambda size: seconds(lambda: theirs(size)))
-        print(f"{preset} {sampler}: diffusers in batches of {best}; images/s:", flush=True)
-        calls = {"diffusers": lambda: theirs(best), "ours": ours}
-        found = turns.in_turns(list(calls), arguments.repeats, lambda name: n / seconds(calls[name]))
-    return list(zip(*found.values(), strict=True))
+def ratio(found: dict[str, list[float]], a: str, b: str) -> str:
+    """The median of a / b, turn by turn, and in brackets all of them."""
+    each = sorted(x / y for x, y in zip(found[a], found[b], strict=True))
+    return f"{statistics.median(each):.2f} ({', '.join(f'{value:.2f}' for value in each)})"
 
 
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     how = (
-        f"Images/s of {arguments.num_images} images, {arguments.num_sample_steps} steps, same weights: diffusers in "
-        f"the best batch size of {arguments.batch_sizes}, this project as jobs/sample.py draws; medians of "
-        f"{arguments.repeats} that took turns (`python benchmarks/sampling.py`). "
-        f"{tables.machine('diffusers', device=device)}."
+        f"Images/s of {arguments.num_images} images, same weights: diffusers in the best batch size of "
+        f"{arguments.batch_sizes}, this project as jobs/sample.py draws, with one worker and with all; medians of "
+        f"{arguments.repeats} that took turns, and ratios of turns (`python benchmarks/sampling.py`). "
+        f"{tables.machine('diffusers', device=DEVICE.type)}."
     )
-    rows = []
-    for preset in arguments.presets:
+    equal, good, steps = [], [], arguments.num_sample_steps
+    for net in arguments.nets:
+        config = CASES[net]
         for sampler in ("ancestral", "ddim"):
-            found = measure(arguments, preset, sampler)
-            a, b = (statistics.median(values) for values in zip(*found, strict=True))
-            ratios = [ours / theirs for theirs, ours in found]
-            every = ", ".join(f"{ratio:.2f}" for ratio in sorted(ratios))
-            rows.append([preset, sampler, f"{a:.2f}", f"{b:.2f}", f"{statistics.median(ratios):.2f}", every])
-    names = ["net", "sampler", "diffusers' pipeline", "this project", "ratio", "ratios"]
-    tables.write(__file__, "How fast images are drawn", how, "", *tables.table(names, rows))
+            asked = override(config, {"sample.sampler": sampler, "sample.num_sample_steps": steps})
+            found = measure(arguments, asked, {"diffusers": (sampler, steps)})
+            speeds = [f"{statistics.median(values):.1f}" for values in found.values()]
+            equal.append([net, sampler, *speeds, ratio(found, ALL, "diffusers"), ratio(found, ALL, ONE)])
+        if net not in TRAINED:
+            continue
+        sample = resolve_sample(config.sample, config.objective)
+        ways = {"diffusers": ("ancestral", config.schedule.num_timesteps)}
+        if sample.sampler == "dpmpp_2m":
+            ways["diffusers, DPM-Solver++"] = ("dpmpp_2m", sample.num_sample_steps)
+        found = measure(arguments, config, ways)
+        ours = f"{sample.sampler}, {sample.num_sample_steps or FEW} steps"
+        for name, (sampler, num_steps) in ways.items():
+            speeds = [f"{statistics.median(found[key]):.2f}" for key in (name, ALL)]
+            good.append([net, f"{sampler}, {num_steps} steps", ours, *speeds, ratio(found, ALL, name)])
+    tables.write(
+        __file__,
+        "How fast images are drawn",
+        how,
+        "",
+        f"## With as many steps: {steps}",
+        "",
+        *tables.table(
+            ["net", "sampler", "diffusers", ONE, ALL, f"{ALL} / diffusers", "all workers / one"], equal
+        ),
+        "",
+        "## With the steps that equally good images take",
+        "",
+        *tables.table(
+            ["net", "diffusers", "ours", "diffusers, images/s", "ours, images/s", "ours / diffusers"], good
+        ),
+        by_hand=END,
+    )
 
 
 if __name__ == "__main__":
