@@ -66,6 +66,7 @@ class ScheduleConfig:
     """The noise schedule: beta_t over T steps."""
 
     kind: ScheduleKind = "linear"
+    """Noise schedule: how beta_t grows over the steps."""
     num_timesteps: int = 1000
     """T, the number of noise levels."""
     beta_start: float = 1e-4

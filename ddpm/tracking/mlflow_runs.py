@@ -59,12 +59,16 @@ class Address:
     """The program that makes it."""
 
 
-def experiment_id(client: Any, address: Address, params: Mapping[str, Any]) -> str:
-    """The id of the run's experiment, which is created if there is none, and gets a kind if it has none."""
-    experiment = client.get_experiment_by_name(address.experiment)
-    tags = pages.experiment_tags(address.source, params.get("train.sample_every_images", 0))
+def experiment_id(
+    client: Any, uri: str, name: str, source: str = "jobs/train.py", first_grid: int = 0
+) -> str:
+    """The id of the experiment `name`, which is created if there is none, and gets a kind if it has none.
+
+    `source` and `first_grid` are those of `pages.experiment_tags`.
+    """
+    experiment, tags = client.get_experiment_by_name(name), pages.experiment_tags(source, first_grid)
     if experiment is None:
-        return client.create_experiment(address.experiment, _artifact_folder(address.uri), tags)
+        return client.create_experiment(name, _artifact_folder(uri), tags)
     if pages.KIND_TAG not in experiment.tags:
         for name, value in tags.items():
             client.set_experiment_tag(experiment.experiment_id, name, value)
@@ -181,7 +185,10 @@ class MlflowRun:
         from mlflow.entities import Param
 
         client, address = self._client, self._address
-        self.experiment_id = experiment_id(client, address, self._params)
+        first_grid = self._params.get("train.sample_every_images", 0)
+        self.experiment_id = experiment_id(
+            client, address.uri, address.experiment, address.source, first_grid
+        )
         run = find_run(client, self.experiment_id, address.run_key)
         if run is not None:
             if running:
