@@ -1,11 +1,11 @@
-"""What busy neighbours cost: images/s of `jobs/train.py digits` beside 0, 1 and 2 processes that compute without end.
+"""What busy neighbours cost: images/s of `jobs/train.py` beside 0, 1 and 2 processes that compute without end.
 
-    python benchmarks/busy.py [--repeats 3] [--turn-s 7] [--quick]
+    python benchmarks/busy.py [--preset digits] [--repeats 3] [--turn-s 7] [--quick]
 
 Each row of the table is one run, with another way in which OpenMP's threads wait (GCC's libgomp), with another number
 of threads or of workers. All are started, then take turns: meanwhile the others are suspended, so that a machine that
 grows busy slows all alike. Speed is between the points that the run itself tracks during a turn. The table goes to
-benchmarks/busy.md.
+benchmarks/busy.md (of another preset to busy-PRESET.md), above what is written there by hand.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from harness import tables
@@ -30,18 +31,21 @@ from ddpm.utils.openmp import SPIN_COUNT, VARIABLES
 TRAIN = Path(__file__).resolve().parent.parent / "jobs/train.py"
 FLAGS = """--train.total-images 1000000000 --train.log-every-images 128 --train.checkpoint-every-images 0
     --train.sample-every-images 0 --run.storage . --run.name run""".split()
-OURS = "ours: the preset, 1 thread"
-TWO = ["--cluster.threads-per-worker", "2"]
+ONE, TWO = (["--cluster.threads-per-worker", number] for number in "12")
+ONE_THREAD, TWO_THREADS = "1 thread", f"2 threads, GOMP_SPINCOUNT={SPIN_COUNT}, ours"
 ROWS: dict[str, tuple[dict[str, str], list[str]]] = {
     "2 threads, OMP_WAIT_POLICY=active": ({"OMP_WAIT_POLICY": "active"}, TWO),
     "2 threads, GOMP_SPINCOUNT=300000, libgomp's default": ({"GOMP_SPINCOUNT": "300000"}, TWO),
-    f"2 threads, GOMP_SPINCOUNT={SPIN_COUNT}, ours": ({}, TWO),
+    TWO_THREADS: ({}, TWO),
     "2 threads, GOMP_SPINCOUNT=1000": ({"GOMP_SPINCOUNT": "1000"}, TWO),
     "2 threads, OMP_WAIT_POLICY=passive": ({"OMP_WAIT_POLICY": "passive"}, TWO),
-    OURS: ({}, []),
-    "2 workers of 1 thread": ({}, ["--cluster.num-workers", "2"]),
+    ONE_THREAD: ({}, ONE),
+    "2 workers of 1 thread": ({}, [*ONE, "--cluster.num-workers", "2"]),
 }
 """Environment and flags of each run. GOMP_SPINCOUNT=0 is what passive means."""
+PRESETS = {"digits": ONE_THREAD, "fashion-mnist": TWO_THREADS}
+"""How each runs by itself."""
+END = "<!-- by hand from here on -->"
 NEIGHBOURS = (0, 1, 2)
 FIRST_STEP = re.compile(r"^images [1-9]", re.MULTILINE)
 STARTING_S, WARM_UP_S = 2.0, 5.0
@@ -54,6 +58,7 @@ SETTLING_S = 0.5
 class Arguments:
     """How long to measure."""
 
+    preset: Literal["digits", "fashion-mnist"] = "digits"
     repeats: int = 3
     turn_s: float = 7.0
     quick: bool = False
@@ -64,10 +69,10 @@ def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     rows, neighbours, repeats = list(ROWS), NEIGHBOURS, arguments.repeats
     if arguments.quick:
-        rows, neighbours, repeats = [rows[0], rows[4], OURS], NEIGHBOURS[:2], 1
+        rows, neighbours, repeats = [rows[0], rows[4], PRESETS[arguments.preset]], NEIGHBOURS[:2], 1
     with tempfile.TemporaryDirectory(prefix="bench-busy-", dir="/tmp") as folder:
         folders = {row: Path(folder, str(i)) for i, row in enumerate(rows)}
-        runs = {row: contestant(row, folders[row]) for row in rows}
+        runs = {row: contestant(arguments.preset, row, folders[row]) for row in rows}
 
         def turn(cell: tuple[str, int]) -> Turn:
             row, n = cell
@@ -84,7 +89,7 @@ def main() -> None:
     write(arguments, rows, neighbours, speeds)
 
 
-def contestant(row: str, folder: Path) -> Contestant:
+def contestant(preset: str, row: str, folder: Path) -> Contestant:
     """A run with a Ray cluster of its own, whose metrics stay in its folder: no MLflow answers."""
     environment, flags = ROWS[row]
     folder.mkdir()
@@ -94,7 +99,7 @@ def contestant(row: str, folder: Path) -> Contestant:
         "RAY_AUTH_MODE": "disabled",
         "MLFLOW_TRACKING_URI": "http://127.0.0.1:9",
     }
-    command = [sys.executable, str(TRAIN), "digits", *FLAGS, *flags]
+    command = [sys.executable, str(TRAIN), preset, *FLAGS, *flags]
     return Contestant(command, folder, kept | own | environment)
 
 
@@ -153,10 +158,11 @@ def write(
     speeds: dict[tuple[str, int], list[float]],
 ) -> None:
     """The table, as Markdown."""
-    quiet = statistics.median(speeds[OURS, 0])
+    preset = arguments.preset
+    quiet = statistics.median(speeds[PRESETS[preset], 0])
     names, cells = [""], [[row] for row in rows]
     for n in neighbours:
-        names += [f"{n} busy: images/s", "of ours alone", "all turns"]
+        names += [f"{n} busy: images/s", "of the preset alone", "all turns"]
         for row, line in zip(rows, cells, strict=True):
             median = statistics.median(speeds[row, n])
             every = ", ".join(f"{value:,.0f}" for value in speeds[row, n])
@@ -166,12 +172,14 @@ def write(
         print("\n".join(lines))
         return
     about = (
-        f"`jobs/train.py digits` beside processes that compute without end: medians of {arguments.repeats} turns of "
-        f"{arguments.turn_s:g} s (`python benchmarks/busy.py`). One worker, but for the last row. "
+        f"`jobs/train.py {preset}` beside processes that compute without end: medians of {arguments.repeats} turns of "
+        f"{arguments.turn_s:g} s (`python benchmarks/busy.py --preset {preset}`). One worker, but for the last row; by "
+        f"itself the preset has {PRESETS[preset]}. "
         f"GOMP_SPINCOUNT={SPIN_COUNT} holds unless the environment has one of these variables. "
         f"{tables.machine('ray')}."
     )
-    tables.write(__file__, "Beside busy neighbours", about, "", *lines)
+    script = __file__ if preset == "digits" else str(Path(__file__).with_stem(f"busy-{preset}"))
+    tables.write(script, "Beside busy neighbours", about, "", *lines, by_hand=END)
 
 
 if __name__ == "__main__":

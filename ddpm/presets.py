@@ -60,7 +60,7 @@ FASHION_MNIST = Config(
     model=replace(SMALL_NET, base_width=16),
     optim=OptimConfig(lr=2e-3, lr_warmup_images=3_200, lr_schedule="cosine", ema_decay=0.999),
     train=replace(
-        SHORT_RUN, total_images=160_000, batch_size=32, micro_batch_size=32, sample_every_images=32_000
+        SHORT_RUN, total_images=160_000, batch_size=32, micro_batch_size=16, sample_every_images=32_000
     ),
     sample=SampleConfig(sampler="dpmpp_2m", num_sample_steps=20, eta=1.0),
 )
