@@ -4,9 +4,9 @@
 
 Ours is a pool as jobs/sample.py has it, of one worker (a thread) and of all. diffusers' pipeline gets all threads, and
 the batch size that suits it best of some. All take turns, so that a machine that grows busy slows all. Speed does not
-depend on what a net has learned: its weights are the first ones of a training run. One table has as many steps for
-all; another the steps that equally good images take, by benchmarks/samplers.md. They go to benchmarks/sampling.md,
-above what is written there by hand.
+depend on what a net has learned: its weights are the first ones of a training run. In one table all take as many
+steps, in another those that equally good images take (benchmarks/samplers.md): diffusers' pipeline all, ours few. They
+go to benchmarks/sampling.md, above what is written there by hand.
 """
 
 import statistics
@@ -33,10 +33,9 @@ from ddpm.models.unet import UNet
 from ddpm.sampling.workers import BATCH_SIZE_CPU, BATCH_SIZE_GPU, SampleJob, SampleWorker
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ONE, ALL = "ours, one worker", "ours"
+DIFFUSERS, ONE, ALL = "diffusers", "ours, one worker", "ours"
 TRAINED = ("digits", "fashion-mnist")
 """The nets of which benchmarks/samplers.md knows how many steps they need."""
-SDE = {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}
 END = "<!-- by hand from here on -->"
 
 
@@ -71,37 +70,35 @@ def pipeline(config: Config, net: UNet, sampler: str) -> Any:
     if sampler == "ddim":
         scheduler = diffusers.DDIMScheduler.from_config(made.scheduler.config)
         made = diffusers.DDIMPipeline(made.unet, scheduler)
-    elif sampler == "dpmpp_2m":
-        made.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(made.scheduler.config, **SDE)
     made.set_progress_bar_config(disable=True)
     return made.to(DEVICE)
 
 
-def draws(drawer: Any, num_steps: int, n: int, batch_size: int) -> None:
-    for i in range(0, n, batch_size):
-        drawer(batch_size=min(batch_size, n - i), num_inference_steps=num_steps, output_type="np")
-
-
-def measure(
-    arguments: Arguments, config: Config, theirs: dict[str, tuple[str, int]]
-) -> dict[str, list[float]]:
-    """Images/s by contestant, in turns: ours as `config` says, diffusers' with a sampler and so many steps."""
+def measure(arguments: Arguments, config: Config, sampler: str, num_steps: int) -> dict[str, list[float]]:
+    """Images/s by contestant, in turns: ours as `config` says, diffusers' with `sampler` and so many steps."""
     net, n = build_net(config).eval().requires_grad_(False), arguments.num_images
-    job = SampleJob(net.state_dict(), config)
-    calls: dict[str, tuple[int, Callable[[], object]]] = {}
+    drawer, few = pipeline(config, net, sampler), min(num_steps, arguments.num_sample_steps)
+
+    def theirs(num_steps: int, n: int, batch_size: int) -> None:
+        for i in range(0, n, batch_size):
+            some = min(batch_size, n - i)
+            drawer(batch_size=some, num_inference_steps=num_steps, output_type="np")
+
+    theirs(few, n, n)  # to warm up
+    best = min(arguments.batch_sizes, key=lambda size: seconds(partial(theirs, few, n, size)))
+    print(f"diffusers in batches of {best}; images/s:", flush=True)
+    many = n if num_steps == few else best  # one batch is enough of many steps
+    calls = {DIFFUSERS: (many, partial(theirs, num_steps, many, best))}
     with ExitStack() as stack:
-        for name, (sampler, num_steps) in theirs.items():
-            drawer, few = pipeline(config, net, sampler), min(num_steps, arguments.num_sample_steps)
-            draws(drawer, few, n, n)  # to warm up
-            size = min(arguments.batch_sizes, key=lambda size: seconds(lambda: draws(drawer, few, n, size)))  # noqa: B023
-            many = n if num_steps == few else size  # of many steps one batch is enough
-            calls[name] = many, partial(draws, drawer, num_steps, many, size)
-            print(f"{name}: batches of {size}", flush=True)
         for name, num_workers in ((ONE, 1), (ALL, None)):
+            job = SampleJob(net.state_dict(), config)
             pool = stack.enter_context(WorkerPool(partial(SampleWorker, job), num_workers))
             size = BATCH_SIZE_GPU if pool.has_gpus else BATCH_SIZE_CPU
             pieces = [range(i, min(i + size, n)) for i in range(0, n, size)]
-            calls[name] = n, lambda pool=pool, pieces=pieces: list(pool.map(SampleWorker.draw, pieces))
+            calls[name] = (
+                n,
+                partial(lambda pool, pieces: [*pool.map(SampleWorker.draw, pieces)], pool, pieces),
+            )
             calls[name][1]()  # to warm up
         return turns.in_turns(
             list(calls), arguments.repeats, lambda name: calls[name][0] / seconds(calls[name][1])
@@ -127,20 +124,20 @@ def main() -> None:
         config = CASES[net]
         for sampler in ("ancestral", "ddim"):
             asked = override(config, {"sample.sampler": sampler, "sample.num_sample_steps": steps})
-            found = measure(arguments, asked, {"diffusers": (sampler, steps)})
+            found = measure(arguments, asked, sampler, steps)
             speeds = [f"{statistics.median(values):.1f}" for values in found.values()]
-            equal.append([net, sampler, *speeds, ratio(found, ALL, "diffusers"), ratio(found, ALL, ONE)])
-        if net not in TRAINED:
-            continue
-        sample = resolve_sample(config.sample, config.objective)
-        ways = {"diffusers": ("ancestral", config.schedule.num_timesteps)}
-        if sample.sampler == "dpmpp_2m":
-            ways["diffusers, DPM-Solver++"] = ("dpmpp_2m", sample.num_sample_steps)
-        found = measure(arguments, config, ways)
-        ours = f"{sample.sampler}, {sample.num_sample_steps or FEW} steps"
-        for name, (sampler, num_steps) in ways.items():
-            speeds = [f"{statistics.median(found[key]):.2f}" for key in (name, ALL)]
-            good.append([net, f"{sampler}, {num_steps} steps", ours, *speeds, ratio(found, ALL, name)])
+            equal.append([net, sampler, *speeds, ratio(found, ALL, DIFFUSERS), ratio(found, ALL, ONE)])
+        if net in TRAINED:
+            sample, num_timesteps = (
+                resolve_sample(config.sample, config.objective),
+                config.schedule.num_timesteps,
+            )
+            found = measure(arguments, config, "ancestral", num_timesteps)
+            ours = f"{sample.sampler}, {sample.num_sample_steps or FEW} steps"
+            speeds = [f"{statistics.median(found[name]):.2f}" for name in (DIFFUSERS, ALL)]
+            good.append(
+                [net, f"ancestral, {num_timesteps} steps", ours, *speeds, ratio(found, ALL, DIFFUSERS)]
+            )
     tables.write(
         __file__,
         "How fast images are drawn",
@@ -149,7 +146,7 @@ def main() -> None:
         f"## With as many steps: {steps}",
         "",
         *tables.table(
-            ["net", "sampler", "diffusers", ONE, ALL, f"{ALL} / diffusers", "all workers / one"], equal
+            ["net", "sampler", DIFFUSERS, ONE, ALL, "ours / diffusers", "all workers / one"], equal
         ),
         "",
         "## With the steps that equally good images take",

@@ -2,7 +2,7 @@
 
 digits          8x8 grey, built in (scikit-learn), 0.6 M weights. A minute and a half on two cores; recognisable digits.
 glyphs          32x32 grey letters and digits, rendered from fonts; no download.
-fashion-mnist   32x32 grey (28x28 padded), from Debian's dataset-fashion-mnist or IDX files; 0.4 M weights. 15 minutes.
+fashion-mnist   32x32 grey (28x28 padded), from Debian's dataset-fashion-mnist or IDX files; 0.4 M weights. 8 minutes.
 cifar10         32x32 colour: Ho et al. 2020, Appendix B, 35.7 M weights; 800,000 steps of 128 in the paper. GPUs.
 celeba64        64x64 colour: the same net, one resolution deeper. GPUs.
 """
@@ -64,9 +64,8 @@ FASHION_MNIST = Config(
     ),
     sample=SampleConfig(sampler="dpmpp_2m", num_sample_steps=20, eta=1.0),
 )
-"""`python jobs/train.py fashion-mnist`: ten to fifteen minutes on two cores. KID-classifier is 0.08 ± 0.01 after 25,600
-images and 0.03 ± 0.01 after 96,000, the real images held fixed. What was tried, and how it compares:
-benchmarks/quality.md."""
+"""`python jobs/train.py fashion-mnist --workers 2`: eight minutes on two cores. KID-classifier is 0.08 ± 0.02 after
+25,600 images and 0.03 ± 0.01 after 96,000. What was tried, and how it compares: benchmarks/quality.md."""
 
 CIFAR10 = Config(
     data=DataConfig(source="torchvision:cifar10", horizontal_flip=True),
