@@ -42,7 +42,7 @@ def get(server: guarded.GuardedMlflowServer, user: str | None, password: str = P
     return requests.get(url, auth=auth, timeout=30).status_code
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trainer(guarded_mlflow: guarded.GuardedMlflowServer) -> dict[str, str]:
     """The environment of somebody who may train, and no more."""
     done = guarded_mlflow.add_user("trainer", PASSWORD)
@@ -98,7 +98,7 @@ class Trained:
     """Ray's own logs."""
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained(
     trainer: dict[str, str], s3_server: servers.S3Server, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Trained]:
@@ -125,7 +125,7 @@ def trained(
     shutil.rmtree(ray, ignore_errors=True)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def runs(guarded_mlflow: guarded.GuardedMlflowServer, trainer: dict[str, str], trained: Trained) -> list[Run]:
     """That run, as MLflow has it; and one beside it to compare it with, by a client without a key of S3."""
     with pytest.MonkeyPatch.context() as patch:

@@ -31,7 +31,7 @@ CARD = "[data-testid='experiment-view-compare-runs-card']"
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def runs(mlflow_server: str, ray_head: RayHead, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """Short runs of digits by schedule, one of them shorter, tracked by the server."""
     folder, found = tmp_path_factory.mktemp("runs"), {}
