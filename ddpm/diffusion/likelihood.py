@@ -114,11 +114,17 @@ def estimate(
     sum_t KL_t ~ 1 / K sum_k KL_{t_k} / proposal[t_k], t_k distributed as the proposal. The K timesteps of an image are
     spread evenly over the proposal, beginning at u: each keeps its distribution, and the error is smaller.
 
-    Args, beside those of `exact`:
-        denoise: called num_draws + 1 times; `noise` is drawn as often.
+    Args:
+        denoise: called num_draws + 1 times.
+        schedule: the one the net was trained with.
+        x_0: [B, C, H, W] float32, 8-bit images in [-1, 1].
+        noise: standard normal [B, C, H, W]; drawn num_draws + 1 times.
         u: [B] float64 in [0, 1), uniform, drawn by the caller.
         proposal: [T] float64, as of `proposal`.
         num_draws: K, at least 1.
+        variance: as in `exact`.
+        x_0_error: as in `exact`.
+        clip_x_0: as in `exact`.
 
     Raises:
         ValueError: as `exact`; or the proposal is not a distribution over 1..T-1 that is positive there.

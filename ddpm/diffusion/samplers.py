@@ -4,16 +4,9 @@ A sampler sees the net as `denoise(x_t, t) -> Denoised`, and takes randomness fr
 decides what an image depends on. With `PerImageNoise` image i is a function of its own seed, independent of the batch
 and the device.
 
-Arguments of all of them, and their result:
-
-    denoise    the net; called once at each timestep, unless the sampler says otherwise
-    schedule   the one the net was trained with
-    noise      standard normal; the sampler says how often it is drawn
-    timesteps  n of them, falling (`timesteps`); a ValueError otherwise
-    threshold  keeps x_0_hat in the range of images (`denoisers.clip`, `denoisers.dynamic`); None leaves it as it is
-    on_step    called in every step with its input and its prediction; the last x_0_hat is the image (for `ancestral`
-               without a threshold, up to one step of noise)
-    returns    [B, C, H, W]; in [-1, 1] with a threshold
+`threshold` keeps x_0_hat in the range of images (`denoisers.clip`, `denoisers.dynamic`); None leaves it as it is.
+`on_step(step, x_t, x_0_hat)`, if given, is called in every step with its input and its prediction; the last x_0_hat is
+the image (for `ancestral` without a threshold, up to one step of noise).
 
 Papers:
     ancestral  Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
@@ -101,15 +94,21 @@ def ancestral(
     next (`timesteps.respaced`).
 
     Args:
-        noise: drawn once per step.
-        timesteps: None: all T.
+        denoise: called at the timesteps.
+        schedule: the one the net was trained with.
+        noise: standard normal; drawn once per step.
+        timesteps: falling; None: all T.
         variance: variance of the noise that a step adds (`reverse`).
         x_0_error: for "measured", [T] float64: the mean squared error of x_0_hat at every t of the schedule.
         threshold: with a threshold, the mean is mu_tilde(x_0_hat, x_t), Eq. 7. None is exactly Algorithm 2; with the
             cosine schedule its first step multiplies every error by 31.6.
+        on_step: called at every step.
+
+    Returns:
+        [B, C, H, W]; in [-1, 1] with a threshold.
 
     Raises:
-        ValueError: the variance is unknown, or the net did not learn it.
+        ValueError: the variance is unknown or the net did not learn it, or timesteps do not fall.
 
     Source: Ho et al. 2020, Algorithm 2, Eqs. 7 and 11.
     """
@@ -160,11 +159,19 @@ def ddim(
     The last step has alpha_bar_prev = 1, so s = 0 and it returns x_0_hat.
 
     Args:
-        noise: drawn once with eta = 0, else once per step.
+        denoise: at the timesteps.
+        schedule: the one the net was trained with.
+        noise: standard normal; drawn once with eta = 0, else once a step.
+        timesteps: falling.
         eta: in [0, 1]; 0 is deterministic, 1 is `ancestral` with the variance beta_tilde.
+        threshold: applied to x_0_hat.
+        on_step: called at every step.
+
+    Returns:
+        [B, C, H, W]; in [-1, 1] with a threshold.
 
     Raises:
-        ValueError: eta is out of its range.
+        ValueError: timesteps do not fall, or eta is out of its range.
 
     Source: Song et al. 2021, Eqs. 12 and 16.
     """
@@ -214,11 +221,19 @@ def dpmpp_2m(
     dy = (1 + eta) (x_0_hat - y) dlambda + sqrt(2 eta) sigma dw; in short steps it acts as eta^2 does in `ddim`.
 
     Args:
-        noise: drawn once with eta = 0, else once per step.
+        denoise: at the timesteps, once each.
+        schedule: the one the net was trained with.
+        noise: standard normal; drawn once with eta = 0, else once a step.
+        timesteps: falling.
         eta: in [0, 1]; 0 is deterministic, 1 is as noisy as `ancestral` with the variance beta_tilde.
+        threshold: applied to x_0_hat.
+        on_step: called at every step.
+
+    Returns:
+        [B, C, H, W]; in [-1, 1] with a threshold.
 
     Raises:
-        ValueError: eta is out of its range.
+        ValueError: timesteps do not fall, or eta is out of its range.
 
     Source: Lu et al. 2022, Algorithm 2, and its section on diffusion SDEs for eta = 1; for the SDEs between,
     Xue et al. 2023, whose tau^2 is eta.
@@ -262,8 +277,18 @@ def heun(
     cosine schedule's does in the first of a few uniform steps: use `timesteps.karras` there.
 
     Args:
-        denoise: called twice at all timesteps but the first.
-        noise: drawn once.
+        denoise: called at the timesteps, at all but the first twice.
+        schedule: the one the net was trained with.
+        noise: standard normal; drawn once.
+        timesteps: falling.
+        threshold: applied to x_0_hat.
+        on_step: called at every step.
+
+    Returns:
+        [B, C, H, W]; in [-1, 1] with a threshold.
+
+    Raises:
+        ValueError: timesteps do not fall.
 
     Source: Karras et al. 2022, Algorithm 1.
     """
@@ -301,6 +326,11 @@ def mix(
         denoise: its second argument is the amount of noise left, float32 [B].
         noise: uniform in [-1, 1]; drawn once.
         num_sample_steps: n, at least 1.
+        threshold: applied to x_0_hat.
+        on_step: called at every step.
+
+    Returns:
+        [B, C, H, W]; in [-1, 1] with a threshold.
 
     Raises:
         ValueError: num_sample_steps < 1.

@@ -18,6 +18,7 @@ from ddpm.tracking.mlflow_client import Lost, tracking_uri
 from ddpm.tracking.mlflow_runs import Address, MlflowRun, without_password
 from ddpm.tracking.retry import OutOfTime
 from ddpm.utils.errors import UserError
+from ddpm.utils.retry import as_user_error
 
 MLFLOW_TIMEOUT_S = 20.0
 """Seconds without a successful call after which MLflow is given up."""
@@ -108,10 +109,8 @@ def _records(report: Report, picture: bytes) -> Iterator[Record]:
 
 def write(file: Location, data: bytes) -> None:
     """Write a file; raise UserError if it cannot be written."""
-    try:
+    with as_user_error(f"cannot write {file.uri}"):
         file.write(data)
-    except OSError as error:
-        raise UserError(f"cannot write {file.uri}: {error}") from None
 
 
 def _beside(file: Location, name: str) -> Location:

@@ -37,15 +37,10 @@ NON_FINITE = ("nan", "inf", "-inf")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_INT = 2**63 - 1
 DAMAGE = (
-    *(
-        ValueError,
-        KeyError,
-        TypeError,
-        OverflowError,
-        RecursionError,
-        RuntimeError,
-    ),  # RuntimeError: encrypted
+    *(ValueError, KeyError, OverflowError, RecursionError),
     *(zipfile.BadZipFile, zlib.error, struct.error, EOFError),
+    RuntimeError,  # encrypted
+    TypeError,  # a record with other fields
 )
 """Exceptions of reading a damaged zip or damaged JSON."""
 

@@ -143,7 +143,9 @@ class CheckpointManager:
     def _commit(self, folder: Path, target: Location, *, move: bool) -> None:
         """Make the checkpoint in `folder` exist at `target`; one of the same name there ceases to exist first."""
         if target.is_local:
-            self._retry_io(lambda: _put_in_place(folder, Path(target.path), move), target)
+            place = Path(target.path)
+            self._retry_io(lambda: _put_in_place(folder, place, move), target)
+            self._retry_io(lambda: files.sync(place.parent), target)
             return
         self._retry_io(target.child(CHECKSUMS).unlink, target)
         names = sorted(path.name for path in folder.iterdir() if path.name != CHECKSUMS)

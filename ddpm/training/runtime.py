@@ -160,6 +160,7 @@ class LocalRuntime:
             temporary = files.temporary(self._folder / name)
             checkpoint.write(snapshot, temporary)
             files.put_in_place(temporary, self._folder / name)
+            files.sync(self._folder)
         old = sorted(self._folder.glob(f"{checkpoint.PREFIX}*"))[: -self._config.train.keep_checkpoints]
         worse = sorted(self._folder.glob(f"{checkpoint.BEST_PREFIX}*"))[:-1]
         for path in old + worse:

@@ -51,13 +51,10 @@ def write_whole(path: Path, data: bytes, *, durable: bool = True) -> None:
 def put_in_place(folder: Path, place: Path) -> None:
     """Name `folder`, which `sync_tree` has put on disk, `place`; another folder there is removed first.
 
-    Raises:
-        OSError: it may be called again, also where only the name is not on disk yet.
+    The name itself is on disk after sync(place.parent), which can be tried again by itself; this cannot.
     """
-    if folder.exists():
-        shutil.rmtree(place, ignore_errors=True)
-        folder.rename(place)
-    sync(place.parent)
+    shutil.rmtree(place, ignore_errors=True)
+    folder.rename(place)
 
 
 def make_folder(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """The power may fail at any moment: a checkpoint that has its name is whole, and one that was reported stays."""
 
+import errno
 import itertools
 from pathlib import Path
 
@@ -60,6 +61,25 @@ def test_what_has_a_name_is_whole_at_every_moment(names_survive: bool, tiny: Con
         assert committed == [32, 64]
         left = disk.after_power_cut(tmp_path / "left", names_survive=names_survive)
     assert max(checkpoints(left)) == 64 and next(count) > 30
+
+
+def test_a_name_that_is_not_on_disk_at_once_is_synced_again(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync, failures = files.sync, []
+
+    def fails_at_first(path: Path) -> None:
+        names = {folder.name for folder in (tmp_path / "runs/one").glob("[bc]*-*")}
+        if path == tmp_path / "runs/one" and not names <= set(failures):
+            failures.extend(names)
+            raise OSError(errno.EIO, "Input/output error")
+        sync(path)
+
+    monkeypatch.setattr(files, "sync", fails_at_first)
+    committed = list[int]()
+    save_two(tmp_path, tiny, committed)
+    assert {"checkpoint-000000000032", "best-000000000064", "checkpoint-000000000064"} == set(failures)
+    assert committed == [32, 64] and checkpoints(tmp_path) == [64, 64]
 
 
 @pytest.mark.parametrize("names_survive", [False, True])

@@ -1,6 +1,5 @@
 """Writers of the same file do not disturb each other, and only what dead ones left is swept."""
 
-import errno
 import os
 import subprocess
 import sys
@@ -35,24 +34,6 @@ def test_writers_of_one_file_do_not_disturb_each_other(write: object, tmp_path: 
         thread.join()
     assert errors == []
     assert file.read_bytes() in contents and list(file.parent.iterdir()) == [file]
-
-
-def test_a_folder_whose_name_does_not_reach_the_disk_at_once_is_put_in_place_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, place = tmp_path / "made", tmp_path / "place"
-    for made, text in ((folder, "new"), (place, "old")):
-        made.mkdir()
-        (made / "file").write_text(text)
-
-    def fails(descriptor: int) -> None:
-        raise OSError(errno.EIO, "Input/output error")
-
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output"):
-        patch.setattr(os, "fsync", fails)
-        files.put_in_place(folder, place)
-    files.put_in_place(folder, place)
-    assert (place / "file").read_text() == "new" and not folder.exists()
 
 
 def test_what_the_dead_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
