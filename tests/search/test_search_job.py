@@ -63,7 +63,7 @@ def test_a_search_that_was_interrupted_and_killed_ends_with_the_same_table(
         assert "Traceback" not in job.output
         assert psutil.wait_procs(family, timeout=60)[1] == []
     assert "RUNNING" not in {run.info.status for run in mlflow_runs(place)}
-    assert [trial.status for trial in trials(killed)] == ["running"]
+    assert trials(killed)[-1].status == "running"
 
     with Job("search", *FLAGS, log=killed / "job.log") as job:
         job.wait_for(lambda: len(trials(killed)) == 3, timeout_s=400)

@@ -45,10 +45,8 @@ class FaultyProxy:
         self._mode: Mode = "pass"
         self._every, self._delay_s, self._count = 1, 0.0, 0
         self._trap: tuple[re.Pattern[str], Callable[[], object]] | None = None
-        self._listener: asyncio.Server | None = None
-        self._connections: dict[
-            asyncio.Task[Any], asyncio.Event
-        ] = {}  # set an event, and its connection ends
+        self._listener: socket.socket | None = None
+        self._connections: dict[asyncio.Task[None], asyncio.Event] = {}  # whose event is set, that ends
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="faulty-proxy", daemon=True)
         self.requests: Counter[Mode] = Counter()
@@ -101,14 +99,16 @@ class FaultyProxy:
         asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
 
     async def _listen(self) -> None:
-        self._listener = await asyncio.start_server(
-            self._serve, "127.0.0.1", self._port, backlog=BACKLOG, limit=HEAD_BYTES
-        )
-        self._port = self._listener.sockets[0].getsockname()[1]
+        # An asyncio.Server that is closed leaves open what it has just accepted (Python 3.11).
+        self._listener = socket.create_server(("127.0.0.1", self._port), backlog=BACKLOG)
+        self._listener.setblocking(False)
+        self._port = self._listener.getsockname()[1]
+        self._loop.add_reader(self._listener, self._accept, self._listener)
 
     async def _switch(self, mode: Mode, every: int, delay_s: float) -> None:
         self._mode, self._every, self._delay_s = mode, every, delay_s
         if mode == "down" and self._listener is not None:
+            self._loop.remove_reader(self._listener)
             self._listener.close()
             self._listener = None
         elif mode != "down" and self._listener is None:
@@ -121,11 +121,16 @@ class FaultyProxy:
         await self._switch("down", 1, 0)
         await asyncio.gather(*self._connections)
 
-    async def _serve(self, reader: StreamReader, client: StreamWriter) -> None:
+    def _accept(self, listener: socket.socket) -> None:
+        with contextlib.suppress(BlockingIOError, ConnectionAbortedError):  # the client has left again
+            end = asyncio.Event()
+            task = self._loop.create_task(self._serve(listener.accept()[0], end))
+            self._connections[task] = end
+            task.add_done_callback(self._connections.pop)
+
+    async def _serve(self, accepted: socket.socket, end: asyncio.Event) -> None:
         """One connection of a client's, with one of its own upstream."""
-        task, end = asyncio.current_task(), asyncio.Event()
-        assert task is not None
-        self._connections[task] = end
+        reader, client = await asyncio.open_connection(sock=accepted, limit=HEAD_BYTES)
         server: StreamWriter | None = None
         try:
             above, server = await asyncio.open_connection(*self._upstream, limit=HEAD_BYTES)
@@ -140,7 +145,6 @@ class FaultyProxy:
         except OSError:  # nobody upstream
             _reset(client)
         finally:
-            del self._connections[task]
             for writer in (client, server):
                 if writer is not None:
                     writer.close()
