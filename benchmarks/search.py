@@ -28,7 +28,7 @@ from ddpm.hub import resolve
 from ddpm.search import leaderboard
 from ddpm.search.evaluator import Evaluator
 from ddpm.search.event_log import EventLog, Trial
-from ddpm.search.trial_manager import said
+from ddpm.search.trial_manager import changes_text
 from ddpm.storage import locations
 
 REPO = Path(__file__).resolve().parent.parent
@@ -83,7 +83,7 @@ def rankings(trials: list[Trial]) -> list[str]:
             "KID": f"{trial.drawn['value']:.4f} ± {trial.drawn['error']:.4f}",
         }
         ranked = [cell for name in values for cell in (cells[name], places[name][i])]
-        rows.append([trial.name, *ranked, said(trial.changes)])
+        rows.append([trial.name, *ranked, changes_text(trial.changes)])
     lines = tables.table(["trial", *(cell for name in values for cell in (name, "its rank")), ""], rows)
     pairs = {(a, b): agreement(values[a], values[b]) for a, b in itertools.combinations(values, 2)}
     agreements = [[f"{a} and {b}", f"{r.spearman:+.2f}", f"{r.kendall:+.2f}"] for (a, b), r in pairs.items()]
@@ -100,10 +100,11 @@ def cost(trials: list[Trial], place: locations.Location) -> str:
     kid_error = (naive.drawn["error"] ** 2 + honest.drawn["error"] ** 2) ** 0.5
     if naive is honest:
         return f"The lowest training loss and the lowest bound belong to the same trial, {naive.name}."
+    by_loss, by_bound = (f"{trial.name} ({changes_text(trial.changes)})" for trial in (naive, honest))
     return (
-        f"A search by the training loss would have chosen {naive.name} ({said(naive.changes)}); by the bound it is "
-        f"{honest.name} ({said(honest.changes)}). The naive choice costs {bits:+.4f} ± {error:.4f} bits/dim (image by "
-        f"image) and {kid:+.4f} ± {kid_error:.4f} in {naive.drawn['name']}."
+        f"A search by the training loss would have chosen {by_loss}; by the bound it is {by_bound}. The naive choice "
+        f"costs {bits:+.4f} ± {error:.4f} bits/dim (image by image) and {kid:+.4f} ± {kid_error:.4f} in "
+        f"{naive.drawn['name']}."
     )
 
 

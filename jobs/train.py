@@ -59,8 +59,8 @@ def main() -> int:
         print(f"run {config.run.name} is finished: {result.images_seen:,} images seen; nothing left to do")
     elif result.signal:
         here = f"with --run.name {shlex.quote(result.run.name)}"
-        goes_on = "goes on there" if result.checkpoint else "begins anew"
-        print(f"stopped     at {result.images_seen:,} images; the same command, {here}, {goes_on}")
+        effect = "goes on there" if result.checkpoint else "begins anew"
+        print(f"stopped     at {result.images_seen:,} images; the same command, {here}, {effect}")
     else:
         print(f"trained     {result.images_seen:,} images, {took}")
     for line in summary(result):

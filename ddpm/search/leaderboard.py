@@ -43,7 +43,7 @@ OF_A_TRIAL = ("train.checkpoint_every_images", "train.keep_checkpoints")
 
 
 @dataclass(frozen=True)
-class Standing:
+class Row:
     """A trial's line in the table."""
 
     trial: Trial
@@ -80,7 +80,7 @@ def draw_finalists(events: EventLog, place: Location, chosen: Arguments) -> None
         events.add("drawn", trial.number, **vars(score))
 
 
-def standings(trials: Sequence[Trial], place: Location, metric: Metric, base: Config) -> list[Standing]:
+def ranked(trials: Sequence[Trial], place: Location, metric: Metric, base: Config) -> list[Row]:
     """All trials: the finished ones by the metric, then the others by images seen."""
     order = best(trials, metric)
     bits = [bits_of(trial, place, base.run.storage_timeout_s) for trial in order]
@@ -92,12 +92,12 @@ def standings(trials: Sequence[Trial], place: Location, metric: Metric, base: Co
     rest = [trial for trial in trials if trial.number not in by_bits]
     rest.sort(key=lambda trial: (-trial.images_seen, trial.value(metric)))
     return [
-        Standing(trial, _leftover(base, trial), by_bits.get(trial.number), by_kid.get(trial.number))
+        Row(trial, _leftover(base, trial), by_bits.get(trial.number), by_kid.get(trial.number))
         for trial in (*order, *rest)
     ]
 
 
-def columns(found: Sequence[Standing]) -> dict[str, list[Any]]:
+def columns(found: Sequence[Row]) -> dict[str, list[Any]]:
     """The table, column by column; None for missing values."""
     keys = list(dict.fromkeys(key for s in found for key in s.trial.changes))
     lasts, drawn = [s.trial.last for s in found], [s.trial.drawn for s in found]
@@ -119,7 +119,7 @@ def columns(found: Sequence[Standing]) -> dict[str, list[Any]]:
     }
 
 
-def parquet(found: Sequence[Standing]) -> bytes:
+def parquet(found: Sequence[Row]) -> bytes:
     made = {
         name: [str(v) if isinstance(v, tuple | list) else v for v in values]
         for name, values in columns(found).items()
@@ -129,7 +129,7 @@ def parquet(found: Sequence[Standing]) -> bytes:
     return file.getvalue()
 
 
-def table(found: Sequence[Standing]) -> Table:
+def table(found: Sequence[Row]) -> Table:
     """The table for a terminal."""
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     names, rows = _shown(found)
@@ -140,14 +140,14 @@ def table(found: Sequence[Standing]) -> Table:
     return made
 
 
-def markdown(found: Sequence[Standing], remarks: Sequence[str]) -> str:
+def markdown(found: Sequence[Row], remarks: Sequence[str]) -> str:
     names, rows = _shown(found)
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
     return "\n".join([*lines, "", *(f"- {line}" for line in remarks)]) + "\n"
 
 
-def remarks(found: Sequence[Standing], metric: Metric) -> list[str]:
+def remarks(found: Sequence[Row], metric: Metric) -> list[str]:
     """Remarks for reading the table."""
     lines = [
         "Ranks are ranges: two that overlap are a tie. bits/dim are compared image by image, KID by its errors, "
@@ -175,7 +175,7 @@ def remarks(found: Sequence[Standing], metric: Metric) -> list[str]:
     return lines
 
 
-def best_config(found: Sequence[Standing], base: Config) -> str | None:
+def best_config(found: Sequence[Row], base: Config) -> str | None:
     """The best trial's config for `jobs/train.py PRESET --config FILE`, without run and cluster; None: there is
     none."""
     if not found or found[0].by_bits is None:
@@ -188,7 +188,7 @@ def best_config(found: Sequence[Standing], base: Config) -> str | None:
     return json.dumps(nested, indent=2) + "\n"
 
 
-def _shown(found: Sequence[Standing]) -> tuple[list[str], list[list[str]]]:
+def _shown(found: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Names and cells of the table for display: estimates with errors, settings in short form."""
     keys = list(dict.fromkeys(key for s in found for key in s.trial.changes))
     with_kid = next((s.trial.drawn["name"] for s in found if s.trial.drawn), None)

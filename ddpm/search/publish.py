@@ -20,7 +20,7 @@ from ddpm.evaluation.comparison import Cell, Ranking
 from ddpm.evaluation.reference import images_of
 from ddpm.search import leaderboard, plots
 from ddpm.search.event_log import EventLog, Metric, Trial
-from ddpm.search.leaderboard import Standing
+from ddpm.search.leaderboard import Row
 from ddpm.storage.locations import Location
 from ddpm.tracking import uploader
 from ddpm.tracking.metrics_buffer import Artifact, Metrics, Tags
@@ -73,7 +73,7 @@ def store(
 ) -> Iterator[str]:
     """Write table, best config and plots to the search's folder and its MLflow run; yields lines with the places."""
     trials = events.trials()
-    found = leaderboard.standings(trials, place, metric, base)
+    found = leaderboard.ranked(trials, place, metric, base)
     files = {
         "results.parquet": leaderboard.parquet(found),
         "results.md": leaderboard.markdown(found, leaderboard.remarks(found, metric)).encode(),
@@ -102,7 +102,7 @@ def store(
     yield from _publish(trials, found, place, files, parent)
 
 
-def curves(found: Sequence[Standing], place: Location, held_out: DataSet) -> dict[str, NDArray[np.float64]]:
+def curves(found: Sequence[Row], place: Location, held_out: DataSet) -> dict[str, NDArray[np.float64]]:
     """The finalists' errors of x_0_hat, [N, L] at LOG_SNR, by legend entry."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = images_of(held_out, 0, CURVE_IMAGES)
@@ -118,7 +118,7 @@ def curves(found: Sequence[Standing], place: Location, held_out: DataSet) -> dic
     return made
 
 
-def compared(found: Sequence[Standing], place: Location) -> bytes | None:
+def compared(found: Sequence[Row], place: Location) -> bytes | None:
     """The page that compares the best trials, with the ranks of the leaderboard; None: none has begun.
 
     Raises:
@@ -146,7 +146,7 @@ def compared(found: Sequence[Standing], place: Location) -> bytes | None:
 
 def _publish(
     trials: Sequence[Trial],
-    found: Sequence[Standing],
+    found: Sequence[Row],
     place: Location,
     files: Mapping[str, bytes],
     parent: Address,

@@ -72,14 +72,14 @@ class TrialRunner:
     Args:
         config: the config of the trial's run.
         group: the workers that train.
-        tell: called with the news; the last of them is the last rung, or an error.
+        on_news: called with the news; the last of them is the last rung, or an error.
     """
 
     def __init__(
-        self, config: Config, spec: Spec, group: PersistentWorkerGroup, tell: Callable[[News], object]
+        self, config: Config, spec: Spec, group: PersistentWorkerGroup, on_news: Callable[[News], object]
     ) -> None:
         assert config.run.name is not None, "a search names its trials"
-        self._config, self._spec, self._group, self._tell = config, spec, group, tell
+        self._config, self._spec, self._group, self._on_news = config, spec, group, on_news
         self._run: Run = runs.open_run(config.run.name, config.run.storage)
         self._training: threading.Thread | None = None
         self._trained = threading.Event()
@@ -125,11 +125,11 @@ class TrialRunner:
                     self._wait_until_trained()
                 if not self._wanted:
                     return
-                self._tell(judged.rung(self._training_s))
+                self._on_news(judged.rung(self._training_s))
             self._tidy()
         except BaseException as error:  # passed on, whatever it is
             if self._wanted:
-                self._tell(error)
+                self._on_news(error)
 
     def _judged(self, images_seen: int) -> Judged:
         file = self._run.location.child(JUDGED).child(f"{images_seen:012d}.json")
@@ -201,7 +201,7 @@ class TrialRunner:
     def _is_trained(self) -> None:
         if not self._trained.is_set():
             if self._wanted:
-                self._tell(Trained(self._training_s))
+                self._on_news(Trained(self._training_s))
             self._trained.set()
 
     def _should_continue(self, values: Mapping[str, Any]) -> bool:

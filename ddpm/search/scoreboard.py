@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.table import Table
 
 from ddpm.search.event_log import Trial
-from ddpm.search.trial_manager import said
+from ddpm.search.trial_manager import changes_text
 
 SHOWN = 30
 """Largest number of trials in the live table, which shows the newest."""
@@ -52,5 +52,5 @@ class Scoreboard:
         for trial in trials[-SHOWN:]:
             seen, bits = (f"{trial.images_seen:,}", trial.last.shown) if trial.last else ("", "")
             status = trial.status + (f": {trial.reason}" if trial.reason else "")
-            made.add_row(trial.name, status, seen, bits, said(trial.changes))
+            made.add_row(trial.name, status, seen, bits, changes_text(trial.changes))
         return made

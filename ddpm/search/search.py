@@ -53,7 +53,7 @@ def _search(chosen: Arguments, search: Setup, lock: DriverLock) -> int:
         return 128 + interruption.signal
     leaderboard.draw_finalists(events, search.place, chosen)
     place, metric, base = search.place, chosen.metric, search.base
-    found = leaderboard.standings(events.trials(), place, metric, base)
+    found = leaderboard.ranked(events.trials(), place, metric, base)
     Console(width=None if sys.stdout.isatty() else 200).print(leaderboard.table(found))
     for line in leaderboard.remarks(found, metric):
         print(line)

@@ -43,15 +43,15 @@ class Scheduler(FIFOScheduler):
         self._manager = manager
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
-        number, goes_on = result["number"], False  # possibly the previous trial in this slot
+        number, should_continue = result["number"], False  # possibly the previous trial in this slot
         if "rung" in result:
-            goes_on = self._manager.judged(number, result["rung"])
+            should_continue = self._manager.judged(number, result["rung"])
         elif "training_s" in result:
-            goes_on = not self._manager.trained(number, result["training_s"])
+            should_continue = not self._manager.trained(number, result["training_s"])
         elif "failed" in result:
             self._manager.failed(number, result["failed"])
         own = number == trial.config["number"]
-        return TrialScheduler.CONTINUE if goes_on or not own else TrialScheduler.STOP
+        return TrialScheduler.CONTINUE if should_continue or not own else TrialScheduler.STOP
 
 
 class Interruption(StopSignals, tune.Callback):
@@ -65,7 +65,7 @@ class Interruption(StopSignals, tune.Callback):
         self._is_lost = is_lost
         self.state = run_state.start()
         """The actor from which trials read it."""
-        self._told = False
+        self._announced = False
 
     @property
     def came(self) -> bool:
@@ -81,8 +81,8 @@ class Interruption(StopSignals, tune.Callback):
     def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
         if self.came:  # at every step: an actor that was started anew knows nothing
             ray.get(self.state.set.remote(run_state.STOP, "the search is interrupted"))
-        if self.came and not self._told:
-            self._told = True
+        if self.came and not self._announced:
+            self._announced = True
             if self.signal is not None:
                 name = signal.Signals(self.signal).name
                 print(
@@ -131,7 +131,7 @@ class Asha:
         )
         self._known: set[int] = set()
 
-    def goes_on(self, number: int, images_seen: int, value: float) -> bool:
+    def should_continue(self, number: int, images_seen: int, value: float) -> bool:
         trial: Any = SimpleNamespace(trial_id=name_of(number))
         controller: Any = None
         if number not in self._known:
@@ -141,8 +141,8 @@ class Asha:
         return bool(self._asha.on_trial_result(controller, trial, result) == TrialScheduler.CONTINUE)
 
 
-class NobodyStops:
-    def goes_on(self, number: int, images_seen: int, value: float) -> bool:
+class NeverStop:
+    def should_continue(self, number: int, images_seen: int, value: float) -> bool:
         return True
 
 
@@ -155,7 +155,7 @@ def manager(chosen: Arguments, search: Setup, events: EventLog, news: Callable[[
         grid_points = chosen.grid_points if chosen.searcher == "grid" else None
         proposer = ListProposer(search.space, chosen.seed, grid_points)
     halves = chosen.scheduler == "asha" and len(search.rungs) > 1
-    stopper: Stopper = Asha(search.rungs, chosen.reduction_factor) if halves else NobodyStops()
+    stopper: Stopper = Asha(search.rungs, chosen.reduction_factor) if halves else NeverStop()
     return TrialManager(events, proposer, stopper, chosen.metric, chosen.num_trials, search.rungs[-1], news)
 
 

@@ -29,7 +29,7 @@ class Proposer(Protocol):
 class Stopper(Protocol):
     """Compares trials at equal images seen."""
 
-    def goes_on(self, number: int, images_seen: int, value: float) -> bool:
+    def should_continue(self, number: int, images_seen: int, value: float) -> bool:
         """Whether the trial may continue, given all values so far."""
 
 
@@ -65,7 +65,7 @@ class TrialManager:
         """wall_s and training_s of the trained trials."""
         self._exhausted, self._promised = False, 0
         for event in events.events:
-            self._tell(event)
+            self._replay(event)
         self.recall()
 
     @property
@@ -113,14 +113,14 @@ class TrialManager:
         """Whether the trial may continue after a rung. A repeated rung, of a trial run again, gets the same answer."""
         if self._trials[number].status != "running":
             return False
-        goes_on = self._told(number, rung.images_seen)
-        if goes_on is None:
-            goes_on = self._goes_on(number, rung)
-            self._events.add("judged", number, **dataclasses.asdict(rung), goes_on=goes_on)
+        should_continue = self._earlier_answer(number, rung.images_seen)
+        if should_continue is None:
+            should_continue = self._consult(number, rung)
+            self._events.add("judged", number, **dataclasses.asdict(rung), should_continue=should_continue)
             self._news(f"{name_of(number)} after {rung.images_seen:,} images: {rung.shown} bits/dim")
-        if not goes_on:
+        if not should_continue:
             self._end(number, "finished" if rung.images_seen >= self._total_images else "stopped", "")
-        return goes_on
+        return should_continue
 
     def failed(self, number: int, reason: str) -> None:
         self._end(number, "failed", reason)
@@ -134,25 +134,25 @@ class TrialManager:
             return False
         self._trials[number] = Trial(number, changes)
         self._events.add("begun", number, changes=changes)
-        self._news(f"{name_of(number)} begins: {said(changes)}")
+        self._news(f"{name_of(number)} begins: {changes_text(changes)}")
         self._began_at[number] = time.monotonic()
         self._waiting.append(number)
         return True
 
-    def _told(self, number: int, images_seen: int) -> bool | None:
+    def _earlier_answer(self, number: int, images_seen: int) -> bool | None:
         """The earlier answer for a rung; None: there is none."""
         for event in self._events.events:
             if (event["event"], event["trial"], event.get("images_seen")) == ("judged", number, images_seen):
-                return bool(event["goes_on"])
+                return bool(event["should_continue"])
         return None
 
-    def _goes_on(self, number: int, rung: Rung) -> bool:
+    def _consult(self, number: int, rung: Rung) -> bool:
         """Pass a rung to proposer and stopper; returns whether the trial continues."""
         trial, value = self._trials[number], rung.value(self._metric)
         self._trials[number] = dataclasses.replace(trial, rungs=(*trial.rungs, rung))
         self._proposer.judged(number, rung.images_seen, value)
-        goes_on = self._stopper.goes_on(number, rung.images_seen, value)
-        return goes_on and rung.images_seen < self._total_images
+        should_continue = self._stopper.should_continue(number, rung.images_seen, value)
+        return should_continue and rung.images_seen < self._total_images
 
     def _end(self, number: int, status: Status, reason: str) -> None:
         if self._trials[number].status != "running":
@@ -161,10 +161,10 @@ class TrialManager:
         so_far = time.monotonic() - self._began_at[number], last.training_s if last else 0.0
         wall_s, training_s = self._took.get(number, so_far)
         took = {"wall_s": wall_s, "training_s": training_s}
-        self._tell(self._events.add("ended", number, status=status, reason=reason, **took))
+        self._replay(self._events.add("ended", number, status=status, reason=reason, **took))
         self._news(f"{name_of(number)} {status}" + (f": {reason}" if reason else ""))
 
-    def _tell(self, event: Mapping[str, Any]) -> None:
+    def _replay(self, event: Mapping[str, Any]) -> None:
         """Replay an event to proposer and stopper."""
         number = event["trial"]
         match event["event"]:
@@ -177,7 +177,7 @@ class TrialManager:
                 self._trials[number] = Trial(number, event["changes"])
             case "judged":
                 keys = [f.name for f in dataclasses.fields(Rung)]
-                self._goes_on(number, Rung(**{key: event[key] for key in keys}))
+                self._consult(number, Rung(**{key: event[key] for key in keys}))
             case "ended":
                 trial = self._trials[number]
                 self._trials[number] = dataclasses.replace(trial, status=event["status"])
@@ -185,7 +185,7 @@ class TrialManager:
                 self._proposer.ended(number, event["status"], value)
 
 
-def said(changes: Mapping[str, Any]) -> str:
+def changes_text(changes: Mapping[str, Any]) -> str:
     """Changes as text: optim.lr 0.00123, schedule.kind cosine."""
     return ", ".join(f"{key} {short(value)}" for key, value in changes.items()) or "nothing changed"
 

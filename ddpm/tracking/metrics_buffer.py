@@ -152,16 +152,16 @@ class MetricsBuffer:
         return pack(taken) if taken else None
 
 
-def segment_name(images_seen: int, last_words: bool = False) -> str:
+def segment_name(images_seen: int, after_error: bool = False) -> str:
     """File name of the segment up to `images_seen`; names sort in the order of delivery.
 
     Args:
         images_seen: position of the checkpoint that makes the segment final, 0 or more.
-        last_words: the segment of a run that ends in an error, since its last checkpoint; no checkpoint follows. At
+        after_error: the segment of a run that ends in an error, since its last checkpoint; no checkpoint follows. At
             one position it sorts first ("-" is less than "."), since a checkpoint there is committed by a later start
             of the run.
     """
-    return f"{images_seen:012d}{'-failed' if last_words else ''}.zip"
+    return f"{images_seen:012d}{'-failed' if after_error else ''}.zip"
 
 
 def parse_name(name: str) -> tuple[int, bool] | None:
@@ -195,7 +195,7 @@ def read(data: bytes, where: str) -> list[Record]:
     Raises:
         DamagedSegment: it is not a whole segment; `where` names it.
     """
-    with _told(where), zipfile.ZipFile(io.BytesIO(data)) as archive:
+    with _as_damaged_segment(where), zipfile.ZipFile(io.BytesIO(data)) as archive:
         names = archive.namelist()
         _check(len(set(names)) == len(names), "a file is in it twice")
         stored = all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
@@ -209,7 +209,7 @@ def count(file: IO[bytes], where: str) -> int:
     Raises:
         DamagedSegment: it is not a segment; `where` names it.
     """
-    with _told(where), zipfile.ZipFile(file) as archive:
+    with _as_damaged_segment(where), zipfile.ZipFile(file) as archive:
         return len(_lines(archive))
 
 
@@ -275,7 +275,7 @@ def _check(holds: bool, otherwise: str) -> None:
 
 
 @contextmanager
-def _told(where: str) -> Iterator[None]:
+def _as_damaged_segment(where: str) -> Iterator[None]:
     """A context that turns DAMAGE into DamagedSegment."""
     try:
         yield

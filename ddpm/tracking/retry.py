@@ -42,7 +42,7 @@ class Caller:
         """The last failure."""
         self._uri, self._answers = uri, answers
         self.limit(math.inf, patience_s)
-        self._told = False
+        self._warned = False
 
     def limit(self, timeout_s: float, patience_s: float) -> None:
         """Time is up `timeout_s` from now, or after `patience_s` without a successful call."""
@@ -79,11 +79,11 @@ class Caller:
             wait=tenacity.wait_exponential(multiplier=0.5, max=10),
             sleep=self._sleep,
             retry=tenacity.retry_if_exception(_is_temporary),
-            before_sleep=self._tell_once,
+            before_sleep=self._warn_once,
             reraise=True,
         )
         result = retrying(call, *args)
-        self._worked_at, self._told = time.monotonic(), False
+        self._worked_at, self._warned = time.monotonic(), False
         return result
 
     def takes(self, call: Callable[..., Any], *args: Any, attempts: int = ATTEMPTS) -> bool:
@@ -115,14 +115,14 @@ class Caller:
             self.check_time()
             time.sleep(0.1)
 
-    def _tell_once(self, state: tenacity.RetryCallState) -> None:
+    def _warn_once(self, state: tenacity.RetryCallState) -> None:
         """Warn once per outage."""
         assert state.outcome is not None
         self.trouble = self.reason(state.outcome.exception())
-        if not self._told:
+        if not self._warned:
             uri = without_password(self._uri)
             logger.warning("MLflow at %s is not taking data (%s); trying again", uri, self.trouble)
-        self._told = True
+        self._warned = True
 
 
 def without_password(uri: str) -> str:

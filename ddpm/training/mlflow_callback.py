@@ -131,7 +131,7 @@ class _Delivery:
                 self._gathered.clear()
             if data is not None:
                 # Named by time, and as what no checkpoint makes final: it may be delivered once it lies there.
-                file = self._spool.child(segment_name(time.time_ns() // 1000, last_words=True))
+                file = self._spool.child(segment_name(time.time_ns() // 1000, after_error=True))
                 _RETRY(file.write, data)
                 self._uploader.committed(-1)
             with self._lock:

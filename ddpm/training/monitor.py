@@ -99,7 +99,7 @@ class DriverMonitor(StopSignals):
         self._should_continue = should_continue
         self._possible, self._resize_interval_s = possible, resize_interval_s
         self._wait_s, self._looked_at = resize_interval_s, time.monotonic()
-        self._position, self._warned, self._told = -1, 0, False
+        self._position, self._warned, self._announced = -1, 0, False
 
     def __enter__(self) -> Self:
         super().__enter__()
@@ -128,10 +128,10 @@ class DriverMonitor(StopSignals):
                 return
 
     def _look(self) -> Mapping[str, Any]:
-        if self.signal is not None and not self._told:
+        if self.signal is not None and not self._announced:
             name = signal.Signals(self.signal).name
             self._state.set(run_state.STOP, name)
-            self._told = True
+            self._announced = True
             line = f"ending with this step, and leaving a checkpoint of it{self.again}"
             if self.is_before_first_step(self._state.snapshot()):
                 line = "ending before the first step"

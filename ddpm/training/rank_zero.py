@@ -105,7 +105,7 @@ class RankZero:
     def flush_on_error(self) -> None:
         """Store what was tracked since the last checkpoint, since there will be no other."""
         if segment := self._buffer.take():
-            name = segment_name(self._images_seen, last_words=True)
+            name = segment_name(self._images_seen, after_error=True)
             self.checkpoints.publish(f"{spool.FOLDER}/{name}", segment)
         self.checkpoints.flush()
 

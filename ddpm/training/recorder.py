@@ -82,7 +82,7 @@ class Recorder:
         elif stopping and self._runtime.rank == 0:  # at once: a node may be about to be taken away
             self._save(best=False)
         if finished or time.perf_counter() - self._progress_at > PROGRESS_INTERVAL_S:
-            self._tell()
+            self._report_progress()
 
     def is_due(self) -> bool:
         """Whether `after_step` will do something for which the flags of the step in progress must be known."""
@@ -140,10 +140,10 @@ class Recorder:
         values |= self._runtime.facts()
         news = {name: value for name, value in values.items() if CONSTANT.get(name) != value}
         self._tracker.metrics(news, self._state.images_seen)
-        self._tell(loss)
+        self._report_progress(loss)
         self._start_interval()
 
-    def _tell(self, loss: float | None = None) -> None:
+    def _report_progress(self, loss: float | None = None) -> None:
         if self._runtime.rank != 0:
             return
         num_images = self._sums[5:].sum()
