@@ -139,7 +139,7 @@ def search_table(run: str) -> None:
         "bits/dim, measured": bits["measured"].mean(1),
         "KID, dpmpp_2m-20": kid,
         "KID, dpmpp_2m-10": few["dpmpp_2m-10"],
-        "KID, ancestral-20 measured": few["ancestral-20"],
+        "KID, ddpm-20 measured": few["ddpm-20"],
     }
     ranks = {name: v.argsort().argsort() + 1 for name, v in columns.items()}
     rows: list[list[object]] = []
@@ -161,12 +161,12 @@ def search_table(run: str) -> None:
 def few_steps(uris: Sequence[str]) -> dict[str, np.ndarray]:
     """KID of all in a few steps, by the way of drawing."""
     found = {}
-    for sampler, steps in (("dpmpp_2m", 10), ("ancestral", 20)):
+    for sampler, steps in (("dpmpp_2m", 10), ("ddpm", 20)):
         settings = Settings(
             num_images=500,
             samplers=(sampler,),
             num_sample_steps=(steps,),
-            variance="measured" if sampler == "ancestral" else "auto",
+            variance="measured" if sampler == "ddpm" else "auto",
             num_draws=2,
             num_train_images=0,
         )
@@ -188,7 +188,7 @@ def learned_table(chosen: Learned) -> None:
         for variance in ("beta_tilde", "measured", *(["learned"] if learned else [])):
             settings = Settings(
                 num_images=chosen.num_images,
-                samplers=("ancestral",),
+                samplers=("ddpm",),
                 num_sample_steps=steps,
                 variance=variance,  # type: ignore[arg-type]
                 num_draws=chosen.num_draws,
@@ -201,7 +201,7 @@ def learned_table(chosen: Learned) -> None:
             bound = [bits, f"{kl.value:.4f}", f"{decoder.value:.4f}"]
             rows.append([candidate.run, f"{result.images_seen:,}", variance, *bound, *kids])
             print(*rows[-1], flush=True)
-    print("\n".join(tables.table([*names, *(f"KID, ancestral-{n}" for n in steps)], rows)))
+    print("\n".join(tables.table([*names, *(f"KID, ddpm-{n}" for n in steps)], rows)))
 
 
 def main() -> None:

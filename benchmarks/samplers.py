@@ -46,7 +46,7 @@ class Way(NamedTuple):
         return f"{self.sampler}, eta {self.eta:g}" if self.eta else self.sampler
 
 
-BEST = Way("ancestral", ALL)
+BEST = Way("ddpm", ALL)
 WAYS = (
     Way("dpmpp_2m", 5),
     Way("dpmpp_2m", 10),
@@ -60,7 +60,7 @@ WAYS = (
     Way("ddim", 10),
     Way("ddim", 20),
     Way("ddim", 50),
-    Way("ancestral", 50),
+    Way("ddpm", 50),
     BEST,
 )
 
@@ -119,7 +119,7 @@ def write(candidate: context.Candidate, found: dict[Way, tuple[Score, float]]) -
         f"(`python benchmarks/samplers.py RUN --num-images {n}`). "
         f"{tables.machine()}."
     )
-    names = ["sampler", "steps", best.name, f"from all {ALL} steps of ancestral", "images/s"]
+    names = ["sampler", "steps", best.name, f"from all {ALL} steps of ddpm", "images/s"]
     rows = []
     for way, (kid, speed) in found.items():
         apart, error = kid.value - best.value, (kid.error**2 + best.error**2) ** 0.5

@@ -61,7 +61,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def pipeline(config: Config, net: UNet, sampler: str) -> Any:
-    """diffusers' pipeline of the same net: ancestral is its DDPMPipeline as it is."""
+    """diffusers' pipeline of the same net: ddpm is its DDPMPipeline as it is."""
     import diffusers
 
     with tempfile.TemporaryDirectory() as folder:
@@ -122,7 +122,7 @@ def main() -> None:
     equal, good, steps = [], [], arguments.num_sample_steps
     for net in arguments.nets:
         config = CASES[net]
-        for sampler in ("ancestral", "ddim"):
+        for sampler in ("ddpm", "ddim"):
             asked = override(config, {"sample.sampler": sampler, "sample.num_sample_steps": steps})
             found = measure(arguments, asked, sampler, steps)
             speeds = [f"{statistics.median(values):.1f}" for values in found.values()]
@@ -132,12 +132,10 @@ def main() -> None:
                 resolve_sample(config.sample, config.objective),
                 config.schedule.num_timesteps,
             )
-            found = measure(arguments, config, "ancestral", num_timesteps)
+            found = measure(arguments, config, "ddpm", num_timesteps)
             ours = f"{sample.sampler}, {sample.num_sample_steps or FEW} steps"
             speeds = [f"{statistics.median(found[name]):.2f}" for name in (DIFFUSERS, ALL)]
-            good.append(
-                [net, f"ancestral, {num_timesteps} steps", ours, *speeds, ratio(found, ALL, DIFFUSERS)]
-            )
+            good.append([net, f"ddpm, {num_timesteps} steps", ours, *speeds, ratio(found, ALL, DIFFUSERS)])
     tables.write(
         __file__,
         "How fast images are drawn",

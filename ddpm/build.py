@@ -88,7 +88,7 @@ def build_sampler(
     """
     sample = sample or config.sample
     if known is not None:
-        sample = dataclasses.replace(sample, sampler="ancestral")
+        sample = dataclasses.replace(sample, sampler="ddpm")
     resolved = resolve_sample(sample, config.objective)
     try:
         denoisers.check_interval(resolved.guidance_interval)

@@ -1,30 +1,55 @@
-"""The frame of every job around its one library call: a user's mistake is one line, never a traceback."""
+"""The frame of every job around its one library call: its command line, and a user's mistake in one line."""
 
 import argparse
 import difflib
 import io
 import itertools
-import os
 import re
 import sys
+import typing
 from collections.abc import Callable, Collection, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Annotated, Any, NoReturn
 
 import tyro
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 from ddpm import config as configs
-from ddpm import flags, presets
+from ddpm import presets
 from ddpm.config import Config
 from ddpm.utils.errors import UserError
 from ddpm.utils.openmp import bound_spinning
 from ddpm.utils.progress import printable
+from ddpm.utils.streams import lossy
 
 CLOSE_NAME, CLOSE_FLAG = 0.5, 0.65
 """difflib's measure from which on one word may be meant by another."""
 HELP, HELP_ALL = ("-h", "--help"), "--help-all"
+SHORT = {
+    "run.name": "--name",
+    "run.storage": "--storage",
+    "data.shards": "--data",
+    "schedule.kind": "--schedule",
+    "optim.lr": "--lr",
+    "train.total_images": "--total-images",
+    "train.batch_size": "--batch-size",
+    "train.seed": "--seed",
+    "sample.sampler": "--sampler",
+    "cluster.num_workers": "--workers",
+}
+"""The flags of a config that people change first, and their short names."""
+SHOWN_FIRST = {*SHORT, "data.images", "schedule.num_timesteps", "model.image_size", "model.num_classes"}
+"""The flags of a config that --help shows."""
+OTHER_TRAINERS = {
+    **dict.fromkeys(("learning-rate", "train-lr"), "--lr"),
+    **dict.fromkeys(("epochs", "num-epochs", "max-train-steps", "train-num-steps"), "--total-images"),
+    **dict.fromkeys(("output-dir", "results-folder"), "--storage"),
+    "resolution": "--model.image-size",
+    "train-data-dir": "--data.images",
+}
+"""What other trainers call them, for messages; how long one trains is counted in images here."""
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -33,7 +58,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     Output that cannot be written is dropped: a closed pipe or a full disk behind it does not end a job.
     """
     bound_spinning()
-    sys.stdout, sys.stderr = _lossy(sys.stdout), _lossy(sys.stderr)
+    sys.stdout, sys.stderr = lossy(sys.stdout), lossy(sys.stderr)
     try:
         code = main() or 0
     except UserError as error:
@@ -46,35 +71,6 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(code)
 
 
-class _LossyFile(io.FileIO):
-    """A file that drops what cannot be written."""
-
-    def write(self, data: Any) -> int:
-        try:
-            written = super().write(data)
-        except OSError:
-            written = None
-        return memoryview(data).nbytes if written is None else written  # None: it would have to wait
-
-
-def _lossy(stream: TextIO | None) -> TextIO:
-    """A stream like `stream`, on which writing never fails."""
-    if stream is None:  # closed before the job started
-        return open(os.devnull, "w")
-    try:
-        number = stream.fileno()
-    except OSError:  # a stream in memory
-        return stream
-    stream.flush()
-    file = io.BufferedWriter(_LossyFile(number, "wb", closefd=False))
-    return io.TextIOWrapper(
-        file,
-        encoding=stream.encoding,
-        errors="backslashreplace",  # for characters that the terminal does not have
-        line_buffering=stream.isatty() or stream is sys.stderr,
-    )
-
-
 def parse_preset(kind: type[Any], description: str | None) -> Any:
     """The command line PRESET [flags] as `kind`, whose first fields are the preset's name and its config.
 
@@ -84,7 +80,7 @@ def parse_preset(kind: type[Any], description: str | None) -> Any:
     defaults = {name: kind(name, config) for name, config in starting_points().items()}
     presets_or_flags = tyro.extras.subcommand_type_from_defaults(defaults, presets.ABOUT)
     own = {f"--{field.name.replace('_', '-')}" for field in fields(kind)}
-    return parse(presets_or_flags, description, "PRESET", list(defaults), own, flags.SHOWN_FIRST)
+    return parse(presets_or_flags, description, "PRESET", list(defaults), own, SHOWN_FIRST)
 
 
 def parse(
@@ -117,7 +113,7 @@ def parse(
                 kind,
                 args=words,
                 description=description,
-                registry=flags.registry(taken, only),
+                registry=_registry(taken, only),
                 return_unknown_args=True,
             )
     except SystemExit as end:
@@ -135,6 +131,46 @@ def parse(
     return found
 
 
+def _registry(taken: Collection[str] = (), only: Collection[str] | None = None) -> ConstructorRegistry:
+    """A registry with which tyro gives the fields of configs short names.
+
+    The rule changes what tyro's own rules answer; while it asks them, `asked` keeps it from answering itself.
+
+    Args:
+        taken: short names that are not given.
+        only: the keys of a config that help shows, in one list; None: all, group by group.
+    """
+    made, asked = ConstructorRegistry(), False
+    groups = {Config: ""} | {kind: f"{name}." for name, kind in typing.get_type_hints(Config).items()}
+
+    @made.struct_rule
+    def rule_of_group(info: StructTypeInfo) -> StructConstructorSpec | None:
+        nonlocal asked
+        group = next((groups[kind] for kind in getattr(info.type, "__mro__", ()) if kind in groups), None)
+        if asked or group is None:
+            return None
+        asked = True
+        spec = ConstructorRegistry.get_struct_spec(info)
+        asked = False
+        if not isinstance(spec, StructConstructorSpec):
+            return None
+        changed = []
+        for field in spec.fields:
+            key, asks = f"{group}{field.name}", None
+            short = SHORT[key] if SHORT.get(key) not in (None, *taken) else ""
+            if only is None:
+                asks = tyro.conf.arg(aliases=[short] if short else None)
+            elif not group:
+                asks = tyro.conf.arg(name="")
+            elif key in only:
+                asks = tyro.conf.arg(name=short.removeprefix("--") or key)
+            kind: Any = Annotated[field.type, tyro.conf.Suppress if asks is None else asks]
+            changed.append(replace(field, type=kind))
+        return replace(spec, fields=tuple(changed))
+
+    return made
+
+
 def _check_first(words: Sequence[str], first: str, names: Sequence[str]) -> None:
     """Raise UserError unless the command line begins with one of `names`, or asks for help."""
     word, listed = words[0] if words else "", ", ".join(names)
@@ -148,7 +184,7 @@ def _check_first(words: Sequence[str], first: str, names: Sequence[str]) -> None
 def _did_you_mean(word: str, known: Sequence[str], cutoff: float) -> str:
     """The one or two of `known` that are most like `word`, as a part of a message."""
     word = word.replace("_", "-")
-    elsewhere = [name for name in known if name == flags.OTHER_TRAINERS.get(word.lstrip("-"))]
+    elsewhere = [name for name in known if name == OTHER_TRAINERS.get(word.lstrip("-"))]
     same_end = [name for name in known if "." in name and name.rpartition(".")[2] == word.lstrip("-")]
     close = elsewhere or same_end or difflib.get_close_matches(word, known, n=2, cutoff=cutoff)
     return f" (did you mean {' or '.join(close[:2])}?)" if close else ""
@@ -158,7 +194,7 @@ def _flags(kind: Any, before: Sequence[str], taken: Collection[str]) -> list[str
     """Every flag that tyro's help lists."""
     shown = io.StringIO()
     with suppress(SystemExit), redirect_stdout(shown):
-        tyro.cli(kind, args=[*before, "--help"], registry=flags.registry(taken))
+        tyro.cli(kind, args=[*before, "--help"], registry=_registry(taken))
     return [*dict.fromkeys(re.findall(r"--[a-z][\w.-]*", shown.getvalue()))]
 
 

@@ -27,7 +27,7 @@ Process = Literal["gaussian", "uniform_mix"]
 """diffusion.objectives.PROCESSES."""
 Prediction = Literal["eps", "x_0", "v"]
 """diffusion.objectives.PREDICTIONS."""
-SamplerName = Literal["ddim", "ancestral", "dpmpp_2m", "heun", "mix"]
+SamplerName = Literal["ddim", "ddpm", "dpmpp_2m", "heun", "mix"]
 """diffusion.samplers.SAMPLERS."""
 FeatureNetName = Literal["classifier", "inception", "lite0", "pixels"]
 """evaluation.nets.FEATURE_NETS."""
@@ -233,24 +233,24 @@ class SampleConfig:
     """How images are sampled: grids during training, and the defaults of jobs/sample.py."""
 
     sampler: Literal["auto", SamplerName] = "auto"
-    """ancestral: Algorithm 2. ddim: few steps. dpmpp_2m (DPM-Solver++), heun: second order, fewer steps.
+    """ddpm: Algorithm 2. ddim: few steps. dpmpp_2m (DPM-Solver++), heun: second order, fewer steps.
     mix: for objective.process uniform_mix. auto: ddim or mix."""
     num_sample_steps: int | None = None
-    """None: all T for ancestral, else 50."""
+    """None: all T for ddpm, else 50."""
     spacing: Spacing = "auto"
     """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/rho). auto: karras with
     dpmpp_2m and heun, else uniform."""
     rho: float = 7.0
     """karras: a larger rho takes more steps where little noise is left."""
     eta: float = 0.0
-    """ddim, dpmpp_2m: 0 is deterministic, 1 as noisy as ancestral."""
+    """ddim, dpmpp_2m: 0 is deterministic, 1 as noisy as ddpm."""
     mean: Literal["clipped", "plain"] = "clipped"
-    """ancestral: posterior mean from the clipped x_0_hat (clipped), or exactly Algorithm 2 (plain)."""
+    """ddpm: posterior mean from the clipped x_0_hat (clipped), or exactly Algorithm 2 (plain)."""
     variance: SampleVariance = "auto"
-    """ancestral: sigma_t^2. measured: from the net's errors on training images (jobs/evaluate.py --variance measured).
+    """ddpm: sigma_t^2. measured: from the net's errors on training images (jobs/evaluate.py --variance measured).
     auto: learned where the net learned it, else beta_tilde."""
     clip_x_0: bool = True
-    """All samplers but ancestral: clip x_0_hat to [-1, 1]."""
+    """All samplers but ddpm: clip x_0_hat to [-1, 1]."""
     dynamic_threshold: float | None = None
     """Instead of clipping, Imagen's dynamic thresholding at this quantile of |x_0_hat|, such as 0.995."""
     guidance_scale: float = 1.0

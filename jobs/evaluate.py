@@ -49,7 +49,7 @@ class Arguments:
     spacing: Spacing | None = None
     """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/7). auto: the sampler's default."""
     eta: float | None = None
-    """ddim, dpmpp_2m: 0 is deterministic, 1 is as noisy as ancestral."""
+    """ddim, dpmpp_2m: 0 is deterministic, 1 is as noisy as ddpm."""
     dynamic_threshold: float | None = None
     """Instead of clipping, dynamic thresholding at this quantile, such as 0.995."""
     guidance_scale: float | None = None
@@ -57,7 +57,7 @@ class Arguments:
     guidance_interval: tuple[float, float] | None = None
     """Guidance only where sigma is in (low, high]."""
     variance: Variance | None = None
-    """Variance of p(x_{t-1} | x_t), in bits/dim and for the sampler ancestral. None: for bits/dim, learned if the net
+    """Variance of p(x_{t-1} | x_t), in bits/dim and for the sampler ddpm. None: for bits/dim, learned if the net
     learned it, else measured on training images; for sampling, as in training."""
     num_train_images: int = 50_000
     """Memorisation: largest number of training images to search for the nearest neighbour. 0: no memorisation."""

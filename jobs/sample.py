@@ -34,15 +34,15 @@ class Arguments:
     batch_size: int | None = None
     """Images per batch of a worker. None: 256 on a GPU, 32 on a core."""
     sampler: SamplerName | None = None
-    """ancestral: Algorithm 2. ddim: few steps. dpmpp_2m, heun: fewer steps. mix: nets of uniform_mix."""
+    """ddpm: Algorithm 2. ddim: few steps. dpmpp_2m, heun: fewer steps. mix: nets of uniform_mix."""
     num_sample_steps: int | None = None
     """Number of sampling steps."""
     spacing: Spacing | None = None
     """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/7). auto: the sampler's default."""
     eta: float | None = None
-    """ddim, dpmpp_2m: 0 is deterministic, 1 is as noisy as ancestral."""
+    """ddim, dpmpp_2m: 0 is deterministic, 1 is as noisy as ddpm."""
     variance: Variance | None = None
-    """ancestral: variance of the noise that a step adds. measured: on training images, by an earlier
+    """ddpm: variance of the noise that a step adds. measured: on training images, by an earlier
     jobs/evaluate.py."""
     dynamic_threshold: float | None = None
     """Instead of clipping, dynamic thresholding at this quantile, such as 0.995."""
@@ -75,10 +75,8 @@ def main() -> None:
     arguments: Arguments = cli.parse(Arguments, __doc__)
     if (arguments.inpaint is None) != (arguments.mask is None):
         raise UserError("--inpaint and --mask belong together; give both or neither")
-    if arguments.inpaint and arguments.sampler not in (None, "ancestral"):
-        raise UserError(
-            f"--inpaint takes the steps of ancestral, not of {arguments.sampler}; leave out --sampler"
-        )
+    if arguments.inpaint and arguments.sampler not in (None, "ddpm"):
+        raise UserError(f"--inpaint takes the steps of ddpm, not of {arguments.sampler}; leave out --sampler")
     import torch
 
     from ddpm.checkpoints import checkpoint, runs  # after parsing: --help and mistakes answer at once

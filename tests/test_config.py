@@ -227,7 +227,7 @@ def _read(text: str) -> Config | None:
     [
         ("auto", "gaussian", "ddim"),
         ("auto", "uniform_mix", "mix"),
-        ("ancestral", "gaussian", "ancestral"),
+        ("ddpm", "gaussian", "ddpm"),
         ("mix", "uniform_mix", "mix"),
     ],
 )

@@ -1,8 +1,11 @@
 """The faulty proxy does to an S3 client what its mode says, and to no signature any harm."""
 
+import gc
 import multiprocessing
+import socket
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from botocore.exceptions import ClientError, ConnectionClosedError, EndpointConnectionError, ReadTimeoutError
@@ -24,6 +27,17 @@ def test_it_forwards_and_signatures_hold(faulty: proxy.FaultyProxy, s3_bucket: s
     s3.put_object(Bucket=s3_bucket.removeprefix("s3://"), Key="x", Body=DATA)
     assert fetch(s3, s3_bucket) == DATA
     assert faulty.requests == {"pass": 2}
+
+
+def test_connections_that_arrive_as_it_closes_are_closed(s3_server: servers.S3Server) -> None:
+    """One that is left open is a warning, and so an error."""
+    for _ in range(20):
+        with proxy.FaultyProxy(s3_server.endpoint) as closing:
+            parts = urlsplit(closing.endpoint)
+            clients = [socket.create_connection((parts.hostname, parts.port)) for _ in range(8)]
+        for sock in clients:
+            sock.close()
+    gc.collect()
 
 
 @pytest.mark.parametrize(

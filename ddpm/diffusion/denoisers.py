@@ -84,7 +84,7 @@ def build_threshold(config: "SampleConfig") -> Threshold | None:
         raise ValueError(f"mean is {config.mean!r}; it must be clipped or plain")
     if config.dynamic_threshold is not None:
         return dynamic(config.dynamic_threshold)
-    clips = config.mean == "clipped" if config.sampler == "ancestral" else config.clip_x_0
+    clips = config.mean == "clipped" if config.sampler == "ddpm" else config.clip_x_0
     return clip if clips else None
 
 

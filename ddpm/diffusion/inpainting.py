@@ -115,13 +115,13 @@ def build(
     num_resamples: int = 10,
     jump_length: int = 10,
 ) -> Sampler:
-    """`inpaint` with the timesteps and the threshold that `config` describes; its sampler must be ancestral.
+    """`inpaint` with the timesteps and the threshold that `config` describes; its sampler must be ddpm.
 
     Raises:
         ValueError: another sampler, or a setting out of its range.
     """
-    if config.sampler != "ancestral":
-        raise ValueError(f"sampler is {config.sampler!r}; inpainting takes the steps of ancestral")
+    if config.sampler != "ddpm":
+        raise ValueError(f"sampler is {config.sampler!r}; inpainting takes the steps of ddpm")
     if config.num_sample_steps is None:
         config = dataclasses.replace(config, num_sample_steps=min(FEW, schedule.num_timesteps))
     threshold, timesteps = build_threshold(config), spacings.build(config, schedule, x_0[0].numel())

@@ -383,7 +383,7 @@ class SamplerKind(NamedTuple):
 
 SAMPLERS = {
     "ddim": SamplerKind(ddim, _eta),
-    "ancestral": SamplerKind(ancestral, _ancestral),
+    "ddpm": SamplerKind(ancestral, _ancestral),
     "dpmpp_2m": SamplerKind(dpmpp_2m, _eta),
     "heun": SamplerKind(heun),
     "mix": SamplerKind(mix, _mix, "uniform_mix"),

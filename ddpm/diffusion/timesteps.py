@@ -115,7 +115,7 @@ def respaced(schedule: Schedule, timesteps: Sequence[int]) -> Schedule:
 def build(config: "SampleConfig", schedule: Schedule, num_dims: int) -> list[int]:
     """The timesteps that `config` describes, for images of `num_dims` numbers, D.
 
-    Defaults: all T for ancestral and at most 50 for the others; karras for the samplers of second order, whose few
+    Defaults: all T for ddpm and at most 50 for the others; karras for the samplers of second order, whose few
     steps should be short where little noise is left, and uniform for the others.
 
     Raises:
@@ -124,7 +124,7 @@ def build(config: "SampleConfig", schedule: Schedule, num_dims: int) -> list[int
     T = schedule.num_timesteps
     n = config.num_sample_steps
     if n is None:
-        n = T if config.sampler == "ancestral" else min(FEW, T)
+        n = T if config.sampler == "ddpm" else min(FEW, T)
     spacing: str = config.spacing
     if spacing == "auto":
         spacing = "karras" if config.sampler in ("dpmpp_2m", "heun") else "uniform"

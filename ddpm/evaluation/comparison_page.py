@@ -30,7 +30,7 @@ from ddpm.utils.errors import UserError
 LETTERS = "ABCDEFGHIJKLMNOPQRST"
 COLOURS = [f"C{i}" for i in range(10)]
 LINES = ["-", "--", "-.", ":"]
-MARKERS = {"ddim": "o", "ancestral": "s", "dpmpp_2m": "^", "heun": "D", "mix": "v"}
+MARKERS = {"ddim": "o", "ddpm": "s", "dpmpp_2m": "^", "heun": "D", "mix": "v"}
 """Marker of each sampler, where one run has several."""
 WIDTH, HEIGHT = 4.4, 2.9
 """Inches of a plot."""

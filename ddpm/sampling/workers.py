@@ -89,7 +89,7 @@ class SampleJob:
     def asked(self) -> dict[str, Any]:
         """Everything that determines image i, as flat JSON."""
         config = self.config
-        sample = config.sample if self.known is None else replace(config.sample, sampler="ancestral")
+        sample = config.sample if self.known is None else replace(config.sample, sampler="ddpm")
         config = replace(config, sample=resolve_sample(sample, config.objective))
         flat = {
             key: value

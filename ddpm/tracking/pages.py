@@ -43,7 +43,7 @@ def params(config: Config) -> dict[str, Any]:
     objective, has_labels = config.objective, config.model.num_classes > 0
     uses_time = PROCESSES[objective.process].uses_time
     sample = resolve_sample(config.sample, objective)
-    is_ancestral, is_second_order = sample.sampler == "ancestral", sample.sampler in ("dpmpp_2m", "heun")
+    is_ddpm, is_second_order = sample.sampler == "ddpm", sample.sampler in ("dpmpp_2m", "heun")
     schedule = {"kind", "num_timesteps", *SCHEDULES[config.schedule.kind][1]} if uses_time else set()
     has_effect = {
         **{f"schedule.{name}": name in schedule for name in configs.flatten(config.schedule)},
@@ -53,9 +53,9 @@ def params(config: Config) -> dict[str, Any]:
         "sample.guidance_scale": has_labels,
         "sample.rho": sample.spacing == "karras" or (sample.spacing == "auto" and is_second_order),
         "sample.eta": sample.sampler in ("ddim", "dpmpp_2m"),
-        "sample.mean": is_ancestral,
-        "sample.variance": is_ancestral,
-        "sample.clip_x_0": not is_ancestral,
+        "sample.mean": is_ddpm,
+        "sample.variance": is_ddpm,
+        "sample.clip_x_0": not is_ddpm,
         "data.max_corrupt_share": config.data.on_corrupt == "substitute",
     }
     return {

@@ -125,10 +125,10 @@ def test_build_threshold():
         return build_threshold(SampleConfig(**changes))
 
     assert built(sampler="heun") is clip and built(sampler="heun", clip_x_0=False) is None
-    assert built(sampler="ancestral", clip_x_0=False) is clip
-    assert built(sampler="ancestral", mean="plain") is None
+    assert built(sampler="ddpm", clip_x_0=False) is clip
+    assert built(sampler="ddpm", mean="plain") is None
     x = normal((2, 1, 4, 4))()
-    for sampler in ("ancestral", "ddim"):
+    for sampler in ("ddpm", "ddim"):
         assert torch.equal(built(sampler=sampler, dynamic_threshold=0.7)(x), dynamic(0.7)(x))
 
 

@@ -210,7 +210,7 @@ def test_build():
     zero = torch.zeros(1, 1, 2, 2)
 
     def drawn(**changes):
-        config = SampleConfig(**{"sampler": "ancestral", **changes})
+        config = SampleConfig(**{"sampler": "ddpm", **changes})
         return inpainting.build(config, SHORT, zero, zero, 2, 5)(a_net(SHORT), normal((2, 1, 2, 2)))
 
     def expected(**settings):

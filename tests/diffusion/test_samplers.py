@@ -24,7 +24,7 @@ COSINE = schedules.cosine(1000)
 SHORT = schedules.linear(100, 1e-3, 0.2)
 TEN = uniform(100, 10)
 ALL = {
-    "ancestral": partial(ancestral, timesteps=TEN),
+    "ddpm": partial(ancestral, timesteps=TEN),
     "ancestral-beta": partial(ancestral, timesteps=TEN, variance="beta"),
     "ddim": partial(ddim, timesteps=TEN),
     "ddim-eta": partial(ddim, timesteps=TEN, eta=0.5),
@@ -388,7 +388,7 @@ def test_ancestral_on_a_subsequence_samples_the_posterior_of_the_jump(timesteps,
     ("sample", "draws"),
     [
         (ancestral, 100),
-        (ALL["ancestral"], 10),
+        (ALL["ddpm"], 10),
         (ALL["ddim"], 1),
         (ALL["ddim-eta"], 10),
         (ALL["dpmpp_2m"], 1),
@@ -551,11 +551,11 @@ def test_a_threshold_is_what_the_sampler_steps_with(sample):
     ("config", "expected"),
     [
         (
-            SampleConfig(sampler="ancestral", mean="plain", variance="beta", clip_x_0=True),
+            SampleConfig(sampler="ddpm", mean="plain", variance="beta", clip_x_0=True),
             partial(ancestral, threshold=None, variance="beta"),
         ),
         (
-            SampleConfig(sampler="ancestral", variance="beta_tilde", num_sample_steps=9, clip_x_0=False),
+            SampleConfig(sampler="ddpm", variance="beta_tilde", num_sample_steps=9, clip_x_0=False),
             partial(ancestral, timesteps=uniform(100, 9)),
         ),
         (
@@ -601,10 +601,10 @@ def test_build(config, expected):
         (SampleConfig(sampler="ddim", eta=1.5), r"eta is 1.5; .* \[0, 1\]"),
         (SampleConfig(sampler="dpmpp_2m", eta=-0.5), r"eta is -0.5; .* \[0, 1\]"),
         (SampleConfig(sampler="mix", num_sample_steps=0), "num_sample_steps is 0; .* 1, 2"),
-        (SampleConfig(sampler="ancestral", mean="mode"), "mean is 'mode'"),
-        (SampleConfig(sampler="ancestral"), "variance is 'auto'; it must be resolved"),
+        (SampleConfig(sampler="ddpm", mean="mode"), "mean is 'mode'"),
+        (SampleConfig(sampler="ddpm"), "variance is 'auto'; it must be resolved"),
         (
-            SampleConfig(sampler="ancestral", variance="measured"),
+            SampleConfig(sampler="ddpm", variance="measured"),
             "variance is 'measured'; that needs the error",
         ),
         (SampleConfig(sampler="auto"), "sampler is 'auto'"),

@@ -114,8 +114,8 @@ def test_build():
         return timesteps.build(SampleConfig(**{"sampler": "ddim", **changes}), schedule, num_dims)
 
     assert built() == uniform(1000, 50)
-    assert built(sampler="ancestral") == list(range(999, -1, -1))
-    assert built(sampler="ancestral", num_sample_steps=10) == uniform(1000, 10)
+    assert built(sampler="ddpm") == list(range(999, -1, -1))
+    assert built(sampler="ddpm", num_sample_steps=10) == uniform(1000, 10)
     below = LINEAR.sigma[LINEAR.sigma < 80][-1].item()
     assert built(sampler="heun", num_sample_steps=10) == karras(LINEAR, 10, sigma_max=below)
     assert built(sampler="dpmpp_2m", num_sample_steps=10) == karras(LINEAR, 10)

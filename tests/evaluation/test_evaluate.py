@@ -163,13 +163,13 @@ def test_the_variance_decides_the_bound_and_the_noise_of_ancestral(run: Run, alo
     """Measured is the least; asked for, it is what `ancestral` draws with as well."""
     of_bound, drawn = {}, {}
     for variance in ("auto", "measured", "beta_tilde"):
-        how = {"variance": variance, "samplers": ("ancestral",), "num_sample_steps": (4,)}
+        how = {"variance": variance, "samplers": ("ddpm",), "num_sample_steps": (4,)}
         (result,) = judged(run.location.uri, **how).results
         of_bound[variance], drawn[variance] = result.bits[0].value, result.drawn[0]
     assert of_bound["measured"] == of_bound["auto"] == alone.results[-1].bits[0].value
     assert of_bound["measured"] < of_bound["beta_tilde"]
     assert drawn["auto"].scores == drawn["beta_tilde"].scores != drawn["measured"].scores
-    assert [drawn[v].name for v in drawn] == ["ancestral-4", "ancestral-4 variance measured", "ancestral-4"]
+    assert [drawn[v].name for v in drawn] == ["ddpm-4", "ddpm-4 variance measured", "ddpm-4"]
 
 
 def test_of_a_run_the_newest_is_judged_and_a_checkpoint_once(run: Run) -> None:
@@ -196,9 +196,7 @@ def test_ways_of_drawing() -> None:
         ways(samplers=("mix",))
 
 
-@pytest.mark.parametrize(
-    ("sampler", "steps"), [("ancestral", 20), ("auto", 20), ("dpmpp_2m", 20), ("heun", 20)]
-)
+@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", 20), ("auto", 20), ("dpmpp_2m", 20), ("heun", 20)])
 def test_a_number_of_steps_left_open_is_said(sampler: Any, steps: int) -> None:
     way = context.resolved(CONFIG, SampleConfig(sampler=sampler))
     assert (way.sampler, way.num_sample_steps) == ("ddim" if sampler == "auto" else sampler, steps)

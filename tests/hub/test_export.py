@@ -29,7 +29,7 @@ diffusers = pytest.importorskip("diffusers")
 
 CPU = torch.device("cpu")
 SEEDS = [3, 1, 4]
-TINY = override(TINY_NET, {"sample.sampler": "ancestral"})
+TINY = override(TINY_NET, {"sample.sampler": "ddpm"})
 GOOGLE_UNET = {
     "act_fn": "silu",
     "attention_head_dim": None,

@@ -297,5 +297,5 @@ def test_inpainting_keeps_the_picture_where_the_mask_is_white(tmp_path: Path) ->
     with pytest.raises(UserError, match=r"jump_length is 12; .* 12 steps"):
         job_of(config, known=dataclasses.replace(known, jump_length=12))
     mixed = override(config, {"objective.process": "uniform_mix"})
-    with pytest.raises(UserError, match="ancestral cannot undo the process uniform_mix"):
+    with pytest.raises(UserError, match="ddpm cannot undo the process uniform_mix"):
         job_of(mixed, known=known)

@@ -48,7 +48,7 @@ def test_the_parameters_of_a_schedule_are_those_that_change_it(kind: str) -> Non
             assert (f"schedule.{name}" in found) == has_effect, name
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ancestral", "dpmpp_2m", "heun"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp_2m", "heun"])
 @pytest.mark.parametrize("spacing", ["auto", "uniform", "karras"])
 def test_the_parameters_of_a_sampler_are_those_that_change_its_images(sampler: str, spacing: str) -> None:
     config = override(SMALL, {"sample.sampler": sampler, "sample.spacing": spacing})

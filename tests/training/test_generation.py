@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
     "change",
     [
         {},
-        {"sample.sampler": "ancestral"},
+        {"sample.sampler": "ddpm"},
         {"sample.sampler": "dpmpp_2m", "sample.dynamic_threshold": 0.9},
         {"sample.sampler": "heun"},
         {"objective.process": "uniform_mix"},

@@ -243,7 +243,7 @@ def test_the_newest_checkpoints_and_the_best_are_kept(
         {"objective.predict": "x_0"},
         {"model.num_classes": 10, "sample.guidance_scale": 2.0},
         {"train.precision": "bfloat16"},
-        {"sample.sampler": "ancestral"},
+        {"sample.sampler": "ddpm"},
     ],
     ids=str,
 )

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from ddpm import cli, flags, presets
+from ddpm import cli, presets
 from ddpm import config as configs
 from ddpm.search import config as search_config
-from jobs import evaluate, sample, train
+from jobs import train
 
 PRESETS = "digits, glyphs, fashion-mnist, cifar10, celeba64"
-SAMPLERS = "'ddim', 'ancestral', 'dpmpp_2m', 'heun', 'mix', 'ddpm'"
+SAMPLERS = "'ddim', 'ddpm', 'dpmpp_2m', 'heun', 'mix'"
 MISTAKES = {
     "train": f"the command line begins with PRESET, one of {PRESETS}",
     "train --lr 1 digits": f"the command line begins with PRESET, one of {PRESETS}",
@@ -83,8 +83,8 @@ def test_short_names_are_the_long_flags(monkeypatch: pytest.MonkeyPatch) -> None
         "sample.sampler": "heun",
         "cluster.num_workers": "1:4",
     }
-    assert values.keys() == flags.SHORT.keys()
-    words = [word for key, value in values.items() for word in (flags.SHORT[key], str(value))]
+    assert values.keys() == cli.SHORT.keys()
+    words = [word for key, value in values.items() for word in (cli.SHORT[key], str(value))]
     short = parsed(monkeypatch, train.Arguments, "digits", *words)
     words = [word for key, value in values.items() for word in (f"--{key}", str(value))]
     assert short == parsed(monkeypatch, train.Arguments, "digits", *words)
@@ -99,25 +99,15 @@ def test_a_search_keeps_its_own_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen.config == changed
 
 
-def test_ddpm_is_a_name_of_algorithm_2(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (
-        parsed(monkeypatch, train.Arguments, "digits", "--sampler", "ddpm").config.sample.sampler
-        == "ancestral"
-    )
-    assert parsed(monkeypatch, sample.Arguments, "runs/a", "--sampler", "ddpm").sampler == "ancestral"
-    both = parsed(monkeypatch, evaluate.Arguments, "runs/a", "--sampler", "ddpm", "ddim")
-    assert both.sampler == ("ancestral", "ddim")
-
-
 def test_help_shows_what_people_change_first_and_help_all_everything(run_job: Callable[..., Any]) -> None:
     keys = configs.flatten(presets.DIGITS)
-    assert keys.keys() >= flags.SHOWN_FIRST
+    assert keys.keys() >= cli.SHOWN_FIRST
     brief, whole = run_job("train", "digits", "--help"), run_job("train", "digits", "--help-all")
     assert (brief.returncode, whole.returncode) == (0, 0)
     for key in keys:
         flag = f"--{key.replace('_', '-')}"
         assert f" {flag} " in whole.stdout or f" {flag}, " in whole.stdout, flag
-        named = flags.SHORT.get(key, flag)
-        assert (f"│ {named} " in brief.stdout) == (key in flags.SHOWN_FIRST), flag
+        named = cli.SHORT.get(key, flag)
+        assert (f"│ {named} " in brief.stdout) == (key in cli.SHOWN_FIRST), flag
     assert brief.stdout.endswith("--help-all lists every flag.\n")
     assert len(brief.stdout.splitlines()) < 55
