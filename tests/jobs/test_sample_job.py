@@ -76,7 +76,7 @@ def test_mistakes_are_a_line_and_exit_code_2(run_job: Callable[..., Any], tmp_pa
 def test_the_measured_variance_is_that_of_an_evaluation(run_job: Callable[..., Any], tmp_path: Path) -> None:
     """It lies in the checkpoint's folder, and belongs to these weights."""
     folder = tmp_path / "run/checkpoint-000000000000"
-    flags = "run --num-images 2 --sampler ancestral --num-sample-steps 5".split()
+    flags = "run --num-images 2 --sampler ddpm --num-sample-steps 5".split()
     measured = [*flags, "--variance", "measured", "--out", "measured"]
     refused = run_job("sample", *measured, cwd=tmp_path)
     assert refused.returncode == 2 and "has no x_0_error.json" in refused.stderr, refused.stderr

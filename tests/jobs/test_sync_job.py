@@ -96,7 +96,7 @@ def test_a_run_in_a_bucket_that_is_not_finished_keeps_its_status(
     assert run_of(address).info.status == "FAILED"
 
 
-def test_last_words_before_the_first_checkpoint_need_the_experiment_s_name(
+def test_a_segment_after_an_error_before_the_first_checkpoint_need_the_experiment_s_name(
     run_job: Callable[..., Any], mlflow_server: str, tmp_path: Path
 ) -> None:
     run = runs.open_run("c-run", str(tmp_path / "runs"))

@@ -61,7 +61,7 @@ def search(
         proposer = proposers.OptunaProposer(found, 3)
     elif proposer is None:
         proposer = proposers.ListProposer(found, 3, 2 if searcher == "grid" else None)
-    stopper = study.Asha(RUNGS, 3) if scheduler == "asha" else study.NobodyStops()
+    stopper = study.Asha(RUNGS, 3) if scheduler == "asha" else study.NeverStop()
     trials = TrialManager(events, proposer, stopper, "bits_per_dim", num_trials, RUNGS[-1], lambda line: None)
     while (begun := trials.next()) is not None:
         number, changes = begun
@@ -180,7 +180,7 @@ def test_a_slot_is_for_the_next_trial_before_the_last_result(
     monkeypatch.setattr(trial_manager.time, "monotonic", lambda: now[0])
     events = EventLog(locations.resolve(str(tmp_path)), {}, timeout_s=0)
     proposer = proposers.ListProposer(space.parse(DEFAULT, DIGITS), 3, None)
-    found = TrialManager(events, proposer, study.NobodyStops(), "bits_per_dim", 2, 900, lambda line: None)
+    found = TrialManager(events, proposer, study.NeverStop(), "bits_per_dim", 2, 900, lambda line: None)
     scheduler = study.Scheduler(found)
 
     def heard(own: int, number: int, **news: Any) -> str:
@@ -215,7 +215,7 @@ def test_a_result_that_was_lost_is_for_another_round(tmp_path: Path) -> None:
     """The driver died that had it, and there was nothing else left to do."""
     events = EventLog(locations.resolve(str(tmp_path)), {}, timeout_s=0)
     proposer = proposers.ListProposer(space.parse(DEFAULT, DIGITS), 3, None)
-    found = TrialManager(events, proposer, study.NobodyStops(), "bits_per_dim", 2, 900, lambda line: None)
+    found = TrialManager(events, proposer, study.NeverStop(), "bits_per_dim", 2, 900, lambda line: None)
     for number in (0, 1):
         assert found.next() == (number, found.trials[number].changes)
         assert found.trained(number, 1.0) == (number == 0)

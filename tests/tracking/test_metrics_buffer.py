@@ -114,7 +114,7 @@ def test_names_sort_in_the_order_of_delivery() -> None:
     order = [
         segment_name(0),
         segment_name(448),
-        segment_name(512, last_words=True),  # by the life before the one that commits 512
+        segment_name(512, after_error=True),  # by the life before the one that commits 512
         segment_name(512),
         segment_name(513),
         segment_name(10**12 - 1),
