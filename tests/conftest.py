@@ -185,8 +185,11 @@ def undisturbed(
 
 @pytest.fixture
 def on_ray_head(ray_head: servers.RayHead, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jobs of this test join a cluster that is there, which saves the start of one."""
+    """Jobs of this test join a cluster that is there, which saves the start of one; they start no process that serves
+    the dashboard alone, or looks whether a node goes."""
     monkeypatch.setenv("RAY_ADDRESS", ray_head.address)
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from support.processes import Job, paused
+from support.servers import RayHead
 from support.tracked import run_of
 
 from ddpm import config as configs
@@ -45,7 +46,7 @@ def table(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_search_that_was_interrupted_and_killed_ends_with_the_same_table(
-    run_job: Callable[..., Any], tmp_path: Path
+    run_job: Callable[..., Any], ray_head: RayHead, tmp_path: Path
 ) -> None:
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     killed.mkdir()
@@ -90,7 +91,8 @@ def test_a_search_that_was_interrupted_and_killed_ends_with_the_same_table(
     check_mlflow(place)
 
     shutil.copytree(killed / "runs" / "data", undisturbed / "runs" / "data")
-    with Job("search", *FLAGS, log=undisturbed / "job.log") as job:
+    env = {"RAY_ADDRESS": ray_head.address}
+    with Job("search", *FLAGS, log=undisturbed / "job.log", env=env) as job:
         assert job.wait(600) == 0, job.output
     assert table(killed) == table(undisturbed)
 

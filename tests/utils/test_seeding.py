@@ -48,7 +48,6 @@ def test_two_images_that_were_once_the_same_differ() -> None:
     assert (a - b).abs().max() > 0.5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "counters",
     [
@@ -57,8 +56,9 @@ def test_two_images_that_were_once_the_same_differ() -> None:
     ],
     ids=["images", "micro-batches"],
 )
-def test_a_million_streams_have_no_two_alike(counters: object) -> None:
-    first = np.empty((1_000_000, 64), np.float32)
+def test_no_two_streams_are_alike(counters: object) -> None:
+    """Of so many that seeds of 32 bits would have about ten pairs."""
+    first = np.empty((300_000, 64), np.float32)
     for i in range(len(first)):
         first[i] = PhiloxGenerator(*counters(i)).normal([64]).numpy()  # type: ignore[operator]
     assert len(np.unique(first.view("V256"))) == len(first)
