@@ -49,7 +49,7 @@ OTHER_TRAINERS = {
     "resolution": "--model.image-size",
     "train-data-dir": "--data.images",
 }
-"""What other trainers call them, for messages; how long one trains is counted in images here."""
+"""Other trainers' names of flags, for messages; the length of training is counted in images here."""
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -199,7 +199,7 @@ def _flags(kind: Any, before: Sequence[str], taken: Collection[str]) -> list[str
 
 
 def _in_a_line(box: str) -> str:
-    """What tyro says of a mistake, without the frame and the help below it."""
+    """tyro's error message as one line, without its frame and the help below it."""
     rows = [row.strip("│| ").strip("─") for row in box.splitlines()[1:]]  # the first is a title
     rows = [row if row.strip("-") else "" for row in rows]
     body = itertools.takewhile(bool, itertools.dropwhile(lambda row: not row, rows))

@@ -1,4 +1,4 @@
-"""What a run is, as one tree of frozen dataclasses.
+"""The configuration of a run, as one tree of frozen dataclasses.
 
 The tree is the command line (tyro), the MLflow parameters (`flatten`) and the `config.json` of a
 checkpoint (`to_json`, `from_json`). Sampling and evaluation rebuild the net from that file alone.
@@ -105,7 +105,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What every net has; NETS are the nets, and an installed package adds one in the group ddpm.nets."""
+    """Fields of every net; NETS are the nets, and an installed package adds one in the group ddpm.nets."""
 
     module: ClassVar[str]
     """Where its `build` is, imported when a net is built: this module knows no PyTorch."""

@@ -21,7 +21,7 @@ from ddpm.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Arguments:
-    """What to export, and where to."""
+    """Arguments of an export."""
 
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
     """Folder or URI of a checkpoint or run, or a registered model; checkpoint: a diffusers folder."""

@@ -18,7 +18,7 @@ from ddpm.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Arguments:
-    """What to sample, and how."""
+    """Arguments of a sampling job."""
 
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
     """Folder or URI of a checkpoint or run, or a registered model."""

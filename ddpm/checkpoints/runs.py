@@ -37,7 +37,7 @@ class Run:
 
 @dataclass(frozen=True)
 class _Card:
-    """What is read of run.json."""
+    """The part of run.json that is read back."""
 
     run_key: str
 

@@ -40,7 +40,7 @@ API_SERVER, NO_API_SERVER = "RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9"
 which does not know our controller, and remove the workers of a controller that it takes for dead (2.60)."""
 
 REACH_TIMEOUT_S = 10.0
-"""How long RAY_ADDRESS may take to accept a connection; Ray itself tries for minutes."""
+"""Time-out for a connection to RAY_ADDRESS; Ray itself tries for minutes."""
 
 VITAL = ("gcs_server", "raylet")
 """Processes of a cluster started here without which it is gone."""
@@ -120,13 +120,13 @@ def _reach(address: str) -> None:
 
 
 def resources() -> dict[str, float]:
-    """What the joined cluster has, or what it may grow to where that is more, as {"CPU": 48.0, "GPU": 4.0}."""
+    """Resources of the joined cluster, or up to which it may grow if that is more: {"CPU": 48.0, "GPU": 4.0}."""
     have, may_have = ray.cluster_resources(), limits()
     return {name: max(have.get(name, 0.0), may_have.get(name, 0.0)) for name in have | may_have}
 
 
 def limits() -> dict[str, float]:
-    """How far the cluster grows when it is asked for more; empty: it does not.
+    """The resources up to which the cluster grows when it is asked for more; empty: it does not.
 
     Raises:
         UserError: DDPM_CLUSTER_RESOURCES is no JSON of numbers.

@@ -1,4 +1,4 @@
-"""What a run asks of the cluster, and whether the cluster has it."""
+"""The resources that a run needs, and whether the cluster has them."""
 
 import os
 from dataclasses import replace
@@ -84,7 +84,7 @@ def resources_per_worker(config: Config) -> dict[str, float]:
 
 
 def possible_workers(config: Config, per_worker: dict[str, float], workers: int) -> int:
-    """How many workers the run could have now, where `workers` of its own are running."""
+    """The number of workers that the run could have now, where `workers` of its own are running."""
     have, free = ray.cluster_resources(), ray.available_resources()
     most = int((have.get("CPU", 0.0) - 1) / per_worker["CPU"])  # one CPU is for the tasks that read data
     more = min(int(free.get(name, 0.0) / amount) for name, amount in per_worker.items())

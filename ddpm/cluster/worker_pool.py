@@ -240,7 +240,7 @@ class _Worker:
         self._held: Any = None
 
     def is_ready(self) -> bool:
-        """Comes back when the actor has found its place."""
+        """Return True; a call returns once the actor runs."""
         return True
 
     def do(self, work: Callable[[Any, Any], Any], piece: Any) -> Any:
@@ -250,7 +250,7 @@ class _Worker:
 
 
 def _resources() -> dict[str, float]:
-    """What the cluster has or may grow to, which is joined, or started here."""
+    """Resources that the cluster (joined, or started here) has or may grow to."""
     from ddpm.cluster import ray_init
 
     ray_init.connect()

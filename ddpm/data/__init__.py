@@ -1,1 +1,1 @@
-"""Where images come from, and in which order."""
+"""Data sets of images: sources, shards, the order of reading, and reading itself."""

@@ -100,7 +100,7 @@ class CorruptImages:
     def from_jsonl(
         cls, text: str, num_rows: int, max_share: float, where: str = "corrupt.jsonl"
     ) -> "CorruptImages":
-        """What `to_jsonl` wrote.
+        """Parse the output of `to_jsonl`.
 
         Raises:
             UserError: it is not that; `where` names the file.
@@ -112,7 +112,7 @@ class CorruptImages:
 
 
 def substitutions_to_json(substitutions: Iterable[Substitution]) -> str:
-    """What `substitutions_from_json` reads."""
+    """The input of `substitutions_from_json`."""
     return json.dumps([dataclasses.asdict(s) for s in substitutions])
 
 

@@ -74,7 +74,7 @@ class HuggingFace(Square):
 
     @property
     def passed_over(self) -> str:
-        """What lies beside the Parquet files and is not read: how many of each kind, and the first names."""
+        """Files beside the Parquet files that are not read: counts by kind, and the first names."""
         return self._listing.describe(self._top)
 
     def identity(self) -> dict[str, Any]:

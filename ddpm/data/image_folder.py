@@ -28,7 +28,7 @@ from ddpm.utils.progress import printable
 from ddpm.utils.retry import as_user_error
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
-"""What Pillow may take a file for, whatever its name: some formats that it knows start programs (EPS: Ghostscript)."""
+"""Formats that Pillow may try, whatever a file's name: some that it knows start programs (EPS: Ghostscript)."""
 PARTS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val"), "validation")
 """Names that folders and files of a split have, and which split that is."""
 MAX_SIZE = 4096
@@ -84,7 +84,7 @@ class Folder(Square):
 
     @property
     def passed_over(self) -> str:
-        """What lies beside the images and is not read: how many of each kind, and the first names."""
+        """Files beside the images that are not read: counts by kind, and the first names."""
         found = [entry for listing in self._listings.values() for entry in listing.passed_over]
         tops = self._folders.values()
         if self.path not in tops:
@@ -124,7 +124,7 @@ class Folder(Square):
 
     @cached_property
     def _folders(self) -> dict[str, Path]:
-        """Where each part lies: subfolders that are splits, if there is "train" and nothing else."""
+        """The folder of each part: subfolders that are splits, if there is "train" and nothing else."""
         try:
             below = {
                 sub.name: sub for sub in self.path.iterdir() if sub.is_dir() and not sub.name.startswith(".")
@@ -154,7 +154,7 @@ class Folder(Square):
 
 @dataclass(frozen=True)
 class Listing:
-    """What a folder holds."""
+    """The content of a folder."""
 
     files: list[Path]
     """Those that were asked for."""
@@ -162,7 +162,7 @@ class Listing:
     """Everything else but folders: its kind (".gif", "FIFO"), and where it is."""
 
     def describe(self, top: Path) -> str:
-        """How many of each kind are passed over, and the first below `top`: "2 .gif (a.gif, b.gif), 1 FIFO (c.png)"."""
+        """Counts by kind of what is passed over, with the first names: "2 .gif (a.gif, b.gif), 1 FIFO (c.png)"."""
         kinds: dict[str, list[str]] = {}
         for kind, path in self.passed_over:
             kinds.setdefault(kind, []).append(path.relative_to(top).as_posix())
@@ -282,7 +282,7 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _kind_of(path: Path) -> str:
-    """What is passed over or not: the suffix in small letters, or what a file is that is no regular one."""
+    """The kind of a file: its suffix in small letters, or, if it is no regular file, what it is."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:

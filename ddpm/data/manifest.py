@@ -1,4 +1,4 @@
-"""What a data set is, in one file: manifest.json, written last.
+"""The description of a data set in one file: manifest.json, written last.
 
 A manifest comes from outside: every field is checked before it is used, nothing in it can name a file out of the data
 set's folder, and its fingerprints are computed again, so that what a run recorded as its data is what it read.
@@ -76,10 +76,10 @@ class _Header:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a data set is."""
+    """The description of a data set."""
 
     source: str
-    """Where it came from: "digits"."""
+    """Name of its source: "digits"."""
     options: str
     """Hash of all that `prepare` was asked for: the same means the same data."""
     height: Side
@@ -188,7 +188,7 @@ def manifest_from_json(text: str | bytes, where: str) -> Manifest:
 
 
 def shard_to_json(shard: Shard) -> str:
-    """What `shard_from_json` reads."""
+    """The input of `shard_from_json`."""
     return json.dumps(dataclasses.asdict(shard))
 
 
@@ -218,7 +218,7 @@ def _check_shard(shard: Shard, where: str, split: str | None = None) -> None:
 
 
 def _advice(location: Location) -> str:
-    """How to make a data set, which never goes into a folder of pictures."""
+    """A message's advice on making a data set, which never goes into a folder of pictures."""
     where = location.uri
     if not _holds_pictures(location):
         return f"; make one with `python jobs/prepare.py SOURCE {where}`"

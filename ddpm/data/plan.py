@@ -118,7 +118,7 @@ class Plan:
             yield Window(begin + int(epoch.edges[w]), groups[group], shuffled - begins[group])
 
     def _window_end(self, position: int) -> int:
-        """Where the window ends that `position` lies in."""
+        """The end of the window that `position` lies in."""
         number, inside = divmod(position, self.num_images)
         edges = self._epoch(number).edges
         after = int(np.searchsorted(edges, inside, side="right"))
@@ -187,7 +187,7 @@ def check_batches(config: Config) -> None:
 
 
 def last_position(images_seen: int, total_images: int, batch_size: int) -> int:
-    """Where training ends that goes on from `images_seen`: after whole global batches."""
+    """The position at which training that resumes at `images_seen` ends: after whole global batches."""
     return images_seen + -(-max(0, total_images - images_seen) // batch_size) * batch_size
 
 

@@ -47,7 +47,7 @@ LARGE_RAW, LARGE_ENCODED = 500_000, 20_000
 """Images from which on a source is prepared on a cluster: arrays are copied, pictures decoded and resized."""
 PROBED_IMAGES = 64
 LISTED_BYTES = 101
-"""What a row group takes in the manifest, with its share of the shard's entry (measured, 16 of them a shard)."""
+"""Bytes of a row group in the manifest, with its share of the shard's entry (measured, 16 of them a shard)."""
 
 Sizes = tuple[int | None, int | None]
 """rows_per_shard and rows_per_row_group of `prepare`."""

@@ -38,7 +38,7 @@ from ddpm.utils.retry import StorageError
 MAX_TASKS = 1000
 """Reading tasks of one Ray Dataset; training that needs more goes on with the next Dataset."""
 OBJECT_STORE_BYTES = 256 << 20
-"""How far reading may run ahead of training, in memory of the object store."""
+"""Bytes of the object store that reading ahead of training may take."""
 LOOP_STEP_S = 0.02
 """Shortest time between two steps of Ray Data's scheduling loop."""
 Task = tuple[int, int]

@@ -27,7 +27,7 @@ RankBatch = tuple[NDArray[np.uint8], NDArray[np.int64]]
 RowGroups = dict[int, RowGroup | CorruptData]
 """Row groups of a split that were fetched, or why they cannot be read."""
 StandIns = dict[int, tuple[int, Rows]]
-"""What stands in for the unreadable image at an index of a window: another index, and the image there."""
+"""The substitute for the unreadable image at an index of a window: another index, and the image there."""
 READERS = 4
 """Row groups that are fetched at once: storage answers late, and a window has several."""
 PART_BYTES = 8 << 20
@@ -45,7 +45,7 @@ class Images:
     label: NDArray[np.int64]
     """[N]."""
     substitutions: tuple[Substitution, ...] = ()
-    """What stands in for what, in the order of positions."""
+    """Substitutions, in the order of positions."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class DataSet:
     manifest: Manifest
     split: str
     timeout_s: float = 0.0
-    """How long storage may fail before reading gives up (run.storage_timeout_s)."""
+    """Seconds that storage may fail before reading gives up (run.storage_timeout_s)."""
     scale: int = 1
     """Images arrive at 1 / scale of the size they are stored in (`scale_of`)."""
 
@@ -127,7 +127,7 @@ class DataSet:
     def parts(
         self, plan: Plan, start: int, stop: int, most: int | None = None, on_corrupt: OnCorrupt = "error"
     ) -> Iterator[Images]:
-        """What `read` reads, in parts of at most `most` images (None: of PART_BYTES).
+        """The images of `read`, in parts of at most `most` images (None: of PART_BYTES).
 
         Each lies in one window, whose row groups are read once, and held until the next.
         """

@@ -1,4 +1,4 @@
-"""What a row group holds: Arrow's columns as pixels and labels, and the checksum over both.
+"""The content of a row group: Arrow's columns as pixels and labels, and the checksum over both.
 
 Axes: N images, H W, C channels.
 """

@@ -179,7 +179,7 @@ SCHEDULES: dict[str, tuple[Callable[..., Schedule], tuple[str, ...]]] = {
     "cosine": (cosine, ("cosine_s", "max_beta")),
     "sigmoid": (sigmoid, ("sigmoid_start", "sigmoid_end", "sigmoid_tau", "max_beta")),
 }
-"""What builds each kind, and the fields of ScheduleConfig that it takes after num_timesteps, in this order."""
+"""Builders by kind, each with the fields of ScheduleConfig that it takes after num_timesteps, in this order."""
 
 
 def build(config: "ScheduleConfig") -> Schedule:

@@ -68,7 +68,7 @@ class ComparedRun:
     evaluations: Sequence[Report] = ()
     """Results of jobs/evaluate.py, also of other runs."""
     remarks: Sequence[str] = ()
-    """What could not be read, and why."""
+    """Files that could not be read, and why."""
 
     @property
     def images_seen(self) -> int:

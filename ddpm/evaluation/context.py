@@ -39,7 +39,7 @@ CACHE = "evaluation"
 
 @dataclass(frozen=True)
 class Settings:
-    """How checkpoints are evaluated."""
+    """Settings of an evaluation."""
 
     num_images: int = 2000
     """Images generated in each way, and the largest number of held-out images."""

@@ -20,7 +20,7 @@ FEATURE_NETS: dict[str, Callable[[DataSet, Cache, str | None, OnProgress], Featu
     "lite0": lambda *_: Lite0(),
     "pixels": lambda train, *_: Pixels(train.shape),
 }
-"""What builds each, from the arguments of `build` after the name."""
+"""Builders by name; each takes the arguments of `build` after the name."""
 
 
 def build(

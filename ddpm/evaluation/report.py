@@ -116,7 +116,7 @@ class Report:
 
 @dataclass(frozen=True)
 class _Saved:
-    """What is read of a report's JSON."""
+    """The part of a report's JSON that is read back."""
 
     format: Literal["ddpm-evaluation/1"]
     settings: dict[str, Any]

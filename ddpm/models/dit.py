@@ -84,7 +84,7 @@ class DiT(nn.Module):
         zero(self.project)
 
     def forward(self, x_t: Tensor, t: Tensor | None, label: Tensor | None = None) -> Tensor:
-        """What the net predicts for each image; arguments, result and errors as of `UNet.forward`."""
+        """Predict for each image; arguments, result and errors as of `UNet.forward`."""
         label = check_conditions(self, x_t, t, label)
         rows, columns = (side // self.patch_size for side in x_t.shape[2:])
         with torch.autocast(x_t.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
@@ -143,7 +143,7 @@ def unpatchify(tokens: Tensor, p: int, rows: int) -> Tensor:
 
 
 def positions(rows: int, columns: int, width: int, device: torch.device) -> Tensor:
-    """Where each token is, as sinusoids of its row (one half) and of its column: float32 [N, E]."""
+    """Position embeddings, sinusoids of a token's row (one half) and of its column: float32 [N, E]."""
     row, column = (sinusoids(torch.arange(n, device=device), width // 2) for n in (rows, columns))
     return torch.cat([row.repeat_interleave(columns, 0), column.repeat(rows, 1)], dim=1)
 

@@ -51,7 +51,7 @@ class Judged:
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> "Judged":
-        """What `to_json` wrote.
+        """Parse the output of `to_json`.
 
         Raises:
             UserError: it is damaged; `where` names the file.

@@ -30,7 +30,7 @@ from ddpm.utils.errors import UserError
 from ddpm.utils.retry import retry_io
 
 SAMPLER, STEPS = "dpmpp_2m", 20
-"""How finalists are sampled: fast, and the same for all."""
+"""The sampler of finalists: fast, and the same for all."""
 LEFTOVER = 0.5
 """A trial with sqrt(D alpha_bar_T) above this is flagged.
 

@@ -44,7 +44,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Spec:
-    """What all trials of a search have in common."""
+    """Settings that all trials of a search share."""
 
     config: Config
     """The base config; run.storage is the search's folder."""

@@ -1,4 +1,4 @@
-"""What MLflow's pages say of an experiment and of a run, beside its records: kind, view, params, tags, description."""
+"""Contents of MLflow's pages of an experiment and a run, beside records: kind, view, params, tags, description."""
 
 import functools
 import json

@@ -35,9 +35,9 @@ MIN_BEGIN_S = 5.0
 GRACE_S = 0.3
 """Longer than the 0.1 s between two looks of the waiting thread at its deadline."""
 DELIVERY_TIMEOUT_S = 300.0
-"""How long `close` may take."""
+"""Time-out of `close`."""
 SILENCE_S = 10.0
-"""How long `close` waits before it says so."""
+"""Seconds after which `close` says that it waits."""
 
 
 class NotDelivered(UserError):

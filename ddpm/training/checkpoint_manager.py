@@ -239,7 +239,7 @@ def remove(location: Location) -> None:
 
 @contextmanager
 def _staging(target: Location) -> Iterator[Path]:
-    """Where a checkpoint is put together: beside its place on a disk, to be renamed, else in a temporary folder."""
+    """The folder in which a checkpoint is built: beside its place on a disk, to be renamed, else a temporary one."""
     if target.is_local:
         staged = files.temporary(Path(target.path))
         try:

@@ -51,7 +51,7 @@ class LateFlags:
         self._unread: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
     def read(self, flags: Tensor, at_once: bool) -> list[int]:
-        """How many of the steps that were not read before had each flag, this one included if `at_once`.
+        """Counts, by flag, of the steps not read before; this one is included if `at_once`.
 
         Args:
             flags: [n] bool, of one more step.

@@ -42,23 +42,23 @@ from ddpm.utils.retry import StorageError
 log = logging.getLogger(__name__)
 
 HASTY_DELIVERY_TIMEOUT_S = 1.0
-"""How long MLflow is waited for at the end of a run that was asked to stop, or whose storage failed."""
+"""Time-out for delivery to MLflow at the end of a run that was asked to stop, or whose storage failed."""
 LEAVING_S = 5.0
-"""How long Ray Train may take to end when the process exits; two seconds are usual."""
+"""Time-out for Ray Train's end when the process exits; two seconds are usual."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run left behind."""
+    """The result of a run."""
 
     run: Run
     images_seen: int
     checkpoint: str | None
     """URI of the newest checkpoint; None: the run was stopped before its first step."""
     delivery: Delivery | None
-    """How tracking ended; None: nothing was left to do."""
+    """The end of tracking; None: nothing was left to do."""
     signal: int | None = None
-    """What asked it to stop before its end."""
+    """The signal that asked it to stop."""
 
 
 def fit(
@@ -224,7 +224,7 @@ def _begins_at(config: Config, data_set: DataSet, run: Run) -> int:
 
 
 def summary(result: Result) -> list[str]:
-    """Where everything is, in lines for a person."""
+    """Lines for a person: where checkpoints, samples and curves are."""
     folder, delivery = result.run.location.uri, result.delivery
     lines = [f"checkpoint  {result.checkpoint}"] if result.checkpoint else []
     samples = result.run.location.child("samples").child("latest.png")

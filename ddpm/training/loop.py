@@ -128,7 +128,7 @@ def _micro_batches_per_pass(config: Config) -> int:
 
 
 def _noise(config: Config, runtime: Runtime, step: int, micro_batches: Sequence[MicroBatch]) -> Generator:
-    """What flips, t, eps and dropped labels are drawn from, in this order; dropout has a stream of its own."""
+    """The generator of flips, t, eps and dropped labels, in this order; dropout has a stream of its own."""
     seed = config.train.seed
     if config.model.dropout > 0:
         (micro_batch,) = micro_batches

@@ -30,9 +30,9 @@ class CallThread(threading.Thread):
     def __init__(self, call: Callable[[], object]) -> None:
         super().__init__(name="ddpm-fit", daemon=True)
         self.result: object = None
-        """What the call returned."""
+        """The call's return value."""
         self.error: BaseException | None = None
-        """What the call raised."""
+        """The exception that the call raised."""
         self._call = call
         self.start()
 
@@ -62,7 +62,7 @@ class StopSignals:
 
     @property
     def again(self) -> str:
-        """What another Ctrl-C does, as a part of a message."""
+        """The effect of another Ctrl-C, as a part of a message."""
         return " (Ctrl-C again: at once)" if self.signal == signal.SIGINT else ""
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

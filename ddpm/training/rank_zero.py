@@ -1,4 +1,4 @@
-"""What rank 0 does for the run beside training: checkpoints, how far it is, unreadable images, listening for a stop."""
+"""Rank 0's duties beside training: checkpoints, progress, unreadable images, requests to stop."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ PROGRESS = "progress.json"
 """File of a run that says how far it was, so that a restart knows what was lost."""
 PROGRESS_INTERVAL_S = 10.0
 REPORT_INTERVAL_S = 5.0
-"""How often Ray Train is told how far the run is, and asked whether a node is about to be taken away."""
+"""Interval of reports to Ray Train, and of the question whether a node is about to be taken away."""
 
 
 class RankZero:

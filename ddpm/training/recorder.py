@@ -1,4 +1,4 @@
-"""What training records and when: curves, pictures, checkpoints, progress.
+"""The records of training, each at its interval: curves, pictures, checkpoints, progress.
 
 Every rank runs the same code, since means, grids and checkpoints are made together; rank 0 alone calls the tracker.
 """

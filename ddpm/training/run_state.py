@@ -1,4 +1,4 @@
-"""What driver, controller and workers tell each other about a run: a small actor, `RunState`.
+"""The state of a run that driver, controller and workers share: a small actor, `RunState`.
 
 It lives on the driver's node and needs no CPU. The last value of each subject is kept.
 
@@ -39,9 +39,9 @@ NUM_POINTS = 8
 PLACE = "place"
 """The placement group that the workers were last started in."""
 WORKERS = "workers"
-"""How many workers train."""
+"""The number of workers that train."""
 FAILURES, PREEMPTIONS = "failures", "preemptions"
-"""What `failed` and `preempted` count."""
+"""Counters of `failed` and `preempted`."""
 NUMBER = "number"
 """RunSpec.number; missing in an actor that was started anew."""
 WARNINGS = "warnings"

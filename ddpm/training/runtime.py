@@ -1,4 +1,4 @@
-"""Where the loop runs: the protocols `Runtime` and `Tracker`, and their plain-torch side.
+"""The loop's surroundings: the protocols `Runtime` and `Tracker`, and their plain-torch side.
 
 The loop is written once against them. `LocalRuntime` needs neither Ray nor a network; `worker.RayRuntime` is Ray Train.
 """
@@ -29,7 +29,7 @@ CORRUPT = "corrupt.jsonl"
 
 
 class Tracker(Protocol):
-    """Where curves and pictures go. No call may block or raise: tracking never hurts training."""
+    """A receiver of curves and pictures. No call may block or raise: tracking never hurts training."""
 
     def metrics(self, values: dict[str, float], images_seen: int) -> None: ...
     def image(self, key: str, image: NDArray[np.uint8], images_seen: int) -> None: ...
@@ -91,7 +91,7 @@ class Runtime(Protocol):
         """Return when all that was saved and published is stored."""
 
     def facts(self) -> dict[str, float]:
-        """What is to be logged beside the loss (rank 0's counts)."""
+        """Values to log beside the loss (rank 0's counts)."""
 
     def progress(self, progress: Progress) -> None:
         """Report how far training is (rank 0 only)."""

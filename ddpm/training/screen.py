@@ -1,4 +1,4 @@
-"""What a person sees of a run while it trains: one screen on a terminal, a line an interval elsewhere."""
+"""The display of a run while it trains: one screen on a terminal, a line an interval elsewhere."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""What training carries from step to step.
+"""The state that training carries from step to step.
 
 No random state is ever saved: every draw comes from a generator keyed by (seed, purpose, step, micro-batch), so a
 resumed run, on any number of workers, draws what the uninterrupted one would have drawn.

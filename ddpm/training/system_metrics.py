@@ -1,4 +1,4 @@
-"""How busy this worker's machine is, under the names that MLflow's pages gather as system metrics."""
+"""The load of this worker's machine, under the names that MLflow's pages gather as system metrics."""
 
 import os
 import platform
@@ -30,7 +30,7 @@ class SystemMetrics:
         self._network = psutil.net_io_counters()
 
     def sample(self) -> dict[str, float]:
-        """What is used now, and of the CPU since the last sample: percentages 0..100, and megabytes (10^6 bytes)."""
+        """Current usage, and the CPU's since the last sample: percentages 0..100, and megabytes (10^6 bytes)."""
         memory, network = psutil.virtual_memory(), psutil.net_io_counters()
         values = {
             "cpu_utilization_percentage": psutil.cpu_percent(),

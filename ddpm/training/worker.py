@@ -137,7 +137,7 @@ class RayRuntime:
             self._rank_zero.preempted()
 
     def _pointer(self, newest: str) -> Checkpoint:
-        """What Ray knows of a stored checkpoint."""
+        """The pointer to a stored checkpoint that Ray Train gets."""
         pointer = self._pointers / newest
         if self._pointers.parent.exists():  # else this is another node than the driver's
             pointer.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,7 @@ from ddpm.utils.errors import UserError
 FOLDER_PREFIX, OWNER = "ddpm-ray-train-", "owner"
 """Temporary folders of Ray Train runs; the process that uses one holds a lock on the file `owner` in it."""
 RUN_POLL_S = 0.1
-"""How often persistent workers ask for the next run."""
+"""Interval at which persistent workers ask for the next run."""
 LEAVE_POLL_S = 1.0
 NEVER_S = 1e9
 
@@ -144,7 +144,7 @@ def _trainer(config: Config, spec: dict[str, Any], per_worker: dict[str, float])
 
 
 def work(spec: dict[str, Any]) -> None:
-    """What each worker runs: a run, and where workers are persistent the next ones, as they come."""
+    """The function of each worker: one run, or, where workers are persistent, run after run."""
     state, number = spec["state"], 0
     ended, told = None, ""
     if not spec["verbose"]:
@@ -195,7 +195,7 @@ def _run_one(
 
 
 def _data_set_input(config: Config, data_set: DataSet) -> DataSetInput:
-    """What MLflow is told of the data."""
+    """The description of the data for MLflow."""
     manifest, rows = data_set.manifest, data_set.rows
     profile = {"split": data_set.split, "images": rows.num_rows, "shape": data_set.shape}
     profile |= {"classes": len(manifest.class_names), "fingerprint": rows.fingerprint}

@@ -1,4 +1,4 @@
-"""What installed packages add under a name: sources (ddpm.sources) and nets (ddpm.nets).
+"""Additions of installed packages, by name: sources (ddpm.sources) and nets (ddpm.nets).
 
 A package enters what it adds in its metadata, as an entry point of the group. So a name out of a config.json, which
 may come from anybody, finds what a person has installed for this purpose, and nothing else: it is no import path.
@@ -16,7 +16,7 @@ def names(group: str) -> list[str]:
 
 
 def load(group: str, name: str) -> Any:
-    """What a package has entered under `name`; None: no package has.
+    """The entry of a package under `name`; None: no package has one.
 
     Raises:
         UserError: it cannot be imported.
