@@ -122,8 +122,8 @@ def micro_batches(
             place = [ray.put(split(data_set, order, chunk, images_seen, world_size))]
         (reference,) = broadcast(place)
         timeouts_s = order.stall_timeout_s, data_set.timeout_s
-        told = on_substitutions if rank == 0 else None
-        return rank_batches(ray.get(reference)[rank], *timeouts_s, told)
+        listener = on_substitutions if rank == 0 else None
+        return rank_batches(ray.get(reference)[rank], *timeouts_s, listener)
 
     first = [begin(chunk) for chunk in itertools.islice(chunks, 1)]
     batches = itertools.chain.from_iterable(itertools.chain(first, map(begin, chunks)))

@@ -146,8 +146,8 @@ def config_of(unet: Mapping[str, Any], scheduler: Mapping[str, Any], where: str)
     config = Config(schedule=schedule, objective=objective, model=model, sample=sample)
     config = configs.from_json(configs.to_json(config), where)  # which checks every type
     _check_same(f"{where}/unet", unet, unet_config(config))
-    told = scheduler_config(config)
-    _check_same(f"{where}/scheduler", scheduler, told | {"trained_betas": told.get("trained_betas")})
+    expected = scheduler_config(config)
+    _check_same(f"{where}/scheduler", scheduler, expected | {"trained_betas": expected.get("trained_betas")})
     return config
 
 

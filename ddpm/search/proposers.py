@@ -32,8 +32,8 @@ class OptunaProposer:
 
     def ended(self, number: int, status: Status, value: float | None) -> None:
         # For the others tell() takes no value; for a pruned one it reads the last reported value.
-        told = value if status == "finished" else None
-        self.study.tell(self._trials[number], told, self._states[status])
+        reported = value if status == "finished" else None
+        self.study.tell(self._trials[number], reported, self._states[status])
 
 
 class ListProposer:

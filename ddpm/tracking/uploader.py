@@ -118,16 +118,16 @@ class Uploader:
             said = f"MLflow at {self._uri} did not take everything ({left} records left)"
             logger.warning("%s", f"{said}: {trouble}" if trouble else said)
         elif trouble and not self._ended:
-            logger.warning("MLflow at %s has not been told how the run ended: %s", self._uri, trouble)
+            logger.warning("MLflow at %s does not know how the run ended: %s", self._uri, trouble)
         return Delivery(self._run.run_id, self._run.experiment_id, left, self._ended)
 
     def _wait(self) -> None:
         """Wait for the thread to end, or for its time to be up."""
-        told, begun = False, time.monotonic()
+        announced, begun = False, time.monotonic()
         while self._thread.is_alive() and not self._run.call.is_out_of_time:
             self._thread.join(0.1)
-            if not told and time.monotonic() > begun + SILENCE_S:
-                told = True
+            if not announced and time.monotonic() > begun + SILENCE_S:
+                announced = True
                 logger.warning("waiting for MLflow at %s to take the rest", self._uri)
         self._thread.join(GRACE_S)
 

@@ -44,9 +44,9 @@ class CheckpointManager:
 
     Args:
         keep: the newest so many checkpoints stay, and the best.
-        timeout_s: how long storage may fail before the run gives up.
-        committed: told the images_seen of every checkpoint that is safe.
-        warn: told in a line what went wrong and does not end the run.
+        timeout_s: seconds that storage may fail before the run gives up.
+        committed: called with the images_seen of every checkpoint that is safe.
+        warn: called with one line about a failure that does not end the run.
     """
 
     def __init__(

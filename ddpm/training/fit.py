@@ -81,7 +81,7 @@ def fit(
             checkpoint.
         parent_run_id: the MLflow run that this one is shown under.
         group: workers that stay from one run to the next; None: this run's own.
-        trained: told when the workers are free again; MLflow may not have been told everything yet.
+        trained: called when the workers are free again; delivery to MLflow may still be under way.
 
     Raises:
         UserError: the config does not fit the cluster, or what the run has begun with, or another process drives the
@@ -240,10 +240,10 @@ def summary(result: Result) -> list[str]:
             f"{folder}/{spool.FOLDER}, and `python jobs/sync.py {folder}` delivers them"
         )
     elif not delivery.ended:
-        untold = f"how the run ended; `python jobs/sync.py {folder}` does"
-        if result.signal:  # sync.py tells the ends of finished runs
-            untold = "that the run stopped; when it goes on, it will be"
-        lines.append(f"MLflow      {where} has not been told {untold}")
+        later = f"`python jobs/sync.py {folder}` delivers that"
+        if result.signal:  # sync.py ends finished runs only
+            later = "it will when the run goes on"
+        lines.append(f"MLflow      {where} does not know yet how the run ended; {later}")
     else:
         lines.append(f"MLflow      run {delivery.run_id} in {where}")
         if where.startswith("http"):

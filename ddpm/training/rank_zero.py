@@ -79,11 +79,11 @@ class RankZero:
         return time.monotonic() - self._reported_at > REPORT_INTERVAL_S
 
     def report(self) -> tuple[dict[str, Any], str | None]:
-        """Metrics for Ray Train, and the name of the newest checkpoint that it has not been told of."""
+        """Metrics for Ray Train, and the name of the newest checkpoint, unless it was reported before."""
         self._reported_at, newest = time.monotonic(), self._newest
-        told, self._reported = newest == self._reported, newest
+        is_known, self._reported = newest == self._reported, newest
         metrics = dataclasses.asdict(self._progress) if self._progress else {}
-        return metrics, None if told else newest
+        return metrics, None if is_known else newest
 
     def preempted(self) -> None:
         """Let the workers leave with a checkpoint, before a node goes."""
@@ -159,8 +159,8 @@ class RankZero:
             reached, lost = int(written["images_seen"]), int(written["images_lost"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             reached = lost = 0
-        told = ray.get(self._state.snapshot.remote()).get(run_state.PROGRESS)
-        return max(reached, told.images_seen if told else 0), lost
+        progress = ray.get(self._state.snapshot.remote()).get(run_state.PROGRESS)
+        return max(reached, progress.images_seen if progress else 0), lost
 
     def _write_progress(self) -> None:
         self._written_at = time.monotonic()

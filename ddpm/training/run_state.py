@@ -4,7 +4,7 @@ It lives on the driver's node and needs no CPU. The last value of each subject i
 
 The actor may die as well. Ray starts it again and repeats the calls that were not answered; it is empty then. The
 driver, which reads it twice a second, notices that and restores what was there (`RunStateClient`). What was set after
-the last reading is lost, so nothing depends on it: workers tell a new actor that they have ended, and checkpoints and
+the last reading is lost, so nothing depends on it: workers report their end again to a new actor, and checkpoints and
 user errors are found again without it.
 """
 
@@ -50,7 +50,7 @@ WARNINGS = "warnings"
 
 @dataclass(frozen=True)
 class RunSpec:
-    """A run, as its workers are told of it."""
+    """A run as its workers receive it."""
 
     number: int
     """Counts from 1, for workers that stay from one run to the next."""
@@ -156,7 +156,7 @@ class RunStateClient:
         self._values[subject] = value
 
     def snapshot(self) -> dict[str, Any]:
-        """All values by subject; an actor that was started anew is told first what was there."""
+        """All values by subject; a restarted actor gets the last known ones first."""
         values = ray.get(self.actor.snapshot.remote())
         if NUMBER not in values:
             values = ray.get(self.actor.restore.remote(self._spec, self._values))

@@ -1,6 +1,6 @@
 """One worker of a Ray Train group: `RayRuntime`, the Ray side of `runtime.Runtime`.
 
-Ray is told of the run by `ray.train.report`: metrics, and each stored checkpoint as a pointer, as Ray's documentation
+The run reports to Ray by `ray.train.report`: metrics, and each stored checkpoint as a pointer, as Ray's documentation
 has it for checkpoints that Ray does not upload itself. Storage is the truth about the run; the pointers are for Ray's
 callbacks, metrics and API. All workers have to report together; which step does it, they agree on in the all-reduce
 that every step has anyway.
@@ -41,7 +41,7 @@ POINTER = "pointer_ckpt.json"
 
 
 class SharedBuffer(MetricsBuffer):
-    """A MetricsBuffer that tells a RunState actor of the newest values as well."""
+    """A MetricsBuffer that passes the newest values to a RunState actor as well."""
 
     def __init__(self, state: Any) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class RayRuntime:
         return torch.cat(parts)
 
     def any_of(self, *flags: Tensor | bool, at_once: bool) -> tuple[Tensor, list[int]]:
-        """`Runtime.any_of`; also the step in which Ray is told, since it is the same one for all workers."""
+        """`Runtime.any_of`; also the step of the report to Ray, since it is the same one for all workers."""
         due = self._rank_zero is not None and self._rank_zero.report_is_due()
         agreed = stack_flags((*flags, due), self.device)
         if self.world_size > 1:
@@ -149,7 +149,7 @@ class RayRuntime:
 
     @contextmanager
     def latest_checkpoint(self) -> Iterator[Path | None]:
-        """Rank 0 looks for it and tells the others, so that all restore the same one."""
+        """Rank 0 looks for it and broadcasts it, so that all restore the same one."""
         with ExitStack() as stack:
             folder = stack.enter_context(self._rank_zero.restored()) if self._rank_zero else None
             name = ray.train.collective.broadcast_from_rank_zero(folder.name if folder else None)

@@ -146,7 +146,7 @@ def _trainer(config: Config, spec: dict[str, Any], per_worker: dict[str, float])
 def work(spec: dict[str, Any]) -> None:
     """The function of each worker: one run, or, where workers are persistent, run after run."""
     state, number = spec["state"], 0
-    ended, told = None, ""
+    ended, informed = None, ""
     if not spec["verbose"]:
         logging.getLogger("ray").setLevel(logging.ERROR)
     state.set.remote(run_state.PLACE, ray.util.get_current_placement_group())
@@ -155,14 +155,14 @@ def work(spec: dict[str, Any]) -> None:
         if run == "leave":
             return
         if run == "wait":
-            if ended is not None and life != told:  # an actor that was started anew does not know
-                told = ray.get(state.ended.remote(number, ended))
+            if ended is not None and life != informed:  # an actor that was started anew does not know
+                informed = ray.get(state.ended.remote(number, ended))
             time.sleep(RUN_POLL_S)
             continue
         number = run.number
         ended = _run_one(**ray.get(run.what), spec=spec)
         if ended is not None:
-            told = ray.get(state.ended.remote(number, ended))
+            informed = ray.get(state.ended.remote(number, ended))
         reason = ray.get(state.snapshot.remote()).get(run_state.STOP)
         if not spec["persistent"] or reason in run_state.OF_THIS_GROUP:
             return
