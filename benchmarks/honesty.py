@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import tyro
 from harness import tables
+from harness.rankings import agreement
 
 from ddpm.build import build_objective
 from ddpm.checkpoints import checkpoint
@@ -27,7 +28,6 @@ from ddpm.diffusion.schedules import Schedule
 from ddpm.diffusion.timesteps import respaced, uniform
 from ddpm.evaluation import context, evaluate, measure
 from ddpm.evaluation.context import Candidate, Settings
-from ddpm.evaluation.ranking import agreement
 from ddpm.evaluation.reference import images_of
 from ddpm.evaluation.scores import Score
 from ddpm.search.evaluator import Evaluator

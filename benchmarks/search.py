@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import tyro
 from harness import tables
+from harness.rankings import agreement
 from numpy.typing import NDArray
 
 from ddpm import config as configs
 from ddpm import presets
 from ddpm.data import ray_dataset
-from ddpm.evaluation.ranking import agreement
 from ddpm.hub import resolve
 from ddpm.search import leaderboard
 from ddpm.search.evaluator import Evaluator

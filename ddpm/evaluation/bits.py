@@ -1,6 +1,6 @@
 """Bits/dim of many images: parts of the bound from several workers, and their scores.
 
-Axes: N images, T timesteps.
+Axes: N images.
 """
 
 from dataclasses import dataclass
@@ -25,22 +25,16 @@ class BitsPerDim:
     """[N]: the sum over t."""
     decoder: Array
     """[N]."""
-    kl_at: Array
-    """[T]: KL_t, summed over the images; 0 at t = 0."""
 
     @classmethod
-    def of(cls, bound: Bound, num_timesteps: int) -> Self:
-        kl_at = np.zeros(num_timesteps)
-        np.add.at(kl_at, bound.t.numpy(), bound.kl.numpy())
-        return cls(bound.prior.numpy(), bound.kl.sum(1).numpy(), bound.decoder.numpy(), kl_at)
+    def of(cls, bound: Bound) -> Self:
+        return cls(bound.prior.numpy(), bound.kl.sum(1).numpy(), bound.decoder.numpy())
 
     @classmethod
     def merge(cls, *parts: Self) -> Self:
         """All parts as one, in their order."""
-        prior, kl, decoder = (
-            np.concatenate([getattr(part, term) for part in parts]) for term in ("prior", "kl", "decoder")
-        )
-        return cls(prior, kl, decoder, np.sum([part.kl_at for part in parts], axis=0))
+        terms = ("prior", "kl", "decoder")
+        return cls(*(np.concatenate([getattr(part, term) for part in parts]) for term in terms))
 
     @property
     def total(self) -> Array:

@@ -125,7 +125,7 @@ def bits_per_dim(
         quantiles = [PhiloxGenerator(seed, Purpose.LIKELIHOOD, i, 1).uniform([]).double() for i in indices]
         u, chosen = torch.stack(quantiles), measured.proposal
         bound = likelihood.estimate(denoise, schedule, x_0, noise, u, chosen, num_draws=num_draws, **how)
-    return BitsPerDim.of(bound, schedule.num_timesteps)
+    return BitsPerDim.of(bound)
 
 
 def denoising_curve(

@@ -1,4 +1,4 @@
-"""Rankings of numbers with errors: ranks with ties, and the agreement of two rankings.
+"""Ranks, with ties, of numbers with errors.
 
 A rank is a range, from 1 + the number of significantly better competitors to N - the number of significantly worse
 ones. Two competitors without a significant difference are a tie. All pairs are tested; of N equal competitors a pair
@@ -30,14 +30,6 @@ class Rank(NamedTuple):
         return str(self.best) if self.best == self.worst else f"{self.best}-{self.worst}"
 
 
-class Agreement(NamedTuple):
-    """Rank correlations, from -1 to 1; nan where one side does not vary."""
-
-    spearman: float
-    kendall: float
-    """tau-b, which allows for equal values."""
-
-
 def ranks(values: ArrayLike, errors: ArrayLike) -> list[Rank]:
     """Ranks of independent numbers, lower is better; differences are tested with the normal distribution.
 
@@ -65,14 +57,6 @@ def paired_ranks(values: ArrayLike) -> list[Rank]:
     row, column = np.triu_indices(n, 1)
     difference = v[row] - v[column]
     return _ranks(n, difference.mean(1), difference.std(1, ddof=1) / m**0.5, stats.t(m - 1))
-
-
-def agreement(a: ArrayLike, b: ArrayLike) -> Agreement:
-    """Rank correlations of two numbers of the same competitors, [N] each."""
-    a, b = np.asarray(a, float), np.asarray(b, float)
-    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return Agreement(float("nan"), float("nan"))
-    return Agreement(float(stats.spearmanr(a, b).statistic), float(stats.kendalltau(a, b).statistic))
 
 
 def _ranks(

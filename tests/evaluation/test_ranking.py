@@ -1,12 +1,10 @@
 """Rankings: known answers."""
 
-import math
-
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ddpm.evaluation.ranking import Rank, agreement, paired_ranks, ranks
+from ddpm.evaluation.ranking import Rank, paired_ranks, ranks
 
 
 def test_far_apart_there_are_no_ties() -> None:
@@ -78,13 +76,3 @@ def test_a_real_difference_is_found(num_images: int) -> None:
     """The first is better than each of the others by 6 standard errors of the difference; 3.5 are asked for."""
     found = [paired_ranks(bits)[0] for bits in searches(num_images, 50, lead=6)]
     assert sum(rank == Rank(1, 1) for rank in found) >= 45
-
-
-def test_agreement() -> None:
-    a = [1.0, 2.0, 3.0, 4.0]
-    assert agreement(a, a) == (1, 1)
-    assert agreement(a, a[::-1]) == (-1, -1)
-    # ranks 1 2 4 3: rho = 1 - 6 * 2 / (4 * 15), tau = (5 - 1) / 6
-    found = agreement(a, [1.0, 2.0, 4.0, 3.0])
-    assert math.isclose(found.spearman, 0.8) and math.isclose(found.kendall, 2 / 3)
-    assert math.isnan(agreement(a, [1.0] * 4).spearman) and math.isnan(agreement([1.0], [2.0]).kendall)

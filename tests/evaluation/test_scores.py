@@ -187,19 +187,19 @@ def bits(*index: int) -> BitsPerDim:
     value = torch.tensor(index, dtype=torch.float64)
     t = torch.tensor([[1, 3]] * len(index))
     kl = torch.stack([value, value / 2], 1)
-    return BitsPerDim.of(Bound(value / 100, t, kl, 2 + value), 5)
+    return BitsPerDim.of(Bound(value / 100, t, kl, 2 + value))
 
 
 def test_bits_of_parts_are_those_of_the_whole() -> None:
     whole = bits(0, 1, 2, 3, 4, 5)
     merged = BitsPerDim.merge(bits(0, 1, 2), bits(3), bits(4, 5))
-    np.testing.assert_allclose(merged.kl_at, [0, 15, 0, 7.5, 0])
+    np.testing.assert_allclose(merged.kl, [0, 1.5, 3, 4.5, 6, 7.5])
     assert merged.scores() == whole.scores()
     total, *terms = whole.scores()
     assert [s.name for s in terms] == ["bits/dim-prior", "bits/dim-kl", "bits/dim-decoder"]
     assert {(s.n, s.n_real, s.floor) for s in (total, *terms)} == {(6, None, None)}
     assert total.value == pytest.approx(sum(s.value for s in terms))
-    assert terms[1].value == pytest.approx(merged.kl_at.sum() / 6)
+    assert terms[1].value == pytest.approx(merged.kl.mean())
     slopes = {"bits/dim": 2.51, "bits/dim-prior": 0.01, "bits/dim-kl": 1.5, "bits/dim-decoder": 1.0}
     for s in whole.scores():
         assert s.error == pytest.approx(slopes[s.name] * np.std(range(6), ddof=1) / 6**0.5)
