@@ -33,10 +33,9 @@ from harness.turns import Contestant, Spent, Turn, ended_after, read_turns, spen
 from matplotlib.figure import Figure
 from peers import quality as peers
 
-from ddpm import config as configs
 from ddpm.build import build_objective
 from ddpm.checkpoints import checkpoint
-from ddpm.config import SampleConfig
+from ddpm.config import SampleConfig, to_json
 from ddpm.data.manifest import MANIFEST, read_manifest
 from ddpm.data.reading import DataSet
 from ddpm.diffusion import samplers, schedules
@@ -177,7 +176,7 @@ def prepare(arguments: Arguments) -> None:
         folder = arguments.of(name)
         folder.mkdir(exist_ok=True)
         if read_turns(folder) is None:
-            (folder / peers.CONFIG).write_text(configs.to_json(config))
+            (folder / peers.CONFIG).write_text(to_json(config))
         weights = parameter_count(peers.NET[name](config))
         print(f"{name:10} {weights:,} weights", flush=True)
         if not (folder / peers.IMAGES).exists():

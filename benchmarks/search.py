@@ -21,8 +21,8 @@ from harness import tables
 from harness.rankings import agreement
 from numpy.typing import NDArray
 
-from ddpm import config as configs
 from ddpm import presets
+from ddpm.config import override
 from ddpm.data import ray_dataset
 from ddpm.hub import resolve
 from ddpm.search import leaderboard
@@ -118,7 +118,7 @@ def beaten(arguments: Arguments, place: locations.Location, events: EventLog) ->
         for name, config in (("best", best), ("default", None))
     ]
     shards = {"data.shards": settings["config"]["data.shards"]}
-    config = configs.override(presets.PRESETS[arguments.preset], shards)
+    config = override(presets.PRESETS[arguments.preset], shards)
     train = ray_dataset.open_configured(config)
     held_out = train.held_out()
     assert held_out is not None, "the search had one"

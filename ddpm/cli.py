@@ -16,9 +16,8 @@ from typing import Annotated, Any, NoReturn
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
-from ddpm import config as configs
 from ddpm import presets
-from ddpm.config import Config
+from ddpm.config import Config, merged, override
 from ddpm.utils.errors import UserError
 from ddpm.utils.openmp import bound_spinning
 from ddpm.utils.progress import printable
@@ -224,7 +223,7 @@ def starting_points() -> dict[str, Config]:
             text = Path(typed.config).read_text()
         except (OSError, ValueError) as error:
             raise UserError(f"--config {typed.config} cannot be read: {error}") from None
-        found = {name: configs.merged(preset, text, typed.config) for name, preset in found.items()}
+        found = {name: merged(preset, text, typed.config) for name, preset in found.items()}
     if typed.net is not None:
-        found = {name: configs.override(preset, {"model.net": typed.net}) for name, preset in found.items()}
+        found = {name: override(preset, {"model.net": typed.net}) for name, preset in found.items()}
     return found

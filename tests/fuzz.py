@@ -27,9 +27,8 @@ import tyro
 from PIL import Image
 from support.forged import forge
 
-from ddpm import config as configs
 from ddpm.checkpoints import checkpoint
-from ddpm.config import override
+from ddpm.config import from_json, override, to_json
 from ddpm.data.corrupt import CorruptData
 from ddpm.data.image_folder import store
 from ddpm.data.manifest import make_manifest, manifest_from_json
@@ -113,11 +112,11 @@ class Shard(Target):
 
 class Config(Target):
     is_json = True
-    seeds = (configs.to_json(DIGITS).encode(),)
+    seeds = (to_json(DIGITS).encode(),)
 
     def take(self, data: bytes) -> None:
         with contextlib.suppress(UnicodeDecodeError):  # read_text's, before any of ours
-            configs.from_json(data.decode())
+            from_json(data.decode())
 
 
 class Checkpoint(Target):

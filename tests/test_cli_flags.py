@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ddpm import cli, presets
-from ddpm import config as configs
+from ddpm.config import flatten, override
 from ddpm.search import config as search_config
 from jobs import train
 
@@ -88,19 +88,19 @@ def test_short_names_are_the_long_flags(monkeypatch: pytest.MonkeyPatch) -> None
     short = parsed(monkeypatch, train.Arguments, "digits", *words)
     words = [word for key, value in values.items() for word in (f"--{key}", str(value))]
     assert short == parsed(monkeypatch, train.Arguments, "digits", *words)
-    assert short.config == configs.override(presets.DIGITS, values)
+    assert short.config == override(presets.DIGITS, values)
 
 
 def test_a_search_keeps_its_own_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     words = "digits --name n --storage s --seed 3 --lr 0.5 --workers 2".split()
     chosen = parsed(monkeypatch, search_config.Arguments, *words)
     assert (chosen.name, chosen.storage, chosen.seed) == ("n", "s", 3)
-    changed = configs.override(presets.DIGITS, {"optim.lr": 0.5, "cluster.num_workers": 2})
+    changed = override(presets.DIGITS, {"optim.lr": 0.5, "cluster.num_workers": 2})
     assert chosen.config == changed
 
 
 def test_help_shows_what_people_change_first_and_help_all_everything(run_job: Callable[..., Any]) -> None:
-    keys = configs.flatten(presets.DIGITS)
+    keys = flatten(presets.DIGITS)
     assert keys.keys() >= cli.SHOWN_FIRST
     brief, whole = run_job("train", "digits", "--help"), run_job("train", "digits", "--help-all")
     assert (brief.returncode, whole.returncode) == (0, 0)

@@ -25,9 +25,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ddpm import config as configs
 from ddpm.build import build_net
-from ddpm.config import Config
+from ddpm.config import Config, from_json
 from ddpm.diffusion import schedules
 from ddpm.diffusion.objectives import Eps, Model, Objective, V
 from ddpm.diffusion.schedules import Schedule
@@ -190,7 +189,7 @@ NET: dict[str, Callable[[Config], Any]] = {"lucidrains": lucidrains_net, "diffus
 
 def read_config(folder: Path) -> Config:
     """Our config, of which the peers have the size of the net."""
-    return configs.from_json((folder / CONFIG).read_text(), where=str(folder / CONFIG))
+    return from_json((folder / CONFIG).read_text(), where=str(folder / CONFIG))
 
 
 if __name__ == "__main__":

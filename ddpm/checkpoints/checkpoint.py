@@ -22,9 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ddpm import config as configs
 from ddpm.build import build_net
-from ddpm.config import Config
+from ddpm.config import Config, differences, flatten, from_json
 from ddpm.diffusion import schedules
 from ddpm.utils import files, strict_json
 from ddpm.utils.errors import UserError
@@ -160,7 +159,7 @@ def position(folder: Path | None) -> int:
 def read_config(folder: Path) -> Config:
     """config.json of a checkpoint."""
     file = folder / "config.json"
-    return configs.from_json(read_bytes(file), where=str(file))
+    return from_json(read_bytes(file), where=str(file))
 
 
 def load_net(folder: Path, device: torch.device, *, ema: bool = True) -> tuple[nn.Module, Config]:
@@ -210,8 +209,8 @@ def check_same_net(saved: Config, now: Config, folder: Path) -> None:
 
 
 def _differences(saved: Config, now: Config, counts: Callable[[str], bool]) -> str:
-    before, after = configs.flatten(saved), configs.flatten(now)  # other nets, other keys
-    return configs.differences(before, after, lambda key: key in before and key in after and counts(key))
+    before, after = flatten(saved), flatten(now)  # other nets, other keys
+    return differences(before, after, lambda key: key in before and key in after and counts(key))
 
 
 def read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:

@@ -11,10 +11,9 @@ from functools import partial
 
 import numpy as np
 
-from ddpm import config as configs
 from ddpm.checkpoints import checkpoint, runs
 from ddpm.checkpoints.runs import Run
-from ddpm.config import Config
+from ddpm.config import Config, from_json
 from ddpm.evaluation.report import Report, nearest_pictures
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
@@ -124,7 +123,7 @@ def _run_in_folder(run: Run, reader: RunReader) -> ComparedRun:
         remark = f"{place.uri} has no checkpoint yet, which would name its settings and its MLflow experiment"
         return ComparedRun(run.name, run.key, place.uri, grids=_grids_in(place), remarks=[remark])
     card, committed = kept[-1].child("config.json"), int(kept[-1].path.rpartition(checkpoint.PREFIX)[2])
-    config = configs.from_json(card.read().decode(errors="replace"), card.uri)
+    config = from_json(card.read().decode(errors="replace"), card.uri)
     waiting, remarks = _undelivered(place.child(spool.FOLDER), committed)
     evaluations: list[Report] = []
     try:
@@ -160,7 +159,7 @@ def _recorded_run(run: RecordedRun, reader: RunReader) -> ComparedRun:
     evaluations, remarks = _evaluations(run)
     settings = run.params
     if "config.json" in run.files():
-        config = configs.from_json(run.read("config.json").decode(errors="replace"), "config.json in MLflow")
+        config = from_json(run.read("config.json").decode(errors="replace"), "config.json in MLflow")
         settings = _settings(config)
     return ComparedRun(
         run.name,

@@ -7,9 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ddpm import config as configs
 from ddpm.build import resolve_sample
-from ddpm.config import Config, ObjectiveConfig, SampleConfig, ScheduleConfig, UNetConfig
+from ddpm.config import Config, ObjectiveConfig, SampleConfig, ScheduleConfig, UNetConfig, from_json, to_json
 from ddpm.diffusion import schedules
 from ddpm.models.layers import EMBEDDED_TIMESTEPS, NORM_EPS
 from ddpm.utils.errors import UserError
@@ -144,7 +143,7 @@ def config_of(unet: Mapping[str, Any], scheduler: Mapping[str, Any], where: str)
         variance="learned" if variance == "learned" else "fixed",
     )
     config = Config(schedule=schedule, objective=objective, model=model, sample=sample)
-    config = configs.from_json(configs.to_json(config), where)  # which checks every type
+    config = from_json(to_json(config), where)  # which checks every type
     _check_same(f"{where}/unet", unet, unet_config(config))
     expected = scheduler_config(config)
     _check_same(f"{where}/scheduler", scheduler, expected | {"trained_betas": expected.get("trained_betas")})

@@ -31,11 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm import config as configs
 from ddpm.build import build_net
 from ddpm.checkpoints import checkpoint
 from ddpm.checkpoints.checkpoint import Snapshot
-from ddpm.config import Config
+from ddpm.config import Config, to_json
 from ddpm.diffusion.objectives import PROCESSES
 from ddpm.hub.diffusers_config import config_of, scheduler_config, unet_config, unet_of
 from ddpm.hub.diffusers_names import diffusers_names
@@ -103,7 +102,7 @@ def to_pt2(net: nn.Module, config: Config, out: Path) -> None:
     program = torch.export.export(plain, tuple(arguments), dynamic_shapes=dynamic)
     with _new_folder(out) as folder:
         torch.export.save(program, folder / "net.pt2")
-        (folder / "config.json").write_text(configs.to_json(config))
+        (folder / "config.json").write_text(to_json(config))
 
 
 def from_diffusers(source: Path, out: Path) -> Config:
@@ -133,7 +132,7 @@ def from_diffusers(source: Path, out: Path) -> Config:
     }
     tensors = {"net": weights, "ema": weights, "optimizer": {}}
     with _new_folder(out) as folder:
-        checkpoint.write(Snapshot(0, tensors, position, configs.to_json(config)), folder)
+        checkpoint.write(Snapshot(0, tensors, position, to_json(config)), folder)
     return config
 
 

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm import config as configs
 from ddpm.build import build_net, build_objective, build_sampler, resolve_sample
 from ddpm.cluster.worker_pool import WorkerPool
-from ddpm.config import Config
+from ddpm.config import Config, flatten
 from ddpm.data.manifest import read_manifest
 from ddpm.diffusion.inpainting import Known
 from ddpm.sampling import generate, writers
@@ -93,7 +92,7 @@ class SampleJob:
         config = replace(config, sample=resolve_sample(sample, config.objective))
         flat = {
             key: value
-            for key, value in configs.flatten(config).items()
+            for key, value in flatten(config).items()
             if key.startswith(_DECIDES) and key not in _DECIDES_NOT
         }
         asked = {"generator": GENERATOR, "weights": _sha256(self.weights), "label": self.label}

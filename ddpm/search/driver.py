@@ -9,7 +9,7 @@ import ray
 import torch
 from ray import tune
 
-from ddpm import config as configs
+from ddpm.config import override
 from ddpm.search.event_log import name_of
 from ddpm.search.runner import News, Spec, Trained, TrialRunner
 from ddpm.training import run_state
@@ -79,6 +79,6 @@ class Driver(tune.Trainable):
 
     def _begin(self, trial: dict[str, Any]) -> TrialRunner:
         spec, number = self._spec, trial["number"]
-        own = configs.override(spec.config, {**trial["changes"], "run.name": name_of(number)})
+        own = override(spec.config, {**trial["changes"], "run.name": name_of(number)})
         self._number = number
         return TrialRunner(own, spec, self._group, lambda news: self._news.put((number, news)))

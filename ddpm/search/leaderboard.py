@@ -15,8 +15,7 @@ import pyarrow.parquet as pq
 from rich import box
 from rich.table import Table
 
-from ddpm import config as configs
-from ddpm.config import Config
+from ddpm.config import Config, flatten, override
 from ddpm.diffusion import schedules
 from ddpm.evaluation import context, evaluate
 from ddpm.evaluation.ranking import Rank, paired_ranks, ranks
@@ -181,7 +180,7 @@ def best_config(found: Sequence[Row], base: Config) -> str | None:
     if not found or found[0].by_bits is None:
         return None
     nested: dict[str, Any] = {}
-    for key, value in configs.flatten(configs.override(base, found[0].trial.changes)).items():
+    for key, value in flatten(override(base, found[0].trial.changes)).items():
         group, name = key.split(".")
         if group not in ("run", "cluster") and key != "data.shards" and key not in OF_A_TRIAL:
             nested.setdefault(group, {})[name] = value
@@ -222,5 +221,5 @@ def bits_of(trial: Trial, place: Location, timeout_s: float = 0.0) -> tuple[floa
 
 def _leftover(base: Config, trial: Trial) -> float:
     """sqrt(D alpha_bar_T) of the trial's config."""
-    config = configs.override(base, trial.changes)
+    config = override(base, trial.changes)
     return float((config.model.num_dims * schedules.build(config.schedule).alpha_bar[-1]).sqrt())

@@ -3,9 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ddpm import config as configs
 from ddpm.checkpoints import runs
-from ddpm.config import Config
+from ddpm.config import Config, flatten, override
 from ddpm.data import builtin, ray_dataset
 from ddpm.data.reading import DataSet
 from ddpm.diffusion.objectives import PROCESSES
@@ -102,11 +101,11 @@ def settled(chosen: Arguments) -> Setup:
         "train.keep_checkpoints": -(-at[-1] // at[0]),
         "run.storage": place.uri,
     }
-    base = configs.override(config, schedule)
+    base = override(config, schedule)
     settings = {
         "config": {
             key: value
-            for key, value in configs.flatten(base).items()
+            for key, value in flatten(base).items()
             if not key.startswith(("run.", "cluster.", "sample."))
         },
         "space": found.as_json(),

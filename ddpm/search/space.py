@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpm import config as configs
-from ddpm.config import Config
+from ddpm.config import Config, flatten, override
 from ddpm.diffusion.schedules import SCHEDULES
 from ddpm.training import loop
 from ddpm.utils.errors import UserError
@@ -192,7 +191,7 @@ def parse(flags: Sequence[str], base: Config) -> Space:
         )
     for corner in space.corners():
         try:
-            loop.check(configs.override(base, corner))
+            loop.check(override(base, corner))
         except UserError as error:
             shown = ", ".join(f"{key} {value}" for key, value in corner.items())
             raise UserError(f"--space allows {shown}, but {error}") from None
@@ -200,7 +199,7 @@ def parse(flags: Sequence[str], base: Config) -> Space:
 
 
 def _domain(key: str, text: str, base: Config) -> Domain:
-    known = configs.flatten(base)
+    known = flatten(base)
     if key not in known:
         near = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
         hint = (
@@ -239,7 +238,7 @@ def _range(key: str, form: str, low: str, high: str, base: Config) -> Range:
     for end in ends:
         value = int(end) if is_int else end
         try:
-            configs.override(base, {key: value})
+            override(base, {key: value})
         except UserError as error:
             other = " (whole numbers: int or intlog)" if not is_int else ""
             raise UserError(f"{where}: {error}{other}") from None
@@ -258,9 +257,9 @@ def _value(key: str, word: str, base: Config) -> Any:
     error = None
     for reading in readings:
         try:
-            made = configs.override(base, {key: reading})
+            made = override(base, {key: reading})
         except UserError as why:
             error = error or why
             continue
-        return configs.flatten(made)[key]
+        return flatten(made)[key]
     raise UserError(f"--space {key}={word}: {error}")

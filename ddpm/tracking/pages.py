@@ -11,10 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ddpm import config as configs
 from ddpm import presets
 from ddpm.build import resolve_sample
-from ddpm.config import Config
+from ddpm.config import Config, flatten
 from ddpm.diffusion.objectives import PROCESSES
 from ddpm.diffusion.schedules import SCHEDULES
 
@@ -46,7 +45,7 @@ def params(config: Config) -> dict[str, Any]:
     is_ddpm, is_second_order = sample.sampler == "ddpm", sample.sampler in ("dpmpp_2m", "heun")
     schedule = {"kind", "num_timesteps", *SCHEDULES[config.schedule.kind][1]} if uses_time else set()
     has_effect = {
-        **{f"schedule.{name}": name in schedule for name in configs.flatten(config.schedule)},
+        **{f"schedule.{name}": name in schedule for name in flatten(config.schedule)},
         **dict.fromkeys(("objective.predict", "objective.weight", "objective.variance"), uses_time),
         "objective.min_snr_gamma": uses_time and objective.weight == "min_snr",
         "objective.label_dropout": has_labels,
@@ -60,7 +59,7 @@ def params(config: Config) -> dict[str, Any]:
     }
     return {
         key: value
-        for key, value in configs.flatten(config).items()
+        for key, value in flatten(config).items()
         if value is not None
         and has_effect.get(key, not key.startswith(NO_EFFECT) or key == "cluster.num_workers")
     }
@@ -71,7 +70,7 @@ def nearest_preset(config: Config) -> tuple[str, dict[str, Any]]:
     flat = params(config)
     changes = {
         name: {key: value for key, value in flat.items() if key != "data.shards" and value != known.get(key)}
-        for name, known in ((name, configs.flatten(preset)) for name, preset in presets.PRESETS.items())
+        for name, known in ((name, flatten(preset)) for name, preset in presets.PRESETS.items())
     }
     return min(changes.items(), key=lambda item: len(item[1]))
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ddpm import config as configs
 from ddpm.checkpoints import checkpoint, runs
+from ddpm.config import RunConfig, from_json
 from ddpm.storage.locations import Location
 from ddpm.tracking import metrics_buffer, pages, spool
 from ddpm.tracking.metrics_buffer import DamagedSegment
@@ -240,14 +240,14 @@ def kept(uri: str, experiment: str | None = None) -> Kept:
     with as_user_error(f"{run.location.uri} cannot be read"):
         if found := runs.checkpoints(run.location):
             card = found[-1].child("config.json")
-            config = configs.from_json(card.read().decode(errors="replace"), card.uri)
+            config = from_json(card.read().decode(errors="replace"), card.uri)
             committed = int(found[-1].path.rpartition(checkpoint.PREFIX)[2])
             finished, experiment = committed >= config.train.total_images, config.run.experiment
             params = pages.params(config)
         elif experiment is None:
             raise UserError(
                 f"{run.location.uri} has no checkpoint that would name the experiment; give it with --experiment (the "
-                f"--run.experiment of training, by default {configs.RunConfig.experiment})"
+                f"--run.experiment of training, by default {RunConfig.experiment})"
             )
         records = spool.count(buffer, committed)
     address = Address(tracking_uri(), experiment, run.name, run.key)

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddpm import config as configs
 from ddpm.build import build_net, build_objective, build_sampler
 from ddpm.checkpoints import checkpoint
-from ddpm.config import Config
+from ddpm.config import Config, from_json, to_json
 from ddpm.data.plan import check_batches, micro_batches_per_step
 from ddpm.data.reading import MicroBatch
 from ddpm.diffusion.generator import Generator
@@ -92,7 +91,7 @@ def train(config: Config, runtime: Runtime, tracker: Tracker) -> State:
 
 def check(config: Config) -> None:
     """Raise UserError for what would stop the run on its first step, before anything is started."""
-    configs.from_json(configs.to_json(config), "the command line")  # as the checkpoints will be read
+    from_json(to_json(config), "the command line")  # as the checkpoints will be read
     check_batches(config)
     most, grain = config.train.forward_images, config.train.micro_batch_size
     if most is not None and (most < grain or most % grain):

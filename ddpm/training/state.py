@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm import config as configs
 from ddpm.build import build_net
 from ddpm.checkpoints import checkpoint
 from ddpm.checkpoints.checkpoint import Snapshot
-from ddpm.config import Config
+from ddpm.config import Config, to_json
 from ddpm.models.ema import EMA
 from ddpm.utils.errors import UserError
 from ddpm.utils.seeding import GENERATOR
@@ -118,7 +117,7 @@ class State:
             "optimizer": self.optimizer_tensors() if self.step > self.skipped_steps else {},
         }
         copies = {file: {name: _copy(t) for name, t in part.items()} for file, part in tensors.items()}
-        return Snapshot(self.images_seen, copies, {**extra, **position}, configs.to_json(config))
+        return Snapshot(self.images_seen, copies, {**extra, **position}, to_json(config))
 
     def restore(self, folder: Path, config: Config) -> None:
         """Take over the checkpoint in `folder`.

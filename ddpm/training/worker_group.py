@@ -23,10 +23,9 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from ddpm import config as configs
 from ddpm.checkpoints.runs import Run
 from ddpm.cluster import ray_init, resources
-from ddpm.config import Config
+from ddpm.config import Config, to_json
 from ddpm.data.reading import DataSet
 from ddpm.tracking.metrics_buffer import DataSetInput
 from ddpm.training import loop, run_state
@@ -176,7 +175,7 @@ def _run_one(
     buffer = SharedBuffer(state)
     buffer.tags({**tags, "hardware": hardware()})
     buffer.data_set(_data_set_input(config, data_set))
-    buffer.artifact("config.json", configs.to_json(config).encode())
+    buffer.artifact("config.json", to_json(config).encode())
     runtime = RayRuntime(config, data_set, run, state, buffer, spec["folder"])
     images_seen = -1
     try:

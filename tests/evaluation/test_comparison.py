@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 from support.reported import drawn, made, near, result
 
-from ddpm import config as configs
 from ddpm.checkpoints import runs
+from ddpm.config import flatten, from_json, override, to_json
 from ddpm.evaluation import comparison, comparison_page
 from ddpm.evaluation.compared_run import GIF, RATE, ComparedRun, Point, read
 from ddpm.evaluation.comparison import Cell, Ranking, results_alike
@@ -47,12 +47,12 @@ def grid(level: int) -> np.ndarray:
 def make_run(storage: str, name: str, level: int = 0, **changes: Any) -> tuple[str, str]:
     """A run's folder as training leaves it while MLflow is away; returns its URI and its run key."""
     run = runs.open_run(name, storage)
-    config = configs.override(DIGITS, {"run.experiment": EXPERIMENT, "run.name": name, **changes})
+    config = override(DIGITS, {"run.experiment": EXPERIMENT, "run.name": name, **changes})
     kept = run.location.child(f"checkpoint-{STEPS[-1]:012d}")
-    kept.child("config.json").write(configs.to_json(config).encode())
+    kept.child("config.json").write(to_json(config).encode())
     kept.child("checksums.json").write(b"{}")
     buffer = MetricsBuffer()
-    buffer.artifact("config.json", configs.to_json(config).encode())
+    buffer.artifact("config.json", to_json(config).encode())
     for i, at in enumerate(STEPS):
         values = {"train/loss": 1 / (i + 1 + level), RATE: 100.0, "held_out/loss": 0.5 - i / 10, "other": 1.0}
         buffer.metrics(values, at)
@@ -71,7 +71,7 @@ def deliver(uri: str, key: str) -> str:
     """Deliver the run's spool to MLflow; returns its id there."""
     run = runs.existing_run(uri)
     card = run.location.child(f"checkpoint-{STEPS[-1]:012d}").child("config.json")
-    params = configs.flatten(configs.from_json(card.read().decode()))
+    params = flatten(from_json(card.read().decode()))
     uploader = Uploader(
         Address(tracking_uri(), EXPERIMENT, run.name, key), params, run.location.child("tracking")
     )

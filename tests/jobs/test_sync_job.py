@@ -12,10 +12,9 @@ from mlflow import MlflowClient
 from support import servers
 from support.tracked import assert_once, deliver, names_in, put, run_of
 
-from ddpm import config as configs
 from ddpm.checkpoints import checkpoint, runs
 from ddpm.checkpoints.runs import Run
-from ddpm.config import Config, override
+from ddpm.config import Config, override, to_json
 from ddpm.tracking import spool
 from ddpm.tracking.mlflow_runs import Address
 
@@ -24,7 +23,7 @@ CONFIG = override(Config(), {"run.experiment": "tracked", "train.total_images": 
 
 def write_checkpoint(run: Run, images_seen: int, config: Config = CONFIG) -> None:
     folder = run.location.child(checkpoint.name_at(images_seen))
-    folder.child("config.json").write(configs.to_json(config).encode())
+    folder.child("config.json").write(to_json(config).encode())
     folder.child("checksums.json").write(b"{}")
 
 

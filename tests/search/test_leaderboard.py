@@ -12,8 +12,7 @@ from mlflow import MlflowClient
 from support.tracked import run_of
 from torch import Tensor
 
-from ddpm import config as configs
-from ddpm.config import Config
+from ddpm.config import Config, merged, override
 from ddpm.diffusion import process, samplers, schedules
 from ddpm.diffusion.objectives import Denoised
 from ddpm.presets import DIGITS
@@ -31,7 +30,7 @@ LINEAR = {
     "schedule.num_timesteps": 200,
     "optim.lr": 3e-3,
 }
-BASE = configs.override(
+BASE = override(
     DIGITS, {"train.total_images": 128, "train.keep_checkpoints": 9, "run.experiment": "searches"}
 )
 
@@ -99,7 +98,7 @@ def test_the_schedule_of_ho_et_al_is_flagged_for_large_images(
     place: Location, image_size: int, channels: int, leftover: float, is_flagged: bool
 ) -> None:
     changes = {"model.image_size": image_size, "model.channels": channels, "schedule.kind": "linear"}
-    base = configs.override(BASE, {**changes, "schedule.num_timesteps": 1000})
+    base = override(BASE, {**changes, "schedule.num_timesteps": 1000})
     (found,) = the(place, make(place, [({"schedule.beta_end": 0.02}, "failed", {})]), base)
     assert found.leftover == pytest.approx(leftover, abs=0.005) and found.is_flagged == is_flagged
 
@@ -141,7 +140,7 @@ def test_the_table_says_the_same_everywhere(place: Location, events: EventLog, t
 def test_the_best_config_is_one_to_train_with(place: Location, events: EventLog) -> None:
     text = leaderboard.best_config(the(place, events), BASE)
     assert text is not None
-    found = configs.merged(DIGITS, text, "best.json")
+    found = merged(DIGITS, text, "best.json")
     assert (found.schedule.kind, found.schedule.beta_end, found.optim.lr) == ("linear", 0.005, 3e-3)
     assert found.train.total_images == 128
     assert (found.run, found.cluster, found.data.shards) == (DIGITS.run, DIGITS.cluster, None)

@@ -15,7 +15,7 @@ from support.processes import Job, paused
 from support.servers import RayHead
 from support.tracked import run_of
 
-from ddpm import config as configs
+from ddpm.config import merged
 from ddpm.presets import DIGITS
 from ddpm.search import publish
 from ddpm.search.event_log import EventLog, Trial
@@ -86,7 +86,7 @@ def test_a_search_that_was_interrupted_and_killed_ends_with_the_same_table(
     page = (place / "comparison.html").read_text()
     assert page.count('<figure class="grid">') == 2 and "trial-001" not in page  # which was never judged
     assert "compared image by image" in page and "train/loss over images seen" in page
-    best = configs.merged(DIGITS, (place / "best.json").read_text(), "best.json")
+    best = merged(DIGITS, (place / "best.json").read_text(), "best.json")
     assert (best.schedule.kind, best.optim.lr, best.train.total_images) == ("cosine", 2e-3, 1920)
     check_mlflow(place)
 

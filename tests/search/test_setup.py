@@ -9,8 +9,8 @@ import pytest
 import search
 from space import DEFAULT
 
-from ddpm import config as configs
 from ddpm.cluster import ray_init, resources
+from ddpm.config import override
 from ddpm.diffusion import schedules
 from ddpm.presets import DIGITS
 from ddpm.search import publish, setup
@@ -23,7 +23,7 @@ LR = ("optim.lr=log(1e-4,1e-2)",)
 def settled(**changes: Any) -> setup.Setup:
     changes = {"space": DEFAULT, **changes}
     flat = {key: changes.pop(key) for key in list(changes) if "." in key}
-    config = configs.override(DIGITS, {"train.total_images": 9 * 128, **flat})
+    config = override(DIGITS, {"train.total_images": 9 * 128, **flat})
     return setup.settled(replace(Arguments("digits", config), **changes))
 
 

@@ -7,7 +7,7 @@ import pytest
 from space import DEFAULT
 from support.processes import REPO
 
-from ddpm import config as configs
+from ddpm.config import override
 from ddpm.diffusion import schedules
 from ddpm.presets import DIGITS, PRESETS
 from ddpm.search import space
@@ -44,7 +44,7 @@ def test_random_trials_are_a_function_of_seed_and_number() -> None:
         assert set(point) == {
             flag.partition("=")[0] for flag in DEFAULT if kind in KINDS.get(flag.partition("=")[0], (kind,))
         }
-        loop.check(configs.override(DIGITS, point))
+        loop.check(override(DIGITS, point))
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -13,10 +13,9 @@ from support.processes import REPO
 from support.tiny import TINY_NET
 from support.tracked import address_at, deliver, outbox_in, run_of
 
-from ddpm import config as configs
 from ddpm import presets
 from ddpm.build import build_net, build_objective
-from ddpm.config import Config, override
+from ddpm.config import Config, flatten, override
 from ddpm.diffusion import schedules
 from ddpm.sampling import generate
 from ddpm.storage.locations import Location
@@ -41,7 +40,7 @@ DATA = DataSetInput("digits", "4f" * 16, "s3://bucket/digits", '{"images": 1500,
 def test_the_parameters_of_a_schedule_are_those_that_change_it(kind: str) -> None:
     config = override(Config(), {"schedule.kind": kind, "schedule.num_timesteps": 100})
     beta, found = schedules.build(config.schedule).beta, pages.params(config)
-    for name, value in configs.flatten(config.schedule).items():
+    for name, value in flatten(config.schedule).items():
         if isinstance(value, float):
             changed = override(config, {f"schedule.{name}": 0.9 * value}).schedule
             has_effect = not torch.equal(schedules.build(changed).beta, beta)
