@@ -19,7 +19,7 @@ from support.servers import RayHead, RayNode
 
 pytestmark = pytest.mark.slow
 
-WORKER = "ray::RayTrainWorker"
+WORKER, WATCHER = "ray::RayTrainWorker", "ray::PreemptionWatcher"
 # A node of two CPUs has room for one worker, and then none for a data task, which takes one.
 WORKER_CPUS = ("--cluster.cpus-per-worker", "1.5", "--run.shared-storage")
 
@@ -52,14 +52,16 @@ def test_a_node_is_taken_away_and_two_are_lost(
     that is no failure. Then the node of a worker is lost, and with it the blocks that it has read ahead for the
     workers; then that of the data tasks."""
     data, first, second = [add(nodes, head, num_cpus) for num_cpus in (1, 2, 2)]
+    pids = [head.process.pid, data.pid, first.pid, second.pid]
     env = {"RAY_ADDRESS": head.address, "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.2"}
     with run.start(*WORKER_CPUS, env=env) as job:
         job.wait_for(run.past(0))
         (worker,) = processes.members(second.pid, WORKER)
         with processes.paused([worker]):
             third = add(nodes, head, 2)
+            job.wait_for(lambda: any(processes.members(pid, WATCHER) for pid in pids))
             head.drain(second.node_id, within_s=60)
-            time.sleep(1)  # Ray's watcher looks meanwhile
+            time.sleep(1)  # the watcher looks meanwhile
         job.wait_for(lambda: "going on elsewhere" in job.output)
         job.wait_for(run.past(run.position()))
         assert "failed" not in job.output
