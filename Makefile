@@ -33,7 +33,7 @@ OLDEST_RAY_FOLDER := $(VENV)/ray-$(OLDEST_RAY)
 ON_OLDEST_RAY = PYTHONPATH='$(CURDIR)/$(OLDEST_RAY_FOLDER)$(PYTHONPATH:%=:%)' $(BIN)/python
 test-oldest-ray: $(OLDEST_RAY_FOLDER)/installed
 	$(ON_OLDEST_RAY) -c 'import ray; print(ray.__file__); assert f"{ray.__version__}.".startswith("$(OLDEST_RAY).")'
-	$(ON_OLDEST_RAY) -m pytest -m oldest_ray --numprocesses 2 --dist worksteal --durations 10
+	$(ON_OLDEST_RAY) -m pytest -m oldest_ray --numprocesses 2 --dist load --durations 10
 
 gpu: $(VENV)/installed-test
 	$(BIN)/python -m pytest tests/gpu

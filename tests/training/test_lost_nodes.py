@@ -1,7 +1,7 @@
 """Nodes come and go: two workers on two nodes, data tasks on a third, of one cluster on this machine.
 
 A node is removed as if its plug were pulled. What the run ends with is compared with a run that nothing happened
-to (tests/training/faults.py).
+to (tests/support/faulted.py).
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from support import processes
@@ -24,24 +25,26 @@ WORKER, WATCHER = "ray::RayTrainWorker", "ray::PreemptionWatcher"
 WORKER_CPUS = ("--cluster.cpus-per-worker", "1.5", "--run.shared-storage")
 
 
-@pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
-    """Only a driver runs here."""
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[RayHead]:
+    """Only a driver runs here. Each test has its own, so that none waits until the nodes of another are forgotten."""
     lines = (REPO / "infra" / "ray-head.env").read_text().splitlines()
     settings = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
-    with RayHead(tmp_path_factory.mktemp("ray"), num_cpus=0, env=settings) as head:
+    with RayHead(tmp_path / "ray", num_cpus=0, env=settings) as head:
         yield head
 
 
 @pytest.fixture
 def nodes(head: RayHead) -> Iterator[ExitStack]:
-    """Nodes entered here are removed at the end."""
+    """The nodes of a test, which are killed at its end."""
     with ExitStack() as stack:
         yield stack
 
 
 def add(nodes: ExitStack, head: RayHead, num_cpus: int) -> RayNode:
-    return nodes.enter_context(head.add_node(num_cpus))
+    node = head.add_node(num_cpus)
+    nodes.callback(node.kill)
+    return node
 
 
 @pytest.mark.oldest_ray
