@@ -7,7 +7,7 @@ state of ASHA (Ray 2.60).
     search.json    {"format": "ddpm-search/1", "search_key": ..., "settings": {...}, "events": [...]}
 
     {"event": "begun", "trial": 3, "changes": {"optim.lr": 1e-3}}
-    {"event": "judged", "trial": 3, "images_seen": 6400, "bits_per_dim": 2.1, ..., "should_continue": true}
+    {"event": "judged", "trial": 3, "images_seen": 6400, "bits_per_dim": 2.1, ..., "goes_on": true}
     {"event": "ended", "trial": 3, "status": "stopped", "reason": "", "wall_s": 70.1, "training_s": 64.2}
     {"event": "drawn", "trial": 3, "name": "KID-classifier", "value": 0.01, "error": 0.002, ...}
 
@@ -167,7 +167,7 @@ class EventLog:
                 case "begun":
                     found[number] = Trial(number, what["changes"])
                 case "judged":
-                    what.pop("should_continue")
+                    what.pop("goes_on")
                     rungs = (*found[number].rungs, Rung(**what))
                     found[number] = dataclasses.replace(found[number], rungs=rungs)
                 case "ended":

@@ -116,7 +116,7 @@ class TrialManager:
         should_continue = self._earlier_answer(number, rung.images_seen)
         if should_continue is None:
             should_continue = self._consult(number, rung)
-            self._events.add("judged", number, **dataclasses.asdict(rung), should_continue=should_continue)
+            self._events.add("judged", number, **dataclasses.asdict(rung), goes_on=should_continue)
             self._news(f"{name_of(number)} after {rung.images_seen:,} images: {rung.shown} bits/dim")
         if not should_continue:
             self._end(number, "finished" if rung.images_seen >= self._total_images else "stopped", "")
@@ -143,7 +143,7 @@ class TrialManager:
         """The earlier answer for a rung; None: there is none."""
         for event in self._events.events:
             if (event["event"], event["trial"], event.get("images_seen")) == ("judged", number, images_seen):
-                return bool(event["should_continue"])
+                return bool(event["goes_on"])
         return None
 
     def _consult(self, number: int, rung: Rung) -> bool:

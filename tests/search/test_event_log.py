@@ -19,7 +19,7 @@ def events(folder: Path, **changes: Any) -> EventLog:
 
 def judged(events: EventLog, trial: int, images_seen: int, bits: float) -> None:
     rung = vars(Rung(images_seen, bits, 0.1, 0.5, 0.4, 9.0))
-    events.add("judged", trial, **rung, should_continue=True)
+    events.add("judged", trial, **rung, goes_on=True)
 
 
 def test_what_is_noted_is_there_again(tmp_path: Path) -> None:

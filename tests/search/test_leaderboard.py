@@ -50,7 +50,7 @@ def make(place: Location, trials: list[tuple[dict[str, Any], str, dict[int, Any]
             judged = Judged(at, tuple(mean + image - image.mean()), 0.5, 0.9 - mean / 10)
             file = place.child(f"trial-{number:03d}").child(JUDGED).child(f"{at:012d}.json")
             file.write(judged.to_json().encode())
-            events.add("judged", number, **vars(judged.rung(8.0)), should_continue=at < 128)
+            events.add("judged", number, **vars(judged.rung(8.0)), goes_on=at < 128)
         reason = "it broke" if status == "failed" else ""
         events.add("ended", number, status=status, reason=reason, wall_s=10.0, training_s=8.0)
     return events

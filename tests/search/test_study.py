@@ -112,7 +112,7 @@ def test_it_looks_where_it_is_good_and_stops_what_is_not(undisturbed: list[dict[
         for event in undisturbed:
             if event.get("images_seen") == at:
                 good = not seen or event["bits_per_dim"] <= np.percentile(seen, 100 / 3)
-                assert event["should_continue"] == good, (at, event, seen)
+                assert event["goes_on"] == good, (at, event, seen)
                 seen.append(event["bits_per_dim"])
 
 
