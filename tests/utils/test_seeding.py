@@ -57,7 +57,7 @@ def test_two_images_that_were_once_the_same_differ() -> None:
     ids=["images", "micro-batches"],
 )
 def test_no_two_streams_are_alike(counters: object) -> None:
-    """Of so many that seeds of 32 bits would have about ten pairs."""
+    """Among 300,000 seeds of 32 bits about ten pairs would be equal."""
     first = np.empty((300_000, 64), np.float32)
     for i in range(len(first)):
         first[i] = PhiloxGenerator(*counters(i)).normal([64]).numpy()  # type: ignore[operator]
