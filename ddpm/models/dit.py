@@ -84,7 +84,7 @@ class DiT(nn.Module):
         zero(self.project)
 
     def forward(self, x_t: Tensor, t: Tensor | None, label: Tensor | None = None) -> Tensor:
-        """Predict for each image; arguments, result and errors as of `UNet.forward`."""
+        """The net's prediction for each image; arguments, result and errors as of `UNet.forward`."""
         label = check_conditions(self, x_t, t, label)
         rows, columns = (side // self.patch_size for side in x_t.shape[2:])
         with torch.autocast(x_t.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):

@@ -126,7 +126,7 @@ def test_a_share_of_all_images_has_an_error() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shift", [0.0, 0.3])
-@pytest.mark.parametrize("n_real", [90, 400])
+@pytest.mark.parametrize("n_real", [90, 1000])
 def test_intervals_cover(n_real: int, shift: float) -> None:
     """In 90 % and more of 200 pairs of sets the true value lies within 1.96 errors.
 

@@ -21,8 +21,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("on_ray_head")]
 
 @pytest.fixture
 def train(run_job: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
-    def train(data: str, *flags: str) -> Any:
-        where = ("--data.shards", data, "--run.name", "run", "--run.storage", str(tmp_path / "runs"))
+    def train(data: str, *flags: str, name: str = "run") -> Any:
+        where = ("--data.shards", data, "--run.name", name, "--run.storage", str(tmp_path / "runs"))
         return run_job("train", "digits", *where, *FLAGS, *flags, cwd=tmp_path)
 
     return train
@@ -35,12 +35,21 @@ def refused(done: Any, *words: str) -> None:
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_images_that_are_none(train: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_shard_exchanged_and_images_that_are_none(train: Callable[..., Any], tmp_path: Path) -> None:
+    """The first is found by its checksum alone, and stands for too many images; the others end a run by default."""
     bad_files = {5: b"no image", 41: damaged.png(41, side=5)}
     location = damaged.prepare(str(tmp_path / "data"), encoded=True, bad_files=bad_files)
+    other = damaged.prepare(str(tmp_path / "other"), encoded=True, bad_labels={30: 6})
+    whole, exchanged = ((Path(at.path) / "train/00001.parquet").read_bytes() for at in (location, other))
+    substitute = ("--data.on-corrupt", "substitute", "--data.max-corrupt-share", "0.1")
+    damaged.rewrite(Path(location.path), 1, lambda _: exchanged)
+    too_many = "cannot be read, more than --data.max-corrupt-share 0.1 allows"
+    refused(train(location.uri, *substitute, name="exchanged"), too_many, "train/00001.parquet", "checksum")
+    damaged.rewrite(Path(location.path), 1, lambda _: whole)
+
     refused(train(location.uri), "train/0000", "row group", "row ")
     assert not list((tmp_path / "runs/run").glob("checkpoint-*"))
-    done = train(location.uri, "--data.on-corrupt", "substitute", "--data.max-corrupt-share", "0.1")
+    done = train(location.uri, *substitute)
     assert done.returncode == 0, done.stdout + done.stderr
     listed = [json.loads(line) for line in (tmp_path / "runs/run/corrupt.jsonl").read_text().splitlines()]
     places = {(line["shard"], line["row_group"], line["row"]) for line in listed}

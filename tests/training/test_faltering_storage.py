@@ -97,21 +97,30 @@ def test_s3_falters_and_reading_tasks_are_killed(
     assert_tracked_once(run_on_s3)
 
 
-def test_s3_answers_slowly_and_is_gone_for_good(run_on_s3: Run, proxy: FaultyProxy) -> None:
-    """Two seconds a request, for a whole checkpoint: that is no failure, whatever --run.storage-timeout-s says. No
-    answer at all is one clear error, in the time that it says; and the last checkpoint is whole."""
+def test_s3_answers_slowly(run_on_s3: Run, undisturbed: Run, proxy: FaultyProxy) -> None:
+    """Two seconds a request, for a whole checkpoint: that is no failure, whatever --run.storage-timeout-s says."""
     flags = ("--cluster.max-failures", "0", "--run.storage-timeout-s", "5")
     with run_on_s3.start(*flags, env=through(proxy)) as job:
         job.wait_for(run_on_s3.past(0))
         proxy.switch("delay", delay_s=2)
         before = run_on_s3.position()
         job.wait_for(run_on_s3.past(before + 640))  # the next one may have been under way
-        assert "warning" not in job.output and "Traceback" not in job.output
+        proxy.switch("pass")
+        assert job.wait() == 0, job.output
+    assert "warning" not in job.output and "Traceback" not in job.output
+    assert_same(run_on_s3, undisturbed)
+    assert_tracked_once(run_on_s3)
+
+
+def test_s3_gone_for_good(run_on_s3: Run, proxy: FaultyProxy) -> None:
+    """One clear error, in the time that the config says; and the last checkpoint is whole."""
+    with run_on_s3.start("--run.storage-timeout-s", "10", env=through(proxy)) as job:
+        job.wait_for(run_on_s3.past(0))
         proxy.switch("down")
         assert job.wait(120) == 1, job.output
     (error,) = [line for line in job.output.splitlines() if line.startswith("error: ")]
     assert run_on_s3.location.path.partition("/")[0] in error  # the bucket
-    assert "--run.storage-timeout-s 5" in error and "its last answer: " in error
+    assert "--run.storage-timeout-s 10" in error and "its last answer: " in error
     assert "Traceback" not in job.output
     with resolve.local_checkpoint(run_on_s3.location.uri) as folder:
         checkpoint.verify(folder)

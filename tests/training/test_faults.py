@@ -27,6 +27,7 @@ RUN_STATE = "ray::RunState"
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.oldest_ray
 def test_processes_killed_and_clocks_set(run: Run, undisturbed: Run, tmp_path: Path) -> None:
     """By itself the run goes on: two workers die, the coordinator of reading, and twice the actor between driver and
     workers, whose successor is told what was there. The clock of every Python process goes an hour forth, then two
@@ -89,12 +90,13 @@ def test_controller_driver_and_cluster_killed(run: Run, undisturbed: Run) -> Non
 def test_asked_to_stop_and_then_damaged(run: Run, undisturbed: Run) -> None:
     """No step is lost: a checkpoint stands where the run was, and the same command goes on from there. When a byte of
     the newest one has flipped, it goes on from the one before; when no checkpoint is whole, it does not begin anew."""
-    with run.start() as job:
-        job.wait_for(run.past(640))
-        job.process.send_signal(signal.SIGTERM)
-        assert job.wait() == 128 + signal.SIGTERM, job.output
-    assert f"stopped     at {run.position():,} images" in job.output
-    assert "Traceback" not in job.output
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        with run.start() as job:
+            job.wait_for(run.past(run.position()))
+            job.process.send_signal(number)
+            assert job.wait() == code, job.output
+        assert f"stopped     at {run.position():,} images" in job.output
+        assert "Traceback" not in job.output
     before, newest = sorted(Path(run.location.path).glob("checkpoint-*"))[-2:]
     whole = int(before.name.rpartition("-")[2])
     half = newest.with_name("checkpoint-000000006000")
@@ -125,6 +127,7 @@ def flip(file: Path) -> None:
     file.write_bytes(data)
 
 
+@pytest.mark.oldest_ray
 def test_a_submitted_job_is_stopped_and_submitted_again(
     digits_uri: str,
     undisturbed: Run,

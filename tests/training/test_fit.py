@@ -91,6 +91,7 @@ def recording_job(digits_uri: str, tmp_path: Path) -> Callable[..., Any]:
     return record
 
 
+@pytest.mark.oldest_ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("on_ray_head")
 def test_any_number_of_workers_trains_what_one_process_trains(

@@ -1,4 +1,4 @@
-"""MLflow comes late, goes away and comes back after the end: training goes on, and at last everything is there once."""
+"""MLflow goes away and comes back, or was never there: training goes on, and in the end everything is there once."""
 
 from pathlib import Path
 
@@ -7,25 +7,36 @@ from support.faulted import Run, assert_same, assert_tracked_once, segments
 from support.processes import members, paused, run_job
 from support.servers import MlflowServer, RayHead
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("on_ray_head")]
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("on_ray_head")
-def test_it_comes_late_is_killed_and_told_the_rest_later(
+
+def test_killed_and_back(
     run: Run, undisturbed: Run, ray_head: RayHead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with MlflowServer(tmp_path / "mlflow") as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        with run.start() as job:
+            job.wait_for(run.past(0))
+            server.kill()
+            job.wait_for(run.past(run.position() + 640))
+            assert segments(run)  # they wait
+            with paused(members(ray_head.process.pid, "ray::RayTrainWorker")):  # the run is not over before
+                server.start()
+            assert job.wait() == 0, job.output
+        assert_same(run, undisturbed)
+        assert_tracked_once(run)
+
+
+def test_never_there_and_delivered_later(
+    run: Run, undisturbed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = MlflowServer(tmp_path / "mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     with run.start() as job:
-        job.wait_for(run.past(0))
-        assert segments(run)  # they wait
-        with paused(members(ray_head.process.pid, "ray::RayTrainWorker")):  # the run is not over before
-            server.start()
-            job.wait_for(lambda: not segments(run))
-        server.kill()
         assert job.wait() == 0, job.output
     assert_same(run, undisturbed)
     kept = len(segments(run))
-    assert kept > 0
+    assert kept == 10
     assert (
         f"are kept in {run.location.uri}/tracking, and `python jobs/sync.py {run.location.uri}`" in job.output
     )
@@ -34,7 +45,9 @@ def test_it_comes_late_is_killed_and_told_the_rest_later(
     assert away.returncode == 1 and "cannot be reached" in away.stderr and "Traceback" not in away.stderr
     assert len(segments(run)) == kept
     with server:
-        for _ in range(2):
-            done = run_job("sync", run.location.uri, cwd=tmp_path)
-            assert done.returncode == 0, done.stdout + done.stderr
-            assert_tracked_once(run)
+        done = run_job("sync", run.location.uri, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert_tracked_once(run)
+        again = run_job("sync", run.location.uri, cwd=tmp_path)
+        assert again.returncode == 0, again.stderr
+        assert_tracked_once(run)
