@@ -1,4 +1,4 @@
-"""Fixtures: real servers, a browser, jobs; and what keeps tests apart from each other and from the user."""
+"""Fixtures: real servers, a browser, jobs; and the isolation of tests from each other and from the user."""
 
 import contextlib
 import os
@@ -26,24 +26,24 @@ CHROMIUM_FLAGS = [
     "--disable-sync",
 ]
 ENV = {
-    # Several test processes, each with workers of its own, share the machine.
+    # Several test processes share the machine, each with its own workers.
     "OMP_NUM_THREADS": "1",
-    # A thread that waits for its like leaves its core to others meanwhile.
+    # An OpenMP thread that waits for others leaves its core free.
     "OMP_WAIT_POLICY": "passive",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Ray Train's controller looks after its workers five times a second, not every two seconds.
+    # Ray Train's controller polls its workers five times a second instead of every two seconds.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    # A process that crashes says where.
+    # A process that crashes prints a traceback.
     "PYTHONFAULTHANDLER": "1",
 }
 RAY_FOLDER = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)
 
 
 def pytest_configure() -> None:
-    """Before torch and ray are imported: both read some of it at import."""
+    """Set the environment before torch and ray are imported: both read some of it at import."""
     os.environ.update(ENV)
-    # Clusters of other tests, and of the user, are not found. Short: the sockets in it take 107 characters at most.
+    # Clusters of other tests and of the user must not be found. Short: socket paths have at most 107 characters.
     os.environ["RAY_TMPDIR"] = RAY_FOLDER.name
     for name in (
         "RAY_ADDRESS",
@@ -70,7 +70,7 @@ def pytest_make_collect_report() -> Any:
 
 
 def _without_skips(report: Any) -> Any:
-    """In CI everything is installed, so a skipped test is a test that was lost: it fails."""
+    """Turn skips into failures in CI, where everything is installed and no test may be skipped."""
     if os.environ.get("CI") == "true" and report.skipped and not hasattr(report, "wasxfail"):
         reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr
         report.outcome, report.longrepr = "failed", f"no test may be skipped in CI. {reason}"
@@ -81,9 +81,9 @@ def _without_skips(report: Any) -> Any:
 def own_folder(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A test writes to a folder of its own: relative paths, runs, and what it logs to MLflow."""
+    """Each test runs in its own folder: relative paths and runs; all tests log to one local MLflow database."""
     monkeypatch.chdir(tmp_path)
-    # One database for all tests, since making one takes seconds.
+    # One database for all tests, since creating one takes seconds.
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.getbasetemp() / 'mlflow.db'}")
 
 
@@ -95,17 +95,19 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.S3Se
 
 @pytest.fixture
 def s3_bucket(s3_server: servers.S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The URI of a bucket that exists for one test; the environment leads boto3 and pyarrow to it."""
+    """The URI of a bucket that exists for one test; the environment points boto3 and pyarrow to its server."""
     import boto3
 
     for name, value in s3_server.client_env.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it remembers the first credentials it saw
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it caches the first credentials it sees
     client = boto3.client("s3")
     bucket = f"test-{uuid.uuid4().hex[:12]}"
     client.create_bucket(Bucket=bucket)
     yield f"s3://{bucket}"
-    client.delete_bucket(Bucket=bucket)  # with all that is in it, which S3 itself would refuse
+    client.delete_bucket(
+        Bucket=bucket
+    )  # with its objects; real S3 refuses to delete a bucket that is not empty
     client.close()
 
 
@@ -118,7 +120,7 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[guarded.PostgresServer]:
-    """A PostgreSQL server. Its folder is not pytest's, which root's user postgres could not enter."""
+    """A PostgreSQL server. Its folder is outside pytest's: as root, it runs as postgres, who cannot enter that."""
     try:
         guarded.postgres_program("postgres")
     except FileNotFoundError as missing:
@@ -133,7 +135,7 @@ def postgres() -> Iterator[guarded.PostgresServer]:
 def guarded_mlflow(
     postgres: guarded.PostgresServer, s3_server: servers.S3Server, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[guarded.GuardedMlflowServer]:
-    """infra/mlflow/serve on PostgreSQL and the bucket mlflow; machines of a test reach it, too."""
+    """infra/mlflow/serve on PostgreSQL and the bucket mlflow; test hosts can reach it too."""
     import boto3
 
     with contextlib.closing(boto3.client("s3", **s3_server.client_options)) as client:
@@ -155,7 +157,7 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.RayHe
 
 @pytest.fixture(scope="session")
 def digits_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Real digits as shards."""
+    """URI of scikit-learn's digits as shards."""
     from support import faulted
 
     return faulted.write_digits(tmp_path_factory.mktemp("digits"))
@@ -165,7 +167,7 @@ def digits_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 def undisturbed(
     digits_uri: str, ray_head: servers.RayHead, tmp_path_factory: pytest.TempPathFactory
 ) -> "faulted.Run":
-    """A run of two workers that nothing happens to: one for all processes that test."""
+    """A finished run of two workers without any fault: one for all pytest processes."""
     from support import faulted
 
     folder = tmp_path_factory.getbasetemp()
@@ -185,8 +187,8 @@ def undisturbed(
 
 @pytest.fixture
 def on_ray_head(ray_head: servers.RayHead, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jobs of this test join a cluster that is there, which saves the start of one; they start no process that serves
-    the dashboard alone, or looks whether a node goes."""
+    """Jobs of this test join the running cluster instead of starting one; Ray Train's state tracking and preemption
+    watcher are off, which saves a process each."""
     monkeypatch.setenv("RAY_ADDRESS", ray_head.address)
     monkeypatch.setenv("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
     monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
@@ -194,14 +196,14 @@ def on_ray_head(ray_head: servers.RayHead, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture(scope="module")
 def ray_here() -> Iterator[None]:
-    """A Ray cluster on this machine, joined by this process; its workers find the modules of tests/."""
+    """A Ray cluster on this machine, joined by this process; its workers can import the modules of tests/."""
     import ray
 
     from ddpm.cluster.ray_init import connect
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(*processes.python_path(processes.REPO / "tests").popitem())
-        patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # as `connect` does, but taken back
+        patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # as `connect` does, but undone afterwards
         connect()
         yield
         ray.shutdown()
@@ -211,8 +213,8 @@ def ray_here() -> Iterator[None]:
 def browser() -> Iterator[Any]:
     """Headless Chromium, as Playwright's Browser.
 
-    Not for the whole session: as long as it lives, Playwright keeps an event loop running in this thread,
-    and asyncio.run() fails.
+    Module scope, not session scope: while it is open, Playwright runs an event loop in this thread, and asyncio.run()
+    fails.
     """
     from playwright.sync_api import sync_playwright
 

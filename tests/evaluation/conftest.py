@@ -1,4 +1,4 @@
-"""The real digits as a data set, and a cache of the test's own."""
+"""Fixtures: scikit-learn's digits as a data set, and a cache per test."""
 
 from pathlib import Path
 

@@ -29,7 +29,7 @@ def gpu() -> None:
 
 @pytest.fixture
 def config(digits_uri: str) -> Config:
-    """A net of some thousand weights, 8 steps of 32 images."""
+    """A config with a few thousand weights, 8 steps of 32 images."""
     return override(
         TINY_NET,
         {

@@ -1,4 +1,4 @@
-"""Hosts, and servers that they reach."""
+"""Fixtures: hosts, and servers that the hosts can reach."""
 
 import uuid
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from support import servers
 
 @pytest.fixture
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[making.Hosts]:
-    """An empty network."""
+    """A network without hosts."""
     if reason := making.missing():
         pytest.skip(reason)
     with making.Hosts(tmp_path_factory.mktemp("hosts")) as network:
@@ -21,9 +21,9 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[making.Hosts]:
 def s3_for_hosts(
     hosts: making.Hosts, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[servers.S3Server]:
-    """An S3 server with a bucket `lab` that the hosts reach; this process's environment leads to it, too.
+    """An S3 server with a bucket `lab` that the hosts can reach; this process's environment points to it too.
 
-    Its secret key is one that nothing says by chance.
+    Its secret key is random, so that it appears nowhere by chance.
     """
     import boto3
 
@@ -32,7 +32,7 @@ def s3_for_hosts(
     ) as server:
         for name, value in server.client_env.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it remembers the first credentials it saw
+        monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it caches the first credentials it sees
         client = boto3.client("s3")
         client.create_bucket(Bucket="lab")
         client.close()
@@ -43,7 +43,7 @@ def s3_for_hosts(
 def mlflow_for_hosts(
     hosts: making.Hosts, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[str]:
-    """The URI of an MLflow server that the hosts reach; this process's environment leads to it, too."""
+    """The URI of an MLflow server that the hosts can reach; this process's environment points to it too."""
     with servers.MlflowServer(tmp_path_factory.mktemp("mlflow"), host=hosts.gateway) as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
         yield server.uri
@@ -51,7 +51,7 @@ def mlflow_for_hosts(
 
 @pytest.fixture
 def announce(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
-    """Shows a line in the terminal, whether or not the test goes well: a figure that nothing is asserted of."""
+    """Returns a function that prints a line to the terminal even if the test passes, for figures."""
 
     def show(line: str) -> None:
         with capsys.disabled():

@@ -1,4 +1,4 @@
-"""Pieces of work for the worker pools of tests. Workers import this module by its name (see fetching.py)."""
+"""Functions that the worker pools of tests run. Workers import this module by its name (see fetching.py)."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from ddpm.utils.errors import UserError
 
 
 class Adder:
-    """Holds a number to add."""
+    """A worker's state: the number to add."""
 
     def __init__(self, number: Tensor, device: torch.device) -> None:
         self.number, self.device = int(number), device
@@ -21,8 +21,8 @@ class Adder:
         return self.number + piece
 
 
-def who(adder: Adder, piece: int) -> tuple[int, int, str]:
-    """The process, its torch threads, its device; after a time in which another worker would begin."""
+def worker_info(adder: Adder, piece: int) -> tuple[int, int, str]:
+    """Process ID, number of torch threads and device, after a pause long enough for another worker to take a piece."""
     time.sleep(0.3)
     return os.getpid(), torch.get_num_threads(), str(adder.device)
 
@@ -34,7 +34,7 @@ def refuse(adder: Adder, piece: int) -> int:
 
 
 def die_once(folder: Path, adder: Adder, piece: int) -> int:
-    """Piece 2 is its worker's death, the first time."""
+    """Add; the first time that piece 2 runs, it kills its worker."""
     mark = folder / "died"
     if piece == 2 and not mark.exists():
         mark.touch()
@@ -47,12 +47,12 @@ def die(adder: Adder, piece: int) -> int:
     return piece
 
 
-def make_nothing(device: torch.device) -> Adder:
+def fail_to_make(device: torch.device) -> Adder:
     raise UserError("nothing can be made of this")
 
 
-def spin(adder: Adder, piece: int) -> int:
-    """Piece 0 is done at once, every other takes minutes."""
+def run_slowly(adder: Adder, piece: int) -> int:
+    """Return at once for piece 0, and after minutes for every other piece."""
     for _ in range(piece and 20_000):
         time.sleep(0.01)
     return piece

@@ -1,7 +1,7 @@
-"""As much of AWS as launching a cluster takes: moto's EC2 and IAM, and the metadata service that machines ask for keys.
+"""The parts of AWS that launching a cluster needs: moto's EC2 and IAM, and an instance metadata service.
 
-moto itself starts no machines, is never out of any, and knows no metadata service that insists on tokens: a front
-before it refuses spot machines of the kinds that it is told to, writes down what was asked for, and hands out keys.
+moto starts no machines, never runs out of capacity, and has no metadata service that requires tokens. A front end
+before it refuses spot instances of the types in `no_spot`, records what was requested, and serves credentials.
 """
 
 import json
@@ -28,7 +28,7 @@ METADATA_TOKEN = "x-aws-ec2-metadata-token"
 
 
 class AwsServer(Server):
-    """AWS as moto plays it: EC2, IAM, CloudFormation; its S3 checks no signature. `client_env` is what clients need."""
+    """moto's server: EC2, IAM, CloudFormation; its S3 checks no signatures. `client_env` is what clients need."""
 
     def __init__(self, folder: Path, host: str = LOOPBACK) -> None:
         (port,) = free_ports(1)
@@ -51,7 +51,7 @@ class AwsServer(Server):
         super().__init__("moto", command, f"{self.endpoint}/moto-api/data.json", folder)
 
     def check_permissions(self, checked: bool) -> None:
-        """Whether from now on calls need an IAM policy that allows them."""
+        """Turn IAM authorization of all later calls on or off."""
         request = urllib.request.Request(
             f"{self.endpoint}/moto-api/reset-auth",
             data=b"0" if checked else b"inf",
@@ -62,20 +62,20 @@ class AwsServer(Server):
 
 @dataclass(frozen=True)
 class Launch:
-    """What RunInstances was asked for."""
+    """The parameters of one RunInstances request."""
 
     instance_type: str
     spot: bool
 
 
 class Cloud:
-    """A moto server behind its front, until the context ends.
+    """A moto server behind the front end; a context manager.
 
     Args:
-        folder: of moto's log.
+        folder: where moto's log is written.
         host: the address they listen on.
-        keys: (access key, secret key) that a machine is given for its role.
-        no_spot: beginnings of the instance types of which there is never a spot machine.
+        keys: (access key, secret key) that the metadata service gives to an instance.
+        no_spot: prefixes of the instance types that have no spot capacity.
     """
 
     def __init__(self, folder: Path, host: str, keys: tuple[str, str], no_spot: tuple[str, ...] = ()) -> None:
@@ -84,7 +84,7 @@ class Cloud:
         self.endpoint = f"http://{host}:{self._front.server_port}"
         self.keys, self.no_spot = keys, no_spot
         self.launches: list[Launch] = []
-        """What was asked for, in order, also in vain."""
+        """All RunInstances requests in order, including refused ones."""
 
     def __enter__(self) -> Self:
         self._moto.start()
@@ -105,13 +105,13 @@ class Cloud:
         return boto3.client(service, region_name=REGION, endpoint_url=self.endpoint, **keys)
 
     def machines(self) -> list[dict[str, Any]]:
-        """All instances of Ray clusters that ever were, as DescribeInstances tells."""
+        """All instances of Ray clusters, terminated ones included, as DescribeInstances returns them."""
         ours = [{"Name": "tag-key", "Values": ["ray-cluster-name"]}]
         reservations = self.client("ec2").describe_instances(Filters=ours)["Reservations"]
         return [instance for reservation in reservations for instance in reservation["Instances"]]
 
     def answer(self, method: str, path: str, headers: dict[str, str], body: bytes) -> tuple[int, bytes, str]:
-        """(status, body, content type) of the answer to a request."""
+        """Answer a request; returns (status, body, content type)."""
         if path.startswith("/latest/"):
             return self._metadata(method, path, headers)
         asked = urllib.parse.parse_qs(body.decode(errors="replace"))
@@ -130,14 +130,14 @@ class Cloud:
             return error.code, error.read(), error.headers.get("Content-Type", "text/xml")
 
     def _metadata(self, method: str, path: str, headers: dict[str, str]) -> tuple[int, bytes, str]:
-        """Version 2 alone, as HttpTokens: required has it."""
+        """The metadata service, version 2 only, as with HttpTokens: required."""
         if (method, path) == ("PUT", "/latest/api/token"):
             return 200, b"a-token", "text/plain"
         if headers.get(METADATA_TOKEN) != "a-token":
             return 401, b"", "text/plain"
         match (
             path.removeprefix("/latest/meta-data/").rstrip("/").split("/")
-        ):  # C++ asks without the last slash
+        ):  # Ray's C++ client leaves out the trailing slash
             case ["placement", "availability-zone"]:
                 return 200, f"{REGION}a".encode(), "text/plain"
             case ["iam", "security-credentials"]:
@@ -155,10 +155,10 @@ class Cloud:
 
 
 def make_stack(client: Callable[[str], Any], vpc: str, subnets: list[str]) -> dict[str, str]:
-    """Make the stack `ddpm` of infra/aws/stack.yaml in a network; returns its outputs.
+    """Create the stack `ddpm` from infra/aws/stack.yaml in a VPC; returns its outputs.
 
     Args:
-        client: of a service, as the account's owner.
+        client: returns a client of a service, with the account owner's permissions.
     """
     given = {"Vpc": vpc, "Subnets": ",".join(subnets), "SshFrom": "203.0.113.7/32"}
     cloudformation = client("cloudformation")

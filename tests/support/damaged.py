@@ -36,7 +36,7 @@ def prepare(
     bad_files: dict[int, bytes] | None = None,
     bad_labels: dict[int, int] | None = None,
 ) -> Location:
-    """Image i shows i everywhere, and has the label i mod 7; or what `bad_files` and `bad_labels` say."""
+    """Write a data set whose image i has pixel value i and label i mod 7, except for `bad_files` and `bad_labels`."""
     location = resolve(uri)
     labels = np.arange(NUM_IMAGES) % 7
     for i, label in (bad_labels or {}).items():
@@ -67,7 +67,7 @@ def opened(location: Location, timeout_s: float = 0.0) -> DataSet:
 
 
 def damage_row_group(root: Path, shard: int, row_group: int) -> None:
-    """Alter a pixel: the pages of this row group no longer fit their checksums; others are whole."""
+    """Change one byte of a row group, so that its checksum no longer matches; the other row groups stay intact."""
     path = root / f"train/{shard:05d}.parquet"
     column = pq.ParquetFile(path).metadata.row_group(row_group).column(0)
     data = bytearray(path.read_bytes())

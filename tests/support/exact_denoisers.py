@@ -1,4 +1,4 @@
-"""Denoisers that are exact for data so simple that everything about it is known, and one that is not."""
+"""Denoisers that are exact for simple data distributions, and one arbitrary denoiser."""
 
 import torch
 
@@ -6,8 +6,8 @@ from ddpm.diffusion import process
 from ddpm.diffusion.objectives import Denoised
 
 
-def from_x_0(schedule, predict):
-    """A denoiser out of x_0_hat = predict(x_t, alpha_bar[t])."""
+def denoiser_from_x_0(schedule, predict):
+    """Build a denoiser from a function x_0_hat = predict(x_t, alpha_bar[t])."""
 
     def denoise(x_t, t):
         x_0_hat = predict(x_t, schedule.alpha_bar[t].view(-1, 1, 1, 1).to(x_t.dtype))
@@ -23,22 +23,22 @@ def gaussian(schedule, mean, std):
         gain = alpha_bar.sqrt() * std**2 / (alpha_bar * std**2 + 1 - alpha_bar)
         return mean + gain * (x_t - alpha_bar.sqrt() * mean)
 
-    return from_x_0(schedule, predict)
+    return denoiser_from_x_0(schedule, predict)
 
 
 def finite(schedule, points):
-    """The exact denoiser of a finite data set [N, C, H, W]: its average, weighted by the posterior."""
+    """The exact denoiser of a finite data set [N, C, H, W]: the mean of its points, weighted by the posterior."""
 
     def predict(x_t, alpha_bar):
         distance = (x_t[:, None] - alpha_bar[:, None].sqrt() * points).square().flatten(2).sum(2)
         posterior = (-distance / (2 * (1 - alpha_bar.flatten(1)))).softmax(1)
         return torch.einsum("bn,nchw->bchw", posterior, points)
 
-    return from_x_0(schedule, predict)
+    return denoiser_from_x_0(schedule, predict)
 
 
-def a_net(schedule):
-    """Some eps_hat with large values, so that x_0_hat is clipped now and then."""
+def toy_denoiser(schedule):
+    """A denoiser with a made-up eps_hat, large enough that x_0_hat is sometimes clipped."""
 
     def denoise(x_t, t):
         eps_hat = 2 * torch.tanh(x_t.roll(1, 3) - 0.5 * x_t + t.view(-1, 1, 1, 1) / 50)

@@ -1,4 +1,4 @@
-"""A run of two workers that tests do harm to, and how its end is compared with an undisturbed one."""
+"""A run of two workers for fault-injection tests, and the comparison of its final state with an undisturbed run."""
 
 import json
 import os
@@ -29,7 +29,7 @@ FLAGS = f"""--data.window-rows 200 --data.horizontal-flip --schedule.num-timeste
 
 
 class Run:
-    """One logical run, however often its job is started.
+    """One training run; its job may be started several times.
 
     Args:
         name: of the run.
@@ -46,7 +46,7 @@ class Run:
         return processes.Job("train", *self.arguments, *flags, log=self._log, env=env)
 
     def position(self) -> int:
-        """Position of the newest checkpoint; 0: there is none."""
+        """Position of the newest checkpoint; 0 if there is none."""
         found = runs.checkpoints(self.location)
         return int(found[-1].path.rpartition("checkpoint-")[2]) if found else 0
 
@@ -54,7 +54,7 @@ class Run:
         return lambda: self.position() > position
 
     def tensors(self, total: int = TOTAL) -> dict[str, torch.Tensor]:
-        """Net, EMA and optimizer of the end of the run, after `total` images."""
+        """Tensors of net, EMA and optimizer in the last checkpoint, which must be at `total` images."""
         assert self.position() == total
         with resolve.local_checkpoint(self.location.uri) as folder:
             return {
@@ -65,7 +65,7 @@ class Run:
 
 
 def write_digits(folder: Path) -> str:
-    """Real digits as shards, 600 to train on in two shards, 60 held out; returns their URI."""
+    """Write scikit-learn's digits as shards (600 training images in two shards, 60 held out); returns their URI."""
     location = locations.resolve(str(folder))
     images, labels = load_digits(return_X_y=True)
     images = np.round(images.reshape(-1, 8, 8, 1) * 255 / 16).astype(np.uint8)
@@ -92,14 +92,14 @@ def write_digits(folder: Path) -> str:
 
 
 def assert_same(run: Run, undisturbed: Run) -> None:
-    """Bit for bit."""
+    """The final tensors are bitwise equal."""
     first, second = run.tensors(), undisturbed.tensors()
     assert first.keys() == second.keys() and len(first) > 100
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
-def tracked(run: Run) -> mlflow.entities.Run:
-    """Its one MLflow run."""
+def mlflow_run_of(run: Run) -> mlflow.entities.Run:
+    """The run's only MLflow run."""
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     key = json.loads(run.location.child("run.json").read())["run_key"]
     experiments = [e.experiment_id for e in client.search_experiments()]
@@ -110,24 +110,24 @@ def tracked(run: Run) -> mlflow.entities.Run:
 def metric(run: Run, name: str) -> list[tuple[int, float]]:
     """All points of a metric, in order: (images_seen, value)."""
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
-    history = client.get_metric_history(tracked(run).info.run_id, name)
+    history = client.get_metric_history(mlflow_run_of(run).info.run_id, name)
     return sorted((point.step, point.value) for point in history)
 
 
 def assert_tracked_once(run: Run) -> None:
-    """One MLflow run, finished; of each metric one value a step; every picture once; nothing left to deliver."""
-    found, client = tracked(run), MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    """There is one finished MLflow run with one value per step and metric and each image once; the spool is empty."""
+    found, client = mlflow_run_of(run), MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     assert found.info.status == "FINISHED"
     steps = list(range(320, TOTAL + 1, 320))
     for name in ("train/loss", "train/images_per_s", "system/cpu_utilization_percentage"):
         assert [step for step, _ in metric(run, name)] == steps, name
     pictures = [a.path for a in client.list_artifacts(found.info.run_id, "images") if a.path.endswith(".png")]
-    assert len(pictures) == 5  # samples and denoising, twice, and the last samples
+    assert len(pictures) == 5  # samples and denoising at two steps, and the final samples
     assert segments(run) == []
 
 
 def segments(run: Run) -> list[str]:
-    """What has not been delivered to MLflow."""
+    """Names of the segments that are still in the spool."""
     return files(run, "tracking")
 
 

@@ -1,7 +1,7 @@
 """A client of S3 for processes that are spawned.
 
-In a module of its own since a package that others install is called `tests` too (torch-fidelity 0.4), and a spawned
-process would look for tests.test_proxy there.
+A separate module because torch-fidelity 0.4 installs a package that is also called `tests`: a spawned process would
+look for tests.test_proxy there.
 """
 
 import boto3

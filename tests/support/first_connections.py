@@ -1,4 +1,4 @@
-"""First connections to an MLflow database, for processes that tests stop: a module, since those import it."""
+"""First connections to an MLflow database: targets for processes that tests kill, which import this module."""
 
 from ddpm.tracking import mlflow_client
 

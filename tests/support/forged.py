@@ -1,4 +1,4 @@
-"""Checkpoints with right checksums and wrong content."""
+"""Checkpoints with valid checksums and wrong content."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -12,14 +12,14 @@ from ddpm.checkpoints import checkpoint
 
 
 def forge(folder: Path, name: str, data: bytes) -> None:
-    """Put `data` into a file of a checkpoint, and its SHA-256 into checksums.json, unless that is the file."""
+    """Write `data` to a file of a checkpoint, and update checksums.json (unless that is the file itself)."""
     (folder / name).write_bytes(data)
     if name != "checksums.json":
         update_checksum(folder, name)
 
 
 def forge_json(folder: Path, name: str, changes: Mapping[str, Any]) -> None:
-    """Set keys of a JSON file of a checkpoint; ... takes one away."""
+    """Set keys of a JSON file of a checkpoint; the value ... removes a key."""
     values = json.loads((folder / name).read_text()) | changes
     forge(folder, name, json.dumps({k: v for k, v in values.items() if v is not ...}).encode())
 

@@ -1,4 +1,4 @@
-"""Known answers for normally distributed features."""
+"""Known metric values for normally distributed features."""
 
 import numpy as np
 from numpy.typing import NDArray

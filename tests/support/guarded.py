@@ -1,4 +1,4 @@
-"""infra/mlflow/serve for tests: MLflow on PostgreSQL and S3, which lets in nobody without a password."""
+"""infra/mlflow/serve for tests: MLflow on PostgreSQL and S3, with password authentication."""
 
 import contextlib
 import os
@@ -20,19 +20,19 @@ from support.servers import LOOPBACK, Server, free_ports, run_as
 class PostgresServer(Server):
     """PostgreSQL with a role and a database `mlflow`; `client_env` is what its clients need.
 
-    PostgreSQL refuses to be root: started by root, it runs as Debian's user postgres. The role's password is in this
-    object alone: it is set through the socket, which nobody else reaches.
+    PostgreSQL refuses to run as root: started by root, it runs as Debian's user postgres. Only this object has the
+    role's password: it is set through the socket, which no other user can reach.
 
     Raises:
         FileNotFoundError: it is not installed.
-        RuntimeError: it cannot make its data in `folder`; the message says why.
+        RuntimeError: it cannot create its data in `folder`; the message has the reason.
     """
 
     def __init__(self, folder: Path) -> None:
         (port,) = free_ports(1)
         postgres, initdb = (postgres_program(name) for name in ("postgres", "initdb"))
         user = "postgres" if os.geteuid() == 0 else None
-        # Short, since a socket's name must fit into 107 characters; its own, since nobody else may enter.
+        # Short, since the path of a socket has at most 107 characters; separate, since no other user may enter it.
         self.socket_dir = Path("/tmp", f"postgres-{uuid.uuid4().hex[:12]}")
         data = folder / "data"
         data.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ class PostgresServer(Server):
         return self
 
     def execute(self, statement: str, database: str = "postgres") -> list[tuple[Any, ...]]:
-        """The rows that `statement` gives, said by the superuser."""
+        """Execute `statement` as the superuser; returns its rows."""
         address = {"host": str(self.socket_dir), "port": self.client_env["PGPORT"]}
         with psycopg.connect(**address, user="postgres", dbname=database, autocommit=True) as connection:
             cursor = connection.execute(statement)
@@ -89,7 +89,7 @@ class PostgresServer(Server):
 
 
 class GuardedMlflowServer(Server):
-    """infra/mlflow/serve: runs in PostgreSQL, files at the s3:// URI `files`, nobody in without a password."""
+    """infra/mlflow/serve: runs in PostgreSQL, files at the s3:// URI `files`, password authentication."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class GuardedMlflowServer(Server):
         super().__init__("mlflow", [str(REPO / "infra/mlflow/serve")], f"{self.uri}/health", folder, env)
 
     def client_env(self, user: str = "admin", password: str | None = None) -> dict[str, str]:
-        """What a client needs who comes as `user`."""
+        """Environment of a client that logs in as `user`."""
         return {
             "MLFLOW_TRACKING_URI": self.uri,
             "MLFLOW_TRACKING_USERNAME": user,
@@ -127,13 +127,13 @@ class GuardedMlflowServer(Server):
         }
 
     def add_user(self, name: str, password: str, **env: str) -> subprocess.CompletedProcess[str]:
-        """infra/mlflow/add_user.py; `env` is what it is told otherwise than that an admin asks."""
+        """Run infra/mlflow/add_user.py as the admin; `env` overrides its environment."""
         words = [sys.executable, REPO / "infra/mlflow/add_user.py", name]
         return run(words, cwd=self.folder, env=self.client_env() | {"NEW_PASSWORD": password} | env)
 
 
 def postgres_program(name: str) -> str:
-    """The newest that Debian has installed, or the one on the PATH.
+    """Path of a program of PostgreSQL: Debian's newest version, or the one on the PATH.
 
     Raises:
         FileNotFoundError: it is not installed.

@@ -1,11 +1,11 @@
-"""Machines with ssh for tests of clusters: namespaces of this one, on a network of their own.
+"""Hosts with ssh for cluster tests: Linux namespaces of this machine, on a private network.
 
 A host has its own address and name, its own processes, an empty home, /tmp, /run and /dev/shm, and an sshd that
-lets root in with `key`. It sees this machine's programs, this repository and its environment, and has no way out to
-the world. Its home outlives `kill` and `revive`, as a disk does.
+accepts root with `key`. It sees this machine's programs, this repository and its environment, and cannot reach the
+internet. Its home survives `kill` and `revive`, as a disk would.
 
-Nothing needs to be cleaned up after a test that was killed: a host ends with the process that made it, and takes
-its mounts and its network cable along. What is left is an empty bridge, which the next `Hosts` removes.
+A killed test needs no cleanup: a host ends with the process that created it, and its mounts and its network cable
+go with it. Only an empty bridge is left, which the next `Hosts` removes.
 """
 
 import os
@@ -33,15 +33,15 @@ PROGRAMS = {
     "rsync": "rsync",
     "unshare": "util-linux",
 }
-"""What hosts are made with, and the Debian package that brings it."""
+"""Programs that hosts need -> the Debian package that contains them."""
 HOME = Path(pwd.getpwuid(os.geteuid()).pw_dir)
 PRIVATE = (HOME, Path("/tmp"), Path("/run"), Path("/dev/shm"))
 """Folders that are empty on a new host."""
 NETWORKS = range(100)
 UP_TIMEOUT_S = 30.0
 
-# What a host does from its first process on. /mnt holds on to this machine's files while the private folders are
-# covered; the line on stdin comes when the network cable is plugged in.
+# The boot script of a host. /mnt keeps this machine's files reachable while the private folders are mounted over;
+# the line on stdin arrives when the network cable is connected.
 BOOT = """
 set -e
 mount --make-rprivate /
@@ -63,7 +63,7 @@ exec $(command -v sshd) -D -e -f /dev/null -h {folder}/key -o ListenAddress={add
 
 
 def missing() -> str | None:
-    """Why hosts cannot be made here; None: they can."""
+    """Why hosts cannot be created here; None if they can."""
     if os.geteuid():
         return "hosts are made of namespaces, which root alone may make"
     lacking = [
@@ -80,10 +80,10 @@ def missing() -> str | None:
 
 
 class Hosts:
-    """A network and the hosts on it, until the context ends.
+    """A network and its hosts; a context manager.
 
     Args:
-        folder: keeps their disks, keys and logs; the one folder of /tmp that all of them see.
+        folder: holds their disks, keys and logs; the only folder in /tmp that all hosts see.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -94,12 +94,12 @@ class Hosts:
         self.network = f"10.231.{number}.0/24"
         self._bridge, self._addresses = f"ddpm{number}", (f"10.231.{number}.{i}" for i in range(10, 250))
         self.gateway = f"10.231.{number}.1"
-        """This machine's address there: what listens on it is seen by the hosts."""
+        """This machine's address in the network: hosts reach what listens on it."""
 
     def __enter__(self) -> Self:
         _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.key))
         (self.folder / "hosts").write_text("127.0.0.1 localhost\n")
-        self._remove_bridge()  # of an earlier run that was killed
+        self._remove_bridge()  # left by an earlier run that was killed
         _run("ip", "link", "add", self._bridge, "type", "bridge")
         _run("ip", "address", "add", f"{self.gateway}/24", "dev", self._bridge)
         _run("ip", "link", "set", self._bridge, "up")
@@ -114,7 +114,7 @@ class Hosts:
         self._lock.close()
 
     def add(self, name: str, env: Mapping[str, str] | None = None) -> "Host":
-        """A new host, up; `env` is what its shells begin with, besides the PATH of this environment."""
+        """Add and start a host; its shells have `env` and the PATH of this environment."""
         host = Host(self, name, next(self._addresses), f"{self._bridge}-{len(self._hosts)}", env or {})
         with (self.folder / "hosts").open("a") as file:
             file.write(f"{host.address} {name}\n")
@@ -125,8 +125,8 @@ class Hosts:
         return self._hosts[name]
 
     def plug(self, cable: str, address: str, pid: int) -> None:
-        """Connect the network namespace of process `pid`, where the cable's end is called eth0."""
-        # The same hardware address each time: others remember it.
+        """Connect the network namespace of process `pid`; inside, the interface is called eth0."""
+        # The same hardware address each time, since other hosts cache it.
         hardware = ":".join(["02:00", *(f"{int(part):02x}" for part in address.split("."))])
         peer = ("peer", "name", "eth0", "address", hardware, "netns", str(pid))
         _run("ip", "link", "add", cable, "type", "veth", *peer)
@@ -142,7 +142,7 @@ class Host:
     def __init__(self, hosts: Hosts, name: str, address: str, cable: str, env: Mapping[str, str]) -> None:
         self.name, self.address, self.log = name, address, hosts.folder / f"{name}.log"
         self.home = hosts.folder / f"{name}.disk"
-        """Its home, as this machine sees it."""
+        """Path of its home folder on this machine."""
         self._hosts, self._cable = hosts, cable
         self._process: subprocess.Popen[bytes] | None = None
         self.home.mkdir(0o700)
@@ -151,7 +151,7 @@ class Host:
         (self.home / ".bashrc").write_text("".join(lines))
 
     def revive(self, timeout_s: float = UP_TIMEOUT_S) -> Self:
-        """Switch it on, and wait until ssh answers.
+        """Start it, and wait until ssh answers.
 
         Raises:
             RuntimeError: it does not; the message ends in its log.
@@ -168,7 +168,7 @@ class Host:
             name=self.name,
             address=self.address,
         )
-        # The first word: it is killed when this process ends, however that may be, and its descendants with it.
+        # setpriv: the host and its descendants are killed when this process ends, however it ends.
         command = ["setpriv", "--pdeathsig", "KILL", "unshare", "--kill-child", "--fork", "--mount-proc"]
         command += ["--mount", "--net", "--uts", "--ipc", "--pid", "bash", "-c", script]
         with self.log.open("ab") as log:
@@ -191,29 +191,29 @@ class Host:
         return self
 
     def kill(self) -> None:
-        """Pull its plug: network and processes are gone at once."""
+        """Cut its network and kill all its processes at once."""
         if self._process is not None:
             subprocess.run(["ip", "link", "delete", self._cable], stderr=subprocess.DEVNULL)
             first = psutil.Process(self._process.pid).children() if self._process.poll() is None else []
             self._process.kill()
             self._process.wait()
-            psutil.wait_procs(first, timeout=30)  # which the kernel lets go after all others
+            psutil.wait_procs(first, timeout=30)  # the kernel reaps it after all others
             self._process = None
 
     @property
     def pid(self) -> int:
-        """Its first process, in this machine's numbers."""
+        """Its first process, as a PID of this machine."""
         assert self._process is not None, f"{self.name} is off"
         return psutil.Process(self._process.pid).children()[0].pid
 
     def run(
         self, *command: object, env: Mapping[str, str] | None = None, timeout_s: float = 240
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command as somebody who sits at the machine, in the repository."""
+        """Run a command on the host, in the repository."""
         return processes.run(self.words(*command, env=env), cwd=REPO, timeout_s=timeout_s)
 
     def words(self, *command: object, env: Mapping[str, str] | None = None) -> list[str]:
-        """The words that run a command there."""
+        """The command line that runs a command on the host."""
         settings = {"HOME": str(HOME), "PATH": _path(), **(env or {})}
         words = ["nsenter", "--target", str(self.pid), "--mount", "--net", "--uts", "--ipc", "--pid"]
         words += ["env", "--chdir", str(REPO), *(f"{name}={value}" for name, value in settings.items())]
@@ -231,7 +231,7 @@ class Host:
 
 
 def _own_network() -> tuple[socket.socket, int]:
-    """A network that no other test run has: whoever holds the socket of its number. It is closed with its process."""
+    """Reserve a network number for this test run, by a socket that is closed when the process ends."""
     for number in NETWORKS:
         lock = socket.socket(socket.AF_UNIX)
         try:
@@ -244,7 +244,7 @@ def _own_network() -> tuple[socket.socket, int]:
 
 
 def answers(address: str, port: int) -> bool:
-    """Whether something takes connections there."""
+    """Whether something accepts connections there."""
     try:
         socket.create_connection((address, port), timeout=1).close()
     except OSError:

@@ -1,4 +1,4 @@
-"""A run to be judged: three checkpoints of a tiny net, each a little further from the others, and its data set."""
+"""A run to evaluate: three checkpoints of a tiny net, each a little further from the start, and its data set."""
 
 from pathlib import Path
 
@@ -31,14 +31,14 @@ CONFIG = override(
 
 
 def make_data(folder: Path) -> str:
-    """The digits as shards: 1,500 to train on, 297 held out."""
+    """Write the digits as shards: 1,500 to train on, 297 held out."""
     location = locations.resolve(str(folder))
     prepare(Digits(), location)
     return location.uri
 
 
 def make_run(folder: Path, shards: str, config: Config = CONFIG) -> Run:
-    """A run in `folder` that was trained on `shards`, so its checkpoints say."""
+    """Write a run to `folder` whose checkpoints claim to be trained on `shards`."""
     config = override(config, {"data.shards": shards, "run.storage": str(folder)})
     place = locations.resolve(shards)
     manifest = read_manifest(place)

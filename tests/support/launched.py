@@ -1,4 +1,4 @@
-"""The repository's cluster files, as tests launch them: a small overlay on the file a user edits."""
+"""The repository's cluster files as the tests launch them: a small overlay on the file that a user edits."""
 
 import contextlib
 import re
@@ -15,17 +15,17 @@ from support.processes import REPO, Background
 
 DASHBOARD = "http://127.0.0.1:8265"
 FIRST_STEP = re.compile(r"^images [1-9]", re.MULTILINE)
-"""What a training run's output says then."""
+"""Matches the output of a training run from its first step on."""
 
 
-def overlaid(config: Any, overlay: Mapping[str, Any]) -> Any:
-    """`config` with the values of `overlay` in it, mapping by mapping; None takes a key away."""
+def with_overlay(config: Any, overlay: Mapping[str, Any]) -> Any:
+    """Merge `overlay` into `config`, mapping by mapping; None removes a key."""
     merged = dict(config)
     for key, value in overlay.items():
         if value is None:
             del merged[key]
         elif isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
-            merged[key] = overlaid(merged[key], value)
+            merged[key] = with_overlay(merged[key], value)
         else:
             merged[key] = value
     return merged
@@ -37,7 +37,7 @@ def cluster_file(name: str) -> Any:
 
 
 def environment(folder: Path, settings: Mapping[str, str]) -> Path:
-    """infra/cluster.env, edited: `settings` are added."""
+    """Write an edited infra/cluster.env, with `settings` added; returns its path."""
     edited = folder / "cluster.env"
     lines = [f"export {name}={value}\n" for name, value in settings.items()]
     edited.write_text((REPO / "infra/cluster.env").read_text() + "".join(lines))
@@ -45,7 +45,7 @@ def environment(folder: Path, settings: Mapping[str, str]) -> Path:
 
 
 def install(host: Host) -> None:
-    """Packages are there already, as after an earlier `ray up`: pip has no way out to fetch them."""
+    """Provide the packages, as after an earlier `ray up`: pip cannot download them here."""
     venv = host.home / "ddpm/venv"
     venv.mkdir(parents=True)
     for entry in Path(sys.prefix).iterdir():
@@ -53,13 +53,13 @@ def install(host: Host) -> None:
     (venv / "requirements.txt").write_text((REPO / "infra/requirements.txt").read_text())
 
 
-class Desk:
-    """Where a user sits: a host with the repository, who launches the cluster of a file and takes it down again.
+class UserHost:
+    """The user's machine: a host with the repository, from which a cluster is launched and taken down.
 
     Args:
-        host: the desk.
+        hosts: where the host is added.
         config: the cluster file's content.
-        env: for what is typed there.
+        env: environment of the commands that run there.
     """
 
     def __init__(self, hosts: Hosts, config: Any, env: Mapping[str, str] | None = None) -> None:
@@ -72,30 +72,32 @@ class Desk:
         }
         self.file.write_text(yaml.safe_dump(config))
 
-    def type(self, *command: object, timeout_s: float = 600) -> str:
-        """Run a command, which must work; returns what it says."""
+    def run_checked(self, *command: object, timeout_s: float = 600) -> str:
+        """Run a command, which must succeed; returns its output."""
         done = self.host.run(*command, env=self.env, timeout_s=timeout_s)
         assert done.returncode == 0, f"{' '.join(map(str, command))}:\n{done.stdout}{done.stderr}"
         return done.stdout + done.stderr
 
     def make_token(self) -> None:
-        self.type("bash", "-c", "ray get-auth-token --generate > /dev/null && chmod 600 ~/.ray/auth_token")
+        self.run_checked(
+            "bash", "-c", "ray get-auth-token --generate > /dev/null && chmod 600 ~/.ray/auth_token"
+        )
 
     def up(self) -> str:
         self._up_at = time.monotonic()
-        return self.type("ray", "up", "-y", self.file)
+        return self.run_checked("ray", "up", "-y", self.file)
 
     def wait_for_first_step(self, job: Background, timeout_s: float = 900) -> str:
-        """Wait until the run trains; returns how long that took from `up` on, in words."""
+        """Wait for the first training step; returns a line with the time since `up`."""
         job.wait_for(lambda: FIRST_STEP.search(job.output), timeout_s)
         return f"ray up to first step: {time.monotonic() - self._up_at:.0f} s"
 
     def down(self) -> str:
-        return self.type("ray", "down", "-y", self.file)
+        return self.run_checked("ray", "down", "-y", self.file)
 
     @contextlib.contextmanager
     def dashboard(self, timeout_s: float = 180) -> Iterator[None]:
-        """`ray dashboard`, kept open: the head's dashboard at DASHBOARD."""
+        """Keep `ray dashboard` open: the head's dashboard is at DASHBOARD."""
         log = self.host.log.with_suffix(".dashboard")
         words = self.host.words("ray", "dashboard", self.file, env=self.env)
         with Background(words, log=log) as tunnel:
@@ -103,7 +105,7 @@ class Desk:
             yield
 
     def submit(self, *command: object, log: Path) -> Background:
-        """`ray job submit -- command`, with its output in `log`."""
+        """Run `ray job submit -- command`, with its output in `log`."""
         words = ["ray", "job", "submit", "--address", DASHBOARD, "--working-dir", ".", "--", *command]
         return Background(self.host.words(*words, env=self.env), log=log)
 
@@ -113,8 +115,8 @@ class Desk:
         )
 
 
-def gone(host: Host, title: str, timeout_s: float = 300) -> bool:
-    """Whether no process of the host's is called so any more, at the latest after some time."""
+def wait_until_gone(host: Host, title: str, timeout_s: float = 300) -> bool:
+    """Wait until no process on the host has this title; returns whether that happened in time."""
     deadline = time.monotonic() + timeout_s
     while host.processes(title) and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""Where a secret may have been left: files, buckets, tables, arguments; and whether it has been."""
+"""Search files, buckets, tables and command lines for leaked secrets."""
 
 import contextlib
 import os
@@ -12,13 +12,13 @@ import psutil
 from support.guarded import PostgresServer
 
 Texts = dict[str, bytes]
-"""What was found where."""
+"""Where -> the content found there."""
 
 
 def in_files(folder: Path) -> Texts:
-    """Regular files of a folder and those below; links lead elsewhere."""
+    """The content of all regular files under a folder; symbolic links are skipped."""
     found = {}
-    for where, _, names in os.walk(folder):  # which passes over what goes away meanwhile
+    for where, _, names in os.walk(folder):  # os.walk skips folders that vanish meanwhile
         for path in (Path(where, name) for name in names):
             with contextlib.suppress(FileNotFoundError):
                 if path.is_file() and not path.is_symlink():
@@ -27,14 +27,14 @@ def in_files(folder: Path) -> Texts:
 
 
 def in_bucket(client: Any, bucket: str) -> Texts:
-    """All of its objects."""
+    """The content of all objects of a bucket."""
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket)
     keys = [item["Key"] for page in pages for item in page.get("Contents", [])]
     return {f"s3://{bucket}/{key}": client.get_object(Bucket=bucket, Key=key)["Body"].read() for key in keys}
 
 
 def in_tables(postgres: PostgresServer, database: str) -> Texts:
-    """All of its tables."""
+    """The content of all tables of a database."""
     tables = postgres.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'", database)
     return {
         f"table {table}": repr(postgres.execute(f'SELECT * FROM "{table}"', database)).encode()
@@ -44,7 +44,7 @@ def in_tables(postgres: PostgresServer, database: str) -> Texts:
 
 @contextlib.contextmanager
 def arguments(pids: Iterable[int], every_s: float = 0.1) -> Iterator[set[str]]:
-    """The command lines of all descendants of some processes, as they come to be seen meanwhile."""
+    """Collect the command lines of all descendants of some processes while the context is open."""
     found, done, ancestors = set[str](), threading.Event(), [psutil.Process(pid) for pid in pids]
 
     def look() -> None:
@@ -65,7 +65,7 @@ def arguments(pids: Iterable[int], every_s: float = 0.1) -> Iterator[set[str]]:
 
 
 def leaks(secrets: Mapping[str, str], texts: Mapping[str, bytes]) -> list[tuple[str, str]]:
-    """(secret's name, where) of each that stands in one of the texts."""
+    """(name of the secret, where) for every secret that a text contains."""
     return [
         (name, where)
         for name, secret in secrets.items()

@@ -1,13 +1,13 @@
-"""Uploaders that die: forks of this process, each with a SIGKILL right after its n-th change in MLflow.
+"""Uploaders that are killed: forks of this process that SIGKILL themselves right after their n-th change in MLflow.
 
-A program of its own, since a process with threads, such as pytest, cannot safely fork. Prints, as JSON lines, the run
-key of each run and how many uploaders died on it.
+It is a separate program because a process with threads, such as pytest, cannot fork safely. It prints JSON lines: the
+run key of each run, and how many of its uploaders were killed.
 
     PYTHONPATH=tests python -m support.mortal_uploaders URI FOLDER {each,all} {same,remade}
 
-each: one run for every n: an uploader dies there, the next one lives.
-all: one run whose uploaders die after 2, 5, 8, ... changes, until one lives.
-remade: after a death the run goes back: the segments are written again, with other times.
+each: one run for every n: the first uploader is killed after change n, the next one is not killed.
+all: one run whose uploaders are killed after 2, 5, 8, ... changes, until one finishes.
+remade: after each kill the run resumes from an older checkpoint: its segments are written again, with new timestamps.
 """
 
 import json
@@ -29,13 +29,13 @@ STEPS = (32, 64, 96, 128)
 
 
 def write_segments(buffer: Location) -> None:
-    time.sleep(0.002)  # at another millisecond than before
+    time.sleep(0.002)  # so that the timestamps differ from the previous ones
     tracked.put(buffer, 64, 32, 64)
     tracked.put(buffer, 128, 96, 128, files=True)
 
 
-def die_after(change: int) -> None:
-    """Kill this process once its `change`-th change in MLflow is made."""
+def kill_self_after(change: int) -> None:
+    """Make this process kill itself right after its `change`-th change in MLflow."""
     made = 0
 
     def counted(method: Any) -> Any:
@@ -53,11 +53,11 @@ def die_after(change: int) -> None:
         setattr(MlflowClient, name, counted(getattr(MlflowClient, name)))
 
 
-def dies(address: Address, buffer: Location, change: int) -> bool:
-    """Whether an uploader that is to die after `change` changes does, before everything is delivered."""
+def is_killed(address: Address, buffer: Location, change: int) -> bool:
+    """Run an uploader that kills itself after `change` changes; returns whether it was killed before it finished."""
     pid = os.fork()
     if pid == 0:
-        die_after(change)
+        kill_self_after(change)
         done = tracked.deliver(address, buffer, STEPS[-1])
         os._exit(0 if done.undelivered == 0 and done.ended else 1)
     _, status = os.waitpid(pid, 0)
@@ -69,11 +69,11 @@ def dies(address: Address, buffer: Location, change: int) -> bool:
 def main() -> None:
     uri, folder, which, segments = sys.argv[1:]
     for first in range(1, 1000):
-        address, buffer = tracked.address_at(uri), tracked.outbox_in(Path(folder, str(first)))
+        address, buffer = tracked.address_at(uri), tracked.spool_in(Path(folder, str(first)))
         write_segments(buffer)
         deaths = 0
         for change in range(2, 1000, 3) if which == "all" else (first, 1000):
-            if not dies(address, buffer, change):
+            if not is_killed(address, buffer, change):
                 break
             deaths += 1
             if segments == "remade":

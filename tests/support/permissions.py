@@ -1,4 +1,4 @@
-"""Permissions by IAM's policies: moto evaluates them, except for conditions that it does not know."""
+"""Evaluation of IAM policies: by moto, except for the conditions that it does not support."""
 
 import fnmatch
 import json
@@ -21,7 +21,7 @@ def policies_of(iam: Any, role: str) -> list[str]:
 
 
 def allowed(policies: list[str], action: str, resource: str, **context: str) -> bool:
-    """What moto's evaluation of the policies says; its conditions are decided here, since moto knows few (5.2.5).
+    """Whether the policies allow an action, by moto; conditions are evaluated here, since moto supports few (5.2.5).
 
     Args:
         context: condition keys; in their names __ stands for / and _ for a colon.

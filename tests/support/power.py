@@ -1,4 +1,4 @@
-"""Power cuts for tests: what was not fsynced is gone. LazyFS's idea in small (its authors did it in FUSE)."""
+"""Simulated power cuts: what was not fsynced is lost. A small version of LazyFS's idea, which uses FUSE."""
 
 import os
 from collections.abc import Callable
@@ -10,18 +10,18 @@ import pytest
 
 
 class Disk:
-    """A context that notes what this process puts on disk below `root`, and what would be there after a power cut.
+    """A context manager that tracks this process's writes below `root`, and what a power cut would leave of them.
 
     Args:
         root: an existing folder.
-        moment: called after every fsync, rename and removal, when the power might fail.
+        moment: called after every fsync, rename and removal, each a moment when the power may fail.
     """
 
     def __init__(self, root: Path, moment: Callable[["Disk"], object]) -> None:
         self._root, self._moment, self._patch = root, moment, pytest.MonkeyPatch()
         self._content: dict[int, bytes] = {}
         self._names: dict[int, dict[str, tuple[int, bool]]] = {}
-        self._held: list[int] = []  # so that no inode is used again
+        self._held: list[int] = []  # open files, so that no inode number is reused
 
     def __enter__(self) -> Self:
         self._note(self._root)
@@ -47,11 +47,11 @@ class Disk:
             os.close(descriptor)
 
     def after_power_cut(self, out: Path, *, names_survive: bool) -> Path:
-        """Write to `out` what would be left.
+        """Write to `out` what a power cut would leave now.
 
         Args:
-            names_survive: names count without an fsync of their folder, as a file system writes them every few
-                seconds; content of files still needs theirs.
+            names_survive: file names survive without an fsync of their folder, as when the file system has just written
+               them; file content still needs an fsync.
         """
         if names_survive:
             for path in self._root.rglob("*"):

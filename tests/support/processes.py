@@ -1,4 +1,4 @@
-"""Processes under test: jobs run as a user types them, and trees of processes ended to the last one."""
+"""Processes under test: run jobs as a user would, and kill whole process trees."""
 
 import contextlib
 import os
@@ -15,8 +15,8 @@ from typing import Self, TypeVar
 import psutil
 
 T = TypeVar("T")
-# A local ray.init() would make itself a token in ~/.ray, and a head without one would refuse it. Set here, since
-# the tests, the soak and the benchmarks all import this before they import ray.
+# Otherwise a local ray.init() creates a token in ~/.ray, and a head without a token refuses it. Set here because
+# the tests, the soak and the benchmarks all import this module before they import ray.
 os.environ["RAY_AUTH_MODE"] = "disabled"
 REPO = Path(__file__).resolve().parents[2]
 
@@ -24,10 +24,10 @@ REPO = Path(__file__).resolve().parents[2]
 def run(
     command: Iterable[str | Path], *, cwd: Path, env: Mapping[str, str] | None = None, timeout_s: float = 480
 ) -> subprocess.CompletedProcess[str]:
-    """Run `command` to its end, whatever its exit code; `env` is added to the environment.
+    """Run `command` to its end, and accept any exit code; `env` is added to the environment.
 
     Raises:
-        TimeoutError: it ran longer; it is killed, and the message ends in its output.
+        TimeoutError: it ran longer; it is killed, and the message ends with its output.
     """
     words = [str(word) for word in command]
     pipe = subprocess.PIPE
@@ -68,12 +68,12 @@ def python_path(*folders: Path) -> dict[str, str]:
 
 
 def job_command(job: str) -> list[str]:
-    """The words that start a job, for tests that kill it halfway."""
+    """The command line that starts a job, for tests that kill it halfway."""
     return [sys.executable, str(REPO / ("tune" if job == "search" else "jobs") / f"{job}.py")]
 
 
 def kill_tree(process: subprocess.Popen[bytes] | subprocess.Popen[str], grace_s: float = 0) -> None:
-    """End `process`, its descendants and the rest of its session; with a grace, SIGTERM comes first.
+    """Kill `process`, its descendants and the rest of its session; with a grace period, SIGTERM is sent first.
 
     Group and session alone would miss what Ray starts in a session of its own (the drivers of submitted
     jobs); descendants alone would miss the orphans.
@@ -96,7 +96,7 @@ def members(pid: int, title: str) -> list[psutil.Process]:
     found = []
     for process in psutil.Process(pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            words = process.cmdline()  # none of one that is ending
+            words = process.cmdline()  # a process that is exiting has none
             if words and words[0].startswith(title):
                 found.append(process)
     return found
@@ -113,7 +113,7 @@ def named(pid: int, name: str) -> list[psutil.Process]:
 
 
 def wait_for(what: Callable[[], T], timeout_s: float = 120) -> T:
-    """The first truth that `what` returns."""
+    """Wait until `what` returns a true value; returns that value."""
     deadline = time.monotonic() + timeout_s
     while not (found := what()):
         assert time.monotonic() < deadline, "it does not come about"
@@ -123,14 +123,14 @@ def wait_for(what: Callable[[], T], timeout_s: float = 120) -> T:
 
 @contextlib.contextmanager
 def paused(these: Collection[psutil.Process]) -> Iterator[None]:
-    """Nothing happens in `these` meanwhile, however fast the machine is."""
+    """Suspend the processes `these` while the context is open, so that they make no progress."""
     for process in these:
         process.suspend()
     try:
         yield
     finally:
         for process in these:
-            with contextlib.suppress(psutil.NoSuchProcess):  # it was killed meanwhile
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has been killed in the meantime
                 process.resume()
 
 
@@ -177,11 +177,11 @@ class Background:
         return self._log.read_text(errors="replace")
 
     def wait_for(self, condition: Callable[[], T], timeout_s: float = 300, poll_s: float = 0.02) -> T:
-        """What `condition` returns as soon as that is true.
+        """Wait until `condition` returns a true value; returns that value.
 
         Raises:
             AssertionError: the job ended before.
-            TimeoutError: it never was; the message ends in the job's output.
+            TimeoutError: it did not become true; the message ends with the job's output.
         """
         deadline = time.monotonic() + timeout_s
         while not (result := condition()):

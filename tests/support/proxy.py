@@ -1,4 +1,4 @@
-"""A proxy before an HTTP server that fails on demand, as S3 does: for tests of what a client makes of it.
+"""A proxy in front of an HTTP server that injects faults on demand, as S3 shows them, to test clients.
 
 The modes, switched while it runs:
 
@@ -9,7 +9,7 @@ The modes, switched while it runs:
     black_hole  accepts and never answers
     down        refuses connections
 
-Requests are forwarded as they are: the signature covers the Host header that the client sent.
+Requests are forwarded unchanged: the signature covers the Host header that the client sent.
 """
 
 import asyncio
@@ -46,11 +46,13 @@ class FaultyProxy:
         self._every, self._delay_s, self._count = 1, 0.0, 0
         self._trap: tuple[re.Pattern[str], Callable[[], object]] | None = None
         self._listener: socket.socket | None = None
-        self._connections: dict[asyncio.Task[None], asyncio.Event] = {}  # whose event is set, that ends
+        self._connections: dict[
+            asyncio.Task[None], asyncio.Event
+        ] = {}  # a connection ends when its event is set
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="faulty-proxy", daemon=True)
         self.requests: Counter[Mode] = Counter()
-        """What was done to how many requests: those that an `every` lets through count as pass."""
+        """Number of requests by what was done to them: those that `every` lets through count as "pass"."""
 
     @property
     def endpoint(self) -> str:
@@ -62,24 +64,24 @@ class FaultyProxy:
         return self._mode
 
     def switch(self, mode: Mode, *, every: int = 1, delay_s: float = 2.0) -> None:
-        """From now on, open connections included, do this to requests.
+        """Apply this mode to all requests from now on, on open connections too.
 
         Args:
-            every: only to every so-manieth of them, and forward the others (not "down").
+            every: apply it only to every n-th request, and forward the others (not for "down").
             delay_s: seconds that "delay" adds.
         """
         self._do(self._switch(mode, every, delay_s))
 
     def on_request(self, pattern: str, action: Callable[[], object]) -> None:
-        """Once, when a request whose first line matches arrives, and before it goes on: do `action`.
+        """Call `action` once, when a request whose first line matches arrives, before it is forwarded.
 
-        The request itself gets a reset, since whoever sent it is to be thought of as dead.
+        The request itself gets a reset: its sender is considered dead.
         """
         self._trap = re.compile(pattern), action
 
     @property
     def is_armed(self) -> bool:
-        """Whether an `on_request` waits for its moment."""
+        """Whether an `on_request` action has not been called yet."""
         return self._trap is not None
 
     def __enter__(self) -> Self:
@@ -90,7 +92,7 @@ class FaultyProxy:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
-        self._do(self._shut())
+        self._do(self._close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -117,19 +119,21 @@ class FaultyProxy:
             for end in self._connections.values():
                 end.set()
 
-    async def _shut(self) -> None:
+    async def _close(self) -> None:
         await self._switch("down", 1, 0)
         await asyncio.gather(*self._connections)
 
     def _accept(self, listener: socket.socket) -> None:
-        with contextlib.suppress(BlockingIOError, ConnectionAbortedError):  # the client has left again
+        with contextlib.suppress(
+            BlockingIOError, ConnectionAbortedError
+        ):  # the client has already disconnected
             end = asyncio.Event()
             task = self._loop.create_task(self._serve(listener.accept()[0], end))
             self._connections[task] = end
             task.add_done_callback(self._connections.pop)
 
     async def _serve(self, accepted: socket.socket, end: asyncio.Event) -> None:
-        """One connection of a client's, with one of its own upstream."""
+        """Serve one client connection through its own upstream connection."""
         reader, client = await asyncio.open_connection(sock=accepted, limit=HEAD_BYTES)
         server: StreamWriter | None = None
         try:
@@ -142,7 +146,7 @@ class FaultyProxy:
             await asyncio.gather(*running, return_exceptions=True)
             if end.is_set():
                 _reset(client)
-        except OSError:  # nobody upstream
+        except OSError:  # the upstream server is down
             _reset(client)
         finally:
             for writer in (client, server):
@@ -150,10 +154,10 @@ class FaultyProxy:
                     writer.close()
 
     async def _forward(self, reader: StreamReader, client: StreamWriter, server: StreamWriter) -> None:
-        """Request after request, each as the mode of its moment has it."""
+        """Forward one request after another, each by the mode at its time."""
         while True:
             head = await reader.readuntil(b"\r\n\r\n")
-            if self._springs(head):
+            if self._run_trap(head):
                 return _reset(client)
             match self._next():
                 case "reset" | "down":
@@ -178,7 +182,7 @@ class FaultyProxy:
             client.write(data)
             await client.drain()
 
-    def _springs(self, head: bytes) -> bool:
+    def _run_trap(self, head: bytes) -> bool:
         """Whether this is the request that `on_request` waits for."""
         if self._trap is None or not self._trap[0].search(head.split(b"\r\n")[0].decode(errors="replace")):
             return False
@@ -187,7 +191,7 @@ class FaultyProxy:
         return True
 
     def _next(self) -> Mode:
-        """What becomes of the next request."""
+        """The mode that applies to the next request."""
         self._count += 1
         mode: Mode = self._mode if self._count % self._every == 0 else "pass"
         self.requests[mode] += 1
@@ -195,7 +199,9 @@ class FaultyProxy:
 
 
 async def _slow_down(head: bytes, reader: StreamReader, client: StreamWriter) -> None:
-    if b"100-continue" not in head.lower():  # else the body waits for a word that never comes
+    if (
+        b"100-continue" not in head.lower()
+    ):  # else the client never sends the body: it waits for "100 Continue"
         async for _ in _body(head, reader):
             pass
     answer = b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nConnection: close\r\n"
@@ -230,7 +236,7 @@ async def _body(head: bytes, reader: StreamReader) -> AsyncIterator[bytes]:
 
 
 def _reset(client: StreamWriter) -> None:
-    """End the connection with RST, as a server that dies."""
+    """End the connection with RST, as a crashing server does."""
     raw = client.get_extra_info("socket")
     with contextlib.suppress(OSError):
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -1,9 +1,9 @@
-"""jobs/train.py whose workers write down what every micro-batch was made of: a program of its own, for tests.
+"""jobs/train.py with workers that record the content of every micro-batch: a separate program, for tests.
 
     PYTHONPATH=tests python tests/support/recording_job.py FOLDER RANK:STEP ... -- digits --run.name ...
 
-FOLDER gets a file a rank, with a line a micro-batch: its step, its place in the global batch, and a digest of x_0,
-x_t and t (so of the noise too). In the steps named, the loss of that rank is not a number.
+FOLDER gets one file per rank with one line per micro-batch: its step, its place in the global batch, and a digest of
+x_0, x_t and t (so of the noise too). At each STEP given, the loss of RANK is NaN.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ work = worker_group.work
 
 
 class Recording:
-    """An objective, and an ear at it."""
+    """An objective that also records its inputs."""
 
     def __init__(self, objective: Any, config: Any, rank: int, world_size: int) -> None:
         self._objective, self._rank, self._world_size = objective, rank, world_size
@@ -36,7 +36,7 @@ class Recording:
     def loss(self, model: Any, x_0: Any, label: Any, generator: Any) -> Any:
         lines = []
 
-        def heard(x_t: Any, t: Any, *rest: Any) -> Any:
+        def record(x_t: Any, t: Any, *rest: Any) -> Any:
             for one in zip(*(tensor.split(self._grain) for tensor in (x_0, x_t, t)), strict=True):
                 digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in one)).hexdigest()
                 step, k = divmod(self._micro_batches, self._share)
@@ -46,7 +46,7 @@ class Recording:
 
         if not model.training:  # held-out images
             return self._objective.loss(model, x_0, label, generator)
-        loss = self._objective.loss(heard, x_0, label, generator)
+        loss = self._objective.loss(record, x_0, label, generator)
         step = lines[-1]["step"]
         with (FOLDER / f"{self._rank}.jsonl").open("a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)

@@ -1,4 +1,4 @@
-"""Reports that tests make up."""
+"""Evaluation reports with made-up numbers."""
 
 from dataclasses import replace
 from typing import Any
@@ -48,7 +48,7 @@ def nearer(low: float, n_real: int = 1000, space: str = "pixels") -> NearerShare
 
 
 def near(low: float, steps: int = 50, **changes: Any) -> Drawn:
-    """A way of drawing with its memorisation and a picture of it."""
+    """A sampling method's result with a memorisation score and its image."""
     return replace(drawn(1, steps), scores=(nearer(low, **changes),), nearest=f"PNG {low}".encode())
 
 

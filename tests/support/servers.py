@@ -1,7 +1,7 @@
 """Real servers for tests: an S3 server, an MLflow server, a Ray head.
 
-Each is a process of its own, on free loopback ports, in a folder of its own, so two test runs fit on one
-machine. `start` returns once the server answers, or raises with the tail of its log.
+Each is a separate process on free loopback ports with its own folder, so two test runs fit on one machine. `start`
+returns once the server answers, or raises with the tail of its log.
 """
 
 import json
@@ -23,10 +23,10 @@ from typing import Any, Self
 from support.processes import REPO, kill_tree, program, run, wait_for
 
 LOOPBACK = "127.0.0.1"
-# Below the range Linux takes for outgoing connections (32768 and up), so none slips in before the server. Of
-# processes that test side by side each has ports of its own.
-SHARE = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 4
-PORTS = range(10_000 + 2_500 * SHARE, 12_500 + 2_500 * SHARE)
+# Below the range Linux uses for outgoing connections (32768 and up), so that none takes the port before the server
+# does. Each parallel pytest process has its own ports.
+PORT_SHARE = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 4
+PORTS = range(10_000 + 2_500 * PORT_SHARE, 12_500 + 2_500 * PORT_SHARE)
 GRPC_OFFSET = 10_000
 
 
@@ -44,15 +44,15 @@ class Server:
     ) -> None:
         self.name, self.command, self.health_url, self.folder = name, command, health_url, folder
         self.env = dict(env or {})
-        self.user = user  # None: whoever runs the tests
+        self.user = user  # None: the user who runs the tests
         self.log = folder / f"{name}.log"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, timeout_s: float = 90) -> Self:
-        """Start, and wait for the first answer. Also starts again what was stopped or killed.
+        """Start or restart, and wait for the first answer.
 
         Raises:
-            RuntimeError: it ended or did not answer in time; the message carries the tail of its log.
+            RuntimeError: it exited or did not answer in time; the message has the tail of its log.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
@@ -82,13 +82,13 @@ class Server:
         return _get(self.health_url) is not None
 
     def stop(self, grace_s: float = 10) -> None:
-        """Ask it to end (SIGTERM), and kill what is left after the grace, down to the last descendant."""
+        """Send SIGTERM, and kill the process and all descendants that are left after `grace_s`."""
         if self.process is not None:
             kill_tree(self.process, grace_s)
             self.process = None
 
     def kill(self) -> None:
-        """End it at once (SIGKILL), as a crash would."""
+        """Send SIGKILL, as in a crash."""
         self.stop(grace_s=0)
 
     def __enter__(self) -> Self:
@@ -125,7 +125,7 @@ class S3Server(Server):
             "aws_secret_access_key": secret_key,
             "region_name": "us-east-1",
         }
-        # Every gRPC port is its HTTP port + 10000. Small volumes: each bucket takes some of its own.
+        # Every gRPC port is its HTTP port + 10000. Small volumes, since each bucket uses several.
         options = {
             "dir": folder / "data",
             "ip": host,
@@ -148,13 +148,13 @@ class S3Server(Server):
         super().__init__("seaweedfs", command, f"{self.endpoint}/healthz", folder, self.client_env)
 
     def is_up(self) -> bool:
-        # S3 answers before the volume server has told the master what it holds: objects are missing.
+        # S3 answers before the volume server has reported its content to the master: until then objects are missing.
         topology = _get(self.topology_url)
         return topology is not None and json.loads(topology)["Topology"]["Max"] > 0 and super().is_up()
 
     def stop(self, grace_s: float = 10) -> None:
         super().stop(grace_s)
-        for port in self.ports:  # seaweedfs leaves its sockets lying
+        for port in self.ports:  # seaweedfs does not remove its sockets
             for socket_file in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
                 socket_file.unlink()
 
@@ -168,7 +168,7 @@ class MlflowServer(Server):
         command = [program("mlflow"), "server", "--host", host, "--port", str(port), "--workers", "1"]
         command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
         command += ["--artifacts-destination", str(folder / "artifacts")]
-        # Job execution is for evaluating language models, and costs seven processes.
+        # Job execution is only for evaluating language models, and starts seven processes.
         env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         super().__init__("mlflow", command, f"{self.uri}/health", folder, env)
 
@@ -176,8 +176,8 @@ class MlflowServer(Server):
 class RayHead(Server):
     """A one-node Ray cluster: `address` for ray.init, `dashboard` for `ray job submit`, `metrics` for Prometheus.
 
-    Its temporary folder is its own: Ray writes the address of the cluster started last to one file in
-    it, and with the default folder every ray.init() on the machine would join this cluster.
+    It has its own temporary folder: Ray writes the address of the last cluster started to a file there, so with the
+    default folder every ray.init() on the machine would join this cluster.
     """
 
     def __init__(self, folder: Path, num_cpus: int = 3, env: Mapping[str, str] | None = None) -> None:
@@ -190,15 +190,15 @@ class RayHead(Server):
         command += ["--node-ip-address", LOOPBACK, "--port", gcs, "--dashboard-port", dashboard]
         command += ["--ray-client-server-port", client, "--metrics-export-port", metrics]
         command += ["--dashboard-agent-listen-port", agent_http, "--dashboard-agent-grpc-port", agent_grpc]
-        # Worker ports: any free ones. The default range, 10002 to 19999, is shared with the servers here.
+        # Worker ports: any free ports. The default range, 10002 to 19999, is shared with the servers here.
         command += ["--min-worker-port", "0", "--max-worker-port", "0"]
         command += ["--runtime-env-agent-port", runtime_env, "--temp-dir", str(self.temp_dir)]
         command += ["--num-cpus", str(num_cpus), "--object-store-memory", str(300 * 2**20)]
-        # Submitted jobs say `python`: it is the one that runs the tests.
+        # Submitted jobs run `python`: it must be the interpreter that runs the tests.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        # Its workers are not behind whatever else runs on this machine (by default they have niceness 15).
+        # Workers have normal priority (by default their niceness is 15).
         settings = {"PATH": path, "RAY_worker_niceness": "0", **(env or {})}
-        # Ray Train finds the API server of its own cluster, not another one's on this machine.
+        # Ray Train must find the API server of this cluster, not of another one on this machine.
         settings["RAY_API_SERVER_ADDRESS"] = self.dashboard
         super().__init__("ray", command, f"{self.dashboard}/api/version", folder, settings)
 
@@ -221,13 +221,13 @@ class RayHead(Server):
         return JobSubmissionClient(self.dashboard)
 
     def stop_job(self, client: Any, job: str) -> None:
-        """What `ray job stop` does, which itself takes seconds to start: SIGTERM, and SIGKILL three seconds later."""
+        """Stop a job as `ray job stop` does, but without its slow start: SIGTERM, after three seconds SIGKILL."""
         client.stop_job(job)
         while not client.get_job_status(job).is_terminal():
             time.sleep(0.1)
 
     def nodes(self) -> dict[str, str]:
-        """Name -> ID of the nodes that are alive, as the cluster sees it."""
+        """Name -> ID of the nodes that the cluster considers alive."""
         summary = json.loads(_get(f"{self.dashboard}/nodes?view=summary") or b"null")
         raylets = [node["raylet"] for node in summary["data"]["summary"]] if summary else []
         return {r["nodeName"]: r["nodeId"] for r in raylets if r.get("state") == "ALIVE"}
@@ -236,7 +236,7 @@ class RayHead(Server):
         return RayNode(self, num_cpus)
 
     def drain(self, node_id: str, within_s: int) -> None:
-        """Say, as a cloud does of a spot instance, that a node will be taken away `within_s` seconds from now."""
+        """Announce that a node will be preempted in `within_s` seconds, as a cloud does for a spot instance."""
         words = [program("ray"), "drain-node", "--address", self.address, "--node-id", node_id]
         words += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot instance reclaimed"]
         done = run([*words, "--deadline-remaining-seconds", str(within_s)], cwd=self.folder)
@@ -249,7 +249,7 @@ class RayHead(Server):
 
 
 class RayNode:
-    """One more node of a cluster, on the same machine; `node_id` and `pid` once it is there."""
+    """One more node of a cluster, on the same machine; it has a `node_id` and a `pid` once it has joined."""
 
     def __init__(self, head: RayHead, num_cpus: int, timeout_s: float = 60) -> None:
         name = f"node-{uuid.uuid4().hex[:8]}"
@@ -275,14 +275,14 @@ class RayNode:
         self.node_id, self.pid, self._head = node_id, self._process.pid, head
 
     def kill(self) -> None:
-        """Take it away at once, with everything that runs on it."""
+        """Kill it at once, with everything that runs on it."""
         kill_tree(self._process)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *of_error: object) -> None:
-        """Stop it, and wait until the cluster knows, so that the next test does not count on it."""
+        """Stop it, and wait until the cluster has noticed, so that the next test does not see the node."""
         kill_tree(self._process, grace_s=10)
         if self._head.is_up():
             wait_for(lambda: (alive := self._head.nodes()) and self.node_id not in alive.values())
@@ -300,7 +300,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def run_as(user: str | None) -> dict[str, Any]:
-    """What subprocess is told so that a process runs as `user`; None: as we do."""
+    """Arguments for subprocess so that a process runs as `user`; None: as the current user."""
     return {"user": user, "group": user, "extra_groups": []} if user else {}
 
 
@@ -320,7 +320,7 @@ def _is_free(port: int) -> bool:
 
 
 def _get(url: str) -> bytes | None:
-    """The body of the answer, if there is one with status 200."""
+    """The body of the answer; None unless its status is 200."""
     try:
         with urllib.request.urlopen(url, timeout=2) as response:
             return bytes(response.read()) if response.status == 200 else None

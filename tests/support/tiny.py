@@ -1,4 +1,4 @@
-"""A net of some thousand weights, for tests of what is done with a net."""
+"""A net with a few thousand weights, for tests that need any net."""
 
 from ddpm.config import Config, override
 

@@ -1,4 +1,4 @@
-"""Runs that track something, and what MLflow says of them afterwards."""
+"""Helpers that write segments to a run's spool, deliver them, and read the result back from MLflow."""
 
 import json
 import re
@@ -31,12 +31,12 @@ def address_at(uri: str, key: str | None = None) -> Address:
     return Address(uri, EXPERIMENT, "a-run", key or uuid.uuid4().hex)
 
 
-def outbox_in(folder: Path | str) -> Location:
+def spool_in(folder: Path | str) -> Location:
     return locations.resolve(str(folder)).child("tracking")
 
 
 def track(buffer: MetricsBuffer, *steps: int, files: bool = False) -> None:
-    """Curves and a picture at each of `steps`."""
+    """Record two metrics and an image at each of `steps`."""
     for step in steps:
         buffer.metrics({"train/loss": 1 / (step + 1), "train/lr": 1e-3}, step)
         buffer.image("samples", np.full((8, 12, 3), step % 256, np.uint8), step)
@@ -46,7 +46,7 @@ def track(buffer: MetricsBuffer, *steps: int, files: bool = False) -> None:
 
 
 def put(buffer: Location, at: int, *steps: int, failed: bool = False, files: bool = False) -> Location:
-    """A segment that leads up to position `at`, as a worker writes it."""
+    """Write a segment that ends at position `at`, as a worker does."""
     gathered = MetricsBuffer()
     track(gathered, *steps, files=files)
     data = gathered.take()
@@ -59,7 +59,7 @@ def put(buffer: Location, at: int, *steps: int, failed: bool = False, files: boo
 def deliver(
     address: Address, buffer: Location, committed: int, status: str = "FINISHED", **params: Any
 ) -> Any:
-    """What a whole uploader's life comes to."""
+    """Run an uploader from start to close; returns what `close` returns."""
     uploader = Uploader(address, PARAMS | params, buffer)
     uploader.committed(committed)
     return uploader.close(status)
@@ -79,13 +79,13 @@ def run_of(address: Address) -> Run:
 
 
 def points(address: Address, key: str = "train/loss") -> list[tuple[int, float]]:
-    """Every point of a curve, sorted; what is there twice is listed twice."""
+    """All points of a metric, sorted; duplicates are kept."""
     found = MlflowClient(address.uri).get_metric_history(run_of(address).info.run_id, key)
     return sorted((point.step, point.value) for point in found)
 
 
-def pictures(address: Address) -> Counter[tuple[int, str]]:
-    """How often each step's picture is there, by the end of its name."""
+def image_counts(address: Address) -> Counter[tuple[int, str]]:
+    """Number of copies of each image: (step, file extension) -> count."""
     files = MlflowClient(address.uri).list_artifacts(run_of(address).info.run_id, "images")
     found: Counter[tuple[int, str]] = Counter()
     for file in files:
@@ -95,17 +95,18 @@ def pictures(address: Address) -> Counter[tuple[int, str]]:
     return found
 
 
-def assert_once(address: Address, *steps: int) -> None:
-    """Everything that `track` tracked at `steps` is there, once, and nothing else."""
+def assert_delivered_once(address: Address, *steps: int) -> None:
+    """MLflow has everything that `track` recorded at `steps` exactly once, and nothing else."""
     for key, value in {"train/loss": lambda step: 1 / (step + 1), "train/lr": lambda step: 1e-3}.items():
         assert points(address, key) == [(step, value(step)) for step in sorted(steps)]
-    assert pictures(address) == {(step, kind): 1 for step in steps for kind in ("png", "webp")}
+    assert image_counts(address) == {(step, kind): 1 for step in steps for kind in ("png", "webp")}
 
 
-class PickyProxy:
-    """Stands before an MLflow server, and answers in its place what `fails` says: of a method, a path and a body.
+class MlflowFaultProxy:
+    """A proxy in front of an MLflow server that injects the failures that `fails` chooses.
 
-    A status and a JSON body, or None: the server's own answer.
+    `fails` takes a request's method, path and body. It returns the (status, JSON body) to answer with, or None to
+    forward the request.
     """
 
     def __init__(self, uri: str) -> None:

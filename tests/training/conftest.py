@@ -1,4 +1,4 @@
-"""A run small enough to train in seconds."""
+"""Fixtures: a run small enough to train in seconds."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from ddpm.presets import DIGITS
 
 @pytest.fixture
 def tiny(digits_uri: str) -> Config:
-    """A net of some thousand weights, 8 steps of 32 images in 4 micro-batches."""
+    """A config with a few thousand weights, 8 steps of 32 images in 4 micro-batches."""
     torch.set_num_threads(1)
     return override(
         DIGITS,
@@ -52,5 +52,5 @@ def run_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(digits_uri: str, tmp_path: Path) -> Run:
-    """A run of the same flags, to do harm to."""
+    """A run with the flags of `undisturbed`, for fault injection."""
     return Run("harmed", str(tmp_path / "runs"), digits_uri, tmp_path / "job.log")

@@ -1,7 +1,7 @@
-"""A clock that jumps, for every Python process that finds this folder on PYTHONPATH.
+"""A shifted clock for every Python process that has this folder on PYTHONPATH.
 
-`time.time` and `time.time_ns` are off by as many seconds as the file CLOCK_OFFSET_FILE says. Ray's C++ keeps the
-machine's clock: under libfaketime, which would change it too, an actor with threads does not start (2.60).
+The file CLOCK_OFFSET_FILE contains the offset of `time.time` and `time.time_ns` in seconds. Ray's C++ code keeps the
+machine's clock: libfaketime would change that too, but under it an actor with threads does not start (Ray 2.60).
 """
 
 import copyreg
@@ -33,7 +33,7 @@ def _clock(name: str) -> Any:
 
 
 def _reduced(function: Any) -> Any:
-    """For pickle, which would not find the real clock, which somebody has kept, under its name."""
+    """Reducer for pickle: it cannot find a saved reference to the real clock under its name."""
     return (_clock, (function.__name__,)) if function in _REAL else function.__reduce__()
 
 
