@@ -1,4 +1,4 @@
-"""Segments give back what was put in, and nothing else: every other file is refused by name."""
+"""A segment returns exactly the records written to it; every other file is rejected with its name."""
 
 import io
 import json
@@ -45,7 +45,7 @@ def filled() -> MetricsBuffer:
 
 
 def segment(*lines: Any, compression: int = zipfile.ZIP_STORED, **files: bytes) -> bytes:
-    """A zip as an enemy makes it: lines that are not strings become JSON."""
+    """A hand-made segment file, valid or not: lines that are not strings are encoded as JSON."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", compression) as archive:
         texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
@@ -55,30 +55,30 @@ def segment(*lines: Any, compression: int = zipfile.ZIP_STORED, **files: bytes) 
     return file.getvalue()
 
 
-def test_what_is_gathered_comes_back_in_order_and_once() -> None:
+def test_take_returns_all_records_in_order_and_only_once() -> None:
     buffer = filled()
     data = buffer.take()
     assert data is not None
-    first, picture, artifact, last = metrics_buffer.read(data, "here")
-    assert isinstance(first, Metrics) and isinstance(picture, Picture) and isinstance(last, Metrics)
+    first, image_record, artifact, last = metrics_buffer.read(data, "here")
+    assert isinstance(first, Metrics) and isinstance(image_record, Picture) and isinstance(last, Metrics)
     assert (first.values["train/loss"], first.images_seen) == (0.1, 64)
     assert math.isnan(first.values["odd"])
     assert dict(last.values) == {"up": math.inf, "down": -math.inf, "step": 0.5}
     assert last.images_seen == 2**40
-    assert first.timestamp_ms <= picture.timestamp_ms <= last.timestamp_ms < first.timestamp_ms + 60_000
-    assert (picture.key, picture.images_seen) == ("samples", 64)
-    with Image.open(io.BytesIO(picture.png)) as image:
+    assert first.timestamp_ms <= image_record.timestamp_ms <= last.timestamp_ms < first.timestamp_ms + 60_000
+    assert (image_record.key, image_record.images_seen) == ("samples", 64)
+    with Image.open(io.BytesIO(image_record.png)) as image:
         assert np.array_equal(np.asarray(image), GREY[:, :, 0])
     assert artifact == Artifact("pictures/card.txt", b"\x00card")
     assert metrics_buffer.count(io.BytesIO(data), "here") == 4
     assert buffer.take() is None
 
 
-def test_nothing_gathered_is_no_segment() -> None:
+def test_an_empty_buffer_makes_no_segment() -> None:
     assert MetricsBuffer().take() is None
 
 
-def test_what_follows_a_take_is_in_the_next_segment() -> None:
+def test_records_after_a_take_are_in_the_next_segment() -> None:
     buffer = filled()
     buffer.take()
     buffer.artifact("later.txt", b"")
@@ -88,13 +88,13 @@ def test_what_follows_a_take_is_in_the_next_segment() -> None:
 
 
 @given(st.dictionaries(st.text(), st.floats(allow_nan=False)), st.integers(0, 2**63 - 1))
-def test_any_name_and_value_comes_back(values: dict[str, float], images_seen: int) -> None:
+def test_any_metric_name_and_value_survives_a_round_trip(values: dict[str, float], images_seen: int) -> None:
     record = Metrics(values, images_seen, 0)
     assert metrics_buffer.read(metrics_buffer.pack([record]), "here") == [record]
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 8, 2), (8, 8, 4), (1, 8, 8, 3)])
-def test_an_array_that_is_no_image_is_refused(shape: tuple[int, ...]) -> None:
+def test_an_array_that_is_not_an_image_is_rejected(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"image samples is uint8 .*; it must be uint8 \[H, W, C\]"):
         MetricsBuffer().image("samples", np.zeros(shape, np.uint8), 0)
 
@@ -103,18 +103,18 @@ BAD_PATHS = ["", ".", "..", "../a", "/a", "a/../b", "a//b", "a/", "a\\b", "c:a",
 
 
 @pytest.mark.parametrize("name", BAD_PATHS)
-def test_an_artifact_stays_in_its_folder(name: str) -> None:
+def test_artifact_paths_outside_the_folder_are_rejected(name: str) -> None:
     with pytest.raises(ValueError, match="not a relative path"):
         MetricsBuffer().artifact(name, b"")
     with pytest.raises(DamagedSegment, match="an artifact is called"):
         metrics_buffer.read(segment(FILE | {"name": name}, _000000=b""), "here")
 
 
-def test_names_sort_in_the_order_of_delivery() -> None:
+def test_segment_names_sort_in_delivery_order() -> None:
     order = [
         segment_name(0),
         segment_name(448),
-        segment_name(512, after_error=True),  # by the life before the one that commits 512
+        segment_name(512, after_error=True),  # from the attempt before the one that commits 512
         segment_name(512),
         segment_name(513),
         segment_name(10**12 - 1),
@@ -124,8 +124,8 @@ def test_names_sort_in_the_order_of_delivery() -> None:
 
 
 @given(st.integers(0, 10**19 - 1), st.booleans())
-def test_a_name_says_what_it_was_made_of(images_seen: int, last_words: bool) -> None:
-    assert parse_name(segment_name(images_seen, last_words)) == (images_seen, last_words)
+def test_segment_names_survive_a_round_trip(images_seen: int, is_after_error: bool) -> None:
+    assert parse_name(segment_name(images_seen, is_after_error)) == (images_seen, is_after_error)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_a_name_says_what_it_was_made_of(images_seen: int, last_words: bool) -> 
         "٠٠٠٠٠٠٠٠٠٥١٢.zip",
     ],
 )
-def test_other_files_are_no_segments(name: str) -> None:
+def test_other_file_names_are_not_segments(name: str) -> None:
     assert parse_name(name) is None
 
 
@@ -180,7 +180,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("data", DAMAGED.values(), ids=list(DAMAGED))
-def test_a_damaged_segment_is_named(data: bytes) -> None:
+def test_a_damaged_segment_is_reported_with_its_uri(data: bytes) -> None:
     with pytest.raises(
         DamagedSegment, match=r"^s3://b/here\.zip is damaged, or not a segment of tracking: ."
     ) as caught:
@@ -189,7 +189,7 @@ def test_a_damaged_segment_is_named(data: bytes) -> None:
     assert len(str(caught.value)) < 400
 
 
-def test_what_the_damaged_ones_were_made_of_is_good() -> None:
+def test_the_segments_are_valid_before_they_are_damaged() -> None:
     assert metrics_buffer.read(segment(GOOD), "here") == [Metrics({"loss": 1.0}, 1, 2)]
     assert metrics_buffer.read(segment(FILE, _000000=b"x"), "here") == [Artifact("a.txt", b"x")]
     assert metrics_buffer.read(segment(IMAGE, _000000=PNG), "here") == [Picture("k", PNG, 1, 2)]
@@ -198,8 +198,8 @@ def test_what_the_damaged_ones_were_made_of_is_good() -> None:
     assert metrics_buffer.read(metrics_buffer.pack(list(about)), "here") == about
 
 
-def test_a_segment_cut_or_changed_anywhere_is_noticed_or_the_same() -> None:
-    """Where a bit may flip unnoticed (a date in a zip's headers), nothing that is read comes of it."""
+def test_truncation_and_bit_flips_are_detected_or_harmless() -> None:
+    """A bit flip that goes unnoticed (a date in a zip header, say) does not change what is read."""
     data = filled().take()
     assert data is not None
     truth = metrics_buffer.pack(metrics_buffer.read(data, "here"))

@@ -1,6 +1,6 @@
-"""A SQLite database of MLflow is whole or not there, whatever happens while it is made; one that is not is named.
+"""MLflow's SQLite database is created completely or not at all; a half-made one is reported with its path.
 
-What makes it is a process of its own each time, forked from one that has imported MLflow.
+Each attempt runs in a separate process, forked from one that has imported MLflow.
 """
 
 import multiprocessing
@@ -17,37 +17,37 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from support.first_connections import connect, create_experiment
-from support.tracked import address_at, assert_once, deliver, outbox_in, put
+from support.tracked import address_at, assert_delivered_once, deliver, put, spool_in
 
 from ddpm.tracking import mlflow_client
 from ddpm.tracking.mlflow_client import Lost
 from ddpm.tracking.mlflow_runs import MlflowRun
 
 NUM_KILLS = 4
-NUM_AT_ONCE = 2
-WHOLE_BYTES = 900_000
-"""About what a new database takes (MLflow 3.17)."""
+NUM_CONCURRENT = 2
+DATABASE_BYTES = 900_000
+"""Approximate size of a new database (MLflow 3.17)."""
 
 
 @pytest.fixture(scope="module")
-def forks() -> Iterator[ForkServerContext]:
+def forkserver() -> Iterator[ForkServerContext]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["support.first_connections", "mlflow.store.tracking.sqlalchemy_store"])
     yield context
 
 
-def stop_midway(
-    forks: ForkServerContext, target: Callable[[str], None], database: Path, size: int, number: int
+def kill_midway(
+    forkserver: ForkServerContext, target: Callable[[str], None], database: Path, size: int, number: int
 ) -> bool:
-    """Send the signal `number` to a process that runs target(URI of `database`), when it has written `size` bytes.
+    """Run target(URI of `database`) in a process, and send it the signal `number` once it has written `size` bytes.
 
     Returns:
-        Whether that stopped it; else it was done before the signal took effect.
+        Whether the signal stopped it; otherwise it finished before.
     """
-    before = set(database.parent.rglob(database.name))  # of processes that were stopped
-    process = forks.Process(target=target, args=(f"sqlite:///{database}",))
+    before = set(database.parent.rglob(database.name))  # files left by earlier, killed processes
+    process = forkserver.Process(target=target, args=(f"sqlite:///{database}",))
     process.start()
-    while process.is_alive() and bytes_in(set(database.parent.rglob(database.name)) - before) < size:
+    while process.is_alive() and size_of(set(database.parent.rglob(database.name)) - before) < size:
         time.sleep(0.005)
     if process.pid is not None and process.is_alive():
         os.kill(process.pid, number)
@@ -55,46 +55,46 @@ def stop_midway(
     return process.exitcode != 0
 
 
-def bytes_in(files: set[Path]) -> int:
-    """How large the only file of `files` is; 0: there is none."""
+def size_of(files: set[Path]) -> int:
+    """Total size of `files`; 0 if there are none."""
     with suppress(FileNotFoundError):
         return sum(file.stat().st_size for file in files if file.is_file())
     return 0
 
 
 @pytest.mark.slow
-def test_a_first_run_stopped_at_any_moment_leaves_no_broken_database(
-    forks: ForkServerContext, tmp_path: Path
+def test_killing_the_first_run_at_any_point_leaves_no_half_made_database(
+    forkserver: ForkServerContext, tmp_path: Path
 ) -> None:
     folder = tmp_path / "new"
     folder.mkdir()
     database, stopped = folder / "mlflow.db", 0
     for kill in range(NUM_KILLS):
         number = (signal.SIGKILL, signal.SIGINT)[kill % 2]
-        size = 1 + kill * WHOLE_BYTES // (2 * NUM_KILLS)
-        was_stopped = stop_midway(forks, connect, database, size, number)
+        size = 1 + kill * DATABASE_BYTES // (2 * NUM_KILLS)
+        was_stopped = kill_midway(forkserver, connect, database, size, number)
         assert database.exists() != was_stopped
         stopped += was_stopped
-        database.unlink(missing_ok=True)  # of one that was done before
+        database.unlink(missing_ok=True)  # from a process that finished before the signal
     assert stopped >= NUM_KILLS // 2
-    address, buffer = address_at(f"sqlite:///{database}"), outbox_in(tmp_path / "run")
+    address, buffer = address_at(f"sqlite:///{database}"), spool_in(tmp_path / "run")
     put(buffer, 64, 64)
     assert deliver(address, buffer, 64).undelivered == 0
-    assert_once(address, 64)
-    assert {path.name for path in folder.iterdir()} == {"mlflow.db", "mlruns"}  # nothing of the killed
+    assert_delivered_once(address, 64)
+    assert {path.name for path in folder.iterdir()} == {"mlflow.db", "mlruns"}  # no leftovers
 
 
 @pytest.mark.slow
-def test_first_runs_at_once_share_one_database(forks: ForkServerContext, tmp_path: Path) -> None:
+def test_concurrent_first_runs_share_one_database(forkserver: ForkServerContext, tmp_path: Path) -> None:
     folder = tmp_path / "new"
     uri = f"sqlite:///{folder}/mlflow.db"
-    names = [str(i) for i in range(NUM_AT_ONCE)]
-    started = [forks.Process(target=create_experiment, args=(uri, name)) for name in names]
+    names = [str(i) for i in range(NUM_CONCURRENT)]
+    started = [forkserver.Process(target=create_experiment, args=(uri, name)) for name in names]
     for process in started:
         process.start()
     for process in started:
         process.join()
-    assert [process.exitcode for process in started] == [0] * NUM_AT_ONCE
+    assert [process.exitcode for process in started] == [0] * NUM_CONCURRENT
     assert {e.name for e in MlflowClient(uri).search_experiments()} == {"Default", *names}
     assert [path.name for path in folder.iterdir()] == ["mlflow.db"]
 
@@ -109,23 +109,23 @@ def test_first_runs_at_once_share_one_database(forks: ForkServerContext, tmp_pat
         ("DROP TABLE entity_associations", "table secrets already exists"),
     ],
 )
-def test_a_half_made_database_is_named(tmp_path: Path, damage: str, trace: str) -> None:
-    """The two kinds that an interrupted migration leaves: a table that was being rewritten, and one that is not
-    noted down yet."""
+def test_a_half_made_database_is_reported_with_its_path(tmp_path: Path, damage: str, trace: str) -> None:
+    """The two states that an interrupted migration leaves: a temporary table, and a table that the schema version
+    does not include yet."""
     whole, database = mlflow_client.tracking_uri(), tmp_path / "half.db"
     mlflow_client.connect(whole)
     shutil.copy(whole.removeprefix("sqlite:///"), database)
     with closing(sqlite3.connect(database)) as opened, opened:
         opened.execute(damage)
-        opened.execute("UPDATE alembic_version SET version_num = 'bf29a5ff90ea'")  # not the newest
+        opened.execute("UPDATE alembic_version SET version_num = 'bf29a5ff90ea'")  # an old schema version
     with pytest.raises(Lost, match=trace) as caught:
         MlflowRun(address_at(f"sqlite:///{database}"), {}).open(running=True)
-    said = str(caught.value)
-    assert said.startswith(f"{database} is half made: ") and "\n" not in said
-    assert "Move this file away" in said and "`python jobs/sync.py RUN`" in said
+    message = str(caught.value)
+    assert message.startswith(f"{database} is half made: ") and "\n" not in message
+    assert "Move this file away" in message and "`python jobs/sync.py RUN`" in message
 
 
-def test_another_error_is_not_taken_for_a_half_made_database(tmp_path: Path) -> None:
+def test_other_database_errors_are_not_reported_as_half_made(tmp_path: Path) -> None:
     database = tmp_path / "text.db"
     database.write_text("no database at all, and long enough to be read as one\n" * 20)
     with pytest.raises(Lost, match="file is not a database"):

@@ -1,6 +1,6 @@
-"""What is tracked arrives in MLflow, once, and under the name of its run.
+"""Records are delivered to MLflow exactly once, to the MLflow run of their run key.
 
-The server is real, and so is the SQLite file that laptops have instead.
+Tested with a real server and with a SQLite file, the default on a laptop.
 """
 
 import logging
@@ -18,14 +18,14 @@ from support.tracked import (
     FILES,
     PARAMS,
     address_at,
-    assert_once,
+    assert_delivered_once,
     deliver,
+    image_counts,
     names_in,
-    outbox_in,
-    pictures,
     points,
     put,
     run_of,
+    spool_in,
 )
 
 from ddpm.storage.locations import Location
@@ -48,7 +48,7 @@ def address(uri: str) -> Address:
 
 @pytest.fixture
 def buffer(tmp_path: Path) -> Location:
-    return outbox_in(tmp_path / "run")
+    return spool_in(tmp_path / "run")
 
 
 def put_records(buffer: Location, at: int, *gathered: metrics_buffer.Record) -> None:
@@ -59,7 +59,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_everything_arrives(
+def test_all_records_reach_mlflow(
     address: Address, buffer: Location, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     put(buffer, 64, 32, 64)
@@ -72,21 +72,19 @@ def test_everything_arrives(
     assert (run.info.run_name, run.info.status) == ("a-run", "FINISHED")
     assert run.info.end_time >= run.info.start_time
     assert run.data.params == {name: str(value) for name, value in PARAMS.items()}
-    assert_once(address, 32, 64, 96, 128)
+    assert_delivered_once(address, 32, 64, 96, 128)
     for name, data in FILES.items():
         path = client.download_artifacts(delivery.run_id, name, str(tmp_path))
         assert Path(path).read_bytes() == data
     for file in client.list_artifacts(delivery.run_id, "images"):
         level = int(file.path.split("+")[2])
-        with Image.open(client.download_artifacts(delivery.run_id, file.path, str(tmp_path))) as picture:
-            assert picture.size == (12, 8)
-            assert np.abs(np.asarray(picture).astype(int) - level).max() <= (
-                0 if picture.format == "PNG" else 2
-            )
+        with Image.open(client.download_artifacts(delivery.run_id, file.path, str(tmp_path))) as image:
+            assert image.size == (12, 8)
+            assert np.abs(np.asarray(image).astype(int) - level).max() <= (0 if image.format == "PNG" else 2)
     assert warnings_of(caplog) == []
 
 
-def test_points_keep_the_time_at_which_they_were_measured(address: Address, buffer: Location) -> None:
+def test_points_keep_their_measurement_time(address: Address, buffer: Location) -> None:
     put_records(buffer, 1, Metrics({"loss": 1.0}, 1, 1_234_567_890_123))
     deliver(address, buffer, 1)
     (point,) = MlflowClient(address.uri).get_metric_history(run_of(address).info.run_id, "loss")
@@ -94,12 +92,12 @@ def test_points_keep_the_time_at_which_they_were_measured(address: Address, buff
 
 
 @pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED"])
-def test_a_run_ends_as_it_is_closed(address: Address, buffer: Location, status: str) -> None:
+def test_a_closed_run_gets_the_given_status(address: Address, buffer: Location, status: str) -> None:
     deliver(address, buffer, -1, status)
     assert run_of(address).info.status == status
 
 
-def test_a_restarted_run_goes_on_in_its_mlflow_run(address: Address, buffer: Location) -> None:
+def test_a_resumed_run_continues_its_mlflow_run(address: Address, buffer: Location) -> None:
     put(buffer, 64, 64)
     before = deliver(address, buffer, 64, "FAILED")
     put(buffer, 128, 128)
@@ -107,7 +105,7 @@ def test_a_restarted_run_goes_on_in_its_mlflow_run(address: Address, buffer: Loc
     assert (after.run_id, after.experiment_id) == (before.run_id, before.experiment_id)
     run = run_of(address)
     assert run.info.status == "FINISHED"
-    assert_once(address, 64, 128)
+    assert_delivered_once(address, 64, 128)
     assert run.data.params["optim.lr"] == "0.001"  # params never change in MLflow
     assert run.data.params["train.total_images"] == "128"
     assert {k: v for k, v in run.data.tags.items() if k.startswith("resumed.")} == {
@@ -115,60 +113,60 @@ def test_a_restarted_run_goes_on_in_its_mlflow_run(address: Address, buffer: Loc
     }
 
 
-def test_while_it_goes_on_a_failed_run_is_running(address: Address, buffer: Location) -> None:
+def test_a_resumed_failed_run_has_status_running(address: Address, buffer: Location) -> None:
     deliver(address, buffer, -1, "FAILED")
     again = Uploader(address, PARAMS, buffer)
     wait_for(lambda: run_of(address).info.status == "RUNNING")
     again.close("FINISHED")
 
 
-def test_runs_with_other_keys_are_other_runs(uri: str, buffer: Location) -> None:
+def test_each_run_key_has_its_own_mlflow_run(uri: str, buffer: Location) -> None:
     first, second = address_at(uri), address_at(uri)
     assert deliver(first, buffer, -1).run_id != deliver(second, buffer, -1).run_id
 
 
-def test_a_segment_sent_twice_leaves_everything_once(address: Address, buffer: Location) -> None:
-    """An uploader dies between the delivery of a segment and its deletion."""
+def test_a_segment_sent_twice_is_stored_once(address: Address, buffer: Location) -> None:
+    """As when an uploader dies after it delivered a segment and before it deleted it."""
     segment = put(buffer, 64, 32, 64, files=True)
     data = segment.read()
     deliver(address, buffer, 64)
     segment.write(data)
     deliver(address, buffer, 64)
-    assert_once(address, 32, 64)
+    assert_delivered_once(address, 32, 64)
     assert names_in(buffer) == []
 
 
-def test_mlflow_itself_keeps_a_point_once(address: Address, buffer: Location) -> None:
-    """A request that times out may have been obeyed: what is sent again must be the same point."""
+def test_mlflow_stores_a_repeated_point_once(address: Address, buffer: Location) -> None:
+    """A request that timed out may have succeeded: sending a point again must not duplicate it."""
     odd = Metrics({"loss": 0.1, "nan": float("nan"), "inf": float("inf")}, 64, 1_700_000_000_000)
     run = MlflowRun(address, {})
     run.open(running=True)
     for _ in range(2):
-        run._sent_until = -1  # or it would ask first
+        run._sent_until = -1  # otherwise it would ask the server first
         assert run.send([odd])
     for key in odd.values:
         assert len(points(address, key)) == 1
 
 
-def test_a_run_that_went_back_is_not_doubled(address: Address, buffer: Location) -> None:
+def test_a_run_resumed_from_an_older_checkpoint_has_no_duplicates(address: Address, buffer: Location) -> None:
     put(buffer, 64, 32, 64)
     put(buffer, 128, 96, 128)
     deliver(address, buffer, 128, "FAILED")
-    put(buffer, 192, 96, 128, 160, 192)  # the checkpoint at 128 was damaged
+    put(buffer, 192, 96, 128, 160, 192)  # as if the checkpoint at 128 was damaged
     deliver(address, buffer, 192)
-    assert_once(address, 32, 64, 96, 128, 160, 192)
+    assert_delivered_once(address, 32, 64, 96, 128, 160, 192)
 
 
-def test_what_is_new_at_an_old_step_arrives(address: Address, buffer: Location) -> None:
+def test_a_new_metric_at_an_old_step_is_delivered(address: Address, buffer: Location) -> None:
     put(buffer, 64, 64)
     deliver(address, buffer, 64, "FAILED")
     put_records(buffer, 65, Metrics({"held_out/loss": 0.5, "train/loss": 7.0}, 64, 1))
     deliver(address, buffer, 65)
     assert points(address, "held_out/loss") == [(64, 0.5)]
-    assert_once(address, 64)
+    assert_delivered_once(address, 64)
 
 
-def test_what_mlflow_refuses_is_left_out_and_the_rest_arrives(
+def test_records_that_mlflow_rejects_are_skipped_and_the_rest_is_delivered(
     address: Address, buffer: Location, caplog: pytest.LogCaptureFixture
 ) -> None:
     png = metrics_buffer.images.png_bytes(np.zeros((2, 2, 3), np.uint8))
@@ -178,17 +176,17 @@ def test_what_mlflow_refuses_is_left_out_and_the_rest_arrives(
     delivery = deliver(address, buffer, 64)
     assert (delivery.undelivered, delivery.ended) == (0, True)
     assert points(address, "good") == [(1, 1.0), (2, 2.0), (4, 3.0)]
-    assert_once(address, 64)
+    assert_delivered_once(address, 64)
     refusals = warnings_of(caplog)
     assert len(refusals) == 2, refusals
     assert "MLflow refuses metric no such: name?! at 2, which is skipped" in refusals[0]
     assert "MLflow refuses image no:key at 3, which is skipped" in refusals[1]
-    put_records(buffer, 65, *refused)  # and once more, now that these steps were sent before
+    put_records(buffer, 65, *refused)  # again: now these steps have been sent before
     assert deliver(address, buffer, 65).undelivered == 0
     assert points(address, "good") == [(1, 1.0), (2, 2.0), (4, 3.0)]
 
 
-def test_a_loss_that_is_no_number_arrives(address: Address, buffer: Location) -> None:
+def test_nan_and_infinite_losses_are_delivered(address: Address, buffer: Location) -> None:
     gathered = MetricsBuffer()
     gathered.metrics({"loss": float("nan")}, 1)
     gathered.metrics({"loss": float("inf")}, 2)
@@ -201,7 +199,9 @@ def test_a_loss_that_is_no_number_arrives(address: Address, buffer: Location) ->
     assert values[2] > 1e300
 
 
-def test_more_points_than_one_call_may_carry(address: Address, buffer: Location) -> None:
+def test_more_points_and_params_than_one_request_allows_are_delivered(
+    address: Address, buffer: Location
+) -> None:
     many = [Metrics({f"m{i}": float(step) for i in range(50)}, step, step) for step in range(30)]
     put_records(buffer, 30, *many)
     assert deliver(address, buffer, 30, **{f"param.{i}": i for i in range(230)}).undelivered == 0
@@ -210,7 +210,7 @@ def test_more_points_than_one_call_may_carry(address: Address, buffer: Location)
         assert points(address, key) == [(step, float(step)) for step in range(30)]
 
 
-def test_a_run_deleted_in_mlflow_loses_nothing(
+def test_records_are_kept_when_their_run_was_deleted_in_mlflow(
     address: Address, buffer: Location, caplog: pytest.LogCaptureFixture
 ) -> None:
     uploader = Uploader(address, PARAMS, buffer)
@@ -223,10 +223,10 @@ def test_a_run_deleted_in_mlflow_loses_nothing(
     assert uploader.close("FINISHED").undelivered == 2
     assert "was deleted in MLflow" in caplog.text
     assert deliver(address, buffer, 128).undelivered == 0
-    assert_once(address, 128)  # in a new MLflow run
+    assert_delivered_once(address, 128)  # in a new MLflow run
 
 
-def test_a_password_is_not_shown_by_a_server_that_works(
+def test_the_password_is_not_logged_when_the_server_works(
     mlflow_server: str, buffer: Location, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -238,7 +238,7 @@ def test_a_password_is_not_shown_by_a_server_that_works(
     assert "s3cret" not in caplog.text + "".join(capfd.readouterr())
 
 
-def test_a_password_is_not_shown_when_there_is_no_server(
+def test_the_password_is_not_logged_when_the_server_is_down(
     buffer: Location, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (port,) = servers.free_ports(1)
@@ -264,7 +264,9 @@ def test_without_password(uri: str, shown: str) -> None:
     assert without_password(uri) == shown
 
 
-def test_a_relative_database_is_the_driver_s(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_relative_database_path_is_relative_to_the_driver(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///sub.db")
     assert tracking_uri() == f"sqlite:///{tmp_path}/sub.db"
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
@@ -273,7 +275,7 @@ def test_a_relative_database_is_the_driver_s(monkeypatch: pytest.MonkeyPatch, tm
     assert tracking_uri() == "http://host:5000"
 
 
-def test_artifacts_lie_beside_a_database(
+def test_artifacts_are_stored_beside_the_database(
     tmp_path: Path, buffer: Location, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for folder in ("driver", "elsewhere"):
@@ -290,4 +292,4 @@ def test_artifacts_lie_beside_a_database(
         assert database.execute("SELECT count(*) FROM runs").fetchone() == (1,)
     database.close()
     assert list((tmp_path / "elsewhere").iterdir()) == []
-    assert pictures(address) == {(64, "png"): 1, (64, "webp"): 1}
+    assert image_counts(address) == {(64, "png"): 1, (64, "webp"): 1}

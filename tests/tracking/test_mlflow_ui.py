@@ -1,4 +1,4 @@
-"""What a person sees in MLflow's pages of three runs of three schedules, in a real browser."""
+"""MLflow's pages of three runs with different schedules, in a real browser."""
 
 import json
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="session")
 def runs(mlflow_server: str, ray_head: RayHead, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """Short runs of digits by schedule, one of them shorter, tracked by the server."""
+    """Short digits runs tracked by the server, by schedule; one is shorter than the others."""
     folder, found = tmp_path_factory.mktemp("runs"), {}
     env = {"MLFLOW_TRACKING_URI": mlflow_server, "RAY_ADDRESS": ray_head.address}
     for kind, total in TOTALS.items():
@@ -44,14 +44,14 @@ def runs(mlflow_server: str, ray_head: RayHead, tmp_path_factory: pytest.TempPat
         client = MlflowClient(mlflow_server)
         experiment = client.get_experiment_by_name("schedules")
         (run,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{kind}'")
-        assert f"{mlflow_server}/#/{place(run)}?{WORKFLOW}" in done.stdout
+        assert f"{mlflow_server}/#/{run_path(run)}?{WORKFLOW}" in done.stdout
         found[kind] = run
     return found
 
 
 @pytest.fixture
 def page(browser: Any, tmp_path: Path) -> Iterator[Any]:
-    """A page of the browser, wide since MLflow draws a panel beside it; what it showed last is kept as a picture."""
+    """A browser page, wide enough for MLflow's side panel; a screenshot is saved at the end."""
     page = browser.new_page(viewport={"width": 2200, "height": 1000})
     page.set_default_timeout(PATIENCE_MS)
     yield page
@@ -62,16 +62,16 @@ def page(browser: Any, tmp_path: Path) -> Iterator[Any]:
 @pytest.fixture
 def cosine(page: Any, mlflow_server: str, runs: dict[str, Run]) -> Any:
     """The page of the run with the cosine schedule."""
-    page.goto(f"{mlflow_server}/#/{place(runs['cosine'])}?{WORKFLOW}")
+    page.goto(f"{mlflow_server}/#/{run_path(runs['cosine'])}?{WORKFLOW}")
     page.get_by_role("heading", name="cosine").wait_for()
     return page
 
 
-def place(run: Run) -> str:
+def run_path(run: Run) -> str:
     return f"experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
 
 
-def test_the_experiment_is_of_model_training_and_has_a_view(
+def test_the_experiment_has_kind_model_training_and_a_saved_view(
     page: Any, mlflow_server: str, runs: dict[str, Run]
 ) -> None:
     experiment = MlflowClient(mlflow_server).get_experiment_by_name("schedules")
@@ -86,12 +86,12 @@ def test_the_experiment_is_of_model_training_and_has_a_view(
     assert VIEW_TAG.rpartition(".")[2] in page.url
 
 
-def test_the_overview_says_what_the_run_is(cosine: Any) -> None:
+def test_the_overview_describes_the_run(cosine: Any) -> None:
     cosine.get_by_text("Finished").first.wait_for()
     cosine.get_by_text("jobs/train.py").first.wait_for()
     cosine.get_by_text("predicts eps, cosine schedule of 500 steps").first.wait_for()
     cosine.get_by_text("Finished at 2,560 of 2,560 images; bits/dim").first.wait_for()
-    cosine.get_by_text("digits (").first.wait_for()  # the data set
+    cosine.get_by_text("digits (").first.wait_for()  # the data set's name
     cosine.get_by_text("train.total_images").first.wait_for()
     assert cosine.get_by_text("schedule.cosine_s").count() and not cosine.get_by_text("sigmoid_tau").count()
     assert cosine.get_by_role("link", name="train/loss", exact=True).count() == 1
@@ -108,23 +108,23 @@ def test_the_charts_show_the_loss(cosine: Any) -> None:
     chart.scroll_into_view_if_needed()
     plot = chart.locator(".js-plotly-plot").first
     plot.locator("path.js-line").first.wait_for(state="attached")
-    # Not the path's points: Plotly leaves out those on a straight line.
-    assert plot.evaluate("plot => plot.data[0].x.length") == 10  # a point each 256 images
+    # The data's points, not the drawn path's: Plotly leaves out points on a straight line.
+    assert plot.evaluate("plot => plot.data[0].x.length") == 10  # one point per 256 images
 
 
 @pytest.mark.parametrize(("number", "key", "step"), [(0, "samples_last", 0), (1, "samples", 1280)])
-def test_grids_of_runs_of_unlike_length_stand_side_by_side(
+def test_grids_of_runs_of_different_length_are_shown_side_by_side(
     page: Any, mlflow_server: str, runs: dict[str, Run], number: int, key: str, step: int
 ) -> None:
-    """At the step that all share, and the last ones whatever the step was; no parameters hide them."""
+    """Grids at a common step, and the last grids whatever their step; no parameter text covers them."""
     view = f"viewStateShareKey={VIEW_TAG.rpartition('.')[2]}&compareRunsMode=CHART&{WORKFLOW}"
     page.goto(f"{mlflow_server}/#/experiments/{runs['linear'].info.experiment_id}/runs?{view}")
     card = page.locator(CARD).nth(number)
     card.wait_for()
-    pictures = card.locator(f"img[src*='{key}%2Bstep%2B{step}%2B']")
-    pictures.nth(2).wait_for(state="attached")
-    assert pictures.count() == 3
-    assert all(shown_size(pictures.nth(i))[0] > 0 for i in range(3))
+    shown = card.locator(f"img[src*='{key}%2Bstep%2B{step}%2B']")
+    shown.nth(2).wait_for(state="attached")
+    assert shown.count() == 3
+    assert all(shown_size(shown.nth(i))[0] > 0 for i in range(3))
     assert card.get_by_text("No image logged at this step").count() == 0
     assert card.get_by_text("optim.lr").count() == 0
 
@@ -135,30 +135,30 @@ def test_compare_shows_the_newest_grids_side_by_side(
     ids = json.dumps([run.info.run_id for run in runs.values()])
     experiments = json.dumps([runs["linear"].info.experiment_id])
     page.goto(f"{mlflow_server}/#/compare-runs?runs={ids}&experiments={experiments}&{WORKFLOW}")
-    page.locator(PANEL).click()  # closed, since it leaves no room for the names of the files
+    page.locator(PANEL).click()  # close the panel: it leaves no room for the file names
     page.get_by_text(GRID, exact=True).click()
-    pictures = page.locator("img[src^='blob:']:visible")
+    shown = page.locator("img[src^='blob:']:visible")
     page.wait_for_function(
         "new Set([...document.querySelectorAll(\"img[src^='blob:']\")].map(i => i.src)).size == 3"
     )
-    assert all(shown_size(pictures.nth(i))[0] > 0 for i in range(pictures.count()))
+    assert all(shown_size(shown.nth(i))[0] > 0 for i in range(shown.count()))
 
 
 @pytest.mark.parametrize(
     "name", ["samples.png", "pictures/reverse_trajectory.png", "pictures/forward_noising.png"]
 )
-def test_the_artifacts_show_the_pictures(
+def test_the_artifact_browser_shows_the_images(
     cosine: Any, runs: dict[str, Run], mlflow_server: str, name: str
 ) -> None:
     cosine.get_by_role("tab", name="Artifacts").click()
     for part in name.split("/"):
         cosine.get_by_text(part, exact=True).click()
     ours = MlflowClient(mlflow_server).download_artifacts(runs["cosine"].info.run_id, name, ".")
-    with Image.open(ours) as picture:
-        assert shown_size(cosine.locator("img[src^='blob:']").first) == list(picture.size)
+    with Image.open(ours) as image:
+        assert shown_size(cosine.locator("img[src^='blob:']").first) == list(image.size)
 
 
-def shown_size(picture: Any) -> list[int]:
+def shown_size(image: Any) -> list[int]:
     """Width and height of an image on the page, once the browser has fetched and decoded it."""
-    picture.wait_for()
-    return picture.evaluate("image => image.decode().then(() => [image.naturalWidth, image.naturalHeight])")
+    image.wait_for()
+    return image.evaluate("image => image.decode().then(() => [image.naturalWidth, image.naturalHeight])")

@@ -1,4 +1,4 @@
-"""What MLflow's pages say of runs and experiments: params that have an effect, what was changed, and a description."""
+"""What a run writes for MLflow's pages: params that have an effect, changes from the preset, and a description."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from mlflow.entities import Run
 from support import processes
 from support.processes import REPO
 from support.tiny import TINY_NET
-from support.tracked import address_at, deliver, outbox_in, run_of
+from support.tracked import address_at, deliver, run_of, spool_in
 
 from ddpm import presets
 from ddpm.build import build_net, build_objective
@@ -37,7 +37,7 @@ DATA = DataSetInput("digits", "4f" * 16, "s3://bucket/digits", '{"images": 1500,
 
 
 @pytest.mark.parametrize("kind", schedules.SCHEDULES)
-def test_the_parameters_of_a_schedule_are_those_that_change_it(kind: str) -> None:
+def test_params_include_exactly_the_fields_that_affect_the_schedule(kind: str) -> None:
     config = override(Config(), {"schedule.kind": kind, "schedule.num_timesteps": 100})
     beta, found = schedules.build(config.schedule).beta, pages.params(config)
     for name, value in flatten(config.schedule).items():
@@ -49,15 +49,15 @@ def test_the_parameters_of_a_schedule_are_those_that_change_it(kind: str) -> Non
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp_2m", "heun"])
 @pytest.mark.parametrize("spacing", ["auto", "uniform", "karras"])
-def test_the_parameters_of_a_sampler_are_those_that_change_its_images(sampler: str, spacing: str) -> None:
+def test_params_include_exactly_the_fields_that_affect_the_images(sampler: str, spacing: str) -> None:
     config = override(SMALL, {"sample.sampler": sampler, "sample.spacing": spacing})
     net, found = build_net(config).eval(), pages.params(config)
 
-    def drawn(config: Config) -> torch.Tensor:
+    def sampled(config: Config) -> torch.Tensor:
         return generate.draw(net, config, build_objective(config), range(4), device=torch.device("cpu"))
 
     for name, value in (OTHER | {"sample.clip_x_0": False}).items():
-        has_effect = not torch.equal(drawn(override(config, {name: value})), drawn(config))
+        has_effect = not torch.equal(sampled(override(config, {name: value})), sampled(config))
         assert (name in found) == has_effect, name
 
 
@@ -72,14 +72,14 @@ def test_the_parameters_of_a_sampler_are_those_that_change_its_images(sampler: s
         ({"cluster.num_workers": "1:4"}, "cluster.num_workers", "cluster.max_failures"),
     ],
 )
-def test_parameters_without_effect_are_left_out(change: dict[str, Any], has: str, lacks: str) -> None:
+def test_params_without_effect_are_left_out(change: dict[str, Any], has: str, lacks: str) -> None:
     found = pages.params(override(presets.DIGITS, change))
     assert has in found and lacks not in found
     assert None not in found.values()
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)
-def test_a_preset_and_what_was_changed(name: str) -> None:
+def test_tags_name_the_nearest_preset_and_the_changes(name: str) -> None:
     changes = {"schedule.kind": "sigmoid", "optim.lr": 0.5, "run.name": "a", "data.shards": "s3://b/d"}
     assert pages.nearest_preset(presets.PRESETS[name]) == (name, {})
     changed = override(presets.PRESETS[name], changes)
@@ -98,30 +98,30 @@ def address() -> Address:
 
 @pytest.fixture
 def spool(tmp_path: Any) -> Location:
-    return outbox_in(tmp_path / "run")
+    return spool_in(tmp_path / "run")
 
 
 def put(spool: Location, at: int, *records: Record) -> None:
     spool.child(segment_name(at)).write(metrics_buffer.pack(list(records)))
 
 
-def begun(config: Config) -> list[Record]:
-    """What a run records first."""
+def first_records(config: Config) -> list[Record]:
+    """The records that a run writes first."""
     checkpoint = Tags({"checkpoint": "s3://bucket/runs/a/checkpoint-000000000064"})
     return [Tags(pages.tags(config, "python jobs/train.py digits --run.name a")), DATA, checkpoint]
 
 
-def note(run: Run) -> str:
+def description(run: Run) -> str:
     return run.data.tags[pages.NOTE_TAG]
 
 
-def test_a_run_describes_itself(address: Address, spool: Location) -> None:
+def test_a_run_writes_its_description(address: Address, spool: Location) -> None:
     config = override(presets.DIGITS, {"schedule.kind": "linear"})
     bits = {"held_out/bits_per_dim": 4.25, "held_out_error/bits_per_dim": 0.5}
-    put(spool, 64, *begun(config), Metrics(bits, 64, 1))
+    put(spool, 64, *first_records(config), Metrics(bits, 64, 1))
     deliver(address, spool, 64, "KILLED", **pages.params(config))
     run = run_of(address)
-    assert note(run).split("\n\n") == [
+    assert description(run).split("\n\n") == [
         "**digits**, schedule.kind=linear: predicts eps, linear schedule of 500 steps.",
         "Stopped at 64 of 144,000 images; bits/dim 4.2500 ± 0.5000.",
         "Go on: `python jobs/train.py digits --run.name a`",
@@ -129,7 +129,7 @@ def test_a_run_describes_itself(address: Address, spool: Location) -> None:
         "*Written by the run; another text in its place stays.*",
     ]
     assert run.data.tags["checkpoint"].endswith("checkpoint-000000000064")
-    if (REPO / ".git").exists():  # not in an archive of the files
+    if (REPO / ".git").exists():  # absent in an archive of the source
         head = processes.run(["git", "rev-parse", "HEAD"], cwd=REPO).stdout.strip()
         assert run.data.tags["git.commit"] == run.data.tags["mlflow.source.git.commit"] == head
         assert run.data.tags["git.dirty"] in ("True", "False")
@@ -142,23 +142,23 @@ def test_a_run_describes_itself(address: Address, spool: Location) -> None:
     assert json.loads(found.dataset.source) == {"uri": DATA.uri}
 
     evaluated = {"eval/bits_per_dim": 4.0, "eval_error/bits_per_dim": 0.1, "eval/KID-pixels": 0.03}
-    put(spool, 128, *begun(config), Metrics(evaluated, 128, 2))  # a restarted run says it again
+    put(spool, 128, *first_records(config), Metrics(evaluated, 128, 2))  # a resumed run records it again
     deliver(address, spool, 128, "FAILED")
     run = run_of(address)
-    assert "Failed at 128 of 144,000 images; bits/dim 4.0000 ± 0.1000; KID-pixels 0.0300." in note(run)
+    assert "Failed at 128 of 144,000 images; bits/dim 4.0000 ± 0.1000; KID-pixels 0.0300." in description(run)
     assert len(run.inputs.dataset_inputs) == 1
 
 
-def test_a_description_of_one_s_own_stays(address: Address, spool: Location) -> None:
-    put(spool, 64, *begun(presets.DIGITS))
+def test_a_user_s_own_description_is_kept(address: Address, spool: Location) -> None:
+    put(spool, 64, *first_records(presets.DIGITS))
     deliver(address, spool, 64)
     MlflowClient(address.uri).set_tag(run_of(address).info.run_id, pages.NOTE_TAG, "My best run.")
     put(spool, 128, Metrics({"train/loss": 1.0}, 128, 1))
     deliver(address, spool, 128)
-    assert note(run_of(address)) == "My best run."
+    assert description(run_of(address)) == "My best run."
 
 
-def test_a_run_of_another_program_is_not_described(spool: Location) -> None:
+def test_a_run_of_another_program_gets_no_description(spool: Location) -> None:
     address = Address(tracking_uri(), "foreign", "a", "5" * 32, source="train_classifier.py")
     put(spool, 64, Metrics({"loss": 1.0}, 64, 1))
     deliver(address, spool, 64)
@@ -177,7 +177,7 @@ def test_an_experiment_without_a_kind_gets_one(spool: Location, kind: str | None
     assert (pages.VIEW_TAG in tags) == (kind is None)
 
 
-def test_a_new_experiment_has_its_kind_and_a_view(address: Address, spool: Location) -> None:
+def test_a_new_experiment_gets_a_kind_and_a_saved_view(address: Address, spool: Location) -> None:
     deliver(address, spool, -1)
     tags = MlflowClient(address.uri).get_experiment_by_name(address.experiment).tags
     assert tags[pages.KIND_TAG] == pages.KIND

@@ -1,6 +1,6 @@
-"""Whatever dies between training and MLflow, what was tracked arrives later, and once.
+"""Records reach MLflow exactly once, whatever fails between training and MLflow.
 
-Servers are killed, uploaders are killed; servers that hang or fail are sockets that behave so.
+Servers and uploaders are really killed; hanging and failing servers are simulated by sockets and proxies.
 """
 
 import json
@@ -20,16 +20,16 @@ from support.processes import wait_for
 from support.proxy import FaultyProxy
 from support.tracked import (
     PARAMS,
-    PickyProxy,
+    MlflowFaultProxy,
     address_at,
-    assert_once,
+    assert_delivered_once,
     deliver,
+    image_counts,
     names_in,
-    outbox_in,
-    pictures,
     points,
     put,
     run_of,
+    spool_in,
 )
 
 from ddpm.storage import locations
@@ -37,17 +37,17 @@ from ddpm.storage.locations import Location
 from ddpm.tracking import metrics_buffer, spool, uploader
 from ddpm.tracking.uploader import Delivery, Uploader
 
-# Far above what anything here takes, even on a busy machine: only a call that waits for a server exceeds it.
+# Far longer than anything here takes, even on a busy machine: only a call that blocks on a server exceeds it.
 PATIENCE_S = 8.0
 
 
 @pytest.fixture
 def buffer(tmp_path: Path) -> Location:
-    return outbox_in(tmp_path / "run")
+    return spool_in(tmp_path / "run")
 
 
 @pytest.fixture
-def silent_server() -> Iterator[str]:
+def hanging_server() -> Iterator[str]:
     """Accepts connections and never answers."""
     with socket.create_server((servers.LOOPBACK, 0), backlog=50) as server:
         yield f"http://{servers.LOOPBACK}:{server.getsockname()[1]}"
@@ -59,13 +59,13 @@ def absent_server() -> str:
 
 
 @pytest.fixture
-def proxy(mlflow_server: str) -> Iterator[PickyProxy]:
-    with PickyProxy(mlflow_server) as proxy:
+def proxy(mlflow_server: str) -> Iterator[MlflowFaultProxy]:
+    with MlflowFaultProxy(mlflow_server) as proxy:
         yield proxy
 
 
 def within(patience_s: float, call: Callable[[], Any]) -> Any:
-    """What `call` returns; it fails when it takes longer, instead of hanging."""
+    """Return what `call` returns; fail instead of hanging if it takes longer."""
     results: list[Any] = []
     thread = threading.Thread(target=lambda: results.append(call()), daemon=True)
     thread.start()
@@ -79,17 +79,15 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-# What is final.
+# Which segments are final.
 
 
-def test_what_lies_beyond_the_newest_checkpoint_is_not_delivered(
-    mlflow_server: str, buffer: Location
-) -> None:
+def test_segments_after_the_newest_checkpoint_are_not_delivered(mlflow_server: str, buffer: Location) -> None:
     address = address_at(mlflow_server)
     put(buffer, 64, 64)
     put(buffer, 128, 128)
     assert deliver(address, buffer, 64, "FAILED").undelivered == 0
-    assert_once(address, 64)
+    assert_delivered_once(address, 64)
     assert names_in(buffer) == ["000000000128.zip"]
 
 
@@ -102,40 +100,38 @@ def test_a_segment_is_delivered_when_its_checkpoint_is_committed(
         put(buffer, position, position)
         uploader.committed(position)
         wait_for(lambda: names_in(buffer) == [])
-    assert_once(address, 64, 128)
+    assert_delivered_once(address, 64, 128)
     assert run_of(address).info.status == "RUNNING"
     uploader.close("FINISHED")
 
 
-def test_last_words_are_delivered_and_not_doubled_by_the_next_life(
-    mlflow_server: str, buffer: Location
-) -> None:
+def test_the_final_flush_is_delivered_once_even_after_a_restart(mlflow_server: str, buffer: Location) -> None:
     address = address_at(mlflow_server)
     put(buffer, 448, 384, 448)
     put(buffer, 512, 480, 512, failed=True)
     assert deliver(address, buffer, 448, "FAILED").undelivered == 0
-    assert_once(address, 384, 448, 480, 512)
+    assert_delivered_once(address, 384, 448, 480, 512)
     put(buffer, 576, 480, 512, 544, 576)
     deliver(address, buffer, 576)
-    assert_once(address, 384, 448, 480, 512, 544, 576)
+    assert_delivered_once(address, 384, 448, 480, 512, 544, 576)
 
 
-def test_last_words_that_come_late_double_nothing(mlflow_server: str, buffer: Location) -> None:
+def test_a_late_final_flush_adds_no_duplicates(mlflow_server: str, buffer: Location) -> None:
     address = address_at(mlflow_server)
     put(buffer, 576, 480, 512, 544, 576)
     deliver(address, buffer, 576)
     put(buffer, 512, 480, 500, 512, failed=True)
     deliver(address, buffer, 576)
-    assert_once(address, 480, 500, 512, 544, 576)
+    assert_delivered_once(address, 480, 500, 512, 544, 576)
 
 
 @pytest.mark.parametrize("kind", ["local", "s3"])
-def test_a_future_that_did_not_happen_is_discarded(
+def test_segments_after_the_resumed_checkpoint_are_discarded(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     root = str(tmp_path) if kind == "local" else request.getfixturevalue("s3_bucket")
     buffer = locations.resolve(root).child("run").child("tracking")
-    spool.discard_after(buffer, 64)  # there is none yet
+    spool.discard_after(buffer, 64)  # the folder does not exist yet
     for position in (64, 128, 192):
         put(buffer, position, position)
     put(buffer, 100, 100, failed=True)
@@ -148,10 +144,10 @@ def test_a_future_that_did_not_happen_is_discarded(
     assert buffer.child("000000000192.txt").exists()
 
 
-# MLflow is away.
+# MLflow is down.
 
 
-def test_a_server_that_is_never_there_costs_nothing(
+def test_a_server_that_is_down_blocks_nothing_and_loses_nothing(
     absent_server: str, buffer: Location, caplog: pytest.LogCaptureFixture
 ) -> None:
     uploader = within(PATIENCE_S, lambda: Uploader(address_at(absent_server), PARAMS, buffer))
@@ -168,30 +164,28 @@ def test_a_server_that_is_never_there_costs_nothing(
     assert f"MLflow at {absent_server} did not take everything (6 records left)" in lines[1]
 
 
-def test_a_server_that_never_answers_costs_nothing(silent_server: str, buffer: Location) -> None:
+def test_a_server_that_hangs_blocks_nothing_and_loses_nothing(hanging_server: str, buffer: Location) -> None:
     put(buffer, 64, 32, 64)
-    uploader = within(PATIENCE_S, lambda: Uploader(address_at(silent_server), PARAMS, buffer))
+    uploader = within(PATIENCE_S, lambda: Uploader(address_at(hanging_server), PARAMS, buffer))
     within(PATIENCE_S, lambda: [uploader.committed(64)])
-    time.sleep(2)  # by now it hangs in its first request
+    time.sleep(2)  # by now its first request hangs
     done = within(2 + PATIENCE_S, lambda: uploader.close("FINISHED", timeout_s=2))
     assert done == Delivery(None, None, 4, False)
     assert names_in(buffer) == ["000000000064.zip"]
 
 
 @pytest.mark.parametrize("timeout_s", [1.0, 6.0])
-def test_what_has_not_begun_begins_only_with_time_left(
+def test_close_starts_the_uploader_only_if_enough_time_is_left(
     absent_server: str, buffer: Location, caplog: pytest.LogCaptureFixture, timeout_s: float
 ) -> None:
-    """MLflow takes seconds to import. Where nothing is left to deliver, nobody is told of zero records."""
+    """MLflow takes seconds to import. If nothing is left to deliver, no warning reports zero records."""
     uploader = Uploader(address_at(absent_server), PARAMS, buffer, at_once=False)
     assert uploader.close("KILLED", timeout_s) == Delivery(None, None, 0, False)
     assert not [line for line in warnings_of(caplog) if "records" in line]
     assert bool(warnings_of(caplog)) == (timeout_s > 5)
 
 
-def test_a_server_that_takes_nothing_is_not_waited_for_until_the_end(
-    absent_server: str, buffer: Location
-) -> None:
+def test_close_gives_up_early_on_a_server_that_takes_nothing(absent_server: str, buffer: Location) -> None:
     put(buffer, 64, 64)
     uploader = Uploader(address_at(absent_server), PARAMS, buffer)
     uploader.committed(64)
@@ -200,9 +194,9 @@ def test_a_server_that_takes_nothing_is_not_waited_for_until_the_end(
 
 
 @pytest.mark.slow
-def test_a_slow_server_is_waited_for_while_it_takes_something(mlflow_server: str, buffer: Location) -> None:
+def test_close_waits_for_a_slow_server_that_makes_progress(mlflow_server: str, buffer: Location) -> None:
     key = uuid.uuid4().hex
-    deliver(address_at(mlflow_server, key), buffer, -1, "KILLED")  # which is many requests in one call
+    deliver(address_at(mlflow_server, key), buffer, -1, "KILLED")  # creates the run: many requests
     for position in range(64, 321, 64):
         put(buffer, position, position)
     with FaultyProxy(mlflow_server) as slow:
@@ -216,7 +210,7 @@ def test_a_slow_server_is_waited_for_while_it_takes_something(mlflow_server: str
 
 
 @pytest.mark.slow
-def test_a_server_that_comes_late_gets_everything(
+def test_a_server_that_starts_late_gets_everything(
     tmp_path: Path, buffer: Location, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = servers.MlflowServer(tmp_path / "late")
@@ -228,16 +222,16 @@ def test_a_server_that_comes_late_gets_everything(
     with server:
         done = uploader.close("FINISHED")
         assert (done.undelivered, done.ended) == (0, True)
-        assert_once(address, 32, 64)
-    waits = (
-        f"waiting for MLflow at {server.uri} to take the rest"  # it is told where the server is slow to start
-    )
+        assert_delivered_once(address, 32, 64)
+    waits = f"waiting for MLflow at {server.uri} to take the rest"  # logged only if the server starts slowly
     (outage,) = (line for line in warnings_of(caplog) if line != waits)
     assert f"MLflow at {server.uri} is not taking data" in outage
 
 
 @pytest.mark.slow
-def test_a_server_killed_in_mid_delivery_has_everything_once(tmp_path: Path, buffer: Location) -> None:
+def test_a_server_killed_during_delivery_gets_everything_exactly_once(
+    tmp_path: Path, buffer: Location
+) -> None:
     steps = list(range(8, 481, 8))
     with servers.MlflowServer(tmp_path / "killed") as server:
         address = address_at(server.uri)
@@ -245,8 +239,8 @@ def test_a_server_killed_in_mid_delivery_has_everything_once(tmp_path: Path, buf
         for step in steps:
             put(buffer, step, step)
         uploader.committed(steps[-1])
-        for share in (3, 2):  # dies with two thirds left, and again with half
-            wait_for(lambda share=share: len(names_in(buffer)) < len(steps) * (share - 1) / share)
+        for fraction in (3, 2):  # killed with two thirds left, and again with half left
+            wait_for(lambda fraction=fraction: len(names_in(buffer)) < len(steps) * (fraction - 1) / fraction)
             server.kill()
             left = len(names_in(buffer))
             assert left > 0, "it was too late for the test to mean something"
@@ -254,20 +248,20 @@ def test_a_server_killed_in_mid_delivery_has_everything_once(tmp_path: Path, buf
         done = uploader.close("FINISHED")
         assert (done.undelivered, done.ended) == (0, True)
         assert names_in(buffer) == []
-        assert_once(address, *steps)
+        assert_delivered_once(address, *steps)
         assert run_of(address).info.status == "FINISHED"
 
 
-# MLflow takes some, and not all.
+# MLflow accepts only some records.
 
 
-def test_what_always_fails_keeps_nothing_else_back(
-    proxy: PickyProxy, buffer: Location, caplog: pytest.LogCaptureFixture
+def test_a_record_that_always_fails_does_not_block_the_others(
+    proxy: MlflowFaultProxy, buffer: Location, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(method: str, path: str, body: bytes) -> tuple[int, dict[str, str]] | None:
-        is_picture = method == "PUT" and "step%2B64" in path.replace("+", "%2B")
+        is_image = method == "PUT" and "step%2B64" in path.replace("+", "%2B")
         is_point = path.endswith("log-batch") and b'"poison"' in body
-        return (500, {"error_code": "INTERNAL_ERROR", "message": "oh"}) if is_picture or is_point else None
+        return (500, {"error_code": "INTERNAL_ERROR", "message": "oh"}) if is_image or is_point else None
 
     proxy.fails = fails
     address = address_at(proxy.uri)
@@ -281,7 +275,7 @@ def test_what_always_fails_keeps_nothing_else_back(
     assert names_in(buffer) == ["000000000063.zip", "000000000064.zip"]
     assert points(address, "sound") == [*((step, float(step)) for step in range(1, 33)), (64, 2.0)]
     assert [step for step, _ in points(address)] == [32, 64, 96, 128]
-    assert pictures(address) == {(step, kind): 1 for step in (32, 96, 128) for kind in ("png", "webp")}
+    assert image_counts(address) == {(step, kind): 1 for step in (32, 96, 128) for kind in ("png", "webp")}
     assert any(f"MLflow does not take all of {kept.uri}" in line for line in warnings_of(caplog))
 
     proxy.fails = lambda *request: None
@@ -289,10 +283,10 @@ def test_what_always_fails_keeps_nothing_else_back(
     assert (done.undelivered, names_in(buffer)) == (0, [])
     assert points(address, "poison") == [(64, 1.0)]
     assert len(points(address, "sound")) == 33
-    assert_once(address, 32, 64, 96, 128)
+    assert_delivered_once(address, 32, 64, 96, 128)
 
 
-def test_who_is_not_let_in_loses_nothing(proxy: PickyProxy, buffer: Location) -> None:
+def test_records_are_kept_when_permission_is_denied(proxy: MlflowFaultProxy, buffer: Location) -> None:
     address = address_at(proxy.uri)
     uploader = Uploader(address, PARAMS, buffer)
     put(buffer, 64, 64)
@@ -305,11 +299,11 @@ def test_who_is_not_let_in_loses_nothing(proxy: PickyProxy, buffer: Location) ->
     assert (done.undelivered, done.ended) == (2, False)
     proxy.fails = lambda *request: None
     assert deliver(address, buffer, 128).undelivered == 0
-    assert_once(address, 64, 128)
+    assert_delivered_once(address, 64, 128)
 
 
-def test_a_server_that_refuses_the_run_stops_tracking_with_an_error(
-    proxy: PickyProxy, buffer: Location, caplog: pytest.LogCaptureFixture
+def test_a_server_that_rejects_the_run_stops_tracking_with_an_error(
+    proxy: MlflowFaultProxy, buffer: Location, caplog: pytest.LogCaptureFixture
 ) -> None:
     proxy.fails = lambda *request: (401, {"error_code": "UNAUTHENTICATED", "message": "who are you?"})
     put(buffer, 64, 64)
@@ -322,7 +316,7 @@ def test_a_server_that_refuses_the_run_stops_tracking_with_an_error(
 # Storage.
 
 
-def test_a_damaged_segment_is_named_and_kept(
+def test_a_damaged_segment_is_reported_and_kept(
     mlflow_server: str, buffer: Location, caplog: pytest.LogCaptureFixture
 ) -> None:
     address = address_at(mlflow_server)
@@ -332,16 +326,16 @@ def test_a_damaged_segment_is_named_and_kept(
     damaged.write(whole[:-9])
     put(buffer, 192, 192)
     assert deliver(address, buffer, 192).undelivered == 1
-    assert_once(address, 64, 192)
+    assert_delivered_once(address, 64, 192)
     assert [line for line in warnings_of(caplog) if f"{damaged.uri} is damaged" in line]
     assert names_in(buffer) == ["000000000128.zip"]
     damaged.write(whole)
     assert deliver(address, buffer, 192).undelivered == 0
-    assert_once(address, 64, 128, 192)
+    assert_delivered_once(address, 64, 128, 192)
 
 
-def test_storage_that_cannot_be_read_is_waited_for(mlflow_server: str, buffer: Location) -> None:
-    """A file in the folder's place: listing it raises, as a bucket that is away does."""
+def test_close_waits_for_storage_that_cannot_be_read(mlflow_server: str, buffer: Location) -> None:
+    """A file in place of the spool folder: listing it raises, as it does for an unreachable bucket."""
     address = address_at(mlflow_server)
     place = Path(buffer.path)
     place.parent.mkdir()
@@ -358,10 +352,10 @@ def test_storage_that_cannot_be_read_is_waited_for(mlflow_server: str, buffer: L
     put(buffer, 64, 64)
     closing.join()
     assert (closed[0].undelivered, closed[0].ended) == (0, True)
-    assert_once(address, 64)
+    assert_delivered_once(address, 64)
 
 
-def test_storage_that_stays_away_is_reported(mlflow_server: str, buffer: Location) -> None:
+def test_storage_that_stays_unreadable_is_reported(mlflow_server: str, buffer: Location) -> None:
     Path(buffer.path).parent.mkdir()
     Path(buffer.path).write_text("")
     uploader = Uploader(address_at(mlflow_server), PARAMS, buffer)
@@ -370,18 +364,18 @@ def test_storage_that_stays_away_is_reported(mlflow_server: str, buffer: Locatio
     assert not done.ended
 
 
-def test_an_outbox_in_a_bucket(mlflow_server: str, s3_bucket: str) -> None:
-    address, buffer = address_at(mlflow_server), outbox_in(f"{s3_bucket}/runs/a")
-    assert deliver(address, buffer, -1).undelivered == 0  # nothing there at all
+def test_a_spool_in_a_bucket(mlflow_server: str, s3_bucket: str) -> None:
+    address, buffer = address_at(mlflow_server), spool_in(f"{s3_bucket}/runs/a")
+    assert deliver(address, buffer, -1).undelivered == 0  # the folder does not exist
     put(buffer, 64, 32, 64, files=True)
     put(buffer, 96, 96, failed=True)
     put(buffer, 128, 128)
     assert deliver(address, buffer, 64).undelivered == 0
-    assert_once(address, 32, 64, 96)
+    assert_delivered_once(address, 32, 64, 96)
     assert [file.path.rpartition("/")[2] for file in spool.final(buffer, 128)] == ["000000000128.zip"]
 
 
-def test_what_another_process_delivered_meanwhile_is_delivered(
+def test_segments_that_another_process_delivered_count_as_delivered(
     mlflow_server: str, buffer: Location, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = address_at(mlflow_server)
@@ -392,8 +386,8 @@ def test_what_another_process_delivered_meanwhile_is_delivered(
     assert (done.undelivered, done.ended) == (0, True)
 
 
-def test_two_uploaders_at_once_double_nothing(mlflow_server: str, buffer: Location) -> None:
-    """jobs/sync.py delivers while the run goes on."""
+def test_two_concurrent_uploaders_add_no_duplicates(mlflow_server: str, buffer: Location) -> None:
+    """As when jobs/sync.py delivers while the run is still training."""
     address, steps = address_at(mlflow_server), list(range(8, 161, 8))
     deliver(address, buffer, -1)
     for step in steps:
@@ -404,7 +398,7 @@ def test_two_uploaders_at_once_double_nothing(mlflow_server: str, buffer: Locati
     wait_for(lambda: names_in(buffer) == [])
     for each in two:
         assert each.close("FINISHED").undelivered == 0
-    assert_once(address, *steps)
+    assert_delivered_once(address, *steps)
 
 
 # The uploader dies.
@@ -413,7 +407,7 @@ def test_two_uploaders_at_once_double_nothing(mlflow_server: str, buffer: Locati
 @pytest.mark.slow
 @pytest.mark.parametrize("written", ["same", "remade"])
 @pytest.mark.parametrize("which", ["each", "all"])
-def test_couriers_killed_at_any_point_leave_everything_once(
+def test_uploaders_killed_at_any_point_deliver_everything_exactly_once(
     mlflow_server: str, tmp_path: Path, which: str, written: str
 ) -> None:
     done = processes.run(
@@ -422,10 +416,10 @@ def test_couriers_killed_at_any_point_leave_everything_once(
         env=processes.python_path(processes.REPO / "tests"),
     )
     assert done.returncode == 0, done.stderr
-    told = [json.loads(line) for line in done.stdout.splitlines()]
-    deaths = sum(run["deaths"] for run in told)
+    reports = [json.loads(line) for line in done.stdout.splitlines()]
+    deaths = sum(run["deaths"] for run in reports)
     assert deaths >= (15 if which == "each" else 3)
-    for run in told:
+    for run in reports:
         address = address_at(mlflow_server, run["key"])
-        assert_once(address, 32, 64, 96, 128)
+        assert_delivered_once(address, 32, 64, 96, 128)
         assert run_of(address).info.status == "FINISHED"
