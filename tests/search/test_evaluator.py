@@ -1,4 +1,4 @@
-"""A trial's checkpoint, judged: by the same draws as every other trial's, with the numbers of jobs/evaluate.py."""
+"""Evaluation of a trial's checkpoint: equal random draws for all trials, and the results of jobs/evaluate.py."""
 
 from pathlib import Path
 
@@ -35,12 +35,12 @@ def evaluator(shards: str) -> Evaluator:
     return Evaluator(train, held_out, num_images=60, num_draws=2)
 
 
-def a_checkpoint(folder: Path, shards: str, config: Config = CONFIG) -> str:
+def make_checkpoint(folder: Path, shards: str, config: Config = CONFIG) -> str:
     return make_run(folder, shards, config).location.child(checkpoint.name_at(192)).uri
 
 
-def test_numbers_are_those_of_evaluate(evaluator: Evaluator, shards: str, tmp_path: Path) -> None:
-    uri = a_checkpoint(tmp_path, shards)
+def test_results_equal_those_of_the_evaluate_job(evaluator: Evaluator, shards: str, tmp_path: Path) -> None:
+    uri = make_checkpoint(tmp_path, shards)
     found = evaluator.judge(uri)
     settings = Settings(num_images=60, features="pixels", num_draws=2)
     (result,) = evaluate.evaluate(context.read([uri]), settings, 1).results
@@ -52,34 +52,34 @@ def test_numbers_are_those_of_evaluate(evaluator: Evaluator, shards: str, tmp_pa
     assert Judged.from_json(found.to_json(), "here") == found
 
 
-def test_two_trials_are_judged_by_the_same_draws(
+def test_all_trials_are_evaluated_on_the_same_random_draws(
     evaluator: Evaluator, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other schedules, other T: the same images, the same noise, the same quantiles of t."""
+    """With another schedule and another T, the images, the noise and the quantiles of t are the same."""
     real = likelihood.estimate
-    drawn = []
+    recorded = []
 
     def spy(denoise, schedule, x_0, noise, u, proposal, **how):  # type: ignore[no-untyped-def]
-        def listening():  # type: ignore[no-untyped-def]
+        def recording():  # type: ignore[no-untyped-def]
             eps.append(noise())
             return eps[-1]
 
         eps: list[torch.Tensor] = []
-        bound = real(denoise, schedule, x_0, listening, u, proposal, **how)
-        drawn.append((x_0, u, torch.stack(eps), bound.t))
+        bound = real(denoise, schedule, x_0, recording, u, proposal, **how)
+        recorded.append((x_0, u, torch.stack(eps), bound.t))
         return bound
 
     monkeypatch.setattr(likelihood, "estimate", spy)
-    first = evaluator.judge(a_checkpoint(tmp_path, shards))
-    second = evaluator.judge(a_checkpoint(tmp_path, shards, LINEAR))
-    (x_0, u, eps, t), (other_x_0, other_u, other_eps, other_t) = drawn
+    first = evaluator.judge(make_checkpoint(tmp_path, shards))
+    second = evaluator.judge(make_checkpoint(tmp_path, shards, LINEAR))
+    (x_0, u, eps, t), (other_x_0, other_u, other_eps, other_t) = recorded
     assert torch.equal(x_0, other_x_0) and torch.equal(u, other_u) and torch.equal(eps, other_eps)
     assert not torch.equal(t, other_t) and first.bits != second.bits
     assert len(set(u.tolist())) == 60 and eps.shape == (3, 60, 1, 8, 8)
 
 
-def test_a_net_of_no_use_is_a_line(evaluator: Evaluator, shards: str, tmp_path: Path) -> None:
-    uri = a_checkpoint(tmp_path, shards)
+def test_an_unusable_net_is_a_one_line_error(evaluator: Evaluator, shards: str, tmp_path: Path) -> None:
+    uri = make_checkpoint(tmp_path, shards)
     with pytest.MonkeyPatch.context() as patch:
         load = checkpoint.load_net
 

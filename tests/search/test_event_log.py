@@ -1,4 +1,4 @@
-"""The events of a search: what is noted is there again, and what is not its own is refused."""
+"""The event log of a search: it survives a reload, and rejects another search's or a damaged file."""
 
 import json
 from pathlib import Path
@@ -13,25 +13,25 @@ from ddpm.utils.errors import UserError
 SETTINGS = {"metric": "bits_per_dim", "space": {"optim.lr": [1e-4, 1e-2]}, "seed": 0}
 
 
-def events(folder: Path, **changes: Any) -> EventLog:
+def open_events(folder: Path, **changes: Any) -> EventLog:
     return EventLog(locations.resolve(str(folder)), SETTINGS | changes, timeout_s=0)
 
 
-def judged(events: EventLog, trial: int, images_seen: int, bits: float) -> None:
+def add_judged(events: EventLog, trial: int, images_seen: int, bits: float) -> None:
     rung = vars(Rung(images_seen, bits, 0.1, 0.5, 0.4, 9.0))
     events.add("judged", trial, **rung, goes_on=True)
 
 
-def test_what_is_noted_is_there_again(tmp_path: Path) -> None:
-    first = events(tmp_path)
+def test_events_survive_a_reload(tmp_path: Path) -> None:
+    first = open_events(tmp_path)
     for number in range(3):
-        first.add("begun", number, changes={"optim.lr": 0.1 + 0.2})  # not what is printed in short
-    judged(first, 0, 64, 2.5)
-    judged(first, 0, 128, 2.25)
+        first.add("begun", number, changes={"optim.lr": 0.1 + 0.2})  # a float with a long representation
+    add_judged(first, 0, 64, 2.5)
+    add_judged(first, 0, 128, 2.25)
     first.add("ended", 0, status="finished", reason="", wall_s=20.0, training_s=9.0)
     first.add("ended", 1, status="failed", reason="it broke", wall_s=5.0, training_s=0.0)
     first.add("drawn", 0, name="KID-pixels", value=0.5, error=0.1, n=100)
-    again = events(tmp_path)
+    again = open_events(tmp_path)
     assert (again.key, again.events) == (first.key, first.events)
     assert again.trials() == [
         Trial(
@@ -48,12 +48,12 @@ def test_what_is_noted_is_there_again(tmp_path: Path) -> None:
     assert list(again.shares()) == [(9.0, 20.0), (0.0, 5.0)]
 
 
-def test_another_search_of_that_name_is_refused(tmp_path: Path) -> None:
-    events(tmp_path)
+def test_another_search_with_the_same_name_is_rejected(tmp_path: Path) -> None:
+    open_events(tmp_path)
     with pytest.raises(
         UserError, match=r"was begun with seed 0, not 1; give the same value, or another --name"
     ):
-        events(tmp_path, seed=1)
+        open_events(tmp_path, seed=1)
 
 
 @pytest.mark.parametrize(
@@ -84,10 +84,10 @@ def test_another_search_of_that_name_is_refused(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_damaged_ledger_is_a_line(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_event_log_is_a_one_line_error(tmp_path: Path, damage: str) -> None:
     (tmp_path / "search.json").write_text(damage)
     with pytest.raises(UserError, match="is damaged"):
-        events(tmp_path)
+        open_events(tmp_path)
     assert (tmp_path / "search.json").read_text() == damage
 
 
@@ -108,13 +108,13 @@ def test_rungs(total: int, batch: int, factor: int, number: int, expected: list[
     assert all(at % batch == 0 for at in found) and all(at % found[0] == 0 for at in found[:-1])
 
 
-def test_the_best_are_those_that_came_farthest() -> None:
+def test_best_ranks_only_trials_that_reached_the_last_rung() -> None:
     def trial(number: int, status: Any, *found: tuple[int, float]) -> Trial:
         return Trial(number, {}, tuple(Rung(at, bits, 0.1, 1 - bits, 0.0) for at, bits in found), status)
 
     trials = [
         trial(0, "finished", (64, 2.0), (128, 1.5)),
-        trial(1, "stopped", (64, 1.0)),  # better, but at another time
+        trial(1, "stopped", (64, 1.0)),  # better, but at an earlier rung
         trial(2, "finished", (64, 2.0), (128, 1.25)),
         trial(3, "failed", (64, 0.5), (128, 0.25)),
         trial(4, "failed"),

@@ -1,4 +1,4 @@
-"""How a search ended: ranks and ties, flags, the best config, and pictures, of trials that nobody had to train."""
+"""Results of a search: ranks and ties, flags, the best config and plots, from made-up trials."""
 
 import json
 from pathlib import Path
@@ -40,8 +40,8 @@ def place(tmp_path: Path) -> Location:
     return locations.resolve(str(tmp_path / "search"))
 
 
-def make(place: Location, trials: list[tuple[dict[str, Any], str, dict[int, Any]]]) -> EventLog:
-    """A events, and what was found of each trial's checkpoints: by images seen, the mean of its bits/dim."""
+def make_events(place: Location, trials: list[tuple[dict[str, Any], str, dict[int, Any]]]) -> EventLog:
+    """Write an event log; a trial is its changes, its status, and images seen -> mean bits/dim."""
     events = EventLog(place, {}, timeout_s=0)
     image = np.random.default_rng(0).normal(0, 0.5, 50)
     for number, (changes, status, found) in enumerate(trials):
@@ -58,7 +58,7 @@ def make(place: Location, trials: list[tuple[dict[str, Any], str, dict[int, Any]
 
 @pytest.fixture
 def events(place: Location) -> EventLog:
-    found = make(
+    found = make_events(
         place,
         [
             (COSINE, "finished", {64: 3.0, 128: 2.5}),
@@ -73,14 +73,14 @@ def events(place: Location) -> EventLog:
     return found
 
 
-def the(place: Location, events: EventLog, base: Config = BASE) -> list[leaderboard.Row]:
+def rows_of(place: Location, events: EventLog, base: Config = BASE) -> list[leaderboard.Row]:
     return leaderboard.ranked(events.trials(), place, "bits_per_dim", base)
 
 
 def test_ranks_ties_and_flags(place: Location, events: EventLog) -> None:
-    found = the(place, events)
+    found = rows_of(place, events)
     assert [s.trial.number for s in found] == [1, 0, 4, 2, 3]
-    # by bits 0 and 4 are equal, by KID they overlap
+    # trials 0 and 4 have equal bits/dim, and overlapping KID
     assert [str(s.by_bits) for s in found] == ["1", "2-3", "2-3", "None", "None"]
     assert [str(s.by_kid) for s in found] == ["3", "1-2", "1-2", "None", "None"]
     assert [s.is_flagged for s in found] == [True, False, False, False, False]
@@ -99,11 +99,11 @@ def test_the_schedule_of_ho_et_al_is_flagged_for_large_images(
 ) -> None:
     changes = {"model.image_size": image_size, "model.channels": channels, "schedule.kind": "linear"}
     base = override(BASE, {**changes, "schedule.num_timesteps": 1000})
-    (found,) = the(place, make(place, [({"schedule.beta_end": 0.02}, "failed", {})]), base)
+    (found,) = rows_of(place, make_events(place, [({"schedule.beta_end": 0.02}, "failed", {})]), base)
     assert found.leftover == pytest.approx(leftover, abs=0.005) and found.is_flagged == is_flagged
 
 
-def test_what_is_left_over_biases_samples() -> None:
+def test_the_leftover_signal_biases_samples() -> None:
     """Flat 64x64 colour images of N(0.6, 0.1^2), drawn from pure noise: 0.6 * 0.1 * leftover too small."""
     linear = schedules.linear(1000, 1e-4, 0.02)
     num_dims = 3 * 64**2
@@ -122,8 +122,8 @@ def test_what_is_left_over_biases_samples() -> None:
     assert 0.6 - x.mean().item() == pytest.approx(0.06 * leftover, rel=0.03)
 
 
-def test_the_table_says_the_same_everywhere(place: Location, events: EventLog, tmp_path: Path) -> None:
-    found = the(place, events)
+def test_all_forms_of_the_leaderboard_agree(place: Location, events: EventLog, tmp_path: Path) -> None:
+    found = rows_of(place, events)
     (tmp_path / "results.parquet").write_bytes(leaderboard.parquet(found))
     rows = pq.read_table(tmp_path / "results.parquet").to_pylist()
     assert [row["trial"] for row in rows] == ["trial-001", "trial-000", "trial-004", "trial-002", "trial-003"]
@@ -137,8 +137,8 @@ def test_the_table_says_the_same_everywhere(place: Location, events: EventLog, t
     assert leaderboard.table(found).row_count == 5
 
 
-def test_the_best_config_is_one_to_train_with(place: Location, events: EventLog) -> None:
-    text = leaderboard.best_config(the(place, events), BASE)
+def test_the_best_config_can_be_trained(place: Location, events: EventLog) -> None:
+    text = leaderboard.best_config(rows_of(place, events), BASE)
     assert text is not None
     found = merged(DIGITS, text, "best.json")
     assert (found.schedule.kind, found.schedule.beta_end, found.optim.lr) == ("linear", 0.005, 3e-3)
@@ -148,29 +148,29 @@ def test_the_best_config_is_one_to_train_with(place: Location, events: EventLog)
     assert not set(json.loads(text)) & {"run", "cluster"}
 
 
-def test_where_nothing_came_to_an_end(place: Location) -> None:
-    events = make(place, [(COSINE, "failed", {}), (LINEAR, "failed", {})])
-    found = the(place, events)
+def test_a_search_without_finished_trials(place: Location) -> None:
+    events = make_events(place, [(COSINE, "failed", {}), (LINEAR, "failed", {})])
+    found = rows_of(place, events)
     assert [s.by_bits for s in found] == [None, None]
     assert leaderboard.best_config(found, BASE) is None
     assert leaderboard.parquet(found) and leaderboard.table(found).row_count == 2
 
 
-def test_pictures(events: EventLog) -> None:
+def test_plots(events: EventLog) -> None:
     trials = events.trials()
     curve = np.random.default_rng(0).random((9, 5))
-    pictures = [
+    rendered = [
         plots.parallel(trials, "bits_per_dim"),
         plots.parallel([Trial(0, {}, trials[0].rungs, "finished")], "bits_per_dim"),
         plots.scatter(trials),
         plots.denoising(np.arange(5.0), {"a": curve, "b": curve * 2}),
     ]
-    assert all(picture.startswith(b"\x89PNG") for picture in pictures)
+    assert all(png.startswith(b"\x89PNG") for png in rendered)
 
 
-def test_mlflow_has_it_all_in_the_parent_run(place: Location, events: EventLog) -> None:
+def test_the_parent_run_in_mlflow_has_all_results(place: Location, events: EventLog) -> None:
     held_out: Any = None
-    for number in (0, 1, 4):  # without finalists there are no checkpoints to read
+    for number in (0, 1, 4):  # no KID means no finalists, so no checkpoint is read
         events.add("drawn", number)
     parent = publish.address(events, "search", "searches")
     assert publish.open_parent(parent, {"search.metric": "bits_per_dim"}, print) is not None

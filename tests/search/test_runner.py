@@ -1,4 +1,4 @@
-"""A trial under way: what is told of it, and when; training is arithmetic here."""
+"""A running trial: what it reports and when; training is faked."""
 
 import queue
 import shutil
@@ -31,13 +31,13 @@ RUNGS = [64, 192]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with its checkpoints."""
+    """The folder of a run with checkpoints."""
     folder = tmp_path_factory.mktemp("trained")
     return Path(judged.make_run(folder, judged.make_data(folder / "data")).location.path)
 
 
-class Stage:
-    """In the place of `fit`: copies checkpoints, as many as it is let."""
+class FakeTraining:
+    """A fake `fit` that copies finished checkpoints, as the test requests them."""
 
     def __init__(self, trained: Path, folder: Path) -> None:
         self._trained = trained
@@ -47,9 +47,9 @@ class Stage:
         )
         self.data: DataSet = open_configured(self.config)
         self.to_come = queue.Queue[Any]()
-        """images_seen of checkpoints; an error to raise; None: training ends."""
+        """Items: images_seen of the next checkpoint; an error to raise; None, which ends training."""
         self.fits, self.delivers = 0, threading.Event()
-        self.told = queue.Queue[News]()
+        self.reports = queue.Queue[News]()
 
     def fit(
         self,
@@ -75,105 +75,109 @@ class Stage:
                 raise step
             place = Path(run.location.path) / name_at(step)
             shutil.copytree(self._trained / name_at(step), place.with_suffix(".part"))
-            place.with_suffix(".part").rename(place)  # it is whole as soon as it is there
+            place.with_suffix(".part").rename(place)  # atomic: the folder is complete when it appears
             should_continue({run_state.PROGRESS: Progress(step, 192, 1.0, 0.5)})
         trained()
-        assert self.delivers.wait(280)  # MLflow takes its time
+        assert self.delivers.wait(280)  # MLflow delivery may take long
 
-    def attempt(self) -> TrialRunner:
+    def start(self) -> TrialRunner:
         held_out = self.data.held_out()
         assert held_out is not None
         evaluator, group = Evaluator(self.data, held_out, 40, num_draws=2), SimpleNamespace()
         spec = Spec(self.config, self.data, RUNGS, evaluator, {}, None, False, None)
-        return TrialRunner(self.config, spec, group, self.told.put)  # type: ignore[arg-type]
+        return TrialRunner(self.config, spec, group, self.reports.put)  # type: ignore[arg-type]
 
     def next(self) -> News:
-        return self.told.get(timeout=280)
+        return self.reports.get(timeout=280)
 
 
 @pytest.fixture
-def stage(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
-    made = Stage(trained, tmp_path / "runs")
+def training(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeTraining:
+    made = FakeTraining(trained, tmp_path / "runs")
     monkeypatch.setattr(runner, "fit", made.fit)
     monkeypatch.setattr(runner, "POLL_INTERVAL_S", 0.02)
     return made
 
 
-def test_the_last_result_comes_when_the_workers_are_free_already(stage: Stage) -> None:
-    trial = stage.attempt()
-    stage.to_come.put(64)
-    first = stage.next()
+def test_the_last_result_arrives_after_the_workers_are_released(training: FakeTraining) -> None:
+    trial = training.start()
+    training.to_come.put(64)
+    first = training.next()
     assert isinstance(first, Rung) and first.images_seen == 64
-    assert stage.told.empty()  # training goes on
+    assert training.reports.empty()  # training goes on
     for step in (192, None):
-        stage.to_come.put(step)
-    over = stage.next()
+        training.to_come.put(step)
+    over = training.next()
     assert isinstance(over, Trained) and over.training_s > 0
-    last = stage.next()
+    last = training.next()
     assert isinstance(last, Rung) and (last.images_seen, last.training_s) == (192, over.training_s)
-    assert trial._training is not None and trial._training.is_alive()  # it still delivers to MLflow
-    trial.leave()  # the workers are for another trial, at once
-    stage.delivers.set()
+    assert trial._training is not None and trial._training.is_alive()  # it is still delivering to MLflow
+    trial.leave()  # another trial gets the workers at once
+    training.delivers.set()
 
 
-def test_what_was_judged_is_not_judged_again(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    stage.delivers.set()
+def test_evaluated_checkpoints_are_not_evaluated_again(
+    training: FakeTraining, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training.delivers.set()
     for step in (64, 192, None):
-        stage.to_come.put(step)
-    first = stage.attempt()
-    found = [news for news in (stage.next() for _ in range(3)) if isinstance(news, Rung)]
+        training.to_come.put(step)
+    first = training.start()
+    found = [news for news in (training.next() for _ in range(3)) if isinstance(news, Rung)]
     assert first._training is not None
     monkeypatch.setattr(Evaluator, "judge", lambda *args: pytest.fail("the evaluator was asked"))
-    stage.attempt()
-    again = [stage.next() for _ in range(3)]
-    assert [type(news) for news in again] == [Rung, Trained, Rung] and stage.fits == 1
+    training.start()
+    again = [training.next() for _ in range(3)]
+    assert [type(news) for news in again] == [Rung, Trained, Rung] and training.fits == 1
     assert [vars(rung) | {"training_s": 0.0} for rung in found] == [vars(rung) for rung in again[::2]]
 
 
-def test_who_should_continue_waits_for_what_is_missing_alone(stage: Stage) -> None:
-    stage.delivers.set()
-    stage.to_come.put(64)
-    killed = stage.attempt()
-    assert isinstance(stage.next(), Rung)
+def test_a_resumed_trial_only_waits_for_missing_checkpoints(training: FakeTraining) -> None:
+    training.delivers.set()
+    training.to_come.put(64)
+    killed = training.start()
+    assert isinstance(training.next(), Rung)
     killed.leave()
-    assert stage.told.empty()  # of one that left nothing is told
-    stage.attempt()
-    known = stage.next()
+    assert training.reports.empty()  # a trial that has left reports nothing
+    training.start()
+    known = training.next()
     assert isinstance(known, Rung) and known.images_seen == 64
     for step in (192, None):
-        stage.to_come.put(step)
-    assert [type(stage.next()) for _ in range(2)] == [Trained, Rung] and stage.fits == 2
+        training.to_come.put(step)
+    assert [type(training.next()) for _ in range(2)] == [Trained, Rung] and training.fits == 2
 
 
 @pytest.mark.parametrize("error", [UserError("the loss is not finite"), RuntimeError("of ours")])
-def test_what_goes_wrong_is_told_once(stage: Stage, error: BaseException) -> None:
-    stage.to_come.put(64)
-    stage.attempt()
-    assert isinstance(stage.next(), Rung)
-    stage.to_come.put(error)
-    assert stage.next() is error and stage.told.empty()
+def test_an_error_is_reported_once(training: FakeTraining, error: BaseException) -> None:
+    training.to_come.put(64)
+    training.start()
+    assert isinstance(training.next(), Rung)
+    training.to_come.put(error)
+    assert training.next() is error and training.reports.empty()
 
 
-def test_a_checkpoint_that_somebody_deleted_is_a_line(stage: Stage) -> None:
-    stage.delivers.set()
-    stage.to_come.put(None)
-    stage.attempt()
-    assert isinstance(stage.next(), Trained)
-    error = stage.next()
+def test_a_deleted_checkpoint_is_a_user_error(training: FakeTraining) -> None:
+    training.delivers.set()
+    training.to_come.put(None)
+    training.start()
+    assert isinstance(training.next(), Trained)
+    error = training.next()
     assert isinstance(error, UserError) and "does not exist, though training is over" in str(error)
 
 
-def test_what_a_killed_driver_held_is_given_back(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resources_of_a_killed_driver_are_released(
+    training: FakeTraining, monkeypatch: pytest.MonkeyPatch
+) -> None:
     freed: list[str] = []
     monkeypatch.setattr(resources, "free", freed.append)
-    stage.delivers.set()
-    folder = Path(stage.config.run.storage, str(stage.config.run.name))
+    training.delivers.set()
+    folder = Path(training.config.run.storage, str(training.config.run.name))
     folder.mkdir(parents=True)
     (folder / runner.PLACE).write_text("0f")
     for step in (64, 192, None):
-        stage.to_come.put(step)
-    stage.attempt()
-    assert sorted(type(stage.next()).__name__ for _ in range(3)) == ["Rung", "Rung", "Trained"]
+        training.to_come.put(step)
+    training.start()
+    assert sorted(type(training.next()).__name__ for _ in range(3)) == ["Rung", "Rung", "Trained"]
     assert freed == ["0f"]
     assert sorted(path.name for path in (folder / JUDGED).iterdir()) == [
         "000000000064.json",

@@ -1,4 +1,4 @@
-"""A search shows itself: a line for each news, or one table that is always of now."""
+"""The progress of a search: one line per event in a log, or one live table in a terminal."""
 
 import sys
 
@@ -14,14 +14,14 @@ TRIALS = [
 ]
 
 
-def test_without_a_terminal_there_are_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_terminal_each_event_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     with Scoreboard(lambda: TRIALS, 4) as board:
         board.news("trial-000 finished")
         board.news("trial-001 failed: it broke")
     assert capsys.readouterr().out == "trial-000 finished\ntrial-001 failed: it broke\n"
 
 
-def test_in_a_terminal_there_is_a_table(
+def test_in_a_terminal_a_table_is_shown(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "120")

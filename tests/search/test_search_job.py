@@ -1,4 +1,4 @@
-"""python tune/search.py, as a person types it: to its end, and killed on the way."""
+"""python tune/search.py from the command line: interrupted, killed, and run to its end."""
 
 import shutil
 import signal
@@ -21,7 +21,7 @@ from ddpm.search import publish
 from ddpm.search.event_log import EventLog, Trial
 from ddpm.storage import locations
 
-# A good trial, one whose learning rate lets it fail, and one that is worse than the first and stopped.
+# A good trial, one that fails because of its learning rate, and one that is worse than the first and is stopped.
 FLAGS = """digits --name s --searcher grid --num-trials 3 --max-concurrent 1 --num-rungs 2 --num-images 60
     --finalists 1 --drawn-images 40 --features pixels --run.experiment killed
     --space schedule.kind=cosine|linear optim.lr=2e-3|1e30
@@ -31,21 +31,21 @@ FLAGS = """digits --name s --searcher grid --num-trials 3 --max-concurrent 1 --n
     --sample.num-images 4 --sample.num-sample-steps 4""".split()
 
 
-def trials(folder: Path) -> list[Trial]:
-    """What the event log of the search in `folder` says."""
+def trials_in(folder: Path) -> list[Trial]:
+    """The trials in the event log of the search in `folder`."""
     place = folder / "runs" / "s"
     return (
         EventLog.existing(locations.resolve(str(place))).trials() if (place / "search.json").exists() else []
     )
 
 
-def table(folder: Path) -> list[dict[str, Any]]:
+def leaderboard(folder: Path) -> list[dict[str, Any]]:
     return pq.read_table(folder / "runs" / "s" / "results.parquet").to_pylist()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_a_search_that_was_interrupted_and_killed_ends_with_the_same_table(
+def test_a_search_interrupted_and_killed_ends_with_the_same_leaderboard(
     run_job: Callable[..., Any], ray_head: RayHead, tmp_path: Path
 ) -> None:
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
@@ -57,22 +57,22 @@ def test_a_search_that_was_interrupted_and_killed_ends_with_the_same_table(
         with paused(workers):
             second = run_job("search", *FLAGS, cwd=killed)
             assert second.returncode == 2 and "another process drives this search" in second.stderr
-            family = psutil.Process(job.process.pid).children(recursive=True)
+            descendants = psutil.Process(job.process.pid).children(recursive=True)
             job.process.send_signal(signal.SIGTERM)
         assert job.wait(120) == 128 + signal.SIGTERM, job.output
         assert "interrupted; the same command, with --name s, continues" in job.output
         assert "Traceback" not in job.output
-        assert psutil.wait_procs(family, timeout=60)[1] == []
+        assert psutil.wait_procs(descendants, timeout=60)[1] == []
     assert "RUNNING" not in {run.info.status for run in mlflow_runs(place)}
-    assert trials(killed)[-1].status == "running"
+    assert trials_in(killed)[-1].status == "running"
 
     with Job("search", *FLAGS, log=killed / "job.log") as job:
-        job.wait_for(lambda: len(trials(killed)) == 3, timeout_s=400)
+        job.wait_for(lambda: len(trials_in(killed)) == 3, timeout_s=400)
 
     with Job("search", *FLAGS, log=killed / "job.log") as job:
         assert job.wait(600) == 0, job.output
         output = job.output
-    found = trials(killed)
+    found = trials_in(killed)
     assert [(trial.status, len(trial.rungs)) for trial in found] == [
         ("finished", 2),
         ("failed", 0),
@@ -84,7 +84,7 @@ def test_a_search_that_was_interrupted_and_killed_ends_with_the_same_table(
     for name in ("results.md", "parallel.png", "bits-and-kid.png", "denoising.png"):
         assert (place / name).stat().st_size > 0
     page = (place / "comparison.html").read_text()
-    assert page.count('<figure class="grid">') == 2 and "trial-001" not in page  # which was never judged
+    assert page.count('<figure class="grid">') == 2 and "trial-001" not in page  # it was never evaluated
     assert "compared image by image" in page and "train/loss over images seen" in page
     best = merged(DIGITS, (place / "best.json").read_text(), "best.json")
     assert (best.schedule.kind, best.optim.lr, best.train.total_images) == ("cosine", 2e-3, 1920)
@@ -94,11 +94,11 @@ def test_a_search_that_was_interrupted_and_killed_ends_with_the_same_table(
     env = {"RAY_ADDRESS": ray_head.address}
     with Job("search", *FLAGS, log=undisturbed / "job.log", env=env) as job:
         assert job.wait(600) == 0, job.output
-    assert table(killed) == table(undisturbed)
+    assert leaderboard(killed) == leaderboard(undisturbed)
 
 
 def mlflow_runs(place: Path) -> list[Run]:
-    """A search's own run, and then its children."""
+    """The search's own MLflow run, followed by its children."""
     events = EventLog.existing(locations.resolve(str(place)))
     parent = run_of(publish.address(events, "s", "killed"))
     of_parent = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
@@ -107,7 +107,7 @@ def mlflow_runs(place: Path) -> list[Run]:
 
 
 def check_mlflow(place: Path) -> None:
-    """A parent with three children, each ended as its trial did."""
+    """MLflow has a parent run with three children, each with its trial's status."""
     parent, *children = mlflow_runs(place)
     status = {run.info.run_name: run.info.status for run in children}
     assert status == {"trial-000": "FINISHED", "trial-001": "FAILED", "trial-002": "KILLED"}
@@ -116,7 +116,7 @@ def check_mlflow(place: Path) -> None:
     assert "comparison.html" in {file.path for file in files}
 
 
-def test_a_mistake_is_a_line_and_nothing_is_written(run_job: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_user_error_is_one_line_and_nothing_is_written(run_job: Callable[..., Any], tmp_path: Path) -> None:
     done = run_job("search", "digits", "--metric", "train/loss", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: --metric train/loss cannot compare noise schedules")

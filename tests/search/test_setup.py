@@ -1,4 +1,4 @@
-"""What is refused before anything is started, and that the reasons given are true."""
+"""Setups that are rejected before anything starts, and whether the reasons in the error messages are true."""
 
 import sys
 from dataclasses import replace
@@ -27,7 +27,7 @@ def settled(**changes: Any) -> setup.Setup:
     return setup.settled(replace(Arguments("digits", config), **changes))
 
 
-def test_the_numbers_of_the_refusal_are_those_of_a_perfect_predictor() -> None:
+def test_the_losses_in_the_error_message_are_those_of_a_perfect_predictor() -> None:
     """For x_0 ~ N(0, s^2), E[(eps - E[eps | x_t])^2] = alpha_bar s^2 / (alpha_bar s^2 + 1 - alpha_bar)."""
 
     def loss(schedule: schedules.Schedule) -> str:
@@ -40,7 +40,7 @@ def test_the_numbers_of_the_refusal_are_those_of_a_perfect_predictor() -> None:
 
 
 @pytest.mark.parametrize("metric", ["train/loss", "held_out/loss"])
-def test_a_loss_ranks_no_schedules(metric: Any) -> None:
+def test_a_loss_cannot_be_the_metric_when_schedules_vary(metric: Any) -> None:
     with pytest.raises(
         UserError, match=f"--metric {metric} cannot compare noise schedules: .* 0.24 .* 0.12 .* 0.33"
     ):
@@ -52,7 +52,7 @@ def test_trials_are_compared_at_equal_images_seen(tmp_path: Path) -> None:
     found = settled(space=LR, name="s", storage=str(tmp_path))
     assert found.rungs == [128, 384, 1152]
     assert found.base.train.checkpoint_every_images == 128
-    assert found.base.train.keep_checkpoints == 9  # a rung's is still there when the evaluator comes
+    assert found.base.train.keep_checkpoints == 9  # rung checkpoints must exist until they are evaluated
     assert found.place.uri == found.base.run.storage == str(tmp_path / "s")
     assert settled(space=LR, scheduler="none").rungs == [1152]
     assert not any(key.startswith(("run.", "cluster.")) for key in found.settings["config"])
@@ -71,36 +71,36 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=list(BAD))
-def test_a_mistake_is_a_line(changes: dict[str, Any], message: str) -> None:
+def test_user_errors_are_one_line(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as raised:
         settled(**{"space": LR, **changes})
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
-class MlflowIsNext(Exception):
-    """All checks have passed."""
+class MlflowReached(Exception):
+    """All checks have passed: MLflow would be called next."""
 
 
-def typed(*flags: str) -> int:
-    """python tune/search.py digits --name s ..., up to where MLflow would be told, on a cluster of two CPUs."""
+def run_search(*flags: str) -> int:
+    """Run python tune/search.py digits --name s ... up to its first call to MLflow, on a cluster of two CPUs."""
 
-    def stop(*args: Any) -> None:
-        raise MlflowIsNext
+    def raise_reached(*args: Any) -> None:
+        raise MlflowReached
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray_init, "connect", lambda verbose: None)
         patch.setattr(ray_init, "resources", lambda: {"CPU": 2.0})
         patch.setattr(resources, "check_storage", lambda config: None)
-        patch.setattr(publish, "open_parent", stop)
+        patch.setattr(publish, "open_parent", raise_reached)
         threads = "--cluster.threads-per-worker", "1"
         patch.setattr(sys, "argv", ["search.py", "digits", "--name", "s", *threads, *flags])
         return search.main()
 
 
-def test_a_cluster_that_is_too_small_does_not_settle_what_the_search_is(tmp_path: Path) -> None:
+def test_a_too_small_cluster_is_an_error_before_the_search_is_saved(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"2 trials at a time .* use a smaller --max-concurrent"):
-        typed("--cluster.cpus-per-worker", "1")
+        run_search("--cluster.cpus-per-worker", "1")
     assert not (tmp_path / "runs/s/search.json").exists()
-    with pytest.raises(MlflowIsNext):
-        typed("--seed", "1")
+    with pytest.raises(MlflowReached):
+        run_search("--seed", "1")
     assert (tmp_path / "runs/s/search.json").exists()

@@ -1,4 +1,4 @@
-"""What a search varies: the forms of a domain, keys that go with a kind, and mistakes said in a line."""
+"""The search space: forms of a domain, keys that belong to a schedule kind, and one-line error messages."""
 
 import math
 import re
@@ -16,7 +16,7 @@ from ddpm.training import loop
 from ddpm.utils.errors import UserError
 
 
-def test_where_a_uniform_u_leads() -> None:
+def test_uniform_u_maps_to_the_domain() -> None:
     assert [Choice(("a", "b")).at(u) for u in (0.0, 0.49, 0.5, 1.0)] == ["a", "a", "b", "b"]
     assert Range(1.0, 3.0).at(0.25) == 1.5
     assert math.isclose(Range(1e-4, 1e-2, is_log=True).at(0.5), 1e-3)
@@ -24,7 +24,7 @@ def test_where_a_uniform_u_leads() -> None:
     assert Range(10, 1000, is_log=True, is_int=True).ends == (10, 1000)
 
 
-def test_a_grid_has_every_combination_and_no_kind_has_anothers_keys() -> None:
+def test_a_grid_has_every_combination_without_keys_of_other_kinds() -> None:
     flags = ["schedule.kind=linear|cosine", "schedule.beta_end=log(0.01,0.04)", "optim.lr=log(1e-4,1e-2)"]
     found = space.parse(flags, DIGITS).grid(3)
     linear = [point for point in found if point["schedule.kind"] == "linear"]
@@ -34,7 +34,7 @@ def test_a_grid_has_every_combination_and_no_kind_has_anothers_keys() -> None:
     assert all(set(point) == {"schedule.kind", "optim.lr"} for point in cosine)
 
 
-def test_random_trials_are_a_function_of_seed_and_number() -> None:
+def test_random_trials_depend_only_on_seed_and_number() -> None:
     found = space.parse(DEFAULT, DIGITS)
     points = [found.sample(7, number) for number in range(40)]
     assert points[5] == found.sample(7, 5) != found.sample(8, 5)
@@ -52,15 +52,17 @@ def test_the_default_space_fits_every_preset(preset: str) -> None:
     assert space.parse(DEFAULT, PRESETS[preset]).has_schedule
 
 
-def test_what_the_page_says_of_the_least_noise_is_so() -> None:
+def test_the_documented_minimum_noise_is_true() -> None:
     source = (REPO / "tune/space.py").read_text()
-    said = re.search(r"linear from 1e-4: from too little noise \(sqrt\(alpha_bar_T\) = ([\d.]+)\)", source)
-    assert said and "schedule.beta_end=log(0.005,0.1)" in DEFAULT
+    documented = re.search(
+        r"linear from 1e-4: from too little noise \(sqrt\(alpha_bar_T\) = ([\d.]+)\)", source
+    )
+    assert documented and "schedule.beta_end=log(0.005,0.1)" in DEFAULT
     least = schedules.linear(1000, 1e-4, 0.005).alpha_bar[-1].sqrt().item()
-    assert float(said[1]) == pytest.approx(least, abs=0.005)
+    assert float(documented[1]) == pytest.approx(least, abs=0.005)
 
 
-def test_values_are_read_as_the_config_has_them() -> None:
+def test_values_get_the_types_of_the_config() -> None:
     flags = [
         "optim.lr=1|1e-3",
         "model.attention_head_dim=none|8",
@@ -103,14 +105,14 @@ BAD = {
 
 
 @pytest.mark.parametrize(("flag", "message"), BAD.items(), ids=list(BAD))
-def test_a_mistake_is_a_line(flag: str, message: str) -> None:
+def test_user_errors_are_one_line(flag: str, message: str) -> None:
     with pytest.raises(UserError) as raised:
         space.parse([flag], DIGITS)
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("domain", ["0|10", "10|0", "int(0,10)"])
-def test_nets_with_and_without_labels_are_not_searched_together(domain: str) -> None:
+def test_nets_with_and_without_labels_cannot_be_mixed(domain: str) -> None:
     with pytest.raises(UserError) as raised:
         space.parse([f"model.num_classes={domain}", "optim.lr=1e-3|1e-4"], DIGITS)
     message = str(raised.value)
@@ -120,7 +122,7 @@ def test_nets_with_and_without_labels_are_not_searched_together(domain: str) -> 
         assert set(space.parse(flags, DIGITS).domains) == {flag.partition("=")[0] for flag in flags}
 
 
-def test_bounds_that_cross_are_found_out() -> None:
+def test_inconsistent_bounds_are_rejected() -> None:
     flags = ["schedule.kind=linear", "schedule.beta_start=log(1e-4,0.1)", "schedule.beta_end=log(0.01,0.5)"]
     with pytest.raises(UserError, match=r"beta_start 0.1, schedule.beta_end 0.01, but beta_end is 0.01"):
         space.parse(flags, DIGITS)
