@@ -27,10 +27,10 @@ FLAGS = (
 
 
 class Killed(Exception):
-    """The process dies here."""
+    """Stands for the death of the process."""
 
 
-class DiesLater(NoTracker):
+class KilledLater(NoTracker):
     def metrics(self, values: dict[str, float], images_seen: int) -> None:
         if images_seen > 128:
             raise Killed
@@ -53,7 +53,7 @@ def newest_weights(run: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_a_killed_run_ends_with_the_same_bits(
+def test_a_killed_and_resumed_run_ends_bitwise_equal(
     config: Config, train_set: DataSet, tmp_path: Path, precision: str, compile: bool, dropout: float
 ) -> None:
     values = {"train.precision": precision, "train.compile": compile, "model.dropout": dropout}
@@ -61,7 +61,7 @@ def test_a_killed_run_ends_with_the_same_bits(
     straight = tensors(fit(config, train_set, tmp_path / "straight"))
     runtime = LocalRuntime(config, train_set, train_set.held_out(), tmp_path / "broken")
     with pytest.raises(Killed):
-        loop.train(config, runtime, DiesLater())
+        loop.train(config, runtime, KilledLater())
     resumed = tensors(fit(config, train_set, tmp_path / "broken"))
     assert straight.keys() == resumed.keys() and next(iter(straight.values())).is_cuda
     assert [name for name in straight if not torch.equal(straight[name], resumed[name])] == []
@@ -70,7 +70,7 @@ def test_a_killed_run_ends_with_the_same_bits(
 def test_no_step_waits_for_the_gpu(
     config: Config, train_set: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only what is logged and kept does: PyTorch raises an error where the host would wait."""
+    """Only logging and checkpoints wait: elsewhere PyTorch raises an error if the host would wait for the GPU."""
     late = []
 
     class Watched(LocalRuntime):
@@ -89,17 +89,17 @@ def test_no_step_waits_for_the_gpu(
 
 
 @pytest.mark.parametrize("allowed", [0, 1])
-def test_a_bad_step_touches_no_weight_although_the_host_learns_of_it_later(
+def test_a_non_finite_step_changes_no_weight_although_the_host_sees_it_later(
     config: Config, train_set: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: int
 ) -> None:
     calls, loss = iter(range(100)), Eps.loss
 
-    def failing(self: Eps, model: torch.nn.Module, *args: Any) -> Loss:
+    def loss_with_nan(self: Eps, model: torch.nn.Module, *args: Any) -> Loss:
         value = loss(self, model, *args)
         bad = model.training and next(calls) == 1
         return value._replace(value=value.value * float("nan")) if bad else value
 
-    monkeypatch.setattr(Eps, "loss", failing)
+    monkeypatch.setattr(Eps, "loss", loss_with_nan)
     config = override(config, {"optim.skip_non_finite": allowed})
     if not allowed:
         with pytest.raises(loop.NonFinite):
@@ -110,12 +110,14 @@ def test_a_bad_step_touches_no_weight_although_the_host_learns_of_it_later(
     assert all(torch.isfinite(tensor).all() for tensor in tensors(state).values())
 
 
-def test_an_image_is_the_same_in_any_company(config: Config, train_set: DataSet, tmp_path: Path) -> None:
+def test_an_image_does_not_depend_on_its_batch(config: Config, train_set: DataSet, tmp_path: Path) -> None:
     net, objective = fit(config, train_set, tmp_path / "run").ema.net, build_objective(config)
     device = next(net.parameters()).device
     together = generate.draw(net, config, objective, range(8), device=device).cpu().int()
     alone = [generate.draw(net, config, objective, [i], device=device).cpu().int() for i in range(8)]
-    assert (together - torch.cat(alone)).abs().max() <= 1  # other kernels, other rounding
+    assert (
+        together - torch.cat(alone)
+    ).abs().max() <= 1  # another batch size may use kernels that round differently
     assert len(np.unique(together.numpy(), axis=0)) == 8
 
 
@@ -146,7 +148,7 @@ def test_jobs_train_sample_and_evaluate(run_job: Callable[..., Any], tmp_path: P
 @pytest.mark.skipif(
     torch.cuda.device_count() < 2, reason="NCCL wants a GPU for each worker; here are fewer than 2"
 )
-def test_two_workers_on_two_gpus_train_what_one_trains(run_job: Callable[..., Any], tmp_path: Path) -> None:
+def test_two_workers_on_two_gpus_train_the_same_as_one(run_job: Callable[..., Any], tmp_path: Path) -> None:
     for workers in (1, 2):
         where = ("--run.name", f"workers-{workers}", "--run.storage", tmp_path, "--cluster.gpu", "True")
         done = run_job("train", "digits", *FLAGS, *where, "--cluster.num-workers", workers)

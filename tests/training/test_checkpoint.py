@@ -1,4 +1,4 @@
-"""A checkpoint is loaded whole and as it was, by the run it belongs to, or not at all."""
+"""A checkpoint is loaded completely and unchanged, by the run it belongs to, or not at all."""
 
 import pickle
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def test_a_checkpoint_restores_everything(folder: Path, tiny: Config) -> None:
     assert checkpoint.read_state(folder)["run_key"] == "k"
 
 
-def test_restored_optimizer_state_lies_in_memory_as_it_did(folder: Path, tiny: Config) -> None:
+def test_restored_optimizer_state_has_the_same_memory_layout(folder: Path, tiny: Config) -> None:
     state = State.create(tiny, CPU)
     state.restore(folder, tiny)
     for weight in state.net.parameters():
@@ -56,7 +56,7 @@ def test_restored_optimizer_state_lies_in_memory_as_it_did(folder: Path, tiny: C
 @pytest.mark.parametrize(
     "name", ["net.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "config.json"]
 )
-def test_a_changed_byte_is_found(folder: Path, tiny: Config, name: str) -> None:
+def test_a_changed_byte_is_detected(folder: Path, tiny: Config, name: str) -> None:
     data = bytearray((folder / name).read_bytes())
     data[len(data) // 2] ^= 1
     (folder / name).write_bytes(data)
@@ -64,19 +64,19 @@ def test_a_changed_byte_is_found(folder: Path, tiny: Config, name: str) -> None:
         State.create(tiny, CPU).restore(folder, tiny)
 
 
-def test_a_missing_file_is_found(folder: Path) -> None:
+def test_a_missing_file_is_detected(folder: Path) -> None:
     (folder / "ema.safetensors").unlink()
     with pytest.raises(UserError, match=r"ema\.safetensors is missing"):
         checkpoint.verify(folder)
 
 
-def test_without_checksums_it_is_none(folder: Path) -> None:
+def test_a_folder_without_checksums_is_not_a_checkpoint(folder: Path) -> None:
     (folder / "checksums.json").unlink()
     with pytest.raises(UserError, match="is no checkpoint"):
         checkpoint.load_net(folder, CPU)
 
 
-def test_another_architecture_is_refused(folder: Path, tiny: Config) -> None:
+def test_another_architecture_is_rejected(folder: Path, tiny: Config) -> None:
     other = override(tiny, {"model.base_width": 16})
     with pytest.raises(
         UserError, match=r"model.base_width 8 \(now 16\); use those values, or another --run.name"
@@ -84,14 +84,14 @@ def test_another_architecture_is_refused(folder: Path, tiny: Config) -> None:
         State.create(other, CPU).restore(folder, other)
 
 
-def test_weights_that_contradict_their_config_are_refused(folder: Path, tiny: Config) -> None:
+def test_weights_that_do_not_match_their_config_are_rejected(folder: Path, tiny: Config) -> None:
     other = State.create(override(tiny, {"model.base_width": 16}), CPU)
     checkpoint.write(other.snapshot(tiny, {"run_key": "k", "data_fingerprint": "f"}), folder)
     with pytest.raises(UserError, match="of another architecture"):
         checkpoint.load_net(folder, CPU)
 
 
-def test_what_may_change_may_change(folder: Path, tiny: Config) -> None:
+def test_settings_that_may_change_between_resumes(folder: Path, tiny: Config) -> None:
     longer = override(
         tiny, {"train.total_images": 9999, "cluster.num_workers": 2, "run.storage": "elsewhere"}
     )
@@ -99,8 +99,10 @@ def test_what_may_change_may_change(folder: Path, tiny: Config) -> None:
 
 
 @pytest.mark.parametrize("says", [{}, {"generator": "philox4x64-blake2b/0"}], ids=["nothing", "another"])
-def test_a_run_of_another_generator_does_not_go_on(folder: Path, tiny: Config, says: dict[str, str]) -> None:
-    """Its images and its noise were others; its weights serve to draw with, and to begin with."""
+def test_a_checkpoint_of_another_generator_cannot_be_resumed(
+    folder: Path, tiny: Config, says: dict[str, str]
+) -> None:
+    """Its data order and its noise differ; its weights can still be used for sampling and for --train.init-from."""
     assert checkpoint.read_state(folder)["generator"] == GENERATOR
     forge_json(folder, "state.json", {"generator": ...} | says)
     expected = says.get("generator", "PyTorch's, with 32 bits of a seed")
@@ -110,12 +112,12 @@ def test_a_run_of_another_generator_does_not_go_on(folder: Path, tiny: Config, s
     checkpoint.load_net(folder, CPU)
 
 
-def test_nothing_loaded_is_executed(folder: Path, tmp_path: Path) -> None:
-    class Bomb:
+def test_loading_never_executes_code(folder: Path, tmp_path: Path) -> None:
+    class TouchOnUnpickle:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return Path.touch, (tmp_path / "executed",)  # type: ignore[return-value]
 
-    forge(folder, "net.safetensors", pickle.dumps(Bomb()))
+    forge(folder, "net.safetensors", pickle.dumps(TouchOnUnpickle()))
     with pytest.raises(UserError, match="cannot be read"):
         checkpoint.load_net(folder, CPU, ema=False)
     assert not (tmp_path / "executed").exists()
@@ -160,10 +162,10 @@ def test_nothing_loaded_is_executed(folder: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_json_with_wrong_content_is_refused(
+def test_json_with_wrong_content_is_rejected(
     folder: Path, tiny: Config, name: str, wrong: bytes | dict[str, Any], message: str
 ) -> None:
-    """By all who read it: to go on, to register, to draw."""
+    """Every reader rejects it: resume, registry and sampling."""
     forge_json(folder, name, wrong) if isinstance(wrong, dict) else forge(folder, name, wrong)
     readers: list[Callable[[], object]] = [
         lambda: State.create(tiny, CPU).restore(folder, tiny),
@@ -216,7 +218,7 @@ MOMENT = "conv_in.weight.exp_avg"
         (with_tensor("conv_in.weight.step", lambda t: t * 0), "step holds 0.0; it must be at least 1.0"),
     ],
 )
-def test_an_optimizer_with_wrong_content_is_refused(
+def test_optimizer_state_with_wrong_content_is_rejected(
     folder: Path, tiny: Config, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], message: str
 ) -> None:
     forge_tensors(folder, "optimizer.safetensors", change)
@@ -237,10 +239,10 @@ def test_an_optimizer_with_wrong_content_is_refused(
     ids=["nan", "infinite", "that broadcast", "of half precision"],
 )
 @pytest.mark.parametrize("file", ["net.safetensors", "ema.safetensors"])
-def test_weights_with_wrong_content_are_refused(
+def test_weights_with_wrong_content_are_rejected(
     folder: Path, tiny: Config, file: str, change: Callable[[Tensor], Tensor], message: str
 ) -> None:
-    """By all who read them: to go on, to register, to draw, to begin another run."""
+    """Every reader rejects them: resume, registry, sampling and --train.init-from."""
     forge_tensors(folder, file, with_tensor("conv_in.weight", change))
     readers: list[Callable[[], object]] = [
         lambda: State.create(tiny, CPU).restore(folder, tiny),
@@ -255,7 +257,9 @@ def test_weights_with_wrong_content_are_refused(
     assert not (folder.parent / "light").exists()
 
 
-def test_a_registered_model_draws_and_does_not_go_on(folder: Path, tiny: Config, tmp_path: Path) -> None:
+def test_a_registered_model_can_be_sampled_but_not_resumed(
+    folder: Path, tiny: Config, tmp_path: Path
+) -> None:
     checkpoint.write_light(folder, tmp_path / "light")
     checkpoint.load_net(tmp_path / "light", CPU)
     State.create(tiny, CPU).init_from(tmp_path / "light", tiny)
@@ -263,12 +267,12 @@ def test_a_registered_model_draws_and_does_not_go_on(folder: Path, tiny: Config,
         State.create(tiny, CPU).restore(tmp_path / "light", tiny)
 
 
-def test_a_checkpoint_of_nothing_but_skipped_steps_goes_on(tiny: Config, tmp_path: Path) -> None:
+def test_a_checkpoint_with_only_skipped_steps_can_be_resumed(tiny: Config, tmp_path: Path) -> None:
     """AdamW has no state before its first step."""
     state = State.create(tiny, CPU)
     state.step = state.skipped_steps = 2
     state.images_seen = 64
     checkpoint.write(state.snapshot(tiny, {"run_key": "", "data_fingerprint": "f"}), tmp_path / "c")
-    back = State.create(tiny, CPU)
-    back.restore(tmp_path / "c", tiny)
-    assert (back.step, back.skipped_steps, back.optimizer_tensors()) == (2, 2, {})
+    restored = State.create(tiny, CPU)
+    restored.restore(tmp_path / "c", tiny)
+    assert (restored.step, restored.skipped_steps, restored.optimizer_tensors()) == (2, 2, {})

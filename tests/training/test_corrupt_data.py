@@ -1,4 +1,4 @@
-"""A run on data of which some cannot be read: by default it ends and says what and where, or others stand in."""
+"""A run on partly unreadable data: by default it ends with an error that says where, or it uses substitutes."""
 
 import json
 import os
@@ -28,26 +28,29 @@ def train(run_job: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
     return train
 
 
-def refused(done: Any, *words: str) -> None:
+def assert_user_error(done: Any, *fragments: str) -> None:
     assert done.returncode == 2, done.stdout + done.stderr
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert [word for word in words if word not in error] == [], error
+    assert [fragment for fragment in fragments if fragment not in error] == [], error
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_a_shard_exchanged_and_images_that_are_none(train: Callable[..., Any], tmp_path: Path) -> None:
-    """The first is found by its checksum alone, and stands for too many images; the others end a run by default."""
+def test_a_swapped_shard_and_invalid_images(train: Callable[..., Any], tmp_path: Path) -> None:
+    """A swapped shard is found only by its checksum, and makes too many images unreadable; invalid images end a run by
+    default."""
     bad_files = {5: b"no image", 41: damaged.png(41, side=5)}
     location = damaged.prepare(str(tmp_path / "data"), encoded=True, bad_files=bad_files)
     other = damaged.prepare(str(tmp_path / "other"), encoded=True, bad_labels={30: 6})
-    whole, exchanged = ((Path(at.path) / "train/00001.parquet").read_bytes() for at in (location, other))
+    whole, swapped = ((Path(at.path) / "train/00001.parquet").read_bytes() for at in (location, other))
     substitute = ("--data.on-corrupt", "substitute", "--data.max-corrupt-share", "0.1")
-    damaged.rewrite(Path(location.path), 1, lambda _: exchanged)
+    damaged.rewrite(Path(location.path), 1, lambda _: swapped)
     too_many = "cannot be read, more than --data.max-corrupt-share 0.1 allows"
-    refused(train(location.uri, *substitute, name="exchanged"), too_many, "train/00001.parquet", "checksum")
+    assert_user_error(
+        train(location.uri, *substitute, name="exchanged"), too_many, "train/00001.parquet", "checksum"
+    )
     damaged.rewrite(Path(location.path), 1, lambda _: whole)
 
-    refused(train(location.uri), "train/0000", "row group", "row ")
+    assert_user_error(train(location.uri), "train/0000", "row group", "row ")
     assert not list((tmp_path / "runs/run").glob("checkpoint-*"))
     done = train(location.uri, *substitute)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -57,5 +60,5 @@ def test_a_shard_exchanged_and_images_that_are_none(train: Callable[..., Any], t
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     key = json.loads((tmp_path / "runs/run/run.json").read_text())["run_key"]
     experiments = [e.experiment_id for e in client.search_experiments()]
-    (tracked,) = client.search_runs(experiments, f"tags.`ddpm.run_key` = '{key}'")
-    assert tracked.data.metrics["data/corrupt_images"] == 2
+    (mlflow_run,) = client.search_runs(experiments, f"tags.`ddpm.run_key` = '{key}'")
+    assert mlflow_run.data.metrics["data/corrupt_images"] == 2

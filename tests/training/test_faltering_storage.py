@@ -1,6 +1,7 @@
-"""Storage that falters, fills up or loses what it was given: no half checkpoint is ever loaded, and the run goes on.
+"""Storage faults, outages and full disks: an incomplete checkpoint is never loaded, and the run continues or fails
+with one clear error.
 
-The server is a real one, behind a proxy that misbehaves; the full disk is a file system of three megabytes.
+The S3 server is real, behind a proxy that injects faults; the full disk is a small tmpfs.
 """
 
 import contextlib
@@ -41,7 +42,7 @@ def run_on_s3(s3_bucket: str, digits_uri: str, tmp_path: Path) -> Run:
     return Run("harmed", f"{s3_bucket}/runs", data.uri, tmp_path / "job.log")
 
 
-def through(proxy: FaultyProxy) -> dict[str, str]:
+def env_through(proxy: FaultyProxy) -> dict[str, str]:
     return {"AWS_ENDPOINT_URL": proxy.endpoint}
 
 
@@ -50,12 +51,14 @@ def kill_workers(job: Job) -> None:
         worker.send_signal(signal.SIGKILL)
 
 
-def test_killed_while_a_checkpoint_is_uploaded(run_on_s3: Run, undisturbed: Run, proxy: FaultyProxy) -> None:
-    """In the middle of an upload; when all is there but the checksums, which make it a checkpoint; and when those
-    have just arrived, which nobody was told."""
+def test_workers_killed_during_a_checkpoint_upload(
+    run_on_s3: Run, undisturbed: Run, proxy: FaultyProxy
+) -> None:
+    """Workers are killed in the middle of an upload; before the checksums, which complete a checkpoint, are uploaded;
+    and between two checkpoints."""
     moments = ["checkpoint-000000001280/ema.safetensors", "checkpoint-000000002560/checksums.json"]
     reached = []
-    with run_on_s3.start(env=through(proxy)) as job:
+    with run_on_s3.start(env=env_through(proxy)) as job:
         for moment in moments:
             proxy.on_request(f"^PUT .*{moment}", lambda: kill_workers(job))
             job.wait_for(lambda: not proxy.is_armed)
@@ -63,27 +66,27 @@ def test_killed_while_a_checkpoint_is_uploaded(run_on_s3: Run, undisturbed: Run,
         job.wait_for(run_on_s3.past(3200))
         kill_workers(job)
         assert job.wait() == 0, job.output
-    assert reached == [640, 1920]  # what was half there is no checkpoint
+    assert reached == [640, 1920]  # an incomplete upload does not count as a checkpoint
     assert_same(run_on_s3, undisturbed)
     assert_tracked_once(run_on_s3)
     assert 0.3 < metric(run_on_s3, "train/goodput")[-1][1] < 1
 
 
-def test_s3_falters_and_reading_tasks_are_killed(
+def test_s3_faults_and_killed_read_tasks_cause_no_failure(
     run_on_s3: Run, undisturbed: Run, proxy: FaultyProxy
 ) -> None:
-    """Tasks that have just asked for a row group are killed; then resets, 503, delays, and 20 s of nothing: the same
-    images in the same order, and no failure at all."""
+    """Read tasks are killed during a request; then come resets, 503s, delays, and 20 s of outage: the images and their
+    order are the same, and Ray Train counts no failure."""
     killed = []
 
-    def kill_readers() -> None:
+    def kill_read_tasks() -> None:
         for reader in job.members(READER):
             reader.send_signal(signal.SIGKILL)
             killed.append(reader.pid)
 
-    with run_on_s3.start("--cluster.max-failures", "0", env=through(proxy)) as job:
+    with run_on_s3.start("--cluster.max-failures", "0", env=env_through(proxy)) as job:
         while len(killed) < 3:
-            proxy.on_request("^GET .*/train/", kill_readers)
+            proxy.on_request("^GET .*/train/", kill_read_tasks)
             job.wait_for(lambda: not proxy.is_armed)
         for mode, every in (("reset", 3), ("slow_down", 3), ("delay", 3)):
             proxy.switch(mode, every=every, delay_s=1)
@@ -97,14 +100,14 @@ def test_s3_falters_and_reading_tasks_are_killed(
     assert_tracked_once(run_on_s3)
 
 
-def test_s3_answers_slowly(run_on_s3: Run, undisturbed: Run, proxy: FaultyProxy) -> None:
-    """Two seconds a request, for a whole checkpoint: that is no failure, whatever --run.storage-timeout-s says."""
+def test_slow_s3_causes_no_failure(run_on_s3: Run, undisturbed: Run, proxy: FaultyProxy) -> None:
+    """A checkpoint interval with two seconds per request is no failure, even with a small --run.storage-timeout-s."""
     flags = ("--cluster.max-failures", "0", "--run.storage-timeout-s", "5")
-    with run_on_s3.start(*flags, env=through(proxy)) as job:
+    with run_on_s3.start(*flags, env=env_through(proxy)) as job:
         job.wait_for(run_on_s3.past(0))
         proxy.switch("delay", delay_s=2)
         before = run_on_s3.position()
-        job.wait_for(run_on_s3.past(before + 640))  # the next one may have been under way
+        job.wait_for(run_on_s3.past(before + 640))  # + 640: one upload may already have been running
         proxy.switch("pass")
         assert job.wait() == 0, job.output
     assert "warning" not in job.output and "Traceback" not in job.output
@@ -112,14 +115,14 @@ def test_s3_answers_slowly(run_on_s3: Run, undisturbed: Run, proxy: FaultyProxy)
     assert_tracked_once(run_on_s3)
 
 
-def test_s3_gone_for_good(run_on_s3: Run, proxy: FaultyProxy) -> None:
-    """One clear error, in the time that the config says; and the last checkpoint is whole."""
-    with run_on_s3.start("--run.storage-timeout-s", "10", env=through(proxy)) as job:
+def test_s3_down_for_good_is_one_error(run_on_s3: Run, proxy: FaultyProxy) -> None:
+    """The run ends with one clear error, within the time-out in the config; the last checkpoint is valid."""
+    with run_on_s3.start("--run.storage-timeout-s", "10", env=env_through(proxy)) as job:
         job.wait_for(run_on_s3.past(0))
         proxy.switch("down")
         assert job.wait(120) == 1, job.output
     (error,) = [line for line in job.output.splitlines() if line.startswith("error: ")]
-    assert run_on_s3.location.path.partition("/")[0] in error  # the bucket
+    assert run_on_s3.location.path.partition("/")[0] in error  # the bucket's name
     assert "--run.storage-timeout-s 10" in error and "its last answer: " in error
     assert "Traceback" not in job.output
     with resolve.local_checkpoint(run_on_s3.location.uri) as folder:
@@ -127,8 +130,8 @@ def test_s3_gone_for_good(run_on_s3: Run, proxy: FaultyProxy) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
-def test_the_disk_is_full(digits_uri: str, tmp_path: Path) -> None:
-    """The run ends and says so; the checkpoint before is whole, and there is no half one."""
+def test_a_full_disk_is_one_error(digits_uri: str, tmp_path: Path) -> None:
+    """The run ends with one clear error; the previous checkpoint is valid, and none is incomplete."""
     disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], check=True)

@@ -1,6 +1,6 @@
-"""Whatever dies, the run goes on, and ends with the tensors it would have ended with, bit for bit.
+"""Whatever process is killed, the run continues, and its final tensors are bitwise those of an undisturbed run.
 
-Every test kills something for real in a run of two workers, and compares with one run that nothing happened to.
+Each test really kills processes of a run of two workers, and compares it with an undisturbed run.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from support import processes
-from support.faulted import TOTAL, Run, assert_same, assert_tracked_once, metric, tracked
+from support.faulted import TOTAL, Run, assert_same, assert_tracked_once, metric, mlflow_run_of
 from support.processes import REPO
 from support.servers import RayHead
 
@@ -28,14 +28,14 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.oldest_ray
-def test_processes_killed_and_clocks_set(run: Run, undisturbed: Run, tmp_path: Path) -> None:
-    """By itself the run goes on: two workers die, the coordinator of reading, and twice the actor between driver and
-    workers, whose successor is told what was there. The clock of every Python process goes an hour forth, then two
-    back; a worker that is killed then resumes before it began."""
+def test_killed_processes_and_changed_clocks(run: Run, undisturbed: Run, tmp_path: Path) -> None:
+    """The run continues by itself after kills of two workers, of the split coordinator, and twice of the RunState
+    actor, whose replacement gets its state again. Meanwhile the clock of every Python process jumps an hour ahead,
+    then two hours back: a killed worker then resumes before the time it had started."""
     clock = tmp_path / "clock"
     clock.write_text("0")
     env = {"CLOCK_OFFSET_FILE": str(clock), **processes.python_path(REPO / "tests/support/jumping_clock")}
-    dice = random.Random(0)
+    rng = random.Random(0)
     with run.start(env=env) as job:
         for title, offset_s in (
             (RUN_STATE, 0),
@@ -46,26 +46,28 @@ def test_processes_killed_and_clocks_set(run: Run, undisturbed: Run, tmp_path: P
         ):
             job.wait_for(run.past(run.position()))
             clock.write_text(str(offset_s))
-            time.sleep(dice.uniform(0, 0.3))
-            dice.choice(job.members(title)).send_signal(signal.SIGKILL)
+            time.sleep(rng.uniform(0, 0.3))
+            rng.choice(job.members(title)).send_signal(signal.SIGKILL)
         job.wait_for(run.past(run.position()))
         clock.write_text("0")
         assert job.wait() == 0, job.output
     assert "Traceback" not in job.output
-    assert job.output.count("failed; going on") == 3  # warnings that a new actor was told among them
+    assert (
+        job.output.count("failed; going on") == 3
+    )  # including the warnings that a new RunState actor receives again
     assert_same(run, undisturbed)
     assert_tracked_once(run)
-    assert all(0.3 < goodput < 1 for _, goodput in metric(run, "train/goodput"))  # a step is lost or none
+    assert all(0.3 < goodput < 1 for _, goodput in metric(run, "train/goodput"))  # at most one step is lost
     history = MlflowClient(os.environ["MLFLOW_TRACKING_URI"]).get_metric_history(
-        tracked(run).info.run_id, "train/loss"
+        mlflow_run_of(run).info.run_id, "train/loss"
     )
     times = [point.timestamp for point in history]
     assert max(times) - min(times) > 3_600_000, "the clock was never another one"
 
 
 def test_controller_driver_and_cluster_killed(run: Run, undisturbed: Run) -> None:
-    """The controller dies: the job starts another. The driver dies, then every process of the cluster: the same
-    command goes on."""
+    """When the controller is killed, the job starts another one. When the driver, and then all processes of the
+    cluster, are killed, the same command resumes the run."""
     with run.start() as job:
         job.wait_for(run.past(0))
         (controller,) = job.members(CONTROLLER)
@@ -75,7 +77,7 @@ def test_controller_driver_and_cluster_killed(run: Run, undisturbed: Run) -> Non
         assert len(orphans) == 2
         job.process.send_signal(signal.SIGKILL)
         job.process.wait()
-        again = run.start()  # at once: whoever is left of the first cluster is still about
+        again = run.start()  # at once, while processes of the first cluster still run
     with again as job:
         job.wait_for(run.past(run.position()))
         assert not any(orphan.is_running() for orphan in orphans)
@@ -87,9 +89,9 @@ def test_controller_driver_and_cluster_killed(run: Run, undisturbed: Run) -> Non
 
 
 @pytest.mark.usefixtures("on_ray_head")
-def test_asked_to_stop_and_then_damaged(run: Run, undisturbed: Run) -> None:
-    """No step is lost: a checkpoint stands where the run was, and the same command goes on from there. When a byte of
-    the newest one has flipped, it goes on from the one before; when no checkpoint is whole, it does not begin anew."""
+def test_a_stopped_run_resumes_and_skips_a_damaged_checkpoint(run: Run, undisturbed: Run) -> None:
+    """Stopping loses no step: the run writes a checkpoint, and the same command resumes from it. If the newest
+    checkpoint is damaged, the run resumes from the previous one; if all are, it does not start from scratch."""
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         with run.start() as job:
             job.wait_for(run.past(run.position()))
@@ -99,29 +101,27 @@ def test_asked_to_stop_and_then_damaged(run: Run, undisturbed: Run) -> None:
         assert "Traceback" not in job.output
     before, newest = sorted(Path(run.location.path).glob("checkpoint-*"))[-2:]
     whole = int(before.name.rpartition("-")[2])
-    half = newest.with_name("checkpoint-000000006000")
-    half.mkdir()
-    shutil.copy(newest / "net.safetensors", half)
-    flip(newest / "ema.safetensors")
+    incomplete = newest.with_name("checkpoint-000000006000")
+    incomplete.mkdir()
+    shutil.copy(newest / "net.safetensors", incomplete)
+    flip_bit(newest / "ema.safetensors")
     with run.start() as job:
         assert job.wait() == 0, job.output
     assert f"{newest.name} is passed over for the one before" in job.output
     assert f"{newest.name}/ema.safetensors is damaged" in job.output
-    assert not half.exists()
+    assert not incomplete.exists()
     assert_same(run, undisturbed)
     assert_tracked_once(run)
-    assert all(
-        step > whole for step, _ in metric(run, "train/goodput")
-    )  # by being asked to stop, nothing was lost
+    assert all(step > whole for step, _ in metric(run, "train/goodput"))  # stopping lost no step
     for file in Path(run.location.path).glob("checkpoint-*/net.safetensors"):
-        flip(file)
+        flip_bit(file)
     with run.start() as job:
         assert job.wait() == 2
     assert f"error: every checkpoint of {run.location.uri} is damaged" in job.output
 
 
-def flip(file: Path) -> None:
-    """A bit of it."""
+def flip_bit(file: Path) -> None:
+    """Flip one bit of a file."""
     data = bytearray(file.read_bytes())
     data[5000] ^= 1
     file.write_bytes(data)
@@ -136,7 +136,7 @@ def test_a_submitted_job_is_stopped_and_submitted_again(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Three seconds are enough for a checkpoint, and the run goes on at the very step."""
+    """The three seconds before SIGKILL are enough for a checkpoint, so the run resumes at the same step."""
     run = Run("submitted", str(tmp_path / "runs"), digits_uri, tmp_path / "job.log")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
     command = ("python", "jobs/train.py", *run.arguments)
@@ -151,22 +151,22 @@ def test_a_submitted_job_is_stopped_and_submitted_again(
     assert f"{TOTAL:,}/{TOTAL:,}" in done.stdout
     assert_same(run, undisturbed)
     assert_tracked_once(run)
-    assert metric(run, "train/goodput") == []  # nothing was lost
-    found = tracked(run)
+    assert metric(run, "train/goodput") == []  # no step was lost
+    found = mlflow_run_of(run)
     assert found.data.params["cluster.num_workers"] == "2"
     files = MlflowClient(mlflow_server).list_artifacts(found.info.run_id, "pictures")
-    pictures = ("forward_noising.png", "reverse_trajectory.png", "reverse_trajectory.gif")
-    assert {Path(file.path).name for file in files} == {*pictures}
-    assert_ray_sees(ray_head, run)
+    plots = ("forward_noising.png", "reverse_trajectory.png", "reverse_trajectory.gif")
+    assert {Path(file.path).name for file in files} == {*plots}
+    assert_ray_shows(ray_head, run)
 
 
-def assert_ray_sees(ray_head: RayHead, run: Run) -> None:
-    """Ray's API and its Prometheus metrics show the run, as the pages that are built on them do."""
+def assert_ray_shows(ray_head: RayHead, run: Run) -> None:
+    """Ray's API and its Prometheus metrics, on which its dashboards are built, show the run."""
     name = Path(run.location.path).name
     with urllib.request.urlopen(f"{ray_head.dashboard}/api/train/v2/runs/v1") as answer:
-        found = [shown for shown in json.load(answer)["train_runs"] if shown["name"] == name]
-    # The driver of a job that was stopped may be gone before Ray has seen its workers leave.
-    assert sorted(shown["status"] for shown in found) in (["ABORTED", "FINISHED"], ["FINISHED"] * 2)
-    assert all(len(shown["attempts"][-1]["workers"]) == 2 for shown in found)
+        found = [entry for entry in json.load(answer)["train_runs"] if entry["name"] == name]
+    # The driver of a stopped job may exit before Ray has noticed that its workers are gone.
+    assert sorted(entry["status"] for entry in found) in (["ABORTED", "FINISHED"], ["FINISHED"] * 2)
+    assert all(len(entry["attempts"][-1]["workers"]) == 2 for entry in found)
     with urllib.request.urlopen(f"{ray_head.metrics}/metrics") as answer:
         assert f'ray_train_run_name="{name}"' in answer.read().decode()

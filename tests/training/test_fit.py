@@ -1,4 +1,4 @@
-"""Ray Train and Ray Data for real: any number of workers trains the run that one process trains."""
+"""Real Ray Train and Ray Data: a run with any number of workers equals a run in one process."""
 
 import json
 import math
@@ -64,12 +64,14 @@ def assert_same(a: Path, b: Path) -> None:
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
-def test_a_second_driver_of_a_run_is_refused_before_it_writes(
+def test_a_second_driver_of_a_run_is_rejected_before_it_writes(
     tiny: Config, train_set: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(driver_lock, "BEAT_S", 0.05)
     monkeypatch.setattr(driver_lock, "PATIENCE_S", 1.0)
-    monkeypatch.setattr(resources, "resources_per_worker", lambda config: {"CPU": 1.0})  # there is no cluster
+    monkeypatch.setattr(
+        resources, "resources_per_worker", lambda config: {"CPU": 1.0}
+    )  # no cluster is running here
     monkeypatch.setattr(resources, "check_storage", lambda config: None)
     config = override(tiny, {"run.name": "one", "run.storage": str(tmp_path / "runs")})
     with DriverLock(locations.resolve(str(tmp_path / "runs/one")), "run", "--run.name", print):
@@ -81,7 +83,7 @@ def test_a_second_driver_of_a_run_is_refused_before_it_writes(
 @pytest.fixture
 def recording_job(digits_uri: str, tmp_path: Path) -> Callable[..., Any]:
     def record(name: str, *flags: str, bad: tuple[str, ...] = ()) -> Any:
-        """`train_job` of a program that writes micro-batches down in the folder `name`; `bad`: RANK:STEP ..."""
+        """Run recording_job.py, which records micro-batches in the folder `name`; `bad`: RANK:STEP of NaN losses."""
         where = ("--data.shards", digits_uri, "--run.name", name, "--run.storage", str(tmp_path / "runs"))
         job = ("digits", *where, "--train.total-images", "256", *FLAGS, *flags)
         script = REPO / "tests/support/recording_job.py"
@@ -94,14 +96,14 @@ def recording_job(digits_uri: str, tmp_path: Path) -> Callable[..., Any]:
 @pytest.mark.oldest_ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("on_ray_head")
-def test_any_number_of_workers_trains_what_one_process_trains(
+def test_any_number_of_workers_trains_the_same_as_one_process(
     recording_job: Callable[..., Any], tiny: Config, train_set: DataSet, tmp_path: Path
 ) -> None:
-    """Images, noise and t of every micro-batch of every global batch: the very same. One worker ends with the process's
-    weights, bit for bit; several, which sum gradients in another order, nearly, and draw nearly the same grids."""
+    """Images, noise and t of every micro-batch are equal. With one worker the final weights are bitwise equal; with
+    several, which sum gradients in another order, the weights and the sample grids are nearly equal."""
     local = LocalRuntime(tiny, train_set, train_set.held_out(), tmp_path / "local")
     loop.train(tiny, local, NoTracker())
-    trained, grid = tmp_path / "local/checkpoint-000000000256", pixels(tmp_path / "local")
+    expected, grid = tmp_path / "local/checkpoint-000000000256", pixels(tmp_path / "local")
     seen = {}
     for workers in (1, 2, 4):
         name = f"workers-{workers}"
@@ -115,13 +117,13 @@ def test_any_number_of_workers_trains_what_one_process_trains(
         seen[workers] = {(line["step"], line["index"]): line["digest"] for line in lines}
         assert len(seen[workers]) == len(lines)
         if workers == 1:
-            assert_same(newest(tmp_path, name), trained)
+            assert_same(newest(tmp_path, name), expected)
             continue
-        for key, tensor in weights(trained).items():
+        for key, tensor in weights(expected).items():
             torch.testing.assert_close(
                 weights(newest(tmp_path, name))[key], tensor, rtol=1e-3, atol=1e-4, msg=key
             )
-        # The same images in the same places.
+        # Nearly the same images, in the same places of the grid.
         assert np.abs(pixels(tmp_path / "runs" / name) - grid).max() <= 2
     assert sorted(seen[1]) == [(step, index) for step in range(8) for index in range(4)]
     assert len(set(seen[1].values())) == 32
@@ -129,17 +131,17 @@ def test_any_number_of_workers_trains_what_one_process_trains(
 
 
 def pixels(folder: Path) -> np.ndarray:
-    """The last grid of a run."""
+    """Pixels of a run's latest sample grid."""
     return np.asarray(Image.open(folder / GRID), int)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("on_ray_head")
-def test_a_run_is_made_longer_and_is_finished(train_job: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_finished_run_can_be_extended(train_job: Callable[..., Any], tmp_path: Path) -> None:
     for total in (64, 128):
         done = train_job("longer", total_images=total)
         assert done.returncode == 0, done.stderr
-        # With lr_schedule cosine a longer run is another run from the start; the order and the noise are the same.
+        # With lr_schedule cosine the weights of a longer run differ from the start; order and noise are the same.
         state = json.loads((newest(tmp_path, "longer") / "state.json").read_text())
         assert (state["step"], state["images_seen"]) == (total // 32, total)
     again = train_job("longer", total_images=128)
@@ -150,25 +152,27 @@ def test_a_run_is_made_longer_and_is_finished(train_job: Callable[..., Any], tmp
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("on_ray_head")
-def test_bad_steps_are_skipped_on_all_ranks_alike(
+def test_non_finite_steps_are_skipped_on_all_ranks(
     recording_job: Callable[..., Any], tiny: Config, train_set: DataSet, tmp_path: Path
 ) -> None:
-    """One rank's loss is not a number in step 3, the other's in step 5. Two may be skipped; or one, and then the run
-    ends and leaves the checkpoint before it, which belongs to its architecture."""
+    """One rank's loss is NaN in step 3, the other's in step 5. If two steps may be skipped, the run finishes; if one,
+    it fails and keeps the checkpoint before, which cannot be resumed with another architecture."""
     bad, flags = ("1:3", "0:5"), ("--cluster.num-workers", "2", "--optim.skip-non-finite")
     done = recording_job("two", *flags, "2", bad=bad)
     assert done.returncode == 0, done.stderr
     assert json.loads((newest(tmp_path, "two") / "state.json").read_text())["skipped_steps"] == 2
 
     done = recording_job("one", *flags, "1", bad=bad)
-    refused(done, "step 5 (160 images): the loss or the gradient is not finite; stopped after 1 that were", 1)
+    assert_user_error(
+        done, "step 5 (160 images): the loss or the gradient is not finite; stopped after 1 that were", 1
+    )
     assert newest(tmp_path, "one").name == "checkpoint-000000000128"
     assert all(torch.isfinite(tensor).all() for tensor in weights(newest(tmp_path, "one")).values())
     shutil.rmtree(tmp_path / "one")
-    refused(recording_job("one", "--model.base-width", "16"), "model.base_width 8 (now 16)")
+    assert_user_error(recording_job("one", "--model.base-width", "16"), "model.base_width 8 (now 16)")
 
-    class Bad:
-        """The same in one process: nothing is learned in steps 3 and 5."""
+    class NanLoss:
+        """The reference in one process: the loss is NaN in steps 3 and 5."""
 
         def __init__(self, objective: Any) -> None:
             self._objective, self._calls = objective, 0
@@ -184,7 +188,7 @@ def test_bad_steps_are_skipped_on_all_ranks_alike(
     config = override(tiny, {"optim.skip_non_finite": 2})
     with pytest.MonkeyPatch.context() as patch:
         build = loop.build_objective
-        patch.setattr(loop, "build_objective", lambda config: Bad(build(config)))
+        patch.setattr(loop, "build_objective", lambda config: NanLoss(build(config)))
         local = LocalRuntime(config, train_set, train_set.held_out(), tmp_path / "local")
         loop.train(config, local, NoTracker())
     one, two = weights(tmp_path / "local/checkpoint-000000000256"), weights(newest(tmp_path, "two"))
@@ -192,8 +196,8 @@ def test_bad_steps_are_skipped_on_all_ranks_alike(
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
-def refused(done: Any, message: str, code: int = 2) -> None:
-    """A user's mistake: the exit code, one line, no traceback."""
+def assert_user_error(done: Any, message: str, code: int = 2) -> None:
+    """The job failed with this exit code, a one-line error, and no traceback."""
     assert done.returncode == code, done.stdout + done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert message in line
@@ -218,16 +222,16 @@ def refused(done: Any, message: str, code: int = 2) -> None:
         (["--data.split", "validation"], "has no split 'validation'; it has test, train"),
     ],
 )
-def test_a_data_set_that_does_not_fit_is_refused(
+def test_a_data_set_that_does_not_match_the_model_is_a_user_error(
     train_job: Callable[..., Any], tmp_path: Path, flags: list[str], message: str
 ) -> None:
-    refused(train_job("unfit", *flags), message)
+    assert_user_error(train_job("unfit", *flags), message)
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow
-def test_ctrl_c_before_the_first_step_waits_for_nothing(digits_uri: str, tmp_path: Path) -> None:
-    """It names only what there is, and the same command trains."""
+def test_ctrl_c_before_the_first_step_exits_at_once(digits_uri: str, tmp_path: Path) -> None:
+    """The message mentions only files that exist, and the same command starts the run again."""
     where = ("--data.shards", digits_uri, "--run.name", "early", "--run.storage", str(tmp_path / "runs"))
     with Job("train", "digits", *where, *FLAGS, log=tmp_path / "job.log") as job:
         job.wait_for(lambda: job.members("ray::TrainController"))
@@ -239,20 +243,18 @@ def test_ctrl_c_before_the_first_step_waits_for_nothing(digits_uri: str, tmp_pat
 
 
 @pytest.mark.slow
-def test_too_few_cpus_for_the_tasks_that_read_are_refused(
-    train_job: Callable[..., Any], tmp_path: Path
-) -> None:
-    """Ray would wait for ever: workers hold every CPU, and the tasks that feed them get none."""
+def test_too_few_cpus_for_read_tasks_is_a_user_error(train_job: Callable[..., Any], tmp_path: Path) -> None:
+    """Ray would wait forever: the workers hold every CPU, and the read tasks that feed them get none."""
     done = train_job("full", "--cluster.num-workers", "2", "--cluster.cpus-per-worker", "64")
-    refused(done, "CPUs leave none of the cluster's")
+    assert_user_error(done, "CPUs leave none of the cluster's")
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow
-def test_a_local_folder_on_a_cluster_of_two_nodes_is_refused(
+def test_a_local_folder_on_a_cluster_of_two_nodes_is_a_user_error(
     train_job: Callable[..., Any], ray_head: RayHead, tmp_path: Path
 ) -> None:
     with ray_head.add_node(num_cpus=1):
         done = train_job("two-nodes", env={"RAY_ADDRESS": ray_head.address})
-        refused(done, "but the cluster has 2 nodes that cannot see it; use s3://bucket/prefix")
+        assert_user_error(done, "but the cluster has 2 nodes that cannot see it; use s3://bucket/prefix")
         assert not (tmp_path / "runs").exists()

@@ -1,4 +1,4 @@
-"""From a net to images: image i is a function of seed and i."""
+"""Sampling from a net: image i depends only on the seed and i."""
 
 import dataclasses
 from typing import Any
@@ -25,15 +25,15 @@ CPU = torch.device("cpu")
     ],
     ids=str,
 )
-def test_image_i_is_the_same_in_any_company(tiny: Config, change: dict[str, Any]) -> None:
+def test_image_i_does_not_depend_on_its_batch(tiny: Config, change: dict[str, Any]) -> None:
     config = override(tiny, {"model.zero_init": False, **change})
     net, objective = State.create(config, CPU).ema.net, build_objective(config)
     together = generate.draw(net, config, objective, range(6), device=CPU)
     alone = generate.draw(net, config, objective, [4], device=CPU)
-    turned = generate.draw(net, config, objective, [5, 4], device=CPU)
-    # A batch of another size may take other kernels: a grey level at most.
+    reordered = generate.draw(net, config, objective, [5, 4], device=CPU)
+    # Another batch size may use other kernels: at most one grey level of difference.
     assert (together[4].int() - alone[0].int()).abs().max() <= 1
-    assert (together[4].int() - turned[1].int()).abs().max() <= 1
+    assert (together[4].int() - reordered[1].int()).abs().max() <= 1
     assert (together[4] != together[5]).any()
     other = generate.draw(
         net, config, objective, [4], device=CPU, sample=dataclasses.replace(config.sample, seed=1)
@@ -41,17 +41,17 @@ def test_image_i_is_the_same_in_any_company(tiny: Config, change: dict[str, Any]
     assert (other[0].int() - alone[0].int()).abs().max() > 1
 
 
-def test_guidance_is_confined_to_its_interval(tiny: Config) -> None:
+def test_guidance_applies_only_in_its_interval(tiny: Config) -> None:
     config = override(tiny, {"model.zero_init": False, "model.num_classes": 10, "sample.sampler": "heun"})
     net, objective = State.create(config, CPU).ema.net, build_objective(config)
 
-    def drawn(**changes: Any) -> torch.Tensor:
+    def sampled(**changes: Any) -> torch.Tensor:
         sample = dataclasses.replace(config.sample, **changes)
         return generate.draw(net, config, objective, range(3), device=CPU, sample=sample)
 
-    guided, plain = drawn(guidance_scale=5.0), drawn()
+    guided, plain = sampled(guidance_scale=5.0), sampled()
     assert not torch.equal(guided, plain)
-    assert torch.equal(drawn(guidance_scale=5.0, guidance_interval=(0.0, 1e9)), guided)
-    assert torch.equal(drawn(guidance_scale=5.0, guidance_interval=(1e6, 1e9)), plain)
-    partly = drawn(guidance_scale=5.0, guidance_interval=(0.5, 5.0))
+    assert torch.equal(sampled(guidance_scale=5.0, guidance_interval=(0.0, 1e9)), guided)
+    assert torch.equal(sampled(guidance_scale=5.0, guidance_interval=(1e6, 1e9)), plain)
+    partly = sampled(guidance_scale=5.0, guidance_interval=(0.5, 5.0))
     assert not torch.equal(partly, plain) and not torch.equal(partly, guided)

@@ -1,4 +1,4 @@
-"""A run may begin with the weights of another checkpoint, and is then a run like any other."""
+"""--train.init-from: a run that starts from the weights of another checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def first(tiny: Config, tmp_path: Path) -> Path:
-    """A checkpoint of another run: of the same net, far into its training."""
+def source(tiny: Config, tmp_path: Path) -> Path:
+    """A late checkpoint of another run with the same net."""
     state = State.create(override(tiny, {"train.seed": 5, "model.zero_init": False}), CPU)
     with torch.no_grad():
         for weight in state.ema.net.parameters():
@@ -48,10 +48,10 @@ def tensors(state: State) -> dict[str, torch.Tensor]:
     return {f"{i}.{name}": tensor for i, part in enumerate(parts) for name, tensor in part.items()}
 
 
-def test_the_averaged_weights_are_the_run_s_first_checkpoint(
-    tiny: Config, first: Path, tmp_path: Path
+def test_the_first_checkpoint_has_the_averaged_weights_of_the_source(
+    tiny: Config, source: Path, tmp_path: Path
 ) -> None:
-    config = override(tiny, {"train.init_from": str(first), "model.dropout": 0.1})
+    config = override(tiny, {"train.init_from": str(source), "model.dropout": 0.1})
     assert begin(config, tmp_path / "run") == []
     assert [path.name for path in (tmp_path / "run").iterdir()] == [checkpoint.name_at(0)]
     folder = tmp_path / "run" / checkpoint.name_at(0)
@@ -59,20 +59,20 @@ def test_the_averaged_weights_are_the_run_s_first_checkpoint(
     state.restore(folder, config)
     assert (state.step, state.images_seen, state.optimizer_tensors()) == (0, 0, {})
     assert checkpoint.read_state(folder)["run_key"] == "mine"
-    for name, tensor in load_file(first / "ema.safetensors").items():
+    for name, tensor in load_file(source / "ema.safetensors").items():
         assert torch.equal(state.net.state_dict()[name], tensor)
         assert torch.equal(state.ema.state_dict()[name], tensor)
 
 
-def test_it_goes_on_as_any_run_does_bit_for_bit(
-    tiny: Config, first: Path, train_set: DataSet, tmp_path: Path
+def test_a_run_with_init_from_resumes_bitwise_equal(
+    tiny: Config, source: Path, train_set: DataSet, tmp_path: Path
 ) -> None:
-    config = override(tiny, {"train.init_from": str(first), "optim.lr_schedule": "constant"})
+    config = override(tiny, {"train.init_from": str(source), "optim.lr_schedule": "constant"})
     for run in ("straight", "broken"):
         begin(config, tmp_path / run)
     straight = fit(config, train_set, tmp_path / "straight")
     fit(override(config, {"train.total_images": 128}), train_set, tmp_path / "broken")
-    for path in first.iterdir():  # the second half needs neither the flag nor what it named
+    for path in source.iterdir():  # resuming needs neither the flag nor the source
         path.unlink()
     resumed = fit(override(config, {"train.init_from": None}), train_set, tmp_path / "broken")
     assert (straight.step, resumed.step) == (8, 8)
@@ -92,17 +92,17 @@ def test_it_goes_on_as_any_run_does_bit_for_bit(
         ({"train.init_from": "none"}, "none does not exist; expected a checkpoint folder or a run folder"),
     ],
 )
-def test_another_net_is_refused(
-    tiny: Config, first: Path, tmp_path: Path, changes: dict[str, Any], message: str
+def test_a_checkpoint_of_another_net_is_a_user_error(
+    tiny: Config, source: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    config = override(tiny, {"train.init_from": str(first)} | changes)
+    config = override(tiny, {"train.init_from": str(source)} | changes)
     with pytest.raises(UserError) as caught:
         begin(config, tmp_path / "run")
     assert message in str(caught.value)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_damaged_one_is_refused(tiny: Config, first: Path, tmp_path: Path) -> None:
-    (first / "ema.safetensors").write_bytes(b"")
+def test_a_damaged_checkpoint_is_a_user_error(tiny: Config, source: Path, tmp_path: Path) -> None:
+    (source / "ema.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"ema\.safetensors is damaged"):
-        begin(override(tiny, {"train.init_from": str(first)}), tmp_path / "run")
+        begin(override(tiny, {"train.init_from": str(source)}), tmp_path / "run")

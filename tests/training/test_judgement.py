@@ -1,4 +1,4 @@
-"""A net's bits/dim and features: image i is judged the same by whoever judges it."""
+"""Bits/dim and features of a net: the values of image i do not depend on its batch."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ from ddpm.utils.errors import UserError
 CPU = torch.device("cpu")
 
 
-def judged(config: Config) -> tuple:
+def make_net(config: Config) -> tuple:
     config = override(config, {"model.zero_init": False})
     net = build_net(config).eval().requires_grad_(False)
     return net, config, build_objective(config)
@@ -30,7 +30,7 @@ def part(images: Images, start: int, stop: int) -> Images:
     return Images(images.image[start:stop], images.label[start:stop])
 
 
-def measured(net: tuple, images: Images, variance: Variance = "beta_tilde") -> dict[str, Any]:
+def measure_options(net: tuple, images: Images, variance: Variance = "beta_tilde") -> dict[str, Any]:
     """Arguments of bits_per_dim."""
     found = measure.measure(*net, part(images, 0, 8), variance, device=CPU)
     return {"device": CPU, "variance": variance, "measured": found}
@@ -49,12 +49,12 @@ def held_out(train_set: DataSet) -> Images:
     ids=str,
 )
 @pytest.mark.parametrize("estimated", [False, True])
-def test_bits_of_image_i_are_the_same_in_any_company(
+def test_bits_of_image_i_do_not_depend_on_its_batch(
     tiny: Config, held_out: Images, change: dict[str, Any], estimated: bool
 ) -> None:
-    net = judged(override(tiny, change))
+    net = make_net(override(tiny, change))
     variance = measure.bound_variance(net[1])
-    options = measured(net, held_out, variance) | {"num_draws": 3 if estimated else 0}
+    options = measure_options(net, held_out, variance) | {"num_draws": 3 if estimated else 0}
     whole = measure.bits_per_dim(*net, held_out, start=0, **options)
     parts = [
         measure.bits_per_dim(*net, part(held_out, a, b), start=a, **options)
@@ -67,9 +67,9 @@ def test_bits_of_image_i_are_the_same_in_any_company(
     assert (other.kl != whole.kl).any()
 
 
-def test_an_estimate_agrees_with_all_timesteps(tiny: Config, held_out: Images) -> None:
-    net = judged(tiny)
-    options = measured(net, held_out)
+def test_an_estimate_agrees_with_the_sum_over_all_timesteps(tiny: Config, held_out: Images) -> None:
+    net = make_net(tiny)
+    options = measure_options(net, held_out)
     exact = measure.bits_per_dim(*net, held_out, start=0, num_draws=0, **options)
     found = measure.bits_per_dim(*net, held_out, start=0, num_draws=8, seed=1, **options)
     difference = found.kl - exact.kl
@@ -77,41 +77,41 @@ def test_an_estimate_agrees_with_all_timesteps(tiny: Config, held_out: Images) -
     np.testing.assert_allclose(found.prior, exact.prior)
 
 
-def test_labels_count(tiny: Config, held_out: Images) -> None:
-    net = judged(override(tiny, {"model.num_classes": 10}))
+def test_bits_depend_on_the_labels(tiny: Config, held_out: Images) -> None:
+    net = make_net(override(tiny, {"model.num_classes": 10}))
     wrong = Images(held_out.image, (held_out.label + 1) % 10)
-    options = measured(net, held_out)
+    options = measure_options(net, held_out)
     found = [measure.bits_per_dim(*net, images, start=0, **options).kl for images in (held_out, wrong)]
     assert (found[0] != found[1]).all()
 
 
-def test_the_course_s_mix_has_no_bound(tiny: Config, held_out: Images) -> None:
-    net = judged(override(tiny, {"objective.process": "uniform_mix"}))
+def test_uniform_mix_has_no_bound(tiny: Config, held_out: Images) -> None:
+    net = make_net(override(tiny, {"objective.process": "uniform_mix"}))
     with pytest.raises(UserError, match="uniform_mix has no variational bound"):
         measure.measure(*net, held_out, "measured", device=CPU)
 
 
-def test_features_are_those_of_the_images_that_would_be_drawn(tiny: Config) -> None:
-    net, config, objective = judged(tiny)
+def test_features_equal_those_of_the_sampled_images(tiny: Config) -> None:
+    net, config, objective = make_net(tiny)
     pixels = Pixels((8, 8, 1))
     drawn = generate.draw(net, config, objective, range(5), device=CPU)
     parts = [
         measure.drawn_features(net, config, objective, pixels, indices, device=CPU)[0]
         for indices in (range(3), range(3, 5))
     ]
-    # A batch of another size may take other kernels: a grey level at most.
+    # Another batch size may use other kernels: at most one grey level of difference.
     np.testing.assert_allclose(np.concatenate(parts), features_of(pixels, drawn), atol=1.01 / 127.5)
 
 
-def test_the_bound_has_the_best_variance_that_the_net_can_have(tiny: Config, held_out: Images) -> None:
-    """Unless another one is asked for; measured on the images that are judged, it is the best of the fixed ones."""
+def test_the_bound_uses_the_best_variance_of_the_net(tiny: Config, held_out: Images) -> None:
+    """Unless another variance is requested; `measured`, on the evaluated images, is better than the fixed ones."""
     learned = override(tiny, {"objective.variance": "learned"})
     assert [measure.bound_variance(config) for config in (tiny, learned)] == ["measured", "learned"]
     assert measure.bound_variance(learned, "measured") == "measured"
     with pytest.raises(UserError, match="this net did not learn it"):
         measure.bound_variance(tiny, "learned")
-    net, found = judged(tiny), {}
+    net, found = make_net(tiny), {}
     for variance in ("measured", "beta", "beta_tilde"):
-        how = measured(net, held_out, variance)  # type: ignore[arg-type]
+        how = measure_options(net, held_out, variance)  # type: ignore[arg-type]
         found[variance] = measure.bits_per_dim(*net, held_out, start=0, num_draws=0, **how).kl.mean()
     assert min(found.values()) == found["measured"] < 0.9 * found["beta_tilde"]

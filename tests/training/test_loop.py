@@ -1,4 +1,4 @@
-"""Algorithm 1 end to end in one process: it learns, it resumes bit for bit, it stops when it must."""
+"""Algorithm 1 end to end in one process: it learns, it resumes bit for bit, it stops on errors."""
 
 import itertools
 from itertools import chain
@@ -26,12 +26,12 @@ from ddpm.training.state import State
 from ddpm.utils.errors import UserError
 
 
-class Notebook(NoTracker):
-    """Keeps what it is told."""
+class RecordingTracker(NoTracker):
+    """A tracker that keeps what is logged."""
 
     def __init__(self) -> None:
         self.rows: dict[int, dict[str, float]] = {}
-        self.pictures: list[tuple[str, int]] = []
+        self.images: list[tuple[str, int]] = []
         self.files: set[str] = set()
 
     def metrics(self, values: dict[str, float], images_seen: int) -> None:
@@ -39,15 +39,15 @@ class Notebook(NoTracker):
 
     def image(self, key: str, image: NDArray[np.uint8], images_seen: int) -> None:
         assert image.dtype == np.uint8 and image.ndim == 3
-        self.pictures.append((key, images_seen))
+        self.images.append((key, images_seen))
 
     def artifact(self, name: str, data: bytes) -> None:
         self.files.add(name)
 
 
-def fit(config: Config, data_set: DataSet, folder: Path, notebook: Notebook | None = None) -> State:
+def fit(config: Config, data_set: DataSet, folder: Path, tracker: RecordingTracker | None = None) -> State:
     runtime = LocalRuntime(config, data_set, data_set.held_out(), folder)
-    return loop.train(config, runtime, notebook or Notebook())
+    return loop.train(config, runtime, tracker or RecordingTracker())
 
 
 def tensors(state: State) -> dict[str, torch.Tensor]:
@@ -63,7 +63,7 @@ def assert_same(a: State, b: State) -> None:
 
 @pytest.mark.parametrize("variance", ["fixed", "learned"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_interrupted_equals_uninterrupted_bit_for_bit(
+def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(
     tiny: Config, train_set: DataSet, tmp_path: Path, dropout: float, variance: str
 ) -> None:
     changes = {"model.dropout": dropout, "data.horizontal_flip": True, "objective.variance": variance}
@@ -71,21 +71,21 @@ def test_interrupted_equals_uninterrupted_bit_for_bit(
     straight = fit(config, train_set, tmp_path / "straight")
 
     class Interrupted(Exception):
-        """The process dies here."""
+        """Stands for the death of the process."""
 
-    class Dies(Notebook):
+    class KilledTracker(RecordingTracker):
         def metrics(self, values: dict[str, float], images_seen: int) -> None:
             if images_seen > 128:
                 raise Interrupted
 
     with pytest.raises(Interrupted):
-        fit(config, train_set, tmp_path / "broken", Dies())
+        fit(config, train_set, tmp_path / "broken", KilledTracker())
     resumed = fit(config, train_set, tmp_path / "broken")
     assert resumed.step == straight.step == 8
     assert_same(straight, resumed)
 
 
-def test_seeds_alone_decide(tiny: Config, train_set: DataSet, tmp_path: Path) -> None:
+def test_training_depends_only_on_the_seeds(tiny: Config, train_set: DataSet, tmp_path: Path) -> None:
     first = fit(tiny, train_set, tmp_path / "a")
     torch.manual_seed(123)
     assert_same(first, fit(tiny, train_set, tmp_path / "b"))
@@ -95,16 +95,18 @@ def test_seeds_alone_decide(tiny: Config, train_set: DataSet, tmp_path: Path) ->
     )
 
 
-@pytest.mark.parametrize("most", [8, 16, 24])
-def test_a_forward_pass_of_any_size_trains_the_same(
-    tiny: Config, train_set: DataSet, tmp_path: Path, most: int
+@pytest.mark.parametrize("forward_images", [8, 16, 24])
+def test_the_size_of_a_forward_pass_does_not_change_training(
+    tiny: Config, train_set: DataSet, tmp_path: Path, forward_images: int
 ) -> None:
-    """The same images, flips, noise, t and dropped labels: the weights differ by the order of sums alone."""
+    """Images, flips, noise, t and dropped labels are equal: weights differ only by the order of summation."""
     changes = {"data.horizontal_flip": True, "model.num_classes": 10, "objective.variance": "learned"}
     config = override(tiny, changes)
-    whole, parts = Notebook(), Notebook()
+    whole, parts = RecordingTracker(), RecordingTracker()
     one = tensors(fit(config, train_set, tmp_path / "whole", whole))
-    several = fit(override(config, {"train.forward_images": most}), train_set, tmp_path / "parts", parts)
+    several = fit(
+        override(config, {"train.forward_images": forward_images}), train_set, tmp_path / "parts", parts
+    )
     for name, tensor in tensors(several).items():
         torch.testing.assert_close(tensor, one[name], rtol=1e-3, atol=1e-4, msg=name)
     for images_seen, row in whole.rows.items():
@@ -112,7 +114,7 @@ def test_a_forward_pass_of_any_size_trains_the_same(
             assert parts.rows[images_seen][name] == pytest.approx(row[name], rel=1e-3), name
 
 
-def test_dropout_draws_the_same_in_a_pass_of_any_size(
+def test_the_size_of_a_forward_pass_does_not_change_dropout(
     tiny: Config, train_set: DataSet, tmp_path: Path
 ) -> None:
     config = override(tiny, {"model.dropout": 0.3})
@@ -120,33 +122,35 @@ def test_dropout_draws_the_same_in_a_pass_of_any_size(
     assert_same(one, fit(override(config, {"train.forward_images": 8}), train_set, tmp_path / "b"))
 
 
-def test_a_gpu_without_enough_memory_is_told_in_one_line(
+def test_out_of_gpu_memory_is_a_one_line_error(
     tiny: Config, train_set: DataSet, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*args: object) -> None:
+    def raise_out_of_memory(*args: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(Eps, "loss", full)
+    monkeypatch.setattr(Eps, "loss", raise_out_of_memory)
     with pytest.raises(UserError, match=r"a forward pass of 32 images .* --train\.forward-images"):
         fit(tiny, train_set, run_folder)
 
 
-def test_it_learns(tiny: Config, train_set: DataSet, run_folder: Path) -> None:
-    notebook = Notebook()
+def test_the_loss_falls(tiny: Config, train_set: DataSet, run_folder: Path) -> None:
+    tracker = RecordingTracker()
     config = override(tiny, {"train.total_images": 6400, "train.log_every_images": 640})
     config = override(config, {"train.sample_every_images": 0, "train.checkpoint_every_images": 0})
-    fit(config, train_set, run_folder, notebook)
-    losses = [row["train/loss"] for row in notebook.rows.values() if "train/loss" in row]
-    assert losses[0] > 0.6  # a net that outputs nothing has eps-MSE 1
+    fit(config, train_set, run_folder, tracker)
+    losses = [row["train/loss"] for row in tracker.rows.values() if "train/loss" in row]
+    assert losses[0] > 0.6  # a net with output 0 has eps-MSE 1
     assert losses[-1] < 0.35
-    quarters = [notebook.rows[6400][f"train/loss_t_quarter_{i}"] for i in (1, 2, 3, 4)]
-    assert quarters == sorted(quarters, reverse=True)  # noise is the easier to see the more there is of it
+    quarters = [tracker.rows[6400][f"train/loss_t_quarter_{i}"] for i in (1, 2, 3, 4)]
+    assert quarters == sorted(
+        quarters, reverse=True
+    )  # the noisier the image, the easier to predict the noise
 
 
-def test_what_is_written_and_when(tiny: Config, train_set: DataSet, run_folder: Path) -> None:
-    notebook = Notebook()
-    fit(tiny, train_set, run_folder, notebook)
-    assert sorted(notebook.rows) == [64, 128, 192, 256]
+def test_what_is_written_at_each_interval(tiny: Config, train_set: DataSet, run_folder: Path) -> None:
+    tracker = RecordingTracker()
+    fit(tiny, train_set, run_folder, tracker)
+    assert sorted(tracker.rows) == [64, 128, 192, 256]
     assert {
         "train/loss",
         "train/grad_norm",
@@ -154,16 +158,16 @@ def test_what_is_written_and_when(tiny: Config, train_set: DataSet, run_folder: 
         "train/images_per_s",
         "train/data_wait_share",
         "train/mfu",
-    } <= set(notebook.rows[64])
-    assert 0 < notebook.rows[64]["train/mfu"] < 1
-    assert 0 <= notebook.rows[64]["train/data_wait_share"] <= 1
-    assert "held_out/loss" in notebook.rows[128] and "held_out/loss" not in notebook.rows[64]
-    assert not {"train/goodput", "train/workers", "data/corrupt_images"} & {*chain(*notebook.rows.values())}
-    assert notebook.pictures == [
+    } <= set(tracker.rows[64])
+    assert 0 < tracker.rows[64]["train/mfu"] < 1
+    assert 0 <= tracker.rows[64]["train/data_wait_share"] <= 1
+    assert "held_out/loss" in tracker.rows[128] and "held_out/loss" not in tracker.rows[64]
+    assert not {"train/goodput", "train/workers", "data/corrupt_images"} & {*chain(*tracker.rows.values())}
+    assert tracker.images == [
         *(("samples", 128), ("denoising", 128)),
         *(("samples_last", 0), ("samples", 256), ("denoising", 256)),
     ]
-    assert notebook.files == {
+    assert tracker.files == {
         "samples.png",
         "pictures/forward_noising.png",
         "pictures/reverse_trajectory.png",
@@ -179,23 +183,23 @@ def test_what_is_written_and_when(tiny: Config, train_set: DataSet, run_folder: 
     ]
 
 
-def test_grids_are_at_multiples_of_their_interval_whatever_the_batch(
+def test_sample_grids_are_at_multiples_of_their_interval_for_any_batch_size(
     tiny: Config, train_set: DataSet, run_folder: Path
 ) -> None:
-    notebook = Notebook()
+    tracker = RecordingTracker()
     config = override(tiny, {"train.batch_size": 48, "train.sample_every_images": 100})
-    assert fit(config, train_set, run_folder, notebook).images_seen == 288
-    assert [at for key, at in notebook.pictures if key == "samples"] == [100, 200]
-    assert [at for key, at in notebook.pictures if key == "samples_last"] == [0]
+    assert fit(config, train_set, run_folder, tracker).images_seen == 288
+    assert [at for key, at in tracker.images if key == "samples"] == [100, 200]
+    assert [at for key, at in tracker.images if key == "samples_last"] == [0]
 
 
-def test_bits_per_dim_of_held_out_images_come_with_each_checkpoint(
+def test_held_out_bits_per_dim_is_logged_with_each_checkpoint(
     tiny: Config, train_set: DataSet, run_folder: Path
 ) -> None:
-    """Those of jobs/evaluate.py, of a few images: the errors of x_0_hat are measured on the first eight."""
-    notebook = Notebook()
-    fit(tiny, train_set, run_folder, notebook)
-    assert [seen for seen, row in notebook.rows.items() if "held_out/bits_per_dim" in row] == [128, 256]
+    """As in jobs/evaluate.py, but for a few images: the errors of x_0_hat are measured on the first eight."""
+    tracker = RecordingTracker()
+    fit(tiny, train_set, run_folder, tracker)
+    assert [seen for seen, row in tracker.rows.items() if "held_out/bits_per_dim" in row] == [128, 256]
     net, config = checkpoint.load_net(run_folder / "checkpoint-000000000256", torch.device("cpu"))
     candidate = net, config, build_objective(config)
     held_out = read_held_out(train_set.held_out(), config)
@@ -205,8 +209,8 @@ def test_bits_per_dim_of_held_out_images_come_with_each_checkpoint(
     how["measured"] = measure.measure(*candidate, pilot, **how)
     for num_draws, tolerance in ((4, 1e-4), (0, 0.2)):
         (whole, *_) = measure.bits_per_dim(*candidate, rest, start=8, num_draws=num_draws, **how).scores()
-        assert notebook.rows[256]["held_out/bits_per_dim"] == pytest.approx(whole.value, abs=tolerance)
-        assert notebook.rows[256]["held_out_error/bits_per_dim"] == pytest.approx(whole.error, abs=tolerance)
+        assert tracker.rows[256]["held_out/bits_per_dim"] == pytest.approx(whole.value, abs=tolerance)
+        assert tracker.rows[256]["held_out_error/bits_per_dim"] == pytest.approx(whole.error, abs=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -214,12 +218,12 @@ def test_bits_per_dim_of_held_out_images_come_with_each_checkpoint(
     [{"objective.process": "uniform_mix"}, {"schedule.num_timesteps": 1}, {"train.held_out_images": 9}],
     ids=str,
 )
-def test_without_a_bound_or_images_there_are_no_bits(
+def test_bits_per_dim_is_not_logged_without_a_bound_or_images(
     tiny: Config, train_set: DataSet, run_folder: Path, change: dict[str, Any]
 ) -> None:
-    notebook = Notebook()
-    fit(override(tiny, change | {"sample.num_sample_steps": 1}), train_set, run_folder, notebook)
-    assert "held_out/loss" in notebook.rows[256] and "held_out/bits_per_dim" not in notebook.rows[256]
+    tracker = RecordingTracker()
+    fit(override(tiny, change | {"sample.num_sample_steps": 1}), train_set, run_folder, tracker)
+    assert "held_out/loss" in tracker.rows[256] and "held_out/bits_per_dim" not in tracker.rows[256]
 
 
 def test_the_newest_checkpoints_and_the_best_are_kept(
@@ -247,19 +251,17 @@ def test_the_newest_checkpoints_and_the_best_are_kept(
     ],
     ids=str,
 )
-def test_every_kind_of_run_trains_and_draws(
+def test_every_kind_of_run_trains_and_samples(
     tiny: Config, train_set: DataSet, run_folder: Path, change: dict[str, object]
 ) -> None:
-    notebook = Notebook()
-    state = fit(override(tiny, change), train_set, run_folder, notebook)
+    tracker = RecordingTracker()
+    state = fit(override(tiny, change), train_set, run_folder, tracker)
     assert state.images_seen == 256
-    assert np.isfinite([row["train/loss"] for row in notebook.rows.values()]).all()
+    assert np.isfinite([row["train/loss"] for row in tracker.rows.values()]).all()
     assert (run_folder / "samples/latest.png").exists()
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(
-    tiny: Config, train_set: DataSet, run_folder: Path
-) -> None:
+def test_a_non_finite_gradient_stops_the_run(tiny: Config, train_set: DataSet, run_folder: Path) -> None:
     config = override(
         tiny, {"train.checkpoint_every_images": 32, "optim.lr": 1e36, "optim.lr_warmup_images": 0}
     )
@@ -271,10 +273,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
 
 
 @pytest.mark.parametrize("bad_step", [0, 3])
-def test_a_step_that_is_skipped_touches_no_weight(
+def test_a_skipped_step_changes_no_weight(
     tiny: Config, train_set: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad_step: int
 ) -> None:
-    """The run goes on, also from a checkpoint of that step, as if it had not been one."""
+    """The run continues, also when resumed from the checkpoint of that step, with unchanged weights."""
     config = override(
         tiny,
         {
@@ -288,7 +290,7 @@ def test_a_step_that_is_skipped_touches_no_weight(
     longer = override(config, {"train.total_images": 32 * 5})
     calls, loss = iter(range(100)), Eps.loss
 
-    def failing(self: Eps, model: torch.nn.Module, *args: Any) -> Loss:
+    def loss_with_nan(self: Eps, model: torch.nn.Module, *args: Any) -> Loss:
         value = loss(self, model, *args)
         bad = model.training and next(calls) == bad_step
         return value._replace(value=value.value * float("nan")) if bad else value
@@ -297,10 +299,10 @@ def test_a_step_that_is_skipped_touches_no_weight(
     if bad_step:
         before = override(config, {"train.total_images": 32 * bad_step})
         start = fit(before, train_set, tmp_path / "before")
-    monkeypatch.setattr(Eps, "loss", failing)
-    notebook = Notebook()
-    skipped = fit(config, train_set, tmp_path / "skipped", notebook)
-    assert skipped.skipped_steps == notebook.rows[32 * (bad_step + 1)]["train/skipped_steps"] == 1
+    monkeypatch.setattr(Eps, "loss", loss_with_nan)
+    tracker = RecordingTracker()
+    skipped = fit(config, train_set, tmp_path / "skipped", tracker)
+    assert skipped.skipped_steps == tracker.rows[32 * (bad_step + 1)]["train/skipped_steps"] == 1
     for name, weight in skipped.net.state_dict().items():
         assert torch.equal(weight, start.net.state_dict()[name]), name
     for name, tensor in start.optimizer_tensors().items():
@@ -313,7 +315,7 @@ def test_a_step_that_is_skipped_touches_no_weight(
     assert_same(resumed, straight)
 
 
-def test_training_never_sees_what_is_held_out(tiny: Config, train_set: DataSet, run_folder: Path) -> None:
+def test_training_never_sees_held_out_images(tiny: Config, train_set: DataSet, run_folder: Path) -> None:
     held_out = train_set.held_out()
     assert held_out is not None
     hidden = {image.tobytes() for image in held_out.read(held_out.plan(0, 100), 0, 60).image}
@@ -323,7 +325,7 @@ def test_training_never_sees_what_is_held_out(tiny: Config, train_set: DataSet, 
     assert not shown & hidden
 
 
-def test_batches_from_the_middle_are_those_of_the_whole(
+def test_batches_from_the_middle_equal_those_of_the_full_sequence(
     tiny: Config, train_set: DataSet, run_folder: Path
 ) -> None:
     runtime = LocalRuntime(tiny, train_set, None, run_folder)
@@ -346,7 +348,7 @@ def test_batches_from_the_middle_are_those_of_the_whole(
         ({"sample.guidance_interval": [3.0, 1.0]}, "guidance_interval"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_starts(
+def test_invalid_configs_are_rejected_before_training(
     tiny: Config, change: dict[str, object], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
@@ -354,10 +356,10 @@ def test_what_cannot_work_is_refused_before_anything_starts(
 
 
 @pytest.mark.slow
-def test_a_conditional_run_gives_the_digit_asked_for(
+def test_a_conditional_run_samples_the_requested_digits(
     digits_uri: str, train_set: DataSet, run_folder: Path
 ) -> None:
-    """Judged by a nearest-neighbour classifier fitted on the real digits."""
+    """A nearest-neighbour classifier fitted on the real digits recognizes them."""
     config = override(
         DIGITS, {"model.num_classes": 10, "train.total_images": 19_200, "optim.ema_decay": 0.98}
     )
@@ -368,10 +370,10 @@ def test_a_conditional_run_gives_the_digit_asked_for(
     state = fit(config, train_set, run_folder)
     config = override(config, {"sample.guidance_scale": 2.0, "sample.num_sample_steps": 25})
     objective = build_objective(config)
-    asked = torch.arange(100) % 10
+    requested = torch.arange(100) % 10
     drawn = generate.draw(
-        state.ema.net, config, objective, range(100), device=torch.device("cpu"), label=asked
+        state.ema.net, config, objective, range(100), device=torch.device("cpu"), label=requested
     ).numpy()
-    judge = KNeighborsClassifier(5).fit(*load_digits(return_X_y=True))
-    seen = judge.predict(drawn.reshape(100, 64) * (16 / 255))
-    assert (seen == asked.numpy()).mean() >= 0.9
+    classifier = KNeighborsClassifier(5).fit(*load_digits(return_X_y=True))
+    seen = classifier.predict(drawn.reshape(100, 64) * (16 / 255))
+    assert (seen == requested.numpy()).mean() >= 0.9

@@ -1,7 +1,7 @@
-"""Nodes come and go: two workers on two nodes, data tasks on a third, of one cluster on this machine.
+"""Nodes leave and join: two workers on two nodes and data tasks on a third, in one cluster on this machine.
 
-A node is removed as if its plug were pulled. What the run ends with is compared with a run that nothing happened
-to (tests/support/faulted.py).
+A lost node is killed without notice. The end of the run is compared with an undisturbed run
+(tests/support/faulted.py).
 """
 
 import contextlib
@@ -21,13 +21,13 @@ from support.servers import RayHead, RayNode
 pytestmark = pytest.mark.slow
 
 WORKER, WATCHER = "ray::RayTrainWorker", "ray::PreemptionWatcher"
-# A node of two CPUs has room for one worker, and then none for a data task, which takes one.
+# On a node of two CPUs a worker leaves no room for a data task, which takes one CPU.
 WORKER_CPUS = ("--cluster.cpus-per-worker", "1.5", "--run.shared-storage")
 
 
 @pytest.fixture
 def head(tmp_path: Path) -> Iterator[RayHead]:
-    """Only a driver runs here. Each test has its own, so that none waits until the nodes of another are forgotten."""
+    """A head without CPUs. One per test, so that no test waits until the nodes of another one are forgotten."""
     lines = (REPO / "infra" / "ray-head.env").read_text().splitlines()
     settings = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
     with RayHead(tmp_path / "ray", num_cpus=0, env=settings) as head:
@@ -48,12 +48,12 @@ def add(nodes: ExitStack, head: RayHead, num_cpus: int) -> RayNode:
 
 
 @pytest.mark.oldest_ray
-def test_a_node_is_taken_away_and_two_are_lost(
+def test_a_preempted_node_and_two_lost_nodes(
     run: Run, undisturbed: Run, head: RayHead, nodes: ExitStack
 ) -> None:
-    """When a node is announced to go, the workers leave a checkpoint of the step they are in, and go on elsewhere:
-    that is no failure. Then the node of a worker is lost, and with it the blocks that it has read ahead for the
-    workers; then that of the data tasks."""
+    """When a node's preemption is announced, the workers write a checkpoint of the current step and continue on another
+    node: that does not count as a failure. Then both worker nodes are lost, with the data blocks that they hold; then
+    the node of the data tasks."""
     data, first, second = [add(nodes, head, num_cpus) for num_cpus in (1, 2, 2)]
     pids = [head.process.pid, data.pid, first.pid, second.pid]
     env = {"RAY_ADDRESS": head.address, "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.2"}
@@ -64,12 +64,12 @@ def test_a_node_is_taken_away_and_two_are_lost(
             third = add(nodes, head, 2)
             job.wait_for(lambda: any(processes.members(pid, WATCHER) for pid in pids))
             head.drain(second.node_id, within_s=60)
-            time.sleep(1)  # the watcher looks meanwhile
+            time.sleep(1)  # time for the watcher to poll
         job.wait_for(lambda: "going on elsewhere" in job.output)
         job.wait_for(run.past(run.position()))
         assert "failed" not in job.output
-        moved = run.position()
-        with processes.paused(processes.members(third.pid, WORKER)):  # the run is not over before
+        moved_at = run.position()
+        with processes.paused(processes.members(third.pid, WORKER)):  # so that the run does not finish before
             second.kill()
             first.kill()
         add(nodes, head, 2)
@@ -80,7 +80,7 @@ def test_a_node_is_taken_away_and_two_are_lost(
     assert "Traceback" not in job.output
     assert_same(run, undisturbed)
     assert_tracked_once(run)
-    assert all(step > moved for step, _ in metric(run, "train/goodput"))  # by moving, nothing was lost
+    assert all(step > moved_at for step, _ in metric(run, "train/goodput"))  # moving lost no step
 
 
 @pytest.mark.oldest_ray
@@ -89,25 +89,25 @@ def test_an_elastic_run_shrinks_and_grows(run: Run, head: RayHead, nodes: ExitSt
     *_, second = [add(nodes, head, num_cpus) for num_cpus in (1, 2, 2)]
     flags = (*WORKER_CPUS, "--cluster.num-workers", "1:2", "--cluster.resize-interval-s", "3")
     with run.start(*flags, "--train.total-images", "1000000", env={"RAY_ADDRESS": head.address}) as job:
-        # They may begin as one: which nodes there are, Ray looks every 20 s only (2.60).
-        job.wait_for(lambda: sizes(run)[-1:] == [2], poll_s=0.5)
+        # It may start with one worker: Ray 2.60 looks for new nodes only every 20 s.
+        job.wait_for(lambda: worker_counts(run)[-1:] == [2], poll_s=0.5)
         second.kill()
-        job.wait_for(lambda: sizes(run)[-1:] == [1], poll_s=0.5)
+        job.wait_for(lambda: worker_counts(run)[-1:] == [1], poll_s=0.5)
         add(nodes, head, 2)
-        job.wait_for(lambda: sizes(run)[-1:] == [2], poll_s=0.5)
+        job.wait_for(lambda: worker_counts(run)[-1:] == [2], poll_s=0.5)
         job.process.send_signal(signal.SIGINT)
         assert job.wait() == 128 + signal.SIGINT, job.output
-    assert sizes(run)[-3:] == [2, 1, 2]
-    # Images trained in vain; it is not logged while there are none.
+    assert worker_counts(run)[-3:] == [2, 1, 2]
+    # Images whose training was lost; goodput is not logged while there are none.
     lost = {0: 0.0} | {seen: seen / goodput - seen for seen, goodput in metric(run, "train/goodput")}
     (*_, alone) = (seen for seen, workers in metric(run, "train/workers") if workers == 1)
     while_alone = lost[max(seen for seen in lost if seen <= alone)]
     assert lost[max(lost)] == pytest.approx(while_alone, abs=32)  # half a step
 
 
-def sizes(run: Run) -> list[int]:
-    """How many workers there were, one after the other, as far as MLflow has been told."""
-    with contextlib.suppress(FileNotFoundError, ValueError):  # nothing has been told
+def worker_counts(run: Run) -> list[int]:
+    """The sequence of worker counts that MLflow has so far."""
+    with contextlib.suppress(FileNotFoundError, ValueError):  # nothing is logged yet
         workers = [int(value) for _, value in metric(run, "train/workers")]
         return [size for size, _ in itertools.groupby(workers)]
     return []

@@ -1,4 +1,4 @@
-"""FLOPs of training on an image, counted by hand."""
+"""Training FLOPs per image, against counts by hand."""
 
 import torch
 
@@ -7,7 +7,7 @@ from ddpm.config import Config, override
 from ddpm.training.mfu import flops_per_image, peak_flops
 
 
-def test_flops_of_a_transformer_are_those_of_its_products() -> None:
+def test_flops_of_a_transformer_are_those_of_its_matrix_products() -> None:
     values = {"model.net": "dit", "model.image_size": 8, "model.channels": 1, "model.patch_size": 2}
     config = override(Config(), values | {"model.width": 32, "model.depth": 1, "model.num_heads": 2})
     tokens, width = 16, 32
@@ -18,7 +18,7 @@ def test_flops_of_a_transformer_are_those_of_its_products() -> None:
     assert flops_per_image(build_net(config), config) == 3 * 2 * products
 
 
-def test_a_processor_s_peak_is_measured_once() -> None:
+def test_the_peak_of_a_processor_is_measured_once() -> None:
     cpu = torch.device("cpu")
     peak = peak_flops(cpu, "float32")
     assert peak is not None and 1e8 < peak < 1e14

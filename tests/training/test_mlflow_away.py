@@ -1,4 +1,4 @@
-"""MLflow goes away and comes back, or was never there: training goes on, and in the end everything is there once."""
+"""MLflow is down for a part or all of a run: training continues, and in the end every record is delivered once."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from support.servers import MlflowServer, RayHead
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("on_ray_head")]
 
 
-def test_killed_and_back(
+def test_mlflow_is_killed_and_restarted_during_a_run(
     run: Run, undisturbed: Run, ray_head: RayHead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with MlflowServer(tmp_path / "mlflow") as server:
@@ -19,15 +19,17 @@ def test_killed_and_back(
             job.wait_for(run.past(0))
             server.kill()
             job.wait_for(run.past(run.position() + 640))
-            assert segments(run)  # they wait
-            with paused(members(ray_head.process.pid, "ray::RayTrainWorker")):  # the run is not over before
+            assert segments(run)  # they are kept in the spool
+            with paused(
+                members(ray_head.process.pid, "ray::RayTrainWorker")
+            ):  # so that the run does not finish before
                 server.start()
             assert job.wait() == 0, job.output
         assert_same(run, undisturbed)
         assert_tracked_once(run)
 
 
-def test_never_there_and_delivered_later(
+def test_mlflow_is_down_for_the_whole_run_and_synced_later(
     run: Run, undisturbed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = MlflowServer(tmp_path / "mlflow")
@@ -41,8 +43,10 @@ def test_never_there_and_delivered_later(
         f"are kept in {run.location.uri}/tracking, and `python jobs/sync.py {run.location.uri}`" in job.output
     )
 
-    away = run_job("sync", run.location.uri, "--timeout-s", "2", cwd=tmp_path)
-    assert away.returncode == 1 and "cannot be reached" in away.stderr and "Traceback" not in away.stderr
+    failed = run_job("sync", run.location.uri, "--timeout-s", "2", cwd=tmp_path)
+    assert (
+        failed.returncode == 1 and "cannot be reached" in failed.stderr and "Traceback" not in failed.stderr
+    )
     assert len(segments(run)) == kept
     with server:
         done = run_job("sync", run.location.uri, cwd=tmp_path)

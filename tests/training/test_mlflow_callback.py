@@ -1,4 +1,4 @@
-"""Ray Train's reports in MLflow: whatever dies, every step is there once."""
+"""The MLflow callback of Ray Train: whatever fails, MLflow has every step exactly once."""
 
 import logging
 import sys
@@ -28,7 +28,7 @@ def spool(tmp_path: Path) -> Location:
 
 @pytest.fixture
 def start(spool: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    """Makes callbacks of one run as Ray's controller gets them, for the MLflow at a URI."""
+    """Returns a function that makes a callback of one run for the MLflow at a URI, as Ray's controller gets it."""
     made: list[MlflowCallback] = []
 
     def start(uri: str, **options: Any) -> MlflowCallback:
@@ -52,22 +52,22 @@ def report(callback: MlflowCallback, *ranks: dict[str, Any]) -> None:
     callback.after_report(run_context=None, metrics=list(ranks), checkpoint=None)
 
 
-def logged(uri: str, key: str, run_name: str = "a-run") -> list[tuple[int, float]]:
-    """Every point of a curve, sorted; what is there twice is listed twice."""
+def logged_points(uri: str, key: str, run_name: str = "a-run") -> list[tuple[int, float]]:
+    """All points of a metric, sorted; duplicates are kept."""
     run = run_at(uri, run_name)
     history = MlflowClient(uri).get_metric_history(run.info.run_id, key) if run else []
     return sorted((point.step, point.value) for point in history)
 
 
 def run_at(uri: str, run_name: str = "a-run") -> Any:
-    """The newest run of that name; None: there is none."""
+    """The newest run with this name; None if there is none."""
     client = MlflowClient(uri)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     found = client.search_runs(experiments, f"attributes.run_name = '{run_name}'", max_results=1)
     return found[0] if found else None
 
 
-def test_reports_of_several_lives_are_kept_and_arrive_once(
+def test_reports_of_several_attempts_are_kept_and_delivered_once(
     start: Start, spool: Location, absent_server: str, mlflow_server: str
 ) -> None:
     first, second = start(absent_server), start(absent_server)
@@ -80,12 +80,12 @@ def test_reports_of_several_lives_are_kept_and_arrive_once(
     with start(mlflow_server, params={"lr": 0.1}) as third:
         report(third, {"step": 5, "loss": 5.5})
         wait_for(lambda: not names_in(spool))
-    assert logged(mlflow_server, "loss") == [(1, 1.25), (2, 2.25), (3, 3.25), (4, 4.5), (5, 5.5)]
+    assert logged_points(mlflow_server, "loss") == [(1, 1.25), (2, 2.25), (3, 3.25), (4, 4.5), (5, 5.5)]
     run = run_at(mlflow_server)
     assert run.info.status == "FINISHED" and run.data.params == {"lr": "0.1"}
 
 
-def test_what_cannot_be_logged_ends_nothing(
+def test_a_report_that_cannot_be_logged_does_not_stop_training(
     start: Start, spool: Location, mlflow_server: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     callback = start(mlflow_server)
@@ -96,7 +96,7 @@ def test_what_cannot_be_logged_ends_nothing(
     assert warning == "a report needs its step as 'step' to be logged to MLflow: KeyError('step')"
     values = {"text": "best", "nested": {"loss": 1.0}, "nan": float("nan"), "is_best": True}
     report(callback, {"step": 1} | values)
-    wait_for(lambda: logged(mlflow_server, "nan") and not names_in(spool))
+    wait_for(lambda: logged_points(mlflow_server, "nan") and not names_in(spool))
     with pytest.raises(ZeroDivisionError), callback:
         raise ZeroDivisionError
     run = run_at(mlflow_server)
@@ -104,7 +104,7 @@ def test_what_cannot_be_logged_ends_nothing(
     assert sorted(run.data.metrics) == ["is_best", "nan", "step"]
 
 
-def test_a_spool_that_cannot_be_written_holds_nothing_up(
+def test_an_unwritable_spool_does_not_block_training(
     start: Start, spool: Location, mlflow_server: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     callback = start(mlflow_server)
@@ -113,10 +113,10 @@ def test_a_spool_that_cannot_be_written_holds_nothing_up(
         report(callback, {"step": step, "loss": loss})
         wait_for(lambda: "Retrying" in caplog.text)
     Path(spool.path).unlink()
-    wait_for(lambda: logged(mlflow_server, "loss") == [(1, 0.5), (2, 0.25)])
+    wait_for(lambda: logged_points(mlflow_server, "loss") == [(1, 0.5), (2, 0.25)])
 
 
-def test_track_delivers_what_the_spool_kept(
+def test_the_sync_job_delivers_the_spool(
     start: Start,
     spool: Location,
     absent_server: str,
@@ -133,12 +133,14 @@ def test_track_delivers_what_the_spool_kept(
     assert command[:2] == ["python", "jobs/sync.py"]
     done = run_job("sync", *command[2:], env={"MLFLOW_TRACKING_URI": mlflow_server})
     assert done.returncode == 0, done.stderr
-    assert logged(mlflow_server, "loss") == [(1, 0.5)] and names_in(spool) == []
+    assert logged_points(mlflow_server, "loss") == [(1, 0.5)] and names_in(spool) == []
 
 
 @pytest.mark.slow
-def test_mlflow_and_the_controller_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """docs/examples/digits_mlp.py loses both; after the controller's death the same command goes on."""
+def test_the_example_survives_losing_mlflow_and_its_controller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/examples/digits_mlp.py loses both; after the controller is killed, the same command resumes."""
     spool, log = tmp_path / "spool" / "digits-mlp" / FOLDER, tmp_path / "job.log"
     words = [sys.executable, str(REPO / "docs" / "examples" / "digits_mlp.py")]
 
@@ -150,7 +152,7 @@ def test_mlflow_and_the_controller_die(tmp_path: Path, monkeypatch: pytest.Monke
         with Background(words, log=log, cwd=tmp_path) as job:
             job.wait_for(kept)
             with processes.paused(job.members("ray::RayTrainWorker")):  # MLflow takes seconds to import
-                job.wait_for(lambda: logged(server.uri, "loss", "digits-mlp"))
+                job.wait_for(lambda: logged_points(server.uri, "loss", "digits-mlp"))
                 server.kill()
             job.wait_for(lambda: kept() >= 3)
             with processes.paused(job.members("ray::RayTrainWorker")):
@@ -162,7 +164,7 @@ def test_mlflow_and_the_controller_die(tmp_path: Path, monkeypatch: pytest.Monke
         assert run_at(server.uri, "digits-mlp").info.status == "FAILED"
         with Background(words, log=log, cwd=tmp_path) as job:
             assert job.wait() == 0, job.output
-        assert [step for step, _ in logged(server.uri, "loss", "digits-mlp")] == list(range(1, 41))
-        assert {value for _, value in logged(server.uri, "rank", "digits-mlp")} == {0}
+        assert [step for step, _ in logged_points(server.uri, "loss", "digits-mlp")] == list(range(1, 41))
+        assert {value for _, value in logged_points(server.uri, "rank", "digits-mlp")} == {0}
         assert run_at(server.uri, "digits-mlp").info.status == "FINISHED"
         assert kept() == 0

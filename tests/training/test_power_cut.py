@@ -1,4 +1,4 @@
-"""The power may fail at any moment: a checkpoint that has its name is whole, and one that was reported stays."""
+"""Power cuts at any moment: a checkpoint with its final name is complete, and a committed one is not lost."""
 
 import errno
 import itertools
@@ -19,20 +19,20 @@ from ddpm.utils.errors import UserError
 
 
 def save_two(root: Path, config: Config, committed: list[int]) -> None:
-    """Store checkpoints at 32 and 64 images, the second as the best, too; the first goes when the second is there."""
+    """Save checkpoints at 32 and 64 images, the second also as the best; then the first is deleted."""
     location = locations.resolve(str(root)).child("runs").child("one")
     state = State.create(config, torch.device("cpu"))
-    its = CheckpointManager(location, 1, 5.0, committed.append, pytest.fail)
+    manager = CheckpointManager(location, 1, 5.0, committed.append, pytest.fail)
     for state.step in (1, 2):
         state.images_seen = 32 * state.step
         snapshot = state.snapshot(config, {"run_key": "a", "data_fingerprint": "b"})
-        its.save(snapshot, b"segment", best=state.step == 2)
-    its.flush()
-    its.close()
+        manager.save(snapshot, b"segment", best=state.step == 2)
+    manager.flush()
+    manager.close()
 
 
 def checkpoints(root: Path) -> list[int]:
-    """Positions of the checkpoints, which must be whole, and of which what was tracked must be there."""
+    """Positions of the checkpoints; checks that each is valid and has its segment in the spool."""
     location, found = locations.resolve(str(root)).child("runs").child("one"), []
     names = [
         *(place.path for place in runs.checkpoints(location)),
@@ -47,35 +47,37 @@ def checkpoints(root: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("names_survive", [False, True])
-def test_what_has_a_name_is_whole_at_every_moment(names_survive: bool, tiny: Config, tmp_path: Path) -> None:
+def test_checkpoints_are_complete_after_a_power_cut(
+    names_survive: bool, tiny: Config, tmp_path: Path
+) -> None:
     root, count, committed = tmp_path / "disk", itertools.count(), list[int]()
     root.mkdir()
 
-    def power_fails(disk: Disk) -> None:
+    def cut_power(disk: Disk) -> None:
         safe = max(committed, default=0)
         left = disk.after_power_cut(tmp_path / f"left-{next(count)}", names_survive=names_survive)
         assert max(checkpoints(left), default=0) >= safe
 
-    with Disk(root, power_fails) as disk:
+    with Disk(root, cut_power) as disk:
         save_two(root, tiny, committed)
         assert committed == [32, 64]
         left = disk.after_power_cut(tmp_path / "left", names_survive=names_survive)
     assert max(checkpoints(left)) == 64 and next(count) > 30
 
 
-def test_a_name_that_is_not_on_disk_at_once_is_synced_again(
+def test_a_failed_folder_sync_is_retried(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sync, failures = files.sync, []
 
-    def fails_at_first(path: Path) -> None:
+    def fails_once(path: Path) -> None:
         names = {folder.name for folder in (tmp_path / "runs/one").glob("[bc]*-*")}
         if path == tmp_path / "runs/one" and not names <= set(failures):
             failures.extend(names)
             raise OSError(errno.EIO, "Input/output error")
         sync(path)
 
-    monkeypatch.setattr(files, "sync", fails_at_first)
+    monkeypatch.setattr(files, "sync", fails_once)
     committed = list[int]()
     save_two(tmp_path, tiny, committed)
     assert {"checkpoint-000000000032", "best-000000000064", "checkpoint-000000000064"} == set(failures)
@@ -83,7 +85,7 @@ def test_a_name_that_is_not_on_disk_at_once_is_synced_again(
 
 
 @pytest.mark.parametrize("names_survive", [False, True])
-def test_without_fsync_it_would_be_lost(
+def test_without_fsync_a_checkpoint_would_be_lost(
     names_survive: bool, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "sync", lambda path: None)

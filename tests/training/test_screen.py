@@ -1,4 +1,4 @@
-"""What a person sees of a run: one screen on a terminal, lines elsewhere."""
+"""The progress display of a run: one live screen in a terminal, lines in a log."""
 
 import math
 import os
@@ -27,36 +27,38 @@ from ddpm.utils.progress import Progress
         ([7.0, math.nan, 0.0, math.inf], "█▁"),
         ([0.0] * 40 + [1.0] * 40, "▁" * 20 + "█" * 20),
         ([*range(100)], "▁▁▁" + "".join(level * 5 for level in "▂▃▄▅▆▇") + "█" * 7),
-        ([1e6, 7.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0], "███▇▆▅▄▃▂▁"),  # a loss begins high
+        ([1e6, 7.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0], "███▇▆▅▄▃▂▁"),  # a high initial loss
     ],
 )
-def test_a_curve_is_a_line(values: list[float], curve: str) -> None:
+def test_sparkline(values: list[float], curve: str) -> None:
     assert sparkline(values) == curve
 
 
-def values(images_seen: int, **more: Any) -> dict[str, Any]:
+def progress_values(images_seen: int, **more: Any) -> dict[str, Any]:
     return {run_state.PROGRESS: Progress(images_seen, 1000, 500.0, 0.25), **more}
 
 
-def test_a_log_gets_lines_with_mfu_where_it_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_gets_lines_with_mfu_if_measured(capsys: pytest.CaptureFixture[str]) -> None:
     with Screen("a", 1000, lambda: 0) as screen:
-        screen.update({run_state.WORKERS: 1})  # they have not begun
-        screen.update(values(100))
-        screen.update(values(1000, metrics={"train/mfu": [(1000, 0.123)], "train/loss": [(1000, 0.25)]}))
+        screen.update({run_state.WORKERS: 1})  # the workers have not started
+        screen.update(progress_values(100))
+        screen.update(
+            progress_values(1000, metrics={"train/mfu": [(1000, 0.123)], "train/loss": [(1000, 0.25)]})
+        )
     assert capsys.readouterr().out.splitlines() == [
         "images 100/1,000  500 images/s  loss 0.2500",
         "images 1,000/1,000  500 images/s  MFU 12%  loss 0.2500",
     ]
 
 
-def test_points_wait_for_a_driver_that_looks_late() -> None:
+def test_run_state_keeps_the_newest_points_until_the_driver_reads_them() -> None:
     state = run_state.RunState()
     for seen in range(10):
         state.measured({"train/loss": seen / 2}, seen)
     assert state.snapshot()[run_state.METRICS] == {"train/loss": [(seen, seen / 2) for seen in range(2, 10)]}
 
 
-SHOWN = """
+SCREEN_PROGRAM = """
 from ddpm.training import run_state
 from ddpm.training.screen import Screen
 from ddpm.utils.progress import Progress
@@ -76,7 +78,7 @@ with Screen("my run", 1000, lambda: 2) as screen:
 SMALL = "--model.base-width 8 --model.norm-groups 4 --schedule.num-timesteps 50"
 
 
-def on_a_terminal(words: list[str], cwd: Path, env: dict[str, str] | None = None) -> tuple[int, str]:
+def run_in_terminal(words: list[str], cwd: Path, env: dict[str, str] | None = None) -> tuple[int, str]:
     """Exit code and output of a program whose input and output are a terminal."""
     ours, theirs = pty.openpty()
     with subprocess.Popen(
@@ -93,7 +95,7 @@ def on_a_terminal(words: list[str], cwd: Path, env: dict[str, str] | None = None
         try:
             while part := os.read(ours, 4096):
                 shown += part
-        except OSError:  # how Linux says that the other side is closed
+        except OSError:  # on Linux: the other side is closed
             os.close(ours)
     return process.returncode, shown.decode()
 
@@ -105,9 +107,9 @@ def last_screen(shown: str, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("encoding", "curve", "error"), [("utf-8", "█▁", "±"), ("ascii", "#.", "+-")])
-def test_a_terminal_gets_one_screen(tmp_path: Path, encoding: str, curve: str, error: str) -> None:
+def test_a_terminal_shows_one_live_screen(tmp_path: Path, encoding: str, curve: str, error: str) -> None:
     env = {"PYTHONPATH": str(REPO), "PYTHONIOENCODING": encoding}
-    code, shown = on_a_terminal([sys.executable, "-c", SHOWN], tmp_path, env)
+    code, shown = run_in_terminal([sys.executable, "-c", SCREEN_PROGRAM], tmp_path, env)
     assert code == 0, shown
     lines = last_screen(shown, "my run")
     assert lines[1].endswith("500 of 1,000 0:00:10 left")
@@ -120,7 +122,7 @@ def test_a_terminal_gets_one_screen(tmp_path: Path, encoding: str, curve: str, e
     assert re.fullmatch(r"checkpoint 250 images, 0:00:0\d ago MLflow: 2 checkpoints behind", lines[6])
     assert lines[7] == "GPU 0 33 % of its memory"
     assert shown.count("warning: seen above") == 2
-    assert "\x1b[?25h" in shown.rpartition("MLflow")[2]  # the cursor is back
+    assert "\x1b[?25h" in shown.rpartition("MLflow")[2]  # the cursor is shown again
 
 
 @pytest.mark.slow
@@ -128,7 +130,7 @@ def test_a_terminal_gets_one_screen(tmp_path: Path, encoding: str, curve: str, e
 def test_training_on_a_terminal(tmp_path: Path) -> None:
     words = f"jobs/train.py digits --name a --total-images 25600 --workers 2 --sampler ddpm {SMALL}".split()
     words += "--train.log-every-images 6400 --train.checkpoint-every-images 12800".split()
-    code, shown = on_a_terminal([sys.executable, str(REPO / words[0]), *words[1:]], tmp_path)
+    code, shown = run_in_terminal([sys.executable, str(REPO / words[0]), *words[1:]], tmp_path)
     assert code == 0, shown
     assert re.search(r"starting +0:00:\d\d for Ray's workers", shown)
     lines = last_screen(shown.partition("trained ")[0], "a")
@@ -142,8 +144,8 @@ def test_training_on_a_terminal(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("on_ray_head")
-def test_a_reader_that_leaves_ends_nothing(tmp_path: Path) -> None:
-    """`... | head -3`: training goes on without output, and nothing is said of the pipe."""
+def test_a_closed_output_pipe_does_not_stop_training(tmp_path: Path) -> None:
+    """`... | head -3`: training continues without output, and without an error about the pipe."""
     train = f"{sys.executable} {REPO}/jobs/train.py digits --name a --total-images 1280 {SMALL}"
     words = f"{{ {train}; echo $? > code; }} 2> errors | head -3"
     done = subprocess.run(["bash", "-c", words], cwd=tmp_path, capture_output=True, text=True, timeout=240)

@@ -1,4 +1,4 @@
-"""What training carries from step to step: its first weights, its learning rate."""
+"""The training state: initial weights, learning rate."""
 
 import torch
 
@@ -7,7 +7,7 @@ from ddpm.config import Config, override
 from ddpm.training.state import State, lr_at
 
 
-def test_weights_depend_on_the_seed_alone_and_leave_the_global_generator_be(tiny: Config) -> None:
+def test_initial_weights_depend_only_on_the_seed_and_not_on_global_state(tiny: Config) -> None:
     torch.manual_seed(1)
     first, drawn = build_net(tiny).state_dict(), torch.rand(1)
     torch.manual_seed(1)
@@ -30,7 +30,7 @@ def test_the_learning_rate_warms_up_and_falls() -> None:
         },
     )
     assert [lr_at(config, seen) for seen in (0, 400, 900)] == [0.1, 0.5, 1.0]
-    assert abs(lr_at(config, 1900) - 0.5) < 1e-12  # halfway down the cosine
+    assert abs(lr_at(config, 1900) - 0.5) < 1e-12  # halfway through the cosine
     assert lr_at(config, 2900) == 0.0
     constant = override(config, {"optim.lr_schedule": "constant"})
     assert lr_at(constant, 2900) == 1.0

@@ -1,4 +1,4 @@
-"""The machine's figures are the machine's, and cost next to nothing."""
+"""System metrics have the values of this machine, and sampling them is cheap."""
 
 import socket
 
@@ -8,7 +8,7 @@ import torch
 from ddpm.training.system_metrics import SystemMetrics
 
 
-def test_a_sample_says_how_busy_the_machine_is() -> None:
+def test_a_sample_has_cpu_memory_and_disk_usage() -> None:
     values = SystemMetrics().sample()
     assert all(name.startswith("system/") for name in values)
     assert {
@@ -25,7 +25,7 @@ def test_a_sample_says_how_busy_the_machine_is() -> None:
     assert values["system/disk_usage_percentage"] == psutil.disk_usage("/").percent
 
 
-def test_the_network_is_counted_from_the_start() -> None:
+def test_network_traffic_is_counted_from_the_start() -> None:
     system = SystemMetrics()
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
@@ -43,6 +43,6 @@ def test_the_network_is_counted_from_the_start() -> None:
         assert 2 <= values[name] < 2_000, "two megabytes went through the loopback interface"
 
 
-def test_no_gpu_is_woken_up() -> None:
+def test_sampling_does_not_initialize_cuda() -> None:
     values = SystemMetrics().sample()
     assert torch.cuda.is_initialized() or not [name for name in values if "gpu" in name]

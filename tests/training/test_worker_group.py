@@ -1,4 +1,4 @@
-"""Workers that stay: each run is what it would be with workers of its own, and the processes are the same."""
+"""Persistent workers: each run equals one with its own workers, and the worker processes stay the same."""
 
 import signal
 from pathlib import Path
@@ -30,7 +30,7 @@ def workers() -> list[psutil.Process]:
     return members(psutil.Process().pid, "ray::RayTrainWorker")
 
 
-def test_one_run_after_the_other_and_whatever_happens_to_one(
+def test_runs_one_after_the_other_including_failures_and_kills(
     tiny: Config, train_set: DataSet, tmp_path: Path
 ) -> None:
     tiny = override(tiny, {"cluster.threads_per_worker": 1, "run.storage": str(tmp_path / "runs")})
@@ -52,19 +52,19 @@ def test_one_run_after_the_other_and_whatever_happens_to_one(
     fit("second", **{"train.seed": 1})
     assert workers() == [worker]
 
-    kill_run_state()  # between two runs; the workers stay
+    kill_run_state()  # killed between two runs; the workers stay
     fit("again", **{"train.seed": 1})
     assert workers() == [worker]
 
-    worker.send_signal(signal.SIGKILL)  # between two runs
+    worker.send_signal(signal.SIGKILL)  # killed between two runs
     fit("third", **{"train.seed": 2})
     assert workers() not in ([], [worker])
     kill_run_state()
     group.close(60)
     assert psutil.wait_procs(workers(), timeout=60)[1] == []
-    told: Any = group._workers and group._workers.result  # what Ray Train was told last
-    assert told.metrics["images_seen"] == 256
-    assert told.checkpoint.path.endswith("third/checkpoint-000000000256")
+    last_result: Any = group._workers and group._workers.result  # the last report that Ray Train received
+    assert last_result.metrics["images_seen"] == 256
+    assert last_result.checkpoint.path.endswith("third/checkpoint-000000000256")
 
     for name, seed in (("first", 0), ("second", 1), ("again", 1), ("third", 2)):
         config, local = override(tiny, {"train.seed": seed}), tmp_path / name
