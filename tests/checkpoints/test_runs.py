@@ -1,4 +1,4 @@
-"""A run keeps its key for life, and its newest whole checkpoint is found wherever the run lives."""
+"""A run keeps its key, and its newest complete checkpoint is found, on disk and in a bucket."""
 
 import json
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def test_a_run_gets_a_key_once(root: str) -> None:
 @pytest.mark.parametrize(
     "name", ["", ".", "..", "data", "a/b", "../a", "/a", "a\\b", " ", " a", "a\n", "a\0b", "a\tb", "\ud800"]
 )
-def test_a_name_that_is_no_folder_is_refused(name: str, tmp_path: Path) -> None:
+def test_an_invalid_run_name_is_a_user_error(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^run\.name .* cannot be a folder's name") as caught:
         runs.open_run(name, str(tmp_path / "runs"))
     assert str(caught.value).isprintable()
@@ -52,13 +52,13 @@ def test_a_name_that_is_no_folder_is_refused(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["digits", "digits-20250101-120000", "größe", "two words", "a.b", "50%", "a#1?"]
 )
-def test_a_name_that_is_one_is_taken(name: str, root: str) -> None:
+def test_a_valid_run_name_is_accepted(name: str, root: str) -> None:
     key = runs.open_run(name, root).key
     assert runs.open_run(name, root).key == key
     assert locations.resolve(root).folders() == [name]
 
 
-def test_settling_gives_a_name_and_an_absolute_storage(tmp_path: Path) -> None:
+def test_settled_configs_have_a_name_and_an_absolute_storage(tmp_path: Path) -> None:
     settled = runs.settled(Config(), "glyphs")
     assert settled.run.name is not None
     assert settled.run.name.startswith("glyphs-")
@@ -67,7 +67,7 @@ def test_settling_gives_a_name_and_an_absolute_storage(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-def test_settling_refuses_a_bad_name_before_anything_is_started() -> None:
+def test_settling_rejects_a_bad_name_before_anything_starts() -> None:
     with pytest.raises(UserError, match="cannot be a folder's name"):
         runs.settled(override(Config(), {"run.name": "a/b"}), "glyphs")
 
@@ -87,7 +87,7 @@ def test_settling_refuses_a_bad_name_before_anything_is_started() -> None:
         b"[" * 9999,
     ],
 )
-def test_a_damaged_card_is_named_and_left_alone(text: bytes, tmp_path: Path) -> None:
+def test_a_damaged_run_json_is_a_user_error_and_left_unchanged(text: bytes, tmp_path: Path) -> None:
     card = tmp_path / "a" / "run.json"
     card.parent.mkdir()
     card.write_bytes(text)
@@ -97,13 +97,13 @@ def test_a_damaged_card_is_named_and_left_alone(text: bytes, tmp_path: Path) -> 
     assert card.read_bytes() == text
 
 
-def test_storage_that_is_a_file_is_refused(tmp_path: Path) -> None:
+def test_storage_that_is_a_file_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write to run\.storage .*/file"):
         runs.open_run("a", str(tmp_path / "file"))
 
 
-def test_whole_checkpoints_are_listed_oldest_first(root: str) -> None:
+def test_complete_checkpoints_are_listed_oldest_first(root: str) -> None:
     run = runs.open_run("a", root).location
     for images_seen in (20_000, 3_000, 100_000):
         write_checkpoint(run, images_seen)
@@ -118,7 +118,7 @@ def test_a_run_without_checkpoints_has_none(root: str) -> None:
     assert runs.checkpoints(locations.resolve(root).child("never")) == []
 
 
-def test_a_run_folder_means_its_newest_whole_checkpoint(root: str) -> None:
+def test_a_run_folder_means_its_newest_complete_checkpoint(root: str) -> None:
     run = runs.open_run("a", root).location
     for images_seen in (3_000, 20_000):
         write_checkpoint(run, images_seen)
@@ -136,14 +136,14 @@ def test_a_checkpoint_folder_means_itself(root: str) -> None:
             assert (folder / "net.safetensors").read_text() == "net after 3000"
 
 
-def test_on_disk_a_checkpoint_is_used_where_it_lies(tmp_path: Path) -> None:
+def test_a_checkpoint_on_disk_is_used_in_place(tmp_path: Path) -> None:
     lies = write_checkpoint(runs.open_run("a", str(tmp_path)).location, 1)
-    with resolve.local_checkpoint("a") as folder:  # relative: every test runs in its tmp_path
+    with resolve.local_checkpoint("a") as folder:  # a relative path: every test runs in its tmp_path
         assert folder == Path(lies.path)
     assert folder.exists()
 
 
-def test_a_download_is_gone_afterwards(s3_bucket: str) -> None:
+def test_a_downloaded_checkpoint_is_deleted_afterwards(s3_bucket: str) -> None:
     write_checkpoint(runs.open_run("a", s3_bucket).location, 1)
     with resolve.local_checkpoint(f"{s3_bucket}/a") as folder:
         assert (folder / "net.safetensors").exists()
@@ -151,7 +151,7 @@ def test_a_download_is_gone_afterwards(s3_bucket: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "harm",
+    "change",
     [
         lambda card: card | {"weights_sha256": "0" * 64},
         lambda card: card | {"format": "ddpm-x_0-error/9"},
@@ -163,23 +163,23 @@ def test_a_download_is_gone_afterwards(s3_bucket: str) -> None:
         lambda card: [],
     ],
 )
-def test_measured_errors_are_those_of_these_weights(tmp_path: Path, harm: Callable[[Any], Any]) -> None:
+def test_invalid_measured_errors_are_a_user_error(tmp_path: Path, change: Callable[[Any], Any]) -> None:
     (tmp_path / "checksums.json").write_text(json.dumps({"ema.safetensors": "a" * 64}))
     errors = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
     resolve.keep_x_0_error(str(tmp_path), "a" * 64, errors)
     assert torch.equal(runs.read_x_0_error(tmp_path, 3), errors)
     file = tmp_path / runs.X_0_ERROR
-    file.write_text(json.dumps(harm(json.loads(file.read_text()))))
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
     with pytest.raises(UserError, match=r"x_0_error\.json .*; jobs/evaluate\.py writes it again"):
         runs.read_x_0_error(tmp_path, 3)
 
 
-def test_nothing_is_left_where_a_checkpoint_is_gone(tmp_path: Path) -> None:
+def test_nothing_is_written_to_a_deleted_checkpoint(tmp_path: Path) -> None:
     resolve.keep_x_0_error(str(tmp_path / "gone"), "a" * 64, torch.ones(3))
     assert not (tmp_path / "gone").exists()
 
 
-def test_where_nothing_lies_that_is_said(root: str) -> None:
+def test_a_missing_checkpoint_is_a_user_error(root: str) -> None:
     with pytest.raises(UserError, match="/a does not exist; expected a checkpoint folder"), \
             resolve.local_checkpoint(f"{root}/a"):  # fmt: skip
         pass
@@ -189,7 +189,7 @@ def test_where_nothing_lies_that_is_said(root: str) -> None:
         pass
 
 
-def test_a_file_is_no_checkpoint(root: str) -> None:
+def test_a_file_is_not_a_checkpoint(root: str) -> None:
     run = runs.open_run("a", root).location
     with pytest.raises(UserError, match=r"/run\.json .*checkpoint"), \
             resolve.local_checkpoint(f"{run.uri}/run.json"):  # fmt: skip

@@ -1,4 +1,4 @@
-"""A run that was given no shards: its source, or a folder of pictures, is prepared once, beside the runs."""
+"""A run without --data.shards: its source, or a folder of images, is prepared once, beside the runs."""
 
 import re
 import shutil
@@ -19,8 +19,8 @@ from ddpm.storage import locations
 from ddpm.utils.errors import UserError
 
 
-def write_pictures(top: Path, count: int, seed: int = 0) -> None:
-    """`count` pictures of many sizes and kinds in each of two subfolders."""
+def write_images(top: Path, count: int, seed: int = 0) -> None:
+    """Write `count` images of different sizes and formats to each of two subfolders."""
     numbers = np.random.default_rng(seed)
     for name in ("cat", "dog"):
         (top / name).mkdir(parents=True, exist_ok=True)
@@ -34,10 +34,10 @@ def config_of(tmp_path: Path, images: str | Path | None, **changes: Any) -> Conf
     return override(presets.DIGITS, given | changes)
 
 
-def test_a_folder_becomes_a_data_set_of_the_net_s_size(
+def test_an_image_folder_is_prepared_at_the_size_of_the_net(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_pictures(tmp_path / "my pets", 20)
+    write_images(tmp_path / "my pets", 20)
     (tmp_path / "my pets/cat/notes.txt").touch()
     config = config_of(tmp_path, tmp_path / "my pets", **{"model.image_size": 12, "model.channels": 3})
     found = builtin.with_shards(config)
@@ -56,8 +56,8 @@ def test_a_folder_becomes_a_data_set_of_the_net_s_size(
     assert ray_dataset.open_configured(found).rows.num_rows == 38
 
 
-def test_the_same_pictures_are_prepared_once_and_other_ones_anew(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "pets", 4)
+def test_the_same_images_are_prepared_once_and_changed_ones_again(tmp_path: Path) -> None:
+    write_images(tmp_path / "pets", 4)
     config = config_of(tmp_path, tmp_path / "pets")
     first = str(builtin.with_shards(config).data.shards)
     before = {path: path.stat().st_mtime_ns for path in Path(first).rglob("*")}
@@ -66,33 +66,33 @@ def test_the_same_pictures_are_prepared_once_and_other_ones_anew(tmp_path: Path)
     assert builtin.with_shards(config_of(tmp_path, tmp_path / "moved/pets")).data.shards == first
     assert {path: path.stat().st_mtime_ns for path in Path(first).rglob("*")} == before
     larger = override(config, {"model.image_size": 16})
-    write_pictures(tmp_path / "pets", 1, seed=1)
+    write_images(tmp_path / "pets", 1, seed=1)
     assert len({first, builtin.with_shards(config).data.shards, builtin.with_shards(larger).data.shards}) == 3
 
 
-def test_preparing_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_pictures(tmp_path / "pets", 4)
+def test_preparing_resumes_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path / "pets", 4)
     config = config_of(tmp_path, tmp_path / "pets")
     whole = builtin.with_shards(config_of(tmp_path / "other", tmp_path / "pets"))
 
-    def interrupted(*args: Any) -> None:
+    def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(builtin.prepare, "write_manifest", interrupted)
+        patch.setattr(builtin.prepare, "write_manifest", interrupt)
         builtin.with_shards(config)
-    (begun,) = (tmp_path / "runs/data").iterdir()
-    written = {path: path.stat().st_mtime_ns for path in begun.rglob("*.parquet")}
-    assert written and not (begun / MANIFEST).exists()
+    (unfinished,) = (tmp_path / "runs/data").iterdir()
+    written = {path: path.stat().st_mtime_ns for path in unfinished.rglob("*.parquet")}
+    assert written and not (unfinished / MANIFEST).exists()
     again = builtin.with_shards(config)
-    assert Path(str(again.data.shards)) == begun
-    assert {path: path.stat().st_mtime_ns for path in begun.rglob("*.parquet")} == written
-    assert (begun / MANIFEST).read_bytes() == Path(str(whole.data.shards), MANIFEST).read_bytes()
+    assert Path(str(again.data.shards)) == unfinished
+    assert {path: path.stat().st_mtime_ns for path in unfinished.rglob("*.parquet")} == written
+    assert (unfinished / MANIFEST).read_bytes() == Path(str(whole.data.shards), MANIFEST).read_bytes()
 
 
-def test_a_mistake_is_a_line(tmp_path: Path) -> None:
+def test_user_errors_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    write_pictures(tmp_path / "pets", 2)
+    write_images(tmp_path / "pets", 2)
     (tmp_path / "pets/cat/0-0.png").write_bytes(b"no picture")
     for images, changes, message in (
         ("nowhere", {}, "--data.images nowhere is not a folder of this machine; name a folder of pictures"),
@@ -114,9 +114,9 @@ def test_a_mistake_is_a_line(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("on_ray_head")
-def test_training_on_pictures_and_going_on(run_job: Callable[..., Any], tmp_path: Path) -> None:
-    """The same command resumes; with other pictures it says so."""
-    write_pictures(tmp_path / "pets", 20)
+def test_training_on_an_image_folder_and_resuming(run_job: Callable[..., Any], tmp_path: Path) -> None:
+    """The same command resumes; after the images have changed it is an error."""
+    write_images(tmp_path / "pets", 20)
     words = (
         "digits --data.images pets --model.channels 3 --model.num-classes 2 --name a --batch-size 64".split()
     )
@@ -129,7 +129,7 @@ def test_training_on_pictures_and_going_on(run_job: Callable[..., Any], tmp_path
     assert (tmp_path / "runs/a/checkpoint-000000000128").exists()
     evaluated = run_job("evaluate", "runs/a", "--num-images", "20", cwd=tmp_path)
     assert evaluated.returncode == 2 and "has 2 held-out images" in evaluated.stderr
-    write_pictures(tmp_path / "pets", 1, seed=1)
+    write_images(tmp_path / "pets", 1, seed=1)
     done = run_job("train", *words, "--total-images", 512, cwd=tmp_path)
     assert done.returncode == 2
     assert "was trained on other data" in done.stderr and done.stderr.count("\n") == 1

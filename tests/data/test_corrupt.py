@@ -1,4 +1,4 @@
-"""What was found unreadable is counted once, listed, read back, and stops the run above its share."""
+"""Unreadable images are counted once, listed, reloaded, and stop the run above a maximum share."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ def substitution(row: int, position: int = 0) -> Substitution:
     )
 
 
-def test_an_image_counts_once_however_often_it_is_met() -> None:
+def test_an_image_counts_once_however_often_it_is_read() -> None:
     images = CorruptImages(num_rows=100, max_share=0.5)
     assert not images.add([]) and images.count == 0
     assert images.add([substitution(1, position=5), substitution(2), substitution(1, position=9)])
@@ -31,7 +31,7 @@ def test_an_image_counts_once_however_often_it_is_met() -> None:
     assert [json.loads(line)["position"] for line in images.to_jsonl().splitlines()] == [5, 0, 0]
 
 
-def test_the_list_is_read_back() -> None:
+def test_the_list_survives_a_reload() -> None:
     images = CorruptImages(100, 0.5)
     assert CorruptImages.from_jsonl(images.to_jsonl(), 100, 0.5).count == 0
     images.add([substitution(2), substitution(1)])
@@ -43,19 +43,19 @@ def test_the_list_is_read_back() -> None:
     assert substitutions_from_json(substitutions_to_json(listed)) == listed
 
 
-def test_above_its_share_the_run_stops() -> None:
+def test_above_the_maximum_share_the_run_stops() -> None:
     images = CorruptImages(num_rows=1000, max_share=0.004)
     images.add(substitution(i) for i in range(4))
-    images.check()  # as many as are allowed
+    images.check()  # exactly as many as allowed
     images.add([substitution(4)])
     with pytest.raises(CorruptData) as caught:
         images.check()
-    said = str(caught.value)
-    assert said.startswith(
+    error_text = str(caught.value)
+    assert error_text.startswith(
         "5 of the split's 1000 images (0.50%) cannot be read, more than --data.max-corrupt-share 0.004 allows. "
         "train/00002.parquet, row group 3, row 0: no ünïcode at all; "
     )
-    assert said.count("row group") == 3 and said.endswith("; ...")
+    assert error_text.count("row group") == 3 and error_text.endswith("; ...")
     nothing_allowed = CorruptImages(10**6, 0)
     nothing_allowed.check()
     nothing_allowed.add([substitution(0)])
@@ -81,7 +81,7 @@ GOOD = dataclasses.asdict(substitution(1))
         ("", "is not JSON"),
     ],
 )
-def test_a_list_from_elsewhere_is_checked(line: Any, message: str) -> None:
+def test_an_invalid_list_is_a_user_error(line: Any, message: str) -> None:
     text = json.dumps(GOOD) + "\n" + line + "\n"
     with pytest.raises(UserError, match=rf"^runs/a/corrupt\.jsonl, line 2:? .*{message}"):
         CorruptImages.from_jsonl(text, 10, 0.1, "runs/a/corrupt.jsonl")

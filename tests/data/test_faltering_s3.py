@@ -1,4 +1,4 @@
-"""S3 that falters, real requests through a faulty proxy: the same images in the same order, or an error in time."""
+"""S3 faults, with real requests through a faulty proxy: the same images in the same order, or an error in time."""
 
 import threading
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from ddpm.storage.locations import Location
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import StorageError
 
-PATIENCE_S = 60.0
+RETRY_S = 60.0
 OnCorrupt = Literal["error", "substitute"]
 
 
@@ -26,7 +26,7 @@ OnCorrupt = Literal["error", "substitute"]
 def faulty(
     s3_server: servers.S3Server, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[proxy.FaultyProxy]:
-    """Between `resolve`d locations and the server; what nothing answers is given up after two seconds, not twenty."""
+    """A proxy between locations and the server; requests time out after two seconds instead of twenty."""
     monkeypatch.setattr(locations, "S3_REQUEST_TIMEOUT_S", 1.0)
     with proxy.FaultyProxy(s3_server.endpoint) as faulty:
         monkeypatch.setenv("AWS_ENDPOINT_URL", faulty.endpoint)
@@ -42,7 +42,7 @@ def read_all(data_set: DataSet, on_corrupt: OnCorrupt = "error") -> Images:
     return data_set.read(data_set.plan(*PLAN), 5, NUM_IMAGES + 5, on_corrupt)
 
 
-def same(one: Images, other: Images) -> bool:
+def equal(one: Images, other: Images) -> bool:
     return (
         np.array_equal(one.image, other.image)
         and np.array_equal(one.label, other.label)
@@ -59,28 +59,28 @@ def same(one: Images, other: Images) -> bool:
         ("black_hole", {"every": 20}),
     ],
 )
-def test_the_images_are_the_same(
+def test_faults_do_not_change_the_images(
     faulty: proxy.FaultyProxy, location: Location, mode: proxy.Mode, options: dict[str, Any]
 ) -> None:
-    data_set = damaged.opened(location, PATIENCE_S)
+    data_set = damaged.opened(location, RETRY_S)
     undisturbed = read_all(data_set)
     faulty.switch(mode, **options)
-    assert same(read_all(data_set), undisturbed)
+    assert equal(read_all(data_set), undisturbed)
     assert faulty.requests[mode] > 0
 
 
 @pytest.mark.parametrize("mode", ["down", "reset", "slow_down", "black_hole"])
-def test_an_outage_in_the_middle_is_waited_out(
+def test_reading_waits_for_the_end_of_an_outage(
     faulty: proxy.FaultyProxy, location: Location, mode: proxy.Mode
 ) -> None:
-    data_set = damaged.opened(location, PATIENCE_S)
+    data_set = damaged.opened(location, RETRY_S)
     plan = data_set.plan(*PLAN)
     undisturbed = [data_set.read(plan, start, start + 20) for start in range(0, 60, 20)]
     for k, expected in enumerate(undisturbed):
         if k == 1:
             faulty.switch(mode)
             threading.Timer(3, faulty.switch, ["pass"]).start()
-        assert same(data_set.read(plan, 20 * k, 20 * k + 20), expected)
+        assert equal(data_set.read(plan, 20 * k, 20 * k + 20), expected)
     assert faulty.mode == "pass", "the outage was not waited out"
 
 
@@ -94,45 +94,45 @@ def test_an_outage_in_the_middle_is_waited_out(
         ("black_hole", "Operation too slow"),
     ],
 )
-def test_down_for_good_is_an_error_that_names_bucket_and_answer(
+def test_a_permanent_outage_is_an_error_with_bucket_and_last_answer(
     faulty: proxy.FaultyProxy, location: Location, mode: proxy.Mode, answer: str, on_corrupt: OnCorrupt
 ) -> None:
     data_set = damaged.opened(location, timeout_s=1.0)
     faulty.switch(mode)
-    with pytest.raises(StorageError) as caught:  # not CorruptData, and nothing stands in
+    with pytest.raises(StorageError) as caught:  # not CorruptData, and no substitution
         read_all(data_set, on_corrupt)
-    said = str(caught.value)
-    assert said.startswith(f"{location.uri}: storage has failed for ") and "\n" not in said
-    assert "--run.storage-timeout-s 1)" in said and answer in said
+    message = str(caught.value)
+    assert message.startswith(f"{location.uri}: storage has failed for ") and "\n" not in message
+    assert "--run.storage-timeout-s 1)" in message and answer in message
 
 
 @pytest.mark.parametrize("mode", ["reset", "slow_down"])
-def test_damage_is_told_from_faltering(
+def test_damaged_files_are_distinguished_from_storage_faults(
     faulty: proxy.FaultyProxy, location: Location, mode: proxy.Mode
 ) -> None:
     shard = location.child("train/00001.parquet")
     shard.write(shard.read()[:700])
     location.child("train/00002.parquet").filesystem.delete_file(f"{location.path}/train/00002.parquet")
-    data_set = damaged.opened(location, PATIENCE_S)
+    data_set = damaged.opened(location, RETRY_S)
     plan = data_set.plan(0, NUM_IMAGES)
     undisturbed = data_set.read(plan, 0, NUM_IMAGES, "substitute")
     assert {s.shard for s in undisturbed.substitutions} == {"train/00001.parquet", "train/00002.parquet"}
     faulty.switch(mode, every=5)
-    assert same(data_set.read(plan, 0, NUM_IMAGES, "substitute"), undisturbed)
+    assert equal(data_set.read(plan, 0, NUM_IMAGES, "substitute"), undisturbed)
     with pytest.raises(CorruptData, match=r"train/0000[12]\.parquet, row group \d \(rows 0-\d\): "):
         data_set.read(plan, 0, NUM_IMAGES)
 
 
-def test_the_manifest_is_waited_for(faulty: proxy.FaultyProxy, location: Location) -> None:
+def test_reading_the_manifest_is_retried(faulty: proxy.FaultyProxy, location: Location) -> None:
     values = {
         "data.shards": location.uri,
         "model.image_size": damaged.SIDE,
         "model.channels": 1,
-        "run.storage_timeout_s": PATIENCE_S,
+        "run.storage_timeout_s": RETRY_S,
     }
     config = override(Config(), values)
     faulty.switch("slow_down", every=2)
     data_set = open_configured(config)
-    assert data_set.timeout_s == PATIENCE_S and data_set.rows.num_rows == NUM_IMAGES
-    with pytest.raises(UserError, match="no data set at"):  # that is an answer
+    assert data_set.timeout_s == RETRY_S and data_set.rows.num_rows == NUM_IMAGES
+    with pytest.raises(UserError, match="no data set at"):  # a real answer, so not retried
         open_configured(override(config, {"data.shards": location.uri + "-not"}))

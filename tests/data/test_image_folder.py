@@ -1,4 +1,4 @@
-"""Pictures of any size and mode become images of one size; what fits keeps its bytes."""
+"""Image files of any size and mode become images of one size; files that already match keep their bytes."""
 
 import contextlib
 import io
@@ -27,7 +27,7 @@ from ddpm.storage.locations import resolve
 from ddpm.utils.errors import UserError
 
 
-def picture(height: int, width: int, color: Any = (10, 200, 30), mode: str = "RGB") -> Image.Image:
+def image_of(height: int, width: int, color: Any = (10, 200, 30), mode: str = "RGB") -> Image.Image:
     return Image.new(mode, (width, height), color)
 
 
@@ -40,59 +40,61 @@ def file_of(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 def stored(data: bytes, size: int = 8, channels: int = 3) -> np.ndarray:
     (image,) = store([(data, "it")], size, channels, "encoded")
     decoded = decode(bytes(image), size, size, channels)
-    assert (store([(data, "it")], size, channels, "raw")[0] == decoded).all()  # both encodings say the same
+    assert (store([(data, "it")], size, channels, "raw")[0] == decoded).all()  # both encodings must agree
     return decoded
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_what_fits_keeps_its_bytes(kind: str) -> None:
-    data = file_of(picture(8, 8), kind)
+def test_a_matching_image_keeps_its_bytes(kind: str) -> None:
+    data = file_of(image_of(8, 8), kind)
     assert store([(data, "it")], 8, 3, "encoded") == [data]
 
 
-def test_other_sizes_keep_the_centre_square() -> None:
-    wide = picture(8, 24, (255, 0, 0))
+def test_other_sizes_are_cropped_to_the_centre_square() -> None:
+    wide = image_of(8, 24, (255, 0, 0))
     wide.paste((0, 0, 255), (8, 0, 16, 8))
     assert (stored(file_of(wide)) == (0, 0, 255)).all()
     assert (stored(file_of(wide.rotate(90, expand=True))) == (0, 0, 255)).all()
     large = wide.resize((240, 80), Image.Resampling.NEAREST)
     assert (abs(stored(file_of(large))[2:-2, 2:-2].astype(int) - (0, 0, 255)) <= 10).all()
-    assert (stored(file_of(picture(3, 3))) == (10, 200, 30)).all()  # smaller ones grow
+    assert (stored(file_of(image_of(3, 3))) == (10, 200, 30)).all()  # smaller images are enlarged
 
 
-def test_modes() -> None:
-    assert (stored(file_of(picture(8, 8, 77, "L"))) == 77).all()
-    assert (stored(file_of(picture(8, 8, (200, 0, 0))), channels=1) == 60).all()  # ITU-R BT.601 luma
-    assert (stored(file_of(picture(8, 8, (10, 20, 30, 0), "RGBA"))) == 255).all()  # transparent is white
-    assert (stored(file_of(picture(8, 8, (10, 20, 30)).quantize(4))) == (10, 20, 30)).all()
+def test_image_modes_are_converted() -> None:
+    assert (stored(file_of(image_of(8, 8, 77, "L"))) == 77).all()
+    assert (stored(file_of(image_of(8, 8, (200, 0, 0))), channels=1) == 60).all()  # ITU-R BT.601 luma
+    assert (
+        stored(file_of(image_of(8, 8, (10, 20, 30, 0), "RGBA"))) == 255
+    ).all()  # transparent pixels become white
+    assert (stored(file_of(image_of(8, 8, (10, 20, 30)).quantize(4))) == (10, 20, 30)).all()
     deep = Image.fromarray(np.full((8, 8), 100 << 8, np.uint16))
     assert (stored(file_of(deep), channels=1) == 100).all()
 
 
-def test_a_turned_picture_is_turned_back() -> None:
+def test_exif_rotation_is_undone() -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # a quarter to the left
-    halves = picture(8, 8, 0, "L")
+    exif[0x0112] = 6  # rotated by 90 degrees to the left
+    halves = image_of(8, 8, 0, "L")
     halves.paste(255, (0, 0, 4, 8))
     upright = stored(file_of(halves, "PNG", exif=exif), channels=1)
     assert (upright[:4] == 255).all() and (upright[4:] == 0).all()
 
 
-@pytest.mark.parametrize("data", [b"", b"text", file_of(picture(64, 64), "JPEG")[:-300], b"GIF89a"])
-def test_what_is_no_image_is_named(data: bytes) -> None:
+@pytest.mark.parametrize("data", [b"", b"text", file_of(image_of(64, 64), "JPEG")[:-300], b"GIF89a"])
+def test_an_invalid_image_is_an_error_with_its_name(data: bytes) -> None:
     with pytest.raises(UserError, match=r"^cannot read the image cats/x\.png: .*; repair it or take it away"):
         store([(data, "cats/x.png")], 8, 3, "encoded")
 
 
-def tree(root: Path, files: dict[str, int]) -> None:
-    """Files, each of one grey."""
+def write_tree(root: Path, files: dict[str, int]) -> None:
+    """Write image files, each of a single grey value."""
     for name, grey in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(file_of(picture(8, 8, (grey,) * 3)))
+        (root / name).write_bytes(file_of(image_of(8, 8, (grey,) * 3)))
 
 
 def content(source: Folder | HuggingFace, split: str) -> list[tuple[int, str | None]]:
-    """Grey value and class of every image, sorted."""
+    """(grey value, class) of every image, sorted."""
     images, labels = source.read(split, 0, source.splits[split])
     greys = [int(decode(bytes(image), 8, 8, 3)[0, 0, 0]) for image in images]
     names = [None] * len(greys) if labels is None else [source.class_names[label] for label in labels]
@@ -100,7 +102,9 @@ def content(source: Folder | HuggingFace, split: str) -> list[tuple[int, str | N
 
 
 def test_subfolders_are_classes(tmp_path: Path) -> None:
-    tree(tmp_path, {f"{name}/deep/{i}.PNG": 10 * i + j for i in range(10) for j, name in enumerate("ab")})
+    write_tree(
+        tmp_path, {f"{name}/deep/{i}.PNG": 10 * i + j for i in range(10) for j, name in enumerate("ab")}
+    )
     (tmp_path / "a/notes.txt").write_text("no image")
     source = Folder(tmp_path, size=8)
     assert source.class_names == ("a", "b") and source.splits == {"train": 19, "test": 1}
@@ -109,28 +113,28 @@ def test_subfolders_are_classes(tmp_path: Path) -> None:
     first, _ = source.read("train", 3, 6)
     assert list(first) == list(source.read("train", 0, 19)[0])[3:6]
     _, labels = source.read("train", 0, 10)
-    assert labels is not None and len(set(labels.tolist())) == 2  # classes are mixed
+    assert labels is not None and len(set(labels.tolist())) == 2  # classes are shuffled
 
 
 def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
-    tree(tmp_path, {f"{i}.png": i for i in range(4)})
+    write_tree(tmp_path, {f"{i}.png": i for i in range(4)})
     source = Folder(tmp_path, size=8)
     assert source.class_names == () and source.read("train", 0, 3)[1] is None
-    tree(tmp_path, {"a/9.png": 9})
+    write_tree(tmp_path, {"a/9.png": 9})
     with pytest.raises(UserError, match=r"0\.png is in no subfolder"):
         Folder(tmp_path, size=8)
 
 
-def test_the_folders_own_splits(tmp_path: Path) -> None:
-    tree(tmp_path, {"train/a/0.png": 0, "train/b/1.png": 1, "val/a/2.png": 2})
+def test_split_folders_are_used(tmp_path: Path) -> None:
+    write_tree(tmp_path, {"train/a/0.png": 0, "train/b/1.png": 1, "val/a/2.png": 2})
     source = Folder(tmp_path, size=8)
     assert content(source, "train") == [(0, "a"), (1, "b")] and content(source, "test") == [(2, "a")]
-    tree(tmp_path, {"other/3.png": 3})  # now train and val are classes like any other
+    write_tree(tmp_path, {"other/3.png": 3})  # now train and val are ordinary classes
     assert Folder(tmp_path, size=8).class_names == ("other", "train", "val")
 
 
-def test_a_file_that_has_gone_is_named(tmp_path: Path) -> None:
-    tree(tmp_path, {f"{i}.png": i for i in range(4)})
+def test_a_deleted_file_is_an_error_with_its_name(tmp_path: Path) -> None:
+    write_tree(tmp_path, {f"{i}.png": i for i in range(4)})
     source = Folder(tmp_path, size=8)
     for i in range(4):
         (tmp_path / f"{i}.png").unlink()
@@ -140,38 +144,38 @@ def test_a_file_that_has_gone_is_named(tmp_path: Path) -> None:
         source.identity()
 
 
-def test_another_content_is_another_identity(tmp_path: Path) -> None:
-    tree(tmp_path / "x", {"a/0.png": 0, "a/1.png": 1})
-    tree(tmp_path / "y", {"a/0.png": 0, "a/1.png": 1})
+def test_the_identity_depends_on_the_content(tmp_path: Path) -> None:
+    write_tree(tmp_path / "x", {"a/0.png": 0, "a/1.png": 1})
+    write_tree(tmp_path / "y", {"a/0.png": 0, "a/1.png": 1})
     first = Folder(tmp_path / "x", size=8).identity()
-    assert first == Folder(tmp_path / "y", size=8).identity()  # where it lies does not matter
-    tree(tmp_path / "y", {"a/2.png": 1})
+    assert first == Folder(tmp_path / "y", size=8).identity()  # the location does not matter
+    write_tree(tmp_path / "y", {"a/2.png": 1})
     assert first != Folder(tmp_path / "y", size=8).identity()
 
 
-def test_bad_folders_are_refused(tmp_path: Path) -> None:
+def test_bad_folders_are_user_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no images"):
         Folder(tmp_path, size=8)
     with pytest.raises(UserError, match="is not a folder; --path"):
         Folder(tmp_path / "nowhere", size=8)
     with pytest.raises(UserError, match=r"--size is 0; it must be in 1\.\.4096"):
         Folder(tmp_path, size=0)
-    tree(tmp_path, {"0.png": 0})
+    write_tree(tmp_path, {"0.png": 0})
     with pytest.raises(UserError, match="1 image"):
         Folder(tmp_path, size=8)
 
 
 @pytest.fixture
-def open_folder() -> Iterator[Path]:
-    """A folder that everybody may enter, as pytest's are not."""
+def public_folder() -> Iterator[Path]:
+    """A folder that every user may enter, unlike pytest's."""
     with tempfile.TemporaryDirectory(prefix="pictures-") as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
 
 
 @contextlib.contextmanager
-def closed(path: Path) -> Iterator[None]:
-    """`path` may not be read meanwhile: root, who may read all, becomes nobody."""
+def unreadable(path: Path) -> Iterator[None]:
+    """Make `path` unreadable while the context is open; root, who may read everything, becomes user nobody."""
     was_root = os.geteuid() == 0
     path.chmod(0)
     if was_root:
@@ -184,24 +188,30 @@ def closed(path: Path) -> Iterator[None]:
         path.chmod(0o755)
 
 
-def test_what_may_not_be_read_is_refused(open_folder: Path) -> None:
-    tree(open_folder, {f"{name}/{i}.png": i for i in range(2) for name in "ab"})
-    assert len(Folder(open_folder, size=8).class_names) == 2
-    with closed(open_folder / "b"), pytest.raises(UserError, match=r"^cannot read .*/b: Permission denied; "):
-        Folder(open_folder, size=8)
-    with closed(open_folder), pytest.raises(UserError, match=r"^cannot read .*: Permission denied; "):
-        Folder(open_folder, size=8)
-    with closed(open_folder / "b/1.png"):
-        source = Folder(open_folder, size=8)
+def test_missing_read_permissions_are_user_errors(public_folder: Path) -> None:
+    write_tree(public_folder, {f"{name}/{i}.png": i for i in range(2) for name in "ab"})
+    assert len(Folder(public_folder, size=8).class_names) == 2
+    with (
+        unreadable(public_folder / "b"),
+        pytest.raises(UserError, match=r"^cannot read .*/b: Permission denied; "),
+    ):
+        Folder(public_folder, size=8)
+    with unreadable(public_folder), pytest.raises(UserError, match=r"^cannot read .*: Permission denied; "):
+        Folder(public_folder, size=8)
+    with unreadable(public_folder / "b/1.png"):
+        source = Folder(public_folder, size=8)
         with pytest.raises(UserError, match=r"^cannot read the image .*/b/1\.png: Permission denied; "):
             source.check()
-    hugging_face(open_folder / "data/train.parquet", [0, 1], None)
-    with closed(open_folder / "b"), pytest.raises(UserError, match=r"^cannot read .*/b: Permission denied; "):
-        HuggingFace(open_folder, size=8)
+    write_hugging_face(public_folder / "data/train.parquet", [0, 1], None)
+    with (
+        unreadable(public_folder / "b"),
+        pytest.raises(UserError, match=r"^cannot read .*/b: Permission denied; "),
+    ):
+        HuggingFace(public_folder, size=8)
 
 
-def test_what_is_passed_over_is_counted(tmp_path: Path) -> None:
-    tree(tmp_path, {f"in/cats/{i}.png": i for i in range(3)})
+def test_skipped_files_are_counted(tmp_path: Path) -> None:
+    write_tree(tmp_path, {f"in/cats/{i}.png": i for i in range(3)})
     cats = tmp_path / "in/cats"
     for i in range(4):
         (cats / f"{i}.GIF").write_bytes(b"GIF89a")
@@ -223,22 +233,22 @@ def test_what_is_passed_over_is_counted(tmp_path: Path) -> None:
         Folder(tmp_path / "in", size=8)
 
 
-def test_what_lies_beside_splits_is_counted(tmp_path: Path) -> None:
-    tree(tmp_path, {"in/train/0.png": 0, "in/train/1.png": 1, "far/2.png": 2, "in/stray.png": 3})
+def test_files_outside_the_splits_are_counted(tmp_path: Path) -> None:
+    write_tree(tmp_path, {"in/train/0.png": 0, "in/train/1.png": 1, "far/2.png": 2, "in/stray.png": 3})
     (tmp_path / "in/val").symlink_to(tmp_path / "far")
     source = Folder(tmp_path / "in", size=8)
     assert source.splits == {"train": 2, "test": 1} and source.passed_over == "1 .png (stray.png)"
-    hugging_face(tmp_path / "hub/data/train.parquet", [0, 1], None)
+    write_hugging_face(tmp_path / "hub/data/train.parquet", [0, 1], None)
     (tmp_path / "hub/README.md").write_text("")
     assert HuggingFace(tmp_path / "hub", size=8).passed_over == "1 .md (README.md)"
     assert HuggingFace(tmp_path / "hub/data/train.parquet", size=8).passed_over == ""
 
 
-def hugging_face(
+def write_hugging_face(
     path: Path, greys: list[int], labels: list[int] | None, names: list[str] | None = None
 ) -> None:
-    """A file as `datasets` writes it, with row groups of three."""
-    images = [{"bytes": file_of(picture(8, 8, (grey,) * 3)), "path": f"{grey}.png"} for grey in greys]
+    """Write a Parquet file as `datasets` does, with row groups of three."""
+    images = [{"bytes": file_of(image_of(8, 8, (grey,) * 3)), "path": f"{grey}.png"} for grey in greys]
     columns: dict[str, Any] = {
         "image": pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
     }
@@ -253,32 +263,32 @@ def hugging_face(
 
 
 def test_hugging_face_files(tmp_path: Path) -> None:
-    hugging_face(
+    write_hugging_face(
         tmp_path / "data/train-00000-of-00002.parquet", [0, 1, 2, 3, 4], [0, 1, 0, 1, 0], ["cat", "dog"]
     )
-    hugging_face(tmp_path / "data/train-00001-of-00002.parquet", [5, 6], [1, 1], ["cat", "dog"])
-    hugging_face(tmp_path / "data/test-00000-of-00001.parquet", [7], [1], ["cat", "dog"])
+    write_hugging_face(tmp_path / "data/train-00001-of-00002.parquet", [5, 6], [1, 1], ["cat", "dog"])
+    write_hugging_face(tmp_path / "data/test-00000-of-00001.parquet", [7], [1], ["cat", "dog"])
     source = HuggingFace(tmp_path, size=8)
     assert source.splits == {"train": 7, "test": 1} and source.class_names == ("cat", "dog")
     assert content(source, "train") == list(
         zip(range(7), ["cat", "dog", "cat", "dog", "cat", "dog", "dog"], strict=True)
     )
     assert content(source, "test") == [(7, "dog")]
-    images, labels = source.read("train", 2, 6)  # across row groups and files
+    images, labels = source.read("train", 2, 6)  # a range across row groups and files
     assert [int(decode(bytes(i), 8, 8, 3)[0, 0, 0]) for i in images] == [2, 3, 4, 5]
     assert labels is not None and labels.tolist() == [0, 1, 0, 1]
     assert HuggingFace(tmp_path, size=8, label_column=None).class_names == ()
 
 
-def test_a_single_parquet_file_is_divided(tmp_path: Path) -> None:
-    hugging_face(tmp_path / "all.parquet", list(range(40)), [i % 3 for i in range(40)])
+def test_a_single_parquet_file_is_split(tmp_path: Path) -> None:
+    write_hugging_face(tmp_path / "all.parquet", list(range(40)), [i % 3 for i in range(40)])
     source = HuggingFace(tmp_path / "all.parquet", size=8)
     assert source.splits == {"train": 38, "test": 2} and source.class_names == ("0", "1", "2")
     both = content(source, "train") + content(source, "test")
     assert sorted(both) == [(i, str(i % 3)) for i in range(40)]
 
 
-def test_parquet_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+def test_unsuitable_parquet_files_are_user_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no Parquet file"):
         HuggingFace(tmp_path, size=8)
     path = tmp_path / "x.parquet"
@@ -288,48 +298,48 @@ def test_parquet_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"img": pa.array([1, 2])}), path)
     with pytest.raises(UserError, match=r"column 'image' is missing.*--image-column names another of img"):
         HuggingFace(path, size=8)
-    hugging_face(path, [0, 1], [0, -1])
+    write_hugging_face(path, [0, 1], [0, -1])
     with pytest.raises(UserError, match="holds the label -1"):
         HuggingFace(path, size=8)
-    hugging_face(path, [0, 1], [0, 2], ["cat", "dog"])
+    write_hugging_face(path, [0, 1], [0, 2], ["cat", "dog"])
     with pytest.raises(UserError, match=r"holds the label 2, which is not in 0\.\.1"):
         HuggingFace(path, size=8)
-    pq.write_table(pa.table({"image": pa.array([file_of(picture(8, 8)), b"broken"])}), path)
+    pq.write_table(pa.table({"image": pa.array([file_of(image_of(8, 8)), b"broken"])}), path)
     with pytest.raises(UserError, match=r"cannot read the image .*x\.parquet, row group 0, row 1"):
         HuggingFace(path, size=8).read("train", 0, 1), HuggingFace(path, size=8).read("test", 0, 1)
 
 
-def test_pictures_given_as_shards_are_prepared_beside_them(tmp_path: Path) -> None:
-    pictures = tmp_path / "my pictures"
-    pictures.mkdir()
+def test_the_advice_for_a_folder_given_as_shards_works(tmp_path: Path) -> None:
+    images_folder = tmp_path / "my pictures"
+    images_folder.mkdir()
     for number in range(20):
-        Image.new("L", (8, 8), number).save(pictures / f"{number}.PNG", "PNG")
+        Image.new("L", (8, 8), number).save(images_folder / f"{number}.PNG", "PNG")
     with pytest.raises(UserError) as raised:
-        read_manifest(resolve(str(pictures)))
+        read_manifest(resolve(str(images_folder)))
     advice = re.search("`python jobs/prepare.py (.*)`.*--data.shards (.*)$", str(raised.value))
     assert advice
     words = shlex.split(advice[1].replace("--size N", "--size 8"))
     assert processes.run_job("prepare", *words).returncode == 0
-    assert len(list(pictures.iterdir())) == 20
+    assert len(list(images_folder.iterdir())) == 20
     (shards,) = shlex.split(advice[2])
     assert read_manifest(resolve(shards)).splits["train"].num_rows == 19
 
 
-def test_pictures_in_a_bucket_given_as_shards_are_not_written_into(s3_bucket: str) -> None:
-    """Whether they lie in it or in folders, one a class; in a bucket that holds neither, shards may be made."""
+def test_a_bucket_of_images_given_as_shards_is_an_error(s3_bucket: str) -> None:
+    """Both for a flat folder and for class folders; for an empty folder the message says how to prepare a data set."""
     for folder in ("flat", "sorted/cats"):
         resolve(f"{s3_bucket}/{folder}/1.JPG").write(b"")
-        pictures = resolve(f"{s3_bucket}/{folder.partition('/')[0]}")
+        images_folder = resolve(f"{s3_bucket}/{folder.partition('/')[0]}")
         with pytest.raises(
             UserError, match=r"has no manifest\.json, but pictures; download them, and make a data set"
         ):
-            read_manifest(pictures)
+            read_manifest(images_folder)
     nothing = resolve(f"{s3_bucket}/nothing")
     with pytest.raises(UserError, match=rf"make one with `python jobs/prepare\.py SOURCE {nothing.uri}`"):
         read_manifest(nothing)
 
 
-def test_a_message_names_no_address_in_memory() -> None:
+def test_error_messages_have_no_memory_addresses() -> None:
     with pytest.raises(UserError) as raised:
         store([(b"no picture", "cats/x.png")], 8, 1, "raw")
     assert str(raised.value) == (

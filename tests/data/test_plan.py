@@ -1,4 +1,4 @@
-"""The order is a pure function, covers every image once an epoch, and knows no workers."""
+"""The order is a pure function, covers every image once per epoch, and does not depend on the number of workers."""
 
 import itertools
 
@@ -21,7 +21,7 @@ def order(plan: Plan, start: int, stop: int) -> np.ndarray:
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(0, 5), st.integers(1, 30), st.data())
 @settings(max_examples=60, deadline=None)
-def test_any_range_is_that_part_of_the_whole_order(
+def test_any_range_is_a_slice_of_the_whole_order(
     row_groups: list[int], seed: int, window_rows: int, data: st.DataObject
 ) -> None:
     plan = Plan(tuple(row_groups), seed, window_rows)
@@ -48,23 +48,23 @@ def test_epochs_and_seeds_differ() -> None:
     assert (first != order(Plan((50, 50, 50), seed=1, window_rows=100), 0, 150)).any()
 
 
-def test_a_window_mixes_its_row_groups_and_no_others() -> None:
+def test_a_window_shuffles_only_its_own_row_groups() -> None:
     plan = Plan((100,) * 6, seed=0, window_rows=300)
     groups = order(plan, 0, 600)[:, 0]
     assert len(set(groups[:300])) == 3
     assert not set(groups[:300]) & set(groups[300:])
-    assert len(set(groups[:30])) == 3  # mixed from the first images on
+    assert len(set(groups[:30])) == 3  # shuffled from the first images on
 
 
 def test_the_order_never_changes_between_versions() -> None:
-    """These numbers are in the checkpoints of runs that must resume: they may not change."""
+    """Runs must be able to resume after an upgrade: these numbers must not change."""
     assert permutation(8, 7, 0, 0).tolist() == [2, 0, 7, 5, 3, 6, 4, 1]
     assert order(Plan((4, 4), seed=1, window_rows=8), 0, 8).tolist() == (
         [[1, 0], [0, 3], [0, 0], [0, 1], [1, 3], [1, 1], [0, 2], [1, 2]]
     )
 
 
-def test_seeking_far_reads_nothing_else() -> None:
+def test_seeking_does_not_compute_earlier_windows() -> None:
     plan = Plan((1000,) * 1000, seed=0, window_rows=8000)
     windows = list(plan.windows(123_456_789, 123_456_789 + 128))
     assert windows[0].start <= 123_456_789
@@ -77,7 +77,7 @@ def test_ranks_take_micro_batches_in_turn() -> None:
     for n in (1, 2, 3, 6):
         dealt = np.concatenate([rank_shard(rows, 0, rank, n, 2) for rank in range(n)])
         assert sorted(dealt.tolist()) == rows.tolist()
-        for rank in range(n):  # wherever the range is cut
+        for rank in range(n):  # wherever the range is split
             parts = [rank_shard(rows[low:high], low, rank, n, 2) for low, high in ((0, 5), (5, 6), (6, 24))]
             assert np.concatenate(parts).tolist() == rank_shard(rows, 0, rank, n, 2).tolist()
 
@@ -86,19 +86,19 @@ def test_ranks_take_micro_batches_in_turn() -> None:
     st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(1, 30), st.integers(1, 40), st.data()
 )
 @settings(max_examples=60, deadline=None)
-def test_a_task_is_whole_windows(
-    row_groups: list[int], window_rows: int, most: int, data: st.DataObject
+def test_tasks_are_whole_windows(
+    row_groups: list[int], window_rows: int, max_rows: int, data: st.DataObject
 ) -> None:
     plan = Plan(tuple(row_groups), 0, window_rows)
     start = data.draw(st.integers(0, 3 * plan.num_images - 1))
     stop = data.draw(st.integers(start + 1, 3 * plan.num_images))
-    tasks = list(plan.tasks(start, stop, most))
+    tasks = list(plan.tasks(start, stop, max_rows))
     assert tasks[0][0] == start and tasks[-1][1] == stop
     assert all(a[1] == b[0] for a, b in itertools.pairwise(tasks))
     edges = {window.start for window in plan.windows(0, stop)} | {stop}
     assert all(end in edges for _, end in tasks)
     inside = [[e for e in edges if low < e < high] for low, high in tasks]
-    assert all(high - low <= most or not edges for (low, high), edges in zip(tasks, inside, strict=True))
+    assert all(high - low <= max_rows or not edges for (low, high), edges in zip(tasks, inside, strict=True))
 
 
 def test_training_ends_with_a_whole_global_batch() -> None:
@@ -107,7 +107,7 @@ def test_training_ends_with_a_whole_global_batch() -> None:
     assert last_position(640, 512, 128) == 640
 
 
-def test_a_global_batch_that_does_not_divide_is_refused() -> None:
+def test_an_indivisible_global_batch_is_rejected() -> None:
     assert micro_batches_per_step(128, 32, 2) == 4
     with pytest.raises(UserError, match="not a positive multiple of micro_batch_size 48"):
         micro_batches_per_step(128, 48, 1)

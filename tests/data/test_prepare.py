@@ -1,4 +1,4 @@
-"""Preparing: what comes out, that it goes on where it was stopped, and that nothing is written over."""
+"""Preparing a data set: its content, resuming after a kill, and that nothing is overwritten."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -27,12 +27,12 @@ SMALL = {"rows_per_shard": 600, "rows_per_row_group": 100}
 
 
 class Killed(BaseException):
-    """Ends a call between two shards, as a signal would."""
+    """Stops a call between two shards, as a signal would."""
 
 
 @dataclass(frozen=True)
-class Mortal(Digits):
-    """Digits, of which only the first images of "train" can be read."""
+class DigitsKilledMidway(Digits):
+    """The digits; reading beyond the first images of "train" raises Killed."""
 
     def read(self, split: str, start: int, stop: int) -> Any:
         if split != "train" or start >= 1200:
@@ -61,7 +61,7 @@ def all_images(location: Location, manifest: Manifest, split: str) -> list[tuple
     return found
 
 
-def test_a_data_set_holds_the_source_in_its_order(tmp_path: Path) -> None:
+def test_a_data_set_has_the_images_of_the_source_in_order(tmp_path: Path) -> None:
     source, seen = Digits(), []
     manifest = make(
         source, at(tmp_path / "d"), on_progress=lambda done, total: seen.append((done, total)), **SMALL
@@ -80,18 +80,18 @@ def test_a_data_set_holds_the_source_in_its_order(tmp_path: Path) -> None:
     }
 
 
-def test_what_is_held_out_is_not_in_train(tmp_path: Path) -> None:
+def test_held_out_images_are_not_in_train(tmp_path: Path) -> None:
     manifest = make(Digits(), at(tmp_path), **SMALL)
     train, test = (all_images(at(tmp_path), manifest, split) for split in ("train", "test"))
     assert len(test) == 297 and len(train) == 1500
     assert not set(test) & set(train)
 
 
-def test_stopped_and_called_again_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
+def test_resuming_after_a_kill_gives_the_same_bytes(tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     make(Digits(), at(whole), **SMALL)
     with pytest.raises(Killed):
-        make(Mortal(), at(parts), **SMALL)
+        make(DigitsKilledMidway(), at(parts), **SMALL)
     with pytest.raises(UserError, match="manifest"):
         read_manifest(resolve(str(parts)))
     made = {
@@ -105,11 +105,11 @@ def test_stopped_and_called_again_it_ends_with_the_same_bytes(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "deleted"])
-def test_a_shard_damaged_in_between_is_made_again(tmp_path: Path, damage: str) -> None:
+def test_a_shard_damaged_meanwhile_is_written_again(tmp_path: Path, damage: str) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     make(Digits(), at(whole), **SMALL)
     with pytest.raises(Killed):
-        make(Mortal(), at(parts), **SMALL)
+        make(DigitsKilledMidway(), at(parts), **SMALL)
     shard = parts / "train/00000.parquet"
     data = bytearray(shard.read_bytes())
     data[5000] ^= 1
@@ -122,7 +122,7 @@ def test_a_shard_damaged_in_between_is_made_again(tmp_path: Path, damage: str) -
     assert files_of(parts) == files_of(whole)
 
 
-def test_the_same_again_does_nothing_and_other_options_are_refused(tmp_path: Path) -> None:
+def test_repeating_does_nothing_and_other_options_are_rejected(tmp_path: Path) -> None:
     first = make(Digits(), at(tmp_path), **SMALL)
     before = files_of(tmp_path)
     seen: list[int] = []
@@ -134,7 +134,7 @@ def test_the_same_again_does_nothing_and_other_options_are_refused(tmp_path: Pat
     assert files_of(tmp_path) == before
 
 
-def test_a_data_set_of_an_older_format_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_an_older_format_is_rejected_and_left_unchanged(tmp_path: Path) -> None:
     make(Digits(), at(tmp_path), **SMALL)
     path = tmp_path / MANIFEST
     path.write_text(path.read_text().replace(FORMAT, "ddpm-shards/1"))
@@ -146,7 +146,7 @@ def test_a_data_set_of_an_older_format_is_refused_and_left_alone(tmp_path: Path)
     assert files_of(tmp_path) == before
 
 
-def test_embedded_data_is_prepared_again_beside_an_older_format(tmp_path: Path) -> None:
+def test_builtin_data_is_prepared_again_beside_an_older_format(tmp_path: Path) -> None:
     old = tmp_path / "data" / "digits"
     old.mkdir(parents=True)
     (old / MANIFEST).write_text('{"format": "ddpm-shards/1"}')
@@ -158,10 +158,10 @@ def test_embedded_data_is_prepared_again_beside_an_older_format(tmp_path: Path) 
     assert files_of(old) == {MANIFEST: b'{"format": "ddpm-shards/1"}'}
 
 
-def test_an_unfinished_data_set_of_other_options_gives_none_of_its_shards(tmp_path: Path) -> None:
-    """Raw shards of two seeds have the same size: only their options tell them apart."""
+def test_shards_of_other_options_are_never_reused(tmp_path: Path) -> None:
+    """Raw shards of two seeds have the same size: only their options differ."""
     with pytest.raises(Killed):
-        make(Mortal(), at(tmp_path / "d"), **SMALL)
+        make(DigitsKilledMidway(), at(tmp_path / "d"), **SMALL)
     try:
         manifest = make(Digits(seed=1), at(tmp_path / "d"), **SMALL)
     except UserError:
@@ -170,7 +170,7 @@ def test_an_unfinished_data_set_of_other_options_gives_none_of_its_shards(tmp_pa
     assert manifest.fingerprint == make(Digits(seed=1), at(tmp_path / "e"), **SMALL).fingerprint
 
 
-def test_several_at_once_make_the_same_and_leave_nothing(tmp_path: Path) -> None:
+def test_concurrent_calls_give_the_same_data_set_and_no_leftovers(tmp_path: Path) -> None:
     alone = make(Digits(), at(tmp_path / "alone"), **SMALL)
     for i in range(5):
         root, start = tmp_path / f"together-{i}", threading.Barrier(3)
@@ -200,7 +200,7 @@ def test_the_preview_shows_64_images(tmp_path: Path) -> None:
         assert len(np.unique(np.asarray(sheet))) > 10
 
 
-def test_storage_that_refuses_is_a_line(tmp_path: Path) -> None:
+def test_a_storage_error_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UserError, match="file"):
         make(Digits(), at(tmp_path / "file" / "d"), **SMALL)
@@ -209,7 +209,7 @@ def test_storage_that_refuses_is_a_line(tmp_path: Path) -> None:
 def test_a_bucket_holds_the_same_data_set(tmp_path: Path, s3_bucket: str) -> None:
     location = locations.resolve(f"{s3_bucket}/data/digits")
     with pytest.raises(Killed):
-        make(Mortal(), location, **SMALL)
+        make(DigitsKilledMidway(), location, **SMALL)
     there = make(Digits(), location, **SMALL)
     assert there == make(Digits(), at(tmp_path), **SMALL)
     assert read_manifest(location) == there
@@ -218,25 +218,25 @@ def test_a_bucket_holds_the_same_data_set(tmp_path: Path, s3_bucket: str) -> Non
     assert not location.child("_prepare").exists()
 
 
-def pictures(folder: Path, count: int) -> None:
-    """Grey PNGs of 16x16."""
+def write_images(folder: Path, count: int) -> None:
+    """Write grey 16x16 PNG files."""
     folder.mkdir()
     for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (count, 16, 16, 1), np.uint8)):
         (folder / f"{i}.png").write_bytes(png_bytes(image))
 
 
-@pytest.mark.parametrize("mended", [True, False])
-def test_after_a_bad_image_the_same_command_begins_anew(tmp_path: Path, mended: bool) -> None:
-    pictures(tmp_path / "in", 12)
+@pytest.mark.parametrize("repaired", [True, False])
+def test_after_a_bad_image_is_fixed_the_same_command_starts_over(tmp_path: Path, repaired: bool) -> None:
+    write_images(tmp_path / "in", 12)
     source = Folder(tmp_path / "in", size=16, channels=1)
     last = tmp_path / "in" / source._files["train"][int(source._rows["train"][1][-1])]
     whole = last.read_bytes()
-    last.write_bytes(whole[:-100])  # its header is that of a good one
+    last.write_bytes(whole[:-100])  # its header is valid
     place, few, restarts = at(tmp_path / "out"), {"rows_per_shard": 4, "rows_per_row_group": 2}, []
     with pytest.raises(UserError, match=rf"{last.name}.*take it away, then give the same command again"):
         make(Folder(tmp_path / "in", size=16, channels=1), place, **few)
     assert (tmp_path / "out/train/00000.parquet").exists()
-    if mended:
+    if repaired:
         last.write_bytes(whole)
     else:
         last.unlink()
@@ -247,8 +247,8 @@ def test_after_a_bad_image_the_same_command_begins_anew(tmp_path: Path, mended: 
     assert files_of(tmp_path / "out") == files_of(tmp_path / "new")
 
 
-def test_another_command_does_not_begin_anew(tmp_path: Path) -> None:
-    pictures(tmp_path / "in", 12)
+def test_another_command_does_not_start_over(tmp_path: Path) -> None:
+    write_images(tmp_path / "in", 12)
     (tmp_path / "in/0.png").write_bytes((tmp_path / "in/0.png").read_bytes()[:-100])
     few = {"rows_per_shard": 4, "rows_per_row_group": 2}
     with pytest.raises(UserError, match="cannot read the image"):
@@ -260,8 +260,8 @@ def test_another_command_does_not_begin_anew(tmp_path: Path) -> None:
     assert files_of(tmp_path / "out") == before
 
 
-def test_images_that_are_none_are_all_named_before_anything_is_written(tmp_path: Path) -> None:
-    pictures(tmp_path / "in", 12)
+def test_invalid_images_are_listed_before_anything_is_written(tmp_path: Path) -> None:
+    write_images(tmp_path / "in", 12)
     for i in range(3, 8):
         (tmp_path / f"in/{i}.png").write_text("an error page")
     with pytest.raises(UserError) as caught:
@@ -274,16 +274,16 @@ def test_images_that_are_none_are_all_named_before_anything_is_written(tmp_path:
     assert not (tmp_path / "out").exists()
 
 
-def test_of_two_at_once_the_one_that_was_begun_anew_over_ends(tmp_path: Path) -> None:
-    def begun_anew(done: int, total: int) -> None:
+def test_a_process_stops_when_another_one_starts_over(tmp_path: Path) -> None:
+    def restart(done: int, total: int) -> None:
         (tmp_path / "_prepare/options.txt").write_text("another")
 
     with pytest.raises(UserError, match="another process has begun this data set anew; this one ends"):
-        make(Digits(), at(tmp_path), on_progress=begun_anew)
+        make(Digits(), at(tmp_path), on_progress=restart)
     assert not (tmp_path / MANIFEST).exists()
 
 
-def test_a_manifest_that_no_memory_holds_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_too_large_manifest_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(Digits(), at(tmp_path), **SMALL)
     size = (tmp_path / MANIFEST).stat().st_size
     monkeypatch.setattr("ddpm.data.manifest.MAX_MANIFEST_BYTES", size)
@@ -293,7 +293,9 @@ def test_a_manifest_that_no_memory_holds_is_not_read(tmp_path: Path, monkeypatch
         read_manifest(resolve(str(tmp_path)))
 
 
-def test_what_no_manifest_lists_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_row_groups_for_a_manifest_are_rejected_before_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("ddpm.data.prepare.MAX_MANIFEST_BYTES", 17 * 101)
     with pytest.raises(UserError, match="18 row groups are more than a manifest of 0 MiB lists"):
         make(Digits(), at(tmp_path / "d"), **SMALL)

@@ -1,6 +1,6 @@
-"""What a worker gets out of the stream, in which order, and what it is told when reading fails.
+"""Batches that a worker gets from the Ray Dataset: content, order, and errors.
 
-That training on it is the same with any number of workers is in tests/training.
+tests/training checks that training on them is the same with any number of workers.
 """
 
 import asyncio
@@ -28,8 +28,8 @@ from ddpm.utils.errors import UserError
 from ddpm.utils.retry import StorageError
 
 
-class Rows:
-    """Stands for a Ray Data iterator that a cluster without a free CPU never serves."""
+class FakeIterator:
+    """A fake Ray Data iterator that hangs or raises after some rows, as on a cluster without a free CPU."""
 
     def __init__(self, rows: int, hang: bool) -> None:
         self._rows, self._hang = rows, hang
@@ -42,8 +42,8 @@ class Rows:
         raise OSError("the store is gone")
 
 
-def test_silence_becomes_an_error() -> None:
-    rows = ray_dataset._Rows(Rows(2, hang=True), 0.2, 0.3)  # type: ignore[arg-type]
+def test_a_stalled_reader_is_an_error() -> None:
+    rows = ray_dataset._Rows(FakeIterator(2, hang=True), 0.2, 0.3)  # type: ignore[arg-type]
     assert [next(rows)["row"], next(rows)["row"]] == [0, 1]
     with pytest.raises(
         UserError, match=r"no data for 0\.5 s \(stall_timeout_s 0\.2 \+ storage_timeout_s 0\.3\)"
@@ -51,17 +51,17 @@ def test_silence_becomes_an_error() -> None:
         next(rows)
 
 
-def test_what_reading_raises_is_raised_in_training() -> None:
-    rows = ray_dataset._Rows(Rows(1, hang=False), 5, 0)  # type: ignore[arg-type]
+def test_errors_of_the_reader_are_raised_in_training() -> None:
+    rows = ray_dataset._Rows(FakeIterator(1, hang=False), 5, 0)  # type: ignore[arg-type]
     next(rows)
     with pytest.raises(OSError, match="the store is gone"):
         next(rows)
 
 
 @pytest.mark.parametrize("taken", [0, 1])
-def test_a_worker_that_stops_lets_the_reader_go(taken: int) -> None:
+def test_the_reader_thread_ends_with_its_worker(taken: int) -> None:
     others = set(threading.enumerate())
-    rows = ray_dataset._Rows(Rows(1000, hang=True), 5, 0)  # type: ignore[arg-type]
+    rows = ray_dataset._Rows(FakeIterator(1000, hang=True), 5, 0)  # type: ignore[arg-type]
     for _ in range(taken):
         next(rows)
     (reader,) = set(threading.enumerate()) - others
@@ -70,7 +70,7 @@ def test_a_worker_that_stops_lets_the_reader_go(taken: int) -> None:
     assert not reader.is_alive()
 
 
-def test_a_long_run_is_several_datasets_without_a_seam() -> None:
+def test_a_long_run_is_split_into_consecutive_datasets() -> None:
     order = ReadOrder(batch_size=128, micro_batch_size=64, total_images=30_000_000)
     shards = (Shard("train/00000.parquet", 50_000, (1000,) * 50, 1, "", ("",) * 50),)
     manifest = Manifest("", "", 32, 32, 3, "raw", (), {"train": Split(50_000, "", shards)}, "")
@@ -94,17 +94,17 @@ def ray_cluster() -> Iterator[None]:
 ORDER = ReadOrder(
     batch_size=12, micro_batch_size=3, total_images=120, seed=damaged.PLAN[0], window_rows=damaged.PLAN[1]
 )
-"""Two epochs of the 60 numbers in ten global batches, each of 4 micro-batches; reading tasks of 1 and 4 windows."""
+"""Two epochs of the 60 images in ten global batches of 4 micro-batches each; read tasks of 1 and 4 windows."""
 
 
-def work(
+def read_in_workers(
     data_set: DataSet, order: ReadOrder = ORDER, images_seen: int = 0, world_size: int = 2
 ) -> list[dict[str, Any]]:
-    """What each rank takes from its iterator until the end or an error, in a process of its own as in training."""
+    """Read with one process per rank, as in training; returns each rank's batches, substitutions and error."""
     import ray
 
-    class Board:
-        """Hands the value of rank 0 to the others: Ray Train's broadcast without Ray Train."""
+    class Broadcast:
+        """Gives the value of rank 0 to the other ranks: Ray Train's broadcast without Ray Train."""
 
         def __init__(self) -> None:
             self._values: asyncio.Queue[Any] = asyncio.Queue()
@@ -116,15 +116,15 @@ def work(
         async def get(self) -> Any:
             return await self._values.get()
 
-    board = ray.remote(num_cpus=0)(Board).remote()
+    broadcaster = ray.remote(num_cpus=0)(Broadcast).remote()
 
     def take(rank: int) -> dict[str, Any]:
         taken: dict[str, Any] = {"batches": [], "told": [], "error": None}
 
         def broadcast(value: Any) -> Any:
             if rank == 0:
-                ray.get(board.put.remote(value))
-            return ray.get(board.get.remote()) if rank else value
+                ray.get(broadcaster.put.remote(value))
+            return ray.get(broadcaster.get.remote()) if rank else value
 
         def on_substitutions(substitutions: list[Substitution]) -> None:
             taken["told"].append((len(taken["batches"]), substitutions))
@@ -162,7 +162,7 @@ def work(
         ({}, {"images_seen": -12}, "images_seen is -12; it must be a position, 0 or more"),
     ],
 )
-def test_what_cannot_be_read_is_refused_at_once(
+def test_invalid_read_orders_are_rejected_at_once(
     changes: dict[str, int], arguments: dict[str, int], message: str, tmp_path: Path
 ) -> None:
     data_set = ray_dataset.open_data_set(damaged.prepare(str(tmp_path)).uri)
@@ -173,45 +173,47 @@ def test_what_cannot_be_read_is_refused_at_once(
 @pytest.mark.oldest_ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_stream_is_the_plan_with_its_stand_ins(tmp_path: Path) -> None:
+def test_workers_get_the_plan_with_its_substitutes(tmp_path: Path) -> None:
     location = damaged.prepare(str(tmp_path))
     damaged.damage_row_group(tmp_path, 0, 1)
     order = replace(ORDER, on_corrupt="substitute")
     data_set = ray_dataset.open_data_set(location.uri, timeout_s=0.5)
-    # All; and from where the first part is one image, none for the second rank.
+    # The full range, and one whose first part has a single image, so none for the second rank.
     for start, stop in ((87, 123), (0, 120)):
         images = data_set.read(data_set.plan(*damaged.PLAN), start, stop, "substitute")
-        workers = work(data_set, order, start)
+        workers = read_in_workers(data_set, order, start)
         for rank, worker in enumerate(workers):
             assert worker["error"] is None
             mine = [rank_shard(rows, 0, rank, 2, 3) for rows in (images.image, images.label)]
             expected = list(cut([(mine[0], mine[1])], rank, 2, 12, 3))
             assert len(worker["batches"]) == len(expected) == (stop - start) // 6
-            for (index, image, label), wanted in zip(worker["batches"], expected, strict=True):
-                assert index == wanted.index
-                assert np.array_equal(image, wanted.image) and np.array_equal(label, wanted.label)
+            for (index, image, label), expected_batch in zip(worker["batches"], expected, strict=True):
+                assert index == expected_batch.index
+                assert np.array_equal(image, expected_batch.image) and np.array_equal(
+                    label, expected_batch.label
+                )
     assert workers[1]["told"] == []
-    assert tuple(s for _, told in workers[0]["told"] for s in told) == images.substitutions
-    for batches, told in workers[0]["told"]:  # before any of the images that they are about
-        assert min(s.position for s in told) // 12 * 2 >= batches
+    assert tuple(s for _, reported in workers[0]["told"] for s in reported) == images.substitutions
+    for batches, reported in workers[0]["told"]:  # reported before any of their images
+        assert min(s.position for s in reported) // 12 * 2 >= batches
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_what_reading_finds_is_raised_in_every_worker(tmp_path: Path) -> None:
+def test_read_errors_are_raised_in_every_worker(tmp_path: Path) -> None:
     location = damaged.prepare(str(tmp_path))
     damaged.rewrite(tmp_path, 2, lambda data: data[:100])
     data_set = ray_dataset.open_data_set(location.uri, timeout_s=0.5)
     with pytest.raises(CorruptData) as caught:
         data_set.read(data_set.plan(*damaged.PLAN), 0, 120)
-    workers = work(data_set)
+    workers = read_in_workers(data_set)
     assert [type(worker["error"]) for worker in workers] == [CorruptData] * 2
     assert [str(worker["error"]) for worker in workers] == [str(caught.value)] * 2
-    # A folder where a file should be is no damage that a checksum could show.
+    # A folder in place of a file is a storage error, not damage that a checksum detects.
     damaged.rewrite(tmp_path, 2, lambda data: None)
     (tmp_path / "train/00002.parquet").mkdir()
     for policy in ("error", "substitute"):
-        workers = work(data_set, replace(ORDER, on_corrupt=policy))
+        workers = read_in_workers(data_set, replace(ORDER, on_corrupt=policy))
         assert [type(worker["error"]) for worker in workers] == [StorageError] * 2
         assert all(
             str(worker["error"]).startswith(f"{tmp_path}: storage has failed for") for worker in workers
@@ -220,8 +222,8 @@ def test_what_reading_finds_is_raised_in_every_worker(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_nothing_is_left_of_reading_that_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One reading follows another in one process: two Datasets are read to their end, cut short, or never begun."""
+def test_no_process_is_left_after_reading_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one process, Datasets are read to the end, then partly, then not at all."""
     data_set = ray_dataset.open_data_set(damaged.prepare(str(tmp_path)).uri)
 
     def coordinators() -> list[psutil.Process]:
@@ -231,7 +233,7 @@ def test_nothing_is_left_of_reading_that_has_ended(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(ray_dataset, "MAX_TASKS", 1)
     for taken in (4000, 1, 0):
         batches = ray_dataset.micro_batches(data_set, order)
-        wait_for(coordinators)  # reading begins with the call
+        wait_for(coordinators)  # reading starts with the call
         assert len(list(itertools.islice(batches, taken))) == taken
         del batches
         wait_for(lambda: coordinators() == [])

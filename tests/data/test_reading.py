@@ -1,4 +1,4 @@
-"""The plan's images, and what stands in for those that cannot be read: the same for every cut of the order."""
+"""The images of a plan, and substitutes for unreadable ones: the same wherever the order is split."""
 
 import dataclasses
 import io
@@ -21,7 +21,7 @@ from ddpm.data.shards import write_shard
 from ddpm.storage.locations import resolve
 
 STOP = 2 * NUM_IMAGES + 10
-"""Two epochs and a bit."""
+"""Two epochs and ten images."""
 
 
 def number(row_group: int, row: int) -> int:
@@ -29,7 +29,7 @@ def number(row_group: int, row: int) -> int:
 
 
 def expected(plan: Plan, unreadable: set[int]) -> tuple[list[int], list[tuple[int, int, int]]]:
-    """By the letter of the rule: the numbers shown at [0, STOP), and (position, unreadable, stand-in)."""
+    """A direct implementation of the rule: the numbers at [0, STOP), and (position, unreadable, substitute)."""
     shown, replaced = [], []
     for window in plan.windows(0, STOP):
         numbers = [
@@ -68,14 +68,14 @@ def remove(root: Path) -> set[int]:
     return set(range(48, 60))
 
 
-def flip(root: Path) -> set[int]:
+def flip_bytes(root: Path) -> set[int]:
     damaged.damage_row_group(root, 0, 1)
     damaged.damage_row_group(root, 1, 2)
     return set(range(8, 16)) | set(range(40, 48))
 
 
-def replace(root: Path) -> set[int]:
-    """Another valid shard: the checksums of its row groups differ, all but the last one's."""
+def swap_shard(root: Path) -> set[int]:
+    """Swap in another valid shard: the checksums of all its row groups but the last differ."""
     other = root.parent / "other"
     damaged.prepare(str(other), encoded=True, bad_files={i: damaged.png(99) for i in (24, 33)})
     damaged.rewrite(root, 1, lambda data: (other / "train/00001.parquet").read_bytes())
@@ -86,16 +86,16 @@ BAD_FILES = {3: b"", 17: b"no image", 18: damaged.png(18)[:40], 19: damaged.png(
 DAMAGES: list[Any] = [
     (truncate, {}, None),
     (remove, {}, "the shard is missing; the manifest names it"),
-    (flip, {}, None),
-    (replace, {"encoded": True}, "its checksum is not that of the manifest"),
-    (flip, {"encoded": True}, None),
+    (flip_bytes, {}, None),
+    (swap_shard, {"encoded": True}, "its checksum is not that of the manifest"),
+    (flip_bytes, {"encoded": True}, None),
     (lambda _: set(BAD_FILES), {"encoded": True, "bad_files": BAD_FILES}, None),
     (lambda _: {5, 50}, {"bad_labels": {5: 7, 50: -1}}, None),
 ]
 
 
 @pytest.mark.parametrize(("damage", "options", "reason"), DAMAGES)
-def test_a_stand_in_is_the_next_readable_image_of_the_window(
+def test_a_substitute_is_the_next_readable_image_of_the_window(
     tmp_path: Path, damage: Any, options: dict[str, Any], reason: str | None
 ) -> None:
     location = damaged.prepare(str(tmp_path / "set"), **options)
@@ -109,7 +109,7 @@ def test_a_stand_in_is_the_next_readable_image_of_the_window(
     assert {r[1] for r in replaced} == unreadable
     whole = data_set.read(plan, 0, STOP, "substitute")
     check(whole, 0, shown, replaced)
-    for cut in (1, 7, 16, 50):  # wherever the order is cut, by chunks or by resuming
+    for cut in (1, 7, 16, 50):  # wherever the order is split, by chunks or by resuming
         parts = [data_set.read(plan, a, min(a + cut, STOP), "substitute") for a in range(0, STOP, cut)]
         assert (np.concatenate([part.image for part in parts]) == whole.image).all()
         assert (np.concatenate([part.label for part in parts]) == whole.label).all()
@@ -123,7 +123,7 @@ def test_a_stand_in_is_the_next_readable_image_of_the_window(
         data_set.read(plan, 0, STOP)
 
 
-def test_a_window_without_a_readable_image_is_said(tmp_path: Path) -> None:
+def test_a_window_without_a_readable_image_is_an_error(tmp_path: Path) -> None:
     location = damaged.prepare(str(tmp_path / "set"))
     data_set = damaged.opened(location)
     plan = data_set.plan(*PLAN)
@@ -138,7 +138,7 @@ def test_a_window_without_a_readable_image_is_said(tmp_path: Path) -> None:
     assert len(data_set.read(plan, 32, 48, "substitute").image) == 16
 
 
-def test_one_readable_image_serves_for_all(tmp_path: Path) -> None:
+def test_one_readable_image_can_substitute_all_others(tmp_path: Path) -> None:
     files = {i: b"" for i in range(NUM_IMAGES) if i != 30}
     data_set = damaged.opened(damaged.prepare(str(tmp_path / "set"), encoded=True, bad_files=files))
     plan = data_set.plan(0, NUM_IMAGES)
@@ -146,7 +146,7 @@ def test_one_readable_image_serves_for_all(tmp_path: Path) -> None:
     assert (images.image == 30).all() and len(images.substitutions) == NUM_IMAGES - 1
 
 
-def test_a_bad_row_group_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_row_group_is_read_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data_set = damaged.opened(damaged.prepare(str(tmp_path / "set")))
     plan = data_set.plan(0, NUM_IMAGES)
     truncate(tmp_path / "set")
@@ -161,12 +161,12 @@ def test_a_bad_row_group_is_read_once(tmp_path: Path, monkeypatch: pytest.Monkey
     data_set.read(plan, 0, NUM_IMAGES, "substitute")
     assert opened == dict.fromkeys(range(8), 1)
     opened.clear()
-    data_set.read(plan, 0, 30, "substitute")  # stand-ins may lie beyond
+    data_set.read(plan, 0, 30, "substitute")  # substitutes may come from later rows
     assert max(opened[i] for i in (3, 4, 5)) == 1 and max(opened.values()) <= 2
 
 
-def test_encoded_images_arrive_smaller(tmp_path: Path) -> None:
-    """A JPEG is decoded at a fraction of its size: what arrives is nearly the mean, whatever the fraction is."""
+def test_encoded_images_are_decoded_at_reduced_size(tmp_path: Path) -> None:
+    """A JPEG is decoded at a fraction of its size: the result is close to the mean of each block of pixels."""
     side, smooth = 48, np.linspace(0, 200, 48 * 48 * 3).reshape(48, 48, 3)
     images = [np.roll(smooth, 5 * k, axis=1).astype(np.uint8) for k in range(4)]
 
@@ -194,14 +194,14 @@ def test_encoded_images_arrive_smaller(tmp_path: Path) -> None:
         assert scale_of(dataclasses.replace(manifest, encoding="raw"), 24) == 1
 
 
-def test_parts_are_the_whole(tmp_path: Path) -> None:
-    """Wherever they are cut, and though each reads its row groups once."""
+def test_parts_add_up_to_the_whole(tmp_path: Path) -> None:
+    """For any size of the parts; each part reads its row groups only once."""
     data_set = damaged.opened(damaged.prepare(str(tmp_path), encoded=True, bad_files={5: b"", 41: b""}))
     plan = data_set.plan(*damaged.PLAN)
     whole = data_set.read(plan, 7, 130, "substitute")
-    for most in (1, 5, 32, 1000):
-        parts = list(data_set.parts(plan, 7, 130, most, "substitute"))
-        assert all(len(part.label) <= most for part in parts)
+    for max_images in (1, 5, 32, 1000):
+        parts = list(data_set.parts(plan, 7, 130, max_images, "substitute"))
+        assert all(len(part.label) <= max_images for part in parts)
         assert np.array_equal(np.concatenate([part.image for part in parts]), whole.image)
         assert np.array_equal(np.concatenate([part.label for part in parts]), whole.label)
         assert tuple(s for part in parts for s in part.substitutions) == whole.substitutions

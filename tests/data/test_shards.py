@@ -1,4 +1,4 @@
-"""What is written is read back, the same twice; what is damaged or altered is named."""
+"""Shards: written data is read back, writing is deterministic, damage and changes are detected."""
 
 import dataclasses
 import io
@@ -64,7 +64,7 @@ def write(root: Path, images: Any, labels: np.ndarray | None = None, rows: int =
 
 
 @pytest.mark.parametrize("encoded", [False, True])
-def test_what_is_written_is_read_back(tmp_path: Path, encoded: bool) -> None:
+def test_written_images_are_read_back(tmp_path: Path, encoded: bool) -> None:
     images, labels = pixels(15), np.arange(15) % 3
     manifest = write(tmp_path, [image_file(image) for image in images] if encoded else images, labels)
     groups = [rows for shard in manifest.splits["train"].shards for rows in shard.row_groups]
@@ -97,7 +97,7 @@ def test_the_same_images_give_the_same_bytes(tmp_path: Path) -> None:
     assert other.fingerprint != first.fingerprint
 
 
-def test_a_folder_without_a_manifest_is_no_data_set(tmp_path: Path) -> None:
+def test_a_folder_without_a_manifest_is_a_user_error(tmp_path: Path) -> None:
     write(tmp_path, pixels(6))
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(
@@ -153,7 +153,7 @@ ALTERED: list[tuple[Callable[[dict[str, Any]], object], str]] = [
 
 
 @pytest.mark.parametrize(("alter", "message"), ALTERED)
-def test_an_altered_manifest_is_refused(
+def test_an_altered_manifest_is_rejected(
     tmp_path: Path, alter: Callable[[dict[str, Any]], object], message: str
 ) -> None:
     raw = json.loads(json.dumps(dataclasses.asdict(write(tmp_path, pixels(6)))))
@@ -164,12 +164,12 @@ def test_an_altered_manifest_is_refused(
 
 
 @pytest.mark.parametrize("text", ["", "[" * 100_000, "[]", '{"format": 1'])
-def test_what_is_no_json_object_is_refused(text: str) -> None:
+def test_non_object_json_is_rejected(text: str) -> None:
     with pytest.raises(UserError, match=r"^here"):
         manifest_from_json(text, "here")
 
 
-def test_one_wrong_byte_anywhere_is_noticed(tmp_path: Path) -> None:
+def test_a_wrong_byte_anywhere_is_detected(tmp_path: Path) -> None:
     manifest = write(tmp_path, pixels(6), np.zeros(6, np.int64))
     path = tmp_path / "train/00000.parquet"
     whole = path.read_bytes()
@@ -181,12 +181,12 @@ def test_one_wrong_byte_anywhere_is_noticed(tmp_path: Path) -> None:
             read, _ = read_row_group(resolve(str(tmp_path)), manifest, "train", 0)
         except CorruptData as error:
             assert "train/00000.parquet" in str(error)
-        else:  # bytes that mean nothing: names of the software, unused statistics
+        else:  # bytes without effect: software names, unused statistics
             assert (read == images).all()
 
 
 @pytest.mark.parametrize("keep", [0, 10, 400])
-def test_a_truncated_or_missing_shard_is_named(tmp_path: Path, keep: int) -> None:
+def test_a_truncated_or_missing_shard_is_an_error_with_its_name(tmp_path: Path, keep: int) -> None:
     manifest = write(tmp_path, pixels(6))
     path = tmp_path / "train/00000.parquet"
     path.write_bytes(path.read_bytes()[:keep])
@@ -201,9 +201,7 @@ def test_a_truncated_or_missing_shard_is_named(tmp_path: Path, keep: int) -> Non
         read_row_group(resolve(str(tmp_path)), manifest, "train", 0)
 
 
-def test_storage_that_does_not_answer_is_no_corruption(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_storage_error_is_not_corruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = write(tmp_path, pixels(6))
 
     def fail(*_: Any, **__: Any) -> None:
@@ -232,7 +230,7 @@ def test_storage_that_does_not_answer_is_no_corruption(
         ),
     ],
 )
-def test_a_shard_that_is_not_as_the_manifest_says(
+def test_a_shard_that_contradicts_the_manifest_is_rejected(
     tmp_path: Path, columns: dict[str, pa.Array], message: str
 ) -> None:
     (tmp_path / "train").mkdir()
@@ -244,7 +242,7 @@ def test_a_shard_that_is_not_as_the_manifest_says(
 
 
 @pytest.mark.parametrize("encoded", [False, True])
-def test_another_valid_shard_in_its_place_is_noticed(tmp_path: Path, encoded: bool) -> None:
+def test_a_swapped_valid_shard_is_detected(tmp_path: Path, encoded: bool) -> None:
     def stored(seed: int, labels: list[int]) -> Manifest:
         images = pixels(6, seed=seed)
         root = tmp_path / str(seed) / str(labels[0])
@@ -261,7 +259,7 @@ def test_another_valid_shard_in_its_place_is_noticed(tmp_path: Path, encoded: bo
         assert len(read_row_group(resolve(root), read_manifest(resolve(root)), "train", 0)[0]) == 4
 
 
-def test_the_checksum_of_a_row_group_is_that_of_its_content(tmp_path: Path) -> None:
+def test_the_checksum_of_a_row_group_depends_on_its_content(tmp_path: Path) -> None:
     images, labels = pixels(6), np.arange(6) % 3
     raw = write(tmp_path / "raw", images, labels).splits["train"].shards
     parts = [(0, 4), (4, 6)]
@@ -278,15 +276,15 @@ def test_the_checksum_of_a_row_group_is_that_of_its_content(tmp_path: Path) -> N
     assert [*encoded[0].row_group_sha256, *encoded[1].row_group_sha256] == expected
 
 
-def test_the_boundaries_of_encoded_images_count() -> None:
+def test_checksums_include_the_boundaries_of_encoded_images() -> None:
     ab_c, a_bc = pa.array([b"ab", b"c"]), pa.array([b"a", b"bc"])
     assert content_sha256(ab_c, None) != content_sha256(a_bc, None)
-    longer = pa.array([b"x", b"ab", b"c", b"y"])  # a slice counts as what it shows
+    longer = pa.array([b"x", b"ab", b"c", b"y"])  # the checksum of a slice covers only its own rows
     assert content_sha256(longer[1:3], None) == content_sha256(ab_c, None)
     assert content_sha256(pa.array([b"xx", b"yy"], pa.binary(2))[1:], None) == sha256(b"yy").hexdigest()
 
 
-def test_a_bad_label_is_named_with_its_row(tmp_path: Path) -> None:
+def test_a_bad_label_is_an_error_with_its_row(tmp_path: Path) -> None:
     manifest = write(tmp_path, pixels(6), np.array([0, 1, 3, 2, 1, -1]))
     with pytest.raises(CorruptData, match=r"row group 0, row 2: the label is 3, which is not in 0\.\.2$"):
         read_row_group(resolve(str(tmp_path)), manifest, "train", 0)
@@ -296,7 +294,7 @@ def test_a_bad_label_is_named_with_its_row(tmp_path: Path) -> None:
 
 
 def png_claiming(width: int, height: int) -> bytes:
-    """A tiny PNG whose header promises a huge picture."""
+    """A tiny PNG whose header claims a huge image."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -306,7 +304,7 @@ def png_claiming(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-def test_a_bad_image_is_named_with_its_row(tmp_path: Path) -> None:
+def test_a_bad_image_is_an_error_with_its_row(tmp_path: Path) -> None:
     good = image_file(pixels(1)[0])
     for bad in (b"", good[:40], good[:60], image_file(pixels(1, 5, 4)[0]), png_claiming(30_000, 30_000)):
         manifest = write(tmp_path, [good, good, bad, good, good, good])
@@ -317,7 +315,7 @@ def test_a_bad_image_is_named_with_its_row(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("scale", [1, 2, 3, 4, 8, 16])
-def test_the_quick_decoder_of_jpegs_gives_what_pillow_gives(
+def test_the_fast_jpeg_decoder_agrees_with_pillow(
     channels: int, scale: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (48, 96, 3), np.uint8)
@@ -330,8 +328,8 @@ def test_the_quick_decoder_of_jpegs_gives_what_pillow_gives(
                 image.save(file, "JPEG", subsampling=subsampling, progressive=progressive)
                 files.append(file.getvalue())
     middle = len(files[0]) // 2
-    files.append(files[0][:middle] + b"\0\0\0\0" + files[0][middle + 4 :])  # Pillow draws what it can
-    files.append(files[0][:middle])  # and refuses this
+    files.append(files[0][:middle] + b"\0\0\0\0" + files[0][middle + 4 :])  # Pillow decodes what it can
+    files.append(files[0][:middle])  # and rejects this
 
     def decoded() -> list[np.ndarray | str]:
         found: list[np.ndarray | str] = []
@@ -350,19 +348,21 @@ def test_the_quick_decoder_of_jpegs_gives_what_pillow_gives(
     assert sum(isinstance(found, str) for found in quickly) == 1
 
 
-def test_which_jpegs_are_decoded_quickly() -> None:
-    """Were it none, the test above would say nothing."""
+def test_the_fast_decoder_is_used_for_common_jpegs() -> None:
+    """If it were used for none, the test above would prove nothing."""
     colours = np.zeros((16, 16, 3), np.uint8)
     for image, channels in ((colours, 3), (colours[:, :, :1], 1)):
         file = image_file(image, "JPEG")
         assert row_group._jpeg(file, 16, 16, channels, 2) is not None
-        assert row_group._jpeg(file, 16, 16, 4 - channels, 2) is None  # Pillow mixes greys in its own way
+        assert (
+            row_group._jpeg(file, 16, 16, 4 - channels, 2) is None
+        )  # Pillow computes grey values differently
         assert row_group._jpeg(file[:-20], 16, 16, channels, 2) is None
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_decode_gives_the_wanted_channels(kind: str, channels: int) -> None:
+def test_decode_returns_the_requested_channels(kind: str, channels: int) -> None:
     grey = np.full((8, 8, 1), 100, np.uint8)
     for stored in (grey, grey.repeat(3, axis=2)):
         decoded = decode(image_file(stored, kind), 8, 8, channels)

@@ -1,4 +1,4 @@
-"""Each source gives the images it promises, any range alike, and says what is wrong with its files."""
+"""Each source has the expected images in any range, and reports what is wrong with its files."""
 
 import gzip
 import hashlib
@@ -40,7 +40,7 @@ def idx(array: np.ndarray) -> bytes:
 
 
 def write_mnist(folder: Path, zipped: bool = True) -> np.ndarray:
-    """Five images to train on and two to test, in MNIST's files."""
+    """Write five training and two test images in MNIST's file format."""
     images = np.random.default_rng(0).integers(0, 256, (7, 28, 28), np.uint8)
     folder.mkdir(parents=True)
     for prefix, part in (("train", slice(5)), ("t10k", slice(5, 7))):
@@ -52,14 +52,14 @@ def write_mnist(folder: Path, zipped: bool = True) -> np.ndarray:
 
 
 @pytest.mark.parametrize("source", [Digits(), Glyphs(num_images=200), Glyphs(num_images=100, colored=True)])
-def test_a_range_is_that_part_of_the_whole(source: Source) -> None:
+def test_a_range_is_a_slice_of_the_whole(source: Source) -> None:
     images, labels = everything(source, "train")
     part, part_labels = source.read("train", 7, 23)
     assert (np.asarray(part) == images[7:23]).all()
     assert part_labels is not None and (part_labels == labels[7:23]).all()
 
 
-def test_digits_are_scikit_learns() -> None:
+def test_digits_are_those_of_scikit_learn() -> None:
     from sklearn.datasets import load_digits
 
     known = load_digits()
@@ -75,7 +75,7 @@ def test_digits_are_scikit_learns() -> None:
     assert ours == sorted((bytes(i), label) for i, label in zip(levels, known.target.tolist(), strict=True))
 
 
-def test_what_is_held_out_depends_on_the_seed_alone() -> None:
+def test_held_out_images_depend_only_on_the_seed() -> None:
     rows = held_out(100, seed=0)
     assert sorted([*rows["train"].tolist(), *rows["test"].tolist()]) == list(range(100))
     assert sorted(rows["test"].tolist()) == [
@@ -84,13 +84,13 @@ def test_what_is_held_out_depends_on_the_seed_alone() -> None:
         55,
         75,
         86,
-    ]  # never to change: data sets were made with it
+    ]  # must not change: data sets were made with it
     assert rows["test"].tolist() != held_out(100, seed=1)["test"].tolist()
     with pytest.raises(UserError, match="1 image"):
         held_out(1, seed=0)
 
 
-def test_a_sources_own_splits_are_kept() -> None:
+def test_the_splits_of_a_source_are_kept() -> None:
     assert {s: (part, len(rows)) for s, (part, rows) in divide({"train": 8, "validation": 4}, 0).items()} == {
         "train": ("train", 8),
         "test": ("validation", 4),
@@ -104,7 +104,7 @@ def test_a_sources_own_splits_are_kept() -> None:
     assert own["train"][1].tolist() != list(range(8))
 
 
-def test_glyphs_differ_are_legible_and_balanced() -> None:
+def test_glyphs_are_distinct_legible_and_balanced() -> None:
     source = Glyphs(num_images=620)
     images, labels = everything(source, "train")
     test, test_labels = everything(source, "test")
@@ -112,20 +112,20 @@ def test_glyphs_differ_are_legible_and_balanced() -> None:
     assert np.bincount(np.concatenate([labels, test_labels])).tolist() == [10] * len(CHARACTERS)
     ink = (images > 127).mean((1, 2, 3))
     assert ink.min() > 0.01 and ink.max() < 0.5
-    # Nearest class mean, far above the 1/62 of chance: the labels belong to the images.
+    # The nearest class mean is far better than chance (1/62): labels match images.
     means = np.stack([images[labels == label].mean(0) for label in range(len(CHARACTERS))])
     distance = ((test[:, None].astype(float) - means[None]) ** 2).sum((2, 3, 4))
     assert (distance.argmin(1) == test_labels).mean() > 0.15
 
 
-def test_colored_glyphs_can_be_told_from_their_ground() -> None:
+def test_colored_glyphs_contrast_with_their_background() -> None:
     images, _ = everything(Glyphs(num_images=100, colored=True), "train")
     luma = images @ np.array([0.299, 0.587, 0.114])
     assert (np.ptp(luma, axis=(1, 2)) > 60).all()
     assert (np.ptp(images.astype(int), axis=3).max((1, 2)) > 20).mean() > 0.9  # colour, not grey
 
 
-def test_other_glyphs_with_another_seed() -> None:
+def test_another_seed_gives_other_glyphs() -> None:
     first, second = (everything(Glyphs(num_images=62, seed=seed), "train")[0] for seed in (0, 1))
     assert (first != second).any()
     with pytest.raises(UserError, match=r"size 8; they must be at least 2, and 16\.\.256"):
@@ -150,7 +150,7 @@ def test_fashion_mnist() -> None:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_mnist_where_torchvision_left_it(tmp_path: Path, zipped: bool) -> None:
+def test_mnist_files_of_torchvision(tmp_path: Path, zipped: bool) -> None:
     images = write_mnist(tmp_path / "MNIST/raw", zipped)
     source = Torchvision("mnist", root=tmp_path)
     assert source.splits == {"train": 5, "test": 2}
@@ -158,7 +158,7 @@ def test_mnist_where_torchvision_left_it(tmp_path: Path, zipped: bool) -> None:
     assert (read[:, 2:30, 2:30, 0] == images[5:]).all() and labels.tolist() == [5, 6]
 
 
-def test_missing_and_damaged_idx_files_are_named(tmp_path: Path) -> None:
+def test_missing_and_damaged_idx_files_are_user_errors(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"no train-images-idx3-ubyte\[\.gz\].*dataset-fashion-mnist.*--path FOLDER"
     ):
@@ -179,10 +179,10 @@ def test_missing_and_damaged_idx_files_are_named(tmp_path: Path) -> None:
 def test_celeba_is_cropped_to_its_centre(tmp_path: Path) -> None:
     folder = tmp_path / "celeba/img_align_celeba"
     folder.mkdir(parents=True)
-    picture = np.zeros((218, 178, 3), np.uint8)
-    picture[20:198] = (0, 0, 255)  # the centre square is blue, above and below it is black
+    portrait = np.zeros((218, 178, 3), np.uint8)
+    portrait[20:198] = (0, 0, 255)  # the centre square is blue, the rest above and below is black
     for i in range(4):
-        Image.fromarray(picture).save(folder / f"{i:06d}.jpg", quality=95)
+        Image.fromarray(portrait).save(folder / f"{i:06d}.jpg", quality=95)
     partition = folder.parent / "list_eval_partition.txt"
     partition.write_text("000000.jpg 0\n000001.jpg 1\n000002.jpg 2\n000003.jpg 0\n")
     source = Torchvision("celeba", root=tmp_path)
@@ -202,7 +202,7 @@ def test_celeba_is_cropped_to_its_centre(tmp_path: Path) -> None:
         Torchvision("celeba", root=tmp_path)
 
 
-def test_cifar10_where_torchvision_left_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar10_files_of_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torchvision.datasets import CIFAR10
 
     folder = tmp_path / "cifar-10-batches-py"
@@ -236,8 +236,10 @@ def test_torchvision_sizes() -> None:
 
 
 @pytest.mark.parametrize("source", ["torchvision:cifar10", "torchvision:celeba", "fashion-mnist"])
-def test_for_training_missing_files_are_prepared_first(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """prepare.py, unlike train.py, takes the flag that says where they are."""
+def test_training_on_missing_files_says_how_to_prepare_them(
+    source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """prepare.py, unlike train.py, has a flag for their location."""
     monkeypatch.setattr(FashionMnist, "__init__", _without_files)
     config = override(Config(), {"data.source": source})
     with pytest.raises(UserError) as raised:
@@ -265,6 +267,6 @@ def _without_files(self: FashionMnist) -> None:
         (None, "data.source is None, which is not built in"),
     ],
 )
-def test_a_source_that_training_cannot_prepare_is_named(name: str | None, message: str) -> None:
+def test_a_source_that_training_cannot_prepare_is_a_user_error(name: str | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
         builtin.with_shards(override(Config(), {"data.source": name}))

@@ -1,4 +1,4 @@
-"""Two processes never drive the same run or search at once, and one that is dead does not keep it."""
+"""Two processes never drive the same run or search at once, and a dead process does not keep the lock."""
 
 import json
 import os
@@ -54,12 +54,12 @@ def lock(place: Location, notify: object = lambda line: None) -> DriverLock:
     return DriverLock(place, "run", "--run.name", notify)  # type: ignore[arg-type]
 
 
-def card(**changes: object) -> bytes:
+def foreign_lock_file(**changes: object) -> bytes:
     """The file of a lock that another machine holds."""
     return json.dumps({"id": "another", "host": "h", "pid": 1, "since": "yesterday", **changes}).encode()
 
 
-def test_a_second_one_is_refused_while_the_first_lives(place: Location) -> None:
+def test_a_second_driver_is_rejected_while_the_first_is_alive(place: Location) -> None:
     with lock(place) as first:
         with pytest.raises(
             UserError, match=r"another process drives this run \(host .*, pid \d+, since 20.* UTC"
@@ -67,32 +67,34 @@ def test_a_second_one_is_refused_while_the_first_lives(place: Location) -> None:
             lock(place).__enter__()
         assert not first.is_lost
         first.check()
-    assert not place.child(driver_lock.FILE).exists()  # so that the next one need not wait
+    assert not place.child(driver_lock.FILE).exists()  # so that the next driver does not wait
     with lock(place, pytest.fail):
         pass
 
 
-def test_a_killed_one_on_this_machine_is_succeeded_at_once(
+def test_the_lock_of_a_killed_process_on_this_machine_is_taken_at_once(
     place: Location, holder: subprocess.Popen[str]
 ) -> None:
-    holder.send_signal(signal.SIGSTOP)  # as by Ctrl-Z: silent, and not dead
+    holder.send_signal(signal.SIGSTOP)  # as by Ctrl-Z: suspended, not dead
     with pytest.raises(UserError, match=rf"another process drives this run \(host .*, pid {holder.pid}, "):
         lock(place).__enter__()
     holder.kill()
-    os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and still has its pid
+    os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # a zombie: it has exited, and still has its PID
     with lock(place, pytest.fail):
         pass
 
 
-def test_a_pid_that_is_used_again_is_not_taken_for_the_holder(place: Location) -> None:
+def test_a_reused_pid_is_not_mistaken_for_the_holder(place: Location) -> None:
     ours = process.token()
-    place.child(driver_lock.FILE).write(card(pid=os.getpid(), process=ours + "1"))
+    place.child(driver_lock.FILE).write(foreign_lock_file(pid=os.getpid(), process=ours + "1"))
     with lock(place, pytest.fail):
         pass
 
 
-@pytest.mark.parametrize("left", [card(), card(process="f00-1-1"), b"{", b"[]", b""])
-def test_one_that_is_dead_elsewhere_is_succeeded(place: Location, left: bytes) -> None:
+@pytest.mark.parametrize(
+    "left", [foreign_lock_file(), foreign_lock_file(process="f00-1-1"), b"{", b"[]", b""]
+)
+def test_the_lock_of_a_dead_process_on_another_machine_is_taken(place: Location, left: bytes) -> None:
     place.child(driver_lock.FILE).write(left)
     lines: list[str] = []
     with lock(place, lines.append):
@@ -100,7 +102,7 @@ def test_one_that_is_dead_elsewhere_is_succeeded(place: Location, left: bytes) -
         assert b'"beats"' in place.child(driver_lock.FILE).read()
 
 
-def test_clocks_do_not_matter(place: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_different_clocks_do_not_matter(place: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     jumps = iter(range(0, 10**9, 3600))
     monkeypatch.setattr(time, "time", lambda: next(jumps) * (-1) ** next(jumps))
     with lock(place) as first:
@@ -109,15 +111,15 @@ def test_clocks_do_not_matter(place: Location, monkeypatch: pytest.MonkeyPatch) 
         assert not first.is_lost
 
 
-def test_one_that_leaves_meanwhile_is_succeeded(place: Location) -> None:
+def test_a_lock_released_meanwhile_is_taken(place: Location) -> None:
     file = place.child(driver_lock.FILE)
-    file.write(card())
+    file.write(foreign_lock_file())
     with lock(place, lambda line: file.filesystem.delete_file(file.path)):
         pass
 
 
-@pytest.mark.parametrize("left", [None, card()])
-def test_of_many_at_once_one_gets_it(place: Location, left: bytes | None) -> None:
+@pytest.mark.parametrize("left", [None, foreign_lock_file()])
+def test_only_one_of_many_concurrent_drivers_gets_the_lock(place: Location, left: bytes | None) -> None:
     if left is not None:
         place.child(driver_lock.FILE).write(left)
     start, won, refused = threading.Barrier(6), list[DriverLock](), list[str]()
@@ -140,17 +142,17 @@ def test_of_many_at_once_one_gets_it(place: Location, left: bytes | None) -> Non
     won[0].__exit__(None, None, None)
 
 
-def test_one_that_was_silent_for_too_long_learns_that_another_has_it(place: Location) -> None:
+def test_a_suspended_holder_learns_that_it_lost_the_lock(place: Location) -> None:
     file = place.child(driver_lock.FILE)
     with lock(place) as first:
-        while not first.is_lost:  # it may write over it once: it looked just before
-            file.write(card())
+        while not first.is_lost:  # it may overwrite the file once, if it had checked just before
+            file.write(foreign_lock_file())
         with pytest.raises(UserError, match="another process has taken over this run; this one ends"):
             first.check()
-    assert file.read() == card()
+    assert file.read() == foreign_lock_file()
 
 
-def test_storage_that_refuses_is_one_line(s3_server: servers.S3Server, s3_bucket: str) -> None:
+def test_a_storage_error_is_one_line(s3_server: servers.S3Server, s3_bucket: str) -> None:
     gone = locations.resolve(f"{s3_bucket}-not-there", check=False)
     with pytest.raises(UserError, match=r"cannot read or write s3://.*/driver.json: .*NoSuchBucket"):
         lock(gone).__enter__()

@@ -1,4 +1,4 @@
-"""Folders and real S3 answer alike, and what storage refuses is one line that a user can act on."""
+"""Folders and real S3 behave the same, and storage errors are one line that a user can act on."""
 
 import pickle
 import threading
@@ -23,13 +23,13 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
 
 @pytest.fixture
 def s3_environment(s3_server: servers.S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server's, without a bucket."""
+    """Environment of the S3 server, without a bucket."""
     for name, value in s3_server.client_env.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
 
 
-def test_what_is_written_is_read(root: Location) -> None:
+def test_written_data_is_read_back(root: Location) -> None:
     data = bytes(range(256)) * 1000
     file = root.child("a").child("b.bin")
     assert not file.exists()
@@ -41,13 +41,13 @@ def test_what_is_written_is_read(root: Location) -> None:
     assert locations.resolve(file.uri).read() == data
 
 
-def test_an_empty_file_is_a_file(root: Location) -> None:
+def test_an_empty_file_exists(root: Location) -> None:
     root.child("empty").write(b"")
     assert root.child("empty").exists()
     assert root.child("empty").read() == b""
 
 
-def test_folders_are_listed_in_order_and_files_are_not(root: Location) -> None:
+def test_folders_are_listed_in_order_without_files(root: Location) -> None:
     assert root.folders() == []
     for name in ("b/x", "a/x", "c", "a/deeper/x"):
         root.child(name).write(b"x")
@@ -56,18 +56,18 @@ def test_folders_are_listed_in_order_and_files_are_not(root: Location) -> None:
     assert root.child("a").exists()
 
 
-def test_delete_removes_a_folder_and_leaves_the_others(root: Location) -> None:
+def test_delete_removes_only_its_folder(root: Location) -> None:
     root.child("gone/deep/x").write(b"x")
     root.child("gone-not/x").write(b"x")
     root.child("gone").delete()
-    root.child("gone").delete()  # not there: nothing to do
+    root.child("gone").delete()  # it does not exist: nothing to do
     assert not root.child("gone").exists()
     assert not root.child("gone/deep/x").exists()
     assert root.child("gone-not/x").read() == b"x"
 
 
 @pytest.mark.parametrize("name", ["with space", "a#b", "a?b=c", "100%", "größe"])
-def test_no_character_of_a_name_is_lost(root: Location, name: str) -> None:
+def test_special_characters_in_names_survive(root: Location, name: str) -> None:
     root.child(name).child("x").write(b"x")
     assert root.folders() == [name]
     again = locations.resolve(f"{root.uri}/{name}", check=False)
@@ -75,7 +75,7 @@ def test_no_character_of_a_name_is_lost(root: Location, name: str) -> None:
     assert again.child("x").read() == b"x"
 
 
-def test_a_file_on_disk_is_whole_at_every_moment(tmp_path: Path) -> None:
+def test_writing_a_file_on_disk_is_atomic(tmp_path: Path) -> None:
     file = locations.resolve(str(tmp_path)).child("f")
     whole = {bytes([i]) * 300_000 for i in range(2)}
     file.write(min(whole))
@@ -96,7 +96,7 @@ def test_a_file_on_disk_is_whole_at_every_moment(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
-def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "taken" / "by").mkdir(parents=True)
     with pytest.raises(OSError):
         locations.resolve(str(tmp_path)).child("taken").write(b"x")
@@ -119,80 +119,80 @@ def test_a_local_folder_becomes_absolute(tmp_path: Path) -> None:  # every test 
     ("s3://", "names no bucket"),
     ("s3:///prefix", "names no bucket"),
 ])  # fmt: skip
-def test_a_uri_that_means_nothing_is_refused(uri: str, message: str) -> None:
+def test_an_invalid_uri_is_a_user_error(uri: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         locations.resolve(uri)
 
 
-def refusal(uri: str) -> str:
-    """What `resolve` says; it must come within a time a person waits, so a hang fails too."""
-    said: list[str] = []
+def error_of_resolve(uri: str) -> str:
+    """The error message of `resolve`; it must come within seconds, so that a hang fails too."""
+    messages: list[str] = []
 
-    def ask() -> None:
+    def try_resolve() -> None:
         try:
             locations.resolve(uri)
         except UserError as error:
-            said.append(str(error))
+            messages.append(str(error))
 
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=try_resolve, daemon=True)
     thread.start()
     thread.join(30)
     assert not thread.is_alive(), "no answer in 30 s"
-    assert len(said) == 1, "nothing was refused"
-    assert "\n" not in said[0]
-    return said[0]
+    assert len(messages) == 1, "nothing was refused"
+    assert "\n" not in messages[0]
+    return messages[0]
 
 
-def test_s3_is_not_asked_when_it_was_asked_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_answer_of_s3_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_REGION", "us-east-1")
     assert locations.resolve("s3://bucket/a/b/", check=False).path == "bucket/a/b"
 
 
 @pytest.mark.usefixtures("s3_environment")
-def test_a_missing_bucket_is_named() -> None:
-    assert "bucket 'no-such-bucket' does not exist" in refusal("s3://no-such-bucket/runs")
+def test_a_missing_bucket_is_an_error_with_its_name() -> None:
+    assert "bucket 'no-such-bucket' does not exist" in error_of_resolve("s3://no-such-bucket/runs")
 
 
 @pytest.mark.usefixtures("s3_environment")
-def test_a_bucket_that_can_be_none_is_one_line() -> None:
-    assert "s3://No Bucket/runs" in refusal("s3://No Bucket/runs")
+def test_an_invalid_bucket_name_is_a_one_line_error() -> None:
+    assert "s3://No Bucket/runs" in error_of_resolve("s3://No Bucket/runs")
 
 
-def test_a_wrong_secret_is_said(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_secret_is_reported(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
-    said = refusal(s3_bucket)
-    assert "S3 refuses access" in said
-    assert "HTTP 403" in said
-    assert "wrong" not in said
+    messages = error_of_resolve(s3_bucket)
+    assert "S3 refuses access" in messages
+    assert "HTTP 403" in messages
+    assert "wrong" not in messages
 
 
 @pytest.mark.usefixtures("s3_environment")
-def test_no_credentials_are_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_credentials_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
-    assert "credentials" in refusal("s3://bucket")
+    assert "credentials" in error_of_resolve("s3://bucket")
 
 
 @pytest.mark.parametrize(
     "endpoint", ["http://127.0.0.1:9", "http://no-such-host.invalid:8333", "127.0.0.1:9"]
 )
 @pytest.mark.usefixtures("s3_environment")
-def test_an_endpoint_that_does_not_answer_is_said(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_that_does_not_answer_is_reported(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    said = refusal("s3://bucket/runs")
-    assert said.startswith("s3://bucket/runs: cannot reach S3: ")
-    assert endpoint in said
+    messages = error_of_resolve("s3://bucket/runs")
+    assert messages.startswith("s3://bucket/runs: cannot reach S3: ")
+    assert endpoint in messages
 
 
 @pytest.mark.slow
-def test_a_worker_tries_as_often_and_waits_as_long(
+def test_a_pickled_location_keeps_its_retries_and_time_outs(
     s3_server: servers.S3Server, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It gets the location pickled."""
+    """Workers get the location pickled."""
     with proxy.FaultyProxy(s3_server.endpoint) as faulty:
         monkeypatch.setenv("AWS_ENDPOINT_URL", faulty.endpoint)
         monkeypatch.setattr(locations, "S3_REQUEST_TIMEOUT_S", 3.0)
