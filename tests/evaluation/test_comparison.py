@@ -45,7 +45,7 @@ def grid(level: int) -> np.ndarray:
 
 
 def make_run(storage: str, name: str, level: int = 0, **changes: Any) -> tuple[str, str]:
-    """A run's folder as training leaves it while MLflow is away; returns its URI and its run key."""
+    """Write a run's folder as training does while MLflow is down; returns its URI and its run key."""
     run = runs.open_run(name, storage)
     config = override(DIGITS, {"run.experiment": EXPERIMENT, "run.name": name, **changes})
     kept = run.location.child(f"checkpoint-{STEPS[-1]:012d}")
@@ -68,7 +68,7 @@ def make_run(storage: str, name: str, level: int = 0, **changes: Any) -> tuple[s
 
 
 def deliver(uri: str, key: str) -> str:
-    """Deliver the run's spool to MLflow; returns its id there."""
+    """Deliver the run's spool to MLflow; returns the MLflow run ID."""
     run = runs.existing_run(uri)
     card = run.location.child(f"checkpoint-{STEPS[-1]:012d}").child("config.json")
     params = flatten(from_json(card.read().decode()))
@@ -81,15 +81,15 @@ def deliver(uri: str, key: str) -> str:
     return done.run_id
 
 
-def content(run: ComparedRun) -> tuple[Any, ...]:
-    """Everything that does not depend on where a run was read from."""
+def content_of(run: ComparedRun) -> tuple[Any, ...]:
+    """Everything about a run that does not depend on where it was read from."""
     assert run.trajectory is not None
-    pictures = {at: hashlib.sha256(grid()).hexdigest() for at, grid in run.grids.items()}
-    return run.name, run.key, dict(run.settings), dict(run.curves), pictures, run.trajectory()
+    digests = {at: hashlib.sha256(grid()).hexdigest() for at, grid in run.grids.items()}
+    return run.name, run.key, dict(run.settings), dict(run.curves), digests, run.trajectory()
 
 
 class Page(HTMLParser):
-    """Text, tags and images of a page."""
+    """Parses text, tags and images of a page."""
 
     def __init__(self, page: bytes) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def test_a_run_is_the_same_from_its_spool_from_mlflow_and_by_its_id(tmp_path: Path) -> None:
+def test_a_run_is_the_same_from_its_spool_and_from_mlflow(tmp_path: Path) -> None:
     uri, key = make_run(str(tmp_path), "a")
     (waiting,) = read([uri])
     assert waiting.curves["train/loss"] == [Point(1000, 1.0), Point(2000, 0.5), Point(3000, 1 / 3)]
@@ -120,18 +120,18 @@ def test_a_run_is_the_same_from_its_spool_from_mlflow_and_by_its_id(tmp_path: Pa
     run_id = deliver(uri, key)
     assert not list(Path(uri, "tracking").iterdir())
     delivered, again = read([uri, run_id, uri])[0], read([run_id])[0]
-    assert content(delivered) == content(waiting) and delivered.remarks == []
-    assert content(again) == content(waiting) and run_id in again.where
-    assert len(read([uri, run_id])) == 1  # one run, named twice
+    assert content_of(delivered) == content_of(waiting) and delivered.remarks == []
+    assert content_of(again) == content_of(waiting) and run_id in again.where
+    assert len(read([uri, run_id])) == 1  # one run, given twice
 
 
 def test_a_run_in_a_bucket(s3_bucket: str, tmp_path: Path) -> None:
     there, here = make_run(f"{s3_bucket}/runs", "a")[0], make_run(str(tmp_path), "a")[0]
     (of_bucket,), (of_folder,) = read([there]), read([here])
-    assert content(of_bucket)[2:] == content(of_folder)[2:]
+    assert content_of(of_bucket)[2:] == content_of(of_folder)[2:]
 
 
-def test_mlflow_that_is_away_costs_curves_and_is_named(
+def test_without_mlflow_curves_come_from_the_spool_with_a_remark(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uris = [make_run(str(tmp_path), name)[0] for name in "ab"]
@@ -140,7 +140,7 @@ def test_mlflow_that_is_away_costs_curves_and_is_named(
     for run in read(uris):
         (remark,) = run.remarks
         assert "MLflow at http://127.0.0.1:9 cannot be read" in remark and "secret" not in remark
-        assert run.curves  # of the spool
+        assert run.curves  # from the spool
 
 
 def test_a_run_without_a_checkpoint_and_a_damaged_spool(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_evaluations_are_found_in_mlflow_and_in_files(tmp_path: Path) -> None:
     assert mlflow.find()
     stored = found.to_json().encode()
     records = [Artifact("evaluation/x.json", stored), Artifact("evaluation/bad.json", b"[")]
-    # Of two ways of sampling the first alone has a picture, so its name has no suffix.
+    # Only the first of two sampling configs has a plot, so its file name has no suffix.
     assert mlflow.add([*records, Artifact("evaluation/x-nearest.png", png)])
     (run,) = read([uri])
     assert [remark for remark in run.remarks if "bad.json in MLflow is not a result" in remark]
@@ -224,8 +224,8 @@ def test_only_settings_that_differ_are_shown() -> None:
     assert "schedule.kind" in page.text and "optim.lr" not in page.text and "run.storage" not in page.text
 
 
-def test_hours_are_those_of_training() -> None:
-    """100 images/s for 3,600 images are 0.01 hours, then 50 images/s for 3,600 are 0.02."""
+def test_hours_count_training_time_only() -> None:
+    """3,600 images at 100 images/s take 0.01 hours, the next 3,600 at 50 images/s take 0.02."""
     found = run("a", curves={RATE: [Point(3600, 100.0), Point(7200, 50.0)]})
     assert [found.hours(at) for at in (0, 1800, 3600, 7200, 7201)] == pytest.approx(
         [0, 0.005, 0.01, 0.03, None]
@@ -233,7 +233,7 @@ def test_hours_are_those_of_training() -> None:
     assert run("b").hours(100) is None
 
 
-def test_ranks_have_ties_and_only_what_was_evaluated_alike_is_ranked() -> None:
+def test_ranks_have_ties_and_need_equal_evaluation_settings() -> None:
     bits = {"a": (3.0, 0.01), "b": (2.0, 0.01), "c": (2.001, 0.01)}
     results = [
         result(2, run=name, bits=(Score("bits/dim", value, error, 90),))
@@ -260,8 +260,8 @@ def test_ranks_have_ties_and_only_what_was_evaluated_alike_is_ranked() -> None:
     )
 
 
-def test_evaluations_that_differ_in_the_search_of_neighbours_alone_are_merged() -> None:
-    """The places of the data, and --num-train-images, change no score that is ranked."""
+def test_evaluations_that_differ_only_in_the_neighbour_search_are_merged() -> None:
+    """Paths of the data and --num-train-images do not affect the ranked scores."""
     first, second = made(result(1, drawn(1))), made(result(1, drawn(1, 10, own=False)))
     second = Report({**second.settings, "num_train_images": 0}, second.results)
     second.settings["data"]["shards"] = "elsewhere"
@@ -269,7 +269,7 @@ def test_evaluations_that_differ_in_the_search_of_neighbours_alone_are_merged() 
     assert sorted(of_run[1000].ways) == ["ddim-10", "ddim-50"]
 
 
-def test_held_out_bits_of_training_rank_where_nothing_was_evaluated() -> None:
+def test_without_evaluations_held_out_bits_of_training_are_ranked() -> None:
     def curve(value: float) -> dict[str, list[Point]]:
         return {"held_out/bits_per_dim": [Point(10, 9.0, 0.1), Point(20, value, 0.1)]}
 
@@ -277,7 +277,7 @@ def test_held_out_bits_of_training_rank_where_nothing_was_evaluated() -> None:
     (ranking,) = comparison.rankings(compared, {})
     assert {key: str(cell.rank) for key, cell in ranking.cells.items()} == {"keya": "2", "keyb": "1"}
     losses = [run(name, curves={"train/loss": [Point(1, 0.1, 0.1)]}) for name in "ab"]
-    assert comparison.rankings(losses, {}) == []  # losses of two schedules do not compare
+    assert comparison.rankings(losses, {}) == []  # losses of different schedules are not comparable
 
 
 def test_curves_over_images_and_over_hours() -> None:
@@ -307,7 +307,7 @@ def png(level: int) -> Callable[[], bytes]:
     return lambda: images.png_bytes(grid(level))
 
 
-def test_grids_stand_side_by_side_at_common_positions() -> None:
+def test_grids_are_shown_side_by_side_at_common_positions() -> None:
     long = run("long", grids={at: png(at) for at in range(10, 250, 10)})
     short = run("short", grids={25: png(1), 35: png(2)})
     assert comparison.shared_positions([short]) == [25, 35]
@@ -318,19 +318,19 @@ def test_grids_stand_side_by_side_at_common_positions() -> None:
     assert slider["data-positions"] == " ".join(map(str, positions))
     shown = [image for image in page.all("img") if "data-at" in image]
     visible = [image for image in shown if "hidden" not in image]
-    assert [image["data-at"] for image in visible] == ["240", "35"]  # each run's newest
+    assert [image["data-at"] for image in visible] == ["240", "35"]  # the newest grid of each run
     assert visible[1]["alt"] == "Images sampled by run B (short) after 35 images seen"
     data = base64.b64decode(str(visible[0]["src"]).removeprefix("data:image/png;base64,"))
     assert (images.from_png(data) == 240).all()
 
 
-def test_ranks_of_a_search_are_shown_as_they_are() -> None:
+def test_ranks_of_a_search_are_shown_unchanged() -> None:
     rankings = [Ranking("bits/dim", {"keya": Cell(2.5, 0.1, 64, comparison.Rank(1, 3))}, "among all trials")]
     text = " ".join(Page(comparison_page.render([run("a"), run("b")], rankings)).text.split())
     assert "bits/dim among all trials 2.5000 ± 0.1000, rank 1-3 (64 images seen)" in text
 
 
-def test_hostile_names_settings_and_pictures_are_text() -> None:
+def test_hostile_names_and_settings_are_escaped() -> None:
     hostile = dataclasses.replace(
         run("a"),
         name=NASTY,
@@ -357,7 +357,7 @@ def test_hostile_names_settings_and_pictures_are_text() -> None:
         assert address == "" or address[0] == "#" or address.startswith("data:")
 
 
-def test_every_image_has_a_text_and_the_page_is_reproducible() -> None:
+def test_every_image_has_an_alt_text_and_the_page_is_reproducible() -> None:
     curves = {"train/loss": [Point(1, 1.0), Point(2, 0.5)], RATE: [Point(2, 1.0)]}
     parts: Mapping[str, Any] = {"curves": curves, "grids": {1: png(3)}, "trajectory": lambda: b"GIF89a"}
     compared = [run("a", **parts), run("b", **parts)]
@@ -370,7 +370,7 @@ def test_every_image_has_a_text_and_the_page_is_reproducible() -> None:
     assert any("last values: A 0.5, B 0.5" in str(image["alt"]) for image in page.all("img"))
 
 
-def test_too_many_runs_are_refused() -> None:
+def test_too_many_runs_are_a_user_error() -> None:
     with pytest.raises(UserError, match="21 runs are too many for one page; name at most 20"):
         comparison_page.render([run(str(i)) for i in range(21)])
 
@@ -401,7 +401,7 @@ def test_the_job_writes_a_page(run_job: Callable[..., Any], two_runs: list[str],
         (("empty", "--evaluations", "card.json"), "card.json is not a result of jobs/evaluate.py: "),
     ],
 )
-def test_a_mistake_is_one_line(
+def test_user_errors_are_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], message: str
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -413,7 +413,7 @@ def test_a_mistake_is_one_line(
     assert raised.value.exit_code == 2 and not (tmp_path / "report.html").exists()
 
 
-def test_a_missing_run_is_one_line_for_a_person(run_job: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_missing_run_is_a_one_line_error(run_job: Callable[..., Any], tmp_path: Path) -> None:
     done = run_job("compare", "nowhere", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == (
@@ -458,8 +458,8 @@ def page(request: Any, browser: Any, page_file: Path, tmp_path: Path) -> Iterato
 
 
 @pytest.mark.slow
-def test_the_page_in_a_browser_on_a_telephone_and_on_a_desk(page: Any) -> None:
-    """No horizontal scrolling, every picture is decoded, and the slider changes all grids at once."""
+def test_the_page_on_phone_and_desktop_screens(page: Any) -> None:
+    """No horizontal scrolling, every image is decoded, and the slider changes all grids at once."""
     width = page.viewport_size["width"]
     assert page.evaluate("document.documentElement.scrollWidth") == width
     wide = page.evaluate(
@@ -467,9 +467,9 @@ def test_the_page_in_a_browser_on_a_telephone_and_on_a_desk(page: Any) -> None:
         "e.getBoundingClientRect().right > innerWidth + 1).map(e => e.tagName)"
     )
     assert wide == []
-    pictures = "[...document.images].filter(i => !i.naturalWidth).map(i => i.alt)"
+    digests = "[...document.images].filter(i => !i.naturalWidth).map(i => i.alt)"
     assert (
-        page.evaluate(f"Promise.all([...document.images].map(i => i.decode())).then(() => {pictures})") == []
+        page.evaluate(f"Promise.all([...document.images].map(i => i.decode())).then(() => {digests})") == []
     )
 
     def shown() -> list[str]:

@@ -1,4 +1,4 @@
-"""Checkpoints judged in this process: numbers against the library's own, however the work is dealt out."""
+"""Evaluation of checkpoints: results against direct computation, for any division of the work."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +34,7 @@ FEW = {"num_images": 150, "features": "pixels", "num_draws": 2}
 
 @pytest.fixture(scope="module", autouse=True)
 def small_pieces() -> Iterator[None]:
-    """Four of the images drawn, three of those held out; and one thread, as in a pool."""
+    """Small pieces of work: four of sampled and three of held-out images; and one thread, as in a worker pool."""
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "PIECE_IMAGES", 40)
@@ -51,51 +51,51 @@ def run(tmp_path_factory: pytest.TempPathFactory, shards: str) -> Run:
     return make_run(tmp_path_factory.mktemp("runs"), shards)
 
 
-def judged(uri: str, *, every: bool = False, num_workers: int | None = 1, **settings: Any) -> Report:
+def evaluated(uri: str, *, every: bool = False, num_workers: int | None = 1, **settings: Any) -> Report:
     return evaluate.evaluate(context.read([uri], every), Settings(**{**FEW, **settings}), num_workers)
 
 
 @pytest.fixture(scope="module")
-def alone(run: Run) -> Report:
-    """All checkpoints in two ways, by one worker."""
-    return judged(run.location.uri, every=True, num_sample_steps=(2, 4))
+def one_worker(run: Run) -> Report:
+    """All checkpoints with two numbers of sampling steps, by one worker."""
+    return evaluated(run.location.uri, every=True, num_sample_steps=(2, 4))
 
 
-def test_numbers_are_those_of_one_batch(run: Run, alone: Report, shards: str) -> None:
-    """Known answers: the bound and the scores that the library finds when it is given everything at once."""
-    assert [result.images_seen for result in alone.results] == list(POSITIONS)
+def test_results_equal_those_of_one_batch(run: Run, one_worker: Report, shards: str) -> None:
+    """Known answers: the bound and the scores that the library computes from all images at once."""
+    assert [result.images_seen for result in one_worker.results] == list(POSITIONS)
     (candidate,) = context.read([run.location.uri])
-    by = context.choose([candidate], Settings(**FEW))  # type: ignore[arg-type]
-    posed = candidate.net, candidate.config, build_objective(candidate.config)
-    train = by.train.read(by.train.plan(0, 8192), 0, measure.MEASURED_IMAGES)
-    held_out = by.held_out.read(by.held_out.plan(0, 8192), 0, 150)
-    measured = measure.measure(*posed, train, "measured", device=CPU)
+    chosen = context.choose([candidate], Settings(**FEW))  # type: ignore[arg-type]
+    candidate_net = candidate.net, candidate.config, build_objective(candidate.config)
+    train = chosen.train.read(chosen.train.plan(0, 8192), 0, measure.MEASURED_IMAGES)
+    held_out = chosen.held_out.read(chosen.held_out.plan(0, 8192), 0, 150)
+    measured = measure.measure(*candidate_net, train, "measured", device=CPU)
     how: dict[str, Any] = {"variance": "measured", "measured": measured, "num_draws": 2}
-    bits = measure.bits_per_dim(*posed, held_out, start=0, device=CPU, **how)
-    last = alone.results[-1]
+    bits = measure.bits_per_dim(*candidate_net, held_out, start=0, device=CPU, **how)
+    last = one_worker.results[-1]
     for found, expected in zip(last.bits, bits.scores(), strict=True):
         assert (found.name, found.n) == (expected.name, 150)
         assert found.value == pytest.approx(expected.value, rel=1e-5)
         assert found.error == pytest.approx(expected.error, rel=1e-4)
-    drawn, image = measure.drawn_features(*posed, Pixels((8, 8, 1)), range(150), device=CPU)
+    drawn, image = measure.drawn_features(*candidate_net, Pixels((8, 8, 1)), range(150), device=CPU)
     *scores, share = last.drawn[1].scores
-    for found, expected in zip(scores, score("pixels", drawn, by.real, by.other_real), strict=True):
+    for found, expected in zip(scores, score("pixels", drawn, chosen.real, chosen.other_real), strict=True):
         assert (found.name, found.n, found.n_real) == (expected.name, 150, 150)
         assert (found.floor, found.floor_n) == (expected.floor, 150)
         assert found.value == pytest.approx(expected.value, rel=1e-3, abs=1e-4)
-    everything = by.train.read(by.train.plan(0, 8192), 0, 1500).image
+    everything = chosen.train.read(chosen.train.plan(0, 8192), 0, 1500).image
     of_held_out, of_drawn = memorisation.nearest([held_out.image, image], [everything])
     assert share == memorisation.nearer_share("pixels", of_drawn, of_held_out, 1500)
 
 
-def test_training_images_are_searched_as_far_as_is_asked(run: Run, alone: Report, tmp_path: Path) -> None:
-    for result in alone.results:
+def test_num_train_images_limits_the_search(run: Run, one_worker: Report, tmp_path: Path) -> None:
+    for result in one_worker.results:
         for way in result.drawn:
             assert way.scores[-1].name == "nearer_than_held_out-pixels"
             assert isinstance(way.scores[-1], NearerShare) and way.scores[-1].n_train == 1500
             assert way.nearest.startswith(b"\x89PNG")
     ((some,), (none,)) = (
-        judged(run.location.uri, num_images=40, num_train_images=n, cache=str(tmp_path)).results[0].drawn
+        evaluated(run.location.uri, num_images=40, num_train_images=n, cache=str(tmp_path)).results[0].drawn
         for n in (30, 0)
     )
     assert isinstance(some.scores[-1], NearerShare) and some.scores[-1].n_train == 30
@@ -103,48 +103,50 @@ def test_training_images_are_searched_as_far_as_is_asked(run: Run, alone: Report
     assert none.nearest == b""
 
 
-def test_a_score_needs_nothing_but_its_n_and_its_error(alone: Report) -> None:
-    for result in alone.results:
+def test_every_score_has_its_n_and_its_error(one_worker: Report) -> None:
+    for result in one_worker.results:
         assert [drawn.name for drawn in result.drawn] == ["ddim-2", "ddim-4"]
         assert [drawn.is_own for drawn in result.drawn] == [False, True]
         for s in (*result.bits, *(s for drawn in result.drawn for s in drawn.scores)):
             assert np.isfinite([s.value, s.error]).all() and s.n >= 90
-    first, *others = alone.results
+    first, *others = one_worker.results
     assert all(first.bits != other.bits and first.drawn != other.drawn for other in others)
 
 
 @pytest.mark.parametrize("num_workers", [None, pytest.param(2, marks=pytest.mark.slow)])
-def test_several_workers_find_what_one_finds(run: Run, alone: Report, num_workers: int | None) -> None:
-    """Bit for bit: threads of this process, and actors of a Ray cluster."""
+def test_several_workers_give_the_same_results_as_one(
+    run: Run, one_worker: Report, num_workers: int | None
+) -> None:
+    """Bit for bit, with threads of this process and with actors of a Ray cluster."""
     import ray
 
     try:
-        again = judged(run.location.uri, every=True, num_sample_steps=(2, 4), num_workers=num_workers)
+        again = evaluated(run.location.uri, every=True, num_sample_steps=(2, 4), num_workers=num_workers)
         assert ray.is_initialized() == (num_workers is not None)
     finally:
         ray.shutdown()
-    assert again.to_json() == alone.to_json()
-    assert again.results[-1].drawn[-1].nearest == alone.results[-1].drawn[-1].nearest
-    assert again.key == alone.key
+    assert again.to_json() == one_worker.to_json()
+    assert again.results[-1].drawn[-1].nearest == one_worker.results[-1].drawn[-1].nearest
+    assert again.key == one_worker.key
 
 
-def test_reference_features_are_kept(run: Run, alone: Report, shards: str, tmp_path: Path) -> None:
+def test_reference_features_are_cached(run: Run, one_worker: Report, shards: str, tmp_path: Path) -> None:
     kept = sorted(path.name for path in Path(shards, "evaluation").iterdir())
     manifest = read_manifest(locations.resolve(shards))
-    digest = alone.settings["features"]["digest"][:16]
+    digest = one_worker.settings["features"]["digest"][:16]
     assert kept == sorted(
         f"features-pixels-{digest}-{n}-{manifest.splits[split].fingerprint[:32]}.safetensors"
         for split, n in (("test", 150), ("train", 150))
     )
-    judged(run.location.uri, cache=str(tmp_path / "elsewhere"))
+    evaluated(run.location.uri, cache=str(tmp_path / "elsewhere"))
     assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == kept
 
 
-def test_grey_levels_are_those_of_the_images_judged(alone: Report, tmp_path: Path) -> None:
-    assert alone.settings["data"]["grey_levels"] == 17  # of scikit-learn's digits
-    assert [result.num_classes for result in alone.results] == [0, 0, 0]
+def test_grey_levels_are_counted_on_the_evaluated_images(one_worker: Report, tmp_path: Path) -> None:
+    assert one_worker.settings["data"]["grey_levels"] == 17  # the number in scikit-learn's digits
+    assert [result.num_classes for result in one_worker.results] == [0, 0, 0]
     location, value = locations.resolve(str(tmp_path)), np.arange(100, dtype=np.uint8)
-    image = np.broadcast_to(value[:, None, None, None], (100, 8, 8, 1)).copy()  # a level each
+    image = np.broadcast_to(value[:, None, None, None], (100, 8, 8, 1)).copy()  # each image has its own level
     part = write_shard(location, "test/00000.parquet", image, None, rows_per_row_group=50)
     manifest = make_manifest("flat", 8, 8, 1, "raw", [], {"test": [part]}, options="test")
     write_manifest(location, manifest)
@@ -152,27 +154,27 @@ def test_grey_levels_are_those_of_the_images_judged(alone: Report, tmp_path: Pat
     assert [evaluate._grey_levels(held_out, n) for n in (30, 90, 100, 2000)] == [30, 90, 100, 100]
 
 
-def test_what_was_measured_is_kept_with_the_checkpoint(run: Run, alone: Report) -> None:
-    for uri, result in zip(resolve.checkpoints_of(run.location.uri), alone.results, strict=True):
+def test_measured_errors_are_stored_with_the_checkpoint(run: Run, one_worker: Report) -> None:
+    for uri, result in zip(resolve.checkpoints_of(run.location.uri), one_worker.results, strict=True):
         errors = runs.read_x_0_error(Path(uri), CONFIG.schedule.num_timesteps)
         assert errors.shape == (20,) and errors[0] < errors[-1]
         assert (result.variance, result.variance_is_default) == ("measured", True)
 
 
-def test_the_variance_decides_the_bound_and_the_noise_of_ancestral(run: Run, alone: Report) -> None:
-    """Measured is the least; asked for, it is what `ancestral` draws with as well."""
+def test_the_variance_affects_the_bound_and_ancestral_sampling(run: Run, one_worker: Report) -> None:
+    """`measured` gives the smallest bound; if requested, ancestral sampling uses it too."""
     of_bound, drawn = {}, {}
     for variance in ("auto", "measured", "beta_tilde"):
         how = {"variance": variance, "samplers": ("ddpm",), "num_sample_steps": (4,)}
-        (result,) = judged(run.location.uri, **how).results
+        (result,) = evaluated(run.location.uri, **how).results
         of_bound[variance], drawn[variance] = result.bits[0].value, result.drawn[0]
-    assert of_bound["measured"] == of_bound["auto"] == alone.results[-1].bits[0].value
+    assert of_bound["measured"] == of_bound["auto"] == one_worker.results[-1].bits[0].value
     assert of_bound["measured"] < of_bound["beta_tilde"]
     assert drawn["auto"].scores == drawn["beta_tilde"].scores != drawn["measured"].scores
     assert [drawn[v].name for v in drawn] == ["ddpm-4", "ddpm-4 variance measured", "ddpm-4"]
 
 
-def test_of_a_run_the_newest_is_judged_and_a_checkpoint_once(run: Run) -> None:
+def test_a_run_means_its_newest_checkpoint_and_duplicates_are_dropped(run: Run) -> None:
     uris = resolve.checkpoints_of(run.location.uri)
     found = context.read([run.location.uri, uris[-1], uris[0]])
     assert [candidate.position["images_seen"] for candidate in found] == [192, 64]
@@ -184,7 +186,7 @@ def ways(**settings: Any) -> list[tuple[str, int | None]]:
     return [(way.sampler, way.num_sample_steps) for way in found]
 
 
-def test_ways_of_drawing() -> None:
+def test_sampling_configs() -> None:
     assert ways() == [("ddim", 4)]
     assert ways(num_sample_steps=(2, 3, 2)) == [("ddim", 2), ("ddim", 3)]
     assert ways(samplers=("heun", "dpmpp_2m"), num_sample_steps=(5,)) == [("heun", 5), ("dpmpp_2m", 5)]
@@ -197,36 +199,36 @@ def test_ways_of_drawing() -> None:
 
 
 @pytest.mark.parametrize(("sampler", "steps"), [("ddpm", 20), ("auto", 20), ("dpmpp_2m", 20), ("heun", 20)])
-def test_a_number_of_steps_left_open_is_said(sampler: Any, steps: int) -> None:
+def test_the_default_number_of_steps_is_resolved(sampler: Any, steps: int) -> None:
     way = context.resolved(CONFIG, SampleConfig(sampler=sampler))
     assert (way.sampler, way.num_sample_steps) == ("ddim" if sampler == "auto" else sampler, steps)
 
 
-def test_the_course_s_mix_is_judged_without_bits(tmp_path: Path, shards: str) -> None:
+def test_uniform_mix_is_evaluated_without_bits_per_dim(tmp_path: Path, shards: str) -> None:
     config = override(CONFIG, {"objective.process": "uniform_mix", "run.name": "mix"})
     run = make_run(tmp_path / "runs", shards, config)
-    (result,) = judged(run.location.uri, num_images=40).results
+    (result,) = evaluated(run.location.uri, num_images=40).results
     assert result.bits == ()
     assert [drawn.name for drawn in result.drawn] == ["mix-4"]
 
 
-def test_a_run_that_lost_its_shards_names_its_source_or_none(tmp_path: Path, shards: str) -> None:
-    """Embedded sources are prepared again, and are the same data."""
+def test_the_data_of_a_run_whose_shards_are_gone(tmp_path: Path, shards: str) -> None:
+    """Builtin sources are prepared again, and give the same data; otherwise it is an error."""
     gone = make_run(tmp_path / "a", shards, override(CONFIG, {"data.source": "digits"}))
     (candidate,) = context.read([gone.location.uri])
     moved = context.replace(
         candidate, config=override(candidate.config, {"data.shards": str(tmp_path / "no-more")})
     )
-    by = context.choose([moved], Settings(**FEW))  # type: ignore[arg-type]
-    assert by.uri == str(tmp_path / f"runs/data/digits-{options_of(Digits())[:8]}")
-    assert by.train.rows.fingerprint == candidate.position["data_fingerprint"]
+    chosen = context.choose([moved], Settings(**FEW))  # type: ignore[arg-type]
+    assert chosen.uri == str(tmp_path / f"runs/data/digits-{options_of(Digits())[:8]}")
+    assert chosen.train.rows.fingerprint == candidate.position["data_fingerprint"]
     nameless = context.replace(moved, config=override(moved.config, {"data.source": None}))
     with pytest.raises(UserError, match=r"is no longer at .*/no-more; name it with --data\.shards"):
         context.choose([nameless], Settings(**FEW))  # type: ignore[arg-type]
 
 
 def other_data(folder: Path, side: int = 8, **rows: int) -> str:
-    """Noise, in splits of so many rows."""
+    """Write a data set of noise with this many rows per split; returns its URI."""
     location = locations.resolve(str(folder))
     image = np.random.RandomState(0).randint(0, 256, (max(rows.values()), side, side, 1)).astype(np.uint8)
     shards = {
@@ -269,36 +271,34 @@ def other_data(folder: Path, side: int = 8, **rows: int) -> str:
     ],
     ids=str,
 )
-def test_mistakes(
+def test_user_errors(
     run: Run, tmp_path: Path, data: dict[str, int], settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        judged(run.location.uri, shards=other_data(tmp_path / "d", **data), **settings)
+        evaluated(run.location.uri, shards=other_data(tmp_path / "d", **data), **settings)
 
 
-def test_a_net_that_knows_classes_wants_them(tmp_path: Path, shards: str) -> None:
+def test_a_conditional_net_needs_data_with_its_classes(tmp_path: Path, shards: str) -> None:
     run = make_run(tmp_path / "runs", shards, override(CONFIG, {"model.num_classes": 10}))
     with pytest.raises(UserError, match=r"has 10 classes, but .* has 0"):
-        judged(run.location.uri, shards=other_data(tmp_path / "d", train=100, test=30))
+        evaluated(run.location.uri, shards=other_data(tmp_path / "d", train=100, test=30))
 
 
-def test_a_conditional_nets_errors_hold_its_classes(tmp_path: Path, shards: str) -> None:
-    """Known answers: the library's own, with i mod 10 as the label of image i."""
+def test_errors_of_a_conditional_net_are_stratified_by_class(tmp_path: Path, shards: str) -> None:
+    """Known answers: the library's score with label i mod 10 for image i."""
     run = make_run(tmp_path / "runs", shards, override(CONFIG, {"model.num_classes": 10}))
-    (result,) = judged(run.location.uri).results
+    (result,) = evaluated(run.location.uri).results
     (candidate,) = context.read([run.location.uri])
-    posed = candidate.net, candidate.config, build_objective(candidate.config)
-    drawn, _ = measure.drawn_features(*posed, Pixels((8, 8, 1)), range(150), device=CPU)
-    by = context.choose([candidate], Settings(**FEW))  # type: ignore[arg-type]
-    held, free = (score("pixels", drawn, by.real, label=label) for label in (np.arange(150) % 10, None))
+    candidate_net = candidate.net, candidate.config, build_objective(candidate.config)
+    drawn, _ = measure.drawn_features(*candidate_net, Pixels((8, 8, 1)), range(150), device=CPU)
+    chosen = context.choose([candidate], Settings(**FEW))  # type: ignore[arg-type]
+    held, free = (score("pixels", drawn, chosen.real, label=label) for label in (np.arange(150) % 10, None))
     found = [s.error for s in result.drawn[0].scores if not isinstance(s, NearerShare)]
     assert found == pytest.approx([s.error for s in held], rel=1e-2)
     assert found != pytest.approx([s.error for s in free], rel=1e-2)
 
 
-def test_checkpoints_of_different_data_are_judged_by_named_data(
-    run: Run, tmp_path: Path, shards: str
-) -> None:
+def test_checkpoints_of_different_data_need_the_data_set_flag(run: Run, tmp_path: Path, shards: str) -> None:
     noise = other_data(tmp_path / "d", train=100, test=30)
     other = make_run(tmp_path / "runs", noise, override(CONFIG, {"run.name": "noise"}))
     candidates = context.read([run.location.uri, other.location.uri])

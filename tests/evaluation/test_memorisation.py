@@ -1,4 +1,4 @@
-"""Shares and intervals where the answer is known: copies, draws of one distribution, mixtures of both."""
+"""Shares and intervals with known answers: copies, samples of one distribution, mixtures of both."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def random_images(seed: int, n: int) -> np.ndarray:
     return np.random.RandomState(seed).randint(0, 256, (n, 4, 4, 1)).astype(np.uint8)
 
 
-def test_the_nearest_is_found_in_whatever_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_nearest_is_found_for_any_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
     train, sets = random_images(0, 300), [random_images(1, 70), random_images(2, 20)]
     sets[0][5] = train[123]
     whole = [
@@ -63,10 +63,10 @@ def test_copies_of_training_images_are_all_nearer() -> None:
 
 
 @pytest.mark.parametrize(("num_drawn", "num_held_out"), [(200, 20), (500, 90), (1000, 1000)])
-def test_the_interval_holds_what_is_expected_of_a_net_that_has_memorised_nothing(
+def test_the_interval_covers_the_expected_share_without_memorisation(
     num_drawn: int, num_held_out: int
 ) -> None:
-    """At least 95 % by construction; of 300 repetitions fewer than 91 % would hold it once in a thousand times."""
+    """Coverage is at least 95 % by construction; less than 91 % of 300 repetitions has probability 0.001."""
     noise, covered, of_one_percent, shares = np.random.RandomState(0), [], [], []
     for _ in range(300):
         sides = (distances(noise.rand(n)) for n in (num_drawn, num_held_out))
@@ -77,14 +77,14 @@ def test_the_interval_holds_what_is_expected_of_a_net_that_has_memorised_nothing
     assert np.mean(covered) >= 0.91
     assert (
         num_held_out < 90 or np.mean(of_one_percent) >= 0.91
-    )  # of 20 images the smallest is no 1st percentile
-    # The floor is what is expected, and its error how far from that a share is.
+    )  # the smallest of 20 distances is not a 1st percentile
+    # The floor is the expected share, and its error the standard deviation of a share.
     assert np.mean(shares) == pytest.approx(found.floor, abs=4 * found.floor_error / 300**0.5)
     assert np.std(shares) == pytest.approx(found.floor_error, rel=0.25)
 
 
 @pytest.mark.parametrize("num_held_out", [90, 1000])
-def test_the_interval_holds_a_share_that_is_larger(num_held_out: int) -> None:
+def test_the_interval_covers_a_larger_share(num_held_out: int) -> None:
     """Distances whose odds of lying below any other are 10 times those of held-out ones."""
     noise, covered = np.random.RandomState(1), []
     for _ in range(200):
@@ -98,7 +98,7 @@ def test_the_interval_holds_a_share_that_is_larger(num_held_out: int) -> None:
 
 
 @pytest.mark.parametrize(("num_held_out", "share"), [(90, 0.3), (1000, 0.04)])
-def test_one_copy_among_some_is_noticed(num_held_out: int, share: float) -> None:
+def test_a_few_copies_are_detected(num_held_out: int, share: float) -> None:
     noise = np.random.RandomState(2)
     drawn = noise.rand(2000)
     drawn[: int(share * 2000)] = 0
@@ -107,7 +107,7 @@ def test_one_copy_among_some_is_noticed(num_held_out: int, share: float) -> None
     assert found.low > 1.5 * found.floor
 
 
-def test_pairs_are_the_nearest_first_with_their_places() -> None:
+def test_pairs_are_sorted_by_distance() -> None:
     train, drawn = random_images(0, 60), random_images(1, 40)
     drawn[7], drawn[3] = train[50], train[20]
     drawn[3, 0, 0] ^= 1
@@ -123,7 +123,7 @@ def test_pairs_are_the_nearest_first_with_their_places() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_digits", "is_caught"), [(16, True), (1707, False)])
-def test_a_net_that_repeats_its_sixteen_images_is_caught(
+def test_a_net_that_memorised_sixteen_images_is_detected(
     tmp_path: Path, num_digits: int, is_caught: bool
 ) -> None:
     """A net smaller than the digits preset's, trained a fifth as long in the same way: on few digits, and on all."""

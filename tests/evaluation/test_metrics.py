@@ -1,4 +1,4 @@
-"""Metrics where they are known in closed form, and against torch-fidelity."""
+"""Metrics against closed forms, definitions and torch-fidelity."""
 
 import numpy as np
 import pytest
@@ -15,14 +15,17 @@ def normal(n, size=8, seed=0, mean=0.0, std=1.0):
     return (mean + std * np.random.RandomState(seed).standard_normal((n, size))).astype(np.float32)
 
 
-def exactly(mean, covariance):
+def with_moments(mean, covariance):
     return Moments(2, np.array(mean, float), np.array(covariance, float))
 
 
 def test_fid_of_two_gaussians_in_closed_form():
     """Commuting covariances: |m - m'|^2 + sum (sqrt(a) - sqrt(b))^2; and any pair of 2x2 matrices, whose root's
     trace is sqrt(tr(AB) + 2 sqrt(det(AB)))."""
-    a, b = exactly([1, 2, 0], np.diag([4.0, 1.0, 0.0])), exactly([0, 2, 2], np.diag([1.0, 9.0, 2.25]))
+    a, b = (
+        with_moments([1, 2, 0], np.diag([4.0, 1.0, 0.0])),
+        with_moments([0, 2, 2], np.diag([1.0, 9.0, 2.25])),
+    )
     assert fid(a, b) == pytest.approx(5 + 1 + 4 + 2.25, abs=1e-12)
     assert fid(a, b) == pytest.approx(fid(b, a), abs=1e-12)
     assert fid(a, a) == pytest.approx(0, abs=1e-12)
@@ -30,24 +33,24 @@ def test_fid_of_two_gaussians_in_closed_form():
     product = first @ second
     cross = np.sqrt(np.trace(product) + 2 * np.sqrt(np.linalg.det(product)))
     right = np.trace(first) + np.trace(second) - 2 * cross
-    assert fid(exactly([0, 0], first), exactly([0, 0], second)) == pytest.approx(right, abs=1e-12)
+    assert fid(with_moments([0, 0], first), with_moments([0, 0], second)) == pytest.approx(right, abs=1e-12)
 
 
-def test_fid_is_torch_fidelitys():
+def test_fid_equals_that_of_torch_fidelity():
     x, y = normal(300, 16) @ normal(16, 16, 3), normal(200, 16, 1, 0.3) @ normal(16, 16, 4)
     theirs = [fid_features_to_statistics(torch.from_numpy(f.astype(np.float64))) for f in (x, y)]
     right = fid_statistics_to_metric(*theirs, verbose=False)["frechet_inception_distance"]
     assert fid(Moments.of(x), Moments.of(y)) == pytest.approx(right, rel=1e-9)
 
 
-def test_fid_survives_fewer_images_than_features():
+def test_fid_works_with_fewer_images_than_features():
     x, y = normal(20, 64), normal(30, 64, 1)
     assert fid(Moments.of(x), Moments.of(x)) == pytest.approx(0, abs=1e-5)
-    assert fid(Moments.of(x), Moments.of(y)) > 10  # the bias that a floor shows
+    assert fid(Moments.of(x), Moments.of(y)) > 10  # the bias that the floor reports
 
 
 @pytest.mark.parametrize("parts", [2, 7])
-def test_moments_of_parts_are_those_of_the_whole(parts):
+def test_moments_of_parts_merge_to_those_of_the_whole(parts):
     x = normal(101, 5, mean=1000.0)  # far from 0, where sums of squares would lose digits
     whole, merged = Moments.of(x), Moments.merge(*(Moments.of(p) for p in np.array_split(x, parts)))
     assert whole.n == merged.n == 101
@@ -63,7 +66,7 @@ def test_one_image_has_no_covariance():
         _ = Moments.of(normal(1)).covariance
 
 
-def test_kid_is_torch_fidelitys():
+def test_kid_equals_that_of_torch_fidelity():
     x, y = normal(150), normal(150, seed=1, mean=0.4)
     right = kid_features_to_metric(
         torch.from_numpy(x.astype(np.float64)),
@@ -74,7 +77,7 @@ def test_kid_is_torch_fidelitys():
     assert kid(x, y).value == pytest.approx(right, rel=1e-9)
 
 
-def test_kid_is_that_of_the_definition_with_unequal_numbers():
+def test_kid_follows_the_definition_with_unequal_numbers():
     x, y = normal(7, 3).astype(float), normal(5, 3, 1).astype(float)
 
     def k(a, b):
@@ -88,8 +91,8 @@ def test_kid_is_that_of_the_definition_with_unequal_numbers():
     assert kid(x, y).error == pytest.approx(jackknife_error(without_x, without_y))
 
 
-def test_kid_is_unbiased_and_its_error_is_what_it_says():
-    """200 pairs of sets, of generated and of few real images: their mean and their spread."""
+def test_kid_is_unbiased_and_its_error_is_its_spread():
+    """Mean and spread over 200 pairs of sets, of generated and of few real images."""
     for mean, most in ((0.0, 1.7), (0.5, 1.3)):
         found = [kid(normal(60, 4, 2 * i, mean), normal(40, 4, 2 * i + 1)) for i in range(200)]
         values, errors = np.array(found).T
@@ -98,11 +101,11 @@ def test_kid_is_unbiased_and_its_error_is_what_it_says():
         assert 0.9 < errors.mean() / values.std() < most  # of sets that are alike, about sqrt(2)
 
 
-def test_the_error_of_kid_holds_the_classes_that_were_asked_for():
-    """Ten clusters, as many generated images of each: the spread between clusters is none of the generated side's."""
+def test_the_error_of_kid_is_stratified_by_class():
+    """Ten clusters with equal numbers of generated images: the spread between clusters is not an error of that side."""
     centres, classes, found = normal(10, 8, std=2.0), np.arange(200) % 10, []
     for seed in range(150):
-        chance = np.random.RandomState(seed).randint(0, 10, 200)  # the classes of real images are drawn too
+        chance = np.random.RandomState(seed).randint(0, 10, 200)  # the classes of real images are random too
         generated = centres[classes] + normal(200, 8, 2 * seed, 0.3)
         real = centres[chance] + normal(200, 8, 2 * seed + 1)
         found.append(
@@ -111,10 +114,10 @@ def test_the_error_of_kid_holds_the_classes_that_were_asked_for():
     values, stratified, plain = np.array(found).T
     assert 0.9 < stratified.mean() / values.std() < 1.2 < plain.mean() / values.std()
     one_each = kid(generated, real, np.arange(200))
-    assert one_each == kid(generated, real)  # where no class shows a spread, all together do
+    assert one_each == kid(generated, real)  # if no class has two images, the spread of all together is used
 
 
-def test_a_set_beside_itself_and_far_from_another():
+def test_metrics_of_equal_and_of_distant_sets():
     x = normal(50)
     same = Distances(x, x).manifold()
     assert (same.precision, same.recall, same.coverage) == (1, 1, 1)
@@ -122,7 +125,7 @@ def test_a_set_beside_itself_and_far_from_another():
     assert Distances(x + 1000, x).manifold() == (0, 0, 0, 0)
 
 
-def test_precision_and_recall_are_torch_fidelitys():
+def test_precision_and_recall_equal_those_of_torch_fidelity():
     generated, real = normal(120, 4, std=0.8), normal(90, 4, 1)
     right = prc_features_to_metric(
         torch.from_numpy(generated.astype(float)), torch.from_numpy(real.astype(float)), prc_neighborhood=3
@@ -133,7 +136,7 @@ def test_precision_and_recall_are_torch_fidelitys():
     assert 0 < ours.recall < ours.precision < 1
 
 
-def test_density_and_coverage_are_those_of_the_definition():
+def test_density_and_coverage_follow_the_definition():
     """Naeem et al. 2020, Eqs. 5 and 6, in loops."""
     generated, real = normal(40, 3, std=0.8).astype(float), normal(30, 3, 1).astype(float)
     radius = [np.sort(np.linalg.norm(real - r, axis=1))[5] for r in real]
@@ -145,7 +148,7 @@ def test_density_and_coverage_are_those_of_the_definition():
     assert ours.coverage == pytest.approx(inside.any(0).mean())
 
 
-def test_a_dropped_mode_costs_recall_and_coverage_and_an_invented_one_precision_and_density():
+def test_a_dropped_mode_lowers_recall_and_an_invented_one_precision():
     two = np.concatenate([normal(200), normal(200, seed=1, mean=20)])
     dropped = Distances(normal(200, seed=2), two).manifold()
     invented = Distances(np.concatenate([two + 0.01, normal(400, seed=3, mean=-20)]), two).manifold()

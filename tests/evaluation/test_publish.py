@@ -1,4 +1,4 @@
-"""Reports reach files, buckets and the MLflow runs they are about, once; and MLflow may be away."""
+"""Reports are written to files, buckets and the MLflow runs of their runs, once; MLflow may be down."""
 
 import json
 import time
@@ -30,7 +30,7 @@ def client(mlflow_server: str, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
 
 @pytest.fixture
 def start(client: MlflowClient) -> Callable[[str], Run]:
-    """A run that is being trained, with records up to 64 images."""
+    """Returns a function that starts an MLflow run with records up to 64 images."""
 
     def start(key: str) -> Run:
         found = client.get_experiment_by_name("ddpm")
@@ -53,7 +53,7 @@ def published(report: Report) -> list[str]:
     return list(publish.publish(report, PICTURE))
 
 
-def test_results_are_in_the_run_s_own_mlflow_run(
+def test_results_are_stored_in_the_mlflow_run_of_the_run(
     client: MlflowClient, start: Callable[[str], Run], mlflow_server: str
 ) -> None:
     key, other = uuid.uuid4().hex, uuid.uuid4().hex
@@ -70,11 +70,11 @@ def test_results_are_in_the_run_s_own_mlflow_run(
     assert kept == json.loads(report.to_json())
     after = client.get_run(run.info.run_id)
     assert after.info.status == "RUNNING"
-    assert after.data.tags[SENT_UNTIL_TAG] == "64"  # training's own records are its own affair
+    assert after.data.tags[SENT_UNTIL_TAG] == "64"  # metrics of training are left unchanged
     assert client.get_run(untouched.info.run_id).data.metrics == {}
 
 
-def test_again_adds_what_is_new_and_replaces_only_its_own_files(
+def test_publishing_again_adds_new_values_and_replaces_only_its_own_files(
     client: MlflowClient, start: Callable[[str], Run]
 ) -> None:
     key = uuid.uuid4().hex
@@ -93,11 +93,11 @@ def test_again_adds_what_is_new_and_replaces_only_its_own_files(
     published(report_on(key, 1, num_images=7))
     assert len(client.list_artifacts(run.info.run_id, "evaluation")) == 4
     time.sleep(0.01)
-    published(report)  # the first value is news again
+    published(report)  # the first value counts as new again
     assert client.get_run(run.info.run_id).data.metrics["eval/KID-pixels"] == before[0][1]
 
 
-def test_each_run_gets_what_is_about_it(
+def test_each_run_gets_only_its_own_results(
     client: MlflowClient, start: Callable[[str], Run], mlflow_server: str
 ) -> None:
     keys = [uuid.uuid4().hex, uuid.uuid4().hex]
@@ -114,7 +114,7 @@ def test_each_run_gets_what_is_about_it(
         assert [step for step, _ in points(client, run, "eval/KID-pixels")] == [1000 * i]
 
 
-def test_the_pictures_of_the_nearest_are_beside_the_file_and_in_mlflow(
+def test_plots_of_nearest_images_are_beside_the_file_and_in_mlflow(
     client: MlflowClient, start: Callable[[str], Run], tmp_path: Path
 ) -> None:
     key = uuid.uuid4().hex
@@ -127,7 +127,7 @@ def test_the_pictures_of_the_nearest_are_beside_the_file_and_in_mlflow(
     assert points(client, run, "eval_low/nearer_than_held_out-pixels") == [(1000, 0.03)]
 
 
-def test_a_database_that_is_not_there_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_database_is_not_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///none.db")
     assert published(report_on("key", 1)) == [
         f"MLflow      sqlite:///{tmp_path}/none.db does not have run a; nothing is logged there"
@@ -135,7 +135,7 @@ def test_a_database_that_is_not_there_is_not_made(tmp_path: Path, monkeypatch: p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_mlflow_may_be_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_may_be_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = f"http://{servers.LOOPBACK}:{servers.free_ports(1)[0]}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.replace("://", "://me:s3cret@"))
     lines = list(publish.store(report_on("key", 1), publish.place_for("out/found.json"), timeout_s=0.5))
@@ -158,7 +158,7 @@ def test_a_report_in_a_bucket(s3_bucket: str, tmp_path: Path, monkeypatch: pytes
     assert locations.resolve(f"{s3_bucket}/found/all.png").read().startswith(b"\x89PNG")
 
 
-def test_a_place_that_cannot_be_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+def test_an_invalid_output_path_is_rejected_before_the_evaluation(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
     for out, message in {

@@ -1,4 +1,4 @@
-"""What a report says is the same wherever it says it."""
+"""A report: its table, JSON, metrics, remarks and plots agree."""
 
 import io
 import json
@@ -35,7 +35,7 @@ def estimates(score: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("found", [ONE, SEVERAL], ids=["one", "several"])
-def test_the_table_says_what_the_json_says(found: Report) -> None:
+def test_table_and_json_agree(found: Report) -> None:
     text, parsed = printed(found), json.loads(found.to_json())
     assert parsed["format"] == report.FORMAT
     for judged in parsed["checkpoints"]:
@@ -48,7 +48,7 @@ def test_the_table_says_what_the_json_says(found: Report) -> None:
     assert f"{1000:,}" in text and "ddim-50" in text
 
 
-def test_of_several_the_lines_are_checkpoints_and_ways() -> None:
+def test_the_table_has_a_line_per_checkpoint_and_sampling_config() -> None:
     lines = [line for line in printed(SEVERAL).splitlines() if re.search(r"ddim-\d", line)]
     assert len(lines) == 8
     assert [line.split()[:2] for line in lines[::2]] == [
@@ -70,14 +70,14 @@ def test_a_narrow_terminal_loses_no_number(found: Report) -> None:
             assert estimates({"value": score.value, "error": score.error}) in text
 
 
-def test_a_run_s_name_forges_nothing() -> None:
+def test_run_names_cannot_inject_markup() -> None:
     name = "a\nerror: b \x1b[2J[red]c[/red]"
     one, several = result(1, drawn(1), run=name), result(2, drawn(2), run="b")
     for found in (made(one), made(one, several)):
         assert "a\\nerror: b \\x1b[2J[red]c[/red]" in printed(found)
 
 
-def test_points_are_named_by_what_was_measured() -> None:
+def test_metric_names_say_how_they_were_measured() -> None:
     found = report.metrics(result(1, drawn(1), drawn(1, 10, own=False), drawn(1, 10, own=False, eta=0.5)))
     assert found["eval/bits_per_dim"] == pytest.approx(4.4678901)
     assert found["eval_error/bits_per_dim"] == 0.05
@@ -91,13 +91,13 @@ def test_points_are_named_by_what_was_measured() -> None:
     assert report.metrics(broken) == {}
 
 
-def test_json_has_null_for_what_is_not_finite() -> None:
+def test_json_has_null_for_non_finite_values() -> None:
     found = made(replace(result(1), bits=(Score("bits/dim", float("nan"), float("inf"), 90),)))
     (score,) = json.loads(found.to_json())["checkpoints"][0]["bits"]
     assert (score["value"], score["error"], score["n"]) == (None, None, 90)
 
 
-def test_a_report_s_key_is_of_checkpoints_and_settings_not_of_numbers() -> None:
+def test_the_report_key_depends_on_checkpoints_and_settings_only() -> None:
     assert re.fullmatch(r"000000001000-[0-9a-f]{8}", ONE.key)
     assert made(result(1, replace(drawn(5), scores=()))).key == ONE.key
     others = [
@@ -110,15 +110,15 @@ def test_a_report_s_key_is_of_checkpoints_and_settings_not_of_numbers() -> None:
 
 
 def remarks(found: Report, out: str = "out.json") -> list[str]:
-    """All but the first, which says what bits/dim hang on."""
+    """All remarks but the first, which says what bits/dim depends on."""
     lines = tables.remarks(found, out)
     if any(v.bits for v in found.results):
         assert lines.pop(0).startswith("bits/dim: the variance is measured, one per timestep")
     return lines
 
 
-def test_the_variance_of_a_bound_is_named() -> None:
-    """And with it the number in MLflow, where it is not what everybody gets who does not ask."""
+def test_the_variance_of_the_bound_is_reported() -> None:
+    """If it is not the default, it is also part of the metric's name in MLflow."""
     fixed = result(1, variance="beta_tilde", variance_is_default=False)
     (line,) = tables.remarks(made(fixed), "out.json")
     assert line == f"bits/dim: the variance is beta_tilde, {tables.FIXED}"
@@ -137,15 +137,17 @@ def test_remarks() -> None:
     assert remarks(made(result(1, many)), "found.json") == []
 
 
-def test_memorisation_is_told_with_its_interval() -> None:
+def test_memorisation_is_reported_with_its_interval() -> None:
     found = made(result(1, near(0.03)))
     assert "0.0423 [0.0300, 0.0700]" in printed(found)
     assert "500 / 1,000" in printed(found) and "0.0100 ± 0.0030" in printed(found)
     (way,) = json.loads(found.to_json())["checkpoints"][0]["drawn"]
-    assert set(way) == {"sample", "is_own", "scores"}  # the picture is a file of its own
+    assert set(way) == {"sample", "is_own", "scores"}  # the plot is a separate file
     (score,) = way["scores"]
-    told = {key: score[key] for key in ("low", "high", "n", "n_real", "n_train", "space", "threshold")}
-    assert told == {
+    found_fields = {
+        key: score[key] for key in ("low", "high", "n", "n_real", "n_train", "space", "threshold")
+    }
+    assert found_fields == {
         "low": 0.03,
         "high": 0.07,
         "n": 500,
@@ -163,7 +165,7 @@ def test_memorisation_is_told_with_its_interval() -> None:
     ]
 
 
-def test_memorisation_is_remarked_on_where_the_interval_is_clearly_above_what_is_expected() -> None:
+def test_a_remark_is_made_if_memorisation_is_clearly_above_the_expected() -> None:
     (line,) = remarks(made(result(1, near(0.03))), "s3://b/out.json")
     assert line == (
         "a, 1,000 images seen, ddim-50: 4.2 % (95 % interval 3.0 % to 7.0 %) of the generated images are nearer to a "
@@ -177,7 +179,7 @@ def test_memorisation_is_remarked_on_where_the_interval_is_clearly_above_what_is
     assert few.startswith("nearer_than_held_out: 90 held-out images are too few for a 1st percentile")
 
 
-def test_each_picture_of_the_nearest_has_a_name_of_its_own() -> None:
+def test_each_plot_of_nearest_images_has_its_own_name() -> None:
     def names(*results: CheckpointResult) -> list[str]:
         return [name for name, _, _ in report.nearest_pictures(made(*results), "s3://b.c/d/out.json")]
 
@@ -191,52 +193,54 @@ def test_each_picture_of_the_nearest_has_a_name_of_its_own() -> None:
     assert names(result(1, drawn(1))) == []
 
 
-def test_bits_with_and_without_labels_are_told_apart() -> None:
+def test_bits_with_and_without_labels_are_distinguished() -> None:
     plain, ten = result(1), result(1, run="ten", num_classes=10)
     (line,) = remarks(made(plain, ten))
     assert line.startswith("bits/dim: nets with labels (ten) bound log p(x | y), the others log p(x)")
     assert "add log2(10) = 3.32 bits per image" in line  # p(x) >= p(x | y) / 10
     assert remarks(made(ten, replace(ten, run="too"))) == remarks(made(plain, plain)) == []
-    assert remarks(made(replace(plain, bits=()), ten)) == []  # the mix of the course has no bound
+    assert remarks(made(replace(plain, bits=()), ten)) == []  # uniform_mix has no bound
     assert [v["num_classes"] for v in json.loads(made(plain, ten).to_json())["checkpoints"]] == [0, 10]
 
 
-def test_few_grey_levels_are_said_with_what_a_uniform_code_costs() -> None:
+def test_few_grey_levels_are_reported_with_the_cost_of_a_uniform_code() -> None:
     (line,) = remarks(made(result(1), grey_levels=17))
     assert "17 grey levels, not 256" in line and "log2(17) = 4.09" in line
     assert remarks(made(replace(result(1), bits=()), grey_levels=17)) == []
 
 
 def pixels(found: Report) -> np.ndarray:
-    with Image.open(io.BytesIO(plots.picture(found)), formats=("PNG",)) as picture:
-        return np.asarray(picture.convert("RGB"))
+    with Image.open(io.BytesIO(plots.picture(found)), formats=("PNG",)) as plot:
+        return np.asarray(plot.convert("RGB"))
 
 
-def colours(picture: np.ndarray) -> int:
-    return len(np.unique(picture.reshape(-1, 3), axis=0))
+def colours(plot: np.ndarray) -> int:
+    return len(np.unique(plot.reshape(-1, 3), axis=0))
 
 
-def test_a_picture_has_a_line_of_panels_for_whatever_varies() -> None:
+def test_a_plot_has_a_row_of_panels_for_each_varied_setting() -> None:
     over_images = pixels(made(*(result(i, drawn(i)) for i in (1, 2, 3))))
     over_steps = pixels(made(result(1, drawn(1), drawn(1, 10))))
     both, one = pixels(SEVERAL), pixels(ONE)
     assert over_images.shape == one.shape
-    assert over_steps.shape[0] == one.shape[0] and over_steps.shape[1] < one.shape[1]  # no bits/dim there
+    assert (
+        over_steps.shape[0] == one.shape[0] and over_steps.shape[1] < one.shape[1]
+    )  # without a bits/dim panel
     assert both.shape[0] == 2 * one.shape[0]
-    for picture in (one, over_images, over_steps, both):
-        assert colours(picture) > 50
+    for plot in (one, over_images, over_steps, both):
+        assert colours(plot) > 50
     assert (pixels(ONE) == one).all()
     assert (pixels(made(result(1, drawn(3)))) != one).any()
 
 
 @pytest.mark.parametrize(("channels", "num_pairs"), [(1, 16), (3, 5)])
-def test_the_picture_of_the_nearest_shows_every_pair(channels: int, num_pairs: int) -> None:
+def test_the_plot_of_nearest_images_shows_every_pair(channels: int, num_pairs: int) -> None:
     image = np.random.RandomState(0).randint(0, 256, (2, num_pairs, 8, 8, channels)).astype(np.uint8)
     image[..., 0, 0, :] = 255
     places = np.arange(num_pairs)
     pairs = Pairs("pixels", places, image[0], image[1], places / 3.0, places / 100)
-    with Image.open(io.BytesIO(plots.nearest(pairs)), formats=("PNG",)) as picture:
-        shown = np.asarray(picture.convert("RGB"))
-    for picture_of in image.reshape(-1, 8, 8, channels):
-        pixel = np.broadcast_to(picture_of[4, 4], 3)
+    with Image.open(io.BytesIO(plots.nearest(pairs)), formats=("PNG",)) as plot:
+        shown = np.asarray(plot.convert("RGB"))
+    for pair_image in image.reshape(-1, 8, 8, channels):
+        pixel = np.broadcast_to(pair_image[4, 4], 3)
         assert (shown == pixel).all(-1).sum() > 9, "an image is missing"

@@ -1,4 +1,4 @@
-"""Scores: their names, their floor, their uncertainty, and that it does not matter who computed the features."""
+"""Scores: their names, floors and errors, and that they do not depend on the order of the features."""
 
 import numpy as np
 import pytest
@@ -38,13 +38,13 @@ def by_name(found: list[Score]) -> dict[str, Score]:
         ("pixels", 64, "FID-pixels"),
     ],
 )
-def test_a_score_is_named_by_its_net(net: str, size: int, fid: str) -> None:
+def test_a_score_is_named_after_its_feature_net(net: str, size: int, fid: str) -> None:
     found = score(net, normal(30, size), normal(40, size, 1))
     assert [s.name for s in found] == [fid, f"KID-{net}", *(f"{metric}-{net}" for metric in METRICS)]
     assert all((s.n, s.n_real, s.floor) == (30, 40, None) for s in found)
 
 
-def test_a_perfect_model_scores_its_floor_and_a_poor_one_does_not() -> None:
+def test_a_perfect_model_scores_at_the_floor_and_a_poor_one_above() -> None:
     real, other = normal(400, seed=1), normal(500, seed=2)
     perfect = score("pixels", normal(300, seed=3), real, other)
     poor = score("pixels", normal(300, seed=3, mean=0.7), real, other)
@@ -56,13 +56,13 @@ def test_a_perfect_model_scores_its_floor_and_a_poor_one_does_not() -> None:
         assert bad.value > bad.floor + 4 * bad.error  # type: ignore[operator]
 
 
-def test_the_floor_says_when_it_has_fewer_images() -> None:
+def test_the_floor_reports_its_number_of_images() -> None:
     (first, *_) = score("pixels", normal(300), normal(100, seed=1), normal(50, seed=2))
     assert (first.n, first.floor_n) == (300, 50)
 
 
-def test_the_uncertainty_of_fid_is_its_spread() -> None:
-    """The spread over redrawn generated images and redrawn real ones."""
+def test_the_error_of_fid_is_its_spread() -> None:
+    """The spread over new generated and new real images."""
     found = [
         score("pixels", normal(200, seed=2 * i, mean=0.3), normal(100, seed=2 * i + 1))[0] for i in range(60)
     ]
@@ -104,7 +104,7 @@ def test_errors_do_not_depend_on_the_order_of_rows(is_labelled: bool) -> None:
     assert all(1 <= ratio < 1.5 for ratio in ratios.values()), ratios
 
 
-def test_the_error_of_fid_holds_the_classes_that_were_asked_for() -> None:
+def test_the_error_of_fid_is_stratified_by_class() -> None:
     classes, found = np.arange(200) % 10, []
     for seed in range(60):
         generated = clusters(classes, 2 * seed, 0.3)
@@ -116,8 +116,8 @@ def test_the_error_of_fid_holds_the_classes_that_were_asked_for() -> None:
     assert 0.8 < errors.mean() / values.std() < 1.3
 
 
-def test_a_share_of_all_images_has_an_error() -> None:
-    """All of 90 real images are covered: two more on either side make 92 of 94 (Agresti & Coull 1998)."""
+def test_a_share_of_one_has_an_error() -> None:
+    """All 90 real images are covered: adding two successes and two failures makes 92 of 94 (Agresti & Coull 1998)."""
     real = normal(90, seed=1)
     found = by_name(score("pixels", np.tile(real, (4, 1))[:300], real))
     assert found["coverage-pixels"].value == 1
@@ -128,9 +128,9 @@ def test_a_share_of_all_images_has_an_error() -> None:
 @pytest.mark.parametrize("shift", [0.0, 0.3])
 @pytest.mark.parametrize("n_real", [90, 1000])
 def test_intervals_cover(n_real: int, shift: float) -> None:
-    """In 90 % and more of 200 pairs of sets the true value lies within 1.96 errors.
+    """In at least 90 % of 200 pairs of sets the true value lies within 1.96 errors.
 
-    For KID that is the population's; the others are biased by the number of images, and theirs is their mean.
+    For KID the true value is the population's; the others are biased by the number of images, so it is their mean.
     """
     found = [
         score("pixels", normal(300, 16, 2 * i, shift), normal(n_real, 16, 2 * i + 1)) for i in range(200)
@@ -143,7 +143,7 @@ def test_intervals_cover(n_real: int, shift: float) -> None:
     assert all(share >= 0.9 for share in named.values()), named
 
 
-def test_of_many_images_pairs_are_made_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_use_only_the_first_of_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scores, "MAX_PAIRWISE", 50)
     found = by_name(score("pixels", normal(100), normal(80, seed=1)))
     few = by_name(score("pixels", normal(50), normal(50, seed=1)))
@@ -154,15 +154,15 @@ def test_of_many_images_pairs_are_made_of_the_first(monkeypatch: pytest.MonkeyPa
     assert few.keys() == found.keys()
 
 
-def test_too_few_images_are_refused_in_a_line() -> None:
+def test_too_few_images_are_a_one_line_error() -> None:
     with pytest.raises(UserError, match="12 generated and 90 real images; a comparison needs at least 20"):
         score("pixels", normal(12), normal(90))
 
 
-def test_a_harmed_digit_scores_worse(
+def test_noisy_digits_score_worse(
     digits_classifier: Classifier, train_digits: DataSet, test_digits: DataSet
 ) -> None:
-    """The classifier's KID orders real digits, noisy ones, and ones drowned in noise; the first are at the floor."""
+    """The classifier's KID ranks real, noisy and very noisy digits; real ones score at the floor."""
     real = torch.from_numpy(test_digits.read(test_digits.plan(0, 1000), 0, 297).image)
     other = torch.from_numpy(train_digits.read(train_digits.plan(0, 2000), 0, 1500).image)
     noise = torch.randn(other[750:].shape, generator=torch.Generator().manual_seed(0))
@@ -190,7 +190,7 @@ def bits(*index: int) -> BitsPerDim:
     return BitsPerDim.of(Bound(value / 100, t, kl, 2 + value))
 
 
-def test_bits_of_parts_are_those_of_the_whole() -> None:
+def test_bits_of_parts_merge_to_those_of_the_whole() -> None:
     whole = bits(0, 1, 2, 3, 4, 5)
     merged = BitsPerDim.merge(bits(0, 1, 2), bits(3), bits(4, 5))
     np.testing.assert_allclose(merged.kl, [0, 1.5, 3, 4.5, 6, 7.5])

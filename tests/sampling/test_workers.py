@@ -1,4 +1,4 @@
-"""Sampling with workers that die: in the end the folder holds what one undisturbed process writes."""
+"""Sampling with killed workers: in the end the folder has the files that one undisturbed process writes."""
 
 import dataclasses
 import json
@@ -50,18 +50,18 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def drawn(out: Path, job: SampleJob, num_images: int = 21, **settings: Any) -> dict[str, bytes]:
-    """What lies in `out` after 21 images, in pieces of 4."""
+def sample_into(out: Path, job: SampleJob, num_images: int = 21, **settings: Any) -> dict[str, bytes]:
+    """Sample images in pieces of 4; returns the files in `out`."""
     workers.draw(job, resolve(str(out)), num_images, **{"batch_size": 4, **settings})
     return files(out)
 
 
 @pytest.mark.usefixtures("ray_here")
 @pytest.mark.parametrize("form", ["png", "parquet"])
-def test_two_workers_draw_what_one_draws(form: Form, tmp_path: Path) -> None:
-    """Bit for bit; also when one is killed; and so do the threads of one process."""
+def test_two_workers_sample_the_same_images_as_one(form: Form, tmp_path: Path) -> None:
+    """Bit for bit, also when a worker is killed, and with threads of one process."""
     job = job_of(CONDITIONAL)
-    alone = drawn(tmp_path / "one", job, num_workers=1, form=form)
+    alone = sample_into(tmp_path / "one", job, num_workers=1, form=form)
     assert len(alone) == {"png": 21 + 2, "parquet": 3 + 3}[form]
     victims: list[int] = []
 
@@ -71,18 +71,18 @@ def test_two_workers_draw_what_one_draws(form: Form, tmp_path: Path) -> None:
             victims.append(victim.pid)
             victim.kill()
 
-    assert drawn(tmp_path / "two", job, num_workers=2, form=form, show=kill_one) == alone
+    assert sample_into(tmp_path / "two", job, num_workers=2, form=form, show=kill_one) == alone
     assert len(victims) == 1
-    assert drawn(tmp_path / "threads", job, form=form) == alone
+    assert sample_into(tmp_path / "threads", job, form=form) == alone
 
 
 def test_png_i_is_image_i(tmp_path: Path) -> None:
-    told: list[tuple[int, str]] = []
+    progress: list[tuple[int, str]] = []
     job = job_of(TINY)
-    found = drawn(tmp_path, job, 10, num_workers=1, show=lambda *news: told.append(news))
+    found = sample_into(tmp_path, job, 10, num_workers=1, show=lambda *news: progress.append(news))
     assert set(found) == {"request.json", "grid.png", *(f"images/{i:06d}.png" for i in range(10))}
-    assert [done for done, _ in told] == [0, 4, 8, 10]
-    assert all(detail.endswith(" images/s") for _, detail in told[1:])
+    assert [done for done, _ in progress] == [0, 4, 8, 10]
+    assert all(detail.endswith(" images/s") for _, detail in progress[1:])
     net = build_net(TINY).eval()
     objective = build_objective(TINY)
     torch.set_num_threads(1)
@@ -96,52 +96,59 @@ def test_png_i_is_image_i(tmp_path: Path) -> None:
 
 
 class Killed(BaseException):
-    """Stands for the end of the process."""
+    """Stands for the death of the process."""
 
 
 @pytest.mark.parametrize("form", ["png", "parquet"])
-def test_what_is_there_is_not_drawn_again(form: Form, tmp_path: Path) -> None:
+def test_existing_images_are_not_sampled_again(form: Form, tmp_path: Path) -> None:
     job = job_of(CONDITIONAL)
-    undisturbed = drawn(tmp_path / "undisturbed", job, form=form)
+    undisturbed = sample_into(tmp_path / "undisturbed", job, form=form)
 
-    def die(done: int, detail: str) -> None:
+    def interrupt(done: int, detail: str) -> None:
         if done >= 12:
             raise Killed
 
     with pytest.raises(Killed):
-        drawn(tmp_path / "killed", job, form=form, num_workers=1, show=die)
+        sample_into(tmp_path / "killed", job, form=form, num_workers=1, show=interrupt)
     assert "manifest.json" not in files(tmp_path / "killed")
-    told: list[int] = []
-    again = drawn(tmp_path / "killed", job, form=form, num_workers=1, show=lambda done, _: told.append(done))
-    # Shards are of 8, so the third piece was not kept.
-    assert told == {"png": [12, 16, 20, 21], "parquet": [8, 12, 16, 20, 21]}[form]
+    progress: list[int] = []
+    again = sample_into(
+        tmp_path / "killed", job, form=form, num_workers=1, show=lambda done, _: progress.append(done)
+    )
+    # A shard has 8 images, so the third piece was not saved.
+    assert progress == {"png": [12, 16, 20, 21], "parquet": [8, 12, 16, 20, 21]}[form]
     assert again == undisturbed
-    told.clear()
-    assert drawn(tmp_path / "killed", job, form=form, show=lambda done, _: told.append(done)) == undisturbed
-    assert told == [21]
+    progress.clear()
+    assert (
+        sample_into(tmp_path / "killed", job, form=form, show=lambda done, _: progress.append(done))
+        == undisturbed
+    )
+    assert progress == [21]
 
 
 def test_a_larger_request_adds_images(tmp_path: Path) -> None:
     job = job_of(TINY)
-    drawn(tmp_path / "grown", job, 10)
-    told: list[int] = []
-    grown = drawn(tmp_path / "grown", job, 21, num_workers=1, show=lambda done, _: told.append(done))
-    assert told[0] == 8  # the piece that had two of four images is drawn again, as a whole
-    assert grown == drawn(tmp_path / "at-once", job, 21)
+    sample_into(tmp_path / "grown", job, 10)
+    progress: list[int] = []
+    grown = sample_into(
+        tmp_path / "grown", job, 21, num_workers=1, show=lambda done, _: progress.append(done)
+    )
+    assert progress[0] == 8  # the piece with two of four images is sampled again as a whole
+    assert grown == sample_into(tmp_path / "at-once", job, 21)
 
 
-def test_a_lost_image_is_drawn_again_and_a_half_written_one_is_none(tmp_path: Path) -> None:
+def test_lost_and_incomplete_images_are_sampled_again(tmp_path: Path) -> None:
     job = job_of(TINY)
-    whole = drawn(tmp_path, job)
-    gone = f".000005.png.{process.token()}0.1.tmp"  # of a process that has ended
+    whole = sample_into(tmp_path, job)
+    gone = f".000005.png.{process.token()}0.1.tmp"  # a temporary file of a process that has exited
     (tmp_path / "images/000005.png").rename(tmp_path / "images" / gone)
     (tmp_path / "images/000020.png").unlink()
-    assert drawn(tmp_path, job) == whole
+    assert sample_into(tmp_path, job) == whole
 
 
-def test_another_request_is_refused_and_named(tmp_path: Path) -> None:
+def test_another_request_is_a_user_error(tmp_path: Path) -> None:
     job = job_of(TINY)
-    before = drawn(tmp_path / "a", job, 2)
+    before = sample_into(tmp_path / "a", job, 2)
     others: list[tuple[SampleJob, dict[str, Any], str]] = [
         (job_of(override(TINY, {"sample.seed": 1})), {}, r"sample\.seed 0 \(now 1\)"),
         (job_of(override(TINY, {"train.seed": 1})), {}, r"weights \w+ \(now \w+\)"),
@@ -151,51 +158,51 @@ def test_another_request_is_refused_and_named(tmp_path: Path) -> None:
     ]
     for other, settings, message in others:
         with pytest.raises(UserError, match=f"a holds images of another request: .*{message}.*another --out"):
-            drawn(tmp_path / "a", other, 2, **settings)
+            sample_into(tmp_path / "a", other, 2, **settings)
     assert files(tmp_path / "a") == before
-    drawn(tmp_path / "a", job_of(override(TINY, {"sample.sampler": "ddim", "sample.num_images": 9})), 2)
+    sample_into(tmp_path / "a", job_of(override(TINY, {"sample.sampler": "ddim", "sample.num_images": 9})), 2)
     (tmp_path / "b/images").mkdir(parents=True)
     with pytest.raises(UserError, match=r"b has images but no request\.json"):
-        drawn(tmp_path / "b", job, 2)
+        sample_into(tmp_path / "b", job, 2)
     (tmp_path / "a/request.json").write_text("{")
     with pytest.raises(UserError, match=r"request\.json is damaged"):
-        drawn(tmp_path / "a", job, 2)
+        sample_into(tmp_path / "a", job, 2)
 
 
 @pytest.mark.parametrize("form", ["png", "parquet"])
-def test_images_that_the_disk_has_no_room_for_are_refused(
+def test_too_little_disk_space_is_a_user_error(
     form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = job_of(TINY)
     with pytest.raises(
         UserError, match=r"^1,000,000,000,000 images need .* GB or more, and .* another --out$"
     ):
-        drawn(tmp_path / "out", job, 10**12, form=form)
+        sample_into(tmp_path / "out", job, 10**12, form=form)
     assert not (tmp_path / "out").exists()
-    whole = drawn(tmp_path / "out", job, form=form)
+    whole = sample_into(tmp_path / "out", job, form=form)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
-    assert drawn(tmp_path / "out", job, form=form) == whole  # what is there needs no room
+    assert sample_into(tmp_path / "out", job, form=form) == whole  # existing images need no space
     with pytest.raises(UserError, match="9,000 images need"):
-        drawn(tmp_path / "out", job, 9000, form=form)
+        sample_into(tmp_path / "out", job, 9000, form=form)
 
 
 @pytest.mark.parametrize("form", ["png", "parquet"])
-def test_a_billion_images_take_no_memory_before_they_are_drawn(
+def test_a_request_for_a_billion_images_needs_little_memory(
     form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**18))
 
-    def die(done: int, detail: str) -> None:
+    def interrupt(done: int, detail: str) -> None:
         if done >= 12:
             raise Killed
 
-    for _ in range(2):  # the second time some are there
+    for _ in range(2):  # the second time some images exist
         tracemalloc.start()
         try:
             with pytest.raises(Killed):
-                drawn(tmp_path, job_of(TINY), BILLION, form=form, num_workers=1, show=die)
+                sample_into(tmp_path, job_of(TINY), BILLION, form=form, num_workers=1, show=interrupt)
             assert tracemalloc.get_traced_memory()[1] < 50 << 20
         finally:
             tracemalloc.stop()
@@ -209,9 +216,9 @@ def test_a_billion_images_take_no_memory_before_they_are_drawn(
         ({"num_workers": 0}, "num_workers is 0; it must be at least 1"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_user_errors(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        drawn(tmp_path / "out", job_of(TINY), **settings)
+        sample_into(tmp_path / "out", job_of(TINY), **settings)
     assert not (tmp_path / "out").exists()
 
 
@@ -222,12 +229,12 @@ def test_labels_are_checked() -> None:
         job_of(CONDITIONAL, label=3)
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(
         UserError, match=r"cannot write images to .*/file/out: .*; the same command continues"
     ):
-        drawn(tmp_path / "file/out", job_of(TINY))
+        sample_into(tmp_path / "file/out", job_of(TINY))
 
 
 def training_data(location: Location) -> None:
@@ -239,12 +246,12 @@ def training_data(location: Location) -> None:
 
 
 @pytest.mark.parametrize("label", [None, 2])
-def test_shards_are_a_data_set_to_train_on(label: int | None, tmp_path: Path) -> None:
+def test_sampled_shards_can_be_trained_on(label: int | None, tmp_path: Path) -> None:
     training_data(resolve(str(tmp_path / "data")))
     config = override(CONDITIONAL, {"data.shards": str(tmp_path / "data")})
     job = job_of(config, label=label)
-    drawn(tmp_path / "pngs", job)
-    drawn(tmp_path / "shards", job, form="parquet")
+    sample_into(tmp_path / "pngs", job)
+    sample_into(tmp_path / "shards", job, form="parquet")
     data_set = ray_dataset.open_configured(override(config, {"data.shards": str(tmp_path / "shards")}))
     assert data_set.manifest.class_names == ("zero", "one", "two")
     assert [shard.num_rows for shard in data_set.rows.shards] == [8, 8, 5]
@@ -257,12 +264,12 @@ def test_shards_are_a_data_set_to_train_on(label: int | None, tmp_path: Path) ->
         assert of_class == (i % 3 if label is None else label)
     assert (tmp_path / "shards/grid.png").read_bytes() == (tmp_path / "pngs/grid.png").read_bytes()
     with pytest.raises(UserError, match=r"num_images 21 \(now 22\)"):
-        drawn(tmp_path / "shards", job, 22, form="parquet")
+        sample_into(tmp_path / "shards", job, 22, form="parquet")
 
 
 @pytest.mark.parametrize("form", ["png", "parquet"])
-def test_a_bucket_holds_what_a_folder_holds(form: Form, s3_bucket: str, tmp_path: Path) -> None:
-    here = drawn(tmp_path, job_of(TINY), 9, form=form, with_trajectory=True)
+def test_a_bucket_gets_the_same_files_as_a_folder(form: Form, s3_bucket: str, tmp_path: Path) -> None:
+    here = sample_into(tmp_path, job_of(TINY), 9, form=form, with_trajectory=True)
     there = resolve(f"{s3_bucket}/drawn")
     for _ in range(2):
         workers.draw(job_of(TINY), there, 9, form=form, batch_size=4, with_trajectory=True)
@@ -270,30 +277,30 @@ def test_a_bucket_holds_what_a_folder_holds(form: Form, s3_bucket: str, tmp_path
 
 
 def known_part(**settings: Any) -> Known:
-    """A picture, and its left half is kept."""
+    """An image of which the left half is known."""
     x_0 = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8)
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., :4] = 1
     return Known(x_0, mask, **settings)
 
 
-def test_inpainting_keeps_the_picture_where_the_mask_is_white(tmp_path: Path) -> None:
-    picture = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
+def test_inpainting_keeps_the_image_where_the_mask_is_white(tmp_path: Path) -> None:
+    image_file = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
     mask = np.zeros((8, 8), np.uint8)
     mask[:, :4] = 255
-    Image.fromarray(picture).save(tmp_path / "picture.png")
+    Image.fromarray(image_file).save(tmp_path / "picture.png")
     Image.fromarray(mask).save(tmp_path / "mask.png")
     config = override(TINY, {"sample.num_sample_steps": 12})
     both = tmp_path / "picture.png", tmp_path / "mask.png"
     known = generate.read_known(*both, config, num_resamples=2, jump_length=3)
     assert (known.num_resamples, known.jump_length) == (2, 3)
-    found = drawn(tmp_path / "out", job_of(config, known=known), 3)
+    found = sample_into(tmp_path / "out", job_of(config, known=known), 3)
     pixels = [images.from_png(found[f"images/{i:06d}.png"])[..., 0] for i in range(3)]
     for image in pixels:
-        assert (image[:, :4] == picture[:, :4]).all()
+        assert (image[:, :4] == image_file[:, :4]).all()
     assert (pixels[0][:, 4:] != pixels[1][:, 4:]).any()
-    asked = json.loads(found["request.json"])
-    assert (asked["num_resamples"], asked["jump_length"]) == (2, 3)
+    request = json.loads(found["request.json"])
+    assert (request["num_resamples"], request["jump_length"]) == (2, 3)
     with pytest.raises(UserError, match=r"jump_length is 12; .* 12 steps"):
         job_of(config, known=dataclasses.replace(known, jump_length=12))
     mixed = override(config, {"objective.process": "uniform_mix"})
