@@ -1,8 +1,8 @@
-"""Guidance and thresholds: known answers, and that x_t stays x_0_hat noised with eps_hat."""
+"""Guidance and thresholds: known answers, and x_t stays consistent with x_0_hat and eps_hat."""
 
 import pytest
 import torch
-from support.exact_denoisers import a_net, gaussian, normal
+from support.exact_denoisers import gaussian, normal, toy_denoiser
 
 from ddpm.config import SampleConfig
 from ddpm.diffusion import process, schedules
@@ -27,14 +27,14 @@ def unused(x_t, t):
     raise AssertionError("the unconditional net was called")
 
 
-def test_guidance_of_scale_one_calls_one_net():
+def test_guidance_with_scale_one_calls_only_one_net():
     cond = gaussian(SHORT, 0.5, 0.2)
     x = ancestral(guided(cond, unused, 1.0), SHORT, normal((2, 1, 2, 2)))
     assert torch.equal(x, ancestral(cond, SHORT, normal((2, 1, 2, 2))))
 
 
 def test_guidance_acts_inside_its_interval_image_by_image():
-    """Above low, up to and with high; elsewhere the prediction is the conditional one to the bit."""
+    """For low < sigma <= high; elsewhere the prediction is bitwise the conditional one."""
     cond, uncond = gaussian(SHORT, 0.5, 0.2), gaussian(SHORT, 0.0, 0.5)
     interval = SHORT.sigma[20].item(), SHORT.sigma[60].item()
     denoise = guided(cond, uncond, 3.0, interval, lambda t: SHORT.sigma[t])
@@ -48,7 +48,7 @@ def test_guidance_acts_inside_its_interval_image_by_image():
         assert not torch.equal(inside, outside)
 
 
-def test_outside_its_interval_guidance_costs_nothing():
+def test_outside_its_interval_guidance_calls_only_one_net():
     calls = []
 
     def uncond(x_t, t):
@@ -85,7 +85,7 @@ def test_the_interval_of_mix_is_about_the_amount():
     assert seen == [0.25, 0.5, 0.5, 0.25]
 
 
-def test_dynamic_thresholding_is_that_of_imagen():
+def test_dynamic_thresholding_follows_imagen():
     """Of 100 values the largest is 4 and the quantile 0.9 is 2: what exceeds 2 becomes 1, all else is halved."""
     x = torch.linspace(0, 1, 90).double()
     large = torch.cat([x[:89], torch.full((5,), 2.0), torch.full((5,), -2.0), torch.tensor([4.0])]).double()
@@ -96,12 +96,12 @@ def test_dynamic_thresholding_is_that_of_imagen():
     assert torch.equal(
         ours[1], small
     )  # its quantile is below 1: it is only clipped, and there is nothing to clip
-    # Each image by itself: the same in any company.
+    # Each image is treated by itself, whatever its batch.
     assert torch.equal(dynamic(0.9)(x_0_hat[:1]).flatten(), ours[0])
     assert dynamic(1.0)(x_0_hat).abs().max() == 1
 
 
-def test_dynamic_thresholding_is_that_of_diffusers():
+def test_dynamic_thresholding_equals_that_of_diffusers():
     from diffusers import DDPMScheduler
 
     theirs = DDPMScheduler(thresholding=True, dynamic_thresholding_ratio=0.8, sample_max_value=1e9)
@@ -110,12 +110,12 @@ def test_dynamic_thresholding_is_that_of_diffusers():
 
 
 @pytest.mark.parametrize("threshold", [clip, dynamic(0.9), None])
-def test_a_prediction_agrees_with_itself_after_any_threshold(threshold):
+def test_a_prediction_stays_consistent_after_any_threshold(threshold):
     x_t = normal((3, 2, 4, 4))()
-    x_0_hat, eps_hat, _ = predict(a_net(SHORT), SHORT, x_t, 70, threshold)
+    x_0_hat, eps_hat, _ = predict(toy_denoiser(SHORT), SHORT, x_t, 70, threshold)
     t = torch.full((3,), 70)
     torch.testing.assert_close(process.q_sample(SHORT.alpha_bar, x_0_hat, t, eps_hat), x_t)
-    raw = a_net(SHORT)(x_t, t).x_0_hat
+    raw = toy_denoiser(SHORT)(x_t, t).x_0_hat
     assert raw.abs().max() > 1
     assert torch.equal(x_0_hat, threshold(raw) if threshold else raw)
 
@@ -141,6 +141,6 @@ def test_build_threshold():
         (lambda: guided(unused, unused, 1.0, (-1.0, 1.0)), r"guidance_interval is \(-1.0, 1.0\)"),
     ],
 )
-def test_mistakes_are_named(make, message):
+def test_invalid_arguments_are_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()

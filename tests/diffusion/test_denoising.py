@@ -1,4 +1,4 @@
-"""The error of x_0_hat over log SNR: where it is known, and that it depends on no schedule."""
+"""The error of x_0_hat over log SNR: known answers, and independence of the schedule."""
 
 import math
 
@@ -25,13 +25,13 @@ def curve(schedule, seed=0, levels=LEVELS):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_of_gaussian_data_it_is_the_posterior_variance(name):
+def test_the_error_of_gaussian_data_is_the_posterior_variance(name):
     """Var(x_0 | x_t) = v / (1 + v snr), whatever the schedule."""
     found = curve(SCHEDULES[name]).mean(0)
     assert torch.allclose(found, STD**2 / (1 + STD**2 * LEVELS.exp()), rtol=0.03)
 
 
-def test_schedules_differ_by_interpolation_alone():
+def test_schedules_differ_only_by_interpolation():
     """The same noise at the same level: image by image the curves of an exact denoiser agree."""
     linear, cosine, sigmoid = map(curve, SCHEDULES.values())
     assert linear.shape == (64, 9)
@@ -39,7 +39,7 @@ def test_schedules_differ_by_interpolation_alone():
     assert not torch.allclose(linear, curve(SCHEDULES["linear"], seed=1), rtol=0.01)
 
 
-def test_half_its_integral_over_snr_is_the_sum_of_the_bound():
+def test_half_the_integral_over_snr_is_the_sum_of_the_bound():
     """In nats per dimension; for N(0, v) both are log((1 + v snr_0) / (1 + v snr_T)) / 2.
 
     The sum is above the integral, by half a step of log SNR (0.004) here, and by 11 % in 1,000 steps of `linear`.
@@ -67,7 +67,7 @@ def test_half_its_integral_over_snr_is_the_sum_of_the_bound():
     assert bound.kl.sum(1).mean().item() * math.log(2) == pytest.approx(known, rel=0.02)
 
 
-def test_what_a_schedule_does_not_reach_is_not_said():
+def test_levels_outside_the_schedule_are_nan():
     short = schedules.linear(10, 1e-3, 0.02)  # log SNR from 6.9 to 2.2
     found = curve(short, levels=torch.tensor([9.0, 6.9, 3.0, 2.0], dtype=torch.float64))
     assert found.isnan().all(0).tolist() == [True, False, False, True]

@@ -1,8 +1,8 @@
 """The numbers that diffusers' own tests expect, reproduced by our schedules, formulas and samplers.
 
 Each literal is from diffusers, tests/schedulers (Apache 2.0): its linear schedule of 1,000 steps from 1e-4 to 0.02, the
-net `x_t t / (t + 1)`, and as x_T the numbers 0/768 ... 767/768. Given are the sum of the absolute values, to 0.01, and
-their mean.
+net `x_t t / (t + 1)`, and as x_T the numbers 0/768 ... 767/768. The literals are the sum of the absolute values, to
+0.01, and their mean.
 
 Not reproduced, and why:
 
@@ -27,7 +27,7 @@ from ddpm.diffusion.timesteps import respaced
 
 LINEAR = schedules.linear(1000, 1e-4, 0.02)
 BRIGHT = schedules.linear(1000, 0.01, 0.02)
-"""Its first alpha is 0.99, so that it matters what the last step goes to."""
+"""Its first alpha is 0.99, so the result depends on the target of the last step."""
 TEN = range(900, -1, -100)
 ELEVEN = (999, 899, 799, 699, 599, 500, 400, 300, 200, 100, 0)
 COUNT = torch.arange(768) / 768
@@ -53,7 +53,7 @@ def v_net(schedule):
 
 
 def from_sample(x=SAMPLE):
-    """`x`, then what diffusers draws from its generator."""
+    """A noise source: first `x`, then the draws of diffusers' generator."""
     generator, first = torch.Generator().manual_seed(0), [x]
     return lambda: first.pop() if first else torch.randn(SAMPLE.shape, generator=generator)
 
@@ -62,7 +62,7 @@ def noised(t):
     return process.q_sample(LINEAR.alpha_bar, SAMPLE, torch.full((4,), t), NOISE)
 
 
-def has(x, absolute_sum, absolute_mean):
+def assert_sums(x, absolute_sum, absolute_mean):
     assert x.abs().sum().item() == pytest.approx(absolute_sum, abs=0.01)
     assert x.abs().mean().item() == pytest.approx(absolute_mean, abs=1e-4)
 
@@ -70,7 +70,7 @@ def has(x, absolute_sum, absolute_mean):
 @pytest.mark.parametrize(("net", "golden"), [(eps_net, (258.9606, 0.3372)), (v_net, (202.0296, 0.2631))])
 def test_ddpm(net, golden):
     """test_scheduler_ddpm, test_full_loop_no_noise (which is not without noise) and _with_v_prediction."""
-    has(ancestral(net(LINEAR), LINEAR, from_sample()), *golden)
+    assert_sums(ancestral(net(LINEAR), LINEAR, from_sample()), *golden)
 
 
 def test_ddpm_variance():
@@ -86,29 +86,29 @@ def test_ddpm_variance():
         assert jump.posterior_variance[1].item() == pytest.approx(golden, abs=1e-5)
 
 
-def test_one_step_of_a_batch_whose_images_are_at_different_t():
+def test_one_step_of_a_batch_with_different_t():
     """test_scheduler_ddpm_parallel and test_scheduler_ddim_parallel, test_batch_step_no_noise."""
     x_t, t = torch.cat([SAMPLE, SAMPLE + 0.1, SAMPLE - 0.1]), torch.arange(3).repeat_interleave(4)
     x_0_hat = clip(eps_net(LINEAR)(x_t, t).x_0_hat)
-    has(process.posterior_mean(LINEAR, x_0_hat, x_t, t), 1153.1833, 0.5005)
-    has(x_0_hat, 1147.7904, 0.4982)  # ddim in ten steps goes from t = 0, 1, 2 below 0
+    assert_sums(process.posterior_mean(LINEAR, x_0_hat, x_t, t), 1153.1833, 0.5005)
+    assert_sums(x_0_hat, 1147.7904, 0.4982)  # ddim in ten steps goes from t = 0, 1, 2 below 0
 
 
 @pytest.mark.parametrize(("net", "golden"), [(eps_net, (172.0067, 0.223967)), (v_net, (52.5302, 0.0684))])
 def test_ddim(net, golden):
     """test_scheduler_ddim, test_full_loop_no_noise and _with_v_prediction."""
-    has(ddim(net(LINEAR), LINEAR, from_sample(), timesteps=TEN), *golden)
+    assert_sums(ddim(net(LINEAR), LINEAR, from_sample(), timesteps=TEN), *golden)
 
 
 def test_ddim_from_a_noised_image():
     """test_scheduler_ddim, test_full_loop_with_noise."""
-    has(ddim(eps_net(LINEAR), LINEAR, from_sample(noised(100)), timesteps=(100, 0)), 354.5418, 0.4616)
+    assert_sums(ddim(eps_net(LINEAR), LINEAR, from_sample(noised(100)), timesteps=(100, 0)), 354.5418, 0.4616)
 
 
 def test_ddim_to_a_clean_image_and_to_t_0():
     """test_scheduler_ddim, _with_set_alpha_to_one, which is ours, and _with_no_set_alpha_to_one.
 
-    The latter ends at t = 0, with what our last step enters.
+    The latter ends at t = 0, with the input of our last step.
     """
     seen = []
     x = ddim(
@@ -118,8 +118,8 @@ def test_ddim_to_a_clean_image_and_to_t_0():
         timesteps=TEN,
         on_step=lambda step, x_t, x_0_hat: seen.append(x_t),
     )
-    has(x, 149.8295, 0.1951)
-    has(seen[-1], 149.0784, 0.1941)
+    assert_sums(x, 149.8295, 0.1951)
+    assert_sums(seen[-1], 149.0784, 0.1941)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_ddim_to_a_clean_image_and_to_t_0():
 def test_dpmpp_2m(net, threshold, golden):
     """test_scheduler_dpm_multi, test_full_loop_no_noise, _with_v_prediction, _no_noise_thres.
 
-    Theirs ends at t = 0 (final_sigmas_type sigma_min), with what our last step enters.
+    Theirs ends at t = 0 (final_sigmas_type sigma_min), with the input of our last step.
     """
     assert last_entered(net, from_sample(), ELEVEN, threshold).abs().mean().item() == pytest.approx(
         golden, abs=1e-4
@@ -144,7 +144,7 @@ def test_dpmpp_2m(net, threshold, golden):
 
 def test_dpmpp_2m_from_a_noised_image():
     """test_scheduler_dpm_multi, test_full_loop_with_noise."""
-    has(last_entered(eps_net, from_sample(noised(500)), ELEVEN[5:], None), 318.4111, 0.4146)
+    assert_sums(last_entered(eps_net, from_sample(noised(500)), ELEVEN[5:], None), 318.4111, 0.4146)
 
 
 def last_entered(net, noise, timesteps, threshold):

@@ -1,4 +1,4 @@
-"""RePaint: what is known stays, what is drawn fits to it, and step for step it is that of diffusers."""
+"""RePaint: known pixels stay, sampled pixels fit to them, and each step equals that of diffusers."""
 
 from functools import partial
 from itertools import pairwise
@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from diffusers import RePaintScheduler
-from support.exact_denoisers import a_net, correlated, finite, gaussian, normal
+from support.exact_denoisers import correlated, finite, gaussian, normal, toy_denoiser
 
 from ddpm.config import SampleConfig
 from ddpm.diffusion import inpainting, schedules
@@ -20,7 +20,7 @@ SHORT = schedules.linear(100, 1e-3, 0.2)
 ALL = uniform(100, 100)
 
 
-def a_mask(shape, seed=5):
+def make_mask(shape, seed=5):
     return (torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5).float()
 
 
@@ -28,9 +28,9 @@ def a_mask(shape, seed=5):
 def test_known_pixels_are_kept_exactly(num_resamples):
     shape = (3, 2, 4, 4)
     x_0 = 2 * torch.rand(shape, generator=torch.Generator().manual_seed(1)) - 1
-    mask = a_mask((1, 1, 4, 4))
+    mask = make_mask((1, 1, 4, 4))
     x = inpaint(
-        a_net(SHORT),
+        toy_denoiser(SHORT),
         SHORT,
         normal(shape, dtype=torch.float32),
         x_0=x_0,
@@ -46,14 +46,16 @@ def test_known_pixels_are_kept_exactly(num_resamples):
 @pytest.mark.parametrize("timesteps", [ALL, karras(SHORT, 12)], ids=len)
 def test_with_nothing_known_and_no_resampling_it_is_ancestral(timesteps):
     shape, zero = (2, 1, 4, 4), torch.zeros(1, 1, 4, 4)
-    x = inpaint(a_net(SHORT), SHORT, normal(shape), x_0=zero, mask=zero, timesteps=timesteps, num_resamples=1)
-    assert torch.equal(x, ancestral(a_net(SHORT), SHORT, normal(shape), timesteps=timesteps))
+    x = inpaint(
+        toy_denoiser(SHORT), SHORT, normal(shape), x_0=zero, mask=zero, timesteps=timesteps, num_resamples=1
+    )
+    assert torch.equal(x, ancestral(toy_denoiser(SHORT), SHORT, normal(shape), timesteps=timesteps))
 
 
-def test_what_is_drawn_comes_to_the_conditional_mean():
+def test_samples_have_the_conditional_mean():
     """Two pixels of N(0, s^2) with correlation rho: given the one, a, the other is N(rho a, s^2 (1 - rho^2)).
 
-    RePaint is an approximation: the mean comes near with more resampling, while the spread stays a little low.
+    RePaint is an approximation: more resampling improves the mean, but the spread stays slightly too small.
     """
     s, rho, a = 0.3, 0.9, 0.4
     covariance = s**2 * torch.tensor([[1, rho], [rho, 1]], dtype=torch.float64)
@@ -78,7 +80,7 @@ def test_what_is_drawn_comes_to_the_conditional_mean():
     assert x[..., 1].std().item() == pytest.approx(s * (1 - rho**2) ** 0.5, rel=0.15)
 
 
-def test_of_a_finite_data_set_the_point_that_fits_is_found():
+def test_inpainting_finds_the_matching_point_of_a_finite_data_set():
     g = torch.Generator().manual_seed(3)
     points = (2 * torch.rand((4, 1, 4, 4), generator=g, dtype=torch.float64) - 1).sign()
     mask = torch.zeros(1, 1, 4, 4)
@@ -94,11 +96,11 @@ def test_of_a_finite_data_set_the_point_that_fits_is_found():
     assert ((x - points[2]).abs() < 1e-3).all()
 
 
-def authors_pairs(n, num_resamples, jump_length):
-    """Lugmayr et al.'s walk, as pairs of timesteps: from, to; -1 is the finished image.
+def reference_steps(n, num_resamples, jump_length):
+    """The step sequence of Lugmayr et al., as pairs of timesteps (from, to); -1 is the finished image.
 
-    Downwards the net is asked at the first of a pair, and x_t goes to the second; upwards noise is added. It is not
-    that of diffusers, whose copy of get_schedule_jump is read by a pipeline that asks the net at the second.
+    Downwards the net is evaluated at the first timestep, and x_t moves to the second; upwards noise is added. It
+    differs from diffusers, whose pipeline evaluates the net at the second timestep of its copy of get_schedule_jump.
     """
     left = dict.fromkeys(range(0, n - jump_length, jump_length), num_resamples - 1)
     t, visited = n, []
@@ -112,24 +114,24 @@ def authors_pairs(n, num_resamples, jump_length):
     return list(pairwise([*visited, -1]))
 
 
-def test_the_authors_pairs_by_hand():
-    """Four steps, jumps of two, each once: from 0 up to 2; one from 2 would end above 3."""
+def test_reference_steps_by_hand():
+    """Four steps, jumps of two, each once: from 0 up to 2; a jump from 2 would end above 3."""
     down = [(3, 2), (2, 1), (1, 0)]
-    assert authors_pairs(4, 2, 2) == [*down, (0, 1), (1, 2), (2, 1), (1, 0), (0, -1)]
+    assert reference_steps(4, 2, 2) == [*down, (0, 1), (1, 2), (2, 1), (1, 0), (0, -1)]
 
 
 @pytest.mark.parametrize(
     ("n", "num_resamples", "jump_length"),
     [(100, 10, 10), (100, 1, 10), (100, 3, 1), (25, 2, 10), (12, 3, 11), (2, 4, 1)],
 )
-def test_the_walk_goes_back_and_forth_as_in_the_authors_code(n, num_resamples, jump_length):
+def test_steps_go_back_and_forth_as_in_the_authors_code(n, num_resamples, jump_length):
     asked, entered, steps = [], [], []
 
     def denoise(x_t, t):
         asked.append(int(t[0]))
         return Denoised(torch.zeros_like(x_t), x_t)
 
-    # Where all is known, and grey, x_t is noise alone, and the std of 10,000 pixels says at which timestep it is.
+    # If all pixels are known and grey, x_t is pure noise, and the std of 10,000 pixels tells its timestep.
     schedule = schedules.linear(n, 0.05, 0.3)
     zero = torch.zeros(1, 1, 1, 1)
     inpaint(
@@ -143,7 +145,7 @@ def test_the_walk_goes_back_and_forth_as_in_the_authors_code(n, num_resamples, j
         jump_length=jump_length,
         on_step=lambda step, x_t, x_0_hat: (steps.append(step), entered.append(x_t.std().item())),
     )
-    down = [t for t, t_next in authors_pairs(n, num_resamples, jump_length) if t_next < t]
+    down = [t for t, t_next in reference_steps(n, num_resamples, jump_length) if t_next < t]
     assert asked == down and asked.count(0) == 1
     assert steps == list(range(len(asked)))
     assert len(asked) == n + (num_resamples - 1) * jump_length * len(range(0, n - jump_length, jump_length))
@@ -152,11 +154,11 @@ def test_the_walk_goes_back_and_forth_as_in_the_authors_code(n, num_resamples, j
 
 
 @pytest.mark.parametrize("num_resamples", [2, 3])
-def test_repaint_is_diffusers_step_for_step(num_resamples):
-    """Its step and undo_step, in the order of the authors' pairs; theirs adds the noise of one step at a time."""
-    shape, net = (2, 1, 4, 4), a_net(SHORT)
+def test_repaint_equals_diffusers_step_for_step(num_resamples):
+    """diffusers' step and undo_step in the order of the reference steps; undo_step adds noise one step at a time."""
+    shape, net = (2, 1, 4, 4), toy_denoiser(SHORT)
     x_0 = 2 * torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) - 1
-    mask = a_mask((1, 1, 4, 4))
+    mask = make_mask((1, 1, 4, 4))
     theirs = RePaintScheduler(num_train_timesteps=100, eta=1.0, clip_sample=False)
     theirs.alphas_cumprod, theirs.betas = SHORT.alpha_bar, SHORT.beta
     theirs.final_alpha_cumprod = torch.ones((), dtype=torch.float64)
@@ -164,7 +166,7 @@ def test_repaint_is_diffusers_step_for_step(num_resamples):
     g = torch.Generator().manual_seed(0)
     y = torch.randn(shape, generator=g, dtype=torch.float64)
     expected = []
-    for t, t_next in authors_pairs(100, num_resamples, 1):
+    for t, t_next in reference_steps(100, num_resamples, 1):
         if t_next < t:
             expected.append(y)
             y = theirs.step(net(y, torch.full((2,), t)).eps_hat, t, y, x_0, mask.double(), g).prev_sample
@@ -188,13 +190,13 @@ def test_repaint_is_diffusers_step_for_step(num_resamples):
         torch.testing.assert_close(ours, other, rtol=1e-8, atol=1e-8)
 
 
-def test_an_image_depends_on_its_seed_alone():
+def test_an_image_depends_only_on_its_seed():
     draw = partial(
         inpaint,
         gaussian(SHORT, 0.3, 0.2),
         SHORT,
         x_0=torch.zeros(1, 3, 4, 4),
-        mask=a_mask((1, 1, 4, 4)),
+        mask=make_mask((1, 1, 4, 4)),
         timesteps=uniform(100, 12),
         num_resamples=2,
         jump_length=3,
@@ -209,17 +211,17 @@ def test_an_image_depends_on_its_seed_alone():
 def test_build():
     zero = torch.zeros(1, 1, 2, 2)
 
-    def drawn(**changes):
+    def sampled(**changes):
         config = SampleConfig(**{"sampler": "ddpm", **changes})
-        return inpainting.build(config, SHORT, zero, zero, 2, 5)(a_net(SHORT), normal((2, 1, 2, 2)))
+        return inpainting.build(config, SHORT, zero, zero, 2, 5)(toy_denoiser(SHORT), normal((2, 1, 2, 2)))
 
     def expected(**settings):
         ours = {"x_0": zero, "mask": zero, "num_resamples": 2, "jump_length": 5, **settings}
-        return inpaint(a_net(SHORT), SHORT, normal((2, 1, 2, 2)), **ours)
+        return inpaint(toy_denoiser(SHORT), SHORT, normal((2, 1, 2, 2)), **ours)
 
-    assert torch.equal(drawn(), expected(timesteps=ALL))  # of 250, or all that there are
+    assert torch.equal(sampled(), expected(timesteps=ALL))  # of at most 250 steps
     assert torch.equal(
-        drawn(num_sample_steps=9, spacing="karras", mean="plain"),
+        sampled(num_sample_steps=9, spacing="karras", mean="plain"),
         expected(timesteps=karras(SHORT, 9, sigma_max=20.0), threshold=None),
     )
 
@@ -236,13 +238,15 @@ def test_build():
         ({"timesteps": [3, 4], "num_resamples": 1}, "timesteps are"),
     ],
 )
-def test_mistakes_are_named(changes, message):
+def test_invalid_arguments_are_errors(changes, message):
     settings = {"x_0": torch.zeros(1, 1, 4, 4), "mask": torch.ones(1, 1, 4, 4), "timesteps": uniform(100, 20)}
     with pytest.raises(ValueError, match=message):
-        inpaint(a_net(SHORT), SHORT, normal((2, 1, 4, 4)), **{"num_resamples": 2, **settings, **changes})
+        inpaint(
+            toy_denoiser(SHORT), SHORT, normal((2, 1, 4, 4)), **{"num_resamples": 2, **settings, **changes}
+        )
 
 
-def test_build_takes_ancestral_alone():
+def test_build_accepts_only_ancestral():
     zero = torch.zeros(1, 1, 2, 2)
     with pytest.raises(ValueError, match="sampler is 'ddim'"):
         inpainting.build(SampleConfig(sampler="ddim"), SHORT, zero, zero)

@@ -1,4 +1,4 @@
-"""The bound where it is known: in closed form, by numerical integration, and against distributions of torch's own."""
+"""The variational bound against closed forms, numerical integration, and torch.distributions."""
 
 import math
 
@@ -56,7 +56,7 @@ def some_denoiser(x_t, t):
 
 
 @pytest.mark.parametrize("schedule", [LINEAR, COSINE], ids=["linear", "cosine"])
-def test_terms_of_gaussian_data_are_those_in_closed_form(schedule):
+def test_terms_of_gaussian_data_equal_the_closed_form(schedule):
     """KL_t = (snr_{t-1} - snr_t) / 2 Var(x_0 | x_t) with the exact denoiser and the posterior's variance."""
     mean, std = 0.1, 0.25
     x_0 = gaussian_images((8, 1, 50, 50), mean, std)  # 20,000 pixels: a mean square is known to 1 %
@@ -71,8 +71,8 @@ def test_terms_of_gaussian_data_are_those_in_closed_form(schedule):
     assert bound.prior.mean().item() == pytest.approx(prior, rel=0.02)
 
 
-def test_the_bound_of_gaussian_data_nears_its_entropy():
-    """With many steps, and the variance that fits, the bound is tight: the entropy of N(mean, std^2) in grey levels."""
+def test_the_bound_of_gaussian_data_approaches_its_entropy():
+    """With many steps and a suitable variance the bound is tight: the entropy of N(mean, std^2) in grey levels."""
     std, fine = 0.25, schedules.linear(1000, 1e-4, 0.02)
     x_0 = gaussian_images((4, 1, 50, 50), 0.0, std)
     noise = normal(x_0.shape)
@@ -84,7 +84,7 @@ def test_the_bound_of_gaussian_data_nears_its_entropy():
 
 
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
-def test_terms_are_those_of_torch_distributions(variance):
+def test_terms_equal_those_of_torch_distributions(variance):
     x_0, x_0_hat = gaussian_images((3, 2, 4, 4), 0, 0.5), normal((3, 2, 4, 4), 5)()
     x_t, t = normal(x_0.shape, 6)(), torch.tensor([1, 50, 99])
     means = [process.posterior_mean(LINEAR, x, x_t, t) for x in (x_0, x_0_hat)]
@@ -100,10 +100,10 @@ def test_terms_are_those_of_torch_distributions(variance):
 
 
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
-def test_the_bound_is_the_integral_it_stands_for_and_lies_above_the_likelihood(variance):
+def test_the_bound_equals_its_integral_and_lies_above_the_nll(variance):
     """One pixel, six steps, a made-up net: Ho et al. 2020, Eq. 3, and -log p(x_0), both by quadrature.
 
-    Neither knows the posterior: Eq. 3 is E_q[-log p(x_T) - sum_t log p(x_{t-1} | x_t) / q(x_t | x_{t-1})].
+    Neither uses the posterior: Eq. 3 is E_q[-log p(x_T) - sum_t log p(x_{t-1} | x_t) / q(x_t | x_{t-1})].
     """
     schedule, T = SHORT, SHORT.num_timesteps
     grid = torch.linspace(-7, 7, 1401, dtype=torch.float64)
@@ -169,7 +169,7 @@ def test_probabilities_of_the_levels_sum_to_one():
         assert log_prob.isfinite().all()
 
 
-def test_far_from_the_mean_the_decoder_is_still_right():
+def test_the_decoder_is_accurate_far_from_the_mean():
     """1,000 standard deviations away: -z^2 / 2 - log(z sqrt(2 pi)), at the interval's nearer end."""
     std = torch.tensor(1e-3, dtype=torch.float64)
     for level, mean in ((0.0, 0.2), (255.0, -0.2), (100.0, 0.9), (200.0, -0.9)):
@@ -205,7 +205,7 @@ def test_an_estimate_agrees_with_the_exact_bound(variance, num_draws):
     assert difference.mean().abs() < 4 * error
     assert error < 0.05 * right.kl.sum(1).mean()
     torch.testing.assert_close(got.prior, right.prior)
-    # Each t alone is estimated without bias, too.
+    # The estimate of each single t is unbiased too.
     by_t = torch.zeros(100).double().index_add_(0, got.t.flatten(), got.kl.flatten()) / len(x_0)
     halves = [
         (by_t[1:50].sum(), right.kl[:, :49].sum(1).mean()),
@@ -215,8 +215,8 @@ def test_an_estimate_agrees_with_the_exact_bound(variance, num_draws):
         assert ours.item() == pytest.approx(theirs.item(), rel=0.2)
 
 
-def test_over_all_u_an_estimate_is_the_exact_bound():
-    """With an x_0_hat that depends on t alone nothing is random but t: averaged over u it is the sum, each t of it."""
+def test_the_average_estimate_over_all_u_is_the_exact_bound():
+    """With an x_0_hat that depends only on t, only t is random: the average over u is the sum over t."""
 
     def denoise(x_t, t):
         return Denoised(torch.ones_like(x_t) * (t / 100).view(-1, 1, 1, 1).double(), x_t)
@@ -257,7 +257,7 @@ def test_importance_sampling_errs_less_than_uniform():
     assert errors[0] < 0.7 * errors[1]
 
 
-def test_a_proposal_follows_what_the_pilot_saw():
+def test_a_proposal_follows_the_errors_of_the_pilot():
     kl = torch.tensor([[3.0, 0.0, 1.0]] * 2, dtype=torch.float64)
     torch.testing.assert_close(proposal(kl, 0.3), torch.tensor([0, 0.625, 0.1, 0.275]).double())
 
@@ -270,7 +270,7 @@ def test_one_timestep_has_no_kl():
         torch.testing.assert_close(bound.total, bound.prior + bound.decoder)
 
 
-def test_what_cannot_be_bounded_is_refused():
+def test_invalid_arguments_are_errors():
     x_0, noise = gaussian_images((2, 1, 4, 4), 0, 0.3), normal((2, 1, 4, 4))
     with pytest.raises(ValueError, match="256 grey levels"):
         exact(some_denoiser, LINEAR, x_0 + 1e-3, noise)

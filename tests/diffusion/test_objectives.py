@@ -1,4 +1,4 @@
-"""Objectives: what is drawn, what is scored, and what a prediction says."""
+"""Objectives: the distribution of t and noise, the loss, and the meaning of predictions."""
 
 import pytest
 import torch
@@ -16,8 +16,8 @@ def generator(seed=0):
     return PhiloxGenerator(seed)
 
 
-class Spy:
-    """A model that remembers what it was called with."""
+class RecordingModel:
+    """A model that records its inputs."""
 
     def __init__(self, output=torch.zeros_like):
         self.output, self.calls = output, []
@@ -34,7 +34,7 @@ def images(n=64, shape=(1, 4, 4), seed=1):
 @pytest.mark.parametrize("kind", GAUSSIAN)
 def test_t_is_uniform_over_all_steps_from_the_first_to_the_last(kind):
     schedule = schedules.linear(8, 1e-4, 0.02)
-    spy = Spy()
+    spy = RecordingModel()
     loss = kind(schedule).loss(spy, images(4000, (1, 1, 1)), None, generator())
     t = spy.calls[0][1]
     assert t.dtype == torch.int64 and t.shape == (4000,)
@@ -46,7 +46,7 @@ def test_t_is_uniform_over_all_steps_from_the_first_to_the_last(kind):
 
 @pytest.mark.parametrize("kind", GAUSSIAN)
 def test_noise_and_t_differ_from_image_to_image(kind):
-    spy = Spy()
+    spy = RecordingModel()
     x_0 = torch.zeros(16, 3, 8, 8)
     kind(SCHEDULE).loss(spy, x_0, None, generator())
     x_t, t, _ = spy.calls[0]
@@ -59,9 +59,9 @@ def test_noise_and_t_differ_from_image_to_image(kind):
 
 
 @pytest.mark.parametrize("objective", [*[kind(SCHEDULE) for kind in GAUSSIAN], UniformMix()])
-def test_the_generator_decides_everything(objective):
+def test_the_loss_depends_only_on_the_generator(objective):
     def draw(seed):
-        spy = Spy(lambda x_t: x_t)
+        spy = RecordingModel(lambda x_t: x_t)
         return objective.loss(spy, images(), None, generator(seed)), spy.calls[0][0]
 
     torch.manual_seed(0)
@@ -73,7 +73,7 @@ def test_the_generator_decides_everything(objective):
 
 
 @pytest.mark.parametrize("kind", GAUSSIAN)
-def test_the_perfect_net_has_no_loss(kind):
+def test_a_perfect_net_has_no_loss(kind):
     """All images are one and the same point c, so the net can know x_0 and from it eps and v."""
     c = 0.3
 
@@ -95,7 +95,7 @@ def test_the_perfect_net_has_no_loss(kind):
         (schedules.cosine(1000), 0.33),
     ],
 )
-def test_eps_loss_of_the_perfect_net_depends_on_the_schedule(schedule, expected):
+def test_eps_loss_of_a_perfect_net_depends_on_the_schedule(schedule, expected):
     """x_0 ~ N(0, s^2), s = 1/2: E|eps - E[eps | x_t]|^2 = alpha_bar s^2 / (alpha_bar s^2 + 1 - alpha_bar)."""
     s, alpha_bar = 0.5, schedule.alpha_bar
     variance = alpha_bar * s**2 + 1 - alpha_bar
@@ -116,7 +116,7 @@ def test_eps_loss_of_the_perfect_net_depends_on_the_schedule(schedule, expected)
 def test_min_snr_weighs_every_prediction_as_one_x_0_loss(kind, gamma):
     """Hang et al. 2023: whatever is predicted, the loss is min(snr, gamma) |x_0 - x_0_hat|^2."""
     objective = kind(SCHEDULE, min_snr_gamma=gamma)
-    spy = Spy(lambda x: 0.1 * x)
+    spy = RecordingModel(lambda x: 0.1 * x)
     x_0 = images(32).double()
     loss = objective.loss(spy, x_0, None, generator())
     x_t, t, _ = spy.calls[0]
@@ -150,7 +150,7 @@ def test_per_image_is_unweighted_and_detached(kind):
 
 @pytest.mark.parametrize("schedule", [SCHEDULE, schedules.cosine(1000)])
 @pytest.mark.parametrize("kind", GAUSSIAN)
-def test_denoise_inverts_every_prediction_to_the_same(kind, schedule):
+def test_denoise_gives_the_same_result_for_every_prediction(kind, schedule):
     x_0, t = images(8).double(), torch.tensor([0, 1, 10, 100, 500, 900, 998, 999])
     eps = generator(2).normal(x_0.shape, torch.float64)
     x_t = process.q_sample(schedule.alpha_bar, x_0, t, eps)
@@ -171,24 +171,24 @@ def test_a_half_precision_net_is_scored_and_read_in_float32(kind):
 @pytest.mark.parametrize("make", [lambda labels: Eps(SCHEDULE, labels), UniformMix])
 class TestLabels:
     def test_are_dropped_image_by_image(self, make):
-        spy = Spy()
+        spy = RecordingModel()
         label = torch.arange(4000) % 10
         make(Labels(10, dropout=0.25)).loss(spy, images(4000, (1, 1, 1)), label, generator())
         given = spy.calls[0][2]
         dropped = given == 10
         assert torch.equal(given[~dropped], label[~dropped])
         assert abs(dropped.sum().item() - 1000) < 5 * (4000 * 0.25 * 0.75) ** 0.5
-        assert torch.equal(label, torch.arange(4000) % 10)  # the caller's is not written to
+        assert torch.equal(label, torch.arange(4000) % 10)  # the caller's tensor is not modified
 
     @pytest.mark.parametrize(("dropout", "expected"), [(0.0, 3), (1.0, 10)])
     def test_none_or_all_dropped(self, make, dropout, expected):
-        spy = Spy()
+        spy = RecordingModel()
         label = torch.full((100,), 3)
         make(Labels(10, dropout)).loss(spy, images(100), label, generator())
         assert (spy.calls[0][2] == expected).all()
 
     def test_no_label_in_sampling_is_the_null_label(self, make):
-        spy, objective = Spy(), make(Labels(10, 0.5))
+        spy, objective = RecordingModel(), make(Labels(10, 0.5))
         t = torch.tensor([5, 6]) if isinstance(objective, Eps) else torch.tensor([0.5, 0.6])
         objective.denoise(spy, images(2), t, None)
         objective.denoise(spy, images(2), t, torch.tensor([3, 10]))
@@ -196,17 +196,17 @@ class TestLabels:
         assert spy.calls[0][2].dtype == torch.int64
 
     def test_do_not_reach_an_unconditional_net(self, make):
-        spy = Spy()
+        spy = RecordingModel()
         make(Labels(0, 0.5)).loss(spy, images(4), torch.arange(4), generator())
         assert spy.calls[0][2] is None
 
-    def test_missing_in_training_is_a_mistake(self, make):
+    def test_missing_in_training_are_an_error(self, make):
         with pytest.raises(ValueError, match="label is None; with num_classes = 10"):
-            make(Labels(10)).loss(Spy(), images(4), None, generator())
+            make(Labels(10)).loss(RecordingModel(), images(4), None, generator())
 
 
 def test_uniform_mix_draws_amount_and_u_uniformly_and_gives_no_timestep():
-    spy = Spy()
+    spy = RecordingModel()
     loss = UniformMix().loss(spy, torch.full((4000, 1, 4, 4), 1.0), None, generator())
     x_t, t, _ = spy.calls[0]
     assert t is None
@@ -263,11 +263,11 @@ def test_build():
             r"model returned shape \(4, 1, 2, 2\)",
         ),
         (
-            lambda: UniformMix().denoise(Spy(), images(1), torch.tensor([3]), None),
+            lambda: UniformMix().denoise(RecordingModel(), images(1), torch.tensor([3]), None),
             "t is torch.int64; for UniformMix it is the amount",
         ),
     ],
 )
-def test_mistakes_are_named(make, message):
+def test_invalid_arguments_are_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -33,7 +33,7 @@ def test_q_sample_is_the_chain_in_one_jump():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_q_sample_is_that_of_diffusers(shape):
+def test_q_sample_equals_that_of_diffusers(shape):
     schedule = SCHEDULES[0]
     x_0, eps, g = draw(shape, dtype=torch.float32)
     t = torch.randint(1000, shape[:1], generator=g)
@@ -62,7 +62,7 @@ def test_float32_noise_is_exact_at_the_first_timestep():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_refused(dtype):
+def test_half_precision_is_rejected(dtype):
     x = torch.zeros(1, 1, 2, 2, dtype=dtype)
     with pytest.raises(ValueError, match="needs float32 or float64"):
         process.q_sample(SCHEDULES[0].alpha_bar, x, torch.tensor([0]), x)
@@ -70,7 +70,7 @@ def test_half_precision_is_refused(dtype):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_eps_x_0_and_v_are_one_another(schedule, shape):
+def test_eps_x_0_and_v_convert_to_each_other(schedule, shape):
     x_0, eps, g = draw(shape)
     t = torch.randint(schedule.num_timesteps, shape[:1], generator=g)
     t[0] = 0
@@ -84,7 +84,7 @@ def test_eps_x_0_and_v_are_one_another(schedule, shape):
     torch.testing.assert_close(process.predict_eps_from_v(alpha_bar, x_t, t, v), eps, **close)
 
 
-def test_v_is_that_of_diffusers():
+def test_v_equals_that_of_diffusers():
     x_0, eps, g = draw((4, 3, 4, 4), dtype=torch.float32)
     t = torch.randint(1000, (4,), generator=g)
     expected = DDPMScheduler(num_train_timesteps=1000).get_velocity(x_0, eps, t)
@@ -93,7 +93,7 @@ def test_v_is_that_of_diffusers():
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_posterior_mean_is_what_bayes_says(schedule):
+def test_posterior_mean_follows_bayes_rule(schedule):
     """q(x_{t-1} | x_t, x_0) is proportional to q(x_{t-1} | x_0) q(x_t | x_{t-1}): add precisions."""
     x_0, x_t, _ = draw((6, 1, 2, 2))
     T = schedule.num_timesteps
@@ -101,8 +101,8 @@ def test_posterior_mean_is_what_bayes_says(schedule):
     beta, alpha, previous = (
         table[t].view(-1, 1, 1, 1) for table in (schedule.beta, schedule.alpha, schedule.alpha_bar_prev)
     )
-    prior, told = 1 / (1 - previous), alpha / beta
-    expected = (prior * previous.sqrt() * x_0 + told * x_t / alpha.sqrt()) / (prior + told)
+    prior, data = 1 / (1 - previous), alpha / beta
+    expected = (prior * previous.sqrt() * x_0 + data * x_t / alpha.sqrt()) / (prior + data)
     torch.testing.assert_close(process.posterior_mean(schedule, x_0, x_t, t), expected, rtol=1e-8, atol=1e-10)
 
 
@@ -113,7 +113,7 @@ def test_posterior_mean_at_the_last_step_is_x_0(schedule):
     torch.testing.assert_close(process.posterior_mean(schedule, x_0, x_t, t), x_0, rtol=1e-12, atol=0)
 
 
-def test_mix_is_the_courses_corrupt():
+def test_mix_equals_corrupt_of_the_course():
     x_0, _, g = draw((4, 1, 3, 3))
     u = 2 * torch.rand(x_0.shape, generator=g, dtype=x_0.dtype) - 1
     amount = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)
@@ -139,7 +139,7 @@ def test_mix_is_the_courses_corrupt():
         (lambda a, x, t: process.q_sample(a, x, t.float(), x), "t is torch.float32"),
     ],
 )
-def test_mistakes_are_named(make, message):
+def test_invalid_arguments_are_errors(make, message):
     x, t = torch.zeros(2, 1, 2, 2), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ValueError, match=message):
         make(SCHEDULES[0].alpha_bar, x, t)

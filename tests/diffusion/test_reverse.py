@@ -1,10 +1,10 @@
-"""The variance of the reverse process: where the right one is known, and against the formulas of Improved DDPM."""
+"""The variance of the reverse process: known answers, and the formulas of Improved DDPM."""
 
 import math
 
 import pytest
 import torch
-from support.exact_denoisers import a_net, gaussian, normal
+from support.exact_denoisers import gaussian, normal, toy_denoiser
 from torch import nn
 
 from ddpm.diffusion import process, schedules
@@ -33,19 +33,19 @@ def grey(shape, mean, std):
 @pytest.mark.parametrize(
     "schedule", [LINEAR, COSINE, schedules.cosine(40)], ids=["linear", "cosine", "short"]
 )
-def test_errors_are_those_of_the_exact_denoiser(schedule):
-    """Measured at 64 of the timesteps, the others interpolated."""
+def test_measured_errors_equal_those_of_the_exact_denoiser(schedule):
+    """Errors are measured at 64 timesteps and interpolated at the others."""
     x_0 = 0.1 + 0.3 * normal((4, 1, 60, 60), 1)()
     errors = x_0_errors(gaussian(schedule, 0.1, 0.3), schedule, x_0, normal(x_0.shape), clip_x_0=False)
     assert errors.shape == (4, schedule.num_timesteps)
     torch.testing.assert_close(errors.mean(0), gaussian_errors(schedule, 0.3), rtol=0.06, atol=0)
 
 
-def test_the_measured_variance_is_the_true_one_of_gaussian_data():
+def test_the_measured_variance_is_the_true_variance_of_gaussian_data():
     """x_0 ~ N(m, s^2): x_{t-1} given x_t is Gaussian, and its variance follows from the joint covariance."""
     s, a = 0.3, COSINE.alpha_bar
     got = fixed_variance(COSINE, "measured", gaussian_errors(COSINE, s))
-    v = a * s**2 + 1 - a  # of x_t
+    v = a * s**2 + 1 - a  # the variance of x_t
     true = v[:-1] - COSINE.alpha[1:] * v[:-1] ** 2 / v[1:]
     torch.testing.assert_close(got[1:], true, rtol=1e-9, atol=0)
     assert got[0] == max(gaussian_errors(COSINE, s)[0], torch.tensor(ROUNDING).double())
@@ -53,7 +53,7 @@ def test_the_measured_variance_is_the_true_one_of_gaussian_data():
 
 @pytest.mark.parametrize("num_steps", [200, 50, 10])
 def test_with_the_measured_variance_the_bound_is_tight_at_any_number_of_steps(num_steps):
-    """The entropy of N(0, std^2) in grey levels; with beta_tilde the bound grows without end as steps are left out."""
+    """It equals the entropy of N(0, std^2) in grey levels; with beta_tilde it grows without limit for fewer steps."""
     std, timesteps = 0.25, uniform(200, num_steps)
     chain = respaced(COSINE, timesteps)
     x_0 = grey((4, 1, 50, 50), 0.0, std)
@@ -81,15 +81,15 @@ def test_no_other_variance_has_a_smaller_divergence():
         assert (kl <= kl_of_errors(LINEAR, errors, other).mean(0) + 1e-12).all()
 
 
-def test_at_the_decoder_the_fixed_variances_are_those_of_ho_et_al():
-    """Their code's fixedlarge is [posterior_variance[1], beta[1:]], fixedsmall has the first of these as well."""
+def test_fixed_variances_equal_those_of_ho_et_al():
+    """In their code fixedlarge is [posterior_variance[1], beta[1:]], and fixedsmall has the same first value."""
     for variance, rest in (("beta", LINEAR.beta), ("beta_tilde", LINEAR.posterior_variance)):
         expected = torch.cat([LINEAR.posterior_variance[1:2], rest[1:]])
         assert torch.equal(fixed_variance(LINEAR, variance), expected)
 
 
-def test_a_few_steps_with_the_measured_variance_reach_the_spread_of_the_data():
-    """Ten steps of Algorithm 2 on N(0.1, 0.3^2): with beta_tilde the images are too much alike."""
+def test_the_measured_variance_gives_the_right_std_in_few_steps():
+    """Ten steps of Algorithm 2 on N(0.1, 0.3^2): with beta_tilde the images vary too little."""
     stds = {}
     for variance in ("measured", "beta_tilde"):
         x = ancestral(
@@ -110,8 +110,8 @@ def test_a_few_steps_with_the_measured_variance_reach_the_spread_of_the_data():
     assert stds["beta_tilde"] < 0.95 * stds["measured"]
 
 
-class Toy(nn.Module):
-    """Two channels of a prediction and two that say where the variance lies."""
+class ToyNet(nn.Module):
+    """A net with two channels of prediction and two of variance_mix."""
 
     def __init__(self):
         super().__init__()
@@ -123,9 +123,9 @@ class Toy(nn.Module):
 
 
 def improved_diffusion(schedule, predict, model, x_0, t, eps):
-    """L_hybrid as Improved DDPM's code has it (gaussian_diffusion.py, RESCALED_MSE, LEARNED_RANGE), written anew.
+    """L_hybrid as in Improved DDPM's code (gaussian_diffusion.py, RESCALED_MSE, LEARNED_RANGE), reimplemented.
 
-    Its distribution function of the normal is an approximation; here it is exact.
+    Their normal CDF is an approximation; here it is exact.
     """
     a, beta = schedule.alpha_bar, schedule.beta
     a_prev = torch.cat([torch.ones(1).double(), a[:-1]])
@@ -169,8 +169,8 @@ def improved_diffusion(schedule, predict, model, x_0, t, eps):
     return (mse + vb).mean()
 
 
-class Given:
-    """A generator that says what it is told."""
+class FixedGenerator:
+    """A generator that returns the given t and eps."""
 
     def __init__(self, t, eps):
         self.t, self.eps = t, eps
@@ -183,20 +183,22 @@ class Given:
 
 
 @pytest.mark.parametrize("predict", ["eps", "x_0", "v"])
-def test_l_hybrid_is_that_of_improved_ddpm(predict):
-    """Loss and gradient, in float64, at every t of a schedule with as much noise at t = 0 as grey levels are wide."""
+def test_l_hybrid_equals_that_of_improved_ddpm(predict):
+    """Loss and gradient in float64 at every t; at t = 0 the noise is about as large as a grey level."""
     schedule = schedules.linear(50, 2e-4, 0.3)
     x_0 = grey((50, 2, 4, 4), 0.0, 0.6)
     t, eps = torch.arange(50), normal(x_0.shape, 3)()
-    if predict == "x_0":  # this model's is so far off at t = 0 that their probability is clamped
+    if predict == "x_0":  # at t = 0 this model is so far off that their code clamps the probability
         t = t.clamp(min=1)
     kind = {"eps": Eps, "x_0": X0, "v": V}[predict]
     gradients = []
     for loss_of in (
-        lambda model: kind(schedule, learns_variance=True).loss(model, x_0, None, Given(t, eps)).value,
+        lambda model: (
+            kind(schedule, learns_variance=True).loss(model, x_0, None, FixedGenerator(t, eps)).value
+        ),
         lambda model: improved_diffusion(schedule, predict, model, x_0, t, eps),
     ):
-        model = Toy()
+        model = ToyNet()
         loss = loss_of(model)
         loss.backward()
         gradients.append((loss.detach(), model.conv.weight.grad, model.conv.bias.grad))
@@ -205,7 +207,7 @@ def test_l_hybrid_is_that_of_improved_ddpm(predict):
     assert BOUND_WEIGHT == 1e-3
 
 
-def test_the_bound_teaches_the_variance_and_not_the_mean():
+def test_the_bound_trains_the_variance_and_not_the_mean():
     schedule, x_0 = schedules.linear(50, 2e-4, 0.3), grey((20, 1, 4, 4), 0.0, 0.5)
     prediction = torch.zeros_like(x_0, requires_grad=True)
     between = torch.zeros_like(x_0, requires_grad=True)
@@ -221,15 +223,15 @@ def test_the_bound_teaches_the_variance_and_not_the_mean():
     torch.testing.assert_close(prediction.grad, alone.grad)
 
 
-def test_no_gradient_is_lost_where_x_0_hat_is_far_away():
-    """At large t an untrained net's x_0_hat is thousands of standard deviations off, and t = 0 is in the batch."""
+def test_gradients_are_finite_and_nonzero_for_a_distant_x_0_hat():
+    """At large t the x_0_hat of an untrained net is thousands of standard deviations off; the batch also has t = 0."""
     schedule = schedules.cosine(1000)
     x_0 = grey((8, 1, 4, 4), 0.0, 0.6).float()
     between = torch.zeros_like(x_0, requires_grad=True)
     t = torch.tensor([0, 0, 1, 2, 500, 990, 998, 999])
-    given = Given(t, normal(x_0.shape, 3, torch.float32)())
+    generator = FixedGenerator(t, normal(x_0.shape, 3, torch.float32)())
     loss = Eps(schedule, learns_variance=True).loss(
-        lambda x_t, t, label: torch.cat([3 - x_t, between], 1), x_0, None, given
+        lambda x_t, t, label: torch.cat([3 - x_t, between], 1), x_0, None, generator
     )
     loss.value.backward()
     assert loss.value.isfinite() and between.grad.isfinite().all() and (between.grad != 0).all()
@@ -244,14 +246,14 @@ def test_a_learned_variance_lies_between_the_fixed_ones():
 
 
 @pytest.mark.parametrize(("mix", "fixed"), [(0.0, "beta_tilde"), (1.0, "beta")])
-def test_at_its_ends_a_learned_variance_draws_and_bounds_as_the_fixed_one(mix, fixed):
+def test_a_learned_variance_at_its_limits_equals_the_fixed_one(mix, fixed):
     def denoise(x_t, t):
-        return a_net(LINEAR)(x_t, t)._replace(variance_mix=torch.full_like(x_t, mix))
+        return toy_denoiser(LINEAR)(x_t, t)._replace(variance_mix=torch.full_like(x_t, mix))
 
-    def drawn(variance):
+    def sampled(variance):
         return ancestral(denoise, LINEAR, normal((2, 1, 4, 4)), timesteps=uniform(100, 30), variance=variance)
 
-    torch.testing.assert_close(drawn("learned"), drawn(fixed))
+    torch.testing.assert_close(sampled("learned"), sampled(fixed))
     x_0 = grey((3, 1, 4, 4), 0.0, 0.4)
     learned, right = (exact(denoise, LINEAR, x_0, normal(x_0.shape), variance=v) for v in ("learned", fixed))
     torch.testing.assert_close(learned.kl, right.kl)
@@ -259,11 +261,11 @@ def test_at_its_ends_a_learned_variance_draws_and_bounds_as_the_fixed_one(mix, f
         torch.testing.assert_close(learned.decoder, right.decoder)
 
 
-def test_a_variance_that_is_not_there_is_named():
+def test_an_unavailable_variance_is_an_error():
     with pytest.raises(ValueError, match="variance is 'learned', but this net did not learn it"):
-        ancestral(a_net(LINEAR), LINEAR, normal((1, 1, 2, 2)), variance="learned")
+        ancestral(toy_denoiser(LINEAR), LINEAR, normal((1, 1, 2, 2)), variance="learned")
     with pytest.raises(ValueError, match="variance is 'measured'; that needs the error"):
-        ancestral(a_net(LINEAR), LINEAR, normal((1, 1, 2, 2)), variance="measured")
+        ancestral(toy_denoiser(LINEAR), LINEAR, normal((1, 1, 2, 2)), variance="measured")
     x_t = process.q_sample(
         LINEAR.alpha_bar, torch.zeros(1, 1, 2, 2), torch.tensor([3]), torch.zeros(1, 1, 2, 2)
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.schedulers import scheduling_dpmsolver_multistep
-from support.exact_denoisers import a_net, finite, gaussian, normal
+from support.exact_denoisers import finite, gaussian, normal, toy_denoiser
 
 from ddpm.config import SampleConfig
 from ddpm.diffusion import process, samplers, schedules
@@ -36,7 +36,7 @@ ALL = {
 each_sampler = pytest.mark.parametrize("sample", ALL.values(), ids=ALL.keys())
 
 
-class Counted:
+class CountedNoise:
     def __init__(self, noise):
         self.noise, self.count = noise, 0
 
@@ -57,7 +57,7 @@ def test_ancestral_reaches_the_moments_of_gaussian_data(schedule, threshold, var
 
 @pytest.mark.parametrize("num_timesteps", [10, 100])
 def test_ancestral_with_variance_beta_is_exact_for_standard_normal_data(num_timesteps):
-    """Then mean = sqrt(alpha) x, so the variance stays alpha + beta = 1 for any T; the last adds none."""
+    """Then mean = sqrt(alpha) x, so the variance stays alpha + beta = 1 for any T; the last step adds no noise."""
     schedule = schedules.linear(num_timesteps, 0.01, 0.2)
     seen = []
     x = ancestral(
@@ -85,16 +85,18 @@ def test_ancestral_with_variance_beta_is_exact_for_standard_normal_data(num_time
     ],
     ids="ddim ddim-eta-1 dpmpp_2m dpmpp_2m-eta-0.5 dpmpp_2m-eta-1 heun".split(),
 )
-def test_convergence_is_of_the_order_promised(sample, order):
+def test_convergence_has_the_documented_order(sample, order):
     """Halving the steps divides the error by 2^order.
 
-    Data from N(0, s^2): all is linear, so the image is a sum of what was drawn, each draw times a factor of its
-    own: image k is what comes of draw k alone, and the root of the sum of squares is the std of images. In
-    y = x_t / sqrt(alpha_bar) that of x_t is sqrt(s^2 + sigma^2), whatever eta; the last step, the same for every
-    number of steps, asks for x_0_hat = s^2 / (s^2 + sigma^2) y.
+    Data from N(0, s^2): everything is linear, so an image is a sum of the noise draws, each times its own factor.
+    Image k is the contribution of draw k alone, and the root of the sum of squares is the std of images. In
+    y = x_t / sqrt(alpha_bar) the std of x_t is sqrt(s^2 + sigma^2) for any eta; the last step, which is the same for
+    every number of steps, returns x_0_hat = s^2 / (s^2 + sigma^2) y.
     """
     s = 0.2
-    fine = schedules.linear(25_601, 2.5e-6, 8e-4)  # T far above the steps: what is rounded to t does not show
+    fine = schedules.linear(
+        25_601, 2.5e-6, 8e-4
+    )  # T far above the number of steps: rounding to whole t has no effect
     spread = (s**2 + fine.sigma**2).sqrt()
     denoise = gaussian(fine, 0.0, s)
     error = []
@@ -138,7 +140,7 @@ def test_moments_of_gaussian_data_are_reached_with_any_eta(sample, timesteps, et
     ],
     ids="ancestral beta quadratic ddim ddim-eta-1 dpmpp_2m dpmpp_2m-karras dpmpp_2m-eta-1 heun-karras".split(),
 )
-def test_a_finite_data_set_is_given_back_point_by_point(sample, schedule):
+def test_samples_of_a_finite_data_set_are_its_points(sample, schedule):
     if sample.keywords.get("timesteps") == "karras":
         sample = partial(sample, timesteps=karras(schedule, 20))
     g = torch.Generator().manual_seed(3)
@@ -152,8 +154,8 @@ def test_a_finite_data_set_is_given_back_point_by_point(sample, schedule):
 
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
 @pytest.mark.parametrize("clipped", [True, False])
-def test_ancestral_is_diffusers_step_for_step(clipped, variance):
-    shape, net = (3, 2, 4, 4), a_net(SHORT)
+def test_ancestral_equals_diffusers_step_for_step(clipped, variance):
+    shape, net = (3, 2, 4, 4), toy_denoiser(SHORT)
     g = torch.Generator().manual_seed(0)
     theirs = DDPMScheduler(
         num_train_timesteps=100,
@@ -184,8 +186,8 @@ def test_ancestral_is_diffusers_step_for_step(clipped, variance):
 @pytest.mark.parametrize("eta", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("clipped", [True, False])
 @pytest.mark.parametrize("num_sample_steps", [12, 100])
-def test_ddim_is_diffusers_step_for_step(num_sample_steps, clipped, eta):
-    shape, net = (3, 2, 4, 4), a_net(SHORT)
+def test_ddim_equals_diffusers_step_for_step(num_sample_steps, clipped, eta):
+    shape, net = (3, 2, 4, 4), toy_denoiser(SHORT)
     timesteps = uniform(100, num_sample_steps)
     stride = timesteps[0] - timesteps[1]
     noise = normal(shape)
@@ -219,16 +221,16 @@ def test_ddim_is_diffusers_step_for_step(num_sample_steps, clipped, eta):
 @pytest.mark.parametrize(("eta", "algorithm"), [(0.0, "dpmsolver++"), (1.0, "sde-dpmsolver++")])
 @pytest.mark.parametrize("clipped", [True, False])
 @pytest.mark.parametrize(("num_timesteps", "num_sample_steps"), [(100, 12), (100, 20), (1000, 20)])
-def test_dpmpp_2m_is_diffusers_step_for_step(
+def test_dpmpp_2m_equals_diffusers_step_for_step(
     num_timesteps, num_sample_steps, clipped, eta, algorithm, monkeypatch
 ):
-    """With more than 15 steps diffusers goes by order 1 at the last only because sigma is 0 there, as we do."""
+    """With more than 15 steps diffusers' last step has order 1 only because sigma is 0 there, as in ours."""
     schedule, shape = schedules.linear(num_timesteps, 1e-3, 20 / num_timesteps), (3, 2, 4, 4)
-    net, timesteps = a_net(schedule), karras(schedule, num_sample_steps)
+    net, timesteps = toy_denoiser(schedule), karras(schedule, num_sample_steps)
     theirs = DPMSolverMultistepScheduler(
         num_train_timesteps=num_timesteps, thresholding=clipped, algorithm_type=algorithm
     )
-    # It rounds every x_t to float32, whatever it is given.
+    # diffusers rounds every x_t to float32, whatever the input.
     in_float64 = SimpleNamespace(**{**vars(torch), "float32": torch.float64})
     monkeypatch.setattr(scheduling_dpmsolver_multistep, "torch", in_float64)
     # Our steps, in float64; its dynamic threshold is at most sample_max_value = 1, so that it clips.
@@ -258,7 +260,7 @@ def test_dpmpp_2m_is_diffusers_step_for_step(
 
 @pytest.mark.parametrize("threshold", [clip, None], ids=["clipped", "plain"])
 def test_dpmpp_2m_without_eta_is_algorithm_2_bit_for_bit(threshold):
-    shape, net, timesteps = (2, 1, 4, 4), a_net(SHORT), karras(SHORT, 12)
+    shape, net, timesteps = (2, 1, 4, 4), toy_denoiser(SHORT), karras(SHORT, 12)
     signal = [*SHORT.alpha_bar[timesteps].sqrt().tolist(), 1.0]
     sigma = [*SHORT.sigma[timesteps].tolist(), 0.0]
     x, before = normal(shape, dtype=torch.float32)(), None
@@ -272,14 +274,14 @@ def test_dpmpp_2m_without_eta_is_algorithm_2_bit_for_bit(threshold):
             D = x_0_hat + (x_0_hat - before) / (2 * r)
         x = signal[i + 1] * (shrink / signal[i] * x + (1 - shrink) * D)
         before = x_0_hat
-    noise = Counted(normal(shape, dtype=torch.float32))
+    noise = CountedNoise(normal(shape, dtype=torch.float32))
     assert torch.equal(dpmpp_2m(net, SHORT, noise, timesteps=timesteps, eta=0.0, threshold=threshold), x)
     assert noise.count == 1
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
-def test_dpmpp_2m_replaces_noise_as_eta_says(eta):
-    """Data that are one point: x_t has q(x_t | x_0) exactly, and of its noise e^-(eta h) is that of the step before."""
+def test_eta_sets_how_much_noise_dpmpp_2m_replaces(eta):
+    """Data that are one point: x_t follows q(x_t | x_0) exactly, and e^-(eta h) of its noise is the previous step's."""
     seen, timesteps = [], karras(SHORT, 8)
     dpmpp_2m(
         gaussian(SHORT, 0.7, 0.0),
@@ -299,7 +301,7 @@ def test_dpmpp_2m_replaces_noise_as_eta_says(eta):
 
 def test_heun_is_algorithm_1_line_by_line():
     """Karras et al. 2022, with D(y, sigma) = x_0_hat, and their s(t) = 1."""
-    timesteps, shape, net = karras(SHORT, 8), (3, 2, 4, 4), a_net(SHORT)
+    timesteps, shape, net = karras(SHORT, 8), (3, 2, 4, 4), toy_denoiser(SHORT)
     level = {float(SHORT.sigma[t]): t for t in timesteps}
 
     def D(y, sigma):  # noqa: N802
@@ -328,9 +330,9 @@ def test_ddim_with_eta_one_is_ancestral(timesteps):
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_dpmpp_2m_begins_as_ddim_does(eta):
-    """The first step knows no step before; so, with eta = 1, it is that of ancestral."""
-    net, shape, settings = a_net(SHORT), (2, 1, 4, 4), {"timesteps": [80, 30], "eta": eta}
+def test_the_first_step_of_dpmpp_2m_is_that_of_ddim(eta):
+    """The first step has no previous step; so, with eta = 1, it is that of ancestral."""
+    net, shape, settings = toy_denoiser(SHORT), (2, 1, 4, 4), {"timesteps": [80, 30], "eta": eta}
     ours = dpmpp_2m(net, SHORT, normal(shape), **settings)
     torch.testing.assert_close(ours, ddim(net, SHORT, normal(shape), **settings), rtol=1e-9, atol=1e-9)
 
@@ -338,7 +340,7 @@ def test_dpmpp_2m_begins_as_ddim_does(eta):
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
 @pytest.mark.parametrize("threshold", [clip, None])
 def test_ancestral_on_all_steps_is_algorithm_2_bit_for_bit(threshold, variance):
-    shape, net, schedule = (2, 1, 4, 4), a_net(SHORT), SHORT
+    shape, net, schedule = (2, 1, 4, 4), toy_denoiser(SHORT), SHORT
     variances = schedule.beta if variance == "beta" else schedule.posterior_variance
     noise = normal(shape, dtype=torch.float32)
     x = noise()
@@ -362,7 +364,7 @@ def test_ancestral_on_all_steps_is_algorithm_2_bit_for_bit(threshold, variance):
 @pytest.mark.parametrize("timesteps", [uniform(100, 10), quadratic(100, 10), [60, 7]])
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
 def test_ancestral_on_a_subsequence_samples_the_posterior_of_the_jump(timesteps, variance):
-    """Data that are one point: what is left of x_t's noise, and what is added, follows from the two alpha_bars."""
+    """Data that are one point: how much of x_t's noise is kept and added follows from the two alpha_bars."""
     seen = []
     ancestral(
         gaussian(SHORT, 0.7, 0.0),
@@ -397,8 +399,8 @@ def test_ancestral_on_a_subsequence_samples_the_posterior_of_the_jump(timesteps,
     ],
 )
 def test_no_noise_at_the_last_step(sample, draws):
-    """x_T and every step but the last; and what comes out is exactly the last x_0_hat."""
-    noise, last = Counted(normal((2, 1, 4, 4))), []
+    """Noise is drawn for x_T and for every step but the last; the result is exactly the last x_0_hat."""
+    noise, last = CountedNoise(normal((2, 1, 4, 4))), []
 
     def denoise(x_t, t):
         denoised = gaussian(SHORT, 0.3, 0.2)(x_t, t)
@@ -416,7 +418,7 @@ def generators(seeds):
 
 
 @each_sampler
-def test_an_image_depends_on_its_seed_alone(sample):
+def test_an_image_depends_only_on_its_seed(sample):
     denoise, shape = gaussian(SHORT, 0.3, 0.2), (3, 4, 4)
     x = sample(denoise, SHORT, PerImageNoise(generators(range(10, 16)), shape))
     alone = sample(denoise, SHORT, PerImageNoise(generators([13]), shape))
@@ -441,7 +443,7 @@ def test_per_image_noise():
 
 
 def test_cosine_stays_bounded_when_clipped_and_explodes_when_not():
-    """A net that says nothing sensible: the first plain step multiplies its error by 31.6."""
+    """A useless net: the first step without clipping multiplies its error by 31.6."""
 
     def denoise(x_t, t):
         eps_hat = torch.ones_like(x_t)
@@ -464,7 +466,7 @@ def test_cosine_stays_bounded_when_clipped_and_explodes_when_not():
     assert x.abs().max() <= 1
 
 
-def test_mix_is_the_loop_of_the_course():
+def test_mix_equals_the_loop_of_the_course():
     g = torch.Generator().manual_seed(0)
     u = 2 * torch.rand((4, 1, 5, 5), generator=g, dtype=torch.float64) - 1
     amounts, seen = [], []
@@ -527,8 +529,8 @@ def test_on_step_sees_every_step_and_no_graph_is_built(sample, n):
 
 
 @each_sampler
-def test_a_threshold_is_what_the_sampler_steps_with(sample):
-    """A net that always says 3: clipped it is 1, thresholded by its own size it is 1 too, and left alone 3."""
+def test_the_sampler_uses_the_threshold(sample):
+    """A net that always predicts 3: 1 when clipped, 1 with dynamic thresholding, 3 without threshold."""
 
     def denoise(x_t, t):
         x_0_hat = torch.full_like(x_t, 3.0)
@@ -613,7 +615,7 @@ def test_build(config, expected):
         (SampleConfig(sampler="ddim", dynamic_threshold=0.0), r"dynamic_threshold is 0.0; .* \(0, 1\]"),
     ],
 )
-def test_build_names_mistakes_before_anything_is_sampled(config, message):
+def test_build_rejects_invalid_configs_before_sampling(config, message):
     with pytest.raises(ValueError, match=message):
         samplers.build(config, SHORT, 64)
 
@@ -628,9 +630,12 @@ def test_build_names_mistakes_before_anything_is_sampled(config, message):
         (lambda sample: sample(ancestral, timesteps=[]), "timesteps are"),
         (lambda sample: sample(heun, timesteps=[100, 0]), r"timesteps are \[100, 0\]; .* within 99..0"),
         (lambda sample: sample(dpmpp_2m, timesteps=[0, -1]), "timesteps are"),
-        (lambda sample: mix(a_net(SHORT), normal((1, 1, 2, 2)), num_sample_steps=0), "num_sample_steps is 0"),
+        (
+            lambda sample: mix(toy_denoiser(SHORT), normal((1, 1, 2, 2)), num_sample_steps=0),
+            "num_sample_steps is 0",
+        ),
     ],
 )
-def test_mistakes_are_named(make, message):
+def test_invalid_arguments_are_errors(make, message):
     with pytest.raises(ValueError, match=message):
-        make(lambda sample, **settings: sample(a_net(SHORT), SHORT, normal((1, 1, 2, 2)), **settings))
+        make(lambda sample, **settings: sample(toy_denoiser(SHORT), SHORT, normal((1, 1, 2, 2)), **settings))

@@ -28,7 +28,7 @@ ALL = {
         (lambda T: schedules.cosine(T), {"beta_schedule": "squaredcos_cap_v2"}),
     ],
 )
-def test_beta_is_that_of_diffusers(ours, theirs, num_timesteps):
+def test_beta_equals_that_of_diffusers(ours, theirs, num_timesteps):
     expected = DDPMScheduler(num_train_timesteps=num_timesteps, **theirs)
     schedule = ours(num_timesteps)
     # diffusers computes the linear ones in float32.
@@ -60,7 +60,7 @@ def test_sigmoid_between_symmetric_ends_is_half_way_at_half_time():
 
 
 @pytest.mark.parametrize("schedule", ALL.values(), ids=ALL.keys())
-def test_tables_agree_with_one_another(schedule):
+def test_tables_are_consistent(schedule):
     T = schedule.num_timesteps
     tables = ["alpha", "alpha_bar", "alpha_bar_prev", "snr", "log_snr", "sigma", "posterior_variance"]
     for name in ["beta", *tables]:
@@ -104,7 +104,7 @@ def test_build(kind):
     torch.testing.assert_close(schedules.build(config).beta, expected.beta, rtol=0, atol=0)
 
 
-def test_one_timestep_is_enough():
+def test_a_schedule_may_have_one_timestep():
     assert schedules.linear(1, 0.5, 0.5).alpha_bar.tolist() == [0.5]
     assert schedules.cosine(1).alpha_bar.tolist() == pytest.approx([0.001])
 
@@ -129,6 +129,6 @@ def test_one_timestep_is_enough():
         (lambda: Schedule(torch.full((4,), 1e-18, dtype=torch.float64)), r"alpha_bar .* inside \(0, 1\)"),
     ],
 )
-def test_mistakes_are_named(make, message):
+def test_invalid_arguments_are_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()

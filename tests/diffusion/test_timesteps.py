@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from support.exact_denoisers import from_x_0
+from support.exact_denoisers import denoiser_from_x_0
 
 from ddpm.config import SampleConfig
 from ddpm.diffusion import process, samplers, schedules, timesteps
@@ -28,7 +28,7 @@ SPACINGS = {
     [*[schedules.cosine(T) for T in (1, 2, 3, 10, 1000)], LINEAR, schedules.sigmoid(1000)],
     ids="cosine-1 cosine-2 cosine-3 cosine-10 cosine linear sigmoid".split(),
 )
-def test_every_spacing_has_as_many_distinct_steps_as_asked_and_both_ends(spacing, schedule):
+def test_every_spacing_has_the_requested_number_of_steps_and_both_ends(spacing, schedule):
     T = schedule.num_timesteps
     for n in {1, 2, 3, 7, 20, 50, 333, 998, 999, 1000} & set(range(1, T + 1)):
         chosen = spacing(schedule, n)
@@ -47,14 +47,14 @@ def test_known_answers():
     assert quadratic(10, 1) == [9]
 
 
-def test_uniform_steps_are_alike():
+def test_uniform_steps_have_equal_strides():
     for n in (2, 3, 7, 50, 333, 999):
         strides = {a - b for a, b in pairwise(uniform(1000, n))}
         assert max(strides) - min(strides) <= 1
 
 
 @pytest.mark.parametrize("rho", [1.0, 3.0, 7.0])
-def test_karras_is_the_formula_rounded_to_the_nearest_timestep(rho):
+def test_karras_rounds_its_formula_to_the_nearest_timestep(rho):
     fine = schedules.linear(20_000, 5e-6, 1e-3)
     i = torch.arange(18, dtype=torch.float64)
     low, high = fine.sigma[0] ** (1 / rho), 80 ** (1 / rho)
@@ -67,7 +67,7 @@ def test_karras_is_the_formula_rounded_to_the_nearest_timestep(rho):
         assert distance[t] == distance.min()
 
 
-def test_karras_begins_at_sigma_max_or_at_the_end_of_the_schedule():
+def test_karras_starts_at_sigma_max_or_at_the_end_of_the_schedule():
     assert karras(LINEAR, 5, sigma_max=float("inf"))[0] == 999
     assert karras(schedules.linear(100, 1e-4, 0.02), 5)[0] == 99  # its sigma ends at 1.3
     first = karras(COSINE, 5, sigma_max=30.0)[0]
@@ -77,8 +77,8 @@ def test_karras_begins_at_sigma_max_or_at_the_end_of_the_schedule():
     assert karras(COSINE, 5, sigma_max=exact)[0] == 990
 
 
-def test_karras_has_neighbours_where_the_schedule_has_too_few_timesteps():
-    """Between sigma 20,000 and 80 the cosine schedule has 9 timesteps, and 16 of 30 steps want to go there."""
+def test_karras_uses_neighbours_where_the_schedule_has_too_few_timesteps():
+    """Between sigma 20,000 and 80 the cosine schedule has only 9 timesteps, for 16 of 30 steps."""
     chosen = karras(COSINE, 30, sigma_max=float("inf"))
     assert chosen[:16] == list(range(999, 983, -1)) and chosen[-1] == 0
     assert karras(COSINE, 1000) == list(range(999, -1, -1))
@@ -126,7 +126,7 @@ def test_build():
     assert built(short) == uniform(20, 20)
 
 
-def test_karras_begins_where_the_mean_of_an_image_is_hidden():
+def test_karras_starts_where_noise_hides_the_mean_of_an_image():
     """At sigma = 10 sqrt(D): 80 for 8x8 grey images, 554 for 32x32 colour images, 1109 for 64x64."""
 
     def sigmas(num_dims, sampler="dpmpp_2m", schedule=COSINE):
@@ -135,7 +135,7 @@ def test_karras_begins_where_the_mean_of_an_image_is_hidden():
 
     assert timesteps.build(SampleConfig(sampler="dpmpp_2m"), COSINE, 64) == karras(COSINE, 50)
     assert sigmas(64) == [80, 58] and sigmas(3 * 32**2) == [642, 321] and sigmas(3 * 64**2) == [20291, 642]
-    # Heun's corrector trusts the second eps_hat over the whole step, so that begins below.
+    # Heun's corrector uses the second eps_hat for the whole step, so it starts lower.
     assert sigmas(3 * 64**2, "heun") == [642, 321] and sigmas(3 * 32**2, "heun") == [321, 214]
     assert sigmas(3 * 32**2, "heun", schedules.sigmoid(1000))[0] == 58
     coarse = schedules.linear(5, 0.995, 0.996)  # it begins at 14, and 10 is wanted
@@ -147,8 +147,8 @@ def test_karras_begins_where_the_mean_of_an_image_is_hidden():
     ("shape", "before"), [((1, 8, 8), 0.594), ((3, 32, 32), 0.558), ((3, 64, 64), 0.517)]
 )
 @pytest.mark.parametrize(("sampler", "tolerance"), [("dpmpp_2m", 0.01), ("heun", 0.011)])
-def test_flat_images_come_out_with_their_mean(shape, before, sampler, tolerance):
-    """Data: flat images of one level from N(0.6, 0.1^2), of which only the mean of all pixels says anything."""
+def test_flat_images_keep_their_mean(shape, before, sampler, tolerance):
+    """Data: flat images of one level from N(0.6, 0.1^2), so only the mean of all pixels carries information."""
     num_dims = math.prod(shape)
 
     def predict(x_t, alpha_bar):
@@ -157,8 +157,8 @@ def test_flat_images_come_out_with_their_mean(shape, before, sampler, tolerance)
 
     def level(chosen):
         sample = getattr(samplers, sampler)
-        # All is linear, so the image of no noise is the mean of all images.
-        x = sample(from_x_0(COSINE, predict), COSINE, lambda: zero, timesteps=chosen, threshold=None)
+        # Everything is linear, so the image from zero noise is the mean of all images.
+        x = sample(denoiser_from_x_0(COSINE, predict), COSINE, lambda: zero, timesteps=chosen, threshold=None)
         return x.mean().item()
 
     zero = torch.zeros(1, *shape, dtype=torch.float64)
@@ -182,6 +182,6 @@ def test_flat_images_come_out_with_their_mean(shape, before, sampler, tolerance)
         (lambda: timesteps.build(SampleConfig(spacing="log"), LINEAR, 64), "spacing is 'log'"),
     ],
 )
-def test_mistakes_are_named(make, message):
+def test_invalid_arguments_are_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -27,7 +27,7 @@ TINY = override(
 CPU = torch.device("cpu")
 
 
-def test_patches_are_cut_row_by_row_and_put_together_again() -> None:
+def test_patches_are_cut_row_by_row_and_reassembled() -> None:
     x = torch.arange(2 * 3 * 4 * 6.0).view(2, 3, 4, 6)
     tokens = dit.patchify(x, 2)
     assert tokens.shape == (2, 6, 12)
@@ -35,15 +35,15 @@ def test_patches_are_cut_row_by_row_and_put_together_again() -> None:
     assert torch.equal(dit.unpatchify(tokens, 2, rows=2), x)
 
 
-def test_no_two_patches_are_at_one_position() -> None:
+def test_position_embeddings_are_distinct() -> None:
     where = dit.positions(4, 6, 16, CPU)
     assert where.shape == (24, 16)
     assert len(where.unique(dim=0)) == 24
 
 
 @pytest.mark.parametrize("learned", [False, True])
-def test_at_the_start_a_block_is_the_identity_and_the_output_0(learned: bool) -> None:
-    """adaLN-Zero; then every weight has a gradient as soon as the last layers are not 0."""
+def test_initially_blocks_are_the_identity_and_the_output_is_0(learned: bool) -> None:
+    """adaLN-Zero; every weight has a gradient as soon as the last layers are not 0."""
     net = dit.build(SMALL, out_channels=6 if learned else None)
     tokens, condition = torch.randn(4, 16, 16), torch.randn(4, 16)
     for block in net.blocks:
@@ -57,7 +57,7 @@ def test_at_the_start_a_block_is_the_identity_and_the_output_0(learned: bool) ->
     assert [name for name, weight in net.named_parameters() if not weight.grad.any()] == []  # type: ignore[union-attr]
 
 
-def test_t_label_and_place_make_a_difference_and_the_batch_makes_none() -> None:
+def test_the_output_depends_on_t_label_and_position_but_not_on_the_batch() -> None:
     net = dit.build(SMALL)
     for weight in net.parameters():
         torch.nn.init.normal_(weight, std=0.2)
@@ -69,14 +69,14 @@ def test_t_label_and_place_make_a_difference_and_the_batch_makes_none() -> None:
     out = net(x_t, t, label)
     assert not torch.allclose(out[0], out[1]) and not torch.allclose(out[0], out[2])
     torch.testing.assert_close(out[1:2], net(x_t[1:2], t[1:2], label[1:2]))
-    flat = net(torch.ones(1, 3, 8, 8), t[:1])  # without a label: the null label
+    flat = net(torch.ones(1, 3, 8, 8), t[:1])  # no label means the null label
     assert not torch.allclose(flat[..., :2, :2], flat[..., 2:4, :2])
     torch.testing.assert_close(flat, net(torch.ones(1, 3, 8, 8), t[:1], torch.tensor([5])))
 
 
 @pytest.mark.parametrize("time", [True, False])
 @pytest.mark.parametrize("classes", [0, 5])
-def test_it_has_as_many_weights_as_the_formula_says(time: bool, classes: int) -> None:
+def test_the_number_of_weights_follows_the_formula(time: bool, classes: int) -> None:
     E, L, r, pixels, S = 16, 2, 3, 4 * 3, 256
     config = override(SMALL, {"num_classes": classes})
     block = 3 * E * E + 3 * E + E * E + E + 2 * r * E * E + r * E + E + 6 * E * E + 6 * E
@@ -104,7 +104,7 @@ def test_it_has_as_many_weights_as_the_formula_says(time: bool, classes: int) ->
         ({"dropout": 1.0}, "dropout is 1.0"),
     ],
 )
-def test_sizes_that_make_no_net_are_named(changes: dict[str, int], message: str) -> None:
+def test_invalid_sizes_are_errors(changes: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dit.build(override(SMALL, changes))
 
@@ -127,11 +127,11 @@ def test_the_same_seeds_give_the_same_loss_and_a_short_training_lowers_it(precis
 
     first = losses(60)
     assert losses(5) == first[:5]
-    assert first[0] == pytest.approx(1, abs=0.1)  # eps is predicted as 0
+    assert first[0] == pytest.approx(1, abs=0.1)  # the initial prediction of eps is 0
     assert sum(first[-10:]) / 10 < 0.5
 
 
-def test_without_t_it_is_the_course_s_net() -> None:
+def test_without_t_it_fits_the_uniform_mix_process() -> None:
     net = build_net(override(TINY, {"objective.process": "uniform_mix"}))
     assert net(torch.randn(2, 1, 8, 8), None).shape == (2, 1, 8, 8)
     with pytest.raises(ValueError, match="t must be None"):

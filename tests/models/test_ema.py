@@ -10,7 +10,7 @@ from ddpm.config import UNetConfig
 from ddpm.models.ema import EMA
 from ddpm.models.unet import build
 
-WARM = 10**9  # a step at which the warm-up is long over
+WARM = 10**9  # a step long after the warm-up
 
 
 def one_weight(value: float) -> nn.Linear:
@@ -33,7 +33,7 @@ def test_the_average_of_constant_weights_is_those_weights():
     assert torch.equal(ema.net.bias, net.bias)
 
 
-def test_a_jump_is_forgotten_geometrically():
+def test_the_effect_of_a_jump_decays_geometrically():
     net = one_weight(5.0)
     ema = EMA(net, decay=0.9)
     set_weight(net, 2.0)
@@ -42,8 +42,8 @@ def test_a_jump_is_forgotten_geometrically():
         assert ema.net.weight.item() == pytest.approx(2 + 3 * 0.9**n, rel=1e-6)
 
 
-def test_a_ramp_is_followed_at_its_lag():
-    # Weights 1, 2, 3, ...: once the start is forgotten, the average trails by d / (1 - d) steps.
+def test_a_ramp_is_followed_with_the_expected_lag():
+    # Weights 1, 2, 3, ...: after the start has decayed, the average lags by d / (1 - d) steps.
     net = one_weight(0.0)
     ema = EMA(net, decay=0.75)
     for n in range(1, 101):
@@ -52,7 +52,7 @@ def test_a_ramp_is_followed_at_its_lag():
     assert ema.net.weight.item() == pytest.approx(100 - 0.75 / 0.25, rel=1e-6)
 
 
-def test_the_warm_up_multiplies_to_a_binomial():
+def test_the_product_of_warm_up_decays_is_a_binomial():
     # prod over s < n of (1 + s) / (10 + s) = n! 9! / (n + 9)! = 1 / C(n + 9, 9)
     net = one_weight(1.0)
     ema = EMA(net, decay=0.9999)
@@ -62,7 +62,7 @@ def test_the_warm_up_multiplies_to_a_binomial():
         assert ema.net.weight.item() == pytest.approx(1 / math.comb(n + 9, 9), rel=1e-5)
 
 
-def test_the_decay_rises_from_a_tenth_to_the_one_given():
+def test_the_decay_rises_from_a_tenth_to_its_final_value():
     ema = EMA(one_weight(0.0), decay=0.99)
     assert ema.decay_at(0) == 0.1
     assert ema.decay_at(80) == 0.9
@@ -97,17 +97,17 @@ def test_the_averaged_net_is_a_copy_for_evaluation():
         assert averaged.dtype == torch.float32
         assert (
             averaged.stride() == weight.stride()
-        )  # channels-last as the net, so that one kernel averages all
+        )  # channels-last like the net, so that one kernel averages all weights
 
 
-def test_update_does_not_enter_the_graph():
+def test_update_is_not_part_of_the_autograd_graph():
     net = nn.Linear(3, 2)
     ema = EMA(net, decay=0.9)
     ema.update(net, 0)
     assert all(weight.grad_fn is None for weight in ema.net.parameters())
 
 
-def test_a_state_goes_on_where_it_was_taken():
+def test_a_restored_state_continues_where_it_was_saved():
     net = one_weight(1.0)
     first = EMA(net, decay=0.9)
     set_weight(net, 3.0)
@@ -120,7 +120,7 @@ def test_a_state_goes_on_where_it_was_taken():
     assert torch.equal(first.net.weight, second.net.weight)
 
 
-def test_a_state_of_another_net_is_refused():
+def test_a_state_of_another_net_is_rejected():
     with pytest.raises(RuntimeError, match="size mismatch"):
         EMA(nn.Linear(1, 1), 0.9).load_state_dict(nn.Linear(2, 1).state_dict())
     with pytest.raises(RuntimeError, match="bias"):
@@ -128,6 +128,6 @@ def test_a_state_of_another_net_is_refused():
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 1.5])
-def test_a_decay_out_of_range_is_named(decay):
+def test_a_decay_out_of_range_is_an_error(decay):
     with pytest.raises(ValueError, match=rf"decay is {decay}; it must be in \[0, 1\)"):
         EMA(one_weight(0.0), decay)

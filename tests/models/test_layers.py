@@ -1,4 +1,4 @@
-"""The layers that are not torch's own, beside torch's."""
+"""Our own layers against those of torch."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ SHAPE = (3, 12, 6, 4)
 
 
 def images(mean: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Channels-last noise, of another mean and deviation in each channel."""
+    """Channels-last noise with a different mean and deviation in each channel."""
     B, C, H, W = SHAPE
     noise = torch.randn(B, H, W, C) * torch.linspace(0.5, 2, C) + torch.linspace(-1, 1, C) + mean
     return noise.permute(0, 3, 1, 2).to(dtype).requires_grad_()
@@ -46,13 +46,13 @@ def errors(layer: GroupNorm, x: Tensor) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("groups", [1, 3, 4, 12])
-def test_group_norm_is_torchs(groups: int) -> None:
+def test_group_norm_equals_that_of_torch(groups: int) -> None:
     found = errors(norm(groups), images())
     assert all(error < 1e-6 for error in found.values()), found
 
 
-def test_group_norm_of_a_bright_image_loses_nothing() -> None:
-    # The mean square minus the squared mean would keep no digit of the variance here.
+def test_group_norm_of_a_bright_image_is_accurate() -> None:
+    # Mean square minus squared mean would lose all digits of the variance here.
     found = errors(norm(3), images(mean=4096.0))
     assert all(error < 1e-3 for error in found.values()), found
 
@@ -74,7 +74,7 @@ def test_group_norm_keeps_memory_order_and_dtype() -> None:
 
 
 @pytest.mark.parametrize("heads", [1, 4])
-def test_attention_is_torchs(heads: int) -> None:
+def test_attention_equals_that_of_torch(heads: int) -> None:
     q, k, v = qkv = torch.randn(3, 2, heads, 24, 8).requires_grad_()
     got, wanted = attend(q, k, v), F.scaled_dot_product_attention(q, k, v)
     assert torch.allclose(got, wanted, atol=1e-6)
@@ -83,15 +83,15 @@ def test_attention_is_torchs(heads: int) -> None:
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
-def test_attention_to_many_pixels_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_with_many_pixels_uses_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     real = F.scaled_dot_product_attention
 
-    def listed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def recorded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         asked.append(q.shape[2])
         return real(q, k, v)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", listed)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
     for n in (FEW_PIXELS, FEW_PIXELS + 1):
         attend(*torch.randn(3, 1, 1, n, 4))
     assert asked == [FEW_PIXELS + 1]

@@ -1,4 +1,4 @@
-"""What the U-Net promises beyond the parity with diffusers."""
+"""Properties of the U-Net beyond its parity with diffusers."""
 
 import itertools
 import math
@@ -40,7 +40,7 @@ def _seed() -> None:
 
 
 def images(batch: int = BATCH) -> Tensor:
-    """Noise in the memory order that ddpm.utils.images hands out: [B, H, W, C] seen as [B, C, H, W]."""
+    """Noise in the memory order of ddpm.utils.images: [B, H, W, C] viewed as [B, C, H, W]."""
     return torch.randn(batch, 8, 8, 1).permute(0, 3, 1, 2)
 
 
@@ -61,7 +61,7 @@ def test_every_weight_has_a_gradient(config: UNetConfig, time: bool):
         assert weight.grad is not None and weight.grad.abs().max() > 0, name
 
 
-def test_what_is_not_conditioned_on_has_no_weights():
+def test_unused_conditions_have_no_weights():
     def conditioned(net: UNet) -> set[str]:
         return {name.split(".")[0] for name, _ in net.named_parameters()} & {
             "time_mlp",
@@ -84,7 +84,7 @@ def test_no_label_is_the_null_label(time: bool):
     assert not torch.allclose(net(x_t, t), net(x_t, t, null - 1), atol=1e-3)
 
 
-def test_t_matters():
+def test_the_output_depends_on_t():
     net = build(CONFIG)
     x_t = images()
     changed = (net(x_t, torch.zeros(BATCH)) - net(x_t, timesteps())).abs().amax((1, 2, 3))
@@ -92,7 +92,7 @@ def test_t_matters():
     assert (changed[1:] > 1e-3).all()
 
 
-def test_each_image_is_independent_of_the_rest_of_its_batch():
+def test_each_image_is_independent_of_its_batch():
     net = build(CLASSES)
     x_t, t, label = images(), timesteps(), torch.tensor([0, 3, 1, 2])
     together = net(x_t, t, label)
@@ -101,7 +101,7 @@ def test_each_image_is_independent_of_the_rest_of_its_batch():
         assert torch.allclose(together[i : i + 1], alone, atol=1e-5)
 
 
-def test_a_shorter_chain_embeds_the_same_noise_alike():
+def test_embeddings_depend_on_the_relative_timestep():
     long, short = build(CONFIG), build(CONFIG, num_timesteps=100)
     short.load_state_dict(long.state_dict())
     x_t, t = images(), torch.tensor([0, 1, 50, 99])
@@ -109,7 +109,7 @@ def test_a_shorter_chain_embeds_the_same_noise_alike():
     assert not torch.allclose(short(x_t, t), long(x_t, t), atol=1e-3)
 
 
-def test_sinusoids():
+def test_sinusoidal_embeddings():
     embedded = sinusoids(torch.tensor([0, 3]), 6)
     speeds = [1, 0.01, 0.0001]  # a geometric series from 1 to 1/10000
     expected = [
@@ -127,12 +127,12 @@ def test_sinusoids():
         (CONFIG, True, (timesteps(), torch.zeros(BATCH, dtype=torch.int64)), "label must be None"),
     ],
 )
-def test_a_condition_the_net_does_not_take(config, time, arguments, message):
+def test_an_unexpected_condition_is_an_error(config, time, arguments, message):
     with pytest.raises(ValueError, match=message):
         build(config, time_conditional=time)(images(), *arguments)
 
 
-# The start
+# Initialization
 
 
 def test_zero_init_starts_at_zero():
@@ -163,7 +163,7 @@ def test_dropout_acts_in_training_only():
 # Precision and memory
 
 
-def test_autocast_is_the_nets_alone():
+def test_autocast_is_used_only_inside_the_net():
     exact, cast = build(CONFIG), build(CONFIG, autocast_dtype=torch.bfloat16)
     cast.load_state_dict(exact.state_dict())
     inside: list[torch.dtype] = []
@@ -189,7 +189,7 @@ def test_a_float32_net_stays_float32_inside_a_callers_autocast():
 
 
 @pytest.mark.parametrize("contiguous", [False, True])
-def test_image_tensors_are_channels_last_all_the_way(contiguous: bool):
+def test_image_tensors_are_channels_last_everywhere(contiguous: bool):
     net = build(replace(CONFIG, channels=3))
     other: list[str] = []
 
@@ -207,7 +207,7 @@ def test_image_tensors_are_channels_last_all_the_way(contiguous: bool):
     assert other == []
 
 
-# Beside the rest of torch
+# Together with other features of torch
 
 
 @pytest.mark.parametrize("config, time", VARIANTS)
@@ -216,12 +216,14 @@ def test_compiles_to_one_graph(config: UNetConfig, time: bool, monkeypatch: pyte
     compiled = torch.compile(net, fullgraph=True, backend="eager")
     x_t, t = images(), timesteps(time)
     out = compiled(x_t, t)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # with the group norm of a compiled net
+    monkeypatch.setattr(
+        torch.compiler, "is_compiling", lambda: True
+    )  # with the group norm that a compiled net uses
     assert torch.equal(out, net(x_t, t))
 
 
 @pytest.mark.parametrize("config, time", VARIANTS)
-def test_compiled_it_computes_what_it_computes_as_written(config: UNetConfig, time: bool):
+def test_the_compiled_net_equals_the_eager_net(config: UNetConfig, time: bool):
     net, x_t, t = build(config, time_conditional=time), images(), timesteps(time)
     found = []
     for module in (net, torch.compile(net, fullgraph=True, backend="eager")):
@@ -233,7 +235,7 @@ def test_compiled_it_computes_what_it_computes_as_written(config: UNetConfig, ti
 
 
 @pytest.mark.parametrize("config, time", VARIANTS)
-def test_distributed_training_needs_no_search_for_unused_weights(config, time, tmp_path):
+def test_ddp_needs_no_search_for_unused_parameters(config, time, tmp_path):
     # DDP raises at the second step if a weight got no gradient, and warns if its memory order changes.
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
@@ -244,8 +246,8 @@ def test_distributed_training_needs_no_search_for_unused_weights(config, time, t
             model(images(), timesteps(time)).square().sum().backward()
         assert all(weight.grad is not None for weight in model.parameters())
     finally:
-        # Gloo's threads take the GIL to let go of finished work, and whoever destroys the group waits for them
-        # with the GIL in hand (torch 2.13): they get the time to be done before.
+        # Gloo's threads need the GIL to release finished work, but destroying the group holds the GIL while it waits
+        # for them (torch 2.13): so give them time to finish first.
         sleep(0.2)
         torch.distributed.destroy_process_group()
 
@@ -274,12 +276,12 @@ def test_distributed_training_needs_no_search_for_unused_weights(config, time, t
         ({"dropout": 1.0}, r"dropout is 1.0; it must be in \[0, 1\)"),
     ],
 )
-def test_sizes_that_make_no_net_are_named(changes, message):
+def test_invalid_sizes_are_errors(changes, message):
     with pytest.raises(ValueError, match=message):
         build(replace(CONFIG, **changes))
 
 
-def test_a_chain_without_steps_is_named():
+def test_zero_timesteps_are_an_error():
     with pytest.raises(ValueError, match="num_timesteps is 0; it must be at least 1"):
         build(CONFIG, num_timesteps=0)
 

@@ -1,4 +1,4 @@
-"""Our U-Net beside diffusers' UNet2DModel with the same weights: outputs and the gradients of all weights."""
+"""Our U-Net against diffusers' UNet2DModel with the same weights: outputs and gradients of all weights."""
 
 from dataclasses import replace
 
@@ -66,7 +66,7 @@ def reference(config: UNetConfig):
 
 
 def pair(config: UNetConfig) -> tuple[UNet, torch.nn.Module]:
-    """Both nets, with the reference's weights, all of them moved away from their starting values (1, 0)."""
+    """Both nets with the reference's weights, changed so that none has its initial value (0 or 1)."""
     torch.manual_seed(0)
     net, theirs = build(config), reference(config)
     with torch.no_grad():
@@ -103,11 +103,11 @@ def assert_equal_nets(config: UNetConfig, batch: int) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_computes_what_diffusers_computes(name):
+def test_outputs_and_gradients_equal_those_of_diffusers(name):
     assert_equal_nets(CONFIGS[name], batch=3)
 
 
-def test_the_full_cifar10_net_computes_what_diffusers_computes():
+def test_the_full_cifar10_net_equals_that_of_diffusers():
     assert sum(weight.numel() for weight in build(CIFAR10).parameters()) == 35_746_307
     assert_equal_nets(CIFAR10, batch=1)
 
@@ -121,7 +121,7 @@ def test_every_weight_of_either_net_has_one_counterpart(name):
     assert sorted(their_names) == sorted(reference(config).state_dict())
 
 
-def test_weights_go_back_to_diffusers():
+def test_weights_can_be_converted_back_to_diffusers():
     config = CONFIGS["attention heads"]
     net, theirs = pair(config)
     back = {}
