@@ -1,4 +1,4 @@
-"""What leaves for diffusers or torch.export computes the same there, and what comes back is what left."""
+"""Exports to diffusers and torch.export compute the same, and importing an export restores the net."""
 
 import json
 from collections.abc import Callable
@@ -50,7 +50,7 @@ GOOGLE_UNET = {
     "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
 }
 """google/ddpm-cifar10-32, unet/config.json, as published."""
-# Which words of diffusers' each of them needs, and that they are used.
+# The settings of diffusers that each of them needs, and that they are used.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "eps, linear": ({"schedule.num_timesteps": 20}, {"beta_schedule": "linear"}),
     "eps, scaled linear, Algorithm 2 to the letter": (
@@ -99,7 +99,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def make_net(config: Config) -> UNet:
-    """A net all of whose weights matter, in float32: on the way out of autocast equality ends."""
+    """A net in float32 whose output depends on all weights; under autocast outputs would not be equal."""
     net = build_net(replace(config, train=replace(config.train, precision="float32")))
     torch.manual_seed(1)
     with torch.no_grad():
@@ -129,7 +129,7 @@ def their_images(folder: Path, num_inference_steps: int) -> Tensor:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_pipeline_draws_our_images_from_our_noise(name: str, tmp_path: Path) -> None:
+def test_the_exported_pipeline_samples_our_images_from_our_noise(name: str, tmp_path: Path) -> None:
     changes, words = CASES[name]
     config = override(TINY, changes)
     net = make_net(config)
@@ -146,26 +146,26 @@ def test_the_pipeline_draws_our_images_from_our_noise(name: str, tmp_path: Path)
     assert ours.std() > 0.1
     assert (ours[0] - ours[1]).abs().max() > 0.1
     assert (ours - theirs).abs().max() < 1e-3
-    told = json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())
-    assert {key: told[key] for key in words} == words
+    scheduler_config = json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())
+    assert {key: scheduler_config[key] for key in words} == words
     assert not list(tmp_path.glob("out/**/*.bin")), "no pickle"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_of_a_thousand_timesteps_the_embedding_is_diffusers_own(tmp_path: Path) -> None:
+def test_with_a_thousand_timesteps_the_embedding_is_that_of_diffusers(tmp_path: Path) -> None:
     net = make_net(TINY)
     export.to_diffusers(net, TINY, tmp_path / "out")
     unet = diffusers.UNet2DModel.from_pretrained(tmp_path / "out", subfolder="unet")
     assert unet.config.time_embedding_type == "positional"
     x_t, t = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 500, 999])
     assert (unet(x_t, t).sample - net(x_t, t)).abs().max() < 1e-5
-    # Fewer steps are at the timesteps of our ddim, of which eta = 1 is ancestral.
+    # With fewer steps diffusers uses the timesteps of our ddim, which is ancestral for eta = 1.
     few = override(TINY, {"sample.sampler": "ddim", "sample.eta": 1.0, "sample.num_sample_steps": 8})
     assert (our_images(net, few) - their_images(tmp_path / "out", 8)).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("label", [1, 3])
-def test_a_conditional_net_leaves_as_that_of_one_class(label: int, tmp_path: Path) -> None:
+def test_a_conditional_net_is_exported_for_one_class(label: int, tmp_path: Path) -> None:
     config = override(TINY, {"schedule.num_timesteps": 20, "model.num_classes": 3})
     net = make_net(config)
     with pytest.raises(
@@ -191,7 +191,7 @@ def test_a_conditional_net_leaves_as_that_of_one_class(label: int, tmp_path: Pat
     ],
     ids=str,
 )
-def test_what_comes_back_is_what_left(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_export_and_import_is_a_round_trip(changes: dict[str, Any], tmp_path: Path) -> None:
     config = override(TINY, changes)
     net = make_net(config)
     export.to_diffusers(net, config, tmp_path / "pipeline")
@@ -213,7 +213,7 @@ def test_what_comes_back_is_what_left(changes: dict[str, Any], tmp_path: Path) -
 
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
-    """A small folder as google/ddpm-cifar10-32 is: what is not said there is as diffusers has it by default."""
+    """A small pipeline folder like google/ddpm-cifar10-32: settings that are missing there have diffusers' defaults."""
     unet = GOOGLE_UNET | {
         "_class_name": "UNet2DModel",
         "block_out_channels": [8, 16],
@@ -253,7 +253,7 @@ def test_a_published_pipeline_becomes_a_checkpoint(published: Path, tmp_path: Pa
     assert (net(x_t, t) - theirs(x_t, t).sample).abs().max() < 1e-5
 
 
-def test_our_cifar10_is_google_s() -> None:
+def test_the_cifar10_preset_has_the_architecture_of_google_s() -> None:
     ours = diffusers_config.unet_config(CIFAR10)
     assert {key: ours[key] for key in GOOGLE_UNET} == GOOGLE_UNET
 
@@ -322,7 +322,7 @@ UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
         (SCHEDULER, {"beta_start": "low"}, "."),
     ],
 )
-def test_another_architecture_is_refused_in_a_line(
+def test_another_architecture_is_a_one_line_error(
     published: Path, tmp_path: Path, file: str, changes: dict[str, Any], message: str
 ) -> None:
     edit(published / file, **changes)
@@ -332,7 +332,7 @@ def test_another_architecture_is_refused_in_a_line(
     assert not (tmp_path / "checkpoint").exists()
 
 
-def test_weights_that_are_missing_or_too_many_are_refused(published: Path, tmp_path: Path) -> None:
+def test_missing_or_extra_weights_are_rejected(published: Path, tmp_path: Path) -> None:
     path = published / "unet/diffusion_pytorch_model.safetensors"
     weights = load_file(path)
     bias = weights.pop("conv_out.bias")
@@ -344,7 +344,7 @@ def test_weights_that_are_missing_or_too_many_are_refused(published: Path, tmp_p
         export.from_diffusers(published, tmp_path / "checkpoint")
 
 
-def test_a_learned_embedding_of_t_is_refused(tmp_path: Path) -> None:
+def test_a_learned_timestep_embedding_is_rejected(tmp_path: Path) -> None:
     config = override(TINY, {"schedule.num_timesteps": 20})
     export.to_diffusers(make_net(config), config, tmp_path / "pipeline")
     unet = diffusers.UNet2DModel.from_pretrained(tmp_path / "pipeline", subfolder="unet")
@@ -355,13 +355,13 @@ def test_a_learned_embedding_of_t_is_refused(tmp_path: Path) -> None:
         export.from_diffusers(tmp_path / "pipeline", tmp_path / "checkpoint")
 
 
-def test_pickled_weights_are_not_read(published: Path, tmp_path: Path) -> None:
-    class Trap:
+def test_pickled_weights_are_not_loaded(published: Path, tmp_path: Path) -> None:
+    class TouchOnUnpickle:
         def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
             return (Path.cwd().joinpath("sprung").touch, ())
 
     (published / "unet/diffusion_pytorch_model.safetensors").unlink()
-    torch.save(Trap(), published / "unet/diffusion_pytorch_model.bin")
+    torch.save(TouchOnUnpickle(), published / "unet/diffusion_pytorch_model.bin")
     with pytest.raises(UserError, match="cannot be read as a DDPMPipeline"):
         export.from_diffusers(published, tmp_path / "checkpoint")
     assert not Path("sprung").exists()
@@ -371,7 +371,7 @@ def test_pickled_weights_are_not_read(published: Path, tmp_path: Path) -> None:
         export.from_diffusers(tmp_path / "none", tmp_path / "checkpoint")
 
 
-def test_nothing_is_overwritten_and_nothing_is_left_half_done(
+def test_an_export_overwrites_nothing_and_leaves_nothing_incomplete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "out").mkdir()
@@ -389,13 +389,13 @@ def test_nothing_is_overwritten_and_nothing_is_left_half_done(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_net_without_a_timestep_has_no_pipeline(tmp_path: Path) -> None:
+def test_a_net_without_a_timestep_cannot_be_exported_to_diffusers(tmp_path: Path) -> None:
     config = override(TINY, {"objective.process": "uniform_mix", "sample.sampler": "mix"})
     with pytest.raises(UserError, match="uniform_mix, whose net sees no timestep; use --format pt2"):
         export.to_diffusers(make_net(config), config, tmp_path / "out")
 
 
-def test_another_net_than_the_u_net_has_no_pipeline(tmp_path: Path) -> None:
+def test_only_the_u_net_can_be_exported_to_diffusers(tmp_path: Path) -> None:
     config = override(TINY, {"model.net": "dit", "model.num_classes": 3})
     with pytest.raises(
         UserError, match=r"^model.net is dit; .* draws with a UNet2DModel.*; use --format pt2$"
@@ -416,7 +416,9 @@ def test_another_net_than_the_u_net_has_no_pipeline(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_the_exported_program_is_the_net_for_any_batch(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_the_exported_program_equals_the_net_for_any_batch_size(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
     config = override(TINY, changes)
     net = make_net(config)
     export.to_pt2(net, config, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""A checkpoint under a name in a real MLflow: what is stored, what is found again, what is served."""
+"""Models in a real MLflow registry: what is stored, loaded and served."""
 
 import base64
 import json
@@ -43,7 +43,7 @@ TINY = override(
 
 @pytest.fixture
 def mlflow(mlflow_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowClient]:
-    """The server, as what the environment names."""
+    """The server, set as MLFLOW_TRACKING_URI."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")  # undone afterwards
     yield MlflowClient(mlflow_server)
@@ -56,7 +56,7 @@ def name() -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A checkpoint of a run that MLflow may know."""
+    """A checkpoint of a run that MLflow may contain."""
     state = State.create(TINY, CPU)
     sum(p.square().sum() for p in state.net.parameters()).backward()  # type: ignore[union-attr]
     state.optimizer.step()
@@ -68,7 +68,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run_of(client: MlflowClient, folder: Path) -> str:
-    """An MLflow run that has ended, of the run that the checkpoint belongs to."""
+    """A finished MLflow run of the checkpoint's run."""
     found = client.get_experiment_by_name("registry")
     experiment_id = found.experiment_id if found else client.create_experiment("registry")
     key = checkpoint.read_state(folder)["run_key"]
@@ -77,7 +77,7 @@ def run_of(client: MlflowClient, folder: Path) -> str:
     return run.info.run_id
 
 
-def test_what_is_registered_is_found_again_by_its_alias(
+def test_a_registered_model_is_found_by_its_alias(
     mlflow: MlflowClient, name: str, folder: Path, tmp_path: Path
 ) -> None:
     run_id = run_of(mlflow, folder)
@@ -100,7 +100,7 @@ def test_what_is_registered_is_found_again_by_its_alias(
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_a_registered_model_says_what_it_takes_and_holds_no_pickle(
+def test_a_registered_model_has_a_signature_and_no_pickle(
     mlflow: MlflowClient, name: str, folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "pipeline").mkdir()
@@ -121,14 +121,14 @@ def test_a_registered_model_says_what_it_takes_and_holds_no_pickle(
     assert "+cpu" not in needed
 
 
-def test_what_is_not_there_is_a_line(mlflow: MlflowClient, name: str) -> None:
+def test_a_missing_model_is_a_one_line_error(mlflow: MlflowClient, name: str) -> None:
     for uri in (f"models:/{name}@champion", f"models:/{name}/1", "models:/", f"models:/{name}"):
         with pytest.raises(UserError, match=r"^MLflow at http") as caught, resolve.local_checkpoint(uri):
             pass
         assert "\n" not in str(caught.value)
 
 
-def test_an_mlflow_that_does_not_answer_is_a_line(
+def test_an_unreachable_mlflow_is_a_one_line_error(
     mlflow: MlflowClient, name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (port,) = servers.free_ports(1)
@@ -140,7 +140,7 @@ def test_an_mlflow_that_does_not_answer_is_a_line(
 
 
 @pytest.mark.slow
-def test_mlflow_serves_the_images_that_the_job_draws(
+def test_mlflow_serves_the_same_images_as_the_sample_job(
     mlflow: MlflowClient, name: str, folder: Path, tmp_path: Path, run_job: Callable[..., Any]
 ) -> None:
     out = tmp_path / "program"
@@ -164,12 +164,12 @@ def test_mlflow_serves_the_images_that_the_job_draws(
             f"{url}/invocations", json={"inputs": [{"num_images": 4, "seed": 7}]}, timeout=60
         )
         assert answer.status_code == 200, answer.text
-        pictures = answer.json()["predictions"]
-        assert [picture["index"] for picture in pictures] == [0, 1, 2, 3]
-        for picture in pictures:
-            drawn = tmp_path / f"drawn/images/{picture['index']:06d}.png"
-            assert base64.b64decode(picture["png"]) == drawn.read_bytes()
-        assert len({picture["png"] for picture in pictures}) == 4
+        served_images = answer.json()["predictions"]
+        assert [encoded["index"] for encoded in served_images] == [0, 1, 2, 3]
+        for encoded in served_images:
+            drawn = tmp_path / f"drawn/images/{encoded['index']:06d}.png"
+            assert base64.b64decode(encoded["png"]) == drawn.read_bytes()
+        assert len({encoded["png"] for encoded in served_images}) == 4
         one = {"num_images": 1, "seed": 0}
         wrong: list[tuple[list[dict[str, Any]], str]] = [
             ([one | {"num_images": 0}], "num_images"),
@@ -188,12 +188,12 @@ def test_mlflow_serves_the_images_that_the_job_draws(
             assert answer.status_code == 400, answer.text
             assert message in answer.text, (message, answer.text)
         answer = requests.post(f"{url}/invocations", json={"inputs": [one | {"label": 2}, one]}, timeout=60)
-        assert [picture["index"] for picture in answer.json()["predictions"]] == [0, 0]
+        assert [encoded["index"] for encoded in answer.json()["predictions"]] == [0, 0]
 
 
 @contextmanager
 def served(uri: str, folder: Path) -> Iterator[str]:
-    """`mlflow models serve`, as a person types it."""
+    """Run `mlflow models serve` while the context is open."""
     (port,) = servers.free_ports(1)
     url = f"http://{servers.LOOPBACK}:{port}"
     command = [program("mlflow"), "models", "serve", "--model-uri", uri, "--env-manager", "local"]

@@ -1,4 +1,4 @@
-"""The jobs on shards in a bucket."""
+"""The jobs with shards in a bucket."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,7 @@ SMALL = """--schedule.num-timesteps 100 --model.base-width 8 --model.norm-groups
 def test_fashion_mnist_from_a_bucket_with_two_workers(
     run_job: Callable[..., Any], s3_bucket: str, mlflow_server: str, tmp_path: Path
 ) -> None:
-    """Shards, checkpoints and pictures in S3; through prepare and train alone."""
+    """Shards, checkpoints and images are in S3; only prepare and train are used."""
     if not Path("/usr/share/datasets/fashion-mnist").exists():
         pytest.skip("Fashion-MNIST is missing; `apt-get install dataset-fashion-mnist` brings it")
     shards = f"{s3_bucket}/fashion-mnist"
@@ -48,7 +48,7 @@ def test_fashion_mnist_from_a_bucket_with_two_workers(
     assert any(path.endswith(".png") for path in grids)
 
 
-def test_a_bucket_that_is_not_there_or_refuses(
+def test_a_missing_or_forbidden_bucket_is_a_user_error(
     run_job: Callable[..., Any], s3_bucket: str, s3_server: S3Server, tmp_path: Path
 ) -> None:
     done = run_job("train", "digits", "--data.shards", "s3://no-such-bucket-here/d", cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""python jobs/evaluate.py, as a person types it while a run goes on."""
+"""python jobs/evaluate.py from the command line, while the run is still training."""
 
 import json
 from collections.abc import Callable
@@ -24,11 +24,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.mark.slow
-def test_all_checkpoints_of_a_run_that_goes_on(
+def test_all_checkpoints_of_a_run_that_is_still_training(
     run_job: Callable[..., Any], run: Run, mlflow_server: str, tmp_path: Path
 ) -> None:
     client = MlflowClient(mlflow_server)
-    tracked = client.create_run(client.create_experiment("evaluated"), tags={RUN_KEY_TAG: run.key})
+    mlflow_run = client.create_run(client.create_experiment("evaluated"), tags={RUN_KEY_TAG: run.key})
     env = {"MLFLOW_TRACKING_URI": mlflow_server}
     steps = ("--num-sample-steps", "2", "4")
     words = (run.location.uri, "--all-checkpoints", *steps, *FEW)
@@ -41,7 +41,7 @@ def test_all_checkpoints_of_a_run_that_goes_on(
         f"results     {tmp_path}/found.json",
         f"picture     {tmp_path}/found.png",
         *(f"nearest     {tmp_path}/found-nearest-{name}.png" for name in names),
-        f"MLflow      run {tracked.info.run_id} in {mlflow_server}",
+        f"MLflow      run {mlflow_run.info.run_id} in {mlflow_server}",
     ]
     report = json.loads((tmp_path / "found.json").read_text())
     assert [judged["images_seen"] for judged in report["checkpoints"]] == list(POSITIONS)
@@ -56,27 +56,29 @@ def test_all_checkpoints_of_a_run_that_goes_on(
     assert "60 held-out images are too few for a 1st percentile" in done.stdout
     for name in names:
         assert (tmp_path / f"found-nearest-{name}.png").read_bytes().startswith(b"\x89PNG")
-    with Image.open(tmp_path / "found.png", formats=("PNG",)) as picture:
-        assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 50
+    with Image.open(tmp_path / "found.png", formats=("PNG",)) as plot:
+        assert len(np.unique(np.asarray(plot.convert("RGB")).reshape(-1, 3), axis=0)) > 50
 
-    history = client.get_metric_history(tracked.info.run_id, "eval/KID-pixels")
+    history = client.get_metric_history(mlflow_run.info.run_id, "eval/KID-pixels")
     ours = [way["scores"][1]["value"] for judged in report["checkpoints"] for way in judged["drawn"][1:]]
     assert [(point.step, point.value) for point in history] == list(zip(POSITIONS, ours, strict=True))
-    low = client.get_metric_history(tracked.info.run_id, "eval_low/nearer_than_held_out-pixels")
+    low = client.get_metric_history(mlflow_run.info.run_id, "eval_low/nearer_than_held_out-pixels")
     assert [point.step for point in low] == list(POSITIONS)
-    kept = [file.path for file in client.list_artifacts(tracked.info.run_id, "evaluation")]
+    kept = [file.path for file in client.list_artifacts(mlflow_run.info.run_id, "evaluation")]
     assert len([path for path in kept if "-nearest-judged-" in path]) == len(names)
-    assert client.get_run(tracked.info.run_id).info.status == "RUNNING"
+    assert client.get_run(mlflow_run.info.run_id).info.status == "RUNNING"
 
     newest = resolve.checkpoints_of(run.location.uri)[-1]
     again = run_job("evaluate", newest, *steps, *FEW, "--out", "again.json", cwd=tmp_path, env=env)
     assert again.returncode == 0, again.stderr
     judged = json.loads((tmp_path / "again.json").read_text())["checkpoints"]
     assert judged == report["checkpoints"][-1:]
-    assert len(client.get_metric_history(tracked.info.run_id, "eval/KID-pixels")) == len(POSITIONS)
+    assert len(client.get_metric_history(mlflow_run.info.run_id, "eval/KID-pixels")) == len(POSITIONS)
 
 
-def test_mistakes_are_a_line_and_exit_code_2(run_job: Callable[..., Any], run: Run, tmp_path: Path) -> None:
+def test_user_errors_are_one_line_with_exit_code_2(
+    run_job: Callable[..., Any], run: Run, tmp_path: Path
+) -> None:
     mistakes = {
         (): "no CHECKPOINT is given",
         ("none",): "none does not exist; expected a checkpoint folder or a run folder",

@@ -1,4 +1,4 @@
-"""python jobs/export.py, as a person types it: out of the house and back."""
+"""python jobs/export.py from the command line: export to diffusers and import again."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +26,7 @@ TINY = override(TINY_NET, {"schedule.num_timesteps": 20, "schedule.kind": "cosin
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A checkpoint whose averaged weights are not its last ones."""
+    """A checkpoint whose averaged weights differ from its last ones."""
     state = State.create(TINY, torch.device("cpu"))
     with torch.no_grad():
         for weight in state.ema.net.parameters():
@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def pixels(net: UNet, config: Config) -> np.ndarray:
-    """Three images by Algorithm 2, from noise that a diffusers pipeline can be given as well."""
+    """Three images by Algorithm 2, from noise that a diffusers pipeline can use too."""
     config = override(config, {"sample.sampler": "ddpm"})
     objective, shape = build_objective(config), (config.model.channels, 8, 8)
     noise = PerImageNoise([TorchGenerator(i, device=torch.device("cpu")) for i in range(3)], shape)
@@ -45,7 +45,7 @@ def pixels(net: UNet, config: Config) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_the_same_noise_becomes_the_same_images_there_and_back(
+def test_exported_and_imported_nets_sample_the_same_images(
     run_job: Callable[..., Any], folder: Path, tmp_path: Path
 ) -> None:
     done = run_job("export", "c", "pipeline", "--no-ema", cwd=tmp_path)
@@ -66,7 +66,7 @@ def test_the_same_noise_becomes_the_same_images_there_and_back(
     assert (ours == pixels(*checkpoint.load_net(tmp_path / "back", torch.device("cpu")))).all()
 
 
-def test_mistakes_are_a_line_and_exit_code_2(run_job: Callable[..., Any], tmp_path: Path) -> None:
+def test_user_errors_are_one_line_with_exit_code_2(run_job: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     mistakes = {
         ("c", "there"): "there exists, and nothing is overwritten",

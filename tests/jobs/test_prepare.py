@@ -1,4 +1,4 @@
-"""From the command a person types to a data set; interrupted, repeated, refused; on disk and on S3."""
+"""From the prepare command to a data set; interrupted, repeated, rejected; on disk and on S3."""
 
 import io
 import json
@@ -22,7 +22,7 @@ from ddpm.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Numbers:
-    """40 + 10 images whose every pixel is their number."""
+    """A source of 40 + 10 images; all pixels of an image have its number as value."""
 
     encoding: Any = "raw"
     fail_at: int = 99
@@ -71,26 +71,26 @@ SMALL: dict[str, Any] = {"rows_per_shard": 10, "rows_per_row_group": 5}
 
 
 @pytest.mark.parametrize("encoding", ["raw", "encoded"])
-def test_all_images_arrive_in_order(tmp_path: Path, encoding: str) -> None:
-    told: list[tuple[int, int]] = []
+def test_all_images_are_written_in_order(tmp_path: Path, encoding: str) -> None:
+    progress: list[tuple[int, int]] = []
     manifest = prepare(
-        Numbers(encoding), resolve(str(tmp_path)), on_progress=lambda *done: told.append(done), **SMALL
+        Numbers(encoding), resolve(str(tmp_path)), on_progress=lambda *done: progress.append(done), **SMALL
     )
     assert manifest == read_manifest(resolve(str(tmp_path)))
     assert numbers_in(resolve(str(tmp_path)), manifest, "train") == list(range(40))
     assert numbers_in(resolve(str(tmp_path)), manifest, "test") == list(range(100, 110))
     assert [shard.row_groups for shard in manifest.splits["train"].shards] == [(5, 5)] * 4
-    assert told == [(10, 50), (20, 50), (30, 50), (40, 50), (50, 50)]
+    assert progress == [(10, 50), (20, 50), (30, 50), (40, 50), (50, 50)]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "test", "train"]
 
 
-def test_a_stopped_preparation_goes_on(tmp_path: Path) -> None:
+def test_a_stopped_preparation_is_resumed(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     with pytest.raises(UserError, match="broken"):
         prepare(Numbers(fail_at=30), resolve(str(tmp_path / "x")), **SMALL)
     with pytest.raises(UserError, match="no data set"):
         read_manifest(resolve(str(tmp_path / "x")))
-    # One finished shard is damaged meanwhile, and the note of another.
+    # Meanwhile a finished shard is damaged, and the progress file of another one.
     shard = tmp_path / "x/train/00000.parquet"
     shard.write_bytes(shard.read_bytes()[:-1])
     (tmp_path / "x/_prepare/train-00001.parquet.json").write_text("{")
@@ -105,7 +105,7 @@ def test_a_stopped_preparation_goes_on(tmp_path: Path) -> None:
     assert all((tmp_path / "x" / f).read_bytes() == (tmp_path / "y" / f).read_bytes() for f in files)
 
 
-def test_a_finished_one_is_found_and_never_written_over(tmp_path: Path) -> None:
+def test_a_finished_data_set_is_found_and_never_overwritten(tmp_path: Path) -> None:
     assert find(Numbers(), resolve(str(tmp_path))) is None
     first = prepare(Numbers(), resolve(str(tmp_path)))
     source = Numbers()
@@ -118,14 +118,14 @@ def test_a_finished_one_is_found_and_never_written_over(tmp_path: Path) -> None:
     assert read_manifest(resolve(str(tmp_path))) == first
 
 
-def test_another_one_cannot_go_on_with_it(tmp_path: Path) -> None:
+def test_another_source_cannot_resume_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="broken"):
         prepare(Numbers(fail_at=30), resolve(str(tmp_path)), **SMALL)
     with pytest.raises(UserError, match="another data set was begun and not finished"):
         prepare(replace(Numbers(), encoding="encoded"), resolve(str(tmp_path)), **SMALL)
 
 
-def test_the_preview_shows_images_from_everywhere(tmp_path: Path) -> None:
+def test_the_preview_shows_images_from_the_whole_data_set(tmp_path: Path) -> None:
     manifest = prepare(Numbers(), resolve(str(tmp_path)), **SMALL)
     with Image.open(write_preview(resolve(str(tmp_path)), manifest).path) as image:
         shown = set(np.asarray(image)[..., 0].flatten().tolist()) - {255}
@@ -133,24 +133,25 @@ def test_the_preview_shows_images_from_everywhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ray_tasks_make_the_same(tmp_path: Path) -> None:
+def test_ray_tasks_give_the_same_data_set(tmp_path: Path) -> None:
     import ray
 
     here = prepare(Digits(), resolve(str(tmp_path / "here")), rows_per_shard=500)
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    images_folder = tmp_path / "pictures"
+    images_folder.mkdir()
     for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)):
-        Image.fromarray(image).save(pictures / f"{i}.png")
-    whole = (pictures / "3.png").read_bytes()
-    (pictures / "3.png").write_bytes(
-        whole[:-100]
-    )  # its header is that of a good one, so that a task finds it
+        Image.fromarray(image).save(images_folder / f"{i}.png")
+    whole = (images_folder / "3.png").read_bytes()
+    (images_folder / "3.png").write_bytes(whole[:-100])  # its header is valid, so that only a task detects it
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         there = prepare(Digits(), resolve(str(tmp_path / "there")), rows_per_shard=500, parallel=True)
         with pytest.raises(UserError, match=r"^cannot read the image .*3\.png") as caught:
             prepare(
-                Folder(pictures, size=8), resolve(str(tmp_path / "broken")), rows_per_shard=2, parallel=True
+                Folder(images_folder, size=8),
+                resolve(str(tmp_path / "broken")),
+                rows_per_shard=2,
+                parallel=True,
             )
     finally:
         ray.shutdown()
@@ -193,7 +194,7 @@ def test_the_command(tmp_path: Path, run_job: Callable[..., Any]) -> None:
     )
 
 
-def test_the_command_with_pictures(tmp_path: Path, run_job: Callable[..., Any]) -> None:
+def test_the_command_on_an_image_folder(tmp_path: Path, run_job: Callable[..., Any]) -> None:
     for i in range(20):
         (tmp_path / f"in/{'ab'[i % 2]}").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (20 + i, 30), (i, 0, 0)).save(tmp_path / f"in/{'ab'[i % 2]}/{i}.jpg")
@@ -217,7 +218,7 @@ def test_the_command_with_pictures(tmp_path: Path, run_job: Callable[..., Any]) 
         (["digits", "ftp://x"], "unknown scheme 'ftp'"),
     ],
 )
-def test_mistakes_are_one_line(arguments: list[str], message: str, run_job: Callable[..., Any]) -> None:
+def test_user_errors_are_one_line(arguments: list[str], message: str, run_job: Callable[..., Any]) -> None:
     done = run_job("prepare", *arguments)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1

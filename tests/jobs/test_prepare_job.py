@@ -1,4 +1,4 @@
-"""python jobs/prepare.py, as a person types it."""
+"""python jobs/prepare.py from the command line."""
 
 import json
 import signal
@@ -21,19 +21,19 @@ def files_of(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-def test_digits_and_again(run_job: Callable[..., Any], tmp_path: Path) -> None:
+def test_preparing_digits_twice(run_job: Callable[..., Any], tmp_path: Path) -> None:
     done = run_job("prepare", "digits", "data", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     location = locations.resolve(str(tmp_path / "data"))
     manifest = read_manifest(location)
-    for said in (
+    for skipped in (
         str(tmp_path / "data"),
         "1,500",
         "297",
         manifest.fingerprint,
         str(tmp_path / "data/preview.png"),
     ):
-        assert said in done.stdout
+        assert skipped in done.stdout
     with Image.open(tmp_path / "data/preview.png") as preview:
         assert preview.size == (402, 402)
     before = files_of(tmp_path)
@@ -42,7 +42,7 @@ def test_digits_and_again(run_job: Callable[..., Any], tmp_path: Path) -> None:
     assert files_of(tmp_path) == before
 
 
-def test_a_folder_becomes_a_data_set_in_a_bucket(
+def test_an_image_folder_becomes_a_data_set_in_a_bucket(
     run_job: Callable[..., Any], tmp_path: Path, s3_bucket: str
 ) -> None:
     for i in range(20):
@@ -59,7 +59,9 @@ def test_a_folder_becomes_a_data_set_in_a_bucket(
     assert location.child("preview.png").exists() and f"{uri}/preview.png" in done.stdout
 
 
-def test_a_bucket_that_may_not_be_listed_is_a_line(run_job: Callable[..., Any], s3_bucket: str) -> None:
+def test_a_bucket_without_list_permission_is_a_one_line_error(
+    run_job: Callable[..., Any], s3_bucket: str
+) -> None:
     bucket, client = s3_bucket.removeprefix("s3://"), boto3.client("s3")
     statement = {
         "Effect": "Deny",
@@ -70,7 +72,7 @@ def test_a_bucket_that_may_not_be_listed_is_a_line(run_job: Callable[..., Any], 
     }
     policy = {"Version": "2012-10-17", "Statement": [statement]}
     client.put_bucket_policy(Bucket=bucket, Policy=json.dumps(policy))
-    client.head_bucket(Bucket=bucket)  # this is allowed
+    client.head_bucket(Bucket=bucket)  # writing is allowed
     done = run_job("prepare", "digits", f"{s3_bucket}/data/digits")
     client.delete_bucket_policy(Bucket=bucket)
     client.close()
@@ -79,7 +81,7 @@ def test_a_bucket_that_may_not_be_listed_is_a_line(run_job: Callable[..., Any], 
     assert "ACCESS_DENIED during ListObjectsV2" in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_what_a_folder_holds_beside_images_is_said(run_job: Callable[..., Any], tmp_path: Path) -> None:
+def test_files_that_are_not_images_are_reported(run_job: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for i in range(4):
         Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"in/{i}.png")
@@ -87,8 +89,8 @@ def test_what_a_folder_holds_beside_images_is_said(run_job: Callable[..., Any], 
     (tmp_path / "in/b\nerror: forged.txt").write_text("")
     done = run_job("prepare", "folder", "out", "--path", "in", "--size", "8", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    said = "passed over 1 .gif (a.gif), 1 .txt (b\\nerror: forged.txt)"
-    assert done.stdout.splitlines()[:2] == [f"data set    {tmp_path}/out", said]
+    skipped = "passed over 1 .gif (a.gif), 1 .txt (b\\nerror: forged.txt)"
+    assert done.stdout.splitlines()[:2] == [f"data set    {tmp_path}/out", skipped]
 
 
 BAD = {
@@ -104,19 +106,19 @@ BAD = {
 
 
 @pytest.mark.parametrize(("words", "message"), BAD.values(), ids=list(BAD))
-def test_a_mistake_is_exit_code_2(
+def test_user_errors_have_exit_code_2(
     run_job: Callable[..., Any], tmp_path: Path, words: list[str], message: str
 ) -> None:
     done = run_job("prepare", *words, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
-    if done.stderr.startswith("error:"):  # else tyro's own box about the words of the command line
+    if done.stderr.startswith("error:"):  # otherwise tyro's own box about the command line
         assert len(done.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_options_are_refused(run_job: Callable[..., Any], tmp_path: Path) -> None:
+def test_other_options_are_rejected(run_job: Callable[..., Any], tmp_path: Path) -> None:
     assert run_job("prepare", "digits", "data", cwd=tmp_path).returncode == 0
     before = files_of(tmp_path)
     done = run_job("prepare", "digits", "data", "--seed", "1", cwd=tmp_path)
@@ -126,7 +128,7 @@ def test_other_options_are_refused(run_job: Callable[..., Any], tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_killed_between_shards_it_ends_with_the_same_bytes(
+def test_resuming_after_a_kill_between_shards_gives_the_same_bytes(
     run_job: Callable[..., Any], tmp_path: Path
 ) -> None:
     words = ["--num-images", "40000", "--size", "16"]

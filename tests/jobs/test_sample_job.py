@@ -1,4 +1,4 @@
-"""python jobs/sample.py, as a person types it, and killed as an operating system kills."""
+"""python jobs/sample.py from the command line, also when it is killed."""
 
 import json
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_it_draws_from_a_checkpoint(run_job: Callable[..., Any], tmp_path: Path) -> None:
+def test_it_samples_from_a_checkpoint(run_job: Callable[..., Any], tmp_path: Path) -> None:
     done = run_job(
         *("sample", "run", "--num-images", "3", "--out", "drawn", "--trajectory"),
         *("--sampler", "dpmpp_2m", "--num-sample-steps", "2", "--guidance-interval", "0.5", "2"),
@@ -52,7 +52,7 @@ def test_it_draws_from_a_checkpoint(run_job: Callable[..., Any], tmp_path: Path)
     assert len(list((tmp_path / "drawn/images").iterdir())) == 3
 
 
-def test_mistakes_are_a_line_and_exit_code_2(run_job: Callable[..., Any], tmp_path: Path) -> None:
+def test_user_errors_are_one_line_with_exit_code_2(run_job: Callable[..., Any], tmp_path: Path) -> None:
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
     part = ["run", "--inpaint", "a.png", "--mask", "a.png"]
     for flags, message in (
@@ -73,8 +73,10 @@ def test_mistakes_are_a_line_and_exit_code_2(run_job: Callable[..., Any], tmp_pa
         assert not (tmp_path / "refused").exists()
 
 
-def test_the_measured_variance_is_that_of_an_evaluation(run_job: Callable[..., Any], tmp_path: Path) -> None:
-    """It lies in the checkpoint's folder, and belongs to these weights."""
+def test_the_measured_variance_is_read_from_an_evaluation(
+    run_job: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The evaluation stores it in the checkpoint's folder, for exactly these weights."""
     folder = tmp_path / "run/checkpoint-000000000000"
     flags = "run --num-images 2 --sampler ddpm --num-sample-steps 5".split()
     measured = [*flags, "--variance", "measured", "--out", "measured"]
@@ -92,8 +94,8 @@ def test_the_measured_variance_is_that_of_an_evaluation(run_job: Callable[..., A
 
 
 @pytest.mark.parametrize("form", ["png", "parquet"])
-def test_a_killed_job_goes_on(form: str, run_job: Callable[..., Any], tmp_path: Path) -> None:
-    """SIGKILL after the first images: the same command leaves what an undisturbed one does."""
+def test_a_killed_job_can_be_resumed(form: str, run_job: Callable[..., Any], tmp_path: Path) -> None:
+    """After a SIGKILL, the same command ends with the files of an undisturbed one."""
     flags = "run --num-images 1100 --num-sample-steps 6 --batch-size 64 --format".split()
     with Job("sample", *flags, form, "--out", "killed", log=tmp_path / "job.log") as job:
         kept = "images/*.png" if form == "png" else "train/*.parquet"
@@ -114,10 +116,10 @@ def test_a_killed_job_goes_on(form: str, run_job: Callable[..., Any], tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_cluster_draws_what_one_core_draws(
+def test_a_cluster_samples_the_same_images_as_one_core(
     run_job: Callable[..., Any], ray_head: RayHead, tmp_path: Path
 ) -> None:
-    """Weights travel to the workers, images travel back: the cluster need not see this folder."""
+    """Weights are sent to the workers and images are sent back, so the cluster need not see this folder."""
     flags = "run --num-images 40 --num-sample-steps 3 --batch-size 8".split()
     for out, more, env in (
         ("cluster", [], {"RAY_ADDRESS": ray_head.address}),

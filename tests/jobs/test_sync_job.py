@@ -1,4 +1,4 @@
-"""python jobs/sync.py, as a person types it after MLflow was away."""
+"""python jobs/sync.py from the command line, after MLflow was down."""
 
 import json
 import sqlite3
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 from support import servers
-from support.tracked import assert_once, deliver, names_in, put, run_of
+from support.tracked import assert_delivered_once, deliver, names_in, put, run_of
 
 from ddpm.checkpoints import checkpoint, runs
 from ddpm.checkpoints.runs import Run
@@ -29,7 +29,7 @@ def write_checkpoint(run: Run, images_seen: int, config: Config = CONFIG) -> Non
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """A run that trained to its end at 128 images while MLflow was away."""
+    """A run that finished at 128 images while MLflow was down."""
     run = runs.open_run("a-run", str(tmp_path / "runs"))
     buffer = run.location.child(spool.FOLDER)
     put(buffer, 64, 32, 64)
@@ -47,7 +47,7 @@ def sync(run_job: Callable[..., Any], *args: object, uri: str) -> Any:
     return run_job("sync", *args, env={"MLFLOW_TRACKING_URI": uri})
 
 
-def test_it_delivers_what_the_run_could_not(
+def test_it_delivers_the_spool_of_a_finished_run(
     run_job: Callable[..., Any], run: Run, mlflow_server: str, tmp_path: Path
 ) -> None:
     (port,) = servers.free_ports(1)
@@ -70,16 +70,16 @@ def test_it_delivers_what_the_run_could_not(
     assert lines[-3] == "records 10/10"
     assert (found.info.run_name, found.info.status) == ("a-run", "FINISHED")
     assert (found.data.params["optim.lr"], found.data.params["train.total_images"]) == ("0.5", "128")
-    assert_once(address, 32, 64, 96, 128)
+    assert_delivered_once(address, 32, 64, 96, 128)
     assert names_in(buffer) == []
 
     again = sync(run_job, run.location.uri, uri=mlflow_server)
     assert again.returncode == 0, again.stderr
     assert "delivered   0 records" in again.stdout
-    assert_once(address, 32, 64, 96, 128)
+    assert_delivered_once(address, 32, 64, 96, 128)
 
 
-def test_a_run_in_a_bucket_that_is_not_finished_keeps_its_status(
+def test_an_unfinished_run_in_a_bucket_keeps_its_status(
     run_job: Callable[..., Any], mlflow_server: str, s3_bucket: str
 ) -> None:
     run = runs.open_run("b-run", f"{s3_bucket}/runs")
@@ -88,14 +88,14 @@ def test_a_run_in_a_bucket_that_is_not_finished_keeps_its_status(
     write_checkpoint(run, 64)
     put(buffer, 64, 64)
     put(buffer, 96, 96, failed=True)
-    put(buffer, 128, 128)  # of a checkpoint that never came
+    put(buffer, 128, 128)  # of a checkpoint that was never written
     done = sync(run_job, run.location.uri, uri=mlflow_server)
     assert done.returncode == 0, done.stderr
-    assert_once(address, 64, 96)
+    assert_delivered_once(address, 64, 96)
     assert run_of(address).info.status == "FAILED"
 
 
-def test_a_segment_after_an_error_before_the_first_checkpoint_need_the_experiment_s_name(
+def test_a_segment_before_the_first_checkpoint_needs_the_experiment_name(
     run_job: Callable[..., Any], mlflow_server: str, tmp_path: Path
 ) -> None:
     run = runs.open_run("c-run", str(tmp_path / "runs"))
@@ -105,10 +105,10 @@ def test_a_segment_after_an_error_before_the_first_checkpoint_need_the_experimen
     assert "has no checkpoint that would name the experiment; give it with --experiment" in unsaid.stderr
     done = sync(run_job, run.location.uri, "--experiment", "mine", uri=mlflow_server)
     assert done.returncode == 0, done.stderr
-    assert_once(address_of(run, mlflow_server, "mine"), 64)
+    assert_delivered_once(address_of(run, mlflow_server, "mine"), 64)
 
 
-def test_what_stays_is_an_error(run_job: Callable[..., Any], run: Run, mlflow_server: str) -> None:
+def test_undelivered_records_are_an_error(run_job: Callable[..., Any], run: Run, mlflow_server: str) -> None:
     damaged = run.location.child("tracking").child("000000000064.zip")
     damaged.write(b"")
     done = sync(run_job, run.location.uri, uri=mlflow_server)
@@ -116,11 +116,13 @@ def test_what_stays_is_an_error(run_job: Callable[..., Any], run: Run, mlflow_se
     assert f"{damaged.uri} is damaged" in done.stderr
     assert f"did not take everything: 1 records are kept in {damaged.uri.rpartition('/')[0]}" in done.stderr
     address = address_of(run, mlflow_server)
-    assert_once(address, 96, 128)
+    assert_delivered_once(address, 96, 128)
     assert run_of(address).info.status == "FINISHED"
 
 
-def test_mistakes_are_a_line_and_exit_code_2(run_job: Callable[..., Any], run: Run, tmp_path: Path) -> None:
+def test_user_errors_are_one_line_with_exit_code_2(
+    run_job: Callable[..., Any], run: Run, tmp_path: Path
+) -> None:
     uri = f"sqlite:///{tmp_path}/never.db"
     (tmp_path / "runs" / "broken").mkdir()
     (tmp_path / "runs" / "broken" / "run.json").write_text("{}")
@@ -142,10 +144,10 @@ def test_mistakes_are_a_line_and_exit_code_2(run_job: Callable[..., Any], run: R
     assert not (tmp_path / "never.db").exists()
 
 
-def test_a_half_made_database_is_named_and_a_new_one_takes_all(
+def test_a_half_made_database_is_reported_and_a_new_one_gets_all_records(
     run_job: Callable[..., Any], run: Run, tmp_path: Path
 ) -> None:
-    """The database of a first run that was stopped while MLflow created its tables."""
+    """As after a first run that was killed while MLflow created its tables."""
     database = tmp_path / "mlflow.db"
     with closing(sqlite3.connect(database)) as opened:
         opened.execute("CREATE TABLE _alembic_tmp_experiments (experiment_id INTEGER)")
@@ -158,5 +160,5 @@ def test_a_half_made_database_is_named_and_a_new_one_takes_all(
     assert done.returncode == 0, done.stderr
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     assert f"in {uri}" in done.stdout
-    assert_once(address_of(run, uri), 32, 64, 96, 128)
-    assert len(MlflowClient(uri).search_experiments()) == 2  # MLflow's own, and ours
+    assert_delivered_once(address_of(run, uri), 32, 64, 96, 128)
+    assert len(MlflowClient(uri).search_experiments()) == 2  # MLflow's folder, and ours

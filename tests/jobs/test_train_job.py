@@ -1,4 +1,4 @@
-"""python jobs/train.py, as a person types it: what is wrong is said in a line, before anything is written."""
+"""python jobs/train.py from the command line: user errors are one line, before anything is written."""
 
 import re
 from collections.abc import Callable
@@ -30,7 +30,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("flags", "message"), BAD.values(), ids=list(BAD))
-def test_a_mistake_is_a_line_and_exit_code_2(
+def test_user_errors_are_one_line_with_exit_code_2(
     run_job: Callable[..., Any], tmp_path: Path, flags: list[str], message: str
 ) -> None:
     done = run_job("train", *flags, cwd=tmp_path)
@@ -40,7 +40,9 @@ def test_a_mistake_is_a_line_and_exit_code_2(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_data_it_says_how_to_make_some(run_job: Callable[..., Any], tmp_path: Path) -> None:
+def test_missing_data_is_an_error_that_says_how_to_prepare_it(
+    run_job: Callable[..., Any], tmp_path: Path
+) -> None:
     done = run_job("train", "digits", "--data.shards", str(tmp_path / "none"), cwd=tmp_path)
     assert done.returncode == 2
     assert "it has no manifest.json; make one with `python jobs/prepare.py SOURCE" in done.stderr
@@ -56,7 +58,7 @@ def test_without_data_it_says_how_to_make_some(run_job: Callable[..., Any], tmp_
         ("train", ["--model.image-size", "32"], ("ray",)),
     ],
 )
-def test_a_mistake_is_told_before_what_it_does_not_need_is_imported(
+def test_user_errors_are_reported_before_heavy_imports(
     run_job: Callable[..., Any], tmp_path: Path, job: str, flags: list[str], unneeded: tuple[str, ...]
 ) -> None:
     done = run_job(job, "digits", *flags, cwd=tmp_path, env={"PYTHONPROFILEIMPORTTIME": "1"})
@@ -64,7 +66,7 @@ def test_a_mistake_is_told_before_what_it_does_not_need_is_imported(
     assert not re.findall(rf"\| +(?:{'|'.join(unneeded)})$", done.stderr, re.MULTILINE)
 
 
-def test_help_is_quick_and_names_every_preset(run_job: Callable[..., Any], tmp_path: Path) -> None:
+def test_help_is_fast_and_lists_every_preset(run_job: Callable[..., Any], tmp_path: Path) -> None:
     done = run_job("train", "--help", cwd=tmp_path, env={"PYTHONPROFILEIMPORTTIME": "1"})
     assert done.returncode == 0
     for preset in ("digits", "glyphs", "fashion-mnist", "cifar10", "celeba64"):
