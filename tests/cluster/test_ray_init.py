@@ -1,4 +1,4 @@
-"""A cluster that cannot be had, or that dies, is a line."""
+"""One-line errors for a Ray cluster that cannot be joined or started, or that dies."""
 
 import os
 import socket
@@ -26,16 +26,16 @@ def address(listener: socket.socket) -> str:
     return f"127.0.0.1:{listener.getsockname()[1]}"
 
 
-def refusal(monkeypatch: pytest.MonkeyPatch, ray_address: str | None) -> str:
-    """What `connect` says, with that RAY_ADDRESS."""
+def error_of_connect(monkeypatch: pytest.MonkeyPatch, ray_address: str | None) -> str:
+    """The error message of `connect` with this RAY_ADDRESS."""
     environment = dict(os.environ) | ({"RAY_ADDRESS": ray_address} if ray_address else {})
     monkeypatch.setattr(os, "environ", environment)
     with pytest.raises(UserError) as raised:
         ray_init.connect()
-    said = str(raised.value)
-    assert "\n" not in said and len(said) < 600
+    message_text = str(raised.value)
+    assert "\n" not in message_text and len(message_text) < 600
     assert raised.value.exit_code == 1
-    return said
+    return message_text
 
 
 @pytest.mark.parametrize(
@@ -50,40 +50,45 @@ def refusal(monkeypatch: pytest.MonkeyPatch, ray_address: str | None) -> str:
         (True, ConnectionError("x" * 9999), " cannot be joined: xxx"),
     ],
 )
-def test_ray_that_does_not_start_is_a_line(
+def test_a_failed_start_of_ray_is_a_one_line_error(
     is_joined: bool, error: Exception, message: str, listener: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(**_: object) -> None:
         raise error
 
     monkeypatch.setattr(ray, "init", fail)
-    assert message in refusal(monkeypatch, address(listener) if is_joined else None)
+    assert message in error_of_connect(monkeypatch, address(listener) if is_joined else None)
 
 
-@pytest.mark.parametrize("silent", [False, True], ids=["refused", "dropped"])
-def test_an_address_of_nobody_is_a_line(
-    silent: bool, listener: socket.socket, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("is_dropped", [False, True], ids=["refused", "dropped"])
+def test_unreachable_address_is_a_one_line_error(
+    is_dropped: bool,
+    listener: socket.socket,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Ray would try for minutes. Packets to a listener whose queue is full are dropped."""
-    nobody = address(listener)
-    if not silent:
+    """Ray itself would retry for minutes. Packets to a listener with a full queue are dropped."""
+    unreachable = address(listener)
+    if not is_dropped:
         listener.close()
     monkeypatch.setattr(ray_init, "REACH_TIMEOUT_S", 0.5)
     with socket.socket() as first, socket.socket() as second:
-        for waiting in (first, second) if silent else ():
+        for waiting in (first, second) if is_dropped else ():
             waiting.setblocking(False)
             waiting.connect_ex(("127.0.0.1", listener.getsockname()[1]))
-        said = refusal(monkeypatch, nobody)
-    reason = "timed out" if silent else "[Errno 111] Connection refused"
-    assert said == f"the Ray cluster at RAY_ADDRESS={nobody} cannot be joined: {reason}"
+        message_text = error_of_connect(monkeypatch, unreachable)
+    reason = "timed out" if is_dropped else "[Errno 111] Connection refused"
+    assert message_text == f"the Ray cluster at RAY_ADDRESS={unreachable} cannot be joined: {reason}"
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.slow
-def test_a_cluster_that_dies_is_a_line(tmp_path: Path) -> None:
-    """Ray itself prints the last twenty lines of a raylet's log, before or after; nobody else says a word."""
-    joins = "import time; from ddpm.cluster import ray_init; ray_init.connect(); print('joined', flush=True)"
-    words = (sys.executable, "-c", f"{joins}; time.sleep(600)")
+def test_a_dead_cluster_is_a_one_line_error(tmp_path: Path) -> None:
+    """Ray may print the last twenty lines of the raylet's log; nothing else is printed."""
+    program = (
+        "import time; from ddpm.cluster import ray_init; ray_init.connect(); print('joined', flush=True)"
+    )
+    words = (sys.executable, "-c", f"{program}; time.sleep(600)")
     with Background(words, log=tmp_path / "log", env={"PYTHONPATH": str(REPO)}) as job:
         job.wait_for(lambda: job.output == "joined\n")
         (raylet,) = [c for c in psutil.Process(job.process.pid).children() if c.name() == "raylet"]
@@ -105,7 +110,7 @@ def test_a_cluster_that_dies_is_a_line(tmp_path: Path) -> None:
         ({"OMP_WAIT_POLICY": "passive"}, {"OMP_WAIT_POLICY": "passive"}),
     ],
 )
-def test_workers_of_a_joined_cluster_find_what_holds_here(
+def test_workers_get_the_openmp_settings_of_the_driver(
     given: dict[str, str], waiting: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "environ", {"HOME": "/", "MALLOC_ARENA_MAX": "2", **given})

@@ -1,4 +1,4 @@
-"""What several runs at a time may have of a cluster, and when there is no room for them; Ray is asked nothing here."""
+"""Resources of concurrent runs on a cluster, and errors when there are too few; Ray itself is faked."""
 
 import os
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     ("cpus", "num_runs", "num_workers", "share", "threads"),
     [(2, 1, 1, 0.99, 2), (2, 2, 1, 0.49, 1), (4, 2, 2, 0.74, 1), (16, 2, 2, 1.0, 4), (16, 8, 1, 1.0, 2)],
 )
-def test_a_cpu_stays_for_data_tasks(
+def test_a_cpu_is_left_for_data_tasks(
     cluster: Cluster, cpus: int, num_runs: int, num_workers: int, share: float, threads: int
 ) -> None:
     cluster(cpus)
@@ -66,24 +66,26 @@ def test_several_runs_share_a_gpu(cluster: Cluster) -> None:
         ({}, 0, "--max-concurrent is 0; it must be at least 1"),
     ],
 )
-def test_without_room_it_is_a_line(cluster: Cluster, flags: dict, num_runs: int, message: str) -> None:
+def test_too_few_resources_are_a_one_line_error(
+    cluster: Cluster, flags: dict, num_runs: int, message: str
+) -> None:
     cluster(2, gpus=1)
     with pytest.raises(UserError) as raised:
         resources.shared(override(Config(), flags), num_runs)
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_a_share_of_a_gpu_is_a_share(cluster: Cluster) -> None:
+def test_gpus_per_worker_is_at_most_one(cluster: Cluster) -> None:
     cluster(2, gpus=1)
     with pytest.raises(UserError, match=r"gpus_per_worker is 2; it must be above 0 and at most 1"):
         resources.resources_per_worker(override(Config(), {"cluster.gpus_per_worker": 2.0}))
 
 
-def test_gpus_that_are_there_are_not_passed_over(cluster: Cluster) -> None:
-    """Too few of them are an error, not a run on CPUs that takes weeks."""
-    four, most = (override(Config(), {"cluster.num_workers": n}) for n in (4, "2:4"))
+def test_too_few_gpus_are_an_error(cluster: Cluster) -> None:
+    """Too few GPUs are an error, instead of a run on CPUs that takes weeks."""
+    four, elastic = (override(Config(), {"cluster.num_workers": n}) for n in (4, "2:4"))
     cluster(16, gpus=2)
-    assert resources.resources_per_worker(most) == {"CPU": 1.0, "GPU": 1.0}
+    assert resources.resources_per_worker(elastic) == {"CPU": 1.0, "GPU": 1.0}
     with pytest.raises(UserError) as raised:
         resources.resources_per_worker(four)
     assert str(raised.value) == (
@@ -108,15 +110,15 @@ def test_at_most_two_workers_share_a_cpu(
     assert resources.resources_per_worker(config) == {"CPU": share}
 
 
-def test_many_more_workers_than_cpus_are_refused(cluster: Cluster) -> None:
+def test_too_many_workers_per_cpu_are_a_user_error(cluster: Cluster) -> None:
     eight = override(Config(), {"cluster.num_workers": 8})
     cluster(2)
     with pytest.raises(
         UserError, match=r"^8 workers on CPUs, .* has 2: .* use at most 4 .*, best 2 or fewer"
     ):
         resources.resources_per_worker(eight)
-    asked = override(eight, {"cluster.cpus_per_worker": 0.1})
-    assert resources.resources_per_worker(asked) == {"CPU": 0.1}
+    requested = override(eight, {"cluster.cpus_per_worker": 0.1})
+    assert resources.resources_per_worker(requested) == {"CPU": 0.1}
     cluster(2, gpus=8)
     assert resources.resources_per_worker(eight) == {"CPU": 0.12, "GPU": 1.0}
 
@@ -128,7 +130,9 @@ def test_many_more_workers_than_cpus_are_refused(cluster: Cluster) -> None:
         (1, "more than one CPU is needed"),
     ],
 )
-def test_a_cpu_is_left_to_the_tasks_that_read(cluster: Cluster, cpus: float, remedy: str) -> None:
+def test_workers_that_leave_no_cpu_for_read_tasks_are_a_user_error(
+    cluster: Cluster, cpus: float, remedy: str
+) -> None:
     cluster(cpus)
     config = override(Config(), {"cluster.num_workers": 2, "cluster.cpus_per_worker": 2.0})
     with pytest.raises(UserError) as raised:
@@ -138,7 +142,7 @@ def test_a_cpu_is_left_to_the_tasks_that_read(cluster: Cluster, cpus: float, rem
     )
 
 
-def test_more_workers_than_cpus_are_warned_of(cluster: Cluster) -> None:
+def test_more_workers_than_cpus_give_a_warning(cluster: Cluster) -> None:
     two, four = (override(Config(), {"cluster.num_workers": n}) for n in (2, 4))
     cluster(2)
     assert resources.crowding(two, {"CPU": 0.5}) is None

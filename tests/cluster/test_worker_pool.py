@@ -1,4 +1,4 @@
-"""A pool does every piece once, in this process or on Ray, whatever dies."""
+"""A worker pool runs every piece once, in this process or on Ray, even if workers are killed."""
 
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("ray_here")
 
 
 @pytest.mark.parametrize("num_workers", [None, 1, 2])
-def test_every_piece_is_done_once(num_workers: int | None) -> None:
+def test_every_piece_is_run_once(num_workers: int | None) -> None:
     with WorkerPool(MAKE, num_workers) as pool:
         assert dict(pool.map(Adder.add, range(10))) == {i: 100 + i for i in range(10)}
         assert list(pool.map(Adder.add, [])) == []
@@ -26,23 +26,23 @@ def test_every_piece_is_done_once(num_workers: int | None) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [None, 2])
-def test_a_piece_is_done_by_one_thread(num_workers: int | None) -> None:
+def test_a_piece_is_run_by_one_thread(num_workers: int | None) -> None:
     before = torch.get_num_threads()
     with WorkerPool(MAKE, num_workers) as pool:
-        done = [result for _, result in pool.map(chores.who, range(6))]
+        done = [result for _, result in pool.map(chores.worker_info, range(6))]
     assert {(threads, device) for _, threads, device in done} == {(1, "cpu")}
     assert len({process for process, _, _ in done}) == (num_workers or 1)
     assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize("num_workers", [None, 1, 2])
-def test_a_mistake_comes_out_as_it_is(num_workers: int | None) -> None:
+def test_a_user_error_is_raised_unchanged(num_workers: int | None) -> None:
     with WorkerPool(MAKE, num_workers) as pool:
         with pytest.raises(UserError, match=r"^piece is 3; it must not be 3$"):
             list(pool.map(chores.refuse, range(10)))
-        assert len(list(pool.map(Adder.add, range(10)))) == 10  # and the pool still works
+        assert len(list(pool.map(Adder.add, range(10)))) == 10  # the pool still works
     with (
-        WorkerPool(chores.make_nothing, num_workers) as pool,
+        WorkerPool(chores.fail_to_make, num_workers) as pool,
         pytest.raises(UserError, match=r"^nothing can be made of this$"),
     ):
         list(pool.map(Adder.add, range(10)))
@@ -50,14 +50,14 @@ def test_a_mistake_comes_out_as_it_is(num_workers: int | None) -> None:
         WorkerPool(MAKE, 0)
 
 
-def test_who_stops_listening_waits_for_nothing() -> None:
+def test_abandoning_the_results_waits_for_nothing() -> None:
     with WorkerPool(MAKE) as pool:
-        results = pool.map(chores.spin, range(100))
+        results = pool.map(chores.run_slowly, range(100))
         next(results)
-        results.close()  # pieces under way would take minutes
+        results.close()  # the running pieces would take minutes
 
 
-def test_a_worker_that_dies_costs_no_piece(tmp_path: Path) -> None:
+def test_a_killed_worker_loses_no_piece(tmp_path: Path) -> None:
     with WorkerPool(MAKE, 2) as pool:
         assert dict(pool.map(partial(chores.die_once, tmp_path), range(8))) == {i: 100 + i for i in range(8)}
         assert (tmp_path / "died").exists()
@@ -65,6 +65,6 @@ def test_a_worker_that_dies_costs_no_piece(tmp_path: Path) -> None:
             list(pool.map(chores.die, [1]))
 
 
-def test_workers_without_a_place_are_not_waited_for() -> None:
+def test_the_pool_does_not_wait_for_workers_that_cannot_be_placed() -> None:
     with WorkerPool(MAKE, 1000) as pool:
         assert len(list(pool.map(Adder.add, range(20)))) == 20

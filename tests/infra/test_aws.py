@@ -1,4 +1,4 @@
-"""infra/aws/stack.yaml: made for real by a server that plays AWS, and who may then do what."""
+"""infra/aws/stack.yaml: created on a server that emulates AWS, and the permissions of its roles."""
 
 import base64
 import itertools
@@ -29,7 +29,7 @@ def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AwsServer]:
 
 @pytest.fixture(scope="module")
 def client(aws: AwsServer) -> Iterator[Callable[[str], Any]]:
-    """A client of a service, as the account's owner."""
+    """Returns clients of services, with the account owner's permissions."""
     clients = {}
 
     def of(service: str) -> Any:
@@ -42,7 +42,7 @@ def client(aws: AwsServer) -> Iterator[Callable[[str], Any]]:
 
 @pytest.fixture(scope="module")
 def outputs(client: Callable[[str], Any]) -> dict[str, str]:
-    """Outputs of the stack, made in the account's default network."""
+    """Outputs of the stack, created in the account's default network."""
     subnets = client("ec2").describe_subnets()["Subnets"]
     return make_stack(client, subnets[0]["VpcId"], [subnet["SubnetId"] for subnet in subnets[:2]])
 
@@ -54,7 +54,7 @@ def resources(outputs: dict[str, str], client: Callable[[str], Any]) -> dict[str
     return {
         resource["LogicalResourceId"]: resource["PhysicalResourceId"]
         for resource in found
-        if "PhysicalResourceId" in resource  # moto lists what it did not make, too
+        if "PhysicalResourceId" in resource  # moto also lists resources that it did not create
     }
 
 
@@ -71,16 +71,16 @@ def policies(resources: dict[str, str], client: Callable[[str], Any]) -> dict[st
 
 
 def secret(name: str) -> str:
-    """The ARN of a secret of the stack; moto makes none (5.2.5), and AWS ends each in six letters of its own."""
+    """The ARN of a secret of the stack; moto 5.2.5 creates none, and AWS appends six random letters."""
     return f"arn:aws:secretsmanager:us-east-1:123456789012:secret:ddpm/mlflow-{name}-AbCdEf"
 
 
-def test_the_template_is_clean() -> None:
+def test_the_template_passes_cfn_lint() -> None:
     done = processes.run([processes.program("cfn-lint"), TEMPLATE], cwd=processes.REPO)
     assert (done.returncode, done.stdout) == (0, ""), done.stdout
 
 
-def test_the_outputs_are_what_a_cluster_needs(
+def test_the_outputs_have_what_a_cluster_needs(
     outputs: dict[str, str], resources: dict[str, str], client: Callable[[str], Any]
 ) -> None:
     iam = client("iam")
@@ -93,13 +93,13 @@ def test_the_outputs_are_what_a_cluster_needs(
     assert outputs["TrainerSecret"] == "ddpm/mlflow-trainer"
 
 
-def test_the_bucket_is_private_encrypted_and_forgets_slowly(
+def test_the_bucket_is_private_encrypted_and_versioned(
     outputs: dict[str, str], client: Callable[[str], Any]
 ) -> None:
     s3, bucket = client("s3"), {"Bucket": outputs["BucketName"]}
     (rule,) = s3.get_bucket_encryption(**bucket)["ServerSideEncryptionConfiguration"]["Rules"]
     assert rule["ApplyServerSideEncryptionByDefault"]["SSEAlgorithm"] == "AES256"
-    # Of what a template says of a bucket moto takes the encryption alone (5.2.5).
+    # Of a bucket's properties moto 5.2.5 applies only the encryption.
     template, errors = cfnlint.decode.decode_str(TEMPLATE.read_text())
     assert not errors
     said = template["Resources"]["Bucket"]["Properties"]
@@ -112,13 +112,13 @@ def test_the_bucket_is_private_encrypted_and_forgets_slowly(
     assert rules["deleted-files"]["NoncurrentVersionExpiration"]["NoncurrentDays"] == {
         "Ref": "DaysOfDeletedFiles"
     }
-    assert not any("ExpirationInDays" in rule for rule in rules.values())  # nothing goes that nobody deleted
+    assert not any("ExpirationInDays" in rule for rule in rules.values())  # only deleted files expire
 
 
-def test_no_port_is_open_to_the_world(resources: dict[str, str], client: Callable[[str], Any]) -> None:
+def test_no_port_is_open_to_the_internet(resources: dict[str, str], client: Callable[[str], Any]) -> None:
     ours = [resources[f"{name}SecurityGroup"] for name in ("Cluster", "Mlflow", "Database")]
     groups = client("ec2").describe_security_groups(GroupIds=ours)["SecurityGroups"]
-    entrances = {
+    open_ports = {
         (group["GroupId"], rule.get("FromPort", -1), *sources)
         for group in groups
         for rule in group["IpPermissions"]
@@ -130,7 +130,7 @@ def test_no_port_is_open_to_the_world(resources: dict[str, str], client: Callabl
         )
     }
     cluster, mlflow, database = ours
-    assert entrances == {
+    assert open_ports == {
         (cluster, 22, "203.0.113.7/32"),
         (cluster, -1, cluster),
         (mlflow, 5000, cluster),
@@ -138,15 +138,17 @@ def test_no_port_is_open_to_the_world(resources: dict[str, str], client: Callabl
     }
 
 
-def test_ssh_from_everywhere_is_no_choice(outputs: dict[str, str]) -> None:
+def test_ssh_from_everywhere_cannot_be_chosen(outputs: dict[str, str]) -> None:
     pattern = re.search(r'AllowedPattern: "(.*)"', TEMPLATE.read_text())
     assert pattern is not None
-    fits = re.compile(pattern[1].replace("\\\\", "\\")).match
-    assert fits("203.0.113.7/32")
-    assert not fits("0.0.0.0/0")
+    matches = re.compile(pattern[1].replace("\\\\", "\\")).match
+    assert matches("203.0.113.7/32")
+    assert not matches("0.0.0.0/0")
 
 
-def test_the_database_is_mlflows_alone(resources: dict[str, str], client: Callable[[str], Any]) -> None:
+def test_the_database_is_encrypted_and_not_public(
+    resources: dict[str, str], client: Callable[[str], Any]
+) -> None:
     (database,) = client("rds").describe_db_instances()["DBInstances"]
     assert (database["Engine"], database["StorageEncrypted"], database["PubliclyAccessible"]) == (
         "postgres",
@@ -156,14 +158,14 @@ def test_the_database_is_mlflows_alone(resources: dict[str, str], client: Callab
 
 
 def boot_script(resources: dict[str, str], client: Callable[[str], Any]) -> str:
-    """What the MLflow server's instance is told to do first."""
+    """The boot script of the MLflow server's instance."""
     said = client("ec2").describe_instance_attribute(
         InstanceId=resources["MlflowServer"], Attribute="userData"
     )["UserData"]["Value"]
     return base64.b64decode(said).decode()
 
 
-def test_mlflow_starts_as_infra_mlflow_serve_does(
+def test_mlflow_starts_as_in_infra_mlflow_serve(
     resources: dict[str, str], outputs: dict[str, str], client: Callable[[str], Any]
 ) -> None:
     """The instance has the script's settings and command, and no password."""
@@ -180,13 +182,13 @@ def test_mlflow_starts_as_infra_mlflow_serve_does(
 
 
 @pytest.mark.slow
-def test_the_boot_script_lets_the_jobs_user_in(
+def test_the_boot_script_creates_the_trainer_user(
     resources: dict[str, str],
     client: Callable[[str], Any],
     guarded_mlflow: GuardedMlflowServer,
     tmp_path: Path,
 ) -> None:
-    """As on the instance, but for the port, the user's name, and the program that knows passwords."""
+    """As on the instance, except for the port, the user's name, and the program that returns passwords."""
     boot = boot_script(resources, client)
     (script,) = re.findall(
         r"^cat > /opt/mlflow/let-trainer-in <<'END'\n(.*?)^END$", boot, re.MULTILINE | re.DOTALL
@@ -220,18 +222,18 @@ NEVER = (
 
 
 @pytest.mark.parametrize("role", ["WorkerRole", "HeadRole"])
-def test_jobs_may_do_their_work(
+def test_roles_allow_what_jobs_need(
     role: str, policies: dict[str, list[str]], outputs: dict[str, str], client: Callable[[str], Any]
 ) -> None:
     bucket = f"arn:aws:s3:::{outputs['BucketName']}"
-    for action, room in itertools.product(OBJECTS, ("data", "runs", "drawn")):
-        assert allowed(policies[role], action, f"{bucket}/{room}/a/b"), (action, room)
-    assert allowed(policies[role], "s3:ListBucket", bucket)  # head_bucket asks for it, and every listing
+    for action, prefix in itertools.product(OBJECTS, ("data", "runs", "drawn")):
+        assert allowed(policies[role], action, f"{bucket}/{prefix}/a/b"), (action, prefix)
+    assert allowed(policies[role], "s3:ListBucket", bucket)  # head_bucket and every listing need it
     assert allowed(policies[role], "secretsmanager:GetSecretValue", secret("trainer"))
 
 
 @pytest.mark.parametrize("role", ["WorkerRole", "HeadRole", "MlflowRole"])
-def test_nobody_may_do_more(
+def test_roles_allow_nothing_else(
     role: str, policies: dict[str, list[str]], outputs: dict[str, str], resources: dict[str, str]
 ) -> None:
     bucket = f"arn:aws:s3:::{outputs['BucketName']}"
@@ -241,15 +243,15 @@ def test_nobody_may_do_more(
     for action in OBJECTS:
         assert not allowed(policies[role], action, "arn:aws:s3:::another/data/a")
         assert not allowed(policies[role], action, f"{bucket}/elsewhere/a")
-    rooms = ("data", "runs", "drawn") if role == "MlflowRole" else ("mlflow",)
-    for action, room in itertools.product(OBJECTS, rooms):
-        assert not allowed(policies[role], action, f"{bucket}/{room}/a"), (action, room)
+    prefixes = ("data", "runs", "drawn") if role == "MlflowRole" else ("mlflow",)
+    for action, prefix in itertools.product(OBJECTS, prefixes):
+        assert not allowed(policies[role], action, f"{bucket}/{prefix}/a"), (action, prefix)
     if role != "MlflowRole":
         for name in ("admin", "database", "forms"):
             assert not allowed(policies[role], "secretsmanager:GetSecretValue", secret(name))
 
 
-def test_the_head_alone_starts_and_ends_workers(
+def test_only_the_head_may_start_and_terminate_workers(
     policies: dict[str, list[str]], resources: dict[str, str], client: Callable[[str], Any]
 ) -> None:
     account = client("sts").get_caller_identity()["Account"]
@@ -257,7 +259,7 @@ def test_the_head_alone_starts_and_ends_workers(
     workers = client("iam").get_role(RoleName=resources["WorkerRole"])["Role"]["Arn"]
     mlflows = client("iam").get_role(RoleName=resources["MlflowRole"])["Role"]["Arn"]
     ray_node = {"aws_ResourceTag__ray-node-type": "worker"}
-    may = [
+    allowed_calls = [
         ("ec2:DescribeInstances", "*", {}),
         ("ec2:RunInstances", f"{here}:instance/*", {}),
         ("ec2:RunInstances", f"{here}:security-group/{resources['ClusterSecurityGroup']}", {}),
@@ -266,23 +268,27 @@ def test_the_head_alone_starts_and_ends_workers(
         ("ec2:TerminateInstances", f"{here}:instance/i-1", ray_node),
         ("iam:PassRole", workers, {"iam_PassedToService": "ec2.amazonaws.com"}),
     ]
-    may_not = [
+    denied_calls = [
         ("ec2:RunInstances", f"{here}:security-group/sg-of-others", {}),
         ("ssm:GetParameters", f"arn:aws:ssm:us-east-1:{account}:parameter/password", {}),
         ("ec2:TerminateInstances", f"{here}:instance/i-of-others", {}),
         ("iam:PassRole", workers, {"iam_PassedToService": "lambda.amazonaws.com"}),
         ("iam:PassRole", mlflows, {"iam_PassedToService": "ec2.amazonaws.com"}),
     ]
-    assert [allowed(policies["HeadRole"], a, r, **context) for a, r, context in may] == [True] * len(may)
-    assert not any(allowed(policies["HeadRole"], a, r, **context) for a, r, context in may_not)
+    assert [allowed(policies["HeadRole"], a, r, **context) for a, r, context in allowed_calls] == [
+        True
+    ] * len(allowed_calls)
+    assert not any(allowed(policies["HeadRole"], a, r, **context) for a, r, context in denied_calls)
     for role in ("WorkerRole", "MlflowRole"):
-        assert not any(allowed(policies[role], a, r, **context) for a, r, context in may + may_not)
+        assert not any(
+            allowed(policies[role], a, r, **context) for a, r, context in allowed_calls + denied_calls
+        )
 
 
-def test_a_worker_at_the_bucket_itself(
+def test_permissions_of_a_worker_on_the_real_bucket(
     aws: AwsServer, outputs: dict[str, str], resources: dict[str, str], client: Callable[[str], Any]
 ) -> None:
-    """With the role's own keys, at a server that now asks IAM."""
+    """With credentials of the role, on a server that now enforces IAM."""
     arn = client("iam").get_role(RoleName=resources["WorkerRole"])["Role"]["Arn"]
     keys = client("sts").assume_role(RoleArn=arn, RoleSessionName="worker")["Credentials"]
     worker = boto3.client(

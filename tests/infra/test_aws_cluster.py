@@ -1,4 +1,4 @@
-"""cluster.yaml, launched for real: Ray's AWS provider on moto's EC2, whose instances are machines with ssh."""
+"""cluster.yaml, really launched: Ray's AWS provider on moto's EC2, with hosts with ssh as instances."""
 
 import contextlib
 import uuid
@@ -15,18 +15,18 @@ from support.cloud import REGION, Cloud, Launch, make_stack
 from support.faulted import FLAGS
 from support.guarded import GuardedMlflowServer, PostgresServer
 from support.hosts import Hosts, answers
-from support.launched import DASHBOARD, Desk, cluster_file, environment, install, overlaid
+from support.launched import DASHBOARD, UserHost, cluster_file, environment, install, with_overlay
 from support.servers import S3Server
 
 from ddpm.storage.locations import resolve
 
 ADDRESSES = {"head": "head", "gpu-on-demand": "gpu", "cpu-spot": "cpu"}
-"""The machine that stands for the one instance of a kind."""
+"""Node type -> the host that plays its only instance."""
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_cluster_on_aws_grows_trains_and_is_gone(
+def test_a_cluster_on_aws_scales_up_trains_and_is_terminated(
     hosts: Hosts,
     s3_for_hosts: S3Server,
     guarded_mlflow: GuardedMlflowServer,
@@ -36,9 +36,9 @@ def test_a_cluster_on_aws_grows_trains_and_is_gone(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The head, then a machine for each of two workers; one of them on demand, since there are no GPU spot machines.
+    """The head starts, then a machine for each of two workers; one is on-demand, since GPU spot capacity is missing.
 
-    They stand in what infra/aws/stack.yaml makes. MLflow wants a password, which AWS alone knows.
+    They run in the network of infra/aws/stack.yaml. MLflow needs a password, which only AWS Secrets Manager has.
     """
     machines = {name: hosts.add(name) for name in ADDRESSES.values()}
     for machine in machines.values():
@@ -48,35 +48,35 @@ def test_a_cluster_on_aws_grows_trains_and_is_gone(
         stack = make_stack(cloud.client, *subnets)
         bucket, password = stack["BucketName"], uuid.uuid4().hex
         put_data(digits_uri, bucket)
-        # moto makes none of the stack's secrets (5.2.5), and nothing of its MLflow server but the instance.
+        # moto 5.2.5 creates no secrets of the stack, and of its MLflow server only the instance.
         cloud.client("secretsmanager").create_secret(Name=stack["TrainerSecret"], SecretString=password)
         assert guarded_mlflow.add_user("trainer", password).returncode == 0
-        edited = {
+        settings = {
             "MLFLOW_TRACKING_URI": f"http://{hosts.gateway}:{guarded_mlflow.port}",
             "MLFLOW_TRACKING_USERNAME": "trainer",
             "DDPM_MLFLOW_SECRET": stack["TrainerSecret"],
             "DDPM_STORAGE": f"s3://{bucket}/runs",
         }
-        elsewhere = {
+        endpoints = {
             "AWS_ENDPOINT_URL_S3": s3_for_hosts.endpoint,
             "AWS_ENDPOINT_URL_EC2": cloud.endpoint,
             "AWS_ENDPOINT_URL_SECRETS_MANAGER": cloud.endpoint,
             "AWS_EC2_METADATA_SERVICE_ENDPOINT": cloud.endpoint,
         }
-        owner = {
+        owner_env = {
             "AWS_ENDPOINT_URL": cloud.endpoint,
             "AWS_ACCESS_KEY_ID": "owner",
             "AWS_SECRET_ACCESS_KEY": "owner",
         }
         changes = overlay(cloud, hosts, stack, subnets[1][1])
-        changes["file_mounts"] = {"~/ddpm/cluster.env": str(environment(hosts.folder, edited | elsewhere))}
-        desk = Desk(hosts, overlaid(cluster_file("cluster.yaml"), changes), env=owner)
-        desk.make_token()
-        with leaks.arguments(host.pid for host in [desk.host, *machines.values()]) as arguments:
-            desk.up()
-            assert not answers(machines["head"].address, 8265)  # but through ssh
-            with desk.dashboard():
-                # Four GPUs are to be had, says cluster.yaml; here there are none.
+        changes["file_mounts"] = {"~/ddpm/cluster.env": str(environment(hosts.folder, settings | endpoints))}
+        user_host = UserHost(hosts, with_overlay(cluster_file("cluster.yaml"), changes), env=owner_env)
+        user_host.make_token()
+        with leaks.arguments(host.pid for host in [user_host.host, *machines.values()]) as arguments:
+            user_host.up()
+            assert not answers(machines["head"].address, 8265)  # only reachable through ssh
+            with user_host.dashboard():
+                # cluster.yaml promises four GPUs; here there are none.
                 train = (
                     "python",
                     "jobs/train.py",
@@ -87,13 +87,13 @@ def test_a_cluster_on_aws_grows_trains_and_is_gone(
                 )
                 flags = ("--train.total-images", "1280", "--cluster.cpus-per-worker", "2")
                 name = ("--run.name", "cloudy", "--run.experiment", "on-aws", "--cluster.gpu", "False")
-                with desk.submit(*train, *flags, *name, log=tmp_path / "job.log") as job:
-                    announce(desk.wait_for_first_step(job))
+                with user_host.submit(*train, *flags, *name, log=tmp_path / "job.log") as job:
+                    announce(user_host.wait_for_first_step(job))
                     assert job.wait(900) == 0, job.output
                 for machine in machines.values():
                     (raylet,) = processes.named(machine.pid, "raylet")
                     assert raylet.environ()["MLFLOW_TRACKING_PASSWORD"] == password
-                refused = desk.host.run("ray", "job", "submit", "--address", DASHBOARD, "--", "id")
+                refused = user_host.host.run("ray", "job", "submit", "--address", DASHBOARD, "--", "id")
                 assert refused.returncode != 0 and "uthentic" in refused.stdout + refused.stderr
         assert cloud.launches[0] == Launch("m7i.large", spot=False)
         assert {Launch("g6.xlarge", spot=True), Launch("g5.xlarge", spot=True)} < set(cloud.launches)
@@ -105,7 +105,7 @@ def test_a_cluster_on_aws_grows_trains_and_is_gone(
         }
         groups = {group["GroupId"] for machine in cloud.machines() for group in machine["SecurityGroups"]}
         assert groups == {stack["SecurityGroupId"]}
-        desk.down()
+        user_host.down()
         assert {machine["State"]["Name"] for machine in cloud.machines()} == {"terminated"}
     assert resolve(f"s3://{bucket}/runs/cloudy/checkpoint-000000001280/checksums.json").read()
     for variable, value in guarded_mlflow.client_env("trainer", password).items():
@@ -117,11 +117,11 @@ def test_a_cluster_on_aws_grows_trains_and_is_gone(
 
     texts = {"output": job.output.encode(), "arguments": "\n".join(arguments).encode()}
     texts |= leaks.in_tables(postgres, "mlflow") | {"MLflow's log": guarded_mlflow.log.read_bytes()}
-    for host in [desk.host, *machines.values()]:
+    for host in [user_host.host, *machines.values()]:
         texts |= leaks.in_files(host.home) | leaks.in_files(Path(f"/proc/{host.pid}/root/tmp/ray"))
     with contextlib.closing(boto3.client("s3")) as s3:
         texts |= leaks.in_bucket(s3, bucket)
-    token = texts.pop(str(desk.host.home / ".ray/auth_token")).decode()
+    token = texts.pop(str(user_host.host.home / ".ray/auth_token")).decode()
     assert all(
         texts.pop(str(machine.home / ".ray/auth_token")).decode() == token for machine in machines.values()
     )
@@ -131,7 +131,7 @@ def test_a_cluster_on_aws_grows_trains_and_is_gone(
 
 
 def network(cloud: Cloud, hosts: Hosts) -> tuple[str, list[str]]:
-    """A VPC with two subnets, as the stack wants it; the second is that of the hosts."""
+    """A VPC with two subnets, as the stack needs it; the second is the network of the hosts."""
     ec2 = cloud.client("ec2")
     vpc = ec2.create_vpc(CidrBlock="10.231.0.0/16")["Vpc"]["VpcId"]
     places = {f"{REGION}b": "10.231.255.0/24", f"{REGION}a": hosts.network}
@@ -143,14 +143,14 @@ def network(cloud: Cloud, hosts: Hosts) -> tuple[str, list[str]]:
 
 
 def put_data(digits_uri: str, bucket: str) -> None:
-    """Digits as shards in the bucket, which moto has made, and now S3 as well."""
+    """Write digits as shards to the bucket, which moto created and the S3 server now creates too."""
     boto3.client("s3").create_bucket(Bucket=bucket)
     shards = resolve(f"s3://{bucket}/data/digits")
     pyarrow.fs.copy_files(digits_uri, shards.path, destination_filesystem=shards.filesystem)
 
 
 def overlay(cloud: Cloud, hosts: Hosts, stack: dict[str, str], subnet: str) -> dict[str, Any]:
-    """What a user edits, from the stack's outputs; and what differs from AWS: where instances are, how ssh enters."""
+    """What a user edits, from the stack's outputs, and what differs from AWS: instance addresses and ssh keys."""
     cloud.client("ec2").import_key_pair(
         KeyName="hosts", PublicKeyMaterial=hosts.key.with_suffix(".pub").read_bytes()
     )
@@ -168,7 +168,7 @@ def overlay(cloud: Cloud, hosts: Hosts, stack: dict[str, str], subnet: str) -> d
                 "PrivateIpAddress": hosts[ADDRESSES.get(kind, "head")].address,
             }
         }
-    for kind in kinds.keys() - {"head"}:  # a machine has three CPUs and no GPU, and each kind one machine
+    for kind in kinds.keys() - {"head"}:  # a host has three CPUs and no GPU, and each node type one host
         types[kind] |= {"max_workers": int(kind != "cpu-on-demand"), "resources": {"CPU": 3, "GPU": 0}}
     return {
         "provider": {"region": REGION, "use_internal_ips": True},

@@ -1,4 +1,4 @@
-"""infra/images/Dockerfile, as far as can be seen without a container: a linter, what it names, which versions."""
+"""infra/images/Dockerfile, checked without building it: linter, copied files, versions."""
 
 import re
 import tomllib
@@ -14,7 +14,7 @@ TARGETS = ("cpu", "gpu", "mlflow")
 
 
 def pins(path: Path) -> dict[str, str]:
-    """Package -> version; every line must fix one."""
+    """Package -> version; every line must pin one."""
     lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
     found = {}
     for line in lines:
@@ -25,26 +25,26 @@ def pins(path: Path) -> dict[str, str]:
     return found
 
 
-def test_the_linter_has_nothing_to_say(tmp_path: Path) -> None:
+def test_the_linter_finds_nothing(tmp_path: Path) -> None:
     done = run([servers.program("hadolint"), "--no-color", DOCKERFILE], cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, ""), done.stdout
 
 
-def test_what_is_copied_exists_and_is_let_in() -> None:
-    let_in = [
+def test_copied_files_exist_and_are_in_the_build_context() -> None:
+    build_context = [
         line[1:]
         for line in DOCKERFILE.with_name("Dockerfile.dockerignore").read_text().split()
         if line[0] == "!"
     ]
-    copied = re.findall(r"^COPY (?:--\S+ )*(\S+) ", DOCKERFILE.read_text(), re.MULTILINE)
-    assert copied
-    for path in copied:
+    copied_paths = re.findall(r"^COPY (?:--\S+ )*(\S+) ", DOCKERFILE.read_text(), re.MULTILINE)
+    assert copied_paths
+    for path in copied_paths:
         assert (REPO / path).exists(), path
-        assert path in let_in, path
+        assert path in build_context, path
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_target_ends_as_nobody_and_begins_at_one_version(target: str) -> None:
+def test_each_target_runs_as_user_1000_and_pins_its_base_image(target: str) -> None:
     stages = {
         match[2]: (match[1], match[3])
         for match in re.finditer(
@@ -59,7 +59,7 @@ def test_a_target_ends_as_nobody_and_begins_at_one_version(target: str) -> None:
 
 
 @pytest.mark.parametrize("file", ["infra/requirements.txt", "infra/mlflow/requirements.txt"])
-def test_versions_are_ones_that_the_package_allows(file: str) -> None:
+def test_pinned_versions_are_allowed_by_the_package(file: str) -> None:
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *project["optional-dependencies"]["server"]]
     pinned = pins(REPO / file)
@@ -70,7 +70,7 @@ def test_versions_are_ones_that_the_package_allows(file: str) -> None:
         assert {Requirement(line).name for line in project["dependencies"]} <= pinned.keys()
 
 
-def test_mlflows_server_and_its_clients_are_of_one_version() -> None:
+def test_the_mlflow_server_and_its_clients_have_the_same_version() -> None:
     clients, server = (pins(REPO / f"infra/{folder}requirements.txt") for folder in ("", "mlflow/"))
     assert {name: server[name] for name in ("mlflow", "boto3")} == {
         n: clients[n] for n in ("mlflow", "boto3")

@@ -1,8 +1,8 @@
 """infra/kubernetes: manifests that Kubernetes' published schemas accept, and KubeRay's fields, and no secret.
 
-Schemas are those of the package kubernetes-validate. KubeRay's two kinds are not among them: what its API reference
-(ray.io/v1, KubeRay 1.7) calls their fields is listed here, as far as the manifests go; their pods are checked as pods.
-The same holds for the PodMonitor of the Prometheus operator.
+Schemas are those of the package kubernetes-validate. It lacks KubeRay's two kinds: the fields that the manifests use
+are listed here as in the API reference (ray.io/v1, KubeRay 1.7), and their pods are checked as pods. The same holds
+for the PodMonitor of the Prometheus operator.
 """
 
 import json
@@ -104,20 +104,20 @@ def cluster_of(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def pods(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """The specs of all pods that a document asks for."""
+    """The specs of all pods in a document."""
     if document["kind"] in SPECS:
         cluster = cluster_of(document)
         return [g["template"]["spec"] for g in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]]
     return [document["spec"]["template"]["spec"]] if "template" in document.get("spec", {}) else []
 
 
-def test_the_files_are_there() -> None:
+def test_all_manifests_are_checked() -> None:
     names = ["accounts", "history", "metrics", "mlflow", "raycluster", "rayjob"]
     assert [f"{name}.yaml" for name in names] == FILES
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_schemas_accept_it(name: str) -> None:
+def test_manifests_fit_the_schemas(name: str) -> None:
     for document in documents(name):
         if document["kind"] in SPECS:
             assert document["apiVersion"] == "ray.io/v1"
@@ -132,7 +132,7 @@ def test_the_schemas_accept_it(name: str) -> None:
             kubernetes_validate.validate(pod, VERSION, strict=True)
 
 
-def test_a_misspelt_field_is_found() -> None:
+def test_a_misspelt_field_is_detected() -> None:
     (document,) = documents("raycluster.yaml")
     document["spec"]["workerGroupSpecs"][0]["maxReplica"] = 1
     with pytest.raises(jsonschema.ValidationError, match="maxReplica"):
@@ -144,14 +144,14 @@ def test_a_misspelt_field_is_found() -> None:
         kubernetes_validate.validate(pod, VERSION, strict=True)
 
 
-def test_the_job_runs_on_the_cluster_of_the_other_file() -> None:
+def test_the_job_has_the_same_cluster_spec() -> None:
     (cluster,), (job,) = documents("raycluster.yaml"), documents("rayjob.yaml")
     assert cluster_of(job) == cluster["spec"]
     assert cluster["spec"]["authOptions"]["mode"] == "token"
 
 
-def test_the_history_server_reads_what_the_collectors_of_a_job_write() -> None:
-    """Where the lines are uncommented; it may read which clusters there are, and change nothing."""
+def test_the_history_server_reads_what_the_collectors_write() -> None:
+    """With the commented lines enabled; it may list the clusters, and change nothing."""
     text, changed = re.subn(
         r"^( +)#(.*)  # HISTORY$", r"\1\2", (FOLDER / "rayjob.yaml").read_text(), flags=re.MULTILINE
     )
@@ -169,8 +169,8 @@ def test_the_history_server_reads_what_the_collectors_of_a_job_write() -> None:
     ]
 
 
-def test_a_run_may_count_on_what_the_file_allows() -> None:
-    """The head, where it begins, has nothing to give, and no worker is there yet."""
+def test_declared_resources_match_the_maximum_of_the_file() -> None:
+    """The head offers no resources, and no worker has started yet."""
     (document,) = documents("raycluster.yaml")
     head, *_ = pods(document)
     most: Counter[str] = Counter()
@@ -178,11 +178,11 @@ def test_a_run_may_count_on_what_the_file_allows() -> None:
         asked = group["template"]["spec"]["containers"][0]["resources"]["requests"]
         for ours, theirs in (("CPU", "cpu"), ("GPU", "nvidia.com/gpu")):
             most[ours] += group["maxReplicas"] * int(asked.get(theirs, 0))
-    (told,) = (v for v in head["containers"][0]["env"] if v["name"] == "DDPM_CLUSTER_RESOURCES")
-    assert json.loads(told["value"]) == most
+    (declared,) = (v for v in head["containers"][0]["env"] if v["name"] == "DDPM_CLUSTER_RESOURCES")
+    assert json.loads(declared["value"]) == most
 
 
-def test_the_entrypoint_is_a_command_that_parses() -> None:
+def test_the_entrypoint_is_a_valid_command() -> None:
     (job,) = documents("rayjob.yaml")
     program, script, *words = job["spec"]["entrypoint"].split()
     assert (program, script) == ("python", "/home/ray/ddpm/jobs/train.py")
@@ -192,7 +192,7 @@ def test_the_entrypoint_is_a_command_that_parses() -> None:
     assert parsed.config.cluster.num_workers == "1:8"
 
 
-def test_no_pod_is_root_or_may_become_it() -> None:
+def test_no_pod_runs_as_root_or_can_become_root() -> None:
     found = [spec for document in everything() for spec in pods(document)]
     assert len(found) == 9
     for spec in found:
@@ -205,7 +205,7 @@ def test_no_pod_is_root_or_may_become_it() -> None:
             assert ":" in container["image"]
 
 
-def test_secrets_are_named_and_never_said() -> None:
+def test_secrets_are_referenced_and_never_written() -> None:
     for document in everything():
         assert document["kind"] != "Secret"
         for spec in pods(document):
@@ -214,7 +214,7 @@ def test_secrets_are_named_and_never_said() -> None:
                     assert variable["valueFrom"]["secretKeyRef"]["name"] == "ddpm-mlflow"
 
 
-def test_nothing_is_open_to_the_world() -> None:
+def test_nothing_is_exposed_to_the_internet() -> None:
     services = [document for document in everything() if document["kind"] == "Service"]
     assert {service["spec"].get("type", "ClusterIP") for service in services} == {"ClusterIP"}
     assert all(
@@ -227,7 +227,7 @@ def test_nothing_is_open_to_the_world() -> None:
     assert entrance["from"] == [{"podSelector": {"matchLabels": {"app.kubernetes.io/name": "mlflow"}}}]
 
 
-def test_mlflow_is_given_what_it_asks_for() -> None:
+def test_mlflow_gets_the_settings_it_needs() -> None:
     serve = (REPO / "infra/mlflow/serve").read_text()
     (line,) = (line for line in serve.splitlines() if line.startswith("for name in"))
     (spec,) = (pods(d)[0] for d in documents("mlflow.yaml") if d["kind"] == "Deployment")

@@ -1,4 +1,4 @@
-"""infra/mlflow: a server on PostgreSQL and S3 that lets in who has a password, and what a person sees there."""
+"""infra/mlflow: a server on PostgreSQL and S3 with password authentication, and its pages in a browser."""
 
 import contextlib
 import json
@@ -32,11 +32,11 @@ SHORT = {
 }
 PATIENCE_MS = 60_000
 
-pytestmark = pytest.mark.slow  # all of them, since their servers take as long to start
+pytestmark = pytest.mark.slow  # all tests, since their servers start slowly
 
 
 def get(server: guarded.GuardedMlflowServer, user: str | None, password: str = PASSWORD) -> int:
-    """The status of a look at the experiments."""
+    """The HTTP status of a request for the experiments."""
     auth = (user, password) if user else None
     url = f"{server.uri}/api/2.0/mlflow/experiments/search?max_results=1"
     return requests.get(url, auth=auth, timeout=30).status_code
@@ -44,13 +44,13 @@ def get(server: guarded.GuardedMlflowServer, user: str | None, password: str = P
 
 @pytest.fixture(scope="session")
 def trainer(guarded_mlflow: guarded.GuardedMlflowServer) -> dict[str, str]:
-    """The environment of somebody who may train, and no more."""
+    """The environment of a user who may only train."""
     done = guarded_mlflow.add_user("trainer", PASSWORD)
     assert (done.returncode, done.stdout) == (0, "trainer may log in\n"), done.stderr
     return guarded_mlflow.client_env("trainer", PASSWORD)
 
 
-def test_nobody_enters_without_the_right_password(
+def test_access_needs_the_right_password(
     guarded_mlflow: guarded.GuardedMlflowServer, trainer: dict[str, str]
 ) -> None:
     statuses = [get(guarded_mlflow, *who) for who in [(None,), ("trainer", "guessed-0123456"), ("trainer",)]]
@@ -58,7 +58,7 @@ def test_nobody_enters_without_the_right_password(
     assert requests.get(f"{guarded_mlflow.uri}/ajax-api/2.0/mlflow/users/list", timeout=30).status_code == 401
 
 
-def test_a_password_can_be_changed_by_an_admin_alone(
+def test_only_an_admin_can_change_a_password(
     guarded_mlflow: guarded.GuardedMlflowServer, trainer: dict[str, str]
 ) -> None:
     assert guarded_mlflow.add_user("guest", PASSWORD).returncode == 0
@@ -70,13 +70,13 @@ def test_a_password_can_be_changed_by_an_admin_alone(
     assert get(guarded_mlflow, "stranger") == 401
 
 
-def test_what_it_needs_is_asked_for_by_name(tmp_path: Path) -> None:
+def test_a_missing_setting_is_an_error_with_its_name(tmp_path: Path) -> None:
     done = processes.run([processes.REPO / "infra/mlflow/serve"], cwd=tmp_path, env={"PGHOST": "db"})
     assert done.returncode == 2
     assert done.stderr.startswith("PGDATABASE is not set")
 
 
-def test_no_secret_is_in_its_log_or_its_arguments(guarded_mlflow: guarded.GuardedMlflowServer) -> None:
+def test_no_secret_is_in_the_log_or_the_arguments(guarded_mlflow: guarded.GuardedMlflowServer) -> None:
     assert guarded_mlflow.process is not None
     parent = psutil.Process(guarded_mlflow.process.pid)
     said = guarded_mlflow.log.read_text() + "".join(
@@ -88,7 +88,7 @@ def test_no_secret_is_in_its_log_or_its_arguments(guarded_mlflow: guarded.Guarde
 
 @dataclass
 class Trained:
-    """What a run with secrets in its environment has left behind."""
+    """What a run with secrets in its environment left behind."""
 
     secrets: dict[str, str]
     arguments: set[str]
@@ -102,7 +102,7 @@ class Trained:
 def trained(
     trainer: dict[str, str], s3_server: servers.S3Server, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Trained]:
-    """A short run of digits with its storage in S3 and passwords wherever one can be."""
+    """A short digits run with its storage in S3, and a password in every setting that can have one."""
     with contextlib.closing(boto3.client("s3", **s3_server.client_options)) as client:
         client.create_bucket(Bucket="trained")
     folder, ray = tmp_path_factory.mktemp("trained"), Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
@@ -127,7 +127,7 @@ def trained(
 
 @pytest.fixture(scope="session")
 def runs(guarded_mlflow: guarded.GuardedMlflowServer, trainer: dict[str, str], trained: Trained) -> list[Run]:
-    """That run, as MLflow has it; and one beside it to compare it with, by a client without a key of S3."""
+    """That run in MLflow, and a second one to compare it with, logged by a client without S3 credentials."""
     with pytest.MonkeyPatch.context() as patch:
         for variable, value in trainer.items():
             patch.setenv(variable, value)
@@ -141,7 +141,7 @@ def runs(guarded_mlflow: guarded.GuardedMlflowServer, trainer: dict[str, str], t
         return sorted(client.search_runs([experiment]), key=lambda run: run.info.run_name)
 
 
-def test_a_run_is_in_postgresql_and_its_pictures_in_s3(
+def test_a_run_is_in_postgresql_and_its_images_are_in_s3(
     runs: list[Run],
     postgres: guarded.PostgresServer,
     s3_server: servers.S3Server,
@@ -165,14 +165,14 @@ def test_a_run_is_in_postgresql_and_its_pictures_in_s3(
     ]
 
 
-def test_no_secret_is_in_anything_that_was_written(
+def test_no_secret_is_written_anywhere(
     trained: Trained,
     runs: list[Run],
     guarded_mlflow: guarded.GuardedMlflowServer,
     postgres: guarded.PostgresServer,
     s3_server: servers.S3Server,
 ) -> None:
-    """Output, arguments, Ray's logs, both buckets, all tables of MLflow, and its log."""
+    """Checks output, arguments, Ray's logs, both buckets, all tables of MLflow, and its log."""
     texts: dict[str, bytes] = {
         "output": trained.output.read_bytes(),
         "MLflow's log": guarded_mlflow.log.read_bytes(),
@@ -195,7 +195,7 @@ def test_no_secret_is_in_anything_that_was_written(
 
 @pytest.fixture
 def page(browser: Any, guarded_mlflow: guarded.GuardedMlflowServer, tmp_path: Path) -> Iterator[Any]:
-    """A page of somebody who has given name and password; what it showed last is kept as a picture."""
+    """A browser page of a user who is logged in; a screenshot is saved at the end."""
     context = browser.new_context(
         viewport={"width": 1600, "height": 1000},
         http_credentials={"username": "trainer", "password": PASSWORD},
@@ -207,7 +207,7 @@ def page(browser: Any, guarded_mlflow: guarded.GuardedMlflowServer, tmp_path: Pa
     context.close()
 
 
-def test_runs_are_compared_in_the_browser(page: Any, runs: list[Run], guarded_mlflow: Any) -> None:
+def test_runs_can_be_compared_in_the_browser(page: Any, runs: list[Run], guarded_mlflow: Any) -> None:
     ids = json.dumps([run.info.run_id for run in runs])
     experiments = json.dumps([runs[0].info.experiment_id])
     page.goto(f"{guarded_mlflow.uri}/#/compare-runs?runs={ids}&experiments={experiments}")
@@ -216,14 +216,14 @@ def test_runs_are_compared_in_the_browser(page: Any, runs: list[Run], guarded_ml
     page.get_by_text("0.000321", exact=True).first.wait_for()
 
 
-def test_grids_are_seen_in_the_browser(page: Any, runs: list[Run], guarded_mlflow: Any) -> None:
+def test_sample_grids_are_shown_in_the_browser(page: Any, runs: list[Run], guarded_mlflow: Any) -> None:
     info = runs[1].info
     page.goto(f"{guarded_mlflow.uri}/#/experiments/{info.experiment_id}/runs/{info.run_id}/artifacts")
     page.get_by_text("pictures", exact=True).click()
     page.get_by_text("samples.png", exact=True).click()
-    picture = page.locator("img[src^='blob:']").first
-    picture.wait_for()
-    size = picture.evaluate("image => image.decode().then(() => [image.naturalWidth, image.naturalHeight])")
+    image = page.locator("img[src^='blob:']").first
+    image.wait_for()
+    size = image.evaluate("image => image.decode().then(() => [image.naturalWidth, image.naturalHeight])")
     assert min(size) > 8
 
 
@@ -236,7 +236,7 @@ def test_the_browser_shows_nothing_without_a_password(
     page.close()
 
 
-def test_a_wrong_password_is_said_and_loses_nothing(
+def test_a_wrong_password_is_reported_and_records_are_kept(
     guarded_mlflow: guarded.GuardedMlflowServer,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -245,7 +245,7 @@ def test_a_wrong_password_is_said_and_loses_nothing(
     wrong = "not-the-password-0"
     for variable, value in guarded_mlflow.client_env("admin", wrong).items():
         monkeypatch.setenv(variable, value)
-    buffer = tracked.outbox_in(tmp_path)
+    buffer = tracked.spool_in(tmp_path)
     tracked.put(buffer, 256, 0, 128)
     delivery = tracked.deliver(tracked.address_at(guarded_mlflow.uri), buffer, committed=256)
     assert (delivery.run_id, delivery.ended) == (None, False)

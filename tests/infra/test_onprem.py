@@ -1,4 +1,4 @@
-"""infra/onprem/cluster.yaml, launched for real on three machines with ssh."""
+"""infra/onprem/cluster.yaml, really launched on three hosts with ssh."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,7 @@ import pyarrow.fs
 import pytest
 from support.faulted import Run, assert_same, assert_tracked_once
 from support.hosts import Host, Hosts
-from support.launched import Desk, cluster_file, environment, gone, install, overlaid
+from support.launched import UserHost, cluster_file, environment, install, wait_until_gone, with_overlay
 from support.servers import S3Server
 
 from ddpm.storage.locations import resolve
@@ -15,7 +15,7 @@ from ddpm.storage.locations import resolve
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_run_outlives_one_of_its_machines(
+def test_a_run_survives_losing_a_machine(
     hosts: Hosts,
     s3_for_hosts: S3Server,
     mlflow_for_hosts: str,
@@ -24,11 +24,11 @@ def test_a_run_outlives_one_of_its_machines(
     announce: Callable[[str], None],
     tmp_path: Path,
 ) -> None:
-    """Two workers on two of three machines; one of the two is gone in mid-run, and the third takes over.
+    """Two workers run on two of three machines; one of the two is killed during the run, and the third replaces it.
 
-    The end is that of a run that nothing happened to, bit for bit.
+    The final state is bitwise equal to that of an undisturbed run.
     """
-    cpus = {"head": 3, "first": 2, "second": 2}  # a worker takes two, and one is left for reading data
+    cpus = {"head": 3, "first": 2, "second": 2}  # a worker takes two CPUs, and one is left for read tasks
     machines = {
         name: hosts.add(name, {"RAY_OVERRIDE_RESOURCES": f'{{"CPU": {count}}}'})
         for name, count in cpus.items()
@@ -47,8 +47,8 @@ def test_a_run_outlives_one_of_its_machines(
         "auth": {"ssh_user": "root", "ssh_private_key": str(hosts.key)},
         "file_mounts": {"~/ddpm/cluster.env": str(environment(hosts.folder, settings))},
     }
-    desk = Desk(hosts, overlaid(cluster_file("infra/onprem/cluster.yaml"), overlay))
-    credentials = desk.host.home / ".aws/credentials"
+    user_host = UserHost(hosts, with_overlay(cluster_file("infra/onprem/cluster.yaml"), overlay))
+    credentials = user_host.host.home / ".aws/credentials"
     credentials.parent.mkdir()
     words = zip(("aws_access_key_id", "aws_secret_access_key"), s3_for_hosts.keys, strict=True)
     credentials.write_text("\n".join(["[default]", *map(" = ".join, words)]))
@@ -56,20 +56,20 @@ def test_a_run_outlives_one_of_its_machines(
     pyarrow.fs.copy_files(digits_uri, shards.path, destination_filesystem=shards.filesystem)
     run = Run("harmed", "s3://lab/runs", "s3://lab/digits", tmp_path / "job.log")
 
-    desk.make_token()
-    desk.up()
+    user_host.make_token()
+    user_host.up()
     train = ("python", "jobs/train.py", *run.arguments, "--cluster.cpus-per-worker", "2")
-    with desk.dashboard(), desk.submit(*train, log=tmp_path / "job.log") as job:
-        announce(desk.wait_for_first_step(job))
+    with user_host.dashboard(), user_host.submit(*train, log=tmp_path / "job.log") as job:
+        announce(user_host.wait_for_first_step(job))
         job.wait_for(run.past(0), timeout_s=600)
-        working(workers).kill()
+        host_with_worker(workers).kill()
         assert job.wait(900) == 0, job.output
     assert_same(run, undisturbed)
     assert_tracked_once(run)
-    desk.down()
-    assert gone(head, "ray::")
+    user_host.down()
+    assert wait_until_gone(head, "ray::")
 
 
-def working(machines: list[Host]) -> Host:
-    """One that has a worker of the run."""
+def host_with_worker(machines: list[Host]) -> Host:
+    """The first machine that has a worker of the run."""
     return next(machine for machine in machines if machine.processes("ray::RayTrainWorker"))

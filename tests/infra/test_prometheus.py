@@ -1,4 +1,4 @@
-"""infra/prometheus and infra/grafana: what Debian's Prometheus says of the files, and of a run on a real cluster."""
+"""infra/prometheus and infra/grafana, checked by Debian's Prometheus: the files, and a run on a real cluster."""
 
 import json
 import re
@@ -24,9 +24,9 @@ DASHBOARD = json.loads((REPO / "infra/grafana/dashboards/ddpm.json").read_text()
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 RULES = yaml.safe_load((FOLDER / "alerts.yml").read_text())["groups"][0]["rules"]
 WITHOUT_GPU = {"GPU"}
-"""Panels of what a run on CPUs does not have."""
+"""Panels that are empty for a run on CPUs."""
 INTERVAL_S = 4
-"""Ray and Prometheus by default: 10."""
+"""The default of Ray and Prometheus is 10."""
 ENDLESS = """--schedule.num-timesteps 100 --model.base-width 8 --model.norm-groups 4 --train.total-images 100000000
     --train.batch-size 64 --train.micro-batch-size 32 --train.log-every-images 1024
     --train.checkpoint-every-images 4096 --train.sample-every-images 0 --sample.num-images 1
@@ -41,34 +41,34 @@ def tool(name: str) -> str:
 
 
 def promtool(*words: str | Path) -> str:
-    """What promtool says, which must find nothing wrong."""
+    """Run promtool, which must find no error; returns its output."""
     done = subprocess.run([tool("promtool"), *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def expressions() -> Iterator[tuple[str, str]]:
-    """Title and PromQL of every target of the dashboard, with all runs chosen."""
+    """Title and PromQL of every target of the dashboard, with all runs selected."""
     for panel in PANELS:
         for target in panel["targets"]:
             yield panel["title"], target["expr"].replace("$run", ".*")
 
 
-def test_the_configuration_is_one_and_the_alerts_have_known_answers() -> None:
+def test_the_configuration_is_valid_and_alerts_fire_as_expected() -> None:
     promtool("check", "config", "--syntax-only", FOLDER / "prometheus.yml")
     promtool("check", "rules", "--lint-fatal", FOLDER / "alerts.yml")
     promtool("test", "rules", REPO / "tests/infra/alerts_test.yml")
 
 
-def test_every_panel_asks_what_prometheus_understands(tmp_path: Path) -> None:
+def test_every_panel_has_a_valid_query(tmp_path: Path) -> None:
     rules = [{"record": f"panel:{i}", "expr": expr} for i, (_, expr) in enumerate(expressions())]
     file = tmp_path / "panels.yml"
     file.write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
     assert f"{len(rules)} rules found" in promtool("check", "rules", file)
 
 
-def test_the_dashboard_is_whole() -> None:
-    """Panels have ids and places of their own, and ask the data source that is provisioned."""
+def test_the_dashboard_is_complete() -> None:
+    """Panels have unique IDs and positions, and use the provisioned data source."""
     panels = DASHBOARD["panels"]
     assert len({panel["id"] for panel in panels}) == len({panel["title"] for panel in panels}) == len(panels)
     cells = [
@@ -102,7 +102,7 @@ def test_both_programs_listen_on_loopback_and_find_their_files() -> None:
 
 
 @pytest.mark.parametrize("name", ["cluster.yaml", "infra/onprem/cluster.yaml"])
-def test_a_head_starts_them_where_the_lines_are_uncommented(name: str) -> None:
+def test_a_head_starts_both_if_the_lines_are_uncommented(name: str) -> None:
     text, changed = re.subn(r"^( +)#(.*) # METRICS$", r"\1\2", (REPO / name).read_text(), flags=re.MULTILINE)
     assert changed == 4
     config = yaml.safe_load(text)
@@ -118,7 +118,7 @@ def test_a_head_starts_them_where_the_lines_are_uncommented(name: str) -> None:
 
 
 class Prometheus(servers.Server):
-    """Debian's Prometheus with the repository's files, which looks at the nodes of a cluster more often."""
+    """Debian's Prometheus with the repository's files, but a shorter scrape interval."""
 
     def __init__(self, folder: Path, ray_folder: Path) -> None:
         (port,) = servers.free_ports(1)
@@ -137,7 +137,7 @@ class Prometheus(servers.Server):
             return json.load(answer)["data"]
 
     def query(self, expr: str) -> list[tuple[dict[str, str], float]]:
-        """Labels and value of every series that `expr` results in now."""
+        """Labels and current value of every series of `expr`."""
         return [
             (series["metric"], float(series["value"][1]))
             for series in self.get("query", query=expr)["result"]
@@ -153,7 +153,7 @@ def workers(head: servers.RayHead) -> list[psutil.Process]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_prometheus_sees_a_run_and_that_it_stalls(tmp_path: Path) -> None:
+def test_prometheus_shows_a_run_and_alerts_when_it_stalls(tmp_path: Path) -> None:
     often = {"RAY_metrics_report_interval_ms": str(1000 * INTERVAL_S)}
     with (
         servers.RayHead(tmp_path / "ray", env=often) as head,
@@ -182,7 +182,7 @@ def watch(job: Job, head: servers.RayHead, prometheus: Prometheus) -> None:
     assert labels["run"] == "watched" and seen > 0
     assert prometheus.query("ray_ddpm_train_goodput == 1")
     assert prometheus.query("ray_ddpm_total_images == 1e8")
-    assert not prometheus.query('{__name__=~"ray_ddpm_system.*"}')  # Ray has them of every node
+    assert not prometheus.query('{__name__=~"ray_ddpm_system.*"}')  # Ray exports them for every node
     rules = prometheus.get("rules")["groups"][0]["rules"]
     assert {rule["name"]: rule["health"] for rule in rules} == {"RunStalled": "ok", "SpoolGrows": "ok"}
     stalled = RULES[0]["expr"].replace("[5m]", f"[{8 * INTERVAL_S}s]")
@@ -191,5 +191,5 @@ def watch(job: Job, head: servers.RayHead, prometheus: Prometheus) -> None:
         ((labels, _),) = job.wait_for(lambda: prometheus.query(stalled), timeout_s=180, poll_s=1)
         assert labels == {"run": "watched"}
     job.wait_for(lambda: not prometheus.query(stalled), timeout_s=180, poll_s=1)
-    # The cluster's processes did not inherit what its driver has.
+    # The cluster's processes did not inherit the settings of the driver.
     assert {worker.environ()["GOMP_SPINCOUNT"] for worker in workers(head)} == {"7"}

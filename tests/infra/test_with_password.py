@@ -1,4 +1,4 @@
-"""infra/aws/with_password.py: what is run finds the secret's value in its environment, or is not run."""
+"""infra/aws/with_password.py: the command gets the secret's value in its environment, or does not run."""
 
 import subprocess
 import sys
@@ -30,23 +30,23 @@ def run(env: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
     return processes.run([sys.executable, SCRIPT, *command], cwd=processes.REPO, env=env)
 
 
-def test_the_command_finds_it_in_its_environment(env: dict[str, str]) -> None:
+def test_the_command_gets_the_password_in_its_environment(env: dict[str, str]) -> None:
     done = run(env | {"DDPM_MLFLOW_SECRET": "ddpm/one"}, *ASK)
     assert (done.returncode, done.stdout, done.stderr) == (0, "of-a-machine\n", "")
 
 
-def test_without_a_secrets_name_nothing_is_asked(env: dict[str, str]) -> None:
+def test_without_a_secret_name_the_command_just_runs(env: dict[str, str]) -> None:
     done = run({name: "http://127.0.0.1:1" for name in env}, *ASK)
     assert (done.returncode, done.stdout, done.stderr) == (0, "None\n", "")
 
 
-def test_a_secret_that_is_not_there_is_said_and_nothing_is_run(env: dict[str, str]) -> None:
+def test_a_missing_secret_is_an_error_and_nothing_runs(env: dict[str, str]) -> None:
     done = run(env | {"DDPM_MLFLOW_SECRET": "ddpm/another"}, *ASK)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("DDPM_MLFLOW_SECRET is 'ddpm/another', which cannot be read: ")
     assert "ResourceNotFoundException" in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_the_commands_exit_code_is_its_own(env: dict[str, str]) -> None:
+def test_the_exit_code_is_that_of_the_command(env: dict[str, str]) -> None:
     assert run(env, sys.executable, "-c", "raise SystemExit(7)").returncode == 7
     assert run(env).returncode == 2
