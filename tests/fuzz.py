@@ -1,9 +1,9 @@
-"""Files from outside, altered at random for as long as one likes: python tests/fuzz.py [--seconds 60] [--seed 0].
+"""Fuzzing of external files: python tests/fuzz.py [--seconds 60] [--seed 0].
 
-Each kind of file begins as a valid one; bytes are flipped, cut, doubled, and spliced from another one. A reader may
-take what comes of it or refuse it in its own words (UserError, CorruptData, DamagedSegment, ValueError of an image);
-whatever else it raises is printed with the bytes that did it, and the exit code is 1. Memory is limited to 4 GiB more
-than the programs themselves take, so that a file which asks for more ends the run.
+Each kind of file starts as a valid one; bytes are flipped, cut, doubled, and spliced from another one. A reader may
+accept the result or reject it with its own error (UserError, CorruptData, DamagedSegment, ValueError of an image);
+any other exception is printed with the bytes that caused it, and the exit code is 1. Memory is limited to 4 GiB above
+what the programs themselves need, so that a file that claims more ends the run.
 """
 
 import base64
@@ -46,7 +46,7 @@ GIB = 1 << 30
 
 
 class Target:
-    """A kind of file: `seeds` are valid ones, and `read` says whether it took one."""
+    """A kind of file: `seeds` are valid files, and `read` returns whether the reader accepted one."""
 
     seeds: Sequence[bytes]
     is_json = False
@@ -55,12 +55,12 @@ class Target:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def take(self, data: bytes) -> None:
+    def consume(self, data: bytes) -> None:
         raise NotImplementedError
 
     def read(self, data: bytes) -> bool:
         try:
-            self.take(data)
+            self.consume(data)
         except self.refusals as error:
             assert len(str(error)) < 2000, str(error)[:200]
             return False
@@ -88,12 +88,12 @@ class Manifest(Target):
         manifest = make_manifest("test", SIDE, SIDE, 1, "raw", [], {"train": [shard]}, "")
         self.seeds = [json.dumps(asdict(manifest)).encode()]
 
-    def take(self, data: bytes) -> None:
+    def consume(self, data: bytes) -> None:
         manifest_from_json(data, "manifest.json")
 
 
 class Shard(Target):
-    """The file itself, beside a manifest that was not altered."""
+    """The shard file; its manifest is not altered."""
 
     refusals = (CorruptData,)
 
@@ -105,7 +105,7 @@ class Shard(Target):
         self.manifest = make_manifest("test", SIDE, SIDE, 1, "raw", [], {"train": [shard]}, "")
         self.seeds = [(folder / shard.path).read_bytes()]
 
-    def take(self, data: bytes) -> None:
+    def consume(self, data: bytes) -> None:
         (self.folder / "train/00000.parquet").write_bytes(data)
         read_row_group(resolve(str(self.folder)), self.manifest, "train", 1)
 
@@ -114,13 +114,13 @@ class Config(Target):
     is_json = True
     seeds = (to_json(DIGITS).encode(),)
 
-    def take(self, data: bytes) -> None:
-        with contextlib.suppress(UnicodeDecodeError):  # read_text's, before any of ours
+    def consume(self, data: bytes) -> None:
+        with contextlib.suppress(UnicodeDecodeError):  # raised by read_text, before our own code
             from_json(data.decode())
 
 
 class Checkpoint(Target):
-    """Weights with matching checksums, as somebody would write them who means harm."""
+    """Weights with matching checksums, as an attacker would write them."""
 
     file = "ema.safetensors"
 
@@ -136,7 +136,7 @@ class Checkpoint(Target):
         checkpoint.write(state.snapshot(self.config, {"run_key": "k", "data_fingerprint": "f"}), folder)
         self.seeds = [(folder / self.file).read_bytes()]
 
-    def take(self, data: bytes) -> None:
+    def consume(self, data: bytes) -> None:
         forge(self.folder, self.file, data)
         self.use()
 
@@ -145,13 +145,13 @@ class Checkpoint(Target):
 
 
 class CheckpointConfig(Checkpoint):
-    """config.json of a checkpoint, to draw with."""
+    """config.json of a checkpoint, read for sampling."""
 
     file, is_json = "config.json", True
 
 
 class CheckpointState(Checkpoint):
-    """state.json of a checkpoint, to go on from."""
+    """state.json of a checkpoint, read to resume."""
 
     file, is_json = "state.json", True
 
@@ -171,12 +171,12 @@ class EncodedImage(Target):
     seeds = tuple(image_file(kind) for kind in ("PNG", "JPEG", "WEBP"))
     refusals = (ValueError,)
 
-    def take(self, data: bytes) -> None:
+    def consume(self, data: bytes) -> None:
         assert decode(data, SIDE, SIDE, 3).shape == (SIDE, SIDE, 3)
 
 
 class Picture(Target):
-    """A picture of one's own, to prepare."""
+    """An image file of a user, to prepare."""
 
     seeds = (
         *(image_file(kind) for kind in ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")),
@@ -185,12 +185,12 @@ class Picture(Target):
         image_file("TIFF", "CMYK"),
     )
 
-    def take(self, data: bytes) -> None:
+    def consume(self, data: bytes) -> None:
         assert store([(data, "it")], SIDE, 3, "raw").shape == (1, SIDE, SIDE, 3)
 
 
 class Segment(Target):
-    """What a run has tracked, on its way to MLflow."""
+    """A segment of a run's spool."""
 
     refusals = (DamagedSegment,)
 
@@ -200,9 +200,9 @@ class Segment(Target):
         buffer.metrics({"train/loss": 0.5}, 1)
         buffer.image("samples", images(1)[0], 1)
         buffer.artifact("pictures/strip.txt", b"strip")
-        self.seeds = [buffer.take() or b""]
+        self.seeds = [buffer.consume() or b""]
 
-    def take(self, data: bytes) -> None:
+    def consume(self, data: bytes) -> None:
         metrics_buffer.read(data, "segment")
 
 
@@ -222,54 +222,52 @@ TARGETS = [
 
 @dataclass(frozen=True)
 class Arguments:
-    """How long, and from where."""
+    """Duration and seed."""
 
     seconds: float = 60.0
-    """For each kind of file."""
+    """Duration per kind of file."""
     seed: int = 0
     kinds: str = ""
-    """Only kinds of files whose names begin so, as Checkpoint."""
+    """Only kinds of files whose names start with this, such as Checkpoint."""
 
 
-def altered(seeds: Sequence[bytes], dice: random.Random) -> bytes:
-    data = bytearray(dice.choice(seeds))
-    for _ in range(dice.choice([1, 1, 2, 4, 16])):
-        # Headers are where readers decide how much to ask for.
-        start = (
-            dice.randrange(min(len(data), 512) + 1) if dice.random() < 0.5 else dice.randrange(len(data) + 1)
-        )
-        stop = min(len(data), start + dice.choice([0, 1, 1, 2, 4, 8, 64]))
-        match dice.randrange(6):
+def altered(seeds: Sequence[bytes], rng: random.Random) -> bytes:
+    data = bytearray(rng.choice(seeds))
+    for _ in range(rng.choice([1, 1, 2, 4, 16])):
+        # Headers decide how much memory readers allocate.
+        start = rng.randrange(min(len(data), 512) + 1) if rng.random() < 0.5 else rng.randrange(len(data) + 1)
+        stop = min(len(data), start + rng.choice([0, 1, 1, 2, 4, 8, 64]))
+        match rng.randrange(6):
             case 0 if start < len(data):
-                data[start] ^= 1 << dice.randrange(8)
+                data[start] ^= 1 << rng.randrange(8)
             case 1:
-                data[start:stop] = dice.randbytes(stop - start)
+                data[start:stop] = rng.randbytes(stop - start)
             case 2:
                 data[start:stop] = b""
             case 3:
-                data[start:start] = bytes(data[start:stop]) * dice.randrange(1, 5)
+                data[start:start] = bytes(data[start:stop]) * rng.randrange(1, 5)
             case 4:
-                data[start:stop] = dice.choice([b"\xff", b"\x00", b"\x7f"]) * (stop - start)
+                data[start:stop] = rng.choice([b"\xff", b"\x00", b"\x7f"]) * (stop - start)
             case 5:
-                other = dice.choice(seeds)
-                begin = dice.randrange(len(other) + 1)
-                data[start:stop] = other[begin : begin + dice.choice([1, 4, 16, 64])]
+                other = rng.choice(seeds)
+                begin = rng.randrange(len(other) + 1)
+                data[start:stop] = other[begin : begin + rng.choice([1, 4, 16, 64])]
     return bytes(data)
 
 
 def main() -> int:
     arguments = tyro.cli(Arguments, description=__doc__)
-    warnings.simplefilter("ignore")  # Pillow's, of what is odd in a file
+    warnings.simplefilter("ignore")  # Pillow's warnings about odd files
     failed = False
     for kind in [kind for kind in TARGETS if kind.__name__.startswith(arguments.kinds)]:
         with tempfile.TemporaryDirectory() as folder:
-            target, dice = kind(Path(folder)), random.Random(arguments.seed)
+            target, rng = kind(Path(folder)), random.Random(arguments.seed)
             assert all(target.read(seed) for seed in target.seeds), f"{kind.__name__} refuses what is valid"
             limit_memory()
             found: Counter[str] = Counter()
             end, slowest = time.monotonic() + arguments.seconds, 0.0
             while (began := time.monotonic()) < end:
-                data = altered(target.seeds, dice)
+                data = altered(target.seeds, rng)
                 try:
                     found["taken" if target.read(data) else "refused"] += 1
                 except Exception as error:

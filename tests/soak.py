@@ -1,10 +1,10 @@
-"""Half an hour of faults: a run on a cluster, S3 and MLflow that all fail, one after the other, every minute.
+"""A soak test: half an hour of faults in the cluster, S3 and MLflow of a run, one every minute.
 
     make soak                      (or: python tests/soak.py --minutes 30 --every-s 60 --seed 0)
 
-First the run is trained undisturbed, then again and again while a random fault strikes every minute. At the end of
-each, net, EMA and optimizer must be the undisturbed run's, bit for bit, and MLflow must hold every metric once. A
-line for each fault and each run, a summary at the end, exit code 1 if something differs.
+First the run is trained undisturbed, then again and again while a random fault is injected every minute. At the end
+of each, net, EMA and optimizer must be bitwise those of the undisturbed run, and MLflow must have every metric once.
+It prints a line for each fault and each run, and a summary at the end; the exit code is 1 if something differs.
 """
 
 import os
@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 import torch
 import tyro
-from support.faulted import Run, metric, tracked
+from support.faulted import Run, metric, mlflow_run_of
 from support.processes import REPO, Job, kill_tree
 from support.proxy import FaultyProxy, Mode
 from support.servers import MlflowServer, RayHead, RayNode, S3Server
@@ -34,17 +34,17 @@ NODE_CPUS = (1, 2, 2)
 """One node for data tasks, two for a worker each."""
 LOG_EVERY, SAMPLE_EVERY = 6_400, 128_000
 NET = ("--model.base-width", "32")
-"""The net of the tests is too quickly trained."""
+"""A larger net than in the tests, which trains too fast for a soak."""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """How long, and how hard."""
+    """Duration and intensity."""
 
     minutes: float = 30.0
-    """No fault strikes later; the run under way goes on to its end."""
+    """No fault is injected later; the current run still trains to its end."""
     every_s: float = 60.0
-    """Between two faults."""
+    """Time between two faults."""
     seed: int = 0
     images: int = 192_000
     """Length of a run: about 5 minutes undisturbed, on two cores."""
@@ -62,21 +62,21 @@ class Arguments:
 
 
 class Soak:
-    """Everything that can fail, and the run."""
+    """All parts that can fail, and the run."""
 
     def __init__(self, arguments: Arguments, folder: Path, stack: ExitStack) -> None:
         self.arguments, self.folder, self.stack = arguments, folder, stack
-        self.dice = random.Random(arguments.seed)
+        self.rng = random.Random(arguments.seed)
         self.s3 = stack.enter_context(S3Server(folder / "s3"))
         self.proxy = stack.enter_context(FaultyProxy(self.s3.endpoint))
         self.mlflow = stack.enter_context(MlflowServer(folder / "mlflow"))
         os.environ |= {**self.s3.client_env, "MLFLOW_TRACKING_URI": self.mlflow.uri}
-        self.struck: Counter[str] = Counter()
+        self.injected: Counter[str] = Counter()
         self.start_cluster()
         import boto3
 
         boto3.client("s3").create_bucket(Bucket="soak")
-        self.began, self.todo = time.monotonic(), list[Callable[[], None]]()
+        self.started, self.todo = time.monotonic(), list[Callable[[], None]]()
         self.run: Run
         self.job: Job
 
@@ -94,22 +94,22 @@ class Soak:
         env = {"RAY_ADDRESS": self.head.address, "AWS_ENDPOINT_URL": self.proxy.endpoint}
         self.job = self.run.start(*WORKER_CPUS, *self.arguments.flags, env=env)
 
-    # Faults. What they take away is back when they return.
+    # Faults. Each restores what it took away before it returns.
 
     def worker_killed(self) -> None:
-        self.dice.choice(_ray_processes("RayTrainWo")).send_signal(signal.SIGKILL)
+        self.rng.choice(_ray_processes("RayTrainWo")).send_signal(signal.SIGKILL)
 
     def controller_killed(self) -> None:
-        self.dice.choice(_ray_processes("TrainContr")).send_signal(signal.SIGKILL)
+        self.rng.choice(_ray_processes("TrainContr")).send_signal(signal.SIGKILL)
 
     def workers_node_lost(self) -> None:
-        self.replace(self.dice.choice((1, 2)))
+        self.replace(self.rng.choice((1, 2)))
 
     def data_node_lost(self) -> None:
         self.replace(0)
 
     def node_preempted(self) -> None:
-        which = self.dice.choice((1, 2))
+        which = self.rng.choice((1, 2))
         self.head.drain(self.nodes[which].node_id, within_s=20)
         time.sleep(20)
         self.replace(which)
@@ -139,7 +139,7 @@ class Soak:
 
     def mlflow_killed(self) -> None:
         self.mlflow.kill()
-        time.sleep(self.dice.uniform(5, 30))
+        time.sleep(self.rng.uniform(5, 30))
         self.mlflow.start()
 
     def s3_resets(self) -> None:
@@ -179,15 +179,15 @@ class Soak:
 
     @property
     def minutes(self) -> float:
-        return (time.monotonic() - self.began) / 60
+        return (time.monotonic() - self.started) / 60
 
-    def endure(self, name: str) -> None:
-        """Train to the end, through a fault every so often: each kind once, in random order, then again."""
+    def train_through_faults(self, name: str) -> None:
+        """Train to the end with a fault every `every_s`: each kind once in random order, then again."""
         self.run = Run(name, "s3://soak/runs", "s3://soak/data", self.folder / f"{name}.log")
         self.start_job()
         while True:
-            strike_at = time.monotonic() + self.arguments.every_s
-            while time.monotonic() < strike_at:
+            fault_at = time.monotonic() + self.arguments.every_s
+            while time.monotonic() < fault_at:
                 code = self.job.process.poll()
                 if code == 0:
                     return
@@ -195,26 +195,26 @@ class Soak:
                     raise SystemExit(f"the job ended with {code}:\n{self.job.output[-4000:]}")
                 time.sleep(0.2)
             if self.minutes < self.arguments.minutes:
-                self.strike()
+                self.inject_fault()
 
-    def strike(self) -> None:
-        self.todo = self.todo or self.dice.sample(self.faults, len(self.faults))
+    def inject_fault(self) -> None:
+        self.todo = self.todo or self.rng.sample(self.faults, len(self.faults))
         fault = self.todo.pop()
         at = self.run.position()
         try:
             fault()
-        except IndexError:  # it is recovering from the last one: try another time
+        except IndexError:  # still recovering from the last fault: try this one later
             print(
                 f"{self.minutes:5.1f} min  at {at:7,}  {fault.__name__}: nothing there to strike", flush=True
             )
             self.todo.insert(0, fault)
             return
         print(f"{self.minutes:5.1f} min  at {at:7,}  {fault.__name__}", flush=True)
-        self.struck[fault.__name__] += 1
+        self.injected[fault.__name__] += 1
 
 
 def _ray_processes(name: str) -> list[psutil.Process]:
-    """By the beginning of their title, of which the kernel keeps 15 characters."""
+    """Ray processes by the beginning of their title, of which the kernel keeps 15 characters."""
     return [process for process in psutil.process_iter() if process.name().startswith(f"ray::{name}")]
 
 
@@ -235,23 +235,23 @@ def main() -> int:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-")))
         data = prepare(folder)
-        began = time.monotonic()
+        started = time.monotonic()
         undisturbed = reference(arguments, data, folder)
-        print(f"undisturbed: {time.monotonic() - began:.0f} s", flush=True)
+        print(f"undisturbed: {time.monotonic() - started:.0f} s", flush=True)
         soak = Soak(arguments, folder, stack)
         upload = locations.resolve("s3://soak/data")
         locations.pafs.copy_files(data, upload.path, destination_filesystem=upload.filesystem)
         outcomes: list[bool] = []
         while soak.minutes < arguments.minutes:
-            soak.endure(f"soak-{len(outcomes) + 1}")
-            outcomes.append(judge(soak, undisturbed))
-        print(f"{sum(soak.struck.values())} faults in {soak.minutes:.1f} minutes: {dict(soak.struck)}")
+            soak.train_through_faults(f"soak-{len(outcomes) + 1}")
+            outcomes.append(compare(soak, undisturbed))
+        print(f"{sum(soak.injected.values())} faults in {soak.minutes:.1f} minutes: {dict(soak.injected)}")
         print(f"{len(outcomes)} runs, of which {outcomes.count(True)} ended as if nothing had happened")
         return int(not all(outcomes))
 
 
 def prepare(folder: Path) -> str:
-    """The digits as a data set."""
+    """Prepare the digits as a data set; returns its URI."""
     from support.processes import run_job
 
     done = run_job("prepare", "digits", folder / "data", cwd=folder)
@@ -260,8 +260,8 @@ def prepare(folder: Path) -> str:
     return str(folder / "data")
 
 
-def judge(soak: Soak, undisturbed: Run) -> bool:
-    """Whether nothing shows that anything happened."""
+def compare(soak: Soak, undisturbed: Run) -> bool:
+    """Compare with the undisturbed run; returns whether nothing differs."""
     total = soak.arguments.images
     first, second = soak.run.tensors(total), undisturbed.tensors(total)
     differing = sum(not torch.equal(first[name], second[name]) for name in second) + (
@@ -273,7 +273,7 @@ def judge(soak: Soak, undisturbed: Run) -> bool:
     print(
         f"{soak.minutes:5.1f} min  end of {soak.run.location.uri}: {differing} of {len(first)} tensors differ; "
         f"{len(steps)} points of train/loss, {'each once' if once else 'NOT each once'}; MLflow run "
-        f"{tracked(soak.run).info.status}; goodput {goodput:.3f}",
+        f"{mlflow_run_of(soak.run).info.status}; goodput {goodput:.3f}",
         flush=True,
     )
     return not differing and once

@@ -1,4 +1,4 @@
-"""Whatever happens in a job, a person and a script can tell."""
+"""Exit codes and messages of jobs, for people and scripts."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ from ddpm.utils.errors import UserError
 from ddpm.utils.openmp import SPIN_COUNT
 
 
-class Refused(UserError):
+class ExpectedError(UserError):
     exit_code = 1
 
 
@@ -33,13 +33,13 @@ def raising(error: BaseException) -> Callable[[], None]:
         (lambda: None, 0, ""),
         (lambda: 3, 3, ""),
         (raising(UserError("no such bucket")), 2, "error: no such bucket\n"),
-        (raising(Refused("gave up")), 1, "error: gave up\n"),
+        (raising(ExpectedError("gave up")), 1, "error: gave up\n"),
         (raising(KeyboardInterrupt()), 130, "interrupted\n"),
-        # names from outside forge no line and command no terminal
+        # external names must not inject lines or terminal commands
         (raising(UserError("no x\nerror: \x1b[2Jy\udc80")), 2, "error: no x\\nerror: \\x1b[2Jy\\udc80\n"),
     ],
 )
-def test_a_job_ends_with_a_code_and_at_most_a_line(
+def test_a_job_ends_with_an_exit_code_and_at_most_one_line(
     main: Callable[[], int | None], code: int, shown: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -48,7 +48,7 @@ def test_a_job_ends_with_a_code_and_at_most_a_line(
     assert capsys.readouterr().err == shown
 
 
-def test_our_own_mistakes_keep_their_traceback() -> None:
+def test_bugs_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         cli.run(raising(ZeroDivisionError()))
 
@@ -57,10 +57,8 @@ def test_our_own_mistakes_keep_their_traceback() -> None:
     ("given", "spin_count"),
     [({}, SPIN_COUNT), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, None)],
 )
-def test_openmp_spins_for_a_while_unless_told_otherwise(
-    given: dict[str, str], spin_count: str | None
-) -> None:
-    """It is told before PyTorch is there: jobs import that when they run."""
+def test_openmp_spin_count_can_be_overridden(given: dict[str, str], spin_count: str | None) -> None:
+    """It is set before PyTorch is imported: jobs import PyTorch when they run."""
     program = "import os, sys; from jobs import compare, evaluate, export, prepare, sample, sync, train\n"
     program += "from ddpm import cli\n"
     program += "assert 'torch' not in sys.modules\ncli.run(lambda: print(os.environ.get('GOMP_SPINCOUNT')))"
@@ -92,7 +90,7 @@ cli.run(main)
 
 
 @pytest.mark.parametrize("reader", ["leaves", "full disk", "none from the start"])
-def test_a_job_outlives_whoever_reads_its_output(tmp_path: Path, reader: str) -> None:
+def test_a_job_survives_a_closed_output_pipe(tmp_path: Path, reader: str) -> None:
     read_end, write_end = os.pipe()
     if reader == "full disk":
         os.close(write_end)
@@ -128,8 +126,8 @@ def test_a_file_changes_the_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert cli.starting_points() == presets.PRESETS
 
 
-def test_a_net_is_chosen_for_every_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The flag goes before the file, and keeps what the file says of all nets."""
+def test_a_net_can_be_chosen_for_every_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flag has precedence over the file, and keeps the file's settings that all nets share."""
     file = tmp_path / "best.json"
     file.write_text('{"model": {"net": "dit", "depth": 3, "num_classes": 10}}')
     monkeypatch.setattr(sys, "argv", ["train.py", "digits", "--config", str(file)])
@@ -150,7 +148,7 @@ def test_a_net_is_chosen_for_every_preset(tmp_path: Path, monkeypatch: pytest.Mo
         ("[]", r"it is \[\]; it must be an object"),
     ],
 )
-def test_a_file_that_is_no_config_is_a_line(
+def test_an_invalid_config_file_is_a_one_line_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, message: str
 ) -> None:
     file = tmp_path / "best.json"
@@ -172,8 +170,8 @@ with worker_group._own_folder() as folder:
 """
 
 
-def test_a_killed_process_leaves_no_folder_for_good(tmp_path: Path) -> None:
-    """The next one removes it, but not one that is in use."""
+def test_a_temporary_folder_of_a_killed_process_is_removed_later(tmp_path: Path) -> None:
+    """The next process removes it, but not a folder that is in use."""
     env = os.environ | {"PYTHONPATH": str(processes.REPO), "TMPDIR": str(tmp_path)}
     words = [sys.executable, "-c", OWN_FOLDER]
     with ExitStack() as stack:

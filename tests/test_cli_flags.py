@@ -1,4 +1,4 @@
-"""Command lines as people type them: short names, short help, and mistakes that are told in one line."""
+"""Command lines: short flags, short help, and one-line error messages."""
 
 import sys
 from collections.abc import Callable
@@ -46,14 +46,14 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("typed", MISTAKES)
-def test_a_mistake_is_a_line(run_job: Callable[..., Any], typed: str) -> None:
-    job, *words = typed.split()
+@pytest.mark.parametrize("command_line", MISTAKES)
+def test_user_errors_are_one_line(run_job: Callable[..., Any], command_line: str) -> None:
+    job, *words = command_line.split()
     done = run_job(job, *words, env={"COLUMNS": "80"})
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {MISTAKES[typed]}\n")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {MISTAKES[command_line]}\n")
 
 
-def test_a_terminal_without_unicode_gets_the_same_line(run_job: Callable[..., Any]) -> None:
+def test_a_terminal_without_unicode_gets_the_same_error(run_job: Callable[..., Any]) -> None:
     done = run_job(
         "train",
         "digits",
@@ -99,7 +99,7 @@ def test_a_search_keeps_its_own_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen.config == changed
 
 
-def test_help_shows_what_people_change_first_and_help_all_everything(run_job: Callable[..., Any]) -> None:
+def test_help_shows_common_flags_and_help_all_shows_all(run_job: Callable[..., Any]) -> None:
     keys = flatten(presets.DIGITS)
     assert keys.keys() >= cli.SHOWN_FIRST
     brief, whole = run_job("train", "digits", "--help"), run_job("train", "digits", "--help-all")

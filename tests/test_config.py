@@ -1,4 +1,4 @@
-"""A config survives its JSON, and whatever else is in a file becomes one line about file and key."""
+"""A config survives a round trip through JSON, and an invalid file is a one-line error with file and key."""
 
 import json
 from dataclasses import replace
@@ -42,7 +42,7 @@ def test_a_flat_preset_builds_it_again(name: str) -> None:
     assert override(Config(), flatten(PRESETS[name])) == PRESETS[name]
 
 
-def test_a_file_written_before_there_were_spacings_and_thresholds_still_loads() -> None:
+def test_a_file_from_before_spacings_and_thresholds_still_loads() -> None:
     sample = {
         "sampler": "ddim",
         "num_sample_steps": 50,
@@ -58,12 +58,12 @@ def test_a_file_written_before_there_were_spacings_and_thresholds_still_loads() 
     assert flatten(config.sample) | sample == flatten(config.sample)
 
 
-def test_a_file_written_before_there_were_nets_has_the_u_net() -> None:
+def test_a_file_from_before_the_choice_of_nets_has_the_u_net() -> None:
     config = from_json('{"model": {"image_size": 8, "base_width": 16}}')
     assert config.model == UNetConfig(image_size=8, base_width=16)
 
 
-def test_another_net_keeps_what_all_nets_have() -> None:
+def test_another_net_keeps_the_shared_settings() -> None:
     before = override(PRESETS["digits"], {"model.num_classes": 10, "model.dropout": 0.1})
     after = override(before, {"model.net": "dit", "model.depth": 3})
     assert after.model == DiTConfig(image_size=8, channels=1, num_classes=10, dropout=0.1, depth=3)
@@ -83,7 +83,7 @@ def test_flat_keys_are_dotted_and_in_the_order_of_the_tree() -> None:
     assert not any(isinstance(value, dict) for value in flat.values())
 
 
-def test_override_changes_what_it_names_alone() -> None:
+def test_override_changes_only_the_given_keys() -> None:
     before = PRESETS["digits"]
     after = override(before, {"optim.lr": 1, "model.width_multipliers": [1, 3], "data.shards": None})
     assert after.model.width_multipliers == (1, 3)
@@ -123,7 +123,7 @@ def test_override_changes_what_it_names_alone() -> None:
         ("optim", None),
     ],
 )
-def test_a_value_of_the_wrong_type_is_named(key: str, value: Any) -> None:
+def test_a_value_of_the_wrong_type_is_an_error_with_its_key(key: str, value: Any) -> None:
     *_, last = key.removesuffix(".deeper").split(".")
     with pytest.raises(UserError, match=rf"^config: .*{last}") as caught:
         override(Config(), {key: value})
@@ -145,13 +145,13 @@ def test_a_value_of_the_wrong_type_is_named(key: str, value: Any) -> None:
         ("run.name", None),
     ],
 )
-def test_a_fitting_value_is_taken(key: str, value: Any) -> None:
+def test_a_valid_value_is_accepted(key: str, value: Any) -> None:
     taken = flatten(override(Config(), {key: value}))[key]
     assert taken == (tuple(value) if isinstance(value, list) else value)
 
 
 @pytest.mark.parametrize(("key", "unknown"), [("lr", "lr"), ("optim.learning_rate", "learning_rate")])
-def test_an_unknown_key_is_answered_with_the_known_ones(key: str, unknown: str) -> None:
+def test_an_unknown_key_is_an_error_that_lists_the_known_keys(key: str, unknown: str) -> None:
     with pytest.raises(UserError, match=rf"unknown key '{unknown}'; known are .*(lr_warmup|optim)"):
         override(Config(), {key: 1})
 
@@ -176,14 +176,14 @@ def test_an_unknown_key_is_answered_with_the_known_ones(key: str, unknown: str) 
         ),
     ],
 )
-def test_a_bad_file_is_one_line_that_names_it(text: str, message: str) -> None:
+def test_an_invalid_file_is_a_one_line_error_with_its_name(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         from_json(text, where="run/config.json")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
 
 
-def test_a_deep_value_is_refused_however_near_the_limit_it_was_parsed() -> None:
+def test_a_deeply_nested_value_is_rejected_near_the_recursion_limit() -> None:
     for depth in range(700, 1100):
         with pytest.raises(UserError):
             from_json('{"train": {"seed": ' + "[" * depth + "]" * depth + "}}")
@@ -197,7 +197,7 @@ def test_any_json_is_a_config_or_a_user_error(value: Any) -> None:
 
 @settings(deadline=None, max_examples=300)
 @given(st.dictionaries(st.sampled_from(sorted(flatten(Config()))), JSON, min_size=1, max_size=3))
-def test_any_value_of_a_known_key_is_taken_or_a_user_error(values: dict[str, Any]) -> None:
+def test_any_value_of_a_known_key_is_valid_or_a_user_error(values: dict[str, Any]) -> None:
     nested: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         group, name = key.split(".")
@@ -231,13 +231,13 @@ def _read(text: str) -> Config | None:
         ("mix", "uniform_mix", "mix"),
     ],
 )
-def test_auto_becomes_the_sampler_that_fits(sampler: str, process: str, resolved: str) -> None:
+def test_auto_becomes_the_sampler_of_the_process(sampler: str, process: str, resolved: str) -> None:
     sample = override(Config(), {"sample.sampler": sampler}).sample
     assert resolve_sample(sample, ObjectiveConfig(process=process)).sampler == resolved
 
 
 @pytest.mark.parametrize(("sampler", "process"), [("mix", "gaussian"), ("ddim", "uniform_mix")])
-def test_a_sampler_of_the_other_process_is_refused(sampler: str, process: str) -> None:
+def test_a_sampler_of_the_other_process_is_a_user_error(sampler: str, process: str) -> None:
     with pytest.raises(UserError, match=f"sampler {sampler} cannot undo the process {process}"):
         resolve_sample(
             override(Config(), {"sample.sampler": sampler}).sample, ObjectiveConfig(process=process)

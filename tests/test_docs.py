@@ -1,4 +1,4 @@
-"""The documentation is true: its commands parse, its files exist, and docstrings keep to the style."""
+"""The documentation: its commands parse, its files exist, and docstrings follow the style."""
 
 import ast
 import importlib
@@ -26,7 +26,7 @@ RUN_BY_ITS_OWN_TEST = REPO / "docs/extending.md"
 
 
 def blocks(text: str) -> Iterator[str]:
-    """Fenced and indented blocks, and code in a line of prose."""
+    """Fenced and indented blocks, and inline code."""
     fenced = re.compile(r"^( *)```\w*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
     yield from (match[2] for match in fenced.finditer(text))
     text = fenced.sub("", text)
@@ -36,7 +36,7 @@ def blocks(text: str) -> Iterator[str]:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """Every command of a page as words, without comments and what is behind a pipe."""
+    """Every command of a page as words, without comments and pipes."""
     for block in blocks(text):
         for line in block.replace("\\\n", " ").splitlines():
             try:
@@ -99,7 +99,7 @@ def test_jobs_take_their_arguments(
     monkeypatch.setattr(sys, "argv", [f"{module.replace('.', '/')}.py", *arguments])
     try:
         importlib.import_module(module).main()
-    except (Parsed, UserError) as error:  # a source's files, which are not here
+    except (Parsed, UserError) as error:  # files of a source, which are not in the repository
         assert isinstance(error, Parsed) or module == "jobs.prepare"
     except SystemExit as error:
         assert error.code == 0 and "--help" in arguments
@@ -156,7 +156,7 @@ def test_the_file_tree_is_the_tree() -> None:
 
 
 def docstrings(path: Path) -> Iterator[str]:
-    """Every string that stands alone, those below constants and fields as well."""
+    """Every string statement, including those below constants and fields."""
     for node in ast.walk(ast.parse(path.read_text())):
         if (
             isinstance(node, ast.Expr)

@@ -1,4 +1,4 @@
-"""docs/examples, as a user runs them."""
+"""docs/examples, run as by a user."""
 
 import signal
 import sys
@@ -13,14 +13,14 @@ pytestmark = pytest.mark.slow
 
 
 def checkpoints(results: Path) -> list[Path]:
-    """Those that Ray Train has taken, in order."""
+    """The checkpoints that Ray Train has registered, in order."""
     return sorted(results.glob("classifier/checkpoint_*/state.pt"))
 
 
-def test_a_classifier_ends_with_the_same_weights_when_a_worker_is_killed(tmp_path: Path) -> None:
+def test_a_classifier_ends_with_the_same_weights_after_a_worker_is_killed(tmp_path: Path) -> None:
     assert run_job("prepare", "digits", tmp_path / "shards").returncode == 0
 
-    def ended(name: str, kill: bool) -> dict[str, Any]:
+    def final_checkpoint(name: str, kill: bool) -> dict[str, Any]:
         results = tmp_path / name
         command = [sys.executable, str(REPO / "docs/examples/train_classifier.py"), "shards", str(results)]
         with Background(command, log=tmp_path / f"{name}.log", cwd=tmp_path) as job:
@@ -32,7 +32,7 @@ def test_a_classifier_ends_with_the_same_weights_when_a_worker_is_killed(tmp_pat
         assert "'images_seen': 102400" in job.output
         return torch.load(checkpoints(results)[-1], weights_only=True)
 
-    killed, undisturbed = ended("killed", kill=True), ended("undisturbed", kill=False)
+    killed, undisturbed = final_checkpoint("killed", kill=True), final_checkpoint("undisturbed", kill=False)
     assert killed["images_seen"] == undisturbed["images_seen"] == 102_400
     assert killed["net"].keys() == undisturbed["net"].keys()
     assert all(torch.equal(killed["net"][name], value) for name, value in undisturbed["net"].items())

@@ -1,4 +1,4 @@
-"""docs/extending.md is true: its diffs add what they say, and its package is used from outside the repository."""
+"""docs/extending.md: its diffs add what it claims, and its plugin package works from outside the repository."""
 
 import json
 import re
@@ -52,7 +52,7 @@ def blocks(language: str) -> list[str]:
 
 
 def apply(diff: str, root: Path) -> None:
-    """Each hunk's old lines are in its file once, and become its new ones."""
+    """Apply a diff: the old lines of each hunk must be in the file exactly once."""
     for part in re.split(r"^\+\+\+ ", diff, flags=re.MULTILINE)[1:]:
         name, _, hunks = part.partition("\n")
         file = root / name
@@ -69,7 +69,7 @@ def apply(diff: str, root: Path) -> None:
             file.write_text(text.replace(f"\n{old}", f"\n{new}"))
 
 
-def test_what_the_diffs_add_can_be_chosen(tmp_path: Path) -> None:
+def test_the_additions_of_the_diffs_can_be_selected(tmp_path: Path) -> None:
     shutil.copytree(processes.REPO / "ddpm", tmp_path / "ddpm", ignore=shutil.ignore_patterns("__pycache__"))
     for diff in blocks("diff"):
         apply(diff, tmp_path)
@@ -82,7 +82,7 @@ def test_what_the_diffs_add_can_be_chosen(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package of the page, installed in a folder by itself."""
+    """The page's package, installed in its own folder."""
     source, site = tmp_path_factory.mktemp("my-ddpm"), tmp_path_factory.mktemp("site")
     for text in blocks("toml") + blocks("python"):
         file = source / text.partition("\n")[0].removeprefix("# ")
@@ -100,7 +100,7 @@ def env(package: Path) -> dict[str, str]:
     return {"PYTHONPATH": f"{package}:{processes.REPO}"}
 
 
-def test_a_source_from_outside_is_prepared(
+def test_an_external_source_is_prepared(
     run_job: Callable[..., Any], tmp_path: Path, env: dict[str, str]
 ) -> None:
     done = run_job("prepare", "stripes", "shards", "--size", "8", cwd=tmp_path, env=env)
@@ -111,7 +111,7 @@ def test_a_source_from_outside_is_prepared(
     assert refused.returncode == 2 and "stripes" in refused.stderr
 
 
-def test_a_net_from_outside_has_its_own_flags(
+def test_an_external_net_has_its_own_flags(
     run_job: Callable[..., Any], tmp_path: Path, env: dict[str, str]
 ) -> None:
     shown = run_job("train", "digits", "--model.net", "mlp", "--help-all", cwd=tmp_path, env=env)
@@ -129,7 +129,7 @@ def test_a_net_from_outside_has_its_own_flags(
 
 
 @pytest.mark.slow
-def test_a_net_from_outside_is_trained_on_a_source_from_outside_and_drawn_from(
+def test_an_external_net_is_trained_on_an_external_source_and_sampled(
     run_job: Callable[..., Any], tmp_path: Path, env: dict[str, str]
 ) -> None:
     env = env | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
@@ -148,10 +148,10 @@ def test_a_net_from_outside_is_trained_on_a_source_from_outside_and_drawn_from(
 @pytest.mark.parametrize(
     "name", ["trap", "trap:Net", "trap.Net", "os", "os:system", "..", "", 1, ["unet"], None]
 )
-def test_a_config_imports_nothing_that_is_not_entered(
+def test_a_config_imports_only_registered_plugins(
     name: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There is a module of this name on the path; it is no package that is installed for this."""
+    """A module of this name is importable, but it is not registered as a plugin."""
     (tmp_path / "trap.py").write_text("raise SystemExit('executed')")
     monkeypatch.syspath_prepend(tmp_path)
     text = json.dumps({"model": {"net": name}})
@@ -162,7 +162,7 @@ def test_a_config_imports_nothing_that_is_not_entered(
     assert "trap" not in sys.modules
 
 
-def test_a_package_that_is_broken_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_plugin_is_an_error_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entered = "[ddpm.nets]\nlost = no_such_module:Net\nodd = json:loads\n"
     (tmp_path / "odd-1.0.dist-info").mkdir()
     (tmp_path / "odd-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: odd\nVersion: 1.0\n")

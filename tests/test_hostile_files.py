@@ -1,8 +1,8 @@
-"""Files from outside: they are read as what they are or refused in a line, and cannot run, write or fill anything.
+"""External files are read correctly or rejected with one line, and cannot run code, write files or fill memory.
 
-What each kind of file must refuse one by one is tested beside its reader (tests/data/test_shards.py, test_pictures.py,
-tests/training/test_checkpoint.py, tests/test_config.py, tests/test_records.py); here they are altered at random, and
-made to ask for too much. tests/fuzz.py does the same for as long as one likes.
+Details of each kind of file are tested beside its reader (tests/data/test_shards.py, tests/data/test_image_folder.py,
+tests/training/test_checkpoint.py, tests/test_config.py, tests/tracking/test_metrics_buffer.py); here they are altered
+at random, and claim too much memory. tests/fuzz.py does the same for any length of time.
 """
 
 import io
@@ -55,8 +55,8 @@ def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @ALTERED
 @given(data=st.data())
-def test_altered_bytes_are_taken_or_refused(target: Target, data: st.DataObject) -> None:
-    """Bytes replaced, cut out or put in; anything but a refusal of our own is a failure."""
+def test_altered_bytes_are_accepted_or_rejected(target: Target, data: st.DataObject) -> None:
+    """Bytes are replaced, removed or inserted; any error other than our own is a failure."""
     altered = bytearray(data.draw(st.sampled_from(target.seeds)))
     for _ in range(data.draw(st.integers(1, 4))):
         start = data.draw(st.integers(0, len(altered)))
@@ -67,8 +67,8 @@ def test_altered_bytes_are_taken_or_refused(target: Target, data: st.DataObject)
 
 @ALTERED
 @given(data=st.data())
-def test_altered_json_is_taken_or_refused(target: Target, data: st.DataObject) -> None:
-    """A value of a valid file replaced by another."""
+def test_altered_json_is_accepted_or_rejected(target: Target, data: st.DataObject) -> None:
+    """One value of a valid file is replaced by another."""
     if not target.is_json:
         return
     value = json.loads(target.seeds[0])
@@ -85,7 +85,7 @@ def test_altered_json_is_taken_or_refused(target: Target, data: st.DataObject) -
 
 @ALTERED
 @given(path=st.text(max_size=30) | st.from_regex(r"(\.\./|/|train/|\\)*[a-z0-9.]*\.parquet", fullmatch=True))
-def test_a_shards_path_stays_in_its_folder(path: str) -> None:
+def test_the_path_of_a_shard_stays_in_its_folder(path: str) -> None:
     shard = Shard(path, 1, (1,), 1, "0" * 64, ("0" * 64,))
     manifest = make_manifest("test", 1, 1, 1, "raw", [], {"train": [shard]}, "")
     text = json.dumps(manifest, default=vars)
@@ -102,7 +102,7 @@ def test_a_shards_path_stays_in_its_folder(path: str) -> None:
     height=st.integers(1, MAX_SIDE),
     width=st.integers(1, MAX_SIDE),
 )
-def test_a_row_group_that_no_memory_holds_is_refused(rows: int, height: int, width: int) -> None:
+def test_a_too_large_row_group_is_rejected(rows: int, height: int, width: int) -> None:
     shard = Shard("train/00000.parquet", rows, (rows,), 1, "0" * 64, ("0" * 64,))
     text = json.dumps(
         make_manifest("test", height, width, 3, "raw", [], {"train": [shard]}, ""), default=vars
@@ -114,7 +114,7 @@ def test_a_row_group_that_no_memory_holds_is_refused(rows: int, height: int, wid
             manifest_from_json(text, "here")
 
 
-def test_a_shard_that_unpacks_to_a_thousandfold_is_refused_before_it_is(tmp_path: Path) -> None:
+def test_a_decompression_bomb_is_rejected_before_it_is_unpacked(tmp_path: Path) -> None:
     rows, side = 1 << 20, 16
     zeros = pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(side * side), 1 << 16, [None, pa.py_buffer(bytes(1 << 24))]
@@ -172,7 +172,7 @@ TOO_LARGE = {
 
 
 @pytest.mark.parametrize(("values", "message"), TOO_LARGE.values(), ids=list(TOO_LARGE))
-def test_a_config_of_a_net_that_no_memory_holds_is_refused(
+def test_a_config_of_a_too_large_net_is_rejected(
     tmp_path: Path, values: dict[str, Any], message: str
 ) -> None:
     config = override(DIGITS, {"model.base_width": 8, "model.norm_groups": 4})
@@ -183,7 +183,7 @@ def test_a_config_of_a_net_that_no_memory_holds_is_refused(
         checkpoint.load_net(folder, CPU)
 
 
-def test_a_schedule_that_no_memory_holds_is_refused() -> None:
+def test_a_too_long_schedule_is_rejected() -> None:
     from ddpm.diffusion import schedules
 
     config = override(Config(), {"schedule.num_timesteps": 10**12})
@@ -193,10 +193,8 @@ def test_a_schedule_that_no_memory_holds_is_refused() -> None:
         schedules.build(config.schedule)
 
 
-def test_a_picture_is_not_given_to_programs_that_pillow_knows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Pillow hands PostScript to Ghostscript, whatever the file is called."""
+def test_pillow_starts_no_other_program_for_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow passes PostScript to Ghostscript, whatever the file name."""
     started = []
     monkeypatch.setattr(subprocess, "check_call", lambda *words, **_: started.append(words))
     monkeypatch.setattr(subprocess, "Popen", lambda *words, **_: started.append(words))
@@ -209,7 +207,7 @@ def test_a_picture_is_not_given_to_programs_that_pillow_knows(
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"])
-def test_formats_of_pictures_are_still_taken(kind: str) -> None:
+def test_supported_image_formats_are_accepted(kind: str) -> None:
     file = io.BytesIO()
     Image.fromarray(np.zeros((64, 64), np.uint8)).save(file, kind)
     assert len(store([(file.getvalue(), "it")], 8, 1, "raw")) == 1
@@ -224,30 +222,30 @@ def png_claiming(side: int) -> bytes:
     return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
 
 
-@pytest.mark.parametrize("side", [8193, 13_000, 40_000])  # silence, a warning and an error of Pillow's
-def test_a_picture_of_too_many_pixels_is_refused_by_its_header(tmp_path: Path, side: int) -> None:
+@pytest.mark.parametrize("side", [8193, 13_000, 40_000])  # Pillow is silent, warns, or raises
+def test_an_image_with_too_many_pixels_is_rejected_by_its_header(tmp_path: Path, side: int) -> None:
     claiming = png_claiming(side)
-    said = r"it has more than 67,108,864 pixels, the most that are decoded"
-    with pytest.raises(UserError, match=f"^cannot read the image it: {said}"):
+    too_many_pixels = r"it has more than 67,108,864 pixels, the most that are decoded"
+    with pytest.raises(UserError, match=f"^cannot read the image it: {too_many_pixels}"):
         store([(claiming, "it")], 8, 1, "raw")
-    with pytest.raises(ValueError, match=f"^the image cannot be decoded: {said}"):
+    with pytest.raises(ValueError, match=f"^the image cannot be decoded: {too_many_pixels}"):
         decode(claiming, 8, 8, 1)
-    with pytest.raises(ValueError, match=f"^the image cannot be decoded: {said}"):
-        decode(claiming, side, side, 1)  # though the manifest says so too
+    with pytest.raises(ValueError, match=f"^the image cannot be decoded: {too_many_pixels}"):
+        decode(claiming, side, side, 1)  # although the manifest has this size too
     (tmp_path / "cats").mkdir()
     for i in range(2):
         (tmp_path / "cats" / f"{i}.png").write_bytes(claiming)
-    with pytest.raises(UserError, match=rf"0\.png: {said}.*\(and 1 more: .*1\.png\)"):
+    with pytest.raises(UserError, match=rf"0\.png: {too_many_pixels}.*\(and 1 more: .*1\.png\)"):
         Folder(tmp_path / "cats", size=8).check()
     pq.write_table(pa.table({"image": [claiming, claiming]}), tmp_path / "all.parquet")
-    with pytest.raises(UserError, match=rf"all\.parquet, row group 0, row \d: {said}"):
+    with pytest.raises(UserError, match=rf"all\.parquet, row group 0, row \d: {too_many_pixels}"):
         HuggingFace(tmp_path / "all.parquet", size=8, label_column=None).read("train", 0, 1)
 
 
-def test_the_largest_picture_is_taken() -> None:
+def test_the_largest_image_is_accepted() -> None:
     with pytest.raises(
         ValueError, match=r"cannot be decoded: (?!it has more)"
-    ):  # since its pixels are missing
+    ):  # because its pixels are missing
         decode(png_claiming(8192), 8192, 8192, 1)
 
 

@@ -1,4 +1,4 @@
-"""The machines that tests of clusters are run on are machines, and nothing of them stays."""
+"""Tests of the test hosts: they behave like machines, and leave nothing behind."""
 
 import subprocess
 import sys
@@ -29,14 +29,14 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
         yield network
 
 
-def test_ssh_from_one_to_the_other(hosts: Hosts) -> None:
-    """By name, with the network's key; what is said there is said by a shell that has read ~/.bashrc."""
+def test_ssh_between_hosts(hosts: Hosts) -> None:
+    """By host name, with the network's key; the remote shell has read ~/.bashrc."""
     ssh = ("ssh", "-i", hosts.key, "-o", "StrictHostKeyChecking=no", "-o", "BatchMode=yes", "second")
     done = hosts["first"].run(*ssh, "bash -c -i 'hostname; echo $GREETING'")
     assert done.stdout.split("\n")[:2] == ["second", "good morning"], done.stderr
 
 
-def test_a_host_has_what_is_its_own_and_sees_the_repository(hosts: Hosts) -> None:
+def test_a_host_has_private_folders_and_sees_the_repository(hosts: Hosts) -> None:
     first, second = hosts["first"], hosts["second"]
     assert first.run("sh", "-c", "touch ~/mine /tmp/mine && ls /tmp/mine && ps -e | wc -l").returncode == 0
     assert (first.home / "mine").exists()
@@ -48,7 +48,7 @@ def test_a_host_has_what_is_its_own_and_sees_the_repository(hosts: Hosts) -> Non
     assert first.run("sh", "-c", "ip route | grep default").returncode != 0
 
 
-def test_killed_it_is_gone_and_revived_it_has_its_home_again(hosts: Hosts) -> None:
+def test_a_revived_host_has_its_home_again(hosts: Hosts) -> None:
     second = hosts["second"]
     second.run("touch", HOME / "kept", "/tmp/lost")
     pid = second.pid
@@ -60,8 +60,8 @@ def test_killed_it_is_gone_and_revived_it_has_its_home_again(hosts: Hosts) -> No
     assert hosts["first"].run("bash", "-c", f": < /dev/tcp/{second.address}/22").returncode == 0
 
 
-def test_hosts_die_with_who_made_them(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Even if that was killed; and the next network is made where that one was."""
+def test_hosts_end_with_the_process_that_created_them(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Even if that process is killed; the next network can then have the same number."""
     words = [sys.executable, "-c", ALONE, str(tmp_path_factory.mktemp("alone"))]
     with subprocess.Popen(
         words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPO / "tests", text=True

@@ -1,4 +1,4 @@
-"""What import-linter cannot see: parts of a package, lists of what is allowed, modules without a layer."""
+"""Layer rules that import-linter cannot check: parts of a package, allow lists, modules without a layer."""
 
 import ast
 import re
@@ -18,7 +18,7 @@ def name_of(path: Path) -> str:
 
 
 def imported(node: ast.AST) -> Iterator[str]:
-    """Every module imported when `node` runs: all but what stands under `if TYPE_CHECKING:`."""
+    """Every module imported when `node` runs, that is, except under `if TYPE_CHECKING:`."""
     match node:
         case ast.Import(names=names):
             yield from (alias.name for alias in names)
@@ -36,7 +36,7 @@ def imports_of(path: Path) -> list[str]:
     return list(imported(ast.parse(path.read_text())))
 
 
-def test_imported_sees_what_it_should() -> None:
+def test_imported_finds_all_kinds_of_imports() -> None:
     code = """
 from typing import TYPE_CHECKING
 import a.b as c
@@ -53,7 +53,7 @@ def later():
 @pytest.mark.parametrize(
     ("part", "owners"),
     [
-        # the driver's side, what runs in the controller, and the workers'
+        # driver, controller and worker code
         (
             "ray.train",
             {f"ddpm.training.{name}" for name in ("worker_group", "failures", "worker", "mlflow_callback")},
@@ -73,7 +73,7 @@ def test_each_part_of_ray_has_one_owner(part: str, owners: set[str]) -> None:
 
 
 @pytest.mark.parametrize("package", ["ddpm/diffusion", "ddpm/models"])
-def test_the_mathematics_knows_torch_alone(package: str) -> None:
+def test_the_mathematics_imports_only_torch(package: str) -> None:
     allowed = {*sys.stdlib_module_names, "torch"}
     own = package.replace("/", ".") + "."
     strangers = {
@@ -99,7 +99,7 @@ def test_every_module_is_in_a_layer() -> None:
     assert homeless == set()
 
 
-def test_no_module_reaches_into_ray() -> None:
-    """Ray's documented API alone: no private module is imported, and nothing of Ray's is replaced."""
+def test_no_module_uses_private_parts_of_ray() -> None:
+    """Only Ray's documented API is used: no private module is imported, and nothing in Ray is patched."""
     private = re.compile(r"_internal\b|ray\._private|setattr\(.*\bray\b")
     assert [path for path in MODULES if private.search(path.read_text())] == []

@@ -1,4 +1,4 @@
-"""The faulty proxy does to an S3 client what its mode says, and to no signature any harm."""
+"""The faulty proxy injects the faults of its mode, and keeps signatures valid."""
 
 import gc
 import multiprocessing
@@ -13,7 +13,7 @@ from support import proxy, servers
 from support.fetching import DATA, client, fetch, fetch_often
 
 GONE = (ConnectionClosedError, EndpointConnectionError)
-"""What botocore makes of RST, by where it was when it came."""
+"""The errors that botocore raises after an RST, depending on when it arrives."""
 
 
 @pytest.fixture
@@ -22,15 +22,15 @@ def faulty(s3_server: servers.S3Server) -> Iterator[proxy.FaultyProxy]:
         yield faulty
 
 
-def test_it_forwards_and_signatures_hold(faulty: proxy.FaultyProxy, s3_bucket: str) -> None:
+def test_it_forwards_and_signatures_stay_valid(faulty: proxy.FaultyProxy, s3_bucket: str) -> None:
     s3 = client(faulty.endpoint)
     s3.put_object(Bucket=s3_bucket.removeprefix("s3://"), Key="x", Body=DATA)
     assert fetch(s3, s3_bucket) == DATA
     assert faulty.requests == {"pass": 2}
 
 
-def test_connections_that_arrive_as_it_closes_are_closed(s3_server: servers.S3Server) -> None:
-    """One that is left open is a warning, and so an error."""
+def test_connections_that_arrive_while_it_closes_are_closed(s3_server: servers.S3Server) -> None:
+    """A connection left open would give a warning, which is an error here."""
     for _ in range(20):
         with proxy.FaultyProxy(s3_server.endpoint) as closing:
             parts = urlsplit(closing.endpoint)
@@ -49,7 +49,7 @@ def test_connections_that_arrive_as_it_closes_are_closed(s3_server: servers.S3Se
         ("down", GONE),
     ],
 )
-def test_a_mode_hits_open_connections_and_ends(
+def test_a_mode_applies_to_open_connections_and_can_be_ended(
     faulty: proxy.FaultyProxy, s3_bucket: str, mode: proxy.Mode, error: Any
 ) -> None:
     s3 = client(faulty.endpoint)
@@ -64,15 +64,15 @@ def test_a_mode_hits_open_connections_and_ends(
                 fetch(s3, s3_bucket)
         if isinstance(caught.value, ClientError):
             assert caught.value.response["Error"]["Code"] == "SlowDown"
-            with pytest.raises(ClientError, match="SlowDown"):  # the body is taken, or was never sent
+            with pytest.raises(ClientError, match="SlowDown"):  # the body was read, or never sent
                 s3.put_object(Bucket=s3_bucket.removeprefix("s3://"), Key="x", Body=DATA)
         faulty.switch("pass")
     assert fetch(s3, s3_bucket) == DATA
-    if mode in ("slow_down", "black_hole"):  # what RST hits may not have been sent yet
+    if mode in ("slow_down", "black_hole"):  # a request that is hit by RST may not have been sent completely
         assert faulty.requests[mode] == {"slow_down": 4, "black_hole": 2}[mode]
 
 
-def test_delay_is_no_failure(faulty: proxy.FaultyProxy, s3_bucket: str) -> None:
+def test_a_delay_is_not_a_failure(faulty: proxy.FaultyProxy, s3_bucket: str) -> None:
     s3 = client(faulty.endpoint)
     s3.put_object(Bucket=s3_bucket.removeprefix("s3://"), Key="x", Body=DATA)
     faulty.switch("delay", delay_s=0.5)
@@ -99,7 +99,7 @@ def test_many_processes_at_once(faulty: proxy.FaultyProxy, s3_bucket: str) -> No
     assert faulty.requests == {"pass": 16}
 
 
-def test_a_server_that_is_gone_is_a_reset(s3_bucket: str) -> None:
+def test_a_stopped_server_gives_a_reset(s3_bucket: str) -> None:
     (port,) = servers.free_ports(1)
     with proxy.FaultyProxy(f"http://127.0.0.1:{port}") as faulty, pytest.raises(GONE):
         fetch(client(faulty.endpoint), s3_bucket)

@@ -1,4 +1,4 @@
-"""benchmarks/quality.py: turns, and when a curve reaches a value, where the answers are known. No peer is needed."""
+"""benchmarks/quality.py: turns, and the time at which a curve reaches a value, with known answers."""
 
 import math
 import sys
@@ -43,7 +43,7 @@ with open("child" if sys.argv[1:] else "parent", "a", buffering=1) as file:
 """
 
 
-def test_between_its_turns_a_contestant_and_its_children_stand_still(
+def test_a_contestant_and_its_children_are_suspended_between_turns(
     quality: ModuleType, tmp_path: Path
 ) -> None:
     script = tmp_path / "count.py"
@@ -69,7 +69,7 @@ def test_between_its_turns_a_contestant_and_its_children_stand_still(
     assert turns == contestant.turns and all(a.ended <= b.began for a, b in pairwise(turns))
 
 
-def test_what_was_spent_leaves_out_the_time_between_turns(quality: ModuleType) -> None:
+def test_spent_time_excludes_the_time_between_turns(quality: ModuleType) -> None:
     turns = [quality.Turn(100, 160, 90), quality.Turn(300, 340, 170)]
     assert quality.spent(turns, 50) == quality.Spent(0, 0)
     assert quality.spent(turns, 130) == quality.Spent(30, 45)
@@ -78,13 +78,13 @@ def test_what_was_spent_leaves_out_the_time_between_turns(quality: ModuleType) -
     assert quality.spent(turns, 1e9) - quality.spent(turns, 130) == quality.Spent(70, 125)
 
 
-def test_a_value_is_reached_between_two_points_evenly_in_both_logarithms(quality: ModuleType) -> None:
+def test_the_time_to_a_value_is_interpolated_in_log_log(quality: ModuleType) -> None:
     curve = [
         quality.Judged("ours", 0, minutes, 0.0, kid, kid / 10, 500)
         for minutes, kid in ((4, 0.25), (1, 4.0), (2, 1.0), (8, 0.3))
     ]
     assert quality.crossing(curve, 1.0) == pytest.approx(2)
     assert quality.crossing(curve, 0.5) == pytest.approx(2 * math.sqrt(2))  # half way from 1 to 1/4
-    assert quality.crossing(curve, 5.0) == 1  # from the first point on
+    assert quality.crossing(curve, 5.0) == 1  # reached at the first point
     assert quality.crossing(curve, 0.2) == math.inf
     assert quality.crossing(curve, 0.5, -1) < quality.crossing(curve, 0.5) < quality.crossing(curve, 0.5, 1)

@@ -1,4 +1,4 @@
-"""docs/train.svg is what docs/record.py makes: the screens of a terminal, one after the other."""
+"""docs/train.svg, which docs/record.py makes: an animation of terminal screens."""
 
 import importlib.util
 import re
@@ -45,7 +45,7 @@ def test_the_screens_are_those_of_a_terminal(record: ModuleType) -> None:
     assert "the\xa0end" in "".join(second.itertext()) and "the\xa0end" not in "".join(first.itertext())
 
 
-def test_the_recording_is_small_and_shows_a_whole_run() -> None:
+def test_the_recording_is_small_and_shows_a_complete_run() -> None:
     file = REPO / "docs/train.svg"
     assert file.stat().st_size < 200_000
     frames = ElementTree.parse(file).getroot().findall(f"{SVG}g")

@@ -1,4 +1,4 @@
-"""benchmarks/scale.py: the arithmetic behind docs/scale.md, where its answers are known."""
+"""benchmarks/scale.py: the arithmetic behind docs/scale.md, with known answers."""
 
 import re
 import sys
@@ -44,14 +44,14 @@ def test_a_slow_link_shows_once_the_backward_pass_no_longer_hides_it(
     assert shown.step_s - hidden.step_s == pytest.approx(shown.all_reduce_s - 2 / 3 * hidden.step_s)
 
 
-def test_what_reads_faster_needs_fewer_cores(scale: ModuleType) -> None:
+def test_faster_reading_needs_fewer_cores(scale: ModuleType) -> None:
     measured = scale.Measured(20_000, 5_000, 4, 1e9, 1e9, 100, 1e-6)
     plans = [scale.plan(CIFAR10, 8, 0.2, replace(measured, raw_rows=rows)) for rows in (20_000, 40_000)]
     assert plans[0].cores == pytest.approx(2 * plans[1].cores)
     assert plans[0].bytes == plans[1].bytes == pytest.approx(plans[0].images * 32 * 32 * 3)
 
 
-def test_the_page_is_of_this_script(scale: ModuleType) -> None:
+def test_the_page_has_the_numbers_of_this_script(scale: ModuleType) -> None:
     text = scale.OUT.read_text()
     assert {gpus for gpus in scale.GPUS if re.search(rf"^\| `cifar10` \| {gpus} \|", text, re.M)} == set(
         scale.GPUS

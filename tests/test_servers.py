@@ -1,4 +1,4 @@
-"""The test servers are real: they keep, they refuse, they answer a browser."""
+"""Tests of the test servers: they store data, check credentials, and answer a browser."""
 
 import contextlib
 import subprocess
@@ -45,7 +45,7 @@ def test_s3_refuses_a_wrong_secret(s3_bucket: str) -> None:
         stranger.list_objects_v2(Bucket=s3_bucket.removeprefix("s3://"))
 
 
-def test_s3_keeps_what_it_had_when_killed(tmp_path: Path) -> None:
+def test_s3_keeps_its_data_after_a_kill(tmp_path: Path) -> None:
     with servers.S3Server(tmp_path) as server:
         keys = {"aws_access_key_id": "lab", "aws_secret_access_key": "labsecret"}
         client = boto3.client("s3", endpoint_url=server.endpoint, region_name="us-east-1", **keys)
@@ -77,7 +77,7 @@ def test_browser_shows_the_mlflow_page(mlflow_server: str, browser: Any) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("address", ["None", "'local'"])
-def test_ray_init_elsewhere_does_not_join_the_head(
+def test_another_ray_init_does_not_join_the_head(
     ray_head: servers.RayHead, tmp_path: Path, address: str
 ) -> None:
     init = f"ray.init(address={address}, num_cpus=1, object_store_memory=10**8)"
@@ -88,14 +88,14 @@ def test_ray_init_elsewhere_does_not_join_the_head(
     assert ray_head.address not in done.stdout
 
 
-def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
+def test_a_failed_start_reports_the_log(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "print('no disk'); raise SystemExit(3)"]
     server = servers.Server("broken", command, "http://127.0.0.1:9/", tmp_path)
     with pytest.raises(RuntimeError, match=r"(?s)broken ended with code 3 .*no disk"):
         server.start()
 
 
-def test_a_server_that_does_not_answer_is_ended(tmp_path: Path) -> None:
+def test_a_server_that_does_not_answer_is_killed(tmp_path: Path) -> None:
     server = servers.Server("mute", ["sleep", "1000"], "http://127.0.0.1:9/", tmp_path)
     with pytest.raises(RuntimeError, match=r"mute gave no answer in 1 s"):
         server.start(timeout_s=1)
@@ -127,7 +127,7 @@ def test_a_stopped_server_leaves_no_process_and_starts_again_with_its_data(tmp_p
         assert mlflow.MlflowClient(server.uri).get_experiment(experiment).name == "kept"
 
 
-def test_a_job_that_hangs_is_killed_with_its_output_shown(tmp_path: Path) -> None:
+def test_a_hanging_job_is_killed_and_its_output_is_shown(tmp_path: Path) -> None:
     with pytest.raises(TimeoutError, match=r"(?s)not done in 1 s.*thinking"):
         processes.run(
             [sys.executable, "-uc", "print('thinking'); import time; time.sleep(99)"],

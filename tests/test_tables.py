@@ -1,4 +1,4 @@
-"""The names that command lines offer are the names of the tables."""
+"""The choices of the command lines are the keys of the tables."""
 
 import re
 from typing import Any, get_args
@@ -22,7 +22,7 @@ from ddpm.evaluation import nets
         (configs.FeatureNetName, nets.FEATURE_NETS),
     ],
 )
-def test_what_can_be_chosen_is_what_can_be_built(names: Any, table: dict[str, Any]) -> None:
+def test_every_choice_can_be_built(names: Any, table: dict[str, Any]) -> None:
     assert sorted(get_args(names)) == sorted(table)
 
 
@@ -30,23 +30,23 @@ def test_every_process_has_a_sampler() -> None:
     assert {kind.process for kind in samplers.SAMPLERS.values()} == set(objectives.PROCESSES)
 
 
-def test_a_net_is_called_as_in_its_config() -> None:
+def test_nets_have_the_name_of_their_config() -> None:
     assert {name: kind().net for name, kind in configs.NETS.items()} == {name: name for name in configs.NETS}  # type: ignore[call-arg]
 
 
-def test_a_schedule_takes_fields_that_there_are() -> None:
+def test_fields_of_schedules_exist() -> None:
     known = configs.flatten(configs.ScheduleConfig())
     assert {field for _, fields in schedules.SCHEDULES.values() for field in fields} <= set(known)
 
 
-def test_a_source_s_name_is_that_of_the_table() -> None:
-    """A manifest says which source its data set was made of."""
+def test_sources_have_the_name_of_their_table_entry() -> None:
+    """A manifest contains the name of its source."""
     assert {name: kind.__dataclass_fields__["name"].default for name, kind in catalog.SOURCES.items()} == {
         name: name for name in catalog.SOURCES
     }
 
 
-def test_nobody_else_compares_the_name_of_a_process() -> None:
+def test_process_names_are_compared_in_one_place_only() -> None:
     quoted = re.compile("|".join(f"[\"']{name}[\"']" for name in objectives.PROCESSES))
     files = [file for folder in ("ddpm", "jobs", "tune") for file in (processes.REPO / folder).rglob("*.py")]
     found = {file.name for file in files if quoted.search(file.read_text())}

@@ -1,4 +1,4 @@
-"""docs/tour.ipynb, as Jupyter runs it."""
+"""docs/tour.ipynb, run as by Jupyter."""
 
 import base64
 import io
@@ -22,7 +22,7 @@ def cells(notebook: Any) -> list[Any]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def test_the_notebook_is_kept_without_outputs() -> None:
+def test_the_notebook_is_committed_without_outputs() -> None:
     assert not any(cell.outputs or cell.execution_count for cell in cells(nbformat.read(TOUR, 4)))
 
 
@@ -33,7 +33,7 @@ def mean(grid: np.ndarray) -> float:
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_and_shows_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_notebook_runs_and_shows_what_it_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(REPO))
     for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
@@ -48,7 +48,7 @@ def test_the_notebook_runs_and_shows_what_it_says(tmp_path: Path, monkeypatch: p
         r"(linear|cosine): training loss [\d.]+, ([\d.]+) ± [\d.]+ bits/dim, rank ([\d-]+)", text
     )
     assert [name for name, *_ in ranks] == ["linear", "cosine"]
-    assert all(float(bits) < 8 for _, bits, _ in ranks)  # of a uniform code of 256 grey levels
+    assert all(float(bits) < 8 for _, bits, _ in ranks)  # bits/dim of a uniform code of 256 grey levels
     real, _, _, by_algorithm_2, by_mix, by_both = (
         np.asarray(Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).convert("L"))
         for output in outputs

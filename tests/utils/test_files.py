@@ -1,4 +1,4 @@
-"""Writers of the same file do not disturb each other, and only what dead ones left is swept."""
+"""Concurrent writers of a file do not disturb each other, and only files of dead writers are removed."""
 
 import os
 import subprocess
@@ -36,7 +36,7 @@ def test_writers_of_one_file_do_not_disturb_each_other(write: object, tmp_path: 
     assert file.read_bytes() in contents and list(file.parent.iterdir()) == [file]
 
 
-def test_what_the_dead_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+def test_only_files_of_dead_processes_are_removed(tmp_path: Path) -> None:
     program = (
         "import sys, pathlib; from ddpm.utils import files; print(files.temporary(pathlib.Path(sys.argv[1])))"
     )
@@ -59,7 +59,7 @@ def test_what_the_dead_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
     files.sweep(tmp_path / "not-there")
 
 
-def test_a_process_is_told_from_another_with_its_pid() -> None:
+def test_a_process_is_distinguished_from_another_with_the_same_pid() -> None:
     assert process.state(process.token()) == "running"
     assert process.state(process.token(os.getppid())) == "running"
     assert process.state(process.token() + "0") == "gone"
@@ -68,7 +68,7 @@ def test_a_process_is_told_from_another_with_its_pid() -> None:
     assert files.temporary(Path("a/b")) != files.temporary(Path("a/b"))
 
 
-def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     with pytest.raises(OSError):
         files.write_whole(tmp_path / "taken", b"x")

@@ -1,4 +1,4 @@
-"""Images: exact round trips, grids whose every pixel is known, files that others can read."""
+"""Images: exact round trips, grids with known pixels, files that other programs can read."""
 
 import io
 
@@ -43,7 +43,7 @@ def test_to_uint8_rounds_and_then_clips():
 
 
 @pytest.mark.parametrize("image", [torch.zeros(2, 4, 4, 1), torch.zeros(4, 4, 1, dtype=torch.uint8)])
-def test_to_model_names_mistakes(image):
+def test_to_model_rejects_invalid_images(image):
     with pytest.raises(ValueError, match=r"it must be uint8 \[B, H, W, C\]"):
         images.to_model(image)
 
@@ -52,14 +52,14 @@ def test_to_model_names_mistakes(image):
 @pytest.mark.parametrize(("n", "columns", "rows_cols"), [(5, None, (2, 3)), (6, 2, (3, 2)), (1, 4, (1, 4))])
 def test_grid_puts_every_image_in_its_place(n, columns, rows_cols, channels):
     tiles = some(n, 8, channels)
-    picture = images.grid(tiles, columns)
+    canvas = images.grid(tiles, columns)
     rows, cols = rows_cols
-    step = 48 + PADDING  # 8 pixels enlarged 6 times
-    assert picture.shape == (rows * step + PADDING, cols * step + PADDING, 3) and picture.dtype == np.uint8
-    rest = picture.copy()
+    step = 48 + PADDING  # 8 pixels, enlarged 6 times
+    assert canvas.shape == (rows * step + PADDING, cols * step + PADDING, 3) and canvas.dtype == np.uint8
+    rest = canvas.copy()
     for i in range(n):
         top, left = i // cols * step + PADDING, i % cols * step + PADDING
-        tile = picture[top : top + 48, left : left + 48]
+        tile = canvas[top : top + 48, left : left + 48]
         # Each pixel became a square of 6 x 6, in all three channels.
         blocks = tile.reshape(8, 6, 8, 6, 3)
         assert (blocks == tiles[i][:, None, :, None, :]).all()
@@ -76,11 +76,11 @@ def test_grid_enlarges_by_whole_factors(side, min_side, tile):
 
 
 def test_grid_of_oblong_images():
-    picture = images.grid(np.zeros((2, 10, 20, 3), np.uint8), columns=1, min_side=15)
-    assert picture.shape == (2 * (20 + PADDING) + PADDING, 40 + 2 * PADDING, 3)
+    canvas = images.grid(np.zeros((2, 10, 20, 3), np.uint8), columns=1, min_side=15)
+    assert canvas.shape == (2 * (20 + PADDING) + PADDING, 40 + 2 * PADDING, 3)
 
 
-def test_strip_is_a_grid_with_a_row_each_and_captions_above():
+def test_strip_has_a_row_per_image_and_captions_above():
     rows = [some(4, seed=1), some(4, seed=2)]
     bare = images.strip(rows)
     assert np.array_equal(bare, images.grid(np.concatenate(rows), columns=4))
@@ -94,11 +94,11 @@ def test_strip_is_a_grid_with_a_row_each_and_captions_above():
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_png_is_lossless(channels):
-    picture = some(1, 20, channels)[0]
-    read = np.asarray(Image.open(io.BytesIO(images.png_bytes(picture))))
-    assert np.array_equal(read.reshape(picture.shape), picture)
-    assert np.array_equal(images.from_png(images.png_bytes(picture)), picture)
-    assert images.from_png(images.png_bytes(picture)).shape == picture.shape
+    canvas = some(1, 20, channels)[0]
+    read = np.asarray(Image.open(io.BytesIO(images.png_bytes(canvas))))
+    assert np.array_equal(read.reshape(canvas.shape), canvas)
+    assert np.array_equal(images.from_png(images.png_bytes(canvas)), canvas)
+    assert images.from_png(images.png_bytes(canvas)).shape == canvas.shape
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -126,6 +126,6 @@ def test_gif_has_all_frames_and_their_time(channels):
         (lambda: images.gif_bytes([some(1)[0]], ms=15), "ms is 15"),
     ],
 )
-def test_mistakes_are_named(make, message):
+def test_invalid_arguments_are_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -1,4 +1,4 @@
-"""How long work shows itself: seldom in a log, live in a terminal."""
+"""Progress of long work: occasional lines in a log, a live bar in a terminal."""
 
 import os
 import pty
@@ -13,29 +13,29 @@ from ddpm.utils.progress import Display
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that pass only when a test says so."""
-    now = [5.0]  # a machine just started: a clock that counts from its start is still small
+    """A fake clock whose time only passes when a test sets it."""
+    now = [5.0]  # as on a machine that has just booted
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
 
 
-def test_a_log_gets_a_line_an_interval(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_gets_one_line_per_interval(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     with Display("images", 1000) as display:
         for done in range(0, 1001, 5):
             display.update(done, f"loss {done}")
-            clock[0] += progress.LINE_INTERVAL_S / 32  # exact in binary
+            clock[0] += progress.LINE_INTERVAL_S / 32  # exactly representable in binary
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[:2] for line in lines] == [
         [f"images {done:,}/1,000", f"loss {done}"] for done in (*range(0, 1000, 160), 1000)
     ]
 
 
-def test_the_time_left_is_of_the_speed_since_the_first_update(
+def test_the_time_left_uses_the_speed_since_the_first_update(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     display = Display("images", 10_000)
-    clock[0] += 500  # waiting for workers is no training
-    display.update(4_000)  # resumed here
+    clock[0] += 500  # waiting for workers does not count as training
+    display.update(4_000)  # resumed at this position
     clock[0] += 20
     display.update(5_000)
     first, second = capsys.readouterr().out.splitlines()
@@ -44,7 +44,7 @@ def test_the_time_left_is_of_the_speed_since_the_first_update(
 
 
 @pytest.mark.parametrize("total", [0, 10])
-def test_the_last_line_comes_at_once_and_once(
+def test_the_last_line_is_printed_immediately_and_once(
     total: int, clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with Display("images", total) as display:
@@ -53,7 +53,7 @@ def test_the_last_line_comes_at_once_and_once(
     assert capsys.readouterr().out == f"images {total}/{total}\n"
 
 
-def test_what_was_held_back_is_shown_at_the_end(
+def test_a_delayed_update_is_printed_at_the_end(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(RuntimeError), Display("images", 100) as display:
@@ -63,13 +63,13 @@ def test_what_was_held_back_is_shown_at_the_end(
     assert capsys.readouterr().out.splitlines() == ["images 1/100", "images 42/100  loss 0.5"]
 
 
-def test_nothing_done_is_nothing_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_updates_nothing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with Display("images", 100):
         pass
     assert capsys.readouterr().out == ""
 
 
-def test_a_terminal_gets_one_bar() -> None:
+def test_a_terminal_shows_one_progress_bar() -> None:
     code = (
         "from ddpm.utils.progress import Display\n"
         "with Display('images', 2000) as display:\n"
@@ -89,7 +89,7 @@ def test_a_terminal_gets_one_bar() -> None:
     try:
         while part := os.read(ours, 4096):
             shown += part
-    except OSError:  # how Linux says that the other side is closed
+    except OSError:  # on Linux: the other side is closed
         pass
     os.close(ours)
     assert process.wait(30) == 0, shown.decode()
@@ -97,7 +97,7 @@ def test_a_terminal_gets_one_bar() -> None:
     assert "━" * 10 in text
     assert "2000/2000" in text
     assert "[loss] 2.0" in text
-    assert "\x1b[?25h" in text.rpartition("2000/2000")[2]  # the cursor is back
+    assert "\x1b[?25h" in text.rpartition("2000/2000")[2]  # the cursor is shown again
     assert "2,000" not in text
 
 
@@ -107,9 +107,9 @@ def test_a_terminal_gets_one_bar() -> None:
         ("größe 猫 C:\\new [b]", "größe 猫 C:\\new [b]"),
         ("a\nerror: b\r\t", "a\\nerror: b\\r\\t"),
         ("\x1b[31m\x9b2J\x07", "\\x1b[31m\\x9b2J\\x07"),
-        ("\u202egpj.exe\u200b", "\\u202egpj.exe\\u200b"),  # turns what follows around; is not seen
+        ("\u202egpj.exe\u200b", "\\u202egpj.exe\\u200b"),  # right-to-left override; zero-width character
         ("\udcff\U000e0041", "\\udcff\\U000e0041"),
     ],
 )
-def test_what_comes_from_outside_is_printed_as_one_line_of_text(text: str, shown: str) -> None:
+def test_external_text_is_escaped_to_one_line(text: str, shown: str) -> None:
     assert progress.printable(text) == shown

@@ -1,4 +1,4 @@
-"""What fails is tried again until it answers or the time is over; what is an answer is none too late."""
+"""Failing calls are retried until they succeed or time is over; an answer is final."""
 
 import re
 import shutil
@@ -11,7 +11,7 @@ from ddpm.utils.errors import UserError
 from ddpm.utils.retry import LONGEST_ANSWER, StorageError, answer, retry_io
 
 
-class Falters:
+class FlakyCall:
     """A call that raises `error` the first `times` times."""
 
     def __init__(self, times: float, error: Exception) -> None:
@@ -24,12 +24,12 @@ class Falters:
         return self.calls
 
 
-def test_it_goes_on_until_there_is_an_answer() -> None:
-    assert retry_io(Falters(3, OSError("busy")), where="s3://b", timeout_s=60) == 4
+def test_it_retries_until_the_call_succeeds() -> None:
+    assert retry_io(FlakyCall(3, OSError("busy")), where="s3://b", timeout_s=60) == 4
 
 
-def test_down_for_good_is_one_line_that_says_all() -> None:
-    call = Falters(float("inf"), OSError("AWS Error SLOW_DOWN:\n  reduce your\trate"))
+def test_a_permanent_failure_is_a_one_line_error() -> None:
+    call = FlakyCall(float("inf"), OSError("AWS Error SLOW_DOWN:\n  reduce your\trate"))
     with pytest.raises(StorageError) as caught:
         retry_io(call, where="s3://bucket/runs", timeout_s=0.5)
     expected = (
@@ -41,15 +41,15 @@ def test_down_for_good_is_one_line_that_says_all() -> None:
     assert call.calls >= 2
 
 
-def test_without_time_there_is_one_try() -> None:
-    call = Falters(1, OSError("no"))
+def test_without_a_time_out_there_is_one_attempt() -> None:
+    call = FlakyCall(1, OSError("no"))
     with pytest.raises(StorageError, match="no"):
         retry_io(call, where="disk", timeout_s=0)
     assert call.calls == 1
 
 
-def test_the_last_try_begins_at_the_time_out() -> None:
-    """Whatever the back-off would be by then: storage that is back just before it is found."""
+def test_the_last_attempt_is_at_the_time_out() -> None:
+    """Whatever the back-off: storage that recovers just before the time-out is still found."""
     began = time.monotonic()
     tries: list[float] = []
 
@@ -65,14 +65,14 @@ def test_the_last_try_begins_at_the_time_out() -> None:
 @pytest.mark.parametrize(
     "error", [FileNotFoundError("x"), ValueError("x"), UserError("x"), KeyboardInterrupt()]
 )
-def test_what_waiting_does_not_mend_is_raised_at_once(error: Exception) -> None:
-    call = Falters(1, error)
+def test_permanent_errors_are_not_retried(error: Exception) -> None:
+    call = FlakyCall(1, error)
     with pytest.raises(type(error)) as caught:
         retry_io(call, where="disk", timeout_s=60)
     assert caught.value is error and call.calls == 1
 
 
-def test_no_credentials_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials_are_not_in_the_error_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "topsecret+key/1")
     monkeypatch.setenv("AWS_SESSION_TOKEN", "")
     text = (
@@ -86,8 +86,8 @@ def test_no_credentials_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(answer(OSError("x" * 10_000))) == LONGEST_ANSWER + 3
 
 
-def test_a_copy_that_failed_is_one_reason(tmp_path: Path) -> None:
-    """shutil says it as a list of lists."""
+def test_an_error_of_shutil_is_one_line(tmp_path: Path) -> None:
+    """shutil raises a list of lists."""
     (tmp_path / "from").mkdir()
     for name in ("a", "b"):
         (tmp_path / "from" / name).symlink_to("nothing")

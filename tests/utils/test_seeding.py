@@ -1,4 +1,4 @@
-"""Counters, not state: the same numbers make the same run, on any machine and in any version."""
+"""Counter-based random numbers: the same counters give the same run, on any machine and in any version."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 
 def test_streams_never_change_between_versions() -> None:
-    """A run goes on after an upgrade, of this project or of NumPy: these numbers may not change."""
+    """A run can be resumed after an upgrade of this project or of NumPy: these numbers must not change."""
     assert key(0) == 144831499309457368979394674105665208338
     assert key(0, 1, 2, 3) == 63407688129533460527905472793373798608
     numbers = PhiloxGenerator(0, Purpose.SAMPLE, 7)
@@ -20,7 +20,7 @@ def test_streams_never_change_between_versions() -> None:
     assert numbers.integers(1000, [4]).tolist() == [362, 950, 299, 464]
 
 
-def test_keys_tell_counters_apart_by_value_order_length_and_width() -> None:
+def test_keys_depend_on_value_order_length_and_width_of_counters() -> None:
     counters = [(a, b, c) for a in range(5) for b in range(5) for c in range(5)]
     counters += [(2,), (2, 0), (2, 0, 0, 0), (5 + 2**32,), (5, 1), (-1,), (1,), (12, 3), (1, 23), (123,)]
     keys = {key(*some) for some in counters}
@@ -28,22 +28,22 @@ def test_keys_tell_counters_apart_by_value_order_length_and_width() -> None:
     assert all(0 <= one < 2**128 for one in keys) and max(keys) > 2**120
 
 
-def test_a_stream_is_its_counters() -> None:
+def test_a_stream_depends_only_on_its_counters() -> None:
     first, again, other = (generator(CPU, 0, i).normal([64]) for i in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_a_micro_batch_draws_the_same_in_any_company() -> None:
-    def drawn(*micro_batches: int) -> list[torch.Tensor]:
+def test_the_draws_of_a_micro_batch_do_not_depend_on_other_batches() -> None:
+    def draws(*micro_batches: int) -> list[torch.Tensor]:
         noise, n = PerMicroBatch([generator(CPU, 0, i) for i in micro_batches]), 2 * len(micro_batches)
         return [noise.uniform([n]), noise.integers(9, [n]), noise.normal([n, 1, 4, 4], torch.float64)]
 
-    for together, *alone in zip(drawn(3, 1, 4), drawn(3), drawn(1), drawn(4), strict=True):
+    for together, *alone in zip(draws(3, 1, 4), draws(3), draws(1), draws(4), strict=True):
         assert torch.equal(together, torch.cat(alone))
 
 
-def test_two_images_that_were_once_the_same_differ() -> None:
-    """PyTorch's generator keeps 32 bits of a seed on CPUs, and those of these two images were equal."""
+def test_a_former_seed_collision_is_gone() -> None:
+    """PyTorch's CPU generator uses only 32 bits of a seed, which were equal for these two images."""
     a, b = (PhiloxGenerator(0, Purpose.SAMPLE, i).normal([64]) for i in (8790, 50346))
     assert (a - b).abs().max() > 0.5
 
@@ -57,7 +57,7 @@ def test_two_images_that_were_once_the_same_differ() -> None:
     ],
     ids=["images", "micro-batches"],
 )
-def test_a_million_streams_have_no_two_alike(counters: object) -> None:
+def test_a_million_streams_are_distinct(counters: object) -> None:
     first = np.empty((1_000_000, 64), np.float32)
     for i in range(len(first)):
         first[i] = PhiloxGenerator(*counters(i)).normal([64]).numpy()  # type: ignore[operator]
@@ -66,7 +66,7 @@ def test_a_million_streams_have_no_two_alike(counters: object) -> None:
 
 @pytest.mark.parametrize("kind", [PhiloxGenerator, TorchGenerator])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_numbers_are_distributed_as_they_should_be(kind: type, dtype: torch.dtype) -> None:
+def test_numbers_have_the_right_distribution(kind: type, dtype: torch.dtype) -> None:
     numbers = kind(3, device=CPU)
     normal, uniform, whole = (
         numbers.normal([40_000], dtype),
@@ -89,7 +89,7 @@ def test_a_uniform_number_is_never_one() -> None:
     assert u.max() < 1 and torch.equal(u * 2**24, (u * 2**24).round())
 
 
-def test_pytorch_is_given_64_bits() -> None:
+def test_pytorch_gets_64_bit_seeds() -> None:
     seeds = {torch_seed(0, Purpose.DROPOUT, step) for step in range(1000)}
     assert len(seeds) == 1000 and 2**63 < max(seeds) < 2**64
     for seed in seeds:

@@ -1,4 +1,4 @@
-"""JSON from outside is what a type says, or one line about the first wrong key."""
+"""External JSON matches its type, or is a one-line error about the first wrong key."""
 
 import json
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ class Outer:
     inner: Inner = field(default_factory=Inner)
 
 
-def test_a_fitting_text_is_taken() -> None:
+def test_valid_json_is_accepted() -> None:
     text = '{"name": "x", "ratio": 2, "sizes": [1, 2], "inner": {"count": 3, "kind": "b"}}'
     assert parse(Outer, text, "it") == Outer("x", 2.0, (1, 2), Inner(3, "b"))
     assert parse(Outer, b'{"name": "x", "more": 1}', "it", extra="ignore") == Outer("x")
@@ -51,7 +51,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("text", "message"), BAD.items(), ids=[text[:40] for text in BAD])
-def test_anything_else_is_a_line_about_the_first_wrong_key(text: str, message: str) -> None:
+def test_invalid_json_is_a_one_line_error_about_the_first_wrong_key(text: str, message: str) -> None:
     with pytest.raises(UserError, match=rf"^runs/a\.json: {message}") as caught:
         parse(Outer, text.encode("latin-1"), "runs/a.json")
     assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
@@ -59,7 +59,7 @@ def test_anything_else_is_a_line_about_the_first_wrong_key(text: str, message: s
 
 
 @pytest.mark.parametrize("value", [10**400, "x" * 10_000, [[[]]] * 100, {str(i): i for i in range(100)}])
-def test_a_large_value_is_shown_in_short(value: Any) -> None:
+def test_a_large_value_is_abbreviated_in_messages(value: Any) -> None:
     with pytest.raises(UserError, match=r"^it: count is ") as caught:
         parse(Inner, json.dumps({"count": value}), "it")
     assert len(str(caught.value)) < 200
