@@ -80,7 +80,7 @@ def test_a_turned_picture_is_turned_back() -> None:
 
 @pytest.mark.parametrize("data", [b"", b"text", file_of(picture(64, 64), "JPEG")[:-300], b"GIF89a"])
 def test_what_is_no_image_is_named(data: bytes) -> None:
-    with pytest.raises(UserError, match=r"^cannot read the image cats/x\.png: .*; repair it or take it away"):
+    with pytest.raises(UserError, match=r"^cannot read the image cats/x\.png: .*; repair it or remove it"):
         store([(data, "cats/x.png")], 8, 3, "encoded")
 
 
@@ -219,7 +219,7 @@ def test_what_is_passed_over_is_counted(tmp_path: Path) -> None:
     )
     for i in range(3):
         (cats / f"{i}.png").unlink()
-    with pytest.raises(UserError, match=r"holds no images .*; passed over: 4 \.gif \(cats/0\.GIF"):
+    with pytest.raises(UserError, match=r"holds no images .*; skipped: 4 \.gif \(cats/0\.GIF"):
         Folder(tmp_path / "in", size=8)
 
 
@@ -279,14 +279,14 @@ def test_a_single_parquet_file_is_divided(tmp_path: Path) -> None:
 
 
 def test_parquet_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no Parquet file"):
+    with pytest.raises(UserError, match="is neither a Parquet file nor a folder"):
         HuggingFace(tmp_path, size=8)
     path = tmp_path / "x.parquet"
     path.write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"cannot read .*x\.parquet"):
         HuggingFace(path, size=8)
     pq.write_table(pa.table({"img": pa.array([1, 2])}), path)
-    with pytest.raises(UserError, match=r"column 'image' is missing.*--image-column names another of img"):
+    with pytest.raises(UserError, match=r"column 'image' is missing.*--image-column, one of img"):
         HuggingFace(path, size=8)
     hugging_face(path, [0, 1], [0, -1])
     with pytest.raises(UserError, match="holds the label -1"):
@@ -321,7 +321,7 @@ def test_pictures_in_a_bucket_given_as_shards_are_not_written_into(s3_bucket: st
         resolve(f"{s3_bucket}/{folder}/1.JPG").write(b"")
         pictures = resolve(f"{s3_bucket}/{folder.partition('/')[0]}")
         with pytest.raises(
-            UserError, match=r"has no manifest\.json, but pictures; download them, and make a data set"
+            UserError, match=r"has no manifest\.json, but images; download them, and make a data set"
         ):
             read_manifest(pictures)
     nothing = resolve(f"{s3_bucket}/nothing")
@@ -333,6 +333,6 @@ def test_a_message_names_no_address_in_memory() -> None:
     with pytest.raises(UserError) as raised:
         store([(b"no picture", "cats/x.png")], 8, 1, "raw")
     assert str(raised.value) == (
-        "cannot read the image cats/x.png: it is no PNG, JPEG, WEBP, BMP, TIFF or GIF file; repair it or take it away, "
-        "then give the same command again"
+        "cannot read the image cats/x.png: it is not a PNG, JPEG, WEBP, BMP, TIFF or GIF file; repair it or remove it, "
+        "then run the same command again"
     )

@@ -87,7 +87,7 @@ def test_what_a_folder_holds_beside_images_is_said(run_job: Callable[..., Any], 
     (tmp_path / "in/b\nerror: forged.txt").write_text("")
     done = run_job("prepare", "folder", "out", "--path", "in", "--size", "8", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    said = "passed over 1 .gif (a.gif), 1 .txt (b\\nerror: forged.txt)"
+    said = "skipped     1 .gif (a.gif), 1 .txt (b\\nerror: forged.txt)"
     assert done.stdout.splitlines()[:2] == [f"data set    {tmp_path}/out", said]
 
 

@@ -168,7 +168,7 @@ def test_images_that_the_disk_has_no_room_for_are_refused(
 ) -> None:
     job = job_of(TINY)
     with pytest.raises(
-        UserError, match=r"^1,000,000,000,000 images need .* GB or more, and .* another --out$"
+        UserError, match=r"^1,000,000,000,000 images need .* GB or more, but .* another --out$"
     ):
         drawn(tmp_path / "out", job, 10**12, form=form)
     assert not (tmp_path / "out").exists()
@@ -225,7 +225,7 @@ def test_labels_are_checked() -> None:
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(
-        UserError, match=r"cannot write images to .*/file/out: .*; the same command continues"
+        UserError, match=r"cannot write images to .*/file/out: .*; run the same command again to continue"
     ):
         drawn(tmp_path / "file/out", job_of(TINY))
 
