@@ -52,7 +52,7 @@ def test_what_is_no_json_is_said(monkeypatch: pytest.MonkeyPatch, text: str) -> 
 def test_a_folder_is_not_seen_by_the_machines_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
     config = override(workers(1), {"data.shards": "/data/digits"})
     with pytest.raises(
-        UserError, match=r"--data\.shards is the local folder /data/digits, but the cluster grows"
+        UserError, match=r"--data\.shards is the local folder /data/digits, but the cluster can add nodes"
     ):
         resources.check_storage(config)
     resources.check_storage(override(config, {"run.shared_storage": True}))

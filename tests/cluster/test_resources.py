@@ -112,7 +112,8 @@ def test_many_more_workers_than_cpus_are_refused(cluster: Cluster) -> None:
     eight = override(Config(), {"cluster.num_workers": 8})
     cluster(2)
     with pytest.raises(
-        UserError, match=r"^8 workers on CPUs, .* has 2: .* use at most 4 .*, best 2 or fewer"
+        UserError,
+        match=r"^8 workers are too many for the cluster's 2 CPUs: .* use at most 4 .*, better 2 or fewer",
     ):
         resources.resources_per_worker(eight)
     asked = override(eight, {"cluster.cpus_per_worker": 0.1})

@@ -168,7 +168,7 @@ def test_a_searcher_that_has_changed_its_mind_is_refused(tmp_path: Path) -> None
         search(tmp_path, lives=3)
     file = tmp_path / "search.json"
     file.write_text(file.read_text().replace('"optim.lr": 0.', '"optim.lr": 0.1'))
-    with pytest.raises(UserError, match="proposes another trial-000 than the event log has"):
+    with pytest.raises(UserError, match="proposes a different trial-000 than the event log holds"):
         search(tmp_path)
 
 

@@ -145,7 +145,7 @@ def test_one_that_was_silent_for_too_long_learns_that_another_has_it(place: Loca
     with lock(place) as first:
         while not first.is_lost:  # it may write over it once: it looked just before
             file.write(card())
-        with pytest.raises(UserError, match="another process has taken over this run; this one ends"):
+        with pytest.raises(UserError, match="another process has taken over this run; this one stops"):
             first.check()
     assert file.read() == card()
 

@@ -121,7 +121,7 @@ def test_a_half_made_database_is_named(tmp_path: Path, damage: str, trace: str) 
     with pytest.raises(Lost, match=trace) as caught:
         MlflowRun(address_at(f"sqlite:///{database}"), {}).open(running=True)
     said = str(caught.value)
-    assert said.startswith(f"{database} is half made: ") and "\n" not in said
+    assert said.startswith(f"{database} is incomplete: ") and "\n" not in said
     assert "Move this file away" in said and "`python jobs/sync.py RUN`" in said
 
 

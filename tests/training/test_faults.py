@@ -52,7 +52,7 @@ def test_processes_killed_and_clocks_set(run: Run, undisturbed: Run, tmp_path: P
         clock.write_text("0")
         assert job.wait() == 0, job.output
     assert "Traceback" not in job.output
-    assert job.output.count("failed; going on") == 3  # warnings that a new actor was told among them
+    assert job.output.count("failed; resuming") == 3  # warnings that a new actor was told among them
     assert_same(run, undisturbed)
     assert_tracked_once(run)
     assert all(0.3 < goodput < 1 for _, goodput in metric(run, "train/goodput"))  # a step is lost or none
@@ -105,7 +105,7 @@ def test_asked_to_stop_and_then_damaged(run: Run, undisturbed: Run) -> None:
     flip(newest / "ema.safetensors")
     with run.start() as job:
         assert job.wait() == 0, job.output
-    assert f"{newest.name} is passed over for the one before" in job.output
+    assert f"{newest.name} is not valid, so the one before it is tried" in job.output
     assert f"{newest.name}/ema.safetensors is damaged" in job.output
     assert not half.exists()
     assert_same(run, undisturbed)
