@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 help:
-	@echo 'make train            install, and train on the digits; what comes out is in runs/digits'
+	@echo 'make train            install, and train on the digits; the results are in runs/digits'
 	@echo 'make test             install what tests need, and run all but the slow ones'
 	@echo 'make test-all         the same and the slow ones: kills, clusters of several machines, browsers'
 	@echo 'make test-oldest-ray  install the oldest Ray that is supported as well, and run the tests that depend on Ray most'
@@ -72,7 +72,7 @@ $(OLDEST_RAY_FOLDER)/installed: $(VENV)/installed-test
 
 # Debian keeps the pip of new environments in a package of its own (python3-venv). Where that is missing,
 # the pip of the system brings one.
-NO_PYTHON := Python 3.11 or newer is needed. Where it is can be said with: make PYTHON=/path/to/python
+NO_PYTHON := Python 3.11 or newer is needed. If it is installed elsewhere: make PYTHON=/path/to/python
 NO_PIP := has neither venv nor pip. On Debian and Ubuntu they come with: apt install python3-venv
 $(BIN)/pip:
 	@test -n '$(PYTHON)' || { echo '$(NO_PYTHON)' >&2; exit 1; }

@@ -47,13 +47,13 @@ PUBLIC = {
     "utilisation": (
         None,
         "of the peak: that of Ho et al. 2020, Appendix B, 21 steps of 128 images a second on a TPU v3-8, "
-        "whose peak is 420 TFLOP/s (Google Cloud's documentation); nobody has measured ours",
+        "whose peak is 420 TFLOP/s (Google Cloud's documentation); ours has not been measured",
     ),
     "nvlink": (450e9, "bytes/s a direction between GPUs of a machine, NVLink 4: NVIDIA's H100 data sheet"),
     "network": (400e9, "bytes/s of a machine of 8 GPUs to others, p5.48xlarge, 3,200 Gbit/s: AWS's EC2 "
     "instance types"),
     "bus_share": (0.7, "of those that large messages reach; an assumption"),
-    "latency": (20e-6, "seconds a step of an all-reduce takes beside the bytes; an assumption"),
+    "latency": (20e-6, "seconds a step of an all-reduce takes besides the bytes; an assumption"),
     "get_limit": (5500, "GETs a second a prefix: Amazon S3's user guide, performance"),
     "s3_stream": (90e6, "bytes/s a connection: Amazon S3's user guide, performance guidelines (85-90 MB/s)"),
     "get_price": (0.0004 / 1000, "$ a GET: S3 Standard, us-east-1"),
@@ -238,8 +238,8 @@ def page(measured: Measured, utilisation: float) -> str:
     return f"""\
 # From 1 to 256 GPUs, from 1 GB to 100 TB
 
-Computed by [benchmarks/scale.py](../benchmarks/scale.py), a model of a line or two a quantity. Nothing on this page
-was run on GPUs: it says where the next wall stands, not how soon it is reached. {tables.machine()}.
+Computed by [benchmarks/scale.py](../benchmarks/scale.py), a model of a line or two per quantity. Nothing on this page
+was run on GPUs: it shows where the next bottleneck is, not how soon it is reached. {tables.machine()}.
 
 ## More GPUs: {IMAGES_PER_GPU} images each a step, raw shards in S3
 
@@ -247,20 +247,20 @@ was run on GPUs: it says where the next wall stands, not how soon it is reached.
 |---|---|---|---|---|---|---|---|---|---|
 {gpu_rows}
 
-The cores are those that read, check and decode, from a file beside them: what TLS, the object store and dealing out
-take comes on top and is not known, so have several times as many.
+The cores are those that read, check and decode, from a local file: what TLS, the object store and dealing out
+take comes on top and is not known, so provide several times as many.
 
-- **1 GPU.** Its machine has cores enough to read for it. Nothing to set.
+- **1 GPU.** Its machine has enough cores to read for it. Nothing to set.
 - **8 GPUs, one machine.** The all-reduce hides behind the backward pass. Reading needs cores that the workers leave
   free (`--cluster.cpus-per-worker`), or a pool of machines without GPUs.
-- **The first wall is ours:** reading may run ahead by {human(OBJECT_STORE_BYTES)} for the whole run
+- **The first bottleneck is in this project:** reading may run ahead by {human(OBJECT_STORE_BYTES)} for the whole run
   (`OBJECT_STORE_BYTES` in ddpm/data/ray_dataset.py), and a task reads {CHUNK_IMAGES:,} images. So at most {tasks} tasks
-  of `cifar10` and {tasks // 4} of `celeba64` are under way at once, however many cores there are. Where the column
-  `object store` says more, it has to be raised, and the nodes' object stores with it.
+  of `cifar10` and {tasks // 4} of `celeba64` run at once, however many cores there are. Where the column
+  `object store` shows more, this limit has to be raised, and the nodes' object stores with it.
 - **256 GPUs.** The global batch is {GPUS[-1] * IMAGES_PER_GPU:,}: another learning rate and warm-up, or fewer images a
-  GPU. {math.ceil(largest.cores)} cores at least read, on machines of their own. {largest.requests:,.0f} requests a
+  GPU. At least {math.ceil(largest.cores)} cores read, on separate machines. {largest.requests:,.0f} requests a
   second are {than} the {limit:,.0f} that S3 answers for one prefix at once: larger row groups need fewer. One actor
-  deals the stream out to all workers: nobody has measured it with so many.
+  deals the stream out to all workers: this has not been measured with so many.
 
 ## More data: raw 32x32 colour images, row groups of {rows_of(image):,}
 
@@ -269,16 +269,16 @@ take comes on top and is not known, so have several times as many.
 {size_rows}
 
 - **Up to 1 TB** nothing changes but the price. In AWS a gateway endpoint for S3 keeps traffic free of charge.
-- **100 TB.** The manifest is the wall: JSON with a checksum a row group, which every process reads whole, and 256 MiB
-  of it at most. Row groups of sixteen times the size make it a sixteenth (`rows_per_row_group` of
-  `ddpm.data.prepare.prepare`), and tasks that much larger; beyond that it belongs into Parquet, a part a split. Merely
-  to read the images once, as checking them does,
+- **100 TB.** The manifest is the bottleneck: JSON with a checksum per row group, which every process reads completely,
+  and 256 MiB of it at most. Row groups of sixteen times the size make it a sixteenth (`rows_per_row_group` of
+  `ddpm.data.prepare.prepare`), and tasks that much larger; beyond that it belongs in Parquet, one part per split.
+  Merely to read the images once, as checking them does,
   takes one core {days:,.0f} days; `jobs/prepare.py` uses all cores of a cluster.
 
 ## Checkpoints
 
 `cifar10` has {parameters(CIFAR10) / 1e6:.1f} M weights and checkpoints of {human(size)} (net, EMA, AdamW), with any
-number of GPUs: rank 0 writes. Training waits for the copy, {size / measured.copy:.2f} s here. Beside it go
+number of GPUs: rank 0 writes. Training waits for the copy, {size / measured.copy:.2f} s here. In parallel, there are
 {write_s:.1f} s of writing and hashing, and {upload_s:.0f} s to S3 over one connection. The preset asks for one every
 {every:,} images, which would be every {due} GPUs: with many GPUs ask for fewer (`--train.checkpoint-every-images`), not
 more often than every {write_s + upload_s:.0f} s. {CIFAR10.train.keep_checkpoints} are kept; in a versioned bucket those

@@ -176,8 +176,10 @@ def _check_first(words: Sequence[str], first: str, names: Sequence[str]) -> None
     if word in names or word.startswith((*HELP, "--tyro-")):  # tyro writes completions for shells
         return
     if not word or word.startswith("-"):
-        raise UserError(f"the command line begins with {first}, one of {listed}")
-    raise UserError(f"there is no {first} {word}{_did_you_mean(word, names, CLOSE_NAME)}; there are {listed}")
+        raise UserError(f"{first} is missing; the command line must begin with one of {listed}")
+    raise UserError(
+        f"there is no {first} {word}{_did_you_mean(word, names, CLOSE_NAME)}; it must be one of {listed}"
+    )
 
 
 def _did_you_mean(word: str, known: Sequence[str], cutoff: float) -> str:

@@ -43,8 +43,8 @@ class DataConfig:
     shards: str | None = None
     """Folder or s3:// URI of a data set made by jobs/prepare.py. Without it, `images` or `source` is prepared first."""
     images: str | None = None
-    """Folder of pictures of any size; subfolders are classes. Prepared at the net's size and channels in
-    {run.storage}/data/ first."""
+    """Folder of images of any size; subfolders are classes. The images are first prepared at the net's size and
+    channels in {run.storage}/data/."""
     source: str | None = None
     """A source that needs no download. Without `shards` it is prepared in {run.storage}/data/ first."""
     split: str = "train"
@@ -54,9 +54,10 @@ class DataConfig:
     horizontal_flip: bool = False
     """Mirror each image with probability 1/2 (drawn per micro-batch, as all noise is)."""
     stall_timeout_s: float = 120.0
-    """Seconds without a batch, beyond run.storage_timeout_s, after which the run stops."""
+    """The run stops after this many seconds without a batch, in addition to run.storage_timeout_s."""
     on_corrupt: Literal["error", "substitute"] = "error"
-    """error: stop at an image that cannot be read. substitute: take another of its window, and list it."""
+    """error: stop at an image that cannot be read. substitute: use another image of the same window, and list the
+    unreadable one."""
     max_corrupt_share: float = 0.01
     """substitute: the run stops when a larger share of the split's images cannot be read."""
 
@@ -80,9 +81,9 @@ class ScheduleConfig:
     sigmoid_start: float = -3.0
     """sigmoid: where the logistic curve begins."""
     sigmoid_end: float = 3.0
-    """sigmoid: where it ends."""
+    """sigmoid: where the logistic curve ends."""
     sigmoid_tau: float = 1.0
-    """sigmoid: its temperature."""
+    """sigmoid: temperature of the logistic curve."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class ObjectiveConfig:
     weight: Literal["simple", "min_snr"] = "simple"
     """Loss weight over t: 1, or min-SNR (Hang et al. 2023)."""
     min_snr_gamma: float = 5.0
-    """min_snr: the cap of the weight, as SNR."""
+    """min_snr: gamma, the SNR at which the weight is capped."""
     variance: Literal["fixed", "learned"] = "fixed"
     """learned: the net also predicts the variance of each pixel (Nichol & Dhariwal 2021)."""
     label_dropout: float = 0.1
@@ -110,13 +111,13 @@ class ModelConfig:
     module: ClassVar[str]
     """Where its `build` is, imported when a net is built: this module knows no PyTorch."""
     net: str
-    """unet, dit, or a net of an installed package; beside --help-all it lists the flags of that net."""
+    """unet, dit, or a net of an installed package; together with --help-all it lists the flags of that net."""
     image_size: int = 32
     """Height and width of the images, in pixels."""
     channels: int = 3
     """Image channels."""
     num_classes: int = 0
-    """0: unconditional. Else the net is conditioned on a label in 0..num_classes-1."""
+    """0: unconditional. Otherwise the net is conditioned on a label in 0..num_classes-1."""
     dropout: float = 0.0
     """Dropout probability inside the blocks."""
 
@@ -147,7 +148,7 @@ class UNetConfig(ModelConfig):
     norm_groups: int = 32
     """Groups of group normalisation."""
     zero_init: bool = True
-    """Zero the output convolution, and the second convolution of every residual block, at the start."""
+    """Initialise the output convolution and the second convolution of every residual block to zero."""
 
 
 @dataclass(frozen=True)
@@ -161,11 +162,11 @@ class DiTConfig(ModelConfig):
     width: int = 128
     """Width of a token."""
     depth: int = 4
-    """Blocks."""
+    """Number of blocks."""
     num_heads: int = 4
-    """Attention heads of a block."""
+    """Attention heads per block."""
     mlp_ratio: int = 4
-    """Width of the hidden layer of a block's MLP, in widths."""
+    """Width of the hidden layer of a block's MLP, as a multiple of width."""
 
 
 NETS: dict[str, type[ModelConfig]] = {"unet": UNetConfig, "dit": DiTConfig}
@@ -186,9 +187,9 @@ class OptimConfig:
     beta_2: float = 0.999
     weight_decay: float = 0.0
     grad_clip: float = 1.0
-    """Largest norm of the gradient; larger ones are scaled down to it."""
+    """Largest gradient norm; larger gradients are scaled down to it."""
     skip_non_finite: int = 0
-    """Steps of the whole run that may be skipped because the loss or the gradient is not finite."""
+    """Number of steps per run that may be skipped because the loss or the gradient is not finite."""
     ema_decay: float = 0.9999
     """Decay per step of the averaged weights, warmed up as min(ema_decay, (1 + step) / (10 + step))."""
 
@@ -202,18 +203,19 @@ class TrainConfig:
     batch_size: int = 128
     """Global batch: images per optimizer step, over all workers."""
     micro_batch_size: int = 64
-    """Each worker takes whole micro-batches: batch_size / micro_batch_size must be a multiple of the workers."""
+    """Images per micro-batch. Each worker takes complete micro-batches, so batch_size / micro_batch_size must be a
+    multiple of the number of workers."""
     forward_images: int | None = None
-    """Most images of a forward pass on a worker, a multiple of micro_batch_size: fewer need less memory. None: all of
-    its share of the batch at once. With model.dropout a pass is one micro-batch."""
+    """Largest number of images per forward pass on a worker, a multiple of micro_batch_size; fewer need less memory.
+    None: the worker's share of the batch in one pass. With model.dropout a pass is one micro-batch."""
     seed: int = 0
-    """Seed of the first weights, the order of images, and all noise."""
+    """Seed of the initial weights, the order of images, and all noise."""
     init_from: str | None = None
     """A checkpoint or run of the same net: a new run starts with its averaged weights. None: random weights."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision inside the net (autocast). Noise, loss and weights are float32."""
     deterministic: bool = False
-    """On a GPU: kernels that give the same bits every time only, which are slower. On a CPU all of them do."""
+    """On a GPU, use only kernels that are bitwise reproducible; they are slower. On a CPU all kernels are."""
     compile: bool = False
     """torch.compile the net."""
     log_every_images: int = 12_800
@@ -268,13 +270,14 @@ class ClusterConfig:
     """How the run spreads over a Ray cluster."""
 
     num_workers: int | str = 1
-    """A number, or least:most such as 1:4: shrink when a node is lost, grow when one joins, same global batch."""
+    """A number, or least:most such as 1:4: the number shrinks when a node is lost and grows when one joins; the global
+    batch stays the same."""
     gpu: bool | None = None
-    """Workers use GPUs. None: if the cluster has any; then too few GPUs are an error."""
+    """Workers use GPUs. None: they do if the cluster has any, and then too few GPUs are an error."""
     gpus_per_worker: float = 1.0
     """Below 1, workers of different runs share a GPU; those of one run cannot when they communicate by NCCL."""
     cpus_per_worker: float | None = None
-    """None: 1, or less where reading tasks would be left without a CPU."""
+    """CPUs per worker. None: 1, or less if reading tasks would otherwise be left without a CPU."""
     threads_per_worker: int | None = None
     """torch threads per worker. None: an equal share of the node's cores."""
     resize_interval_s: float = 30.0
@@ -305,9 +308,9 @@ class RunConfig:
     name: str | None = None
     """Folder under `storage`; the same name resumes the run. None: preset and time."""
     storage: str = field(default_factory=lambda: os.environ.get("DDPM_STORAGE") or "runs")
-    """Folder or s3:// URI that holds runs. DDPM_STORAGE in the environment, as on a cluster, is the default."""
+    """Folder or s3:// URI that holds runs. Default: DDPM_STORAGE from the environment, as on a cluster, else runs."""
     storage_timeout_s: float = 300.0
-    """Seconds that S3 (or a disk) may fail or not answer before the run stops."""
+    """The run stops after S3 (or a disk) has failed or not answered for this many seconds."""
     shared_storage: bool = False
     """Declare that a local folder given as storage is shared by all nodes (NFS)."""
     experiment: str = "ddpm"
@@ -426,7 +429,7 @@ def net_named(name: Any, where: str) -> type[ModelConfig]:
     if cls is None:
         known = ", ".join(map(repr, [*NETS, *plugins.names(NETS_GROUP)]))
         raise UserError(
-            f"{where}: net is {reprlib.repr(name)}; it must be one of {known}, or of an installed package"
+            f"{where}: net is {reprlib.repr(name)}; it must be one of {known}, or a net of an installed package"
         )
     if not (isinstance(cls, type) and issubclass(cls, ModelConfig) and getattr(cls, "net", None) == name):
         raise UserError(

@@ -3,8 +3,8 @@
 digits          8x8 grey, built in (scikit-learn), 0.6 M weights. A minute and a half on two cores; recognisable digits.
 glyphs          32x32 grey letters and digits, rendered from fonts; no download.
 fashion-mnist   32x32 grey (28x28 padded), from Debian's dataset-fashion-mnist or IDX files; 0.4 M weights. 8 minutes.
-cifar10         32x32 colour: Ho et al. 2020, Appendix B, 35.7 M weights; 800,000 steps of 128 in the paper. GPUs.
-celeba64        64x64 colour: the same net, one resolution deeper. GPUs.
+cifar10         32x32 colour: Ho et al. 2020, Appendix B, 35.7 M weights; 800,000 steps of 128 in the paper. For GPUs.
+celeba64        64x64 colour: the same net, one resolution deeper. For GPUs.
 """
 
 from dataclasses import replace

@@ -3,7 +3,7 @@
 RUN is the folder or s3:// URI of a run, or a run's id in MLflow. The page is one HTML file that needs no network:
 settings that differ, ranks with ties, samples of equal seeds side by side, curves over images seen and over hours of
 training, quality over sampling steps, trajectories, and the nearest training images. Curves and evaluations come from
-MLflow at MLFLOW_TRACKING_URI, and from what a run has not delivered yet.
+MLflow at MLFLOW_TRACKING_URI, and from the records that a run has not delivered yet.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Arguments:
     out: str = "report.html"
     """File or s3:// URI for the page."""
     evaluations: tuple[str, ...] = ()
-    """Files or s3:// URIs that jobs/evaluate.py --out wrote, beside the evaluations in MLflow."""
+    """Files or s3:// URIs that jobs/evaluate.py --out wrote, in addition to the evaluations in MLflow."""
 
 
 def main() -> None:

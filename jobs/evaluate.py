@@ -2,8 +2,8 @@
 
 CHECKPOINT is the folder or s3:// URI of a checkpoint, or of a run (its newest checkpoint), or models:/NAME@ALIAS in
 MLflow's registry. Bits/dim of held-out images, and KID, FID, precision, recall, density, coverage and memorisation of
-generated images are printed as a table, written to FILE.json with pictures beside it, and logged to the runs' own
-MLflow runs. Settings that are not given are those of training.
+generated images are printed as a table, written to FILE.json with plots next to it, and logged to the runs' own
+MLflow runs. Settings that are not given default to those of training.
 """
 
 import sys
@@ -66,12 +66,12 @@ class Arguments:
     seed: int = 0
     """Seed of generated images and of the bound's noise."""
     cache: str | None = None
-    """Folder or s3:// URI for features of real images and the classifier. None: evaluation/ beside the shards."""
+    """Folder or s3:// URI for features of real images and the classifier. None: evaluation/ next to the shards."""
     num_workers: Annotated[int | None, tyro.conf.arg(aliases=["--workers"])] = None
-    """None: all GPUs, or else all cores, of this machine or of the Ray cluster at RAY_ADDRESS. The results do not
-    depend on it."""
+    """Number of workers. None: all GPUs, or all cores if there are no GPUs, of this machine or of the Ray cluster at
+    RAY_ADDRESS. The results do not depend on it."""
     out: str = "evaluation.json"
-    """File or s3:// URI for all results with their n and uncertainty; pictures are written beside it."""
+    """File or s3:// URI for all results with their n and uncertainty; plots are written next to it."""
 
 
 CHANGES = "spacing eta dynamic_threshold guidance_scale guidance_interval".split()

@@ -1,7 +1,7 @@
 """Export a net: python jobs/export.py CHECKPOINT DIR [--format diffusers|pt2]
 
 CHECKPOINT is the folder or s3:// URI of a checkpoint, or of a run (its newest checkpoint), or models:/NAME@ALIAS. DIR
-is a new folder: for DDPMPipeline.from_pretrained (diffusers), or with a torch.export program (pt2).
+is a new folder: a pipeline for DDPMPipeline.from_pretrained (diffusers), or a torch.export program (pt2).
 
     python jobs/export.py PIPELINE DIR --format checkpoint
 
@@ -24,13 +24,13 @@ class Arguments:
     """Arguments of an export."""
 
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
-    """Folder or URI of a checkpoint or run, or a registered model; checkpoint: a diffusers folder."""
+    """Folder or URI of a checkpoint or run, or a registered model; with --format checkpoint, a diffusers folder."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
     """New folder."""
     format: Literal["diffusers", "pt2", "checkpoint"] = "diffusers"
-    """diffusers: a DDPMPipeline. pt2: a torch.export program. checkpoint: from diffusers to a checkpoint of ours."""
+    """diffusers: a DDPMPipeline. pt2: a torch.export program. checkpoint: converts a diffusers folder."""
     ema: bool = True
-    """Export the averaged weights, not the last ones."""
+    """Export the averaged (EMA) weights instead of the last ones."""
     label: int | None = None
     """diffusers, conditional nets: the class that the pipeline generates; num_classes: all classes."""
     register: str | None = None

@@ -1,7 +1,7 @@
 """Make a data set: python jobs/prepare.py SOURCE URI [options]
 
-URI is a folder or s3://bucket/prefix. The same command again continues where it stopped, and does nothing if the data
-set is complete. `python jobs/prepare.py SOURCE --help` lists a source's options.
+URI is a folder or s3://bucket/prefix. Run the same command again to continue where it stopped; it does nothing if the
+data set is complete. `python jobs/prepare.py SOURCE --help` lists a source's options.
 """
 
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ class Arguments(Generic[S]):
     """Folder or s3://bucket/prefix of the data set."""
     source: Annotated[S, tyro.conf.arg(name="")]
     parallel: bool | None = None
-    """Write shards in parallel, as tasks of the Ray cluster (RAY_ADDRESS, or a local one). None: if the source is
-    large."""
+    """Write shards in parallel, as tasks of the Ray cluster (RAY_ADDRESS, or a local one). None: only if the source
+    is large."""
 
 
 def main() -> None:
@@ -37,9 +37,9 @@ def main() -> None:
 
     source, location = arguments.source, resolve(arguments.uri)
     manifest = prepare.find(source, location)
-    print(f"data set    {printable(location.uri)}{' was there already' if manifest else ''}")
+    print(f"data set    {printable(location.uri)}{' exists already' if manifest else ''}")
     if passed_over := getattr(source, "passed_over", ""):
-        print(f"passed over {passed_over}")
+        print(f"skipped     {passed_over}")
     if manifest is None:
         parallel = prepare.is_large(source) if arguments.parallel is None else arguments.parallel
         if parallel:

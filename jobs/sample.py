@@ -2,7 +2,7 @@
 
 CHECKPOINT is the folder or s3:// URI of a checkpoint, or of a run (its newest checkpoint), or models:/NAME@ALIAS in
 MLflow's registry. DIR, a folder or s3:// URI, gets grid.png and images/000000.png, ...; image i depends on the seed
-and i alone. Settings that are not given are those of training. The same command again adds the images that DIR lacks.
+and i alone. Settings that are not given default to those of training. Run the same command again to add missing images.
 """
 
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ class Arguments:
     format: Literal["png", "parquet"] = "png"
     """png: one file per image. parquet: shards and a manifest, a data set for jobs/train.py --data.shards."""
     num_workers: Annotated[int | None, tyro.conf.arg(aliases=["--workers"])] = None
-    """Ray actors, each on a GPU, or on a core if there are no GPUs. None: all GPUs or cores of the cluster at
+    """Number of workers, each on a GPU, or on a core if there are no GPUs. None: all GPUs or cores of the cluster at
     RAY_ADDRESS; without it those of this machine, where Ray is started only for several GPUs."""
     batch_size: int | None = None
     """Images per batch of a worker. None: 256 on a GPU, 32 on a core."""
@@ -42,8 +42,8 @@ class Arguments:
     eta: float | None = None
     """ddim, dpmpp_2m: 0 is deterministic, 1 is as noisy as ddpm."""
     variance: Variance | None = None
-    """ddpm: variance of the noise that a step adds. measured: on training images, by an earlier
-    jobs/evaluate.py."""
+    """ddpm: variance of the noise that a step adds. measured: as measured on training images by
+    an earlier jobs/evaluate.py."""
     dynamic_threshold: float | None = None
     """Instead of clipping, dynamic thresholding at this quantile, such as 0.995."""
     guidance_scale: float | None = None
@@ -55,15 +55,15 @@ class Arguments:
     seed: int = 0
     """Image i is a function of this seed and i."""
     trajectory: bool = False
-    """Also write trajectory.png and trajectory.gif: the first images from noise to the end."""
+    """Also write trajectory.png and trajectory.gif: the first images, from noise to the finished image."""
     inpaint: Path | None = None
-    """Image file of which a part is kept in all images (RePaint, 250 steps with resampling)."""
+    """Image file; the part that --mask marks is kept in all images (RePaint, 250 steps with resampling)."""
     mask: Path | None = None
     """inpaint: image file, white where the image is kept."""
     num_resamples: int = 10
     """inpaint: RePaint resampling passes per jump; 1: no resampling."""
     jump_length: int = 10
-    """inpaint: steps per jump back, fewer than there are."""
+    """inpaint: steps per jump back; less than the number of sampling steps."""
 
 
 SETTINGS = (
@@ -76,7 +76,9 @@ def main() -> None:
     if (arguments.inpaint is None) != (arguments.mask is None):
         raise UserError("--inpaint and --mask belong together; give both or neither")
     if arguments.inpaint and arguments.sampler not in (None, "ddpm"):
-        raise UserError(f"--inpaint takes the steps of ddpm, not of {arguments.sampler}; leave out --sampler")
+        raise UserError(
+            f"--inpaint works only with the sampler ddpm, not {arguments.sampler}; leave out --sampler"
+        )
     import torch
 
     from ddpm.checkpoints import checkpoint, runs  # after parsing: --help and mistakes answer at once

@@ -1,7 +1,7 @@
 """Deliver a run's remaining records to MLflow: python jobs/sync.py RUN [--timeout-s 60]
 
-RUN is the folder or s3:// URI of a run. Records that MLflow did not take lie there; they go to the run's own MLflow
-run at MLFLOW_TRACKING_URI. Running it twice, or while the run trains, logs nothing twice.
+RUN is the folder or s3:// URI of a run. Records that MLflow did not accept are kept there; they go to the run's own
+MLflow run at MLFLOW_TRACKING_URI. Running this twice, or while the run trains, logs nothing twice.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Train a preset: python jobs/train.py PRESET [--name N] [--data URI | --data.images FOLDER] [--storage URI] ...
 
-The same command again, with the same --name, resumes the run. `python jobs/train.py PRESET --help` lists the flags that
-people change first, `--help-all` every flag.
+Run the same command again, with the same --name, to resume the run. `python jobs/train.py PRESET --help` lists the
+flags that people change first, `--help-all` every flag.
 """
 
 import shlex
@@ -58,9 +58,9 @@ def main() -> int:
     if result.delivery is None:
         print(f"run {config.run.name} is finished: {result.images_seen:,} images seen; nothing left to do")
     elif result.signal:
-        here = f"with --run.name {shlex.quote(result.run.name)}"
-        effect = "goes on there" if result.checkpoint else "begins anew"
-        print(f"stopped     at {result.images_seen:,} images; the same command, {here}, {effect}")
+        name, effect = shlex.quote(result.run.name), "resume" if result.checkpoint else "start over"
+        again = f"run the same command again with --run.name {name} to {effect}"
+        print(f"stopped     at {result.images_seen:,} images; {again}")
     else:
         print(f"trained     {result.images_seen:,} images, {took}")
     for line in summary(result):

@@ -14,10 +14,10 @@ from jobs import train
 PRESETS = "digits, glyphs, fashion-mnist, cifar10, celeba64"
 SAMPLERS = "'ddim', 'ddpm', 'dpmpp_2m', 'heun', 'mix'"
 MISTAKES = {
-    "train": f"the command line begins with PRESET, one of {PRESETS}",
-    "train --lr 1 digits": f"the command line begins with PRESET, one of {PRESETS}",
-    "train mnist": f"there is no PRESET mnist (did you mean fashion-mnist?); there are {PRESETS}",
-    "train digit": f"there is no PRESET digit (did you mean digits?); there are {PRESETS}",
+    "train": f"PRESET is missing; the command line must begin with one of {PRESETS}",
+    "train --lr 1 digits": f"PRESET is missing; the command line must begin with one of {PRESETS}",
+    "train mnist": f"there is no PRESET mnist (did you mean fashion-mnist?); it must be one of {PRESETS}",
+    "train digit": f"there is no PRESET digit (did you mean digits?); it must be one of {PRESETS}",
     "train digits --lrr 1": "there is no flag --lrr (did you mean --lr?); --help-all lists every flag",
     "train digits --image_size=8": (
         "there is no flag --image_size (did you mean --model.image-size?); --help-all lists every flag"
@@ -32,13 +32,13 @@ MISTAKES = {
     "train digits --sampler dpm": (
         f"invalid choice 'dpm' for argument '--sampler/--sample.sampler'. Expected one of ('auto', {SAMPLERS})"
     ),
-    "search digit": f"there is no PRESET digit (did you mean digits?); there are {PRESETS}",
+    "search digit": f"there is no PRESET digit (did you mean digits?); it must be one of {PRESETS}",
     "search digits --num-trails 4": (
         "there is no flag --num-trails (did you mean --num-trials or --num-rungs?); --help-all lists every flag"
     ),
     "prepare digitss data": (
-        "there is no SOURCE digitss (did you mean digits?); there are digits, glyphs, fashion-mnist, folder, "
-        "torchvision, parquet"
+        "there is no SOURCE digitss (did you mean digits?); it must be one of digits, glyphs, fashion-mnist, "
+        "folder, torchvision, parquet"
     ),
     "sample runs/a --seeds 1": (
         "there is no flag --seeds (did you mean --seed?); --help-all lists every flag"

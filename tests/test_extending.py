@@ -123,7 +123,7 @@ def test_an_external_net_has_its_own_flags(
     unknown = run_job("train", "digits", "--model.net", "mlp", cwd=tmp_path)
     assert unknown.returncode == 2
     assert unknown.stderr == (
-        "error: config: model: net is 'mlp'; it must be one of 'unet', 'dit', or of an installed package\n"
+        "error: config: model: net is 'mlp'; it must be one of 'unet', 'dit', or a net of an installed package\n"
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -110,7 +110,7 @@ def test_a_too_large_row_group_is_rejected(rows: int, height: int, width: int) -
     if rows * height * width * 3 <= 1 << 31:
         assert manifest_from_json(text, "here").height == height
     else:
-        with pytest.raises(UserError, match=r"^here: a row group holds .*, which are more than 2 GiB"):
+        with pytest.raises(UserError, match=r"^here: a row group holds .*, which take more than 2 GiB"):
             manifest_from_json(text, "here")
 
 

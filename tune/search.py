@@ -1,9 +1,9 @@
 """Search noise schedule and learning rate: python tune/search.py PRESET [--num-trials 16] [--max-concurrent 2] ...
 
-Each trial is a run of its own, in the folder STORAGE/NAME. Trials are compared by the whole variational bound of
+Each trial is a run of its own, in the folder STORAGE/NAME. Trials are compared by the full variational bound of
 held-out images in bits/dim, with the same images and noise for all, never by a loss; the best few also by KID of
-generated images. The same command again, with the same --name, continues the search. `python tune/search.py PRESET
---help` lists the flags that people change first, `--help-all` every flag; those of the preset hold for every trial.
+generated images. Run the same command again, with the same --name, to continue the search. `python tune/search.py
+PRESET --help` lists the flags that people change first, `--help-all` every flag; the preset's apply to every trial.
 """
 
 from dataclasses import replace

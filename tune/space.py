@@ -1,11 +1,11 @@
-"""What a search varies by default; --space replaces the whole of it:
+"""What a search varies by default; --space replaces all of it:
 
     --space 'optim.lr=log(1e-5,1e-2)' 'schedule.kind=linear|cosine' 'schedule.num_timesteps=int(200,1000)'
 
     a|b|c               one of these; a single value fixes it
-    uniform(low,high)   evenly between
-    log(low,high)       evenly in the logarithm; low above 0
-    int(low,high)       whole numbers, both ends included; intlog(low,high) evenly in the logarithm
+    uniform(low,high)   uniform between the bounds
+    log(low,high)       uniform in the logarithm; low must be above 0
+    int(low,high)       whole numbers, both ends included; intlog(low,high) is uniform in the logarithm
 
 A key that belongs to some kinds of schedule only is varied only where its kind was chosen: a cosine has no beta_end.
 Nothing in a flag is executed.

@@ -122,7 +122,7 @@ def read_checksums(folder: Path) -> dict[str, str]:
     """The SHA-256 of every file of a checkpoint, as checksums.json has them."""
     file = folder / CHECKSUMS
     if not file.exists():
-        raise UserError(f"{folder} is no checkpoint: it has no {CHECKSUMS}")
+        raise UserError(f"{folder} is not a checkpoint: it has no {CHECKSUMS}")
     return strict_json.parse(dict[str, str], read_bytes(file), f"{file} is damaged")
 
 
@@ -263,7 +263,7 @@ def check_numbers(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Raise UserError for tensors that are not float32 or not finite."""
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32:
-            raise UserError(f"{path} is damaged: {name} is of {tensor.dtype}; it must be of torch.float32")
+            raise UserError(f"{path} is damaged: {name} has dtype {tensor.dtype}; it must be torch.float32")
         if not bool(tensor.isfinite().all()):
             raise UserError(f"{path} is damaged: {name} holds numbers that are not finite")
 

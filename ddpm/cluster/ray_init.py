@@ -79,8 +79,8 @@ def connect(verbose: bool = False) -> None:
             where = f"the Ray cluster at RAY_ADDRESS={address}"
             raise NoCluster(f"{where} cannot be joined: {answer(error)}") from error
         raise NoCluster(
-            f"Ray did not start on this machine: {answer(error)}; where it is busy or short of memory, try again when "
-            "it is not"
+            f"Ray did not start on this machine: {answer(error)}; if the machine is busy or short of "
+            "memory, try again later"
         ) from error
     finally:  # the cluster's processes have it now
         if not is_named:
@@ -108,7 +108,7 @@ def _exit_with(processes: list[psutil.Process]) -> None:
     select.select([os.pidfd_open(process.pid) for process in processes], [], [])
     if ray.is_initialized():
         here = "the Ray cluster on this machine is gone: one of its processes has died"
-        print(f"error: {here}; the same command goes on", file=sys.stderr, flush=True)
+        print(f"error: {here}; run the same command again to resume", file=sys.stderr, flush=True)
         os._exit(NoCluster.exit_code)
 
 

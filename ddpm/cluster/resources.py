@@ -66,9 +66,9 @@ def resources_per_worker(config: Config) -> dict[str, float]:
         crowd = most if gpu else min(most, int(MAX_WORKERS_PER_CPU * cpus))
         if not gpu and cpus and least > crowd:
             raise TooSmall(
-                f"{least} workers on CPUs, of which the cluster has {cpus:g}: they would wait for each other at every "
-                f"step; use at most {crowd} ({MAX_WORKERS_PER_CPU} a CPU), best {max(1, int(cpus))} or fewer, or set "
-                "--cluster.cpus-per-worker to have so many all the same"
+                f"{least} workers are too many for the cluster's {cpus:g} CPUs: they would wait for each other at "
+                f"every step; use at most {crowd} ({MAX_WORKERS_PER_CPU} per CPU), better {max(1, int(cpus))} or "
+                "fewer, or set --cluster.cpus-per-worker to run this many anyway"
             )
         share = max(min(1.0, int(100 * (cpus - 1) / max(crowd, 1)) / 100), 0.01)
     if share <= 0:
@@ -155,10 +155,10 @@ def free(place: str) -> None:
 def check_storage(config: Config) -> None:
     """Refuse a folder that the other nodes of the cluster cannot see."""
     nodes = sum(node["Alive"] for node in ray.nodes())
-    whose = f"has {nodes} nodes" if nodes > 1 else "grows by nodes"
+    whose = f"has {nodes} nodes" if nodes > 1 else "can add nodes"
     for flag, uri in (("run.storage", config.run.storage), ("data.shards", config.data.shards or "")):
         if (nodes > 1 or ray_init.limits()) and not uri.startswith("s3://") and not config.run.shared_storage:
             raise UserError(
                 f"--{flag} is the local folder {uri}, but the cluster {whose} that cannot see it; use "
-                "s3://bucket/prefix, or say --run.shared-storage if it is mounted on all of them"
+                "s3://bucket/prefix, or set --run.shared-storage if all nodes mount it"
             )

@@ -193,9 +193,13 @@ class _Actors:
                     ray.kill(worker)
                     deaths[piece] += 1
                     if deaths[piece] == MAX_DEATHS:
-                        over = "one by one before they began" if is_new else f"over the same piece, {piece}"
+                        over = (
+                            "one after another before they started"
+                            if is_new
+                            else f"on the same piece, {piece}"
+                        )
                         raise WorkersDied(
-                            f"{MAX_DEATHS} workers died {over}; the last: {answer(error)}"
+                            f"{MAX_DEATHS} workers died {over}; the last error: {answer(error)}"
                         ) from None
                     if not is_new:
                         todo.appendleft(piece)

@@ -65,16 +65,16 @@ def _pictures(config: Config) -> tuple[str, Source]:
     folder, net = Path(str(config.data.images)), config.model
     if not folder.is_dir():
         raise UserError(
-            f"--data.images {config.data.images} is not a folder of this machine; name a folder of pictures"
+            f"--data.images {config.data.images} is not a folder on this machine; name a folder of images"
         )
     if net.channels not in (1, 3):
         raise UserError(
-            f"--data.images: pictures have 1 channel (grey) or 3 (colour), and model.channels is {net.channels}"
+            f"--data.images: images have 1 channel (grey) or 3 (colour), but model.channels is {net.channels}"
         )
     source = Folder(folder, net.image_size, cast(Literal[1, 3], net.channels))
     kind = f"{net.image_size}x{net.image_size} {'grey' if net.channels == 1 else 'colour'}"
     what = f"{printable(str(folder))}, as {kind}"
-    print(f"pictures    {what} (--model.image-size, --model.channels)", flush=True)
+    print(f"images      {what} (--model.image-size, --model.channels)", flush=True)
     if source.passed_over:
-        print(f"passed over {source.passed_over}", flush=True)
+        print(f"skipped     {source.passed_over}", flush=True)
     return re.sub(r"[^\w.-]+", "-", folder.resolve().name) or "pictures", source

@@ -37,7 +37,7 @@ MIN_CONTRAST = 100
 
 @dataclass(frozen=True)
 class Glyphs(Square):
-    """Letters and digits (A-Z a-z 0-9) in 12 faces, drawn with random size, place and slant; no download."""
+    """Letters and digits (A-Z a-z 0-9) in 12 typefaces, rendered with random size, position and slant; no download."""
 
     num_images: int = 31_000
     """Images of all 62 classes together; 5 % of them are held out."""

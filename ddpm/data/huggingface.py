@@ -28,7 +28,7 @@ MAX_CLASSES = 100_000
 @dataclass(frozen=True)
 class HuggingFace(Square):
     """Hugging Face's Parquet files of images. A file called train-..., test-... or validation-... (or in a
-    folder of that name) is of that split."""
+    folder of that name) belongs to that split."""
 
     path: Path
     """A Parquet file, or a folder of them."""
@@ -37,12 +37,12 @@ class HuggingFace(Square):
     channels: Literal[1, 3] = 3
     """1: grey, 3: RGB."""
     encoding: Encoding = "encoded"
-    """encoded: images that fit already as they are, others as PNG. raw: pixels, larger and quicker to read."""
+    """encoded: keep images that already fit, store others as PNG. raw: store pixels, larger but faster to read."""
     image_column: str = "image"
     label_column: str | None = "label"
     """A column of whole numbers. None, or a column that is not there: no labels."""
     seed: int = 0
-    """Which 5 % are held out if no file is of a split for that."""
+    """Seed of the 5 % that are held out if there is no test or validation split."""
     name: str = field(default="parquet", init=False)
 
     def __post_init__(self) -> None:
@@ -64,7 +64,7 @@ class HuggingFace(Square):
         if strange := labels - set(range(len(names))):
             raise UserError(
                 f"{self.path}: column {self._label!r} holds the label {strange.pop()}, which is not in "
-                f"0..{len(names) - 1}; --label-column names another column, and None means no labels"
+                f"0..{len(names) - 1}; choose another column with --label-column, or None for no labels"
             )
         return names
 
@@ -120,13 +120,13 @@ class HuggingFace(Square):
             image = image.field("bytes").type
         if image not in (pa.binary(), pa.large_binary()):
             raise UserError(
-                f"{file}: column {self.image_column!r} is {image or 'missing'}, no images' bytes; "
-                f"--image-column names another of {', '.join(kinds)}"
+                f"{file}: column {self.image_column!r} is {image or 'missing'}; it must hold the bytes of "
+                f"images: choose another with --image-column, one of {', '.join(kinds)}"
             )
         if self._label and (label is None or not pa.types.is_integer(label)):
             raise UserError(
-                f"{file}: column {self._label!r} is {label or 'missing'}, no whole numbers; --label-column names "
-                f"another of {', '.join(kinds)}, and None means no labels"
+                f"{file}: column {self._label!r} is {label or 'missing'}; it must hold whole numbers: choose "
+                f"another with --label-column, one of {', '.join(kinds)}, or None for no labels"
             )
 
     @property
@@ -142,14 +142,14 @@ class HuggingFace(Square):
         """The files of each part, "train" where names say nothing."""
         files = sorted(self._listing.files)
         if not files or not files[0].is_file():
-            raise UserError(f"{self.path} is no Parquet file, and no folder with *.parquet in it")
+            raise UserError(f"{self.path} is neither a Parquet file nor a folder with *.parquet files")
         parts: dict[str, list[Path]] = {}
         for file in files:
             # "data/train-00000-of-00002.parquet", "default/train/0000.parquet"
             words = [re.split(r"[-_.]", word)[0] for word in reversed(file.relative_to(self._top).parts)]
             parts.setdefault(next((PARTS[word] for word in words if word in PARTS), "train"), []).append(file)
         if "train" not in parts:
-            raise UserError(f"{self.path} has files of {' and '.join(parts)} alone; train is missing")
+            raise UserError(f"{self.path} has files of {' and '.join(parts)} only; train is missing")
         return parts
 
     @property

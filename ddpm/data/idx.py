@@ -65,4 +65,4 @@ def read_idx(path: Path) -> Pixels:
         shape = tuple(np.frombuffer(data, ">u4", count=data[3], offset=4).tolist())
         if len(data) == 4 + 4 * len(shape) + math.prod(shape):
             return np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
-    raise UserError(f"{path} is not a whole IDX file of unsigned bytes")
+    raise UserError(f"{path} is not a complete IDX file of unsigned bytes")

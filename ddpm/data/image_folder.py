@@ -51,9 +51,9 @@ class Folder(Square):
     channels: Literal[1, 3] = 3
     """1: grey, 3: RGB."""
     encoding: Encoding = "encoded"
-    """encoded: files that fit already as they are, others as PNG. raw: pixels, larger and quicker to read."""
+    """encoded: keep files that already fit, store others as PNG. raw: store pixels, larger but faster to read."""
     seed: int = 0
-    """Order of the images, and which 5 % are held out if the folder has no split for that."""
+    """Seed of the order of images, and of the 5 % that are held out if the folder has no test or val split."""
     name: str = field(default="folder", init=False)
 
     def __post_init__(self) -> None:
@@ -61,9 +61,9 @@ class Folder(Square):
         if not self.path.is_dir():
             raise UserError(f"{self.path} is not a folder; --path names the folder of the images")
         if not all(self._files.values()):
-            also = f"; passed over: {self.passed_over}" if self.passed_over else ""
+            also = f"; skipped: {self.passed_over}" if self.passed_over else ""
             raise UserError(
-                f"{self.path} holds no images ({' '.join(sorted(PICTURES))}), or a split of it none{also}"
+                f"{self.path} holds no images ({' '.join(sorted(PICTURES))}), or one of its splits holds none{also}"
             )
         _ = self.class_names, self.splits
 
@@ -73,8 +73,8 @@ class Folder(Square):
         names = {file.parts[0] for file in files if file.parent != Path()}
         if names and (without := [file for file in files if file.parent == Path()]):
             raise UserError(
-                f"{self.path}: {without[0]} is in no subfolder, though other images are; put all images into "
-                "subfolders, one a class, or none"
+                f"{self.path}: {without[0]} is in no subfolder, but other images are; put all images into "
+                "subfolders, one per class, or none"
             )
         return tuple(sorted(names))
 
@@ -263,8 +263,8 @@ def _load(data: bytes, size: int, channels: int, where: str) -> tuple[Image.Imag
             upright = ImageOps.exif_transpose(image)
             return ImageOps.fit(_converted(upright, mode), (size, size), Image.Resampling.LANCZOS), fits
     except UnidentifiedImageError:  # its text names an address in memory
-        what = f"it is no {', '.join(FORMATS)}"
-        raise UserError(f"cannot read the image {where}: {what}; repair it or take it away") from None
+        what = f"it is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
+        raise UserError(f"cannot read the image {where}: {what}; repair it or remove it") from None
     except Exception as error:  # Pillow raises a dozen types for damaged files
         raise _cannot_read(where, error) from None
 
@@ -299,7 +299,7 @@ def _first(names: Sequence[str]) -> str:
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot read {path}: {error.strerror}; make it readable, or take it away")
+    return UserError(f"cannot read {path}: {error.strerror}; make it readable, or remove it")
 
 
 def _cannot_read(where: str | Path, error: Exception, others: Sequence[Path] = ()) -> UserError:
@@ -307,6 +307,6 @@ def _cannot_read(where: str | Path, error: Exception, others: Sequence[Path] = (
     also = f" (and {len(others):,} more: {_first([str(file) for file in others])})" if others else ""
     reason, them = getattr(error, "strerror", None) or error, "them" if others else "it"
     return UserError(
-        f"cannot read the image {where}: {reason}{also}; repair {them} or take {them} away, then give the same "
+        f"cannot read the image {where}: {reason}{also}; repair {them} or remove {them}, then run the same "
         "command again"
     )

@@ -143,7 +143,7 @@ def read_manifest(location: Location, timeout_s: float = 0.0) -> Manifest:
         raise UserError(f"no data set at {location.uri}: it has no {MANIFEST}{_advice(location)}") from None
     if len(text) > MAX_MANIFEST_BYTES:
         raise UserError(
-            f"{file.uri} is larger than {MAX_MANIFEST_BYTES >> 20} MiB; a data set of that size takes larger "
+            f"{file.uri} is larger than {MAX_MANIFEST_BYTES >> 20} MiB; a data set of that size needs larger "
             "row groups (rows_per_row_group of ddpm.data.prepare.prepare)"
         )
     return manifest_from_json(text, file.uri)
@@ -168,7 +168,9 @@ def manifest_from_json(text: str | bytes, where: str) -> Manifest:
         if len({shard.path for shard in split.shards}) != len(split.shards):
             raise UserError(f"{where}: split {name!r} names a shard twice")
         if sum(shard.num_rows for shard in split.shards) != split.num_rows:
-            raise UserError(f"{where}: split {name!r} says {split.num_rows} rows, its shards hold others")
+            raise UserError(
+                f"{where}: split {name!r} lists {split.num_rows} rows, but its shards hold another number"
+            )
     if not read.splits:
         raise UserError(f"{where}: there are no splits")
     if read.channels == 2:
@@ -176,14 +178,14 @@ def manifest_from_json(text: str | bytes, where: str) -> Manifest:
     most = max(rows for split in read.splits.values() for shard in split.shards for rows in shard.row_groups)
     if most * read.height * read.width * read.channels > MAX_ROW_GROUP_BYTES:
         raise UserError(
-            f"{where}: a row group holds {most} images of {read.height}x{read.width}, which are more than "
+            f"{where}: a row group holds {most} images of {read.height}x{read.width}, which take more than "
             f"{MAX_ROW_GROUP_BYTES >> 30} GiB; prepare it again with smaller row groups"
         )
     shape = read.height, read.width, read.channels, read.encoding, read.class_names
     shards = {name: split.shards for name, split in read.splits.items()}
     manifest = make_manifest(read.source, *shape, shards, read.options)
     if read != manifest:
-        raise UserError(f"{where}: a fingerprint is not that of its shards; the file was altered")
+        raise UserError(f"{where}: a fingerprint does not match its shards; the file was altered")
     return manifest
 
 
@@ -212,9 +214,11 @@ def _check_shard(shard: Shard, where: str, split: str | None = None) -> None:
     if odd := [value for value in (shard.sha256, *sums) if not re.fullmatch("[0-9a-f]{64}", value)]:
         raise UserError(f"{where}: a sha256 of shard {path} is {odd[0]!r:.80}; it must be 64 hex digits")
     if sum(groups) != shard.num_rows:
-        raise UserError(f"{where}: shard {path} says {shard.num_rows} rows, its row groups hold others")
+        raise UserError(
+            f"{where}: shard {path} lists {shard.num_rows} rows, but its row groups hold another number"
+        )
     if len(sums) != len(groups):
-        raise UserError(f"{where}: shard {path} has {len(groups)} row groups, and checksums of {len(sums)}")
+        raise UserError(f"{where}: shard {path} has {len(groups)} row groups, but {len(sums)} checksums")
 
 
 def _advice(location: Location) -> str:
@@ -223,11 +227,11 @@ def _advice(location: Location) -> str:
     if not _holds_pictures(location):
         return f"; make one with `python jobs/prepare.py SOURCE {where}`"
     if not location.is_local:
-        return ", but pictures; download them, and make a data set of the folder with `python jobs/prepare.py folder`"
+        return ", but images; download them, and make a data set of the folder with `python jobs/prepare.py folder`"
     pictures, shards = shlex.quote(where), shlex.quote(f"{where.rstrip('/')}-shards")
     return (
-        f", but pictures; make one of them beside it with `python jobs/prepare.py folder {shards} --path {pictures} "
-        f"--size N`, N being --model.image-size or a multiple of it, and give it as --data.shards {shards}"
+        f", but images; make a data set of them with `python jobs/prepare.py folder {shards} --path {pictures} "
+        f"--size N`, where N is --model.image-size or a multiple of it, and give it as --data.shards {shards}"
     )
 
 

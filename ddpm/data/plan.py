@@ -168,7 +168,7 @@ def micro_batches_per_step(batch_size: int, micro_batch_size: int, world_size: i
     if not 0 < micro_batch_size <= batch_size or batch_size % micro_batch_size:
         raise UserError(
             f"batch_size {batch_size} is not a positive multiple of micro_batch_size {micro_batch_size}; "
-            "--train.micro-batch-size changes the second"
+            "set --train.batch-size or --train.micro-batch-size"
         )
     m = batch_size // micro_batch_size
     if m % world_size:

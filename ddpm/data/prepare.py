@@ -112,7 +112,7 @@ def prepare(
     if row_groups * LISTED_BYTES > MAX_MANIFEST_BYTES:
         raise UserError(
             f"{location.uri}: {row_groups:,} row groups are more than a manifest of {MAX_MANIFEST_BYTES >> 20} MiB "
-            "lists; give ddpm.data.prepare.prepare larger ones (rows_per_row_group)"
+            "can list; make them larger (rows_per_row_group of ddpm.data.prepare.prepare)"
         )
     with as_user_error(f"cannot write to {location.uri}"):
         if _begin(location, note) and on_restart:
@@ -133,7 +133,7 @@ def prepare(
         with suppress(FileNotFoundError):  # another process has made the same meanwhile
             if _options_note(location).read().decode(errors="replace") != note:
                 raise UserError(
-                    f"{location.uri}: another process has begun this data set anew; this one ends"
+                    f"{location.uri}: another process has started this data set over; this one stops"
                 )
         write_manifest(location, manifest)
     except OSError as error:
@@ -141,7 +141,7 @@ def prepare(
             _forget(location)
             return there
         raise UserError(
-            f"{location.uri} is not finished: {answer(error)}; the same command goes on from there"
+            f"{location.uri} is not finished: {answer(error)}; run the same command again to continue"
         ) from None
     _forget(location)
     return manifest
@@ -181,7 +181,7 @@ def write_preview(location: Location, manifest: Manifest) -> Location:
     chosen = np.unique(np.linspace(0, len(groups) - 1, PREVIEW_ROW_GROUPS).astype(int)).tolist()
     share = -(-PREVIEW_IMAGES // len(chosen))
     pixels = []
-    with as_user_error("the data set is whole, but its preview cannot be written"):
+    with as_user_error("the data set is complete, but its preview cannot be written"):
         for group in chosen:
             rows = np.unique(np.linspace(0, groups[group] - 1, share).astype(np.int64))
             pixels.append(read_row_group(location, manifest, split, group, rows)[0])
@@ -225,8 +225,8 @@ def _begin(location: Location, note: str) -> bool:
         return False
     if begun.splitlines()[1:] != note.splitlines()[1:]:
         raise UserError(
-            f"at {location.uri} another data set was begun and not finished (other source or options); choose "
-            "another place, or remove that folder first"
+            f"{location.uri} holds an unfinished data set of another source or with other options; choose another "
+            "place, or remove that folder first"
         )
     _remove_shards(location)
     place.write(note.encode())

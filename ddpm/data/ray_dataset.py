@@ -276,8 +276,8 @@ class _Rows:
         except queue.Empty:
             raise UserError(
                 f"no data for {timeout_s:g} s (stall_timeout_s {self._stall_timeout_s:g} + storage_timeout_s "
-                f"{self._storage_timeout_s:g}), and no word from storage: no CPU may be free for the tasks that read; "
-                "lower --cluster.cpus-per-worker or add CPUs to the cluster"
+                f"{self._storage_timeout_s:g}), and no error from storage: perhaps no CPU is free for the "
+                "tasks that read; lower --cluster.cpus-per-worker or add CPUs to the cluster"
             ) from None
         if isinstance(row, BaseException):
             raise row

@@ -182,7 +182,7 @@ class DataSet:
             rows = self.rows_of(groups[group], window.rows[i : i + 1])
             if not rows.unreadable:
                 return i, rows
-        raise CorruptData(f"no image of the {size} in its window can stand in for {error}", error.reason)
+        raise CorruptData(f"no image of the {size} in its window can replace {error}", error.reason)
 
     def _name(self, window: Window, index: int) -> tuple[str, int, int]:
         """Shard, row group and row of the image at `index` of the window."""

@@ -162,7 +162,7 @@ def open_image(file: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(file, formats=formats)
     except UnidentifiedImageError:  # its text names an address in memory
-        raise ValueError(f"it is no {', '.join(formats[:-1])} or {formats[-1]} file") from None
+        raise ValueError(f"it is not a {', '.join(formats[:-1])} or {formats[-1]} file") from None
     except Image.DecompressionBombError:
         raise ValueError(too_large) from None
     if image.width * image.height > MAX_PIXELS:
@@ -193,7 +193,7 @@ def _column(table: pa.Table, name: str, kind: pa.DataType) -> pa.Array:
     column = table.column(name)
     if column.type != kind or column.null_count:
         empty = " with nulls" if column.null_count else ""
-        raise CorruptData(f"{name} is {column.type}{empty}; of this manifest it must be {kind}")
+        raise CorruptData(f"{name} is {column.type}{empty}; the manifest needs {kind}")
     return column.combine_chunks()
 
 

@@ -83,9 +83,9 @@ class Digits:
     """1,797 real handwritten digits, 8x8 grey, from scikit-learn; nothing is downloaded."""
 
     seed: int = 0
-    """Which of them are held out."""
+    """Seed that decides which images are held out."""
     held_out_images: int = 297
-    """More than the usual share: numbers that stand on few real images are uncertain by them."""
+    """Number of held-out images; more than the usual 5 %, since scores against few real images are uncertain."""
     name: str = field(default="digits", init=False)
     height: int = field(default=8, init=False)
     width: int = field(default=8, init=False)
@@ -127,13 +127,13 @@ FASHION_CLASSES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,
 
 @dataclass(frozen=True)
 class FashionMnist(Square):
-    """70,000 grey pictures of clothes, from the IDX files of Fashion-MNIST."""
+    """70,000 grey images of clothes, from the IDX files of Fashion-MNIST."""
 
     path: Path = Path("/usr/share/datasets/fashion-mnist")
     """Folder of train-images-idx3-ubyte.gz and the three others; the default is that of Debian's
     dataset-fashion-mnist."""
     size: Literal[28, 32] = 32
-    """32 adds two black pixels on every side, so that a U-Net can halve the image five times; 28 leaves it."""
+    """32 adds two black pixels on every side, so that a U-Net can halve the image five times; 28 adds none."""
     name: str = field(default="fashion-mnist", init=False)
     channels: int = field(default=1, init=False)
     encoding: Literal["raw"] = field(default="raw", init=False)
@@ -170,7 +170,7 @@ class FashionMnist(Square):
 def held_out(n: int, seed: int, num_test: int | None = None) -> dict[str, Labels]:
     """Rows of "train" and of "test" (None: 5 %, at least one), both in an order drawn from the seed."""
     if n < 2:
-        raise UserError(f"the source has {n} image(s); it takes two to hold one out")
+        raise UserError(f"the source has {n} image(s); at least 2 are needed, to hold one out")
     # RandomState, since numpy promises its streams for ever: the same rows with every numpy.
     order = np.random.RandomState(seed).permutation(n).astype(np.int64)
     num_test = num_test or max(1, round(n * HELD_OUT_SHARE))

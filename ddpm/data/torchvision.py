@@ -31,12 +31,12 @@ CELEBA_PARTS = {"0": "train", "1": "validation", "2": "test"}
 
 @dataclass(frozen=True)
 class Torchvision:
-    """CIFAR-10, MNIST or CelebA, where torchvision has downloaded it; each brings its own splits."""
+    """CIFAR-10, MNIST or CelebA, as torchvision has downloaded it; each has its own splits."""
 
     dataset: Dataset
     """cifar10: 32x32 RGB, 10 classes. mnist: grey digits, 10 classes. celeba: RGB faces, no labels."""
     root: Path = Path("data")
-    """The folder that torchvision was given as root."""
+    """The folder that was given to torchvision as root."""
     size: int | None = None
     """cifar10: 32. mnist: 32, with two black pixels added on every side, or 28. celeba: any, 64 unless given
     (the centre square of 178 pixels, resized)."""
@@ -44,11 +44,13 @@ class Torchvision:
 
     def __post_init__(self) -> None:
         if self.dataset not in DATASETS:  # as in torchvision:DATASET of a config
-            raise UserError(f"dataset is {self.dataset!r}; torchvision has {', '.join(DATASETS)} here")
+            raise UserError(f"dataset is {self.dataset!r}; it must be one of {', '.join(DATASETS)}")
         check_size(self.height)
         allowed = {"cifar10": (32,), "mnist": (28, 32)}.get(self.dataset)
         if allowed and self.height not in allowed:
-            raise UserError(f"--size is {self.size}; {self.dataset} has {' or '.join(map(str, allowed))}")
+            raise UserError(
+                f"--size is {self.size}; for {self.dataset} it must be {' or '.join(map(str, allowed))}"
+            )
         _ = self.splits
 
     @property
@@ -124,7 +126,9 @@ class Torchvision:
         except FileNotFoundError:
             raise self._lacks(partition.name) from None
         except (OSError, ValueError, KeyError):
-            raise UserError(f"{partition} is damaged: a line is a file's name and 0, 1 or 2") from None
+            raise UserError(
+                f"{partition} is damaged: each line must be a file's name and 0, 1 or 2"
+            ) from None
         if lost := next((f for files in splits.values() for f in files if not f.is_file()), None):
             raise self._lacks(lost.relative_to(self._folder).as_posix())
         return {split: files for split, files in splits.items() if files}

@@ -121,7 +121,7 @@ def build(
         ValueError: another sampler, or a setting out of its range.
     """
     if config.sampler != "ddpm":
-        raise ValueError(f"sampler is {config.sampler!r}; inpainting takes the steps of ddpm")
+        raise ValueError(f"sampler is {config.sampler!r}; inpainting works with ddpm only")
     if config.num_sample_steps is None:
         config = dataclasses.replace(config, num_sample_steps=min(FEW, schedule.num_timesteps))
     threshold, timesteps = build_threshold(config), spacings.build(config, schedule, x_0[0].numel())
@@ -151,7 +151,7 @@ def _check_jumps(num_resamples: int, jump_length: int, num_sample_steps: int) ->
 
 def _as_bool(mask: Tensor) -> Tensor:
     if not bool(((mask == 0) | (mask == 1)).all()):
-        raise ValueError("mask has other values than 0 and 1; it must be 1 where x_0 is kept, else 0")
+        raise ValueError("mask has values other than 0 and 1; it must be 1 where x_0 is kept, else 0")
     return mask == 1
 
 

@@ -30,7 +30,7 @@ def gather(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
     """
     if like.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"images are {like.dtype}; diffusion needs float32 or float64 (autocast the net alone)"
+            f"images are {like.dtype}; diffusion needs float32 or float64 (autocast only the net)"
         )
     if t.shape != like.shape[:1] or t.dtype != torch.int64:
         raise ValueError(f"t is {t.dtype} {tuple(t.shape)}; it must be int64 ({len(like)},), one per image")

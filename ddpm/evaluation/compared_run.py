@@ -120,7 +120,7 @@ def _read(uri: str, reader: RunReader) -> ComparedRun:
 def _run_in_folder(run: Run, reader: RunReader) -> ComparedRun:
     place, kept = run.location, runs.checkpoints(run.location)
     if not kept:
-        remark = f"{place.uri} has no checkpoint yet, which would name its settings and its MLflow experiment"
+        remark = f"{place.uri} has no checkpoint yet, so its settings and its MLflow experiment are unknown"
         return ComparedRun(run.name, run.key, place.uri, grids=_grids_in(place), remarks=[remark])
     card, committed = kept[-1].child("config.json"), int(kept[-1].path.rpartition(checkpoint.PREFIX)[2])
     config = from_json(card.read().decode(errors="replace"), card.uri)

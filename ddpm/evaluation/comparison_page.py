@@ -133,7 +133,7 @@ def _shown(
         grids = {at: _data_uri(run.grids[at]()) for at in dict.fromkeys(newest) if at is not None}
         gif = _data_uri(run.trajectory()) if run.trajectory else None
     except OSError as error:
-        raise UserError(f"a picture of {run.where} cannot be read: {error}") from None
+        raise UserError(f"an image of {run.where} cannot be read: {error}") from None
     trajectory = gif and {
         "src": gif,
         "alt": f"Noise becoming images, by run {letter} ({run.name})",

@@ -202,7 +202,8 @@ def _data_set(candidates: Sequence[Candidate], shards: str | None) -> tuple[Data
     if shards is None:
         if len({candidate.position.get("data_fingerprint") for candidate in candidates}) > 1:
             raise UserError(
-                "the checkpoints were trained on different data; name the data to compare all with by --data.shards"
+                "the checkpoints were trained on different data; name the data set to evaluate all of them on with "
+                "--data.shards"
             )
         if known is not None and locations.resolve(known).child(MANIFEST).exists():
             shards = known
@@ -223,8 +224,8 @@ def _held_out(train: DataSet, uri: str) -> DataSet:
     held_out = train.held_out()
     if held_out is None:
         raise UserError(
-            f"{uri} has no held-out images: it needs a split test beside {train.split}, the training split; name a "
-            "data set that has one with --data.shards"
+            f"{uri} has no held-out images: it needs a split named test besides the training split {train.split}; "
+            "name a data set that has one with --data.shards"
         )
     if held_out.rows.num_rows < LEAST_IMAGES:
         raise UserError(

@@ -35,7 +35,9 @@ def place_for(out: str, example: str = "evaluation.json") -> Location:
     """
     place = locations.resolve(out)
     if place.path.endswith(".png") and example.endswith(".json"):
-        raise UserError(f"--out {out} names a picture, but is for JSON; pictures are written beside it")
+        raise UserError(
+            f"--out {out} names an image, but it must name the JSON file; plots are written next to it"
+        )
     if place.is_local:
         path = Path(place.path)
         if path.is_dir():
@@ -60,7 +62,7 @@ def store(report: Report, place: Location, timeout_s: float = MLFLOW_TIMEOUT_S) 
     picture = plots.picture(report)
     shown = _beside(place, Path(place.path).with_suffix(".png").name)
     write(shown, picture)
-    yield f"picture     {shown.uri}"
+    yield f"plot        {shown.uri}"
     for name, _, drawn in nearest_pictures(report, Path(place.path).name):
         nearest = _beside(place, name)
         write(nearest, drawn.nearest)
@@ -89,7 +91,7 @@ def publish(report: Report, picture: bytes, timeout_s: float = MLFLOW_TIMEOUT_S)
             elif run.add(list(_records(report.of_run(result.run_key), picture))):
                 yield f"MLflow      run {run.run_id} in {shown}"
             else:
-                yield f"MLflow      {shown} did not take everything: {run.call.trouble}"
+                yield f"MLflow      {shown} did not accept everything: {run.call.trouble}"
         except OutOfTime:
             yield f"MLflow      {shown} cannot be reached, nothing is logged: {run.call.trouble}"
             return

@@ -96,12 +96,12 @@ def remarks(report: Report, out: str) -> list[str]:
         if name.startswith("FID") and least < ENOUGH * features:
             lines.append(
                 f"{name}: {least:,} images are few for {features:,} features, which raises it by about the value of "
-                "real images against real ones; compare with that value, or use KID, which n does not bias"
+                "real images against real ones; compare with that value, or use KID, which is unbiased"
             )
     lines += _on_memorisation(report, out)
     others = {result.run for result in report.results if not result.saw_this_data}
     if others:
-        lines.append(f"trained on other data than the held-out images' data set: {', '.join(sorted(others))}")
+        lines.append(f"trained on data other than the held-out images' data set: {', '.join(sorted(others))}")
     return lines + _remarks_on_bits(report)
 
 

@@ -29,8 +29,8 @@ def unet_of(config: Config) -> UNetConfig:
     """
     if not isinstance(config.model, UNetConfig):
         raise UserError(
-            f"model.net is {config.model.net}; a DDPMPipeline of diffusers draws with a UNet2DModel, so it takes "
-            "the net unet alone; use --format pt2"
+            f"model.net is {config.model.net}; a DDPMPipeline of diffusers has a UNet2DModel, so only the net unet "
+            "can become one; use --format pt2"
         )
     return config.model
 
@@ -81,7 +81,9 @@ def scheduler_config(config: Config) -> dict[str, Any]:
     """The arguments of DDPMScheduler for our schedule, prediction, and the mean and variance of `ancestral`."""
     schedule, sample = config.schedule, resolve_sample(config.sample, config.objective)
     if sample.variance not in VARIANCES:
-        raise UserError(f"sample.variance is {sample.variance}; a DDPMScheduler knows {', '.join(VARIANCES)}")
+        raise UserError(
+            f"sample.variance is {sample.variance}; a DDPMScheduler supports {', '.join(VARIANCES)}"
+        )
     betas: dict[str, Any]
     match schedule.kind:
         case "linear" | "scaled_linear":

@@ -192,7 +192,8 @@ def _check_size(config: Config, folder: Path) -> None:
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if described > stored > 0:
         raise UserError(
-            f"{folder}: config.json describes a net of {described:,} weights, the files beside it have {stored:,} bytes"
+            f"{folder}: config.json describes a net of {described:,} weights, but the files next to it have "
+            f"{stored:,} bytes"
         )
 
 

@@ -192,7 +192,7 @@ def draw(
                     out.child("trajectory.gif").write(gif)
         except OSError as error:
             raise UserError(
-                f"cannot write images to {out.uri}: {error}; the same command continues there"
+                f"cannot write images to {out.uri}: {error}; run the same command again to continue"
             ) from None
 
 

@@ -83,7 +83,7 @@ def check_room(location: Location, num_images: int, form: Form, shape: tuple[int
     needed, free = num_images * least, shutil.disk_usage(disk).free
     if needed > free and needed > free + _bytes_in(path):
         raise UserError(
-            f"{num_images:,} images need {needed / GB:,.1f} GB or more, and {location.uri} has {free / GB:,.1f} GB "
+            f"{num_images:,} images need {needed / GB:,.1f} GB or more, but {location.uri} has {free / GB:,.1f} GB "
             "free; ask for fewer with --num-images, or name another --out"
         )
 

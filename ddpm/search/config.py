@@ -17,7 +17,7 @@ class Arguments:
     num_trials: int = 16
     """Total number of trials."""
     max_concurrent: int = 2
-    """Trials at a time, each with cluster.num_workers workers."""
+    """Number of concurrent trials, each with cluster.num_workers workers."""
     space: tuple[str, ...] = ()
     """Search space, such as 'optim.lr=log(1e-5,1e-2)' 'schedule.kind=linear|cosine'; tune/space.py lists the forms
     and the default."""
@@ -29,9 +29,10 @@ class Arguments:
     reduction_factor: int = 3
     """asha: factor between two rungs, in trials that continue and in images seen."""
     num_rungs: int = 3
-    """asha: evaluations per trial, the last at its end, each one before it a reduction_factor earlier."""
+    """asha: evaluations per trial. The last is at the trial's end; each earlier one is at 1 / reduction_factor of the
+    next one's images."""
     metric: Literal["bits_per_dim", "held_out/loss", "train/loss"] = "bits_per_dim"
-    """The losses can compare learning rates, but not schedules."""
+    """Metric that the search minimises. The losses can compare learning rates, but not schedules."""
     variance: Literal["auto", "beta", "beta_tilde", "measured"] = "auto"
     """bits/dim: variance of p(x_{t-1} | x_t). auto: learned if the net learns it, else measured on training images. The
     fixed ones favour schedules of many steps."""

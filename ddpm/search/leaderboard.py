@@ -150,12 +150,12 @@ def remarks(found: Sequence[Row], metric: Metric) -> list[str]:
     """Remarks for reading the table."""
     lines = [
         "Ranks are ranges: two that overlap are a tie. bits/dim are compared image by image, KID by its errors, "
-        "both corrected for the number of pairs (Holm): two of equal trials differ in at most 5 % of searches."
+        "both corrected for the number of pairs (Holm): at most 5 % of searches find a difference between equal trials."
     ]
     if any(s.is_flagged for s in found):
         lines.append(
             f"!: sqrt(D alpha_bar_T), with D numbers per image, is above {LEFTOVER}: x_T still shows an image's mean. "
-            "The bound counts it, and it biases samples, which start from pure noise."
+            "The bound includes this, but samples are biased by it, since they start from pure noise."
         )
     tied = [s for s in found if s.by_bits and s.by_bits.best == 1]
     if len(tied) > 1:

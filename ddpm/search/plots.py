@@ -49,7 +49,11 @@ def parallel(trials: Sequence[Trial], metric: Metric) -> bytes:
     axes.set_xlim(-0.2, len(names) - 0.5)
     axes.set_ylim(MISSING - 0.05, 1.3)
     axes.text(
-        -0.15, MISSING - 0.04, "dotted: stopped early; below: not of this schedule", fontsize=7, color="0.4"
+        -0.15,
+        MISSING - 0.04,
+        "dotted: stopped early; below: not used by this schedule",
+        fontsize=7,
+        color="0.4",
     )
     return figure_png(figure)
 

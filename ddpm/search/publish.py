@@ -55,7 +55,8 @@ def open_parent(parent: Address, params: Mapping[str, Any], warn: Callable[[str]
         run.open(running=True)
     except (OutOfTime, Lost) as error:
         warn(
-            f"MLflow at {without_password(parent.uri)} gets the search's run later: {error or run.call.trouble}"
+            f"the search's run is not in MLflow at {without_password(parent.uri)} yet, and is logged later: "
+            f"{error or run.call.trouble}"
         )
     return run.run_id
 
@@ -90,11 +91,11 @@ def store(
         if page := compared(found, place):
             files["comparison.html"] = page
     except (UserError, OSError) as error:
-        yield f"comparison  is missing: {error}"
+        yield f"comparison  could not be made: {error}"
     for name, data in files.items():
         file = place.child(name)
         retry_io(partial(file.write, data), where=file.uri, timeout_s=base.run.storage_timeout_s)
-    yield f"results     {place.uri}/results.md, .parquet; pictures beside them"
+    yield f"results     {place.uri}/results.md, .parquet; plots next to them"
     if "comparison.html" in files:
         yield f"comparison  {place.uri}/comparison.html"
     if config is not None:
@@ -166,11 +167,11 @@ def _publish(
             whole &= _settle(trial, place, parent, str(run.run_id))
         whole &= run.end("FINISHED")
     except OutOfTime:
-        yield f"MLflow      {shown} cannot be reached; the same command tries again: {run.call.trouble}"
+        yield f"MLflow      {shown} cannot be reached; run the same command to try again: {run.call.trouble}"
     except Lost as error:
-        yield f"MLflow      {shown} refuses: {error}"
+        yield f"MLflow      {shown} refuses the search's run: {error}"
     else:
-        yield f"MLflow      run {run.run_id} in {shown}{'' if whole else ', which did not take everything'}"
+        yield f"MLflow      run {run.run_id} in {shown}{'' if whole else ', which did not accept everything'}"
 
 
 def _settle(trial: Trial, place: Location, parent: Address, parent_run_id: str) -> bool:

@@ -105,7 +105,7 @@ class TrialRunner:
             if self._trained.wait(POLL_INTERVAL_S):
                 return
             if time.monotonic() > deadline:
-                raise TimeoutError(f"the workers of {self._run.location.uri} do not leave")
+                raise TimeoutError(f"the workers of {self._run.location.uri} did not stop")
 
     def close(self, timeout_s: float = CLOSING_S) -> None:
         """Stop the workers, and wait for MLflow; no more results come."""

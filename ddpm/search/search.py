@@ -49,7 +49,9 @@ def _search(chosen: Arguments, search: Setup, lock: DriverLock) -> int:
     lock.check()
     if interruption.signal is not None:
         publish.interrupted(parent)
-        print(f"interrupted; the same command, with --name {search.name}, continues", file=sys.stderr)
+        print(
+            f"interrupted; run the same command again with --name {search.name} to continue", file=sys.stderr
+        )
         return 128 + interruption.signal
     leaderboard.draw_finalists(events, search.place, chosen)
     place, metric, base = search.place, chosen.metric, search.base

@@ -21,7 +21,7 @@ from ddpm.utils.seeding import GENERATOR
 LOSS_IS_NO_JUDGE = (
     "--metric {metric} cannot compare noise schedules: on Gaussian data (std 1/2) a perfect predictor has a loss of "
     "0.24 with linear beta_end 0.01, 0.12 with 0.04 and 0.33 with cosine, so the search would find an easy task, not a "
-    "good net; use bits_per_dim (the whole bound), or only --space 'optim.lr=log(1e-4,1e-2)'"
+    "good net; use bits_per_dim (the full bound), or vary only the learning rate: --space 'optim.lr=log(1e-4,1e-2)'"
 )
 
 
@@ -85,7 +85,8 @@ def settled(chosen: Arguments) -> Setup:
     held_out = train.held_out()
     if held_out is None:
         raise UserError(
-            f"{config.data.shards} has no held-out images: trials are evaluated on a split test beside {train.split}"
+            f"{config.data.shards} has no held-out images: trials are evaluated on a split named test, besides "
+            f"{train.split}"
         )
     at = rungs(
         config.train.total_images,

@@ -203,11 +203,13 @@ def _domain(key: str, text: str, base: Config) -> Domain:
     if key not in known:
         near = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
         hint = (
-            f"do you mean {' or '.join(near)}?" if near else "keys are those of config.json, such as optim.lr"
+            f"did you mean {' or '.join(near)}?"
+            if near
+            else "keys are those of config.json, such as optim.lr"
         )
         raise UserError(f"--space {key!r} is not a key of the config; {hint}")
     if key.startswith(FIXED) and key not in FREE:
-        raise UserError(f"--space cannot vary {key}: all trials of a search must have the same")
+        raise UserError(f"--space cannot vary {key}: all trials of a search must have the same value")
     if match := CALL.fullmatch(text.replace(" ", "")):
         form, low, high = match.groups()
         return _range(key, form, low, high, base)

@@ -86,7 +86,7 @@ class Interruption(StopSignals, tune.Callback):
             if self.signal is not None:
                 name = signal.Signals(self.signal).name
                 print(
-                    f"{name}: the trials end with this step and store checkpoints{self.again}",
+                    f"{name}: the trials stop after this step and store checkpoints{self.again}",
                     file=sys.stderr,
                 )
 

@@ -171,8 +171,8 @@ class TrialManager:
             case "begun":
                 if self._proposer.suggest(number) != event["changes"]:
                     raise UserError(
-                        f"the searcher proposes another {name_of(number)} than the event log has, since its version "
-                        "differs; give the search another --name"
+                        f"the searcher proposes a different {name_of(number)} than the event log holds, since its "
+                        "version has changed; give the search another --name"
                     )
                 self._trials[number] = Trial(number, event["changes"])
             case "judged":

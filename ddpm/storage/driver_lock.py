@@ -69,7 +69,7 @@ class DriverLock:
     def check(self) -> None:
         """Raise UserError if another process has taken the lock over."""
         if self.is_lost:
-            raise UserError(f"{self._uri}: another process has taken over this {self._what}; this one ends")
+            raise UserError(f"{self._uri}: another process has taken over this {self._what}; this one stops")
 
     def _abandoned(self) -> Version | None:
         """The abandoned lock, once nobody holds it; None: there is none.

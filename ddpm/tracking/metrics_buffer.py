@@ -229,7 +229,7 @@ def _record(line: str, archive: zipfile.ZipFile) -> Record:
         case Metrics(dict(values), at, ms):
             return Metrics({k: _from_json(v) for k, v in values.items()}, _count(at), _count(ms))
         case Picture(str(), png, at, ms):
-            _check(png.startswith(PNG_SIGNATURE), "a picture is not a PNG")
+            _check(png.startswith(PNG_SIGNATURE), "an image is not a PNG")
             return Picture(record.key, png, _count(at), _count(ms))
         case Artifact(str(name)):
             _check(_is_relative(name), f"an artifact is called {name!r:.80}")
@@ -281,7 +281,7 @@ def _as_damaged_segment(where: str) -> Iterator[None]:
         yield
     except DAMAGE as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DamagedSegment(f"{where} is damaged, or not a segment of tracking: {reason}") from None
+        raise DamagedSegment(f"{where} is damaged, or not a tracking segment: {reason}") from None
 
 
 def _now_ms() -> int:

@@ -60,8 +60,8 @@ def connect(uri: str) -> Any:
         if database is None or not (trace := _half_made(database, error)):
             raise
         raise Lost(
-            f"{database} is half made: MLflow was stopped while it created or upgraded its tables ({trace}). Move this "
-            "file away, and a new one is created. Records that were delivered stay in the old file; "
+            f"{database} is incomplete: MLflow was stopped while it created or upgraded its tables ({trace}). Move "
+            "this file away; a new one is then created. Records that were delivered stay in the old file; "
             "`python jobs/sync.py RUN` delivers a run's remaining records to the new one"
         ) from None
 

@@ -134,7 +134,7 @@ class MlflowRun:
         """Deliver `records`, except for the metrics that `look` has put into self._points."""
         from mlflow.entities import Metric
 
-        if not self._hand_over("a look at what it has", look, records):
+        if not self._hand_over("the query of what it already has", look, records):
             return False
         points = [
             Metric(key, value, record.timestamp_ms, record.images_seen)

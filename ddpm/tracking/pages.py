@@ -141,7 +141,7 @@ def description(run: Any) -> str | None:
     if tags.get("mlflow.loggedImages"):
         lines.append(f"![samples](get-artifact?path={GRID}&run_uuid={run.info.run_id})")
     if "command" in tags:
-        lines.append(f"Go on: `{tags['command']}`")
+        lines.append(f"Resume: `{tags['command']}`")
     if "checkpoint" in tags:
         folder = tags["checkpoint"].rpartition("/")[0]
         lines.append(f"Sample: `python jobs/sample.py {folder} --out samples`")

@@ -121,7 +121,7 @@ class Caller:
         self.trouble = self.reason(state.outcome.exception())
         if not self._warned:
             uri = without_password(self._uri)
-            logger.warning("MLflow at %s is not taking data (%s); trying again", uri, self.trouble)
+            logger.warning("MLflow at %s is not accepting data (%s); retrying", uri, self.trouble)
         self._warned = True
 
 

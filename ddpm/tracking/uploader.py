@@ -115,7 +115,7 @@ class Uploader:
         left = _count_in_time(self._buffer, self._committed, min(timeout_s, COUNT_TIMEOUT_S))
         trouble = self._run.call.trouble
         if left:
-            said = f"MLflow at {self._uri} did not take everything ({left} records left)"
+            said = f"MLflow at {self._uri} did not accept everything ({left} records left)"
             logger.warning("%s", f"{said}: {trouble}" if trouble else said)
         elif trouble and not self._ended:
             logger.warning("MLflow at %s does not know how the run ended: %s", self._uri, trouble)
@@ -128,7 +128,7 @@ class Uploader:
             self._thread.join(0.1)
             if not announced and time.monotonic() > begun + SILENCE_S:
                 announced = True
-                logger.warning("waiting for MLflow at %s to take the rest", self._uri)
+                logger.warning("waiting for MLflow at %s to accept the rest", self._uri)
         self._thread.join(GRACE_S)
 
     def _work(self) -> None:
@@ -141,8 +141,8 @@ class Uploader:
             pass  # `close` reports it
         except Exception as error:
             why = str(error) if isinstance(error, Lost) else self._run.call.reason(error)
-            kept = f"records stay in {self._buffer.uri}"
-            logger.error("tracking stopped, training goes on, %s: %s", kept, why)
+            kept = f"records are kept in {self._buffer.uri}"
+            logger.error("tracking has stopped, training continues, %s: %s", kept, why)
 
     def _round(self) -> bool:
         """Deliver once; returns whether this was the last time."""
@@ -197,7 +197,7 @@ class _Carrier:
             return 0
         if not self._run.send(gathered):
             why = f"which is kept for later: {self._run.call.trouble}"
-            self._put_aside(file, f"MLflow does not take all of {file.uri}, {why}")
+            self._put_aside(file, f"MLflow does not accept all of {file.uri}, {why}")
             return 0
         self._aside.pop(file.uri, None)
         file.unlink()
@@ -246,7 +246,7 @@ def kept(uri: str, experiment: str | None = None) -> Kept:
             params = pages.params(config)
         elif experiment is None:
             raise UserError(
-                f"{run.location.uri} has no checkpoint that would name the experiment; give it with --experiment (the "
+                f"{run.location.uri} has no checkpoint to read the experiment from; give it with --experiment (the "
                 f"--run.experiment of training, by default {RunConfig.experiment})"
             )
         records = spool.count(buffer, committed)
@@ -277,7 +277,7 @@ def deliver(kept: Kept, timeout_s: float, show: Callable[[int], None]) -> Delive
         ended = kept.finished and run.end("FINISHED")
         left = spool.count(kept.buffer, kept.committed)
     except OutOfTime:
-        why = f"nothing worked for {timeout_s:g} s; {run.call.trouble}"
+        why = f"no call succeeded for {timeout_s:g} s; {run.call.trouble}"
         raise NotDelivered(f"MLflow at {uri} cannot be reached, all records are kept: {why}") from None
     except Lost as error:
         raise NotDelivered(f"MLflow at {uri} refuses the run: {error}") from None
@@ -285,7 +285,7 @@ def deliver(kept: Kept, timeout_s: float, show: Callable[[int], None]) -> Delive
         raise NotDelivered(f"{kept.buffer.uri} cannot be read: {error}") from None
     if left:
         raise NotDelivered(
-            f"MLflow at {uri} did not take everything: {left} records are kept in {kept.buffer.uri}"
+            f"MLflow at {uri} did not accept everything: {left} records are kept in {kept.buffer.uri}"
         )
     return Delivery(run.run_id, run.experiment_id, left, ended)
 

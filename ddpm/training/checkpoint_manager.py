@@ -138,7 +138,7 @@ class CheckpointManager:
         try:
             self._retry_io(self._retire, self._run, min(self._timeout_s, FILE_TIMEOUT_S))
         except StorageError as error:
-            self._warn(f"an old checkpoint stays: {error}")
+            self._warn(f"an old checkpoint could not be removed: {error}")
 
     def _commit(self, folder: Path, target: Location, *, move: bool) -> None:
         """Make the checkpoint in `folder` exist at `target`; one of the same name there ceases to exist first."""
@@ -184,13 +184,13 @@ def latest_valid(run: Location, timeout_s: float, warn: Callable[[str], None]) -
             except StorageError:
                 raise
             except (UserError, FileNotFoundError) as error:
-                warn(f"checkpoint {location.uri} is passed over for the one before: {error}")
+                warn(f"checkpoint {location.uri} is not valid, so the one before it is tried: {error}")
                 continue
             yield folder
             return
     if found:
         raise UserError(
-            f"every checkpoint of {run.uri} is damaged, so nothing can go on from it; restore one, or use "
+            f"every checkpoint of {run.uri} is damaged, so the run cannot be resumed; repair one, or use "
             "another --run.name"
         )
     yield None

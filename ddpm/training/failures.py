@@ -34,7 +34,7 @@ class FailureBudget(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         values = ray.get(self._state.snapshot.remote())
         if values.get(run_state.FAILURE) is not None:
-            raise RuntimeError("a user's mistake, which no restart mends")
+            raise RuntimeError("a user's mistake, which a restart does not fix")
         if values.get(run_state.STOP) in run_state.OF_THIS_GROUP:
             ray.get(self._state.set.remote(run_state.STOP, None))
         limits = self._config.cluster
@@ -49,10 +49,10 @@ class FailureBudget(UserCallback):
             count, most = ray.get(self._state.failed.remote()), limits.max_failures
             failure = TrainingFailed(
                 f"training failed: {last_line(cause)} ({count} times since the last checkpoint, "
-                "--cluster.max-failures; --verbose shows the whole story)"
+                "--cluster.max-failures; --verbose shows tracebacks)"
             )
         if count <= most:
-            line = f"worker {rank} failed; going on from the last checkpoint: {last_line(cause)[:SHOWN]}"
+            line = f"worker {rank} failed; resuming from the last checkpoint: {last_line(cause)[:SHOWN]}"
             self._state.warn.remote(line)
             return
         ray.get(self._state.set.remote(run_state.FAILURE, failure))
@@ -68,8 +68,8 @@ def _death(error: Exception) -> ray.exceptions.RayActorError | None:
 
 def too_many_preemptions(config: Config) -> TrainingFailed:
     return TrainingFailed(
-        f"nodes were taken away more than {config.cluster.max_preemptions} times (--cluster.max-preemptions); "
-        "the same command goes on from the last checkpoint"
+        f"nodes were preempted more than {config.cluster.max_preemptions} times (--cluster.max-preemptions); "
+        "run the same command again to resume from the last checkpoint"
     )
 
 

@@ -91,7 +91,7 @@ def fit(
     per_worker = resources.resources_per_worker(config)
     resources.check_storage(config)
     cpus, gpus = per_worker["CPU"], per_worker.get("GPU", 0)
-    print(f"workers     {config.cluster.num_workers}, of {cpus:g} CPUs and {gpus:g} GPUs each", flush=True)
+    print(f"workers     {config.cluster.num_workers}, with {cpus:g} CPUs and {gpus:g} GPUs each", flush=True)
     assert config.run.name is not None, "runs.settled names a run"
     folder = locations.resolve(config.run.storage).child(config.run.name)
     with DriverLock(folder, "run", "--run.name", log.warning) as lock:
@@ -134,7 +134,7 @@ def fit(
             status = "KILLED" if monitor.was_asked else "FINISHED"
         except ray.exceptions.RayError as error:
             gone = f"the Ray cluster is gone: {last_line(error)}"
-            raise TrainingFailed(f"{gone}; the same command goes on") from None
+            raise TrainingFailed(f"{gone}; run the same command again to resume") from None
         except (KeyboardInterrupt, StorageError):  # where storage fails, what is left cannot be read either
             timeout_s = HASTY_DELIVERY_TIMEOUT_S
             raise
@@ -177,23 +177,26 @@ def _train(config: Config, group: PersistentWorkerGroup, monitor: DriverMonitor)
             return None
         if failure is None and values.get(run_state.ENDED) is None:
             log.warning(
-                "the run-state actor died when the workers left; others start, and see whether all is done"
+                "the run-state actor died when the workers stopped; new workers start, and check what is left to do"
             )
             continue
         if failure is None and values.get(run_state.STOP) == run_state.MORE_WORKERS:
-            log.warning("nodes have come; going on with more workers, at %s images", values[run_state.ENDED])
+            log.warning(
+                "nodes have joined; continuing with more workers, at %s images", values[run_state.ENDED]
+            )
         elif failure is None:  # a node is about to be taken away: the workers left in good order
             if state.preempted() > config.cluster.max_preemptions:
                 raise too_many_preemptions(config)
             log.warning(
-                "a node is about to be taken away; going on elsewhere, at %s images", values[run_state.ENDED]
+                "a node is about to be preempted; continuing on other nodes, at %s images",
+                values[run_state.ENDED],
             )
         elif not isinstance(failure, ray.exceptions.ActorDiedError):
-            raise TrainingFailed(f"training failed: {last_line(failure)} (--verbose shows the whole story)")
+            raise TrainingFailed(f"training failed: {last_line(failure)} (--verbose shows tracebacks)")
         elif state.failed() > config.cluster.max_failures:
             raise TrainingFailed(f"training failed: {last_line(failure)}")
         else:  # Ray Train does not start again a controller that died (2.60); the next round does
-            log.warning("Ray Train's controller died; going on from the last checkpoint with another")
+            log.warning("Ray Train's controller died; a new one resumes from the last checkpoint")
         state.set(run_state.ENDED, None)
         if not monitor.was_asked:
             state.set(run_state.STOP, None)
@@ -240,9 +243,9 @@ def summary(result: Result) -> list[str]:
             f"{folder}/{spool.FOLDER}, and `python jobs/sync.py {folder}` delivers them"
         )
     elif not delivery.ended:
-        later = f"`python jobs/sync.py {folder}` delivers that"
+        later = f"`python jobs/sync.py {folder}` reports it"
         if result.signal:  # sync.py ends finished runs only
-            later = "it will when the run goes on"
+            later = "it will once the run has been resumed"
         lines.append(f"MLflow      {where} does not know yet how the run ended; {later}")
     else:
         lines.append(f"MLflow      run {delivery.run_id} in {where}")

@@ -109,11 +109,11 @@ def _count_skipped(state: State, config: Config, skipped: int) -> None:
         NonFinite: there have been more of them than optim.skip_non_finite.
     """
     if skipped and state.skipped_steps + skipped > config.optim.skip_non_finite:
-        before = f" after {state.skipped_steps} that were skipped" if state.skipped_steps else ""
+        before = f" after skipping {state.skipped_steps} such steps" if state.skipped_steps else ""
         raise NonFinite(
             f"step {state.step} ({state.images_seen} images): the loss or the gradient is not finite; stopped"
-            f"{before}, before it touched the weights. Lower optim.lr or optim.grad_clip, or lengthen "
-            "optim.lr_warmup_images; --optim.skip-non-finite N passes over N such steps"
+            f"{before}, before the weights changed. Lower optim.lr or optim.grad_clip, or lengthen "
+            "optim.lr_warmup_images; --optim.skip-non-finite N skips up to N such steps"
         )
     state.skipped_steps += skipped
 

@@ -80,7 +80,9 @@ class MlflowCallback(UserCallback):
             self._delivery.add(values, step)
         except Exception as error:
             if not self._has_warned:
-                logger.warning("a report needs its step as %r to be logged to MLflow: %r", self._step, error)
+                logger.warning(
+                    "a report is logged to MLflow only if it has its step as %r: %r", self._step, error
+                )
             self._has_warned = True
 
     def __enter__(self) -> Self:
@@ -97,7 +99,7 @@ class MlflowCallback(UserCallback):
         delivery = Uploader(self._address, self._params, self._spool).close(status, timeout_s)
         if delivery.undelivered:
             command = f"python jobs/sync.py {self._folder} --experiment {self._address.experiment}"
-            logger.warning("what MLflow has not taken is kept; `%s` delivers it", command)
+            logger.warning("records that MLflow has not accepted are kept; `%s` delivers them", command)
         return delivery
 
 

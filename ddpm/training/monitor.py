@@ -63,7 +63,7 @@ class StopSignals:
     @property
     def again(self) -> str:
         """The effect of another Ctrl-C, as a part of a message."""
-        return " (Ctrl-C again: at once)" if self.signal == signal.SIGINT else ""
+        return " (Ctrl-C again: stop at once)" if self.signal == signal.SIGINT else ""
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
@@ -132,9 +132,9 @@ class DriverMonitor(StopSignals):
             name = signal.Signals(self.signal).name
             self._state.set(run_state.STOP, name)
             self._announced = True
-            line = f"ending with this step, and leaving a checkpoint of it{self.again}"
+            line = f"stopping after this step, and storing a checkpoint of it{self.again}"
             if self.is_before_first_step(self._state.snapshot()):
-                line = "ending before the first step"
+                line = "stopping before the first step"
             print(f"{name}: {line}", file=sys.stderr)
         values = self._state.snapshot()
         self._screen.update(values)

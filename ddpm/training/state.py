@@ -131,8 +131,8 @@ class State:
         position = checkpoint.read_state(folder)
         if (drawn_with := position.get("generator", "PyTorch's, with 32 bits of a seed")) != GENERATOR:
             raise UserError(
-                f"{folder} was trained with another random generator ({drawn_with}; now {GENERATOR}), so going on "
-                f"would not end where its run would have; begin a new run from its weights: --train.init-from {folder}"
+                f"{folder} was trained with another random generator ({drawn_with}; now {GENERATOR}), so a resumed "
+                f"run would not be the same; start a new run from its weights: --train.init-from {folder}"
             )
         device = next(self.net.parameters()).device
         checkpoint.load_weights(self.net, folder / "net.safetensors")
@@ -164,7 +164,7 @@ class State:
         if has_learned and not tensors:
             raise UserError(
                 f"{path} is empty, as in a registered model, but state.json says images_seen "
-                f"{position['images_seen']}, so its run cannot go on; begin a new one from its weights: "
+                f"{position['images_seen']}, so its run cannot be resumed; start a new one from its weights: "
                 f"--train.init-from {folder}"
             )
         checkpoint.check_fit(checkpoint.shapes(tensors), self.optimizer_shapes() if has_learned else {}, path)

@@ -1,6 +1,6 @@
 """Train a small classifier of digits on Ray Train, with its curves in MLflow: python docs/examples/digits_mlp.py
 
-The same command again goes on where the last one stopped, in the same MLflow run. It takes MLFLOW_TRACKING_URI from the
+Run the same command again to resume where it stopped, in the same MLflow run. It takes MLFLOW_TRACKING_URI from the
 environment; without it curves go to mlflow.db in this folder.
 """
 

@@ -30,7 +30,7 @@ def main() -> int:
         return 1
     if not answer.ok:
         print(
-            f"{uri} refuses (HTTP {answer.status_code}): {' '.join(answer.text.split())[:300]}",
+            f"{uri} refuses the request (HTTP {answer.status_code}): {' '.join(answer.text.split())[:300]}",
             file=sys.stderr,
         )
         return 1

@@ -51,7 +51,7 @@ def main() -> int:
                 flush=True,
             )
             print(
-                "            and MLFLOW_TRACKING_PASSWORD; `infra/mlflow/add_user.py` lets others in",
+                "            and MLFLOW_TRACKING_PASSWORD; `infra/mlflow/add_user.py` adds users",
                 flush=True,
             )
             with contextlib.suppress(KeyboardInterrupt):

@@ -52,7 +52,7 @@ def test_invalid_json_is_a_user_error(monkeypatch: pytest.MonkeyPatch, text: str
 def test_a_local_folder_on_a_growing_cluster_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
     config = override(workers(1), {"data.shards": "/data/digits"})
     with pytest.raises(
-        UserError, match=r"--data\.shards is the local folder /data/digits, but the cluster grows"
+        UserError, match=r"--data\.shards is the local folder /data/digits, but the cluster can add nodes"
     ):
         resources.check_storage(config)
     resources.check_storage(override(config, {"run.shared_storage": True}))

@@ -114,7 +114,8 @@ def test_too_many_workers_per_cpu_are_a_user_error(cluster: Cluster) -> None:
     eight = override(Config(), {"cluster.num_workers": 8})
     cluster(2)
     with pytest.raises(
-        UserError, match=r"^8 workers on CPUs, .* has 2: .* use at most 4 .*, best 2 or fewer"
+        UserError,
+        match=r"^8 workers are too many for the cluster's 2 CPUs: .* use at most 4 .*, better 2 or fewer",
     ):
         resources.resources_per_worker(eight)
     requested = override(eight, {"cluster.cpus_per_worker": 0.1})

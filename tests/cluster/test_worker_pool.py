@@ -61,7 +61,7 @@ def test_a_killed_worker_loses_no_piece(tmp_path: Path) -> None:
     with WorkerPool(MAKE, 2) as pool:
         assert dict(pool.map(partial(chores.die_once, tmp_path), range(8))) == {i: 100 + i for i in range(8)}
         assert (tmp_path / "died").exists()
-        with pytest.raises(WorkersDied, match="3 workers died over the same piece, 1"):
+        with pytest.raises(WorkersDied, match="3 workers died on the same piece, 1"):
             list(pool.map(chores.die, [1]))
 
 

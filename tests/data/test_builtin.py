@@ -50,8 +50,8 @@ def test_an_image_folder_is_prepared_at_the_size_of_the_net(
     assert manifest.class_names == ("cat", "dog")
     assert {name: split.num_rows for name, split in manifest.splits.items()} == {"train": 38, "test": 2}
     assert capsys.readouterr().out.splitlines()[:2] == [
-        f"pictures    {tmp_path}/my pets, as 12x12 colour (--model.image-size, --model.channels)",
-        "passed over 1 .txt (cat/notes.txt)",
+        f"images      {tmp_path}/my pets, as 12x12 colour (--model.image-size, --model.channels)",
+        "skipped     1 .txt (cat/notes.txt)",
     ]
     assert ray_dataset.open_configured(found).rows.num_rows == 38
 
@@ -95,14 +95,14 @@ def test_user_errors_are_one_line(tmp_path: Path) -> None:
     write_images(tmp_path / "pets", 2)
     (tmp_path / "pets/cat/0-0.png").write_bytes(b"no picture")
     for images, changes, message in (
-        ("nowhere", {}, "--data.images nowhere is not a folder of this machine; name a folder of pictures"),
-        ("s3://b/c", {}, "--data.images s3://b/c is not a folder of this machine; name a folder of pictures"),
+        ("nowhere", {}, "--data.images nowhere is not a folder on this machine; name a folder of images"),
+        ("s3://b/c", {}, "--data.images s3://b/c is not a folder on this machine; name a folder of images"),
         (
             tmp_path / "pets",
             {"data.shards": "x"},
             "--data.images and --data.shards are two data sets; give one",
         ),
-        (tmp_path / "pets", {"model.channels": 2}, "or 3 (colour), and model.channels is 2"),
+        (tmp_path / "pets", {"model.channels": 2}, "or 3 (colour), but model.channels is 2"),
         (tmp_path / "empty", {}, f"{tmp_path}/empty holds no images"),
         (tmp_path / "pets", {}, f"cannot read the image {tmp_path}/pets/cat/0-0.png: "),
         (None, {"data.source": None}, "data.source is None"),
@@ -124,7 +124,7 @@ def test_training_on_an_image_folder_and_resuming(run_job: Callable[..., Any], t
     for total in (128, 256):
         done = run_job("train", *words, "--total-images", total, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        assert "pictures    pets, as 8x8 colour" in done.stdout
+        assert "images      pets, as 8x8 colour" in done.stdout
         assert f"trained     {total} images" in done.stdout
     assert (tmp_path / "runs/a/checkpoint-000000000128").exists()
     evaluated = run_job("evaluate", "runs/a", "--num-images", "20", cwd=tmp_path)

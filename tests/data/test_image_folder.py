@@ -82,7 +82,7 @@ def test_exif_rotation_is_undone() -> None:
 
 @pytest.mark.parametrize("data", [b"", b"text", file_of(image_of(64, 64), "JPEG")[:-300], b"GIF89a"])
 def test_an_invalid_image_is_an_error_with_its_name(data: bytes) -> None:
-    with pytest.raises(UserError, match=r"^cannot read the image cats/x\.png: .*; repair it or take it away"):
+    with pytest.raises(UserError, match=r"^cannot read the image cats/x\.png: .*; repair it or remove it"):
         store([(data, "cats/x.png")], 8, 3, "encoded")
 
 
@@ -229,7 +229,7 @@ def test_skipped_files_are_counted(tmp_path: Path) -> None:
     )
     for i in range(3):
         (cats / f"{i}.png").unlink()
-    with pytest.raises(UserError, match=r"holds no images .*; passed over: 4 \.gif \(cats/0\.GIF"):
+    with pytest.raises(UserError, match=r"holds no images .*; skipped: 4 \.gif \(cats/0\.GIF"):
         Folder(tmp_path / "in", size=8)
 
 
@@ -289,14 +289,14 @@ def test_a_single_parquet_file_is_split(tmp_path: Path) -> None:
 
 
 def test_unsuitable_parquet_files_are_user_errors(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no Parquet file"):
+    with pytest.raises(UserError, match="is neither a Parquet file nor a folder"):
         HuggingFace(tmp_path, size=8)
     path = tmp_path / "x.parquet"
     path.write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"cannot read .*x\.parquet"):
         HuggingFace(path, size=8)
     pq.write_table(pa.table({"img": pa.array([1, 2])}), path)
-    with pytest.raises(UserError, match=r"column 'image' is missing.*--image-column names another of img"):
+    with pytest.raises(UserError, match=r"column 'image' is missing.*--image-column, one of img"):
         HuggingFace(path, size=8)
     write_hugging_face(path, [0, 1], [0, -1])
     with pytest.raises(UserError, match="holds the label -1"):
@@ -331,7 +331,7 @@ def test_a_bucket_of_images_given_as_shards_is_an_error(s3_bucket: str) -> None:
         resolve(f"{s3_bucket}/{folder}/1.JPG").write(b"")
         images_folder = resolve(f"{s3_bucket}/{folder.partition('/')[0]}")
         with pytest.raises(
-            UserError, match=r"has no manifest\.json, but pictures; download them, and make a data set"
+            UserError, match=r"has no manifest\.json, but images; download them, and make a data set"
         ):
             read_manifest(images_folder)
     nothing = resolve(f"{s3_bucket}/nothing")
@@ -343,6 +343,6 @@ def test_error_messages_have_no_memory_addresses() -> None:
     with pytest.raises(UserError) as raised:
         store([(b"no picture", "cats/x.png")], 8, 1, "raw")
     assert str(raised.value) == (
-        "cannot read the image cats/x.png: it is no PNG, JPEG, WEBP, BMP, TIFF or GIF file; repair it or take it away, "
-        "then give the same command again"
+        "cannot read the image cats/x.png: it is not a PNG, JPEG, WEBP, BMP, TIFF or GIF file; repair it or remove it, "
+        "then run the same command again"
     )

@@ -233,7 +233,7 @@ def test_after_a_bad_image_is_fixed_the_same_command_starts_over(tmp_path: Path,
     whole = last.read_bytes()
     last.write_bytes(whole[:-100])  # its header is valid
     place, few, restarts = at(tmp_path / "out"), {"rows_per_shard": 4, "rows_per_row_group": 2}, []
-    with pytest.raises(UserError, match=rf"{last.name}.*take it away, then give the same command again"):
+    with pytest.raises(UserError, match=rf"{last.name}.*remove it, then run the same command again"):
         make(Folder(tmp_path / "in", size=16, channels=1), place, **few)
     assert (tmp_path / "out/train/00000.parquet").exists()
     if repaired:
@@ -255,7 +255,7 @@ def test_another_command_does_not_start_over(tmp_path: Path) -> None:
         make(Folder(tmp_path / "in", size=16), at(tmp_path / "out"), **few)
     (tmp_path / "in/0.png").unlink()
     before = files_of(tmp_path / "out")
-    with pytest.raises(UserError, match="another data set was begun and not finished"):
+    with pytest.raises(UserError, match=f"{tmp_path}/out holds an unfinished data set"):
         make(Folder(tmp_path / "in", size=8), at(tmp_path / "out"), **few)
     assert files_of(tmp_path / "out") == before
 
@@ -267,9 +267,9 @@ def test_invalid_images_are_listed_before_anything_is_written(tmp_path: Path) ->
     with pytest.raises(UserError) as caught:
         make(Folder(tmp_path / "in", size=16), at(tmp_path / "out"))
     assert str(caught.value) == (
-        f"cannot read the image {tmp_path}/in/3.png: it is no PNG, JPEG, WEBP, BMP, TIFF or GIF file (and 4 more: "
-        f"{tmp_path}/in/4.png, {tmp_path}/in/5.png, {tmp_path}/in/6.png, ...); repair them or take them away, then "
-        "give the same command again"
+        f"cannot read the image {tmp_path}/in/3.png: it is not a PNG, JPEG, WEBP, BMP, TIFF or GIF file (and 4 more: "
+        f"{tmp_path}/in/4.png, {tmp_path}/in/5.png, {tmp_path}/in/6.png, ...); repair them or remove them, then "
+        "run the same command again"
     )
     assert not (tmp_path / "out").exists()
 
@@ -278,7 +278,7 @@ def test_a_process_stops_when_another_one_starts_over(tmp_path: Path) -> None:
     def restart(done: int, total: int) -> None:
         (tmp_path / "_prepare/options.txt").write_text("another")
 
-    with pytest.raises(UserError, match="another process has begun this data set anew; this one ends"):
+    with pytest.raises(UserError, match="another process has started this data set over; this one stops"):
         make(Digits(), at(tmp_path), on_progress=restart)
     assert not (tmp_path / MANIFEST).exists()
 
@@ -297,6 +297,6 @@ def test_too_many_row_groups_for_a_manifest_are_rejected_before_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ddpm.data.prepare.MAX_MANIFEST_BYTES", 17 * 101)
-    with pytest.raises(UserError, match="18 row groups are more than a manifest of 0 MiB lists"):
+    with pytest.raises(UserError, match="18 row groups are more than a manifest of 0 MiB can list"):
         make(Digits(), at(tmp_path / "d"), **SMALL)
     assert not (tmp_path / "d").exists()

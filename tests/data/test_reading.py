@@ -132,7 +132,7 @@ def test_a_window_without_a_readable_image_is_an_error(tmp_path: Path) -> None:
         damaged.damage_row_group(tmp_path / "set", group // 3, group % 3)
     with pytest.raises(
         CorruptData,
-        match=r"no image of the (32|28) in its window can stand in for .*\.parquet, row group \d \(rows 0-7\)",
+        match=r"no image of the (32|28) in its window can replace .*\.parquet, row group \d \(rows 0-7\)",
     ):
         data_set.read(plan, 0, 8, "substitute")
     assert len(data_set.read(plan, 32, 48, "substitute").image) == 16

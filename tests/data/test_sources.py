@@ -229,7 +229,7 @@ def test_cifar10_files_of_torchvision(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_torchvision_sizes() -> None:
-    with pytest.raises(UserError, match="--size is 64; cifar10 has 32"):
+    with pytest.raises(UserError, match="--size is 64; for cifar10 it must be 32"):
         Torchvision("cifar10", size=64)
     with pytest.raises(UserError, match="MNIST/raw lacks train-images"):
         Torchvision("mnist", root=Path("nowhere"))
@@ -259,7 +259,7 @@ def _without_files(self: FashionMnist) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("torchvision:svhn", "dataset is 'svhn'; torchvision has cifar10, mnist, celeba here"),
+        ("torchvision:svhn", "dataset is 'svhn'; it must be one of cifar10, mnist, celeba"),
         ("torchvision", "data.source is 'torchvision', which is not built in"),
         ("digits:even", "data.source is 'digits:even', which is not built in"),
         ("folder", "data.source is 'folder', which is not built in"),

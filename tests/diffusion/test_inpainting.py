@@ -232,7 +232,7 @@ def test_build():
         ({"num_resamples": 0}, "num_resamples is 0"),
         ({"jump_length": 0}, "jump_length is 0"),
         ({"jump_length": 20}, "jump_length is 20; .* less than the 20 steps"),
-        ({"mask": torch.full((1, 1, 4, 4), 0.5)}, "mask has other values than 0 and 1"),
+        ({"mask": torch.full((1, 1, 4, 4), 0.5)}, "mask has values other than 0 and 1"),
         ({"mask": torch.ones(1, 1, 4, 5)}, r"mask has shape \(1, 1, 4, 5\); .* \(2, 1, 4, 4\)"),
         ({"x_0": torch.zeros(1, 3, 4, 4)}, r"x_0 has shape \(1, 3, 4, 4\)"),
         ({"timesteps": [3, 4], "num_resamples": 1}, "timesteps are"),

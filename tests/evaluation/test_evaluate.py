@@ -251,7 +251,11 @@ def other_data(folder: Path, side: int = 8, **rows: int) -> str:
 @pytest.mark.parametrize(
     ("data", "settings", "message"),
     [
-        ({"train": 100}, {}, "has no held-out images: it needs a split test beside train"),
+        (
+            {"train": 100},
+            {},
+            "has no held-out images: it needs a split named test besides the training split train",
+        ),
         ({"train": 100, "test": 19}, {}, "has 19 held-out images; an evaluation needs at least 20"),
         (
             {"train": 100, "test": 30, "side": 16},

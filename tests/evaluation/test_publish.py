@@ -139,7 +139,7 @@ def test_mlflow_may_be_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     uri = f"http://{servers.LOOPBACK}:{servers.free_ports(1)[0]}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.replace("://", "://me:s3cret@"))
     lines = list(publish.store(report_on("key", 1), publish.place_for("out/found.json"), timeout_s=0.5))
-    assert lines[:2] == [f"results     {tmp_path}/out/found.json", f"picture     {tmp_path}/out/found.png"]
+    assert lines[:2] == [f"results     {tmp_path}/out/found.json", f"plot        {tmp_path}/out/found.png"]
     assert lines[2].startswith(f"MLflow      {uri} cannot be reached, nothing is logged: ")
     assert "s3cret" not in lines[2] and "\n" not in lines[2]
     assert json.loads((tmp_path / "out/found.json").read_text())["checkpoints"][0]["images_seen"] == 1000
@@ -152,7 +152,7 @@ def test_a_report_in_a_bucket(s3_bucket: str, tmp_path: Path, monkeypatch: pytes
     lines = list(publish.store(report, publish.place_for(f"{s3_bucket}/found/all.json")))
     assert lines[:2] == [
         f"results     {s3_bucket}/found/all.json",
-        f"picture     {s3_bucket}/found/all.png",
+        f"plot        {s3_bucket}/found/all.png",
     ]
     assert locations.resolve(f"{s3_bucket}/found/all.json").read() == report.to_json().encode()
     assert locations.resolve(f"{s3_bucket}/found/all.png").read().startswith(b"\x89PNG")
@@ -164,7 +164,7 @@ def test_an_invalid_output_path_is_rejected_before_the_evaluation(tmp_path: Path
     for out, message in {
         "folder": "is a folder; name a file",
         "file/found.json": "file is not a writable folder",
-        "found.png": "names a picture, but is for JSON; pictures are written beside it",
+        "found.png": "names an image, but it must name the JSON file; plots are written next to it",
     }.items():
         with pytest.raises(UserError, match=message):
             publish.place_for(out)

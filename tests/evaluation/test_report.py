@@ -132,7 +132,7 @@ def test_the_variance_of_the_bound_is_reported() -> None:
 def test_remarks() -> None:
     few, other = remarks(made(result(1, drawn(1), saw_this_data=False)), "found.json")
     assert few.startswith("FID-pixels: 90 images are few for 64 features")
-    assert other == "trained on other data than the held-out images' data set: a"
+    assert other == "trained on data other than the held-out images' data set: a"
     many = replace(drawn(1), scores=(Score("FID-pixels", 1.0, 0.1, 640, 640),))
     assert remarks(made(result(1, many)), "found.json") == []
 
@@ -174,7 +174,7 @@ def test_a_remark_is_made_if_memorisation_is_clearly_above_the_expected() -> Non
     )
     assert remarks(made(result(1, near(0.019))), "out.json") == []
     (other,) = remarks(made(result(1, near(0.03), saw_this_data=False)), "out.json")
-    assert other.startswith("trained on other data")
+    assert other.startswith("trained on data other than")
     (few,) = remarks(made(result(1, near(0.0, n_real=90))), "out.json")
     assert few.startswith("nearer_than_held_out: 90 held-out images are too few for a 1st percentile")
 

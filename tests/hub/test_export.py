@@ -289,7 +289,7 @@ UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
         (
             UNET,
             {"block_out_channels": [10**6, 10**6]},
-            r"describes a net of [\d,]{18,} weights, the files beside it",
+            r"describes a net of [\d,]{18,} weights, but the files next to it",
         ),
         (UNET, {"block_out_channels": [10**30, 10**30]}, "cannot be read as a DDPMPipeline"),
         (UNET, {"block_out_channels": 8}, "cannot be read as a DDPMPipeline"),
@@ -397,9 +397,7 @@ def test_a_net_without_a_timestep_cannot_be_exported_to_diffusers(tmp_path: Path
 
 def test_only_the_u_net_can_be_exported_to_diffusers(tmp_path: Path) -> None:
     config = override(TINY, {"model.net": "dit", "model.num_classes": 3})
-    with pytest.raises(
-        UserError, match=r"^model.net is dit; .* draws with a UNet2DModel.*; use --format pt2$"
-    ):
+    with pytest.raises(UserError, match=r"^model.net is dit; .* has a UNet2DModel.*; use --format pt2$"):
         export.to_diffusers(make_net(config), config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -249,7 +249,7 @@ def test_a_wrong_password_is_reported_and_records_are_kept(
     tracked.put(buffer, 256, 0, 128)
     delivery = tracked.deliver(tracked.address_at(guarded_mlflow.uri), buffer, committed=256)
     assert (delivery.run_id, delivery.ended) == (None, False)
-    assert "training goes on, records stay in" in caplog.text
+    assert "training continues, records are kept in" in caplog.text
     assert "401" in caplog.text
     assert wrong not in caplog.text
     assert tracked.names_in(buffer)

@@ -39,7 +39,7 @@ def test_all_checkpoints_of_a_run_that_is_still_training(
     names = [f"judged-{images_seen}-ddim-{steps}" for images_seen in POSITIONS for steps in (2, 4)]
     assert lines[-9:] == [
         f"results     {tmp_path}/found.json",
-        f"picture     {tmp_path}/found.png",
+        f"plot        {tmp_path}/found.png",
         *(f"nearest     {tmp_path}/found-nearest-{name}.png" for name in names),
         f"MLflow      run {mlflow_run.info.run_id} in {mlflow_server}",
     ]

@@ -121,7 +121,7 @@ def test_a_finished_data_set_is_found_and_never_overwritten(tmp_path: Path) -> N
 def test_another_source_cannot_resume_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="broken"):
         prepare(Numbers(fail_at=30), resolve(str(tmp_path)), **SMALL)
-    with pytest.raises(UserError, match="another data set was begun and not finished"):
+    with pytest.raises(UserError, match="holds an unfinished data set"):
         prepare(replace(Numbers(), encoding="encoded"), resolve(str(tmp_path)), **SMALL)
 
 
@@ -185,7 +185,7 @@ def test_the_command(tmp_path: Path, run_job: Callable[..., Any]) -> None:
     with Image.open(lines["preview"]) as image:
         assert image.size == (402, 402)
     again = run_job("prepare", "digits", tmp_path / "digits")
-    assert again.returncode == 0 and "was there already" in again.stdout
+    assert again.returncode == 0 and "exists already" in again.stdout
     other = run_job("prepare", "glyphs", tmp_path / "digits")
     assert other.returncode == 2
     assert other.stderr == (

@@ -89,7 +89,7 @@ def test_files_that_are_not_images_are_reported(run_job: Callable[..., Any], tmp
     (tmp_path / "in/b\nerror: forged.txt").write_text("")
     done = run_job("prepare", "folder", "out", "--path", "in", "--size", "8", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    skipped = "passed over 1 .gif (a.gif), 1 .txt (b\\nerror: forged.txt)"
+    skipped = "skipped     1 .gif (a.gif), 1 .txt (b\\nerror: forged.txt)"
     assert done.stdout.splitlines()[:2] == [f"data set    {tmp_path}/out", skipped]
 
 

@@ -61,10 +61,10 @@ def test_user_errors_are_one_line_with_exit_code_2(run_job: Callable[..., Any], 
         (["run", "--num-sample-steps", "51"], "num_sample_steps is 51"),
         (
             ["run", "--num-images", "1000000000000"],
-            "1,000,000,000,000 images need 4,096,000.0 GB or more, and",
+            "1,000,000,000,000 images need 4,096,000.0 GB or more, but",
         ),
         (["run", "--inpaint", "a.png"], "--inpaint and --mask belong together"),
-        ([*part, "--sampler", "ddim"], "not of ddim"),
+        ([*part, "--sampler", "ddim"], "with the sampler ddpm, not ddim"),
         ([*part, "--num-resamples", "0"], "num_resamples is 0"),
     ):
         done = run_job("sample", *flags, "--out", "refused", cwd=tmp_path)

@@ -55,7 +55,7 @@ def test_it_delivers_the_spool_of_a_finished_run(
     away = sync(run_job, run.location.uri, "--timeout-s", 1, uri=absent)
     assert away.returncode == 1
     assert (
-        f"error: MLflow at {absent} cannot be reached, all records are kept: nothing worked for 1 s"
+        f"error: MLflow at {absent} cannot be reached, all records are kept: no call succeeded for 1 s"
         in away.stderr
     )
     assert "Traceback" not in away.stderr
@@ -102,7 +102,7 @@ def test_a_segment_before_the_first_checkpoint_needs_the_experiment_name(
     put(run.location.child("tracking"), 64, 64, failed=True)
     unsaid = sync(run_job, run.location.uri, uri=mlflow_server)
     assert unsaid.returncode == 2
-    assert "has no checkpoint that would name the experiment; give it with --experiment" in unsaid.stderr
+    assert "has no checkpoint to read the experiment from; give it with --experiment" in unsaid.stderr
     done = sync(run_job, run.location.uri, "--experiment", "mine", uri=mlflow_server)
     assert done.returncode == 0, done.stderr
     assert_delivered_once(address_of(run, mlflow_server, "mine"), 64)
@@ -114,7 +114,7 @@ def test_undelivered_records_are_an_error(run_job: Callable[..., Any], run: Run,
     done = sync(run_job, run.location.uri, uri=mlflow_server)
     assert done.returncode == 1
     assert f"{damaged.uri} is damaged" in done.stderr
-    assert f"did not take everything: 1 records are kept in {damaged.uri.rpartition('/')[0]}" in done.stderr
+    assert f"did not accept everything: 1 records are kept in {damaged.uri.rpartition('/')[0]}" in done.stderr
     address = address_of(run, mlflow_server)
     assert_delivered_once(address, 96, 128)
     assert run_of(address).info.status == "FINISHED"
@@ -153,7 +153,7 @@ def test_a_half_made_database_is_reported_and_a_new_one_gets_all_records(
         opened.execute("CREATE TABLE _alembic_tmp_experiments (experiment_id INTEGER)")
     refused = run_job("sync", "runs/a-run", cwd=tmp_path, env={"MLFLOW_TRACKING_URI": ""})
     assert refused.returncode == 1
-    assert f"refuses the run: {database} is half made: " in refused.stderr
+    assert f"refuses the run: {database} is incomplete: " in refused.stderr
     assert "Move this file away" in refused.stderr and "Traceback" not in refused.stderr
     database.rename(tmp_path / "aside.db")
     done = run_job("sync", "runs/a-run", cwd=tmp_path, env={"MLFLOW_TRACKING_URI": ""})

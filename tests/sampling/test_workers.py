@@ -175,7 +175,7 @@ def test_too_little_disk_space_is_a_user_error(
 ) -> None:
     job = job_of(TINY)
     with pytest.raises(
-        UserError, match=r"^1,000,000,000,000 images need .* GB or more, and .* another --out$"
+        UserError, match=r"^1,000,000,000,000 images need .* GB or more, but .* another --out$"
     ):
         sample_into(tmp_path / "out", job, 10**12, form=form)
     assert not (tmp_path / "out").exists()
@@ -232,7 +232,7 @@ def test_labels_are_checked() -> None:
 def test_an_unwritable_folder_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(
-        UserError, match=r"cannot write images to .*/file/out: .*; the same command continues"
+        UserError, match=r"cannot write images to .*/file/out: .*; run the same command again to continue"
     ):
         sample_into(tmp_path / "file/out", job_of(TINY))
 

@@ -60,7 +60,7 @@ def test_a_search_interrupted_and_killed_ends_with_the_same_leaderboard(
             descendants = psutil.Process(job.process.pid).children(recursive=True)
             job.process.send_signal(signal.SIGTERM)
         assert job.wait(120) == 128 + signal.SIGTERM, job.output
-        assert "interrupted; the same command, with --name s, continues" in job.output
+        assert "interrupted; run the same command again with --name s to continue" in job.output
         assert "Traceback" not in job.output
         assert psutil.wait_procs(descendants, timeout=60)[1] == []
     assert "RUNNING" not in {run.info.status for run in mlflow_runs(place)}

@@ -81,7 +81,7 @@ def test_values_get_the_types_of_the_config() -> None:
 
 BAD = {
     "optim.lr": "has no domain; expected KEY=DOMAIN",
-    "lr=log(1e-4,1e-2)": "'lr' is not a key of the config; do you mean optim.lr?",
+    "lr=log(1e-4,1e-2)": "'lr' is not a key of the config; did you mean optim.lr?",
     "optim.rate=1|2": "'optim.rate' is not a key of the config; keys are those of config.json",
     "optim.lr=log(0,1)": "a logarithm's low bound must be above 0",
     "optim.lr=uniform(1,0.1)": "the low one below the high one",

@@ -147,7 +147,7 @@ def test_a_suspended_holder_learns_that_it_lost_the_lock(place: Location) -> Non
     with lock(place) as first:
         while not first.is_lost:  # it may overwrite the file once, if it had checked just before
             file.write(foreign_lock_file())
-        with pytest.raises(UserError, match="another process has taken over this run; this one ends"):
+        with pytest.raises(UserError, match="another process has taken over this run; this one stops"):
             first.check()
     assert file.read() == foreign_lock_file()
 

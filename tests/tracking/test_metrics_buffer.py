@@ -182,7 +182,7 @@ DAMAGED = {
 @pytest.mark.parametrize("data", DAMAGED.values(), ids=list(DAMAGED))
 def test_a_damaged_segment_is_reported_with_its_uri(data: bytes) -> None:
     with pytest.raises(
-        DamagedSegment, match=r"^s3://b/here\.zip is damaged, or not a segment of tracking: ."
+        DamagedSegment, match=r"^s3://b/here\.zip is damaged, or not a tracking segment: ."
     ) as caught:
         metrics_buffer.read(data, "s3://b/here.zip")
     assert str(caught.value).isprintable()

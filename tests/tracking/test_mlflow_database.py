@@ -121,7 +121,7 @@ def test_a_half_made_database_is_reported_with_its_path(tmp_path: Path, damage: 
     with pytest.raises(Lost, match=trace) as caught:
         MlflowRun(address_at(f"sqlite:///{database}"), {}).open(running=True)
     message = str(caught.value)
-    assert message.startswith(f"{database} is half made: ") and "\n" not in message
+    assert message.startswith(f"{database} is incomplete: ") and "\n" not in message
     assert "Move this file away" in message and "`python jobs/sync.py RUN`" in message
 
 

@@ -244,7 +244,7 @@ def test_the_password_is_not_logged_when_the_server_is_down(
     (port,) = servers.free_ports(1)
     caplog.set_level(logging.DEBUG)
     uploader = Uploader(address_at(f"http://me:s3cret@{servers.LOOPBACK}:{port}"), {}, buffer)
-    wait_for(lambda: "is not taking data" in caplog.text)
+    wait_for(lambda: "is not accepting data" in caplog.text)
     uploader.close("FINISHED", timeout_s=1)
     assert f"http://{servers.LOOPBACK}:{port}" in caplog.text
     assert "s3cret" not in caplog.text + "".join(capfd.readouterr())

@@ -124,7 +124,7 @@ def test_a_run_writes_its_description(address: Address, spool: Location) -> None
     assert description(run).split("\n\n") == [
         "**digits**, schedule.kind=linear: predicts eps, linear schedule of 500 steps.",
         "Stopped at 64 of 144,000 images; bits/dim 4.2500 ± 0.5000.",
-        "Go on: `python jobs/train.py digits --run.name a`",
+        "Resume: `python jobs/train.py digits --run.name a`",
         "Sample: `python jobs/sample.py s3://bucket/runs/a --out samples`",
         "*Written by the run; another text in its place stays.*",
     ]

@@ -160,8 +160,8 @@ def test_a_server_that_is_down_blocks_nothing_and_loses_nothing(
     assert names_in(buffer) == ["000000000064.zip", "000000000128.zip"]
     lines = warnings_of(caplog)
     assert len(lines) == 2, lines
-    assert f"MLflow at {absent_server} is not taking data" in lines[0]
-    assert f"MLflow at {absent_server} did not take everything (6 records left)" in lines[1]
+    assert f"MLflow at {absent_server} is not accepting data" in lines[0]
+    assert f"MLflow at {absent_server} did not accept everything (6 records left)" in lines[1]
 
 
 def test_a_server_that_hangs_blocks_nothing_and_loses_nothing(hanging_server: str, buffer: Location) -> None:
@@ -223,9 +223,11 @@ def test_a_server_that_starts_late_gets_everything(
         done = uploader.close("FINISHED")
         assert (done.undelivered, done.ended) == (0, True)
         assert_delivered_once(address, 32, 64)
-    waits = f"waiting for MLflow at {server.uri} to take the rest"  # logged only if the server starts slowly
+    waits = (
+        f"waiting for MLflow at {server.uri} to accept the rest"  # logged only if the server starts slowly
+    )
     (outage,) = (line for line in warnings_of(caplog) if line != waits)
-    assert f"MLflow at {server.uri} is not taking data" in outage
+    assert f"MLflow at {server.uri} is not accepting data" in outage
 
 
 @pytest.mark.slow
@@ -276,7 +278,7 @@ def test_a_record_that_always_fails_does_not_block_the_others(
     assert points(address, "sound") == [*((step, float(step)) for step in range(1, 33)), (64, 2.0)]
     assert [step for step, _ in points(address)] == [32, 64, 96, 128]
     assert image_counts(address) == {(step, kind): 1 for step in (32, 96, 128) for kind in ("png", "webp")}
-    assert any(f"MLflow does not take all of {kept.uri}" in line for line in warnings_of(caplog))
+    assert any(f"MLflow does not accept all of {kept.uri}" in line for line in warnings_of(caplog))
 
     proxy.fails = lambda *request: None
     done = deliver(address, buffer, 128)
@@ -309,7 +311,9 @@ def test_a_server_that_rejects_the_run_stops_tracking_with_an_error(
     put(buffer, 64, 64)
     done = deliver(address_at(proxy.uri), buffer, 64)
     assert done == Delivery(None, None, 2, False)
-    assert f"training goes on, records stay in {buffer.uri}: RestException: UNAUTHENTICATED" in caplog.text
+    assert (
+        f"training continues, records are kept in {buffer.uri}: RestException: UNAUTHENTICATED" in caplog.text
+    )
     assert names_in(buffer) == ["000000000064.zip"]
 
 

@@ -72,7 +72,7 @@ def test_a_missing_file_is_detected(folder: Path) -> None:
 
 def test_a_folder_without_checksums_is_not_a_checkpoint(folder: Path) -> None:
     (folder / "checksums.json").unlink()
-    with pytest.raises(UserError, match="is no checkpoint"):
+    with pytest.raises(UserError, match="is not a checkpoint"):
         checkpoint.load_net(folder, CPU)
 
 
@@ -212,7 +212,7 @@ MOMENT = "conv_in.weight.exp_avg"
         (with_tensor(MOMENT, lambda t: t * torch.nan), f"{MOMENT} holds numbers that are not finite"),
         (
             with_tensor(MOMENT, lambda t: t.double()),
-            f"{MOMENT} is of torch.float64; it must be of torch.float32",
+            f"{MOMENT} has dtype torch.float64; it must be torch.float32",
         ),
         (with_tensor(f"{MOMENT}_sq", lambda t: t - 1), f"{MOMENT}_sq holds -1.0; it must be at least 0.0"),
         (with_tensor("conv_in.weight.step", lambda t: t * 0), "step holds 0.0; it must be at least 1.0"),
@@ -234,7 +234,7 @@ def test_optimizer_state_with_wrong_content_is_rejected(
         (lambda t: t * torch.nan, "holds numbers that are not finite"),
         (lambda t: t / 0, "holds numbers that are not finite"),
         (lambda t: t[:1], r"is \(1, 1, 3, 3\), the net has \(8, 1, 3, 3\)"),
-        (lambda t: t.half(), "is of torch.float16; it must be of torch.float32"),
+        (lambda t: t.half(), "has dtype torch.float16; it must be torch.float32"),
     ],
     ids=["nan", "infinite", "that broadcast", "of half precision"],
 )

@@ -52,9 +52,8 @@ def test_killed_processes_and_changed_clocks(run: Run, undisturbed: Run, tmp_pat
         clock.write_text("0")
         assert job.wait() == 0, job.output
     assert "Traceback" not in job.output
-    assert (
-        job.output.count("failed; going on") == 3
-    )  # including the warnings that a new RunState actor receives again
+    # Including the warnings that a new RunState actor receives again.
+    assert job.output.count("failed; resuming") == 3
     assert_same(run, undisturbed)
     assert_tracked_once(run)
     assert all(0.3 < goodput < 1 for _, goodput in metric(run, "train/goodput"))  # at most one step is lost
@@ -107,7 +106,7 @@ def test_a_stopped_run_resumes_and_skips_a_damaged_checkpoint(run: Run, undistur
     flip_bit(newest / "ema.safetensors")
     with run.start() as job:
         assert job.wait() == 0, job.output
-    assert f"{newest.name} is passed over for the one before" in job.output
+    assert f"{newest.name} is not valid, so the one before it is tried" in job.output
     assert f"{newest.name}/ema.safetensors is damaged" in job.output
     assert not incomplete.exists()
     assert_same(run, undisturbed)

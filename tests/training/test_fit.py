@@ -164,7 +164,7 @@ def test_non_finite_steps_are_skipped_on_all_ranks(
 
     done = recording_job("one", *flags, "1", bad=bad)
     assert_user_error(
-        done, "step 5 (160 images): the loss or the gradient is not finite; stopped after 1 that were", 1
+        done, "step 5 (160 images): the loss or the gradient is not finite; stopped after skipping 1 such", 1
     )
     assert newest(tmp_path, "one").name == "checkpoint-000000000128"
     assert all(torch.isfinite(tensor).all() for tensor in weights(newest(tmp_path, "one")).values())
@@ -237,7 +237,10 @@ def test_ctrl_c_before_the_first_step_exits_at_once(digits_uri: str, tmp_path: P
         job.wait_for(lambda: job.members("ray::TrainController"))
         job.process.send_signal(signal.SIGINT)
         assert job.wait() == 128 + signal.SIGINT, job.output
-    assert "stopped     at 0 images; the same command, with --run.name early, begins anew" in job.output
+    assert (
+        "stopped     at 0 images; run the same command again with --run.name early to start over"
+        in job.output
+    )
     assert "records" not in job.output and "latest.png" not in job.output, job.output
     assert [path.name for path in (tmp_path / "runs/early").iterdir()] == ["run.json"]
 

@@ -65,7 +65,7 @@ def test_a_preempted_node_and_two_lost_nodes(
             job.wait_for(lambda: any(processes.members(pid, WATCHER) for pid in pids))
             head.drain(second.node_id, within_s=60)
             time.sleep(1)  # time for the watcher to poll
-        job.wait_for(lambda: "going on elsewhere" in job.output)
+        job.wait_for(lambda: "continuing on other nodes" in job.output)
         job.wait_for(run.past(run.position()))
         assert "failed" not in job.output
         moved_at = run.position()

@@ -93,7 +93,7 @@ def test_a_report_that_cannot_be_logged_does_not_stop_training(
         report(callback, unfit)
     callback.after_report(None, [], None)
     (warning,) = caplog.messages
-    assert warning == "a report needs its step as 'step' to be logged to MLflow: KeyError('step')"
+    assert warning == "a report is logged to MLflow only if it has its step as 'step': KeyError('step')"
     values = {"text": "best", "nested": {"loss": 1.0}, "nan": float("nan"), "is_best": True}
     report(callback, {"step": 1} | values)
     wait_for(lambda: logged_points(mlflow_server, "nan") and not names_in(spool))
