@@ -15,6 +15,9 @@ from support import guarded, processes, servers
 if TYPE_CHECKING:
     from support import faulted
 
+    from ddpm.config import Config
+    from ddpm.data.reading import DataSet
+
 CHROMIUM = Path("/usr/bin/chromium")
 CHROMIUM_FLAGS = [
     "--no-sandbox",
@@ -161,6 +164,46 @@ def digits_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     from support import faulted
 
     return faulted.write_digits(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture
+def tiny(digits_uri: str) -> "Config":
+    """A config with a few thousand weights, 8 steps of 32 images in 4 micro-batches."""
+    import torch
+
+    from ddpm.config import override
+    from ddpm.presets import DIGITS
+
+    torch.set_num_threads(1)
+    return override(
+        DIGITS,
+        {
+            "data.shards": digits_uri,
+            "data.window_rows": 200,
+            "schedule.num_timesteps": 50,
+            "model.base_width": 8,
+            "model.width_multipliers": [1, 2],
+            "model.norm_groups": 4,
+            "optim.lr": 2e-3,
+            "optim.lr_warmup_images": 64,
+            "train.total_images": 256,
+            "train.batch_size": 32,
+            "train.micro_batch_size": 8,
+            "train.log_every_images": 64,
+            "train.checkpoint_every_images": 128,
+            "train.sample_every_images": 128,
+            "train.held_out_images": 40,
+            "sample.num_images": 4,
+            "sample.num_sample_steps": 5,
+        },
+    )
+
+
+@pytest.fixture
+def train_set(tiny: "Config") -> "DataSet":
+    from ddpm.data.ray_dataset import open_configured
+
+    return open_configured(tiny)
 
 
 @pytest.fixture(scope="session")

@@ -200,7 +200,7 @@ class Segment(Target):
         buffer.metrics({"train/loss": 0.5}, 1)
         buffer.image("samples", images(1)[0], 1)
         buffer.artifact("pictures/strip.txt", b"strip")
-        self.seeds = [buffer.consume() or b""]
+        self.seeds = [buffer.take() or b""]
 
     def consume(self, data: bytes) -> None:
         metrics_buffer.read(data, "segment")

@@ -1,8 +1,8 @@
 """External files are read correctly or rejected with one line, and cannot run code, write files or fill memory.
 
 Details of each kind of file are tested beside its reader (tests/data/test_shards.py, tests/data/test_image_folder.py,
-tests/training/test_checkpoint.py, tests/test_config.py, tests/tracking/test_metrics_buffer.py); here they are altered
-at random, and claim too much memory. tests/fuzz.py does the same for any length of time.
+tests/checkpoints/test_checkpoint.py, tests/test_config.py, tests/tracking/test_metrics_buffer.py); here they are
+altered at random, and claim too much memory. tests/fuzz.py does the same for any length of time.
 """
 
 import io

@@ -2,7 +2,7 @@
 
 Images are sampled in pieces, [k batch_size, (k + 1) batch_size) cut off at the last image. Pieces do not depend on the
 workers, their number, or the images that exist. Image i is a function of the seed and i to a grey level in any batch
-(tests/training/test_generation.py); in the same piece, on one kind of CPU, to the last bit.
+(tests/sampling/test_generate.py); in the same piece, on one kind of CPU, to the last bit.
 """
 
 import hashlib

@@ -190,8 +190,8 @@ def latest_valid(run: Location, timeout_s: float, warn: Callable[[str], None]) -
             return
     if found:
         raise UserError(
-            f"every checkpoint of {run.uri} is damaged, so the run cannot be resumed; repair one, or use "
-            "another --run.name"
+            f"every checkpoint of {run.uri} is damaged, so the run cannot be resumed; restore one from a backup, or "
+            "use another --run.name"
         )
     yield None
 

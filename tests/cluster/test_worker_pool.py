@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import chores
-from support.chores import Adder
+from support import pool_functions
+from support.pool_functions import Adder
 
 from ddpm.cluster.worker_pool import WorkerPool, WorkersDied
 from ddpm.utils.errors import UserError
@@ -29,7 +29,7 @@ def test_every_piece_is_run_once(num_workers: int | None) -> None:
 def test_a_piece_is_run_by_one_thread(num_workers: int | None) -> None:
     before = torch.get_num_threads()
     with WorkerPool(MAKE, num_workers) as pool:
-        done = [result for _, result in pool.map(chores.worker_info, range(6))]
+        done = [result for _, result in pool.map(pool_functions.worker_info, range(6))]
     assert {(threads, device) for _, threads, device in done} == {(1, "cpu")}
     assert len({process for process, _, _ in done}) == (num_workers or 1)
     assert torch.get_num_threads() == before
@@ -39,10 +39,10 @@ def test_a_piece_is_run_by_one_thread(num_workers: int | None) -> None:
 def test_a_user_error_is_raised_unchanged(num_workers: int | None) -> None:
     with WorkerPool(MAKE, num_workers) as pool:
         with pytest.raises(UserError, match=r"^piece is 3; it must not be 3$"):
-            list(pool.map(chores.refuse, range(10)))
+            list(pool.map(pool_functions.refuse, range(10)))
         assert len(list(pool.map(Adder.add, range(10)))) == 10  # the pool still works
     with (
-        WorkerPool(chores.fail_to_make, num_workers) as pool,
+        WorkerPool(pool_functions.fail_to_make, num_workers) as pool,
         pytest.raises(UserError, match=r"^nothing can be made of this$"),
     ):
         list(pool.map(Adder.add, range(10)))
@@ -52,17 +52,19 @@ def test_a_user_error_is_raised_unchanged(num_workers: int | None) -> None:
 
 def test_abandoning_the_results_waits_for_nothing() -> None:
     with WorkerPool(MAKE) as pool:
-        results = pool.map(chores.run_slowly, range(100))
+        results = pool.map(pool_functions.run_slowly, range(100))
         next(results)
         results.close()  # the running pieces would take minutes
 
 
 def test_a_killed_worker_loses_no_piece(tmp_path: Path) -> None:
     with WorkerPool(MAKE, 2) as pool:
-        assert dict(pool.map(partial(chores.die_once, tmp_path), range(8))) == {i: 100 + i for i in range(8)}
+        assert dict(pool.map(partial(pool_functions.die_once, tmp_path), range(8))) == {
+            i: 100 + i for i in range(8)
+        }
         assert (tmp_path / "died").exists()
         with pytest.raises(WorkersDied, match="3 workers died on the same piece, 1"):
-            list(pool.map(chores.die, [1]))
+            list(pool.map(pool_functions.die, [1]))
 
 
 def test_the_pool_does_not_wait_for_workers_that_cannot_be_placed() -> None:

@@ -26,7 +26,7 @@ def train_digits(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
 
 
 @pytest.fixture(scope="session")
-def test_digits(train_digits: DataSet) -> DataSet:
+def held_out_digits(train_digits: DataSet) -> DataSet:
     held_out = train_digits.held_out()
     assert held_out is not None
     return held_out

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.judged import CONFIG, POSITIONS, make_data, make_run
+from support.evaluated import CONFIG, POSITIONS, make_data, make_run
 
 from ddpm.build import build_objective
 from ddpm.checkpoints import runs

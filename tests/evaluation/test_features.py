@@ -75,8 +75,8 @@ def test_the_digest_depends_on_weights_names_and_recipe() -> None:
     assert digest_of(a) == digest_of(dict(reversed(a.items())))
 
 
-def test_the_classifier_classifies(digits_classifier: Classifier, test_digits: DataSet) -> None:
-    held_out = test_digits.read(test_digits.plan(0, 1000), 0, 90)
+def test_the_classifier_classifies(digits_classifier: Classifier, held_out_digits: DataSet) -> None:
+    held_out = held_out_digits.read(held_out_digits.plan(0, 1000), 0, 90)
     guess = digits_classifier.net(to_model(torch.from_numpy(held_out.image))).argmax(1).numpy()
     assert (guess == held_out.label).mean() > 0.95
     found = digits_classifier.features(torch.from_numpy(held_out.image))
@@ -113,19 +113,19 @@ def test_feature_nets_are_built_by_name(train_digits: DataSet, cache: Cache) -> 
         nets.build("vgg", train_digits, cache)  # type: ignore[arg-type]
 
 
-def test_features_of_real_images_are_computed_once(test_digits: DataSet, cache: Cache) -> None:
+def test_features_of_real_images_are_computed_once(held_out_digits: DataSet, cache: Cache) -> None:
     net, computed = Pixels((8, 8, 1)), []
-    found = real_features(test_digits, net, cache, 50, torch.device("cpu"), computed.append)
+    found = real_features(held_out_digits, net, cache, 50, torch.device("cpu"), computed.append)
     assert len(found) == 50 and computed == [50]
-    again = real_features(test_digits, net, cache, 50, torch.device("cpu"), computed.append)
+    again = real_features(held_out_digits, net, cache, 50, torch.device("cpu"), computed.append)
     assert computed == [50]
     np.testing.assert_array_equal(found, again)
-    everything = real_features(test_digits, net, cache, 1000, torch.device("cpu"), computed.append)
+    everything = real_features(held_out_digits, net, cache, 1000, torch.device("cpu"), computed.append)
     assert len(everything) == 297 and computed == [50, 297]
     np.testing.assert_array_equal(found, everything[:50])
     other = Pixels((8, 8, 1))
     other.digest = "0" * 64
-    real_features(test_digits, other, cache, 50, torch.device("cpu"), computed.append)
+    real_features(held_out_digits, other, cache, 50, torch.device("cpu"), computed.append)
     assert computed == [50, 297, 50]
 
 

@@ -160,10 +160,10 @@ def test_too_few_images_are_a_one_line_error() -> None:
 
 
 def test_noisy_digits_score_worse(
-    digits_classifier: Classifier, train_digits: DataSet, test_digits: DataSet
+    digits_classifier: Classifier, train_digits: DataSet, held_out_digits: DataSet
 ) -> None:
     """The classifier's KID ranks real, noisy and very noisy digits; real ones score at the floor."""
-    real = torch.from_numpy(test_digits.read(test_digits.plan(0, 1000), 0, 297).image)
+    real = torch.from_numpy(held_out_digits.read(held_out_digits.plan(0, 1000), 0, 297).image)
     other = torch.from_numpy(train_digits.read(train_digits.plan(0, 2000), 0, 1500).image)
     noise = torch.randn(other[750:].shape, generator=torch.Generator().manual_seed(0))
     values = []

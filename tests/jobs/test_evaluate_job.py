@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 from PIL import Image
-from support.judged import POSITIONS, make_data, make_run
+from support.evaluated import POSITIONS, make_data, make_run
 
 from ddpm.checkpoints.runs import Run
 from ddpm.hub import resolve

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.judged import CONFIG, make_data, make_run
+from support.evaluated import CONFIG, make_data, make_run
 
 from ddpm.checkpoints import checkpoint
 from ddpm.config import Config, override

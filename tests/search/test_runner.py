@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support import judged
+from support import evaluated
 
 from ddpm import config
 from ddpm.checkpoints import runs
@@ -33,7 +33,7 @@ RUNGS = [64, 192]
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run with checkpoints."""
     folder = tmp_path_factory.mktemp("trained")
-    return Path(judged.make_run(folder, judged.make_data(folder / "data")).location.path)
+    return Path(evaluated.make_run(folder, evaluated.make_data(folder / "data")).location.path)
 
 
 class FakeTraining:
@@ -42,7 +42,7 @@ class FakeTraining:
     def __init__(self, trained: Path, folder: Path) -> None:
         self._trained = trained
         self.config: Config = config.override(
-            judged.CONFIG,
+            evaluated.CONFIG,
             {"run.storage": str(folder), "data.shards": str(trained.parent / "data")},
         )
         self.data: DataSet = open_configured(self.config)

@@ -415,7 +415,7 @@ def test_uploaders_killed_at_any_point_deliver_everything_exactly_once(
     mlflow_server: str, tmp_path: Path, which: str, written: str
 ) -> None:
     done = processes.run(
-        [sys.executable, "-m", "support.mortal_uploaders", mlflow_server, tmp_path, which, written],
+        [sys.executable, "-m", "support.killed_uploaders", mlflow_server, tmp_path, which, written],
         cwd=tmp_path,
         env=processes.python_path(processes.REPO / "tests"),
     )

@@ -3,7 +3,7 @@
 It is a separate program because a process with threads, such as pytest, cannot fork safely. It prints JSON lines: the
 run key of each run, and how many of its uploaders were killed.
 
-    PYTHONPATH=tests python -m support.mortal_uploaders URI FOLDER {each,all} {same,remade}
+    PYTHONPATH=tests python -m support.killed_uploaders URI FOLDER {each,all} {same,remade}
 
 each: one run for every n: the first uploader is killed after change n, the next one is not killed.
 all: one run whose uploaders are killed after 2, 5, 8, ... changes, until one finishes.
