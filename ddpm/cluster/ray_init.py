@@ -32,8 +32,12 @@ SETTINGS = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     # Workers of a cluster started here have the priority of any other process, not a lower one.
     "RAY_worker_niceness": "0",
+    # Ray prints a warning when there are four times as many processes as may start at once, by default one per CPU. A
+    # search on two cores has that many, most of which do nothing.
+    "RAY_worker_maximum_startup_concurrency": str(max(8, os.cpu_count() or 1)),
 }
-"""Variables of Ray's and the C library's that shorten a crash and a step; what the environment says comes first."""
+"""Variables of Ray's and the C library's that shorten a crash and a step, and spare the user a warning; what the
+environment says comes first."""
 
 API_SERVER, NO_API_SERVER = "RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9"
 """A cluster started here has no dashboard. Ray Train would look for one, find that of another cluster on this machine,
