@@ -7,7 +7,6 @@ trained on the data. The table goes to benchmarks/samplers.md, and the picture, 
 of what was drawn go to the working folder.
 """
 
-import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import partial
@@ -73,19 +72,17 @@ class Arguments:
     num_images: int = 500
 
 
-def draw(candidate: context.Candidate, way: Way, n: int) -> tuple[np.ndarray, float]:
-    """Images uint8 [N, H, W, C], and images/s of all cores."""
+def draw(candidate: context.Candidate, way: Way, n: int) -> np.ndarray:
+    """Images uint8 [N, H, W, C]."""
     sample = replace(candidate.config.sample, sampler=way.sampler, num_sample_steps=way.steps, eta=way.eta)
     request = SampleJob(candidate.net.state_dict(), replace(candidate.config, sample=sample))
     pieces = [range(i, min(i + PIECE_IMAGES, n)) for i in range(0, n, PIECE_IMAGES)]
     done: dict[range, np.ndarray] = {}
     with WorkerPool(partial(SampleWorker, request)) as pool, Display(f"{way.name} {way.steps}", n) as display:
-        began = time.perf_counter()
         for piece, pixels in pool.map(SampleWorker.draw, pieces):
             done[piece] = pixels
             display.update(sum(map(len, done)))
-        took = time.perf_counter() - began
-    return np.concatenate([done[piece] for piece in pieces]), n / took
+    return np.concatenate([done[piece] for piece in pieces])
 
 
 def main() -> None:
@@ -93,45 +90,45 @@ def main() -> None:
     (candidate,) = context.read([arguments.checkpoint])
     settings = context.Settings(num_images=2000, features="classifier", num_train_images=0)
     by = context.choose([candidate], settings)
-    found: dict[Way, tuple[Score, float]] = {}
+    found: dict[Way, Score] = {}
     for way in WAYS:
-        drawn, speed = draw(candidate, way, arguments.num_images)
+        drawn = draw(candidate, way, arguments.num_images)
         features = features_of(by.feature_net, torch.from_numpy(drawn))
         scores = score(by.feature_net.name, features, by.real, by.other_real)
         kid = next(s for s in scores if s.name.startswith("KID"))
-        found[way] = kid, speed
-        said = f"{kid.name} {kid.value:.4f} +- {kid.error:.4f}, {speed:.2f} images/s"
-        print(f"{way.name} {way.steps}: {said}", flush=True)
+        found[way] = kid
+        print(f"{way.name} {way.steps}: {kid.name} {kid.value:.4f} +- {kid.error:.4f}", flush=True)
         grid = Path(f"samplers-{way.sampler}-{way.steps}-eta-{way.eta:g}.png")
         grid.write_bytes(images.png_bytes(images.grid(drawn[:64])))
         print(f"grid        {grid.absolute()}", flush=True)
     write(candidate, found)
 
 
-def write(candidate: context.Candidate, found: dict[Way, tuple[Score, float]]) -> None:
+def write(candidate: context.Candidate, found: dict[Way, Score]) -> None:
     """The table, as Markdown, and the picture."""
-    best, _ = found[BEST]
+    best = found[BEST]
     seen, n = candidate.position["images_seen"], best.n
     how = (
         f"{best.name} of {n} images against {best.n_real} held-out ones of {candidate.config.data.source} (smaller "
         f"is better; real images have {best.floor:.4f} ± {best.floor_error:.4f}), from a net of this project with "
-        f"{parameter_count(candidate.net):,} weights that has seen {seen:,} images; images/s of all cores "
+        f"{parameter_count(candidate.net):,} weights that has seen {seen:,} images "
         f"(`python benchmarks/samplers.py RUN --num-images {n}`). "
         f"{tables.machine()}."
     )
-    names = ["sampler", "steps", best.name, f"from all {ALL} steps of ddpm", "images/s"]
+    names = ["sampler", "steps", best.name, f"from all {ALL} steps of ddpm"]
     rows = []
-    for way, (kid, speed) in found.items():
+    for way, kid in found.items():
         apart, error = kid.value - best.value, (kid.error**2 + best.error**2) ** 0.5
-        cells = [f"{kid.value:.4f} ± {kid.error:.4f}", f"{apart:+.4f} ± {error:.4f}", f"{speed:.2f}"]
-        rows.append([way.name, way.steps, *cells])
+        rows.append(
+            [way.name, way.steps, f"{kid.value:.4f} ± {kid.error:.4f}", f"{apart:+.4f} ± {error:.4f}"]
+        )
     picture = "![KID over steps](samplers.png)"
     tables.write(__file__, "How many steps images need", how, "", *tables.table(names, rows), "", picture)
 
     figure = Figure((5, 3.4), layout="constrained")
     axes = figure.subplots()
     curves = defaultdict(list)
-    for way, (kid, _) in found.items():
+    for way, kid in found.items():
         curves[way.name].append((way.steps, kid.value, kid.error))
     for name, points in curves.items():
         axes.errorbar(*zip(*sorted(points), strict=True), marker="o", capsize=3, label=name)
