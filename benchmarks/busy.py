@@ -45,7 +45,6 @@ ROWS: dict[str, tuple[dict[str, str], list[str]]] = {
 """Environment and flags of each run. GOMP_SPINCOUNT=0 is what passive means."""
 PRESETS = {"digits": ONE_THREAD, "fashion-mnist": TWO_THREADS}
 """How each runs by itself."""
-END = "<!-- by hand from here on -->"
 NEIGHBOURS = (0, 1, 2)
 FIRST_STEP = re.compile(r"^images [1-9]", re.MULTILINE)
 STARTING_S, WARM_UP_S = 2.0, 5.0
@@ -179,7 +178,7 @@ def write(
         f"{tables.machine('ray')}."
     )
     script = __file__ if preset == "digits" else str(Path(__file__).with_stem(f"busy-{preset}"))
-    tables.write(script, "Beside busy neighbours", about, "", *lines, by_hand=END)
+    tables.write(script, "Beside busy neighbours", about, "", *lines)
 
 
 if __name__ == "__main__":

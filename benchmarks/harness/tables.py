@@ -7,6 +7,9 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+BY_HAND = "<!-- by hand from here on -->"
+"""The mark in a result's file below which text was written by hand; that text stays."""
+
 
 def table(names: Sequence[str], rows: Iterable[Iterable[object]]) -> list[str]:
     """The lines of a Markdown table."""
@@ -33,15 +36,10 @@ def processor() -> str:
     return platform.processor()
 
 
-def write(script: str, title: str, *lines: str, by_hand: str | None = None) -> None:
-    """Write a benchmark's result beside it, as Markdown, and print it.
-
-    Args:
-        by_hand: the mark in the file below which text was written by hand; that text stays.
-    """
+def write(script: str, title: str, *lines: str) -> None:
+    """Write a benchmark's result beside it, as Markdown, and print it; what was written by hand below BY_HAND stays."""
     file = Path(script).with_suffix(".md")
     text = "\n".join([f"# {title}", "", *lines]) + "\n"
     print(text)
-    if by_hand is not None:
-        text += f"\n{by_hand}" + (file.read_text().partition(by_hand)[2] if file.exists() else "\n")
-    file.write_text(text)
+    _, mark, by_hand = (file.read_text() if file.exists() else "").partition(BY_HAND)
+    file.write_text(text + (f"\n{mark}{by_hand}" if mark else ""))
