@@ -41,8 +41,8 @@ assert KINDS["schedule.beta_end"] == ("constant", "linear", "scaled_linear") and
 assert nets.build("grey", None, None).features(torch.zeros(3, 8, 8, 1, dtype=torch.uint8)).shape == (3, 4)
 
 import test_tables
-for names, table in test_tables.test_what_can_be_chosen_is_what_can_be_built.pytestmark[0].args[1]:
-    test_tables.test_what_can_be_chosen_is_what_can_be_built(names, table)
+for names, table in test_tables.test_every_choice_can_be_built.pytestmark[0].args[1]:
+    test_tables.test_every_choice_can_be_built(names, table)
 test_tables.test_every_process_has_a_sampler()
 """
 
