@@ -103,7 +103,7 @@ def main() -> None:
     )
     candidates = context.read(arguments.checkpoints, arguments.all_checkpoints)
     found = evaluate.evaluate(candidates, settings, arguments.num_workers)
-    # A file or a pipe has no width of its own.
+    # A file or a pipe has no width.
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(tables.tables(found, console.width))
     for line in (*tables.remarks(found, place.uri), *publish.store(found, place)):

@@ -31,7 +31,7 @@ def main() -> None:
         for name, kind in catalog.sources().items()
     }
     arguments: Any = cli.parse(Union[tuple(kinds.values())], __doc__, "SOURCE", list(kinds))  # noqa: UP007
-    from ddpm.data import prepare  # after parsing: --help and mistakes answer at once
+    from ddpm.data import prepare  # after parsing, so that --help and errors come at once
     from ddpm.storage.locations import resolve
     from ddpm.utils.progress import Display, printable
 

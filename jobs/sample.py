@@ -81,7 +81,7 @@ def main() -> None:
         )
     import torch
 
-    from ddpm.checkpoints import checkpoint, runs  # after parsing: --help and mistakes answer at once
+    from ddpm.checkpoints import checkpoint, runs  # after parsing, so that --help and errors come at once
     from ddpm.hub.resolve import local_checkpoint
     from ddpm.sampling import generate, workers
     from ddpm.storage.locations import resolve

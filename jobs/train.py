@@ -32,7 +32,7 @@ class Arguments:
 def main() -> int:
     arguments: Arguments = cli.parse_preset(Arguments, __doc__)
 
-    from ddpm.data import plan  # after parsing: --help and mistakes answer at once
+    from ddpm.data import plan  # after parsing, so that --help and errors come at once
 
     began = time.monotonic()
     plan.check_batches(arguments.config)
@@ -51,7 +51,7 @@ def main() -> int:
     data_set = ray_dataset.open_configured(config)
     print(f"data        {config.data.shards}  ({data_set.rows.num_rows:,} images to train on)")
     connect()
-    from ddpm.training.fit import fit, summary  # while the first of Ray's processes begin
+    from ddpm.training.fit import fit, summary  # imported while Ray starts
 
     result = fit(config, data_set, verbose=arguments.verbose)
     took = f"done after {time.monotonic() - began:.0f} s"

@@ -15,7 +15,7 @@ from ddpm.search.config import Arguments
 def main() -> int:
     chosen: Arguments = cli.parse_preset(Arguments, __doc__)
 
-    from ddpm.data import plan  # after parsing: --help and mistakes answer at once
+    from ddpm.data import plan  # after parsing, so that --help and errors come at once
 
     plan.check_batches(chosen.config)
 

@@ -24,7 +24,7 @@ LEAVING_S = 5.0
 class Driver(tune.Trainable):
     """The driver of one trial after another, with persistent workers; each call of `step` returns one event.
 
-    The event may belong to the previous trial, whose last result came when its workers were already at the next one.
+    The event may belong to the previous trial: its last result may come when the workers already train the next one.
     The driver needs hardly any CPU; its workers have their own.
     """
 

@@ -2,7 +2,7 @@
 
 All trials of a search are evaluated with the same images, the same noise and the same quantiles of t (common random
 numbers): between two trials only the nets and the schedules differ. The numbers are those of jobs/evaluate.py. Feature
-nets are not imported, which would take the trial's driver seconds.
+nets are not imported: the import would cost the trial's driver seconds.
 """
 
 import json

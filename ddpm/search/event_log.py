@@ -11,11 +11,11 @@ state of ASHA (Ray 2.60).
     {"event": "ended", "trial": 3, "status": "stopped", "reason": "", "wall_s": 70.1, "training_s": 64.2}
     {"event": "drawn", "trial": 3, "name": "KID-classifier", "value": 0.01, "error": 0.002, ...}
 
-wall_s are the seconds in which the trial held a slot, one of --max-concurrent: from its assignment, through the start
-of everything, to the end of training, when the slot is free for the next trial (for a trial that is stopped or fails,
-to the event; until its workers have left, the time is the next trial's). training_s is the part of them from the end
-of its first step to the end of its last step, with pictures and held-out losses. After an interruption both count
-from the trial's last start.
+wall_s: seconds for which the trial held a slot, one of --max-concurrent. They begin when the slot is assigned, include
+all start-up, and end with training, when the slot is free for the next trial. If the trial is stopped or fails, they
+end with that event; the time until its workers have left belongs to the next trial. training_s: the part of wall_s from
+the end of the first step to the end of the last step, pictures and held-out losses included. After an interruption both
+count from the trial's last start.
 
 Only the search's driver writes the log. The file is small and written whole every time.
 """
@@ -210,7 +210,7 @@ class EventLog:
 
 
 def rungs(total_images: int, batch_size: int, reduction_factor: int, num_rungs: int) -> list[int]:
-    """The images seen at which trials are compared: the last is the end, each one before it a factor earlier.
+    """Images seen at which trials are compared: the last is the end, each earlier one 1 / reduction_factor of the next.
 
     Args:
         total_images: length of a trial; rounded up to whole batches, as in training.
@@ -226,7 +226,7 @@ def rungs(total_images: int, batch_size: int, reduction_factor: int, num_rungs: 
 
 
 def best(trials: Sequence[Trial], metric: Metric) -> list[Trial]:
-    """The finished trials, the best first; if there are none, those that came farthest."""
+    """The finished trials, the best first; if there are none, the trials with the most images seen."""
     known = [trial for trial in trials if trial.last and trial.status != "failed"]
     farthest = max((trial.images_seen for trial in known), default=0)
     there = [trial for trial in known if trial.images_seen == farthest]

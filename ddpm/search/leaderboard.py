@@ -38,7 +38,7 @@ from N(m, s^2) come out up to m s sqrt(D alpha_bar_T) too small: at 0.5, for N(0
 The linear schedule of Ho et al. 2020 has 0.05 at 8x8 in grey, 0.35 at 32x32 in colour, 0.70 at 64x64, 2.8 at 256x256.
 """
 OF_A_TRIAL = ("train.checkpoint_every_images", "train.keep_checkpoints")
-"""Settings that a search makes for its own purposes."""
+"""Settings that a search sets itself; best.json leaves them out."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Row:
     leftover: float
     """sqrt(D alpha_bar_T)."""
     by_bits: Rank | None
-    """Rank among the trials that came farthest; None: the trial did not."""
+    """Rank among the trials with the most images seen; None: this trial has fewer, or failed."""
     by_kid: Rank | None
     """Rank among the finalists."""
 

@@ -1,4 +1,4 @@
-"""Plots of a search: settings and their results, likelihood beside sample quality, denoising at equal noise."""
+"""Plots of a search: settings and their results, likelihood against sample quality, denoising at equal noise."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -59,7 +59,7 @@ def parallel(trials: Sequence[Trial], metric: Metric) -> bytes:
 
 
 def scatter(trials: Sequence[Trial]) -> bytes:
-    """Likelihood beside sample quality of the finalists, with intervals of 95 %. A PNG."""
+    """Likelihood against sample quality of the finalists, with intervals of 95 %. A PNG."""
     figure, axes = _figure(4.6, 3.6)
     for i, trial in enumerate(trial for trial in trials if trial.drawn and trial.last):
         assert trial.last is not None

@@ -14,7 +14,7 @@ class OptunaProposer:
     """
 
     def __init__(self, space: Space, seed: int) -> None:
-        import optuna  # takes time, which the other searchers save
+        import optuna  # a slow import, which the other searchers do not need
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         sampler = optuna.samplers.TPESampler(seed=seed)

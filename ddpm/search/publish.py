@@ -49,7 +49,7 @@ def address(events: EventLog, name: str, experiment: str) -> Address:
 
 
 def open_parent(parent: Address, params: Mapping[str, Any], warn: Callable[[str], None]) -> str | None:
-    """The id of the search's MLflow run, which is created if there is none; None: MLflow is away."""
+    """The id of the search's MLflow run, which is created if there is none; None: MLflow is unavailable."""
     run = MlflowRun(parent, params, MLFLOW_TIMEOUT_S)
     try:
         run.open(running=True)
@@ -120,7 +120,7 @@ def curves(found: Sequence[Row], place: Location, held_out: DataSet) -> dict[str
 
 
 def compared(found: Sequence[Row], place: Location) -> bytes | None:
-    """The page that compares the best trials, with the ranks of the leaderboard; None: none has begun.
+    """The page that compares the best trials, with the ranks of the leaderboard; None: no trial has begun.
 
     Raises:
         UserError: a trial's run cannot be read.
@@ -179,7 +179,7 @@ def _settle(trial: Trial, place: Location, parent: Address, parent_run_id: str) 
     uri = place.child(trial.name).uri
     try:
         key = runs.existing_run(uri).key
-    except UserError:  # it never began
+    except UserError:  # the trial never began
         return True
     try:
         kept = uploader.kept(uri, parent.experiment)

@@ -1,6 +1,6 @@
 """One trial of a search, in its driver: `fit`, and the evaluation of its checkpoints at rungs.
 
-Training never waits for the evaluator, and the workers are free for the next trial before the last result is in.
+Training never waits for the evaluator, and the workers are free for the next trial before the last result exists.
 Results are stored in the run's folder, from which another attempt continues.
 """
 
@@ -39,7 +39,7 @@ class Trained:
     """The trial's training is over, and its workers are free."""
 
     training_s: float
-    """As Rung.training_s, for the whole training."""
+    """Rung.training_s of the whole training."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class Spec:
 
 
 News = Rung | Trained | BaseException
-"""An event of a trial: the results at each rung, in order; before the last, that it is trained; or an error."""
+"""An event of a trial: the result at each rung, in order; Trained, before the last of them; or an error."""
 
 
 class TrialRunner:
-    """A trial under way, from threads of its own.
+    """Runs one trial in background threads.
 
     Args:
         config: the config of the trial's run.
@@ -91,12 +91,12 @@ class TrialRunner:
         threading.Thread(target=self._follow, name="ddpm-trial-runner", daemon=True).start()
 
     def leave(self) -> None:
-        """Stop the workers, if they still train, and wait until they are free; no more news come then.
+        """Stop the workers, if they still train, and wait until they are free; no news come after that.
 
-        If the trial is trained, its last result still comes.
+        If the trial's training is over, its last result still comes.
 
         Raises:
-            TimeoutError: they do not leave.
+            TimeoutError: the workers do not leave.
         """
         with self._lock:
             self._wanted = self._trained.is_set()
@@ -114,7 +114,7 @@ class TrialRunner:
         if self._training is not None:
             self._training.join(timeout_s)
 
-    # From here on: the threads.
+    # The methods below run in the threads.
 
     def _follow(self) -> None:
         """Evaluate each rung's checkpoint as soon as it exists; training starts at the first rung without a result."""
@@ -127,7 +127,7 @@ class TrialRunner:
                     return
                 self._on_news(judged.rung(self._training_s))
             self._tidy()
-        except BaseException as error:  # passed on, whatever it is
+        except BaseException as error:  # of any type: for on_news
             if self._wanted:
                 self._on_news(error)
 
@@ -183,7 +183,7 @@ class TrialRunner:
     def _fit(self) -> None:
         try:
             left = self._retry_io(self._run.location.child(PLACE))
-            if left is not None:  # by a killed driver of this trial
+            if left is not None:  # a killed driver of this trial left it
                 resources.free(left.decode())
             fit(
                 self._config,
@@ -195,7 +195,7 @@ class TrialRunner:
                 trained=self._is_trained,
             )
             self._is_trained()  # for a run that was already finished
-        except BaseException as error:  # passed on, whatever it is
+        except BaseException as error:  # of any type: `_check` raises it
             self._error = error
 
     def _is_trained(self) -> None:
@@ -208,7 +208,7 @@ class TrialRunner:
         place, progress = values.get(run_state.PLACE), values.get(run_state.PROGRESS)
         if place is not None and place.id.hex() != self._place:
             self._place = place.id.hex()
-            with contextlib.suppress(OSError):  # training can do without
+            with contextlib.suppress(OSError):  # training does not need it
                 self._run.location.child(PLACE).write(self._place.encode())
         if progress is not None and progress.images_seen != self._images_seen:
             self._images_seen, now = progress.images_seen, time.monotonic()

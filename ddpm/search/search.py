@@ -34,7 +34,7 @@ def _search(chosen: Arguments, search: Setup, lock: DriverLock) -> int:
     ray_init.connect(chosen.verbose)
     config = resources.shared(search.base, chosen.max_concurrent)
     resources.check_storage(config)
-    # From here on the name has its settings: mistakes that another flag corrects have been found before.
+    # This binds the name to its settings, so wrong flags must be found before.
     events = EventLog(search.place, search.settings, search.base.run.storage_timeout_s)
     scoreboard = Scoreboard(events.trials, chosen.num_trials)
     manager = study.manager(chosen, search, events, scoreboard.news)

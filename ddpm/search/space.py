@@ -23,7 +23,7 @@ KINDS = {
 """The kinds of schedule that use a key; all kinds use the other keys."""
 KIND = "schedule.kind"
 NUM_CLASSES = "model.num_classes"
-"""The one key beside FIXED that changes the bounded quantity. The keys of objective. (label_dropout, too) change only
+"""The one key besides FIXED that changes the bounded quantity. The keys of objective. (label_dropout, too) change only
 the net: the bound is computed from x_0_hat for any prediction, and a net with labels is always given the label."""
 FIXED = (
     "data.",
@@ -47,12 +47,12 @@ Ask = Callable[[str, "Domain"], Any]
 
 @dataclass(frozen=True)
 class Choice:
-    """One of some values."""
+    """A choice among values."""
 
     values: tuple[Any, ...]
 
     def at(self, u: float) -> Any:
-        """The value at u in [0, 1); a uniform u gives each value alike."""
+        """The value at u in [0, 1); a uniform u gives every value the same probability."""
         return self.values[min(int(u * len(self.values)), len(self.values) - 1)]
 
     def grid(self, num_points: int) -> tuple[Any, ...]:
@@ -73,7 +73,7 @@ class Range:
     is_int: bool = False
 
     def at(self, u: float) -> float | int:
-        """The value at u in [0, 1], evenly or evenly in the logarithm."""
+        """The value at u in [0, 1], on a linear or a logarithmic scale."""
         low, high = (self.low - 0.5, self.high + 0.5) if self.is_int else (self.low, self.high)
         value = low * (high / low) ** u if self.is_log else low + (high - low) * u
         value = min(max(round(value) if self.is_int else value, self.low), self.high)
@@ -132,7 +132,7 @@ class Space:
         return found
 
     def corners(self) -> Iterator[dict[str, Any]]:
-        """The ends of all domains in all combinations of a schedule's keys; other keys one after the other."""
+        """The ends of all domains: all combinations of a schedule's keys, and every other key alone."""
         for kind in self.kinds:
             keys = [key for key in self._keys_of(kind) if key != KIND]
             of_schedule = [key for key in keys if key.startswith("schedule.")]

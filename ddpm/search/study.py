@@ -1,7 +1,7 @@
 """A search on Ray Tune: trials run, Optuna proposes them, ASHA stops them, and the event log records all.
 
 Tune starts and watches the trials' drivers. The trial manager (trial_manager.py) decides which trials start
-and continue, so a killed search can continue: Tune's own state lies in a temporary folder and is never read back.
+and continue, so a killed search can continue: Tune's own state is in a temporary folder and is never read back.
 """
 
 import logging
@@ -32,7 +32,7 @@ from ddpm.training import run_state
 from ddpm.training.monitor import StopSignals
 
 MAX_DEATHS = 3
-"""A trial's process may die this often and resumes from its checkpoint; then the trial has failed."""
+"""Number of times that a trial's process may die and resume from its checkpoint; one more, and the trial has failed."""
 
 
 class Scheduler(FIFOScheduler):
@@ -64,7 +64,7 @@ class Interruption(StopSignals, tune.Callback):
     def __init__(self, is_lost: Callable[[], bool]) -> None:
         self._is_lost = is_lost
         self.state = run_state.start()
-        """The actor from which trials read it."""
+        """The RunState actor from which trials read the interruption."""
         self._announced = False
 
     @property
@@ -79,7 +79,7 @@ class Interruption(StopSignals, tune.Callback):
         return {}  # Tune pickles its callbacks for a restoration that is never used
 
     def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
-        if self.came:  # at every step: an actor that was started anew knows nothing
+        if self.came:  # at every step, since a restarted actor does not know it
             ray.get(self.state.set.remote(run_state.STOP, "the search is interrupted"))
         if self.came and not self._announced:
             self._announced = True
@@ -173,7 +173,7 @@ def _run(manager: TrialManager, spec: Spec, max_concurrent: int, interruption: I
     # A trial's error is in the event log, in one line.
     level = logging.INFO if spec.verbose else logging.CRITICAL
     logging.getLogger("ray.tune").setLevel(level)
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints a box whatever it is told (2.60)
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output prints a box at any verbosity (2.60)
     driver = tune.with_parameters(Driver, spec=spec)
     with tempfile.TemporaryDirectory(prefix="ddpm-ray-tune-") as folder:
         tuner = tune.Tuner(

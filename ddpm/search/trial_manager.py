@@ -1,6 +1,6 @@
 """The trial manager: proposals and early stops of trials, from an event log that survives the search's driver.
 
-It does not know Ray. The proposer (Optuna) and the stopper (ASHA) are deterministic functions of the events, so
+It does not use Ray. The proposer (Optuna) and the stopper (ASHA) are deterministic functions of the events, so
 replaying the log restores their state.
 """
 
@@ -23,7 +23,7 @@ class Proposer(Protocol):
         """Receive the value of a trial at a rung; lower is better."""
 
     def ended(self, number: int, status: Status, value: float | None) -> None:
-        """Receive the end of a trial and its last value; None: it came to no rung."""
+        """Receive the end of a trial and its last value; None: it reached no rung."""
 
 
 class Stopper(Protocol):
@@ -100,7 +100,7 @@ class TrialManager:
         return number, dict(self._trials[number].changes)
 
     def trained(self, number: int, training_s: float) -> bool:
-        """Note that a trial's training is over; returns whether its slot is for the next trial at once."""
+        """Record the end of a trial's training; returns whether its slot goes to the next trial at once."""
         if self._trials[number].status != "running":
             return False
         self._took.setdefault(number, (time.monotonic() - self._began_at[number], training_s))
@@ -126,7 +126,7 @@ class TrialManager:
         self._end(number, "failed", reason)
 
     def _draw(self) -> bool:
-        """Let another trial wait for a slot; returns whether there was one."""
+        """Add a new trial to those that wait for a slot; returns whether there was one."""
         number = len(self._trials)
         changes = self._proposer.suggest(number) if number < self._num_trials else None
         if changes is None:

@@ -1,1 +1,1 @@
-"""Metrics and pictures on their way to MLflow."""
+"""Delivery of metrics and images to MLflow."""

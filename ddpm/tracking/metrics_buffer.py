@@ -8,7 +8,7 @@ A segment is a zip without compression: `records.jsonl`, one JSON object per lin
     {"kind": "tags", "tags": {"preset": "digits"}}
     {"kind": "data_set", "name": "digits", "digest": "4f0c...", "uri": "/data/digits", "profile": "{...}"}
 
-Segments lie in a run's storage until they are delivered. Every field is checked when they are read back, since storage
+Segments stay in a run's storage until they are delivered. Every field is checked when they are read back, since storage
 is not trusted. A zip's own checksums detect a damaged file.
 """
 
@@ -91,10 +91,10 @@ class DataSetInput:
 
     name: str
     digest: str
-    """A hash of the images, at most 36 characters, as MLflow has it."""
+    """A hash of the images, at most 36 characters, MLflow's limit."""
     uri: str
     profile: str
-    """JSON of what else there is to know of it."""
+    """JSON with further facts of the data set."""
 
 
 Record = Metrics | Picture | Artifact | Tags | DataSetInput
@@ -104,7 +104,7 @@ KINDS: dict[str, type[Record]] = {
 }
 """The records by their kind in records.jsonl, where a line has the fields of its record."""
 BYTES: dict[type[Record], str] = {Picture: "png", Artifact: "data"}
-"""The field that is a file in the zip; the line has its name, `file`."""
+"""The field that is stored as a file in the zip; the record's line has the file's name as `file`."""
 
 
 class MetricsBuffer:
@@ -173,7 +173,7 @@ def parse_name(name: str) -> tuple[int, bool] | None:
 
 
 def pack(records: list[Record]) -> bytes:
-    """`records` as a segment; the same bytes every time."""
+    """Pack `records` into a segment; equal records give equal bytes."""
     lines, file = [], io.BytesIO()
     kinds = {record: name for name, record in KINDS.items()}
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:

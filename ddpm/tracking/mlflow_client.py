@@ -1,4 +1,4 @@
-"""The way into MLflow: which server or file, and a SQLite database that is created whole or not at all."""
+"""Connection to MLflow: the server or file, and a SQLite database that is created completely or not at all."""
 
 import logging
 import os
@@ -19,7 +19,7 @@ HALF_MADE = re.compile(r"already exists|duplicate column|no such (table|column|i
 
 
 class Lost(Exception):
-    """MLflow refuses this run as a whole, or it was deleted there."""
+    """MLflow refuses the whole run, or the run was deleted there."""
 
 
 def tracking_uri() -> str:
@@ -38,10 +38,10 @@ def connect(uri: str) -> Any:
         An MlflowClient.
 
     Raises:
-        Lost: the database is half made.
-        Exception: what MLflow raises.
+        Lost: the database is incomplete.
+        Exception: any other error of MLflow.
     """
-    # One quick attempt per call: `retry.Caller` retries, and has a deadline. An address may hold a password.
+    # One quick attempt per call: `retry.Caller` retries, and has a deadline. URLs may hold a password.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -85,10 +85,10 @@ def _create_database(database: Path) -> None:
         MlflowClient(f"{SQLITE}{new}")
         with suppress(FileExistsError):  # another process was faster, and may have written to its file
             os.link(new, database)
-    except OSError as error:  # no hard links, or no right to write: MLflow does it its way, or says why not
+    except OSError as error:  # no hard links, or no permission: MLflow creates it, or raises
         logger.info("%s is not created in a temporary file: %s", database, error)
     else:
-        files.sweep(database.parent)  # what is left of processes that were killed
+        files.sweep(database.parent)  # leftovers of killed processes
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -4,12 +4,12 @@ A run is found by its run key, a tag, also after restarts. Records that were sen
 
 - A metric sent again is the same point, since it keeps its time: MLflow holds each key, step, time and value once.
 - A picture sent again has the same file name, and so does an artifact.
-- A run that went back measures again, at other times. So the tag `ddpm.sent_until`, set before anything is sent, says
-  how far records go; records up to there are skipped if MLflow has their key and step.
+- A run resumed from an earlier checkpoint measures again, at other times. The tag `ddpm.sent_until`, set before records
+  are sent, holds their largest images_seen; records up to there are skipped if MLflow has their key and step.
 
-Values measured beside training (`add`) do not change that tag; a value that MLflow already has is skipped.
+Values measured outside training (`add`) do not change that tag; a value that MLflow already has is skipped.
 
-Threads and storage are the matter of `ddpm.tracking.uploader`.
+`ddpm.tracking.uploader` handles threads and storage.
 """
 
 import io
@@ -56,7 +56,7 @@ class Address:
     parent_run_id: str | None = None
     """The parent run in MLflow."""
     source: str = "jobs/train.py"
-    """The program that makes it."""
+    """The program that starts the run."""
 
 
 def experiment_id(
@@ -88,13 +88,13 @@ class MlflowRun:
         params: the flat config; logged once.
         patience_s: seconds without a successful call after which time is up.
 
-    Methods raise OutOfTime where MLflow did not answer in time, and Lost where it refuses the run, or has deleted it.
+    Methods raise OutOfTime if MLflow did not answer in time, and Lost if it refuses the run or the run was deleted.
     """
 
     def __init__(self, address: Address, params: Mapping[str, Any], patience_s: float = math.inf) -> None:
         self._address, self._params = address, params
         self.call = Caller(address.uri, self._answers, patience_s)
-        """Makes every call; its deadline is the run's."""
+        """Makes all calls to MLflow, and holds their deadline."""
         self.run_id: str | None = None
         self.experiment_id: str | None = None
         self._client: Any = None
@@ -116,7 +116,7 @@ class MlflowRun:
         return bool(self._surely(self._look_for))
 
     def send(self, records: Sequence[Record]) -> bool:
-        """Deliver one segment. Records that MLflow refuses for good are skipped, with a warning.
+        """Deliver one segment. Records that MLflow will never accept are skipped, with a warning.
 
         Returns:
             Whether all is delivered. If not, `call.trouble` gives the reason: send the whole segment again later.
@@ -124,7 +124,7 @@ class MlflowRun:
         return self._deliver(records, self._look_up)
 
     def add(self, records: Sequence[Record]) -> bool:
-        """Deliver values measured beside training, as `send` does, but without changing `ddpm.sent_until`.
+        """Deliver values measured outside training, as `send` does, but without changing `ddpm.sent_until`.
 
         A metric is skipped if MLflow's newest value of it at that step is the same.
         """
@@ -245,7 +245,7 @@ class MlflowRun:
         self._sent_until = max(until, self._sent_until)
 
     def _send_points(self, points: list[Any], attempts: int = ATTEMPTS) -> bool:
-        """Send points; on a refusal halves are tried, and their halves, so that one bad point does not stop others."""
+        """Send points; if they are refused, try halves, recursively, so that one bad point does not stop the others."""
         if len(points) == 1:
             what = f"metric {points[0].key} at {points[0].step}"
             return self._hand_over(what, self._log_points, points, attempts=attempts)
@@ -305,14 +305,14 @@ class MlflowRun:
         try:
             return self.call.takes(call, *args, attempts=attempts)
         except Refused as error:
-            # MLflow refuses everything for a deleted run; nothing is wrong with the records then.
+            # MLflow refuses all records of a deleted run, however valid.
             if self._surely(self._client.get_run, self.run_id).info.lifecycle_stage != "active":
                 raise Lost(f"run {self.run_id} was deleted in MLflow") from None
             logger.warning("MLflow refuses %s, which is skipped: %s", what, error)
             return True
 
     def _surely(self, call: Any, *args: Any) -> Any:
-        """call(*args); if it fails for good the run is Lost."""
+        """The result of call(*args); raises Lost after a permanent failure."""
         try:
             return self.call(call, *args)
         except (OutOfTime, Lost):

@@ -1,4 +1,4 @@
-"""Contents of MLflow's pages of an experiment and a run, beside records: kind, view, params, tags, description."""
+"""Contents of MLflow's pages of an experiment and a run, besides records: kind, view, params, tags, description."""
 
 import functools
 import json
@@ -18,11 +18,11 @@ from ddpm.diffusion.objectives import PROCESSES
 from ddpm.diffusion.schedules import SCHEDULES
 
 KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
-"""Tag of an experiment that says what it is of: model training. No constant of MLflow's names it, and the pages of
-3.17 go by a switch that each browser remembers, or by WORKFLOW in a link."""
+"""Tag of an experiment with its kind, model training. MLflow has no constant for it, and the pages of 3.17 follow a
+switch that each browser remembers, or WORKFLOW in a link."""
 WORKFLOW = "workflowType=machine_learning"
 VIEW_TAG = "mlflow.sharedViewState.ddpm"
-"""Tag of a saved view of the experiment's runs, as MLflow's pages keep one (3.17)."""
+"""Tag of a saved view of the experiment's runs, as MLflow's pages store it (3.17)."""
 NOTE_TAG = "mlflow.note.content"
 NOTE_END = "\n\n*Written by the run; another text in its place stays.*"
 GRID, LAST_GRID = "samples.png", "samples_last"
@@ -38,7 +38,7 @@ STATUS = {"RUNNING": "Running", "FINISHED": "Finished", "KILLED": "Stopped", "FA
 
 
 def params(config: Config) -> dict[str, Any]:
-    """The flat config without what has no effect on the images of this run, and without what is None."""
+    """The flat config without None, and without keys that have no effect on the images of this run."""
     objective, has_labels = config.objective, config.model.num_classes > 0
     uses_time = PROCESSES[objective.process].uses_time
     sample = resolve_sample(config.sample, objective)
@@ -66,7 +66,7 @@ def params(config: Config) -> dict[str, Any]:
 
 
 def nearest_preset(config: Config) -> tuple[str, dict[str, Any]]:
-    """The preset with the fewest differences from `config`, and these, but not the place of the data."""
+    """The preset with the fewest differences from `config`, and these differences, without data.shards."""
     flat = params(config)
     changes = {
         name: {key: value for key, value in flat.items() if key != "data.shards" and value != known.get(key)}
@@ -76,7 +76,7 @@ def nearest_preset(config: Config) -> tuple[str, dict[str, Any]]:
 
 
 def tags(config: Config, command: str | None) -> dict[str, str]:
-    """Tags of a run that begins: preset, what differs from it, versions, and the command that goes on with it."""
+    """Tags of a new run: preset, differences from it, versions, and the command that resumes the run."""
     name, changes = nearest_preset(config)
     changed = ", ".join(f"{key}={value}" for key, value in changes.items()) or "nothing"
     made = {"preset": name, "changed": changed, **_versions()}
@@ -85,7 +85,7 @@ def tags(config: Config, command: str | None) -> dict[str, str]:
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    """Versions of the packages, and git's commit where this file is one of its."""
+    """Versions of the packages, and the git commit if git tracks this file."""
     found = {}
     for package, name in (("ddpm-on-ray", "ddpm"), ("torch", "torch"), ("ray", "ray")):
         with suppress(PackageNotFoundError):
@@ -101,10 +101,10 @@ def _versions() -> dict[str, str]:
 
 
 def experiment_tags(source: str, first_grid: int = 0) -> dict[str, str]:
-    """Tags of an experiment with runs of the program `source`: its kind, and for ours a view of the runs.
+    """Tags of an experiment with runs of the program `source`: its kind, and for our programs a view of the runs.
 
     Args:
-        first_grid: images seen when a run draws its first grid, which the view then shows of every run.
+        first_grid: images seen at a run's first grid, which the view shows for every run.
     """
     if source not in OURS:
         return {KIND_TAG: KIND}
@@ -149,7 +149,7 @@ def description(run: Any) -> str | None:
 
 
 def _scores(metrics: Mapping[str, float]) -> list[str]:
-    """Bits/dim and KID with their errors; those of an evaluation win over those of training."""
+    """Bits/dim and KID with their errors; those of an evaluation replace those of training."""
     bits = [name for name in ("eval/bits_per_dim", "held_out/bits_per_dim") if name in metrics][:1]
     kid = [name for name in sorted(metrics) if re.fullmatch(r"eval/KID-\w+", name)]
     found = []

@@ -1,4 +1,4 @@
-"""Retries of calls to an MLflow server that may be away, hang, or refuse a record, until time is up."""
+"""Retries of calls to an MLflow server that may be unavailable, hang, or refuse a record, until time is up."""
 
 import logging
 import math
@@ -25,7 +25,7 @@ class OutOfTime(Exception):
 
 
 class Refused(ValueError):
-    """A record that MLflow refuses for good."""
+    """A record that MLflow will never accept."""
 
 
 class Caller:
@@ -45,7 +45,7 @@ class Caller:
         self._warned = False
 
     def limit(self, timeout_s: float, patience_s: float) -> None:
-        """Time is up `timeout_s` from now, or after `patience_s` without a successful call."""
+        """Set when time is up: `timeout_s` from now, or after `patience_s` without a successful call."""
         self._worked_at = time.monotonic()
         self._deadline, self._patience_s = self._worked_at + timeout_s, patience_s
 
@@ -59,7 +59,7 @@ class Caller:
             raise OutOfTime
 
     def __call__(self, call: Callable[..., Any], *args: Any, attempts: int = ATTEMPTS) -> Any:
-        """call(*args), until it works, is useless to repeat, or failed `attempts` times at a server that answers.
+        """Retry call(*args) until it works, is useless to repeat, or failed `attempts` times at a server that answers.
 
         Raises:
             OutOfTime: time is up.
@@ -143,5 +143,5 @@ def _is_refusal(error: BaseException) -> bool:
 
 
 def _http_status(error: BaseException, otherwise: int) -> int:
-    """Files travel by plain HTTP, whose errors (OSErrors of requests) carry the answer."""
+    """The HTTP status in the error of a file transfer (an OSError of requests holds the response)."""
     return getattr(getattr(error, "response", None), "status_code", otherwise)

@@ -27,7 +27,7 @@ class RunReader:
     """The runs in MLflow at `uri`.
 
     Args:
-        timeout_s: seconds without a successful call after which MLflow is given up, then and for all later calls.
+        timeout_s: seconds without a successful call after which this call and all later ones fail.
     """
 
     def __init__(self, uri: str, timeout_s: float) -> None:
@@ -62,7 +62,7 @@ class RunReader:
             raise Unreadable(f"MLflow at {self.where} cannot be read: {why}") from None
 
     def _is_there(self) -> bool:
-        """Whether there is anything to read; then it is connected to."""
+        """Whether there is anything to read; if so, connect to it."""
         database = database_file(self._uri)
         if database is not None and not database.exists():
             return False
@@ -72,7 +72,7 @@ class RunReader:
 
 
 class RecordedRun:
-    """A run as MLflow has it."""
+    """A run as recorded in MLflow."""
 
     def __init__(self, reader: RunReader, run: Any) -> None:
         self._reader = reader

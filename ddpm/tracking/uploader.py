@@ -1,4 +1,4 @@
-"""From a run's storage to MLflow: segments are delivered once they are final, then deleted.
+"""Delivery of a run's segments from storage to MLflow: once they are final they are sent, then deleted.
 
 MLflow may be away for any time: nothing is lost, training is not affected, and `jobs/sync.py` delivers later what a
 run could not deliver before it ended.
@@ -33,11 +33,11 @@ COUNT_TIMEOUT_S = 10.0
 MIN_BEGIN_S = 5.0
 """Importing MLflow takes about this long."""
 GRACE_S = 0.3
-"""Longer than the 0.1 s between two looks of the waiting thread at its deadline."""
+"""Longer than the 0.1 s between two checks of the deadline by the waiting thread."""
 DELIVERY_TIMEOUT_S = 300.0
 """Time-out of `close`."""
 SILENCE_S = 10.0
-"""Seconds after which `close` says that it waits."""
+"""Seconds after which `close` logs that it waits."""
 
 
 class NotDelivered(UserError):
@@ -53,13 +53,13 @@ class Delivery:
     run_id: str | None
     experiment_id: str | None
     undelivered: int
-    """Smallest number of records that are still in the run's storage."""
+    """Lower bound on the number of records that are still in the run's storage."""
     ended: bool
     """Whether MLflow has the final status of the run."""
 
 
 class Uploader:
-    """Delivers a run's segments while it trains, from a thread of its own. No method raises; only `close` waits.
+    """Delivers a run's segments while it trains, in a background thread. No method raises; only `close` waits.
 
     Args:
         params: the flat config; logged once.
@@ -93,16 +93,16 @@ class Uploader:
 
     @property
     def waiting(self) -> int:
-        """About how many segments MLflow has not taken: those that were found last, and what was announced since."""
+        """Approximate number of undelivered segments: those found last, and those announced since."""
         return self._carrier.waiting + self._announced
 
     def close(self, status: str, timeout_s: float = DELIVERY_TIMEOUT_S, patience_s: float = 30.0) -> Delivery:
         """Deliver the rest, and end the MLflow run: FINISHED, FAILED or KILLED. `jobs/sync.py` delivers what is left.
 
         Args:
-            timeout_s: seconds after which it gives up; where they are fewer than MIN_BEGIN_S, a delivery that has
-                not begun does not begin.
-            patience_s: seconds in which MLflow took nothing after which it gives up.
+            timeout_s: seconds after which it gives up; if fewer than MIN_BEGIN_S, a delivery that has not begun is not
+                started.
+            patience_s: seconds without a successful call after which it gives up.
         """
         self._status = status
         self._run.call.limit(timeout_s, patience_s)
@@ -122,7 +122,7 @@ class Uploader:
         return Delivery(self._run.run_id, self._run.experiment_id, left, self._ended)
 
     def _wait(self) -> None:
-        """Wait for the thread to end, or for its time to be up."""
+        """Wait until the thread ends, or its time is up."""
         announced, begun = False, time.monotonic()
         while self._thread.is_alive() and not self._run.call.is_out_of_time:
             self._thread.join(0.1)
@@ -190,7 +190,7 @@ class _Carrier:
         """Deliver one segment; returns the number of its records that were delivered."""
         try:
             gathered = metrics_buffer.read(file.read(), file.uri)
-        except FileNotFoundError:  # somebody else delivered it
+        except FileNotFoundError:  # another process delivered it
             return 0
         except DamagedSegment as error:
             self._put_aside(file, f"{error}; it stays where it is")
@@ -220,7 +220,7 @@ class Kept:
     committed: int
     """images_seen of the newest checkpoint; -1: there is none."""
     finished: bool
-    """That checkpoint is the end of the run."""
+    """Whether that checkpoint is the end of the run."""
     records: int
 
 

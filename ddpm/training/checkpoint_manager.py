@@ -1,9 +1,8 @@
 """A run's checkpoints in storage: written in the background, found again after a crash.
 
-A checkpoint exists once its checksums.json does: everything else is there before,
-the segment of what was tracked since the last one included. A worker killed at any moment leaves either the
-whole checkpoint or none, and so does a power cut: on a disk everything is fsynced before it gets its name. What is
-found damaged is passed over for the one before.
+A checkpoint exists once its checksums.json does. All its other files, and the segment of records since the previous
+checkpoint, are stored before. A worker killed at any moment, or a power cut, leaves the whole checkpoint or none: on a
+disk everything is fsynced before the rename. A damaged checkpoint is skipped for the previous one.
 """
 
 import contextlib
@@ -34,18 +33,18 @@ from ddpm.utils.errors import UserError
 from ddpm.utils.retry import StorageError, retry_io
 
 MAX_SNAPSHOTS = 2
-"""One being written, one waiting: a run that saves faster than storage takes it waits for storage."""
+"""Snapshots in memory: one being written, one waiting. Training waits if storage falls behind."""
 FILE_TIMEOUT_S = 30.0
-"""Longest patience with a picture: it may be lost, a checkpoint may not."""
+"""Time-out for what a run can do without, such as images and the removal of old checkpoints."""
 
 
 class CheckpointManager:
-    """Stores one run's checkpoints and files from a thread of its own; rank 0 has one.
+    """Stores one run's checkpoints and files in a background thread; only rank 0 has one.
 
     Args:
-        keep: the newest so many checkpoints stay, and the best.
+        keep: number of newest checkpoints to keep, besides the best one.
         timeout_s: seconds that storage may fail before the run gives up.
-        committed: called with the images_seen of every checkpoint that is safe.
+        committed: called with the images_seen of each checkpoint that is stored.
         warn: called with one line about a failure that does not end the run.
     """
 
@@ -65,10 +64,10 @@ class CheckpointManager:
         threading.Thread(target=self._work, name="ddpm-checkpoints", daemon=True).start()
 
     def save(self, snapshot: Snapshot, segment: bytes | None, best: bool) -> None:
-        """Store `snapshot`, with what was tracked since the last one; also as the best, if it is.
+        """Store `snapshot`, and `segment`, the records since the last checkpoint; if `best`, also as the best one.
 
         Raises:
-            StorageError: an earlier one could not be stored.
+            StorageError: an earlier checkpoint could not be stored.
         """
         self._room.acquire()
         self.check()
@@ -79,7 +78,7 @@ class CheckpointManager:
         self._todo.put(partial(self._publish, name, data))
 
     def check(self) -> None:
-        """Raise what has made storing fail, if anything has."""
+        """Raise the error that made storing fail, if there was one."""
         if self._failure is not None:
             raise self._failure
 
@@ -87,30 +86,30 @@ class CheckpointManager:
         """Return when everything is stored.
 
         Raises:
-            StorageError: a checkpoint could not be.
+            StorageError: a checkpoint could not be stored.
         """
         self._todo.join()
         self.check()
 
     def close(self) -> None:
-        """There will be no more; what is still to be stored is."""
+        """End the thread once everything is stored; does not wait for it."""
         self._todo.put(None)
 
-    # From here on: the thread.
+    # The methods below run in the thread.
 
     def _work(self) -> None:
         while (job := self._todo.get()) is not None:
             try:
                 if self._failure is None:
                     job()
-            except BaseException as error:  # handed to the training thread, whatever it is
+            except BaseException as error:  # of any type: `check` raises it in the training thread
                 self._failure = error
             self._todo.task_done()
 
     def _retry_io(self, call: Callable[[], None], where: Location, timeout_s: float | None = None) -> None:
         try:
             retry_io(call, where=where.uri, timeout_s=self._timeout_s if timeout_s is None else timeout_s)
-        except FileNotFoundError as error:  # an answer to a reader; to a writer: the place is gone
+        except FileNotFoundError as error:  # not retried; for a write it means that the folder is gone
             raise StorageError(f"{where.uri}: cannot write there: {error}") from None
 
     def _publish(self, name: str, data: bytes) -> None:
@@ -141,7 +140,7 @@ class CheckpointManager:
             self._warn(f"an old checkpoint could not be removed: {error}")
 
     def _commit(self, folder: Path, target: Location, *, move: bool) -> None:
-        """Make the checkpoint in `folder` exist at `target`; one of the same name there ceases to exist first."""
+        """Move or copy the checkpoint in `folder` to `target`; an older one there is made invalid or removed first."""
         if target.is_local:
             place = Path(target.path)
             self._retry_io(lambda: _put_in_place(folder, place, move), target)
@@ -149,7 +148,7 @@ class CheckpointManager:
             return
         self._retry_io(target.child(CHECKSUMS).unlink, target)
         names = sorted(path.name for path in folder.iterdir() if path.name != CHECKSUMS)
-        with ThreadPoolExecutor(len(names)) as pool:  # at once: storage may take seconds for a request
+        with ThreadPoolExecutor(len(names)) as pool:  # in parallel: a request may take seconds
             list(pool.map(lambda name: self._upload(folder, target, name), names))
         self._upload(folder, target, CHECKSUMS)
 
@@ -159,7 +158,7 @@ class CheckpointManager:
         self._retry_io(copy, target)
 
     def _retire(self) -> None:
-        """Remove what is too old, or no longer the best."""
+        """Remove checkpoints that are too old, or no longer the best."""
         names = self._run.folders()
         old = [name for name in names if name.startswith(checkpoint.PREFIX)][: -self._keep]
         worse = [name for name in names if name.startswith(checkpoint.BEST_PREFIX)][:-1]
@@ -169,10 +168,10 @@ class CheckpointManager:
 
 @contextmanager
 def latest_valid(run: Location, timeout_s: float, warn: Callable[[str], None]) -> Iterator[Path | None]:
-    """The newest checkpoint that is whole, as a local folder; None: there is none yet.
+    """The newest valid checkpoint as a local folder; None: there is none yet.
 
     Raises:
-        UserError: all are damaged.
+        UserError: all checkpoints are damaged.
         StorageError: storage does not answer.
     """
     found = retry_io(lambda: runs.checkpoints(run), where=run.uri, timeout_s=timeout_s)
@@ -197,16 +196,16 @@ def latest_valid(run: Location, timeout_s: float, warn: Callable[[str], None]) -
 
 
 def begin(run: Location, config: Config, identity: dict[str, Any], warn: Callable[[str], None]) -> None:
-    """Make the averaged weights that config.train.init_from names the run's first checkpoint, at 0 images.
+    """Store the averaged weights of config.train.init_from as the run's first checkpoint, at 0 images.
 
-    From there on the run resumes as any other: the checkpoint they came from is not needed again.
+    The run then resumes like any other; the source checkpoint is not needed again.
 
     Args:
-        identity: of the run; goes into state.json.
+        identity: the run's identity, stored in state.json.
 
     Raises:
         UserError: there is no such checkpoint, or it holds another net.
-        StorageError: it cannot be stored.
+        StorageError: the first checkpoint cannot be stored.
     """
     assert config.train.init_from is not None, "asked for"
     state = State.create(config, torch.device("cpu"))
@@ -221,7 +220,7 @@ def begin(run: Location, config: Config, identity: dict[str, Any], warn: Callabl
 
 
 def clean_up(run: Location) -> None:
-    """Remove what a worker killed while it was writing has left."""
+    """Remove incomplete files and checkpoints that a killed worker left."""
     run.sweep()
     run.child(spool.FOLDER).sweep()
     prefixes = checkpoint.PREFIX, checkpoint.BEST_PREFIX
@@ -232,14 +231,14 @@ def clean_up(run: Location) -> None:
 
 
 def remove(location: Location) -> None:
-    """Delete a checkpoint so that at no moment it is one with files missing."""
+    """Delete a checkpoint, its checksums first, so that it is never valid with files missing."""
     location.child(CHECKSUMS).unlink()
     location.delete()
 
 
 @contextmanager
 def _staging(target: Location) -> Iterator[Path]:
-    """The folder in which a checkpoint is built: beside its place on a disk, to be renamed, else a temporary one."""
+    """The folder in which a checkpoint is built: on a disk next to `target`, for a rename; else a temporary one."""
     if target.is_local:
         staged = files.temporary(Path(target.path))
         try:

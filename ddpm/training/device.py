@@ -1,6 +1,6 @@
-"""Between the host and the device: what lets the host prepare the next step while a GPU computes this one.
+"""Transfers between host and device that let the host prepare the next step while a GPU computes this one.
 
-On a CPU there is nothing to overlap, and all of it is done at once. The GPU's side is exercised by tests/gpu.
+On a CPU there is nothing to overlap, and everything is done at once. tests/gpu tests the GPU's side.
 """
 
 import os
@@ -13,14 +13,14 @@ from torch import Tensor
 
 
 def set_deterministic(device: torch.device, wanted: bool) -> None:
-    """Let a GPU take only kernels that give the same bits every time; a CPU's always do."""
+    """If `wanted`, let a GPU use only kernels that give the same bits every time; a CPU's kernels always do."""
     if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product of matrices
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first matrix product
         torch.use_deterministic_algorithms(wanted)
 
 
 class HostToDevice:
-    """Copies arrays to the device: to a GPU from pinned memory, on a stream of its own."""
+    """Copies arrays to the device: to a GPU from pinned memory, on a separate stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -38,23 +38,23 @@ class HostToDevice:
 
 
 def stack_flags(flags: Sequence[Tensor | bool], device: torch.device) -> Tensor:
-    """Flags of the host and of the device as [n] bool on the device; the host does not wait for it."""
+    """Stack flags of host and device as [n] bool on the device; the host does not wait for the device."""
     return torch.stack(
         [flag if isinstance(flag, Tensor) else torch.full((), flag, device=device) for flag in flags]
     )
 
 
 class LateFlags:
-    """Flags of every step, read on the host: those of a GPU a step late, so that the host need not wait for it."""
+    """Reads each step's flags on the host; a GPU's flags one step late, so that the host need not wait for the GPU."""
 
     def __init__(self) -> None:
         self._unread: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
     def read(self, flags: Tensor, at_once: bool) -> list[int]:
-        """Counts, by flag, of the steps not read before; this one is included if `at_once`.
+        """Count each flag over the steps not read before; on a GPU this step is included only if `at_once`.
 
         Args:
-            flags: [n] bool, of one more step.
+            flags: [n] bool, of this step.
         """
         copied = torch.cuda.Event() if flags.device.type == "cuda" else None
         self._unread.append((flags.to("cpu", non_blocking=True), copied))

@@ -1,4 +1,4 @@
-"""When a run is given up: `FailureBudget`, a callback in Ray Train's controller, and the errors it ends with."""
+"""Limits on a run's failures: `FailureBudget`, a callback in Ray Train's controller, and the errors it raises."""
 
 from typing import Any
 
@@ -21,11 +21,11 @@ class TrainingFailed(UserError):
 
 
 class FailureBudget(UserCallback):
-    """Ends a run that fails again and again; the run ends when a callback raises.
+    """Ends a run that fails too often, by raising from the callback.
 
-    FailureConfig.max_failures counts all failures of a run, however long ago; this one those without a new checkpoint
-    in between, so that a week on a flaky cluster is no reason to give up. Preemptions are counted here too: a group
-    that leaves in good order before its node goes is none of Ray's failures.
+    FailureConfig.max_failures counts all failures of a run. This budget counts failures in a row without a new
+    checkpoint, so that a week on a flaky cluster does not end the run. Preemptions are counted here too: a group that
+    leaves in good order before its node is taken away is not a failure for Ray.
     """
 
     def __init__(self, config: Config, state: Any) -> None:  # `state`: the run's RunState actor
@@ -39,7 +39,7 @@ class FailureBudget(UserCallback):
             ray.get(self._state.set.remote(run_state.STOP, None))
         limits = self._config.cluster
         deaths = {rank: death for rank, error in worker_exceptions.items() if (death := _death(error))}
-        # A death explains the others' errors: collectives that broke off.
+        # A death causes the other workers' errors: their collectives break off.
         rank, cause = next(iter(deaths.items() or worker_exceptions.items()))
         failure: TrainingFailed
         if any(death.preempted for death in deaths.values()):
@@ -60,8 +60,8 @@ class FailureBudget(UserCallback):
 
 
 def _death(error: Exception) -> ray.exceptions.RayActorError | None:
-    """The death of a worker's process; None: it raised an error."""
-    # Ray Train wraps it (2.60); where this attribute is missing, a death counts as any other failure.
+    """The death of a worker's process; None: the worker raised an error."""
+    # Ray Train wraps the death (2.60); without this attribute a death counts as any other failure.
     error = getattr(error, "health_check_failure", error)
     return error if isinstance(error, ray.exceptions.RayActorError) else None
 
@@ -74,7 +74,7 @@ def too_many_preemptions(config: Config) -> TrainingFailed:
 
 
 def last_line(error: BaseException) -> str:
-    """The line of a failure that says what went wrong."""
+    """The last line of a failure's message, or of its first failed worker's."""
     failures = getattr(error, "worker_failures", None) or {}
     cause: BaseException = next(iter(failures.values()), error)
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]

@@ -1,8 +1,8 @@
-"""Training on Ray: `fit` runs the loop on a worker group (worker_group.py), through whatever dies.
+"""Training on Ray: `fit` runs the loop on a worker group (worker_group.py), and recovers from failures.
 
-The driver checks what can be checked before anything is started, then watches. Rank 0 stores checkpoints in the
-background (checkpoint_manager.py); a restarted group looks for the newest one in storage, and so do a new driver and
-a new cluster. Ray Train starts worker groups, notices deaths, and starts the group again, smaller or larger.
+The driver checks the run before anything is started, then monitors it. Rank 0 stores checkpoints in the background
+(checkpoint_manager.py). A restarted group, a new driver and a new cluster resume from the newest one in storage. Ray
+Train starts worker groups, detects deaths, and restarts the group, smaller or larger.
 """
 
 import atexit
@@ -56,9 +56,9 @@ class Result:
     checkpoint: str | None
     """URI of the newest checkpoint; None: the run was stopped before its first step."""
     delivery: Delivery | None
-    """The end of tracking; None: nothing was left to do."""
+    """The outcome of delivery to MLflow; None: the run was already finished."""
     signal: int | None = None
-    """The signal that asked it to stop."""
+    """The signal that asked the run to stop."""
 
 
 def fit(
@@ -71,20 +71,20 @@ def fit(
     group: PersistentWorkerGroup | None = None,
     trained: Callable[[], object] = lambda: None,
 ) -> Result:
-    """Train the run that `config` names to the end on the connected Ray cluster, from its newest checkpoint on.
+    """Train the run of `config` on the connected Ray cluster, from its newest checkpoint to the end.
 
     Args:
         config: checked by `loop.check`; with run.name, and absolute run.storage and data.shards.
         data_set: the split to train on.
-        verbose: let Ray's own messages through.
-        should_continue: called twice a second with the run's state; if not, training ends with its step, and a
-            checkpoint.
+        verbose: show Ray's own messages.
+        should_continue: called twice a second with the run's state; if it returns False, training ends after the
+            current step, with a checkpoint.
         parent_run_id: the MLflow run that this one is shown under.
-        group: workers that stay from one run to the next; None: this run's own.
+        group: workers that stay from one run to the next; None: start workers for this run only.
         trained: called when the workers are free again; delivery to MLflow may still be under way.
 
     Raises:
-        UserError: the config does not fit the cluster, or what the run has begun with, or another process drives the
+        UserError: the config does not fit the cluster or the run's earlier config, or another process drives the
             run.
         TrainingFailed: workers failed too often.
     """
@@ -121,7 +121,7 @@ def fit(
         monitor = DriverMonitor(group.state, screen, uploader.committed, look, possible, every_s)
         status, timeout_s = "FAILED", DELIVERY_TIMEOUT_S
         try:
-            # A trial's command is that of its search.
+            # A trial is resumed by its search's command.
             command = None if parent_run_id else shlex.join(["python", *sys.argv])
             group.submit(config, data_set, run, pages.tags(config, command))
             with monitor:
@@ -129,13 +129,13 @@ def fit(
             if ended is None:
                 ended = max(seen, 0)
             lock.check()
-            uploader.committed(ended)  # which the run-state actor may not have lived to tell
+            uploader.committed(ended)  # the run-state actor may have died before it reported this
             trained()
             status = "KILLED" if monitor.was_asked else "FINISHED"
         except ray.exceptions.RayError as error:
             gone = f"the Ray cluster is gone: {last_line(error)}"
             raise TrainingFailed(f"{gone}; run the same command again to resume") from None
-        except (KeyboardInterrupt, StorageError):  # where storage fails, what is left cannot be read either
+        except (KeyboardInterrupt, StorageError):  # if storage fails, undelivered records are unreadable
             timeout_s = HASTY_DELIVERY_TIMEOUT_S
             raise
         finally:
@@ -147,9 +147,9 @@ def fit(
 
 
 def _train(config: Config, group: PersistentWorkerGroup, monitor: DriverMonitor) -> int | None:
-    """Wait until training is done, or was asked to stop; returns images_seen, or None: that was before the first step.
+    """Wait until training is done or stopped; returns images_seen, or None if it stopped before the first step.
 
-    Takes one Ray Train run, or several: workers leave before a node does, and when nodes have come.
+    This takes one or more Ray Train runs: workers leave before a node is taken away, and when nodes have joined.
     """
     state = group.state
 
@@ -158,7 +158,7 @@ def _train(config: Config, group: PersistentWorkerGroup, monitor: DriverMonitor)
         return ended is not None and (ended >= config.train.total_images or monitor.was_asked or failed)
 
     def may_leave(values: Mapping[str, Any]) -> bool:
-        is_waited_for = not group.persistent and monitor.signal is None  # till the workers have left
+        is_waited_for = not group.persistent and monitor.signal is None  # until the workers have left
         return monitor.is_before_first_step(values) or (not is_waited_for and is_over(values))
 
     while True:
@@ -195,7 +195,7 @@ def _train(config: Config, group: PersistentWorkerGroup, monitor: DriverMonitor)
             raise TrainingFailed(f"training failed: {last_line(failure)} (--verbose shows tracebacks)")
         elif state.failed() > config.cluster.max_failures:
             raise TrainingFailed(f"training failed: {last_line(failure)}")
-        else:  # Ray Train does not start again a controller that died (2.60); the next round does
+        else:  # Ray Train does not restart a controller that died (2.60); the next iteration does
             log.warning("Ray Train's controller died; a new one resumes from the last checkpoint")
         state.set(run_state.ENDED, None)
         if not monitor.was_asked:
@@ -203,7 +203,7 @@ def _train(config: Config, group: PersistentWorkerGroup, monitor: DriverMonitor)
 
 
 def _begins_at(config: Config, data_set: DataSet, run: Run) -> int:
-    """Position of the newest whole checkpoint, also of one made now from train.init_from; -1: there is none.
+    """Position of the newest valid checkpoint; the first may be made here from train.init_from. -1: there is none.
 
     Raises:
         UserError: the run was begun with another configuration, or on other data.
@@ -227,12 +227,12 @@ def _begins_at(config: Config, data_set: DataSet, run: Run) -> int:
 
 
 def summary(result: Result) -> list[str]:
-    """Lines for a person: where checkpoints, samples and curves are."""
+    """Lines that tell the user where checkpoints, samples and curves are."""
     folder, delivery = result.run.location.uri, result.delivery
     lines = [f"checkpoint  {result.checkpoint}"] if result.checkpoint else []
     samples = result.run.location.child("samples").child("latest.png")
     with contextlib.suppress(OSError):
-        if samples.exists():  # the first one is not drawn with the first checkpoint
+        if samples.exists():  # the first checkpoint may exist before the first grid
             lines.append(f"samples     {samples.uri}")
     if delivery is None or (result.signal and not result.checkpoint):
         return lines
@@ -244,7 +244,7 @@ def summary(result: Result) -> list[str]:
         )
     elif not delivery.ended:
         later = f"`python jobs/sync.py {folder}` reports it"
-        if result.signal:  # sync.py ends finished runs only
+        if result.signal:  # sync.py sets the status of finished runs only
             later = "it will once the run has been resumed"
         lines.append(f"MLflow      {where} does not know yet how the run ended; {later}")
     else:

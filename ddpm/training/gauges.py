@@ -1,8 +1,8 @@
 """A run's metrics as gauges for Prometheus, through Ray's public `ray.util.metrics`.
 
-Every node of a Ray cluster exports the gauges of its processes. These are the driver's, which lives while workers
-come and go: `train/images_per_s` is `ray_ddpm_train_images_per_s`, labelled with the run. Setting one takes
-microseconds and blocks nothing.
+Every node of a Ray cluster exports the gauges of its processes. The driver sets these, since it outlives the workers:
+`train/images_per_s` is `ray_ddpm_train_images_per_s`, labelled with the run. Setting a gauge takes microseconds and
+blocks nothing.
 """
 
 import re
@@ -14,15 +14,15 @@ from ray.util.metrics import Gauge
 from ddpm.training import run_state
 
 IN_RAY = "system/"
-"""Metrics that Ray exports itself, of every node."""
+"""Prefix of metrics that Ray itself exports for every node."""
 
 
 class Gauges:
-    """The gauges of one run; they end with the calls of `update`, since Ray forgets one that is not set again (2.60).
+    """The gauges of one run; they end after the last `update`, since Ray drops a gauge that is not set again (2.60).
 
     Args:
-        images_seen: where the run is before anything is known of its workers.
-        waiting: returns how many checkpoints' records MLflow has not taken.
+        images_seen: position of the run until its workers report one.
+        waiting: returns the number of segments, one per checkpoint, that MLflow does not have yet.
     """
 
     def __init__(self, run: str, total_images: int, images_seen: int, waiting: Callable[[], int]) -> None:
@@ -31,7 +31,7 @@ class Gauges:
         self._gauges: dict[str, Gauge] = {}
 
     def update(self, values: Mapping[str, Any]) -> None:
-        """Set every gauge to the state of the run, the values of its RunState."""
+        """Set every gauge from `values`, those of the run's RunState."""
         if progress := values.get(run_state.PROGRESS):
             self._position["images_seen"] = progress.images_seen
         workers = values.get(run_state.WORKERS, 0)

@@ -1,6 +1,6 @@
 """Algorithm 1 of Ho et al. 2020 (arXiv:2006.11239), on any number of workers.
 
-Micro-batches are the grain of order and noise. A forward pass takes as many of them at once as memory allows.
+The micro-batch is the unit of order and noise. A forward pass takes as many micro-batches as memory allows.
 
 Axes: B images of a forward pass, C channels, H W.
 """
@@ -29,19 +29,19 @@ from ddpm.utils.seeding import Purpose, torch_seed
 
 
 class NonFinite(UserError):
-    """The loss or the gradient became infinite or not a number; the weights were not touched by it."""
+    """The loss or the gradient is infinite or not a number; the weights are unchanged."""
 
     exit_code = 1
 
 
 def train(config: Config, runtime: Runtime, tracker: Tracker) -> State:
-    """Train from the newest checkpoint, or from nothing, to config.train.total_images.
+    """Train from the newest checkpoint, or from scratch, to config.train.total_images.
 
-    When the runtime asks to stop, it ends with the step it is in, and a checkpoint of it.
+    When the runtime asks to stop, training ends after the current step, with a checkpoint.
 
     Raises:
-        NonFinite: at the first step beyond optim.skip_non_finite whose loss or gradient is not finite; the
-            checkpoint before it stands.
+        NonFinite: the loss or gradient was not finite in more than optim.skip_non_finite steps; the last
+            checkpoint stays valid.
         UserError: the checkpoint belongs to another configuration, data cannot be read, or storage fails.
     """
     set_deterministic(runtime.device, config.train.deterministic)
@@ -71,7 +71,7 @@ def train(config: Config, runtime: Runtime, tracker: Tracker) -> State:
             noise = _noise(config, runtime, state.step, micro_batches)
             x_0, label = _to_device(micro_batches, config, to_device, noise)
             with _forward_pass(model, len(x_0), is_last=first + per_pass >= share):
-                # t and eps are drawn in there, from `noise`: diffusion/objectives.py, Gaussian.loss.
+                # The objective draws t and eps from `noise`: diffusion/objectives.py, Gaussian.loss.
                 loss = objective.loss(model, x_0, label, noise)
                 (loss.value * (len(micro_batches) / share)).backward()
             losses.append(loss._replace(value=loss.value.detach()))
@@ -90,8 +90,8 @@ def train(config: Config, runtime: Runtime, tracker: Tracker) -> State:
 
 
 def check(config: Config) -> None:
-    """Raise UserError for what would stop the run on its first step, before anything is started."""
-    from_json(to_json(config), "the command line")  # as the checkpoints will be read
+    """Raise UserError for a config that would fail at the first step, before anything is started."""
+    from_json(to_json(config), "the command line")  # as resume parses a checkpoint's config
     check_batches(config)
     most, grain = config.train.forward_images, config.train.micro_batch_size
     if most is not None and (most < grain or most % grain):
@@ -103,10 +103,10 @@ def check(config: Config) -> None:
 
 
 def _count_skipped(state: State, config: Config, skipped: int) -> None:
-    """Count steps that teach nothing; every rank does in the same step. On a GPU one learns of them a step late.
+    """Count skipped steps, on every rank in the same step; on a GPU they are known one step late.
 
     Raises:
-        NonFinite: there have been more of them than optim.skip_non_finite.
+        NonFinite: more steps were skipped than optim.skip_non_finite.
     """
     if skipped and state.skipped_steps + skipped > config.optim.skip_non_finite:
         before = f" after skipping {state.skipped_steps} such steps" if state.skipped_steps else ""
@@ -119,7 +119,7 @@ def _count_skipped(state: State, config: Config, skipped: int) -> None:
 
 
 def _micro_batches_per_pass(config: Config) -> int:
-    """The most micro-batches of a forward pass."""
+    """The largest number of micro-batches in a forward pass."""
     if config.model.dropout > 0:
         return 1  # nn.Dropout draws from PyTorch's global generator, which has one seed at a time
     train = config.train
@@ -127,7 +127,7 @@ def _micro_batches_per_pass(config: Config) -> int:
 
 
 def _noise(config: Config, runtime: Runtime, step: int, micro_batches: Sequence[MicroBatch]) -> Generator:
-    """The generator of flips, t, eps and dropped labels, in this order; dropout has a stream of its own."""
+    """The generator of flips, t, eps and dropped labels, in this order; dropout has a separate stream."""
     seed = config.train.seed
     if config.model.dropout > 0:
         (micro_batch,) = micro_batches
@@ -141,7 +141,7 @@ def _noise(config: Config, runtime: Runtime, step: int, micro_batches: Sequence[
 def _to_device(
     micro_batches: Sequence[MicroBatch], config: Config, to_device: HostToDevice, noise: Generator
 ) -> tuple[Tensor, Tensor | None]:
-    """x_0 [B, C, H, W] in [-1, 1], some mirrored if the config says so, and the labels if the net wants them."""
+    """x_0 [B, C, H, W] in [-1, 1], flipped at random if configured, and the labels if the net takes them."""
     x_0 = images.to_model(to_device(np.concatenate([each.image for each in micro_batches])))
     if config.data.horizontal_flip:
         mirrored = noise.uniform([len(x_0)]) < 0.5
@@ -153,7 +153,7 @@ def _to_device(
 
 @contextmanager
 def _forward_pass(model: nn.Module, num_images: int, is_last: bool) -> Iterator[None]:
-    """Let the gradients of all but a step's last pass add up here, before they are averaged over the workers.
+    """A context for one pass: gradients add up on this worker, and are averaged over the workers in a step's last pass.
 
     Raises:
         UserError: the GPU has too little memory.

@@ -1,6 +1,6 @@
-"""Model FLOPs utilisation (MFU): the net's arithmetic per second, as a share of what the devices can do at most.
+"""Model FLOPs utilisation (MFU): the net's arithmetic per second, as a share of the devices' peak.
 
-Products of matrices and convolutions count. Chowdhery et al. 2022, PaLM, arXiv:2204.02311, Appendix B.
+Matrix products and convolutions count. Chowdhery et al. 2022, PaLM, arXiv:2204.02311, Appendix B.
 """
 
 import time
@@ -23,14 +23,14 @@ BFLOAT16_PEAKS = {
     "A10": 125e12,
     "RTX 4090": 165e12,
 }
-"""FLOP/s of dense bfloat16 products, by words of a GPU's name: NVIDIA's data sheets. TF32 has half of it."""
+"""FLOP/s of dense bfloat16 products, by words of a GPU's name, from NVIDIA's data sheets. TF32 has half of that."""
 MEASURING_S = 0.2
 SIDE = 512
-"""Rows and columns of the product that a CPU's peak is measured with: some of many short ones are not interrupted."""
+"""Rows and columns of the matrices that measure a CPU's peak: of many short products, some are not interrupted."""
 
 
 def flops_per_image(net: nn.Module, config: Config) -> float:
-    """FLOPs of training on an image: thrice those of the forward pass, since the backward pass takes twice as many."""
+    """FLOPs of training on one image: 3 times the forward pass, since the backward pass takes twice as many."""
     device, model = next(net.parameters()).device, config.model
     t = torch.zeros(1, dtype=torch.int64, device=device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -40,7 +40,7 @@ def flops_per_image(net: nn.Module, config: Config) -> float:
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """FLOP/s of a device: a CPU's measured with the threads of this process, a GPU's from its data sheet, if known."""
+    """Peak FLOP/s: of a CPU measured with this process's threads, of a GPU from its data sheet; None: unknown."""
     if device.type != "cuda":
         return _measured_peak(getattr(torch, precision), torch.get_num_threads())
     name = f" {torch.cuda.get_device_name(device).replace('-', ' ')} "
@@ -50,7 +50,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 @cache
 def _measured_peak(dtype: torch.dtype, threads: int) -> float:
-    """FLOP/s of the fastest of some products of large matrices."""
+    """FLOP/s of the fastest of several large matrix products."""
     a = torch.full((SIDE, SIDE), 0.5, dtype=dtype)
     fastest, end = float("inf"), time.perf_counter() + MEASURING_S
     while (began := time.perf_counter()) < end:

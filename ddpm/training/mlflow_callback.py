@@ -1,7 +1,7 @@
-"""MLflow as a callback of any Ray Train trainer: what workers report arrives there once, and training never waits.
+"""MLflow as a callback of any Ray Train trainer: each report reaches MLflow once, and training never waits for MLflow.
 
 Reports are kept in a spool, a folder or a bucket, until MLflow has them (`ddpm.tracking.uploader`). A new run of the
-same name and spool goes on in the same MLflow run. docs/tracking.md says what happens when something dies.
+same name and spool continues the same MLflow run. docs/tracking.md says what happens when something dies.
 """
 
 import logging
@@ -27,29 +27,29 @@ from ddpm.tracking.uploader import DELIVERY_TIMEOUT_S, Delivery, Uploader
 logger = logging.getLogger(__name__)
 
 SPOOL_TIMEOUT_S = 1.0
-"""A report waits at most so long until it lies in the spool."""
+"""Longest wait for a report to be in the spool."""
 _RETRY = tenacity.Retrying(
     wait=tenacity.wait_random_exponential(max=10),
     before_sleep=tenacity.before_sleep_log(logger, logging.WARNING),
 )
-"""For as long as it takes: what waits meanwhile is in memory."""
+"""Retries without limit; reports that are not written yet stay in memory."""
 
 
 class MlflowCallback(UserCallback):
-    """Logs the numbers that rank 0 reports, as Ray Train keeps rank 0's with a checkpoint.
+    """Logs the numbers that rank 0 reports; Ray Train, too, keeps only those of rank 0 with a checkpoint.
 
     As a context manager around `trainer.fit()` it also delivers what is left, and ends the MLflow run.
 
     Args:
-        experiment: of MLflow.
+        experiment: name of the MLflow experiment.
         run_name: name of the MLflow run, and of the folder in the spool.
         spool: a folder that this node sees, or s3://bucket/prefix.
-        step: the reported metric that counts steps: a report without it is left out. Of a step that is reported
-            again, after a restart, the first value of each metric stays.
+        step: the reported metric that counts steps; a report without it is skipped. If a step is reported again
+            after a restart, the first value of each metric is kept.
         params: logged once.
 
     Raises:
-        UserError: the spool cannot be written, or run_name is no name for a folder.
+        UserError: the spool cannot be written, or run_name is not a valid folder name.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class MlflowCallback(UserCallback):
         self._address = Address(tracking_uri(), experiment, run.name, run.key, source=source)
         self._params, self._step = dict(params or {}), step
         self._folder, self._spool = run.location.uri, run.location.child(SPOOL)
-        self._delivery: _Delivery | None = None  # of the controller's process alone
+        self._delivery: _Delivery | None = None  # only in the controller's process
         self._has_warned = False
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        """Called by Ray Train's controller, which an error would end: it is logged once."""
+        """Spool rank 0's report; an error is only logged, once, since it would end Ray Train's controller."""
         try:
             step = int(metrics[0][self._step])
             if step < 0:
@@ -91,7 +91,7 @@ class MlflowCallback(UserCallback):
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if error is None or isinstance(error, Exception):
             self.close("FAILED" if error else "FINISHED")
-        else:  # after Ctrl-C nothing is waited for
+        else:  # after Ctrl-C, do not wait
             self.close("KILLED", timeout_s=1.0)
 
     def close(self, status: str, timeout_s: float = DELIVERY_TIMEOUT_S) -> Delivery:
@@ -104,7 +104,7 @@ class MlflowCallback(UserCallback):
 
 
 class _Delivery:
-    """From memory to the spool, in a thread of its own; the uploader's goes on from there."""
+    """Writes reports from memory to the spool in a thread; the uploader's thread delivers them from there."""
 
     def __init__(self, uploader: Uploader, spool: Location) -> None:
         self._uploader, self._spool = uploader, spool
@@ -114,7 +114,7 @@ class _Delivery:
         threading.Thread(target=self._work, name="ddpm-mlflow-spool", daemon=True).start()
 
     def add(self, values: Mapping[str, float], step: int) -> None:
-        """Wait for the spool, since Ray ends the controller as soon as workers are done; but not while it is behind."""
+        """Add a report; wait for the spool unless it is behind, since Ray ends the controller when workers are done."""
         with self._lock:
             is_behind = not self._spooled.is_set()
             self._spooled.clear()
@@ -132,7 +132,7 @@ class _Delivery:
                 data = self._buffer.take()
                 self._gathered.clear()
             if data is not None:
-                # Named by time, and as what no checkpoint makes final: it may be delivered once it lies there.
+                # Named by time, and as a segment after an error: it may be delivered without a checkpoint.
                 file = self._spool.child(segment_name(time.time_ns() // 1000, after_error=True))
                 _RETRY(file.write, data)
                 self._uploader.committed(-1)

@@ -1,4 +1,4 @@
-"""The driver while workers train: it shows how far they are, and passes on what each side has to know."""
+"""The driver while workers train: it shows progress, reports checkpoints, and passes stop requests to the workers."""
 
 import signal
 import sys
@@ -14,17 +14,17 @@ from ddpm.training.screen import Screen
 from ddpm.utils.progress import printable
 
 ShouldContinue = Callable[[Mapping[str, Any]], bool]
-"""From the run's state to whether training goes on."""
+"""A function of the run's state: whether training continues."""
 
 POLL_INTERVAL_S = 0.5
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class CallThread(threading.Thread):
-    """A call in a thread of its own, which begins at once.
+    """A thread that runs one call, and starts at once.
 
-    In the main thread Ray Train would install a handler for Ctrl-C; and Python handles signals between two waits, not
-    in the middle of a call into Ray.
+    In the main thread Ray Train would install a handler for Ctrl-C, and Python would not handle signals during a call
+    into Ray.
     """
 
     def __init__(self, call: Callable[[], object]) -> None:
@@ -39,20 +39,20 @@ class CallThread(threading.Thread):
     def run(self) -> None:
         try:
             self.result = self._call()
-        except BaseException as error:  # for the caller, whatever it is
+        except BaseException as error:  # of any type: for the caller
             self.error = error
 
 
 class StopSignals:
-    """A context in which SIGTERM (`ray job stop`, a batch system) and Ctrl-C are noted; a second Ctrl-C interrupts."""
+    """A context that records SIGTERM (`ray job stop`, a batch system) and Ctrl-C; a second Ctrl-C interrupts."""
 
     signal: int | None = None
-    """The signal that came first."""
+    """The first signal received."""
 
     def __enter__(self) -> Self:
         self._handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            # After ray.init(), which installs a handler of its own.
+            # After ray.init(), which installs its own handler.
             self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         return self
 
@@ -72,16 +72,16 @@ class StopSignals:
 
 
 class DriverMonitor(StopSignals):
-    """A context in which training runs.
+    """A context that monitors training.
 
-    A signal asks the workers to end with the step they are in, and to leave a checkpoint of it. Before the first step
-    nothing is waited for.
+    A signal asks the workers to stop after the current step, with a checkpoint. Before the first step the driver does
+    not wait for them.
 
     Args:
         committed: called with the position of each new checkpoint.
-        should_continue: called at every look, with the run's state; if not, training ends as by a signal.
-        possible: called every `resize_interval_s` with the number of workers that train; returns how many could; None:
-            the number is fixed.
+        should_continue: called at each poll with the run's state; if it returns False, training ends as after a signal.
+        possible: called every `resize_interval_s` with the number of workers; returns the number that is possible.
+            None: the number is fixed.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class DriverMonitor(StopSignals):
         resize_interval_s: float = 0.0,
     ) -> None:
         self.ended_early = False
-        """`should_continue` said no."""
+        """Whether `should_continue` returned False."""
         self._state, self._screen, self._committed = state, screen, committed
         self._should_continue = should_continue
         self._possible, self._resize_interval_s = possible, resize_interval_s
@@ -112,15 +112,15 @@ class DriverMonitor(StopSignals):
 
     @property
     def was_asked(self) -> bool:
-        """Whether training ends before its end."""
+        """Whether training was asked to stop early."""
         return self.signal is not None or self.ended_early
 
     def is_before_first_step(self, values: Mapping[str, Any]) -> bool:
-        """Whether a signal has come, and no step is known of: there is nothing to wait for."""
+        """Whether a signal came before the first step, so that there is nothing to wait for."""
         return self.signal is not None and run_state.PROGRESS not in values
 
     def run(self, workers: threading.Thread, is_over: Callable[[Mapping[str, Any]], bool]) -> None:
-        """Watch until the thread `workers` ends, or `is_over` says so of the run's state."""
+        """Poll until the thread `workers` ends, or `is_over` is true of the run's state."""
         self._looked_at = time.monotonic()
         while workers.is_alive():
             workers.join(POLL_INTERVAL_S)
@@ -152,7 +152,7 @@ class DriverMonitor(StopSignals):
         return values
 
     def _resize(self, values: Mapping[str, Any]) -> None:
-        """Ask the workers to leave with a checkpoint where the next group can be larger."""
+        """Ask the workers to leave with a checkpoint if the next group can be larger."""
         workers = values.get(run_state.WORKERS)
         is_leaving = values.get(run_state.STOP) or values.get(run_state.ENDED)
         is_early = time.monotonic() - self._looked_at < self._wait_s
@@ -161,6 +161,6 @@ class DriverMonitor(StopSignals):
         self._looked_at = time.monotonic()
         if self._possible(workers) <= workers:
             self._wait_s = self._resize_interval_s
-        else:  # Ray may not know of the new nodes yet (it looks every 20 s, 2.60): asking in vain costs a restart
+        else:  # Ray may not know the new nodes yet (it polls every 20 s, 2.60): then the restart is useless
             self._wait_s *= 2
             self._state.set(run_state.STOP, run_state.MORE_WORKERS)

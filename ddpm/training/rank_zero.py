@@ -1,4 +1,4 @@
-"""Rank 0's duties beside training: checkpoints, progress, unreadable images, requests to stop."""
+"""Rank 0's tasks besides training: checkpoints, progress, unreadable images, requests to stop."""
 
 import dataclasses
 import json
@@ -26,16 +26,16 @@ from ddpm.utils.progress import Progress
 from ddpm.utils.retry import retry_io
 
 STOP_POLL_S = 0.5
-"""Rank 0 looks so often whether it shall stop: each look takes a millisecond from training."""
+"""Interval at which rank 0 polls for a stop request; each poll costs training a millisecond."""
 PROGRESS = "progress.json"
-"""File of a run that says how far it was, so that a restart knows what was lost."""
+"""File of a run with its last position, from which a restart counts the lost images."""
 PROGRESS_INTERVAL_S = 10.0
 REPORT_INTERVAL_S = 5.0
-"""Interval of reports to Ray Train, and of the question whether a node is about to be taken away."""
+"""Interval of reports to Ray Train, and of checks whether a node is about to be preempted."""
 
 
 class RankZero:
-    """The storage of one run, its counts, and its stop; made by the worker of rank 0.
+    """Checkpoints, counts and stop requests of one run, on the worker of rank 0.
 
     Args:
         state: the run's RunState actor.
@@ -64,7 +64,7 @@ class RankZero:
 
     @contextmanager
     def restored(self) -> Iterator[Path | None]:
-        """The newest whole checkpoint; storage is put in order, and what was lost since is put to account."""
+        """The newest valid checkpoint; also cleans up storage, and counts the images lost since then."""
         with checkpoint_manager.latest_valid(self._run.location, self._timeout_s, self._warn) as folder:
             at = checkpoint.position(folder)
             self._retry_io(lambda: checkpoint_manager.clean_up(self._run.location))
@@ -86,7 +86,7 @@ class RankZero:
         return metrics, None if is_known else newest
 
     def preempted(self) -> None:
-        """Let the workers leave with a checkpoint, before a node goes."""
+        """Ask the workers to leave with a checkpoint, before a node is taken away."""
         if not self._stop.is_set():
             ray.get(self._state.set.remote(run_state.STOP, run_state.PREEMPTION))
             self._stop.set()
@@ -103,7 +103,7 @@ class RankZero:
         self.checkpoints.save(snapshot, self._buffer.take(), best)
 
     def flush_on_error(self) -> None:
-        """Store what was tracked since the last checkpoint, since there will be no other."""
+        """Store the records since the last checkpoint; no other checkpoint will follow."""
         if segment := self._buffer.take():
             name = segment_name(self._images_seen, after_error=True)
             self.checkpoints.publish(f"{spool.FOLDER}/{name}", segment)
@@ -117,7 +117,7 @@ class RankZero:
         run = self._images_seen + self._images_lost
         goodput = self._images_seen / run if run else 1.0
         values = {"train/goodput": goodput, "data/corrupt_images": float(self._corrupt.count)}
-        self._state.measured.remote(values, self._images_seen)  # also where they are not logged
+        self._state.measured.remote(values, self._images_seen)  # even if they are not logged
         return values | self._system.sample()
 
     def progress(self, progress: Progress) -> None:
@@ -152,7 +152,7 @@ class RankZero:
         return retry_io(call, where=self._run.location.uri, timeout_s=self._timeout_s)
 
     def _read_progress(self) -> tuple[int, int]:
-        """The furthest position that is known of the run, and the images lost before: (images_seen, images_lost)."""
+        """The furthest known position of the run, and the images lost before: (images_seen, images_lost)."""
         record = self._run.location.child(PROGRESS)
         try:
             written = json.loads(self._retry_io(record.read))

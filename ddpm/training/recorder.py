@@ -1,6 +1,6 @@
 """The records of training, each at its interval: curves, pictures, checkpoints, progress.
 
-Every rank runs the same code, since means, grids and checkpoints are made together; rank 0 alone calls the tracker.
+Every rank runs the same code, since means and grids need all ranks; only rank 0 calls the tracker.
 """
 
 import time
@@ -28,13 +28,13 @@ from ddpm.utils.seeding import Purpose
 PROGRESS_INTERVAL_S = 0.5
 STRIP_IMAGES = 4
 PILOT_IMAGES, BOUND_IMAGES, BOUND_DRAWS = 8, 64, 4
-"""Held-out images on which the errors of x_0_hat are measured, the next ones whose bits/dim are, timesteps of each."""
+"""Held-out images for the errors of x_0_hat, the next ones for bits/dim, and timesteps of each of the latter."""
 CONSTANT = {"train/goodput": 1.0, "data/corrupt_images": 0.0, "train/skipped_steps": 0.0}
 """Metrics that are not logged while they have these values."""
 
 
 class Recorder:
-    """Follows one worker's training; `after_step` does whatever has become due."""
+    """Records one worker's training; `after_step` does what is due."""
 
     def __init__(
         self, config: Config, runtime: Runtime, tracker: Tracker, state: State, objective: Objective
@@ -48,7 +48,7 @@ class Recorder:
         self._start_interval()
 
     def timed(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
-        """`batches`, with the time spent waiting for them counted."""
+        """Yield `batches`, and count the time spent waiting for them."""
         while True:
             begin = time.perf_counter()
             micro_batch = next(batches, None)
@@ -58,7 +58,7 @@ class Recorder:
             yield micro_batch
 
     def add(self, losses: list[Loss], grad_norm: Tensor, bad: Tensor) -> None:
-        """Count a step's forward passes, unless it is `bad`; nothing is read back from the device here."""
+        """Add a step's losses, unless the step is `bad`; nothing is read back from the device here."""
         quarters = torch.arange(4, device=grad_norm.device)
         for loss in losses:
             of_quarter = (loss.quarter[:, None] == quarters).to(loss.per_image.dtype)  # [B, 4]
@@ -68,7 +68,7 @@ class Recorder:
         self._grad_norm = torch.where(bad, self._grad_norm, grad_norm)
 
     def after_step(self, stopping: bool) -> None:
-        """Do what has become due with the step just taken; one that is the last for now is kept."""
+        """Log, sample and save what is due after this step; when stopping, save a checkpoint."""
         config, images_seen = self._config.train, self._state.images_seen
         finished = images_seen >= config.total_images
         if self._due(config.log_every_images) or finished:
@@ -85,7 +85,7 @@ class Recorder:
             self._report_progress()
 
     def is_due(self) -> bool:
-        """Whether `after_step` will do something for which the flags of the step in progress must be known."""
+        """Whether something is due after the step in progress for which its flags must be known."""
         train, after = self._config.train, self._state.images_seen + self._config.train.batch_size
         intervals = (train.log_every_images, train.sample_every_images, train.checkpoint_every_images)
         return after >= train.total_images or any(self._crosses(every, after) for every in intervals)
@@ -101,7 +101,7 @@ class Recorder:
         device = self._runtime.device
         self._began, self._wait_s = time.perf_counter(), 0.0
         self._began_at_images = self._state.images_seen
-        # Sums of the loss; then, by quarter of t, of the errors and of the images.
+        # Sum of the loss; then, by quarter of t, sums of the errors and numbers of images.
         self._sums = torch.zeros(9, device=device)
 
     def _rate(self) -> float:
@@ -156,7 +156,7 @@ class Recorder:
             self._runtime.progress(Progress(self._state.images_seen, total_images, rate, loss))
 
     def _held_out_batch(self, held_out: Images, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """x_0 [B, C, H, W], and the labels if the net wants them."""
+        """x_0 [B, C, H, W], and the labels if the net takes them."""
         device = self._runtime.device
         x_0 = images.to_model(torch.tensor(held_out.image[start:stop]).to(device))
         wanted = self._config.model.num_classes > 0
@@ -177,7 +177,7 @@ class Recorder:
         return (runtime.mean(total) * runtime.world_size / len(self._held_out.image)).item()
 
     def _held_out_bits(self) -> dict[str, float]:
-        """Bits/dim of a few held-out images and their standard error: comparable between schedules, as no loss is."""
+        """Bits/dim of a few held-out images and the standard error; unlike a loss, comparable between schedules."""
         config, runtime, held_out = self._config, self._runtime, self._held_out
         has_bound = self._objective.has_bound and config.schedule.num_timesteps > 1
         stop = min(PILOT_IMAGES + BOUND_IMAGES, len(held_out.image) if held_out and has_bound else 0)
@@ -209,7 +209,7 @@ class Recorder:
         self._runtime.save(self._state.snapshot(self._config, self._runtime.identity), best)
 
     def _draw_grid(self, finished: bool) -> None:
-        """A grid of the same seeds every time, drawn by all ranks together, and what the net sees in noise."""
+        """Sample a grid of the same seeds every time, on all ranks together, and a denoising strip."""
         runtime, config = self._runtime, self._config
         per_rank = -(-config.sample.num_images // runtime.world_size)
         mine = range(runtime.rank, per_rank * runtime.world_size, runtime.world_size)
@@ -222,18 +222,18 @@ class Recorder:
         for name in (f"samples/{seen:012d}.png", "samples/latest.png"):
             runtime.publish(name, png)
         self._tracker.artifact(pages.GRID, png)
-        if finished:  # of runs of any length, side by side
+        if finished:  # at step 0: runs of any length are shown side by side
             self._tracker.image(pages.LAST_GRID, grid, 0)
         if not self._due(every):
             return
-        seen = seen // every * every  # of batches of any size, side by side
+        seen = seen // every * every  # rounded: runs of any batch size are shown side by side
         self._tracker.image("samples", grid, seen)
         if self._held_out is not None:
             x_0, label = self._held_out_batch(self._held_out, 0, STRIP_IMAGES)
             self._tracker.image("denoising", generate.denoising_strip(*self._candidate, x_0, label), seen)
 
     def _draw_final(self) -> None:
-        """The pictures that tell what the run was about: noise in, noise out."""
+        """Publish the final images: forward noising, and the reverse trajectory."""
         if self._runtime.rank != 0:
             return
         pictures = {}

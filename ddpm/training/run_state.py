@@ -2,10 +2,10 @@
 
 It lives on the driver's node and needs no CPU. The last value of each subject is kept.
 
-The actor may die as well. Ray starts it again and repeats the calls that were not answered; it is empty then. The
-driver, which reads it twice a second, notices that and restores what was there (`RunStateClient`). What was set after
-the last reading is lost, so nothing depends on it: workers report their end again to a new actor, and checkpoints and
-user errors are found again without it.
+The actor may die as well. Ray restarts it, empty, and repeats the calls that were not answered. The driver, which
+reads it twice a second, detects that and restores its values (`RunStateClient`). Values set after the last reading
+are lost, so nothing depends on them: workers report their end again to a new actor, and checkpoints and user errors
+are found without it.
 """
 
 import uuid
@@ -18,19 +18,19 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 # Subjects.
 FAILURE = "failure"
-"""A UserError that no restart mends."""
+"""A UserError that a restart does not fix."""
 STOP = "stop"
-"""Why the workers should end with the step they are in, and leave a checkpoint of it."""
+"""Reason for the workers to stop after the current step, with a checkpoint."""
 PREEMPTION = "preemption"
 """A value of STOP: a node of the workers is about to be taken away."""
 MORE_WORKERS = "more workers"
-"""A value of STOP: nodes have come, and the next worker group can be larger."""
+"""A value of STOP: nodes have joined, and the next worker group can be larger."""
 OF_THIS_GROUP = (PREEMPTION, MORE_WORKERS)
-"""Values of STOP for which the worker group leaves; the next one goes on."""
+"""Values of STOP that end this worker group only; the next group continues the run."""
 ENDED = "ended"
 """images_seen at which the workers last left the loop."""
 COMMITTED = "committed"
-"""images_seen of the newest safe checkpoint."""
+"""images_seen of the newest stored checkpoint."""
 PROGRESS = "progress"
 """A progress.Progress."""
 METRICS = "metrics"
@@ -43,9 +43,9 @@ WORKERS = "workers"
 FAILURES, PREEMPTIONS = "failures", "preemptions"
 """Counters of `failed` and `preempted`."""
 NUMBER = "number"
-"""RunSpec.number; missing in an actor that was started anew."""
+"""RunSpec.number; missing in a restarted actor."""
 WARNINGS = "warnings"
-"""Lines for the person watching."""
+"""Warnings that the driver shows, a line each."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class RunSpec:
     """A run as its workers receive it."""
 
     number: int
-    """Counts from 1, for workers that stay from one run to the next."""
+    """Number of the run, from 1, for workers that stay from one run to the next."""
     what: Any
-    """A reference to what they need to know; the actor, a small process, does not fetch it."""
+    """A Ray reference to the workers' arguments; the actor, a small process, does not fetch them."""
 
 
 class RunState:
-    """The actor."""
+    """The actor that holds the state of a run."""
 
     def __init__(self) -> None:
         self._spec: RunSpec | None = None
@@ -68,12 +68,12 @@ class RunState:
         self._life, self._ended = uuid.uuid4().hex, (0, -1)
 
     def submit(self, spec: RunSpec) -> None:
-        """Tell the workers of a run; what was set of another is forgotten, but not where they are."""
+        """Submit a run to the workers; values of the previous run are dropped, except PLACE."""
         self._spec = spec
         self._values = {NUMBER: spec.number, WARNINGS: [], PLACE: self._values.get(PLACE)}
 
     def restore(self, spec: RunSpec | None, values: dict[str, Any]) -> dict[str, Any]:
-        """Take over what was in an actor that died, except where there is later news; returns everything."""
+        """Restore the values of an actor that died, except those set again since; returns all values."""
         if self._spec is None:
             self._spec = spec
             warnings = values.get(WARNINGS, []) + self._values[WARNINGS]
@@ -82,11 +82,11 @@ class RunState:
         return self._values
 
     def close(self) -> None:
-        """Tell the workers that there is no other run."""
+        """Tell the workers that no other run follows."""
         self._closed = True
 
     def next_run(self, after: int) -> tuple[RunSpec | Literal["wait", "leave"], str]:
-        """The run for workers that have done with run `after`; and a word that is another after a restart."""
+        """The run for workers that have finished run `after`, and an id that changes if the actor restarts."""
         if self._closed:
             return "leave", self._life
         if self._spec is None or self._spec.number <= after or self._values.get(ENDED) is not None:
@@ -94,8 +94,8 @@ class RunState:
         return self._spec, self._life
 
     def ended(self, number: int, images_seen: int) -> str:
-        """The workers have left the loop of run `number`; returns the word that `next_run` does."""
-        self._ended = number, images_seen  # for `restore`, if the run is not known here yet
+        """Record that the workers have left the loop of run `number`; returns the id, as `next_run` does."""
+        self._ended = number, images_seen  # for `restore`, if this actor does not know the run yet
         if self._spec is not None and number == self._spec.number:
             self._values[ENDED] = images_seen
         return self._life
@@ -105,13 +105,13 @@ class RunState:
         self._values[subject] = value
 
     def measured(self, values: Mapping[str, float], images_seen: int) -> None:
-        """Add points to curves; the newest few of each are kept, for a driver that looks late."""
+        """Add points to curves; the newest NUM_POINTS of each are kept, for a driver that polls late."""
         curves = self._values.setdefault(METRICS, {})
         for name, value in values.items():
             curves[name] = [*curves.get(name, [])[1 - NUM_POINTS :], (images_seen, value)]
 
     def warn(self, line: str) -> None:
-        """Add a line for the person watching."""
+        """Add a warning for the driver to show."""
         self._values[WARNINGS].append(line)
 
     def snapshot(self) -> dict[str, Any]:
@@ -119,7 +119,7 @@ class RunState:
         return self._values
 
     def failed(self) -> int:
-        """Count a failure; failures in a row, with no checkpoint in between."""
+        """Count a failure; returns the number in a row without a new checkpoint."""
         committed = self._values.get(COMMITTED, -1)
         failures, failed_at = self._values.get(FAILURES, (0, -1))
         failures = 1 if committed > failed_at else failures + 1
@@ -127,13 +127,13 @@ class RunState:
         return failures
 
     def preempted(self) -> int:
-        """Count a preemption; all there were."""
+        """Count a preemption; returns the total."""
         self._values[PREEMPTIONS] = self._values.get(PREEMPTIONS, 0) + 1
         return self._values[PREEMPTIONS]
 
 
 class RunStateClient:
-    """The driver's side: what it sets survives the actor's death.
+    """The driver's side of a RunState: the values it sets survive the actor's death.
 
     Attributes:
         actor: the RunState, for controller and workers.
@@ -145,7 +145,7 @@ class RunStateClient:
         self._values: dict[str, Any] = {}
 
     def submit(self, spec: RunSpec) -> None:
-        """`RunState.submit`; the actor may still be starting, and is not waited for."""
+        """`RunState.submit`, without waiting for an actor that is still starting."""
         self._spec = spec
         self._values = {NUMBER: spec.number, PLACE: self._values.get(PLACE)}
         self.actor.submit.remote(spec)
@@ -175,7 +175,7 @@ class RunStateClient:
 
 
 def start() -> Any:
-    """A new RunState on this node: it lives as long as this process, started again if it dies before."""
+    """Create a RunState on this node; it lives as long as this process, and is restarted if it dies."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
     return ray.remote(num_cpus=0)(RunState).options(**options).remote()

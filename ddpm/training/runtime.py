@@ -1,6 +1,6 @@
-"""The loop's surroundings: the protocols `Runtime` and `Tracker`, and their plain-torch side.
+"""The training loop's interfaces: the protocols `Runtime` and `Tracker`, and `Runtime` in plain torch.
 
-The loop is written once against them. `LocalRuntime` needs neither Ray nor a network; `worker.RayRuntime` is Ray Train.
+The loop is written once against them. `LocalRuntime` needs neither Ray nor a network; `worker.RayRuntime` needs Ray.
 """
 
 import shutil
@@ -29,7 +29,7 @@ CORRUPT = "corrupt.jsonl"
 
 
 class Tracker(Protocol):
-    """A receiver of curves and pictures. No call may block or raise: tracking never hurts training."""
+    """A receiver of curves and pictures. No call may block or raise, so that tracking cannot disturb training."""
 
     def metrics(self, values: dict[str, float], images_seen: int) -> None: ...
     def image(self, key: str, image: NDArray[np.uint8], images_seen: int) -> None: ...
@@ -37,7 +37,7 @@ class Tracker(Protocol):
 
 
 class NoTracker:
-    """Tracks nothing: every rank but the first."""
+    """Tracks nothing, on every rank but the first."""
 
     def metrics(self, values: dict[str, float], images_seen: int) -> None: ...
     def image(self, key: str, image: NDArray[np.uint8], images_seen: int) -> None: ...
@@ -45,7 +45,7 @@ class NoTracker:
 
 
 class Runtime(Protocol):
-    """One worker of a training run, and its way to the others and to storage."""
+    """One worker of a training run, with access to the other workers and to storage."""
 
     rank: int
     world_size: int
@@ -78,11 +78,11 @@ class Runtime(Protocol):
         """Whether each flag is set on any rank. Every rank calls it, in every step.
 
         Returns:
-            [n] bool on the device, and what `LateFlags.read` says of this step and those before.
+            [n] bool on the device, and the counts of `LateFlags.read` for this step and those before.
         """
 
     def wants_stop(self) -> bool:
-        """Whether this rank has been asked to end training after the step it is in."""
+        """Whether this rank has been asked to end training after the current step."""
 
     def save(self, snapshot: checkpoint.Snapshot, best: bool) -> None:
         """Store a checkpoint, now or in the background (rank 0 only); `best`: it has the lowest held-out loss."""
@@ -91,7 +91,7 @@ class Runtime(Protocol):
         """Return when all that was saved and published is stored."""
 
     def facts(self) -> dict[str, float]:
-        """Values to log beside the loss (rank 0's counts)."""
+        """Values to log besides the loss (rank 0's counts)."""
 
     def progress(self, progress: Progress) -> None:
         """Report how far training is (rank 0 only)."""
@@ -101,7 +101,7 @@ class Runtime(Protocol):
 
 
 class LocalRuntime:
-    """One process, plain torch: tests, benchmarks, and reading the loop in a debugger."""
+    """One process in plain torch, for tests, benchmarks and debugging."""
 
     rank = 0
     world_size = 1
@@ -178,7 +178,7 @@ class LocalRuntime:
 
 
 def read_held_out(held_out: DataSet | None, config: Config) -> Images | None:
-    """The same few held-out images for every run on this data set, whatever its seed."""
+    """The first few held-out images, the same for every run on this data set and every seed."""
     if held_out is None or config.train.held_out_images == 0:
         return None
     plan = held_out.plan(seed=0, window_rows=config.data.window_rows)

@@ -1,4 +1,4 @@
-"""The display of a run while it trains: one screen on a terminal, a line an interval elsewhere."""
+"""The display of a run while it trains: one screen on a terminal, one line per interval elsewhere."""
 
 import math
 import re
@@ -28,7 +28,7 @@ def sparkline(values: list[float], levels: str = LEVELS) -> str:
     """A curve as a line of text: the lowest value as the first of `levels`, the highest tenth as the last.
 
     Values that are not finite are left out; where there are more than WIDTH, each character is a mean. The highest
-    tenth is cut, since a loss begins so high that the rest would be one level.
+    tenth is clipped, since a loss begins so high that the rest would be one level.
     """
     values = [value for value in values if math.isfinite(value)]
     count = min(WIDTH, len(values))
@@ -40,10 +40,10 @@ def sparkline(values: list[float], levels: str = LEVELS) -> str:
 
 
 class Screen:
-    """A context that shows a run: `update` is called again and again with its state.
+    """A context that shows a run; call `update` repeatedly with the run's state.
 
     Args:
-        waiting: returns how many checkpoints' records MLflow has not taken.
+        waiting: returns the number of segments, one per checkpoint, that MLflow does not have yet.
     """
 
     def __init__(self, name: str, total_images: int, waiting: Callable[[], int]) -> None:
@@ -66,7 +66,7 @@ class Screen:
         (self._lines or self._live).__exit__(None, None, None)
 
     def update(self, values: Mapping[str, Any]) -> None:
-        """Show the state of the run, the values of its RunState."""
+        """Show `values`, those of the run's RunState."""
         self._values = values
         for name, points in values.get(run_state.METRICS, {}).items():
             self._curves[name].update(points)
@@ -89,7 +89,7 @@ class Screen:
         return f"{self._values[run_state.PROGRESS].images_per_s:,.0f} images/s{utilization}"
 
     def _table(self) -> "Table":
-        """The screen."""
+        """The screen as a table."""
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 

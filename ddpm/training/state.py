@@ -45,7 +45,7 @@ class State:
     images_seen: int = 0
     """Position in the plan."""
     skipped_steps: int = 0
-    """Steps of which nothing was learned, since their loss or gradient was not finite."""
+    """Steps without an update, since their loss or gradient was not finite."""
     best_held_out_loss: float = math.inf
 
     @classmethod
@@ -62,14 +62,14 @@ class State:
         return cls(net, EMA(net, config.optim.ema_decay), optimizer)
 
     def descend(self, lr: float, bad: Tensor) -> None:
-        """Take a step along the gradients, and average the weights; a `bad` step leaves the weights as they are.
+        """Take an optimizer step, and update the averaged weights; a `bad` step leaves the net's weights unchanged.
 
         Args:
-            bad: [] bool on the weights' device, which decides there: the host need not know.
+            bad: [] bool on the weights' device; the optimizer reads it there, so that the host need not wait.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        # As torch.amp.GradScaler tells fused optimizers, which then decide on the device.
+        # As torch.amp.GradScaler does it: fused optimizers read this flag on the device.
         self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.ema.update(self.net, self.step)
@@ -95,14 +95,14 @@ class State:
             keys = ("step", "exp_avg", "exp_avg_sq")
             if f"{name}.step" in tensors:
                 state = {key: tensors[f"{name}.{key}"].to(weight.device, copy=True) for key in keys}
-                # As AdamW lays its averages out: like the weight they belong to (channels-last), so that a
-                # resumed step runs the very kernels of an uninterrupted one.
+                # AdamW gives its averages the memory format of their weight (channels-last). A resumed step
+                # must run the same kernels as an uninterrupted one.
                 for key in keys[1:]:
                     state[key] = torch.empty_like(weight, requires_grad=False).copy_(state[key])
                 self.optimizer.state[weight] = state
 
     def snapshot(self, config: Config, extra: dict[str, Any]) -> Snapshot:
-        """Copy everything; `extra` goes into state.json. This is all that training waits for."""
+        """Copy the whole state; `extra` goes into state.json. Training waits for this copy only."""
         best = self.best_held_out_loss
         position = {
             "step": self.step,
@@ -120,11 +120,11 @@ class State:
         return Snapshot(self.images_seen, copies, {**extra, **position}, to_json(config))
 
     def restore(self, folder: Path, config: Config) -> None:
-        """Take over the checkpoint in `folder`.
+        """Restore the checkpoint in `folder`.
 
         Raises:
-            UserError: damaged, or of a run with another configuration (architecture, schedule, data order, ...) or
-                another random generator.
+            UserError: it is damaged, or of a run with another configuration (architecture, schedule, data order, ...)
+                or another random generator.
         """
         checkpoint.verify(folder)
         checkpoint.check_same_run(checkpoint.read_config(folder), config, str(folder))
@@ -144,10 +144,10 @@ class State:
         self.best_held_out_loss = math.inf if best is None else best
 
     def init_from(self, folder: Path, config: Config) -> None:
-        """Take over the averaged weights of the checkpoint in `folder`, of whatever run, before the first image.
+        """Load the averaged weights of the checkpoint in `folder`, of any run, before the first image.
 
         Raises:
-            UserError: damaged, or of a net that is built otherwise or predicts something else.
+            UserError: it is damaged, or its net has another architecture or prediction.
         """
         checkpoint.verify(folder)
         checkpoint.check_same_net(checkpoint.read_config(folder), config, folder)
@@ -157,7 +157,7 @@ class State:
     def _read_moments(
         self, folder: Path, position: Mapping[str, Any], device: torch.device
     ) -> dict[str, Tensor]:
-        """AdamW's state; none before the first step that taught something."""
+        """AdamW's state; empty before the first step that was not skipped."""
         path = folder / "optimizer.safetensors"
         tensors = checkpoint.read_tensors(path, device)
         has_learned = position["step"] > position.get("skipped_steps", 0)
@@ -178,7 +178,7 @@ class State:
 
 
 def parameter_count(net: nn.Module) -> int:
-    """Trainable numbers in `net`."""
+    """Number of trainable parameters of `net`."""
     return sum(p.numel() for p in net.parameters())
 
 

@@ -12,7 +12,7 @@ MEGABYTE = 1e6
 
 
 def hardware() -> str:
-    """The GPU of this worker, else the processor and the cores of its machine."""
+    """Name of this worker's GPU, else the number of cores and the processor of its machine."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     name = platform.machine()
@@ -23,7 +23,7 @@ def hardware() -> str:
 
 
 class SystemMetrics:
-    """CPU, memory, disk, network, and the memory of this worker's GPU; network counts from here on."""
+    """CPU, memory, disk, network, and the memory of this worker's GPU; network traffic since its creation."""
 
     def __init__(self) -> None:
         psutil.cpu_percent()  # the first call only starts the count
@@ -43,7 +43,7 @@ class SystemMetrics:
                 "network_receive_megabytes": (network.bytes_recv - self._network.bytes_recv) / MEGABYTE,
                 "network_transmit_megabytes": (network.bytes_sent - self._network.bytes_sent) / MEGABYTE,
             }
-        if torch.cuda.is_initialized():  # asking would initialize it
+        if torch.cuda.is_initialized():  # the query would initialize CUDA
             device = torch.cuda.current_device()
             free, total = torch.cuda.mem_get_info(device)
             values |= {

@@ -1,9 +1,8 @@
 """One worker of a Ray Train group: `RayRuntime`, the Ray side of `runtime.Runtime`.
 
-The run reports to Ray by `ray.train.report`: metrics, and each stored checkpoint as a pointer, as Ray's documentation
-has it for checkpoints that Ray does not upload itself. Storage is the truth about the run; the pointers are for Ray's
-callbacks, metrics and API. All workers have to report together; which step does it, they agree on in the all-reduce
-that every step has anyway.
+The run reports to Ray by `ray.train.report`: metrics, and each stored checkpoint as a pointer, as Ray documents it for
+checkpoints that Ray does not upload itself. A run resumes from storage; the pointers are for Ray's callbacks, metrics
+and API. All workers must report in the same step; they agree on it in the all-reduce that every step has anyway.
 """
 
 import json
@@ -41,7 +40,7 @@ POINTER = "pointer_ckpt.json"
 
 
 class SharedBuffer(MetricsBuffer):
-    """A MetricsBuffer that passes the newest values to a RunState actor as well."""
+    """A MetricsBuffer that also sends the values to a RunState actor."""
 
     def __init__(self, state: Any) -> None:
         super().__init__()
@@ -116,7 +115,7 @@ class RayRuntime:
         return torch.cat(parts)
 
     def any_of(self, *flags: Tensor | bool, at_once: bool) -> tuple[Tensor, list[int]]:
-        """`Runtime.any_of`; also the step of the report to Ray, since it is the same one for all workers."""
+        """`Runtime.any_of`; also reports to Ray when due, since all workers must do that in the same step."""
         due = self._rank_zero is not None and self._rank_zero.report_is_due()
         agreed = stack_flags((*flags, due), self.device)
         if self.world_size > 1:
@@ -129,7 +128,7 @@ class RayRuntime:
         return agreed[:-1], answers
 
     def _report(self) -> None:
-        """Tell Ray Train how far the run is; every rank calls it."""
+        """Report progress to Ray Train; every rank calls it."""
         metrics, newest = self._rank_zero.report() if self._rank_zero else ({}, None)
         pointer = self._pointer(newest) if newest else None
         ray.train.report(metrics, checkpoint=pointer, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
@@ -137,9 +136,9 @@ class RayRuntime:
             self._rank_zero.preempted()
 
     def _pointer(self, newest: str) -> Checkpoint:
-        """The pointer to a stored checkpoint that Ray Train gets."""
+        """The pointer to a stored checkpoint, for Ray Train."""
         pointer = self._pointers / newest
-        if self._pointers.parent.exists():  # else this is another node than the driver's
+        if self._pointers.parent.exists():  # only on the driver's node
             pointer.mkdir(parents=True, exist_ok=True)
             (pointer / POINTER).write_text(json.dumps({"uri": self._run.location.child(newest).uri}))
         return Checkpoint(str(pointer))
@@ -149,7 +148,7 @@ class RayRuntime:
 
     @contextmanager
     def latest_checkpoint(self) -> Iterator[Path | None]:
-        """Rank 0 looks for it and broadcasts it, so that all restore the same one."""
+        """The newest checkpoint, which rank 0 finds and broadcasts, so that all ranks restore the same one."""
         with ExitStack() as stack:
             folder = stack.enter_context(self._rank_zero.restored()) if self._rank_zero else None
             name = ray.train.collective.broadcast_from_rank_zero(folder.name if folder else None)
@@ -185,7 +184,7 @@ class RayRuntime:
             self._rank_zero.flush_on_error()
 
     def close(self) -> None:
-        """End what belongs to this run, reading included: the worker may stay for another run."""
+        """Stop reading and rank 0's threads; the worker may stay for another run."""
         self._reading.close()
         if self._rank_zero:
             self._rank_zero.close()

@@ -1,7 +1,7 @@
 """The workers of a training run: a `TorchTrainer`, whose workers may stay for the next run.
 
-A search begins a trial in a second that way: processes, imports and process group are there already. What becomes of
-a run when workers die is for `fit.fit`.
+A search begins a trial in a second that way: processes, imports and process group exist already. `fit.fit` decides
+what happens to a run when workers die.
 """
 
 import atexit
@@ -44,13 +44,13 @@ NEVER_S = 1e9
 
 
 class PersistentWorkerGroup:
-    """The workers, and what stays with them from one run to the next: processes, imports, the process group.
+    """Workers that keep processes, imports and the process group from one run to the next.
 
-    They start with the first run, and anew after a failure. One run at a time; all ask the same of the cluster.
+    They start with the first run, and again after a failure. Runs follow one another, and need the same resources.
 
     Args:
-        config: of any of the runs.
-        verbose: let Ray's own messages through.
+        config: that of any of the runs.
+        verbose: show Ray's own messages.
         persistent: the workers stay after the end of a run, until `close`.
 
     Attributes:
@@ -72,7 +72,7 @@ class PersistentWorkerGroup:
         self.state.submit(run_state.RunSpec(self._number, what))
 
     def workers(self) -> CallThread:
-        """The thread in `TorchTrainer.fit`, begun if there is none; it ends when the workers leave."""
+        """The thread that runs `TorchTrainer.fit`, started if there is none; it ends when the workers leave."""
         if self._workers is None or not self._workers.is_alive():
             if self._workers is not None:
                 self._free_place()
@@ -80,7 +80,7 @@ class PersistentWorkerGroup:
         return self._workers
 
     def close(self, timeout_s: float) -> None:
-        """Let the workers leave, and wait until they have."""
+        """Ask the workers to leave, and wait for that, at most `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         while True:
             ray.get(self.state.actor.close.remote())  # again, since the actor may die meanwhile
@@ -93,9 +93,9 @@ class PersistentWorkerGroup:
             return _trainer(self._config, {**self._spec, "folder": folder}, self.per_worker).fit()
 
     def _free_place(self) -> None:
-        """Give back what a dead controller's workers held: data tasks would wait for ever for the CPUs.
+        """Remove the placement group of a dead controller's workers: data tasks would wait forever for its CPUs.
 
-        Ray's own cleaner asks the dashboard whether the controller lives, and does nothing where there is none (2.60).
+        Ray's own cleanup asks the dashboard whether the controller lives, and does nothing without one (2.60).
         """
         place = self.state.snapshot().get(run_state.PLACE)
         if place is not None:
@@ -105,14 +105,14 @@ class PersistentWorkerGroup:
 
 @contextlib.contextmanager
 def _own_folder() -> Iterator[str]:
-    """A temporary folder, also removed when this process exits; those of processes that were killed are removed."""
+    """A temporary folder, also removed when this process exits; folders of killed processes are removed first."""
     for left in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*/{OWNER}"):
-        with contextlib.suppress(OSError), left.open() as owner:  # an error: it is in use
+        with contextlib.suppress(OSError), left.open() as owner:  # an error: the folder is in use
             fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(left.parent, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=FOLDER_PREFIX) as folder, Path(folder, OWNER).open("w") as owner:
         fcntl.flock(owner, fcntl.LOCK_EX)
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)  # the thread that is in here may not end
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)  # the thread that uses it may not end
         yield folder
 
 
@@ -126,14 +126,14 @@ def _trainer(config: Config, spec: dict[str, Any], per_worker: dict[str, float])
             num_workers=sizes[0] if len(sizes) == 1 else (sizes[0], sizes[-1]),  # type: ignore[arg-type]
             use_gpu=use_gpu,
             resources_per_worker=per_worker,
-            # Ray would end a healthy group where it is, and the next one would go back to the checkpoint before. The
-            # driver asks it to leave with a checkpoint instead (monitor.py).
+            # Ray would stop a healthy group at once, and the next group would resume from an older checkpoint. The
+            # driver asks the group to leave with a new checkpoint instead (monitor.py).
             elastic_resize_monitor_interval_s=NEVER_S,
         ),
         run_config=RunConfig(  # type: ignore[call-arg]
             name=config.run.name,
-            # Ray's own notes on the run, on this node: the truth about it is in its folder, and what Ray writes would
-            # end the run where storage is away. Checkpoints are reported as pointers (worker.py).
+            # Ray's own files stay on this node: a run resumes from its own folder, and a failed write of Ray's to
+            # remote storage would end the run. Checkpoints are reported as pointers (worker.py).
             storage_path=spec["folder"],
             failure_config=FailureConfig(max_failures=-1),  # FailureBudget ends a run that makes no progress
             callbacks=[FailureBudget(config, spec["state"])],  # type: ignore[list-item]
@@ -143,7 +143,7 @@ def _trainer(config: Config, spec: dict[str, Any], per_worker: dict[str, float])
 
 
 def work(spec: dict[str, Any]) -> None:
-    """The function of each worker: one run, or, where workers are persistent, run after run."""
+    """The main function of a worker: train one run, or, if workers are persistent, run after run."""
     state, number = spec["state"], 0
     ended, informed = None, ""
     if not spec["verbose"]:
@@ -154,7 +154,7 @@ def work(spec: dict[str, Any]) -> None:
         if run == "leave":
             return
         if run == "wait":
-            if ended is not None and life != informed:  # an actor that was started anew does not know
+            if ended is not None and life != informed:  # a restarted actor does not know it
                 informed = ray.get(state.ended.remote(number, ended))
             time.sleep(RUN_POLL_S)
             continue
@@ -170,7 +170,7 @@ def work(spec: dict[str, Any]) -> None:
 def _run_one(
     config: Config, data_set: DataSet, run: Run, tags: Mapping[str, str], spec: dict[str, Any]
 ) -> int | None:
-    """One worker's part in a run; rank 0 returns images_seen at its end."""
+    """Train one run on this worker; rank 0 returns images_seen at the end."""
     state = spec["state"]
     buffer = SharedBuffer(state)
     buffer.tags({**tags, "hardware": hardware()})
@@ -183,12 +183,12 @@ def _run_one(
     except UserError as error:
         ray.get(state.set.remote(run_state.FAILURE, error))
         runtime.flush_on_error()
-        # All workers learn of a loss that is not finite in the same step.
+        # All workers detect a loss that is not finite in the same step, so the group can stay.
         if not (spec["persistent"] and isinstance(error, loop.NonFinite)):
             raise
     finally:
         runtime.close()
-        if config.train.compile:  # what was compiled for one net counts as a variant of the next one's
+        if config.train.compile:  # else the next run's net would count as a recompilation
             torch.compiler.reset()
     return images_seen if runtime.rank == 0 else None
 
