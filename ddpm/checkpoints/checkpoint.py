@@ -5,8 +5,8 @@
     config.json      the whole config: enough to rebuild the net
     checksums.json   SHA-256 of every other file, written last
 
-A folder without checksums.json, or with a file that does not match it, is not a checkpoint. What is damaged, or
-contradicts itself, raises UserError when it is read.
+A folder without checksums.json, or with a file that does not match it, is not a checkpoint. Reading a damaged
+or inconsistent file raises UserError.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ PREFIX = "checkpoint-"
 BEST_PREFIX = "best-"
 NAME_DIGITS = 12
 
-# What may differ between a checkpoint and the run that goes on from it; the rest is the run's identity.
+# Keys that may differ between a checkpoint and the run that resumes from it; the rest is the run's identity.
 _FREE = (
     *("cluster.", "run.", "sample.", "optim.skip_non_finite"),
     *("data.shards", "data.source", "data.stall_timeout_s", "data.on_corrupt", "data.max_corrupt_share"),
@@ -44,7 +44,7 @@ _FREE = (
     *("train.checkpoint_every_images", "train.keep_checkpoints", "train.forward_images", "train.compile"),
     *("train.deterministic", "train.init_from"),
 )
-# What a new run must share with the checkpoint it takes its first weights from.
+# Keys that a new run must share with the checkpoint of its initial weights.
 _NET = ("model.", "objective.process", "objective.predict", "objective.variance")
 _NET_FREE_KEYS = ("model.dropout", "model.zero_init")
 
@@ -58,7 +58,7 @@ Count = Annotated[int, Field(ge=0, lt=10**NAME_DIGITS)]
 
 
 class Position(BaseModel):
-    """Content of state.json: position of training and identity of the run; other keys are kept as they are."""
+    """Content of state.json: position of training and identity of the run; unknown keys are kept."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
@@ -68,13 +68,13 @@ class Position(BaseModel):
     best_held_out_loss: float | None
     generator: str = Field("", max_length=100, pattern="^[ -~]*$")
     run_key: str = Field(pattern="^[0-9A-Za-z]*$")
-    """Empty: imported, without a run."""
+    """Empty for an imported checkpoint, which has no run."""
     data_fingerprint: str = Field(pattern="^[0-9a-f]*$")
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Copy of the training state at one moment, in main memory, so that training can go on."""
+    """Copy of the training state at one moment, in main memory, so that training can continue."""
 
     images_seen: int
     tensors: dict[str, dict[str, Tensor]]
@@ -86,7 +86,7 @@ class Snapshot:
 
 
 def write(snapshot: Snapshot, folder: Path) -> None:
-    """Write `snapshot` as a checkpoint into the empty or new `folder`; all of it is on disk before checksums.json is.
+    """Write `snapshot` as a checkpoint into the empty or new `folder`; checksums.json last, with all else on disk.
 
     Raises:
         OSError: the disk is full, or the folder may not be written to.
@@ -119,7 +119,7 @@ def verify(folder: Path) -> None:
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file of a checkpoint, as checksums.json has them."""
+    """The SHA-256 of every file of a checkpoint, from checksums.json."""
     file = folder / CHECKSUMS
     if not file.exists():
         raise UserError(f"{folder} is not a checkpoint: it has no {CHECKSUMS}")
@@ -135,7 +135,7 @@ def read_bytes(file: Path) -> bytes:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint, which must agree with itself and with config.json."""
+    """Read state.json of a checkpoint; check that it is consistent, also with config.json."""
     file = folder / "state.json"
     at = strict_json.parse(Position, read_bytes(file), f"{file} is damaged", extra="allow")
     batch_size = read_config(folder).train.batch_size
@@ -152,7 +152,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def position(folder: Path | None) -> int:
-    """images_seen of a checkpoint, whose tensors need not be intact; 0 for None."""
+    """images_seen of a checkpoint; 0 for None. The tensors need not be intact."""
     return read_state(folder)["images_seen"] if folder else 0
 
 
@@ -181,8 +181,8 @@ def write_light(folder: Path, out: Path) -> None:
     """Write the checkpoint in `folder` to `out` without its optimizer's state: half as large, enough for sampling.
 
     Raises:
-        UserError: it is damaged.
-        OSError: it cannot be written.
+        UserError: the checkpoint is damaged.
+        OSError: `out` cannot be written.
     """
     verify(folder)
     cpu, position = torch.device("cpu"), read_state(folder)
@@ -193,7 +193,7 @@ def write_light(folder: Path, out: Path) -> None:
 
 
 def check_same_run(saved: Config, now: Config, where: str) -> None:
-    """Raise UserError if `now` is not the configuration of the run that `saved` began."""
+    """Raise UserError if `saved` and `now` are configurations of different runs."""
     changed = _differences(saved, now, lambda key: not key.startswith(_FREE))
     if changed:
         raise UserError(
@@ -209,7 +209,7 @@ def check_same_net(saved: Config, now: Config, folder: Path) -> None:
 
 
 def _differences(saved: Config, now: Config, counts: Callable[[str], bool]) -> str:
-    before, after = flatten(saved), flatten(now)  # other nets, other keys
+    before, after = flatten(saved), flatten(now)  # different nets have different keys
     return differences(before, after, lambda key: key in before and key in after and counts(key))
 
 
@@ -222,7 +222,7 @@ def read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
 
 
 def net_without_memory(config: Config, where: str) -> nn.Module:
-    """The net on the meta device: a config from outside, from `where`, may describe a net that no memory holds."""
+    """Build the net on the meta device: an untrusted config, from `where`, may describe one too large for memory."""
     try:
         with torch.device("meta"):
             return build_net(config)
@@ -236,7 +236,7 @@ def load_weights(net: nn.Module, path: Path) -> None:
 
 
 def _read_weights(net: nn.Module, path: Path, device: torch.device) -> dict[str, Tensor]:
-    """The weights in the file at `path`, which must be those of a net like `net`."""
+    """The weights in the file at `path`; they must fit `net`."""
     tensors = read_tensors(path, device)
     check_fit(shapes(tensors), shapes(net.state_dict()), path)
     check_numbers(tensors, path)
@@ -249,7 +249,7 @@ def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def check_fit(there: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]], path: Path) -> None:
-    """Raise UserError unless there is each tensor that the net needs, in its shape, and no other."""
+    """Raise UserError unless the file has exactly the tensors that the net needs, in their shapes."""
     for name in sorted(set(want) ^ set(there)):
         has = "lacks" if name in want else "has the unknown"
         raise UserError(f"{path} is damaged or of another architecture: it {has} {name!r:.100}")

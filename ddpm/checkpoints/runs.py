@@ -20,7 +20,7 @@ from ddpm.utils.errors import UserError
 from ddpm.utils.retry import as_user_error
 
 X_0_ERROR, X_0_ERROR_FORMAT = "x_0_error.json", "ddpm-x_0-error/1"
-"""File of a checkpoint: the errors of its averaged net on training images, once it has been evaluated."""
+"""File that evaluation adds to a checkpoint: the errors of its averaged net on training images."""
 RESERVED = "data"
 """Folder beside the runs that holds prepared sources."""
 
@@ -32,7 +32,7 @@ class Run:
     name: str
     location: Location
     key: str
-    """Random, made once: identifies the run in MLflow."""
+    """Random, created once; identifies the run in MLflow."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def settled(config: Config, preset: str) -> Config:
     """`config` with a run name (default: preset and time) and an absolute storage URI.
 
     Raises:
-        UserError: the name cannot be a folder's, or storage cannot be reached.
+        UserError: the name is not a valid folder name, or storage cannot be reached.
     """
     name = config.run.name or f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     _check_name(name)
@@ -67,7 +67,7 @@ def open_run(name: str, uri: str) -> Run:
     """The run `name` in the folder or bucket `uri`; a new run gets its key.
 
     Raises:
-        UserError: the name cannot be a folder's, or storage refuses.
+        UserError: the name is not a valid folder name, or storage refuses.
     """
     _check_name(name)
     location = locations.resolve(uri).child(name)
@@ -84,7 +84,7 @@ def existing_run(uri: str) -> Run:
     """The run in the folder or bucket `uri`.
 
     Raises:
-        UserError: there is none, or storage refuses.
+        UserError: there is no run, or storage refuses.
     """
     location = locations.resolve(uri)
     card = location.child("run.json")
@@ -114,7 +114,7 @@ def read_x_0_error(folder: Path, num_timesteps: int) -> Tensor:
     """[T] float64, the mean squared error of x_0_hat at every t, as `keep_x_0_error` stored it in a checkpoint.
 
     Raises:
-        UserError: there is none, it is damaged, or it belongs to other weights.
+        UserError: the file is missing, damaged, or of other weights.
     """
     file = folder / X_0_ERROR
     weights = checkpoint.read_checksums(folder)["ema.safetensors"]

@@ -1,4 +1,4 @@
-"""Joining a Ray cluster, or starting one on this machine, for training, preparing data and drawing; its resources."""
+"""Joining a Ray cluster, or starting one on this machine, and the cluster's resources."""
 
 import logging
 import os
@@ -18,39 +18,39 @@ from ddpm.utils.retry import answer
 KEPT_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
-    # Training is in a thread, and what threads have of their own is given back however large the other two are.
+    # Training runs in a thread; threads' own arenas return memory to the system whatever the other two values are.
     "MALLOC_ARENA_MAX": "1",
 }
-"""With these the C library (glibc) keeps what a step frees for the next one, instead of asking the system for it anew,
-page by page: on CPUs that is a tenth of a step. It reads them when a process begins."""
+"""With these the C library (glibc) keeps freed memory for the next step, instead of asking the system for it again,
+page by page: on CPUs that is a tenth of a step. It reads them when a process starts."""
 
 SETTINGS = {
     **KEPT_MEMORY,
-    # How often Ray Train's controller asks its workers (default 2 s).
+    # Interval at which Ray Train's controller polls its workers (default 2 s).
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
-    # A worker group that does not get its resources asks again, maybe for fewer workers (default 60 s).
+    # A worker group without resources retries after this time, perhaps with fewer workers (default 60 s).
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     # Workers of a cluster started here have the priority of any other process, not a lower one.
     "RAY_worker_niceness": "0",
     # Ray prints a warning when there are four times as many processes as may start at once, by default one per CPU. A
-    # search on two cores has that many, most of which do nothing.
+    # search on two cores has that many, most of them idle.
     "RAY_worker_maximum_startup_concurrency": str(max(8, os.cpu_count() or 1)),
 }
-"""Variables of Ray's and the C library's that shorten a crash and a step, and spare the user a warning; what the
-environment says comes first."""
+"""Variables of Ray and the C library for faster recovery from a crash, faster steps and one warning less; values in the
+environment take precedence."""
 
 API_SERVER, NO_API_SERVER = "RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9"
-"""A cluster started here has no dashboard. Ray Train would look for one, find that of another cluster on this machine,
-which does not know our controller, and remove the workers of a controller that it takes for dead (2.60)."""
+"""A cluster started here has no dashboard. Ray Train would find that of another cluster on this machine, which does not
+know our controller, take the controller for dead, and remove its workers (2.60)."""
 
 REACH_TIMEOUT_S = 10.0
 """Time-out for a connection to RAY_ADDRESS; Ray itself tries for minutes."""
 
 VITAL = ("gcs_server", "raylet")
-"""Processes of a cluster started here without which it is gone."""
+"""Processes that a cluster started here cannot work without."""
 
 LIMITS = "DDPM_CLUSTER_RESOURCES"
-"""The variable in which a cluster that grows says how far: '{"CPU": 48, "GPU": 4}'. Ray itself does not (2.60)."""
+"""The variable with the limits of a cluster that grows: '{"CPU": 48, "GPU": 4}'. Ray does not report them (2.60)."""
 
 
 class NoCluster(UserError):
@@ -63,7 +63,7 @@ def connect(verbose: bool = False) -> None:
     """Join the Ray cluster of the environment (RAY_ADDRESS, or `ray start` on this machine), or start one here.
 
     Raises:
-        NoCluster: that did not succeed.
+        NoCluster: Ray did not start, or could not be joined.
     """
     if ray.is_initialized():
         return
@@ -78,7 +78,7 @@ def connect(verbose: bool = False) -> None:
     try:
         _reach(address or "")
         ray.init(log_to_driver=verbose, logging_level=level, include_dashboard=False)
-    except Exception as error:  # Ray raises what it likes: RuntimeError, ConnectionError, plain Exception
+    except Exception as error:  # Ray raises various types: RuntimeError, ConnectionError, plain Exception
         if address:
             where = f"the Ray cluster at RAY_ADDRESS={address}"
             raise NoCluster(f"{where} cannot be joined: {answer(error)}") from error
@@ -86,13 +86,13 @@ def connect(verbose: bool = False) -> None:
             f"Ray did not start on this machine: {answer(error)}; if the machine is busy or short of "
             "memory, try again later"
         ) from error
-    finally:  # the cluster's processes have it now
+    finally:  # the cluster's processes have inherited it
         if not is_named:
             del os.environ[API_SERVER]
     started = [child for child in psutil.Process().children() if child.name() in VITAL]
-    if not started:  # Ray's API and dashboard show what Ray Train does
+    if not started:  # for Ray's API and dashboard to show Ray Train's state
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
-    else:  # a cluster of this machine alone has no node to lose, and every worker group would start a watcher
+    else:  # a cluster of one machine has no node to lose; every worker group would start a watcher
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         threading.Thread(target=_exit_with, args=(started,), name="ddpm-ray", daemon=True).start()
     for name in ("ray.train", "ray.data", "ray"):
@@ -100,15 +100,15 @@ def connect(verbose: bool = False) -> None:
 
 
 def worker_env() -> dict[str, str]:
-    """Variables of this process that one that computes must find when it begins: `env_vars` of a runtime environment.
+    """Variables that a computing process needs when it starts: `env_vars` of a runtime environment.
 
-    Processes of a cluster that was there before `connect` do not inherit them.
+    Processes of a cluster that ran before `connect` do not inherit them from this process.
     """
     return {name: os.environ[name] for name in (*KEPT_MEMORY, *openmp.VARIABLES) if name in os.environ}
 
 
 def _exit_with(processes: list[psutil.Process]) -> None:
-    """Exit with an error line as soon as one of these dies: Ray exits up to a minute later, and says why in C++."""
+    """Exit with an error line as soon as one of these dies; Ray exits up to a minute later, with a C++ error."""
     select.select([os.pidfd_open(process.pid) for process in processes], [], [])
     if ray.is_initialized():
         here = "the Ray cluster on this machine is gone: one of its processes has died"
@@ -124,16 +124,16 @@ def _reach(address: str) -> None:
 
 
 def resources() -> dict[str, float]:
-    """Resources of the joined cluster, or up to which it may grow if that is more: {"CPU": 48.0, "GPU": 4.0}."""
+    """Resources of the joined cluster, or its limits where these are higher: {"CPU": 48.0, "GPU": 4.0}."""
     have, may_have = ray.cluster_resources(), limits()
     return {name: max(have.get(name, 0.0), may_have.get(name, 0.0)) for name in have | may_have}
 
 
 def limits() -> dict[str, float]:
-    """The resources up to which the cluster grows when it is asked for more; empty: it does not.
+    """The resources up to which the cluster grows on demand; empty: it does not grow.
 
     Raises:
-        UserError: DDPM_CLUSTER_RESOURCES is no JSON of numbers.
+        UserError: DDPM_CLUSTER_RESOURCES is not a JSON object of numbers.
     """
     text = os.environ.get(LIMITS, "{}")
     return strict_json.parse(dict[str, float], text, f"""{LIMITS} (such as '{{"CPU": 48, "GPU": 4}}')""")

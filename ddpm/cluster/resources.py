@@ -16,10 +16,9 @@ from ddpm.utils.errors import UserError
 DRIVER_CPUS = 0.01
 """CPUs of the driver of a trial."""
 MAX_WORKERS_PER_CPU = 2
-"""Each worker is a process with a PyTorch of its own: with more of them, starts and collectives take the CPUs' time."""
+"""Each worker is a process with its own PyTorch: with more workers, starts and collectives take the CPUs' time."""
 JOINING_S = 120.0
-"""How long nodes that are just joining a cluster are waited for, before it is called too small: after `ray up` each
-takes a minute or so."""
+"""Seconds to wait for joining nodes before a cluster counts as too small: after `ray up` each takes about a minute."""
 
 
 class TooSmall(UserError):
@@ -27,7 +26,7 @@ class TooSmall(UserError):
 
 
 def _is_all_there(state: tenacity.RetryCallState) -> bool:
-    """Whether no more nodes are waited for; none are where the cluster was started here."""
+    """Whether to stop waiting for nodes; always for a cluster started here."""
     return "RAY_ADDRESS" not in os.environ or (state.seconds_since_start or 0.0) >= JOINING_S
 
 
@@ -51,8 +50,8 @@ def resources_per_worker(config: Config) -> dict[str, float]:
     """CPUs and GPUs of each worker, with a CPU left for the tasks that read data.
 
     Raises:
-        UserError: the config asks for what no cluster has.
-        TooSmall: this cluster is too small; Ray would wait for ever without a word.
+        UserError: a value of config.cluster is out of range.
+        TooSmall: this cluster is too small; Ray would wait forever without a message.
     """
     have, cluster, sizes = ray_init.resources(), config.cluster, config.cluster.world_sizes()
     cpus, gpus, least, most = have.get("CPU", 0.0), have.get("GPU", 0.0), sizes[0], sizes[-1]
@@ -62,7 +61,7 @@ def resources_per_worker(config: Config) -> dict[str, float]:
     gpu = _on_gpus(config, least, gpus, f"{least} workers", "use fewer workers")
     share = cluster.cpus_per_worker
     if share is None:
-        # With 1:99 workers no more are started than are useful.
+        # A range such as 1:99 starts no more workers than are useful.
         crowd = most if gpu else min(most, int(MAX_WORKERS_PER_CPU * cpus))
         if not gpu and cpus and least > crowd:
             raise TooSmall(
@@ -84,7 +83,7 @@ def resources_per_worker(config: Config) -> dict[str, float]:
 
 
 def possible_workers(config: Config, per_worker: dict[str, float], workers: int) -> int:
-    """The number of workers that the run could have now, where `workers` of its own are running."""
+    """The number of workers that the run could have now; `workers` of them are running already."""
     have, free = ray.cluster_resources(), ray.available_resources()
     most = int((have.get("CPU", 0.0) - 1) / per_worker["CPU"])  # one CPU is for the tasks that read data
     more = min(int(free.get(name, 0.0) / amount) for name, amount in per_worker.items())
@@ -92,7 +91,7 @@ def possible_workers(config: Config, per_worker: dict[str, float], workers: int)
 
 
 def crowding(config: Config, resources: dict[str, float]) -> str | None:
-    """A warning of more workers than CPUs to compute on, where they have no GPUs."""
+    """A warning if there are more workers than CPUs and no GPUs, else None."""
     workers, cpus = config.cluster.world_sizes()[0], ray_init.resources().get("CPU", 0.0)
     if resources.get("GPU") or workers <= cpus:
         return None
@@ -101,10 +100,10 @@ def crowding(config: Config, resources: dict[str, float]) -> str | None:
 
 
 def _on_gpus(config: Config, workers: int, have: float, who: str, remedy: str) -> bool:
-    """Whether workers have GPUs: as cluster.gpu says, or if the cluster has any.
+    """Whether workers have GPUs: cluster.gpu, or by default whether the cluster has any.
 
     Raises:
-        TooSmall: it has fewer than these workers need; training never falls back to CPUs by itself.
+        TooSmall: the cluster has fewer GPUs than `workers` need; training never falls back to CPUs by itself.
     """
     cluster = config.cluster
     need = workers * cluster.gpus_per_worker
@@ -117,11 +116,11 @@ def _on_gpus(config: Config, workers: int, have: float, who: str, remedy: str) -
 
 @_once_joined
 def shared(config: Config, num_runs: int) -> Config:
-    """`config` with the share of the cluster that each of `num_runs` runs at a time may have, of CPUs and threads.
+    """`config` with the CPUs and threads that each of `num_runs` concurrent runs may use.
 
     Raises:
         UserError: num_runs is below 1.
-        TooSmall: the cluster is too small for so many: runs, or their data tasks, would wait for ever.
+        TooSmall: the cluster is too small for so many: runs, or their data tasks, would wait forever.
     """
     if num_runs < 1:
         raise UserError(f"--max-concurrent is {num_runs}; it must be at least 1")
@@ -148,12 +147,12 @@ def shared(config: Config, num_runs: int) -> Config:
 
 
 def free(place: str) -> None:
-    """Remove the placement group with this id, whose owner was killed; Ray would only when the job ends (2.60)."""
+    """Remove the placement group with this id after its owner was killed; Ray does only when the job ends (2.60)."""
     ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(place))))
 
 
 def check_storage(config: Config) -> None:
-    """Refuse a folder that the other nodes of the cluster cannot see."""
+    """Raise UserError for a folder that other nodes of the cluster cannot see."""
     nodes = sum(node["Alive"] for node in ray.nodes())
     whose = f"has {nodes} nodes" if nodes > 1 else "can add nodes"
     for flag, uri in (("run.storage", config.run.storage), ("data.shards", config.data.shards or "")):

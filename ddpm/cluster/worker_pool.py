@@ -1,11 +1,11 @@
-"""A pool of workers for independent pieces of work: sampling and evaluation. A worker may hold a net, for example.
+"""A pool of workers for independent pieces of work: sampling and evaluation. A worker holds an object, such as a net.
 
-A worker is a GPU, or else one core. With another number of threads a CPU's kernels round differently here and there;
-one thread a piece makes its result the same, bit for bit, whoever does it. Several cores are busy with several
-pieces, which is no slower than all of them at one (two cores, 8x8 digits).
+A worker has one GPU, or else one core. CPU kernels may round differently with another number of threads; with one
+thread per piece, every worker computes the same result, bit for bit. Several cores compute several pieces at once,
+which is no slower than all cores on one piece (two cores, 8x8 digits).
 
-A worker that dies costs time, never a piece: another one does it. Workers that find no place in the cluster are
-waited for while the others work, so a pool shrinks with its cluster, and grows again.
+If a worker dies, another one repeats its piece. Workers without free resources in the cluster stay pending while the
+others work, so a pool shrinks and grows with its cluster.
 """
 
 import ctypes
@@ -30,27 +30,27 @@ Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
 MAX_DEATHS = 3
-"""Deaths after which the pool gives up: of workers in a row before they began, or over the same piece."""
+"""Worker deaths after which the pool gives up: in a row before they started, or on the same piece."""
 NO_PLACE_S = 15.0
-"""Seconds without any worker after which a warning says what is waited for."""
+"""Seconds without any worker after which the pool logs a warning."""
 
 
 class WorkersDied(UserError):
-    """Workers died again and again, or their cluster did."""
+    """Workers died repeatedly, or their cluster died."""
 
     exit_code = 1
 
 
 class WorkerPool(Generic[Held]):
-    """A context: workers in this process, or actors of a Ray cluster.
+    """A context with workers: threads of this process, or actors of a Ray cluster.
 
     Without a cluster in the environment (RAY_ADDRESS), the workers are this machine's GPU or all its cores, and Ray
-    is not even started, unless several workers are asked for or there are several GPUs.
+    is not started, unless several workers are requested or there are several GPUs.
 
     Args:
-        make: `make(device)` is what a worker holds; threads of one process share it. It travels to every worker, once,
-            with the weights that are in it: a `functools.partial` of something that can be imported.
-        num_workers: actors, of a GPU each if there are any in the cluster, else of a core. 1, without a cluster: one
+        make: `make(device)` returns what a worker holds; threads of one process share it. `make` is sent to every
+            worker once, with its weights: a `functools.partial` of an importable function or class.
+        num_workers: actors, with a GPU each if the cluster has any, else with a core each. 1, without a cluster: one
             piece at a time. None: all GPUs, or all cores.
 
     Raises:
@@ -60,9 +60,9 @@ class WorkerPool(Generic[Held]):
     def __init__(self, make: Callable[[torch.device], Held], num_workers: int | None = None) -> None:
         if num_workers is not None and num_workers < 1:
             raise UserError(f"num_workers is {num_workers}; it must be at least 1")
-        joined = "RAY_ADDRESS" in os.environ  # then what this machine has says nothing
+        joined = "RAY_ADDRESS" in os.environ  # then this machine's GPUs do not matter
         self.has_gpus: bool = _resources().get("GPU", 0) >= 1 if joined else torch.cuda.is_available()
-        """Whether the workers are GPUs."""
+        """Whether the workers have GPUs."""
         if joined or (num_workers or torch.cuda.device_count()) > 1:
             self._workers: _Actors | _Threads = _Actors(make, num_workers, self.has_gpus)
         else:
@@ -71,18 +71,18 @@ class WorkerPool(Generic[Held]):
     def map(
         self, work: Callable[[Held, Piece], Result], pieces: Iterable[Piece]
     ) -> Iterator[tuple[Piece, Result]]:
-        """(piece, work(held, piece)) for every piece, as each is finished.
+        """Yield (piece, work(held, piece)) for every piece, in order of completion.
 
-        Every worker has one piece in hand, and takes the next before a result is given out. A piece may be done
-        twice, if its worker died over it; its result comes once.
+        Every worker has one piece, and gets the next one before a result is yielded. If a worker dies, its piece
+        is repeated; a result is yielded once.
 
         Args:
-            work: a method of what is held, or a function that can be imported; threads may run it at once.
-            pieces: small and hashable; taken as they are needed.
+            work: a method of the held object, or an importable function; threads may run it concurrently.
+            pieces: small and hashable; consumed as needed.
 
         Raises:
             UserError: what `make` or `work` raised.
-            WorkersDied: MAX_DEATHS workers died over one piece.
+            WorkersDied: MAX_DEATHS workers died on one piece, or in a row before they started.
         """
         return self._workers.map(work, iter(pieces))
 
@@ -94,7 +94,7 @@ class WorkerPool(Generic[Held]):
 
 
 class _Threads:
-    """Workers in this process: a thread for its GPU, or one for each core."""
+    """Workers in this process: a thread for its GPU, or one per core."""
 
     def __init__(self, make: Callable[[torch.device], Any], num_workers: int | None, has_gpus: bool) -> None:
         self._make, self._device = make, torch.device("cuda" if has_gpus else "cpu")
@@ -114,7 +114,7 @@ class _Threads:
                 self._busy.discard(threading.get_ident())
 
         num_threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # of each thread that computes, also of those to come
+        torch.set_num_threads(1)  # for every thread that computes, also for later ones
         pool = ThreadPoolExecutor(self._num_workers, initializer=torch.set_num_threads, initargs=(1,))
         jobs: dict[Future[Any], Any] = {}
 
@@ -130,7 +130,7 @@ class _Threads:
                 submit()
                 yield piece, done.result()
         finally:
-            # An error, or Ctrl-C: what is under way may take minutes, and nobody waits for it.
+            # After an error or Ctrl-C, do not wait for running pieces, which may take minutes.
             for thread in tuple(self._busy):
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(
                     ctypes.c_ulong(thread), ctypes.py_object(SystemExit)
@@ -143,10 +143,10 @@ class _Threads:
 
 
 class _Actors:
-    """Workers in a Ray cluster: actors, each of a GPU or a core.
+    """Workers in a Ray cluster: actors with a GPU or a core each.
 
-    Ray could restart an actor itself, and do its piece again; but a restarted actor that finds no place would keep
-    its piece for ever. Here a piece goes to a worker that has a place.
+    Ray could restart an actor and repeat its piece, but a restarted actor without free resources would hold its
+    piece forever. This class gives a piece only to a worker that runs.
     """
 
     def __init__(self, make: Callable[[torch.device], Any], num_workers: int | None, has_gpus: bool) -> None:
@@ -189,7 +189,7 @@ class _Actors:
                     if isinstance(error.cause, UserError):  # without the worker's traceback
                         raise error.cause from None
                     raise
-                except ray.exceptions.RayError as error:  # all else means that the worker is no more
+                except ray.exceptions.RayError as error:  # all other errors: the worker is dead
                     ray.kill(worker)
                     deaths[piece] += 1
                     if deaths[piece] == MAX_DEATHS:
@@ -212,7 +212,7 @@ class _Actors:
                 self._submit(work, todo)
                 yield piece, result
         finally:
-            for worker, _ in self._jobs.values():  # an error: nobody waits for what is under way
+            for worker, _ in self._jobs.values():  # after an error, do not wait for running pieces
                 ray.kill(worker)
             self._jobs.clear()
 
@@ -248,7 +248,7 @@ class _Worker:
         return True
 
     def do(self, work: Callable[[Any, Any], Any], piece: Any) -> Any:
-        if self._held is None:  # here and not in __init__, where Ray would make a text of an error
+        if self._held is None:  # not in __init__, where Ray would turn an error into text
             self._held = self._make(self._device)
         return work(self._held, piece)
 

@@ -1,4 +1,4 @@
-"""Data for a run that was given none: its preset's source or a folder of pictures, prepared beside the runs, once."""
+"""Data for a run without data.shards: its preset's source or a folder of images, prepared once beside the runs."""
 
 import os
 import re
@@ -20,21 +20,21 @@ from ddpm.utils.progress import Display, printable
 def with_shards(
     config: Config, command: str = "the same command", connect: Callable[[], None] | None = None
 ) -> Config:
-    """`config` with data.shards: what was given, or data.images or data.source, prepared to {run.storage}/data/.
+    """`config` with data.shards: the given one, or data.images or data.source, prepared in {run.storage}/data/.
 
     Args:
-        command: what to type again once the source's files are prepared.
-        connect: starts Ray, on whose workers many pictures are prepared; not used where they may not see the folder.
+        command: the command to repeat once the source's files are prepared.
+        connect: starts Ray to prepare many images on workers; not called if these may not see the folder.
 
     Raises:
-        UserError: there is none of them, or the files are missing or no images.
+        UserError: none of these is given, or the files are missing or not images.
     """
     if config.data.shards is not None:
         if config.data.images is not None:
             raise UserError("--data.images and --data.shards are two data sets; give one of them")
         return replace(config, data=replace(config.data, shards=locations.absolute(config.data.shards)))
     what, source = _pictures(config) if config.data.images is not None else _named(config, command)
-    # With a digest in its name: what another version has prepared, or of other pictures, stays as it is, beside it.
+    # The name has a digest, so data sets of other versions or other images are kept beside this one.
     name = f"{what}-{prepare.options_of(source)[:8]}".replace(":", "-")
     place = locations.resolve(config.run.storage).child(RESERVED).child(name)
     if not prepare.find(source, place):
@@ -43,13 +43,13 @@ def with_shards(
             connect()
         with Display(f"preparing {what}", sum(source.splits.values())) as display:
             prepare.prepare(source, place, on_progress=lambda n, _: display.update(n), parallel=parallel)
-    if config.data.images is not None:  # the preset's source is not what the shards are made of
+    if config.data.images is not None:  # the shards are not of the preset's source
         config = replace(config, data=replace(config.data, images=None, source=None))
     return replace(config, data=replace(config.data, shards=place.uri))
 
 
 def _named(config: Config, command: str) -> tuple[str, Source]:
-    """The source data.source, and its name."""
+    """Name and source for data.source."""
     try:
         return str(config.data.source), catalog.named(config.data.source)
     except MissingFiles as error:
@@ -61,7 +61,7 @@ def _named(config: Config, command: str) -> tuple[str, Source]:
 
 
 def _pictures(config: Config) -> tuple[str, Source]:
-    """The folder data.images as a source of images of the net's size, and its name."""
+    """Name and source for the folder data.images, at the net's image size."""
     folder, net = Path(str(config.data.images)), config.model
     if not folder.is_dir():
         raise UserError(

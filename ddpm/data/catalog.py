@@ -1,4 +1,4 @@
-"""The sources by name: ours, and those that installed packages enter in the group ddpm.sources."""
+"""The sources by name: built-in ones, and plugins of installed packages (group ddpm.sources)."""
 
 import inspect
 from typing import Any
@@ -24,26 +24,26 @@ SOURCES: dict[str, type[Any]] = {
 
 
 def sources() -> dict[str, type[Any]]:
-    """All of them; a package takes no name of ours.
+    """All sources by name; a plugin cannot replace a built-in one.
 
     Raises:
-        UserError: one cannot be imported.
+        UserError: a plugin cannot be imported.
     """
     return SOURCES | {name: plugins.load(GROUP, name) for name in plugins.names(GROUP) if name not in SOURCES}
 
 
 def named(name: str | None) -> Source:
-    """The source that data.source means: NAME, with the options it has by default, or torchvision:DATASET.
+    """The source for data.source: NAME with default options, or torchvision:DATASET.
 
     Raises:
-        UserError: there is none of this name, it needs options, or its files are missing.
+        UserError: no source has this name, it needs options, or its files are missing.
     """
     key, _, dataset = (name or "").partition(":")
     kind = SOURCES.get(key) or plugins.load(GROUP, key)
     options = {"dataset": dataset} if dataset else {}
     try:
         inspect.signature(kind).bind(**options)
-    except TypeError:  # there is none of this name, or it needs options
+    except TypeError:  # no source has this name, or it needs options
         raise UserError(
             f"data.source is {name!r}, which is not built in; make a data set with `python jobs/prepare.py SOURCE "
             "URI`, and give it as --data.shards URI"

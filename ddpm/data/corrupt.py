@@ -1,6 +1,6 @@
-"""Images that cannot be read: how they are named, what stands in for them, and how many there may be.
+"""Unreadable images: their names, their substitutes, and the limit on their number.
 
-Reading finds them, the Ray Dataset carries them to rank 0, and the run lists them.
+Reading finds them, the Ray Dataset sends them to rank 0, and the run lists them.
 """
 
 import dataclasses
@@ -15,14 +15,14 @@ from ddpm.utils import strict_json
 from ddpm.utils.errors import UserError
 
 OnCorrupt = Literal["error", "substitute"]
-"""Raise, or put another image of the window in the place of one that cannot be read."""
+"""For an unreadable image: raise, or substitute another image of its window."""
 Count = Annotated[int, Ge(0)]
 SHOWN = 3
-"""Unreadable images that an error names as examples."""
+"""Number of unreadable images that an error names."""
 
 
 class CorruptData(UserError):
-    """A shard cannot be read, or holds what its manifest does not say.
+    """A shard cannot be read, or its content contradicts the manifest.
 
     Args:
         message: what is wrong and where.
@@ -36,7 +36,7 @@ class CorruptData(UserError):
 
 @dataclass(frozen=True)
 class Substitution:
-    """An unreadable image, and the one that was taken in its place. Row groups are counted inside their shard."""
+    """An unreadable image and its substitute. Row groups are counted inside their shard."""
 
     position: Count
     """The unreadable image's position in the order of the plan."""
@@ -51,7 +51,7 @@ class Substitution:
 
     @property
     def place(self) -> tuple[str, int, int]:
-        """Names the unreadable image, wherever the order shows it."""
+        """Identifies the unreadable image, at any position of the order."""
         return self.shard, self.row_group, self.row
 
 
@@ -60,7 +60,7 @@ class CorruptImages:
 
     Args:
         num_rows: images of the split.
-        max_share: of them may be unreadable (data.max_corrupt_share).
+        max_share: fraction of them that may be unreadable (data.max_corrupt_share).
     """
 
     def __init__(self, num_rows: int, max_share: float) -> None:
@@ -72,7 +72,7 @@ class CorruptImages:
         return len(self._found)
 
     def add(self, substitutions: Iterable[Substitution]) -> bool:
-        """Add substitutions; returns whether one of them names an image that was not known."""
+        """Add substitutions; return whether one of them has a new unreadable image."""
         before = self.count
         for substitution in substitutions:
             self._found.setdefault(substitution.place, substitution)
@@ -103,7 +103,7 @@ class CorruptImages:
         """Parse the output of `to_jsonl`.
 
         Raises:
-            UserError: it is not that; `where` names the file.
+            UserError: `text` is not such output; `where` names the file.
         """
         images = cls(num_rows, max_share)
         for number, line in enumerate(text.splitlines(), 1):
@@ -117,5 +117,5 @@ def substitutions_to_json(substitutions: Iterable[Substitution]) -> str:
 
 
 def substitutions_from_json(text: str) -> list[Substitution]:
-    """The substitutions that `substitutions_to_json` wrote, in this program."""
+    """Parse the output of `substitutions_to_json` from this program, without checks."""
     return [Substitution(**raw) for raw in json.loads(text)]

@@ -1,7 +1,6 @@
-"""Letters and digits drawn from fonts: tens of thousands of real shapes, nothing downloaded.
+"""Letters and digits rendered from fonts: tens of thousands of real shapes, nothing downloaded.
 
-The fonts are the DejaVu faces that come with
-matplotlib. Image i is a function of (seed, i) alone, so any range can be drawn anywhere.
+The fonts are matplotlib's DejaVu faces. Image i depends on (seed, i) alone, so any range can be rendered anywhere.
 
 Axes: N images, H W, C channels.
 """
@@ -26,12 +25,12 @@ FACES = tuple(
     for style in ("", "-Bold", f"-{slanted}", f"-Bold{slanted}")
 )
 
-# Drawn at twice the size and reduced, so that a rotated edge is as smooth as an upright one.
+# Rendered at twice the size and reduced, so that a rotated edge is as smooth as an upright one.
 OVERSAMPLING = 2
-# As shares of the image's side: the font's size, and how far the glyph's centre may be from the image's.
+# Fractions of the image's side: the font's size, and the maximum shift of the glyph from the image's centre.
 FONT_SIZES, MAX_SHIFT = (0.6, 0.85), 0.06
 MAX_ROTATION_DEGREES = 15.0
-# Luma between glyph and background in colour, of 255.
+# Luma difference of coloured glyph and background, of 255.
 MIN_CONTRAST = 100
 
 
@@ -91,7 +90,7 @@ def draw(seed: int, index: int, size: int, colored: bool) -> Pixels:
 
     font = _font(face, points)
     character = CHARACTERS[index % len(CHARACTERS)]
-    # What is centred is the ink, not the line it stands on: a "p" hangs, a "T" does not.
+    # Centre the ink, not the baseline: a "p" reaches below it, a "T" does not.
     left, top, right, bottom = font.getbbox(character, anchor="ls")
     canvas = Image.new("L", (side, side))
     origin = (center[0] - (left + right) / 2, center[1] - (top + bottom) / 2)
@@ -119,5 +118,5 @@ def _font(face: str, points: int) -> ImageFont.FreeTypeFont:
     import matplotlib
 
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"
-    # Raqm, the other engine, is there on some machines only, and may place a letter differently.
+    # Raqm, the other engine, is missing on some machines, and may place a letter differently.
     return ImageFont.truetype(str(path), points, layout_engine=ImageFont.Layout.BASIC)

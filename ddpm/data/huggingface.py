@@ -1,7 +1,6 @@
 """Parquet files as Hugging Face writes them: a column of images (struct of bytes and path), one of labels.
 
-Files are read from this machine's disk, row group by row
-group; nothing is downloaded.
+Files are read from this machine's disk, row group by row group; nothing is downloaded.
 
 Axes: N images, H W, C channels.
 """
@@ -53,7 +52,7 @@ class HuggingFace(Square):
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
-        """From the metadata that Hugging Face writes; else the numbers."""
+        """Names from the metadata that Hugging Face writes; else the numbers."""
         if self._label is None:
             return ()
         columns = (pq.read_table(f, columns=[self._label])[self._label] for f in self._all_files)
@@ -88,7 +87,7 @@ class HuggingFace(Square):
         return images, np.array(labels, np.int64) if self._label else None
 
     def _pictures(self, part: str, rows: Labels, labels: list[int]) -> Iterator[tuple[bytes, str]]:
-        """The images of `rows`, which ascend; their labels are appended to `labels` on the way."""
+        """Yield the images of `rows`, which must ascend; append their labels to `labels`."""
         columns = [self.image_column] + ([self._label] if self._label else [])
         begin = 0
         for file, row_group, num_rows in self._row_groups[part]:
@@ -139,7 +138,7 @@ class HuggingFace(Square):
 
     @cached_property
     def _files(self) -> dict[str, list[Path]]:
-        """The files of each part, "train" where names say nothing."""
+        """The files of each part; "train" if a name tells no part."""
         files = sorted(self._listing.files)
         if not files or not files[0].is_file():
             raise UserError(f"{self.path} is neither a Parquet file nor a folder with *.parquet files")
@@ -185,7 +184,7 @@ def _schema_of(file: Path) -> pa.Schema:
 
 
 def _names_in(schema: pa.Schema, column: str) -> tuple[str, ...]:
-    """The class names that Hugging Face keeps in a schema's metadata; none if there are none."""
+    """The class names that Hugging Face keeps in a schema's metadata; empty if there are none."""
     try:
         names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]["names"]
         return tuple(str(name) for name in names)

@@ -1,4 +1,4 @@
-"""MNIST's four IDX files, which Fashion-MNIST has too.
+"""The four IDX files of MNIST and of Fashion-MNIST.
 
 Axes: N images, H W, C channels.
 """
@@ -27,7 +27,7 @@ def read_idx_folder(folder: Path) -> dict[str, tuple[Pixels, Labels]]:
     """MNIST's four files: images uint8 [N, 28, 28, 1] and labels int64 [N] of "train" and "test".
 
     Raises:
-        UserError: a file is damaged, or does not fit its neighbour.
+        UserError: a file is damaged, or images and labels do not match.
     """
     splits = {}
     for split, prefix in FILES.items():
@@ -43,19 +43,19 @@ def read_idx_folder(folder: Path) -> dict[str, tuple[Pixels, Labels]]:
 
 
 def pad(images: Pixels, size: int) -> Pixels:
-    """[N, h, w, C] with zeros around it up to [N, size, size, C]; an odd pixel goes to the bottom and right."""
+    """Pad [N, h, w, C] with zeros to [N, size, size, C]; an odd pixel goes to the bottom and right."""
     spare = [size - side for side in images.shape[1:3]]
     return np.pad(images, [(0, 0), *((s // 2, s - s // 2) for s in spare), (0, 0)])
 
 
 def read_idx(path: Path) -> Pixels:
-    """An IDX file of unsigned bytes, plain or as .gz, in the shape its header says.
+    """Read an IDX file of unsigned bytes, plain or .gz, in the shape of its header.
 
     The header: 0, 0, the type (8: unsigned byte), the number of axes; then each axis as a big-endian uint32.
     Source: https://yann.lecun.com/exdb/mnist/
 
     Raises:
-        UserError: it is none.
+        UserError: `path` is not such a file.
     """
     try:
         data = path.read_bytes() if path.exists() else gzip.decompress(Path(f"{path}.gz").read_bytes())

@@ -1,4 +1,4 @@
-"""A folder of image files as a source, and how an image of any size becomes one that is stored.
+"""A folder of image files as a source, and the conversion of images of any size to stored ones.
 
 A data set has one size and mode. An image that has them already keeps its bytes; any other is resized, cropped to the
 centre square, and stored without loss.
@@ -28,12 +28,12 @@ from ddpm.utils.progress import printable
 from ddpm.utils.retry import as_user_error
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
-"""Formats that Pillow may try, whatever a file's name: some that it knows start programs (EPS: Ghostscript)."""
+"""Formats that Pillow may try, whatever a file's name: some others start programs (EPS: Ghostscript)."""
 PARTS = {"train": "train", "test": "test"} | dict.fromkeys(("validation", "valid", "val"), "validation")
-"""Names that folders and files of a split have, and which split that is."""
+"""Split of a folder or file, by its name."""
 MAX_SIZE = 4096
 NAMES_SHOWN = 3
-"""Files named in a message about many."""
+"""Number of files that a message names."""
 SPECIAL = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
 EXIF_ORIENTATION = 0x0112
 Encoding = Literal["encoded", "raw"]
@@ -93,10 +93,10 @@ class Folder(Square):
         return Listing([], found).describe(self.path)
 
     def check(self) -> None:
-        """Read the header of every image, which takes little of the time that decoding takes.
+        """Read the header of every image, which is much faster than decoding.
 
         Raises:
-            UserError: some may not be read, are no images, or too large.
+            UserError: some files cannot be read, are not images, or are too large.
         """
         bad = []
         for file in (self._folders[part] / file for part, files in self._files.items() for file in files):
@@ -124,7 +124,7 @@ class Folder(Square):
 
     @cached_property
     def _folders(self) -> dict[str, Path]:
-        """The folder of each part: subfolders that are splits, if there is "train" and nothing else."""
+        """The folder of each part: subfolders, if they are "train" and other splits only; else this folder."""
         try:
             below = {
                 sub.name: sub for sub in self.path.iterdir() if sub.is_dir() and not sub.name.startswith(".")
@@ -157,12 +157,12 @@ class Listing:
     """The content of a folder."""
 
     files: list[Path]
-    """Those that were asked for."""
+    """Files with the requested suffixes."""
     passed_over: list[tuple[str, Path]]
-    """Everything else but folders: its kind (".gif", "FIFO"), and where it is."""
+    """All other entries except folders: kind (".gif", "FIFO") and path."""
 
     def describe(self, top: Path) -> str:
-        """Counts by kind of what is passed over, with the first names: "2 .gif (a.gif, b.gif), 1 FIFO (c.png)"."""
+        """Counts of skipped entries by kind, with the first names: "2 .gif (a.gif, b.gif), 1 FIFO (c.png)"."""
         kinds: dict[str, list[str]] = {}
         for kind, path in self.passed_over:
             kinds.setdefault(kind, []).append(path.relative_to(top).as_posix())
@@ -174,7 +174,7 @@ def list_files(top: Path, suffixes: Collection[str], recursive: bool = True) -> 
     """The files in a folder, and in all below it, that have one of `suffixes`. Links to folders are not followed.
 
     Raises:
-        UserError: a folder may not be read.
+        UserError: a folder cannot be read.
     """
     listing = Listing([], [])
 
@@ -198,16 +198,16 @@ def list_files(top: Path, suffixes: Collection[str], recursive: bool = True) -> 
 def store(
     pictures: Iterable[tuple[bytes, str]], size: int, channels: int, encoding: Encoding
 ) -> Pixels | list[bytes]:
-    """Pictures as a data set stores them.
+    """Convert images to the form that a data set stores.
 
     Args:
-        pictures: a file's bytes, and what to call it in errors.
+        pictures: the bytes of each file, and its name in errors.
 
     Returns:
-        encoded: for each its own bytes where they fit, else a PNG. raw: uint8 [N, size, size, channels].
+        encoded: each image's own bytes if they fit, else a PNG. raw: uint8 [N, size, size, channels].
 
     Raises:
-        UserError: one cannot be decoded, or is too large.
+        UserError: an image cannot be decoded, or is too large.
     """
     stored, pixels = [], []
     for data, where in pictures:
@@ -224,10 +224,10 @@ def store(
 
 
 def read_file(path: Path) -> tuple[bytes, str]:
-    """The file's bytes, and what to call it in errors.
+    """The file's bytes, and its name in errors.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     try:
         return path.read_bytes(), str(path)
@@ -242,8 +242,8 @@ def check_size(size: int) -> None:
 
 
 def digest_of_files(root: Path, files: Iterable[Path]) -> str:
-    """Which files there are: a hash of their names below `root` and their sizes."""
-    with as_user_error(f"cannot read {root}"):  # where a file was removed after it was listed, for example
+    """Hash of the files' names below `root` and their sizes."""
+    with as_user_error(f"cannot read {root}"):  # for example, a file was removed after it was listed
         listing = sorted((f.relative_to(root).as_posix(), f.stat().st_size) for f in files)
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
@@ -262,7 +262,7 @@ def _load(data: bytes, size: int, channels: int, where: str) -> tuple[Image.Imag
             )
             upright = ImageOps.exif_transpose(image)
             return ImageOps.fit(_converted(upright, mode), (size, size), Image.Resampling.LANCZOS), fits
-    except UnidentifiedImageError:  # its text names an address in memory
+    except UnidentifiedImageError:  # its message has a memory address
         what = f"it is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
         raise UserError(f"cannot read the image {where}: {what}; repair it or remove it") from None
     except Exception as error:  # Pillow raises a dozen types for damaged files
@@ -270,7 +270,7 @@ def _load(data: bytes, size: int, channels: int, where: str) -> tuple[Image.Imag
 
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:
-    """In `mode`, with what is transparent on white, and 16-bit grey brought to 8 bits (Pillow would clip it)."""
+    """Convert to `mode`, transparency to white, and 16-bit grey to 8 bits (Pillow would clip it)."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
@@ -282,7 +282,7 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _kind_of(path: Path) -> str:
-    """The kind of a file: its suffix in small letters, or, if it is no regular file, what it is."""
+    """The kind of a file: its lower-case suffix, or its type if it is not a regular file."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -303,7 +303,7 @@ def _unreadable(path: Path, error: OSError) -> UserError:
 
 
 def _cannot_read(where: str | Path, error: Exception, others: Sequence[Path] = ()) -> UserError:
-    """The error for an image that cannot be decoded, and for `others` that cannot be either."""
+    """The error for an image that cannot be decoded, and for `others` like it."""
     also = f" (and {len(others):,} more: {_first([str(file) for file in others])})" if others else ""
     reason, them = getattr(error, "strerror", None) or error, "them" if others else "it"
     return UserError(

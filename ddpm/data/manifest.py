@@ -1,7 +1,7 @@
 """The description of a data set in one file: manifest.json, written last.
 
-A manifest comes from outside: every field is checked before it is used, nothing in it can name a file out of the data
-set's folder, and its fingerprints are computed again, so that what a run recorded as its data is what it read.
+A manifest is untrusted: every field is checked before it is used, no path in it can leave the data set's folder, and
+its fingerprints are recomputed, so that the data that a run records is the data that it read.
 """
 
 import contextlib
@@ -29,9 +29,9 @@ FORMAT: Final = "ddpm-shards/2"
 MAX_SIDE = 16_384
 MAX_COUNT = 10**12
 MAX_ROW_GROUP_BYTES = 1 << 31
-"""Largest row group when decoded, which one task holds in memory; `prepare` makes them of about 4 MB."""
+"""Largest decoded row group, which one task holds in memory; `prepare` writes row groups of about 4 MB."""
 MAX_MANIFEST_BYTES = 256 << 20
-"""That is 2.6 million row groups; reading them takes 5 times as much memory."""
+"""Enough for 2.6 million row groups; reading a manifest takes 5 times as much memory."""
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 Encoding = Literal["raw", "encoded"]
 Count = Annotated[int, Interval(ge=1, le=MAX_COUNT)]
@@ -56,7 +56,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split:
-    """The shards of "train", say, in order."""
+    """The shards of a split, such as "train", in order."""
 
     num_rows: Count
     fingerprint: str
@@ -81,7 +81,7 @@ class Manifest:
     source: str
     """Name of its source: "digits"."""
     options: str
-    """Hash of all that `prepare` was asked for: the same means the same data."""
+    """Hash of everything requested from `prepare`; equal hashes mean equal data."""
     height: Side
     width: Side
     channels: Annotated[int, Interval(ge=1, le=3)]
@@ -115,7 +115,7 @@ def make_manifest(
 
 
 def write_manifest(location: Location, manifest: Manifest) -> None:
-    """Make the data set exist. The file appears whole or not at all."""
+    """Write the manifest, whole or not at all; from then on the data set exists."""
     text = json.dumps(dataclasses.asdict(manifest), indent=1) + "\n"
     location.child(MANIFEST).write(text.encode(), durable=True)
 
@@ -127,8 +127,8 @@ def read_manifest(location: Location, timeout_s: float = 0.0) -> Manifest:
         timeout_s: how long storage may fail (run.storage_timeout_s).
 
     Raises:
-        UserError: there is none, or it does not describe a data set.
-        StorageError: storage has failed for longer.
+        UserError: the manifest is missing, or does not describe a data set.
+        StorageError: storage has failed for longer than timeout_s.
     """
 
     file = location.child(MANIFEST)
@@ -153,7 +153,7 @@ def manifest_from_json(text: str | bytes, where: str) -> Manifest:
     """The manifest that `text` describes, every field checked.
 
     Raises:
-        UserError: it is no manifest; `where` names the file.
+        UserError: `text` is not a valid manifest; `where` names the file.
     """
     header = strict_json.parse(_Header, text, where, extra="ignore")
     if header.format != FORMAT:
@@ -198,7 +198,7 @@ def shard_from_json(text: str | bytes, where: str) -> Shard:
     """The shard that `text` describes, every field checked.
 
     Raises:
-        UserError: it is none; `where` names the file.
+        UserError: `text` is not a valid shard; `where` names the file.
     """
     shard = strict_json.parse(Shard, text, where)
     _check_shard(shard, where)
@@ -206,7 +206,7 @@ def shard_from_json(text: str | bytes, where: str) -> Shard:
 
 
 def _check_shard(shard: Shard, where: str, split: str | None = None) -> None:
-    """Raise UserError if the shard contradicts itself, or does not lie in the folder `split`."""
+    """Raise UserError if the shard is inconsistent, or is not in the folder `split`."""
     path, groups, sums = shard.path, shard.row_groups, shard.row_group_sha256
     named = re.fullmatch(r"([A-Za-z0-9_-]+)/[0-9]{5,9}\.parquet", path)
     if named is None or named[1] != (split or named[1]):
@@ -222,7 +222,7 @@ def _check_shard(shard: Shard, where: str, split: str | None = None) -> None:
 
 
 def _advice(location: Location) -> str:
-    """A message's advice on making a data set, which never goes into a folder of pictures."""
+    """Advice for an error message: how to make a data set, never in a folder of images."""
     where = location.uri
     if not _holds_pictures(location):
         return f"; make one with `python jobs/prepare.py SOURCE {where}`"
@@ -236,12 +236,12 @@ def _advice(location: Location) -> str:
 
 
 def _holds_pictures(location: Location) -> bool:
-    """Whether a file in there has a picture's name; in a bucket the folder and the first one in it are listed."""
+    """Whether a file has an image suffix; in a bucket only the folder and its first subfolder are listed."""
     if location.is_local:
         names = [name for _, _, files in os.walk(location.path) for name in files]
     else:
         names = []
-        with contextlib.suppress(OSError):  # to be listed needs a right of its own
+        with contextlib.suppress(OSError):  # listing needs its own permission
             names = location.files()
             for folder in location.folders()[:1]:
                 names += location.child(folder).files()

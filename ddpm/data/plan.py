@@ -1,14 +1,14 @@
 """The order of all images of all epochs: a pure function of the seed and the row groups.
 
-The plan is the data set. In each epoch the row groups are permuted and dealt into windows, and the rows of a
-window are permuted among each other; epoch follows epoch without a seam. A position in this endless order is
+The plan is the data set. In each epoch the row groups are permuted and grouped into windows, and the rows of
+each window are permuted; epochs follow each other without a gap. A position in this endless order is
 `images_seen`; a global batch is the next `batch_size` positions, and it consists of M micro-batches of fixed
-size, the grain of everything random. Seeking is arithmetic, not reading, and no number of workers appears
-anywhere but in `rank_shard`.
+size, the unit of all randomness. Seeking is arithmetic, not reading. The order does not depend on the number
+of workers; only `rank_shard` does.
 
-The order of the row groups is computed once an epoch; from then on a position costs a binary search.
+The order of the row groups is computed once per epoch; after that a position costs a binary search.
 
-Nothing here knows of Ray, of files or of pixels.
+This module does not depend on Ray, files or pixels.
 """
 
 from collections.abc import Iterator
@@ -26,46 +26,46 @@ from ddpm.utils.seeding import Purpose, key
 Int64 = NDArray[np.int64]
 
 CHUNK_IMAGES = 8192
-"""Images that one reading task fetches: whole windows, as many as hold no more, but one at least."""
+"""Maximum images of one reading task, which fetches whole windows, at least one."""
 
-# Counters that keep the order of row groups and that of rows apart.
+# Counters that separate the random order of row groups from that of rows.
 _ROW_GROUPS, _ROWS = 0, 1
 
 
 @dataclass(frozen=True)
 class ReadOrder:
-    """The images of a training run, in order and in batches: with a position, all that reading depends on."""
+    """The order and batches of a training run's images. Reading depends only on these and a position."""
 
     batch_size: int
     """Images of a global batch, over all ranks."""
     micro_batch_size: int
     """Images of a micro-batch; batch_size / micro_batch_size must divide by the number of ranks."""
     total_images: int
-    """Reading ends when so many images have been seen, rounded up to a global batch."""
+    """Reading ends after this many images, rounded up to a global batch."""
     seed: int = 0
     window_rows: int = 8192
-    """Images shuffled among each other: row groups are grouped into windows of at least so many rows."""
+    """Images shuffled together: row groups are grouped into windows of at least this many rows."""
     on_corrupt: OnCorrupt = "error"
-    """An image that cannot be read: raise, or put another of its window in its place."""
+    """For an unreadable image: raise, or substitute another image of its window."""
     stall_timeout_s: float = 120.0
     """Seconds without a batch, beyond the time-out of storage, after which reading gives up."""
 
     @classmethod
     def from_config(cls, config: Config) -> "ReadOrder":
-        """Each field under its own name from config.train or config.data."""
+        """Take each field from config.train or config.data by its name."""
         values = vars(config.data) | vars(config.train)
         return cls(**{f.name: values[f.name] for f in fields(cls)})
 
 
 @dataclass(frozen=True)
 class Window:
-    """Images that are shuffled among each other: the order from position `start` on."""
+    """Images that are shuffled together: the order from position `start` on."""
 
     start: int
     row_groups: Int64
-    """[n], of the image at each position."""
+    """[n], row group of the image at each position."""
     rows: Int64
-    """[n], inside the row group."""
+    """[n], row of the image in its row group."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Plan:
     Args:
         row_groups: rows of every row group of the split, in the order of the manifest.
         seed: of the order.
-        window_rows: a window has as many row groups as hold at least so many rows.
+        window_rows: a window has enough row groups for at least this many rows.
     """
 
     row_groups: tuple[int, ...]
@@ -91,7 +91,7 @@ class Plan:
     def tasks(self, start: int, stop: int, most: int = CHUNK_IMAGES) -> Iterator[tuple[int, int]]:
         """Cut the positions [start, stop) into reading tasks of at most `most` images, or of one window.
 
-        Only the first begins and only the last ends inside a window, so that a row group is read once an epoch.
+        Only the first task may begin and only the last may end inside a window, so a row group is read once per epoch.
         """
         while start < stop:
             end = self._window_end(start)
@@ -101,7 +101,7 @@ class Plan:
             start = end
 
     def windows(self, start: int, stop: int) -> Iterator[Window]:
-        """The windows that the positions [start, stop) lie in, in order and whole; of any number of epochs."""
+        """The whole windows that contain the positions [start, stop), in order, over any number of epochs."""
         for epoch in range(start // self.num_images, -(-stop // self.num_images)):
             begin = epoch * self.num_images
             yield from self._epoch_windows(epoch, max(start - begin, 0), min(stop - begin, self.num_images))
@@ -118,7 +118,7 @@ class Plan:
             yield Window(begin + int(epoch.edges[w]), groups[group], shuffled - begins[group])
 
     def _window_end(self, position: int) -> int:
-        """The end of the window that `position` lies in."""
+        """The end of the window that contains `position`."""
         number, inside = divmod(position, self.num_images)
         edges = self._epoch(number).edges
         after = int(np.searchsorted(edges, inside, side="right"))
@@ -126,7 +126,7 @@ class Plan:
 
     def _epoch(self, number: int) -> "_Epoch":
         if (epoch := self._epochs.get(number)) is None:
-            for other in sorted(self._epochs)[:-1]:  # two are kept: the order goes on from one to the next
+            for other in sorted(self._epochs)[:-1]:  # keep two: reading crosses from one to the next
                 self._epochs.pop(other, None)
             order = permutation(len(self._sizes), self.seed, Purpose.ORDER, number, _ROW_GROUPS)
             groups_per_window = max(1, -(-self.window_rows // int(self._sizes.max())))
@@ -145,15 +145,15 @@ class _Epoch:
 
     order: Int64
     edges: Int64
-    """[windows, maybe one more], where in the epoch each window begins."""
+    """[windows, or one more], start of each window in the epoch."""
     groups_per_window: int
 
 
 def permutation(n: int, *counters: int) -> Int64:
     """A permutation of range(n) that depends on `counters` alone.
 
-    Sorting raw 64-bit words of a Philox counter: numpy promises that stream for all its versions, which it
-    does not for Generator.permutation, and a run may outlive a numpy.
+    Sorts raw 64-bit words of a Philox counter: numpy guarantees that stream in all versions, unlike
+    Generator.permutation, and a run may outlast a version of numpy.
     """
     bits = np.random.Philox(key=key(*counters)).random_raw(n)
     return np.argsort(bits, kind="stable").astype(np.int64)
@@ -181,26 +181,26 @@ def micro_batches_per_step(batch_size: int, micro_batch_size: int, world_size: i
 
 
 def check_batches(config: Config) -> None:
-    """Raise UserError for batches that cannot be shared evenly, with every number of workers the run may have."""
+    """Raise UserError if some number of workers that the run may have cannot share a global batch evenly."""
     for world_size in config.cluster.world_sizes():
         micro_batches_per_step(config.train.batch_size, config.train.micro_batch_size, world_size)
 
 
 def last_position(images_seen: int, total_images: int, batch_size: int) -> int:
-    """The position at which training that resumes at `images_seen` ends: after whole global batches."""
+    """The final position of training that resumes at `images_seen`: after whole global batches."""
     return images_seen + -(-max(0, total_images - images_seen) // batch_size) * batch_size
 
 
 def rank_shard(rows: NDArray, start: int, rank: int, world_size: int, micro_batch_size: int) -> NDArray:
     """The rows that `rank` of `world_size` trains on.
 
-    Of each global batch rank r takes micro-batches r, r + n, r + 2n, ...
+    Rank r takes micro-batches r, r + n, r + 2n, ... of each global batch.
 
     Args:
-        rows: [N, ...], of the positions from `start` on, counted from where a global batch begins.
+        rows: [N, ...], at the positions from `start` on, counted from the beginning of a global batch.
 
     Returns:
-        [n, ...], in order; the first and last micro-batch may be parts, whose rest is in the ranges beside this one.
+        [n, ...], in order; the first and last micro-batch may be partial, with the rest in the adjacent ranges.
     """
     if world_size == 1:
         return rows

@@ -1,9 +1,8 @@
-"""From a source to a data set: one task a shard, the manifest last.
+"""From a source to a data set: one task per shard, the manifest last.
 
-Shards are written by plain Ray tasks, where there is a cluster. Each finished shard leaves a note in _prepare/, so the
-same command again goes on where it was stopped. Until the manifest is written there is no data set, so a half-written
-one cannot be read; and what is written is never written over by anything else, but for an unfinished data set of the
-same command whose source's files have changed since.
+With a cluster, plain Ray tasks write the shards. Each finished shard leaves a note in _prepare/, so the same command
+resumes where it was stopped. Without a manifest there is no data set, so a half-written one cannot be read. Nothing
+written is ever overwritten, except an unfinished data set of the same command if its source's files have changed.
 """
 
 import hashlib
@@ -40,14 +39,14 @@ PREVIEW = "preview.png"
 PREVIEW_IMAGES = 64
 PREVIEW_ROW_GROUPS = 8
 
-# A row group is read at once: few megabytes, so that a window of several is shuffled in little memory.
+# A row group is read whole: a few megabytes, so that shuffling a window of several takes little memory.
 ROW_GROUP_BYTES, MAX_ROWS_PER_ROW_GROUP = 4 << 20, 1024
 ROW_GROUPS_PER_SHARD = 16
 LARGE_RAW, LARGE_ENCODED = 500_000, 20_000
-"""Images from which on a source is prepared on a cluster: arrays are copied, pictures decoded and resized."""
+"""A source with more images is prepared on a cluster: raw images are copied, encoded ones decoded and resized."""
 PROBED_IMAGES = 64
 LISTED_BYTES = 101
-"""Bytes of a row group in the manifest, with its share of the shard's entry (measured, 16 of them a shard)."""
+"""Bytes of a row group in the manifest, with its share of the shard's entry (measured, 16 per shard)."""
 
 Sizes = tuple[int | None, int | None]
 """rows_per_shard and rows_per_row_group of `prepare`."""
@@ -56,7 +55,7 @@ DEFAULT_SIZES: Sizes = (None, None)
 
 @runtime_checkable
 class Checkable(Protocol):
-    """A source that finds what it cannot read in less time than reading takes."""
+    """A source that can check its files faster than it reads them."""
 
     def check(self) -> None:
         """Raise UserError if something cannot be read."""
@@ -83,22 +82,22 @@ def prepare(
     rows_per_row_group: int | None = None,
     parallel: bool = False,
 ) -> Manifest:
-    """Write the source as a data set at `location`, going on where an earlier call was stopped.
+    """Write the source as a data set at `location`; resume where an earlier call was stopped.
 
     If the source's files have changed since, all shards are written again.
 
     Args:
-        on_progress: called with the images written so far, and all there are, unless the data set is there already.
+        on_progress: called with the numbers of images written and in total, unless the data set exists already.
         on_restart: called if the source's files have changed since an earlier call.
         rows_per_shard: rounded up to whole row groups; None: 16 of them.
         rows_per_row_group: None: about 4 MB, and at most 1024 images.
-        parallel: write shards at once as Ray tasks, if Ray is initialised and there are several.
+        parallel: write shards concurrently as Ray tasks, if Ray is initialised and there are several.
 
     Returns:
-        The manifest, also if the same data set was there already: then nothing is written.
+        The manifest; if the same data set exists already, nothing is written.
 
     Raises:
-        UserError: another data set is there, or begun there; the source cannot be read; storage refuses.
+        UserError: another data set is there, finished or not; the source cannot be read; storage refuses.
     """
     sizes = rows_per_shard, rows_per_row_group
     if there := find(source, location, sizes):
@@ -130,14 +129,14 @@ def prepare(
         by_split = {split: [shards[t.path] for t in tasks if t.split == split] for split in source.splits}
         shape = source.height, source.width, source.channels, source.encoding, source.class_names
         manifest = make_manifest(source.name, *shape, by_split, options)
-        with suppress(FileNotFoundError):  # another process has made the same meanwhile
+        with suppress(FileNotFoundError):  # another process has finished the same data set
             if _options_note(location).read().decode(errors="replace") != note:
                 raise UserError(
                     f"{location.uri}: another process has started this data set over; this one stops"
                 )
         write_manifest(location, manifest)
     except OSError as error:
-        if there := find(source, location, sizes):  # by another process, meanwhile
+        if there := find(source, location, sizes):  # another process has written it
             _forget(location)
             return there
         raise UserError(
@@ -151,7 +150,7 @@ def find(source: Source, location: Location, sizes: Sizes = DEFAULT_SIZES) -> Ma
     """The data set that `prepare` would make, if it is there already.
 
     Raises:
-        UserError: another one is there, or storage refuses.
+        UserError: another data set is there, or storage refuses.
     """
     with as_user_error(f"cannot look for a data set at {location.uri}"):
         if not location.child(MANIFEST).exists():
@@ -166,12 +165,12 @@ def find(source: Source, location: Location, sizes: Sizes = DEFAULT_SIZES) -> Ma
 
 
 def is_large(source: Source) -> bool:
-    """Whether it is worth the seconds that a cluster takes to start."""
+    """Whether preparing `source` is worth the seconds that a cluster takes to start."""
     return sum(source.splits.values()) > (LARGE_RAW if source.encoding == "raw" else LARGE_ENCODED)
 
 
 def write_preview(location: Location, manifest: Manifest) -> Location:
-    """Write a sheet of 64 images from all over the data set; returns where it is.
+    """Write a grid of 64 images spread over the data set; return its location.
 
     Raises:
         UserError: storage refuses.
@@ -197,7 +196,7 @@ def options_of(source: Source, sizes: Sizes = DEFAULT_SIZES) -> str:
 
 
 def _command_of(source: Source, sizes: Sizes) -> str:
-    """Hash of what was asked for, whatever files the source has now."""
+    """Hash of the command's options, independent of the source's current files."""
     asked = {key: value for key, value in source.identity().items() if key not in ("files", "splits")}
     return _hash(FORMAT, asked, *sizes)
 
@@ -207,13 +206,13 @@ def _hash(*identity: object) -> str:
 
 
 def _begin(location: Location, note: str) -> bool:
-    """Note what is being made: hashes of the options and of the command, a line each.
+    """Record what is being prepared: hashes of the options and of the command, one per line.
 
     Returns:
-        Whether an earlier call of the same command found other files, so that all begins anew.
+        Whether an earlier call of the same command found other files, so that all is written again.
 
     Raises:
-        UserError: something else is being made there.
+        UserError: another data set is being prepared there.
         OSError: storage does not answer.
     """
     place = _options_note(location)
@@ -239,14 +238,14 @@ def _remove_shards(location: Location) -> None:
         if not name.endswith(".json"):
             continue
         note = location.child(NOTES).child(name)
-        with suppress(UserError, FileNotFoundError):  # a note that is damaged names nothing
+        with suppress(UserError, FileNotFoundError):  # a damaged note names no shard
             location.child(shard_from_json(note.read(), note.uri).path).unlink()
         location.filesystem.delete_file(note.path)
 
 
 def _forget(location: Location) -> None:
     """Remove the notes of a data set that is finished."""
-    with suppress(OSError):  # another process that makes the same may write there, and removes them then
+    with suppress(OSError):  # another process may write the same notes, and then removes them
         location.child(NOTES).delete()
 
 
@@ -300,7 +299,7 @@ def _run_on_ray(source: Source, location: Location, tasks: list[_Task]) -> Itera
 
 
 def _make(source: Source, location: Location, task: _Task) -> Shard:
-    """Write a shard and the note of it, unless both are there."""
+    """Write a shard and its note, unless both exist."""
     if shard := kept_shard(location, task.path):
         return shard
     images, labels = source.read(task.split, task.start, task.stop)
@@ -308,14 +307,14 @@ def _make(source: Source, location: Location, task: _Task) -> Shard:
 
 
 def kept_shard(location: Location, path: str) -> Shard | None:
-    """The shard `path` that an earlier call finished, if it is there, byte for byte.
+    """The shard `path` of an earlier call, if it is there byte for byte; else None.
 
     Raises:
         OSError: storage does not answer.
     """
     note = _note(location, path)
     if note.exists():
-        with suppress(UserError):  # a note that is damaged counts as none
+        with suppress(UserError):  # ignore a damaged note
             shard = shard_from_json(note.read(), note.uri)
             if shard.path == path and is_intact(location, shard):
                 return shard
@@ -329,7 +328,7 @@ def keep_shard(
     labels: Labels | None,
     rows_per_row_group: int,
 ) -> Shard:
-    """Write a shard, and the note of it that `kept_shard` finds.
+    """Write a shard, and its note for `kept_shard`.
 
     Raises:
         OSError: storage does not answer.

@@ -1,14 +1,14 @@
 """The plan as a Ray Dataset: images stream from shards to the workers in the plan's exact order.
 
-An input row is a reading task, a range of whole windows. The task reads the row groups of a window once, decodes part
-after part, and emits one row of each part for each rank: that rank's images of the part, in a single tensor. A row is
-a block, blocks keep their order, and Ray's splitter deals them round-robin, so row k goes to rank k mod n. Nothing is
-shuffled, re-blocked or copied on the way. A micro-batch that a window's edge cuts is put together by its rank.
+An input row is a reading task, a range of whole windows. The task reads the row groups of a window once, decodes them
+in parts, and emits one row per part and rank: that rank's images of the part, in a single tensor. A row is a block,
+blocks keep their order, and Ray's splitter deals them round-robin, so row k goes to rank k mod n. Nothing is shuffled,
+re-blocked or copied on the way. If a window's edge cuts a micro-batch, its rank joins the parts.
 
-An error is a row as well: raised inside Ray, it would come out wrapped, logged and retried. The row holds the message,
-and the rank that takes the row raises it.
+An error is sent as a row as well: raised inside Ray, it would be wrapped, logged and retried. The row holds the
+message, and the rank that receives the row raises the error.
 
-This module and its imports do without torch, which would double the start-up time of the processes that read.
+This module and its imports do not import torch, which would double the start-up time of reading processes.
 """
 
 import itertools
@@ -36,7 +36,7 @@ from ddpm.utils.errors import UserError
 from ddpm.utils.retry import StorageError
 
 MAX_TASKS = 1000
-"""Reading tasks of one Ray Dataset; training that needs more goes on with the next Dataset."""
+"""Maximum reading tasks of one Ray Dataset; longer training uses several Datasets in turn."""
 OBJECT_STORE_BYTES = 256 << 20
 """Bytes of the object store that reading ahead of training may take."""
 LOOP_STEP_S = 0.02
@@ -53,8 +53,7 @@ def open_data_set(
     """One split of the data set at a folder or s3:// URI; its manifest is read and validated.
 
     Args:
-        image_size: stored images that are a whole number of times as large are decoded at this size; None: all keep
-            theirs.
+        image_size: decode images at this size if their stored size is a multiple of it; None: at the stored size.
         timeout_s: how long storage may fail before opening and reading give up.
 
     Raises:
@@ -95,21 +94,20 @@ def micro_batches(
 ) -> Generator[MicroBatch, None, None]:
     """One rank's micro-batches, from the global batch at `images_seen` to the end of the order.
 
-    Every rank calls it with the same position, and takes the same number of global batches. Reading begins with the
-    call, not with the first `next`, and ends when the generator is exhausted, closed or dropped by all ranks.
+    Every rank must use the same position and take the same number of global batches. Reading begins with the call,
+    not with the first `next`, and ends when the generator is exhausted, closed or dropped by all ranks.
 
     Args:
-        images_seen: a position where a global batch begins; all that a checkpoint has to hold of the data.
+        images_seen: a position where a global batch begins; the only state of reading that a checkpoint needs.
         broadcast: returns, on every rank, the value it was given on rank 0:
             ray.train.collective.broadcast_from_rank_zero.
-        on_substitutions: called on rank 0 with the images that stand in for unreadable ones of all ranks, before any
-            micro-batch that holds one of them.
+        on_substitutions: called on rank 0 with the substitutions of all ranks, before any micro-batch that holds one.
 
     Raises:
-        CorruptData: an image cannot be read (order.on_corrupt "error"), or none of its whole window.
+        CorruptData: an image cannot be read (order.on_corrupt "error"), or no image of its whole window can.
         StorageError: storage has failed for longer than data_set.timeout_s.
-        UserError: the ranks cannot share a global batch evenly; images_seen is negative; or no data for
-            order.stall_timeout_s longer than that.
+        UserError: the ranks cannot share a global batch evenly; images_seen is negative; or no data came for
+            order.stall_timeout_s + data_set.timeout_s.
     """
     if images_seen < 0:
         raise UserError(f"images_seen is {images_seen}; it must be a position, 0 or more")
@@ -117,7 +115,7 @@ def micro_batches(
     chunks = dataset_chunks(data_set, order, images_seen)
 
     def begin(chunk: list[Task]) -> Iterator[RankBatch]:
-        place = None  # of the iterators in the object store: they themselves take more than broadcasts are made for
+        place = None  # reference to the iterators in the object store: they are too large for a broadcast
         if rank == 0:
             place = [ray.put(split(data_set, order, chunk, images_seen, world_size))]
         (reference,) = broadcast(place)
@@ -141,21 +139,21 @@ def dataset_chunks(data_set: DataSet, order: ReadOrder, images_seen: int) -> Ite
 def split(
     data_set: DataSet, order: ReadOrder, chunk: list[Task], images_seen: int, world_size: int
 ) -> list[DataIterator]:
-    """One iterator a rank over the reading tasks `chunk`.
+    """One iterator per rank over the reading tasks `chunk`.
 
-    They belong to the calling process: reading ends with it, and as soon as all iterators are exhausted or dropped.
+    The calling process owns them: reading ends when it exits, or when all iterators are exhausted or dropped.
 
     Args:
         images_seen: a position where a global batch begins.
     """
     items = [{"start": start, "stop": stop} for start, stop in chunk]
-    # One block a task: each is read by its own Ray task, and as many at once as there are free CPUs.
+    # One block per reading task: each runs as its own Ray task, as many at once as there are free CPUs.
     rows = ray.data.from_items(items, override_num_blocks=len(items))
     context = rows.context  # a copy: other Datasets of this process keep their settings
     # Blocks of one row: the output buffer cuts a block as soon as it holds more than this.
     context.target_max_block_size = 1
     context.enable_progress_bars = False
-    rest: Any = _Rest  # has the methods, which is what is asked of it
+    rest: Any = _Rest  # Ray needs the methods, not a base class
     context.custom_execution_callback_classes = [rest]
     options = context.execution_options
     options.preserve_order = True
@@ -170,7 +168,7 @@ def rank_batches(
     storage_timeout_s: float,
     on_substitutions: Callable[[list[Substitution]], object] | None = None,
 ) -> Iterator[RankBatch]:
-    """The images of one rank, in order, from its iterator of `split`; arguments and errors as of `micro_batches`."""
+    """The images of one rank, in order, from its iterator of `split`; arguments and errors as in `micro_batches`."""
     rows = _Rows(iterator, stall_timeout_s, storage_timeout_s)
 
     def opened() -> Iterator[RankBatch]:
@@ -180,7 +178,7 @@ def rank_batches(
                 raise _ERRORS[json.loads(error)["kind"]](json.loads(error)["message"])
             if on_substitutions and (substitutions := substitutions_from_json(row["substitutions"][0])):
                 on_substitutions(substitutions)
-            yield from begun  # of a global batch of which all is known by now, also what other ranks have of it
+            yield from begun  # held back until this row, which may have substitutions of the same global batch
             image, label, whole = row["image"][0], row["label"][0], row["whole"][0]
             yield image[:whole], label[:whole]
             begun = [(image[whole:], label[whole:])]
@@ -192,8 +190,8 @@ def rank_batches(
 class _Rest:
     """Slows down Ray Data's scheduling loop where it would spin.
 
-    While the loop holds back reading that is far enough ahead, finished blocks wait for it, its own waiting returns at
-    once, and it takes a core from training: 0.94 of one without this class, 0.07 with it (Ray 2.60, two cores).
+    While the loop holds back reading that is far enough ahead, finished blocks are pending, so the loop's own wait
+    returns at once: it uses 0.94 of a core without this class, 0.07 with it (Ray 2.60, two cores).
     """
 
     def __init__(self) -> None:
@@ -209,9 +207,9 @@ class _Rest:
 
 
 class _ReadTask:
-    """The function of a reading task; made by the process that splits, run wherever Ray has a free CPU.
+    """The function of a reading task, created by the process that calls `split`, run where Ray has a free CPU.
 
-    Every task unpacks it: what grows with the data set stays in the object store, and is unpacked once a process.
+    Every task unpickles it, so data that grows with the data set is in the object store, unpickled once per process.
     """
 
     def __init__(self, data_set: DataSet, order: ReadOrder, images_seen: int, world_size: int) -> None:
@@ -219,7 +217,7 @@ class _ReadTask:
         self._images_seen, self._world_size = images_seen, world_size
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        """One row a rank of each part, also in place of an error: the splitter deals rows by their number."""
+        """Yield one row per rank for each part, and also for an error: the splitter deals rows by number."""
         start, stop = int(batch["start"][0]), int(batch["stop"][0])
         data_set, plan = _fetched(self._data_set, self._order.seed, self._order.window_rows)
         try:
@@ -247,7 +245,7 @@ class _ReadTask:
 
 @lru_cache(maxsize=1)
 def _fetched(reference: Any, seed: int, window_rows: int) -> tuple[DataSet, Plan]:
-    """The data set that an object reference stands for, and its plan."""
+    """The data set of an object reference, and its plan."""
     data_set: DataSet = ray.get(reference)
     return data_set, data_set.plan(seed, window_rows)
 
@@ -255,8 +253,8 @@ def _fetched(reference: Any, seed: int, window_rows: int) -> tuple[DataSet, Plan
 class _Rows:
     """The rows of an iterator, fetched one ahead in a thread, which ends with this object.
 
-    Ray itself would wait for a free CPU without a word. Storage may fail for its own time-out, after which an error
-    arrives as a row: only then does the stall's begin.
+    Ray itself would wait for a free CPU without a message. Failing storage reports an error row after its own time-out;
+    the stall time-out is added to that one.
     """
 
     def __init__(self, iterator: DataIterator, stall_timeout_s: float, storage_timeout_s: float) -> None:
@@ -285,7 +283,7 @@ class _Rows:
 
     def __del__(self) -> None:
         self._closed.set()
-        with suppress(queue.Empty):  # make room, for a thread that waits to put its row
+        with suppress(queue.Empty):  # make room for a thread that is blocked in `put`
             self._rows.get_nowait()
 
 
@@ -297,5 +295,5 @@ def _fetch(iterator: DataIterator, rows: queue.Queue[Any], closed: threading.Eve
             if closed.is_set():
                 return
         rows.put(StopIteration())
-    except BaseException as error:  # handed to the consumer, whatever it is
+    except BaseException as error:  # any error is passed to the consumer
         rows.put(error)

@@ -1,6 +1,6 @@
-"""Plan and shards together: the images at given positions of the order, and one rank's micro-batches of them.
+"""Reading shards by the plan: images at given positions of the order, and one rank's micro-batches of them.
 
-Ray's processes read through it (ray_dataset.py), and so does training without Ray.
+Ray's reading processes (ray_dataset.py) and training without Ray use it.
 """
 
 import itertools
@@ -25,15 +25,15 @@ from ddpm.utils.retry import retry_io
 RankBatch = tuple[NDArray[np.uint8], NDArray[np.int64]]
 """Images [n, H, W, C] and labels [n] of one rank, in some range of the order."""
 RowGroups = dict[int, RowGroup | CorruptData]
-"""Row groups of a split that were fetched, or why they cannot be read."""
+"""Fetched row groups of a split by index, or the errors of unreadable ones."""
 StandIns = dict[int, tuple[int, Rows]]
 """The substitute for the unreadable image at an index of a window: another index, and the image there."""
 READERS = 4
-"""Row groups that are fetched at once: storage answers late, and a window has several."""
+"""Row groups fetched concurrently: storage latency is high, and a window has several."""
 PART_BYTES = 8 << 20
-"""Decoded images that are handed on at once, to each rank: large enough that handing on costs little."""
+"""Bytes of decoded images sent to each rank at once: large enough that sending costs little."""
 HELD_OUT = "test"
-"""The split that training never learns from."""
+"""The split held out from training."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class Images:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The grain of a global batch."""
+    """The unit of a global batch."""
 
     index: int
-    """Its place in the global batch, 0..M-1: with seed and step, the seed of its noise."""
+    """Position in the global batch, 0..M-1; with seed and step, the seed of its noise."""
     image: NDArray[np.uint8]
     """[B, H, W, C]."""
     label: NDArray[np.int64]
@@ -62,7 +62,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class DataSet:
-    """One split of a data set that exists."""
+    """One split of an existing data set."""
 
     location: Location
     manifest: Manifest
@@ -70,7 +70,7 @@ class DataSet:
     timeout_s: float = 0.0
     """Seconds that storage may fail before reading gives up (run.storage_timeout_s)."""
     scale: int = 1
-    """Images arrive at 1 / scale of the size they are stored in (`scale_of`)."""
+    """Images are decoded at 1 / scale of their stored size (`scale_of`)."""
 
     def __post_init__(self) -> None:
         if self.split not in self.manifest.splits:
@@ -90,11 +90,11 @@ class DataSet:
 
     @property
     def key(self) -> str:
-        """A name for these images, for what is cached of them."""
+        """Cache key of these images."""
         return self.rows.fingerprint[:32] + (f"-{self.scale}" if self.scale > 1 else "")
 
     def held_out(self) -> "DataSet | None":
-        """The split "test" of the same data set, unless that is the one trained on or there is none."""
+        """The split "test" of the same data set; None if this is it, or there is none."""
         if self.split == HELD_OUT or HELD_OUT not in self.manifest.splits:
             return None
         return replace(self, split=HELD_OUT)
@@ -107,12 +107,11 @@ class DataSet:
         """The images at positions [start, stop) of the plan, in order.
 
         Args:
-            on_corrupt: "substitute": in place of an image that cannot be read stands, with its label, the readable
-                one at the next position of its window (after the last position comes the first). So it depends on
-                the plan and the data alone.
+            on_corrupt: "substitute": the next readable image of the window, with its label, replaces an unreadable one
+                (the first position follows the last). So the result depends on the plan and the data alone.
 
         Raises:
-            CorruptData: an image cannot be read, naming shard, row group and row; or none of a whole window.
+            CorruptData: an image cannot be read (names shard, row group and row), or none of a whole window can.
             StorageError: storage has failed for longer than timeout_s.
         """
         read, position = self.empty(stop - start), 0
@@ -129,7 +128,7 @@ class DataSet:
     ) -> Iterator[Images]:
         """The images of `read`, in parts of at most `most` images (None: of PART_BYTES).
 
-        Each lies in one window, whose row groups are read once, and held until the next.
+        Each part lies in one window. The row groups of a window are read once and kept until the next window.
         """
         most = most or self.part_images()
         for window in plan.windows(start, stop):
@@ -154,7 +153,7 @@ class DataSet:
                 bad[low + int(offsets[i])] = error
             _put(images, offsets, rows)
         stand_ins: StandIns = {}
-        for i in sorted(bad, reverse=True):  # so that those that share a stand-in search for it once
+        for i in sorted(bad, reverse=True):  # so that images with the same stand-in search for it once
             stand_ins[i] = self._stand_in(window, i, bad[i], groups, stand_ins)
         substitutions = []
         for i, error in sorted(bad.items()):
@@ -167,11 +166,11 @@ class DataSet:
     def _stand_in(
         self, window: Window, index: int, error: CorruptData, groups: RowGroups, known: StandIns
     ) -> tuple[int, Rows]:
-        """The next readable image of the window after the one at `index`, and its own index.
+        """The index of the next readable image of the window after `index`, and that image.
 
         Args:
             groups: row groups that were opened already; others are added.
-            known: what this returned for other images.
+            known: results of this method for other images.
         """
         size = len(window.rows)
         for i in ((index + k) % size for k in range(1, size)):
@@ -198,7 +197,7 @@ class DataSet:
             pool.shutdown(cancel_futures=True)
 
     def part_images(self, world_size: int = 1) -> int:
-        """Images of a part that so many ranks share."""
+        """Images of a part that `world_size` ranks share."""
         return max(1, PART_BYTES * world_size // math.prod(self.shape))
 
     def empty(self, n: int) -> Images:
@@ -206,7 +205,7 @@ class DataSet:
         return Images(np.empty((n, *self.shape), np.uint8), np.zeros(n, np.int64))
 
     def rows_of(self, group: RowGroup | CorruptData, rows: NDArray[np.int64]) -> Rows:
-        """Rows of a row group, or why none of them can be read."""
+        """Decode rows of a row group; all are unreadable if the row group is."""
         if isinstance(group, RowGroup):
             return group.rows(rows, self.scale)
         return Rows(np.zeros(0, np.uint8), None, dict.fromkeys(range(len(rows)), group))
@@ -240,13 +239,13 @@ def cut(
     """
     per_step = batch_size // micro_batch_size // world_size
     indices = (k % per_step * world_size + rank for k in itertools.count())
-    begun: list[RankBatch] = []  # of the next micro-batch
+    begun: list[RankBatch] = []  # parts of the next micro-batch
     for image, label in batches:
         first = micro_batch_size - sum(len(part) for _, part in begun)
         edges = [0, *range(first, len(label) + 1, micro_batch_size)]
         for low, high in itertools.pairwise(edges):
             images, labels = zip(*begun, (image[low:high], label[low:high]), strict=True)
-            # Copies: `image` may be a read-only view of a block in shared memory, which is freed the sooner.
+            # Copies: `image` may be a read-only view of a block in shared memory, which is freed earlier this way.
             yield MicroBatch(next(indices), np.concatenate(images), np.concatenate(labels))
             begun = []
         if edges[-1] < len(label):
@@ -254,13 +253,13 @@ def cut(
 
 
 def scale_of(manifest: Manifest, image_size: int) -> int:
-    """By how much encoded images are reduced to be `image_size` squares; 1 where that is no whole number."""
+    """The factor that reduces encoded images to `image_size` squares; 1 if it is not a whole number."""
     square = manifest.height == manifest.width and manifest.height % image_size == 0
     return manifest.height // image_size if manifest.encoding == "encoded" and square else 1
 
 
 def check_fits(manifest: Manifest, config: Config, where: str) -> None:
-    """Raise UserError where the data set and the net disagree about channels, size or classes."""
+    """Raise UserError if the data set and the net differ in channels, size or classes."""
     size, scale = config.model.image_size, scale_of(manifest, config.model.image_size)
     if (manifest.height, manifest.width) != (size * scale, size * scale):
         raise UserError(

@@ -25,8 +25,8 @@ JPEG_BEGINS = b"\xff\xd8"
 LARGEST_JPEG_SCALE = 8
 """A JPEG's blocks have 8 x 8 pixels."""
 MAX_PIXELS = 1 << 26
-"""Largest picture that is decoded: 8192 x 8192. A transparent one takes 16 bytes a pixel while it is converted, 1 GiB,
-and every core may hold one; cameras of 60 megapixels are below it."""
+"""Largest image that is decoded: 8192 x 8192. Converting a transparent one takes 16 bytes per pixel, 1 GiB, and every
+core may do so at once; 60-megapixel cameras are below it."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Rows:
     label: Labels | None
     """[N]."""
     unreadable: dict[int, CorruptData]
-    """Which of the N are none, and why: there image and label mean nothing."""
+    """Errors of unreadable rows, by index in the N; their image and label are undefined."""
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """A row group as it was stored, its checksum verified; each row of it may still be no image."""
+    """A row group as stored, its checksum verified; single rows may still not be images."""
 
     where: str
     """Shard and row group, for errors."""
@@ -79,7 +79,7 @@ class RowGroup:
 
 
 def columns(table: pa.Table, manifest: Manifest) -> tuple[pa.Array, Labels | None]:
-    """Images and labels of a row group, as the manifest promises them.
+    """Images and labels of a row group, in the types that the manifest requires.
 
     Raises:
         CorruptData: a column is missing, of another type, or has nulls.
@@ -92,10 +92,10 @@ def columns(table: pa.Table, manifest: Manifest) -> tuple[pa.Array, Labels | Non
 
 
 def content_sha256(image: pa.Array, label: Labels | None) -> str:
-    """SHA-256 of what a row group holds, however Parquet stores it.
+    """SHA-256 of the content of a row group, independent of how Parquet stores it.
 
-    Of encoded images (variable binary) their lengths as little-endian int64; then the bytes of all images in the
-    order of the rows; then the labels as little-endian int64, if there are any.
+    It covers, in this order: lengths of encoded images (variable binary) as little-endian int64; the bytes of all
+    images in the order of the rows; the labels as little-endian int64, if there are any.
 
     Args:
         image: [N] binary or fixed-size binary, without nulls.
@@ -117,13 +117,13 @@ def content_sha256(image: pa.Array, label: Labels | None) -> str:
 def decode(data: bytes, height: int, width: int, channels: int, scale: int = 1) -> Pixels:
     """An encoded image as uint8 [H / scale, W / scale, C]: each pixel the mean of scale x scale stored ones.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size in the first place: its inverse DCT takes only the lowest
-    frequencies of a block, which is that mean to some 46 dB, in a third of the time. Most are decoded by simplejpeg,
-    with the same library as Pillow's and a fifth to a third faster; what it refuses is left to Pillow.
+    A JPEG is decoded directly at 1/2, 1/4 or 1/8 of its size: the inverse DCT uses only the lowest frequencies of a
+    block, which is that mean to some 46 dB, in a third of the time. simplejpeg decodes most JPEGs, with the same
+    library as Pillow and a fifth to a third faster; Pillow decodes those that simplejpeg refuses.
 
     Raises:
-        ValueError: it is no PNG, JPEG or WebP, or has another size (known from its header, before any pixel
-            is decoded: a small file can claim a picture that fills the memory).
+        ValueError: `data` is not a PNG, JPEG or WebP, or has another size (known from its header, before any pixel
+            is decoded: a small file can claim an image that fills the memory).
     """
     quickly = _jpeg(data, height, width, channels, scale)
     if quickly is not None:
@@ -149,10 +149,10 @@ def open_image(file: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
     """Open an image file; no pixel is decoded.
 
     Args:
-        formats: what Pillow may take the file for: "PNG".
+        formats: formats that Pillow may try, such as "PNG".
 
     Raises:
-        ValueError: it is of none of these formats, or larger than MAX_PIXELS. Pillow raises other types for damaged
+        ValueError: the file has none of these formats, or more than MAX_PIXELS. Pillow raises other types for damaged
             headers.
     """
     too_large = f"it has more than {MAX_PIXELS:,} pixels, the most that are decoded"
@@ -161,7 +161,7 @@ def open_image(file: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
             # Pillow only warns between its own limit and twice that; MAX_PIXELS is below both.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(file, formats=formats)
-    except UnidentifiedImageError:  # its text names an address in memory
+    except UnidentifiedImageError:  # its message has a memory address
         raise ValueError(f"it is not a {', '.join(formats[:-1])} or {formats[-1]} file") from None
     except Image.DecompressionBombError:
         raise ValueError(too_large) from None
@@ -173,7 +173,7 @@ def open_image(file: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
 
 
 def _jpeg(data: bytes, height: int, width: int, channels: int, scale: int) -> Pixels | None:
-    """`decode` with a quick decoder; None: no sound JPEG of that size and colours, or not at a scale of JPEG's."""
+    """`decode` by simplejpeg; None: not a valid JPEG of that size and colours, or not a scale that JPEG has."""
     if not data.startswith(JPEG_BEGINS) or LARGEST_JPEG_SCALE % scale:
         return None
     stored, wanted = ("Gray", "GRAY") if channels == 1 else ("YCbCr", "RGB")

@@ -1,11 +1,11 @@
-"""The data set on storage: Parquet shards beside the manifest that says what they hold.
+"""The data set on storage: Parquet shards and the manifest that describes them.
 
     manifest.json             image shape, encoding, classes, rows of every row group, checksums; written last
     train/00000.parquet ...   columns image (bytes) and label (int64; absent without classes)
 
 A folder without manifest.json is not a data set. An image is either raw, H*W*C uint8 in row-major [H, W, C]
 order, or encoded, the bytes of a PNG, JPEG or WebP of the manifest's size. Row groups are the unit of reading:
-all of a shard are equal, but for the last, and each is checked against its checksum whenever it is read.
+all of a shard have equal size, except the last, and each is checked against its checksum at every read.
 
 Axes: N images, H W, C channels.
 """
@@ -38,7 +38,7 @@ def write_shard(
     *,
     rows_per_row_group: int,
 ) -> Shard:
-    """Write one shard; the same images give the same bytes (of one version of pyarrow).
+    """Write one shard; the same images give the same bytes (with the same version of pyarrow).
 
     Args:
         path: below the data set's folder: "train/00000.parquet".
@@ -99,7 +99,7 @@ def read_row_group(
         uint8 [N, H, W, C] (raw images are a view of what was read), and int64 [N] or None.
 
     Raises:
-        CorruptData: naming shard, row group and row.
+        CorruptData: unreadable; the message names shard, row group and row.
         OSError: storage does not answer.
     """
     read = open_row_group(location, manifest, split, index).rows(rows)
@@ -112,7 +112,7 @@ def open_row_group(location: Location, manifest: Manifest, split: str, index: in
     """Read row group `index`, counted over the shards of the split in order, and verify its checksum.
 
     Raises:
-        CorruptData: naming shard and row group; no row of it can be read.
+        CorruptData: no row can be read; the message names shard and row group.
         OSError: storage does not answer.
     """
     shard, inside = locate(manifest.splits[split], index)
@@ -145,8 +145,8 @@ def _read(location: Location, shard: Shard, inside: int) -> pa.Table:
     except FileNotFoundError:
         raise CorruptData("the shard is missing; the manifest names it") from None
     except (OSError, pa.ArrowException, IndexError, UnicodeDecodeError) as error:
-        # Arrow says OSError for a damaged file too. The checksum tells it from storage that does not answer:
-        # that raises OSError here again, or has recovered meanwhile.
+        # Arrow raises OSError for a damaged file too. The checksum distinguishes it from failing storage,
+        # which raises OSError here again, or has recovered meanwhile.
         if isinstance(error, OSError) and is_intact(location, shard):
             raise
         raise CorruptData(f"it cannot be read: {answer(error)}") from None
@@ -154,7 +154,7 @@ def _read(location: Location, shard: Shard, inside: int) -> pa.Table:
 
 
 def _check_size(group: pq.RowGroupMetaData, shard: Shard, inside: int) -> None:
-    """Raise CorruptData where a small file unpacks to what no memory holds; asked before it is unpacked."""
+    """Raise CorruptData if a small file unpacks to more than memory holds; called before unpacking."""
     if group.num_rows != shard.row_groups[inside]:
         raise CorruptData(f"it has {group.num_rows} rows; the manifest says {shard.row_groups[inside]}")
     if group.total_byte_size > shard.num_bytes + COPY_BYTES:

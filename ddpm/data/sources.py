@@ -1,8 +1,8 @@
-"""Sources of images, and two that people have drawn and photographed already: digits and Fashion-MNIST.
+"""The interface of image sources, and two sources: digits and Fashion-MNIST.
 
-A source is a frozen dataclass of its options. It says how many images each split has, and reads any range of
-them, so that tasks can read ranges at once. The same options give the same images, wherever and whenever.
-A split that the source does not bring is made: a seeded 5 % is held out as "test".
+A source is a frozen dataclass of its options. It knows the number of images of each split, and reads any range of
+them, so that tasks can read ranges concurrently. The same options always give the same images.
+If a source has no test or validation split, a seeded 5 % is held out as "test".
 
 digits: E. Alpaydin, C. Kaynak, "Optical recognition of handwritten digits", UCI 1998 (through scikit-learn).
 fashion-mnist: Xiao et al. 2017, arXiv:1708.07747.
@@ -27,7 +27,7 @@ HELD_OUT_SHARE = 0.05
 class Source(Protocol):
     """Images with a known shape, in splits of known size.
 
-    `prepare` calls `read` from many processes, so a source is pickled; large things are loaded where they are
+    `prepare` calls `read` from many processes, so a source is pickled; large data is loaded where it is
     needed, and kept in cached properties.
     """
 
@@ -50,14 +50,14 @@ class Source(Protocol):
         """Images in each split."""
 
     def identity(self) -> dict[str, Any]:
-        """All that decides what the images are, as JSON."""
+        """Everything that determines the images, as JSON."""
 
     def read(self, split: str, start: int, stop: int) -> tuple[Pixels | Sequence[bytes], Labels | None]:
         """Images [start, stop) of the split: uint8 [N, H, W, C] (raw) or files' bytes (encoded); labels [N]."""
 
 
 class MissingFiles(UserError):
-    """The files of a source are not where it looks; `flags` tell jobs/prepare.py where they are."""
+    """The files of a source are missing; `flags` tell jobs/prepare.py where they are."""
 
     def __init__(self, message: str, flags: str) -> None:
         super().__init__(message)
@@ -113,7 +113,7 @@ class Digits:
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        # Ink is counted in 0..16.
+        # Pixel values are 0..16.
         images = np.round(digits.images * 255 / 16).astype(np.uint8)[..., None]
         return images, digits.target.astype(np.int64)
 
@@ -155,7 +155,7 @@ class FashionMnist(Square):
         return {split: len(labels) for split, (_, labels) in self._images.items()}
 
     def identity(self) -> dict[str, Any]:
-        # Where the files lie does not matter; that they are the same ones is seen from their sizes.
+        # The folder of the files does not matter; the sizes of the splits identify them.
         return {"name": self.name, "size": self.size, "splits": self.splits}
 
     def read(self, split: str, start: int, stop: int) -> tuple[Pixels, Labels]:
@@ -168,20 +168,20 @@ class FashionMnist(Square):
 
 
 def held_out(n: int, seed: int, num_test: int | None = None) -> dict[str, Labels]:
-    """Rows of "train" and of "test" (None: 5 %, at least one), both in an order drawn from the seed."""
+    """Rows of "train" and of "test" (num_test None: 5 %, at least one), both in a seeded order."""
     if n < 2:
         raise UserError(f"the source has {n} image(s); at least 2 are needed, to hold one out")
-    # RandomState, since numpy promises its streams for ever: the same rows with every numpy.
+    # RandomState, since numpy guarantees its streams: the same rows with every numpy.
     order = np.random.RandomState(seed).permutation(n).astype(np.int64)
     num_test = num_test or max(1, round(n * HELD_OUT_SHARE))
     return {"train": order[num_test:], "test": order[:num_test]}
 
 
 def divide(sizes: dict[str, int], seed: int) -> dict[str, tuple[str, Labels]]:
-    """The splits of a source in parts: for each, the part it comes from and its rows in a seeded order.
+    """The splits of a source that has parts: for each split, its part and its rows in a seeded order.
 
-    The order matters where a part is sorted by class, since training shuffles within windows only.
-    A part "validation" serves as "test" if there is none; without either, 5 % of "train" are held out.
+    The order matters if a part is sorted by class, since training shuffles within windows only.
+    Without a part "test", "validation" is used as "test"; without either, 5 % of "train" are held out.
     """
     if "test" not in sizes and "validation" not in sizes:
         return {split: ("train", rows) for split, rows in held_out(sizes["train"], seed).items()}

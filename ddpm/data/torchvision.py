@@ -1,4 +1,4 @@
-"""Sets that torchvision has downloaded: CIFAR-10, MNIST, CelebA.
+"""Data sets that torchvision has downloaded: CIFAR-10, MNIST, CelebA.
 
 Nothing is downloaded here.
 
@@ -26,7 +26,7 @@ Dataset = Literal["cifar10", "mnist", "celeba"]
 DATASETS = get_args(Dataset)
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 CELEBA_PARTS = {"0": "train", "1": "validation", "2": "test"}
-"""The numbers of list_eval_partition.txt."""
+"""Split of each number in list_eval_partition.txt."""
 
 
 @dataclass(frozen=True)

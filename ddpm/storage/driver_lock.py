@@ -1,6 +1,6 @@
 """A lock for the one driver of a run or a search: a file in its folder, which the driver rewrites every 1.5 s.
 
-It works on a disk and in a bucket, whichever cluster the drivers are on. Clocks of two machines are never compared: a
+It works on disk and on S3, also for drivers on different clusters. Clocks of two machines are never compared: a
 lock is abandoned when its file has not changed for PATIENCE_S of the reader's monotonic time, or when its holder was a
 process of this machine that has ended.
 """
@@ -36,16 +36,16 @@ class DriverLock:
     Args:
         folder: the folder of the run or the search.
         what: "run" or "search", for the error.
-        flag: the flag that names it.
-        notify: called with a line that says that another driver may be there, and how long the lock is watched.
+        flag: the flag that names the run or search.
+        notify: called with a message that another driver may be running, and how long the lock is watched.
 
     Raises:
-        UserError: another process drives it, or storage refuses.
+        UserError: another process holds the lock, or storage refuses.
     """
 
     def __init__(self, folder: Location, what: str, flag: str, notify: Callable[[str], object]) -> None:
         self.is_lost = False
-        """Another process has taken it over."""
+        """Whether another process has taken over the lock."""
         self._place, self._uri = folder.child(FILE), folder.child(FILE).uri
         self._what, self._flag, self._notify = what, flag, notify
         self._since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
@@ -56,14 +56,14 @@ class DriverLock:
         with as_user_error(f"cannot read or write {self._uri}"):
             self._file = shared_file(self._place)
             while not self._file.replace(self._abandoned(), self._card()):
-                pass  # another one was quicker: it holds the lock now
+                pass  # another process was faster: it holds the lock now
         self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._over.set()
         self._thread.join()
-        with contextlib.suppress(OSError, UserError):  # else it is abandoned, and found so
+        with contextlib.suppress(OSError, UserError):  # then the file stays, and is found abandoned later
             retry_io(self._release, where=self._uri, timeout_s=RELEASE_TIMEOUT_S)
 
     def check(self) -> None:
@@ -72,10 +72,10 @@ class DriverLock:
             raise UserError(f"{self._uri}: another process has taken over this {self._what}; this one stops")
 
     def _abandoned(self) -> Version | None:
-        """The abandoned lock, once nobody holds it; None: there is none.
+        """Wait until the lock counts as abandoned; return its version, or None if there is no file.
 
         Raises:
-            UserError: its holder is alive.
+            UserError: the holder is alive.
         """
         found = self._file.read()
         if found is None or _process(found) == "gone":
@@ -95,10 +95,10 @@ class DriverLock:
                 return found
             now = time.monotonic()
             changed = now if found != before else changed
-            # Where storage answers slowly, each beat takes two of its answers longer.
+            # On slow storage a beat takes longer by two requests (read and write).
             patience = max(patience, 4 * (BEAT_S + 2 * (now - asked)))
         is_stopped = _process(found) == "running" and _parsed(found).get("pid") != os.getpid()
-        if is_stopped:  # by Ctrl-Z, say
+        if is_stopped:  # for example by Ctrl-Z
             raise self._refusal(found)
         return found
 
@@ -112,12 +112,12 @@ class DriverLock:
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT_S):
-            with contextlib.suppress(OSError):  # storage is away, for others as well
+            with contextlib.suppress(OSError):  # storage fails, for other drivers as well
                 found = self._file.read()
                 if found is not None and _parsed(found).get("id") != self._id:
                     self.is_lost = True
                     return
-                self._file.replace(found, self._card())  # if that is refused, the next look says why
+                self._file.replace(found, self._card())  # if this fails, the next read shows why
 
     def _release(self) -> None:
         found = self._file.read()

@@ -1,8 +1,8 @@
 """Folders and buckets behind one handle: a URI becomes a pyarrow filesystem and a path.
 
-S3 is reached with the environment's own credentials and `AWS_ENDPOINT_URL`, so a laptop, a test server and an instance
+S3 access uses the credentials and `AWS_ENDPOINT_URL` of the environment, so a laptop, a test server and an instance
 role work alike. boto3 does what pyarrow does badly or cannot do: check that the bucket exists and may be read, and
-replace an object only if nobody else has (`shared_file`).
+replace an object only if it has not changed (`shared_file`).
 """
 
 import contextlib
@@ -22,9 +22,9 @@ from ddpm.utils import files
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import answer
 
-# A call without an answer fails after about 20 s, and `retry_io` does the rest: pyarrow makes three tries of its own,
-# and ends each after this long without a connection or a byte. It could be told to make fewer, but loses that setting
-# when it is pickled (pyarrow 25), which is how workers get it.
+# An unanswered call fails after about 20 s, and `retry_io` retries it: pyarrow itself makes three tries, and ends each
+# after this long without a connection or a byte. Fewer tries can be set, but a pickled filesystem, as workers get it,
+# loses that setting (pyarrow 25).
 S3_CONNECT_TIMEOUT_S = 5.0
 S3_REQUEST_TIMEOUT_S = 7.0
 ANSWERS = (
@@ -33,12 +33,12 @@ ANSWERS = (
     HTTPStatus.PRECONDITION_FAILED,
     HTTPStatus.NOT_IMPLEMENTED,
 )
-"""HTTP errors about a shared file, not about S3."""
+"""HTTP errors that tell the state of a shared file, not a failure of S3."""
 
 
 @dataclass(frozen=True)
 class Location:
-    """A folder somewhere: `filesystem` and `path` to work with, `uri` to show and to pass on."""
+    """A local or S3 folder or file: `filesystem` and `path` for access, `uri` for display and other processes."""
 
     uri: str
     filesystem: pafs.FileSystem
@@ -56,11 +56,11 @@ class Location:
         return self.filesystem.get_file_info(self.path).type != pafs.FileType.NotFound
 
     def folders(self) -> list[str]:
-        """Names of the folders inside, sorted; none when this one does not exist, or is a file."""
+        """Names of the folders inside, sorted; empty if this folder does not exist or is a file."""
         return self._names(pafs.FileType.Directory)
 
     def files(self) -> list[str]:
-        """Names of the files inside, sorted; none when this one does not exist, or is a file."""
+        """Names of the files inside, sorted; empty if this folder does not exist or is a file."""
         return self._names(pafs.FileType.File)
 
     def read(self) -> bytes:
@@ -68,10 +68,10 @@ class Location:
             return stream.read()
 
     def write(self, data: bytes, *, durable: bool = False) -> None:
-        """Write the file whole or not at all: a temporary name and a rename on disk, one put on S3.
+        """Write the file whole or not at all: by a temporary name and a rename on disk, by one put on S3.
 
         Args:
-            durable: return when it is on disk, which takes longer; S3 never returns before.
+            durable: return when the file is on disk, which takes longer; a write to S3 is always durable.
         """
         if self.is_local:
             files.write_whole(Path(self.path), data, durable=durable)
@@ -80,7 +80,7 @@ class Location:
             stream.write(data)
 
     def sweep(self) -> None:
-        """Remove leftovers of a `write` in this folder whose process was killed; on S3 there are none."""
+        """Remove temporary files of killed writers in this folder; on S3 there are none."""
         if self.is_local:
             files.sweep(Path(self.path))
 
@@ -119,15 +119,15 @@ class SharedFile(Protocol):
         """The current version; None: there is no file."""
 
     def replace(self, version: Version | None, data: bytes | None) -> bool:
-        """Write `data`, or remove the file if that is None; False: the current version is not `version`."""
+        """Write `data` (None: remove the file) if the current version is `version`; return whether it was."""
 
 
 def shared_file(file: Location) -> SharedFile:
-    """The file at `file`, for several processes.
+    """Open `file` for several processes.
 
-    Methods raise OSError when storage does not answer. When two processes replace the same version, one gets True: on a
-    disk by a lock of the folder, on S3 by conditional writes. On a network file system without locks, and on an S3
-    server without conditional writes, both may: read again to see which was last.
+    Methods raise OSError when storage does not answer. When two processes replace the same version, only one gets True:
+    a lock of the folder ensures this on disk, conditional writes on S3. On a network file system without locks, and on
+    an S3 server without conditional writes, both may get True: read again to see which wrote last.
     """
     return _FileOnDisk(Path(file.path)) if file.is_local else _FileOnS3(file.path)
 
@@ -170,7 +170,7 @@ class _FileOnS3:
         bucket, _, key = path.partition("/")
         self._where, self._client = {"Bucket": bucket, "Key": key}, _s3_client()
         self._is_plain = False
-        """The server has no conditional writes."""
+        """Whether the server lacks conditional writes."""
 
     def read(self) -> Version | None:
         status, found = self._ask(self._get)
@@ -198,7 +198,7 @@ class _FileOnS3:
 
     @staticmethod
     def _ask(request: Callable[[], Any]) -> tuple[int, Any]:
-        """The HTTP status, if it is one of ANSWERS, and the result.
+        """Call `request`; return the HTTP status (OK or one of ANSWERS) and the result.
 
         Raises:
             OSError: S3 refuses, or does not answer.
@@ -217,7 +217,7 @@ class _FileOnS3:
 
 
 def absolute(uri: str) -> str:
-    """`uri` with a local folder made absolute, so that it means the same in every process of this machine."""
+    """Make a local `uri` absolute, so that it names the same folder in every process of this machine."""
     if uri.startswith("file://"):
         uri = unquote(urlsplit(uri).path)
     return uri if "://" in uri else str(Path(uri).expanduser().absolute())
@@ -228,14 +228,14 @@ def resolve(uri: str, check: bool = True) -> Location:
 
     Args:
         uri: a local path, file:///path, or s3://bucket/prefix.
-        check: ask S3 whether the bucket exists; False where that was checked before.
+        check: ask S3 whether the bucket exists; False if that was checked before.
 
     Raises:
-        UserError: another scheme, no such bucket, or one that refuses access.
+        UserError: unknown scheme, no such bucket, or access refused.
     """
     scheme = urlsplit(uri).scheme if "://" in uri else "file"
     if scheme == "s3":
-        path = uri.partition("://")[2].rstrip("/")  # not urlsplit's: a key may hold ? and #
+        path = uri.partition("://")[2].rstrip("/")  # without urlsplit: a key may hold ? and #
         bucket = path.partition("/")[0]
         if not bucket:
             raise UserError(f"{uri!r} names no bucket; expected s3://bucket/prefix")
@@ -252,7 +252,7 @@ def _s3() -> pafs.S3FileSystem:
     # An explicit endpoint: pyarrow reads AWS_ENDPOINT_URL itself only in its newer releases.
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     options: dict = {"connect_timeout": S3_CONNECT_TIMEOUT_S, "request_timeout": S3_REQUEST_TIMEOUT_S}
-    options["allow_delayed_open"] = True  # a small file is one request, that works or does not, not three
+    options["allow_delayed_open"] = True  # one request per small file, not three: all or nothing
     if endpoint:
         parts = urlsplit(endpoint)
         options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme}

@@ -1,7 +1,7 @@
 """Files on a local disk that are complete or absent, also after a power cut.
 
-Each is written under a unique temporary name that identifies the writing process: writers do not disturb each other,
-and leftovers of dead writers can be removed.
+A file is first written under a unique temporary name that identifies the writing process: writers do not disturb each
+other, and leftovers of dead writers can be removed.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from ddpm.utils import process
 
 SUFFIX = ".tmp"
 ABANDONED_S = 24 * 3600.0
-"""Age at which a temporary file is removed whose writer cannot be checked, since it ran on another machine."""
+"""Age at which a temporary file is removed if its writer ran on another machine and cannot be checked."""
 NO_SUCH_SYNC = (errno.EINVAL, errno.ENOTSUP)
 """Error numbers of file systems that cannot fsync a folder."""
 
@@ -30,10 +30,10 @@ def write_whole(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Write a file under a temporary name, and rename it.
 
     Args:
-        durable: return when it is on disk; otherwise a power cut may remove or empty it.
+        durable: return when the file is on disk; otherwise a power cut may remove or empty it.
 
     Raises:
-        OSError: it cannot be written; nothing is left of it.
+        OSError: the file cannot be written; the temporary file is removed.
     """
     make_folder(path.parent)
     staged = temporary(path)
@@ -49,16 +49,16 @@ def write_whole(path: Path, data: bytes, *, durable: bool = True) -> None:
 
 
 def put_in_place(folder: Path, place: Path) -> None:
-    """Name `folder`, which `sync_tree` has put on disk, `place`; another folder there is removed first.
+    """Rename `folder`, already flushed by `sync_tree`, to `place`; another folder there is removed first.
 
-    The name itself is on disk after sync(place.parent), which can be tried again by itself; this cannot.
+    The new name is on disk after sync(place.parent). That call can be retried; this function cannot.
     """
     shutil.rmtree(place, ignore_errors=True)
     folder.rename(place)
 
 
 def make_folder(folder: Path) -> None:
-    """Make `folder` and its missing parents, on disk."""
+    """Create `folder` and its missing parents on disk."""
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -66,7 +66,7 @@ def make_folder(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Return when the file at `path`, or the names in the folder at `path`, are on disk."""
+    """Flush the file at `path`, or the names in the folder at `path`, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -78,7 +78,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Return when `folder` and everything in it is on disk; the name of `folder` itself may not be."""
+    """Flush `folder` and everything in it to disk, except the name of `folder` itself."""
     for where, _, names in os.walk(folder, topdown=False):
         for name in names:
             sync(Path(where, name))

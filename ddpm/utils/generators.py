@@ -66,10 +66,10 @@ class TorchGenerator:
 
 
 class PerMicroBatch:
-    """Draws for a batch of micro-batches: for each of them from its own generator, so in any company the same numbers.
+    """Draws for several micro-batches at once: each has its own generator, so its numbers do not depend on the others.
 
     Args:
-        generators: one a micro-batch, in order; all micro-batches have the same size.
+        generators: one per micro-batch, in order; all micro-batches have the same size.
     """
 
     def __init__(self, generators: "Sequence[Generator]") -> None:
@@ -90,6 +90,6 @@ class PerMicroBatch:
 
 
 def generator(device: torch.device, *counters: int) -> "Generator":
-    """A generator whose stream depends on the counters alone, and on whether `device` is a GPU with one of its own."""
+    """A generator for `device`; its stream depends only on the counters and on whether `device` is CUDA."""
     kind = TorchGenerator if device.type == "cuda" else PhiloxGenerator
     return kind(*counters, device=device)

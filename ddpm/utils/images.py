@@ -1,8 +1,8 @@
 """Images in and out: uint8 <-> [-1, 1], grids, strips, PNG and GIF.
 
 An image outside the net is uint8 [N, H, W, C], C = 1 (grey) or 3 (RGB). The net sees float32
-[N, C, H, W] in [-1, 1]. Pictures for people are RGB, nearest-neighbour enlarged so that 8x8 digits
-can be seen.
+[N, C, H, W] in [-1, 1]. Grids for viewing are RGB, enlarged by nearest neighbour so that 8x8 digits
+are visible.
 
 Axes: N or B images, F frames, H W height and width, C channels.
 """
@@ -42,27 +42,27 @@ def to_model(image: Tensor) -> Tensor:
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """float [B, C, H, W] to uint8 [B, H, W, C]: -1 is 0, 1 is 255, rounded, what lies outside is clipped.
+    """float [B, C, H, W] to uint8 [B, H, W, C]: -1 becomes 0, 1 becomes 255; rounded and clipped.
 
-    The inverse of `to_model`, exactly, for all 256 values. (A bare cast would truncate, darkening by half
+    The exact inverse of `to_model` for all 256 values. (A bare cast would truncate, darkening by half
     a level, and wrap around outside [-1, 1].)
     """
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def grid(images: Pixels, columns: int | None = None, min_side: int = 48) -> Pixels:
-    """Images as tiles of one RGB picture, row by row.
+    """Arrange images as tiles of one RGB image, row by row.
 
     Args:
         images: uint8 [N, H, W, C], C 1 or 3, N at least 1.
-        columns: tiles a row; None makes the grid about square. Tiles missing in the last row stay white.
+        columns: tiles per row; None makes the grid about square. Empty places in the last row are white.
         min_side: tiles are enlarged by the smallest whole factor that makes their shorter side at least this long.
 
     Returns:
         uint8 [H', W', 3].
 
     Raises:
-        ValueError: images are not such an array, or columns < 1.
+        ValueError: images have another dtype or shape, or columns < 1.
     """
     tiles = _rgb(images)
     factor = max(1, math.ceil(min_side / min(tiles.shape[1:3])))
@@ -91,7 +91,7 @@ def strip(rows: Sequence[Pixels], captions: Sequence[str] = ()) -> Pixels:
         uint8 [H', W', 3].
 
     Raises:
-        ValueError: no row, rows that differ in shape, or another number of captions than of columns.
+        ValueError: no row, rows that differ in shape, or not one caption per column.
     """
     if len({row.shape for row in rows}) != 1:
         raise ValueError(
@@ -152,7 +152,7 @@ def gif_bytes(frames: Sequence[Pixels], ms: int = 100) -> bytes:
 
 
 def _rgb(images: Pixels) -> Pixels:
-    """[N, H, W, 3] of [N, H, W, 1 or 3], N at least 1."""
+    """Convert [N, H, W, 1 or 3] to [N, H, W, 3], N at least 1."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or len(images) == 0:
         got = f"{images.dtype} {images.shape}"
         raise ValueError(f"images are {got}; they must be uint8 [N, H, W, C], N at least 1, C 1 or 3")

@@ -6,14 +6,14 @@ By default they spin without end, on a core that another process could use.
 import os
 
 SPIN_COUNT = "3000"
-"""The shorter, the faster beside busy processes, and the slower on a quiet machine (benchmarks/busy.md)."""
+"""A lower count is faster beside busy processes and slower on an idle machine (benchmarks/busy.md)."""
 
 VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-"""Either one says how threads wait."""
+"""Variables that set how threads wait; either is enough."""
 
 
 def bound_spinning() -> None:
-    """Bound spinning in this process and those it starts, unless the environment says otherwise.
+    """Limit spinning in this process and its children, unless the environment sets one of VARIABLES.
 
     Call it before PyTorch is imported: PyTorch's OpenMP (libgomp) reads GOMP_SPINCOUNT when it is loaded.
     """

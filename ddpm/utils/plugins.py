@@ -1,7 +1,7 @@
-"""Additions of installed packages, by name: sources (ddpm.sources) and nets (ddpm.nets).
+"""Plugins of installed packages, by name: sources (ddpm.sources) and nets (ddpm.nets).
 
-A package enters what it adds in its metadata, as an entry point of the group. So a name out of a config.json, which
-may come from anybody, finds what a person has installed for this purpose, and nothing else: it is no import path.
+A package declares a plugin in its metadata, as an entry point of the group. A name in a config.json, which may be
+untrusted, can therefore select only an installed plugin: it is not an import path.
 """
 
 from importlib.metadata import entry_points
@@ -11,20 +11,20 @@ from ddpm.utils.errors import UserError
 
 
 def names(group: str) -> list[str]:
-    """The names that packages have entered in the group."""
+    """The names of the plugins in the group."""
     return sorted({found.name for found in entry_points(group=group)})
 
 
 def load(group: str, name: str) -> Any:
-    """The entry of a package under `name`; None: no package has one.
+    """The plugin `name`; None: no package declares it.
 
     Raises:
-        UserError: it cannot be imported.
+        UserError: the plugin cannot be imported.
     """
     found = next(iter(entry_points(group=group, name=name)), None)
     try:
         return found.load() if found else None
-    except Exception as error:  # whatever the code of a package raises when it is imported
+    except Exception as error:  # importing a package may raise anything
         package = found.dist.name if found and found.dist else "unknown"
         raise UserError(
             f"{group}: {name!r} of the package {package} cannot be imported: "

@@ -29,7 +29,7 @@ def state(name: str) -> Literal["running", "gone", "unknown"]:
 
 @functools.cache
 def _machine() -> str:
-    """This boot of this machine and this pid namespace, as 12 hex digits; unknown: there is no /proc here."""
+    """12 hex digits for this boot of this machine and this pid namespace; unknown: there is no /proc here."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
         return hashlib.sha256(f"{boot}{os.readlink('/proc/self/ns/pid')}".encode()).hexdigest()[:12]

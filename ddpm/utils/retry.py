@@ -28,10 +28,10 @@ class StorageError(UserError):
 
 
 def retry_io(call: Callable[[], T], *, where: str, timeout_s: float) -> T:
-    """The result of `call`, which is repeated while it raises OSError.
+    """Return the result of `call`; retry while it raises OSError.
 
-    The wait between tries is random and grows from 0.2 s to at most 10 s, so that many workers do not come back at
-    once. The last try begins at the time-out; a try that is under way is not cut short.
+    The wait between tries is random and grows from 0.2 s to at most 10 s, so that many workers do not retry at
+    once. The last try begins at the time-out; a running try is not interrupted.
 
     Args:
         call: safe to repeat.
@@ -39,7 +39,7 @@ def retry_io(call: Callable[[], T], *, where: str, timeout_s: float) -> T:
         timeout_s: seconds after which no new try begins; 0: one try.
 
     Raises:
-        StorageError: the time is over; it names the time tried and the last answer.
+        StorageError: the time-out has passed; the message has the time tried and the last answer.
         FileNotFoundError: at once, since a retry would not change it.
     """
     backoff = tenacity.wait_random_exponential(
@@ -69,7 +69,7 @@ def retry_io(call: Callable[[], T], *, where: str, timeout_s: float) -> T:
 
 @contextmanager
 def as_user_error(what: str) -> Iterator[None]:
-    """A context in which what storage refuses becomes a UserError of one line that begins with `what`."""
+    """A context that turns an OSError of storage into a one-line UserError that begins with `what`."""
     try:
         yield
     except OSError as error:
@@ -77,9 +77,9 @@ def as_user_error(what: str) -> Iterator[None]:
 
 
 def answer(error: BaseException) -> str:
-    """The message of storage: one line, of bounded length, without credentials."""
+    """The error message of storage: one line, of bounded length, without credentials."""
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
-        error = OSError(error.args[0][0][-1])  # of each file that was not copied: from, to, why
+        error = OSError(error.args[0][0][-1])  # (source, destination, reason) of each file not copied
     text = " ".join(str(error).split()) or type(error).__name__
     for name in _SECRETS:
         if secret := os.environ.get(name):

@@ -1,7 +1,7 @@
 """Seeds as counters: randomness is a function of its purpose and position, never of saved state.
 
 The counters (seed, purpose, step, micro-batch, ...) are hashed to the key of a counter-based generator. All of them
-count: (2,) and (2, 0) have different keys, and so have 5 + 2**32 and (5, 1).
+matter: (2,) and (2, 0) have different keys, and so do 5 + 2**32 and (5, 1).
 
 This module imports neither PyTorch nor NumPy: processes that only read data import it.
 """
@@ -10,7 +10,7 @@ import hashlib
 from enum import IntEnum
 
 GENERATOR = "philox4x64-blake2b/1"
-"""Name of the way from counters to random numbers; stored in checkpoints. Another way has another name."""
+"""Name of the algorithm from counters to random numbers, stored in checkpoints; a new algorithm has a new name."""
 
 
 class Purpose(IntEnum):
@@ -36,5 +36,5 @@ def key(*counters: int) -> int:
 
 
 def torch_seed(*counters: int) -> int:
-    """A 64-bit seed for PyTorch's own generators: those on GPUs use all of it, that on CPUs the low 32 bits."""
+    """A 64-bit seed for PyTorch's own generators: GPU generators use all bits, the CPU generator the low 32."""
     return key(*counters) % 2**64

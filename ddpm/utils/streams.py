@@ -7,7 +7,7 @@ from typing import Any, TextIO
 
 
 def lossy(stream: TextIO | None) -> TextIO:
-    """A stream like `stream`, on which writing never fails."""
+    """Wrap `stream` so that writing never fails."""
     if stream is None:  # closed before the job started
         return open(os.devnull, "w")
     try:
@@ -19,7 +19,7 @@ def lossy(stream: TextIO | None) -> TextIO:
     return io.TextIOWrapper(
         file,
         encoding=stream.encoding,
-        errors="backslashreplace",  # for characters that the terminal does not have
+        errors="backslashreplace",  # for characters that the terminal cannot show
         line_buffering=stream.isatty() or stream is sys.stderr,
     )
 
@@ -32,4 +32,4 @@ class _LossyFile(io.FileIO):
             written = super().write(data)
         except OSError:
             written = None
-        return memoryview(data).nbytes if written is None else written  # None: it would have to wait
+        return memoryview(data).nbytes if written is None else written  # None: the write would block

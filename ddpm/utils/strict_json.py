@@ -1,4 +1,4 @@
-"""JSON from outside, read strictly as a type: nothing is converted, and no key is unknown or missing."""
+"""Strict parsing of untrusted JSON as a type: no conversion, no unknown keys, no missing keys."""
 
 import dataclasses
 import functools
@@ -14,13 +14,13 @@ T = TypeVar("T")
 def parse(
     kind: type[T], text: str | bytes, where: str, extra: Literal["allow", "ignore", "forbid"] = "forbid"
 ) -> T:
-    """`text` as a `kind`: a dataclass, a pydantic model, or a type such as dict[str, str].
+    """Parse `text` as a `kind`: a dataclass, a pydantic model, or a type such as dict[str, str].
 
     Args:
         extra: whether an object may have keys that `kind` does not know.
 
     Raises:
-        UserError: it is not one; the line begins with `where` and names the first wrong key.
+        UserError: `text` is not a `kind`; the line begins with `where` and names the first wrong key.
     """
     from pydantic import ValidationError  # pydantic takes 0.2 s to import, which reading tasks save
 
