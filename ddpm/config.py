@@ -50,7 +50,7 @@ class DataConfig:
     split: str = "train"
     """The split to train on."""
     window_rows: int = 8192
-    """Images are shuffled inside windows of row groups that hold at least this many rows."""
+    """Images are shuffled inside windows of row groups that hold about this many rows."""
     horizontal_flip: bool = False
     """Mirror each image with probability 1/2 (drawn per micro-batch, as all noise is)."""
     stall_timeout_s: float = 120.0

@@ -44,7 +44,7 @@ class ReadOrder:
     """Reading ends after this many images, rounded up to a global batch."""
     seed: int = 0
     window_rows: int = 8192
-    """Images shuffled together: row groups are grouped into windows of at least this many rows."""
+    """Images shuffled together: row groups are grouped into windows of about this many rows."""
     on_corrupt: OnCorrupt = "error"
     """For an unreadable image: raise, or substitute another image of its window."""
     stall_timeout_s: float = 120.0
@@ -75,7 +75,7 @@ class Plan:
     Args:
         row_groups: rows of every row group of the split, in the order of the manifest.
         seed: of the order.
-        window_rows: a window has enough row groups for at least this many rows.
+        window_rows: rows of a window; it has window_rows / (rows of the largest row group) row groups, rounded up.
     """
 
     row_groups: tuple[int, ...]
