@@ -1,11 +1,11 @@
-"""What busy neighbours cost: images/s of `jobs/train.py` beside 0, 1 and 2 processes that compute without end.
+"""The cost of busy neighbours: images/s of `jobs/train.py` beside 0, 1 and 2 processes that compute all the time.
 
     python benchmarks/busy.py [--preset digits] [--repeats 3] [--turn-s 7] [--quick]
 
-Each row of the table is one run, with another way in which OpenMP's threads wait (GCC's libgomp), with another number
-of threads or of workers. All are started, then take turns: meanwhile the others are suspended, so that a machine that
-grows busy slows all alike. Speed is between the points that the run itself tracks during a turn. The table goes to
-benchmarks/busy.md (of another preset to busy-PRESET.md), above what is written there by hand.
+Each row of the table is one run; rows differ in how OpenMP's threads wait (GCC's libgomp), and in the number of threads
+or workers. All are started, then take turns: the others are suspended, so that a machine that gets busy slows all
+equally. Speed is measured between the points that the run tracks during a turn. The table goes to benchmarks/busy.md
+(for another preset to busy-PRESET.md), above the text written by hand.
 """
 
 import contextlib
@@ -44,11 +44,11 @@ ROWS: dict[str, tuple[dict[str, str], list[str]]] = {
 }
 """Environment and flags of each run. GOMP_SPINCOUNT=0 is what passive means."""
 PRESETS = {"digits": ONE_THREAD, "fashion-mnist": TWO_THREADS}
-"""How each runs by itself."""
+"""The row of each preset's default settings."""
 NEIGHBOURS = (0, 1, 2)
 FIRST_STEP = re.compile(r"^images [1-9]", re.MULTILINE)
 STARTING_S, WARM_UP_S = 2.0, 5.0
-"""Length of the turns until the first step, and of the one after it, in which MLflow is imported."""
+"""Length of the turns until the first step, and of the turn after it, in which MLflow is imported."""
 SETTLING_S = 0.5
 """The beginning of a turn does not count."""
 
@@ -61,7 +61,7 @@ class Arguments:
     repeats: int = 3
     turn_s: float = 7.0
     quick: bool = False
-    """One turn of each, of OpenMP's extremes and ours, beside 0 and 1 neighbours; the table is only printed."""
+    """Only OpenMP's extremes and ours, one turn each, beside 0 and 1 neighbours; the table is only printed."""
 
 
 def main() -> None:
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def contestant(preset: str, row: str, folder: Path) -> Contestant:
-    """A run with a Ray cluster of its own, whose metrics stay in its folder: no MLflow answers."""
+    """A run with a separate Ray cluster; its metrics stay in its folder, since no MLflow answers."""
     environment, flags = ROWS[row]
     folder.mkdir()
     kept = {name: value for name, value in os.environ.items() if name not in (*VARIABLES, "OMP_NUM_THREADS")}
@@ -103,10 +103,10 @@ def contestant(preset: str, row: str, folder: Path) -> Contestant:
 
 
 def start(row: str, run: Contestant, folder: Path) -> None:
-    """Let it run past its first step.
+    """Run until after the first step.
 
     Raises:
-        RuntimeError: it ended.
+        RuntimeError: the run ended.
     """
     while True:
         run.turn(STARTING_S)
@@ -121,7 +121,7 @@ def start(row: str, run: Contestant, folder: Path) -> None:
 
 @contextlib.contextmanager
 def busy(number: int) -> Iterator[None]:
-    """A context in which `number` processes take all they can get of a core."""
+    """A context in which `number` processes each keep a core busy."""
     neighbours = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(number)]
     try:
         yield

@@ -1,10 +1,10 @@
-"""What a checkpoint costs: the time for which training stops, with one every 100 steps of a 6 M-parameter net.
+"""The cost of a checkpoint: the time for which training stops, with one every 100 steps of a 6 M-parameter net.
 
     python benchmarks/checkpoints.py [--steps 600]
 
 One Ray worker with one torch thread, the run's folder on a disk. The worker times every save (the copy of net, EMA and
-optimizer, and whatever waiting there is); the run without checkpoints beside it shows what writing in the
-background takes from training on a machine without a core to spare. The table goes to benchmarks/checkpoints.md.
+optimizer, and any waiting); the run without checkpoints beside it shows how much background writing slows
+training on a machine without a spare core. The table goes to benchmarks/checkpoints.md.
 """
 
 import json

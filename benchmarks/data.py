@@ -2,9 +2,9 @@
 
     PYTHONPATH=tests python benchmarks/data.py [--folder F] [--cases raw encoded small]
 
-Everybody reads the same images, hands out batches of 64, and shuffles at least some thousand images. Every contestant
-is a process tree of its own, whose CPU time is counted besides the clock. The peers come with
-`pip install -e '.[benchmarks-data]'`, in an environment of their own. The tables (data_table.py) go to
+All contestants read the same images, yield batches of 64, and shuffle at least some thousand images. Each is a separate
+process tree; its wall time and CPU time are measured. The peers are installed by
+`pip install -e '.[benchmarks-data]'`, in a separate environment. The tables (data_table.py) go to
 benchmarks/data.md.
 """
 
@@ -31,13 +31,13 @@ from peers.data import BATCH
 
 BUCKET = "s3://bench"
 RUNS = {"raw": 0.95, "encoded": 4.0, "small": 2.0}
-"""Epochs of a run, at most; of mosaicml-streaming's from S3 less than one."""
+"""Largest number of epochs of a run; mosaicml-streaming from S3 runs less than one."""
 SETTLED_S = 2.0
-"""Seconds after which reads that were asked for have ended."""
+"""Seconds after which pending reads have ended."""
 LONGEST_S = 8.0
-"""Longest run, in seconds from its first batch on."""
+"""Longest run, in seconds from its first batch."""
 SKIPPED = 0.25
-"""Share of a run that does not count: processes start."""
+"""Share of a run that does not count, since processes start."""
 
 
 @dataclass(frozen=True)
@@ -45,22 +45,22 @@ class Arguments:
     """What to measure."""
 
     cases: tuple[Literal["raw", "encoded", "small"], ...] = ("raw", "encoded", "small")
-    """small: two epochs at a trainer's pace, to see whether their boundary stalls."""
+    """small: two epochs at a trainer's pace, to detect stalls between them."""
     only: tuple[str, ...] = tuple(data_table.NAMES)
     repeats: int = 1
     folder: Path | None = None
     """Folder that keeps the server's data, files and figures for the next call; None: they are not kept."""
     prepare: bool = False
-    """Only make the data."""
+    """Only prepare the data."""
     run: str | None = None
-    """Consume as this contestant alone, in this process: NAME DECODER START."""
+    """Run only this contestant, in this process: NAME DECODER START."""
 
 
 # In the process of a contestant -----------------------------------------------------------------------------------
 
 
 def consume(case: Case, batches: Iterable[Any], images: int) -> dict[str, Any]:
-    """The time of each batch, the wait for it, and the numbers of its images."""
+    """The time of each batch, the wait for it, and the numbers that its images show."""
     times, waits, seen = [], [], []
     asked = time.monotonic()
     for k, batch in enumerate(batches):
@@ -83,7 +83,7 @@ def run_peer(arguments: Arguments, case: Case, name: str, decoder: str, start: i
     from ddpm.storage.locations import resolve
 
     torch.set_num_threads(1)
-    if name != "dataloader":  # what is imported does not count
+    if name != "dataloader":  # imports do not count
         importlib.import_module("webdataset" if name == "webdataset" else "streaming")
     with tempfile.TemporaryDirectory(dir=arguments.folder, ignore_cleanup_errors=True) as folder:
         bucket = BUCKET
@@ -152,7 +152,7 @@ def _train(case: Case, iterator: Any, order: Any, rank: int, images: int) -> dic
 
 
 def measure(arguments: Arguments, case: Case, name: str, decoder: str, start: int = 0) -> dict[str, Any]:
-    """The figures of a contestant, run in a process of its own."""
+    """The measurements of a contestant, run in a separate process."""
     command = [sys.executable, __file__, "--cases", case.name, "--folder", str(arguments.folder)]
     command += ["--run", f"{name} {decoder} {start}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -188,14 +188,14 @@ def measure(arguments: Arguments, case: Case, name: str, decoder: str, start: in
 
 
 def quality(consumers: list[dict[str, Any]], case: Case, name: str) -> dict[str, float]:
-    """How well shuffled the first epoch is; 1 is what a uniform permutation has."""
+    """Shuffling quality of the first epoch; a uniform permutation has 1."""
     parts = [np.array(consumer["numbers"]).reshape(-1, BATCH) for consumer in consumers]
     shown = min(len(part) for part in parts)
     order = np.stack([part[:shown] for part in parts], 1).reshape(-1)
     n = case.num_images if name != "dataloader" else min(case.num_images, FILES)
     order = order[:n]
     places = np.arange(len(order)) / n
-    expected = n * np.mean(places**2 - places + 0.5)  # of an image that comes from anywhere
+    expected = n * np.mean(places**2 - places + 0.5)  # of an image from a uniformly random place
     return {
         "neighbours": float(np.abs(np.diff(order)).mean() / (n / 3)),
         "displacement": float(np.abs(order - n * places).mean() / expected),
@@ -204,14 +204,14 @@ def quality(consumers: list[dict[str, Any]], case: Case, name: str) -> dict[str,
 
 
 def stalls(waits: list[float], boundary: int, window: int) -> dict[str, float]:
-    """The longest wait for a batch: from the epoch's last one to a window after, and elsewhere."""
+    """The longest wait for a batch: from the epoch's last one to a window later, and elsewhere."""
     about = slice(boundary - 1, boundary + window)
     elsewhere = np.concatenate([waits[boundary // 4 : about.start], waits[about.stop :]])
     return {"boundary_s": max(waits[about]), "elsewhere_s": float(elsewhere.max())}
 
 
 def prepare(case: Case, folder: Path) -> None:
-    """Make the data of a case, unless it is there."""
+    """Prepare the data of a case, unless it exists."""
     import pyarrow.fs as pafs
 
     from ddpm.storage.locations import resolve
@@ -258,12 +258,12 @@ def main() -> None:
 
 
 def compete(arguments: Arguments, folder: Path) -> None:
-    """Start the server, make the data, and let everybody read."""
+    """Start the server, prepare the data, and measure all contestants."""
     import boto3
     from support.servers import S3Server
 
     with S3Server(folder / "s3") as server:
-        # mosaicml-streaming has a name of its own for the endpoint.
+        # mosaicml-streaming has its own name for the endpoint.
         os.environ.update(server.client_env | {"S3_ENDPOINT_URL": server.endpoint, "OMP_NUM_THREADS": "1"})
         client = boto3.client("s3", **server.client_options)
         if not any(bucket["Name"] == "bench" for bucket in client.list_buckets()["Buckets"]):

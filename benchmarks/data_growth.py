@@ -1,8 +1,8 @@
-"""What more data costs: planning and seeking over row groups, and the memory of a reader over images.
+"""Costs of larger data sets: planning and seeking over row groups, and the memory of a reader over images.
 
     python benchmarks/data_growth.py
 
-The table goes to benchmarks/data_growth.md, the picture to benchmarks/data_growth.png.
+The table goes to benchmarks/data_growth.md, the plot to benchmarks/data_growth.png.
 """
 
 import pickle
@@ -73,7 +73,7 @@ def planning(row_groups: int) -> dict[str, float]:
 
 
 def peak(folder: str) -> None:
-    """Read an epoch, and print the memory that the process had at most, in MiB, beyond what it has at the start."""
+    """Read an epoch, and print the peak memory of the process, in MiB, beyond its peak at the start."""
     before = _peak_kib()
     location = resolve(folder)
     data_set = DataSet(location, read_manifest(location), "train")
@@ -85,13 +85,13 @@ def peak(folder: str) -> None:
 
 
 def _peak_kib() -> int:
-    """Peak memory of this program; getrusage would count what its parent had when it forked."""
+    """Peak memory of this program; getrusage would include the parent's memory at the fork."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0])
 
 
 def memory(folder: Path, images: int) -> float:
-    """MiB at the peak of reading an epoch of `images` images, in a process of its own."""
+    """MiB at the peak of reading an epoch of `images` images, in a separate process."""
     location, shards = resolve(str(folder)), []
     random = np.random.default_rng(0)
     for k in range(images // (ROWS * GROUPS_PER_SHARD)):

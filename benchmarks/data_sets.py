@@ -1,6 +1,6 @@
 """The same images for every contestant of data.py: as Parquet, MDS and tar shards in S3, and as files.
 
-Every image shows its own number, so that the order in which a contestant hands images out is read off the images.
+Every image shows its number, so that the order of a contestant's images can be read from the images.
 
 Axes: N images, H W, C channels.
 """
@@ -47,7 +47,7 @@ CASES = {case.name: case for case in (Case("raw", 200_000), Case("encoded", 12_2
 FILES = 50_000
 """Largest number of image files."""
 PACE = 4000
-"""Images/s that the trainer of the case `small` takes: waits are stalls then."""
+"""Images/s that the trainer of the case `small` takes, so that a wait is a stall."""
 
 
 def raw(case: Case) -> NDArray[np.uint8]:
@@ -96,7 +96,7 @@ def files(case: Case) -> Iterator[bytes]:
 
 
 def write_files(case: Case, folder: Path) -> None:
-    """A file an image, a thousand to a folder."""
+    """One file per image, a thousand per folder."""
     for number, data in enumerate(files(case)):
         path = folder / f"{number // 1000:03d}" / f"{number:06d}.{'jpg' if case.encoded else 'png'}"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def write_files(case: Case, folder: Path) -> None:
 
 
 def write_shards(case: Case, uri: str) -> None:
-    """Ours: what `jobs/prepare.py` would write of a source with these images."""
+    """Ours: the shards that `jobs/prepare.py` would write for these images."""
     from ddpm.data import prepare
     from ddpm.storage.locations import resolve
 

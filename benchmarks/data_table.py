@@ -1,4 +1,4 @@
-"""What benchmarks/data.py found, as Markdown."""
+"""The results of benchmarks/data.py as Markdown."""
 
 import math
 import statistics
@@ -24,7 +24,7 @@ EXACT = {
     "webdataset": ("no", "no"),
     "dataloader": ("with a seeded sampler", "no"),
 }
-"""Whether the order is a function of the seed, and whether reading resumes where it stopped, by documentation."""
+"""Whether the order depends only on the seed, and whether reading resumes where it stopped, as documented."""
 PACKAGES = ("ray", "pyarrow", "pillow", "simplejpeg", "mosaicml-streaming", "webdataset")
 COLUMNS = (
     "|images/s|ours is faster by|images/s of CPU time|ours is faster by|first batch|neighbours|displacement|memory|"

@@ -1,10 +1,10 @@
-"""What DistributedDataParallel's options are worth: images/s of two workers of one thread each, side by side.
+"""The effect of DistributedDataParallel's options: images/s of two workers of one thread each, side by side.
 
     python benchmarks/ddp.py [--case fashion-mnist] [--turns 5]
 
-Each contestant is a net of its own, with its options, in the same two processes (gloo); they take turns. A step is
-noise, forward, backward with the all-reduce, clipping and AdamW. Gradients sent in bfloat16 are not among them: torch
-has that hook for NCCL and XCCL alone (2.13). The table goes to benchmarks/ddp.md.
+Each contestant is a separate net with its options; all are in the same two processes (gloo) and take turns. A step is
+noise, forward, backward with the all-reduce, clipping and AdamW. Gradients in bfloat16 are not measured: torch has that
+hook only for NCCL and XCCL (2.13). The table goes to benchmarks/ddp.md.
 """
 
 import statistics
@@ -35,7 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no all-reduce (for comparison)": ALONE,
 }
 OURS = "gradient_as_bucket_view"
-"""What `RayRuntime.wrap` has."""
+"""The option that `RayRuntime.wrap` uses."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class Arguments:
     turn_s: float = 3.0
     """Approximate length of a turn."""
     contend: CaseName | None = None
-    """Run as a worker that trains this case, started by torchrun."""
+    """Used by torchrun: run as a worker that trains this case."""
 
 
 def stepper(case: Case, options: dict[str, Any]) -> Callable[[], None]:
-    """A function that makes one step of a worker's share."""
+    """A function that takes one step with a worker's share of the batch."""
     config = case.config()
     state, objective = State.create(config, torch.device("cpu")), build_objective(config)
     model: nn.Module = state.net
@@ -70,7 +70,7 @@ def stepper(case: Case, options: dict[str, Any]) -> Callable[[], None]:
 
 
 def contend(arguments: Arguments) -> None:
-    """Make the same turns in both workers; the first one reports their speeds."""
+    """Take the same turns in both workers; the first one reports their speeds."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     assert arguments.contend is not None

@@ -1,10 +1,10 @@
-"""What training costs as it grows: images/s over the batch, over the image size, and over workers.
+"""Training speed at larger sizes: images/s over the batch, over the image size, and over workers.
 
     python benchmarks/growth.py [--turns 3]
 
-The net is that of benchmarks/step.py (64-128-128 channels, attention at half the image's size up to 16), each size a
-process of its own; all take turns. Workers, each of one thread, train the preset digits through Ray, as
-benchmarks/runtime.py has it. The tables go to benchmarks/growth.md, the curves to benchmarks/growth.png.
+The net is that of benchmarks/step.py (64-128-128 channels, attention at half the image's size up to 16). Each size has
+a separate process; all take turns. Workers, each of one thread, train the preset digits with Ray, as in
+benchmarks/runtime.py. The tables go to benchmarks/growth.md, the curves to benchmarks/growth.png.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""What a bound hangs on beside the net: the number of timesteps, the variance of p, and whether it was learned.
+"""What a bound depends on besides the net: the number of timesteps, the variance of p, and whether it was learned.
 
     python benchmarks/honesty.py fewer runs/digits                  # one net, fewer and fewer of its timesteps
     python benchmarks/honesty.py search runs/honest                    # twelve trials, ranked by both bounds
@@ -66,7 +66,7 @@ class Learned:
 
 
 def data_sets(candidate: Candidate) -> tuple[DataSet, DataSet]:
-    """The split that the candidate was trained on, and the one held out."""
+    """The candidate's training split and its held-out split."""
     by = context.choose([candidate], Settings(num_images=20, features="pixels", num_train_images=0))
     return by.train, by.held_out
 
@@ -159,7 +159,7 @@ def search_table(run: str) -> None:
 
 
 def few_steps(uris: Sequence[str]) -> dict[str, np.ndarray]:
-    """KID of all in a few steps, by the way of drawing."""
+    """KID of all with few steps, by way of sampling."""
     found = {}
     for sampler, steps in (("dpmpp_2m", 10), ("ddpm", 20)):
         settings = Settings(

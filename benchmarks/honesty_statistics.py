@@ -1,9 +1,9 @@
-"""Whether errors and ranks are what they say: intervals that cover, and searches of equals that claim no difference.
+"""Whether errors and ranks are right: intervals cover, and searches of equal trials claim no difference.
 
     python benchmarks/honesty_statistics.py benchmarks/honesty-statistics.md
 
-Simulated, with features and bits/dim whose truth is known; about three minutes of one core. The old formulas, for
-comparison, live here.
+Simulated, with features and bits/dim of known true values; about three minutes of one core. The old formulas are kept
+here for comparison.
 
 Axes: N generated images, M real images, F features.
 """
@@ -26,7 +26,7 @@ Array = NDArray[np.float64]
 
 REPETITIONS, NUM_GENERATED, SIZE = 200, 300, 16
 MANY_GENERATED = 2000
-"""Generated images for KID alone: what `jobs/evaluate.py` draws by default."""
+"""Generated images for KID alone: the default of `jobs/evaluate.py`."""
 SEARCHES, TRIALS = 400, 16
 TRIAL_NOISE, KID_GENERATED = 0.3, 200
 
@@ -59,7 +59,7 @@ def true_kid(shift: float) -> float:
 
 
 def old_kid_error(x: Array, y: Array) -> float:
-    """The jackknife over the generated images, the real ones held fixed."""
+    """The jackknife over the generated images, with fixed real ones."""
     n, m = len(x), len(y)
     own, to_real = kernel(x, x), kernel(x, y).sum(1)
     np.fill_diagonal(own, 0)
@@ -69,7 +69,7 @@ def old_kid_error(x: Array, y: Array) -> float:
 
 
 def old_errors(generated: Features, real: Features) -> list[float]:
-    """[6], in the order of `score`: groups i mod 10 of the generated images, the real ones held fixed."""
+    """[6], in the order of `score`: groups i mod 10 of the generated images, with fixed real ones."""
     rows = np.arange(len(generated))
     of_real, distances = Moments.of(real), Distances(generated, real)
     kept = [rows[rows % GROUPS != k] for k in range(GROUPS)]
@@ -107,7 +107,7 @@ def intervals() -> Iterator[list[object]]:
 def covered(
     shift: float, numbers: tuple[int, int], name: str, values: Array, right: float, *errors: Array
 ) -> list[object]:
-    """A row: how often `right` lies within Z errors, of the old ones and of the new ones."""
+    """A row: how often `right` lies within Z errors, for the old and the new errors."""
     cells: list[object] = [
         f"{shift:g}",
         *map(str, numbers),

@@ -1,16 +1,16 @@
-"""How long training takes until images are good: our preset beside lucidrains' Trainer and diffusers' recipe.
+"""Training time until images are good: our preset beside lucidrains' Trainer and diffusers' recipe.
 
     python benchmarks/quality.py race [--minutes 12] [--shards URI] [--folder runs/quality]
     python benchmarks/quality.py train ours | lucidrains | diffusers      # one of them alone
     python benchmarks/quality.py judge                                    # what has not been judged yet
     python benchmarks/quality.py plot
 
-The three train on the same images, on all cores, and take turns of a minute: meanwhile the others are suspended
-(SIGSTOP), so that a machine that grows busy slows all alike. Ours is `jobs/train.py` as a user types it. Of each,
-averaged weights are kept on the way; time is what it trained for until then, ours from the command typed on, the
-peers' from their first step on. Afterwards every net draws the same number of images with one and the same sampler,
-on its own schedule, and KID compares them with the same held-out images. The table goes to benchmarks/quality.md,
-above what is written there by hand, the picture beside it.
+The three train on the same images, on all cores, and take turns of a minute: the others are suspended (SIGSTOP), so
+that a machine that gets busy slows all equally. Ours is `jobs/train.py` as a user types it. Averaged weights are saved
+during training; their time is the training time until then, for ours from the command, for the peers from their first
+step. Afterwards every net samples the same number of images with the same sampler, on its own schedule, and KID
+compares them with the same held-out images. The table goes to benchmarks/quality.md, above the text written by hand,
+the plot beside it.
 """
 
 import json
@@ -58,12 +58,12 @@ Name = Literal["ours", "lucidrains", "diffusers"]
 NAMES: tuple[Name, ...] = get_args(Name)
 REPO = Path(__file__).parents[1]
 SAMPLER = SampleConfig(sampler="dpmpp_2m", num_sample_steps=20, eta=1.0)
-"""The sampler of all nets; benchmarks/samplers.md finds it as good as all 1000 steps of Algorithm 2."""
+"""The sampler of all nets; by benchmarks/samplers.md it is as good as all 1000 steps of Algorithm 2."""
 MARKS = (0.04, 0.08, 0.125, 0.17, 0.25, 0.33, 0.5, 0.67, 0.83, 1.0)
-"""Times at which nets are judged, as shares of all minutes; each trainer's nearest snapshot is taken."""
+"""Times at which nets are evaluated, as shares of all minutes; each trainer's nearest snapshot is used."""
 THRESHOLDS = (1.0, 0.7, 0.5, 0.1, 0.05)
 VALUE = 0.1
-"""The target value of KID, a line in the picture."""
+"""The target value of KID, a line in the plot."""
 NUM_REAL, BATCH_SIZE = 2000, 50
 CHECKPOINT_IMAGES = 6400
 JUDGED = "judged.json"
@@ -71,7 +71,7 @@ JUDGED = "judged.json"
 
 @dataclass(frozen=True)
 class Arguments:
-    """What to do, and where."""
+    """What to run, and where."""
 
     what: tyro.conf.Positional[Literal["race", "train", "judge", "plot"]]
     who: tyro.conf.Positional[Name | None] = None
@@ -119,7 +119,7 @@ class Judged:
 
 
 def race(arguments: Arguments, names: Sequence[Name]) -> None:
-    """Let them train in turns until each has had its minutes; one that has is left alone."""
+    """Train in turns until each trainer has had its minutes; a trainer that has stays suspended."""
     prepare(arguments)
     waiting = {
         name: Contestant(command(name, arguments), arguments.of(name), environment(arguments))
@@ -145,19 +145,19 @@ def command(name: Name, arguments: Arguments) -> list[str]:
     train = [sys.executable, str(REPO / "jobs/train.py"), arguments.preset, "--data.shards", arguments.uri]
     train += ["--run.storage", folder, "--run.name", "run"]
     train += ["--train.checkpoint-every-images", str(CHECKPOINT_IMAGES), "--train.keep-checkpoints", "10000"]
-    # The peers draw and judge nothing on the way, either.
+    # The peers do not sample or evaluate during training, either.
     train += ["--train.sample-every-images", "0", "--train.held-out-images", "0"]
     return train + shlex.split(arguments.flags)
 
 
 def environment(arguments: Arguments) -> dict[str, str]:
-    """The environment of a trainer: that of a terminal, without a number of threads."""
+    """The environment of a trainer: that of a terminal, with no number of threads set."""
     tracking = {"MLFLOW_TRACKING_URI": f"sqlite:///{arguments.folder.absolute()}/mlflow.db"}
     return {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"} | tracking
 
 
 def trained(name: Name, arguments: Arguments, turns: Sequence[Turn], until: float) -> Spent:
-    """Training time up to a moment: of ours from the start, of a peer from its first step on."""
+    """Training time until `until`: of ours from the start, of a peer from its first step."""
     if name == "ours":
         return spent(turns, until)
     first = arguments.of(name) / peers.FIRST_STEP
@@ -214,11 +214,11 @@ def snapshots(name: Name, arguments: Arguments) -> Iterator[Snapshot]:
 
 
 def load(name: Name, path: Path, arguments: Arguments) -> tuple[Model, Objective, Schedule]:
-    """The net of a snapshot, what its output means, and its schedule."""
+    """The net of a snapshot, the meaning of its output, and its schedule."""
     if name != "ours":
         return peers.LOAD[name](path, peers.read_config(arguments.of(name)))
     net, config = checkpoint.load_net(path, torch.device("cpu"))
-    net.autocast_dtype = None  # all nets draw in float32
+    net.autocast_dtype = None  # all nets sample in float32
     return net, build_objective(config), schedules.build(config.schedule)
 
 
@@ -237,7 +237,7 @@ def draw(
 
 
 def judge(arguments: Arguments) -> None:
-    """KID of the snapshots at the marks, those that have none yet."""
+    """Compute KID of the snapshots at the marks that have none yet."""
     train = open_data(arguments)
     held_out = train.held_out()
     assert held_out is not None, "Fashion-MNIST has a split test"
@@ -281,7 +281,7 @@ def read_judged(arguments: Arguments) -> list[Judged]:
 
 
 def crossing(curve: Sequence[Judged], value: float, errors: float = 0.0) -> float:
-    """Minutes until KID + errors standard errors is at most `value`, between two points evenly in both logarithms.
+    """Minutes until KID + errors standard errors is at most `value`, interpolated linearly in both logarithms.
 
     inf: it never is.
     """
@@ -298,7 +298,7 @@ def crossing(curve: Sequence[Judged], value: float, errors: float = 0.0) -> floa
 
 
 def plot(arguments: Arguments) -> None:
-    """The table, as Markdown, and the picture."""
+    """The table, as Markdown, and the plot."""
     judged = [j for j in read_judged(arguments) if j.num_images == arguments.num_images]
     curves = {name: sorted((j for j in judged if j.name == name), key=lambda j: j.minutes) for name in NAMES}
     curves = {name: curve for name, curve in curves.items() if curve}

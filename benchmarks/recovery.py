@@ -1,10 +1,10 @@
-"""How long a crash takes: from the kill to the next completed step, beside a bare Ray Train that does nothing.
+"""Recovery time after a crash: from the kill to the next completed step, beside a bare Ray Train without training.
 
     PYTHONPATH=tests python benchmarks/recovery.py [--repeats 3]
 
-Both have two workers in a cluster started for the purpose, and restart from the same kill. The bare run's
-"step" is a line written as soon as its function is entered again: what is between the two is ours: imports, the
-checkpoint, the data set, the first step. The table goes to benchmarks/recovery.md.
+Both have two workers in a cluster started for the purpose, and restart after the same kill. The bare run's "step" is a
+line written as soon as its function is entered again, so the difference is our part: imports, the checkpoint, the data
+set, the first step. The table goes to benchmarks/recovery.md.
 """
 
 import itertools
@@ -48,7 +48,7 @@ class Arguments:
 
 
 def bare_work(spec: dict[str, Any]) -> None:
-    """Do nothing until killed or told to end."""
+    """Do nothing but tick, until killed or the file `end` exists."""
     rank = ray.train.get_context().get_world_rank()
     while not Path(spec["folder"], "end").exists():
         if rank == 0:
@@ -84,7 +84,7 @@ def bare(folder: str, resources: dict[str, float]) -> None:
 
 
 def recovery_s(folder: str, kill: Callable[[], None]) -> float:
-    """Seconds from `kill` to the first tick of a process that is new."""
+    """Seconds from `kill` to the first tick of a new process."""
     while sum(map(len, ticks(folder).values())) < 60 or not _safe(folder):
         time.sleep(0.1)
     old, killed = set(ticks(folder)), time.time()
@@ -132,7 +132,7 @@ def measure(start: Callable[[str, dict[str, float]], None], lose_node: bool) -> 
 
 
 def measure_alone(key: tuple[str, str]) -> float:
-    """`measure` in a process of its own: what a cluster that is gone leaves in a driver's threads ends with it."""
+    """`measure` in a separate process: threads of a stopped cluster's driver end with that process."""
     command = [sys.executable, __file__, "--only", *key]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     print(done.stdout, end="")
@@ -148,7 +148,7 @@ def main() -> None:
     if arguments.only is not None:
         name, lost = arguments.only
         processes.answer(measure(STARTS[name], lost == "node"))
-        os._exit(0)  # without waiting for the threads of the cluster that is gone
+        os._exit(0)  # without waiting for the threads of the stopped cluster
     keys = list(itertools.product(STARTS, LOST))
     write(arguments, turns.in_turns(keys, arguments.repeats, measure_alone))
 

@@ -1,9 +1,9 @@
-"""What Ray costs: images/s of RayRuntime beside the same loop under torchrun, on the same data and net.
+"""The cost of Ray: images/s of RayRuntime beside the same loop under torchrun, on the same data and net.
 
     python benchmarks/runtime.py [--repeats 3] [--preset fashion-mnist --images 4096]
 
-The two take turns, so that a machine that grows busy slows both. Every run is a process of its own; its speed
-is that between two log points well after the start. The table goes to benchmarks/runtime.md.
+The two take turns, so that a machine that gets busy slows both. Every run is a separate process; its speed is measured
+between two log points well after the start. The table goes to benchmarks/runtime.md.
 """
 
 import os
@@ -38,9 +38,9 @@ RUNTIMES = ("torchrun", "ray")
 CASES = ((1, 1), (1, 2), (2, 1))
 """Workers, and torch threads of each."""
 SAMPLE_S = 3.0
-"""Seconds between two samples of the meter, which is part of what it measures."""
+"""Seconds between two samples of the meter; its own cost is part of the measurement."""
 READERS = ("ray::SplitCoordinator", "ray::MapBatches", "ray::_StatsActor", "ray::IDLE")
-"""Titles of Ray Data's processes; the idle ones are reading tasks between two reads."""
+"""Titles of Ray Data's processes; idle ones are workers of reading tasks between two reads."""
 
 
 @dataclass(frozen=True)
@@ -50,33 +50,33 @@ class Arguments:
     repeats: int = 3
     """Runs of each."""
     images: int = 64_000
-    """Images a run; the first fifth does not count."""
+    """Images per run; the first fifth does not count."""
     preset: str = "digits"
     workers: int = 1
     """With --runtime: number of workers."""
     threads: int = 1
     """With --runtime: torch threads of each worker."""
     runtime: Literal["torchrun", "ray"] | None = None
-    """Measure this one alone, in this process."""
+    """Measure only this one, in this process."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """Figures of one run, without its first fifth."""
+    """Measurements of one run, without its first fifth."""
 
     images_per_s: float
     wait: float
     """Share of the time spent waiting for data."""
     reading: float | None
-    """Cores that Ray Data took."""
+    """Cores used by Ray Data."""
     others: float | None
-    """Cores that Ray took besides, and the driver."""
+    """Cores used by Ray's other processes and the driver."""
     by_process: dict[str, float]
-    """Cores by kind of process, the workers left out."""
+    """Cores by kind of process, without the workers."""
 
 
 class TorchrunRuntime(LocalRuntime):
-    """One of the processes that torchrun starts: what one writes without Ray."""
+    """The runtime in a process started by torchrun, as written without Ray."""
 
     def __init__(self, config: Config, train: DataSet, folder: Path) -> None:
         super().__init__(config, train, train.held_out(), folder)
@@ -117,7 +117,7 @@ class TorchrunRuntime(LocalRuntime):
 
 
 class Points(NoTracker):
-    """Keeps what is tracked."""
+    """Stores tracked points."""
 
     def __init__(self) -> None:
         self.points: dict[int, dict[str, float]] = {}
@@ -141,7 +141,7 @@ class Meter:
         return True
 
     def cores(self) -> dict[str, float]:
-        """Cores by kind of process, the workers left out."""
+        """Cores by kind of process, without the workers."""
         (began, before), (ended, after) = self._samples[0], self._samples[-2]
         found: dict[str, float] = defaultdict(float)
         for pid, (title, cpu_s) in after.items():
@@ -158,7 +158,7 @@ def _title(process: psutil.Process) -> str:
 
 
 def measure(arguments: Arguments) -> None:
-    """Train once, and print what was found as JSON."""
+    """Train once, and print the measurements as JSON."""
     with tempfile.TemporaryDirectory() as folder:
         values = {
             "train.total_images": arguments.images,
@@ -208,13 +208,13 @@ def measure(arguments: Arguments) -> None:
 
 
 def run(arguments: Arguments, workers: int, threads: int, runtime: str) -> Found:
-    """One run in processes of its own."""
+    """One run in separate processes."""
     command = [sys.executable]
     if runtime == "torchrun":
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
     command += [__file__, "--images", str(arguments.images), "--preset", arguments.preset]
     command += ["--runtime", runtime, "--workers", str(workers), "--threads", str(threads)]
-    kept = os.environ | KEPT_MEMORY  # which Ray's workers have anyway
+    kept = os.environ | KEPT_MEMORY  # as Ray's workers have
     return Found(*processes.ask(command, kept))
 
 

@@ -1,10 +1,10 @@
-"""How many steps images need: KID of what few steps of each sampler draw, beside all steps of Algorithm 2.
+"""The number of steps that images need: KID of few steps of each sampler, beside all steps of Algorithm 2.
 
     python benchmarks/samplers.py RUN [--num-images 500]
 
 All ways start from the same noise, and are compared with the same held-out images by the features of a classifier
-trained on the data. The table goes to benchmarks/samplers.md, and the picture, quality over steps, beside it; grids
-of what was drawn go to the working folder.
+trained on the data. The table goes to benchmarks/samplers.md, the plot of quality over steps beside it; grids of the
+sampled images go to the working folder.
 """
 
 from collections import defaultdict
@@ -105,7 +105,7 @@ def main() -> None:
 
 
 def write(candidate: context.Candidate, found: dict[Way, Score]) -> None:
-    """The table, as Markdown, and the picture."""
+    """The table, as Markdown, and the plot."""
     best = found[BEST]
     seen, n = candidate.position["images_seen"], best.n
     how = (

@@ -1,12 +1,12 @@
-"""How fast images are drawn: ours beside diffusers' pipelines, with the same weights.
+"""Sampling speed: ours against diffusers' pipelines, with the same weights.
 
     python benchmarks/sampling.py [--nets digits fashion-mnist cifar] [--repeats 3]
 
-Ours is a pool as jobs/sample.py has it, of one worker (a thread) and of all. diffusers' pipeline gets all threads, and
-the batch size that suits it best of some. All take turns, so that a machine that grows busy slows all. Speed does not
-depend on what a net has learned: its weights are the first ones of a training run. In one table all take as many
-steps, in another those that equally good images take (benchmarks/samplers.md): diffusers' pipeline all, ours few. They
-go to benchmarks/sampling.md, above what is written there by hand.
+Ours is the worker pool of jobs/sample.py, with one worker (a thread) and with all. diffusers' pipeline gets all
+threads, and the fastest of some batch sizes. All take turns, so that a machine that gets busy slows all. Speed does not
+depend on training: the weights are the initial ones of a run. In one table all take the same number of steps, in the
+other the number that equally good images need (benchmarks/samplers.md): all for diffusers' pipeline, few for ours. The
+tables go to benchmarks/sampling.md, above the text written by hand.
 """
 
 import statistics
@@ -35,7 +35,7 @@ from ddpm.sampling.workers import BATCH_SIZE_CPU, BATCH_SIZE_GPU, SampleJob, Sam
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DIFFUSERS, ONE, ALL = "diffusers", "ours, one worker", "ours"
 TRAINED = ("digits", "fashion-mnist")
-"""The nets of which benchmarks/samplers.md knows how many steps they need."""
+"""The nets whose number of steps is measured in benchmarks/samplers.md."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def pipeline(config: Config, net: UNet, sampler: str) -> Any:
-    """diffusers' pipeline of the same net: ddpm is its DDPMPipeline as it is."""
+    """diffusers' pipeline of the same net: ddpm is its unchanged DDPMPipeline."""
     import diffusers
 
     with tempfile.TemporaryDirectory() as folder:
@@ -74,7 +74,7 @@ def pipeline(config: Config, net: UNet, sampler: str) -> Any:
 
 
 def measure(arguments: Arguments, config: Config, sampler: str, num_steps: int) -> dict[str, list[float]]:
-    """Images/s by contestant, in turns: ours as `config` says, diffusers' with `sampler` and so many steps."""
+    """Images/s by contestant, in turns: ours as `config` says, diffusers' with `sampler` and `num_steps`."""
     net, n = build_net(config).eval().requires_grad_(False), arguments.num_images
     drawer, few = pipeline(config, net, sampler), min(num_steps, arguments.num_sample_steps)
 
@@ -86,7 +86,7 @@ def measure(arguments: Arguments, config: Config, sampler: str, num_steps: int) 
     theirs(few, n, n)  # to warm up
     best = min(arguments.batch_sizes, key=lambda size: seconds(partial(theirs, few, n, size)))
     print(f"diffusers in batches of {best}; images/s:", flush=True)
-    many = n if num_steps == few else best  # one batch is enough of many steps
+    many = n if num_steps == few else best  # with many steps one batch is enough
     calls = {DIFFUSERS: (many, partial(theirs, num_steps, many, best))}
     with ExitStack() as stack:
         for name, num_workers in ((ONE, 1), (ALL, None)):
@@ -105,7 +105,7 @@ def measure(arguments: Arguments, config: Config, sampler: str, num_steps: int) 
 
 
 def ratio(found: dict[str, list[float]], a: str, b: str) -> str:
-    """The median of a / b, turn by turn, and in brackets all of them."""
+    """The median of a / b over turns, and all ratios in brackets."""
     each = sorted(x / y for x, y in zip(found[a], found[b], strict=True))
     return f"{statistics.median(each):.2f} ({', '.join(f'{value:.2f}' for value in each)})"
 

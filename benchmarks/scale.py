@@ -1,10 +1,10 @@
-"""What changes from 1 to 256 GPUs and from 1 GB to 100 TB: docs/scale.md, computed.
+"""Computes docs/scale.md: what changes from 1 to 256 GPUs and from 1 GB to 100 TB.
 
     PYTHONPATH=benchmarks python benchmarks/scale.py
 
-A model of a few lines a quantity. What can be measured on this machine is measured, in seconds of one core: rows read
-and decoded a second, how a checkpoint is copied, written and hashed, what a manifest weighs, how much arithmetic an
-image takes. What cannot is taken from public figures, each with its source in `PUBLIC`. Nothing here was run on GPUs.
+Each quantity is a model of a few lines. What this machine can measure is measured, in seconds of one core: rows read
+and decoded per second, copying, writing and hashing of a checkpoint, bytes of a manifest, FLOPs per image. The rest is
+from public figures, each with its source in `PUBLIC`. Nothing here was run on GPUs.
 """
 
 import io
@@ -74,9 +74,9 @@ class Measured:
     requests: float
     """Requests to S3, per row group."""
     copy: float
-    """Bytes a second of a checkpoint: copied in memory, which training waits for;"""
+    """Bytes a second at which a checkpoint is copied in memory; training waits for it."""
     write: float
-    """written to disk and hashed, which it does not wait for."""
+    """Bytes a second at which it is written to disk and hashed; training does not wait."""
     manifest_bytes: float
     """Bytes of the manifest per row group."""
     manifest_s: float
@@ -91,7 +91,7 @@ def measure() -> Measured:
         state = State.create(CIFAR10, torch.device("cpu"))
         size = parameter_count(state.net) * BYTES_PER_PARAMETER
         sum(weight.sum() for weight in state.net.parameters()).backward()
-        state.optimizer.step()  # AdamW has no moments before
+        state.optimizer.step()  # creates AdamW's moments
         began = time.process_time()
         snapshot = state.snapshot(CIFAR10, {})
         copied = time.process_time()
@@ -110,7 +110,7 @@ def measure() -> Measured:
 
 
 def rows_per_second(folder: str, kind: Encoding) -> float:
-    """Rows read per second, with a wave in each image: neither noise nor plain."""
+    """Rows read per second; each image shows a wave, so it compresses neither badly nor trivially."""
     location, rows = resolve(folder), MAX_ROWS_PER_ROW_GROUP
     waves = np.sin(np.linspace(0, 9, 32 * 32 * 3) + np.arange(rows)[:, None])
     pixels = ((waves + 1) * 127).astype(np.uint8).reshape(rows, 32, 32, 3)
@@ -125,7 +125,7 @@ def rows_per_second(folder: str, kind: Encoding) -> float:
 
 
 def requests_per_row_group(folder: str) -> float:
-    """Reads of a file, from its opening to a row group's pixels: each is a GET of S3, one more asks for the size."""
+    """Reads of a file, from opening to a row group's pixels: each is a GET of S3; one more request gets the size."""
     path = f"{folder}/raw/train/00000.parquet"
     with Counted(path) as file:
         pq.ParquetFile(pa.PythonFile(file, mode="r"), pre_buffer=True).read_row_group(0, use_threads=False)
@@ -142,7 +142,7 @@ class Counted(io.FileIO):
 
 @cache
 def flops_per_image(config: Config) -> float:
-    """FLOPs of a training step per image: forward, and twice as many backward."""
+    """FLOPs of a training step per image: forward, and twice that backward."""
     net, model = build_net(override(config, {"train.precision": "float32"})), config.model
     x_t = torch.zeros(1, model.channels, model.image_size, model.image_size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -182,15 +182,15 @@ class Plan:
 
 
 def plan(config: Config, gpus: int, utilisation: float, measured: Measured) -> Plan:
-    """`all_reduce_s` is hidden behind the backward pass, two thirds of the step, as far as it fits in there."""
+    """The plan for `gpus` GPUs; the backward pass, two thirds of the step, hides as much of `all_reduce_s` as fits."""
     image = config.model.image_size**2 * config.model.channels
     compute = IMAGES_PER_GPU * flops_per_image(config) / (public("peak") * utilisation)
     reduce = all_reduce_s(gpus, 4.0 * parameters(config))
     step = compute + max(0.0, reduce - 2 / 3 * compute)
     images = gpus * IMAGES_PER_GPU / step
-    cores = images / (measured.raw_rows * 32 * 32 * 3 / image)  # a row of more pixels takes so much longer
+    cores = images / (measured.raw_rows * 32 * 32 * 3 / image)  # time per row is proportional to its pixels
     requests = images / rows_of(image) * measured.requests
-    # Each core holds what it reads, and what it read before waits to be fetched.
+    # Each core holds the chunk it reads, and the chunk before, which waits to be fetched.
     store = 2 * math.ceil(cores) * CHUNK_IMAGES * image
     dollars = gpus * public("gpu_price") + cores * public("core_price")
     dollars += requests * 3600 * public("get_price")

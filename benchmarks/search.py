@@ -1,11 +1,11 @@
-"""What an honest search finds, and what a naive one would have: a real search, read.
+"""Results of a search, and of the naive choice by training loss, read from a real search.
 
     python tune/search.py digits --name honest --num-trials 12 --scheduler none --finalists 12 ...
     python benchmarks/search.py runs/honest [--preset digits] [--seed 1]
 
-By the training loss, by bits/dim and by KID the same trials are ranked, and the rankings compared. The best config and
-the preset's own are then trained with another seed, and judged by the same draws. benchmarks/search.md gets the tables,
-and the search's pictures lie beside it.
+The same trials are ranked by the training loss, by bits/dim and by KID, and the rankings compared. The best config and
+the preset's own are then trained with another seed and evaluated with the same draws. The tables go to
+benchmarks/search.md, the search's plots are beside it.
 """
 
 import itertools
@@ -37,7 +37,7 @@ PICTURES = ("parallel.png", "bits-and-kid.png", "denoising.png")
 
 @dataclass(frozen=True)
 class Arguments:
-    """Which search."""
+    """The search to read."""
 
     search: tyro.conf.Positional[str]
     preset: str = "digits"
@@ -46,11 +46,11 @@ class Arguments:
     command: str = ""
     """Command of the search, for the note."""
     overhead: bool = False
-    """Print only the share of the trials' time that was training."""
+    """Print only the share of the trials' time that was spent on training."""
 
 
 def difference(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float]:
-    """Mean of a - b over images that both were judged by, and its standard error."""
+    """Mean of a - b over images on which both were evaluated, and its standard error."""
     return float((a - b).mean()), float((a - b).std(ddof=1) / len(a) ** 0.5)
 
 

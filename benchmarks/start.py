@@ -1,10 +1,10 @@
-"""Where the time goes between typing `python jobs/train.py digits` and its first step, beside a bare TorchTrainer.
+"""Time from the command `python jobs/train.py digits` to its first step, beside a bare TorchTrainer.
 
     python benchmarks/start.py [--repeats 3] [--workers 1 2]
 
-Runs the real command, with an empty folder for its data and MLflow's database made before, and samples its processes.
+Runs the real command, with an empty folder for its data and an existing MLflow database, and samples its processes.
 Bare is benchmarks/peers/bare_trainer.py: no data, no checkpoint, one step on noise. The two take turns, so that a
-machine that grows busy slows both. The table goes to benchmarks/start.md.
+machine that gets busy slows both. The table goes to benchmarks/start.md.
 """
 
 import itertools
@@ -35,7 +35,7 @@ IDLE, UNKNOWN = "ray::IDLE", "others"
 
 @dataclass(frozen=True)
 class Arguments:
-    """How often to measure what."""
+    """What to measure, and how often."""
 
     repeats: int = 3
     workers: tuple[int, ...] = (1, 2)
@@ -43,11 +43,11 @@ class Arguments:
 
 @dataclass
 class Start:
-    """One run: moments in seconds since it was typed, and of each process (when it was first seen, CPU seconds)."""
+    """One run: moments in seconds since the command, and (first seen, CPU seconds) of each process."""
 
     moments: dict[str, float] = field(default_factory=dict)
     processes: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Until the first step; those of one title are added up."""
+    """Until the first step, by title; processes with one title are added up."""
     cpu_s: float = 0.0
     """Until the end."""
 

@@ -1,13 +1,13 @@
-"""How fast a net is trained: our loop beside diffusers' recipe and lucidrains', on the same net and batch.
+"""Training speed: our loop against diffusers' recipe and lucidrains', on the same net and batch.
 
     python benchmarks/step.py [--case cifar] [--turns 5] [--profile] [--only ours]
 
-What is timed is the whole of a training step, from a batch in memory: noise, forward, loss, backward, clipping,
-AdamW, averaged weights, and whatever else the loop does between two batches. Ours is `loop.train` itself. diffusers'
-is the step of its `train_unconditional.py`, lucidrains' that of its `Trainer`; their batches are float32 already.
-Every contestant is a process of its own that waits for its turn, so that a machine that grows busy slows all of
-them. The table goes to benchmarks/step.md (of another case to step-CASE.md, of a GPU to gpu.md), with --profile also
-where the time went.
+The whole training step is timed, from a batch in memory: noise, forward, loss, backward, clipping, AdamW, averaged
+weights, and everything else that the loop does between two batches. Ours is `loop.train` itself. diffusers' is the
+step of its `train_unconditional.py`, lucidrains' that of its `Trainer`; their batches are float32 already. Each
+contestant is a separate process that waits for its turn, so that a machine that gets busy slows all of them. The table
+goes to benchmarks/step.md (for another case to step-CASE.md, for a GPU to gpu.md); with --profile it also has the time
+of each operator.
 """
 
 import json
@@ -36,7 +36,7 @@ from ddpm.config import Config
 from ddpm.training.state import parameter_count
 
 KEPT = "memory kept"
-"""Suffix of a peer with the settings of the C library that jobs/train.py makes for its workers."""
+"""Suffix of a peer with the C library settings that jobs/train.py gives its workers."""
 BASE = "diffusers, float32 (its default)"
 
 
@@ -55,20 +55,20 @@ class Arguments(Case):
     profile: bool = False
     """Also print the time of a step by operator."""
     losses: int = 0
-    """Print only the losses of this many steps of ours, as evidence that a change changed nothing."""
+    """Print only the losses of this many steps of ours, to show that a change does not affect them."""
     before: Path | None = None
-    """Another checkout of this project: ours as it is there is a contestant, too."""
+    """Another checkout of this project, whose code is an additional contestant."""
 
 
 class Contestant:
-    """A process that trains when it is told to.
+    """A process that trains during its turns.
 
     Args:
-        case: what it trains.
+        case: the net, batch and images.
         name: one of OURS, DIFFUSERS, LUCIDRAINS, or BEFORE and one of OURS.
-        folder: for what it leaves behind.
-        log_every_steps: ours says its loss so often; 0: as the case does.
-        before: where the code of BEFORE is.
+        folder: for its errors and compiled code.
+        log_every_steps: steps between two losses that ours reports; 0: as in the case.
+        before: checkout with the code of BEFORE.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Contestant:
         self.process.wait()
 
 
-# What came out
+# Results
 
 
 def peak(device: str, dtype: torch.dtype) -> float:
@@ -184,7 +184,7 @@ def main() -> None:
 def tell_losses(arguments: Arguments, racing: dict[str, Contestant]) -> None:
     for name, contestant in racing.items():
         contestant.turn(arguments.losses)
-        contestant.turn(1)  # what it says of the last step comes before what it says of this one
+        contestant.turn(1)  # the loss of the last step arrives with the next one
         losses = ", ".join(f"{loss:.6f}" for step, loss in contestant.losses.items())
         print(f"{arguments.case}: {name}: {losses}", flush=True)
 

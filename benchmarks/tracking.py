@@ -1,9 +1,9 @@
-"""What MLflow's absence costs training: images/s with a server that is there, dies, was never there, or hangs.
+"""The cost of a missing MLflow: images/s with a server that answers, dies, never existed, or hangs.
 
     PYTHONPATH=tests python benchmarks/tracking.py [--repeats 3]
 
 One Ray worker with one torch thread, a metric point every 20 steps and a grid every 200. The four take turns, so that
-a machine that grows busy slows all. The table goes to benchmarks/tracking.md.
+a machine that gets busy slows all. The table goes to benchmarks/tracking.md.
 """
 
 import socket
@@ -65,7 +65,7 @@ def measure(arguments: Arguments, condition: str) -> float:
             "train.sample_every_images": 25_600,
             "cluster.threads_per_worker": 1,
         }
-        fit.DELIVERY_TIMEOUT_S = 1.0  # what is after the end is not measured
+        fit.DELIVERY_TIMEOUT_S = 1.0  # time after the end is not measured
         config = training.train(DIGITS, name, values, mlflow_uri=uri)
         (steps,) = training.ticks(name).values()
         return (len(steps) - 21) * config.train.batch_size / (steps[-1] - steps[20])

@@ -1,4 +1,4 @@
-"""From a config to what it describes: the net, the objective, the sampler."""
+"""Builders of what a config describes: the net, the objective, the sampler."""
 
 import dataclasses
 import importlib
@@ -18,7 +18,7 @@ from ddpm.utils.seeding import Purpose, torch_seed
 
 
 def build_net(config: Config) -> nn.Module:
-    """The net that `config` describes, its weights drawn from the run's seed.
+    """The net that `config` describes, with weights drawn from the run's seed.
 
     Raises:
         UserError: the config describes no net that can be built.
@@ -42,7 +42,7 @@ def build_objective(config: Config) -> Objective:
     """The objective that `config` describes.
 
     Raises:
-        UserError: a schedule or objective parameter out of its range.
+        UserError: a schedule or objective parameter is out of its range.
     """
     try:
         return _build_objective(config.objective, schedules.build(config.schedule), config.model.num_classes)
@@ -51,10 +51,10 @@ def build_objective(config: Config) -> Objective:
 
 
 def resolve_sample(sample: SampleConfig, objective: ObjectiveConfig) -> SampleConfig:
-    """`sample` with sampler and variance in place of `auto`, as they fit the objective.
+    """`sample` with the sampler and variance `auto` replaced by those that fit the objective.
 
     Raises:
-        UserError: a sampler of another process, or a variance that the net has not learned.
+        UserError: the sampler is of another process, or the net has not learned the variance.
     """
     learned = objective.variance == "learned"
     if sample.variance == "learned" and not learned:

@@ -1,4 +1,4 @@
-"""The frame of every job around its one library call: its command line, and a user's mistake in one line."""
+"""What every job shares around its one library call: the command line, and user errors in one line."""
 
 import argparse
 import difflib
@@ -24,7 +24,7 @@ from ddpm.utils.progress import printable
 from ddpm.utils.streams import lossy
 
 CLOSE_NAME, CLOSE_FLAG = 0.5, 0.65
-"""difflib's measure from which on one word may be meant by another."""
+"""Smallest similarity, by difflib, at which a known word is suggested for an unknown one."""
 HELP, HELP_ALL = ("-h", "--help"), "--help-all"
 SHORT = {
     "run.name": "--name",
@@ -48,11 +48,11 @@ OTHER_TRAINERS = {
     "resolution": "--model.image-size",
     "train-data-dir": "--data.images",
 }
-"""Other trainers' names of flags, for messages; the length of training is counted in images here."""
+"""Other trainers' names of flags, for messages; here training length is counted in images."""
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run `main` and exit: 0 (or what it returns) when done, 2 for a user's mistake, 130 for Ctrl-C.
+    """Run `main` and exit: 0 (or what it returns) when done, 2 for a user error, 130 for Ctrl-C.
 
     Output that cannot be written is dropped: a closed pipe or a full disk behind it does not end a job.
     """
@@ -71,10 +71,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def parse_preset(kind: type[Any], description: str | None) -> Any:
-    """The command line PRESET [flags] as `kind`, whose first fields are the preset's name and its config.
+    """Parse the command line PRESET [flags] as `kind`, whose first fields are the preset's name and its config.
 
     Raises:
-        UserError: it is no such command line.
+        UserError: the command line is invalid.
     """
     defaults = {name: kind(name, config) for name, config in starting_points().items()}
     presets_or_flags = tyro.extras.subcommand_type_from_defaults(defaults, presets.ABOUT)
@@ -90,15 +90,15 @@ def parse(
     taken: Collection[str] = (),
     shown: Collection[str] | None = None,
 ) -> Any:
-    """The command line as `kind`, by tyro; where it asks for help, that is printed, and the process exits.
+    """Parse the command line as `kind` with tyro; a request for help prints it and exits the process.
 
     Args:
-        first: how messages call the first word; `names` are the words that it can be.
-        taken: flags of `kind` itself, which are no short names of a config's.
+        first: name of the first word in messages; `names` are its valid values.
+        taken: flags of `kind` itself, which a config's fields do not get as short names.
         shown: the keys of a config that --help shows; None: all.
 
     Raises:
-        UserError: it is no such command line.
+        UserError: the command line is invalid.
     """
     words = sys.argv[1:]
     only = shown if {*HELP} & {*words} and HELP_ALL not in words else None
@@ -133,10 +133,10 @@ def parse(
 def _registry(taken: Collection[str] = (), only: Collection[str] | None = None) -> ConstructorRegistry:
     """A registry with which tyro gives the fields of configs short names.
 
-    The rule changes what tyro's own rules answer; while it asks them, `asked` keeps it from answering itself.
+    The rule changes the result of tyro's own rules; while it calls them, `asked` disables the rule itself.
 
     Args:
-        taken: short names that are not given.
+        taken: short names that no field gets.
         only: the keys of a config that help shows, in one list; None: all, group by group.
     """
     made, asked = ConstructorRegistry(), False
@@ -173,7 +173,7 @@ def _registry(taken: Collection[str] = (), only: Collection[str] | None = None) 
 def _check_first(words: Sequence[str], first: str, names: Sequence[str]) -> None:
     """Raise UserError unless the command line begins with one of `names`, or asks for help."""
     word, listed = words[0] if words else "", ", ".join(names)
-    if word in names or word.startswith((*HELP, "--tyro-")):  # tyro writes completions for shells
+    if word in names or word.startswith((*HELP, "--tyro-")):  # tyro's shell completions
         return
     if not word or word.startswith("-"):
         raise UserError(f"{first} is missing; the command line must begin with one of {listed}")
@@ -183,7 +183,7 @@ def _check_first(words: Sequence[str], first: str, names: Sequence[str]) -> None
 
 
 def _did_you_mean(word: str, known: Sequence[str], cutoff: float) -> str:
-    """The one or two of `known` that are most like `word`, as a part of a message."""
+    """Part of a message: the one or two of `known` that are most similar to `word`."""
     word = word.replace("_", "-")
     elsewhere = [name for name in known if name == OTHER_TRAINERS.get(word.lstrip("-"))]
     same_end = [name for name in known if "." in name and name.rpartition(".")[2] == word.lstrip("-")]
@@ -211,10 +211,10 @@ def _in_a_line(box: str) -> str:
 def starting_points() -> dict[str, Config]:
     """The presets, each with the changes of the --config file, and with the net of --model.net.
 
-    Other flags are applied after it; which flags there are depends on the net.
+    Other flags are applied later; which flags exist depends on the net.
 
     Raises:
-        UserError: the file cannot be read, or is no config, or there is no such net.
+        UserError: the file cannot be read or is not a config, or the net is unknown.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", nargs="?")

@@ -1,1 +1,1 @@
-"""What the benchmarks share: turns, processes and their CPU time, timed training, and tables."""
+"""Code that the benchmarks share: turns, processes and their CPU time, timed training, and tables."""

@@ -1,4 +1,4 @@
-"""Commands with an answer, and the CPU time of processes."""
+"""Commands that return a value, and the CPU time of processes."""
 
 import json
 import os
@@ -15,12 +15,12 @@ ANSWER = "ANSWER "
 
 
 def answer(value: Any) -> None:
-    """Give `value`, as JSON, to the process that has asked."""
+    """Return `value`, as JSON, to the process that started this one."""
     print(ANSWER + json.dumps(value), flush=True)
 
 
 def read_answer(output: str) -> Any:
-    """The value in the output of a process; ValueError: there is none."""
+    """The returned value in the output of a process; ValueError: there is no value."""
     lines = [line for line in output.splitlines() if line.startswith(ANSWER)]  # other libraries print, too
     if not lines:
         raise ValueError("there is no answer")
@@ -28,10 +28,10 @@ def read_answer(output: str) -> Any:
 
 
 def ask(command: Sequence[str], env: Mapping[str, str] | None = None) -> Any:
-    """The answer of a process of its own.
+    """Run a command, and get the value that it returns.
 
     Raises:
-        RuntimeError: it failed; with its standard error.
+        RuntimeError: the command failed; the message is its standard error.
     """
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     try:
@@ -41,7 +41,7 @@ def ask(command: Sequence[str], env: Mapping[str, str] | None = None) -> Any:
 
 
 def family(pid: int | None = None) -> Iterator[psutil.Process]:
-    """A process (None: this one) and all that descend from it; none if it has ended."""
+    """A process (None: this one) and all its descendants; none if it has ended."""
     try:
         root = psutil.Process(pid or os.getpid())
         yield from [root, *root.children(recursive=True)]
@@ -59,7 +59,7 @@ def cpu_s(process: psutil.Process) -> float:
 
 
 class Watch(threading.Thread):
-    """CPU time and memory of a process and all that descend from it."""
+    """CPU time and memory of a process and all its descendants."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 BY_HAND = "<!-- by hand from here on -->"
-"""The mark in a result's file below which text was written by hand; that text stays."""
+"""The mark in a result file; text below it is written by hand and kept."""
 
 
 def table(names: Sequence[str], rows: Iterable[Iterable[object]]) -> list[str]:
@@ -37,7 +37,7 @@ def processor() -> str:
 
 
 def write(script: str, title: str, *lines: str) -> None:
-    """Write a benchmark's result beside it, as Markdown, and print it; what was written by hand below BY_HAND stays."""
+    """Write a benchmark's result beside it, as Markdown, and print it; text below BY_HAND is kept."""
     file = Path(script).with_suffix(".md")
     text = "\n".join([f"# {title}", "", *lines]) + "\n"
     print(text)

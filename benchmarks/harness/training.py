@@ -1,4 +1,4 @@
-"""Runs of training on Ray whose steps are timed."""
+"""Training runs on Ray with timed steps."""
 
 import os
 import time
@@ -15,7 +15,7 @@ _work = worker_group.work
 
 
 def tick(folder: str) -> None:
-    """Note that this process has completed a step."""
+    """Record that this process has completed a step."""
     with Path(folder, f"{os.getpid()}.ticks").open("a") as file:
         file.write(f"{time.time()}\n")
 
@@ -52,7 +52,7 @@ def train(
     work: Any = timed_work,
     mlflow_uri: str | None = None,
 ) -> Config:
-    """Train `config` with other values as the run FOLDER/bench; returns what was trained.
+    """Train `config`, with `values` changed, as the run FOLDER/bench; returns the trained config.
 
     Args:
         work: what a worker runs, called with `folder` first.

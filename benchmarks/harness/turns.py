@@ -1,4 +1,4 @@
-"""Contestants that take turns, so that a machine that grows busy slows all alike.
+"""Contestants that take turns, so that a machine that gets busy slows all equally.
 
 `in_turns` runs each to its end. A `Contestant` is a process that is suspended between its turns.
 """
@@ -20,11 +20,11 @@ from harness.processes import family
 K, V = TypeVar("K"), TypeVar("V")
 
 LOG, TURNS = "log", "turns.json"
-"""In a contestant's folder: what it wrote on the terminal, and when it ran."""
+"""Files in a contestant's folder: its output, and its turns."""
 GAP_S = 2.0
-"""A longer pause of this process is taken for one of the whole machine, and does not count."""
+"""A longer pause of this process is assumed to be one of the whole machine, and does not count."""
 LAST_WORDS_S = 90.0
-"""Time-out for the end of a contestant that was asked to end."""
+"""Seconds that a terminated contestant has to exit before it is killed."""
 
 
 def in_turns(contestants: Sequence[K], repeats: int, measure: Callable[[K], V]) -> dict[K, list[V]]:
@@ -39,7 +39,7 @@ def in_turns(contestants: Sequence[K], repeats: int, measure: Callable[[K], V]) 
 
 @dataclass(frozen=True)
 class Turn:
-    """A stretch of time in which a contestant ran."""
+    """An interval in which a contestant ran."""
 
     began: float
     """Seconds since the epoch."""
@@ -50,7 +50,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Spent:
-    """Time that a contestant has had."""
+    """Time that a contestant has used."""
 
     wall_s: float
     cpu_s: float
@@ -60,7 +60,7 @@ class Spent:
 
 
 def spent(turns: Sequence[Turn], until: float) -> Spent:
-    """Time spent up to `until`, in seconds since the epoch; within a turn CPU time is taken to be even."""
+    """Time spent up to `until`, in seconds since the epoch; CPU time is assumed to be uniform within a turn."""
     wall_s = cpu_s = before = 0.0
     for turn in turns:
         share = min(max((until - turn.began) / max(turn.ended - turn.began, 1e-9), 0.0), 1.0)
@@ -77,11 +77,11 @@ def read_turns(folder: Path) -> list[Turn] | None:
 
 
 class Contestant:
-    """A command and all the processes that come of it, which run in turns only.
+    """A command and all its processes, which run only during its turns.
 
     Args:
-        command: is started with the first turn, in `folder`, where also its log goes.
-        environment: all of it.
+        command: started in `folder` with the first turn; its log is there, too.
+        environment: the complete environment.
     """
 
     def __init__(self, command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
@@ -95,7 +95,7 @@ class Contestant:
         return self._process is not None and self._process.poll() is not None
 
     def turn(self, seconds: float) -> None:
-        """Let it run for `seconds`, or until it ends."""
+        """Run for `seconds`, or until the process exits."""
         began = time.time()
         if self._process is None:
             with (self._folder / LOG).open("wb") as log:
@@ -118,7 +118,7 @@ class Contestant:
         (self._folder / TURNS).write_text(json.dumps([asdict(turn) for turn in self.turns]))
 
     def end(self) -> None:
-        """Ask it to end, and if it does not, end it."""
+        """Terminate the process; kill all its processes if they are still running after LAST_WORDS_S."""
         tree = self._tree()
         self._signal(signal.SIGCONT)
         if self._process is not None:
@@ -138,7 +138,7 @@ class Contestant:
         return [] if self._process is None or self.ended else list(family(self._process.pid))
 
     def _signal(self, number: signal.Signals) -> None:
-        """Send a signal to all its processes, also to those that start meanwhile."""
+        """Send a signal to all its processes, including those that start meanwhile."""
         reached: set[int] = set()
         while new := [process for process in self._tree() if process.pid not in reached]:
             for process in new:
@@ -149,7 +149,7 @@ class Contestant:
 
 @contextmanager
 def ended_after(contestants: Sequence[Any]) -> Iterator[None]:
-    """A context after which none of the contestants runs, whatever happens; each has a method `end`."""
+    """A context that ends all contestants at exit, also after an error; each has a method `end`."""
     try:
         yield
     finally:

@@ -1,1 +1,1 @@
-"""The contestants that ours is measured beside, each as its documentation advises."""
+"""Other projects' contestants, each used as its documentation advises."""

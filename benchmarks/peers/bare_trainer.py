@@ -1,4 +1,4 @@
-"""The least that Ray Train's documentation asks for: a TorchTrainer whose workers take one step each, on noise.
+"""A minimal TorchTrainer by Ray Train's documentation: each worker takes one step on noise.
 
     python benchmarks/peers/bare_trainer.py WORKERS
 
@@ -23,7 +23,7 @@ def work(config: dict[str, str]) -> None:
     optimizer.step()
     if ray.train.get_context().get_world_rank() == 0:
         Path(config["folder"], "stepped").touch()
-    time.sleep(1.0)  # as long as the driver may take to see it
+    time.sleep(1.0)  # gives the driver time to see it
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
-"""Who hands out images in data.py: ours, and what else a user would pick, each as its documentation advises.
+"""The data loaders of data.py: ours and the alternatives, each used as its documentation advises.
 
-A contestant is a function that gives batches of BATCH images, uint8 [64, H, W, 3], as its trainer gets them. Encoded
-images are decoded "as documented", with Pillow and torchvision's Resize; as somebody does who knows Pillow well; and,
-to see what else makes a difference, as ours does.
+A contestant is a function that yields batches of BATCH images, uint8 [64, H, W, 3], as a trainer gets them. Encoded
+images are decoded "as documented", with Pillow and torchvision's Resize; with Pillow's draft mode; and with our
+decoder, to separate its effect from the loader's.
 """
 
 import functools
@@ -20,7 +20,7 @@ from torch import Tensor
 
 BATCH = 64
 WORKERS = 2
-"""Workers of a DataLoader: one a core."""
+"""Workers of a DataLoader: one per core."""
 Decode = Callable[[bytes], NDArray[np.uint8]]
 
 
@@ -52,14 +52,14 @@ def _raw(data: bytes) -> NDArray[np.uint8]:
 def mosaicml_streaming(
     case: Case, bucket: str, folder: Path, decode: Decode, start: int = 0
 ) -> Iterator[Tensor]:
-    """StreamingDataset and StreamingDataLoader: shuffled as by default, which is all of so few images.
+    """StreamingDataset and StreamingDataLoader with default shuffling: all images, since they are so few.
 
-    What it has downloaded stays in `folder`; a bucket that is a folder is read as it is in every epoch but the first.
+    Downloads stay in `folder`; a bucket that is a folder is read as in every epoch but the first.
     """
     from streaming import StreamingDataLoader, StreamingDataset
     from streaming.base.util import clean_stale_shared_memory
 
-    clean_stale_shared_memory()  # of a run that was broken off: it would be waited for
+    clean_stale_shared_memory()  # an aborted run leaves it, and it would be waited for
 
     class Images(StreamingDataset):
         def __getitem__(self, index: int) -> Any:
@@ -140,7 +140,7 @@ def _stacked(images: list[NDArray[np.uint8]]) -> Tensor:
 
 
 def _open_s3(url: str, mode: str = "rb", bufsize: int = 0, **options: Any) -> Any:
-    """pyarrow's, as ours."""
+    """Open with pyarrow, as ours does."""
     location = _located(url.rpartition("/")[0])
     return location.filesystem.open_input_stream(
         f"{location.path}/{url.rpartition('/')[2]}", buffer_size=1 << 20

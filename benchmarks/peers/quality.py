@@ -1,11 +1,11 @@
-"""The two trainers that benchmarks/quality.py races against, each as its authors run it.
+"""The two trainers that benchmarks/quality.py compares with ours, each as its authors run it.
 
     python benchmarks/peers/quality.py lucidrains|diffusers FOLDER      # trains until it is stopped
 
-Both train on FOLDER/images, one PNG an image, a net with about as many
+Both train on FOLDER/images, one PNG per image, a net with about as many
 weights as ours, at their own defaults: batch 16, learning rate 1e-4, their schedule, prediction, optimizer and average
-of the weights. Only what would cripple them is changed: no mirrored images (a shoe points left), no pictures or FID in
-between, and bfloat16, which is the faster for both on a CPU. The averaged weights are kept every few seconds.
+of the weights. Only settings that would handicap them are changed: no mirrored images (a shoe points left), no samples
+or FID during training, and bfloat16, which is faster for both on a CPU. Averaged weights are saved every few seconds.
 
 lucidrains   denoising-diffusion-pytorch: its Unet, GaussianDiffusion and Trainer.
 diffusers    the recipe of examples/unconditional_image_generation/train_unconditional.py, with diffusers' own
@@ -34,15 +34,15 @@ from ddpm.hub.diffusers_config import unet_config
 from ddpm.training.state import parameter_count
 
 EVERY_S = 10.0
-"""Seconds of the loop's thread between two snapshots: a clock that stands still while the process does."""
+"""Seconds between two snapshots, on the clock of the loop's thread, which stops while the process is suspended."""
 BATCH_SIZE, LR = 16, 1e-4
 FOR_EVER = 10**9
 CONFIG, IMAGES, FIRST_STEP = "config.json", "images", "first-step"
-"""Names in FOLDER: our config, which sets the size of the net; the images; a file made with the first step."""
+"""Names in FOLDER: our config, which sets the size of the net; the images; a file written at the first step."""
 
 
 class Snapshots:
-    """Keeps the averaged weights as FOLDER/{images seen}.safetensors."""
+    """Saves the averaged weights as FOLDER/{images seen}.safetensors."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._steps, self._due = folder, 0, 0.0
@@ -60,7 +60,7 @@ class Snapshots:
 
 
 def lucidrains_net(config: Config) -> nn.Module:
-    """Its Unet, with the width and the multipliers that bring it nearest to as many weights as ours."""
+    """lucidrains' Unet, with the width and multipliers whose number of weights is closest to ours."""
     from denoising_diffusion_pytorch import Unet
 
     wanted, channels = parameter_count(build_net(config)), config.model.channels
@@ -73,7 +73,7 @@ def lucidrains_net(config: Config) -> nn.Module:
 
 
 def diffusers_net(config: Config) -> nn.Module:
-    """A UNet2DModel that is our net, layer by layer."""
+    """A UNet2DModel with the same layers as our net."""
     from diffusers import UNet2DModel
 
     return UNet2DModel(**unet_config(config))
@@ -157,7 +157,7 @@ def train_diffusers(folder: Path, config: Config) -> None:
 
 
 def lucidrains(path: Path, config: Config) -> tuple[Model, Objective, Schedule]:
-    """The net of a snapshot, what its output means, and the schedule it was trained on: what samplers of ours take."""
+    """The inputs of our samplers from a snapshot: its net, the meaning of its output, its training schedule."""
     from denoising_diffusion_pytorch import denoising_diffusion_pytorch as theirs
 
     net = lucidrains_net(config)
@@ -188,7 +188,7 @@ NET: dict[str, Callable[[Config], Any]] = {"lucidrains": lucidrains_net, "diffus
 
 
 def read_config(folder: Path) -> Config:
-    """Our config, of which the peers have the size of the net."""
+    """Our config, which sets the size of the peers' nets."""
     return from_json((folder / CONFIG).read_text(), where=str(folder / CONFIG))
 
 

@@ -1,8 +1,8 @@
-"""The contestants of benchmarks/step.py, each as a loop over batches that come as they are asked for.
+"""The contestants of benchmarks/step.py, each as a loop over batches that are made on request.
 
     python benchmarks/peers/step.py "ours, bfloat16" --case cifar      # then "3" or "3 profile" on the input
 
-It runs in the contestants' processes; benchmarks/step.py says whose turn it is. diffusers' is the step of its
+It runs in the contestants' processes; benchmarks/step.py schedules the turns. diffusers' is the step of its
 `train_unconditional.py`, lucidrains' that of its `Trainer`; their batches are float32 already.
 """
 
@@ -79,7 +79,7 @@ class Case:
     device: Literal["cpu", "cuda"] = "cpu"
 
     def config(self) -> Config:
-        """Attention of another size of image stays at half of it, or at 16x16."""
+        """The config of the case; attention is at half the image size, or at 16x16."""
         batch, size, values = self.batch_size, self.image_size, dict[str, Any]()
         if batch:
             values |= {"train.batch_size": batch, "train.micro_batch_size": batch}
@@ -95,11 +95,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Arguments(Case):
-    """Which contestant to be."""
+    """The contestant to run."""
 
     name: tyro.conf.Positional[str] = ""
     log_every_steps: int = 0
-    """Steps between two reports of the loss; 0: those of the case."""
+    """Steps between two reports of the loss; 0: as in the case."""
 
 
 def installed_peers() -> list[str]:
@@ -179,7 +179,7 @@ def train_lucidrains(config: Config, batches: Iterator[Tensor], autocast: bool =
     ema = EMA(model, beta=0.995, update_every=10)
     for x_0 in batches:
         with torch.autocast(device, torch.bfloat16, enabled=autocast):
-            loss = model(x_0 * 0.5 + 0.5)  # it wants [0, 1]
+            loss = model(x_0 * 0.5 + 0.5)  # its images are in [0, 1]
         loss.item()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -201,7 +201,7 @@ def diffusers_net(config: Config) -> nn.Module:
 
 
 def lucidrains_net(config: Config) -> nn.Module:
-    """Unet with the resolutions of our net, and the width that gives it about as many weights."""
+    """Unet with the resolutions of our net, and a width that gives about as many weights."""
     from denoising_diffusion_pytorch import Unet
 
     def net(width: int) -> nn.Module:
@@ -228,7 +228,7 @@ def say(values: dict[str, Any]) -> None:
 
 
 def turns(batches_per_step: int) -> Iterator[None]:
-    """One item for each batch of the steps that are asked for on the standard input: "3", or "3 profile"."""
+    """One item for each batch of the steps requested on the standard input: "3", or "3 profile"."""
     for line in sys.stdin:
         steps, *profiled = line.split()
         profiler = torch.profiler.profile() if profiled else nullcontext()
@@ -275,7 +275,7 @@ def float_batches(config: Config, turns: Iterator[None], device: str) -> Iterato
 
 
 def main() -> None:
-    """Be a contestant, until the standard input ends."""
+    """Run a contestant until the standard input ends."""
     arguments = tyro.cli(Arguments, description=__doc__)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
@@ -289,7 +289,7 @@ def main() -> None:
         share = config.train.batch_size // config.train.micro_batch_size
         train_ours(config, micro_batches(config, turns(share)))
         return
-    # Peers take the batch whole.
+    # Peers take the whole batch at once.
     config = override(config, {"train.micro_batch_size": config.train.batch_size})
     batches = float_batches(config, turns(1), arguments.device)
     if name in DIFFUSERS:

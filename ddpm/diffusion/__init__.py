@@ -1,1 +1,1 @@
-"""The mathematics of diffusion: schedules, process, objectives, samplers. Imports torch alone."""
+"""The mathematics of diffusion: schedules, process, objectives, samplers. Imports only torch."""

@@ -1,4 +1,4 @@
-"""Between net and sampler: guidance, and thresholding of an x_0_hat outside [-1, 1].
+"""Functions between net and sampler: guidance, and thresholding of an x_0_hat outside [-1, 1].
 
 A sampler sees the net as `denoise(x_t, t) -> Denoised`. Every function here keeps the two predictions consistent: x_t
 is x_0_hat noised with eps_hat.
@@ -28,7 +28,7 @@ Denoise = Callable[[Tensor, Tensor], Denoised]
 """denoise(x_t, t): t is [B] int64; for `samplers.mix` it is the amount of noise, [B] float in (0, 1]."""
 
 Threshold = Callable[[Tensor], Tensor]
-"""From x_0_hat [B, C, H, W] to one in the range of images."""
+"""Maps x_0_hat [B, C, H, W] into the range of images."""
 
 
 def predict(
@@ -105,8 +105,8 @@ def guided(
         denoise_uncond: the net with the null label.
         scale: 0 is unconditional, 1 is conditional (Imagen's convention; Ho & Salimans write 1 + w); a larger one
             trades variety for adherence to the label.
-        interval: (low, high]; images with another noise level are conditional. None: guidance everywhere.
-        level: from t [B] to the noise level [B] in which `interval` is given: sigma[t] as in the paper.
+        interval: (low, high]; images at other noise levels are conditional. None: guidance everywhere.
+        level: maps t [B] to the noise level [B] that `interval` refers to: sigma[t] as in the paper.
 
     Raises:
         ValueError: interval is not 0 <= low < high.

@@ -1,8 +1,8 @@
 """Denoising at equal noise, independent of the schedule: the error of x_0_hat over log SNR.
 
-Two schedules visit different noise levels in different proportions, so their losses are not comparable. Level by level
+Two schedules visit different noise levels in different proportions, so their losses are not comparable. At one level
 they are: half the integral of this curve over snr is, in continuous time, the bound's sum of KL_t in nats per dimension
-(Kingma et al. 2021, Eq. 17). The sum over T steps is above it.
+(Kingma et al. 2021, Eq. 17). The sum over T steps is larger.
 
 Papers:
     Kingma et al. 2021, Variational Diffusion Models, arXiv:2107.00630
@@ -31,7 +31,7 @@ def error_at(
 ) -> Tensor:
     """The squared error of x_0_hat at given noise levels, each image's mean over its dimensions.
 
-    Between the two timesteps next to a level the error is interpolated linearly in log SNR; both see the same noise.
+    Between the two timesteps next to a level the error is interpolated linearly in log SNR; both use the same noise.
 
     Args:
         denoise: at every t of the schedule.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Generator(Protocol):
-    """A stream of random numbers; each call draws the next of them, on the device where they are needed."""
+    """A stream of random numbers; each call draws the next ones, on the device where they are needed."""
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normal numbers."""

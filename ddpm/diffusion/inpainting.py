@@ -52,7 +52,7 @@ def inpaint(
     threshold: Threshold | None = clip,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Sample the pixels that the mask leaves open, given the others.
+    """Sample the pixels where the mask is 0, given the others.
 
     After each step of `ancestral` (variance beta_tilde) the known pixels are replaced by x_0 with as much noise as the
     others have. The two parts were not sampled together and do not fit together; adding the noise of a few steps and
@@ -83,7 +83,7 @@ def inpaint(
     n = len(timesteps)
     _check_jumps(num_resamples, jump_length, n)
     chain = spacings.respaced(schedule, timesteps)
-    alpha_bar = [1.0, *chain.alpha_bar.tolist()]  # by k, the number of steps left
+    alpha_bar = [1.0, *chain.alpha_bar.tolist()]  # index: k, the number of steps left
     # As in the authors' get_schedule_jump; it counts timesteps, and at timestep t there are t + 1 steps left.
     jumps = dict.fromkeys(range(1, n - jump_length + 1, jump_length), num_resamples - 1)
     x = noise()
@@ -94,7 +94,7 @@ def inpaint(
         if on_step is not None:
             on_step(step, x, x_0_hat)
         k, step = k - 1, step + 1
-        z = noise()  # for both: each pixel is either known or unknown
+        z = noise()  # one draw for both: each pixel is either known or unknown
         mean = posterior_mean(chain, x_0_hat, x, torch.full((len(x),), k, device=x.device))
         unknown = mean + float(chain.posterior_variance[k]) ** 0.5 * z
         known = alpha_bar[k] ** 0.5 * x_0 + (1 - alpha_bar[k]) ** 0.5 * z

@@ -74,7 +74,7 @@ def exact(
     x_0_error: Tensor | None = None,
     clip_x_0: bool = True,
 ) -> Bound:
-    """Every term, at T evaluations of the net; x_t is drawn once for each t.
+    """Every term, with T evaluations of the net; x_t is drawn once for each t.
 
     Args:
         denoise: at every t of the schedule.
@@ -120,7 +120,7 @@ def estimate(
         x_0: [B, C, H, W] float32, 8-bit images in [-1, 1].
         noise: standard normal [B, C, H, W]; drawn num_draws + 1 times.
         u: [B] float64 in [0, 1), uniform, drawn by the caller.
-        proposal: [T] float64, as of `proposal`.
+        proposal: [T] float64, from `proposal`.
         num_draws: K, at least 1.
         variance: as in `exact`.
         x_0_error: as in `exact`.
@@ -200,7 +200,7 @@ def proposal(kl: Tensor, uniform_share: float = 0.1) -> Tensor:
     """The distribution of t that minimises the error of `estimate`: in proportion to sqrt(E[KL_t^2]).
 
     Args:
-        kl: [B, T - 1] float64, KL_t of a few images at t = 1..T-1: of `exact`, or of `kl_of_errors`.
+        kl: [B, T - 1] float64, KL_t of a few images at t = 1..T-1, from `exact` or `kl_of_errors`.
         uniform_share: in (0, 1], share of the draws from the uniform distribution, so that no t is rare.
 
     Returns:
@@ -231,7 +231,7 @@ def posterior_kl(schedule: Schedule, x_0: Tensor, t: Tensor, x_0_hat: Tensor, lo
     Args:
         schedule: of T steps.
         x_0: [B, C, H, W].
-        t: [B] int64 in 1..T-1; at t = 0 q has no width, and the decoder takes over.
+        t: [B] int64 in 1..T-1; at t = 0 q has no width, and the decoder is used instead.
         x_0_hat: [B, C, H, W], a prediction of x_0 from x_t.
         log_variance: of p, [B] or [B, C, H, W].
 
@@ -280,7 +280,7 @@ def _bound(
     drawn: Tensor,
     share: Tensor | float,
 ) -> Bound:
-    """The bound from KL_t at the timesteps `drawn` [B, K], each divided by its share [B, K]; `p` as of `_reverse`."""
+    """The bound from KL_t at the timesteps `drawn` [B, K], each divided by its share [B, K]; `p` is from `_reverse`."""
     decoder = decoder_nll(x_0, *p(_full(x_0, 0)))
     at = drawn.to(x_0.device)
     kl = [posterior_kl(schedule, x_0, t, *p(t)) for t in at.unbind(1)]

@@ -1,4 +1,4 @@
-"""Objectives: the net's prediction target, and the reading of its output.
+"""Objectives: the net's prediction target, and how its output is read.
 
 An objective does two things: `loss` corrupts clean images and scores the net (training), `denoise` turns
 the net's output into x_0_hat and eps_hat (sampling, evaluation). One short class per meaning of the output.
@@ -103,7 +103,7 @@ class Objective(Protocol):
         ...
 
     def noise_level(self, t: Tensor) -> Tensor:
-        """t [B] to what guidance_interval is about."""
+        """Map t [B] to the noise level that guidance_interval refers to."""
         ...
 
     def corrupt(self, x_0: Tensor, level: float, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +111,7 @@ class Objective(Protocol):
         ...
 
     def caption(self, level: float) -> str:
-        """The t of a noise level in [0, 1], for a picture."""
+        """The t of a noise level in [0, 1], as a caption."""
         ...
 
 
@@ -163,7 +163,7 @@ class Gaussian:
 
     With `learns_variance` the net has twice as many output channels; the second half is 2 variance_mix - 1. The loss is
     L_hybrid: the squared error plus BOUND_WEIGHT times an estimate of the bound in bits/dim, in which the prediction of
-    the mean is held fixed, so that only the variance learns from it.
+    the mean is detached, so that only the variance learns from it.
 
     Source: Ho et al. 2020, Algorithm 1 and Eq. 14; Hang et al. 2023, Sec. 3.4; Nichol & Dhariwal 2021, Sec. 3.1.
     """
@@ -303,7 +303,7 @@ class UniformMix:
 
     @classmethod
     def build(cls, config: "ObjectiveConfig", schedule: Schedule, labels: Labels) -> "UniformMix":
-        """There is one prediction and one weight: all else in `config`, and the schedule, are ignored."""
+        """Build the objective; it has one prediction and one weight, so `config` and the schedule are ignored."""
         return cls(labels)
 
     def loss(self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator) -> Loss:

@@ -91,7 +91,7 @@ def gaussian_kl(log_q: Tensor, log_p: Tensor, squared_difference: Tensor) -> Ten
 def step_bits(schedule: Schedule, x_0: Tensor, x_0_hat: Tensor, t: Tensor, log_variance: Tensor) -> Tensor:
     """The term of the bound that belongs to step t: KL(q || p), and at t = 0 -log p(x_0 | x_1); [B] in bits/dim.
 
-    It can be descended on: everything is on the device and in the dtype of x_0.
+    It is differentiable: everything is on the device and in the dtype of x_0.
 
     Args:
         schedule: of T steps.
@@ -104,7 +104,7 @@ def step_bits(schedule: Schedule, x_0: Tensor, x_0_hat: Tensor, t: Tensor, log_v
     """
     log_q, weight = gather(_beta_tilde(schedule).log(), t, x_0), gather(schedule.x_0_weight, t, x_0)
     kl = gaussian_kl(log_q, log_variance, (weight * (x_0 - x_0_hat)).square())
-    # What is not asked for must be finite, or its gradient, times 0, would not be 0.
+    # The unused branch must be finite: a non-finite gradient times 0 is not 0.
     is_first = (t == 0).view(-1, *[1] * (x_0.ndim - 1))
     mean, std = torch.where(is_first, x_0_hat, x_0), torch.where(is_first, 0.5 * log_variance, 0).exp()
     nll = -log_prob_of_level(((x_0 + 1) * (LEVELS - 1) / 2).round(), mean, std)
@@ -112,10 +112,10 @@ def step_bits(schedule: Schedule, x_0: Tensor, x_0_hat: Tensor, t: Tensor, log_v
 
 
 def log_prob_of_level(level: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """log of the mass that N(mean, std^2) has on a grey level; the outermost two reach to infinity.
+    """log of the mass that N(mean, std^2) has on a grey level; the outermost two extend to infinity.
 
     Level i is the interval of width 2 / 255 around i / 127.5 - 1. Far from the mean, where the difference of two
-    distribution functions would be 0, it is taken of their logarithms.
+    distribution functions would be 0, it is computed from their logarithms.
 
     Args:
         level: float64, whole numbers in 0..255.
@@ -131,7 +131,7 @@ def log_prob_of_level(level: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     upper = ((level + 0.5) * 2 / (LEVELS - 1) - 1 - mean) / std
     lower = lower.masked_fill(level == 0, -math.inf)
     upper = upper.masked_fill(level == LEVELS - 1, math.inf)
-    # Of an interval above the mean, its mirror image: log_ndtr is precise in the lower tail alone.
+    # Intervals above the mean are mirrored: log_ndtr is precise only in the lower tail.
     above = lower + upper > 0
     lower, upper = torch.where(above, -upper, lower), torch.where(above, -lower, upper)
     log_upper = torch.special.log_ndtr(upper)
@@ -139,6 +139,6 @@ def log_prob_of_level(level: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def _beta_tilde(schedule: Schedule) -> Tensor:
-    """[T] float64: beta_tilde, at t = 0 that of t = 1; of one step alone beta."""
+    """[T] float64: beta_tilde; at t = 0 its value at t = 1; with T = 1, beta."""
     after = schedule.posterior_variance[1:]
     return torch.cat([after[:1] if len(after) else schedule.beta, after])

@@ -4,7 +4,7 @@ A sampler sees the net as `denoise(x_t, t) -> Denoised`, and takes randomness fr
 decides what an image depends on. With `PerImageNoise` image i is a function of its own seed, independent of the batch
 and the device.
 
-`threshold` keeps x_0_hat in the range of images (`denoisers.clip`, `denoisers.dynamic`); None leaves it as it is.
+`threshold` keeps x_0_hat in the range of images (`denoisers.clip`, `denoisers.dynamic`); None leaves it unchanged.
 `on_step(step, x_t, x_0_hat)`, if given, is called in every step with its input and its prediction; the last x_0_hat is
 the image (for `ancestral` without a threshold, up to one step of noise).
 
@@ -88,10 +88,10 @@ def ancestral(
     threshold: Threshold | None = clip,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Algorithm 2: back along the chain, or along the shorter chain of some timesteps.
+    """Algorithm 2, along the whole chain or the shorter chain of some timesteps.
 
-    x_prev = mean + sqrt(variance) z, z = 0 at the last step; both are of the jump from one timestep to the
-    next (`timesteps.respaced`).
+    x_prev = mean + sqrt(variance) z, z = 0 at the last step; mean and variance are those of the jump from one timestep
+    to the next (`timesteps.respaced`).
 
     Args:
         denoise: called at the timesteps.
@@ -271,7 +271,7 @@ def heun(
     """Heun's method on the probability flow ODE: order 2, two calls of the net per step, one at the last.
 
     In y = x_t / sqrt(alpha_bar) the ODE is dy / dsigma = eps_hat. A step goes to the next sigma along eps_hat, calls
-    the net there, and goes again along the mean of both; the last, to sigma = 0, is Euler's and returns x_0_hat.
+    the net there, and is repeated along the mean of both; the last, to sigma = 0, is Euler's and returns x_0_hat.
 
     The second eps_hat is used for the whole step, so sigma should not fall by orders of magnitude in one step, as the
     cosine schedule's does in the first of a few uniform steps: use `timesteps.karras` there.
@@ -352,7 +352,7 @@ def _ancestral(config: "SampleConfig", schedule: Schedule, x_0_error: Tensor | N
     if config.variance == "auto":
         raise ValueError("variance is 'auto'; it must be resolved first")
     if config.variance != "learned":
-        fixed_variance(schedule, config.variance, x_0_error)  # which checks it
+        fixed_variance(schedule, config.variance, x_0_error)  # checks the variance
     return {"variance": config.variance, "x_0_error": x_0_error}
 
 
@@ -368,17 +368,17 @@ def _mix(config: "SampleConfig", schedule: Schedule, x_0_error: Tensor | None) -
 
 
 class SamplerKind(NamedTuple):
-    """A sampler of the table."""
+    """An entry of SAMPLERS."""
 
     sample: Callable[..., Tensor]
     settings: Callable[["SampleConfig", Schedule, Tensor | None], dict[str, Any]] = lambda *_: {}
-    """Its keyword arguments, checked, beside threshold and on_step; and schedule and timesteps, if there is a schedule.
+    """Its keyword arguments, checked, without threshold, on_step, schedule and timesteps.
 
     Raises:
         ValueError: a setting is out of its range.
     """
     process: str = "gaussian"
-    """The one that it undoes. The first sampler of each process is its default."""
+    """The process that it reverses. The first sampler of each process is the default."""
 
 
 SAMPLERS = {
@@ -395,7 +395,7 @@ def build(
 ) -> Sampler:
     """The sampler that `config` describes, in which `auto` has been resolved (`SampleConfig.resolved`).
 
-    Its settings are checked here, not after hours of training at the first sample.
+    Settings are checked here, not at the first sample after hours of training.
 
     Args:
         num_dims: D = C H W.

@@ -1,6 +1,6 @@
 """Noise schedules: how much noise each of the T timesteps adds.
 
-A schedule is its beta; everything else follows from it. All tables are float64 [T] on the CPU, index t in 0..T-1, and
+A schedule is defined by beta; all else follows from it. All tables are float64 [T] on the CPU, index t in 0..T-1, and
 t = 0 already has one step of noise. Half of the table would vanish in half precision: callers compute in float64 and
 round to float32 at the very end (`process.gather`).
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ddpm.config import ScheduleConfig
 
 MAX_TIMESTEPS = 1_000_000
-"""Largest T. The tables of a config from outside with more would take all memory."""
+"""Largest T. The tables of an untrusted config with more would take all memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +125,7 @@ def scaled_linear(num_timesteps: int, beta_start: float, beta_end: float) -> Sch
 def cosine(num_timesteps: int, s: float = 0.008, max_beta: float = 0.999) -> Schedule:
     """alpha_bar falls as a squared cosine: f(u) / f(0), f(u) = cos((u + s) / (1 + s) * pi / 2)^2.
 
-    f reaches 0 at u = 1, so the last beta would be 1 and is capped at `max_beta`: there Algorithm 2 divides by
+    f reaches 0 at u = 1, so the last beta would be 1 and is capped at `max_beta`: at that step Algorithm 2 divides by
     sqrt(1 - 0.999), multiplying by 31.6. Sample with x_0_hat clipped.
 
     Args:

@@ -1,8 +1,8 @@
 """The timesteps that a sampler visits out of T, and the shorter chain that they form.
 
 A spacing is a list of n distinct timesteps from T - 1 (or one whose sigma is so large that it makes little difference)
-down to 0. Both ends matter: noise above the first timestep is never removed, and noise below the last one stays. One
-step is the first timestep alone.
+down to 0. Both ends matter: noise above the first timestep is never removed, and noise below the last one stays. With
+one step only the first timestep is visited.
 
 Papers:
     quadratic  Song et al. 2021, Denoising Diffusion Implicit Models, arXiv:2010.02502
@@ -89,8 +89,8 @@ def respaced(schedule: Schedule, timesteps: Sequence[int]) -> Schedule:
     """The chain that visits only `timesteps`: its step k jumps between two of them.
 
     beta_k = 1 - alpha_bar[t_k] / alpha_bar[t_{k-1}], k counted from the cleanest; so alpha_bar_k is
-    alpha_bar[t_k], and the posterior of Ho et al. 2020, Eq. 7 is that of the jump. All T steps are the
-    schedule itself.
+    alpha_bar[t_k], and the posterior of Ho et al. 2020, Eq. 7 is that of the jump. With all T steps it is
+    the schedule itself.
 
     Args:
         schedule: of T steps.
@@ -100,7 +100,7 @@ def respaced(schedule: Schedule, timesteps: Sequence[int]) -> Schedule:
         A schedule of n steps.
 
     Raises:
-        ValueError: timesteps are not such.
+        ValueError: timesteps are not distinct, falling and in 0..T-1.
 
     Source: Nichol & Dhariwal 2021, Sec. 4.
     """
@@ -136,8 +136,8 @@ def build(config: "SampleConfig", schedule: Schedule, num_dims: int) -> list[int
         case "karras":
             sigma_max = SIGMA_MAX * num_dims**0.5
             if config.sampler == "heun":
-                # Not rounded up: its first step must not go down by orders of magnitude (see there), as from 1825 to 58
-                # with sigmoid.
+                # Not rounded up: Heun's first step must not go down by orders of magnitude (see `samplers.heun`), as
+                # from 1825 to 58 with sigmoid.
                 sigma_max = (schedule.sigma[schedule.sigma <= sigma_max].tolist() or [sigma_max])[-1]
             return karras(schedule, n, config.rho, sigma_max)
         case _:
@@ -168,6 +168,6 @@ def _distinct(wanted: Sequence[float], num_timesteps: int) -> list[int]:
     timesteps: list[int] = []
     above = num_timesteps
     for i, t in enumerate(wanted):
-        above = max(min(round(t), above - 1), len(wanted) - 1 - i)  # room is left for those to come
+        above = max(min(round(t), above - 1), len(wanted) - 1 - i)  # leaves room for the later ones
         timesteps.append(above)
     return timesteps

@@ -32,7 +32,7 @@ class BitsPerDim:
 
     @classmethod
     def merge(cls, *parts: Self) -> Self:
-        """All parts as one, in their order."""
+        """Concatenate the parts, in order."""
         terms = ("prior", "kl", "decoder")
         return cls(*(np.concatenate([getattr(part, term) for part in parts]) for term in terms))
 

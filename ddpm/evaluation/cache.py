@@ -26,7 +26,7 @@ class Cache:
     folder: Location
 
     def get(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The tensors cached under `name`, a file name with everything that they depend on; computed if missing.
+        """The tensors cached under `name`, which encodes everything they depend on; computed if missing.
 
         Raises:
             UserError: the folder can neither be read nor written.
@@ -43,7 +43,7 @@ class Cache:
 
 
 def _read(file: Location) -> dict[str, Tensor] | None:
-    """The tensors in a file; None: there is none, or it is damaged."""
+    """The tensors in a file; None: the file is missing or damaged."""
     try:
         tensors = load(file.read())
     except (FileNotFoundError, SafetensorError):

@@ -1,7 +1,7 @@
 """Features of a small classifier trained on the data set itself, suited to digits and clothes.
 
-ImageNet's nets have never seen an 8x8 digit. This one is seeded, trains in the order of the plan, and is cached by the
-fingerprint of its training data.
+ImageNet nets were not trained on 8x8 digits. This net has a fixed seed, trains in the order of the plan, and is cached
+by the fingerprint of its training data.
 
 Axes: N images, H W, C channels, F features.
 """
@@ -54,8 +54,8 @@ def build(
 ) -> Classifier:
     """The classifier of the data set, from the cache or trained on the split `train`.
 
-    The same split gives the same weights on the same machine; on another they may differ in rounding, so comparisons
-    take them from one cache.
+    The same split gives the same weights on the same machine. On another machine weights may differ in rounding, so
+    comparisons use one cache.
 
     Args:
         train_images: images seen in training, over all epochs.
@@ -88,7 +88,7 @@ def build_net(channels: int, num_classes: int) -> nn.Sequential:
             *block(channels, 32, 1),
             *block(32, 64, 2),
             *block(64, 128, 2),
-            nn.AdaptiveAvgPool2d(2),  # where a stroke is matters: the mean of each quarter
+            nn.AdaptiveAvgPool2d(2),  # mean of each quarter: the position of a stroke matters
             nn.Flatten(),
             nn.Linear(512, SIZE),
             nn.ReLU(),

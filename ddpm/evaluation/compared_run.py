@@ -1,7 +1,7 @@
 """Runs to compare, each read from its folder and from MLflow: settings, curves, grids, evaluations.
 
 A run's folder has its config, grids and trajectory; MLflow has its curves and evaluations, and the run's spool has what
-MLflow has not got yet. A run that is named by its MLflow id is read from MLflow alone.
+is not in MLflow yet. A run given by its MLflow id is read from MLflow only.
 """
 
 import re
@@ -29,7 +29,7 @@ MLFLOW_TIMEOUT_S = 20.0
 RUN_ID = re.compile(r"[0-9a-f]{32}")
 RATE = "train/images_per_s"
 ERRORS = {"held_out/bits_per_dim": "held_out_error/bits_per_dim"}
-"""Metrics with the metric that is their standard error."""
+"""Metric -> the metric that holds its standard error."""
 CURVES = ("train/loss", "held_out/loss", *ERRORS)
 GRID = re.compile(r"(\d{12,19})\.png")
 GIF = "pictures/reverse_trajectory.gif"
@@ -49,7 +49,7 @@ class Point:
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """All that is compared of a run."""
+    """The compared data of a run."""
 
     name: str
     key: str
@@ -57,7 +57,7 @@ class ComparedRun:
     where: str
     """The folder or MLflow it was read from."""
     settings: Mapping[str, str] = field(default_factory=dict)
-    """Its flat config, without what has no effect."""
+    """Its flat config, without settings that have no effect."""
     curves: Mapping[str, Sequence[Point]] = field(default_factory=dict)
     """Curves by metric, ascending."""
     grids: Mapping[int, Read] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class ComparedRun:
     trajectory: Read | None = None
     """A GIF: noise becoming images."""
     evaluations: Sequence[Report] = ()
-    """Results of jobs/evaluate.py, also of other runs."""
+    """Results of jobs/evaluate.py; they may include other runs."""
     remarks: Sequence[str] = ()
     """Files that could not be read, and why."""
 
@@ -92,7 +92,7 @@ def read(uris: Sequence[str], evaluations: Sequence[str] = ()) -> list[ComparedR
         evaluations: files of jobs/evaluate.py, beside those in MLflow.
 
     Raises:
-        UserError: one is no run, or cannot be read.
+        UserError: a URI is not a run, or cannot be read.
     """
     reader, found = RunReader(tracking_uri(), MLFLOW_TIMEOUT_S), dict[str, ComparedRun]()
     reports = [_report_in_file(uri) for uri in evaluations]
@@ -195,7 +195,7 @@ def _undelivered(folder: Location, committed: int) -> tuple[list[Metrics], list[
     for file in spool.final(folder, committed):
         try:
             records = metrics_buffer.read(file.read(), file.uri)
-        except FileNotFoundError:  # delivered meanwhile
+        except FileNotFoundError:  # uploaded meanwhile
             continue
         except DamagedSegment as error:
             remarks.append(str(error))
@@ -205,7 +205,7 @@ def _undelivered(folder: Location, committed: int) -> tuple[list[Metrics], list[
 
 
 def _curves(records: Iterable[Metrics]) -> dict[str, list[Point]]:
-    """Curves from records; of several values at one position the newest counts, and non-finite ones are left out."""
+    """Curves from records. At each position the newest value counts; non-finite values are left out."""
     newest: dict[str, dict[int, float]] = {}
     for record in sorted(records, key=lambda record: record.timestamp_ms):
         for name, value in record.values.items():
@@ -241,7 +241,7 @@ def _report_in_file(uri: str) -> Report:
     """The results of jobs/evaluate.py in a file, with the pictures beside it.
 
     Raises:
-        UserError: there are none.
+        UserError: the file has no results.
     """
     file = locations.resolve(uri)
     try:

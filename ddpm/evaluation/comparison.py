@@ -1,7 +1,7 @@
 """Comparison of runs: settings that differ, curves, ranks with ties.
 
 Scores are compared among runs that were evaluated alike: the same held-out images, number of images, feature net and
-seed. Training losses are shown, but never ranked: those of different schedules do not compare.
+seed. Training losses are shown but not ranked: losses of different schedules are not comparable.
 """
 
 import json
@@ -17,14 +17,14 @@ from ddpm.evaluation.report import CheckpointResult, Drawn, Report
 from ddpm.evaluation.scores import Score
 
 OF_THE_RUN = ("run.name", "run.storage")
-"""Settings that say where a run is, not what it is."""
+"""Settings that only name or locate a run."""
 NOT_OF_SCORES = ("num_train_images",)
-"""Settings of an evaluation that do not change what is ranked."""
+"""Settings of an evaluation that do not affect the ranked scores."""
 RANKED = ("bits/dim", "KID", "FID")
 """Metrics that are ranked; lower is better."""
 LOSSES = ("train/loss", "held_out/loss")
 MAX_GRIDS = 12
-"""Positions of the slider."""
+"""Largest number of slider positions."""
 
 
 class Cell(NamedTuple):
@@ -63,7 +63,7 @@ class Chart:
 
 @dataclass
 class Result:
-    """All scores of a checkpoint, from any number of evaluations that were alike."""
+    """All scores of a checkpoint, from evaluations with the same settings."""
 
     bits: Sequence[Score] = ()
     ways: dict[str, Drawn] = field(default_factory=dict)
@@ -90,7 +90,7 @@ def shared_positions(runs: Sequence[ComparedRun]) -> list[int]:
 
 
 def results_alike(runs: Sequence[ComparedRun]) -> dict[str, dict[int, Result]]:
-    """Results by run key and images seen, of the way of evaluating that most runs share."""
+    """Results by run key and images seen, with the evaluation settings that most runs share."""
     keys = {run.key for run in runs}
     groups: dict[str, dict[str, dict[int, Result]]] = {}
     reports = {id(report): report for run in runs for report in run.evaluations}
@@ -107,7 +107,7 @@ def results_alike(runs: Sequence[ComparedRun]) -> dict[str, dict[int, Result]]:
 
 
 def rankings(runs: Sequence[ComparedRun], results: Mapping[str, Mapping[int, Result]]) -> list[Ranking]:
-    """Ranks by each metric that is known of two runs or more, at the newest evaluated checkpoint of each."""
+    """Ranks by each metric that at least two runs have, each at its newest evaluated checkpoint."""
     found: dict[str, dict[str, tuple[int, Score]]] = {}
     for run in runs:
         if of_run := results.get(run.key):
@@ -117,7 +117,7 @@ def rankings(runs: Sequence[ComparedRun], results: Mapping[str, Mapping[int, Res
     made = [_ranking(name, cells) for name, cells in found.items() if len(cells) > 1]
     if made:
         return made
-    for name in ERRORS:  # of training itself, where nothing was evaluated afterwards
+    for name in ERRORS:  # no evaluation: rank metrics logged during training
         last = {run.key: run.curves[name][-1] for run in runs if run.curves.get(name)}
         known = {key: point for key, point in last.items() if point.error}
         if len(known) > 1:
@@ -179,15 +179,15 @@ def nearest(result: Mapping[int, Result]) -> tuple[int, Drawn, NearerShare] | No
 
 
 def _how(report: Report, result: CheckpointResult) -> str:
-    """Everything but the checkpoint that the ranked scores depend on."""
+    """Everything that the ranked scores depend on, except the checkpoint."""
     settings: dict[str, Any] = {k: v for k, v in report.settings.items() if k not in NOT_OF_SCORES}
-    if isinstance(data := settings.get("data"), Mapping):  # the same images may lie in two places
+    if isinstance(data := settings.get("data"), Mapping):  # the same images may be stored in two places
         settings["data"] = {key: value for key, value in data.items() if key != "shards"}
     return json.dumps([settings, result.variance_is_default or result.variance], sort_keys=True)
 
 
 def _scores(result: Result) -> Iterator[Score]:
-    """The ranked scores: bits/dim, and those of the run's own way of sampling, or else of that with most steps."""
+    """The ranked scores: bits/dim, and those of the run's own way of sampling, else of the way with most steps."""
     ways = sorted(result.ways.values(), key=lambda way: (way.is_own, way.sample.num_sample_steps or 0))
     for score in (*result.bits, *(score for way in ways[-1:] for score in way.scores)):
         is_ranked = score.n_real is not None and score.name.partition("-")[0] in RANKED

@@ -1,7 +1,7 @@
 """The comparison of runs as one HTML file that needs no network.
 
-Names, settings and pictures come from outside: everything is escaped, plots carry letters instead of names, pictures
-are data URIs, and a content security policy allows the page's own script alone.
+Names, settings and images are untrusted: everything is escaped, plots show letters instead of names, images are data
+URIs, and the content security policy allows only the page's own script.
 """
 
 import base64
@@ -37,7 +37,7 @@ WIDTH, HEIGHT = 4.4, 2.9
 PX = 96
 """CSS pixels per inch."""
 LOG_SPAN = 5
-"""A logarithmic axis has ticks at 1, 2, 5, 10, ... from this factor on."""
+"""A logarithmic axis that spans more than this factor has ticks at 1, 2, 5, 10, ..."""
 KINDS = {b"\x89PNG\r\n\x1a\n": "image/png", b"GIF8": "image/gif", b"<?xml": "image/svg+xml"}
 SECTIONS = {
     "runs": "Runs",
@@ -69,7 +69,7 @@ def store(runs: Sequence[ComparedRun], place: Location) -> None:
     """Write the page to a file.
 
     Raises:
-        UserError: it cannot be written, or as `render`.
+        UserError: it cannot be written, or `render` fails.
     """
     write(place, render(runs))
 
@@ -79,7 +79,7 @@ def render(runs: Sequence[ComparedRun], rankings: Sequence[Ranking] | None = Non
 
     Args:
         runs: at most 20.
-        rankings: those of a search; None: of the runs' evaluations.
+        rankings: those of a search; None: computed from the runs' evaluations.
 
     Raises:
         UserError: there are too many runs, or a picture cannot be read.
@@ -170,7 +170,7 @@ def _nearest(
 
 
 def _data_uri(data: bytes) -> str:
-    """A picture as a data URI; empty for what is no PNG, GIF or SVG."""
+    """An image as a data URI; empty if it is not a PNG, GIF or SVG."""
     kind = next((kind for start, kind in KINDS.items() if data.startswith(start)), None)
     return f"data:{kind};base64,{base64.b64encode(data).decode()}" if kind else ""
 
@@ -201,7 +201,7 @@ def _plotted(chart: Chart, letters: Mapping[str, str]) -> dict[str, Any]:
     axes.tick_params(labelsize=8)
     axes.legend(fontsize=8, frameon=False)
     file = io.BytesIO()
-    # Text as text is small; a fixed salt makes equal plots equal bytes.
+    # Text stored as text is small; a fixed salt makes equal plots byte-identical.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ddpm"}):
         figure.savefig(file, format="svg", metadata={"Date": None})
     return {

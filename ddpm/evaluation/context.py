@@ -1,7 +1,7 @@
 """Inputs of an evaluation: checkpoints, ways of sampling, held-out images, a feature net.
 
-The user's mistakes are found here, before any image is sampled. All checkpoints are read at the beginning, since a run
-that still trains deletes its old ones.
+User errors are raised here, before any image is sampled. All checkpoints are read first, since a run that is still
+training deletes old ones.
 """
 
 import functools
@@ -99,7 +99,7 @@ class EvalContext:
     num_train: int
     """Training images to search for nearest neighbours; 0: there is no search."""
     train_features: Features | None
-    """Features of these; None: there is no search, or pixels are the features."""
+    """Features of those images; None: there is no search, or the features are pixels."""
 
     def train_image(self, position: int) -> Pixels:
         """[H, W, C]: the training image at this position of the order in which features are taken."""
@@ -107,10 +107,10 @@ class EvalContext:
 
 
 def read(uris: Sequence[str], every: bool = False) -> list[Candidate]:
-    """The checkpoints at `uris`; for a run its newest, or with `every` all of them.
+    """The checkpoints at `uris`; for a run the newest one, or all with `every`.
 
     Raises:
-        UserError: there is none, or one is damaged.
+        UserError: there is no checkpoint, or one is damaged.
     """
     found = [uri for given in uris for uri in resolve.checkpoints_of(given)[0 if every else -1 :]]
     return [_read(uri) for uri in dict.fromkeys(found)]
@@ -150,7 +150,7 @@ def choose(candidates: Sequence[Candidate], settings: Settings) -> EvalContext:
     """Open the data set, and compute or load the features of its images.
 
     Raises:
-        UserError: a setting is out of its range, there are no held-out images, or a candidate makes other images.
+        UserError: a setting is out of range, there are no held-out images, or a candidate does not fit the data set.
     """
     if settings.num_images < LEAST_IMAGES:
         raise UserError(f"num_images is {settings.num_images}; it must be at least {LEAST_IMAGES}")
@@ -196,7 +196,7 @@ def _read(uri: str) -> Candidate:
 
 
 def _data_set(candidates: Sequence[Candidate], shards: str | None) -> tuple[DataSet, str]:
-    """The split trained on, of the data set in `shards` or of the one the candidates name; and its URI."""
+    """The training split of the data set in `shards`, or else of the candidates' data set; and its URI."""
     config = candidates[0].config
     known, source = config.data.shards, config.data.source
     if shards is None:

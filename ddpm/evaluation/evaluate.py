@@ -1,6 +1,6 @@
-"""From checkpoints to a report, in pieces that any number of workers may share.
+"""Evaluation of checkpoints in pieces, on any number of workers.
 
-A piece is a range of images that does not depend on the workers; the results of pieces are merged in order.
+A piece is a range of images, independent of the workers; the results of pieces are merged in order.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -138,7 +138,7 @@ def evaluate(candidates: Sequence[Candidate], settings: Settings, num_workers: i
 
 
 def _measured(pool: WorkerPool[EvalWorker], candidates: Sequence[Candidate]) -> dict[int, Measured]:
-    """Errors by candidate, also stored beside its weights; without candidates whose process has no bound."""
+    """Errors by candidate, also stored beside its weights; candidates without a bound are left out."""
     bound = [i for i, c in enumerate(candidates) if PROCESSES[c.config.objective.process].has_bound]
     found: dict[int, Measured] = {}
     with Display("measuring the nets", len(bound)) as display:

@@ -1,7 +1,7 @@
-"""Feature nets: from images to vectors, by which sets of images are compared.
+"""Feature nets: they map images to vectors, and metrics compare sets of these vectors.
 
-A metric depends on its features, so every score carries the name of its feature net. Features are taken from uint8
-images, as they are stored; floats are rounded and clipped first (`images.to_uint8`).
+A metric depends on its features, so every score names its feature net. Features are computed from uint8 images, as
+they are stored; floats are rounded and clipped first (`images.to_uint8`).
 
 Axes: N images, H W height and width, C channels, F features.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from ddpm.utils import images
 
 Features = NDArray[np.float32]
-"""[N, F], a row an image."""
+"""[N, F], one row per image."""
 
 
 class FeatureNet(Protocol):

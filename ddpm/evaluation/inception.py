@@ -2,8 +2,8 @@
 
 Heusel et al. 2017, arXiv:1706.08500 (FID). The weights are not part of this package: they come from the file that
 torch-fidelity and pytorch-fid use, in torch.hub's folder or from a path or URL. Their digest is checked, and nothing in
-the file is executed. Unlike in torchvision's net, three pools exclude the border, one is a maximum, and images are
-resized as in TensorFlow 1.
+the file is executed. Unlike in torchvision's net, the average pools of blocks A, C and E1 exclude the padding, E2 has
+a max pool, and images are resized as in TensorFlow 1.
 
 Axes: N images, H W, C channels, F = 2,048 features.
 """
@@ -98,7 +98,7 @@ def _interpolation(length: int, side: int) -> Tensor:
 
 
 class _OwnPool:
-    """A block with another pooling in its last branch."""
+    """Mixin that replaces the pooling in a block's last branch."""
 
     def _forward(self, x: Tensor) -> list[Tensor]:
         *others, _ = super()._forward(x)  # type: ignore[misc]

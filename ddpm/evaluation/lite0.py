@@ -15,7 +15,7 @@ from ddpm.utils.errors import UserError
 RECIPE = "lite0/1"
 """Cache version: bump when the use of the features changes."""
 SMALL, LARGE = 64, 224
-"""Images up to the first side are resized to it, larger ones to the second, ImageNet's."""
+"""Images up to the first side are resized to it, larger images to the second, ImageNet's side."""
 
 
 class Lite0:

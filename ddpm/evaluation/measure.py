@@ -55,7 +55,7 @@ def bound_variance(config: Config, variance: SampleVariance = "auto") -> Varianc
     if variance == "auto":
         return "learned" if learned else "measured"
     sample = replace(config.sample, sampler="auto", variance=variance)
-    resolve_sample(sample, config.objective)  # which checks it
+    resolve_sample(sample, config.objective)  # checks the variance
     return variance
 
 
@@ -82,7 +82,7 @@ def measure(
     denoise, x_0, noise = _prepared(net, config, objective, train, indices, device, (0, Purpose.MEASURE))
     errors = likelihood.x_0_errors(denoise, schedule, x_0, noise)
     x_0_error = errors.mean(0)
-    # For a learned variance the proposal of the measured one serves, which is about the same; any is unbiased.
+    # A learned variance uses the proposal of the measured one, which is similar; any proposal is unbiased.
     fixed = fixed_variance(schedule, "measured" if variance == "learned" else variance, x_0_error)
     return Measured(x_0_error, likelihood.proposal(likelihood.kl_of_errors(schedule, errors, fixed)))
 
@@ -100,7 +100,7 @@ def bits_per_dim(
     num_draws: int = 8,
     seed: int = 0,
 ) -> BitsPerDim:
-    """The bound of a batch of images, estimated at `num_draws` + 1 evaluations of the net, or exact at T.
+    """The bound of a batch of images, estimated with `num_draws` + 1 evaluations of the net, or exact with T.
 
     Args:
         net: trained under `config`.

@@ -2,7 +2,7 @@
 
 The threshold is the 1st percentile of the held-out images' distances to their nearest training image. A net that has
 learned the distribution falls below it as often as held-out images do; a net that repeats its training images does so
-far more often. A net that makes only typical images is near to training images, too, without copying; so the nearest
+far more often. A net that makes only typical images is also near to training images, without copying; so the nearest
 pairs are kept for inspection.
 
 Axes: N generated images, M held-out images, K training images, D numbers per image (pixels or features).
@@ -26,7 +26,7 @@ METRIC = "nearer_than_held_out"
 PERCENTILE = 0.01
 ALPHA = 0.05
 MIN_HELD_OUT = 99
-"""With fewer held-out images there is no 1st percentile among them: the nearest of them is the threshold."""
+"""With fewer held-out images the 1st percentile is below all of them; the smallest distance is the threshold."""
 NUM_PAIRS = 16
 BLOCK_IMAGES = 4096
 """Training images compared at a time."""
@@ -100,7 +100,7 @@ def nearest(queries: Sequence[NDArray], train: Iterable[NDArray]) -> list[Neares
             for i in range(0, len(query), BLOCK_IMAGES):
                 x = _flat(query[i : i + BLOCK_IMAGES])
                 index = pairwise_distances_argmin(x, y)
-                # From the difference: |x|^2 - 2 x y + |y|^2 loses the small distances, which are those that count.
+                # From the difference: |x|^2 - 2 x y + |y|^2 is imprecise at small distances, which matter most.
                 distance = np.sqrt(np.mean((x - y[index]) ** 2, axis=1, dtype=np.float64))
                 (closer,) = np.nonzero(distance < best.distance[i : i + len(x)])
                 best.distance[i + closer], best.index[i + closer] = distance[closer], start + index[closer]
@@ -119,9 +119,9 @@ def nearer_share(space: str, drawn: Nearest, held_out: Nearest, n_train: int) ->
     The interval is of F(q), with F the distribution of generated distances and q the quantile of held-out ones that
     the threshold estimates. The k-th smallest of M distances lies at a quantile U ~ Beta(k, M + 1 - k), whatever their
     distribution, and the count below it is Binomial(N, expit(logit U + delta)); the ends are the delta at which the
-    count found is at an end of the middle 95 %. That is exact where both kinds of images are alike (delta = 0), for
+    observed count is at an end of the middle 95 %. That is exact where both kinds of images are alike (delta = 0), for
     any N and M; elsewhere the odds of lying below a distance are assumed to differ by one factor around the threshold.
-    A bootstrap of both sides fails, since its smallest held-out distance is never below the smallest one found: without
+    A bootstrap of both sides fails, since its smallest held-out distance is never below the observed one: without
     memorisation, N = 2,000 and M = 90, it covers 1 % in 72 % of repetitions, this interval in 98 %.
 
     Nearer is strict: where more than 1 % of held-out images are copies of training images, the threshold is 0, and

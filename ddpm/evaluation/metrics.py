@@ -27,7 +27,7 @@ BLOCK = 1024
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean and scatter of features: all that FID needs, mergeable from parts."""
+    """Count, mean and scatter of features: all that FID needs; parts can be merged."""
 
     n: int
     mean: Array
@@ -44,7 +44,7 @@ class Moments:
 
     @classmethod
     def merge(cls, *parts: Self) -> Self:
-        """The moments of all images of the parts, to rounding. Chan et al. 1983, Eq. 2.1."""
+        """The moments of all images of the parts, up to rounding. Chan et al. 1983, Eq. 2.1."""
         n = sum(part.n for part in parts)
         mean = sum((part.n * part.mean for part in parts), np.zeros_like(parts[0].mean)) / n
         scatter = np.zeros_like(parts[0].scatter)
@@ -57,7 +57,7 @@ class Moments:
         """[F, F], unbiased.
 
         Raises:
-            ValueError: there is one image only.
+            ValueError: there is only one image.
         """
         if self.n < 2:
             raise ValueError("n is 1; a covariance needs at least 2 images")
@@ -104,7 +104,7 @@ def kid(
     Args:
         generated: [N, F], N at least 3.
         real: [M, F], M at least 3.
-        label: [N], the requested classes, which redrawn images would share. None: there are none.
+        label: [N], the requested classes, which redrawn images would share. None: no classes.
 
     Raises:
         ValueError: there are fewer images.
@@ -137,9 +137,9 @@ class Manifold(NamedTuple):
 
 
 class Distances:
-    """Pairwise distances for `Manifold`, which can be computed without some of the images of either side.
+    """Pairwise distances for `Manifold`, which can be computed without some of the images of either set.
 
-    An image's ball reaches to its k-th nearest neighbour of its own set.
+    An image's ball reaches to its k-th nearest neighbour in its own set.
 
     Args:
         generated: [N, F].
@@ -163,7 +163,7 @@ class Distances:
     ) -> Manifold:
         """Manifold of the generated images in `rows`, more than 3, and the real ones in `real_rows`, more than 5.
 
-        None: all images. The balls are those of the images that are left.
+        None: all images. The balls depend on these images only.
         """
         to_real, own_radii, real_radii = self._to_real, self._own_radii, self._real_radii
         if rows is not None:
@@ -200,7 +200,7 @@ def projection(size: int, target: int) -> Array:
 
 
 def _kernel_sums(x: Array, y: Array, own: bool = False) -> Array:
-    """For each of x, the sum of its kernel with all of y; `own`: y is x, and no image counts with itself."""
+    """For each x, the kernel summed over all y; `own`: y is x, and pairs of an image with itself do not count."""
     sums = np.empty(len(x))
     for start in range(0, len(x), BLOCK):
         rows = slice(start, start + BLOCK)
@@ -209,7 +209,7 @@ def _kernel_sums(x: Array, y: Array, own: bool = False) -> Array:
 
 
 def _without_each(own: Array, other: Array, m: int) -> Array:
-    """KID without each image of a set in turn, [N], but for the other set's own part, which stays as it is.
+    """KID without each image of a set in turn, [N], except for the other set's own term, which is constant.
 
     Args:
         own: [N], the sum of the image's kernel with the others of its set.
@@ -221,7 +221,7 @@ def _without_each(own: Array, other: Array, m: int) -> Array:
 
 
 def _strata(n: int, label: NDArray[np.int64] | None) -> list[NDArray[np.bool_]]:
-    """The images of each class, [N] each; classes of one image, which show no spread, are taken together."""
+    """The images of each class, [N] each; classes with one image, which show no spread, are merged."""
     if label is None:
         return [np.ones(n, bool)]
     _, stratum, counts = np.unique(label, return_inverse=True, return_counts=True)
@@ -232,12 +232,12 @@ def _strata(n: int, label: NDArray[np.int64] | None) -> list[NDArray[np.bool_]]:
 def _distances(x: NDArray[np.floating], y: NDArray[np.floating]) -> NDArray[np.float32]:
     from sklearn.metrics.pairwise import euclidean_distances  # takes seconds to import
 
-    # Computed in float64, kept in float32: there are N^2 of them.
+    # Computed in float64, stored in float32, since there are N^2 distances.
     return euclidean_distances(np.asarray(x, np.float64), np.asarray(y, np.float64)).astype(np.float32)
 
 
 def _radii(own: NDArray[np.float32], *ks: int) -> NDArray[np.float32]:
-    """[len(ks), N]: the distance of each image to its k-th nearest other one, ks ascending.
+    """[len(ks), N]: the distance of each image to its k-th nearest other image, ks ascending.
 
     Args:
         own: [N, N], with 0 from itself to itself.

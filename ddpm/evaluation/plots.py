@@ -70,7 +70,7 @@ def nearest(pairs: Pairs) -> bytes:
 
 
 class _Line(NamedTuple):
-    """A line of panels."""
+    """A row of panels."""
 
     x_label: str
     is_log: bool

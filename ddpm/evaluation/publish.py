@@ -1,6 +1,6 @@
 """Publication of a report: a file, pictures beside it, and the MLflow runs of the checkpoints.
 
-The file may be in any storage. If MLflow is away, the file has all results.
+The file may be in any storage. If MLflow is unreachable, the file still has all results.
 """
 
 import os
@@ -21,14 +21,14 @@ from ddpm.utils.errors import UserError
 from ddpm.utils.retry import as_user_error
 
 MLFLOW_TIMEOUT_S = 20.0
-"""Seconds without a successful call after which MLflow is given up."""
+"""Seconds without a successful call before publishing to MLflow stops."""
 
 
 def place_for(out: str, example: str = "evaluation.json") -> Location:
-    """The file `out`, a path or a URI, after a check that it can be written.
+    """The file `out`, a path or a URI; checked to be writable.
 
     Args:
-        example: a name for it, which errors suggest.
+        example: a file name that error messages suggest.
 
     Raises:
         UserError: it cannot be written.
@@ -49,10 +49,10 @@ def place_for(out: str, example: str = "evaluation.json") -> Location:
 
 
 def store(report: Report, place: Location, timeout_s: float = MLFLOW_TIMEOUT_S) -> Iterator[str]:
-    """Write the report to `place` and its pictures beside it, and log it to MLflow; yields lines with all places.
+    """Write the report to `place` and its pictures beside it, and log it to MLflow; yields lines that name the places.
 
     Args:
-        timeout_s: seconds without a successful call after which MLflow is given up.
+        timeout_s: seconds without a successful call before publishing to MLflow stops.
 
     Raises:
         UserError: a file cannot be written.
@@ -71,12 +71,12 @@ def store(report: Report, place: Location, timeout_s: float = MLFLOW_TIMEOUT_S) 
 
 
 def publish(report: Report, picture: bytes, timeout_s: float = MLFLOW_TIMEOUT_S) -> Iterator[str]:
-    """Log results to the MLflow runs of the checkpoints; yields lines with the places.
+    """Log results to the MLflow runs of the checkpoints; yields lines that name the places.
 
-    Points are at the step images_seen. A point that MLflow has, with the same step and value, is not sent again;
-    another value (from more images, for example) is sent as a newer point beside it. The report and its pictures
-    become artifacts whose name depends on the checkpoints and the settings, so that the same evaluation replaces only
-    its own files.
+    Points are at the step images_seen. A point that is in MLflow with the same step and value is not sent again; a
+    different value (from more images, for example) is added as a newer point. The report and its pictures become
+    artifacts. Their names depend on the checkpoints and the settings, so the same evaluation replaces only its own
+    files.
     """
     uri = tracking_uri()
     shown = without_password(uri)

@@ -47,7 +47,7 @@ def ranks(values: ArrayLike, errors: ArrayLike) -> list[Rank]:
 def paired_ranks(values: ArrayLike) -> list[Rank]:
     """Ranks of competitors evaluated on the same images; differences are tested with Student's paired t-test.
 
-    An image's common part cancels in the difference, so much smaller differences are significant.
+    What competitors share on an image cancels in the difference, so much smaller differences are significant.
 
     Args:
         values: [N, M], lower is better; M at least 2.
@@ -72,7 +72,7 @@ def _ranks(
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         t = difference / error
-    t[np.isnan(t)] = 0  # two that are equal for every image, or unknown
+    t[np.isnan(t)] = 0  # equal for every image, or unknown
     rejected = _rejected(2 * distribution.sf(abs(t)))
     better = np.zeros((n, n), bool)  # the row is significantly better than the column
     better[np.triu_indices(n, 1)] = rejected & (t < 0)

@@ -15,11 +15,11 @@ from ddpm.evaluation.features import FeatureNet, Features, features_of
 
 CHUNK_IMAGES = 4096
 WINDOW_ROWS = 8192
-"""Window size of the order in which images are taken, independent of a run's."""
+"""Window size of the fixed order of images, independent of a run's window size."""
 
 
 def images_of(data_set: DataSet, start: int, stop: int) -> Images:
-    """The images at these positions of a fixed order, that of `real_features`; fewer at the end of the split."""
+    """The images at these positions of the fixed order of `real_features`; fewer at the end of the split."""
     stop = min(stop, data_set.rows.num_rows)
     return data_set.read(data_set.plan(0, WINDOW_ROWS), start, stop, "substitute")
 

@@ -18,7 +18,7 @@ from ddpm.utils import strict_json
 
 FORMAT = "ddpm-evaluation/1"
 SETTINGS = ("spacing", "eta", "dynamic_threshold", "guidance_scale", "guidance_interval", "mean", "variance")
-"""Settings of a sampler, beside its steps."""
+"""Settings of a sampler, besides its number of steps."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Drawn:
     scores: tuple[NearerShare | Score, ...]
     """Scores; those of memorisation, if any, are last."""
     nearest: bytes = field(default=b"", repr=False, compare=False)
-    """A PNG of the images nearest to a training image, beside it. Not in the JSON; empty: there was no search."""
+    """A PNG of generated images beside their nearest training images. Not in the JSON; empty: no search."""
 
     @property
     def has_nearest(self) -> bool:
-        """Whether the nearest training images were searched, so that there is a picture of them."""
+        """Whether the nearest training images were searched, so that a picture of them exists."""
         return any(isinstance(score, NearerShare) for score in self.scores)
 
     @property
@@ -77,7 +77,7 @@ class CheckpointResult:
 
 @dataclass(frozen=True)
 class Report:
-    """Results of some checkpoints that were evaluated alike."""
+    """Results of checkpoints that were evaluated with the same settings."""
 
     settings: Mapping[str, Any]
     """Everything that determines the results, except for the checkpoints."""
@@ -105,9 +105,9 @@ class Report:
         """The report that `to_json` wrote, without pictures, and without scores that are not finite.
 
         Raises:
-            UserError: it is something else, or damaged; `where` names it.
+            UserError: `text` is not a report, or is damaged; the message says `where`.
         """
-        with contextlib.suppress(ValueError, RecursionError):  # of which parse says more
+        with contextlib.suppress(ValueError, RecursionError):  # strict_json.parse has the better message
             text = json.dumps(json.loads(text, object_hook=_finite_scores))
         where = f"{where} is not a result of jobs/evaluate.py"
         found = strict_json.parse(_Saved, text, where, extra="ignore")
@@ -149,7 +149,7 @@ def nearest_pictures(report: Report, out: str) -> Iterator[tuple[str, Checkpoint
     folder, slash, name = out.rpartition("/")
     stem = f"{folder}{slash}{PurePosixPath(name).stem}-nearest"
     words = [f"{result.run}-{result.images_seen}-{drawn.name}" for result, drawn in found]
-    if len(set(words)) < len(found):  # runs of one name in two places
+    if len(set(words)) < len(found):  # two runs with the same name
         words = [f"{word}-{v.weights_sha256[:8]}" for word, (v, _) in zip(words, found, strict=True)]
     for word, pair in zip(words, found, strict=True):
         suffix = "-" + re.sub(r"[^\w.-]+", "-", word) if len(found) > 1 else ""
@@ -160,8 +160,8 @@ def metrics(result: CheckpointResult) -> dict[str, float]:
     """Points of curves over images seen: eval/bits_per_dim, eval/KID-lite0, ...
 
     MLflow groups metrics by the first part of their name: errors are eval_error/KID-lite0, ..., values of real images
-    against real ones eval_floor/KID-lite0, ..., intervals eval_low/..., eval_high/.... Another way of sampling than
-    the run's own is part of the name: eval/dpmpp_2m-20/KID-lite0. So is another variance than the default:
+    against real ones eval_floor/KID-lite0, ..., intervals eval_low/..., eval_high/.... A way of sampling other than the
+    run's own is part of the name: eval/dpmpp_2m-20/KID-lite0. So is a variance other than the default:
     eval/bits_per_dim-beta_tilde.
     """
     bits_per_dim = "bits_per_dim" if result.variance_is_default else f"bits_per_dim-{result.variance}"

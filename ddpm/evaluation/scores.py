@@ -1,6 +1,6 @@
 """Scores from features: each named by its feature net, with n, uncertainty, and floor.
 
-The floor is the same metric of as many other real images against the same real images: the score of a perfect model.
+The floor is the same metric of equally many other real images against the same real images: a perfect model's score.
 "FID" alone means Inception's; with other nets it carries their name, "FID-lite0".
 
 Axes: N generated images, M real images, F features.
@@ -29,7 +29,7 @@ GROUPS = 10
 MAX_PAIRWISE = 10_000
 """KID and the manifold's metrics compare pairs of images, of this many images at most."""
 MAX_FID_FEATURES = 128
-"""More features are projected (except Inception's), since FID would depend on n more than on the images."""
+"""More features than this are projected (except Inception's), since FID would depend on n more than on the images."""
 LEAST_IMAGES = 2 * GROUPS
 
 
@@ -67,7 +67,7 @@ def score(
         generated: features of generated images.
         real: features of held-out images.
         other_real: features of other real images, for the floor; the first N of them are used.
-        label: [N], the requested classes; None: there are none.
+        label: [N], the requested classes; None: no classes.
 
     Raises:
         UserError: there are too few images on one side.
@@ -145,8 +145,8 @@ def _share_error(share: float, n: int) -> float:
 def _groups(n: int, label: NDArray[np.int64] | None = None) -> list[NDArray[np.int64]]:
     """The rows of each group, from one fixed permutation, stratified by class.
 
-    Real images have no `label` here: their number per class is random, as in redrawn ones, and belongs to the error. A
-    conditional net makes a given number per class.
+    Real images have no `label` here: their number per class is random, as in redrawn ones, and part of the error. A
+    conditional net makes a fixed number per class.
     """
     order = np.random.RandomState(0).permutation(n)  # RandomState, since numpy has frozen its streams
     if label is not None:

@@ -29,7 +29,7 @@ TERMS = ("bits/dim-prior", "bits/dim-kl", "bits/dim-decoder")
 
 
 def tables(report: Report, width: int) -> Group:
-    """A list of scores for one checkpoint and one way of sampling; else a line for each, with real images last.
+    """A list of scores for one checkpoint and one way of sampling; else one line for each, real images last.
 
     Args:
         width: width of the terminal; if the columns do not fit, there are several tables.

@@ -1,1 +1,1 @@
-"""Nets for others: diffusers, torch.export, MLflow's registry, serving; and the checkpoint that a name means."""
+"""Export of nets (diffusers, torch.export), MLflow's registry, serving, and resolution of names to checkpoints."""

@@ -1,4 +1,4 @@
-"""Configs of nets and schedules as diffusers' UNet2DModel and DDPMScheduler have them, there and back.
+"""Conversion of net and schedule configs to and from diffusers' UNet2DModel and DDPMScheduler.
 
 A setting that the other side cannot express is refused. Names: diffusers 0.35 to 0.42.
 """
@@ -14,7 +14,7 @@ from ddpm.models.layers import EMBEDDED_TIMESTEPS, NORM_EPS
 from ddpm.utils.errors import UserError
 
 PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
-"""Ours -> diffusers'; their v has the sign of ours."""
+"""Ours -> diffusers'; v has the same sign in both."""
 VARIANCES = {"beta_tilde": "fixed_small", "beta": "fixed_large", "learned": "learned_range"}
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 # Settings of a scheduler that concern only samplers that are not exported.
@@ -25,7 +25,7 @@ def unet_of(config: Config) -> UNetConfig:
     """The U-Net's config.
 
     Raises:
-        UserError: the net is another one.
+        UserError: the net is not a U-Net.
     """
     if not isinstance(config.model, UNetConfig):
         raise UserError(
@@ -36,7 +36,7 @@ def unet_of(config: Config) -> UNetConfig:
 
 
 def unet_config(config: Config) -> dict[str, Any]:
-    """The arguments, all of them, with which UNet2DModel computes what our net computes.
+    """All arguments with which UNet2DModel computes what our net computes.
 
     Raises:
         AssertionError: a net with labels.
@@ -102,12 +102,12 @@ def scheduler_config(config: Config) -> dict[str, Any]:
         "clip_sample_range": 1.0,
         "thresholding": False,
         "rescale_betas_zero_snr": False,
-        "timestep_spacing": "linspace",  # of fewer steps than T: both ends matter, as in our timesteps.uniform
+        "timestep_spacing": "linspace",  # with fewer than T steps both ends matter, as in timesteps.uniform
     }
 
 
 def config_of(unet: Mapping[str, Any], scheduler: Mapping[str, Any], where: str) -> Config:
-    """Our config for theirs. It is exported again and compared, so that nothing is overlooked.
+    """Our config for diffusers' configs. It is exported again and compared, so that no setting is lost.
 
     Raises:
         UserError: the two differ.
@@ -145,7 +145,7 @@ def config_of(unet: Mapping[str, Any], scheduler: Mapping[str, Any], where: str)
         variance="learned" if variance == "learned" else "fixed",
     )
     config = Config(schedule=schedule, objective=objective, model=model, sample=sample)
-    config = from_json(to_json(config), where)  # which checks every type
+    config = from_json(to_json(config), where)  # checks every type
     _check_same(f"{where}/unet", unet, unet_config(config))
     expected = scheduler_config(config)
     _check_same(f"{where}/scheduler", scheduler, expected | {"trained_betas": expected.get("trained_betas")})

@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
 
 def diffusers_names(config: UNetConfig) -> dict[str, tuple[str, ...]]:
-    """Each weight of a time-conditional `UNet`, and the weights of UNet2DModel that it consists of.
+    """Map each weight of a time-conditional `UNet` to the weights of UNet2DModel that it consists of.
 
-    Mostly one. Where our net does several products in one (q, k, v; the shifts of all blocks), its weight is theirs
-    concatenated along the first axis, in this order. Every weight of either net appears exactly once.
+    Usually one. Where our net merges several products into one (q, k, v; the shifts of all blocks), its weight is the
+    concatenation of theirs along the first axis, in this order. Every weight of either net appears exactly once.
     """
     modules: dict[str, list[str]] = {"conv_in": ["conv_in"]}
     shifts: list[str] = []

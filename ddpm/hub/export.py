@@ -1,19 +1,19 @@
-"""Export and import of nets: a diffusers pipeline folder, there and back, and a torch.export program.
+"""Export of nets to a diffusers pipeline folder or a torch.export program, and import of such a folder.
 
     DIR/model_index.json  unet/  scheduler/     diffusers: DDPMPipeline.from_pretrained(DIR) draws the same images
     DIR/net.pt2  config.json                    torch.export.load("DIR/net.pt2").module()(x_t, t)
 
 What diffusers cannot express directly is translated or refused; nothing is left out silently:
 
-- a T other than 1000, to which we rescale t and diffusers does not: a "learned" embedding of t, whose table holds our
+- a T other than 1000 (we rescale t to 1000, diffusers does not): a "learned" embedding of t, whose table holds our
   sinusoids at the rescaled t;
-- a schedule that it does not know: "trained_betas";
-- labels, which DDPMPipeline does not take: one is chosen, and its embedding becomes part of a bias.
+- a schedule that diffusers does not have: "trained_betas";
+- labels, which DDPMPipeline does not take: one is chosen, and its embedding is added to a bias.
 
-A learned variance is "learned_range" there.
+A learned variance is "learned_range" in diffusers.
 
-Sampling is that of our `ancestral`, with all T steps; guidance, dynamic thresholds, and the samplers of few steps are
-not exported.
+The pipeline samples as our `ancestral` does, with all T steps; guidance, dynamic thresholds, and the samplers of few
+steps are not exported.
 
 Papers: Ho et al. 2020 (arXiv:2006.11239). Names: diffusers 0.35 to 0.42.
 
@@ -93,7 +93,7 @@ def to_pt2(net: nn.Module, config: Config, out: Path) -> None:
     # Row-major: for channels-last weights torch.export.save warns that they may be parts of others (2.13).
     plain.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     batch = torch.export.Dim("batch", min=1)
-    side, count = config.model.image_size, 2  # 1 would be taken for a constant
+    side, count = config.model.image_size, 2  # torch.export would take 1 for a constant
     t = torch.zeros(count, dtype=torch.int64) if PROCESSES[config.objective.process].uses_time else None
     arguments = [torch.zeros(count, config.model.channels, side, side), t]
     if config.model.num_classes:
@@ -166,7 +166,7 @@ def _read_pipeline(folder: Path) -> tuple[Config, dict[str, Tensor]]:
             folder / "unet",
             use_safetensors=True,
             local_files_only=True,
-            low_cpu_mem_usage=False,  # else it warns that accelerate is not there
+            low_cpu_mem_usage=False,  # else it warns that accelerate is missing
             output_loading_info=True,
         )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, ArithmeticError) as error:
@@ -186,7 +186,7 @@ def _said(kind: Any, folder: Path) -> dict[str, Any]:
 
 
 def _check_size(config: Config, folder: Path) -> None:
-    """Raise UserError if the net has more weights than the files in `folder` have bytes, and may fit in no memory."""
+    """Raise UserError if the net has more weights than the files in `folder` have bytes: it may fit in no memory."""
     net = checkpoint.net_without_memory(config, f"{folder} cannot be read as a DDPMPipeline")
     described = sum(weight.numel() for weight in net.state_dict().values())
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -218,7 +218,7 @@ def _without_labels(
 def to_their_names(
     weights: Mapping[str, Tensor], config: Config, like: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Our weights as those of `like`, the weights of a UNet2DModel."""
+    """Our weights under the names of `like`, the weights of a UNet2DModel."""
     theirs: dict[str, Tensor] = {}
     for ours, names in diffusers_names(unet_of(config)).items():
         parts = weights[ours].split([len(like[name]) for name in names])

@@ -67,7 +67,7 @@ def download(uri: str, folder: Path) -> Path:
     """The checkpoint in the registered model `uri`, models:/NAME@ALIAS or models:/NAME/VERSION, downloaded to `folder`.
 
     Raises:
-        UserError: there is none, or MLflow does not answer.
+        UserError: there is no such model, or MLflow does not answer.
     """
     with _mlflow():
         from mlflow.artifacts import download_artifacts

@@ -1,4 +1,4 @@
-"""From a name to a checkpoint: a checkpoint's folder, a run's folder, or a model in MLflow's registry."""
+"""Resolution of a name to a checkpoint: a checkpoint's folder, a run's folder, or a model in MLflow's registry."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ def checkpoints_of(uri: str) -> list[str]:
     """`uri` itself, if it is a checkpoint or a registered model; else the checkpoints of the run, oldest first.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no checkpoint.
     """
     return [uri] if uri.startswith(registry.SCHEME) else [location.uri for location in _found(uri)]
 
@@ -35,7 +35,7 @@ def local_checkpoint(uri: str) -> Iterator[Path]:
     A checkpoint in a bucket or in MLflow's registry (models:/NAME@ALIAS) is downloaded for the duration of the context.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no checkpoint.
     """
     if uri.startswith(registry.SCHEME):
         with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
@@ -60,20 +60,19 @@ def as_folder(location: Location, timeout_s: float = 0.0) -> Iterator[Path]:
             (local / name).write_bytes(data)
 
         names = retry_io(location.files, where=location.uri, timeout_s=timeout_s)
-        with ThreadPoolExecutor(len(checkpoint.FILES)) as pool:  # at once: a request may take seconds
+        with ThreadPoolExecutor(len(checkpoint.FILES)) as pool:  # in parallel: a request may take seconds
             list(pool.map(fetch, names))
         yield local
 
 
 def keep_x_0_error(uri: str, weights_sha256: str, x_0_error: Tensor) -> None:
-    """Store errors measured with the averaged weights of the checkpoint at `uri` in its folder, if it can be
-    written."""
+    """Store the errors of the averaged weights of the checkpoint at `uri` in its folder, if that is writable."""
     if uri.startswith(registry.SCHEME):
         return
     place, errors = locations.resolve(uri), x_0_error.tolist()
     card = {"format": X_0_ERROR_FORMAT, "weights_sha256": weights_sha256, "x_0_error": errors}
     with contextlib.suppress(OSError):
-        if place.child(checkpoint.CHECKSUMS).exists():  # a run that goes on deletes its old checkpoints
+        if place.child(checkpoint.CHECKSUMS).exists():  # a run that still trains deletes old checkpoints
             place.child(X_0_ERROR).write((json.dumps(card) + "\n").encode())
 
 

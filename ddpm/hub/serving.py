@@ -1,13 +1,13 @@
 """The code of a model in MLflow's registry: images over HTTP.
 
-MLflow keeps a copy of this file in the model and runs it to load the model (`mlflow models serve`), so nothing need be
-pickled. It acts at import for that reason, and no other module imports it.
+MLflow keeps a copy of this file in the model and runs it to load the model (`mlflow models serve`), so no pickle is
+needed. For that reason the file has side effects at import, and no other module imports it.
 
     POST /invocations {"inputs": [{"num_images": 2, "seed": 7}]}
     {"predictions": [{"index": 0, "png": "iVBORw0K..."}, {"index": 1, "png": ...}]}
 
-png is base64. Image i is that of jobs/sample.py with that seed and the checkpoint's own settings. A call may ask for up
-to 4,096 images in all its requests.
+png is base64. Image i equals that of jobs/sample.py with that seed and the checkpoint's own settings. A call may
+request up to 4,096 images in total.
 """
 
 import base64
@@ -62,7 +62,7 @@ class Generator(PythonModel):
         self.net, self.config = checkpoint.load_net(Path(context.artifacts["checkpoint"]), device)
         self.objective, self.device = build_objective(self.config), device
 
-    def predict(self, model_input: list[Request]) -> list[Picture]:  # type: ignore[override]  # as MLflow's pages say
+    def predict(self, model_input: list[Request]) -> list[Picture]:  # type: ignore[override]  # as MLflow documents
         total = sum(request.num_images for request in model_input)
         if total > MAX_IMAGES:
             raise ValueError(f"the requests ask for {total} images together; the limit is {MAX_IMAGES}")

@@ -1,1 +1,1 @@
-"""The networks, and their averaged weights. torch and nothing else."""
+"""The networks, and their averaged weights. Imports only torch."""

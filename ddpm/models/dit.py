@@ -2,8 +2,8 @@
 
 Peebles and Xie 2022 (arXiv:2212.09748): the image is cut into patches, each patch becomes a token, and Transformer
 blocks attend among all tokens. t and label reach a block through its layer normalisations (adaLN-Zero): from their
-embedding it computes a shift, a scale and a gate for both of its branches. What computes them is zero at the start, so
-that every block is then the identity, and the output is 0.
+embedding it computes a shift, a scale and a gate for both of its branches. The layers that compute them start at zero,
+so that every block is then the identity, and the output is 0.
 
 Axes: B batch, C channels, H W pixels, p side of a patch, N = H W / p^2 tokens, E width of a token.
 """
@@ -41,17 +41,17 @@ def build(
     num_timesteps: int = EMBEDDED_TIMESTEPS,
     out_channels: int | None = None,
 ) -> DiT:
-    """The net of a config, with fresh weights drawn from torch's global generator; arguments as of `unet.build`.
+    """The net of a config, with fresh weights drawn from torch's global generator; arguments as in `unet.build`.
 
     Raises:
-        ValueError: sizes out of range, or that do not fit together; it names the parameter.
+        ValueError: sizes are out of range or do not fit together; the message names the parameter.
     """
     _check(config, num_timesteps)
     return DiT(config, time_conditional, autocast_dtype, num_timesteps, out_channels or config.channels)
 
 
 class DiT(nn.Module):
-    """The whole net; `build` makes one from sizes it has checked."""
+    """The whole net; `build` checks the sizes and makes one."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class DiT(nn.Module):
         self.patch_size = config.patch_size
         width, pixels = config.width, config.patch_size**2
         self.embed = nn.Linear(pixels * config.channels, width)
-        # Only what is conditioned on has weights: DDP would wait for the gradient of an unused one.
+        # A condition that is not used has no weights: DDP would wait for their gradients.
         if time_conditional:
             self.time_mlp = nn.Sequential(
                 nn.Linear(SINUSOID_WIDTH, width), nn.SiLU(), nn.Linear(width, width)
@@ -84,7 +84,7 @@ class DiT(nn.Module):
         zero(self.project)
 
     def forward(self, x_t: Tensor, t: Tensor | None, label: Tensor | None = None) -> Tensor:
-        """The net's prediction for each image; arguments, result and errors as of `UNet.forward`."""
+        """The net's prediction for each image; arguments, result and errors as in `UNet.forward`."""
         label = check_conditions(self, x_t, t, label)
         rows, columns = (side // self.patch_size for side in x_t.shape[2:])
         with torch.autocast(x_t.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
@@ -149,14 +149,14 @@ def positions(rows: int, columns: int, width: int, device: torch.device) -> Tens
 
 
 def _modulated(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer normalisation of each token [B, N, E], whose shift and scale [B, 1, E] are given."""
+    """Layer normalisation of each token [B, N, E], with given shift and scale [B, 1, E]."""
     return F.layer_norm(tokens, tokens.shape[2:], eps=NORM_EPS) * (1 + scale) + shift
 
 
 def _init(module: nn.Module) -> None:
     """Initialise as the authors do: Xavier for products, small numbers for labels, zero for a block's modulation.
 
-    `Module.apply` comes to a block after the layers in it.
+    `Module.apply` visits a block after the layers in it.
     """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
@@ -168,7 +168,7 @@ def _init(module: nn.Module) -> None:
 
 
 def _check(config: DiTConfig, num_timesteps: int) -> None:
-    """Raise ValueError for sizes that make no net, with what was got and what would be right."""
+    """Raise ValueError for sizes that make no net; the message says the value and what would be right."""
     c, large = config, f"at least 1, and at most {MAX_SIZE}"
     classes = f"0 (unconditional) or the number of classes, at most {MAX_SIZE}"
     for name, right, true in (

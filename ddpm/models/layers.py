@@ -3,8 +3,8 @@
 They are those of Ho et al. 2020 (arXiv:2006.11239), Appendix B.
 
 Every image tensor is channels-last in memory: attention then reads an image as a sequence of pixels, and
-writes it back, without a copy. Two of torch's kernels for CPUs are slow on that (torch 2.13), and are done here
-in a few large products and sums instead: group normalisation, and attention to few pixels.
+writes it back, without a copy. Two of torch's CPU kernels are slow on that layout (torch 2.13): group
+normalisation, and attention to few pixels. Here a few large products and sums replace them.
 
 Axes: B batch, C channels, H W pixels, N = H * W pixels as a sequence, G groups, D width of an attention head.
 """
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 NORM_EPS = 1e-6
 EMBEDDED_TIMESTEPS = 1000
-"""The T that the sinusoids are made for; every other T is stretched onto it."""
+"""The T that the sinusoids are made for; every other T is rescaled to it."""
 MAX_BLOCKS = 64
-"""Largest number of blocks per resolution. A config from outside with more would take forever to build."""
+"""Largest number of blocks per resolution. An untrusted config with more would take forever to build."""
 MAX_SIZE = 1 << 20
-"""Largest side, width, and number of classes. No memory holds a net of more, and torch cannot count its weights."""
+"""Largest side, width, and number of classes. A larger net fits in no memory, and torch cannot count its weights."""
 FEW_PIXELS = 1024
 """Largest N for which attention on a CPU holds all N x N weights in memory."""
 
@@ -80,8 +80,8 @@ class SelfAttention(nn.Module):
 class GroupNorm(nn.GroupNorm):
     """Group normalisation: [B, C, H, W] -> the same.
 
-    On a CPU in float32, as under autocast elsewhere: torch's own if the net is compiled, which can fuse it, else
-    `_Normalise`.
+    On a CPU it runs in float32, as under autocast elsewhere: torch's own if the net is compiled, since the compiler can
+    fuse it, else `_Normalise`.
 
     Source: Wu and He 2018, arXiv:1803.08494.
     """
@@ -171,11 +171,11 @@ class Upsample(nn.Module):
 
 
 def sinusoids(t: Tensor, width: int) -> Tensor:
-    """t on clocks of `width` / 2 speeds, from 1 down to 1/10000 radian a step: [B] -> float32 [B, width].
+    """Sinusoids of t at `width` / 2 frequencies, from 1 down to 1/10000 radian a step: [B] -> float32 [B, width].
 
     First all sines, then all cosines.
 
-    Source: Vaswani et al. 2017, Section 3.5; the speeds and the order are those of Ho et al.'s code.
+    Source: Vaswani et al. 2017, Section 3.5; the frequencies and the order are those of Ho et al.'s code.
     """
     half = width // 2
     exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - 1)

@@ -3,7 +3,7 @@
 The network of Ho et al. 2020 (arXiv:2006.11239), Appendix B: residual blocks with group normalisation at
 every resolution, self-attention at some, and the Transformer's sinusoidal embedding of t (Vaswani et al.
 2017, arXiv:1706.03762) added inside each residual block. A label is embedded and added to the embedding of t;
-one row more is the null label of classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598). Given the
+an extra row is the null label of classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598). With the
 weights of google/ddpm-cifar10-32 it computes what diffusers' UNet2DModel computes.
 
 Axes: B batch, C channels, H W pixels, E width of the embedding of t and label.
@@ -90,7 +90,7 @@ class UNet(nn.Module):
         width = widths[0]
         self.conv_in = nn.Conv2d(config.channels, width, 3, padding=1)
 
-        # Down: the outputs of conv_in and of every layer are kept for the way up.
+        # Down: the outputs of conv_in and of every layer are kept for the up path.
         self.down = nn.ModuleList()
         kept = [width]
         for level_width, size in zip(widths, sizes, strict=True):
@@ -106,7 +106,7 @@ class UNet(nn.Module):
             [block(width, width, attention) for attention in (config.middle_attention, False)]
         )
 
-        # Up: each block takes in one kept output, so a resolution has one block more than going down.
+        # Up: each block takes one kept output, so a resolution has one block more than on the down path.
         self.up = nn.ModuleList()
         for level_width, size in zip(reversed(widths), reversed(sizes), strict=True):
             for _ in range(config.blocks_per_resolution + 1):
@@ -118,7 +118,7 @@ class UNet(nn.Module):
         self.norm_out = GroupNorm(config.norm_groups, width)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
 
-        # Only what is conditioned on has weights: DDP would wait for the gradient of an unused one.
+        # A condition that is not used has no weights: DDP would wait for their gradients.
         self.sinusoid_width, embedding_width = widths[0], 4 * widths[0]
         if time_conditional:
             self.time_mlp = nn.Sequential(
@@ -175,7 +175,7 @@ class UNet(nn.Module):
             conditions.append(self.label_embedding(label))  # [B, E]
         if not conditions:
             return itertools.repeat(None)
-        # One product for all blocks is faster than one a block.
+        # One product for all blocks is faster than one per block.
         shifts: Tensor = self.shifts(F.silu(torch.stack(conditions).sum(dim=0)))
         return iter(shifts[:, :, None, None].split(self.shift_widths, dim=1))
 

@@ -1,1 +1,1 @@
-"""From net and seeds to images, on one process or many, and the files they are written to."""
+"""Sampling of images on one process or many, and the files they are written to."""

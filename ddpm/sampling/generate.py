@@ -1,7 +1,7 @@
-"""From a net and its config to images: seeds, labels, guidance and sampler together.
+"""Sampling with a net and its config: seeds, labels, guidance and sampler together.
 
-Training (its grids), jobs/sample.py and the registry's server sample alike: image i is a function of the seed and i
-alone.
+Training (for its grids), jobs/sample.py and the registry's server sample the same way: image i is a function of the
+seed and i only.
 
 Axes: N images, C channels, H W.
 """
@@ -140,7 +140,7 @@ def trajectory(
     picked = [round(i * (len(frames) - 1) / (TRAJECTORY_COLUMNS - 1)) for i in range(TRAJECTORY_COLUMNS)]
     rows = torch.stack([frames[i] for i in picked], dim=1).numpy()
     moving = [images.grid(frames[i].numpy()) for i in range(0, len(frames), max(1, len(frames) // 50))]
-    moving += [images.grid(frames[-1].numpy())] * 10  # rest on the result
+    moving += [images.grid(frames[-1].numpy())] * 10  # hold the result for 10 frames
     captions = ["noise", *[f"step {i}" for i in picked[1:]]]
     return images.strip(list(rows), captions), images.gif_bytes(moving, ms=80)
 

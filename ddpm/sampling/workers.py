@@ -1,8 +1,8 @@
-"""Many images from a net: a worker pool samples them, a writer stores them, and existing images are not sampled again.
+"""Sampling of many images: a worker pool samples them, a writer stores them, existing images are skipped.
 
 Images are sampled in pieces, [k batch_size, (k + 1) batch_size) cut off at the last image. Pieces do not depend on the
-workers, their number, or the images that exist. Image i is a function of the seed and i to a grey level in any batch
-(tests/sampling/test_generate.py); in the same piece, on one kind of CPU, to the last bit.
+workers, their number, or the images that exist. Image i is a function of the seed and i: within a grey level in any
+batch (tests/sampling/test_generate.py), bit for bit in the same piece on one kind of CPU.
 """
 
 import hashlib
@@ -55,7 +55,7 @@ class SampleJob:
     weights: dict[str, Tensor]
     """The net's weights, on the CPU."""
     config: Config
-    """The config of training, with the settings of sampling in its `sample`."""
+    """The config of training, with the sampling settings in `sample`."""
     label: int | None = None
     """The class of all images; None: image i has class i mod num_classes."""
     known: Known | None = None
@@ -152,7 +152,7 @@ def draw(
     with_trajectory: bool = False,
     show: Callable[[int, str], None] = lambda done, detail: None,
 ) -> None:
-    """Sample the missing ones of images 0..num_images-1 at `out`.
+    """Sample those of images 0..num_images-1 that are missing at `out`.
 
     Args:
         form: PNGs, or shards that a run can be trained on.
@@ -170,7 +170,7 @@ def draw(
         if count is not None and count < 1:
             raise UserError(f"{name} is {count}; it must be at least 1")
     model = job.config.model
-    with suppress(OSError):  # writing there gives a better message
+    with suppress(OSError):  # a write error has a better message
         writers.check_room(out, num_images, form, (model.image_size, model.image_size, model.channels))
     with WorkerPool(partial(SampleWorker, job), num_workers) as pool:
         size = batch_size or (BATCH_SIZE_GPU if pool.has_gpus else BATCH_SIZE_CPU)

@@ -1,4 +1,4 @@
-"""Writers of generated images to a folder or bucket, which know the missing images.
+"""Writers of generated images to a folder or bucket; they know which images are missing.
 
     request.json    everything that determines the images, written first; another request is refused
     images/000000.png ...                   PngWriter
@@ -44,10 +44,10 @@ SPLIT = "train"
 IMAGES_PER_SHARD = 512
 """Approximate, since a shard holds whole pieces. An incomplete shard is lost with its process."""
 TAKEN = (IMAGES, SPLIT, GRID, MANIFEST, prepare.NOTES)
-"""Names that, without a request.json, belong to something else."""
+"""Names that make a folder without a request.json unusable: its images are unknown."""
 NAME = re.compile(r"[0-9]{6}\.png|[1-9][0-9]{6,}\.png")
 COMPRESSION = 4
-"""Assumed compression: images need a quarter of the bytes of their pixels, and a PNG at least one block of its disk."""
+"""Assumed compression: images need a quarter of the bytes of their pixels, and a PNG at least one disk block."""
 GB = 10**9
 
 
@@ -148,7 +148,7 @@ class ShardWriter:
     """Shards and, last, their manifest: a data set with the one split "train".
 
     Args:
-        location: where the request is written already.
+        location: already holds the request.
         num_images: N; part of the request, since a data set cannot grow.
         batch_size: images per piece.
         shape: (H, W, C).
