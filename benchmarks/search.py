@@ -123,10 +123,10 @@ def beaten(arguments: Arguments, place: locations.Location, events: EventLog) ->
     held_out = train.held_out()
     assert held_out is not None, "the search had one"
     evaluator = Evaluator(train, held_out, settings["num_images"], seed=settings["seed"])
-    judged = [evaluator.judge(resolve.checkpoints_of(uri)[-1]) for uri in uris]
-    mean, error = difference(*(np.array(j.bits) for j in judged))
+    evaluated = [evaluator.evaluate(resolve.checkpoints_of(uri)[-1]) for uri in uris]
+    mean, error = difference(*(np.array(j.bits) for j in evaluated))
     names = ("best of the search", f"the preset {arguments.preset}")
-    rows = [[name, j.rung(0.0).shown] for name, j in zip(names, judged, strict=True)]
+    rows = [[name, j.rung(0.0).shown] for name, j in zip(names, evaluated, strict=True)]
     surely = mean + 2 * error < 0
     beaten = "is beaten by more than two standard errors" if surely else "was not beaten"
     return [

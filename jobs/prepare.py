@@ -38,8 +38,8 @@ def main() -> None:
     source, location = arguments.source, resolve(arguments.uri)
     manifest = prepare.find(source, location)
     print(f"data set    {printable(location.uri)}{' exists already' if manifest else ''}")
-    if passed_over := getattr(source, "passed_over", ""):
-        print(f"skipped     {passed_over}")
+    if skipped := getattr(source, "skipped", ""):
+        print(f"skipped     {skipped}")
     if manifest is None:
         parallel = prepare.is_large(source) if arguments.parallel is None else arguments.parallel
         if parallel:

@@ -30,7 +30,7 @@ def _is_all_there(state: tenacity.RetryCallState) -> bool:
     return "RAY_ADDRESS" not in os.environ or (state.seconds_since_start or 0.0) >= JOINING_S
 
 
-def _tell_once(state: tenacity.RetryCallState) -> None:
+def _log_once(state: tenacity.RetryCallState) -> None:
     if state.attempt_number == 1 and state.outcome:
         error = state.outcome.exception()
         print(f"waiting     {JOINING_S:.0f} s for nodes that may be joining: {error}", flush=True)
@@ -40,7 +40,7 @@ _once_joined = tenacity.retry(
     retry=tenacity.retry_if_exception_type(TooSmall),
     stop=_is_all_there,
     wait=tenacity.wait_fixed(0.5),
-    before_sleep=_tell_once,
+    before_sleep=_log_once,
     reraise=True,
 )
 
@@ -125,12 +125,12 @@ def shared(config: Config, num_runs: int) -> Config:
     if num_runs < 1:
         raise UserError(f"--max-concurrent is {num_runs}; it must be at least 1")
     have, workers = ray_init.resources(), config.cluster.world_sizes()[-1]
-    everybody = num_runs * workers
+    total_workers = num_runs * workers
     room = have.get("CPU", 0.0) - 1 - DRIVER_CPUS * num_runs
     share = config.cluster.cpus_per_worker
     if share is None:
-        share = max(min(1.0, int(100 * room / everybody) / 100), 0.01)
-    if everybody * share > room:
+        share = max(min(1.0, int(100 * room / total_workers) / 100), 0.01)
+    if total_workers * share > room:
         raise TooSmall(
             f"{num_runs} trials at a time of {workers} workers of {share:g} CPUs leave none of the cluster's "
             f"{have.get('CPU', 0.0):g} CPUs to the tasks that read data; use a smaller --max-concurrent or "
@@ -138,10 +138,10 @@ def shared(config: Config, num_runs: int) -> Config:
         )
     who = f"{num_runs} trials at a time of {workers} workers"
     remedy = "use a smaller --max-concurrent or --cluster.gpus-per-worker"
-    gpu = _on_gpus(config, everybody, have.get("GPU", 0.0), who, remedy)
+    gpu = _on_gpus(config, total_workers, have.get("GPU", 0.0), who, remedy)
     threads = config.cluster.threads_per_worker
     if threads is None and sum(node["Alive"] for node in ray.nodes()) == 1:
-        threads = max(1, len(os.sched_getaffinity(0)) // everybody)
+        threads = max(1, len(os.sched_getaffinity(0)) // total_workers)
     cluster = replace(config.cluster, cpus_per_worker=share, gpu=gpu, threads_per_worker=threads)
     return replace(config, cluster=cluster)
 

@@ -75,6 +75,6 @@ def _pictures(config: Config) -> tuple[str, Source]:
     kind = f"{net.image_size}x{net.image_size} {'grey' if net.channels == 1 else 'colour'}"
     what = f"{printable(str(folder))}, as {kind}"
     print(f"images      {what} (--model.image-size, --model.channels)", flush=True)
-    if source.passed_over:
-        print(f"skipped     {source.passed_over}", flush=True)
+    if source.skipped:
+        print(f"skipped     {source.skipped}", flush=True)
     return re.sub(r"[^\w.-]+", "-", folder.resolve().name) or "pictures", source

@@ -60,9 +60,9 @@ class HuggingFace(Square):
         largest = max((label for label in labels if label is not None), default=0)
         numbers = tuple(map(str, range(min(largest + 1, MAX_CLASSES))))
         names = _names_in(pq.read_schema(self._all_files[0]), self._label) or numbers
-        if strange := labels - set(range(len(names))):
+        if unknown := labels - set(range(len(names))):
             raise UserError(
-                f"{self.path}: column {self._label!r} holds the label {strange.pop()}, which is not in "
+                f"{self.path}: column {self._label!r} holds the label {unknown.pop()}, which is not in "
                 f"0..{len(names) - 1}; choose another column with --label-column, or None for no labels"
             )
         return names
@@ -72,7 +72,7 @@ class HuggingFace(Square):
         return {split: len(rows) for split, (_, rows) in self._rows.items()}
 
     @property
-    def passed_over(self) -> str:
+    def skipped(self) -> str:
         """Files beside the Parquet files that are not read: counts by kind, and the first names."""
         return self._listing.describe(self._top)
 

@@ -61,7 +61,7 @@ class Folder(Square):
         if not self.path.is_dir():
             raise UserError(f"{self.path} is not a folder; --path names the folder of the images")
         if not all(self._files.values()):
-            also = f"; skipped: {self.passed_over}" if self.passed_over else ""
+            also = f"; skipped: {self.skipped}" if self.skipped else ""
             raise UserError(
                 f"{self.path} holds no images ({' '.join(sorted(PICTURES))}), or one of its splits holds none{also}"
             )
@@ -83,12 +83,12 @@ class Folder(Square):
         return {split: len(rows) for split, (_, rows) in self._rows.items()}
 
     @property
-    def passed_over(self) -> str:
+    def skipped(self) -> str:
         """Files beside the images that are not read: counts by kind, and the first names."""
-        found = [entry for listing in self._listings.values() for entry in listing.passed_over]
+        found = [entry for listing in self._listings.values() for entry in listing.skipped]
         tops = self._folders.values()
         if self.path not in tops:
-            beside = list_files(self.path, (), recursive=False).passed_over
+            beside = list_files(self.path, (), recursive=False).skipped
             found += [(kind, path) for kind, path in beside if path not in tops]
         return Listing([], found).describe(self.path)
 
@@ -158,13 +158,13 @@ class Listing:
 
     files: list[Path]
     """Files with the requested suffixes."""
-    passed_over: list[tuple[str, Path]]
+    skipped: list[tuple[str, Path]]
     """All other entries except folders: kind (".gif", "FIFO") and path."""
 
     def describe(self, top: Path) -> str:
         """Counts of skipped entries by kind, with the first names: "2 .gif (a.gif, b.gif), 1 FIFO (c.png)"."""
         kinds: dict[str, list[str]] = {}
-        for kind, path in self.passed_over:
+        for kind, path in self.skipped:
             kinds.setdefault(kind, []).append(path.relative_to(top).as_posix())
         shown = (f"{len(names):,} {kind} ({_first(sorted(names))})" for kind, names in sorted(kinds.items()))
         return ", ".join(map(printable, shown))
@@ -183,13 +183,13 @@ def list_files(top: Path, suffixes: Collection[str], recursive: bool = True) -> 
 
     for folder, subfolders, names in os.walk(top, onerror=refuse):
         linked = [name for name in subfolders if os.path.islink(os.path.join(folder, name))]
-        listing.passed_over.extend(("link to a folder", Path(folder, name)) for name in linked)
+        listing.skipped.extend(("link to a folder", Path(folder, name)) for name in linked)
         for path in (Path(folder, name) for name in names):
             kind = _kind_of(path)
             if kind in suffixes:
                 listing.files.append(path)
             else:
-                listing.passed_over.append((kind, path))
+                listing.skipped.append((kind, path))
         if not recursive:
             break
     return listing

@@ -16,9 +16,9 @@ from ddpm.evaluation.ranking import Rank, ranks
 from ddpm.evaluation.report import CheckpointResult, Drawn, Report
 from ddpm.evaluation.scores import Score
 
-OF_THE_RUN = ("run.name", "run.storage")
+RUN_KEYS = ("run.name", "run.storage")
 """Settings that only name or locate a run."""
-NOT_OF_SCORES = ("num_train_images",)
+NO_EFFECT_ON_SCORES = ("num_train_images",)
 """Settings of an evaluation that do not affect the ranked scores."""
 RANKED = ("bits/dim", "KID", "FID")
 """Metrics that are ranked; lower is better."""
@@ -77,7 +77,7 @@ def differences(runs: Sequence[ComparedRun]) -> dict[str, list[str | None]]:
     return {
         key: [run.settings.get(key) for run in runs]
         for key in keys
-        if key not in OF_THE_RUN and len({settings.get(key) for settings in known}) > 1
+        if key not in RUN_KEYS and len({settings.get(key) for settings in known}) > 1
     }
 
 
@@ -180,7 +180,7 @@ def nearest(result: Mapping[int, Result]) -> tuple[int, Drawn, NearerShare] | No
 
 def _how(report: Report, result: CheckpointResult) -> str:
     """Everything that the ranked scores depend on, except the checkpoint."""
-    settings: dict[str, Any] = {k: v for k, v in report.settings.items() if k not in NOT_OF_SCORES}
+    settings: dict[str, Any] = {k: v for k, v in report.settings.items() if k not in NO_EFFECT_ON_SCORES}
     if isinstance(data := settings.get("data"), Mapping):  # the same images may be stored in two places
         settings["data"] = {key: value for key, value in data.items() if key != "shards"}
     return json.dumps([settings, result.variance_is_default or result.variance], sort_keys=True)

@@ -107,14 +107,14 @@ def remarks(report: Report, out: str) -> list[str]:
 
 def _remarks_on_bits(report: Report) -> list[str]:
     """Reasons why bits/dim of these checkpoints, or of other data, are not comparable."""
-    judged = [result for result in report.results if result.bits]
-    if not judged:
+    evaluated = [result for result in report.results if result.bits]
+    if not evaluated:
         return []
     lines = []
-    conditional = {result.run for result in judged if result.num_classes}
-    if conditional and not all(result.num_classes for result in judged):
+    conditional = {result.run for result in evaluated if result.num_classes}
+    if conditional and not all(result.num_classes for result in evaluated):
         # p(x) >= p(x | y) p(y), with p(y) = 1 / num_classes.
-        classes = max(result.num_classes for result in judged)
+        classes = max(result.num_classes for result in evaluated)
         lines.append(
             f"bits/dim: nets with labels ({', '.join(sorted(conditional))}) bound log p(x | y), the others log p(x); "
             f"add log2({classes}) = {math.log2(classes):.2f} bits per image to bound log p(x) with labels, too"

@@ -157,8 +157,8 @@ def _read_pipeline(folder: Path) -> tuple[Config, dict[str, Tensor]]:
             raise UserError(f"{folder} is not a folder of a diffusers DDPMPipeline: it has no {name}")
     try:
         config = config_of(
-            _said(diffusers.UNet2DModel, folder / "unet"),
-            _said(diffusers.DDPMScheduler, folder / "scheduler"),
+            _arguments_of(diffusers.UNet2DModel, folder / "unet"),
+            _arguments_of(diffusers.DDPMScheduler, folder / "scheduler"),
             str(folder),
         )
         _check_size(config, folder / "unet")
@@ -179,7 +179,7 @@ def _read_pipeline(folder: Path) -> tuple[Config, dict[str, Tensor]]:
     return config, unet.state_dict()
 
 
-def _said(kind: Any, folder: Path) -> dict[str, Any]:
+def _arguments_of(kind: Any, folder: Path) -> dict[str, Any]:
     """The arguments of a diffusers class: those in the folder, else its defaults. No instance is created."""
     parameters = inspect.signature(kind.__init__).parameters.values()
     return {parameter.name: parameter.default for parameter in parameters} | kind.load_config(folder)

@@ -32,7 +32,7 @@ BATCH_SIZE_CPU, BATCH_SIZE_GPU = 32, 256
 """Default images per piece: few images keep a core busy, and many cores need many pieces."""
 TRAJECTORY_IMAGES = 8
 
-_DECIDES = (
+_RELEVANT_KEYS = (
     "model.",
     "schedule.",
     "objective.process",
@@ -41,7 +41,7 @@ _DECIDES = (
     "sample.",
     "train.precision",
 )
-_DECIDES_NOT = ("model.dropout", "model.zero_init", "sample.num_images")
+_IGNORED_KEYS = ("model.dropout", "model.zero_init", "sample.num_images")
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class SampleJob:
         flat = {
             key: value
             for key, value in flatten(config).items()
-            if key.startswith(_DECIDES) and key not in _DECIDES_NOT
+            if key.startswith(_RELEVANT_KEYS) and key not in _IGNORED_KEYS
         }
         asked = {"generator": GENERATOR, "weights": _sha256(self.weights), "label": self.label}
         if self.known is not None:

@@ -43,7 +43,7 @@ IMAGES = "images"
 SPLIT = "train"
 IMAGES_PER_SHARD = 512
 """Approximate, since a shard holds whole pieces. An incomplete shard is lost with its process."""
-TAKEN = (IMAGES, SPLIT, GRID, MANIFEST, prepare.NOTES)
+RESERVED_NAMES = (IMAGES, SPLIT, GRID, MANIFEST, prepare.NOTES)
 """Names that make a folder without a request.json unusable: its images are unknown."""
 NAME = re.compile(r"[0-9]{6}\.png|[1-9][0-9]{6,}\.png")
 COMPRESSION = 4
@@ -101,7 +101,7 @@ def begin(location: Location, asked: Mapping[str, Any]) -> None:
     note, text = location.child(REQUEST), json.dumps(asked, indent=2) + "\n"
     location.sweep()
     if not note.exists():
-        if taken := [name for name in TAKEN if location.child(name).exists()]:
+        if taken := [name for name in RESERVED_NAMES if location.child(name).exists()]:
             raise UserError(
                 f"{location.uri} has {taken[0]} but no {REQUEST}, so it is unknown which images it holds; use another "
                 "--out"

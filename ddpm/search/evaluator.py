@@ -31,7 +31,7 @@ from ddpm.utils.seeding import Purpose
 
 
 @dataclass(frozen=True)
-class Judged:
+class Evaluation:
     """Results of one checkpoint."""
 
     images_seen: int
@@ -50,7 +50,7 @@ class Judged:
         return json.dumps({**vars(self), "bits": list(self.bits)}, allow_nan=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str | bytes, where: str) -> "Judged":
+    def from_json(cls, text: str | bytes, where: str) -> "Evaluation":
         """Parse the output of `to_json`.
 
         Raises:
@@ -84,7 +84,7 @@ class Evaluator:
         if self.num_images < LEAST_IMAGES:
             raise UserError(f"--num-images is {self.num_images}; it must be at least {LEAST_IMAGES}")
 
-    def judge(self, uri: str) -> Judged:
+    def evaluate(self, uri: str) -> Evaluation:
         """Evaluate the averaged weights of the checkpoint at `uri`.
 
         Raises:
@@ -103,7 +103,7 @@ class Evaluator:
         batches = self._batches(self.held_out)
         bits = BitsPerDim.merge(*(measure.bits_per_dim(*candidate, b, start=i, **how) for i, b in batches))
         losses = [self._loss(*candidate, data_set, device) for data_set in (self.held_out, self.train)]
-        found = Judged(position["images_seen"], tuple(map(float, bits.total)), *losses)
+        found = Evaluation(position["images_seen"], tuple(map(float, bits.total)), *losses)
         if not np.isfinite([*found.bits, *losses]).all():
             raise UserError(f"the bound of {uri} is not finite: its net is unusable; lower optim.lr")
         return found

@@ -20,9 +20,9 @@ from ddpm.diffusion import schedules
 from ddpm.evaluation import context, evaluate
 from ddpm.evaluation.ranking import Rank, paired_ranks, ranks
 from ddpm.search.config import Arguments
-from ddpm.search.evaluator import Judged
+from ddpm.search.evaluator import Evaluation
 from ddpm.search.event_log import EventLog, Metric, Trial, best
-from ddpm.search.runner import JUDGED
+from ddpm.search.runner import EVALUATIONS
 from ddpm.search.trial_manager import short
 from ddpm.storage.locations import Location
 from ddpm.utils.errors import UserError
@@ -37,7 +37,7 @@ By this much the mean of an image of D numbers stands out of the noise of x_T. S
 from N(m, s^2) come out up to m s sqrt(D alpha_bar_T) too small: at 0.5, for N(0.6, 0.1^2), by 0.03, four grey levels.
 The linear schedule of Ho et al. 2020 has 0.05 at 8x8 in grey, 0.35 at 32x32 in colour, 0.70 at 64x64, 2.8 at 256x256.
 """
-OF_A_TRIAL = ("train.checkpoint_every_images", "train.keep_checkpoints")
+TRIAL_KEYS = ("train.checkpoint_every_images", "train.keep_checkpoints")
 """Settings that a search sets itself; best.json leaves them out."""
 
 
@@ -182,7 +182,7 @@ def best_config(found: Sequence[Row], base: Config) -> str | None:
     nested: dict[str, Any] = {}
     for key, value in flatten(override(base, found[0].trial.changes)).items():
         group, name = key.split(".")
-        if group not in ("run", "cluster") and key != "data.shards" and key not in OF_A_TRIAL:
+        if group not in ("run", "cluster") and key != "data.shards" and key not in TRIAL_KEYS:
             nested.setdefault(group, {})[name] = value
     return json.dumps(nested, indent=2) + "\n"
 
@@ -211,10 +211,10 @@ def _shown(found: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 def bits_of(trial: Trial, place: Location, timeout_s: float = 0.0) -> tuple[float, ...]:
     """Bits/dim of each held-out image at the trial's last rung; storage may fail for `timeout_s`."""
     assert trial.last is not None
-    file = place.child(trial.name).child(JUDGED).child(f"{trial.images_seen:012d}.json")
+    file = place.child(trial.name).child(EVALUATIONS).child(f"{trial.images_seen:012d}.json")
     try:
         text = retry_io(file.read, where=file.uri, timeout_s=timeout_s)
-        return Judged.from_json(text, file.uri).bits
+        return Evaluation.from_json(text, file.uri).bits
     except OSError as error:
         raise UserError(f"cannot read {file.uri}: {error}") from None
 

@@ -27,7 +27,7 @@ class OptunaProposer:
         trial = self._trials[number] = self.study.ask()
         return self._space.suggest(lambda key, domain: _ask(trial, key, domain))
 
-    def judged(self, number: int, images_seen: int, value: float) -> None:
+    def evaluated(self, number: int, images_seen: int, value: float) -> None:
         self._trials[number].report(value, images_seen)
 
     def ended(self, number: int, status: Status, value: float | None) -> None:
@@ -48,7 +48,7 @@ class ListProposer:
             return self._space.sample(self._seed, number)
         return self._grid[number] if number < len(self._grid) else None
 
-    def judged(self, number: int, images_seen: int, value: float) -> None: ...
+    def evaluated(self, number: int, images_seen: int, value: float) -> None: ...
 
     def ended(self, number: int, status: Status, value: float | None) -> None: ...
 

@@ -16,7 +16,7 @@ from ddpm.checkpoints.runs import Run
 from ddpm.cluster import resources
 from ddpm.config import Config
 from ddpm.data.reading import DataSet
-from ddpm.search.evaluator import Evaluator, Judged
+from ddpm.search.evaluator import Evaluation, Evaluator
 from ddpm.search.event_log import Rung
 from ddpm.storage.locations import Location
 from ddpm.training import checkpoint_manager, run_state
@@ -28,7 +28,7 @@ from ddpm.utils.retry import retry_io
 POLL_INTERVAL_S = 0.25
 CLOSING_S = 90.0
 """Time-out for workers that are no longer needed to leave."""
-JUDGED = "judged"
+EVALUATIONS = "judged"
 """Folder of a run with the results of its checkpoints."""
 PLACE = "place"
 """File of a run with the id of its workers' placement group."""
@@ -120,30 +120,30 @@ class TrialRunner:
         """Evaluate each rung's checkpoint as soon as it exists; training starts at the first rung without a result."""
         try:
             for images_seen in self._spec.rungs:
-                judged = self._judged(images_seen)
+                evaluated = self._evaluation(images_seen)
                 if images_seen == self._spec.rungs[-1]:
                     self._wait_until_trained()
                 if not self._wanted:
                     return
-                self._on_news(judged.rung(self._training_s))
+                self._on_news(evaluated.rung(self._training_s))
             self._tidy()
         except BaseException as error:  # of any type: for on_news
             if self._wanted:
                 self._on_news(error)
 
-    def _judged(self, images_seen: int) -> Judged:
-        file = self._run.location.child(JUDGED).child(f"{images_seen:012d}.json")
+    def _evaluation(self, images_seen: int) -> Evaluation:
+        file = self._run.location.child(EVALUATIONS).child(f"{images_seen:012d}.json")
         known = self._retry_io(file)
         if known is not None:
-            return Judged.from_json(known, file.uri)
+            return Evaluation.from_json(known, file.uri)
         with self._lock:
             self._check()
             if self._training is None:
                 self._training = threading.Thread(target=self._fit, name="ddpm-trial", daemon=True)
                 self._training.start()
-        judged = self._spec.evaluator.judge(self._checkpoint(images_seen))
-        retry_io(lambda: file.write(judged.to_json().encode()), where=file.uri, timeout_s=self._timeout_s)
-        return judged
+        evaluated = self._spec.evaluator.evaluate(self._checkpoint(images_seen))
+        retry_io(lambda: file.write(evaluated.to_json().encode()), where=file.uri, timeout_s=self._timeout_s)
+        return evaluated
 
     def _tidy(self) -> None:
         """Remove all checkpoints of a finished trial but the last."""

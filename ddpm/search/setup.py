@@ -18,7 +18,7 @@ from ddpm.training import loop
 from ddpm.utils.errors import UserError
 from ddpm.utils.seeding import GENERATOR
 
-LOSS_IS_NO_JUDGE = (
+LOSS_CANNOT_RANK = (
     "--metric {metric} cannot compare noise schedules: on Gaussian data (std 1/2) a perfect predictor has a loss of "
     "0.24 with linear beta_end 0.01, 0.12 with 0.04 and 0.33 with cosine, so the search would find an easy task, not a "
     "good net; use bits_per_dim (the full bound), or vary only the learning rate: --space 'optim.lr=log(1e-4,1e-2)'"
@@ -79,7 +79,7 @@ def settled(chosen: Arguments) -> Setup:
         )
     found = spaces.parse(chosen.space, config)
     if chosen.metric != "bits_per_dim" and found.has_schedule:
-        raise UserError(LOSS_IS_NO_JUDGE.format(metric=chosen.metric))
+        raise UserError(LOSS_CANNOT_RANK.format(metric=chosen.metric))
     config = builtin.with_shards(config)
     train = ray_dataset.open_configured(config)
     held_out = train.held_out()

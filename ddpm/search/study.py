@@ -45,7 +45,7 @@ class Scheduler(FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
         number, should_continue = result["number"], False  # possibly the previous trial in this slot
         if "rung" in result:
-            should_continue = self._manager.judged(number, result["rung"])
+            should_continue = self._manager.evaluated(number, result["rung"])
         elif "training_s" in result:
             should_continue = not self._manager.trained(number, result["training_s"])
         elif "failed" in result:

@@ -19,7 +19,7 @@ class Proposer(Protocol):
     def suggest(self, number: int) -> dict[str, Any] | None:
         """The changes of trial `number`; called once per trial, in order. None: there are no more trials."""
 
-    def judged(self, number: int, images_seen: int, value: float) -> None:
+    def evaluated(self, number: int, images_seen: int, value: float) -> None:
         """Receive the value of a trial at a rung; lower is better."""
 
     def ended(self, number: int, status: Status, value: float | None) -> None:
@@ -109,7 +109,7 @@ class TrialManager:
         self._promised += 1
         return True
 
-    def judged(self, number: int, rung: Rung) -> bool:
+    def evaluated(self, number: int, rung: Rung) -> bool:
         """Whether the trial may continue after a rung. A repeated rung, of a trial run again, gets the same answer."""
         if self._trials[number].status != "running":
             return False
@@ -150,7 +150,7 @@ class TrialManager:
         """Pass a rung to proposer and stopper; returns whether the trial continues."""
         trial, value = self._trials[number], rung.value(self._metric)
         self._trials[number] = dataclasses.replace(trial, rungs=(*trial.rungs, rung))
-        self._proposer.judged(number, rung.images_seen, value)
+        self._proposer.evaluated(number, rung.images_seen, value)
         should_continue = self._stopper.should_continue(number, rung.images_seen, value)
         return should_continue and rung.images_seen < self._total_images
 

@@ -104,16 +104,16 @@ class MlflowRun:
 
     def open(self, running: bool) -> None:
         """Find or create the run, and update its params; with `running` also its status."""
-        self._client = self._surely(connect, self._address.uri)
-        self._surely(self._find, running)
+        self._client = self._call_or_lost(connect, self._address.uri)
+        self._call_or_lost(self._find, running)
 
     def find(self) -> bool:
         """Whether MLflow has the run. Nothing is created or changed there."""
         database = database_file(self._address.uri)
         if database is not None and not database.exists():
             return False
-        self._client = self._surely(connect, self._address.uri)
-        return bool(self._surely(self._look_for))
+        self._client = self._call_or_lost(connect, self._address.uri)
+        return bool(self._call_or_lost(self._look_for))
 
     def send(self, records: Sequence[Record]) -> bool:
         """Deliver one segment. Records that MLflow will never accept are skipped, with a warning.
@@ -306,12 +306,12 @@ class MlflowRun:
             return self.call.takes(call, *args, attempts=attempts)
         except Refused as error:
             # MLflow refuses all records of a deleted run, however valid.
-            if self._surely(self._client.get_run, self.run_id).info.lifecycle_stage != "active":
+            if self._call_or_lost(self._client.get_run, self.run_id).info.lifecycle_stage != "active":
                 raise Lost(f"run {self.run_id} was deleted in MLflow") from None
             logger.warning("MLflow refuses %s, which is skipped: %s", what, error)
             return True
 
-    def _surely(self, call: Any, *args: Any) -> Any:
+    def _call_or_lost(self, call: Any, *args: Any) -> Any:
         """The result of call(*args); raises Lost after a permanent failure."""
         try:
             return self.call(call, *args)

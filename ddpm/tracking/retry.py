@@ -68,14 +68,14 @@ class Caller:
         self.check_time()
         failed = 0
 
-        def is_hopeless(_: tenacity.RetryCallState) -> bool:
+        def should_stop(_: tenacity.RetryCallState) -> bool:
             nonlocal failed
             self.check_time()
             failed += attempts == 1 or self._answers()
             return failed >= attempts
 
         retrying = tenacity.Retrying(
-            stop=is_hopeless,
+            stop=should_stop,
             wait=tenacity.wait_exponential(multiplier=0.5, max=10),
             sleep=self._sleep,
             retry=tenacity.retry_if_exception(_is_temporary),

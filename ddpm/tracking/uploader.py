@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 IDLE_S = 30.0
 """Interval at which unannounced segments are looked for, such as that of a run that failed."""
-ASIDE_S = 300.0
+POSTPONE_S = 300.0
 """Interval after which a segment that MLflow did not take is tried again; it is also tried when the run ends."""
 COUNT_TIMEOUT_S = 10.0
 MIN_BEGIN_S = 5.0
@@ -168,7 +168,7 @@ class _Carrier:
         self._run, self._buffer = run, buffer
         self.waiting = 0
         """Segments that were found and are not delivered."""
-        self._aside: dict[str, float] = {}
+        self._postponed: dict[str, float] = {}
         """Segments that MLflow did not take or that are damaged, and when to try again."""
 
     def carry(
@@ -183,7 +183,7 @@ class _Carrier:
         found = spool.final(self._buffer, committed)
         self.waiting = len(found)
         for file in found:
-            if everything or time.monotonic() >= self._aside.get(file.uri, -math.inf):
+            if everything or time.monotonic() >= self._postponed.get(file.uri, -math.inf):
                 show(self._carry_one(file))
 
     def _carry_one(self, file: Location) -> int:
@@ -193,21 +193,21 @@ class _Carrier:
         except FileNotFoundError:  # another process delivered it
             return 0
         except DamagedSegment as error:
-            self._put_aside(file, f"{error}; it stays where it is")
+            self._postpone(file, f"{error}; it stays where it is")
             return 0
         if not self._run.send(gathered):
             why = f"which is kept for later: {self._run.call.trouble}"
-            self._put_aside(file, f"MLflow does not accept all of {file.uri}, {why}")
+            self._postpone(file, f"MLflow does not accept all of {file.uri}, {why}")
             return 0
-        self._aside.pop(file.uri, None)
+        self._postponed.pop(file.uri, None)
         file.unlink()
         self.waiting -= 1
         return len(gathered)
 
-    def _put_aside(self, file: Location, why: str) -> None:
-        if file.uri not in self._aside:
+    def _postpone(self, file: Location, why: str) -> None:
+        if file.uri not in self._postponed:
             logger.warning("%s", why)
-        self._aside[file.uri] = time.monotonic() + ASIDE_S
+        self._postponed[file.uri] = time.monotonic() + POSTPONE_S
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class FailureBudget(UserCallback):
         values = ray.get(self._state.snapshot.remote())
         if values.get(run_state.FAILURE) is not None:
             raise RuntimeError("a user's mistake, which a restart does not fix")
-        if values.get(run_state.STOP) in run_state.OF_THIS_GROUP:
+        if values.get(run_state.STOP) in run_state.ENDS_GROUP:
             ray.get(self._state.set.remote(run_state.STOP, None))
         limits = self._config.cluster
         deaths = {rank: death for rank, error in worker_exceptions.items() if (death := _death(error))}

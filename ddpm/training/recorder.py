@@ -78,7 +78,7 @@ class Recorder:
             if finished:
                 self._draw_final()
         if self._due(config.checkpoint_every_images) or finished:
-            self._judge_and_save()
+            self._evaluate_and_save()
         elif stopping and self._runtime.rank == 0:  # at once: a node may be about to be taken away
             self._save(best=False)
         if finished or time.perf_counter() - self._progress_at > PROGRESS_INTERVAL_S:
@@ -196,7 +196,7 @@ class Recorder:
         error = bits.std() / len(bits) ** 0.5
         return {"held_out/bits_per_dim": bits.mean().item(), "held_out_error/bits_per_dim": error.item()}
 
-    def _judge_and_save(self) -> None:
+    def _evaluate_and_save(self) -> None:
         loss = self._held_out_loss()
         best = loss is not None and loss < self._state.best_held_out_loss
         if loss is not None:

@@ -25,7 +25,7 @@ PREEMPTION = "preemption"
 """A value of STOP: a node of the workers is about to be taken away."""
 MORE_WORKERS = "more workers"
 """A value of STOP: nodes have joined, and the next worker group can be larger."""
-OF_THIS_GROUP = (PREEMPTION, MORE_WORKERS)
+ENDS_GROUP = (PREEMPTION, MORE_WORKERS)
 """Values of STOP that end this worker group only; the next group continues the run."""
 ENDED = "ended"
 """images_seen at which the workers last left the loop."""

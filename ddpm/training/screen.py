@@ -107,12 +107,12 @@ class Screen:
         useful = f"  goodput {goodput:.1%}" if self._curves else ""
         table.add_row("speed", self._speed(), f"{workers} worker{'s' * (workers > 1)}{useful}")
         has_unicode = self._live.console.encoding.startswith("utf")
-        levels, give_or_take = (LEVELS, "±") if has_unicode else (ASCII_LEVELS, "+-")
+        levels, plus_minus = (LEVELS, "±") if has_unicode else (ASCII_LEVELS, "+-")
         for name, metric in CURVES.items():
             if (newest := self._newest(metric)) is not None:
                 curve = sparkline([*self._curves[metric].values()], levels=levels)
                 error = self._newest(f"held_out_error/{metric.partition('/')[2]}")
-                shown = f"{newest:.4f} {give_or_take} {error:.4f}" if error is not None else f"{newest:.4f}"
+                shown = f"{newest:.4f} {plus_minus} {error:.4f}" if error is not None else f"{newest:.4f}"
                 table.add_row(name, curve, shown, style="cyan" if name == "loss" else "green")
         if self._committed >= 0:
             age, waiting = _duration(time.monotonic() - self._committed_at), self._waiting()

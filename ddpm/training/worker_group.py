@@ -163,7 +163,7 @@ def work(spec: dict[str, Any]) -> None:
         if ended is not None:
             informed = ray.get(state.ended.remote(number, ended))
         reason = ray.get(state.snapshot.remote()).get(run_state.STOP)
-        if not spec["persistent"] or reason in run_state.OF_THIS_GROUP:
+        if not spec["persistent"] or reason in run_state.ENDS_GROUP:
             return
 
 

@@ -15,7 +15,7 @@ from ddpm.utils.errors import UserError
 T = TypeVar("T")
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 10.0
-LONGEST_ANSWER = 400
+MAX_ANSWER = 400
 """Characters of the last answer that an error shows."""
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
 _LOOKS_SECRET = r"(?:AKIA|ASIA)[A-Z0-9]{16}|(?<=://)[^/@\s]+(?=@)|(?<=X-Amz-Signature=)\w+|(?<=Signature=)\w+"
@@ -85,4 +85,4 @@ def answer(error: BaseException) -> str:
         if secret := os.environ.get(name):
             text = text.replace(secret, "***")
     text = re.sub(_LOOKS_SECRET, "***", text)
-    return text if len(text) <= LONGEST_ANSWER else f"{text[:LONGEST_ANSWER]}..."
+    return text if len(text) <= MAX_ANSWER else f"{text[:MAX_ANSWER]}..."

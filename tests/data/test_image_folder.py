@@ -222,7 +222,7 @@ def test_skipped_files_are_counted(tmp_path: Path) -> None:
     (tmp_path / "in/dogs").symlink_to(cats)
     source = Folder(tmp_path / "in", size=8)
     assert source.splits == {"train": 2, "test": 1} and source.class_names == ("cats",)
-    assert source.passed_over == (
+    assert source.skipped == (
         "4 .gif (cats/0.GIF, cats/1.GIF, cats/2.GIF, ...), 1 .txt (cats/x\\n\\x1b[31mred.txt), "
         "1 FIFO (cats/pipe.png), 1 broken link (cats/gone.png), 1 link to a folder (dogs), "
         "1 without a suffix (cats/README)"
@@ -237,11 +237,11 @@ def test_files_outside_the_splits_are_counted(tmp_path: Path) -> None:
     write_tree(tmp_path, {"in/train/0.png": 0, "in/train/1.png": 1, "far/2.png": 2, "in/stray.png": 3})
     (tmp_path / "in/val").symlink_to(tmp_path / "far")
     source = Folder(tmp_path / "in", size=8)
-    assert source.splits == {"train": 2, "test": 1} and source.passed_over == "1 .png (stray.png)"
+    assert source.splits == {"train": 2, "test": 1} and source.skipped == "1 .png (stray.png)"
     write_hugging_face(tmp_path / "hub/data/train.parquet", [0, 1], None)
     (tmp_path / "hub/README.md").write_text("")
-    assert HuggingFace(tmp_path / "hub", size=8).passed_over == "1 .md (README.md)"
-    assert HuggingFace(tmp_path / "hub/data/train.parquet", size=8).passed_over == ""
+    assert HuggingFace(tmp_path / "hub", size=8).skipped == "1 .md (README.md)"
+    assert HuggingFace(tmp_path / "hub/data/train.parquet", size=8).skipped == ""
 
 
 def write_hugging_face(

@@ -13,7 +13,7 @@ from ddpm.data.reading import DataSet
 from ddpm.diffusion import likelihood
 from ddpm.evaluation import context, evaluate
 from ddpm.evaluation.context import Settings
-from ddpm.search.evaluator import Evaluator, Judged
+from ddpm.search.evaluator import Evaluation, Evaluator
 from ddpm.storage import locations
 from ddpm.utils.errors import UserError
 
@@ -41,7 +41,7 @@ def make_checkpoint(folder: Path, shards: str, config: Config = CONFIG) -> str:
 
 def test_results_equal_those_of_the_evaluate_job(evaluator: Evaluator, shards: str, tmp_path: Path) -> None:
     uri = make_checkpoint(tmp_path, shards)
-    found = evaluator.judge(uri)
+    found = evaluator.evaluate(uri)
     settings = Settings(num_images=60, features="pixels", num_draws=2)
     (result,) = evaluate.evaluate(context.read([uri]), settings, 1).results
     whole = result.bits[0]
@@ -49,7 +49,7 @@ def test_results_equal_those_of_the_evaluate_job(evaluator: Evaluator, shards: s
     assert (rung.bits_per_dim, rung.bits_per_dim_error) == pytest.approx((whole.value, whole.error), rel=1e-6)
     assert (rung.images_seen, len(found.bits), rung.training_s) == (192, 60, 1.5)
     assert rung.train_loss != rung.held_out_loss
-    assert Judged.from_json(found.to_json(), "here") == found
+    assert Evaluation.from_json(found.to_json(), "here") == found
 
 
 def test_all_trials_are_evaluated_on_the_same_random_draws(
@@ -70,8 +70,8 @@ def test_all_trials_are_evaluated_on_the_same_random_draws(
         return bound
 
     monkeypatch.setattr(likelihood, "estimate", spy)
-    first = evaluator.judge(make_checkpoint(tmp_path, shards))
-    second = evaluator.judge(make_checkpoint(tmp_path, shards, LINEAR))
+    first = evaluator.evaluate(make_checkpoint(tmp_path, shards))
+    second = evaluator.evaluate(make_checkpoint(tmp_path, shards, LINEAR))
     (x_0, u, eps, t), (other_x_0, other_u, other_eps, other_t) = recorded
     assert torch.equal(x_0, other_x_0) and torch.equal(u, other_u) and torch.equal(eps, other_eps)
     assert not torch.equal(t, other_t) and first.bits != second.bits
@@ -91,8 +91,8 @@ def test_an_unusable_net_is_a_one_line_error(evaluator: Evaluator, shards: str, 
 
         patch.setattr(checkpoint, "load_net", broken)
         with pytest.raises(UserError, match="is not finite: its net is unusable"):
-            evaluator.judge(uri)
+            evaluator.evaluate(uri)
     with pytest.raises(UserError, match="--num-images is 5; it must be at least 20"):
         Evaluator(evaluator.train, evaluator.held_out, 5)
     with pytest.raises(UserError, match="here is damaged"):
-        Judged.from_json("{}", "here")
+        Evaluation.from_json("{}", "here")

@@ -17,9 +17,9 @@ from ddpm.diffusion import process, samplers, schedules
 from ddpm.diffusion.objectives import Denoised
 from ddpm.presets import DIGITS
 from ddpm.search import leaderboard, plots, publish
-from ddpm.search.evaluator import Judged
+from ddpm.search.evaluator import Evaluation
 from ddpm.search.event_log import EventLog, Trial
-from ddpm.search.runner import JUDGED
+from ddpm.search.runner import EVALUATIONS
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
 
@@ -47,10 +47,10 @@ def make_events(place: Location, trials: list[tuple[dict[str, Any], str, dict[in
     for number, (changes, status, found) in enumerate(trials):
         events.add("begun", number, changes=changes)
         for at, mean in found.items():
-            judged = Judged(at, tuple(mean + image - image.mean()), 0.5, 0.9 - mean / 10)
-            file = place.child(f"trial-{number:03d}").child(JUDGED).child(f"{at:012d}.json")
-            file.write(judged.to_json().encode())
-            events.add("judged", number, **vars(judged.rung(8.0)), goes_on=at < 128)
+            evaluated = Evaluation(at, tuple(mean + image - image.mean()), 0.5, 0.9 - mean / 10)
+            file = place.child(f"trial-{number:03d}").child(EVALUATIONS).child(f"{at:012d}.json")
+            file.write(evaluated.to_json().encode())
+            events.add("judged", number, **vars(evaluated.rung(8.0)), goes_on=at < 128)
         reason = "it broke" if status == "failed" else ""
         events.add("ended", number, status=status, reason=reason, wall_s=10.0, training_s=8.0)
     return events

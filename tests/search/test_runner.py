@@ -21,7 +21,7 @@ from ddpm.data.reading import DataSet
 from ddpm.search import runner
 from ddpm.search.evaluator import Evaluator
 from ddpm.search.event_log import Rung
-from ddpm.search.runner import JUDGED, News, Spec, Trained, TrialRunner
+from ddpm.search.runner import EVALUATIONS, News, Spec, Trained, TrialRunner
 from ddpm.training import run_state
 from ddpm.utils.errors import UserError
 from ddpm.utils.progress import Progress
@@ -125,7 +125,7 @@ def test_evaluated_checkpoints_are_not_evaluated_again(
     first = training.start()
     found = [news for news in (training.next() for _ in range(3)) if isinstance(news, Rung)]
     assert first._training is not None
-    monkeypatch.setattr(Evaluator, "judge", lambda *args: pytest.fail("the evaluator was asked"))
+    monkeypatch.setattr(Evaluator, "evaluate", lambda *args: pytest.fail("the evaluator was asked"))
     training.start()
     again = [training.next() for _ in range(3)]
     assert [type(news) for news in again] == [Rung, Trained, Rung] and training.fits == 1
@@ -179,7 +179,7 @@ def test_resources_of_a_killed_driver_are_released(
     training.start()
     assert sorted(type(training.next()).__name__ for _ in range(3)) == ["Rung", "Rung", "Trained"]
     assert freed == ["0f"]
-    assert sorted(path.name for path in (folder / JUDGED).iterdir()) == [
+    assert sorted(path.name for path in (folder / EVALUATIONS).iterdir()) == [
         "000000000064.json",
         "000000000192.json",
     ]

@@ -72,7 +72,7 @@ def search(
             if images_seen == RUNGS[-1]:
                 trials.trained(number, 0.0)  # the next trial begins before the result
             rung = Rung(images_seen, bits_per_dim_of(changes, images_seen), 0.01, 0.5, 0.5)
-            if not trials.judged(number, rung):
+            if not trials.evaluated(number, rung):
                 break
     return events
 
@@ -138,7 +138,7 @@ def test_optuna_has_the_state_and_the_rungs_of_every_trial(tmp_path: Path) -> No
 def test_a_trial_that_failed_after_a_rung_has_no_value() -> None:
     proposer = proposers.OptunaProposer(space.parse(DEFAULT, DIGITS), 3)
     proposer.suggest(0)
-    proposer.judged(0, 100, 2.5)
+    proposer.evaluated(0, 100, 2.5)
     proposer.ended(0, "failed", 2.5)
     (told,) = proposer.study.trials
     assert (told.state.name, told.value, told.intermediate_values) == ("FAIL", None, {100: 2.5})
@@ -223,11 +223,11 @@ def test_a_lost_result_is_computed_again(tmp_path: Path) -> None:
     for number in (0, 1):
         assert found.next() == (number, found.trials[number].changes)
         assert found.trained(number, 1.0) == (number == 0)
-    assert not found.judged(1, Rung(900, 2.0, 0.01, 0.5, 0.5))
+    assert not found.evaluated(1, Rung(900, 2.0, 0.01, 0.5, 0.5))
     assert not found.is_over
     found.recall()
     assert found.num_left == 1 and found.next() == (0, found.trials[0].changes)
-    assert not found.trained(0, 0.0) and not found.judged(0, Rung(900, 2.0, 0.01, 0.5, 0.5))
+    assert not found.trained(0, 0.0) and not found.evaluated(0, Rung(900, 2.0, 0.01, 0.5, 0.5))
     assert found.is_over
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ddpm.utils.errors import UserError
-from ddpm.utils.retry import LONGEST_ANSWER, StorageError, answer, retry_io
+from ddpm.utils.retry import MAX_ANSWER, StorageError, answer, retry_io
 
 
 class FlakyCall:
@@ -83,7 +83,7 @@ def test_credentials_are_not_in_the_error_message(monkeypatch: pytest.MonkeyPatc
         "denied *** (***) at https://***@host/b?X-Amz-Signature=*** for arn:aws:iam::123:user/me"
     )
     assert answer(OSError()) == "OSError"
-    assert len(answer(OSError("x" * 10_000))) == LONGEST_ANSWER + 3
+    assert len(answer(OSError("x" * 10_000))) == MAX_ANSWER + 3
 
 
 def test_an_error_of_shutil_is_one_line(tmp_path: Path) -> None:
