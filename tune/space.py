@@ -17,7 +17,7 @@ DEFAULT = (
     f"schedule.kind={'|'.join(SCHEDULES)}",
     "schedule.num_timesteps=int(200,1000)",  # the bound gets tighter with T, and more expensive to compute
     "schedule.beta_start=log(1e-5,1e-3)",  # 1e-4 in Ho et al. 2020; 8.5e-4 in Stable Diffusion (scaled_linear)
-    # At T = 1000, linear from 1e-4: the ends give too little noise (sqrt(alpha_bar_T) = 0.28), and noise far too early.
+    # At T = 1000, linear from 1e-4: from too little noise (sqrt(alpha_bar_T) = 0.28) to noise far too early.
     "schedule.beta_end=log(0.005,0.1)",
     "schedule.cosine_s=log(1e-3,0.1)",  # 0.008 in Nichol & Dhariwal 2021
     "schedule.sigmoid_start=uniform(-6,-0.5)",  # Chen 2023 tries (-3, 3), (0, 3) and (-3, 0) among others
