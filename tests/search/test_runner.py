@@ -104,7 +104,7 @@ def test_the_last_result_arrives_after_the_workers_are_released(training: FakeTr
     training.to_come.put(64)
     first = training.next()
     assert isinstance(first, Rung) and first.images_seen == 64
-    assert training.reports.empty()  # training goes on
+    assert training.reports.empty()  # training continues
     for step in (192, None):
         training.to_come.put(step)
     over = training.next()

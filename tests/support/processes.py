@@ -155,7 +155,7 @@ def _family(pid: int) -> set[psutil.Process]:
 
 
 class Background:
-    """A command that runs while the test goes on, its output in a file."""
+    """A command that runs in the background of a test, its output in a file."""
 
     def __init__(
         self, words: Iterable[str], *, log: Path, cwd: Path = REPO, env: Mapping[str, str] | None = None
@@ -216,7 +216,7 @@ class Background:
 
 
 class Job(Background):
-    """A job that runs while the test goes on: `python jobs/{job}.py *args`."""
+    """A job that runs in the background of a test: `python jobs/{job}.py *args`."""
 
     def __init__(self, job: str, *args: object, log: Path, env: Mapping[str, str] | None = None) -> None:
         super().__init__([*job_command(job), *map(str, args)], log=log, cwd=log.parent, env=env)
