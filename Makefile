@@ -8,18 +8,23 @@ BIN := $(VENV)/bin
 
 help:
 	@echo 'make train            install, and train on the digits; the results are in runs/digits'
+	@echo 'make ui               show the runs in MLflow, at http://127.0.0.1:5000'
 	@echo 'make test             install what tests need, and run all but the slow ones'
 	@echo 'make test-all         the same and the slow ones: kills, clusters of several machines, browsers'
 	@echo 'make test-oldest-ray  install the oldest Ray that is supported as well, and run the tests that depend on Ray most'
-	@echo 'make gpu              with a CUDA GPU: its tests, and the table benchmarks/gpu.md'
+	@echo 'make test-nightly     on the oldest Ray too: lost and preempted nodes, elastic runs, submitted jobs'
+	@echo 'make gpu              with a CUDA GPU: its tests, and the tables benchmarks/gpu.md and checkpoints-gpu.md'
 	@echo 'make soak             train for half an hour through a fault a minute, and compare with an undisturbed run'
 	@echo 'make mlflow           start an MLflow server with PostgreSQL, S3 and passwords on this machine'
-	@echo 'make check            format, lint, types, and which module may import which'
+	@echo 'make check            format, lint, types, which module may import which, and lines of each package'
 	@echo 'make clean            remove $(VENV) and caches; runs/ stays'
 
 # Two workers of one thread each train so small a net faster than one of two (benchmarks/runtime.md).
 train: $(VENV)/installed
 	$(BIN)/python jobs/train.py digits --name digits --storage runs --workers 2
+
+ui: $(VENV)/installed
+	@$(BIN)/python jobs/ui.py
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist worksteal
@@ -31,13 +36,17 @@ test-all: test
 OLDEST_RAY := $(shell sed -n 's/.*"ray\[.*\]>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 OLDEST_RAY_FOLDER := $(VENV)/ray-$(OLDEST_RAY)
 ON_OLDEST_RAY = PYTHONPATH='$(CURDIR)/$(OLDEST_RAY_FOLDER)$(PYTHONPATH:%=:%)' $(BIN)/python
-test-oldest-ray: $(OLDEST_RAY_FOLDER)/installed
+test-oldest-ray: MARK := oldest_ray
+test-nightly: MARK := nightly
+test-oldest-ray test-nightly: $(OLDEST_RAY_FOLDER)/installed
 	$(ON_OLDEST_RAY) -c 'import ray; print(ray.__file__); assert f"{ray.__version__}.".startswith("$(OLDEST_RAY).")'
-	$(ON_OLDEST_RAY) -m pytest -m oldest_ray --numprocesses 2 --dist load --durations 10
+	$(ON_OLDEST_RAY) -m pytest -m $(MARK) --numprocesses 2 --dist load --durations 10
 
 gpu: $(VENV)/installed-test
 	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python -m pip install $(PIP_ARGS) --editable '.[benchmarks]'
 	$(BIN)/python benchmarks/step.py --case cifar10 --device cuda
+	$(BIN)/python benchmarks/checkpoints.py --base-width 184 --steps 2000 --every-steps 400
 
 soak: $(VENV)/installed-test
 	$(BIN)/python tests/soak.py
@@ -50,6 +59,7 @@ check: $(VENV)/installed-check
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tests/lines.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
@@ -85,4 +95,4 @@ $(BIN)/pip:
 	    echo '$(PYTHON) $(NO_PIP)' >&2; exit 1; \
 	fi
 
-.PHONY: help train test test-all test-oldest-ray gpu soak mlflow check clean
+.PHONY: help train ui test test-all test-oldest-ray test-nightly gpu soak mlflow check clean

@@ -1,6 +1,6 @@
 """The cost of busy neighbours: images/s of `jobs/train.py` beside 0, 1 and 2 processes that compute all the time.
 
-    python benchmarks/busy.py [--preset digits] [--repeats 3] [--turn-s 7] [--quick]
+    python benchmarks/busy.py [--preset digits] [--repeats 3] [--turn-s 7]
 
 Each row of the table is one run; rows differ in how OpenMP's threads wait (GCC's libgomp), and in the number of threads
 or workers. All are started, then take turns: the others are suspended, so that a machine that gets busy slows all
@@ -8,20 +8,18 @@ equally. Speed is measured between the points that the run tracks during a turn.
 (for another preset to busy-PRESET.md), above the text written by hand.
 """
 
-import contextlib
 import os
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
 from harness import tables
+from harness.arguments import read
+from harness.processes import busy
 from harness.turns import LOG, Contestant, Turn, ended_after, in_turns
 
 from ddpm.tracking import metrics_buffer, spool
@@ -45,7 +43,6 @@ ROWS: dict[str, tuple[dict[str, str], list[str]]] = {
 """Environment and flags of each run. GOMP_SPINCOUNT=0 is what passive means."""
 PRESETS = {"digits": ONE_THREAD, "fashion-mnist": TWO_THREADS}
 """The row of each preset's default settings."""
-NEIGHBOURS = (0, 1, 2)
 FIRST_STEP = re.compile(r"^images [1-9]", re.MULTILINE)
 STARTING_S, WARM_UP_S = 2.0, 5.0
 """Length of the turns until the first step, and of the turn after it, in which MLflow is imported."""
@@ -60,15 +57,13 @@ class Arguments:
     preset: Literal["digits", "fashion-mnist"] = "digits"
     repeats: int = 3
     turn_s: float = 7.0
-    quick: bool = False
-    """Only OpenMP's extremes and ours, one turn each, beside 0 and 1 neighbours; the table is only printed."""
+    rows: tuple[str, ...] = tuple(ROWS)
+    neighbours: tuple[int, ...] = (0, 1, 2)
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
-    rows, neighbours, repeats = list(ROWS), NEIGHBOURS, arguments.repeats
-    if arguments.quick:
-        rows, neighbours, repeats = [rows[0], rows[4], PRESETS[arguments.preset]], NEIGHBOURS[:2], 1
+    arguments = read(Arguments, __doc__, repeats=1, turn_s=2.0, rows=(ONE_THREAD,), neighbours=(0,))
+    rows, neighbours = arguments.rows, arguments.neighbours
     with tempfile.TemporaryDirectory(prefix="bench-busy-", dir="/tmp") as folder:
         folders = {row: Path(folder, str(i)) for i, row in enumerate(rows)}
         runs = {row: contestant(arguments.preset, row, folders[row]) for row in rows}
@@ -82,10 +77,10 @@ def main() -> None:
         with ended_after(list(runs.values())):
             for row, run in runs.items():
                 start(row, run, folders[row])
-            cells = in_turns([(row, n) for n in neighbours for row in rows], repeats, turn)
+            cells = in_turns([(row, n) for n in neighbours for row in rows], arguments.repeats, turn)
         tracked = {row: points(folders[row]) for row in rows}
     speeds = {cell: [speed(tracked[cell[0]], turn) for turn in turns] for cell, turns in cells.items()}
-    write(arguments, rows, neighbours, speeds)
+    write(arguments, speeds)
 
 
 def contestant(preset: str, row: str, folder: Path) -> Contestant:
@@ -119,18 +114,6 @@ def start(row: str, run: Contestant, folder: Path) -> None:
     print(f"{row}: trains after {run.turns[-1].ended - run.turns[0].began:.0f} s", flush=True)
 
 
-@contextlib.contextmanager
-def busy(number: int) -> Iterator[None]:
-    """A context in which `number` processes each keep a core busy."""
-    neighbours = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(number)]
-    try:
-        yield
-    finally:
-        for neighbour in neighbours:
-            neighbour.kill()
-            neighbour.wait()
-
-
 def points(folder: Path) -> list[tuple[float, int]]:
     """Seconds since the epoch and images_seen, of every log line of a run."""
     found = set()
@@ -150,26 +133,18 @@ def speed(tracked: list[tuple[float, int]], turn: Turn) -> float:
     return (last - first) / (ended - began)
 
 
-def write(
-    arguments: Arguments,
-    rows: list[str],
-    neighbours: tuple[int, ...],
-    speeds: dict[tuple[str, int], list[float]],
-) -> None:
+def write(arguments: Arguments, speeds: dict[tuple[str, int], list[float]]) -> None:
     """The table, as Markdown."""
     preset = arguments.preset
     quiet = statistics.median(speeds[PRESETS[preset], 0])
-    names, cells = [""], [[row] for row in rows]
-    for n in neighbours:
+    names, cells = [""], [[row] for row in arguments.rows]
+    for n in arguments.neighbours:
         names += [f"{n} busy: images/s", "of the preset alone", "all turns"]
-        for row, line in zip(rows, cells, strict=True):
+        for row, line in zip(arguments.rows, cells, strict=True):
             median = statistics.median(speeds[row, n])
             every = ", ".join(f"{value:,.0f}" for value in speeds[row, n])
             line += [f"{median:,.0f}", f"{median / quiet:.2f}", every]
     lines = tables.table(names, cells)
-    if arguments.quick:
-        print("\n".join(lines))
-        return
     about = (
         f"`jobs/train.py {preset}` beside processes that compute without end: medians of {arguments.repeats} turns of "
         f"{arguments.turn_s:g} s (`python benchmarks/busy.py --preset {preset}`). One worker, but for the last row; by "

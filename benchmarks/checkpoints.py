@@ -4,7 +4,8 @@
 
 One Ray worker with one torch thread, the run's folder on a disk. The worker times every save (the copy of net, EMA and
 optimizer, and any waiting); the run without checkpoints beside it shows how much background writing slows
-training on a machine without a spare core. The table goes to benchmarks/checkpoints.md.
+training on a machine without a spare core. The table goes to benchmarks/checkpoints.md. With a GPU, which copies beside
+the next step, only the difference of the two runs shows what it costs; that table goes to checkpoints-gpu.md.
 """
 
 import json
@@ -14,16 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
 from harness import tables, training
+from harness.arguments import read
 
 from ddpm.build import build_net
 from ddpm.cluster.ray_init import connect
-from ddpm.config import override
+from ddpm.config_io import override
 from ddpm.presets import DIGITS
 from ddpm.training.state import parameter_count
+from ddpm.utils import devices
 
-EVERY_STEPS, BATCH_SIZE = 100, 32
+BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class Arguments:
 
     steps: int = 600
     """Steps of each run."""
+    every_steps: int = 100
+    """Steps between two checkpoints."""
+    base_width: int = 80
+    """Base width of the net. A net of 184 has as many weights as that of the preset cifar10."""
 
 
 def timed_work(folder: str, spec: dict[str, Any]) -> None:
@@ -59,9 +65,9 @@ def measure(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
+    arguments = read(Arguments, __doc__, steps=30, every_steps=10)
     values = {
-        "model.base_width": 80,
+        "model.base_width": arguments.base_width,
         "train.total_images": arguments.steps * BATCH_SIZE,
         "train.batch_size": BATCH_SIZE,
         "train.micro_batch_size": BATCH_SIZE,
@@ -75,27 +81,33 @@ def main() -> None:
     connect()
     found = {
         name: measure({**values, "train.checkpoint_every_images": every * BATCH_SIZE})
-        for name, every in (("none", 0), ("every 100 steps", EVERY_STEPS))
+        for name, every in (("none", 0), (f"every {arguments.every_steps} steps", arguments.every_steps))
     }
     write(arguments, parameter_count(build_net(override(DIGITS, values))), found)
 
 
 def write(arguments: Arguments, parameters: int, found: dict[str, dict[str, Any]]) -> None:
     """The table, as Markdown."""
+    device, on_gpu = devices.default(), devices.default() != devices.CPU
     how = (
         f"Digits with a net of {parameters / 1e6:.1f} M parameters ({parameters * 16 / 1e6:.0f} MB a checkpoint: net, "
         f"EMA, AdamW), {arguments.steps} steps of {BATCH_SIZE} images, one worker, one torch thread "
-        f"(`python benchmarks/checkpoints.py`). {tables.machine('ray')}."
+        f"(`python benchmarks/checkpoints.py`). {tables.machine('ray', device=device.type)}."
     )
-    rows = []
+    rows, without = [], found["none"]["wall"]
     for name, times in found.items():
         saves = times["saves"][:-1] if name != "none" else []  # the last one is the end of the run
-        mean = sum(saves) / len(saves) if saves else 0.0
-        share = sum(saves) / times["wall"]
+        count = max(1, len(saves))
         speed = (arguments.steps - 11) / times["wall"]
-        rows.append([name, f"{speed:.2f}", f"{mean * 1000:.0f} ms", f"{share:.2%}"])
+        longer = (times["wall"] - without) / count
+        stopped = f"{sum(saves) / count * 1000:.0f} ms", f"{sum(saves) / times['wall']:.2%}"
+        rows.append([name, f"{speed:.2f}", *stopped, f"{longer * 1000:.0f} ms"])
     names = ["checkpoints", "steps/s", "training stopped, a checkpoint", "share of wall time"]
-    tables.write(__file__, "What a checkpoint costs", how, "", *tables.table(names, rows))
+    lines = [how, "", *tables.table([*names, "the run is longer by, a checkpoint"], rows)]
+    if on_gpu:
+        lines += ["", "Its last column replaces the time of the copy in docs/scale.md, Checkpoints."]
+    script = Path(__file__).with_stem("checkpoints-gpu" if on_gpu else "checkpoints")
+    tables.write(str(script), "What a checkpoint costs", *lines)
 
 
 if __name__ == "__main__":

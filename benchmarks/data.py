@@ -23,9 +23,9 @@ from typing import Any, Literal
 import data_sets
 import data_table
 import numpy as np
-import tyro
 from data_sets import CASES, FILES, PACE, Case
 from harness import processes, tables
+from harness.arguments import read
 from peers import data as contestants
 from peers.data import BATCH
 
@@ -48,12 +48,17 @@ class Arguments:
     """small: two epochs at a trainer's pace, to detect stalls between them."""
     only: tuple[str, ...] = tuple(data_table.NAMES)
     repeats: int = 1
+    num_images: int = 0
+    """Images of a case; 0: as many as data_sets.py says."""
     folder: Path | None = None
     """Folder that keeps the server's data, files and figures for the next call; None: they are not kept."""
     prepare: bool = False
     """Only prepare the data."""
     run: str | None = None
     """Run only this contestant, in this process: NAME DECODER START."""
+
+    def case(self, name: str) -> Case:
+        return Case(name, self.num_images or CASES[name].num_images)
 
 
 # In the process of a contestant -----------------------------------------------------------------------------------
@@ -143,8 +148,8 @@ def _train(case: Case, iterator: Any, order: Any, rank: int, images: int) -> dic
     from ddpm.data import ray_dataset
     from ddpm.data.reading import cut
 
-    found = ray_dataset.rank_batches(iterator, order.stall_timeout_s, 300)
-    batches = cut(found, rank, order.batch_size // BATCH, order.batch_size, BATCH)
+    reader = ray_dataset.RankReader(iterator, order.stall_timeout_s, 300)
+    batches = cut(reader, order.share(rank, order.batch_size // BATCH), BATCH)
     return consume(case, (torch.from_numpy(batch.image) for batch in batches), images)
 
 
@@ -154,7 +159,7 @@ def _train(case: Case, iterator: Any, order: Any, rank: int, images: int) -> dic
 def measure(arguments: Arguments, case: Case, name: str, decoder: str, start: int = 0) -> dict[str, Any]:
     """The measurements of a contestant, run in a separate process."""
     command = [sys.executable, __file__, "--cases", case.name, "--folder", str(arguments.folder)]
-    command += ["--run", f"{name} {decoder} {start}"]
+    command += ["--num-images", str(case.num_images), "--run", f"{name} {decoder} {start}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     watch = processes.Watch(process.pid)
     watch.start()
@@ -210,8 +215,8 @@ def stalls(waits: list[float], boundary: int, window: int) -> dict[str, float]:
     return {"boundary_s": max(waits[about]), "elsewhere_s": float(elsewhere.max())}
 
 
-def prepare(case: Case, folder: Path) -> None:
-    """Prepare the data of a case, unless it exists."""
+def prepare(case: Case, folder: Path, only: tuple[str, ...]) -> None:
+    """Prepare the data of a case for these contestants, unless it exists."""
     import pyarrow.fs as pafs
 
     from ddpm.storage.locations import resolve
@@ -220,11 +225,13 @@ def prepare(case: Case, folder: Path) -> None:
     if done.exists():
         return
     data_sets.write_shards(case, f"{BUCKET}/ours/{case.name}")
-    data_sets.write_mds(case, f"{BUCKET}/mds/{case.name}")
-    with tempfile.TemporaryDirectory() as tar:
-        data_sets.write_tar(case, Path(tar))
-        there = resolve(f"{BUCKET}/tar/{case.name}")
-        pafs.copy_files(tar, there.path, destination_filesystem=there.filesystem)
+    if any(name.startswith("mosaicml") for name in only):
+        data_sets.write_mds(case, f"{BUCKET}/mds/{case.name}")
+    if "webdataset" in only:
+        with tempfile.TemporaryDirectory() as tar:
+            data_sets.write_tar(case, Path(tar))
+            there = resolve(f"{BUCKET}/tar/{case.name}")
+            pafs.copy_files(tar, there.path, destination_filesystem=there.filesystem)
     data_sets.write_files(Case(case.name, min(case.num_images, FILES)), folder / "files" / case.name)
     done.touch()
 
@@ -232,7 +239,7 @@ def prepare(case: Case, folder: Path) -> None:
 def contests(case: Case, only: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """Name and decoder."""
     for name in only:
-        if case.name == "small" and name in ("ours-2", "mosaicml_local"):
+        if case.name == "small" and name in ("ours-2", "ours-8", "mosaicml_local"):
             continue
         yield name, "decode_as_ours"
         if case.encoded and not name.startswith("ours"):
@@ -241,10 +248,10 @@ def contests(case: Case, only: tuple[str, ...]) -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
+    arguments = read(Arguments, __doc__, cases=("raw",), only=("ours-1",), num_images=16_384)
     if arguments.run is not None:
         name, decoder, start = arguments.run.split()
-        case = CASES[arguments.cases[0]]
+        case = arguments.case(arguments.cases[0])
         if name.startswith("ours"):
             result = run_ours(case, int(name[-1]))
         else:
@@ -269,13 +276,13 @@ def compete(arguments: Arguments, folder: Path) -> None:
         if not any(bucket["Name"] == "bench" for bucket in client.list_buckets()["Buckets"]):
             client.create_bucket(Bucket="bench")
         for name in arguments.cases:
-            prepare(CASES[name], folder)
+            prepare(arguments.case(name), folder, arguments.only)
         if arguments.prepare:
             return
         kept = folder / "figures.json"
         figures: dict[str, list[Any]] = json.loads(kept.read_text()) if kept.exists() else {}
         for k in range(arguments.repeats):
-            for case in (CASES[name] for name in arguments.cases):
+            for case in map(arguments.case, arguments.cases):
                 for name, decoder in list(contests(case, arguments.only))[:: 1 if k % 2 == 0 else -1]:
                     try:
                         found = measure(arguments, case, name, decoder)

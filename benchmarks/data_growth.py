@@ -11,19 +11,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 from harness import processes, tables
+from harness.arguments import read
 
 from ddpm.data.manifest import Manifest, Shard, make_manifest, read_manifest, write_manifest
 from ddpm.data.reading import DataSet
 from ddpm.data.shards import locate, write_shard
 from ddpm.storage.locations import resolve
 
-ROW_GROUPS = (10, 100, 1_000, 10_000, 100_000)
-IMAGES = (16_384, 65_536, 262_144)
 WINDOW, ROWS, GROUPS_PER_SHARD = 8192, 1024, 16
 SEEKS = 200
 QUANTITIES = {
@@ -35,6 +35,16 @@ QUANTITIES = {
 """Measured quantities of planning; all but the first and the last recur."""
 
 
+@dataclass(frozen=True)
+class Arguments:
+    """What to measure."""
+
+    row_groups: tuple[int, ...] = (10, 100, 1_000, 10_000, 100_000)
+    images: tuple[int, ...] = (16_384, 65_536, 262_144)
+    peak: str | None = None
+    """Used by this program: only read this data set, and return the peak of memory."""
+
+
 def manifest_of(row_groups: int) -> Manifest:
     """The manifest of a data set of 32x32x3 images, without its files."""
     shards = []
@@ -42,7 +52,7 @@ def manifest_of(row_groups: int) -> Manifest:
         groups = (ROWS,) * min(GROUPS_PER_SHARD, row_groups - first)
         checksum, path = "0" * 64, f"train/{k:05d}.parquet"
         shards.append(Shard(path, sum(groups), groups, 1, checksum, (checksum,) * len(groups)))
-    return make_manifest("growth", 32, 32, 3, "raw", [], {"train": shards}, "")
+    return make_manifest("growth", (32, 32, 3), "raw", [], {"train": shards}, "")
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -98,29 +108,31 @@ def memory(folder: Path, images: int) -> float:
         pixels = random.integers(0, 256, (ROWS * GROUPS_PER_SHARD, 32, 32, 3), np.uint8)
         path = f"train/{k:05d}.parquet"
         shards.append(write_shard(location, path, pixels, None, rows_per_row_group=ROWS))
-    manifest = make_manifest("growth", 32, 32, 3, "raw", [], {"train": shards}, "")
+    manifest = make_manifest("growth", (32, 32, 3), "raw", [], {"train": shards}, "")
     write_manifest(location, manifest)
-    return float(processes.ask([sys.executable, __file__, str(folder)]))
+    return float(processes.ask([sys.executable, __file__, "--peak", str(folder)]))
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        peak(sys.argv[1])
+    arguments = read(Arguments, __doc__, row_groups=(10, 100), images=(16_384,))
+    if arguments.peak:
+        peak(arguments.peak)
         return
-    plans = {n: planning(n) for n in ROW_GROUPS}
+    sizes = arguments.row_groups
+    plans = {n: planning(n) for n in sizes}
     held = {}
-    for images in IMAGES:
+    for images in arguments.images:
         with tempfile.TemporaryDirectory() as folder:
             held[images] = memory(Path(folder), images)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for key, marker in zip(("first", "window", "unpack"), "osd", strict=True):
-        left.loglog(ROW_GROUPS, [plans[n][key] for n in ROW_GROUPS], marker=marker, label=QUANTITIES[key])
+        left.loglog(sizes, [plans[n][key] for n in sizes], marker=marker, label=QUANTITIES[key])
     left.set(xlabel="row groups", ylabel="ms")
     left.legend(frameon=False)
     right.semilogx(list(held), list(held.values()), marker="o")
     right.set(xlabel="images (32x32x3)", ylabel="MiB at the peak of reading")
     right.set_ylim(0, 1.3 * max(held.values()))
-    figure.savefig(Path(__file__).with_suffix(".png"), dpi=120)
+    figure.savefig(tables.result(Path(__file__).with_suffix(".png")), dpi=120)
     plan_rows = (
         [f"{n:,}", f"{n * ROWS:,}", *(f"{of[key]:.2f}" for key in QUANTITIES)] for n, of in plans.items()
     )

@@ -11,6 +11,7 @@ from peers.data import BATCH, WORKERS
 NAMES = {
     "ours-1": "ours, 1 consumer",
     "ours-2": "ours, 2 consumers",
+    "ours-8": "ours, 8 consumers",
     "mosaicml_streaming": "mosaicml-streaming, first epoch",
     "mosaicml_local": "mosaicml-streaming, from its local copy",
     "webdataset": "webdataset",
@@ -19,6 +20,7 @@ NAMES = {
 EXACT = {
     "ours-1": ("yes", "yes"),
     "ours-2": ("yes, whatever the number of consumers", "yes"),
+    "ours-8": ("yes, whatever the number of consumers", "yes"),
     "mosaicml_streaming": ("yes", "yes"),
     "mosaicml_local": ("yes", "yes"),
     "webdataset": ("no", "no"),

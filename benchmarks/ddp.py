@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import tyro
 from harness import processes, tables
+from harness.arguments import read
 from peers.step import Case, CaseName, pictures
 from torch import nn
 
@@ -109,7 +109,7 @@ def measure(arguments: Arguments, case: CaseName) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
+    arguments = read(Arguments, __doc__, cases=("digits",), turns=1, turn_s=0.1)
     if arguments.contend:
         contend(arguments)
         return

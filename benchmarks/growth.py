@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
 from harness import tables, turns
+from harness.arguments import read
 from matplotlib.figure import Figure
 from peers.step import Case
 from runtime import Arguments as RunArguments
@@ -104,7 +104,7 @@ def draw(
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
+    arguments = read(Arguments, __doc__, batches=(4,), sizes=(8,), workers=(), turns=1, turn_s=0.1)
     by_batch = [(batch, 32) for batch in arguments.batches]
     by_size = [(16, size) for size in arguments.sizes]
     speed = measure(arguments, list(dict.fromkeys(by_batch + by_size)))
@@ -119,7 +119,7 @@ def main() -> None:
         rows.append([batch, f"{edge}x{edge}", f"{flops:.2f}", *cells])
     one = next(iter(by_workers.values()), 0.0)
     of_workers = [[workers, f"{value:,.0f}", f"{value / one:.2f}"] for workers, value in by_workers.items()]
-    draw(speed, by_batch, by_size, by_workers, Path(__file__).with_suffix(".png"))
+    draw(speed, by_batch, by_size, by_workers, tables.result(Path(__file__).with_suffix(".png")))
     tables.write(
         __file__,
         "What training costs as it grows",

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import tyro
 from harness import tables
+from harness.arguments import read
 from harness.rankings import agreement
 
 from ddpm.build import build_objective
@@ -27,9 +28,10 @@ from ddpm.diffusion.samplers import PerImageNoise
 from ddpm.diffusion.schedules import Schedule
 from ddpm.diffusion.timesteps import respaced, uniform
 from ddpm.evaluation import context, evaluate, measure
-from ddpm.evaluation.context import Candidate, Settings
+from ddpm.evaluation.context import Candidate
 from ddpm.evaluation.reference import images_of
 from ddpm.evaluation.scores import Score
+from ddpm.evaluation.settings import Settings
 from ddpm.search.evaluator import Evaluator
 from ddpm.search.event_log import EventLog, best
 from ddpm.storage import locations
@@ -38,7 +40,6 @@ from ddpm.utils.generators import PhiloxGenerator
 from ddpm.utils.seeding import Purpose
 
 FIXED: tuple[Variance, ...] = ("beta", "beta_tilde", "measured")
-SUBSETS = (500, 300, 200, 100)
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Fewer:
     """The bound of one net at fewer and fewer of its timesteps."""
 
     run: tyro.conf.Positional[str]
+    timesteps: tuple[int, ...] = (500, 300, 200, 100)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Learned:
 
 def data_sets(candidate: Candidate) -> tuple[DataSet, DataSet]:
     """The candidate's training split and its held-out split."""
-    by = context.choose([candidate], Settings(num_images=20, features="pixels", num_train_images=0))
+    by = context.open_context([candidate], Settings(num_images=20, features="pixels", num_train_images=0))
     return by.train, by.held_out
 
 
@@ -105,10 +107,10 @@ def errors_of(
     return likelihood.x_0_errors(denoise, chain, x_0, noise, num_measured=num_measured), x_0
 
 
-def variance_table(run: str) -> None:
+def variance_table(run: str, timesteps: Sequence[int]) -> None:
     (candidate,) = context.read([run])
     T = candidate.config.schedule.num_timesteps
-    table = {n: bounds_of(candidate, n) for n in SUBSETS if n <= T}
+    table = {n: bounds_of(candidate, n) for n in timesteps if n <= T}
     rows = []
     for n, found in table.items():
         cells = []
@@ -132,7 +134,7 @@ def search_table(run: str) -> None:
     for variance in ("beta_tilde", "measured"):
         evaluator = Evaluator(train, held_out, held_out.rows.num_rows, variance=variance)  # type: ignore[arg-type]
         bits[variance] = np.array([evaluator.evaluate(uri).bits for uri in newest])
-    kid = np.array([trial.drawn["value"] for trial in trials])
+    kid = np.array([trial.score.value for trial in trials])
     few = few_steps(newest)
     columns: dict[str, np.ndarray] = {
         "bits/dim, beta_tilde": bits["beta_tilde"].mean(1),
@@ -159,12 +161,12 @@ def search_table(run: str) -> None:
 
 
 def few_steps(uris: Sequence[str]) -> dict[str, np.ndarray]:
-    """KID of all with few steps, by way of sampling."""
+    """KID of all with few steps, by sampling configuration."""
     found = {}
     for sampler, steps in (("dpmpp_2m", 10), ("ddpm", 20)):
         settings = Settings(
             num_images=500,
-            samplers=(sampler,),
+            sampler=(sampler,),
             num_sample_steps=(steps,),
             variance="measured" if sampler == "ddpm" else "auto",
             num_draws=2,
@@ -188,7 +190,7 @@ def learned_table(chosen: Learned) -> None:
         for variance in ("beta_tilde", "measured", *(["learned"] if learned else [])):
             settings = Settings(
                 num_images=chosen.num_images,
-                samplers=("ddpm",),
+                sampler=("ddpm",),
                 num_sample_steps=steps,
                 variance=variance,  # type: ignore[arg-type]
                 num_draws=chosen.num_draws,
@@ -205,9 +207,11 @@ def learned_table(chosen: Learned) -> None:
 
 
 def main() -> None:
-    match tyro.cli(Fewer | Search | Learned, description=__doc__):
-        case Fewer(run):
-            variance_table(run)
+    match read(
+        Fewer | Search | Learned, __doc__, timesteps=(4, 2), num_images=20, num_draws=2, num_sample_steps=(5,)
+    ):
+        case Fewer(run, timesteps):
+            variance_table(run, timesteps)
         case Search(run):
             search_table(run)
         case Learned() as chosen:

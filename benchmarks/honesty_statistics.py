@@ -1,9 +1,9 @@
 """Whether errors and ranks are right: intervals cover, and searches of equal trials claim no difference.
 
-    python benchmarks/honesty_statistics.py benchmarks/honesty-statistics.md
+    python benchmarks/honesty_statistics.py
 
 Simulated, with features and bits/dim of known true values; about three minutes of one core. The old formulas are kept
-here for comparison.
+here for comparison. The tables go to benchmarks/honesty-statistics.md.
 
 Axes: N generated images, M real images, F features.
 """
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 from harness import tables
+from harness.arguments import read
 from numpy.typing import NDArray
 
 from ddpm.evaluation.features import Features
@@ -24,17 +24,19 @@ from ddpm.evaluation.scores import GROUPS, score
 
 Array = NDArray[np.float64]
 
-REPETITIONS, NUM_GENERATED, SIZE = 200, 300, 16
+NUM_GENERATED, SIZE = 300, 16
 MANY_GENERATED = 2000
 """Generated images for KID alone: the default of `jobs/evaluate.py`."""
-SEARCHES, TRIALS = 400, 16
+TRIALS = 16
 TRIAL_NOISE, KID_GENERATED = 0.3, 200
 
 
 @dataclass(frozen=True)
 class Arguments:
-    out: tyro.conf.Positional[Path]
-    """Markdown file."""
+    """How often to simulate."""
+
+    repetitions: int = 200
+    searches: int = 400
 
 
 def normal(n: int, seed: int, shift: float = 0.0) -> Features:
@@ -47,15 +49,10 @@ def kernel(a: Array, b: Array) -> Array:
     return (a @ b.T / a.shape[1] + 1) ** 3
 
 
-def true_kid(shift: float) -> float:
+def kid_of_shift(shift: float) -> float:
     """KID of N(shift, I) and N(0, I), from the moments of x y."""
-    norm = SIZE * shift**2
-
-    def mean(ab: float, spread: float) -> float:
-        third = ab**3 + 3 * ab * spread + 6 * ab
-        return 1 + 3 * ab / SIZE + 3 * (ab**2 + spread) / SIZE**2 + third / SIZE**3
-
-    return mean(norm, 2 * norm + SIZE) + mean(0.0, SIZE) - 2 * mean(0.0, norm + SIZE)
+    square = shift**2
+    return (1 + square) ** 3 - 1 + (6 * square**2 + 3 * square) / SIZE + 6 * square / SIZE**2
 
 
 def old_kid_error(x: Array, y: Array) -> float:
@@ -79,29 +76,29 @@ def old_errors(generated: Features, real: Features) -> list[float]:
     return [jackknife_error(of_fid), old_kid_error(x, y), *(jackknife_error(w) for w in of_manifold.T)]
 
 
-def intervals() -> Iterator[list[object]]:
+def intervals(repetitions: int) -> Iterator[list[object]]:
     for shift in (0.0, 0.3):
         for n_real in (90, 1000):
             found, old = [], []
-            for i in range(REPETITIONS):
+            for i in range(repetitions):
                 sides = normal(NUM_GENERATED, 2 * i, shift), normal(n_real, 2 * i + 1)
                 found.append(score("pixels", *sides))
                 old.append(old_errors(*sides))
             for j, first in enumerate(found[0]):
                 name = first.name.removesuffix("-pixels")
                 values, errors = np.array([(f[j].value, f[j].error) for f in found]).T
-                right = true_kid(shift) if name == "KID" else values.mean()
+                right = kid_of_shift(shift) if name == "KID" else values.mean()
                 numbers = NUM_GENERATED, n_real
                 yield covered(shift, numbers, name, values, right, np.array(old)[:, j], errors)
         for n_real in (90, 1000):
             of_kid = []
-            for i in range(REPETITIONS):
+            for i in range(repetitions):
                 x = normal(MANY_GENERATED, 2 * i, shift).astype(float)
                 y = normal(n_real, 2 * i + 1).astype(float)
                 of_kid.append((*kid(x, y), old_kid_error(x, y)))
             values, errors, before = np.array(of_kid).T
             numbers = MANY_GENERATED, n_real
-            yield covered(shift, numbers, "KID", values, true_kid(shift), before, errors)
+            yield covered(shift, numbers, "KID", values, kid_of_shift(shift), before, errors)
 
 
 def covered(
@@ -127,54 +124,54 @@ def any_pair(values: Array) -> bool:
     return bool((difference.mean(2) + Z * error < 0).any())
 
 
-def searches() -> Iterator[list[object]]:
+def searches(repetitions: int) -> Iterator[list[object]]:
     tie = [Rank(1, TRIALS)] * TRIALS
     for num_images in (90, 512):
         rng, old, new = np.random.default_rng(0), 0, 0
-        for _ in range(SEARCHES):
+        for _ in range(repetitions):
             image = rng.gamma(9, 1 / 3, num_images)
             bits = image + rng.normal(0, TRIAL_NOISE, (TRIALS, num_images))
             old += any_pair(bits)
             new += paired_ranks(bits) != tie
-        yield row("bits/dim, image by image", num_images, old, new)
+        yield row("bits/dim, image by image", num_images, repetitions, old, new)
     for num_images in (90, 512):
         old = new = 0
-        for i in range(SEARCHES):
+        for i in range(repetitions):
             real = normal(num_images, (TRIALS + 1) * i).astype(float)
             drawn = [normal(KID_GENERATED, (TRIALS + 1) * i + 1 + k).astype(float) for k in range(TRIALS)]
             values, errors = np.array([kid(x, real) for x in drawn]).T
             fixed = np.array([old_kid_error(x, real) for x in drawn])
             old += bool((values + Z * fixed).min() < (values - Z * fixed).max())
             new += ranks(values, errors) != tie
-        yield row("KID by its errors", num_images, old, new)
+        yield row("KID by its errors", num_images, repetitions, old, new)
 
 
-def row(what: str, num_images: int, old: int, new: int) -> list[object]:
-    return [what, num_images, SEARCHES, f"{old / SEARCHES:.1%}", f"{new / SEARCHES:.1%}"]
+def row(what: str, num_images: int, repetitions: int, old: int, new: int) -> list[object]:
+    return [what, num_images, repetitions, f"{old / repetitions:.1%}", f"{new / repetitions:.1%}"]
 
 
 def main() -> None:
-    out = tyro.cli(Arguments, description=__doc__).out
+    arguments = read(Arguments, __doc__, repetitions=2, searches=2)
     spread = "shift generated real metric mean spread".split()
     spread += ["error, old", "covers, old", "error", "covers"]
     claims = ["what is compared", "images", "searches", "claim a difference, uncorrected", "Holm"]
     tables.write(
-        str(out),
+        str(Path(__file__).with_stem("honesty-statistics")),
         "Errors and ranks, simulated",
-        f"{tables.machine('numpy')}; `python benchmarks/honesty_statistics.py {out}`.",
+        f"{tables.machine('numpy')}; `python benchmarks/honesty_statistics.py`.",
         "",
-        f"Intervals: the value ± {Z} errors, over {REPETITIONS} pairs of sets: generated images have "
+        f"Intervals: the value ± {Z} errors, over {arguments.repetitions} pairs of sets: generated images have "
         f"{SIZE} features from N(shift, I), real ones from N(0, I). Covered is KID's true value; the others are "
         "biased by the number of images, and covered is their mean over the pairs. Old: groups i mod 10 of the "
         "generated images, the real ones held fixed.",
         "",
-        *tables.table(spread, intervals()),
+        *tables.table(spread, intervals(arguments.repetitions)),
         "",
         f"Searches of {TRIALS} equal trials, judged by the same images. bits/dim: an image's difficulty is shared, a "
         f"trial's own noise is {TRIAL_NOISE}. KID: {KID_GENERATED} images of each trial, from the distribution of the "
         "real ones. Uncorrected: any pair apart by 1.96 errors image by image, or with intervals that do not overlap.",
         "",
-        *tables.table(claims, searches()),
+        *tables.table(claims, searches(arguments.searches)),
     )
 
 

@@ -13,7 +13,6 @@ compares them with the same held-out images. The table goes to benchmarks/qualit
 the plot beside it.
 """
 
-import json
 import math
 import os
 import shlex
@@ -21,21 +20,31 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-import numpy as np
 import torch
 import tyro
 from harness import tables
+from harness.arguments import read
+from harness.judged import (
+    REPO,
+    Judged,
+    crossing,
+    picture,
+    read_judged,
+    span,
+    train_command,
+    write_judged,
+)
 from harness.turns import Contestant, Spent, Turn, ended_after, read_turns, spent
-from matplotlib.figure import Figure
 from peers import quality as peers
 
-from ddpm.build import build_objective
 from ddpm.checkpoints import checkpoint
-from ddpm.config import SampleConfig, to_json
+from ddpm.config import SampleConfig
+from ddpm.config_io import to_json
 from ddpm.data.manifest import MANIFEST, read_manifest
 from ddpm.data.reading import DataSet
 from ddpm.diffusion import samplers, schedules
@@ -43,10 +52,9 @@ from ddpm.diffusion.objectives import Model, Objective
 from ddpm.diffusion.samplers import PerImageNoise
 from ddpm.diffusion.schedules import Schedule
 from ddpm.evaluation import nets
-from ddpm.evaluation.cache import Cache
 from ddpm.evaluation.features import features_of
 from ddpm.evaluation.metrics import kid
-from ddpm.evaluation.reference import images_of, real_features
+from ddpm.evaluation.reference import Cache, images_of, real_features
 from ddpm.presets import PRESETS
 from ddpm.storage import locations
 from ddpm.training.state import parameter_count
@@ -56,7 +64,6 @@ from ddpm.utils.seeding import Purpose
 
 Name = Literal["ours", "lucidrains", "diffusers"]
 NAMES: tuple[Name, ...] = get_args(Name)
-REPO = Path(__file__).parents[1]
 SAMPLER = SampleConfig(sampler="dpmpp_2m", num_sample_steps=20, eta=1.0)
 """The sampler of all nets; by benchmarks/samplers.md it is as good as all 1000 steps of Algorithm 2."""
 MARKS = (0.04, 0.08, 0.125, 0.17, 0.25, 0.33, 0.5, 0.67, 0.83, 1.0)
@@ -104,18 +111,9 @@ class Snapshot(NamedTuple):
     """Seconds since the epoch."""
 
 
-@dataclass(frozen=True)
-class Judged:
-    """A snapshot and its quality."""
-
-    name: Name
-    images_seen: int
-    minutes: float
-    """Minutes of training."""
-    cpu_minutes: float
-    kid: float
-    error: float
-    num_images: int
+def contestants() -> list[Name]:
+    """Ours, and the peers whose packages are installed."""
+    return [name for name in NAMES if name not in peers.PACKAGE or find_spec(peers.PACKAGE[name])]
 
 
 def race(arguments: Arguments, names: Sequence[Name]) -> None:
@@ -142,12 +140,8 @@ def command(name: Name, arguments: Arguments) -> list[str]:
     folder = str(arguments.of(name))
     if name != "ours":
         return [sys.executable, peers.__file__, name, folder]
-    train = [sys.executable, str(REPO / "jobs/train.py"), arguments.preset, "--data.shards", arguments.uri]
-    train += ["--run.storage", folder, "--run.name", "run"]
-    train += ["--train.checkpoint-every-images", str(CHECKPOINT_IMAGES), "--train.keep-checkpoints", "10000"]
-    # The peers do not sample or evaluate during training, either.
-    train += ["--train.sample-every-images", "0", "--train.held-out-images", "0"]
-    return train + shlex.split(arguments.flags)
+    train = train_command(arguments.preset, Path(folder), "run", CHECKPOINT_IMAGES)
+    return [*train, "--data.shards", arguments.uri, *shlex.split(arguments.flags)]
 
 
 def environment(arguments: Arguments) -> dict[str, str]:
@@ -172,7 +166,7 @@ def prepare(arguments: Arguments) -> None:
         subprocess.run(job, check=True)
     config = PRESETS[arguments.preset]
     arguments.of("ours").mkdir(parents=True, exist_ok=True)
-    for name in NAMES[1:]:
+    for name in contestants()[1:]:
         folder = arguments.of(name)
         folder.mkdir(exist_ok=True)
         if read_turns(folder) is None:
@@ -217,9 +211,9 @@ def load(name: Name, path: Path, arguments: Arguments) -> tuple[Model, Objective
     """The net of a snapshot, the meaning of its output, and its schedule."""
     if name != "ours":
         return peers.LOAD[name](path, peers.read_config(arguments.of(name)))
-    net, config = checkpoint.load_net(path, torch.device("cpu"))
-    net.autocast_dtype = None  # all nets sample in float32
-    return net, build_objective(config), schedules.build(config.schedule)
+    trained = checkpoint.load_net(path)
+    trained.net.autocast_dtype = None  # all nets sample in float32
+    return trained.net, trained.objective, schedules.build(trained.config.schedule)
 
 
 @torch.no_grad()
@@ -247,7 +241,7 @@ def judge(arguments: Arguments) -> None:
     real = real_features(held_out, by, cache, NUM_REAL, cpu)
     manifest = train.manifest
     shape = manifest.channels, manifest.height, manifest.width
-    judged = read_judged(arguments)
+    judged = read_judged(arguments.folder / JUDGED)
     known = {(j.name, j.images_seen) for j in judged if j.num_images == arguments.num_images}
     for name, snapshot, had in chosen(arguments):
         if (name, snapshot.images_seen) in known:
@@ -257,7 +251,7 @@ def judge(arguments: Arguments) -> None:
         minutes = had.wall_s / 60, had.cpu_s / 60
         judged.append(Judged(name, snapshot.images_seen, *minutes, value, error, arguments.num_images))
         print(f"{name:10} {judged[-1].minutes:5.2f} minutes: KID {value:.4f} +- {error:.4f}", flush=True)
-        (arguments.folder / JUDGED).write_text(json.dumps([asdict(j) for j in judged], indent=1))
+        write_judged(arguments.folder / JUDGED, judged)
         grid = images.png_bytes(images.grid(drawn[:64].numpy()))
         (arguments.of(name) / f"{snapshot.images_seen:012d}.png").write_bytes(grid)
 
@@ -275,35 +269,13 @@ def chosen(arguments: Arguments) -> list[tuple[Name, Snapshot, Spent]]:
     return [(name, snapshot, had) for _, name, snapshot, had in sorted(found, key=lambda one: one[0])]
 
 
-def read_judged(arguments: Arguments) -> list[Judged]:
-    file = arguments.folder / JUDGED
-    return [Judged(**entry) for entry in json.loads(file.read_text())] if file.exists() else []
-
-
-def crossing(curve: Sequence[Judged], value: float, errors: float = 0.0) -> float:
-    """Minutes until KID + errors standard errors is at most `value`, interpolated linearly in both logarithms.
-
-    inf: it never is.
-    """
-    before: tuple[float, float] | None = None
-    for point in sorted(curve, key=lambda j: j.minutes):
-        here = max(point.kid + errors * point.error, 1e-6), point.minutes
-        if here[0] <= value:
-            if before is None:
-                return point.minutes
-            share = math.log(before[0] / value) / math.log(before[0] / here[0])
-            return before[1] * (here[1] / before[1]) ** share
-        before = here
-    return math.inf
-
-
 def plot(arguments: Arguments) -> None:
     """The table, as Markdown, and the plot."""
-    judged = [j for j in read_judged(arguments) if j.num_images == arguments.num_images]
+    judged = [j for j in read_judged(arguments.folder / JUDGED) if j.num_images == arguments.num_images]
     curves = {name: sorted((j for j in judged if j.name == name), key=lambda j: j.minutes) for name in NAMES}
     curves = {name: curve for name, curve in curves.items() if curve}
     config = PRESETS[arguments.preset]
-    counts = {name: f"{parameter_count(peers.NET[name](config)):,}" for name in NAMES[1:]}
+    counts = {name: f"{parameter_count(peers.NET[name](config)):,}" for name in curves if name != "ours"}
     counts["ours"] = f"{parameter_count(peers.build_net(config)):,}"
     how = (
         f"KID-classifier of {arguments.num_images} images (20 steps of `dpmpp_2m` with eta 1, as for all) against "
@@ -313,7 +285,7 @@ def plot(arguments: Arguments) -> None:
     )
     rows: list[list[object]] = []
     for name, curve in curves.items():
-        cells = [_span(curve, value) for value in THRESHOLDS]
+        cells = [span(curve, value) for value in THRESHOLDS]
         speed = curve[-1].images_seen / curve[-1].minutes / 60
         rows.append([name, counts[name], *cells, f"{speed:.0f}"])
     for name in curves:
@@ -325,8 +297,8 @@ def plot(arguments: Arguments) -> None:
     )
     points: list[list[object]] = []
     for j in (j for curve in curves.values() for j in curve):
-        minutes = f"{j.minutes:.2f}", f"{j.cpu_minutes:.2f}"
-        points.append([j.name, *minutes, f"{j.images_seen:,}", f"{j.kid:.4f} ± {j.error:.4f}"])
+        minutes = f"{j.minutes:.2f}", f"{j.processor_minutes:.2f}"
+        points.append([j.name, *minutes, f"{j.images_seen:,}", f"{j.value:.4f} ± {j.error:.4f}"])
     tables.write(
         __file__,
         "Time to quality",
@@ -340,16 +312,7 @@ def plot(arguments: Arguments) -> None:
         "",
         *tables.table(["trainer", "minutes", "CPU minutes", "images seen", "KID"], points),
     )
-    _picture(curves, Path(__file__).with_suffix(".png"))
-
-
-def _span(curve: Sequence[Judged], value: float) -> str:
-    middle, low, high = (crossing(curve, value, errors) for errors in (0.0, -1.0, 1.0))
-    if math.isinf(middle):
-        return f"> {curve[-1].minutes:.1f}"
-    return (
-        f"{middle:.1f} ({low:.1f} to {high:.1f})" if math.isfinite(high) else f"{middle:.1f} (from {low:.1f})"
-    )
+    picture(__file__, "KID-classifier", curves, [VALUE])
 
 
 def _ratio(ours: Sequence[Judged], theirs: Sequence[Judged], value: float) -> str:
@@ -359,26 +322,18 @@ def _ratio(ours: Sequence[Judged], theirs: Sequence[Judged], value: float) -> st
     return f"> {theirs[-1].minutes / a:.1f}" if math.isinf(b) else f"{b / a:.1f}"
 
 
-def _picture(curves: dict[Name, list[Judged]], path: Path) -> None:
-    figure = Figure((6, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, curve in curves.items():
-        minutes, value, error = np.array([(j.minutes, j.kid, j.error) for j in curve]).T
-        axes.errorbar(minutes, value, error, marker="o", markersize=4, capsize=3, label=name)
-    axes.axhline(VALUE, color="grey", linewidth=1, linestyle="dashed")
-    axes.set_yscale("log")
-    axes.set_ylim(bottom=0.005)
-    axes.set_xlabel("minutes of training")
-    axes.set_ylabel("KID-classifier")
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    print(f"picture     {path}")
-
-
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
+    arguments = read(
+        Arguments,
+        __doc__,
+        minutes=0.7,
+        turn_s=15.0,
+        num_images=20,
+        preset="digits",
+        flags="--train.batch-size 32",
+    )
     if arguments.what in ("race", "train"):
-        race(arguments, [arguments.who] if arguments.who else NAMES)
+        race(arguments, [arguments.who] if arguments.who else contestants())
     if arguments.what in ("race", "judge"):
         judge(arguments)
     if arguments.what in ("race", "plot"):

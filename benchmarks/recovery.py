@@ -24,12 +24,11 @@ from typing import Any, Literal
 
 import psutil
 import ray
-import tyro
 from harness import processes, tables, training, turns
+from harness.arguments import read
 from harness.training import tick, ticks
 from ray.train.torch import TorchTrainer
-from support.processes import REPO
-from support.servers import RayHead
+from support.servers import RayHead, ray_head_env
 
 from ddpm.cluster.ray_init import connect
 from ddpm.presets import DIGITS
@@ -43,6 +42,7 @@ class Arguments:
     """How often to measure."""
 
     repeats: int = 3
+    lost: tuple[Literal["worker", "node"], ...] = ("worker", "node")
     only: tuple[Literal["bare", "ours"], Literal["worker", "node"]] | None = None
     """One measurement, in seconds."""
 
@@ -104,11 +104,9 @@ def _safe(folder: str) -> bool:
 
 
 def measure(start: Callable[[str, dict[str, float]], None], lose_node: bool) -> float:
-    lines = (REPO / "infra" / "ray-head.env").read_text().splitlines()
-    settings = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        head = stack.enter_context(RayHead(Path(folder, "head"), num_cpus=0, env=settings))
+        head = stack.enter_context(RayHead(Path(folder, "head"), num_cpus=0, env=ray_head_env()))
         nodes = [stack.enter_context(head.add_node(num_cpus)) for num_cpus in (1, 2, 2)]
         os.environ["RAY_ADDRESS"] = head.address
         connect()
@@ -127,8 +125,7 @@ def measure(start: Callable[[str, dict[str, float]], None], lose_node: bool) -> 
         thread.start()
         took = recovery_s(folder, kill)
         Path(folder, "end").touch()
-        ray.shutdown()
-        return took
+        return took  # without ray.shutdown(): the other thread is still in a call into Ray
 
 
 def measure_alone(key: tuple[str, str]) -> float:
@@ -144,12 +141,12 @@ LOST = {"worker": "a worker", "node": f"a node, which is back {BACK_AFTER_S:.0f}
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
+    arguments = read(Arguments, __doc__, repeats=1, lost=("worker",))
     if arguments.only is not None:
         name, lost = arguments.only
         processes.answer(measure(STARTS[name], lost == "node"))
         os._exit(0)  # without waiting for the threads of the stopped cluster
-    keys = list(itertools.product(STARTS, LOST))
+    keys = list(itertools.product(STARTS, arguments.lost))
     write(arguments, turns.in_turns(keys, arguments.repeats, measure_alone))
 
 
@@ -160,11 +157,11 @@ def write(arguments: Arguments, found: dict[tuple[str, str], list[float]]) -> No
         f"{arguments.repeats} (`PYTHONPATH=tests python benchmarks/recovery.py`). {tables.machine('ray')}."
     )
     rows = []
-    for lost, what in LOST.items():
+    for lost in arguments.lost:
         both = [found[name, lost] for name in STARTS]
         a, b = map(statistics.median, both)
         every = "; ".join(", ".join(f"{t:.1f}" for t in times) for times in both)
-        rows.append([what, f"{a:.1f}", f"{b:.1f}", f"{b - a:.1f}", every])
+        rows.append([LOST[lost], f"{a:.1f}", f"{b:.1f}", f"{b - a:.1f}", every])
     names = ["lost", "Ray Train that does nothing", "this project", "added", "all"]
     tables.write(__file__, "How long a crash takes", how, "", *tables.table(names, rows))
 

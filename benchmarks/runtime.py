@@ -21,18 +21,21 @@ from typing import Any, Literal
 import psutil
 import torch
 import torch.distributed
-import tyro
 from harness import processes, tables, turns
-from torch import Tensor, nn
+from harness.arguments import read
 
+from ddpm.checkpoints.runs import Run
 from ddpm.cluster.ray_init import KEPT_MEMORY
-from ddpm.config import Config, override
+from ddpm.config import Config
+from ddpm.config_io import override
 from ddpm.data import builtin, ray_dataset
-from ddpm.data.plan import rank_shard
-from ddpm.data.reading import DataSet, MicroBatch, RankBatch, cut
+from ddpm.data.plan import ReadOrder, rank_shard
+from ddpm.data.reading import DataSet, Images, MicroBatch, cut
 from ddpm.presets import PRESETS
+from ddpm.storage import locations
 from ddpm.training import loop
-from ddpm.training.runtime import LocalRuntime, NoTracker
+from ddpm.training.runtime import Runtime
+from ddpm.training.store import RunStore
 
 RUNTIMES = ("torchrun", "ray")
 CASES = ((1, 1), (1, 2), (2, 1))
@@ -51,6 +54,7 @@ class Arguments:
     """Runs of each."""
     images: int = 64_000
     """Images per run; the first fifth does not count."""
+    cases: tuple[tuple[int, int], ...] = CASES
     preset: str = "digits"
     workers: int = 1
     """With --runtime: number of workers."""
@@ -75,54 +79,38 @@ class Found:
     """Cores by kind of process, without the workers."""
 
 
-class TorchrunRuntime(LocalRuntime):
+class TorchrunRuntime(Runtime):
     """The runtime in a process started by torchrun, as written without Ray."""
 
-    def __init__(self, config: Config, train: DataSet, folder: Path) -> None:
-        super().__init__(config, train, train.held_out(), folder)
+    def __init__(self, config: Config, train: DataSet, points: "Points") -> None:
+        super().__init__(config, train, train.held_out(), None)
         torch.distributed.init_process_group("gloo")
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-    def wrap(self, net: nn.Module) -> nn.Module:
-        if self.world_size == 1:
-            return net
-        return nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+        if self.rank == 0:
+            self.store = points
 
     def batches(self, images_seen: int) -> Iterator[MicroBatch]:
-        train = self._config.train
-        batches = self._rank_batches(images_seen)
-        return cut(batches, self.rank, self.world_size, train.batch_size, train.micro_batch_size)
+        order = ReadOrder.from_config(self._config)
+        share = order.share(self.rank, self.world_size)
+        return cut(self._rank_batches(images_seen, share), share, order.micro_batch_size)
 
-    def _rank_batches(self, images_seen: int) -> Iterator[RankBatch]:
-        start = 0
-        for image, label in self._batches(images_seen):
-            which = (start, self.rank, self.world_size, self._config.train.micro_batch_size)
-            yield rank_shard(image, *which), rank_shard(label, *which)
-            start += len(label)
-
-    def mean(self, values: Tensor) -> Tensor:
-        torch.distributed.all_reduce(values)
-        return values / self.world_size
-
-    def gather(self, values: Tensor) -> Tensor:
-        parts = [torch.empty_like(values) for _ in range(self.world_size)]
-        torch.distributed.all_gather(parts, values.contiguous())
-        return torch.cat(parts)
-
-    def any_of(self, *flags: Tensor | bool, at_once: bool) -> tuple[Tensor, list[int]]:
-        counts = torch.stack([torch.as_tensor(flag).float() for flag in flags])
-        if self.world_size > 1:
-            torch.distributed.all_reduce(counts)
-        return counts > 0, [int(count > 0) for count in counts.tolist()]
+    def _rank_batches(self, images_seen: int, share: range) -> Iterator[Images]:
+        start, size = 0, self._config.train.micro_batch_size
+        for images in self._batches(images_seen):
+            yield Images(
+                rank_shard(images.image, start, share, size), rank_shard(images.label, start, share, size)
+            )
+            start += len(images.label)
 
 
-class Points(NoTracker):
-    """Stores tracked points."""
+class Points(RunStore):
+    """A run's store that keeps the points of its curves."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: Config, folder: str, train: DataSet) -> None:
+        super().__init__(config, Run("bench", locations.resolve(folder), ""), train.rows.fingerprint)
         self.points: dict[int, dict[str, float]] = {}
 
-    def metrics(self, values: dict[str, float], images_seen: int) -> None:
+    def metrics(self, values: Mapping[str, float], images_seen: int) -> None:
         self.points.setdefault(images_seen, {}).update(values)
 
 
@@ -142,6 +130,8 @@ class Meter:
 
     def cores(self) -> dict[str, float]:
         """Cores by kind of process, without the workers."""
+        if len(self._samples) < 3:  # the run was too short
+            return {}
         (began, before), (ended, after) = self._samples[0], self._samples[-2]
         found: dict[str, float] = defaultdict(float)
         for pid, (title, cpu_s) in after.items():
@@ -177,9 +167,10 @@ def measure(arguments: Arguments) -> None:
         cores: dict[str, float] = {}
         if arguments.runtime == "torchrun":
             torch.set_num_threads(arguments.threads)
-            tracker, runtime = Points(), TorchrunRuntime(config, data_set, Path(folder, "bench"))
-            loop.train(config, runtime, tracker)
-            points = tracker.points
+            with Points(config, f"{folder}/bench", data_set) as store:
+                runtime = TorchrunRuntime(config, data_set, store)
+                loop.train(config, runtime)
+            points = store.points
             torch.distributed.destroy_process_group()
             if runtime.rank:
                 return
@@ -219,11 +210,11 @@ def run(arguments: Arguments, workers: int, threads: int, runtime: str) -> Found
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
+    arguments = read(Arguments, __doc__, repeats=1, images=6_400, cases=CASES[:1])
     if arguments.runtime is not None:
         measure(arguments)
         return
-    keys = [(*case, name) for case in CASES for name in RUNTIMES]
+    keys = [(*case, name) for case in arguments.cases for name in RUNTIMES]
     write(arguments, turns.in_turns(keys, arguments.repeats, lambda key: run(arguments, *key)))
 
 

@@ -4,15 +4,16 @@
 
 Ours is the worker pool of jobs/sample.py, with one worker (a thread) and with all. diffusers' pipeline gets all
 threads, and the fastest of some batch sizes. All take turns, so that a machine that gets busy slows all. Speed does not
-depend on training: the weights are the initial ones of a run. In one table all take the same number of steps, in the
-other the number that equally good images need (benchmarks/samplers.md): all for diffusers' pipeline, few for ours. The
-tables go to benchmarks/sampling.md, above the text written by hand.
+depend on training: the weights are the initial ones of a run. In one table all take the same number of steps, alone and
+beside one process that computes all the time; in the other few steps of another sampler
+(benchmarks/samplers.md): all for diffusers' pipeline, few for ours. The tables go to benchmarks/sampling.md, above the
+text written by hand.
 """
 
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -20,13 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from harness import tables, turns
+from harness.arguments import read
+from harness.processes import busy
 from peers.step import CASES
 
-from ddpm.build import build_net, resolve_sample
+from ddpm.build import TrainedNet, build_net, resolve_sample
 from ddpm.cluster.worker_pool import WorkerPool
-from ddpm.config import Config, override
+from ddpm.config import Config
+from ddpm.config_io import override
 from ddpm.diffusion.timesteps import FEW
 from ddpm.hub import export
 from ddpm.models.unet import UNet
@@ -34,6 +37,8 @@ from ddpm.sampling.workers import BATCH_SIZE_CPU, BATCH_SIZE_GPU, SampleJob, Sam
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DIFFUSERS, ONE, ALL = "diffusers", "ours, one worker", "ours"
+NEIGHBOURS = (0, 1)
+"""Busy processes beside the contestants."""
 TRAINED = ("digits", "fashion-mnist")
 """The nets whose number of steps is measured in benchmarks/samplers.md."""
 
@@ -64,7 +69,7 @@ def pipeline(config: Config, net: UNet, sampler: str) -> Any:
     import diffusers
 
     with tempfile.TemporaryDirectory() as folder:
-        export.to_diffusers(net, config, Path(folder, "pipeline"))
+        export.to_diffusers(TrainedNet(net, config), Path(folder, "pipeline"))
         made = diffusers.DDPMPipeline.from_pretrained(Path(folder, "pipeline"))
     if sampler == "ddim":
         scheduler = diffusers.DDIMScheduler.from_config(made.scheduler.config)
@@ -73,8 +78,13 @@ def pipeline(config: Config, net: UNet, sampler: str) -> Any:
     return made.to(DEVICE)
 
 
-def measure(arguments: Arguments, config: Config, sampler: str, num_steps: int) -> dict[str, list[float]]:
-    """Images/s by contestant, in turns: ours as `config` says, diffusers' with `sampler` and `num_steps`."""
+def measure(
+    arguments: Arguments, config: Config, sampler: str, num_steps: int, neighbours: Sequence[int] = (0,)
+) -> list[dict[str, list[float]]]:
+    """Images/s by contestant, in turns, beside each number of busy processes.
+
+    Ours samples as `config` says, diffusers with `sampler` and `num_steps`.
+    """
     net, n = build_net(config).eval().requires_grad_(False), arguments.num_images
     drawer, few = pipeline(config, net, sampler), min(num_steps, arguments.num_sample_steps)
 
@@ -90,7 +100,7 @@ def measure(arguments: Arguments, config: Config, sampler: str, num_steps: int) 
     calls = {DIFFUSERS: (many, partial(theirs, num_steps, many, best))}
     with ExitStack() as stack:
         for name, num_workers in ((ONE, 1), (ALL, None)):
-            job = SampleJob(net.state_dict(), config)
+            job = SampleJob(TrainedNet(net, config))
             pool = stack.enter_context(WorkerPool(partial(SampleWorker, job), num_workers))
             size = BATCH_SIZE_GPU if pool.has_gpus else BATCH_SIZE_CPU
             pieces = [range(i, min(i + size, n)) for i in range(0, n, size)]
@@ -99,9 +109,15 @@ def measure(arguments: Arguments, config: Config, sampler: str, num_steps: int) 
                 partial(lambda pool, pieces: [*pool.map(SampleWorker.draw, pieces)], pool, pieces),
             )
             calls[name][1]()  # to warm up
-        return turns.in_turns(
-            list(calls), arguments.repeats, lambda name: calls[name][0] / seconds(calls[name][1])
-        )
+
+        def turn(cell: tuple[str, int]) -> float:
+            name, number = cell
+            with busy(number):
+                return calls[name][0] / seconds(calls[name][1])
+
+        cells = [(name, number) for number in neighbours for name in calls]
+        found = turns.in_turns(cells, arguments.repeats, turn)
+    return [{name: found[name, number] for name in calls} for number in neighbours]
 
 
 def ratio(found: dict[str, list[float]], a: str, b: str) -> str:
@@ -111,27 +127,31 @@ def ratio(found: dict[str, list[float]], a: str, b: str) -> str:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
+    arguments = read(
+        Arguments, __doc__, nets=("digits",), num_images=4, num_sample_steps=2, repeats=1, batch_sizes=(4,)
+    )
     how = (
         f"Images/s of {arguments.num_images} images, same weights: diffusers in the best batch size of "
-        f"{arguments.batch_sizes}, this project as jobs/sample.py draws, with one worker and with all; medians of "
-        f"{arguments.repeats} that took turns, and ratios of turns (`python benchmarks/sampling.py`). "
-        f"{tables.machine('diffusers', device=DEVICE.type)}."
+        f"{arguments.batch_sizes}, this project as jobs/sample.py draws, with one worker and with all, alone and "
+        f"beside one busy process; medians of {arguments.repeats} that took turns, and ratios of turns "
+        f"(`python benchmarks/sampling.py`). {tables.machine('diffusers', device=DEVICE.type)}."
     )
     equal, good, steps = [], [], arguments.num_sample_steps
     for net in arguments.nets:
         config = CASES[net]
         for sampler in ("ddpm", "ddim"):
             asked = override(config, {"sample.sampler": sampler, "sample.num_sample_steps": steps})
-            found = measure(arguments, asked, sampler, steps)
-            speeds = [f"{statistics.median(values):.1f}" for values in found.values()]
-            equal.append([net, sampler, *speeds, ratio(found, ALL, DIFFUSERS), ratio(found, ALL, ONE)])
+            beside = measure(arguments, asked, sampler, steps, NEIGHBOURS)
+            for number, found in zip(NEIGHBOURS, beside, strict=True):
+                speeds = [f"{statistics.median(values):.1f}" for values in found.values()]
+                ratios = [ratio(found, ALL, DIFFUSERS), ratio(found, ALL, ONE)]
+                equal.append([net, sampler, number, *speeds, *ratios])
         if net in TRAINED:
             sample, num_timesteps = (
                 resolve_sample(config.sample, config.objective),
                 config.schedule.num_timesteps,
             )
-            found = measure(arguments, config, "ddpm", num_timesteps)
+            (found,) = measure(arguments, config, "ddpm", num_timesteps)
             ours = f"{sample.sampler}, {sample.num_sample_steps or FEW} steps"
             speeds = [f"{statistics.median(found[name]):.2f}" for name in (DIFFUSERS, ALL)]
             good.append([net, f"ddpm, {num_timesteps} steps", ours, *speeds, ratio(found, ALL, DIFFUSERS)])
@@ -143,10 +163,10 @@ def main() -> None:
         f"## With as many steps: {steps}",
         "",
         *tables.table(
-            ["net", "sampler", DIFFUSERS, ONE, ALL, "ours / diffusers", "all workers / one"], equal
+            ["net", "sampler", "busy", DIFFUSERS, ONE, ALL, "ours / diffusers", "all workers / one"], equal
         ),
         "",
-        "## With the steps that equally good images take",
+        "## With few steps of another sampler, whose images have not been shown to be as good",
         "",
         *tables.table(
             ["net", "diffusers", "ours", "diffusers, images/s", "ours, images/s", "ours / diffusers"], good

@@ -21,18 +21,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from harness import tables
-from torch.utils.flop_counter import FlopCounterMode
+from harness.arguments import read
 
 from ddpm.build import build_net
 from ddpm.checkpoints import checkpoint
-from ddpm.config import Config, override
+from ddpm.config import Config
+from ddpm.config_io import override
 from ddpm.data.manifest import Encoding, Shard, make_manifest, manifest_from_json
 from ddpm.data.plan import CHUNK_IMAGES
 from ddpm.data.prepare import MAX_ROWS_PER_ROW_GROUP, ROW_GROUP_BYTES
-from ddpm.data.ray_dataset import OBJECT_STORE_BYTES
+from ddpm.data.ray_dataset import BYTES_PER_WORKER, OBJECT_STORE_SHARE
 from ddpm.data.shards import read_row_group, write_shard
 from ddpm.presets import CELEBA64, CIFAR10
 from ddpm.storage.locations import resolve
+from ddpm.training import mfu
 from ddpm.training.state import State, parameter_count
 from ddpm.utils.images import png_bytes
 
@@ -56,6 +58,7 @@ PUBLIC = {
     "latency": (20e-6, "seconds a step of an all-reduce takes besides the bytes; an assumption"),
     "get_limit": (5500, "GETs a second a prefix: Amazon S3's user guide, performance"),
     "s3_stream": (90e6, "bytes/s a connection: Amazon S3's user guide, performance guidelines (85-90 MB/s)"),
+    "pcie": (6.3e10, "bytes/s from a GPU to pinned memory, PCIe 5.0 x16: PCI-SIG; reached in part only"),
     "get_price": (0.0004 / 1000, "$ a GET: S3 Standard, us-east-1"),
     "month_price": (0.023 / 1e9, "$ a byte and month: S3 Standard, us-east-1, the first 50 TB"),
     "gpu_price": (55.04 / 8, "$ an hour and H100: p5.48xlarge on demand, us-east-1, since June 2025"),
@@ -74,7 +77,7 @@ class Measured:
     requests: float
     """Requests to S3, per row group."""
     copy: float
-    """Bytes a second at which a checkpoint is copied in memory; training waits for it."""
+    """Bytes a second at which a checkpoint is copied in memory; on a CPU training waits for it."""
     write: float
     """Bytes a second at which it is written to disk and hashed; training does not wait."""
     manifest_bytes: float
@@ -97,10 +100,12 @@ def measure() -> Measured:
         copied = time.process_time()
         checkpoint.write(snapshot, Path(folder, "checkpoint"))
         written = time.process_time()
-    groups, digest = 20_000, "0" * 64
-    rows = MAX_ROWS_PER_ROW_GROUP
-    shard = Shard("train/00000.parquet", groups * rows, (rows,) * groups, 1, digest, (digest,) * groups)
-    manifest = make_manifest("test", 32, 32, 3, "raw", [], {"train": [shard]}, "")
+    groups, digest, rows = 20_000, "0" * 64, MAX_ROWS_PER_ROW_GROUP
+    num_rows, image_bytes = groups * rows, 32 * 32 * 3
+    shard = Shard(
+        "train/00000.parquet", num_rows, (rows,) * groups, num_rows * image_bytes, digest, (digest,) * groups
+    )
+    manifest = make_manifest("test", (32, 32, 3), "raw", [], {"train": [shard]}, "")
     text = json.dumps(asdict(manifest), indent=1)
     parsing = time.process_time()
     manifest_from_json(text, "manifest.json")
@@ -116,7 +121,7 @@ def rows_per_second(folder: str, kind: Encoding) -> float:
     pixels = ((waves + 1) * 127).astype(np.uint8).reshape(rows, 32, 32, 3)
     images = pixels if kind == "raw" else [png_bytes(image) for image in pixels]
     shard = write_shard(location, "train/00000.parquet", images, None, rows_per_row_group=rows)
-    manifest = make_manifest("test", 32, 32, 3, kind, [], {"train": [shard]}, "")
+    manifest = make_manifest("test", (32, 32, 3), kind, [], {"train": [shard]}, "")
     read_row_group(location, manifest, "train", 0)
     began, count = time.process_time(), 0
     while time.process_time() - began < 2:
@@ -142,12 +147,8 @@ class Counted(io.FileIO):
 
 @cache
 def flops_per_image(config: Config) -> float:
-    """FLOPs of a training step per image: forward, and twice that backward."""
-    net, model = build_net(override(config, {"train.precision": "float32"})), config.model
-    x_t = torch.zeros(1, model.channels, model.image_size, model.image_size)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(x_t, torch.zeros(1, dtype=torch.long))
-    return 3.0 * counter.get_total_flops()
+    """FLOPs of a training step per image."""
+    return mfu.flops_per_image(build_net(override(config, {"train.precision": "float32"})).eval(), config)
 
 
 def all_reduce_s(gpus: int, num_bytes: float) -> float:
@@ -207,12 +208,23 @@ def parameters(config: Config) -> int:
         return parameter_count(build_net(config))
 
 
+@dataclass(frozen=True)
+class Arguments:
+    """What is known better than by default."""
+
+    utilisation: float | None = None
+    """Measured share of the peak (benchmarks/step.py on a GPU). None: that of Ho et al. 2020."""
+
+
 def main() -> None:
+    own = read(Arguments, __doc__).utilisation
     measured = measure()
     published = 21 * 128 * flops_per_image(CIFAR10) / 420e12
-    PUBLIC["utilisation"] = (published, PUBLIC["utilisation"][1])
-    OUT.write_text(page(measured, published))
-    print(OUT.read_text())
+    source = PUBLIC["utilisation"][1] if own is None else "of the peak: measured, benchmarks/gpu.md"
+    PUBLIC["utilisation"] = (own or published, source)
+    text = page(measured, own or published)
+    tables.result(OUT).write_text(text)
+    print(text)
 
 
 def page(measured: Measured, utilisation: float) -> str:
@@ -227,7 +239,8 @@ def page(measured: Measured, utilisation: float) -> str:
     size = parameters(CIFAR10) * BYTES_PER_PARAMETER
     write_s, upload_s = size / measured.write, size / public("s3_stream")
     largest, limit = cifar10[GPUS[-1]], public("get_limit")
-    tasks = OBJECT_STORE_BYTES // (CHUNK_IMAGES * image)
+    tasks = BYTES_PER_WORKER // (CHUNK_IMAGES * image)
+    worst = max(p.object_store / p.gpus for p in plans.values())
     than = "more than" if largest.requests > limit else "below"
     days = SIZES["100 TB"] / image / measured.raw_rows / 3600 / 24
     due = ", ".join(f"{every / p.images:,.1f} s on {gpus}" for gpus, p in cifar10.items())
@@ -253,10 +266,10 @@ take comes on top and is not known, so provide several times as many.
 - **1 GPU.** Its machine has enough cores to read for it. Nothing to set.
 - **8 GPUs, one machine.** The all-reduce hides behind the backward pass. Reading needs cores that the workers leave
   free (`--cluster.cpus-per-worker`), or a pool of machines without GPUs.
-- **The first bottleneck is in this project:** reading may run ahead by {human(OBJECT_STORE_BYTES)} for the whole run
-  (`OBJECT_STORE_BYTES` in ddpm/data/ray_dataset.py), and a task reads {CHUNK_IMAGES:,} images. So at most {tasks} tasks
-  of `cifar10` and {tasks // 4} of `celeba64` run at once, however many cores there are. Where the column
-  `object store` shows more, this limit has to be raised, and the nodes' object stores with it.
+- **Reading ahead** may take {human(BYTES_PER_WORKER)} of the object store for each worker, and
+  {OBJECT_STORE_SHARE:.0%} of it in all; a task reads {CHUNK_IMAGES:,} images. So for each worker {tasks} tasks of
+  `cifar10` and {tasks // 4} of `celeba64` may run at once; the column `object store` asks for {human(worst)} a worker
+  at most.
 - **256 GPUs.** The global batch is {GPUS[-1] * IMAGES_PER_GPU:,}: another learning rate and warm-up, or fewer images a
   GPU. At least {math.ceil(largest.cores)} cores read, on separate machines. {largest.requests:,.0f} requests a
   second are {than} the {limit:,.0f} that S3 answers for one prefix at once: larger row groups need fewer. One actor
@@ -273,16 +286,18 @@ take comes on top and is not known, so provide several times as many.
   and 256 MiB of it at most. Row groups of sixteen times the size make it a sixteenth (`rows_per_row_group` of
   `ddpm.data.prepare.prepare`), and tasks that much larger; beyond that it belongs in Parquet, one part per split.
   Merely to read the images once, as checking them does,
-  takes one core {days:,.0f} days; `jobs/prepare.py` uses all cores of a cluster.
+  takes one core {days:,.1f} days; `jobs/prepare.py` uses all cores of a cluster.
 
 ## Checkpoints
 
 `cifar10` has {parameters(CIFAR10) / 1e6:.1f} M weights and checkpoints of {human(size)} (net, EMA, AdamW), with any
-number of GPUs: rank 0 writes. Training waits for the copy, {size / measured.copy:.2f} s here. In parallel, there are
-{write_s:.1f} s of writing and hashing, and {upload_s:.0f} s to S3 over one connection. The preset asks for one every
-{every:,} images, which would be every {due} GPUs: with many GPUs ask for fewer (`--train.checkpoint-every-images`), not
-more often than every {write_s + upload_s:.0f} s. {CIFAR10.train.keep_checkpoints} are kept; in a versioned bucket those
-deleted cost money until they expire.
+number of GPUs: rank 0 writes. A GPU copies them to pinned memory beside the next step:
+{size / public("pcie") * 1e3:.0f} ms of {cifar10[1].step_s * 1e3:.0f}. A CPU waits for the copy,
+{size / measured.copy:.2f} s here. In parallel, there are {write_s:.1f} s of writing and hashing, and
+{upload_s:.0f} s to S3 over one connection. The preset asks for one every {every:,} images, which would be every
+{due} GPUs: with many GPUs ask for fewer (`--train.checkpoint-every-images`), not more often than every
+{write_s + upload_s:.0f} s.
+{CIFAR10.train.keep_checkpoints} are kept; in a versioned bucket those deleted cost money until they expire.
 
 ## Constants
 

@@ -14,20 +14,22 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
 from harness import tables
+from harness.arguments import read
 from harness.rankings import agreement
 from numpy.typing import NDArray
 
-from ddpm import presets
-from ddpm.config import override
+from ddpm.config_io import flatten
 from ddpm.data import ray_dataset
+from ddpm.evaluation import context
 from ddpm.hub import resolve
 from ddpm.search import leaderboard
 from ddpm.search.evaluator import Evaluator
-from ddpm.search.event_log import EventLog, Trial
+from ddpm.search.event_log import Ended, EventLog, Trial
 from ddpm.search.trial_manager import changes_text
 from ddpm.storage import locations
 
@@ -55,12 +57,12 @@ def difference(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, f
 
 
 def trained(
-    place: locations.Location, preset: str, config: Path | None, settings: dict, name: str, seed: int
+    place: locations.Location, preset: str, config: Path | None, values: dict[str, Any], name: str, seed: int
 ) -> str:
-    """URI of the run `name`, trained as the preset (and `config`) says for as long as a trial."""
+    """URI of the run `name`, trained as the preset (and `config`) says, as long as a trial with the config `values`."""
     flags = ["--config", str(config)] if config else []
     for key in ("data.shards", "train.total_images", "train.batch_size", "train.micro_batch_size"):
-        flags += [f"--{key.replace('_', '-')}", str(settings["config"][key])]
+        flags += [f"--{key.replace('_', '-')}", str(values[key])]
     flags += ["--train.seed", str(seed), "--run.name", name, "--run.storage", place.uri]
     subprocess.run([sys.executable, str(REPO / "jobs" / "train.py"), preset, *flags], check=True)
     return place.child(name).uri
@@ -71,7 +73,7 @@ def rankings(trials: list[Trial]) -> list[str]:
     values = {
         "train loss": np.array([last.train_loss for last in lasts]),
         "bits/dim": np.array([last.bits_per_dim for last in lasts]),
-        "KID": np.array([trial.drawn["value"] for trial in trials]),
+        "KID": np.array([trial.score.value for trial in trials]),
     }
     places = {name: v.argsort().argsort() + 1 for name, v in values.items()}
     rows: list[list[object]] = []
@@ -80,7 +82,7 @@ def rankings(trials: list[Trial]) -> list[str]:
         cells = {
             "train loss": f"{last.train_loss:.4f}",
             "bits/dim": last.shown,
-            "KID": f"{trial.drawn['value']:.4f} ± {trial.drawn['error']:.4f}",
+            "KID": f"{trial.score.value:.4f} ± {trial.score.error:.4f}",
         }
         ranked = [cell for name in values for cell in (cells[name], places[name][i])]
         rows.append([trial.name, *ranked, changes_text(trial.changes)])
@@ -96,15 +98,15 @@ def cost(trials: list[Trial], place: locations.Location) -> str:
     honest = min(trials, key=lambda trial: trial.value("bits_per_dim"))
     a, b = (np.array(leaderboard.bits_of(trial, place)) for trial in (naive, honest))
     bits, error = difference(a, b)
-    kid = naive.drawn["value"] - honest.drawn["value"]
-    kid_error = (naive.drawn["error"] ** 2 + honest.drawn["error"] ** 2) ** 0.5
+    kid = naive.score.value - honest.score.value
+    kid_error = (naive.score.error**2 + honest.score.error**2) ** 0.5
     if naive is honest:
         return f"The lowest training loss and the lowest bound belong to the same trial, {naive.name}."
     by_loss, by_bound = (f"{trial.name} ({changes_text(trial.changes)})" for trial in (naive, honest))
     return (
         f"A search by the training loss would have chosen {by_loss}; by the bound it is {by_bound}. The naive choice "
         f"costs {bits:+.4f} ± {error:.4f} bits/dim (image by image) and {kid:+.4f} ± {kid_error:.4f} in "
-        f"{naive.drawn['name']}."
+        f"{naive.score.name}."
     )
 
 
@@ -112,14 +114,13 @@ def beaten(arguments: Arguments, place: locations.Location, events: EventLog) ->
     """The best config beside the preset's, both trained with another seed."""
     settings = json.loads(place.child("search.json").read())["settings"]
     best = Path(place.path, "best.json")
-    seed = arguments.seed
+    (trial,) = context.read([place.child(next(t.name for t in events.trials() if t.last)).uri])
+    seed, values = arguments.seed, flatten(trial.config)
     uris = [
-        trained(place, arguments.preset, config, settings, f"{name}-seed-{seed}", seed)
+        trained(place, arguments.preset, config, values, f"{name}-seed-{seed}", seed)
         for name, config in (("best", best), ("default", None))
     ]
-    shards = {"data.shards": settings["config"]["data.shards"]}
-    config = override(presets.PRESETS[arguments.preset], shards)
-    train = ray_dataset.open_configured(config)
+    train = ray_dataset.open_configured(trial.config)
     held_out = train.held_out()
     assert held_out is not None, "the search had one"
     evaluator = Evaluator(train, held_out, settings["num_images"], seed=settings["seed"])
@@ -137,7 +138,8 @@ def beaten(arguments: Arguments, place: locations.Location, events: EventLog) ->
 
 
 def overhead(events: EventLog) -> str:
-    training_s, wall_s = (sum(values) for values in zip(*events.shares(), strict=True))
+    ended = [event for event in events.events if isinstance(event, Ended)]
+    training_s, wall_s = sum(event.training_s for event in ended), sum(event.wall_s for event in ended)
     return (
         f"Of {wall_s:.0f} s for which {len(events.trials())} trials had a slot (ddpm/search/event_log.py says what "
         f"that is), the loop ran {training_s:.0f} s: {training_s / wall_s:.0%}."
@@ -145,13 +147,13 @@ def overhead(events: EventLog) -> str:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
+    arguments = read(Arguments, __doc__)
     place = locations.resolve(arguments.search)
     events = EventLog.existing(place)
     if arguments.overhead:
         print(overhead(events))
         return
-    trials = [trial for trial in events.trials() if trial.status == "finished" and trial.drawn]
+    trials = [trial for trial in events.trials() if trial.status == "finished" and trial.score]
     lines = [
         f"{len(events.trials())} trials, {len(trials)} of them to their end ({arguments.command or 'tune/search.py'}; "
         f"`python benchmarks/search.py {arguments.search}`). {tables.machine()}. "
@@ -167,7 +169,7 @@ def main() -> None:
         "",
     ]
     for name in PICTURES:
-        target = Path(__file__).with_name(f"search-{name}")
+        target = tables.result(Path(__file__).with_name(f"search-{name}"))
         target.write_bytes(place.child(name).read())
         lines.append(f"![{name.removesuffix('.png')}]({target.name})")
     tables.write(__file__, "What a search finds", *lines)

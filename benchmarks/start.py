@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-import tyro
 from harness import processes, tables, turns
+from harness.arguments import read
 
 HERE = Path(__file__).resolve().parent.parent
 SAMPLE_S = 0.1
@@ -133,7 +133,7 @@ def _added_up(seen: dict[int, tuple[str, float, float]]) -> dict[str, tuple[floa
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
+    arguments = read(Arguments, __doc__, repeats=1, workers=(1,))
     keys = [(who, workers) for workers in arguments.workers for who in (BARE, OURS)]
 
     def once(key: tuple[str, int]) -> Start:

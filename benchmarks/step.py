@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from harness import tables
+from harness.arguments import read
 from harness.turns import ended_after
 from peers import step as contestants
 from peers.step import BEFORE, DIFFUSERS, LUCIDRAINS, OURS, Case
@@ -33,6 +33,8 @@ from peers.step import BEFORE, DIFFUSERS, LUCIDRAINS, OURS, Case
 from ddpm.build import build_net
 from ddpm.cluster.ray_init import KEPT_MEMORY
 from ddpm.config import Config
+from ddpm.training import mfu
+from ddpm.training.mfu import flops_per_image
 from ddpm.training.state import parameter_count
 
 KEPT = "memory kept"
@@ -128,13 +130,7 @@ def peak(device: str, dtype: torch.dtype) -> float:
 
 def gigaflops(config: Config) -> float:
     """GFLOP of an image, forward and backward: matrix products and convolutions."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    net = build_net(config)
-    x_t = torch.zeros(1, config.model.channels, config.model.image_size, config.model.image_size)
-    with FlopCounterMode(display=False) as counter:
-        net(x_t, torch.zeros(1, dtype=torch.int64)).sum().backward()
-    return counter.get_total_flops() / 1e9
+    return flops_per_image(build_net(config).eval(), config) / 1e9
 
 
 KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -163,7 +159,9 @@ def by_kind(operators: dict[str, float]) -> dict[str, float]:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
+    arguments = read(
+        Arguments, __doc__, case="digits", turns=1, turn_s=0.1, only="float32", without="compiled"
+    )
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device is cuda, but there is no CUDA GPU here")
     before = [BEFORE + name for name in OURS if arguments.before and "compiled" not in name]
@@ -227,7 +225,8 @@ def write(
     median = {name: statistics.median(found) for name, found in speed.items()}
     peers = {name: found for name, found in median.items() if name in DIFFUSERS}
     best = max(peers, key=peers.__getitem__, default=next(iter(median)))
-    base = BASE if BASE in median else best
+    bases = [BASE if BASE in median else best, best]
+    bases += sorted((name for name in LUCIDRAINS if name in median), key=median.__getitem__)[-1:]
     flops = gigaflops(config)
     on_gpu, peers_here, apart = arguments.device == "cuda", [], ""
     if find_spec("diffusers"):
@@ -243,12 +242,12 @@ def write(
         "",
     ]
     names = ["contestant", "images/s", "of the bfloat16 peak", "diffusers' default", "diffusers' best"]
-    names += ["first step, s", *["memory, GiB"] * on_gpu]
+    names += [*["lucidrains' best"] * (len(bases) > 2), "first step, s", *["memory, GiB"] * on_gpu]
     rows = []
     for name, found in speed.items():
         share = "" if name in LUCIDRAINS else f"{median[name] * flops / peaks[torch.bfloat16]:.0%}"
         cells = [name, f"{median[name]:.2f}", share]
-        for other in (base, best):
+        for other in bases:
             ratio = statistics.median(a / b for a, b in zip(found, speed[other], strict=True))
             cells.append(f"{ratio:.2f}")
         rows.append([*cells, f"{start[name]:.1f}", *[f"{memory[name]:.1f}"] * on_gpu])
@@ -260,6 +259,15 @@ def write(
     script = Path(__file__)
     if on_gpu:
         script = script.with_stem("gpu")
+        ours = max((name for name in median if name in OURS), key=median.__getitem__, default=None)
+        flops_per_s = median[ours] * flops * 1e9 if ours else 0.0
+        known = mfu.peak_flops(torch.device(arguments.device), "bfloat16")
+        if known and ours and arguments.case == "cifar10":
+            lines += [
+                "",
+                f"MFU of {ours}: {flops_per_s / known:.1%} of the peak in the data sheet. For docs/scale.md:",
+            ]
+            lines += [f"`python benchmarks/scale.py --utilisation {flops_per_s / known:.3f}`."]
     elif arguments.case != "cifar":
         script = script.with_stem(f"step-{arguments.case}")
     tables.write(str(script), "How fast a net is trained", *lines)

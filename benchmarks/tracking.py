@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from harness import tables, training, turns
+from harness.arguments import read
 from support.servers import LOOPBACK, MlflowServer, free_ports
 
 from ddpm.cluster.ray_init import connect
@@ -32,6 +32,7 @@ class Arguments:
 
     repeats: int = 3
     images: int = 38_400
+    conditions: tuple[str, ...] = CONDITIONS
 
 
 @contextmanager
@@ -72,9 +73,12 @@ def measure(arguments: Arguments, condition: str) -> float:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
+    arguments = read(Arguments, __doc__, repeats=1, images=6_400, conditions=CONDITIONS[::2])
     connect()
-    write(arguments, turns.in_turns(CONDITIONS, arguments.repeats, lambda one: measure(arguments, one)))
+    write(
+        arguments,
+        turns.in_turns(arguments.conditions, arguments.repeats, lambda one: measure(arguments, one)),
+    )
 
 
 def write(arguments: Arguments, found: dict[str, list[float]]) -> None:

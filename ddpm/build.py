@@ -1,10 +1,16 @@
-"""Builders of what a config describes: the net, the objective, the sampler."""
+"""Builders of what a config describes: the net, the objective, the sampler; and a net together with its config.
 
-import dataclasses
+Axes: N images, C channels, H W, T timesteps.
+"""
+
 import importlib
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ddpm.config import Config, ObjectiveConfig, SampleConfig
@@ -13,16 +19,38 @@ from ddpm.diffusion.inpainting import Known
 from ddpm.diffusion.objectives import PROCESSES, Objective
 from ddpm.diffusion.objectives import build as _build_objective
 from ddpm.diffusion.samplers import SAMPLERS, Sampler
+from ddpm.utils import images
 from ddpm.utils.errors import UserError
 from ddpm.utils.seeding import Purpose, torch_seed
 
 
-def build_net(config: Config) -> nn.Module:
-    """The net that `config` describes, with weights drawn from the run's seed.
+@dataclass(frozen=True)
+class TrainedNet:
+    """A net and the config it is trained under, which tells what its output means."""
 
-    Raises:
-        UserError: the config describes no net that can be built.
-    """
+    net: nn.Module
+    config: Config
+
+    @cached_property
+    def objective(self) -> Objective:
+        return build_objective(self.config)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+    def sampled_with(self, sample: SampleConfig) -> Self:
+        """The same net with another sampling configuration."""
+        return replace(self, config=replace(self.config, sample=sample))
+
+    def inputs(self, image: NDArray[np.uint8], label: NDArray[np.int64]) -> tuple[Tensor, Tensor | None]:
+        """x_0 [N, C, H, W] of images [N, H, W, C], and their labels [N] if the net takes them, on its device."""
+        x_0 = images.to_model(torch.tensor(image).to(self.device))
+        return x_0, torch.tensor(label).to(self.device) if self.config.model.num_classes else None
+
+
+def build_net(config: Config) -> nn.Module:
+    """The net that `config` describes, with weights drawn from the run's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(config.train.seed, Purpose.INIT))
         try:
@@ -39,11 +67,7 @@ def build_net(config: Config) -> nn.Module:
 
 
 def build_objective(config: Config) -> Objective:
-    """The objective that `config` describes.
-
-    Raises:
-        UserError: a schedule or objective parameter is out of its range.
-    """
+    """The objective that `config` describes."""
     try:
         return _build_objective(config.objective, schedules.build(config.schedule), config.model.num_classes)
     except ValueError as error:
@@ -51,11 +75,7 @@ def build_objective(config: Config) -> Objective:
 
 
 def resolve_sample(sample: SampleConfig, objective: ObjectiveConfig) -> SampleConfig:
-    """`sample` with the sampler and variance `auto` replaced by those that fit the objective.
-
-    Raises:
-        UserError: the sampler is of another process, or the net has not learned the variance.
-    """
+    """`sample` with the sampler and variance `auto` replaced by those that fit the objective."""
     learned = objective.variance == "learned"
     if sample.variance == "learned" and not learned:
         raise UserError(
@@ -69,33 +89,22 @@ def resolve_sample(sample: SampleConfig, objective: ObjectiveConfig) -> SampleCo
     sampler = fitting[0] if sample.sampler == "auto" else sample.sampler
     variance = ("learned" if learned else "beta_tilde") if sample.variance == "auto" else sample.variance
     resolved: dict[str, Any] = {"sampler": sampler, "variance": variance}
-    return dataclasses.replace(sample, **resolved)
+    return replace(sample, **resolved)
 
 
-def build_sampler(
-    config: Config,
-    sample: SampleConfig | None = None,
-    known: Known | None = None,
-    x_0_error: Tensor | None = None,
-) -> Sampler:
-    """The sampler that `sample` (default: config.sample) describes, on the run's own schedule.
+def build_sampler(config: Config, known: Known | None = None, x_0_error: Tensor | None = None) -> Sampler:
+    """The sampler that config.sample describes, on the run's own schedule.
 
-    `known`, a given part of each image, selects RePaint, whatever `sample` says. The variance "measured" needs
+    `known`, a given part of each image, selects RePaint, whatever the sampler. The variance "measured" needs
     x_0_error, [T].
-
-    Raises:
-        UserError: the sampler cannot reverse the process the net was trained on, or a setting is out of its range.
     """
-    sample = sample or config.sample
-    if known is not None:
-        sample = dataclasses.replace(sample, sampler="ddpm")
+    sample = config.sample if known is None else replace(config.sample, sampler="ddpm")
     resolved = resolve_sample(sample, config.objective)
     try:
         denoisers.check_interval(resolved.guidance_interval)
         schedule = schedules.build(config.schedule)
         if known is None:
             return samplers.build(resolved, schedule, config.model.num_dims, x_0_error)
-        resampling = known.num_resamples, known.jump_length
-        return inpainting.build(resolved, schedule, known.x_0, known.mask, *resampling)
+        return inpainting.build(resolved, schedule, known)
     except ValueError as error:
         raise UserError(f"sample: {error}") from None

@@ -1,14 +1,13 @@
 """What every job shares around its one library call: the command line, and user errors in one line."""
 
 import argparse
-import difflib
 import io
-import itertools
+import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Collection, Sequence
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -17,14 +16,15 @@ import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 from ddpm import presets
-from ddpm.config import Config, merged, override
+from ddpm.config import Config
+from ddpm.config_io import check_values, from_json, override
+from ddpm.utils.command_line import installed
 from ddpm.utils.errors import UserError
+from ddpm.utils.files import read_whole
 from ddpm.utils.openmp import bound_spinning
 from ddpm.utils.progress import printable
 from ddpm.utils.streams import lossy
 
-CLOSE_NAME, CLOSE_FLAG = 0.5, 0.65
-"""Smallest similarity, by difflib, at which a known word is suggested for an unknown one."""
 HELP, HELP_ALL = ("-h", "--help"), "--help-all"
 SHORT = {
     "run.name": "--name",
@@ -41,14 +41,8 @@ SHORT = {
 """The flags of a config that people change first, and their short names."""
 SHOWN_FIRST = {*SHORT, "data.images", "schedule.num_timesteps", "model.image_size", "model.num_classes"}
 """The flags of a config that --help shows."""
-OTHER_TRAINERS = {
-    **dict.fromkeys(("learning-rate", "train-lr"), "--lr"),
-    **dict.fromkeys(("epochs", "num-epochs", "max-train-steps", "train-num-steps"), "--total-images"),
-    **dict.fromkeys(("output-dir", "results-folder"), "--storage"),
-    "resolution": "--model.image-size",
-    "train-data-dir": "--data.images",
-}
-"""Other trainers' names of flags, for messages; here training length is counted in images."""
+MAX_LINE = 500
+"""Characters of an error's line; what is in the middle of a longer one is left out."""
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -57,11 +51,15 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     Output that cannot be written is dropped: a closed pipe or a full disk behind it does not end a job.
     """
     bound_spinning()
+    # Ray, when it is imported: hide its warning that a node has many processes, most of which are idle in a search.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started")
     sys.stdout, sys.stderr = lossy(sys.stdout), lossy(sys.stderr)
     try:
         code = main() or 0
     except UserError as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
+        line = installed(printable(f"error: {error}"))
+        half = (MAX_LINE - 5) // 2
+        print(line if len(line) <= MAX_LINE else f"{line[:half]} ... {line[-half:]}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -70,162 +68,135 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(code)
 
 
-def parse_preset(kind: type[Any], description: str | None) -> Any:
-    """Parse the command line PRESET [flags] as `kind`, whose first fields are the preset's name and its config.
+def chosen(first: str, names: Mapping[str, str], description: str | None) -> str:
+    """The first word of the command line; a request for help there prints what it may be, and exits the process.
 
-    Raises:
-        UserError: the command line is invalid.
+    Args:
+        first: what it is, for messages: "PRESET".
+        names: its valid values, and a line about each.
     """
-    defaults = {name: kind(name, config) for name, config in starting_points().items()}
-    presets_or_flags = tyro.extras.subcommand_type_from_defaults(defaults, presets.ABOUT)
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    if word in (*HELP, HELP_ALL):
+        print(f"usage: {sys.argv[0]} {first} [flags]\n\n{installed(description or '')}\n{first}:")
+        for name, about in names.items():
+            print(f"    {name:<15} {about}".rstrip())
+        sys.exit(0)
+    listed = ", ".join(names)
+    if not word or word.startswith("-"):
+        raise UserError(f"{first} is missing; the command line must begin with one of {listed}")
+    if word not in names:
+        raise UserError(f"there is no {first} {word}; it must be one of {listed}")
+    return word
+
+
+def parse_preset(kind: type[Any], description: str | None) -> Any:
+    """Parse the command line PRESET [flags] as `kind`, whose first fields are the preset's name and its config."""
+    name = chosen("PRESET", presets.ABOUT, description)
     own = {f"--{field.name.replace('_', '-')}" for field in fields(kind)}
-    return parse(presets_or_flags, description, "PRESET", list(defaults), own, SHOWN_FIRST)
+    default = kind(name, starting_point(name))
+    return parse(kind, presets.ABOUT[name], sys.argv[2:], default, own, SHOWN_FIRST)
 
 
 def parse(
     kind: Any,
     description: str | None,
-    first: str = "",
-    names: Sequence[str] = (),
+    words: Sequence[str] | None = None,
+    default: Any = tyro.MISSING_NONPROP,
     taken: Collection[str] = (),
     shown: Collection[str] | None = None,
 ) -> Any:
-    """Parse the command line as `kind` with tyro; a request for help prints it and exits the process.
+    """Parse `words` (None: the command line) as `kind` with tyro; a request for help prints it and exits the process.
 
     Args:
-        first: name of the first word in messages; `names` are its valid values.
+        default: a `kind` of the values that are not given.
         taken: flags of `kind` itself, which a config's fields do not get as short names.
         shown: the keys of a config that --help shows; None: all.
-
-    Raises:
-        UserError: the command line is invalid.
     """
-    words = sys.argv[1:]
+    words = sys.argv[1:] if words is None else words
     only = shown if {*HELP} & {*words} and HELP_ALL not in words else None
     words = ["--help" if word == HELP_ALL else word for word in words]
-    if first:
-        _check_first(words, first, names)
-    said = io.StringIO()
+    prog = " ".join(sys.argv[: len(sys.argv) - len(words)])
+    registry, stderr = _registry(taken, only), io.StringIO()
+    text = installed(description or "")
     try:
-        with redirect_stderr(said):
-            found, unknown = tyro.cli(
-                kind,
-                args=words,
-                description=description,
-                registry=_registry(taken, only),
-                return_unknown_args=True,
+        with redirect_stderr(stderr):
+            arguments = tyro.cli(
+                kind, prog=prog, description=text, args=words, default=default, registry=registry
             )
     except SystemExit as end:
         if end.code:
-            raise UserError(_in_a_line(said.getvalue())) from None
+            raise UserError(_in_a_line(stderr.getvalue())) from None
         if only:
             print(f"{HELP_ALL} lists every flag.")
         raise
-    if unknown:
-        word = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
-        known = _flags(kind, words[:1] if first else [], taken)
-        raise UserError(
-            f"there is no flag {word}{_did_you_mean(word, known, CLOSE_FLAG)}; {HELP_ALL} lists every flag"
-        )
-    return found
+    check_values(arguments)
+    return arguments
 
 
-def _registry(taken: Collection[str] = (), only: Collection[str] | None = None) -> ConstructorRegistry:
+def _registry(taken: Collection[str], only: Collection[str] | None) -> ConstructorRegistry:
     """A registry with which tyro gives the fields of configs short names.
 
-    The rule changes the result of tyro's own rules; while it calls them, `asked` disables the rule itself.
+    They are no aliases of the fields themselves: an alias that is also a flag of the job is an error of tyro's.
 
     Args:
         taken: short names that no field gets.
         only: the keys of a config that help shows, in one list; None: all, group by group.
     """
-    made, asked = ConstructorRegistry(), False
+    registry = ConstructorRegistry()
     groups = {Config: ""} | {kind: f"{name}." for name, kind in typing.get_type_hints(Config).items()}
 
-    @made.struct_rule
+    @registry.struct_rule
     def rule_of_group(info: StructTypeInfo) -> StructConstructorSpec | None:
-        nonlocal asked
         group = next((groups[kind] for kind in getattr(info.type, "__mro__", ()) if kind in groups), None)
-        if asked or group is None:
+        if group is None or info.type in info.markers:
             return None
-        asked = True
-        spec = ConstructorRegistry.get_struct_spec(info)
-        asked = False
+        # The marker is for this rule, which tyro asks again: then tyro's own rule answers.
+        spec = ConstructorRegistry.get_struct_spec(replace(info, markers=(*info.markers, info.type)))
         if not isinstance(spec, StructConstructorSpec):
             return None
         changed = []
         for field in spec.fields:
-            key, asks = f"{group}{field.name}", None
+            key, flag = f"{group}{field.name}", None
             short = SHORT[key] if SHORT.get(key) not in (None, *taken) else ""
             if only is None:
-                asks = tyro.conf.arg(aliases=[short] if short else None)
+                flag = tyro.conf.arg(aliases=[short] if short else None)
             elif not group:
-                asks = tyro.conf.arg(name="")
+                flag = tyro.conf.arg(name="")
             elif key in only:
-                asks = tyro.conf.arg(name=short.removeprefix("--") or key)
-            kind: Any = Annotated[field.type, tyro.conf.Suppress if asks is None else asks]
+                flag = tyro.conf.arg(name=short.removeprefix("--") or key)
+            kind: Any = Annotated[field.type, tyro.conf.Suppress if flag is None else flag]
             changed.append(replace(field, type=kind))
         return replace(spec, fields=tuple(changed))
 
-    return made
-
-
-def _check_first(words: Sequence[str], first: str, names: Sequence[str]) -> None:
-    """Raise UserError unless the command line begins with one of `names`, or asks for help."""
-    word, listed = words[0] if words else "", ", ".join(names)
-    if word in names or word.startswith((*HELP, "--tyro-")):  # tyro's shell completions
-        return
-    if not word or word.startswith("-"):
-        raise UserError(f"{first} is missing; the command line must begin with one of {listed}")
-    raise UserError(
-        f"there is no {first} {word}{_did_you_mean(word, names, CLOSE_NAME)}; it must be one of {listed}"
-    )
-
-
-def _did_you_mean(word: str, known: Sequence[str], cutoff: float) -> str:
-    """Part of a message: the one or two of `known` that are most similar to `word`."""
-    word = word.replace("_", "-")
-    elsewhere = [name for name in known if name == OTHER_TRAINERS.get(word.lstrip("-"))]
-    same_end = [name for name in known if "." in name and name.rpartition(".")[2] == word.lstrip("-")]
-    close = elsewhere or same_end or difflib.get_close_matches(word, known, n=2, cutoff=cutoff)
-    return f" (did you mean {' or '.join(close[:2])}?)" if close else ""
-
-
-def _flags(kind: Any, before: Sequence[str], taken: Collection[str]) -> list[str]:
-    """Every flag that tyro's help lists."""
-    shown = io.StringIO()
-    with suppress(SystemExit), redirect_stdout(shown):
-        tyro.cli(kind, args=[*before, "--help"], registry=_registry(taken))
-    return [*dict.fromkeys(re.findall(r"--[a-z][\w.-]*", shown.getvalue()))]
+    return registry
 
 
 def _in_a_line(box: str) -> str:
-    """tyro's error message as one line, without its frame and the help below it."""
-    rows = [row.strip("│| ").strip("─") for row in box.splitlines()[1:]]  # the first is a title
-    rows = [row if row.strip("-") else "" for row in rows]
-    body = itertools.takewhile(bool, itertools.dropwhile(lambda row: not row, rows))
-    said = " ".join(" ".join(body).split())
-    return said.removeprefix("Error parsing ").removesuffix(".")
+    """tyro's error message as one line, with the flags that it suggests. tyro has no errors but frames of text."""
+    rows = [row.strip("│| ") for row in box.splitlines()[1:-1]]
+    parts = re.split(r"^[─-]+$", "\n".join(rows), flags=re.MULTILINE)
+    message, *more = filter(str.strip, parts)
+    line = " ".join(message.split()).removeprefix("Error parsing ").removesuffix(".")
+    if not line.startswith("Unrecognized"):
+        return line
+    flags = dict.fromkeys(re.findall(r"^--[\w.-]+", more[0], re.MULTILINE))
+    close = f" (did you mean {' or '.join([*flags][:2])}?)" if flags else ""
+    return f"{line}{close}; {HELP_ALL} lists every flag"
 
 
-def starting_points() -> dict[str, Config]:
-    """The presets, each with the changes of the --config file, and with the net of --model.net.
+def starting_point(preset: str) -> Config:
+    """The preset with the changes of the --config file, and with the net of --model.net.
 
     Other flags are applied later; which flags exist depends on the net.
-
-    Raises:
-        UserError: the file cannot be read or is not a config, or the net is unknown.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", nargs="?")
     parser.add_argument("--model.net", nargs="?", dest="net")
-    typed, found = parser.parse_known_args()[0], presets.PRESETS
+    typed, config = parser.parse_known_args()[0], presets.PRESETS[preset]
     if typed.config is not None:
         try:
-            text = Path(typed.config).read_text()
+            text = read_whole(Path(typed.config)).decode()
         except (OSError, ValueError) as error:
             raise UserError(f"--config {typed.config} cannot be read: {error}") from None
-        found = {name: merged(preset, text, typed.config) for name, preset in found.items()}
-    if typed.net is not None:
-        found = {name: override(preset, {"model.net": typed.net}) for name, preset in found.items()}
-    return found
+        config = from_json(text, typed.config, config)
+    return config if typed.net is None else override(config, {"model.net": typed.net})

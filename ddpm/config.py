@@ -1,32 +1,30 @@
 """The configuration of a run, as one tree of frozen dataclasses.
 
-The tree is the command line (tyro), the MLflow parameters (`flatten`) and the `config.json` of a
-checkpoint (`to_json`, `from_json`). Sampling and evaluation rebuild the net from that file alone.
-Unknown keys are errors; nothing here is ever executed.
+The tree is the command line (tyro), the MLflow parameters and the `config.json` of a checkpoint (config_io.py).
+Sampling and evaluation rebuild the net from that file alone.
 """
 
 import dataclasses
-import json
+import enum
 import os
-import reprlib
-import typing
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from ddpm.utils import plugins, strict_json
+import tyro
+from annotated_types import Ge, Gt, Interval, Len
+
 from ddpm.utils.errors import UserError
 
-T = TypeVar("T")
-
-# What the command lines offer. Each is the keys of a table, which says what is built; tests/test_tables.py holds them
-# equal. The tables lie with what they build, and this module imports neither PyTorch nor a higher package.
-ScheduleKind = Literal["linear", "scaled_linear", "cosine", "sigmoid"]
+# Choices on command lines. Each lists the keys of a table in the package that builds them: this module imports neither
+# PyTorch nor a higher package. tests/test_tables.py checks that they are equal.
+ScheduleKind = Literal["linear", "scaled_linear", "cosine", "sigmoid", "straight", "geometric"]
 """diffusion.schedules.SCHEDULES."""
 Process = Literal["gaussian", "uniform_mix"]
 """diffusion.objectives.PROCESSES."""
-Prediction = Literal["eps", "x_0", "v"]
+Prediction = Literal["eps", "x_0", "v", "edm", "flow"]
 """diffusion.objectives.PREDICTIONS."""
+Timesteps = Literal["uniform", "log_normal", "logit_normal"]
+"""diffusion.objectives.TIMESTEPS."""
 SamplerName = Literal["ddim", "ddpm", "dpmpp_2m", "heun", "mix"]
 """diffusion.samplers.SAMPLERS."""
 FeatureNetName = Literal["classifier", "inception", "lite0", "pixels"]
@@ -35,90 +33,155 @@ Spacing = Literal["auto", "uniform", "quadratic", "karras"]
 Variance = Literal["beta", "beta_tilde", "measured", "learned"]
 SampleVariance = Literal["auto", Variance]
 
+# Ranges of fields: `check_values` checks a command line, `from_json` a file. Larger numbers than these are of no use,
+# and would take all memory or time.
+Text = Annotated[str, Len(1)]
+Seed = Annotated[int, Interval(ge=0, lt=2**63)]
+Count = Annotated[int, Interval(ge=1, le=10**6)]
+CountOrZero = Annotated[int, Interval(ge=0, le=10**6)]
+SmallCount = Annotated[int, Interval(ge=1, le=4096)]
+Images = Annotated[int, Interval(ge=1, le=10**11)]
+ImagesOrZero = Annotated[int, Interval(ge=0, le=10**11)]
+ScoredImages = Annotated[int, Interval(ge=20, le=10**6)]
+"""At least evaluation.scores.LEAST_IMAGES."""
+Seconds = Annotated[float, Interval(gt=0, le=10**9)]
+Positive = Annotated[float, Gt(0)]
+NotNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Interval(ge=0, le=1)]
+ShareAboveZero = Annotated[float, Interval(gt=0, le=1)]
+ShareBelowOne = Annotated[float, Interval(ge=0, lt=1)]
+Beta = Annotated[float, Interval(gt=0, lt=1)]
+
+
+class Affects(enum.Flag):
+    """What a key affects: metadata of its field, else `affects` of its class. NOTHING: where a run is."""
+
+    NOTHING = 0
+    COURSE = enum.auto()
+    """Length, speed, storing: what a resumed run may change."""
+    ORDER = enum.auto()
+    """The images of each step."""
+    NOISE = enum.auto()
+    """Noise, and the loss."""
+    NET = enum.auto()
+    """What weights mean: another value needs other weights."""
+    LEARNING = enum.auto()
+    """The values of the weights in any other way."""
+    SAMPLING = enum.auto()
+    """Images sampled from given weights."""
+    TASK = enum.auto()
+    """What runs must share to be comparable."""
+    LOCATION = enum.auto()
+    """Where data lies; its fingerprint tells what it is."""
+    WEIGHTS = ORDER | NOISE | NET | LEARNING
+    ANYTHING = COURSE | WEIGHTS | SAMPLING | LOCATION
+
 
 @dataclass(frozen=True)
 class DataConfig:
     """The images to train on, and their order."""
 
-    shards: str | None = None
+    affects: ClassVar = Affects.ORDER
+    shards: Annotated[Text | None, Affects.LOCATION] = None
     """Folder or s3:// URI of a data set made by jobs/prepare.py. Without it, `images` or `source` is prepared first."""
-    images: str | None = None
+    images: Text | None = None
     """Folder of images of any size; subfolders are classes. The images are first prepared at the net's size and
     channels in {run.storage}/data/."""
-    source: str | None = None
+    source: Annotated[Text | None, Affects.COURSE] = None
     """A source that needs no download. Without `shards` it is prepared in {run.storage}/data/ first."""
-    split: str = "train"
+    split: Text = "train"
     """The split to train on."""
-    window_rows: int = 8192
+    window_rows: Images = 8192
     """Images are shuffled inside windows of row groups that hold about this many rows."""
-    horizontal_flip: bool = False
+    horizontal_flip: Annotated[bool, Affects.NOISE | Affects.TASK] = False
     """Mirror each image with probability 1/2 (drawn per micro-batch, as all noise is)."""
-    stall_timeout_s: float = 120.0
+    stall_timeout_s: Annotated[Seconds, Affects.NOTHING] = 120.0
     """The run stops after this many seconds without a batch, in addition to run.storage_timeout_s."""
-    on_corrupt: Literal["error", "substitute"] = "error"
-    """error: stop at an image that cannot be read. substitute: use another image of the same window, and list the
-    unreadable one."""
-    max_corrupt_share: float = 0.01
-    """substitute: the run stops when a larger share of the split's images cannot be read."""
+    skip_unreadable: Annotated[bool, Affects.COURSE] = False
+    """When `images` or `source` is prepared, leave out images that cannot be read (5 % of them at most), and list them
+    in unreadable.txt beside the shards."""
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     """The noise schedule: beta_t over T steps."""
 
+    affects: ClassVar = Affects.NOISE | Affects.SAMPLING
     kind: ScheduleKind = "linear"
-    """Noise schedule: how beta_t grows over the steps."""
-    num_timesteps: int = 1000
+    """Noise schedule: how beta_t grows over the steps. straight: the path of flow matching. geometric: EDM's noise."""
+    num_timesteps: Count = 1000
     """T, the number of noise levels."""
-    beta_start: float = 1e-4
+    beta_start: Beta = 1e-4
     """linear, scaled_linear: the first beta."""
-    beta_end: float = 0.02
+    beta_end: Beta = 0.02
     """linear, scaled_linear: the last beta."""
-    cosine_s: float = 0.008
+    cosine_s: Share = 0.008
     """cosine: the offset s near t = 0."""
-    max_beta: float = 0.999
-    """cosine, sigmoid: the largest beta allowed."""
+    max_beta: Beta = 0.999
+    """cosine, sigmoid, straight: the largest beta allowed."""
     sigmoid_start: float = -3.0
     """sigmoid: where the logistic curve begins."""
     sigmoid_end: float = 3.0
     """sigmoid: where the logistic curve ends."""
-    sigmoid_tau: float = 1.0
+    sigmoid_tau: Positive = 1.0
     """sigmoid: temperature of the logistic curve."""
+    sigma_min: Positive = 0.002
+    """geometric: the first sigma."""
+    sigma_max: Positive = 80.0
+    """geometric: the last sigma."""
+
+
+MEANING = Affects.NOISE | Affects.NET | Affects.SAMPLING
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """The forward process, and what the net predicts."""
 
-    process: Process = "gaussian"
+    affects: ClassVar = Affects.NOISE
+    process: Annotated[Process, MEANING | Affects.TASK] = "gaussian"
     """gaussian: DDPM. uniform_mix: the Hugging Face course's baseline (no timestep; the net predicts x_0)."""
-    predict: Prediction = "eps"
-    """What the net's output means (gaussian process)."""
-    weight: Literal["simple", "min_snr"] = "simple"
-    """Loss weight over t: 1, or min-SNR (Hang et al. 2023)."""
-    min_snr_gamma: float = 5.0
+    predict: Annotated[Prediction, MEANING] = "eps"
+    """What the net's output means (gaussian process). edm: F of EDM (Karras et al. 2022), whose input is scaled, too.
+    flow: the velocity eps - x_0 of flow matching; both have their own papers' loss with the weight simple."""
+    sigma_data: Annotated[Positive, MEANING] = 0.5
+    """edm: the standard deviation of the images, in [-1, 1]."""
+    weight: Literal["simple", "min_snr", "edm", "flow"] = "simple"
+    """Loss weight over t: 1, min-SNR (Hang et al. 2023), or as if edm or flow were predicted."""
+    min_snr_gamma: Positive = 5.0
     """min_snr: gamma, the SNR at which the weight is capped."""
-    variance: Literal["fixed", "learned"] = "fixed"
+    timesteps: Timesteps = "uniform"
+    """How t is drawn in training. log_normal: sigma is log-normal, as in EDM. logit_normal: so is that of the straight
+    path (Esser et al. 2024), which is log-normal sigma with another mean and deviation."""
+    log_sigma_mean: Annotated[float, Interval(ge=-20, le=20)] | None = None
+    """Mean of log sigma. None: -1.2 for log_normal, 0 for logit_normal."""
+    log_sigma_std: Positive | None = None
+    """Standard deviation of log sigma. None: 1.2 for log_normal, 1 for logit_normal."""
+    variance: Annotated[Literal["fixed", "learned"], MEANING] = "fixed"
     """learned: the net also predicts the variance of each pixel (Nichol & Dhariwal 2021)."""
-    label_dropout: float = 0.1
+    label_dropout: Share = 0.1
     """Share of labels dropped, sample by sample, for classifier-free guidance (with model.num_classes > 0)."""
+
+
+NET_HELP = tyro.conf.arg(metavar="{unet,dit,...}")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Fields of every net; NETS are the nets, and an installed package adds one in the group ddpm.nets."""
 
+    affects: ClassVar = Affects.NET
     module: ClassVar[str]
     """Where its `build` is, imported when a net is built: this module knows no PyTorch."""
     net: str
     """unet, dit, or a net of an installed package; together with --help-all it lists the flags of that net."""
-    image_size: int = 32
+    image_size: Annotated[SmallCount, Affects.NET | Affects.TASK] = 32
     """Height and width of the images, in pixels."""
-    channels: int = 3
+    channels: Annotated[SmallCount, Affects.NET | Affects.TASK] = 3
     """Image channels."""
-    num_classes: int = 0
+    num_classes: CountOrZero = 0
     """0: unconditional. Otherwise the net is conditioned on a label in 0..num_classes-1."""
-    dropout: float = 0.0
+    dropout: Annotated[ShareBelowOne, Affects.LEARNING] = 0.0
     """Dropout probability inside the blocks."""
 
     @property
@@ -132,22 +195,22 @@ class UNetConfig(ModelConfig):
     """The U-Net."""
 
     module = "ddpm.models.unet"
-    net: Literal["unet"] = "unet"
-    base_width: int = 128
+    net: Annotated[Literal["unet"], NET_HELP] = "unet"
+    base_width: Count = 128
     """Width of the first resolution; each resolution has base_width * its multiplier."""
-    width_multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    width_multipliers: Annotated[tuple[Count, ...], Len(1)] = (1, 2, 2, 2)
     """One entry per resolution, finest first; each but the last halves the image."""
-    blocks_per_resolution: int = 2
+    blocks_per_resolution: Count = 2
     """Residual blocks per resolution, on the way down."""
-    attention_resolutions: tuple[int, ...] = (16,)
+    attention_resolutions: tuple[SmallCount, ...] = (16,)
     """Image sizes with self-attention."""
-    attention_head_dim: int | None = None
+    attention_head_dim: Count | None = None
     """Width of an attention head; None: one head."""
     middle_attention: bool = True
     """Self-attention in the middle block."""
-    norm_groups: int = 32
+    norm_groups: Count = 32
     """Groups of group normalisation."""
-    zero_init: bool = True
+    zero_init: Annotated[bool, Affects.LEARNING] = True
     """Initialise the output convolution and the second convolution of every residual block to zero."""
 
 
@@ -156,16 +219,16 @@ class DiTConfig(ModelConfig):
     """The diffusion Transformer."""
 
     module = "ddpm.models.dit"
-    net: Literal["dit"] = "dit"
-    patch_size: int = 2
+    net: Annotated[Literal["dit"], NET_HELP] = "dit"
+    patch_size: Count = 2
     """Side of a patch; each patch is one token."""
-    width: int = 128
+    width: Count = 128
     """Width of a token."""
-    depth: int = 4
+    depth: Count = 4
     """Number of blocks."""
-    num_heads: int = 4
+    num_heads: Count = 4
     """Attention heads per block."""
-    mlp_ratio: int = 4
+    mlp_ratio: Count = 4
     """Width of the hidden layer of a block's MLP, as a multiple of width."""
 
 
@@ -177,20 +240,21 @@ NETS_GROUP = "ddpm.nets"
 class OptimConfig:
     """AdamW, its learning rate over time, and the averaged weights."""
 
-    lr: float = 2e-4
+    affects: ClassVar = Affects.LEARNING
+    lr: Positive = 2e-4
     """Learning rate after the warm-up."""
-    lr_warmup_images: int = 0
+    lr_warmup_images: ImagesOrZero = 0
     """Images over which the learning rate rises linearly from 0."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up: constant, or a cosine to 0 at train.total_images."""
-    beta_1: float = 0.9
-    beta_2: float = 0.999
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0
+    beta_1: ShareBelowOne = 0.9
+    beta_2: ShareBelowOne = 0.999
+    weight_decay: NotNegative = 0.0
+    grad_clip: Positive = 1.0
     """Largest gradient norm; larger gradients are scaled down to it."""
-    skip_non_finite: int = 0
+    skip_non_finite: Annotated[CountOrZero, Affects.COURSE] = 0
     """Number of steps per run that may be skipped because the loss or the gradient is not finite."""
-    ema_decay: float = 0.9999
+    ema_decay: ShareBelowOne = 0.9999
     """Decay per step of the averaged weights, warmed up as min(ema_decay, (1 + step) / (10 + step))."""
 
 
@@ -198,35 +262,36 @@ class OptimConfig:
 class TrainConfig:
     """Length, batches, precision, and the intervals of logs, checkpoints and samples."""
 
-    total_images: int = 100_000_000
+    affects: ClassVar = Affects.COURSE
+    total_images: Images = 100_000_000
     """Training ends after this many images, rounded up to a global batch."""
-    batch_size: int = 128
+    batch_size: Annotated[Count, Affects.ORDER | Affects.NOISE] = 128
     """Global batch: images per optimizer step, over all workers."""
-    micro_batch_size: int = 64
-    """Images per micro-batch. Each worker takes complete micro-batches, so batch_size / micro_batch_size must be a
-    multiple of the number of workers."""
-    forward_images: int | None = None
+    micro_batch_size: Annotated[Count, Affects.ORDER | Affects.NOISE] = 64
+    """Images per micro-batch. Workers take whole micro-batches, so there are at most batch_size / micro_batch_size."""
+    forward_images: Count | None = None
     """Largest number of images per forward pass on a worker, a multiple of micro_batch_size; fewer need less memory.
-    None: the worker's share of the batch in one pass. With model.dropout a pass is one micro-batch."""
-    seed: int = 0
+    None: the worker's share of the batch in one pass."""
+    seed: Annotated[Seed, Affects.ORDER | Affects.NOISE | Affects.TASK] = 0
     """Seed of the initial weights, the order of images, and all noise."""
-    init_from: str | None = None
+    init_from: Annotated[Text | None, Affects.COURSE | Affects.TASK] = None
     """A checkpoint or run of the same net: a new run starts with its averaged weights. None: random weights."""
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Annotated[Literal["float32", "bfloat16"], Affects.LEARNING | Affects.SAMPLING] = "float32"
     """Precision inside the net (autocast). Noise, loss and weights are float32."""
     deterministic: bool = False
     """On a GPU, use only kernels that are bitwise reproducible; they are slower. On a CPU all kernels are."""
-    compile: bool = False
-    """torch.compile the net."""
-    log_every_images: int = 12_800
-    """Images between two points of the curves."""
-    checkpoint_every_images: int = 256_000
-    """Images between two checkpoints. MLflow gets metrics at this interval too: a checkpoint makes them final."""
-    sample_every_images: int = 1_280_000
-    """Images between two grids of samples."""
-    keep_checkpoints: int = 3
+    compile: bool | None = False
+    """Compile the net's blocks (torch.compile) in the first step. None: on an accelerator, if there is a C compiler."""
+    log_every_images: ImagesOrZero = 12_800
+    """Images between two points of the curves; 0: a point at the end."""
+    checkpoint_every_images: ImagesOrZero = 256_000
+    """Images between two checkpoints; 0: one at the end. MLflow gets metrics at this interval too: a checkpoint makes
+    them final."""
+    sample_every_images: ImagesOrZero = 1_280_000
+    """Images between two grids of samples; 0: one at the end."""
+    keep_checkpoints: Count = 3
     """Number of newest checkpoints kept; the best one (lowest held-out loss) is kept as well."""
-    held_out_images: int = 512
+    held_out_images: Annotated[ImagesOrZero, Affects.LEARNING | Affects.TASK] = 512
     """Held-out images whose loss (EMA weights, fixed noise and t) is measured at every checkpoint; 0: none."""
 
 
@@ -234,17 +299,18 @@ class TrainConfig:
 class SampleConfig:
     """How images are sampled: grids during training, and the defaults of jobs/sample.py."""
 
+    affects: ClassVar = Affects.SAMPLING
     sampler: Literal["auto", SamplerName] = "auto"
     """ddpm: Algorithm 2. ddim: few steps. dpmpp_2m (DPM-Solver++), heun: second order, fewer steps.
     mix: for objective.process uniform_mix. auto: ddim or mix."""
-    num_sample_steps: int | None = None
+    num_sample_steps: Count | None = None
     """None: all T for ddpm, else 50."""
     spacing: Spacing = "auto"
     """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/rho). auto: karras with
     dpmpp_2m and heun, else uniform."""
-    rho: float = 7.0
+    rho: Annotated[float, Ge(1)] = 7.0
     """karras: a larger rho takes more steps where little noise is left."""
-    eta: float = 0.0
+    eta: Share = 0.0
     """ddim, dpmpp_2m: 0 is deterministic, 1 as noisy as ddpm."""
     mean: Literal["clipped", "plain"] = "clipped"
     """ddpm: posterior mean from the clipped x_0_hat (clipped), or exactly Algorithm 2 (plain)."""
@@ -253,46 +319,65 @@ class SampleConfig:
     auto: learned where the net learned it, else beta_tilde."""
     clip_x_0: bool = True
     """All samplers but ddpm: clip x_0_hat to [-1, 1]."""
-    dynamic_threshold: float | None = None
+    dynamic_threshold: ShareAboveZero | None = None
     """Instead of clipping, Imagen's dynamic thresholding at this quantile of |x_0_hat|, such as 0.995."""
-    guidance_scale: float = 1.0
+    guidance_scale: NotNegative = 1.0
     """Classifier-free guidance; 1 is none."""
     guidance_interval: tuple[float, float] | None = None
     """Guidance only where sigma (with mix, the amount of noise) is in (low, high]. None: everywhere."""
-    num_images: int = 64
+    num_images: Annotated[SmallCount, Affects.COURSE] = 64
     """Images in a grid."""
-    seed: int = 0
+    seed: Seed = 0
     """Image i is a function of this seed and i."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleFlags:
+    """Flags of commands that change the sampling of a trained net; None: as in training."""
+
+    spacing: Spacing | None = None
+    """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/7). auto: the sampler's default."""
+    eta: Share | None = None
+    """ddim, dpmpp_2m: 0 is deterministic, 1 is as noisy as ddpm."""
+    dynamic_threshold: ShareAboveZero | None = None
+    """Instead of clipping, dynamic thresholding at this quantile, such as 0.995."""
+    guidance_scale: NotNegative | None = None
+    """Classifier-free guidance; 1 is none."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guidance only where sigma is in (low, high]."""
+
+    def changed(self, sample: SampleConfig, **more: Any) -> SampleConfig:
+        """`sample` with these settings and `more`, where they are not None."""
+        changes = {field.name: getattr(self, field.name) for field in dataclasses.fields(SampleFlags)} | more
+        given = {name: value for name, value in changes.items() if value is not None}
+        return dataclasses.replace(sample, **given)
 
 
 @dataclass(frozen=True)
 class ClusterConfig:
     """How the run spreads over a Ray cluster."""
 
-    num_workers: int | str = 1
+    affects: ClassVar = Affects.NOTHING
+    num_workers: Annotated[int | str, Affects.COURSE] = 1
     """A number, or least:most such as 1:4: the number shrinks when a node is lost and grows when one joins; the global
     batch stays the same."""
     gpu: bool | None = None
     """Workers use GPUs. None: they do if the cluster has any, and then too few GPUs are an error."""
-    gpus_per_worker: float = 1.0
+    gpus_per_worker: ShareAboveZero = 1.0
     """Below 1, workers of different runs share a GPU; those of one run cannot when they communicate by NCCL."""
-    cpus_per_worker: float | None = None
+    cpus_per_worker: Positive | None = None
     """CPUs per worker. None: 1, or less if reading tasks would otherwise be left without a CPU."""
-    threads_per_worker: int | None = None
+    threads_per_worker: SmallCount | None = None
     """torch threads per worker. None: an equal share of the node's cores."""
-    resize_interval_s: float = 30.0
+    resize_interval_s: Seconds = 30.0
     """least:most workers: seconds between checks whether more workers fit."""
-    max_failures: int = 3
+    max_failures: CountOrZero = 3
     """More failures than this in a row, without a checkpoint in between, end the run."""
-    max_preemptions: int = 1000
+    max_preemptions: CountOrZero = 1000
     """More preempted nodes (spot instances) than this end the run; they do not count as failures."""
 
     def world_sizes(self) -> range:
-        """All allowed numbers of workers.
-
-        Raises:
-            UserError: num_workers is neither a number nor least:most.
-        """
+        """All allowed numbers of workers."""
         least, _, most = str(self.num_workers).partition(":")
         if least.isdecimal() and (most or least).isdecimal() and 1 <= int(least) <= int(most or least):
             return range(int(least), int(most or least) + 1)
@@ -305,15 +390,16 @@ class ClusterConfig:
 class RunConfig:
     """Name and storage of the run."""
 
-    name: str | None = None
+    affects: ClassVar = Affects.NOTHING
+    name: Text | None = None
     """Folder under `storage`; the same name resumes the run. None: preset and time."""
-    storage: str = field(default_factory=lambda: os.environ.get("DDPM_STORAGE") or "runs")
+    storage: Text = field(default_factory=lambda: os.environ.get("DDPM_STORAGE") or "runs")
     """Folder or s3:// URI that holds runs. Default: DDPM_STORAGE from the environment, as on a cluster, else runs."""
-    storage_timeout_s: float = 300.0
+    storage_timeout_s: Seconds = 300.0
     """The run stops after S3 (or a disk) has failed or not answered for this many seconds."""
     shared_storage: bool = False
     """Declare that a local folder given as storage is shared by all nodes (NFS)."""
-    experiment: str = "ddpm"
+    experiment: Text = "ddpm"
     """MLflow experiment."""
 
 
@@ -330,109 +416,3 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     run: RunConfig = field(default_factory=RunConfig)
-
-
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """A config tree as {"model.base_width": 128, ...}, in the order of the tree."""
-    flat: dict[str, Any] = {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            flat.update(flatten(value, f"{prefix}{f.name}."))
-        else:
-            flat[f"{prefix}{f.name}"] = value
-    return flat
-
-
-def override(config: T, values: Mapping[str, Any]) -> T:
-    """A copy of `config` with dotted keys replaced: override(config, {"optim.lr": 1e-4}).
-
-    Raises:
-        UserError: an unknown key, or a value of the wrong type.
-    """
-    tree: dict[str, Any] = {}
-    for key, value in values.items():
-        *parents, last = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return _made(type(config), tree, "config", config)
-
-
-def differences(
-    before: Mapping[str, Any], now: Mapping[str, Any], counts: Callable[[str], bool] = lambda key: True
-) -> str:
-    """The first differences between flat configs, such as "optim.lr 0.1 (now 0.2), ..."; empty: there are none."""
-    changed = [key for key in {**now, **before} if before.get(key) != now.get(key) and counts(key)]
-    listed = [f"{key} {before.get(key)} (now {now.get(key)})" for key in changed[:4]]
-    return ", ".join(listed + ["..."] * (len(changed) > 4))
-
-
-def to_json(config: Any) -> str:
-    """`config` as indented JSON, the format of config.json."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-
-
-def from_json(text: str | bytes, where: str = "config.json") -> Config:
-    """The config that `to_json` wrote.
-
-    Raises:
-        UserError: not JSON, an unknown key, or a value of the wrong type; `where` names the file.
-    """
-    return _made(Config, strict_json.parse(dict[str, Any], text, where), where)
-
-
-def merged(base: Config, text: str, where: str) -> Config:
-    """`base` with the values in the JSON, a whole config.json or a part of one.
-
-    Raises:
-        UserError: as `from_json`.
-    """
-    return _made(Config, strict_json.parse(dict[str, Any], text, where), where, base)
-
-
-def _made(cls: type[T], values: Mapping[str, Any], where: str, base: T | None = None) -> T:
-    """A `cls` of nested values; what they do not say is as in `base`, else as the defaults are."""
-    tree = _over({} if base is None else dataclasses.asdict(base), values)  # type: ignore[call-overload]
-    if cls is not Config:
-        return strict_json.parse(cls, json.dumps(tree), where)
-    model, given = tree.pop("model", {}), values.get("model", {})
-    made = strict_json.parse(Config, json.dumps(tree), where)
-    kind: type[ModelConfig] = UNetConfig  # of a config.json without a name
-    if isinstance(model, dict):
-        kind = net_named(model.get("net", "unet"), f"{where}: model")
-        if isinstance(base, Config) and type(base.model) is not kind:  # keeps what all nets have
-            common = {f.name for f in dataclasses.fields(ModelConfig)}
-            model = {key: value for key, value in model.items() if key in common or key in given}
-    net = strict_json.parse(kind, json.dumps(model), f"{where}: model")
-    return typing.cast(T, dataclasses.replace(made, model=net))
-
-
-def _over(base: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with nested values replaced."""
-    nested = {
-        key: _over(base[key], value)
-        for key, value in values.items()
-        if isinstance(base.get(key), dict) and isinstance(value, Mapping)
-    }
-    return {**base, **values, **nested}
-
-
-def net_named(name: Any, where: str) -> type[ModelConfig]:
-    """The config class of a net: ours, or one that an installed package has entered.
-
-    Raises:
-        UserError: there is none of this name; `where` names what asked for it.
-    """
-    cls = NETS.get(name) or plugins.load(NETS_GROUP, name) if isinstance(name, str) else None
-    if cls is None:
-        known = ", ".join(map(repr, [*NETS, *plugins.names(NETS_GROUP)]))
-        raise UserError(
-            f"{where}: net is {reprlib.repr(name)}; it must be one of {known}, or a net of an installed package"
-        )
-    if not (isinstance(cls, type) and issubclass(cls, ModelConfig) and getattr(cls, "net", None) == name):
-        raise UserError(
-            f"{NETS_GROUP}: {name!r} must be a subclass of ddpm.config.ModelConfig with net = {name!r}"
-        )
-    return cls

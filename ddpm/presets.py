@@ -71,14 +71,14 @@ CIFAR10 = Config(
     data=DataConfig(source="torchvision:cifar10", horizontal_flip=True),
     model=UNetConfig(dropout=0.1),
     optim=OptimConfig(lr=2e-4, lr_warmup_images=640_000),
-    train=TrainConfig(total_images=102_400_000, precision="bfloat16"),
+    train=TrainConfig(total_images=102_400_000, micro_batch_size=8, precision="bfloat16", compile=None),
 )
 
 CELEBA64 = Config(
     data=DataConfig(source="torchvision:celeba", horizontal_flip=True),
     model=UNetConfig(image_size=64, width_multipliers=(1, 1, 2, 2, 4)),
     optim=OptimConfig(lr=2e-4, lr_warmup_images=640_000),
-    train=TrainConfig(total_images=64_000_000, micro_batch_size=16, precision="bfloat16"),
+    train=TrainConfig(total_images=64_000_000, micro_batch_size=8, precision="bfloat16", compile=None),
     sample=SampleConfig(num_images=36),
 )
 

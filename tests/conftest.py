@@ -1,7 +1,8 @@
 """Fixtures: real servers, a browser, jobs; and the isolation of tests from each other and from the user."""
 
-import contextlib
+import importlib
 import os
+import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 import pytest
-from support import guarded, processes, servers
+from support import processes, servers
 
 if TYPE_CHECKING:
     from support import faulted
@@ -19,15 +20,8 @@ if TYPE_CHECKING:
     from ddpm.data.reading import DataSet
 
 CHROMIUM = Path("/usr/bin/chromium")
-CHROMIUM_FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
+CHROMIUM_FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+    --disable-component-update --disable-sync""".split()
 ENV = {
     # Several test processes share the machine, each with its own workers.
     "OMP_NUM_THREADS": "1",
@@ -40,6 +34,8 @@ ENV = {
     # A process that crashes prints a traceback.
     "PYTHONFAULTHANDLER": "1",
 }
+UNSET = """RAY_ADDRESS AWS_PROFILE DDPM_CLUSTER_RESOURCES DDPM_STORAGE MLFLOW_TRACKING_URI MLFLOW_RUN_ID
+    MLFLOW_EXPERIMENT_NAME""".split()
 RAY_FOLDER = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)
 
 
@@ -48,36 +44,21 @@ def pytest_configure() -> None:
     os.environ.update(ENV)
     # Clusters of other tests and of the user must not be found. Short: socket paths have at most 107 characters.
     os.environ["RAY_TMPDIR"] = RAY_FOLDER.name
-    for name in (
-        "RAY_ADDRESS",
-        "AWS_PROFILE",
-        "DDPM_CLUSTER_RESOURCES",
-        "DDPM_STORAGE",
-        "MLFLOW_TRACKING_URI",
-        "MLFLOW_RUN_ID",
-        "MLFLOW_EXPERIMENT_NAME",
-    ):
+    for name in UNSET:
         os.environ.pop(name, None)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Any:
-    report = yield
-    return _without_skips(report)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report() -> Any:
-    report = yield
-    return _without_skips(report)
-
-
-def _without_skips(report: Any) -> Any:
     """Turn skips into failures in CI, where everything is installed and no test may be skipped."""
+    report = yield
     if os.environ.get("CI") == "true" and report.skipped and not hasattr(report, "wasxfail"):
         reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr
         report.outcome, report.longrepr = "failed", f"no test may be skipped in CI. {reason}"
     return report
+
+
+pytest_make_collect_report = pytest_runtest_makereport  # a module may be skipped as a whole
 
 
 @pytest.fixture(autouse=True)
@@ -101,17 +82,20 @@ def s3_bucket(s3_server: servers.S3Server, monkeypatch: pytest.MonkeyPatch) -> I
     """The URI of a bucket that exists for one test; the environment points boto3 and pyarrow to its server."""
     import boto3
 
-    for name, value in s3_server.client_env.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it caches the first credentials it sees
+    s3_server.use(monkeypatch)
     client = boto3.client("s3")
     bucket = f"test-{uuid.uuid4().hex[:12]}"
     client.create_bucket(Bucket=bucket)
     yield f"s3://{bucket}"
-    client.delete_bucket(
-        Bucket=bucket
-    )  # with its objects; real S3 refuses to delete a bucket that is not empty
+    client.delete_bucket(Bucket=bucket)  # with its objects, which real S3 refuses
     client.close()
+
+
+@pytest.fixture(params=["local", "s3"])
+def root_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A folder that does not exist yet, on disk and in a bucket."""
+    where = tmp_path if request.param == "local" else request.getfixturevalue("s3_bucket")
+    return f"{where}/root"
 
 
 @pytest.fixture(scope="session")
@@ -119,37 +103,6 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URI of an MLflow server."""
     with servers.MlflowServer(tmp_path_factory.mktemp("mlflow")) as server:
         yield server.uri
-
-
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[guarded.PostgresServer]:
-    """A PostgreSQL server. Its folder is outside pytest's: as root, it runs as postgres, who cannot enter that."""
-    try:
-        guarded.postgres_program("postgres")
-    except FileNotFoundError as missing:
-        pytest.skip(str(missing))
-    with tempfile.TemporaryDirectory(prefix="postgres-") as folder:
-        Path(folder).chmod(0o711)
-        with guarded.PostgresServer(Path(folder)) as server:
-            yield server
-
-
-@pytest.fixture(scope="session")
-def guarded_mlflow(
-    postgres: guarded.PostgresServer, s3_server: servers.S3Server, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[guarded.GuardedMlflowServer]:
-    """infra/mlflow/serve on PostgreSQL and the bucket mlflow; test hosts can reach it too."""
-    import boto3
-
-    with contextlib.closing(boto3.client("s3", **s3_server.client_options)) as client:
-        client.create_bucket(Bucket="mlflow")
-    files = "s3://mlflow/files"
-    folder = tmp_path_factory.mktemp("guarded-mlflow")
-    server = guarded.GuardedMlflowServer(folder, postgres, files, s3_server.client_env, host="0.0.0.0")
-    try:
-        yield server.start(timeout_s=240)
-    finally:
-        server.stop()
 
 
 @pytest.fixture(scope="session")
@@ -171,7 +124,7 @@ def tiny(digits_uri: str) -> "Config":
     """A config with a few thousand weights, 8 steps of 32 images in 4 micro-batches."""
     import torch
 
-    from ddpm.config import override
+    from ddpm.config_io import override
     from ddpm.presets import DIGITS
 
     torch.set_num_threads(1)
@@ -273,3 +226,20 @@ def browser() -> Iterator[Any]:
 def run_job() -> Callable[..., Any]:
     """`python jobs/{job}.py ...`: run_job("train", "digits", "--run.storage", tmp_path)."""
     return processes.run_job
+
+
+@pytest.fixture
+def user_error(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """The line by which a job refuses a command line, in this process: user_error("train", "digits", "--lr", "a")."""
+
+    def message(job: str, *words: str) -> str:
+        from ddpm.utils.errors import UserError
+
+        monkeypatch.setattr(sys, "argv", [f"{job}.py", *words])
+        monkeypatch.setenv("COLUMNS", "80")
+        with pytest.raises(UserError) as raised:
+            importlib.import_module(f"ddpm.commands.{job}").main()
+        assert raised.value.exit_code == 2 and "\n" not in str(raised.value)
+        return str(raised.value)
+
+    return message

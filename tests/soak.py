@@ -22,10 +22,10 @@ from pathlib import Path
 import psutil
 import torch
 import tyro
-from support.faulted import Run, metric, mlflow_run_of
-from support.processes import REPO, Job, kill_tree
+from support.faulted import Run, metric, mlflow_run_of, write_digits
+from support.processes import Job, kill_tree
 from support.proxy import FaultyProxy, Mode
-from support.servers import MlflowServer, RayHead, RayNode, S3Server
+from support.servers import MlflowServer, RayHead, RayNode, S3Server, ray_head_env
 
 from ddpm.storage import locations
 
@@ -33,7 +33,7 @@ WORKER_CPUS = ("--cluster.cpus-per-worker", "1.5")
 NODE_CPUS = (1, 2, 2)
 """One node for data tasks, two for a worker each."""
 LOG_EVERY, SAMPLE_EVERY = 6_400, 128_000
-NET = ("--model.base-width", "32")
+WIDTH = 32
 """A larger net than in the tests, which trains too fast for a soak."""
 
 
@@ -51,14 +51,9 @@ class Arguments:
 
     @property
     def flags(self) -> list[str]:
-        every = [
-            "--train.checkpoint-every-images",
-            str(LOG_EVERY),
-            "--train.log-every-images",
-            str(LOG_EVERY),
-        ]
-        every += ["--train.sample-every-images", str(SAMPLE_EVERY), "--train.total-images", str(self.images)]
-        return [*every, *NET, "--cluster.max-failures", "10"]
+        every = f"--train.checkpoint-every-images {LOG_EVERY} --train.log-every-images {LOG_EVERY}"
+        length = f"--train.sample-every-images {SAMPLE_EVERY} --train.total-images {self.images}"
+        return f"{every} {length} --model.base-width {WIDTH} --cluster.max-failures 10".split()
 
 
 class Soak:
@@ -76,14 +71,12 @@ class Soak:
         import boto3
 
         boto3.client("s3").create_bucket(Bucket="soak")
-        self.started, self.todo = time.monotonic(), list[Callable[[], None]]()
+        self.started, self.todo = time.monotonic(), list[str]()
         self.run: Run
         self.job: Job
 
     def start_cluster(self) -> None:
-        lines = (REPO / "infra" / "ray-head.env").read_text().splitlines()
-        env = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
-        env |= {"AWS_ENDPOINT_URL": self.proxy.endpoint}
+        env = ray_head_env() | {"AWS_ENDPOINT_URL": self.proxy.endpoint}
         self.head = self.stack.enter_context(RayHead(self.folder / f"ray-{time.time():.0f}", 0, env))
         self.nodes = [self.add(num_cpus) for num_cpus in NODE_CPUS]
 
@@ -94,21 +87,31 @@ class Soak:
         env = {"RAY_ADDRESS": self.head.address, "AWS_ENDPOINT_URL": self.proxy.endpoint}
         self.job = self.run.start(*WORKER_CPUS, *self.arguments.flags, env=env)
 
-    # Faults. Each restores what it took away before it returns.
+    @property
+    def faults(self) -> dict[str, Callable[[], object]]:
+        """Each restores what it took away before it returns."""
+        return {
+            "worker killed": lambda: self.kill("RayTrainWo"),
+            "controller killed": lambda: self.kill("TrainContr"),
+            "node of a worker lost": lambda: self.replace(self.rng.choice((1, 2))),
+            "node of the data tasks lost": lambda: self.replace(0),
+            "node preempted": self.preempt,
+            "driver killed": lambda: self.end_job(signal.SIGKILL),
+            "stopped": lambda: self.end_job(signal.SIGTERM),
+            "cluster killed": self.kill_cluster,
+            "MLflow killed": self.kill_mlflow,
+            "S3 resets": lambda: self.disturb_s3("reset", every=3),
+            "S3 slows down": lambda: self.disturb_s3("slow_down", every=2),
+            "S3 delays": lambda: self.disturb_s3("delay", every=2),
+            "S3 down": lambda: self.disturb_s3("down"),
+        }
 
-    def worker_killed(self) -> None:
-        self.rng.choice(_ray_processes("RayTrainWo")).send_signal(signal.SIGKILL)
+    def kill(self, title: str) -> None:
+        """Kill a process by the beginning of its title, of which the kernel keeps 15 characters."""
+        found = [process for process in psutil.process_iter() if process.name().startswith(f"ray::{title}")]
+        self.rng.choice(found).send_signal(signal.SIGKILL)
 
-    def controller_killed(self) -> None:
-        self.rng.choice(_ray_processes("TrainContr")).send_signal(signal.SIGKILL)
-
-    def workers_node_lost(self) -> None:
-        self.replace(self.rng.choice((1, 2)))
-
-    def data_node_lost(self) -> None:
-        self.replace(0)
-
-    def node_preempted(self) -> None:
+    def preempt(self) -> None:
         which = self.rng.choice((1, 2))
         self.head.drain(self.nodes[which].node_id, within_s=20)
         time.sleep(20)
@@ -119,17 +122,12 @@ class Soak:
         time.sleep(8)
         self.nodes[which] = self.add(NODE_CPUS[which])
 
-    def driver_killed(self) -> None:
-        self.job.process.send_signal(signal.SIGKILL)
-        self.job.process.wait()
-        self.start_job()
-
-    def stopped(self) -> None:
-        self.job.process.send_signal(signal.SIGTERM)
+    def end_job(self, how: signal.Signals) -> None:
+        self.job.process.send_signal(how)
         self.job.wait(180)
         self.start_job()
 
-    def cluster_killed(self) -> None:
+    def kill_cluster(self) -> None:
         kill_tree(self.job.process)
         self.head.kill()
         for node in self.nodes:
@@ -137,45 +135,15 @@ class Soak:
         self.start_cluster()
         self.start_job()
 
-    def mlflow_killed(self) -> None:
+    def kill_mlflow(self) -> None:
         self.mlflow.kill()
         time.sleep(self.rng.uniform(5, 30))
         self.mlflow.start()
 
-    def s3_resets(self) -> None:
-        self._s3("reset", every=3)
-
-    def s3_slows_down(self) -> None:
-        self._s3("slow_down", every=2)
-
-    def s3_delays(self) -> None:
-        self._s3("delay", every=2)
-
-    def s3_down(self) -> None:
-        self._s3("down")
-
-    def _s3(self, mode: Mode, every: int = 1) -> None:
+    def disturb_s3(self, mode: Mode, every: int = 1) -> None:
         self.proxy.switch(mode, every=every)
         time.sleep(20)
         self.proxy.switch("pass")
-
-    @property
-    def faults(self) -> list[Callable[[], None]]:
-        return [
-            self.worker_killed,
-            self.controller_killed,
-            self.workers_node_lost,
-            self.data_node_lost,
-            self.node_preempted,
-            self.driver_killed,
-            self.stopped,
-            self.cluster_killed,
-            self.mlflow_killed,
-            self.s3_resets,
-            self.s3_slows_down,
-            self.s3_delays,
-            self.s3_down,
-        ]
 
     @property
     def minutes(self) -> float:
@@ -198,35 +166,25 @@ class Soak:
                 self.inject_fault()
 
     def inject_fault(self) -> None:
-        self.todo = self.todo or self.rng.sample(self.faults, len(self.faults))
+        self.todo = self.todo or self.rng.sample(list(self.faults), len(self.faults))
         fault = self.todo.pop()
-        at = self.run.position()
+        when = f"{self.minutes:5.1f} min  at {self.run.position():7,}  {fault}"
         try:
-            fault()
+            self.faults[fault]()
         except IndexError:  # still recovering from the last fault: try this one later
-            print(
-                f"{self.minutes:5.1f} min  at {at:7,}  {fault.__name__}: nothing there to strike", flush=True
-            )
+            print(f"{when}: nothing there to strike", flush=True)
             self.todo.insert(0, fault)
             return
-        print(f"{self.minutes:5.1f} min  at {at:7,}  {fault.__name__}", flush=True)
-        self.injected[fault.__name__] += 1
-
-
-def _ray_processes(name: str) -> list[psutil.Process]:
-    """Ray processes by the beginning of their title, of which the kernel keeps 15 characters."""
-    return [process for process in psutil.process_iter() if process.name().startswith(f"ray::{name}")]
+        print(when, flush=True)
+        self.injected[fault] += 1
 
 
 def reference(arguments: Arguments, data: str, folder: Path) -> Run:
     run = Run("undisturbed", str(folder), data, folder / "undisturbed.log")
-    with run.start(
-        *arguments.flags, env={"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "RAY_ADDRESS": ""}
-    ) as job:
-        if job.wait(4 * 3600):
-            raise SystemExit(
-                f"the undisturbed run ended with {job.process.returncode}:\n{job.output[-4000:]}"
-            )
+    env = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "RAY_ADDRESS": ""}
+    with run.start(*arguments.flags, env=env) as job:
+        if code := job.wait(4 * 3600):
+            raise SystemExit(f"the undisturbed run ended with {code}:\n{job.output[-4000:]}")
     return run
 
 
@@ -234,7 +192,7 @@ def main() -> int:
     arguments = tyro.cli(Arguments, description=__doc__)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-")))
-        data = prepare(folder)
+        data = write_digits(folder / "data")
         started = time.monotonic()
         undisturbed = reference(arguments, data, folder)
         print(f"undisturbed: {time.monotonic() - started:.0f} s", flush=True)
@@ -250,23 +208,12 @@ def main() -> int:
         return int(not all(outcomes))
 
 
-def prepare(folder: Path) -> str:
-    """Prepare the digits as a data set; returns its URI."""
-    from support.processes import run_job
-
-    done = run_job("prepare", "digits", folder / "data", cwd=folder)
-    if done.returncode:
-        raise SystemExit(done.stdout + done.stderr)
-    return str(folder / "data")
-
-
 def compare(soak: Soak, undisturbed: Run) -> bool:
     """Compare with the undisturbed run; returns whether nothing differs."""
     total = soak.arguments.images
     first, second = soak.run.tensors(total), undisturbed.tensors(total)
-    differing = sum(not torch.equal(first[name], second[name]) for name in second) + (
-        len(first) != len(second)
-    )
+    differing = sum(not torch.equal(first[name], second[name]) for name in second)
+    differing += len(first) != len(second)
     steps = [step for step, _ in metric(soak.run, "train/loss")]
     once = steps == list(range(LOG_EVERY, total + 1, LOG_EVERY))
     _, goodput = (metric(soak.run, "train/goodput") or [(0, 1.0)])[-1]

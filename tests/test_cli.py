@@ -48,6 +48,13 @@ def test_a_job_ends_with_an_exit_code_and_at_most_one_line(
     assert capsys.readouterr().err == shown
 
 
+def test_a_long_line_keeps_its_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.run(raising(UserError(f"{'a' * 400} and {'b' * 400}")))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert len(line) <= 500 and line.startswith("error: aaa") and " ... " in line and line.endswith("bbb")
+
+
 def test_bugs_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         cli.run(raising(ZeroDivisionError()))
@@ -59,7 +66,9 @@ def test_bugs_keep_their_traceback() -> None:
 )
 def test_openmp_spin_count_can_be_overridden(given: dict[str, str], spin_count: str | None) -> None:
     """It is set before PyTorch is imported: jobs import PyTorch when they run."""
-    program = "import os, sys; from jobs import compare, evaluate, export, prepare, sample, sync, train\n"
+    program = (
+        "import os, sys; from ddpm.commands import compare, evaluate, export, prepare, sample, sync, train\n"
+    )
     program += "from ddpm import cli\n"
     program += "assert 'torch' not in sys.modules\ncli.run(lambda: print(os.environ.get('GOMP_SPINCOUNT')))"
     names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
@@ -117,13 +126,11 @@ def test_a_file_changes_the_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     file = tmp_path / "best.json"
     file.write_text('{"schedule": {"kind": "sigmoid", "sigmoid_end": 2}, "optim": {"lr": 0.5}}')
     monkeypatch.setattr(sys, "argv", ["train.py", "digits", "--config", str(file), "--optim.lr", "1"])
-    found = cli.starting_points()
-    assert set(found) == set(presets.PRESETS)
-    digits = found["digits"]
+    digits = cli.starting_point("digits")
     assert (digits.schedule.kind, digits.schedule.sigmoid_end, digits.optim.lr) == ("sigmoid", 2.0, 0.5)
     assert digits.schedule.num_timesteps == presets.DIGITS.schedule.num_timesteps
     monkeypatch.setattr(sys, "argv", ["train.py", "digits"])
-    assert cli.starting_points() == presets.PRESETS
+    assert cli.starting_point("digits") == presets.DIGITS
 
 
 def test_a_net_can_be_chosen_for_every_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,23 +138,14 @@ def test_a_net_can_be_chosen_for_every_preset(tmp_path: Path, monkeypatch: pytes
     file = tmp_path / "best.json"
     file.write_text('{"model": {"net": "dit", "depth": 3, "num_classes": 10}}')
     monkeypatch.setattr(sys, "argv", ["train.py", "digits", "--config", str(file)])
-    model = cli.starting_points()["digits"].model
+    model = cli.starting_point("digits").model
     assert model == DiTConfig(image_size=8, channels=1, num_classes=10, depth=3)
     monkeypatch.setattr(sys, "argv", ["train.py", "digits", "--config", str(file), "--model.net=unet"])
-    model = cli.starting_points()["digits"].model
+    model = cli.starting_point("digits").model
     assert model == UNetConfig(image_size=8, channels=1, num_classes=10)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "cannot be read"),
-        ("{", "is not JSON"),
-        ('{"optim": {"rate": 1}}', "unknown key 'rate'"),
-        ('{"optim": {"lr": "fast"}}', "lr is 'fast'"),
-        ("[]", r"it is \[\]; it must be an object"),
-    ],
-)
+@pytest.mark.parametrize(("text", "message"), [(None, "cannot be read"), ("{", "is not JSON")])
 def test_an_invalid_config_file_is_a_one_line_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, message: str
 ) -> None:
@@ -156,7 +154,7 @@ def test_an_invalid_config_file_is_a_one_line_error(
         file.write_text(text)
     monkeypatch.setattr(sys, "argv", ["train.py", "digits", "--config", str(file)])
     with pytest.raises(UserError, match=message) as raised:
-        cli.starting_points()
+        cli.starting_point("digits")
     assert "best.json" in str(raised.value) and "\n" not in str(raised.value)
 
 

@@ -9,16 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpm.build import resolve_sample
-from ddpm.config import (
-    Config,
-    DiTConfig,
-    ObjectiveConfig,
-    UNetConfig,
-    flatten,
-    from_json,
-    override,
-    to_json,
-)
+from ddpm.config import Config, DiTConfig, ObjectiveConfig, UNetConfig
+from ddpm.config_io import flatten, from_json, override, to_json
 from ddpm.presets import PRESETS
 from ddpm.utils.errors import UserError
 
@@ -42,24 +34,11 @@ def test_a_flat_preset_builds_it_again(name: str) -> None:
     assert override(Config(), flatten(PRESETS[name])) == PRESETS[name]
 
 
-def test_a_file_from_before_spacings_and_thresholds_still_loads() -> None:
-    sample = {
-        "sampler": "ddim",
-        "num_sample_steps": 50,
-        "eta": 0.0,
-        "mean": "clipped",
-        "variance": "beta_tilde",
-        "clip_x_0": False,
-        "guidance_scale": 1.0,
-        "num_images": 64,
-        "seed": 0,
-    }
-    config = from_json(json.dumps({"sample": sample}))
+def test_an_older_file_still_loads() -> None:
+    """It lacks later keys, and has no choice of nets."""
+    sample = {"sampler": "ddim", "num_sample_steps": 50, "mean": "clipped", "clip_x_0": False}
+    config = from_json(json.dumps({"sample": sample, "model": {"image_size": 8, "base_width": 16}}))
     assert flatten(config.sample) | sample == flatten(config.sample)
-
-
-def test_a_file_from_before_the_choice_of_nets_has_the_u_net() -> None:
-    config = from_json('{"model": {"image_size": 8, "base_width": 16}}')
     assert config.model == UNetConfig(image_size=8, base_width=16)
 
 
@@ -96,31 +75,19 @@ def test_override_changes_only_the_given_keys() -> None:
     ("key", "value"),
     [
         ("train.seed", True),
-        ("train.seed", 1.0),
-        ("train.seed", "1"),
         ("train.seed", None),
-        ("optim.lr", True),
         ("optim.lr", "0.1"),
         ("optim.lr", float("nan")),
-        ("optim.grad_clip", float("inf")),
         ("optim.lr", 10**400),
         ("train.compile", 1),
         ("run.storage", None),
         ("schedule.kind", "lineer"),
-        ("schedule.kind", ["linear"]),
         ("model.width_multipliers", 2),
-        ("model.width_multipliers", "12"),
         ("model.width_multipliers", [1, True]),
-        ("model.width_multipliers", [1, [2]]),
-        ("model.width_multipliers", {"0": 1}),
-        ("model.attention_head_dim", 1.5),
-        ("sample.guidance_interval", [0.3]),
         ("sample.guidance_interval", [0.3, 1.0, 3.0]),
         ("sample.guidance_interval", [0.3, "3"]),
-        ("cluster.gpu", 1),
         ("optim.lr.deeper", 1.0),
         ("optim", 1),
-        ("optim", None),
     ],
 )
 def test_a_value_of_the_wrong_type_is_an_error_with_its_key(key: str, value: Any) -> None:
@@ -138,11 +105,7 @@ def test_a_value_of_the_wrong_type_is_an_error_with_its_key(key: str, value: Any
         ("model.attention_head_dim", None),
         ("sample.guidance_interval", [0.3, 3]),
         ("sample.guidance_interval", None),
-        ("model.attention_head_dim", 8),
-        ("cluster.gpu", None),
         ("cluster.gpu", False),
-        ("cluster.cpus_per_worker", 1),
-        ("run.name", None),
     ],
 )
 def test_a_valid_value_is_accepted(key: str, value: Any) -> None:
@@ -160,20 +123,14 @@ def test_an_unknown_key_is_an_error_that_lists_the_known_keys(key: str, unknown:
     ("text", "message"),
     [
         ("", "^run/config.json: it is not JSON"),
-        ("{", "^run/config.json: it is not JSON"),
         ("[" * 100_000, "^run/config.json: it is not JSON"),
         ('{"optim": ' * 100_000, "^run/config.json: it is not JSON"),
-        ("9" * 5000, "^run/config.json: it is not JSON"),
         ("[]", r"^run/config.json: it is \[\]; it must be an object"),
         ('{"optim": []}', r"^run/config.json: optim is \[\]; it must be an object"),
-        ('{"optim": {"lr": "a"}}', "^run/config.json: optim: lr is 'a'; it must be a valid number"),
-        ('{"optim": {"lr": NaN}}', "^run/config.json: optim: lr is nan; it must be a finite number"),
-        ('{"optim": {"lr": 1e999}}', "^run/config.json: optim: lr is inf; it must be a finite number"),
+        ('{"optim": {"lr": "a"}}', "^run/config.json: optim.lr is 'a'; it must be a valid number"),
+        ('{"optim": {"lr": 1e999}}', "^run/config.json: optim.lr is inf; it must be a finite number"),
         ('{"optim": {"rl": 1}}', "^run/config.json: optim: unknown key 'rl'"),
-        (
-            '{"schedule": {"kind": "x"}}',
-            "^run/config.json: schedule: kind is 'x'; it must be 'linear', ",
-        ),
+        ('{"schedule": {"kind": "x"}}', "^run/config.json: schedule.kind is 'x'; it must be 'linear', "),
     ],
 )
 def test_an_invalid_file_is_a_one_line_error_with_its_name(text: str, message: str) -> None:
@@ -189,12 +146,6 @@ def test_a_deeply_nested_value_is_rejected_near_the_recursion_limit() -> None:
             from_json('{"train": {"seed": ' + "[" * depth + "]" * depth + "}}")
 
 
-@settings(deadline=None, max_examples=150)
-@given(JSON)
-def test_any_json_is_a_config_or_a_user_error(value: Any) -> None:
-    _read(json.dumps(value))
-
-
 @settings(deadline=None, max_examples=300)
 @given(st.dictionaries(st.sampled_from(sorted(flatten(Config()))), JSON, min_size=1, max_size=3))
 def test_any_value_of_a_known_key_is_valid_or_a_user_error(values: dict[str, Any]) -> None:
@@ -202,24 +153,12 @@ def test_any_value_of_a_known_key_is_valid_or_a_user_error(values: dict[str, Any
     for key, value in values.items():
         group, name = key.split(".")
         nested.setdefault(group, {})[name] = value
-    config = _read(json.dumps(nested))
-    if config is not None:
-        assert from_json(to_json(config)) == config
-
-
-@given(st.text(max_size=40))
-def test_any_text_is_a_config_or_a_user_error(text: str) -> None:
-    _read(text)
-
-
-def _read(text: str) -> Config | None:
     try:
-        config = from_json(text)
+        config = from_json(json.dumps(nested))
     except UserError as error:
         assert str(error).startswith("config.json")
-        return None
-    assert isinstance(config, Config)
-    return config
+    else:
+        assert from_json(to_json(config)) == config
 
 
 @pytest.mark.parametrize(
@@ -229,16 +168,15 @@ def _read(text: str) -> Config | None:
         ("auto", "uniform_mix", "mix"),
         ("ddpm", "gaussian", "ddpm"),
         ("mix", "uniform_mix", "mix"),
+        ("mix", "gaussian", None),
+        ("ddim", "uniform_mix", None),
     ],
 )
-def test_auto_becomes_the_sampler_of_the_process(sampler: str, process: str, resolved: str) -> None:
+def test_a_sampler_fits_the_process(sampler: str, process: str, resolved: str | None) -> None:
     sample = override(Config(), {"sample.sampler": sampler}).sample
-    assert resolve_sample(sample, ObjectiveConfig(process=process)).sampler == resolved
-
-
-@pytest.mark.parametrize(("sampler", "process"), [("mix", "gaussian"), ("ddim", "uniform_mix")])
-def test_a_sampler_of_the_other_process_is_a_user_error(sampler: str, process: str) -> None:
-    with pytest.raises(UserError, match=f"sampler {sampler} cannot undo the process {process}"):
-        resolve_sample(
-            override(Config(), {"sample.sampler": sampler}).sample, ObjectiveConfig(process=process)
-        )
+    objective = ObjectiveConfig(process=process)  # type: ignore[arg-type]
+    if resolved:
+        assert resolve_sample(sample, objective).sampler == resolved
+    else:
+        with pytest.raises(UserError, match=f"sampler {sampler} cannot undo the process {process}"):
+            resolve_sample(sample, objective)

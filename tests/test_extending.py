@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support import processes
 
-from ddpm.config import from_json
+from ddpm.config_io import from_json
 from ddpm.data import catalog
 from ddpm.utils import plugins
 from ddpm.utils.errors import UserError
@@ -22,10 +22,11 @@ ADDED = """
 import sys
 import torch
 import tyro
-from space import DEFAULT
 from ddpm import build
-from ddpm.config import Config, override
+from ddpm.config import Config
+from ddpm.config_io import override
 from ddpm.evaluation import nets
+from ddpm.search.default_space import DEFAULT
 from ddpm.search.space import KINDS
 
 words = "--schedule.kind constant --objective.process late_mix --sample.num-sample-steps 3".split()

@@ -1,12 +1,11 @@
 """The choices of the command lines are the keys of the tables."""
 
-import re
 from typing import Any, get_args
 
 import pytest
-from support import processes
 
 from ddpm import config as configs
+from ddpm import config_io
 from ddpm.data import catalog
 from ddpm.diffusion import objectives, samplers, schedules
 from ddpm.evaluation import nets
@@ -18,6 +17,7 @@ from ddpm.evaluation import nets
         (configs.ScheduleKind, schedules.SCHEDULES),
         (configs.Process, objectives.PROCESSES),
         (configs.Prediction, objectives.PREDICTIONS),
+        (configs.Timesteps, objectives.TIMESTEPS),
         (configs.SamplerName, samplers.SAMPLERS),
         (configs.FeatureNetName, nets.FEATURE_NETS),
     ],
@@ -35,7 +35,7 @@ def test_nets_have_the_name_of_their_config() -> None:
 
 
 def test_fields_of_schedules_exist() -> None:
-    known = configs.flatten(configs.ScheduleConfig())
+    known = config_io.flatten(configs.ScheduleConfig())
     assert {field for _, fields in schedules.SCHEDULES.values() for field in fields} <= set(known)
 
 
@@ -44,10 +44,3 @@ def test_sources_have_the_name_of_their_table_entry() -> None:
     assert {name: kind.__dataclass_fields__["name"].default for name, kind in catalog.SOURCES.items()} == {
         name: name for name in catalog.SOURCES
     }
-
-
-def test_process_names_are_compared_in_one_place_only() -> None:
-    quoted = re.compile("|".join(f"[\"']{name}[\"']" for name in objectives.PROCESSES))
-    files = [file for folder in ("ddpm", "jobs", "tune") for file in (processes.REPO / folder).rglob("*.py")]
-    found = {file.name for file in files if quoted.search(file.read_text())}
-    assert found == {"config.py", "objectives.py", "samplers.py"}

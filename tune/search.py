@@ -1,30 +1,7 @@
-"""Search noise schedule and learning rate: python tune/search.py PRESET [--num-trials 16] [--max-concurrent 2] ...
-
-Each trial is a run of its own, in the folder STORAGE/NAME. Trials are compared by the full variational bound of
-held-out images in bits/dim, with the same images and noise for all, never by a loss; the best few also by KID of
-generated images. Run the same command again, with the same --name, to continue the search. `python tune/search.py
-PRESET --help` lists the flags that people change first, `--help-all` every flag; the preset's apply to every trial.
-"""
-
-from dataclasses import replace
+"""Search noise schedule and learning rate: `ddpm search` in a checkout (ddpm/commands/search.py)."""
 
 from ddpm import cli
-from ddpm.search.config import Arguments
-
-
-def main() -> int:
-    chosen: Arguments = cli.parse_preset(Arguments, __doc__)
-
-    from ddpm.data import plan  # after parsing, so that --help and errors come at once
-
-    plan.check_batches(chosen.config)
-
-    from space import DEFAULT  # seconds: PyTorch, Ray
-
-    from ddpm.search.search import search
-
-    return search(replace(chosen, space=chosen.space or DEFAULT))
-
+from ddpm.commands.search import main
 
 if __name__ == "__main__":
     cli.run(main)

@@ -1,11 +1,13 @@
-"""Commands that return a value, and the CPU time of processes."""
+"""Commands that return a value, busy neighbours, and the CPU time of processes."""
 
 import json
 import os
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,18 @@ def ask(command: Sequence[str], env: Mapping[str, str] | None = None) -> Any:
         return read_answer(done.stdout)
     except ValueError:
         raise RuntimeError(done.stderr) from None
+
+
+@contextmanager
+def busy(number: int) -> Iterator[None]:
+    """A context in which `number` processes each keep a core busy."""
+    neighbours = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(number)]
+    try:
+        yield
+    finally:
+        for neighbour in neighbours:
+            neighbour.kill()
+            neighbour.wait()
 
 
 def family(pid: int | None = None) -> Iterator[psutil.Process]:

@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ddpm.config import Config, override
+from ddpm.config import Config
+from ddpm.config_io import override
 from ddpm.data import builtin, ray_dataset
 from ddpm.training import fit, worker_group
 

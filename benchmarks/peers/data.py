@@ -151,4 +151,4 @@ def _open_s3(url: str, mode: str = "rb", bufsize: int = 0, **options: Any) -> An
 def _located(uri: str) -> Any:
     from ddpm.storage.locations import resolve
 
-    return resolve(uri, check=False)
+    return resolve(uri)

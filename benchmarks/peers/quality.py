@@ -26,7 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ddpm.build import build_net
-from ddpm.config import Config, from_json
+from ddpm.config import Config
+from ddpm.config_io import from_json
 from ddpm.diffusion import schedules
 from ddpm.diffusion.objectives import Eps, Model, Objective, V
 from ddpm.diffusion.schedules import Schedule
@@ -176,6 +177,8 @@ def diffusers(path: Path, config: Config) -> tuple[Model, Objective, Schedule]:
     return lambda x_t, t, label: net(x_t, t).sample, Eps(schedule), schedule
 
 
+PACKAGE = {"lucidrains": "denoising_diffusion_pytorch", "diffusers": "accelerate"}
+"""What each needs beside torch and diffusers; the extra `benchmarks` has them."""
 TRAIN: dict[str, Callable[[Path, Config], None]] = {
     "lucidrains": train_lucidrains,
     "diffusers": train_diffusers,

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -24,14 +24,17 @@ import tyro
 from torch import Tensor, nn
 
 from ddpm.build import build_net
-from ddpm.config import Config, DataConfig, OptimConfig, TrainConfig, UNetConfig, override
+from ddpm.config import Config, DataConfig, OptimConfig, TrainConfig, UNetConfig
+from ddpm.config_io import override
 from ddpm.data.reading import MicroBatch
 from ddpm.presets import PRESETS
 from ddpm.training import loop
-from ddpm.training.runtime import LocalRuntime, NoTracker
+from ddpm.training.runtime import Runtime
 from ddpm.training.state import parameter_count
+from ddpm.training.transfers import LateFlags
+from ddpm.utils.progress import Progress
 
-NEVER = {"train.total_images": 10**12, "train.checkpoint_every_images": 0, "train.sample_every_images": 0}
+NEVER = {"train.total_images": 10**11, "train.checkpoint_every_images": 0, "train.sample_every_images": 0}
 REFERENCE = Config(  # a small sibling of Ho et al.'s net for CIFAR-10
     data=DataConfig(horizontal_flip=True),
     model=UNetConfig(base_width=64, width_multipliers=(1, 2, 2)),
@@ -41,9 +44,9 @@ REFERENCE = Config(  # a small sibling of Ho et al.'s net for CIFAR-10
 CASES = {"cifar": REFERENCE, **PRESETS}
 
 OURS = {
-    "ours, float32": {},
-    "ours, bfloat16": {"train.precision": "bfloat16"},
-    "ours, float32, compiled": {"train.compile": True},
+    "ours, float32": {"train.precision": "float32", "train.compile": False},
+    "ours, bfloat16": {"train.precision": "bfloat16", "train.compile": False},
+    "ours, float32, compiled": {"train.precision": "float32", "train.compile": True},
     "ours, bfloat16, compiled": {"train.precision": "bfloat16", "train.compile": True},
 }
 DIFFUSERS = {
@@ -58,7 +61,11 @@ DIFFUSERS = {
         "compiled": True,
     },
 }
-LUCIDRAINS = {"lucidrains, float32 (its default)": {}, "lucidrains, bfloat16": {"autocast": True}}
+LUCIDRAINS = {
+    "lucidrains, float32 (its default)": {},
+    "lucidrains, bfloat16": {"autocast": True},
+    "lucidrains, bfloat16, compiled": {"autocast": True, "compiled": True},
+}
 BEFORE = "before: "
 """Prefix of contestants that run the code of another checkout."""
 
@@ -109,10 +116,11 @@ def installed_peers() -> list[str]:
 
 
 def train_ours(config: Config, batches: Iterator[MicroBatch]) -> None:
-    class InMemory(LocalRuntime):
+    class InMemory(Runtime):
         def __init__(self) -> None:
             self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            self.identity: dict[str, Any] = {}
+            self.store: Any = Printed()
+            self._flags = LateFlags()
 
         def batches(self, images_seen: int) -> Iterator[MicroBatch]:
             return batches
@@ -123,14 +131,16 @@ def train_ours(config: Config, batches: Iterator[MicroBatch]) -> None:
         def latest_checkpoint(self) -> Any:
             return nullcontext(None)
 
+    class Printed:
+        def metrics(self, values: Mapping[str, float], images_seen: int) -> None:
+            say({"step": images_seen // config.train.batch_size, "loss": values["train/loss"]})
+
         def facts(self) -> dict[str, float]:
             return {}
 
-    class Printed(NoTracker):
-        def metrics(self, values: dict[str, float], images_seen: int) -> None:
-            say({"step": images_seen // config.train.batch_size, "loss": values["train/loss"]})
+        def progress(self, progress: Progress) -> None: ...
 
-    loop.train(config, InMemory(), Printed())
+    loop.train(config, InMemory())
 
 
 def train_diffusers(
@@ -167,7 +177,9 @@ def train_diffusers(
         ema.step(net.parameters())
 
 
-def train_lucidrains(config: Config, batches: Iterator[Tensor], autocast: bool = False) -> None:
+def train_lucidrains(
+    config: Config, batches: Iterator[Tensor], autocast: bool = False, compiled: bool = False
+) -> None:
     """The step of denoising-diffusion-pytorch's Trainer."""
     from denoising_diffusion_pytorch import GaussianDiffusion
     from ema_pytorch import EMA
@@ -177,6 +189,8 @@ def train_lucidrains(config: Config, batches: Iterator[Tensor], autocast: bool =
     model = GaussianDiffusion(lucidrains_net(config), image_size=size, objective="pred_noise").to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, betas=(0.9, 0.99))
     ema = EMA(model, beta=0.995, update_every=10)
+    if compiled:
+        model.model.compile()
     for x_0 in batches:
         with torch.autocast(device, torch.bfloat16, enabled=autocast):
             loss = model(x_0 * 0.5 + 0.5)  # its images are in [0, 1]
@@ -264,7 +278,7 @@ def micro_batches(config: Config, turns: Iterator[None]) -> Iterator[MicroBatch]
     label = np.zeros(size, np.int64)
     for i, _ in enumerate(turns):
         rows = np.arange(i * size, (i + 1) * size) % len(image)
-        yield MicroBatch(i % (config.train.batch_size // size), image[rows], label)
+        yield MicroBatch(image[rows], label, i % (config.train.batch_size // size))
 
 
 def float_batches(config: Config, turns: Iterator[None], device: str) -> Iterator[Tensor]:

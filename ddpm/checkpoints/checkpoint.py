@@ -9,6 +9,7 @@ A folder without checksums.json, or with a file that does not match it, is not a
 or inconsistent file raises UserError.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -22,8 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ddpm.build import build_net
-from ddpm.config import Config, differences, flatten, from_json
+from ddpm.build import TrainedNet, build_net
+from ddpm.config import Affects, Config
+from ddpm.config_io import differences, flatten, from_json, keys_that_affect
 from ddpm.diffusion import schedules
 from ddpm.utils import files, strict_json
 from ddpm.utils.errors import UserError
@@ -35,18 +37,6 @@ FILES = (*_TENSORS, "state.json", "config.json", CHECKSUMS)
 PREFIX = "checkpoint-"
 BEST_PREFIX = "best-"
 NAME_DIGITS = 12
-
-# Keys that may differ between a checkpoint and the run that resumes from it; the rest is the run's identity.
-_FREE = (
-    *("cluster.", "run.", "sample.", "optim.skip_non_finite"),
-    *("data.shards", "data.source", "data.stall_timeout_s", "data.on_corrupt", "data.max_corrupt_share"),
-    *("train.total_images", "train.log_every_images", "train.sample_every_images"),
-    *("train.checkpoint_every_images", "train.keep_checkpoints", "train.forward_images", "train.compile"),
-    *("train.deterministic", "train.init_from"),
-)
-# Keys that a new run must share with the checkpoint of its initial weights.
-_NET = ("model.", "objective.process", "objective.predict", "objective.variance")
-_NET_FREE_KEYS = ("model.dropout", "model.zero_init")
 
 
 def name_at(images_seen: int, prefix: str = PREFIX) -> str:
@@ -66,6 +56,7 @@ class Position(BaseModel):
     images_seen: Count
     skipped_steps: Count = 0
     best_held_out_loss: float | None
+    interval: Annotated[list[float], Field(min_length=10, max_length=10)] | None = None
     generator: str = Field("", max_length=100, pattern="^[ -~]*$")
     run_key: str = Field(pattern="^[0-9A-Za-z]*$")
     """Empty for an imported checkpoint, which has no run."""
@@ -83,15 +74,14 @@ class Snapshot:
     """Content of state.json."""
     config: str
     """Content of config.json."""
+    wait: Callable[[], object] = bool
+    """Returns when the tensors are complete; called before they are read."""
 
 
 def write(snapshot: Snapshot, folder: Path) -> None:
-    """Write `snapshot` as a checkpoint into the empty or new `folder`; checksums.json last, with all else on disk.
-
-    Raises:
-        OSError: the disk is full, or the folder may not be written to.
-    """
+    """Write `snapshot` as a checkpoint into the empty or new `folder`; checksums.json last, with all else on disk."""
     files.make_folder(folder)
+    snapshot.wait()
     for name, tensors in snapshot.tensors.items():
         try:
             save_file(tensors, folder / f"{name}.safetensors")
@@ -114,7 +104,8 @@ def verify(folder: Path) -> None:
         path = folder / name
         if not path.is_file():
             raise UserError(f"{folder} is damaged: {name} is missing")
-        if _sha256(path) != sums[name]:
+        at = path.stat()
+        if _known_sha256(path, at.st_ino, at.st_size, at.st_mtime_ns) != sums[name]:
             raise UserError(f"{path} is damaged: its SHA-256 is not the one in checksums.json")
 
 
@@ -129,7 +120,7 @@ def read_checksums(folder: Path) -> dict[str, str]:
 def read_bytes(file: Path) -> bytes:
     """The content of a checkpoint's file."""
     try:
-        return file.read_bytes()
+        return files.read_whole(file)
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error}") from None
 
@@ -151,6 +142,18 @@ def read_state(folder: Path) -> dict[str, Any]:
     return at.model_dump(exclude_unset=True)
 
 
+def check_belongs(folder: Path, run_key: str) -> None:
+    """Raise UserError unless the checkpoint in `folder` is the one of this name, and of the run with this key."""
+    file = folder / "state.json"
+    at = strict_json.parse(Position, read_bytes(file), f"{file} is damaged", extra="allow")
+    if folder.name != name_at(at.images_seen):
+        raise UserError(
+            f"{file} is damaged: images_seen is {at.images_seen}, in a folder named {folder.name}"
+        )
+    if at.run_key != run_key:
+        raise UserError(f"{file} is of another run: run_key is {at.run_key!r}; run.json has {run_key!r}")
+
+
 def position(folder: Path | None) -> int:
     """images_seen of a checkpoint; 0 for None. The tensors need not be intact."""
     return read_state(folder)["images_seen"] if folder else 0
@@ -162,8 +165,14 @@ def read_config(folder: Path) -> Config:
     return from_json(read_bytes(file), where=str(file))
 
 
-def load_net(folder: Path, device: torch.device, *, ema: bool = True) -> tuple[nn.Module, Config]:
-    """The averaged (or the raw) net of a checkpoint, ready for sampling, and its config."""
+def newest(run: Path) -> Path | None:
+    """The newest checkpoint in a run's folder; None: there is none."""
+    return max((file.parent for file in run.glob(f"{PREFIX}*/{CHECKSUMS}")), default=None)
+
+
+def load_net(folder: Path | str, device: torch.device | str = "cpu", *, ema: bool = True) -> TrainedNet:
+    """The averaged (or the raw) net of a checkpoint, or of a run's newest, ready for sampling."""
+    folder = newest(Path(folder)) or Path(folder)
     verify(folder)
     config = read_config(folder)
     try:
@@ -174,28 +183,22 @@ def load_net(folder: Path, device: torch.device, *, ema: bool = True) -> tuple[n
     weights = _read_weights(net_without_memory(config, f"{folder}/config.json"), path, cpu)
     net = build_net(config)
     net.load_state_dict(weights)
-    return net.to(device).eval().requires_grad_(False), config
+    return TrainedNet(net.to(device).eval().requires_grad_(False), config)
 
 
 def write_light(folder: Path, out: Path) -> None:
-    """Write the checkpoint in `folder` to `out` without its optimizer's state: half as large, enough for sampling.
-
-    Raises:
-        UserError: the checkpoint is damaged.
-        OSError: `out` cannot be written.
-    """
+    """Write the checkpoint in `folder` to `out` without its optimizer's state: half as large, enough for sampling."""
     verify(folder)
     cpu, position = torch.device("cpu"), read_state(folder)
     net = net_without_memory(read_config(folder), f"{folder}/config.json")
     tensors = {name: _read_weights(net, folder / f"{name}.safetensors", cpu) for name in ("net", "ema")}
-    config = (folder / "config.json").read_text()
+    config = read_bytes(folder / "config.json").decode()
     write(Snapshot(position["images_seen"], {**tensors, "optimizer": {}}, position, config), out)
 
 
 def check_same_run(saved: Config, now: Config, where: str) -> None:
     """Raise UserError if `saved` and `now` are configurations of different runs."""
-    changed = _differences(saved, now, lambda key: not key.startswith(_FREE))
-    if changed:
+    if changed := _differences(saved, now, Affects.WEIGHTS):
         raise UserError(
             f"{where} belongs to a run with another configuration: {changed}; use those values, or another --run.name"
         )
@@ -203,14 +206,15 @@ def check_same_run(saved: Config, now: Config, where: str) -> None:
 
 def check_same_net(saved: Config, now: Config, folder: Path) -> None:
     """Raise UserError if `now` describes another net than `saved`, the config of the checkpoint in `folder`."""
-    changed = _differences(saved, now, lambda key: key.startswith(_NET) and key not in _NET_FREE_KEYS)
-    if changed:
+    if changed := _differences(saved, now, Affects.NET):
         raise UserError(f"train.init_from: {folder} has another net: {changed}; use those values")
 
 
-def _differences(saved: Config, now: Config, counts: Callable[[str], bool]) -> str:
-    before, after = flatten(saved), flatten(now)  # different nets have different keys
-    return differences(before, after, lambda key: key in before and key in after and counts(key))
+def _differences(saved: Config, now: Config, what: Affects) -> str:
+    """The first differences in keys that affect `what`, of those that both have: different nets have different keys."""
+    before, keys = flatten(saved), keys_that_affect(now, what)
+    after = {key: value for key, value in flatten(now).items() if key in keys and key in before}
+    return differences({key: before[key] for key in after}, after)
 
 
 def read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
@@ -271,3 +275,9 @@ def check_numbers(tensors: Mapping[str, Tensor], path: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@functools.lru_cache(maxsize=64)
+def _known_sha256(path: Path, *version: int) -> str:
+    """The hash of this version of a file, computed once in a process."""
+    return _sha256(path)

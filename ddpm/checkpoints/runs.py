@@ -1,9 +1,10 @@
 """A run's folder: its name, its key, and its checkpoints."""
 
+import contextlib
 import json
 import time
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,6 +22,13 @@ from ddpm.utils.retry import as_user_error
 
 X_0_ERROR, X_0_ERROR_FORMAT = "x_0_error.json", "ddpm-x_0-error/1"
 """File that evaluation adds to a checkpoint: the errors of its averaged net on training images."""
+EVALUATIONS = "evaluations"
+"""Folder of a run with the results of jobs/evaluate.py."""
+StatusName = Literal["RUNNING", "FINISHED", "STOPPED", "FAILED"]
+STATUS = "status.json"
+"""File of a run that says how it stands."""
+MAX_NAME_BYTES = 240
+"""A folder's name has at most 255 bytes on most disks, and MLflow's name of a run 250."""
 RESERVED = "data"
 """Folder beside the runs that holds prepared sources."""
 
@@ -51,12 +59,24 @@ class X0Error:
     x_0_error: list[Annotated[float, Ge(0)]]
 
 
-def settled(config: Config, preset: str) -> Config:
-    """`config` with a run name (default: preset and time) and an absolute storage URI.
+@dataclass(frozen=True)
+class Status:
+    """Content of status.json: how a run stands. Rank 0 writes it while training, and the driver at the end."""
 
-    Raises:
-        UserError: the name is not a valid folder name, or storage cannot be reached.
-    """
+    status: StatusName
+    """RUNNING also after the driver was killed."""
+    images_seen: Annotated[int, Ge(0)]
+    """Where training was; the newest checkpoint may be earlier."""
+    images_lost: Annotated[int, Ge(0)]
+    """Images trained on in vain, since a crash took them back."""
+    minutes: Annotated[float, Ge(0)]
+    """Time of training, of all starts together."""
+    tags: dict[str, str]
+    """Preset, changes, versions, command and hardware, as in MLflow."""
+
+
+def with_name_and_storage(config: Config, preset: str) -> Config:
+    """`config` with a run name (default: preset and time) and an absolute storage URI."""
     name = config.run.name or f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     _check_name(name)
     uri = locations.resolve(config.run.storage).uri
@@ -64,11 +84,7 @@ def settled(config: Config, preset: str) -> Config:
 
 
 def open_run(name: str, uri: str) -> Run:
-    """The run `name` in the folder or bucket `uri`; a new run gets its key.
-
-    Raises:
-        UserError: the name is not a valid folder name, or storage refuses.
-    """
+    """The run `name` in the folder or bucket `uri`; a new run gets its key."""
     _check_name(name)
     location = locations.resolve(uri).child(name)
     card = location.child("run.json")
@@ -81,11 +97,7 @@ def open_run(name: str, uri: str) -> Run:
 
 
 def existing_run(uri: str) -> Run:
-    """The run in the folder or bucket `uri`.
-
-    Raises:
-        UserError: there is no run, or storage refuses.
-    """
+    """The run in the folder or bucket `uri`."""
     location = locations.resolve(uri)
     card = location.child("run.json")
     with as_user_error(f"cannot read {card.uri}"):
@@ -97,11 +109,30 @@ def existing_run(uri: str) -> Run:
     return Run(Path(location.path).name, location, key)
 
 
+def folder_of(checkpoint_uri: str, run_key: str) -> Location | None:
+    """The folder of the run with this key, if the checkpoint lies in it."""
+    with contextlib.suppress(UserError):  # not a run's folder
+        run = existing_run(checkpoint_uri.rstrip("/").rpartition("/")[0])
+        return run.location if run.key == run_key else None
+    return None
+
+
 def _read_key(card: Location) -> str:
     key = strict_json.parse(_Card, card.read(), f"{card.uri} is damaged", extra="ignore").run_key
     if not key.isalnum():
         raise UserError(f"{card.uri} is damaged: run_key is {key!r}")
     return key
+
+
+def status_json(status: Status) -> bytes:
+    """The content of status.json."""
+    return (json.dumps(asdict(status), indent=2) + "\n").encode()
+
+
+def read_status(run: Location) -> Status | None:
+    """Read status.json of the run in this folder; None: training has not begun."""
+    file = run.child(STATUS)
+    return strict_json.parse(Status, file.read(), f"{file.uri} is damaged") if file.exists() else None
 
 
 def checkpoints(location: Location) -> list[Location]:
@@ -111,11 +142,7 @@ def checkpoints(location: Location) -> list[Location]:
 
 
 def read_x_0_error(folder: Path, num_timesteps: int) -> Tensor:
-    """[T] float64, the mean squared error of x_0_hat at every t, as `keep_x_0_error` stored it in a checkpoint.
-
-    Raises:
-        UserError: the file is missing, damaged, or of other weights.
-    """
+    """[T] float64, the mean squared error of x_0_hat at every t, as `keep_x_0_error` stored it in a checkpoint."""
     file = folder / X_0_ERROR
     weights = checkpoint.read_checksums(folder)["ema.safetensors"]
     if not file.exists():
@@ -133,3 +160,7 @@ def _check_name(name: str) -> None:
     is_plain = name.isprintable() and name == name.strip() and "/" not in name and "\\" not in name
     if not is_plain or name in ("", ".", "..", RESERVED):
         raise UserError(f"run.name {name!r} cannot be a folder's name; use letters, digits, '-' and '_'")
+    if len(name.encode()) > MAX_NAME_BYTES:
+        raise UserError(
+            f"run.name has {len(name.encode())} bytes; at most {MAX_NAME_BYTES} are allowed: {name}"
+        )

@@ -3,9 +3,13 @@
 import logging
 import os
 import select
+import signal
 import socket
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import psutil
@@ -13,7 +17,7 @@ import ray
 
 from ddpm.utils import openmp, strict_json
 from ddpm.utils.errors import UserError
-from ddpm.utils.retry import answer
+from ddpm.utils.retry import error_line
 
 KEPT_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
@@ -32,16 +36,16 @@ SETTINGS = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     # Workers of a cluster started here have the priority of any other process, not a lower one.
     "RAY_worker_niceness": "0",
-    # Ray prints a warning when there are four times as many processes as may start at once, by default one per CPU. A
-    # search on two cores has that many, most of them idle.
-    "RAY_worker_maximum_startup_concurrency": str(max(8, os.cpu_count() or 1)),
 }
-"""Variables of Ray and the C library for faster recovery from a crash, faster steps and one warning less; values in the
-environment take precedence."""
+"""Variables of Ray and the C library for faster recovery from a crash and faster steps; values in the environment take
+precedence."""
 
 API_SERVER, NO_API_SERVER = "RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9"
 """A cluster started here has no dashboard. Ray Train would find that of another cluster on this machine, which does not
-know our controller, take the controller for dead, and remove its workers (2.60)."""
+know our controller, take the controller for dead, and remove its workers (Ray 2.60)."""
+
+TOKEN = Path("~/.ray/auth_token")
+"""Ray's file with the token of a cluster: whoever reads it can run programs there."""
 
 REACH_TIMEOUT_S = 10.0
 """Time-out for a connection to RAY_ADDRESS; Ray itself tries for minutes."""
@@ -50,7 +54,7 @@ VITAL = ("gcs_server", "raylet")
 """Processes that a cluster started here cannot work without."""
 
 LIMITS = "DDPM_CLUSTER_RESOURCES"
-"""The variable with the limits of a cluster that grows: '{"CPU": 48, "GPU": 4}'. Ray does not report them (2.60)."""
+"""The variable with the limits of a cluster that grows: '{"CPU": 48, "GPU": 4}'. Ray 2.60 does not report them."""
 
 
 class NoCluster(UserError):
@@ -60,11 +64,7 @@ class NoCluster(UserError):
 
 
 def connect(verbose: bool = False) -> None:
-    """Join the Ray cluster of the environment (RAY_ADDRESS, or `ray start` on this machine), or start one here.
-
-    Raises:
-        NoCluster: Ray did not start, or could not be joined.
-    """
+    """Join the Ray cluster of the environment (RAY_ADDRESS, or `ray start` on this machine), or start one here."""
     if ray.is_initialized():
         return
     openmp.bound_spinning()
@@ -77,18 +77,21 @@ def connect(verbose: bool = False) -> None:
     level = logging.INFO if verbose else logging.ERROR
     try:
         _reach(address or "")
-        ray.init(log_to_driver=verbose, logging_level=level, include_dashboard=False)
+        with _hangups_ignored():
+            ray.init(log_to_driver=verbose, logging_level=level, include_dashboard=False)
     except Exception as error:  # Ray raises various types: RuntimeError, ConnectionError, plain Exception
         if address:
             where = f"the Ray cluster at RAY_ADDRESS={address}"
-            raise NoCluster(f"{where} cannot be joined: {answer(error)}") from error
+            raise NoCluster(f"{where} cannot be joined: {error_line(error)}") from error
         raise NoCluster(
-            f"Ray did not start on this machine: {answer(error)}; if the machine is busy or short of "
+            f"Ray did not start on this machine: {error_line(error)}; if the machine is busy or short of "
             "memory, try again later"
         ) from error
     finally:  # the cluster's processes have inherited it
         if not is_named:
             del os.environ[API_SERVER]
+    with suppress(OSError):  # Ray creates it with the umask's mode, which lets everybody read it (Ray 2.60)
+        TOKEN.expanduser().chmod(0o600)
     started = [child for child in psutil.Process().children() if child.name() in VITAL]
     if not started:  # for Ray's API and dashboard to show Ray Train's state
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
@@ -97,6 +100,24 @@ def connect(verbose: bool = False) -> None:
         threading.Thread(target=_exit_with, args=(started,), name="ddpm-ray", daemon=True).start()
     for name in ("ray.train", "ray.data", "ray"):
         logging.getLogger(name).setLevel(level)
+
+
+def temp_dir() -> Path:
+    """The joined cluster's folder for temporary files on this machine."""
+    return Path(ray.get_runtime_context().get_temp_dir()).resolve()
+
+
+@contextmanager
+def _hangups_ignored() -> Iterator[None]:
+    """A context whose child processes ignore SIGHUP: a closed terminal stops the driver, which stops the workers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, handler)
 
 
 def worker_env() -> dict[str, str]:
@@ -130,10 +151,6 @@ def resources() -> dict[str, float]:
 
 
 def limits() -> dict[str, float]:
-    """The resources up to which the cluster grows on demand; empty: it does not grow.
-
-    Raises:
-        UserError: DDPM_CLUSTER_RESOURCES is not a JSON object of numbers.
-    """
+    """The resources up to which the cluster grows on demand; empty: it does not grow."""
     text = os.environ.get(LIMITS, "{}")
     return strict_json.parse(dict[str, float], text, f"""{LIMITS} (such as '{{"CPU": 48, "GPU": 4}}')""")

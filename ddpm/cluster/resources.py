@@ -47,17 +47,9 @@ _once_joined = tenacity.retry(
 
 @_once_joined
 def resources_per_worker(config: Config) -> dict[str, float]:
-    """CPUs and GPUs of each worker, with a CPU left for the tasks that read data.
-
-    Raises:
-        UserError: a value of config.cluster is out of range.
-        TooSmall: this cluster is too small; Ray would wait forever without a message.
-    """
+    """CPUs and GPUs of each worker, with a CPU left for the tasks that read data."""
     have, cluster, sizes = ray_init.resources(), config.cluster, config.cluster.world_sizes()
     cpus, gpus, least, most = have.get("CPU", 0.0), have.get("GPU", 0.0), sizes[0], sizes[-1]
-    part = cluster.gpus_per_worker
-    if not 0 < part <= 1:
-        raise UserError(f"cluster.gpus_per_worker is {part:g}; it must be above 0 and at most 1")
     gpu = _on_gpus(config, least, gpus, f"{least} workers", "use fewer workers")
     share = cluster.cpus_per_worker
     if share is None:
@@ -70,8 +62,6 @@ def resources_per_worker(config: Config) -> dict[str, float]:
                 "fewer, or set --cluster.cpus-per-worker to run this many anyway"
             )
         share = max(min(1.0, int(100 * (cpus - 1) / max(crowd, 1)) / 100), 0.01)
-    if share <= 0:
-        raise UserError(f"cluster.cpus_per_worker is {share:g}; it must be above 0")
     if least * share > cpus - 1:
         right = (cpus - 1) / least
         remedy = f"set --cluster.cpus-per-worker to at most {right:g}, or use fewer workers"
@@ -79,7 +69,7 @@ def resources_per_worker(config: Config) -> dict[str, float]:
             f"{least} workers of {share:g} CPUs leave none of the cluster's {cpus:g} CPUs to the tasks that read "
             f"data; {remedy if right > 0 else 'more than one CPU is needed'}"
         )
-    return {"CPU": share} | ({"GPU": part} if gpu else {})
+    return {"CPU": share} | ({"GPU": cluster.gpus_per_worker} if gpu else {})
 
 
 def possible_workers(config: Config, per_worker: dict[str, float], workers: int) -> int:
@@ -88,6 +78,22 @@ def possible_workers(config: Config, per_worker: dict[str, float], workers: int)
     most = int((have.get("CPU", 0.0) - 1) / per_worker["CPU"])  # one CPU is for the tasks that read data
     more = min(int(free.get(name, 0.0) / amount) for name, amount in per_worker.items())
     return min(config.cluster.world_sizes()[-1], most, workers + more)
+
+
+def shortage(config: Config, per_worker: dict[str, float], placed: bool) -> str | None:
+    """What the least number of workers waits for, such as "1 CPU: 4 of 4 in use"; None: there is enough of all.
+
+    Args:
+        placed: these workers may hold what is in use, so that only the cluster's size counts.
+    """
+    have, least = ray.cluster_resources(), config.cluster.world_sizes()[0]
+    free = have if placed else ray.available_resources()
+    for name, amount in per_worker.items():
+        total, need, unused = have.get(name, 0.0), least * amount, free.get(name, 0.0)
+        if unused < need:
+            state = f"the cluster has {total:g}" if placed else f"{total - unused:g} of {total:g} in use"
+            return f"{need:g} {name}{'s' * (need > 1)}: {state}"
+    return None
 
 
 def crowding(config: Config, resources: dict[str, float]) -> str | None:
@@ -100,11 +106,7 @@ def crowding(config: Config, resources: dict[str, float]) -> str | None:
 
 
 def _on_gpus(config: Config, workers: int, have: float, who: str, remedy: str) -> bool:
-    """Whether workers have GPUs: cluster.gpu, or by default whether the cluster has any.
-
-    Raises:
-        TooSmall: the cluster has fewer GPUs than `workers` need; training never falls back to CPUs by itself.
-    """
+    """Whether workers have GPUs: cluster.gpu, else whether the cluster has any; CPUs never stand in for them."""
     cluster = config.cluster
     need = workers * cluster.gpus_per_worker
     on_gpus = cluster.gpu if cluster.gpu is not None else have > 0
@@ -116,14 +118,7 @@ def _on_gpus(config: Config, workers: int, have: float, who: str, remedy: str) -
 
 @_once_joined
 def shared(config: Config, num_runs: int) -> Config:
-    """`config` with the CPUs and threads that each of `num_runs` concurrent runs may use.
-
-    Raises:
-        UserError: num_runs is below 1.
-        TooSmall: the cluster is too small for so many: runs, or their data tasks, would wait forever.
-    """
-    if num_runs < 1:
-        raise UserError(f"--max-concurrent is {num_runs}; it must be at least 1")
+    """`config` with the CPUs and threads that each of `num_runs` concurrent runs may use."""
     have, workers = ray_init.resources(), config.cluster.world_sizes()[-1]
     total_workers = num_runs * workers
     room = have.get("CPU", 0.0) - 1 - DRIVER_CPUS * num_runs
@@ -146,9 +141,9 @@ def shared(config: Config, num_runs: int) -> Config:
     return replace(config, cluster=cluster)
 
 
-def free(place: str) -> None:
-    """Remove the placement group with this id after its owner was killed; Ray does only when the job ends (2.60)."""
-    ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(place))))
+def remove_placement_group(hex_id: str) -> None:
+    """Remove it after its owner was killed; Ray does only when the job ends (Ray 2.60)."""
+    ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(hex_id))))
 
 
 def check_storage(config: Config) -> None:

@@ -2,7 +2,7 @@
 
 A worker has one GPU, or else one core. CPU kernels may round differently with another number of threads; with one
 thread per piece, every worker computes the same result, bit for bit. Several cores compute several pieces at once,
-which is no slower than all cores on one piece (two cores, 8x8 digits).
+which is as fast as all cores on one piece, and twice as fast beside a busy process (benchmarks/sampling.md).
 
 If a worker dies, another one repeats its piece. Workers without free resources in the cluster stay pending while the
 others work, so a pool shrinks and grows with its cluster.
@@ -20,8 +20,9 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from ddpm.utils import devices
 from ddpm.utils.errors import UserError
-from ddpm.utils.retry import answer
+from ddpm.utils.retry import error_line
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ Result = TypeVar("Result")
 
 MAX_DEATHS = 3
 """Worker deaths after which the pool gives up: in a row before they started, or on the same piece."""
-NO_PLACE_S = 15.0
+NO_WORKER_S = 15.0
 """Seconds without any worker after which the pool logs a warning."""
 
 
@@ -52,18 +53,13 @@ class WorkerPool(Generic[Held]):
             worker once, with its weights: a `functools.partial` of an importable function or class.
         num_workers: actors, with a GPU each if the cluster has any, else with a core each. 1, without a cluster: one
             piece at a time. None: all GPUs, or all cores.
-
-    Raises:
-        UserError: num_workers is not positive.
     """
 
     def __init__(self, make: Callable[[torch.device], Held], num_workers: int | None = None) -> None:
-        if num_workers is not None and num_workers < 1:
-            raise UserError(f"num_workers is {num_workers}; it must be at least 1")
         joined = "RAY_ADDRESS" in os.environ  # then this machine's GPUs do not matter
-        self.has_gpus: bool = _resources().get("GPU", 0) >= 1 if joined else torch.cuda.is_available()
+        self.has_gpus: bool = _resources().get("GPU", 0) >= 1 if joined else devices.count() > 0
         """Whether the workers have GPUs."""
-        if joined or (num_workers or torch.cuda.device_count()) > 1:
+        if joined or (num_workers or devices.count()) > 1:
             self._workers: _Actors | _Threads = _Actors(make, num_workers, self.has_gpus)
         else:
             self._workers = _Threads(make, num_workers, self.has_gpus)
@@ -97,7 +93,7 @@ class _Threads:
     """Workers in this process: a thread for its GPU, or one per core."""
 
     def __init__(self, make: Callable[[torch.device], Any], num_workers: int | None, has_gpus: bool) -> None:
-        self._make, self._device = make, torch.device("cuda" if has_gpus else "cpu")
+        self._make, self._device = make, devices.default() if has_gpus else devices.CPU
         self._num_workers = num_workers or (1 if has_gpus else len(os.sched_getaffinity(0)))
         self._held: Any = None
         self._busy: set[int] = set()
@@ -161,70 +157,71 @@ class _Actors:
         self._idle: list[Any] = []
         self._joining: dict[Any, Any] = {}
         self._jobs: dict[Any, tuple[Any, Any]] = {}
+        self._todo = deque[Any]()
+        self._deaths = Counter[Any]()
 
     def map(self, work: Callable[[Any, Any], Any], pieces: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
         import ray
-        import ray.exceptions
 
-        todo = deque(islice(pieces, self._num_workers))
-        deaths: Counter[Any] = Counter()
+        self._todo.extend(islice(pieces, self._num_workers))
         try:
-            while todo or self._jobs:
-                self._start_workers(min(self._num_workers, len(todo) + len(self._jobs)))
-                self._submit(work, todo)
-                ready, _ = ray.wait([*self._jobs, *self._joining], timeout=NO_PLACE_S)
-                if not ready:
-                    if not self._jobs:
-                        log.warning(
-                            "no worker has found a free %s in the Ray cluster yet; waiting", self._kind
-                        )
-                    continue
-                (job,) = ready
-                is_new = job in self._joining
-                worker, piece = (self._joining.pop(job), None) if is_new else self._jobs.pop(job)
-                try:
-                    result = ray.get(job)
-                except ray.exceptions.RayTaskError as error:
-                    self._idle.append(worker)
-                    if isinstance(error.cause, UserError):  # without the worker's traceback
-                        raise error.cause from None
-                    raise
-                except ray.exceptions.RayError as error:  # all other errors: the worker is dead
-                    ray.kill(worker)
-                    deaths[piece] += 1
-                    if deaths[piece] == MAX_DEATHS:
-                        over = (
-                            "one after another before they started"
-                            if is_new
-                            else f"on the same piece, {piece}"
-                        )
-                        raise WorkersDied(
-                            f"{MAX_DEATHS} workers died {over}; the last error: {answer(error)}"
-                        ) from None
-                    if not is_new:
-                        todo.appendleft(piece)
-                    continue
-                self._idle.append(worker)
-                if is_new:
-                    deaths[None] = 0
-                    continue
-                todo.extend(islice(pieces, 1))
-                self._submit(work, todo)
-                yield piece, result
+            while self._todo or self._jobs:
+                self._start_workers(min(self._num_workers, len(self._todo) + len(self._jobs)))
+                self._submit(work)
+                ready, _ = ray.wait([*self._jobs, *self._joining], timeout=NO_WORKER_S)
+                if not ready and not self._jobs:
+                    log.warning("no worker has found a free %s in the Ray cluster yet; waiting", self._kind)
+                if ready and (finished := self._receive(ready[0])):
+                    self._todo.extend(islice(pieces, 1))
+                    self._submit(work)
+                    yield finished
         finally:
             for worker, _ in self._jobs.values():  # after an error, do not wait for running pieces
                 ray.kill(worker)
             self._jobs.clear()
+            self._todo.clear()
+            self._deaths.clear()
 
     def _start_workers(self, num_workers: int) -> None:
         for _ in range(num_workers - len(self._idle) - len(self._joining) - len(self._jobs)):
             worker = self._new_worker(self._make, self._kind == "GPU")
             self._joining[worker.is_ready.remote()] = worker
 
-    def _submit(self, work: Callable[[Any, Any], Any], todo: deque[Any]) -> None:
-        while self._idle and todo:
-            worker, piece = self._idle.pop(), todo.popleft()
+    def _submit(self, work: Callable[[Any, Any], Any]) -> None:
+        while self._idle and self._todo:
+            worker, piece = self._idle.pop(), self._todo.popleft()
             self._jobs[worker.do.remote(work, piece)] = worker, piece
+
+    def _receive(self, job: Any) -> tuple[Any, Any] | None:
+        """A piece and its result; None: a worker has started or died."""
+        import ray
+        import ray.exceptions
+
+        is_new = job in self._joining
+        worker, piece = (self._joining.pop(job), None) if is_new else self._jobs.pop(job)
+        try:
+            result = ray.get(job)
+        except ray.exceptions.RayTaskError as error:
+            self._idle.append(worker)
+            if isinstance(error.cause, UserError):  # without the worker's traceback
+                raise error.cause from None
+            raise
+        except ray.exceptions.RayError as error:  # all other errors: the worker is dead
+            ray.kill(worker)
+            self._deaths[piece] += 1
+            if self._deaths[piece] == MAX_DEATHS:
+                over = "one after another before they started" if is_new else f"on the same piece, {piece}"
+                raise WorkersDied(
+                    f"{MAX_DEATHS} workers died {over}; the last error: {error_line(error)}"
+                ) from None
+            if not is_new:
+                self._todo.appendleft(piece)
+            return None
+        self._idle.append(worker)
+        if is_new:
+            self._deaths[None] = 0
+            return None
+        return piece, result
 
     def close(self) -> None:
         import ray
@@ -240,7 +237,7 @@ class _Worker:
 
     def __init__(self, make: Callable[[torch.device], Any], has_gpu: bool) -> None:
         torch.set_num_threads(1)
-        self._make, self._device = make, torch.device("cuda" if has_gpu else "cpu")
+        self._make, self._device = make, devices.default() if has_gpu else devices.CPU
         self._held: Any = None
 
     def is_ready(self) -> bool:

@@ -14,7 +14,10 @@ from ddpm.data.image_folder import Folder
 from ddpm.data.sources import MissingFiles, Source
 from ddpm.storage import locations
 from ddpm.utils.errors import UserError
-from ddpm.utils.progress import Display, printable
+from ddpm.utils.progress import printable
+
+MAX_NAME = 60
+"""Characters of a folder's name in the name of its data set; a folder's name has at most 255 bytes."""
 
 
 def with_shards(
@@ -25,9 +28,6 @@ def with_shards(
     Args:
         command: the command to repeat once the source's files are prepared.
         connect: starts Ray to prepare many images on workers; not called if these may not see the folder.
-
-    Raises:
-        UserError: none of these is given, or the files are missing or not images.
     """
     if config.data.shards is not None:
         if config.data.images is not None:
@@ -36,16 +36,14 @@ def with_shards(
     what, source = _pictures(config) if config.data.images is not None else _named(config, command)
     # The name has a digest, so data sets of other versions or other images are kept beside this one.
     name = f"{what}-{prepare.options_of(source)[:8]}".replace(":", "-")
-    place = locations.resolve(config.run.storage).child(RESERVED).child(name)
-    if not prepare.find(source, place):
-        parallel = connect is not None and prepare.is_large(source) and "RAY_ADDRESS" not in os.environ
-        if connect is not None and parallel:
-            connect()
-        with Display(f"preparing {what}", sum(source.splits.values())) as display:
-            prepare.prepare(source, place, on_progress=lambda n, _: display.update(n), parallel=parallel)
+    location = locations.resolve(config.run.storage).child(RESERVED).child(name)
+    if "RAY_ADDRESS" in os.environ or not prepare.is_large(source):
+        connect = None
+    skip = config.data.skip_unreadable
+    prepare.prepare(source, location, f"preparing {what}", connect=connect, skip_unreadable=skip)
     if config.data.images is not None:  # the shards are not of the preset's source
         config = replace(config, data=replace(config.data, images=None, source=None))
-    return replace(config, data=replace(config.data, shards=place.uri))
+    return replace(config, data=replace(config.data, shards=location.uri))
 
 
 def _named(config: Config, command: str) -> tuple[str, Source]:
@@ -77,4 +75,4 @@ def _pictures(config: Config) -> tuple[str, Source]:
     print(f"images      {what} (--model.image-size, --model.channels)", flush=True)
     if source.skipped:
         print(f"skipped     {source.skipped}", flush=True)
-    return re.sub(r"[^\w.-]+", "-", folder.resolve().name) or "pictures", source
+    return re.sub(r"[^\w.-]+", "-", folder.resolve().name)[:MAX_NAME] or "pictures", source

@@ -23,24 +23,20 @@ SOURCES: dict[str, type[Any]] = {
 """Each is a frozen dataclass of a source's options; its docstrings are the help of jobs/prepare.py."""
 
 
-def sources() -> dict[str, type[Any]]:
-    """All sources by name; a plugin cannot replace a built-in one.
+def names() -> list[str]:
+    """The names of all sources."""
+    return list(dict.fromkeys([*SOURCES, *plugins.names(GROUP)]))
 
-    Raises:
-        UserError: a plugin cannot be imported.
-    """
-    return SOURCES | {name: plugins.load(GROUP, name) for name in plugins.names(GROUP) if name not in SOURCES}
+
+def kind_of(name: str) -> Any:
+    """The source called `name`, None: there is none; a plugin cannot replace a built-in one."""
+    return SOURCES.get(name) or plugins.load(GROUP, name)
 
 
 def named(name: str | None) -> Source:
-    """The source for data.source: NAME with default options, or torchvision:DATASET.
-
-    Raises:
-        UserError: no source has this name, it needs options, or its files are missing.
-    """
+    """The source for data.source: NAME with default options, or torchvision:DATASET."""
     key, _, dataset = (name or "").partition(":")
-    kind = SOURCES.get(key) or plugins.load(GROUP, key)
-    options = {"dataset": dataset} if dataset else {}
+    kind, options = kind_of(key), {"dataset": dataset} if dataset else {}
     try:
         inspect.signature(kind).bind(**options)
     except TypeError:  # no source has this name, or it needs options
@@ -48,5 +44,5 @@ def named(name: str | None) -> Source:
             f"data.source is {name!r}, which is not built in; make a data set with `python jobs/prepare.py SOURCE "
             "URI`, and give it as --data.shards URI"
         ) from None
-    made: Source = kind(**options)
-    return made
+    source: Source = kind(**options)
+    return source

@@ -9,14 +9,15 @@ import string
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
+from annotated_types import Interval
 from numpy.random import RandomState
 from PIL import Image, ImageDraw, ImageFont
 
-from ddpm.data.sources import Labels, Pixels, Square, held_out
-from ddpm.utils.errors import UserError
+from ddpm.data.row_group import Labels, Pixels
+from ddpm.data.sources import Seed, Square, held_out
 
 CHARACTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits
 FACES = tuple(
@@ -38,29 +39,20 @@ MIN_CONTRAST = 100
 class Glyphs(Square):
     """Letters and digits (A-Z a-z 0-9) in 12 typefaces, rendered with random size, position and slant; no download."""
 
-    num_images: int = 31_000
+    class_names: ClassVar = tuple(CHARACTERS)
+    num_images: Annotated[int, Interval(ge=2, le=10**9)] = 31_000
     """Images of all 62 classes together; 5 % of them are held out."""
-    size: int = 32
+    size: Annotated[int, Interval(ge=16, le=256)] = 32
     """Height and width."""
     colored: bool = False
     """RGB, with random colours of glyph and background; else white on black."""
-    seed: int = 0
+    seed: Seed = 0
     name: str = field(default="glyphs", init=False)
     encoding: Literal["raw"] = field(default="raw", init=False)
-
-    def __post_init__(self) -> None:
-        if self.num_images < 2 or not 16 <= self.size <= 256:
-            raise UserError(
-                f"glyphs: num_images is {self.num_images} and size {self.size}; they must be at least 2, and 16..256"
-            )
 
     @property
     def channels(self) -> int:
         return 3 if self.colored else 1
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return tuple(CHARACTERS)
 
     @property
     def splits(self) -> dict[str, int]:

@@ -1,51 +1,39 @@
 """Parquet files as Hugging Face writes them: a column of images (struct of bytes and path), one of labels.
 
-Files are read from this machine's disk, row group by row group; nothing is downloaded.
-
-Axes: N images, H W, C channels.
+Files are read from this machine's disk, row group by row group; nothing is downloaded. (Hugging Face's `datasets` 5.2
+copies such files into its cache, or streams them without knowing their number or reading a range.)
 """
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ddpm.data.image_folder import PARTS, Encoding, Listing, check_size, digest_of_files, list_files, store
-from ddpm.data.sources import Labels, Pixels, Square, divide
+from ddpm.data.image_folder import PARTS, Listing, Picture, Pictures, list_files
+from ddpm.data.row_group import Labels
+from ddpm.data.sources import divide
 from ddpm.utils.errors import UserError
 
 MAX_CLASSES = 100_000
 
 
 @dataclass(frozen=True)
-class HuggingFace(Square):
+class HuggingFace(Pictures):
     """Hugging Face's Parquet files of images. A file called train-..., test-... or validation-... (or in a
     folder of that name) belongs to that split."""
 
-    path: Path
-    """A Parquet file, or a folder of them."""
-    size: int
-    """Height and width: the shorter side is resized to it, and the centre square kept."""
-    channels: Literal[1, 3] = 3
-    """1: grey, 3: RGB."""
-    encoding: Encoding = "encoded"
-    """encoded: keep images that already fit, store others as PNG. raw: store pixels, larger but faster to read."""
     image_column: str = "image"
     label_column: str | None = "label"
     """A column of whole numbers. None, or a column that is not there: no labels."""
-    seed: int = 0
-    """Seed of the 5 % that are held out if there is no test or validation split."""
     name: str = field(default="parquet", init=False)
 
     def __post_init__(self) -> None:
-        check_size(self.size)
         for file in self._all_files:
             self._check_columns(file)
         _ = self.splits, self.class_names
@@ -55,8 +43,9 @@ class HuggingFace(Square):
         """Names from the metadata that Hugging Face writes; else the numbers."""
         if self._label is None:
             return ()
-        columns = (pq.read_table(f, columns=[self._label])[self._label] for f in self._all_files)
-        labels = {value.as_py() for column in columns for value in column.unique()}
+        labels = set[int | None]()
+        for file in self._all_files:
+            labels.update(pq.read_table(file, columns=[self._label])[self._label].unique().to_pylist())
         largest = max((label for label in labels if label is not None), default=0)
         numbers = tuple(map(str, range(min(largest + 1, MAX_CLASSES))))
         names = _names_in(pq.read_schema(self._all_files[0]), self._label) or numbers
@@ -67,27 +56,8 @@ class HuggingFace(Square):
             )
         return names
 
-    @property
-    def splits(self) -> dict[str, int]:
-        return {split: len(rows) for split, (_, rows) in self._rows.items()}
-
-    @property
-    def skipped(self) -> str:
-        """Files beside the Parquet files that are not read: counts by kind, and the first names."""
-        return self._listing.describe(self._top)
-
-    def identity(self) -> dict[str, Any]:
-        return asdict(self) | {"path": None, "files": digest_of_files(self._top, self._all_files)}
-
-    def read(self, split: str, start: int, stop: int) -> tuple[Pixels | Sequence[bytes], Labels | None]:
-        part, rows = self._rows[split]
-        wanted = rows[start:stop]
-        labels: list[int] = []
-        images = store(self._pictures(part, wanted, labels), self.size, self.channels, self.encoding)
-        return images, np.array(labels, np.int64) if self._label else None
-
-    def _pictures(self, part: str, rows: Labels, labels: list[int]) -> Iterator[tuple[bytes, str]]:
-        """Yield the images of `rows`, which must ascend; append their labels to `labels`."""
+    def _pictures(self, part: str, rows: Labels) -> Iterator[Picture]:
+        """The images of `rows`, which must ascend."""
         columns = [self.image_column] + ([self._label] if self._label else [])
         begin = 0
         for file, row_group, num_rows in self._row_groups[part]:
@@ -99,33 +69,30 @@ class HuggingFace(Square):
                 table = pq.ParquetFile(file).read_row_group(row_group, columns=columns).take(inside)
             except (OSError, pa.ArrowException) as error:
                 raise UserError(f"cannot read {file}: {error}") from None
-            if self._label:
-                labels += table[self._label].to_numpy().tolist()
-            for row, value in zip(inside.tolist(), table[self.image_column].to_pylist(), strict=True):
+            for row, values in zip(inside.tolist(), table.to_pylist(), strict=True):
+                value = values[self.image_column]
                 data = value["bytes"] if isinstance(value, dict) else value
-                where = f"{file}, row group {row_group}, row {row}"
                 if data is None:
-                    raise UserError(
-                        f"{where}: the image has no bytes; only images inside the file can be read"
-                    )
-                yield data, where
+                    data = ValueError("it has no bytes; only images inside the file can be read")
+                yield data, f"{file}, row group {row_group}, row {row}", values.get(self._label or "")
 
     def _check_columns(self, file: Path) -> None:
         """Raise UserError if the file's columns are not those of images and labels."""
         schema = _schema_of(file)
         kinds = dict(zip(schema.names, schema.types, strict=True))
+        known = ", ".join(kinds)
         image, label = kinds.get(self.image_column), kinds.get(self._label or "")
         if image is not None and pa.types.is_struct(image) and image.get_field_index("bytes") >= 0:
             image = image.field("bytes").type
         if image not in (pa.binary(), pa.large_binary()):
             raise UserError(
                 f"{file}: column {self.image_column!r} is {image or 'missing'}; it must hold the bytes of "
-                f"images: choose another with --image-column, one of {', '.join(kinds)}"
+                f"images: choose another with --image-column, one of {known}"
             )
         if self._label and (label is None or not pa.types.is_integer(label)):
             raise UserError(
                 f"{file}: column {self._label!r} is {label or 'missing'}; it must hold whole numbers: choose "
-                f"another with --label-column, one of {', '.join(kinds)}, or None for no labels"
+                f"another with --label-column, one of {known}, or None for no labels"
             )
 
     @property
@@ -134,12 +101,16 @@ class HuggingFace(Square):
 
     @cached_property
     def _listing(self) -> Listing:
-        return list_files(self.path, {".parquet"}) if self.path.is_dir() else Listing([self.path], [])
+        return list_files(self.path, {".parquet"}) if self.path.is_dir() else ([self.path], [])
+
+    @property
+    def _skipped(self) -> list[Path]:
+        return self._listing[1]
 
     @cached_property
     def _files(self) -> dict[str, list[Path]]:
         """The files of each part; "train" if a name tells no part."""
-        files = sorted(self._listing.files)
+        files = sorted(self._listing[0])
         if not files or not files[0].is_file():
             raise UserError(f"{self.path} is neither a Parquet file nor a folder with *.parquet files")
         parts: dict[str, list[Path]] = {}
@@ -163,15 +134,16 @@ class HuggingFace(Square):
     @cached_property
     def _row_groups(self) -> dict[str, list[tuple[Path, int, int]]]:
         """For each part its row groups in order: file, index in the file, rows."""
-        found: dict[str, list[tuple[Path, int, int]]] = {part: [] for part in self._files}
-        for part, file in ((part, file) for part, files in self._files.items() for file in files):
-            data = pq.read_metadata(file)
-            found[part] += [(file, i, data.row_group(i).num_rows) for i in range(data.num_row_groups)]
-        return found
+        groups: dict[str, list[tuple[Path, int, int]]] = {part: [] for part in self._files}
+        for part, files in self._files.items():
+            for file in files:
+                data = pq.read_metadata(file)
+                groups[part] += [(file, i, data.row_group(i).num_rows) for i in range(data.num_row_groups)]
+        return groups
 
     @cached_property
     def _rows(self) -> dict[str, tuple[str, Labels]]:
-        sizes = {part: sum(n for *_, n in groups) for part, groups in self._row_groups.items()}
+        sizes = {part: sum(rows for _, _, rows in groups) for part, groups in self._row_groups.items()}
         # In the files' order, so that a range of rows lies in few row groups; Hugging Face's sets are shuffled.
         return {split: (part, np.sort(rows)) for split, (part, rows) in divide(sizes, self.seed).items()}
 

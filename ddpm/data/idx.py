@@ -4,16 +4,17 @@ Axes: N images, H W, C channels.
 """
 
 import gzip
+import io
 import math
+import zlib
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ddpm.data.row_group import Labels, Pixels
+from ddpm.utils import files
 from ddpm.utils.errors import UserError
 
-Pixels = NDArray[np.uint8]
-Labels = NDArray[np.int64]
 FILES = {"train": "train", "test": "t10k"}
 
 
@@ -24,11 +25,7 @@ def missing_idx(folder: Path) -> str | None:
 
 
 def read_idx_folder(folder: Path) -> dict[str, tuple[Pixels, Labels]]:
-    """MNIST's four files: images uint8 [N, 28, 28, 1] and labels int64 [N] of "train" and "test".
-
-    Raises:
-        UserError: a file is damaged, or images and labels do not match.
-    """
+    """MNIST's four files: images uint8 [N, 28, 28, 1] and labels int64 [N] of "train" and "test"."""
     splits = {}
     for split, prefix in FILES.items():
         images = read_idx(folder / f"{prefix}-images-idx3-ubyte")
@@ -53,13 +50,14 @@ def read_idx(path: Path) -> Pixels:
 
     The header: 0, 0, the type (8: unsigned byte), the number of axes; then each axis as a big-endian uint32.
     Source: https://yann.lecun.com/exdb/mnist/
-
-    Raises:
-        UserError: `path` is not such a file.
     """
     try:
-        data = path.read_bytes() if path.exists() else gzip.decompress(Path(f"{path}.gz").read_bytes())
-    except (OSError, EOFError, ValueError) as error:
+        if path.exists():
+            data = files.read_whole(path)
+        else:
+            with gzip.GzipFile(fileobj=io.BytesIO(files.read_whole(Path(f"{path}.gz")))) as unpacked:
+                data = unpacked.read(files.MAX_BYTES)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if len(data) >= 4 and data[:3] == b"\0\0\x08" and len(data) >= 4 + 4 * data[3]:
         shape = tuple(np.frombuffer(data, ">u4", count=data[3], offset=4).tolist())

@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm.config import Config
-from ddpm.data.corrupt import OnCorrupt
 from ddpm.utils.errors import UserError
 from ddpm.utils.seeding import Purpose, key
 
@@ -27,6 +26,9 @@ Int64 = NDArray[np.int64]
 
 CHUNK_IMAGES = 8192
 """Maximum images of one reading task, which fetches whole windows, at least one."""
+
+IDLE_SHARE = 0.15
+"""Share of the workers' time that may be lost to uneven shares without a warning."""
 
 # Counters that separate the random order of row groups from that of rows.
 _ROW_GROUPS, _ROWS = 0, 1
@@ -39,14 +41,12 @@ class ReadOrder:
     batch_size: int
     """Images of a global batch, over all ranks."""
     micro_batch_size: int
-    """Images of a micro-batch; batch_size / micro_batch_size must divide by the number of ranks."""
+    """Images of a micro-batch; batch_size must be a multiple of it."""
     total_images: int
     """Reading ends after this many images, rounded up to a global batch."""
     seed: int = 0
     window_rows: int = 8192
     """Images shuffled together: row groups are grouped into windows of about this many rows."""
-    on_corrupt: OnCorrupt = "error"
-    """For an unreadable image: raise, or substitute another image of its window."""
     stall_timeout_s: float = 120.0
     """Seconds without a batch, beyond the time-out of storage, after which reading gives up."""
 
@@ -55,6 +55,24 @@ class ReadOrder:
         """Take each field from config.train or config.data by its name."""
         values = vars(config.data) | vars(config.train)
         return cls(**{f.name: values[f.name] for f in fields(cls)})
+
+    def share(self, rank: int, world_size: int) -> range:
+        """The micro-batches of each global batch that `rank` trains on: r, r + n, r + 2n, ... of 0..M-1.
+
+        If n does not divide M, some ranks take one more than the others.
+        """
+        size, micro = self.batch_size, self.micro_batch_size
+        if not 0 < micro <= size or size % micro:
+            raise UserError(
+                f"batch_size {size} is not a positive multiple of micro_batch_size {micro}; "
+                "set --train.batch-size or --train.micro-batch-size"
+            )
+        if world_size > size // micro:
+            raise UserError(
+                f"a global batch of {size} is {size // micro} micro-batches of {micro}, too few for {world_size} "
+                "workers; use fewer workers, or a smaller --train.micro-batch-size"
+            )
+        return range(rank, size // micro, world_size)
 
 
 @dataclass(frozen=True)
@@ -102,20 +120,16 @@ class Plan:
 
     def windows(self, start: int, stop: int) -> Iterator[Window]:
         """The whole windows that contain the positions [start, stop), in order, over any number of epochs."""
-        for epoch in range(start // self.num_images, -(-stop // self.num_images)):
-            begin = epoch * self.num_images
-            yield from self._epoch_windows(epoch, max(start - begin, 0), min(stop - begin, self.num_images))
-
-    def _epoch_windows(self, number: int, start: int, stop: int) -> Iterator[Window]:
-        epoch, begin = self._epoch(number), number * self.num_images
-        first = int(np.searchsorted(epoch.edges, start, side="right")) - 1
-        last = int(np.searchsorted(epoch.edges, stop, side="left"))
-        for w in range(first, last):
-            groups = epoch.order[w * epoch.groups_per_window : (w + 1) * epoch.groups_per_window]
-            begins = np.concatenate([[0], np.cumsum(self._sizes[groups])])
-            shuffled = permutation(int(begins[-1]), self.seed, Purpose.ORDER, number, _ROWS, w)
-            group = np.searchsorted(begins, shuffled, side="right") - 1
-            yield Window(begin + int(epoch.edges[w]), groups[group], shuffled - begins[group])
+        for number in range(start // self.num_images, -(-stop // self.num_images)):
+            epoch, begin = self._epoch(number), number * self.num_images
+            first = int(np.searchsorted(epoch.edges, start - begin, side="right")) - 1
+            last = int(np.searchsorted(epoch.edges, min(stop - begin, self.num_images), side="left"))
+            for w in range(max(first, 0), last):
+                groups = epoch.order[w * epoch.groups_per_window : (w + 1) * epoch.groups_per_window]
+                begins = np.concatenate([[0], np.cumsum(self._sizes[groups])])
+                shuffled = permutation(int(begins[-1]), self.seed, Purpose.ORDER, number, _ROWS, w)
+                group = np.searchsorted(begins, shuffled, side="right") - 1
+                yield Window(begin + int(epoch.edges[w]), groups[group], shuffled - begins[group])
 
     def _window_end(self, position: int) -> int:
         """The end of the window that contains `position`."""
@@ -159,31 +173,27 @@ def permutation(n: int, *counters: int) -> Int64:
     return np.argsort(bits, kind="stable").astype(np.int64)
 
 
-def micro_batches_per_step(batch_size: int, micro_batch_size: int, world_size: int) -> int:
-    """M, the micro-batches of a global batch.
-
-    Raises:
-        UserError: M is not whole, or does not divide by the number of workers.
-    """
-    if not 0 < micro_batch_size <= batch_size or batch_size % micro_batch_size:
-        raise UserError(
-            f"batch_size {batch_size} is not a positive multiple of micro_batch_size {micro_batch_size}; "
-            "set --train.batch-size or --train.micro-batch-size"
-        )
-    m = batch_size // micro_batch_size
-    if m % world_size:
-        right = [n for n in range(1, m + 1) if m % n == 0]
-        raise UserError(
-            f"a global batch of {batch_size} is {m} micro-batches of {micro_batch_size}, which {world_size} workers "
-            f"cannot share evenly; use {' or '.join(map(str, right))} workers, or a smaller micro_batch_size"
-        )
-    return m
-
-
 def check_batches(config: Config) -> None:
-    """Raise UserError if some number of workers that the run may have cannot share a global batch evenly."""
+    """Raise UserError if the run may have more workers than a global batch has micro-batches."""
+    ReadOrder.from_config(config).share(0, config.cluster.world_sizes()[-1])
+
+
+def uneven_share(config: Config) -> str | None:
+    """A warning if workers wait for those that take one micro-batch more; None: for IDLE_SHARE of a step at most."""
+    order = ReadOrder.from_config(config)
+    idle = {}
     for world_size in config.cluster.world_sizes():
-        micro_batches_per_step(config.train.batch_size, config.train.micro_batch_size, world_size)
+        share = order.share(0, world_size)  # rank 0 takes the most
+        idle[world_size] = 1 - share.stop / (world_size * len(share))
+    world_size, waste = max(idle.items(), key=lambda item: item[1])
+    if waste <= IDLE_SHARE:
+        return None
+    m, most = order.share(0, world_size).stop, len(order.share(0, world_size))
+    return (
+        f"{world_size} workers share {m} micro-batches unevenly: some take {most}, and the others wait for them "
+        f"({waste:.0%} of the workers' time); a smaller --train.micro-batch-size than {order.micro_batch_size} is "
+        "shared more evenly"
+    )
 
 
 def last_position(images_seen: int, total_images: int, batch_size: int) -> int:
@@ -191,18 +201,17 @@ def last_position(images_seen: int, total_images: int, batch_size: int) -> int:
     return images_seen + -(-max(0, total_images - images_seen) // batch_size) * batch_size
 
 
-def rank_shard(rows: NDArray, start: int, rank: int, world_size: int, micro_batch_size: int) -> NDArray:
-    """The rows that `rank` of `world_size` trains on.
-
-    Rank r takes micro-batches r, r + n, r + 2n, ... of each global batch.
+def rank_shard(rows: NDArray, start: int, share: range, micro_batch_size: int) -> NDArray:
+    """The rows that a rank trains on.
 
     Args:
         rows: [N, ...], at the positions from `start` on, counted from the beginning of a global batch.
+        share: the rank's `ReadOrder.share`.
 
     Returns:
         [n, ...], in order; the first and last micro-batch may be partial, with the rest in the adjacent ranges.
     """
-    if world_size == 1:
+    if share.step == 1:
         return rows
-    micro_batch = (start + np.arange(len(rows))) // micro_batch_size
-    return rows[micro_batch % world_size == rank]
+    micro_batch = (start + np.arange(len(rows))) // micro_batch_size % share.stop
+    return rows[micro_batch % share.step == share.start]

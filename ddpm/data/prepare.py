@@ -1,16 +1,17 @@
 """From a source to a data set: one task per shard, the manifest last.
 
-With a cluster, plain Ray tasks write the shards. Each finished shard leaves a note in _prepare/, so the same command
-resumes where it was stopped. Without a manifest there is no data set, so a half-written one cannot be read. Nothing
-written is ever overwritten, except an unfinished data set of the same command if its source's files have changed.
+With a cluster, plain Ray tasks write the shards. The same command resumes where it was stopped: finished shards are
+kept. Without a manifest there is no data set, so a half-written one cannot be read. A data set is prepared by one
+process at a time; another one waits. Nothing written is ever overwritten, except an unfinished data set of the same
+command if its source's files have changed.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -22,22 +23,31 @@ from ddpm.data.manifest import (
     Shard,
     make_manifest,
     read_manifest,
-    shard_from_json,
-    shard_to_json,
     write_manifest,
 )
-from ddpm.data.shards import is_intact, read_row_group, write_shard
-from ddpm.data.sources import Labels, Pixels, Source
+from ddpm.data.row_group import Labels, Pixels
+from ddpm.data.shards import kept_shard, read_row_group, write_shard
+from ddpm.data.sources import Source, UnreadableImages
+from ddpm.storage.driver_lock import DriverLock
 from ddpm.storage.locations import Location
 from ddpm.utils.errors import UserError
 from ddpm.utils.images import grid, png_bytes
-from ddpm.utils.retry import answer, as_user_error
+from ddpm.utils.progress import Display, printable
+from ddpm.utils.retry import as_user_error
+
+log = logging.getLogger(__name__)
 
 NOTES = "_prepare"
 OPTIONS = "options.txt"
 PREVIEW = "preview.png"
 PREVIEW_IMAGES = 64
 PREVIEW_ROW_GROUPS = 8
+UNREADABLE = "unreadable.txt"
+"""File of a data set that lists the images that could not be read."""
+MAX_UNREADABLE_SHARE = 0.05
+SKIP = "--skip-unreadable (--data.skip-unreadable in training)"
+NAMED, NAMED_LENGTH = 3, 110
+"""Unreadable images that an error names, and characters of each."""
 
 # A row group is read whole: a few megabytes, so that shuffling a window of several takes little memory.
 ROW_GROUP_BYTES, MAX_ROWS_PER_ROW_GROUP = 4 << 20, 1024
@@ -47,18 +57,6 @@ LARGE_RAW, LARGE_ENCODED = 500_000, 20_000
 PROBED_IMAGES = 64
 LISTED_BYTES = 101
 """Bytes of a row group in the manifest, with its share of the shard's entry (measured, 16 per shard)."""
-
-Sizes = tuple[int | None, int | None]
-"""rows_per_shard and rows_per_row_group of `prepare`."""
-DEFAULT_SIZES: Sizes = (None, None)
-
-
-@runtime_checkable
-class Checkable(Protocol):
-    """A source that can check its files faster than it reads them."""
-
-    def check(self) -> None:
-        """Raise UserError if something cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -72,94 +70,69 @@ class _Task:
     rows_per_row_group: int
 
 
+Made = tuple[Shard | None, Sequence[str]]
+"""The shard of a task, if it has been written, and "file: reason" of the images that cannot be read."""
+
+
 def prepare(
     source: Source,
     location: Location,
+    description: str = "preparing",
     *,
-    on_progress: Callable[[int, int], None] | None = None,
-    on_restart: Callable[[], None] | None = None,
-    rows_per_shard: int | None = None,
+    connect: Callable[[], object] | None = None,
     rows_per_row_group: int | None = None,
-    parallel: bool = False,
+    skip_unreadable: bool = False,
 ) -> Manifest:
-    """Write the source as a data set at `location`; resume where an earlier call was stopped.
+    """Write the source as a data set at `location`, and show it; resume where an earlier call was stopped.
 
-    If the source's files have changed since, all shards are written again.
+    If the source's files have changed since, all shards are written again. While another process prepares a data set
+    there, this one waits. If images cannot be read, nothing is left but their list.
 
     Args:
-        on_progress: called with the numbers of images written and in total, unless the data set exists already.
-        on_restart: called if the source's files have changed since an earlier call.
-        rows_per_shard: rounded up to whole row groups; None: 16 of them.
+        description: beside the progress.
+        connect: starts Ray, so that shards are written in parallel; called only if there is something to do.
         rows_per_row_group: None: about 4 MB, and at most 1024 images.
-        parallel: write shards concurrently as Ray tasks, if Ray is initialised and there are several.
-
-    Returns:
-        The manifest; if the same data set exists already, nothing is written.
-
-    Raises:
-        UserError: another data set is there, finished or not; the source cannot be read; storage refuses.
+        skip_unreadable: leave out up to 5 % of the images if they cannot be read; unreadable.txt lists them.
     """
-    sizes = rows_per_shard, rows_per_row_group
-    if there := find(source, location, sizes):
-        return there
-    if isinstance(source, Checkable):
-        source.check()
-    options = options_of(source, sizes)
-    note = f"{options}\n{_command_of(source, sizes)}\n"
-    tasks = _tasks(source, rows_per_shard, rows_per_row_group or _rows_per_row_group(source))
-    row_groups = sum(-(-(task.stop - task.start) // task.rows_per_row_group) for task in tasks)
-    if row_groups * LISTED_BYTES > MAX_MANIFEST_BYTES:
-        raise UserError(
-            f"{location.uri}: {row_groups:,} row groups are more than a manifest of {MAX_MANIFEST_BYTES >> 20} MiB "
-            "can list; make them larger (rows_per_row_group of ddpm.data.prepare.prepare)"
-        )
-    with as_user_error(f"cannot write to {location.uri}"):
-        if _begin(location, note) and on_restart:
-            on_restart()
-        for folder in (location, *map(location.child, (NOTES, *source.splits))):
-            folder.sweep()
-    total, done = sum(task.stop - task.start for task in tasks), 0
-    shards: dict[str, Shard] = {}
-    try:
-        for shard in _run(source, location, tasks, parallel):
-            shards[shard.path] = shard
-            done += shard.num_rows
-            if on_progress:
-                on_progress(done, total)
-        by_split = {split: [shards[t.path] for t in tasks if t.split == split] for split in source.splits}
-        shape = source.height, source.width, source.channels, source.encoding, source.class_names
-        manifest = make_manifest(source.name, *shape, by_split, options)
-        with suppress(FileNotFoundError):  # another process has finished the same data set
-            if _options_note(location).read().decode(errors="replace") != note:
-                raise UserError(
-                    f"{location.uri}: another process has started this data set over; this one stops"
-                )
-        write_manifest(location, manifest)
-    except OSError as error:
-        if there := find(source, location, sizes):  # another process has written it
-            _forget(location)
-            return there
-        raise UserError(
-            f"{location.uri} is not finished: {answer(error)}; run the same command again to continue"
-        ) from None
-    _forget(location)
+    manifest = find(source, location, rows_per_row_group)
+    if manifest is None:
+        tasks = _tasks(source, location, rows_per_row_group or _rows_per_row_group(source))
+        if connect is not None:
+            connect()
+        shards: Iterator[tuple[_Task, Made]]
+        if connect is None or len(tasks) == 1:
+            shards = ((task, _make(source, location, task, skip_unreadable)) for task in tasks)
+        else:
+            shards = _run_on_ray(source, location, tasks, skip_unreadable)
+        with DriverLock(location, "data set", "URI", log.warning, waits=True) as lock:
+            # Another process may have made it meanwhile.
+            manifest = find(source, location, rows_per_row_group)
+            if manifest is None:
+                options = _begin(source, location, rows_per_row_group)
+                with as_user_error(f"{location.uri} is not finished; run the same command again to continue"):
+                    made = _shown(shards, description, sum(source.splits.values()))
+                    lock.check()
+                    _check_unreadable(source, location, made, skip_unreadable)
+                    manifest = _finish(source, location, made, options)
+    listed = location.child(UNREADABLE)
+    with as_user_error(f"cannot read {listed.uri}"):
+        count = len(listed.read(MAX_MANIFEST_BYTES).splitlines()) if listed.exists() else 0
+    if count:
+        named = f"{count:,} image{'s' * (count > 1)} that cannot be read"
+        print(f"left out    {named}, listed in {listed.uri}", flush=True)
     return manifest
 
 
-def find(source: Source, location: Location, sizes: Sizes = DEFAULT_SIZES) -> Manifest | None:
-    """The data set that `prepare` would make, if it is there already.
-
-    Raises:
-        UserError: another data set is there, or storage refuses.
-    """
+def find(source: Source, location: Location, rows_per_row_group: int | None = None) -> Manifest | None:
+    """The data set that `prepare` would make, if it is there already."""
     with as_user_error(f"cannot look for a data set at {location.uri}"):
         if not location.child(MANIFEST).exists():
             return None
     manifest = read_manifest(location)
-    if manifest.options != options_of(source, sizes):
+    if manifest.options != options_of(source, rows_per_row_group):
         raise UserError(
             f"{location.uri} holds another data set, of source {manifest.source!r} or made with other options; "
-            "choose another place, or remove that one first"
+            "choose another folder, or remove that one first"
         )
     return manifest
 
@@ -170,11 +143,7 @@ def is_large(source: Source) -> bool:
 
 
 def write_preview(location: Location, manifest: Manifest) -> Location:
-    """Write a grid of 64 images spread over the data set; return its location.
-
-    Raises:
-        UserError: storage refuses.
-    """
+    """Write a grid of 64 images spread over the data set; return its location."""
     split = "train" if "train" in manifest.splits else next(iter(manifest.splits))
     groups = [rows for shard in manifest.splits[split].shards for rows in shard.row_groups]
     chosen = np.unique(np.linspace(0, len(groups) - 1, PREVIEW_ROW_GROUPS).astype(int)).tolist()
@@ -190,63 +159,92 @@ def write_preview(location: Location, manifest: Manifest) -> Location:
     return preview
 
 
-def options_of(source: Source, sizes: Sizes = DEFAULT_SIZES) -> str:
-    """Hash of everything that decides the bytes of the data set."""
-    return _hash(FORMAT, source.identity(), source.splits, *sizes)
-
-
-def _command_of(source: Source, sizes: Sizes) -> str:
-    """Hash of the command's options, independent of the source's current files."""
-    asked = {key: value for key, value in source.identity().items() if key not in ("files", "splits")}
-    return _hash(FORMAT, asked, *sizes)
+def options_of(source: Source, rows_per_row_group: int | None = None) -> str:
+    """Hash of everything that decides the bytes of the data set (None: an option of earlier versions)."""
+    return _hash(FORMAT, source.identity(), source.splits, None, rows_per_row_group)
 
 
 def _hash(*identity: object) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _begin(location: Location, note: str) -> bool:
-    """Record what is being prepared: hashes of the options and of the command, one per line.
+def _begin(source: Source, location: Location, rows_per_row_group: int | None) -> str:
+    """Record what is being prepared: hashes of the options and of the command, one per line; return the first.
 
-    Returns:
-        Whether an earlier call of the same command found other files, so that all is written again.
-
-    Raises:
-        UserError: another data set is being prepared there.
-        OSError: storage does not answer.
+    Afterwards every shard there is of this call, or of an earlier one with the same note. If an earlier call of the
+    same command found other files, its shards are removed.
     """
-    place = _options_note(location)
-    if not place.exists():
-        place.write(note.encode())
-        return False
-    begun = place.read().decode(errors="replace")
-    if begun == note:
-        return False
-    if begun.splitlines()[1:] != note.splitlines()[1:]:
-        raise UserError(
-            f"{location.uri} holds an unfinished data set of another source or with other options; choose another "
-            "place, or remove that folder first"
-        )
-    _remove_shards(location)
-    place.write(note.encode())
-    return True
+    options = options_of(source, rows_per_row_group)
+    # The command's options, without the source's current files.
+    asked = {key: value for key, value in source.identity().items() if key not in ("files", "splits")}
+    note = f"{options}\n{_hash(FORMAT, asked, None, rows_per_row_group)}\n"
+    with as_user_error(f"cannot write to {location.uri}"):
+        file, shards = location.child(NOTES).child(OPTIONS), _shards_at(source, location)
+        begun = file.read().decode(errors="replace") if file.exists() else None
+        if begun is None and shards:
+            raise UserError(
+                f"{shards[0].uri} is there already, without a manifest; choose another folder, or remove it first"
+            )
+        if begun is not None and begun.splitlines()[1:] != note.splitlines()[1:]:
+            raise UserError(
+                f"{location.uri} holds an unfinished data set of another source or with other options; choose "
+                "another folder, or remove that one first"
+            )
+        if begun not in (None, note):
+            starts_over = "the source's files have changed since preparation began; it starts over"
+            log.warning("%s: %s", location.uri, starts_over)
+            for shard in shards:
+                shard.unlink()
+        if begun != note:
+            file.write(note.encode())
+        for folder in (location, *map(location.child, (NOTES, *source.splits))):
+            folder.sweep()
+    return options
 
 
-def _remove_shards(location: Location) -> None:
-    """Remove the shards that an earlier call finished, and their notes; nothing else."""
-    for name in location.child(NOTES).files():
-        if not name.endswith(".json"):
-            continue
-        note = location.child(NOTES).child(name)
-        with suppress(UserError, FileNotFoundError):  # a damaged note names no shard
-            location.child(shard_from_json(note.read(), note.uri).path).unlink()
-        location.filesystem.delete_file(note.path)
+def _shards_at(source: Source, location: Location) -> list[Location]:
+    """The files there that have names of shards."""
+    folders = [location.child(split) for split in source.splits]
+    return [
+        folder.child(name)
+        for folder in folders
+        for name in folder.files()
+        if re.fullmatch(r"[0-9]{5,9}\.parquet", name)
+    ]
 
 
-def _forget(location: Location) -> None:
-    """Remove the notes of a data set that is finished."""
-    with suppress(OSError):  # another process may write the same notes, and then removes them
-        location.child(NOTES).delete()
+def _check_unreadable(source: Source, location: Location, made: dict[_Task, Made], skip: bool) -> None:
+    """List the images that cannot be read; unless they may be skipped, remove all else, and raise UserError."""
+    lost = dict.fromkeys(source.splits, 0)
+    for task, (_, reasons) in made.items():
+        lost[task.split] += len(reasons)
+    count, total = sum(lost.values()), sum(source.splits.values())
+    listed = location.child(UNREADABLE)
+    if count == 0:
+        listed.unlink()  # it is of an earlier call
+        return
+    lines = sorted(printable(line) for _, reasons in made.values() for line in reasons)
+    listed.write("".join(f"{line}\n" for line in lines).encode(), durable=True)
+    may_skip = count <= MAX_UNREADABLE_SHARE * total and all(lost[s] < n for s, n in source.splits.items())
+    if skip and may_skip:
+        return
+    for shard in _shards_at(source, location):
+        shard.unlink()
+    for split in source.splits:
+        location.child(split).delete_if_empty()
+    location.child(NOTES).delete()
+    limit = f"since {SKIP} leaves out {MAX_UNREADABLE_SHARE:.0%} at most, and no whole split"
+    advice = f"repair or remove them, {f'or leave them out with {SKIP}' if may_skip else limit}"
+    named = "; ".join(map(_shortened, lines[:NAMED])) + "; ..." * (count > NAMED)
+    raise UserError(
+        f"{count:,} of {total:,} images cannot be read ({listed.uri} lists all); {advice}: {named}"
+    )
+
+
+def _shortened(line: str) -> str:
+    """`line` without its middle if it is long: its ends name the file and the reason."""
+    half = NAMED_LENGTH // 2
+    return line if len(line) <= NAMED_LENGTH else f"{line[:half]}...{line[-half:]}"
 
 
 def _rows_per_row_group(source: Source) -> int:
@@ -254,14 +252,29 @@ def _rows_per_row_group(source: Source) -> int:
         size = source.height * source.width * source.channels
     else:
         split, rows = next(iter(source.splits.items()))
-        probe, _ = source.read(split, 0, min(rows, PROBED_IMAGES))
-        size = sum(map(len, probe)) // len(probe)
+        probe, _, _ = _read(source, split, 0, min(rows, PROBED_IMAGES))
+        size = sum(map(len, probe)) // max(1, len(probe))
     return max(1, min(MAX_ROWS_PER_ROW_GROUP, ROW_GROUP_BYTES // max(1, size)))
 
 
-def _tasks(source: Source, rows_per_shard: int | None, rows_per_row_group: int) -> list[_Task]:
-    whole = -(-rows_per_shard // rows_per_row_group) if rows_per_shard else ROW_GROUPS_PER_SHARD
-    rows_per_shard = whole * rows_per_row_group  # so that only the last row group of a split is smaller
+def _read(
+    source: Source, split: str, start: int, stop: int
+) -> tuple[Pixels | Sequence[bytes], Labels | None, tuple[str, ...]]:
+    """Images [start, stop) of the split that can be read, their labels, and "file: reason" of the others."""
+    try:
+        return *source.read(split, start, stop), ()
+    except UnreadableImages as error:
+        return error.images, error.labels, tuple(error.reasons)
+
+
+def _tasks(source: Source, location: Location, rows_per_row_group: int) -> list[_Task]:
+    row_groups = sum(-(-rows // rows_per_row_group) for rows in source.splits.values())
+    if row_groups * LISTED_BYTES > MAX_MANIFEST_BYTES:
+        raise UserError(
+            f"{location.uri}: {row_groups:,} row groups are more than a manifest of {MAX_MANIFEST_BYTES >> 20} MiB "
+            "can list; make them larger (rows_per_row_group of ddpm.data.prepare.prepare)"
+        )
+    rows_per_shard = ROW_GROUPS_PER_SHARD * rows_per_row_group
     return [
         _Task(f"{split}/{i:05d}.parquet", split, start, min(start + rows_per_shard, rows), rows_per_row_group)
         for split, rows in source.splits.items()
@@ -269,78 +282,56 @@ def _tasks(source: Source, rows_per_shard: int | None, rows_per_row_group: int) 
     ]
 
 
-def _run(source: Source, location: Location, tasks: list[_Task], parallel: bool) -> Iterator[Shard]:
-    """The shards of all tasks, as they are finished."""
-    if parallel and len(tasks) > 1:
-        import ray
+def _shown(shards: Iterator[tuple[_Task, Made]], description: str, total: int) -> dict[_Task, Made]:
+    """All of `shards`, shown as they are made."""
+    made, done = dict[_Task, Made](), 0
+    with Display(description, total) as display:
+        for task, one in shards:
+            made[task] = one
+            done += task.stop - task.start
+            display.update(done)
+    return made
 
-        if ray.is_initialized():
-            yield from _run_on_ray(source, location, tasks)
-            return
-    yield from (_make(source, location, task) for task in tasks)
+
+def _finish(source: Source, location: Location, made: Mapping[_Task, Made], options: str) -> Manifest:
+    """Write the manifest of the shards that were made."""
+    shards: dict[str, list[Shard]] = {split: [] for split in source.splits}
+    for task in sorted(made, key=lambda task: task.start):
+        if shard := made[task][0]:
+            shards[task.split].append(shard)
+    shape = source.height, source.width, source.channels
+    manifest = make_manifest(source.name, shape, source.encoding, source.class_names, shards, options)
+    write_manifest(location, manifest)
+    location.child(NOTES).delete()
+    return manifest
 
 
-def _run_on_ray(source: Source, location: Location, tasks: list[_Task]) -> Iterator[Shard]:
+def _run_on_ray(
+    source: Source, location: Location, tasks: list[_Task], skip: bool
+) -> Iterator[tuple[_Task, Made]]:
     import ray
 
     make, shared = ray.remote(_make), ray.put(source)
-    pending = [make.remote(shared, location, task) for task in tasks]
+    pending = {make.remote(shared, location, task, skip): task for task in tasks}
     try:
         while pending:
-            (finished,), pending = ray.wait(pending)
-            yield ray.get(finished)
+            (finished,), _ = ray.wait([*pending])
+            yield pending.pop(finished), ray.get(finished)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError | OSError):  # without the worker's traceback
             raise error.cause from None
         raise
     finally:
-        for task in pending:
-            ray.cancel(task)
+        for reference in pending:
+            ray.cancel(reference)
 
 
-def _make(source: Source, location: Location, task: _Task) -> Shard:
-    """Write a shard and its note, unless both exist."""
-    if shard := kept_shard(location, task.path):
-        return shard
-    images, labels = source.read(task.split, task.start, task.stop)
-    return keep_shard(location, task.path, images, labels, task.rows_per_row_group)
-
-
-def kept_shard(location: Location, path: str) -> Shard | None:
-    """The shard `path` of an earlier call, if it is there byte for byte; else None.
-
-    Raises:
-        OSError: storage does not answer.
-    """
-    note = _note(location, path)
-    if note.exists():
-        with suppress(UserError):  # ignore a damaged note
-            shard = shard_from_json(note.read(), note.uri)
-            if shard.path == path and is_intact(location, shard):
-                return shard
-    return None
-
-
-def keep_shard(
-    location: Location,
-    path: str,
-    images: Pixels | Sequence[bytes],
-    labels: Labels | None,
-    rows_per_row_group: int,
-) -> Shard:
-    """Write a shard, and its note for `kept_shard`.
-
-    Raises:
-        OSError: storage does not answer.
-    """
-    shard = write_shard(location, path, images, labels, rows_per_row_group=rows_per_row_group)
-    _note(location, path).write(shard_to_json(shard).encode())
-    return shard
-
-
-def _note(location: Location, path: str) -> Location:
-    return location.child(NOTES).child(f"{path.replace('/', '-')}.json")
-
-
-def _options_note(location: Location) -> Location:
-    return location.child(NOTES).child(OPTIONS)
+def _make(source: Source, location: Location, task: _Task, skip: bool) -> Made:
+    """Write a shard, unless it is kept, or has images that cannot be read and must not be skipped."""
+    if shard := kept_shard(location, task.path, task.stop - task.start):
+        return shard, ()
+    images, labels, unreadable = _read(source, task.split, task.start, task.stop)
+    if unreadable and not (skip and len(images)):
+        return None, unreadable
+    shard = write_shard(location, task.path, images, labels, rows_per_row_group=task.rows_per_row_group)
+    return shard, unreadable

@@ -27,18 +27,18 @@ import ray.data
 from ray.data import DataIterator
 
 from ddpm.config import Config
-from ddpm.data.corrupt import CorruptData, Substitution, substitutions_from_json, substitutions_to_json
 from ddpm.data.manifest import read_manifest
-from ddpm.data.plan import Plan, ReadOrder, last_position, micro_batches_per_step, rank_shard
-from ddpm.data.reading import DataSet, Images, MicroBatch, RankBatch, check_fits, cut, scale_of
+from ddpm.data.plan import Plan, ReadOrder, last_position, rank_shard
+from ddpm.data.reading import DataSet, Images, MicroBatch, check_fits, cut, scale_of
+from ddpm.data.row_group import CorruptData
 from ddpm.storage import locations
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import StorageError
 
 MAX_TASKS = 1000
 """Maximum reading tasks of one Ray Dataset; longer training uses several Datasets in turn."""
-OBJECT_STORE_BYTES = 256 << 20
-"""Bytes of the object store that reading ahead of training may take."""
+BYTES_PER_WORKER, OBJECT_STORE_SHARE = 256 << 20, 0.25
+"""Reading ahead of training may take this much of the object store for each worker, and this share of it in all."""
 LOOP_STEP_S = 0.02
 """Shortest time between two steps of Ray Data's scheduling loop."""
 Task = tuple[int, int]
@@ -55,10 +55,6 @@ def open_data_set(
     Args:
         image_size: decode images at this size if their stored size is a multiple of it; None: at the stored size.
         timeout_s: how long storage may fail before opening and reading give up.
-
-    Raises:
-        UserError: there is no data set, or it has no such split.
-        StorageError: storage has failed for longer than timeout_s.
     """
     location = locations.resolve(uri)
     manifest = read_manifest(location, timeout_s)
@@ -67,12 +63,7 @@ def open_data_set(
 
 
 def open_configured(config: Config) -> DataSet:
-    """The split config.data.split of the data set at config.data.shards.
-
-    Raises:
-        UserError: there is no data set, it has no such split, or it does not fit the net.
-        StorageError: storage has failed for longer than config.run.storage_timeout_s.
-    """
+    """The split config.data.split of the data set at config.data.shards."""
     uri = config.data.shards
     if uri is None:
         raise UserError("data.shards is not given; expected the folder or URI of a data set")
@@ -90,7 +81,6 @@ def micro_batches(
     rank: int = 0,
     world_size: int = 1,
     broadcast: Callable[[Any], Any] = lambda value: value,
-    on_substitutions: Callable[[list[Substitution]], object] | None = None,
 ) -> Generator[MicroBatch, None, None]:
     """One rank's micro-batches, from the global batch at `images_seen` to the end of the order.
 
@@ -101,31 +91,26 @@ def micro_batches(
         images_seen: a position where a global batch begins; the only state of reading that a checkpoint needs.
         broadcast: returns, on every rank, the value it was given on rank 0:
             ray.train.collective.broadcast_from_rank_zero.
-        on_substitutions: called on rank 0 with the substitutions of all ranks, before any micro-batch that holds one.
 
     Raises:
-        CorruptData: an image cannot be read (order.on_corrupt "error"), or no image of its whole window can.
-        StorageError: storage has failed for longer than data_set.timeout_s.
-        UserError: the ranks cannot share a global batch evenly; images_seen is negative; or no data came for
-            order.stall_timeout_s + data_set.timeout_s.
+        CorruptData, StorageError: as reading raised it in another process.
+        UserError: no data came for order.stall_timeout_s + data_set.timeout_s.
     """
     if images_seen < 0:
         raise UserError(f"images_seen is {images_seen}; it must be a position, 0 or more")
-    micro_batches_per_step(order.batch_size, order.micro_batch_size, world_size)
+    share = order.share(rank, world_size)
     chunks = dataset_chunks(data_set, order, images_seen)
 
-    def begin(chunk: list[Task]) -> Iterator[RankBatch]:
-        place = None  # reference to the iterators in the object store: they are too large for a broadcast
+    def begin(chunk: list[Task]) -> Iterator[Images]:
+        references = None  # to the iterators in the object store: they are too large for a broadcast
         if rank == 0:
-            place = [ray.put(split(data_set, order, chunk, images_seen, world_size))]
-        (reference,) = broadcast(place)
-        timeouts_s = order.stall_timeout_s, data_set.timeout_s
-        listener = on_substitutions if rank == 0 else None
-        return rank_batches(ray.get(reference)[rank], *timeouts_s, listener)
+            references = [ray.put(split(data_set, order, chunk, images_seen, world_size))]
+        (reference,) = broadcast(references)
+        return RankReader(ray.get(reference)[rank], order.stall_timeout_s, data_set.timeout_s)
 
     first = [begin(chunk) for chunk in itertools.islice(chunks, 1)]
     batches = itertools.chain.from_iterable(itertools.chain(first, map(begin, chunks)))
-    return cut(batches, rank, world_size, order.batch_size, order.micro_batch_size)
+    return cut(batches, share, order.micro_batch_size)
 
 
 def dataset_chunks(data_set: DataSet, order: ReadOrder, images_seen: int) -> Iterator[list[Task]]:
@@ -142,9 +127,6 @@ def split(
     """One iterator per rank over the reading tasks `chunk`.
 
     The calling process owns them: reading ends when it exits, or when all iterators are exhausted or dropped.
-
-    Args:
-        images_seen: a position where a global batch begins.
     """
     items = [{"start": start, "stop": stop} for start, stop in chunk]
     # One block per reading task: each runs as its own Ray task, as many at once as there are free CPUs.
@@ -157,34 +139,15 @@ def split(
     context.custom_execution_callback_classes = [rest]
     options = context.execution_options
     options.preserve_order = True
-    options.resource_limits = options.resource_limits.copy(object_store_memory=OBJECT_STORE_BYTES)
+    ahead = read_ahead_bytes(world_size, ray.cluster_resources().get("object_store_memory", 0.0))
+    options.resource_limits = options.resource_limits.copy(object_store_memory=ahead)
     task: Any = _ReadTask(data_set, order, images_seen, world_size)
     return rows.map_batches(task, batch_size=1, batch_format="numpy").streaming_split(world_size, equal=True)
 
 
-def rank_batches(
-    iterator: DataIterator,
-    stall_timeout_s: float,
-    storage_timeout_s: float,
-    on_substitutions: Callable[[list[Substitution]], object] | None = None,
-) -> Iterator[RankBatch]:
-    """The images of one rank, in order, from its iterator of `split`; arguments and errors as in `micro_batches`."""
-    rows = _Rows(iterator, stall_timeout_s, storage_timeout_s)
-
-    def opened() -> Iterator[RankBatch]:
-        begun: list[RankBatch] = []
-        for row in rows:
-            if error := row["error"][0]:
-                raise _ERRORS[json.loads(error)["kind"]](json.loads(error)["message"])
-            if on_substitutions and (substitutions := substitutions_from_json(row["substitutions"][0])):
-                on_substitutions(substitutions)
-            yield from begun  # held back until this row, which may have substitutions of the same global batch
-            image, label, whole = row["image"][0], row["label"][0], row["whole"][0]
-            yield image[:whole], label[:whole]
-            begun = [(image[whole:], label[whole:])]
-        yield from begun
-
-    return opened()
+def read_ahead_bytes(world_size: int, object_store: float) -> float:
+    """Bytes that reading may be ahead of `world_size` workers, in an object store of that many bytes."""
+    return min(world_size * BYTES_PER_WORKER, OBJECT_STORE_SHARE * object_store)
 
 
 class _Rest:
@@ -222,7 +185,7 @@ class _ReadTask:
         data_set, plan = _fetched(self._data_set, self._order.seed, self._order.window_rows)
         try:
             most = data_set.part_images(self._world_size)
-            for images in data_set.parts(plan, start, stop, most, self._order.on_corrupt):
+            for images in data_set.parts(plan, start, stop, most):
                 yield from self._rows(images, start)
                 start += len(images.label)
         except tuple(_ERRORS.values()) as failure:
@@ -230,15 +193,11 @@ class _ReadTask:
             yield from self._rows(data_set.empty(self._order.batch_size), start, error)
 
     def _rows(self, images: Images, start: int, error: str = "") -> Iterator[dict[str, np.ndarray]]:
-        begin, batch_size = start - self._images_seen, self._order.batch_size
-        whole = max(0, (begin + len(images.label)) // batch_size * batch_size - begin)
         for rank in range(self._world_size):
-            which = (begin, rank, self._world_size, self._order.micro_batch_size)
+            share, size = self._order.share(rank, self._world_size), self._order.micro_batch_size
             yield {
-                "image": rank_shard(images.image, *which)[None],
-                "label": rank_shard(images.label, *which)[None],
-                "whole": np.array([len(rank_shard(images.label[:whole], *which))]),
-                "substitutions": np.array([substitutions_to_json(images.substitutions if rank == 0 else ())]),
+                "image": rank_shard(images.image, start - self._images_seen, share, size)[None],
+                "label": rank_shard(images.label, start - self._images_seen, share, size)[None],
                 "error": np.array([error]),
             }
 
@@ -250,11 +209,11 @@ def _fetched(reference: Any, seed: int, window_rows: int) -> tuple[DataSet, Plan
     return data_set, data_set.plan(seed, window_rows)
 
 
-class _Rows:
-    """The rows of an iterator, fetched one ahead in a thread, which ends with this object.
+class RankReader:
+    """The images of one rank, in order, from its iterator of `split`; errors as in `micro_batches`.
 
-    Ray itself would wait for a free CPU without a message. Failing storage reports an error row after its own time-out;
-    the stall time-out is added to that one.
+    Rows are fetched one ahead in a thread, which ends with this object. Ray itself would wait for a free CPU without a
+    message. Failing storage reports an error row after its own time-out; the stall time-out is added to that one.
     """
 
     def __init__(self, iterator: DataIterator, stall_timeout_s: float, storage_timeout_s: float) -> None:
@@ -264,10 +223,10 @@ class _Rows:
         fetch = (iterator, self._rows, self._closed)
         threading.Thread(target=_fetch, args=fetch, name="ddpm-data", daemon=True).start()
 
-    def __iter__(self) -> "_Rows":
+    def __iter__(self) -> "RankReader":
         return self
 
-    def __next__(self) -> dict[str, Any]:
+    def __next__(self) -> Images:
         timeout_s = self._stall_timeout_s + self._storage_timeout_s
         try:
             row = self._rows.get(timeout=timeout_s)
@@ -279,7 +238,9 @@ class _Rows:
             ) from None
         if isinstance(row, BaseException):
             raise row
-        return row
+        if error := row["error"][0]:
+            raise _ERRORS[json.loads(error)["kind"]](json.loads(error)["message"])
+        return Images(row["image"][0], row["label"][0])
 
     def __del__(self) -> None:
         self._closed.set()

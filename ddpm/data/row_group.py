@@ -16,8 +16,8 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from ddpm.data.corrupt import CorruptData
 from ddpm.data.manifest import Manifest
+from ddpm.utils.errors import UserError
 
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int64]
@@ -29,16 +29,8 @@ MAX_PIXELS = 1 << 26
 core may do so at once; 60-megapixel cameras are below it."""
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Some rows of a row group, decoded."""
-
-    image: Pixels
-    """[N, H, W, C]; raw images may be a view of what was read."""
-    label: Labels | None
-    """[N]."""
-    unreadable: dict[int, CorruptData]
-    """Errors of unreadable rows, by index in the N; their image and label are undefined."""
+class CorruptData(UserError):
+    """A shard cannot be read, or its content contradicts the manifest."""
 
 
 @dataclass(frozen=True)
@@ -51,44 +43,38 @@ class RowGroup:
     label: Labels | None
     manifest: Manifest
 
-    def rows(self, rows: NDArray[np.int64] | None = None, scale: int = 1) -> Rows:
-        """Decode the given rows, in this order; None: all. Encoded images at 1 / `scale` of their size."""
+    def rows(self, rows: NDArray[np.int64] | None = None, scale: int = 1) -> tuple[Pixels, Labels | None]:
+        """Decode the given rows, in this order; None: all. Encoded images at 1 / `scale` of their size.
+
+        Returns:
+            uint8 [N, H, W, C] (raw images may be a view of what was read), and int64 [N] or None.
+        """
         wanted = np.arange(len(self.image)) if rows is None else rows
-        label, reasons = None if self.label is None else self.label[wanted], {}
+        label = None if self.label is None else self.label[wanted]
         num_classes = len(self.manifest.class_names)
-        if label is not None:
-            for i in np.flatnonzero((label < 0) | (label >= num_classes)).tolist():
-                reasons[i] = f"the label is {label[i]}, which is not in 0..{num_classes - 1}"
+        if label is not None and len(wrong := np.flatnonzero((label < 0) | (label >= num_classes))):
+            what = f"the label is {label[wrong[0]]}, which is not in 0..{num_classes - 1}"
+            raise CorruptData(f"{self.where}, row {wanted[wrong[0]]}: {what}")
         if self.manifest.encoding == "raw":
             pixels = _raw(self.image, self.manifest)
-            image = pixels if rows is None else pixels[rows]
-        else:
-            image = self._decoded(wanted, reasons, scale)
-        named = {i: (f"{self.where}, row {wanted[i]}: {reason}", reason) for i, reason in reasons.items()}
-        return Rows(image, label, {i: CorruptData(*words) for i, words in sorted(named.items())})
-
-    def _decoded(self, wanted: NDArray[np.int64], reasons: dict[int, str], scale: int) -> Pixels:
-        height, width, channels = shape = (self.manifest.height, self.manifest.width, self.manifest.channels)
-        decoded = np.zeros((len(wanted), height // scale, width // scale, channels), np.uint8)
+            return pixels if rows is None else pixels[rows], label
+        height, width, channels = shape = self.manifest.shape
+        decoded = np.empty((len(wanted), height // scale, width // scale, channels), np.uint8)
         for i, row in enumerate(wanted.tolist()):
             try:
                 decoded[i] = decode(self.image[row].as_py(), *shape, scale)
             except ValueError as error:
-                reasons[i] = " ".join(str(error).split())
-        return decoded
+                raise CorruptData(f"{self.where}, row {row}: {' '.join(str(error).split())}") from None
+        return decoded, label
 
 
-def columns(table: pa.Table, manifest: Manifest) -> tuple[pa.Array, Labels | None]:
-    """Images and labels of a row group, in the types that the manifest requires.
-
-    Raises:
-        CorruptData: a column is missing, of another type, or has nulls.
-    """
-    size = manifest.height * manifest.width * manifest.channels
-    image = _column(table, "image", pa.binary(size) if manifest.encoding == "raw" else pa.binary())
-    if not manifest.class_names:
-        return image, None
-    return image, _column(table, "label", pa.int64()).to_numpy()
+def columns(table: pa.Table) -> tuple[pa.Array, Labels | None]:
+    """Images and labels of a row group."""
+    for name in table.column_names:
+        if table.column(name).null_count:
+            raise CorruptData(f"{name} has nulls")
+    label = table.column("label").to_numpy() if "label" in table.column_names else None
+    return table.column("image").combine_chunks(), label
 
 
 def content_sha256(image: pa.Array, label: Labels | None) -> str:
@@ -139,21 +125,17 @@ def decode(data: bytes, height: int, width: int, channels: int, scale: int = 1) 
                     converted = converted.reduce(converted.width * scale // width)
                 pixels = np.asarray(converted, np.uint8)
                 return pixels.reshape(height // scale, width // scale, channels)
-            found = image.size
+            stored = image.size
     except Exception as error:  # Pillow raises a dozen types for damaged files
         raise ValueError(f"the image cannot be decoded: {error}") from None
-    raise ValueError(f"the image is {found[1]}x{found[0]}; the manifest says {height}x{width}")
+    raise ValueError(f"the image is {stored[1]}x{stored[0]}; the manifest says {height}x{width}")
 
 
 def open_image(file: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
-    """Open an image file; no pixel is decoded.
-
-    Args:
-        formats: formats that Pillow may try, such as "PNG".
+    """Open an image file that has one of `formats`, such as "PNG"; no pixel is decoded.
 
     Raises:
-        ValueError: the file has none of these formats, or more than MAX_PIXELS. Pillow raises other types for damaged
-            headers.
+        ValueError: it has none of them, or more than MAX_PIXELS. Pillow raises other types for damaged headers.
     """
     too_large = f"it has more than {MAX_PIXELS:,} pixels, the most that are decoded"
     try:
@@ -187,20 +169,10 @@ def _jpeg(data: bytes, height: int, width: int, channels: int, scale: int) -> Pi
     return pixels if pixels.shape == (height // scale, width // scale, channels) else None
 
 
-def _column(table: pa.Table, name: str, kind: pa.DataType) -> pa.Array:
-    if name not in table.column_names:
-        raise CorruptData(f"it has no column {name}; it has {', '.join(table.column_names)}")
-    column = table.column(name)
-    if column.type != kind or column.null_count:
-        empty = " with nulls" if column.null_count else ""
-        raise CorruptData(f"{name} is {column.type}{empty}; the manifest needs {kind}")
-    return column.combine_chunks()
-
-
 def _raw(column: pa.Array, manifest: Manifest) -> Pixels:
-    shape = (manifest.height, manifest.width, manifest.channels)
-    count, offset = len(column) * int(np.prod(shape)), column.offset * int(np.prod(shape))
-    return np.frombuffer(_bytes(column, 1), np.uint8, count=count, offset=offset).reshape(-1, *shape)
+    size = math.prod(manifest.shape)
+    count, offset = len(column) * size, column.offset * size
+    return np.frombuffer(_bytes(column, 1), np.uint8, count=count, offset=offset).reshape(-1, *manifest.shape)
 
 
 def _bytes(column: pa.Array, index: int) -> memoryview:

@@ -11,8 +11,10 @@ Axes: N images, H W, C channels.
 """
 
 import bisect
+import contextlib
 import hashlib
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,13 +23,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ddpm.data.corrupt import CorruptData
 from ddpm.data.manifest import Manifest, Shard, Split
-from ddpm.data.row_group import Labels, Pixels, RowGroup, columns, content_sha256
+from ddpm.data.row_group import CorruptData, Labels, Pixels, RowGroup, columns, content_sha256
 from ddpm.storage.locations import Location
-from ddpm.utils.retry import answer
+from ddpm.utils.errors import UserError
+from ddpm.utils.retry import error_line
 
-COPY_BYTES = 1 << 20
+COPY_BYTES, UNPACKED_BYTES, MAX_BATCH_ROWS = 1 << 20, 1 << 30, 256
+DAMAGE = (OSError, pa.ArrowException, IndexError, UnicodeDecodeError)
+"""Errors of pyarrow for a damaged file."""
+_AGAIN = "remove the data set, and run the command that prepared it again: it writes the same bytes"
 
 
 def write_shard(
@@ -56,22 +61,40 @@ def write_shard(
         columns["label"] = pa.array(labels, pa.int64())
     # Pixels hardly compress and must be read fast; an encoded image is compressed already.
     plain: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
-    file, rows = io.BytesIO(), rows_per_row_group
-    pq.write_table(pa.table(columns), file, row_group_size=rows, write_page_checksum=True, **plain)
+    file = io.BytesIO()
+    pq.write_table(pa.table(columns), file, rows_per_row_group, write_page_checksum=True, **plain)
     data = file.getvalue()
     location.child(path).write(data, durable=True)
-    parts = [slice(i, i + rows) for i in range(0, len(images), rows)]
-    row_groups = tuple(len(column[part]) for part in parts)
-    sums = tuple(content_sha256(column[part], None if labels is None else labels[part]) for part in parts)
-    return Shard(path, len(images), row_groups, len(data), hashlib.sha256(data).hexdigest(), sums)
+    return _described(path, data)
+
+
+def kept_shard(location: Location, path: str, num_rows: int) -> Shard | None:
+    """The shard `path` of an earlier call, if it is there, whole and of so many rows; reads all of it.
+
+    Its pages have checksums, so damage since it was written is detected.
+    """
+    try:
+        data = location.child(path).read(UNPACKED_BYTES)
+    except (FileNotFoundError, UserError):  # UserError: it is larger, or no regular file
+        return None
+    with contextlib.suppress(CorruptData, KeyError, *DAMAGE):
+        shard = _described(path, data)
+        return shard if shard.num_rows == num_rows else None
+    return None
+
+
+def _described(path: str, data: bytes) -> Shard:
+    """The manifest's entry of a shard whose file has the content `data`."""
+    parquet = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
+    names = parquet.schema_arrow.names
+    groups = [columns(_row_group(parquet, i, len(data), names)) for i in range(parquet.num_row_groups)]
+    rows = tuple(len(image) for image, _ in groups)
+    sums = tuple(content_sha256(image, label) for image, label in groups)
+    return Shard(path, sum(rows), rows, len(data), hashlib.sha256(data).hexdigest(), sums)
 
 
 def is_intact(location: Location, shard: Shard) -> bool:
-    """Whether the shard's file is there with the bytes it was written with; reads all of it.
-
-    Raises:
-        OSError: storage does not answer.
-    """
+    """Whether the shard's file is there with the bytes it was written with; reads all of it."""
     digest = hashlib.sha256()
     try:
         with location.filesystem.open_input_stream(location.child(shard.path).path) as stream:
@@ -83,47 +106,27 @@ def is_intact(location: Location, shard: Shard) -> bool:
 
 
 def read_row_group(
-    location: Location,
-    manifest: Manifest,
-    split: str,
-    index: int,
-    rows: NDArray[np.int64] | None = None,
+    location: Location, manifest: Manifest, split: str, index: int, rows: NDArray[np.int64] | None = None
 ) -> tuple[Pixels, Labels | None]:
-    """The images of one row group, decoded, and their labels.
-
-    Args:
-        index: of the row group, counted over the shards of the split in order.
-        rows: which rows, in this order; None: all.
-
-    Returns:
-        uint8 [N, H, W, C] (raw images are a view of what was read), and int64 [N] or None.
-
-    Raises:
-        CorruptData: unreadable; the message names shard, row group and row.
-        OSError: storage does not answer.
-    """
-    read = open_row_group(location, manifest, split, index).rows(rows)
-    for error in read.unreadable.values():
-        raise error
-    return read.image, read.label
+    """The images of one row group, decoded, and their labels; see `open_row_group` and `RowGroup.rows`."""
+    return open_row_group(location, manifest, split, index).rows(rows)
 
 
 def open_row_group(location: Location, manifest: Manifest, split: str, index: int) -> RowGroup:
     """Read row group `index`, counted over the shards of the split in order, and verify its checksum.
 
     Raises:
-        CorruptData: no row can be read; the message names shard and row group.
+        CorruptData: it cannot be read; the message names shard and row group, and says how to make them again.
         OSError: storage does not answer.
     """
     shard, inside = locate(manifest.splits[split], index)
     where = f"{location.child(shard.path).uri}, row group {inside}"
     try:
-        image, label = columns(_read(location, shard, inside), manifest)
+        image, label = columns(_read(location, manifest, shard, inside))
         if content_sha256(image, label) != shard.row_group_sha256[inside]:
             raise CorruptData("its checksum is not that of the manifest")
     except CorruptData as error:
-        reason = str(error)
-        raise CorruptData(f"{where} (rows 0-{shard.row_groups[inside] - 1}): {reason}", reason) from None
+        raise CorruptData(f"{where}: {error}; {_AGAIN}") from None
     return RowGroup(where, image, label, manifest)
 
 
@@ -136,28 +139,58 @@ def locate(split: Split, index: int) -> tuple[Shard, int]:
     return shard, index - (split.row_group_ends[number] - len(shard.row_groups))
 
 
-def _read(location: Location, shard: Shard, inside: int) -> pa.Table:
+def _read(location: Location, manifest: Manifest, shard: Shard, inside: int) -> pa.Table:
     try:
         with location.filesystem.open_input_file(location.child(shard.path).path) as file:
+            if file.size() != shard.num_bytes:
+                raise CorruptData(f"the shard has {file.size()} bytes; the manifest says {shard.num_bytes}")
             parquet = pq.ParquetFile(file, pre_buffer=True, page_checksum_verification=True)
-            _check_size(parquet.metadata.row_group(inside), shard, inside)
-            table = parquet.read_row_group(inside, use_threads=False)
+            return _unpacked(parquet, manifest, shard, inside)
     except FileNotFoundError:
         raise CorruptData("the shard is missing; the manifest names it") from None
-    except (OSError, pa.ArrowException, IndexError, UnicodeDecodeError) as error:
+    except DAMAGE as error:
         # Arrow raises OSError for a damaged file too. The checksum distinguishes it from failing storage,
         # which raises OSError here again, or has recovered meanwhile.
         if isinstance(error, OSError) and is_intact(location, shard):
             raise
-        raise CorruptData(f"it cannot be read: {answer(error)}") from None
-    return table
+        raise CorruptData(f"it cannot be read: {error_line(error)}") from None
 
 
-def _check_size(group: pq.RowGroupMetaData, shard: Shard, inside: int) -> None:
-    """Raise CorruptData if a small file unpacks to more than memory holds; called before unpacking."""
+def _unpacked(parquet: pq.ParquetFile, manifest: Manifest, shard: Shard, inside: int) -> pa.Table:
+    """Our columns of a row group, which are those that the manifest describes."""
+    group, schema = parquet.metadata.row_group(inside), parquet.schema_arrow
     if group.num_rows != shard.row_groups[inside]:
         raise CorruptData(f"it has {group.num_rows} rows; the manifest says {shard.row_groups[inside]}")
-    if group.total_byte_size > shard.num_bytes + COPY_BYTES:
-        raise CorruptData(
-            f"it unpacks to {group.total_byte_size} bytes; the whole shard has {shard.num_bytes}"
-        )
+    is_raw = manifest.encoding == "raw"
+    types: dict[str, pa.DataType] = {"image": pa.binary(math.prod(manifest.shape)) if is_raw else pa.binary()}
+    if manifest.class_names:
+        types["label"] = pa.int64()
+    for name, kind in types.items():
+        stored = schema.field(name).type if schema.names.count(name) == 1 else "missing"
+        if stored != kind:
+            raise CorruptData(f"column {name} is {stored}; the manifest needs {kind}")
+    return _row_group(parquet, inside, shard.num_bytes, [*types])
+
+
+def _row_group(parquet: pq.ParquetFile, index: int, num_bytes: int, names: Sequence[str]) -> pa.Table:
+    """Columns of a row group of a shard of `num_bytes`.
+
+    Ours are neither compressed nor encoded shorter, so they take no more memory than the file has bytes; a small file
+    that unpacks to more is refused, by its footer or after UNPACKED_BYTES. (pyarrow's metadata of a single column is
+    not used: a damaged one ends the process.)
+    """
+    group = parquet.metadata.row_group(index)
+    too_large = f"it unpacks to more than the {num_bytes} bytes of the whole shard"
+    if group.total_byte_size > num_bytes:
+        raise CorruptData(too_large)
+    # The type bounds raw images. No encoded one is longer than the row group.
+    most = min(MAX_BATCH_ROWS, max(1, UNPACKED_BYTES // max(1, group.total_byte_size)))
+    rows = group.num_rows if pa.types.is_fixed_size_binary(parquet.schema_arrow.field("image").type) else most
+    batches = list[pa.RecordBatch]()
+    for batch in parquet.iter_batches(rows, row_groups=[index], columns=[*names], use_threads=False):
+        batches.append(batch)
+        if sum(part.nbytes for part in batches) > num_bytes + COPY_BYTES:
+            raise CorruptData(too_large)
+    if sum(map(len, batches)) != group.num_rows:
+        raise CorruptData("it is incomplete")
+    return pa.Table.from_batches(batches)

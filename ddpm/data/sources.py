@@ -10,18 +10,23 @@ fashion-mnist: Xiao et al. 2017, arXiv:1708.07747.
 Axes: N images, H W, C channels.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import numpy as np
+from annotated_types import Interval
 
-from ddpm.data.idx import Labels, Pixels, missing_idx, pad, read_idx_folder
+from ddpm.data.idx import missing_idx, pad, read_idx_folder
+from ddpm.data.row_group import Labels, Pixels
 from ddpm.utils.errors import UserError
 
 HELD_OUT_SHARE = 0.05
+Seed = Annotated[int, Interval(ge=0, lt=2**32)]
+"""A seed of NumPy's RandomState."""
 
 
 class Source(Protocol):
@@ -36,7 +41,9 @@ class Source(Protocol):
     @property
     def height(self) -> int: ...
     @property
-    def width(self) -> int: ...
+    def width(self) -> int:
+        return self.height
+
     @property
     def channels(self) -> int: ...
     @property
@@ -53,7 +60,11 @@ class Source(Protocol):
         """Everything that determines the images, as JSON."""
 
     def read(self, split: str, start: int, stop: int) -> tuple[Pixels | Sequence[bytes], Labels | None]:
-        """Images [start, stop) of the split: uint8 [N, H, W, C] (raw) or files' bytes (encoded); labels [N]."""
+        """Images [start, stop) of the split: uint8 [N, H, W, C] (raw) or files' bytes (encoded); labels [N].
+
+        Raises:
+            UnreadableImages: some cannot be read; `prepare` reads on, and then names all of them or leaves them out.
+        """
 
 
 class MissingFiles(UserError):
@@ -64,7 +75,17 @@ class MissingFiles(UserError):
         self.flags = flags
 
 
-class Square:
+class UnreadableImages(UserError):
+    """Some images of a range cannot be read: `reasons` ("cats/1.png: ..."). The others are `images` and `labels`."""
+
+    def __init__(
+        self, reasons: Sequence[str], images: Pixels | Sequence[bytes], labels: Labels | None = None
+    ) -> None:
+        super().__init__(f"cannot read the image {reasons[0]}")
+        self.reasons, self.images, self.labels = reasons, images, labels
+
+
+class Square(Source, Protocol):
     """A source of images whose height and width are its option `size`."""
 
     size: int
@@ -73,18 +94,32 @@ class Square:
     def height(self) -> int:
         return self.size
 
+
+class Loaded(Source, Protocol):
+    """A source whose images are all in memory, and padded with black to its height when they are read."""
+
     @property
-    def width(self) -> int:
-        return self.size
+    @abstractmethod
+    def _images(self) -> dict[str, tuple[Pixels, Labels]]:
+        """uint8 [N, h, w, C] and labels [N] of each split."""
+
+    @property
+    def splits(self) -> dict[str, int]:
+        return {split: len(labels) for split, (_, labels) in self._images.items()}
+
+    def read(self, split: str, start: int, stop: int) -> tuple[Pixels | Sequence[bytes], Labels | None]:
+        images, labels = self._images[split]
+        return pad(images[start:stop], self.height), labels[start:stop]
 
 
 @dataclass(frozen=True)
-class Digits:
+class Digits(Loaded):
     """1,797 real handwritten digits, 8x8 grey, from scikit-learn; nothing is downloaded."""
 
-    seed: int = 0
+    class_names: ClassVar = tuple("0123456789")
+    seed: Seed = 0
     """Seed that decides which images are held out."""
-    held_out_images: int = 297
+    held_out_images: Annotated[int, Interval(ge=1, le=1796)] = 297
     """Number of held-out images; more than the usual 5 %, since scores against few real images are uncertain."""
     name: str = field(default="digits", init=False)
     height: int = field(default=8, init=False)
@@ -92,43 +127,29 @@ class Digits:
     channels: int = field(default=1, init=False)
     encoding: Literal["raw"] = field(default="raw", init=False)
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return tuple("0123456789")
-
-    @property
-    def splits(self) -> dict[str, int]:
-        return {split: len(rows) for split, rows in self._rows.items()}
-
     def identity(self) -> dict[str, Any]:
         return asdict(self)
 
-    def read(self, split: str, start: int, stop: int) -> tuple[Pixels, Labels]:
-        images, labels = self._digits
-        rows = self._rows[split][start:stop]
-        return images[rows], labels[rows]
-
     @cached_property
-    def _digits(self) -> tuple[Pixels, Labels]:
+    def _images(self) -> dict[str, tuple[Pixels, Labels]]:
         from sklearn.datasets import load_digits
 
         digits = load_digits()
         # Pixel values are 0..16.
         images = np.round(digits.images * 255 / 16).astype(np.uint8)[..., None]
-        return images, digits.target.astype(np.int64)
-
-    @cached_property
-    def _rows(self) -> dict[str, Labels]:
-        return held_out(len(self._digits[0]), self.seed, self.held_out_images)
+        labels = digits.target.astype(np.int64)
+        splits = held_out(len(labels), self.seed, self.held_out_images)
+        return {split: (images[rows], labels[rows]) for split, rows in splits.items()}
 
 
 FASHION_CLASSES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
 
 
 @dataclass(frozen=True)
-class FashionMnist(Square):
+class FashionMnist(Square, Loaded):
     """70,000 grey images of clothes, from the IDX files of Fashion-MNIST."""
 
+    class_names: ClassVar = tuple(FASHION_CLASSES)
     path: Path = Path("/usr/share/datasets/fashion-mnist")
     """Folder of train-images-idx3-ubyte.gz and the three others; the default is that of Debian's
     dataset-fashion-mnist."""
@@ -146,21 +167,9 @@ class FashionMnist(Square):
                 "--path FOLDER",
             )
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return tuple(FASHION_CLASSES)
-
-    @property
-    def splits(self) -> dict[str, int]:
-        return {split: len(labels) for split, (_, labels) in self._images.items()}
-
     def identity(self) -> dict[str, Any]:
         # The folder of the files does not matter; the sizes of the splits identify them.
         return {"name": self.name, "size": self.size, "splits": self.splits}
-
-    def read(self, split: str, start: int, stop: int) -> tuple[Pixels, Labels]:
-        images, labels = self._images[split]
-        return pad(images[start:stop], self.size), labels[start:stop]
 
     @cached_property
     def _images(self) -> dict[str, tuple[Pixels, Labels]]:

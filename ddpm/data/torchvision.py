@@ -17,10 +17,14 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from ddpm.data.idx import missing_idx, pad, read_idx_folder
-from ddpm.data.image_folder import Encoding, check_size, digest_of_files, read_file, store
-from ddpm.data.sources import Labels, MissingFiles, Pixels
+from ddpm.config import SmallCount
+from ddpm.data.idx import missing_idx, read_idx_folder
+from ddpm.data.image_folder import digest_of_files, read_file, store
+from ddpm.data.manifest import Encoding
+from ddpm.data.row_group import Labels, Pixels
+from ddpm.data.sources import Loaded, MissingFiles
 from ddpm.utils.errors import UserError
+from ddpm.utils.files import read_whole
 
 Dataset = Literal["cifar10", "mnist", "celeba"]
 DATASETS = get_args(Dataset)
@@ -30,14 +34,14 @@ CELEBA_PARTS = {"0": "train", "1": "validation", "2": "test"}
 
 
 @dataclass(frozen=True)
-class Torchvision:
+class Torchvision(Loaded):
     """CIFAR-10, MNIST or CelebA, as torchvision has downloaded it; each has its own splits."""
 
     dataset: Dataset
     """cifar10: 32x32 RGB, 10 classes. mnist: grey digits, 10 classes. celeba: RGB faces, no labels."""
     root: Path = Path("data")
     """The folder that was given to torchvision as root."""
-    size: int | None = None
+    size: SmallCount | None = None
     """cifar10: 32. mnist: 32, with two black pixels added on every side, or 28. celeba: any, 64 unless given
     (the centre square of 178 pixels, resized)."""
     name: str = field(default="torchvision", init=False)
@@ -45,7 +49,6 @@ class Torchvision:
     def __post_init__(self) -> None:
         if self.dataset not in DATASETS:  # as in torchvision:DATASET of a config
             raise UserError(f"dataset is {self.dataset!r}; it must be one of {', '.join(DATASETS)}")
-        check_size(self.height)
         allowed = {"cifar10": (32,), "mnist": (28, 32)}.get(self.dataset)
         if allowed and self.height not in allowed:
             raise UserError(
@@ -56,10 +59,6 @@ class Torchvision:
     @property
     def height(self) -> int:
         return self.size if self.size is not None else (64 if self.dataset == "celeba" else 32)
-
-    @property
-    def width(self) -> int:
-        return self.height
 
     @property
     def channels(self) -> int:
@@ -77,7 +76,7 @@ class Torchvision:
     def splits(self) -> dict[str, int]:
         if self.dataset == "celeba":
             return {split: len(files) for split, files in self._faces.items()}
-        return {split: len(labels) for split, (_, labels) in self._pixels.items()}
+        return super().splits
 
     def identity(self) -> dict[str, Any]:
         identity = {"name": self.name, "dataset": self.dataset, "size": self.height, "splits": self.splits}
@@ -89,9 +88,8 @@ class Torchvision:
     def read(self, split: str, start: int, stop: int) -> tuple[Pixels | Sequence[bytes], Labels | None]:
         if self.dataset == "celeba":
             files = map(read_file, self._faces[split][start:stop])
-            return store(files, self.height, self.channels, self.encoding), None
-        images, labels = self._pixels[split]
-        return pad(images[start:stop], self.height), labels[start:stop]
+            return store(files, self.height, self.channels, self.encoding)
+        return super().read(split, start, stop)
 
     @property
     def _folder(self) -> Path:
@@ -99,7 +97,7 @@ class Torchvision:
         return self.root / folders[self.dataset]
 
     @cached_property
-    def _pixels(self) -> dict[str, tuple[Pixels, Labels]]:
+    def _images(self) -> dict[str, tuple[Pixels, Labels]]:
         if self.dataset == "mnist":
             if missing := missing_idx(self._folder):
                 raise self._lacks(f"{missing}[.gz]")
@@ -110,10 +108,10 @@ class Torchvision:
         for split in ("train", "test"):
             try:
                 # These files are pickles: torchvision reads them only if their checksums are the published ones.
-                found = CIFAR10(self.root, train=split == "train", download=False)
+                images = CIFAR10(self.root, train=split == "train", download=False)
             except RuntimeError:
                 raise self._lacks("files of CIFAR-10, or has damaged ones") from None
-            splits[split] = (found.data, np.array(found.targets, np.int64))
+            splits[split] = (images.data, np.array(images.targets, np.int64))
         return splits
 
     @cached_property
@@ -121,7 +119,7 @@ class Torchvision:
         partition, images = self._folder / "list_eval_partition.txt", self._folder / "img_align_celeba"
         splits: dict[str, list[Path]] = {split: [] for split in CELEBA_PARTS.values()}
         try:
-            for file, part in (line.split() for line in partition.read_text().splitlines()):
+            for file, part in (line.split() for line in read_whole(partition).decode().splitlines()):
                 splits[CELEBA_PARTS[part]].append(images / file)
         except FileNotFoundError:
             raise self._lacks(partition.name) from None

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ddpm.diffusion.objectives import Denoised
-from ddpm.diffusion.process import predict_eps_from_x_0
+from ddpm.diffusion.process import broadcast, predict_eps_from_x_0, same_t
 from ddpm.diffusion.schedules import Schedule
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def predict(
     denoise: Denoise, schedule: Schedule, x_t: Tensor, t: int, threshold: Threshold | None
 ) -> Denoised:
     """The prediction of `denoise` at x_t [B, C, H, W], all at t, after `threshold`, with the consistent eps_hat."""
-    t_batch = torch.full((len(x_t),), t, device=x_t.device)
+    t_batch = same_t(t, x_t)
     denoised = denoise(x_t, t_batch)
     if threshold is None:
         return denoised
@@ -52,14 +52,8 @@ def clip(x_0_hat: Tensor) -> Tensor:
 def dynamic(quantile: float) -> Threshold:
     """Dynamic thresholding: each image is clipped to [-s, s] and divided by s, s at least 1.
 
-    s is the quantile of |x_0_hat| over the image. Under strong guidance a saturated image keeps most of its contrast,
-    which clipping would flatten to -1 and 1.
-
-    Args:
-        quantile: in (0, 1]; Imagen's is 0.995.
-
-    Raises:
-        ValueError: quantile is out of its range.
+    s is the quantile of |x_0_hat| over the image, in (0, 1]; Imagen's is 0.995. Under strong guidance a saturated image
+    keeps most of its contrast, which clipping would flatten to -1 and 1.
 
     Source: Saharia et al. 2022, Sec. 2.3.
     """
@@ -67,19 +61,14 @@ def dynamic(quantile: float) -> Threshold:
         raise ValueError(f"dynamic_threshold is {quantile}; it must be in (0, 1]")
 
     def threshold(x_0_hat: Tensor) -> Tensor:
-        s = x_0_hat.abs().flatten(1).quantile(quantile, dim=1).clamp(min=1)
-        s = s.view(-1, *[1] * (x_0_hat.ndim - 1))
+        s = broadcast(x_0_hat.abs().flatten(1).quantile(quantile, dim=1).clamp(min=1), x_0_hat)
         return x_0_hat.clamp(-s, s) / s
 
     return threshold
 
 
 def build_threshold(config: "SampleConfig") -> Threshold | None:
-    """The threshold that `config` describes for its sampler.
-
-    Raises:
-        ValueError: a parameter is out of its range.
-    """
+    """The threshold that `config` describes for its sampler."""
     if config.mean not in ("clipped", "plain"):
         raise ValueError(f"mean is {config.mean!r}; it must be clipped or plain")
     if config.dynamic_threshold is not None:
@@ -97,19 +86,14 @@ def guided(
 ) -> Denoise:
     """Classifier-free guidance: eps_hat = uncond + scale (cond - uncond), where the noise is in `interval`.
 
-    At a given x_t, x_0_hat is affine in eps_hat, so the same combination of the two x_0_hat is consistent with it. A
-    learned variance is the conditional one.
+    The two are the net with labels and with the null label. At a given x_t, x_0_hat is affine in eps_hat, so the same
+    combination of the two x_0_hat is consistent with it. A learned variance is the conditional one.
 
     Args:
-        denoise_cond: the net with labels.
-        denoise_uncond: the net with the null label.
         scale: 0 is unconditional, 1 is conditional (Imagen's convention; Ho & Salimans write 1 + w); a larger one
             trades variety for adherence to the label.
         interval: (low, high]; images at other noise levels are conditional. None: guidance everywhere.
         level: maps t [B] to the noise level [B] that `interval` refers to: sigma[t] as in the paper.
-
-    Raises:
-        ValueError: interval is not 0 <= low < high.
 
     Source: Ho & Salimans 2022, Eq. 6; Kynkäänniemi et al. 2024.
     """
@@ -124,7 +108,7 @@ def guided(
         inside = (level(t) > interval[0]) & (level(t) <= interval[1])
         if not inside.any():
             return cond  # half the work
-        inside = inside.view(-1, *[1] * (x_t.ndim - 1))
+        inside = broadcast(inside, x_t)
         g = _extrapolated(cond, denoise_uncond(x_t, t), scale)
         x_0_hat, eps_hat = (torch.where(inside, a, b) for a, b in zip(g[:2], cond[:2], strict=True))
         return cond._replace(x_0_hat=x_0_hat, eps_hat=eps_hat)

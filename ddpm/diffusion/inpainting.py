@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddpm.diffusion import timesteps as spacings
 from ddpm.diffusion.denoisers import Denoise, Threshold, build_threshold, clip, predict
-from ddpm.diffusion.process import posterior_mean
+from ddpm.diffusion.process import posterior_mean, same_t
 from ddpm.diffusion.samplers import Noise, OnStep, Sampler
 from ddpm.diffusion.schedules import Schedule
 
@@ -27,15 +27,16 @@ FEW = 250
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """A given image, and the mask of the pixels to keep."""
+    """A given image, the mask of the pixels to keep, and how RePaint samples the others."""
 
     x_0: Tensor
-    """[1, C, H, W] float32 in [-1, 1]."""
+    """[B or 1, C, H, W] in [-1, 1]; its values where mask is 0 do not matter."""
     mask: Tensor
-    """[1, 1, H, W]: 1 keeps the pixel, 0 draws it."""
+    """[B or 1, C or 1, H, W]: 1 keeps the pixel of x_0, 0 draws it."""
     num_resamples: int = 10
-    """RePaint resampling passes per jump."""
+    """RePaint resampling passes per jump, at least 1; 1 replaces the known pixels only."""
     jump_length: int = 10
+    """Steps per jump back, less than the n sampling steps if there are any jumps."""
 
 
 @torch.no_grad()
@@ -44,15 +45,12 @@ def inpaint(
     schedule: Schedule,
     noise: Noise,
     *,
-    x_0: Tensor,
-    mask: Tensor,
+    known: Known,
     timesteps: Sequence[int],
-    num_resamples: int = 10,
-    jump_length: int = 10,
     threshold: Threshold | None = clip,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Sample the pixels where the mask is 0, given the others.
+    """Sample the pixels where the mask is 0, given the others; the result is exactly x_0 where the mask is 1.
 
     After each step of `ancestral` (variance beta_tilde) the known pixels are replaced by x_0 with as much noise as the
     others have. The two parts were not sampled together and do not fit together; adding the noise of a few steps and
@@ -60,34 +58,20 @@ def inpaint(
     with 1, 1 + jump_length, 1 + 2 jump_length, ... steps left, as long as they end within the n steps; so the net is
     called once at the last timestep.
 
-    Args:
+    Args (others as in `samplers`):
         denoise: called at the timesteps, and (num_resamples - 1) jump_length times more for each start of a jump.
-        schedule: the one the net was trained with.
-        noise: standard normal; drawn once, and once per step and jump.
-        x_0: [B or 1, C, H, W] in [-1, 1], the given image; its values where mask is 0 do not matter.
-        mask: [B or 1, C or 1, H, W]: 1 keeps the pixel of x_0, 0 draws it.
-        timesteps: n of them, falling.
-        num_resamples: RePaint resampling passes per jump, at least 1; 1 replaces the known pixels only.
-        jump_length: steps per jump back, in 1..n-1 if there are any jumps.
-        threshold: applied to x_0_hat.
-        on_step: called at every step.
-
-    Returns:
-        [B, C, H, W]; exactly x_0 where mask is 1.
-
-    Raises:
-        ValueError: the mask has values other than 0 and 1, or a shape or parameter does not fit.
+        noise: drawn once, and once per step and jump.
 
     Source: Lugmayr et al. 2022, Algorithm 1 and App. B (jumps); get_schedule_jump of their code.
     """
-    n = len(timesteps)
-    _check_jumps(num_resamples, jump_length, n)
+    n, jump_length = len(timesteps), known.jump_length
+    _check_jumps(known, n)
     chain = spacings.respaced(schedule, timesteps)
     alpha_bar = [1.0, *chain.alpha_bar.tolist()]  # index: k, the number of steps left
     # As in the authors' get_schedule_jump; it counts timesteps, and at timestep t there are t + 1 steps left.
-    jumps = dict.fromkeys(range(1, n - jump_length + 1, jump_length), num_resamples - 1)
+    jumps = dict.fromkeys(range(1, n - jump_length + 1, jump_length), known.num_resamples - 1)
     x = noise()
-    x_0, keep = _fitted("x_0", x_0.to(x), x), _fitted("mask", _as_bool(mask).to(x.device), x)
+    x_0, keep = _fitted("x_0", known.x_0.to(x), x), _fitted("mask", _as_bool(known.mask).to(x.device), x)
     k, step = n, 0
     while k > 0:
         x_0_hat = predict(denoise, schedule, x, timesteps[n - k], threshold).x_0_hat
@@ -95,58 +79,37 @@ def inpaint(
             on_step(step, x, x_0_hat)
         k, step = k - 1, step + 1
         z = noise()  # one draw for both: each pixel is either known or unknown
-        mean = posterior_mean(chain, x_0_hat, x, torch.full((len(x),), k, device=x.device))
+        mean = posterior_mean(chain, x_0_hat, x, same_t(k, x))
         unknown = mean + float(chain.posterior_variance[k]) ** 0.5 * z
-        known = alpha_bar[k] ** 0.5 * x_0 + (1 - alpha_bar[k]) ** 0.5 * z
-        x = torch.where(keep, known, unknown)
+        kept = alpha_bar[k] ** 0.5 * x_0 + (1 - alpha_bar[k]) ** 0.5 * z
+        x = torch.where(keep, kept, unknown)
         if jumps.get(k, 0) > 0:
             jumps[k] -= 1
-            kept = alpha_bar[k + jump_length] / alpha_bar[k]
-            x = kept**0.5 * x + (1 - kept) ** 0.5 * noise()
+            share = alpha_bar[k + jump_length] / alpha_bar[k]
+            x = share**0.5 * x + (1 - share) ** 0.5 * noise()
             k += jump_length
     return x
 
 
-def build(
-    config: "SampleConfig",
-    schedule: Schedule,
-    x_0: Tensor,
-    mask: Tensor,
-    num_resamples: int = 10,
-    jump_length: int = 10,
-) -> Sampler:
-    """`inpaint` with the timesteps and the threshold that `config` describes; its sampler must be ddpm.
-
-    Raises:
-        ValueError: another sampler, or a setting out of its range.
-    """
+def build(config: "SampleConfig", schedule: Schedule, known: Known) -> Sampler:
+    """`inpaint` with the timesteps and the threshold that `config` describes; its sampler must be ddpm."""
     if config.sampler != "ddpm":
         raise ValueError(f"sampler is {config.sampler!r}; inpainting works with ddpm only")
     if config.num_sample_steps is None:
         config = dataclasses.replace(config, num_sample_steps=min(FEW, schedule.num_timesteps))
-    threshold, timesteps = build_threshold(config), spacings.build(config, schedule, x_0[0].numel())
-    _check_jumps(num_resamples, jump_length, len(timesteps))
+    threshold, timesteps = build_threshold(config), spacings.build(config, schedule, known.x_0[0].numel())
+    _check_jumps(known, len(timesteps))
     return lambda denoise, noise, on_step=None: inpaint(
-        denoise,
-        schedule,
-        noise,
-        x_0=x_0,
-        mask=mask,
-        timesteps=timesteps,
-        num_resamples=num_resamples,
-        jump_length=jump_length,
-        threshold=threshold,
-        on_step=on_step,
+        denoise, schedule, noise, known=known, timesteps=timesteps, threshold=threshold, on_step=on_step
     )
 
 
-def _check_jumps(num_resamples: int, jump_length: int, num_sample_steps: int) -> None:
-    if num_resamples < 1:
-        raise ValueError(f"num_resamples is {num_resamples}; it must be 1, 2, ...")
-    if jump_length < 1 or (num_resamples > 1 and jump_length >= num_sample_steps):
-        raise ValueError(
-            f"jump_length is {jump_length}; it must be at least 1 and less than the {num_sample_steps} steps"
-        )
+def _check_jumps(known: Known, num_sample_steps: int) -> None:
+    if known.num_resamples < 1:
+        raise ValueError(f"num_resamples is {known.num_resamples}; it must be 1, 2, ...")
+    if known.jump_length < 1 or (known.num_resamples > 1 and known.jump_length >= num_sample_steps):
+        allowed = f"at least 1 and less than the {num_sample_steps} steps"
+        raise ValueError(f"jump_length is {known.jump_length}; it must be {allowed}")
 
 
 def _as_bool(mask: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ is learned. It may compute in half precision; everything around it is in the dty
 Papers:
     Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239 (eps)
     Salimans & Ho 2022, Progressive Distillation, arXiv:2202.00512 (v)
+    Karras et al. 2022, Elucidating the Design Space (EDM), arXiv:2206.00364
+    Liu et al. 2022, Rectified Flow, arXiv:2209.03003 (flow); Esser et al. 2024, arXiv:2403.03206 (logit-normal t)
     Hang et al. 2023, Efficient Diffusion Training via Min-SNR Weighting, arXiv:2303.09556
     Ho & Salimans 2022, Classifier-Free Diffusion Guidance, arXiv:2207.12598 (dropped labels)
     Nichol & Dhariwal 2021, Improved DDPM, arXiv:2102.09672 (learned variance)
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from ddpm.config import ObjectiveConfig
 
 Model = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
-"""model(x_t, t, label): x_t [B, C, H, W]; t [B] int64 or None; label [B] int64 or None."""
+"""model(x_t, t, label): x_t [B, C, H, W], scaled by `Edm` and `Flow`; t [B] int64 or None; label [B] int64 or None."""
 
 BOUND_WEIGHT = 1e-3
 """Weight of the bound in the loss of a net that learns its variance (lambda of Nichol & Dhariwal 2021)."""
@@ -81,22 +83,16 @@ class Objective(Protocol):
         """Corrupt `x_0`, and score the prediction of `model`.
 
         Args:
-            model: its output is compared with the target.
             x_0: [B, C, H, W] float32, clean images in [-1, 1].
             label: [B] int64 in 0..num_classes-1; ignored by an unconditional objective.
             generator: on the device of x_0; all randomness comes from it.
-
-        Raises:
-            ValueError: the objective is conditional and there is no label.
         """
         ...
 
     def denoise(self, model: Model, x_t: Tensor, t: Tensor, label: Tensor | None) -> Denoised:
-        """Read the prediction of `model` at `x_t`.
+        """Read the prediction of `model`, called once, at `x_t` [B, C, H, W] float32.
 
         Args:
-            model: called once.
-            x_t: [B, C, H, W] float32.
             t: [B] int64 in [0, T); for UniformMix the amount of noise, [B] float in [0, 1].
             label: [B] int64 in 0..num_classes; num_classes, or None for all images, means no label.
         """
@@ -117,20 +113,12 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Labels:
-    """Labels for the net: the null label, num_classes, stands for "no label".
-
-    Args:
-        num_classes: 0 for an unconditional net, which is given None.
-        dropout: in [0, 1], the share of labels dropped in training, image by image.
-
-    Raises:
-        ValueError: a parameter is out of its range.
-
-    Source: Ho & Salimans 2022, Algorithm 1.
-    """
+    """Labels for the net: the null label, num_classes, stands for "no label". Ho & Salimans 2022, Algorithm 1."""
 
     num_classes: int = 0
+    """0 for an unconditional net, which is given None."""
     dropout: float = 0.0
+    """In [0, 1], the share of labels dropped in training, image by image."""
 
     def __post_init__(self) -> None:
         if self.num_classes < 0:
@@ -156,10 +144,14 @@ class Labels:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Algorithm 1: t uniform over all T steps, eps standard normal, squared error of a prediction.
+    """Algorithm 1: t over all T steps, eps standard normal, squared error of a prediction.
 
-    A subclass defines the prediction. `min_snr_gamma` None weighs all t alike in the space of that prediction; a number
-    above 0 caps the weight of the equivalent x_0 loss, min(snr, gamma).
+    A subclass defines the prediction, and may scale the net's input. `weighting` is "simple", all t alike in the space
+    of that prediction, or names the weight of the equivalent x_0 loss: "min_snr" min(snr, gamma); "edm" and "flow" that
+    of their own losses, for any prediction.
+
+    With `log_sigma`, a mean and a standard deviation, t is the timestep whose log sigma is nearest to a normal number;
+    else t is uniform.
 
     With `learns_variance` the net has twice as many output channels; the second half is 2 variance_mix - 1. The loss is
     L_hybrid: the squared error plus BOUND_WEIGHT times an estimate of the bound in bits/dim, in which the prediction of
@@ -170,8 +162,11 @@ class Gaussian:
 
     schedule: Schedule
     labels: Labels = Labels()
-    min_snr_gamma: float | None = None
+    weighting: str = "simple"
+    min_snr_gamma: float = 5.0
     learns_variance: bool = False
+    sigma_data: float = 0.5
+    log_sigma: tuple[float, float] | None = None
     uses_time: ClassVar[bool] = True
     has_bound: ClassVar[bool] = True
     has_uniform_noise: ClassVar[bool] = False
@@ -180,19 +175,34 @@ class Gaussian:
     def build(cls, config: "ObjectiveConfig", schedule: Schedule, labels: Labels) -> "Gaussian":
         if config.predict not in PREDICTIONS:
             raise ValueError(f"predict is {config.predict!r}; it must be one of {', '.join(PREDICTIONS)}")
-        gamma = config.min_snr_gamma if config.weight == "min_snr" else None
-        return PREDICTIONS[config.predict](schedule, labels, gamma, config.variance == "learned")
+        log_sigma = TIMESTEPS[config.timesteps]
+        if log_sigma is not None:
+            given = config.log_sigma_mean, config.log_sigma_std
+            mean, std = (a if b is None else b for a, b in zip(log_sigma, given, strict=True))
+            log_sigma = mean, std
+        return PREDICTIONS[config.predict](
+            schedule,
+            labels,
+            config.weight,
+            config.min_snr_gamma,
+            config.variance == "learned",
+            config.sigma_data,
+            log_sigma,
+        )
 
     def __post_init__(self) -> None:
-        if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
-            raise ValueError(f"min_snr_gamma is {self.min_snr_gamma}; it must be in (0, inf)")
+        for name in ("min_snr_gamma", "sigma_data"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be in (0, inf)")
+        if self.learns_variance and self.log_sigma is not None:
+            raise ValueError("variance is learned from the bound over all t; timesteps must be uniform")
 
     def loss(self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator) -> Loss:
         T = self.schedule.num_timesteps
-        t = generator.integers(T, [len(x_0)])
+        t = self._draw_t(len(x_0), generator)
         eps = generator.normal(x_0.shape, x_0.dtype)
         x_t = process.q_sample(self.schedule.alpha_bar, x_0, t, eps)
-        output = model(x_t, t, self.labels.for_training(label, generator)).to(x_0.dtype)
+        output = model(self._input(x_t, t), t, self.labels.for_training(label, generator)).to(x_0.dtype)
         prediction, variance_mix = self._split(output)
         error = _per_image(prediction, self._target(x_0, t, eps))
         loss = (process.gather(self.weight, t, error) * error).mean()
@@ -204,15 +214,15 @@ class Gaussian:
         return Loss(loss, error.detach(), 4 * t // T)
 
     def denoise(self, model: Model, x_t: Tensor, t: Tensor, label: Tensor | None) -> Denoised:
-        output = model(x_t, t, self.labels.for_denoising(label, x_t)).to(x_t.dtype)
+        output = model(self._input(x_t, t), t, self.labels.for_denoising(label, x_t)).to(x_t.dtype)
         prediction, variance_mix = self._split(output)
         return self._read(prediction, x_t, t)._replace(variance_mix=variance_mix)
 
     def noise_level(self, t: Tensor) -> Tensor:
-        return self.schedule.sigma.float().to(t.device)[t]
+        return self.schedule.sigma.float().to(t.device, non_blocking=True)[t]
 
     def corrupt(self, x_0: Tensor, level: float, noise: Tensor) -> tuple[Tensor, Tensor]:
-        t = torch.full((len(x_0),), self._timestep(level), device=x_0.device)
+        t = process.same_t(self._timestep(level), x_0)
         return process.q_sample(self.schedule.alpha_bar, x_0, t, noise), t
 
     def caption(self, level: float) -> str:
@@ -220,6 +230,14 @@ class Gaussian:
 
     def _timestep(self, level: float) -> int:
         return round(level * (self.schedule.num_timesteps - 1))
+
+    def _draw_t(self, n: int, generator: Generator) -> Tensor:
+        """[n] int64."""
+        if self.log_sigma is None:
+            return generator.integers(self.schedule.num_timesteps, [n])
+        mean, std = self.log_sigma
+        wanted, of_t = mean + std * generator.normal([n]), self.schedule.sigma.log()
+        return torch.bucketize(wanted, ((of_t[:-1] + of_t[1:]) / 2).to(wanted, non_blocking=True))
 
     def _split(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
         """The prediction, and variance_mix if the net learns it; both [B, C, H, W]."""
@@ -232,9 +250,18 @@ class Gaussian:
     def weight(self) -> Tensor:
         """[T] float64, the loss weight of each t."""
         snr = self.schedule.snr
-        if self.min_snr_gamma is None:
-            return torch.ones_like(snr)
-        return snr.clamp(max=self.min_snr_gamma) / self._snr_per_x_0_error(snr)
+        own = self._snr_per_x_0_error(snr)
+        of_x_0_error = {
+            "simple": own,
+            "min_snr": snr.clamp(max=self.min_snr_gamma),
+            "edm": edm_weight(snr, self.sigma_data),
+            "flow": flow_weight(snr),
+        }
+        return of_x_0_error[self.weighting] / own
+
+    def _input(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """The net's input at x_t."""
+        return x_t
 
     def _target(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The target of the net's output."""
@@ -292,6 +319,76 @@ class V(Gaussian):
         return snr + 1
 
 
+class Edm(Gaussian):
+    """EDM: the net is F in D(x; sigma) = c_skip x + c_out F(c_in x), x = x_t / sqrt(alpha_bar) = x_0 + sigma eps.
+
+    With z = c_in x, c_in = 1 / sqrt(sigma^2 + sigma_data^2), cos = c_in sigma_data and sin = c_in sigma:
+    z = cos x_0 / sigma_data + sin eps and F = sin x_0 / sigma_data - cos eps, which is -v of images of unit variance.
+    (In these numbers c_skip is cos^2, and c_out sin sigma_data.) The weight of F's error is 1. The net is told t in
+    place of c_noise; the schedule `geometric` makes the one linear in the other.
+
+    Source: Karras et al. 2022, Eqs. 7 and 8, Table 1 and App. B.6.
+    """
+
+    def _target(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        cos, sin = self._cos_and_sin(t, x_0)
+        return sin / self.sigma_data * x_0 - cos * eps
+
+    def _input(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return process.gather(self._c_in / self.schedule.alpha_bar.sqrt(), t, x_t) * x_t
+
+    def _read(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Denoised:
+        z, (cos, sin) = self._input(x_t, t), self._cos_and_sin(t, x_t)
+        x_0_hat = self.sigma_data * (cos * z + sin * prediction)
+        return Denoised(x_0_hat, eps_hat=sin * z - cos * prediction)
+
+    def _snr_per_x_0_error(self, snr: Tensor) -> Tensor:
+        return edm_weight(snr, self.sigma_data)
+
+    @property
+    def _c_in(self) -> Tensor:
+        return (self.schedule.sigma**2 + self.sigma_data**2).rsqrt()
+
+    def _cos_and_sin(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self.sigma_data * self._c_in, self.schedule.sigma * self._c_in
+        return process.gather(cos, t, like), process.gather(sin, t, like)
+
+
+class Flow(Gaussian):
+    """Flow matching: the net predicts the velocity eps - x_0 from z = (1 - u) x_0 + u eps, u = sigma / (1 + sigma).
+
+    z is x_t rescaled; so this is v on the schedule `straight`, except for a scale and a skip from x_t. On other
+    schedules only the times u differ.
+
+    Source: Liu et al. 2022, Eq. 1; Esser et al. 2024, Eq. 13.
+    """
+
+    def _target(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        return eps - x_0
+
+    def _input(self, x_t: Tensor, t: Tensor) -> Tensor:
+        alpha_bar = self.schedule.alpha_bar
+        return x_t / process.gather(alpha_bar.sqrt() + (1 - alpha_bar).sqrt(), t, x_t)
+
+    def _read(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Denoised:
+        z, sigma = self._input(x_t, t), self.schedule.sigma
+        x_0_hat = z - process.gather(sigma / (1 + sigma), t, x_t) * prediction
+        return Denoised(x_0_hat, eps_hat=z + process.gather(1 / (1 + sigma), t, x_t) * prediction)
+
+    def _snr_per_x_0_error(self, snr: Tensor) -> Tensor:
+        return flow_weight(snr)
+
+
+def edm_weight(snr: Tensor, sigma_data: float) -> Tensor:
+    """The weight of an error of x_0_hat in EDM's loss: (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, Table 1."""
+    return snr + sigma_data**-2
+
+
+def flow_weight(snr: Tensor) -> Tensor:
+    """The weight of an error of x_0_hat in flow matching's loss, 1 / u^2 with u = sigma / (1 + sigma)."""
+    return (1 + snr.sqrt()) ** 2
+
+
 @dataclass(frozen=True)
 class UniformMix:
     """The course's baseline: mix with uniform noise and predict the clean image, without a timestep."""
@@ -319,7 +416,7 @@ class UniformMix:
         if not t.is_floating_point():
             raise ValueError(f"t is {t.dtype}; for UniformMix it is the amount, float [B] in [0, 1]")
         x_0_hat = model(x_t, None, self.labels.for_denoising(label, x_t)).to(x_t.dtype)
-        amount = t.to(x_t.dtype).clamp(min=SMALLEST_AMOUNT).view(-1, *[1] * (x_t.ndim - 1))
+        amount = process.broadcast(t.to(x_t.dtype).clamp(min=SMALLEST_AMOUNT), x_t)
         return Denoised(x_0_hat, eps_hat=(x_t - (1 - amount) * x_0_hat) / amount)
 
     def noise_level(self, t: Tensor) -> Tensor:
@@ -333,28 +430,24 @@ class UniformMix:
         return f"{level:.0%}"
 
 
-PREDICTIONS: dict[str, type[Gaussian]] = {"eps": Eps, "x_0": X0, "v": V}
+PREDICTIONS: dict[str, type[Gaussian]] = {"eps": Eps, "x_0": X0, "v": V, "edm": Edm, "flow": Flow}
 PROCESSES: dict[str, type[Objective]] = {"gaussian": Gaussian, "uniform_mix": UniformMix}
+
+TIMESTEPS = {"uniform": None, "log_normal": (-1.2, 1.2), "logit_normal": (0.0, 1.0)}
+"""Distributions of t in training: mean and standard deviation of log sigma. (On the straight path, whose time is
+u = sigma / (1 + sigma), log sigma is the logit of u.) Karras et al. 2022, Table 1; Esser et al. 2024, Sec. 3.1."""
 
 
 def build(config: "ObjectiveConfig", schedule: Schedule, num_classes: int) -> Objective:
-    """The objective that `config` describes; num_classes as in the model, 0 for unconditional.
-
-    Raises:
-        ValueError: an unknown process or prediction, or a parameter out of its range.
-    """
+    """The objective that `config` describes; num_classes as in the model, 0 for unconditional."""
     if config.process not in PROCESSES:
         raise ValueError(f"process is {config.process!r}; it must be one of {', '.join(PROCESSES)}")
     return PROCESSES[config.process].build(config, schedule, Labels(num_classes, config.label_dropout))
 
 
 def _per_image(prediction: Tensor, target: Tensor) -> Tensor:
-    """[B], the mean squared error of each image.
-
-    Raises:
-        ValueError: the shapes differ (broadcasting would hide it).
-    """
-    if prediction.shape != target.shape:
+    """[B], the mean squared error of each image."""
+    if prediction.shape != target.shape:  # broadcasting would hide it
         got, right = tuple(prediction.shape), tuple(target.shape)
         raise ValueError(f"model returned shape {got}; it must return that of x_t, {right}")
     return (prediction - target).square().flatten(1).mean(1)

@@ -2,6 +2,13 @@
 
 Nothing here draws noise: the caller gives it. Tables are float64; a coefficient is computed in float64 and rounded to
 the images' float32 last. Half precision is refused: with bfloat16 tables several timesteps carry exactly no noise.
+Results have the shape and dtype of the images:
+
+    alpha_bar  [T] float64, decreasing, in (0, 1)
+    x_0        [B, C, H, W], clean images in [-1, 1], or a prediction of them
+    x_t        [B, C, H, W]; it may leave [-1, 1]
+    eps        [B, C, H, W], standard normal
+    t          [B] int64 in [0, T); t = 0 already has one step of noise
 
 Papers:
     Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
@@ -18,16 +25,7 @@ from ddpm.diffusion.schedules import Schedule
 
 
 def gather(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """table[t], with the dtype and device of `like`, shaped [B, 1, 1, ...] to multiply it.
-
-    Args:
-        table: [T] float64.
-        t: [B] int64 in [0, T).
-        like: [B, ...] float32 or float64.
-
-    Raises:
-        ValueError: `like` is neither float32 nor float64, or t does not have one entry per image.
-    """
+    """table[t] of a table [T] float64, with the dtype and device of the images `like`, shaped [B, 1, 1, ...]."""
     if like.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"images are {like.dtype}; diffusion needs float32 or float64 (autocast only the net)"
@@ -35,28 +33,21 @@ def gather(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
     if t.shape != like.shape[:1] or t.dtype != torch.int64:
         raise ValueError(f"t is {t.dtype} {tuple(t.shape)}; it must be int64 ({len(like)},), one per image")
     # Rounded before the move: some devices have no float64.
-    return table.to(like.dtype).to(like.device, non_blocking=True)[t].view(-1, *[1] * (like.ndim - 1))
+    return broadcast(table.to(like.dtype).to(like.device, non_blocking=True)[t], like)
+
+
+def broadcast(values: Tensor, like: Tensor) -> Tensor:
+    """`values` [B], shaped [B, 1, 1, ...] to multiply the images `like`."""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def same_t(t: int, like: Tensor) -> Tensor:
+    """[B] int64: t for each of the images `like`."""
+    return torch.full((len(like),), t, device=like.device)
 
 
 def q_sample(alpha_bar: Tensor, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """Draw x_t from q(x_t | x_0) in one jump.
-
-    x_t = sqrt(alpha_bar[t]) x_0 + sqrt(1 - alpha_bar[t]) eps
-
-    Args:
-        alpha_bar: [T] float64, decreasing, in (0, 1).
-        x_0: [B, C, H, W], clean images in [-1, 1].
-        t: [B] int64 in [0, T); t = 0 already has one step of noise.
-        eps: [B, C, H, W], standard normal, drawn by the caller.
-
-    Returns:
-        x_t, with the shape and dtype of x_0; it may leave [-1, 1].
-
-    Raises:
-        ValueError: x_0 and eps differ in shape.
-
-    Source: Ho et al. 2020, Eq. 4.
-    """
+    """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, from q(x_t | x_0) in one jump. Ho et al. 2020, Eq. 4."""
     _check_shapes("eps", eps, "x_0", x_0)
     signal, noise = _signal_and_noise(alpha_bar, t, x_0)
     return signal * x_0 + noise * eps
@@ -101,21 +92,10 @@ def predict_eps_from_v(alpha_bar: Tensor, x_t: Tensor, t: Tensor, v: Tensor) -> 
 
 
 def posterior_mean(schedule: Schedule, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """mu_tilde_t, the mean of q(x_{t-1} | x_t, x_0); at t = 0 it is x_0 itself.
+    """mu_tilde_t, the mean of q(x_{t-1} | x_t, x_0); at t = 0 it is x_0 itself. Ho et al. 2020, Eq. 7.
 
     mu_tilde_t = sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) x_0
                + sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) x_t
-
-    Args:
-        schedule: of T steps.
-        x_0: [B, C, H, W], clean images, or a prediction of them.
-        x_t: [B, C, H, W].
-        t: [B] int64 in [0, T).
-
-    Raises:
-        ValueError: x_0 and x_t differ in shape.
-
-    Source: Ho et al. 2020, Eq. 7.
     """
     _check_shapes("x_0", x_0, "x_t", x_t)
     s = schedule
@@ -124,24 +104,13 @@ def posterior_mean(schedule: Schedule, x_0: Tensor, x_t: Tensor, t: Tensor) -> T
 
 
 def mix(x_0: Tensor, amount: Tensor, u: Tensor) -> Tensor:
-    """The course's corruption: (1 - amount) x_0 + amount u.
+    """The course's corruption: x_t = (1 - amount) x_0 + amount u, amount [B] in [0, 1].
 
-    The course has x_0 and u in [0, 1]; here both are in [-1, 1]. The map x -> 2 x - 1 commutes with the mixture, so the
-    two differ only in the unit of x.
-
-    Args:
-        x_0: [B, C, H, W], clean images in [-1, 1].
-        amount: [B] in [0, 1]: 0 is clean, 1 is noise alone.
-        u: [B, C, H, W], uniform in [-1, 1], drawn by the caller.
-
-    Returns:
-        x_t, with the shape and dtype of x_0, in [-1, 1].
-
-    Raises:
-        ValueError: x_0 and u differ in shape.
+    The course has x_0 and u in [0, 1]; here both are in [-1, 1], u uniform. The map x -> 2 x - 1 commutes with the
+    mixture, so the two differ only in the unit of x.
     """
     _check_shapes("u", u, "x_0", x_0)
-    amount = amount.to(x_0.dtype).view(-1, *[1] * (x_0.ndim - 1))
+    amount = broadcast(amount.to(x_0.dtype), x_0)
     return (1 - amount) * x_0 + amount * u
 
 

@@ -8,10 +8,11 @@ Both are Gaussians. The mean of p is that of q with x_0_hat in place of x_0 (`pr
                 the least KL divergence among those that are the same for every image and pixel
     learned     between beta_tilde and beta, predicted by the net for every pixel
 
-With fewer steps the bound with beta or beta_tilde gets worse, for any net; with measured it hardly does.
+With fewer steps the bound gets worse for any net: most with beta_tilde, less with beta, least with measured, where an
+optimal denoiser loses little and what is lost is the net's (benchmarks/honesty.md).
 
-At t = 0, where beta_tilde is 0, p is the decoder: both fixed variances are beta_tilde_1 there, as in the code of Ho et
-al., and the measured one is at least the variance of rounding to grey levels.
+At t = 0, where beta_tilde is 0, p is the decoder: beta and beta_tilde are beta_tilde_1 there, as in the code of Ho et
+al., and the measured variance is at least that of rounding to grey levels.
 
 Papers:
     Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
@@ -27,7 +28,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ddpm.diffusion.process import gather
+from ddpm.diffusion.process import broadcast, gather
 from ddpm.diffusion.schedules import Schedule
 
 LEVELS = 256
@@ -38,16 +39,12 @@ ROUNDING = (2 / (LEVELS - 1)) ** 2 / 12
 Variance = Literal["beta", "beta_tilde", "measured", "learned"]
 
 
-def fixed_variance(schedule: Schedule, variance: Variance, x_0_error: Tensor | None = None) -> Tensor:
+def fixed_variance(schedule: Schedule, variance: str, x_0_error: Tensor | None = None) -> Tensor:
     """The variance of p at every t, [T] float64, above 0.
 
     Args:
-        schedule: of T steps.
-        variance: all but "learned".
+        variance: a `Variance`, not "learned".
         x_0_error: for "measured", [T] float64: the mean squared error of x_0_hat over images and dimensions.
-
-    Raises:
-        ValueError: another variance, or no x_0_error for "measured".
 
     Source: Ho et al. 2020, Sec. 3.2; Bao et al. 2022, Theorem 1, with the error of this net in place of that of the
     best one.
@@ -66,13 +63,7 @@ def fixed_variance(schedule: Schedule, variance: Variance, x_0_error: Tensor | N
 
 
 def learned_log_variance(schedule: Schedule, t: Tensor, variance_mix: Tensor | None) -> Tensor:
-    """mix log beta_t + (1 - mix) log beta_tilde_t, shaped as the mix [B, C, H, W].
-
-    Raises:
-        ValueError: there is no mix, since the net did not learn it.
-
-    Source: Nichol & Dhariwal 2021, Eq. 15.
-    """
+    """mix log beta_t + (1 - mix) log beta_tilde_t, shaped as the mix [B, C, H, W]. Nichol & Dhariwal 2021, Eq. 15."""
     if variance_mix is None:
         raise ValueError(
             "variance is 'learned', but this net did not learn it; use beta, beta_tilde or measured"
@@ -89,41 +80,27 @@ def gaussian_kl(log_q: Tensor, log_p: Tensor, squared_difference: Tensor) -> Ten
 
 
 def step_bits(schedule: Schedule, x_0: Tensor, x_0_hat: Tensor, t: Tensor, log_variance: Tensor) -> Tensor:
-    """The term of the bound that belongs to step t: KL(q || p), and at t = 0 -log p(x_0 | x_1); [B] in bits/dim.
+    """The term of the bound that belongs to step t [B]: KL(q || p), and at t = 0 -log p(x_0 | x_1); [B] in bits/dim.
 
-    It is differentiable: everything is on the device and in the dtype of x_0.
-
-    Args:
-        schedule: of T steps.
-        x_0: [B, C, H, W], 8-bit images in [-1, 1].
-        x_0_hat: [B, C, H, W], a prediction of x_0 from x_t.
-        t: [B] int64 in [0, T).
-        log_variance: of p, [B, C, H, W].
+    It is differentiable: everything is on the device and in the dtype of x_0, 8-bit images in [-1, 1]. x_0_hat and
+    log_variance, of p, are [B, C, H, W].
 
     Source: Ho et al. 2020, Eqs. 5 and 13; Nichol & Dhariwal 2021, Eqs. 4 to 7.
     """
     log_q, weight = gather(_beta_tilde(schedule).log(), t, x_0), gather(schedule.x_0_weight, t, x_0)
     kl = gaussian_kl(log_q, log_variance, (weight * (x_0 - x_0_hat)).square())
     # The unused branch must be finite: a non-finite gradient times 0 is not 0.
-    is_first = (t == 0).view(-1, *[1] * (x_0.ndim - 1))
+    is_first = broadcast(t == 0, x_0)
     mean, std = torch.where(is_first, x_0_hat, x_0), torch.where(is_first, 0.5 * log_variance, 0).exp()
     nll = -log_prob_of_level(((x_0 + 1) * (LEVELS - 1) / 2).round(), mean, std)
     return torch.where(is_first, nll, kl).flatten(1).mean(1) / math.log(2)
 
 
 def log_prob_of_level(level: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """log of the mass that N(mean, std^2) has on a grey level; the outermost two extend to infinity.
+    """log of the mass that N(mean, std^2) has on a grey level, a whole number in 0..255; in nats.
 
-    Level i is the interval of width 2 / 255 around i / 127.5 - 1. Far from the mean, where the difference of two
-    distribution functions would be 0, it is computed from their logarithms.
-
-    Args:
-        level: float64, whole numbers in 0..255.
-        mean: float64, like `level`.
-        std: float64, above 0.
-
-    Returns:
-        float64, like `level`, in nats.
+    Level i is the interval of width 2 / 255 around i / 127.5 - 1; the outermost two extend to infinity. Far from the
+    mean, where the difference of two distribution functions would be 0, it is computed from their logarithms.
 
     Source: Ho et al. 2020, Eq. 13.
     """

@@ -2,11 +2,16 @@
 
 A sampler sees the net as `denoise(x_t, t) -> Denoised`, and takes randomness from `noise()` alone, so the caller
 decides what an image depends on. With `PerImageNoise` image i is a function of its own seed, independent of the batch
-and the device.
+and the device. All take, as far as they need it, and return [B, C, H, W], in [-1, 1] with a threshold:
 
-`threshold` keeps x_0_hat in the range of images (`denoisers.clip`, `denoisers.dynamic`); None leaves it unchanged.
-`on_step(step, x_t, x_0_hat)`, if given, is called in every step with its input and its prediction; the last x_0_hat is
-the image (for `ancestral` without a threshold, up to one step of noise).
+    denoise    called once at each timestep, unless stated otherwise
+    schedule   the one the net was trained with
+    noise      standard normal; drawn once, and once a step by a sampler that is random
+    timesteps  falling
+    eta        in [0, 1]; 0 is deterministic, 1 is as noisy as `ancestral` with the variance beta_tilde
+    threshold  keeps x_0_hat in the range of images (`denoisers.clip`, `denoisers.dynamic`); None leaves it unchanged
+    on_step    `on_step(step, x_t, x_0_hat)`, called in every step with its input and its prediction; the last x_0_hat
+               is the image (for `ancestral` without a threshold, up to one step of noise)
 
 Papers:
     ancestral  Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
@@ -29,8 +34,8 @@ from ddpm.diffusion import timesteps as spacings
 from ddpm.diffusion.denoisers import Denoise, Threshold, build_threshold, clip, predict
 from ddpm.diffusion.generator import Generator
 from ddpm.diffusion.objectives import PROCESSES
-from ddpm.diffusion.process import posterior_mean
-from ddpm.diffusion.reverse import Variance, fixed_variance, learned_log_variance
+from ddpm.diffusion.process import posterior_mean, same_t
+from ddpm.diffusion.reverse import fixed_variance, learned_log_variance
 from ddpm.diffusion.schedules import Schedule
 
 if TYPE_CHECKING:
@@ -50,13 +55,9 @@ class Sampler(Protocol):
 
 
 class PerImageNoise:
-    """Noise in which image i depends on generators[i] alone.
+    """Noise in which image i, of `shape` (C, H, W), depends on generators[i] alone.
 
-    Args:
-        generators: one per image.
-        shape: (C, H, W).
-        device: where the noise is needed.
-        uniform: uniform in [-1, 1) for `mix`, instead of standard normal.
+    `uniform` is for `mix`: uniform in [-1, 1), instead of standard normal.
     """
 
     def __init__(
@@ -82,56 +83,41 @@ def ancestral(
     schedule: Schedule,
     noise: Noise,
     *,
-    timesteps: Sequence[int] | None = None,
-    variance: Variance = "beta_tilde",
-    x_0_error: Tensor | None = None,
+    timesteps: Sequence[int],
+    variance: Tensor | None,
     threshold: Threshold | None = clip,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Algorithm 2, along the whole chain or the shorter chain of some timesteps.
+    """Algorithm 2, along all timesteps or the shorter chain of some (`timesteps.respaced`).
 
-    x_prev = mean + sqrt(variance) z, z = 0 at the last step; mean and variance are those of the jump from one timestep
-    to the next (`timesteps.respaced`).
+    x_prev = mean + sqrt(variance) z, z = 0 at the last step.
 
     Args:
-        denoise: called at the timesteps.
-        schedule: the one the net was trained with.
-        noise: standard normal; drawn once per step.
-        timesteps: falling; None: all T.
-        variance: variance of the noise that a step adds (`reverse`).
-        x_0_error: for "measured", [T] float64: the mean squared error of x_0_hat at every t of the schedule.
+        variance: of the noise that each step of the chain adds, [n] float64 (`reverse.fixed_variance`); None: the one
+            that the net learned.
         threshold: with a threshold, the mean is mu_tilde(x_0_hat, x_t), Eq. 7. None is exactly Algorithm 2; with the
             cosine schedule its first step multiplies every error by 31.6.
-        on_step: called at every step.
-
-    Returns:
-        [B, C, H, W]; in [-1, 1] with a threshold.
-
-    Raises:
-        ValueError: the variance is unknown or the net did not learn it, or timesteps do not fall.
 
     Source: Ho et al. 2020, Algorithm 2, Eqs. 7 and 11.
     """
-    if timesteps is None:
-        timesteps = range(schedule.num_timesteps)[::-1]
     chain = spacings.respaced(schedule, timesteps)
-    fixed = None
-    if variance != "learned":
-        of_chain = None if x_0_error is None else x_0_error[list(reversed(timesteps))]
-        fixed = fixed_variance(chain, variance, of_chain).sqrt()
+    if variance is not None and variance.shape != chain.beta.shape:
+        raise ValueError(
+            f"variance has shape {tuple(variance.shape)}; it must be [{len(timesteps)}], one per step"
+        )
     x = noise()
     for step, t in enumerate(timesteps):
         x_0_hat, eps_hat, variance_mix = predict(denoise, schedule, x, t, threshold)
         k = len(timesteps) - 1 - step
-        k_batch = torch.full((len(x),), k, device=x.device)
+        k_batch = same_t(k, x)
         if threshold is not None:
             x_prev = posterior_mean(chain, x_0_hat, x, k_batch)
         else:
             beta, alpha, alpha_bar = (float(a[k]) for a in (chain.beta, chain.alpha, chain.alpha_bar))
             x_prev = (x - beta / (1 - alpha_bar) ** 0.5 * eps_hat) / alpha**0.5
         if k > 0:
-            if fixed is not None:
-                x_prev = x_prev + float(fixed[k]) * noise()
+            if variance is not None:
+                x_prev = x_prev + float(variance[k].sqrt()) * noise()
             else:
                 x_prev = x_prev + (learned_log_variance(chain, k_batch, variance_mix) / 2).exp() * noise()
         if on_step is not None:
@@ -157,21 +143,6 @@ def ddim(
     s = eta sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) sqrt(1 - alpha_bar / alpha_bar_prev)
 
     The last step has alpha_bar_prev = 1, so s = 0 and it returns x_0_hat.
-
-    Args:
-        denoise: at the timesteps.
-        schedule: the one the net was trained with.
-        noise: standard normal; drawn once with eta = 0, else once a step.
-        timesteps: falling.
-        eta: in [0, 1]; 0 is deterministic, 1 is `ancestral` with the variance beta_tilde.
-        threshold: applied to x_0_hat.
-        on_step: called at every step.
-
-    Returns:
-        [B, C, H, W]; in [-1, 1] with a threshold.
-
-    Raises:
-        ValueError: timesteps do not fall, or eta is out of its range.
 
     Source: Song et al. 2021, Eqs. 12 and 16.
     """
@@ -220,21 +191,6 @@ def dpmpp_2m(
     y = x_t / sqrt(alpha_bar), an SDE of the same marginals,
     dy = (1 + eta) (x_0_hat - y) dlambda + sqrt(2 eta) sigma dw; in short steps it acts as eta^2 does in `ddim`.
 
-    Args:
-        denoise: at the timesteps, once each.
-        schedule: the one the net was trained with.
-        noise: standard normal; drawn once with eta = 0, else once a step.
-        timesteps: falling.
-        eta: in [0, 1]; 0 is deterministic, 1 is as noisy as `ancestral` with the variance beta_tilde.
-        threshold: applied to x_0_hat.
-        on_step: called at every step.
-
-    Returns:
-        [B, C, H, W]; in [-1, 1] with a threshold.
-
-    Raises:
-        ValueError: timesteps do not fall, or eta is out of its range.
-
     Source: Lu et al. 2022, Algorithm 2, and its section on diffusion SDEs for eta = 1; for the SDEs between,
     Xue et al. 2023, whose tau^2 is eta.
     """
@@ -276,20 +232,6 @@ def heun(
     The second eps_hat is used for the whole step, so sigma should not fall by orders of magnitude in one step, as the
     cosine schedule's does in the first of a few uniform steps: use `timesteps.karras` there.
 
-    Args:
-        denoise: called at the timesteps, at all but the first twice.
-        schedule: the one the net was trained with.
-        noise: standard normal; drawn once.
-        timesteps: falling.
-        threshold: applied to x_0_hat.
-        on_step: called at every step.
-
-    Returns:
-        [B, C, H, W]; in [-1, 1] with a threshold.
-
-    Raises:
-        ValueError: timesteps do not fall.
-
     Source: Karras et al. 2022, Algorithm 1.
     """
     signal, sigma = _signal_and_sigma(schedule, timesteps)
@@ -320,20 +262,8 @@ def mix(
 ) -> Tensor:
     """The course's sampler: step i of n moves x by 1 / (n - i) of the way to the prediction.
 
-    The amount of noise left falls evenly, 1, (n - 1) / n, ..., 1 / n, and the last step returns x_0_hat.
-
-    Args:
-        denoise: its second argument is the amount of noise left, float32 [B].
-        noise: uniform in [-1, 1]; drawn once.
-        num_sample_steps: n, at least 1.
-        threshold: applied to x_0_hat.
-        on_step: called at every step.
-
-    Returns:
-        [B, C, H, W]; in [-1, 1] with a threshold.
-
-    Raises:
-        ValueError: num_sample_steps < 1.
+    The amount of noise left, the second argument of `denoise`, falls evenly, 1, (n - 1) / n, ..., 1 / n, and the last
+    step returns x_0_hat. `noise` is uniform in [-1, 1].
     """
     spacings.check_num_sample_steps(num_sample_steps)
     x = noise()
@@ -348,20 +278,21 @@ def mix(
     return x
 
 
-def _ancestral(config: "SampleConfig", schedule: Schedule, x_0_error: Tensor | None) -> dict[str, Any]:
-    if config.variance == "auto":
-        raise ValueError("variance is 'auto'; it must be resolved first")
-    if config.variance != "learned":
-        fixed_variance(schedule, config.variance, x_0_error)  # checks the variance
-    return {"variance": config.variance, "x_0_error": x_0_error}
+def _variance(
+    config: "SampleConfig", schedule: Schedule, timesteps: list[int], x_0_error: Tensor | None
+) -> dict[str, Any]:
+    if config.variance == "learned":
+        return {"variance": None}
+    error = None if x_0_error is None else x_0_error[timesteps[::-1]]
+    return {"variance": fixed_variance(spacings.respaced(schedule, timesteps), config.variance, error)}
 
 
-def _eta(config: "SampleConfig", schedule: Schedule, x_0_error: Tensor | None) -> dict[str, Any]:
+def _eta(config: "SampleConfig", *_: object) -> dict[str, Any]:
     _check_eta(config.eta)
     return {"eta": config.eta}
 
 
-def _mix(config: "SampleConfig", schedule: Schedule, x_0_error: Tensor | None) -> dict[str, Any]:
+def _mix(config: "SampleConfig", *_: object) -> dict[str, Any]:
     n = spacings.FEW if config.num_sample_steps is None else config.num_sample_steps
     spacings.check_num_sample_steps(n)
     return {"num_sample_steps": n}
@@ -371,19 +302,15 @@ class SamplerKind(NamedTuple):
     """An entry of SAMPLERS."""
 
     sample: Callable[..., Tensor]
-    settings: Callable[["SampleConfig", Schedule, Tensor | None], dict[str, Any]] = lambda *_: {}
-    """Its keyword arguments, checked, without threshold, on_step, schedule and timesteps.
-
-    Raises:
-        ValueError: a setting is out of its range.
-    """
+    settings: Callable[..., dict[str, Any]] = lambda *_: {}
+    """settings(config, schedule, timesteps, x_0_error): its own keyword arguments, checked."""
     process: str = "gaussian"
     """The process that it reverses. The first sampler of each process is the default."""
 
 
 SAMPLERS = {
     "ddim": SamplerKind(ddim, _eta),
-    "ddpm": SamplerKind(ancestral, _ancestral),
+    "ddpm": SamplerKind(ancestral, _variance),
     "dpmpp_2m": SamplerKind(dpmpp_2m, _eta),
     "heun": SamplerKind(heun),
     "mix": SamplerKind(mix, _mix, "uniform_mix"),
@@ -393,23 +320,20 @@ SAMPLERS = {
 def build(
     config: "SampleConfig", schedule: Schedule, num_dims: int, x_0_error: Tensor | None = None
 ) -> Sampler:
-    """The sampler that `config` describes, in which `auto` has been resolved (`SampleConfig.resolved`).
+    """The sampler that `config` describes, in which `auto` is resolved (`ddpm.build.resolve_sample`).
 
-    Settings are checked here, not at the first sample after hours of training.
-
-    Args:
-        num_dims: D = C H W.
-        x_0_error: for the variance "measured", as in `ancestral`.
-
-    Raises:
-        ValueError: the sampler is unknown, or a setting is out of its range.
+    Settings are checked here, not at the first sample after hours of training. The variance "measured" needs x_0_error,
+    [T], as in `reverse.fixed_variance`. num_dims is D = C H W.
     """
     if config.sampler not in SAMPLERS:
         raise ValueError(f"sampler is {config.sampler!r}; it must be one of {', '.join(SAMPLERS)}")
     kind = SAMPLERS[config.sampler]
-    settings = {"threshold": build_threshold(config), **kind.settings(config, schedule, x_0_error)}
+    settings: dict[str, Any] = {"threshold": build_threshold(config)}
+    timesteps: list[int] = []
     if PROCESSES[kind.process].has_bound:
-        settings |= {"schedule": schedule, "timesteps": spacings.build(config, schedule, num_dims)}
+        timesteps = spacings.build(config, schedule, num_dims)
+        settings |= {"schedule": schedule, "timesteps": timesteps}
+    settings |= kind.settings(config, schedule, timesteps, x_0_error)
     return lambda denoise, noise, on_step=None: kind.sample(denoise, noise=noise, on_step=on_step, **settings)
 
 

@@ -2,13 +2,16 @@
 
 A schedule is defined by beta; all else follows from it. All tables are float64 [T] on the CPU, index t in 0..T-1, and
 t = 0 already has one step of noise. Half of the table would vanish in half precision: callers compute in float64 and
-round to float32 at the very end (`process.gather`).
+round to float32 at the very end (`process.gather`). num_timesteps is T, at least 1; max_beta, in (0, 1), caps a last
+beta that would be 1.
 
 Papers:
     linear         Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
     scaled_linear  Rombach et al. 2022, Latent Diffusion, arXiv:2112.10752
     cosine         Nichol & Dhariwal 2021, Improved DDPM, arXiv:2102.09672
     sigmoid        Jabri et al. 2022, arXiv:2212.11972; Chen 2023, arXiv:2301.10972
+    straight       Liu et al. 2022, Rectified Flow, arXiv:2209.03003; Lipman et al. 2022, arXiv:2210.02747
+    geometric      Song et al. 2020, Score-Based Generative Modeling, arXiv:2011.13456 (VE)
 
 Axes: T timesteps.
 """
@@ -31,18 +34,10 @@ MAX_TIMESTEPS = 1_000_000
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """beta_t over T steps, and the tables that follow from it.
-
-    Args:
-        beta: [T] float64, in (0, 1); the variance of the noise that step t adds.
-
-    Raises:
-        ValueError: beta is not such a table, or so extreme that alpha_bar leaves (0, 1) in float64.
-
-    Source: Ho et al. 2020, Eqs. 2, 4 and 7.
-    """
+    """beta_t over T steps, and the tables that follow from it. Ho et al. 2020, Eqs. 2, 4 and 7."""
 
     beta: Tensor
+    """[T] float64, in (0, 1): the variance of the noise that step t adds."""
 
     def __post_init__(self) -> None:
         if self.beta.ndim != 1 or len(self.beta) < 1 or self.beta.dtype != torch.float64:
@@ -102,21 +97,13 @@ class Schedule:
 
 
 def linear(num_timesteps: int, beta_start: float, beta_end: float) -> Schedule:
-    """beta rises linearly from `beta_start` to `beta_end`. Ho et al. 2020, Sec. 4: T = 1000, 1e-4, 0.02.
-
-    Raises:
-        ValueError: num_timesteps < 1, or not 0 < beta_start <= beta_end < 1.
-    """
+    """beta rises linearly from `beta_start` to `beta_end`. Ho et al. 2020, Sec. 4: T = 1000, 1e-4, 0.02."""
     _check_betas(num_timesteps, beta_start, beta_end)
     return Schedule(torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64))
 
 
 def scaled_linear(num_timesteps: int, beta_start: float, beta_end: float) -> Schedule:
-    """sqrt(beta) rises linearly, so beta quadratically. Rombach et al. 2022: T = 1000, 0.00085, 0.012.
-
-    Raises:
-        ValueError: num_timesteps < 1, or not 0 < beta_start <= beta_end < 1.
-    """
+    """sqrt(beta) rises linearly, so beta quadratically. Rombach et al. 2022: T = 1000, 0.00085, 0.012."""
     _check_betas(num_timesteps, beta_start, beta_end)
     root = torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), num_timesteps, dtype=torch.float64)
     return Schedule(root**2)
@@ -129,12 +116,7 @@ def cosine(num_timesteps: int, s: float = 0.008, max_beta: float = 0.999) -> Sch
     sqrt(1 - 0.999), multiplying by 31.6. Sample with x_0_hat clipped.
 
     Args:
-        num_timesteps: T, at least 1.
         s: offset in [0, 1] that prevents a tiny first beta.
-        max_beta: largest beta, in (0, 1).
-
-    Raises:
-        ValueError: a parameter is out of its range.
 
     Source: Nichol & Dhariwal 2021, Eq. 17.
     """
@@ -152,14 +134,9 @@ def sigmoid(
     logistic curve (GeoDiff).
 
     Args:
-        num_timesteps: T, at least 1.
         start: argument of the logistic curve at u = 0, below `end`.
         end: argument at u = 1.
         tau: temperature, above 0; smaller is steeper.
-        max_beta: largest beta, in (0, 1); caps the last one, which would be 1.
-
-    Raises:
-        ValueError: a parameter is out of its range.
 
     Source: Jabri et al. 2022; Chen 2023, Algorithm 1.
     """
@@ -173,21 +150,43 @@ def sigmoid(
     return _from_alpha_bar(curve, num_timesteps, max_beta)
 
 
+def straight(num_timesteps: int, max_beta: float = 0.999) -> Schedule:
+    """The straight path of flow matching, (1 - u) x_0 + u eps, divided by its root mean square (1 - u)^2 + u^2.
+
+    So sigma is u / (1 - u), and alpha_bar(u) = (1 - u)^2 / ((1 - u)^2 + u^2), which reaches 0: the last beta is capped.
+
+    Source: Liu et al. 2022, Eq. 1; Lipman et al. 2022, Eq. 22.
+    """
+    return _from_alpha_bar(lambda u: (1 - u) ** 2 / ((1 - u) ** 2 + u**2), num_timesteps, max_beta)
+
+
+def geometric(num_timesteps: int, sigma_min: float, sigma_max: float) -> Schedule:
+    """sigma rises geometrically from `sigma_min` to `sigma_max`, so t is linear in EDM's c_noise = log(sigma) / 4.
+
+    Source: Song et al. 2020, Eq. 9 and App. C; Karras et al. 2022 (EDM, arXiv:2206.00364) have 0.002 and 80.
+    """
+    _check("num_timesteps", num_timesteps, 1 <= num_timesteps <= MAX_TIMESTEPS, f"1, 2, ... {MAX_TIMESTEPS}")
+    _check("sigma_min", sigma_min, 0 < sigma_min < sigma_max, f"(0, sigma_max), sigma_max being {sigma_max}")
+    low, high = 2 * math.log(sigma_min), 2 * math.log(sigma_max)
+    square = torch.logspace(low, high, num_timesteps, math.e, dtype=torch.float64)
+    before = torch.cat([torch.zeros(1, dtype=torch.float64), square[:-1]])
+    # 1 - alpha_bar_t / alpha_bar_{t-1}, without cancellation.
+    return Schedule((square - before) / (1 + square))
+
+
 SCHEDULES: dict[str, tuple[Callable[..., Schedule], tuple[str, ...]]] = {
     "linear": (linear, ("beta_start", "beta_end")),
     "scaled_linear": (scaled_linear, ("beta_start", "beta_end")),
     "cosine": (cosine, ("cosine_s", "max_beta")),
     "sigmoid": (sigmoid, ("sigmoid_start", "sigmoid_end", "sigmoid_tau", "max_beta")),
+    "straight": (straight, ("max_beta",)),
+    "geometric": (geometric, ("sigma_min", "sigma_max")),
 }
 """Builders by kind, each with the fields of ScheduleConfig that it takes after num_timesteps, in this order."""
 
 
 def build(config: "ScheduleConfig") -> Schedule:
-    """The schedule that `config` describes.
-
-    Raises:
-        ValueError: an unknown kind, or a parameter out of its range.
-    """
+    """The schedule that `config` describes."""
     if config.kind not in SCHEDULES:
         raise ValueError(f"kind is {config.kind!r}; it must be one of {', '.join(SCHEDULES)}")
     make, fields = SCHEDULES[config.kind]

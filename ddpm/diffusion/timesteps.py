@@ -1,8 +1,8 @@
 """The timesteps that a sampler visits out of T, and the shorter chain that they form.
 
-A spacing is a list of n distinct timesteps from T - 1 (or one whose sigma is so large that it makes little difference)
-down to 0. Both ends matter: noise above the first timestep is never removed, and noise below the last one stays. With
-one step only the first timestep is visited.
+A spacing is a list of n = num_sample_steps distinct timesteps, n in 1..T, from T - 1 (or one whose sigma is so large
+that it makes little difference) down to 0. Both ends matter: noise above the first timestep is never removed, and noise
+below the last one stays. With one step only the first timestep is visited.
 
 Papers:
     quadratic  Song et al. 2021, Denoising Diffusion Implicit Models, arXiv:2010.02502
@@ -35,21 +35,13 @@ images with means from N(m, s^2) come out with means m s sqrt(D) / sigma too sma
 
 
 def uniform(num_timesteps: int, num_sample_steps: int) -> list[int]:
-    """Evenly spaced in t.
-
-    Raises:
-        ValueError: num_sample_steps is not in 1..T.
-    """
+    """Evenly spaced in t."""
     check_num_sample_steps(num_sample_steps, num_timesteps)
     return _distinct(_falling(num_timesteps - 1, num_sample_steps), num_timesteps)
 
 
 def quadratic(num_timesteps: int, num_sample_steps: int) -> list[int]:
-    """Evenly spaced in sqrt(t): short steps where little noise is left. Song et al. 2021, App. D.2.
-
-    Raises:
-        ValueError: num_sample_steps is not in 1..T.
-    """
+    """Evenly spaced in sqrt(t): short steps where little noise is left. Song et al. 2021, App. D.2."""
     check_num_sample_steps(num_sample_steps, num_timesteps)
     return _distinct([(num_timesteps - 1) * u**2 for u in _falling(1, num_sample_steps)], num_timesteps)
 
@@ -58,17 +50,13 @@ def karras(schedule: Schedule, num_sample_steps: int, rho: float = 7.0, sigma_ma
     """Evenly spaced in sigma^(1 / rho) from `sigma_max` down, each rounded to the timestep nearest in log sigma.
 
     The first is rounded up instead, so that no more of an image is visible than at sigma_max. (The cosine schedule
-    reaches 20,000, and would spend most steps on the way down.)
+    reaches 20,000, and would spend most steps on the way down.) Where several round to one timestep, its neighbours are
+    taken.
 
     Args:
-        schedule: of T steps; its sigma gives the place of each timestep.
-        num_sample_steps: in 1..T. Where several steps round to one timestep, its neighbours are taken.
         rho: in [1, inf). 1 is evenly spaced in sigma; a larger rho takes more steps at little noise.
         sigma_max: in (0, inf], for images of D numbers SIGMA_MAX sqrt(D): 80 if D = 64. Where the schedule does not
             reach it, T - 1 is first.
-
-    Raises:
-        ValueError: a parameter is out of its range.
 
     Source: Karras et al. 2022, Eq. 5; its Table 1 has sigma_max = 80.
     """
@@ -92,16 +80,6 @@ def respaced(schedule: Schedule, timesteps: Sequence[int]) -> Schedule:
     alpha_bar[t_k], and the posterior of Ho et al. 2020, Eq. 7 is that of the jump. With all T steps it is
     the schedule itself.
 
-    Args:
-        schedule: of T steps.
-        timesteps: n distinct ones in 0..T-1, falling.
-
-    Returns:
-        A schedule of n steps.
-
-    Raises:
-        ValueError: timesteps are not distinct, falling and in 0..T-1.
-
     Source: Nichol & Dhariwal 2021, Sec. 4.
     """
     check(timesteps, schedule.num_timesteps)
@@ -117,9 +95,6 @@ def build(config: "SampleConfig", schedule: Schedule, num_dims: int) -> list[int
 
     Defaults: all T for ddpm and at most 50 for the others; karras for the samplers of second order, whose few
     steps should be short where little noise is left, and uniform for the others.
-
-    Raises:
-        ValueError: the spacing is unknown, or a parameter is out of its range.
     """
     T = schedule.num_timesteps
     n = config.num_sample_steps

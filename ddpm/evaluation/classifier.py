@@ -6,17 +6,16 @@ by the fingerprint of its training data.
 Axes: N images, H W, C channels, F features.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm.data.reading import DataSet
-from ddpm.evaluation.cache import Cache
 from ddpm.evaluation.features import digest_of, normalised
+from ddpm.evaluation.reference import Cache
 from ddpm.utils import images
 from ddpm.utils.errors import UserError
+from ddpm.utils.progress import Display
 
 RECIPE = "classifier/1"
 """Cache version: bump when net, training or features change."""
@@ -29,11 +28,7 @@ LR = 2e-3
 
 
 class Classifier:
-    """The input of the last layer, scaled to the length sqrt(F).
-
-    Args:
-        net: a trained net from `build_net`.
-    """
+    """The input of the last layer of a trained net from `build_net`, scaled to the length sqrt(F)."""
 
     name = "classifier"
     size = SIZE
@@ -46,12 +41,7 @@ class Classifier:
         return normalised(self.net[:-1].to(image.device)(images.to_model(image)))
 
 
-def build(
-    train: DataSet,
-    cache: Cache,
-    train_images: int = TRAIN_IMAGES,
-    on_progress: Callable[[int], None] = lambda done: None,
-) -> Classifier:
+def build(train: DataSet, cache: Cache, train_images: int = TRAIN_IMAGES) -> Classifier:
     """The classifier of the data set, from the cache or trained on the split `train`.
 
     The same split gives the same weights on the same machine. On another machine weights may differ in rounding, so
@@ -59,10 +49,6 @@ def build(
 
     Args:
         train_images: images seen in training, over all epochs.
-        on_progress: called with the number of images seen, if it is trained.
-
-    Raises:
-        UserError: the data set has no labels, or cannot be read.
     """
     manifest = train.manifest
     if len(manifest.class_names) < 2:
@@ -72,7 +58,7 @@ def build(
         )
     net = build_net(manifest.channels, len(manifest.class_names))
     name = f"{RECIPE.replace('/', '-')}-{train_images}-{train.key}"
-    net.load_state_dict(cache.get(name, lambda: _train(net, train, train_images, on_progress)))
+    net.load_state_dict(cache.get(name, lambda: _train(net, train, train_images)))
     return Classifier(net)
 
 
@@ -96,23 +82,22 @@ def build_net(channels: int, num_classes: int) -> nn.Sequential:
         )
 
 
-def _train(
-    net: nn.Sequential, train: DataSet, train_images: int, on_progress: Callable[[int], None]
-) -> dict[str, Tensor]:
+def _train(net: nn.Sequential, train: DataSet, train_images: int) -> dict[str, Tensor]:
     """Adam with a one-cycle learning rate, in the order of the plan."""
     net.train()
     plan = train.plan(SEED, CHUNK_IMAGES)
     steps = -(-train_images // BATCH_SIZE)
     optimizer = torch.optim.Adam(net.parameters(), lr=LR)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps + 1)
-    for start in range(0, steps * BATCH_SIZE, CHUNK_IMAGES):
-        chunk = train.read(plan, start, min(start + CHUNK_IMAGES, steps * BATCH_SIZE), "substitute")
-        batches = (torch.from_numpy(array).split(BATCH_SIZE) for array in (chunk.image, chunk.label))
-        for image, label in zip(*batches, strict=True):
-            loss = F.cross_entropy(net(images.to_model(image)), label)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        on_progress(min(start + CHUNK_IMAGES, train_images))
+    with Display("training a classifier", train_images) as display:
+        for start in range(0, steps * BATCH_SIZE, CHUNK_IMAGES):
+            chunk = train.read(plan, start, min(start + CHUNK_IMAGES, steps * BATCH_SIZE))
+            batches = (torch.from_numpy(array).split(BATCH_SIZE) for array in (chunk.image, chunk.label))
+            for image, label in zip(*batches, strict=True):
+                loss = F.cross_entropy(net(images.to_model(image)), label)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+            display.update(min(start + CHUNK_IMAGES, train_images))
     return net.state_dict()

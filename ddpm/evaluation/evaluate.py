@@ -3,115 +3,93 @@
 A piece is a range of images, independent of the workers; the results of pieces are merged in order.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from ddpm.build import build_objective
 from ddpm.cluster.worker_pool import WorkerPool
 from ddpm.config import SampleConfig
-from ddpm.data.reading import DataSet, Images
-from ddpm.diffusion.objectives import PROCESSES
+from ddpm.data.reading import DataSet
 from ddpm.evaluation import measure, memorisation, plots
-from ddpm.evaluation.bits import BitsPerDim
-from ddpm.evaluation.context import Candidate, EvalContext, Settings, choose, resolved, ways_of
-from ddpm.evaluation.features import FeatureNet, Features
+from ddpm.evaluation.context import Candidate, EvalContext, open_context, resolved, sampling_configs
+from ddpm.evaluation.features import FeatureNet, Features, features_of
 from ddpm.evaluation.measure import PIECE_IMAGES, Measured
-from ddpm.evaluation.memorisation import BLOCK_IMAGES, NearerShare, Pairs, nearer_share, nearest_pairs
+from ddpm.evaluation.memorisation import BLOCK_IMAGES, NearerShare, nearer_share
 from ddpm.evaluation.reference import WINDOW_ROWS, images_of
-from ddpm.evaluation.report import CheckpointResult, Drawn, Report
-from ddpm.evaluation.scores import MAX_PAIRWISE, score
+from ddpm.evaluation.report import CheckpointResult, Report, SampledScores
+from ddpm.evaluation.scores import MAX_PAIRWISE, bound_scores, score
+from ddpm.evaluation.settings import Settings
 from ddpm.hub import resolve
 from ddpm.sampling import generate
 from ddpm.utils.images import Pixels
-from ddpm.utils.progress import Display
+from ddpm.utils.progress import track
 from ddpm.utils.seeding import GENERATOR
 
 T = TypeVar("T")
+K = TypeVar("K", bound=tuple[int, SampleConfig | None])
 
 
 class Piece(NamedTuple):
-    """Images start..stop-1 of a candidate, sampled in its way number `way` (held-out images: 0)."""
+    """Images start..stop-1 of a candidate: sampled with a sampling configuration, or (None) held-out ones."""
 
     candidate: int
-    way: int
+    sample: SampleConfig | None
     start: int
     stop: int
 
 
 class Sampled(NamedTuple):
-    """Images sampled in one way."""
+    """Images of one sampling configuration."""
 
     features: Features
     image: Pixels
-    """uint8 [N, H, W, C]: the first MAX_PAIRWISE of the way; none if no nearest training images are searched."""
+    """uint8 [N, H, W, C]: the first MAX_PAIRWISE; none if no nearest training images are searched."""
 
 
-class Nearness(NamedTuple):
-    """Distances of the images of one way to training images."""
-
-    shares: tuple[NearerShare, ...] = ()
-    """In the feature net's space and in pixels."""
-    pairs: Pairs | None = None
-    """The nearest pairs, in the feature net's space."""
-
-
+@dataclass
 class EvalWorker:
     """The state of a worker: all candidates, and the data they are compared with."""
 
-    def __init__(
-        self,
-        candidates: Sequence[Candidate],
-        ways: Sequence[Sequence[SampleConfig]],
-        train: DataSet,
-        held_out: DataSet,
-        feature_net: FeatureNet,
-        settings: Settings,
-        device: torch.device,
-    ) -> None:
-        self._ways, self._train, self._held_out = ways, train, held_out
-        self._feature_net, self._settings, self._device = feature_net, settings, device
-        self._candidates = [(c.net.to(device), c.config, build_objective(c.config)) for c in candidates]
+    candidates: Sequence[Candidate]
+    train: DataSet
+    held_out: DataSet
+    feature_net: FeatureNet
+    settings: Settings
+    device: torch.device
 
-    def measure(self, candidate: int) -> Measured:
-        """Errors of this candidate on training images."""
-        net, config, objective = self._candidates[candidate]
-        train = images_of(self._train, 0, measure.MEASURED_IMAGES)
-        variance = measure.bound_variance(config, self._settings.variance)
-        return measure.measure(net, config, objective, train, variance, device=self._device)
+    def __post_init__(self) -> None:
+        for candidate in self.candidates:
+            candidate.net.to(self.device)
 
-    def bits(self, piece: Piece, measured: Mapping[int, Measured]) -> BitsPerDim:
+    def measure(self, piece: Piece) -> Measured:
+        """Errors of a candidate on training images, which need not be a piece's."""
+        train = images_of(self.train, 0, measure.MEASURED_IMAGES)
+        return measure.measure(self.candidates[piece.candidate], train, self.settings.variance)
+
+    def bits(self, piece: Piece, measured: Mapping[int, Measured]) -> NDArray[np.float64]:
         """The bound of the held-out images of a piece."""
-        net, config, objective = self._candidates[piece.candidate]
         return measure.bits_per_dim(
-            net,
-            config,
-            objective,
-            images_of(self._held_out, piece.start, piece.stop),
-            start=piece.start,
-            device=self._device,
-            variance=measure.bound_variance(config, self._settings.variance),
-            measured=measured[piece.candidate],
-            num_draws=self._settings.num_draws,
-            seed=self._settings.seed,
+            self.candidates[piece.candidate],
+            measured[piece.candidate],
+            images_of(self.held_out, piece.start, piece.stop),
+            piece.start,
+            self.settings.num_draws,
+            self.settings.seed,
         )
 
     def draw(self, piece: Piece, measured: Mapping[int, Measured]) -> Sampled:
         """Sample the images of a piece."""
-        features, image = measure.drawn_features(
-            *self._candidates[piece.candidate],
-            self._feature_net,
-            range(piece.start, piece.stop),
-            device=self._device,
-            sample=self._ways[piece.candidate][piece.way],
-            x_0_error=measured[piece.candidate].x_0_error if piece.candidate in measured else None,
-        )
-        kept = MAX_PAIRWISE if self._settings.num_train_images else 0
-        return Sampled(features, image[: max(0, kept - piece.start)])
+        assert piece.sample is not None
+        trained = self.candidates[piece.candidate].sampled_with(piece.sample)
+        x_0_error = measured[piece.candidate].x_0_error if piece.candidate in measured else None
+        image = generate.draw(trained, range(piece.start, piece.stop), x_0_error=x_0_error)
+        kept = max(0, MAX_PAIRWISE - piece.start) if self.settings.num_train_images else 0
+        return Sampled(features_of(self.feature_net, image), image[:kept].cpu().numpy())
 
 
 def evaluate(candidates: Sequence[Candidate], settings: Settings, num_workers: int | None = None) -> Report:
@@ -119,123 +97,91 @@ def evaluate(candidates: Sequence[Candidate], settings: Settings, num_workers: i
 
     Args:
         num_workers: size of the pool; results do not depend on it.
-
-    Raises:
-        UserError: the settings do not fit the candidates, or there are no held-out images.
     """
-    ways = [ways_of(candidate.config, settings) for candidate in candidates]
-    by = choose(candidates, settings)
-    worker = partial(EvalWorker, candidates, ways, by.train, by.held_out, by.feature_net, settings)
+    samplings = [(i, s) for i, c in enumerate(candidates) for s in sampling_configs(c.config, settings)]
+    context = open_context(candidates, settings)
+    bounded = [(i, None) for i, candidate in enumerate(candidates) if candidate.objective.has_bound]
+    num_held_out = min(settings.num_images, context.held_out.rows.num_rows)
+    worker = partial(EvalWorker, candidates, context.train, context.held_out, context.feature_net, settings)
     with WorkerPool(worker, num_workers) as pool:
-        measured = _measured(pool, candidates)
-        bits = _bits(pool, measured, min(settings.num_images, by.held_out.rows.num_rows))
-        drawn = _drawn(pool, ways, measured, settings.num_images)
-    nearnesses, results = _nearnesses(by, drawn), []
+        of_nets = _all(pool, EvalWorker.measure, bounded, 1, "measuring the nets")
+        measured = {i: of_net for (i, _), (of_net,) in of_nets.items()}
+        for i, of_net in measured.items():
+            if bool(of_net.x_0_error.isfinite().all()):
+                resolve.keep_x_0_error(candidates[i].uri, candidates[i].weights_sha256, of_net.x_0_error)
+        bits = _all(pool, partial(EvalWorker.bits, measured=measured), bounded, num_held_out, "bits/dim")
+        draw = partial(EvalWorker.draw, measured=measured)
+        parts = _all(pool, draw, samplings, settings.num_images, "images sampled")
+    drawn = {key: Sampled(*map(np.concatenate, zip(*of_key, strict=True))) for key, of_key in parts.items()}
+    near = _near(context, drawn)
+    results = []
     for i, candidate in enumerate(candidates):
-        found = ((way, drawn[i, k], nearnesses[i, k]) for k, way in enumerate(ways[i]))
-        results.append(_result(candidate, by, settings, bits.get(i), found))
-    return Report(_about(by, settings), tuple(results))
+        terms = np.concatenate(bits.get((i, None), [np.empty((0, 3))]))
+        sampled = [(s, images.features, *near[j, s]) for (j, s), images in drawn.items() if j == i]
+        results.append(_result(candidate, context, settings, terms, sampled))
+    return Report(_about(context, settings), tuple(results))
 
 
-def _measured(pool: WorkerPool[EvalWorker], candidates: Sequence[Candidate]) -> dict[int, Measured]:
-    """Errors by candidate, also stored beside its weights; candidates without a bound are left out."""
-    bound = [i for i, c in enumerate(candidates) if PROCESSES[c.config.objective.process].has_bound]
-    found: dict[int, Measured] = {}
-    with Display("measuring the nets", len(bound)) as display:
-        for i, measured in pool.map(EvalWorker.measure, bound):
-            if bool(measured.x_0_error.isfinite().all()):
-                resolve.keep_x_0_error(candidates[i].uri, candidates[i].weights_sha256, measured.x_0_error)
-            found[i] = measured
-            display.update(len(found))
-    return found
-
-
-def _bits(
-    pool: WorkerPool[EvalWorker], measured: Mapping[int, Measured], num_images: int
-) -> dict[int, BitsPerDim]:
-    """Bits/dim by candidate."""
-    pieces = [Piece(i, 0, *part) for i in sorted(measured) for part in _parts(num_images)]
-    done = _watched("bits/dim", pool.map(partial(EvalWorker.bits, measured=measured), pieces), pieces)
-    return {i: BitsPerDim.merge(*(done[piece] for piece in pieces if piece.candidate == i)) for i in measured}
-
-
-def _drawn(
+def _all(
     pool: WorkerPool[EvalWorker],
-    ways: Sequence[Sequence[SampleConfig]],
-    measured: Mapping[int, Measured],
+    call: Callable[[EvalWorker, Piece], T],
+    keys: Sequence[K],
     num_images: int,
-) -> dict[tuple[int, int], Sampled]:
-    """The sampled images, by candidate and way."""
-    places = [(i, way) for i, of_candidate in enumerate(ways) for way in range(len(of_candidate))]
-    pieces = [Piece(*place, *part) for place in places for part in _parts(num_images)]
-    done = _watched("images sampled", pool.map(partial(EvalWorker.draw, measured=measured), pieces), pieces)
-    return {place: _joined([done[piece] for piece in pieces if piece[:2] == place]) for place in places}
+    what: str,
+) -> dict[K, list[T]]:
+    """The results of `num_images` images of each candidate (and sampling configuration), by piece, in order."""
+    pieces = [Piece(key[0], key[1], start, stop) for key in keys for start, stop in _parts(num_images)]
+    size = len(keys) * num_images
+    results = dict(track(what, size, pool.map(call, pieces), lambda done: done[0].stop - done[0].start))
+    return {key: [results[piece] for piece in pieces if piece[:2] == key] for key in keys}
 
 
-def _joined(parts: Sequence[Sampled]) -> Sampled:
-    features, image = zip(*parts, strict=True)
-    return Sampled(np.concatenate(features), np.concatenate(image))
-
-
-def _nearnesses(by: EvalContext, drawn: Mapping[tuple[int, int], Sampled]) -> dict[tuple[int, int], Nearness]:
-    """Distances of sampled images to training images, by candidate and way."""
-    if not by.num_train:
-        return dict.fromkeys(drawn, Nearness())
-    ways = drawn.values()
-    held_out = images_of(by.held_out, 0, min(len(by.real), MAX_PAIRWISE)).image
-    train = by.train.parts(by.train.plan(0, WINDOW_ROWS), 0, by.num_train, BLOCK_IMAGES, "substitute")
-    counted = _counted(train, by.num_train)
-    spaces = {"pixels": memorisation.nearest([held_out, *(way.image for way in ways)], counted)}
-    if by.train_features is not None:
-        features = [by.real, *(way.features for way in ways)]
-        train_features = memorisation.blocks(by.train_features)
+def _near(
+    context: EvalContext, drawn: Mapping[tuple[int, SampleConfig], Sampled]
+) -> dict[tuple[int, SampleConfig], tuple[tuple[NearerShare, ...], bytes]]:
+    """Shares of sampled images that are near training images, and a picture of the nearest pairs."""
+    if not context.num_train:
+        return dict.fromkeys(drawn, ((), b""))
+    sampled = drawn.values()
+    held_out = images_of(context.held_out, 0, min(len(context.real), MAX_PAIRWISE)).image
+    train = context.train.parts(context.train.plan(0, WINDOW_ROWS), 0, context.num_train, BLOCK_IMAGES)
+    train = track("training images searched", context.num_train, train, lambda part: len(part.image))
+    blocks = (part.image for part in train)
+    spaces = {"pixels": memorisation.nearest([held_out, *(images.image for images in sampled)], blocks)}
+    if context.train_features is not None:
+        features = [context.real, *(images.features for images in sampled)]
+        starts = range(0, len(context.train_features), BLOCK_IMAGES)
+        train_features = (context.train_features[i : i + BLOCK_IMAGES] for i in starts)
         nearest = memorisation.nearest([values[:MAX_PAIRWISE] for values in features], train_features)
-        spaces = {by.feature_net.name: nearest, **spaces}
+        spaces = {context.feature_net.name: nearest, **spaces}
+    first = next(iter(spaces))
 
-    def nearness(way: int, image: Pixels) -> Nearness:
-        found = {name: (of_ways[way], of_held_out) for name, (of_held_out, *of_ways) in spaces.items()}
-        shares = tuple(nearer_share(name, *sides, by.num_train) for name, sides in found.items())
-        name, sides = next(iter(found.items()))
-        return Nearness(shares, nearest_pairs(name, *sides, image, by.train_image))
+    def train_at(position: int) -> Pixels:
+        return images_of(context.train, position, position + 1).image[0]
 
-    return {place: nearness(i, way.image) for i, (place, way) in enumerate(drawn.items())}
-
-
-def _counted(parts: Iterable[Images], num_images: int) -> Iterator[Pixels]:
-    """The images of all parts, with a progress bar."""
-    done = 0
-    with Display("training images searched", num_images) as display:
-        for part in parts:
-            yield part.image
-            done += len(part.image)
-            display.update(done)
-
-
-def _watched(what: str, results: Iterator[tuple[Piece, T]], pieces: Sequence[Piece]) -> dict[Piece, T]:
-    """The results of all pieces, with a progress bar of their images."""
-    found, num_done = {}, 0
-    with Display(what, sum(piece.stop - piece.start for piece in pieces)) as display:
-        for piece, result in results:
-            found[piece], num_done = result, num_done + piece.stop - piece.start
-            display.update(num_done)
-    return found
+    near = {}
+    for i, (key, images) in enumerate(drawn.items()):
+        sides = {name: (ours[i], of_held_out) for name, (of_held_out, *ours) in spaces.items()}
+        shares = tuple(nearer_share(name, *both, context.num_train) for name, both in sides.items())
+        near[key] = shares, plots.nearest(first, *sides[first], images.image, train_at)
+    return near
 
 
 def _result(
     candidate: Candidate,
-    by: EvalContext,
+    context: EvalContext,
     settings: Settings,
-    bits: BitsPerDim | None,
-    drawn: Iterable[tuple[SampleConfig, Sampled, Nearness]],
+    terms: NDArray[np.float64],
+    sampled: Iterable[tuple[SampleConfig, Features, tuple[NearerShare, ...], bytes]],
 ) -> CheckpointResult:
     config, position = candidate.config, candidate.position
     own = replace(resolved(config, config.sample), seed=settings.seed)
-    label = generate.labels(config, range(settings.num_images)) if config.model.num_classes else None
-    found = []
-    for way, images, nearness in drawn:
-        scores = score(by.feature_net.name, images.features, by.real, by.other_real, label)
-        picture = plots.nearest(nearness.pairs) if nearness.pairs else b""
-        found.append(Drawn(way, way == own, (*scores, *nearness.shares), picture))
+    label = generate.labels(config, range(settings.num_images))
+    drawn = []
+    for sample, features, shares, picture in sampled:
+        scores = score(context.feature_net.name, features, context.real, context.other_real, label)
+        drawn.append(SampledScores(sample, sample == own, (*scores, *shares), picture))
+    has_bound = len(terms) > 0
     return CheckpointResult(
         checkpoint=candidate.uri,
         weights_sha256=candidate.weights_sha256,
@@ -243,30 +189,31 @@ def _result(
         run_key=position.get("run_key", ""),
         experiment=config.run.experiment,
         images_seen=position["images_seen"],
-        saw_this_data=position.get("data_fingerprint") == by.train.rows.fingerprint,
-        variance=measure.bound_variance(config, settings.variance) if bits else "",
+        saw_this_data=position.get("data_fingerprint") == context.train.rows.fingerprint,
+        variance=measure.bound_variance(config, settings.variance) if has_bound else "",
         variance_is_default=settings.variance == "auto",
-        bits=tuple(bits.scores()) if bits else (),
-        drawn=tuple(found),
+        bits=tuple(bound_scores(terms)) if has_bound else (),
+        drawn=tuple(drawn),
         num_classes=config.model.num_classes,
+        bits_of_image=tuple(terms.sum(1).round(6).tolist()),
     )
 
 
-def _about(by: EvalContext, settings: Settings) -> dict[str, Any]:
-    """Everything that the results depend on, except for the checkpoints and the ways of sampling."""
+def _about(context: EvalContext, settings: Settings) -> dict[str, Any]:
+    """Everything that the results depend on, except for the checkpoints and the sampling configurations."""
     return {
         "num_images": settings.num_images,
         "seed": settings.seed,
         "generator": GENERATOR,
-        "features": {key: getattr(by.feature_net, key) for key in ("name", "size", "digest")},
-        "num_train_images": by.num_train,
+        "features": {key: getattr(context.feature_net, key) for key in ("name", "size", "digest")},
+        "num_train_images": context.num_train,
         "bits_per_dim": {"timesteps": settings.num_draws or "all"},
         "data": {
-            "shards": by.uri,
-            "split": by.held_out.split,
-            "num_images": by.held_out.rows.num_rows,
-            "fingerprint": by.held_out.rows.fingerprint,
-            "grey_levels": _grey_levels(by.held_out, settings.num_images),
+            "shards": context.train.location.uri,
+            "split": context.held_out.split,
+            "num_images": context.held_out.rows.num_rows,
+            "fingerprint": context.held_out.rows.fingerprint,
+            "grey_levels": _grey_levels(context.held_out, settings.num_images),
         },
     }
 
@@ -274,8 +221,8 @@ def _about(by: EvalContext, settings: Settings) -> dict[str, Any]:
 def _grey_levels(held_out: DataSet, num_images: int) -> int:
     """The number of different pixel values of the images whose bound is computed."""
     parts = _parts(min(num_images, held_out.rows.num_rows))
-    found = [np.unique(images_of(held_out, start, stop).image) for start, stop in parts]
-    return len(np.unique(np.concatenate(found)))
+    levels = [np.unique(images_of(held_out, start, stop).image) for start, stop in parts]
+    return len(np.unique(np.concatenate(levels)))
 
 
 def _parts(num_images: int) -> Iterator[tuple[int, int]]:

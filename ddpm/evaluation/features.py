@@ -32,11 +32,7 @@ class FeatureNet(Protocol):
     """SHA-256 of everything that determines the features: weights and preprocessing."""
 
     def features(self, image: Tensor) -> Tensor:
-        """uint8 [N, H, W, C] to float32 [N, F], on the device of `image`.
-
-        Raises:
-            ValueError: the images are not uint8.
-        """
+        """uint8 [N, H, W, C] to float32 [N, F], on the device of `image`; ValueError for other images."""
         ...
 
 

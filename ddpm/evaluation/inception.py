@@ -36,9 +36,6 @@ class Inception:
         weights: path or http(s):// URL of the file; None: from torch.hub's folder, where torch-fidelity and
             pytorch-fid store it. A URL's file is stored there too.
         sha256_prefix: required first digits of its SHA-256.
-
-    Raises:
-        UserError: there is no such file, or its SHA-256 differs.
     """
 
     name = "inception"
@@ -90,10 +87,10 @@ def resize(x: Tensor, side: int = SIDE) -> Tensor:
 
 def _interpolation(length: int, side: int) -> Tensor:
     """[side, length]: the weights of each new pixel."""
-    place = torch.arange(side, dtype=torch.float32) * (length / side)
-    left = place.long()
+    position = torch.arange(side, dtype=torch.float32) * (length / side)
+    left = position.long()
     right = (left + 1).clamp(max=length - 1)
-    share = (place - left)[:, None]
+    share = (position - left)[:, None]
     return (1 - share) * F.one_hot(left, length) + share * F.one_hot(right, length)
 
 

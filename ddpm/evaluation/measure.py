@@ -1,32 +1,29 @@
-"""Measurements of a net: the bound of held-out images, and the features of sampled ones.
+"""Measurements of a net: the loss and the bound of held-out images, and its errors at noise levels.
 
-Image i depends on the seed and i alone, independent of worker and batch.
+Training, the search and jobs/evaluate.py measure with these functions. Image i depends on the seed and i alone,
+independent of worker and batch. `start` is the index of the first image of a batch.
 
-Axes: N images, H W, C channels.
+Axes: N images, H W, C channels, T timesteps.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ddpm.build import resolve_sample
-from ddpm.config import Config, SampleConfig, SampleVariance
+from ddpm.build import TrainedNet, resolve_sample
+from ddpm.config import Config, SampleVariance
 from ddpm.data.reading import Images
-from ddpm.diffusion import denoising, likelihood, schedules
+from ddpm.diffusion import likelihood, schedules
 from ddpm.diffusion.denoisers import Denoise
-from ddpm.diffusion.objectives import Denoised, Model, Objective
+from ddpm.diffusion.objectives import Denoised
 from ddpm.diffusion.reverse import Variance, fixed_variance
 from ddpm.diffusion.samplers import PerImageNoise
-from ddpm.evaluation.bits import BitsPerDim
-from ddpm.evaluation.features import FeatureNet, Features, features_of
-from ddpm.sampling import generate
-from ddpm.utils import images
 from ddpm.utils.errors import UserError
-from ddpm.utils.generators import PhiloxGenerator
-from ddpm.utils.images import Pixels
+from ddpm.utils.generators import PhiloxGenerator, generator
 from ddpm.utils.seeding import Purpose
 
 PIECE_IMAGES = 125
@@ -37,8 +34,10 @@ MEASURED_IMAGES = 125
 
 @dataclass(frozen=True)
 class Measured:
-    """Errors of a net on training images."""
+    """Errors of a net on a few images, with which `bits_per_dim` measures others."""
 
+    variance: Variance
+    """The variance of p(x_{t-1} | x_t) in the bound."""
     x_0_error: Tensor
     """[T] float64: the mean squared error of x_0_hat; for the variance "measured"."""
     proposal: Tensor
@@ -48,8 +47,7 @@ class Measured:
 def bound_variance(config: Config, variance: SampleVariance = "auto") -> Variance:
     """The variance of p in the bound; auto is the best for the net: the learned one, else the measured one.
 
-    Raises:
-        UserError: "learned", but the net did not learn it.
+    The choice does not depend on the number of steps of the schedule; the bound does (diffusion/reverse.py).
     """
     learned = config.objective.variance == "learned"
     if variance == "auto":
@@ -59,138 +57,75 @@ def bound_variance(config: Config, variance: SampleVariance = "auto") -> Varianc
     return variance
 
 
-def measure(
-    net: Model,
-    config: Config,
-    objective: Objective,
-    train: Images,
-    variance: Variance,
-    *,
-    device: torch.device,
-) -> Measured:
+@torch.no_grad()
+def loss(trained: TrainedNet, batch: Images, start: int, seed: int = 0) -> Tensor:
+    """The training loss of a batch, [], with the same noise and t for all nets."""
+    x_0, label = trained.inputs(batch.image, batch.label)
+    noise = generator(trained.device, seed, Purpose.HELD_OUT, start)
+    return trained.objective.loss(trained.net, x_0, label, noise).value
+
+
+def measure(trained: TrainedNet, batch: Images, variance: SampleVariance = "auto") -> Measured:
     """Measure the errors of x_0_hat, and the share of each timestep in the bound.
 
     Args:
-        net: trained under `config`.
-        train: MEASURED_IMAGES training images.
-        variance: variance of p in the bound.
-
-    Raises:
-        UserError: the process has no such bound.
+        batch: other images than those whose bound is measured.
+        variance: as in `bound_variance`.
     """
-    indices, schedule = range(len(train.image)), schedules.build(config.schedule)
-    denoise, x_0, noise = _prepared(net, config, objective, train, indices, device, (0, Purpose.MEASURE))
+    chosen, schedule = bound_variance(trained.config, variance), schedules.build(trained.config.schedule)
+    denoise, x_0, noise = _prepared(trained, batch, range(len(batch.image)), (0, Purpose.MEASURE))
     errors = likelihood.x_0_errors(denoise, schedule, x_0, noise)
     x_0_error = errors.mean(0)
     # A learned variance uses the proposal of the measured one, which is similar; any proposal is unbiased.
-    fixed = fixed_variance(schedule, "measured" if variance == "learned" else variance, x_0_error)
-    return Measured(x_0_error, likelihood.proposal(likelihood.kl_of_errors(schedule, errors, fixed)))
+    fixed = fixed_variance(schedule, "measured" if chosen == "learned" else chosen, x_0_error)
+    proposal = likelihood.proposal(likelihood.kl_of_errors(schedule, errors, fixed))
+    return Measured(chosen, x_0_error, proposal)
 
 
 def bits_per_dim(
-    net: Model,
-    config: Config,
-    objective: Objective,
-    held_out: Images,
-    *,
-    start: int,
-    device: torch.device,
-    variance: Variance,
-    measured: Measured,
-    num_draws: int = 8,
-    seed: int = 0,
-) -> BitsPerDim:
+    trained: TrainedNet, measured: Measured, batch: Images, start: int, num_draws: int = 8, seed: int = 0
+) -> NDArray[np.float64]:
     """The bound of a batch of images, estimated with `num_draws` + 1 evaluations of the net, or exact with T.
 
     Args:
-        net: trained under `config`.
-        held_out: the batch.
-        start: index of its first image; noise and t of image i depend on the seed and i.
-        variance: variance of p(x_{t-1} | x_t).
         measured: errors of this net.
         num_draws: timesteps per image; 0: all.
 
-    Raises:
-        UserError: the process has no such bound.
+    Returns:
+        [N, 3]: prior, sum of KL_t, decoder; the bound is their sum.
     """
-    indices = range(start, start + len(held_out.image))
-    denoise, x_0, noise = _prepared(
-        net, config, objective, held_out, indices, device, (seed, Purpose.LIKELIHOOD)
-    )
-    schedule = schedules.build(config.schedule)
-    how: dict[str, Any] = {"variance": variance, "x_0_error": measured.x_0_error}
+    indices = range(start, start + len(batch.image))
+    denoise, x_0, noise = _prepared(trained, batch, indices, (seed, Purpose.LIKELIHOOD))
+    schedule, variance = schedules.build(trained.config.schedule), measured.variance
+    fixed = None if variance == "learned" else fixed_variance(schedule, variance, measured.x_0_error)
     if num_draws == 0:
-        bound = likelihood.exact(denoise, schedule, x_0, noise, **how)
+        bound = likelihood.exact(denoise, schedule, x_0, noise, fixed)
     else:
         quantiles = [PhiloxGenerator(seed, Purpose.LIKELIHOOD, i, 1).uniform([]).double() for i in indices]
-        u, chosen = torch.stack(quantiles), measured.proposal
-        bound = likelihood.estimate(denoise, schedule, x_0, noise, u, chosen, num_draws=num_draws, **how)
-    return BitsPerDim.of(bound)
+        t, share = likelihood.draw_timesteps(schedule, measured.proposal, torch.stack(quantiles), num_draws)
+        bound = likelihood.estimate(denoise, schedule, x_0, noise, fixed, t, share)
+    return torch.stack([bound.prior, bound.kl.sum(1), bound.decoder], 1).numpy()
 
 
-def denoising_curve(
-    net: Model,
-    config: Config,
-    objective: Objective,
-    held_out: Images,
-    log_snr: Tensor,
-    *,
-    device: torch.device,
-) -> Tensor:
-    """[N, L]: squared error of x_0_hat of each image at the noise levels log_snr [L], with the same noise for all nets.
-
-    Raises:
-        UserError: the process has no such levels.
-    """
-    indices = range(len(held_out.image))
-    denoise, x_0, noise = _prepared(
-        net, config, objective, held_out, indices, device, (0, Purpose.LIKELIHOOD)
-    )
-    return denoising.error_at(denoise, schedules.build(config.schedule), x_0, noise, log_snr)
-
-
-def drawn_features(
-    net: Model,
-    config: Config,
-    objective: Objective,
-    feature_net: FeatureNet,
-    indices: Sequence[int],
-    *,
-    device: torch.device,
-    sample: SampleConfig | None = None,
-    x_0_error: Tensor | None = None,
-) -> tuple[Features, Pixels]:
-    """Sample the images with these indices in one batch, and compute their features.
-
-    Args:
-        sample: settings of the sampler; default: config.sample. Images are those of jobs/sample.py.
-        x_0_error: for the variance "measured".
-
-    Returns:
-        The features, and the images, uint8 [N, H, W, C].
-    """
-    image = generate.draw(net, config, objective, indices, device=device, sample=sample, x_0_error=x_0_error)
-    return features_of(feature_net, image), image.cpu().numpy()
+def denoising_curve(trained: TrainedNet, batch: Images, log_snr: Tensor) -> Tensor:
+    """[N, L]: squared error of x_0_hat of each image at the noise levels log_snr [L], with equal noise for all nets."""
+    denoise, x_0, noise = _prepared(trained, batch, range(len(batch.image)), (0, Purpose.LIKELIHOOD))
+    schedule = schedules.build(trained.config.schedule)
+    return likelihood.error_over_log_snr(denoise, schedule, x_0, noise, log_snr)
 
 
 def _prepared(
-    net: Model,
-    config: Config,
-    objective: Objective,
-    batch: Images,
-    indices: Sequence[int],
-    device: torch.device,
-    counters: tuple[int, ...],
+    trained: TrainedNet, batch: Images, indices: Sequence[int], counters: tuple[int, ...]
 ) -> tuple[Denoise, Tensor, PerImageNoise]:
     """The net as `denoise`, x_0 [N, C, H, W], and noise that depends on the counters and an image's index."""
-    if not objective.has_bound:
-        raise UserError(f"the process {config.objective.process} has no variational bound, so no bits/dim")
-    x_0 = images.to_model(torch.from_numpy(batch.image).to(device))
-    label = torch.from_numpy(batch.label).to(device) if config.model.num_classes else None
+    if not trained.objective.has_bound:
+        process = trained.config.objective.process
+        raise UserError(f"the process {process} has no variational bound, so no bits/dim")
+    x_0, label = trained.inputs(batch.image, batch.label)
     channels, height, width = x_0.shape[1:]
     generators = [PhiloxGenerator(*counters, i) for i in indices]
 
     def denoise(x_t: Tensor, t: Tensor) -> Denoised:
-        return objective.denoise(net, x_t, t, label)
+        return trained.objective.denoise(trained.net, x_t, t, label)
 
-    return denoise, x_0, PerImageNoise(generators, (channels, height, width), device)
+    return denoise, x_0, PerImageNoise(generators, (channels, height, width), trained.device)

@@ -8,7 +8,7 @@ pairs are kept for inspection.
 Axes: N generated images, M held-out images, K training images, D numbers per image (pixels or features).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +18,12 @@ from scipy import optimize, special, stats
 
 from ddpm.evaluation.ranking import Z
 from ddpm.evaluation.scores import Score
-from ddpm.utils.images import Pixels
 
-MAX_TRAIN = 50_000
-"""Default number of training images to search for the nearest one."""
 METRIC = "nearer_than_held_out"
 PERCENTILE = 0.01
 ALPHA = 0.05
 MIN_HELD_OUT = 99
 """With fewer held-out images the 1st percentile is below all of them; the smallest distance is the threshold."""
-NUM_PAIRS = 16
 BLOCK_IMAGES = 4096
 """Training images compared at a time."""
 NODES = 200
@@ -65,24 +61,6 @@ class Nearest:
     """[N]: its position among the training images."""
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Generated images with their nearest training images, the nearest pair first."""
-
-    space: str
-    """Space of the distances: the feature net's name, or "pixels"."""
-    index: NDArray[np.int64]
-    """[P]: indices of the generated images."""
-    drawn: Pixels
-    """[P, H, W, C]."""
-    train: Pixels
-    """[P, H, W, C]."""
-    distance: NDArray[np.float64]
-    """[P]."""
-    nearer_held_out: NDArray[np.float64]
-    """[P]: the share of held-out images that are nearer to a training image."""
-
-
 def nearest(queries: Sequence[NDArray], train: Iterable[NDArray]) -> list[Nearest]:
     """The nearest training images of each set of images.
 
@@ -92,11 +70,11 @@ def nearest(queries: Sequence[NDArray], train: Iterable[NDArray]) -> list[Neares
     """
     from sklearn.metrics.pairwise import pairwise_distances_argmin  # takes seconds to import
 
-    found = [Nearest(np.full(len(x), np.inf), np.zeros(len(x), np.int64)) for x in queries]
+    nearest_of = [Nearest(np.full(len(x), np.inf), np.zeros(len(x), np.int64)) for x in queries]
     start = 0
     for block in train:
         y = _flat(block)
-        for query, best in zip(queries, found, strict=True):
+        for query, best in zip(queries, nearest_of, strict=True):
             for i in range(0, len(query), BLOCK_IMAGES):
                 x = _flat(query[i : i + BLOCK_IMAGES])
                 index = pairwise_distances_argmin(x, y)
@@ -105,12 +83,7 @@ def nearest(queries: Sequence[NDArray], train: Iterable[NDArray]) -> list[Neares
                 (closer,) = np.nonzero(distance < best.distance[i : i + len(x)])
                 best.distance[i + closer], best.index[i + closer] = distance[closer], start + index[closer]
         start += len(y)
-    return found
-
-
-def blocks(values: NDArray) -> Iterator[NDArray]:
-    """The rows of `values`, BLOCK_IMAGES at a time."""
-    return (values[i : i + BLOCK_IMAGES] for i in range(0, len(values), BLOCK_IMAGES))
+    return nearest_of
 
 
 def nearer_share(space: str, drawn: Nearest, held_out: Nearest, n_train: int) -> NearerShare:
@@ -150,27 +123,6 @@ def nearer_share(space: str, drawn: Nearest, held_out: Nearest, n_train: int) ->
         space=space,
         threshold=threshold,
         n_train=n_train,
-    )
-
-
-def nearest_pairs(
-    space: str, drawn: Nearest, held_out: Nearest, image: Pixels, train_at: Callable[[int], Pixels]
-) -> Pairs:
-    """The NUM_PAIRS generated images that are nearest to a training image.
-
-    Args:
-        image: [N, H, W, C], the generated images.
-        train_at: from a position to the training image there, [H, W, C].
-    """
-    rows = np.argsort(drawn.distance, kind="stable")[:NUM_PAIRS]
-    distance = drawn.distance[rows]
-    return Pairs(
-        space,
-        rows,
-        image[rows],
-        np.stack([train_at(int(i)) for i in drawn.index[rows]]),
-        distance,
-        np.searchsorted(np.sort(held_out.distance), distance) / len(held_out.distance),
     )
 
 

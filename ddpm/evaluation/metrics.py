@@ -54,11 +54,7 @@ class Moments:
 
     @property
     def covariance(self) -> Array:
-        """[F, F], unbiased.
-
-        Raises:
-            ValueError: there is only one image.
-        """
+        """[F, F], unbiased."""
         if self.n < 2:
             raise ValueError("n is 1; a covariance needs at least 2 images")
         return self.scatter / (self.n - 1)
@@ -105,9 +101,6 @@ def kid(
         generated: [N, F], N at least 3.
         real: [M, F], M at least 3.
         label: [N], the requested classes, which redrawn images would share. None: no classes.
-
-    Raises:
-        ValueError: there are fewer images.
 
     Source: Binkowski et al. 2018, Eqs. 3 and 4.
     """

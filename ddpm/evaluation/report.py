@@ -1,9 +1,6 @@
 """Results of an evaluation, as JSON and as points of MLflow's curves."""
 
-import contextlib
-import dataclasses
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -11,26 +8,26 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal, NamedTuple
 
+from pydantic import TypeAdapter
+
 from ddpm.config import SampleConfig
 from ddpm.evaluation.memorisation import NearerShare
 from ddpm.evaluation.scores import Score
 from ddpm.utils import strict_json
 
-FORMAT = "ddpm-evaluation/1"
 SETTINGS = ("spacing", "eta", "dynamic_threshold", "guidance_scale", "guidance_interval", "mean", "variance")
 """Settings of a sampler, besides its number of steps."""
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """Scores of the images that were sampled in one way."""
+class SampledScores:
+    """Scores of the images of one sampling configuration, in which sampler and number of steps are filled in."""
 
     sample: SampleConfig
-    """Settings, with sampler and number of steps filled in."""
     is_own: bool
     """Whether these are the run's own settings."""
     scores: tuple[NearerShare | Score, ...]
-    """Scores; those of memorisation, if any, are last."""
+    """Those of memorisation, if any, are last."""
     nearest: bytes = field(default=b"", repr=False, compare=False)
     """A PNG of generated images beside their nearest training images. Not in the JSON; empty: no search."""
 
@@ -51,12 +48,10 @@ class Drawn:
 
 @dataclass(frozen=True)
 class CheckpointResult:
-    """Results of one checkpoint."""
+    """Results of one checkpoint, a folder or URI, and of its averaged weights."""
 
     checkpoint: str
-    """Folder or URI."""
     weights_sha256: str
-    """SHA-256 of its averaged weights."""
     run: str
     run_key: str
     """Empty: imported, without a run."""
@@ -67,20 +62,20 @@ class CheckpointResult:
     variance: str
     """Variance of p(x_{t-1} | x_t) in the bound; empty for a process without a bound."""
     variance_is_default: bool
-    """Whether the variance was not given."""
     bits: tuple[Score, ...]
-    """The bound and its terms; empty for a process without a bound."""
-    drawn: tuple[Drawn, ...]
+    """The bound and its terms, if the process has one."""
+    drawn: tuple[SampledScores, ...]
     num_classes: int
     """Classes of a conditional net, whose bits are of log p(x | y); 0: unconditional, bits are of log p(x)."""
+    bits_of_image: tuple[float, ...] = ()
+    """Bits/dim of each held-out image, rounded, for comparisons image by image."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Results of checkpoints that were evaluated with the same settings."""
+    """Results of checkpoints, and everything else that determines them: the settings."""
 
     settings: Mapping[str, Any]
-    """Everything that determines the results, except for the checkpoints."""
     results: tuple[CheckpointResult, ...]
 
     @property
@@ -96,27 +91,21 @@ class Report:
 
     def to_json(self) -> str:
         """All scores with n, uncertainty and floor; null stands for a number that is not finite."""
-        results = [dataclasses.asdict(v, dict_factory=_without_pictures) for v in self.results]
-        found = {"settings": self.settings, "checkpoints": results}
-        return json.dumps(_finite({"format": FORMAT, **found}), indent=2, allow_nan=False) + "\n"
+        saved = _Saved("ddpm-evaluation/1", dict(self.settings), self.results)
+        pictures = {"checkpoints": {"__all__": {"drawn": {"__all__": {"nearest"}}}}}
+        return TypeAdapter(_Saved).dump_json(saved, indent=2, exclude=pictures).decode() + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> "Report":
-        """The report that `to_json` wrote, without pictures, and without scores that are not finite.
-
-        Raises:
-            UserError: `text` is not a report, or is damaged; the message says `where`.
-        """
-        with contextlib.suppress(ValueError, RecursionError):  # strict_json.parse has the better message
-            text = json.dumps(json.loads(text, object_hook=_finite_scores))
+        """The report that `to_json` wrote, without pictures."""
         where = f"{where} is not a result of jobs/evaluate.py"
-        found = strict_json.parse(_Saved, text, where, extra="ignore")
-        return cls(found.settings, found.checkpoints)
+        saved = strict_json.parse(_Saved, text, where, extra="ignore")
+        return cls(saved.settings, saved.checkpoints)
 
 
 @dataclass(frozen=True)
 class _Saved:
-    """The part of a report's JSON that is read back."""
+    """A report's JSON."""
 
     format: Literal["ddpm-evaluation/1"]
     settings: dict[str, Any]
@@ -124,35 +113,34 @@ class _Saved:
 
 
 class Row(NamedTuple):
-    """One score, with its checkpoint and way of sampling."""
+    """One score, with its checkpoint and its sampling configuration, if it has one."""
 
     score: Score
     result: CheckpointResult
-    drawn: Drawn | None
-    """None: a score without sampled images."""
+    drawn: SampledScores | None
 
 
 def rows(report: Report) -> Iterator[Row]:
-    """All scores, in the order of checkpoints and ways of sampling."""
+    """All scores, in the order of checkpoints and sampling configurations."""
     for result in report.results:
         yield from (Row(score, result, None) for score in result.bits)
         for drawn in result.drawn:
             yield from (Row(score, result, drawn) for score in drawn.scores)
 
 
-def nearest_pictures(report: Report, out: str) -> Iterator[tuple[str, CheckpointResult, Drawn]]:
-    """The pictures of the nearest pairs of all ways of sampling, with their names beside the file `out`.
+def nearest_pictures(report: Report, out: str) -> Iterator[tuple[str, CheckpointResult, SampledScores]]:
+    """The pictures of the nearest pairs of all sampling configurations, with their names beside the file `out`.
 
-    "digits.json" has "digits-nearest.png", or "digits-nearest-RUN-IMAGES_SEEN-WAY.png" where there are several.
+    "digits.json" has "digits-nearest.png", or "digits-nearest-RUN-IMAGES_SEEN-SAMPLING.png" where there are several.
     """
-    found = [(result, drawn) for result in report.results for drawn in result.drawn if drawn.has_nearest]
+    pictured = [(result, drawn) for result in report.results for drawn in result.drawn if drawn.has_nearest]
     folder, slash, name = out.rpartition("/")
     stem = f"{folder}{slash}{PurePosixPath(name).stem}-nearest"
-    words = [f"{result.run}-{result.images_seen}-{drawn.name}" for result, drawn in found]
-    if len(set(words)) < len(found):  # two runs with the same name
-        words = [f"{word}-{v.weights_sha256[:8]}" for word, (v, _) in zip(words, found, strict=True)]
-    for word, pair in zip(words, found, strict=True):
-        suffix = "-" + re.sub(r"[^\w.-]+", "-", word) if len(found) > 1 else ""
+    words = [f"{result.run}-{result.images_seen}-{drawn.name}" for result, drawn in pictured]
+    if len(set(words)) < len(pictured):  # two runs with the same name
+        words = [f"{word}-{v.weights_sha256[:8]}" for word, (v, _) in zip(words, pictured, strict=True)]
+    for word, pair in zip(words, pictured, strict=True):
+        suffix = "-" + re.sub(r"[^\w.-]+", "-", word) if len(pictured) > 1 else ""
         yield f"{stem}{suffix}.png", *pair
 
 
@@ -160,45 +148,18 @@ def metrics(result: CheckpointResult) -> dict[str, float]:
     """Points of curves over images seen: eval/bits_per_dim, eval/KID-lite0, ...
 
     MLflow groups metrics by the first part of their name: errors are eval_error/KID-lite0, ..., values of real images
-    against real ones eval_floor/KID-lite0, ..., intervals eval_low/..., eval_high/.... A way of sampling other than the
-    run's own is part of the name: eval/dpmpp_2m-20/KID-lite0. So is a variance other than the default:
+    against real ones eval_floor/KID-lite0, ..., intervals eval_low/..., eval_high/.... A sampling configuration
+    other than the run's own is part of the name: eval/dpmpp_2m-20/KID-lite0. So is a variance other than the default:
     eval/bits_per_dim-beta_tilde.
     """
     bits_per_dim = "bits_per_dim" if result.variance_is_default else f"bits_per_dim-{result.variance}"
     values: dict[str, float] = {}
     for score, _, drawn in rows(Report({}, (result,))):
-        way = "" if drawn is None or drawn.is_own else f"{drawn.name}/"
-        name = f"{way}{score.name.replace('bits/dim', bits_per_dim)}"
+        prefix = "" if drawn is None or drawn.is_own else f"{drawn.name}/"
+        name = f"{prefix}{score.name.replace('bits/dim', bits_per_dim)}"
         values |= {f"eval/{name}": score.value, f"eval_error/{name}": score.error}
         if isinstance(score, NearerShare):
             values |= {f"eval_low/{name}": score.low, f"eval_high/{name}": score.high}
         if score.floor is not None:
             values[f"eval_floor/{name}"] = score.floor
     return {name: value for name, value in values.items() if math.isfinite(value)}
-
-
-def _without_pictures(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {key: value for key, value in items if not isinstance(value, bytes)}
-
-
-def _finite_scores(items: dict[str, Any]) -> dict[str, Any]:
-    """An object of the JSON, without scores for which `_finite` wrote null."""
-    for key in {"bits", "scores"} & set(items):
-        if isinstance(items[key], list):
-            is_null = [
-                isinstance(s, dict) and None in (s.get("value", 0), s.get("error", 0)) for s in items[key]
-            ]
-            items[key] = [s for s, null in zip(items[key], is_null, strict=True) if not null]
-    return items
-
-
-def _finite(value: Any) -> Any:
-    """`value` with null for numbers that are not finite, which JSON lacks."""
-    match value:
-        case float():
-            return value if math.isfinite(value) else None
-        case Mapping():
-            return {key: _finite(inner) for key, inner in value.items()}
-        case list() | tuple():
-            return [_finite(inner) for inner in value]
-    return value

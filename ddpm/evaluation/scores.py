@@ -3,25 +3,20 @@
 The floor is the same metric of equally many other real images against the same real images: a perfect model's score.
 "FID" alone means Inception's; with other nets it carries their name, "FID-lite0".
 
-Axes: N generated images, M real images, F features.
+Axes: N generated images, M real images, F features; for the bound, N real images.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import WrapValidator
 
 from ddpm.evaluation.features import Features
-from ddpm.evaluation.metrics import (
-    Distances,
-    Estimate,
-    Moments,
-    fid,
-    jackknife_error,
-    kid,
-    projection,
-)
+from ddpm.evaluation.metrics import Distances, Estimate, Moments, fid, jackknife_error, kid, projection
 from ddpm.utils.errors import UserError
 
 GROUPS = 10
@@ -31,6 +26,11 @@ MAX_PAIRWISE = 10_000
 MAX_FID_FEATURES = 128
 """More features than this are projected (except Inception's), since FID would depend on n more than on the images."""
 LEAST_IMAGES = 2 * GROUPS
+BOUND_TERMS = ("bits/dim-prior", "bits/dim-kl", "bits/dim-decoder")
+
+
+Number = Annotated[float, WrapValidator(lambda value, parse: math.nan if value is None else parse(value))]
+"""A number that is null in JSON if it is not finite."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Score:
 
     name: str
     """Name with the feature net: "KID-lite0"."""
-    value: float
-    error: float
+    value: Number
+    error: Number
     """Standard error of redrawing generated and real images (two-sample jackknife); for bits/dim, over images."""
     n: int
     """Generated images; for bits/dim, real ones."""
@@ -51,6 +51,10 @@ class Score:
     floor_error: float | None = None
     floor_n: int | None = None
     """Images of the floor: n, unless there are fewer."""
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.value) and math.isfinite(self.error)
 
 
 def score(
@@ -63,14 +67,9 @@ def score(
     """FID, KID, precision, recall, density and coverage, with one feature net.
 
     Args:
-        net_name: FeatureNet.name.
-        generated: features of generated images.
-        real: features of held-out images.
-        other_real: features of other real images, for the floor; the first N of them are used.
+        real: of held-out images.
+        other_real: of other real images, for the floor; the first N of them are used.
         label: [N], the requested classes; None: no classes.
-
-    Raises:
-        UserError: there are too few images on one side.
     """
     scores = list(_without_floor(net_name, generated, real, label))
     if other_real is None:
@@ -79,6 +78,20 @@ def score(
     return [
         replace(s, floor=floor.value, floor_error=floor.error, floor_n=floor.n)
         for s, floor in zip(scores, floors, strict=True)
+    ]
+
+
+def bound_scores(terms: NDArray[np.float64]) -> list[Score]:
+    """The bound and its three terms, in bits/dim; the errors are over images, noise and t.
+
+    Args:
+        terms: [N, 3], from `measure.bits_per_dim`.
+    """
+    n = len(terms)
+    columns = {"bits/dim": terms.sum(1)} | dict(zip(BOUND_TERMS, terms.T, strict=True))
+    return [
+        Score(name, float(v.mean()), float(v.std(ddof=1) / n**0.5) if n > 1 else float("nan"), n)
+        for name, v in columns.items()
     ]
 
 
@@ -124,13 +137,13 @@ def _manifold(generated: Features, real: Features, label: NDArray[np.int64] | No
     distances = Distances(generated, real)
     without_ours = np.array([distances.manifold(rows=_others(rows, n)) for rows in _groups(n, label)])
     without_theirs = np.array([distances.manifold(real_rows=_others(rows, m)) for rows in _groups(m)])
-    found = {}
+    estimates = {}
     for i, (metric, value) in enumerate(distances.manifold()._asdict().items()):
         error = jackknife_error(without_ours[:, i], without_theirs[:, i])
         if metric != "density":
             error = max(error, _share_error(value, n if metric == "precision" else m))
-        found[metric] = Estimate(value, error)
-    return found
+        estimates[metric] = Estimate(value, error)
+    return estimates
 
 
 def _share_error(share: float, n: int) -> float:

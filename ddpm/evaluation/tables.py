@@ -1,17 +1,13 @@
-"""An evaluation's results on a terminal: tables, and remarks for reading them."""
+"""An evaluation's results as a table, and remarks for reading it."""
 
 import math
-from collections.abc import Iterator, Sequence
-
-from rich import box
-from rich.console import Console, Group
-from rich.markup import escape
-from rich.table import Table
+from collections.abc import Iterator
 
 from ddpm.evaluation.memorisation import METRIC, MIN_HELD_OUT, NearerShare
-from ddpm.evaluation.report import CheckpointResult, Report, Row, nearest_pictures, rows
-from ddpm.evaluation.scores import MAX_FID_FEATURES, Score
+from ddpm.evaluation.report import Report, Row, nearest_pictures, rows
+from ddpm.evaluation.scores import BOUND_TERMS, MAX_FID_FEATURES, Score
 from ddpm.utils.progress import printable
+from ddpm.utils.tables import Table, estimate
 
 ENOUGH = 10
 """With fewer images per feature than this, FID is mostly bias."""
@@ -25,61 +21,32 @@ VARIANCES = {
     "beta_tilde": FIXED,
 }
 """Remark about a bound with each variance."""
-TERMS = ("bits/dim-prior", "bits/dim-kl", "bits/dim-decoder")
 
 
-def tables(report: Report, width: int) -> Group:
-    """A list of scores for one checkpoint and one way of sampling; else one line for each, real images last.
-
-    Args:
-        width: width of the terminal; if the columns do not fit, there are several tables.
-    """
+def table(report: Report) -> Table:
+    """A list of scores for one checkpoint and sampling configuration; else a line for each, real images last."""
     if sum(len(result.drawn) for result in report.results) == 1:
-        return Group(_list(report))
-    names = [name for name in _by_name(report) if name not in TERMS]
-    console, made = Console(width=1000), []
-    for at_once in range(len(names), 0, -1):
-        made = [_comparison(report, names[i : i + at_once]) for i in range(0, len(names), at_once)]
-        if all(console.measure(table).maximum <= width for table in made):
-            break
-    return Group(*made)
-
-
-def _comparison(report: Report, names: Sequence[str]) -> Table:
-    several = len({result.run for result in report.results}) > 1
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
-    if several:
-        made.add_column("run", no_wrap=True)
-    made.add_column("images seen", justify="right", no_wrap=True)
-    made.add_column("sampler", "real against real", no_wrap=True)
-    for name in names:
-        score, title = _by_name(report)[name][0].score, name.replace("-", "-\n", 1)
-        made.add_column(f"{title}\nn {_counts(score)}", _floor(score), justify="right", no_wrap=True)
+        return _list(report)
+    scores = {name: group[0].score for name, group in _by_name(report).items() if name not in BOUND_TERMS}
+    lines = [["", "", "n", *map(_counts, scores.values())]]
     for result in report.results:
-        for i, drawn in enumerate(result.drawn):
-            scores = {score.name: score for score in (*(result.bits if i == 0 else ()), *drawn.scores)}
-            found = [scores.get(name) for name in names]
-            made.add_row(
-                *([_name(result) if i == 0 else ""] if several else []),
-                f"{result.images_seen:,}" if i == 0 else "",
-                drawn.name,
-                *(_cell(score) if score else "" for score in found),
-            )
-    return made
+        for drawn in result.drawn:
+            of_drawn = {score.name: score for score in (*result.bits, *drawn.scores)}
+            cells = [_cell(of_drawn[name]) if name in of_drawn else "" for name in scores]
+            lines.append([printable(result.run), f"{result.images_seen:,}", drawn.name, *cells])
+    lines.append(["", "", "real against real", *map(_floor, scores.values())])
+    return Table(["run", "images seen", "sampler", *scores], lines, num_words=3)
 
 
 def _list(report: Report) -> Table:
     (result,) = report.results
     (drawn,) = result.drawn
-    title = f"{_name(result)}, {result.images_seen:,} images seen, {drawn.name}"
-    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    made.add_column("")
-    for title in ("value", "n", "real against real"):
-        made.add_column(title, justify="right")
+    lines = []
     for score, _, _ in rows(report):
-        name = f"  {score.name.partition('-')[2]}" if score.name in TERMS else score.name
-        made.add_row(name, _cell(score), _counts(score), _floor(score))
-    return made
+        name = f"  {score.name.partition('-')[2]}" if score.name in BOUND_TERMS else score.name
+        lines.append([name, _cell(score), _counts(score), _floor(score)])
+    title = f"{printable(result.run)}, {result.images_seen:,} images seen, {drawn.name}"
+    return Table([title, "value", "n", "real against real"], lines)
 
 
 def remarks(report: Report, out: str) -> list[str]:
@@ -137,11 +104,11 @@ def _on_variances(report: Report) -> Iterator[str]:
 
 
 def _on_memorisation(report: Report, out: str) -> Iterator[str]:
-    found = [score for score, _, _ in rows(report) if isinstance(score, NearerShare)]
-    if found and (n := found[0].n_real) < MIN_HELD_OUT:
+    shares = [score for score, _, _ in rows(report) if isinstance(score, NearerShare)]
+    if shares and (n := shares[0].n_real) < MIN_HELD_OUT:
         yield (
             f"{METRIC}: {n} held-out images are too few for a 1st percentile; the smallest of their distances is used "
-            f"instead, below which {_percent(found[0].floor)} of other held-out images are expected"
+            f"instead, below which {_percent(shares[0].floor)} of other held-out images are expected"
         )
     for uri, result, drawn in nearest_pictures(report, out):
         for s in drawn.scores:
@@ -168,17 +135,7 @@ def _percent(share: float) -> str:
 def _cell(score: Score) -> str:
     if isinstance(score, NearerShare):
         return f"{score.value:.4f} [{score.low:.4f}, {score.high:.4f}]"
-    return _estimate(score.value, score.error)
-
-
-def _name(result: CheckpointResult) -> str:
-    """The run's name for a table, without Rich's markup or control characters, since it comes from a checkpoint."""
-    return escape(printable(result.run))
-
-
-def _estimate(value: float, error: float) -> str:
-    is_tiny = 0 < abs(value) < 5e-5
-    return f"{value:.0e} ± {error:.0e}" if is_tiny else f"{value:.4f} ± {error:.4f}"
+    return estimate(score.value, score.error)
 
 
 def _counts(score: Score) -> str:
@@ -190,4 +147,4 @@ def _floor(score: Score) -> str:
     if score.floor is None or score.floor_error is None:
         return ""
     fewer = f" (n {score.floor_n:,})" if score.floor_n != score.n else ""
-    return _estimate(score.floor, score.floor_error) + fewer
+    return estimate(score.floor, score.floor_error) + fewer

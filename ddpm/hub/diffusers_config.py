@@ -1,14 +1,18 @@
-"""Conversion of net and schedule configs to and from diffusers' UNet2DModel and DDPMScheduler.
+"""Our net in terms of diffusers: configs of its UNet2DModel and DDPMScheduler, to and from ours; names of weights.
 
-A setting that the other side cannot express is refused. Names: diffusers 0.35 to 0.42.
+A setting that the other side cannot express is refused; what is not named here has diffusers' default. Names: diffusers
+0.35 to 0.42.
 """
 
+import inspect
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from ddpm.build import resolve_sample
-from ddpm.config import Config, ObjectiveConfig, SampleConfig, ScheduleConfig, UNetConfig, from_json, to_json
+from ddpm.config import Config, ObjectiveConfig, SampleConfig, ScheduleConfig, UNetConfig
+from ddpm.config_io import from_json, to_json
 from ddpm.diffusion import schedules
 from ddpm.models.layers import EMBEDDED_TIMESTEPS, NORM_EPS
 from ddpm.utils.errors import UserError
@@ -22,11 +26,7 @@ _SAMPLING_ALONE = ("timestep_spacing", "steps_offset", "dynamic_thresholding_rat
 
 
 def unet_of(config: Config) -> UNetConfig:
-    """The U-Net's config.
-
-    Raises:
-        UserError: the net is not a U-Net.
-    """
+    """The U-Net's config."""
     if not isinstance(config.model, UNetConfig):
         raise UserError(
             f"model.net is {config.model.net}; a DDPMPipeline of diffusers has a UNet2DModel, so only the net unet "
@@ -36,11 +36,7 @@ def unet_of(config: Config) -> UNetConfig:
 
 
 def unet_config(config: Config) -> dict[str, Any]:
-    """All arguments with which UNet2DModel computes what our net computes.
-
-    Raises:
-        AssertionError: a net with labels.
-    """
+    """The arguments with which UNet2DModel computes what our net computes, but for its defaults."""
     model, stretched = unet_of(config), config.schedule.num_timesteps != EMBEDDED_TIMESTEPS
     assert model.num_classes == 0, "labels are folded into a bias before"
     sizes = [model.image_size >> level for level in range(len(model.width_multipliers))]
@@ -49,40 +45,35 @@ def unet_config(config: Config) -> dict[str, Any]:
         "sample_size": model.image_size,
         "in_channels": model.channels,
         "out_channels": model.channels * (2 if config.objective.variance == "learned" else 1),
-        "center_input_sample": False,
         "time_embedding_type": "learned" if stretched else "positional",
         "num_train_timesteps": config.schedule.num_timesteps if stretched else None,
-        "time_embedding_dim": None,
         "freq_shift": 1,
         "flip_sin_to_cos": False,
         "down_block_types": [f"{kind}DownBlock2D" for kind in attention],
-        "mid_block_type": "UNetMidBlock2D",
         "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(attention)],
         "block_out_channels": [model.base_width * multiplier for multiplier in model.width_multipliers],
         "layers_per_block": model.blocks_per_resolution,
-        "mid_block_scale_factor": 1,
         "downsample_padding": 0,
-        "downsample_type": "conv",
-        "upsample_type": "conv",
         "dropout": model.dropout,
-        "act_fn": "silu",
         "attention_head_dim": model.attention_head_dim,
         "norm_num_groups": model.norm_groups,
-        "attn_norm_num_groups": None,
         "norm_eps": NORM_EPS,
-        "resnet_time_scale_shift": "default",
         "add_attention": model.middle_attention,
-        "class_embed_type": None,
-        "num_class_embeds": None,
     }
 
 
 def scheduler_config(config: Config) -> dict[str, Any]:
-    """The arguments of DDPMScheduler for our schedule, prediction, and the mean and variance of `ancestral`."""
+    """The arguments of DDPMScheduler, but for its defaults: our schedule, prediction, and the mean and variance of
+    `ancestral`."""
     schedule, sample = config.schedule, resolve_sample(config.sample, config.objective)
     if sample.variance not in VARIANCES:
         raise UserError(
             f"sample.variance is {sample.variance}; a DDPMScheduler supports {', '.join(VARIANCES)}"
+        )
+    if config.objective.predict not in PREDICTIONS:
+        raise UserError(
+            f"objective.predict is {config.objective.predict}, which scales the net's input; a DDPMScheduler supports "
+            f"{', '.join(PREDICTIONS)}; use --format pt2"
         )
     betas: dict[str, Any]
     match schedule.kind:
@@ -99,19 +90,12 @@ def scheduler_config(config: Config) -> dict[str, Any]:
         "prediction_type": PREDICTIONS[config.objective.predict],
         "variance_type": VARIANCES[sample.variance],
         "clip_sample": sample.mean == "clipped",
-        "clip_sample_range": 1.0,
-        "thresholding": False,
-        "rescale_betas_zero_snr": False,
         "timestep_spacing": "linspace",  # with fewer than T steps both ends matter, as in timesteps.uniform
     }
 
 
 def config_of(unet: Mapping[str, Any], scheduler: Mapping[str, Any], where: str) -> Config:
-    """Our config for diffusers' configs. It is exported again and compared, so that no setting is lost.
-
-    Raises:
-        UserError: the two differ.
-    """
+    """Our config for diffusers' configs. It is exported again and compared, so that no setting is lost."""
     widths = list(unet["block_out_channels"])
     side = unet["sample_size"]
     if not isinstance(side, int):
@@ -146,10 +130,78 @@ def config_of(unet: Mapping[str, Any], scheduler: Mapping[str, Any], where: str)
     )
     config = Config(schedule=schedule, objective=objective, model=model, sample=sample)
     config = from_json(to_json(config), where)  # checks every type
-    _check_same(f"{where}/unet", unet, unet_config(config))
-    expected = scheduler_config(config)
-    _check_same(f"{where}/scheduler", scheduler, expected | {"trained_betas": expected.get("trained_betas")})
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    _check_same(f"{where}/unet", unet, defaults(UNet2DModel) | unet_config(config))
+    unused = {key: scheduler[key] for key in ("beta_start", "beta_end")}  # by a cosine
+    expected = defaults(DDPMScheduler) | unused | scheduler_config(config)
+    _check_same(f"{where}/scheduler", scheduler, expected)
     return config
+
+
+def diffusers_names(config: UNetConfig) -> dict[str, tuple[str, ...]]:
+    """Map each weight of a time-conditional `UNet` to the weights of UNet2DModel that it consists of.
+
+    Usually one. Where our net merges several products into one (q, k, v; the shifts of all blocks), its weight is the
+    concatenation of theirs along the first axis, in this order. Every weight of either net appears exactly once.
+    """
+    multipliers, num_blocks = config.width_multipliers, config.blocks_per_resolution
+    attention = [
+        config.image_size >> level in config.attention_resolutions for level in range(len(multipliers))
+    ]
+    widens = [level > 0 and multipliers[level] != multipliers[level - 1] for level in range(len(multipliers))]
+    shifts: list[str] = []
+    modules = {
+        "conv_in": ["conv_in"],
+        "norm_out": ["conv_norm_out"],
+        "conv_out": ["conv_out"],
+        "time_mlp.0": ["time_embedding.linear_1"],
+        "time_mlp.2": ["time_embedding.linear_2"],
+        "shifts": shifts,
+    }
+
+    def add_block(ours: str, theirs: str, index: int, attention: bool, shortcut: bool) -> None:
+        residual = f"{theirs}.resnets.{index}"
+        for layer in ("norm", "conv"):
+            modules[f"{ours}.{layer}_1"] = [f"{residual}.{layer}1"]
+            modules[f"{ours}.{layer}_2"] = [f"{residual}.{layer}2"]
+        if shortcut:
+            modules[f"{ours}.shortcut"] = [f"{residual}.conv_shortcut"]
+        shifts.append(f"{residual}.time_emb_proj")
+        if attention:
+            head = f"{theirs}.attentions.{index}"
+            modules[f"{ours}.attention.norm"] = [f"{head}.group_norm"]
+            modules[f"{ours}.attention.qkv"] = [f"{head}.to_{letter}" for letter in "qkv"]
+            modules[f"{ours}.attention.project"] = [f"{head}.to_out.0"]
+
+    def add_path(path: str, attention: list[bool], shortcuts: list[list[bool]]) -> None:
+        layer = itertools.count()
+        for level, of_level in enumerate(shortcuts):
+            for index, shortcut in enumerate(of_level):
+                add_block(
+                    f"{path}.{next(layer)}", f"{path}_blocks.{level}", index, attention[level], shortcut
+                )
+            if level < len(shortcuts) - 1:
+                modules[f"{path}.{next(layer)}.conv"] = [f"{path}_blocks.{level}.{path}samplers.0.conv"]
+
+    add_path("down", attention, [[widened] + [False] * (num_blocks - 1) for widened in widens])
+    add_block("middle.0", "mid_block", 0, config.middle_attention, shortcut=False)
+    add_block("middle.1", "mid_block", 1, False, shortcut=False)
+    add_path("up", attention[::-1], [[True] * (num_blocks + 1) for _ in multipliers])
+    names = {
+        f"{ours}.{kind}": tuple(f"{module}.{kind}" for module in theirs)
+        for ours, theirs in modules.items()
+        for kind in ("weight", "bias")
+    }
+    if config.num_classes:
+        names["label_embedding.weight"] = ("class_embedding.weight",)
+    return names
+
+
+def defaults(kind: Any) -> dict[str, Any]:
+    """The default arguments of a diffusers class."""
+    parameters = inspect.signature(kind.__init__).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.name != "self"}
 
 
 def _ours(names: Mapping[str, str], scheduler: Mapping[str, Any], key: str, where: str) -> Any:

@@ -20,7 +20,6 @@ Papers: Ho et al. 2020 (arXiv:2006.11239). Names: diffusers 0.35 to 0.42.
 Axes: B batch, C channels, H W, T timesteps.
 """
 
-import inspect
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,15 +28,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ddpm.build import build_net
+from ddpm.build import TrainedNet, build_net
 from ddpm.checkpoints import checkpoint
 from ddpm.checkpoints.checkpoint import Snapshot
-from ddpm.config import Config, to_json
+from ddpm.config import Config
+from ddpm.config_io import to_json
 from ddpm.diffusion.objectives import PROCESSES
-from ddpm.hub.diffusers_config import config_of, scheduler_config, unet_config, unet_of
-from ddpm.hub.diffusers_names import diffusers_names
+from ddpm.hub.diffusers_config import (
+    config_of,
+    defaults,
+    diffusers_names,
+    scheduler_config,
+    unet_config,
+    unet_of,
+)
 from ddpm.models.layers import EMBEDDED_TIMESTEPS, sinusoids
 from ddpm.utils import files
 from ddpm.utils.errors import UserError
@@ -47,27 +53,22 @@ TIME_TABLE = "time_proj.weight"
 """Diffusers' name for the [T, E] embedding of t, where it is a table."""
 
 
-def to_diffusers(net: nn.Module, config: Config, out: Path, label: int | None = None) -> None:
+def to_diffusers(trained: TrainedNet, out: Path, label: int | None = None) -> None:
     """Write the new folder `out`, from which `DDPMPipeline.from_pretrained(out)` draws what `ancestral` draws.
 
-    Sample with num_inference_steps = T and one torch.Generator per image. Needs diffusers.
+    Sample with num_inference_steps = T and one torch.Generator per image.
 
     Args:
-        net: trained under `config`.
-        label: for a conditional net, the class that the pipeline generates; num_classes is the null label, which
-            generates all classes.
-
-    Raises:
-        UserError: diffusers cannot express it, diffusers is missing, or `out` exists or cannot be written.
+        label: for a conditional net, the class that the pipeline generates; num_classes, the null label: all classes.
     """
-    diffusers = _diffusers()
+    diffusers, config = _diffusers(), trained.config
     if not PROCESSES[config.objective.process].uses_time:
         raise UserError(
             f"diffusers has no pipeline for objective.process {config.objective.process}, whose net sees no "
             "timestep; use --format pt2"
         )
     unet_of(config)
-    weights, config = _without_labels(net.state_dict(), config, label)
+    weights, config = _without_labels(trained.net.state_dict(), config, label)
     unet = diffusers.UNet2DModel(**unet_config(config))
     unet.load_state_dict(to_their_names(weights, config, unet.state_dict()))
     pipeline = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler(**scheduler_config(config)))
@@ -75,20 +76,16 @@ def to_diffusers(net: nn.Module, config: Config, out: Path, label: int | None = 
         pipeline.save_pretrained(folder, safe_serialization=True)
 
 
-def to_pt2(net: nn.Module, config: Config, out: Path) -> None:
+def to_pt2(trained: TrainedNet, out: Path) -> None:
     """Write the new folder `out` with the net as a torch.export program, for any batch size, in float32.
 
     Its arguments are those of the net: x_t, t and label, as far as the net takes them (t is None for
-    uniform_mix). config.json gives the meaning of its output.
-
-    Args:
-        net: trained under `config`.
-
-    Raises:
-        UserError: `out` exists or cannot be written.
+    uniform_mix). config.json gives the meaning of its output. For edm and flow x_t is scaled first:
+    `Edm` and `Flow` in `ddpm.diffusion.objectives`.
     """
+    config = trained.config
     plain = build_net(replace(config, train=replace(config.train, precision="float32")))
-    plain.load_state_dict(net.state_dict())
+    plain.load_state_dict(trained.net.state_dict())
     plain.eval().requires_grad_(False)
     # Row-major: for channels-last weights torch.export.save warns that they may be parts of others (2.13).
     plain.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
@@ -105,17 +102,11 @@ def to_pt2(net: nn.Module, config: Config, out: Path) -> None:
         (folder / "config.json").write_text(to_json(config))
 
 
-def from_diffusers(source: Path, out: Path) -> Config:
+def from_diffusers(source: Path, out: Path) -> None:
     """Write the new checkpoint `out`, at 0 images seen, with the net of the DDPM pipeline in the folder `source`.
 
     Net and averaged net have the same weights; data and optimizer, which diffusers does not store, are `Config`'s
-    defaults. Needs diffusers.
-
-    Returns:
-        The config of the checkpoint.
-
-    Raises:
-        UserError: there is no such folder, or its architecture, schedule or prediction is not one of ours.
+    defaults.
     """
     config, theirs = _read_pipeline(source)
     net = build_net(config)
@@ -133,7 +124,6 @@ def from_diffusers(source: Path, out: Path) -> Config:
     tensors = {"net": weights, "ema": weights, "optimizer": {}}
     with _new_folder(out) as folder:
         checkpoint.write(Snapshot(0, tensors, position, to_json(config)), folder)
-    return config
 
 
 def _diffusers() -> Any:
@@ -157,12 +147,12 @@ def _read_pipeline(folder: Path) -> tuple[Config, dict[str, Tensor]]:
             raise UserError(f"{folder} is not a folder of a diffusers DDPMPipeline: it has no {name}")
     try:
         config = config_of(
-            _arguments_of(diffusers.UNet2DModel, folder / "unet"),
-            _arguments_of(diffusers.DDPMScheduler, folder / "scheduler"),
+            defaults(diffusers.UNet2DModel) | diffusers.UNet2DModel.load_config(folder / "unet"),
+            defaults(diffusers.DDPMScheduler) | diffusers.DDPMScheduler.load_config(folder / "scheduler"),
             str(folder),
         )
         _check_size(config, folder / "unet")
-        unet, found = diffusers.UNet2DModel.from_pretrained(
+        unet, loading = diffusers.UNet2DModel.from_pretrained(
             folder / "unet",
             use_safetensors=True,
             local_files_only=True,
@@ -174,15 +164,9 @@ def _read_pipeline(folder: Path) -> tuple[Config, dict[str, Tensor]]:
             f"{folder} cannot be read as a DDPMPipeline: {' '.join(str(error).split())[:300]}"
         ) from None
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found[what]:
-            raise UserError(f"{folder}/unet: the weights do not fit: {what} {sorted(found[what])[0]}")
+        if loading[what]:
+            raise UserError(f"{folder}/unet: the weights do not fit: {what} {sorted(loading[what])[0]}")
     return config, unet.state_dict()
-
-
-def _arguments_of(kind: Any, folder: Path) -> dict[str, Any]:
-    """The arguments of a diffusers class: those in the folder, else its defaults. No instance is created."""
-    parameters = inspect.signature(kind.__init__).parameters.values()
-    return {parameter.name: parameter.default for parameter in parameters} | kind.load_config(folder)
 
 
 def _check_size(config: Config, folder: Path) -> None:
@@ -246,11 +230,7 @@ def _time_table(config: Config) -> Tensor:
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """A context with a new folder, which is named `out` at the end, or removed on an error.
-
-    Raises:
-        UserError: `out` exists, or cannot be written.
-    """
+    """A context with a new folder, which is named `out` at the end, or removed on an error."""
     if out.exists():
         raise UserError(f"{out} exists, and nothing is overwritten; name a new folder")
     temporary = files.temporary(out)

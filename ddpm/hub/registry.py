@@ -21,7 +21,7 @@ from typing import Any
 from ddpm.build import build_sampler
 from ddpm.checkpoints import checkpoint
 from ddpm.tracking import mlflow_client, mlflow_runs
-from ddpm.tracking.retry import Caller
+from ddpm.tracking.retry import reason
 from ddpm.utils.errors import UserError
 
 SCHEME = "models:/"
@@ -34,18 +34,14 @@ EXAMPLE = [{"num_images": 2, "seed": 0}]
 def register(
     name: str, folder: Path, exported: Mapping[str, Path], alias: str | None = None
 ) -> tuple[str, str]:
-    """Store a model as the next version of the registered model `name`, beside the MLflow run it was trained in.
+    """Store the checkpoint in `folder` as the next version of the model `name`, beside the MLflow run it is of.
 
     Args:
-        folder: a checkpoint.
         exported: exported nets to include, by format.
         alias: a name that points to this version from now on, as in models:/NAME@ALIAS.
 
     Returns:
         models:/NAME/VERSION, and MLflow's URI.
-
-    Raises:
-        UserError: its config has no valid sampler, or MLflow does not answer, or refuses.
     """
     build_sampler(checkpoint.read_config(folder))
     with tempfile.TemporaryDirectory(prefix="ddpm-model-") as staging:
@@ -64,18 +60,12 @@ def register(
 
 
 def download(uri: str, folder: Path) -> Path:
-    """The checkpoint in the registered model `uri`, models:/NAME@ALIAS or models:/NAME/VERSION, downloaded to `folder`.
-
-    Raises:
-        UserError: there is no such model, or MLflow does not answer.
-    """
+    """Download the checkpoint of the model `uri`, models:/NAME@ALIAS or models:/NAME/VERSION, to `folder`."""
     with _mlflow():
         from mlflow.artifacts import download_artifacts
 
-        found = download_artifacts(
-            artifact_uri=f"{uri.rstrip('/')}/artifacts/checkpoint", dst_path=str(folder)
-        )
-    return Path(found)
+        artifact = f"{uri.rstrip('/')}/artifacts/checkpoint"
+        return Path(download_artifacts(artifact_uri=artifact, dst_path=str(folder)))
 
 
 def _log(client: Any, name: str, folder: Path, artifacts: dict[str, str]) -> int:
@@ -88,7 +78,7 @@ def _log(client: Any, name: str, folder: Path, artifacts: dict[str, str]) -> int
         client, uri, config.run.experiment, first_grid=config.train.sample_every_images
     )
     run_key = checkpoint.read_state(folder).get("run_key")
-    run = mlflow_runs.find_run(client, experiment_id, run_key) if run_key else None
+    run = mlflow_runs.find_run(client, config.run.experiment, run_key) if run_key else None
     os.environ["MLFLOW_EXPERIMENT_ID"] = experiment_id
     stored = Model.log(
         None,
@@ -121,5 +111,4 @@ def _mlflow() -> Iterator[Any]:
     except mlflow_client.Lost as error:
         raise UserError(f"MLflow at {uri}: {error}") from None
     except (MlflowException, OSError) as error:
-        reason = Caller(uri, lambda: True).reason(error)
-        raise UserError(f"MLflow at {mlflow_runs.without_password(uri)}: {reason}") from None
+        raise UserError(f"MLflow at {mlflow_runs.without_password(uri)}: {reason(error, uri)}") from None

@@ -20,12 +20,17 @@ from ddpm.utils.retry import retry_io
 
 
 def checkpoints_of(uri: str) -> list[str]:
-    """`uri` itself, if it is a checkpoint or a registered model; else the checkpoints of the run, oldest first.
+    """`uri` itself, if it is a checkpoint or a registered model; else the checkpoints of the run, oldest first."""
+    return [uri] if uri.startswith(registry.SCHEME) else [location.uri for location in _checkpoints_at(uri)]
 
-    Raises:
-        UserError: there is no checkpoint.
-    """
-    return [uri] if uri.startswith(registry.SCHEME) else [location.uri for location in _found(uri)]
+
+def name_of(uri: str) -> str:
+    """The name of a run or registered model, as a folder's name; for a checkpoint, that of its run."""
+    if uri.startswith(registry.SCHEME):
+        return uri.removeprefix(registry.SCHEME).strip("/").replace("/", "-")
+    path = Path(locations.resolve(uri).path)
+    is_checkpoint = path.name.startswith((checkpoint.PREFIX, checkpoint.BEST_PREFIX))
+    return path.parent.name if is_checkpoint else path.name
 
 
 @contextmanager
@@ -33,15 +38,12 @@ def local_checkpoint(uri: str) -> Iterator[Path]:
     """A context with the checkpoint at `uri` as a local folder: a checkpoint, a run's newest, or a registered model.
 
     A checkpoint in a bucket or in MLflow's registry (models:/NAME@ALIAS) is downloaded for the duration of the context.
-
-    Raises:
-        UserError: there is no checkpoint.
     """
     if uri.startswith(registry.SCHEME):
         with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
             yield registry.download(uri, Path(folder))
         return
-    with as_folder(_found(uri)[-1]) as local:
+    with as_folder(_checkpoints_at(uri)[-1]) as local:
         yield local
 
 
@@ -69,23 +71,20 @@ def keep_x_0_error(uri: str, weights_sha256: str, x_0_error: Tensor) -> None:
     """Store the errors of the averaged weights of the checkpoint at `uri` in its folder, if that is writable."""
     if uri.startswith(registry.SCHEME):
         return
-    place, errors = locations.resolve(uri), x_0_error.tolist()
+    location, errors = locations.resolve(uri), x_0_error.tolist()
     card = {"format": X_0_ERROR_FORMAT, "weights_sha256": weights_sha256, "x_0_error": errors}
     with contextlib.suppress(OSError):
-        if place.child(checkpoint.CHECKSUMS).exists():  # a run that still trains deletes old checkpoints
-            place.child(X_0_ERROR).write((json.dumps(card) + "\n").encode())
+        if location.child(checkpoint.CHECKSUMS).exists():  # a run that still trains deletes old checkpoints
+            location.child(X_0_ERROR).write((json.dumps(card) + "\n").encode())
 
 
-def _found(uri: str) -> list[Location]:
+def _checkpoints_at(uri: str) -> list[Location]:
     """The checkpoint at `uri`, or the checkpoints of the run there, oldest first; at least one."""
     location = locations.resolve(uri)
     if not location.exists():
         raise UserError(f"{uri} does not exist; expected a checkpoint folder or a run folder")
     if location.child("checksums.json").exists():
         return [location]
-    found = checkpoints(location)
-    if not found:
-        raise UserError(
-            f"{uri} holds no checkpoint: neither checksums.json nor a {checkpoint.PREFIX}* folder"
-        )
-    return found
+    if of_run := checkpoints(location):
+        return of_run
+    raise UserError(f"{uri} holds no checkpoint: neither checksums.json nor a {checkpoint.PREFIX}* folder")

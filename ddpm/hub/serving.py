@@ -21,15 +21,13 @@ from ddpm.utils.openmp import bound_spinning
 bound_spinning()  # before PyTorch is imported
 
 # ruff: noqa: E402
-import torch
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 from pydantic import BaseModel, ConfigDict, Field
 
-from ddpm.build import build_objective
 from ddpm.checkpoints import checkpoint
 from ddpm.sampling import generate
-from ddpm.utils import images
+from ddpm.utils import devices, images
 
 BATCH_SIZE = 64
 MAX_IMAGES = 4096
@@ -58,25 +56,22 @@ class Generator(PythonModel):
     """The averaged net of a checkpoint, ready for sampling."""
 
     def load_context(self, context: Any) -> None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.net, self.config = checkpoint.load_net(Path(context.artifacts["checkpoint"]), device)
-        self.objective, self.device = build_objective(self.config), device
+        device = devices.default()
+        self.trained = checkpoint.load_net(Path(context.artifacts["checkpoint"]), device)
 
     def predict(self, model_input: list[Request]) -> list[Picture]:  # type: ignore[override]  # as MLflow documents
         total = sum(request.num_images for request in model_input)
         if total > MAX_IMAGES:
             raise ValueError(f"the requests ask for {total} images together; the limit is {MAX_IMAGES}")
         for request in model_input:
-            generate.check_label(self.config, request.label)
+            generate.check_label(self.trained.config, request.label)
         return [picture for request in model_input for picture in self._draw(request)]
 
     def _draw(self, request: Request) -> Iterator[Picture]:
-        label = request.label
-        config = replace(self.config, sample=replace(self.config.sample, seed=request.seed))
+        trained = self.trained.sampled_with(replace(self.trained.config.sample, seed=request.seed))
         for start in range(0, request.num_images, BATCH_SIZE):
             indices = range(start, min(start + BATCH_SIZE, request.num_images))
-            labels = None if label is None else torch.full((len(indices),), label, device=self.device)
-            drawn = generate.draw(self.net, config, self.objective, indices, device=self.device, label=labels)
+            drawn = generate.draw(trained, indices, label=request.label)
             for index, image in zip(indices, drawn.cpu().numpy(), strict=True):
                 yield Picture(index=index, png=base64.b64encode(images.png_bytes(image)).decode())
 

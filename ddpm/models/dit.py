@@ -10,18 +10,22 @@ Axes: B batch, C channels, H W pixels, p side of a patch, N = H W / p^2 tokens, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm.models.dropout import Dropout
 from ddpm.models.layers import (
     EMBEDDED_TIMESTEPS,
     MAX_BLOCKS,
     MAX_SIZE,
+    Requirement,
     attend,
     check_conditions,
+    check_sizes,
     sinusoids,
     zero,
 )
@@ -33,34 +37,19 @@ SINUSOID_WIDTH = 256
 NORM_EPS = 1e-6
 
 
-def build(
-    config: DiTConfig,
-    *,
-    time_conditional: bool = True,
-    autocast_dtype: torch.dtype | None = None,
-    num_timesteps: int = EMBEDDED_TIMESTEPS,
-    out_channels: int | None = None,
-) -> DiT:
-    """The net of a config, with fresh weights drawn from torch's global generator; arguments as in `unet.build`.
-
-    Raises:
-        ValueError: sizes are out of range or do not fit together; the message names the parameter.
-    """
-    _check(config, num_timesteps)
-    return DiT(config, time_conditional, autocast_dtype, num_timesteps, out_channels or config.channels)
-
-
 class DiT(nn.Module):
-    """The whole net; `build` checks the sizes and makes one."""
+    """The whole net, with fresh weights drawn from torch's global generator; arguments as in `UNet`."""
 
     def __init__(
         self,
         config: DiTConfig,
-        time_conditional: bool,
-        autocast_dtype: torch.dtype | None,
-        num_timesteps: int,
-        out_channels: int,
+        *,
+        time_conditional: bool = True,
+        autocast_dtype: torch.dtype | None = None,
+        num_timesteps: int = EMBEDDED_TIMESTEPS,
+        out_channels: int | None = None,
     ) -> None:
+        check_sizes(config, num_timesteps, _requirements(config))
         super().__init__()
         self.time_conditional = time_conditional
         self.num_classes = config.num_classes
@@ -78,7 +67,7 @@ class DiT(nn.Module):
             self.label_embedding = nn.Embedding(config.num_classes + 1, width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.modulation = nn.Linear(width, 2 * width)
-        self.project = nn.Linear(width, pixels * out_channels)
+        self.project = nn.Linear(width, pixels * (out_channels or config.channels))
         self.apply(_init)
         zero(self.modulation)
         zero(self.project)
@@ -116,7 +105,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(width, hidden),
             nn.GELU(approximate="tanh"),
-            nn.Dropout(config.dropout),
+            Dropout(config.dropout),
             nn.Linear(hidden, width),
         )
 
@@ -167,26 +156,16 @@ def _init(module: nn.Module) -> None:
         zero(module.modulation)
 
 
-def _check(config: DiTConfig, num_timesteps: int) -> None:
-    """Raise ValueError for sizes that make no net; the message says the value and what would be right."""
-    c, large = config, f"at least 1, and at most {MAX_SIZE}"
-    classes = f"0 (unconditional) or the number of classes, at most {MAX_SIZE}"
-    for name, right, true in (
-        ("channels", large, 1 <= c.channels <= MAX_SIZE),
-        ("num_classes", classes, 0 <= c.num_classes <= MAX_SIZE),
-        ("dropout", "in [0, 1)", 0 <= c.dropout < 1),
-        ("patch_size", large, 1 <= c.patch_size <= MAX_SIZE),
-        ("depth", f"at least 1, and at most {MAX_BLOCKS}", 1 <= c.depth <= MAX_BLOCKS),
-        ("width", f"a multiple of 4, from 8 to {MAX_SIZE}", c.width % 4 == 0 and 8 <= c.width <= MAX_SIZE),
-        ("mlp_ratio", f"1 to {MAX_SIZE // max(c.width, 1)}", 1 <= c.mlp_ratio <= MAX_SIZE // max(c.width, 1)),
-        ("num_heads", f"a divisor of width, {c.width}", c.num_heads >= 1 and c.width % c.num_heads == 0),
-        (
-            "image_size",
-            f"a multiple of patch_size, {c.patch_size}, and at most {MAX_SIZE}",
-            1 <= c.image_size <= MAX_SIZE and c.image_size % max(c.patch_size, 1) == 0,
-        ),
-    ):
-        if not true:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be {right}")
-    if num_timesteps < 1:
-        raise ValueError(f"num_timesteps is {num_timesteps}; it must be at least 1")
+build = DiT
+
+
+def _requirements(c: DiTConfig) -> Iterator[Requirement]:
+    large = f"at least 1, and at most {MAX_SIZE}"
+    yield "patch_size", 1 <= c.patch_size <= MAX_SIZE, large
+    yield "depth", 1 <= c.depth <= MAX_BLOCKS, f"at least 1, and at most {MAX_BLOCKS}"
+    yield "width", c.width % 4 == 0 and 8 <= c.width <= MAX_SIZE, f"a multiple of 4, from 8 to {MAX_SIZE}"
+    yield "mlp_ratio", 1 <= c.mlp_ratio <= MAX_SIZE // c.width, f"1 to {MAX_SIZE // c.width}"
+    divides = c.num_heads >= 1 and c.width % c.num_heads == 0
+    yield "num_heads", divides, f"a divisor of width, {c.width}"
+    multiple = f"a multiple of patch_size, {c.patch_size}, and at most {MAX_SIZE}"
+    yield "image_size", 1 <= c.image_size <= MAX_SIZE and c.image_size % c.patch_size == 0, multiple

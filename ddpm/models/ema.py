@@ -21,14 +21,9 @@ class EMA:
     """
 
     def __init__(self, net: nn.Module, decay: float) -> None:
-        """Start the average at the weights of `net`, the bare net.
+        """Start the average at the weights of `net`, the bare net in training, whose device and dtype it keeps.
 
-        Args:
-            net: the net in training; it is copied, with its device and dtype (float32).
-            decay: share of the old average that a step keeps once warm, in [0, 1).
-
-        Raises:
-            ValueError: decay is out of range.
+        `decay`, in [0, 1), is the share of the old average that a step keeps once warm.
         """
         if not 0 <= decay < 1:
             raise ValueError(f"decay is {decay}; it must be in [0, 1)")
@@ -43,9 +38,7 @@ class EMA:
     def update(self, net: nn.Module, step: int) -> None:
         """average <- decay_at(step) * average + (1 - decay_at(step)) * weights; buffers are copied.
 
-        Args:
-            net: the net given at the start, after an optimizer step.
-            step: optimizer steps before that one; 0 at the first.
+        `net` is the net given at the start, after an optimizer step; `step` counts from 0.
         """
         average = get_ema_multi_avg_fn(self.decay_at(step))
         average(list(self.net.parameters()), list(net.parameters()), step)
@@ -57,9 +50,5 @@ class EMA:
         return self.net.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore weights from `state_dict`.
-
-        Raises:
-            RuntimeError: a name or a shape differs from the net's.
-        """
+        """Restore weights from `state_dict`; another name or shape is a RuntimeError."""
         self.net.load_state_dict(state)

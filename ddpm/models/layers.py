@@ -4,14 +4,16 @@ They are those of Ho et al. 2020 (arXiv:2006.11239), Appendix B.
 
 Every image tensor is channels-last in memory: attention then reads an image as a sequence of pixels, and
 writes it back, without a copy. Two of torch's CPU kernels are slow on that layout (torch 2.13): group
-normalisation, and attention to few pixels. Here a few large products and sums replace them.
+normalisation with gradients, and attention to few pixels. Here a few large products and sums replace them.
 
 Axes: B batch, C channels, H W pixels, N = H * W pixels as a sequence, G groups, D width of an attention head.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -19,8 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ddpm.models.dropout import Dropout
+
 if TYPE_CHECKING:
-    from ddpm.config import UNetConfig
+    from ddpm.config import DiTConfig, UNetConfig
 
 NORM_EPS = 1e-6
 EMBEDDED_TIMESTEPS = 1000
@@ -41,7 +45,7 @@ class Block(nn.Module):
         self.norm_1 = GroupNorm(config.norm_groups, width_in)
         self.conv_1 = nn.Conv2d(width_in, width_out, 3, padding=1)
         self.norm_2 = GroupNorm(config.norm_groups, width_out)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.conv_2 = nn.Conv2d(width_out, width_out, 3, padding=1)
         self.shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
         self.attention = SelfAttention(width_out, config) if attention else nn.Identity()
@@ -80,8 +84,8 @@ class SelfAttention(nn.Module):
 class GroupNorm(nn.GroupNorm):
     """Group normalisation: [B, C, H, W] -> the same.
 
-    On a CPU it runs in float32, as under autocast elsewhere: torch's own if the net is compiled, since the compiler can
-    fuse it, else `_Normalise`.
+    On a CPU it runs in float32, as under autocast elsewhere. `_Normalise` is faster where gradients are needed; else,
+    and in compiled code, torch's own is.
 
     Source: Wu and He 2018, arXiv:1803.08494.
     """
@@ -92,7 +96,7 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
             return super().forward(x)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return super().forward(x.to(self.weight.dtype)).to(x.dtype)
         pixels = x.flatten(2).mT  # [B, N, C]
         normed: Tensor = _Normalise.apply(pixels, self.weight, self.bias, self.num_groups)
@@ -183,6 +187,27 @@ def sinusoids(t: Tensor, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
+Requirement = tuple[str, bool, str]
+"""A field of a config, whether its value makes a net, and which would."""
+
+
+def check_sizes(
+    config: UNetConfig | DiTConfig, num_timesteps: int, requirements: Iterable[Requirement]
+) -> None:
+    """Raise ValueError for the first requirement, of every net or of `requirements`, that is not met."""
+    classes = f"0 (unconditional) or the number of classes, at most {MAX_SIZE}"
+    common: list[Requirement] = [
+        ("channels", 1 <= config.channels <= MAX_SIZE, f"at least 1, and at most {MAX_SIZE}"),
+        ("num_classes", 0 <= config.num_classes <= MAX_SIZE, classes),
+        ("dropout", 0 <= config.dropout < 1, "in [0, 1)"),
+    ]
+    for name, met, right in itertools.chain(common, requirements):
+        if not met:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be {right}")
+    if num_timesteps < 1:
+        raise ValueError(f"num_timesteps is {num_timesteps}; it must be at least 1")
+
+
 class Conditional(Protocol):
     """A net that may take t and a label."""
 
@@ -191,11 +216,7 @@ class Conditional(Protocol):
 
 
 def check_conditions(net: Conditional, x_t: Tensor, t: Tensor | None, label: Tensor | None) -> Tensor | None:
-    """`label`, or the null label [B] where a net with labels is given none.
-
-    Raises:
-        ValueError: t or label is given to a net that does not take it, or t is missing.
-    """
+    """`label`, or the null label [B] where a net with labels is given none."""
     if (t is not None) != net.time_conditional:
         right = "a tensor of timesteps" if net.time_conditional else "None"
         raise ValueError(f"t must be {right}: the net has time_conditional {net.time_conditional}")

@@ -26,8 +26,10 @@ from ddpm.models.layers import (
     Block,
     Downsample,
     GroupNorm,
+    Requirement,
     Upsample,
     check_conditions,
+    check_sizes,
     sinusoids,
     zero,
 )
@@ -36,15 +38,8 @@ if TYPE_CHECKING:
     from ddpm.config import UNetConfig
 
 
-def build(
-    config: UNetConfig,
-    *,
-    time_conditional: bool = True,
-    autocast_dtype: torch.dtype | None = None,
-    num_timesteps: int = EMBEDDED_TIMESTEPS,
-    out_channels: int | None = None,
-) -> UNet:
-    """The net of a config, with fresh weights drawn from torch's global generator.
+class UNet(nn.Module):
+    """The whole net, with fresh weights drawn from torch's global generator.
 
     Args:
         config: the sizes; `ddpm.config.UNetConfig` explains each.
@@ -52,27 +47,18 @@ def build(
         autocast_dtype: dtype of the computation, torch.bfloat16 for example; None: float32, as the weights.
         out_channels: channels of the prediction; None: those of the images.
         num_timesteps: T, at least 1. The net embeds t * 1000 / T, which means about the same noise for any T.
-
-    Raises:
-        ValueError: sizes are out of range or do not fit together; the message names the parameter.
     """
-    _check(config, num_timesteps)
-    net = UNet(config, time_conditional, autocast_dtype, num_timesteps, out_channels or config.channels)
-    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's annotations
-    return net
-
-
-class UNet(nn.Module):
-    """The whole net; `build` checks the sizes and makes one."""
 
     def __init__(
         self,
         config: UNetConfig,
-        time_conditional: bool,
-        autocast_dtype: torch.dtype | None,
-        num_timesteps: int,
-        out_channels: int,
+        *,
+        time_conditional: bool = True,
+        autocast_dtype: torch.dtype | None = None,
+        num_timesteps: int = EMBEDDED_TIMESTEPS,
+        out_channels: int | None = None,
     ) -> None:
+        check_sizes(config, num_timesteps, _requirements(config))
         super().__init__()
         self.time_conditional = time_conditional
         self.num_classes = config.num_classes
@@ -116,7 +102,7 @@ class UNet(nn.Module):
                 self.up.append(Upsample(width))
 
         self.norm_out = GroupNorm(config.norm_groups, width)
-        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, out_channels or config.channels, 3, padding=1)
 
         # A condition that is not used has no weights: DDP would wait for their gradients.
         self.sinusoid_width, embedding_width = widths[0], 4 * widths[0]
@@ -133,6 +119,7 @@ class UNet(nn.Module):
 
         if config.zero_init:
             zero(self.conv_out)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's annotations
 
     def forward(self, x_t: Tensor, t: Tensor | None, label: Tensor | None = None) -> Tensor:
         """Predict for each image, independently of the others in the batch.
@@ -144,9 +131,6 @@ class UNet(nn.Module):
 
         Returns:
             The prediction, float32 [B, out_channels, H, W].
-
-        Raises:
-            ValueError: t or label is given to a net that does not take it, or t is missing.
         """
         label = check_conditions(self, x_t, t, label)
         with torch.autocast(x_t.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
@@ -180,44 +164,34 @@ class UNet(nn.Module):
         return iter(shifts[:, :, None, None].split(self.shift_widths, dim=1))
 
 
-def _check(config: UNetConfig, num_timesteps: int) -> None:
-    """Raise ValueError for sizes that make no net; the message says the value and what would be right."""
+build = UNet
 
-    def require(true: bool, name: str, right: str) -> None:
-        if not true:
-            got = num_timesteps if name == "num_timesteps" else getattr(config, name)
-            raise ValueError(f"{name} is {got}; it must be {right}")
 
-    require(num_timesteps >= 1, "num_timesteps", "at least 1")
-    require(1 <= config.channels <= MAX_SIZE, "channels", f"at least 1, and at most {MAX_SIZE}")
-    classes = f"0 (unconditional) or the number of classes, at most {MAX_SIZE}"
-    require(0 <= config.num_classes <= MAX_SIZE, "num_classes", classes)
+def _requirements(c: UNetConfig) -> Iterator[Requirement]:
     blocks = f"at least 1, and at most {MAX_BLOCKS}"
-    require(1 <= config.blocks_per_resolution <= MAX_BLOCKS, "blocks_per_resolution", blocks)
-    require(0 <= config.dropout < 1, "dropout", "in [0, 1)")
-    multipliers = config.width_multipliers
-    require(len(multipliers) >= 1 and min(multipliers) >= 1, "width_multipliers", "one or more integers >= 1")
-
-    widths = [config.base_width * multiplier for multiplier in multipliers]
-    require(config.base_width >= 4 and config.base_width % 2 == 0, "base_width", "even and at least 4")
-    require(max(multipliers) <= MAX_SIZE, "width_multipliers", f"at most {MAX_SIZE}")
+    yield "blocks_per_resolution", 1 <= c.blocks_per_resolution <= MAX_BLOCKS, blocks
+    multipliers = c.width_multipliers
+    yield "width_multipliers", min(multipliers, default=0) >= 1, "one or more integers >= 1"
+    yield "width_multipliers", max(multipliers) <= MAX_SIZE, f"at most {MAX_SIZE}"
+    yield "base_width", c.base_width >= 4 and c.base_width % 2 == 0, "even and at least 4"
     most = MAX_SIZE // max(multipliers)
-    require(config.base_width <= most, "base_width", f"at most {most}: no width may exceed {MAX_SIZE}")
-    divides = config.norm_groups >= 1 and all(width % config.norm_groups == 0 for width in widths)
-    require(divides, "norm_groups", f"a divisor of each of the widths {widths}")
+    yield "base_width", c.base_width <= most, f"at most {most}: no width may exceed {MAX_SIZE}"
+    widths = [c.base_width * multiplier for multiplier in multipliers]
+    divides = c.norm_groups >= 1 and all(width % c.norm_groups == 0 for width in widths)
+    yield "norm_groups", divides, f"a divisor of each of the widths {widths}"
 
-    size, grain = config.image_size, 2 ** (len(widths) - 1)
+    size, grain = c.image_size, 2 ** (len(widths) - 1)
     multiple = f"a multiple of {grain}: it is halved {len(widths) - 1} times"
-    require(size >= grain and size % grain == 0, "image_size", multiple)
-    require(size <= MAX_SIZE, "image_size", f"at most {MAX_SIZE}")
+    yield "image_size", size >= grain and size % grain == 0, multiple
+    yield "image_size", size <= MAX_SIZE, f"at most {MAX_SIZE}"
     sizes = [size >> level for level in range(len(widths))]
     example = next((s for s in sizes if s <= 16), sizes[-1])
     among = f"among {sizes}, such as --model.attention-resolutions {example}"
-    require(set(config.attention_resolutions) <= set(sizes), "attention_resolutions", among)
+    yield "attention_resolutions", set(c.attention_resolutions) <= set(sizes), among
 
-    head_dim = config.attention_head_dim
-    attended = {widths[sizes.index(size)] for size in config.attention_resolutions}
-    if config.middle_attention:
+    head_dim = c.attention_head_dim
+    attended = {widths[sizes.index(size)] for size in c.attention_resolutions}
+    if c.middle_attention:
         attended.add(widths[-1])
     fits = head_dim is None or (head_dim >= 1 and all(width % head_dim == 0 for width in attended))
-    require(fits, "attention_head_dim", f"None or a divisor of {sorted(attended)}, the widths attended")
+    yield "attention_head_dim", fits, f"None or a divisor of {sorted(attended)}, the widths attended"

@@ -1,6 +1,6 @@
 """Sampling with a net and its config: seeds, labels, guidance and sampler together.
 
-Training (for its grids), jobs/sample.py and the registry's server sample the same way: image i is a function of the
+Training (for its grids), jobs/sample.py and the registry's server all sample with `draw`: image i is a function of the
 seed and i only.
 
 Axes: N images, C channels, H W.
@@ -15,13 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddpm.build import build_objective, build_sampler
-from ddpm.config import Config, SampleConfig
+from ddpm.build import TrainedNet, build_objective, build_sampler
+from ddpm.config import Config
 from ddpm.data import image_folder
 from ddpm.diffusion import denoisers
 from ddpm.diffusion.denoisers import Denoise
 from ddpm.diffusion.inpainting import Known
-from ddpm.diffusion.objectives import PROCESSES, Model, Objective
+from ddpm.diffusion.objectives import PROCESSES
 from ddpm.diffusion.samplers import OnStep, PerImageNoise
 from ddpm.utils import images
 from ddpm.utils.errors import UserError
@@ -40,13 +40,10 @@ def read_known(
     """The input of inpainting, from two image files: white in `mask` keeps the pixel of `image`, black samples it.
 
     Both are resized and cropped to the centre square, as training data is.
-
-    Raises:
-        UserError: a file cannot be read.
     """
     size, channels = config.model.image_size, config.model.channels
     x_0, keep = (
-        torch.from_numpy(np.asarray(image_folder.store([image_folder.read_file(path)], size, c, "raw")))
+        torch.from_numpy(np.asarray(image_folder.store([image_folder.read_file(path)], size, c, "raw")[0]))
         for path, c in ((image, channels), (mask, 1))
     )
     return Known(images.to_model(x_0), (images.to_model(keep) > 0).float(), num_resamples, jump_length)
@@ -60,21 +57,18 @@ def check_label(config: Config, label: int | None) -> None:
         raise UserError(f"label is {label}; {right}")
 
 
-def labels(config: Config, indices: Sequence[int], label: int | None = None) -> NDArray[np.int64]:
-    """The classes for a conditional net: `label`, or i mod num_classes if that is None; int64 [N]."""
-    return np.array([i % config.model.num_classes if label is None else label for i in indices], np.int64)
+def labels(config: Config, indices: Sequence[int], label: int | None = None) -> NDArray[np.int64] | None:
+    """The classes of images, int64 [N]: `label`, or i mod num_classes if that is None; None: an unconditional net."""
+    classes = config.model.num_classes
+    return np.array([i % classes if label is None else label for i in indices], np.int64) if classes else None
 
 
 @torch.no_grad()
 def draw(
-    net: Model,
-    config: Config,
-    objective: Objective,
+    trained: TrainedNet,
     indices: Sequence[int],
     *,
-    device: torch.device,
-    sample: SampleConfig | None = None,
-    label: Tensor | None = None,
+    label: int | None = None,
     known: Known | None = None,
     x_0_error: Tensor | None = None,
     on_step: OnStep | None = None,
@@ -82,23 +76,20 @@ def draw(
     """Draw the images with these indices, in one batch.
 
     Args:
-        net: trained under `config`.
         indices: image i depends on the seed, i, and its label alone.
-        sample: the sampler's settings; default: config.sample.
-        label: [N] int64; default for a conditional net: i mod num_classes.
+        label: as in `labels`.
         known: a given part of every image, for inpainting.
         x_0_error: for the variance "measured", [T] float64.
         on_step: called at every step of the sampler.
 
     Returns:
-        uint8 [N, H, W, C] on `device`.
+        uint8 [N, H, W, C] on the net's device.
     """
-    sample = sample or config.sample
-    if label is None and config.model.num_classes:
-        label = torch.from_numpy(labels(config, indices)).to(device)
-    noise = _noise(config, sample.seed, indices, device)
-    denoise = _denoise(net, sample, objective, label)
-    return images.to_uint8(build_sampler(config, sample, known, x_0_error)(denoise, noise, on_step))
+    config, device = trained.config, trained.device
+    classes = labels(config, indices, label)
+    denoise = _denoise(trained, None if classes is None else torch.from_numpy(classes).to(device))
+    sampler = build_sampler(config, known, x_0_error)
+    return images.to_uint8(sampler(denoise, _noise(config, indices, device), on_step))
 
 
 @torch.no_grad()
@@ -111,21 +102,18 @@ def noising_strip(config: Config, x_0: Tensor) -> Pixels:
 
 
 @torch.no_grad()
-def denoising_strip(
-    net: Model, config: Config, objective: Objective, x_0: Tensor, label: Tensor | None = None
-) -> Pixels:
+def denoising_strip(trained: TrainedNet, x_0: Tensor, label: Tensor | None = None) -> Pixels:
     """Denoising of real images x_0 [N, C, H, W] at rising noise levels: pairs of x_t and x_0_hat."""
-    frames, captions, noise = [x_0], ["x_0"], _strip_noise(config, x_0)
+    objective, noise = trained.objective, _strip_noise(trained.config, x_0)
+    frames, captions = [x_0], ["x_0"]
     for level in DENOISING_LEVELS:
         x_t, t = objective.corrupt(x_0, level, noise)
-        frames += [x_t, objective.denoise(net, x_t, t, label).x_0_hat]
+        frames += [x_t, objective.denoise(trained.net, x_t, t, label).x_0_hat]
         captions += [objective.caption(level), "x_0_hat"]
     return images.strip(_rows(frames), captions)
 
 
-def trajectory(
-    net: Model, config: Config, objective: Objective, indices: Sequence[int], **how: Any
-) -> tuple[Pixels, bytes]:
+def trajectory(trained: TrainedNet, indices: Sequence[int], **how: Any) -> tuple[Pixels, bytes]:
     """The reverse process, from noise to images: a strip (one row per image), and a GIF of a grid.
 
     Args:
@@ -136,38 +124,40 @@ def trajectory(
     def keep(step: int, x_t: Tensor, x_0_hat: Tensor) -> None:
         frames.append(images.to_uint8(x_t).cpu())
 
-    frames.append(draw(net, config, objective, indices, on_step=keep, **how).cpu())
+    frames.append(draw(trained, indices, on_step=keep, **how).cpu())
     picked = [round(i * (len(frames) - 1) / (TRAJECTORY_COLUMNS - 1)) for i in range(TRAJECTORY_COLUMNS)]
     rows = torch.stack([frames[i] for i in picked], dim=1).numpy()
     moving = [images.grid(frames[i].numpy()) for i in range(0, len(frames), max(1, len(frames) // 50))]
     moving += [images.grid(frames[-1].numpy())] * 10  # hold the result for 10 frames
     captions = ["noise", *[f"step {i}" for i in picked[1:]]]
-    return images.strip(list(rows), captions), images.gif_bytes(moving, ms=80)
+    return images.strip(list(rows), captions), images.gif_bytes(moving)
 
 
-def _denoise(net: Model, sample: SampleConfig, objective: Objective, label: Tensor | None) -> Denoise:
-    """The net as a function for samplers: with `label`, and guidance if `sample` has it."""
+def _denoise(trained: TrainedNet, label: Tensor | None) -> Denoise:
+    """The net as a function for samplers: with `label`, and guidance if it is configured."""
 
     def given(label: Tensor | None) -> Denoise:
-        return lambda x_t, t: objective.denoise(net, x_t, t, label)
+        return lambda x_t, t: trained.objective.denoise(trained.net, x_t, t, label)
 
     if label is None:
         return given(None)
-    guidance = sample.guidance_scale, sample.guidance_interval
-    return denoisers.guided(given(label), given(None), *guidance, objective.noise_level)
+    sample, noise_level = trained.config.sample, trained.objective.noise_level
+    return denoisers.guided(
+        given(label), given(None), sample.guidance_scale, sample.guidance_interval, noise_level
+    )
 
 
-def _noise(config: Config, seed: int, indices: Sequence[int], device: torch.device) -> PerImageNoise:
+def _noise(config: Config, indices: Sequence[int], device: torch.device) -> PerImageNoise:
     """Noise for the images with these indices, drawn on the CPU for any device."""
     side = config.model.image_size
-    generators = [PhiloxGenerator(seed, Purpose.SAMPLE, i) for i in indices]
+    generators = [PhiloxGenerator(config.sample.seed, Purpose.SAMPLE, i) for i in indices]
     uniform = PROCESSES[config.objective.process].has_uniform_noise
     return PerImageNoise(generators, (config.model.channels, side, side), device, uniform)
 
 
 def _strip_noise(config: Config, x_0: Tensor) -> Tensor:
     """Noise for real images x_0 [N, C, H, W]: the same in every column of a strip."""
-    return _noise(config, config.sample.seed, range(len(x_0)), x_0.device)()
+    return _noise(config, range(len(x_0)), x_0.device)()
 
 
 def _rows(frames: list[Tensor]) -> list[Pixels]:

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm.build import build_net, build_objective, build_sampler, resolve_sample
+from ddpm.build import TrainedNet, build_sampler, resolve_sample
 from ddpm.cluster.worker_pool import WorkerPool
-from ddpm.config import Config, flatten
+from ddpm.config import Affects, Config
+from ddpm.config_io import flatten, keys_that_affect
 from ddpm.data.manifest import read_manifest
 from ddpm.diffusion.inpainting import Known
 from ddpm.sampling import generate, writers
-from ddpm.sampling.writers import Form, ImageWriter, Labels, PngWriter, ShardWriter
+from ddpm.sampling.writers import Form, Labels, PngWriter, ShardWriter
 from ddpm.storage.locations import Location, resolve
 from ddpm.utils.errors import UserError
 from ddpm.utils.images import Pixels, png_bytes
@@ -32,47 +33,41 @@ BATCH_SIZE_CPU, BATCH_SIZE_GPU = 32, 256
 """Default images per piece: few images keep a core busy, and many cores need many pieces."""
 TRAJECTORY_IMAGES = 8
 
-_RELEVANT_KEYS = (
-    "model.",
-    "schedule.",
-    "objective.process",
-    "objective.predict",
-    "objective.variance",
-    "sample.",
-    "train.precision",
-)
-_IGNORED_KEYS = ("model.dropout", "model.zero_init", "sample.num_images")
-
 
 @dataclass(frozen=True)
 class SampleJob:
-    """The images to sample: everything that determines image i, with the seed in the config.
+    """The images to sample: everything that determines image i and its file."""
 
-    Raises:
-        UserError: the label is out of range, or settings do not fit.
-    """
-
-    weights: dict[str, Tensor]
-    """The net's weights, on the CPU."""
-    config: Config
-    """The config of training, with the sampling settings in `sample`."""
+    trained: TrainedNet
+    """Its config has the sampling configuration, with the seed."""
     label: int | None = None
     """The class of all images; None: image i has class i mod num_classes."""
     known: Known | None = None
     """A given part of every image, for inpainting."""
     x_0_error: Tensor | None = None
     """For the variance "measured": [T] float64."""
+    form: Form = "png"
+    """PNGs, or shards that a run can be trained on."""
+    batch_size: int | None = None
+    """Images per batch of a worker; None: 32 on a core, 256 on a GPU."""
+
+    @property
+    def config(self) -> Config:
+        return self.trained.config
 
     def __post_init__(self) -> None:
         generate.check_label(self.config, self.label)
-        build_sampler(self.config, known=self.known, x_0_error=self.x_0_error)
-        build_objective(self.config)
+        build_sampler(self.config, self.known, self.x_0_error)
 
     def labels(self, indices: range) -> Labels | None:
-        """The labels of images, int64 [N]; None: the net is unconditional."""
-        if not self.config.model.num_classes:
-            return None
+        """As in `generate.labels`."""
         return generate.labels(self.config, indices, self.label)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of an image."""
+        model = self.config.model
+        return model.image_size, model.image_size, model.channels
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
@@ -85,17 +80,19 @@ class SampleJob:
                     return names
         return tuple(map(str, range(classes)))
 
-    def asked(self) -> dict[str, Any]:
-        """Everything that determines image i, as flat JSON."""
+    def asked(self, batch_size: int) -> dict[str, Any]:
+        """Everything that determines image i and its file, as flat JSON."""
         config = self.config
         sample = config.sample if self.known is None else replace(config.sample, sampler="ddpm")
         config = replace(config, sample=resolve_sample(sample, config.objective))
-        flat = {
-            key: value
-            for key, value in flatten(config).items()
-            if key.startswith(_RELEVANT_KEYS) and key not in _IGNORED_KEYS
+        keys = keys_that_affect(config, Affects.NET | Affects.SAMPLING)
+        flat = {key: value for key, value in flatten(config).items() if key in keys}
+        asked: dict[str, Any] = {"format": self.form, "batch_size": batch_size}
+        asked |= {
+            "generator": GENERATOR,
+            "weights": _sha256(self.trained.net.state_dict()),
+            "label": self.label,
         }
-        asked = {"generator": GENERATOR, "weights": _sha256(self.weights), "label": self.label}
         if self.known is not None:
             asked |= {
                 "inpaint": _sha256({"x_0": self.known.x_0, "mask": self.known.mask}),
@@ -108,23 +105,17 @@ class SampleJob:
 
 
 class SampleWorker:
-    """The state of a worker: the net of a job."""
+    """The state of a worker: a job, with its net on the device."""
 
     def __init__(self, job: SampleJob, device: torch.device) -> None:
-        self._job, self._device = job, device
-        net = build_net(job.config)
-        net.load_state_dict(job.weights)
-        net.to(device).eval().requires_grad_(False)
-        self._trained = net, job.config, build_objective(job.config)
+        self._trained = job.trained
+        self._given: dict[str, Any] = {"label": job.label, "known": job.known, "x_0_error": job.x_0_error}
+        job.trained.net.to(device).eval().requires_grad_(False)
 
     def draw(self, indices: range) -> Pixels:
-        """The images with these indices, uint8 [N, H, W, C].
-
-        Raises:
-            UserError: they do not fit into the GPU's memory.
-        """
+        """The images with these indices, uint8 [N, H, W, C]; UserError if they do not fit into the GPU's memory."""
         try:
-            drawn = generate.draw(*self._trained, indices, **self._how(indices))
+            drawn = generate.draw(self._trained, indices, **self._given)
         except torch.OutOfMemoryError:
             raise UserError(
                 f"the GPU has no memory for {len(indices)} images at a time; use a smaller --batch-size"
@@ -133,12 +124,7 @@ class SampleWorker:
 
     def trajectory(self, indices: range) -> tuple[Pixels, bytes]:
         """The trajectories of these images: a strip uint8 [H', W', 3], and a GIF."""
-        return generate.trajectory(*self._trained, indices, **self._how(indices))
-
-    def _how(self, indices: range) -> dict[str, Any]:
-        job, labels = self._job, self._job.labels(indices)
-        label = None if labels is None else torch.from_numpy(labels).to(self._device)
-        return {"device": self._device, "label": label, "known": job.known, "x_0_error": job.x_0_error}
+        return generate.trajectory(self._trained, indices, **self._given)
 
 
 def draw(
@@ -146,37 +132,24 @@ def draw(
     out: Location,
     num_images: int,
     *,
-    form: Form = "png",
     num_workers: int | None = None,
-    batch_size: int | None = None,
     with_trajectory: bool = False,
     show: Callable[[int, str], None] = lambda done, detail: None,
 ) -> None:
     """Sample those of images 0..num_images-1 that are missing at `out`.
 
     Args:
-        form: PNGs, or shards that a run can be trained on.
         num_workers: as in `WorkerPool`.
-        batch_size: images per batch of a worker; None: 32 on a core, 256 on a GPU.
         with_trajectory: also write trajectory.png and trajectory.gif of the first 8 images.
         show: called with the number of existing images, and the speed.
-
-    Raises:
-        UserError: a count is out of range or beyond the disk's space, `out` holds images of another job, or cannot be
-            written.
-        WorkersDied: as `WorkerPool.map`.
     """
-    for name, count in (("num_images", num_images), ("batch_size", batch_size)):
-        if count is not None and count < 1:
-            raise UserError(f"{name} is {count}; it must be at least 1")
-    model = job.config.model
     with suppress(OSError):  # a write error has a better message
-        writers.check_room(out, num_images, form, (model.image_size, model.image_size, model.channels))
+        writers.check_room(out, num_images, job.form, job.shape)
     with WorkerPool(partial(SampleWorker, job), num_workers) as pool:
-        size = batch_size or (BATCH_SIZE_GPU if pool.has_gpus else BATCH_SIZE_CPU)
+        size = job.batch_size or (BATCH_SIZE_GPU if pool.has_gpus else BATCH_SIZE_CPU)
         pieces = (range(i, min(i + size, num_images)) for i in range(0, num_images, size))
         try:
-            writer = _open(job, out, num_images, form, size)
+            writer = _open(job, out, num_images, size)
             done, began = writer.num_kept, time.monotonic()
             show(done, "")
             before = done
@@ -196,16 +169,15 @@ def draw(
             ) from None
 
 
-def _open(job: SampleJob, out: Location, num_images: int, form: Form, batch_size: int) -> ImageWriter:
-    asked = {"format": form, "batch_size": batch_size, **job.asked()}
-    if form == "png":
+def _open(job: SampleJob, out: Location, num_images: int, batch_size: int) -> PngWriter | ShardWriter:
+    asked = job.asked(batch_size)
+    if job.form == "png":
         writers.begin(out, asked)
         return PngWriter(out, num_images, batch_size)
-    names, size = job.class_names, job.config.model.image_size
+    names = job.class_names
     asked = {"num_images": num_images, "class_names": names, **asked}
     writers.begin(out, asked)
-    shape = size, size, job.config.model.channels
-    return ShardWriter(out, num_images, batch_size, shape, names, asked)
+    return ShardWriter(out, num_images, batch_size, job.shape, names, asked)
 
 
 def _sha256(tensors: dict[str, Tensor]) -> str:
@@ -213,5 +185,5 @@ def _sha256(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

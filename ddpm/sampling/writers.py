@@ -19,15 +19,15 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm.config import differences
+from ddpm.config_io import differences
 from ddpm.data import prepare
 from ddpm.data.manifest import MANIFEST, Shard, make_manifest, read_manifest, write_manifest
-from ddpm.data.shards import read_row_group
+from ddpm.data.shards import kept_shard, read_row_group, write_shard
 from ddpm.storage.locations import Location
 from ddpm.utils import images, strict_json
 from ddpm.utils.errors import UserError
@@ -43,7 +43,7 @@ IMAGES = "images"
 SPLIT = "train"
 IMAGES_PER_SHARD = 512
 """Approximate, since a shard holds whole pieces. An incomplete shard is lost with its process."""
-RESERVED_NAMES = (IMAGES, SPLIT, GRID, MANIFEST, prepare.NOTES)
+RESERVED_NAMES = (IMAGES, SPLIT, GRID, MANIFEST)
 """Names that make a folder without a request.json unusable: its images are unknown."""
 NAME = re.compile(r"[0-9]{6}\.png|[1-9][0-9]{6,}\.png")
 COMPRESSION = 4
@@ -51,32 +51,12 @@ COMPRESSION = 4
 GB = 10**9
 
 
-class ImageWriter(Protocol):
-    """A destination of images."""
-
-    num_kept: int
-    """Images of the pieces that were complete at the start."""
-
-    def missing(self, piece: range) -> bool:
-        """Whether an image of the piece was missing at the start."""
-
-    def write(self, piece: range, pixels: Pixels, labels: Labels | None) -> None:
-        """Store the images with these indices, uint8 [N, H, W, C], and their labels int64 [N]."""
-
-    def close(self) -> None:
-        """Write the grid, and the manifest of shards, after the last image."""
-
-
 def check_room(location: Location, num_images: int, form: Form, shape: tuple[int, int, int]) -> None:
-    """Raise UserError if a folder's disk certainly has too little space for so many images.
-
-    Args:
-        shape: (H, W, C).
-    """
+    """Raise UserError if a folder's disk certainly has too little space for so many images of this (H, W, C)."""
     if not location.is_local:
         return
     path = Path(location.path)
-    disk = next(place for place in (path, *path.parents) if place.exists())
+    disk = next(folder for folder in (path, *path.parents) if folder.exists())
     least = int(np.prod(shape)) / COMPRESSION
     if form == "png":
         least = max(least, os.statvfs(disk).f_frsize)
@@ -93,10 +73,6 @@ def begin(location: Location, asked: Mapping[str, Any]) -> None:
 
     Args:
         asked: everything that determines the images, as flat JSON.
-
-    Raises:
-        UserError: another request was made there; the message names the differences.
-        OSError: storage does not answer.
     """
     note, text = location.child(REQUEST), json.dumps(asked, indent=2) + "\n"
     location.sweep()
@@ -116,11 +92,10 @@ def begin(location: Location, asked: Mapping[str, Any]) -> None:
 
 
 class PngWriter:
-    """One PNG per image; a larger num_images adds to them.
+    """One PNG per image; a larger num_images adds to them."""
 
-    Args:
-        batch_size: images per piece.
-    """
+    num_kept: int
+    """Images of the pieces that were complete at the start."""
 
     def __init__(self, location: Location, num_images: int, batch_size: int) -> None:
         self._location, self._num_images, self._size = location, num_images, batch_size
@@ -132,28 +107,30 @@ class PngWriter:
         self.num_kept = sum(counts[k] for k in self._whole)
 
     def missing(self, piece: range) -> bool:
+        """Whether an image of the piece was missing at the start."""
         return piece.start // self._size not in self._whole
 
     def write(self, piece: range, pixels: Pixels, labels: Labels | None) -> None:
+        """Store the images with these indices, uint8 [N, H, W, C], and their labels int64 [N]."""
         for i, image in zip(piece, pixels, strict=True):
             self._images.child(_name(i)).write(images.png_bytes(image))
 
     def close(self) -> None:
+        """Write the grid, and the manifest of shards, after the last image."""
         first = range(min(self._num_images, GRID_IMAGES))
         pixels = [images.from_png(self._images.child(_name(i)).read()) for i in first]
         self._location.child(GRID).write(images.png_bytes(images.grid(np.stack(pixels))))
 
 
 class ShardWriter:
-    """Shards and, last, their manifest: a data set with the one split "train".
+    """As PngWriter, but shards and, last, their manifest: a data set with the one split "train".
 
     Args:
-        location: already holds the request.
         num_images: N; part of the request, since a data set cannot grow.
         batch_size: images per piece.
         shape: (H, W, C).
         class_names: names of the labels; empty: there are no labels.
-        asked: the request.
+        asked: the request, which `location` holds.
     """
 
     def __init__(
@@ -183,12 +160,9 @@ class ShardWriter:
         """Shards that an earlier process finished, found by listing the folder."""
         names = (name.removesuffix(".parquet") for name in self._location.child(SPLIT).files())
         numbers = {int(name) for name in names if name.isdecimal()}
-        found = {
-            k: prepare.kept_shard(self._location, _path(k))
-            for k in sorted(numbers)
-            if k * self._size < self._num_images
-        }
-        return {k: shard for k, shard in found.items() if shard}
+        pieces = {k: _piece(k, self._size, self._num_images) for k in sorted(numbers)}
+        shards = {k: kept_shard(self._location, _path(k), len(piece)) for k, piece in pieces.items() if piece}
+        return {k: shard for k, shard in shards.items() if shard}
 
     def write(self, piece: range, pixels: Pixels, labels: Labels | None) -> None:
         k = piece.start // self._size
@@ -198,12 +172,12 @@ class ShardWriter:
             return
         ordered = [parts[piece] for piece in sorted(parts, key=lambda piece: piece.start)]
         labelled = [part for _, part in ordered if part is not None]
-        self._shards[k] = prepare.keep_shard(
+        self._shards[k] = write_shard(
             self._location,
             _path(k),
             np.concatenate([part for part, _ in ordered]),
             np.concatenate(labelled) if labelled else None,
-            self._rows_per_row_group,
+            rows_per_row_group=self._rows_per_row_group,
         )
         del self._begun[k]
 
@@ -213,7 +187,7 @@ class ShardWriter:
         else:
             shards = [self._shards[k] for k in range(math.ceil(self._num_images / self._size))]
             manifest = make_manifest(
-                "drawn", *self._shape, "raw", self._class_names, {SPLIT: shards}, self._options
+                "drawn", self._shape, "raw", self._class_names, {SPLIT: shards}, self._options
             )
         pixels, group = np.zeros((0, *self._shape), np.uint8), 0
         while len(pixels) < min(GRID_IMAGES, manifest.splits[SPLIT].num_rows):
@@ -222,7 +196,6 @@ class ShardWriter:
         self._location.child(GRID).write(images.png_bytes(images.grid(pixels[:GRID_IMAGES])))
         if not self._is_complete:
             write_manifest(self._location, manifest)
-        self._location.child(prepare.NOTES).delete()
 
 
 def _piece(k: int, size: int, num_images: int) -> range:

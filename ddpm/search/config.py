@@ -4,8 +4,12 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import tyro
+from annotated_types import Interval
 
-from ddpm.config import Config, FeatureNetName
+from ddpm.config import Config, Count, CountOrZero, FeatureNetName, ScoredImages, Seed, SmallCount, Text
+
+Metric = Literal["bits_per_dim", "held_out/loss", "train/loss"]
+Searcher = Literal["optuna", "random", "grid"]
 
 
 @dataclass(frozen=True)
@@ -14,41 +18,41 @@ class Arguments:
 
     preset: tyro.conf.Suppress[str]
     config: Annotated[Config, tyro.conf.arg(name="")]
-    num_trials: int = 16
+    num_trials: Count = 16
     """Total number of trials."""
-    max_concurrent: int = 2
+    max_concurrent: Count = 2
     """Number of concurrent trials, each with cluster.num_workers workers."""
     space: tuple[str, ...] = ()
-    """Search space, such as 'optim.lr=log(1e-5,1e-2)' 'schedule.kind=linear|cosine'; tune/space.py lists the forms
+    """Search space, such as 'optim.lr=log(1e-5,1e-2)' 'schedule.kind=linear|cosine'; default_space.py lists the forms
     and the default."""
-    searcher: Literal["optuna", "random", "grid"] = "optuna"
-    grid_points: int = 3
+    searcher: Searcher = "optuna"
+    grid_points: SmallCount = 3
     """grid: number of values per range."""
     scheduler: Literal["asha", "none"] = "asha"
     """asha: at each rung, the best 1 / reduction_factor of the trials seen there continue."""
-    reduction_factor: int = 3
+    reduction_factor: Annotated[int, Interval(ge=2, le=10**6)] = 3
     """asha: factor between two rungs, in trials that continue and in images seen."""
-    num_rungs: int = 3
+    num_rungs: Count = 3
     """asha: evaluations per trial. The last is at the trial's end; each earlier one is at 1 / reduction_factor of the
     next one's images."""
-    metric: Literal["bits_per_dim", "held_out/loss", "train/loss"] = "bits_per_dim"
+    metric: Metric = "bits_per_dim"
     """Metric that the search minimises. The losses can compare learning rates, but not schedules."""
     variance: Literal["auto", "beta", "beta_tilde", "measured"] = "auto"
     """bits/dim: variance of p(x_{t-1} | x_t). auto: learned if the net learns it, else measured on training images. The
     fixed ones favour schedules of many steps."""
-    num_images: int = 512
+    num_images: ScoredImages = 512
     """Largest number of held-out images for evaluating trials."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the searcher and of the evaluator's noise; train.seed is the seed of every trial."""
-    finalists: int = 3
+    finalists: CountOrZero = 3
     """Number of best trials that are also compared by KID."""
-    drawn_images: int = 1000
+    drawn_images: ScoredImages = 1000
     """Generated images per finalist."""
     features: FeatureNetName | None = None
     """Feature net of KID. None: classifier if the data has classes, else lite0."""
-    name: str | None = None
+    name: Text | None = None
     """Name of the search. None: search-PRESET."""
-    storage: str | None = None
+    storage: Text | None = None
     """Folder or s3:// URI that holds searches. None: run.storage."""
     file: Annotated[str | None, tyro.conf.arg(name="config", metavar="FILE")] = None
     """JSON file of changes to the preset, such as a search's best.json; flags are applied after it."""

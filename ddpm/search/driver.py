@@ -9,11 +9,11 @@ import ray
 import torch
 from ray import tune
 
-from ddpm.config import override
+from ddpm.config_io import override
 from ddpm.search.event_log import name_of
-from ddpm.search.runner import News, Spec, Trained, TrialRunner
+from ddpm.search.persistent_group import PersistentWorkerGroup
+from ddpm.search.runner import News, Spec, TrialRunner
 from ddpm.training import run_state
-from ddpm.training.worker_group import PersistentWorkerGroup
 from ddpm.utils.errors import UserError
 
 POLL_INTERVAL_S = 1.0
@@ -42,7 +42,7 @@ class Driver(tune.Trainable):
         self._next: dict[str, Any] | None = config
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._next = new_config  # nothing else: an actor that dies in this call is not restarted (Tune 2.60)
+        self._next = new_config  # nothing else: an actor that dies in this call is not restarted (Ray 2.60)
         return True
 
     def step(self) -> dict[str, Any]:
@@ -61,16 +61,9 @@ class Driver(tune.Trainable):
                     self._runner.close(LEAVING_S)
                     return {"number": self._number, "left": True}
                 continue
-            match news:
-                case Trained():
-                    return {"number": number, "training_s": news.training_s}
-                case UserError():  # a retry would not help
-                    # Not "done": Tune would not tell the scheduler.
-                    return {"number": number, "failed": str(news)}
-                case BaseException():
-                    raise news
-                case _:
-                    return {"number": number, "rung": news}
+            if isinstance(news, BaseException) and not isinstance(news, UserError):
+                raise news  # a retry may help
+            return {"number": number, "news": news}  # never "done": Tune would not tell the scheduler
 
     def cleanup(self) -> None:
         if self._runner is not None:

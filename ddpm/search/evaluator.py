@@ -8,26 +8,24 @@ nets are not imported: the import would cost the trial's driver seconds.
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 
-from ddpm.build import build_objective
+from ddpm.build import TrainedNet
 from ddpm.checkpoints import checkpoint
-from ddpm.config import Config, SampleVariance
+from ddpm.config import SampleVariance
 from ddpm.data.reading import DataSet, Images
-from ddpm.diffusion.objectives import Model, Objective
 from ddpm.evaluation import measure
-from ddpm.evaluation.bits import BitsPerDim
 from ddpm.evaluation.reference import images_of
-from ddpm.evaluation.scores import LEAST_IMAGES
 from ddpm.hub import resolve
 from ddpm.search.event_log import Rung
-from ddpm.utils import images, strict_json
+from ddpm.storage.locations import Location
+from ddpm.utils import devices, strict_json
 from ddpm.utils.errors import UserError
-from ddpm.utils.generators import generator
-from ddpm.utils.seeding import Purpose
+from ddpm.utils.retry import retry_io
+
+RUNGS_FOLDER = "rungs"
+"""Folder of a run with the results at its rungs."""
 
 
 @dataclass(frozen=True)
@@ -46,80 +44,61 @@ class Evaluation:
         losses = self.held_out_loss, self.train_loss
         return Rung(self.images_seen, float(bits.mean()), float(error), *losses, training_s)
 
-    def to_json(self) -> str:
-        return json.dumps({**vars(self), "bits": list(self.bits)}, allow_nan=False) + "\n"
+    def write(self, run: Location, timeout_s: float = 0.0) -> None:
+        """Store the results in a run's folder; storage may fail for `timeout_s`."""
+        file = _file(run, self.images_seen)
+        data = (json.dumps(vars(self), allow_nan=False) + "\n").encode()
+        retry_io(lambda: file.write(data), where=file.uri, timeout_s=timeout_s)
 
     @classmethod
-    def from_json(cls, text: str | bytes, where: str) -> "Evaluation":
-        """Parse the output of `to_json`.
+    def read(cls, run: Location, images_seen: int, timeout_s: float) -> "Evaluation":
+        """The results in a run's folder; FileNotFoundError: there are none."""
+        file = _file(run, images_seen)
+        text = retry_io(file.read, where=file.uri, timeout_s=timeout_s)
+        return strict_json.parse(cls, text, f"{file.uri} is damaged")
 
-        Raises:
-            UserError: it is damaged; `where` names the file.
-        """
-        return strict_json.parse(cls, text, f"{where} is damaged")
+
+def _file(run: Location, images_seen: int) -> Location:
+    return run.child(RUNGS_FOLDER).child(f"{images_seen:012d}.json")
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates checkpoints.
-
-    Args:
-        train: the training split.
-        held_out: the held-out split.
-        num_images: largest number of images of each split.
-        num_draws: timesteps per image at which KL_t is measured; 0: all.
-        seed: of the noise and the quantiles of t.
-        variance: of p in the bound; auto: learned if the net learned it, else measured, so that the result does not
-            depend on the number of steps of the schedule.
-    """
+    """Evaluates checkpoints on two splits."""
 
     train: DataSet
     held_out: DataSet
     num_images: int
+    """Largest number of images of each split."""
     num_draws: int = 8
+    """Timesteps per image at which KL_t is measured; 0: all."""
     seed: int = 0
+    """Seed of the noise and the quantiles of t."""
     variance: SampleVariance = "auto"
 
-    def __post_init__(self) -> None:
-        if self.num_images < LEAST_IMAGES:
-            raise UserError(f"--num-images is {self.num_images}; it must be at least {LEAST_IMAGES}")
-
     def evaluate(self, uri: str) -> Evaluation:
-        """Evaluate the averaged weights of the checkpoint at `uri`.
-
-        Raises:
-            UserError: a number is not finite, or data cannot be read.
-        """
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        """Evaluate the averaged weights of the checkpoint at `uri`."""
+        device = devices.default()
         with resolve.local_checkpoint(uri) as folder:
-            net, config = checkpoint.load_net(folder, device)
+            trained = checkpoint.load_net(folder, device)
             position = checkpoint.read_state(folder)
-        candidate = net, config, build_objective(config)
-        variance = measure.bound_variance(config, self.variance)
-        pilot = images_of(self.train, 0, measure.MEASURED_IMAGES)
-        measured = measure.measure(*candidate, pilot, variance, device=device)
-        how: dict[str, Any] = {"device": device, "variance": variance, "measured": measured}
-        how |= {"num_draws": self.num_draws, "seed": self.seed}
-        batches = self._batches(self.held_out)
-        bits = BitsPerDim.merge(*(measure.bits_per_dim(*candidate, b, start=i, **how) for i, b in batches))
-        losses = [self._loss(*candidate, data_set, device) for data_set in (self.held_out, self.train)]
-        found = Evaluation(position["images_seen"], tuple(map(float, bits.total)), *losses)
-        if not np.isfinite([*found.bits, *losses]).all():
+        measured = measure.measure(trained, images_of(self.train, 0, measure.MEASURED_IMAGES), self.variance)
+        parts = [
+            measure.bits_per_dim(trained, measured, batch, start, self.num_draws, self.seed)
+            for start, batch in self._batches(self.held_out)
+        ]
+        bits = tuple(np.concatenate(parts).sum(1).tolist())
+        losses = [self._loss(trained, data_set) for data_set in (self.held_out, self.train)]
+        if not np.isfinite([*bits, *losses]).all():
             raise UserError(f"the bound of {uri} is not finite: its net is unusable; lower optim.lr")
-        return found
+        return Evaluation(position["images_seen"], bits, *losses)
 
-    @torch.no_grad()
-    def _loss(
-        self, net: Model, config: Config, objective: Objective, data_set: DataSet, device: torch.device
-    ) -> float:
+    def _loss(self, trained: TrainedNet, data_set: DataSet) -> float:
         """The training loss of the averaged weights, with the same images, noise and uniforms for all trials."""
         total, n = 0.0, 0
         for start, batch in self._batches(data_set):
-            x_0 = images.to_model(torch.from_numpy(batch.image).to(device))
-            label = torch.from_numpy(batch.label).to(device) if config.model.num_classes else None
-            noise = generator(device, self.seed, Purpose.HELD_OUT, start)
-            total += objective.loss(net, x_0, label, noise).value.item() * len(x_0)
-            n += len(x_0)
+            total += measure.loss(trained, batch, start, self.seed).item() * len(batch.image)
+            n += len(batch.image)
         return total / n
 
     def _batches(self, data_set: DataSet) -> Iterator[tuple[int, Images]]:

@@ -1,15 +1,15 @@
 """The event log of a search: what happened to its trials, in order.
 
-A search that was killed reads its log again. The proposer and the stopper of trials (trial_manager.py) receive the
-same events in the same order, and are in the same state. Tuner.restore, Tune's own way, reads pickles, and loses the
-state of ASHA (Ray 2.60).
+A search that was killed reads its log again. The proposer of trials receives the same events in the same order, and is
+in the same state; early stops follow from the log (trial_manager.py). Tuner.restore, Tune's own way, reads pickles, and
+loses the state of Tune's ASHA (Ray 2.60).
 
-    search.json    {"format": "ddpm-search/1", "search_key": ..., "settings": {...}, "events": [...]}
+    search.json    {"format": "ddpm-search/2", "search_key": ..., "settings": {...}, "events": [...]}
 
     {"event": "begun", "trial": 3, "changes": {"optim.lr": 1e-3}}
-    {"event": "judged", "trial": 3, "images_seen": 6400, "bits_per_dim": 2.1, ..., "goes_on": true}
+    {"event": "evaluated", "trial": 3, "rung": {"images_seen": 6400, "bits_per_dim": 2.1, ...}, "should_continue": true}
     {"event": "ended", "trial": 3, "status": "stopped", "reason": "", "wall_s": 70.1, "training_s": 64.2}
-    {"event": "drawn", "trial": 3, "name": "KID-classifier", "value": 0.01, "error": 0.002, ...}
+    {"event": "scored", "trial": 3, "score": {"name": "KID-classifier", "value": 0.01, "error": 0.002, ...}}
 
 wall_s: seconds for which the trial held a slot, one of --max-concurrent. They begin when the slot is assigned, include
 all start-up, and end with training, when the slot is free for the next trial. If the trial is stopped or fails, they
@@ -20,30 +20,37 @@ count from the trial's last start.
 Only the search's driver writes the log. The file is small and written whole every time.
 """
 
-import dataclasses
 import json
 import math
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any, Final, Literal
 
+from annotated_types import Ge
+from pydantic import Field
+
+from ddpm.evaluation.scores import Score
+from ddpm.search.config import Metric
 from ddpm.storage.locations import Location
 from ddpm.utils import strict_json
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import retry_io
+from ddpm.utils.tables import estimate
 
-FORMAT = "ddpm-search/1"
+FORMAT: Final = "ddpm-search/2"
 FILE = "search.json"
-Metric = Literal["bits_per_dim", "held_out/loss", "train/loss"]
-Status = Literal["running", "finished", "stopped", "failed"]
+Outcome = Literal["finished", "stopped", "failed"]
+Status = Literal["running"] | Outcome
+Count = Annotated[int, Ge(0)]
+Seconds = Annotated[float, Ge(0)]
 
 
 @dataclass(frozen=True)
 class Rung:
     """Results of a trial's averaged weights at `images_seen`."""
 
-    images_seen: int
+    images_seen: Count
     bits_per_dim: float
     """The whole bound of held-out images."""
     bits_per_dim_error: float
@@ -51,13 +58,13 @@ class Rung:
     held_out_loss: float
     train_loss: float
     """The training loss of training images."""
-    training_s: float = 0.0
+    training_s: Seconds = 0.0
     """Seconds in which the loop has run since the trial's last start."""
 
     @property
     def shown(self) -> str:
         """The bound with its error, as text."""
-        return f"{self.bits_per_dim:.4f} ± {self.bits_per_dim_error:.4f}"
+        return estimate(self.bits_per_dim, self.bits_per_dim_error)
 
     def value(self, metric: Metric) -> float:
         return float(getattr(self, metric.replace("/", "_")))
@@ -75,8 +82,8 @@ class Trial:
     reason: str = ""
     """Reason of a failure."""
     wall_s: float = 0.0
-    drawn: Mapping[str, Any] = field(default_factory=dict)
-    """For a finalist, the scores.Score of its generated images."""
+    score: Score | None = None
+    """For a finalist, KID of its generated images."""
 
     @property
     def name(self) -> str:
@@ -98,13 +105,48 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class Begun:
+    trial: Count
+    changes: dict[str, Any]
+    event: Literal["begun"] = "begun"
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    trial: Count
+    rung: Rung
+    should_continue: bool
+    event: Literal["evaluated"] = "evaluated"
+
+
+@dataclass(frozen=True)
+class Ended:
+    trial: Count
+    status: Outcome
+    reason: str
+    wall_s: Seconds
+    training_s: Seconds
+    event: Literal["ended"] = "ended"
+
+
+@dataclass(frozen=True)
+class Scored:
+    trial: Count
+    score: Score
+    event: Literal["scored"] = "scored"
+
+
+Event = Begun | Evaluated | Ended | Scored
+
+
+@dataclass(frozen=True)
 class _Card:
     """Content of the file."""
 
-    format: Literal["ddpm-search/1"]
-    search_key: str
+    format: Literal["ddpm-search/2"]
+    search_key: Annotated[str, Field(pattern="^[0-9a-z]+$")]
     settings: dict[str, Any]
-    events: list[dict[str, Any]]
+    events: list[Annotated[Event, Field(discriminator="event")]]
 
 
 def name_of(number: int) -> str:
@@ -115,98 +157,84 @@ class EventLog:
     """The event log of the search in a folder or bucket; a new one is created if there is none.
 
     Args:
-        place: the folder of the search.
-        settings: everything that determines its trials, as JSON.
+        folder: of the search.
+        settings: everything that determines its trials, as JSON; None: those of the log, which exists.
         timeout_s: how long storage may fail.
 
-    Raises:
-        UserError: the search there has other settings or is damaged, or storage refuses.
+    Attributes:
+        key: identifies the search in MLflow.
+        events: all events, the oldest first.
     """
 
-    def __init__(self, place: Location, settings: Mapping[str, Any], timeout_s: float) -> None:
-        self._file, self._timeout_s = place.child(FILE), timeout_s
+    def __init__(self, folder: Location, settings: Mapping[str, Any] | None, timeout_s: float) -> None:
+        self._file, self._timeout_s = folder.child(FILE), timeout_s
         self._settings = json.loads(json.dumps(settings))
-        self.key, self.events = uuid.uuid4().hex, list[dict[str, Any]]()
+        self.key, self.events = uuid.uuid4().hex, list[Event]()
+        self._trials: dict[int, Trial] = {}
         try:
-            text = retry_io(self._read, where=self._file.uri, timeout_s=timeout_s)
-        except OSError as error:
-            raise UserError(f"cannot read {self._file.uri}: {error}") from None
-        if text is not None:
-            self.key, self.events = self._parsed(text)
-        else:
+            self._parse(retry_io(self._file.read, where=self._file.uri, timeout_s=timeout_s))
+        except FileNotFoundError:
+            if settings is None:
+                raise UserError(f"{folder.uri} is not a search's folder: it has no {FILE}") from None
             self._write()
 
     @classmethod
-    def existing(cls, place: Location) -> "EventLog":
-        """The event log in a folder, with its own settings.
+    def existing(cls, folder: Location) -> "EventLog":
+        """The event log in a folder, with its own settings."""
+        return cls(folder, None, 0.0)
 
-        Raises:
-            UserError: there is none, or it is damaged.
-        """
-        file = place.child(FILE)
-        try:
-            text = file.read()
-        except OSError as error:
-            raise UserError(f"{file.uri} is not a search's event log: {error!r:.200}") from None
-        return cls(place, strict_json.parse(_Card, text, f"{file.uri} is damaged").settings, 0.0)
-
-    def add(self, event: str, trial: int, **what: Any) -> dict[str, Any]:
+    def add(self, event: Event) -> None:
         """Append an event; it is stored when this returns."""
-        made = {"event": event, "trial": trial, **what}
-        self.events.append(made)
+        self._trials[event.trial] = _after(event, self._trials)
+        self.events.append(event)
         self._write()
-        return made
 
     def trials(self) -> list[Trial]:
         """All trials that began, in that order."""
-        found: dict[int, Trial] = {}
-        for event in self.events:
-            what = {key: value for key, value in event.items() if key not in ("event", "trial")}
-            number = event["trial"]
-            match event["event"]:
-                case "begun":
-                    found[number] = Trial(number, what["changes"])
-                case "judged":
-                    what.pop("goes_on")
-                    rungs = (*found[number].rungs, Rung(**what))
-                    found[number] = dataclasses.replace(found[number], rungs=rungs)
-                case "ended":
-                    what.pop("training_s")
-                    found[number] = dataclasses.replace(found[number], **what)
-                case "drawn":
-                    found[number] = dataclasses.replace(found[number], drawn=what)
-        return list(found.values())
-
-    def shares(self) -> Iterator[tuple[float, float]]:
-        """(training_s, wall_s) of every trial that ended."""
-        for event in self.events:
-            if event["event"] == "ended":
-                yield event["training_s"], event["wall_s"]
-
-    def _read(self) -> bytes | None:
-        return self._file.read() if self._file.exists() else None
+        return list(self._trials.values())
 
     def _write(self) -> None:
-        what = {"search_key": self.key, "settings": self._settings, "events": self.events}
-        card = {"format": FORMAT, **what}
-        data = (json.dumps(card, indent=1, allow_nan=False) + "\n").encode()
+        card = _Card(FORMAT, self.key, self._settings, self.events)
+        data = (json.dumps(asdict(card), indent=1, allow_nan=False) + "\n").encode()
         retry_io(lambda: self._file.write(data), where=self._file.uri, timeout_s=self._timeout_s)
 
-    def _parsed(self, text: bytes) -> tuple[str, list[dict[str, Any]]]:
-        card = strict_json.parse(_Card, text, f"{self._file.uri} is damaged")
-        self.events = card.events
-        try:
-            self.trials()
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{self._file.uri} is damaged: {error!r:.200}") from None
+    def _parse(self, text: bytes) -> None:
+        uri = self._file.uri
+        card = strict_json.parse(_Card, text, f"{uri} is damaged, or of another version (use another --name)")
+        for number, event in enumerate(card.events):
+            try:
+                self._trials[event.trial] = _after(event, self._trials)
+            except ValueError:
+                raise UserError(
+                    f"{uri} is damaged: events.{number}: trial {event.trial} cannot be {event.event} here"
+                ) from None
+        if self._settings is None:
+            self._settings = card.settings
         for name in sorted({*card.settings, *self._settings}):
             old, new = card.settings.get(name), self._settings.get(name)
             if old != new:
                 raise UserError(
-                    f"the search in {self._file.uri} was begun with {name} {old!r:.200}, not {new!r:.200}; "
+                    f"the search in {uri} was begun with {name} {old!r:.200}, not {new!r:.200}; "
                     "give the same value, or another --name"
                 )
-        return card.search_key, card.events
+        self.key, self.events = card.search_key, card.events
+
+
+def _after(event: Event, trials: Mapping[int, Trial]) -> Trial:
+    """The event's trial after it; ValueError: the event cannot follow those that led to `trials`."""
+    trial = trials.get(event.trial)
+    match event:
+        case Begun() if event.trial == len(trials):
+            return Trial(event.trial, event.changes)
+        case Scored() if trial and trial.last:
+            return replace(trial, score=event.score)
+    if trial is not None and trial.status == "running":
+        match event:
+            case Evaluated() if event.rung.images_seen > trial.images_seen:
+                return replace(trial, rungs=(*trial.rungs, event.rung))
+            case Ended() if trial.last or event.status == "failed":
+                return replace(trial, status=event.status, reason=event.reason, wall_s=event.wall_s)
+    raise ValueError
 
 
 def rungs(total_images: int, batch_size: int, reduction_factor: int, num_rungs: int) -> list[int]:

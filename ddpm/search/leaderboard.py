@@ -12,23 +12,24 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich import box
-from rich.table import Table
 
-from ddpm.config import Config, flatten, override
+from ddpm.config import Affects, Config, SamplerName
+from ddpm.config_io import flatten, keys_that_affect, override
 from ddpm.diffusion import schedules
 from ddpm.evaluation import context, evaluate
 from ddpm.evaluation.ranking import Rank, paired_ranks, ranks
-from ddpm.search.config import Arguments
+from ddpm.evaluation.settings import Settings
+from ddpm.search.config import Metric
 from ddpm.search.evaluator import Evaluation
-from ddpm.search.event_log import EventLog, Metric, Trial, best
-from ddpm.search.runner import EVALUATIONS
+from ddpm.search.event_log import EventLog, Scored, Trial, best
+from ddpm.search.setup import Setup
 from ddpm.search.trial_manager import short
 from ddpm.storage.locations import Location
 from ddpm.utils.errors import UserError
-from ddpm.utils.retry import retry_io
+from ddpm.utils.tables import Table, estimate
 
-SAMPLER, STEPS = "dpmpp_2m", 20
+SAMPLER: SamplerName = "dpmpp_2m"
+STEPS = 20
 """The sampler of finalists: fast, and the same for all."""
 LEFTOVER = 0.5
 """A trial with sqrt(D alpha_bar_T) above this is flagged.
@@ -37,8 +38,6 @@ By this much the mean of an image of D numbers stands out of the noise of x_T. S
 from N(m, s^2) come out up to m s sqrt(D alpha_bar_T) too small: at 0.5, for N(0.6, 0.1^2), by 0.03, four grey levels.
 The linear schedule of Ho et al. 2020 has 0.05 at 8x8 in grey, 0.35 at 32x32 in colour, 0.70 at 64x64, 2.8 at 256x256.
 """
-TRIAL_KEYS = ("train.checkpoint_every_images", "train.keep_checkpoints")
-"""Settings that a search sets itself; best.json leaves them out."""
 
 
 @dataclass(frozen=True)
@@ -58,36 +57,38 @@ class Row:
         return self.leftover > LEFTOVER
 
 
-def draw_finalists(events: EventLog, place: Location, chosen: Arguments) -> None:
+def score_finalists(setup: Setup, events: EventLog) -> None:
     """Compute KID of the best few trials, and append it to the event log; known values are not computed again."""
+    chosen = setup.arguments
     finalists = best(events.trials(), chosen.metric)[: chosen.finalists]
-    todo = [trial for trial in finalists if not trial.drawn or trial.drawn["n"] != chosen.drawn_images]
+    todo = [trial for trial in finalists if not trial.score or trial.score.n != chosen.drawn_images]
     if not todo:
         return
-    settings = context.Settings(
+    settings = Settings(
         num_images=chosen.drawn_images,
         features=chosen.features,
-        samplers=(SAMPLER,),
+        sampler=(SAMPLER,),
         num_sample_steps=(STEPS,),
         num_train_images=0,
         seed=chosen.seed,
     )
-    candidates = context.read([place.child(trial.name).uri for trial in todo])
+    candidates = context.read([setup.folder.child(trial.name).uri for trial in todo])
     report = evaluate.evaluate(candidates, settings)
     for trial, result in zip(todo, report.results, strict=True):
         (score,) = (score for score in result.drawn[0].scores if score.name.startswith("KID"))
-        events.add("drawn", trial.number, **vars(score))
+        events.add(Scored(trial.number, score))
 
 
-def ranked(trials: Sequence[Trial], place: Location, metric: Metric, base: Config) -> list[Row]:
+def ranked(setup: Setup, events: EventLog) -> list[Row]:
     """All trials: the finished ones by the metric, then the others by images seen."""
+    trials, metric, base = events.trials(), setup.arguments.metric, setup.base
     order = best(trials, metric)
-    bits = [bits_of(trial, place, base.run.storage_timeout_s) for trial in order]
+    bits = [bits_of(trial, setup.folder, base.run.storage_timeout_s) for trial in order]
     of_bits = paired_ranks(bits) if bits else []
     by_bits = dict(zip([trial.number for trial in order], of_bits, strict=True))
-    drawn = [trial for trial in order if trial.drawn]
-    of_kid = ranks([trial.drawn["value"] for trial in drawn], [trial.drawn["error"] for trial in drawn])
-    by_kid = dict(zip([trial.number for trial in drawn], of_kid, strict=True))
+    scores = {trial.number: trial.score for trial in order if trial.score}
+    of_kid = ranks([score.value for score in scores.values()], [score.error for score in scores.values()])
+    by_kid = dict(zip(scores, of_kid, strict=True))
     rest = [trial for trial in trials if trial.number not in by_bits]
     rest.sort(key=lambda trial: (-trial.images_seen, trial.value(metric)))
     return [
@@ -96,127 +97,109 @@ def ranked(trials: Sequence[Trial], place: Location, metric: Metric, base: Confi
     ]
 
 
-def columns(found: Sequence[Row]) -> dict[str, list[Any]]:
-    """The table, column by column; None for missing values."""
-    keys = list(dict.fromkeys(key for s in found for key in s.trial.changes))
-    lasts, drawn = [s.trial.last for s in found], [s.trial.drawn for s in found]
-    return {
-        "trial": [s.trial.name for s in found],
-        "status": [s.trial.status for s in found],
-        "images_seen": [s.trial.images_seen for s in found],
-        **{key: [s.trial.changes.get(key) for s in found] for key in keys},
-        "sqrt_D_alpha_bar_T": [s.leftover for s in found],
-        "train_loss": [last.train_loss if last else None for last in lasts],
-        "held_out_loss": [last.held_out_loss if last else None for last in lasts],
-        "bits_per_dim": [last.bits_per_dim if last else None for last in lasts],
-        "bits_per_dim_error": [last.bits_per_dim_error if last else None for last in lasts],
-        "rank_by_bits": [s.by_bits and str(s.by_bits) for s in found],
-        "kid": [d.get("value") for d in drawn],
-        "kid_error": [d.get("error") for d in drawn],
-        "rank_by_kid": [s.by_kid and str(s.by_kid) for s in found],
-        "reason": [s.trial.reason or None for s in found],
-    }
-
-
-def parquet(found: Sequence[Row]) -> bytes:
-    made = {
-        name: [str(v) if isinstance(v, tuple | list) else v for v in values]
-        for name, values in columns(found).items()
+def parquet(rows: Sequence[Row]) -> bytes:
+    """The table as a Parquet file; null for missing values."""
+    trials = [row.trial for row in rows]
+    lasts, scores = [trial.last for trial in trials], [trial.score for trial in trials]
+    columns = {
+        "trial": [trial.name for trial in trials],
+        "status": [trial.status for trial in trials],
+        "images_seen": [trial.images_seen for trial in trials],
+        **{key: [trial.changes.get(key) for trial in trials] for key in _varied(rows)},
+        "sqrt_D_alpha_bar_T": [row.leftover for row in rows],
+        **{
+            name: [last and getattr(last, name) for last in lasts]
+            for name in ("train_loss", "held_out_loss", "bits_per_dim", "bits_per_dim_error")
+        },
+        "rank_by_bits": [row.by_bits and str(row.by_bits) for row in rows],
+        "kid": [score and score.value for score in scores],
+        "kid_error": [score and score.error for score in scores],
+        "rank_by_kid": [row.by_kid and str(row.by_kid) for row in rows],
+        "reason": [trial.reason or None for trial in trials],
     }
     file = io.BytesIO()
-    pq.write_table(pa.table(made), file)
+    pq.write_table(pa.table(columns), file)
     return file.getvalue()
 
 
-def table(found: Sequence[Row]) -> Table:
-    """The table for a terminal."""
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    names, rows = _shown(found)
-    for name in names:
-        made.add_column(name, justify="left" if name in ("trial", "status") else "right")
-    for row in rows:
-        made.add_row(*row)
-    return made
+def markdown(rows: Sequence[Row], remarks: Sequence[str]) -> str:
+    return "\n".join([table(rows).markdown(), "", *(f"- {line}" for line in remarks)]) + "\n"
 
 
-def markdown(found: Sequence[Row], remarks: Sequence[str]) -> str:
-    names, rows = _shown(found)
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
-    return "\n".join([*lines, "", *(f"- {line}" for line in remarks)]) + "\n"
-
-
-def remarks(found: Sequence[Row], metric: Metric) -> list[str]:
+def remarks(rows: Sequence[Row], metric: Metric) -> list[str]:
     """Remarks for reading the table."""
     lines = [
         "Ranks are ranges: two that overlap are a tie. bits/dim are compared image by image, KID by its errors, "
         "both corrected for the number of pairs (Holm): at most 5 % of searches find a difference between equal trials."
     ]
-    if any(s.is_flagged for s in found):
+    if any(row.is_flagged for row in rows):
         lines.append(
             f"!: sqrt(D alpha_bar_T), with D numbers per image, is above {LEFTOVER}: x_T still shows an image's mean. "
             "The bound includes this, but samples are biased by it, since they start from pure noise."
         )
-    tied = [s for s in found if s.by_bits and s.by_bits.best == 1]
+    tied = [row for row in rows if row.by_bits and row.by_bits.best == 1]
     if len(tied) > 1:
         lines.append(
-            f"{len(tied)} trials are tied for the best bits/dim: {', '.join(s.trial.name for s in tied)}."
+            f"{len(tied)} trials are tied for the best bits/dim: {', '.join(row.trial.name for row in tied)}."
         )
-    drawn = [s for s in found if s.by_kid]
-    if len(drawn) > 1 and metric == "bits_per_dim":
-        first = min(drawn, key=lambda s: s.trial.drawn["value"])
-        same = first.trial is found[0].trial
-        tie = "" if same else (", though in a tie" if found[0].by_kid and found[0].by_kid.best == 1 else "")
+    finalists = [(row.trial.score.value, row) for row in rows if row.trial.score and row.by_kid]
+    if len(finalists) > 1 and metric == "bits_per_dim":
+        _, first = min(finalists, key=lambda finalist: finalist[0])
+        same = first.trial is rows[0].trial
+        tie = "" if same else (", though in a tie" if rows[0].by_kid and rows[0].by_kid.best == 1 else "")
         lines.append(
-            f"The best by bits/dim, {found[0].trial.name}, is "
+            f"The best by bits/dim, {rows[0].trial.name}, is "
             + ("also the best by KID." if same else f"not the best by KID, which is {first.trial.name}{tie}.")
         )
     return lines
 
 
-def best_config(found: Sequence[Row], base: Config) -> str | None:
-    """The best trial's config for `jobs/train.py PRESET --config FILE`, without run and cluster; None: there is
-    none."""
-    if not found or found[0].by_bits is None:
+def best_config(rows: Sequence[Row], config: Config) -> str | None:
+    """The best trial's changes to `config`, for `jobs/train.py PRESET --config FILE`; None: there is none.
+
+    What names a place is left out: data.shards, run and cluster.
+    """
+    if not rows or rows[0].by_bits is None:
         return None
-    nested: dict[str, Any] = {}
-    for key, value in flatten(override(base, found[0].trial.changes)).items():
+    locations, nested = keys_that_affect(config, Affects.LOCATION), dict[str, Any]()
+    for key, value in flatten(override(config, rows[0].trial.changes)).items():
         group, name = key.split(".")
-        if group not in ("run", "cluster") and key != "data.shards" and key not in TRIAL_KEYS:
+        if group not in ("run", "cluster") and key not in locations:
             nested.setdefault(group, {})[name] = value
     return json.dumps(nested, indent=2) + "\n"
 
 
-def _shown(found: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Names and cells of the table for display: estimates with errors, settings in short form."""
-    keys = list(dict.fromkeys(key for s in found for key in s.trial.changes))
-    with_kid = next((s.trial.drawn["name"] for s in found if s.trial.drawn), None)
-    titles = [key.rpartition(".")[2] for key in keys]
-    names = ["trial", "status", "images", *titles, "train loss", "bits/dim", "rank"]
-    names += [with_kid, "rank"] if with_kid else []
-    rows = []
-    for s in found:
-        last, drawn = s.trial.last, s.trial.drawn
-        status = s.trial.status + (f": {s.trial.reason[:80]}" if s.trial.reason else "")
-        row = [s.trial.name + (" !" if s.is_flagged else ""), status, f"{s.trial.images_seen:,}"]
-        row += ["" if (v := s.trial.changes.get(key)) is None else short(v) for key in keys]
-        row += [f"{last.train_loss:.4f}", last.shown] if last else ["", ""]
-        row.append(str(s.by_bits or ""))
-        if with_kid:
-            row += [f"{drawn['value']:.4f} ± {drawn['error']:.4f}" if drawn else "", str(s.by_kid or "")]
-        rows.append(row)
-    return names, rows
+def table(rows: Sequence[Row]) -> Table:
+    """The table for display: estimates with errors, settings in short form."""
+    varied = _varied(rows)
+    kid = next((row.trial.score.name for row in rows if row.trial.score), None)
+    names = ["trial", "status", "images", *(key.rpartition(".")[2] for key in varied)]
+    names += ["train loss", "bits/dim", "rank", *([kid, "rank"] if kid else [])]
+    lines = []
+    for row in rows:
+        trial, last, score = row.trial, row.trial.last, row.trial.score
+        status = trial.status + (f": {trial.reason[:80]}" if trial.reason else "")
+        line = [trial.name + (" !" if row.is_flagged else ""), status, f"{trial.images_seen:,}"]
+        line += [short(trial.changes[key]) if key in trial.changes else "" for key in varied]
+        line += [f"{last.train_loss:.4f}", last.shown] if last else ["", ""]
+        line.append(str(row.by_bits or ""))
+        if kid:
+            line += [estimate(score.value, score.error) if score else "", str(row.by_kid or "")]
+        lines.append(line)
+    return Table(names, lines, num_words=2)
 
 
-def bits_of(trial: Trial, place: Location, timeout_s: float = 0.0) -> tuple[float, ...]:
+def bits_of(trial: Trial, folder: Location, timeout_s: float = 0.0) -> tuple[float, ...]:
     """Bits/dim of each held-out image at the trial's last rung; storage may fail for `timeout_s`."""
-    assert trial.last is not None
-    file = place.child(trial.name).child(EVALUATIONS).child(f"{trial.images_seen:012d}.json")
     try:
-        text = retry_io(file.read, where=file.uri, timeout_s=timeout_s)
-        return Evaluation.from_json(text, file.uri).bits
+        return Evaluation.read(folder.child(trial.name), trial.images_seen, timeout_s).bits
     except OSError as error:
-        raise UserError(f"cannot read {file.uri}: {error}") from None
+        raise UserError(f"cannot read the results of {trial.name}: {error}") from None
+
+
+def _varied(rows: Sequence[Row]) -> list[str]:
+    """The keys that any trial changes."""
+    return list(dict.fromkeys(key for row in rows for key in row.trial.changes))
 
 
 def _leftover(base: Config, trial: Trial) -> float:

@@ -15,22 +15,19 @@ from ddpm.checkpoints import checkpoint, runs
 from ddpm.checkpoints.runs import Run
 from ddpm.cluster import resources
 from ddpm.config import Config
-from ddpm.data.reading import DataSet
 from ddpm.search.evaluator import Evaluation, Evaluator
 from ddpm.search.event_log import Rung
+from ddpm.search.persistent_group import PersistentWorkerGroup
 from ddpm.storage.locations import Location
 from ddpm.training import checkpoint_manager, run_state
 from ddpm.training.fit import fit
-from ddpm.training.worker_group import PersistentWorkerGroup
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import retry_io
 
 POLL_INTERVAL_S = 0.25
 CLOSING_S = 90.0
 """Time-out for workers that are no longer needed to leave."""
-EVALUATIONS = "judged"
-"""Folder of a run with the results of its checkpoints."""
-PLACE = "place"
+PLACEMENT_GROUP = "placement-group"
 """File of a run with the id of its workers' placement group."""
 
 
@@ -48,12 +45,11 @@ class Spec:
 
     config: Config
     """The base config; run.storage is the search's folder."""
-    data_set: DataSet
-    """The split to train on."""
     rungs: list[int]
     """Images seen at which a trial is evaluated, ascending; there are checkpoints there."""
     evaluator: Evaluator
     env: Mapping[str, str]
+    """Environment variables of a trial's driver, on any node."""
     parent_run_id: str | None
     """The search's MLflow run."""
     verbose: bool
@@ -67,12 +63,9 @@ News = Rung | Trained | BaseException
 
 
 class TrialRunner:
-    """Runs one trial in background threads.
+    """Runs one trial, whose run has `config`, in background threads.
 
-    Args:
-        config: the config of the trial's run.
-        group: the workers that train.
-        on_news: called with the news; the last of them is the last rung, or an error.
+    `on_news` is called with the news; the last of them is the last rung, or an error.
     """
 
     def __init__(
@@ -86,8 +79,9 @@ class TrialRunner:
         self._error: BaseException | None = None
         self._wanted, self._lock = True, threading.Lock()
         self._began_at: float | None = None
-        self._place = ""
+        self._placement_group = ""
         self._images_seen, self._training_s = -1, 0.0
+        self._timeout_s = config.run.storage_timeout_s
         threading.Thread(target=self._follow, name="ddpm-trial-runner", daemon=True).start()
 
     def leave(self) -> None:
@@ -126,54 +120,45 @@ class TrialRunner:
                 if not self._wanted:
                     return
                 self._on_news(evaluated.rung(self._training_s))
-            self._tidy()
+            with contextlib.suppress(OSError):
+                for old in runs.checkpoints(self._run.location)[:-1]:
+                    checkpoint_manager.remove(old)  # a finished trial keeps its last one
         except BaseException as error:  # of any type: for on_news
             if self._wanted:
                 self._on_news(error)
 
     def _evaluation(self, images_seen: int) -> Evaluation:
-        file = self._run.location.child(EVALUATIONS).child(f"{images_seen:012d}.json")
-        known = self._retry_io(file)
-        if known is not None:
-            return Evaluation.from_json(known, file.uri)
+        run = self._run.location
+        with contextlib.suppress(FileNotFoundError):
+            return Evaluation.read(run, images_seen, self._timeout_s)
         with self._lock:
             self._check()
             if self._training is None:
                 self._training = threading.Thread(target=self._fit, name="ddpm-trial", daemon=True)
                 self._training.start()
         evaluated = self._spec.evaluator.evaluate(self._checkpoint(images_seen))
-        retry_io(lambda: file.write(evaluated.to_json().encode()), where=file.uri, timeout_s=self._timeout_s)
+        evaluated.write(run, self._timeout_s)
         return evaluated
-
-    def _tidy(self) -> None:
-        """Remove all checkpoints of a finished trial but the last."""
-        with contextlib.suppress(OSError):
-            for old in runs.checkpoints(self._run.location)[:-1]:
-                checkpoint_manager.remove(old)
 
     def _wait_until_trained(self) -> None:
         if self._training is None:
-            self._is_trained()
+            self._announce_trained()
         while not self._trained.wait(POLL_INTERVAL_S):
             self._check()
 
-    @property
-    def _timeout_s(self) -> float:
-        return self._config.run.storage_timeout_s
-
     def _checkpoint(self, images_seen: int) -> str:
         """URI of the checkpoint at `images_seen`, as soon as it exists."""
-        place = self._run.location.child(checkpoint.name_at(images_seen))
+        folder = self._run.location.child(checkpoint.name_at(images_seen))
         while True:
             over = self._trained.is_set()
-            if self._retry_io(place.child(checkpoint.CHECKSUMS)) is not None:
-                return place.uri
+            if self._read(folder.child(checkpoint.CHECKSUMS)) is not None:
+                return folder.uri
             self._check()
             if over:
-                raise UserError(f"{place.uri} does not exist, though training is over; it was deleted")
+                raise UserError(f"{folder.uri} does not exist, though training is over; it was deleted")
             time.sleep(POLL_INTERVAL_S)
 
-    def _retry_io(self, file: Location) -> bytes | None:
+    def _read(self, file: Location) -> bytes | None:
         """The content of a file; None: it does not exist."""
         try:
             return retry_io(file.read, where=file.uri, timeout_s=self._timeout_s)
@@ -182,34 +167,34 @@ class TrialRunner:
 
     def _fit(self) -> None:
         try:
-            left = self._retry_io(self._run.location.child(PLACE))
+            left = self._read(self._run.location.child(PLACEMENT_GROUP))
             if left is not None:  # a killed driver of this trial left it
-                resources.free(left.decode())
+                resources.remove_placement_group(left.decode())
             fit(
                 self._config,
-                self._spec.data_set,
+                self._spec.evaluator.train,
                 verbose=self._spec.verbose,
                 should_continue=self._should_continue,
                 parent_run_id=self._spec.parent_run_id,
                 group=self._group,
-                trained=self._is_trained,
+                trained=self._announce_trained,
             )
-            self._is_trained()  # for a run that was already finished
+            self._announce_trained()  # for a run that was already finished
         except BaseException as error:  # of any type: `_check` raises it
             self._error = error
 
-    def _is_trained(self) -> None:
+    def _announce_trained(self) -> None:
         if not self._trained.is_set():
             if self._wanted:
                 self._on_news(Trained(self._training_s))
             self._trained.set()
 
     def _should_continue(self, values: Mapping[str, Any]) -> bool:
-        place, progress = values.get(run_state.PLACE), values.get(run_state.PROGRESS)
-        if place is not None and place.id.hex() != self._place:
-            self._place = place.id.hex()
+        placement_group, progress = values.get(run_state.PLACEMENT_GROUP), values.get(run_state.PROGRESS)
+        if placement_group is not None and placement_group.id.hex() != self._placement_group:
+            self._placement_group = placement_group.id.hex()
             with contextlib.suppress(OSError):  # training does not need it
-                self._run.location.child(PLACE).write(self._place.encode())
+                self._run.location.child(PLACEMENT_GROUP).write(self._placement_group.encode())
         if progress is not None and progress.images_seen != self._images_seen:
             self._images_seen, now = progress.images_seen, time.monotonic()
             self._began_at = self._began_at or now

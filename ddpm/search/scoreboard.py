@@ -1,22 +1,21 @@
-"""The display of a search: one live table in a terminal, one line per event elsewhere."""
+"""The display of a search: one live table in a terminal; elsewhere a line per event, or per interval without."""
 
 import sys
+import time
 from collections.abc import Callable, Sequence
-from typing import Self
-
-from rich import box
-from rich.live import Live
-from rich.table import Table
+from contextlib import nullcontext
 
 from ddpm.search.event_log import Trial
 from ddpm.search.trial_manager import changes_text
+from ddpm.utils.progress import LINE_INTERVAL_S, LiveText
+from ddpm.utils.tables import Table
 
 SHOWN = 30
 """Largest number of trials in the live table, which shows the newest."""
 
 
 class Scoreboard:
-    """A context that shows a search.
+    """Shows a search.
 
     Args:
         trials: returns the trials so far.
@@ -25,32 +24,35 @@ class Scoreboard:
 
     def __init__(self, trials: Callable[[], Sequence[Trial]], num_trials: int) -> None:
         self._trials, self._num_trials = trials, num_trials
-        self._live = Live(self._table(), auto_refresh=False) if sys.stdout.isatty() else None
+        self.display = LiveText(self._text) if sys.stdout.isatty() else nullcontext()
+        """A context that has the terminal."""
+        self._began = self._line_at = time.monotonic()
 
     def news(self, line: str) -> None:
         """Show an event."""
-        if self._live is None:
-            print(line, flush=True)
+        if isinstance(self.display, LiveText):
+            self.display.refresh()
         else:
-            self._live.update(self._table(), refresh=True)
+            self._line_at = time.monotonic()
+            print(line, flush=True)
 
-    def __enter__(self) -> Self:
-        if self._live is not None:
-            self._live.start(refresh=True)
-        return self
+    def tick(self) -> None:
+        """Show that the search is alive; to be called often."""
+        now = time.monotonic()
+        if not isinstance(self.display, LiveText) and now - self._line_at >= LINE_INTERVAL_S:
+            trials = self._trials()
+            running = ", ".join(trial.name for trial in trials if trial.status == "running") or "none"
+            over = sum(trial.status != "running" for trial in trials)
+            self.news(
+                f"{over} of {self._num_trials} trials done after {now - self._began:.0f} s, running: {running}"
+            )
 
-    def __exit__(self, *error: object) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def _table(self) -> Table:
-        trials = self._trials()
-        over = sum(trial.status != "running" for trial in trials)
-        made = Table(title=f"{over} of {self._num_trials} trials", title_justify="left", box=box.SIMPLE_HEAD)
-        for name in ("trial", "", "images", "bits/dim", "changes"):
-            made.add_column(name, justify="right" if name in ("images", "bits/dim") else "left")
+    def _text(self) -> str:
+        trials, rows = self._trials(), []
         for trial in trials[-SHOWN:]:
-            seen, bits = (f"{trial.images_seen:,}", trial.last.shown) if trial.last else ("", "")
             status = trial.status + (f": {trial.reason}" if trial.reason else "")
-            made.add_row(trial.name, status, seen, bits, changes_text(trial.changes))
-        return made
+            seen, bits = (f"{trial.images_seen:,}", trial.last.shown) if trial.last else ("", "")
+            rows.append([trial.name, status, seen, bits, changes_text(trial.changes)])
+        over = sum(trial.status != "running" for trial in trials)
+        table = Table(["trial", "status", "images", "bits/dim", "changes"], rows, num_words=2)
+        return f"{over} of {self._num_trials} trials\n{table.text(1000) if rows else ''}"

@@ -1,7 +1,7 @@
-"""The search space: a domain for each varied key of the config, parsed from flags; tune/space.py explains the forms."""
+"""The search space: a domain for each varied key of the config, parsed from flags (their forms: default_space.py)."""
 
-import dataclasses
 import itertools
+import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,8 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import optuna
+from optuna.distributions import (
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+    distribution_to_json,
+)
 
-from ddpm.config import Config, flatten, override
+from ddpm.config import Affects, Config
+from ddpm.config_io import flatten, keys_that_affect, override
 from ddpm.diffusion.schedules import SCHEDULES
 from ddpm.training import loop
 from ddpm.utils.errors import UserError
@@ -23,72 +31,31 @@ KINDS = {
 """The kinds of schedule that use a key; all kinds use the other keys."""
 KIND = "schedule.kind"
 NUM_CLASSES = "model.num_classes"
-"""The one key besides FIXED that changes the bounded quantity. The keys of objective. (label_dropout, too) change only
-the net: the bound is computed from x_0_hat for any prediction, and a net with labels is always given the label."""
-FIXED = (
-    "data.",
-    "run.",
-    "cluster.",
-    "sample.",
-    "train.",
-    "model.image_size",
-    "model.channels",
-    "objective.process",
-)
-"""Keys that a search cannot vary: all trials must run and be evaluated alike."""
-FREE = ("train.batch_size", "train.micro_batch_size", "train.precision")
-"""Exceptions in train. that a search can vary."""
+"""The one key besides those of Affects.TASK that changes the bounded quantity. The keys of objective. (label_dropout,
+too) change only the net: the bound is computed from x_0_hat for any prediction, and a net with labels is always given
+the label."""
 CALL = re.compile(r"(uniform|log|int|intlog)\(([^,()]+),([^,()]+)\)")
 MAX_CORNERS = 256
 MAX_TIMESTEPS = 10_000
 
-Ask = Callable[[str, "Domain"], Any]
+Domain = FloatDistribution | IntDistribution | CategoricalDistribution
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A choice among values."""
-
-    values: tuple[Any, ...]
-
-    def at(self, u: float) -> Any:
-        """The value at u in [0, 1); a uniform u gives every value the same probability."""
-        return self.values[min(int(u * len(self.values)), len(self.values) - 1)]
-
-    def grid(self, num_points: int) -> tuple[Any, ...]:
-        return self.values
-
-    @property
-    def ends(self) -> tuple[Any, ...]:
-        return self.values
+def ends(domain: Domain) -> tuple[Any, ...]:
+    """The bounds of a range, or all values of a choice."""
+    return domain.choices if isinstance(domain, CategoricalDistribution) else (domain.low, domain.high)
 
 
-@dataclass(frozen=True)
-class Range:
-    """Numbers from low to high, both included."""
-
-    low: float
-    high: float
-    is_log: bool = False
-    is_int: bool = False
-
-    def at(self, u: float) -> float | int:
-        """The value at u in [0, 1], on a linear or a logarithmic scale."""
-        low, high = (self.low - 0.5, self.high + 0.5) if self.is_int else (self.low, self.high)
-        value = low * (high / low) ** u if self.is_log else low + (high - low) * u
-        value = min(max(round(value) if self.is_int else value, self.low), self.high)
-        return int(value) if self.is_int else float(value)
-
-    def grid(self, num_points: int) -> tuple[Any, ...]:
-        us = [0.5] if num_points == 1 else [i / (num_points - 1) for i in range(num_points)]
-        return tuple(dict.fromkeys(self.at(u) for u in us))
-
-    @property
-    def ends(self) -> tuple[Any, ...]:
-        return self.at(0.0), self.at(1.0)
-
-
-Domain = Choice | Range
+def grid_values(domain: Domain, num_points: int) -> tuple[Any, ...]:
+    """Evenly spaced values of a range, on its scale, with both bounds; all values of a choice."""
+    if isinstance(domain, CategoricalDistribution):
+        return domain.choices
+    spaced = np.geomspace if domain.log else np.linspace
+    if num_points > 1:
+        values = spaced(domain.low, domain.high, num_points).tolist()
+    else:
+        values = spaced(domain.low, domain.high, 3)[1:2].tolist()  # the middle
+    return tuple(dict.fromkeys(map(round, values) if isinstance(domain, IntDistribution) else values))
 
 
 @dataclass(frozen=True)
@@ -107,57 +74,45 @@ class Space:
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of schedule that trials can have."""
-        return self.domains[KIND].ends if KIND in self.domains else (self.kind,)
+        return ends(self.domains[KIND]) if KIND in self.domains else (self.kind,)
 
-    def suggest(self, ask: Ask) -> dict[str, Any]:
-        """A value from `ask` for each key that matters; the kind is asked for first."""
-        found: dict[str, Any] = {}
+    def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
+        """Optuna's value for each key that matters; the kind is asked for first."""
+        suggested: dict[str, Any] = {}
         for key, domain in self.domains.items():
-            if found.get(KIND, self.kind) in KINDS.get(key, (found.get(KIND, self.kind),)):
-                found[key] = ask(key, domain)
-        return found
-
-    def sample(self, seed: int, number: int) -> dict[str, Any]:
-        """Trial `number` of a random search: a function of the seed and the number alone."""
-        rng = np.random.default_rng([seed, number])
-        return self.suggest(lambda key, domain: domain.at(rng.random()))
+            kind = suggested.get(KIND, self.kind)
+            if kind in KINDS.get(key, (kind,)):
+                suggested[key] = _ask(trial, key, domain)
+        return suggested
 
     def grid(self, num_points: int) -> list[dict[str, Any]]:
         """Every combination, with `num_points` of each range; each kind has only its own keys."""
-        found = []
-        for kind in self.kinds:
-            keys = self._keys_of(kind)
-            points = [(kind,) if key == KIND else self.domains[key].grid(num_points) for key in keys]
-            found += [dict(zip(keys, values, strict=True)) for values in itertools.product(*points)]
-        return found
+        return list(self._combinations(lambda domain: grid_values(domain, num_points)))
 
     def corners(self) -> Iterator[dict[str, Any]]:
         """The ends of all domains: all combinations of a schedule's keys, and every other key alone."""
-        for kind in self.kinds:
-            keys = [key for key in self._keys_of(kind) if key != KIND]
-            of_schedule = [key for key in keys if key.startswith("schedule.")]
-            chosen = {KIND: kind} if KIND in self.domains else {}
-            ends = itertools.product(*(self.domains[key].ends for key in of_schedule))
-            for values in itertools.islice(ends, MAX_CORNERS):
-                yield chosen | dict(zip(of_schedule, values, strict=True))
-        for key in self.domains:
-            if not key.startswith("schedule."):
-                yield from ({key: end} for end in self.domains[key].ends)
+        of_schedule = {key: domain for key, domain in self.domains.items() if key.startswith("schedule.")}
+        yield from Space(of_schedule, self.kind)._combinations(ends, MAX_CORNERS)
+        for key, domain in self.domains.items():
+            if key not in of_schedule:
+                yield from ({key: end} for end in ends(domain))
 
     def as_json(self) -> dict[str, Any]:
-        return {key: dataclasses.asdict(domain) for key, domain in self.domains.items()}
+        return {key: json.loads(distribution_to_json(domain)) for key, domain in self.domains.items()}
 
-    def _keys_of(self, kind: str) -> list[str]:
-        return [key for key in self.domains if kind in KINDS.get(key, (kind,))]
+    def _combinations(
+        self, values_of: Callable[[Domain], tuple[Any, ...]], most: int | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """All combinations of the values of all domains, at most `most` for each kind of schedule."""
+        for kind in self.kinds:
+            keys = [key for key in self.domains if kind in KINDS.get(key, (kind,))]
+            values = ((kind,) if key == KIND else values_of(self.domains[key]) for key in keys)
+            for point in itertools.islice(itertools.product(*values), most):
+                yield dict(zip(keys, point, strict=True))
 
 
 def parse(flags: Sequence[str], base: Config) -> Space:
-    """The space that `flags` describe around `base`.
-
-    Raises:
-        UserError: a flag is not KEY=DOMAIN, a key is unknown, a value has the wrong type, or a trial at the bounds
-            could not begin.
-    """
+    """The space that `flags` describe around `base`."""
     domains: dict[str, Domain] = {}
     for flag in flags:
         key, equals, text = (part.strip() for part in flag.partition("="))
@@ -170,32 +125,35 @@ def parse(flags: Sequence[str], base: Config) -> Space:
         domains[key] = _domain(key, text, base)
     if KIND in domains:
         domains = {KIND: domains[KIND]} | domains
-    classes = domains.get(NUM_CLASSES)
-    if classes is not None and min(classes.ends) == 0 < max(classes.ends):
-        raise UserError(
-            f"--space cannot mix nets with and without labels, here {NUM_CLASSES} 0 and {max(classes.ends)}: the bound "
-            "is of log p(x | y) with labels and of log p(x) without, and the two are not comparable; search each under "
-            "a --name of its own"
-        )
     space = Space(domains, base.schedule.kind)
-    for key in domains:
+    _check(space, base)
+    return space
+
+
+def _check(space: Space, base: Config) -> None:
+    """Raise UserError if the space's trials are not comparable, or a key or a trial is of no use."""
+    classes = ends(space.domains[NUM_CLASSES]) if NUM_CLASSES in space.domains else (0,)
+    if min(classes) == 0 < max(classes):
+        raise UserError(
+            f"--space cannot mix nets with and without labels, here {NUM_CLASSES} 0 and {max(classes)}: the bound is "
+            "of log p(x | y) with labels and of log p(x) without, and the two are not comparable; search each under a "
+            "--name of its own"
+        )
+    for key in space.domains:
         if not set(space.kinds) & set(KINDS.get(key, space.kinds)):
             raise UserError(
                 f"--space {key} changes nothing: it is used by {' and '.join(KINDS[key])}, and {KIND} is "
                 f"{' or '.join(space.kinds)}"
             )
-    timesteps = domains.get("schedule.num_timesteps")
-    if timesteps is not None and max(timesteps.ends) > MAX_TIMESTEPS:
-        raise UserError(
-            f"--space allows {max(timesteps.ends):,} timesteps; at most {MAX_TIMESTEPS:,} are allowed"
-        )
+    timesteps = space.domains.get("schedule.num_timesteps")
+    if timesteps is not None and (most := max(ends(timesteps))) > MAX_TIMESTEPS:
+        raise UserError(f"--space allows {most:,} timesteps; at most {MAX_TIMESTEPS:,} are allowed")
     for corner in space.corners():
         try:
             loop.check(override(base, corner))
         except UserError as error:
             shown = ", ".join(f"{key} {value}" for key, value in corner.items())
             raise UserError(f"--space allows {shown}, but {error}") from None
-    return space
 
 
 def _domain(key: str, text: str, base: Config) -> Domain:
@@ -208,7 +166,8 @@ def _domain(key: str, text: str, base: Config) -> Domain:
             else "keys are those of config.json, such as optim.lr"
         )
         raise UserError(f"--space {key!r} is not a key of the config; {hint}")
-    if key.startswith(FIXED) and key not in FREE:
+    varies = keys_that_affect(base, Affects.NOISE | Affects.NET | Affects.LEARNING)
+    if key not in varies - keys_that_affect(base, Affects.TASK):
         raise UserError(f"--space cannot vary {key}: all trials of a search must have the same value")
     if match := CALL.fullmatch(text.replace(" ", "")):
         form, low, high = match.groups()
@@ -221,30 +180,41 @@ def _domain(key: str, text: str, base: Config) -> Domain:
     values = tuple(_value(key, word.strip(), base) for word in text.split("|"))
     if len(set(values)) < len(values):
         raise UserError(f"--space {key}={text} has a value twice")
-    return Choice(values)
+    return CategoricalDistribution(values)
 
 
-def _range(key: str, form: str, low: str, high: str, base: Config) -> Range:
+def _range(key: str, form: str, low: str, high: str, base: Config) -> Domain:
     is_log, is_int = "log" in form, "int" in form
     where = f"--space {key}={form}({low},{high})"
     try:
-        ends = [float(low), float(high)]
+        bounds = [float(low), float(high)]
     except ValueError:
         raise UserError(f"{where}: bounds must be numbers") from None
-    if not all(map(math.isfinite, ends)) or not ends[0] < ends[1]:
+    if not all(map(math.isfinite, bounds)) or not bounds[0] < bounds[1]:
         raise UserError(f"{where}: bounds must be finite, the low one below the high one")
-    if is_log and ends[0] <= 0:
+    if is_log and bounds[0] <= 0:
         raise UserError(f"{where}: a logarithm's low bound must be above 0")
-    if is_int and not all(end.is_integer() for end in ends):
+    if is_int and not all(bound.is_integer() for bound in bounds):
         raise UserError(f"{where}: bounds must be whole numbers")
-    for end in ends:
-        value = int(end) if is_int else end
+    for bound in bounds:
+        value = int(bound) if is_int else bound
         try:
             override(base, {key: value})
         except UserError as error:
             other = " (whole numbers: int or intlog)" if not is_int else ""
             raise UserError(f"{where}: {error}{other}") from None
-    return Range(ends[0], ends[1], is_log, is_int)
+    if is_int:
+        return IntDistribution(int(bounds[0]), int(bounds[1]), log=is_log)
+    return FloatDistribution(bounds[0], bounds[1], log=is_log)
+
+
+def _ask(trial: optuna.Trial, key: str, domain: Domain) -> Any:
+    match domain:
+        case CategoricalDistribution():
+            return trial.suggest_categorical(key, domain.choices)
+        case IntDistribution():
+            return trial.suggest_int(key, domain.low, domain.high, log=domain.log)
+    return trial.suggest_float(key, domain.low, domain.high, log=domain.log)
 
 
 def _value(key: str, word: str, base: Config) -> Any:

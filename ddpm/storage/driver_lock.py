@@ -38,23 +38,23 @@ class DriverLock:
         what: "run" or "search", for the error.
         flag: the flag that names the run or search.
         notify: called with a message that another driver may be running, and how long the lock is watched.
-
-    Raises:
-        UserError: another process holds the lock, or storage refuses.
+        waits: wait for another holder as long as it lives, instead of refusing.
     """
 
-    def __init__(self, folder: Location, what: str, flag: str, notify: Callable[[str], object]) -> None:
+    def __init__(
+        self, folder: Location, what: str, flag: str, notify: Callable[[str], object], waits: bool = False
+    ) -> None:
         self.is_lost = False
         """Whether another process has taken over the lock."""
-        self._place, self._uri = folder.child(FILE), folder.child(FILE).uri
-        self._what, self._flag, self._notify = what, flag, notify
+        self._location, self._uri = folder.child(FILE), folder.child(FILE).uri
+        self._what, self._flag, self._notify, self._waits = what, flag, notify, waits
         self._since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         self._id, self._beats, self._over = uuid.uuid4().hex, 0, threading.Event()
         self._thread = threading.Thread(target=self._beat, name="ddpm-driver-lock", daemon=True)
 
     def __enter__(self) -> Self:
         with as_user_error(f"cannot read or write {self._uri}"):
-            self._file = shared_file(self._place)
+            self._file = shared_file(self._location)
             while not self._file.replace(self._abandoned(), self._card()):
                 pass  # another process was faster: it holds the lock now
         self._thread.start()
@@ -72,57 +72,49 @@ class DriverLock:
             raise UserError(f"{self._uri}: another process has taken over this {self._what}; this one stops")
 
     def _abandoned(self) -> Version | None:
-        """Wait until the lock counts as abandoned; return its version, or None if there is no file.
-
-        Raises:
-            UserError: the holder is alive.
-        """
-        found = self._file.read()
-        if found is None or _process(found) == "gone":
-            return found
-        self._notify(
-            f"{self._uri} belongs to another driver; waiting {PATIENCE_S:.0f} s to see whether it is alive"
-        )
+        """Wait until the lock counts as abandoned; return its version, or None if there is no file."""
+        version = self._file.read()
+        if version is None or _process(version) == "gone":
+            return version
+        until = "until it is done" if self._waits else f"{PATIENCE_S:.0f} s to see whether it is alive"
+        self._notify(f"{self._uri} belongs to another driver ({_holder(version)}); waiting {until}")
         began = changed = now = time.monotonic()
         patience = PATIENCE_S
-        while now - changed < patience:
-            if now - began >= patience and now - changed < patience / 2:
-                raise self._refusal(found)
+        while now - changed < patience or (self._waits and _is_other(version)):
+            if not self._waits and now - began >= patience and now - changed < patience / 2:
+                raise self._refusal(version)
             time.sleep(BEAT_S / 4)
-            asked, before = time.monotonic(), found
-            found = self._file.read()
-            if found is None or _process(found) == "gone":
-                return found
+            asked, before = time.monotonic(), version
+            version = self._file.read()
+            if version is None or _process(version) == "gone":
+                return version
             now = time.monotonic()
-            changed = now if found != before else changed
+            changed = now if version != before else changed
             # On slow storage a beat takes longer by two requests (read and write).
             patience = max(patience, 4 * (BEAT_S + 2 * (now - asked)))
-        is_stopped = _process(found) == "running" and _parsed(found).get("pid") != os.getpid()
-        if is_stopped:  # for example by Ctrl-Z
-            raise self._refusal(found)
-        return found
+        if _is_other(version):  # stopped, for example by Ctrl-Z
+            raise self._refusal(version)
+        return version
 
-    def _refusal(self, found: Version) -> UserError:
-        card = _parsed(found)
-        holder = f"host {card.get('host')}, pid {card.get('pid')}, since {card.get('since')}"
+    def _refusal(self, version: Version) -> UserError:
         return UserError(
-            f"{self._uri}: another process drives this {self._what} ({holder}); wait for it, stop it, or give this "
-            f"one another {self._flag}"
+            f"{self._uri}: another process drives this {self._what} ({_holder(version)}); wait for it, stop it, or "
+            f"give this one another {self._flag}"
         )
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT_S):
-            with contextlib.suppress(OSError):  # storage fails, for other drivers as well
-                found = self._file.read()
-                if found is not None and _parsed(found).get("id") != self._id:
+            with contextlib.suppress(OSError, UserError):  # storage fails, for other drivers as well
+                version = self._file.read()
+                if version is not None and _parsed(version).get("id") != self._id:
                     self.is_lost = True
                     return
-                self._file.replace(found, self._card())  # if this fails, the next read shows why
+                self._file.replace(version, self._card())  # if this fails, the next read shows why
 
     def _release(self) -> None:
-        found = self._file.read()
-        if found is not None and _parsed(found).get("id") == self._id:
-            self._file.replace(found, None)
+        version = self._file.read()
+        if version is not None and _parsed(version).get("id") == self._id:
+            self._file.replace(version, None)
 
     def _card(self) -> bytes:
         self._beats += 1
@@ -137,14 +129,24 @@ class DriverLock:
         return (json.dumps(card) + "\n").encode()
 
 
-def _parsed(found: Version) -> dict[str, Any]:
+def _parsed(version: Version) -> dict[str, Any]:
     try:
-        card = json.loads(found.data)
+        card = json.loads(version.data)
     except ValueError:
         return {}
     return card if isinstance(card, dict) else {}
 
 
-def _process(found: Version) -> str:
-    """The `process.state` of the process that wrote `found`."""
-    return process.state(str(_parsed(found).get("process")))
+def _holder(version: Version) -> str:
+    card = _parsed(version)
+    return f"host {card.get('host')}, pid {card.get('pid')}, since {card.get('since')}"
+
+
+def _is_other(version: Version) -> bool:
+    """Whether another process of this machine, which still exists, wrote `version`."""
+    return _process(version) == "running" and _parsed(version).get("pid") != os.getpid()
+
+
+def _process(version: Version) -> str:
+    """The `process.state` of the process that wrote `version`."""
+    return process.state(str(_parsed(version).get("process")))

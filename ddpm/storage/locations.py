@@ -8,32 +8,29 @@ replace an object only if it has not changed (`shared_file`).
 import contextlib
 import fcntl
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pyarrow.fs as pafs
 
 from ddpm.utils import files
 from ddpm.utils.errors import UserError
-from ddpm.utils.retry import answer
+from ddpm.utils.files import MAX_BYTES
+from ddpm.utils.retry import error_line
 
 # An unanswered call fails after about 20 s, and `retry_io` retries it: pyarrow itself makes three tries, and ends each
 # after this long without a connection or a byte. Fewer tries can be set, but a pickled filesystem, as workers get it,
 # loses that setting (pyarrow 25).
 S3_CONNECT_TIMEOUT_S = 5.0
 S3_REQUEST_TIMEOUT_S = 7.0
-ANSWERS = (
-    HTTPStatus.NOT_FOUND,
-    HTTPStatus.CONFLICT,
-    HTTPStatus.PRECONDITION_FAILED,
-    HTTPStatus.NOT_IMPLEMENTED,
-)
+OK, NOT_FOUND, CONFLICT, PRECONDITION_FAILED, NOT_IMPLEMENTED = 200, 404, 409, 412, 501
+ANSWERS = (NOT_FOUND, CONFLICT, PRECONDITION_FAILED, NOT_IMPLEMENTED)
 """HTTP errors that tell the state of a shared file, not a failure of S3."""
+HOME = "DDPM_HOME"
+"""Variable of the environment: the folder that relative paths start from. Unset: the working folder."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,11 @@ class Location:
         """The folder or file `name` inside."""
         return Location(f"{self.uri.rstrip('/')}/{name}", self.filesystem, f"{self.path.rstrip('/')}/{name}")
 
+    def beside(self, name: str) -> "Location":
+        """The folder or file `name` in the same folder."""
+        uri, path = (f"{where.rpartition('/')[0]}/{name}" for where in (self.uri, self.path))
+        return Location(uri, self.filesystem, path)
+
     def exists(self) -> bool:
         return self.filesystem.get_file_info(self.path).type != pafs.FileType.NotFound
 
@@ -63,9 +65,14 @@ class Location:
         """Names of the files inside, sorted; empty if this folder does not exist or is a file."""
         return self._names(pafs.FileType.File)
 
-    def read(self) -> bytes:
+    def read(self, most: int = MAX_BYTES) -> bytes:
+        """The content of this file; UserError if it has more than `most` bytes, or is not a regular file."""
+        if self.is_local:
+            return files.read_whole(Path(self.path), most)
         with self.filesystem.open_input_stream(self.path) as stream:
-            return stream.read()
+            data: bytes = stream.read(most + 1)
+        files.check_length(len(data), most, self.uri)
+        return data
 
     def write(self, data: bytes, *, durable: bool = False) -> None:
         """Write the file whole or not at all: by a temporary name and a rename on disk, by one put on S3.
@@ -94,6 +101,12 @@ class Location:
         with contextlib.suppress(FileNotFoundError):
             self.filesystem.delete_dir(self.path)
 
+    def delete_if_empty(self) -> None:
+        """Remove this folder unless something is in it; a bucket has no empty folders."""
+        if self.is_local:
+            with contextlib.suppress(OSError):
+                Path(self.path).rmdir()
+
     def _names(self, kind: pafs.FileType) -> list[str]:
         selector = pafs.FileSelector(self.path, allow_not_found=True)
         try:
@@ -112,22 +125,14 @@ class Version:
     """S3's ETag."""
 
 
-class SharedFile(Protocol):
-    """A small file that several processes write: each replaces only what it has read."""
+def shared_file(file: Location) -> "_FileOnDisk | _FileOnS3":
+    """A small file that several processes write: each replaces only what it has read.
 
-    def read(self) -> Version | None:
-        """The current version; None: there is no file."""
-
-    def replace(self, version: Version | None, data: bytes | None) -> bool:
-        """Write `data` (None: remove the file) if the current version is `version`; return whether it was."""
-
-
-def shared_file(file: Location) -> SharedFile:
-    """Open `file` for several processes.
-
-    Methods raise OSError when storage does not answer. When two processes replace the same version, only one gets True:
-    a lock of the folder ensures this on disk, conditional writes on S3. On a network file system without locks, and on
-    an S3 server without conditional writes, both may get True: read again to see which wrote last.
+    `read()` returns the current version; None: there is no file. `replace(version, data)` writes `data` (None: removes
+    the file) if the current version is `version`, and returns whether it was. Both raise OSError when storage does not
+    answer. When two processes replace the same version, only one gets True: a lock of the folder ensures this on disk,
+    conditional writes on S3. On a network file system without locks, and on an S3 server without conditional writes,
+    both may get True: read again to see which wrote last.
     """
     return _FileOnDisk(Path(file.path)) if file.is_local else _FileOnS3(file.path)
 
@@ -138,13 +143,16 @@ class _FileOnDisk:
 
     def read(self) -> Version | None:
         try:
-            return Version(self._path.read_bytes())
+            return Version(files.read_whole(self._path))
         except FileNotFoundError:
             return None
 
     def replace(self, version: Version | None, data: bytes | None) -> bool:
         files.make_folder(self._path.parent)
-        with _locked(self._path.parent):
+        folder = os.open(self._path.parent, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # a network file system without locks
+                fcntl.flock(folder, fcntl.LOCK_EX)
             if self.read() != version:
                 return False
             if data is None:
@@ -152,17 +160,8 @@ class _FileOnDisk:
             else:
                 files.write_whole(self._path, data, durable=False)
             return True
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a network file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+        finally:
+            os.close(folder)
 
 
 class _FileOnS3:
@@ -174,7 +173,7 @@ class _FileOnS3:
 
     def read(self) -> Version | None:
         status, found = self._ask(self._get)
-        if status not in (HTTPStatus.OK, HTTPStatus.NOT_FOUND):
+        if status not in (OK, NOT_FOUND):
             raise OSError(f"S3 answered {status}")
         return found
 
@@ -184,29 +183,26 @@ class _FileOnS3:
                 return False
             action = self._client.delete_object if data is None else self._client.put_object
             body = {} if data is None else {"Body": data}
-            return self._ask(lambda: action(**self._where, **body))[0] == HTTPStatus.OK
+            return self._ask(lambda: action(**self._where, **body))[0] == OK
         condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version.tag}
         status, _ = self._ask(lambda: self._client.put_object(**self._where, Body=data, **condition))
-        if status == HTTPStatus.NOT_IMPLEMENTED:
+        if status == NOT_IMPLEMENTED:
             self._is_plain = True
             return self.replace(version, data)
-        return status == HTTPStatus.OK
+        return status == OK
 
     def _get(self) -> Version:
         got = self._client.get_object(**self._where)
+        files.check_length(got["ContentLength"], MAX_BYTES, "s3://{Bucket}/{Key}".format(**self._where))
         return Version(got["Body"].read(), got["ETag"])
 
     @staticmethod
     def _ask(request: Callable[[], Any]) -> tuple[int, Any]:
-        """Call `request`; return the HTTP status (OK or one of ANSWERS) and the result.
-
-        Raises:
-            OSError: S3 refuses, or does not answer.
-        """
+        """Call `request`; return the HTTP status (OK or one of ANSWERS) and the result."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:
-            return HTTPStatus.OK, request()
+            return OK, request()
         except ClientError as error:
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             if status in ANSWERS and error.response.get("Error", {}).get("Code") != "NoSuchBucket":
@@ -217,30 +213,26 @@ class _FileOnS3:
 
 
 def absolute(uri: str) -> str:
-    """Make a local `uri` absolute, so that it names the same folder in every process of this machine."""
+    """Make a local `uri` absolute, so that it names the same folder in every process of this machine.
+
+    A relative one starts from HOME.
+    """
     if uri.startswith("file://"):
         uri = unquote(urlsplit(uri).path)
-    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
+    return uri if "://" in uri else str(Path(os.environ.get(HOME, ""), Path(uri).expanduser()).absolute())
 
 
-def resolve(uri: str, check: bool = True) -> Location:
-    """Open a folder (created later, when something is written) or an s3://bucket/prefix.
-
-    Args:
-        uri: a local path, file:///path, or s3://bucket/prefix.
-        check: ask S3 whether the bucket exists; False if that was checked before.
-
-    Raises:
-        UserError: unknown scheme, no such bucket, or access refused.
-    """
+def resolve(uri: str) -> Location:
+    """Open a folder, file:///path, which a first write creates, or s3://bucket/prefix, whose bucket must exist."""
+    if "\0" in uri:
+        raise UserError(f"{uri!r} has a NUL character, which no folder or URI can have")
     scheme = urlsplit(uri).scheme if "://" in uri else "file"
     if scheme == "s3":
         path = uri.partition("://")[2].rstrip("/")  # without urlsplit: a key may hold ? and #
         bucket = path.partition("/")[0]
         if not bucket:
             raise UserError(f"{uri!r} names no bucket; expected s3://bucket/prefix")
-        if check:
-            _check_bucket(bucket, uri)
+        _check_bucket(bucket, uri)
         return Location(f"s3://{path}", _s3(), path)
     if scheme != "file":
         raise UserError(f"{uri!r}: unknown scheme {scheme!r}; expected a folder or s3://bucket/prefix")
@@ -289,4 +281,4 @@ def _check_bucket(bucket: str, uri: str) -> None:
             return
         raise UserError(f"{uri}: S3 answered {status or error}") from None
     except (BotoCoreError, ValueError) as error:
-        raise UserError(f"{uri}: cannot reach S3: {answer(error)}") from None
+        raise UserError(f"{uri}: cannot reach S3: {error_line(error)}") from None

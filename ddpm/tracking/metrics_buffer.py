@@ -20,15 +20,17 @@ import struct
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import IO, Any
+from dataclasses import dataclass, replace
+from typing import IO, Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Interval
 from numpy.typing import NDArray
+from pydantic import AfterValidator, Field, WrapValidator
 
-from ddpm.utils import images
+from ddpm.utils import images, strict_json
 from ddpm.utils.errors import UserError
 
 INDEX = "records.jsonl"
@@ -36,13 +38,14 @@ NAME = re.compile(r"(\d{12,19})(-failed)?\.zip")
 NON_FINITE = ("nan", "inf", "-inf")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_INT = 2**63 - 1
+"""The largest step or time that a database accepts."""
+MAX_SEGMENT_BYTES = 1 << 30
 DAMAGE = (
-    *(ValueError, KeyError, OverflowError, RecursionError),
+    *(ValueError, KeyError, UserError),
     *(zipfile.BadZipFile, zlib.error, struct.error, EOFError),
     RuntimeError,  # encrypted
-    TypeError,  # a record with other fields
 )
-"""Exceptions of reading a damaged zip or damaged JSON."""
+"""Exceptions of reading a damaged zip or a damaged record."""
 
 
 class DamagedSegment(UserError):
@@ -51,13 +54,32 @@ class DamagedSegment(UserError):
     exit_code = 1
 
 
+def _number(value: Any, parse: Callable[[Any], float]) -> float:
+    """A number, or the name of one that is not finite, for which JSON has no number."""
+    return float(value) if value in NON_FINITE else parse(value)
+
+
+def _relative(name: str) -> str:
+    """`name`, if it stays inside its folder, on every system."""
+    parts = name.split("/")
+    if not name.isprintable() or "\\" in name or ":" in name or {"", ".", ".."} & set(parts):
+        raise ValueError(
+            f"artifact {name!r:.80} is not a relative path; use names such as pictures/strip.png"
+        )
+    return name
+
+
+Count = Annotated[int, Interval(ge=0, le=MAX_INT)]
+
+
 @dataclass(frozen=True)
 class Metrics:
     """Values measured at one moment."""
 
-    values: Mapping[str, float]
-    images_seen: int
-    timestamp_ms: int
+    values: Mapping[str, Annotated[float, WrapValidator(_number)]]
+    images_seen: Count
+    timestamp_ms: Count
+    kind: Literal["metrics"] = "metrics"
 
 
 @dataclass(frozen=True)
@@ -66,16 +88,18 @@ class Picture:
 
     key: str
     png: bytes
-    images_seen: int
-    timestamp_ms: int
+    images_seen: Count
+    timestamp_ms: Count
+    kind: Literal["image"] = "image"
 
 
 @dataclass(frozen=True)
 class Artifact:
     """A file of the run, by its relative path; a later one of the same name replaces it."""
 
-    name: str
+    name: Annotated[str, AfterValidator(_relative)]
     data: bytes
+    kind: Literal["artifact"] = "artifact"
 
 
 @dataclass(frozen=True)
@@ -83,6 +107,7 @@ class Tags:
     """Tags of the run; a later value of a tag replaces it."""
 
     tags: Mapping[str, str]
+    kind: Literal["tags"] = "tags"
 
 
 @dataclass(frozen=True)
@@ -95,16 +120,14 @@ class DataSetInput:
     uri: str
     profile: str
     """JSON with further facts of the data set."""
+    kind: Literal["data_set"] = "data_set"
 
 
 Record = Metrics | Picture | Artifact | Tags | DataSetInput
-KINDS: dict[str, type[Record]] = {
-    **{"metrics": Metrics, "image": Picture, "artifact": Artifact},
-    **{"tags": Tags, "data_set": DataSetInput},
-}
-"""The records by their kind in records.jsonl, where a line has the fields of its record."""
-BYTES: dict[type[Record], str] = {Picture: "png", Artifact: "data"}
-"""The field that is stored as a file in the zip; the record's line has the file's name as `file`."""
+"""The records; a line of records.jsonl has the fields of one."""
+_ANY: Any = Annotated[Record, Field(discriminator="kind")]
+BYTES = {"image": "png", "artifact": "data"}
+"""The field of a kind that is a file in the zip; the record's line has the file's name as `file`."""
 
 
 class MetricsBuffer:
@@ -112,44 +135,34 @@ class MetricsBuffer:
 
     def __init__(self) -> None:
         self._records: list[Record] = []
+        self.all_tags: dict[str, str] = {}
 
     def metrics(self, values: Mapping[str, float], images_seen: int) -> None:
         floats = {name: float(value) for name, value in values.items()}
         self._records.append(Metrics(floats, images_seen, _now_ms()))
 
     def image(self, key: str, image: NDArray[np.uint8], images_seen: int) -> None:
-        """Keep `image`, uint8 [H, W, C], C 1 or 3, as a PNG.
-
-        Raises:
-            ValueError: another kind of array.
-        """
+        """Keep `image`, uint8 [H, W, C], C 1 or 3, as a PNG."""
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
             got = f"{image.dtype} {image.shape}"
             raise ValueError(f"image {key} is {got}; it must be uint8 [H, W, C], C 1 or 3")
         self._records.append(Picture(key, images.png_bytes(image), images_seen, _now_ms()))
 
     def artifact(self, name: str, data: bytes) -> None:
-        """Keep `data` as the file `name`, a relative path such as pictures/strip.png.
-
-        Raises:
-            ValueError: the path is not relative, or leaves the folder.
-        """
-        if not _is_relative(name):
-            raise ValueError(
-                f"artifact {name!r} is not a relative path; use names such as pictures/strip.png"
-            )
-        self._records.append(Artifact(name, data))
+        """Keep `data` as the file `name`, a relative path such as pictures/strip.png."""
+        self._records.append(Artifact(_relative(name), data))
 
     def tags(self, tags: Mapping[str, str]) -> None:
         self._records.append(Tags(dict(tags)))
+        self.all_tags |= tags
 
     def data_set(self, data_set: DataSetInput) -> None:
         self._records.append(data_set)
 
-    def take(self) -> bytes | None:
-        """All records since the last take as one segment; None if there are none."""
+    def take(self) -> list[Record]:
+        """All records since the last take."""
         taken, self._records = self._records, []
-        return pack(taken) if taken else None
+        return taken
 
 
 def segment_name(images_seen: int, after_error: bool = False) -> str:
@@ -175,13 +188,12 @@ def parse_name(name: str) -> tuple[int, bool] | None:
 def pack(records: list[Record]) -> bytes:
     """Pack `records` into a segment; equal records give equal bytes."""
     lines, file = [], io.BytesIO()
-    kinds = {record: name for name, record in KINDS.items()}
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for i, record in enumerate(records):
-            line: dict[str, Any] = {"kind": kinds[type(record)], **vars(record)}
+            line = dict(vars(record))
             if isinstance(record, Metrics):
-                line["values"] = {name: _to_json(value) for name, value in record.values.items()}
-            if field := BYTES.get(type(record)):
+                line["values"] = {k: v if math.isfinite(v) else str(v) for k, v in record.values.items()}
+            if field := BYTES.get(record.kind):
                 line["file"] = f"files/{i:06d}"
                 archive.writestr(zipfile.ZipInfo(line["file"]), line.pop(field))
             lines.append(json.dumps(line, allow_nan=False) + "\n")
@@ -218,55 +230,14 @@ def _lines(archive: zipfile.ZipFile) -> list[str]:
 
 
 def _record(line: str, archive: zipfile.ZipFile) -> Record:
-    fields = json.loads(line, parse_constant=_refuse)
-    _check(isinstance(fields, dict), f"not a record: {line:.80}")
-    kind = KINDS[fields.pop("kind")]
-    if field := BYTES.get(kind):
-        _check(field not in fields, f"unknown field {field}")
-        fields[field] = archive.read(fields.pop("file"))
-    record = kind(**fields)
-    match record:
-        case Metrics(dict(values), at, ms):
-            return Metrics({k: _from_json(v) for k, v in values.items()}, _count(at), _count(ms))
-        case Picture(str(), png, at, ms):
-            _check(png.startswith(PNG_SIGNATURE), "an image is not a PNG")
-            return Picture(record.key, png, _count(at), _count(ms))
-        case Artifact(str(name)):
-            _check(_is_relative(name), f"an artifact is called {name!r:.80}")
-        case Tags(dict(tags)):
-            _check(all(isinstance(value, str) for value in tags.values()), "a tag is not text")
-        case DataSetInput(str(), str(), str(), str()):
-            pass
-        case _:
-            raise ValueError(f"not a record: {line:.80}")
-    return record
-
-
-def _to_json(value: float) -> float | str:
-    """`value`, as a string if it is not finite, for which JSON has no number."""
-    return value if math.isfinite(value) else str(value)
-
-
-def _from_json(value: Any) -> float:
-    is_finite = type(value) in (int, float) and math.isfinite(float(value))
-    _check(is_finite or value in NON_FINITE, f"a value is {value!r:.80}")
-    return float(value)
-
-
-def _count(value: Any) -> int:
-    """`value`, if it is a whole number that a database accepts as a step or a time."""
-    _check(type(value) is int and 0 <= value <= MAX_INT, f"a step or a time is {value!r:.80}")
-    return int(value)
-
-
-def _is_relative(name: str) -> bool:
-    """Whether `name` stays inside its folder, on every system."""
-    parts = name.split("/")
-    return name.isprintable() and "\\" not in name and ":" not in name and not {"", ".", ".."} & set(parts)
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
+    fields = strict_json.parse(dict[str, Any], line, "a record")
+    field = BYTES.get(str(fields.get("kind")))
+    if field is None:
+        return strict_json.parse(_ANY, line, "a record")
+    content = archive.read(fields.pop("file"))
+    record = strict_json.parse(_ANY, json.dumps({**fields, field: ""}), "a record")
+    _check(field == "data" or content.startswith(PNG_SIGNATURE), "an image is not a PNG")
+    return replace(record, **{field: content})
 
 
 def _check(holds: bool, otherwise: str) -> None:

@@ -9,6 +9,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+from ddpm.storage import locations
 from ddpm.utils import files
 
 logger = logging.getLogger(__name__)
@@ -19,7 +20,7 @@ HALF_MADE = re.compile(r"already exists|duplicate column|no such (table|column|i
 
 
 class Lost(Exception):
-    """MLflow refuses the whole run, or the run was deleted there."""
+    """MLflow refuses the whole run, or the run or its database was deleted."""
 
 
 def tracking_uri() -> str:
@@ -28,7 +29,7 @@ def tracking_uri() -> str:
     A SQLite file's path is made absolute, since the process that tracks may run in another folder.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
-    return SQLITE + str(Path(uri.removeprefix(SQLITE)).absolute()) if uri.startswith(SQLITE) else uri
+    return SQLITE + locations.absolute(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else uri
 
 
 def connect(uri: str) -> Any:
@@ -48,9 +49,10 @@ def connect(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow import MlflowClient  # takes seconds
+    from sqlalchemy.exc import OperationalError
 
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name, level in {"mlflow": "WARNING", "alembic": "WARNING", "mlflow.store.db": "CRITICAL"}.items():
+        logging.getLogger(name).setLevel(level)  # of each failed query the last logs a traceback, 60 lines
     database = database_file(uri)
     if database is not None and not database.exists():
         _create_database(database)
@@ -58,6 +60,8 @@ def connect(uri: str) -> Any:
         return MlflowClient(uri)
     except Exception as error:
         if database is None or not (trace := _half_made(database, error)):
+            if isinstance(error, OperationalError) and "unable to open" not in str(error):
+                raise OSError(str(error)) from None  # such as locked: retried, as after the first connection
             raise
         raise Lost(
             f"{database} is incomplete: MLflow was stopped while it created or upgraded its tables ({trace}). Move "

@@ -29,7 +29,7 @@ from PIL import Image
 from ddpm.tracking import pages
 from ddpm.tracking.metrics_buffer import Artifact, DataSetInput, Metrics, Picture, Record, Tags
 from ddpm.tracking.mlflow_client import SQLITE, Lost, connect, database_file
-from ddpm.tracking.retry import ATTEMPTS, Caller, OutOfTime, Refused
+from ddpm.tracking.retry import ATTEMPTS, Caller, Failed, Refused
 from ddpm.tracking.retry import without_password as without_password
 
 logger = logging.getLogger(__name__)
@@ -75,10 +75,14 @@ def experiment_id(
     return experiment.experiment_id
 
 
-def find_run(client: Any, experiment_id: str, run_key: str) -> Any:
+def find_run(client: Any, experiment: str, run_key: str) -> Any:
     """The MLflow run with this run key, or None."""
-    found = client.search_runs([experiment_id], f"tags.`{RUN_KEY_TAG}` = '{run_key}'", max_results=1)
-    return found[0] if found else None
+    existing = client.get_experiment_by_name(experiment)
+    if existing is None:
+        return None
+    matching = f"tags.`{RUN_KEY_TAG}` = '{run_key}'"
+    runs = client.search_runs([existing.experiment_id], matching, max_results=1)
+    return runs[0] if runs else None
 
 
 class MlflowRun:
@@ -113,13 +117,16 @@ class MlflowRun:
         if database is not None and not database.exists():
             return False
         self._client = self._call_or_lost(connect, self._address.uri)
-        return bool(self._call_or_lost(self._look_for))
+        run = self._call_or_lost(find_run, self._client, self._address.experiment, self._address.run_key)
+        if run is not None:
+            self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
+        return run is not None
 
     def send(self, records: Sequence[Record]) -> bool:
         """Deliver one segment. Records that MLflow will never accept are skipped, with a warning.
 
         Returns:
-            Whether all is delivered. If not, `call.trouble` gives the reason: send the whole segment again later.
+            Whether all is delivered. If not, `call.last_error` gives the reason: send the whole segment again later.
         """
         return self._deliver(records, self._look_up)
 
@@ -134,7 +141,7 @@ class MlflowRun:
         """Deliver `records`, except for the metrics that `look` has put into self._points."""
         from mlflow.entities import Metric
 
-        if not self._hand_over("the query of what it already has", look, records):
+        if not self._try("the query of what it already has", look, records):
             return False
         points = [
             Metric(key, value, record.timestamp_ms, record.images_seen)
@@ -144,42 +151,27 @@ class MlflowRun:
             if (key, record.images_seen) not in self._points
         ]
         points.sort(key=lambda point: point.key)  # MLflow's page Compare begins with what was logged first
-        done = True
-        for i in range(0, len(points), MAX_METRICS_PER_CALL):
-            done &= self._send_points(points[i : i + MAX_METRICS_PER_CALL])
+        done = self._send_points(points)
         for record in records:
             if isinstance(record, Picture):
                 what = f"image {record.key} at {record.images_seen}"
-                done &= self._hand_over(what, self._send_picture, record)
+                done &= self._try(what, self._send_picture, record)
             elif isinstance(record, Artifact):
-                done &= self._hand_over(f"file {record.name}", self._upload, record.name, record.data)
+                done &= self._try(f"file {record.name}", self._upload, record.name, record.data)
             elif isinstance(record, Tags):
-                done &= self._hand_over("the tags", self._send_tags, record)
+                done &= self._try("the tags", self._send_tags, record)
             elif isinstance(record, DataSetInput):
-                done &= self._hand_over(f"data set {record.name}", self._send_data_set, record)
-        return done and self._hand_over("the description", self._describe)
+                done &= self._try(f"data set {record.name}", self._send_data_set, record)
+        return done and self._try("the description", self._describe)
 
     def end(self, status: str) -> bool:
-        """Set the status of the ended run: FINISHED, FAILED or KILLED; returns whether MLflow took it."""
-        return self._hand_over("the status", self._end, status)
+        """Set the status of the ended run, such as FINISHED or pages.STOPPED; returns whether MLflow took it."""
+        return self._try("the status", self._end, status)
 
     def _end(self, status: str) -> None:
-        self._client.set_terminated(self.run_id, status)
+        if self._client.get_run(self.run_id).info.status != status:  # else it would get another end time
+            self._client.set_terminated(self.run_id, status)
         self._describe()
-
-    def settle(self, status: str) -> bool:
-        """Correct parent and status of a found run; returns whether MLflow took them.
-
-        The run's own process may have been killed, or have trained to the end before it was told to stop.
-        """
-        return self._hand_over("parent and status", self._settle, status)
-
-    def _settle(self, status: str) -> None:
-        run, parent = self._client.get_run(self.run_id), self._address.parent_run_id
-        if parent is not None and run.data.tags.get(PARENT_TAG) != parent:
-            self._client.set_tag(self.run_id, PARENT_TAG, parent)
-        if run.info.status != status:
-            self._end(status)
 
     def _find(self, running: bool) -> None:
         from mlflow.entities import Param
@@ -189,13 +181,13 @@ class MlflowRun:
         self.experiment_id = experiment_id(
             client, address.uri, address.experiment, address.source, first_grid
         )
-        run = find_run(client, self.experiment_id, address.run_key)
+        run = find_run(client, address.experiment, address.run_key)
         if run is not None:
             if running:
                 client.update_run(run.info.run_id, status="RUNNING")
         else:
-            tags = {RUN_KEY_TAG: address.run_key, "mlflow.source.type": "JOB"}
-            tags["mlflow.source.name"] = address.source
+            tags = {RUN_KEY_TAG: address.run_key}
+            tags |= {"mlflow.source.type": "JOB", "mlflow.source.name": address.source}
             if address.parent_run_id is not None:
                 tags[PARENT_TAG] = address.parent_run_id
             run = client.create_run(self.experiment_id, run_name=address.run_name, tags=tags)
@@ -208,14 +200,6 @@ class MlflowRun:
                 client.set_tag(run_id, f"resumed.{name}", str(value))
         self._sent_until = int(run.data.tags.get(SENT_UNTIL_TAG, -1))
         self.run_id = run_id
-
-    def _look_for(self) -> bool:
-        """Find the run and keep its ids; returns whether there is one."""
-        experiment = self._client.get_experiment_by_name(self._address.experiment)
-        run = experiment and find_run(self._client, experiment.experiment_id, self._address.run_key)
-        if run:
-            self.run_id, self.experiment_id = run.info.run_id, experiment.experiment_id
-        return bool(run)
 
     def _look_for_same(self, records: Sequence[Record]) -> None:
         """Look up which metrics of `records` MLflow already has with these values."""
@@ -245,21 +229,24 @@ class MlflowRun:
         self._sent_until = max(until, self._sent_until)
 
     def _send_points(self, points: list[Any], attempts: int = ATTEMPTS) -> bool:
-        """Send points; if they are refused, try halves, recursively, so that one bad point does not stop the others."""
-        if len(points) == 1:
-            what = f"metric {points[0].key} at {points[0].step}"
-            return self._hand_over(what, self._log_points, points, attempts=attempts)
-        try:
-            if self.call.takes(self._log_points, points, attempts=attempts):
+        """Send points: halves if they are too many, or refused, so that one bad point does not stop the others."""
+        if len(points) < 2:
+            return all(
+                self._try(f"metric {point.key} at {point.step}", self._log, point, attempts=attempts)
+                for point in points
+            )
+        if len(points) <= MAX_METRICS_PER_CALL:
+            try:
+                self.call(self._log, *points, attempts=attempts)
                 return True
-        except Refused:
-            pass
+            except Failed:
+                attempts = 1
         half = len(points) // 2
-        first = self._send_points(points[:half], attempts=1)
-        return self._send_points(points[half:], attempts=1) and first
+        first = self._send_points(points[:half], attempts)
+        return self._send_points(points[half:], attempts) and first
 
-    def _log_points(self, points: list[Any]) -> None:
-        self._client.log_batch(self.run_id, metrics=points)
+    def _log(self, *points: Any) -> None:
+        self._client.log_batch(self.run_id, metrics=list(points))
 
     def _send_picture(self, picture: Picture) -> None:
         """Log an image as MlflowClient.log_image does (MLflow 3.11 and later), but under a reproducible name."""
@@ -281,9 +268,9 @@ class MlflowRun:
     def _send_data_set(self, record: DataSetInput) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        place = "s3" if record.uri.startswith("s3://") else "local"
+        source_type = "s3" if record.uri.startswith("s3://") else "local"
         source = json.dumps({"uri": record.uri})
-        data_set = Dataset(record.name, record.digest, place, source, profile=record.profile)
+        data_set = Dataset(record.name, record.digest, source_type, source, profile=record.profile)
         context = [InputTag("mlflow.data.context", "training")]
         self._client.log_inputs(self.run_id, [DatasetInput(data_set, context)])
 
@@ -300,28 +287,35 @@ class MlflowRun:
             path.write_bytes(data)
             self._client.log_artifact(self.run_id, str(path), folder or None)
 
-    def _hand_over(self, what: str, call: Any, *args: Any, attempts: int = ATTEMPTS) -> bool:
-        """Whether call(*args) is done: it worked, or MLflow will never accept `what`."""
+    def _try(self, what: str, call: Any, *args: Any, attempts: int = ATTEMPTS) -> bool:
+        """Make a call; False: repeat it later. What MLflow will never accept is skipped, with a warning."""
         try:
-            return self.call.takes(call, *args, attempts=attempts)
+            self.call(call, *args, attempts=attempts)
         except Refused as error:
             # MLflow refuses all records of a deleted run, however valid.
             if self._call_or_lost(self._client.get_run, self.run_id).info.lifecycle_stage != "active":
                 raise Lost(f"run {self.run_id} was deleted in MLflow") from None
             logger.warning("MLflow refuses %s, which is skipped: %s", what, error)
-            return True
+        except Failed:
+            return False
+        return True
 
     def _call_or_lost(self, call: Any, *args: Any) -> Any:
         """The result of call(*args); raises Lost after a permanent failure."""
         try:
             return self.call(call, *args)
-        except (OutOfTime, Lost):
-            raise
-        except Exception as error:
-            raise Lost(self.call.reason(error)) from None
+        except Failed as error:
+            raise Lost(str(error)) from None
 
     def _answers(self) -> bool:
-        """Whether MLflow answers a query for this run; False before the run was found."""
+        """Whether MLflow answers a query for this run; False before the run was found.
+
+        Raises:
+            Lost: its SQLite file was deleted.
+        """
+        database = database_file(self._address.uri)
+        if self.run_id is not None and database is not None and not database.exists():
+            raise Lost(f"{database} was deleted")
         try:
             return self.run_id is not None and bool(self._client.get_run(self.run_id))
         except Exception:

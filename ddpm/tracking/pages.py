@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import shlex
 import subprocess
 import time
 from collections.abc import Mapping
@@ -13,9 +14,11 @@ from typing import Any
 
 from ddpm import presets
 from ddpm.build import resolve_sample
-from ddpm.config import Config, flatten
+from ddpm.config import Affects, Config
+from ddpm.config_io import flatten, keys_that_affect
 from ddpm.diffusion.objectives import PROCESSES
 from ddpm.diffusion.schedules import SCHEDULES
+from ddpm.utils.command_line import installed
 
 KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
 """Tag of an experiment with its kind, model training. MLflow has no constant for it, and the pages of 3.17 follow a
@@ -33,21 +36,33 @@ COLUMNS = (
     "metrics.`train/images_per_s`",
 )
 OURS = ("jobs/train.py", "tune/search.py")
-NO_EFFECT = ("run.", "cluster.", "data.stall_timeout_s")
-STATUS = {"RUNNING": "Running", "FINISHED": "Finished", "KILLED": "Stopped", "FAILED": "Failed"}
+STOPPED = "SCHEDULED"
+"""MLflow's status of a run that was stopped and can be resumed: its pages show KILLED in red, as they do FAILED."""
+STATUS = {
+    "RUNNING": "Running",
+    "FINISHED": "Finished",
+    STOPPED: "Stopped",
+    "KILLED": "Stopped",
+    "FAILED": "Failed",
+}
+LOCAL_UI = "http://127.0.0.1:5000"
 
 
 def params(config: Config) -> dict[str, Any]:
     """The flat config without None, and without keys that have no effect on the images of this run."""
     objective, has_labels = config.objective, config.model.num_classes > 0
-    uses_time = PROCESSES[objective.process].uses_time
+    uses_time, draws_sigma = PROCESSES[objective.process].uses_time, objective.timesteps != "uniform"
     sample = resolve_sample(config.sample, objective)
     is_ddpm, is_second_order = sample.sampler == "ddpm", sample.sampler in ("dpmpp_2m", "heun")
     schedule = {"kind", "num_timesteps", *SCHEDULES[config.schedule.kind][1]} if uses_time else set()
     has_effect = {
         **{f"schedule.{name}": name in schedule for name in flatten(config.schedule)},
-        **dict.fromkeys(("objective.predict", "objective.weight", "objective.variance"), uses_time),
+        **dict.fromkeys(
+            (f"objective.{name}" for name in ("predict", "weight", "variance", "timesteps")), uses_time
+        ),
+        "objective.sigma_data": uses_time and "edm" in (objective.predict, objective.weight),
         "objective.min_snr_gamma": uses_time and objective.weight == "min_snr",
+        **dict.fromkeys(("objective.log_sigma_mean", "objective.log_sigma_std"), uses_time and draws_sigma),
         "objective.label_dropout": has_labels,
         "sample.guidance_scale": has_labels,
         "sample.rho": sample.spacing == "karras" or (sample.spacing == "auto" and is_second_order),
@@ -55,21 +70,20 @@ def params(config: Config) -> dict[str, Any]:
         "sample.mean": is_ddpm,
         "sample.variance": is_ddpm,
         "sample.clip_x_0": not is_ddpm,
-        "data.max_corrupt_share": config.data.on_corrupt == "substitute",
     }
+    keys = keys_that_affect(config, Affects.ANYTHING)
     return {
         key: value
         for key, value in flatten(config).items()
-        if value is not None
-        and has_effect.get(key, not key.startswith(NO_EFFECT) or key == "cluster.num_workers")
+        if value is not None and has_effect.get(key, key in keys)
     }
 
 
 def nearest_preset(config: Config) -> tuple[str, dict[str, Any]]:
-    """The preset with the fewest differences from `config`, and these differences, without data.shards."""
-    flat = params(config)
+    """The preset with the fewest differences from `config`, and these differences, without where data lies."""
+    flat, locations = params(config), keys_that_affect(config, Affects.LOCATION)
     changes = {
-        name: {key: value for key, value in flat.items() if key != "data.shards" and value != known.get(key)}
+        name: {key: value for key, value in flat.items() if key not in locations and value != known.get(key)}
         for name, known in ((name, flatten(preset)) for name, preset in presets.PRESETS.items())
     }
     return min(changes.items(), key=lambda item: len(item[1]))
@@ -79,25 +93,27 @@ def tags(config: Config, command: str | None) -> dict[str, str]:
     """Tags of a new run: preset, differences from it, versions, and the command that resumes the run."""
     name, changes = nearest_preset(config)
     changed = ", ".join(f"{key}={value}" for key, value in changes.items()) or "nothing"
-    made = {"preset": name, "changed": changed, **_versions()}
-    return made | ({"command": command} if command else {})
+    return {"preset": name, "changed": changed, **_versions()} | ({"command": command} if command else {})
 
 
 @functools.cache
 def _versions() -> dict[str, str]:
     """Versions of the packages, and the git commit if git tracks this file."""
-    found = {}
+    versions = {}
     for package, name in (("ddpm-on-ray", "ddpm"), ("torch", "torch"), ("ray", "ray")):
         with suppress(PackageNotFoundError):
-            found[f"version.{name}"] = version(package)
-    git = ["git", "-C", str(Path(__file__).parent)]
+            versions[f"version.{name}"] = version(package)
     with suppress(OSError, subprocess.SubprocessError):
-        how: dict[str, Any] = {"text": True, "timeout": 10, "stderr": subprocess.DEVNULL}
-        subprocess.check_output([*git, "ls-files", "--error-unmatch", Path(__file__).name], **how)
-        describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        commit, _, dirty = subprocess.check_output([*git, *describe], **how).strip().partition("-")
-        found |= {"git.commit": commit, "git.dirty": str(bool(dirty)), "mlflow.source.git.commit": commit}
-    return found
+        _git("ls-files", "--error-unmatch", Path(__file__).name)
+        described = _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+        commit, _, dirty = described.partition("-")
+        versions |= {"git.commit": commit, "git.dirty": str(bool(dirty)), "mlflow.source.git.commit": commit}
+    return versions
+
+
+def _git(*words: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *words]
+    return subprocess.check_output(command, text=True, timeout=10, stderr=subprocess.DEVNULL).strip()
 
 
 def experiment_tags(source: str, first_grid: int = 0) -> dict[str, str]:
@@ -126,6 +142,20 @@ def link(uri: str, experiment_id: str | None, run_id: str | None) -> str:
     return f"{uri.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}?{WORKFLOW}"
 
 
+def view_link(uri: str, experiment_id: str) -> str:
+    """The page of an experiment on the server at `uri`, in the view of `experiment_tags`."""
+    view = VIEW_TAG.rpartition(".")[2]
+    return f"{uri.rstrip('/')}/#/experiments/{experiment_id}/runs?viewStateShareKey={view}&{WORKFLOW}"
+
+
+def ui_command(database: Path) -> str:
+    """The command that serves MLflow's pages of a SQLite file at LOCAL_UI."""
+    is_default = database == Path("mlflow.db").absolute()
+    return (
+        "mlflow ui" if is_default else f"mlflow ui --backend-store-uri {shlex.quote(f'sqlite:///{database}')}"
+    )
+
+
 def description(run: Any) -> str | None:
     """The description of an MLflow run in Markdown, from its tags, params and newest metrics; None: it is not ours."""
     tags, params, metrics = run.data.tags, run.data.params, run.data.metrics
@@ -144,7 +174,7 @@ def description(run: Any) -> str | None:
         lines.append(f"Resume: `{tags['command']}`")
     if "checkpoint" in tags:
         folder = tags["checkpoint"].rpartition("/")[0]
-        lines.append(f"Sample: `python jobs/sample.py {folder} --out samples`")
+        lines.append(installed(f"Sample: `python jobs/sample.py {folder}`"))
     return "\n\n".join(lines) + NOTE_END
 
 
@@ -152,10 +182,10 @@ def _scores(metrics: Mapping[str, float]) -> list[str]:
     """Bits/dim and KID with their errors; those of an evaluation replace those of training."""
     bits = [name for name in ("eval/bits_per_dim", "held_out/bits_per_dim") if name in metrics][:1]
     kid = [name for name in sorted(metrics) if re.fullmatch(r"eval/KID-\w+", name)]
-    found = []
+    scores = []
     for name in bits + kid:
         group, _, score = name.partition("/")
         error = metrics.get(f"{group}_error/{score}")
         plus_minus = "" if error is None else f" ± {error:.4f}"
-        found.append(f"{score.replace('bits_per_dim', 'bits/dim')} {metrics[name]:.4f}{plus_minus}")
-    return found
+        scores.append(f"{score.replace('bits_per_dim', 'bits/dim')} {metrics[name]:.4f}{plus_minus}")
+    return scores

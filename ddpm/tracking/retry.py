@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import tenacity
+from ddpm.tracking.mlflow_client import Lost
 
 logger = logging.getLogger(__name__)
 
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 10.0
 ATTEMPTS = 4
 """Largest number of failures of a call at a server that otherwise answers."""
 REFUSED = ("BAD_REQUEST", "INVALID_PARAMETER_VALUE")
@@ -21,11 +22,15 @@ USER_INFO = re.compile(r"//[^/\s@]*@")
 
 
 class OutOfTime(Exception):
-    """The deadline passed with work left."""
+    """The deadline passed with work left; the message is the last failure's."""
 
 
-class Refused(ValueError):
-    """A record that MLflow will never accept."""
+class Failed(Exception):
+    """A call did not succeed; the message gives the reason in one line, without a password."""
+
+
+class Refused(Failed):
+    """MLflow will never accept a record."""
 
 
 class Caller:
@@ -38,7 +43,7 @@ class Caller:
     """
 
     def __init__(self, uri: str, answers: Callable[[], bool], patience_s: float = math.inf) -> None:
-        self.trouble = ""
+        self.last_error = ""
         """The last failure."""
         self._uri, self._answers = uri, answers
         self.limit(math.inf, patience_s)
@@ -56,78 +61,59 @@ class Caller:
     def check_time(self) -> None:
         """Raise OutOfTime if time is up."""
         if self.is_out_of_time:
-            raise OutOfTime
+            raise OutOfTime(self.last_error)
 
     def __call__(self, call: Callable[..., Any], *args: Any, attempts: int = ATTEMPTS) -> Any:
         """Retry call(*args) until it works, is useless to repeat, or failed `attempts` times at a server that answers.
 
         Raises:
             OutOfTime: time is up.
-            Exception: what the last attempt raised.
+            Failed: the last attempt failed; Refused if the call will never work.
+            Lost: `call` raised it.
         """
         self.check_time()
-        failed = 0
-
-        def should_stop(_: tenacity.RetryCallState) -> bool:
-            nonlocal failed
+        failed, wait_s = 0, FIRST_WAIT_S
+        while True:
+            try:
+                result = call(*args)
+                break
+            except (OutOfTime, Lost, Refused):
+                raise
+            except Exception as error:
+                self.last_error = reason(error, self._uri)
+                if not _is_temporary(error):
+                    raise (Refused if _is_refusal(error) else Failed)(self.last_error) from None
             self.check_time()
             failed += attempts == 1 or self._answers()
-            return failed >= attempts
-
-        retrying = tenacity.Retrying(
-            stop=should_stop,
-            wait=tenacity.wait_exponential(multiplier=0.5, max=10),
-            sleep=self._sleep,
-            retry=tenacity.retry_if_exception(_is_temporary),
-            before_sleep=self._warn_once,
-            reraise=True,
-        )
-        result = retrying(call, *args)
+            if failed >= attempts:
+                raise Failed(self.last_error)
+            self._warn_once()
+            end = time.monotonic() + wait_s
+            while time.monotonic() < end:
+                self.check_time()
+                time.sleep(0.1)
+            wait_s = min(2 * wait_s, LONGEST_WAIT_S)
         self._worked_at, self._warned = time.monotonic(), False
         return result
 
-    def takes(self, call: Callable[..., Any], *args: Any, attempts: int = ATTEMPTS) -> bool:
-        """Whether call(*args) works in the end; if not, `trouble` gives the reason.
-
-        Raises:
-            OutOfTime: time is up.
-            Refused: it will never work; the message gives the reason.
-        """
-        try:
-            self(call, *args, attempts=attempts)
-        except OutOfTime:
-            raise
-        except Exception as error:
-            self.trouble = self.reason(error)
-            if _is_refusal(error):
-                raise Refused(self.trouble) from None
-            return False
-        return True
-
-    def reason(self, error: BaseException | None) -> str:
-        """`error` in one line, without the password that MLflow's messages quote with the URI."""
-        text = str(error).replace(self._uri, without_password(self._uri))
-        return f"{type(error).__name__}: {USER_INFO.sub('//', ' '.join(text.split()))[:400]}"
-
-    def _sleep(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            self.check_time()
-            time.sleep(0.1)
-
-    def _warn_once(self, state: tenacity.RetryCallState) -> None:
+    def _warn_once(self) -> None:
         """Warn once per outage."""
-        assert state.outcome is not None
-        self.trouble = self.reason(state.outcome.exception())
         if not self._warned:
             uri = without_password(self._uri)
-            logger.warning("MLflow at %s is not accepting data (%s); retrying", uri, self.trouble)
+            logger.warning("MLflow at %s is not accepting data (%s); retrying", uri, self.last_error)
         self._warned = True
 
 
 def without_password(uri: str) -> str:
     scheme, separator, rest = uri.partition("://")
     return f"{scheme}://{rest.rpartition('@')[2]}" if separator else uri
+
+
+def reason(error: BaseException | None, uri: str) -> str:
+    """`error` in one line, without the password that MLflow's messages quote with `uri`."""
+    text = str(error).replace(uri, without_password(uri))
+    text = text.partition("[SQL:")[0]  # the queries of SQLAlchemy's errors
+    return f"{type(error).__name__}: {USER_INFO.sub('//', ' '.join(text.split()))[:400]}"
 
 
 def _is_temporary(error: BaseException) -> bool:
@@ -138,8 +124,7 @@ def _is_temporary(error: BaseException) -> bool:
 
 
 def _is_refusal(error: BaseException) -> bool:
-    code = getattr(error, "error_code", None)
-    return isinstance(error, Refused) or code in REFUSED or _http_status(error, otherwise=0) == 400
+    return getattr(error, "error_code", None) in REFUSED or _http_status(error, otherwise=0) == 400
 
 
 def _http_status(error: BaseException, otherwise: int) -> int:

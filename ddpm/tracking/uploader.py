@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ddpm.checkpoints import checkpoint, runs
-from ddpm.config import RunConfig, from_json
+from ddpm.config import Config, RunConfig
+from ddpm.config_io import from_json
 from ddpm.storage.locations import Location
 from ddpm.tracking import metrics_buffer, pages, spool
-from ddpm.tracking.metrics_buffer import DamagedSegment
 from ddpm.tracking.mlflow_client import Lost, tracking_uri
 from ddpm.tracking.mlflow_runs import Address, MlflowRun
-from ddpm.tracking.retry import OutOfTime, without_password
+from ddpm.tracking.retry import OutOfTime, reason, without_password
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import as_user_error
 
@@ -72,7 +72,7 @@ class Uploader:
     ) -> None:
         self._uri, self._buffer = without_password(address.uri), buffer
         self._run = MlflowRun(address, params)
-        self._carrier = _Carrier(self._run, buffer)
+        self._deliverer = _Deliverer(self._run, buffer)
         self._committed, self._status, self._ended = -1, "FINISHED", False
         self._announced = 0
         self._wake, self._closing = threading.Event(), threading.Event()
@@ -94,10 +94,10 @@ class Uploader:
     @property
     def waiting(self) -> int:
         """Approximate number of undelivered segments: those found last, and those announced since."""
-        return self._carrier.waiting + self._announced
+        return self._deliverer.waiting + self._announced
 
     def close(self, status: str, timeout_s: float = DELIVERY_TIMEOUT_S, patience_s: float = 30.0) -> Delivery:
-        """Deliver the rest, and end the MLflow run: FINISHED, FAILED or KILLED. `jobs/sync.py` delivers what is left.
+        """Deliver the rest, and end the MLflow run with `status`. `jobs/sync.py` delivers what is left.
 
         Args:
             timeout_s: seconds after which it gives up; if fewer than MIN_BEGIN_S, a delivery that has not begun is not
@@ -113,12 +113,12 @@ class Uploader:
         if self._thread.ident is not None:
             self._wait()
         left = _count_in_time(self._buffer, self._committed, min(timeout_s, COUNT_TIMEOUT_S))
-        trouble = self._run.call.trouble
+        last_error = self._run.call.last_error
         if left:
-            said = f"MLflow at {self._uri} did not accept everything ({left} records left)"
-            logger.warning("%s", f"{said}: {trouble}" if trouble else said)
-        elif trouble and not self._ended:
-            logger.warning("MLflow at %s does not know how the run ended: %s", self._uri, trouble)
+            line = f"MLflow at {self._uri} did not accept everything ({left} records left)"
+            logger.warning("%s", f"{line}: {last_error}" if last_error else line)
+        elif last_error and not self._ended:
+            logger.warning("MLflow at %s does not know how the run ended: %s", self._uri, last_error)
         return Delivery(self._run.run_id, self._run.experiment_id, left, self._ended)
 
     def _wait(self) -> None:
@@ -140,7 +140,7 @@ class Uploader:
         except OutOfTime:
             pass  # `close` reports it
         except Exception as error:
-            why = str(error) if isinstance(error, Lost) else self._run.call.reason(error)
+            why = str(error) if isinstance(error, Lost) else reason(error, self._uri)
             kept = f"records are kept in {self._buffer.uri}"
             logger.error("tracking has stopped, training continues, %s: %s", kept, why)
 
@@ -150,7 +150,7 @@ class Uploader:
         self._wake.clear()  # first, so that a checkpoint announced from now on causes another round
         closing = self._closing.is_set()
         try:
-            self._carrier.carry(self._committed, everything=closing)
+            self._deliverer.deliver(self._committed, everything=closing)
             return closing
         except OSError as error:
             logger.info("storage does not answer, tracking waits: %s", error)
@@ -161,48 +161,52 @@ class Uploader:
             return False
 
 
-class _Carrier:
-    """Delivers final segments from a folder to an MLflow run, oldest first."""
+class _Deliverer:
+    """Delivers final segments from a folder to an MLflow run, oldest first.
 
-    def __init__(self, run: MlflowRun, buffer: Location) -> None:
-        self._run, self._buffer = run, buffer
-        self.waiting = 0
+    Args:
+        show: called with the number of records delivered so far.
+    """
+
+    def __init__(
+        self, run: MlflowRun, buffer: Location, show: Callable[[int], None] = lambda num_records: None
+    ) -> None:
+        self._run, self._buffer, self._show = run, buffer, show
+        self._delivered = self.waiting = 0
         """Segments that were found and are not delivered."""
         self._postponed: dict[str, float] = {}
         """Segments that MLflow did not take or that are damaged, and when to try again."""
 
-    def carry(
-        self, committed: int, everything: bool, show: Callable[[int], None] = lambda num_records: None
-    ) -> None:
-        """Deliver final segments; `everything`: also those put aside. `show` is called with the records of each.
+    def deliver(self, committed: int, everything: bool) -> None:
+        """Deliver final segments; `everything`: also those put aside.
 
         Raises:
             OSError: storage does not answer.
             OutOfTime, Lost: as MlflowRun.send.
         """
-        found = spool.final(self._buffer, committed)
-        self.waiting = len(found)
-        for file in found:
+        segments = spool.final(self._buffer, committed)
+        self.waiting = len(segments)
+        for file in segments:
             if everything or time.monotonic() >= self._postponed.get(file.uri, -math.inf):
-                show(self._carry_one(file))
+                self._deliver_one(file)
 
-    def _carry_one(self, file: Location) -> int:
-        """Deliver one segment; returns the number of its records that were delivered."""
+    def _deliver_one(self, file: Location) -> None:
         try:
-            gathered = metrics_buffer.read(file.read(), file.uri)
+            records = metrics_buffer.read(file.read(metrics_buffer.MAX_SEGMENT_BYTES), file.uri)
         except FileNotFoundError:  # another process delivered it
-            return 0
-        except DamagedSegment as error:
+            return
+        except UserError as error:
             self._postpone(file, f"{error}; it stays where it is")
-            return 0
-        if not self._run.send(gathered):
-            why = f"which is kept for later: {self._run.call.trouble}"
+            return
+        if not self._run.send(records):
+            why = f"which is kept for later: {self._run.call.last_error}"
             self._postpone(file, f"MLflow does not accept all of {file.uri}, {why}")
-            return 0
+            return
         self._postponed.pop(file.uri, None)
         file.unlink()
         self.waiting -= 1
-        return len(gathered)
+        self._delivered += len(records)
+        self._show(self._delivered)
 
     def _postpone(self, file: Location, why: str) -> None:
         if file.uri not in self._postponed:
@@ -211,39 +215,33 @@ class _Carrier:
 
 
 @dataclass(frozen=True)
-class Kept:
+class Remaining:
     """The records of a run that are not delivered yet."""
 
     address: Address
-    params: Mapping[str, Any]
+    config: Config | None
+    """The newest checkpoint's; None: there is none."""
     buffer: Location
     committed: int
-    """images_seen of the newest checkpoint; -1: there is none."""
-    finished: bool
-    """Whether that checkpoint is the end of the run."""
+    """images_seen of that checkpoint; -1: there is none."""
     records: int
 
 
-def kept(uri: str, experiment: str | None = None) -> Kept:
+def remaining(uri: str, experiment: str | None = None) -> Remaining:
     """The undelivered records of the run in the folder or bucket `uri`.
 
     Args:
         experiment: MLflow experiment of a run without a checkpoint, which would name it.
-
-    Raises:
-        UserError: there is no run, or storage refuses.
     """
     run = runs.existing_run(uri)
-    params: dict[str, Any] = {}
-    committed, finished = -1, False
+    config, committed = None, -1
     buffer = run.location.child(spool.FOLDER)
     with as_user_error(f"{run.location.uri} cannot be read"):
-        if found := runs.checkpoints(run.location):
-            card = found[-1].child("config.json")
-            config = from_json(card.read().decode(errors="replace"), card.uri)
-            committed = int(found[-1].path.rpartition(checkpoint.PREFIX)[2])
-            finished, experiment = committed >= config.train.total_images, config.run.experiment
-            params = pages.params(config)
+        if checkpoints := runs.checkpoints(run.location):
+            file = checkpoints[-1].child("config.json")
+            config = from_json(file.read().decode(errors="replace"), file.uri)
+            committed = int(checkpoints[-1].path.rpartition(checkpoint.PREFIX)[2])
+            experiment = config.run.experiment
         elif experiment is None:
             raise UserError(
                 f"{run.location.uri} has no checkpoint to read the experiment from; give it with --experiment (the "
@@ -251,43 +249,39 @@ def kept(uri: str, experiment: str | None = None) -> Kept:
             )
         records = spool.count(buffer, committed)
     address = Address(tracking_uri(), experiment, run.name, run.key)
-    return Kept(address, params, buffer, committed, finished, records)
+    return Remaining(address, config, buffer, committed, records)
 
 
-def deliver(kept: Kept, timeout_s: float, show: Callable[[int], None]) -> Delivery:
+def deliver(rest: Remaining, timeout_s: float, show: Callable[[int], None]) -> str | None:
     """Deliver a run's remaining records; the status of its MLflow run is changed only if the run is finished.
 
     Args:
         timeout_s: seconds without progress after which it gives up.
         show: called with the number of records delivered so far.
 
-    Raises:
-        NotDelivered: MLflow or storage does not answer, refuses the run, or did not take everything.
+    Returns:
+        The id of the MLflow run.
     """
-    uri, run, done = without_password(kept.address.uri), MlflowRun(kept.address, kept.params, timeout_s), 0
-
-    def add(num_records: int) -> None:
-        nonlocal done
-        done += num_records
-        show(done)
-
+    uri, config = without_password(rest.address.uri), rest.config
+    run = MlflowRun(rest.address, pages.params(config) if config else {}, timeout_s)
     try:
         run.open(running=False)
-        _Carrier(run, kept.buffer).carry(kept.committed, everything=True, show=add)
-        ended = kept.finished and run.end("FINISHED")
-        left = spool.count(kept.buffer, kept.committed)
-    except OutOfTime:
-        why = f"no call succeeded for {timeout_s:g} s; {run.call.trouble}"
+        _Deliverer(run, rest.buffer, show).deliver(rest.committed, everything=True)
+        if config and rest.committed >= config.train.total_images:
+            run.end("FINISHED")
+        left = spool.count(rest.buffer, rest.committed)
+    except OutOfTime as error:
+        why = f"no call succeeded for {timeout_s:g} s; {error}"
         raise NotDelivered(f"MLflow at {uri} cannot be reached, all records are kept: {why}") from None
     except Lost as error:
         raise NotDelivered(f"MLflow at {uri} refuses the run: {error}") from None
     except OSError as error:
-        raise NotDelivered(f"{kept.buffer.uri} cannot be read: {error}") from None
+        raise NotDelivered(f"{rest.buffer.uri} cannot be read: {error}") from None
     if left:
         raise NotDelivered(
-            f"MLflow at {uri} did not accept everything: {left} records are kept in {kept.buffer.uri}"
+            f"MLflow at {uri} did not accept everything: {left} records are kept in {rest.buffer.uri}"
         )
-    return Delivery(run.run_id, run.experiment_id, left, ended)
+    return run.run_id
 
 
 def _count_in_time(buffer: Location, committed: int, timeout_s: float) -> int:

@@ -1,185 +1,106 @@
-"""A run's checkpoints in storage: written in the background, found again after a crash.
+"""A run's checkpoints in storage: stored whole, and found again after a crash.
 
-A checkpoint exists once its checksums.json does. All its other files, and the segment of records since the previous
-checkpoint, are stored before. A worker killed at any moment, or a power cut, leaves the whole checkpoint or none: on a
-disk everything is fsynced before the rename. A damaged checkpoint is skipped for the previous one.
+A checkpoint exists once its checksums.json does; all its other files are stored before. A writer killed at any moment,
+or a power cut, leaves the whole checkpoint or none: on a disk everything is fsynced before the rename. A damaged
+checkpoint is skipped for the previous one.
 """
 
 import contextlib
-import queue
 import shutil
 import tempfile
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import pyarrow.fs as pafs
 import torch
 
 from ddpm.checkpoints import checkpoint, runs
 from ddpm.checkpoints.checkpoint import CHECKSUMS, Snapshot
+from ddpm.checkpoints.runs import Run
 from ddpm.config import Config
 from ddpm.hub import resolve
 from ddpm.storage.locations import Location
 from ddpm.tracking import spool
-from ddpm.tracking.metrics_buffer import segment_name
 from ddpm.training.state import State
 from ddpm.utils import files
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import StorageError, retry_io
 
-MAX_SNAPSHOTS = 2
-"""Snapshots in memory: one being written, one waiting. Training waits if storage falls behind."""
-FILE_TIMEOUT_S = 30.0
-"""Time-out for what a run can do without, such as images and the removal of old checkpoints."""
+T = TypeVar("T")
+Retry = Callable[[Callable[[], None], Location], None]
+"""`retry(call, where)`, with time-out and warnings."""
 
 
-class CheckpointManager:
-    """Stores one run's checkpoints and files in a background thread; only rank 0 has one.
+def retry(call: Callable[[], T], where: Location, timeout_s: float, warn: Callable[[str], object]) -> T:
+    """`retry_io` of a call that does not expect a missing file: its folder is gone."""
+    try:
+        return retry_io(call, where=where.uri, timeout_s=timeout_s, warn=warn)
+    except FileNotFoundError as error:
+        raise StorageError(f"{where.uri}: cannot write there: {error}") from None
+
+
+def store(snapshot: Snapshot, run: Location, before: Mapping[str, bytes], best: bool, retry: Retry) -> None:
+    """Store a checkpoint; if `best`, also as the best one.
 
     Args:
-        keep: number of newest checkpoints to keep, besides the best one.
-        timeout_s: seconds that storage may fail before the run gives up.
-        committed: called with the images_seen of each checkpoint that is stored.
-        warn: called with one line about a failure that does not end the run.
+        before: files of the run that are stored before the checkpoint is valid, by name.
     """
+    target = run.child(checkpoint.name_at(snapshot.images_seen))
+    with _staging(target) as folder:
+        retry(lambda: _write_fresh(snapshot, folder), target)
+        for name, data in before.items():
+            file = run.child(name)
+            retry(partial(file.write, data, durable=True), file)
+        if best:
+            name = checkpoint.name_at(snapshot.images_seen, checkpoint.BEST_PREFIX)
+            _commit(folder, run.child(name), retry, move=False)
+        _commit(folder, target, retry, move=True)
 
-    def __init__(
-        self,
-        run: Location,
-        keep: int,
-        timeout_s: float,
-        committed: Callable[[int], None],
-        warn: Callable[[str], None],
-    ) -> None:
-        self._run, self._keep, self._timeout_s = run, keep, timeout_s
-        self._committed, self._warn = committed, warn
-        self._todo: queue.Queue[Callable[[], None] | None] = queue.Queue()
-        self._room = threading.Semaphore(MAX_SNAPSHOTS)
-        self._failure: BaseException | None = None
-        threading.Thread(target=self._work, name="ddpm-checkpoints", daemon=True).start()
 
-    def save(self, snapshot: Snapshot, segment: bytes | None, best: bool) -> None:
-        """Store `snapshot`, and `segment`, the records since the last checkpoint; if `best`, also as the best one.
+def _commit(folder: Path, target: Location, retry: Retry, *, move: bool) -> None:
+    """Move or copy the checkpoint in `folder` to `target`; an older one there is made invalid or removed first."""
+    if target.is_local:
+        path = Path(target.path)
+        retry(lambda: _put_in_place(folder, path, move), target)
+        retry(lambda: files.sync(path.parent), target)
+        return
 
-        Raises:
-            StorageError: an earlier checkpoint could not be stored.
-        """
-        self._room.acquire()
-        self.check()
-        self._todo.put(partial(self._save, snapshot, segment, best))
+    def upload(name: str) -> None:
+        source, destination = str(folder / name), target.child(name).path
+        copy = partial(pafs.copy_files, source, destination, destination_filesystem=target.filesystem)
+        retry(copy, target)
 
-    def publish(self, name: str, data: bytes) -> None:
-        """Store a file that training can do without."""
-        self._todo.put(partial(self._publish, name, data))
+    retry(target.child(CHECKSUMS).unlink, target)
+    names = sorted(path.name for path in folder.iterdir() if path.name != CHECKSUMS)
+    with ThreadPoolExecutor(len(names)) as pool:  # in parallel: a request may take seconds
+        list(pool.map(upload, names))
+    upload(CHECKSUMS)
 
-    def check(self) -> None:
-        """Raise the error that made storing fail, if there was one."""
-        if self._failure is not None:
-            raise self._failure
 
-    def flush(self) -> None:
-        """Return when everything is stored.
-
-        Raises:
-            StorageError: a checkpoint could not be stored.
-        """
-        self._todo.join()
-        self.check()
-
-    def close(self) -> None:
-        """End the thread once everything is stored; does not wait for it."""
-        self._todo.put(None)
-
-    # The methods below run in the thread.
-
-    def _work(self) -> None:
-        while (job := self._todo.get()) is not None:
-            try:
-                if self._failure is None:
-                    job()
-            except BaseException as error:  # of any type: `check` raises it in the training thread
-                self._failure = error
-            self._todo.task_done()
-
-    def _retry_io(self, call: Callable[[], None], where: Location, timeout_s: float | None = None) -> None:
-        try:
-            retry_io(call, where=where.uri, timeout_s=self._timeout_s if timeout_s is None else timeout_s)
-        except FileNotFoundError as error:  # not retried; for a write it means that the folder is gone
-            raise StorageError(f"{where.uri}: cannot write there: {error}") from None
-
-    def _publish(self, name: str, data: bytes) -> None:
-        where = self._run.child(name)
-        try:
-            self._retry_io(lambda: where.write(data), where, min(self._timeout_s, FILE_TIMEOUT_S))
-        except StorageError as error:
-            self._warn(str(error))
-
-    def _save(self, snapshot: Snapshot, segment: bytes | None, best: bool) -> None:
-        try:
-            target = self._run.child(checkpoint.name_at(snapshot.images_seen))
-            with _staging(target) as folder:
-                self._retry_io(lambda: _write_fresh(snapshot, folder), target)
-                if segment is not None:
-                    where = self._run.child(spool.FOLDER).child(segment_name(snapshot.images_seen))
-                    self._retry_io(lambda: where.write(segment, durable=True), where)
-                if best:
-                    name = checkpoint.name_at(snapshot.images_seen, checkpoint.BEST_PREFIX)
-                    self._commit(folder, self._run.child(name), move=False)
-                self._commit(folder, target, move=True)
-        finally:
-            self._room.release()
-        self._committed(snapshot.images_seen)
-        try:
-            self._retry_io(self._retire, self._run, min(self._timeout_s, FILE_TIMEOUT_S))
-        except StorageError as error:
-            self._warn(f"an old checkpoint could not be removed: {error}")
-
-    def _commit(self, folder: Path, target: Location, *, move: bool) -> None:
-        """Move or copy the checkpoint in `folder` to `target`; an older one there is made invalid or removed first."""
-        if target.is_local:
-            place = Path(target.path)
-            self._retry_io(lambda: _put_in_place(folder, place, move), target)
-            self._retry_io(lambda: files.sync(place.parent), target)
-            return
-        self._retry_io(target.child(CHECKSUMS).unlink, target)
-        names = sorted(path.name for path in folder.iterdir() if path.name != CHECKSUMS)
-        with ThreadPoolExecutor(len(names)) as pool:  # in parallel: a request may take seconds
-            list(pool.map(lambda name: self._upload(folder, target, name), names))
-        self._upload(folder, target, CHECKSUMS)
-
-    def _upload(self, folder: Path, target: Location, name: str) -> None:
-        file = str(folder / name), target.child(name).path
-        copy = partial(pafs.copy_files, *file, destination_filesystem=target.filesystem)
-        self._retry_io(copy, target)
-
-    def _retire(self) -> None:
-        """Remove checkpoints that are too old, or no longer the best."""
-        names = self._run.folders()
-        old = [name for name in names if name.startswith(checkpoint.PREFIX)][: -self._keep]
-        worse = [name for name in names if name.startswith(checkpoint.BEST_PREFIX)][:-1]
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda name: remove(self._run.child(name)), old + worse))
+def retire(run: Location, keep: int) -> None:
+    """Remove checkpoints other than the newest `keep`, and those that are no longer the best."""
+    names = run.folders()
+    old = [name for name in names if name.startswith(checkpoint.PREFIX)][:-keep]
+    worse = [name for name in names if name.startswith(checkpoint.BEST_PREFIX)][:-1]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda name: remove(run.child(name)), old + worse))
 
 
 @contextmanager
-def latest_valid(run: Location, timeout_s: float, warn: Callable[[str], None]) -> Iterator[Path | None]:
-    """The newest valid checkpoint as a local folder; None: there is none yet.
-
-    Raises:
-        UserError: all checkpoints are damaged.
-        StorageError: storage does not answer.
-    """
-    found = retry_io(lambda: runs.checkpoints(run), where=run.uri, timeout_s=timeout_s)
-    for location in reversed(found):
+def latest_valid(run: Run, timeout_s: float, warn: Callable[[str], object]) -> Iterator[Path | None]:
+    """The newest valid checkpoint as a local folder; None: there is none yet."""
+    uri = run.location.uri
+    stored = retry_io(lambda: runs.checkpoints(run.location), where=uri, timeout_s=timeout_s)
+    for location in reversed(stored):
         with contextlib.ExitStack() as stack:
             try:
                 folder = stack.enter_context(resolve.as_folder(location, timeout_s))
                 checkpoint.verify(folder)
+                checkpoint.check_belongs(folder, run.key)
             except StorageError:
                 raise
             except (UserError, FileNotFoundError) as error:
@@ -187,36 +108,26 @@ def latest_valid(run: Location, timeout_s: float, warn: Callable[[str], None]) -
                 continue
             yield folder
             return
-    if found:
+    if stored:
         raise UserError(
-            f"every checkpoint of {run.uri} is damaged, so the run cannot be resumed; restore one from a backup, or "
+            f"every checkpoint of {uri} is damaged, so the run cannot be resumed; restore one from a backup, or "
             "use another --run.name"
         )
     yield None
 
 
-def begin(run: Location, config: Config, identity: dict[str, Any], warn: Callable[[str], None]) -> None:
+def begin(run: Run, config: Config, data_fingerprint: str, warn: Callable[[str], object]) -> None:
     """Store the averaged weights of config.train.init_from as the run's first checkpoint, at 0 images.
 
     The run then resumes like any other; the source checkpoint is not needed again.
-
-    Args:
-        identity: the run's identity, stored in state.json.
-
-    Raises:
-        UserError: there is no such checkpoint, or it holds another net.
-        StorageError: the first checkpoint cannot be stored.
     """
     assert config.train.init_from is not None, "asked for"
     state = State.create(config, torch.device("cpu"))
     with resolve.local_checkpoint(config.train.init_from) as folder:
         state.init_from(folder, config)
-    first = CheckpointManager(
-        run, config.train.keep_checkpoints, config.run.storage_timeout_s, lambda seen: None, warn
-    )
-    first.save(state.snapshot(config, identity), None, best=False)
-    first.flush()
-    first.close()
+    identity = {"run_key": run.key, "data_fingerprint": data_fingerprint}
+    write = partial(retry, timeout_s=config.run.storage_timeout_s, warn=warn)
+    store(state.snapshot(config, identity), run.location, {}, False, write)
 
 
 def clean_up(run: Location) -> None:
@@ -255,14 +166,14 @@ def _write_fresh(snapshot: Snapshot, folder: Path) -> None:
     checkpoint.write(snapshot, folder)
 
 
-def _put_in_place(folder: Path, place: Path, move: bool) -> None:
+def _put_in_place(folder: Path, target: Path, move: bool) -> None:
     if move:
-        files.put_in_place(folder, place)
+        files.put_in_place(folder, target)
         return
-    copy = files.temporary(place)
+    copy = files.temporary(target)
     try:
         shutil.copytree(folder, copy)
         files.sync_tree(copy)
-        files.put_in_place(copy, place)
+        files.put_in_place(copy, target)
     finally:
         shutil.rmtree(copy, ignore_errors=True)

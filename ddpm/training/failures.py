@@ -1,81 +1,172 @@
-"""Limits on a run's failures: `FailureBudget`, a callback in Ray Train's controller, and the errors it raises."""
+"""The restart policy of a run: what follows when its workers have left, or a process of it has died.
 
+`decide` is a function of values alone. The driver asks it when Ray Train has ended (monitor.py), and Ray Train's
+controller when workers have failed (`RestartPolicy`).
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 import ray.exceptions
 from ray.train import UserCallback
 
-from ddpm.config import Config
+from ddpm.config import ClusterConfig, Config
 from ddpm.training import run_state
 from ddpm.utils.errors import UserError
 
+CONTROLLER = "Ray Train's controller"
 SHOWN = 300
-"""Characters of a worker's error in a warning."""
+"""Characters of a failure in a line."""
+OUT_OF_MEMORY = re.compile(r"IP: ([^,)]+).*?was ([\d.]+ ?\w+)(?: used)? / ([\d.]+ ?\w+)", re.DOTALL)
+"""Node, memory in use and its limit, in the message of Ray's memory monitor."""
+KILLED = re.compile(r"Selected to kill: .*?task name=(\w+).*?memory used=([\d.]+ ?\w+)")
+MAX_KILLED = 3
+"""Number of killed processes in a line."""
 
 
 class TrainingFailed(UserError):
-    """Workers failed more often than cluster.max_failures allows."""
+    """Processes of a run failed more often than cluster.max_failures allows."""
 
     exit_code = 1
 
 
-class FailureBudget(UserCallback):
-    """Ends a run that fails too often, by raising from the callback.
+@dataclass(frozen=True)
+class Restart:
+    """New workers resume from the newest checkpoint."""
 
-    FailureConfig.max_failures counts all failures of a run. This budget counts failures in a row without a new
-    checkpoint, so that a week on a flaky cluster does not end the run. Preemptions are counted here too: a group that
-    leaves in good order before its node is taken away is not a failure for Ray.
+    line: str
+    """A warning."""
+    values: Mapping[str, Any]
+    """New values of the run's state."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """The run has ended, or was stopped."""
+
+    images_seen: int | None
+    """None: it was stopped before its first step."""
+
+
+@dataclass(frozen=True)
+class Fail:
+    """The run ends with an error."""
+
+    error: UserError
+
+
+def decide(
+    died: Mapping[str, BaseException], values: Mapping[str, Any], config: Config, was_asked: bool = False
+) -> Restart | Done | Fail:
+    """What follows for a run without workers.
+
+    Failures are counted in a row without a new checkpoint, so that a week on a flaky cluster does not end the run.
+    Preemptions are counted apart, and in total.
+
+    Args:
+        died: the error of each process that failed, by its name; empty: all workers left in good order.
+        values: the run's state by subject, as in run_state.py.
+        was_asked: the run was asked to stop early.
     """
+    ended = values.get(run_state.ENDED)
+    if (error := values.get(run_state.FAILURE)) is not None:
+        return Fail(error)
+    if ended is not None and (ended >= config.train.total_images or was_asked):
+        return Done(ended)
+    if was_asked and run_state.PROGRESS not in values:
+        return Done(None)
+    again: dict[str, Any] = {run_state.WORKERS: None}
+    if values.get(run_state.STOP) in run_state.ENDS_GROUP:
+        again[run_state.STOP] = None
+    if died:
+        return _after_failures(died, values, again, config.cluster)
+    if ended is None:
+        line = "the run-state actor died when the workers stopped; new workers start, and check what is left to do"
+        return Restart(line, again)
+    if values.get(run_state.STOP) == run_state.MORE_WORKERS:
+        return Restart(f"nodes have joined; continuing with more workers, at {ended:,} images", again)
+    line = f"a node is about to be preempted; continuing on other nodes, at {ended:,} images"
+    return _after_preemption(line, values, again, config.cluster)
+
+
+def _after_failures(
+    died: Mapping[str, BaseException], values: Mapping[str, Any], again: dict[str, Any], limits: ClusterConfig
+) -> Restart | Fail:
+    deaths = {name: death for name, error in died.items() if (death := _death(error))}
+    # A death causes the other processes' errors: their collectives break off.
+    name, cause = next(iter(deaths.items() or died.items()))
+    line = f"{name} failed; resuming from the last checkpoint: {last_line(cause)}"
+    if any(getattr(death, "preempted", False) for death in deaths.values()):
+        return _after_preemption(line, values, again, limits)
+    committed = values.get(run_state.COMMITTED, -1)
+    failures, failed_at = values.get(run_state.FAILURES, (0, -1))
+    failures = 1 if committed > failed_at else failures + 1
+    if name == CONTROLLER and not deaths:  # Ray Train has given up
+        return Fail(TrainingFailed(f"training failed: {last_line(cause)} (--verbose shows tracebacks)"))
+    if failures > limits.max_failures:
+        times = f"{failures} times since the last checkpoint, --cluster.max-failures"
+        return Fail(
+            TrainingFailed(f"training failed: {last_line(cause)} ({times}; --verbose shows tracebacks)")
+        )
+    return Restart(line, {**again, run_state.FAILURES: (failures, committed)})
+
+
+def _after_preemption(
+    line: str, values: Mapping[str, Any], again: dict[str, Any], limits: ClusterConfig
+) -> Restart | Fail:
+    preemptions = values.get(run_state.PREEMPTIONS, 0) + 1
+    if preemptions <= limits.max_preemptions:
+        return Restart(line, {**again, run_state.PREEMPTIONS: preemptions})
+    return Fail(
+        TrainingFailed(
+            f"nodes were preempted more than {limits.max_preemptions} times (--cluster.max-preemptions); "
+            "run the same command again to resume from the last checkpoint"
+        )
+    )
+
+
+class RestartPolicy(UserCallback):
+    """Counts failures in Ray Train's controller, and ends a run that fails too often by raising from the callback."""
 
     def __init__(self, config: Config, state: Any) -> None:  # `state`: the run's RunState actor
         self._config, self._state = config, state
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        values = ray.get(self._state.snapshot.remote())
-        if values.get(run_state.FAILURE) is not None:
-            raise RuntimeError("a user's mistake, which a restart does not fix")
-        if values.get(run_state.STOP) in run_state.ENDS_GROUP:
-            ray.get(self._state.set.remote(run_state.STOP, None))
-        limits = self._config.cluster
-        deaths = {rank: death for rank, error in worker_exceptions.items() if (death := _death(error))}
-        # A death causes the other workers' errors: their collectives break off.
-        rank, cause = next(iter(deaths.items() or worker_exceptions.items()))
-        failure: TrainingFailed
-        if any(death.preempted for death in deaths.values()):
-            count, most = ray.get(self._state.preempted.remote()), limits.max_preemptions
-            failure = too_many_preemptions(self._config)
-        else:
-            count, most = ray.get(self._state.failed.remote()), limits.max_failures
-            failure = TrainingFailed(
-                f"training failed: {last_line(cause)} ({count} times since the last checkpoint, "
-                "--cluster.max-failures; --verbose shows tracebacks)"
-            )
-        if count <= most:
-            line = f"worker {rank} failed; resuming from the last checkpoint: {last_line(cause)[:SHOWN]}"
-            self._state.warn.remote(line)
-            return
-        ray.get(self._state.set.remote(run_state.FAILURE, failure))
-        raise failure
+        died = {f"worker {rank}": error for rank, error in worker_exceptions.items()}
+        decision = decide(died, ray.get(self._state.snapshot.remote()), self._config)
+        if isinstance(decision, Fail):
+            ray.get(self._state.set.remote(run_state.FAILURE, decision.error))
+            raise decision.error
+        if isinstance(decision, Restart):
+            for subject, value in decision.values.items():
+                ray.get(self._state.set.remote(subject, value))
+            self._state.set.remote(run_state.WARNINGS, decision.line)
 
 
-def _death(error: Exception) -> ray.exceptions.RayActorError | None:
-    """The death of a worker's process; None: the worker raised an error."""
-    # Ray Train wraps the death (2.60); without this attribute a death counts as any other failure.
-    error = getattr(error, "health_check_failure", error)
-    return error if isinstance(error, ray.exceptions.RayActorError) else None
-
-
-def too_many_preemptions(config: Config) -> TrainingFailed:
-    return TrainingFailed(
-        f"nodes were preempted more than {config.cluster.max_preemptions} times (--cluster.max-preemptions); "
-        "run the same command again to resume from the last checkpoint"
-    )
+def _death(error: BaseException) -> BaseException | None:
+    """The death of a process; None: the process raised an error."""
+    # Ray Train wraps the death of a worker, and of an actor that its controller asked (Ray 2.60); without these
+    # attributes a death counts as any other failure.
+    for wrapped in ("controller_failure", "health_check_failure", "cause"):
+        error = getattr(error, wrapped, None) or error
+    deaths = ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError
+    return error if isinstance(error, deaths) else None
 
 
 def last_line(error: BaseException) -> str:
-    """The last line of a failure's message, or of its first failed worker's."""
+    """The last line of a failure's message, or of its first failed worker's; for a kill by Ray's memory monitor, what
+    was killed, and what to lower."""
     failures = getattr(error, "worker_failures", None) or {}
     cause: BaseException = next(iter(failures.values()), error)
+    if memory := OUT_OF_MEMORY.search(str(cause)):
+        node, used, limit = memory.groups()
+        killed = [f"{name} ({size})" for name, size in KILLED.findall(str(cause))[:MAX_KILLED]]
+        return (
+            f"out of memory: {used} of {limit} on {node} were in use, so Ray killed {', '.join(killed) or 'it'}; "
+            "lower --train.forward-images, --data.window-rows or --cluster.num-workers"
+        )
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return lines[-1] if lines else repr(cause)
+    return lines[-1].partition(" Some common causes ")[0][:SHOWN] if lines else repr(cause)

@@ -18,7 +18,7 @@ IN_RAY = "system/"
 
 
 class Gauges:
-    """The gauges of one run; they end after the last `update`, since Ray drops a gauge that is not set again (2.60).
+    """The gauges of one run; they end after the last `update`, since Ray 2.60 drops a gauge that is not set again.
 
     Args:
         images_seen: position of the run until its workers report one.
@@ -34,11 +34,11 @@ class Gauges:
         """Set every gauge from `values`, those of the run's RunState."""
         if progress := values.get(run_state.PROGRESS):
             self._position["images_seen"] = progress.images_seen
-        workers = values.get(run_state.WORKERS, 0)
-        found = self._position | {"spool_segments": self._waiting(), "workers": workers}
+        workers = values.get(run_state.WORKERS) or 0
+        newest = self._position | {"spool_segments": self._waiting(), "workers": workers}
         metrics = values.get(run_state.METRICS, {})
-        found |= {name: points[-1][1] for name, points in metrics.items() if not name.startswith(IN_RAY)}
-        for name, value in found.items():
+        newest |= {name: points[-1][1] for name, points in metrics.items() if not name.startswith(IN_RAY)}
+        for name, value in newest.items():
             if name not in self._gauges:
                 self._gauges[name] = Gauge("ddpm_" + re.sub(r"\W", "_", name), name, ("run",))
             self._gauges[name].set(float(value), self._run)

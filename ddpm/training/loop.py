@@ -5,6 +5,7 @@ The micro-batch is the unit of order and noise. A forward pass takes as many mic
 Axes: B images of a forward pass, C channels, H W.
 """
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -14,18 +15,26 @@ from torch import Tensor, nn
 
 from ddpm.build import build_net, build_objective, build_sampler
 from ddpm.checkpoints import checkpoint
-from ddpm.config import Config, from_json, to_json
-from ddpm.data.plan import check_batches, micro_batches_per_step
+from ddpm.config import Config
+from ddpm.config_io import check_values
+from ddpm.data.plan import ReadOrder, check_batches
 from ddpm.data.reading import MicroBatch
 from ddpm.diffusion.generator import Generator
-from ddpm.training.device import HostToDevice, set_deterministic
+from ddpm.diffusion.objectives import Objective
+from ddpm.models import dropout
+from ddpm.models.dropout import Dropout
+from ddpm.models.regions import compile_blocks
 from ddpm.training.recorder import Recorder
-from ddpm.training.runtime import Runtime, Tracker
+from ddpm.training.runtime import Runtime
 from ddpm.training.state import State, lr_at
-from ddpm.utils import images
+from ddpm.training.transfers import HostToDevice
+from ddpm.utils import devices, images
 from ddpm.utils.errors import UserError
-from ddpm.utils.generators import PerMicroBatch, generator
-from ddpm.utils.seeding import Purpose, torch_seed
+from ddpm.utils.generators import PerMicroBatch, PhiloxGenerator, generator
+from ddpm.utils.seeding import Purpose
+
+C_COMPILERS = ("gcc", "cc", "clang")
+"""One of them builds what launches the compiled kernels."""
 
 
 class NonFinite(UserError):
@@ -34,7 +43,7 @@ class NonFinite(UserError):
     exit_code = 1
 
 
-def train(config: Config, runtime: Runtime, tracker: Tracker) -> State:
+def train(config: Config, runtime: Runtime) -> State:
     """Train from the newest checkpoint, or from scratch, to config.train.total_images.
 
     When the runtime asks to stop, training ends after the current step, with a checkpoint.
@@ -42,24 +51,26 @@ def train(config: Config, runtime: Runtime, tracker: Tracker) -> State:
     Raises:
         NonFinite: the loss or gradient was not finite in more than optim.skip_non_finite steps; the last
             checkpoint stays valid.
-        UserError: the checkpoint belongs to another configuration, data cannot be read, or storage fails.
+        UserError: the config cannot be trained, the checkpoint belongs to another one, data cannot be read, or
+            storage fails.
     """
-    set_deterministic(runtime.device, config.train.deterministic)
-    with runtime.latest_checkpoint() as folder:
+    devices.set_deterministic(runtime.device, config.train.deterministic)
+    with runtime.latest_checkpoint() as folder, _as_user_error():
         batches = runtime.batches(checkpoint.position(folder))
         state = State.create(config, runtime.device)
         if folder is not None:
             state.restore(folder, config)
-    objective = build_objective(config)
-    if config.train.compile:
-        state.net.compile()
-    model = runtime.wrap(state.net)
+        objective = build_objective(config)
+        dropouts = dropout.layers(state.net)
+        if compiles(config, runtime.device):
+            compile_blocks(state.net)
+        model = runtime.wrap(state.net)
     weights = list(state.net.parameters())
     batch_size = config.train.batch_size
-    share = micro_batches_per_step(batch_size, config.train.micro_batch_size, runtime.world_size)
-    share //= runtime.world_size
+    share = len(ReadOrder.from_config(config).share(runtime.rank, runtime.world_size))
     per_pass = min(share, _micro_batches_per_pass(config))
-    recorder = Recorder(config, runtime, tracker, state, objective)
+    _fix_groups(model, objective, config, dropouts, per_pass, runtime)
+    recorder = Recorder(config, runtime, state)
     batches = recorder.timed(batches)
     to_device = HostToDevice(runtime.device)
     stop = 0
@@ -70,10 +81,14 @@ def train(config: Config, runtime: Runtime, tracker: Tracker) -> State:
             micro_batches = [next(batches) for _ in range(min(per_pass, share - first))]
             noise = _noise(config, runtime, state.step, micro_batches)
             x_0, label = _to_device(micro_batches, config, to_device, noise)
-            with _forward_pass(model, len(x_0), is_last=first + per_pass >= share):
+            with (
+                _forward_pass(model, len(x_0), is_last=first + per_pass >= share),
+                _masks(config, dropouts, state.step, micro_batches, to_device),
+            ):
                 # The objective draws t and eps from `noise`: diffusion/objectives.py, Gaussian.loss.
                 loss = objective.loss(model, x_0, label, noise)
-                (loss.value * (len(micro_batches) / share)).backward()
+                # Averaged over the workers, this is the mean over the global batch, whatever their shares.
+                (loss.value * (len(x_0) * runtime.world_size / batch_size)).backward()
             losses.append(loss._replace(value=loss.value.detach()))
         grad_norm = nn.utils.clip_grad_norm_(weights, config.optim.grad_clip)
         finite = grad_norm.isfinite() & torch.stack([loss.value for loss in losses]).isfinite().all()
@@ -85,29 +100,42 @@ def train(config: Config, runtime: Runtime, tracker: Tracker) -> State:
         state.step += 1
         state.images_seen += batch_size
         recorder.after_step(stop > 0)
-    runtime.flush()
     return state
 
 
 def check(config: Config) -> None:
     """Raise UserError for a config that would fail at the first step, before anything is started."""
-    from_json(to_json(config), "the command line")  # as resume parses a checkpoint's config
+    check_values(config)
     check_batches(config)
     most, grain = config.train.forward_images, config.train.micro_batch_size
-    if most is not None and (most < grain or most % grain):
+    if most is not None and most % grain:
         raise UserError(f"train.forward_images is {most}; it must be a multiple of micro_batch_size {grain}")
     build_objective(config)
     build_sampler(config)
-    with torch.device("meta"):
-        build_net(config)
+    with torch.device("meta"), _as_user_error():
+        dropout.layers(build_net(config))
+
+
+def compiles(config: Config, device: torch.device) -> bool:
+    """Whether the net is compiled: as train.compile says, or on an accelerator if this machine has a C compiler."""
+    if config.train.compile is None:
+        return device != devices.CPU and any(map(shutil.which, C_COMPILERS))
+    return config.train.compile
+
+
+@contextmanager
+def _as_user_error() -> Iterator[None]:
+    """Raise UserError for a ValueError or TypeError of the set-up: a restart would meet it again."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"training cannot begin: {type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _count_skipped(state: State, config: Config, skipped: int) -> None:
-    """Count skipped steps, on every rank in the same step; on a GPU they are known one step late.
-
-    Raises:
-        NonFinite: more steps were skipped than optim.skip_non_finite.
-    """
+    """Count skipped steps, on every rank in the same step; on a GPU they are known one step late."""
     if skipped and state.skipped_steps + skipped > config.optim.skip_non_finite:
         before = f" after skipping {state.skipped_steps} such steps" if state.skipped_steps else ""
         raise NonFinite(
@@ -120,22 +148,35 @@ def _count_skipped(state: State, config: Config, skipped: int) -> None:
 
 def _micro_batches_per_pass(config: Config) -> int:
     """The largest number of micro-batches in a forward pass."""
-    if config.model.dropout > 0:
-        return 1  # nn.Dropout draws from PyTorch's global generator, which has one seed at a time
     train = config.train
     return (train.forward_images or train.batch_size) // train.micro_batch_size
 
 
 def _noise(config: Config, runtime: Runtime, step: int, micro_batches: Sequence[MicroBatch]) -> Generator:
-    """The generator of flips, t, eps and dropped labels, in this order; dropout has a separate stream."""
+    """The generator of flips, t, eps and dropped labels, in this order."""
     seed = config.train.seed
-    if config.model.dropout > 0:
-        (micro_batch,) = micro_batches
-        # PyTorch's generator keeps 32 bits of a seed on CPUs, 64 on GPUs.
-        torch.manual_seed(torch_seed(seed, Purpose.DROPOUT, step, micro_batch.index))
     return PerMicroBatch(
         [generator(runtime.device, seed, Purpose.TRAIN, step, each.index) for each in micro_batches]
     )
+
+
+def _masks(
+    config: Config,
+    layers: Sequence[Dropout],
+    step: int,
+    micro_batches: Sequence[MicroBatch],
+    to_device: HostToDevice,
+) -> AbstractContextManager[None]:
+    """A context for one pass: dropout's masks. Their keys are drawn on the CPU, the same for every device."""
+    if not layers:
+        return nullcontext()
+    seed, shape = config.train.seed, (len(layers), config.train.micro_batch_size, 2)
+    draws = [
+        PhiloxGenerator(seed, Purpose.DROPOUT, step, each.index).integers(2**32, shape)
+        for each in micro_batches
+    ]
+    keys = (torch.cat(draws, dim=1) - 2**31).int()
+    return dropout.keyed(layers, to_device(keys.numpy()))
 
 
 def _to_device(
@@ -151,13 +192,34 @@ def _to_device(
     return x_0, to_device(np.concatenate([each.label for each in micro_batches]))
 
 
+def _fix_groups(
+    model: nn.Module,
+    objective: Objective,
+    config: Config,
+    layers: Sequence[Dropout],
+    per_pass: int,
+    runtime: Runtime,
+) -> None:
+    """With more than two workers, do a pass of empty images, after which DDP groups gradients for good.
+
+    It groups them by their order in the first backward pass. The groups decide in which order the workers are added
+    up, so a resumed run must have them from its first step on. Two workers have one order.
+    """
+    if runtime.world_size <= 2:
+        return
+    num_images, net, device = per_pass * config.train.micro_batch_size, config.model, runtime.device
+    x_0 = torch.zeros(num_images, net.channels, net.image_size, net.image_size, device=device)
+    label = torch.zeros(num_images, dtype=torch.int64, device=device) if net.num_classes else None
+    keys = torch.zeros(len(layers), num_images, 2, dtype=torch.int32, device=device)
+    noise = generator(device, config.train.seed, Purpose.TRAIN)
+    with _forward_pass(model, num_images, is_last=True), dropout.keyed(layers, keys):
+        objective.loss(model, x_0, label, noise).value.backward()
+    model.zero_grad(set_to_none=True)
+
+
 @contextmanager
 def _forward_pass(model: nn.Module, num_images: int, is_last: bool) -> Iterator[None]:
-    """A context for one pass: gradients add up on this worker, and are averaged over the workers in a step's last pass.
-
-    Raises:
-        UserError: the GPU has too little memory.
-    """
+    """A context for one pass: gradients add up on this worker; the last pass of a step averages them over workers."""
     without_sync: AbstractContextManager = nullcontext()
     if isinstance(model, nn.parallel.DistributedDataParallel) and not is_last:
         without_sync = model.no_sync()

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm.config import Config
 from ddpm.diffusion.objectives import PROCESSES
+from ddpm.utils import devices
 
 BFLOAT16_PEAKS = {
     "H200": 989e12,
@@ -41,9 +42,9 @@ def flops_per_image(net: nn.Module, config: Config) -> float:
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """Peak FLOP/s: of a CPU measured with this process's threads, of a GPU from its data sheet; None: unknown."""
-    if device.type != "cuda":
+    if device == devices.CPU:
         return _measured_peak(getattr(torch, precision), torch.get_num_threads())
-    name = f" {torch.cuda.get_device_name(device).replace('-', ' ')} "
+    name = f" {devices.product_name(device).replace('-', ' ')} "
     known = next((peak for words, peak in BFLOAT16_PEAKS.items() if f" {words} " in name), None)
     return known / 2 if known and precision == "float32" else known
 

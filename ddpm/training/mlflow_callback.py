@@ -18,11 +18,12 @@ from ray.train import UserCallback
 
 from ddpm.checkpoints import runs
 from ddpm.storage.locations import Location
-from ddpm.tracking.metrics_buffer import MetricsBuffer, segment_name
+from ddpm.tracking.metrics_buffer import MetricsBuffer, pack, segment_name
 from ddpm.tracking.mlflow_client import tracking_uri
 from ddpm.tracking.mlflow_runs import Address
 from ddpm.tracking.spool import FOLDER as SPOOL
 from ddpm.tracking.uploader import DELIVERY_TIMEOUT_S, Delivery, Uploader
+from ddpm.utils.command_line import installed
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +48,6 @@ class MlflowCallback(UserCallback):
         step: the reported metric that counts steps; a report without it is skipped. If a step is reported again
             after a restart, the first value of each metric is kept.
         params: logged once.
-
-    Raises:
-        UserError: the spool cannot be written, or run_name is not a valid folder name.
     """
 
     def __init__(
@@ -98,8 +96,10 @@ class MlflowCallback(UserCallback):
         """Deliver what is left, as `Uploader.close` does, and end the MLflow run: FINISHED, FAILED or KILLED."""
         delivery = Uploader(self._address, self._params, self._spool).close(status, timeout_s)
         if delivery.undelivered:
-            command = f"python jobs/sync.py {self._folder} --experiment {self._address.experiment}"
-            logger.warning("records that MLflow has not accepted are kept; `%s` delivers them", command)
+            sync = f"python jobs/sync.py {self._folder} --experiment {self._address.experiment}"
+            logger.warning(
+                "records that MLflow has not accepted are kept; `%s` delivers them", installed(sync)
+            )
         return delivery
 
 
@@ -129,12 +129,12 @@ class _Delivery:
         while self._wake.wait():
             self._wake.clear()
             with self._lock:
-                data = self._buffer.take()
+                records = self._buffer.take()
                 self._gathered.clear()
-            if data is not None:
+            if records:
                 # Named by time, and as a segment after an error: it may be delivered without a checkpoint.
                 file = self._spool.child(segment_name(time.time_ns() // 1000, after_error=True))
-                _RETRY(file.write, data)
+                _RETRY(file.write, pack(records))
                 self._uploader.committed(-1)
             with self._lock:
                 if not self._gathered:

@@ -1,5 +1,9 @@
-"""The driver while workers train: it shows progress, reports checkpoints, and passes stop requests to the workers."""
+"""The driver while workers train: it shows progress, announces checkpoints, passes stop requests to the workers, and
+starts them again.
+"""
 
+import atexit
+import logging
 import signal
 import sys
 import threading
@@ -8,43 +12,32 @@ from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any, Self
 
+from ddpm.cluster import resources
+from ddpm.config import Config
+from ddpm.tracking.uploader import Uploader
 from ddpm.training import run_state
-from ddpm.training.run_state import RunStateClient
+from ddpm.training.failures import CONTROLLER, Done, Fail, Restart, decide
+from ddpm.training.gauges import Gauges
 from ddpm.training.screen import Screen
+from ddpm.training.worker_group import WorkerGroup
 from ddpm.utils.progress import printable
+
+log = logging.getLogger(__name__)
 
 ShouldContinue = Callable[[Mapping[str, Any]], bool]
 """A function of the run's state: whether training continues."""
 
 POLL_INTERVAL_S = 0.5
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-class CallThread(threading.Thread):
-    """A thread that runs one call, and starts at once.
-
-    In the main thread Ray Train would install a handler for Ctrl-C, and Python would not handle signals during a call
-    into Ray.
-    """
-
-    def __init__(self, call: Callable[[], object]) -> None:
-        super().__init__(name="ddpm-fit", daemon=True)
-        self.result: object = None
-        """The call's return value."""
-        self.error: BaseException | None = None
-        """The exception that the call raised."""
-        self._call = call
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self.result = self._call()
-        except BaseException as error:  # of any type: for the caller
-            self.error = error
+WAITING_AFTER_S, WAITING_AGAIN_S = 10.0, 60.0
+"""Seconds without workers after which the driver says what they wait for, and says it again."""
+LEAVING_S = 5.0
+"""Time-out for Ray Train's end when the process exits; two seconds are usual."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopSignals:
-    """A context that records SIGTERM (`ray job stop`, a batch system) and Ctrl-C; a second Ctrl-C interrupts."""
+    """A context that records SIGTERM (`ray job stop`, a batch system), SIGHUP (a closed terminal, unless `nohup` has it
+    ignored) and Ctrl-C; a second Ctrl-C interrupts."""
 
     signal: int | None = None
     """The first signal received."""
@@ -53,7 +46,8 @@ class StopSignals:
         self._handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             # After ray.init(), which installs its own handler.
-            self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+            numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._handlers = {number: signal.signal(number, self._on_signal) for number in numbers}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -62,7 +56,7 @@ class StopSignals:
 
     @property
     def again(self) -> str:
-        """The effect of another Ctrl-C, as a part of a message."""
+        """The end of a message that says what another Ctrl-C would do."""
         return " (Ctrl-C again: stop at once)" if self.signal == signal.SIGINT else ""
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -78,28 +72,29 @@ class DriverMonitor(StopSignals):
     not wait for them.
 
     Args:
-        committed: called with the position of each new checkpoint.
+        images_seen: position of the run before its workers start.
         should_continue: called at each poll with the run's state; if it returns False, training ends as after a signal.
-        possible: called every `resize_interval_s` with the number of workers; returns the number that is possible.
-            None: the number is fixed.
     """
 
     def __init__(
         self,
-        state: RunStateClient,
-        screen: Screen,
-        committed: Callable[[int], None],
-        should_continue: ShouldContinue = lambda values: True,
-        possible: Callable[[int], int] | None = None,
-        resize_interval_s: float = 0.0,
+        config: Config,
+        group: WorkerGroup,
+        uploader: Uploader,
+        images_seen: int,
+        should_continue: ShouldContinue,
     ) -> None:
         self.ended_early = False
         """Whether `should_continue` returned False."""
-        self._state, self._screen, self._committed = state, screen, committed
-        self._should_continue = should_continue
-        self._possible, self._resize_interval_s = possible, resize_interval_s
-        self._wait_s, self._looked_at = resize_interval_s, time.monotonic()
-        self._position, self._warned, self._announced = -1, 0, False
+        self._config, self._group, self._state = config, group, group.state
+        self._uploader, self._images_seen, self._should_continue = uploader, images_seen, should_continue
+        batch_size, name = config.train.batch_size, str(config.run.name)
+        total_images = -(-config.train.total_images // batch_size) * batch_size
+        self._screen = Screen(name, total_images, lambda: uploader.waiting)
+        self._gauges = Gauges(name, total_images, images_seen, lambda: uploader.waiting)
+        self._committed, self._warned, self._announced = -1, 0, False
+        self._resize_wait_s, self._resized_at = config.cluster.resize_interval_s, time.monotonic()
+        self._is_short, self._placed, self._waiting_at = True, False, time.monotonic() + WAITING_AFTER_S
 
     def __enter__(self) -> Self:
         super().__enter__()
@@ -115,52 +110,105 @@ class DriverMonitor(StopSignals):
         """Whether training was asked to stop early."""
         return self.signal is not None or self.ended_early
 
-    def is_before_first_step(self, values: Mapping[str, Any]) -> bool:
+    def train(self) -> int:
+        """Wait until training is done or stopped; returns images_seen.
+
+        This takes one or more Ray Train runs: workers leave before a node is taken away, and when nodes have joined.
+        """
+        while True:
+            workers = self._group.workers()
+            self._resized_at = time.monotonic()
+            while workers.is_alive():
+                workers.join(POLL_INTERVAL_S)
+                if self._may_leave(self._look()):
+                    break
+            died = {} if self._group.error is None else {CONTROLLER: self._group.error}
+            match decide(died, self._state.snapshot(), self._config, self.was_asked):
+                case Fail(error):
+                    raise error
+                case Done(images_seen):
+                    if images_seen is None:  # stopped before the first step
+                        return self._images_seen
+                    if not self._group.stays:
+                        # After a signal the thread is still in Ray Train, and a process that exits while a thread is in
+                        # a call into Ray may crash (Ray 2.60). This is called before Ray's own handler, registered
+                        # earlier.
+                        atexit.register(workers.join, LEAVING_S)
+                    return images_seen
+                case Restart(line, values):  # Ray Train does not restart a controller that died (Ray 2.60)
+                    log.warning(line)
+                    for subject, value in {run_state.ENDED: None, **values}.items():
+                        self._state.set(subject, value)
+
+    def _is_before_first_step(self, values: Mapping[str, Any]) -> bool:
         """Whether a signal came before the first step, so that there is nothing to wait for."""
         return self.signal is not None and run_state.PROGRESS not in values
 
-    def run(self, workers: threading.Thread, is_over: Callable[[Mapping[str, Any]], bool]) -> None:
-        """Poll until the thread `workers` ends, or `is_over` is true of the run's state."""
-        self._looked_at = time.monotonic()
-        while workers.is_alive():
-            workers.join(POLL_INTERVAL_S)
-            if is_over(self._look()):
-                return
+    def _may_leave(self, values: Mapping[str, Any]) -> bool:
+        """Whether to go on before the workers have left."""
+        if self._is_before_first_step(values):
+            return True
+        is_waited_for = not self._group.stays and self.signal is None
+        if is_waited_for or values.get(run_state.ENDED) is None:
+            return False
+        return not isinstance(decide({}, values, self._config, self.was_asked), Restart)
 
     def _look(self) -> Mapping[str, Any]:
+        """Read the run's state, show it, and act on it."""
         if self.signal is not None and not self._announced:
-            name = signal.Signals(self.signal).name
-            self._state.set(run_state.STOP, name)
-            self._announced = True
-            line = f"stopping after this step, and storing a checkpoint of it{self.again}"
-            if self.is_before_first_step(self._state.snapshot()):
-                line = "stopping before the first step"
-            print(f"{name}: {line}", file=sys.stderr)
+            self._announce(signal.Signals(self.signal).name)
         values = self._state.snapshot()
         self._screen.update(values)
+        self._gauges.update(values)
         for line in values[run_state.WARNINGS][self._warned :]:
             print(printable(f"warning: {line}"), file=sys.stderr)
         self._warned = len(values[run_state.WARNINGS])
-        position = values.get(run_state.COMMITTED, -1)
-        if position > self._position:
-            self._position = position
-            self._committed(position)
+        self._show_waiting(values)
+        committed = values.get(run_state.COMMITTED, -1)
+        if committed > self._committed:
+            self._committed = committed
+            self._uploader.committed(committed)
+        if run_state.PROGRESS in values and self.signal is None:  # not before the first step
+            self._uploader.begin()
         if not self.ended_early and not self._should_continue(values):
             self.ended_early = True
             self._state.set(run_state.STOP, "ended early")
         self._resize(values)
         return values
 
-    def _resize(self, values: Mapping[str, Any]) -> None:
-        """Ask the workers to leave with a checkpoint if the next group can be larger."""
-        workers = values.get(run_state.WORKERS)
-        is_leaving = values.get(run_state.STOP) or values.get(run_state.ENDED)
-        is_early = time.monotonic() - self._looked_at < self._wait_s
-        if self._possible is None or workers is None or is_leaving or is_early:
+    def _announce(self, name: str) -> None:
+        """Pass the signal to the workers, and say so."""
+        self._state.set(run_state.STOP, name)
+        self._announced = True
+        line = f"stopping after this step, and storing a checkpoint of it{self.again}"
+        if self._is_before_first_step(self._state.snapshot()):
+            line = "stopping before the first step"
+        print(f"{name}: {line}", file=sys.stderr)
+
+    def _show_waiting(self, values: Mapping[str, Any]) -> None:
+        """Print what the workers wait for, if they have waited for it since their last step."""
+        if values.get(run_state.WORKERS) is not None:
+            self._is_short, self._placed, self._waiting_at = True, True, time.monotonic() + WAITING_AFTER_S
             return
-        self._looked_at = time.monotonic()
-        if self._possible(workers) <= workers:
-            self._wait_s = self._resize_interval_s
-        else:  # Ray may not know the new nodes yet (it polls every 20 s, 2.60): then the restart is useless
-            self._wait_s *= 2
+        shortage = None
+        if self._is_short:
+            shortage = resources.shortage(self._config, self._group.per_worker, self._placed)
+        self._is_short = shortage is not None
+        if shortage is not None and time.monotonic() >= self._waiting_at:
+            self._waiting_at = time.monotonic() + WAITING_AGAIN_S
+            print(f"waiting     for {shortage} (`ray status` shows by whom)", file=sys.stderr, flush=True)
+
+    def _resize(self, values: Mapping[str, Any]) -> None:
+        """Ask the workers of an elastic run to leave with a checkpoint if the next group can be larger."""
+        workers = values.get(run_state.WORKERS)
+        is_fixed = len(self._config.cluster.world_sizes()) == 1
+        is_leaving = values.get(run_state.STOP) or values.get(run_state.ENDED)
+        is_early = time.monotonic() - self._resized_at < self._resize_wait_s
+        if is_fixed or workers is None or is_leaving or is_early:
+            return
+        self._resized_at = time.monotonic()
+        if resources.possible_workers(self._config, self._group.per_worker, workers) <= workers:
+            self._resize_wait_s = self._config.cluster.resize_interval_s
+        else:  # Ray may not know the new nodes yet (Ray 2.60 polls every 20 s): then the restart is useless
+            self._resize_wait_s *= 2
             self._state.set(run_state.STOP, run_state.MORE_WORKERS)

@@ -1,51 +1,55 @@
 """The records of training, each at its interval: curves, pictures, checkpoints, progress.
 
-Every rank runs the same code, since means and grids need all ranks; only rank 0 calls the tracker.
+Every rank runs the same code, since means and grids need all ranks; only rank 0 has a store.
 """
 
 import time
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ddpm.build import TrainedNet
 from ddpm.config import Config
-from ddpm.data.reading import Images, MicroBatch
-from ddpm.diffusion.objectives import Loss, Objective
+from ddpm.data.reading import MicroBatch
+from ddpm.diffusion.objectives import Loss
 from ddpm.evaluation import measure
 from ddpm.sampling import generate
 from ddpm.tracking import pages
 from ddpm.training.mfu import flops_per_image, peak_flops
-from ddpm.training.runtime import NoTracker, Runtime, Tracker
+from ddpm.training.runtime import Runtime
 from ddpm.training.state import State, lr_at
 from ddpm.utils import images
-from ddpm.utils.generators import generator
 from ddpm.utils.progress import Progress
-from ddpm.utils.seeding import Purpose
 
 PROGRESS_INTERVAL_S = 0.5
 STRIP_IMAGES = 4
+HELD_OUT_BATCH = 64
+"""Held-out images measured at once; their noise depends on it."""
 PILOT_IMAGES, BOUND_IMAGES, BOUND_DRAWS = 8, 64, 4
 """Held-out images for the errors of x_0_hat, the next ones for bits/dim, and timesteps of each of the latter."""
-CONSTANT = {"train/goodput": 1.0, "data/corrupt_images": 0.0, "train/skipped_steps": 0.0}
+UNIT = 2.0**-30
+"""Losses are summed in multiples of this, exactly in float64, so that a stop between two logs changes no value."""
+CONSTANT = {"train/goodput": 1.0, "train/skipped_steps": 0.0}
 """Metrics that are not logged while they have these values."""
 
 
 class Recorder:
     """Records one worker's training; `after_step` does what is due."""
 
-    def __init__(
-        self, config: Config, runtime: Runtime, tracker: Tracker, state: State, objective: Objective
-    ) -> None:
-        self._config, self._runtime, self._state, self._objective = config, runtime, state, objective
-        self._tracker = tracker if runtime.rank == 0 else NoTracker()
-        self._candidate = state.ema.net, config, objective
+    def __init__(self, config: Config, runtime: Runtime, state: State) -> None:
+        self._config, self._runtime, self._store, self._state = config, runtime, runtime.store, state
+        self._averaged = TrainedNet(state.ema.net, config)
         self._held_out = runtime.held_out()
         self._progress_at = self._images_per_s = 0.0
         self._grad_norm = torch.zeros((), device=runtime.device)
         self._start_interval()
+        if state.interval is not None:
+            *sums, grad_norm = state.interval
+            self._grad_norm += grad_norm
+            if self._store is not None:
+                self._sums += torch.tensor(sums, dtype=torch.float64, device=runtime.device)
 
     def timed(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         """Yield `batches`, and count the time spent waiting for them."""
@@ -64,11 +68,11 @@ class Recorder:
             of_quarter = (loss.quarter[:, None] == quarters).to(loss.per_image.dtype)  # [B, 4]
             counts = of_quarter.sum(0)
             of_pass = torch.cat([(loss.value * counts.sum())[None], loss.per_image @ of_quarter, counts])
-            self._sums += torch.where(bad, 0, of_pass)
+            self._sums += torch.where(bad, 0, (of_pass.double() / UNIT).round())
         self._grad_norm = torch.where(bad, self._grad_norm, grad_norm)
 
     def after_step(self, stopping: bool) -> None:
-        """Log, sample and save what is due after this step; when stopping, save a checkpoint."""
+        """Log, sample and save what is due after this step; when stopping, save a checkpoint at once."""
         config, images_seen = self._config.train, self._state.images_seen
         finished = images_seen >= config.total_images
         if self._due(config.log_every_images) or finished:
@@ -79,7 +83,7 @@ class Recorder:
                 self._draw_final()
         if self._due(config.checkpoint_every_images) or finished:
             self._evaluate_and_save()
-        elif stopping and self._runtime.rank == 0:  # at once: a node may be about to be taken away
+        elif stopping:
             self._save(best=False)
         if finished or time.perf_counter() - self._progress_at > PROGRESS_INTERVAL_S:
             self._report_progress()
@@ -101,8 +105,8 @@ class Recorder:
         device = self._runtime.device
         self._began, self._wait_s = time.perf_counter(), 0.0
         self._began_at_images = self._state.images_seen
-        # Sum of the loss; then, by quarter of t, sums of the errors and numbers of images.
-        self._sums = torch.zeros(9, device=device)
+        # Sum of the loss; then, by quarter of t, sums of the errors and numbers of images; all in UNITs.
+        self._sums = torch.zeros(9, device=device, dtype=torch.float64)
 
     def _rate(self) -> float:
         """Images/s of the whole run since the last log."""
@@ -116,35 +120,42 @@ class Recorder:
         elapsed = time.perf_counter() - self._began
         self._images_per_s = self._rate()
         local = torch.cat([self._sums, torch.full((1,), self._wait_s / elapsed, device=self._sums.device)])
-        loss_sum, *by_quarter, wait = self._runtime.mean(local).tolist()
+        means = self._runtime.mean(local).tolist()
+        if self._store is not None:
+            values = {
+                name: value for name, value in self._values(means).items() if CONSTANT.get(name) != value
+            }
+            self._store.metrics(values, self._state.images_seen)
+            self._report_progress(values.get("train/loss"))
+        self._start_interval()
+
+    def _values(self, means: list[float]) -> dict[str, float]:
+        """The values that rank 0 logs of the interval; `means` over the ranks: `_sums`, and the share of waiting."""
+        assert self._store is not None, "rank 0 logs"
+        config, runtime = self._config, self._runtime
+        loss_sum, *by_quarter, wait = means
+        sums, counts = by_quarter[:4], by_quarter[4:]
         values = {
-            "train/lr": lr_at(self._config, self._state.images_seen - self._config.train.batch_size),
+            "train/lr": lr_at(config, self._state.images_seen - config.train.batch_size),
             "train/images_per_s": self._images_per_s,
             "train/data_wait_share": wait,
         }
-        if self._runtime.rank == 0 and (
-            peak := peak_flops(self._runtime.device, self._config.train.precision)
-        ):
+        if peak := peak_flops(runtime.device, config.train.precision):
             flops = self._images_per_s * self._flops_per_image
-            values["train/mfu"] = flops / (peak * self._runtime.world_size)
-        loss = None
-        sums, counts = by_quarter[:4], by_quarter[4:]
+            values["train/mfu"] = flops / (peak * runtime.world_size)
         if sum(counts) > 0:  # not every step was skipped
-            loss = loss_sum / sum(counts)
-            values |= {"train/loss": loss, "train/grad_norm": self._grad_norm.item()}
-        if self._config.optim.skip_non_finite:
+            values |= {"train/loss": loss_sum / sum(counts), "train/grad_norm": self._grad_norm.item()}
+        if config.optim.skip_non_finite:
             values["train/skipped_steps"] = self._state.skipped_steps
         for i, (total, count) in enumerate(zip(sums, counts, strict=True)):
             if count > 0:
                 values[f"train/loss_t_quarter_{i + 1}"] = total / count
-        values |= self._runtime.facts()
-        news = {name: value for name, value in values.items() if CONSTANT.get(name) != value}
-        self._tracker.metrics(news, self._state.images_seen)
-        self._report_progress(loss)
-        self._start_interval()
+        if len(config.cluster.world_sizes()) > 1:
+            values["train/workers"] = float(runtime.world_size)
+        return values | self._store.facts()
 
     def _report_progress(self, loss: float | None = None) -> None:
-        if self._runtime.rank != 0:
+        if self._store is None:
             return
         num_images = self._sums[5:].sum()
         if loss is None and num_images > 0:
@@ -153,45 +164,33 @@ class Recorder:
         rate = self._rate() if num_images > 0 else self._images_per_s
         if loss is not None:
             total_images = self._config.train.total_images
-            self._runtime.progress(Progress(self._state.images_seen, total_images, rate, loss))
+            self._store.progress(Progress(self._state.images_seen, total_images, rate, loss))
 
-    def _held_out_batch(self, held_out: Images, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """x_0 [B, C, H, W], and the labels if the net takes them."""
-        device = self._runtime.device
-        x_0 = images.to_model(torch.tensor(held_out.image[start:stop]).to(device))
-        wanted = self._config.model.num_classes > 0
-        return x_0, torch.tensor(held_out.label[start:stop]).to(device) if wanted else None
-
-    @torch.no_grad()
     def _held_out_loss(self) -> float | None:
         """Mean loss of the averaged weights on held-out images: the same t and noise every time."""
         if self._held_out is None:
             return None
-        runtime, size = self._runtime, self._config.train.micro_batch_size
+        runtime, size = self._runtime, HELD_OUT_BATCH
         total = torch.zeros((), device=runtime.device)
         starts = range(0, len(self._held_out.image), size)
         for start in starts[runtime.rank :: runtime.world_size]:
-            x_0, label = self._held_out_batch(self._held_out, start, start + size)
-            noise = generator(runtime.device, 0, Purpose.HELD_OUT, start)
-            total += self._objective.loss(self._state.ema.net, x_0, label, noise).value * len(x_0)
+            batch = self._held_out[start : start + size]
+            total += measure.loss(self._averaged, batch, start) * len(batch.image)
         return (runtime.mean(total) * runtime.world_size / len(self._held_out.image)).item()
 
     def _held_out_bits(self) -> dict[str, float]:
         """Bits/dim of a few held-out images and the standard error; unlike a loss, comparable between schedules."""
         config, runtime, held_out = self._config, self._runtime, self._held_out
-        has_bound = self._objective.has_bound and config.schedule.num_timesteps > 1
+        has_bound = self._averaged.objective.has_bound and config.schedule.num_timesteps > 1
         stop = min(PILOT_IMAGES + BOUND_IMAGES, len(held_out.image) if held_out and has_bound else 0)
         if held_out is None or stop < PILOT_IMAGES + 2:
             return {}
-        pilot = Images(held_out.image[:PILOT_IMAGES], held_out.label[:PILOT_IMAGES])
-        how: dict[str, Any] = {"device": runtime.device, "variance": measure.bound_variance(config)}
-        how["measured"] = measure.measure(*self._candidate, pilot, **how)
-        bits, size = torch.zeros(stop, device=runtime.device), config.train.micro_batch_size
+        measured = measure.measure(self._averaged, held_out[:PILOT_IMAGES])
+        bits, size = torch.zeros(stop, device=runtime.device), HELD_OUT_BATCH
         for start in range(PILOT_IMAGES, stop, size)[runtime.rank :: runtime.world_size]:
             part = slice(start, min(start + size, stop))
-            batch = Images(held_out.image[part], held_out.label[part])
-            found = measure.bits_per_dim(*self._candidate, batch, start=start, num_draws=BOUND_DRAWS, **how)
-            bits[part] = torch.from_numpy(found.total).to(bits)
+            bound = measure.bits_per_dim(self._averaged, measured, held_out[part], start, BOUND_DRAWS)
+            bits[part] = torch.from_numpy(bound.sum(1)).to(bits)
         bits = (runtime.mean(bits) * runtime.world_size)[PILOT_IMAGES:]
         error = bits.std() / len(bits) ** 0.5
         return {"held_out/bits_per_dim": bits.mean().item(), "held_out_error/bits_per_dim": error.item()}
@@ -200,49 +199,55 @@ class Recorder:
         loss = self._held_out_loss()
         best = loss is not None and loss < self._state.best_held_out_loss
         if loss is not None:
-            self._tracker.metrics({"held_out/loss": loss, **self._held_out_bits()}, self._state.images_seen)
+            values = {"held_out/loss": loss, **self._held_out_bits()}
+            if self._store is not None:
+                self._store.metrics(values, self._state.images_seen)
             self._state.best_held_out_loss = min(loss, self._state.best_held_out_loss)
-        if self._runtime.rank == 0:
-            self._save(best)
+        self._save(best)
 
     def _save(self, best: bool) -> None:
-        self._runtime.save(self._state.snapshot(self._config, self._runtime.identity), best)
+        """Save a checkpoint with the sums of all ranks; every rank calls it."""
+        total = (self._runtime.mean(self._sums.clone()) * self._runtime.world_size).round()
+        self._state.interval = [*total.tolist(), self._grad_norm.item()]
+        if self._store is not None:
+            self._store.save(self._state, best)
 
     def _draw_grid(self, finished: bool) -> None:
         """Sample a grid of the same seeds every time, on all ranks together, and a denoising strip."""
         runtime, config = self._runtime, self._config
         per_rank = -(-config.sample.num_images // runtime.world_size)
         mine = range(runtime.rank, per_rank * runtime.world_size, runtime.world_size)
-        drawn = runtime.gather(generate.draw(*self._candidate, mine, device=runtime.device))
+        drawn = runtime.gather(generate.draw(self._averaged, mine))
         order = torch.arange(len(drawn)).reshape(runtime.world_size, per_rank).T.reshape(-1)
         grid = images.grid(drawn.cpu()[order][: config.sample.num_images].numpy())
-        if runtime.rank != 0:
+        if self._store is None:
             return
         seen, every, png = self._state.images_seen, config.train.sample_every_images, images.png_bytes(grid)
         for name in (f"samples/{seen:012d}.png", "samples/latest.png"):
-            runtime.publish(name, png)
-        self._tracker.artifact(pages.GRID, png)
+            self._store.publish(name, png)
+        self._store.artifact(pages.GRID, png)
         if finished:  # at step 0: runs of any length are shown side by side
-            self._tracker.image(pages.LAST_GRID, grid, 0)
+            self._store.image(pages.LAST_GRID, grid, 0)
         if not self._due(every):
             return
         seen = seen // every * every  # rounded: runs of any batch size are shown side by side
-        self._tracker.image("samples", grid, seen)
+        self._store.image("samples", grid, seen)
         if self._held_out is not None:
-            x_0, label = self._held_out_batch(self._held_out, 0, STRIP_IMAGES)
-            self._tracker.image("denoising", generate.denoising_strip(*self._candidate, x_0, label), seen)
+            some = self._held_out[:STRIP_IMAGES]
+            x_0, label = self._averaged.inputs(some.image, some.label)
+            self._store.image("denoising", generate.denoising_strip(self._averaged, x_0, label), seen)
 
     def _draw_final(self) -> None:
         """Publish the final images: forward noising, and the reverse trajectory."""
-        if self._runtime.rank != 0:
+        if self._store is None:
             return
         pictures = {}
         if self._held_out is not None:
-            x_0, _ = self._held_out_batch(self._held_out, 0, STRIP_IMAGES)
+            some = self._held_out[:STRIP_IMAGES]
+            x_0, _ = self._averaged.inputs(some.image, some.label)
             pictures["forward_noising.png"] = images.png_bytes(generate.noising_strip(self._config, x_0))
-        some = range(STRIP_IMAGES)
-        strip, gif = generate.trajectory(*self._candidate, some, device=self._runtime.device)
+        strip, gif = generate.trajectory(self._averaged, range(STRIP_IMAGES))
         pictures |= {"reverse_trajectory.png": images.png_bytes(strip), "reverse_trajectory.gif": gif}
         for name, data in pictures.items():
-            self._tracker.artifact(f"pictures/{name}", data)
-            self._runtime.publish(f"pictures/{name}", data)
+            self._store.artifact(f"pictures/{name}", data)
+            self._store.publish(f"pictures/{name}", data)

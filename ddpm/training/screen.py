@@ -8,19 +8,18 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from ddpm.training import run_state
-from ddpm.utils.progress import Display
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from ddpm.utils.progress import Display, LiveText
+from ddpm.utils.tables import estimate
 
 CURVES = {"loss": "train/loss", "held-out loss": "held_out/loss", "bits/dim": "held_out/bits_per_dim"}
 """Metrics that are shown as a curve."""
 GPU_MEMORY = re.compile(r"system/gpu_(\d+)_memory_usage_percentage")
 WIDTH = 40
 """Columns of the bar and of a curve."""
+PLAIN, BOLD, GREEN, MAGENTA, CYAN = (f"\x1b[{code}m" for code in (0, 1, 32, 35, 36))
 LEVELS, ASCII_LEVELS = "▁▂▃▄▅▆▇█", "._-~=+*#"
 
 
@@ -54,9 +53,7 @@ class Screen:
         self._began = time.monotonic()
         self._lines = Display("images", total_images) if not sys.stdout.isatty() else None
         if self._lines is None:
-            from rich.live import Live  # imported here, since most processes show nothing
-
-            self._live = Live(get_renderable=self._table, auto_refresh=False)
+            self._live = LiveText(self._text)
 
     def __enter__(self) -> Self:
         (self._lines or self._live).__enter__()
@@ -78,7 +75,7 @@ class Screen:
             self._live.refresh()
         elif progress is not None:
             speed = f"{self._speed()}  loss {progress.loss:.4f}"
-            self._lines.update(min(progress.images_seen, self._total), speed)
+            self._lines.update(progress.images_seen, speed)
 
     def _newest(self, metric: str, otherwise: float | None = None) -> float | None:
         return next(reversed(self._curves.get(metric, {}).values()), otherwise)
@@ -88,40 +85,39 @@ class Screen:
         utilization = f"  MFU {mfu:.0%}" if mfu is not None else ""
         return f"{self._values[run_state.PROGRESS].images_per_s:,.0f} images/s{utilization}"
 
-    def _table(self) -> "Table":
-        """The screen as a table."""
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
+    def _text(self) -> str:
+        """The screen."""
+        lines, progress = [f"{BOLD}{self._name}{PLAIN}"], self._values.get(run_state.PROGRESS)
 
-        table, progress = Table.grid("", "", "", padding=(0, 2)), self._values.get(run_state.PROGRESS)
-        table.title, table.title_justify, table.title_style = self._name, "left", "bold"
+        def add(name: str, middle: str, right: str = "", colour: str = "") -> None:
+            lines.append(f"{colour}{name:15}{middle:{WIDTH + 2}}{right}{PLAIN}")
+
         if progress is None:
-            table.add_row("starting", f"{_duration(time.monotonic() - self._began)} for Ray's workers")
-            return table
-        seen = min(progress.images_seen, self._total)
+            add("starting", f"{_duration(time.monotonic() - self._began)} for Ray's workers")
+            return "\n".join(lines)
+        levels, plus_minus, bar = (LEVELS, "±", "━") if self._live.has_unicode else (ASCII_LEVELS, "+-", "-")
+        seen = progress.images_seen
         left = (self._total - seen) / progress.images_per_s if progress.images_per_s > 0 else math.inf
-        bar = ProgressBar(self._total, seen, width=WIDTH)
-        table.add_row("images", bar, f"{seen:,} of {self._total:,}  {_duration(left)} left")
-        workers = self._values.get(run_state.WORKERS, 1)
+        done = bar * (WIDTH * seen // self._total)
+        add("images", done, f"{seen:,} of {self._total:,}  {_duration(left)} left", MAGENTA)
+        workers = self._values.get(run_state.WORKERS) or 1
         goodput = self._newest("train/goodput", 1.0)  # it is not logged while nothing has been lost
         useful = f"  goodput {goodput:.1%}" if self._curves else ""
-        table.add_row("speed", self._speed(), f"{workers} worker{'s' * (workers > 1)}{useful}")
-        has_unicode = self._live.console.encoding.startswith("utf")
-        levels, plus_minus = (LEVELS, "±") if has_unicode else (ASCII_LEVELS, "+-")
+        add("speed", self._speed(), f"{workers} worker{'s' * (workers > 1)}{useful}")
         for name, metric in CURVES.items():
             if (newest := self._newest(metric)) is not None:
                 curve = sparkline([*self._curves[metric].values()], levels=levels)
                 error = self._newest(f"held_out_error/{metric.partition('/')[2]}")
-                shown = f"{newest:.4f} {plus_minus} {error:.4f}" if error is not None else f"{newest:.4f}"
-                table.add_row(name, curve, shown, style="cyan" if name == "loss" else "green")
+                shown = f"{newest:.4f}" if error is None else estimate(newest, error).replace("±", plus_minus)
+                add(name, curve, shown, CYAN if name == "loss" else GREEN)
         if self._committed >= 0:
             age, waiting = _duration(time.monotonic() - self._committed_at), self._waiting()
             state = f"{waiting} checkpoint{'s' * (waiting > 1)} behind" if waiting else "up to date"
-            table.add_row("checkpoint", f"{self._committed:,} images, {age} ago", f"MLflow: {state}")
+            add("checkpoint", f"{self._committed:,} images, {age} ago", f"MLflow: {state}")
         for metric in self._curves:
             if gpu := GPU_MEMORY.fullmatch(metric):
-                table.add_row(f"GPU {gpu[1]}", f"{self._newest(metric):.0f} % of its memory")
-        return table
+                add(f"GPU {gpu[1]}", f"{self._newest(metric):.0f} % of its memory")
+        return "\n".join(lines)
 
 
 def _duration(seconds: float) -> str:

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from ddpm.build import build_net
 from ddpm.checkpoints import checkpoint
 from ddpm.checkpoints.checkpoint import Snapshot
-from ddpm.config import Config, to_json
+from ddpm.config import Config
+from ddpm.config_io import to_json
 from ddpm.models.ema import EMA
+from ddpm.training.transfers import DeviceToHost
 from ddpm.utils.errors import UserError
 from ddpm.utils.seeding import GENERATOR
 
@@ -40,6 +42,7 @@ class State:
     net: nn.Module
     ema: EMA
     optimizer: torch.optim.AdamW
+    to_host: DeviceToHost
     step: int = 0
     """Optimizer steps taken."""
     images_seen: int = 0
@@ -47,6 +50,8 @@ class State:
     skipped_steps: int = 0
     """Steps without an update, since their loss or gradient was not finite."""
     best_held_out_loss: float = math.inf
+    interval: list[float] | None = None
+    """The recorder's sums since the last log, over all ranks, and the last gradient norm."""
 
     @classmethod
     def create(cls, config: Config, device: torch.device) -> "State":
@@ -59,7 +64,7 @@ class State:
             weight_decay=config.optim.weight_decay,
             fused=True,
         )
-        return cls(net, EMA(net, config.optim.ema_decay), optimizer)
+        return cls(net, EMA(net, config.optim.ema_decay), optimizer, DeviceToHost(device))
 
     def descend(self, lr: float, bad: Tensor) -> None:
         """Take an optimizer step, and update the averaged weights; a `bad` step leaves the net's weights unchanged.
@@ -71,6 +76,7 @@ class State:
             group["lr"] = lr
         # As torch.amp.GradScaler does it: fused optimizers read this flag on the device.
         self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        self.to_host.wait_to_write()
         self.optimizer.step()
         self.ema.update(self.net, self.step)
 
@@ -102,13 +108,17 @@ class State:
                 self.optimizer.state[weight] = state
 
     def snapshot(self, config: Config, extra: dict[str, Any]) -> Snapshot:
-        """Copy the whole state; `extra` goes into state.json. Training waits for this copy only."""
+        """Copy the whole state; `extra` goes into state.json.
+
+        On an accelerator the copy is made beside the next step, up to its `descend`; on a CPU training waits for it.
+        """
         best = self.best_held_out_loss
         position = {
             "step": self.step,
             "images_seen": self.images_seen,
             "skipped_steps": self.skipped_steps,
             "best_held_out_loss": best if math.isfinite(best) else None,
+            "interval": self.interval,
             "generator": GENERATOR,
         }
         tensors = {
@@ -116,16 +126,11 @@ class State:
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer_tensors() if self.step > self.skipped_steps else {},
         }
-        copies = {file: {name: _copy(t) for name, t in part.items()} for file, part in tensors.items()}
-        return Snapshot(self.images_seen, copies, {**extra, **position}, to_json(config))
+        copies, wait = self.to_host(tensors)
+        return Snapshot(self.images_seen, copies, {**extra, **position}, to_json(config), wait)
 
     def restore(self, folder: Path, config: Config) -> None:
-        """Restore the checkpoint in `folder`.
-
-        Raises:
-            UserError: it is damaged, or of a run with another configuration (architecture, schedule, data order, ...)
-                or another random generator.
-        """
+        """Restore the checkpoint in `folder`."""
         checkpoint.verify(folder)
         checkpoint.check_same_run(checkpoint.read_config(folder), config, str(folder))
         position = checkpoint.read_state(folder)
@@ -140,15 +145,12 @@ class State:
         self.load_optimizer_tensors(self._read_moments(folder, position, device))
         self.step, self.images_seen = position["step"], position["images_seen"]
         self.skipped_steps = position.get("skipped_steps", 0)
+        self.interval = position.get("interval")
         best = position["best_held_out_loss"]
         self.best_held_out_loss = math.inf if best is None else best
 
     def init_from(self, folder: Path, config: Config) -> None:
-        """Load the averaged weights of the checkpoint in `folder`, of any run, before the first image.
-
-        Raises:
-            UserError: it is damaged, or its net has another architecture or prediction.
-        """
+        """Load the averaged weights of the checkpoint in `folder`, of any run, before the first image."""
         checkpoint.verify(folder)
         checkpoint.check_same_net(checkpoint.read_config(folder), config, folder)
         for net in (self.net, self.ema.net):
@@ -180,8 +182,3 @@ class State:
 def parameter_count(net: nn.Module) -> int:
     """Number of trainable parameters of `net`."""
     return sum(p.numel() for p in net.parameters())
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    # safetensors stores row-major tensors only; channels-last weights are laid out again on load.
-    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())

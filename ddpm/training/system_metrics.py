@@ -6,15 +6,16 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-import torch
+
+from ddpm.utils import devices
 
 MEGABYTE = 1e6
 
 
 def hardware() -> str:
     """Name of this worker's GPU, else the number of cores and the processor of its machine."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    if (device := devices.default()) != devices.CPU:
+        return devices.product_name(device)
     name = platform.machine()
     with suppress(OSError):  # not on Linux
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -43,11 +44,10 @@ class SystemMetrics:
                 "network_receive_megabytes": (network.bytes_recv - self._network.bytes_recv) / MEGABYTE,
                 "network_transmit_megabytes": (network.bytes_sent - self._network.bytes_sent) / MEGABYTE,
             }
-        if torch.cuda.is_initialized():  # the query would initialize CUDA
-            device = torch.cuda.current_device()
-            free, total = torch.cuda.mem_get_info(device)
+        if accelerator := devices.memory():
+            index, free, total = accelerator
             values |= {
-                f"gpu_{device}_memory_usage_megabytes": (total - free) / MEGABYTE,
-                f"gpu_{device}_memory_usage_percentage": (total - free) / total * 100,
+                f"gpu_{index}_memory_usage_megabytes": (total - free) / MEGABYTE,
+                f"gpu_{index}_memory_usage_percentage": (total - free) / total * 100,
             }
         return {f"system/{name}": float(value) for name, value in values.items()}

@@ -1,8 +1,4 @@
-"""The workers of a training run: a `TorchTrainer`, whose workers may stay for the next run.
-
-A search begins a trial in a second that way: processes, imports and process group exist already. `fit.fit` decides
-what happens to a run when workers die.
-"""
+"""The workers of a training run: a `TorchTrainer`. failures.py decides what happens to a run when workers die."""
 
 import atexit
 import contextlib
@@ -11,8 +7,8 @@ import json
 import logging
 import shutil
 import tempfile
-import time
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,86 +17,120 @@ import ray.train
 import ray.util
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from ddpm.checkpoints.runs import Run
 from ddpm.cluster import ray_init, resources
-from ddpm.config import Config, to_json
+from ddpm.config import Config
+from ddpm.config_io import to_json
 from ddpm.data.reading import DataSet
 from ddpm.tracking.metrics_buffer import DataSetInput
 from ddpm.training import loop, run_state
-from ddpm.training.failures import FailureBudget
-from ddpm.training.monitor import CallThread
+from ddpm.training.failures import RestartPolicy
+from ddpm.training.run_state_client import RunStateClient
+from ddpm.training.store import RunStore
 from ddpm.training.system_metrics import hardware
-from ddpm.training.worker import RayRuntime, SharedBuffer
+from ddpm.training.worker import RayRuntime
 from ddpm.utils.errors import UserError
 
 FOLDER_PREFIX, OWNER = "ddpm-ray-train-", "owner"
 """Temporary folders of Ray Train runs; the process that uses one holds a lock on the file `owner` in it."""
-RUN_POLL_S = 0.1
-"""Interval at which persistent workers ask for the next run."""
-LEAVE_POLL_S = 1.0
 NEVER_S = 1e9
 
 
-class PersistentWorkerGroup:
-    """Workers that keep processes, imports and the process group from one run to the next.
-
-    They start with the first run, and again after a failure. Runs follow one another, and need the same resources.
+class WorkerGroup:
+    """The workers of a run, which start again after a failure.
 
     Args:
-        config: that of any of the runs.
         verbose: show Ray's own messages.
-        persistent: the workers stay after the end of a run, until `close`.
 
     Attributes:
+        stays: whether the workers stay at the end of a run.
         state: the driver's side of the RunState actor.
         per_worker: CPUs and GPUs of each worker, {"CPU": 1.0, "GPU": 1.0}.
+        result: what `TorchTrainer.fit` returned last.
+        error: what it raised, after the workers have left; else None.
     """
 
-    def __init__(self, config: Config, verbose: bool = False, persistent: bool = True) -> None:
-        self.persistent, self.state = persistent, run_state.RunStateClient()
-        self._config, self.per_worker = config, resources.resources_per_worker(config)
-        self._spec = {"state": self.state.actor, "verbose": verbose, "persistent": persistent}
-        self._number = 0
-        self._workers: CallThread | None = None
+    stays = False
+
+    def __init__(
+        self, config: Config, verbose: bool = False, kind: type[run_state.RunState] = run_state.RunState
+    ) -> None:
+        self.state, self.per_worker = RunStateClient(kind), resources.resources_per_worker(config)
+        self._config, self._spec = config, {"state": self.state.actor, "verbose": verbose}
+        self.result: ray.train.Result | None = None
+        self.error: BaseException | None = None
+        self._workers: threading.Thread | None = None
 
     def submit(self, config: Config, data_set: DataSet, run: Run, tags: Mapping[str, str]) -> None:
         """Hand a run to the workers; `tags` are for MLflow."""
-        self._number += 1
-        what = ray.put({"config": config, "data_set": data_set, "run": run, "tags": tags})
-        self.state.submit(run_state.RunSpec(self._number, what))
+        # A reference: Ray Train does not copy it to the controller.
+        self._begin(ray.put({"config": config, "data_set": data_set, "run": run, "tags": tags}))
 
-    def workers(self) -> CallThread:
-        """The thread that runs `TorchTrainer.fit`, started if there is none; it ends when the workers leave."""
+    def _begin(self, run: Any) -> None:
+        self._spec["run"] = run
+        self.state.begin(True)
+
+    def _main(self) -> Callable[[dict[str, Any]], None]:
+        """The main function of a worker, which gets the spec."""
+        return work
+
+    def workers(self) -> threading.Thread:
+        """The thread that runs `TorchTrainer.fit`, started if there is none; it ends when the workers leave.
+
+        In the main thread Ray Train would install a handler for Ctrl-C, and Python would not handle signals during a
+        call into Ray.
+        """
         if self._workers is None or not self._workers.is_alive():
             if self._workers is not None:
-                self._free_place()
-            self._workers = CallThread(self._fit)
+                self._free_placement_group()
+            self.error = None
+            self._workers = threading.Thread(target=self._fit, name="ddpm-fit", daemon=True)
+            self._workers.start()
         return self._workers
 
-    def close(self, timeout_s: float) -> None:
-        """Ask the workers to leave, and wait for that, at most `timeout_s`."""
-        deadline = time.monotonic() + timeout_s
-        while True:
-            ray.get(self.state.actor.close.remote())  # again, since the actor may die meanwhile
-            if self._workers is None or not self._workers.is_alive() or time.monotonic() > deadline:
-                return
-            self._workers.join(LEAVE_POLL_S)
+    def _fit(self) -> None:
+        try:
+            with _own_folder() as folder:
+                self.result = self._trainer(folder).fit()
+        except BaseException as error:  # of any type: failures.decide says what follows
+            self.error = error
 
-    def _fit(self) -> ray.train.Result:
-        with _own_folder() as folder:
-            return _trainer(self._config, {**self._spec, "folder": folder}, self.per_worker).fit()
+    def _trainer(self, folder: str) -> TorchTrainer:
+        config = self._config
+        sizes = config.cluster.world_sizes()
+        return TorchTrainer(
+            self._main(),
+            train_loop_config={**self._spec, "folder": folder},
+            scaling_config=ScalingConfig(  # type: ignore[call-arg]  # type checkers see that of Ray Train's version 1
+                num_workers=sizes[0] if len(sizes) == 1 else (sizes[0], sizes[-1]),  # type: ignore[arg-type]
+                use_gpu="GPU" in self.per_worker,
+                resources_per_worker=self.per_worker,
+                # Ray would stop a healthy group at once, and the next group would resume from an older checkpoint. The
+                # driver asks the group to leave with a new checkpoint instead (monitor.py).
+                elastic_resize_monitor_interval_s=NEVER_S,
+            ),
+            run_config=RunConfig(  # type: ignore[call-arg]
+                name=config.run.name,
+                # Ray's own files stay on this node: a run resumes from its own folder, and a failed write of Ray's to
+                # remote storage would end the run. Checkpoints are reported as pointers (worker.py).
+                storage_path=folder,
+                failure_config=FailureConfig(max_failures=-1),  # RestartPolicy ends a run without progress
+                callbacks=[RestartPolicy(config, self.state.actor)],  # type: ignore[list-item]
+                worker_runtime_env={"env_vars": ray_init.worker_env()},
+            ),
+        )
 
-    def _free_place(self) -> None:
+    def _free_placement_group(self) -> None:
         """Remove the placement group of a dead controller's workers: data tasks would wait forever for its CPUs.
 
-        Ray's own cleanup asks the dashboard whether the controller lives, and does nothing without one (2.60).
+        Ray's own cleanup asks the dashboard whether the controller lives, and does nothing without one (Ray 2.60).
         """
-        place = self.state.snapshot().get(run_state.PLACE)
-        if place is not None:
-            ray.util.remove_placement_group(place)
-            self.state.set(run_state.PLACE, None)
+        placement_group = self.state.snapshot().get(run_state.PLACEMENT_GROUP)
+        if placement_group is not None:
+            ray.util.remove_placement_group(placement_group)
+            self.state.set(run_state.PLACEMENT_GROUP, None)
 
 
 @contextlib.contextmanager
@@ -116,84 +146,52 @@ def _own_folder() -> Iterator[str]:
         yield folder
 
 
-def _trainer(config: Config, spec: dict[str, Any], per_worker: dict[str, float]) -> TorchTrainer:
-    sizes, use_gpu = config.cluster.world_sizes(), "GPU" in per_worker
-    return TorchTrainer(
-        work,
-        train_loop_config=spec,
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ScalingConfig(  # type: ignore[call-arg]  # type checkers see that of Ray Train's version 1
-            num_workers=sizes[0] if len(sizes) == 1 else (sizes[0], sizes[-1]),  # type: ignore[arg-type]
-            use_gpu=use_gpu,
-            resources_per_worker=per_worker,
-            # Ray would stop a healthy group at once, and the next group would resume from an older checkpoint. The
-            # driver asks the group to leave with a new checkpoint instead (monitor.py).
-            elastic_resize_monitor_interval_s=NEVER_S,
-        ),
-        run_config=RunConfig(  # type: ignore[call-arg]
-            name=config.run.name,
-            # Ray's own files stay on this node: a run resumes from its own folder, and a failed write of Ray's to
-            # remote storage would end the run. Checkpoints are reported as pointers (worker.py).
-            storage_path=spec["folder"],
-            failure_config=FailureConfig(max_failures=-1),  # FailureBudget ends a run that makes no progress
-            callbacks=[FailureBudget(config, spec["state"])],  # type: ignore[list-item]
-            worker_runtime_env={"env_vars": ray_init.worker_env()},
-        ),
-    )
-
-
 def work(spec: dict[str, Any]) -> None:
-    """The main function of a worker: train one run, or, if workers are persistent, run after run."""
-    state, number = spec["state"], 0
-    ended, informed = None, ""
+    """The main function of a worker: train the run."""
+    begin_worker(spec)
+    ended = train_run(spec, **ray.get(spec["run"]))
+    if ended is not None:
+        ray.get(spec["state"].set.remote(run_state.ENDED, ended))
+
+
+def begin_worker(spec: dict[str, Any]) -> None:
+    """Set a worker up, before its first run."""
     if not spec["verbose"]:
         logging.getLogger("ray").setLevel(logging.ERROR)
-    state.set.remote(run_state.PLACE, ray.util.get_current_placement_group())
-    while True:
-        run, life = ray.get(state.next_run.remote(number))
-        if run == "leave":
-            return
-        if run == "wait":
-            if ended is not None and life != informed:  # a restarted actor does not know it
-                informed = ray.get(state.ended.remote(number, ended))
-            time.sleep(RUN_POLL_S)
-            continue
-        number = run.number
-        ended = _run_one(**ray.get(run.what), spec=spec)
-        if ended is not None:
-            informed = ray.get(state.ended.remote(number, ended))
-        reason = ray.get(state.snapshot.remote()).get(run_state.STOP)
-        if not spec["persistent"] or reason in run_state.ENDS_GROUP:
-            return
+    spec["state"].set.remote(run_state.PLACEMENT_GROUP, ray.util.get_current_placement_group())
 
 
-def _run_one(
-    config: Config, data_set: DataSet, run: Run, tags: Mapping[str, str], spec: dict[str, Any]
+def train_run(
+    spec: dict[str, Any], config: Config, data_set: DataSet, run: Run, tags: Mapping[str, str]
 ) -> int | None:
-    """Train one run on this worker; rank 0 returns images_seen at the end."""
-    state = spec["state"]
-    buffer = SharedBuffer(state)
-    buffer.tags({**tags, "hardware": hardware()})
-    buffer.data_set(_data_set_input(config, data_set))
-    buffer.artifact("config.json", to_json(config).encode())
-    runtime = RayRuntime(config, data_set, run, state, buffer, spec["folder"])
-    images_seen = -1
+    """Train a run on this worker; rank 0 returns images_seen at the end."""
+    state, store = spec["state"], None
+    if ray.train.get_context().get_world_rank() == 0:
+        store = RunStore(config, run, data_set.rows.fingerprint, state.set.remote)
+        store.tags({**tags, "hardware": hardware()})
+        store.data_set(_data_set_input(data_set))
+        store.artifact("config.json", to_json(config).encode())
+    runtime = RayRuntime(config, data_set, run, state, store, spec["folder"])
     try:
-        images_seen = loop.train(config, runtime, buffer).images_seen
+        images_seen = loop.train(config, runtime).images_seen
+        if store is not None:
+            store.flush()
+        runtime.report()  # the last checkpoint
     except UserError as error:
         ray.get(state.set.remote(run_state.FAILURE, error))
-        runtime.flush_on_error()
-        # All workers detect a loss that is not finite in the same step, so the group can stay.
-        if not (spec["persistent"] and isinstance(error, loop.NonFinite)):
-            raise
+        if store is not None:
+            store.flush_on_error()
+        raise
     finally:
         runtime.close()
-        if config.train.compile:  # else the next run's net would count as a recompilation
+        if store is not None:
+            store.close()
+        if loop.compiles(config, runtime.device):  # else the next run's net would count as a recompilation
             torch.compiler.reset()
-    return images_seen if runtime.rank == 0 else None
+    return images_seen if store is not None else None
 
 
-def _data_set_input(config: Config, data_set: DataSet) -> DataSetInput:
+def _data_set_input(data_set: DataSet) -> DataSetInput:
     """The description of the data for MLflow."""
     manifest, rows = data_set.manifest, data_set.rows
     profile = {"split": data_set.split, "images": rows.num_rows, "shape": data_set.shape}

@@ -8,12 +8,16 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 import time
 import uuid
 from pathlib import Path
 
 from ddpm.utils import process
+from ddpm.utils.errors import UserError
 
+MAX_BYTES = 64 << 20
+"""Largest file that is read whole, unless its reader sets another limit."""
 SUFFIX = ".tmp"
 ABANDONED_S = 24 * 3600.0
 """Age at which a temporary file is removed if its writer ran on another machine and cannot be checked."""
@@ -26,14 +30,36 @@ def temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{process.token()}.{uuid.uuid4().hex[:8]}{SUFFIX}")
 
 
+def read_whole(path: Path, most: int = MAX_BYTES) -> bytes:
+    """The content of a regular file of at most `most` bytes.
+
+    Raises:
+        UserError: it is a FIFO, a device or a folder, or it is larger.
+        OSError: it cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a FIFO would wait for its writer
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path} is not a regular file")
+        check_length(status.st_size, most, str(path))
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
+
+
+def check_length(num_bytes: int, most: int, where: str) -> None:
+    """Raise UserError if a file is too large to be read whole."""
+    if num_bytes > most:
+        raise UserError(f"{where} is larger than {most:,} bytes, the most that is read")
+
+
 def write_whole(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Write a file under a temporary name, and rename it.
 
     Args:
         durable: return when the file is on disk; otherwise a power cut may remove or empty it.
-
-    Raises:
-        OSError: the file cannot be written; the temporary file is removed.
     """
     make_folder(path.parent)
     staged = temporary(path)
@@ -48,13 +74,13 @@ def write_whole(path: Path, data: bytes, *, durable: bool = True) -> None:
         staged.unlink(missing_ok=True)
 
 
-def put_in_place(folder: Path, place: Path) -> None:
-    """Rename `folder`, already flushed by `sync_tree`, to `place`; another folder there is removed first.
+def put_in_place(folder: Path, location: Path) -> None:
+    """Rename `folder`, already flushed by `sync_tree`, to `location`; another folder there is removed first.
 
-    The new name is on disk after sync(place.parent). That call can be retried; this function cannot.
+    The new name is on disk after sync(location.parent). That call can be retried; this function cannot.
     """
-    shutil.rmtree(place, ignore_errors=True)
-    folder.rename(place)
+    shutil.rmtree(location, ignore_errors=True)
+    folder.rename(location)
 
 
 def make_folder(folder: Path) -> None:
@@ -98,12 +124,7 @@ def sweep(folder: Path) -> None:
 
 def _is_abandoned(path: Path) -> bool:
     *_, writer, _, _ = [""] * 3 + path.name.split(".")
-    match process.state(writer):
-        case "gone":
-            return True
-        case "running":
-            return False
-        case _:
-            with contextlib.suppress(FileNotFoundError):
-                return time.time() - path.stat().st_mtime > ABANDONED_S
-            return False
+    state = process.state(writer)
+    with contextlib.suppress(FileNotFoundError):
+        return state == "gone" or (state == "unknown" and time.time() - path.stat().st_mtime > ABANDONED_S)
+    return False

@@ -90,6 +90,6 @@ class PerMicroBatch:
 
 
 def generator(device: torch.device, *counters: int) -> "Generator":
-    """A generator for `device`; its stream depends only on the counters and on whether `device` is CUDA."""
-    kind = TorchGenerator if device.type == "cuda" else PhiloxGenerator
+    """A generator for `device`; its stream depends only on the counters and on whether `device` is a CPU."""
+    kind = PhiloxGenerator if device.type == "cpu" else TorchGenerator
     return kind(*counters, device=device)

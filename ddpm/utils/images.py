@@ -26,15 +26,16 @@ Pixels = NDArray[np.uint8]
 PADDING = 2
 """Pixels between tiles and around them."""
 BACKGROUND = 255
+MIN_SIDE = 48
+"""Tiles are enlarged by the smallest whole factor that makes their shorter side at least this long."""
+FRAME_MS = 80
+"""Milliseconds that a GIF shows a frame; the format counts in hundredths of a second."""
 
 
 def to_model(image: Tensor) -> Tensor:
     """uint8 [B, H, W, C] in 0..255 to float32 [B, C, H, W] in [-1, 1].
 
     x = image / 127.5 - 1. The result keeps the order of the bytes, which is torch's channels_last.
-
-    Raises:
-        ValueError: not uint8 [B, H, W, C].
     """
     if image.dtype != torch.uint8 or image.ndim != 4:
         raise ValueError(f"image is {image.dtype} {tuple(image.shape)}; it must be uint8 [B, H, W, C]")
@@ -50,22 +51,18 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def grid(images: Pixels, columns: int | None = None, min_side: int = 48) -> Pixels:
+def grid(images: Pixels, columns: int | None = None) -> Pixels:
     """Arrange images as tiles of one RGB image, row by row.
 
     Args:
         images: uint8 [N, H, W, C], C 1 or 3, N at least 1.
         columns: tiles per row; None makes the grid about square. Empty places in the last row are white.
-        min_side: tiles are enlarged by the smallest whole factor that makes their shorter side at least this long.
 
     Returns:
         uint8 [H', W', 3].
-
-    Raises:
-        ValueError: images have another dtype or shape, or columns < 1.
     """
     tiles = _rgb(images)
-    factor = max(1, math.ceil(min_side / min(tiles.shape[1:3])))
+    factor = max(1, math.ceil(MIN_SIDE / min(tiles.shape[1:3])))
     tiles = tiles.repeat(factor, axis=1).repeat(factor, axis=2)
     if columns is None:
         columns = math.ceil(math.sqrt(len(tiles)))
@@ -89,14 +86,9 @@ def strip(rows: Sequence[Pixels], captions: Sequence[str] = ()) -> Pixels:
 
     Returns:
         uint8 [H', W', 3].
-
-    Raises:
-        ValueError: no row, rows that differ in shape, or not one caption per column.
     """
     if len({row.shape for row in rows}) != 1:
-        raise ValueError(
-            f"rows have shapes {[row.shape for row in rows]}; they must be alike, and at least one"
-        )
+        raise ValueError(f"rows have shapes {[row.shape for row in rows]}; they must be alike, at least one")
     columns = len(rows[0])
     picture = grid(np.concatenate(rows), columns)
     if not captions:
@@ -133,21 +125,11 @@ def from_png(data: bytes) -> Pixels:
         return np.atleast_3d(np.asarray(image, np.uint8))
 
 
-def gif_bytes(frames: Sequence[Pixels], ms: int = 100) -> bytes:
-    """Frames uint8 [H, W, C] of one size as a GIF that loops forever, `ms` milliseconds each.
-
-    The format counts in hundredths of a second, and has 256 colours a frame.
-
-    Raises:
-        ValueError: no frames, or ms is not a multiple of 10, at least 20 (browsers slow down faster ones).
-    """
-    if len(frames) == 0:
-        raise ValueError("frames is empty; a GIF needs at least one")
-    if ms < 20 or ms % 10:
-        raise ValueError(f"ms is {ms}; it must be a multiple of 10, at least 20")
+def gif_bytes(frames: Sequence[Pixels]) -> bytes:
+    """Frames uint8 [H, W, C] of one size, at least one, as a GIF that loops forever, with 256 colours a frame."""
     pictures = [Image.fromarray(frame) for frame in _rgb(np.stack(frames))]
     file = io.BytesIO()
-    pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=ms, loop=0)
+    pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=FRAME_MS, loop=0)
     return file.getvalue()
 
 

@@ -12,20 +12,16 @@ from ddpm.utils.errors import UserError
 
 def names(group: str) -> list[str]:
     """The names of the plugins in the group."""
-    return sorted({found.name for found in entry_points(group=group)})
+    return sorted({entry.name for entry in entry_points(group=group)})
 
 
 def load(group: str, name: str) -> Any:
-    """The plugin `name`; None: no package declares it.
-
-    Raises:
-        UserError: the plugin cannot be imported.
-    """
-    found = next(iter(entry_points(group=group, name=name)), None)
+    """The plugin `name`; None: no package declares it."""
+    entry = next(iter(entry_points(group=group, name=name)), None)
     try:
-        return found.load() if found else None
+        return entry.load() if entry else None
     except Exception as error:  # importing a package may raise anything
-        package = found.dist.name if found and found.dist else "unknown"
+        package = entry.dist.name if entry and entry.dist else "unknown"
         raise UserError(
             f"{group}: {name!r} of the package {package} cannot be imported: "
             f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -13,10 +13,9 @@ ENDED = ("Z", "X")
 """States in /proc of a process that has ended and still has a pid."""
 
 
-def token(pid: int | None = None) -> str:
-    """The name of a process on this machine (default: this process): "MACHINE-PID-START", without dots."""
-    pid = os.getpid() if pid is None else pid
-    return f"{_machine()}-{pid}-{_start(pid) or 'unknown'}"
+def token() -> str:
+    """The name of this process: "MACHINE-PID-START", without dots."""
+    return f"{_machine()}-{os.getpid()}-{_start(os.getpid()) or 'unknown'}"
 
 
 def state(name: str) -> Literal["running", "gone", "unknown"]:

@@ -1,8 +1,12 @@
-"""Progress display: one live bar in a terminal, one line per interval elsewhere."""
+"""Progress display, with rich on a terminal: a bar, or text that is drawn anew; one line per interval elsewhere."""
 
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Self, TypeVar
+
+T = TypeVar("T")
 
 LINE_INTERVAL_S = 10.0
 
@@ -24,6 +28,30 @@ def printable(text: str) -> str:
     sequence could colour or remove one, and a name that is not UTF-8 could not be printed.
     """
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+class LiveText:
+    """A context that shows the lines of `text` on a terminal, drawn anew by `refresh`; they may have ANSI colours."""
+
+    def __init__(self, text: Callable[[], str]) -> None:
+        from rich.live import Live  # imported here, since most processes show nothing
+        from rich.text import Text
+
+        def line() -> Text:
+            return Text.from_ansi(text(), no_wrap=True, overflow="ellipsis")
+
+        self._live = Live(get_renderable=line, auto_refresh=False)
+        self.has_unicode = self._live.console.encoding.startswith("utf")
+
+    def __enter__(self) -> Self:
+        self._live.start(refresh=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._live.stop()
+
+    def refresh(self) -> None:
+        self._live.refresh()
 
 
 class Display:
@@ -48,7 +76,7 @@ class Display:
             )
             self._task = self._bar.add_task(description, total=total, detail="")
 
-    def __enter__(self) -> "Display":
+    def __enter__(self) -> Self:
         if self._live:
             self._bar.start()
         return self
@@ -80,3 +108,15 @@ class Display:
         left = f"{(self._total - done) / speed:.0f} s left" if speed > 0 and done < self._total else ""
         parts = [f"{self._description} {done:,}/{self._total:,}", detail, left]
         print(printable("  ".join(part for part in parts if part)), flush=True)
+
+
+def track(
+    description: str, total: int, items: Iterable[T], size: Callable[[T], int] = lambda item: 1
+) -> Iterator[T]:
+    """Yield the items, with a display of how much of the total they are so far."""
+    done = 0
+    with Display(description, total) as display:
+        for item in items:
+            yield item
+            done += size(item)
+            display.update(done)

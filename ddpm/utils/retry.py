@@ -15,8 +15,10 @@ from ddpm.utils.errors import UserError
 T = TypeVar("T")
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 10.0
-MAX_ANSWER = 400
-"""Characters of the last answer that an error shows."""
+WARN_AFTER_S = 2.0
+"""Seconds of failed tries after which `warn` is called; the next try is at most three seconds later."""
+MAX_ERROR = 400
+"""Characters of an error of storage that a message shows."""
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
 _LOOKS_SECRET = r"(?:AKIA|ASIA)[A-Z0-9]{16}|(?<=://)[^/@\s]+(?=@)|(?<=X-Amz-Signature=)\w+|(?<=Signature=)\w+"
 
@@ -27,20 +29,21 @@ class StorageError(UserError):
     exit_code = 1
 
 
-def retry_io(call: Callable[[], T], *, where: str, timeout_s: float) -> T:
-    """Return the result of `call`; retry while it raises OSError.
+def retry_io(
+    call: Callable[[], T], *, where: str, timeout_s: float, warn: Callable[[str], object] = lambda line: None
+) -> T:
+    """Return the result of `call`, which is safe to repeat; retry while it raises OSError.
 
-    The wait between tries is random and grows from 0.2 s to at most 10 s, so that many workers do not retry at
-    once. The last try begins at the time-out; a running try is not interrupted.
+    FileNotFoundError is raised at once, since a retry would not change it. The wait between tries is random and grows
+    from 0.2 s to at most 10 s, so that many workers do not retry at once. A running try is not interrupted.
 
     Args:
-        call: safe to repeat.
         where: the bucket or folder, for the error: "s3://bucket/runs".
-        timeout_s: seconds after which no new try begins; 0: one try.
+        timeout_s: when the last try begins; 0: one try.
+        warn: called once with a line when tries have failed for WARN_AFTER_S.
 
     Raises:
         StorageError: the time-out has passed; the message has the time tried and the last answer.
-        FileNotFoundError: at once, since a retry would not change it.
     """
     backoff = tenacity.wait_random_exponential(
         multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S, min=FIRST_WAIT_S / 2
@@ -49,11 +52,20 @@ def retry_io(call: Callable[[], T], *, where: str, timeout_s: float) -> T:
     def wait(state: tenacity.RetryCallState) -> float:
         return max(0.0, min(backoff(state), timeout_s - (state.seconds_since_start or 0.0)))
 
+    has_warned = False
+
+    def before_sleep(state: tenacity.RetryCallState) -> None:
+        nonlocal has_warned
+        if not has_warned and (state.seconds_since_start or 0.0) > WARN_AFTER_S and state.outcome:
+            has_warned = True
+            warn(f"{where}: {error_line(state.outcome.exception())}; trying again for up to {timeout_s:g} s")
+
     began, not_missing = time.monotonic(), tenacity.retry_if_not_exception_type(FileNotFoundError)
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(OSError) & not_missing,
         wait=wait,
         stop=tenacity.stop_after_delay(timeout_s),
+        before_sleep=before_sleep,
         reraise=True,
     )
     try:
@@ -63,7 +75,7 @@ def retry_io(call: Callable[[], T], *, where: str, timeout_s: float) -> T:
     except OSError as error:
         raise StorageError(
             f"{where}: storage has failed for {time.monotonic() - began:.0f} s (--run.storage-timeout-s "
-            f"{timeout_s:g}); its last answer: {answer(error)}"
+            f"{timeout_s:g}); its last answer: {error_line(error)}"
         ) from None
 
 
@@ -73,10 +85,10 @@ def as_user_error(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{what}: {answer(error)}") from None
+        raise UserError(f"{what}: {error_line(error)}") from None
 
 
-def answer(error: BaseException) -> str:
+def error_line(error: BaseException | None) -> str:
     """The error message of storage: one line, of bounded length, without credentials."""
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
         error = OSError(error.args[0][0][-1])  # (source, destination, reason) of each file not copied
@@ -85,4 +97,4 @@ def answer(error: BaseException) -> str:
         if secret := os.environ.get(name):
             text = text.replace(secret, "***")
     text = re.sub(_LOOKS_SECRET, "***", text)
-    return text if len(text) <= MAX_ANSWER else f"{text[:MAX_ANSWER]}..."
+    return text if len(text) <= MAX_ERROR else f"{text[:MAX_ERROR]}..."

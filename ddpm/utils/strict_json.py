@@ -12,12 +12,17 @@ T = TypeVar("T")
 
 
 def parse(
-    kind: type[T], text: str | bytes, where: str, extra: Literal["allow", "ignore", "forbid"] = "forbid"
+    kind: type[T],
+    text: str | bytes,
+    where: str,
+    extra: Literal["allow", "ignore", "forbid"] = "forbid",
+    within: str = "",
 ) -> T:
     """Parse `text` as a `kind`: a dataclass, a pydantic model, or a type such as dict[str, str].
 
     Args:
         extra: whether an object may have keys that `kind` does not know.
+        within: the key that holds `text`, for the message.
 
     Raises:
         UserError: `text` is not a `kind`; the line begins with `where` and names the first wrong key.
@@ -28,7 +33,17 @@ def parse(
         model = _model(typing.cast(Any, kind))
         return typing.cast(T, model.model_validate_json(text, extra=extra).root)
     except ValidationError as error:
-        raise UserError(f"{where}: {_line(error, kind)}") from None
+        raise UserError(f"{where}: {_line(error, kind, within)}") from None
+
+
+def check(kind: Any, value: Any, key: str) -> None:
+    """Raise UserError unless `value`, of a Python object, is a `kind`; the line begins with `key`."""
+    from pydantic import ValidationError
+
+    try:
+        _model(kind).model_validate(value)
+    except ValidationError as error:
+        raise UserError(_line(error, kind, key)) from None
 
 
 @functools.cache
@@ -41,20 +56,24 @@ def _model(kind: Any) -> Any:
     return Strict
 
 
-def _line(error: Any, kind: Any) -> str:
+def _line(error: Any, kind: Any, within: str) -> str:
     first = error.errors(include_url=False)[0]
     # Keys may hold control characters.
-    *parents, key = [reprlib.repr(key).strip("'") for key in first["loc"]] or [""]
-    within = "".join(f"{parent}: " for parent in parents)
+    *parents, key = [*filter(None, [within]), *(reprlib.repr(key).strip("'") for key in first["loc"])] or [""]
+    inside = f"{'.'.join(parents)}: " if parents else ""
     match first["type"]:
         case "json_invalid":
             return f"it is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}"
         case "missing":
-            return f"{within}it lacks {key!r}"
+            return f"{inside}it lacks {key!r}"
+        case "union_tag_invalid" | "union_tag_not_found":
+            return f"{'.'.join([*parents, key])} has no known {first['ctx']['discriminator']}"
         case "unexpected_keyword_argument" | "extra_forbidden":
-            for parent in parents:
+            for parent in first["loc"][:-1]:
                 kind = typing.get_type_hints(kind).get(parent) if dataclasses.is_dataclass(kind) else None
             known = [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
-            return f"{within}unknown key {key!r}" + (f"; known are {', '.join(known)}" if known else "")
-    must = first["msg"].removeprefix("Input should ").removeprefix("String should ")
-    return f"{within}{key or 'it'} is {reprlib.repr(first['input'])}; it must {must}"
+            return f"{inside}unknown key {key!r}" + (f"; known are {', '.join(known)}" if known else "")
+    must = first["msg"].partition(" should ")[2] or first["msg"]
+    for bound, words in (("greater than or equal to", "at least"), ("less than or equal to", "at most")):
+        must = must.replace(bound, words)
+    return f"{'.'.join([*parents, key]) or 'it'} is {reprlib.repr(first['input'])}; it must {must}"

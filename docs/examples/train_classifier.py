@@ -36,16 +36,16 @@ def train(shards: str) -> None:
         net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
         images_seen = state["images_seen"]
-    model, per_step = prepare_model(net), ORDER.batch_size // ORDER.micro_batch_size // world_size
+    model, share = prepare_model(net), ORDER.share(rank, world_size)
     broadcast = ray.train.collective.broadcast_from_rank_zero
     batches = ray_dataset.micro_batches(
         data_set, ORDER, images_seen, rank=rank, world_size=world_size, broadcast=broadcast
     )
     while images_seen < ORDER.total_images:
-        for batch in itertools.islice(batches, per_step):
+        for batch in itertools.islice(batches, len(share)):
             image = torch.from_numpy(batch.image).flatten(1) / 255
             loss = nn.functional.cross_entropy(model(image), torch.from_numpy(batch.label))
-            (loss / per_step).backward()
+            (loss * len(image) * world_size / ORDER.batch_size).backward()
         optimizer.step()
         optimizer.zero_grad()
         images_seen += ORDER.batch_size

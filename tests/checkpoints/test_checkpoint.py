@@ -1,6 +1,7 @@
 """A checkpoint is loaded completely and unchanged, by the run it belongs to, or not at all."""
 
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.forged import forge, forge_json, forge_tensors
+from support.forged import forge, forge_json, forge_tensors, write_trained
 from torch import Tensor
 
 from ddpm.checkpoints import checkpoint
-from ddpm.config import Config, override
+from ddpm.config import Config
+from ddpm.config_io import override
 from ddpm.training.state import State
 from ddpm.utils.errors import UserError
 from ddpm.utils.seeding import GENERATOR
@@ -22,12 +24,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def folder(tiny: Config, tmp_path: Path) -> Path:
-    state = State.create(tiny, CPU)
-    sum(p.square().sum() for p in state.net.parameters()).backward()  # type: ignore[union-attr]
-    state.optimizer.step()
-    state.step, state.images_seen = 3, 96
-    checkpoint.write(state.snapshot(tiny, {"run_key": "k", "data_fingerprint": "f"}), tmp_path / "c")
-    return tmp_path / "c"
+    return write_trained(tmp_path / "c", tiny)
 
 
 def test_a_checkpoint_restores_everything(folder: Path, tiny: Config) -> None:
@@ -42,15 +39,27 @@ def test_a_checkpoint_restores_everything(folder: Path, tiny: Config) -> None:
         saved = load_file(folder / f"{file}.safetensors")
         assert saved.keys() == tensors.keys()
         assert all(torch.equal(saved[name], tensors[name]) for name in saved)
+    for weight in state.net.parameters():  # the memory layout, too
+        assert state.optimizer.state[weight]["exp_avg"].stride() == weight.stride()
     assert checkpoint.read_config(folder) == tiny
     assert checkpoint.read_state(folder)["run_key"] == "k"
+    changes = {"train.total_images": 9999, "cluster.num_workers": 2, "run.storage": "elsewhere"}
+    longer = override(tiny, changes)
+    State.create(longer, CPU).restore(folder, longer)
 
 
-def test_restored_optimizer_state_has_the_same_memory_layout(folder: Path, tiny: Config) -> None:
-    state = State.create(tiny, CPU)
-    state.restore(folder, tiny)
-    for weight in state.net.parameters():
-        assert state.optimizer.state[weight]["exp_avg"].stride() == weight.stride()
+def test_the_net_of_a_run_is_that_of_its_newest_checkpoint(
+    folder: Path, tiny: Config, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    for name in ("checkpoint-000000000096", "checkpoint-000000000064", "best-000000000128"):
+        shutil.copytree(folder, run / name)
+        forge_json(run / name, "config.json", {"run": {"name": name}})
+    (run / "checkpoint-000000000128").mkdir()  # incomplete
+    newest = checkpoint.load_net(str(run))
+    assert newest.config.run.name == "checkpoint-000000000096"
+    weights = zip(newest.net.parameters(), checkpoint.load_net(folder).net.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in weights)
 
 
 @pytest.mark.parametrize(
@@ -64,38 +73,47 @@ def test_a_changed_byte_is_detected(folder: Path, tiny: Config, name: str) -> No
         State.create(tiny, CPU).restore(folder, tiny)
 
 
-def test_a_missing_file_is_detected(folder: Path) -> None:
-    (folder / "ema.safetensors").unlink()
-    with pytest.raises(UserError, match=r"ema\.safetensors is missing"):
+def test_a_checkpoint_is_hashed_once_unless_it_changes(
+    folder: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed, sha256 = list[str](), checkpoint._sha256
+
+    def counted(path: Path) -> str:
+        hashed.append(path.name)
+        return sha256(path)
+
+    monkeypatch.setattr(checkpoint, "_sha256", counted)
+    checkpoint.verify(folder)
+    State.create(tiny, CPU).restore(folder, tiny)
+    checkpoint.load_net(folder)
+    assert len(hashed) == len(set(hashed)) == 5
+    file = folder / "state.json"
+    file.write_bytes(file.read_bytes() + b" ")
+    with pytest.raises(UserError, match=r"state\.json is damaged"):
         checkpoint.verify(folder)
 
 
-def test_a_folder_without_checksums_is_not_a_checkpoint(folder: Path) -> None:
-    (folder / "checksums.json").unlink()
-    with pytest.raises(UserError, match="is not a checkpoint"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("ema.safetensors", r"ema\.safetensors is missing"), ("checksums.json", "is not a checkpoint")],
+)
+def test_a_missing_file_is_detected(folder: Path, name: str, message: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(UserError, match=message):
         checkpoint.load_net(folder, CPU)
 
 
 def test_another_architecture_is_rejected(folder: Path, tiny: Config) -> None:
+    """That of the config to resume with, and that of the weights themselves."""
     other = override(tiny, {"model.base_width": 16})
+    state = State.create(other, CPU)
     with pytest.raises(
         UserError, match=r"model.base_width 8 \(now 16\); use those values, or another --run.name"
     ):
-        State.create(other, CPU).restore(folder, other)
-
-
-def test_weights_that_do_not_match_their_config_are_rejected(folder: Path, tiny: Config) -> None:
-    other = State.create(override(tiny, {"model.base_width": 16}), CPU)
-    checkpoint.write(other.snapshot(tiny, {"run_key": "k", "data_fingerprint": "f"}), folder)
+        state.restore(folder, other)
+    checkpoint.write(state.snapshot(tiny, {"run_key": "k", "data_fingerprint": "f"}), folder)
     with pytest.raises(UserError, match="of another architecture"):
         checkpoint.load_net(folder, CPU)
-
-
-def test_settings_that_may_change_between_resumes(folder: Path, tiny: Config) -> None:
-    longer = override(
-        tiny, {"train.total_images": 9999, "cluster.num_workers": 2, "run.storage": "elsewhere"}
-    )
-    State.create(longer, CPU).restore(folder, longer)
 
 
 @pytest.mark.parametrize("says", [{}, {"generator": "philox4x64-blake2b/0"}], ids=["nothing", "another"])
@@ -132,34 +150,24 @@ def test_loading_never_executes_code(folder: Path, tmp_path: Path) -> None:
         ("state.json", b"\xff", "it is not JSON"),
         ("state.json", {"images_seen": "96"}, "images_seen is '96'; it must be a valid integer"),
         ("state.json", {"images_seen": True}, "images_seen is True; it must be a valid integer"),
-        (
-            "state.json",
-            {"images_seen": -5},
-            "images_seen is -5; it must be greater than or equal to 0",
-        ),
+        ("state.json", {"images_seen": -5}, "images_seen is -5; it must be at least 0"),
         ("state.json", {"images_seen": float("nan")}, "images_seen is nan; it must be"),
-        (
-            "state.json",
-            {"images_seen": 10**30},
-            "images_seen is 10+; it must be less than 1000000000000",
-        ),
+        ("state.json", {"images_seen": 10**30}, "images_seen is 10+; it must be less than 1000000000000"),
         ("state.json", {"images_seen": 64}, r"images_seen is 64, but step 3 \* train\.batch_size 32 is 96"),
         ("state.json", {"skipped_steps": 4}, "skipped_steps is 4, but step is 3"),
         (
             "state.json",
             {"best_held_out_loss": float("inf")},
-            "best_held_out_loss is inf; it must be a finite number",
+            "best_held_out_loss is inf; it must be a finite",
         ),
+        ("state.json", {"interval": [0.0] * 11}, "interval is .*; it must have at most 10 items"),
+        ("state.json", {"interval": ["1"] * 10}, "interval.0 is '1'; it must be a valid number"),
         ("state.json", {"data_fingerprint": ...}, "it lacks 'data_fingerprint'$"),
         ("state.json", {"data_fingerprint": ""}, "data_fingerprint is '', but images_seen is 96"),
         ("state.json", {"run_key": "\x1b\nerror:"}, r"run_key is '\\x1b\\nerror:'; it must .* pattern"),
         ("config.json", b"\xff", "it is not JSON"),
         ("checksums.json", b"[" * 9999, "it is not JSON: recursion limit"),
-        (
-            "checksums.json",
-            b'{"\\u001b\\nerror:": 3}',
-            r"\\x1b\\nerror: is 3; it must be a valid string",
-        ),
+        ("checksums.json", b'{"\\u001b\\nerror:": 3}', r"\\x1b\\nerror: is 3; it must be a valid string"),
     ],
 )
 def test_json_with_wrong_content_is_rejected(

@@ -9,18 +9,12 @@ import pytest
 import torch
 
 from ddpm.checkpoints import checkpoint, runs
-from ddpm.config import Config, override
+from ddpm.config import Config
+from ddpm.config_io import override
 from ddpm.hub import resolve
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
 from ddpm.utils.errors import UserError
-
-
-@pytest.fixture(params=["local", "s3"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return (
-        str(tmp_path / "runs") if request.param == "local" else request.getfixturevalue("s3_bucket") + "/runs"
-    )
 
 
 def write_checkpoint(run: Location, images_seen: int, *, whole: bool = True) -> Location:
@@ -31,10 +25,10 @@ def write_checkpoint(run: Location, images_seen: int, *, whole: bool = True) -> 
     return folder
 
 
-def test_a_run_gets_a_key_once(root: str) -> None:
-    first, other = runs.open_run("a", root), runs.open_run("b", root)
-    again = runs.open_run("a", root)
-    assert (again.key, again.name, again.location.uri) == (first.key, "a", f"{root}/a")
+def test_a_run_gets_a_key_once(root_uri: str) -> None:
+    first, other = runs.open_run("a", root_uri), runs.open_run("b", root_uri)
+    again = runs.open_run("a", root_uri)
+    assert (again.key, again.name, again.location.uri) == (first.key, "a", f"{root_uri}/a")
     assert len({first.key, other.key}) == 2
     assert json.loads(first.location.child("run.json").read()) == {"name": "a", "run_key": first.key}
 
@@ -52,40 +46,29 @@ def test_an_invalid_run_name_is_a_user_error(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["digits", "digits-20250101-120000", "größe", "two words", "a.b", "50%", "a#1?"]
 )
-def test_a_valid_run_name_is_accepted(name: str, root: str) -> None:
-    key = runs.open_run(name, root).key
-    assert runs.open_run(name, root).key == key
-    assert locations.resolve(root).folders() == [name]
+def test_a_valid_run_name_is_accepted(name: str, root_uri: str) -> None:
+    key = runs.open_run(name, root_uri).key
+    assert runs.open_run(name, root_uri).key == key
+    assert locations.resolve(root_uri).folders() == [name]
 
 
-def test_settled_configs_have_a_name_and_an_absolute_storage(tmp_path: Path) -> None:
-    settled = runs.settled(Config(), "glyphs")
-    assert settled.run.name is not None
-    assert settled.run.name.startswith("glyphs-")
-    assert settled.run.storage == str(tmp_path / "runs")
-    assert runs.settled(settled, "glyphs") == settled
+def test_a_config_gets_a_valid_name_and_an_absolute_storage(tmp_path: Path) -> None:
+    named = runs.with_name_and_storage(Config(), "glyphs")
+    assert named.run.name is not None and named.run.name.startswith("glyphs-")
+    assert named.run.storage == str(tmp_path / "runs")
+    assert runs.with_name_and_storage(named, "glyphs") == named
+    for name, message in (
+        ("a/b", "cannot be a folder's name"),
+        ("n" * 300, r"^run\.name has 300 bytes; at most 240 are allowed"),
+        ("ö" * 150, r"^run\.name has 300 bytes; at most 240 are allowed"),
+    ):
+        with pytest.raises(UserError, match=message):
+            runs.with_name_and_storage(override(Config(), {"run.name": name}), "glyphs")
     assert not (tmp_path / "runs").exists()
 
 
-def test_settling_rejects_a_bad_name_before_anything_starts() -> None:
-    with pytest.raises(UserError, match="cannot be a folder's name"):
-        runs.settled(override(Config(), {"run.name": "a/b"}), "glyphs")
-
-
 @pytest.mark.parametrize(
-    "text",
-    [
-        b"",
-        b"{",
-        b"\xff",
-        b"[]",
-        b"3",
-        b'"run_key"',
-        b"{}",
-        b'{"run_key": null}',
-        b'{"run_key": ""}',
-        b"[" * 9999,
-    ],
+    "text", [b"", b"\xff", b"3", b"{}", b'{"run_key": null}', b'{"run_key": ""}', b"[" * 9999]
 )
 def test_a_damaged_run_json_is_a_user_error_and_left_unchanged(text: bytes, tmp_path: Path) -> None:
     card = tmp_path / "a" / "run.json"
@@ -97,57 +80,79 @@ def test_a_damaged_run_json_is_a_user_error_and_left_unchanged(text: bytes, tmp_
     assert card.read_bytes() == text
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"status": "DONE"}, "status is 'DONE'; it must be 'RUNNING', 'FINISHED', 'STOPPED' or 'FAILED'"),
+        ({"minutes": "1"}, "minutes is '1'"),
+        ({"images_lost": -1}, "images_lost is -1"),
+        ({"tags": {"a": 1}}, "tags.a is 1"),
+        ({"more": 1}, "unknown key 'more'"),
+    ],
+    ids=str,
+)
+def test_the_status_is_typed(root_uri: str, change: dict[str, Any], message: str | None) -> None:
+    run, status = locations.resolve(root_uri), runs.Status("RUNNING", 64, 32, 1.5, {"preset": "digits"})
+    assert runs.read_status(run) is None
+    run.child(runs.STATUS).write(json.dumps(json.loads(runs.status_json(status)) | change).encode())
+    if message is None:
+        assert runs.read_status(run) == status
+        return
+    with pytest.raises(UserError, match=r"status\.json is damaged: ") as error:
+        runs.read_status(run)
+    assert message in str(error.value)
+
+
 def test_storage_that_is_a_file_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write to run\.storage .*/file"):
         runs.open_run("a", str(tmp_path / "file"))
 
 
-def test_complete_checkpoints_are_listed_oldest_first(root: str) -> None:
-    run = runs.open_run("a", root).location
+def test_complete_checkpoints_are_listed_oldest_first(root_uri: str) -> None:
+    run = runs.open_run("a", root_uri).location
     for images_seen in (20_000, 3_000, 100_000):
         write_checkpoint(run, images_seen)
     write_checkpoint(run, 200_000, whole=False)
     run.child("best-000000003000/checksums.json").write(b"{}")
     run.child("samples/latest.png").write(b"")
-    names = [found.uri.rpartition("/")[2] for found in runs.checkpoints(run)]
+    names = [folder.uri.rpartition("/")[2] for folder in runs.checkpoints(run)]
     assert names == [checkpoint.name_at(n) for n in (3_000, 20_000, 100_000)]
+    assert runs.checkpoints(locations.resolve(root_uri).child("never")) == []
 
 
-def test_a_run_without_checkpoints_has_none(root: str) -> None:
-    assert runs.checkpoints(locations.resolve(root).child("never")) == []
-
-
-def test_a_run_folder_means_its_newest_complete_checkpoint(root: str) -> None:
-    run = runs.open_run("a", root).location
-    for images_seen in (3_000, 20_000):
-        write_checkpoint(run, images_seen)
+def test_a_run_means_its_newest_complete_checkpoint_and_a_checkpoint_itself(root_uri: str) -> None:
+    run = runs.open_run("a", root_uri).location
+    older, newer = write_checkpoint(run, 3_000), write_checkpoint(run, 20_000)
     write_checkpoint(run, 100_000, whole=False)
-    with resolve.local_checkpoint(run.uri) as folder:
-        assert (folder / "net.safetensors").read_text() == "net after 20000"
-        assert sorted(path.name for path in folder.iterdir()) == ["checksums.json", "net.safetensors"]
-
-
-def test_a_checkpoint_folder_means_itself(root: str) -> None:
-    run = runs.open_run("a", root).location
-    older, _ = write_checkpoint(run, 3_000), write_checkpoint(run, 20_000)
-    for uri in (older.uri, older.uri + "/"):
+    expected = {run.uri: newer, older.uri: older, older.uri + "/": older}
+    for uri, location in expected.items():
         with resolve.local_checkpoint(uri) as folder:
-            assert (folder / "net.safetensors").read_text() == "net after 3000"
+            assert (folder / "net.safetensors").read_bytes() == location.child("net.safetensors").read()
+            assert sorted(path.name for path in folder.iterdir()) == ["checksums.json", "net.safetensors"]
+            # One on disk is used in place; a downloaded one is removed afterwards.
+            assert location.is_local == (folder == Path(location.path))
+        assert folder.exists() == location.is_local
 
 
-def test_a_checkpoint_on_disk_is_used_in_place(tmp_path: Path) -> None:
-    lies = write_checkpoint(runs.open_run("a", str(tmp_path)).location, 1)
-    with resolve.local_checkpoint("a") as folder:  # a relative path: every test runs in its tmp_path
-        assert folder == Path(lies.path)
-    assert folder.exists()
+@pytest.mark.parametrize(
+    ("uri", "name"),
+    [
+        ("runs/digits/", "digits"),
+        ("runs/digits/checkpoint-000000000064", "digits"),
+        ("models:/digits@champion", "digits@champion"),
+        ("models:/digits/3", "digits-3"),
+    ],
+)
+def test_the_name_of_a_run_or_model(uri: str, name: str) -> None:
+    assert resolve.name_of(uri) == name
 
 
-def test_a_downloaded_checkpoint_is_deleted_afterwards(s3_bucket: str) -> None:
-    write_checkpoint(runs.open_run("a", s3_bucket).location, 1)
-    with resolve.local_checkpoint(f"{s3_bucket}/a") as folder:
-        assert (folder / "net.safetensors").exists()
-    assert not folder.exists()
+def test_a_relative_path_starts_from_the_working_folder(tmp_path: Path) -> None:
+    location = write_checkpoint(runs.open_run("a", str(tmp_path)).location, 1)
+    with resolve.local_checkpoint("a") as folder:  # every test runs in its tmp_path
+        assert folder == Path(location.path)
 
 
 @pytest.mark.parametrize(
@@ -179,18 +184,15 @@ def test_nothing_is_written_to_a_deleted_checkpoint(tmp_path: Path) -> None:
     assert not (tmp_path / "gone").exists()
 
 
-def test_a_missing_checkpoint_is_a_user_error(root: str) -> None:
-    with pytest.raises(UserError, match="/a does not exist; expected a checkpoint folder"), \
-            resolve.local_checkpoint(f"{root}/a"):  # fmt: skip
-        pass
-    run = runs.open_run("a", root).location
-    write_checkpoint(run, 5, whole=False)
-    with pytest.raises(UserError, match=r"/a holds no checkpoint"), resolve.local_checkpoint(run.uri):
-        pass
-
-
-def test_a_file_is_not_a_checkpoint(root: str) -> None:
-    run = runs.open_run("a", root).location
-    with pytest.raises(UserError, match=r"/run\.json .*checkpoint"), \
-            resolve.local_checkpoint(f"{run.uri}/run.json"):  # fmt: skip
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("b", "/b does not exist; expected a checkpoint folder"),
+        ("a", "/a holds no checkpoint"),
+        ("a/run.json", r"/run\.json .*checkpoint"),
+    ],
+)
+def test_what_is_not_a_checkpoint_is_a_user_error(root_uri: str, uri: str, message: str) -> None:
+    write_checkpoint(runs.open_run("a", root_uri).location, 5, whole=False)
+    with pytest.raises(UserError, match=message), resolve.local_checkpoint(f"{root_uri}/{uri}"):
         pass

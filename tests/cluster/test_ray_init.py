@@ -83,27 +83,35 @@ def test_unreachable_address_is_a_one_line_error(
 
 
 MANY_ACTORS = """
-import time, ray
-from ddpm.cluster import ray_init
+from ddpm import cli
 
 class Idle:
     pass
 
-ray_init.connect()
-actors = [ray.remote(num_cpus=0)(Idle).remote() for _ in range(20)]
-ray.get([actor.__ray_ready__.remote() for actor in actors])
-time.sleep(1)  # time for warnings
-print("joined", flush=True)
-time.sleep(600)
+def main():
+    import time, ray
+    from ddpm.cluster import ray_init
+
+    ray_init.connect()
+    actors = [ray.remote(num_cpus=0)(Idle).remote() for _ in range(40)]
+    ray.get([actor.__ray_ready__.remote() for actor in actors])
+    time.sleep(1)  # time for warnings
+    print("joined", flush=True)
+    time.sleep(600)
+
+cli.run(main)
 """
 
 
 @pytest.mark.slow
 def test_a_cluster_prints_one_line_when_it_dies_and_no_warning_before(tmp_path: Path) -> None:
-    """Ray does not warn of many processes. It may print the last twenty lines of the raylet's log."""
-    words = (sys.executable, "-c", MANY_ACTORS)
-    with Background(words, log=tmp_path / "log", env={"PYTHONPATH": str(REPO)}) as job:
+    """Ray does not warn of many processes. It may print the last twenty lines of the raylet's log. Nobody else may read
+    the cluster's token."""
+    words, token = (sys.executable, "-c", MANY_ACTORS), tmp_path / ".ray/auth_token"
+    env = {"PYTHONPATH": str(REPO), "HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}
+    with Background(words, log=tmp_path / "log", env=env) as job:
         job.wait_for(lambda: job.output == "joined\n")
+        assert token.stat().st_mode & 0o777 == 0o600
         (raylet,) = [c for c in psutil.Process(job.process.pid).children() if c.name() == "raylet"]
         raylet.kill()
         assert job.wait(30) == 1

@@ -1,13 +1,15 @@
-"""Resources of concurrent runs on a cluster, and errors when there are too few; Ray itself is faked."""
+"""Resources of runs on a cluster, also one whose machines have not joined yet; Ray itself is faked."""
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import ray
 
 from ddpm.cluster import resources
-from ddpm.config import Config, override
+from ddpm.config import Config
+from ddpm.config_io import override
 from ddpm.utils.errors import UserError
 
 Cluster = Callable[..., None]
@@ -24,129 +26,189 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     return has
 
 
+@pytest.fixture
+def growing(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A growing cluster: its head has no CPUs."""
+    cluster(0)
+    monkeypatch.setattr(resources, "JOINING_S", 0.0)
+    monkeypatch.setenv("RAY_ADDRESS", "somewhere")
+    monkeypatch.setenv("DDPM_CLUSTER_RESOURCES", '{"CPU": 48, "GPU": 4}')
+
+
+def with_workers(count: int | str, **values: Any) -> Config:
+    changes = {f"cluster.{name}": value for name, value in values.items()}
+    return override(Config(), {"cluster.num_workers": count, "run.storage": "s3://bucket/runs"} | changes)
+
+
 @pytest.mark.parametrize(
     ("cpus", "num_runs", "num_workers", "share", "threads"),
     [(2, 1, 1, 0.99, 2), (2, 2, 1, 0.49, 1), (4, 2, 2, 0.74, 1), (16, 2, 2, 1.0, 4), (16, 8, 1, 1.0, 2)],
 )
-def test_a_cpu_is_left_for_data_tasks(
+def test_concurrent_runs_leave_a_cpu_for_data_tasks(
     cluster: Cluster, cpus: int, num_runs: int, num_workers: int, share: float, threads: int
 ) -> None:
     cluster(cpus)
-    found = resources.shared(override(Config(), {"cluster.num_workers": num_workers}), num_runs).cluster
-    assert (found.cpus_per_worker, found.threads_per_worker, found.gpu) == (share, threads, False)
+    shared = resources.shared(with_workers(num_workers), num_runs).cluster
+    assert (shared.cpus_per_worker, shared.threads_per_worker, shared.gpu) == (share, threads, False)
     drivers = num_runs * resources.DRIVER_CPUS
     assert num_runs * num_workers * share + drivers <= cpus - 1
-    resources.resources_per_worker(override(Config(), {"cluster.cpus_per_worker": share}))
-
-
-def test_several_runs_share_a_gpu(cluster: Cluster) -> None:
-    cluster(16, gpus=1)
-    config = override(Config(), {"cluster.gpus_per_worker": 0.25})
-    assert resources.shared(config, 4).cluster.gpu is True
-    assert resources.resources_per_worker(config) == {"CPU": 1.0, "GPU": 0.25}
+    resources.resources_per_worker(with_workers(1, cpus_per_worker=share))
 
 
 @pytest.mark.parametrize(
     ("flags", "num_runs", "message"),
     [
         (
-            {"cluster.cpus_per_worker": 1.0},
+            {"cpus_per_worker": 1.0},
             2,
             "2 trials at a time of 1 workers of 1 CPUs leave none of the cluster's 2",
         ),
-        ({"cluster.num_workers": 2, "cluster.cpus_per_worker": 0.3}, 2, "use a smaller --max-concurrent"),
+        ({"num_workers": 2, "cpus_per_worker": 0.3}, 2, "use a smaller --max-concurrent"),
         ({}, 100, "100 trials at a time of 1 workers of 0.01 CPUs"),
-        ({"cluster.gpu": True}, 2, "need 2 GPUs, the cluster has 1"),
-        (
-            {},
-            2,
-            "need 2 GPUs, the cluster has 1; use a smaller --max-concurrent or --cluster.gpus-per-worker, or",
-        ),
-        ({"cluster.gpu": True, "cluster.gpus_per_worker": 0.6}, 2, "need 1.2 GPUs, the cluster has 1"),
-        ({}, 0, "--max-concurrent is 0; it must be at least 1"),
+        ({"gpu": True}, 2, "need 2 GPUs, the cluster has 1"),
+        ({}, 2, "has 1; use a smaller --max-concurrent or --cluster.gpus-per-worker, or --cluster.gpu False"),
+        ({"gpu": True, "gpus_per_worker": 0.6}, 2, "need 1.2 GPUs, the cluster has 1"),
     ],
 )
-def test_too_few_resources_are_a_one_line_error(
-    cluster: Cluster, flags: dict, num_runs: int, message: str
+def test_too_few_resources_for_concurrent_runs_are_an_error(
+    cluster: Cluster, flags: dict[str, Any], num_runs: int, message: str
 ) -> None:
     cluster(2, gpus=1)
     with pytest.raises(UserError) as raised:
-        resources.shared(override(Config(), flags), num_runs)
+        resources.shared(with_workers(1, **flags), num_runs)
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_gpus_per_worker_is_at_most_one(cluster: Cluster) -> None:
-    cluster(2, gpus=1)
-    with pytest.raises(UserError, match=r"gpus_per_worker is 2; it must be above 0 and at most 1"):
-        resources.resources_per_worker(override(Config(), {"cluster.gpus_per_worker": 2.0}))
-
-
-def test_too_few_gpus_are_an_error(cluster: Cluster) -> None:
-    """Too few GPUs are an error, instead of a run on CPUs that takes weeks."""
-    four, elastic = (override(Config(), {"cluster.num_workers": n}) for n in (4, "2:4"))
-    cluster(16, gpus=2)
-    assert resources.resources_per_worker(elastic) == {"CPU": 1.0, "GPU": 1.0}
-    with pytest.raises(UserError) as raised:
-        resources.resources_per_worker(four)
-    assert str(raised.value) == (
-        "4 workers need 4 GPUs, the cluster has 2; use fewer workers, or --cluster.gpu False to train on CPUs"
-    )
-    assert resources.resources_per_worker(override(four, {"cluster.gpu": False})) == {"CPU": 1.0}
-    cluster(16)
-    assert resources.resources_per_worker(four) == {"CPU": 1.0}
-    with pytest.raises(UserError, match=r"need 4 GPUs, the cluster has 0; use fewer workers$"):
-        resources.resources_per_worker(override(four, {"cluster.gpu": True}))
-
-
 @pytest.mark.parametrize(
-    ("cpus", "workers", "share"),
-    [(2, 4, 0.25), (2, "1:2", 0.5), (2, "1:99", 0.25), (1.5, 3, 0.16), (16, 16, 0.93), (16, "1:99", 0.46)],
-)
-def test_at_most_two_workers_share_a_cpu(
-    cluster: Cluster, cpus: float, workers: int | str, share: float
-) -> None:
-    config = override(Config(), {"cluster.num_workers": workers})
-    cluster(cpus)
-    assert resources.resources_per_worker(config) == {"CPU": share}
-
-
-def test_too_many_workers_per_cpu_are_a_user_error(cluster: Cluster) -> None:
-    eight = override(Config(), {"cluster.num_workers": 8})
-    cluster(2)
-    with pytest.raises(
-        UserError,
-        match=r"^8 workers are too many for the cluster's 2 CPUs: .* use at most 4 .*, better 2 or fewer",
-    ):
-        resources.resources_per_worker(eight)
-    requested = override(eight, {"cluster.cpus_per_worker": 0.1})
-    assert resources.resources_per_worker(requested) == {"CPU": 0.1}
-    cluster(2, gpus=8)
-    assert resources.resources_per_worker(eight) == {"CPU": 0.12, "GPU": 1.0}
-
-
-@pytest.mark.parametrize(
-    ("cpus", "remedy"),
+    ("cpus", "gpus", "workers", "flags", "expected"),
     [
-        (4, "set --cluster.cpus-per-worker to at most 1.5, or use fewer workers"),
-        (1, "more than one CPU is needed"),
+        # At most two workers share a CPU.
+        (2, 0, 4, {}, {"CPU": 0.25}),
+        (2, 0, "1:2", {}, {"CPU": 0.5}),
+        (2, 0, "1:99", {}, {"CPU": 0.25}),
+        (1.5, 0, 3, {}, {"CPU": 0.16}),
+        (16, 0, 16, {}, {"CPU": 0.93}),
+        (16, 0, "1:99", {}, {"CPU": 0.46}),
+        (
+            2,
+            0,
+            8,
+            {},
+            "8 workers are too many for the cluster's 2 CPUs: they would .* use at most 4 .* better 2 or",
+        ),
+        (2, 0, 8, {"cpus_per_worker": 0.1}, {"CPU": 0.1}),
+        (2, 8, 8, {}, {"CPU": 0.12, "GPU": 1.0}),
+        # One CPU is left for the tasks that read data.
+        (
+            4,
+            0,
+            2,
+            {"cpus_per_worker": 2.0},
+            "leave none of the cluster's 4 CPUs .* to at most 1.5, or use fewer",
+        ),
+        (
+            1,
+            0,
+            2,
+            {"cpus_per_worker": 2.0},
+            "leave none of the cluster's 1 CPUs .*; more than one CPU is needed",
+        ),
+        # Too few GPUs are an error, instead of a run on CPUs that takes weeks.
+        (16, 2, "2:4", {}, {"CPU": 1.0, "GPU": 1.0}),
+        (
+            16,
+            2,
+            4,
+            {},
+            "4 workers need 4 GPUs, the cluster has 2; use fewer workers, or --cluster.gpu False to train",
+        ),
+        (16, 2, 4, {"gpu": False}, {"CPU": 1.0}),
+        (16, 0, 4, {}, {"CPU": 1.0}),
+        (16, 0, 4, {"gpu": True}, "need 4 GPUs, the cluster has 0; use fewer workers$"),
+        (16, 1, 4, {"gpus_per_worker": 0.25}, {"CPU": 1.0, "GPU": 0.25}),
     ],
 )
-def test_workers_that_leave_no_cpu_for_read_tasks_are_a_user_error(
-    cluster: Cluster, cpus: float, remedy: str
+def test_the_resources_of_a_worker(
+    cluster: Cluster,
+    cpus: float,
+    gpus: float,
+    workers: int | str,
+    flags: dict[str, Any],
+    expected: dict[str, float] | str,
 ) -> None:
-    cluster(cpus)
-    config = override(Config(), {"cluster.num_workers": 2, "cluster.cpus_per_worker": 2.0})
-    with pytest.raises(UserError) as raised:
+    cluster(cpus, gpus)
+    config = with_workers(workers, **flags)
+    if isinstance(expected, dict):
+        assert resources.resources_per_worker(config) == expected
+        return
+    with pytest.raises(UserError, match=expected) as raised:
         resources.resources_per_worker(config)
-    assert str(raised.value) == (
-        f"2 workers of 2 CPUs leave none of the cluster's {cpus} CPUs to the tasks that read data; {remedy}"
-    )
+    assert "\n" not in str(raised.value)
 
 
 def test_more_workers_than_cpus_give_a_warning(cluster: Cluster) -> None:
-    two, four = (override(Config(), {"cluster.num_workers": n}) for n in (2, 4))
     cluster(2)
-    assert resources.crowding(two, {"CPU": 0.5}) is None
-    assert resources.crowding(four, {"CPU": 0.25, "GPU": 1.0}) is None
-    warning = resources.crowding(four, {"CPU": 0.25})
+    assert resources.crowding(with_workers(2), {"CPU": 0.5}) is None
+    assert resources.crowding(with_workers(4), {"CPU": 0.25, "GPU": 1.0}) is None
+    warning = resources.crowding(with_workers(4), {"CPU": 0.25})
     assert warning == "4 workers share 2 CPUs, and wait for each other at every step; 2 are enough"
+
+
+def test_declared_resources_count_before_the_machines_join(
+    growing: None, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert resources.resources_per_worker(with_workers(4)) == {"CPU": 1.0, "GPU": 1.0}
+    with pytest.raises(UserError, match="5 workers need 5 GPUs, the cluster has 4"):
+        resources.resources_per_worker(with_workers(5))
+    with pytest.raises(UserError, match="48 CPUs"):
+        resources.resources_per_worker(with_workers(48, cpus_per_worker=1.0, gpu=False))
+    cluster(8, gpus=8)  # present ones count if there are more
+    assert resources.resources_per_worker(with_workers(8)) == {"CPU": 1.0, "GPU": 1.0}
+    cluster(0)
+    monkeypatch.delenv("DDPM_CLUSTER_RESOURCES")
+    with pytest.raises(UserError, match="the cluster's 0 CPUs"):
+        resources.resources_per_worker(with_workers(1))
+
+
+@pytest.mark.parametrize("text", ["48", '{"CPU": "many"}', "CPU=48", ""])
+def test_invalid_json_is_a_user_error(growing: None, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("DDPM_CLUSTER_RESOURCES", text)
+    with pytest.raises(UserError, match="DDPM_CLUSTER_RESOURCES"):
+        resources.resources_per_worker(with_workers(1))
+
+
+def test_a_local_folder_that_nodes_cannot_see_is_a_user_error(
+    growing: None, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, message = (
+        override(with_workers(1), {"data.shards": "/data/digits"}),
+        "the local folder /data/digits, but",
+    )
+    with pytest.raises(UserError, match=rf"--data\.shards is {message} the cluster can add nodes"):
+        resources.check_storage(config)
+    resources.check_storage(override(config, {"run.shared_storage": True}))
+    monkeypatch.delenv("DDPM_CLUSTER_RESOURCES")
+    resources.check_storage(config)
+    cluster(8, nodes=2)
+    with pytest.raises(UserError, match=f"{message} the cluster has 2 nodes that cannot see it; use s3://"):
+        resources.check_storage(config)
+
+
+def test_the_cluster_sets_the_default_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DDPM_STORAGE", raising=False)
+    assert Config().run.storage == "runs"
+    monkeypatch.setenv("DDPM_STORAGE", "s3://bucket/runs")
+    assert Config().run.storage == "s3://bucket/runs"
+
+
+def test_a_run_waits_for_joining_nodes(
+    growing: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    joined = iter([1.0, 2.0, 3.0, 3.0])
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": next(joined)})
+    monkeypatch.setattr(resources, "JOINING_S", 60.0)
+    monkeypatch.delenv("DDPM_CLUSTER_RESOURCES")
+    assert resources.resources_per_worker(with_workers(2, cpus_per_worker=1.0)) == {"CPU": 1.0}
+    (line,) = capsys.readouterr().out.splitlines()
+    start = "waiting     60 s for nodes that may be joining: 2 workers of 1 CPUs leave none of the"
+    assert line.startswith(start)

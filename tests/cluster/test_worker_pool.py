@@ -46,8 +46,6 @@ def test_a_user_error_is_raised_unchanged(num_workers: int | None) -> None:
         pytest.raises(UserError, match=r"^nothing can be made of this$"),
     ):
         list(pool.map(Adder.add, range(10)))
-    with pytest.raises(UserError, match="num_workers is 0; it must be at least 1"):
-        WorkerPool(MAKE, 0)
 
 
 def test_abandoning_the_results_waits_for_nothing() -> None:

@@ -10,11 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from support import damaged
 
 from ddpm import presets
-from ddpm.config import Config, override
+from ddpm.checkpoints.checkpoint import check_same_run
+from ddpm.config import Config
+from ddpm.config_io import override
 from ddpm.data import builtin, ray_dataset
 from ddpm.data.manifest import MANIFEST, read_manifest
+from ddpm.data.row_group import CorruptData
 from ddpm.storage import locations
 from ddpm.utils.errors import UserError
 
@@ -51,43 +55,54 @@ def test_an_image_folder_is_prepared_at_the_size_of_the_net(
     assert {name: split.num_rows for name, split in manifest.splits.items()} == {"train": 38, "test": 2}
     assert capsys.readouterr().out.splitlines()[:2] == [
         f"images      {tmp_path}/my pets, as 12x12 colour (--model.image-size, --model.channels)",
-        "skipped     1 .txt (cat/notes.txt)",
+        "skipped     1 other file, such as cat/notes.txt",
     ]
     assert ray_dataset.open_configured(found).rows.num_rows == 38
 
 
 def test_the_same_images_are_prepared_once_and_changed_ones_again(tmp_path: Path) -> None:
-    write_images(tmp_path / "pets", 4)
-    config = config_of(tmp_path, tmp_path / "pets")
+    pets = "pets" * 60  # with the data set's suffix it would be too long for a folder's name
+    write_images(tmp_path / pets, 4)
+    config = config_of(tmp_path, tmp_path / pets)
     first = str(builtin.with_shards(config).data.shards)
     before = {path: path.stat().st_mtime_ns for path in Path(first).rglob("*")}
     assert builtin.with_shards(config).data.shards == first
-    shutil.copytree(tmp_path / "pets", tmp_path / "moved/pets")
-    assert builtin.with_shards(config_of(tmp_path, tmp_path / "moved/pets")).data.shards == first
+    shutil.copytree(tmp_path / pets, tmp_path / "moved" / pets)
+    assert builtin.with_shards(config_of(tmp_path, tmp_path / "moved" / pets)).data.shards == first
     assert {path: path.stat().st_mtime_ns for path in Path(first).rglob("*")} == before
     larger = override(config, {"model.image_size": 16})
-    write_images(tmp_path / "pets", 1, seed=1)
+    write_images(tmp_path / pets, 1, seed=1)
     assert len({first, builtin.with_shards(config).data.shards, builtin.with_shards(larger).data.shards}) == 3
 
 
-def test_preparing_resumes_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_images(tmp_path / "pets", 4)
-    config = config_of(tmp_path, tmp_path / "pets")
-    whole = builtin.with_shards(config_of(tmp_path / "other", tmp_path / "pets"))
+def test_a_damaged_shard_is_made_again_as_its_error_says(tmp_path: Path) -> None:
+    config = builtin.with_shards(config_of(tmp_path, None))
+    shards = Path(str(config.data.shards))
+    data_set, before = ray_dataset.open_configured(config), (shards / MANIFEST).read_bytes()
+    plan = data_set.plan(0, 8192)
+    damaged.damage_row_group(shards, 0, 0)
+    with pytest.raises(CorruptData) as caught:
+        data_set.read(plan, 0, 1500)
+    message = rf"{shards}/train/00000\.parquet, row group 0: .*; remove the data set, and run the command"
+    assert re.match(message, str(caught.value))
+    shutil.rmtree(shards)
+    assert builtin.with_shards(config_of(tmp_path, None)).data.shards == config.data.shards
+    assert (shards / MANIFEST).read_bytes() == before
+    assert len(data_set.read(plan, 0, 1500).image) == 1500
 
-    def interrupt(*args: Any) -> None:
-        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(builtin.prepare, "write_manifest", interrupt)
-        builtin.with_shards(config)
-    (unfinished,) = (tmp_path / "runs/data").iterdir()
-    written = {path: path.stat().st_mtime_ns for path in unfinished.rglob("*.parquet")}
-    assert written and not (unfinished / MANIFEST).exists()
-    again = builtin.with_shards(config)
-    assert Path(str(again.data.shards)) == unfinished
-    assert {path: path.stat().st_mtime_ns for path in unfinished.rglob("*.parquet")} == written
-    assert (unfinished / MANIFEST).read_bytes() == Path(str(whole.data.shards), MANIFEST).read_bytes()
+def test_skipping_does_not_change_which_data_set_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(tmp_path / "pets", 20)
+    (tmp_path / "pets/cat/0-0.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"or leave them out with .*--data\.skip-unreadable.*: .*0-0\.png"):
+        builtin.with_shards(config_of(tmp_path, tmp_path / "pets"))
+    skipping = builtin.with_shards(config_of(tmp_path, tmp_path / "pets", **{"data.skip_unreadable": True}))
+    assert "left out    1 image that cannot be read, listed in" in capsys.readouterr().out
+    later = builtin.with_shards(config_of(tmp_path, tmp_path / "pets"))
+    assert later.data.shards == skipping.data.shards
+    check_same_run(skipping, later, "the checkpoint")
 
 
 def test_user_errors_are_one_line(tmp_path: Path) -> None:
@@ -104,7 +119,7 @@ def test_user_errors_are_one_line(tmp_path: Path) -> None:
         ),
         (tmp_path / "pets", {"model.channels": 2}, "or 3 (colour), but model.channels is 2"),
         (tmp_path / "empty", {}, f"{tmp_path}/empty holds no images"),
-        (tmp_path / "pets", {}, f"cannot read the image {tmp_path}/pets/cat/0-0.png: "),
+        (tmp_path / "pets", {}, "1 of 4 images cannot be read ("),
         (None, {"data.source": None}, "data.source is None"),
     ):
         with pytest.raises(UserError, match=re.escape(message)) as raised:
@@ -131,5 +146,11 @@ def test_training_on_an_image_folder_and_resuming(run_job: Callable[..., Any], t
     assert evaluated.returncode == 2 and "has 2 held-out images" in evaluated.stderr
     write_images(tmp_path / "pets", 1, seed=1)
     done = run_job("train", *words, "--total-images", 512, cwd=tmp_path)
-    assert done.returncode == 2
-    assert "was trained on other data" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    advice = re.search(
+        r"was trained on other data, .*; go on with (--data \S+), not with --data.images", done.stderr
+    )
+    assert advice
+    earlier = [*words[:1], *words[3:], *advice[1].split()]
+    done = run_job("train", *earlier, "--total-images", 512, cwd=tmp_path)
+    assert done.returncode == 0 and "trained     512 images" in done.stdout, done.stderr

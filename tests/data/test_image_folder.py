@@ -5,8 +5,6 @@ import io
 import json
 import os
 import pwd
-import re
-import shlex
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,13 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from support import processes
 
 from ddpm.data.huggingface import HuggingFace
 from ddpm.data.image_folder import Folder, store
-from ddpm.data.manifest import read_manifest
 from ddpm.data.row_group import decode
-from ddpm.storage.locations import resolve
+from ddpm.data.sources import UnreadableImages
 from ddpm.utils.errors import UserError
 
 
@@ -38,16 +34,18 @@ def file_of(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def stored(data: bytes, size: int = 8, channels: int = 3) -> np.ndarray:
-    (image,) = store([(data, "it")], size, channels, "encoded")
+    (image,), _ = store([(data, "it", None)], size, channels, "encoded")
     decoded = decode(bytes(image), size, size, channels)
-    assert (store([(data, "it")], size, channels, "raw")[0] == decoded).all()  # both encodings must agree
+    assert (
+        store([(data, "it", None)], size, channels, "raw")[0][0] == decoded
+    ).all()  # both encodings must agree
     return decoded
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_a_matching_image_keeps_its_bytes(kind: str) -> None:
     data = file_of(image_of(8, 8), kind)
-    assert store([(data, "it")], 8, 3, "encoded") == [data]
+    assert store([(data, "it", None)], 8, 3, "encoded") == ([data], None)
 
 
 def test_other_sizes_are_cropped_to_the_centre_square() -> None:
@@ -80,10 +78,30 @@ def test_exif_rotation_is_undone() -> None:
     assert (upright[:4] == 255).all() and (upright[4:] == 0).all()
 
 
-@pytest.mark.parametrize("data", [b"", b"text", file_of(image_of(64, 64), "JPEG")[:-300], b"GIF89a"])
-def test_an_invalid_image_is_an_error_with_its_name(data: bytes) -> None:
-    with pytest.raises(UserError, match=r"^cannot read the image cats/x\.png: .*; repair it or remove it"):
-        store([(data, "cats/x.png")], 8, 3, "encoded")
+NOT_AN_IMAGE = "it is not a PNG, JPEG, WEBP, BMP or TIFF file"
+
+
+def test_all_unreadable_images_of_a_range_are_named() -> None:
+    good, cut_off = file_of(image_of(8, 8)), file_of(image_of(64, 64), "JPEG")[:-300]
+    datas = [
+        good,
+        b"",
+        b"text",
+        cut_off,
+        file_of(image_of(8, 8), "GIF"),
+        OSError(13, "Permission denied"),
+        good,
+    ]
+    pictures: Any = [(data, f"cats/{i}.png", i) for i, data in enumerate(datas)]
+    for encoding in ("encoded", "raw"):
+        first = rf"^cannot read the image cats/1\.png: {NOT_AN_IMAGE}$"
+        with pytest.raises(UnreadableImages, match=first) as caught:
+            store(pictures, 8, 3, encoding)  # type: ignore[arg-type]
+        reasons = [f"cats/{i}.png: {NOT_AN_IMAGE}" for i in (1, 2, 4)] + ["cats/5.png: Permission denied"]
+        assert caught.value.reasons[2].startswith("cats/3.png: ")
+        assert [*caught.value.reasons[:2], *caught.value.reasons[3:]] == reasons
+        assert len(caught.value.images) == 2 and caught.value.labels is not None
+        assert caught.value.labels.tolist() == [0, 6]
 
 
 def write_tree(root: Path, files: dict[str, int]) -> None:
@@ -102,27 +120,34 @@ def content(source: Folder | HuggingFace, split: str) -> list[tuple[int, str | N
 
 
 def test_subfolders_are_classes(tmp_path: Path) -> None:
-    write_tree(
-        tmp_path, {f"{name}/deep/{i}.PNG": 10 * i + j for i in range(10) for j, name in enumerate("ab")}
-    )
-    (tmp_path / "a/notes.txt").write_text("no image")
-    source = Folder(tmp_path, size=8)
+    names = [f"{name}/deep/{i}.PNG" for i in range(10) for name in "ab"]
+    write_tree(tmp_path / "x", {name: grey for grey, name in enumerate(names)})
+    source = Folder(tmp_path / "x", size=8)
     assert source.class_names == ("a", "b") and source.splits == {"train": 19, "test": 1}
     both = sorted(content(source, "train") + content(source, "test"))
-    assert both == sorted((10 * i + j, name) for i in range(10) for j, name in enumerate("ab"))
+    assert both == [(grey, name[0]) for grey, name in enumerate(names)]
     first, _ = source.read("train", 3, 6)
     assert list(first) == list(source.read("train", 0, 19)[0])[3:6]
     _, labels = source.read("train", 0, 10)
     assert labels is not None and len(set(labels.tolist())) == 2  # classes are shuffled
+    identity = source.identity()
+    (tmp_path / "x").rename(tmp_path / "y")  # the location does not matter
+    assert Folder(tmp_path / "y", size=8).identity() == identity
+    write_tree(tmp_path / "y", {"a/2.png": 1})
+    assert Folder(tmp_path / "y", size=8).identity() != identity
 
 
 def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
-    write_tree(tmp_path, {f"{i}.png": i for i in range(4)})
-    source = Folder(tmp_path, size=8)
+    for message in ("is not a folder; --path", "holds no images", "1 image"):
+        with pytest.raises(UserError, match=message):
+            Folder(tmp_path / "in", size=8)
+        write_tree(tmp_path, {"in/0.png": 0} if (tmp_path / "in").exists() else {"in/.0.png": 0})
+    write_tree(tmp_path, {f"in/{i}.png": i for i in range(4)})
+    source = Folder(tmp_path / "in", size=8)
     assert source.class_names == () and source.read("train", 0, 3)[1] is None
-    write_tree(tmp_path, {"a/9.png": 9})
+    write_tree(tmp_path, {"in/a/9.png": 9})
     with pytest.raises(UserError, match=r"0\.png is in no subfolder"):
-        Folder(tmp_path, size=8)
+        Folder(tmp_path / "in", size=8)
 
 
 def test_split_folders_are_used(tmp_path: Path) -> None:
@@ -138,31 +163,10 @@ def test_a_deleted_file_is_an_error_with_its_name(tmp_path: Path) -> None:
     source = Folder(tmp_path, size=8)
     for i in range(4):
         (tmp_path / f"{i}.png").unlink()
-    with pytest.raises(UserError, match=r"cannot read .*\.png: No such file"):
+    with pytest.raises(UserError, match=r"cannot read the image .*\.png: No such file"):
         source.read("train", 0, 1)
     with pytest.raises(UserError, match=r"cannot read .*\.png'"):
         source.identity()
-
-
-def test_the_identity_depends_on_the_content(tmp_path: Path) -> None:
-    write_tree(tmp_path / "x", {"a/0.png": 0, "a/1.png": 1})
-    write_tree(tmp_path / "y", {"a/0.png": 0, "a/1.png": 1})
-    first = Folder(tmp_path / "x", size=8).identity()
-    assert first == Folder(tmp_path / "y", size=8).identity()  # the location does not matter
-    write_tree(tmp_path / "y", {"a/2.png": 1})
-    assert first != Folder(tmp_path / "y", size=8).identity()
-
-
-def test_bad_folders_are_user_errors(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no images"):
-        Folder(tmp_path, size=8)
-    with pytest.raises(UserError, match="is not a folder; --path"):
-        Folder(tmp_path / "nowhere", size=8)
-    with pytest.raises(UserError, match=r"--size is 0; it must be in 1\.\.4096"):
-        Folder(tmp_path, size=0)
-    write_tree(tmp_path, {"0.png": 0})
-    with pytest.raises(UserError, match="1 image"):
-        Folder(tmp_path, size=8)
 
 
 @pytest.fixture
@@ -200,8 +204,9 @@ def test_missing_read_permissions_are_user_errors(public_folder: Path) -> None:
         Folder(public_folder, size=8)
     with unreadable(public_folder / "b/1.png"):
         source = Folder(public_folder, size=8)
-        with pytest.raises(UserError, match=r"^cannot read the image .*/b/1\.png: Permission denied; "):
-            source.check()
+        with pytest.raises(UnreadableImages) as caught:
+            source.read("train", 0, 3), source.read("test", 0, 1)
+        assert caught.value.reasons == [f"{public_folder}/b/1.png: Permission denied"]
     write_hugging_face(public_folder / "data/train.parquet", [0, 1], None)
     with (
         unreadable(public_folder / "b"),
@@ -211,37 +216,26 @@ def test_missing_read_permissions_are_user_errors(public_folder: Path) -> None:
 
 
 def test_skipped_files_are_counted(tmp_path: Path) -> None:
-    write_tree(tmp_path, {f"in/cats/{i}.png": i for i in range(3)})
+    write_tree(tmp_path, {f"in/cats/{name}.png": 0 for name in ("0", "1", "2", "._0", ".thumbnails/0")})
     cats = tmp_path / "in/cats"
-    for i in range(4):
-        (cats / f"{i}.GIF").write_bytes(b"GIF89a")
     os.mkfifo(cats / "pipe.png")
     (cats / "gone.png").symlink_to("nowhere")
-    (cats / "README").write_text("")
     (cats / "x\n\x1b[31mred.txt").write_text("")
     (tmp_path / "in/dogs").symlink_to(cats)
     source = Folder(tmp_path / "in", size=8)
     assert source.splits == {"train": 2, "test": 1} and source.class_names == ("cats",)
-    assert source.skipped == (
-        "4 .gif (cats/0.GIF, cats/1.GIF, cats/2.GIF, ...), 1 .txt (cats/x\\n\\x1b[31mred.txt), "
-        "1 FIFO (cats/pipe.png), 1 broken link (cats/gone.png), 1 link to a folder (dogs), "
-        "1 without a suffix (cats/README)"
-    )
-    for i in range(3):
-        (cats / f"{i}.png").unlink()
-    with pytest.raises(UserError, match=r"holds no images .*; skipped: 4 \.gif \(cats/0\.GIF"):
+    assert source.skipped == "6 other files, such as cats/._0.png, cats/.thumbnails, cats/gone.png"
+    for name in ("0.png", "1.png", "2.png", "._0.png", "gone.png", ".thumbnails/0.png"):
+        (cats / name).unlink()
+    (cats / ".thumbnails").rmdir()
+    skipped = r"3 other files, such as cats/pipe\.png, cats/x\\n\\x1b\[31mred\.txt, dogs"
+    with pytest.raises(UserError, match=f"holds no images .*; skipped: {skipped}"):
         Folder(tmp_path / "in", size=8)
-
-
-def test_files_outside_the_splits_are_counted(tmp_path: Path) -> None:
-    write_tree(tmp_path, {"in/train/0.png": 0, "in/train/1.png": 1, "far/2.png": 2, "in/stray.png": 3})
-    (tmp_path / "in/val").symlink_to(tmp_path / "far")
-    source = Folder(tmp_path / "in", size=8)
-    assert source.splits == {"train": 2, "test": 1} and source.skipped == "1 .png (stray.png)"
-    write_hugging_face(tmp_path / "hub/data/train.parquet", [0, 1], None)
-    (tmp_path / "hub/README.md").write_text("")
-    assert HuggingFace(tmp_path / "hub", size=8).skipped == "1 .md (README.md)"
-    assert HuggingFace(tmp_path / "hub/data/train.parquet", size=8).skipped == ""
+    # Those outside the splits, too.
+    write_tree(tmp_path, {"of/train/0.png": 0, "of/train/1.png": 1, "far/2.png": 2, "of/stray.png": 3})
+    (tmp_path / "of/val").symlink_to(tmp_path / "far")
+    source = Folder(tmp_path / "of", size=8)
+    assert source.splits == {"train": 2, "test": 1} and source.skipped == "1 other file, such as stray.png"
 
 
 def write_hugging_face(
@@ -263,20 +257,20 @@ def write_hugging_face(
 
 
 def test_hugging_face_files(tmp_path: Path) -> None:
-    write_hugging_face(
-        tmp_path / "data/train-00000-of-00002.parquet", [0, 1, 2, 3, 4], [0, 1, 0, 1, 0], ["cat", "dog"]
-    )
-    write_hugging_face(tmp_path / "data/train-00001-of-00002.parquet", [5, 6], [1, 1], ["cat", "dog"])
-    write_hugging_face(tmp_path / "data/test-00000-of-00001.parquet", [7], [1], ["cat", "dog"])
+    names = ["cat", "dog"]
+    write_hugging_face(tmp_path / "data/train-00000-of-00002.parquet", [*range(5)], [0, 1, 0, 1, 0], names)
+    write_hugging_face(tmp_path / "data/train-00001-of-00002.parquet", [5, 6], [1, 1], names)
+    write_hugging_face(tmp_path / "data/test-00000-of-00001.parquet", [7], [1], names)
+    (tmp_path / "README.md").touch()
     source = HuggingFace(tmp_path, size=8)
     assert source.splits == {"train": 7, "test": 1} and source.class_names == ("cat", "dog")
-    assert content(source, "train") == list(
-        zip(range(7), ["cat", "dog", "cat", "dog", "cat", "dog", "dog"], strict=True)
-    )
+    assert source.skipped == "1 other file, such as README.md"
+    labels = ["cat", "dog", "cat", "dog", "cat", "dog", "dog"]
+    assert content(source, "train") == list(enumerate(labels))
     assert content(source, "test") == [(7, "dog")]
-    images, labels = source.read("train", 2, 6)  # a range across row groups and files
+    images, part = source.read("train", 2, 6)  # a range across row groups and files
     assert [int(decode(bytes(i), 8, 8, 3)[0, 0, 0]) for i in images] == [2, 3, 4, 5]
-    assert labels is not None and labels.tolist() == [0, 1, 0, 1]
+    assert part is not None and part.tolist() == [0, 1, 0, 1]
     assert HuggingFace(tmp_path, size=8, label_column=None).class_names == ()
 
 
@@ -307,42 +301,3 @@ def test_unsuitable_parquet_files_are_user_errors(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": pa.array([file_of(image_of(8, 8)), b"broken"])}), path)
     with pytest.raises(UserError, match=r"cannot read the image .*x\.parquet, row group 0, row 1"):
         HuggingFace(path, size=8).read("train", 0, 1), HuggingFace(path, size=8).read("test", 0, 1)
-
-
-def test_the_advice_for_a_folder_given_as_shards_works(tmp_path: Path) -> None:
-    images_folder = tmp_path / "my pictures"
-    images_folder.mkdir()
-    for number in range(20):
-        Image.new("L", (8, 8), number).save(images_folder / f"{number}.PNG", "PNG")
-    with pytest.raises(UserError) as raised:
-        read_manifest(resolve(str(images_folder)))
-    advice = re.search("`python jobs/prepare.py (.*)`.*--data.shards (.*)$", str(raised.value))
-    assert advice
-    words = shlex.split(advice[1].replace("--size N", "--size 8"))
-    assert processes.run_job("prepare", *words).returncode == 0
-    assert len(list(images_folder.iterdir())) == 20
-    (shards,) = shlex.split(advice[2])
-    assert read_manifest(resolve(shards)).splits["train"].num_rows == 19
-
-
-def test_a_bucket_of_images_given_as_shards_is_an_error(s3_bucket: str) -> None:
-    """Both for a flat folder and for class folders; for an empty folder the message says how to prepare a data set."""
-    for folder in ("flat", "sorted/cats"):
-        resolve(f"{s3_bucket}/{folder}/1.JPG").write(b"")
-        images_folder = resolve(f"{s3_bucket}/{folder.partition('/')[0]}")
-        with pytest.raises(
-            UserError, match=r"has no manifest\.json, but images; download them, and make a data set"
-        ):
-            read_manifest(images_folder)
-    nothing = resolve(f"{s3_bucket}/nothing")
-    with pytest.raises(UserError, match=rf"make one with `python jobs/prepare\.py SOURCE {nothing.uri}`"):
-        read_manifest(nothing)
-
-
-def test_error_messages_have_no_memory_addresses() -> None:
-    with pytest.raises(UserError) as raised:
-        store([(b"no picture", "cats/x.png")], 8, 1, "raw")
-    assert str(raised.value) == (
-        "cannot read the image cats/x.png: it is not a PNG, JPEG, WEBP, BMP, TIFF or GIF file; repair it or remove it, "
-        "then run the same command again"
-    )

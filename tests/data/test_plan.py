@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm.data.plan import Plan, last_position, micro_batches_per_step, permutation, rank_shard
+from ddpm.config import Config
+from ddpm.config_io import override
+from ddpm.data.plan import Plan, ReadOrder, last_position, permutation, rank_shard, uneven_share
 from ddpm.utils.errors import UserError
 
 
@@ -73,13 +75,18 @@ def test_seeking_does_not_compute_earlier_windows() -> None:
 
 def test_ranks_take_micro_batches_in_turn() -> None:
     rows = np.arange(24)  # two global batches of 12, micro-batches of 2
-    assert rank_shard(rows, 0, 1, 3, 2).tolist() == [2, 3, 8, 9, 14, 15, 20, 21]
-    for n in (1, 2, 3, 6):
-        dealt = np.concatenate([rank_shard(rows, 0, rank, n, 2) for rank in range(n)])
+    order = ReadOrder(batch_size=12, micro_batch_size=2, total_images=24)
+    assert rank_shard(rows, 0, order.share(1, 3), 2).tolist() == [2, 3, 8, 9, 14, 15, 20, 21]
+    # Four ranks share six micro-batches: the first two take one more.
+    assert rank_shard(rows, 0, order.share(1, 4), 2).tolist() == [2, 3, 10, 11, 14, 15, 22, 23]
+    assert rank_shard(rows, 0, order.share(3, 4), 2).tolist() == [6, 7, 18, 19]
+    for n in range(1, 7):
+        shares = [order.share(rank, n) for rank in range(n)]
+        dealt = np.concatenate([rank_shard(rows, 0, share, 2) for share in shares])
         assert sorted(dealt.tolist()) == rows.tolist()
-        for rank in range(n):  # wherever the range is split
-            parts = [rank_shard(rows[low:high], low, rank, n, 2) for low, high in ((0, 5), (5, 6), (6, 24))]
-            assert np.concatenate(parts).tolist() == rank_shard(rows, 0, rank, n, 2).tolist()
+        for share in shares:  # wherever the range is split
+            parts = [rank_shard(rows[low:high], low, share, 2) for low, high in ((0, 5), (5, 6), (6, 24))]
+            assert np.concatenate(parts).tolist() == rank_shard(rows, 0, share, 2).tolist()
 
 
 @given(
@@ -107,9 +114,38 @@ def test_training_ends_with_a_whole_global_batch() -> None:
     assert last_position(640, 512, 128) == 640
 
 
-def test_an_indivisible_global_batch_is_rejected() -> None:
-    assert micro_batches_per_step(128, 32, 2) == 4
-    with pytest.raises(UserError, match="not a positive multiple of micro_batch_size 48"):
-        micro_batches_per_step(128, 48, 1)
-    with pytest.raises(UserError, match=r"3 workers cannot share evenly; use 1 or 2 or 4 workers,"):
-        micro_batches_per_step(128, 32, 3)
+def test_a_global_batch_that_cannot_be_shared_is_rejected() -> None:
+    for batch_size, micro_batch_size in ((128, 48), (0, 48)):
+        with pytest.raises(UserError, match="not a positive multiple of micro_batch_size 48"):
+            ReadOrder(batch_size, micro_batch_size, 0).share(0, 1)
+    with pytest.raises(UserError, match=r"128 is 4 micro-batches of 32, too few for 5 workers"):
+        ReadOrder(128, 32, 0).share(0, 5)
+
+
+@pytest.mark.parametrize(
+    ("micro_batch_size", "workers", "line"),
+    [
+        (
+            8,
+            "1:5",
+            "5 workers share 16 micro-batches unevenly: some take 4, and the others wait for them (20% of",
+        ),
+        (32, 4, None),
+        (
+            32,
+            3,
+            "3 workers share 4 micro-batches unevenly: some take 2, and the others wait for them (33% of",
+        ),
+        (
+            32,
+            "1:4",
+            "3 workers share 4 micro-batches unevenly: some take 2, and the others wait for them (33% of",
+        ),
+    ],
+)
+def test_shares_that_leave_workers_idle_are_a_warning(
+    micro_batch_size: int, workers: int | str, line: str | None
+) -> None:
+    changes = {"train.micro_batch_size": micro_batch_size, "cluster.num_workers": workers}
+    warning = uneven_share(override(Config(), changes))
+    assert warning is None if line is None else warning is not None and warning.startswith(line)

@@ -1,15 +1,17 @@
 """Preparing a data set: its content, resuming after a kill, and that nothing is overwritten."""
 
+import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+from support.processes import wait_for
 
-from ddpm.config import override
+from ddpm.config_io import override
 from ddpm.data.builtin import with_shards
 from ddpm.data.image_folder import Folder
 from ddpm.data.manifest import FORMAT, MANIFEST, Manifest, read_manifest
@@ -17,13 +19,20 @@ from ddpm.data.prepare import prepare, write_preview
 from ddpm.data.shards import is_intact, read_row_group
 from ddpm.data.sources import Digits
 from ddpm.presets import DIGITS
-from ddpm.storage import locations
+from ddpm.storage import driver_lock, locations
 from ddpm.storage.locations import Location, resolve
+from ddpm.utils import files
 from ddpm.utils.errors import UserError
 from ddpm.utils.images import png_bytes
 
-SMALL = {"rows_per_shard": 600, "rows_per_row_group": 100}
+SMALL = {"rows_per_row_group": 100}
 """Digits in three shards of "train" and one of "test"."""
+FEW = {"rows_per_row_group": 1}
+
+
+@pytest.fixture(autouse=True)
+def six_row_groups_per_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddpm.data.prepare.ROW_GROUPS_PER_SHARD", 6)
 
 
 class Killed(BaseException):
@@ -56,16 +65,17 @@ def all_images(location: Location, manifest: Manifest, split: str) -> list[tuple
     found = []
     for index in range(sum(len(shard.row_groups) for shard in manifest.splits[split].shards)):
         pixels, labels = read_row_group(location, manifest, split, index)
-        assert labels is not None
-        found += [(int(label), image.tobytes()) for label, image in zip(labels, pixels, strict=True)]
+        classes = [0] * len(pixels) if labels is None else labels.tolist()
+        found += [(label, image.tobytes()) for label, image in zip(classes, pixels, strict=True)]
     return found
 
 
-def test_a_data_set_has_the_images_of_the_source_in_order(tmp_path: Path) -> None:
-    source, seen = Digits(), []
-    manifest = make(
-        source, at(tmp_path / "d"), on_progress=lambda done, total: seen.append((done, total)), **SMALL
-    )
+def test_a_data_set_has_the_images_of_the_source_in_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Digits()
+    manifest = make(source, at(tmp_path / "d"), **SMALL)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("preparing 1,797/1,797")
     assert manifest == read_manifest(resolve(str(tmp_path / "d")))
     assert [shard.num_rows for shard in manifest.splits["train"].shards] == [600, 600, 300]
     assert manifest.splits["test"].shards[0].row_groups == (100, 100, 97)
@@ -74,136 +84,78 @@ def test_a_data_set_has_the_images_of_the_source_in_order(tmp_path: Path) -> Non
         images, labels = source.read(split, 0, n)
         expected = [(int(label), image.tobytes()) for label, image in zip(labels, images, strict=True)]
         assert all_images(at(tmp_path / "d"), manifest, split) == expected
-    assert sorted(seen) == seen and seen[-1] == (1797, 1797)
-    assert set(files_of(tmp_path / "d")) == {MANIFEST, "test/00000.parquet"} | {
+    with Image.open(write_preview(at(tmp_path / "d"), manifest).path) as sheet:
+        assert sheet.size == (8 * 50 + 2, 8 * 50 + 2)
+        assert len(np.unique(np.asarray(sheet))) > 10
+    assert set(files_of(tmp_path / "d")) == {MANIFEST, "preview.png", "test/00000.parquet"} | {
         f"train/0000{i}.parquet" for i in range(3)
     }
 
 
-def test_held_out_images_are_not_in_train(tmp_path: Path) -> None:
-    manifest = make(Digits(), at(tmp_path), **SMALL)
-    train, test = (all_images(at(tmp_path), manifest, split) for split in ("train", "test"))
-    assert len(test) == 297 and len(train) == 1500
-    assert not set(test) & set(train)
-
-
-def test_resuming_after_a_kill_gives_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["none", "truncated", "altered", "deleted", "FIFO"])
+def test_resuming_after_a_kill_gives_the_same_bytes(tmp_path: Path, damage: str) -> None:
+    """Finished shards are kept; one that was damaged meanwhile is written again."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     make(Digits(), at(whole), **SMALL)
     with pytest.raises(Killed):
         make(DigitsKilledMidway(), at(parts), **SMALL)
     with pytest.raises(UserError, match="manifest"):
         read_manifest(resolve(str(parts)))
-    made = {
-        name: (parts / name).stat().st_mtime_ns for name in ("train/00000.parquet", "train/00001.parquet")
-    }
-    make(Digits(), at(parts), **SMALL)
-    assert files_of(parts) == files_of(whole)
-    assert {name: (parts / name).stat().st_mtime_ns for name in made} == made, (
-        "finished shards were made again"
-    )
-
-
-@pytest.mark.parametrize("damage", ["truncated", "altered", "deleted"])
-def test_a_shard_damaged_meanwhile_is_written_again(tmp_path: Path, damage: str) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    make(Digits(), at(whole), **SMALL)
-    with pytest.raises(Killed):
-        make(DigitsKilledMidway(), at(parts), **SMALL)
-    shard = parts / "train/00000.parquet"
-    data = bytearray(shard.read_bytes())
+    shard, other = parts / "train/00000.parquet", parts / "train/00001.parquet"
+    made, data = other.stat().st_mtime_ns, bytearray(shard.read_bytes())
     data[5000] ^= 1
     {
+        "none": lambda: None,
         "truncated": lambda: shard.write_bytes(data[:100]),
         "altered": lambda: shard.write_bytes(data),
         "deleted": shard.unlink,
+        "FIFO": lambda: (shard.unlink(), os.mkfifo(shard)),  # reading it would wait for ever
     }[damage]()
     make(Digits(), at(parts), **SMALL)
     assert files_of(parts) == files_of(whole)
+    assert other.stat().st_mtime_ns == made
 
 
-def test_repeating_does_nothing_and_other_options_are_rejected(tmp_path: Path) -> None:
+def test_repeating_does_nothing_and_other_options_are_rejected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = make(Digits(), at(tmp_path), **SMALL)
     before = files_of(tmp_path)
-    seen: list[int] = []
-    assert make(Digits(), at(tmp_path), on_progress=lambda done, _: seen.append(done), **SMALL) == first
-    assert seen == []
-    for source, rows in ((Digits(seed=1), SMALL), (Digits(), SMALL | {"rows_per_shard": 700})):
+    capsys.readouterr()
+    assert make(Digits(), at(tmp_path), **SMALL) == first
+    assert capsys.readouterr().out == ""
+    for source, rows in ((Digits(seed=1), SMALL), (Digits(), {"rows_per_row_group": 50})):
         with pytest.raises(UserError, match="other options"):
             make(source, at(tmp_path), **rows)
     assert files_of(tmp_path) == before
+    with pytest.raises(UserError, match=MANIFEST):
+        make(Digits(), at(tmp_path / MANIFEST / "d"), **SMALL)  # a storage error
 
 
 def test_an_older_format_is_rejected_and_left_unchanged(tmp_path: Path) -> None:
-    make(Digits(), at(tmp_path), **SMALL)
-    path = tmp_path / MANIFEST
+    config = override(DIGITS, {"run.storage": str(tmp_path)})
+    uri = str(with_shards(config).data.shards)
+    path = Path(uri, MANIFEST)
     path.write_text(path.read_text().replace(FORMAT, "ddpm-shards/1"))
     before = files_of(tmp_path)
-    with pytest.raises(
-        UserError, match=r"format is 'ddpm-shards/1'; this version reads .*: prepare the data set again"
-    ):
-        make(Digits(), at(tmp_path), **SMALL)
+    message = r"format is 'ddpm-shards/1'; this version reads .*: prepare the data set again"
+    with pytest.raises(UserError, match=message):
+        with_shards(config)
     assert files_of(tmp_path) == before
-
-
-def test_builtin_data_is_prepared_again_beside_an_older_format(tmp_path: Path) -> None:
-    old = tmp_path / "data" / "digits"
-    old.mkdir(parents=True)
-    (old / MANIFEST).write_text('{"format": "ddpm-shards/1"}')
-    config = override(DIGITS, {"run.storage": str(tmp_path)})
-    uri = with_shards(config).data.shards
-    assert uri is not None and uri != str(old)
-    assert read_manifest(resolve(uri)).splits["train"].num_rows == 1500
-    assert with_shards(config).data.shards == uri
-    assert files_of(old) == {MANIFEST: b'{"format": "ddpm-shards/1"}'}
 
 
 def test_shards_of_other_options_are_never_reused(tmp_path: Path) -> None:
     """Raw shards of two seeds have the same size: only their options differ."""
     with pytest.raises(Killed):
         make(DigitsKilledMidway(), at(tmp_path / "d"), **SMALL)
-    try:
-        manifest = make(Digits(seed=1), at(tmp_path / "d"), **SMALL)
-    except UserError:
-        assert not (tmp_path / "d" / MANIFEST).exists()
-        return
-    assert manifest.fingerprint == make(Digits(seed=1), at(tmp_path / "e"), **SMALL).fingerprint
-
-
-def test_concurrent_calls_give_the_same_data_set_and_no_leftovers(tmp_path: Path) -> None:
-    alone = make(Digits(), at(tmp_path / "alone"), **SMALL)
-    for i in range(5):
-        root, start = tmp_path / f"together-{i}", threading.Barrier(3)
-
-        def make_with_others(root: Path = root, start: threading.Barrier = start) -> Manifest:
-            start.wait()
-            return make(Digits(), at(root), **SMALL)
-
-        with ThreadPoolExecutor(start.parties) as threads:
-            made = [threads.submit(make_with_others) for _ in range(start.parties)]
-        assert [one.result() for one in made] == [alone] * start.parties
-        assert files_of(root) == files_of(tmp_path / "alone")
-
-
-def test_shards_are_whole_row_groups(tmp_path: Path) -> None:
-    manifest = make(Digits(), at(tmp_path), rows_per_row_group=100)
-    train, test = ([s.row_groups for s in manifest.splits[split].shards] for split in ("train", "test"))
-    assert {rows for shard in train for rows in shard} == {100} and test == [(100, 100, 97)]
-
-
-def test_the_preview_shows_64_images(tmp_path: Path) -> None:
-    from PIL import Image
-
-    manifest = make(Digits(), at(tmp_path), **SMALL)
-    with Image.open(write_preview(resolve(str(tmp_path)), manifest).path) as sheet:
-        assert sheet.size == (8 * 50 + 2, 8 * 50 + 2)
-        assert len(np.unique(np.asarray(sheet))) > 10
-
-
-def test_a_storage_error_is_a_user_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(UserError, match="file"):
-        make(Digits(), at(tmp_path / "file" / "d"), **SMALL)
+    with pytest.raises(UserError, match="an unfinished data set of another source or with other options"):
+        make(Digits(seed=1), at(tmp_path / "d"), **SMALL)
+    make(Digits(), at(tmp_path / "d"), **SMALL)
+    (tmp_path / "d" / MANIFEST).unlink()
+    before = files_of(tmp_path)
+    with pytest.raises(UserError, match=r"d/train/00000\.parquet is there already, without a manifest"):
+        make(Digits(seed=1), at(tmp_path / "d"), **SMALL)
+    assert files_of(tmp_path) == before  # they may be anyone's
 
 
 def test_a_bucket_holds_the_same_data_set(tmp_path: Path, s3_bucket: str) -> None:
@@ -225,62 +177,158 @@ def write_images(folder: Path, count: int) -> None:
         (folder / f"{i}.png").write_bytes(png_bytes(image))
 
 
-@pytest.mark.parametrize("repaired", [True, False])
-def test_after_a_bad_image_is_fixed_the_same_command_starts_over(tmp_path: Path, repaired: bool) -> None:
+@dataclass(frozen=True)
+class FolderKilledMidway(Folder):
+    """A folder; reading "test" raises Killed."""
+
+    def read(self, split: str, start: int, stop: int) -> Any:
+        if split == "test":
+            raise Killed
+        return super().read(split, start, stop)
+
+
+def test_after_the_images_have_changed_the_same_command_starts_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_images(tmp_path / "in", 12)
-    source = Folder(tmp_path / "in", size=16, channels=1)
-    last = tmp_path / "in" / source._files["train"][int(source._rows["train"][1][-1])]
-    whole = last.read_bytes()
-    last.write_bytes(whole[:-100])  # its header is valid
-    place, few, restarts = at(tmp_path / "out"), {"rows_per_shard": 4, "rows_per_row_group": 2}, []
-    with pytest.raises(UserError, match=rf"{last.name}.*remove it, then run the same command again"):
-        make(Folder(tmp_path / "in", size=16, channels=1), place, **few)
-    assert (tmp_path / "out/train/00000.parquet").exists()
-    if repaired:
-        last.write_bytes(whole)
-    else:
-        last.unlink()
+    location = at(tmp_path / "out")
+    with pytest.raises(Killed):
+        make(FolderKilledMidway(tmp_path / "in", size=16, channels=1), location, **FEW)
+    with pytest.raises(UserError, match=f"{tmp_path}/out holds an unfinished data set"):
+        make(Folder(tmp_path / "in", size=8, channels=1), location, **FEW)  # another command
+    (tmp_path / "in/0.png").unlink()
     again = Folder(tmp_path / "in", size=16, channels=1)
-    manifest = make(again, place, on_restart=lambda: restarts.append(1), **few)
-    assert restarts == [1]
-    assert manifest == make(again, at(tmp_path / "new"), **few)
+    manifest = make(again, location, **FEW)
+    assert "the source's files have changed since preparation began; it starts over" in caplog.text
+    assert manifest == make(again, at(tmp_path / "new"), **FEW)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "new")
 
 
-def test_another_command_does_not_start_over(tmp_path: Path) -> None:
-    write_images(tmp_path / "in", 12)
-    (tmp_path / "in/0.png").write_bytes((tmp_path / "in/0.png").read_bytes()[:-100])
-    few = {"rows_per_shard": 4, "rows_per_row_group": 2}
-    with pytest.raises(UserError, match="cannot read the image"):
-        make(Folder(tmp_path / "in", size=16), at(tmp_path / "out"), **few)
-    (tmp_path / "in/0.png").unlink()
-    before = files_of(tmp_path / "out")
-    with pytest.raises(UserError, match=f"{tmp_path}/out holds an unfinished data set"):
-        make(Folder(tmp_path / "in", size=8), at(tmp_path / "out"), **few)
-    assert files_of(tmp_path / "out") == before
+def break_images(folder: Path, *numbers: int) -> list[str]:
+    """Damage images in two ways; returns the lines that list them."""
+    for i in numbers:
+        file = folder / f"{i}.png"
+        file.write_bytes(
+            file.read_bytes()[:-100] if i % 2 else b"an error page"
+        )  # the header of one is valid
+    reasons = ("it is not a PNG, JPEG, WEBP, BMP or TIFF file", "image file is truncated")
+    return sorted(f"{folder}/{i}.png: {reasons[i % 2]}" for i in numbers)
 
 
-def test_invalid_images_are_listed_before_anything_is_written(tmp_path: Path) -> None:
-    write_images(tmp_path / "in", 12)
-    for i in range(3, 8):
-        (tmp_path / f"in/{i}.png").write_text("an error page")
+def test_all_unreadable_images_are_named_and_nothing_else_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pictures, location = Path("in"), at(tmp_path / "out")
+    write_images(pictures, 60)
+    whole = (pictures / "7.png").read_bytes()
+    lines = break_images(pictures, 3, 4, 7, 50)
     with pytest.raises(UserError) as caught:
-        make(Folder(tmp_path / "in", size=16), at(tmp_path / "out"))
+        make(Folder(pictures, size=16, channels=1), location, **FEW)
     assert str(caught.value) == (
-        f"cannot read the image {tmp_path}/in/3.png: it is not a PNG, JPEG, WEBP, BMP, TIFF or GIF file (and 4 more: "
-        f"{tmp_path}/in/4.png, {tmp_path}/in/5.png, {tmp_path}/in/6.png, ...); repair them or remove them, then "
-        "run the same command again"
+        f"4 of 60 images cannot be read ({tmp_path}/out/unreadable.txt lists all); repair or remove them, since "
+        f"--skip-unreadable (--data.skip-unreadable in training) leaves out 5% at most, and no whole split: "
+        f"{'; '.join(lines[:3])}; ..."
     )
-    assert not (tmp_path / "out").exists()
+    assert files_of(tmp_path / "out") == {"unreadable.txt": "".join(f"{line}\n" for line in lines).encode()}
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["unreadable.txt"]
+    (pictures / "7.png").write_bytes(whole)
+    with pytest.raises(
+        UserError, match=r"repair or remove them, or leave them out with --skip-unreadable .*: in/3\.png"
+    ):
+        make(Folder(pictures, size=16, channels=1), location, **FEW)
+    for name in ("3", "4", "50"):
+        (pictures / f"{name}.png").write_bytes(whole)
+    make(Folder(pictures, size=16, channels=1), location, **FEW)
+    assert not (tmp_path / "out/unreadable.txt").exists()
 
 
-def test_a_process_stops_when_another_one_starts_over(tmp_path: Path) -> None:
-    def restart(done: int, total: int) -> None:
-        (tmp_path / "_prepare/options.txt").write_text("another")
+@pytest.mark.parametrize("encoding", ["encoded", "raw"])
+def test_up_to_five_percent_of_the_images_are_skipped(tmp_path: Path, encoding: Any) -> None:
+    write_images(tmp_path / "in", 60)
+    sound = make(Folder(tmp_path / "in", 16, 1, encoding), at(tmp_path / "sound"), **FEW)
+    lines = break_images(tmp_path / "in", 3, 4, 50)
+    source = Folder(tmp_path / "in", 16, 1, encoding)
+    manifest = make(source, at(tmp_path / "out"), skip_unreadable=True, **FEW)
+    assert (tmp_path / "out/unreadable.txt").read_text().splitlines() == lines
+    for split in ("train", "test"):
+        images, before = (
+            all_images(at(tmp_path / "out"), manifest, split),
+            all_images(at(tmp_path / "sound"), sound, split),
+        )
+        assert images == [image for image in before if image in images]
+    assert sum(split.num_rows for split in manifest.splits.values()) == 57
+    assert (
+        make(source, at(tmp_path / "out"), **FEW) == manifest
+    )  # with and without the flag, it is the same data set
+    break_images(tmp_path / "in", 5)
+    with pytest.raises(UserError, match=r"4 of 60 images .*--skip-unreadable .*leaves out 5% at most"):
+        make(Folder(tmp_path / "in", 16, 1, encoding), at(tmp_path / "more"), skip_unreadable=True, **FEW)
+    assert [*files_of(tmp_path / "more")] == ["unreadable.txt"]
 
-    with pytest.raises(UserError, match="another process has started this data set over; this one stops"):
-        make(Digits(), at(tmp_path), on_progress=restart)
+
+def test_an_error_about_many_long_names_is_short(tmp_path: Path) -> None:
+    deep = tmp_path / ("x" * 200) / ("y" * 200)
+    deep.mkdir(parents=True)
+    for i in range(1000):
+        (deep / f"{i}.png").write_bytes(b"")
+    with pytest.raises(UserError) as caught:
+        make(Folder(tmp_path / ("x" * 200), size=16), at(tmp_path / "out"))
+    assert (
+        str(caught.value).startswith("1,000 of 1,000 images cannot be read (")
+        and len(str(caught.value)) < 800
+    )
+    assert "\n" not in str(caught.value)
+    assert len((tmp_path / "out/unreadable.txt").read_text().splitlines()) == 1000
+
+
+def test_a_process_that_lost_the_lock_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A suspended process that another one has taken over from writes no manifest."""
+    monkeypatch.setattr("ddpm.storage.driver_lock.BEAT_S", 0.01)
+
+    def is_taken_over() -> bool:
+        (tmp_path / "driver.json").write_text("{}")  # again, since the lock may be rewritten just after
+        return not any(thread.name == "ddpm-driver-lock" for thread in threading.enumerate())
+
+    monkeypatch.setattr("ddpm.data.prepare.Display.update", lambda *_: wait_for(is_taken_over))
+    with pytest.raises(UserError, match="another process has taken over this data set; this one stops"):
+        make(Digits(), at(tmp_path))
     assert not (tmp_path / MANIFEST).exists()
+
+
+@pytest.mark.parametrize("pause", range(6))
+def test_two_preparations_at_once_give_one_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pause: int
+) -> None:
+    """One process stops inside each of its writes in turn, between the folder and the file, until another one has run
+    as far as it can: to the end, or to where it waits."""
+    monkeypatch.setattr("ddpm.storage.driver_lock.BEAT_S", 0.01)
+    alone = make(Digits(), at(tmp_path / "alone"), **SMALL)
+    is_stuck, other, writes, temporary = threading.Event(), list[threading.Thread](), [0], files.temporary
+    made = list[Manifest | UserError]()
+
+    def make_again() -> None:
+        try:
+            made.append(make(Digits(), at(tmp_path / "both"), **SMALL))
+        except UserError as error:
+            made.append(error)
+        is_stuck.set()
+
+    def paused(path: Path) -> Path:
+        if threading.current_thread() is threading.main_thread() and path.name != driver_lock.FILE:
+            writes[0] += 1
+            if writes[0] == pause + 1:
+                other.append(threading.Thread(target=make_again))
+                other[0].start()
+                assert is_stuck.wait(60)
+        return temporary(path)
+
+    monkeypatch.setattr(files, "temporary", paused)
+    monkeypatch.setattr("ddpm.data.prepare.log.warning", lambda *words: is_stuck.set())  # it waits
+    made.append(make(Digits(), at(tmp_path / "both"), **SMALL))
+    other[0].join()
+    assert made == [alone, alone] and writes[0] == 6  # a note, four shards, the manifest
+    assert files_of(tmp_path / "both") == files_of(tmp_path / "alone")
 
 
 def test_a_too_large_manifest_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +337,7 @@ def test_a_too_large_manifest_is_not_read(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("ddpm.data.manifest.MAX_MANIFEST_BYTES", size)
     read_manifest(resolve(str(tmp_path)))
     monkeypatch.setattr("ddpm.data.manifest.MAX_MANIFEST_BYTES", size - 1)
-    with pytest.raises(UserError, match=r"manifest\.json is larger than 0 MiB; "):
+    with pytest.raises(UserError, match=r"manifest\.json is larger than [\d,]+ bytes"):
         read_manifest(resolve(str(tmp_path)))
 
 
@@ -300,3 +348,22 @@ def test_too_many_row_groups_for_a_manifest_are_rejected_before_the_start(
     with pytest.raises(UserError, match="18 row groups are more than a manifest of 0 MiB can list"):
         make(Digits(), at(tmp_path / "d"), **SMALL)
     assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.slow
+def test_ray_tasks_give_the_same_data_set(tmp_path: Path) -> None:
+    import ray
+
+    here = make(Digits(), at(tmp_path / "here"), **SMALL)
+    write_images(tmp_path / "in", 6)
+    break_images(tmp_path / "in", 3)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        there = make(Digits(), at(tmp_path / "there"), connect=lambda: None, **SMALL)
+        with pytest.raises(
+            UserError, match=r"^1 of 6 images cannot be read .*3\.png: image file is truncated$"
+        ):
+            make(Folder(tmp_path / "in", size=16), at(tmp_path / "out"), connect=lambda: None, **FEW)
+    finally:
+        ray.shutdown()
+    assert here == there

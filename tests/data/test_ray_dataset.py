@@ -19,10 +19,10 @@ from support import damaged
 from support.processes import members, wait_for
 
 from ddpm.data import ray_dataset
-from ddpm.data.corrupt import CorruptData, Substitution
 from ddpm.data.manifest import Manifest, Shard, Split
 from ddpm.data.plan import ReadOrder, rank_shard
-from ddpm.data.reading import DataSet, cut
+from ddpm.data.reading import DataSet, Images, cut
+from ddpm.data.row_group import CorruptData
 from ddpm.storage.locations import resolve
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import StorageError
@@ -34,17 +34,17 @@ class FakeIterator:
     def __init__(self, rows: int, hang: bool) -> None:
         self._rows, self._hang = rows, hang
 
-    def iter_batches(self, **kwargs: Any) -> Iterator[dict[str, int]]:
+    def iter_batches(self, **kwargs: Any) -> Iterator[dict[str, list[Any]]]:
         for i in range(self._rows):
-            yield {"row": i}
+            yield {"error": [""], "image": [i], "label": [i]}
         if self._hang:
             time.sleep(30)
         raise OSError("the store is gone")
 
 
 def test_a_stalled_reader_is_an_error() -> None:
-    rows = ray_dataset._Rows(FakeIterator(2, hang=True), 0.2, 0.3)  # type: ignore[arg-type]
-    assert [next(rows)["row"], next(rows)["row"]] == [0, 1]
+    rows = ray_dataset.RankReader(FakeIterator(2, hang=True), 0.2, 0.3)  # type: ignore[arg-type]
+    assert [next(rows).image, next(rows).image] == [0, 1]
     with pytest.raises(
         UserError, match=r"no data for 0\.5 s \(stall_timeout_s 0\.2 \+ storage_timeout_s 0\.3\)"
     ):
@@ -52,7 +52,7 @@ def test_a_stalled_reader_is_an_error() -> None:
 
 
 def test_errors_of_the_reader_are_raised_in_training() -> None:
-    rows = ray_dataset._Rows(FakeIterator(1, hang=False), 5, 0)  # type: ignore[arg-type]
+    rows = ray_dataset.RankReader(FakeIterator(1, hang=False), 5, 0)  # type: ignore[arg-type]
     next(rows)
     with pytest.raises(OSError, match="the store is gone"):
         next(rows)
@@ -61,7 +61,7 @@ def test_errors_of_the_reader_are_raised_in_training() -> None:
 @pytest.mark.parametrize("taken", [0, 1])
 def test_the_reader_thread_ends_with_its_worker(taken: int) -> None:
     others = set(threading.enumerate())
-    rows = ray_dataset._Rows(FakeIterator(1000, hang=True), 5, 0)  # type: ignore[arg-type]
+    rows = ray_dataset.RankReader(FakeIterator(1000, hang=True), 5, 0)  # type: ignore[arg-type]
     for _ in range(taken):
         next(rows)
     (reader,) = set(threading.enumerate()) - others
@@ -100,7 +100,7 @@ ORDER = ReadOrder(
 def read_in_workers(
     data_set: DataSet, order: ReadOrder = ORDER, images_seen: int = 0, world_size: int = 2
 ) -> list[dict[str, Any]]:
-    """Read with one process per rank, as in training; returns each rank's batches, substitutions and error."""
+    """Read with one process per rank, as in training; returns each rank's batches and error."""
     import ray
 
     class Broadcast:
@@ -119,15 +119,12 @@ def read_in_workers(
     broadcaster = ray.remote(num_cpus=0)(Broadcast).remote()
 
     def take(rank: int) -> dict[str, Any]:
-        taken: dict[str, Any] = {"batches": [], "told": [], "error": None}
+        taken: dict[str, Any] = {"batches": [], "error": None}
 
         def broadcast(value: Any) -> Any:
             if rank == 0:
                 ray.get(broadcaster.put.remote(value))
             return ray.get(broadcaster.get.remote()) if rank else value
-
-        def on_substitutions(substitutions: list[Substitution]) -> None:
-            taken["told"].append((len(taken["batches"]), substitutions))
 
         batches = ray_dataset.micro_batches(
             data_set,
@@ -136,7 +133,6 @@ def read_in_workers(
             rank=rank,
             world_size=world_size,
             broadcast=broadcast,
-            on_substitutions=on_substitutions,
         )
         try:
             for batch in batches:
@@ -149,53 +145,38 @@ def read_in_workers(
     return ray.get([worker.remote(rank) for rank in range(world_size)])
 
 
-@pytest.mark.parametrize(
-    ("changes", "arguments", "message"),
-    [
-        ({"batch_size": 0}, {}, "batch_size 0 is not a positive multiple of micro_batch_size 3"),
-        ({"micro_batch_size": 5}, {}, "batch_size 12 is not a positive multiple of micro_batch_size 5"),
-        (
-            {},
-            {"world_size": 3},
-            "4 micro-batches of 3, which 3 workers cannot share evenly; use 1 or 2 or 4 workers",
-        ),
-        ({}, {"images_seen": -12}, "images_seen is -12; it must be a position, 0 or more"),
-    ],
-)
-def test_invalid_read_orders_are_rejected_at_once(
-    changes: dict[str, int], arguments: dict[str, int], message: str, tmp_path: Path
-) -> None:
+def test_reading_ahead_follows_the_workers_within_the_object_store() -> None:
+    gib = 1 << 30
+    assert ray_dataset.read_ahead_bytes(1, 8.0 * gib) == gib / 4
+    assert ray_dataset.read_ahead_bytes(4, 8.0 * gib) == gib
+    assert ray_dataset.read_ahead_bytes(64, 8.0 * gib) == 2 * gib
+
+
+def test_invalid_read_orders_are_rejected_at_once(tmp_path: Path) -> None:
     data_set = ray_dataset.open_data_set(damaged.prepare(str(tmp_path)).uri)
-    with pytest.raises(UserError, match=message):
-        ray_dataset.micro_batches(data_set, replace(ORDER, **changes), **arguments)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="4 micro-batches of 3, too few for 5 workers"):
+        ray_dataset.micro_batches(data_set, ORDER, world_size=5)
+    with pytest.raises(UserError, match="images_seen is -12; it must be a position, 0 or more"):
+        ray_dataset.micro_batches(data_set, ORDER, -12)
 
 
 @pytest.mark.oldest_ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_workers_get_the_plan_with_its_substitutes(tmp_path: Path) -> None:
-    location = damaged.prepare(str(tmp_path))
-    damaged.damage_row_group(tmp_path, 0, 1)
-    order = replace(ORDER, on_corrupt="substitute")
-    data_set = ray_dataset.open_data_set(location.uri, timeout_s=0.5)
+def test_workers_get_the_plan(tmp_path: Path) -> None:
+    data_set = ray_dataset.open_data_set(damaged.prepare(str(tmp_path)).uri, timeout_s=0.5)
     # The full range, and one whose first part has a single image, so none for the second rank.
     for start, stop in ((87, 123), (0, 120)):
-        images = data_set.read(data_set.plan(*damaged.PLAN), start, stop, "substitute")
-        workers = read_in_workers(data_set, order, start)
-        for rank, worker in enumerate(workers):
+        images = data_set.read(data_set.plan(*damaged.PLAN), start, stop)
+        for rank, worker in enumerate(read_in_workers(data_set, ORDER, start)):
             assert worker["error"] is None
-            mine = [rank_shard(rows, 0, rank, 2, 3) for rows in (images.image, images.label)]
-            expected = list(cut([(mine[0], mine[1])], rank, 2, 12, 3))
+            share = ORDER.share(rank, 2)
+            mine = [rank_shard(rows, 0, share, 3) for rows in (images.image, images.label)]
+            expected = list(cut([Images(*mine)], share, 3))
             assert len(worker["batches"]) == len(expected) == (stop - start) // 6
-            for (index, image, label), expected_batch in zip(worker["batches"], expected, strict=True):
-                assert index == expected_batch.index
-                assert np.array_equal(image, expected_batch.image) and np.array_equal(
-                    label, expected_batch.label
-                )
-    assert workers[1]["told"] == []
-    assert tuple(s for _, reported in workers[0]["told"] for s in reported) == images.substitutions
-    for batches, reported in workers[0]["told"]:  # reported before any of their images
-        assert min(s.position for s in reported) // 12 * 2 >= batches
+            for (index, image, label), batch in zip(worker["batches"], expected, strict=True):
+                assert index == batch.index
+                assert np.array_equal(image, batch.image) and np.array_equal(label, batch.label)
 
 
 @pytest.mark.slow
@@ -212,12 +193,9 @@ def test_read_errors_are_raised_in_every_worker(tmp_path: Path) -> None:
     # A folder in place of a file is a storage error, not damage that a checksum detects.
     damaged.rewrite(tmp_path, 2, lambda data: None)
     (tmp_path / "train/00002.parquet").mkdir()
-    for policy in ("error", "substitute"):
-        workers = read_in_workers(data_set, replace(ORDER, on_corrupt=policy))
-        assert [type(worker["error"]) for worker in workers] == [StorageError] * 2
-        assert all(
-            str(worker["error"]).startswith(f"{tmp_path}: storage has failed for") for worker in workers
-        )
+    workers = read_in_workers(data_set)
+    assert [type(worker["error"]) for worker in workers] == [StorageError] * 2
+    assert all(str(worker["error"]).startswith(f"{tmp_path}: storage has failed for") for worker in workers)
 
 
 @pytest.mark.slow

@@ -2,24 +2,24 @@
 
 import threading
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
 from support import damaged, proxy, servers
 from support.damaged import NUM_IMAGES, PLAN
 
-from ddpm.config import Config, override
-from ddpm.data.corrupt import CorruptData
+from ddpm.config import Config
+from ddpm.config_io import override
 from ddpm.data.ray_dataset import open_configured
 from ddpm.data.reading import DataSet, Images
+from ddpm.data.row_group import CorruptData
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import StorageError
 
 RETRY_S = 60.0
-OnCorrupt = Literal["error", "substitute"]
 
 
 @pytest.fixture
@@ -38,16 +38,12 @@ def location(faulty: proxy.FaultyProxy, s3_bucket: str) -> Location:
     return damaged.prepare(f"{s3_bucket}/sets/numbers")
 
 
-def read_all(data_set: DataSet, on_corrupt: OnCorrupt = "error") -> Images:
-    return data_set.read(data_set.plan(*PLAN), 5, NUM_IMAGES + 5, on_corrupt)
+def read_all(data_set: DataSet) -> Images:
+    return data_set.read(data_set.plan(*PLAN), 5, NUM_IMAGES + 5)
 
 
 def equal(one: Images, other: Images) -> bool:
-    return (
-        np.array_equal(one.image, other.image)
-        and np.array_equal(one.label, other.label)
-        and one.substitutions == other.substitutions
-    )
+    return np.array_equal(one.image, other.image) and np.array_equal(one.label, other.label)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +80,6 @@ def test_reading_waits_for_the_end_of_an_outage(
     assert faulty.mode == "pass", "the outage was not waited out"
 
 
-@pytest.mark.parametrize("on_corrupt", ["error", "substitute"])
 @pytest.mark.parametrize(
     ("mode", "answer"),
     [
@@ -95,12 +90,12 @@ def test_reading_waits_for_the_end_of_an_outage(
     ],
 )
 def test_a_permanent_outage_is_an_error_with_bucket_and_last_answer(
-    faulty: proxy.FaultyProxy, location: Location, mode: proxy.Mode, answer: str, on_corrupt: OnCorrupt
+    faulty: proxy.FaultyProxy, location: Location, mode: proxy.Mode, answer: str
 ) -> None:
     data_set = damaged.opened(location, timeout_s=1.0)
     faulty.switch(mode)
-    with pytest.raises(StorageError) as caught:  # not CorruptData, and no substitution
-        read_all(data_set, on_corrupt)
+    with pytest.raises(StorageError) as caught:  # not CorruptData
+        read_all(data_set)
     message = str(caught.value)
     assert message.startswith(f"{location.uri}: storage has failed for ") and "\n" not in message
     assert "--run.storage-timeout-s 1)" in message and answer in message
@@ -115,11 +110,8 @@ def test_damaged_files_are_distinguished_from_storage_faults(
     location.child("train/00002.parquet").filesystem.delete_file(f"{location.path}/train/00002.parquet")
     data_set = damaged.opened(location, RETRY_S)
     plan = data_set.plan(0, NUM_IMAGES)
-    undisturbed = data_set.read(plan, 0, NUM_IMAGES, "substitute")
-    assert {s.shard for s in undisturbed.substitutions} == {"train/00001.parquet", "train/00002.parquet"}
     faulty.switch(mode, every=5)
-    assert equal(data_set.read(plan, 0, NUM_IMAGES, "substitute"), undisturbed)
-    with pytest.raises(CorruptData, match=r"train/0000[12]\.parquet, row group \d \(rows 0-\d\): "):
+    with pytest.raises(CorruptData, match=r"train/0000[12]\.parquet, row group \d: the shard "):
         data_set.read(plan, 0, NUM_IMAGES)
 
 

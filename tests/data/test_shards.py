@@ -3,8 +3,6 @@
 import dataclasses
 import io
 import json
-import struct
-import zlib
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -17,7 +15,6 @@ import pytest
 from PIL import Image
 
 from ddpm.data import row_group
-from ddpm.data.corrupt import CorruptData
 from ddpm.data.manifest import (
     Manifest,
     Shard,
@@ -26,7 +23,7 @@ from ddpm.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from ddpm.data.row_group import content_sha256, decode
+from ddpm.data.row_group import CorruptData, content_sha256, decode
 from ddpm.data.shards import read_row_group, write_shard
 from ddpm.storage.locations import resolve
 from ddpm.utils.errors import UserError
@@ -58,7 +55,7 @@ def write(root: Path, images: Any, labels: np.ndarray | None = None, rows: int =
     ]
     names = [] if labels is None else ["a", "b", "c"]
     encoding = "raw" if isinstance(images, np.ndarray) else "encoded"
-    manifest = make_manifest("test", 4, 5, 3, encoding, names, {"train": shards}, "options")
+    manifest = make_manifest("test", (4, 5, 3), encoding, names, {"train": shards}, "options")
     write_manifest(resolve(str(root)), manifest)
     return read_manifest(resolve(str(root)))
 
@@ -75,15 +72,9 @@ def test_written_images_are_read_back(tmp_path: Path, encoded: bool) -> None:
     some, label = read_row_group(resolve(str(tmp_path)), manifest, "train", 1, rows=np.array([3, 0]))
     assert (some == images[[7, 4]]).all()
     assert label is not None and label.tolist() == [1, 1]
+    assert encoded or not read[0][0].flags.owndata  # raw pixels are not copied
     with pytest.raises(IndexError):
         read_row_group(resolve(str(tmp_path)), manifest, "train", 5)
-
-
-def test_raw_pixels_are_not_copied(tmp_path: Path) -> None:
-    manifest = write(tmp_path, pixels(6))
-    image, label = read_row_group(resolve(str(tmp_path)), manifest, "train", 0)
-    assert not image.flags.owndata
-    assert label is None
 
 
 def test_the_same_images_give_the_same_bytes(tmp_path: Path) -> None:
@@ -112,42 +103,32 @@ def shard_of(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 ALTERED: list[tuple[Callable[[dict[str, Any]], object], str]] = [
-    (lambda raw: raw.update(extra=1), "unknown key 'extra'"),
-    (lambda raw: raw.pop("width"), "lacks 'width'"),
     (
         lambda raw: raw.update(format="ddpm-shards/1"),
         "format is 'ddpm-shards/1'; .*: prepare the data set again",
     ),
-    (lambda raw: raw.pop("format"), "lacks 'format'"),
     (lambda raw: raw.update(encoding="jpeg"), "encoding is 'jpeg'"),
-    (lambda raw: raw.update(height=True), "height is True"),
     (lambda raw: raw.update(height=10**6), "height is 1000000"),
     (lambda raw: raw.update(channels=2), "channels is 2"),
-    (lambda raw: raw.update(class_names="abc"), "class_names is 'abc'; it must be a valid array"),
-    (lambda raw: raw.update(splits=[]), "splits is \\[\\]; it must be an object"),
     (lambda raw: raw.update(splits={}), "no splits"),
     (lambda raw: raw.update(width=6), "fingerprint"),
     (lambda raw: raw.update(fingerprint="0" * 64), "fingerprint"),
     (lambda raw: raw["splits"]["train"].update(fingerprint="0" * 64), "fingerprint"),
     (lambda raw: raw["splits"]["train"].update(num_rows=7), "split 'train' lists 7 rows"),
-    (lambda raw: raw["splits"]["train"].update(num_rows=-1), "splits: train: num_rows is -1"),
+    (lambda raw: raw["splits"]["train"].update(num_rows=-1), "splits.train.num_rows is -1"),
     (lambda raw: raw["splits"]["train"]["shards"].append(shard_of(raw)), "a shard twice"),
     (lambda raw: shard_of(raw).update(num_rows=3), "lists 3 rows"),
-    (lambda raw: shard_of(raw).update(row_groups=[0, 4]), "row_groups: 0 is 0; it must be greater"),
+    (lambda raw: shard_of(raw).update(row_groups=[0, 4]), "row_groups.0 is 0; it must be at least 1"),
     (lambda raw: shard_of(raw).update(row_groups=[3, 1], row_group_sha256=["0" * 64] * 2), "fingerprint"),
+    (lambda raw: shard_of(raw).update(num_rows=10**12), "num_rows is 1000000000000; it must be at most"),
+    (lambda raw: shard_of(raw).update(num_bytes=239), "lists 4 images, more than its 239 bytes can hold"),
+    (lambda raw: shard_of(raw).update(row_groups=[10**7]), r"row_groups\.0 is 10000000; it must be at most"),
     (lambda raw: shard_of(raw).update(sha256="x"), "a sha256 of shard train/00000.parquet is 'x'"),
     (lambda raw: shard_of(raw).update(row_group_sha256=["x"]), "a sha256 of shard .* is 'x'"),
     (lambda raw: shard_of(raw).update(row_group_sha256=["0" * 64]), "fingerprint"),
     (lambda raw: shard_of(raw).update(row_group_sha256=[]), "has 1 row groups, but 0 checksums"),
-    (
-        lambda raw: shard_of(raw).update(row_group_sha256="0" * 64),
-        "row_group_sha256 is '0+.*'; it must be a valid array",
-    ),
-    (lambda raw: shard_of(raw).pop("row_group_sha256"), "lacks 'row_group_sha256'"),
     (lambda raw: shard_of(raw).update(path="/train/00000.parquet"), "shard path"),
     (lambda raw: shard_of(raw).update(path="train/../../00000.parquet"), "shard path"),
-    (lambda raw: shard_of(raw).update(path="..\\train\\00000.parquet"), "shard path"),
-    (lambda raw: shard_of(raw).update(path="C:/00000.parquet"), "shard path"),
     (lambda raw: shard_of(raw).update(path="test/00000.parquet"), "shard path"),
 ]
 
@@ -163,10 +144,10 @@ def test_an_altered_manifest_is_rejected(
         manifest_from_json(json.dumps(raw), "here/manifest.json")
 
 
-@pytest.mark.parametrize("text", ["", "[" * 100_000, "[]", '{"format": 1'])
-def test_non_object_json_is_rejected(text: str) -> None:
-    with pytest.raises(UserError, match=r"^here"):
-        manifest_from_json(text, "here")
+def test_non_object_json_is_rejected() -> None:
+    for text in ("", "[" * 100_000, "[]"):
+        with pytest.raises(UserError, match=r"^here"):
+            manifest_from_json(text, "here")
 
 
 def test_a_wrong_byte_anywhere_is_detected(tmp_path: Path) -> None:
@@ -185,22 +166,6 @@ def test_a_wrong_byte_anywhere_is_detected(tmp_path: Path) -> None:
             assert (read == images).all()
 
 
-@pytest.mark.parametrize("keep", [0, 10, 400])
-def test_a_truncated_or_missing_shard_is_an_error_with_its_name(tmp_path: Path, keep: int) -> None:
-    manifest = write(tmp_path, pixels(6))
-    path = tmp_path / "train/00000.parquet"
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(
-        CorruptData, match=r"train/00000\.parquet, row group 0 \(rows 0-3\): it cannot be read"
-    ):
-        read_row_group(resolve(str(tmp_path)), manifest, "train", 0)
-    path.unlink()
-    with pytest.raises(
-        CorruptData, match=r"train/00000\.parquet, row group 0 \(rows 0-3\): the shard is missing"
-    ):
-        read_row_group(resolve(str(tmp_path)), manifest, "train", 0)
-
-
 def test_a_storage_error_is_not_corruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = write(tmp_path, pixels(6))
 
@@ -212,51 +177,32 @@ def test_a_storage_error_is_not_corruption(tmp_path: Path, monkeypatch: pytest.M
         read_row_group(resolve(str(tmp_path)), manifest, "train", 0)
 
 
+IMAGES, LABELS = pa.array([b"a" * 60] * 3, pa.binary(60)), pa.array([0, 1, 2])
+PLAIN = {"compression": "none", "use_dictionary": False}
+
+
 @pytest.mark.parametrize(
-    ("columns", "message"),
+    ("columns", "options", "message"),
     [
-        ({"label": pa.array([0, 1, 2])}, "no column image"),
-        ({"image": pa.array([b"a" * 60] * 3, pa.binary(60))}, "no column label"),
-        ({"image": pa.array([b"a" * 60] * 3), "label": pa.array([0, 1, 2])}, r"image is binary; .*\[60\]"),
-        (
-            {"image": pa.array([b"a" * 60] * 3, pa.binary(60)), "label": pa.array([0, None, 1])},
-            "label is int64 with nulls",
-        ),
-        ({"image": pa.array([b"a" * 61] * 3, pa.binary(61)), "label": pa.array([0, 1, 2])}, "image is"),
-        ({"image": pa.array([b"a" * 60] * 2, pa.binary(60)), "label": pa.array([0, 1])}, "has 2 rows"),
-        (
-            {"image": pa.array([b"a" * 60] * 3, pa.binary(60)), "label": pa.array([0, 1, 2])},
-            "its checksum is not that of the manifest",
-        ),
+        ({"label": LABELS}, PLAIN, "column image is missing"),
+        ({"image": IMAGES}, PLAIN, "column label is missing"),
+        ({"image": IMAGES.cast(pa.binary()), "label": LABELS}, PLAIN, r"image is binary; .*\[60\]"),
+        ({"image": IMAGES, "label": pa.array([0, None, 1])}, PLAIN, "label has nulls"),
+        ({"image": pa.array([b"a" * 61] * 3, pa.binary(61)), "label": LABELS}, PLAIN, "image is"),
+        ({"image": IMAGES[:2], "label": LABELS[:2]}, PLAIN, "has 2 rows"),
+        ({"image": IMAGES, "label": LABELS}, PLAIN, "its checksum is not that of the manifest"),
     ],
 )
 def test_a_shard_that_contradicts_the_manifest_is_rejected(
-    tmp_path: Path, columns: dict[str, pa.Array], message: str
+    tmp_path: Path, columns: dict[str, pa.Array], options: Any, message: str
 ) -> None:
-    (tmp_path / "train").mkdir()
-    pq.write_table(pa.table(columns), tmp_path / "train/00000.parquet")
-    shard = Shard("train/00000.parquet", 3, (3,), 1, "0" * 64, ("0" * 64,))
-    manifest = make_manifest("test", 4, 5, 3, "raw", ["a", "b", "c"], {"train": [shard]}, "")
-    with pytest.raises(CorruptData, match=rf"train/00000\.parquet, row group 0 \(rows 0-2\): .*{message}"):
+    file = tmp_path / "train/00000.parquet"
+    file.parent.mkdir()
+    pq.write_table(pa.table(columns), file, **options)
+    shard = Shard("train/00000.parquet", 3, (3,), file.stat().st_size, "0" * 64, ("0" * 64,))
+    manifest = make_manifest("test", (4, 5, 3), "raw", ["a", "b", "c"], {"train": [shard]}, "")
+    with pytest.raises(CorruptData, match=rf"train/00000\.parquet, row group 0: .*{message}"):
         read_row_group(resolve(str(tmp_path)), manifest, "train", 0)
-
-
-@pytest.mark.parametrize("encoded", [False, True])
-def test_a_swapped_valid_shard_is_detected(tmp_path: Path, encoded: bool) -> None:
-    def stored(seed: int, labels: list[int]) -> Manifest:
-        images = pixels(6, seed=seed)
-        root = tmp_path / str(seed) / str(labels[0])
-        return write(root, [image_file(i) for i in images] if encoded else images, np.array(labels))
-
-    manifest = stored(0, [0, 1, 2, 0, 1, 2])
-    for seed, labels in ((1, [0, 1, 2, 0, 1, 2]), (0, [1, 1, 2, 0, 1, 2])):
-        stored(seed, labels)
-        root = str(tmp_path / str(seed) / str(labels[0]))
-        with pytest.raises(
-            CorruptData, match=r"row group 0 \(rows 0-3\): its checksum is not that of the manifest"
-        ):
-            read_row_group(resolve(root), manifest, "train", 0)
-        assert len(read_row_group(resolve(root), read_manifest(resolve(root)), "train", 0)[0]) == 4
 
 
 def test_the_checksum_of_a_row_group_depends_on_its_content(tmp_path: Path) -> None:
@@ -293,20 +239,9 @@ def test_a_bad_label_is_an_error_with_its_row(tmp_path: Path) -> None:
         read_row_group(resolve(str(tmp_path)), manifest, "train", 1)
 
 
-def png_claiming(width: int, height: int) -> bytes:
-    """A tiny PNG whose header claims a huge image."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + body
-
-
 def test_a_bad_image_is_an_error_with_its_row(tmp_path: Path) -> None:
     good = image_file(pixels(1)[0])
-    for bad in (b"", good[:40], good[:60], image_file(pixels(1, 5, 4)[0]), png_claiming(30_000, 30_000)):
+    for bad in (b"", good[:40], good[:60], image_file(pixels(1, 5, 4)[0])):
         manifest = write(tmp_path, [good, good, bad, good, good, good])
         with pytest.raises(CorruptData, match=r"train/00000\.parquet, row group 0, row 2: the image"):
             read_row_group(resolve(str(tmp_path)), manifest, "train", 0)

@@ -18,11 +18,12 @@ Not reproduced, and why:
 
 import pytest
 import torch
+from support.exact_denoisers import ancestral, visited
 
 from ddpm.diffusion import process, schedules
 from ddpm.diffusion.denoisers import clip
 from ddpm.diffusion.objectives import Denoised
-from ddpm.diffusion.samplers import ancestral, ddim, dpmpp_2m
+from ddpm.diffusion.samplers import ddim, dpmpp_2m
 from ddpm.diffusion.timesteps import respaced
 
 LINEAR = schedules.linear(1000, 1e-4, 0.02)
@@ -110,16 +111,9 @@ def test_ddim_to_a_clean_image_and_to_t_0():
 
     The latter ends at t = 0, with the input of our last step.
     """
-    seen = []
-    x = ddim(
-        eps_net(BRIGHT),
-        BRIGHT,
-        from_sample(),
-        timesteps=TEN,
-        on_step=lambda step, x_t, x_0_hat: seen.append(x_t),
-    )
+    *_, at_t_0, x = visited(ddim, eps_net(BRIGHT), BRIGHT, from_sample(), timesteps=TEN)
     assert_sums(x, 149.8295, 0.1951)
-    assert_sums(seen[-1], 149.0784, 0.1941)
+    assert_sums(at_t_0, 149.0784, 0.1941)
 
 
 @pytest.mark.parametrize(
@@ -137,9 +131,8 @@ def test_dpmpp_2m(net, threshold, golden):
 
     Theirs ends at t = 0 (final_sigmas_type sigma_min), with the input of our last step.
     """
-    assert last_entered(net, from_sample(), ELEVEN, threshold).abs().mean().item() == pytest.approx(
-        golden, abs=1e-4
-    )
+    x = last_entered(net, from_sample(), ELEVEN, threshold)
+    assert x.abs().mean().item() == pytest.approx(golden, abs=1e-4)
 
 
 def test_dpmpp_2m_from_a_noised_image():
@@ -148,13 +141,4 @@ def test_dpmpp_2m_from_a_noised_image():
 
 
 def last_entered(net, noise, timesteps, threshold):
-    seen = []
-    dpmpp_2m(
-        net(LINEAR),
-        LINEAR,
-        noise,
-        timesteps=timesteps,
-        threshold=threshold,
-        on_step=lambda step, x_t, x_0_hat: seen.append(x_t),
-    )
-    return seen[-1]
+    return visited(dpmpp_2m, net(LINEAR), LINEAR, noise, timesteps=timesteps, threshold=threshold)[-2]

@@ -6,17 +6,27 @@ from itertools import pairwise
 import pytest
 import torch
 from diffusers import RePaintScheduler
-from support.exact_denoisers import correlated, finite, gaussian, normal, toy_denoiser
+from support.exact_denoisers import (
+    ancestral,
+    black_and_white,
+    correlated,
+    finite,
+    gaussian,
+    normal,
+    toy_denoiser,
+    visited,
+)
 
 from ddpm.config import SampleConfig
 from ddpm.diffusion import inpainting, schedules
-from ddpm.diffusion.inpainting import inpaint
+from ddpm.diffusion.inpainting import Known, inpaint
 from ddpm.diffusion.objectives import Denoised
-from ddpm.diffusion.samplers import PerImageNoise, ancestral
+from ddpm.diffusion.samplers import PerImageNoise
 from ddpm.diffusion.timesteps import karras, uniform
 from ddpm.utils.generators import PhiloxGenerator
 
 SHORT = schedules.linear(100, 1e-3, 0.2)
+TOY = toy_denoiser(SHORT)
 ALL = uniform(100, 100)
 
 
@@ -29,15 +39,8 @@ def test_known_pixels_are_kept_exactly(num_resamples):
     shape = (3, 2, 4, 4)
     x_0 = 2 * torch.rand(shape, generator=torch.Generator().manual_seed(1)) - 1
     mask = make_mask((1, 1, 4, 4))
-    x = inpaint(
-        toy_denoiser(SHORT),
-        SHORT,
-        normal(shape, dtype=torch.float32),
-        x_0=x_0,
-        mask=mask,
-        timesteps=uniform(100, 20),
-        num_resamples=num_resamples,
-    )
+    given, noise = Known(x_0, mask, num_resamples), normal(shape, dtype=torch.float32)
+    x = inpaint(TOY, SHORT, noise, known=given, timesteps=uniform(100, 20))
     known = mask.bool().expand(shape)
     assert torch.equal(x[known], x_0[known])
     assert not (x[~known] == x_0[~known]).any()
@@ -46,10 +49,8 @@ def test_known_pixels_are_kept_exactly(num_resamples):
 @pytest.mark.parametrize("timesteps", [ALL, karras(SHORT, 12)], ids=len)
 def test_with_nothing_known_and_no_resampling_it_is_ancestral(timesteps):
     shape, zero = (2, 1, 4, 4), torch.zeros(1, 1, 4, 4)
-    x = inpaint(
-        toy_denoiser(SHORT), SHORT, normal(shape), x_0=zero, mask=zero, timesteps=timesteps, num_resamples=1
-    )
-    assert torch.equal(x, ancestral(toy_denoiser(SHORT), SHORT, normal(shape), timesteps=timesteps))
+    x = inpaint(TOY, SHORT, normal(shape), known=Known(zero, zero, 1), timesteps=timesteps)
+    assert torch.equal(x, ancestral(TOY, SHORT, normal(shape), timesteps=timesteps))
 
 
 def test_samples_have_the_conditional_mean():
@@ -63,17 +64,9 @@ def test_samples_have_the_conditional_mean():
     x_0, mask = torch.tensor([[[[a, 0.0]]]]), torch.tensor([[[[1.0, 0.0]]]])
     means = []
     for num_resamples in (1, 3, 10):
-        x = inpaint(
-            correlated(schedule, covariance),
-            schedule,
-            normal((1000, 1, 1, 2)),
-            x_0=x_0,
-            mask=mask,
-            timesteps=uniform(200, 200),
-            num_resamples=num_resamples,
-            jump_length=2,
-            threshold=None,
-        )
+        settings = {"known": Known(x_0, mask, num_resamples, 2), "timesteps": uniform(200, 200)}
+        noise = normal((1000, 1, 1, 2))
+        x = inpaint(correlated(schedule, covariance), schedule, noise, **settings, threshold=None)
         means.append(x[:, 0, 0, 1].mean().item())
     assert means[0] < means[1] - 0.02 < means[2] - 0.04
     assert means[2] == pytest.approx(rho * a, abs=0.02)  # known to 0.004
@@ -81,18 +74,10 @@ def test_samples_have_the_conditional_mean():
 
 
 def test_inpainting_finds_the_matching_point_of_a_finite_data_set():
-    g = torch.Generator().manual_seed(3)
-    points = (2 * torch.rand((4, 1, 4, 4), generator=g, dtype=torch.float64) - 1).sign()
-    mask = torch.zeros(1, 1, 4, 4)
+    points, mask = black_and_white(), torch.zeros(1, 1, 4, 4)
     mask[..., :2, :] = 1
-    x = inpaint(
-        finite(SHORT, points),
-        SHORT,
-        normal((50, 1, 4, 4)),
-        x_0=points[2:3],
-        mask=mask,
-        timesteps=uniform(100, 50),
-    )
+    settings = {"known": Known(points[2:3], mask), "timesteps": uniform(100, 50)}
+    x = inpaint(finite(SHORT, points), SHORT, normal((50, 1, 4, 4)), **settings)
     assert ((x - points[2]).abs() < 1e-3).all()
 
 
@@ -125,7 +110,7 @@ def test_reference_steps_by_hand():
     [(100, 10, 10), (100, 1, 10), (100, 3, 1), (25, 2, 10), (12, 3, 11), (2, 4, 1)],
 )
 def test_steps_go_back_and_forth_as_in_the_authors_code(n, num_resamples, jump_length):
-    asked, entered, steps = [], [], []
+    asked = []
 
     def denoise(x_t, t):
         asked.append(int(t[0]))
@@ -133,30 +118,20 @@ def test_steps_go_back_and_forth_as_in_the_authors_code(n, num_resamples, jump_l
 
     # If all pixels are known and grey, x_t is pure noise, and the std of 10,000 pixels tells its timestep.
     schedule = schedules.linear(n, 0.05, 0.3)
-    zero = torch.zeros(1, 1, 1, 1)
-    inpaint(
-        denoise,
-        schedule,
-        normal((1, 1, 100, 100), dtype=torch.float32),
-        x_0=zero,
-        mask=zero + 1,
-        timesteps=range(n)[::-1],
-        num_resamples=num_resamples,
-        jump_length=jump_length,
-        on_step=lambda step, x_t, x_0_hat: (steps.append(step), entered.append(x_t.std().item())),
-    )
+    zero, noise = torch.zeros(1, 1, 1, 1), normal((1, 1, 100, 100), dtype=torch.float32)
+    known = Known(zero, zero + 1, num_resamples, jump_length)
+    *seen, _ = visited(inpaint, denoise, schedule, noise, known=known, timesteps=range(n)[::-1])
     down = [t for t, t_next in reference_steps(n, num_resamples, jump_length) if t_next < t]
     assert asked == down and asked.count(0) == 1
-    assert steps == list(range(len(asked)))
     assert len(asked) == n + (num_resamples - 1) * jump_length * len(range(0, n - jump_length, jump_length))
     std = (1 - schedule.alpha_bar[asked]).sqrt().tolist()
-    assert entered[1:] == pytest.approx(std[1:], rel=0.04)  # known to 0.7 %; the first is N(0, 1)
+    assert [x_t.std().item() for x_t in seen[1:]] == pytest.approx(std[1:], rel=0.04)  # known to 0.7 %
 
 
 @pytest.mark.parametrize("num_resamples", [2, 3])
 def test_repaint_equals_diffusers_step_for_step(num_resamples):
     """diffusers' step and undo_step in the order of the reference steps; undo_step adds noise one step at a time."""
-    shape, net = (2, 1, 4, 4), toy_denoiser(SHORT)
+    shape = (2, 1, 4, 4)
     x_0 = 2 * torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) - 1
     mask = make_mask((1, 1, 4, 4))
     theirs = RePaintScheduler(num_train_timesteps=100, eta=1.0, clip_sample=False)
@@ -169,38 +144,17 @@ def test_repaint_equals_diffusers_step_for_step(num_resamples):
     for t, t_next in reference_steps(100, num_resamples, 1):
         if t_next < t:
             expected.append(y)
-            y = theirs.step(net(y, torch.full((2,), t)).eps_hat, t, y, x_0, mask.double(), g).prev_sample
+            y = theirs.step(TOY(y, torch.full((2,), t)).eps_hat, t, y, x_0, mask.double(), g).prev_sample
         else:
             y = theirs.undo_step(y, t_next, g)  # which adds beta of the timestep that y goes to
-    seen = []
-    x = inpaint(
-        net,
-        SHORT,
-        normal(shape),
-        x_0=x_0,
-        mask=mask,
-        timesteps=ALL,
-        num_resamples=num_resamples,
-        jump_length=1,
-        threshold=None,
-        on_step=lambda step, x_t, x_0_hat: seen.append(x_t),
-    )
-    assert len(seen) == len(expected)
-    for ours, other in zip([*seen, x], [*expected, y], strict=True):
-        torch.testing.assert_close(ours, other, rtol=1e-8, atol=1e-8)
+    settings = {"known": Known(x_0, mask, num_resamples, 1), "timesteps": ALL, "threshold": None}
+    ours = visited(inpaint, TOY, SHORT, normal(shape), **settings)
+    torch.testing.assert_close(ours, [*expected, y], rtol=1e-8, atol=1e-8)
 
 
 def test_an_image_depends_only_on_its_seed():
-    draw = partial(
-        inpaint,
-        gaussian(SHORT, 0.3, 0.2),
-        SHORT,
-        x_0=torch.zeros(1, 3, 4, 4),
-        mask=make_mask((1, 1, 4, 4)),
-        timesteps=uniform(100, 12),
-        num_resamples=2,
-        jump_length=3,
-    )
+    known = Known(torch.zeros(1, 3, 4, 4), make_mask((1, 1, 4, 4)), 2, 3)
+    draw = partial(inpaint, gaussian(SHORT, 0.3, 0.2), SHORT, known=known, timesteps=uniform(100, 12))
     shape = (3, 4, 4)
     x, turned = (
         draw(PerImageNoise(list(map(PhiloxGenerator, seeds)), shape)) for seeds in (range(10, 16), [15, 10])
@@ -210,20 +164,20 @@ def test_an_image_depends_only_on_its_seed():
 
 def test_build():
     zero = torch.zeros(1, 1, 2, 2)
+    known = Known(zero, zero, 2, 5)
 
     def sampled(**changes):
-        config = SampleConfig(**{"sampler": "ddpm", **changes})
-        return inpainting.build(config, SHORT, zero, zero, 2, 5)(toy_denoiser(SHORT), normal((2, 1, 2, 2)))
+        sampler = inpainting.build(SampleConfig(sampler="ddpm", **changes), SHORT, known)
+        return sampler(TOY, normal((2, 1, 2, 2)))
 
     def expected(**settings):
-        ours = {"x_0": zero, "mask": zero, "num_resamples": 2, "jump_length": 5, **settings}
-        return inpaint(toy_denoiser(SHORT), SHORT, normal((2, 1, 2, 2)), **ours)
+        return inpaint(TOY, SHORT, normal((2, 1, 2, 2)), known=known, **settings)
 
     assert torch.equal(sampled(), expected(timesteps=ALL))  # of at most 250 steps
-    assert torch.equal(
-        sampled(num_sample_steps=9, spacing="karras", mean="plain"),
-        expected(timesteps=karras(SHORT, 9, sigma_max=20.0), threshold=None),
-    )
+    few = {"timesteps": karras(SHORT, 9, sigma_max=20.0), "threshold": None}
+    assert torch.equal(sampled(num_sample_steps=9, spacing="karras", mean="plain"), expected(**few))
+    with pytest.raises(ValueError, match="sampler is 'ddim'"):
+        inpainting.build(SampleConfig(sampler="ddim"), SHORT, known)
 
 
 @pytest.mark.parametrize(
@@ -239,14 +193,7 @@ def test_build():
     ],
 )
 def test_invalid_arguments_are_errors(changes, message):
-    settings = {"x_0": torch.zeros(1, 1, 4, 4), "mask": torch.ones(1, 1, 4, 4), "timesteps": uniform(100, 20)}
+    settings = {"x_0": torch.zeros(1, 1, 4, 4), "mask": torch.ones(1, 1, 4, 4), "num_resamples": 2, **changes}
+    timesteps = settings.pop("timesteps", uniform(100, 20))
     with pytest.raises(ValueError, match=message):
-        inpaint(
-            toy_denoiser(SHORT), SHORT, normal((2, 1, 4, 4)), **{"num_resamples": 2, **settings, **changes}
-        )
-
-
-def test_build_accepts_only_ancestral():
-    zero = torch.zeros(1, 1, 2, 2)
-    with pytest.raises(ValueError, match="sampler is 'ddim'"):
-        inpainting.build(SampleConfig(sampler="ddim"), SHORT, zero, zero)
+        inpaint(TOY, SHORT, normal((2, 1, 4, 4)), known=Known(**settings), timesteps=timesteps)

@@ -4,50 +4,21 @@ import math
 
 import pytest
 import torch
+from support.exact_denoisers import gaussian, gaussian_errors, grey, levels_to_x, normal
 from torch.distributions import Normal, kl_divergence
 
-from ddpm.diffusion import process, schedules
-from ddpm.diffusion.likelihood import (
-    decoder_nll,
-    estimate,
-    exact,
-    posterior_kl,
-    prior_kl,
-    proposal,
-)
+from ddpm.diffusion import likelihood, process, schedules
+from ddpm.diffusion.likelihood import draw_timesteps, estimate, posterior_kl, prior_kl, proposal
 from ddpm.diffusion.objectives import Denoised
 from ddpm.diffusion.reverse import fixed_variance, log_prob_of_level
 
 LINEAR = schedules.linear(100, 1e-3, 0.2)
 COSINE = schedules.cosine(100)
-SHORT = schedules.linear(6, 0.05, 0.7)
 BITS = 1 / math.log(2)
 
 
-def normal(shape, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return lambda: torch.randn(shape, generator=g, dtype=torch.float64)
-
-
-def levels_to_x(level):
-    return level.double() / 127.5 - 1
-
-
-def gaussian(schedule, mean, std):
-    """The exact denoiser of data from N(mean, std^2)."""
-
-    def denoise(x_t, t):
-        alpha_bar = schedule.alpha_bar[t].view(-1, 1, 1, 1)
-        gain = alpha_bar.sqrt() * std**2 / (alpha_bar * std**2 + 1 - alpha_bar)
-        x_0_hat = mean + gain * (x_t - alpha_bar.sqrt() * mean)
-        return Denoised(x_0_hat, process.predict_eps_from_x_0(schedule.alpha_bar, x_t, t, x_0_hat))
-
-    return denoise
-
-
-def gaussian_images(shape, mean, std, seed=1):
-    x = mean + std * normal(shape, seed)()
-    return levels_to_x(((x + 1) * 127.5).round().clamp(0, 255))
+def exact(denoise, schedule, x_0, noise, variance="beta_tilde"):
+    return likelihood.exact(denoise, schedule, x_0, noise, fixed_variance(schedule, variance))
 
 
 def some_denoiser(x_t, t):
@@ -55,45 +26,41 @@ def some_denoiser(x_t, t):
     return Denoised(x_0_hat, x_t)
 
 
+def estimated(denoise, schedule, x_0, drawn, seed=0, variance="beta_tilde"):
+    """The estimate from the result of `draw_timesteps`."""
+    table = fixed_variance(schedule, variance)
+    return estimate(denoise, schedule, x_0, normal(x_0.shape, seed), table, *drawn)
+
+
+def sums_by_t(t, kl):
+    """[100]: the mean over images of KL at each of 100 timesteps."""
+    return torch.zeros(100).double().index_add_(0, t.flatten(), kl.flatten()) / len(kl)
+
+
 @pytest.mark.parametrize("schedule", [LINEAR, COSINE], ids=["linear", "cosine"])
 def test_terms_of_gaussian_data_equal_the_closed_form(schedule):
     """KL_t = (snr_{t-1} - snr_t) / 2 Var(x_0 | x_t) with the exact denoiser and the posterior's variance."""
     mean, std = 0.1, 0.25
-    x_0 = gaussian_images((8, 1, 50, 50), mean, std)  # 20,000 pixels: a mean square is known to 1 %
-    bound = exact(gaussian(schedule, mean, std), schedule, x_0, normal(x_0.shape), clip_x_0=False)
-    snr, alpha_bar = schedule.snr, schedule.alpha_bar
-    left = std**2 * (1 - alpha_bar) / (alpha_bar * std**2 + 1 - alpha_bar)
-    expected = 0.5 * (snr[:-1] - snr[1:]) * left[1:] * BITS
+    x_0 = grey((8, 1, 50, 50), mean, std)  # 20,000 pixels: a mean square is known to 1 %
+    bound = exact(gaussian(schedule, mean, std), schedule, x_0, normal(x_0.shape))
+    expected = 0.5 * (schedule.snr[:-1] - schedule.snr[1:]) * gaussian_errors(schedule, std)[1:] * BITS
     torch.testing.assert_close(bound.kl.mean(0), expected, rtol=0.06, atol=0)
     assert bound.kl.sum(1).mean().item() == pytest.approx(expected.sum().item(), rel=0.005)
-    last = alpha_bar[-1].item()
+    last = schedule.alpha_bar[-1].item()
     prior = 0.5 * (last * (mean**2 + std**2) - last - math.log1p(-last)) * BITS
     assert bound.prior.mean().item() == pytest.approx(prior, rel=0.02)
 
 
-def test_the_bound_of_gaussian_data_approaches_its_entropy():
-    """With many steps and a suitable variance the bound is tight: the entropy of N(mean, std^2) in grey levels."""
-    std, fine = 0.25, schedules.linear(1000, 1e-4, 0.02)
-    x_0 = gaussian_images((4, 1, 50, 50), 0.0, std)
-    noise = normal(x_0.shape)
-    errors = std**2 * (1 - fine.alpha_bar) / (fine.alpha_bar * std**2 + 1 - fine.alpha_bar)
-    how = {"variance": "measured", "x_0_error": errors}
-    bound = exact(gaussian(fine, 0.0, std), fine, x_0, noise, **how).total.mean().item()
-    entropy = (0.5 * math.log(2 * math.pi * math.e * std**2) + math.log(127.5)) * BITS
-    assert entropy - 0.01 < bound < entropy + 0.05
-
-
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
 def test_terms_equal_those_of_torch_distributions(variance):
-    x_0, x_0_hat = gaussian_images((3, 2, 4, 4), 0, 0.5), normal((3, 2, 4, 4), 5)()
+    x_0, x_0_hat = grey((3, 2, 4, 4), 0, 0.5), normal((3, 2, 4, 4), 5)()
     x_t, t = normal(x_0.shape, 6)(), torch.tensor([1, 50, 99])
     means = [process.posterior_mean(LINEAR, x, x_t, t) for x in (x_0, x_0_hat)]
     of_q = LINEAR.posterior_variance[t].sqrt().view(-1, 1, 1, 1)
     of_p = of_q if variance == "beta_tilde" else LINEAR.beta[t].sqrt().view(-1, 1, 1, 1)
     right = kl_divergence(Normal(means[0], of_q), Normal(means[1], of_p)).flatten(1).mean(1) * BITS
-    torch.testing.assert_close(
-        posterior_kl(LINEAR, x_0, t, x_0_hat, fixed_variance(LINEAR, variance)[t].log()), right
-    )
+    ours = posterior_kl(LINEAR, x_0, t, x_0_hat, fixed_variance(LINEAR, variance)[t].log())
+    torch.testing.assert_close(ours, right)
     last = LINEAR.alpha_bar[-1]
     prior = kl_divergence(Normal(last.sqrt() * x_0, (1 - last).sqrt()), Normal(torch.zeros_like(x_0), 1.0))
     torch.testing.assert_close(prior_kl(LINEAR, x_0), prior.flatten(1).mean(1) * BITS)
@@ -105,7 +72,7 @@ def test_the_bound_equals_its_integral_and_lies_above_the_nll(variance):
 
     Neither uses the posterior: Eq. 3 is E_q[-log p(x_T) - sum_t log p(x_{t-1} | x_t) / q(x_t | x_{t-1})].
     """
-    schedule, T = SHORT, SHORT.num_timesteps
+    schedule, T = schedules.linear(6, 0.05, 0.7), 6
     grid = torch.linspace(-7, 7, 1401, dtype=torch.float64)
     step = grid[1] - grid[0]
     variances = schedule.beta if variance == "beta" else schedule.posterior_variance
@@ -153,7 +120,7 @@ def test_the_bound_equals_its_integral_and_lies_above_the_nll(variance):
 
     n = 10_000
     images = x_0.repeat_interleave(n).view(-1, 1, 1, 1)
-    bound = exact(denoise, schedule, images, normal(images.shape), variance=variance).total.view(4, n)
+    bound = exact(denoise, schedule, images, normal(images.shape), variance).total.view(4, n)
     error = bound.std(1) / n**0.5
     assert ((bound.mean(1) - integral).abs() < 4 * error).all()
     assert (error < 0.02 * integral).all()
@@ -179,40 +146,26 @@ def test_the_decoder_is_accurate_far_from_the_mean():
         assert got.item() == pytest.approx(-(z**2) / 2 - math.log(z * math.sqrt(2 * math.pi)), rel=1e-6)
 
 
-def test_the_decoder_of_a_perfect_and_of_a_poor_prediction():
-    x_0 = gaussian_images((2, 1, 8, 8), 0, 0.5)
-    nll = decoder_nll(x_0, x_0, torch.full((2,), 1e-8).log())
-    assert (nll >= 0).all() and (nll < 1e-9).all()
-    wide = torch.full((2,), 1e-3).log()
-    assert (decoder_nll(x_0, -x_0, wide) > decoder_nll(x_0, x_0 / 2, wide)).all()
-
-
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
 @pytest.mark.parametrize("num_draws", [1, 5])
 def test_an_estimate_agrees_with_the_exact_bound(variance, num_draws):
-    x_0 = gaussian_images((600, 1, 4, 4), 0.2, 0.4)
-    right = exact(some_denoiser, LINEAR, x_0, normal(x_0.shape, 2), variance=variance)
-    pilot = exact(some_denoiser, LINEAR, x_0[:8], normal(x_0[:8].shape, 3), variance=variance)
-    chosen = proposal(pilot.kl)
+    x_0 = grey((600, 1, 4, 4), 0.2, 0.4)
+    right = exact(some_denoiser, LINEAR, x_0, normal(x_0.shape, 2), variance)
+    chosen = proposal(exact(some_denoiser, LINEAR, x_0[:8], normal(x_0[:8].shape, 3), variance).kl)
     u = torch.rand(len(x_0), generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    got = estimate(
-        some_denoiser, LINEAR, x_0, normal(x_0.shape, 5), u, chosen, num_draws=num_draws, variance=variance
-    )
-    assert got.t.shape == got.kl.shape == (600, num_draws)
-    assert got.t.min() >= 1 and got.t.max() <= 99
+    t, share = draw_timesteps(LINEAR, chosen, u, num_draws)
+    got = estimated(some_denoiser, LINEAR, x_0, (t, share), 5, variance)
+    assert t.shape == got.kl.shape == (600, num_draws)
+    assert t.min() >= 1 and t.max() <= 99
     difference = got.kl.sum(1) - right.kl.sum(1)
     error = difference.std() / len(x_0) ** 0.5
     assert difference.mean().abs() < 4 * error
     assert error < 0.05 * right.kl.sum(1).mean()
     torch.testing.assert_close(got.prior, right.prior)
     # The estimate of each single t is unbiased too.
-    by_t = torch.zeros(100).double().index_add_(0, got.t.flatten(), got.kl.flatten()) / len(x_0)
-    halves = [
-        (by_t[1:50].sum(), right.kl[:, :49].sum(1).mean()),
-        (by_t[50:].sum(), right.kl[:, 49:].sum(1).mean()),
-    ]
-    for ours, theirs in halves:
-        assert ours.item() == pytest.approx(theirs.item(), rel=0.2)
+    ours, theirs = sums_by_t(t, got.kl)[1:], right.kl.mean(0)
+    for half in (slice(49), slice(49, None)):
+        assert ours[half].sum().item() == pytest.approx(theirs[half].sum().item(), rel=0.2)
 
 
 def test_the_average_estimate_over_all_u_is_the_exact_bound():
@@ -224,69 +177,97 @@ def test_the_average_estimate_over_all_u_is_the_exact_bound():
     x_0 = torch.full((5_000, 1, 1, 1), -1.0, dtype=torch.float64)
     right = exact(denoise, LINEAR, x_0[:2], normal((2, 1, 1, 1)))
     u = (torch.arange(len(x_0)) + 0.5).double() / len(x_0)
-    got = estimate(denoise, LINEAR, x_0, normal(x_0.shape), u, proposal(right.kl), num_draws=3)
-    by_t = torch.zeros(100).double().index_add_(0, got.t.flatten(), got.kl.flatten()) / len(x_0)
-    torch.testing.assert_close(by_t[1:], right.kl[0], rtol=0.08, atol=0)
+    t, share = draw_timesteps(LINEAR, proposal(right.kl), u, 3)
+    got = estimated(denoise, LINEAR, x_0, (t, share))
+    torch.testing.assert_close(sums_by_t(t, got.kl)[1:], right.kl[0], rtol=0.08, atol=0)
     torch.testing.assert_close(got.total.mean(), right.total.mean(), rtol=1e-4, atol=0)
 
 
 def test_clipping_is_that_of_the_sampler():
-    def denoise(x_t, t):
-        return Denoised(torch.full_like(x_t, 3.0), x_t)
-
-    def clipped(x_t, t):
-        return Denoised(torch.ones_like(x_t), x_t)
-
-    x_0, noise = gaussian_images((2, 1, 4, 4), 0, 0.3), normal((2, 1, 4, 4))
-    right = exact(clipped, LINEAR, x_0, noise, clip_x_0=False)
-    torch.testing.assert_close(exact(denoise, LINEAR, x_0, noise).total, right.total)
-    assert (exact(denoise, LINEAR, x_0, noise, clip_x_0=False).total > right.total).all()
+    x_0, noise = grey((2, 1, 4, 4), 0, 0.3), normal((2, 1, 4, 4))
+    totals = [
+        exact(
+            lambda x_t, t, value=value: Denoised(torch.full_like(x_t, value), x_t), LINEAR, x_0, noise
+        ).total
+        for value in (1.0, 3.0)
+    ]
+    torch.testing.assert_close(*totals)
 
 
 def test_importance_sampling_errs_less_than_uniform():
-    x_0 = gaussian_images((400, 1, 4, 4), 0.2, 0.4)
+    x_0 = grey((400, 1, 4, 4), 0.2, 0.4)
     denoise = gaussian(COSINE, 0.2, 0.4)
     u = torch.rand(400, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    pilot = exact(denoise, COSINE, x_0[:8], normal(x_0[:8].shape, 3))
-    errors = [
-        estimate(denoise, COSINE, x_0, normal(x_0.shape), u, proposal(pilot.kl, share), num_draws=2)
-        .kl.sum(1)
-        .std()
-        for share in (0.1, 1.0)
-    ]
-    assert errors[0] < 0.7 * errors[1]
+    pilot = exact(denoise, COSINE, x_0[:8], normal(x_0[:8].shape, 3)).kl
+    importance, uniform = (
+        estimated(denoise, COSINE, x_0, draw_timesteps(COSINE, proposal(kl), u, 2)).kl.sum(1).std()
+        for kl in (pilot, torch.ones_like(pilot))
+    )
+    assert importance < 0.7 * uniform
 
 
 def test_a_proposal_follows_the_errors_of_the_pilot():
     kl = torch.tensor([[3.0, 0.0, 1.0]] * 2, dtype=torch.float64)
-    torch.testing.assert_close(proposal(kl, 0.3), torch.tensor([0, 0.625, 0.1, 0.275]).double())
+    expected = torch.tensor([0, 0.675 + 0.1 / 3, 0.1 / 3, 0.225 + 0.1 / 3], dtype=torch.float64)
+    torch.testing.assert_close(proposal(kl), expected)
 
 
 def test_one_timestep_has_no_kl():
-    one, x_0 = schedules.linear(1, 0.1, 0.1), gaussian_images((2, 1, 4, 4), 0, 0.3)
+    one, x_0 = schedules.linear(1, 0.1, 0.1), grey((2, 1, 4, 4), 0, 0.3)
     for variance in ("beta", "beta_tilde"):
-        bound = exact(some_denoiser, one, x_0, normal(x_0.shape), variance=variance)
+        bound = exact(some_denoiser, one, x_0, normal(x_0.shape), variance)
         assert bound.kl.shape == (2, 0)
         torch.testing.assert_close(bound.total, bound.prior + bound.decoder)
 
 
-def test_invalid_arguments_are_errors():
-    x_0, noise = gaussian_images((2, 1, 4, 4), 0, 0.3), normal((2, 1, 4, 4))
-    with pytest.raises(ValueError, match="256 grey levels"):
-        exact(some_denoiser, LINEAR, x_0 + 1e-3, noise)
-    with pytest.raises(ValueError, match="variance is 'learned', but this net did not learn it"):
-        exact(some_denoiser, LINEAR, x_0, noise, variance="learned")
-    with pytest.raises(ValueError, match="variance is 'measured'; that needs the error"):
-        exact(some_denoiser, LINEAR, x_0, noise, variance="measured")
-    with pytest.raises(ValueError, match="variance is 'wide'; it must be"):
-        exact(some_denoiser, LINEAR, x_0, noise, variance="wide")
-    with pytest.raises(ValueError, match=r"t has a 0"):
-        posterior_kl(LINEAR, x_0, torch.tensor([0, 1]), x_0, torch.zeros(2))
-    u = torch.zeros(2)
-    for wrong in (torch.full((100,), 0.01).double(), torch.zeros(100).double(), torch.ones(3)):
-        with pytest.raises(ValueError, match="proposal must be"):
-            estimate(some_denoiser, LINEAR, x_0, noise, u, wrong, num_draws=1)
-    with pytest.raises(ValueError, match="num_draws is 0"):
-        estimate(some_denoiser, LINEAR, x_0, noise, u, torch.ones(100).double(), num_draws=0)
-    with pytest.raises(ValueError, match="uniform_share is 0"):
-        proposal(exact(some_denoiser, LINEAR, x_0, noise).kl, 0)
+# The error of x_0_hat over log SNR
+
+STD = 0.25
+LEVELS = torch.linspace(-4, 4, 9, dtype=torch.float64)
+SCHEDULES = {
+    "linear": schedules.linear(1000, 1e-4, 0.02),
+    "cosine": schedules.cosine(400),
+    "sigmoid": schedules.sigmoid(600),
+}
+
+
+def curve(schedule, seed=0, levels=LEVELS):
+    x_0 = STD * normal((64, 1, 8, 8), seed=9)()
+    denoise = gaussian(schedule, 0.0, STD)
+    return likelihood.error_over_log_snr(denoise, schedule, x_0, normal((64, 1, 8, 8), seed), levels)
+
+
+def test_the_error_of_gaussian_data_is_the_posterior_variance():
+    """Var(x_0 | x_t) = v / (1 + v snr); image by image schedules differ only by interpolation, with equal noise."""
+    linear, cosine, sigmoid = map(curve, SCHEDULES.values())
+    assert linear.shape == (64, 9)
+    assert torch.allclose(linear.mean(0), STD**2 / (1 + STD**2 * LEVELS.exp()), rtol=0.03)
+    assert torch.allclose(linear, cosine, rtol=0.01) and torch.allclose(linear, sigmoid, rtol=0.01)
+    assert not torch.allclose(linear, curve(SCHEDULES["linear"], seed=1), rtol=0.01)
+
+
+def test_half_the_integral_over_snr_is_the_sum_of_the_bound():
+    """In nats per dimension; for N(0, v) both are log((1 + v snr_0) / (1 + v snr_T)) / 2.
+
+    The sum is above the integral, by half a step of log SNR (0.004) here, and by 11 % in 1,000 steps of `linear`.
+    """
+    levels = torch.linspace(7, -7, 1751, dtype=torch.float64)
+    alpha_bar = levels.sigmoid()
+    fine = schedules.Schedule(1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]]))
+    known = 0.5 * (torch.log1p(STD**2 * fine.snr[0]) - torch.log1p(STD**2 * fine.snr[-1])).item()
+
+    levels = fine.log_snr[::10]
+    error, snr = curve(fine, levels=levels).mean(0), levels.exp()
+    assert -0.5 * torch.trapezoid(error, snr).item() == pytest.approx(known, rel=0.01)
+
+    x_0, noise = grey((64, 1, 8, 8), 0.0, STD).float(), normal((64, 1, 8, 8), dtype=torch.float32)
+    bound = exact(gaussian(fine, 0.0, STD), fine, x_0, noise)
+    assert bound.kl.sum(1).mean().item() * math.log(2) == pytest.approx(known, rel=0.02)
+
+
+def test_levels_outside_the_schedule_are_nan():
+    short = schedules.linear(10, 1e-3, 0.02)  # log SNR from 6.9 to 2.2
+    errors = curve(short, levels=torch.tensor([9.0, 6.9, 3.0, 2.0], dtype=torch.float64))
+    assert errors.isnan().all(0).tolist() == [True, False, False, True]
+    ends = short.log_snr[[0, -1]]
+    assert not curve(short, levels=ends).isnan().any()

@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
-from support.exact_denoisers import gaussian, normal, toy_denoiser
+from support.exact_denoisers import ancestral, gaussian, gaussian_errors, grey, normal, toy_denoiser
 from torch import nn
 
-from ddpm.diffusion import process, schedules
+from ddpm.config import SampleConfig
+from ddpm.diffusion import samplers, schedules
 from ddpm.diffusion.likelihood import exact, kl_of_errors, x_0_errors
-from ddpm.diffusion.objectives import BOUND_WEIGHT, X0, Denoised, Eps, V
-from ddpm.diffusion.reverse import ROUNDING, fixed_variance, learned_log_variance
-from ddpm.diffusion.samplers import ancestral
+from ddpm.diffusion.objectives import BOUND_WEIGHT, X0, Eps, V
+from ddpm.diffusion.reverse import ROUNDING, fixed_variance
 from ddpm.diffusion.timesteps import respaced, uniform
 from ddpm.utils.generators import PhiloxGenerator
 
@@ -20,25 +20,15 @@ COSINE = schedules.cosine(200)
 BITS = 1 / math.log(2)
 
 
-def gaussian_errors(schedule, std):
-    """E(x_0 - x_0_hat)^2 of the exact denoiser of N(mean, std^2)."""
-    return std**2 * (1 - schedule.alpha_bar) / (schedule.alpha_bar * std**2 + 1 - schedule.alpha_bar)
-
-
-def grey(shape, mean, std):
-    x = mean + std * normal(shape, 1)()
-    return ((x + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
-
-
 @pytest.mark.parametrize(
     "schedule", [LINEAR, COSINE, schedules.cosine(40)], ids=["linear", "cosine", "short"]
 )
 def test_measured_errors_equal_those_of_the_exact_denoiser(schedule):
     """Errors are measured at 64 timesteps and interpolated at the others."""
-    x_0 = 0.1 + 0.3 * normal((4, 1, 60, 60), 1)()
-    errors = x_0_errors(gaussian(schedule, 0.1, 0.3), schedule, x_0, normal(x_0.shape), clip_x_0=False)
+    x_0 = 0.1 + 0.2 * normal((4, 1, 60, 60), 1)()
+    errors = x_0_errors(gaussian(schedule, 0.1, 0.2), schedule, x_0, normal(x_0.shape))
     assert errors.shape == (4, schedule.num_timesteps)
-    torch.testing.assert_close(errors.mean(0), gaussian_errors(schedule, 0.3), rtol=0.06, atol=0)
+    torch.testing.assert_close(errors.mean(0), gaussian_errors(schedule, 0.2), rtol=0.06, atol=0)
 
 
 def test_the_measured_variance_is_the_true_variance_of_gaussian_data():
@@ -63,8 +53,8 @@ def test_with_the_measured_variance_the_bound_is_tight_at_any_number_of_steps(nu
         return gaussian(COSINE, 0.0, std)(x_t, where[k])
 
     def bound(variance):
-        how = {"variance": variance, "x_0_error": gaussian_errors(chain, std)}
-        return exact(denoise, chain, x_0, normal(x_0.shape), **how).total.mean().item()
+        table = fixed_variance(chain, variance, gaussian_errors(chain, std))
+        return exact(denoise, chain, x_0, normal(x_0.shape), table).total.mean().item()
 
     entropy = (0.5 * math.log(2 * math.pi * math.e * std**2) + math.log(127.5)) * BITS
     assert bound("measured") == pytest.approx(entropy, abs=0.03)
@@ -90,23 +80,15 @@ def test_fixed_variances_equal_those_of_ho_et_al():
 
 def test_the_measured_variance_gives_the_right_std_in_few_steps():
     """Ten steps of Algorithm 2 on N(0.1, 0.3^2): with beta_tilde the images vary too little."""
-    stds = {}
+    errors, stds = gaussian_errors(LINEAR, 0.3), {}
     for variance in ("measured", "beta_tilde"):
-        x = ancestral(
-            gaussian(LINEAR, 0.1, 0.3),
-            LINEAR,
-            normal((400, 1, 8, 8)),
-            timesteps=uniform(100, 10),
-            variance=variance,
-            x_0_error=gaussian_errors(LINEAR, 0.3),
-            threshold=None,
-        )
+        config = SampleConfig(sampler="ddpm", variance=variance, mean="plain", num_sample_steps=10)
+        sampler = samplers.build(config, LINEAR, 64, errors)
+        x = sampler(gaussian(LINEAR, 0.1, 0.3), normal((400, 1, 8, 8)))
         stds[variance] = x.std().item()
         assert x.mean().item() == pytest.approx(0.1, abs=0.01)
     # The last step adds no noise: what is left is the error at t = 0.
-    assert stds["measured"] == pytest.approx(
-        (0.3**2 - gaussian_errors(LINEAR, 0.3)[0].item()) ** 0.5, rel=0.02
-    )
+    assert stds["measured"] == pytest.approx((0.3**2 - errors[0].item()) ** 0.5, rel=0.02)
     assert stds["beta_tilde"] < 0.95 * stds["measured"]
 
 
@@ -237,14 +219,6 @@ def test_gradients_are_finite_and_nonzero_for_a_distant_x_0_hat():
     assert loss.value.isfinite() and between.grad.isfinite().all() and (between.grad != 0).all()
 
 
-def test_a_learned_variance_lies_between_the_fixed_ones():
-    t = torch.tensor([0, 1, 50, 99])
-    ends = [torch.full((4, 1, 2, 2), float(mix), dtype=torch.float64) for mix in (0, 1)]
-    small, large = (learned_log_variance(LINEAR, t, mix).exp()[:, 0, 0, 0] for mix in ends)
-    torch.testing.assert_close(small, fixed_variance(LINEAR, "beta_tilde")[t])
-    torch.testing.assert_close(large, LINEAR.beta[t])
-
-
 @pytest.mark.parametrize(("mix", "fixed"), [(0.0, "beta_tilde"), (1.0, "beta")])
 def test_a_learned_variance_at_its_limits_equals_the_fixed_one(mix, fixed):
     def denoise(x_t, t):
@@ -255,18 +229,8 @@ def test_a_learned_variance_at_its_limits_equals_the_fixed_one(mix, fixed):
 
     torch.testing.assert_close(sampled("learned"), sampled(fixed))
     x_0 = grey((3, 1, 4, 4), 0.0, 0.4)
-    learned, right = (exact(denoise, LINEAR, x_0, normal(x_0.shape), variance=v) for v in ("learned", fixed))
+    tables = (None, fixed_variance(LINEAR, fixed))
+    learned, right = (exact(denoise, LINEAR, x_0, normal(x_0.shape), table) for table in tables)
     torch.testing.assert_close(learned.kl, right.kl)
     if mix == 0:
         torch.testing.assert_close(learned.decoder, right.decoder)
-
-
-def test_an_unavailable_variance_is_an_error():
-    with pytest.raises(ValueError, match="variance is 'learned', but this net did not learn it"):
-        ancestral(toy_denoiser(LINEAR), LINEAR, normal((1, 1, 2, 2)), variance="learned")
-    with pytest.raises(ValueError, match="variance is 'measured'; that needs the error"):
-        ancestral(toy_denoiser(LINEAR), LINEAR, normal((1, 1, 2, 2)), variance="measured")
-    x_t = process.q_sample(
-        LINEAR.alpha_bar, torch.zeros(1, 1, 2, 2), torch.tensor([3]), torch.zeros(1, 1, 2, 2)
-    )
-    assert Denoised(x_t, x_t).variance_mix is None

@@ -1,7 +1,6 @@
 """Schedules against closed forms, diffusers, and one another."""
 
 import math
-from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
@@ -9,13 +8,14 @@ from diffusers import DDPMScheduler
 
 from ddpm.config import ScheduleConfig
 from ddpm.diffusion import schedules
-from ddpm.diffusion.schedules import Schedule
 
 ALL = {
     "linear": schedules.linear(1000, 1e-4, 0.02),
     "scaled_linear": schedules.scaled_linear(1000, 0.00085, 0.012),
     "cosine": schedules.cosine(1000),
     "sigmoid": schedules.sigmoid(1000),
+    "straight": schedules.straight(1000),
+    "geometric": schedules.geometric(1000, 0.002, 80.0),
 }
 
 
@@ -55,8 +55,20 @@ def test_sigmoid_follows_its_closed_form(start, end, tau):
     assert schedule.beta[-1] == 0.999
 
 
-def test_sigmoid_between_symmetric_ends_is_half_way_at_half_time():
-    assert schedules.sigmoid(1000).alpha_bar[499].item() == pytest.approx(0.5, abs=1e-12)
+def test_straight_is_the_path_of_flow_matching_at_unit_variance():
+    schedule = schedules.straight(1000)
+    u = torch.arange(1, 1000, dtype=torch.float64) / 1000
+    torch.testing.assert_close(schedule.sigma[:-1], u / (1 - u), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        schedule.alpha_bar[:-1], (1 - u) ** 2 / ((1 - u) ** 2 + u**2), rtol=1e-9, atol=0
+    )
+    assert schedule.beta[-1] == 0.999
+
+
+def test_the_c_noise_of_edm_is_linear_in_t_on_the_geometric_schedule():
+    c_noise = schedules.geometric(1000, 0.002, 80.0).sigma.log() / 4
+    expected = torch.linspace(math.log(0.002) / 4, math.log(80) / 4, 1000, dtype=torch.float64)
+    torch.testing.assert_close(c_noise, expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("schedule", ALL.values(), ids=ALL.keys())
@@ -74,10 +86,6 @@ def test_tables_are_consistent(schedule):
     torch.testing.assert_close(schedule.snr, schedule.sigma**-2)
     torch.testing.assert_close(schedule.log_snr, -2 * schedule.sigma.log())
     assert (schedule.alpha_bar.diff() < 0).all() and (schedule.sigma.diff() > 0).all()
-
-
-@pytest.mark.parametrize("schedule", ALL.values(), ids=ALL.keys())
-def test_posterior_variance_is_zero_first_and_below_beta(schedule):
     assert schedule.posterior_variance[0] == 0
     assert (schedule.posterior_variance[1:] > 0).all()
     assert (schedule.posterior_variance < schedule.beta).all()
@@ -87,19 +95,18 @@ def test_posterior_variance_is_zero_first_and_below_beta(schedule):
     torch.testing.assert_close(1 / s.posterior_variance[after], precision, rtol=1e-9, atol=0)
 
 
-def test_a_schedule_is_frozen():
-    with pytest.raises(FrozenInstanceError):
-        ALL["linear"].beta = ALL["cosine"].beta
-
-
 @pytest.mark.parametrize("kind", ALL)
 def test_build(kind):
-    config = ScheduleConfig(kind=kind, num_timesteps=50, beta_end=0.03, cosine_s=0.01, sigmoid_tau=0.9)
+    config = ScheduleConfig(
+        kind=kind, num_timesteps=50, beta_end=0.03, cosine_s=0.01, sigmoid_tau=0.9, sigma_min=0.01
+    )
     expected = {
         "linear": schedules.linear(50, 1e-4, 0.03),
         "scaled_linear": schedules.scaled_linear(50, 1e-4, 0.03),
         "cosine": schedules.cosine(50, 0.01, 0.999),
         "sigmoid": schedules.sigmoid(50, -3, 3, 0.9, 0.999),
+        "straight": schedules.straight(50, 0.999),
+        "geometric": schedules.geometric(50, 0.01, 80.0),
     }[kind]
     torch.testing.assert_close(schedules.build(config).beta, expected.beta, rtol=0, atol=0)
 
@@ -107,28 +114,3 @@ def test_build(kind):
 def test_a_schedule_may_have_one_timestep():
     assert schedules.linear(1, 0.5, 0.5).alpha_bar.tolist() == [0.5]
     assert schedules.cosine(1).alpha_bar.tolist() == pytest.approx([0.001])
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: schedules.linear(0, 1e-4, 0.02), r"num_timesteps is 0; .* 1, 2"),
-        (lambda: schedules.linear(10, 0.0, 0.02), r"beta_start is 0.0; .* \(0, 1\)"),
-        (lambda: schedules.scaled_linear(10, 0.02, 0.01), r"beta_end is 0.01; .* beta_start being 0.02"),
-        (lambda: schedules.linear(10, 1e-4, 1.0), r"beta_end is 1.0"),
-        (lambda: schedules.cosine(10, s=-1), r"s is -1; .* \[0, 1\]"),
-        (lambda: schedules.cosine(10, max_beta=1.0), r"max_beta is 1.0; .* \(0, 1\)"),
-        (lambda: schedules.sigmoid(10, start=3, end=3), r"start is 3; .* below end"),
-        (lambda: schedules.sigmoid(10, tau=0.0), r"tau is 0.0"),
-        (lambda: schedules.sigmoid(0), r"num_timesteps is 0"),
-        (lambda: schedules.linear(10, float("nan"), 0.02), r"beta_start is nan"),
-        (lambda: schedules.build(ScheduleConfig(kind="exp")), r"kind is 'exp'"),
-        (lambda: Schedule(torch.full((4,), 0.1)), r"beta is torch.float32 .* float64 \[T\]"),
-        (lambda: Schedule(torch.tensor([0.1, 1.0], dtype=torch.float64)), r"every beta must be in \(0, 1\)"),
-        (lambda: Schedule(torch.full((200,), 0.999, dtype=torch.float64)), r"alpha_bar .* inside \(0, 1\)"),
-        (lambda: Schedule(torch.full((4,), 1e-18, dtype=torch.float64)), r"alpha_bar .* inside \(0, 1\)"),
-    ],
-)
-def test_invalid_arguments_are_errors(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()

@@ -9,8 +9,8 @@ from ddpm.data.prepare import prepare
 from ddpm.data.reading import DataSet
 from ddpm.data.sources import Digits
 from ddpm.evaluation import classifier
-from ddpm.evaluation.cache import Cache
 from ddpm.evaluation.classifier import Classifier
+from ddpm.evaluation.reference import Cache
 from ddpm.storage.locations import resolve
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch_fidelity import FeatureExtractorInceptionV3
-from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from ddpm.evaluation import inception
 from ddpm.evaluation.inception import Inception
@@ -58,13 +57,6 @@ def test_features_equal_those_of_torch_fidelity(reference: Theirs, side: int, ch
     ours = Inception(str(path), sha256_prefix="").features(image)
     assert ours.shape == (2, Inception.size)
     torch.testing.assert_close(ours, right, rtol=1e-3, atol=1e-4 * right.abs().max().item())
-
-
-@pytest.mark.parametrize("side", [1, 7, 32, 299, 500])
-def test_images_are_resized_as_in_tensorflow(side: int) -> None:
-    x = noise(2, side, 3).permute(0, 3, 1, 2).float()
-    right = interpolate_bilinear_2d_like_tensorflow1x(x, size=(299, 299), align_corners=False)
-    torch.testing.assert_close(inception.resize(x), right, rtol=0, atol=2e-4 * 255)
 
 
 def test_other_weights_are_rejected(

@@ -1,39 +1,25 @@
 """Bits/dim and features of a net: the values of image i do not depend on its batch."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from ddpm.build import build_net, build_objective
-from ddpm.config import Config, override
+from ddpm.build import TrainedNet, build_net
+from ddpm.config import Config
+from ddpm.config_io import override
 from ddpm.data.reading import DataSet, Images
-from ddpm.diffusion.reverse import Variance
 from ddpm.evaluation import measure
-from ddpm.evaluation.bits import BitsPerDim
-from ddpm.evaluation.features import features_of
-from ddpm.evaluation.pixels import Pixels
-from ddpm.sampling import generate
 from ddpm.utils.errors import UserError
 
-CPU = torch.device("cpu")
+KL = 1
+"""Column of the sum of KL_t."""
 
 
-def make_net(config: Config) -> tuple:
+def make_net(config: Config) -> TrainedNet:
     config = override(config, {"model.zero_init": False})
-    net = build_net(config).eval().requires_grad_(False)
-    return net, config, build_objective(config)
-
-
-def part(images: Images, start: int, stop: int) -> Images:
-    return Images(images.image[start:stop], images.label[start:stop])
-
-
-def measure_options(net: tuple, images: Images, variance: Variance = "beta_tilde") -> dict[str, Any]:
-    """Arguments of bits_per_dim."""
-    found = measure.measure(*net, part(images, 0, 8), variance, device=CPU)
-    return {"device": CPU, "variance": variance, "measured": found}
+    return TrainedNet(build_net(config).eval().requires_grad_(False), config)
 
 
 @pytest.fixture
@@ -53,54 +39,37 @@ def test_bits_of_image_i_do_not_depend_on_its_batch(
     tiny: Config, held_out: Images, change: dict[str, Any], estimated: bool
 ) -> None:
     net = make_net(override(tiny, change))
-    variance = measure.bound_variance(net[1])
-    options = measure_options(net, held_out, variance) | {"num_draws": 3 if estimated else 0}
-    whole = measure.bits_per_dim(*net, held_out, start=0, **options)
-    parts = [
-        measure.bits_per_dim(*net, part(held_out, a, b), start=a, **options)
-        for a, b in ((0, 2), (2, 5), (5, 12))
-    ]
-    merged = BitsPerDim.merge(*parts)
-    for term in ("prior", "kl", "decoder"):
-        np.testing.assert_allclose(getattr(merged, term), getattr(whole, term), rtol=1e-4, atol=1e-6)
-    other = measure.bits_per_dim(*net, held_out, start=0, seed=1, **options)
-    assert (other.kl != whole.kl).any()
+    bits_per_dim = partial(measure.bits_per_dim, net, measure.measure(net, held_out[:8]))
+    num_draws = 3 if estimated else 0
+    whole = bits_per_dim(held_out, 0, num_draws)
+    parts = [bits_per_dim(held_out[a:b], a, num_draws) for a, b in ((0, 2), (2, 5), (5, 12))]
+    np.testing.assert_allclose(np.concatenate(parts), whole, rtol=1e-4, atol=1e-6)
+    other = bits_per_dim(held_out, 0, num_draws, seed=1)
+    assert (other[:, KL] != whole[:, KL]).any()
 
 
 def test_an_estimate_agrees_with_the_sum_over_all_timesteps(tiny: Config, held_out: Images) -> None:
     net = make_net(tiny)
-    options = measure_options(net, held_out)
-    exact = measure.bits_per_dim(*net, held_out, start=0, num_draws=0, **options)
-    found = measure.bits_per_dim(*net, held_out, start=0, num_draws=8, seed=1, **options)
-    difference = found.kl - exact.kl
+    measured = measure.measure(net, held_out[:8], "beta_tilde")
+    exact = measure.bits_per_dim(net, measured, held_out, 0, num_draws=0)
+    estimated = measure.bits_per_dim(net, measured, held_out, 0, num_draws=8, seed=1)
+    difference = estimated[:, KL] - exact[:, KL]
     assert abs(difference.mean()) < 4 * difference.std(ddof=1) / len(difference) ** 0.5
-    np.testing.assert_allclose(found.prior, exact.prior)
+    np.testing.assert_allclose(estimated[:, 0], exact[:, 0])
 
 
 def test_bits_depend_on_the_labels(tiny: Config, held_out: Images) -> None:
     net = make_net(override(tiny, {"model.num_classes": 10}))
     wrong = Images(held_out.image, (held_out.label + 1) % 10)
-    options = measure_options(net, held_out)
-    found = [measure.bits_per_dim(*net, images, start=0, **options).kl for images in (held_out, wrong)]
-    assert (found[0] != found[1]).all()
+    measured = measure.measure(net, held_out[:8])
+    right, other = (measure.bits_per_dim(net, measured, images, 0) for images in (held_out, wrong))
+    assert (right[:, KL] != other[:, KL]).all()
 
 
 def test_uniform_mix_has_no_bound(tiny: Config, held_out: Images) -> None:
     net = make_net(override(tiny, {"objective.process": "uniform_mix"}))
     with pytest.raises(UserError, match="uniform_mix has no variational bound"):
-        measure.measure(*net, held_out, "measured", device=CPU)
-
-
-def test_features_equal_those_of_the_sampled_images(tiny: Config) -> None:
-    net, config, objective = make_net(tiny)
-    pixels = Pixels((8, 8, 1))
-    drawn = generate.draw(net, config, objective, range(5), device=CPU)
-    parts = [
-        measure.drawn_features(net, config, objective, pixels, indices, device=CPU)[0]
-        for indices in (range(3), range(3, 5))
-    ]
-    # Another batch size may use other kernels: at most one grey level of difference.
-    np.testing.assert_allclose(np.concatenate(parts), features_of(pixels, drawn), atol=1.01 / 127.5)
+        measure.measure(net, held_out)
 
 
 def test_the_bound_uses_the_best_variance_of_the_net(tiny: Config, held_out: Images) -> None:
@@ -110,8 +79,8 @@ def test_the_bound_uses_the_best_variance_of_the_net(tiny: Config, held_out: Ima
     assert measure.bound_variance(learned, "measured") == "measured"
     with pytest.raises(UserError, match="this net did not learn it"):
         measure.bound_variance(tiny, "learned")
-    net, found = make_net(tiny), {}
+    net, kl = make_net(tiny), {}
     for variance in ("measured", "beta", "beta_tilde"):
-        how = measure_options(net, held_out, variance)  # type: ignore[arg-type]
-        found[variance] = measure.bits_per_dim(*net, held_out, start=0, num_draws=0, **how).kl.mean()
-    assert min(found.values()) == found["measured"] < 0.9 * found["beta_tilde"]
+        measured = measure.measure(net, held_out[:8], variance)  # type: ignore[arg-type]
+        kl[variance] = measure.bits_per_dim(net, measured, held_out, 0, num_draws=0)[:, KL].mean()
+    assert min(kl.values()) == kl["measured"] < 0.9 * kl["beta_tilde"]

@@ -6,21 +6,20 @@ import numpy as np
 import pytest
 from scipy import special
 from sklearn.metrics import pairwise_distances
+from support.local import fit
 
 from ddpm.checkpoints.runs import open_run
-from ddpm.config import override
+from ddpm.config_io import override
 from ddpm.data.manifest import make_manifest, write_manifest
 from ddpm.data.reading import DataSet
 from ddpm.data.shards import write_shard
 from ddpm.data.sources import Digits
 from ddpm.evaluation import context, evaluate, memorisation
-from ddpm.evaluation.context import Settings
-from ddpm.evaluation.memorisation import NearerShare, Nearest, nearer_share, nearest, nearest_pairs
+from ddpm.evaluation.memorisation import NearerShare, Nearest, nearer_share, nearest
+from ddpm.evaluation.settings import Settings
 from ddpm.evaluation.tables import remarks
 from ddpm.presets import DIGITS
 from ddpm.storage import locations
-from ddpm.training import loop
-from ddpm.training.runtime import LocalRuntime, NoTracker
 
 
 def distances(values: np.ndarray) -> Nearest:
@@ -39,7 +38,8 @@ def test_the_nearest_is_found_for_any_block_size(monkeypatch: pytest.MonkeyPatch
     ]
     for size in (7, 300, 4096):
         monkeypatch.setattr(memorisation, "BLOCK_IMAGES", size)
-        for found, expected in zip(nearest(sets, memorisation.blocks(train)), whole, strict=True):
+        blocks = (train[i : i + size] for i in range(0, len(train), size))
+        for found, expected in zip(nearest(sets, blocks), whole, strict=True):
             assert (found.index == expected.argmin(1)).all()
             np.testing.assert_allclose(found.distance, expected.min(1) / 4, rtol=1e-12)
     assert nearest(sets, [train])[0].distance[5] == 0
@@ -107,20 +107,6 @@ def test_a_few_copies_are_detected(num_held_out: int, share: float) -> None:
     assert found.low > 1.5 * found.floor
 
 
-def test_pairs_are_sorted_by_distance() -> None:
-    train, drawn = random_images(0, 60), random_images(1, 40)
-    drawn[7], drawn[3] = train[50], train[20]
-    drawn[3, 0, 0] ^= 1
-    near, held_out = nearest([drawn, random_images(2, 30)], [train])
-    pairs = nearest_pairs("pixels", near, held_out, drawn, lambda at: train[at])
-    assert pairs.index[:2].tolist() == [7, 3] and len(pairs.index) == 16
-    assert pairs.distance[:2].tolist() == [0, 0.25]
-    assert (pairs.train[0] == train[50]).all() and (pairs.train[1] == train[20]).all()
-    assert (pairs.drawn == drawn[pairs.index]).all()
-    for distance, share in zip(pairs.distance, pairs.nearer_held_out, strict=True):
-        assert share == (held_out.distance < distance).mean()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_digits", "is_caught"), [(16, True), (1707, False)])
 def test_a_net_that_memorised_sixteen_images_is_detected(
@@ -139,7 +125,7 @@ def test_a_net_that_memorised_sixteen_images_is_detected(
         split: [write_shard(location, f"{split}/00000.parquet", *rows, rows_per_row_group=100)]
         for split, rows in splits.items()
     }
-    manifest = make_manifest("digits", 8, 8, 1, "raw", list(source.class_names), shards, options="test")
+    manifest = make_manifest("digits", (8, 8, 1), "raw", list(source.class_names), shards, options="test")
     write_manifest(location, manifest)
     train = DataSet(location, manifest, "train")
     config = override(
@@ -152,12 +138,13 @@ def test_a_net_that_memorised_sixteen_images_is_detected(
             "train.total_images": 38_400,
             "train.checkpoint_every_images": 38_400,
             "train.sample_every_images": 38_400,
+            "train.held_out_images": 0,
             "sample.num_images": 4,
             "sample.num_sample_steps": 20,
         },
     )
     run = open_run("judged", str(tmp_path / "runs"))
-    loop.train(config, LocalRuntime(config, train, None, Path(run.location.path)), NoTracker())
+    fit(config, train, Path(run.location.path))
     settings = Settings(num_images=250, features="classifier", num_draws=1)
     report = evaluate.evaluate(context.read([run.location.uri]), settings, 1)
     (drawn,) = report.results[0].drawn

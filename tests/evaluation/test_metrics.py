@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from support.gaussians import true_kid
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
@@ -41,12 +40,6 @@ def test_fid_equals_that_of_torch_fidelity():
     theirs = [fid_features_to_statistics(torch.from_numpy(f.astype(np.float64))) for f in (x, y)]
     right = fid_statistics_to_metric(*theirs, verbose=False)["frechet_inception_distance"]
     assert fid(Moments.of(x), Moments.of(y)) == pytest.approx(right, rel=1e-9)
-
-
-def test_fid_works_with_fewer_images_than_features():
-    x, y = normal(20, 64), normal(30, 64, 1)
-    assert fid(Moments.of(x), Moments.of(x)) == pytest.approx(0, abs=1e-5)
-    assert fid(Moments.of(x), Moments.of(y)) > 10  # the bias that the floor reports
 
 
 @pytest.mark.parametrize("parts", [2, 7])
@@ -91,16 +84,6 @@ def test_kid_follows_the_definition_with_unequal_numbers():
     assert kid(x, y).error == pytest.approx(jackknife_error(without_x, without_y))
 
 
-def test_kid_is_unbiased_and_its_error_is_its_spread():
-    """Mean and spread over 200 pairs of sets, of generated and of few real images."""
-    for mean, most in ((0.0, 1.7), (0.5, 1.3)):
-        found = [kid(normal(60, 4, 2 * i, mean), normal(40, 4, 2 * i + 1)) for i in range(200)]
-        values, errors = np.array(found).T
-        right = true_kid(np.full(4, mean), np.zeros(4))
-        assert values.mean() == pytest.approx(right, abs=3 * values.std() / 200**0.5)
-        assert 0.9 < errors.mean() / values.std() < most  # of sets that are alike, about sqrt(2)
-
-
 def test_the_error_of_kid_is_stratified_by_class():
     """Ten clusters with equal numbers of generated images: the spread between clusters is not an error of that side."""
     centres, classes, found = normal(10, 8, std=2.0), np.arange(200) % 10, []
@@ -115,14 +98,6 @@ def test_the_error_of_kid_is_stratified_by_class():
     assert 0.9 < stratified.mean() / values.std() < 1.2 < plain.mean() / values.std()
     one_each = kid(generated, real, np.arange(200))
     assert one_each == kid(generated, real)  # if no class has two images, the spread of all together is used
-
-
-def test_metrics_of_equal_and_of_distant_sets():
-    x = normal(50)
-    same = Distances(x, x).manifold()
-    assert (same.precision, same.recall, same.coverage) == (1, 1, 1)
-    assert same.density >= 1
-    assert Distances(x + 1000, x).manifold() == (0, 0, 0, 0)
 
 
 def test_precision_and_recall_equal_those_of_torch_fidelity():
@@ -146,15 +121,6 @@ def test_density_and_coverage_follow_the_definition():
     ours = Distances(generated, real).manifold()
     assert ours.density == pytest.approx(inside.sum() / (5 * 40))
     assert ours.coverage == pytest.approx(inside.any(0).mean())
-
-
-def test_a_dropped_mode_lowers_recall_and_an_invented_one_precision():
-    two = np.concatenate([normal(200), normal(200, seed=1, mean=20)])
-    dropped = Distances(normal(200, seed=2), two).manifold()
-    invented = Distances(np.concatenate([two + 0.01, normal(400, seed=3, mean=-20)]), two).manifold()
-    assert dropped.precision > 0.8 and dropped.recall < 0.5 and dropped.coverage < 0.55
-    assert invented.recall > 0.9 and invented.coverage > 0.9 and invented.precision < 0.55
-    assert invented.density < 0.7
 
 
 def test_rows_can_be_left_out():

@@ -4,6 +4,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from mlflow.entities import Run
 from support import servers
 from support.reported import drawn, made, near, result
 
+from ddpm.checkpoints import runs
 from ddpm.evaluation import publish
 from ddpm.evaluation.report import Report
 from ddpm.storage import locations
@@ -33,8 +35,8 @@ def start(client: MlflowClient) -> Callable[[str], Run]:
     """Returns a function that starts an MLflow run with records up to 64 images."""
 
     def start(key: str) -> Run:
-        found = client.get_experiment_by_name("ddpm")
-        experiment_id = found.experiment_id if found else client.create_experiment("ddpm")
+        existing = client.get_experiment_by_name("ddpm")
+        experiment_id = existing.experiment_id if existing else client.create_experiment("ddpm")
         return client.create_run(experiment_id, tags={RUN_KEY_TAG: key, SENT_UNTIL_TAG: "64"})
 
     return start
@@ -119,12 +121,47 @@ def test_plots_of_nearest_images_are_beside_the_file_and_in_mlflow(
 ) -> None:
     key = uuid.uuid4().hex
     run, report = start(key), made(result(1, near(0.03), run_key=key))
-    lines = list(publish.store(report, publish.place_for("out/found.json")))
+    lines = list(publish.store(report, publish.location_for("out/found.json")))
     assert lines[2] == f"nearest     {tmp_path}/out/found-nearest.png"
     assert (tmp_path / "out/found-nearest.png").read_bytes() == b"PNG 0.03"
     names = [file.path for file in client.list_artifacts(run.info.run_id, "evaluation")]
     assert f"evaluation/{report.key}-nearest.png" in names
     assert points(client, run, "eval_low/nearer_than_held_out-pixels") == [(1000, 0.03)]
+
+
+@pytest.mark.parametrize("storage", ["folder", "bucket"])
+def test_results_are_kept_in_the_folder_of_their_run(
+    storage: str, s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///none.db")
+    root = str(tmp_path / "runs") if storage == "folder" else f"{s3_bucket}/{uuid.uuid4().hex}"
+    a, b, other = (runs.open_run(name, root) for name in ("a", "b", "other"))
+    results = [result(i, near(0.03), run_key=run.key) for i, run in ((1, a), (2, a), (3, b))]
+    stored = a, a, other  # run b's checkpoint was copied into another run's folder
+    results = [
+        replace(r, checkpoint=f"{at.location.uri}/checkpoint-1")
+        for r, at in zip(results, stored, strict=True)
+    ]
+    report = made(*results, result(4, checkpoint="models:/a@b", run_key=a.key + "0"))
+    of_a = report.of_run(a.key)
+    folder = a.location.child(runs.EVALUATIONS)
+    lines = list(publish.store(report, publish.location_for(f"{root}/all.json")))
+    assert lines[:2] == [f"results     {root}/all.json", f"plot        {root}/all.png"]
+    assert f"run         {folder.uri}/{of_a.key}.json" in lines
+    assert locations.resolve(f"{root}/all.json").read() == report.to_json().encode()
+    assert locations.resolve(f"{root}/all.png").read().startswith(b"\x89PNG")
+    assert folder.child(f"{of_a.key}.json").read() == of_a.to_json().encode()
+    assert len(folder.files()) == 3  # with two pictures
+    assert not b.location.child(runs.EVALUATIONS).exists() and other.location.files() == ["run.json"]
+
+
+def test_a_run_that_cannot_keep_its_results_is_named(tmp_path: Path) -> None:
+    run = runs.open_run("a", str(tmp_path))
+    Path(run.location.path, runs.EVALUATIONS).write_text("not a folder")
+    report = made(result(1, drawn(1), run_key=run.key, checkpoint=f"{run.location.uri}/checkpoint-1"))
+    (line,) = publish.keep(report)
+    assert line.startswith("run         a does not keep its results: cannot write ")
+    assert (tmp_path / "a" / runs.EVALUATIONS).read_text() == "not a folder"
 
 
 def test_a_missing_database_is_not_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,24 +175,12 @@ def test_a_missing_database_is_not_created(tmp_path: Path, monkeypatch: pytest.M
 def test_mlflow_may_be_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = f"http://{servers.LOOPBACK}:{servers.free_ports(1)[0]}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.replace("://", "://me:s3cret@"))
-    lines = list(publish.store(report_on("key", 1), publish.place_for("out/found.json"), timeout_s=0.5))
+    lines = list(publish.store(report_on("key", 1), publish.location_for("out/found.json"), timeout_s=0.5))
     assert lines[:2] == [f"results     {tmp_path}/out/found.json", f"plot        {tmp_path}/out/found.png"]
     assert lines[2].startswith(f"MLflow      {uri} cannot be reached, nothing is logged: ")
     assert "s3cret" not in lines[2] and "\n" not in lines[2]
     assert json.loads((tmp_path / "out/found.json").read_text())["checkpoints"][0]["images_seen"] == 1000
     assert (tmp_path / "out/found.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_report_in_a_bucket(s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///none.db")
-    report = report_on("key", 1)
-    lines = list(publish.store(report, publish.place_for(f"{s3_bucket}/found/all.json")))
-    assert lines[:2] == [
-        f"results     {s3_bucket}/found/all.json",
-        f"plot        {s3_bucket}/found/all.png",
-    ]
-    assert locations.resolve(f"{s3_bucket}/found/all.json").read() == report.to_json().encode()
-    assert locations.resolve(f"{s3_bucket}/found/all.png").read().startswith(b"\x89PNG")
 
 
 def test_an_invalid_output_path_is_rejected_before_the_evaluation(tmp_path: Path) -> None:
@@ -167,6 +192,6 @@ def test_an_invalid_output_path_is_rejected_before_the_evaluation(tmp_path: Path
         "found.png": "names an image, but it must name the JSON file; plots are written next to it",
     }.items():
         with pytest.raises(UserError, match=message):
-            publish.place_for(out)
-    assert publish.place_for("new/folder/found.json").path == f"{tmp_path}/new/folder/found.json"
+            publish.location_for(out)
+    assert publish.location_for("new/folder/found.json").path == f"{tmp_path}/new/folder/found.json"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]

@@ -4,11 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
-from support.tiny import TINY_NET
 
-from ddpm.config import Config, override
-from ddpm.data.ray_dataset import open_configured
-from ddpm.data.reading import DataSet
+from ddpm.config import Config
+from ddpm.config_io import override
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
@@ -28,28 +26,6 @@ def gpu() -> None:
 
 
 @pytest.fixture
-def config(digits_uri: str) -> Config:
-    """A config with a few thousand weights, 8 steps of 32 images."""
-    return override(
-        TINY_NET,
-        {
-            "data.shards": digits_uri,
-            "data.window_rows": 200,
-            "schedule.num_timesteps": 50,
-            "train.deterministic": True,
-            "train.total_images": 256,
-            "train.batch_size": 32,
-            "train.micro_batch_size": 8,
-            "train.log_every_images": 128,
-            "train.checkpoint_every_images": 128,
-            "train.sample_every_images": 256,
-            "train.held_out_images": 40,
-            "sample.num_images": 4,
-            "sample.num_sample_steps": 5,
-        },
-    )
-
-
-@pytest.fixture
-def train_set(config: Config) -> DataSet:
-    return open_configured(config)
+def config(tiny: Config) -> Config:
+    every = {"train.log_every_images": 128, "train.sample_every_images": 256}
+    return override(tiny, {"train.deterministic": True, **every})

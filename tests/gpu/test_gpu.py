@@ -1,24 +1,28 @@
 """Training, sampling and evaluation on a GPU."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from support.local import Logged, fit, tensors
 from torch import Tensor
 
-from ddpm.build import build_objective
+from ddpm.build import TrainedNet
 from ddpm.checkpoints import checkpoint
-from ddpm.config import Config, override
+from ddpm.config import Config
+from ddpm.config_io import flatten, override
 from ddpm.data.reading import DataSet
 from ddpm.diffusion.objectives import Eps, Loss
+from ddpm.models.ema import EMA
+from ddpm.presets import PRESETS
 from ddpm.sampling import generate
 from ddpm.training import loop, recorder
-from ddpm.training.runtime import LocalRuntime, NoTracker
-from ddpm.training.state import State
+from ddpm.training.runtime import Runtime
 
 FLAGS = (
     *("--model.base-width", "8", "--model.width-multipliers", "1", "2", "--model.norm-groups", "4"),
@@ -30,19 +34,10 @@ class Killed(Exception):
     """Stands for the death of the process."""
 
 
-class KilledLater(NoTracker):
-    def metrics(self, values: dict[str, float], images_seen: int) -> None:
+class KilledLater(Logged):
+    def metrics(self, values: Mapping[str, float], images_seen: int) -> None:
         if images_seen > 128:
             raise Killed
-
-
-def fit(config: Config, data_set: DataSet, folder: Path, kind: type[LocalRuntime] = LocalRuntime) -> State:
-    return loop.train(config, kind(config, data_set, data_set.held_out(), folder), NoTracker())
-
-
-def tensors(state: State) -> dict[str, Tensor]:
-    parts = (state.net.state_dict(), state.ema.state_dict(), state.optimizer_tensors())
-    return {f"{i}.{name}": tensor for i, part in enumerate(parts) for name, tensor in part.items()}
 
 
 def newest_weights(run: Path) -> dict[str, Tensor]:
@@ -59,33 +54,110 @@ def test_a_killed_and_resumed_run_ends_bitwise_equal(
     values = {"train.precision": precision, "train.compile": compile, "model.dropout": dropout}
     config = override(config, values)
     straight = tensors(fit(config, train_set, tmp_path / "straight"))
-    runtime = LocalRuntime(config, train_set, train_set.held_out(), tmp_path / "broken")
     with pytest.raises(Killed):
-        loop.train(config, runtime, KilledLater())
+        fit(config, train_set, tmp_path / "broken", KilledLater())
     resumed = tensors(fit(config, train_set, tmp_path / "broken"))
     assert straight.keys() == resumed.keys() and next(iter(straight.values())).is_cuda
     assert [name for name in straight if not torch.equal(straight[name], resumed[name])] == []
 
 
-def test_no_step_waits_for_the_gpu(
-    config: Config, train_set: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Only logging and checkpoints wait: elsewhere PyTorch raises an error if the host would wait for the GPU."""
-    late = []
+class Watched(Runtime):
+    """PyTorch raises an error if the host would wait for the GPU, except in steps that log or save."""
 
-    class Watched(LocalRuntime):
-        def any_of(self, *flags: Tensor | bool, at_once: bool) -> tuple[Tensor, list[int]]:
-            torch.cuda.set_sync_debug_mode("default" if at_once else "error")
-            late.append(not at_once)
-            return super().any_of(*flags, at_once=at_once)
+    late: ClassVar[list[bool]] = []
 
+    def any_of(self, *flags: Tensor | bool, at_once: bool) -> tuple[Tensor, list[int]]:
+        torch.cuda.set_sync_debug_mode("default" if at_once else "error")
+        self.late.append(not at_once)
+        return super().any_of(*flags, at_once=at_once)
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Watched]]:
     monkeypatch.setattr(recorder, "PROGRESS_INTERVAL_S", float("inf"))
-    values = {"data.horizontal_flip": True, "model.num_classes": 10, "objective.variance": "learned"}
+    monkeypatch.setattr(Watched, "late", [])
+    yield Watched
+    torch.cuda.set_sync_debug_mode("default")
+
+
+NETS: dict[str, dict[str, Any]] = {
+    "labels and learned variance": {"model.num_classes": 10, "objective.variance": "learned"},
+    "dit": {"model.net": "dit", "model.width": 16, "model.num_heads": 2, "train.precision": "bfloat16"},
+    "edm": {"objective.predict": "edm", "objective.weight": "edm", "objective.timesteps": "log_normal"},
+    "uniform_mix": {"objective.process": "uniform_mix", "data.horizontal_flip": True},
+}
+
+
+def case(name: str, config: Config) -> Config:
+    """One of NETS, or a preset with the data, sizes and intervals of `config`."""
+    if name in NETS:
+        return override(config, NETS[name])
+    own = {"model.dropout", "train.precision", "train.compile"}
+    sizes = ("data.shards", "data.window_rows", "schedule.num_timesteps", "model.", "train.", "sample.")
+    cut = {k: v for k, v in flatten(config).items() if k.startswith(sizes) and k not in own}
+    return override(PRESETS[name], cut)
+
+
+@pytest.mark.parametrize("name", ["cifar10", *NETS])
+def test_no_step_waits_for_the_gpu(
+    config: Config, train_set: DataSet, tmp_path: Path, watched: type[Watched], name: str
+) -> None:
+    fit(case(name, config), train_set, tmp_path / "run", runtime=watched)
+    assert watched.late == [True, True, True, False] * 2
+
+
+def test_a_step_that_waits_for_the_gpu_is_detected(
+    config: Config,
+    train_set: DataSet,
+    tmp_path: Path,
+    watched: type[Watched],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    update = EMA.update
+
+    def update_and_read(self: EMA, net: torch.nn.Module, step: int) -> None:
+        update(self, net, step)
+        next(net.parameters()).sum().item()
+
+    monkeypatch.setattr(EMA, "update", update_and_read)
+    with pytest.raises(RuntimeError, match=r"_local_scalar_dense|synchroniz"):
+        fit(config, train_set, tmp_path / "run", runtime=watched)
+    assert watched.late == [True]
+
+
+@pytest.mark.parametrize(
+    ("waits", "use"),
+    [
+        (True, lambda x: x.sum().item()),
+        (True, lambda x: bool((x > 0).all())),
+        (True, lambda x: x.cpu()),
+        (True, lambda x: x.tolist()),
+        (True, lambda x: x[x > 0]),
+        (True, lambda x: torch.ones(3).to(x.device)),
+        (True, lambda x: torch.ones(3).copy_(x)),
+        (False, lambda x: x.to("cpu", non_blocking=True)),
+        (False, lambda x: torch.ones(3).pin_memory().to(x.device, non_blocking=True)),
+        (False, lambda x: x[x.argsort()] + torch.zeros(3, device=x.device)),
+        (False, lambda x: torch.where(x > 0, x, 0)),
+    ],
+)
+def test_what_waits_for_the_gpu(waits: bool, use: Callable[[Tensor], object]) -> None:
+    x = torch.ones(3, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
     try:
-        fit(override(config, values), train_set, tmp_path / "run", Watched)
+        with pytest.raises(RuntimeError) if waits else nullcontext():
+            use(x)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert late == [True, True, True, False] * 2
+
+
+def test_tensors_of_host_and_gpu_do_not_mix() -> None:
+    x = torch.ones(3, device="cuda")
+    with pytest.raises(RuntimeError, match="cuda:0"):
+        x + torch.ones(3)
+    with pytest.raises(RuntimeError):
+        torch.zeros(()).add_(x.sum())
+    assert (x + torch.ones(())).is_cuda
 
 
 @pytest.mark.parametrize("allowed", [0, 1])
@@ -111,13 +183,11 @@ def test_a_non_finite_step_changes_no_weight_although_the_host_sees_it_later(
 
 
 def test_an_image_does_not_depend_on_its_batch(config: Config, train_set: DataSet, tmp_path: Path) -> None:
-    net, objective = fit(config, train_set, tmp_path / "run").ema.net, build_objective(config)
-    device = next(net.parameters()).device
-    together = generate.draw(net, config, objective, range(8), device=device).cpu().int()
-    alone = [generate.draw(net, config, objective, [i], device=device).cpu().int() for i in range(8)]
-    assert (
-        together - torch.cat(alone)
-    ).abs().max() <= 1  # another batch size may use kernels that round differently
+    trained = TrainedNet(fit(config, train_set, tmp_path / "run").ema.net, config)
+    together = generate.draw(trained, range(8)).cpu().int()
+    alone = [generate.draw(trained, [i]).cpu().int() for i in range(8)]
+    # Another batch size may use kernels that round differently.
+    assert (together - torch.cat(alone)).abs().max() <= 1
     assert len(np.unique(together.numpy(), axis=0)) == 8
 
 
@@ -129,17 +199,8 @@ def test_jobs_train_sample_and_evaluate(run_job: Callable[..., Any], tmp_path: P
     done = run_job("sample", tmp_path / "one", "--num-images", "4", "--out", tmp_path / "drawn")
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "drawn/images").glob("*.png"))) == 4
-    words = (
-        "--features",
-        "pixels",
-        "--num-images",
-        "60",
-        "--num-draws",
-        "2",
-        "--out",
-        tmp_path / "result.json",
-    )
-    done = run_job("evaluate", tmp_path / "one", *words)
+    words = ("--features", "pixels", "--num-images", "60", "--num-draws", "2")
+    done = run_job("evaluate", tmp_path / "one", *words, "--out", tmp_path / "result.json")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "result.json").read_text())
 

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from support.tiny import TINY_NET
 from torch import Tensor
 
-from ddpm.build import build_net, build_objective, build_sampler, resolve_sample
+from ddpm.build import TrainedNet, build_net, build_sampler, resolve_sample
 from ddpm.checkpoints import checkpoint
-from ddpm.config import Config, override
+from ddpm.config import Config
+from ddpm.config_io import override
 from ddpm.diffusion import schedules
 from ddpm.diffusion.samplers import PerImageNoise
 from ddpm.hub import diffusers_config, export
-from ddpm.models.unet import UNet
 from ddpm.presets import CIFAR10
 from ddpm.training.state import State
 from ddpm.utils.errors import UserError
@@ -52,42 +52,26 @@ GOOGLE_UNET = {
 """google/ddpm-cifar10-32, unet/config.json, as published."""
 # The settings of diffusers that each of them needs, and that they are used.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "eps, linear": ({"schedule.num_timesteps": 20}, {"beta_schedule": "linear"}),
+    "eps, linear": ({}, {"beta_schedule": "linear"}),
     "eps, scaled linear, Algorithm 2 to the letter": (
-        {
-            "schedule.num_timesteps": 20,
-            "schedule.kind": "scaled_linear",
-            "sample.mean": "plain",
-            "sample.variance": "beta",
-        },
+        {"schedule.kind": "scaled_linear", "sample.mean": "plain", "sample.variance": "beta"},
         {"beta_schedule": "scaled_linear", "clip_sample": False, "variance_type": "fixed_large"},
     ),
     "v, cosine": (
-        {"schedule.num_timesteps": 30, "schedule.kind": "cosine", "objective.predict": "v"},
+        {"schedule.kind": "cosine", "objective.predict": "v"},
         {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "trained_betas": None},
     ),
     "x_0, a cosine of its own": (
-        {
-            "schedule.num_timesteps": 30,
-            "schedule.kind": "cosine",
-            "schedule.cosine_s": 0.02,
-            "objective.predict": "x_0",
-        },
+        {"schedule.kind": "cosine", "schedule.cosine_s": 0.02, "objective.predict": "x_0"},
         {"prediction_type": "sample"},
     ),
     "a learned variance": (
-        {
-            "schedule.num_timesteps": 30,
-            "schedule.kind": "cosine",
-            "objective.variance": "learned",
-            "model.channels": 3,
-        },
+        {"schedule.kind": "cosine", "objective.variance": "learned", "model.channels": 3},
         {"variance_type": "learned_range"},
     ),
-    "eps, sigmoid": ({"schedule.num_timesteps": 25, "schedule.kind": "sigmoid"}, {}),
+    "eps, sigmoid": ({"schedule.kind": "sigmoid"}, {}),
     "bfloat16, colour, heads, no attention in the middle": (
         {
-            "schedule.num_timesteps": 10,
             "train.precision": "bfloat16",
             "model.channels": 3,
             "model.attention_head_dim": 4,
@@ -98,19 +82,19 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def make_net(config: Config) -> UNet:
+def make_net(config: Config) -> TrainedNet:
     """A net in float32 whose output depends on all weights; under autocast outputs would not be equal."""
     net = build_net(replace(config, train=replace(config.train, precision="float32")))
     torch.manual_seed(1)
     with torch.no_grad():
         for weight in net.parameters():
             weight.add_(0.05 * torch.randn_like(weight))
-    return net.eval().requires_grad_(False)
+    return TrainedNet(net.eval().requires_grad_(False), config)
 
 
-def our_images(net: UNet, config: Config, label: int | None = None) -> Tensor:
+def our_images(trained: TrainedNet, label: int | None = None) -> Tensor:
     """[B, C, H, W] in [0, 1], as the sampler that `config` describes draws them."""
-    objective = build_objective(config)
+    net, config, objective = trained.net, trained.config, trained.objective
     labels = None if label is None else torch.full((len(SEEDS),), label)
     generators = [TorchGenerator(seed, device=torch.device("cpu")) for seed in SEEDS]
     noise = PerImageNoise(generators, (config.model.channels, 8, 8))
@@ -131,18 +115,18 @@ def their_images(folder: Path, num_inference_steps: int) -> Tensor:
 @pytest.mark.parametrize("name", CASES)
 def test_the_exported_pipeline_samples_our_images_from_our_noise(name: str, tmp_path: Path) -> None:
     changes, words = CASES[name]
-    config = override(TINY, changes)
-    net = make_net(config)
-    export.to_diffusers(net, config, tmp_path / "out")
+    config = override(TINY, {"schedule.num_timesteps": 25, **changes})
+    trained = make_net(config)
+    export.to_diffusers(trained, tmp_path / "out")
 
     unet = diffusers.UNet2DModel.from_pretrained(tmp_path / "out", subfolder="unet")
     x_t = torch.randn(4, config.model.channels, 8, 8)
     t = torch.tensor([0, 1, 7, config.schedule.num_timesteps - 1])
-    predicted = net(x_t, t)
+    predicted = trained.net(x_t, t)
     assert predicted.std() > 0.1
     assert (unet(x_t, t).sample - predicted).abs().max() < 1e-5
 
-    ours, theirs = our_images(net, config), their_images(tmp_path / "out", config.schedule.num_timesteps)
+    ours, theirs = our_images(trained), their_images(tmp_path / "out", config.schedule.num_timesteps)
     assert ours.std() > 0.1
     assert (ours[0] - ours[1]).abs().max() > 0.1
     assert (ours - theirs).abs().max() < 1e-3
@@ -153,32 +137,32 @@ def test_the_exported_pipeline_samples_our_images_from_our_noise(name: str, tmp_
 
 
 def test_with_a_thousand_timesteps_the_embedding_is_that_of_diffusers(tmp_path: Path) -> None:
-    net = make_net(TINY)
-    export.to_diffusers(net, TINY, tmp_path / "out")
+    trained = make_net(TINY)
+    export.to_diffusers(trained, tmp_path / "out")
     unet = diffusers.UNet2DModel.from_pretrained(tmp_path / "out", subfolder="unet")
     assert unet.config.time_embedding_type == "positional"
     x_t, t = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 500, 999])
-    assert (unet(x_t, t).sample - net(x_t, t)).abs().max() < 1e-5
+    assert (unet(x_t, t).sample - trained.net(x_t, t)).abs().max() < 1e-5
     # With fewer steps diffusers uses the timesteps of our ddim, which is ancestral for eta = 1.
     few = override(TINY, {"sample.sampler": "ddim", "sample.eta": 1.0, "sample.num_sample_steps": 8})
-    assert (our_images(net, few) - their_images(tmp_path / "out", 8)).abs().max() < 1e-3
+    assert (our_images(TrainedNet(trained.net, few)) - their_images(tmp_path / "out", 8)).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("label", [1, 3])
 def test_a_conditional_net_is_exported_for_one_class(label: int, tmp_path: Path) -> None:
     config = override(TINY, {"schedule.num_timesteps": 20, "model.num_classes": 3})
-    net = make_net(config)
+    trained = make_net(config)
     with pytest.raises(
         UserError, match=r"label is None; it must be the one class that the pipeline generates, 0..2, or 3"
     ):
-        export.to_diffusers(net, config, tmp_path / "out")
+        export.to_diffusers(trained, tmp_path / "out")
     with pytest.raises(UserError, match=r"label is 4;"):
-        export.to_diffusers(net, config, tmp_path / "out", label=4)
-    export.to_diffusers(net, config, tmp_path / "out", label)
+        export.to_diffusers(trained, tmp_path / "out", label=4)
+    export.to_diffusers(trained, tmp_path / "out", label)
     theirs = their_images(tmp_path / "out", 20)
-    assert (our_images(net, config, label) - theirs).abs().max() < 1e-3
-    assert (our_images(net, config, 0) - theirs).abs().max() > 1e-2
-    assert net.label_embedding.weight.shape == (4, 32), "the net itself is left as it was"
+    assert (our_images(trained, label) - theirs).abs().max() < 1e-3
+    assert (our_images(trained, 0) - theirs).abs().max() > 1e-2
+    assert trained.net.label_embedding.weight.shape == (4, 32), "the net itself is left as it was"
 
 
 @pytest.mark.parametrize(
@@ -193,14 +177,15 @@ def test_a_conditional_net_is_exported_for_one_class(label: int, tmp_path: Path)
 )
 def test_export_and_import_is_a_round_trip(changes: dict[str, Any], tmp_path: Path) -> None:
     config = override(TINY, changes)
-    net = make_net(config)
-    export.to_diffusers(net, config, tmp_path / "pipeline")
+    trained = make_net(config)
+    export.to_diffusers(trained, tmp_path / "pipeline")
     export.from_diffusers(tmp_path / "pipeline", tmp_path / "back")
     for ema in (True, False):
-        back, known = checkpoint.load_net(tmp_path / "back", CPU, ema=ema)
-        before, after = net.state_dict(), back.state_dict()
+        back = checkpoint.load_net(tmp_path / "back", ema=ema)
+        before, after = trained.net.state_dict(), back.net.state_dict()
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
+    known = back.config
     assert (known.model, known.schedule, known.objective) == (config.model, config.schedule, config.objective)
     left = resolve_sample(config.sample, config.objective)
     assert (known.sample.mean, known.sample.variance) == (left.mean, left.variance)
@@ -242,19 +227,19 @@ def published(tmp_path: Path) -> Path:
 
 
 def test_a_published_pipeline_becomes_a_checkpoint(published: Path, tmp_path: Path) -> None:
-    config = export.from_diffusers(published, tmp_path / "checkpoint")
-    net, known = checkpoint.load_net(tmp_path / "checkpoint", CPU)
-    assert known == config
+    export.from_diffusers(published, tmp_path / "checkpoint")
+    trained = checkpoint.load_net(tmp_path / "checkpoint")
+    config = trained.config
     assert (config.model.width_multipliers, config.model.attention_resolutions) == ((1, 2), (4,))
     assert (config.sample.mean, config.sample.variance) == ("clipped", "beta")
     assert torch.allclose(schedules.build(config.schedule).beta[[0, -1]], torch.tensor([1e-4, 0.02]).double())
     theirs = diffusers.UNet2DModel.from_pretrained(published, subfolder="unet")
     x_t, t = torch.randn(3, 3, 8, 8), torch.tensor([0, 400, 999])
-    assert (net(x_t, t) - theirs(x_t, t).sample).abs().max() < 1e-5
+    assert (trained.net(x_t, t) - theirs(x_t, t).sample).abs().max() < 1e-5
 
 
 def test_the_cifar10_preset_has_the_architecture_of_google_s() -> None:
-    ours = diffusers_config.unet_config(CIFAR10)
+    ours = diffusers_config.defaults(diffusers.UNet2DModel) | diffusers_config.unet_config(CIFAR10)
     assert {key: ours[key] for key in GOOGLE_UNET} == GOOGLE_UNET
 
 
@@ -269,56 +254,26 @@ UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
     ("file", "changes", "message"),
     [
         (UNET, {"freq_shift": 0}, "/unet: freq_shift is 0; in our architecture it is 1"),
-        (UNET, {"flip_sin_to_cos": True}, "flip_sin_to_cos is True"),
-        (UNET, {"downsample_padding": 1}, "downsample_padding is 1"),
-        (UNET, {"norm_eps": 1e-5}, "norm_eps is 1e-05"),
-        (
-            UNET,
-            {"sample_size": [8, 16]},
-            r"sample_size is \[8, 16\]; it must be one number: our images are square",
-        ),
+        (UNET, {"sample_size": [8, 16]}, r"sample_size is \[8, 16\]; it must be one number: our images"),
         (UNET, {"up_block_types": ["UpBlock2D", "AttnUpBlock2D"]}, "up_block_types is"),
         (UNET, {"in_channels": 6}, "out_channels is 3; in our architecture it is 6"),
         (UNET, {"in_channels": 1, "out_channels": 1}, "cannot be read as a DDPMPipeline: .*conv_in"),
         (UNET, {"mid_block_scale_factor": 2}, "mid_block_scale_factor is 2"),
-        (UNET, {"mid_block_type": None}, "mid_block_type is None"),
         (UNET, {"layers_per_block": 3}, "cannot be read as a DDPMPipeline: .*size mismatch"),
         (UNET, {"block_out_channels": [8]}, "/unet: down_block_types is"),
-        (UNET, {"block_out_channels": []}, "/unet: down_block_types is"),
         (UNET, {"block_out_channels": [0, 0]}, "cannot be read as a DDPMPipeline"),
-        (
-            UNET,
-            {"block_out_channels": [10**6, 10**6]},
-            r"describes a net of [\d,]{18,} weights, but the files next to it",
-        ),
-        (UNET, {"block_out_channels": [10**30, 10**30]}, "cannot be read as a DDPMPipeline"),
-        (UNET, {"block_out_channels": 8}, "cannot be read as a DDPMPipeline"),
+        (UNET, {"block_out_channels": [10**6, 10**6]}, r"describes a net of [\d,]{18,} weights, but the"),
+        (UNET, {"block_out_channels": [10**30, 10**30]}, "model.base_width is 10+; it must be at most"),
         (UNET, {"layers_per_block": 10**9}, "blocks_per_resolution is 1000000000"),
         (UNET, {"num_train_timesteps": 10**12, "time_embedding_type": "learned"}, "time_embedding_type is"),
         (UNET, {"norm_num_groups": 0}, "."),
         (UNET, {"attention_head_dim": 0}, "."),
-        (SCHEDULER, {"num_train_timesteps": 10**12}, "/unet: time_embedding_type is 'positional'"),
+        (SCHEDULER, {"num_train_timesteps": 10**12}, "schedule.num_timesteps is 10+; it must be at most"),
         (SCHEDULER, {"num_train_timesteps": 500}, "/unet: time_embedding_type is 'positional'"),
         (SCHEDULER, {"trained_betas": [0.1] * 1000}, "/scheduler: trained_betas is"),
-        (
-            SCHEDULER,
-            {"beta_schedule": "sigmoid"},
-            "beta_schedule is 'sigmoid'; it must be one of linear, scaled_linear",
-        ),
-        (
-            SCHEDULER,
-            {"variance_type": "learned"},
-            "variance_type is 'learned'; it must be one of fixed_small",
-        ),
-        (
-            SCHEDULER,
-            {"variance_type": "learned_range"},
-            "out_channels is 3; in our architecture it is 6",
-        ),
-        (SCHEDULER, {"prediction_type": "flow"}, "prediction_type is 'flow'"),
+        (SCHEDULER, {"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'; it must be one of linear, "),
+        (SCHEDULER, {"variance_type": "learned_range"}, "out_channels is 3; in our architecture it is 6"),
         (SCHEDULER, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True"),
-        (SCHEDULER, {"thresholding": True}, "thresholding is True"),
-        (SCHEDULER, {"clip_sample_range": 2.0}, "clip_sample_range is 2.0"),
         (SCHEDULER, {"beta_start": "low"}, "."),
     ],
 )
@@ -346,7 +301,7 @@ def test_missing_or_extra_weights_are_rejected(published: Path, tmp_path: Path) 
 
 def test_a_learned_timestep_embedding_is_rejected(tmp_path: Path) -> None:
     config = override(TINY, {"schedule.num_timesteps": 20})
-    export.to_diffusers(make_net(config), config, tmp_path / "pipeline")
+    export.to_diffusers(make_net(config), tmp_path / "pipeline")
     unet = diffusers.UNet2DModel.from_pretrained(tmp_path / "pipeline", subfolder="unet")
     with torch.no_grad():
         unet.time_proj.weight += 0.1
@@ -366,7 +321,7 @@ def test_pickled_weights_are_not_loaded(published: Path, tmp_path: Path) -> None
         export.from_diffusers(published, tmp_path / "checkpoint")
     assert not Path("sprung").exists()
     with pytest.raises(
-        UserError, match=r"is not a folder of a diffusers DDPMPipeline: it has no unet/config.json"
+        UserError, match=r"is not a folder of a diffusers DDPMPipeline: it has no unet/config\.json"
     ):
         export.from_diffusers(tmp_path / "none", tmp_path / "checkpoint")
 
@@ -375,30 +330,40 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_incomplete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "out").mkdir()
-    net = make_net(TINY)
+    trained = make_net(TINY)
     for write in (export.to_diffusers, export.to_pt2):
         with pytest.raises(UserError, match="out exists, and nothing is overwritten"):
-            write(net, TINY, tmp_path / "out")
+            write(trained, tmp_path / "out")
 
     def fails(*args: Any) -> None:
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch.export, "save", fails)
     with pytest.raises(UserError, match=r"cannot write .*new: No space left"):
-        export.to_pt2(net, TINY, tmp_path / "new")
+        export.to_pt2(trained, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_net_without_a_timestep_cannot_be_exported_to_diffusers(tmp_path: Path) -> None:
-    config = override(TINY, {"objective.process": "uniform_mix", "sample.sampler": "mix"})
-    with pytest.raises(UserError, match="uniform_mix, whose net sees no timestep; use --format pt2"):
-        export.to_diffusers(make_net(config), config, tmp_path / "out")
-
-
-def test_only_the_u_net_can_be_exported_to_diffusers(tmp_path: Path) -> None:
-    config = override(TINY, {"model.net": "dit", "model.num_classes": 3})
-    with pytest.raises(UserError, match=r"^model.net is dit; .* has a UNet2DModel.*; use --format pt2$"):
-        export.to_diffusers(make_net(config), config, tmp_path / "out")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"objective.process": "uniform_mix", "sample.sampler": "mix"},
+            "uniform_mix, whose net sees no timestep; use --format pt2",
+        ),
+        (
+            {"objective.predict": "edm"},
+            "^objective.predict is edm, .* supports eps, x_0, v; use --format pt2$",
+        ),
+        ({"objective.predict": "flow"}, "^objective.predict is flow, "),
+        ({"model.net": "dit"}, "^model.net is dit; .* has a UNet2DModel.*; use --format pt2$"),
+    ],
+)
+def test_other_nets_cannot_be_exported_to_diffusers(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        export.to_diffusers(make_net(override(TINY, changes)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -418,13 +383,13 @@ def test_the_exported_program_equals_the_net_for_any_batch_size(
     changes: dict[str, Any], tmp_path: Path
 ) -> None:
     config = override(TINY, changes)
-    net = make_net(config)
-    export.to_pt2(net, config, tmp_path / "out")
+    trained = make_net(config)
+    export.to_pt2(trained, tmp_path / "out")
     assert checkpoint.read_config(tmp_path / "out") == config
     program = torch.export.load(tmp_path / "out/net.pt2").module()
     for count in (1, 2, 5):
         t = torch.randint(0, config.schedule.num_timesteps, (count,))
-        arguments = [torch.randn(count, 1, 8, 8), t if net.time_conditional else None]
+        arguments = [torch.randn(count, 1, 8, 8), t if trained.net.time_conditional else None]
         if config.model.num_classes:
             arguments.append(torch.randint(0, 4, (count,)))
-        assert (program(*arguments) - net(*arguments)).abs().max() < 1e-5
+        assert (program(*arguments) - trained.net(*arguments)).abs().max() < 1e-5

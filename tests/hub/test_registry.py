@@ -22,7 +22,7 @@ from support.processes import program
 from support.tiny import TINY_NET
 
 from ddpm.checkpoints import checkpoint
-from ddpm.config import override
+from ddpm.config_io import override
 from ddpm.hub import registry, resolve
 from ddpm.tracking.mlflow_runs import RUN_KEY_TAG
 from ddpm.training.state import State
@@ -69,8 +69,8 @@ def folder(tmp_path: Path) -> Path:
 
 def run_of(client: MlflowClient, folder: Path) -> str:
     """A finished MLflow run of the checkpoint's run."""
-    found = client.get_experiment_by_name("registry")
-    experiment_id = found.experiment_id if found else client.create_experiment("registry")
+    existing = client.get_experiment_by_name("registry")
+    experiment_id = existing.experiment_id if existing else client.create_experiment("registry")
     key = checkpoint.read_state(folder)["run_key"]
     run = client.create_run(experiment_id, tags={RUN_KEY_TAG: key})
     client.set_terminated(run.info.run_id, "FINISHED")
@@ -91,27 +91,19 @@ def test_a_registered_model_is_found_by_its_alias(
     assert mlflow.get_run(run_id).info.status == "FINISHED"
 
     with resolve.local_checkpoint(f"models:/{name}@champion") as found:
-        back, config = checkpoint.load_net(found, CPU)
+        back = checkpoint.load_net(found)
         assert checkpoint.read_state(found) == checkpoint.read_state(folder)
     assert not found.exists()
-    net, _ = checkpoint.load_net(folder, CPU)
-    assert config == TINY
-    before, after = net.state_dict(), back.state_dict()
+    assert back.config == TINY
+    before, after = checkpoint.load_net(folder).net.state_dict(), back.net.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
-
-
-def test_a_registered_model_has_a_signature_and_no_pickle(
-    mlflow: MlflowClient, name: str, folder: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "pipeline").mkdir()
-    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
-    model, _ = registry.register(name, folder, {"diffusers": tmp_path / "pipeline"})
+    # It has a signature and no pickle.
     local = Path(download_artifacts(artifact_uri=model, dst_path=str(tmp_path / "model")))
     files = {str(path.relative_to(local)) for path in local.rglob("*") if path.is_file()}
     assert {"artifacts/diffusers/model_index.json", "serving.py", "code/ddpm/sampling/generate.py"} <= files
     assert {f"artifacts/checkpoint/{file}" for file in checkpoint.FILES} <= files
     suffixes = {Path(file).suffix for file in files}
-    assert suffixes <= {".py", ".html", ".json", ".safetensors", ".yaml", ".txt", ""}
+    assert suffixes <= {".py", ".html", ".js", ".json", ".safetensors", ".yaml", ".txt", ".typed", ""}
     assert load_file(local / "artifacts/checkpoint/optimizer.safetensors") == {}
     card = Model.load(local)
     assert card.signature.inputs.to_dict()[0]["properties"].keys() == {"num_images", "seed", "label"}
@@ -150,7 +142,7 @@ def test_mlflow_serves_the_same_images_as_the_sample_job(
         done.stdout.splitlines()[-1] == f"model       models:/{name}/1 in {os.environ['MLFLOW_TRACKING_URI']}"
     )
     assert done.stdout.splitlines()[0] == f"program     {out}/net.pt2"
-    net, _ = checkpoint.load_net(folder, CPU)
+    net = checkpoint.load_net(folder).net
     arguments = torch.randn(3, 1, 8, 8), torch.tensor([0, 5, 19]), torch.tensor([0, 2, 3])
     program = torch.export.load(out / "net.pt2").module()
     assert (program(*arguments) - net(*arguments)).abs().max() < 1e-5

@@ -1,14 +1,12 @@
 """Checks of the cluster files without launching them."""
 
-import importlib.util
 import re
 import tomllib
 from functools import partial
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import spot
 from packaging.requirements import Requirement
 from ray.autoscaler._private.node_provider_availability_tracker import NodeProviderAvailabilityTracker
 from ray.autoscaler._private.resource_demand_scheduler import get_nodes_for
@@ -17,17 +15,13 @@ from ray.autoscaler.node_launch_exception import NodeLaunchException
 from support.launched import cluster_file
 from support.processes import REPO
 
-FILES = ("cluster.yaml", "infra/onprem/cluster.yaml")
 
-
-@pytest.mark.parametrize("name", FILES)
-def test_ray_accepts_the_file(name: str) -> None:
-    validate_config(prepare_config(cluster_file(name)))
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_mounted_files_are_in_the_repository_and_contain_no_secret(name: str) -> None:
-    for there, here in cluster_file(name)["file_mounts"].items():
+@pytest.mark.parametrize("name", ["cluster.yaml", "infra/onprem/cluster.yaml"])
+def test_a_cluster_file_is_valid_private_and_contains_no_secret(name: str) -> None:
+    config = cluster_file(name)
+    validate_config(prepare_config(config))
+    assert "--dashboard-host=127.0.0.1 " in config["head_start_ray_commands"][-1]
+    for there, here in config["file_mounts"].items():
         if here.startswith("~"):
             assert there == here  # a user's own token and keys, in their standard places
         else:
@@ -37,22 +31,26 @@ def test_mounted_files_are_in_the_repository_and_contain_no_secret(name: str) ->
     assert "export RAY_AUTH_MODE=token\n" in text
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_the_dashboard_listens_only_on_the_head(name: str) -> None:
-    assert "--dashboard-host=127.0.0.1 " in cluster_file(name)["head_start_ray_commands"][-1]
+def pins(file: str) -> dict[str, Requirement]:
+    """Package -> its line in a requirements file."""
+    lines = [line for line in (REPO / file).read_text().splitlines() if line and not line.startswith("#")]
+    return {requirement.name: requirement for requirement in map(Requirement, lines)}
 
 
-def test_requirements_match_the_package() -> None:
-    """The same packages, with versions that pyproject.toml allows."""
+def test_requirements_pin_versions_that_the_package_allows() -> None:
+    """Clusters have the same packages; MLflow's server and its clients have the same versions."""
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    cluster, server = pins("infra/requirements.txt"), pins("infra/mlflow/requirements.txt")
     wanted = [*project["dependencies"], *project["optional-dependencies"]["evaluation"]]
-    lines = (REPO / "infra/requirements.txt").read_text().splitlines()
-    pinned = {req.name: req for req in map(Requirement, (line for line in lines if not line.startswith("#")))}
-    assert pinned.keys() == {Requirement(line).name for line in wanted}
-    for requirement in map(Requirement, wanted):
-        (pin,) = pinned[requirement.name].specifier
-        assert pin.operator == "==" and requirement.specifier.contains(pin.version)
-        assert pinned[requirement.name].extras == requirement.extras
+    assert cluster.keys() == {Requirement(line).name for line in wanted}
+    for requirement in map(Requirement, [*wanted, *project["optional-dependencies"]["server"]]):
+        for pin in (pinned[requirement.name] for pinned in (cluster, server) if requirement.name in pinned):
+            (version,) = pin.specifier
+            assert version.operator == "==" and requirement.specifier.contains(version.version)
+    assert all(cluster[wants.name].extras == wants.extras for wants in map(Requirement, wanted))
+    assert all(server[name].specifier == cluster[name].specifier for name in ("mlflow", "boto3"))
+    stack = (REPO / "infra/aws/stack.yaml").read_text()
+    assert [pin for pin in map(str, server.values()) if pin not in stack] == []
 
 
 def test_spot_machines_are_preferred_with_a_fallback() -> None:
@@ -91,20 +89,10 @@ def launched_nodes(demand: list[dict[str, float]], *unavailable: str) -> dict[st
     config: dict[str, Any] = prepare_config(cluster_file("cluster.yaml"))
     tracker = NodeProviderAvailabilityTracker(timer=lambda: 0.0)
     for kind in unavailable:
-        tracker.update_node_availability(
-            kind, 0, NodeLaunchException("InsufficientInstanceCapacity", "", None)
-        )
+        unavailability = NodeLaunchException("InsufficientInstanceCapacity", "", None)
+        tracker.update_node_availability(kind, 0, unavailability)
     kinds = config["available_node_types"]
-    scorer = partial(spot_module().score, node_availability_summary=tracker.summary())
+    scorer = partial(spot.score, node_availability_summary=tracker.summary())
     nodes, unfulfilled = get_nodes_for(kinds, {"head": 1}, "head", config["max_workers"], demand, scorer)
     assert unfulfilled == []
     return dict(nodes)
-
-
-def spot_module() -> ModuleType:
-    """infra/aws/spot.py, as the head imports it."""
-    spec = importlib.util.spec_from_file_location("spot", Path(REPO / "infra/aws/spot.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

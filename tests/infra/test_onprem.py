@@ -1,13 +1,13 @@
 """infra/onprem/cluster.yaml, really launched on three hosts with ssh."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.fs
 import pytest
 from support.faulted import Run, assert_same, assert_tracked_once
-from support.hosts import Host, Hosts
-from support.launched import UserHost, cluster_file, environment, install, wait_until_gone, with_overlay
+from support.hosts import Hosts
+from support.launched import UserHost, cluster_file, environment, install, with_overlay
+from support.processes import wait_for
 from support.servers import S3Server
 
 from ddpm.storage.locations import resolve
@@ -21,7 +21,6 @@ def test_a_run_survives_losing_a_machine(
     mlflow_for_hosts: str,
     digits_uri: str,
     undisturbed: Run,
-    announce: Callable[[str], None],
     tmp_path: Path,
 ) -> None:
     """Two workers run on two of three machines; one of the two is killed during the run, and the third replaces it.
@@ -56,20 +55,13 @@ def test_a_run_survives_losing_a_machine(
     pyarrow.fs.copy_files(digits_uri, shards.path, destination_filesystem=shards.filesystem)
     run = Run("harmed", "s3://lab/runs", "s3://lab/digits", tmp_path / "job.log")
 
-    user_host.make_token()
     user_host.up()
     train = ("python", "jobs/train.py", *run.arguments, "--cluster.cpus-per-worker", "2")
     with user_host.dashboard(), user_host.submit(*train, log=tmp_path / "job.log") as job:
-        announce(user_host.wait_for_first_step(job))
-        job.wait_for(run.past(0), timeout_s=600)
-        host_with_worker(workers).kill()
+        job.wait_for(run.past(0), timeout_s=900)
+        next(worker for worker in workers if worker.processes("ray::RayTrainWorker")).kill()
         assert job.wait(900) == 0, job.output
     assert_same(run, undisturbed)
     assert_tracked_once(run)
     user_host.down()
-    assert wait_until_gone(head, "ray::")
-
-
-def host_with_worker(machines: list[Host]) -> Host:
-    """The first machine that has a worker of the run."""
-    return next(machine for machine in machines if machine.processes("ray::RayTrainWorker"))
+    wait_for(lambda: not head.processes("ray::"), timeout_s=300)

@@ -7,7 +7,8 @@ import signal
 import subprocess
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,18 +72,16 @@ def test_the_dashboard_is_complete() -> None:
     """Panels have unique IDs and positions, and use the provisioned data source."""
     panels = DASHBOARD["panels"]
     assert len({panel["id"] for panel in panels}) == len({panel["title"] for panel in panels}) == len(panels)
-    cells = [
+    cells = Counter(
         (x, y)
-        for place in (panel["gridPos"] for panel in panels)
-        for x in range(place["x"], place["x"] + place["w"])
-        for y in range(place["y"], place["y"] + place["h"])
-    ]
-    assert len(set(cells)) == len(cells) and max(x for x, _ in cells) < 24
+        for at in (panel["gridPos"] for panel in panels)
+        for x in range(at["x"], at["x"] + at["w"])
+        for y in range(at["y"], at["y"] + at["h"])
+    )
+    assert max(cells.values()) == 1 and max(x for x, _ in cells) < 24
     assert {variable["name"] for variable in DASHBOARD["templating"]["list"]} == {"datasource", "run"}
-    asked = [panel["datasource"] for panel in PANELS] + [
-        t["datasource"] for p in PANELS for t in p["targets"]
-    ]
-    assert all(source == {"type": "prometheus", "uid": "${datasource}"} for source in asked)
+    sources = [part["datasource"] for panel in PANELS for part in (panel, *panel["targets"])]
+    assert all(source == {"type": "prometheus", "uid": "${datasource}"} for source in sources)
 
 
 def test_both_programs_listen_on_loopback_and_find_their_files() -> None:
@@ -138,17 +137,8 @@ class Prometheus(servers.Server):
 
     def query(self, expr: str) -> list[tuple[dict[str, str], float]]:
         """Labels and current value of every series of `expr`."""
-        return [
-            (series["metric"], float(series["value"][1]))
-            for series in self.get("query", query=expr)["result"]
-        ]
-
-
-def workers(head: servers.RayHead) -> list[psutil.Process]:
-    assert head.process is not None
-    found = members(head.process.pid, "ray::RayTrainWorker")
-    assert found
-    return found
+        result = self.get("query", query=expr)["result"]
+        return [(series["metric"], float(series["value"][1])) for series in result]
 
 
 @pytest.mark.slow
@@ -161,12 +151,12 @@ def test_prometheus_shows_a_run_and_alerts_when_it_stalls(tmp_path: Path) -> Non
     ):
         env = {"RAY_ADDRESS": head.address, "GOMP_SPINCOUNT": "7"}
         with Job("train", "digits", *ENDLESS, log=tmp_path / "log", env=env) as job:
-            watch(job, head, prometheus)
+            watch(job, lambda: members(head.process.pid, "ray::RayTrainWorker"), prometheus)
             job.process.terminate()
             assert job.wait(120) == 128 + signal.SIGTERM, job.output
 
 
-def watch(job: Job, head: servers.RayHead, prometheus: Prometheus) -> None:
+def watch(job: Job, workers: Callable[[], list[psutil.Process]], prometheus: Prometheus) -> None:
     missing = {title for title, _ in expressions()}
 
     def are_filled() -> bool:
@@ -187,9 +177,9 @@ def watch(job: Job, head: servers.RayHead, prometheus: Prometheus) -> None:
     assert {rule["name"]: rule["health"] for rule in rules} == {"RunStalled": "ok", "SpoolGrows": "ok"}
     stalled = RULES[0]["expr"].replace("[5m]", f"[{8 * INTERVAL_S}s]")
     assert not prometheus.query(stalled)
-    with paused(workers(head)):
+    with paused(workers()):
         ((labels, _),) = job.wait_for(lambda: prometheus.query(stalled), timeout_s=180, poll_s=1)
         assert labels == {"run": "watched"}
     job.wait_for(lambda: not prometheus.query(stalled), timeout_s=180, poll_s=1)
     # The cluster's processes did not inherit the settings of the driver.
-    assert {worker.environ()["GOMP_SPINCOUNT"] for worker in workers(head)} == {"7"}
+    assert {worker.environ()["GOMP_SPINCOUNT"] for worker in workers()} == {"7"}

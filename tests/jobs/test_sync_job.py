@@ -1,6 +1,5 @@
 """python jobs/sync.py from the command line, after MLflow was down."""
 
-import json
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -14,7 +13,8 @@ from support.tracked import assert_delivered_once, deliver, names_in, put, run_o
 
 from ddpm.checkpoints import checkpoint, runs
 from ddpm.checkpoints.runs import Run
-from ddpm.config import Config, override, to_json
+from ddpm.config import Config
+from ddpm.config_io import override, to_json
 from ddpm.tracking import spool
 from ddpm.tracking.mlflow_runs import Address
 
@@ -120,27 +120,16 @@ def test_undelivered_records_are_an_error(run_job: Callable[..., Any], run: Run,
     assert run_of(address).info.status == "FINISHED"
 
 
-def test_user_errors_are_one_line_with_exit_code_2(
-    run_job: Callable[..., Any], run: Run, tmp_path: Path
+def test_a_damaged_run_is_one_line_with_exit_code_2(
+    user_error: Callable[..., str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uri = f"sqlite:///{tmp_path}/never.db"
-    (tmp_path / "runs" / "broken").mkdir()
-    (tmp_path / "runs" / "broken" / "run.json").write_text("{}")
-    mistakes = {
-        (str(tmp_path / "none"),): "is not a run's folder: it has no run.json",
-        (str(tmp_path / "runs" / "broken"),): "run.json is damaged",
-        ("gs://bucket/run",): "unknown scheme",
-        (run.location.uri, "--timeout-s", "0"): "--timeout-s is 0; it must be above 0",
-    }
-    for words, message in mistakes.items():
-        done = sync(run_job, *words, uri=uri)
-        assert done.returncode == 2, done.stderr
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
-    run.location.child(checkpoint.name_at(128)).child("config.json").write(json.dumps({"x": 1}).encode())
-    done = sync(run_job, run.location.uri, uri=uri)
-    assert done.returncode == 2
-    assert "config.json: unknown key 'x'" in done.stderr
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/never.db")
+    for file, message in (
+        (run.location.child(checkpoint.name_at(128)).child("config.json"), "config.json: unknown key 'x'"),
+        (run.location.child("run.json"), "run.json is damaged"),
+    ):
+        file.write(b'{"x": 1}')
+        assert message in user_error("sync", run.location.uri)
     assert not (tmp_path / "never.db").exists()
 
 

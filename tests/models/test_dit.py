@@ -1,10 +1,13 @@
 """The diffusion Transformer."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from ddpm.build import build_net, build_objective
-from ddpm.config import Config, DiTConfig, override
+from ddpm.config import Config, DiTConfig
+from ddpm.config_io import override
 from ddpm.models import dit
 from ddpm.training.state import State
 from ddpm.utils.generators import PhiloxGenerator
@@ -78,7 +81,7 @@ def test_the_output_depends_on_t_label_and_position_but_not_on_the_batch() -> No
 @pytest.mark.parametrize("classes", [0, 5])
 def test_the_number_of_weights_follows_the_formula(time: bool, classes: int) -> None:
     E, L, r, pixels, S = 16, 2, 3, 4 * 3, 256
-    config = override(SMALL, {"num_classes": classes})
+    config = replace(SMALL, num_classes=classes)
     block = 3 * E * E + 3 * E + E * E + E + 2 * r * E * E + r * E + E + 6 * E * E + 6 * E
     rest = pixels * E + E + 2 * E * E + 2 * E + E * pixels + pixels
     conditions = time * (S * E + E + E * E + E) + bool(classes) * (classes + 1) * E
@@ -99,14 +102,12 @@ def test_the_number_of_weights_follows_the_formula(time: bool, classes: int) -> 
         ({"depth": 65}, "depth is 65; it must be at least 1, and at most 64"),
         ({"mlp_ratio": 10**9}, "mlp_ratio is 1000000000"),
         ({"image_size": 10**9}, "image_size is 1000000000"),
-        ({"channels": 0}, "channels is 0"),
-        ({"num_classes": -1}, "num_classes is -1"),
-        ({"dropout": 1.0}, "dropout is 1.0"),
     ],
 )
 def test_invalid_sizes_are_errors(changes: dict[str, int], message: str) -> None:
+    """The net checks what it is given, also where no config has been checked."""
     with pytest.raises(ValueError, match=message):
-        dit.build(override(SMALL, changes))
+        dit.build(replace(SMALL, **changes))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -116,14 +117,14 @@ def test_the_same_seeds_give_the_same_loss_and_a_short_training_lowers_it(precis
     objective = build_objective(config)
 
     def losses(steps: int) -> list[float]:
-        state, found = State.create(config, CPU), []
+        state, history = State.create(config, CPU), []
         for step in range(steps):
             loss = objective.loss(state.net, x_0, None, PhiloxGenerator(0, step)).value
             loss.backward()
             state.optimizer.step()
             state.optimizer.zero_grad()
-            found.append(loss.item())
-        return found
+            history.append(loss.item())
+        return history
 
     first = losses(60)
     assert losses(5) == first[:5]

@@ -47,20 +47,28 @@ def errors(layer: GroupNorm, x: Tensor) -> dict[str, float]:
 
 @pytest.mark.parametrize("groups", [1, 3, 4, 12])
 def test_group_norm_equals_that_of_torch(groups: int) -> None:
-    found = errors(norm(groups), images())
-    assert all(error < 1e-6 for error in found.values()), found
+    worst = errors(norm(groups), images())
+    assert all(error < 1e-6 for error in worst.values()), worst
 
 
 def test_group_norm_of_a_bright_image_is_accurate() -> None:
     # Mean square minus squared mean would lose all digits of the variance here.
-    found = errors(norm(3), images(mean=4096.0))
-    assert all(error < 1e-3 for error in found.values()), found
+    worst = errors(norm(3), images(mean=4096.0))
+    assert all(error < 1e-3 for error in worst.values()), worst
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_group_norm_without_gradients_is_that_of_torch(dtype: torch.dtype) -> None:
+    layer, x = norm(3), images(dtype=dtype)
+    with torch.no_grad():
+        expected = F.group_norm(x.float(), 3, layer.weight, layer.bias, NORM_EPS)
+        assert torch.equal(layer(x), expected.to(dtype))
 
 
 def test_group_norm_in_half_precision_rounds_once() -> None:
-    found = errors(norm(3), images(dtype=torch.bfloat16))
-    assert found["y"] < 2**-8 and found["x"] < 2**-8  # half a unit in the last place
-    assert found["weight"] < 1e-6 and found["bias"] < 1e-6
+    worst = errors(norm(3), images(dtype=torch.bfloat16))
+    assert worst["y"] < 2**-8 and worst["x"] < 2**-8  # half a unit in the last place
+    assert worst["weight"] < 1e-6 and worst["bias"] < 1e-6
 
 
 def test_group_norm_keeps_memory_order_and_dtype() -> None:

@@ -62,14 +62,12 @@ def test_every_weight_has_a_gradient(config: UNetConfig, time: bool):
 
 
 def test_unused_conditions_have_no_weights():
-    def conditioned(net: UNet) -> set[str]:
-        return {name.split(".")[0] for name, _ in net.named_parameters()} & {
-            "time_mlp",
-            "label_embedding",
-            "shifts",
-        }
+    every = {"time_mlp", "label_embedding", "shifts"}
 
-    assert conditioned(build(CLASSES)) == {"time_mlp", "label_embedding", "shifts"}
+    def conditioned(net: UNet) -> set[str]:
+        return {name.split(".")[0] for name, _ in net.named_parameters()} & every
+
+    assert conditioned(build(CLASSES)) == every
     assert conditioned(build(CONFIG)) == {"time_mlp", "shifts"}
     assert conditioned(build(CLASSES, time_conditional=False)) == {"label_embedding", "shifts"}
     assert conditioned(build(CONFIG, time_conditional=False)) == set()
@@ -82,23 +80,6 @@ def test_no_label_is_the_null_label(time: bool):
     null = torch.full((BATCH,), CLASSES.num_classes)
     assert torch.equal(net(x_t, t), net(x_t, t, null))
     assert not torch.allclose(net(x_t, t), net(x_t, t, null - 1), atol=1e-3)
-
-
-def test_the_output_depends_on_t():
-    net = build(CONFIG)
-    x_t = images()
-    changed = (net(x_t, torch.zeros(BATCH)) - net(x_t, timesteps())).abs().amax((1, 2, 3))
-    assert changed[0] == 0
-    assert (changed[1:] > 1e-3).all()
-
-
-def test_each_image_is_independent_of_its_batch():
-    net = build(CLASSES)
-    x_t, t, label = images(), timesteps(), torch.tensor([0, 3, 1, 2])
-    together = net(x_t, t, label)
-    for i in range(BATCH):
-        alone = net(x_t[i : i + 1], t[i : i + 1], label[i : i + 1])
-        assert torch.allclose(together[i : i + 1], alone, atol=1e-5)
 
 
 def test_embeddings_depend_on_the_relative_timestep():
@@ -135,29 +116,14 @@ def test_an_unexpected_condition_is_an_error(config, time, arguments, message):
 # Initialization
 
 
-def test_zero_init_starts_at_zero():
+def test_zero_init_starts_at_zero_and_every_block_is_the_identity():
     net = build(replace(CLASSES, zero_init=True))
     out = net(images(), timesteps())
     assert torch.equal(out, torch.zeros_like(out))
-    out.square().sum().backward()
-    assert all(weight.grad is not None for weight in net.parameters())
-
-
-def test_zero_init_makes_every_block_the_identity():
-    net = build(replace(CONFIG, zero_init=True))
-    x = torch.randn(2, 16, 4, 4)
-    shift = torch.randn(2, 16, 1, 1)
+    x, shift = torch.randn(2, 16, 4, 4), torch.randn(2, 16, 1, 1)
     for block in net.middle:
         assert torch.equal(block(x, shift), x)
     assert not torch.equal(build(CONFIG).middle[0](x, shift), x)
-
-
-def test_dropout_acts_in_training_only():
-    net = build(replace(CONFIG, dropout=0.5))
-    x_t, t = images(), timesteps()
-    assert not torch.equal(net(x_t, t), net(x_t, t))
-    net.eval()
-    assert torch.equal(net(x_t, t), net(x_t, t))
 
 
 # Precision and memory
@@ -211,27 +177,23 @@ def test_image_tensors_are_channels_last_everywhere(contiguous: bool):
 
 
 @pytest.mark.parametrize("config, time", VARIANTS)
-def test_compiles_to_one_graph(config: UNetConfig, time: bool, monkeypatch: pytest.MonkeyPatch):
-    net = build(config, time_conditional=time, autocast_dtype=torch.bfloat16)
-    compiled = torch.compile(net, fullgraph=True, backend="eager")
-    x_t, t = images(), timesteps(time)
-    out = compiled(x_t, t)
-    monkeypatch.setattr(
-        torch.compiler, "is_compiling", lambda: True
-    )  # with the group norm that a compiled net uses
-    assert torch.equal(out, net(x_t, t))
-
-
-@pytest.mark.parametrize("config, time", VARIANTS)
-def test_the_compiled_net_equals_the_eager_net(config: UNetConfig, time: bool):
+def test_the_net_compiled_to_one_graph_equals_the_eager_net(config: UNetConfig, time: bool):
     net, x_t, t = build(config, time_conditional=time), images(), timesteps(time)
-    found = []
+    results = []
     for module in (net, torch.compile(net, fullgraph=True, backend="eager")):
         net.zero_grad()
         out = module(x_t, t)
         out.square().mean().backward()
-        found.append([out, *(weight.grad for weight in net.parameters())])
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+        results.append([out, *(weight.grad for weight in net.parameters())])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_net_is_the_eager_net_in_half_precision(monkeypatch: pytest.MonkeyPatch):
+    net = build(CLASSES, autocast_dtype=torch.bfloat16)
+    x_t, t = images(), timesteps()
+    out = torch.compile(net, fullgraph=True, backend="eager")(x_t, t)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # the group norm of a compiled net
+    assert torch.equal(out, net(x_t, t))
 
 
 @pytest.mark.parametrize("config, time", VARIANTS)

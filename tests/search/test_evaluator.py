@@ -7,12 +7,13 @@ import torch
 from support.evaluated import CONFIG, make_data, make_run
 
 from ddpm.checkpoints import checkpoint
-from ddpm.config import Config, override
+from ddpm.config import Config
+from ddpm.config_io import override
 from ddpm.data.manifest import read_manifest
 from ddpm.data.reading import DataSet
 from ddpm.diffusion import likelihood
 from ddpm.evaluation import context, evaluate
-from ddpm.evaluation.context import Settings
+from ddpm.evaluation.settings import Settings
 from ddpm.search.evaluator import Evaluation, Evaluator
 from ddpm.storage import locations
 from ddpm.utils.errors import UserError
@@ -49,27 +50,39 @@ def test_results_equal_those_of_the_evaluate_job(evaluator: Evaluator, shards: s
     assert (rung.bits_per_dim, rung.bits_per_dim_error) == pytest.approx((whole.value, whole.error), rel=1e-6)
     assert (rung.images_seen, len(found.bits), rung.training_s) == (192, 60, 1.5)
     assert rung.train_loss != rung.held_out_loss
-    assert Evaluation.from_json(found.to_json(), "here") == found
+    run = locations.resolve(str(tmp_path / "run"))
+    found.write(run)
+    assert Evaluation.read(run, 192, 0.0) == found
+    run.child("rungs").child("000000000192.json").write(b"{}")
+    with pytest.raises(UserError, match=r"rungs/000000000192\.json is damaged"):
+        Evaluation.read(run, 192, 0.0)
 
 
 def test_all_trials_are_evaluated_on_the_same_random_draws(
     evaluator: Evaluator, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With another schedule and another T, the images, the noise and the quantiles of t are the same."""
-    real = likelihood.estimate
-    recorded = []
+    estimate, draw_timesteps = likelihood.estimate, likelihood.draw_timesteps
+    recorded, quantiles = [], []
 
-    def spy(denoise, schedule, x_0, noise, u, proposal, **how):  # type: ignore[no-untyped-def]
+    def spy(denoise, schedule, x_0, noise, *others):  # type: ignore[no-untyped-def]
         def recording():  # type: ignore[no-untyped-def]
             eps.append(noise())
             return eps[-1]
 
         eps: list[torch.Tensor] = []
-        bound = real(denoise, schedule, x_0, recording, u, proposal, **how)
-        recorded.append((x_0, u, torch.stack(eps), bound.t))
+        bound = estimate(denoise, schedule, x_0, recording, *others)
+        u, t = quantiles.pop()
+        recorded.append((x_0, u, torch.stack(eps), t))
         return bound
 
+    def spy_on_quantiles(schedule, proposal, u, num_draws):  # type: ignore[no-untyped-def]
+        t, share = draw_timesteps(schedule, proposal, u, num_draws)
+        quantiles.append((u, t))
+        return t, share
+
     monkeypatch.setattr(likelihood, "estimate", spy)
+    monkeypatch.setattr(likelihood, "draw_timesteps", spy_on_quantiles)
     first = evaluator.evaluate(make_checkpoint(tmp_path, shards))
     second = evaluator.evaluate(make_checkpoint(tmp_path, shards, LINEAR))
     (x_0, u, eps, t), (other_x_0, other_u, other_eps, other_t) = recorded
@@ -84,15 +97,11 @@ def test_an_unusable_net_is_a_one_line_error(evaluator: Evaluator, shards: str, 
         load = checkpoint.load_net
 
         def broken(*args):  # type: ignore[no-untyped-def]
-            net, config = load(*args)
+            trained = load(*args)
             with torch.no_grad():
-                next(net.parameters()).fill_(torch.nan)
-            return net, config
+                next(trained.net.parameters()).fill_(torch.nan)
+            return trained
 
         patch.setattr(checkpoint, "load_net", broken)
         with pytest.raises(UserError, match="is not finite: its net is unusable"):
             evaluator.evaluate(uri)
-    with pytest.raises(UserError, match="--num-images is 5; it must be at least 20"):
-        Evaluator(evaluator.train, evaluator.held_out, 5)
-    with pytest.raises(UserError, match="here is damaged"):
-        Evaluation.from_json("{}", "here")

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from ddpm.search.event_log import EventLog, Rung, Trial, best, rungs
+from ddpm.evaluation.scores import Score
+from ddpm.search.event_log import Begun, Ended, Evaluated, EventLog, Rung, Scored, Trial, best, rungs
 from ddpm.storage import locations
 from ddpm.utils.errors import UserError
 
@@ -17,35 +18,23 @@ def open_events(folder: Path, **changes: Any) -> EventLog:
     return EventLog(locations.resolve(str(folder)), SETTINGS | changes, timeout_s=0)
 
 
-def add_judged(events: EventLog, trial: int, images_seen: int, bits: float) -> None:
-    rung = vars(Rung(images_seen, bits, 0.1, 0.5, 0.4, 9.0))
-    events.add("judged", trial, **rung, goes_on=True)
-
-
 def test_events_survive_a_reload(tmp_path: Path) -> None:
     first = open_events(tmp_path)
     for number in range(3):
-        first.add("begun", number, changes={"optim.lr": 0.1 + 0.2})  # a float with a long representation
-    add_judged(first, 0, 64, 2.5)
-    add_judged(first, 0, 128, 2.25)
-    first.add("ended", 0, status="finished", reason="", wall_s=20.0, training_s=9.0)
-    first.add("ended", 1, status="failed", reason="it broke", wall_s=5.0, training_s=0.0)
-    first.add("drawn", 0, name="KID-pixels", value=0.5, error=0.1, n=100)
+        first.add(Begun(number, {"optim.lr": 0.1 + 0.2}))  # a float with a long representation
+    first.add(Evaluated(0, Rung(64, 2.5, 0.1, 0.5, 0.4, 9.0), True))
+    first.add(Evaluated(0, Rung(128, 2.25, 0.1, 0.5, 0.4, 9.0), False))
+    first.add(Ended(0, "finished", "", wall_s=20.0, training_s=9.0))
+    first.add(Ended(1, "failed", "it broke", wall_s=5.0, training_s=0.0))
+    first.add(Scored(0, Score("KID-pixels", 0.5, 0.1, 100)))
     again = open_events(tmp_path)
     assert (again.key, again.events) == (first.key, first.events)
-    assert again.trials() == [
-        Trial(
-            0,
-            {"optim.lr": 0.1 + 0.2},
-            (Rung(64, 2.5, 0.1, 0.5, 0.4, 9.0), Rung(128, 2.25, 0.1, 0.5, 0.4, 9.0)),
-            "finished",
-            wall_s=20.0,
-            drawn={"name": "KID-pixels", "value": 0.5, "error": 0.1, "n": 100},
-        ),
-        Trial(1, {"optim.lr": 0.1 + 0.2}, status="failed", reason="it broke", wall_s=5.0),
-        Trial(2, {"optim.lr": 0.1 + 0.2}),
-    ]
-    assert list(again.shares()) == [(9.0, 20.0), (0.0, 5.0)]
+    assert again.trials() == first.trials()
+    finished, failed, running = again.trials()
+    assert (finished.status, finished.images_seen, finished.wall_s) == ("finished", 128, 20.0)
+    assert finished.score == Score("KID-pixels", 0.5, 0.1, 100)
+    assert failed == Trial(1, {"optim.lr": 0.1 + 0.2}, status="failed", reason="it broke", wall_s=5.0)
+    assert running == Trial(2, {"optim.lr": 0.1 + 0.2})
 
 
 def test_another_search_with_the_same_name_is_rejected(tmp_path: Path) -> None:
@@ -56,39 +45,51 @@ def test_another_search_with_the_same_name_is_rejected(tmp_path: Path) -> None:
         open_events(tmp_path, seed=1)
 
 
+BEGUN = {"event": "begun", "trial": 0, "changes": {}}
+RUNG = {
+    "images_seen": 64,
+    "bits_per_dim": 2.0,
+    "bits_per_dim_error": 0.1,
+    "held_out_loss": 0.5,
+    "train_loss": 0.5,
+}
+EVALUATED = {"event": "evaluated", "trial": 0, "rung": RUNG, "should_continue": True}
+ENDED = {"event": "ended", "trial": 0, "status": "finished", "reason": "", "wall_s": 1.0, "training_s": 1.0}
+SCORED = {"event": "scored", "trial": 0, "score": {"name": "KID", "value": 1.0, "error": 0.1, "n": 3}}
+
+
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "message"),
     [
-        "{",
-        "[]",
-        '{"format": "ddpm-search/1"}',
-        json.dumps({"format": "ddpm-search/0", "search_key": "a", "settings": {}, "events": []}),
-        json.dumps(
-            {
-                "format": "ddpm-search/1",
-                "search_key": "a",
-                "settings": SETTINGS,
-                "events": [{"event": "ended"}],
-            }
+        ("{", "it is not JSON"),
+        ({"format": "ddpm-search/1"}, "format is 'ddpm-search/1'; it must be 'ddpm-search/2'"),
+        ({"search_key": "../x"}, "search_key is '../x'; it must match"),
+        ([{"event": "judged"}], "events.0 has no known 'event'"),
+        ([{**BEGUN, "trial": True}], "events.0.begun.trial is True; it must be a valid integer"),
+        (
+            [BEGUN, {**EVALUATED, "rung": {**RUNG, "images_seen": -1}}],
+            "events.1.evaluated.rung.images_seen is -1; it must be at least 0",
         ),
-        json.dumps(
-            {
-                "format": "ddpm-search/1",
-                "search_key": "a",
-                "settings": SETTINGS,
-                "events": [
-                    {"event": "begun", "trial": 0, "changes": {}},
-                    {"event": "judged", "trial": 0, "bits": 1},
-                ],
-            }
+        (
+            [BEGUN, {**ENDED, "status": "running"}],
+            "events.1.ended.status is 'running'; it must be 'finished', ",
         ),
+        ([BEGUN, BEGUN], "events.1: trial 0 cannot be begun here"),
+        ([EVALUATED], "events.0: trial 0 cannot be evaluated here"),
+        ([BEGUN, EVALUATED, EVALUATED], "events.2: trial 0 cannot be evaluated here"),
+        ([BEGUN, ENDED], "events.1: trial 0 cannot be ended here"),
+        ([BEGUN, EVALUATED, ENDED, EVALUATED], "events.3: trial 0 cannot be evaluated here"),
+        ([BEGUN, SCORED], "events.1: trial 0 cannot be scored here"),
     ],
 )
-def test_a_damaged_event_log_is_a_one_line_error(tmp_path: Path, damage: str) -> None:
-    (tmp_path / "search.json").write_text(damage)
-    with pytest.raises(UserError, match="is damaged"):
+def test_a_damaged_event_log_is_a_one_line_error(tmp_path: Path, damage: Any, message: str) -> None:
+    card = {"format": "ddpm-search/2", "search_key": "a", "settings": SETTINGS, "events": []}
+    card |= {"events": damage} if isinstance(damage, list) else damage if isinstance(damage, dict) else {}
+    text = damage if isinstance(damage, str) else json.dumps(card)
+    (tmp_path / "search.json").write_text(text)
+    with pytest.raises(UserError, match=rf"search\.json is damaged.*: {message}"):
         open_events(tmp_path)
-    assert (tmp_path / "search.json").read_text() == damage
+    assert (tmp_path / "search.json").read_text() == text
 
 
 @pytest.mark.parametrize(

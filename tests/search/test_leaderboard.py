@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,17 @@ from mlflow import MlflowClient
 from support.tracked import run_of
 from torch import Tensor
 
-from ddpm.config import Config, merged, override
+from ddpm.config import Config
+from ddpm.config_io import from_json, override
 from ddpm.diffusion import process, samplers, schedules
 from ddpm.diffusion.objectives import Denoised
+from ddpm.evaluation.scores import Score
 from ddpm.presets import DIGITS
-from ddpm.search import leaderboard, plots, publish
+from ddpm.search import leaderboard, plots, publish, space
+from ddpm.search.config import Arguments
 from ddpm.search.evaluator import Evaluation
-from ddpm.search.event_log import EventLog, Trial
-from ddpm.search.runner import EVALUATIONS
+from ddpm.search.event_log import Begun, Ended, Evaluated, EventLog, Scored, Trial
+from ddpm.search.setup import Setup
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
 
@@ -30,8 +34,16 @@ LINEAR = {
     "schedule.num_timesteps": 200,
     "optim.lr": 3e-3,
 }
-BASE = override(
-    DIGITS, {"train.total_images": 128, "train.keep_checkpoints": 9, "run.experiment": "searches"}
+GIVEN = override(DIGITS, {"train.total_images": 128, "run.experiment": "searches"})
+BASE = override(GIVEN, {"train.keep_checkpoints": 9})
+SPACE = space.parse(
+    (
+        "schedule.kind=cosine|linear",
+        "schedule.beta_end=log(0.001,0.1)",
+        "schedule.num_timesteps=int(100,1000)",
+        "optim.lr=log(1e-4,1e2)",
+    ),
+    BASE,
 )
 
 
@@ -40,25 +52,24 @@ def place(tmp_path: Path) -> Location:
     return locations.resolve(str(tmp_path / "search"))
 
 
-def make_events(place: Location, trials: list[tuple[dict[str, Any], str, dict[int, Any]]]) -> EventLog:
+def make_events(place: Location, trials: list[tuple[dict[str, Any], Any, dict[int, Any]]]) -> EventLog:
     """Write an event log; a trial is its changes, its status, and images seen -> mean bits/dim."""
     events = EventLog(place, {}, timeout_s=0)
     image = np.random.default_rng(0).normal(0, 0.5, 50)
     for number, (changes, status, found) in enumerate(trials):
-        events.add("begun", number, changes=changes)
+        events.add(Begun(number, changes))
         for at, mean in found.items():
             evaluated = Evaluation(at, tuple(mean + image - image.mean()), 0.5, 0.9 - mean / 10)
-            file = place.child(f"trial-{number:03d}").child(EVALUATIONS).child(f"{at:012d}.json")
-            file.write(evaluated.to_json().encode())
-            events.add("judged", number, **vars(evaluated.rung(8.0)), goes_on=at < 128)
+            evaluated.write(place.child(f"trial-{number:03d}"))
+            events.add(Evaluated(number, evaluated.rung(8.0), at < 128))
         reason = "it broke" if status == "failed" else ""
-        events.add("ended", number, status=status, reason=reason, wall_s=10.0, training_s=8.0)
+        events.add(Ended(number, status, reason, wall_s=10.0, training_s=8.0))
     return events
 
 
 @pytest.fixture
-def events(place: Location) -> EventLog:
-    found = make_events(
+def without_finalists(place: Location) -> EventLog:
+    return make_events(
         place,
         [
             (COSINE, "finished", {64: 3.0, 128: 2.5}),
@@ -68,13 +79,22 @@ def events(place: Location) -> EventLog:
             ({**COSINE, "optim.lr": 2e-3}, "finished", {64: 3.0, 128: 2.5}),
         ],
     )
+
+
+@pytest.fixture
+def events(without_finalists: EventLog) -> EventLog:
     for number, kid in ((0, 0.02), (1, 0.05), (4, 0.021)):
-        found.add("drawn", number, name="KID-pixels", value=kid, error=0.001, n=100)
-    return found
+        without_finalists.add(Scored(number, Score("KID-pixels", kid, 0.001, 100)))
+    return without_finalists
+
+
+def setup_of(place: Location, base: Config = BASE) -> Setup:
+    evaluator: Any = SimpleNamespace(held_out=None)  # no checkpoint is read
+    return Setup(Arguments("digits", GIVEN), place, base, SPACE, [64, 128], evaluator, {})
 
 
 def rows_of(place: Location, events: EventLog, base: Config = BASE) -> list[leaderboard.Row]:
-    return leaderboard.ranked(events.trials(), place, "bits_per_dim", base)
+    return leaderboard.ranked(setup_of(place, base), events)
 
 
 def test_ranks_ties_and_flags(place: Location, events: EventLog) -> None:
@@ -134,13 +154,13 @@ def test_all_forms_of_the_leaderboard_agree(place: Location, events: EventLog, t
     text = leaderboard.markdown(found, ["a remark"])
     assert "| trial-001 ! | finished | 128 | linear |" in text and "failed: it broke" in text
     assert text.endswith("- a remark\n")
-    assert leaderboard.table(found).row_count == 5
+    assert len(leaderboard.table(found).rows) == 5
 
 
 def test_the_best_config_can_be_trained(place: Location, events: EventLog) -> None:
-    text = leaderboard.best_config(rows_of(place, events), BASE)
+    text = leaderboard.best_config(rows_of(place, events), GIVEN)
     assert text is not None
-    found = merged(DIGITS, text, "best.json")
+    found = from_json(text, "best.json", DIGITS)
     assert (found.schedule.kind, found.schedule.beta_end, found.optim.lr) == ("linear", 0.005, 3e-3)
     assert found.train.total_images == 128
     assert (found.run, found.cluster, found.data.shards) == (DIGITS.run, DIGITS.cluster, None)
@@ -152,29 +172,27 @@ def test_a_search_without_finished_trials(place: Location) -> None:
     events = make_events(place, [(COSINE, "failed", {}), (LINEAR, "failed", {})])
     found = rows_of(place, events)
     assert [s.by_bits for s in found] == [None, None]
-    assert leaderboard.best_config(found, BASE) is None
-    assert leaderboard.parquet(found) and leaderboard.table(found).row_count == 2
+    assert leaderboard.best_config(found, GIVEN) is None
+    assert leaderboard.parquet(found) and len(leaderboard.table(found).rows) == 2
 
 
 def test_plots(events: EventLog) -> None:
     trials = events.trials()
     curve = np.random.default_rng(0).random((9, 5))
     rendered = [
-        plots.parallel(trials, "bits_per_dim"),
-        plots.parallel([Trial(0, {}, trials[0].rungs, "finished")], "bits_per_dim"),
+        plots.parallel(trials, SPACE.domains, "bits_per_dim"),
+        plots.parallel([Trial(0, {}, trials[0].rungs, "finished")], {}, "bits_per_dim"),
         plots.scatter(trials),
         plots.denoising(np.arange(5.0), {"a": curve, "b": curve * 2}),
     ]
     assert all(png.startswith(b"\x89PNG") for png in rendered)
 
 
-def test_the_parent_run_in_mlflow_has_all_results(place: Location, events: EventLog) -> None:
-    held_out: Any = None
-    for number in (0, 1, 4):  # no KID means no finalists, so no checkpoint is read
-        events.add("drawn", number)
+def test_the_parent_run_in_mlflow_has_all_results(place: Location, without_finalists: EventLog) -> None:
+    events, setup = without_finalists, setup_of(place)
     parent = publish.address(events, "search", "searches")
     assert publish.open_parent(parent, {"search.metric": "bits_per_dim"}, print) is not None
-    lines = list(publish.store(events, place, "bits_per_dim", BASE, held_out, parent))
+    lines = list(publish.store(setup, rows_of(place, events), parent))
     assert {path.name for path in Path(place.path).iterdir() if path.is_file()} == {
         "search.json",
         "results.md",

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support import evaluated
 
-from ddpm import config
+from ddpm import config_io
 from ddpm.checkpoints import runs
 from ddpm.checkpoints.checkpoint import name_at
 from ddpm.cluster import resources
@@ -19,9 +19,9 @@ from ddpm.config import Config
 from ddpm.data.ray_dataset import open_configured
 from ddpm.data.reading import DataSet
 from ddpm.search import runner
-from ddpm.search.evaluator import Evaluator
+from ddpm.search.evaluator import RUNGS_FOLDER, Evaluator
 from ddpm.search.event_log import Rung
-from ddpm.search.runner import EVALUATIONS, News, Spec, Trained, TrialRunner
+from ddpm.search.runner import News, Spec, Trained, TrialRunner
 from ddpm.training import run_state
 from ddpm.utils.errors import UserError
 from ddpm.utils.progress import Progress
@@ -41,9 +41,8 @@ class FakeTraining:
 
     def __init__(self, trained: Path, folder: Path) -> None:
         self._trained = trained
-        self.config: Config = config.override(
-            evaluated.CONFIG,
-            {"run.storage": str(folder), "data.shards": str(trained.parent / "data")},
+        self.config: Config = config_io.override(
+            evaluated.CONFIG, {"run.storage": str(folder), "data.shards": str(trained.parent / "data")}
         )
         self.data: DataSet = open_configured(self.config)
         self.to_come = queue.Queue[Any]()
@@ -84,7 +83,7 @@ class FakeTraining:
         held_out = self.data.held_out()
         assert held_out is not None
         evaluator, group = Evaluator(self.data, held_out, 40, num_draws=2), SimpleNamespace()
-        spec = Spec(self.config, self.data, RUNGS, evaluator, {}, None, False, None)
+        spec = Spec(self.config, RUNGS, evaluator, {}, None, False, None)
         return TrialRunner(self.config, spec, group, self.reports.put)  # type: ignore[arg-type]
 
     def next(self) -> News:
@@ -169,17 +168,17 @@ def test_resources_of_a_killed_driver_are_released(
     training: FakeTraining, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     freed: list[str] = []
-    monkeypatch.setattr(resources, "free", freed.append)
+    monkeypatch.setattr(resources, "remove_placement_group", freed.append)
     training.delivers.set()
     folder = Path(training.config.run.storage, str(training.config.run.name))
     folder.mkdir(parents=True)
-    (folder / runner.PLACE).write_text("0f")
+    (folder / runner.PLACEMENT_GROUP).write_text("0f")
     for step in (64, 192, None):
         training.to_come.put(step)
     training.start()
     assert sorted(type(training.next()).__name__ for _ in range(3)) == ["Rung", "Rung", "Trained"]
     assert freed == ["0f"]
-    assert sorted(path.name for path in (folder / EVALUATIONS).iterdir()) == [
+    assert sorted(path.name for path in (folder / RUNGS_FOLDER).iterdir()) == [
         "000000000064.json",
         "000000000192.json",
     ]

@@ -6,25 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import search
-from space import DEFAULT
 
 from ddpm.cluster import ray_init, resources
-from ddpm.config import override
+from ddpm.commands import search
+from ddpm.config_io import override
 from ddpm.diffusion import schedules
 from ddpm.presets import DIGITS
 from ddpm.search import publish, setup
 from ddpm.search.config import Arguments
+from ddpm.search.default_space import DEFAULT
 from ddpm.utils.errors import UserError
 
 LR = ("optim.lr=log(1e-4,1e-2)",)
 
 
-def settled(**changes: Any) -> setup.Setup:
+def prepared(**changes: Any) -> setup.Setup:
     changes = {"space": DEFAULT, **changes}
     flat = {key: changes.pop(key) for key in list(changes) if "." in key}
     config = override(DIGITS, {"train.total_images": 9 * 128, **flat})
-    return setup.settled(replace(Arguments("digits", config), **changes))
+    return setup.prepare(replace(Arguments("digits", config), **changes))
 
 
 def test_the_losses_in_the_error_message_are_those_of_a_perfect_predictor() -> None:
@@ -44,27 +44,26 @@ def test_a_loss_cannot_be_the_metric_when_schedules_vary(metric: Any) -> None:
     with pytest.raises(
         UserError, match=f"--metric {metric} cannot compare noise schedules: .* 0.24 .* 0.12 .* 0.33"
     ):
-        settled(metric=metric)
-    assert settled(metric=metric, space=LR).settings["metric"] == metric
+        prepared(metric=metric)
+    assert prepared(metric=metric, space=LR).settings["metric"] == metric
 
 
 def test_trials_are_compared_at_equal_images_seen(tmp_path: Path) -> None:
-    found = settled(space=LR, name="s", storage=str(tmp_path))
+    found = prepared(space=LR, name="s", storage=str(tmp_path))
     assert found.rungs == [128, 384, 1152]
     assert found.base.train.checkpoint_every_images == 128
     assert found.base.train.keep_checkpoints == 9  # rung checkpoints must exist until they are evaluated
-    assert found.place.uri == found.base.run.storage == str(tmp_path / "s")
-    assert settled(space=LR, scheduler="none").rungs == [1152]
-    assert not any(key.startswith(("run.", "cluster.")) for key in found.settings["config"])
+    assert found.folder.uri == found.base.run.storage == str(tmp_path / "s")
+    assert prepared(space=LR, scheduler="none").rungs == [1152]
+    determining = set(found.settings["config"])
+    assert not {"run", "cluster", "sample"} & {key.partition(".")[0] for key in determining}
+    assert {"train.init_from", "optim.lr"} <= determining and "train.log_every_images" not in determining
+    assert found.params["train.total_images"] == 1152 and found.params["search.rungs"] == [128, 384, 1152]
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "name": ({"run.name": "mine"}, "name the search with --name"),
     "name of a folder": ({"name": "a/b"}, "cannot be a folder's name"),
-    "trials": ({"num_trials": 0}, "--num-trials is 0; it must be at least 1"),
-    "factor": ({"reduction_factor": 1}, "--reduction-factor is 1"),
-    "rungs": ({"num_rungs": 0}, "--num-rungs is 0"),
-    "images": ({"num_images": 3}, "--num-images is 3; it must be at least 20"),
     "process": ({"objective.process": "uniform_mix"}, "has no noise schedule and no bits/dim"),
     "space": ({"space": ("optim.lr=2",) * 2}, "has optim.lr twice"),
 }
@@ -73,7 +72,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=list(BAD))
 def test_user_errors_are_one_line(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as raised:
-        settled(**{"space": LR, **changes})
+        prepared(**{"space": LR, **changes})
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 

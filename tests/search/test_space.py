@@ -1,27 +1,29 @@
 """The search space: forms of a domain, keys that belong to a schedule kind, and one-line error messages."""
 
-import math
 import re
+from typing import Any
 
 import pytest
-from space import DEFAULT
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from support.processes import REPO
 
-from ddpm.config import override
+from ddpm.config_io import override
 from ddpm.diffusion import schedules
 from ddpm.presets import DIGITS, PRESETS
 from ddpm.search import space
-from ddpm.search.space import KINDS, Choice, Range
+from ddpm.search.default_space import DEFAULT
+from ddpm.search.space import KINDS, grid_values
+from ddpm.search.trial_manager import OptunaProposer
 from ddpm.training import loop
 from ddpm.utils.errors import UserError
 
 
-def test_uniform_u_maps_to_the_domain() -> None:
-    assert [Choice(("a", "b")).at(u) for u in (0.0, 0.49, 0.5, 1.0)] == ["a", "a", "b", "b"]
-    assert Range(1.0, 3.0).at(0.25) == 1.5
-    assert math.isclose(Range(1e-4, 1e-2, is_log=True).at(0.5), 1e-3)
-    assert [Range(1, 3, is_int=True).at(u) for u in (0.0, 0.34, 0.5, 0.67, 1.0)] == [1, 2, 2, 3, 3]
-    assert Range(10, 1000, is_log=True, is_int=True).ends == (10, 1000)
+def test_the_points_of_a_grid_are_evenly_spaced_on_the_scale_of_the_domain() -> None:
+    assert grid_values(CategoricalDistribution(("a", "b")), 5) == ("a", "b")
+    assert grid_values(FloatDistribution(1.0, 3.0), 3) == (1.0, 2.0, 3.0)
+    assert grid_values(FloatDistribution(1e-4, 1e-2, log=True), 1) == pytest.approx((1e-3,))
+    assert grid_values(IntDistribution(1, 3), 7) == (1, 2, 3)
+    assert grid_values(IntDistribution(10, 1000, log=True), 3) == (10, 100, 1000)
 
 
 def test_a_grid_has_every_combination_without_keys_of_other_kinds() -> None:
@@ -34,12 +36,16 @@ def test_a_grid_has_every_combination_without_keys_of_other_kinds() -> None:
     assert all(set(point) == {"schedule.kind", "optim.lr"} for point in cosine)
 
 
-def test_random_trials_depend_only_on_seed_and_number() -> None:
+def test_random_trials_have_only_the_keys_of_their_kind() -> None:
     found = space.parse(DEFAULT, DIGITS)
-    points = [found.sample(7, number) for number in range(40)]
-    assert points[5] == found.sample(7, 5) != found.sample(8, 5)
-    assert {point["schedule.kind"] for point in points} == {"linear", "scaled_linear", "cosine", "sigmoid"}
-    for point in points:
+
+    def points(seed: int) -> list[Any]:
+        proposer = OptunaProposer(found, seed, "random")
+        return [proposer.suggest(number) for number in range(40)]
+
+    assert points(7) == points(7) != points(8)
+    assert {point["schedule.kind"] for point in points(7)} == set(schedules.SCHEDULES)
+    for point in points(7):
         kind = point["schedule.kind"]
         assert set(point) == {
             flag.partition("=")[0] for flag in DEFAULT if kind in KINDS.get(flag.partition("=")[0], (kind,))
@@ -53,7 +59,7 @@ def test_the_default_space_fits_every_preset(preset: str) -> None:
 
 
 def test_the_documented_minimum_noise_is_true() -> None:
-    source = (REPO / "tune/space.py").read_text()
+    source = (REPO / "ddpm/search/default_space.py").read_text()
     documented = re.search(
         r"linear from 1e-4: from too little noise \(sqrt\(alpha_bar_T\) = ([\d.]+)\)", source
     )
@@ -67,16 +73,20 @@ def test_values_get_the_types_of_the_config() -> None:
         "optim.lr=1|1e-3",
         "model.attention_head_dim=none|8",
         "model.middle_attention=true|false",
-        "objective.predict=eps|v",
+        "objective.predict=eps|v|edm|flow",
+        "objective.timesteps=uniform|log_normal",
+        "objective.log_sigma_mean=uniform(-2,1)",
     ]
     found = space.parse(flags, DIGITS).domains
-    assert [domain.ends for domain in found.values()] == [
+    assert [space.ends(domain) for domain in found.values()] == [
         (1.0, 0.001),
         (None, 8),
         (True, False),
-        ("eps", "v"),
+        ("eps", "v", "edm", "flow"),
+        ("uniform", "log_normal"),
+        (-2.0, 1.0),
     ]
-    assert isinstance(found["optim.lr"].ends[0], float)
+    assert isinstance(space.ends(found["optim.lr"])[0], float)
 
 
 BAD = {
@@ -88,14 +98,14 @@ BAD = {
     "optim.lr=uniform(nan,1)": "bounds must be finite",
     "optim.lr=uniform(a,b)": "bounds must be numbers",
     "optim.lr=__import__('os').abort()": "is not understood; expected a|b|c, uniform(low,high)",
-    "optim.lr=fast|slow": "optim.lr=fast: config: optim: lr is 'fast'; it must be a valid number",
+    "optim.lr=fast|slow": "optim.lr=fast: config: optim.lr is 'fast'; it must be a valid number",
     "optim.lr=1e-3|0.001": "has a value twice",
     "schedule.kind=linear|warp": "kind is 'warp'; it must be 'linear'",
     "schedule.num_timesteps=uniform(100,200)": "it must be a valid integer",
     "schedule.num_timesteps=int(1.5,20)": "bounds must be whole numbers",
-    "schedule.num_timesteps=int(0,100)": "allows schedule.num_timesteps 0, but num_timesteps is 0",
-    "schedule.num_timesteps=int(10,1e9)": "at most 10,000 are allowed",
-    "schedule.cosine_s=uniform(0,2)": "allows schedule.cosine_s 2.0, but s is 2.0; it must be in [0, 1]",
+    "schedule.num_timesteps=int(0,100)": "schedule.num_timesteps is 0; it must be at least 1",
+    "schedule.num_timesteps=int(10,1e6)": "at most 10,000 are allowed",
+    "schedule.cosine_s=uniform(0,2)": "schedule.cosine_s is 2.0; it must be at most 1",
     "schedule.beta_end=log(0.01,0.1)": "is used by linear and scaled_linear, and schedule.kind is cosine",
     "train.total_images=100|200": "cannot vary train.total_images",
     "cluster.num_workers=1|2": "cannot vary cluster.num_workers",

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 from support import servers
@@ -30,28 +30,25 @@ with DriverLock(locations.resolve(sys.argv[1]), "run", "--run.name", print):
 """
 
 
-@pytest.fixture(params=["local", "s3"])
-def place(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Location]:
+@pytest.fixture
+def location(root_uri: str, monkeypatch: pytest.MonkeyPatch) -> Location:
     monkeypatch.setattr(driver_lock, "BEAT_S", 0.05)
     monkeypatch.setattr(driver_lock, "PATIENCE_S", 1.0)
-    uri = str(tmp_path / "run") if request.param == "local" else request.getfixturevalue("s3_bucket") + "/run"
-    yield locations.resolve(uri)
+    return locations.resolve(root_uri)
 
 
 @pytest.fixture
-def holder(place: Location) -> Iterator[subprocess.Popen[str]]:
+def holder(location: Location) -> Iterator[subprocess.Popen[str]]:
     """Another process that holds the lock."""
-    words = [sys.executable, "-c", HOLD, place.uri]
+    words = [sys.executable, "-c", HOLD, location.uri]
     with subprocess.Popen(words, cwd=REPO, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         yield other
         other.kill()
 
 
-def lock(place: Location, notify: object = lambda line: None) -> DriverLock:
-    return DriverLock(place, "run", "--run.name", notify)  # type: ignore[arg-type]
+def lock(location: Location, notify: object = lambda line: None) -> DriverLock:
+    return DriverLock(location, "run", "--run.name", notify)  # type: ignore[arg-type]
 
 
 def foreign_lock_file(**changes: object) -> bytes:
@@ -59,73 +56,73 @@ def foreign_lock_file(**changes: object) -> bytes:
     return json.dumps({"id": "another", "host": "h", "pid": 1, "since": "yesterday", **changes}).encode()
 
 
-def test_a_second_driver_is_rejected_while_the_first_is_alive(place: Location) -> None:
-    with lock(place) as first:
+def test_a_second_driver_is_rejected_while_the_first_is_alive(location: Location) -> None:
+    with lock(location) as first:
         with pytest.raises(
             UserError, match=r"another process drives this run \(host .*, pid \d+, since 20.* UTC"
         ):
-            lock(place).__enter__()
+            lock(location).__enter__()
         assert not first.is_lost
         first.check()
-    assert not place.child(driver_lock.FILE).exists()  # so that the next driver does not wait
-    with lock(place, pytest.fail):
+    assert not location.child(driver_lock.FILE).exists()  # so that the next driver does not wait
+    with lock(location, pytest.fail):
         pass
 
 
 def test_the_lock_of_a_killed_process_on_this_machine_is_taken_at_once(
-    place: Location, holder: subprocess.Popen[str]
+    location: Location, holder: subprocess.Popen[str]
 ) -> None:
     holder.send_signal(signal.SIGSTOP)  # as by Ctrl-Z: suspended, not dead
     with pytest.raises(UserError, match=rf"another process drives this run \(host .*, pid {holder.pid}, "):
-        lock(place).__enter__()
+        lock(location).__enter__()
     holder.kill()
     os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # a zombie: it has exited, and still has its PID
-    with lock(place, pytest.fail):
+    with lock(location, pytest.fail):
         pass
 
 
-def test_a_reused_pid_is_not_mistaken_for_the_holder(place: Location) -> None:
+def test_a_reused_pid_is_not_mistaken_for_the_holder(location: Location) -> None:
     ours = process.token()
-    place.child(driver_lock.FILE).write(foreign_lock_file(pid=os.getpid(), process=ours + "1"))
-    with lock(place, pytest.fail):
+    location.child(driver_lock.FILE).write(foreign_lock_file(pid=os.getpid(), process=ours + "1"))
+    with lock(location, pytest.fail):
         pass
 
 
 @pytest.mark.parametrize(
     "left", [foreign_lock_file(), foreign_lock_file(process="f00-1-1"), b"{", b"[]", b""]
 )
-def test_the_lock_of_a_dead_process_on_another_machine_is_taken(place: Location, left: bytes) -> None:
-    place.child(driver_lock.FILE).write(left)
+def test_the_lock_of_a_dead_process_on_another_machine_is_taken(location: Location, left: bytes) -> None:
+    location.child(driver_lock.FILE).write(left)
     lines: list[str] = []
-    with lock(place, lines.append):
+    with lock(location, lines.append):
         assert "waiting" in lines[0] and len(lines) == 1
-        assert b'"beats"' in place.child(driver_lock.FILE).read()
+        assert b'"beats"' in location.child(driver_lock.FILE).read()
 
 
-def test_different_clocks_do_not_matter(place: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_different_clocks_do_not_matter(location: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     jumps = iter(range(0, 10**9, 3600))
     monkeypatch.setattr(time, "time", lambda: next(jumps) * (-1) ** next(jumps))
-    with lock(place) as first:
+    with lock(location) as first:
         with pytest.raises(UserError, match="another process drives this run"):
-            lock(place).__enter__()
+            lock(location).__enter__()
         assert not first.is_lost
 
 
-def test_a_lock_released_meanwhile_is_taken(place: Location) -> None:
-    file = place.child(driver_lock.FILE)
+def test_a_lock_released_meanwhile_is_taken(location: Location) -> None:
+    file = location.child(driver_lock.FILE)
     file.write(foreign_lock_file())
-    with lock(place, lambda line: file.filesystem.delete_file(file.path)):
+    with lock(location, lambda line: file.filesystem.delete_file(file.path)):
         pass
 
 
 @pytest.mark.parametrize("left", [None, foreign_lock_file()])
-def test_only_one_of_many_concurrent_drivers_gets_the_lock(place: Location, left: bytes | None) -> None:
+def test_only_one_of_many_concurrent_drivers_gets_the_lock(location: Location, left: bytes | None) -> None:
     if left is not None:
-        place.child(driver_lock.FILE).write(left)
+        location.child(driver_lock.FILE).write(left)
     start, won, refused = threading.Barrier(6), list[DriverLock](), list[str]()
 
     def take() -> None:
-        mine = lock(place)
+        mine = lock(location)
         start.wait()
         try:
             won.append(mine.__enter__())
@@ -142,9 +139,9 @@ def test_only_one_of_many_concurrent_drivers_gets_the_lock(place: Location, left
     won[0].__exit__(None, None, None)
 
 
-def test_a_suspended_holder_learns_that_it_lost_the_lock(place: Location) -> None:
-    file = place.child(driver_lock.FILE)
-    with lock(place) as first:
+def test_a_suspended_holder_learns_that_it_lost_the_lock(location: Location) -> None:
+    file = location.child(driver_lock.FILE)
+    with lock(location) as first:
         while not first.is_lost:  # it may overwrite the file once, if it had checked just before
             file.write(foreign_lock_file())
         with pytest.raises(UserError, match="another process has taken over this run; this one stops"):
@@ -153,6 +150,7 @@ def test_a_suspended_holder_learns_that_it_lost_the_lock(place: Location) -> Non
 
 
 def test_a_storage_error_is_one_line(s3_server: servers.S3Server, s3_bucket: str) -> None:
-    gone = locations.resolve(f"{s3_bucket}-not-there", check=False)
+    here = locations.resolve(s3_bucket)
+    gone = replace(here, path=f"{here.path}-not-there")
     with pytest.raises(UserError, match=r"cannot read or write s3://.*/driver.json: .*NoSuchBucket"):
         lock(gone).__enter__()

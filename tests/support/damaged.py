@@ -45,18 +45,12 @@ def prepare(
     for k, start in enumerate(range(0, NUM_IMAGES, 3 * ROWS)):
         part = range(start, min(start + 3 * ROWS, NUM_IMAGES))
         files = [(bad_files or {}).get(i, png(i)) for i in part]
-        shards.append(
-            write_shard(
-                location,
-                f"train/{k:05d}.parquet",
-                files if encoded else np.stack([pixels(i) for i in part]),
-                labels[part.start : part.stop],
-                rows_per_row_group=ROWS,
-            )
-        )
+        content = files if encoded else np.stack([pixels(i) for i in part])
+        of_part, path = labels[part.start : part.stop], f"train/{k:05d}.parquet"
+        shards.append(write_shard(location, path, content, of_part, rows_per_row_group=ROWS))
     encoding = "encoded" if encoded else "raw"
     names = [str(i) for i in range(7)]
-    manifest = make_manifest("numbers", SIDE, SIDE, 1, encoding, names, {"train": shards}, "")
+    manifest = make_manifest("numbers", (SIDE, SIDE, 1), encoding, names, {"train": shards}, "")
     write_manifest(location, manifest)
     return location
 

@@ -6,7 +6,8 @@ import torch
 
 from ddpm.checkpoints import checkpoint, runs
 from ddpm.checkpoints.runs import Run
-from ddpm.config import Config, override
+from ddpm.config import Config
+from ddpm.config_io import override
 from ddpm.data.manifest import read_manifest
 from ddpm.data.prepare import prepare
 from ddpm.data.reading import DataSet

@@ -9,15 +9,15 @@ import mlflow.entities
 import numpy as np
 import torch
 from mlflow import MlflowClient
-from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
 from ddpm.checkpoints import runs
-from ddpm.data.manifest import make_manifest, write_manifest
+from ddpm.data.manifest import Shard, make_manifest, write_manifest
 from ddpm.data.shards import write_shard
 from ddpm.hub import resolve
 from ddpm.storage import locations
-from support import processes
+from ddpm.tracking import curves
+from support import local, processes, tracked
 
 TOTAL = 6_400
 FLAGS = f"""--data.window-rows 200 --data.horizontal-flip --schedule.num-timesteps 50 --model.dropout 0.1
@@ -54,14 +54,10 @@ class Run:
         return lambda: self.position() > position
 
     def tensors(self, total: int = TOTAL) -> dict[str, torch.Tensor]:
-        """Tensors of net, EMA and optimizer in the last checkpoint, which must be at `total` images."""
+        """Tensors of the last checkpoint, which must be at `total` images."""
         assert self.position() == total
         with resolve.local_checkpoint(self.location.uri) as folder:
-            return {
-                f"{file}.{name}": tensor
-                for file in ("net", "ema", "optimizer")
-                for name, tensor in load_file(folder / f"{file}.safetensors").items()
-            }
+            return local.stored(folder)
 
 
 def write_digits(folder: Path) -> str:
@@ -69,49 +65,45 @@ def write_digits(folder: Path) -> str:
     location = locations.resolve(str(folder))
     images, labels = load_digits(return_X_y=True)
     images = np.round(images.reshape(-1, 8, 8, 1) * 255 / 16).astype(np.uint8)
+
+    def write(path: str, first: int, last: int) -> Shard:
+        part = slice(first, last)
+        return write_shard(location, path, images[part], labels[part], rows_per_row_group=100)
+
     shards = {
-        split: [
-            write_shard(
-                location,
-                f"{split}/{i:05d}.parquet",
-                images[part],
-                labels[part],
-                rows_per_row_group=100,
-            )
-            for i, part in enumerate(parts)
-        ]
-        for split, parts in {
-            "train": [slice(0, 350), slice(350, 600)],
-            "test": [slice(600, 660)],
-        }.items()
+        "train": [write("train/00000.parquet", 0, 350), write("train/00001.parquet", 350, 600)],
+        "test": [write("test/00000.parquet", 600, 660)],
     }
     names = [str(i) for i in range(10)]
-    manifest = make_manifest("digits", 8, 8, 1, "raw", names, shards, options="test")
+    manifest = make_manifest("digits", (8, 8, 1), "raw", names, shards, options="test")
     write_manifest(location, manifest)
     return location.uri
 
 
 def assert_same(run: Run, undisturbed: Run) -> None:
-    """The final tensors are bitwise equal."""
-    first, second = run.tensors(), undisturbed.tensors()
-    assert first.keys() == second.keys() and len(first) > 100
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    """The final tensors are bitwise equal, and so are all curves that do not depend on time."""
+    timed = ("system/", "train/images_per_s", "train/data_wait_share", "train/mfu", "train/goodput")
+
+    def values(run: Run) -> dict[tuple[str, int], float]:
+        kept = {
+            name: curve for name, curve in curves.read(run.location).items() if not name.startswith(timed)
+        }
+        return {(name, point.images_seen): point.value for name, curve in kept.items() for point in curve}
+
+    ours = values(run)
+    assert ours == values(undisturbed) and ("train/loss_t_quarter_1", TOTAL) in ours
+    local.assert_same(run.tensors(), undisturbed.tensors())
 
 
 def mlflow_run_of(run: Run) -> mlflow.entities.Run:
     """The run's only MLflow run."""
-    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     key = json.loads(run.location.child("run.json").read())["run_key"]
-    experiments = [e.experiment_id for e in client.search_experiments()]
-    (found,) = client.search_runs(experiments, f"tags.`ddpm.run_key` = '{key}'")
-    return found
+    return tracked.run_with_key(os.environ["MLFLOW_TRACKING_URI"], key)
 
 
 def metric(run: Run, name: str) -> list[tuple[int, float]]:
     """All points of a metric, in order: (images_seen, value)."""
-    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
-    history = client.get_metric_history(mlflow_run_of(run).info.run_id, name)
-    return sorted((point.step, point.value) for point in history)
+    return tracked.history(os.environ["MLFLOW_TRACKING_URI"], mlflow_run_of(run), name)
 
 
 def assert_tracked_once(run: Run) -> None:
@@ -124,6 +116,20 @@ def assert_tracked_once(run: Run) -> None:
     pictures = [a.path for a in client.list_artifacts(found.info.run_id, "images") if a.path.endswith(".png")]
     assert len(pictures) == 5  # samples and denoising at two steps, and the final samples
     assert segments(run) == []
+
+
+def assert_recovered(run: Run, undisturbed: Run, job: processes.Job) -> None:
+    """The job printed no traceback, and the run ended as the undisturbed one, in storage and in MLflow."""
+    assert "Traceback" not in job.output
+    assert_same(run, undisturbed)
+    assert_tracked_once(run)
+
+
+def only_error(job: processes.Job) -> str:
+    """The one line of a job's error, without a traceback."""
+    assert "Traceback" not in job.output
+    (line,) = [line for line in job.output.splitlines() if line.startswith("error: ")]
+    return line
 
 
 def segments(run: Run) -> list[str]:

@@ -1,14 +1,27 @@
-"""Checkpoints with valid checksums and wrong content."""
+"""Checkpoints of a net that was trained a little, and such with valid checksums and wrong content."""
 
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddpm.checkpoints import checkpoint
+from ddpm.config import Config
+from ddpm.training.state import State
+
+
+def write_trained(folder: Path, config: Config, steps: int = 3, run_key: str = "k") -> Path:
+    """Write a checkpoint at `steps` steps, the last of which changed the net, to `folder`."""
+    state = State.create(config, torch.device("cpu"))
+    sum(p.square().sum() for p in state.net.parameters()).backward()  # type: ignore[union-attr]
+    state.optimizer.step()
+    state.step, state.images_seen = steps, steps * config.train.batch_size
+    checkpoint.write(state.snapshot(config, {"run_key": run_key, "data_fingerprint": "f"}), folder)
+    return folder
 
 
 def forge(folder: Path, name: str, data: bytes) -> None:

@@ -12,9 +12,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import psycopg
+import requests
 
 from support.processes import REPO, program, run
-from support.servers import LOOPBACK, Server, free_ports, run_as
+from support.servers import LOOPBACK, Server, free_ports
+
+AS_POSTGRES: dict[str, Any] = {"user": "postgres", "group": "postgres", "extra_groups": []}
+if os.geteuid():
+    AS_POSTGRES = {}
 
 
 class PostgresServer(Server):
@@ -22,37 +27,29 @@ class PostgresServer(Server):
 
     PostgreSQL refuses to run as root: started by root, it runs as Debian's user postgres. Only this object has the
     role's password: it is set through the socket, which no other user can reach.
-
-    Raises:
-        FileNotFoundError: it is not installed.
-        RuntimeError: it cannot create its data in `folder`; the message has the reason.
     """
+
+    stop_signal = signal.SIGINT  # SIGTERM would wait for the clients
 
     def __init__(self, folder: Path) -> None:
         (port,) = free_ports(1)
         postgres, initdb = (postgres_program(name) for name in ("postgres", "initdb"))
-        user = "postgres" if os.geteuid() == 0 else None
         # Short, since the path of a socket has at most 107 characters; separate, since no other user may enter it.
         self.socket_dir = Path("/tmp", f"postgres-{uuid.uuid4().hex[:12]}")
         data = folder / "data"
         data.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if user:
-            shutil.chown(data, user, user)
+        if AS_POSTGRES:
+            shutil.chown(data, "postgres", "postgres")
         if not (data / "PG_VERSION").exists():
             words = [initdb, "--pgdata", str(data), "--username", "postgres", "--encoding", "UTF8"]
             words += ["--locale", "C", "--auth-local", "trust", "--auth-host", "scram-sha-256", "--no-sync"]
-            done = subprocess.run(words, cwd="/", capture_output=True, text=True, **run_as(user))
+            done = subprocess.run(words, cwd="/", capture_output=True, text=True, **AS_POSTGRES)
             if done.returncode:
                 raise RuntimeError(f"initdb cannot make {data}:\n{done.stderr}")
-        self.client_env = {
-            "PGHOST": LOOPBACK,
-            "PGPORT": str(port),
-            "PGUSER": "mlflow",
-            "PGDATABASE": "mlflow",
-            "PGPASSWORD": uuid.uuid4().hex,
-        }
+        whose = {"PGUSER": "mlflow", "PGDATABASE": "mlflow", "PGPASSWORD": uuid.uuid4().hex}
+        self.client_env = {"PGHOST": LOOPBACK, "PGPORT": str(port), **whose}
         command = [postgres, "-D", str(data), "-h", LOOPBACK, "-p", str(port), "-k", str(self.socket_dir)]
-        super().__init__("postgres", command, f"postgresql://{LOOPBACK}:{port}", folder, user=user)
+        super().__init__("postgres", command, f"postgresql://{LOOPBACK}:{port}", folder, **AS_POSTGRES)
 
     def is_up(self) -> bool:
         try:
@@ -63,8 +60,8 @@ class PostgresServer(Server):
 
     def start(self, timeout_s: float = 90) -> Self:
         self.socket_dir.mkdir(mode=0o700, exist_ok=True)
-        if self.user:
-            shutil.chown(self.socket_dir, self.user, self.user)
+        if AS_POSTGRES:
+            shutil.chown(self.socket_dir, "postgres", "postgres")
         super().start(timeout_s)
         for statement in ("CREATE ROLE mlflow LOGIN", "CREATE DATABASE mlflow OWNER mlflow"):
             with contextlib.suppress(psycopg.errors.DuplicateObject, psycopg.errors.DuplicateDatabase):
@@ -80,10 +77,6 @@ class PostgresServer(Server):
             return cursor.fetchall() if cursor.description else []
 
     def stop(self, grace_s: float = 10) -> None:
-        if self.process is not None and grace_s:
-            self.process.send_signal(signal.SIGINT)  # SIGTERM would wait for the clients
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(grace_s)
         super().stop(grace_s)
         shutil.rmtree(self.socket_dir, ignore_errors=True)
 
@@ -125,6 +118,17 @@ class GuardedMlflowServer(Server):
             "MLFLOW_TRACKING_USERNAME": user,
             "MLFLOW_TRACKING_PASSWORD": password or self.admin_password,
         }
+
+    @property
+    def secrets(self) -> dict[str, str]:
+        """The settings that nobody may see."""
+        names = ("PGPASSWORD", "MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY")
+        return {name: self.env[name] for name in names}
+
+    def status(self, *user_and_password: str) -> int:
+        """The HTTP status of a request for the experiments."""
+        url = f"{self.uri}/api/2.0/mlflow/experiments/search?max_results=1"
+        return requests.get(url, auth=user_and_password or None, timeout=30).status_code
 
     def add_user(self, name: str, password: str, **env: str) -> subprocess.CompletedProcess[str]:
         """Run infra/mlflow/add_user.py as the admin; `env` overrides its environment."""

@@ -2,7 +2,7 @@
 
 A host has its own address and name, its own processes, an empty home, /tmp, /run and /dev/shm, and an sshd that
 accepts root with `key`. It sees this machine's programs, this repository and its environment, and cannot reach the
-internet. Its home survives `kill` and `revive`, as a disk would.
+internet.
 
 A killed test needs no cleanup: a host ends with the process that created it, and its mounts and its network cable
 go with it. Only an empty bridge is left, which the next `Hosts` removes.
@@ -15,10 +15,8 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import psutil
@@ -38,7 +36,8 @@ HOME = Path(pwd.getpwuid(os.geteuid()).pw_dir)
 PRIVATE = (HOME, Path("/tmp"), Path("/run"), Path("/dev/shm"))
 """Folders that are empty on a new host."""
 NETWORKS = range(100)
-UP_TIMEOUT_S = 30.0
+PATH = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+"""This environment's programs first, then the system's and the administrator's."""
 
 # The boot script of a host. /mnt keeps this machine's files reachable while the private folders are mounted over;
 # the line on stdin arrives when the network cable is connected.
@@ -66,9 +65,7 @@ def missing() -> str | None:
     """Why hosts cannot be created here; None if they can."""
     if os.geteuid():
         return "hosts are made of namespaces, which root alone may make"
-    lacking = [
-        package for program, package in PROGRAMS.items() if shutil.which(program, path=_path()) is None
-    ]
+    lacking = [package for program, package in PROGRAMS.items() if shutil.which(program, path=PATH) is None]
     if lacking:
         return f"`apt-get install {' '.join(lacking)}` brings what hosts are made with"
     tried = subprocess.run(
@@ -105,9 +102,7 @@ class Hosts:
         _run("ip", "link", "set", self._bridge, "up")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for host in self._hosts.values():
             host.kill()
         self._remove_bridge()
@@ -115,11 +110,15 @@ class Hosts:
 
     def add(self, name: str, env: Mapping[str, str] | None = None) -> "Host":
         """Add and start a host; its shells have `env` and the PATH of this environment."""
-        host = Host(self, name, next(self._addresses), f"{self._bridge}-{len(self._hosts)}", env or {})
+        address, cable = next(self._addresses), f"{self._bridge}-{len(self._hosts)}"
         with (self.folder / "hosts").open("a") as file:
-            file.write(f"{host.address} {name}\n")
-        self._hosts[name] = host
-        return host.revive()
+            file.write(f"{address} {name}\n")
+        self._hosts[name] = host = Host(self, name, address, cable)
+        exports = {"PATH": PATH, **(env or {})}
+        lines = [f"export {variable}={shlex.quote(value)}\n" for variable, value in exports.items()]
+        (host.home / ".bashrc").write_text("".join(lines))
+        host.start()
+        return host
 
     def __getitem__(self, name: str) -> "Host":
         return self._hosts[name]
@@ -139,23 +138,16 @@ class Hosts:
 class Host:
     """One machine; made by `Hosts.add`."""
 
-    def __init__(self, hosts: Hosts, name: str, address: str, cable: str, env: Mapping[str, str]) -> None:
+    def __init__(self, hosts: Hosts, name: str, address: str, cable: str) -> None:
         self.name, self.address, self.log = name, address, hosts.folder / f"{name}.log"
         self.home = hosts.folder / f"{name}.disk"
         """Path of its home folder on this machine."""
         self._hosts, self._cable = hosts, cable
         self._process: subprocess.Popen[bytes] | None = None
         self.home.mkdir(0o700)
-        exports = {"PATH": _path(), **env}
-        lines = [f"export {variable}={shlex.quote(value)}\n" for variable, value in exports.items()]
-        (self.home / ".bashrc").write_text("".join(lines))
 
-    def revive(self, timeout_s: float = UP_TIMEOUT_S) -> Self:
-        """Start it, and wait until ssh answers.
-
-        Raises:
-            RuntimeError: it does not; the message ends in its log.
-        """
+    def start(self, timeout_s: float = 30.0) -> None:
+        """Start it, and wait until ssh answers."""
         folder = self._hosts.folder
         seen = {REPO, Path(sys.prefix), Path(sys.base_prefix), folder}
         kept = sorted(path for path in seen if any(path.is_relative_to(private) for private in PRIVATE))
@@ -172,23 +164,18 @@ class Host:
         command = ["setpriv", "--pdeathsig", "KILL", "unshare", "--kill-child", "--fork", "--mount-proc"]
         command += ["--mount", "--net", "--uts", "--ipc", "--pid", "bash", "-c", script]
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
-            )
+            self._process = process = processes.spawn(command, stdin=subprocess.PIPE, stdout=log)
         try:
-            deadline = time.monotonic() + timeout_s
-            while not psutil.Process(self._process.pid).children():
-                self._check(deadline)
+            first = psutil.Process(process.pid)
+            processes.wait_for(first.children, timeout_s, 0.02, process, self.log)
             self._hosts.plug(self._cable, self.address, self.pid)
-            assert self._process.stdin is not None
-            self._process.stdin.write(b"\n")
-            self._process.stdin.close()
-            while not answers(self.address, 22):
-                self._check(deadline)
+            assert process.stdin is not None
+            process.stdin.write(b"\n")
+            process.stdin.close()
+            processes.wait_for(lambda: answers(self.address, 22), timeout_s, 0.02, process, self.log)
         except BaseException:
             self.kill()
             raise
-        return self
 
     def kill(self) -> None:
         """Cut its network and kill all its processes at once."""
@@ -214,7 +201,7 @@ class Host:
 
     def words(self, *command: object, env: Mapping[str, str] | None = None) -> list[str]:
         """The command line that runs a command on the host."""
-        settings = {"HOME": str(HOME), "PATH": _path(), **(env or {})}
+        settings = {"HOME": str(HOME), "PATH": PATH, **(env or {})}
         words = ["nsenter", "--target", str(self.pid), "--mount", "--net", "--uts", "--ipc", "--pid"]
         words += ["env", "--chdir", str(REPO), *(f"{name}={value}" for name, value in settings.items())]
         return [*words, *map(str, command)]
@@ -222,12 +209,6 @@ class Host:
     def processes(self, title: str) -> list[psutil.Process]:
         """Its processes whose command line begins with `title`: "ray::RayTrainWorker", say."""
         return processes.members(self.pid, title)
-
-    def _check(self, deadline: float) -> None:
-        assert self._process is not None
-        if self._process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"host {self.name} is not up. Its log ends:\n{self.log.read_text()[-2000:]}")
-        time.sleep(0.02)
 
 
 def _own_network() -> tuple[socket.socket, int]:
@@ -250,11 +231,6 @@ def answers(address: str, port: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _path() -> str:
-    """This environment's programs first, then the system's and the administrator's."""
-    return f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def _words(paths: Iterable[Path]) -> str:

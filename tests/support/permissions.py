@@ -8,11 +8,9 @@ from moto.iam.access_control import IAMPolicy, PermissionResult
 
 
 def policies_of(iam: Any, role: str) -> list[str]:
-    """The policies of a role, its own and those attached to it, as JSON."""
-    documents = [
-        iam.get_role_policy(RoleName=role, PolicyName=policy)["PolicyDocument"]
-        for policy in iam.list_role_policies(RoleName=role)["PolicyNames"]
-    ]
+    """The policies of a role, all of which are attached to it, as JSON."""
+    assert iam.list_role_policies(RoleName=role)["PolicyNames"] == []
+    documents = []
     for policy in iam.list_attached_role_policies(RoleName=role)["AttachedPolicies"]:
         arn = {"PolicyArn": policy["PolicyArn"]}
         version = iam.get_policy(**arn)["Policy"]["DefaultVersionId"]

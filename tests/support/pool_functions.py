@@ -1,4 +1,7 @@
-"""Functions that the worker pools of tests run. Workers import this module by its name (see fetching.py)."""
+"""Functions that the worker pools of tests run.
+
+Workers import this module by its name. A test module they could not: torch-fidelity 0.4 installs a package `tests` too.
+"""
 
 import os
 import signal

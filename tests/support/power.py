@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import pytest
@@ -39,9 +38,7 @@ class Disk:
             self._patch.setattr(os, name, self._followed(getattr(os, name)))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._patch.undo()
         for descriptor in self._held:
             os.close(descriptor)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import psutil
 
@@ -21,45 +22,59 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 REPO = Path(__file__).resolve().parents[2]
 
 
+def spawn(
+    words: Iterable[object], *, cwd: Path = REPO, env: Mapping[str, str] | None = None, **options: Any
+) -> subprocess.Popen[Any]:
+    """Start a command in a session of its own; `env` is added to the environment."""
+    options = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT} | options
+    environment = os.environ | dict(env or {})
+    command = [str(word) for word in words]
+    return subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, **options)
+
+
 def run(
-    command: Iterable[str | Path], *, cwd: Path, env: Mapping[str, str] | None = None, timeout_s: float = 480
+    command: Iterable[object], *, cwd: Path, env: Mapping[str, str] | None = None, timeout_s: float = 480
 ) -> subprocess.CompletedProcess[str]:
-    """Run `command` to its end, and accept any exit code; `env` is added to the environment.
+    """Run `command` to its end, and accept any exit code.
 
     Raises:
         TimeoutError: it ran longer; it is killed, and the message ends with its output.
     """
-    words = [str(word) for word in command]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        words,
-        cwd=cwd,
-        env=os.environ | dict(env or {}),
-        stdin=subprocess.DEVNULL,
-        stdout=pipe,
-        stderr=pipe,
-        text=True,
-        start_new_session=True,
-    ) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with spawn(command, cwd=cwd, env=env, text=True, **pipes) as process:
         try:
             out, err = process.communicate(timeout=timeout_s)
         except BaseException as error:
             kill_tree(process)
             out, err = process.communicate()
             if isinstance(error, subprocess.TimeoutExpired):
-                shown = "\n".join((out + err).splitlines()[-40:])
-                raise TimeoutError(
-                    f"{' '.join(words)}: not done in {timeout_s:.0f} s. Its output ends:\n{shown}"
-                ) from None
+                what = f"{process.args}: not done in {timeout_s:.0f} s"
+                raise TimeoutError(f"{what}. The end of its output:\n{(out + err)[-4000:]}") from None
             raise
-    return subprocess.CompletedProcess(words, process.returncode, out, err)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def run_in_terminal(words: list[str], cwd: Path, env: Mapping[str, str] | None = None) -> tuple[int, str]:
+    """Exit code and output of a program whose input and output are a terminal."""
+    ours, theirs = pty.openpty()
+    terminal = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    env = {"TERM": "xterm", "COLUMNS": "100", **(env or {})}
+    with spawn(words, cwd=cwd, env=env, **terminal) as process:
+        os.close(theirs)
+        shown = b""
+        try:
+            while part := os.read(ours, 4096):
+                shown += part
+        except OSError:  # on Linux: the other side is closed
+            os.close(ours)
+    return process.returncode, shown.decode()
 
 
 def run_job(
     job: str, *args: object, cwd: Path = REPO, env: Mapping[str, str] | None = None, timeout_s: float = 480
 ) -> subprocess.CompletedProcess[str]:
     """`python jobs/{job}.py *args`, as a user types it: run_job("train", "digits", "--run.name", "a")."""
-    return run([*job_command(job), *map(str, args)], cwd=cwd, env=env, timeout_s=timeout_s)
+    return run([*job_command(job), *args], cwd=cwd, env=env, timeout_s=timeout_s)
 
 
 def python_path(*folders: Path) -> dict[str, str]:
@@ -72,15 +87,15 @@ def job_command(job: str) -> list[str]:
     return [sys.executable, str(REPO / ("tune" if job == "search" else "jobs") / f"{job}.py")]
 
 
-def kill_tree(process: subprocess.Popen[bytes] | subprocess.Popen[str], grace_s: float = 0) -> None:
-    """Kill `process`, its descendants and the rest of its session; with a grace period, SIGTERM is sent first.
+def kill_tree(process: subprocess.Popen[Any], grace_s: float = 0, first: int = signal.SIGTERM) -> None:
+    """Kill `process`, its descendants and the rest of its session; with a grace period, `first` is sent first.
 
     Group and session alone would miss what Ray starts in a session of its own (the drivers of submitted
     jobs); descendants alone would miss the orphans.
     """
     family = _family(process.pid)
     if grace_s and process.poll() is None:
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(first)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(grace_s)
     family |= _family(process.pid)
@@ -92,33 +107,42 @@ def kill_tree(process: subprocess.Popen[bytes] | subprocess.Popen[str], grace_s:
 
 
 def members(pid: int, title: str) -> list[psutil.Process]:
-    """The processes below `pid` whose command line begins with `title`: "ray::RayTrainWorker", say."""
+    """The processes below `pid` whose title begins with "ray::RayTrainWorker", say, or whose program is "raylet"."""
     found = []
     for process in psutil.Process(pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             words = process.cmdline()  # a process that is exiting has none
-            if words and words[0].startswith(title):
+            if words and (words[0].startswith(title) or Path(words[0]).name == title):
                 found.append(process)
     return found
 
 
-def named(pid: int, name: str) -> list[psutil.Process]:
-    """The processes below `pid` whose program is `name`."""
-    found = []
-    for process in psutil.Process(pid).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if process.name() == name:
-                found.append(process)
-    return found
+def wait_for(
+    condition: Callable[[], T],
+    timeout_s: float = 120,
+    poll_s: float = 0.05,
+    process: subprocess.Popen[bytes] | None = None,
+    log: Path | None = None,
+) -> T:
+    """Wait until `condition` returns a true value; returns that value.
 
-
-def wait_for(what: Callable[[], T], timeout_s: float = 120) -> T:
-    """Wait until `what` returns a true value; returns that value."""
+    Raises:
+        RuntimeError: `process` ended before.
+        TimeoutError: it did not become true. Both messages end as the file `log` does.
+    """
     deadline = time.monotonic() + timeout_s
-    while not (found := what()):
-        assert time.monotonic() < deadline, "it does not come about"
-        time.sleep(0.05)
-    return found
+    while not (result := condition()):
+        code = process.poll() if process else None
+        if code is not None or time.monotonic() > deadline:
+            what = f"waited {timeout_s:.0f} s in vain" if code is None else f"it ended with code {code}"
+            raise (TimeoutError if code is None else RuntimeError)(f"{what}. {tail(log) if log else ''}")
+        time.sleep(poll_s)
+    return result
+
+
+def tail(log: Path) -> str:
+    """The end of a process's output."""
+    return f"The end of {log.name}:\n{log.read_text(errors='replace')[-4000:]}"
 
 
 @contextlib.contextmanager
@@ -158,42 +182,19 @@ class Background:
     """A command that runs in the background of a test, its output in a file."""
 
     def __init__(
-        self, words: Iterable[str], *, log: Path, cwd: Path = REPO, env: Mapping[str, str] | None = None
+        self, words: Iterable[object], *, log: Path, cwd: Path = REPO, env: Mapping[str, str] | None = None
     ) -> None:
         self._log = log
         with log.open("ab") as out:
-            self.process = subprocess.Popen(
-                list(words),
-                cwd=cwd,
-                env=os.environ | dict(env or {}),
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            self.process = spawn(words, cwd=cwd, env=env, stdout=out)
 
     @property
     def output(self) -> str:
         return self._log.read_text(errors="replace")
 
     def wait_for(self, condition: Callable[[], T], timeout_s: float = 300, poll_s: float = 0.02) -> T:
-        """Wait until `condition` returns a true value; returns that value.
-
-        Raises:
-            AssertionError: the job ended before.
-            TimeoutError: it did not become true; the message ends with the job's output.
-        """
-        deadline = time.monotonic() + timeout_s
-        while not (result := condition()):
-            assert self.process.poll() is None, (
-                f"the job ended with {self.process.returncode}:\n{self.output}"
-            )
-            if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"waited {timeout_s:.0f} s in vain. The job's output ends:\n{self.output[-3000:]}"
-                )
-            time.sleep(poll_s)
-        return result
+        """Wait until `condition` returns a true value; it is an error if the job ends before."""
+        return wait_for(condition, timeout_s, poll_s, self.process, self._log)
 
     def members(self, title: str) -> list[psutil.Process]:
         """The processes below this one whose command line begins with `title`."""
@@ -204,9 +205,7 @@ class Background:
         try:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            raise TimeoutError(
-                f"not done in {timeout_s:.0f} s. Its output ends:\n{self.output[-3000:]}"
-            ) from None
+            raise TimeoutError(f"not done in {timeout_s:.0f} s. {tail(self._log)}") from None
 
     def __enter__(self) -> Self:
         return self
@@ -219,4 +218,4 @@ class Job(Background):
     """A job that runs in the background of a test: `python jobs/{job}.py *args`."""
 
     def __init__(self, job: str, *args: object, log: Path, env: Mapping[str, str] | None = None) -> None:
-        super().__init__([*job_command(job), *map(str, args)], log=log, cwd=log.parent, env=env)
+        super().__init__([*job_command(job), *args], log=log, cwd=log.parent, env=env)

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ddpm.data.plan import ReadOrder
 from ddpm.training import worker_group
 from support.processes import REPO
 
@@ -25,9 +26,9 @@ class Recording:
     """An objective that also records its inputs."""
 
     def __init__(self, objective: Any, config: Any, rank: int, world_size: int) -> None:
-        self._objective, self._rank, self._world_size = objective, rank, world_size
+        self._objective, self._rank = objective, rank
         self._grain = config.train.micro_batch_size
-        self._share = config.train.batch_size // self._grain // world_size
+        self._share = ReadOrder.from_config(config).share(rank, world_size)
         self._micro_batches = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -39,12 +40,12 @@ class Recording:
         def record(x_t: Any, t: Any, *rest: Any) -> Any:
             for one in zip(*(tensor.split(self._grain) for tensor in (x_0, x_t, t)), strict=True):
                 digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in one)).hexdigest()
-                step, k = divmod(self._micro_batches, self._share)
-                lines.append({"step": step, "index": k * self._world_size + self._rank, "digest": digest})
+                step, k = divmod(self._micro_batches, len(self._share))
+                lines.append({"step": step, "index": self._share[k], "digest": digest})
                 self._micro_batches += 1
             return model(x_t, t, *rest)
 
-        if not model.training:  # held-out images
+        if not model.training or not x_0.any():  # held-out images, or the pass before the first step
             return self._objective.loss(model, x_0, label, generator)
         loss = self._objective.loss(record, x_0, label, generator)
         step = lines[-1]["step"]

@@ -5,28 +5,19 @@ from typing import Any
 
 from ddpm.config import SampleConfig
 from ddpm.evaluation.memorisation import NearerShare
-from ddpm.evaluation.report import CheckpointResult, Drawn, Report
+from ddpm.evaluation.report import CheckpointResult, Report, SampledScores
 from ddpm.evaluation.scores import Score
 
-METRICS = (
-    "FID-pixels",
-    "KID-pixels",
-    "precision-pixels",
-    "recall-pixels",
-    "density-pixels",
-    "coverage-pixels",
-)
-
-
+METRICS = tuple(f"{name}-pixels" for name in ("FID", "KID", "precision", "recall", "density", "coverage"))
 TERMS = ("bits/dim", "bits/dim-prior", "bits/dim-kl", "bits/dim-decoder")
 
 
-def drawn(i: int, steps: int = 50, own: bool = True, **sample: Any) -> Drawn:
+def drawn(i: int, steps: int = 50, own: bool = True, **sample: Any) -> SampledScores:
     scores = tuple(
         Score(name, 0.1234567 * (i + j + 1) / steps, 0.01 + j / 1000, 500, 90, 0.2 + j, 0.03, 400)
         for j, name in enumerate(METRICS)
     )
-    return Drawn(SampleConfig(sampler="ddim", num_sample_steps=steps, **sample), own, scores)
+    return SampledScores(SampleConfig(sampler="ddim", num_sample_steps=steps, **sample), own, scores)
 
 
 def nearer(low: float, n_real: int = 1000, space: str = "pixels") -> NearerShare:
@@ -47,26 +38,16 @@ def nearer(low: float, n_real: int = 1000, space: str = "pixels") -> NearerShare
     )
 
 
-def near(low: float, steps: int = 50, **changes: Any) -> Drawn:
+def near(low: float, steps: int = 50, **changes: Any) -> SampledScores:
     """A sampling method's result with a memorisation score and its image."""
     return replace(drawn(1, steps), scores=(nearer(low, **changes),), nearest=f"PNG {low}".encode())
 
 
-def result(i: int, *ways: Drawn, run: str = "a", **changes: Any) -> CheckpointResult:
+def result(i: int, *samplings: SampledScores, run: str = "a", **changes: Any) -> CheckpointResult:
     bits = tuple(Score(name, 4.5678901 - i / 10 + j, 0.05, 90) for j, name in enumerate(TERMS))
+    folder, sha256, position = f"runs/{run}/checkpoint-{i}", f"sha{i}", 1000 * i
     made = CheckpointResult(
-        f"runs/{run}/checkpoint-{i}",
-        f"sha{i}",
-        run,
-        f"key{run}",
-        "ddpm",
-        1000 * i,
-        True,
-        "measured",
-        True,
-        bits,
-        ways,
-        0,
+        folder, sha256, run, f"key{run}", "ddpm", position, True, "measured", True, bits, samplings, 0
     )
     return replace(made, **changes)
 

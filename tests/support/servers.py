@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,10 +18,12 @@ import urllib.request
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from support.processes import REPO, kill_tree, program, run, wait_for
+from support.processes import REPO, kill_tree, program, run, spawn, wait_for
+
+if TYPE_CHECKING:
+    import pytest
 
 LOOPBACK = "127.0.0.1"
 # Below the range Linux uses for outgoing connections (32768 and up), so that none takes the port before the server
@@ -28,10 +31,13 @@ LOOPBACK = "127.0.0.1"
 PORT_SHARE = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 4
 PORTS = range(10_000 + 2_500 * PORT_SHARE, 12_500 + 2_500 * PORT_SHARE)
 GRPC_OFFSET = 10_000
+SMALL_STORE = f"--object-store-memory {300 * 2**20}"
 
 
 class Server:
     """A server process that answers GET `health_url` when it is up."""
+
+    stop_signal = signal.SIGTERM
 
     def __init__(
         self,
@@ -40,51 +46,33 @@ class Server:
         health_url: str,
         folder: Path,
         env: Mapping[str, str] | None = None,
-        user: str | None = None,
+        **options: Any,
     ) -> None:
         self.name, self.command, self.health_url, self.folder = name, command, health_url, folder
         self.env = dict(env or {})
-        self.user = user  # None: the user who runs the tests
+        self.options = options  # of subprocess
         self.log = folder / f"{name}.log"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, timeout_s: float = 90) -> Self:
-        """Start or restart, and wait for the first answer.
-
-        Raises:
-            RuntimeError: it exited or did not answer in time; the message has the tail of its log.
-        """
+        """Start or restart, and wait for the first answer."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                self.command,
-                cwd=self.folder,
-                env=os.environ | self.env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                **run_as(self.user),
-            )
-        deadline = time.monotonic() + timeout_s
-        while not self.is_up():
-            code = self.process.poll()
-            if code is not None or time.monotonic() > deadline:
-                self.kill()
-                what = (
-                    f"ended with code {code}" if code is not None else f"gave no answer in {timeout_s:.0f} s"
-                )
-                raise RuntimeError(f"{self.name} {what} ({self.health_url}). Its log ends:\n{tail(self.log)}")
-            time.sleep(0.1)
+            self.process = spawn(self.command, cwd=self.folder, env=self.env, stdout=log, **self.options)
+        try:
+            wait_for(self.is_up, timeout_s, 0.1, self.process, self.log)
+        except BaseException:
+            self.kill()
+            raise
         return self
 
     def is_up(self) -> bool:
         return _get(self.health_url) is not None
 
     def stop(self, grace_s: float = 10) -> None:
-        """Send SIGTERM, and kill the process and all descendants that are left after `grace_s`."""
+        """Send `stop_signal`, and kill the process and all descendants that are left after `grace_s`."""
         if self.process is not None:
-            kill_tree(self.process, grace_s)
+            kill_tree(self.process, grace_s, self.stop_signal)
             self.process = None
 
     def kill(self) -> None:
@@ -94,9 +82,7 @@ class Server:
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
 
 
@@ -111,41 +97,23 @@ class S3Server(Server):
         self.endpoint = f"http://{host}:{s3}"
         self.keys = (access_key, secret_key)
         self.topology_url = f"http://{host}:{master}/dir/status"
-        self.client_env = {
-            "AWS_ENDPOINT_URL": self.endpoint,
-            "AWS_ACCESS_KEY_ID": access_key,
-            "AWS_SECRET_ACCESS_KEY": secret_key,
-            "AWS_REGION": "us-east-1",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }
-        self.client_options = {
-            "endpoint_url": self.endpoint,
-            "aws_access_key_id": access_key,
-            "aws_secret_access_key": secret_key,
-            "region_name": "us-east-1",
-        }
+        self.client_env, self.client_options = aws_client(self.endpoint, access_key, secret_key)
         # Every gRPC port is its HTTP port + 10000. Small volumes, since each bucket uses several.
-        options = {
-            "dir": folder / "data",
-            "ip": host,
-            "ip.bind": host,
-            "master.port": master,
-            "master.volumeSizeLimitMB": 64,
-            "master.telemetry": "false",
-            "volume.port": volume,
-            "filer.port": filer,
-            "filer.localSocket": folder / "filer.sock",
-            "s3.port": s3,
-            "s3.port.iceberg": 0,
-            "s3.port.lance": 0,
-            "admin.port": admin,
-            "admin.ui": "false",
-            "webdav": "false",
-        }
+        options = f"""ip={host} ip.bind={host} master.port={master} master.volumeSizeLimitMB=64 master.telemetry=false
+            volume.port={volume} filer.port={filer} s3.port={s3} s3.port.iceberg=0 s3.port.lance=0
+            admin.port={admin} admin.ui=false webdav=false"""
+        folders = [f"dir={folder / 'data'}", f"filer.localSocket={folder / 'filer.sock'}"]
         (folder / "data").mkdir(parents=True, exist_ok=True)
-        command = [program("weed"), "mini", *(f"-{name}={value}" for name, value in options.items())]
+        command = [program("weed"), "mini", *(f"-{option}" for option in [*folders, *options.split()])]
         super().__init__("seaweedfs", command, f"{self.endpoint}/healthz", folder, self.client_env)
+
+    def use(self, patch: "pytest.MonkeyPatch") -> None:
+        """Point boto3 and pyarrow of this process to it."""
+        import boto3
+
+        for name, value in self.client_env.items():
+            patch.setenv(name, value)
+        patch.setattr(boto3, "DEFAULT_SESSION", None)  # it caches the first credentials it sees
 
     def is_up(self) -> bool:
         # S3 answers before the volume server has reported its content to the master: until then objects are missing.
@@ -165,7 +133,7 @@ class MlflowServer(Server):
     def __init__(self, folder: Path, host: str = LOOPBACK) -> None:
         (port,) = free_ports(1)
         self.uri = f"http://{host}:{port}"
-        command = [program("mlflow"), "server", "--host", host, "--port", str(port), "--workers", "1"]
+        command = [program("mlflow"), *f"server --host {host} --port {port} --workers 1".split()]
         command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
         command += ["--artifacts-destination", str(folder / "artifacts")]
         # Job execution is only for evaluating language models, and starts seven processes.
@@ -181,26 +149,26 @@ class RayHead(Server):
     """
 
     def __init__(self, folder: Path, num_cpus: int = 3, env: Mapping[str, str] | None = None) -> None:
-        gcs, dashboard, client, agent_http, agent_grpc, runtime_env, metrics = map(str, free_ports(7))
+        gcs, dashboard, client, agent_http, agent_grpc, runtime_env, metrics = free_ports(7)
         self.address = f"{LOOPBACK}:{gcs}"
         self.dashboard, self.metrics = f"http://{LOOPBACK}:{dashboard}", f"http://{LOOPBACK}:{metrics}"
         # Short, since the sockets in it must fit into 107 characters.
         self.temp_dir = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
-        command = [program("ray"), "start", "--head", "--block", "--disable-usage-stats"]
-        command += ["--node-ip-address", LOOPBACK, "--port", gcs, "--dashboard-port", dashboard]
-        command += ["--ray-client-server-port", client, "--metrics-export-port", metrics]
-        command += ["--dashboard-agent-listen-port", agent_http, "--dashboard-agent-grpc-port", agent_grpc]
         # Worker ports: any free ports. The default range, 10002 to 19999, is shared with the servers here.
-        command += ["--min-worker-port", "0", "--max-worker-port", "0"]
-        command += ["--runtime-env-agent-port", runtime_env, "--temp-dir", str(self.temp_dir)]
-        command += ["--num-cpus", str(num_cpus), "--object-store-memory", str(300 * 2**20)]
+        words = f"""start --head --block --disable-usage-stats --node-ip-address {LOOPBACK} --port {gcs}
+            --dashboard-port {dashboard} --ray-client-server-port {client} --metrics-export-port {metrics}
+            --dashboard-agent-listen-port {agent_http} --dashboard-agent-grpc-port {agent_grpc}
+            --runtime-env-agent-port {runtime_env} --min-worker-port 0 --max-worker-port 0
+            --temp-dir {self.temp_dir} --num-cpus {num_cpus} {SMALL_STORE}"""
         # Submitted jobs run `python`: it must be the interpreter that runs the tests.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         # Workers have normal priority (by default their niceness is 15).
         settings = {"PATH": path, "RAY_worker_niceness": "0", **(env or {})}
         # Ray Train must find the API server of this cluster, not of another one on this machine.
         settings["RAY_API_SERVER_ADDRESS"] = self.dashboard
-        super().__init__("ray", command, f"{self.dashboard}/api/version", folder, settings)
+        super().__init__(
+            "ray", [program("ray"), *words.split()], f"{self.dashboard}/api/version", folder, settings
+        )
 
     def submit(
         self,
@@ -233,7 +201,7 @@ class RayHead(Server):
         return {r["nodeName"]: r["nodeId"] for r in raylets if r.get("state") == "ALIVE"}
 
     def add_node(self, num_cpus: int) -> "RayNode":
-        return RayNode(self, num_cpus)
+        return RayNode(self, num_cpus).start()
 
     def drain(self, node_id: str, within_s: int) -> None:
         """Announce that a node will be preempted in `within_s` seconds, as a cloud does for a spot instance."""
@@ -248,44 +216,52 @@ class RayHead(Server):
         shutil.rmtree(self.temp_dir, ignore_errors=True)
 
 
-class RayNode:
-    """One more node of a cluster, on the same machine; it has a `node_id` and a `pid` once it has joined."""
+class RayNode(Server):
+    """One more node of a cluster, on the same machine."""
 
-    def __init__(self, head: RayHead, num_cpus: int, timeout_s: float = 60) -> None:
+    def __init__(self, head: RayHead, num_cpus: int) -> None:
         name = f"node-{uuid.uuid4().hex[:8]}"
-        command = [program("ray"), "start", "--address", head.address, "--block", "--num-cpus", str(num_cpus)]
-        command += ["--object-store-memory", str(300 * 2**20), "--node-name", name]
-        with (head.folder / "nodes.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                command,
-                env=os.environ | head.env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        deadline = time.monotonic() + timeout_s
-        while (node_id := head.nodes().get(name)) is None:
-            if time.monotonic() > deadline or self._process.poll() is not None:
-                self.kill()
-                raise RuntimeError(
-                    f"the node did not join the cluster. Its log ends:\n{tail(head.folder / 'nodes.log')}"
-                )
-            time.sleep(0.2)
-        self.node_id, self.pid, self._head = node_id, self._process.pid, head
+        words = (
+            f"start --address {head.address} --block --num-cpus {num_cpus} --node-name {name} {SMALL_STORE}"
+        )
+        super().__init__(name, [program("ray"), *words.split()], head.dashboard, head.folder, head.env)
+        self._head = head
 
-    def kill(self) -> None:
-        """Kill it at once, with everything that runs on it."""
-        kill_tree(self._process)
+    def is_up(self) -> bool:
+        return self.name in self._head.nodes()
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    @property
+    def node_id(self) -> str:
+        return self._head.nodes()[self.name]
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *of_error: object) -> None:
+    def __exit__(self, *error: object) -> None:
         """Stop it, and wait until the cluster has noticed, so that the next test does not see the node."""
-        kill_tree(self._process, grace_s=10)
+        self.stop()
         if self._head.is_up():
-            wait_for(lambda: (alive := self._head.nodes()) and self.node_id not in alive.values())
+            wait_for(lambda: (alive := self._head.nodes()) and self.name not in alive)
+
+
+def ray_head_env() -> dict[str, str]:
+    """infra/ray-head.env: the environment of a head that notices lost nodes early."""
+    lines = (REPO / "infra" / "ray-head.env").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+
+
+def aws_client(endpoint: str, access_key: str, secret_key: str) -> tuple[dict[str, str], dict[str, str]]:
+    """The environment of clients of an AWS service at `endpoint`, and the same as options of boto3.client."""
+    options = {"aws_access_key_id": access_key, "aws_secret_access_key": secret_key}
+    env = {name.upper(): value for name, value in options.items()}
+    env |= {"AWS_ENDPOINT_URL": endpoint, "AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1"}
+    env |= {"AWS_EC2_METADATA_DISABLED": "true"}
+    return env, options | {"endpoint_url": endpoint, "region_name": "us-east-1"}
 
 
 def free_ports(count: int) -> list[int]:
@@ -297,16 +273,6 @@ def free_ports(count: int) -> list[int]:
             if len(ports) == count:
                 return ports
     raise RuntimeError(f"no {count} free ports in {PORTS.start}..{PORTS.stop - 1}")
-
-
-def run_as(user: str | None) -> dict[str, Any]:
-    """Arguments for subprocess so that a process runs as `user`; None: as the current user."""
-    return {"user": user, "group": user, "extra_groups": []} if user else {}
-
-
-def tail(path: Path, lines: int = 40) -> str:
-    """The last lines of a text file."""
-    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
 
 
 def _is_free(port: int) -> bool:

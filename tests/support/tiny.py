@@ -1,6 +1,7 @@
 """A net with a few thousand weights, for tests that need any net."""
 
-from ddpm.config import Config, override
+from ddpm.config import Config
+from ddpm.config_io import override
 
 TINY_NET = override(
     Config(),

@@ -1,26 +1,25 @@
 """Helpers that write segments to a run's spool, deliver them, and read the result back from MLflow."""
 
 import json
+import logging
 import re
-import threading
 import uuid
 from collections import Counter
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
-import requests
+import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
-from ddpm.tracking.metrics_buffer import MetricsBuffer, segment_name
+from ddpm.tracking.metrics_buffer import MetricsBuffer, Record, pack, segment_name
 from ddpm.tracking.mlflow_runs import RUN_KEY_TAG, Address
 from ddpm.tracking.uploader import Uploader
-from support import servers
+from support.front_end import Answer, FrontEnd
 
 PARAMS = {"optim.lr": 1e-3, "model.width_multipliers": (1, 2), "data.source": None}
 EXPERIMENT = "tracking"
@@ -49,11 +48,18 @@ def put(buffer: Location, at: int, *steps: int, failed: bool = False, files: boo
     """Write a segment that ends at position `at`, as a worker does."""
     gathered = MetricsBuffer()
     track(gathered, *steps, files=files)
-    data = gathered.take()
-    assert data is not None
+    return put_records(buffer, at, *gathered.take(), failed=failed)
+
+
+def put_records(buffer: Location, at: int, *records: Record, failed: bool = False) -> Location:
+    """Write a segment of given records."""
     segment = buffer.child(segment_name(at, failed))
-    segment.write(data)
+    segment.write(pack(list(records)))
     return segment
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def deliver(
@@ -70,18 +76,26 @@ def names_in(buffer: Location) -> list[str]:
     return sorted(file.name for file in path.iterdir()) if path.exists() else []
 
 
-def run_of(address: Address) -> Run:
+def run_with_key(uri: str, run_key: str) -> Run:
     """The one MLflow run of this run key."""
-    client = MlflowClient(address.uri)
-    experiment = client.get_experiment_by_name(address.experiment)
-    (run,) = client.search_runs([experiment.experiment_id], f"tags.`{RUN_KEY_TAG}` = '{address.run_key}'")
+    client = MlflowClient(uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    (run,) = client.search_runs(experiments, f"tags.`{RUN_KEY_TAG}` = '{run_key}'")
     return run
 
 
+def run_of(address: Address) -> Run:
+    return run_with_key(address.uri, address.run_key)
+
+
+def history(uri: str, run: Run, key: str) -> list[tuple[int, float]]:
+    """All points of a metric in order, (step, value); duplicates are kept."""
+    points = MlflowClient(uri).get_metric_history(run.info.run_id, key)
+    return sorted((point.step, point.value) for point in points)
+
+
 def points(address: Address, key: str = "train/loss") -> list[tuple[int, float]]:
-    """All points of a metric, sorted; duplicates are kept."""
-    found = MlflowClient(address.uri).get_metric_history(run_of(address).info.run_id, key)
-    return sorted((point.step, point.value) for point in found)
+    return history(address.uri, run_of(address), key)
 
 
 def image_counts(address: Address) -> Counter[tuple[int, str]]:
@@ -102,57 +116,18 @@ def assert_delivered_once(address: Address, *steps: int) -> None:
     assert image_counts(address) == {(step, kind): 1 for step in steps for kind in ("png", "webp")}
 
 
-class MlflowFaultProxy:
+class MlflowFaultProxy(FrontEnd):
     """A proxy in front of an MLflow server that injects the failures that `fails` chooses.
 
     `fails` takes a request's method, path and body. It returns the (status, JSON body) to answer with, or None to
     forward the request.
     """
 
-    def __init__(self, uri: str) -> None:
-        self.fails: Callable[[str, str, bytes], tuple[int, dict[str, str]] | None] = lambda *request: None
-        self.requests = 0
-        proxy = self
+    fails: Callable[[str, str, bytes], tuple[int, dict[str, str]] | None] = staticmethod(
+        lambda *request: None
+    )
 
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *args: object) -> None: ...
-
-            def answer(self) -> None:
-                proxy.requests += 1
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                if fault := proxy.fails(self.command, self.path, body):
-                    status, data, kind = fault[0], json.dumps(fault[1]).encode(), "application/json"
-                else:
-                    reply = requests.request(
-                        self.command,
-                        uri + self.path,
-                        data=body,
-                        headers={"Content-Type": self.headers.get("Content-Type", "application/json")},
-                        timeout=30,
-                    )
-                    status, data, kind = (
-                        reply.status_code,
-                        reply.content,
-                        reply.headers.get("Content-Type", "text/plain"),
-                    )
-                self.send_response(status)
-                self.send_header("Content-Type", kind)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            do_GET = do_POST = do_PUT = do_PATCH = answer  # noqa: N815
-
-        self._server = ThreadingHTTPServer((servers.LOOPBACK, 0), Handler)
-        self._server.daemon_threads = True
-        self.uri = f"http://{servers.LOOPBACK}:{self._server.server_port}"
-
-    def __enter__(self) -> Self:
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+    def answer(self, method: str, path: str, headers: dict[str, str], body: bytes) -> Answer | None:
+        if fault := self.fails(method, path, body):
+            return fault[0], json.dumps(fault[1]).encode(), {"Content-Type": "application/json"}
+        return None

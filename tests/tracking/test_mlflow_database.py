@@ -3,37 +3,31 @@
 Each attempt runs in a separate process, forked from one that has imported MLflow.
 """
 
-import multiprocessing
 import os
 import shutil
 import signal
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing, suppress
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from support.first_connections import connect, create_experiment
-from support.tracked import address_at, assert_delivered_once, deliver, put, spool_in
+from support.forked import connect, create_experiment
+from support.tracked import address_at, assert_delivered_once, deliver, names_in, put
 
+from ddpm.storage.locations import Location
 from ddpm.tracking import mlflow_client
 from ddpm.tracking.mlflow_client import Lost
 from ddpm.tracking.mlflow_runs import MlflowRun
+from ddpm.tracking.uploader import Uploader
 
 NUM_KILLS = 4
 NUM_CONCURRENT = 2
 DATABASE_BYTES = 900_000
 """Approximate size of a new database (MLflow 3.17)."""
-
-
-@pytest.fixture(scope="module")
-def forkserver() -> Iterator[ForkServerContext]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["support.first_connections", "mlflow.store.tracking.sqlalchemy_store"])
-    yield context
 
 
 def kill_midway(
@@ -64,7 +58,7 @@ def size_of(files: set[Path]) -> int:
 
 @pytest.mark.slow
 def test_killing_the_first_run_at_any_point_leaves_no_half_made_database(
-    forkserver: ForkServerContext, tmp_path: Path
+    forkserver: ForkServerContext, buffer: Location, tmp_path: Path
 ) -> None:
     folder = tmp_path / "new"
     folder.mkdir()
@@ -77,7 +71,7 @@ def test_killing_the_first_run_at_any_point_leaves_no_half_made_database(
         stopped += was_stopped
         database.unlink(missing_ok=True)  # from a process that finished before the signal
     assert stopped >= NUM_KILLS // 2
-    address, buffer = address_at(f"sqlite:///{database}"), spool_in(tmp_path / "run")
+    address = address_at(f"sqlite:///{database}")
     put(buffer, 64, 64)
     assert deliver(address, buffer, 64).undelivered == 0
     assert_delivered_once(address, 64)
@@ -130,3 +124,56 @@ def test_other_database_errors_are_not_reported_as_half_made(tmp_path: Path) -> 
     database.write_text("no database at all, and long enough to be read as one\n" * 20)
     with pytest.raises(Lost, match="file is not a database"):
         MlflowRun(address_at(f"sqlite:///{database}"), {}).open(running=True)
+
+
+def test_a_database_that_is_locked_at_the_first_connection_is_waited_for(
+    forkserver: ForkServerContext, buffer: Location, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As by another `mlflow ui` that migrates it, or by a backup."""
+    database = tmp_path / "mlflow.db"
+    process = forkserver.Process(
+        target=connect, args=(f"sqlite:///{database}",)
+    )  # this one knows no such database
+    process.start()
+    process.join()
+    address = address_at(f"sqlite:///{database}")
+    put(buffer, 64, 64)
+    with closing(sqlite3.connect(database, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        uploader = Uploader(address, {}, buffer)
+        while not caplog.records:
+            time.sleep(0.1)
+    uploader.committed(64)
+    assert uploader.close("FINISHED").undelivered == 0
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.endswith(
+        "is not accepting data (OSError: (sqlite3.OperationalError) database is locked); retrying"
+    )
+    assert_delivered_once(address, 64)
+
+
+def test_a_database_deleted_while_training_is_one_line(
+    buffer: Location, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What is left is delivered to another database by jobs/sync.py."""
+    whole, database = mlflow_client.tracking_uri(), tmp_path / "mlflow.db"
+    mlflow_client.connect(whole)
+    shutil.copy(whole.removeprefix("sqlite:///"), database)
+    address = address_at(f"sqlite:///{database}")
+    put(buffer, 64, 64)
+    uploader = Uploader(address, {}, buffer)
+    uploader.committed(64)
+    while names_in(buffer):
+        time.sleep(0.1)
+    database.unlink()
+    put(buffer, 128, 128)
+    uploader.committed(128)
+    delivery = uploader.close("FINISHED")
+    assert (delivery.undelivered, names_in(buffer)) == (2, ["000000000128.zip"])
+    stopped, left = [record.getMessage() for record in caplog.records]
+    assert stopped == (
+        f"tracking has stopped, training continues, records are kept in {buffer.uri}: {database} was deleted"
+    )
+    assert "did not accept everything (2 records left)" in left
+    output = capfd.readouterr()
+    assert "Traceback" not in output.out + output.err + caplog.text

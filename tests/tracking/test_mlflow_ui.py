@@ -1,51 +1,67 @@
 """MLflow's pages of three runs with different schedules, in a real browser."""
 
 import json
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
 from support import processes
-from support.servers import RayHead
+from support.servers import free_ports
+from support.tracked import address_at, deliver, put_records, run_of, spool_in
 
-from ddpm.tracking.pages import GRID, KIND, KIND_TAG, VIEW_TAG, WORKFLOW
+from ddpm.config_io import override
+from ddpm.presets import DIGITS
+from ddpm.tracking import pages
+from ddpm.tracking.metrics_buffer import DataSetInput, MetricsBuffer
+from ddpm.tracking.mlflow_runs import Address
+from ddpm.tracking.pages import GRID, KIND, KIND_TAG, LAST_GRID, VIEW_TAG, WORKFLOW
+from ddpm.utils.images import png_bytes
 
 PATIENCE_MS = 60_000
-SHORT = {
-    "model.base-width": 8,
-    "model.norm-groups": 4,
-    "train.log-every-images": 256,
-    "train.checkpoint-every-images": 1280,
-    "train.sample-every-images": 1280,
-    "sample.num-sample-steps": 10,
-    "run.experiment": "schedules",
-}
 TOTALS = {"linear": 1280, "sigmoid": 2560, "cosine": 2560}
+PICTURES = (GRID, "pictures/reverse_trajectory.png", "pictures/forward_noising.png")
 PANEL = "[data-component-id='mlflow.assistant.chat_panel.close']"
 CARD = "[data-testid='experiment-view-compare-runs-card']"
 
 pytestmark = pytest.mark.slow
 
 
+def write_run(address: Address, folder: Path, until: int, status: str = "FINISHED", **changes: Any) -> Run:
+    """Deliver what a run of the preset digits records until it has seen `until` images."""
+    config = override(DIGITS, {"train.sample_every_images": 1280, **changes})
+    buffer = MetricsBuffer()
+    buffer.tags(pages.tags(config, f"python jobs/train.py digits --name {address.run_name}"))
+    buffer.data_set(DataSetInput("digits", "4f" * 16, "s3://bucket/digits", "{}"))
+    for seen in range(256, until + 1, 256):
+        buffer.metrics({"train/loss": 64 / seen, "train/images_per_s": 900.0}, seen)
+    buffer.metrics({"held_out/bits_per_dim": 4.5}, until)
+    grid = np.full((24, 36, 1), until // 16, np.uint8)
+    for seen in range(1280, until + 1, 1280):
+        buffer.image("samples", grid, seen)
+    buffer.image(LAST_GRID, grid, 0)
+    for name in PICTURES:
+        buffer.artifact(name, png_bytes(grid))
+    spool = spool_in(folder)
+    put_records(spool, until, *buffer.take())
+    deliver(address, spool, until, status, **pages.params(config))
+    return run_of(address)
+
+
 @pytest.fixture(scope="session")
-def runs(mlflow_server: str, ray_head: RayHead, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """Short digits runs tracked by the server, by schedule; one is shorter than the others."""
-    folder, found = tmp_path_factory.mktemp("runs"), {}
-    env = {"MLFLOW_TRACKING_URI": mlflow_server, "RAY_ADDRESS": ray_head.address}
+def runs(mlflow_server: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """Runs tracked by the server, by schedule; one is shorter than the others."""
+    found = {}
     for kind, total in TOTALS.items():
-        flags = {"schedule.kind": kind, "run.name": kind, "train.total-images": total, "run.storage": folder}
-        words = [word for name, value in (SHORT | flags).items() for word in (f"--{name}", value)]
-        done = processes.run_job("train", "digits", *words, env=env)
-        assert done.returncode == 0, done.stderr
-        client = MlflowClient(mlflow_server)
-        experiment = client.get_experiment_by_name("schedules")
-        (run,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{kind}'")
-        assert f"{mlflow_server}/#/{run_path(run)}?{WORKFLOW}" in done.stdout
-        found[kind] = run
+        address = replace(address_at(mlflow_server), experiment="schedules", run_name=kind)
+        changes = {"schedule.kind": kind, "train.total_images": total}
+        found[kind] = write_run(address, tmp_path_factory.mktemp(kind), total, **changes)
     return found
 
 
@@ -144,9 +160,7 @@ def test_compare_shows_the_newest_grids_side_by_side(
     assert all(shown_size(shown.nth(i))[0] > 0 for i in range(shown.count()))
 
 
-@pytest.mark.parametrize(
-    "name", ["samples.png", "pictures/reverse_trajectory.png", "pictures/forward_noising.png"]
-)
+@pytest.mark.parametrize("name", PICTURES)
 def test_the_artifact_browser_shows_the_images(
     cosine: Any, runs: dict[str, Run], mlflow_server: str, name: str
 ) -> None:
@@ -156,6 +170,25 @@ def test_the_artifact_browser_shows_the_images(
     ours = MlflowClient(mlflow_server).download_artifacts(runs["cosine"].info.run_id, name, ".")
     with Image.open(ours) as image:
         assert shown_size(cosine.locator("img[src^='blob:']").first) == list(image.size)
+
+
+def test_a_stopped_run_does_not_look_like_one_that_failed(page: Any, tmp_path: Path) -> None:
+    """jobs/ui.py prints the link to the experiment with our view, from which one comes to the run."""
+    (port,) = free_ports(1)
+    address = replace(address_at(f"sqlite:///{tmp_path}/mlflow.db"), experiment="stops")
+    write_run(address, tmp_path, 64, pages.STOPPED)
+    env = {"MLFLOW_TRACKING_URI": address.uri}
+    with processes.Job("ui", "--port", port, log=tmp_path / "ui.log", env=env) as job:
+        job.wait_for(lambda: "Uvicorn running" in job.output)
+        (link,) = re.findall(r"^stops +(http://\S+)$", job.output, re.MULTILINE)
+        page.goto(link)
+        for name in ("schedule.kind", "changed", "held_out/bits_per_dim"):
+            page.get_by_role("columnheader", name=name).first.wait_for(state="attached")
+        page.get_by_role("link", name="a-run").first.click()
+        page.get_by_text("Stopped at 64 of 144,000 images").first.wait_for()
+        page.get_by_text("Resume: ").first.wait_for()
+        page.get_by_text("Scheduled").first.wait_for()
+        assert not page.get_by_text("Killed").count() + page.get_by_text("Failed").count()
 
 
 def shown_size(image: Any) -> list[int]:

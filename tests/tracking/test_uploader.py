@@ -3,19 +3,19 @@
 Servers and uploaders are really killed; hanging and failing servers are simulated by sockets and proxies.
 """
 
-import json
-import logging
+import signal
 import socket
-import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from itertools import count
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import processes, servers
+from support import forked, servers
 from support.processes import wait_for
 from support.proxy import FaultyProxy
 from support.tracked import (
@@ -28,13 +28,15 @@ from support.tracked import (
     names_in,
     points,
     put,
+    put_records,
     run_of,
     spool_in,
+    warnings_of,
 )
 
-from ddpm.storage import locations
 from ddpm.storage.locations import Location
 from ddpm.tracking import metrics_buffer, spool, uploader
+from ddpm.tracking.mlflow_runs import Address
 from ddpm.tracking.uploader import Delivery, Uploader
 
 # Far longer than anything here takes, even on a busy machine: only a call that blocks on a server exceeds it.
@@ -42,8 +44,8 @@ PATIENCE_S = 8.0
 
 
 @pytest.fixture
-def buffer(tmp_path: Path) -> Location:
-    return spool_in(tmp_path / "run")
+def address(mlflow_server: str) -> Address:
+    return address_at(mlflow_server)
 
 
 @pytest.fixture
@@ -75,26 +77,10 @@ def within(patience_s: float, call: Callable[[], Any]) -> Any:
     return results[0]
 
 
-def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-
-
 # Which segments are final.
 
 
-def test_segments_after_the_newest_checkpoint_are_not_delivered(mlflow_server: str, buffer: Location) -> None:
-    address = address_at(mlflow_server)
-    put(buffer, 64, 64)
-    put(buffer, 128, 128)
-    assert deliver(address, buffer, 64, "FAILED").undelivered == 0
-    assert_delivered_once(address, 64)
-    assert names_in(buffer) == ["000000000128.zip"]
-
-
-def test_a_segment_is_delivered_when_its_checkpoint_is_committed(
-    mlflow_server: str, buffer: Location
-) -> None:
-    address = address_at(mlflow_server)
+def test_a_segment_is_delivered_when_its_checkpoint_is_committed(address: Address, buffer: Location) -> None:
     uploader = Uploader(address, PARAMS, buffer)
     for position in (64, 128):
         put(buffer, position, position)
@@ -105,32 +91,20 @@ def test_a_segment_is_delivered_when_its_checkpoint_is_committed(
     uploader.close("FINISHED")
 
 
-def test_the_final_flush_is_delivered_once_even_after_a_restart(mlflow_server: str, buffer: Location) -> None:
-    address = address_at(mlflow_server)
+def test_the_final_flush_is_delivered_once_even_after_a_restart(address: Address, buffer: Location) -> None:
     put(buffer, 448, 384, 448)
     put(buffer, 512, 480, 512, failed=True)
     assert deliver(address, buffer, 448, "FAILED").undelivered == 0
     assert_delivered_once(address, 384, 448, 480, 512)
     put(buffer, 576, 480, 512, 544, 576)
     deliver(address, buffer, 576)
-    assert_delivered_once(address, 384, 448, 480, 512, 544, 576)
-
-
-def test_a_late_final_flush_adds_no_duplicates(mlflow_server: str, buffer: Location) -> None:
-    address = address_at(mlflow_server)
-    put(buffer, 576, 480, 512, 544, 576)
+    put(buffer, 512, 480, 500, 512, failed=True)  # a late one
     deliver(address, buffer, 576)
-    put(buffer, 512, 480, 500, 512, failed=True)
-    deliver(address, buffer, 576)
-    assert_delivered_once(address, 480, 500, 512, 544, 576)
+    assert_delivered_once(address, 384, 448, 480, 500, 512, 544, 576)
 
 
-@pytest.mark.parametrize("kind", ["local", "s3"])
-def test_segments_after_the_resumed_checkpoint_are_discarded(
-    kind: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    root = str(tmp_path) if kind == "local" else request.getfixturevalue("s3_bucket")
-    buffer = locations.resolve(root).child("run").child("tracking")
+def test_segments_after_the_resumed_checkpoint_are_discarded(root_uri: str) -> None:
+    buffer = spool_in(root_uri)
     spool.discard_after(buffer, 64)  # the folder does not exist yet
     for position in (64, 128, 192):
         put(buffer, position, position)
@@ -269,7 +243,7 @@ def test_a_record_that_always_fails_does_not_block_the_others(
     address = address_at(proxy.uri)
     poison = metrics_buffer.Metrics({"poison": 1.0, "sound": 2.0}, 64, 1)
     sound = [metrics_buffer.Metrics({"sound": float(step)}, step, step) for step in range(1, 33)]
-    buffer.child(metrics_buffer.segment_name(63)).write(metrics_buffer.pack([*sound, poison]))
+    put_records(buffer, 63, *sound, poison)
     kept = put(buffer, 64, 32, 64)
     put(buffer, 128, 96, 128)
     done = deliver(address, buffer, 128)
@@ -321,9 +295,8 @@ def test_a_server_that_rejects_the_run_stops_tracking_with_an_error(
 
 
 def test_a_damaged_segment_is_reported_and_kept(
-    mlflow_server: str, buffer: Location, caplog: pytest.LogCaptureFixture
+    address: Address, buffer: Location, caplog: pytest.LogCaptureFixture
 ) -> None:
-    address = address_at(mlflow_server)
     put(buffer, 64, 64)
     damaged = put(buffer, 128, 128)
     whole = damaged.read()
@@ -338,12 +311,14 @@ def test_a_damaged_segment_is_reported_and_kept(
     assert_delivered_once(address, 64, 128, 192)
 
 
-def test_close_waits_for_storage_that_cannot_be_read(mlflow_server: str, buffer: Location) -> None:
+def test_close_waits_for_storage_that_cannot_be_read(address: Address, buffer: Location) -> None:
     """A file in place of the spool folder: listing it raises, as it does for an unreachable bucket."""
-    address = address_at(mlflow_server)
     place = Path(buffer.path)
     place.parent.mkdir()
     place.write_text("")
+    impatient = Uploader(address_at(address.uri), PARAMS, buffer)
+    done = within(1 + PATIENCE_S, lambda: impatient.close("FINISHED", timeout_s=1))
+    assert done.undelivered >= 1 and not done.ended
     uploader = Uploader(address, PARAMS, buffer)
     uploader.committed(64)
     closed: list[Delivery] = []
@@ -359,15 +334,6 @@ def test_close_waits_for_storage_that_cannot_be_read(mlflow_server: str, buffer:
     assert_delivered_once(address, 64)
 
 
-def test_storage_that_stays_unreadable_is_reported(mlflow_server: str, buffer: Location) -> None:
-    Path(buffer.path).parent.mkdir()
-    Path(buffer.path).write_text("")
-    uploader = Uploader(address_at(mlflow_server), PARAMS, buffer)
-    done = within(1 + PATIENCE_S, lambda: uploader.close("FINISHED", timeout_s=1))
-    assert done.undelivered >= 1
-    assert not done.ended
-
-
 def test_a_spool_in_a_bucket(mlflow_server: str, s3_bucket: str) -> None:
     address, buffer = address_at(mlflow_server), spool_in(f"{s3_bucket}/runs/a")
     assert deliver(address, buffer, -1).undelivered == 0  # the folder does not exist
@@ -380,9 +346,8 @@ def test_a_spool_in_a_bucket(mlflow_server: str, s3_bucket: str) -> None:
 
 
 def test_segments_that_another_process_delivered_count_as_delivered(
-    mlflow_server: str, buffer: Location, monkeypatch: pytest.MonkeyPatch
+    address: Address, buffer: Location, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    address = address_at(mlflow_server)
     stale = [put(buffer, 64, 64)]
     deliver(address, buffer, 64)
     monkeypatch.setattr(uploader.spool, "final", lambda buffer, committed: stale)
@@ -390,9 +355,9 @@ def test_segments_that_another_process_delivered_count_as_delivered(
     assert (done.undelivered, done.ended) == (0, True)
 
 
-def test_two_concurrent_uploaders_add_no_duplicates(mlflow_server: str, buffer: Location) -> None:
+def test_two_concurrent_uploaders_add_no_duplicates(address: Address, buffer: Location) -> None:
     """As when jobs/sync.py delivers while the run is still training."""
-    address, steps = address_at(mlflow_server), list(range(8, 161, 8))
+    steps = list(range(8, 161, 8))
     deliver(address, buffer, -1)
     for step in steps:
         put(buffer, step, step)
@@ -409,21 +374,34 @@ def test_two_concurrent_uploaders_add_no_duplicates(mlflow_server: str, buffer: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("written", ["same", "remade"])
-@pytest.mark.parametrize("which", ["each", "all"])
+@pytest.mark.parametrize("is_remade", [False, True])
+@pytest.mark.parametrize("dies", ["once", "often"])
 def test_uploaders_killed_at_any_point_deliver_everything_exactly_once(
-    mlflow_server: str, tmp_path: Path, which: str, written: str
+    mlflow_server: str, tmp_path: Path, forkserver: ForkServerContext, dies: str, is_remade: bool
 ) -> None:
-    done = processes.run(
-        [sys.executable, "-m", "support.killed_uploaders", mlflow_server, tmp_path, which, written],
-        cwd=tmp_path,
-        env=processes.python_path(processes.REPO / "tests"),
-    )
-    assert done.returncode == 0, done.stderr
-    reports = [json.loads(line) for line in done.stdout.splitlines()]
-    deaths = sum(run["deaths"] for run in reports)
-    assert deaths >= (15 if which == "each" else 3)
-    for run in reports:
-        address = address_at(mlflow_server, run["key"])
+    """They die right after a change in MLflow: one run for each, or one whose uploaders die after 2, 5, 8, ... changes.
+
+    is_remade: after each death the run resumes from an older checkpoint, and writes its segments again, later.
+    """
+    deaths = 0
+    for number in count(1):
+        address, buffer = address_at(mlflow_server), spool_in(tmp_path / str(number))
+        before = deaths
+        for last_change in (number, 1000) if dies == "once" else range(2, 1000, 3):
+            if is_remade or deaths == before:
+                time.sleep(0.002)  # so that the timestamps differ from the previous ones
+                put(buffer, 64, 32, 64)
+                put(buffer, 128, 96, 128, files=True)
+            arguments = (address, buffer.uri, 128, last_change)
+            uploader = forkserver.Process(target=forked.deliver_and_die, args=arguments)
+            uploader.start()
+            uploader.join()
+            assert uploader.exitcode in (0, -signal.SIGKILL)
+            if uploader.exitcode == 0:
+                break
+            deaths += 1
         assert_delivered_once(address, 32, 64, 96, 128)
         assert run_of(address).info.status == "FINISHED"
+        if dies == "often" or deaths == before:
+            break
+    assert deaths >= (15 if dies == "once" else 3)

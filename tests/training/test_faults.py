@@ -6,23 +6,36 @@ Each test really kills processes of a run of two workers, and compares it with a
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 from mlflow import MlflowClient
-from support import processes
-from support.faulted import TOTAL, Run, assert_same, assert_tracked_once, metric, mlflow_run_of
+from support import local, processes
+from support.faulted import (
+    TOTAL,
+    Run,
+    assert_recovered,
+    assert_same,
+    assert_tracked_once,
+    metric,
+    mlflow_run_of,
+)
 from support.processes import REPO
 from support.servers import RayHead
+
+from ddpm.checkpoints import runs
 
 WORKER = "ray::RayTrainWorker"
 CONTROLLER = "ray::TrainController"
 SPLITTER = "ray::SplitCoordinator"
 RUN_STATE = "ray::RunState"
+GIB = 1 << 30
 
 pytestmark = pytest.mark.slow
 
@@ -51,11 +64,9 @@ def test_killed_processes_and_changed_clocks(run: Run, undisturbed: Run, tmp_pat
         job.wait_for(run.past(run.position()))
         clock.write_text("0")
         assert job.wait() == 0, job.output
-    assert "Traceback" not in job.output
     # Including the warnings that a new RunState actor receives again.
     assert job.output.count("failed; resuming") == 3
-    assert_same(run, undisturbed)
-    assert_tracked_once(run)
+    assert_recovered(run, undisturbed, job)
     assert all(0.3 < goodput < 1 for _, goodput in metric(run, "train/goodput"))  # at most one step is lost
     history = MlflowClient(os.environ["MLFLOW_TRACKING_URI"]).get_metric_history(
         mlflow_run_of(run).info.run_id, "train/loss"
@@ -87,16 +98,33 @@ def test_controller_driver_and_cluster_killed(run: Run, undisturbed: Run) -> Non
     assert_tracked_once(run)
 
 
+def test_a_killed_worker_of_three(digits_uri: str, tmp_path: Path) -> None:
+    """Three workers share four micro-batches; after a kill the weights are bitwise those of a run of three without."""
+    flags = ("--cluster.num-workers", "3", "--cluster.cpus-per-worker", "0.3", "--train.total-images", "1920")
+    three, killed = (
+        Run(name, str(tmp_path), digits_uri, tmp_path / f"{name}.log") for name in ("three", "killed")
+    )
+    with killed.start(*flags) as job:
+        job.wait_for(killed.past(0))
+        random.Random(0).choice(job.members(WORKER)).send_signal(signal.SIGKILL)
+        assert job.wait() == 0, job.output
+    assert job.output.count("failed; resuming") == 1
+    with three.start(*flags) as job:
+        assert job.wait() == 0, job.output
+    local.assert_same(killed.tensors(1920), three.tensors(1920))
+
+
 @pytest.mark.usefixtures("on_ray_head")
 def test_a_stopped_run_resumes_and_skips_a_damaged_checkpoint(run: Run, undisturbed: Run) -> None:
     """Stopping loses no step: the run writes a checkpoint, and the same command resumes from it. If the newest
     checkpoint is damaged, the run resumes from the previous one; if all are, it does not start from scratch."""
-    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)):
         with run.start() as job:
             job.wait_for(run.past(run.position()))
             job.process.send_signal(number)
             assert job.wait() == code, job.output
         assert f"stopped     at {run.position():,} images" in job.output
+        assert_status(run, "STOPPED")
         assert "Traceback" not in job.output
     before, newest = sorted(Path(run.location.path).glob("checkpoint-*"))[-2:]
     whole = int(before.name.rpartition("-")[2])
@@ -108,6 +136,7 @@ def test_a_stopped_run_resumes_and_skips_a_damaged_checkpoint(run: Run, undistur
         assert job.wait() == 0, job.output
     assert f"{newest.name} is not valid, so the one before it is tried" in job.output
     assert f"{newest.name}/ema.safetensors is damaged" in job.output
+    assert_status(run, "FINISHED")
     assert not incomplete.exists()
     assert_same(run, undisturbed)
     assert_tracked_once(run)
@@ -119,6 +148,27 @@ def test_a_stopped_run_resumes_and_skips_a_damaged_checkpoint(run: Run, undistur
     assert f"error: every checkpoint of {run.location.uri} is damaged" in job.output
 
 
+def assert_status(run: Run, status: str) -> None:
+    """status.json says how the run stands, with the position of its newest checkpoint."""
+    found = runs.read_status(run.location)
+    assert found is not None
+    assert (found.status, found.images_seen) == (status, run.position())
+    assert found.tags["preset"] == "digits" and "cores" in found.tags["hardware"]
+
+
+def test_a_closed_terminal_stops_a_run_with_a_checkpoint(run: Run, undisturbed: Run) -> None:
+    """SIGHUP reaches all processes of the session, also those of the cluster that the job has started."""
+    with run.start() as job:
+        job.wait_for(run.past(0))
+        os.killpg(job.process.pid, signal.SIGHUP)
+        assert job.wait() == 129, job.output
+    assert f"stopped     at {run.position():,} images" in job.output
+    with run.start() as job:
+        assert job.wait() == 0, job.output
+    assert_same(run, undisturbed)
+    assert metric(run, "train/goodput") == []  # no step was lost
+
+
 def flip_bit(file: Path) -> None:
     """Flip one bit of a file."""
     data = bytearray(file.read_bytes())
@@ -126,7 +176,7 @@ def flip_bit(file: Path) -> None:
     file.write_bytes(data)
 
 
-@pytest.mark.oldest_ray
+@pytest.mark.nightly
 def test_a_submitted_job_is_stopped_and_submitted_again(
     digits_uri: str,
     undisturbed: Run,
@@ -135,18 +185,27 @@ def test_a_submitted_job_is_stopped_and_submitted_again(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The three seconds before SIGKILL are enough for a checkpoint, so the run resumes at the same step."""
-    run = Run("submitted", str(tmp_path / "runs"), digits_uri, tmp_path / "job.log")
+    """The three seconds before SIGKILL are enough for a checkpoint, so the run resumes at the same step; also if no
+    storage is named and the checkout has changed, so that Ray unpacks it elsewhere."""
+    run = Run("submitted", str(tmp_path / "ddpm/runs"), digits_uri, tmp_path / "job.log")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
     command = ("python", "jobs/train.py", *run.arguments)
-    env = {"MLFLOW_TRACKING_URI": mlflow_server, "OMP_NUM_THREADS": "2"}
-    client = ray_head.job_client()
-    ray_head.submit(*command, env=env, options=("--no-wait", "--submission-id", "stopped"))
+    at = command.index("--run.storage")
+    command = (*command[:at], *command[at + 2 :])
+    env = {"MLFLOW_TRACKING_URI": mlflow_server, "OMP_NUM_THREADS": "2", "HOME": str(tmp_path)}
+    checkout, client = tmp_path / "checkout", ray_head.job_client()
+    for folder in ("ddpm", "jobs"):
+        shutil.copytree(REPO / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    no_wait = ("--no-wait", "--submission-id", "stopped")
+    ray_head.submit(*command, env=env, cwd=checkout, options=no_wait)
     before = processes.wait_for(run.position)
     ray_head.stop_job(client, "stopped")
     assert TOTAL > run.position() > before > 0
-    done = ray_head.submit(*command, env=env)
+    with (checkout / "jobs/train.py").open("a") as file:
+        file.write("# changed\n")
+    done = ray_head.submit(*command, env=env, cwd=checkout)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert f"folder      {tmp_path}/ddpm: relative paths start here" in done.stdout
     assert f"{TOTAL:,}/{TOTAL:,}" in done.stdout
     assert_same(run, undisturbed)
     assert_tracked_once(run)
@@ -169,3 +228,38 @@ def assert_ray_shows(ray_head: RayHead, run: Run) -> None:
     assert all(len(entry["attempts"][-1]["workers"]) == 2 for entry in found)
     with urllib.request.urlopen(f"{ray_head.metrics}/metrics") as answer:
         assert f'ray_train_run_name="{name}"' in answer.read().decode()
+
+
+def test_processes_killed_by_the_memory_monitor(run: Run, undisturbed: Run) -> None:
+    """Ray's memory monitor kills processes while this test fills the memory; then the run continues by itself."""
+    memory = psutil.virtual_memory()
+    threshold = (memory.total - memory.available + 6 * GIB) / memory.total  # other tests may take 3
+    limits = {"RAY_memory_usage_threshold": f"{threshold:.4f}", "RAY_memory_monitor_refresh_ms": "100"}
+    line, ballast = "failed; resuming from the last checkpoint: out of memory: ", []
+    with run.start(env=limits) as job:
+        job.wait_for(run.past(0))
+        workers = job.members(WORKER)
+        with processes.paused(workers):  # so that the run does not finish before
+            while line not in job.output and all(worker.is_running() for worker in workers):
+                assert job.process.poll() is None, job.output
+                if psutil.virtual_memory().available > GIB and len(ballast) < 40:
+                    ballast.append(b"1" * (GIB // 4))
+                time.sleep(0.2)
+        ballast.clear()
+        job.wait_for(lambda: line in job.output)
+        assert job.wait() == 0, job.output
+    assert_recovered(run, undisturbed, job)
+
+
+def test_memory_that_is_always_full_is_one_error(run: Run) -> None:
+    limits = {"RAY_memory_usage_threshold": "0.001", "RAY_memory_monitor_refresh_ms": "100"}
+    with run.start(env=limits) as job:
+        assert job.wait() == 1, job.output
+    assert job.output.count("failed; resuming from the last checkpoint: out of memory: ") == 3
+    (error,) = re.findall("^error: .*", job.output, re.MULTILINE)
+    assert re.fullmatch(
+        r"error: training failed: out of memory: [\d.]+GB of [\d.]+GB on .* were in use, so Ray killed .*"
+        r"; lower --train\.forward-images, .* \(4 times since the last checkpoint, .*\)",
+        error,
+    )
+    assert "Traceback" not in job.output and "Refer to" not in job.output

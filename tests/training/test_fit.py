@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import signal
 import sys
@@ -13,17 +14,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
-from support.processes import REPO, Job, python_path, run
-from support.servers import RayHead
+from support import local
+from support.processes import REPO, Background, Job, kill_tree, python_path, run
 
+from ddpm.checkpoints import runs
 from ddpm.cluster import resources
-from ddpm.config import Config, override
+from ddpm.config import Config
+from ddpm.config_io import override
 from ddpm.data.reading import DataSet
 from ddpm.storage import driver_lock, locations
 from ddpm.storage.driver_lock import DriverLock
+from ddpm.tracking.uploader import Delivery
 from ddpm.training import fit, loop
-from ddpm.training.runtime import LocalRuntime, NoTracker
 from ddpm.utils.errors import UserError
 
 FLAGS = """--data.window-rows 200 --schedule.num-timesteps 50 --model.base-width 8 --model.width-multipliers 1 2
@@ -45,23 +47,15 @@ def train_job(run_job: Callable[..., Any], digits_uri: str, tmp_path: Path) -> C
     return train
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    files = ("net", "ema", "optimizer")
-    return {
-        f"{file}.{name}": tensor
-        for file in files
-        for name, tensor in load_file(folder / f"{file}.safetensors").items()
-    }
-
-
 def newest(tmp_path: Path, name: str) -> Path:
     return sorted((tmp_path / "runs" / name).glob("checkpoint-*"))[-1]
 
 
-def assert_same(a: Path, b: Path) -> None:
-    first, second = weights(a), weights(b)
-    assert first.keys() == second.keys()
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+def assert_close(a: Path, b: Path) -> None:
+    """Weights of workers, which sum gradients in another order."""
+    first, second = local.stored(a), local.stored(b)
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_a_second_driver_of_a_run_is_rejected_before_it_writes(
@@ -78,6 +72,30 @@ def test_a_second_driver_of_a_run_is_rejected_before_it_writes(
         with pytest.raises(UserError, match="another process drives this run"):
             fit.fit(config, train_set)
         assert [path.name for path in (tmp_path / "runs/one").iterdir()] == [driver_lock.FILE]
+
+
+@pytest.mark.parametrize(
+    ("uri", "server", "command"),
+    [
+        ("http://me:secret@mlflow:5000", "http://mlflow:5000", None),
+        (None, "http://127.0.0.1:5000", "`mlflow ui` shows it at"),
+        (
+            "sqlite:////a b.db",
+            "http://127.0.0.1:5000",
+            "`mlflow ui --backend-store-uri 'sqlite:////a b.db'` shows it at",
+        ),
+    ],
+)
+def test_the_summary_links_to_the_page_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str | None, server: str, command: str | None
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    if uri is not None:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    run = runs.open_run("one", str(tmp_path))
+    lines = fit.summary(fit.Result(run, 64, None, Delivery("r", "7", 0, True)))
+    assert lines[-1].strip() == f"{server}/#/experiments/7/runs/r?workflowType=machine_learning"
+    assert [line.strip() for line in lines[1:-1]] == ([command] if command else [])
 
 
 @pytest.fixture
@@ -99,15 +117,14 @@ def recording_job(digits_uri: str, tmp_path: Path) -> Callable[..., Any]:
 def test_any_number_of_workers_trains_the_same_as_one_process(
     recording_job: Callable[..., Any], tiny: Config, train_set: DataSet, tmp_path: Path
 ) -> None:
-    """Images, noise and t of every micro-batch are equal. With one worker the final weights are bitwise equal; with
-    several, which sum gradients in another order, the weights and the sample grids are nearly equal."""
-    local = LocalRuntime(tiny, train_set, train_set.held_out(), tmp_path / "local")
-    loop.train(tiny, local, NoTracker())
+    """Images, noise, t and masks of every micro-batch are equal. With one worker the final weights are bitwise equal;
+    with several, which sum gradients in another order, the weights and the sample grids are nearly equal."""
+    local.fit(override(tiny, {"model.dropout": 0.2}), train_set, tmp_path / "local")
     expected, grid = tmp_path / "local/checkpoint-000000000256", pixels(tmp_path / "local")
     seen = {}
-    for workers in (1, 2, 4):
+    for workers in (1, 2, 3, 4):
         name = f"workers-{workers}"
-        done = recording_job(name, "--cluster.num-workers", str(workers))
+        done = recording_job(name, "--cluster.num-workers", str(workers), "--model.dropout", "0.2")
         assert done.returncode == 0, done.stderr
         assert "256/256" in done.stdout and str(tmp_path / "runs" / name / GRID) in done.stdout
         assert "Traceback" not in done.stdout + done.stderr
@@ -117,17 +134,14 @@ def test_any_number_of_workers_trains_the_same_as_one_process(
         seen[workers] = {(line["step"], line["index"]): line["digest"] for line in lines}
         assert len(seen[workers]) == len(lines)
         if workers == 1:
-            assert_same(newest(tmp_path, name), expected)
+            local.assert_same(local.stored(newest(tmp_path, name)), local.stored(expected))
             continue
-        for key, tensor in weights(expected).items():
-            torch.testing.assert_close(
-                weights(newest(tmp_path, name))[key], tensor, rtol=1e-3, atol=1e-4, msg=key
-            )
+        assert_close(expected, newest(tmp_path, name))
         # Nearly the same images, in the same places of the grid.
         assert np.abs(pixels(tmp_path / "runs" / name) - grid).max() <= 2
     assert sorted(seen[1]) == [(step, index) for step in range(8) for index in range(4)]
     assert len(set(seen[1].values())) == 32
-    assert seen[1] == seen[2] == seen[4]
+    assert seen[1] == seen[2] == seen[3] == seen[4]
 
 
 def pixels(folder: Path) -> np.ndarray:
@@ -167,7 +181,7 @@ def test_non_finite_steps_are_skipped_on_all_ranks(
         done, "step 5 (160 images): the loss or the gradient is not finite; stopped after skipping 1 such", 1
     )
     assert newest(tmp_path, "one").name == "checkpoint-000000000128"
-    assert all(torch.isfinite(tensor).all() for tensor in weights(newest(tmp_path, "one")).values())
+    assert all(torch.isfinite(tensor).all() for tensor in local.stored(newest(tmp_path, "one")).values())
     shutil.rmtree(tmp_path / "one")
     assert_user_error(recording_job("one", "--model.base-width", "16"), "model.base_width 8 (now 16)")
 
@@ -189,11 +203,8 @@ def test_non_finite_steps_are_skipped_on_all_ranks(
     with pytest.MonkeyPatch.context() as patch:
         build = loop.build_objective
         patch.setattr(loop, "build_objective", lambda config: NanLoss(build(config)))
-        local = LocalRuntime(config, train_set, train_set.held_out(), tmp_path / "local")
-        loop.train(config, local, NoTracker())
-    one, two = weights(tmp_path / "local/checkpoint-000000000256"), weights(newest(tmp_path, "two"))
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4, msg=name)
+        local.fit(config, train_set, tmp_path / "local")
+    assert_close(tmp_path / "local/checkpoint-000000000256", newest(tmp_path, "two"))
 
 
 def assert_user_error(done: Any, message: str, code: int = 2) -> None:
@@ -207,25 +218,20 @@ def assert_user_error(done: Any, message: str, code: int = 2) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ("channels 3", "holds images of 1 channel(s), but model.channels is 3; set --model.channels 1"),
         (
-            ["--model.channels", "3"],
-            "holds images of 1 channel(s), but model.channels is 3; set --model.channels 1",
-        ),
-        (
-            ["--model.image-size", "16", "--model.attention-resolutions", "8"],
+            "image-size 16 --model.attention-resolutions 8",
             "holds images of 8x8, but model.image_size is 16; set --model.image-size",
         ),
-        (
-            ["--model.num-classes", "7"],
-            "has 10 classes, but model.num_classes is 7; set --model.num-classes 10",
-        ),
-        (["--data.split", "validation"], "has no split 'validation'; it has test, train"),
+        ("num-classes 7", "has 10 classes, but model.num_classes is 7; set --model.num-classes 10"),
+        ("net unet --data.split validation", "has no split 'validation'; it has test, train"),
     ],
 )
 def test_a_data_set_that_does_not_match_the_model_is_a_user_error(
-    train_job: Callable[..., Any], tmp_path: Path, flags: list[str], message: str
+    user_error: Callable[..., str], digits_uri: str, tmp_path: Path, flags: str, message: str
 ) -> None:
-    assert_user_error(train_job("unfit", *flags), message)
+    words = ("--data.shards", digits_uri, *FLAGS, *f"--model.{flags}".split())
+    assert message in user_error("train", "digits", *words)
     assert not (tmp_path / "runs").exists()
 
 
@@ -237,27 +243,33 @@ def test_ctrl_c_before_the_first_step_exits_at_once(digits_uri: str, tmp_path: P
         job.wait_for(lambda: job.members("ray::TrainController"))
         job.process.send_signal(signal.SIGINT)
         assert job.wait() == 128 + signal.SIGINT, job.output
-    assert (
-        "stopped     at 0 images; run the same command again with --run.name early to start over"
-        in job.output
-    )
+    assert "stopped     at 0 images; run the same command again with --run.name early to start" in job.output
     assert "records" not in job.output and "latest.png" not in job.output, job.output
-    assert [path.name for path in (tmp_path / "runs/early").iterdir()] == ["run.json"]
+    assert {path.name for path in (tmp_path / "runs/early").iterdir()} <= {"run.json", "status.json"}
+
+
+HOLD = """
+import sys, time, ray
+
+@ray.remote
+def hold():
+    print("held", flush=True)
+    time.sleep(600)
+
+ray.init()
+ray.get(hold.options(num_cpus=ray.cluster_resources()["CPU"] - 0.5).remote())
+"""
 
 
 @pytest.mark.slow
-def test_too_few_cpus_for_read_tasks_is_a_user_error(train_job: Callable[..., Any], tmp_path: Path) -> None:
-    """Ray would wait forever: the workers hold every CPU, and the read tasks that feed them get none."""
-    done = train_job("full", "--cluster.num-workers", "2", "--cluster.cpus-per-worker", "64")
-    assert_user_error(done, "CPUs leave none of the cluster's")
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.slow
-def test_a_local_folder_on_a_cluster_of_two_nodes_is_a_user_error(
-    train_job: Callable[..., Any], ray_head: RayHead, tmp_path: Path
-) -> None:
-    with ray_head.add_node(num_cpus=1):
-        done = train_job("two-nodes", env={"RAY_ADDRESS": ray_head.address})
-        assert_user_error(done, "but the cluster has 2 nodes that cannot see it; use s3://bucket/prefix")
-        assert not (tmp_path / "runs").exists()
+@pytest.mark.usefixtures("on_ray_head")
+def test_a_run_that_waits_for_cpus_says_so(digits_uri: str, tmp_path: Path) -> None:
+    where = ("--data.shards", digits_uri, "--run.name", "waits", "--run.storage", str(tmp_path / "runs"))
+    holder = Background((sys.executable, "-c", HOLD), log=tmp_path / "hold.log")
+    words = ("digits", *where, *FLAGS, "--train.total-images", "256")
+    with holder, Job("train", *words, log=tmp_path / "job.log") as job:
+        holder.wait_for(lambda: "held" in holder.output)
+        job.wait_for(lambda: re.search(r"waiting     for 1 CPU: [\d.]+ of 3 in use", job.output))
+        kill_tree(holder.process)
+        assert job.wait() == 0, job.output
+    assert "trained     256 images" in job.output

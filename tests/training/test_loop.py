@@ -1,6 +1,9 @@
 """Algorithm 1 end to end in one process: it learns, it resumes bit for bit, it stops on errors."""
 
-import itertools
+import shutil
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -8,57 +11,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
+from support.local import Logged, assert_same, fit, tensors
+from torch import Tensor, nn
 
-from ddpm.build import build_objective
+from ddpm.build import TrainedNet
 from ddpm.checkpoints import checkpoint
-from ddpm.config import Config, override
-from ddpm.data.reading import DataSet, Images
+from ddpm.config import Config
+from ddpm.config_io import override
+from ddpm.data.reading import DataSet
 from ddpm.diffusion.objectives import Eps, Loss
 from ddpm.evaluation import measure
-from ddpm.presets import DIGITS
+from ddpm.evaluation.scores import bound_scores
+from ddpm.models import dropout, unet
+from ddpm.models.dropout import Dropout
+from ddpm.presets import DIGITS, PRESETS
 from ddpm.sampling import generate
 from ddpm.training import loop
-from ddpm.training.runtime import LocalRuntime, NoTracker, read_held_out
+from ddpm.training.runtime import Runtime
 from ddpm.training.state import State
 from ddpm.utils.errors import UserError
-
-
-class RecordingTracker(NoTracker):
-    """A tracker that keeps what is logged."""
-
-    def __init__(self) -> None:
-        self.rows: dict[int, dict[str, float]] = {}
-        self.images: list[tuple[str, int]] = []
-        self.files: set[str] = set()
-
-    def metrics(self, values: dict[str, float], images_seen: int) -> None:
-        self.rows.setdefault(images_seen, {}).update(values)
-
-    def image(self, key: str, image: NDArray[np.uint8], images_seen: int) -> None:
-        assert image.dtype == np.uint8 and image.ndim == 3
-        self.images.append((key, images_seen))
-
-    def artifact(self, name: str, data: bytes) -> None:
-        self.files.add(name)
-
-
-def fit(config: Config, data_set: DataSet, folder: Path, tracker: RecordingTracker | None = None) -> State:
-    runtime = LocalRuntime(config, data_set, data_set.held_out(), folder)
-    return loop.train(config, runtime, tracker or RecordingTracker())
-
-
-def tensors(state: State) -> dict[str, torch.Tensor]:
-    parts = (state.net.state_dict(), state.ema.state_dict(), state.optimizer_tensors())
-    return {f"{i}.{name}": tensor for i, part in enumerate(parts) for name, tensor in part.items()}
-
-
-def assert_same(a: State, b: State) -> None:
-    first, second = tensors(a), tensors(b)
-    assert first.keys() == second.keys() and len(first) > 100
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
 @pytest.mark.parametrize("variance", ["fixed", "learned"])
@@ -73,36 +46,34 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(
     class Interrupted(Exception):
         """Stands for the death of the process."""
 
-    class KilledTracker(RecordingTracker):
-        def metrics(self, values: dict[str, float], images_seen: int) -> None:
+    class KilledLater(Logged):
+        def metrics(self, values: Mapping[str, float], images_seen: int) -> None:
             if images_seen > 128:
                 raise Interrupted
 
     with pytest.raises(Interrupted):
-        fit(config, train_set, tmp_path / "broken", KilledTracker())
+        fit(config, train_set, tmp_path / "broken", KilledLater())
     resumed = fit(config, train_set, tmp_path / "broken")
     assert resumed.step == straight.step == 8
-    assert_same(straight, resumed)
+    assert_same(tensors(straight), tensors(resumed))
 
 
 def test_training_depends_only_on_the_seeds(tiny: Config, train_set: DataSet, tmp_path: Path) -> None:
     first = fit(tiny, train_set, tmp_path / "a")
     torch.manual_seed(123)
-    assert_same(first, fit(tiny, train_set, tmp_path / "b"))
-    other = fit(override(tiny, {"train.seed": 1}), train_set, tmp_path / "c")
-    assert any(
-        not torch.equal(a, b) for a, b in zip(tensors(first).values(), tensors(other).values(), strict=True)
-    )
+    assert_same(tensors(first), tensors(fit(tiny, train_set, tmp_path / "b")))
+    other = tensors(fit(override(tiny, {"train.seed": 1}), train_set, tmp_path / "c"))
+    assert any(not torch.equal(tensor, other[name]) for name, tensor in tensors(first).items())
 
 
 @pytest.mark.parametrize("forward_images", [8, 16, 24])
 def test_the_size_of_a_forward_pass_does_not_change_training(
     tiny: Config, train_set: DataSet, tmp_path: Path, forward_images: int
 ) -> None:
-    """Images, flips, noise, t and dropped labels are equal: weights differ only by the order of summation."""
+    """Images, flips, noise, t, dropped labels and masks are equal: weights differ only by the order of summation."""
     changes = {"data.horizontal_flip": True, "model.num_classes": 10, "objective.variance": "learned"}
-    config = override(tiny, changes)
-    whole, parts = RecordingTracker(), RecordingTracker()
+    config = override(tiny, {**changes, "model.dropout": 0.3})
+    whole, parts = Logged(), Logged()
     one = tensors(fit(config, train_set, tmp_path / "whole", whole))
     several = fit(
         override(config, {"train.forward_images": forward_images}), train_set, tmp_path / "parts", parts
@@ -114,12 +85,54 @@ def test_the_size_of_a_forward_pass_does_not_change_training(
             assert parts.rows[images_seen][name] == pytest.approx(row[name], rel=1e-3), name
 
 
-def test_the_size_of_a_forward_pass_does_not_change_dropout(
-    tiny: Config, train_set: DataSet, tmp_path: Path
+def test_every_layer_image_and_step_has_a_mask_of_its_own(
+    tiny: Config, train_set: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = override(tiny, {"model.dropout": 0.3})
-    one = fit(config, train_set, tmp_path / "a")
-    assert_same(one, fit(override(config, {"train.forward_images": 8}), train_set, tmp_path / "b"))
+    """Whatever the size of a pass, and whatever torch's global generator draws."""
+    keyed, given = dropout.keyed, list[Tensor]()
+
+    def recorded(layers: list[Dropout], keys: Tensor) -> AbstractContextManager[None]:
+        given.append(keys)
+        torch.rand(1)
+        return keyed(layers, keys)
+
+    monkeypatch.setattr(dropout, "keyed", recorded)
+    config = override(tiny, {"model.dropout": 0.3, "train.total_images": 64})
+    fit(config, train_set, tmp_path / "whole")
+    whole = torch.cat(given, dim=1)
+    fit(override(config, {"train.forward_images": 8}), train_set, tmp_path / "parts")
+    parts = torch.cat(given[2:], dim=1)
+    assert len(given) == 2 + 8 and torch.equal(whole, parts)
+    assert whole.shape == (8, 64, 2) and whole.dtype == torch.int32
+    assert len(whole.flatten(0, 1).unique(dim=0)) == 8 * 64
+    assert whole.double().mean().abs() < 5 * 2**32 / (12 * whole.numel()) ** 0.5  # words of 32 bits, about 0
+    fit(override(config, {"train.seed": 1}), train_set, tmp_path / "other")
+    assert not (given[-1] == whole[:, 32:]).any()
+
+
+@pytest.mark.parametrize(
+    ("value", "device", "compiler", "wanted"),
+    [
+        *((True, "cpu", None, True), (False, "cuda", "gcc", False)),
+        *((None, "cuda", "clang", True), (None, "cuda", None, False), (None, "cpu", "gcc", False)),
+    ],
+)
+def test_when_a_net_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, value: bool | None, device: str, compiler: str | None, wanted: bool
+) -> None:
+    """The presets for GPUs leave it to the device."""
+    monkeypatch.setattr(shutil, "which", lambda name: name if name == compiler else None)
+    config = override(PRESETS["cifar10"], {} if value is None else {"train.compile": value})
+    assert loop.compiles(config, torch.device(device)) is wanted
+
+
+def test_the_blocks_are_compiled_before_the_first_step(
+    tiny: Config, train_set: DataSet, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(loop, "compile_blocks", compiled.append)
+    state = fit(override(tiny, {"train.compile": True, "train.total_images": 32}), train_set, run_folder)
+    assert compiled == [state.net]
 
 
 def test_out_of_gpu_memory_is_a_one_line_error(
@@ -133,82 +146,79 @@ def test_out_of_gpu_memory_is_a_one_line_error(
         fit(tiny, train_set, run_folder)
 
 
+def test_an_error_of_the_set_up_is_a_user_error(tiny: Config, train_set: DataSet, run_folder: Path) -> None:
+    """A restart would meet it again; `loop.check` does not know it."""
+    config = replace(tiny, optim=replace(tiny.optim, lr=-1.0))
+    with pytest.raises(UserError, match=r"^training cannot begin: ValueError: Invalid learning rate: -1\.0$"):
+        fit(config, train_set, run_folder)
+
+
+def test_a_net_with_a_dropout_of_torch_is_refused(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unet, "build", lambda *_, **__: nn.Sequential(nn.Dropout(0.1)))
+    with pytest.raises(UserError, match=r"0 is an nn\.Dropout; .* use ddpm\.models\.dropout"):
+        loop.check(tiny)
+
+
 def test_the_loss_falls(tiny: Config, train_set: DataSet, run_folder: Path) -> None:
-    tracker = RecordingTracker()
-    config = override(tiny, {"train.total_images": 6400, "train.log_every_images": 640})
-    config = override(config, {"train.sample_every_images": 0, "train.checkpoint_every_images": 0})
-    fit(config, train_set, run_folder, tracker)
-    losses = [row["train/loss"] for row in tracker.rows.values() if "train/loss" in row]
+    logged = Logged()
+    changes = {"total_images": 6400, "log_every_images": 640, "sample_every_images": 0}
+    changes |= {"checkpoint_every_images": 0}
+    fit(override(tiny, {f"train.{name}": v for name, v in changes.items()}), train_set, run_folder, logged)
+    losses = [row["train/loss"] for row in logged.rows.values() if "train/loss" in row]
     assert losses[0] > 0.6  # a net with output 0 has eps-MSE 1
     assert losses[-1] < 0.35
-    quarters = [tracker.rows[6400][f"train/loss_t_quarter_{i}"] for i in (1, 2, 3, 4)]
+    quarters = [logged.rows[6400][f"train/loss_t_quarter_{i}"] for i in (1, 2, 3, 4)]
     assert quarters == sorted(
         quarters, reverse=True
     )  # the noisier the image, the easier to predict the noise
 
 
 def test_what_is_written_at_each_interval(tiny: Config, train_set: DataSet, run_folder: Path) -> None:
-    tracker = RecordingTracker()
-    fit(tiny, train_set, run_folder, tracker)
-    assert sorted(tracker.rows) == [64, 128, 192, 256]
-    assert {
-        "train/loss",
-        "train/grad_norm",
-        "train/lr",
-        "train/images_per_s",
-        "train/data_wait_share",
-        "train/mfu",
-    } <= set(tracker.rows[64])
-    assert 0 < tracker.rows[64]["train/mfu"] < 1
-    assert 0 <= tracker.rows[64]["train/data_wait_share"] <= 1
-    assert "held_out/loss" in tracker.rows[128] and "held_out/loss" not in tracker.rows[64]
-    assert not {"train/goodput", "train/workers", "data/corrupt_images"} & {*chain(*tracker.rows.values())}
-    assert tracker.images == [
+    logged = Logged()
+    fit(tiny, train_set, run_folder, logged)
+    assert sorted(logged.rows) == [64, 128, 192, 256]
+    names = ("loss", "grad_norm", "lr", "images_per_s", "data_wait_share", "mfu")
+    assert {f"train/{name}" for name in names} <= set(logged.rows[64])
+    assert 0 < logged.rows[64]["train/mfu"] < 1
+    assert 0 <= logged.rows[64]["train/data_wait_share"] <= 1
+    assert "held_out/loss" in logged.rows[128] and "held_out/loss" not in logged.rows[64]
+    assert not {"train/goodput", "train/workers"} & {*chain(*logged.rows.values())}
+    assert logged.images == [
         *(("samples", 128), ("denoising", 128)),
         *(("samples_last", 0), ("samples", 256), ("denoising", 256)),
     ]
-    assert tracker.files == {
-        "samples.png",
-        "pictures/forward_noising.png",
-        "pictures/reverse_trajectory.png",
-        "pictures/reverse_trajectory.gif",
+    pictures = {"forward_noising.png", "reverse_trajectory.png", "reverse_trajectory.gif"}
+    assert logged.files == {"samples.png"} | {f"pictures/{name}" for name in pictures}
+    stored = {"best-000000000256", "checkpoint-000000000128", "checkpoint-000000000256", "metrics.parquet"}
+    assert {path.name for path in run_folder.iterdir()} == stored | {
+        *("pictures", "samples", "status.json", "tracking")
     }
-    names = sorted(path.name for path in run_folder.iterdir())
-    assert names == [
-        "best-000000000256",
-        "checkpoint-000000000128",
-        "checkpoint-000000000256",
-        "pictures",
-        "samples",
-    ]
+    assert {path.name for path in (run_folder / "pictures").iterdir()} == pictures
 
 
 def test_sample_grids_are_at_multiples_of_their_interval_for_any_batch_size(
     tiny: Config, train_set: DataSet, run_folder: Path
 ) -> None:
-    tracker = RecordingTracker()
+    logged = Logged()
     config = override(tiny, {"train.batch_size": 48, "train.sample_every_images": 100})
-    assert fit(config, train_set, run_folder, tracker).images_seen == 288
-    assert [at for key, at in tracker.images if key == "samples"] == [100, 200]
-    assert [at for key, at in tracker.images if key == "samples_last"] == [0]
+    assert fit(config, train_set, run_folder, logged).images_seen == 288
+    assert [at for key, at in logged.images if key == "samples"] == [100, 200]
+    assert [at for key, at in logged.images if key == "samples_last"] == [0]
 
 
 def test_held_out_bits_per_dim_is_logged_with_each_checkpoint(
     tiny: Config, train_set: DataSet, run_folder: Path
 ) -> None:
     """As in jobs/evaluate.py, but for a few images: the errors of x_0_hat are measured on the first eight."""
-    tracker = RecordingTracker()
+    tracker = Logged()
     fit(tiny, train_set, run_folder, tracker)
     assert [seen for seen, row in tracker.rows.items() if "held_out/bits_per_dim" in row] == [128, 256]
-    net, config = checkpoint.load_net(run_folder / "checkpoint-000000000256", torch.device("cpu"))
-    candidate = net, config, build_objective(config)
-    held_out = read_held_out(train_set.held_out(), config)
+    trained = checkpoint.load_net(run_folder / "checkpoint-000000000256")
+    held_out = Runtime(trained.config, train_set, train_set.held_out(), None).held_out()
     assert held_out is not None
-    pilot, rest = (Images(held_out.image[part], held_out.label[part]) for part in (slice(8), slice(8, 40)))
-    how: dict[str, Any] = {"variance": "measured", "device": torch.device("cpu")}
-    how["measured"] = measure.measure(*candidate, pilot, **how)
+    measured = measure.measure(trained, held_out[:8])
     for num_draws, tolerance in ((4, 1e-4), (0, 0.2)):
-        (whole, *_) = measure.bits_per_dim(*candidate, rest, start=8, num_draws=num_draws, **how).scores()
+        (whole, *_) = bound_scores(measure.bits_per_dim(trained, measured, held_out[8:40], 8, num_draws))
         assert tracker.rows[256]["held_out/bits_per_dim"] == pytest.approx(whole.value, abs=tolerance)
         assert tracker.rows[256]["held_out_error/bits_per_dim"] == pytest.approx(whole.error, abs=tolerance)
 
@@ -221,7 +231,7 @@ def test_held_out_bits_per_dim_is_logged_with_each_checkpoint(
 def test_bits_per_dim_is_not_logged_without_a_bound_or_images(
     tiny: Config, train_set: DataSet, run_folder: Path, change: dict[str, Any]
 ) -> None:
-    tracker = RecordingTracker()
+    tracker = Logged()
     fit(override(tiny, change | {"sample.num_sample_steps": 1}), train_set, run_folder, tracker)
     assert "held_out/loss" in tracker.rows[256] and "held_out/bits_per_dim" not in tracker.rows[256]
 
@@ -231,10 +241,8 @@ def test_the_newest_checkpoints_and_the_best_are_kept(
 ) -> None:
     config = override(tiny, {"train.checkpoint_every_images": 32, "train.keep_checkpoints": 2})
     state = fit(config, train_set, run_folder)
-    assert sorted(p.name for p in run_folder.glob("checkpoint-*")) == [
-        "checkpoint-000000000224",
-        "checkpoint-000000000256",
-    ]
+    kept = sorted(path.name for path in run_folder.glob("checkpoint-*"))
+    assert kept == ["checkpoint-000000000224", "checkpoint-000000000256"]
     (best,) = run_folder.glob("best-*")
     assert checkpoint.read_state(best)["best_held_out_loss"] == state.best_held_out_loss
 
@@ -245,6 +253,8 @@ def test_the_newest_checkpoints_and_the_best_are_kept(
         {"objective.process": "uniform_mix"},
         {"objective.predict": "v", "objective.weight": "min_snr"},
         {"objective.predict": "x_0"},
+        {"objective.predict": "edm", "objective.timesteps": "log_normal", "schedule.kind": "geometric"},
+        {"objective.predict": "flow", "objective.timesteps": "logit_normal", "schedule.kind": "straight"},
         {"model.num_classes": 10, "sample.guidance_scale": 2.0},
         {"train.precision": "bfloat16"},
         {"sample.sampler": "ddpm"},
@@ -254,7 +264,7 @@ def test_the_newest_checkpoints_and_the_best_are_kept(
 def test_every_kind_of_run_trains_and_samples(
     tiny: Config, train_set: DataSet, run_folder: Path, change: dict[str, object]
 ) -> None:
-    tracker = RecordingTracker()
+    tracker = Logged()
     state = fit(override(tiny, change), train_set, run_folder, tracker)
     assert state.images_seen == 256
     assert np.isfinite([row["train/loss"] for row in tracker.rows.values()]).all()
@@ -262,13 +272,12 @@ def test_every_kind_of_run_trains_and_samples(
 
 
 def test_a_non_finite_gradient_stops_the_run(tiny: Config, train_set: DataSet, run_folder: Path) -> None:
-    config = override(
-        tiny, {"train.checkpoint_every_images": 32, "optim.lr": 1e36, "optim.lr_warmup_images": 0}
-    )
+    changes = {"train.checkpoint_every_images": 32, "optim.lr": 1e36, "optim.lr_warmup_images": 0}
+    config = override(tiny, changes)
     with pytest.raises(loop.NonFinite, match=r"step \d+ \(\d+ images\): the loss or the gradient is not"):
         fit(config, train_set, run_folder)
     for folder in run_folder.glob("checkpoint-*"):
-        net, _ = checkpoint.load_net(folder, torch.device("cpu"), ema=False)
+        net = checkpoint.load_net(folder, ema=False).net
         assert all(torch.isfinite(weight).all() for weight in net.parameters())
 
 
@@ -277,16 +286,9 @@ def test_a_skipped_step_changes_no_weight(
     tiny: Config, train_set: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad_step: int
 ) -> None:
     """The run continues, also when resumed from the checkpoint of that step, with unchanged weights."""
-    config = override(
-        tiny,
-        {
-            "optim.skip_non_finite": 1,
-            "optim.lr_schedule": "constant",
-            "optim.lr_warmup_images": 0,
-            "train.checkpoint_every_images": 32,
-            "train.total_images": 32 * (bad_step + 1),
-        },
-    )
+    changes = {"optim.skip_non_finite": 1, "optim.lr_schedule": "constant", "optim.lr_warmup_images": 0}
+    changes |= {"train.checkpoint_every_images": 32, "train.total_images": 32 * (bad_step + 1)}
+    config = override(tiny, changes)
     longer = override(config, {"train.total_images": 32 * 5})
     calls, loss = iter(range(100)), Eps.loss
 
@@ -300,7 +302,7 @@ def test_a_skipped_step_changes_no_weight(
         before = override(config, {"train.total_images": 32 * bad_step})
         start = fit(before, train_set, tmp_path / "before")
     monkeypatch.setattr(Eps, "loss", loss_with_nan)
-    tracker = RecordingTracker()
+    tracker = Logged()
     skipped = fit(config, train_set, tmp_path / "skipped", tracker)
     assert skipped.skipped_steps == tracker.rows[32 * (bad_step + 1)]["train/skipped_steps"] == 1
     for name, weight in skipped.net.state_dict().items():
@@ -312,27 +314,17 @@ def test_a_skipped_step_changes_no_weight(
     calls = iter(range(100))
     straight = fit(longer, train_set, tmp_path / "straight")
     assert resumed.skipped_steps == straight.skipped_steps == 1
-    assert_same(resumed, straight)
+    assert_same(tensors(resumed), tensors(straight))
 
 
 def test_training_never_sees_held_out_images(tiny: Config, train_set: DataSet, run_folder: Path) -> None:
     held_out = train_set.held_out()
     assert held_out is not None
     hidden = {image.tobytes() for image in held_out.read(held_out.plan(0, 100), 0, 60).image}
-    runtime = LocalRuntime(override(tiny, {"train.total_images": 1800}), train_set, held_out, run_folder)
+    runtime = Runtime(override(tiny, {"train.total_images": 1800}), train_set, held_out, None)
     shown = {image.tobytes() for batch in runtime.batches(0) for image in batch.image}
     assert len(shown) == len({i.tobytes() for i in train_set.read(train_set.plan(0, 100), 0, 600).image})
     assert not shown & hidden
-
-
-def test_batches_from_the_middle_equal_those_of_the_full_sequence(
-    tiny: Config, train_set: DataSet, run_folder: Path
-) -> None:
-    runtime = LocalRuntime(tiny, train_set, None, run_folder)
-    whole = list(runtime.batches(0))
-    assert [batch.index for batch in whole[:5]] == [0, 1, 2, 3, 0]
-    for a, b in itertools.zip_longest(whole[4 * 3 :], runtime.batches(3 * 32)):
-        assert a.index == b.index and np.array_equal(a.image, b.image) and np.array_equal(a.label, b.label)
 
 
 @pytest.mark.parametrize(
@@ -340,7 +332,7 @@ def test_batches_from_the_middle_equal_those_of_the_full_sequence(
     [
         ({"train.micro_batch_size": 5}, "not a positive multiple of micro_batch_size 5"),
         ({"train.forward_images": 12}, "forward_images is 12; it must be a multiple of micro_batch_size 8"),
-        ({"train.forward_images": 0}, "forward_images is 0; it must be a multiple of micro_batch_size 8"),
+        ({"train.forward_images": 0}, "forward_images is 0; it must be at least 1"),
         ({"schedule.beta_end": 2.0, "schedule.kind": "linear"}, "beta_end"),
         ({"model.norm_groups": 3}, "norm_groups"),
         ({"sample.sampler": "mix"}, "mix cannot undo the process gaussian"),
@@ -360,20 +352,13 @@ def test_a_conditional_run_samples_the_requested_digits(
     digits_uri: str, train_set: DataSet, run_folder: Path
 ) -> None:
     """A nearest-neighbour classifier fitted on the real digits recognizes them."""
-    config = override(
-        DIGITS, {"model.num_classes": 10, "train.total_images": 19_200, "optim.ema_decay": 0.98}
-    )
-    config = override(
-        config, {"data.shards": digits_uri, "optim.lr_warmup_images": 1280, "train.held_out_images": 0}
-    )
-    config = override(config, {"train.sample_every_images": 0, "train.checkpoint_every_images": 0})
+    changes = {"model.num_classes": 10, "train.total_images": 19_200, "optim.ema_decay": 0.98}
+    changes |= {"data.shards": digits_uri, "optim.lr_warmup_images": 1280, "train.held_out_images": 0}
+    changes |= {"train.sample_every_images": 0, "train.checkpoint_every_images": 0}
+    config = override(DIGITS, changes)
     state = fit(config, train_set, run_folder)
     config = override(config, {"sample.guidance_scale": 2.0, "sample.num_sample_steps": 25})
-    objective = build_objective(config)
-    requested = torch.arange(100) % 10
-    drawn = generate.draw(
-        state.ema.net, config, objective, range(100), device=torch.device("cpu"), label=requested
-    ).numpy()
+    drawn = generate.draw(TrainedNet(state.ema.net, config), range(100)).numpy()  # image i has class i mod 10
     classifier = KNeighborsClassifier(5).fit(*load_digits(return_X_y=True))
     seen = classifier.predict(drawn.reshape(100, 64) * (16 / 255))
-    assert (seen == requested.numpy()).mean() >= 0.9
+    assert (seen == np.arange(100) % 10).mean() >= 0.9

@@ -3,7 +3,8 @@
 import torch
 
 from ddpm.build import build_net
-from ddpm.config import Config, override
+from ddpm.config import Config
+from ddpm.config_io import override
 from ddpm.training.mfu import flops_per_image, peak_flops
 
 

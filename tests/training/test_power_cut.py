@@ -3,45 +3,59 @@
 import errno
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.power import Disk
 
 from ddpm.checkpoints import checkpoint, runs
+from ddpm.checkpoints.runs import Run
 from ddpm.config import Config
+from ddpm.config_io import override
 from ddpm.storage import locations
-from ddpm.training import checkpoint_manager
-from ddpm.training.checkpoint_manager import CheckpointManager
+from ddpm.tracking import curves, metrics_buffer
+from ddpm.tracking.metrics_buffer import Metrics
+from ddpm.training import run_state
 from ddpm.training.state import State
+from ddpm.training.store import RunStore
 from ddpm.utils import files
 from ddpm.utils.errors import UserError
 
 
 def save_two(root: Path, config: Config, committed: list[int]) -> None:
     """Save checkpoints at 32 and 64 images, the second also as the best; then the first is deleted."""
-    location = locations.resolve(str(root)).child("runs").child("one")
+
+    def notify(subject: str, value: Any) -> None:
+        assert subject != run_state.WARNINGS, value
+        if subject == run_state.COMMITTED:
+            committed.append(value)
+
+    run = Run("one", locations.resolve(str(root)).child("runs").child("one"), "a")
     state = State.create(config, torch.device("cpu"))
-    manager = CheckpointManager(location, 1, 5.0, committed.append, pytest.fail)
-    for state.step in (1, 2):
-        state.images_seen = 32 * state.step
-        snapshot = state.snapshot(config, {"run_key": "a", "data_fingerprint": "b"})
-        manager.save(snapshot, b"segment", best=state.step == 2)
-    manager.flush()
-    manager.close()
+    config = override(config, {"train.keep_checkpoints": 1, "run.storage_timeout_s": 5.0})
+    with RunStore(config, run, "b", notify) as store:
+        for state.step in (1, 2):
+            state.images_seen = 32 * state.step
+            store.metrics({"train/loss": 0.5}, state.images_seen)
+            store.save(state, best=state.step == 2)
 
 
 def checkpoints(root: Path) -> list[int]:
-    """Positions of the checkpoints; checks that each is valid and has its segment in the spool."""
+    """Positions of the checkpoints; checks that each is valid, and has its segment and its part of the curves."""
     location, found = locations.resolve(str(root)).child("runs").child("one"), []
     names = [
-        *(place.path for place in runs.checkpoints(location)),
+        *(folder.path for folder in runs.checkpoints(location)),
         *map(str, Path(location.path).glob("best-*")),
     ]
     for folder in map(Path, names):
         checkpoint.verify(folder)
         seen = checkpoint.position(folder)
-        assert (Path(location.path) / f"tracking/{seen:012d}.zip").read_bytes() == b"segment"
+        segment = (Path(location.path) / f"tracking/{seen:012d}.zip").read_bytes()
+        first = metrics_buffer.read(segment, "here")[0]
+        assert isinstance(first, Metrics) and (first.values, first.images_seen) == ({"train/loss": 0.5}, seen)
+        points = [(point.images_seen, point.value) for point in curves.read(location)["train/loss"]]
+        assert points[: seen // 32] == [(at, 0.5) for at in range(32, seen + 1, 32)]
         found.append(seen)
     return found
 
@@ -84,23 +98,16 @@ def test_a_failed_folder_sync_is_retried(
     assert committed == [32, 64] and checkpoints(tmp_path) == [64, 64]
 
 
-@pytest.mark.parametrize("names_survive", [False, True])
 def test_without_fsync_a_checkpoint_would_be_lost(
-    names_survive: bool, tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "sync", lambda path: None)
     root, committed = tmp_path / "disk", list[int]()
     root.mkdir()
     with Disk(root, lambda disk: None) as disk:
         save_two(root, tiny, committed)
-        left = disk.after_power_cut(tmp_path / "left", names_survive=names_survive)
-    assert committed == [32, 64] and checkpoints(root) == [64, 64]
-    location = locations.resolve(str(left)).child("runs").child("one")
-    if not names_survive:
-        assert runs.checkpoints(location) == []
-        return
-    with (
-        pytest.raises(UserError, match=r"every checkpoint of .* is damaged"),
-        checkpoint_manager.latest_valid(location, 5.0, lambda line: None),
-    ):
-        pass
+        unnamed = disk.after_power_cut(tmp_path / "unnamed", names_survive=False)
+        empty = disk.after_power_cut(tmp_path / "empty", names_survive=True)
+    assert committed == [32, 64] and checkpoints(root) == [64, 64] and checkpoints(unnamed) == []
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoints(empty)

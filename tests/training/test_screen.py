@@ -1,8 +1,6 @@
 """The progress display of a run: one live screen in a terminal, lines in a log."""
 
 import math
-import os
-import pty
 import re
 import subprocess
 import sys
@@ -10,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.processes import REPO
+from support.processes import REPO, run_in_terminal
 
 from ddpm.training import run_state
 from ddpm.training.screen import Screen, sparkline
@@ -54,7 +52,7 @@ def test_a_log_gets_lines_with_mfu_if_measured(capsys: pytest.CaptureFixture[str
 def test_run_state_keeps_the_newest_points_until_the_driver_reads_them() -> None:
     state = run_state.RunState()
     for seen in range(10):
-        state.measured({"train/loss": seen / 2}, seen)
+        state.set(run_state.METRICS, ({"train/loss": seen / 2}, seen))
     assert state.snapshot()[run_state.METRICS] == {"train/loss": [(seen, seen / 2) for seen in range(2, 10)]}
 
 
@@ -76,28 +74,6 @@ with Screen("my run", 1000, lambda: 2) as screen:
 
 
 SMALL = "--model.base-width 8 --model.norm-groups 4 --schedule.num-timesteps 50"
-
-
-def run_in_terminal(words: list[str], cwd: Path, env: dict[str, str] | None = None) -> tuple[int, str]:
-    """Exit code and output of a program whose input and output are a terminal."""
-    ours, theirs = pty.openpty()
-    with subprocess.Popen(
-        words,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        cwd=cwd,
-        env=os.environ | {"TERM": "xterm", "COLUMNS": "100"} | (env or {}),
-        start_new_session=True,
-    ) as process:
-        os.close(theirs)
-        shown = b""
-        try:
-            while part := os.read(ours, 4096):
-                shown += part
-        except OSError:  # on Linux: the other side is closed
-            os.close(ours)
-    return process.returncode, shown.decode()
 
 
 def last_screen(shown: str, name: str) -> list[str]:

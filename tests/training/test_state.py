@@ -3,8 +3,9 @@
 import torch
 
 from ddpm.build import build_net
-from ddpm.config import Config, override
-from ddpm.training.state import State, lr_at
+from ddpm.config import Config
+from ddpm.config_io import override
+from ddpm.training.state import lr_at
 
 
 def test_initial_weights_depend_only_on_the_seed_and_not_on_global_state(tiny: Config) -> None:
@@ -19,26 +20,10 @@ def test_initial_weights_depend_only_on_the_seed_and_not_on_global_state(tiny: C
 
 
 def test_the_learning_rate_warms_up_and_falls() -> None:
-    config = override(
-        Config(),
-        {
-            "optim.lr": 1.0,
-            "optim.lr_warmup_images": 900,
-            "optim.lr_schedule": "cosine",
-            "train.batch_size": 100,
-            "train.total_images": 2900,
-        },
-    )
+    changes = {"optim.lr": 1.0, "optim.lr_warmup_images": 900, "optim.lr_schedule": "cosine"}
+    config = override(Config(), changes | {"train.batch_size": 100, "train.total_images": 2900})
     assert [lr_at(config, seen) for seen in (0, 400, 900)] == [0.1, 0.5, 1.0]
     assert abs(lr_at(config, 1900) - 0.5) < 1e-12  # halfway through the cosine
     assert lr_at(config, 2900) == 0.0
     constant = override(config, {"optim.lr_schedule": "constant"})
     assert lr_at(constant, 2900) == 1.0
-
-
-def test_before_the_first_step_there_is_no_optimizer_state(tiny: Config) -> None:
-    state = State.create(tiny, torch.device("cpu"))
-    assert state.optimizer_tensors() == {}
-    assert all(
-        torch.equal(a, b) for a, b in zip(state.net.parameters(), state.ema.net.parameters(), strict=True)
-    )

@@ -3,8 +3,9 @@
 import os
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.processes import REPO
@@ -16,24 +17,18 @@ from ddpm.utils import files, process
 @pytest.mark.parametrize(
     "write", [files.write_whole, lambda path, data: resolve(str(path)).write(data, durable=True)]
 )
-def test_writers_of_one_file_do_not_disturb_each_other(write: object, tmp_path: Path) -> None:
-    file, errors = tmp_path / "a/b/file", list[Exception]()
+def test_writers_of_one_file_do_not_disturb_each_other(write: Any, tmp_path: Path) -> None:
+    file, seen = tmp_path / "a/b/file", set[bytes]()
+    contents = {bytes([i]) * 200_000 for i in range(3)}
 
     def write_often(data: bytes) -> None:
-        try:
-            for _ in range(50):
-                write(file, data)  # type: ignore[operator]
-        except Exception as error:
-            errors.append(error)
+        for _ in range(50):
+            write(file, data)
+            seen.add(file.read_bytes())
 
-    contents = [bytes([i]) * 200_000 for i in range(3)]
-    threads = [threading.Thread(target=write_often, args=(data,)) for data in contents]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == []
-    assert file.read_bytes() in contents and list(file.parent.iterdir()) == [file]
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(write_often, contents))
+    assert seen <= contents and list(file.parent.iterdir()) == [file]
 
 
 def test_only_files_of_dead_processes_are_removed(tmp_path: Path) -> None:
@@ -61,7 +56,6 @@ def test_only_files_of_dead_processes_are_removed(tmp_path: Path) -> None:
 
 def test_a_process_is_distinguished_from_another_with_the_same_pid() -> None:
     assert process.state(process.token()) == "running"
-    assert process.state(process.token(os.getppid())) == "running"
     assert process.state(process.token() + "0") == "gone"
     for other in ("", "x", "elsewhere-1-1", "unknown-1-1", "None"):
         assert process.state(other) == "unknown"

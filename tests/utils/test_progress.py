@@ -1,11 +1,10 @@
 """Progress of long work: occasional lines in a log, a live bar in a terminal."""
 
-import os
-import pty
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from support.processes import run_in_terminal
 
 from ddpm.utils import progress
 from ddpm.utils.progress import Display
@@ -33,6 +32,8 @@ def test_a_log_gets_one_line_per_interval(clock: list[float], capsys: pytest.Cap
 def test_the_time_left_uses_the_speed_since_the_first_update(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    with Display("images", 100):
+        pass  # without updates nothing is printed
     display = Display("images", 10_000)
     clock[0] += 500  # waiting for workers does not count as training
     display.update(4_000)  # resumed at this position
@@ -63,37 +64,15 @@ def test_a_delayed_update_is_printed_at_the_end(
     assert capsys.readouterr().out.splitlines() == ["images 1/100", "images 42/100  loss 0.5"]
 
 
-def test_without_updates_nothing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    with Display("images", 100):
-        pass
-    assert capsys.readouterr().out == ""
-
-
-def test_a_terminal_shows_one_progress_bar() -> None:
-    code = (
+def test_a_terminal_shows_one_progress_bar(tmp_path: Path) -> None:
+    program = (
         "from ddpm.utils.progress import Display\n"
         "with Display('images', 2000) as display:\n"
         "    for done in (500, 2000):\n"
         "        display.update(done, f'[loss] {done / 1000}')\n"
     )
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=subprocess.STDOUT,
-        env=os.environ | {"TERM": "xterm", "COLUMNS": "100"},
-    )
-    os.close(theirs)
-    shown = b""
-    try:
-        while part := os.read(ours, 4096):
-            shown += part
-    except OSError:  # on Linux: the other side is closed
-        pass
-    os.close(ours)
-    assert process.wait(30) == 0, shown.decode()
-    text = shown.decode()
+    code, text = run_in_terminal([sys.executable, "-c", program], tmp_path)
+    assert code == 0, text
     assert "━" * 10 in text
     assert "2000/2000" in text
     assert "[loss] 2.0" in text

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from ddpm.utils import retry
 from ddpm.utils.errors import UserError
-from ddpm.utils.retry import MAX_ANSWER, StorageError, answer, retry_io
+from ddpm.utils.retry import MAX_ERROR, StorageError, error_line, retry_io
 
 
 class FlakyCall:
@@ -24,10 +25,6 @@ class FlakyCall:
         return self.calls
 
 
-def test_it_retries_until_the_call_succeeds() -> None:
-    assert retry_io(FlakyCall(3, OSError("busy")), where="s3://b", timeout_s=60) == 4
-
-
 def test_a_permanent_failure_is_a_one_line_error() -> None:
     call = FlakyCall(float("inf"), OSError("AWS Error SLOW_DOWN:\n  reduce your\trate"))
     with pytest.raises(StorageError) as caught:
@@ -41,25 +38,27 @@ def test_a_permanent_failure_is_a_one_line_error() -> None:
     assert call.calls >= 2
 
 
-def test_without_a_time_out_there_is_one_attempt() -> None:
-    call = FlakyCall(1, OSError("no"))
-    with pytest.raises(StorageError, match="no"):
-        retry_io(call, where="disk", timeout_s=0)
-    assert call.calls == 1
+def test_it_retries_until_the_call_succeeds_and_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "WARN_AFTER_S", 0.3)
+    for times, expected in ((1, []), (4, ["disk: full; trying again for up to 60 s"])):
+        lines: list[str] = []
+        call = FlakyCall(times, OSError("full"))
+        assert retry_io(call, where="disk", timeout_s=60, warn=lines.append) == times + 1
+        assert lines == expected
 
 
 def test_the_last_attempt_is_at_the_time_out() -> None:
     """Whatever the back-off: storage that recovers just before the time-out is still found."""
-    began = time.monotonic()
-    tries: list[float] = []
+    for timeout_s in (0, 1.5):
+        began, tries = time.monotonic(), list[float]()
 
-    def call() -> None:
-        tries.append(time.monotonic() - began)
-        raise OSError("no")
+        def call(began: float = began, tries: list[float] = tries) -> None:
+            tries.append(time.monotonic() - began)
+            raise OSError("no")
 
-    with pytest.raises(StorageError):
-        retry_io(call, where="disk", timeout_s=1.5)
-    assert tries[-1] >= 1.5
+        with pytest.raises(StorageError, match="no"):
+            retry_io(call, where="disk", timeout_s=timeout_s)
+        assert tries[-1] >= timeout_s and (timeout_s or len(tries) == 1)
 
 
 @pytest.mark.parametrize(
@@ -79,11 +78,11 @@ def test_credentials_are_not_in_the_error_message(monkeypatch: pytest.MonkeyPatc
         "denied AKIAABCDEFGHIJKLMNOP (topsecret+key/1) at https://me:pass@host/b?X-Amz-Signature=0a1b "
         "for arn:aws:iam::123:user/me"
     )
-    assert answer(OSError(text)) == (
+    assert error_line(OSError(text)) == (
         "denied *** (***) at https://***@host/b?X-Amz-Signature=*** for arn:aws:iam::123:user/me"
     )
-    assert answer(OSError()) == "OSError"
-    assert len(answer(OSError("x" * 10_000))) == MAX_ANSWER + 3
+    assert error_line(OSError()) == "OSError"
+    assert len(error_line(OSError("x" * 10_000))) == MAX_ERROR + 3
 
 
 def test_an_error_of_shutil_is_one_line(tmp_path: Path) -> None:
@@ -93,5 +92,5 @@ def test_an_error_of_shutil_is_one_line(tmp_path: Path) -> None:
         (tmp_path / "from" / name).symlink_to("nothing")
     with pytest.raises(shutil.Error) as raised:
         shutil.copytree(tmp_path / "from", tmp_path / "to")
-    assert answer(raised.value).startswith("[Errno 2] No such file or directory: '")
-    assert answer(raised.value).count("Errno") == 1
+    assert error_line(raised.value).startswith("[Errno 2] No such file or directory: '")
+    assert error_line(raised.value).count("Errno") == 1

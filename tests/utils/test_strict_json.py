@@ -42,9 +42,9 @@ BAD = {
     '{"name": "", "ratio": NaN}': "ratio is nan; it must be a finite number",
     '{"name": "", "ratio": "1"}': "ratio is '1'; it must be a valid number",
     '{"name": "", "ratio": true}': "ratio is True; it must be a valid number",
-    '{"name": "", "sizes": [1, 1.0]}': r"sizes: 1 is 1\.0; it must be a valid integer",
-    '{"name": "", "inner": {"count": 11}}': "inner: count is 11; it must be less than or equal to 10",
-    '{"name": "", "inner": {"kind": "c"}}': "inner: kind is 'c'; it must be 'a' or 'b'",
+    '{"name": "", "sizes": [1, 1.0]}': r"sizes.1 is 1\.0; it must be a valid integer",
+    '{"name": "", "inner": {"count": 11}}': "inner.count is 11; it must be at most 10",
+    '{"name": "", "inner": {"kind": "c"}}': "inner.kind is 'c'; it must be 'a' or 'b'",
     '{"name": "", "inner": {"size": 1}}': "inner: unknown key 'size'; known are count, kind$",
     '{"name": "", "\\n\\u001b": 1}': r"unknown key '\\\\n\\\\x1b'; known are name, ratio, sizes, inner$",
 }

@@ -1,0 +1,125 @@
+"""EDM and flow matching beside eps, x_0 and v: bits/dim and KID after equal training.
+
+    python benchmarks/objectives.py [--presets digits fashion-mnist] [--seeds 3]
+
+Each choice trains the preset's net on the same images in the same order, and no choice costs more than another: equal
+images are equal time, as the column of minutes shows. Runs of one seed follow each other, every other round backwards.
+All nets are sampled alike, each on its own schedule. Values are means over seeds, with Student's 95 % interval. The
+table goes to benchmarks/objectives.md.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from harness import tables, turns
+from harness.arguments import read
+from scipy import stats
+
+from ddpm.evaluation import context, evaluate
+from ddpm.evaluation.settings import Settings
+from ddpm.presets import PRESETS
+
+REPO = Path(__file__).parents[1]
+KEYS = "objective.predict", "objective.weight", "objective.timesteps", "schedule.kind"
+CHOICES = {
+    "eps": ("eps", "simple", "uniform"),
+    "x_0": ("x_0", "simple", "uniform"),
+    "v": ("v", "simple", "uniform"),
+    "v, min-SNR": ("v", "min_snr", "uniform"),
+    "EDM": ("edm", "simple", "log_normal", "geometric"),
+    "EDM on the preset's schedule": ("edm", "simple", "log_normal"),
+    "flow matching": ("flow", "simple", "logit_normal", "straight"),
+    "v as flow matching": ("v", "flow", "logit_normal", "straight"),
+}
+"""Values of KEYS; without a schedule that of the preset."""
+STEPS = 20
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to train, and how often."""
+
+    presets: tuple[str, ...] = ("digits",)
+    choices: tuple[str, ...] = tuple(CHOICES)
+    seeds: int = 3
+    images: int | None = None
+    """Images to train on. None: the preset's."""
+    num_images: int = 2000
+    """Images to sample from each net, and held-out images."""
+
+
+def train(preset: str, choice: str, seed: int, images: int | None, folder: Path) -> float:
+    """Train one run, FOLDER/CHOICE-SEED, as a user types it; returns minutes."""
+    command = [sys.executable, str(REPO / "jobs/train.py"), preset]
+    for key, value in zip(KEYS, CHOICES[choice], strict=False):
+        command += [f"--{key}", value]
+    command += ["--run.storage", str(folder), "--run.name", name(choice, seed), "--train.seed", str(seed)]
+    command += ["--train.sample-every-images", "0", "--train.checkpoint-every-images", "0"]
+    command += ["--train.total-images", str(images or PRESETS[preset].train.total_images)]
+    env = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+    began = time.monotonic()
+    subprocess.run(command, check=True, env=env, cwd=folder, stdout=subprocess.DEVNULL)
+    return (time.monotonic() - began) / 60
+
+
+def name(choice: str, seed: int) -> str:
+    return f"{list(CHOICES).index(choice)}-{seed}"
+
+
+def interval(values: list[float], digits: int) -> str:
+    """Mean and 95 % interval over seeds."""
+    half = stats.t(len(values) - 1).ppf(0.975) * np.std(values, ddof=1) / len(values) ** 0.5
+    return f"{np.mean(values):.{digits}f} ± {half:.{digits}f}"
+
+
+def compare(arguments: Arguments, preset: str, folder: Path) -> list[list[str]]:
+    """A row of each choice; the results of its seeds are next to each other."""
+    done = Counter[str]()
+
+    def measure(choice: str) -> float:
+        done[choice] += 1
+        return train(preset, choice, done[choice] - 1, arguments.images, folder)
+
+    minutes = turns.in_turns(arguments.choices, arguments.seeds, measure)
+    runs = [(choice, seed) for choice in arguments.choices for seed in range(arguments.seeds)]
+    candidates = context.read([str(folder / name(*run)) for run in runs])
+    settings = Settings(
+        num_images=arguments.num_images,
+        num_train_images=0,
+        sampler=("dpmpp_2m",),
+        num_sample_steps=(STEPS,),
+        eta=1.0,
+    )
+    report = evaluate.evaluate(candidates, settings)
+    rows = []
+    for i, choice in enumerate(arguments.choices):
+        results = report.results[i * arguments.seeds : (i + 1) * arguments.seeds]
+        bits = [result.bits[0].value for result in results]
+        kid = [s.value for result in results for s in result.drawn[0].scores if s.name.startswith("KID")]
+        rows.append([preset, choice, interval(bits, 3), interval(kid, 4), interval(minutes[choice], 2)])
+    return rows
+
+
+def main() -> None:
+    arguments = read(Arguments, __doc__, choices=("flow matching",), seeds=2, images=640, num_images=30)
+    lines = list[list[str]]()
+    for preset in arguments.presets:
+        with tempfile.TemporaryDirectory() as folder:
+            lines += compare(arguments, preset, Path(folder))
+    how = (
+        f"Held-out bits/dim and KID of {arguments.num_images} images ({STEPS} steps of `dpmpp_2m`, eta 1): mean and "
+        f"95 % interval of {arguments.seeds} seeds (`python benchmarks/objectives.py`). {tables.machine()}."
+    )
+    names = "preset", "choice", "bits/dim", "KID", "minutes of training"
+    tables.write(__file__, "What the net predicts", how, "", *tables.table(names, lines))
+
+
+if __name__ == "__main__":
+    main()

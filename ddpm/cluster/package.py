@@ -1,0 +1,26 @@
+"""The package of a Ray job: the working folder that Ray unpacks for it, names after its content, and removes later."""
+
+import os
+from pathlib import Path
+
+from ddpm.storage.locations import HOME
+
+
+def leave(verbose: bool = False) -> None:
+    """In a Ray job, make relative paths start from ~/ddpm, where the next submission finds what this one writes.
+
+    Raises:
+        NoCluster: this is a job (RAY_ADDRESS is set), and the cluster cannot be joined.
+    """
+    if "RAY_ADDRESS" not in os.environ or HOME in os.environ:
+        return
+    from ddpm.cluster import ray_init  # seconds: Ray
+
+    ray_init.connect(verbose)
+    if Path.cwd().is_relative_to(ray_init.temp_dir()):
+        os.environ[HOME] = str(Path.home() / "ddpm")
+        print(
+            f"folder      {os.environ[HOME]}: relative paths start here, since Ray removes this job's own folder; "
+            "DDPM_STORAGE or --storage keeps runs elsewhere",
+            flush=True,
+        )

@@ -1,0 +1,39 @@
+"""The commands, one module each: a command line, and one call of the library.
+
+`ddpm train` is the installed program; `python jobs/train.py` is the same in a checkout.
+"""
+
+import importlib
+import sys
+from importlib.metadata import version
+from typing import NoReturn
+
+from ddpm import cli
+
+COMMANDS = {
+    "train": "train a preset, or resume a run",
+    "sample": "sample images from a run",
+    "evaluate": "bits/dim, KID, FID and more, with standard errors",
+    "compare": "runs side by side on one page",
+    "search": "search noise schedule and learning rate",
+    "prepare": "make a data set of shards",
+    "export": "export a net, for diffusers or as a program",
+    "sync": "deliver a run's remaining records to MLflow",
+    "ui": "show the runs in MLflow",
+}
+
+
+def main() -> NoReturn:
+    """The program `ddpm`."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"ddpm-on-ray {version('ddpm-on-ray')}")
+        sys.exit(0)
+    cli.run(_command)
+
+
+def _command() -> int | None:
+    sys.argv[0] = "ddpm"
+    name = cli.chosen("COMMAND", COMMANDS, "Train, sample and compare denoising diffusion models on Ray.\n")
+    sys.argv[:2] = [f"ddpm {name}"]
+    code: int | None = importlib.import_module(f"ddpm.commands.{name}").main()
+    return code

@@ -1,0 +1,48 @@
+"""Compare runs on one page: python jobs/compare.py RUN [RUN ...] [--out report.html] [--evaluations FILE.json ...]
+
+RUN is the folder or s3:// URI of a run. The page is one HTML file that needs no network: which run is better, or what
+to run to know; samples of equal seeds side by side, settings that differ, ranks with ties, curves over images seen and
+over hours of training, quality over sampling steps, trajectories, and the nearest training images. All of it comes from
+the runs' folders, where training and jobs/evaluate.py leave it; a run without samples is sampled now.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from ddpm import cli
+from ddpm.config import Text
+from ddpm.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Runs, and where the page goes."""
+
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """Folders or URIs of runs."""
+    out: Text = "report.html"
+    """File or s3:// URI for the page."""
+    evaluations: tuple[str, ...] = ()
+    """Files or s3:// URIs that jobs/evaluate.py --out wrote, in addition to the evaluations in the runs' folders."""
+    sample: bool = True
+    """Sample 64 images of the newest checkpoint of a run that has no samples."""
+
+
+def main() -> None:
+    arguments: Arguments = cli.parse(Arguments, __doc__)
+    if not arguments.runs:
+        raise UserError("no RUN is given; expected folders or URIs of runs")
+    from ddpm.cluster import package
+    from ddpm.evaluation import compared_run, comparison_page, publish
+    from ddpm.utils.progress import printable
+
+    package.leave()
+    location = publish.location_for(arguments.out, "report.html")
+    runs = compared_run.read(arguments.runs, arguments.evaluations, sample=arguments.sample)
+    publish.write(location, comparison_page.render(runs))
+    for run in runs:
+        for remark in run.remarks:
+            print(printable(f"{run.name}: {remark}"))
+    print(printable(f"comparison  {location.uri}"))

@@ -1,0 +1,52 @@
+"""Evaluate checkpoints: python jobs/evaluate.py CHECKPOINT [CHECKPOINT ...] [--num-images 2000] [--out FILE.json]
+
+CHECKPOINT is the folder or s3:// URI of a checkpoint, or of a run (its newest checkpoint), or models:/NAME@ALIAS in
+MLflow's registry. Bits/dim of held-out images, and KID, FID, precision, recall, density, coverage and memorisation of
+generated images are printed as a table, written to FILE.json with plots next to it, and logged to the runs' own
+MLflow runs. Settings that are not given default to those of training.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from ddpm import cli
+from ddpm.config import Count, Text
+from ddpm.evaluation.settings import Settings
+from ddpm.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Checkpoints, and how to evaluate them."""
+
+    checkpoints: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="CHECKPOINT [CHECKPOINT ...]")
+    ]
+    """Folders or URIs of checkpoints or runs."""
+    settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
+    all_checkpoints: bool = False
+    """Evaluate every kept checkpoint of a run, not only the newest."""
+    num_workers: Annotated[Count | None, tyro.conf.arg(aliases=["--workers"])] = None
+    """Number of workers. None: all GPUs, or all cores if there are no GPUs, of this machine or of the Ray cluster at
+    RAY_ADDRESS. The results do not depend on it."""
+    out: Text = "evaluation.json"
+    """File or s3:// URI for all results with their n and uncertainty; plots are written next to it."""
+
+
+def main() -> None:
+    arguments: Arguments = cli.parse(Arguments, __doc__)
+    if not arguments.checkpoints:
+        raise UserError("no CHECKPOINT is given; expected folders or URIs of checkpoints or runs")
+    from ddpm.cluster import package
+    from ddpm.evaluation import context, evaluate, publish, tables
+    from ddpm.utils.progress import printable
+
+    package.leave()
+    location = publish.location_for(arguments.out)
+    candidates = context.read(arguments.checkpoints, arguments.all_checkpoints)
+    report = evaluate.evaluate(candidates, arguments.settings, arguments.num_workers)
+    tables.table(report).show()
+    for line in (*tables.remarks(report, location.uri), *publish.store(report, location)):
+        print(printable(line))

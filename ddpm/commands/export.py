@@ -1,0 +1,74 @@
+"""Export a net: python jobs/export.py CHECKPOINT DIR [--format diffusers|pt2]
+
+CHECKPOINT is the folder or s3:// URI of a checkpoint, or of a run (its newest checkpoint), or models:/NAME@ALIAS. DIR
+is a new folder: a pipeline for DDPMPipeline.from_pretrained (diffusers), or a torch.export program (pt2).
+
+    python jobs/export.py PIPELINE DIR --format checkpoint
+
+turns a diffusers folder into the checkpoint DIR; jobs/train.py --train.init-from DIR trains from its weights.
+"""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from ddpm import cli
+from ddpm.config import CountOrZero, Text
+from ddpm.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Arguments of an export."""
+
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
+    """Folder or URI of a checkpoint or run, or a registered model; with --format checkpoint, a diffusers folder."""
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
+    """New folder."""
+    format: Literal["diffusers", "pt2", "checkpoint"] = "diffusers"
+    """diffusers: a DDPMPipeline. pt2: a torch.export program. checkpoint: converts a diffusers folder."""
+    ema: bool = True
+    """Export the averaged (EMA) weights instead of the last ones."""
+    label: CountOrZero | None = None
+    """diffusers, conditional nets: the class that the pipeline generates; num_classes: all classes."""
+    register: Text | None = None
+    """Also store the net in MLflow's registry (MLFLOW_TRACKING_URI), as the next version of the model of this name."""
+    alias: Text | None = None
+    """Point models:/NAME@ALIAS to that version."""
+
+
+def main() -> None:
+    arguments: Arguments = cli.parse(Arguments, __doc__)
+    out, kind = arguments.out.absolute(), str(arguments.format)
+    if arguments.register is None and arguments.alias is not None:
+        raise UserError("--alias needs a registered model; give its name with --register")
+    if arguments.register is not None and not arguments.ema:
+        raise UserError("--register: a registered model uses the averaged weights; leave out --no-ema")
+    if out.exists():
+        raise UserError(f"{out} exists, and nothing is overwritten; name a new folder")
+    from ddpm.checkpoints import checkpoint
+    from ddpm.hub import export, registry, resolve
+
+    with ExitStack() as stack:
+        if kind == "checkpoint":
+            export.from_diffusers(Path(arguments.checkpoint), out)
+            folder, exported = out, {}
+            print(f"checkpoint  {out}")
+        else:
+            folder = stack.enter_context(resolve.local_checkpoint(arguments.checkpoint))
+            exported = {kind: out}
+            trained = checkpoint.load_net(folder, ema=arguments.ema)
+            if kind == "pt2":
+                export.to_pt2(trained, out)
+                print(f"program     {out}/net.pt2")
+            else:
+                export.to_diffusers(trained, out, arguments.label)
+                steps = trained.config.schedule.num_timesteps
+                print(f"pipeline    {out}")
+                print(f"draw        DDPMPipeline.from_pretrained({str(out)!r})(num_inference_steps={steps})")
+        if arguments.register is not None:
+            model, where = registry.register(arguments.register, folder, exported, arguments.alias)
+            print(f"model       {model} in {where}")

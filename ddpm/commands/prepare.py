@@ -1,0 +1,56 @@
+"""Make a data set: python jobs/prepare.py SOURCE URI [options]
+
+URI is a folder or s3://bucket/prefix. Run the same command again to continue where it stopped; it does nothing if the
+data set is complete. `python jobs/prepare.py SOURCE --help` lists a source's options.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Annotated, Any, Generic, TypeVar
+
+import tyro
+
+from ddpm import cli
+from ddpm.data import catalog
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class Arguments(Generic[S]):
+    uri: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="URI")]
+    """Folder or s3://bucket/prefix of the data set."""
+    source: Annotated[S, tyro.conf.arg(name="")]
+    parallel: bool | None = None
+    """Write shards in parallel, as tasks of the Ray cluster (RAY_ADDRESS, or a local one). None: only if the source
+    is large."""
+    skip_unreadable: bool = False
+    """Leave out images that cannot be read (5 % of them at most), and list them in unreadable.txt beside the shards."""
+
+
+def main() -> None:
+    name = cli.chosen("SOURCE", dict.fromkeys(catalog.names(), ""), __doc__)
+    kind: Any = Arguments[catalog.kind_of(name)]  # type: ignore[valid-type, misc]
+    arguments: Any = cli.parse(kind, __doc__, sys.argv[2:])
+    from ddpm.cluster import package  # after parsing, so that --help and errors come at once
+    from ddpm.data import prepare
+    from ddpm.storage.locations import resolve
+    from ddpm.utils.progress import printable
+
+    package.leave()
+    source, location = arguments.source, resolve(arguments.uri)
+    there = prepare.find(source, location)
+    print(f"data set    {printable(location.uri)}{' exists already' if there else ''}")
+    if skipped := getattr(source, "skipped", ""):
+        print(f"skipped     {skipped}")
+    connect = None
+    if arguments.parallel or (arguments.parallel is None and prepare.is_large(source)):
+        from ddpm.cluster import ray_init  # seconds: Ray
+
+        connect = ray_init.connect
+    skip = arguments.skip_unreadable
+    manifest = prepare.prepare(source, location, connect=connect, skip_unreadable=skip)
+    for name, split in manifest.splits.items():
+        print(f"{name:<11} {split.num_rows:,} images")
+    print(f"fingerprint {manifest.fingerprint}")
+    print(f"preview     {printable(prepare.write_preview(location, manifest).uri)}")

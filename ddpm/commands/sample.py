@@ -1,0 +1,107 @@
+"""Sample images from a checkpoint: python jobs/sample.py CHECKPOINT --num-images 64 --seed 0 --out DIR
+
+CHECKPOINT is the folder or s3:// URI of a checkpoint, or of a run (its newest checkpoint), or models:/NAME@ALIAS in
+MLflow's registry. DIR, a folder or s3:// URI, gets grid.png and images/000000.png, ...; image i depends on the seed
+and i alone. Settings that are not given default to those of training. Run the same command again to add missing images.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from ddpm import cli
+from ddpm.config import Count, CountOrZero, Images, SampleFlags, SamplerName, Seed, Text, Variance
+from ddpm.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Arguments(SampleFlags):
+    """Arguments of a sampling job."""
+
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
+    """Folder or URI of a checkpoint or run, or a registered model."""
+    num_images: Images = 64
+    """Total number of images at `out`."""
+    out: Text | None = None
+    """Folder or s3:// URI for the images. None: samples/RUN-seedN, with the names of run and seed."""
+    format: Literal["png", "parquet"] = "png"
+    """png: one file per image. parquet: shards and a manifest, a data set for jobs/train.py --data.shards."""
+    num_workers: Annotated[Count | None, tyro.conf.arg(aliases=["--workers"])] = None
+    """Number of workers, each on a GPU, or on a core if there are no GPUs. None: all GPUs or cores of the cluster at
+    RAY_ADDRESS; without it those of this machine, where Ray is started only for several GPUs."""
+    batch_size: Count | None = None
+    """Images per batch of a worker. None: 256 on a GPU, 32 on a core."""
+    sampler: SamplerName | None = None
+    """ddpm: Algorithm 2. ddim: few steps. dpmpp_2m, heun: fewer steps. mix: nets of uniform_mix."""
+    num_sample_steps: Count | None = None
+    """Number of sampling steps."""
+    variance: Variance | None = None
+    """ddpm: variance of the noise that a step adds. measured: as measured on training images by
+    an earlier jobs/evaluate.py."""
+    label: CountOrZero | None = None
+    """Class to sample (conditional nets). None: all classes in turn."""
+    seed: Seed = 0
+    """Image i is a function of this seed and i."""
+    trajectory: bool = False
+    """Also write trajectory.png and trajectory.gif: the first images, from noise to the finished image."""
+    inpaint: Path | None = None
+    """Image file; the part that --mask marks is kept in all images (RePaint, 250 steps with resampling)."""
+    mask: Path | None = None
+    """inpaint: image file, white where the image is kept."""
+    num_resamples: Count = 10
+    """inpaint: RePaint resampling passes per jump; 1: no resampling."""
+    jump_length: Count = 10
+    """inpaint: steps per jump back; less than the number of sampling steps."""
+
+
+def main() -> None:
+    arguments: Arguments = cli.parse(Arguments, __doc__)
+    if (arguments.inpaint is None) != (arguments.mask is None):
+        raise UserError("--inpaint and --mask belong together; give both or neither")
+    if arguments.inpaint and arguments.sampler not in (None, "ddpm"):
+        raise UserError(
+            f"--inpaint works only with the sampler ddpm, not {arguments.sampler}; leave out --sampler"
+        )
+    from ddpm.checkpoints import checkpoint, runs  # after parsing, so that --help and errors come at once
+    from ddpm.cluster import package
+    from ddpm.hub.resolve import local_checkpoint, name_of
+    from ddpm.sampling import generate, workers
+    from ddpm.storage.locations import resolve
+    from ddpm.utils.progress import Display
+
+    package.leave()
+    with local_checkpoint(arguments.checkpoint) as folder:
+        trained = checkpoint.load_net(folder)
+        measured = arguments.variance == "measured"
+        x_0_error = runs.read_x_0_error(folder, trained.config.schedule.num_timesteps) if measured else None
+    sample = arguments.changed(
+        trained.config.sample,
+        sampler=arguments.sampler,
+        num_sample_steps=arguments.num_sample_steps,
+        variance=arguments.variance,
+        seed=arguments.seed,
+    )
+    trained = trained.sampled_with(sample)
+    known = None
+    if arguments.inpaint and arguments.mask:
+        resampling = arguments.num_resamples, arguments.jump_length
+        known = generate.read_known(arguments.inpaint, arguments.mask, trained.config, *resampling)
+    job = workers.SampleJob(
+        trained, arguments.label, known, x_0_error, arguments.format, arguments.batch_size
+    )
+    out = resolve(arguments.out or f"samples/{name_of(arguments.checkpoint)}-seed{arguments.seed}")
+    with Display("images", arguments.num_images) as display:
+        workers.draw(
+            job,
+            out,
+            arguments.num_images,
+            num_workers=arguments.num_workers,
+            with_trajectory=arguments.trajectory,
+            show=display.update,
+        )
+    print(f"images      {out.uri}/images" if arguments.format == "png" else f"data set    {out.uri}")
+    print(f"grid        {out.uri}/grid.png")
+    if arguments.trajectory:
+        print(f"trajectory  {out.uri}/trajectory.gif")

@@ -1,0 +1,69 @@
+"""Train a preset: python jobs/train.py PRESET [--name N] [--data URI | --data.images FOLDER] [--storage URI] ...
+
+Run the same command again, with the same --name, to resume the run. `python jobs/train.py PRESET --help` lists the
+flags that people change first, `--help-all` every flag.
+"""
+
+import shlex
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated
+
+import tyro
+
+from ddpm import cli
+from ddpm.config import Config
+from ddpm.utils import command_line
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A preset and its changes."""
+
+    preset: tyro.conf.Suppress[str]
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    file: Annotated[str | None, tyro.conf.arg(name="config", metavar="FILE")] = None
+    """JSON file of changes to the preset, such as a search's best.json; flags are applied after it."""
+    verbose: bool = False
+    """Show Ray's messages, and tracebacks."""
+
+
+def main() -> int:
+    arguments: Arguments = cli.parse_preset(Arguments, __doc__)
+
+    from ddpm.data import plan  # after parsing, so that --help and errors come at once
+
+    began = time.monotonic()
+    plan.check_batches(arguments.config)
+
+    from ddpm.training import loop  # seconds: PyTorch
+
+    loop.check(arguments.config)
+
+    from ddpm.checkpoints import runs  # seconds: Ray
+    from ddpm.cluster import package, ray_init
+    from ddpm.data import builtin, ray_dataset
+
+    package.leave(arguments.verbose)
+    config = runs.with_name_and_storage(arguments.config, arguments.preset)
+    connect = partial(ray_init.connect, arguments.verbose)
+    config = builtin.with_shards(config, command_line.typed(), connect)
+    data_set = ray_dataset.open_configured(config)
+    print(f"data        {config.data.shards}  ({data_set.rows.num_rows:,} images to train on)")
+    connect()
+    from ddpm.training.fit import fit, summary  # imported while Ray starts
+
+    result = fit(config, data_set, verbose=arguments.verbose)
+    took = f"done after {time.monotonic() - began:.0f} s"
+    if result.delivery is None:
+        print(f"run {config.run.name} is finished: {result.images_seen:,} images seen; nothing left to do")
+    elif result.signal:
+        name, effect = shlex.quote(result.run.name), "resume" if result.checkpoint else "start over"
+        again = f"run the same command again with --run.name {name} to {effect}"
+        print(f"stopped     at {result.images_seen:,} images; {again}")
+    else:
+        print(f"trained     {result.images_seen:,} images, {took}")
+    for line in summary(result):
+        print(command_line.installed(line))
+    return 128 + result.signal if result.signal else 0

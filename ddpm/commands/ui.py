@@ -1,0 +1,38 @@
+"""Show the runs in MLflow: python jobs/ui.py [--port 5000]
+
+Prints a link to each experiment, to the table of its runs: the schedule, what was changed, and the scores. Then starts
+`mlflow ui` on ./mlflow.db, or on the SQLite file that MLFLOW_TRACKING_URI names.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+
+from ddpm import cli
+from ddpm.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Where MLflow's pages are served."""
+
+    port: int = 5000
+    """Port on this machine."""
+
+
+def main() -> None:
+    arguments: Arguments = cli.parse(Arguments, __doc__)
+    from ddpm.tracking import mlflow_client, pages
+    from ddpm.tracking.retry import without_password
+
+    uri = mlflow_client.tracking_uri()
+    database = mlflow_client.database_file(uri)
+    if database is not None and not database.exists():
+        raise UserError(f"{database} does not exist; training makes it, in the folder in which it is started")
+    address = without_password(uri) if database is None else f"http://127.0.0.1:{arguments.port}"
+    for experiment in mlflow_client.connect(uri).search_experiments():
+        if pages.VIEW_TAG in experiment.tags:
+            print(f"{experiment.name:<12}{pages.view_link(address, experiment.experiment_id)}", flush=True)
+    if database is not None:
+        server = ["mlflow", "ui", "--backend-store-uri", uri, "--port", str(arguments.port), "--workers", "1"]
+        os.execv(sys.executable, [sys.executable, "-m", *server])

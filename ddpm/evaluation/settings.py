@@ -1,0 +1,48 @@
+"""Settings of an evaluation, which are flags of jobs/evaluate.py; light to import, so that --help is fast."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from ddpm.config import (
+    Count,
+    CountOrZero,
+    FeatureNetName,
+    ImagesOrZero,
+    SampleFlags,
+    SamplerName,
+    SampleVariance,
+    ScoredImages,
+    Seed,
+    Text,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(SampleFlags):
+    """Settings of an evaluation; None is the run's own, unless stated otherwise."""
+
+    num_images: ScoredImages = 2000
+    """Images generated with each sampler, and the largest number of held-out images."""
+    features: FeatureNetName | None = None
+    """Feature net for comparing images. None: classifier if the data has classes, else lite0."""
+    inception_weights: str | None = None
+    """inception: file or URL of its weights. None: the file of torch-fidelity in torch.hub's folder."""
+    sampler: tuple[SamplerName, ...] = ()
+    """One or several samplers; each is evaluated with each number of steps."""
+    num_sample_steps: tuple[Count, ...] = ()
+    """One or several numbers of sampling steps."""
+    variance: SampleVariance = "auto"
+    """Variance of p(x_{t-1} | x_t), in bits/dim and for the sampler ddpm. auto: for bits/dim, learned if the net
+    learned it, else measured on training images; for sampling, as in training."""
+    num_train_images: ImagesOrZero = 50_000
+    """Memorisation: largest number of training images to search for the nearest neighbour. 0: no memorisation."""
+    num_draws: CountOrZero = 8
+    """bits/dim: timesteps per image at which KL_t is measured, by importance sampling. 0: all timesteps."""
+    seed: Seed = 0
+    """Seed of generated images and of the bound's noise."""
+    shards: Annotated[Text | None, tyro.conf.arg(name="data.shards")] = None
+    """Folder or s3:// URI of the data set to compare with. None: the training data set."""
+    cache: Text | None = None
+    """Folder or s3:// URI for features of real images and the classifier. None: evaluation/ next to the shards."""

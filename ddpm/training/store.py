@@ -1,0 +1,222 @@
+"""A run's store, one object on rank 0: checkpoints, pictures, records and status of one run's folder.
+
+Everything is written in the background, in order. A checkpoint exists once its checksums.json does. All its other
+files, the segment of records since the previous checkpoint, and the run's curves are stored before. A worker killed at
+any moment, or a power cut, leaves the whole checkpoint or none (checkpoint_manager.py).
+"""
+
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from ddpm.checkpoints import checkpoint, runs
+from ddpm.checkpoints.checkpoint import Snapshot
+from ddpm.checkpoints.runs import Run, Status
+from ddpm.config import Config
+from ddpm.storage.locations import Location
+from ddpm.tracking import curves, metrics_buffer, spool
+from ddpm.tracking.metrics_buffer import MetricsBuffer, Record, Tags, segment_name
+from ddpm.training import checkpoint_manager, run_state
+from ddpm.training.state import State
+from ddpm.training.system_metrics import SystemMetrics
+from ddpm.utils.errors import UserError
+from ddpm.utils.progress import Progress
+from ddpm.utils.retry import StorageError, retry_io
+
+MAX_SNAPSHOTS = 2
+"""Snapshots in memory: one being written, one waiting. Training waits if storage falls behind."""
+FILE_TIMEOUT_S = 30.0
+"""Time-out for what a run can do without, such as images and the removal of old checkpoints."""
+STATUS_INTERVAL_S = 10.0
+"""Interval at which status.json is written; a restart counts the lost images from it."""
+
+T = TypeVar("T")
+
+
+class RunStore(MetricsBuffer):
+    """The folder of a run; as a context, it returns when everything is stored.
+
+    Args:
+        data_fingerprint: of the data set, for state.json.
+        notify: called with subjects of run_state.py and their values: WARNINGS, METRICS, PROGRESS, COMMITTED.
+
+    Attributes:
+        last_progress: how far training is.
+        newest: name of the newest stored checkpoint.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        run: Run,
+        data_fingerprint: str,
+        notify: Callable[[str, Any], object] = lambda subject, value: None,
+    ) -> None:
+        super().__init__()
+        self.last_progress: Progress | None = None
+        self.newest = ""
+        self._config, self._run, self._location, self._notify = config, run, run.location, notify
+        self._identity = {"run_key": run.key, "data_fingerprint": data_fingerprint}
+        self._timeout_s = config.run.storage_timeout_s
+        self._warn = partial(notify, run_state.WARNINGS)
+        self._system = SystemMetrics()
+        self._images_seen = self._images_lost = 0
+        self._began_at, self._minutes_before, self._status_at = time.monotonic(), 0.0, -math.inf
+        self._curves = curves.SCHEMA.empty_table()
+        self._todo: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._room = threading.Semaphore(MAX_SNAPSHOTS)
+        self._failure: BaseException | None = None
+        threading.Thread(target=self._work, name="ddpm-store", daemon=True).start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self._todo.join()
+        self.close()
+        if error is None:
+            self.check()
+
+    @contextmanager
+    def latest_checkpoint(self, reached: int = 0) -> Iterator[Path | None]:
+        """The newest valid checkpoint, from which the run continues: later records, and unfinished files, are removed.
+
+        Args:
+            reached: images_seen that training is known to have reached; those beyond the checkpoint are lost.
+        """
+        run = self._location
+        with checkpoint_manager.latest_valid(self._run, self._timeout_s, self._warn) as folder:
+            at = self._images_seen = checkpoint.position(folder)
+            self._retry_io(lambda: checkpoint_manager.clean_up(run), run)
+            self._retry_io(lambda: spool.discard_after(run.child(spool.FOLDER), at), run)
+            self._curves = self._read(lambda: curves.read_table(run, at), self._curves)
+            if before := self._read(lambda: runs.read_status(run), None):
+                reached = max(reached, before.images_seen)
+                self._images_lost, self._minutes_before = before.images_lost, before.minutes
+            self._images_lost += max(0, reached - at)
+            self._write_status()
+            yield folder
+
+    def metrics(self, values: Mapping[str, float], images_seen: int) -> None:
+        super().metrics(values, images_seen)
+        self._notify(run_state.METRICS, (dict(values), images_seen))
+
+    def facts(self) -> dict[str, float]:
+        """Values to log besides the loss: goodput, and the load of this machine."""
+        trained = self._images_seen + self._images_lost
+        goodput = {"train/goodput": self._images_seen / trained if trained else 1.0}
+        self._notify(run_state.METRICS, (goodput, self._images_seen))  # even if it is not logged
+        return goodput | self._system.sample()
+
+    def progress(self, progress: Progress) -> None:
+        """Report how far training is."""
+        self.last_progress, self._images_seen = progress, progress.images_seen
+        self._notify(run_state.PROGRESS, progress)
+        if time.monotonic() - self._status_at > STATUS_INTERVAL_S:
+            self._write_status()
+
+    def save(self, state: State, best: bool) -> None:
+        """Store `state` as a checkpoint, with the records since the last one; if `best`, also as the best one."""
+        self._room.acquire()
+        self.check()
+        self._images_seen = state.images_seen
+        uri = self._location.child(checkpoint.name_at(state.images_seen)).uri
+        records = [*self.take(), Tags({"checkpoint": uri})]
+        snapshot = state.snapshot(self._config, self._identity)
+        self._todo.put(partial(self._save, snapshot, records, best, time.monotonic()))
+
+    def publish(self, name: str, data: bytes) -> None:
+        """Store a file that training can do without."""
+        self._todo.put(partial(self._publish, name, data))
+
+    def check(self) -> None:
+        """Raise the error that made storing fail, if there was one."""
+        if self._failure is not None:
+            raise self._failure
+
+    def flush(self) -> None:
+        """Return when everything is stored."""
+        self._todo.join()
+        self.check()
+
+    def flush_on_error(self) -> None:
+        """Store the records since the last checkpoint; no other checkpoint will follow."""
+        name = segment_name(self._images_seen, after_error=True)
+        self._todo.put(partial(self._publish_records, self.take(), name))
+        self.flush()
+
+    def close(self) -> None:
+        """End the thread once everything is stored; does not wait for it."""
+        self._todo.put(None)
+
+    def _read(self, read: Callable[[], T], otherwise: T) -> T:
+        """The result of `read`; `otherwise` if the file is damaged."""
+        try:
+            return self._retry_io(read, self._location)
+        except StorageError:
+            raise
+        except UserError as error:
+            self._warn(f"{error}; it is written anew from {self._images_seen} images on")
+            return otherwise
+
+    def _retry_io(self, call: Callable[[], T], where: Location, most_s: float = math.inf) -> T:
+        return checkpoint_manager.retry(call, where, min(self._timeout_s, most_s), self._warn)
+
+    def _write_status(self) -> None:
+        self._status_at = time.monotonic()
+        minutes = self._minutes_before + (self._status_at - self._began_at) / 60
+        status = Status("RUNNING", self._images_seen, self._images_lost, minutes, self.all_tags)
+        self.publish(runs.STATUS, runs.status_json(status))
+
+    # The methods below run in the thread.
+
+    def _work(self) -> None:
+        while (job := self._todo.get()) is not None:
+            try:
+                if self._failure is None:
+                    job()
+            except BaseException as error:  # of any type: `check` raises it in the training thread
+                self._failure = error
+            self._todo.task_done()
+
+    def _publish(self, name: str, data: bytes) -> None:
+        file = self._location.child(name)
+        timeout_s = min(self._timeout_s, FILE_TIMEOUT_S)
+        try:
+            retry_io(lambda: file.write(data), where=file.uri, timeout_s=timeout_s, warn=self._warn)
+        except (StorageError, FileNotFoundError) as error:
+            self._warn(str(error))
+
+    def _publish_records(self, records: list[Record], segment: str) -> None:
+        for name, data in self._packed(records, segment).items():
+            self._publish(name, data)
+
+    def _packed(self, records: list[Record], segment: str) -> dict[str, bytes]:
+        """The files with `records`: their segment, and the run's curves."""
+        if not records:
+            return {}
+        self._curves = curves.extended(self._curves, records)
+        packed = metrics_buffer.pack(records)
+        return {f"{spool.FOLDER}/{segment}": packed, curves.FILE: curves.to_bytes(self._curves)}
+
+    def _save(self, snapshot: Snapshot, records: list[Record], best: bool, began: float) -> None:
+        seen, run = snapshot.images_seen, self._location
+        try:
+            files = self._packed(records, segment_name(seen))
+            checkpoint_manager.store(snapshot, run, files, best, self._retry_io)
+        finally:
+            self._room.release()
+        self.newest = checkpoint.name_at(seen)
+        self._notify(run_state.COMMITTED, seen)
+        self._notify(run_state.METRICS, ({"checkpoint_seconds": time.monotonic() - began}, seen))
+        try:
+            keep = self._config.train.keep_checkpoints
+            self._retry_io(lambda: checkpoint_manager.retire(run, keep), run, FILE_TIMEOUT_S)
+        except StorageError as error:
+            self._warn(f"an old checkpoint could not be removed: {error}")

@@ -1,0 +1,21 @@
+"""Command lines in messages: texts name `python jobs/sync.py`, which is `ddpm sync` where there is no checkout."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+IN_CHECKOUT = (Path(__file__).parents[2] / "jobs").is_dir()
+SCRIPT = re.compile(r"python (?:jobs|tune)/(\w+)\.py")
+
+
+def installed(text: str) -> str:
+    """`text`, with the commands that it names as they are called here."""
+    return text if IN_CHECKOUT else SCRIPT.sub(r"ddpm \1", text)
+
+
+def typed() -> str:
+    """The command line of this process."""
+    program, *words = sys.argv
+    started = program if program.startswith("ddpm ") else f"python {shlex.quote(program)}"
+    return f"{started} {shlex.join(words)}".rstrip()

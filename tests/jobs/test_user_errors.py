@@ -1,0 +1,44 @@
+"""A user's mistake is one line and exit code 2 at every job, before anything is written."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+MISTAKES = {
+    "train digits --model.norm-groups 7": "norm_groups",
+    "train digits --train.batch-size 100": "100 is not a positive multiple of micro_batch_size 64",
+    "train digits --model.image-size 32": "--model.attention-resolutions 16\n",
+    "train digits --cluster.num-workers 3": "2 micro-batches of 64, too few for 3 workers",
+    "train cifar10": "train.py cifar10 --data.shards shards/cifar10`\n",
+    "train digits --sample.sampler mix": "mix cannot undo the process gaussian",
+    "train digits --run.storage gs://b/runs": "unknown scheme",
+    "train digits --run.name a/b": "run.name",
+    "train digits --data.shards none": "make one with `python jobs/prepare.py SOURCE ",
+    "prepare digits": "URI",
+    "prepare fashion-mnist data --path none": "--path",
+    "prepare folder data --path none --size 16": "none is not a folder",
+    "prepare torchvision data --dataset cifar10": "cifar-10-batches-",
+    "evaluate": "no CHECKPOINT is given",
+    "evaluate none": "none does not exist; expected a checkpoint folder or a run folder",
+    "compare": "no RUN is given; expected folders or URIs of runs",
+    "compare none": "none does not exist; expected a run's folder or URI",
+    "compare there": "there is not a run's folder: it has no run.json",
+    "compare there --out there": "--out there is a folder; name a file, such as there/report.html",
+    "compare there --evaluations none": "--evaluations none cannot be read: ",
+    "compare there --evaluations there/card.json": "card.json is not a result of jobs/evaluate.py",
+    "export c there": "there exists, and nothing is overwritten",
+    "export c out --alias champion": "--alias needs a registered model",
+    "export c out --register name --no-ema": "a registered model uses the averaged weights",
+    "export c out": "c does not exist; expected a checkpoint folder or a run folder",
+    "sync none": "is not a run's folder: it has no run.json",
+    "sync gs://bucket/run": "unknown scheme",
+}
+
+
+@pytest.mark.parametrize("command_line", MISTAKES)
+def test_a_mistake_is_one_line(user_error: Callable[..., str], tmp_path: Path, command_line: str) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/card.json").write_text('{"format": "another"}')
+    assert MISTAKES[command_line] in user_error(*command_line.split()) + "\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]

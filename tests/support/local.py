@@ -1,0 +1,76 @@
+"""Training in this process, in plain torch."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+
+from ddpm.checkpoints.runs import Run
+from ddpm.config import Config
+from ddpm.data.reading import DataSet
+from ddpm.storage import locations
+from ddpm.training import loop
+from ddpm.training.runtime import Runtime
+from ddpm.training.state import State
+from ddpm.training.store import RunStore
+
+
+class Logged:
+    """What a run logs, but the load of this machine."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, dict[str, float]] = {}
+        self.images: list[tuple[str, int]] = []
+        self.files: set[str] = set()
+
+    def metrics(self, values: Mapping[str, float], images_seen: int) -> None:
+        ours = {name: value for name, value in values.items() if not name.startswith("system/")}
+        self.rows.setdefault(images_seen, {}).update(ours)
+
+    def image(self, key: str, image: NDArray[np.uint8], images_seen: int) -> None:
+        assert image.dtype == np.uint8 and image.ndim == 3
+        self.images.append((key, images_seen))
+
+    def artifact(self, name: str, data: bytes) -> None:
+        self.files.add(name)
+
+
+def fit(
+    config: Config,
+    data_set: DataSet,
+    folder: Path,
+    logged: Logged | None = None,
+    runtime: Callable[..., Runtime] = Runtime,
+) -> State:
+    """Train in `folder`, from its newest checkpoint."""
+    run = Run(folder.name, locations.resolve(str(folder)), "")
+    with RunStore(config, run, data_set.rows.fingerprint) as store:
+        if logged is not None:
+            store.metrics = logged.metrics  # type: ignore[method-assign]
+            store.image = logged.image  # type: ignore[method-assign]
+            store.artifact = logged.artifact  # type: ignore[method-assign]
+        return loop.train(config, runtime(config, data_set, data_set.held_out(), store))
+
+
+def tensors(state: State) -> dict[str, torch.Tensor]:
+    """All weights, averages and moments."""
+    parts = (state.net.state_dict(), state.ema.state_dict(), state.optimizer_tensors())
+    return {f"{i}.{name}": tensor for i, part in enumerate(parts) for name, tensor in part.items()}
+
+
+def stored(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The same tensors of a checkpoint's folder."""
+    return {
+        f"{i}.{name}": tensor
+        for i, file in enumerate(("net", "ema", "optimizer"))
+        for name, tensor in load_file(checkpoint / f"{file}.safetensors").items()
+    }
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    """Bit for bit."""
+    assert first.keys() == second.keys() and len(first) > 100
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []

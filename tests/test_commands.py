@@ -1,0 +1,50 @@
+"""The wheel in a folder of its own: the program `ddpm` needs no checkout."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from support.processes import REPO, run
+
+from ddpm.commands import COMMANDS
+
+SMALL = """--total-images 640 --model.base-width 8 --model.width-multipliers 1 2 --model.norm-groups 4
+    --schedule.num-timesteps 50 --sample.num-sample-steps 5 --sample.num-images 4""".split()
+
+
+def test_every_command_has_a_script_in_the_checkout() -> None:
+    scripts = {path.stem for folder in ("jobs", "tune") for path in (REPO / folder).glob("*.py")}
+    assert scripts == set(COMMANDS)
+
+
+@pytest.mark.slow
+def test_the_wheel_trains_and_samples_without_a_checkout(tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    site, source = tmp_path / "site", tmp_path / "source"
+    shutil.copytree(REPO / "ddpm", source / "ddpm", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPO / name, source)
+    options = ["--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path]
+    built = run([*pip, "wheel", *options, source], cwd=tmp_path)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("ddpm_on_ray-*.whl")
+    assert run([*pip, "install", "--no-deps", "--target", site, wheel], cwd=tmp_path).returncode == 0
+
+    def ddpm(*words: str) -> tuple[int, str]:
+        done = run([sys.executable, site / "bin/ddpm", *words], cwd=tmp_path, env={"PYTHONPATH": str(site)})
+        assert "Traceback" not in done.stderr
+        return done.returncode, done.stdout + done.stderr
+
+    assert ddpm("--version") == (0, f"ddpm-on-ray {wheel.name.split('-')[1]}\n")
+    code, text = ddpm("--help")
+    assert code == 0 and all(f"\n    {name} " in text for name in COMMANDS)
+    assert ddpm("tain") == (2, f"error: there is no COMMAND tain; it must be one of {', '.join(COMMANDS)}\n")
+    code, text = ddpm("train", "--help")
+    assert code == 0 and "usage: ddpm train PRESET" in text and "Train a preset: ddpm train PRESET" in text
+    code, text = ddpm("train", "cifar10")
+    assert code == 2 and "`ddpm prepare torchvision" in text and "then `ddpm train cifar10 " in text
+    code, text = ddpm("train", "digits", "--name", "one", *SMALL)
+    assert code == 0 and "trained     640 images" in text, text
+    code, text = ddpm("sample", "runs/one", "--num-images", "4")
+    assert code == 0 and (tmp_path / "samples/one-seed0/grid.png").is_file(), text

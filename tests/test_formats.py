@@ -1,0 +1,107 @@
+"""What version 0.1 wrote must be read by every later version: tests/formats/0.1 is kept as it is.
+
+It was made by `PYTHONPATH=tests python tests/test_formats.py tests/formats/0.1`.
+"""
+
+import hashlib
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.faulted import write_digits
+
+from ddpm.checkpoints import checkpoint, runs
+from ddpm.config import Config
+from ddpm.config_io import override
+from ddpm.data.ray_dataset import open_configured
+from ddpm.hub import resolve
+from ddpm.presets import DIGITS
+from ddpm.sampling import generate
+from ddpm.search.event_log import Begun, Ended, Evaluated, EventLog, Rung
+from ddpm.storage import locations
+from ddpm.tracking import curves, spool
+from ddpm.training import loop
+from ddpm.training.runtime import Runtime
+from ddpm.training.state import State
+from ddpm.training.store import RunStore
+
+KEPT = Path(__file__).parent / "formats" / "0.1"
+CHANGES = {
+    "data.window_rows": 200,
+    "schedule.num_timesteps": 20,
+    "model.base_width": 4,
+    "model.width_multipliers": [1],
+    "model.norm_groups": 2,
+    "model.dropout": 0.1,
+    "model.attention_resolutions": [],
+    "train.total_images": 64,
+    "train.batch_size": 32,
+    "train.micro_batch_size": 8,
+    "train.log_every_images": 32,
+    "train.held_out_images": 8,
+    "sample.num_images": 4,
+    "sample.num_sample_steps": 4,
+}
+EVENTS = [
+    Begun(0, {"optim.lr": 1e-3, "schedule.kind": "cosine"}),
+    Evaluated(0, Rung(64, 5.5, 0.1, 0.7, 0.8), True),
+    Ended(0, "finished", "", 2.0, 1.0),
+]
+
+
+def config_in(folder: Path, **changes: object) -> Config:
+    return override(DIGITS, {**CHANGES, "data.shards": str(folder / "data"), **changes})
+
+
+def train(config: Config, folder: Path) -> State:
+    run, data_set = runs.open_run("run", str(folder)), open_configured(config)
+    with RunStore(config, run, data_set.rows.fingerprint) as store:
+        return loop.train(config, Runtime(config, data_set, data_set.held_out(), store))
+
+
+def write(folder: Path) -> None:
+    """Write one of each format."""
+    write_digits(folder / "data")
+    train(config_in(folder), folder)
+    events = EventLog(locations.resolve(str(folder / "search")), {"seed": 0}, timeout_s=0)
+    for event in EVENTS:
+        events.add(event)
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    """A copy."""
+    return Path(shutil.copytree(KEPT, tmp_path / "kept"))
+
+
+def test_data_are_read_in_the_same_order(kept: Path) -> None:
+    data_set = open_configured(config_in(kept))
+    images = data_set.read(data_set.plan(seed=0, window_rows=200), 590, 610)
+    digest = hashlib.sha256(images.image.tobytes() + images.label.tobytes()).hexdigest()
+    assert digest[:16] == "b5312a37adf787bf"
+
+
+def test_a_run_is_sampled_and_resumed(kept: Path) -> None:
+    torch.set_num_threads(1)
+    with resolve.local_checkpoint(str(kept / "run")) as folder:
+        trained = checkpoint.load_net(folder)
+    drawn = generate.draw(trained, range(2)).numpy()
+    assert drawn.shape == (2, 8, 8, 1) and np.ptp(drawn) > 50
+    state = train(config_in(kept, **{"train.total_images": 96}), kept)
+    assert (state.step, state.images_seen) == (3, 96)
+    points = curves.read(runs.existing_run(str(kept / "run")).location)["train/loss"]
+    assert [point.images_seen for point in points] == [32, 64, 96]
+    assert points[0].value == pytest.approx(0.9977, abs=1e-4)
+
+
+def test_records_for_mlflow_and_a_search_are_read(kept: Path) -> None:
+    assert spool.count(locations.resolve(str(kept / "run" / spool.FOLDER)), committed=64) == 9
+    events = EventLog.existing(locations.resolve(str(kept / "search")))
+    assert events.events == EVENTS and events.trials()[0].status == "finished"
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))
