@@ -26,6 +26,8 @@ class Arguments(Generic[S]):
     is large."""
     skip_unreadable: bool = False
     """Leave out images that cannot be read (5 % of them at most), and list them in unreadable.txt beside the shards."""
+    drop_duplicates: bool = False
+    """Leave out images that look like another one, training images before held-out ones; duplicates.txt lists them."""
 
 
 def main() -> None:
@@ -33,13 +35,14 @@ def main() -> None:
     kind: Any = Arguments[catalog.kind_of(name)]  # type: ignore[valid-type, misc]
     arguments: Any = cli.parse(kind, __doc__, sys.argv[2:])
     from ddpm.cluster import package  # after parsing, so that --help and errors come at once
-    from ddpm.data import prepare
+    from ddpm.data import duplicates, prepare
     from ddpm.storage.locations import resolve
     from ddpm.utils.progress import printable
 
     package.leave()
     source, location = arguments.source, resolve(arguments.uri)
-    there = prepare.find(source, location)
+    drop = arguments.drop_duplicates
+    there = prepare.find(source, location, drop=drop)
     print(f"data set    {printable(location.uri)}{' exists already' if there else ''}")
     if skipped := getattr(source, "skipped", ""):
         print(f"skipped     {skipped}")
@@ -48,9 +51,17 @@ def main() -> None:
         from ddpm.cluster import ray_init  # seconds: Ray
 
         connect = ray_init.connect
-    skip = arguments.skip_unreadable
-    manifest = prepare.prepare(source, location, connect=connect, skip_unreadable=skip)
+    options = {"skip_unreadable": arguments.skip_unreadable, "drop_duplicates": drop}
+    manifest = prepare.prepare(source, location, connect=connect, **options)
     for name, split in manifest.splits.items():
         print(f"{name:<11} {split.num_rows:,} images")
     print(f"fingerprint {manifest.fingerprint}")
+    if not there and hasattr(source, "statistics"):
+        print(f"files       {source.statistics()}")
+    listed, picture = location.child(duplicates.LISTED), location.child(duplicates.PICTURE)
+    if not listed.exists():
+        duplicates.write(source, location, manifest)
+    print(f"{'left out' if drop else 'duplicates':<11} {listed.read().decode().splitlines()[0]}")
+    if picture.exists():
+        print(f"            {printable(f'{picture.uri}, {listed.uri}')}")
     print(f"preview     {printable(prepare.write_preview(location, manifest).uri)}")

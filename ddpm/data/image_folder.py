@@ -6,11 +6,13 @@ centre square, and stored without loss.
 Axes: N images, H W, C channels.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -136,6 +138,23 @@ class Folder(Pictures):
         classes = {name: label for label, name in enumerate(self.class_names)}
         for file in (self._files[part][row] for row in rows.tolist()):
             yield read_file(file, classes.get(file.relative_to(self._folders[part]).parts[0]))
+
+    def name_of(self, split: str, index: int) -> str:
+        part, rows = self._rows[split]
+        return str(self._files[part][rows[index]])
+
+    def statistics(self) -> str:
+        """How many files have which size and mode; those that cannot be read do not count."""
+        sizes, modes, small, long = Counter[str](), Counter[str](), 0, 0
+        for file in (file for of_part in self._files.values() for file in of_part):
+            with contextlib.suppress(Exception), file.open("rb") as data, open_image(data, FORMATS) as image:
+                sizes[f"{image.width}x{image.height}"] += 1
+                modes[image.mode] += 1
+                small += min(image.size) < self.size
+                long += max(image.size) > 2 * min(image.size)
+        common = [", ".join(f"{n:,} {key}" for key, n in of.most_common(3)) for of in (sizes, modes)]
+        shape = f"{small:,} smaller than {self.size}, {long:,} longer than 2:1"
+        return f"{common[0]} ({len(sizes):,} sizes); {common[1]}; {shape}"
 
     @cached_property
     def _folders(self) -> dict[str, Path]:

@@ -10,11 +10,13 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow.parquet as pq
 
+from ddpm.data import duplicates
 from ddpm.data.manifest import (
     FORMAT,
     MANIFEST,
@@ -25,8 +27,8 @@ from ddpm.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from ddpm.data.row_group import Labels, Pixels
-from ddpm.data.shards import kept_shard, read_row_group, write_shard
+from ddpm.data.row_group import Labels, Pixels, columns
+from ddpm.data.shards import kept_shard, write_shard
 from ddpm.data.sources import Source, UnreadableImages
 from ddpm.storage.driver_lock import DriverLock
 from ddpm.storage.locations import Location
@@ -41,7 +43,6 @@ NOTES = "_prepare"
 OPTIONS = "options.txt"
 PREVIEW = "preview.png"
 PREVIEW_IMAGES = 64
-PREVIEW_ROW_GROUPS = 8
 UNREADABLE = "unreadable.txt"
 """File of a data set that lists the images that could not be read."""
 MAX_UNREADABLE_SHARE = 0.05
@@ -82,6 +83,7 @@ def prepare(
     connect: Callable[[], object] | None = None,
     rows_per_row_group: int | None = None,
     skip_unreadable: bool = False,
+    drop_duplicates: bool = False,
 ) -> Manifest:
     """Write the source as a data set at `location`, and show it; resume where an earlier call was stopped.
 
@@ -93,8 +95,9 @@ def prepare(
         connect: starts Ray, so that shards are written in parallel; called only if there is something to do.
         rows_per_row_group: None: about 4 MB, and at most 1024 images.
         skip_unreadable: leave out up to 5 % of the images if they cannot be read; unreadable.txt lists them.
+        drop_duplicates: leave out near-duplicates; duplicates.txt lists them.
     """
-    manifest = find(source, location, rows_per_row_group)
+    manifest = find(source, location, rows_per_row_group, drop_duplicates)
     if manifest is None:
         tasks = _tasks(source, location, rows_per_row_group or _rows_per_row_group(source))
         if connect is not None:
@@ -106,14 +109,14 @@ def prepare(
             shards = _run_on_ray(source, location, tasks, skip_unreadable)
         with DriverLock(location, "data set", "URI", log.warning, waits=True) as lock:
             # Another process may have made it meanwhile.
-            manifest = find(source, location, rows_per_row_group)
+            manifest = find(source, location, rows_per_row_group, drop_duplicates)
             if manifest is None:
-                options = _begin(source, location, rows_per_row_group)
+                options = _begin(source, location, rows_per_row_group, drop_duplicates)
                 with as_user_error(f"{location.uri} is not finished; run the same command again to continue"):
                     made = _shown(shards, description, sum(source.splits.values()))
                     lock.check()
                     _check_unreadable(source, location, made, skip_unreadable)
-                    manifest = _finish(source, location, made, options)
+                    manifest = _finish(source, location, made, options, drop_duplicates)
     listed = location.child(UNREADABLE)
     with as_user_error(f"cannot read {listed.uri}"):
         count = len(listed.read(MAX_MANIFEST_BYTES).splitlines()) if listed.exists() else 0
@@ -123,13 +126,13 @@ def prepare(
     return manifest
 
 
-def find(source: Source, location: Location, rows_per_row_group: int | None = None) -> Manifest | None:
+def find(source: Source, location: Location, rows: int | None = None, drop: bool = False) -> Manifest | None:
     """The data set that `prepare` would make, if it is there already."""
     with as_user_error(f"cannot look for a data set at {location.uri}"):
         if not location.child(MANIFEST).exists():
             return None
     manifest = read_manifest(location)
-    if manifest.options != options_of(source, rows_per_row_group):
+    if manifest.options != options_of(source, rows, drop):
         raise UserError(
             f"{location.uri} holds another data set, of source {manifest.source!r} or made with other options; "
             "choose another folder, or remove that one first"
@@ -145,39 +148,34 @@ def is_large(source: Source) -> bool:
 def write_preview(location: Location, manifest: Manifest) -> Location:
     """Write a grid of 64 images spread over the data set; return its location."""
     split = "train" if "train" in manifest.splits else next(iter(manifest.splits))
-    groups = [rows for shard in manifest.splits[split].shards for rows in shard.row_groups]
-    chosen = np.unique(np.linspace(0, len(groups) - 1, PREVIEW_ROW_GROUPS).astype(int)).tolist()
-    share = -(-PREVIEW_IMAGES // len(chosen))
-    pixels = []
     with as_user_error("the data set is complete, but its preview cannot be written"):
-        for group in chosen:
-            rows = np.unique(np.linspace(0, groups[group] - 1, share).astype(np.int64))
-            pixels.append(read_row_group(location, manifest, split, group, rows)[0])
-        sheet = grid(np.concatenate(pixels)[:PREVIEW_IMAGES])
+        rows = np.linspace(0, manifest.splits[split].num_rows - 1, PREVIEW_IMAGES).astype(int)
+        sheet = grid(duplicates.images_at(location, manifest, [(split, i) for i in np.unique(rows).tolist()]))
         preview = location.child(PREVIEW)
         preview.write(png_bytes(sheet), durable=True)
     return preview
 
 
-def options_of(source: Source, rows_per_row_group: int | None = None) -> str:
+def options_of(source: Source, rows: int | None = None, drop: bool = False) -> str:
     """Hash of everything that decides the bytes of the data set (None: an option of earlier versions)."""
-    return _hash(FORMAT, source.identity(), source.splits, None, rows_per_row_group)
+    asked = (rows, *[duplicates.THRESHOLD] * drop)
+    return _hash(FORMAT, source.identity(), source.splits, None, *asked)
 
 
 def _hash(*identity: object) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _begin(source: Source, location: Location, rows_per_row_group: int | None) -> str:
+def _begin(source: Source, location: Location, rows_per_row_group: int | None, drop_duplicates: bool) -> str:
     """Record what is being prepared: hashes of the options and of the command, one per line; return the first.
 
     Afterwards every shard there is of this call, or of an earlier one with the same note. If an earlier call of the
     same command found other files, its shards are removed.
     """
-    options = options_of(source, rows_per_row_group)
+    options = options_of(source, rows_per_row_group, drop_duplicates)
     # The command's options, without the source's current files.
     asked = {key: value for key, value in source.identity().items() if key not in ("files", "splits")}
-    note = f"{options}\n{_hash(FORMAT, asked, None, rows_per_row_group)}\n"
+    note = f"{options}\n{_hash(FORMAT, asked, None, rows_per_row_group, *[True] * drop_duplicates)}\n"
     with as_user_error(f"cannot write to {location.uri}"):
         file, shards = location.child(NOTES).child(OPTIONS), _shards_at(source, location)
         begun = file.read().decode(errors="replace") if file.exists() else None
@@ -197,6 +195,8 @@ def _begin(source: Source, location: Location, rows_per_row_group: int | None) -
                 shard.unlink()
         if begun != note:
             file.write(note.encode())
+        for name in (duplicates.LISTED, duplicates.PICTURE):
+            location.child(name).unlink()  # of a data set that was removed
         for folder in (location, *map(location.child, (NOTES, *source.splits))):
             folder.sweep()
     return options
@@ -293,17 +293,38 @@ def _shown(shards: Iterator[tuple[_Task, Made]], description: str, total: int) -
     return made
 
 
-def _finish(source: Source, location: Location, made: Mapping[_Task, Made], options: str) -> Manifest:
-    """Write the manifest of the shards that were made."""
+def _finish(
+    source: Source, location: Location, made: dict[_Task, Made], options: str, drop: bool
+) -> Manifest:
+    """Write the manifest of the shards that were made; `drop` their near-duplicates before."""
     shards: dict[str, list[Shard]] = {split: [] for split in source.splits}
     for task in sorted(made, key=lambda task: task.start):
         if shard := made[task][0]:
             shards[task.split].append(shard)
     shape = source.height, source.width, source.channels
     manifest = make_manifest(source.name, shape, source.encoding, source.class_names, shards, options)
+    if drop:
+        dropped = {pair.row for pair in duplicates.write(source, location, manifest)}
+        shards = {split: _drop(location, split, parts, dropped) for split, parts in shards.items()}
+        manifest = make_manifest(source.name, shape, source.encoding, source.class_names, shards, options)
     write_manifest(location, manifest)
     location.child(NOTES).delete()
     return manifest
+
+
+def _drop(location: Location, split: str, shards: list[Shard], dropped: Set[duplicates.Row]) -> list[Shard]:
+    """Write shards again without the rows `dropped`; after a kill they are made anew, since they have too few rows."""
+    kept, begin = list[Shard](), 0
+    for shard in shards:
+        rows = [row for row in range(shard.num_rows) if (split, begin + row) not in dropped]
+        begin, file = begin + shard.num_rows, location.child(shard.path)
+        if 0 < len(rows) < shard.num_rows:
+            content = columns(pq.read_table(file.path, filesystem=location.filesystem).take(rows))
+            shard = write_shard(location, shard.path, *content, rows_per_row_group=shard.row_groups[0])
+        kept.append(shard) if rows else file.unlink()
+    if not kept:
+        raise UserError(f"each {split} image looks like a held-out one; prepare other images")
+    return kept
 
 
 def _run_on_ray(

@@ -38,7 +38,7 @@ _AGAIN = "remove the data set, and run the command that prepared it again: it wr
 def write_shard(
     location: Location,
     path: str,
-    images: Pixels | Sequence[bytes],
+    images: Pixels | Sequence[bytes] | pa.Array,
     labels: Labels | None,
     *,
     rows_per_row_group: int,
@@ -47,7 +47,7 @@ def write_shard(
 
     Args:
         path: below the data set's folder: "train/00000.parquet".
-        images: uint8 [N, H, W, C], stored raw, or N encoded images.
+        images: uint8 [N, H, W, C], stored raw, or N encoded images; or the column of another shard.
         labels: int64 [N].
     """
     if isinstance(images, np.ndarray):
@@ -55,7 +55,7 @@ def write_shard(
         buffer = pa.py_buffer(np.ascontiguousarray(images).data)
         column: pa.Array = pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), len(images), [None, buffer])
     else:
-        column = pa.array(list(images), pa.binary())
+        column = images if isinstance(images, pa.Array) else pa.array(list(images), pa.binary())
     columns = {"image": column}
     if labels is not None:
         columns["label"] = pa.array(labels, pa.int64())
