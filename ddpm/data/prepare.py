@@ -319,7 +319,7 @@ def _drop(location: Location, split: str, shards: list[Shard], dropped: Set[dupl
         rows = [row for row in range(shard.num_rows) if (split, begin + row) not in dropped]
         begin, file = begin + shard.num_rows, location.child(shard.path)
         if 0 < len(rows) < shard.num_rows:
-            content = columns(pq.read_table(file.path, filesystem=location.filesystem).take(rows))
+            content = columns(pq.ParquetFile(file.path, filesystem=location.filesystem).read().take(rows))
             shard = write_shard(location, shard.path, *content, rows_per_row_group=shard.row_groups[0])
         kept.append(shard) if rows else file.unlink()
     if not kept:
