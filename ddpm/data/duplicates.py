@@ -21,6 +21,8 @@ from ddpm.utils.progress import printable, track
 
 LISTED, PICTURE, PICTURED, COLUMNS = "duplicates.txt", "duplicates.png", 64, 16
 SIDE, THRESHOLD = 8, 2.5
+MAX_IMAGES = 500_000
+"""Data sets of more images are not searched: it would take minutes and gigabytes."""
 COMPONENTS = 16
 """Principal components of the thumbnails, in which they are searched."""
 Row = tuple[str, int]

@@ -97,6 +97,11 @@ def prepare(
         skip_unreadable: leave out up to 5 % of the images if they cannot be read; unreadable.txt lists them.
         drop_duplicates: leave out near-duplicates; duplicates.txt lists them.
     """
+    num_images = sum(source.splits.values())
+    if drop_duplicates and num_images > duplicates.MAX_IMAGES:
+        raise UserError(
+            f"--drop-duplicates searches at most {duplicates.MAX_IMAGES:,} images, and there are {num_images:,}"
+        )
     manifest = find(source, location, rows_per_row_group, drop_duplicates)
     if manifest is None:
         tasks = _tasks(source, location, rows_per_row_group or _rows_per_row_group(source))
@@ -113,7 +118,7 @@ def prepare(
             if manifest is None:
                 options = _begin(source, location, rows_per_row_group, drop_duplicates)
                 with as_user_error(f"{location.uri} is not finished; run the same command again to continue"):
-                    made = _shown(shards, description, sum(source.splits.values()))
+                    made = _shown(shards, description, num_images)
                     lock.check()
                     _check_unreadable(source, location, made, skip_unreadable)
                     manifest = _finish(source, location, made, options, drop_duplicates)
