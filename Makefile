@@ -42,6 +42,9 @@ test-oldest-ray test-nightly: $(OLDEST_RAY_FOLDER)/installed
 	$(ON_OLDEST_RAY) -c 'import ray; print(ray.__file__); assert f"{ray.__version__}.".startswith("$(OLDEST_RAY).")'
 	$(ON_OLDEST_RAY) -m pytest -m $(MARK) --numprocesses 2 --dist load --durations 10
 
+# All that `check` and the tests need, so that .ci/run can repeat a failed download.
+install-all: $(VENV)/installed-check $(OLDEST_RAY_FOLDER)/installed
+
 gpu: $(VENV)/installed-test
 	$(BIN)/python -m pytest tests/gpu
 	$(BIN)/python -m pip install $(PIP_ARGS) --editable '.[benchmarks]'
@@ -95,4 +98,4 @@ $(BIN)/pip:
 	    echo '$(PYTHON) $(NO_PIP)' >&2; exit 1; \
 	fi
 
-.PHONY: help train ui test test-all test-oldest-ray test-nightly gpu soak mlflow check clean
+.PHONY: help train ui test test-all test-oldest-ray test-nightly install-all gpu soak mlflow check clean

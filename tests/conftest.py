@@ -31,6 +31,7 @@ ENV = {
     # Ray Train's controller polls its workers five times a second instead of every two seconds.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "120",  # a busy machine's server may be slow
     # A process that crashes prints a traceback.
     "PYTHONFAULTHANDLER": "1",
 }
@@ -217,7 +218,7 @@ def browser() -> Iterator[Any]:
     if not CHROMIUM.exists():
         pytest.skip(f"{CHROMIUM} is missing; `apt-get install chromium` brings it")
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS, timeout=300_000)
         yield chromium
         chromium.close()
 

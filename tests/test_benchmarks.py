@@ -98,11 +98,13 @@ def test_a_contestant_and_its_children_are_suspended_between_turns(tmp_path: Pat
     with quality.ended_after([contestant]):
         while 0 in sizes():
             contestant.turn(0.2)
+        time.sleep(0.3)  # a signal takes effect a moment later
         stopped = sizes()
         time.sleep(0.3)
         assert sizes() == stopped
         while any(now <= then for now, then in zip(sizes(), stopped, strict=True)):
             contestant.turn(0.2)
+    time.sleep(0.3)
     ended = sizes()
     time.sleep(0.1)
     assert sizes() == ended

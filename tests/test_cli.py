@@ -117,7 +117,7 @@ def test_a_job_survives_a_closed_output_pipe(tmp_path: Path, reader: str) -> Non
         with open(read_end, "rb") as pipe:
             if reader == "leaves":
                 assert pipe.readline() == b"begun\n"
-        job.communicate(b"\n", timeout=60)
+        job.communicate(b"\n", timeout=600)
     assert job.returncode == 0
     assert (tmp_path / "end").exists()
 

@@ -4,7 +4,8 @@ Details of each kind of file are tested beside its reader (tests/data/test_shard
 tests/checkpoints/test_checkpoint.py, tests/test_config.py, tests/tracking/test_metrics_buffer.py); here they are
 altered at random, and claim too much memory. For as long as wanted:
 
-    ALTERED_FILES=100000 .venv/bin/python -m pytest tests/test_hostile_files.py -k altered --timeout 0
+    ALTERED_FILES=100000 .venv/bin/python -m pytest tests/test_hostile_files.py -k altered --timeout 0 \
+        --hypothesis-profile default
 """
 
 import io
@@ -230,7 +231,6 @@ SPECIAL: dict[str, Any] = {
 }
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", READ_WHOLE)
 @pytest.mark.parametrize("kind", SPECIAL)
 def test_a_file_that_is_read_whole_is_regular_and_not_too_large(

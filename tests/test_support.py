@@ -4,7 +4,6 @@ import gc
 import socket
 import subprocess
 import sys
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import psutil
@@ -32,16 +31,6 @@ def test_connections_that_arrive_while_the_proxy_closes_are_closed(s3_server: se
     gc.collect()
 
 
-@pytest.mark.slow
-def test_another_ray_init_does_not_join_the_head(ray_head: servers.RayHead, tmp_path: Path) -> None:
-    init = "ray.init(num_cpus=1, object_store_memory=10**8)"
-    code = f"import ray; print('at', {init}['gcs_address'])"
-    done = processes.run([sys.executable, "-c", code], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "at " in done.stdout
-    assert ray_head.address not in done.stdout
-
-
 def test_stop_reaches_descendants_in_sessions_of_their_own() -> None:
     popen = "subprocess.Popen(['sleep', '1000'], start_new_session=True)"
     words = [sys.executable, "-c", f"import subprocess; print({popen}.pid, flush=True); input()"]
@@ -62,7 +51,7 @@ def test_hosts_end_with_the_process_that_created_them(tmp_path_factory: pytest.T
         assert owner.stdout is not None
         host = psutil.Process(int(owner.stdout.readline()))
         owner.kill()
-    host.wait(30)
+    host.wait(120)
     with hosts.Hosts(tmp_path_factory.mktemp("next")) as network:
         first, second = network.add("first"), network.add("second")
         assert hosts.answers(second.address, 22)

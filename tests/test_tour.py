@@ -38,7 +38,8 @@ def test_the_notebook_runs_and_shows_what_it_claims(tmp_path: Path, monkeypatch:
     for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
     notebook = nbformat.read(TOUR, 4)
-    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    where = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=900, startup_timeout=600, resources=where).execute()
     outputs = [output for cell in cells(notebook) for output in cell.outputs]
     assert not [output for output in outputs if output.get("name") == "stderr"]
     text = "".join(output.text for output in outputs if output.get("name") == "stdout")

@@ -26,10 +26,10 @@ def test_every_piece_is_run_once(num_workers: int | None) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [None, 2])
-def test_a_piece_is_run_by_one_thread(num_workers: int | None) -> None:
-    before = torch.get_num_threads()
+def test_a_piece_is_run_by_one_thread(num_workers: int | None, tmp_path: Path) -> None:
+    before, info = torch.get_num_threads(), partial(pool_functions.worker_info, tmp_path, num_workers or 1)
     with WorkerPool(MAKE, num_workers) as pool:
-        done = [result for _, result in pool.map(pool_functions.worker_info, range(6))]
+        done = [result for _, result in pool.map(info, range(6))]
     assert {(threads, device) for _, threads, device in done} == {(1, "cpu")}
     assert len({process for process, _, _ in done}) == (num_workers or 1)
     assert torch.get_num_threads() == before

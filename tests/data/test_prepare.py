@@ -303,6 +303,7 @@ def test_two_preparations_at_once_give_one_data_set(
     """One process stops inside each of its writes in turn, between the folder and the file, until another one has run
     as far as it can: to the end, or to where it waits."""
     monkeypatch.setattr("ddpm.storage.driver_lock.BEAT_S", 0.01)
+    monkeypatch.setattr("ddpm.storage.driver_lock.PATIENCE_S", 600.0)  # the holder is alive, however slow
     alone = make(Digits(), at(tmp_path / "alone"), **SMALL)
     is_stuck, other, writes, temporary = threading.Event(), list[threading.Thread](), [0], files.temporary
     made = list[Manifest | UserError]()
@@ -320,7 +321,7 @@ def test_two_preparations_at_once_give_one_data_set(
             if writes[0] == pause + 1:
                 other.append(threading.Thread(target=make_again))
                 other[0].start()
-                assert is_stuck.wait(60)
+                assert is_stuck.wait(600)
         return temporary(path)
 
     monkeypatch.setattr(files, "temporary", paused)

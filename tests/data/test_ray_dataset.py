@@ -43,8 +43,9 @@ class FakeIterator:
 
 
 def test_a_stalled_reader_is_an_error() -> None:
-    rows = ray_dataset.RankReader(FakeIterator(2, hang=True), 0.2, 0.3)  # type: ignore[arg-type]
+    rows = ray_dataset.RankReader(FakeIterator(2, hang=True), 600, 0)  # type: ignore[arg-type]
     assert [next(rows).image, next(rows).image] == [0, 1]
+    rows._stall_timeout_s, rows._storage_timeout_s = 0.2, 0.3
     with pytest.raises(
         UserError, match=r"no data for 0\.5 s \(stall_timeout_s 0\.2 \+ storage_timeout_s 0\.3\)"
     ):
@@ -52,7 +53,7 @@ def test_a_stalled_reader_is_an_error() -> None:
 
 
 def test_errors_of_the_reader_are_raised_in_training() -> None:
-    rows = ray_dataset.RankReader(FakeIterator(1, hang=False), 5, 0)  # type: ignore[arg-type]
+    rows = ray_dataset.RankReader(FakeIterator(1, hang=False), 600, 0)  # type: ignore[arg-type]
     next(rows)
     with pytest.raises(OSError, match="the store is gone"):
         next(rows)
@@ -61,12 +62,12 @@ def test_errors_of_the_reader_are_raised_in_training() -> None:
 @pytest.mark.parametrize("taken", [0, 1])
 def test_the_reader_thread_ends_with_its_worker(taken: int) -> None:
     others = set(threading.enumerate())
-    rows = ray_dataset.RankReader(FakeIterator(1000, hang=True), 5, 0)  # type: ignore[arg-type]
+    rows = ray_dataset.RankReader(FakeIterator(1000, hang=True), 600, 0)  # type: ignore[arg-type]
     for _ in range(taken):
         next(rows)
     (reader,) = set(threading.enumerate()) - others
     del rows
-    reader.join(10)
+    reader.join(120)
     assert not reader.is_alive()
 
 

@@ -270,7 +270,7 @@ def test_noise_and_steps_of_a_sampler(sample, num_steps, is_random):
     on_step sees the input and the prediction of every step; no graph is built.
     """
     weight, asked, seen = torch.ones((), dtype=torch.float64, requires_grad=True), [], []
-    draws = torch.randn(num_steps + 1, 2, 1, 4, 4, dtype=torch.float64)
+    draws = normal((num_steps + 1, 2, 1, 4, 4))()
     left = iter(draws)
 
     def denoise(x_t, t):

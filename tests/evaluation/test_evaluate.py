@@ -128,15 +128,16 @@ def test_several_workers_give_the_same_results_as_one(
 
 
 def test_reference_features_are_cached(run: Run, one_worker: Report, shards: str, tmp_path: Path) -> None:
-    kept = sorted(path.name for path in Path(shards, "evaluation").iterdir())
+    kept = {path.name for path in Path(shards, "evaluation").iterdir()}
     manifest = read_manifest(locations.resolve(shards))
     digest = one_worker.settings["features"]["digest"][:16]
-    assert kept == sorted(
+    ours = {
         f"features-pixels-{digest}-{n}-{manifest.splits[split].fingerprint[:32]}.safetensors"
         for split, n in (("test", 150), ("train", 150))
-    )
+    }
+    assert ours <= kept  # other tests, which may run first, have other numbers of images
     evaluated(run.location.uri, cache=str(tmp_path / "elsewhere"))
-    assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == kept
+    assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == ours
 
 
 def test_grey_levels_are_counted_on_the_evaluated_images(one_worker: Report, tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_mlflow_serves_the_same_images_as_the_sample_job(
 
     with served(uri, tmp_path / "served") as url:
         answer = requests.post(
-            f"{url}/invocations", json={"inputs": [{"num_images": 4, "seed": 7}]}, timeout=60
+            f"{url}/invocations", json={"inputs": [{"num_images": 4, "seed": 7}]}, timeout=300
         )
         assert answer.status_code == 200, answer.text
         served_images = answer.json()["predictions"]
@@ -176,10 +176,10 @@ def test_mlflow_serves_the_same_images_as_the_sample_job(
             ([one | {"num_images": 64}] * 65, "the requests ask for 4160 images together"),
         ]
         for request, message in wrong:
-            answer = requests.post(f"{url}/invocations", json={"inputs": request}, timeout=60)
+            answer = requests.post(f"{url}/invocations", json={"inputs": request}, timeout=300)
             assert answer.status_code == 400, answer.text
             assert message in answer.text, (message, answer.text)
-        answer = requests.post(f"{url}/invocations", json={"inputs": [one | {"label": 2}, one]}, timeout=60)
+        answer = requests.post(f"{url}/invocations", json={"inputs": [one | {"label": 2}, one]}, timeout=300)
         assert [encoded["index"] for encoded in answer.json()["predictions"]] == [0, 0]
 
 

@@ -37,7 +37,7 @@ def guarded_mlflow(
     folder = tmp_path_factory.mktemp("guarded-mlflow")
     server = guarded.GuardedMlflowServer(folder, postgres, files, s3_server.client_env, host="0.0.0.0")
     try:
-        yield server.start(timeout_s=240)
+        yield server.start()
     finally:
         server.stop()
 

@@ -268,6 +268,7 @@ def env(aws: AwsServer) -> Iterator[dict[str, str]]:
         yield {
             "AWS_ENDPOINT_URL_SECRETS_MANAGER": cloud.uri,
             "AWS_EC2_METADATA_SERVICE_ENDPOINT": cloud.uri,
+            "AWS_METADATA_SERVICE_TIMEOUT": "60",
             "AWS_CONFIG_FILE": "/dev/null",
             "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
         }

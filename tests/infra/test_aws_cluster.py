@@ -24,7 +24,6 @@ ADDRESSES = {"head": "head", "gpu-on-demand": "gpu", "cpu-spot": "cpu"}
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_a_cluster_on_aws_scales_up_trains_and_is_terminated(
     hosts: Hosts,
     aws: AwsServer,

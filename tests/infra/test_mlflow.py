@@ -10,7 +10,6 @@ import psutil
 import pytest
 import requests
 from mlflow.entities import Run
-from playwright.sync_api import Error
 from support import guarded, hostile, processes, servers, tracked
 
 from ddpm.tracking.metrics_buffer import MetricsBuffer
@@ -33,7 +32,8 @@ def test_access_needs_the_right_password(
 ) -> None:
     assert guarded_mlflow.status() == guarded_mlflow.status("trainer", "guessed-0123456") == 401
     assert guarded_mlflow.status("trainer", PASSWORD) == 200
-    assert requests.get(f"{guarded_mlflow.uri}/ajax-api/2.0/mlflow/users/list", timeout=30).status_code == 401
+    for page in ("", "/ajax-api/2.0/mlflow/users/list"):
+        assert requests.get(f"{guarded_mlflow.uri}{page}", timeout=120).status_code == 401
 
 
 def test_only_an_admin_can_change_a_password(
@@ -103,7 +103,7 @@ def page(browser: Any, tmp_path: Path) -> Iterator[Any]:
     credentials = {"username": "trainer", "password": PASSWORD}
     context = browser.new_context(viewport={"width": 1600, "height": 1000}, http_credentials=credentials)
     page = context.new_page()
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(300_000)
     yield page
     page.screenshot(path=tmp_path / "page.png")
     context.close()
@@ -118,15 +118,6 @@ def test_sample_grids_are_shown_in_the_browser(page: Any, run: Run, guarded_mlfl
     image.wait_for()
     size = image.evaluate("image => image.decode().then(() => [image.naturalWidth, image.naturalHeight])")
     assert size == [hostile.SIDE, hostile.SIDE]
-
-
-def test_the_browser_shows_nothing_without_a_password(
-    browser: Any, run: Run, guarded_mlflow: guarded.GuardedMlflowServer
-) -> None:
-    page = browser.new_page()
-    with pytest.raises(Error, match="ERR_INVALID_AUTH_CREDENTIALS"):
-        page.goto(f"{guarded_mlflow.uri}/#/experiments/{run.info.experiment_id}")
-    page.close()
 
 
 def test_a_wrong_password_is_reported_and_records_are_kept(

@@ -142,7 +142,6 @@ class Prometheus(servers.Server):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_prometheus_shows_a_run_and_alerts_when_it_stalls(tmp_path: Path) -> None:
     often = {"RAY_metrics_report_interval_ms": str(1000 * INTERVAL_S)}
     with (
@@ -153,7 +152,7 @@ def test_prometheus_shows_a_run_and_alerts_when_it_stalls(tmp_path: Path) -> Non
         with Job("train", "digits", *ENDLESS, log=tmp_path / "log", env=env) as job:
             watch(job, lambda: members(head.process.pid, "ray::RayTrainWorker"), prometheus)
             job.process.terminate()
-            assert job.wait(120) == 128 + signal.SIGTERM, job.output
+            assert job.wait() == 128 + signal.SIGTERM, job.output
 
 
 def watch(job: Job, workers: Callable[[], list[psutil.Process]], prometheus: Prometheus) -> None:
@@ -164,7 +163,7 @@ def watch(job: Job, workers: Callable[[], list[psutil.Process]], prometheus: Pro
         return missing <= WITHOUT_GPU
 
     try:
-        job.wait_for(are_filled, timeout_s=400, poll_s=1)
+        job.wait_for(are_filled, poll_s=1)
     except TimeoutError as error:
         error.add_note(f"panels without data: {missing}")
         raise
@@ -178,8 +177,8 @@ def watch(job: Job, workers: Callable[[], list[psutil.Process]], prometheus: Pro
     stalled = RULES[0]["expr"].replace("[5m]", f"[{8 * INTERVAL_S}s]")
     assert not prometheus.query(stalled)
     with paused(workers()):
-        ((labels, _),) = job.wait_for(lambda: prometheus.query(stalled), timeout_s=180, poll_s=1)
+        ((labels, _),) = job.wait_for(lambda: prometheus.query(stalled), poll_s=1)
         assert labels == {"run": "watched"}
-    job.wait_for(lambda: not prometheus.query(stalled), timeout_s=180, poll_s=1)
+    job.wait_for(lambda: not prometheus.query(stalled), poll_s=1)
     # The cluster's processes did not inherit the settings of the driver.
     assert {worker.environ()["GOMP_SPINCOUNT"] for worker in workers()} == {"7"}

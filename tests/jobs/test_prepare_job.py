@@ -1,9 +1,6 @@
 """python jobs/prepare.py from the command line."""
 
 import json
-import signal
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,14 +81,8 @@ def test_resuming_after_a_kill_between_shards_gives_the_same_bytes(
     words = ["--num-images", "40000", "--size", "16"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run_job("prepare", "glyphs", whole, *words).returncode == 0
-    process = subprocess.Popen([*processes.job_command("prepare"), "glyphs", str(parts), *words])
-    try:
-        while not (parts / "train/00000.parquet").exists():
-            assert process.poll() is None, "it ended before it could be killed"
-            time.sleep(0.02)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    with processes.Job("prepare", "glyphs", parts, *words, log=tmp_path / "job.log") as job:
+        job.wait_for((parts / "train/00000.parquet").exists)
     assert not (parts / MANIFEST).exists()
     first = (parts / "train/00000.parquet").stat().st_mtime_ns
     assert run_job("prepare", "glyphs", parts, *words).returncode == 0

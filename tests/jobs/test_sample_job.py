@@ -96,7 +96,7 @@ def test_the_measured_variance_is_read_from_an_evaluation(
 @pytest.mark.parametrize("form", ["png", "parquet"])
 def test_a_killed_job_can_be_resumed(form: str, run_job: Callable[..., Any], tmp_path: Path) -> None:
     """After a SIGKILL, the same command ends with the files of an undisturbed one."""
-    flags = "run --num-images 1100 --num-sample-steps 6 --batch-size 64 --format".split()
+    flags = "run --num-images 2000 --num-sample-steps 6 --batch-size 64 --format".split()
     with Job("sample", *flags, form, "--out", "killed", log=tmp_path / "job.log") as job:
         kept = "images/*.png" if form == "png" else "train/*.parquet"
         job.wait_for(lambda: len(list((tmp_path / "killed").glob(kept))) > 0)
@@ -107,7 +107,7 @@ def test_a_killed_job_can_be_resumed(form: str, run_job: Callable[..., Any], tmp
         done = run_job("sample", *flags, form, "--out", out, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     first = done.stdout.splitlines()[0]
-    assert first == "images 0/1,100"
+    assert first == "images 0/2,000"
     whole = files(tmp_path / "killed")
     assert whole == files(tmp_path / "undisturbed")
     names = [name for name in kept_before if not Path(name).name.startswith((".", "_")) and name in whole]

@@ -30,6 +30,11 @@ TINY = override(
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 def test_patches_are_cut_row_by_row_and_reassembled() -> None:
     x = torch.arange(2 * 3 * 4 * 6.0).view(2, 3, 4, 6)
     tokens = dit.patchify(x, 2)

@@ -117,11 +117,17 @@ NETS = [
 ]
 
 
-@pytest.mark.parametrize("net", NETS, ids=["unet", "dit"])
+@pytest.fixture(params=NETS, ids=["unet", "dit"])
+def net(request: pytest.FixtureRequest) -> nn.Module:
+    """A net with the same random weights in every test."""
+    torch.manual_seed(0)
+    for weight in request.param.parameters():
+        nn.init.normal_(weight, std=0.2)
+    return request.param
+
+
 class TestNets:
     def test_only_training_drops_and_needs_keys(self, net: nn.Module) -> None:
-        for weight in net.parameters():
-            nn.init.normal_(weight, std=0.2)
         layers = dropout.layers(net)
         assert len(layers) == (8 if isinstance(net, unet.UNet) else 3)
         x_t, t = torch.randn(4, 1, 8, 8), torch.arange(4)

@@ -77,7 +77,7 @@ class FakeTraining:
             place.with_suffix(".part").rename(place)  # atomic: the folder is complete when it appears
             should_continue({run_state.PROGRESS: Progress(step, 192, 1.0, 0.5)})
         trained()
-        assert self.delivers.wait(280)  # MLflow delivery may take long
+        assert self.delivers.wait(600)  # MLflow delivery may take long
 
     def start(self) -> TrialRunner:
         held_out = self.data.held_out()
@@ -87,7 +87,7 @@ class FakeTraining:
         return TrialRunner(self.config, spec, group, self.reports.put)  # type: ignore[arg-type]
 
     def next(self) -> News:
-        return self.reports.get(timeout=280)
+        return self.reports.get(timeout=600)
 
 
 @pytest.fixture

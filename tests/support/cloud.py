@@ -40,12 +40,12 @@ class AwsServer(Server):
 
     def reset(self) -> None:
         """Remove everything."""
-        requests.post(f"{self.endpoint}/moto-api/reset", timeout=10).raise_for_status()
+        requests.post(f"{self.endpoint}/moto-api/reset", timeout=120).raise_for_status()
 
     def check_permissions(self, checked: bool) -> None:
         """Turn IAM authorization of all later calls on or off."""
         url, kind = f"{self.endpoint}/moto-api/reset-auth", {"Content-Type": "text/plain"}
-        requests.post(url, b"0" if checked else b"inf", headers=kind, timeout=10).raise_for_status()
+        requests.post(url, b"0" if checked else b"inf", headers=kind, timeout=120).raise_for_status()
 
 
 @dataclass(frozen=True)

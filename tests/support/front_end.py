@@ -11,6 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 from urllib.parse import urlsplit
 
+from support.servers import free_ports
+
 Answer = tuple[int, bytes, dict[str, str]]
 """Status, body and headers."""
 OF_ONE_CONNECTION = ("Connection", "Expect", "Transfer-Encoding")
@@ -21,7 +23,8 @@ class FrontEnd:
     """A server whose `answer` answers requests; those it leaves are forwarded. Any number of processes may use it."""
 
     def __init__(self, upstream: str, host: str = "127.0.0.1") -> None:
-        self.upstream, self._where = upstream, (host, 0)
+        # Not port 0: another process could take that port while this server is down.
+        self.upstream, self._where = upstream, (host, *free_ports(1))
         self._server: _Server | None = None
         self._listen()
         self.uri = f"http://{host}:{self._where[1]}"
@@ -35,7 +38,7 @@ class FrontEnd:
         raise NotImplementedError
 
     def forwarded(self, method: str, path: str, headers: dict[str, str], body: bytes) -> Answer:
-        with contextlib.closing(HTTPConnection(urlsplit(self.upstream).netloc, timeout=60)) as connection:
+        with contextlib.closing(HTTPConnection(urlsplit(self.upstream).netloc, timeout=300)) as connection:
             connection.request(method, path, body or None, headers)
             reply = connection.getresponse()
             return reply.status, reply.read(), dict(reply.getheaders())
@@ -49,7 +52,6 @@ class FrontEnd:
 
     def _listen(self) -> None:
         self._server = _Server(self._where, self)
-        self._where = self._server.server_address[:2]  # the same port, when it listens again
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
 
@@ -77,6 +79,14 @@ class _Server(ThreadingHTTPServer):
         self.front, self.connections = front, set[socket.socket]()
         super().__init__(where, _Handler)
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.connections.add(request)  # before its thread runs, so that `hang_up` finds it
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self.connections.discard(request)
+        super().shutdown_request(request)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), ConnectionError):  # the client has left
             super().handle_error(request, client_address)
@@ -85,14 +95,6 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
     protocol_version = "HTTP/1.1"
-
-    def setup(self) -> None:
-        super().setup()
-        self.server.connections.add(self.connection)
-
-    def finish(self) -> None:
-        self.server.connections.discard(self.connection)
-        super().finish()
 
     def log_message(self, *args: object) -> None: ...
 

@@ -58,7 +58,7 @@ class PostgresServer(Server):
             return False
         return True
 
-    def start(self, timeout_s: float = 90) -> Self:
+    def start(self, timeout_s: float = 300) -> Self:
         self.socket_dir.mkdir(mode=0o700, exist_ok=True)
         if AS_POSTGRES:
             shutil.chown(self.socket_dir, "postgres", "postgres")
@@ -128,7 +128,7 @@ class GuardedMlflowServer(Server):
     def status(self, *user_and_password: str) -> int:
         """The HTTP status of a request for the experiments."""
         url = f"{self.uri}/api/2.0/mlflow/experiments/search?max_results=1"
-        return requests.get(url, auth=user_and_password or None, timeout=30).status_code
+        return requests.get(url, auth=user_and_password or None, timeout=120).status_code
 
     def add_user(self, name: str, password: str, **env: str) -> subprocess.CompletedProcess[str]:
         """Run infra/mlflow/add_user.py as the admin; `env` overrides its environment."""

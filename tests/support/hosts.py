@@ -146,7 +146,7 @@ class Host:
         self._process: subprocess.Popen[bytes] | None = None
         self.home.mkdir(0o700)
 
-    def start(self, timeout_s: float = 30.0) -> None:
+    def start(self, timeout_s: float = 180.0) -> None:
         """Start it, and wait until ssh answers."""
         folder = self._hosts.folder
         seen = {REPO, Path(sys.prefix), Path(sys.base_prefix), folder}
@@ -184,7 +184,7 @@ class Host:
             first = psutil.Process(self._process.pid).children() if self._process.poll() is None else []
             self._process.kill()
             self._process.wait()
-            psutil.wait_procs(first, timeout=30)  # the kernel reaps it after all others
+            psutil.wait_procs(first, timeout=120)  # the kernel reaps it after all others
             self._process = None
 
     @property
@@ -194,7 +194,7 @@ class Host:
         return psutil.Process(self._process.pid).children()[0].pid
 
     def run(
-        self, *command: object, env: Mapping[str, str] | None = None, timeout_s: float = 240
+        self, *command: object, env: Mapping[str, str] | None = None, timeout_s: float = 900
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on the host, in the repository."""
         return processes.run(self.words(*command, env=env), cwd=REPO, timeout_s=timeout_s)
@@ -227,7 +227,7 @@ def _own_network() -> tuple[socket.socket, int]:
 def answers(address: str, port: int) -> bool:
     """Whether something accepts connections there."""
     try:
-        socket.create_connection((address, port), timeout=1).close()
+        socket.create_connection((address, port), timeout=5).close()
     except OSError:
         return False
     return True

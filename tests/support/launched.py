@@ -59,7 +59,7 @@ class UserHost:
 
     def run_checked(self, *command: object) -> None:
         """Run a command, which must succeed."""
-        done = self.host.run(*command, env=self.env, timeout_s=600)
+        done = self.host.run(*command, env=self.env)
         assert done.returncode == 0, f"{' '.join(map(str, command))}:\n{done.stdout}{done.stderr}"
 
     def up(self) -> None:
@@ -77,7 +77,7 @@ class UserHost:
         log = self.host.log.with_suffix(".dashboard")
         answers = ("bash", "-c", "exec 2> /dev/null; : < /dev/tcp/127.0.0.1/8265")
         with Background(self.host.words("ray", "dashboard", self.file, env=self.env), log=log) as tunnel:
-            tunnel.wait_for(lambda: self.host.run(*answers).returncode == 0, 180, poll_s=0.2)
+            tunnel.wait_for(lambda: self.host.run(*answers).returncode == 0, poll_s=0.2)
             yield
 
     def submit(self, *command: object, log: Path) -> Background:

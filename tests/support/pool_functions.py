@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ddpm.utils.errors import UserError
+from support.processes import wait_for
 
 
 class Adder:
@@ -24,9 +25,10 @@ class Adder:
         return self.number + piece
 
 
-def worker_info(adder: Adder, piece: int) -> tuple[int, int, str]:
-    """Process ID, number of torch threads and device, after a pause long enough for another worker to take a piece."""
-    time.sleep(0.3)
+def worker_info(folder: Path, num_processes: int, adder: Adder, piece: int) -> tuple[int, int, str]:
+    """Process ID, number of torch threads and device, once so many processes have taken a piece."""
+    (folder / str(os.getpid())).touch()
+    wait_for(lambda: len(list(folder.iterdir())) >= num_processes)
     return os.getpid(), torch.get_num_threads(), str(adder.device)
 
 

@@ -33,7 +33,7 @@ def spawn(
 
 
 def run(
-    command: Iterable[object], *, cwd: Path, env: Mapping[str, str] | None = None, timeout_s: float = 480
+    command: Iterable[object], *, cwd: Path, env: Mapping[str, str] | None = None, timeout_s: float = 900
 ) -> subprocess.CompletedProcess[str]:
     """Run `command` to its end, and accept any exit code.
 
@@ -71,7 +71,7 @@ def run_in_terminal(words: list[str], cwd: Path, env: Mapping[str, str] | None =
 
 
 def run_job(
-    job: str, *args: object, cwd: Path = REPO, env: Mapping[str, str] | None = None, timeout_s: float = 480
+    job: str, *args: object, cwd: Path = REPO, env: Mapping[str, str] | None = None, timeout_s: float = 900
 ) -> subprocess.CompletedProcess[str]:
     """`python jobs/{job}.py *args`, as a user types it: run_job("train", "digits", "--run.name", "a")."""
     return run([*job_command(job), *args], cwd=cwd, env=env, timeout_s=timeout_s)
@@ -102,8 +102,8 @@ def kill_tree(process: subprocess.Popen[Any], grace_s: float = 0, first: int = s
     for member in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
-    psutil.wait_procs(family, timeout=10)
-    process.wait(10)
+    psutil.wait_procs(family, timeout=60)
+    process.wait(60)
 
 
 def members(pid: int, title: str) -> list[psutil.Process]:
@@ -119,25 +119,26 @@ def members(pid: int, title: str) -> list[psutil.Process]:
 
 def wait_for(
     condition: Callable[[], T],
-    timeout_s: float = 120,
+    timeout_s: float = 300,
     poll_s: float = 0.05,
     process: subprocess.Popen[bytes] | None = None,
     log: Path | None = None,
 ) -> T:
-    """Wait until `condition` returns a true value; returns that value.
+    """Wait until `condition` returns a true value, also just before the end; returns that value.
 
     Raises:
         RuntimeError: `process` ended before.
         TimeoutError: it did not become true. Both messages end as the file `log` does.
     """
     deadline = time.monotonic() + timeout_s
-    while not (result := condition()):
-        code = process.poll() if process else None
-        if code is not None or time.monotonic() > deadline:
+    while True:
+        code, is_late = process.poll() if process else None, time.monotonic() > deadline
+        if result := condition():
+            return result
+        if code is not None or is_late:
             what = f"waited {timeout_s:.0f} s in vain" if code is None else f"it ended with code {code}"
             raise (TimeoutError if code is None else RuntimeError)(f"{what}. {tail(log) if log else ''}")
         time.sleep(poll_s)
-    return result
 
 
 def tail(log: Path) -> str:
@@ -192,7 +193,7 @@ class Background:
     def output(self) -> str:
         return self._log.read_text(errors="replace")
 
-    def wait_for(self, condition: Callable[[], T], timeout_s: float = 300, poll_s: float = 0.02) -> T:
+    def wait_for(self, condition: Callable[[], T], timeout_s: float = 600, poll_s: float = 0.02) -> T:
         """Wait until `condition` returns a true value; it is an error if the job ends before."""
         return wait_for(condition, timeout_s, poll_s, self.process, self._log)
 
@@ -200,7 +201,7 @@ class Background:
         """The processes below this one whose command line begins with `title`."""
         return members(self.process.pid, title)
 
-    def wait(self, timeout_s: float = 480) -> int:
+    def wait(self, timeout_s: float = 900) -> int:
         """The exit code."""
         try:
             return self.process.wait(timeout_s)

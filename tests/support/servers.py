@@ -13,10 +13,11 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
 import uuid
 from collections.abc import Mapping, Sequence
+from http.client import HTTPException
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -30,6 +31,7 @@ LOOPBACK = "127.0.0.1"
 # does. Each parallel pytest process has its own ports.
 PORT_SHARE = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 4
 PORTS = range(10_000 + 2_500 * PORT_SHARE, 12_500 + 2_500 * PORT_SHARE)
+UNTRIED = iter(random.SystemRandom().sample(PORTS, len(PORTS)))
 GRPC_OFFSET = 10_000
 SMALL_STORE = f"--object-store-memory {300 * 2**20}"
 
@@ -54,7 +56,7 @@ class Server:
         self.log = folder / f"{name}.log"
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, timeout_s: float = 90) -> Self:
+    def start(self, timeout_s: float = 300) -> Self:
         """Start or restart, and wait for the first answer."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
@@ -162,8 +164,8 @@ class RayHead(Server):
             --temp-dir {self.temp_dir} --num-cpus {num_cpus} {SMALL_STORE}"""
         # Submitted jobs run `python`: it must be the interpreter that runs the tests.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        # Workers have normal priority (by default their niceness is 15).
-        settings = {"PATH": path, "RAY_worker_niceness": "0", **(env or {})}
+        # Workers have normal priority (by default their niceness is 15), and a stopped job more than three seconds.
+        settings = {"PATH": path, "RAY_worker_niceness": "0", "RAY_JOB_STOP_WAIT_TIME_S": "10", **(env or {})}
         # Ray Train must find the API server of this cluster, not of another one on this machine.
         settings["RAY_API_SERVER_ADDRESS"] = self.dashboard
         super().__init__(
@@ -175,7 +177,7 @@ class RayHead(Server):
         *command: object,
         env: Mapping[str, str] | None = None,
         cwd: Path = REPO,
-        timeout_s: float = 240,
+        timeout_s: float = 900,
         options: Sequence[str] = (),
     ) -> subprocess.CompletedProcess[str]:
         """`ray job submit ... -- command` with `cwd` as working directory; `env` reaches driver and workers."""
@@ -189,10 +191,9 @@ class RayHead(Server):
         return JobSubmissionClient(self.dashboard)
 
     def stop_job(self, client: Any, job: str) -> None:
-        """Stop a job as `ray job stop` does, but without its slow start: SIGTERM, after three seconds SIGKILL."""
+        """Stop a job as `ray job stop` does, but without its slow start: SIGTERM, and later SIGKILL."""
         client.stop_job(job)
-        while not client.get_job_status(job).is_terminal():
-            time.sleep(0.1)
+        wait_for(lambda: client.get_job_status(job).is_terminal())
 
     def nodes(self) -> dict[str, str]:
         """Name -> ID of the nodes that the cluster considers alive."""
@@ -221,9 +222,8 @@ class RayNode(Server):
 
     def __init__(self, head: RayHead, num_cpus: int) -> None:
         name = f"node-{uuid.uuid4().hex[:8]}"
-        words = (
-            f"start --address {head.address} --block --num-cpus {num_cpus} --node-name {name} {SMALL_STORE}"
-        )
+        words = f"""start --address {head.address} --block --num-cpus {num_cpus} --node-name {name} {SMALL_STORE}
+            --min-worker-port 0 --max-worker-port 0"""
         super().__init__(name, [program("ray"), *words.split()], head.dashboard, head.folder, head.env)
         self._head = head
 
@@ -237,7 +237,7 @@ class RayNode(Server):
 
     @property
     def node_id(self) -> str:
-        return self._head.nodes()[self.name]
+        return wait_for(lambda: self._head.nodes().get(self.name, ""))
 
     def __enter__(self) -> Self:
         return self
@@ -265,14 +265,11 @@ def aws_client(endpoint: str, access_key: str, secret_key: str) -> tuple[dict[st
 
 
 def free_ports(count: int) -> list[int]:
-    """`count` free ports; the port GRPC_OFFSET above each is free as well."""
-    ports: list[int] = []
-    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
-        if _is_free(port) and _is_free(port + GRPC_OFFSET):
-            ports.append(port)
-            if len(ports) == count:
-                return ports
-    raise RuntimeError(f"no {count} free ports in {PORTS.start}..{PORTS.stop - 1}")
+    """`count` free ports, none of them given before; the port GRPC_OFFSET above each is free as well."""
+    free = (port for port in UNTRIED if _is_free(port) and _is_free(port + GRPC_OFFSET))
+    if len(ports := list(islice(free, count))) < count:
+        raise RuntimeError(f"no {count} free ports in {PORTS.start}..{PORTS.stop - 1}")
+    return ports
 
 
 def _is_free(port: int) -> bool:
@@ -288,7 +285,7 @@ def _is_free(port: int) -> bool:
 def _get(url: str) -> bytes | None:
     """The body of the answer; None unless its status is 200."""
     try:
-        with urllib.request.urlopen(url, timeout=2) as response:
+        with urllib.request.urlopen(url, timeout=10) as response:
             return bytes(response.read()) if response.status == 200 else None
-    except OSError:
+    except (OSError, HTTPException):
         return None

@@ -59,7 +59,9 @@ def put_records(buffer: Location, at: int, *records: Record, failed: bool = Fals
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    """Without the line that `close` waits, which a busy machine gives too."""
+    lines = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    return [line for line in lines if not line.startswith("waiting for MLflow at ")]
 
 
 def deliver(
@@ -68,7 +70,7 @@ def deliver(
     """Run an uploader from start to close; returns what `close` returns."""
     uploader = Uploader(address, PARAMS | params, buffer)
     uploader.committed(committed)
-    return uploader.close(status)
+    return uploader.close(status, patience_s=120)
 
 
 def names_in(buffer: Location) -> list[str]:

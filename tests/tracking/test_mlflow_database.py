@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from support.forked import connect, create_experiment
-from support.tracked import address_at, assert_delivered_once, deliver, names_in, put
+from support.processes import wait_for
+from support.tracked import address_at, assert_delivered_once, deliver, names_in, put, warnings_of
 
 from ddpm.storage.locations import Location
 from ddpm.tracking import mlflow_client
@@ -131,9 +132,8 @@ def test_a_database_that_is_locked_at_the_first_connection_is_waited_for(
 ) -> None:
     """As by another `mlflow ui` that migrates it, or by a backup."""
     database = tmp_path / "mlflow.db"
-    process = forkserver.Process(
-        target=connect, args=(f"sqlite:///{database}",)
-    )  # this one knows no such database
+    # In another process, since this one must not know the database.
+    process = forkserver.Process(target=connect, args=(f"sqlite:///{database}",))
     process.start()
     process.join()
     address = address_at(f"sqlite:///{database}")
@@ -141,11 +141,10 @@ def test_a_database_that_is_locked_at_the_first_connection_is_waited_for(
     with closing(sqlite3.connect(database, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         uploader = Uploader(address, {}, buffer)
-        while not caplog.records:
-            time.sleep(0.1)
+        wait_for(lambda: warnings_of(caplog))
     uploader.committed(64)
     assert uploader.close("FINISHED").undelivered == 0
-    (line,) = [record.getMessage() for record in caplog.records]
+    (line,) = warnings_of(caplog)
     assert line.endswith(
         "is not accepting data (OSError: (sqlite3.OperationalError) database is locked); retrying"
     )
@@ -163,14 +162,13 @@ def test_a_database_deleted_while_training_is_one_line(
     put(buffer, 64, 64)
     uploader = Uploader(address, {}, buffer)
     uploader.committed(64)
-    while names_in(buffer):
-        time.sleep(0.1)
+    wait_for(lambda: not names_in(buffer))
     database.unlink()
     put(buffer, 128, 128)
     uploader.committed(128)
     delivery = uploader.close("FINISHED")
     assert (delivery.undelivered, names_in(buffer)) == (2, ["000000000128.zip"])
-    stopped, left = [record.getMessage() for record in caplog.records]
+    stopped, left = warnings_of(caplog)
     assert stopped == (
         f"tracking has stopped, training continues, records are kept in {buffer.uri}: {database} was deleted"
     )

@@ -70,7 +70,7 @@ def test_all_records_reach_mlflow(
         with Image.open(client.download_artifacts(delivery.run_id, file.path, str(tmp_path))) as image:
             assert image.size == (12, 8)
             assert np.abs(np.asarray(image).astype(int) - level).max() <= (0 if image.format == "PNG" else 2)
-    assert all(line.startswith("waiting for MLflow") for line in warnings_of(caplog))  # on a busy machine
+    assert warnings_of(caplog) == []
 
 
 @pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED", STOPPED])

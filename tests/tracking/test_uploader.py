@@ -40,7 +40,7 @@ from ddpm.tracking.mlflow_runs import Address
 from ddpm.tracking.uploader import Delivery, Uploader
 
 # Far longer than anything here takes, even on a busy machine: only a call that blocks on a server exceeds it.
-PATIENCE_S = 8.0
+PATIENCE_S = 60.0
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_a_server_that_is_down_blocks_nothing_and_loses_nothing(
     put(buffer, 128, 128)
     within(PATIENCE_S, lambda: [uploader.committed(64)])
     wait_for(lambda: len(warnings_of(caplog)) == 1)
-    done = within(2 + PATIENCE_S, lambda: uploader.close("FINISHED", timeout_s=2))
+    done = within(2 + PATIENCE_S, lambda: uploader.close("FINISHED", 2 * PATIENCE_S, patience_s=2))
     assert done == Delivery(None, None, 6, False)
     assert names_in(buffer) == ["000000000064.zip", "000000000128.zip"]
     lines = warnings_of(caplog)
@@ -143,7 +143,7 @@ def test_a_server_that_hangs_blocks_nothing_and_loses_nothing(hanging_server: st
     uploader = within(PATIENCE_S, lambda: Uploader(address_at(hanging_server), PARAMS, buffer))
     within(PATIENCE_S, lambda: [uploader.committed(64)])
     time.sleep(2)  # by now its first request hangs
-    done = within(2 + PATIENCE_S, lambda: uploader.close("FINISHED", timeout_s=2))
+    done = within(2 + PATIENCE_S, lambda: uploader.close("FINISHED", 2 * PATIENCE_S, patience_s=2))
     assert done == Delivery(None, None, 4, False)
     assert names_in(buffer) == ["000000000064.zip"]
 
@@ -154,9 +154,9 @@ def test_close_starts_the_uploader_only_if_enough_time_is_left(
 ) -> None:
     """MLflow takes seconds to import. If nothing is left to deliver, no warning reports zero records."""
     uploader = Uploader(address_at(absent_server), PARAMS, buffer, at_once=False)
-    assert uploader.close("KILLED", timeout_s) == Delivery(None, None, 0, False)
+    assert uploader.close("KILLED", timeout_s, patience_s=0.5) == Delivery(None, None, 0, False)
     assert not [line for line in warnings_of(caplog) if "records" in line]
-    assert bool(warnings_of(caplog)) == (timeout_s > 5)
+    assert (uploader._thread.ident is not None) == (timeout_s > 5)
 
 
 def test_close_gives_up_early_on_a_server_that_takes_nothing(absent_server: str, buffer: Location) -> None:
@@ -174,13 +174,13 @@ def test_close_waits_for_a_slow_server_that_makes_progress(mlflow_server: str, b
     for position in range(64, 321, 64):
         put(buffer, position, position)
     with FaultyProxy(mlflow_server) as slow:
-        slow.switch("delay", delay_s=0.5)
+        slow.switch("delay", delay_s=1.5)
         uploader = Uploader(address_at(slow.endpoint, key), PARAMS, buffer, at_once=False)
         uploader.committed(320)
         begin = time.monotonic()
-        done = uploader.close("FINISHED", timeout_s=240, patience_s=PATIENCE_S)
+        done = uploader.close("FINISHED", timeout_s=10 * PATIENCE_S, patience_s=20)
         assert done.undelivered == 0 and done.ended
-        assert time.monotonic() > begin + PATIENCE_S
+        assert time.monotonic() > begin + 20
 
 
 @pytest.mark.slow
@@ -197,10 +197,7 @@ def test_a_server_that_starts_late_gets_everything(
         done = uploader.close("FINISHED")
         assert (done.undelivered, done.ended) == (0, True)
         assert_delivered_once(address, 32, 64)
-    waits = (
-        f"waiting for MLflow at {server.uri} to accept the rest"  # logged only if the server starts slowly
-    )
-    (outage,) = (line for line in warnings_of(caplog) if line != waits)
+    (outage,) = warnings_of(caplog)
     assert f"MLflow at {server.uri} is not accepting data" in outage
 
 
@@ -271,7 +268,7 @@ def test_records_are_kept_when_permission_is_denied(proxy: MlflowFaultProxy, buf
     proxy.fails = lambda *request: (403, {"error_code": "PERMISSION_DENIED", "message": "who are you?"})
     put(buffer, 128, 128)
     uploader.committed(128)
-    done = uploader.close("FINISHED", timeout_s=30)
+    done = uploader.close("FINISHED")
     assert (done.undelivered, done.ended) == (2, False)
     proxy.fails = lambda *request: None
     assert deliver(address, buffer, 128).undelivered == 0
@@ -311,24 +308,27 @@ def test_a_damaged_segment_is_reported_and_kept(
     assert_delivered_once(address, 64, 128, 192)
 
 
-def test_close_waits_for_storage_that_cannot_be_read(address: Address, buffer: Location) -> None:
+def test_close_waits_for_storage_that_cannot_be_read(
+    address: Address, buffer: Location, tmp_path: Path
+) -> None:
     """A file in place of the spool folder: listing it raises, as it does for an unreachable bucket."""
-    place = Path(buffer.path)
+    place, other = Path(buffer.path), spool_in(tmp_path / "other")
     place.parent.mkdir()
-    place.write_text("")
+    place.symlink_to("/dev/null")
+    put(other, 64, 64)
+    (tmp_path / "link").symlink_to(other.path)
     impatient = Uploader(address_at(address.uri), PARAMS, buffer)
     done = within(1 + PATIENCE_S, lambda: impatient.close("FINISHED", timeout_s=1))
     assert done.undelivered >= 1 and not done.ended
     uploader = Uploader(address, PARAMS, buffer)
     uploader.committed(64)
     closed: list[Delivery] = []
-    closing = threading.Thread(target=lambda: closed.append(uploader.close("FINISHED", timeout_s=30)))
+    closing = threading.Thread(target=lambda: closed.append(uploader.close("FINISHED", patience_s=300)))
     closing.start()
     wait_for(lambda: uploader._run.run_id is not None)
     time.sleep(0.5)
     assert not closed
-    place.unlink()
-    put(buffer, 64, 64)
+    (tmp_path / "link").replace(place)  # at once: an empty folder would be the end
     closing.join()
     assert (closed[0].undelivered, closed[0].ended) == (0, True)
     assert_delivered_once(address, 64)

@@ -100,7 +100,7 @@ def test_controller_driver_and_cluster_killed(run: Run, undisturbed: Run) -> Non
 
 def test_a_killed_worker_of_three(digits_uri: str, tmp_path: Path) -> None:
     """Three workers share four micro-batches; after a kill the weights are bitwise those of a run of three without."""
-    flags = ("--cluster.num-workers", "3", "--cluster.cpus-per-worker", "0.3", "--train.total-images", "1920")
+    flags = ("--cluster.num-workers", "3", "--cluster.cpus-per-worker", "0.3", "--train.total-images", "3840")
     three, killed = (
         Run(name, str(tmp_path), digits_uri, tmp_path / f"{name}.log") for name in ("three", "killed")
     )
@@ -111,7 +111,7 @@ def test_a_killed_worker_of_three(digits_uri: str, tmp_path: Path) -> None:
     assert job.output.count("failed; resuming") == 1
     with three.start(*flags) as job:
         assert job.wait() == 0, job.output
-    local.assert_same(killed.tensors(1920), three.tensors(1920))
+    local.assert_same(killed.tensors(3840), three.tensors(3840))
 
 
 @pytest.mark.usefixtures("on_ray_head")
@@ -185,8 +185,8 @@ def test_a_submitted_job_is_stopped_and_submitted_again(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The three seconds before SIGKILL are enough for a checkpoint, so the run resumes at the same step; also if no
-    storage is named and the checkout has changed, so that Ray unpacks it elsewhere."""
+    """The seconds before SIGKILL (ten here, three by default) are enough for a checkpoint, so the run resumes at the
+    same step; also if no storage is named and the checkout has changed, so that Ray unpacks it elsewhere."""
     run = Run("submitted", str(tmp_path / "ddpm/runs"), digits_uri, tmp_path / "job.log")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
     command = ("python", "jobs/train.py", *run.arguments)

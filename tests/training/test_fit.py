@@ -62,7 +62,7 @@ def test_a_second_driver_of_a_run_is_rejected_before_it_writes(
     tiny: Config, train_set: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(driver_lock, "BEAT_S", 0.05)
-    monkeypatch.setattr(driver_lock, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(driver_lock, "PATIENCE_S", 4.0)
     monkeypatch.setattr(
         resources, "resources_per_worker", lambda config: {"CPU": 1.0}
     )  # no cluster is running here
@@ -267,9 +267,10 @@ def test_a_run_that_waits_for_cpus_says_so(digits_uri: str, tmp_path: Path) -> N
     where = ("--data.shards", digits_uri, "--run.name", "waits", "--run.storage", str(tmp_path / "runs"))
     holder = Background((sys.executable, "-c", HOLD), log=tmp_path / "hold.log")
     words = ("digits", *where, *FLAGS, "--train.total-images", "256")
-    with holder, Job("train", *words, log=tmp_path / "job.log") as job:
+    with holder:
         holder.wait_for(lambda: "held" in holder.output)
-        job.wait_for(lambda: re.search(r"waiting     for 1 CPU: [\d.]+ of 3 in use", job.output))
-        kill_tree(holder.process)
-        assert job.wait() == 0, job.output
+        with Job("train", *words, log=tmp_path / "job.log") as job:
+            job.wait_for(lambda: re.search(r"waiting     for 1 CPU: [\d.]+ of 3 in use", job.output))
+            kill_tree(holder.process)
+            assert job.wait() == 0, job.output
     assert "trained     256 images" in job.output

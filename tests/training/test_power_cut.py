@@ -33,7 +33,7 @@ def save_two(root: Path, config: Config, committed: list[int]) -> None:
 
     run = Run("one", locations.resolve(str(root)).child("runs").child("one"), "a")
     state = State.create(config, torch.device("cpu"))
-    config = override(config, {"train.keep_checkpoints": 1, "run.storage_timeout_s": 5.0})
+    config = override(config, {"train.keep_checkpoints": 1, "run.storage_timeout_s": 300.0})
     with RunStore(config, run, "b", notify) as store:
         for state.step in (1, 2):
             state.images_seen = 32 * state.step

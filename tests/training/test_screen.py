@@ -95,7 +95,7 @@ def test_a_terminal_shows_one_live_screen(tmp_path: Path, encoding: str, curve: 
         f"held-out loss {curve[1]} 0.3750",
         f"bits/dim {curve[1]} 2.5000 {error} 0.1250",
     ]
-    assert re.fullmatch(r"checkpoint 250 images, 0:00:0\d ago MLflow: 2 checkpoints behind", lines[6])
+    assert re.fullmatch(r"checkpoint 250 images, 0:0\d:\d\d ago MLflow: 2 checkpoints behind", lines[6])
     assert lines[7] == "GPU 0 33 % of its memory"
     assert shown.count("warning: seen above") == 2
     assert "\x1b[?25h" in shown.rpartition("MLflow")[2]  # the cursor is shown again
@@ -108,13 +108,13 @@ def test_training_on_a_terminal(tmp_path: Path) -> None:
     words += "--train.log-every-images 6400 --train.checkpoint-every-images 12800".split()
     code, shown = run_in_terminal([sys.executable, str(REPO / words[0]), *words[1:]], tmp_path)
     assert code == 0, shown
-    assert re.search(r"starting +0:00:\d\d for Ray's workers", shown)
+    assert re.search(r"starting +0:0\d:\d\d for Ray's workers", shown)
     lines = last_screen(shown.partition("trained ")[0], "a")
     assert lines[1].endswith("25,600 of 25,600 0:00:00 left")
     assert re.fullmatch(r"speed [\d,]+ images/s.* 2 workers goodput 100.0%", lines[2])
     assert re.fullmatch(r"loss [▁▂▃▄▅▆▇█]{4} 0\.\d{4}", lines[3]), lines
     assert re.fullmatch(r"held-out loss [▁█]{2} 0\.\d{4}", lines[4]), lines
-    assert any(line.startswith("checkpoint 25,600 images, 0:00:") for line in lines)
+    assert any(line.startswith("checkpoint 25,600 images, 0:0") for line in lines)
     assert "MLflow      run " in shown
 
 
@@ -124,10 +124,10 @@ def test_a_closed_output_pipe_does_not_stop_training(tmp_path: Path) -> None:
     """`... | head -3`: training continues without output, and without an error about the pipe."""
     train = f"{sys.executable} {REPO}/jobs/train.py digits --name a --total-images 1280 {SMALL}"
     words = f"{{ {train}; echo $? > code; }} 2> errors | head -3"
-    done = subprocess.run(["bash", "-c", words], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(["bash", "-c", words], cwd=tmp_path, capture_output=True, text=True, timeout=900)
     errors = (tmp_path / "errors").read_text().splitlines()
     assert [line for line in errors if not line.startswith("waiting for MLflow at ")] == []
     assert done.returncode == 0
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["preparing", "preparing", "data"]
+    assert len(lines := done.stdout.splitlines()) == 3 and lines[0].startswith("preparing ")  # one each 10 s
     assert (tmp_path / "code").read_text() == "0\n"
     assert (tmp_path / "runs/a/checkpoint-000000001280/checksums.json").exists()

@@ -18,7 +18,9 @@ def test_a_sample_has_cpu_memory_and_disk_usage() -> None:
     total = psutil.virtual_memory().total / 1e6
     share = values["system/system_memory_usage_megabytes"] / total * 100
     assert abs(share - values["system/system_memory_usage_percentage"]) < 1e-6
-    assert values["system/disk_usage_percentage"] == psutil.disk_usage("/").percent
+    assert (
+        abs(values["system/disk_usage_percentage"] - psutil.disk_usage("/").percent) < 5
+    )  # others write, too
 
 
 def test_network_traffic_is_counted_from_the_start() -> None:
