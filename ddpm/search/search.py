@@ -32,7 +32,8 @@ def _search(setup: Setup, lock: DriverLock) -> int:
     resources.check_storage(config)
     # This binds the name to its settings, so wrong flags must be found before.
     events = EventLog(setup.folder, setup.settings, config.run.storage_timeout_s)
-    scoreboard = Scoreboard(events.trials, arguments.num_trials)
+    repetitions = arguments.finalists * (arguments.finalist_seeds - 1)
+    scoreboard = Scoreboard(events.trials, arguments.num_trials + repetitions)
     manager = study.manager(setup, events, scoreboard.news)
     parent = publish.address(events, setup.name, config.run.experiment)
     parent_run_id = publish.open_parent(parent, setup.params, print)
@@ -59,7 +60,7 @@ def _search(setup: Setup, lock: DriverLock) -> int:
     leaderboard.score_finalists(setup, events)
     rows = leaderboard.ranked(setup, events)
     leaderboard.table(rows).show()
-    for line in leaderboard.remarks(rows, arguments.metric):
+    for line in leaderboard.remarks(rows):
         print(line)
     print(f"searched    {len(rows)} trials, {time.monotonic() - began:.0f} s")
     for line in publish.store(setup, rows, parent):
