@@ -86,8 +86,8 @@ def main() -> None:
         "How much two trainings of one configuration differ",
         f"{tables.machine()}; `python benchmarks/spread.py`. Only `train.seed` differs: initial weights, order of "
         "images, noise. All trainings of a line are measured on the same images with the same noise, so the error over "
-        "images is common to them. Pairs of nets that differ: by the paired test of a search, corrected for their number "
-        "(Holm). They are differences between nets; between configurations there is none.",
+        "images is common to them. Pairs of nets that differ: by the paired test of a search, corrected for their "
+        "number (Holm). They are differences between nets; between configurations there is none.",
         "",
         *tables.table(names, measured(arguments)),
     )

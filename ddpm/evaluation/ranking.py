@@ -59,16 +59,15 @@ def paired_ranks(values: ArrayLike) -> list[Rank]:
     return _ranks(n, difference.mean(1), difference.std(1, ddof=1) / m**0.5, stats.t(m - 1))
 
 
-def configuration_ranks(values: Sequence[ArrayLike]) -> list[Rank]:
+def configuration_ranks(values: Sequence[NDArray[np.float64]]) -> list[Rank]:
     """Ranks of configurations, from several trainings of each; see `configuration_difference`.
 
     Args:
         values: of each configuration [K, M], lower is better; K may differ between them.
     """
-    v = [np.asarray(each, float) for each in values]
-    pairs = [configuration_difference(a, b) for a, b in combinations(v, 2)]
+    pairs = [configuration_difference(a, b) for a, b in combinations(values, 2)]
     difference, error, dof = np.reshape(pairs, (-1, 3)).T
-    return _ranks(len(v), difference, error, stats.t(dof))
+    return _ranks(len(values), difference, error, stats.t(dof))
 
 
 def configuration_difference(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float, float]:

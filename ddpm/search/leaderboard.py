@@ -118,10 +118,10 @@ def ranked(setup: Setup, events: EventLog) -> list[Row]:
     trials, metric, base = events.trials(), setup.arguments.metric, setup.base
     order, bits, mean = best(trials, metric), dict[int, NDArray[np.float64]](), dict[int, float]()
     for own in order:
-        again = [trial for trial in trials if trial.repeats == own.number and trial.status == "finished"]
-        each = [bits_of(trial, setup.folder, base.run.storage_timeout_s) for trial in (own, *again)]
-        bits[own.number] = np.array(each)
-        mean[own.number] = float(np.mean([trial.value(metric) for trial in (own, *again)]))
+        again = (trial for trial in trials if trial.repeats == own.number and trial.status == "finished")
+        trainings = [own, *again]
+        bits[own.number] = np.array([bits_of(t, setup.folder, base.run.storage_timeout_s) for t in trainings])
+        mean[own.number] = float(np.mean([trial.value(metric) for trial in trainings]))
     of_bits = paired_ranks([each[0, RANKING] for each in bits.values()]) if bits else []
     by_bits = dict(zip(bits, of_bits, strict=True))
     several = {number: each[:, RANKING] for number, each in bits.items() if len(each) > 1}
@@ -208,8 +208,7 @@ def remarks(rows: Sequence[Row]) -> Iterator[str]:
             "The bound includes this, but samples are biased by it, since they start from pure noise."
         )
     for what, of in (("bits/dim", "by_bits"), ("mean bits/dim", "by_trainings"), ("KID", "by_kid")):
-        first = [row.trial.name for row in rows if (rank := getattr(row, of)) and rank.best == 1]
-        if first:
+        if first := [row.trial.name for row in rows if (rank := getattr(row, of)) and rank.best == 1]:
             yield f"The best by {what}: {', '.join(first)}{', which are tied' if len(first) > 1 else ''}."
 
 
@@ -245,8 +244,7 @@ def table(rows: Sequence[Row]) -> Table:
         line += [short(trial.changes[key]) if key in trial.changes else "" for key in varied]
         line += [f"{last.train_loss:.4f}", last.shown] if last else ["", ""]
         line.append(str(row.by_bits or ""))
-        if any(means):
-            line += [estimate(*mean) if mean else "", str(row.by_trainings or "")]
+        line += [estimate(*mean) if mean else "", str(row.by_trainings or "")] if any(means) else []
         if kid:
             line += [estimate(score.value, score.error) if score else "", str(row.by_kid or "")]
         lines.append(line)

@@ -95,13 +95,9 @@ def store(setup: Setup, rows: Sequence[Row], parent: Address) -> Iterator[str]:
     yield f"results     {folder.uri}/results.md, .parquet; plots next to them"
     if "comparison.html" in files:
         yield f"comparison  {folder.uri}/comparison.html"
-    if config is not None:
-        reported = (
-            f"; {estimate(*rows[0].reported)} bits/dim on images that ranked nothing"
-            if rows[0].reported
-            else ""
-        )
-        yield f"best        {folder.uri}/best.json, of {trials[0].name}{reported}"
+    if config is not None and (reported := rows[0].reported):
+        value = f"{estimate(*reported)} bits/dim on images that ranked nothing"
+        yield f"best        {folder.uri}/best.json, of {trials[0].name}: {value}"
     yield _publish(rows, folder, files, parent)
 
 

@@ -67,10 +67,8 @@ def search(
     events = DyingEventLog(locations.resolve(str(folder)), {}, timeout_s=0)
     events.max_events = max_events
     proposer = proposer or OptunaProposer(found, 3, searcher, 2)
-    total, seeds = RUNGS[-1], (1, 2)
-    trials = TrialManager(
-        events, proposer, "bits_per_dim", num_trials, total, 3, lambda line: None, finalists, seeds
-    )
+    trials = TrialManager(events, proposer, "bits_per_dim", num_trials, RUNGS[-1], 3, lambda line: None)
+    trials.finalists, trials.seeds = finalists, (1, 2)
     rungs = RUNGS if scheduler == "asha" else RUNGS[-1:]
     begun = trials.next()
     while begun is not None:
