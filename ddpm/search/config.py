@@ -39,7 +39,7 @@ class Arguments:
     """Metric that the search minimises. The losses can compare learning rates, but not schedules."""
     variance: Literal["auto", "beta", "beta_tilde", "measured"] = "auto"
     """bits/dim: variance of p(x_{t-1} | x_t). auto: learned if the net learns it, else measured on training images. The
-    fixed ones favour schedules of many steps."""
+    fixed ones favour schedules of many steps most."""
     num_images: ScoredImages = 512
     """Largest number of held-out images for evaluating trials: half rank them, the others report the best one."""
     seed: Seed = 0
