@@ -88,7 +88,7 @@ def test_a_search_interrupted_and_killed_ends_with_the_same_leaderboard(
         assert (place / name).stat().st_size > 0
     page = (place / "comparison.html").read_text()
     assert page.count('<figure class="grid">') == 2 and "trial-001" not in page  # it was never evaluated
-    assert "compared image by image" in page and "train/loss over images seen" in page
+    assert "means of several trainings" in page and "train/loss over images seen" in page
     assert [row["rank_by_trainings"] for row in leaderboard(killed)] == ["1", None, None, None]
     best = from_json((place / "best.json").read_text(), "best.json", DIGITS)
     assert (best.schedule.kind, best.optim.lr, best.train.total_images) == ("cosine", 2e-3, 1920)
