@@ -32,8 +32,7 @@ def _search(setup: Setup, lock: DriverLock) -> int:
     resources.check_storage(config)
     # This binds the name to its settings, so wrong flags must be found before.
     events = EventLog(setup.folder, setup.settings, config.run.storage_timeout_s)
-    repetitions = arguments.finalists * (arguments.finalist_seeds - 1)
-    scoreboard = Scoreboard(events.trials, arguments.num_trials + repetitions)
+    scoreboard = Scoreboard(events.trials, arguments.num_trials)
     manager = study.manager(setup, events, scoreboard.news)
     parent = publish.address(events, setup.name, config.run.experiment)
     parent_run_id = publish.open_parent(parent, setup.params, print)
