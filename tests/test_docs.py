@@ -1,4 +1,4 @@
-"""The documentation: its commands parse, and its files exist."""
+"""The documentation: its commands parse, its files exist, and its numbers are those of the tables that it names."""
 
 import importlib
 import re
@@ -14,12 +14,14 @@ from support.processes import REPO
 
 from ddpm import cli
 from ddpm.presets import PRESETS
+from ddpm.search.leaderboard import FEWER_TIMESTEPS
 from ddpm.utils.errors import UserError
 
 PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
 SCRIPT = re.compile(r"(jobs|tune)/(\w+)\.py")
 ENDS = {"&&", ";", "|", ">"}
 PATH = re.compile(r"(?<![\w/.}~-])(?:ddpm|jobs|tune|tests|infra|benchmarks|docs)/[\w./-]*")
+NUMBER = re.compile(r"(?<![\w.])\d+\.\d+(?![\w.]*\d)")
 SECRETS = {"ddpm/mlflow-admin"}
 """Names that look like paths."""
 RUN_BY_ITS_OWN_TEST = REPO / "docs/extending.md"
@@ -130,6 +132,31 @@ def test_links_and_paths_exist(page: Path) -> None:
             assert heading in [re.sub(r"[^\w-]", "", h.lower().replace(" ", "-")) for h in headings]
     for path in set(PATH.findall(text)) - SECRETS if page != RUN_BY_ITS_OWN_TEST else ():
         assert (REPO / path.rstrip(".")).exists(), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_quoted_numbers_are_those_of_the_tables_named_beside_them(page: Path) -> None:
+    """Each number with decimals in a paragraph that links to benchmarks/*.md; the table may have more digits."""
+    for paragraph in re.split(r"\n\n|\n- ", page.read_text()):
+        tables = re.findall(r"\]\(((?:\.\./)?benchmarks/[\w-]+\.md)\)", paragraph)
+        there = [number for table in tables for number in NUMBER.findall((page.parent / table).read_text())]
+        for quoted in NUMBER.findall(paragraph) if tables else ():
+            digits = len(quoted.partition(".")[2])
+            assert any(f"{float(number):.{digits}f}" == quoted for number in there), (quoted, tables)
+
+
+def test_each_table_names_its_script() -> None:
+    for table in (REPO / "benchmarks").glob("*.md"):
+        scripts = re.findall(r"python (benchmarks/\w+\.py)", table.read_text())
+        assert scripts and all((REPO / script).is_file() for script in scripts), table.name
+
+
+def test_what_t_alone_explains_is_what_was_measured() -> None:
+    measured = (REPO / "benchmarks/honesty.md").read_text()
+    for value, T in (quoted := re.findall(r"(0\.\d+)\D*? at (\d+)", FEWER_TIMESTEPS)):
+        row = re.search(rf"^\| {T} \|.*\(\+([\d.]+) ± [\d.]+\) \|$", measured, re.MULTILINE)
+        assert row and f"{float(row[1]):.2f}" == value, T
+    assert len(quoted) == 3
 
 
 def test_the_file_tree_is_the_tree() -> None:

@@ -5,9 +5,13 @@ ones. Two competitors without a significant difference are a tie. All pairs are 
 differs significantly in at most LEVEL of all cases: Holm 1979, "A simple sequentially rejective multiple test
 procedure".
 
-Axes: N competitors, P = N (N - 1) / 2 pairs, M images on which all were evaluated.
+Competitors are nets, or configurations, of each of which several nets were trained.
+
+Axes: N competitors, P = N (N - 1) / 2 pairs, M images on which all were evaluated, K trainings of a configuration.
 """
 
+from collections.abc import Sequence
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,9 +45,9 @@ def ranks(values: ArrayLike, errors: ArrayLike) -> list[Rank]:
 
 
 def paired_ranks(values: ArrayLike) -> list[Rank]:
-    """Ranks of competitors evaluated on the same images; differences are tested with Student's paired t-test.
+    """Ranks of nets evaluated on the same images; differences are tested with Student's paired t-test.
 
-    What competitors share on an image cancels in the difference, so much smaller differences are significant.
+    What nets share on an image cancels in the difference, so much smaller differences are significant.
 
     Args:
         values: [N, M], lower is better; M at least 2.
@@ -53,6 +57,35 @@ def paired_ranks(values: ArrayLike) -> list[Rank]:
     row, column = np.triu_indices(n, 1)
     difference = v[row] - v[column]
     return _ranks(n, difference.mean(1), difference.std(1, ddof=1) / m**0.5, stats.t(m - 1))
+
+
+def configuration_ranks(values: Sequence[NDArray[np.float64]]) -> list[Rank]:
+    """Ranks of configurations, from several trainings of each; see `configuration_difference`.
+
+    Args:
+        values: of each configuration [K, M], lower is better; K may differ between them.
+    """
+    pairs = [configuration_difference(a, b) for a, b in combinations(values, 2)]
+    difference, error, dof = np.reshape(pairs, (-1, 3)).T
+    return _ranks(len(values), difference, error, stats.t(dof))
+
+
+def configuration_difference(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float, float]:
+    """The mean of a - b, its standard error, and the degrees of freedom of that error.
+
+    The error has three parts: the spread of the trainings of either configuration, and that of the images, paired.
+
+    Args:
+        a, b: [K, M], K trainings of a configuration, at least 2; the same M images for both.
+
+    Source: Welch 1947, "The generalization of Student's problem when several different population variances are
+    involved".
+    """
+    of_image = a.mean(0) - b.mean(0)
+    parts = np.array([sample.var(ddof=1) / len(sample) for sample in (of_image, a.mean(1), b.mean(1))])
+    dof = np.array([len(of_image), len(a), len(b)]) - 1
+    with np.errstate(invalid="ignore"):  # identical trainings
+        return of_image.mean(), parts.sum() ** 0.5, parts.sum() ** 2 / (parts**2 / dof).sum()
 
 
 def _ranks(

@@ -13,7 +13,7 @@ ENOUGH = 10
 """With fewer images per feature than this, FID is mostly bias."""
 MANY = 2.0
 """Memorisation is reported if the lower end of its interval is this many times the expected share."""
-FIXED = "which favours schedules of many steps, for any net; --variance measured does not"
+FIXED = "which favours schedules of many steps, for any net; --variance measured does so less"
 VARIANCES = {
     "measured": "one per timestep, from the net's errors on training images",
     "learned": "the net's own, pixel by pixel",

@@ -39,13 +39,16 @@ class Arguments:
     """Metric that the search minimises. The losses can compare learning rates, but not schedules."""
     variance: Literal["auto", "beta", "beta_tilde", "measured"] = "auto"
     """bits/dim: variance of p(x_{t-1} | x_t). auto: learned if the net learns it, else measured on training images. The
-    fixed ones favour schedules of many steps."""
+    fixed ones favour schedules of many steps most."""
     num_images: ScoredImages = 512
-    """Largest number of held-out images for evaluating trials."""
+    """Largest number of held-out images for evaluating trials: half rank them, the others report the best one."""
     seed: Seed = 0
     """Seed of the searcher and of the evaluator's noise; train.seed is the seed of every trial."""
     finalists: CountOrZero = 3
     """Number of best trials that are also compared by KID."""
+    finalist_seeds: SmallCount = 1
+    """Trainings of each finalist, with train.seed and the seeds after it. Above 1, the ranks of finalists by bits/dim
+    are ranks of their configurations, and not only of nets; 3 is enough for that."""
     drawn_images: ScoredImages = 1000
     """Generated images per finalist."""
     features: FeatureNetName | None = None

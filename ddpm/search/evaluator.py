@@ -1,8 +1,9 @@
 """Evaluation of a trial's checkpoint during training: the bound of held-out images, and the losses of a naive search.
 
 All trials of a search are evaluated with the same images, the same noise and the same quantiles of t (common random
-numbers): between two trials only the nets and the schedules differ. The numbers are those of jobs/evaluate.py. Feature
-nets are not imported: the import would cost the trial's driver seconds.
+numbers): between two trials only the nets and the schedules differ. The numbers are those of jobs/evaluate.py. Every
+second image ranks the trials and the others report the best one. The bound depends on T for any net
+(diffusion/reverse.py). Feature nets are not imported: the import would cost the trial's driver seconds.
 """
 
 import json
@@ -26,6 +27,9 @@ from ddpm.utils.retry import retry_io
 
 RUNGS_FOLDER = "rungs"
 """Folder of a run with the results at its rungs."""
+RANKING, REPORTING = slice(0, None, 2), slice(1, None, 2)
+"""Held-out images, by their places in the plan's order: those that rank trials, and those that report the best one. The
+best of several on the same images is best there by chance, too: its value on them is too low."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Evaluation:
     train_loss: float
 
     def rung(self, training_s: float) -> Rung:
-        bits = np.array(self.bits)
+        bits = np.array(self.bits)[RANKING]
         error = bits.std(ddof=1) / len(bits) ** 0.5
         losses = self.held_out_loss, self.train_loss
         return Rung(self.images_seen, float(bits.mean()), float(error), *losses, training_s)
@@ -94,15 +98,16 @@ class Evaluator:
         return Evaluation(position["images_seen"], bits, *losses)
 
     def _loss(self, trained: TrainedNet, data_set: DataSet) -> float:
-        """The training loss of the averaged weights, with the same images, noise and uniforms for all trials."""
+        """The training loss of the averaged weights on RANKING, with the same noise and uniforms for all trials."""
         total, n = 0.0, 0
-        for start, batch in self._batches(data_set):
+        for start, both in self._batches(data_set, 2 * measure.PIECE_IMAGES):
+            batch = both[RANKING]
             total += measure.loss(trained, batch, start, self.seed).item() * len(batch.image)
             n += len(batch.image)
         return total / n
 
-    def _batches(self, data_set: DataSet) -> Iterator[tuple[int, Images]]:
+    def _batches(self, data_set: DataSet, size: int = measure.PIECE_IMAGES) -> Iterator[tuple[int, Images]]:
         """The first images of a split in batches, each with the index of its first image."""
         n = min(self.num_images, data_set.rows.num_rows)
-        for start in range(0, n, measure.PIECE_IMAGES):
-            yield start, images_of(data_set, start, min(start + measure.PIECE_IMAGES, n))
+        for start in range(0, n, size):
+            yield start, images_of(data_set, start, min(start + size, n))

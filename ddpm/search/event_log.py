@@ -6,11 +6,12 @@ loses the state of Tune's ASHA (Ray 2.60).
 
     search.json    {"format": "ddpm-search/2", "search_key": ..., "settings": {...}, "events": [...]}
 
-    {"event": "begun", "trial": 3, "changes": {"optim.lr": 1e-3}}
+    {"event": "begun", "trial": 3, "changes": {"optim.lr": 1e-3}, "repeats": null}
     {"event": "evaluated", "trial": 3, "rung": {"images_seen": 6400, "bits_per_dim": 2.1, ...}, "should_continue": true}
     {"event": "ended", "trial": 3, "status": "stopped", "reason": "", "wall_s": 70.1, "training_s": 64.2}
     {"event": "scored", "trial": 3, "score": {"name": "KID-classifier", "value": 0.01, "error": 0.002, ...}}
 
+repeats: the trial whose configuration is trained again, with another train.seed, after the search's own trials.
 wall_s: seconds for which the trial held a slot, one of --max-concurrent. They begin when the slot is assigned, include
 all start-up, and end with training, when the slot is free for the next trial. If the trial is stopped or fails, they
 end with that event; the time until its workers have left belongs to the next trial. training_s: the part of wall_s from
@@ -48,7 +49,7 @@ Seconds = Annotated[float, Ge(0)]
 
 @dataclass(frozen=True)
 class Rung:
-    """Results of a trial's averaged weights at `images_seen`."""
+    """Results of a trial's averaged weights at `images_seen`, on images that rank trials (evaluator.RANKING)."""
 
     images_seen: Count
     bits_per_dim: float
@@ -84,6 +85,8 @@ class Trial:
     wall_s: float = 0.0
     score: Score | None = None
     """For a finalist, KID of its generated images."""
+    repeats: int | None = None
+    """The trial that has the same configuration but for train.seed; None: a trial of the search itself."""
 
     @property
     def name(self) -> str:
@@ -108,6 +111,7 @@ class Trial:
 class Begun:
     trial: Count
     changes: dict[str, Any]
+    repeats: Count | None = None
     event: Literal["begun"] = "begun"
 
 
@@ -224,8 +228,8 @@ def _after(event: Event, trials: Mapping[int, Trial]) -> Trial:
     """The event's trial after it; ValueError: the event cannot follow those that led to `trials`."""
     trial = trials.get(event.trial)
     match event:
-        case Begun() if event.trial == len(trials):
-            return Trial(event.trial, event.changes)
+        case Begun() if event.trial == len(trials) and event.repeats in (None, *trials):
+            return Trial(event.trial, event.changes, repeats=event.repeats)
         case Scored() if trial and trial.last:
             return replace(trial, score=event.score)
     if trial is not None and trial.status == "running":
@@ -254,8 +258,8 @@ def rungs(total_images: int, batch_size: int, reduction_factor: int, num_rungs: 
 
 
 def best(trials: Sequence[Trial], metric: Metric) -> list[Trial]:
-    """The finished trials, the best first; if there are none, the trials with the most images seen."""
-    known = [trial for trial in trials if trial.last and trial.status != "failed"]
+    """The search's own finished trials, the best first; if there are none, those with the most images seen."""
+    known = [trial for trial in trials if trial.last and trial.status != "failed" and trial.repeats is None]
     farthest = max((trial.images_seen for trial in known), default=0)
     there = [trial for trial in known if trial.images_seen == farthest]
     return sorted(there, key=lambda trial: trial.value(metric))

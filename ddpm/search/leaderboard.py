@@ -1,27 +1,31 @@
 """The leaderboard of a search: KID of the finalists, a table with ranks and ties, the best config.
 
 Both rankings are shown, since likelihood and sample quality may disagree; the best config is that of the search's
-metric.
+metric. A trial is one net: its ranks say nothing about other trainings of its configuration, whose rank needs several.
+
+Axes: K trainings of a configuration, M held-out images.
 """
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from ddpm.config import Affects, Config, SamplerName
 from ddpm.config_io import flatten, keys_that_affect, override
 from ddpm.diffusion import schedules
 from ddpm.evaluation import context, evaluate
-from ddpm.evaluation.ranking import Rank, paired_ranks, ranks
+from ddpm.evaluation.metrics import Estimate
+from ddpm.evaluation.ranking import Rank, configuration_ranks, paired_ranks, ranks
 from ddpm.evaluation.settings import Settings
-from ddpm.search.config import Metric
-from ddpm.search.evaluator import Evaluation
-from ddpm.search.event_log import EventLog, Scored, Trial, best
+from ddpm.search.evaluator import RANKING, REPORTING, Evaluation
+from ddpm.search.event_log import EventLog, Scored, Trial, best, name_of
 from ddpm.search.setup import Setup
 from ddpm.search.trial_manager import short
 from ddpm.storage.locations import Location
@@ -31,6 +35,7 @@ from ddpm.utils.tables import Table, estimate
 SAMPLER: SamplerName = "dpmpp_2m"
 STEPS = 20
 """The sampler of finalists: fast, and the same for all."""
+TIMESTEPS = "schedule.num_timesteps"
 LEFTOVER = 0.5
 """A trial with sqrt(D alpha_bar_T) above this is flagged.
 
@@ -38,6 +43,8 @@ By this much the mean of an image of D numbers stands out of the noise of x_T. S
 from N(m, s^2) come out up to m s sqrt(D alpha_bar_T) too small: at 0.5, for N(0.6, 0.1^2), by 0.03, four grey levels.
 The linear schedule of Ho et al. 2020 has 0.05 at 8x8 in grey, 0.35 at 32x32 in colour, 0.70 at 64x64, 2.8 at 256x256.
 """
+FEWER_TIMESTEPS = "by 0.09 bits/dim at 300, 0.18 at 200 and 0.36 at 100 of 500"
+"""How much fewer timesteps raise the bound of a net of the digits, with measured variances; benchmarks/honesty.md."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +55,40 @@ class Row:
     leftover: float
     """sqrt(D alpha_bar_T)."""
     by_bits: Rank | None
-    """Rank among the trials with the most images seen; None: this trial has fewer, or failed."""
+    """Rank of this net among the search's own with the most images seen; None: it has fewer, failed, or repeats one."""
     by_kid: Rank | None
-    """Rank among the finalists."""
+    """Rank of this net among the finalists."""
+    bits: NDArray[np.float64] | None
+    """[K, M]: bits/dim of the trainings of its configuration, its own first; None where by_bits is."""
+    by_trainings: Rank | None
+    """Rank of its configuration among those trained several times."""
 
     @property
     def is_flagged(self) -> bool:
         return self.leftover > LEFTOVER
+
+    @property
+    def mean(self) -> Estimate | None:
+        """Mean bits/dim of several trainings, on the images that rank."""
+        return self._estimate(RANKING, 0) if self.by_trainings else None
+
+    @property
+    def reported(self) -> Estimate | None:
+        """Mean bits/dim on images that ranked nothing, of the trainings after the search, if there are any."""
+        return self._estimate(REPORTING, 1 if self.by_trainings else 0)
+
+    def _estimate(self, images: slice, first: int) -> Estimate | None:
+        """Mean bits/dim of the trainings from `first` on; the error includes the spread of all trainings."""
+        if self.bits is None:
+            return None
+        chosen = self.bits[first:, images]
+        variance = chosen.mean(0).var(ddof=1) / chosen.shape[1] + self.spread**2 / len(chosen)
+        return Estimate(float(chosen.mean()), float(variance**0.5))
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation between the trainings; 0: there is only one."""
+        return 0.0 if self.bits is None or len(self.bits) < 2 else float(self.bits.mean(1).std(ddof=1))
 
 
 def score_finalists(setup: Setup, events: EventLog) -> None:
@@ -80,30 +114,41 @@ def score_finalists(setup: Setup, events: EventLog) -> None:
 
 
 def ranked(setup: Setup, events: EventLog) -> list[Row]:
-    """All trials: the finished ones by the metric, then the others by images seen."""
+    """All trials: those trained several times by the mean of the metric, others by the metric, then by images seen."""
     trials, metric, base = events.trials(), setup.arguments.metric, setup.base
-    order = best(trials, metric)
-    bits = [bits_of(trial, setup.folder, base.run.storage_timeout_s) for trial in order]
-    of_bits = paired_ranks(bits) if bits else []
-    by_bits = dict(zip([trial.number for trial in order], of_bits, strict=True))
+    order, bits, mean = best(trials, metric), dict[int, NDArray[np.float64]](), dict[int, float]()
+    for own in order:
+        again = (trial for trial in trials if trial.repeats == own.number and trial.status == "finished")
+        trainings = [own, *again]
+        bits[own.number] = np.array([bits_of(t, setup.folder, base.run.storage_timeout_s) for t in trainings])
+        mean[own.number] = float(np.mean([trial.value(metric) for trial in trainings]))
+    of_bits = paired_ranks([each[0, RANKING] for each in bits.values()]) if bits else []
+    by_bits = dict(zip(bits, of_bits, strict=True))
+    several = {number: each[:, RANKING] for number, each in bits.items() if len(each) > 1}
+    by_trainings = dict(zip(several, configuration_ranks(list(several.values())), strict=True))
+    order.sort(key=lambda trial: (trial.number not in several, mean[trial.number]))
     scores = {trial.number: trial.score for trial in order if trial.score}
     of_kid = ranks([score.value for score in scores.values()], [score.error for score in scores.values()])
     by_kid = dict(zip(scores, of_kid, strict=True))
     rest = [trial for trial in trials if trial.number not in by_bits]
     rest.sort(key=lambda trial: (-trial.images_seen, trial.value(metric)))
-    return [
-        Row(trial, _leftover(base, trial), by_bits.get(trial.number), by_kid.get(trial.number))
-        for trial in (*order, *rest)
-    ]
+
+    def row(trial: Trial) -> Row:
+        n, leftover = trial.number, _leftover(base, trial)
+        return Row(trial, leftover, by_bits.get(n), by_kid.get(n), bits.get(n), by_trainings.get(n))
+
+    return [row(trial) for trial in (*order, *rest)]
 
 
 def parquet(rows: Sequence[Row]) -> bytes:
     """The table as a Parquet file; null for missing values."""
     trials = [row.trial for row in rows]
     lasts, scores = [trial.last for trial in trials], [trial.score for trial in trials]
+    means, reported = [row.mean for row in rows], [row.reported if row is rows[0] else None for row in rows]
     columns = {
         "trial": [trial.name for trial in trials],
         "status": [trial.status for trial in trials],
+        "repeats": [None if trial.repeats is None else name_of(trial.repeats) for trial in trials],
         "images_seen": [trial.images_seen for trial in trials],
         **{key: [trial.changes.get(key) for trial in trials] for key in _varied(rows)},
         "sqrt_D_alpha_bar_T": [row.leftover for row in rows],
@@ -112,6 +157,11 @@ def parquet(rows: Sequence[Row]) -> bytes:
             for name in ("train_loss", "held_out_loss", "bits_per_dim", "bits_per_dim_error")
         },
         "rank_by_bits": [row.by_bits and str(row.by_bits) for row in rows],
+        "mean_bits_per_dim": [mean and mean.value for mean in means],
+        "mean_bits_per_dim_error": [mean and mean.error for mean in means],
+        "rank_by_trainings": [row.by_trainings and str(row.by_trainings) for row in rows],
+        "reported_bits_per_dim": [best and best.value for best in reported],
+        "reported_bits_per_dim_error": [best and best.error for best in reported],
         "kid": [score and score.value for score in scores],
         "kid_error": [score and score.error for score in scores],
         "rank_by_kid": [row.by_kid and str(row.by_kid) for row in rows],
@@ -126,32 +176,40 @@ def markdown(rows: Sequence[Row], remarks: Sequence[str]) -> str:
     return "\n".join([table(rows).markdown(), "", *(f"- {line}" for line in remarks)]) + "\n"
 
 
-def remarks(rows: Sequence[Row], metric: Metric) -> list[str]:
-    """Remarks for reading the table."""
-    lines = [
-        "Ranks are ranges: two that overlap are a tie. bits/dim are compared image by image, KID by its errors, "
-        "both corrected for the number of pairs (Holm): at most 5 % of searches find a difference between equal trials."
-    ]
+def remarks(rows: Sequence[Row]) -> Iterator[str]:
+    """Remarks for reading the table: what its ranks and the best trial's number say, and about what."""
+    if rows and (reported := rows[0].reported):
+        again = ", trained again after the search" if rows[0].by_trainings else ""
+        yield (
+            f"The best, {rows[0].trial.name}, has {estimate(*reported)} bits/dim on the held-out images that ranked "
+            f"nothing{again}. The table has the other half of the images, on which it is the best by chance, too."
+        )
+    yield (
+        "Ranks are ranges: two that overlap are a tie. Ranks of trials are ranks of nets: bits/dim are compared image "
+        "by image, KID by its errors, both corrected for the number of pairs (Holm), and at most 5 % of searches find "
+        "a difference between equally good nets."
+    )
+    if spreads := [row.spread for row in rows if row.by_trainings]:
+        yield (
+            "Ranks beside a mean of trainings are ranks of configurations, by Welch's test, corrected alike: at most "
+            "5 % of searches find a difference between equally good configurations. The standard deviation between "
+            f"trainings of one is {np.mean(np.square(spreads)) ** 0.5:.4f} bits/dim."
+        )
+    else:
+        yield "Another training of a configuration is another net: --finalist-seeds 3 ranks configurations."
+    if TIMESTEPS in _varied(rows):
+        yield (
+            "Trials differ in T. Fewer timesteps raise the bound of one and the same net, of the digits "
+            f"{FEWER_TIMESTEPS}, with a fixed --variance by more: T alone can explain that (benchmarks/honesty.md)."
+        )
     if any(row.is_flagged for row in rows):
-        lines.append(
+        yield (
             f"!: sqrt(D alpha_bar_T), with D numbers per image, is above {LEFTOVER}: x_T still shows an image's mean. "
             "The bound includes this, but samples are biased by it, since they start from pure noise."
         )
-    tied = [row for row in rows if row.by_bits and row.by_bits.best == 1]
-    if len(tied) > 1:
-        lines.append(
-            f"{len(tied)} trials are tied for the best bits/dim: {', '.join(row.trial.name for row in tied)}."
-        )
-    finalists = [(row.trial.score.value, row) for row in rows if row.trial.score and row.by_kid]
-    if len(finalists) > 1 and metric == "bits_per_dim":
-        _, first = min(finalists, key=lambda finalist: finalist[0])
-        same = first.trial is rows[0].trial
-        tie = "" if same else (", though in a tie" if rows[0].by_kid and rows[0].by_kid.best == 1 else "")
-        lines.append(
-            f"The best by bits/dim, {rows[0].trial.name}, is "
-            + ("also the best by KID." if same else f"not the best by KID, which is {first.trial.name}{tie}.")
-        )
-    return lines
+    for what, of in (("bits/dim", "by_bits"), ("mean bits/dim", "by_trainings"), ("KID", "by_kid")):
+        if first := [row.trial.name for row in rows if (rank := getattr(row, of)) and rank.best == 1]:
+            yield f"The best by {what}: {', '.join(first)}{', which are tied' if len(first) > 1 else ''}."
 
 
 def best_config(rows: Sequence[Row], config: Config) -> str | None:
@@ -174,15 +232,19 @@ def table(rows: Sequence[Row]) -> Table:
     varied = _varied(rows)
     kid = next((row.trial.score.name for row in rows if row.trial.score), None)
     names = ["trial", "status", "images", *(key.rpartition(".")[2] for key in varied)]
-    names += ["train loss", "bits/dim", "rank", *([kid, "rank"] if kid else [])]
+    means = [row.mean for row in rows]
+    names += ["train loss", "bits/dim", "rank", *(["mean of trainings", "rank"] if any(means) else [])]
+    names += [kid, "rank"] if kid else []
     lines = []
-    for row in rows:
+    for row, mean in zip(rows, means, strict=True):
         trial, last, score = row.trial, row.trial.last, row.trial.score
-        status = trial.status + (f": {trial.reason[:80]}" if trial.reason else "")
+        status = trial.status + ("" if trial.repeats is None else f", {name_of(trial.repeats)} again")
+        status += f": {trial.reason[:80]}" if trial.reason else ""
         line = [trial.name + (" !" if row.is_flagged else ""), status, f"{trial.images_seen:,}"]
         line += [short(trial.changes[key]) if key in trial.changes else "" for key in varied]
         line += [f"{last.train_loss:.4f}", last.shown] if last else ["", ""]
         line.append(str(row.by_bits or ""))
+        line += [estimate(*mean) if mean else "", str(row.by_trainings or "")] if any(means) else []
         if kid:
             line += [estimate(score.value, score.error) if score else "", str(row.by_kid or "")]
         lines.append(line)

@@ -24,7 +24,7 @@ def parallel(trials: Sequence[Trial], domains: Mapping[str, Domain], metric: Met
     """One line per trial over its settings, coloured by the metric: the best are dark. A PNG."""
     study, status = optuna.create_study(), CategoricalDistribution(get_args(Outcome))
     of_name: dict[str, Any] = {_name(key): domain for key, domain in domains.items()} | {"status": status}
-    for trial in (trial for trial in trials if trial.last):
+    for trial in (trial for trial in trials if trial.last and trial.repeats is None):
         params = {_name(key): value for key, value in trial.changes.items()} | {"status": trial.status}
         of_params = {name: of_name[name] for name in params}
         study.add_trial(create_trial(params=params, distributions=of_params, value=trial.value(metric)))

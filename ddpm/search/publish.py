@@ -17,6 +17,7 @@ from ddpm.evaluation import compared_run, comparison_page, context, measure
 from ddpm.evaluation.comparison import Cell, Ranking
 from ddpm.evaluation.reference import images_of
 from ddpm.search import leaderboard, plots
+from ddpm.search.evaluator import RANKING
 from ddpm.search.event_log import EventLog, Trial
 from ddpm.search.leaderboard import Row
 from ddpm.search.setup import Setup
@@ -30,6 +31,7 @@ from ddpm.tracking.retry import OutOfTime
 from ddpm.utils import devices
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import retry_io
+from ddpm.utils.tables import estimate
 
 LOG_SNR = np.linspace(-8, 8, 33)
 CURVE_IMAGES = 128
@@ -72,7 +74,7 @@ def store(setup: Setup, rows: Sequence[Row], parent: Address) -> Iterator[str]:
     trials, folder, metric = [row.trial for row in rows], setup.folder, setup.arguments.metric
     files = {
         "results.parquet": leaderboard.parquet(rows),
-        "results.md": leaderboard.markdown(rows, leaderboard.remarks(rows, metric)).encode(),
+        "results.md": leaderboard.markdown(rows, list(leaderboard.remarks(rows))).encode(),
     }
     config = leaderboard.best_config(rows, setup.arguments.config)
     if config is not None:
@@ -93,8 +95,9 @@ def store(setup: Setup, rows: Sequence[Row], parent: Address) -> Iterator[str]:
     yield f"results     {folder.uri}/results.md, .parquet; plots next to them"
     if "comparison.html" in files:
         yield f"comparison  {folder.uri}/comparison.html"
-    if config is not None:
-        yield f"best        {folder.uri}/best.json, of {trials[0].name}"
+    if config is not None and (reported := rows[0].reported):
+        value = f"{estimate(*reported)} bits/dim on images that ranked nothing"
+        yield f"best        {folder.uri}/best.json, of {trials[0].name}: {value}"
     yield _publish(rows, folder, files, parent)
 
 
@@ -114,24 +117,28 @@ def curves(rows: Sequence[Row], folder: Location, held_out: DataSet) -> dict[str
 
 def compared(rows: Sequence[Row], folder: Location) -> bytes | None:
     """The page that compares the best trials, with the ranks of the leaderboard; None: no trial has begun."""
-    begun = (
-        row for row in rows if row.trial.last and folder.child(row.trial.name).child("run.json").exists()
-    )
+    own = (row for row in rows if row.trial.last and row.trial.repeats is None)
+    begun = (row for row in own if folder.child(row.trial.name).child("run.json").exists())
     if not (shown := list(islice(begun, COMPARED))):
         return None
+    note = "compared image by image, among all trials"
+    if by_trainings := any(row.by_trainings for row in shown):
+        note = "means of several trainings, with their spread, among all finalists"
     trials = compared_run.read([folder.child(row.trial.name).uri for row in shown])
     bits, kid, title = dict[str, Cell](), dict[str, Cell](), "KID"
     for run, row in zip(trials, shown, strict=True):
         last, score = row.trial.last, row.trial.score
-        if last and row.by_bits:
-            of_image = leaderboard.bits_of(row.trial, folder)
-            estimate = last.bits_per_dim, last.bits_per_dim_error
-            bits[run.key] = Cell(*estimate, last.images_seen, row.by_bits, len(of_image), of_image)
+        if last and row.by_trainings and row.mean:
+            bits[run.key] = Cell(*row.mean, last.images_seen, row.by_trainings)
+        elif last and row.by_bits and row.bits is not None and not by_trainings:
+            of_image = row.bits[0, RANKING].tolist()
+            value = last.bits_per_dim, last.bits_per_dim_error
+            bits[run.key] = Cell(*value, last.images_seen, row.by_bits, len(of_image), of_image)
         if last and score and row.by_kid:
             kid[run.key] = Cell(score.value, score.error, last.images_seen, row.by_kid)
             title = score.name
     rankings = [
-        Ranking("bits/dim", bits, "compared image by image, among all trials"),
+        Ranking("bits/dim", bits, note),
         Ranking(title, kid, f"{leaderboard.SAMPLER}, {leaderboard.STEPS} steps, among all finalists"),
     ]
     return comparison_page.render(trials, [ranking for ranking in rankings if ranking.cells])
@@ -145,8 +152,8 @@ def _publish(rows: Sequence[Row], folder: Location, files: Mapping[str, bytes], 
         run.open(running=True)
         records: list[Any] = [Artifact(name, data) for name, data in files.items()]
         records.append(Tags({NOTE_TAG: files["results.md"].decode()[:MAX_NOTE]}))
-        if rows and rows[0].by_bits and (last := rows[0].trial.last):
-            value, error = last.bits_per_dim, last.bits_per_dim_error
+        if rows and (reported := rows[0].reported):
+            value, error = reported
             values = {"best/bits_per_dim": value, "best_error/bits_per_dim": error}
             records.append(Metrics(values, len(rows), int(time.time() * 1000)))
         whole = run.add(records)

@@ -19,7 +19,7 @@ class Scoreboard:
 
     Args:
         trials: returns the trials so far.
-        num_trials: total number of trials.
+        num_trials: total number of trials, besides finalists that are trained again.
     """
 
     def __init__(self, trials: Callable[[], Sequence[Trial]], num_trials: int) -> None:
@@ -42,10 +42,8 @@ class Scoreboard:
         if not isinstance(self.display, LiveText) and now - self._line_at >= LINE_INTERVAL_S:
             trials = self._trials()
             running = ", ".join(trial.name for trial in trials if trial.status == "running") or "none"
-            over = sum(trial.status != "running" for trial in trials)
-            self.news(
-                f"{over} of {self._num_trials} trials done after {now - self._began:.0f} s, running: {running}"
-            )
+            done = f"{self._done(trials)} done after {now - self._began:.0f} s"
+            self.news(f"{done}, running: {running}")
 
     def _text(self) -> str:
         trials, rows = self._trials(), []
@@ -53,6 +51,9 @@ class Scoreboard:
             status = trial.status + (f": {trial.reason}" if trial.reason else "")
             seen, bits = (f"{trial.images_seen:,}", trial.last.shown) if trial.last else ("", "")
             rows.append([trial.name, status, seen, bits, changes_text(trial.changes)])
-        over = sum(trial.status != "running" for trial in trials)
         table = Table(["trial", "status", "images", "bits/dim", "changes"], rows, num_words=2)
-        return f"{over} of {self._num_trials} trials\n{table.text(1000) if rows else ''}"
+        return f"{self._done(trials)}\n{table.text(1000) if rows else ''}"
+
+    def _done(self, trials: Sequence[Trial]) -> str:
+        over = sum(trial.status != "running" for trial in trials)
+        return f"{over} of {max(self._num_trials, len(trials))} trials"

@@ -59,7 +59,7 @@ def _search(setup: Setup, lock: DriverLock) -> int:
     leaderboard.score_finalists(setup, events)
     rows = leaderboard.ranked(setup, events)
     leaderboard.table(rows).show()
-    for line in leaderboard.remarks(rows, arguments.metric):
+    for line in leaderboard.remarks(rows):
         print(line)
     print(f"searched    {len(rows)} trials, {time.monotonic() - began:.0f} s")
     for line in publish.store(setup, rows, parent):

@@ -67,10 +67,10 @@ def prepare(arguments: Arguments) -> Setup:
     config = builtin.with_shards(config)
     train = ray_dataset.open_configured(config)
     held_out = train.held_out()
-    if held_out is None:
+    if held_out is None or held_out.rows.num_rows < 4:  # two rank trials, two report the best
         raise UserError(
-            f"{config.data.shards} has no held-out images: trials are evaluated on a split named test, besides "
-            f"{train.split}"
+            f"{config.data.shards} has fewer than 4 held-out images: trials are evaluated on a split named test, "
+            f"besides {train.split}"
         )
     num_rungs = arguments.num_rungs if arguments.scheduler == "asha" else 1
     at = rungs(config.train.total_images, config.train.batch_size, arguments.reduction_factor, num_rungs)
@@ -93,6 +93,7 @@ def prepare(arguments: Arguments) -> Setup:
         "space": space.as_json(),
         **{name: getattr(arguments, name) for name in named.split()},
         "rungs": at,
+        "ranking_images": "every second",
         "generator": GENERATOR,
         "data_fingerprint": train.rows.fingerprint,
     }

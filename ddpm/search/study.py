@@ -109,10 +109,15 @@ class Starter(Searcher):
 
 def manager(setup: Setup, events: EventLog, news: Callable[[str], None]) -> TrialManager:
     """The trial manager of a search, with the state of its events."""
-    chosen = setup.arguments
+    chosen, seed = setup.arguments, setup.base.train.seed
     proposer = OptunaProposer(setup.space, chosen.seed, chosen.searcher, chosen.grid_points)
-    total, factor = setup.rungs[-1], chosen.reduction_factor
-    return TrialManager(events, proposer, chosen.metric, chosen.num_trials, total, factor, news)
+    total, factor, seeds = (
+        setup.rungs[-1],
+        chosen.reduction_factor,
+        range(seed + 1, seed + chosen.finalist_seeds),
+    )
+    given = chosen.metric, chosen.num_trials, total, factor, news, chosen.finalists, seeds
+    return TrialManager(events, proposer, *given)
 
 
 def run(manager: TrialManager, spec: Spec, max_concurrent: int, interruption: Interruption) -> None:

@@ -5,7 +5,7 @@ state; an early stop follows from the rungs in the log.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import optuna
 from optuna.trial import TrialState
 
+from ddpm.search import event_log
 from ddpm.search.config import Metric, Searcher
 from ddpm.search.event_log import Begun, Ended, Evaluated, Event, EventLog, Outcome, Rung, Trial, name_of
 from ddpm.search.space import Space
@@ -38,9 +39,9 @@ class OptunaProposer:
         """The changes of all trials, if they are a grid."""
 
     def suggest(self, number: int) -> dict[str, Any]:
-        """The changes of trial `number`; called once per trial, in order."""
+        """The changes of the search's own trial `number`; called once per trial, in order."""
         if self.grid is not None:
-            self.study.enqueue_trial(self.grid[number])
+            self.study.enqueue_trial(self.grid[len(self._trials)])
         trial = self._trials[number] = self.study.ask()
         return self._space.suggest(trial)
 
@@ -74,6 +75,10 @@ class TrialManager:
     """At each rung before that, the best 1 / reduction_factor of the trials continue."""
     news: Callable[[str], None]
     """Called with a line for each event."""
+    finalists: int = 0
+    """After the search's own trials, the configurations of this many of the best are trained again"""
+    seeds: Sequence[int] = ()
+    """with each of these as train.seed."""
 
     def __post_init__(self) -> None:
         self._began_at: dict[int, float] = {}
@@ -82,11 +87,12 @@ class TrialManager:
         if self.proposer.grid is not None:
             self.num_trials = min(self.num_trials, len(self.proposer.grid))
         for event in self.events.events:
-            if isinstance(event, Begun) and self.proposer.suggest(event.trial) != event.changes:
-                raise UserError(
-                    f"the searcher proposes a different {name_of(event.trial)} than the event log holds, since its "
-                    "version has changed; give the search another --name"
-                )
+            match event:
+                case Begun(number, changes, repeats=None) if self.proposer.suggest(number) != changes:
+                    raise UserError(
+                        f"the searcher proposes a different {name_of(number)} than the event log holds, since its "
+                        "version has changed; give the search another --name"
+                    )
             self._tell_proposer(event)
         self.recall()
 
@@ -98,12 +104,28 @@ class TrialManager:
     def is_over(self) -> bool:
         """Whether all trials have ended, and there are no more."""
         running = any(trial.status == "running" for trial in self.trials)
-        return not running and len(self.trials) >= self.num_trials
+        return not running and not self._due()
 
     @property
     def num_left(self) -> int:
-        """Number of trials to start or to resume."""
-        return len(self._waiting) + max(0, self.num_trials - len(self.trials))
+        """Number of trials to start or to resume, as far as they are known."""
+        return len(self._waiting) + len(self._due())
+
+    def _due(self) -> list[tuple[int | None, dict[str, Any]]]:
+        """What is to begin, as far as it is known: (None, {}) for a proposal, or a trial to repeat and the changes.
+
+        The finalists are known when all of the search's own trials have ended.
+        """
+        own = [trial for trial in self.trials if trial.repeats is None]
+        if len(own) < self.num_trials or any(trial.status == "running" for trial in own):
+            return [(None, {})] * (self.num_trials - len(own))
+        begun = [(trial.repeats, trial.changes) for trial in self.trials]
+        finalists = event_log.best(self.trials, self.metric)[: self.finalists]
+        whole = [trial for trial in finalists if trial.status == "finished"]
+        wanted = [
+            (trial.number, {**trial.changes, "train.seed": seed}) for seed in self.seeds for trial in whole
+        ]
+        return [repetition for repetition in wanted if repetition not in begun]
 
     def recall(self) -> None:
         """Mark all trials that have not ended as waiting, since no process runs them."""
@@ -122,8 +144,10 @@ class TrialManager:
             self.news(f"{name_of(number)} resumes")
         else:
             number = len(self.trials)
-            changes = self.proposer.suggest(number)
-            self._record(Begun(number, changes))
+            repeats, changes = self._due()[0]
+            if repeats is None:
+                changes = self.proposer.suggest(number)
+            self._record(Begun(number, changes, repeats))
             self.news(f"{name_of(number)} begins: {changes_text(changes)}")
         self._began_at[number] = time.monotonic()
         return number, dict(self.trials[number].changes)
@@ -151,7 +175,7 @@ class TrialManager:
         if repeated:
             should_continue = repeated[0].should_continue
         else:
-            should_continue = rung.images_seen < self.total_images and self._is_promoted(rung)
+            should_continue = rung.images_seen < self.total_images and self._is_promoted(number, rung)
             self._record(Evaluated(number, rung, should_continue))
             self.news(f"{name_of(number)} after {rung.images_seen:,} images: {rung.shown} bits/dim")
         if not should_continue:
@@ -161,8 +185,8 @@ class TrialManager:
     def failed(self, number: int, reason: str) -> None:
         self._end(number, "failed", reason)
 
-    def _is_promoted(self, rung: Rung) -> bool:
-        """Whether a trial is among the best of those evaluated at this rung so far.
+    def _is_promoted(self, number: int, rung: Rung) -> bool:
+        """Whether a trial is among the best of those evaluated at this rung so far, or repeats a finalist.
 
         Source: asynchronous successive halving (ASHA), Li et al. 2020 (arXiv:1810.05934).
         """
@@ -170,9 +194,11 @@ class TrialManager:
             other.value(self.metric)
             for trial in self.trials
             for other in trial.rungs
-            if other.images_seen == rung.images_seen
+            if other.images_seen == rung.images_seen and trial.repeats is None
         ]
-        return not seen or bool(rung.value(self.metric) <= np.percentile(seen, 100 / self.reduction_factor))
+        if not seen or self.trials[number].repeats is not None:
+            return True
+        return bool(rung.value(self.metric) <= np.percentile(seen, 100 / self.reduction_factor))
 
     def _end(self, number: int, status: Outcome, reason: str) -> None:
         trial = self.trials[number]
@@ -187,7 +213,7 @@ class TrialManager:
         self._tell_proposer(event)
 
     def _tell_proposer(self, event: Event) -> None:
-        if isinstance(event, Evaluated | Ended):
+        if isinstance(event, Evaluated | Ended) and self.trials[event.trial].repeats is None:
             # No rung follows a trial's end.
             rung = event.rung if isinstance(event, Evaluated) else self.trials[event.trial].last
             self.proposer.record(event, rung.value(self.metric) if rung else None)

@@ -179,7 +179,7 @@ class Recorder:
         return (runtime.mean(total) * runtime.world_size / len(self._held_out.image)).item()
 
     def _held_out_bits(self) -> dict[str, float]:
-        """Bits/dim of a few held-out images and the standard error; unlike a loss, comparable between schedules."""
+        """Bits/dim of a few held-out images and the standard error; comparable between schedules of equal T."""
         config, runtime, held_out = self._config, self._runtime, self._held_out
         has_bound = self._averaged.objective.has_bound and config.schedule.num_timesteps > 1
         stop = min(PILOT_IMAGES + BOUND_IMAGES, len(held_out.image) if held_out and has_bound else 0)

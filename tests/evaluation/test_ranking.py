@@ -1,8 +1,11 @@
 """Rankings with known answers."""
 
 import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy import stats
 
-from ddpm.evaluation.ranking import Rank, paired_ranks, ranks
+from ddpm.evaluation.ranking import Rank, configuration_difference, configuration_ranks, paired_ranks, ranks
 
 
 def test_distant_values_have_no_ties() -> None:
@@ -43,3 +46,44 @@ def test_paired_differences_cancel_the_difficulty_of_images() -> None:
     assert ranks(np.mean(values, 1), errors) == [Rank(1, 2), Rank(1, 2)]
     assert paired_ranks(values) == [Rank(1, 1), Rank(2, 2)]
     assert paired_ranks([image, image]) == [Rank(1, 2), Rank(1, 2)]
+
+
+def test_a_difference_of_configurations_is_tested_as_by_welch() -> None:
+    """On images that do not differ; the spread of images adds to the error, and most degrees of freedom."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(1.0, 0.1, (3, 1)), rng.normal(1.4, 0.02, (5, 1))
+    flat = [np.repeat(side, 200, 1) for side in (a, b)]
+    right = stats.ttest_ind(a[:, 0], b[:, 0], equal_var=False)
+    difference, error, dof = configuration_difference(flat[0], flat[1])
+    assert (difference / error, dof) == pytest.approx((right.statistic, right.df))
+    image = rng.normal(0, 2, 200)
+    _, larger, more = configuration_difference(flat[0] + image, flat[1])
+    assert larger**2 == pytest.approx(error**2 + image.var(ddof=1) / 200) and more > 10 * dof
+    _, same, _ = configuration_difference(flat[0] + image, flat[1] + image)
+    assert same == pytest.approx(error)
+
+
+def test_configurations_that_differ_less_than_their_trainings_are_tied() -> None:
+    """Nets of both differ significantly, the configurations do not; the third is far worse than either."""
+    image = np.random.default_rng(0).normal(3, 1, 100)
+    found = [np.array([image + mean + shift for shift in (-0.02, 0, 0.02)]) for mean in (0.0, 0.01, 1.0)]
+    assert paired_ranks([each[0] for each in found]) == [Rank(1, 1), Rank(2, 2), Rank(3, 3)]
+    assert configuration_ranks(found) == [Rank(1, 2), Rank(1, 2), Rank(3, 3)]
+    assert configuration_ranks([found[0], found[0]]) == [Rank(1, 2)] * 2
+    assert configuration_ranks([]) == [] and configuration_ranks(found[:1]) == [Rank(1, 1)]
+
+
+def test_few_searches_of_equal_configurations_claim_a_difference() -> None:
+    """Of eight the three whose nets are best are trained twice again; nets differ in nearly every search."""
+    rng = np.random.default_rng(0)
+    image = rng.gamma(9, 1 / 3, 100)
+
+    def net() -> NDArray[np.float64]:
+        return image + rng.normal(0, 0.05) + rng.normal(0, 0.1, 100)
+
+    claims = np.zeros(2)
+    for _ in range(100):
+        first = sorted((net() for _ in range(8)), key=lambda bits: float(bits.mean()))
+        found = configuration_ranks([np.array([bits, net(), net()]) for bits in first[:3]])
+        claims += paired_ranks(first) != [Rank(1, 8)] * 8, found != [Rank(1, 3)] * 3
+    assert claims[0] > 90 and claims[1] <= 5

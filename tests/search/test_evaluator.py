@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.evaluated import CONFIG, make_data, make_run
@@ -46,8 +47,9 @@ def test_results_equal_those_of_the_evaluate_job(evaluator: Evaluator, shards: s
     settings = Settings(num_images=60, features="pixels", num_draws=2)
     (result,) = evaluate.evaluate(context.read([uri]), settings, 1).results
     whole = result.bits[0]
-    rung = found.rung(training_s=1.5)
-    assert (rung.bits_per_dim, rung.bits_per_dim_error) == pytest.approx((whole.value, whole.error), rel=1e-6)
+    rung, bits = found.rung(training_s=1.5), np.array(found.bits)
+    assert (bits.mean(), bits.std(ddof=1) / 60**0.5) == pytest.approx((whole.value, whole.error), rel=1e-6)
+    assert (rung.bits_per_dim, rung.bits_per_dim_error) == (bits[::2].mean(), bits[::2].std(ddof=1) / 30**0.5)
     assert (rung.images_seen, len(found.bits), rung.training_s) == (192, 60, 1.5)
     assert rung.train_loss != rung.held_out_loss
     run = locations.resolve(str(tmp_path / "run"))

@@ -21,7 +21,9 @@ def open_events(folder: Path, **changes: Any) -> EventLog:
 def test_events_survive_a_reload(tmp_path: Path) -> None:
     first = open_events(tmp_path)
     for number in range(3):
-        first.add(Begun(number, {"optim.lr": 0.1 + 0.2}))  # a float with a long representation
+        first.add(
+            Begun(number, {"optim.lr": 0.1 + 0.2}, 0 if number == 2 else None)
+        )  # a float of many digits
     first.add(Evaluated(0, Rung(64, 2.5, 0.1, 0.5, 0.4, 9.0), True))
     first.add(Evaluated(0, Rung(128, 2.25, 0.1, 0.5, 0.4, 9.0), False))
     first.add(Ended(0, "finished", "", wall_s=20.0, training_s=9.0))
@@ -34,7 +36,7 @@ def test_events_survive_a_reload(tmp_path: Path) -> None:
     assert (finished.status, finished.images_seen, finished.wall_s) == ("finished", 128, 20.0)
     assert finished.score == Score("KID-pixels", 0.5, 0.1, 100)
     assert failed == Trial(1, {"optim.lr": 0.1 + 0.2}, status="failed", reason="it broke", wall_s=5.0)
-    assert running == Trial(2, {"optim.lr": 0.1 + 0.2})
+    assert running == Trial(2, {"optim.lr": 0.1 + 0.2}, repeats=0)
 
 
 def test_another_search_with_the_same_name_is_rejected(tmp_path: Path) -> None:
@@ -75,6 +77,7 @@ SCORED = {"event": "scored", "trial": 0, "score": {"name": "KID", "value": 1.0, 
             "events.1.ended.status is 'running'; it must be 'finished', ",
         ),
         ([BEGUN, BEGUN], "events.1: trial 0 cannot be begun here"),
+        ([BEGUN, {**BEGUN, "trial": 1, "repeats": 1}], "events.1: trial 1 cannot be begun here"),
         ([EVALUATED], "events.0: trial 0 cannot be evaluated here"),
         ([BEGUN, EVALUATED, EVALUATED], "events.2: trial 0 cannot be evaluated here"),
         ([BEGUN, ENDED], "events.1: trial 0 cannot be ended here"),
@@ -110,8 +113,9 @@ def test_rungs(total: int, batch: int, factor: int, number: int, expected: list[
 
 
 def test_best_ranks_only_trials_that_reached_the_last_rung() -> None:
-    def trial(number: int, status: Any, *found: tuple[int, float]) -> Trial:
-        return Trial(number, {}, tuple(Rung(at, bits, 0.1, 1 - bits, 0.0) for at, bits in found), status)
+    def trial(number: int, status: Any, *found: tuple[int, float], repeats: int | None = None) -> Trial:
+        of = tuple(Rung(at, bits, 0.1, 1 - bits, 0.0) for at, bits in found)
+        return Trial(number, {}, of, status, repeats=repeats)
 
     trials = [
         trial(0, "finished", (64, 2.0), (128, 1.5)),
@@ -119,6 +123,7 @@ def test_best_ranks_only_trials_that_reached_the_last_rung() -> None:
         trial(2, "finished", (64, 2.0), (128, 1.25)),
         trial(3, "failed", (64, 0.5), (128, 0.25)),
         trial(4, "failed"),
+        trial(5, "finished", (64, 1.0), (128, 0.5), repeats=2),  # not a trial of the search itself
     ]
     assert [t.number for t in best(trials, "bits_per_dim")] == [2, 0]
     assert [t.number for t in best(trials, "held_out/loss")] == [0, 2]

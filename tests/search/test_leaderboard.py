@@ -1,5 +1,6 @@
 """Results of a search: ranks and ties, flags, the best config and plots, from made-up trials."""
 
+import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from ddpm.evaluation.scores import Score
 from ddpm.presets import DIGITS
 from ddpm.search import leaderboard, plots, publish, space
 from ddpm.search.config import Arguments
-from ddpm.search.evaluator import Evaluation
+from ddpm.search.evaluator import RANKING, REPORTING, Evaluation
 from ddpm.search.event_log import Begun, Ended, Evaluated, EventLog, Scored, Trial
 from ddpm.search.setup import Setup
 from ddpm.storage import locations
@@ -53,18 +54,30 @@ def place(tmp_path: Path) -> Location:
 
 
 def make_events(place: Location, trials: list[tuple[dict[str, Any], Any, dict[int, Any]]]) -> EventLog:
-    """Write an event log; a trial is its changes, its status, and images seen -> mean bits/dim."""
+    """Write an event log; a trial is its changes, its status, and images seen -> mean bits/dim.
+
+    This is the mean on the images that rank; on the others it is 0.125 more.
+    """
     events = EventLog(place, {}, timeout_s=0)
-    image = np.random.default_rng(0).normal(0, 0.5, 50)
-    for number, (changes, status, found) in enumerate(trials):
-        events.add(Begun(number, changes))
-        for at, mean in found.items():
-            evaluated = Evaluation(at, tuple(mean + image - image.mean()), 0.5, 0.9 - mean / 10)
-            evaluated.write(place.child(f"trial-{number:03d}"))
-            events.add(Evaluated(number, evaluated.rung(8.0), at < 128))
-        reason = "it broke" if status == "failed" else ""
-        events.add(Ended(number, status, reason, wall_s=10.0, training_s=8.0))
+    for trial in trials:
+        add_trial(place, events, *trial)
     return events
+
+
+def add_trial(
+    place: Location, events: EventLog, changes: Any, status: Any, found: Any, repeats: int | None = None
+) -> None:
+    image = np.random.default_rng(0).normal(0, 0.5, 50)
+    image[RANKING] -= image[RANKING].mean()
+    image[REPORTING] -= image[REPORTING].mean() - 0.125
+    number = len(events.trials())
+    events.add(Begun(number, changes, repeats))
+    for at, mean in found.items():
+        evaluated = Evaluation(at, tuple(mean + image), 0.5, 0.9 - mean / 10)
+        evaluated.write(place.child(f"trial-{number:03d}"))
+        events.add(Evaluated(number, evaluated.rung(8.0), at < 128))
+    reason = "it broke" if status == "failed" else ""
+    events.add(Ended(number, status, reason, wall_s=10.0, training_s=8.0))
 
 
 @pytest.fixture
@@ -105,9 +118,37 @@ def test_ranks_ties_and_flags(place: Location, events: EventLog) -> None:
     assert [str(s.by_kid) for s in found] == ["3", "1-2", "1-2", "None", "None"]
     assert [s.is_flagged for s in found] == [True, False, False, False, False]
     assert found[0].leftover == pytest.approx(8 * 0.775, abs=0.1)  # 8x8 exp(-200 (1e-4 + 5e-3) / 4)
-    lines = "\n".join(leaderboard.remarks(found, "bits_per_dim"))
+    lines = "\n".join(leaderboard.remarks(found))
     assert "sqrt(D alpha_bar_T), with D numbers per image, is above 0.5" in lines
-    assert "trial-001, is not the best by KID, which is trial-000" in lines
+    assert "The best by bits/dim: trial-001.\n" in lines
+    assert lines.endswith("The best by KID: trial-000, trial-004, which are tied.")
+    assert "trial-001, has 2.3750 ± 0." in lines and "--finalist-seeds 3 ranks configurations" in lines
+    assert f"of the digits {leaderboard.FEWER_TIMESTEPS}" in lines
+
+
+def test_the_configuration_whose_trainings_are_best_wins(place: Location, events: EventLog) -> None:
+    """Of the two whose nets are best, 1 and 0, the first was lucky; its number is that of its other trainings."""
+    for repeats, changes, *found in ((1, LINEAR, 2.65, 2.75), (0, COSINE, 2.52, 2.48)):
+        for seed, bits in enumerate(found, 1):
+            again = {**changes, "train.seed": seed}
+            add_trial(place, events, again, "finished", {64: 3.0, 128: bits}, repeats)
+    rows = rows_of(place, events)
+    assert [row.trial.number for row in rows] == [0, 1, 4, 8, 7, 5, 6, 2, 3]
+    assert [str(row.by_trainings) for row in rows[:3]] == ["1-2", "1-2", "None"]
+    assert [str(row.by_bits) for row in rows[:4]] == ["2-3", "1", "2-3", "None"]
+    best, lucky = rows[:2]
+    assert best.mean and best.reported and lucky.reported and best.mean.error > 0.02 / 3**0.5
+    assert (best.mean.value, best.reported.value, lucky.reported.value) == pytest.approx((2.5, 2.625, 2.825))
+    lines = "\n".join(leaderboard.remarks(rows))
+    assert "trial-000, has 2.6250 ± " in lines and "trained again after the search" in lines
+    assert f"trainings of one is {(0.02**2 / 2 + np.var([2.25, 2.65, 2.75], ddof=1) / 2) ** 0.5:.4f}" in lines
+    text = leaderboard.markdown(rows, [])
+    assert "| finished, trial-000 again |" in text and "| mean of trainings | rank |" in text
+    assert json.loads(str(leaderboard.best_config(rows, GIVEN)))["train"]["seed"] == 0
+    table = pq.read_table(io.BytesIO(leaderboard.parquet(rows))).to_pylist()
+    assert table[0]["reported_bits_per_dim"] == best.reported.value and table[3]["repeats"] == "trial-000"
+    assert table[1]["reported_bits_per_dim"] is None and table[1]["rank_by_trainings"] == "1-2"
+    assert plots.parallel(events.trials(), SPACE.domains, "bits_per_dim").startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -205,7 +246,7 @@ def test_the_parent_run_in_mlflow_has_all_results(place: Location, without_final
     names = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert {"results.md", "results.parquet", "best.json", "parallel.png"} <= names
     assert run.data.params["search.metric"] == "bits_per_dim"
-    assert run.data.metrics["best/bits_per_dim"] == pytest.approx(2.25)
+    assert run.data.metrics["best/bits_per_dim"] == pytest.approx(2.375)
     assert run.data.tags["mlflow.source.name"] == "tune/search.py"
     assert run.data.tags["mlflow.note.content"] == Path(place.path, "results.md").read_text()
     assert run.info.status == "FINISHED"

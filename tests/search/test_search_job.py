@@ -21,9 +21,10 @@ from ddpm.search import publish
 from ddpm.search.event_log import EventLog, Trial
 from ddpm.storage import locations
 
-# A good trial, one that fails because of its learning rate, and one that is worse than the first and is stopped.
+# A good trial, one that fails because of its learning rate, and one that is worse than the first and is stopped; then
+# the first again, with another seed.
 FLAGS = """digits --name s --searcher grid --num-trials 3 --max-concurrent 1 --num-rungs 2 --num-images 60
-    --finalists 1 --drawn-images 40 --features pixels --run.experiment killed
+    --finalists 1 --finalist-seeds 2 --drawn-images 40 --features pixels --run.experiment killed
     --space schedule.kind=cosine|linear optim.lr=2e-3|1e30
     --schedule.num-timesteps 30 --model.base-width 8 --model.width-multipliers 1 2 --model.norm-groups 4
     --train.total-images 1920 --train.batch-size 64 --train.micro-batch-size 64 --train.log-every-images 640
@@ -66,7 +67,7 @@ def test_a_search_interrupted_and_killed_ends_with_the_same_leaderboard(
     assert trials_in(killed)[-1].status == "running"
 
     with Job("search", *FLAGS, log=killed / "job.log") as job:
-        job.wait_for(lambda: len(trials_in(killed)) == 3)
+        job.wait_for(lambda: len(trials_in(killed)) == 4)
 
     with Job("search", *FLAGS, log=killed / "job.log") as job:
         assert job.wait() == 0, job.output
@@ -76,7 +77,9 @@ def test_a_search_interrupted_and_killed_ends_with_the_same_leaderboard(
         ("finished", 2),
         ("failed", 0),
         ("stopped", 1),
+        ("finished", 2),
     ]
+    assert (found[3].repeats, found[3].changes) == (0, {**found[0].changes, "train.seed": 1})
     assert "the loss or the gradient is not finite" in found[1].reason
     assert "trial-000" in output and "Traceback" not in output
 
@@ -84,7 +87,8 @@ def test_a_search_interrupted_and_killed_ends_with_the_same_leaderboard(
         assert (place / name).stat().st_size > 0
     page = (place / "comparison.html").read_text()
     assert page.count('<figure class="grid">') == 2 and "trial-001" not in page  # it was never evaluated
-    assert "compared image by image" in page and "train/loss over images seen" in page
+    assert "means of several trainings" in page and "train/loss over images seen" in page
+    assert [row["rank_by_trainings"] for row in leaderboard(killed)] == ["1", None, None, None]
     best = from_json((place / "best.json").read_text(), "best.json", DIGITS)
     assert (best.schedule.kind, best.optim.lr, best.train.total_images) == ("cosine", 2e-3, 1920)
     check_mlflow(place)
@@ -106,10 +110,15 @@ def mlflow_runs(place: Path) -> list[Run]:
 
 
 def check_mlflow(place: Path) -> None:
-    """MLflow has a parent run with three children, each with its trial's status."""
+    """MLflow has a parent run with four children, each with its trial's status."""
     parent, *children = mlflow_runs(place)
     status = {run.info.run_name: run.info.status for run in children}
-    assert status == {"trial-000": "FINISHED", "trial-001": "FAILED", "trial-002": "KILLED"}
+    assert status == {
+        "trial-000": "FINISHED",
+        "trial-001": "FAILED",
+        "trial-002": "KILLED",
+        "trial-003": "FINISHED",
+    }
     assert parent.info.status == "FINISHED"
     files = MlflowClient(publish.tracking_uri()).list_artifacts(parent.info.run_id)
     assert "comparison.html" in {file.path for file in files}

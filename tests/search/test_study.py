@@ -14,7 +14,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 from ddpm.presets import DIGITS
 from ddpm.search import space, study, trial_manager
 from ddpm.search.default_space import DEFAULT
-from ddpm.search.event_log import Begun, Ended, Evaluated, Event, EventLog, Rung
+from ddpm.search.event_log import Begun, Ended, Evaluated, Event, EventLog, Rung, best
 from ddpm.search.runner import News, Trained
 from ddpm.search.trial_manager import OptunaProposer, TrialManager
 from ddpm.storage import locations
@@ -60,6 +60,7 @@ def search(
     max_events: float = math.inf,
     num_trials: int = NUM_TRIALS,
     proposer: Any = None,
+    finalists: int = 0,
 ) -> EventLog:
     """Run trials one after the other, as Tune would, until all are done or the event log kills the search."""
     found = space.parse(DEFAULT, DIGITS)
@@ -67,6 +68,7 @@ def search(
     events.max_events = max_events
     proposer = proposer or OptunaProposer(found, 3, searcher, 2)
     trials = TrialManager(events, proposer, "bits_per_dim", num_trials, RUNGS[-1], 3, lambda line: None)
+    trials.finalists, trials.seeds = finalists, (1, 2)
     rungs = RUNGS if scheduler == "asha" else RUNGS[-1:]
     begun = trials.next()
     while begun is not None:
@@ -146,6 +148,26 @@ def test_optuna_has_the_state_and_the_rungs_of_every_trial(tmp_path: Path) -> No
             has_value = trial.last and trial.status != "failed"
             assert told.value == (trial.last.bits_per_dim if has_value else None)
     assert both[0].suggest(NUM_TRIALS) == both[1].suggest(NUM_TRIALS)
+
+
+def test_finalists_are_trained_again_whenever_the_search_is_killed(
+    tmp_path: Path, undisturbed: list[Event]
+) -> None:
+    """They run to the end, and neither Optuna nor ASHA knows of them."""
+    whole = search(tmp_path / "whole", finalists=2)
+    assert without_times(whole)[: len(undisturbed)] == undisturbed
+    own, again = whole.trials()[:NUM_TRIALS], whole.trials()[NUM_TRIALS:]
+    first, second = (trial.number for trial in best(own, "bits_per_dim")[:2])
+    expected = [(number, seed) for seed in (1, 2) for number in (first, second)]
+    assert [(trial.repeats, trial.changes["train.seed"]) for trial in again] == expected
+    assert all(trial.changes == {**own[trial.repeats or 0].changes, **trial.changes} for trial in again)
+    assert {(trial.status, len(trial.rungs)) for trial in again} == {("finished", 3)}
+    for cut in range(len(undisturbed), len(whole.events), 4):
+        with pytest.raises(DriverKilled):
+            search(tmp_path / str(cut), max_events=cut, finalists=2)
+        assert without_times(search(tmp_path / str(cut), finalists=2)) == without_times(whole), cut
+    more = search(tmp_path / "whole", num_trials=NUM_TRIALS + 2, finalists=2).trials()
+    assert [trial.repeats is None for trial in more[NUM_TRIALS + 4 :]][:2] == [True, True]
 
 
 @pytest.mark.parametrize("searcher", ["random", "grid"])
