@@ -13,10 +13,7 @@ from ddpm.utils.progress import printable
 
 
 def card(uri: str, use: str = "", reports: Sequence[Report] | None = None) -> str:
-    """The model card of the run at `uri`, or of a built-in net.
-
-    `use` is code that samples from it, `reports` are its evaluations, by default those in the run's folder.
-    """
+    """The card of the run at `uri`, with code that uses it, and its evaluations (None: those in the run's folder)."""
     if uri.startswith(builtin_nets.SCHEME):
         return (builtin_nets.folder_of(uri) / "README.md").read_text()
     (run,) = compared_run.read([uri])

@@ -169,6 +169,7 @@ def _of_checkpoint(
     net = checkpoint.net_without_memory(config, card.uri)
     hours = _hours(rates, rates[-1].x) if rates else None
     source = config.data.source or (config.data.shards or "unknown").rstrip("/").rpartition("/")[2]
+    versions = [f"{k.rpartition('.')[2]} {v}" for k, v in tags.items() if re.match(r"version|git\.c", k)]
     facts = {
         "status": STATUS[status.status] if status else "unknown",
         "images seen": f"{seen:,}" + (f" of {total:,}" if seen < total else ""),
@@ -177,8 +178,7 @@ def _of_checkpoint(
         "weights": f"{sum(weight.numel() for weight in net.parameters()):,}",
         "seed": str(config.train.seed),
         "hardware": tags.get("hardware", "unknown"),
-        "versions": ", ".join(f"{key[8:]} {tag}" for key, tag in tags.items() if "version." in key)
-        or "unknown",
+        "versions": ", ".join(versions) or "unknown",
         "data": f"{source} ({position.data_fingerprint[:8]})",
     }
     settings = {key: str(value) for key, value in pages.params(config).items()}
