@@ -35,6 +35,7 @@ def pack(uri: str, name: str) -> Path:
     packed.mkdir(parents=True, exist_ok=True)
     half = {key: tensor.half().contiguous() for key, tensor in trained.net.state_dict().items()}
     save_file(half, packed / "net.safetensors")
+    (packed / "net.safetensors").chmod(0o644)
     config = replace(trained.config, data=replace(trained.config.data, shards=None), run=run)
     (packed / "state.json").write_text(json.dumps(position, indent=2) + "\n")
     (packed / "config.json").write_text(to_json(config))
