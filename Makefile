@@ -15,6 +15,7 @@ help:
 	@echo 'make test-nightly     on the oldest Ray too: lost and preempted nodes, elastic runs, submitted jobs'
 	@echo 'make gpu              with a CUDA GPU: its tests, and the tables benchmarks/gpu.md and checkpoints-gpu.md'
 	@echo 'make soak             train for half an hour through a fault a minute, and compare with an undisturbed run'
+	@echo 'make nets             train and evaluate the built-in nets anew (ddpm/hub/nets): twenty minutes on two cores'
 	@echo 'make mlflow           start an MLflow server with PostgreSQL, S3 and passwords on this machine'
 	@echo 'make check            format, lint, types, which module may import which, and lines of each package'
 	@echo 'make clean            remove $(VENV) and caches; runs/ stays'
@@ -53,6 +54,9 @@ gpu: $(VENV)/installed-test
 
 soak: $(VENV)/installed-test
 	$(BIN)/python tests/soak.py
+
+nets: $(VENV)/installed
+	$(BIN)/python infra/builtin_nets.py
 
 mlflow: $(VENV)/installed-test
 	PYTHONPATH=tests $(BIN)/python infra/mlflow/local.py
@@ -98,4 +102,4 @@ $(BIN)/pip:
 	    echo '$(PYTHON) $(NO_PIP)' >&2; exit 1; \
 	fi
 
-.PHONY: help train ui test test-all test-oldest-ray test-nightly install-all gpu soak mlflow check clean
+.PHONY: help train ui test test-all test-oldest-ray test-nightly install-all gpu soak nets mlflow check clean

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ddpm.build import TrainedNet, build_net
 from ddpm.config import Affects, Config
-from ddpm.config_io import differences, flatten, from_json, keys_that_affect
+from ddpm.config_io import differences, flatten, from_json, keys_that_affect, to_json
 from ddpm.diffusion import schedules
 from ddpm.utils import files, strict_json
 from ddpm.utils.errors import UserError
@@ -165,14 +165,8 @@ def read_config(folder: Path) -> Config:
     return from_json(read_bytes(file), where=str(file))
 
 
-def newest(run: Path) -> Path | None:
-    """The newest checkpoint in a run's folder; None: there is none."""
-    return max((file.parent for file in run.glob(f"{PREFIX}*/{CHECKSUMS}")), default=None)
-
-
-def load_net(folder: Path | str, device: torch.device | str = "cpu", *, ema: bool = True) -> TrainedNet:
-    """The averaged (or the raw) net of a checkpoint, or of a run's newest, ready for sampling."""
-    folder = newest(Path(folder)) or Path(folder)
+def load_net(folder: Path, device: torch.device | str = "cpu", *, ema: bool = True) -> TrainedNet:
+    """The averaged (or the raw) net of a checkpoint, ready for sampling."""
     verify(folder)
     config = read_config(folder)
     try:
@@ -186,14 +180,11 @@ def load_net(folder: Path | str, device: torch.device | str = "cpu", *, ema: boo
     return TrainedNet(net.to(device).eval().requires_grad_(False), config)
 
 
-def write_light(folder: Path, out: Path) -> None:
-    """Write the checkpoint in `folder` to `out` without its optimizer's state: half as large, enough for sampling."""
-    verify(folder)
-    cpu, position = torch.device("cpu"), read_state(folder)
-    net = net_without_memory(read_config(folder), f"{folder}/config.json")
-    tensors = {name: _read_weights(net, folder / f"{name}.safetensors", cpu) for name in ("net", "ema")}
-    config = read_bytes(folder / "config.json").decode()
-    write(Snapshot(position["images_seen"], {**tensors, "optimizer": {}}, position, config), out)
+def write_net(trained: TrainedNet, position: dict[str, Any], folder: Path) -> None:
+    """Write a checkpoint of a net alone: the averaged net is the same, and the optimizer has no state."""
+    weights = {name: tensor.contiguous() for name, tensor in trained.net.state_dict().items()}
+    tensors = {"net": weights, "ema": weights, "optimizer": dict[str, Tensor]()}
+    write(Snapshot(position["images_seen"], tensors, position, to_json(trained.config)), folder)
 
 
 def check_same_run(saved: Config, now: Config, where: str) -> None:

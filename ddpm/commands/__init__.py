@@ -18,6 +18,7 @@ COMMANDS = {
     "search": "search noise schedule and learning rate",
     "prepare": "make a data set of shards",
     "export": "export a net, for diffusers or as a program",
+    "card": "write a net's model card",
     "sync": "deliver a run's remaining records to MLflow",
     "ui": "show the runs in MLflow",
 }

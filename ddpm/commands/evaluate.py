@@ -1,9 +1,9 @@
 """Evaluate checkpoints: python jobs/evaluate.py CHECKPOINT [CHECKPOINT ...] [--num-images 2000] [--out FILE.json]
 
-CHECKPOINT is the folder or s3:// URI of a checkpoint, or of a run (its newest checkpoint), or models:/NAME@ALIAS in
-MLflow's registry. Bits/dim of held-out images, and KID, FID, precision, recall, density, coverage and memorisation of
-generated images are printed as a table, written to FILE.json with plots next to it, and logged to the runs' own
-MLflow runs. Settings that are not given default to those of training.
+CHECKPOINT is the folder or s3:// URI of a checkpoint or of a run (its newest checkpoint), models:/NAME@ALIAS in
+MLflow's registry, or builtin:NAME. Bits/dim of held-out images, and KID, FID, precision, recall, density, coverage and
+memorisation of generated images are printed as a table, written to FILE.json with plots next to it, and logged to the
+runs' own MLflow runs. Settings that are not given default to those of training.
 """
 
 from dataclasses import dataclass, field

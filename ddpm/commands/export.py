@@ -1,14 +1,14 @@
 """Export a net: python jobs/export.py CHECKPOINT DIR [--format diffusers|pt2]
 
-CHECKPOINT is the folder or s3:// URI of a checkpoint, or of a run (its newest checkpoint), or models:/NAME@ALIAS. DIR
-is a new folder: a pipeline for DDPMPipeline.from_pretrained (diffusers), or a torch.export program (pt2).
+CHECKPOINT is a checkpoint, a run (its newest checkpoint), models:/NAME@ALIAS or builtin:NAME. DIR is a new folder: a
+pipeline for DDPMPipeline.from_pretrained with a run's model card (diffusers), or a torch.export program (pt2).
 
     python jobs/export.py PIPELINE DIR --format checkpoint
 
 turns a diffusers folder into the checkpoint DIR; jobs/train.py --train.init-from DIR trains from its weights.
 """
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,7 +25,7 @@ class Arguments:
     """Arguments of an export."""
 
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
-    """Folder or URI of a checkpoint or run, or a registered model; with --format checkpoint, a diffusers folder."""
+    """Folder or URI of a checkpoint or run, a registered or built-in net; --format checkpoint: a diffusers folder."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
     """New folder."""
     format: Literal["diffusers", "pt2", "checkpoint"] = "diffusers"
@@ -50,6 +50,7 @@ def main() -> None:
     if out.exists():
         raise UserError(f"{out} exists, and nothing is overwritten; name a new folder")
     from ddpm.checkpoints import checkpoint
+    from ddpm.evaluation import card
     from ddpm.hub import export, registry, resolve
 
     with ExitStack() as stack:
@@ -67,8 +68,12 @@ def main() -> None:
             else:
                 export.to_diffusers(trained, out, arguments.label)
                 steps = trained.config.schedule.num_timesteps
+                use = f"DDPMPipeline.from_pretrained({str(out)!r})(num_inference_steps={steps})"
                 print(f"pipeline    {out}")
-                print(f"draw        DDPMPipeline.from_pretrained({str(out)!r})(num_inference_steps={steps})")
+                print(f"draw        {use}")
+                with suppress(UserError):  # not a run
+                    text = card.card(arguments.checkpoint, use, None if arguments.ema else ())
+                    (out / "README.md").write_text(text)
         if arguments.register is not None:
             model, where = registry.register(arguments.register, folder, exported, arguments.alias)
             print(f"model       {model} in {where}")

@@ -1,8 +1,8 @@
 """Sample images from a checkpoint: python jobs/sample.py CHECKPOINT --num-images 64 --seed 0 --out DIR
 
-CHECKPOINT is the folder or s3:// URI of a checkpoint, or of a run (its newest checkpoint), or models:/NAME@ALIAS in
-MLflow's registry. DIR, a folder or s3:// URI, gets grid.png and images/000000.png, ...; image i depends on the seed
-and i alone. Settings that are not given default to those of training. Run the same command again to add missing images.
+CHECKPOINT is the folder or s3:// URI of a checkpoint or of a run (its newest checkpoint), models:/NAME@ALIAS in
+MLflow's registry, or builtin:NAME. DIR, a folder or s3:// URI, gets grid.png and images/000000.png, ...; image i
+depends on the seed and i alone. Settings that are not given are those of training; the same command resumes it.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Arguments(SampleFlags):
     """Arguments of a sampling job."""
 
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
-    """Folder or URI of a checkpoint or run, or a registered model."""
+    """Folder or URI of a checkpoint or run, a registered model, or a built-in net."""
     num_images: Images = 64
     """Total number of images at `out`."""
     out: Text | None = None

@@ -8,7 +8,7 @@ import shlex
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -30,8 +30,12 @@ class Arguments:
 
 
 def main() -> int:
-    arguments: Arguments = cli.parse_preset(Arguments, __doc__)
+    result = launch(cli.parse_preset(Arguments, __doc__))
+    return 128 + result.signal if result.signal else 0
 
+
+def launch(arguments: Arguments, items: Any = None) -> Any:
+    """Train, with `items`, a data set in Python, in place of the config's; returns a `fit.Result`."""
     from ddpm.data import plan  # after parsing, so that --help and errors come at once
 
     began = time.monotonic()
@@ -48,7 +52,7 @@ def main() -> int:
     package.leave(arguments.verbose)
     config = runs.with_name_and_storage(arguments.config, arguments.preset)
     connect = partial(ray_init.connect, arguments.verbose)
-    config = builtin.with_shards(config, command_line.typed(), connect)
+    config = builtin.with_shards(config, command_line.typed(), connect, items)
     data_set = ray_dataset.open_configured(config)
     print(f"data        {config.data.shards}  ({data_set.rows.num_rows:,} images to train on)")
     connect()
@@ -66,4 +70,4 @@ def main() -> int:
         print(f"trained     {result.images_seen:,} images, {took}")
     for line in summary(result):
         print(command_line.installed(line))
-    return 128 + result.signal if result.signal else 0
+    return result

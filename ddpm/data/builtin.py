@@ -1,16 +1,17 @@
-"""Data for a run without data.shards: its preset's source or a folder of images, prepared once beside the runs."""
+"""Data for a run without data.shards: its preset's source, images or items, prepared once beside the runs."""
 
 import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from ddpm.checkpoints.runs import RESERVED
 from ddpm.config import Config
 from ddpm.data import catalog, prepare
 from ddpm.data.image_folder import Folder
+from ddpm.data.items import Items
 from ddpm.data.sources import MissingFiles, Source
 from ddpm.storage import locations
 from ddpm.utils.errors import UserError
@@ -21,19 +22,25 @@ MAX_NAME = 60
 
 
 def with_shards(
-    config: Config, command: str = "the same command", connect: Callable[[], None] | None = None
+    config: Config,
+    command: str = "the same command",
+    connect: Callable[[], None] | None = None,
+    items: Any = None,
 ) -> Config:
-    """`config` with data.shards: the given one, or data.images or data.source, prepared in {run.storage}/data/.
+    """`config` with data.shards: the given one, or items, data.images or data.source, prepared in {run.storage}/data/.
 
     Args:
         command: the command to repeat once the source's files are prepared.
         connect: starts Ray to prepare many images on workers; not called if these may not see the folder.
     """
-    if config.data.shards is not None:
+    if items is None and config.data.shards is not None:
         if config.data.images is not None:
             raise UserError("--data.images and --data.shards are two data sets; give one of them")
         return replace(config, data=replace(config.data, shards=locations.absolute(config.data.shards)))
-    what, source = _pictures(config) if config.data.images is not None else _named(config, command)
+    what: str = "items"
+    source: Source = Items(items, config.model.image_size, config.model.channels)
+    if items is None:
+        what, source = _pictures(config) if config.data.images is not None else _named(config, command)
     # The name has a digest, so data sets of other versions or other images are kept beside this one.
     name = f"{what}-{prepare.options_of(source)[:8]}".replace(":", "-")
     location = locations.resolve(config.run.storage).child(RESERVED).child(name)
@@ -41,7 +48,7 @@ def with_shards(
         connect = None
     skip = config.data.skip_unreadable
     prepare.prepare(source, location, f"preparing {what}", connect=connect, skip_unreadable=skip)
-    if config.data.images is not None:  # the shards are not of the preset's source
+    if items is not None or config.data.images is not None:  # the shards are not of the preset's source
         config = replace(config, data=replace(config.data, images=None, source=None))
     return replace(config, data=replace(config.data, shards=location.uri))
 

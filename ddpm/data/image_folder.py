@@ -267,13 +267,18 @@ def _stored(data: bytes | Exception, size: int, channels: int, encoding: Encodin
         )
         if fits and encoding == "encoded":
             return data
-        upright = ImageOps.exif_transpose(image)
-        picture = ImageOps.fit(_converted(upright, mode), (size, size), Image.Resampling.LANCZOS)
+        picture = fitted(image, size, channels)
     if encoding == "raw":
         return np.asarray(picture, np.uint8)
     file = io.BytesIO()
     picture.save(file, "PNG")
     return file.getvalue()
+
+
+def fitted(image: Image.Image, size: int, channels: int) -> Image.Image:
+    """The image upright, in grey or RGB, resized and cropped to the centre square of `size`."""
+    upright = _converted(ImageOps.exif_transpose(image), "L" if channels == 1 else "RGB")
+    return ImageOps.fit(upright, (size, size), Image.Resampling.LANCZOS)
 
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:

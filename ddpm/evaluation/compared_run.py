@@ -17,13 +17,13 @@ from ddpm.config_io import from_json
 from ddpm.evaluation.plots import Point
 from ddpm.evaluation.report import Report, nearest_pictures
 from ddpm.hub import resolve
-from ddpm.sampling import generate
+from ddpm.sampling import workers
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
 from ddpm.tracking import curves, pages
-from ddpm.utils import devices, images, strict_json
+from ddpm.utils import images, strict_json
 from ddpm.utils.errors import UserError
-from ddpm.utils.progress import printable, track
+from ddpm.utils.progress import printable
 from ddpm.utils.retry import as_user_error
 
 RATE = "train/images_per_s"
@@ -32,8 +32,8 @@ ERRORS = {"held_out/bits_per_dim": "held_out_error/bits_per_dim"}
 CURVES = ("train/loss", "held_out/loss", *ERRORS)
 GRID = re.compile(r"(\d{12,19})\.png")
 GIF = "pictures/reverse_trajectory.gif"
-SAMPLED_IMAGES, BATCH_IMAGES = 64, 16
-"""Images of a grid that is sampled for a run without one, and of a batch."""
+SAMPLED_IMAGES = 64
+"""Images of a grid that is sampled for a run without one."""
 STATUS = {"RUNNING": "running, or killed", "FINISHED": "finished", "STOPPED": "stopped", "FAILED": "failed"}
 """Words for a run's status."""
 
@@ -134,7 +134,7 @@ def _read(run: Run, sample: bool) -> ComparedRun:
         int(m[1]): samples.child(m[0]).read for m in map(GRID.fullmatch, samples.files()) if m
     }
     if stored and not grids and sample:
-        if png := readable(partial(_sample, printable(run.name), stored[-1]), b""):
+        if png := readable(partial(_sample, stored[-1]), b""):
             grids[of_checkpoint["images_seen"]] = io.BytesIO(png).getvalue
     elif stored and not grids:
         remarks.append(Remark("no samples yet; without --no-sample they are made now"))
@@ -160,7 +160,8 @@ def _of_checkpoint(
     config = from_json(card.read().decode(errors="replace"), card.uri)
     position = strict_json.parse(Position, state.read(), f"{state.uri} is damaged", extra="allow")
     seen, total = position.images_seen, config.train.total_images
-    command = status.tags.get("command", "") if status else ""
+    tags = status.tags if status else {}
+    command = tags.get("command", "")
     if seen < total and status and status.status != "FINISHED":
         how = "if it was killed, this resumes it:" if status.status == "RUNNING" else "this resumes it:"
         words = f"{STATUS[status.status]} at {seen:,} of {total:,} images"
@@ -168,6 +169,7 @@ def _of_checkpoint(
     net = checkpoint.net_without_memory(config, card.uri)
     hours = _hours(rates, rates[-1].x) if rates else None
     source = config.data.source or (config.data.shards or "unknown").rstrip("/").rpartition("/")[2]
+    versions = [f"{k.rpartition('.')[2]} {v}" for k, v in tags.items() if re.match(r"version|git\.c", k)]
     facts = {
         "status": STATUS[status.status] if status else "unknown",
         "images seen": f"{seen:,}" + (f" of {total:,}" if seen < total else ""),
@@ -175,7 +177,8 @@ def _of_checkpoint(
         "images/s": f"{rates[-1].x / hours / 3600:,.0f}" if hours else "unknown",
         "weights": f"{sum(weight.numel() for weight in net.parameters()):,}",
         "seed": str(config.train.seed),
-        "hardware": status.tags.get("hardware", "unknown") if status else "unknown",
+        "hardware": tags.get("hardware", "unknown"),
+        "versions": ", ".join(versions) or "unknown",
         "data": f"{source} ({position.data_fingerprint[:8]})",
     }
     settings = {key: str(value) for key, value in pages.params(config).items()}
@@ -193,15 +196,11 @@ def _hours(rates: Sequence[Point], images_seen: float) -> float | None:
     return float(np.interp(images_seen, at, [0, *spent.cumsum()]))
 
 
-def _sample(name: str, stored: Location) -> bytes:
+def _sample(stored: Location) -> bytes:
     """A PNG of a grid, sampled from a checkpoint as training samples it."""
-    device = devices.default()
     with resolve.as_folder(stored) as folder:
-        trained = checkpoint.load_net(folder, device)
-    batches = [range(start, start + BATCH_IMAGES) for start in range(0, SAMPLED_IMAGES, BATCH_IMAGES)]
-    shown = track(f"{name}: images sampled", SAMPLED_IMAGES, batches, len)
-    drawn = [generate.draw(trained, batch).cpu().numpy() for batch in shown]
-    return images.png_bytes(images.grid(np.concatenate(drawn)))
+        job = workers.SampleJob(checkpoint.load_net(folder))
+    return images.png_bytes(images.grid(workers.in_memory(job, SAMPLED_IMAGES)))
 
 
 def _curves(logged: Mapping[str, Sequence[curves.Point]]) -> dict[str, list[Point]]:

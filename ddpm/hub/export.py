@@ -32,7 +32,6 @@ from torch import Tensor
 
 from ddpm.build import TrainedNet, build_net
 from ddpm.checkpoints import checkpoint
-from ddpm.checkpoints.checkpoint import Snapshot
 from ddpm.config import Config
 from ddpm.config_io import to_json
 from ddpm.diffusion.objectives import PROCESSES
@@ -111,7 +110,6 @@ def from_diffusers(source: Path, out: Path) -> None:
     config, theirs = _read_pipeline(source)
     net = build_net(config)
     net.load_state_dict(_to_our_names(theirs, config, str(source)))
-    weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
     position = {
         "step": 0,
         "images_seen": 0,
@@ -121,9 +119,8 @@ def from_diffusers(source: Path, out: Path) -> None:
         "data_fingerprint": "",
         "imported_from": str(source.absolute()),
     }
-    tensors = {"net": weights, "ema": weights, "optimizer": {}}
     with _new_folder(out) as folder:
-        checkpoint.write(Snapshot(0, tensors, position, to_json(config)), folder)
+        checkpoint.write_net(TrainedNet(net, config), position, folder)
 
 
 def _diffusers() -> Any:

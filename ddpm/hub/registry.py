@@ -46,7 +46,8 @@ def register(
     build_sampler(checkpoint.read_config(folder))
     with tempfile.TemporaryDirectory(prefix="ddpm-model-") as staging:
         try:
-            checkpoint.write_light(folder, Path(staging, "checkpoint"))
+            position = checkpoint.read_state(folder)
+            checkpoint.write_net(checkpoint.load_net(folder), position, Path(staging, "checkpoint"))
             for kind, path in exported.items():
                 shutil.copytree(path, Path(staging, kind))
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Resolution of a name to a checkpoint: a checkpoint's folder, a run's folder, or a model in MLflow's registry."""
+"""Resolution of a name to a checkpoint: a folder of one or of a run, a model in MLflow's registry, or builtin:NAME."""
 
 import contextlib
 import json
@@ -12,22 +12,26 @@ from torch import Tensor
 
 from ddpm.checkpoints import checkpoint
 from ddpm.checkpoints.runs import X_0_ERROR, X_0_ERROR_FORMAT, checkpoints
-from ddpm.hub import registry
+from ddpm.hub import builtin_nets, registry
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import retry_io
 
+UNPACK = {registry.SCHEME: registry.download, builtin_nets.SCHEME: builtin_nets.unpack}
+"""By scheme: writes the checkpoint of a URI into a folder, and returns the checkpoint's folder."""
+SCHEMES = tuple(UNPACK)
+
 
 def checkpoints_of(uri: str) -> list[str]:
-    """`uri` itself, if it is a checkpoint or a registered model; else the checkpoints of the run, oldest first."""
-    return [uri] if uri.startswith(registry.SCHEME) else [location.uri for location in _checkpoints_at(uri)]
+    """`uri` itself, if it is a checkpoint or has a scheme of SCHEMES; else the checkpoints of the run, oldest first."""
+    return [uri] if uri.startswith(SCHEMES) else [location.uri for location in _checkpoints_at(uri)]
 
 
 def name_of(uri: str) -> str:
-    """The name of a run or registered model, as a folder's name; for a checkpoint, that of its run."""
-    if uri.startswith(registry.SCHEME):
-        return uri.removeprefix(registry.SCHEME).strip("/").replace("/", "-")
+    """The name of a run or a registered or built-in net, as a folder's name; for a checkpoint, that of its run."""
+    if uri.startswith(SCHEMES):
+        return uri.removeprefix(registry.SCHEME).strip("/").replace("/", "-").replace(":", "-")
     path = Path(locations.resolve(uri).path)
     is_checkpoint = path.name.startswith((checkpoint.PREFIX, checkpoint.BEST_PREFIX))
     return path.parent.name if is_checkpoint else path.name
@@ -35,13 +39,13 @@ def name_of(uri: str) -> str:
 
 @contextmanager
 def local_checkpoint(uri: str) -> Iterator[Path]:
-    """A context with the checkpoint at `uri` as a local folder: a checkpoint, a run's newest, or a registered model.
+    """A context with the checkpoint at `uri` as a local folder; for a run its newest.
 
-    A checkpoint in a bucket or in MLflow's registry (models:/NAME@ALIAS) is downloaded for the duration of the context.
+    A checkpoint in a bucket or with a scheme of SCHEMES is written to a temporary folder.
     """
-    if uri.startswith(registry.SCHEME):
+    if uri.startswith(SCHEMES):
         with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
-            yield registry.download(uri, Path(folder))
+            yield UNPACK[next(filter(uri.startswith, SCHEMES))](uri, Path(folder))
         return
     with as_folder(_checkpoints_at(uri)[-1]) as local:
         yield local
@@ -69,7 +73,7 @@ def as_folder(location: Location, timeout_s: float = 0.0) -> Iterator[Path]:
 
 def keep_x_0_error(uri: str, weights_sha256: str, x_0_error: Tensor) -> None:
     """Store the errors of the averaged weights of the checkpoint at `uri` in its folder, if that is writable."""
-    if uri.startswith(registry.SCHEME):
+    if uri.startswith(SCHEMES):
         return
     location, errors = locations.resolve(uri), x_0_error.tolist()
     card = {"format": X_0_ERROR_FORMAT, "weights_sha256": weights_sha256, "x_0_error": errors}

@@ -7,12 +7,13 @@ batch (tests/sampling/test_generate.py), bit for bit in the same piece on one ki
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -146,8 +147,7 @@ def draw(
     with suppress(OSError):  # a write error has a better message
         writers.check_room(out, num_images, job.form, job.shape)
     with WorkerPool(partial(SampleWorker, job), num_workers) as pool:
-        size = job.batch_size or (BATCH_SIZE_GPU if pool.has_gpus else BATCH_SIZE_CPU)
-        pieces = (range(i, min(i + size, num_images)) for i in range(0, num_images, size))
+        size, pieces = _pieces(job, pool, num_images)
         try:
             writer = _open(job, out, num_images, size)
             done, began = writer.num_kept, time.monotonic()
@@ -167,6 +167,18 @@ def draw(
             raise UserError(
                 f"cannot write images to {out.uri}: {error}; run the same command again to continue"
             ) from None
+
+
+def in_memory(job: SampleJob, num_images: int) -> Pixels:
+    """Images 0..num_images-1, uint8 [N, H, W, C]: those that `draw` stores."""
+    with WorkerPool(partial(SampleWorker, job)) as pool:
+        drawn = dict(pool.map(SampleWorker.draw, _pieces(job, pool, num_images)[1]))
+    return np.concatenate([drawn[piece] for piece in sorted(drawn, key=lambda piece: piece.start)])
+
+
+def _pieces(job: SampleJob, pool: WorkerPool[SampleWorker], num_images: int) -> tuple[int, Iterator[range]]:
+    size = job.batch_size or (BATCH_SIZE_GPU if pool.has_gpus else BATCH_SIZE_CPU)
+    return size, (range(i, min(i + size, num_images)) for i in range(0, num_images, size))
 
 
 def _open(job: SampleJob, out: Location, num_images: int, batch_size: int) -> PngWriter | ShardWriter:

@@ -3,9 +3,12 @@
 import re
 import shlex
 import sys
+from contextvars import ContextVar
 from pathlib import Path
 
 IN_CHECKOUT = (Path(__file__).parents[2] / "jobs").is_dir()
+CALL = ContextVar("CALL", default="")
+"""The call in Python that stands for a command line in this process."""
 SCRIPT = re.compile(r"python (?:jobs|tune)/(\w+)\.py")
 
 
@@ -18,4 +21,4 @@ def typed() -> str:
     """The command line of this process."""
     program, *words = sys.argv
     started = program if program.startswith("ddpm ") else f"python {shlex.quote(program)}"
-    return f"{started} {shlex.join(words)}".rstrip()
+    return CALL.get() or f"{started} {shlex.join(words)}".rstrip()

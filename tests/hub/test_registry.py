@@ -103,7 +103,7 @@ def test_a_registered_model_is_found_by_its_alias(
     assert {"artifacts/diffusers/model_index.json", "serving.py", "code/ddpm/sampling/generate.py"} <= files
     assert {f"artifacts/checkpoint/{file}" for file in checkpoint.FILES} <= files
     suffixes = {Path(file).suffix for file in files}
-    assert suffixes <= {".py", ".html", ".js", ".json", ".safetensors", ".yaml", ".txt", ".typed", ""}
+    assert suffixes <= {".py", ".html", ".js", ".json", ".md", ".safetensors", ".yaml", ".txt", ".typed", ""}
     assert load_file(local / "artifacts/checkpoint/optimizer.safetensors") == {}
     card = Model.load(local)
     assert card.signature.inputs.to_dict()[0]["properties"].keys() == {"num_images", "seed", "label"}

@@ -186,7 +186,7 @@ def test_a_submitted_job_is_stopped_and_submitted_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The seconds before SIGKILL (ten here, three by default) are enough for a checkpoint, so the run resumes at the
-    same step; also if no storage is named and the checkout has changed, so that Ray unpacks it elsewhere."""
+    same step; also if no storage is named, and the installed program resumes it, without a checkout."""
     run = Run("submitted", str(tmp_path / "ddpm/runs"), digits_uri, tmp_path / "job.log")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
     command = ("python", "jobs/train.py", *run.arguments)
@@ -201,9 +201,9 @@ def test_a_submitted_job_is_stopped_and_submitted_again(
     before = processes.wait_for(run.position)
     ray_head.stop_job(client, "stopped")
     assert TOTAL > run.position() > before > 0
-    with (checkout / "jobs/train.py").open("a") as file:
-        file.write("# changed\n")
-    done = ray_head.submit(*command, env=env, cwd=checkout)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/notes.txt").write_text("no checkout")
+    done = ray_head.submit("ddpm", "train", *command[2:], env=env, cwd=tmp_path / "notes")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"folder      {tmp_path}/ddpm: relative paths start here" in done.stdout
     assert f"{TOTAL:,}/{TOTAL:,}" in done.stdout

@@ -1,0 +1,66 @@
+"""Training and sampling in Python, for notebooks and scripts: what `import ddpm` offers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from PIL import Image
+
+from ddpm import cli
+from ddpm.build import TrainedNet
+from ddpm.checkpoints import checkpoint
+from ddpm.commands.train import Arguments, launch
+from ddpm.config import Config
+from ddpm.config_io import override
+from ddpm.hub import resolve
+from ddpm.presets import PRESETS
+from ddpm.sampling import workers
+from ddpm.utils import command_line, images
+from ddpm.utils.errors import UserError
+from ddpm.utils.images import Pixels
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, or what else jobs/sample.py takes: a checkpoint, models:/NAME@ALIAS, builtin:NAME."""
+
+    uri: str
+
+    @cached_property
+    def trained(self) -> TrainedNet:
+        """The averaged net of the newest checkpoint, with its config."""
+        with resolve.local_checkpoint(self.uri) as folder:
+            return checkpoint.load_net(folder)
+
+    def sample(
+        self, num_images: int = 16, seed: int = 0, label: int | None = None, **settings: Any
+    ) -> Pixels:
+        """The images of jobs/sample.py, uint8 [N, H, W, C]; `settings` are those of config.sample: sampler="ddpm"."""
+        changes = {f"sample.{name}": value for name, value in {**settings, "seed": seed}.items()}
+        trained = self.trained.sampled_with(override(self.trained.config, changes).sample)
+        return workers.in_memory(workers.SampleJob(trained, label), num_images)
+
+    def show(self, *arguments: Any, **settings: Any) -> Image.Image:
+        """The images of `sample` as a grid, which a notebook displays."""
+        return Image.fromarray(images.grid(self.sample(*arguments, **settings)))
+
+
+def train(preset: str | Config, data: Any = None, **settings: Any) -> Run:
+    """Train or resume a run, as jobs/train.py does.
+
+    `data` is the URI of shards or a data set in Python (ddpm/data/items.py), by default the preset's. Settings have the
+    short names of the command line (lr=1e-3), or are given by group (model={"base_width": 16}).
+    """
+    name, config = ("config", preset) if isinstance(preset, Config) else (preset, PRESETS.get(preset))
+    if config is None:
+        raise UserError(f"there is no preset {preset}; it must be one of {', '.join(PRESETS)}")
+    short = {flag.removeprefix("--").replace("-", "_"): key for key, flag in cli.SHORT.items()}
+    values = {"data.shards": data} if isinstance(data, str) else {}
+    for key, value in settings.items():
+        group = {f"{key}.{name}": value[name] for name in value} if isinstance(value, Mapping) else {}
+        values |= group or {short.get(key, key): value}
+    given = [repr(name), *["data=..."] * (data is not None), *(f"{k}={v!r}" for k, v in settings.items())]
+    command_line.CALL.set(f"ddpm.train({', '.join(given)})")
+    result = launch(Arguments(name, override(config, values)), None if isinstance(data, str) else data)
+    return Run(result.run.location.uri)

@@ -1,0 +1,43 @@
+"""`import ddpm`: light until it is used, and then the images and the errors of the command line."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from support import evaluated, processes
+
+import ddpm
+from ddpm.commands import sample
+from ddpm.config_io import override
+from ddpm.utils.errors import UserError
+
+
+def test_the_import_is_light() -> None:
+    code = (
+        "import sys, ddpm; print({'torch', 'ray', 'numpy', 'mlflow'} & {*sys.modules}, hasattr(ddpm, 'none'))"
+    )
+    done = processes.run([sys.executable, "-c", code], cwd=processes.REPO)
+    assert (done.returncode, done.stdout) == (0, "set() False\n"), done.stderr
+
+
+def test_images_are_those_of_the_command_line(
+    digits_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = override(evaluated.CONFIG, {"model.num_classes": 10})
+    run = ddpm.Run(evaluated.make_run(tmp_path, digits_uri, config).location.uri)
+    pixels = run.sample(40, seed=3, label=7, sampler="dpmpp_2m", num_sample_steps=3)
+    words = "--num-images 40 --seed 3 --label 7 --sampler dpmpp_2m --num-sample-steps 3 --out drawn"
+    monkeypatch.setattr(sys, "argv", ["sample.py", run.uri, *words.split()])
+    sample.main()
+    theirs = [np.asarray(Image.open(f"drawn/images/{i:06d}.png")) for i in range(40)]
+    assert pixels.shape == (40, 8, 8, 1) and (pixels[..., 0] == np.stack(theirs)).all()
+    assert run.show(9).size == (3 * 50 + 2, 3 * 50 + 2)
+
+
+def test_mistakes_are_refused() -> None:
+    with pytest.raises(UserError, match=r"^there is no preset digit; it must be one of digits, "):
+        ddpm.train("digit")
+    with pytest.raises(UserError, match=r"^config: model: unknown key 'widths'; known are "):
+        ddpm.train("digits", lr=1e-3, model={"widths": 1})
