@@ -165,8 +165,14 @@ def read_config(folder: Path) -> Config:
     return from_json(read_bytes(file), where=str(file))
 
 
-def load_net(folder: Path, device: torch.device | str = "cpu", *, ema: bool = True) -> TrainedNet:
-    """The averaged (or the raw) net of a checkpoint, ready for sampling."""
+def newest(run: Path) -> Path | None:
+    """The newest checkpoint in a run's folder; None: there is none."""
+    return max((file.parent for file in run.glob(f"{PREFIX}*/{CHECKSUMS}")), default=None)
+
+
+def load_net(folder: Path | str, device: torch.device | str = "cpu", *, ema: bool = True) -> TrainedNet:
+    """The averaged (or the raw) net of a checkpoint, or of a run's newest, ready for sampling."""
+    folder = newest(Path(folder)) or Path(folder)
     verify(folder)
     config = read_config(folder)
     try:

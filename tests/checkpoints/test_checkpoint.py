@@ -1,6 +1,7 @@
 """A checkpoint is loaded completely and unchanged, by the run it belongs to, or not at all."""
 
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,20 @@ def test_a_checkpoint_restores_everything(folder: Path, tiny: Config) -> None:
     changes = {"train.total_images": 9999, "cluster.num_workers": 2, "run.storage": "elsewhere"}
     longer = override(tiny, changes)
     State.create(longer, CPU).restore(folder, longer)
+
+
+def test_the_net_of_a_run_is_that_of_its_newest_checkpoint(
+    folder: Path, tiny: Config, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    for name in ("checkpoint-000000000096", "checkpoint-000000000064", "best-000000000128"):
+        shutil.copytree(folder, run / name)
+        forge_json(run / name, "config.json", {"run": {"name": name}})
+    (run / "checkpoint-000000000128").mkdir()  # incomplete
+    newest = checkpoint.load_net(str(run))
+    assert newest.config.run.name == "checkpoint-000000000096"
+    weights = zip(newest.net.parameters(), checkpoint.load_net(folder).net.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in weights)
 
 
 @pytest.mark.parametrize(
