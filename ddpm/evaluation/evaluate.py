@@ -213,12 +213,12 @@ def _about(context: EvalContext, settings: Settings) -> dict[str, Any]:
             "split": context.held_out.split,
             "num_images": context.held_out.rows.num_rows,
             "fingerprint": context.held_out.rows.fingerprint,
-            "grey_levels": _grey_levels(context.held_out, settings.num_images),
+            "grey_levels": grey_levels(context.held_out, settings.num_images),
         },
     }
 
 
-def _grey_levels(held_out: DataSet, num_images: int) -> int:
+def grey_levels(held_out: DataSet, num_images: int) -> int:
     """The number of different pixel values of the images whose bound is computed."""
     parts = _parts(min(num_images, held_out.rows.num_rows))
     levels = [np.unique(images_of(held_out, start, stop).image) for start, stop in parts]

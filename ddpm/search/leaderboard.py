@@ -8,6 +8,7 @@ Axes: K trainings of a configuration, M held-out images.
 
 import io
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -176,8 +177,12 @@ def markdown(rows: Sequence[Row], remarks: Sequence[str]) -> str:
     return "\n".join([table(rows).markdown(), "", *(f"- {line}" for line in remarks)]) + "\n"
 
 
-def remarks(rows: Sequence[Row]) -> Iterator[str]:
-    """Remarks for reading the table: what its ranks and the best trial's number say, and about what."""
+def remarks(rows: Sequence[Row], grey_levels: int = 256) -> Iterator[str]:
+    """Remarks for reading the table: what its ranks and the best trial's number say, and about what.
+
+    Args:
+        grey_levels: the number of different values in the held-out images.
+    """
     if rows and (reported := rows[0].reported):
         again = ", trained again after the search" if rows[0].by_trainings else ""
         yield (
@@ -201,6 +206,11 @@ def remarks(rows: Sequence[Row]) -> Iterator[str]:
         yield (
             "Trials differ in T. Fewer timesteps raise the bound of one and the same net, of the digits "
             f"{FEWER_TIMESTEPS}, with a fixed --variance by more: T alone can explain that (benchmarks/honesty.md)."
+        )
+    if grey_levels < 256:
+        yield (
+            f"The held-out images have {grey_levels} grey levels, not 256, so that bits/dim rank how finely a schedule "
+            f"resolves these; a uniform code for them costs log2({grey_levels}) = {math.log2(grey_levels):.2f}."
         )
     if any(row.is_flagged for row in rows):
         yield (

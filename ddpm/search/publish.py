@@ -69,12 +69,12 @@ def interrupted(parent: Address) -> None:
         run.end(STOPPED)
 
 
-def store(setup: Setup, rows: Sequence[Row], parent: Address) -> Iterator[str]:
+def store(setup: Setup, rows: Sequence[Row], remarks: Sequence[str], parent: Address) -> Iterator[str]:
     """Write table, best config and plots to the search's folder and its MLflow run; yields lines with the places."""
     trials, folder, metric = [row.trial for row in rows], setup.folder, setup.arguments.metric
     files = {
         "results.parquet": leaderboard.parquet(rows),
-        "results.md": leaderboard.markdown(rows, list(leaderboard.remarks(rows))).encode(),
+        "results.md": leaderboard.markdown(rows, remarks).encode(),
     }
     config = leaderboard.best_config(rows, setup.arguments.config)
     if config is not None:

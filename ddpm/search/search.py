@@ -5,6 +5,7 @@ import sys
 import time
 
 from ddpm.cluster import ray_init, resources
+from ddpm.evaluation.evaluate import grey_levels
 from ddpm.search import leaderboard, publish, study
 from ddpm.search.config import Arguments
 from ddpm.search.event_log import EventLog
@@ -59,9 +60,10 @@ def _search(setup: Setup, lock: DriverLock) -> int:
     leaderboard.score_finalists(setup, events)
     rows = leaderboard.ranked(setup, events)
     leaderboard.table(rows).show()
-    for line in leaderboard.remarks(rows):
-        print(line)
+    evaluator = setup.evaluator
+    remarks = [*leaderboard.remarks(rows, grey_levels(evaluator.held_out, evaluator.num_images))]
+    print("\n".join(remarks))
     print(f"searched    {len(rows)} trials, {time.monotonic() - began:.0f} s")
-    for line in publish.store(setup, rows, parent):
+    for line in publish.store(setup, rows, remarks, parent):
         print(line)
     return 0 if any(row.by_bits for row in rows) else 1

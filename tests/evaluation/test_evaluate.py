@@ -149,7 +149,7 @@ def test_grey_levels_are_counted_on_the_evaluated_images(one_worker: Report, tmp
     manifest = make_manifest("flat", (8, 8, 1), "raw", [], {"test": [part]}, options="test")
     write_manifest(location, manifest)
     held_out = DataSet(location, manifest, "test")
-    assert [evaluate._grey_levels(held_out, n) for n in (30, 90, 100, 2000)] == [30, 90, 100, 100]
+    assert [evaluate.grey_levels(held_out, n) for n in (30, 90, 100, 2000)] == [30, 90, 100, 100]
 
 
 def test_the_variance_affects_the_bound_and_ancestral_sampling(run: Run, one_worker: Report) -> None:

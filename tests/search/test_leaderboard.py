@@ -118,7 +118,8 @@ def test_ranks_ties_and_flags(place: Location, events: EventLog) -> None:
     assert [str(s.by_kid) for s in found] == ["3", "1-2", "1-2", "None", "None"]
     assert [s.is_flagged for s in found] == [True, False, False, False, False]
     assert found[0].leftover == pytest.approx(8 * 0.775, abs=0.1)  # 8x8 exp(-200 (1e-4 + 5e-3) / 4)
-    lines = "\n".join(leaderboard.remarks(found))
+    lines = "\n".join(leaderboard.remarks(found, grey_levels=17))
+    assert "held-out images have 17 grey levels" in lines and lines.count("log2(17) = 4.09.") == 1
     assert "sqrt(D alpha_bar_T), with D numbers per image, is above 0.5" in lines
     assert "The best by bits/dim: trial-001.\n" in lines
     assert lines.endswith("The best by KID: trial-000, trial-004, which are tied.")
@@ -140,6 +141,7 @@ def test_the_configuration_whose_trainings_are_best_wins(place: Location, events
     assert best.mean and best.reported and lucky.reported and best.mean.error > 0.02 / 3**0.5
     assert (best.mean.value, best.reported.value, lucky.reported.value) == pytest.approx((2.5, 2.625, 2.825))
     lines = "\n".join(leaderboard.remarks(rows))
+    assert "grey levels" not in lines
     assert "trial-000, has 2.6250 ± " in lines and "trained again after the search" in lines
     assert f"trainings of one is {(0.02**2 / 2 + np.var([2.25, 2.65, 2.75], ddof=1) / 2) ** 0.5:.4f}" in lines
     text = leaderboard.markdown(rows, [])
@@ -233,7 +235,7 @@ def test_the_parent_run_in_mlflow_has_all_results(place: Location, without_final
     events, setup = without_finalists, setup_of(place)
     parent = publish.address(events, "search", "searches")
     assert publish.open_parent(parent, {"search.metric": "bits_per_dim"}, print) is not None
-    lines = list(publish.store(setup, rows_of(place, events), parent))
+    lines = list(publish.store(setup, rows_of(place, events), ["a remark"], parent))
     assert {path.name for path in Path(place.path).iterdir() if path.is_file()} == {
         "search.json",
         "results.md",
