@@ -62,7 +62,7 @@ def make_run(storage: str, name: str, level: int = 0, status: runs.StatusName = 
         run.location.child(f"samples/{at:012d}.png").write(images.png_bytes(grid(level + i)))
     table = curves.extended(curves.SCHEMA.empty_table(), records)
     run.location.child(curves.FILE).write(curves.to_bytes(table))
-    tags = {"command": COMMAND, "hardware": "2 cores"}
+    tags = {"command": COMMAND, "hardware": "2 cores", "version.torch": "2.13.0", "git.commit": "0123"}
     run.location.child(runs.STATUS).write(runs.status_json(runs.Status(status, NEWEST, 0, 0.75, tags)))
     run.location.child(GIF).write(images.gif_bytes([grid(level), grid(level + 9)]))
     return run.location.uri, run.key
@@ -119,6 +119,7 @@ def test_a_copied_folder_is_all_that_is_read(tmp_path: Path, monkeypatch: pytest
         "weights": "627,433",
         "seed": "0",
         "hardware": "2 cores",
+        "versions": "torch 2.13.0, commit 0123",
         "data": "digits (01234567)",
     }
     text = f"stopped at 4,480 of {DIGITS.train.total_images:,} images; this resumes it:"
