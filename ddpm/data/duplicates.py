@@ -6,16 +6,18 @@ THRESHOLD grey levels; one of them may be mirrored. docs/data.md says what this 
 Axes: N images, H W, C channels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.parquet as pq
 from PIL import Image
 
-from ddpm.data.manifest import Manifest
-from ddpm.data.row_group import Pixels
-from ddpm.data.shards import read_row_group
+from ddpm.data.manifest import Manifest, Shard
+from ddpm.data.row_group import Pixels, columns
+from ddpm.data.shards import read_row_group, write_shard
 from ddpm.storage.locations import Location
+from ddpm.utils.errors import UserError
 from ddpm.utils.images import grid, png_bytes
 from ddpm.utils.progress import printable, track
 
@@ -84,6 +86,21 @@ def write(source: Any, location: Location, manifest: Manifest) -> list[Duplicate
         location.child(PICTURE).write(png_bytes(grid(pairs, COLUMNS)), durable=True)
     location.child(LISTED).write("".join(f"{line}\n" for line in lines).encode(), durable=True)
     return found
+
+
+def drop(location: Location, split: str, shards: list[Shard], dropped: Set[Row]) -> list[Shard]:
+    """Write shards again without the rows `dropped`; after a kill they are made anew, since they have too few rows."""
+    kept, begin = list[Shard](), 0
+    for shard in shards:
+        rows = [row for row in range(shard.num_rows) if (split, begin + row) not in dropped]
+        begin, file = begin + shard.num_rows, location.child(shard.path)
+        if 0 < len(rows) < shard.num_rows:
+            content = columns(pq.ParquetFile(file.path, filesystem=location.filesystem).read().take(rows))
+            shard = write_shard(location, shard.path, *content, rows_per_row_group=shard.row_groups[0])
+        kept.append(shard) if rows else file.unlink()
+    if not kept:
+        raise UserError(f"each {split} image looks like a held-out one; prepare other images")
+    return kept
 
 
 def images_at(location: Location, manifest: Manifest, rows: Sequence[Row]) -> Pixels:

@@ -10,11 +10,10 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from ddpm.data import duplicates
 from ddpm.data.manifest import (
@@ -27,7 +26,7 @@ from ddpm.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from ddpm.data.row_group import Labels, Pixels, columns
+from ddpm.data.row_group import Labels, Pixels
 from ddpm.data.shards import kept_shard, write_shard
 from ddpm.data.sources import Source, UnreadableImages
 from ddpm.storage.driver_lock import DriverLock
@@ -310,26 +309,11 @@ def _finish(
     manifest = make_manifest(source.name, shape, source.encoding, source.class_names, shards, options)
     if drop:
         dropped = {pair.row for pair in duplicates.write(source, location, manifest)}
-        shards = {split: _drop(location, split, parts, dropped) for split, parts in shards.items()}
+        shards = {split: duplicates.drop(location, split, parts, dropped) for split, parts in shards.items()}
         manifest = make_manifest(source.name, shape, source.encoding, source.class_names, shards, options)
     write_manifest(location, manifest)
     location.child(NOTES).delete()
     return manifest
-
-
-def _drop(location: Location, split: str, shards: list[Shard], dropped: Set[duplicates.Row]) -> list[Shard]:
-    """Write shards again without the rows `dropped`; after a kill they are made anew, since they have too few rows."""
-    kept, begin = list[Shard](), 0
-    for shard in shards:
-        rows = [row for row in range(shard.num_rows) if (split, begin + row) not in dropped]
-        begin, file = begin + shard.num_rows, location.child(shard.path)
-        if 0 < len(rows) < shard.num_rows:
-            content = columns(pq.ParquetFile(file.path, filesystem=location.filesystem).read().take(rows))
-            shard = write_shard(location, shard.path, *content, rows_per_row_group=shard.row_groups[0])
-        kept.append(shard) if rows else file.unlink()
-    if not kept:
-        raise UserError(f"each {split} image looks like a held-out one; prepare other images")
-    return kept
 
 
 def _run_on_ray(

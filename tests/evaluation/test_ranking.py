@@ -74,7 +74,7 @@ def test_configurations_that_differ_less_than_their_trainings_are_tied() -> None
 
 
 def test_few_searches_of_equal_configurations_claim_a_difference() -> None:
-    """Of eight the three whose nets are best are trained twice again; nets differ in nearly every search."""
+    """Eight equal configurations, the best three trained twice more. Their nets nearly always differ."""
     rng = np.random.default_rng(0)
     image = rng.gamma(9, 1 / 3, 100)
 

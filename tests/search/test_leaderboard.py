@@ -128,7 +128,7 @@ def test_ranks_ties_and_flags(place: Location, events: EventLog) -> None:
 
 
 def test_the_configuration_whose_trainings_are_best_wins(place: Location, events: EventLog) -> None:
-    """Of the two whose nets are best, 1 and 0, the first was lucky; its number is that of its other trainings."""
+    """Trials 1 and 0 have the best nets; that of 1 was lucky. The reported number is of the other trainings."""
     for repeats, changes, *found in ((1, LINEAR, 2.65, 2.75), (0, COSINE, 2.52, 2.48)):
         for seed, bits in enumerate(found, 1):
             again = {**changes, "train.seed": seed}
