@@ -31,7 +31,7 @@ test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist worksteal
 
 test-all: test
-	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist worksteal --durations 25
+	$(BIN)/python -m pytest -m slow --numprocesses 3 --dist worksteal --durations 110
 
 # Ray's processes inherit PYTHONPATH: programs, agents, drivers of submitted jobs and workers are all of that Ray.
 OLDEST_RAY := $(shell sed -n 's/.*"ray\[.*\]>=\([0-9.]*\),.*/\1/p' pyproject.toml)

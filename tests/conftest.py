@@ -161,15 +161,18 @@ def train_set(tiny: "Config") -> "DataSet":
 
 
 @pytest.fixture(scope="session")
-def undisturbed(
-    digits_uri: str, ray_head: servers.RayHead, tmp_path_factory: pytest.TempPathFactory
-) -> "faulted.Run":
+def common_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all pytest processes, for what is made once; a file lock in it says by whom."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def undisturbed(digits_uri: str, ray_head: servers.RayHead, common_folder: Path) -> "faulted.Run":
     """A finished run of two workers without any fault: one for all pytest processes."""
     from support import faulted
 
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
+    folder = common_folder
     run = faulted.Run("undisturbed", str(folder), digits_uri, folder / "undisturbed.log")
     with filelock.FileLock(folder / "undisturbed.lock"):
         if run.position() < faulted.TOTAL:

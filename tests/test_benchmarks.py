@@ -14,6 +14,7 @@ import cifar
 import pytest
 import quality
 import scale
+from filelock import FileLock
 from support.processes import REPO, python_path, run
 
 from ddpm.presets import CIFAR10
@@ -50,10 +51,14 @@ with open("child" if sys.argv[1:] else "parent", "a", buffering=1) as file:
 
 
 @pytest.fixture(scope="module")
-def search(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("search")
-    done = run([sys.executable, REPO / "tune/search.py", *SEARCH], cwd=folder)
-    assert done.returncode == 0, done.stderr
+def search(common_folder: Path) -> Path:
+    """A finished search: one for all pytest processes."""
+    folder = common_folder / "search"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "runs/s/best.json").exists():
+            folder.mkdir(exist_ok=True)
+            done = run([sys.executable, REPO / "tune/search.py", *SEARCH], cwd=folder)
+            assert done.returncode == 0, done.stderr
     return folder / "runs/s"
 
 
