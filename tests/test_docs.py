@@ -4,12 +4,16 @@ import importlib
 import re
 import shlex
 import sys
+import tomllib
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+from PIL import Image
 from support.processes import REPO
 
 from ddpm import cli
@@ -17,7 +21,7 @@ from ddpm.presets import PRESETS
 from ddpm.search.leaderboard import FEWER_TIMESTEPS
 from ddpm.utils.errors import UserError
 
-PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
+PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").rglob("*.md"))]
 SCRIPT = re.compile(r"(jobs|tune)/(\w+)\.py")
 ENDS = {"&&", ";", "|", ">"}
 PATH = re.compile(r"(?<![\w/.}~-])(?:ddpm|jobs|tune|tests|infra|benchmarks|docs)/[\w./-]*")
@@ -159,6 +163,23 @@ def test_what_t_alone_explains_is_what_was_measured() -> None:
     assert len(quoted) == 3
 
 
+def test_the_readme_begins_with_what_is_required() -> None:
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    bounds = {wants.name: wants.specifier for wants in map(Requirement, project["dependencies"])}
+    at_least = {name: next(s.version for s in bounds[name] if s.operator == ">=") for name in bounds}
+    below = Version(next(s.version for s in bounds["ray"] if s.operator == "<"))
+    required = [
+        project["license"],
+        "Linux",
+        f"Python {project['requires-python'].removeprefix('>=')} or newer",
+        f"PyTorch {at_least['torch']} or newer",
+        f"Ray {at_least['ray']} to {below.major}.{below.minor - 1}",
+    ]
+    lines = (REPO / "README.md").read_text().splitlines()
+    assert lines[2] == " · ".join(required)
+    assert len(lines) <= 150
+
+
 def test_the_file_tree_is_the_tree() -> None:
     (tree,) = (block for block in blocks((REPO / "README.md").read_text()) if block.startswith("ddpm/"))
     assert len(tree.splitlines()) <= 24
@@ -185,3 +206,17 @@ def test_the_recording_is_small_and_shows_a_complete_run() -> None:
     total = f"{PRESETS['digits'].train.total_images:,}"
     for part in (total, "images/s", "goodput", "held-out", "checkpoint", "samples"):
         assert part in end, part
+
+
+def test_the_animation_is_small_and_has_a_frame_for_each_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(REPO / "docs")
+    few = ["--columns", "2", "--rows", "1", "--num-sample-steps", "3", "--out", str(tmp_path / "few.gif")]
+    monkeypatch.setattr(sys, "argv", ["animation.py", *few])
+    importlib.import_module("animation").main()
+    committed = REPO / "docs/noise-to-digits.gif"
+    for file, columns, rows, steps in ((tmp_path / "few.gif", 2, 1, 3), (committed, 16, 3, 50)):
+        assert file.stat().st_size < 600_000
+        with Image.open(file) as gif:
+            assert gif.size == (50 * columns + 2, 50 * rows + 2) and gif.n_frames == steps + 1
