@@ -18,6 +18,7 @@ help:
 	@echo 'make nets             train and evaluate the built-in nets anew (ddpm/hub/nets): twenty minutes on two cores'
 	@echo 'make mlflow           start an MLflow server with PostgreSQL, S3 and passwords on this machine'
 	@echo 'make check            format, lint, types, which module may import which, and lines of each package'
+	@echo 'make docs             the documentation, the API and the measurements as HTML, in build/pages'
 	@echo 'make clean            remove $(VENV) and caches; runs/ stays'
 
 # Two workers of one thread each train so small a net faster than one of two (benchmarks/runtime.md).
@@ -43,8 +44,8 @@ test-oldest-ray test-nightly: $(OLDEST_RAY_FOLDER)/installed
 	$(ON_OLDEST_RAY) -c 'import ray; print(ray.__file__); assert f"{ray.__version__}.".startswith("$(OLDEST_RAY).")'
 	$(ON_OLDEST_RAY) -m pytest -m $(MARK) --numprocesses 2 --dist load --durations 10
 
-# All that `check` and the tests need, so that .ci/run can repeat a failed download.
-install-all: $(VENV)/installed-check $(OLDEST_RAY_FOLDER)/installed
+# All that `check`, `docs` and the tests need, so that .ci/run can repeat a failed download.
+install-all: $(VENV)/installed-check $(VENV)/installed-docs $(OLDEST_RAY_FOLDER)/installed
 
 gpu: $(VENV)/installed-test
 	$(BIN)/python -m pytest tests/gpu
@@ -68,8 +69,14 @@ check: $(VENV)/installed-check
 	$(BIN)/lint-imports
 	$(BIN)/python tests/lines.py
 
+docs: $(VENV)/installed-docs
+	rm -rf build/pages
+	PYTHONPATH=docs $(BIN)/zensical build --clean --strict
+	@echo 'file://$(CURDIR)/build/pages/index.html'
+	@echo 'Its search needs a server: $(BIN)/python -m http.server --directory build/pages'
+
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .cache .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
 # An install is repeated when pyproject.toml has changed. [check] contains [test], which contains the package.
@@ -78,7 +85,9 @@ $(VENV)/installed-test: EXTRA := [test]
 $(VENV)/installed-test: STAMPS := installed installed-test
 $(VENV)/installed-check: EXTRA := [check]
 $(VENV)/installed-check: STAMPS := installed installed-test installed-check
-$(VENV)/installed $(VENV)/installed-test $(VENV)/installed-check: pyproject.toml | $(BIN)/pip
+$(VENV)/installed-docs: EXTRA := [docs]
+$(VENV)/installed-docs: STAMPS := installed installed-docs
+$(VENV)/installed $(VENV)/installed-test $(VENV)/installed-check $(VENV)/installed-docs: pyproject.toml | $(BIN)/pip
 	@echo 'Installing into $(VENV); the first time takes some minutes, since PyTorch is large.'
 	$(BIN)/python -m pip install $(PIP_ARGS) --editable '.$(EXTRA)'
 	@touch $(STAMPS:%=$(VENV)/%)
@@ -102,4 +111,4 @@ $(BIN)/pip:
 	    echo '$(PYTHON) $(NO_PIP)' >&2; exit 1; \
 	fi
 
-.PHONY: help train ui test test-all test-oldest-ray test-nightly install-all gpu soak nets mlflow check clean
+.PHONY: help train ui test test-all test-oldest-ray test-nightly install-all gpu soak nets mlflow check docs clean
