@@ -73,28 +73,40 @@ def train(folder: str, resources: dict[str, float]) -> None:
 
 
 def bare(folder: str, resources: dict[str, float]) -> None:
-    TorchTrainer(
-        bare_work,
-        train_loop_config={"folder": folder},
-        scaling_config=ray.train.ScalingConfig(num_workers=2, resources_per_worker=resources),
-        run_config=ray.train.RunConfig(
-            storage_path=folder, failure_config=ray.train.FailureConfig(max_failures=-1)
-        ),
-    ).fit()
+    while not Path(folder, "end").exists():
+        trainer = TorchTrainer(
+            bare_work,
+            train_loop_config={"folder": folder},
+            scaling_config=ray.train.ScalingConfig(num_workers=2, resources_per_worker=resources),
+            run_config=ray.train.RunConfig(
+                storage_path=folder, failure_config=ray.train.FailureConfig(max_failures=-1)
+            ),
+        )
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError:  # a worker died before Ray Train took its group for started
+            print("  Ray Train gave up, and is started again", flush=True)
 
 
-def recovery_s(folder: str, kill: Callable[[], None]) -> float:
-    """Seconds from `kill` to the first tick of a new process."""
+def recovery_s(folder: str, thread: threading.Thread, kill: Callable[[], None]) -> float:
+    """Seconds from `kill` to the first tick of a new process of the run that `thread` drives."""
     while sum(map(len, ticks(folder).values())) < 60 or not _safe(folder):
+        _check(thread)
         time.sleep(0.1)
     old, killed = set(ticks(folder)), time.time()
     kill()
     while not (new := [t for pid, times in ticks(folder).items() if pid not in old for t in times]):
+        _check(thread)
         time.sleep(0.05)
     entered = [float(path.read_text()) for path in Path(folder).glob("*.entered") if path.stem not in old]
     for at in entered:
         print(f"  a worker had entered its function after {at - killed:.1f} s", flush=True)
     return min(new) - killed
+
+
+def _check(thread: threading.Thread) -> None:
+    if not thread.is_alive():
+        raise RuntimeError("the run has ended")
 
 
 def _safe(folder: str) -> bool:
@@ -123,7 +135,7 @@ def measure(start: Callable[[str, dict[str, float]], None], lose_node: bool) -> 
 
         thread = threading.Thread(target=start, args=(folder, {"CPU": 1.5}), daemon=True)
         thread.start()
-        took = recovery_s(folder, kill)
+        took = recovery_s(folder, thread, kill)
         Path(folder, "end").touch()
         return took  # without ray.shutdown(): the other thread is still in a call into Ray
 

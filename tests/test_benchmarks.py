@@ -32,9 +32,11 @@ LIBRARIES = {"data_sets", "data_table"}
 INPUTS = {
     "honesty": ["learned", "{run}"],
     "quality": ["race"],
-    "samplers": ["{run}"],
+    "samplers": ["builtin:digits"],
     "search": ["{search}"],
 }
+LONG = {"honesty", "objectives", "recovery", "search", "spread", "start", "tracking"}
+"""Those that CI leaves out: they train several times."""
 PROGRAMS = sorted(file.stem for file in (REPO / "benchmarks").glob("*.py") if file.stem not in LIBRARIES)
 MORE = [("honesty", ["fewer", "{run}"]), ("honesty", ["search", "{search}"])]
 MEASURED = scale.Measured(20_000, 5_000, 4, 1e9, 1e9, 100, 1e-6)
@@ -69,7 +71,12 @@ def test_what_a_benchmark_imports_exists(program: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("program", "words"), [*((name, INPUTS.get(name, [])) for name in PROGRAMS), *MORE], ids=str
+    ("program", "words"),
+    [
+        pytest.param(name, words, marks=[pytest.mark.long] * (name in LONG))
+        for name, words in [*((name, INPUTS.get(name, [])) for name in PROGRAMS), *MORE]
+    ],
+    ids=str,
 )
 def test_a_benchmark_runs(
     program: str, words: list[str], tmp_path: Path, request: pytest.FixtureRequest
