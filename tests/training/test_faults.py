@@ -11,8 +11,6 @@ import shutil
 import signal
 import time
 import urllib.request
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import psutil
@@ -123,7 +121,7 @@ def test_a_stopped_run_resumes_and_skips_a_damaged_checkpoint(run: Run, undistur
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)):
         with run.start() as job:
             job.wait_for(run.past(run.position()))
-            stop(job, number, partial(job.process.send_signal, number))
+            job.process.send_signal(number)
             assert job.wait() == code, job.output
         assert f"stopped     at {run.position():,} images" in job.output
         assert_status(run, "STOPPED")
@@ -150,13 +148,6 @@ def test_a_stopped_run_resumes_and_skips_a_damaged_checkpoint(run: Run, undistur
     assert f"error: every checkpoint of {run.location.uri} is damaged" in job.output
 
 
-def stop(job: processes.Job, number: signal.Signals, send: Callable[[], object]) -> None:
-    """Send the signal while the workers are suspended, so that the run does not end before the job has noticed it."""
-    with processes.paused(job.members(WORKER)):
-        send()
-        job.wait_for(lambda: f"{number.name}: stopping after this step" in job.output)
-
-
 def assert_status(run: Run, status: str) -> None:
     """status.json says how the run stands, with the position of its newest checkpoint."""
     found = runs.read_status(run.location)
@@ -169,7 +160,7 @@ def test_a_closed_terminal_stops_a_run_with_a_checkpoint(run: Run, undisturbed: 
     """SIGHUP reaches all processes of the session, also those of the cluster that the job has started."""
     with run.start() as job:
         job.wait_for(run.past(0))
-        stop(job, signal.SIGHUP, partial(os.killpg, job.process.pid, signal.SIGHUP))
+        os.killpg(job.process.pid, signal.SIGHUP)
         assert job.wait() == 129, job.output
     assert f"stopped     at {run.position():,} images" in job.output
     with run.start() as job:
