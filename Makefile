@@ -71,9 +71,15 @@ check: $(VENV)/installed-check
 	$(BIN)/lint-imports
 	$(BIN)/python tests/lines.py
 
+# Built from a copy: Zensical 0.0.73 looks into all folders of its docs_dir, and waits for ever with .venv among them.
+PAGES := README.md CHANGELOG.md CONTRIBUTING.md zensical.toml docs benchmarks
 docs: $(VENV)/installed-docs
-	rm -rf build/pages
-	PYTHONPATH=docs $(BIN)/zensical build --clean --strict
+	rm -rf build/pages build/pages-source
+	mkdir -p build/pages-source
+	cp -R $(PAGES) build/pages-source
+	ln -s ../../ddpm build/pages-source/ddpm
+	cd build/pages-source && PYTHONPATH=docs ../../$(BIN)/zensical build --strict
+	mv build/pages-source/build/pages build/pages
 	@echo 'file://$(CURDIR)/build/pages/index.html'
 	@echo 'Its search needs a server: $(BIN)/python -m http.server --directory build/pages'
 
