@@ -172,12 +172,11 @@ def undisturbed(digits_uri: str, ray_head: servers.RayHead, common_folder: Path)
     """A finished run of two workers without any fault: one for all pytest processes."""
     from support import faulted
 
-    folder = common_folder
-    run = faulted.Run("undisturbed", str(folder), digits_uri, folder / "undisturbed.log")
-    with filelock.FileLock(folder / "undisturbed.lock"):
+    run = faulted.Run("undisturbed", str(common_folder), digits_uri, common_folder / "undisturbed.log")
+    with filelock.FileLock(common_folder / "undisturbed.lock"):
         if run.position() < faulted.TOTAL:
             env = {
-                "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/undisturbed.db",
+                "MLFLOW_TRACKING_URI": f"sqlite:///{common_folder}/undisturbed.db",
                 "RAY_ADDRESS": ray_head.address,
             }
             with run.start(env=env) as job:
