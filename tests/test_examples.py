@@ -17,6 +17,7 @@ def checkpoints(results: Path) -> list[Path]:
     return sorted(results.glob("classifier/checkpoint_*/state.pt"))
 
 
+@pytest.mark.long
 def test_a_classifier_ends_with_the_same_weights_after_a_worker_is_killed(tmp_path: Path) -> None:
     assert run_job("prepare", "digits", tmp_path / "shards").returncode == 0
 

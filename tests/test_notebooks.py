@@ -49,6 +49,7 @@ def tiles(grid: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_tour_runs_and_shows_what_it_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text, (real, _, _, *drawn) = run("tour.ipynb", tmp_path, monkeypatch)
     losses = re.findall(r"loss of the first 50 steps ([\d.]+), of the last 50 ([\d.]+)", text)

@@ -108,6 +108,7 @@ def test_a_few_copies_are_detected(num_held_out: int, share: float) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("num_digits", "is_caught"), [(16, True), (1707, False)])
 def test_a_net_that_memorised_sixteen_images_is_detected(
     tmp_path: Path, num_digits: int, is_caught: bool

@@ -14,6 +14,7 @@ from ddpm.storage.locations import resolve
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_survives_losing_a_machine(
     hosts: Hosts,
     s3_for_hosts: S3Server,

@@ -142,6 +142,7 @@ class Prometheus(servers.Server):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_prometheus_shows_a_run_and_alerts_when_it_stalls(tmp_path: Path) -> None:
     often = {"RAY_metrics_report_interval_ms": str(1000 * INTERVAL_S)}
     with (

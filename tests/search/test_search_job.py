@@ -45,6 +45,7 @@ def leaderboard(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_search_interrupted_and_killed_ends_with_the_same_leaderboard(
     run_job: Callable[..., Any], ray_head: RayHead, tmp_path: Path
 ) -> None:

@@ -40,6 +40,7 @@ GIB = 1 << 30
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.long
 @pytest.mark.oldest_ray
 def test_killed_processes_and_changed_clocks(run: Run, undisturbed: Run, tmp_path: Path) -> None:
     """The run continues by itself after kills of two workers, of the split coordinator, and twice of the RunState
@@ -156,6 +157,7 @@ def assert_status(run: Run, status: str) -> None:
     assert found.tags["preset"] == "digits" and "cores" in found.tags["hardware"]
 
 
+@pytest.mark.long
 def test_a_closed_terminal_stops_a_run_with_a_checkpoint(run: Run, undisturbed: Run) -> None:
     """SIGHUP reaches all processes of the session, also those of the cluster that the job has started."""
     with run.start() as job:
@@ -230,6 +232,7 @@ def assert_ray_shows(ray_head: RayHead, run: Run) -> None:
         assert f'ray_train_run_name="{name}"' in answer.read().decode()
 
 
+@pytest.mark.long
 def test_processes_killed_by_the_memory_monitor(run: Run, undisturbed: Run) -> None:
     """Ray's memory monitor kills processes while this test fills the memory; then the run continues by itself."""
     memory = psutil.virtual_memory()

@@ -113,6 +113,7 @@ def recording_job(digits_uri: str, tmp_path: Path) -> Callable[..., Any]:
 
 @pytest.mark.oldest_ray
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("on_ray_head")
 def test_any_number_of_workers_trains_the_same_as_one_process(
     recording_job: Callable[..., Any], tiny: Config, train_set: DataSet, tmp_path: Path
@@ -150,6 +151,7 @@ def pixels(folder: Path) -> np.ndarray:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("on_ray_head")
 def test_a_finished_run_can_be_extended(train_job: Callable[..., Any], tmp_path: Path) -> None:
     for total in (64, 128):

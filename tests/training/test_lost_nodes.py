@@ -44,6 +44,7 @@ def add(nodes: ExitStack, head: RayHead, num_cpus: int) -> RayNode:
     return node
 
 
+@pytest.mark.long
 @pytest.mark.nightly
 def test_a_preempted_node_and_two_lost_nodes(
     run: Run, undisturbed: Run, head: RayHead, nodes: ExitStack
@@ -78,6 +79,7 @@ def test_a_preempted_node_and_two_lost_nodes(
     assert all(step > moved_at for step, _ in metric(run, "train/goodput"))  # moving lost no step
 
 
+@pytest.mark.long
 @pytest.mark.nightly
 def test_an_elastic_run_shrinks_and_grows(run: Run, head: RayHead, nodes: ExitStack) -> None:
     """4 workers, 3 while a node is missing, which share 4 micro-batches unevenly, 4 again; growing loses no step."""

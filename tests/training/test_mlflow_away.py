@@ -29,6 +29,7 @@ def test_mlflow_is_killed_and_restarted_during_a_run(
         assert_tracked_once(run)
 
 
+@pytest.mark.long
 def test_mlflow_is_down_for_the_whole_run_and_synced_later(
     run: Run, undisturbed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,6 +137,7 @@ def test_the_sync_job_delivers_the_spool(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_example_survives_losing_mlflow_and_its_controller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,6 +98,7 @@ def test_s3_faults_and_killed_read_tasks_cause_no_failure(
     assert_recovered(run_on_s3, undisturbed, job)
 
 
+@pytest.mark.long
 def test_slow_s3_causes_no_failure(run_on_s3: Run, undisturbed: Run, proxy: FaultyProxy) -> None:
     """A checkpoint interval with two seconds per request is no failure, even with a small --run.storage-timeout-s."""
     flags = ("--cluster.max-failures", "0", "--run.storage-timeout-s", "5")
