@@ -58,13 +58,6 @@ def main() -> None:
     print(f"fingerprint {manifest.fingerprint}")
     if not there and hasattr(source, "statistics"):
         print(f"files       {source.statistics()}")
-    listed, picture = location.child(duplicates.LISTED), location.child(duplicates.PICTURE)
-    if sum(split.num_rows for split in manifest.splits.values()) > duplicates.MAX_IMAGES:
-        print(f"duplicates  not searched for: there are more than {duplicates.MAX_IMAGES:,} images")
-    else:
-        if not listed.exists():
-            duplicates.write(source, location, manifest)
-        print(f"{'left out' if drop else 'duplicates':<11} {listed.read().decode().splitlines()[0]}")
-    if picture.exists():
-        print(f"            {printable(f'{picture.uri}, {listed.uri}')}")
+    for line in duplicates.report(source, location, manifest, drop):
+        print(line)
     print(f"preview     {printable(prepare.write_preview(location, manifest).uri)}")

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 
 from ddpm.checkpoints.runs import RESERVED
 from ddpm.config import Config
-from ddpm.data import catalog, prepare
+from ddpm.data import catalog, duplicates, prepare
 from ddpm.data.image_folder import Folder
 from ddpm.data.items import Items
 from ddpm.data.sources import MissingFiles, Source
@@ -47,7 +47,12 @@ def with_shards(
     if "RAY_ADDRESS" in os.environ or not prepare.is_large(source):
         connect = None
     skip = config.data.skip_unreadable
-    prepare.prepare(source, location, f"preparing {what}", connect=connect, skip_unreadable=skip)
+    is_new = prepare.find(source, location) is None
+    manifest = prepare.prepare(source, location, f"preparing {what}", connect=connect, skip_unreadable=skip)
+    if is_new and isinstance(source, Folder):
+        print(f"files       {source.statistics()}")
+        for line in duplicates.report(source, location, manifest):
+            print(line, flush=True)
     if items is not None or config.data.images is not None:  # the shards are not of the preset's source
         config = replace(config, data=replace(config.data, images=None, source=None))
     return replace(config, data=replace(config.data, shards=location.uri))

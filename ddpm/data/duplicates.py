@@ -6,7 +6,7 @@ THRESHOLD grey levels; one of them may be mirrored. docs/data.md says what this 
 Axes: N images, H W, C channels.
 """
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,6 +86,19 @@ def write(source: Any, location: Location, manifest: Manifest) -> list[Duplicate
         location.child(PICTURE).write(png_bytes(grid(pairs, COLUMNS)), durable=True)
     location.child(LISTED).write("".join(f"{line}\n" for line in lines).encode(), durable=True)
     return found
+
+
+def report(source: Any, location: Location, manifest: Manifest, dropped: bool = False) -> Iterator[str]:
+    """The lines on near-duplicates for who prepares a data set: their number, and where picture and list are."""
+    if sum(split.num_rows for split in manifest.splits.values()) > MAX_IMAGES:
+        yield f"duplicates  not searched for: there are more than {MAX_IMAGES:,} images"
+        return
+    listed, picture = location.child(LISTED), location.child(PICTURE)
+    if not listed.exists():
+        write(source, location, manifest)
+    yield f"{'left out' if dropped else 'duplicates':<11} {listed.read().decode().splitlines()[0]}"
+    if picture.exists():
+        yield f"            {printable(f'{picture.uri}, {listed.uri}')}"
 
 
 def drop(location: Location, split: str, shards: list[Shard], dropped: Set[Row]) -> list[Shard]:

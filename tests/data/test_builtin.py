@@ -75,6 +75,22 @@ def test_the_same_images_are_prepared_once_and_changed_ones_again(tmp_path: Path
     assert len({first, builtin.with_shards(config).data.shards, builtin.with_shards(larger).data.shards}) == 3
 
 
+def test_new_images_are_described_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_images(tmp_path / "pets", 10)
+    shutil.copy(tmp_path / "pets/cat/0-0.png", tmp_path / "pets/cat/again.png")
+    config = builtin.with_shards(config_of(tmp_path, tmp_path / "pets"))
+    out = capsys.readouterr().out
+    assert re.search(
+        r"^files       3 45x30, 2 45x3\d, 2 45x3\d \(10 sizes\); 21 RGB; 0 smaller than 8, ", out, re.M
+    )
+    assert re.search(
+        r"^duplicates  1 of 21 images look like another, \d like one of another split$", out, re.M
+    )
+    assert f"{config.data.shards}/duplicates.png, " in out
+    builtin.with_shards(config_of(tmp_path, tmp_path / "pets"))
+    assert capsys.readouterr().out.count("\n") == 1
+
+
 def test_a_damaged_shard_is_made_again_as_its_error_says(tmp_path: Path) -> None:
     config = builtin.with_shards(config_of(tmp_path, None))
     shards = Path(str(config.data.shards))
