@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from torch import Tensor
 
 import ddpm
 from ddpm.sampling import generate
@@ -38,13 +37,8 @@ def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     trained = ddpm.Run("builtin:digits").trained
     sample = replace(trained.config.sample, num_sample_steps=arguments.num_sample_steps)
-    frames: list[np.ndarray] = []
-
-    def keep(step: int, x_t: Tensor, x_0_hat: Tensor) -> None:
-        frames.append(images.to_uint8(x_t).numpy())
-
     indices = range(arguments.columns * arguments.rows)
-    finished = generate.draw(trained.sampled_with(sample), indices, on_step=keep).numpy()
+    *frames, finished = generate.denoising(trained.sampled_with(sample), indices)
     coarse = [np.rint(frame / GREY_STEP) * GREY_STEP for frame in [*frames, *[finished] * HELD_FRAMES]]
     grids = [images.grid(frame.astype(np.uint8), arguments.columns) for frame in coarse]
     arguments.out.write_bytes(images.gif_bytes(grids))

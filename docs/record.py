@@ -1,7 +1,8 @@
-"""Record what training looks like on a terminal: python docs/record.py [--out docs/train.svg]
+"""Record a training of which a worker is killed: python docs/record.py [--out docs/resume.svg]
 
-Trains the digits in a terminal of its own, as `make train` does, and writes an animated SVG of the screens that it
-showed. The time between two of them is shortened.
+Trains the digits in a terminal of its own, kills a worker, and writes an animated SVG of the screens that it showed.
+The time between two of them is shortened. The last screen has the digests of the final weights, and of those of a run
+that was not disturbed; if they differ, nothing is written.
 """
 
 import io
@@ -18,14 +19,16 @@ from fcntl import ioctl
 from pathlib import Path
 from termios import TIOCSWINSZ
 
+import psutil
 import tyro
 from rich.console import Console
 from rich.text import Text
 
 REPO = Path(__file__).resolve().parent.parent
-WORDS = ["jobs/train.py", "digits", "--name", "digits", "--workers", "2"]
-"""What `make train` runs."""
+WORDS = ["jobs/train.py", "digits", "--workers", "2"]
 COLUMNS, ROWS = 96, 19
+SEEN = re.compile(r"([\d,]+) of ([\d,]+) ")
+"""Images seen, and all, on a screen."""
 PIECE = re.compile(r"\x1b\[([\d;?]*)([A-Za-z])|([\r\n])|([^\x1b\r\n]+)")
 FORMAT = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">
 <style>{styles} .{unique_id}-matrix {{ font-family: monospace; font-size: {char_height}px;
@@ -39,14 +42,14 @@ line-height: {line_height}px }}</style>
 class Arguments:
     """Where the recording goes, and how long it is."""
 
-    out: Path = REPO / "docs/train.svg"
+    out: Path = REPO / "docs/resume.svg"
     """The file."""
-    num_frames: int = 14
+    num_frames: int = 18
     """Screens in it."""
-    frame_s: float = 0.8
+    frame_s: float = 0.7
     """Seconds that each is shown."""
-    total_images: int | None = None
-    """Images to train on; None: the preset's."""
+    total_images: int = 48_000
+    """Images to train on."""
 
 
 class Terminal:
@@ -75,28 +78,47 @@ class Terminal:
         return "\n".join(self._lines[: self._row + 1][-ROWS:])
 
 
-def screens(words: list[str], shown_as: str) -> list[tuple[float, str]]:
-    """Run Python with `words` in a terminal; all the screens it showed below the line `shown_as`, and when."""
+def screens(words: list[str], folder: str, *, kill: bool) -> list[tuple[float, str]]:
+    """Train in a terminal, in `folder`; all the screens it showed, and when.
+
+    With `kill`, a worker is killed after six tenths of the images, which later screens show as another terminal.
+    """
     ours, theirs = pty.openpty()
     ioctl(theirs, TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
-    shown, terminal = [], Terminal(shown_as)
-    with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.Popen(
-            [sys.executable, *words],
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
-            cwd=folder,
-            env=os.environ | {"TERM": "xterm-256color", "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"},
-            start_new_session=True,
-        )
-        os.close(theirs)
-        while written := _read(ours):
-            terminal.feed(written)
-            shown.append((time.monotonic(), terminal.screen))
-        if process.wait():
-            raise SystemExit(f"it ended with {process.returncode}:\n{terminal.screen}")
+    shown, terminal, typed = [], Terminal(f"$ python {' '.join(words)}"), ""
+    process = subprocess.Popen(
+        [sys.executable, str(REPO / words[0]), *words[1:]],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        cwd=folder,
+        env=os.environ | {"TERM": "xterm-256color", "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"},
+        start_new_session=True,
+    )
+    os.close(theirs)
+    while written := _read(ours):
+        terminal.feed(written)
+        seen = [int(number.replace(",", "")) for pair in SEEN.findall(terminal.screen) for number in pair]
+        if kill and not typed and seen and seen[-2] > 0.6 * seen[-1]:
+            below = psutil.Process(process.pid).children(recursive=True)
+            worker = next(child for child in below if "RayTrainWorker" in " ".join(child.cmdline()))
+            worker.kill()
+            typed = f"{'─' * COLUMNS}\n# in another terminal: one of the two workers\n$ kill -9 {worker.pid}"
+        rows = terminal.screen.count("\n")
+        shown.append((time.monotonic(), terminal.screen + "\n" * (ROWS - rows) + typed))
+    if process.wait():
+        raise SystemExit(f"it ended with {process.returncode}:\n{terminal.screen}")
     return shown
+
+
+def digests(folder: Path) -> str:
+    """A command that prints the digests of the final weights of all runs, and what it printed: they must be equal."""
+    final = max((folder / "runs/killed").glob("checkpoint-*")).name
+    command = f"md5sum runs/*/{final}/ema.safetensors"
+    printed = subprocess.check_output(command, shell=True, cwd=folder, text=True).rstrip()
+    if len({line.split()[0] for line in printed.splitlines()}) != 1:
+        raise SystemExit(printed)
+    return f"$ {command}\n{printed}"
 
 
 def _read(terminal: int) -> str:
@@ -109,10 +131,11 @@ def _read(terminal: int) -> str:
 
 def animation(frames: list[str], frame_s: float) -> str:
     """Frames as one SVG that shows them in turn, for ever."""
-    drawn = []
-    for i, frame in enumerate(frames):
-        console = Console(record=True, width=COLUMNS, height=ROWS, file=io.StringIO())
-        console.print(Text.from_ansi(frame + "\n" * (ROWS - 1 - frame.count("\n"))), end="")
+    wrapped = [Text.from_ansi(frame).wrap(Console(width=COLUMNS), COLUMNS) for frame in frames]
+    drawn, rows = [], max(map(len, wrapped))
+    for i, lines in enumerate(wrapped):
+        console = Console(record=True, width=COLUMNS, height=rows, file=io.StringIO())
+        console.print(Text("\n").join([*lines, *[Text(" ")] * (rows - len(lines))]), end="")
         svg = console.export_svg(code_format=FORMAT, unique_id=f"f{i}")
         drawn.append(f'<g class="frame" style="animation-delay: {i * frame_s:g}s">{svg}</g>')
     size = re.search(r'viewBox="[^"]*"', drawn[0])
@@ -122,21 +145,21 @@ def animation(frames: list[str], frame_s: float) -> str:
         f".frame {{ visibility: hidden; animation: shown {whole:g}s step-end infinite }} "
         f"@keyframes shown {{ 0% {{ visibility: visible }} {share:.4f}% {{ visibility: hidden }} }}"
     )
-    begin = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size[0]} role="img" aria-label="Training in a terminal">'
-    )
+    begin = f'<svg xmlns="http://www.w3.org/2000/svg" {size[0]} role="img" aria-label="A terminal">'
     return "\n".join([begin, f"<style>{style}</style>", *drawn, "</svg>"])
 
 
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
-    more = ["--total-images", str(arguments.total_images)] if arguments.total_images else []
-    script, *words = WORDS + more
-    shown = screens([str(REPO / script), *words], f"$ python {' '.join([script, *words])}")
-    (began, _), (ended, last) = shown[0], shown[-1]
+    words = [*WORDS, "--total-images", str(arguments.total_images), "--name"]
+    with tempfile.TemporaryDirectory() as folder:
+        shown = screens([*words, "killed"], folder, kill=True)
+        screens([*words, "undisturbed"], folder, kill=False)
+        (began, _), (ended, last) = shown[0], shown[-1]
+        last += "\n" + digests(Path(folder))
     times = [began + (ended - began) * i / (arguments.num_frames - 1) for i in range(arguments.num_frames)]
     frames = [[screen for at, screen in shown if at <= moment][-1] for moment in times[:-1]]
-    arguments.out.write_text(animation([*frames, last, last, last], arguments.frame_s))
+    arguments.out.write_text(animation([*frames, *[last] * 5], arguments.frame_s))
     print(f"{arguments.out}  {arguments.out.stat().st_size // 1000} kB")
 
 

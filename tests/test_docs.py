@@ -17,7 +17,6 @@ from PIL import Image
 from support.processes import REPO
 
 from ddpm import cli
-from ddpm.presets import PRESETS
 from ddpm.search.leaderboard import FEWER_TIMESTEPS
 from ddpm.utils.errors import UserError
 
@@ -197,15 +196,16 @@ def test_the_file_tree_is_the_tree() -> None:
     assert there == {name for name in listed if name.startswith("ddpm/") and name != "ddpm/"}
 
 
-def test_the_recording_is_small_and_shows_a_complete_run() -> None:
-    file = REPO / "docs/train.svg"
-    assert file.stat().st_size < 200_000
+def test_the_recording_is_small_and_shows_a_run_that_resumes_with_the_same_weights() -> None:
+    file = REPO / "docs/resume.svg"
+    assert file.stat().st_size < 300_000
     frames = ElementTree.parse(file).getroot().findall("{http://www.w3.org/2000/svg}g")
-    begin, end = "".join(frames[0].itertext()), "".join(frames[-1].itertext())
+    begin, end = ("".join(frames[i].itertext()).replace("\xa0", " ") for i in (0, -1))
     assert "jobs/train.py" in begin and "starting" not in end
-    total = f"{PRESETS['digits'].train.total_images:,}"
-    for part in (total, "images/s", "goodput", "held-out", "checkpoint", "samples"):
+    for part in ("images/s", "goodput", "held-out", "checkpoint", "samples", "kill -9", "resuming"):
         assert part in end, part
+    killed, undisturbed = re.findall(r"([0-9a-f]{32})\s+runs/(?:killed|undisturbed)/", end)
+    assert killed == undisturbed
 
 
 def test_the_animation_is_small_and_has_a_frame_for_each_step(

@@ -21,6 +21,7 @@ COMMANDS = {
     "card": "write a net's model card",
     "sync": "deliver a run's remaining records to MLflow",
     "ui": "show the runs in MLflow",
+    "demo": "sample in the browser, two runs side by side",
 }
 
 

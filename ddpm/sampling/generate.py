@@ -6,8 +6,10 @@ seed and i only.
 Axes: N images, C channels, H W.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -92,6 +94,30 @@ def draw(
     return images.to_uint8(sampler(denoise, _noise(config, indices, device), on_step))
 
 
+def denoising(trained: TrainedNet, indices: Sequence[int], every: int = 1, **how: Any) -> Iterator[Pixels]:
+    """`draw` as a generator: x_t before steps 0, every, 2 every, ..., and its result, each uint8 [N, H, W, C].
+
+    The sampler runs in a thread of its own, until the generator is closed. `how` is as in `draw`.
+    """
+    frames, closed = SimpleQueue[Pixels | None](), False
+
+    def keep(step: int, x_t: Tensor, x_0_hat: Tensor) -> None:
+        if closed:
+            raise CancelledError
+        if step % every == 0:
+            frames.put(images.to_uint8(x_t).cpu().numpy())
+
+    with ThreadPoolExecutor(1) as pool:
+        drawn = pool.submit(draw, trained, indices, on_step=keep, **how)
+        drawn.add_done_callback(lambda _: frames.put(None))
+        try:
+            while (frame := frames.get()) is not None:
+                yield frame
+            yield drawn.result().cpu().numpy()
+        finally:
+            closed = True
+
+
 @torch.no_grad()
 def noising_strip(config: Config, x_0: Tensor) -> Pixels:
     """The forward process on real images x_0 [N, C, H, W], from clean to noise: one row per image."""
@@ -114,21 +140,12 @@ def denoising_strip(trained: TrainedNet, x_0: Tensor, label: Tensor | None = Non
 
 
 def trajectory(trained: TrainedNet, indices: Sequence[int], **how: Any) -> tuple[Pixels, bytes]:
-    """The reverse process, from noise to images: a strip (one row per image), and a GIF of a grid.
-
-    Args:
-        how: as in `draw`.
-    """
-    frames: list[Tensor] = []
-
-    def keep(step: int, x_t: Tensor, x_0_hat: Tensor) -> None:
-        frames.append(images.to_uint8(x_t).cpu())
-
-    frames.append(draw(trained, indices, on_step=keep, **how).cpu())
+    """The reverse process, from noise to images: a strip (a row per image) and a GIF of a grid; `how` as in `draw`."""
+    frames = list(denoising(trained, indices, **how))
     picked = [round(i * (len(frames) - 1) / (TRAJECTORY_COLUMNS - 1)) for i in range(TRAJECTORY_COLUMNS)]
-    rows = torch.stack([frames[i] for i in picked], dim=1).numpy()
-    moving = [images.grid(frames[i].numpy()) for i in range(0, len(frames), max(1, len(frames) // 50))]
-    moving += [images.grid(frames[-1].numpy())] * 10  # hold the result for 10 frames
+    rows = np.stack([frames[i] for i in picked], axis=1)
+    moving = [images.grid(frames[i]) for i in range(0, len(frames), max(1, len(frames) // 50))]
+    moving += [images.grid(frames[-1])] * 10  # hold the result for 10 frames
     captions = ["noise", *[f"step {i}" for i in picked[1:]]]
     return images.strip(list(rows), captions), images.gif_bytes(moving)
 

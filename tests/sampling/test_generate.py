@@ -1,5 +1,6 @@
 """Sampling from a net: image i depends only on the seed and i."""
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from ddpm.config import Config
 from ddpm.config_io import override
 from ddpm.sampling import generate
 from ddpm.training.state import State
+from ddpm.utils import images
 
 CPU = torch.device("cpu")
 
@@ -53,3 +55,21 @@ def test_guidance_applies_only_in_its_interval(tiny: Config) -> None:
     assert torch.equal(sampled(guidance_scale=5.0, guidance_interval=(1e6, 1e9)), plain)
     partly = sampled(guidance_scale=5.0, guidance_interval=(0.5, 5.0))
     assert not torch.equal(partly, plain) and not torch.equal(partly, guided)
+
+
+def test_denoising_yields_every_other_x_t_and_the_result(tiny: Config) -> None:
+    trained, kept = TrainedNet(State.create(tiny, CPU).ema.net, tiny), list[torch.Tensor]()
+    result = generate.draw(trained, range(3), on_step=lambda step, x_t, x_0_hat: kept.append(x_t))
+    expected = [*(images.to_uint8(kept[step]) for step in (0, 2, 4)), result]
+    frames = list(generate.denoising(trained, range(3), every=2))
+    assert [frame.tolist() for frame in frames] == [frame.tolist() for frame in expected]
+
+
+def test_closing_the_generator_ends_the_sampler(tiny: Config) -> None:
+    trained, calls = TrainedNet(State.create(tiny, CPU).ema.net, tiny), list[int]()
+    trained = trained.sampled_with(replace(tiny.sample, num_sample_steps=50))
+    trained.net.register_forward_pre_hook(lambda *_: time.sleep(0.6 if calls else 0) or calls.append(0))
+    frames = generate.denoising(trained, range(3))
+    next(frames)
+    frames.close()
+    assert 1 <= len(calls) < 50
