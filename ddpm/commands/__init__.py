@@ -21,6 +21,7 @@ COMMANDS = {
     "card": "write a net's model card",
     "sync": "deliver a run's remaining records to MLflow",
     "ui": "show the runs in MLflow",
+    "completion": "print the completion of these commands for bash or zsh",
 }
 
 
