@@ -1,4 +1,4 @@
-"""The wheel in a folder of its own: the program `ddpm` needs no checkout."""
+"""The program `ddpm`: its completion, and the wheel in a folder of its own, which needs no checkout."""
 
 import shutil
 import sys
@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from support.processes import REPO, run
 
-from ddpm.commands import COMMANDS
+from ddpm import cli, presets
+from ddpm.commands import COMMANDS, completion
+from ddpm.config_io import flatten
 
 SMALL = """--total-images 640 --model.base-width 8 --model.width-multipliers 1 2 --model.norm-groups 4
     --schedule.num-timesteps 50 --sample.num-sample-steps 5 --sample.num-images 4""".split()
@@ -15,7 +17,41 @@ SMALL = """--total-images 640 --model.base-width 8 --model.width-multipliers 1 2
 
 def test_every_command_has_a_script_in_the_checkout() -> None:
     scripts = {path.stem for folder in ("jobs", "tune") for path in (REPO / folder).glob("*.py")}
-    assert scripts == set(COMMANDS)
+    assert scripts == set(COMMANDS) - {"completion"}  # which is of `ddpm` alone
+
+
+COMPLETED = {
+    "ddpm tr": ["train"],
+    "ddpm train dig": ["digits"],
+    "ddpm train digits --train.tot": ["--train.total-images"],
+    "ddpm search fashion-mnist --num-t": ["--num-trials"],
+    "ddpm prepare folder pictures --si": ["--size"],
+    "ddpm sample builtin:f": ["fashion-mnist"],  # bash replaces what is behind the colon
+    "ddpm sample runs/one --num-images 4 --samp": ["--sampler"],
+    "ddpm train digits --config ": [],  # bash completes files
+    "ddpm completion ": ["bash", "zsh"],
+}
+
+
+def test_bash_completes_commands_names_and_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ddpm completion", "bash"])
+    monkeypatch.setenv("COLUMNS", "30")
+    completion.main()
+    each = 'for COMP_LINE; do COMP_POINT=${#COMP_LINE}; _ddpm; echo "${COMPREPLY[@]}"; done'
+    script = capsys.readouterr().out + each
+
+    def completed(*lines: str) -> list[list[str]]:
+        done = run(["bash", "-uc", script, "bash", *lines], cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        return [line.split() for line in done.stdout.splitlines()]
+
+    assert completed(*COMPLETED) == [*COMPLETED.values()]
+    (flags,) = completed("ddpm train digits --")
+    known = {f"--{key.replace('_', '-')}" for key in flatten(presets.DIGITS)} | {*cli.SHORT.values()}
+    own = {"--help", "--help-all", "--config", "--verbose", "--no-verbose"}
+    assert known | own == {flag for flag in flags if ".no-" not in flag}
 
 
 @pytest.mark.slow
