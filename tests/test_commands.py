@@ -1,10 +1,10 @@
 """The program `ddpm`: its completion, and the wheel in a folder of its own, which needs no checkout."""
 
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from support import wheels
 from support.processes import REPO, run
 
 from ddpm import cli, presets
@@ -56,16 +56,7 @@ def test_bash_completes_commands_names_and_flags(
 
 @pytest.mark.slow
 def test_the_wheel_trains_and_samples_without_a_checkout(tmp_path: Path) -> None:
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    site, source = tmp_path / "site", tmp_path / "source"
-    shutil.copytree(REPO / "ddpm", source / "ddpm", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(REPO / name, source)
-    options = ["--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path]
-    built = run([*pip, "wheel", *options, source], cwd=tmp_path)
-    assert built.returncode == 0, built.stderr
-    (wheel,) = tmp_path.glob("ddpm_on_ray-*.whl")
-    assert run([*pip, "install", "--no-deps", "--target", site, wheel], cwd=tmp_path).returncode == 0
+    wheel, site = wheels.install(".", tmp_path), tmp_path / "site"
 
     def ddpm(*words: str) -> tuple[int, str]:
         done = run([sys.executable, site / "bin/ddpm", *words], cwd=tmp_path, env={"PYTHONPATH": str(site)})

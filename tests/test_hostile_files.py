@@ -208,7 +208,7 @@ def config_flag(file: Path, monkeypatch: pytest.MonkeyPatch) -> object:
 READ_WHOLE: dict[str, Any] = {
     "checksums.json": lambda file, _: checkpoint.read_checksums(file.parent),
     "config.json": lambda file, _: checkpoint.read_config(file.parent),
-    "x_0_error.json": lambda file, _: runs.read_x_0_error(with_checksums(file.parent), 4),
+    "x_0_error.json": lambda file, _: checkpoint.read_x_0_error(with_checksums(file.parent), 4),
     "state.json": lambda file, _: checkpoint.read_state(file.parent),
     "run.json": lambda file, _: runs.existing_run(str(file.parent)),
     "manifest.json": lambda file, _: read_manifest(resolve(str(file.parent))),

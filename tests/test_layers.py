@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from support.processes import REPO
 
 from ddpm.diffusion.objectives import PROCESSES
@@ -79,6 +80,31 @@ def test_every_module_is_in_a_layer() -> None:
         if "." in name and not any(f"{name}.".startswith(f"{module}.") for module in named)
     ]
     assert homeless == []
+
+
+def test_the_callback_alone_has_what_it_imports() -> None:
+    """packages/ddpm-on-ray-callback: the modules and dependencies of ddpm.training.mlflow_callback."""
+    files = (REPO / folder / "pyproject.toml" for folder in (".", "packages/ddpm-on-ray-callback"))
+    whole, ours = (tomllib.loads(file.read_text()) for file in files)
+    modules, todo, others = set[str](), {"ddpm.training.mlflow_callback"}, set[str]()
+    while todo:
+        modules.add(name := todo.pop())
+        found = {i if i in IMPORTS else i.rpartition(".")[0] for i in IMPORTS[name] if i.startswith("ddpm.")}
+        todo |= found - modules
+        others |= {i.split(".")[0] for i in IMPORTS[name]} - sys.stdlib_module_names - {"ddpm"}
+    assert set(ours["tool"]["setuptools"]["py-modules"]) == {"ddpm.__init__", *modules}
+    packages = {
+        "PIL": "pillow",
+        "annotated_types": "annotated-types",
+        "botocore": "boto3",
+        "sqlalchemy": "mlflow",
+    }
+    wanted, known = (
+        {(r.name, str(r.specifier)) for r in map(Requirement, project["project"]["dependencies"])}
+        for project in (ours, whole)
+    )
+    assert {name for name, _ in wanted} == {packages.get(name, name) for name in others} and wanted <= known
+    assert ours["project"]["version"] == whole["project"]["version"]
 
 
 def test_no_module_uses_private_parts_of_ray() -> None:

@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -24,19 +24,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ddpm.build import TrainedNet, build_net
+from ddpm.checkpoints.runs import CHECKSUMS, PREFIX
 from ddpm.config import Affects, Config
 from ddpm.config_io import differences, flatten, from_json, keys_that_affect, to_json
 from ddpm.diffusion import schedules
 from ddpm.utils import files, strict_json
 from ddpm.utils.errors import UserError
 
-CHECKSUMS = "checksums.json"
 _TENSORS = ("net.safetensors", "ema.safetensors", "optimizer.safetensors")
 FILES = (*_TENSORS, "state.json", "config.json", CHECKSUMS)
 """Files of a checkpoint."""
-PREFIX = "checkpoint-"
 BEST_PREFIX = "best-"
 NAME_DIGITS = 12
+X_0_ERROR, X_0_ERROR_FORMAT = "x_0_error.json", "ddpm-x_0-error/1"
+"""File that evaluation adds to a checkpoint: the errors of its averaged net on training images."""
 
 
 def name_at(images_seen: int, prefix: str = PREFIX) -> str:
@@ -61,6 +62,15 @@ class Position(BaseModel):
     run_key: str = Field(pattern="^[0-9A-Za-z]*$")
     """Empty for an imported checkpoint, which has no run."""
     data_fingerprint: str = Field(pattern="^[0-9a-f]*$")
+
+
+@dataclass(frozen=True)
+class X0Error:
+    """Content of x_0_error.json."""
+
+    format: Literal["ddpm-x_0-error/1"]
+    weights_sha256: str
+    x_0_error: list[Annotated[float, Field(ge=0)]]
 
 
 @dataclass(frozen=True)
@@ -191,6 +201,21 @@ def write_net(trained: TrainedNet, position: dict[str, Any], folder: Path) -> No
     weights = {name: tensor.contiguous() for name, tensor in trained.net.state_dict().items()}
     tensors = {"net": weights, "ema": weights, "optimizer": dict[str, Tensor]()}
     write(Snapshot(position["images_seen"], tensors, position, to_json(trained.config)), folder)
+
+
+def read_x_0_error(folder: Path, num_timesteps: int) -> Tensor:
+    """[T] float64, the mean squared error of x_0_hat at every t, as `keep_x_0_error` stored it in a checkpoint."""
+    file = folder / X_0_ERROR
+    weights = read_checksums(folder)["ema.safetensors"]
+    if not file.exists():
+        raise UserError(
+            f"{folder} has no {X_0_ERROR}, which --variance measured needs; jobs/evaluate.py writes it"
+        )
+    remedy = "jobs/evaluate.py writes it again"
+    card = strict_json.parse(X0Error, read_bytes(file), f"{file} is damaged; {remedy}")
+    if card.weights_sha256 != weights or len(card.x_0_error) != num_timesteps:
+        raise UserError(f"{file} belongs to other weights or another num_timesteps; {remedy}")
+    return torch.tensor(card.x_0_error, dtype=torch.float64)
 
 
 def check_same_run(saved: Config, now: Config, where: str) -> None:

@@ -6,22 +6,23 @@ import time
 import uuid
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from annotated_types import Ge
-from torch import Tensor
 
-from ddpm.checkpoints import checkpoint
-from ddpm.config import Config
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
 from ddpm.utils import strict_json
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import as_user_error
 
-X_0_ERROR, X_0_ERROR_FORMAT = "x_0_error.json", "ddpm-x_0-error/1"
-"""File that evaluation adds to a checkpoint: the errors of its averaged net on training images."""
+if TYPE_CHECKING:
+    from ddpm.config import Config
+
+PREFIX = "checkpoint-"
+"""What the name of a checkpoint's folder begins with; images_seen follows."""
+CHECKSUMS = "checksums.json"
+"""File of a checkpoint that is written last: a folder without it is not one."""
 EVALUATIONS = "evaluations"
 """Folder of a run with the results of jobs/evaluate.py."""
 StatusName = Literal["RUNNING", "FINISHED", "STOPPED", "FAILED"]
@@ -51,15 +52,6 @@ class _Card:
 
 
 @dataclass(frozen=True)
-class X0Error:
-    """Content of x_0_error.json."""
-
-    format: Literal["ddpm-x_0-error/1"]
-    weights_sha256: str
-    x_0_error: list[Annotated[float, Ge(0)]]
-
-
-@dataclass(frozen=True)
 class Status:
     """Content of status.json: how a run stands. Rank 0 writes it while training, and the driver at the end."""
 
@@ -75,7 +67,7 @@ class Status:
     """Preset, changes, versions, command and hardware, as in MLflow."""
 
 
-def with_name_and_storage(config: Config, preset: str) -> Config:
+def with_name_and_storage(config: "Config", preset: str) -> "Config":
     """`config` with a run name (default: preset and time) and an absolute storage URI."""
     name = config.run.name or f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     _check_name(name)
@@ -137,23 +129,8 @@ def read_status(run: Location) -> Status | None:
 
 def checkpoints(location: Location) -> list[Location]:
     """Complete checkpoints in a run's folder, oldest first."""
-    names = [name for name in location.folders() if name.startswith(checkpoint.PREFIX)]
-    return [child for child in map(location.child, names) if child.child(checkpoint.CHECKSUMS).exists()]
-
-
-def read_x_0_error(folder: Path, num_timesteps: int) -> Tensor:
-    """[T] float64, the mean squared error of x_0_hat at every t, as `keep_x_0_error` stored it in a checkpoint."""
-    file = folder / X_0_ERROR
-    weights = checkpoint.read_checksums(folder)["ema.safetensors"]
-    if not file.exists():
-        raise UserError(
-            f"{folder} has no {X_0_ERROR}, which --variance measured needs; jobs/evaluate.py writes it"
-        )
-    remedy = "jobs/evaluate.py writes it again"
-    card = strict_json.parse(X0Error, checkpoint.read_bytes(file), f"{file} is damaged; {remedy}")
-    if card.weights_sha256 != weights or len(card.x_0_error) != num_timesteps:
-        raise UserError(f"{file} belongs to other weights or another num_timesteps; {remedy}")
-    return torch.tensor(card.x_0_error, dtype=torch.float64)
+    names = [name for name in location.folders() if name.startswith(PREFIX)]
+    return [child for child in map(location.child, names) if child.child(CHECKSUMS).exists()]
 
 
 def _check_name(name: str) -> None:

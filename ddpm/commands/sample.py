@@ -64,7 +64,7 @@ def main() -> None:
         raise UserError(
             f"--inpaint works only with the sampler ddpm, not {arguments.sampler}; leave out --sampler"
         )
-    from ddpm.checkpoints import checkpoint, runs  # after parsing, so that --help and errors come at once
+    from ddpm.checkpoints import checkpoint  # after parsing, so that --help and errors come at once
     from ddpm.cluster import package
     from ddpm.hub.resolve import local_checkpoint, name_of
     from ddpm.sampling import generate, workers
@@ -75,7 +75,9 @@ def main() -> None:
     with local_checkpoint(arguments.checkpoint) as folder:
         trained = checkpoint.load_net(folder)
         measured = arguments.variance == "measured"
-        x_0_error = runs.read_x_0_error(folder, trained.config.schedule.num_timesteps) if measured else None
+        x_0_error = (
+            checkpoint.read_x_0_error(folder, trained.config.schedule.num_timesteps) if measured else None
+        )
     sample = arguments.changed(
         trained.config.sample,
         sampler=arguments.sampler,

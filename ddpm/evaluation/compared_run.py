@@ -20,7 +20,7 @@ from ddpm.hub import resolve
 from ddpm.sampling import workers
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
-from ddpm.tracking import curves, pages
+from ddpm.tracking import curves, run_params
 from ddpm.utils import images, strict_json
 from ddpm.utils.errors import UserError
 from ddpm.utils.progress import printable
@@ -181,7 +181,7 @@ def _of_checkpoint(
         "versions": ", ".join(versions) or "unknown",
         "data": f"{source} ({position.data_fingerprint[:8]})",
     }
-    settings = {key: str(value) for key, value in pages.params(config).items()}
+    settings = {key: str(value) for key, value in run_params.params(config).items()}
     data = position.data_fingerprint
     return {"images_seen": seen, "settings": settings, "facts": facts, "command": command, "data": data}
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from torch import Tensor
 
 from ddpm.checkpoints import checkpoint
-from ddpm.checkpoints.runs import X_0_ERROR, X_0_ERROR_FORMAT, checkpoints
+from ddpm.checkpoints.checkpoint import X_0_ERROR, X_0_ERROR_FORMAT
+from ddpm.checkpoints.runs import checkpoints
 from ddpm.hub import builtin_nets, registry
 from ddpm.storage import locations
 from ddpm.storage.locations import Location

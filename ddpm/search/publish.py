@@ -22,7 +22,7 @@ from ddpm.search.event_log import EventLog, Trial
 from ddpm.search.leaderboard import Row
 from ddpm.search.setup import Setup
 from ddpm.storage.locations import Location
-from ddpm.tracking import uploader
+from ddpm.tracking import sync
 from ddpm.tracking.metrics_buffer import Artifact, Metrics, Tags
 from ddpm.tracking.mlflow_client import Lost, tracking_uri
 from ddpm.tracking.mlflow_runs import PARENT_TAG, Address, MlflowRun, without_password
@@ -175,9 +175,9 @@ def _deliver_trial(trial: Trial, folder: Location, parent: Address, parent_run_i
     except UserError:  # the trial never began
         return True
     try:
-        rest = uploader.remaining(uri, parent.experiment)
+        rest = sync.remaining(uri, parent.experiment)
         if rest.records:
-            uploader.deliver(rest, MLFLOW_TIMEOUT_S, lambda done: None)
+            sync.deliver(rest, MLFLOW_TIMEOUT_S, lambda done: None)
     except UserError:  # MLflow does not take it now
         return False
     run = MlflowRun(Address(parent.uri, parent.experiment, trial.name, key), {}, MLFLOW_TIMEOUT_S)

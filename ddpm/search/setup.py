@@ -14,7 +14,7 @@ from ddpm.search.evaluator import Evaluator
 from ddpm.search.event_log import rungs
 from ddpm.search.space import Space
 from ddpm.storage.locations import Location, resolve
-from ddpm.tracking import pages
+from ddpm.tracking import run_params
 from ddpm.training import loop
 from ddpm.utils.errors import UserError
 from ddpm.utils.seeding import GENERATOR
@@ -50,7 +50,7 @@ class Setup:
         own = {f"search.{key}": value for key, value in self.settings.items()}
         del own["search.config"]
         space = {f"space.{key}": value for key, value in own.pop("search.space").items()}
-        return {**pages.params(self.base), **own, **space}
+        return {**run_params.params(self.base), **own, **space}
 
 
 def prepare(arguments: Arguments) -> Setup:

@@ -1,23 +1,13 @@
-"""Contents of MLflow's pages of an experiment and a run, besides records: kind, view, params, tags, description."""
+"""Contents of MLflow's pages of an experiment and a run, besides records: kind, view, description."""
 
-import functools
 import json
 import re
 import shlex
-import subprocess
 import time
 from collections.abc import Mapping
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ddpm import presets
-from ddpm.build import resolve_sample
-from ddpm.config import Affects, Config
-from ddpm.config_io import flatten, keys_that_affect
-from ddpm.diffusion.objectives import PROCESSES
-from ddpm.diffusion.schedules import SCHEDULES
 from ddpm.utils.command_line import installed
 
 KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
@@ -46,74 +36,6 @@ STATUS = {
     "FAILED": "Failed",
 }
 LOCAL_UI = "http://127.0.0.1:5000"
-
-
-def params(config: Config) -> dict[str, Any]:
-    """The flat config without None, and without keys that have no effect on the images of this run."""
-    objective, has_labels = config.objective, config.model.num_classes > 0
-    uses_time, draws_sigma = PROCESSES[objective.process].uses_time, objective.timesteps != "uniform"
-    sample = resolve_sample(config.sample, objective)
-    is_ddpm, is_second_order = sample.sampler == "ddpm", sample.sampler in ("dpmpp_2m", "heun")
-    schedule = {"kind", "num_timesteps", *SCHEDULES[config.schedule.kind][1]} if uses_time else set()
-    has_effect = {
-        **{f"schedule.{name}": name in schedule for name in flatten(config.schedule)},
-        **dict.fromkeys(
-            (f"objective.{name}" for name in ("predict", "weight", "variance", "timesteps")), uses_time
-        ),
-        "objective.sigma_data": uses_time and "edm" in (objective.predict, objective.weight),
-        "objective.min_snr_gamma": uses_time and objective.weight == "min_snr",
-        **dict.fromkeys(("objective.log_sigma_mean", "objective.log_sigma_std"), uses_time and draws_sigma),
-        "objective.label_dropout": has_labels,
-        "sample.guidance_scale": has_labels,
-        "sample.rho": sample.spacing == "karras" or (sample.spacing == "auto" and is_second_order),
-        "sample.eta": sample.sampler in ("ddim", "dpmpp_2m"),
-        "sample.mean": is_ddpm,
-        "sample.variance": is_ddpm,
-        "sample.clip_x_0": not is_ddpm,
-    }
-    keys = keys_that_affect(config, Affects.ANYTHING)
-    return {
-        key: value
-        for key, value in flatten(config).items()
-        if value is not None and has_effect.get(key, key in keys)
-    }
-
-
-def nearest_preset(config: Config) -> tuple[str, dict[str, Any]]:
-    """The preset with the fewest differences from `config`, and these differences, without where data lies."""
-    flat, locations = params(config), keys_that_affect(config, Affects.LOCATION)
-    changes = {
-        name: {key: value for key, value in flat.items() if key not in locations and value != known.get(key)}
-        for name, known in ((name, flatten(preset)) for name, preset in presets.PRESETS.items())
-    }
-    return min(changes.items(), key=lambda item: len(item[1]))
-
-
-def tags(config: Config, command: str | None) -> dict[str, str]:
-    """Tags of a new run: preset, differences from it, versions, and the command that resumes the run."""
-    name, changes = nearest_preset(config)
-    changed = ", ".join(f"{key}={value}" for key, value in changes.items()) or "nothing"
-    return {"preset": name, "changed": changed, **_versions()} | ({"command": command} if command else {})
-
-
-@functools.cache
-def _versions() -> dict[str, str]:
-    """Versions of the packages, and the git commit if git tracks this file."""
-    versions = {}
-    for package, name in (("ddpm-on-ray", "ddpm"), ("torch", "torch"), ("ray", "ray")):
-        with suppress(PackageNotFoundError):
-            versions[f"version.{name}"] = version(package)
-    with suppress(OSError, subprocess.SubprocessError):
-        _git("ls-files", "--error-unmatch", Path(__file__).name)
-        described = _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-        commit, _, dirty = described.partition("-")
-        versions |= {"git.commit": commit, "git.dirty": str(bool(dirty)), "mlflow.source.git.commit": commit}
-    return versions
-
-
-def _git(*words: str) -> str:
-    command = ["git", "-C", str(Path(__file__).parent), *words]
-    return subprocess.check_output(command, text=True, timeout=10, stderr=subprocess.DEVNULL).strip()
 
 
 def experiment_tags(source: str, first_grid: int = 0) -> dict[str, str]:

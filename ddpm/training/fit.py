@@ -23,7 +23,7 @@ from ddpm.data.plan import uneven_share
 from ddpm.data.reading import DataSet
 from ddpm.storage import locations
 from ddpm.storage.driver_lock import DriverLock
-from ddpm.tracking import pages, spool
+from ddpm.tracking import pages, run_params, spool
 from ddpm.tracking.mlflow_client import database_file, tracking_uri
 from ddpm.tracking.mlflow_runs import Address
 from ddpm.tracking.retry import without_password
@@ -93,11 +93,13 @@ def fit(
         if seen >= config.train.total_images:
             return Result(run, seen, runs.checkpoints(run.location)[-1].uri, None)
         address = Address(tracking_uri(), config.run.experiment, run.name, run.key, parent_run_id)
-        uploader = Uploader(address, pages.params(config), run.location.child(spool.FOLDER), at_once=False)
+        uploader = Uploader(
+            address, run_params.params(config), run.location.child(spool.FOLDER), at_once=False
+        )
         uploader.committed(seen)
         group = group or WorkerGroup(config, verbose)
         command = None if parent_run_id else command_line.typed()
-        group.submit(config, data_set, run, pages.tags(config, command))
+        group.submit(config, data_set, run, run_params.tags(config, command))
 
         def continues(values: Mapping[str, Any]) -> bool:
             return should_continue(values) and not lock.is_lost

@@ -17,13 +17,13 @@ import tenacity
 from ray.train import UserCallback
 
 from ddpm.checkpoints import runs
+from ddpm.storage import locations
 from ddpm.storage.locations import Location
 from ddpm.tracking.metrics_buffer import MetricsBuffer, pack, segment_name
 from ddpm.tracking.mlflow_client import tracking_uri
 from ddpm.tracking.mlflow_runs import Address
 from ddpm.tracking.spool import FOLDER as SPOOL
 from ddpm.tracking.uploader import DELIVERY_TIMEOUT_S, Delivery, Uploader
-from ddpm.utils.command_line import installed
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,8 @@ class MlflowCallback(UserCallback):
         source = Path(sys.argv[0]).name
         self._address = Address(tracking_uri(), experiment, run.name, run.key, source=source)
         self._params, self._step = dict(params or {}), step
-        self._folder, self._spool = run.location.uri, run.location.child(SPOOL)
+        self._spool = run.location.child(SPOOL)
+        self._call = f"MlflowCallback({experiment!r}, {run_name!r}, {locations.absolute(spool)!r})"
         self._delivery: _Delivery | None = None  # only in the controller's process
         self._has_warned = False
 
@@ -96,10 +97,8 @@ class MlflowCallback(UserCallback):
         """Deliver what is left, as `Uploader.close` does, and end the MLflow run: FINISHED, FAILED or KILLED."""
         delivery = Uploader(self._address, self._params, self._spool).close(status, timeout_s)
         if delivery.undelivered:
-            sync = f"python jobs/sync.py {self._folder} --experiment {self._address.experiment}"
-            logger.warning(
-                "records that MLflow has not accepted are kept; `%s` delivers them", installed(sync)
-            )
+            again = f"{self._call}.close({status!r})"
+            logger.warning("records that MLflow has not accepted are kept; `%s` delivers them", again)
         return delivery
 
 

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ddpm.utils.png import Pixels
+from ddpm.utils.png import from_png as from_png
+from ddpm.utils.png import png_bytes as png_bytes
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Pixels = NDArray[np.uint8]
 
 PADDING = 2
 """Pixels between tiles and around them."""
@@ -105,24 +106,11 @@ def strip(rows: Sequence[Pixels], captions: Sequence[str] = ()) -> Pixels:
     return np.concatenate([np.asarray(header, np.uint8), picture])
 
 
-def png_bytes(array: Pixels) -> bytes:
-    """uint8 [H, W, C], C 1 or 3, as a PNG file."""
-    file = io.BytesIO()
-    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(file, "PNG")
-    return file.getvalue()
-
-
 def figure_png(figure: "Figure") -> bytes:
     """A figure of matplotlib as a PNG file."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
     return file.getvalue()
-
-
-def from_png(data: bytes) -> Pixels:
-    """The inverse of `png_bytes`."""
-    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-        return np.atleast_3d(np.asarray(image, np.uint8))
 
 
 def gif_bytes(frames: Sequence[Pixels]) -> bytes:

@@ -172,11 +172,11 @@ def test_invalid_measured_errors_are_a_user_error(tmp_path: Path, change: Callab
     (tmp_path / "checksums.json").write_text(json.dumps({"ema.safetensors": "a" * 64}))
     errors = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
     resolve.keep_x_0_error(str(tmp_path), "a" * 64, errors)
-    assert torch.equal(runs.read_x_0_error(tmp_path, 3), errors)
-    file = tmp_path / runs.X_0_ERROR
+    assert torch.equal(checkpoint.read_x_0_error(tmp_path, 3), errors)
+    file = tmp_path / checkpoint.X_0_ERROR
     file.write_text(json.dumps(change(json.loads(file.read_text()))))
     with pytest.raises(UserError, match=r"x_0_error\.json .*; jobs/evaluate\.py writes it again"):
-        runs.read_x_0_error(tmp_path, 3)
+        checkpoint.read_x_0_error(tmp_path, 3)
 
 
 def test_nothing_is_written_to_a_deleted_checkpoint(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.evaluated import CONFIG, POSITIONS, make_data, make_run
 
-from ddpm.checkpoints import runs
+from ddpm.checkpoints import checkpoint
 from ddpm.checkpoints.runs import Run
 from ddpm.config import SampleConfig
 from ddpm.config_io import override
@@ -77,7 +77,7 @@ def test_results_equal_those_of_one_batch(run: Run, one_worker: Report, shards: 
     assert [drawn.is_own for drawn in last.drawn] == [False, True]
     assert len({result.bits for result in one_worker.results}) == len(POSITIONS)
     assert (last.variance, last.variance_is_default) == ("measured", True)
-    kept = runs.read_x_0_error(Path(last.checkpoint), CONFIG.schedule.num_timesteps)
+    kept = checkpoint.read_x_0_error(Path(last.checkpoint), CONFIG.schedule.num_timesteps)
     torch.testing.assert_close(kept, measured.x_0_error)
     for found, expected in zip(last.bits, bound_scores(bits), strict=True):
         assert (found.name, found.n) == (expected.name, 150)

@@ -146,8 +146,8 @@ def test_declared_resources_match_the_maximum_of_the_file() -> None:
 
 def test_the_entrypoint_is_a_valid_command() -> None:
     (job,) = DOCUMENTS["rayjob.yaml"]
-    program, script, *words = job["spec"]["entrypoint"].split()
-    assert (program, script) == ("python", "/home/ray/ddpm/jobs/train.py")
+    program, command, *words = job["spec"]["entrypoint"].split()
+    assert (program, command) == ("ddpm", "train")
     defaults = {name: Arguments(name, config) for name, config in presets.PRESETS.items()}
     parsed = tyro.cli(tyro.extras.subcommand_type_from_defaults(defaults, presets.ABOUT), args=words)
     assert parsed.config.run.storage == "s3://BUCKET/runs"

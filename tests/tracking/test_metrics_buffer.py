@@ -28,7 +28,7 @@ from ddpm.tracking.metrics_buffer import (
 )
 
 GREY = np.arange(96, dtype=np.uint8).reshape(8, 12, 1)
-PNG = metrics_buffer.images.png_bytes(GREY)
+PNG = metrics_buffer.png.png_bytes(GREY)
 GOOD = {"kind": "metrics", "values": {"loss": 1.0}, "images_seen": 1, "timestamp_ms": 2}
 FILE = {"kind": "artifact", "name": "a.txt", "file": "files/000000"}
 TAGS = {"kind": "tags", "tags": {"preset": "digits"}}

@@ -30,12 +30,12 @@ from support.tracked import (
 )
 
 from ddpm.storage.locations import Location
-from ddpm.tracking import metrics_buffer
 from ddpm.tracking.metrics_buffer import Metrics, Picture
 from ddpm.tracking.mlflow_client import tracking_uri
 from ddpm.tracking.mlflow_runs import Address, MlflowRun, without_password
 from ddpm.tracking.pages import STOPPED
 from ddpm.tracking.uploader import Uploader
+from ddpm.utils.png import png_bytes
 
 
 @pytest.fixture(params=["server", "sqlite"])
@@ -141,7 +141,7 @@ def test_a_run_resumed_from_an_older_checkpoint_has_no_duplicates(address: Addre
 def test_records_that_mlflow_rejects_are_skipped_and_the_rest_is_delivered(
     address: Address, buffer: Location, caplog: pytest.LogCaptureFixture
 ) -> None:
-    png = metrics_buffer.images.png_bytes(np.zeros((2, 2, 3), np.uint8))
+    png = png_bytes(np.zeros((2, 2, 3), np.uint8))
     refused = [Metrics({"no such: name?!": 1.0, "good": 2.0}, 2, 2), Picture("no:key", png, 3, 3)]
     put_records(buffer, 4, Metrics({"good": 1.0}, 1, 1), *refused, Metrics({"good": 3.0}, 4, 4))
     put(buffer, 64, 64)

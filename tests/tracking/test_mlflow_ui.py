@@ -18,7 +18,7 @@ from support.tracked import address_at, deliver, put_records, run_of, spool_in
 
 from ddpm.config_io import override
 from ddpm.presets import DIGITS
-from ddpm.tracking import pages
+from ddpm.tracking import pages, run_params
 from ddpm.tracking.metrics_buffer import DataSetInput, MetricsBuffer
 from ddpm.tracking.mlflow_runs import Address
 from ddpm.tracking.pages import GRID, KIND, KIND_TAG, LAST_GRID, VIEW_TAG, WORKFLOW
@@ -37,7 +37,7 @@ def write_run(address: Address, folder: Path, until: int, status: str = "FINISHE
     """Deliver what a run of the preset digits records until it has seen `until` images."""
     config = override(DIGITS, {"train.sample_every_images": 1280, **changes})
     buffer = MetricsBuffer()
-    buffer.tags(pages.tags(config, f"python jobs/train.py digits --name {address.run_name}"))
+    buffer.tags(run_params.tags(config, f"python jobs/train.py digits --name {address.run_name}"))
     buffer.data_set(DataSetInput("digits", "4f" * 16, "s3://bucket/digits", "{}"))
     for seen in range(256, until + 1, 256):
         buffer.metrics({"train/loss": 64 / seen, "train/images_per_s": 900.0}, seen)
@@ -50,7 +50,7 @@ def write_run(address: Address, folder: Path, until: int, status: str = "FINISHE
         buffer.artifact(name, png_bytes(grid))
     spool = spool_in(folder)
     put_records(spool, until, *buffer.take())
-    deliver(address, spool, until, status, **pages.params(config))
+    deliver(address, spool, until, status, **run_params.params(config))
     return run_of(address)
 
 

@@ -20,7 +20,7 @@ from ddpm.config_io import flatten, override
 from ddpm.diffusion import schedules
 from ddpm.sampling import generate
 from ddpm.storage.locations import Location
-from ddpm.tracking import pages
+from ddpm.tracking import pages, run_params
 from ddpm.tracking.metrics_buffer import DataSetInput, Metrics, Record, Tags
 from ddpm.tracking.mlflow_client import tracking_uri
 from ddpm.tracking.mlflow_runs import Address
@@ -40,7 +40,7 @@ DATA = DataSetInput("digits", "4f" * 16, "s3://bucket/digits", '{"images": 1500,
 @pytest.mark.parametrize("kind", schedules.SCHEDULES)
 def test_params_include_exactly_the_fields_that_affect_the_schedule(kind: str) -> None:
     config = override(Config(), {"schedule.kind": kind, "schedule.num_timesteps": 100})
-    beta, found = schedules.build(config.schedule).beta, pages.params(config)
+    beta, found = schedules.build(config.schedule).beta, run_params.params(config)
     for name, value in flatten(config.schedule).items():
         if isinstance(value, float):
             changed = override(config, {f"schedule.{name}": 0.9 * value}).schedule
@@ -52,7 +52,7 @@ def test_params_include_exactly_the_fields_that_affect_the_schedule(kind: str) -
 @pytest.mark.parametrize("spacing", ["auto", "uniform", "karras"])
 def test_params_include_exactly_the_fields_that_affect_the_images(sampler: str, spacing: str) -> None:
     config = override(SMALL, {"sample.sampler": sampler, "sample.spacing": spacing})
-    net, found = build_net(config).eval(), pages.params(config)
+    net, found = build_net(config).eval(), run_params.params(config)
 
     def sampled(config: Config) -> torch.Tensor:
         return generate.draw(TrainedNet(net, config), range(4))
@@ -75,7 +75,7 @@ def test_params_include_exactly_the_fields_that_affect_the_images(sampler: str, 
     ],
 )
 def test_params_without_effect_are_left_out(change: dict[str, Any], has: str, lacks: str) -> None:
-    found = pages.params(override(presets.DIGITS, change))
+    found = run_params.params(override(presets.DIGITS, change))
     assert has in found and lacks not in found
     assert None not in found.values()
 
@@ -83,14 +83,14 @@ def test_params_without_effect_are_left_out(change: dict[str, Any], has: str, la
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_tags_name_the_nearest_preset_and_the_changes(name: str) -> None:
     changes = {"schedule.kind": "sigmoid", "optim.lr": 0.5, "run.name": "a", "data.shards": "s3://b/d"}
-    assert pages.nearest_preset(presets.PRESETS[name]) == (name, {})
+    assert run_params.nearest_preset(presets.PRESETS[name]) == (name, {})
     changed = override(presets.PRESETS[name], changes)
-    assert pages.nearest_preset(changed) == (name, {"schedule.kind": "sigmoid", "optim.lr": 0.5})
-    found = pages.tags(changed, "python jobs/train.py x")
+    assert run_params.nearest_preset(changed) == (name, {"schedule.kind": "sigmoid", "optim.lr": 0.5})
+    found = run_params.tags(changed, "python jobs/train.py x")
     assert (found["preset"], found["changed"]) == (name, "schedule.kind=sigmoid, optim.lr=0.5")
     assert found["command"] == "python jobs/train.py x"
     assert found["version.torch"] == torch.__version__.partition("+")[0] or "+" in found["version.torch"]
-    assert pages.tags(presets.PRESETS[name], None).get("changed") == "nothing"
+    assert run_params.tags(presets.PRESETS[name], None).get("changed") == "nothing"
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def address() -> Address:
 def first_records(config: Config) -> list[Record]:
     """The records that a run writes first."""
     checkpoint = Tags({"checkpoint": "s3://bucket/runs/a/checkpoint-000000000064"})
-    return [Tags(pages.tags(config, "python jobs/train.py digits --run.name a")), DATA, checkpoint]
+    return [Tags(run_params.tags(config, "python jobs/train.py digits --run.name a")), DATA, checkpoint]
 
 
 def description(run: Run) -> str:
@@ -112,7 +112,7 @@ def test_a_run_writes_its_description(address: Address, buffer: Location) -> Non
     config = override(presets.DIGITS, {"schedule.kind": "linear"})
     bits = {"held_out/bits_per_dim": 4.25, "held_out_error/bits_per_dim": 0.5}
     put_records(buffer, 64, *first_records(config), Metrics(bits, 64, 1))
-    deliver(address, buffer, 64, pages.STOPPED, **pages.params(config))
+    deliver(address, buffer, 64, pages.STOPPED, **run_params.params(config))
     run = run_of(address)
     assert description(run).split("\n\n") == [
         "**digits**, schedule.kind=linear: predicts eps, linear schedule of 500 steps.",

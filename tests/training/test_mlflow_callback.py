@@ -1,6 +1,7 @@
 """The MLflow callback of Ray Train: whatever fails, MLflow has every step exactly once."""
 
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import cloudpickle
 import pytest
 from mlflow import MlflowClient
-from support import processes, servers
+from support import processes, servers, wheels
 from support.processes import REPO, Background, wait_for
 from support.tracked import names_in
 
@@ -116,7 +117,7 @@ def test_an_unwritable_spool_does_not_block_training(
     wait_for(lambda: logged_points(mlflow_server, "loss") == [(1, 0.5), (2, 0.25)])
 
 
-def test_the_sync_job_delivers_the_spool(
+def test_what_is_left_in_the_spool_is_delivered_later(
     start: Start,
     spool: Location,
     absent_server: str,
@@ -124,16 +125,40 @@ def test_the_sync_job_delivers_the_spool(
     run_job: Callable[..., Any],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """By the call that the warning names, and by jobs/sync.py."""
     callback = start(absent_server)
     report(callback, {"step": 1, "loss": 0.5})
     wait_for(lambda: names_in(spool))
     with caplog.at_level(logging.WARNING):
-        assert callback.close("FINISHED", timeout_s=1).undelivered == 1
-    command = caplog.messages[-1].split("`")[1].split()
-    assert command[:2] == ["python", "jobs/sync.py"]
-    done = run_job("sync", *command[2:], env={"MLFLOW_TRACKING_URI": mlflow_server})
+        assert callback.close("FAILED", timeout_s=1).undelivered == 1
+    call = caplog.messages[-1].split("`")[1]
+    start(mlflow_server)  # sets the variable that both read
+    assert eval(call, {"MlflowCallback": MlflowCallback}).undelivered == 0
+    assert run_at(mlflow_server).info.status == "FAILED"
+    report(callback, {"step": 2, "loss": 0.25})
+    wait_for(lambda: names_in(spool))
+    done = run_job("sync", Path(spool.path).parent, "--experiment", "callbacks")
     assert done.returncode == 0, done.stderr
-    assert logged_points(mlflow_server, "loss") == [(1, 0.5)] and names_in(spool) == []
+    assert logged_points(mlflow_server, "loss") == [(1, 0.5), (2, 0.25)] and names_in(spool) == []
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_the_callback_alone_needs_no_pytorch(tmp_path: Path) -> None:
+    """The wheel of packages/ddpm-on-ray-callback runs docs/examples/digits_numpy.py."""
+    site, absent = tmp_path / "site", tmp_path / "absent"
+    wheels.install("packages/ddpm-on-ray-callback", tmp_path)
+    absent.mkdir()
+    for name in ("torch", "tyro", "safetensors"):
+        (absent / f"{name}.py").write_text("raise ImportError(__name__)\n")
+    example, env = REPO / "docs/examples/digits_numpy.py", processes.python_path(absent, site)
+    done = processes.run([sys.executable, example], cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    assert not (site / "ddpm/config.py").exists()
+    losses = logged_points(uri := f"sqlite:///{tmp_path}/mlflow.db", "loss", "digits-numpy")
+    assert [step for step, _ in losses] == list(range(1, 21))
+    assert losses[-1][1] < losses[0][1] == pytest.approx(math.log(10))
+    assert run_at(uri, "digits-numpy").info.status == "FINISHED"
 
 
 @pytest.mark.slow
