@@ -16,6 +16,7 @@ from support.tracked import names_in
 
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
+from ddpm.tracking.mlflow_client import tracking_uri
 from ddpm.tracking.spool import FOLDER, count
 from ddpm.training.mlflow_callback import MlflowCallback
 
@@ -155,7 +156,7 @@ def test_the_callback_alone_needs_no_pytorch(tmp_path: Path) -> None:
     done = processes.run([sys.executable, example], cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     assert not (site / "ddpm/config.py").exists()
-    losses = logged_points(uri := f"sqlite:///{tmp_path}/mlflow.db", "loss", "digits-numpy")
+    losses = logged_points(uri := tracking_uri(), "loss", "digits-numpy")
     assert [step for step, _ in losses] == list(range(1, 21))
     assert losses[-1][1] < losses[0][1] == pytest.approx(math.log(10))
     assert run_at(uri, "digits-numpy").info.status == "FINISHED"
