@@ -19,13 +19,13 @@ from ddpm.utils.errors import UserError
 # PyTorch nor a higher package. tests/test_tables.py checks that they are equal.
 ScheduleKind = Literal["linear", "scaled_linear", "cosine", "sigmoid", "straight", "geometric"]
 """diffusion.schedules.SCHEDULES."""
-Process = Literal["gaussian", "uniform_mix"]
+Process = Literal["gaussian", "uniform_mix", "consistency"]
 """diffusion.objectives.PROCESSES."""
 Prediction = Literal["eps", "x_0", "v", "edm", "flow"]
 """diffusion.objectives.PREDICTIONS."""
 Timesteps = Literal["uniform", "log_normal", "logit_normal"]
 """diffusion.objectives.TIMESTEPS."""
-SamplerName = Literal["ddim", "ddpm", "dpmpp_2m", "heun", "mix"]
+SamplerName = Literal["ddim", "ddpm", "dpmpp_2m", "heun", "mix", "multistep"]
 """diffusion.samplers.SAMPLERS."""
 FeatureNetName = Literal["classifier", "inception", "lite0", "pixels"]
 """evaluation.nets.FEATURE_NETS."""
@@ -139,8 +139,9 @@ class ObjectiveConfig:
     """The forward process, and what the net predicts."""
 
     affects: ClassVar = Affects.NOISE
-    process: Annotated[Process, MEANING | Affects.TASK] = "gaussian"
-    """gaussian: DDPM. uniform_mix: the Hugging Face course's baseline (no timestep; the net predicts x_0)."""
+    process: Annotated[Process, Affects.NOISE | Affects.SAMPLING | Affects.TASK] = "gaussian"
+    """gaussian: DDPM. uniform_mix: the Hugging Face course's baseline (no timestep; the net predicts x_0). consistency:
+    tunes a trained net, train.init_from, to sample in one or two steps (Geng et al. 2024); it has its own weight."""
     predict: Annotated[Prediction, MEANING] = "eps"
     """What the net's output means (gaussian process). edm: F of EDM (Karras et al. 2022), whose input is scaled, too.
     flow: the velocity eps - x_0 of flow matching; both have their own papers' loss with the weight simple."""
@@ -302,9 +303,9 @@ class SampleConfig:
     affects: ClassVar = Affects.SAMPLING
     sampler: Literal["auto", SamplerName] = "auto"
     """ddpm: Algorithm 2. ddim: few steps. dpmpp_2m (DPM-Solver++), heun: second order, fewer steps.
-    mix: for objective.process uniform_mix. auto: ddim or mix."""
+    mix: for objective.process uniform_mix. multistep: for consistency. auto: ddim, mix or multistep."""
     num_sample_steps: Count | None = None
-    """None: all T for ddpm, else 50."""
+    """None: all T for ddpm, 2 for multistep, else 50."""
     spacing: Spacing = "auto"
     """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/rho). auto: karras with
     dpmpp_2m and heun, else uniform."""

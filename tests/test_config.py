@@ -170,6 +170,8 @@ def test_any_value_of_a_known_key_is_valid_or_a_user_error(values: dict[str, Any
         ("mix", "uniform_mix", "mix"),
         ("mix", "gaussian", None),
         ("ddim", "uniform_mix", None),
+        ("auto", "consistency", "multistep"),
+        ("ddim", "consistency", None),
     ],
 )
 def test_a_sampler_fits_the_process(sampler: str, process: str, resolved: str | None) -> None:

@@ -12,6 +12,7 @@ Papers:
     Karras et al. 2022, Elucidating the Design Space (EDM), arXiv:2206.00364
     Liu et al. 2022, Rectified Flow, arXiv:2209.03003 (flow); Esser et al. 2024, arXiv:2403.03206 (logit-normal t)
     Hang et al. 2023, Efficient Diffusion Training via Min-SNR Weighting, arXiv:2303.09556
+    Geng et al. 2024, Consistency Models Made Easy (ECT), arXiv:2406.14548 (consistency)
     Ho & Salimans 2022, Classifier-Free Diffusion Guidance, arXiv:2207.12598 (dropped labels)
     Nichol & Dhariwal 2021, Improved DDPM, arXiv:2102.09672 (learned variance)
     UniformMix: the Hugging Face diffusion course, unit 1
@@ -38,6 +39,10 @@ Model = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 
 BOUND_WEIGHT = 1e-3
 """Weight of the bound in the loss of a net that learns its variance (lambda of Nichol & Dhariwal 2021)."""
+STAGES = 8
+"""Stages of consistency tuning, each with half the distance between two noise levels of the one before."""
+HUBER_C = 0.00054
+"""c of the Pseudo-Huber distance per root of a dimension, for images in [-1, 1]."""
 SMALLEST_AMOUNT = 1e-3
 """Below this amount of noise UniformMix does not divide by it: one grey level of 255 would become 8 units."""
 
@@ -79,13 +84,16 @@ class Objective(Protocol):
         """The objective that `config` describes."""
         ...
 
-    def loss(self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator) -> Loss:
+    def loss(
+        self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator, progress: float = 1.0
+    ) -> Loss:
         """Corrupt `x_0`, and score the prediction of `model`.
 
         Args:
             x_0: [B, C, H, W] float32, clean images in [-1, 1].
             label: [B] int64 in 0..num_classes-1; ignored by an unconditional objective.
             generator: on the device of x_0; all randomness comes from it.
+            progress: the share of training that is done, in [0, 1].
         """
         ...
 
@@ -197,7 +205,9 @@ class Gaussian:
         if self.learns_variance and self.log_sigma is not None:
             raise ValueError("variance is learned from the bound over all t; timesteps must be uniform")
 
-    def loss(self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator) -> Loss:
+    def loss(
+        self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator, progress: float = 1.0
+    ) -> Loss:
         T = self.schedule.num_timesteps
         t = self._draw_t(len(x_0), generator)
         eps = generator.normal(x_0.shape, x_0.dtype)
@@ -403,7 +413,9 @@ class UniformMix:
         """Build the objective; it has one prediction and one weight, so `config` and the schedule are ignored."""
         return cls(labels)
 
-    def loss(self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator) -> Loss:
+    def loss(
+        self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator, progress: float = 1.0
+    ) -> Loss:
         amount = generator.uniform([len(x_0)])
         u = 2 * generator.uniform(x_0.shape, x_0.dtype) - 1
         x_t = process.mix(x_0, amount, u)
@@ -430,8 +442,85 @@ class UniformMix:
         return f"{level:.0%}"
 
 
+@dataclass(frozen=True)
+class Consistency:
+    """Consistency tuning (ECT) of a trained net: x_0_hat becomes the same at all noise levels of an image.
+
+    In x = x_t / sqrt(alpha_bar) = x_0 + sigma eps, x_0_hat is the paper's f(x, sigma), with f(x, 0) = x: c_skip is 1 at
+    sigma = 0 for every prediction but x_0. The loss of a pair of levels s < sigma with one x_0, eps and dropout mask is
+
+    d(f(x_0 + sigma eps, sigma), f(x_0 + s eps, s)) / (sigma - s),    d(a, b) = sqrt(|a - b|^2 + c^2) - c,
+
+    without a gradient of the second f. Here d is divided by sqrt(D), so |.|^2 is the mean over the D numbers of an
+    image, and c is 0.00054. s is the level nearest to sigma (1 - n / q^stage), n = 1 + k / (1 + e^(b sigma)), at least
+    one timestep below; where that is not above 0, s is 0 and f(x, 0) = x_0. Training has STAGES of equal length.
+
+    Source: Geng et al. 2024, Sec. 3; c: Song & Dhariwal 2023 (arXiv:2310.14189), Sec. 3.3.
+    """
+
+    prediction: Gaussian
+    uses_time: ClassVar[bool] = True
+    has_bound: ClassVar[bool] = False
+    has_uniform_noise: ClassVar[bool] = False
+
+    @classmethod
+    def build(cls, config: "ObjectiveConfig", schedule: Schedule, labels: Labels) -> "Consistency":
+        if config.predict == "x_0":
+            raise ValueError(
+                "predict is 'x_0'; for consistency it must be eps, v, edm or flow: f(x, 0) must be x"
+            )
+        if config.variance == "learned":
+            raise ValueError("variance is 'learned'; consistency has no bound to learn it from")
+        return cls(Gaussian.build(config, schedule, labels))
+
+    def loss(
+        self, model: Model, x_0: Tensor, label: Tensor | None, generator: Generator, progress: float = 1.0
+    ) -> Loss:
+        of, schedule = self.prediction, self.prediction.schedule
+        t = of._draw_t(len(x_0), generator)
+        eps = generator.normal(x_0.shape, x_0.dtype)
+        label = of.labels.for_training(label, generator)
+        r = self.lower(progress).to(t.device, non_blocking=True)[t]
+
+        def f(t: Tensor) -> Tensor:
+            return of.denoise(model, process.q_sample(schedule.alpha_bar, x_0, t, eps), t, label).x_0_hat
+
+        with torch.no_grad():
+            target = torch.where(process.broadcast(r < 0, x_0), x_0, f(r.clamp(min=0)))
+        error = _per_image(f(t), target)
+        sigma = torch.cat([schedule.sigma, torch.zeros(1, dtype=torch.float64)])  # sigma[-1] is 0
+        distance = (error + HUBER_C**2).sqrt() - HUBER_C
+        gap = process.gather(sigma, t, error) - process.gather(sigma, r, error)
+        return Loss((distance / gap).mean(), error.detach(), 4 * t // schedule.num_timesteps)
+
+    def lower(self, progress: float) -> Tensor:
+        """[T] int64: the timestep of the second level, for each t; -1 is the clean image."""
+        sigma = self.prediction.schedule.sigma
+        stage = min(int(STAGES * progress), STAGES - 1) + 1
+        wanted = sigma * (1 - (1 + 8 * torch.sigmoid(-sigma)) / 2**stage)  # k = 8, b = 1, q = 2
+        levels = torch.cat([torch.zeros(1, dtype=torch.float64), sigma])
+        nearest = torch.bucketize(wanted, (levels[:-1] + levels[1:]) / 2) - 1
+        return torch.minimum(nearest, torch.arange(len(sigma)) - 1)
+
+    def denoise(self, model: Model, x_t: Tensor, t: Tensor, label: Tensor | None) -> Denoised:
+        return self.prediction.denoise(model, x_t, t, label)
+
+    def noise_level(self, t: Tensor) -> Tensor:
+        return self.prediction.noise_level(t)
+
+    def corrupt(self, x_0: Tensor, level: float, noise: Tensor) -> tuple[Tensor, Tensor]:
+        return self.prediction.corrupt(x_0, level, noise)
+
+    def caption(self, level: float) -> str:
+        return self.prediction.caption(level)
+
+
 PREDICTIONS: dict[str, type[Gaussian]] = {"eps": Eps, "x_0": X0, "v": V, "edm": Edm, "flow": Flow}
-PROCESSES: dict[str, type[Objective]] = {"gaussian": Gaussian, "uniform_mix": UniformMix}
+PROCESSES: dict[str, type[Objective]] = {
+    "gaussian": Gaussian,
+    "uniform_mix": UniformMix,
+    "consistency": Consistency,
+}
 
 TIMESTEPS = {"uniform": None, "log_normal": (-1.2, 1.2), "logit_normal": (0.0, 1.0)}
 """Distributions of t in training: mean and standard deviation of log sigma. (On the straight path, whose time is

@@ -93,17 +93,21 @@ def respaced(schedule: Schedule, timesteps: Sequence[int]) -> Schedule:
 def build(config: "SampleConfig", schedule: Schedule, num_dims: int) -> list[int]:
     """The timesteps that `config` describes, for images of `num_dims` numbers, D.
 
-    Defaults: all T for ddpm and at most 50 for the others; karras for the samplers of second order, whose few
-    steps should be short where little noise is left, and uniform for the others.
+    Defaults: all T for ddpm, 2 for multistep and at most 50 for the others; karras for the samplers of second order,
+    whose few steps should be short where little noise is left, and uniform for the others. multistep, which reaches a
+    clean image from any timestep, does not visit the last one of n + 1.
     """
     T = schedule.num_timesteps
     n = config.num_sample_steps
     if n is None:
-        n = T if config.sampler == "ddpm" else min(FEW, T)
+        n = T if config.sampler == "ddpm" else min(2 if config.sampler == "multistep" else FEW, T)
+    check_num_sample_steps(n, T)
     spacing: str = config.spacing
     if spacing == "auto":
         spacing = "karras" if config.sampler in ("dpmpp_2m", "heun") else "uniform"
     match spacing:
+        case "uniform" if config.sampler == "multistep":
+            return uniform(T, min(n + 1, T))[:n]
         case "uniform":
             return uniform(T, n)
         case "quadratic":

@@ -91,7 +91,7 @@ def resolved(config: Config, sample: SampleConfig) -> SampleConfig:
     if sample.num_sample_steps is not None:
         return sample
     steps = timesteps.FEW
-    if PROCESSES[config.objective.process].has_bound:
+    if PROCESSES[config.objective.process].uses_time:
         steps = len(timesteps.build(sample, schedules.build(config.schedule), config.model.num_dims))
     return replace(sample, num_sample_steps=steps)
 

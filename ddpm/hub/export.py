@@ -61,10 +61,10 @@ def to_diffusers(trained: TrainedNet, out: Path, label: int | None = None) -> No
         label: for a conditional net, the class that the pipeline generates; num_classes, the null label: all classes.
     """
     diffusers, config = _diffusers(), trained.config
-    if not PROCESSES[config.objective.process].uses_time:
+    if not PROCESSES[config.objective.process].has_bound:
+        name = config.objective.process
         raise UserError(
-            f"diffusers has no pipeline for objective.process {config.objective.process}, whose net sees no "
-            "timestep; use --format pt2"
+            f"diffusers' DDPMPipeline cannot sample for objective.process {name}; use --format pt2"
         )
     unet_of(config)
     weights, config = _without_labels(trained.net.state_dict(), config, label)

@@ -58,9 +58,7 @@ def prepare(arguments: Arguments) -> Setup:
     config = _named(arguments)
     loop.check(config)
     if not PROCESSES[config.objective.process].has_bound:
-        raise UserError(
-            f"the process {config.objective.process} has no noise schedule and no bits/dim to search by"
-        )
+        raise UserError(f"the process {config.objective.process} has no bits/dim to search by")
     space = spaces.parse(arguments.space, config)
     if arguments.metric != "bits_per_dim" and space.has_schedule:
         raise UserError(LOSS_CANNOT_RANK.format(metric=arguments.metric))

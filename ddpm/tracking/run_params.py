@@ -18,17 +18,17 @@ from ddpm.diffusion.schedules import SCHEDULES
 def params(config: Config) -> dict[str, Any]:
     """The flat config without None, and without keys that have no effect on the images of this run."""
     objective, has_labels = config.objective, config.model.num_classes > 0
-    uses_time, draws_sigma = PROCESSES[objective.process].uses_time, objective.timesteps != "uniform"
+    process, draws_sigma = PROCESSES[objective.process], objective.timesteps != "uniform"
+    uses_time, weights = process.uses_time, objective.weight if process.has_bound else ""
     sample = resolve_sample(config.sample, objective)
     is_ddpm, is_second_order = sample.sampler == "ddpm", sample.sampler in ("dpmpp_2m", "heun")
     schedule = {"kind", "num_timesteps", *SCHEDULES[config.schedule.kind][1]} if uses_time else set()
     has_effect = {
         **{f"schedule.{name}": name in schedule for name in flatten(config.schedule)},
-        **dict.fromkeys(
-            (f"objective.{name}" for name in ("predict", "weight", "variance", "timesteps")), uses_time
-        ),
-        "objective.sigma_data": uses_time and "edm" in (objective.predict, objective.weight),
-        "objective.min_snr_gamma": uses_time and objective.weight == "min_snr",
+        **dict.fromkeys((f"objective.{name}" for name in ("predict", "variance", "timesteps")), uses_time),
+        "objective.weight": weights != "",
+        "objective.sigma_data": uses_time and "edm" in (objective.predict, weights),
+        "objective.min_snr_gamma": weights == "min_snr",
         **dict.fromkeys(("objective.log_sigma_mean", "objective.log_sigma_std"), uses_time and draws_sigma),
         "objective.label_dropout": has_labels,
         "sample.guidance_scale": has_labels,

@@ -86,7 +86,7 @@ def train(config: Config, runtime: Runtime) -> State:
                 _masks(config, dropouts, state.step, micro_batches, to_device),
             ):
                 # The objective draws t and eps from `noise`: diffusion/objectives.py, Gaussian.loss.
-                loss = objective.loss(model, x_0, label, noise)
+                loss = objective.loss(model, x_0, label, noise, state.images_seen / config.train.total_images)
                 # Averaged over the workers, this is the mean over the global batch, whatever their shares.
                 (loss.value * (len(x_0) * runtime.world_size / batch_size)).backward()
             losses.append(loss._replace(value=loss.value.detach()))

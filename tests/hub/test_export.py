@@ -349,8 +349,9 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_incomplete(
     [
         (
             {"objective.process": "uniform_mix", "sample.sampler": "mix"},
-            "uniform_mix, whose net sees no timestep; use --format pt2",
+            "cannot sample for objective.process uniform_mix; use --format pt2",
         ),
+        ({"objective.process": "consistency"}, "for objective.process consistency; use --format pt2"),
         (
             {"objective.predict": "edm"},
             "^objective.predict is edm, .* supports eps, x_0, v; use --format pt2$",

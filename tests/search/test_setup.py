@@ -64,7 +64,7 @@ def test_trials_are_compared_at_equal_images_seen(tmp_path: Path) -> None:
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "name": ({"run.name": "mine"}, "name the search with --name"),
     "name of a folder": ({"name": "a/b"}, "cannot be a folder's name"),
-    "process": ({"objective.process": "uniform_mix"}, "has no noise schedule and no bits/dim"),
+    "process": ({"objective.process": "uniform_mix"}, "has no bits/dim to search by"),
     "space": ({"space": ("optim.lr=2",) * 2}, "has optim.lr twice"),
 }
 

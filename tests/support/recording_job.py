@@ -34,7 +34,7 @@ class Recording:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._objective, name)
 
-    def loss(self, model: Any, x_0: Any, label: Any, generator: Any) -> Any:
+    def loss(self, model: Any, x_0: Any, label: Any, generator: Any, progress: float = 1.0) -> Any:
         lines = []
 
         def record(x_t: Any, t: Any, *rest: Any) -> Any:
@@ -46,8 +46,8 @@ class Recording:
             return model(x_t, t, *rest)
 
         if not model.training or not x_0.any():  # held-out images, or the pass before the first step
-            return self._objective.loss(model, x_0, label, generator)
-        loss = self._objective.loss(record, x_0, label, generator)
+            return self._objective.loss(model, x_0, label, generator, progress)
+        loss = self._objective.loss(record, x_0, label, generator, progress)
         step = lines[-1]["step"]
         with (FOLDER / f"{self._rank}.jsonl").open("a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)

@@ -34,13 +34,14 @@ from ddpm.training.state import State
 from ddpm.utils.errors import UserError
 
 
-@pytest.mark.parametrize("variance", ["fixed", "learned"])
+@pytest.mark.parametrize(
+    "choice", [{}, {"objective.variance": "learned"}, {"objective.process": "consistency"}]
+)
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(
-    tiny: Config, train_set: DataSet, tmp_path: Path, dropout: float, variance: str
+    tiny: Config, train_set: DataSet, tmp_path: Path, dropout: float, choice: dict[str, str]
 ) -> None:
-    changes = {"model.dropout": dropout, "data.horizontal_flip": True, "objective.variance": variance}
-    config = override(tiny, changes)
+    config = override(tiny, choice | {"model.dropout": dropout, "data.horizontal_flip": True})
     straight = fit(config, train_set, tmp_path / "straight")
 
     class Interrupted(Exception):
@@ -225,7 +226,12 @@ def test_held_out_bits_per_dim_is_logged_with_each_checkpoint(
 
 @pytest.mark.parametrize(
     "change",
-    [{"objective.process": "uniform_mix"}, {"schedule.num_timesteps": 1}, {"train.held_out_images": 9}],
+    [
+        {"objective.process": "uniform_mix"},
+        {"objective.process": "consistency"},
+        {"schedule.num_timesteps": 1},
+        {"train.held_out_images": 9},
+    ],
     ids=str,
 )
 def test_bits_per_dim_is_not_logged_without_a_bound_or_images(
@@ -251,6 +257,7 @@ def test_the_newest_checkpoints_and_the_best_are_kept(
     "change",
     [
         {"objective.process": "uniform_mix"},
+        {"objective.process": "consistency"},
         {"objective.predict": "v", "objective.weight": "min_snr"},
         {"objective.predict": "x_0"},
         {"objective.predict": "edm", "objective.timesteps": "log_normal", "schedule.kind": "geometric"},
