@@ -303,7 +303,7 @@ class SampleConfig:
     affects: ClassVar = Affects.SAMPLING
     sampler: Literal["auto", SamplerName] = "auto"
     """ddpm: Algorithm 2. ddim: few steps. dpmpp_2m (DPM-Solver++), heun: second order, fewer steps.
-    mix: for objective.process uniform_mix. multistep: for consistency. auto: ddim, mix or multistep."""
+    mix: for uniform_mix. multistep: for consistency. auto: ddim, mix or multistep."""
     num_sample_steps: Count | None = None
     """None: all T for ddpm, 2 for multistep, else 50."""
     spacing: Spacing = "auto"

@@ -12,7 +12,7 @@ from ddpm.config_io import flatten, override
 from ddpm.search import config as search_config
 
 PRESETS = "digits, glyphs, fashion-mnist, cifar10, celeba64"
-SAMPLERS = "'ddim', 'ddpm', 'dpmpp_2m', 'heun', 'mix'"
+SAMPLERS = "'ddim', 'ddpm', 'dpmpp_2m', 'heun', 'mix', 'multistep'"
 MISTAKES = {
     "train": f"PRESET is missing; the command line must begin with one of {PRESETS}",
     "train --lr 1 digits": f"PRESET is missing; the command line must begin with one of {PRESETS}",
