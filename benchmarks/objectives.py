@@ -55,12 +55,10 @@ class Arguments:
     """Images to sample from each net, and held-out images."""
 
 
-def train(preset: str, choice: str, seed: int, images: int | None, folder: Path) -> float:
-    """Train one run, FOLDER/CHOICE-SEED, as a user types it; returns minutes."""
-    command = [sys.executable, str(REPO / "jobs/train.py"), preset]
-    for key, value in zip(KEYS, CHOICES[choice], strict=False):
-        command += [f"--{key}", value]
-    command += ["--run.storage", str(folder), "--run.name", name(choice, seed), "--train.seed", str(seed)]
+def train(preset: str, folder: Path, name: str, images: int | None, *flags: str) -> float:
+    """Train one run, FOLDER/NAME, as a user types it; returns minutes."""
+    command = [sys.executable, str(REPO / "jobs/train.py"), preset, *flags]
+    command += ["--run.storage", str(folder), "--run.name", name]
     command += ["--train.sample-every-images", "0", "--train.checkpoint-every-images", "0"]
     command += ["--train.total-images", str(images or PRESETS[preset].train.total_images)]
     env = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
@@ -84,8 +82,10 @@ def compare(arguments: Arguments, preset: str, folder: Path) -> list[list[str]]:
     done = Counter[str]()
 
     def measure(choice: str) -> float:
+        seed, values = done[choice], zip(KEYS, CHOICES[choice], strict=False)
         done[choice] += 1
-        return train(preset, choice, done[choice] - 1, arguments.images, folder)
+        flags = ["--train.seed", str(seed), *(word for key, value in values for word in (f"--{key}", value))]
+        return train(preset, folder, name(choice, seed), arguments.images, *flags)
 
     minutes = turns.in_turns(arguments.choices, arguments.seeds, measure)
     runs = [(choice, seed) for choice in arguments.choices for seed in range(arguments.seeds)]

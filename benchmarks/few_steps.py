@@ -1,0 +1,94 @@
+"""Consistency tuning (ECT): KID of few steps of a tuned net, and of a net that was trained for the same time.
+
+    python benchmarks/few_steps.py [--presets digits fashion-mnist] [--seeds 3]
+
+Of each seed, one net is trained on all images; another on half of them, and is then tuned on 3/8 of them. A step of
+tuning has four passes through the net where one of training has three, so both cost the same, as the minutes show.
+Values are means over seeds, with Student's 95 % interval. The table goes to benchmarks/few_steps.md, a row of samples
+of the first seed for each of its lines beside it.
+"""
+
+import tempfile
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from harness import tables
+from harness.arguments import read
+from objectives import interval, train
+
+from ddpm.evaluation import context, evaluate
+from ddpm.evaluation.settings import Settings
+from ddpm.presets import PRESETS
+from ddpm.sampling import generate
+from ddpm.utils import images
+
+SAMPLERS = {"trained": ("dpmpp_2m", "ddim"), "tuned": ("multistep",)}
+COLUMNS = 16
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to train, and how often."""
+
+    presets: tuple[str, ...] = ("digits",)
+    seeds: int = 3
+    images: int | None = None
+    """Images to train on. None: the preset's."""
+    lr: float = 2e-3
+    """Learning rate of tuning."""
+    steps: tuple[int, ...] = (1, 2, 5, 20)
+    num_images: int = 2000
+    """Images to sample from each net, and held-out images."""
+
+
+def train_both(preset: str, seed: int, arguments: Arguments, folder: Path) -> dict[str, float]:
+    """Train the nets of one seed, FOLDER/trained-SEED and tuned-SEED; returns minutes."""
+    total = arguments.images or PRESETS[preset].train.total_images
+    flags = ["--objective.predict", "v", "--train.seed", str(seed), "--cluster.num-workers", "2"]
+    tuning = ["--objective.process", "consistency", "--train.init-from", str(folder / f"half-{seed}")]
+    tuning += ["--sampler", "multistep", "--lr", str(arguments.lr), "--optim.lr-warmup-images", "1280"]
+    return {
+        "trained": train(preset, folder, f"trained-{seed}", total, *flags),
+        "tuned": train(preset, folder, f"half-{seed}", total // 2, *flags)
+        + train(preset, folder, f"tuned-{seed}", total * 3 // 8, *flags, *tuning),
+    }
+
+
+def compare(arguments: Arguments, preset: str, folder: Path) -> list[list[str]]:
+    """A row for each net and sampling configuration."""
+    minutes = [train_both(preset, seed, arguments, folder) for seed in range(arguments.seeds)]
+    settings = Settings(num_images=arguments.num_images, num_train_images=0, num_sample_steps=arguments.steps)
+    rows, pictures = [], []
+    for net, samplers in SAMPLERS.items():
+        candidates = context.read([str(folder / f"{net}-{seed}") for seed in range(arguments.seeds)])
+        report = evaluate.evaluate(candidates, replace(settings, sampler=samplers))
+        kids = defaultdict(list)
+        for drawn in (drawn for result in report.results for drawn in result.drawn):
+            kids[drawn.sample] += [s.value for s in drawn.scores if s.name.startswith("KID")]
+        cost = interval([of_seed[net] for of_seed in minutes], 1)
+        for sample, values in kids.items():
+            rows.append(
+                [preset, net, cost, sample.sampler, str(sample.num_sample_steps), interval(values, 4)]
+            )
+            pictures.append(generate.draw(candidates[0].sampled_with(sample), range(COLUMNS)).numpy())
+    picture = tables.result(Path(__file__).with_name(f"few_steps-{preset}.png"))
+    picture.write_bytes(images.png_bytes(images.strip(pictures)))
+    print(f"picture     {picture}")
+    return rows
+
+
+def main() -> None:
+    arguments = read(Arguments, __doc__, seeds=2, images=2560, num_images=30, steps=(1, 2))
+    rows = list[list[str]]()
+    for preset in arguments.presets:
+        with tempfile.TemporaryDirectory() as folder:
+            rows += compare(arguments, preset, Path(folder))
+    how = f"{arguments.seeds} seeds, {arguments.num_images} images (`python benchmarks/few_steps.py`). "
+    how += f"{tables.machine()}."
+    names = "preset", "net", "minutes", "sampler", "steps", "KID-classifier"
+    tables.write(__file__, "One and two steps", how, "", *tables.table(names, rows))
+
+
+if __name__ == "__main__":
+    main()
