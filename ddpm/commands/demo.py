@@ -4,6 +4,7 @@ Images appear as they are denoised, of two runs side by side. RUN is what jobs/s
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Annotated
 
 import tyro
@@ -27,11 +28,10 @@ def main() -> None:
     arguments: Arguments = cli.parse(Arguments, __doc__)
     if len(arguments.runs) not in (1, 2):
         raise UserError(f"{len(arguments.runs)} runs are given; expected one, or two to compare")
-    try:
-        from ddpm.hub import demo
-    except ImportError:
-        raise UserError("gradio is not installed; run pip install 'ddpm-on-ray[demo]'") from None
+    if find_spec("gradio") is None:
+        raise UserError("gradio is not installed; run pip install 'ddpm-on-ray[demo]'")
     from ddpm.checkpoints import checkpoint
+    from ddpm.hub import demo
     from ddpm.hub.resolve import local_checkpoint
     from ddpm.utils import devices
 

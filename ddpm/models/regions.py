@@ -11,8 +11,8 @@ from torch import nn
 from ddpm.models import dit, layers
 
 BLOCKS = (layers.Block, dit.Block)
-PASS_SIZES = 2
-"""Different numbers of images a pass: the last pass of a step may have fewer."""
+VARIANTS = 4
+"""Of a block: the last pass of a step may have fewer images, and a pass of consistency may have no gradients."""
 
 
 def compile_blocks(net: nn.Module) -> None:
@@ -23,7 +23,7 @@ def compile_blocks(net: nn.Module) -> None:
     """
     blocks = [module for module in net.modules() if isinstance(module, BLOCKS)]
     limits = torch.compiler.config
-    limits.recompile_limit = max(limits.recompile_limit, PASS_SIZES * len(blocks))
+    limits.recompile_limit = max(limits.recompile_limit, VARIANTS * len(blocks))
     for block in blocks:
         block.compile(dynamic=False)
     if not blocks:

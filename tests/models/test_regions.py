@@ -77,6 +77,11 @@ def test_compiled_blocks_compute_the_same_and_each_shape_is_compiled_once(
         for images, wanted in expected.items():
             torch.testing.assert_close(step(net, images), wanted, rtol=1e-4, atol=1e-5)
         assert len(graphs) == 2 * (8 if isinstance(net, unet.UNet) else 1)
+    net.eval()
+    with torch.no_grad():  # as consistency does for its target
+        for images in expected:
+            net(torch.zeros(images, 1, 8, 8), torch.arange(images))
+    assert len(graphs) == 4 * (8 if isinstance(net, unet.UNet) else 1)
 
 
 def test_a_net_without_blocks_is_compiled_as_a_whole(
