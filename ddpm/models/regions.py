@@ -12,7 +12,7 @@ from ddpm.models import dit, layers
 
 BLOCKS = (layers.Block, dit.Block)
 VARIANTS = 4
-"""Of a block: the last pass of a step may have fewer images, and a pass of consistency may have no gradients."""
+"""Variants of a block: the last pass of a step may have fewer images, a pass of consistency may have no gradients."""
 
 
 def compile_blocks(net: nn.Module) -> None:
