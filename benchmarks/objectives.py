@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,18 +58,15 @@ class Arguments:
 
 def train(preset: str, folder: Path, name: str, images: int | None, *flags: str) -> float:
     """Train one run, FOLDER/NAME, as a user types it; returns minutes."""
-    command = [sys.executable, str(REPO / "jobs/train.py"), preset, *flags]
+    command = [sys.executable, str(REPO / "jobs/train.py"), preset]
     command += ["--run.storage", str(folder), "--run.name", name]
     command += ["--train.sample-every-images", "0", "--train.checkpoint-every-images", "0"]
     command += ["--train.total-images", str(images or PRESETS[preset].train.total_images)]
+    command += flags
     env = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
     began = time.monotonic()
     subprocess.run(command, check=True, env=env, cwd=folder, stdout=subprocess.DEVNULL)
     return (time.monotonic() - began) / 60
-
-
-def name(choice: str, seed: int) -> str:
-    return f"{list(CHOICES).index(choice)}-{seed}"
 
 
 def interval(values: list[float], digits: int) -> str:
@@ -77,21 +75,28 @@ def interval(values: list[float], digits: int) -> str:
     return f"{np.mean(values):.{digits}f} ± {half:.{digits}f}"
 
 
-def compare(arguments: Arguments, preset: str, folder: Path) -> list[list[str]]:
-    """A row of each choice; the results of its seeds are next to each other."""
+def compare(
+    preset: str,
+    choices: Mapping[str, Sequence[str]],
+    folder: Path,
+    seeds: int,
+    images: int | None,
+    num_images: int,
+) -> list[list[str]]:
+    """A row of each choice, whose flags are given: name, bits/dim, KID, minutes of training."""
     done = Counter[str]()
+    place = {choice: i for i, choice in enumerate(choices)}
 
     def measure(choice: str) -> float:
-        seed, values = done[choice], zip(KEYS, CHOICES[choice], strict=False)
+        seed = done[choice]
         done[choice] += 1
-        flags = ["--train.seed", str(seed), *(word for key, value in values for word in (f"--{key}", value))]
-        return train(preset, folder, name(choice, seed), arguments.images, *flags)
+        flags = ["--train.seed", str(seed), *choices[choice]]
+        return train(preset, folder, f"{place[choice]}-{seed}", images, *flags)
 
-    minutes = turns.in_turns(arguments.choices, arguments.seeds, measure)
-    runs = [(choice, seed) for choice in arguments.choices for seed in range(arguments.seeds)]
-    candidates = context.read([str(folder / name(*run)) for run in runs])
+    minutes = turns.in_turns(list(choices), seeds, measure)
+    candidates = context.read([str(folder / f"{i}-{seed}") for i in place.values() for seed in range(seeds)])
     settings = Settings(
-        num_images=arguments.num_images,
+        num_images=num_images,
         num_train_images=0,
         sampler=("dpmpp_2m",),
         num_sample_steps=(STEPS,),
@@ -99,20 +104,27 @@ def compare(arguments: Arguments, preset: str, folder: Path) -> list[list[str]]:
     )
     report = evaluate.evaluate(candidates, settings)
     rows = []
-    for i, choice in enumerate(arguments.choices):
-        results = report.results[i * arguments.seeds : (i + 1) * arguments.seeds]
+    for choice, i in place.items():
+        results = report.results[i * seeds : (i + 1) * seeds]
         bits = [result.bits[0].value for result in results]
         kid = [s.value for result in results for s in result.drawn[0].scores if s.name.startswith("KID")]
-        rows.append([preset, choice, interval(bits, 3), interval(kid, 4), interval(minutes[choice], 2)])
+        rows.append([choice, interval(bits, 3), interval(kid, 4), interval(minutes[choice], 2)])
     return rows
 
 
 def main() -> None:
     arguments = read(Arguments, __doc__, choices=("flow matching",), seeds=2, images=640, num_images=30)
+    flags = {
+        choice: [
+            word for pair in zip(KEYS, CHOICES[choice], strict=False) for word in (f"--{pair[0]}", pair[1])
+        ]
+        for choice in arguments.choices
+    }
     lines = list[list[str]]()
     for preset in arguments.presets:
         with tempfile.TemporaryDirectory() as folder:
-            lines += compare(arguments, preset, Path(folder))
+            numbers = arguments.seeds, arguments.images, arguments.num_images
+            lines += [[preset, *row] for row in compare(preset, flags, Path(folder), *numbers)]
     how = (
         f"Held-out bits/dim and KID of {arguments.num_images} images ({STEPS} steps of `dpmpp_2m`, eta 1): mean and "
         f"95 % interval of {arguments.seeds} seeds (`python benchmarks/objectives.py`). {tables.machine()}."

@@ -239,9 +239,11 @@ NETS_GROUP = "ddpm.nets"
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, its learning rate over time, and the averaged weights."""
+    """The optimizer, its learning rate over time, and the averaged weights."""
 
     affects: ClassVar = Affects.LEARNING
+    kind: Literal["adamw", "muon"] = "adamw"
+    """muon: convolutions and linear layers by Muon (Jordan et al. 2024), all other weights by AdamW."""
     lr: Positive = 2e-4
     """Learning rate after the warm-up."""
     lr_warmup_images: ImagesOrZero = 0

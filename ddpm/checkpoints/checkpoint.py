@@ -1,6 +1,6 @@
 """A checkpoint is a folder of safetensors and JSON; nothing in it is ever executed.
 
-    net.safetensors  ema.safetensors  optimizer.safetensors   weights, averaged weights, AdamW's state
+    net.safetensors  ema.safetensors  optimizer.safetensors   weights, averaged weights, the optimizer's state
     state.json       step, images_seen, the run's key, and the name of the random generator
     config.json      the whole config: enough to rebuild the net
     checksums.json   SHA-256 of every other file, written last

@@ -96,7 +96,7 @@ def train(config: Config, runtime: Runtime) -> State:
         _count_skipped(state, config, skipped)
         state.descend(lr_at(config, state.images_seen), bad=flags[0])
         recorder.add(losses, grad_norm, bad=flags[0])
-        state.optimizer.zero_grad(set_to_none=True)
+        state.net.zero_grad(set_to_none=True)
         state.step += 1
         state.images_seen += batch_size
         recorder.after_step(stop > 0)

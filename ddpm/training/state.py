@@ -5,13 +5,14 @@ resumed run, on any number of workers, draws what the uninterrupted one would ha
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ddpm.build import build_net
 from ddpm.checkpoints import checkpoint
@@ -19,6 +20,7 @@ from ddpm.checkpoints.checkpoint import Snapshot
 from ddpm.config import Config
 from ddpm.config_io import to_json
 from ddpm.models.ema import EMA
+from ddpm.training import optimizers
 from ddpm.training.transfers import DeviceToHost
 from ddpm.utils.errors import UserError
 from ddpm.utils.seeding import GENERATOR
@@ -37,11 +39,12 @@ def lr_at(config: Config, images_seen: int) -> float:
 
 @dataclass
 class State:
-    """Net, averaged weights, optimizer and position; the same on every rank."""
+    """Net, averaged weights, optimizers and position; the same on every rank."""
 
     net: nn.Module
     ema: EMA
-    optimizer: torch.optim.AdamW
+    optimizers: list[Optimizer]
+    """Each weight of the net has one."""
     to_host: DeviceToHost
     step: int = 0
     """Optimizer steps taken."""
@@ -57,55 +60,56 @@ class State:
     def create(cls, config: Config, device: torch.device) -> "State":
         """The state before the first step."""
         net = build_net(config).to(device)
-        optimizer = torch.optim.AdamW(
-            net.parameters(),
-            lr=config.optim.lr,
-            betas=(config.optim.beta_1, config.optim.beta_2),
-            weight_decay=config.optim.weight_decay,
-            fused=True,
-        )
-        return cls(net, EMA(net, config.optim.ema_decay), optimizer, DeviceToHost(device))
+        return cls(net, EMA(net, config.optim.ema_decay), optimizers.build(config, net), DeviceToHost(device))
 
     def descend(self, lr: float, bad: Tensor) -> None:
         """Take an optimizer step, and update the averaged weights; a `bad` step leaves the net's weights unchanged.
 
         Args:
-            bad: [] bool on the weights' device; the optimizer reads it there, so that the host need not wait.
+            bad: [] bool on the weights' device; the optimizers read it there, so that the host need not wait.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        # As torch.amp.GradScaler does it: fused optimizers read this flag on the device.
-        self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         self.to_host.wait_to_write()
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            # As torch.amp.GradScaler does it: fused optimizers read this flag on the device.
+            optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+            optimizer.step()
         self.ema.update(self.net, self.step)
 
+    def _owned(self) -> Iterator[tuple[str, nn.Parameter, Optimizer]]:
+        """Name, weight and optimizer of every weight."""
+        groups = [(optimizer, group) for optimizer in self.optimizers for group in optimizer.param_groups]
+        owner = {weight: optimizer for optimizer, group in groups for weight in group["params"]}
+        for name, weight in self.net.named_parameters():
+            yield name, weight, owner[weight]
+
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """AdamW's state by weight: {"input.weight.exp_avg": ..., ".exp_avg_sq", ".step"}."""
+        """The optimizers' state by weight: {"input.weight.exp_avg": ..., ".exp_avg_sq", ".step", or ".momentum"}."""
         return {
             f"{name}.{key}": value
-            for name, weight in self.net.named_parameters()
-            for key, value in self.optimizer.state.get(weight, {}).items()
+            for name, weight, optimizer in self._owned()
+            for key, value in optimizer.state.get(weight, {}).items()
         }
 
     def optimizer_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of `optimizer_tensors` after a step."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name, shape in checkpoint.shapes(dict(self.net.named_parameters())).items():
-            shapes |= {f"{name}.step": (), f"{name}.exp_avg": shape, f"{name}.exp_avg_sq": shape}
-        return shapes
+        return {
+            f"{name}.{key}": () if key == "step" else tuple(weight.shape)
+            for name, weight, optimizer in self._owned()
+            for key in optimizers.STATE[type(optimizer)]
+        }
 
     def load_optimizer_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Inverse of `optimizer_tensors`."""
-        for name, weight in self.net.named_parameters():
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            if f"{name}.step" in tensors:
-                state = {key: tensors[f"{name}.{key}"].to(weight.device, copy=True) for key in keys}
-                # AdamW gives its averages the memory format of their weight (channels-last). A resumed step
-                # must run the same kernels as an uninterrupted one.
-                for key in keys[1:]:
-                    state[key] = torch.empty_like(weight, requires_grad=False).copy_(state[key])
-                self.optimizer.state[weight] = state
+        for name, weight, optimizer in self._owned() if tensors else ():
+            for key in optimizers.STATE[type(optimizer)]:
+                value = tensors[f"{name}.{key}"].to(weight.device, copy=True)
+                if key != "step":
+                    # Averages have the memory format of their weight (channels-last). A resumed step must run the
+                    # same kernels as an uninterrupted one.
+                    value = torch.empty_like(weight, requires_grad=False).copy_(value)
+                optimizer.state[weight][key] = value
 
     def snapshot(self, config: Config, extra: dict[str, Any]) -> Snapshot:
         """Copy the whole state; `extra` goes into state.json.
@@ -159,7 +163,7 @@ class State:
     def _read_moments(
         self, folder: Path, position: Mapping[str, Any], device: torch.device
     ) -> dict[str, Tensor]:
-        """AdamW's state; empty before the first step that was not skipped."""
+        """The optimizers' state; empty before the first step that was not skipped."""
         path = folder / "optimizer.safetensors"
         tensors = checkpoint.read_tensors(path, device)
         has_learned = position["step"] > position.get("skipped_steps", 0)

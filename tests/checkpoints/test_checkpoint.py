@@ -40,7 +40,7 @@ def test_a_checkpoint_restores_everything(folder: Path, tiny: Config) -> None:
         assert saved.keys() == tensors.keys()
         assert all(torch.equal(saved[name], tensors[name]) for name in saved)
     for weight in state.net.parameters():  # the memory layout, too
-        assert state.optimizer.state[weight]["exp_avg"].stride() == weight.stride()
+        assert state.optimizers[0].state[weight]["exp_avg"].stride() == weight.stride()
     assert checkpoint.read_config(folder) == tiny
     assert checkpoint.read_state(folder)["run_key"] == "k"
     changes = {"train.total_images": 9999, "cluster.num_workers": 2, "run.storage": "elsewhere"}

@@ -35,11 +35,17 @@ from ddpm.utils.errors import UserError
 
 
 @pytest.mark.parametrize(
-    "choice", [{}, {"objective.variance": "learned"}, {"objective.process": "consistency"}]
+    "choice",
+    [
+        {},
+        {"objective.variance": "learned"},
+        {"objective.process": "consistency"},
+        {"optim.kind": "muon", "model.num_classes": 10},
+    ],
 )
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(
-    tiny: Config, train_set: DataSet, tmp_path: Path, dropout: float, choice: dict[str, str]
+    tiny: Config, train_set: DataSet, tmp_path: Path, dropout: float, choice: dict[str, object]
 ) -> None:
     config = override(tiny, choice | {"model.dropout": dropout, "data.horizontal_flip": True})
     straight = fit(config, train_set, tmp_path / "straight")
@@ -288,12 +294,18 @@ def test_a_non_finite_gradient_stops_the_run(tiny: Config, train_set: DataSet, r
         assert all(torch.isfinite(weight).all() for weight in net.parameters())
 
 
-@pytest.mark.parametrize("bad_step", [0, 3])
+@pytest.mark.parametrize(("bad_step", "kind"), [(0, "adamw"), (3, "adamw"), (0, "muon"), (3, "muon")])
 def test_a_skipped_step_changes_no_weight(
-    tiny: Config, train_set: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad_step: int
+    tiny: Config,
+    train_set: DataSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    bad_step: int,
+    kind: str,
 ) -> None:
     """The run continues, also when resumed from the checkpoint of that step, with unchanged weights."""
     changes = {"optim.skip_non_finite": 1, "optim.lr_schedule": "constant", "optim.lr_warmup_images": 0}
+    changes |= {"optim.kind": kind}  # type: ignore[dict-item]
     changes |= {"train.checkpoint_every_images": 32, "train.total_images": 32 * (bad_step + 1)}
     config = override(tiny, changes)
     longer = override(config, {"train.total_images": 32 * 5})
