@@ -1,5 +1,6 @@
 """The program `ddpm`: its completion, and the wheel in a folder of its own, which needs no checkout."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -29,25 +30,42 @@ COMPLETED = {
     "ddpm sample builtin:f": ["fashion-mnist"],  # bash replaces what is behind the colon
     "ddpm sample runs/one --num-images 4 --samp": ["--sampler"],
     "ddpm train digits --config ": [],  # bash completes files
-    "ddpm completion ": ["bash", "zsh"],
+    "ddpm completion ": ["bash", "zsh", "fish"],
 }
+BASH = 'for COMP_LINE; do COMP_POINT=${#COMP_LINE}; _ddpm; echo "${COMPREPLY[@]}"; done'
+FISH = "for line in $argv[2..]; echo (complete -C $line); end"  # bash leaves $0 out by itself
 
 
-def test_bash_completes_commands_names_and_flags(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("shell", "words", "each"),
+    [("bash", ["-uc"], BASH), ("fish", ["--no-config", "-c"], FISH)],
+    ids=["bash", "fish"],
+)
+def test_a_shell_completes_commands_names_and_flags(
+    shell: str,
+    words: list[str],
+    each: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["ddpm completion", "bash"])
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is missing; `apt-get install {shell}` brings it")
+    monkeypatch.setattr(sys, "argv", ["ddpm completion", shell])
     monkeypatch.setenv("COLUMNS", "30")
     completion.main()
-    each = 'for COMP_LINE; do COMP_POINT=${#COMP_LINE}; _ddpm; echo "${COMPREPLY[@]}"; done'
     script = capsys.readouterr().out + each
 
     def completed(*lines: str) -> list[list[str]]:
-        done = run(["bash", "-uc", script, "bash", *lines], cwd=tmp_path)
+        done = run([shell, *words, script, shell, *lines], cwd=tmp_path)
         assert (done.returncode, done.stderr) == (0, "")
         return [line.split() for line in done.stdout.splitlines()]
 
-    assert completed(*COMPLETED) == [*COMPLETED.values()]
+    expected = COMPLETED
+    if shell == "fish":  # which sorts, and replaces whole words
+        expected = {line: sorted(found) for line, found in COMPLETED.items()}
+        expected["ddpm sample builtin:f"] = ["builtin:fashion-mnist"]
+    assert completed(*expected) == [*expected.values()]
     (flags,) = completed("ddpm train digits --")
     known = {f"--{key.replace('_', '-')}" for key in flatten(presets.DIGITS)} | {*cli.SHORT.values()}
     own = {"--help", "--help-all", "--config", "--verbose", "--no-verbose"}
