@@ -8,7 +8,8 @@ import sys
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import redirect_stderr
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -134,7 +135,7 @@ def parse(
 
 
 def _registry(taken: Collection[str], only: Collection[str] | None) -> ConstructorRegistry:
-    """A registry with which tyro gives the fields of configs short names.
+    """A registry with which tyro gives the fields of configs short names, and all fields help that fits the install.
 
     They are no aliases of the fields themselves: an alias that is also a flag of the job is an error of tyro's.
 
@@ -148,7 +149,7 @@ def _registry(taken: Collection[str], only: Collection[str] | None) -> Construct
     @registry.struct_rule
     def rule_of_group(info: StructTypeInfo) -> StructConstructorSpec | None:
         group = next((groups[kind] for kind in getattr(info.type, "__mro__", ()) if kind in groups), None)
-        if group is None or info.type in info.markers:
+        if not is_dataclass(info.type) or info.type in info.markers:
             return None
         # The marker is for this rule, which tyro asks again: then tyro's own rule answers.
         spec = ConstructorRegistry.get_struct_spec(replace(info, markers=(*info.markers, info.type)))
@@ -156,6 +157,10 @@ def _registry(taken: Collection[str], only: Collection[str] | None) -> Construct
             return None
         changed = []
         for field in spec.fields:
+            field = replace(field, helptext=partial(_help, field.helptext))
+            if group is None:
+                changed.append(field)
+                continue
             key, flag = f"{group}{field.name}", None
             short = SHORT[key] if SHORT.get(key) not in (None, *taken) else ""
             if only is None:
@@ -169,6 +174,12 @@ def _registry(taken: Collection[str], only: Collection[str] | None) -> Construct
         return replace(spec, fields=tuple(changed))
 
     return registry
+
+
+def _help(text: str | Callable[[], str | None] | None) -> str | None:
+    """A flag's help, which tyro reads from the source only if it is shown."""
+    text = text() if callable(text) else text
+    return None if text is None else installed(text)
 
 
 def _in_a_line(box: str) -> str:

@@ -300,7 +300,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How images are sampled: grids during training, and the defaults of jobs/sample.py."""
+    """How images are sampled: grids during training, and the defaults of later sampling."""
 
     affects: ClassVar = Affects.SAMPLING
     sampler: Literal["auto", SamplerName] = "auto"

@@ -1,6 +1,10 @@
 """The program `ddpm`: its completion, and the wheel in a folder of its own, which needs no checkout."""
 
+import importlib
+import re
+import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,8 @@ from support.processes import REPO, run
 from ddpm import cli, presets
 from ddpm.commands import COMMANDS, completion
 from ddpm.config_io import flatten
+from ddpm.utils import command_line
+from ddpm.utils.errors import UserError
 
 SMALL = """--total-images 640 --model.base-width 8 --model.width-multipliers 1 2 --model.norm-groups 4
     --schedule.num-timesteps 50 --sample.num-sample-steps 5 --sample.num-images 4""".split()
@@ -29,29 +35,75 @@ COMPLETED = {
     "ddpm sample builtin:f": ["fashion-mnist"],  # bash replaces what is behind the colon
     "ddpm sample runs/one --num-images 4 --samp": ["--sampler"],
     "ddpm train digits --config ": [],  # bash completes files
-    "ddpm completion ": ["bash", "zsh"],
+    "ddpm completion ": ["bash", "zsh", "fish"],
 }
+BASH = 'for COMP_LINE; do COMP_POINT=${#COMP_LINE}; _ddpm; echo "${COMPREPLY[@]}"; done'
+FISH = "for line in $argv[2..]; echo (complete -C $line); end"  # bash leaves $0 out by itself
 
 
-def test_bash_completes_commands_names_and_flags(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("shell", "words", "each"),
+    [("bash", ["-uc"], BASH), ("fish", ["--no-config", "-c"], FISH)],
+    ids=["bash", "fish"],
+)
+def test_a_shell_completes_commands_names_and_flags(
+    shell: str,
+    words: list[str],
+    each: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["ddpm completion", "bash"])
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is missing; `apt-get install {shell}` brings it")
+    monkeypatch.setattr(sys, "argv", ["ddpm completion", shell])
     monkeypatch.setenv("COLUMNS", "30")
     completion.main()
-    each = 'for COMP_LINE; do COMP_POINT=${#COMP_LINE}; _ddpm; echo "${COMPREPLY[@]}"; done'
     script = capsys.readouterr().out + each
 
     def completed(*lines: str) -> list[list[str]]:
-        done = run(["bash", "-uc", script, "bash", *lines], cwd=tmp_path)
+        done = run([shell, *words, script, shell, *lines], cwd=tmp_path)
         assert (done.returncode, done.stderr) == (0, "")
         return [line.split() for line in done.stdout.splitlines()]
 
-    assert completed(*COMPLETED) == [*COMPLETED.values()]
+    expected = COMPLETED
+    if shell == "fish":  # which sorts, and replaces whole words
+        expected = {line: sorted(found) for line, found in COMPLETED.items()}
+        expected["ddpm sample builtin:f"] = ["builtin:fashion-mnist"]
+    assert completed(*expected) == [*expected.values()]
     (flags,) = completed("ddpm train digits --")
     known = {f"--{key.replace('_', '-')}" for key in flatten(presets.DIGITS)} | {*cli.SHORT.values()}
     own = {"--help", "--help-all", "--config", "--verbose", "--no-verbose"}
     assert known | own == {flag for flag in flags if ".no-" not in flag}
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("run `python jobs/sync.py runs/a`", "run `ddpm sync runs/a`"),
+        ("it is no result of jobs/evaluate.py", "it is no result of ddpm evaluate"),
+        ("/home/me/jobs/a.json and /home/me/jobs/a.py", "/home/me/jobs/a.json and /home/me/jobs/a.py"),
+    ],
+)
+def test_without_a_checkout_messages_name_the_program(
+    text: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command_line.installed(text) == text
+    monkeypatch.setattr(command_line, "IN_CHECKOUT", False)
+    assert command_line.installed(text) == shown
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_without_a_checkout_help_names_no_script_of_it(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command_line, "IN_CHECKOUT", False)
+    for words in ([], ["folder"] if name == "prepare" else ["digits"]):
+        monkeypatch.setattr(sys, "argv", [f"ddpm {name}", *words, "--help-all"])
+        with suppress(SystemExit, UserError):  # no shell is called digits
+            importlib.import_module(f"ddpm.commands.{name}").main()
+    text = capsys.readouterr().out
+    assert f"usage: ddpm {name}" in text and not re.findall(r"\S*(?:jobs|tune)/\S*", text)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ COMMANDS = {
     "sync": "deliver a run's remaining records to MLflow",
     "ui": "show the runs in MLflow",
     "demo": "sample in the browser, two runs side by side",
-    "completion": "print the completion of these commands for bash or zsh",
+    "completion": "print the completion of these commands for bash, zsh or fish",
 }
 
 

@@ -34,5 +34,7 @@ def main() -> None:
         if pages.VIEW_TAG in experiment.tags:
             print(f"{experiment.name:<12}{pages.view_link(address, experiment.experiment_id)}", flush=True)
     if database is not None:
+        # For evaluating language models: seven processes, which print tracebacks at Ctrl-C (MLflow 3.17).
+        os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
         server = ["mlflow", "ui", "--backend-store-uri", uri, "--port", str(arguments.port), "--workers", "1"]
         os.execv(sys.executable, [sys.executable, "-m", *server])

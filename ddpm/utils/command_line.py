@@ -1,4 +1,4 @@
-"""Command lines in messages: texts name `python jobs/sync.py`, which is `ddpm sync` where there is no checkout."""
+"""Command lines in messages: jobs/sync.py, with or without `python`, is `ddpm sync` where there is no checkout."""
 
 import re
 import shlex
@@ -9,7 +9,7 @@ from pathlib import Path
 IN_CHECKOUT = (Path(__file__).parents[2] / "jobs").is_dir()
 CALL = ContextVar("CALL", default="")
 """The call in Python that stands for a command line in this process."""
-SCRIPT = re.compile(r"python (?:jobs|tune)/(\w+)\.py")
+SCRIPT = re.compile(r"(?:python |(?<![\w./-]))(?:jobs|tune)/(\w+)\.py")
 
 
 def installed(text: str) -> str:

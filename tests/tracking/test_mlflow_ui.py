@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -190,6 +191,8 @@ def test_a_stopped_run_does_not_look_like_one_that_failed(page: Any, tmp_path: P
         page.get_by_text("Resume: ").first.wait_for()
         page.get_by_text("Scheduled").first.wait_for()
         assert not page.get_by_text("Killed").count() + page.get_by_text("Failed").count()
+        programs = [" ".join(child.cmdline()) for child in psutil.Process(job.process.pid).children(True)]
+        assert programs and not any("mlflow.server.jobs" in program for program in programs), programs
 
 
 def shown_size(image: Any) -> list[int]:
