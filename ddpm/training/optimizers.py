@@ -20,8 +20,6 @@ MOMENTUM = 0.95
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 """Of one iteration of `orthogonal`: the steepest at 0 that stays near 1 (Jordan et al. 2024)."""
 ITERATIONS = 5
-LEAST_WIDTH = 8
-"""Of a layer inside the net: those that read or write images have fewer channels on one side."""
 AS_ADAMW = 0.2
 """Root mean square of AdamW's updates at learning rate 1, so that one rate suits both (arXiv:2502.16982)."""
 
@@ -40,12 +38,9 @@ def build(config: Config, net: nn.Module) -> list[Optimizer]:
 
 
 def matrices(net: nn.Module) -> list[Tensor]:
-    """Weights of the convolutions and linear layers of `net` but those that read or write images.
-
-    Embeddings, norms and biases are not among them.
-    """
+    """Weights of the convolutions and linear layers of `net`; embeddings, norms and biases are not among them."""
     layers = (module for module in net.modules() if isinstance(module, nn.Conv2d | nn.Linear))
-    return [layer.weight for layer in layers if min(layer.weight.shape[:2]) >= LEAST_WIDTH]
+    return list(dict.fromkeys(layer.weight for layer in layers))
 
 
 class Muon(Optimizer):
@@ -73,7 +68,8 @@ class Muon(Optimizer):
                 self.state[weight]["momentum"] = torch.zeros_like(weight)
         for weights in by_shape.values():
             momenta = [self.state[weight]["momentum"] for weight in weights]
-            gradient = _as_matrices([weight.grad for weight in weights if weight.grad is not None])
+            # A layer that has no part in the loss has no gradient.
+            gradient = _as_matrices([torch.zeros_like(w) if w.grad is None else w.grad for w in weights])
             before = _as_matrices(momenta)
             after = before.lerp(gradient, 1 - MOMENTUM)
             update = orthogonal(gradient.lerp(after, MOMENTUM).to(self._dtype)).to(after.dtype)
