@@ -18,7 +18,7 @@ from ddpm.config import Config
 
 MOMENTUM = 0.95
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
-"""Of one iteration of `orthogonal`: the steepest at 0 that stays near 1 (Jordan et al. 2024)."""
+"""Coefficients of an iteration of `orthogonal`: the steepest at 0 that stays near 1 (Jordan et al. 2024)."""
 ITERATIONS = 5
 AS_ADAMW = 0.2
 """Root mean square of AdamW's updates at learning rate 1, so that one rate suits both (arXiv:2502.16982)."""
