@@ -63,8 +63,8 @@ def stepper(case: Case, options: dict[str, Any]) -> Callable[[], None]:
     def step() -> None:
         objective.loss(model, x_0, None, generator).value.backward()
         nn.utils.clip_grad_norm_(state.net.parameters(), config.optim.grad_clip)
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
+        state.optimizers[0].step()
+        state.net.zero_grad(set_to_none=True)
 
     return step
 

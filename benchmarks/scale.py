@@ -94,7 +94,7 @@ def measure() -> Measured:
         state = State.create(CIFAR10, torch.device("cpu"))
         size = parameter_count(state.net) * BYTES_PER_PARAMETER
         sum(weight.sum() for weight in state.net.parameters()).backward()
-        state.optimizer.step()  # creates AdamW's moments
+        state.optimizers[0].step()  # creates AdamW's moments
         began = time.process_time()
         snapshot = state.snapshot(CIFAR10, {})
         copied = time.process_time()

@@ -61,6 +61,9 @@ def train(preset: str | Config, data: Any = None, **settings: Any) -> Run:
         group = {f"{key}.{name}": value[name] for name in value} if isinstance(value, Mapping) else {}
         values |= group or {short.get(key, key): value}
     given = [repr(name), *["data=..."] * (data is not None), *(f"{k}={v!r}" for k, v in settings.items())]
-    command_line.CALL.set(f"ddpm.train({', '.join(given)})")
-    result = launch(Arguments(name, override(config, values)), None if isinstance(data, str) else data)
+    token = command_line.CALL.set(f"ddpm.train({', '.join(given)})")
+    try:
+        result = launch(Arguments(name, override(config, values)), None if isinstance(data, str) else data)
+    finally:
+        command_line.CALL.reset(token)
     return Run(result.run.location.uri)
