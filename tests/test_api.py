@@ -11,6 +11,7 @@ from support import evaluated, processes
 import ddpm
 from ddpm.commands import sample
 from ddpm.config_io import override
+from ddpm.utils import command_line
 from ddpm.utils.errors import UserError
 
 
@@ -41,3 +42,9 @@ def test_mistakes_are_refused() -> None:
         ddpm.train("digit")
     with pytest.raises(UserError, match=r"^config: model: unknown key 'widths'; known are "):
         ddpm.train("digits", lr=1e-3, model={"widths": 1})
+
+
+def test_an_error_of_a_call_names_it_and_a_later_one_does_not() -> None:
+    with pytest.raises(UserError, match=r"ddpm\.train\('cifar10'\)"):
+        ddpm.train("cifar10")
+    assert "ddpm.train" not in command_line.typed()
