@@ -13,6 +13,7 @@ This module and its imports do not import torch, which would double the start-up
 
 import itertools
 import json
+import os
 import queue
 import threading
 import time
@@ -39,6 +40,8 @@ MAX_TASKS = 1000
 """Maximum reading tasks of one Ray Dataset; longer training uses several Datasets in turn."""
 BYTES_PER_WORKER, OBJECT_STORE_SHARE = 256 << 20, 0.25
 """Reading ahead of training may take this much of the object store for each worker, and this share of it in all."""
+READING_PRIORITY = 10
+"""The nice value of reading, which is ahead of training: on CPUs, training that does not wait goes first."""
 LOOP_STEP_S = 0.02
 """Shortest time between two steps of Ray Data's scheduling loop."""
 Task = tuple[int, int]
@@ -181,6 +184,7 @@ class _ReadTask:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         """Yield one row per rank for each part, and also for an error: the splitter deals rows by number."""
+        os.setpriority(os.PRIO_PROCESS, 0, READING_PRIORITY)
         start, stop = int(batch["start"][0]), int(batch["stop"][0])
         data_set, plan = _fetched(self._data_set, self._order.seed, self._order.window_rows)
         try:

@@ -5,9 +5,11 @@ tests/training checks that training on them is the same with any number of worke
 
 import asyncio
 import itertools
+import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,13 @@ from ddpm.data.row_group import CorruptData
 from ddpm.storage.locations import resolve
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import StorageError
+
+
+def priority(thread: int) -> int | None:
+    """The nice value of a thread of any process; None: it has ended."""
+    with suppress(ProcessLookupError):
+        return os.getpriority(os.PRIO_PROCESS, thread)
+    return None
 
 
 class FakeIterator:
@@ -202,7 +211,7 @@ def test_read_errors_are_raised_in_every_worker(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_no_process_is_left_after_reading_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one process, Datasets are read to the end, then partly, then not at all."""
+    """In one process, Datasets are read to the end, then partly, then not at all. Reading leaves the CPU to others."""
     data_set = ray_dataset.open_data_set(damaged.prepare(str(tmp_path)).uri)
 
     def coordinators() -> list[psutil.Process]:
@@ -214,5 +223,7 @@ def test_no_process_is_left_after_reading_ends(tmp_path: Path, monkeypatch: pyte
         batches = ray_dataset.micro_batches(data_set, order)
         wait_for(coordinators)  # reading starts with the call
         assert len(list(itertools.islice(batches, taken))) == taken
+        threads = [thread.id for own in members(psutil.Process().pid, "ray::") for thread in own.threads()]
+        assert ray_dataset.READING_PRIORITY in set(map(priority, threads))
         del batches
         wait_for(lambda: coordinators() == [])
