@@ -24,6 +24,7 @@ from harness.arguments import read
 from scipy import stats
 
 from ddpm.evaluation import context, evaluate
+from ddpm.evaluation.memorisation import METRIC
 from ddpm.evaluation.settings import Settings
 from ddpm.presets import PRESETS
 
@@ -82,8 +83,12 @@ def compare(
     seeds: int,
     images: int | None,
     num_images: int,
+    num_train_images: int = 0,
 ) -> list[list[str]]:
-    """A row of each choice, whose flags are given: name, bits/dim, KID, minutes of training."""
+    """A row of each choice, whose flags are given: name, bits/dim, KID, minutes of training.
+
+    With `num_train_images` to search, the share of memorised images, by pixels, comes before the minutes.
+    """
     done = Counter[str]()
     place = {choice: i for i, choice in enumerate(choices)}
 
@@ -97,7 +102,7 @@ def compare(
     candidates = context.read([str(folder / f"{i}-{seed}") for i in place.values() for seed in range(seeds)])
     settings = Settings(
         num_images=num_images,
-        num_train_images=0,
+        num_train_images=num_train_images,
         sampler=("dpmpp_2m",),
         num_sample_steps=(STEPS,),
         eta=1.0,
@@ -107,8 +112,11 @@ def compare(
     for choice, i in place.items():
         results = report.results[i * seeds : (i + 1) * seeds]
         bits = [result.bits[0].value for result in results]
-        kid = [s.value for result in results for s in result.drawn[0].scores if s.name.startswith("KID")]
-        rows.append([choice, interval(bits, 3), interval(kid, 4), interval(minutes[choice], 2)])
+        scores = [score for result in results for score in result.drawn[0].scores]
+        kid = [score.value for score in scores if score.name.startswith("KID")]
+        copied = [score.value for score in scores if score.name == f"{METRIC}-pixels"]
+        copies = [interval(copied, 3)] if num_train_images else []
+        rows.append([choice, interval(bits, 3), interval(kid, 4), *copies, interval(minutes[choice], 2)])
     return rows
 
 

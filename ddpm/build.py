@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ddpm.config import Config, ObjectiveConfig, SampleConfig
-from ddpm.diffusion import denoisers, inpainting, samplers, schedules
+from ddpm.diffusion import augmentation, denoisers, inpainting, samplers, schedules
 from ddpm.diffusion.inpainting import Known
 from ddpm.diffusion.objectives import PROCESSES, Objective
 from ddpm.diffusion.objectives import build as _build_objective
@@ -60,6 +60,7 @@ def build_net(config: Config) -> nn.Module:
                 autocast_dtype=torch.bfloat16 if config.train.precision == "bfloat16" else None,
                 num_timesteps=config.schedule.num_timesteps,
                 out_channels=config.model.channels * (2 if config.objective.variance == "learned" else 1),
+                **({"num_conditions": augmentation.CONDITIONS} if config.data.augment else {}),
             )
             return net
         except ValueError as error:

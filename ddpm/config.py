@@ -95,6 +95,9 @@ class DataConfig:
     """Images are shuffled inside windows of row groups that hold about this many rows."""
     horizontal_flip: Annotated[bool, Affects.NOISE | Affects.TASK] = False
     """Mirror each image with probability 1/2 (drawn per micro-batch, as all noise is)."""
+    augment: Annotated[Share, Affects.NOISE] = 0.0
+    """Flip, scale, rotate and shift images, each with this probability, and tell the net so, which keeps it out of
+    samples (Karras et al. 2022, Appendix F.2); for few images."""
     stall_timeout_s: Annotated[Seconds, Affects.NOTHING] = 120.0
     """The run stops after this many seconds without a batch, in addition to run.storage_timeout_s."""
     skip_unreadable: Annotated[bool, Affects.COURSE] = False

@@ -256,15 +256,19 @@ def net_without_memory(config: Config, where: str) -> nn.Module:
         raise UserError(f"{where}: {error}") from None
 
 
-def load_weights(net: nn.Module, path: Path) -> None:
-    """Put the weights in the file at `path` into `net`."""
-    net.load_state_dict(_read_weights(net, path, next(net.parameters()).device))
+def load_weights(net: nn.Module, path: Path, optional: str = "") -> None:
+    """Put the weights in the file at `path` into `net`; the weight `optional` may be in one of the two alone."""
+    net.load_state_dict(_read_weights(net, path, next(net.parameters()).device, optional))
 
 
-def _read_weights(net: nn.Module, path: Path, device: torch.device) -> dict[str, Tensor]:
+def _read_weights(net: nn.Module, path: Path, device: torch.device, optional: str = "") -> dict[str, Tensor]:
     """The weights in the file at `path`; they must fit `net`."""
-    tensors = read_tensors(path, device)
-    check_fit(shapes(tensors), shapes(net.state_dict()), path)
+    tensors, own = read_tensors(path, device), net.state_dict()
+    if optional in own:
+        tensors.setdefault(optional, own[optional])
+    else:
+        tensors.pop(optional, None)
+    check_fit(shapes(tensors), shapes(own), path)
     check_numbers(tensors, path)
     return tensors
 

@@ -48,11 +48,12 @@ class DiT(nn.Module):
         autocast_dtype: torch.dtype | None = None,
         num_timesteps: int = EMBEDDED_TIMESTEPS,
         out_channels: int | None = None,
+        num_conditions: int = 0,
     ) -> None:
         check_sizes(config, num_timesteps, _requirements(config))
         super().__init__()
         self.time_conditional = time_conditional
-        self.num_classes = config.num_classes
+        self.num_classes, self.num_conditions = config.num_classes, num_conditions
         self.autocast_dtype = autocast_dtype
         self.time_scale = EMBEDDED_TIMESTEPS / num_timesteps
         self.patch_size = config.patch_size
@@ -69,12 +70,16 @@ class DiT(nn.Module):
         self.modulation = nn.Linear(width, 2 * width)
         self.project = nn.Linear(width, pixels * (out_channels or config.channels))
         self.apply(_init)
+        if num_conditions:
+            self.augment_embedding = nn.Linear(num_conditions, width, bias=False)
         zero(self.modulation)
         zero(self.project)
 
-    def forward(self, x_t: Tensor, t: Tensor | None, label: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_t: Tensor, t: Tensor | None, label: Tensor | None = None, augmented: Tensor | None = None
+    ) -> Tensor:
         """The net's prediction for each image; arguments, result and errors as in `UNet.forward`."""
-        label = check_conditions(self, x_t, t, label)
+        label, augmented = check_conditions(self, x_t, t, label, augmented)
         rows, columns = (side // self.patch_size for side in x_t.shape[2:])
         with torch.autocast(x_t.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             width = self.embed.out_features
@@ -83,6 +88,8 @@ class DiT(nn.Module):
                 condition = condition + self.time_mlp(sinusoids(t * self.time_scale, SINUSOID_WIDTH))
             if label is not None:
                 condition = condition + self.label_embedding(label)
+            if augmented is not None:
+                condition = condition + self.augment_embedding(augmented)
             condition = F.silu(condition)  # [B, E]
             tokens = self.embed(patchify(x_t, self.patch_size)) + positions(rows, columns, width, x_t.device)
             for block in self.blocks:

@@ -209,14 +209,17 @@ def check_sizes(
 
 
 class Conditional(Protocol):
-    """A net that may take t and a label."""
+    """A net that may take t, a label, and how its images were augmented."""
 
     time_conditional: bool
     num_classes: int
+    num_conditions: int
 
 
-def check_conditions(net: Conditional, x_t: Tensor, t: Tensor | None, label: Tensor | None) -> Tensor | None:
-    """`label`, or the null label [B] where a net with labels is given none."""
+def check_conditions(
+    net: Conditional, x_t: Tensor, t: Tensor | None, label: Tensor | None, augmented: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """`label` and `augmented`, or the null label [B] and zeros [B, num_conditions] where a net is given none."""
     if (t is not None) != net.time_conditional:
         right = "a tensor of timesteps" if net.time_conditional else "None"
         raise ValueError(f"t must be {right}: the net has time_conditional {net.time_conditional}")
@@ -224,7 +227,11 @@ def check_conditions(net: Conditional, x_t: Tensor, t: Tensor | None, label: Ten
         raise ValueError("label must be None: the net has num_classes 0")
     if label is None and net.num_classes:
         label = torch.full((len(x_t),), net.num_classes, device=x_t.device)
-    return label
+    if augmented is not None and not net.num_conditions:
+        raise ValueError("augmented must be None: the net has num_conditions 0")
+    if augmented is None and net.num_conditions:
+        augmented = x_t.new_zeros(x_t.shape[0], net.num_conditions)
+    return label, augmented
 
 
 def zero(layer: nn.Conv2d | nn.Linear) -> None:

@@ -47,6 +47,8 @@ class UNet(nn.Module):
         autocast_dtype: dtype of the computation, torch.bfloat16 for example; None: float32, as the weights.
         out_channels: channels of the prediction; None: those of the images.
         num_timesteps: T, at least 1. The net embeds t * 1000 / T, which means about the same noise for any T.
+        num_conditions: numbers that tell how an image was augmented; 0: none. Their embedding has no bias, so that it
+            is 0 for images that were not (Karras et al. 2022, arXiv:2206.00364, Appendix F.2).
     """
 
     def __init__(
@@ -57,13 +59,13 @@ class UNet(nn.Module):
         autocast_dtype: torch.dtype | None = None,
         num_timesteps: int = EMBEDDED_TIMESTEPS,
         out_channels: int | None = None,
+        num_conditions: int = 0,
     ) -> None:
         check_sizes(config, num_timesteps, _requirements(config))
         super().__init__()
         self.time_conditional = time_conditional
-        self.num_classes = config.num_classes
-        self.autocast_dtype = autocast_dtype
-        self.time_scale = EMBEDDED_TIMESTEPS / num_timesteps
+        self.num_classes, self.num_conditions = config.num_classes, num_conditions
+        self.autocast_dtype, self.time_scale = autocast_dtype, EMBEDDED_TIMESTEPS / num_timesteps
 
         widths = [config.base_width * multiplier for multiplier in config.width_multipliers]
         sizes = [config.image_size >> level for level in range(len(widths))]
@@ -114,27 +116,32 @@ class UNet(nn.Module):
             )
         if config.num_classes:
             self.label_embedding = nn.Embedding(config.num_classes + 1, embedding_width)
-        if time_conditional or config.num_classes:
+        if num_conditions:
+            self.augment_embedding = nn.Linear(num_conditions, embedding_width, bias=False)
+        if time_conditional or config.num_classes or num_conditions:
             self.shifts = nn.Linear(embedding_width, sum(self.shift_widths))
 
         if config.zero_init:
             zero(self.conv_out)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's annotations
 
-    def forward(self, x_t: Tensor, t: Tensor | None, label: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_t: Tensor, t: Tensor | None, label: Tensor | None = None, augmented: Tensor | None = None
+    ) -> Tensor:
         """Predict for each image, independently of the others in the batch.
 
         Args:
             x_t: [B, C, H, W] float32.
             t: [B] int64 in [0, T); None for a net that is not time-conditional.
             label: [B] int64 in [0, num_classes]; num_classes is the null label, None the null label for all.
+            augmented: [B, num_conditions], how each image was augmented; None: not at all.
 
         Returns:
             The prediction, float32 [B, out_channels, H, W].
         """
-        label = check_conditions(self, x_t, t, label)
+        label, augmented = check_conditions(self, x_t, t, label, augmented)
         with torch.autocast(x_t.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            shifts = self._shifts(t, label)
+            shifts = self._shifts(t, label, augmented)
             h = self.conv_in(x_t.contiguous(memory_format=torch.channels_last))
             kept = [h]
             for layer in self.down:
@@ -150,13 +157,17 @@ class UNet(nn.Module):
             out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
         return out.float()
 
-    def _shifts(self, t: Tensor | None, label: Tensor | None) -> Iterator[Tensor | None]:
-        """The shift of t and label for every pixel, [B, C, 1, 1], block by block; None if there is neither."""
+    def _shifts(
+        self, t: Tensor | None, label: Tensor | None, augmented: Tensor | None
+    ) -> Iterator[Tensor | None]:
+        """The shift of the conditions for every pixel, [B, C, 1, 1], block by block; None if there is neither."""
         conditions = []
         if t is not None:
             conditions.append(self.time_mlp(sinusoids(t * self.time_scale, self.sinusoid_width)))  # [B, E]
         if label is not None:
             conditions.append(self.label_embedding(label))  # [B, E]
+        if augmented is not None:
+            conditions.append(self.augment_embedding(augmented))  # [B, E]
         if not conditions:
             return itertools.repeat(None)
         # One product for all blocks is faster than one per block.

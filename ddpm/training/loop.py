@@ -19,8 +19,8 @@ from ddpm.config import Config
 from ddpm.config_io import check_values
 from ddpm.data.plan import ReadOrder, check_batches
 from ddpm.data.reading import MicroBatch
+from ddpm.diffusion.augmentation import LossOf, augmented
 from ddpm.diffusion.generator import Generator
-from ddpm.diffusion.objectives import Objective
 from ddpm.models import dropout
 from ddpm.models.dropout import Dropout
 from ddpm.models.regions import compile_blocks
@@ -60,7 +60,7 @@ def train(config: Config, runtime: Runtime) -> State:
         state = State.create(config, runtime.device)
         if folder is not None:
             state.restore(folder, config)
-        objective = build_objective(config)
+        loss_of = augmented(build_objective(config).loss, config.data.augment)
         dropouts = dropout.layers(state.net)
         if compiles(config, runtime.device):
             compile_blocks(state.net)
@@ -69,7 +69,7 @@ def train(config: Config, runtime: Runtime) -> State:
     batch_size = config.train.batch_size
     share = len(ReadOrder.from_config(config).share(runtime.rank, runtime.world_size))
     per_pass = min(share, _micro_batches_per_pass(config))
-    _fix_groups(model, objective, config, dropouts, per_pass, runtime)
+    _fix_groups(model, loss_of, config, dropouts, per_pass, runtime)
     recorder = Recorder(config, runtime, state)
     batches = recorder.timed(batches)
     to_device = HostToDevice(runtime.device)
@@ -86,7 +86,7 @@ def train(config: Config, runtime: Runtime) -> State:
                 _masks(config, dropouts, state.step, micro_batches, to_device),
             ):
                 # The objective draws t and eps from `noise`: diffusion/objectives.py, Gaussian.loss.
-                loss = objective.loss(model, x_0, label, noise, state.images_seen / config.train.total_images)
+                loss = loss_of(model, x_0, label, noise, state.images_seen / config.train.total_images)
                 # Averaged over the workers, this is the mean over the global batch, whatever their shares.
                 (loss.value * (len(x_0) * runtime.world_size / batch_size)).backward()
             losses.append(loss._replace(value=loss.value.detach()))
@@ -153,7 +153,7 @@ def _micro_batches_per_pass(config: Config) -> int:
 
 
 def _noise(config: Config, runtime: Runtime, step: int, micro_batches: Sequence[MicroBatch]) -> Generator:
-    """The generator of flips, t, eps and dropped labels, in this order."""
+    """The generator of flips, other augmentation, t, eps and dropped labels, in this order."""
     seed = config.train.seed
     return PerMicroBatch(
         [generator(runtime.device, seed, Purpose.TRAIN, step, each.index) for each in micro_batches]
@@ -194,7 +194,7 @@ def _to_device(
 
 def _fix_groups(
     model: nn.Module,
-    objective: Objective,
+    loss_of: LossOf,
     config: Config,
     layers: Sequence[Dropout],
     per_pass: int,
@@ -213,7 +213,7 @@ def _fix_groups(
     keys = torch.zeros(len(layers), num_images, 2, dtype=torch.int32, device=device)
     noise = generator(device, config.train.seed, Purpose.TRAIN)
     with _forward_pass(model, num_images, is_last=True), dropout.keyed(layers, keys):
-        objective.loss(model, x_0, label, noise).value.backward()
+        loss_of(model, x_0, label, noise, 1.0).value.backward()
     model.zero_grad(set_to_none=True)
 
 

@@ -154,11 +154,14 @@ class State:
         self.best_held_out_loss = math.inf if best is None else best
 
     def init_from(self, folder: Path, config: Config) -> None:
-        """Load the averaged weights of the checkpoint in `folder`, of any run, before the first image."""
+        """Load the averaged weights of the checkpoint in `folder`, of any run, before the first image.
+
+        A net that is told how images are augmented begins with those of one that is not, and the reverse.
+        """
         checkpoint.verify(folder)
         checkpoint.check_same_net(checkpoint.read_config(folder), config, folder)
         for net in (self.net, self.ema.net):
-            checkpoint.load_weights(net, folder / "ema.safetensors")
+            checkpoint.load_weights(net, folder / "ema.safetensors", optional="augment_embedding.weight")
 
     def _read_moments(
         self, folder: Path, position: Mapping[str, Any], device: torch.device

@@ -58,7 +58,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"beta_schedule": "scaled_linear", "clip_sample": False, "variance_type": "fixed_large"},
     ),
     "v, cosine": (
-        {"schedule.kind": "cosine", "objective.predict": "v"},
+        {"schedule.kind": "cosine", "objective.predict": "v", "data.augment": 0.1},
         {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "trained_betas": None},
     ),
     "x_0, a cosine of its own": (
@@ -374,7 +374,7 @@ def test_other_nets_cannot_be_exported_to_diffusers(
         {"train.precision": "bfloat16", "schedule.num_timesteps": 20},
         {"model.net": "dit", "model.num_classes": 3},
         {"model.net": "dit", "objective.process": "uniform_mix", "sample.sampler": "mix"},
-        {"model.num_classes": 3},
+        {"model.num_classes": 3, "data.augment": 0.1},
         {"objective.variance": "learned"},
         {"objective.process": "uniform_mix", "sample.sampler": "mix"},
     ],

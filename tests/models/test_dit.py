@@ -49,6 +49,15 @@ def test_position_embeddings_are_distinct() -> None:
     assert len(where.unique(dim=0)) == 24
 
 
+def test_images_that_were_not_augmented_need_no_condition() -> None:
+    net = dit.build(SMALL, num_conditions=7)
+    for weight in net.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    x_t, t, told = torch.randn(4, 3, 8, 8), torch.arange(4), torch.zeros(4, 7)
+    assert torch.equal(net(x_t, t), net(x_t, t, None, told))
+    assert not torch.allclose(net(x_t, t), net(x_t, t, None, told + 1), atol=1e-3)
+
+
 @pytest.mark.parametrize("learned", [False, True])
 def test_initially_blocks_are_the_identity_and_the_output_is_0(learned: bool) -> None:
     """adaLN-Zero; every weight has a gradient as soon as the last layers are not 0."""

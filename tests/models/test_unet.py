@@ -62,12 +62,17 @@ def test_every_weight_has_a_gradient(config: UNetConfig, time: bool):
 
 
 def test_unused_conditions_have_no_weights():
-    every = {"time_mlp", "label_embedding", "shifts"}
+    every = {"time_mlp", "label_embedding", "augment_embedding", "shifts"}
 
     def conditioned(net: UNet) -> set[str]:
         return {name.split(".")[0] for name, _ in net.named_parameters()} & every
 
-    assert conditioned(build(CLASSES)) == every
+    assert conditioned(build(CLASSES, num_conditions=7)) == every
+    assert conditioned(build(CONFIG, time_conditional=False, num_conditions=7)) == {
+        "augment_embedding",
+        "shifts",
+    }
+    assert conditioned(build(CLASSES)) == every - {"augment_embedding"}
     assert conditioned(build(CONFIG)) == {"time_mlp", "shifts"}
     assert conditioned(build(CLASSES, time_conditional=False)) == {"label_embedding", "shifts"}
     assert conditioned(build(CONFIG, time_conditional=False)) == set()
@@ -80,6 +85,18 @@ def test_no_label_is_the_null_label(time: bool):
     null = torch.full((BATCH,), CLASSES.num_classes)
     assert torch.equal(net(x_t, t), net(x_t, t, null))
     assert not torch.allclose(net(x_t, t), net(x_t, t, null - 1), atol=1e-3)
+
+
+@pytest.mark.parametrize("time", [True, False])
+def test_images_that_were_not_augmented_need_no_condition(time: bool):
+    net = build(CONFIG, time_conditional=time, num_conditions=7)
+    x_t, t, told = images(), timesteps(time), torch.zeros(BATCH, 7)
+    assert torch.equal(net(x_t, t), net(x_t, t, None, told))
+    assert not torch.allclose(net(x_t, t), net(x_t, t, None, told + 1), atol=1e-3)
+    if time:
+        plain = build(CONFIG)
+        plain.load_state_dict({k: v for k, v in net.state_dict().items() if "augment" not in k})
+        assert torch.allclose(plain(x_t, t), net(x_t, t), atol=1e-6)
 
 
 def test_embeddings_depend_on_the_relative_timestep():
@@ -106,6 +123,7 @@ def test_sinusoidal_embeddings():
         (CONFIG, True, (None,), "t must be a tensor of timesteps"),
         (CONFIG, False, (timesteps(),), "t must be None"),
         (CONFIG, True, (timesteps(), torch.zeros(BATCH, dtype=torch.int64)), "label must be None"),
+        (CONFIG, True, (timesteps(), None, torch.zeros(BATCH, 7)), "augmented must be None"),
     ],
 )
 def test_an_unexpected_condition_is_an_error(config, time, arguments, message):

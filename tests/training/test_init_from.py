@@ -59,6 +59,21 @@ def test_the_first_checkpoint_has_the_averaged_weights_of_the_source(
         assert torch.equal(state.ema.state_dict()[name], tensor)
 
 
+def test_a_net_begins_without_the_embedding_of_augmentation_or_leaves_it_out(
+    tiny: Config, source: Path, tmp_path: Path
+) -> None:
+    """A net that was trained plainly begins a run of augmented images, and the reverse."""
+    told = override(tiny, {"data.augment": 0.1})
+    begin(override(told, {"train.init_from": str(source)}), tmp_path / "told")
+    folder = tmp_path / "told" / checkpoint.name_at(0)
+    saved, fresh = load_file(folder / "ema.safetensors"), State.create(told, CPU).net.state_dict()
+    name = "augment_embedding.weight"
+    assert torch.equal(saved.pop(name), fresh[name]) and fresh[name].abs().max() > 0
+    begin(override(tiny, {"train.init_from": str(folder)}), tmp_path / "plain")
+    for path in (source / "ema.safetensors", tmp_path / "plain" / checkpoint.name_at(0) / "ema.safetensors"):
+        assert_same(load_file(path), saved)
+
+
 def test_a_run_with_init_from_resumes_bitwise_equal(
     tiny: Config, source: Path, train_set: DataSet, tmp_path: Path
 ) -> None:

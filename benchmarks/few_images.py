@@ -1,0 +1,107 @@
+"""Few images: bits/dim, KID and memorisation with and without augmentation, after equal training.
+
+    python benchmarks/few_images.py [--sets digits fashion-mnist emoji] [--counts 100 500] [--seeds 3]
+
+A net sees so many images of a set, and is judged by others: the set's test images, or those of the emoji that are left.
+The preset is `folder`, as for a user's own pictures. The share of memorised images is that of `jobs/evaluate.py`: those
+nearer in pixels to a training image than 99 % of held-out images are. The table goes to benchmarks/few_images.md.
+"""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from harness import tables
+from harness.arguments import read
+from objectives import STEPS, compare
+from optimizers import write_emoji
+from PIL import Image
+
+from ddpm.commands import folder as folder_preset
+from ddpm.data import catalog
+
+AUGMENT = 0.12
+"""The probability of Karras et al. 2022 for CIFAR-10."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to train, and how often."""
+
+    sets: tuple[str, ...] = ("digits", "fashion-mnist", "emoji")
+    counts: tuple[int, ...] = (100, 500)
+    """Numbers of images to train on."""
+    images: tuple[int, ...] = (25_600, 51_200)
+    """Lengths of the trainings, in images seen."""
+    seeds: int = 3
+    num_images: int = 500
+    """Images to sample from each net, and the largest number of held-out images."""
+
+
+def write(name: str, count: int, held_out: int, folder: Path) -> Path:
+    """Write so many images of a set as FOLDER/train, and others as FOLDER/test."""
+    if name == "emoji":
+        write_emoji(folder / "all")
+        files = np.random.default_rng(0).permutation(sorted((folder / "all").iterdir()))
+        parts = {"train": files[:count], "test": files[count : count + held_out]}
+        pictures = {split: [Image.open(file) for file in files] for split, files in parts.items()}
+    else:
+        source = catalog.named(name)
+        parts = {
+            "train": source.read("train", 0, count)[0],
+            "test": source.read("test", 0, min(held_out, source.splits["test"]))[0],
+        }
+        pictures = {split: [Image.fromarray(np.squeeze(each, 2)) for each in parts[split]] for split in parts}
+    for split, images in pictures.items():
+        (folder / split).mkdir()
+        for i, image in enumerate(images):
+            image.save(folder / split / f"{i:05d}.png")
+    return folder
+
+
+def measure(arguments: Arguments, name: str, count: int, top: Path) -> list[list[object]]:
+    """The rows of a set and a number of images."""
+    (top / "images").mkdir()
+    data = write(name, count, arguments.num_images, top / "images")
+    model = folder_preset.preset(str(data)).model
+    flags = [
+        "--data.images",
+        str(data),
+        "--model.channels",
+        str(model.channels),
+        "--cluster.num-workers",
+        "2",
+    ]
+    flags += ["--model.image-size", str(model.image_size)]
+    choices = {
+        (total, augment): [*flags, "--train.total-images", str(total), "--data.augment", str(augment)]
+        for total in arguments.images
+        for augment in (0.0, AUGMENT)
+    }
+    named = {
+        f"{total:,} images seen, augment {augment:g}": choices[total, augment] for total, augment in choices
+    }
+    numbers = arguments.seeds, arguments.images[0], arguments.num_images, count
+    return [[f"{count} of {name}", *row] for row in compare("folder", named, top, *numbers)]
+
+
+def main() -> None:
+    smallest = {"sets": ("digits",), "counts": (60,), "images": (640,), "num_images": 30}
+    arguments = read(Arguments, __doc__, seeds=2, **smallest)
+    rows = list[list[object]]()
+    for name in arguments.sets:
+        for count in arguments.counts:
+            with tempfile.TemporaryDirectory() as folder:
+                rows += measure(arguments, name, count, Path(folder))
+    how = (
+        f"Held-out bits/dim, KID and memorised share of {arguments.num_images} images ({STEPS} steps of `dpmpp_2m`, "
+        f"eta 1): mean and 95 % interval of {arguments.seeds} seeds (`python benchmarks/few_images.py`). "
+        f"{tables.machine()}."
+    )
+    names = "images", "training", "bits/dim", "KID", "memorised", "minutes of training"
+    tables.write(__file__, "Few images", how, "", *tables.table(names, rows))
+
+
+if __name__ == "__main__":
+    main()
