@@ -210,7 +210,7 @@ def snapshots(name: Name, arguments: Arguments) -> Iterator[Snapshot]:
 def load(name: Name, path: Path, arguments: Arguments) -> tuple[Model, Objective, Schedule]:
     """The net of a snapshot, the meaning of its output, and its schedule."""
     if name != "ours":
-        return peers.LOAD[name](path, peers.read_config(arguments.of(name)))
+        return peers.LOAD[name](path, peers.read_config(arguments.of(name)), False)
     trained = checkpoint.load_net(path)
     trained.net.autocast_dtype = None  # all nets sample in float32
     return trained.net, trained.objective, schedules.build(trained.config.schedule)

@@ -90,12 +90,18 @@ def chosen(first: str, names: Mapping[str, str], description: str | None) -> str
     return word
 
 
-def parse_preset(kind: type[Any], description: str | None) -> Any:
-    """Parse the command line PRESET [flags] as `kind`, whose first fields are the preset's name and its config."""
-    name = chosen("PRESET", presets.ABOUT, description)
+def parse_preset(kind: type[Any], description: str | None, of_folder: Callable[[str], Config]) -> Any:
+    """Parse the command line PRESET [flags] as `kind`, whose first fields are the preset's name and its config.
+
+    `folder PATH` is the config `of_folder` of that path.
+    """
+    name, words = chosen("PRESET", presets.ABOUT, description), sys.argv[2:]
+    preset = presets.PRESETS[name]
+    if name == "folder" and words and not words[0].startswith("-"):
+        preset = of_folder(words.pop(0))
     own = {f"--{field.name.replace('_', '-')}" for field in fields(kind)}
-    default = kind(name, starting_point(name))
-    return parse(kind, presets.ABOUT[name], sys.argv[2:], default, own, SHOWN_FIRST)
+    default = kind(name, starting_point(preset))
+    return parse(kind, presets.ABOUT[name], words, default, own, SHOWN_FIRST)
 
 
 def parse(
@@ -195,15 +201,15 @@ def _in_a_line(box: str) -> str:
     return f"{line}{close}; {HELP_ALL} lists every flag"
 
 
-def starting_point(preset: str) -> Config:
-    """The preset with the changes of the --config file, and with the net of --model.net.
+def starting_point(config: Config) -> Config:
+    """The preset `config` with the changes of the --config file, and with the net of --model.net.
 
     Other flags are applied later; which flags exist depends on the net.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", nargs="?")
     parser.add_argument("--model.net", nargs="?", dest="net")
-    typed, config = parser.parse_known_args()[0], presets.PRESETS[preset]
+    typed = parser.parse_known_args()[0]
     if typed.config is not None:
         try:
             text = read_whole(Path(typed.config)).decode()

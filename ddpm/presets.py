@@ -3,6 +3,7 @@
 digits          8x8 grey, built in (scikit-learn), 0.6 M weights. A minute and a half on two cores; recognisable digits.
 glyphs          32x32 grey letters and digits, rendered from fonts; no download.
 fashion-mnist   32x32 grey (28x28 padded), from Debian's dataset-fashion-mnist or IDX files; 0.4 M weights. 8 minutes.
+folder          8x8 to 32x32, grey or colour: your own pictures, `folder PATH`; 0.4 M weights. Nothing to tune.
 cifar10         32x32 colour: Ho et al. 2020, Appendix B, 35.7 M weights; 800,000 steps of 128 in the paper. For GPUs.
 celeba64        64x64 colour: the same net, one resolution deeper. For GPUs.
 """
@@ -67,6 +68,24 @@ FASHION_MNIST = Config(
 """`python jobs/train.py fashion-mnist --workers 2`: eight minutes on two cores. KID-classifier is 0.08 ± 0.02 after
 25,600 images and 0.03 ± 0.01 after 96,000. What was tried, and how it compares: benchmarks/quality.md."""
 
+FOLDER = Config(
+    schedule=ScheduleConfig(kind="cosine"),
+    objective=ObjectiveConfig(predict="v", weight="min_snr"),
+    model=replace(SMALL_NET, base_width=16, channels=3),
+    optim=OptimConfig(kind="muon", lr=8e-3, lr_warmup_images=3_200, lr_schedule="cosine", ema_decay=0.999),
+    train=replace(
+        SHORT_RUN,
+        total_images=160_000,
+        batch_size=32,
+        micro_batch_size=8,
+        sample_every_images=32_000,
+        precision="bfloat16",
+        compile=None,
+    ),
+    sample=SampleConfig(sampler="dpmpp_2m", num_sample_steps=20, eta=1.0),
+)
+"""`python jobs/train.py folder PATH --workers 2`: Muon's learning rate needs no other value for other images."""
+
 CIFAR10 = Config(
     data=DataConfig(source="torchvision:cifar10", horizontal_flip=True),
     model=UNetConfig(dropout=0.1),
@@ -86,6 +105,7 @@ PRESETS = {
     "digits": DIGITS,
     "glyphs": GLYPHS,
     "fashion-mnist": FASHION_MNIST,
+    "folder": FOLDER,
     "cifar10": CIFAR10,
     "celeba64": CELEBA64,
 }

@@ -126,11 +126,11 @@ def test_a_file_changes_the_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     file = tmp_path / "best.json"
     file.write_text('{"schedule": {"kind": "sigmoid", "sigmoid_end": 2}, "optim": {"lr": 0.5}}')
     monkeypatch.setattr(sys, "argv", ["train.py", "digits", "--config", str(file), "--optim.lr", "1"])
-    digits = cli.starting_point("digits")
+    digits = cli.starting_point(presets.DIGITS)
     assert (digits.schedule.kind, digits.schedule.sigmoid_end, digits.optim.lr) == ("sigmoid", 2.0, 0.5)
     assert digits.schedule.num_timesteps == presets.DIGITS.schedule.num_timesteps
     monkeypatch.setattr(sys, "argv", ["train.py", "digits"])
-    assert cli.starting_point("digits") == presets.DIGITS
+    assert cli.starting_point(presets.DIGITS) == presets.DIGITS
 
 
 def test_a_net_can_be_chosen_for_every_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,10 +138,10 @@ def test_a_net_can_be_chosen_for_every_preset(tmp_path: Path, monkeypatch: pytes
     file = tmp_path / "best.json"
     file.write_text('{"model": {"net": "dit", "depth": 3, "num_classes": 10}}')
     monkeypatch.setattr(sys, "argv", ["train.py", "digits", "--config", str(file)])
-    model = cli.starting_point("digits").model
+    model = cli.starting_point(presets.DIGITS).model
     assert model == DiTConfig(image_size=8, channels=1, num_classes=10, depth=3)
     monkeypatch.setattr(sys, "argv", ["train.py", "digits", "--config", str(file), "--model.net=unet"])
-    model = cli.starting_point("digits").model
+    model = cli.starting_point(presets.DIGITS).model
     assert model == UNetConfig(image_size=8, channels=1, num_classes=10)
 
 
@@ -154,7 +154,7 @@ def test_an_invalid_config_file_is_a_one_line_error(
         file.write_text(text)
     monkeypatch.setattr(sys, "argv", ["train.py", "digits", "--config", str(file)])
     with pytest.raises(UserError, match=message) as raised:
-        cli.starting_point("digits")
+        cli.starting_point(presets.DIGITS)
     assert "best.json" in str(raised.value) and "\n" not in str(raised.value)
 
 

@@ -2,16 +2,20 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
 from ddpm import cli, presets
-from ddpm.commands import train
+from ddpm.build import build_net
+from ddpm.commands import folder, train
 from ddpm.config_io import flatten, override
 from ddpm.search import config as search_config
 
-PRESETS = "digits, glyphs, fashion-mnist, cifar10, celeba64"
+PRESETS = "digits, glyphs, fashion-mnist, folder, cifar10, celeba64"
 SAMPLERS = "'ddim', 'ddpm', 'dpmpp_2m', 'heun', 'mix', 'multistep'"
 MISTAKES = {
     "train": f"PRESET is missing; the command line must begin with one of {PRESETS}",
@@ -32,6 +36,10 @@ MISTAKES = {
     "train digits --sampler dpm": (
         f"invalid choice 'dpm' for argument '--sampler/--sample.sampler'. Expected one of ('auto', {SAMPLERS})"
     ),
+    "train folder nowhere": (
+        "nowhere is not a folder on this machine; `folder PATH` trains on the images in a folder"
+    ),
+    "train folder": "no images are given: --data.images FOLDER, or a data set as --data.shards URI",
     "search digit": f"there is no PRESET digit; it must be one of {PRESETS}",
     "search digits --num-trails 4": (
         "Unrecognized options: --num-trails, 4 (did you mean --num-trials?); --help-all lists every flag"
@@ -60,10 +68,9 @@ def test_a_terminal_without_unicode_gets_the_same_error(run_job: Callable[..., A
 
 def parsed(monkeypatch: pytest.MonkeyPatch, kind: Any, *words: str) -> Any:
     monkeypatch.setattr(sys, "argv", ["job.py", *words])
-    parse = (
-        cli.parse_preset if kind.__module__ in ("ddpm.commands.train", "ddpm.search.config") else cli.parse
-    )
-    return parse(kind, None)
+    if kind.__module__ in ("ddpm.commands.train", "ddpm.search.config"):
+        return cli.parse_preset(kind, None, folder.preset)
+    return cli.parse(kind, None)
 
 
 def test_short_names_are_the_long_flags(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,3 +115,29 @@ def test_help_shows_common_flags_and_help_all_shows_all(run_job: Callable[..., A
         assert (f"│ {named} " in brief.stdout) == (key in cli.SHOWN_FIRST), flag
     assert brief.stdout.endswith("--help-all lists every flag.\n")
     assert len(brief.stdout.splitlines()) < 55
+
+
+@pytest.mark.parametrize(
+    ("files", "size", "channels"),
+    [
+        ([("L", 28)], 32, 1),
+        ([("L", 8), ("I;16", 8)], 8, 1),
+        ([("L", 12)] * 3 + [("RGB", 300)], 16, 3),
+        ([("RGB", 300), ("P", 200)], 32, 3),
+    ],
+    ids=str,
+)
+def test_the_preset_folder_has_the_size_and_colours_of_the_images(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: list[tuple[str, int]], size: int, channels: int
+) -> None:
+    for i, (mode, side) in enumerate(files):
+        Image.new(mode, (side + 5, side)).save(tmp_path / f"{i}.png")
+    (tmp_path / "torn.png").write_bytes(b"nothing")
+    config = parsed(monkeypatch, train.Arguments, "folder", str(tmp_path), "--name", "a").config
+    changes = {"data.images": str(tmp_path), "model.image_size": size, "model.channels": channels}
+    assert config == override(presets.FOLDER, changes | {"run.name": "a"})
+    flags = ("folder", str(tmp_path), "--model.image-size", "64", "--model.channels", "1")
+    config = parsed(monkeypatch, train.Arguments, *flags).config
+    assert (config.model.image_size, config.model.channels) == (64, 1)
+    assert build_net(config)(torch.zeros(1, 1, 64, 64), torch.zeros(1, dtype=torch.int64)).shape[2] == 64
+    assert parsed(monkeypatch, train.Arguments, "folder", "--data", "x").config.data.shards == "x"

@@ -98,6 +98,9 @@ def test_jobs_take_their_arguments(
         file = Path(arguments[arguments.index("--config") + 1])
         file.parent.mkdir(parents=True)
         file.write_text("{}")
+    (tmp_path / "~/pictures").mkdir(parents=True)
+    for name in ("one", "two"):
+        Image.new("L", (8, 8)).save(tmp_path / f"~/pictures/{name}.png")
     monkeypatch.setattr(cli, "parse", parse_only)
     monkeypatch.setattr(sys, "argv", [f"{module.replace('.', '/')}.py", *arguments])
     try:

@@ -28,7 +28,7 @@ from PIL import Image
 from support.forged import forge
 from support.hostile import CPU, SHARD, TARGETS, Target, png_claiming, write_checkpoint
 
-from ddpm import cli
+from ddpm import cli, presets
 from ddpm.checkpoints import checkpoint, runs
 from ddpm.config_io import override, to_json
 from ddpm.data.huggingface import HuggingFace
@@ -202,7 +202,7 @@ def with_checksums(folder: Path) -> Path:
 
 def config_flag(file: Path, monkeypatch: pytest.MonkeyPatch) -> object:
     monkeypatch.setattr(sys, "argv", ["train.py", "digits", "--config", str(file)])
-    return cli.starting_point("digits")
+    return cli.starting_point(presets.DIGITS)
 
 
 READ_WHOLE: dict[str, Any] = {

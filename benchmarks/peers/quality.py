@@ -1,11 +1,14 @@
 """The two trainers that benchmarks/quality.py compares with ours, each as its authors run it.
 
-    python benchmarks/peers/quality.py lucidrains|diffusers FOLDER      # trains until it is stopped
+    python benchmarks/peers/quality.py lucidrains|diffusers FOLDER [LR SEED]      # trains until it is stopped
 
 Both train on FOLDER/images, one PNG per image, a net with about as many
 weights as ours, at their own defaults: batch 16, learning rate 1e-4, their schedule, prediction, optimizer and average
 of the weights. Only settings that would handicap them are changed: no mirrored images (a shoe points left), no samples
 or FID during training, and bfloat16, which is faster for both on a CPU. Averaged weights are saved every few seconds.
+
+With a learning rate they have our settings, as far as their flags go: batch 32, the cosine schedule, an average with
+decay 0.999; lucidrains v and min-SNR, diffusers a warm-up of 100 steps.
 
 lucidrains   denoising-diffusion-pytorch: its Unet, GaussianDiffusion and Trainer.
 diffusers    the recipe of examples/unconditional_image_generation/train_unconditional.py, with diffusers' own
@@ -17,6 +20,7 @@ Axes: B batch, C channels, H W.
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +40,47 @@ from ddpm.training.state import parameter_count
 
 EVERY_S = 10.0
 """Seconds between two snapshots, on the clock of the loop's thread, which stops while the process is suspended."""
-BATCH_SIZE, LR = 16, 1e-4
 FOR_EVER = 10**9
 CONFIG, IMAGES, FIRST_STEP = "config.json", "images", "first-step"
 """Names in FOLDER: our config, which sets the size of the net; the images; a file written at the first step."""
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How a peer trains; the defaults are its own."""
+
+    lr: float = 1e-4
+    seed: int = 0
+    batch_size: int = 16
+    warmup_steps: int = 500
+    """diffusers' alone: lucidrains has none."""
+    schedule: Mapping[str, str] = field(default_factory=lambda: DEFAULT_SCHEDULES)
+    objective: Mapping[str, Any] = field(default_factory=dict)
+    """More arguments of lucidrains' GaussianDiffusion."""
+    ema: Mapping[str, Any] = field(default_factory=dict)
+    """More arguments of lucidrains' Trainer."""
+    ema_decay: float = 0.9999
+
+    @classmethod
+    def equal(cls, lr: float, seed: int) -> "Settings":
+        """Ours, as far as the peers' flags go."""
+        return cls(
+            lr,
+            seed,
+            batch_size=32,
+            warmup_steps=100,
+            schedule=COSINE,
+            objective={"objective": "pred_v", "min_snr_loss_weight": True},
+            ema={"ema_decay": 0.999, "ema_update_every": 1},
+            ema_decay=0.999,
+        )
+
+
 class Snapshots:
     """Saves the averaged weights as FOLDER/{images seen}.safetensors."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._steps, self._due = folder, 0, 0.0
+    def __init__(self, folder: Path, batch_size: int) -> None:
+        self._folder, self._batch_size, self._steps, self._due = folder, batch_size, 0, 0.0
 
     def after_step(self, averaged: Callable[[], Mapping[str, Tensor]]) -> None:
         if self._steps == 0:
@@ -55,7 +89,7 @@ class Snapshots:
         self._steps += 1
         if time.thread_time() >= self._due:
             self._due += EVERY_S
-            path = self._folder / f"{self._steps * BATCH_SIZE:012d}.safetensors"
+            path = self._folder / f"{self._steps * self._batch_size:012d}.safetensors"
             save_file({name: w.contiguous() for name, w in averaged().items()}, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").rename(path)
 
@@ -80,15 +114,20 @@ def diffusers_net(config: Config) -> nn.Module:
     return UNet2DModel(**unet_config(config))
 
 
-def train_lucidrains(folder: Path, config: Config) -> None:
+def train_lucidrains(folder: Path, config: Config, settings: Settings) -> None:
     from denoising_diffusion_pytorch import GaussianDiffusion, Trainer
 
-    diffusion = GaussianDiffusion(lucidrains_net(config), image_size=config.model.image_size)
+    diffusion = GaussianDiffusion(
+        lucidrains_net(config),
+        image_size=config.model.image_size,
+        beta_schedule=settings.schedule["lucidrains"],
+        **settings.objective,
+    )
     trainer = Trainer(
         diffusion,
         str((folder / IMAGES).resolve()),
-        train_batch_size=BATCH_SIZE,
-        train_lr=LR,
+        train_batch_size=settings.batch_size,
+        train_lr=settings.lr,
         train_num_steps=FOR_EVER,
         save_and_sample_every=FOR_EVER,
         augment_horizontal_flip=False,
@@ -96,8 +135,9 @@ def train_lucidrains(folder: Path, config: Config) -> None:
         amp=True,
         mixed_precision_type="bf16",
         results_folder=str(folder / "results"),
+        **settings.ema,
     )
-    snapshots, update = Snapshots(folder), trainer.ema.update
+    snapshots, update = Snapshots(folder, settings.batch_size), trainer.ema.update
 
     def update_and_keep() -> None:
         update()
@@ -107,7 +147,7 @@ def train_lucidrains(folder: Path, config: Config) -> None:
     trainer.train()
 
 
-def train_diffusers(folder: Path, config: Config) -> None:
+def train_diffusers(folder: Path, config: Config, settings: Settings) -> None:
     from accelerate import Accelerator
     from datasets import load_dataset
     from diffusers import DDPMScheduler
@@ -118,8 +158,10 @@ def train_diffusers(folder: Path, config: Config) -> None:
     num_epochs, size = 100, config.model.image_size
     accelerator = Accelerator(mixed_precision="bf16")
     net, averaged = diffusers_net(config), diffusers_net(config)
-    noise_scheduler = DDPMScheduler(num_train_timesteps=1000)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=LR, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+    noise_scheduler = DDPMScheduler(1000, beta_schedule=settings.schedule["diffusers"])
+    optimizer = torch.optim.AdamW(
+        net.parameters(), lr=settings.lr, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8
+    )
     to_model = T.Compose([T.Resize(size), T.CenterCrop(size), T.ToTensor(), T.Normalize([0.5], [0.5])])
     mode = "L" if config.model.channels == 1 else "RGB"
     data = load_dataset(
@@ -129,13 +171,18 @@ def train_diffusers(folder: Path, config: Config) -> None:
         split="train",
     )
     data.set_transform(lambda rows: {"input": [to_model(image.convert(mode)) for image in rows["image"]]})
-    loader = torch.utils.data.DataLoader(data, batch_size=BATCH_SIZE, shuffle=True)
+    loader = torch.utils.data.DataLoader(data, batch_size=settings.batch_size, shuffle=True)
     lr_scheduler = get_scheduler(
-        "cosine", optimizer, num_warmup_steps=500, num_training_steps=len(loader) * num_epochs
+        "cosine",
+        optimizer,
+        num_warmup_steps=settings.warmup_steps,
+        num_training_steps=len(loader) * num_epochs,
     )
     net, optimizer, loader, lr_scheduler = accelerator.prepare(net, optimizer, loader, lr_scheduler)
-    ema = EMAModel(net.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=3 / 4)
-    snapshots = Snapshots(folder)
+    ema = EMAModel(
+        net.parameters(), decay=settings.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=3 / 4
+    )
+    snapshots = Snapshots(folder, settings.batch_size)
 
     def averaged_weights() -> Mapping[str, Tensor]:
         ema.copy_to(averaged.parameters())
@@ -157,33 +204,36 @@ def train_diffusers(folder: Path, config: Config) -> None:
             snapshots.after_step(averaged_weights)
 
 
-def lucidrains(path: Path, config: Config) -> tuple[Model, Objective, Schedule]:
+def lucidrains(path: Path, config: Config, equal: bool = False) -> tuple[Model, Objective, Schedule]:
     """The inputs of our samplers from a snapshot: its net, the meaning of its output, its training schedule."""
     from denoising_diffusion_pytorch import denoising_diffusion_pytorch as theirs
 
     net = lucidrains_net(config)
     net.load_state_dict(load_file(path))
     net.eval().requires_grad_(False)
-    schedule = Schedule(theirs.sigmoid_beta_schedule(1000))
+    beta = theirs.cosine_beta_schedule if equal else theirs.sigmoid_beta_schedule
+    schedule = Schedule(beta(1000))
     return lambda x_t, t, label: net(x_t, t), V(schedule), schedule
 
 
-def diffusers(path: Path, config: Config) -> tuple[Model, Objective, Schedule]:
+def diffusers(path: Path, config: Config, equal: bool = False) -> tuple[Model, Objective, Schedule]:
     """The same of a diffusers snapshot."""
     net = diffusers_net(config)
     net.load_state_dict(load_file(path))
     net.eval().requires_grad_(False)
-    schedule = schedules.linear(1000, 1e-4, 0.02)
+    schedule = schedules.cosine(1000) if equal else schedules.linear(1000, 1e-4, 0.02)
     return lambda x_t, t, label: net(x_t, t).sample, Eps(schedule), schedule
 
 
 PACKAGE = {"lucidrains": "denoising_diffusion_pytorch", "diffusers": "accelerate"}
 """What each needs beside torch and diffusers; the extra `benchmarks` has them."""
-TRAIN: dict[str, Callable[[Path, Config], None]] = {
+DEFAULT_SCHEDULES = {"lucidrains": "sigmoid", "diffusers": "linear"}
+COSINE = {"lucidrains": "cosine", "diffusers": "squaredcos_cap_v2"}
+TRAIN: dict[str, Callable[[Path, Config, Settings], None]] = {
     "lucidrains": train_lucidrains,
     "diffusers": train_diffusers,
 }
-LOAD: dict[str, Callable[[Path, Config], tuple[Model, Objective, Schedule]]] = {
+LOAD: dict[str, Callable[[Path, Config, bool], tuple[Model, Objective, Schedule]]] = {
     "lucidrains": lucidrains,
     "diffusers": diffusers,
 }
@@ -196,6 +246,7 @@ def read_config(folder: Path) -> Config:
 
 
 if __name__ == "__main__":
-    name, folder = sys.argv[1], Path(sys.argv[2])
-    torch.manual_seed(0)
-    TRAIN[name](folder, read_config(folder))
+    name, folder, *equal = sys.argv[1], Path(sys.argv[2]), *sys.argv[3:]
+    settings = Settings.equal(float(equal[0]), int(equal[1])) if equal else Settings()
+    torch.manual_seed(settings.seed)
+    TRAIN[name](folder, read_config(folder), settings)

@@ -9,11 +9,12 @@ PRESET --help` lists the flags that people change first, `--help-all` every flag
 from dataclasses import replace
 
 from ddpm import cli
+from ddpm.commands import folder
 from ddpm.search.config import Arguments
 
 
 def main() -> int:
-    chosen: Arguments = cli.parse_preset(Arguments, __doc__)
+    chosen: Arguments = cli.parse_preset(Arguments, __doc__, folder.preset)
 
     from ddpm.data import plan  # after parsing, so that --help and errors come at once
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from ddpm import cli
+from ddpm.commands import folder
 from ddpm.config import Config
 from ddpm.utils import command_line
 
@@ -30,7 +31,7 @@ class Arguments:
 
 
 def main() -> int:
-    result = launch(cli.parse_preset(Arguments, __doc__))
+    result = launch(cli.parse_preset(Arguments, __doc__, folder.preset))
     return 128 + result.signal if result.signal else 0
 
 

@@ -35,7 +35,9 @@ def kind_of(name: str) -> Any:
 
 def named(name: str | None) -> Source:
     """The source for data.source: NAME with default options, or torchvision:DATASET."""
-    key, _, dataset = (name or "").partition(":")
+    if name is None:
+        raise UserError("no images are given: --data.images FOLDER, or a data set as --data.shards URI")
+    key, _, dataset = name.partition(":")
     kind, options = kind_of(key), {"dataset": dataset} if dataset else {}
     try:
         inspect.signature(kind).bind(**options)

@@ -40,6 +40,7 @@ MAX_FILE_BYTES = 1 << 30
 NAMES_SHOWN = 3
 """Number of files that a message names."""
 EXIF_ORIENTATION = 0x0112
+GREY = ("1", "L", "LA", "I;16")
 Listing = tuple[list[Path], list[Path]]
 Picture = tuple[bytes | Exception, str, int | None]
 """The bytes of an image file, or why it cannot be read; its name in errors; its label."""
@@ -155,6 +156,16 @@ class Folder(Pictures):
         common = [", ".join(f"{n:,} {key}" for key, n in of.most_common(3)) for of in (sizes, modes)]
         shape = f"{small:,} smaller than {self.size}, {long:,} longer than 2:1"
         return f"{common[0]} ({len(sizes):,} sizes); {common[1]}; {shape}"
+
+    def probe(self, most: int) -> tuple[int, Literal[1, 3]]:
+        """The median of the shorter sides of at most so many images, and 1 channel if all of them are grey, else 3."""
+        sides, channels = list[int](), 1
+        files = self._files["train"]
+        for file in files[:: -(-len(files) // most)]:
+            with contextlib.suppress(Exception), file.open("rb") as data, open_image(data, FORMATS) as image:
+                sides.append(min(image.size))
+                channels = channels if image.mode in GREY else 3
+        return (sorted(sides)[len(sides) // 2] if sides else 0), 1 if channels == 1 else 3
 
     @cached_property
     def _folders(self) -> dict[str, Path]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ddpm.build import TrainedNet
+from ddpm.checkpoints import checkpoint
 from ddpm.config import Config
 from ddpm.data.reading import MicroBatch
 from ddpm.diffusion.objectives import Loss
@@ -29,6 +30,8 @@ HELD_OUT_BATCH = 64
 """Held-out images measured at once; their noise depends on it."""
 PILOT_IMAGES, BOUND_IMAGES, BOUND_DRAWS = 8, 64, 4
 """Held-out images for the errors of x_0_hat, the next ones for bits/dim, and timesteps of each of the latter."""
+TURNED = 1.02
+"""A held-out loss this many times its lowest has turned: it is measured with the same noise each time."""
 UNIT = 2.0**-30
 """Losses are summed in multiples of this, exactly in float64, so that a stop between two logs changes no value."""
 CONSTANT = {"train/goodput": 1.0, "train/skipped_steps": 0.0}
@@ -42,7 +45,7 @@ class Recorder:
         self._config, self._runtime, self._store, self._state = config, runtime, runtime.store, state
         self._averaged = TrainedNet(state.ema.net, config)
         self._held_out = runtime.held_out()
-        self._progress_at = self._images_per_s = 0.0
+        self._progress_at, self._images_per_s, self._has_turned = 0.0, 0.0, False
         self._grad_norm = torch.zeros((), device=runtime.device)
         self._start_interval()
         if state.interval is not None:
@@ -196,14 +199,24 @@ class Recorder:
         return {"held_out/bits_per_dim": bits.mean().item(), "held_out_error/bits_per_dim": error.item()}
 
     def _evaluate_and_save(self) -> None:
-        loss = self._held_out_loss()
-        best = loss is not None and loss < self._state.best_held_out_loss
+        loss, lowest = self._held_out_loss(), self._state.best_held_out_loss
+        best = loss is not None and loss < lowest
         if loss is not None:
+            if loss > TURNED * lowest and self._store is not None and not self._has_turned:
+                self._has_turned = True
+                self._store.warn(self._turned(loss, lowest))
             values = {"held_out/loss": loss, **self._held_out_bits()}
             if self._store is not None:
                 self._store.metrics(values, self._state.images_seen)
-            self._state.best_held_out_loss = min(loss, self._state.best_held_out_loss)
+            self._state.best_held_out_loss = min(loss, lowest)
         self._save(best)
+
+    def _turned(self, loss: float, lowest: float) -> str:
+        helps = "more images help" if self._config.data.augment else "more images or --data.augment 0.12 help"
+        return (
+            f"the held-out loss has risen to {loss:.4f} from {lowest:.4f}: the net begins to repeat its training "
+            f"images; {helps}. The checkpoint of the lowest loss is kept, {checkpoint.BEST_PREFIX}*"
+        )
 
     def _save(self, best: bool) -> None:
         """Save a checkpoint with the sums of all ranks; every rank calls it."""

@@ -49,6 +49,7 @@ class RunStore(MetricsBuffer):
     Attributes:
         last_progress: how far training is.
         newest: name of the newest stored checkpoint.
+        warn: called with a line for the user.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class RunStore(MetricsBuffer):
         self._config, self._run, self._location, self._notify = config, run, run.location, notify
         self._identity = {"run_key": run.key, "data_fingerprint": data_fingerprint}
         self._timeout_s = config.run.storage_timeout_s
-        self._warn = partial(notify, run_state.WARNINGS)
+        self.warn = partial(notify, run_state.WARNINGS)
         self._system = SystemMetrics()
         self._images_seen = self._images_lost = 0
         self._began_at, self._minutes_before, self._status_at = time.monotonic(), 0.0, -math.inf
@@ -91,7 +92,7 @@ class RunStore(MetricsBuffer):
             reached: images_seen that training is known to have reached; those beyond the checkpoint are lost.
         """
         run = self._location
-        with checkpoint_manager.latest_valid(self._run, self._timeout_s, self._warn) as folder:
+        with checkpoint_manager.latest_valid(self._run, self._timeout_s, self.warn) as folder:
             at = self._images_seen = checkpoint.position(folder)
             self._retry_io(lambda: checkpoint_manager.clean_up(run), run)
             self._retry_io(lambda: spool.discard_after(run.child(spool.FOLDER), at), run)
@@ -162,11 +163,11 @@ class RunStore(MetricsBuffer):
         except StorageError:
             raise
         except UserError as error:
-            self._warn(f"{error}; it is written anew from {self._images_seen} images on")
+            self.warn(f"{error}; it is written anew from {self._images_seen} images on")
             return otherwise
 
     def _retry_io(self, call: Callable[[], T], where: Location, most_s: float = math.inf) -> T:
-        return checkpoint_manager.retry(call, where, min(self._timeout_s, most_s), self._warn)
+        return checkpoint_manager.retry(call, where, min(self._timeout_s, most_s), self.warn)
 
     def _write_status(self) -> None:
         self._status_at = time.monotonic()
@@ -189,9 +190,9 @@ class RunStore(MetricsBuffer):
         file = self._location.child(name)
         timeout_s = min(self._timeout_s, FILE_TIMEOUT_S)
         try:
-            retry_io(lambda: file.write(data), where=file.uri, timeout_s=timeout_s, warn=self._warn)
+            retry_io(lambda: file.write(data), where=file.uri, timeout_s=timeout_s, warn=self.warn)
         except (StorageError, FileNotFoundError) as error:
-            self._warn(str(error))
+            self.warn(str(error))
 
     def _publish_records(self, records: list[Record], segment: str) -> None:
         for name, data in self._packed(records, segment).items():
@@ -219,4 +220,4 @@ class RunStore(MetricsBuffer):
             keep = self._config.train.keep_checkpoints
             self._retry_io(lambda: checkpoint_manager.retire(run, keep), run, FILE_TIMEOUT_S)
         except StorageError as error:
-            self._warn(f"an old checkpoint could not be removed: {error}")
+            self.warn(f"an old checkpoint could not be removed: {error}")

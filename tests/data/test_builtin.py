@@ -136,7 +136,7 @@ def test_user_errors_are_one_line(tmp_path: Path) -> None:
         (tmp_path / "pets", {"model.channels": 2}, "or 3 (colour), but model.channels is 2"),
         (tmp_path / "empty", {}, f"{tmp_path}/empty holds no images"),
         (tmp_path / "pets", {}, "1 of 4 images cannot be read ("),
-        (None, {"data.source": None}, "data.source is None"),
+        (None, {"data.source": None}, "no images are given"),
     ):
         with pytest.raises(UserError, match=re.escape(message)) as raised:
             builtin.with_shards(config_of(tmp_path, images, **changes))

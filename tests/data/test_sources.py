@@ -246,7 +246,7 @@ def _without_files(self: FashionMnist) -> None:
         ("torchvision:svhn", "dataset is 'svhn'; it must be one of cifar10, mnist, celeba"),
         ("torchvision", "data.source is 'torchvision', which is not built in"),
         ("nothing", "data.source is 'nothing', which is not built in"),
-        (None, "data.source is None, which is not built in"),
+        (None, "no images are given: --data.images FOLDER, or a data set"),
     ],
 )
 def test_a_source_that_training_cannot_prepare_is_a_user_error(name: str | None, message: str) -> None:

@@ -25,6 +25,7 @@ class Logged:
         self.rows: dict[int, dict[str, float]] = {}
         self.images: list[tuple[str, int]] = []
         self.files: set[str] = set()
+        self.warnings: list[str] = []
 
     def metrics(self, values: Mapping[str, float], images_seen: int) -> None:
         ours = {name: value for name, value in values.items() if not name.startswith("system/")}
@@ -52,6 +53,7 @@ def fit(
             store.metrics = logged.metrics  # type: ignore[method-assign]
             store.image = logged.image  # type: ignore[method-assign]
             store.artifact = logged.artifact  # type: ignore[method-assign]
+            store.warn = logged.warnings.append
         return loop.train(config, runtime(config, data_set, data_set.held_out(), store))
 
 

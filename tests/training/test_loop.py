@@ -29,6 +29,7 @@ from ddpm.models.dropout import Dropout
 from ddpm.presets import DIGITS, PRESETS
 from ddpm.sampling import generate
 from ddpm.training import loop
+from ddpm.training.recorder import Recorder
 from ddpm.training.runtime import Runtime
 from ddpm.training.state import State
 from ddpm.utils.errors import UserError
@@ -40,7 +41,7 @@ from ddpm.utils.errors import UserError
         {},
         {"objective.variance": "learned"},
         {"objective.process": "consistency"},
-        {"optim.kind": "muon", "model.num_classes": 10},
+        {"optim.kind": "muon", "model.num_classes": 10, "data.augment": 0.3},
     ],
 )
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -77,8 +78,10 @@ def test_training_depends_only_on_the_seeds(tiny: Config, train_set: DataSet, tm
 def test_the_size_of_a_forward_pass_does_not_change_training(
     tiny: Config, train_set: DataSet, tmp_path: Path, forward_images: int
 ) -> None:
-    """Images, flips, noise, t, dropped labels and masks are equal: weights differ only by the order of summation."""
-    changes = {"data.horizontal_flip": True, "model.num_classes": 10, "objective.variance": "learned"}
+    """Images, flips, augmentation, noise, t, dropped labels and masks are equal: weights differ only by the order of
+    summation."""
+    changes = {"data.horizontal_flip": True, "data.augment": 0.3, "model.num_classes": 10}
+    changes |= {"objective.variance": "learned"}
     config = override(tiny, {**changes, "model.dropout": 0.3})
     whole, parts = Logged(), Logged()
     one = tensors(fit(config, train_set, tmp_path / "whole", whole))
@@ -246,6 +249,28 @@ def test_bits_per_dim_is_not_logged_without_a_bound_or_images(
     tracker = Logged()
     fit(override(tiny, change | {"sample.num_sample_steps": 1}), train_set, run_folder, tracker)
     assert "held_out/loss" in tracker.rows[256] and "held_out/bits_per_dim" not in tracker.rows[256]
+
+
+@pytest.mark.parametrize(("augment", "helps"), [(0.0, " or --data.augment 0.12 help"), (0.1, " help")])
+def test_a_held_out_loss_that_has_risen_is_said_once(
+    tiny: Config,
+    train_set: DataSet,
+    run_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    augment: float,
+    helps: str,
+) -> None:
+    losses = iter([0.6, 0.5, 0.505, 0.495, 0.5, 0.51, 0.6, 0.7])  # a little above the lowest is not a turn
+    monkeypatch.setattr(Recorder, "_held_out_loss", lambda self: next(losses))
+    logged = Logged()
+    changes = {"train.checkpoint_every_images": 32, "train.sample_every_images": 0, "data.augment": augment}
+    fit(override(tiny, changes), train_set, run_folder, logged)
+    (line,) = logged.warnings
+    assert (
+        line.startswith("the held-out loss has risen to 0.5100 from 0.4950: ") and f"images{helps}." in line
+    )
+    (best,) = run_folder.glob(line.split()[-1])
+    assert checkpoint.read_state(best)["images_seen"] == 128
 
 
 def test_the_newest_checkpoints_and_the_best_are_kept(

@@ -1,0 +1,27 @@
+"""The preset `folder` for a folder of images: its net has their size and colours."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from ddpm.config import Config
+from ddpm.presets import FOLDER
+from ddpm.utils.errors import UserError
+
+SIZES = (8, 16, 32)
+"""Sizes of nets that are chosen; a larger one, for which two cores are slow, is asked for by --model.image-size."""
+PROBED = 64
+"""Images that are looked at."""
+
+
+def preset(path: str) -> Config:
+    """The smallest of SIZES that is not below most images' shorter sides, else the largest; grey if all images are."""
+    from ddpm.data.image_folder import Folder  # half a second, and for this preset alone
+
+    if not Path(path).is_dir():
+        raise UserError(
+            f"{path} is not a folder on this machine; `folder PATH` trains on the images in a folder"
+        )
+    side, channels = Folder(path=Path(path), size=SIZES[-1]).probe(PROBED)
+    size = min((size for size in SIZES if size >= side), default=SIZES[-1])
+    model = replace(FOLDER.model, image_size=size, channels=channels)
+    return replace(FOLDER, data=replace(FOLDER.data, images=path), model=model)
