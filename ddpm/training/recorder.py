@@ -214,8 +214,9 @@ class Recorder:
     def _turned(self, loss: float, lowest: float) -> str:
         helps = "more images help" if self._config.data.augment else "more images or --data.augment 0.12 help"
         return (
-            f"the held-out loss has risen to {loss:.4f} from {lowest:.4f}: the net begins to repeat its training "
-            f"images; {helps}. The checkpoint of the lowest loss is kept, {checkpoint.BEST_PREFIX}*"
+            f"the held-out loss has risen to {loss:.4f} from {lowest:.4f}: if the training loss falls, the net begins "
+            f"to repeat its training images, and {helps}. The checkpoint of the lowest loss is kept, "
+            f"{checkpoint.BEST_PREFIX}*"
         )
 
     def _save(self, best: bool) -> None:
