@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -79,6 +79,26 @@ class Pictures(Square, ABC):
     def read(self, split: str, start: int, stop: int) -> tuple[Pixels | Sequence[bytes], Labels | None]:
         part, rows = self._rows[split]
         return store(self._pictures(part, rows[start:stop]), self.size, self.channels, self.encoding)
+
+    def statistics(self) -> str:
+        """How many images have which size and mode; those that cannot be read do not count."""
+        sizes, modes, small, long = Counter[str](), Counter[str](), 0, 0
+        for data in self._opened():
+            with contextlib.suppress(Exception), open_image(data, FORMATS) as image:
+                sizes[f"{image.width}x{image.height}"] += 1
+                modes[image.mode] += 1
+                small += min(image.size) < self.size
+                long += max(image.size) > 2 * min(image.size)
+        common = [", ".join(f"{n:,} {key}" for key, n in of.most_common(3)) for of in (sizes, modes)]
+        shape = f"{small:,} smaller than {self.size}, {long:,} longer than 2:1"
+        return f"{common[0]} ({len(sizes):,} sizes); {common[1]}; {shape}"
+
+    def _opened(self) -> Iterator[BinaryIO]:
+        """The image files of all parts, as far as they can be read."""
+        for part, rows in self._rows.values():
+            for data, _, _ in self._pictures(part, rows):
+                if isinstance(data, bytes):
+                    yield io.BytesIO(data)
 
     @property
     def _top(self) -> Path:
@@ -144,18 +164,10 @@ class Folder(Pictures):
         part, rows = self._rows[split]
         return str(self._files[part][rows[index]])
 
-    def statistics(self) -> str:
-        """How many files have which size and mode; those that cannot be read do not count."""
-        sizes, modes, small, long = Counter[str](), Counter[str](), 0, 0
+    def _opened(self) -> Iterator[BinaryIO]:
         for file in (file for of_part in self._files.values() for file in of_part):
-            with contextlib.suppress(Exception), file.open("rb") as data, open_image(data, FORMATS) as image:
-                sizes[f"{image.width}x{image.height}"] += 1
-                modes[image.mode] += 1
-                small += min(image.size) < self.size
-                long += max(image.size) > 2 * min(image.size)
-        common = [", ".join(f"{n:,} {key}" for key, n in of.most_common(3)) for of in (sizes, modes)]
-        shape = f"{small:,} smaller than {self.size}, {long:,} longer than 2:1"
-        return f"{common[0]} ({len(sizes):,} sizes); {common[1]}; {shape}"
+            with contextlib.suppress(OSError), file.open("rb") as data:
+                yield data  # of which the header is read
 
     def probe(self, most: int) -> tuple[int, Literal[1, 3]]:
         """The median of the shorter sides of at most so many images, and 1 channel if all of them are grey, else 3."""

@@ -280,6 +280,7 @@ def test_a_single_parquet_file_is_split(tmp_path: Path) -> None:
     assert source.splits == {"train": 38, "test": 2} and source.class_names == ("0", "1", "2")
     both = content(source, "train") + content(source, "test")
     assert sorted(both) == [(i, str(i % 3)) for i in range(40)]
+    assert source.statistics() == "40 8x8 (1 sizes); 40 RGB; 0 smaller than 8, 0 longer than 2:1"
 
 
 def test_unsuitable_parquet_files_are_user_errors(tmp_path: Path) -> None:
