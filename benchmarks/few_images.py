@@ -21,9 +21,6 @@ from PIL import Image
 from ddpm.commands import folder as folder_preset
 from ddpm.data import catalog
 
-AUGMENT = 0.12
-"""The probability of Karras et al. 2022 for CIFAR-10."""
-
 
 @dataclass(frozen=True)
 class Arguments:
@@ -77,7 +74,7 @@ def measure(arguments: Arguments, name: str, count: int, top: Path) -> list[list
     choices = {
         (total, augment): [*flags, "--train.total-images", str(total), "--data.augment", str(augment)]
         for total in arguments.images
-        for augment in (0.0, AUGMENT)
+        for augment in (0.0, folder_preset.AUGMENT)
     }
     named = {
         f"{total:,} images seen, augment {augment:g}": choices[total, augment] for total, augment in choices

@@ -135,9 +135,21 @@ def test_the_preset_folder_has_the_size_and_colours_of_the_images(
     (tmp_path / "torn.png").write_bytes(b"nothing")
     config = parsed(monkeypatch, train.Arguments, "folder", str(tmp_path), "--name", "a").config
     changes = {"data.images": str(tmp_path), "model.image_size": size, "model.channels": channels}
+    changes["data.augment"] = 0.12
     assert config == override(presets.FOLDER, changes | {"run.name": "a"})
     flags = ("folder", str(tmp_path), "--model.image-size", "64", "--model.channels", "1")
     config = parsed(monkeypatch, train.Arguments, *flags).config
     assert (config.model.image_size, config.model.channels) == (64, 1)
     assert build_net(config)(torch.zeros(1, 1, 64, 64), torch.zeros(1, dtype=torch.int64)).shape[2] == 64
     assert parsed(monkeypatch, train.Arguments, "folder", "--data", "x").config.data.shards == "x"
+
+
+def test_the_preset_folder_augments_few_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(folder, "FEW", 4)
+    for i in range(5):
+        Image.new("L", (8, 8)).save(tmp_path / f"{i}.png")
+    assert parsed(monkeypatch, train.Arguments, "folder", str(tmp_path)).config.data.augment == 0.0
+    (tmp_path / "4.png").unlink()
+    words = "folder", str(tmp_path)
+    assert parsed(monkeypatch, train.Arguments, *words).config.data.augment == folder.AUGMENT
+    assert parsed(monkeypatch, train.Arguments, *words, "--data.augment", "0").config.data.augment == 0.0

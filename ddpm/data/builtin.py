@@ -85,6 +85,8 @@ def _pictures(config: Config) -> tuple[str, Source]:
     kind = f"{net.image_size}x{net.image_size} {'grey' if net.channels == 1 else 'colour'}"
     what = f"{printable(str(folder))}, as {kind}"
     print(f"images      {what} (--model.image-size, --model.channels)", flush=True)
+    if config.data.augment:
+        print(f"augmented   with probability {config.data.augment:g} (--data.augment)", flush=True)
     if source.skipped:
         print(f"skipped     {source.skipped}", flush=True)
     return re.sub(r"[^\w.-]+", "-", folder.resolve().name)[:MAX_NAME] or "pictures", source
