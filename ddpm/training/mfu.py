@@ -33,14 +33,14 @@ SIDE = 512
 def flops_per_image(net: nn.Module, config: Config) -> float:
     """FLOPs of training on one image: 3 times the forward pass, since the backward pass takes twice as many.
 
-    Consistency tuning has one more forward pass, without a gradient.
+    The second forward pass of consistency tuning, which has no gradient, does not count.
     """
     device, model = next(net.parameters()).device, config.model
     t = torch.zeros(1, dtype=torch.int64, device=device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         x_t = torch.zeros(1, model.channels, model.image_size, model.image_size, device=device)
         net(x_t, t if PROCESSES[config.objective.process].uses_time else None, None)
-    return (4.0 if config.objective.process == "consistency" else 3.0) * counter.get_total_flops()
+    return 3.0 * counter.get_total_flops()
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
