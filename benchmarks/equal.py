@@ -178,8 +178,8 @@ def train(
         while first is not None and not first.exists() and not contestant.ended:
             contestant.turn(1.0)
         contestant.turn(60 * minutes)
-        if contestant.ended:
-            sys.exit(f"{shlex.join(command)} ended by itself:\n{(folder / LOG).read_text()}")
+        if contestant.failed:
+            sys.exit(f"{shlex.join(command)} failed:\n{(folder / LOG).read_text()}")
 
     def until(file: Path) -> float:
         return spent(contestant.turns, file.stat().st_mtime).wall_s / 60

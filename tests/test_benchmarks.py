@@ -124,6 +124,13 @@ def test_a_contestant_and_its_children_are_suspended_between_turns(tmp_path: Pat
     assert turns == contestant.turns and all(a.ended <= b.began for a, b in pairwise(turns))
 
 
+def test_a_contestant_that_ends_by_itself(tmp_path: Path) -> None:
+    for code in (0, 3):
+        contestant = quality.Contestant(["sh", "-c", f"exit {code}"], tmp_path, {})
+        contestant.turn(30)
+        assert contestant.ended and contestant.failed == (code > 0)
+
+
 def test_spent_time_excludes_the_time_between_turns() -> None:
     turns = [quality.Turn(100, 160, 90), quality.Turn(300, 340, 170)]
     assert quality.spent(turns, 50) == quality.Spent(0, 0)

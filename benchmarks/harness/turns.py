@@ -94,6 +94,11 @@ class Contestant:
     def ended(self) -> bool:
         return self._process is not None and self._process.poll() is not None
 
+    @property
+    def failed(self) -> bool:
+        """Whether the process has ended by itself, other than with exit code 0."""
+        return self._process is not None and bool(self._process.poll())
+
     def turn(self, seconds: float) -> None:
         """Run for `seconds`, or until the process exits."""
         began = time.time()

@@ -19,7 +19,10 @@ AUGMENT = 0.12
 
 
 def preset(path: str) -> Config:
-    """The smallest of SIZES that is not below most images' shorter sides, else the largest; grey if all images are."""
+    """The smallest of SIZES that is not below most images' shorter sides, else the largest; grey if all images are.
+
+    Fewer than FEW training images are augmented.
+    """
     from ddpm.data.image_folder import Folder  # half a second, and for this preset alone
 
     if not Path(path).is_dir():

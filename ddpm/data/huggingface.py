@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ddpm.data.duplicates import MAX_IMAGES
 from ddpm.data.image_folder import PARTS, Listing, Picture, Pictures, list_files
 from ddpm.data.row_group import Labels
 from ddpm.data.sources import divide
@@ -55,6 +56,11 @@ class HuggingFace(Pictures):
                 f"0..{len(names) - 1}; choose another column with --label-column, or None for no labels"
             )
         return names
+
+    def statistics(self) -> str:
+        if sum(self.splits.values()) > MAX_IMAGES:  # all files would be read once more
+            return f"sizes not counted: there are more than {MAX_IMAGES:,} images"
+        return super().statistics()
 
     def _pictures(self, part: str, rows: Labels) -> Iterator[Picture]:
         """The images of `rows`, which must ascend."""

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from ddpm.data import huggingface
 from ddpm.data.huggingface import HuggingFace
 from ddpm.data.image_folder import Folder, store
 from ddpm.data.row_group import decode
@@ -274,13 +275,15 @@ def test_hugging_face_files(tmp_path: Path) -> None:
     assert HuggingFace(tmp_path, size=8, label_column=None).class_names == ()
 
 
-def test_a_single_parquet_file_is_split(tmp_path: Path) -> None:
+def test_a_single_parquet_file_is_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_hugging_face(tmp_path / "all.parquet", list(range(40)), [i % 3 for i in range(40)])
     source = HuggingFace(tmp_path / "all.parquet", size=8)
     assert source.splits == {"train": 38, "test": 2} and source.class_names == ("0", "1", "2")
     both = content(source, "train") + content(source, "test")
     assert sorted(both) == [(i, str(i % 3)) for i in range(40)]
     assert source.statistics() == "40 8x8 (1 sizes); 40 RGB; 0 smaller than 8, 0 longer than 2:1"
+    monkeypatch.setattr(huggingface, "MAX_IMAGES", 39)
+    assert source.statistics() == "sizes not counted: there are more than 39 images"
 
 
 def test_unsuitable_parquet_files_are_user_errors(tmp_path: Path) -> None:
