@@ -16,6 +16,7 @@ from PIL import Image
 from ddpm.data.manifest import Manifest, Shard
 from ddpm.data.row_group import Pixels, columns
 from ddpm.data.shards import read_row_group, write_shard
+from ddpm.data.sources import MAX_EXAMINED
 from ddpm.storage.locations import Location
 from ddpm.utils.errors import UserError
 from ddpm.utils.images import grid, png_bytes
@@ -23,8 +24,6 @@ from ddpm.utils.progress import printable, track
 
 LISTED, PICTURE, PICTURED, COLUMNS = "duplicates.txt", "duplicates.png", 64, 16
 SIDE, THRESHOLD = 8, 2.5
-MAX_IMAGES = 500_000
-"""Data sets of more images are not searched: it would take minutes and gigabytes."""
 COMPONENTS = 16
 """Principal components of the thumbnails, in which they are searched."""
 Row = tuple[str, int]
@@ -90,8 +89,8 @@ def write(source: Any, location: Location, manifest: Manifest) -> list[Duplicate
 
 def report(source: Any, location: Location, manifest: Manifest, dropped: bool = False) -> Iterator[str]:
     """The lines on near-duplicates for who prepares a data set: their number, and where picture and list are."""
-    if sum(split.num_rows for split in manifest.splits.values()) > MAX_IMAGES:
-        yield f"duplicates  not searched for: there are more than {MAX_IMAGES:,} images"
+    if sum(split.num_rows for split in manifest.splits.values()) > MAX_EXAMINED:
+        yield f"duplicates  not searched for: there are more than {MAX_EXAMINED:,} images"
         return
     listed, picture = location.child(LISTED), location.child(PICTURE)
     if not listed.exists():

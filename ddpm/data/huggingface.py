@@ -15,10 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ddpm.data.duplicates import MAX_IMAGES
 from ddpm.data.image_folder import PARTS, Listing, Picture, Pictures, list_files
 from ddpm.data.row_group import Labels
-from ddpm.data.sources import divide
+from ddpm.data.sources import MAX_EXAMINED, divide
 from ddpm.utils.errors import UserError
 
 MAX_CLASSES = 100_000
@@ -58,8 +57,8 @@ class HuggingFace(Pictures):
         return names
 
     def statistics(self) -> str:
-        if sum(self.splits.values()) > MAX_IMAGES:  # all files would be read once more
-            return f"sizes not counted: there are more than {MAX_IMAGES:,} images"
+        if sum(self.splits.values()) > MAX_EXAMINED:  # all files would be read once more
+            return f"sizes not counted: there are more than {MAX_EXAMINED:,} images"
         return super().statistics()
 
     def _pictures(self, part: str, rows: Labels) -> Iterator[Picture]:

@@ -28,7 +28,7 @@ from ddpm.data.manifest import (
 )
 from ddpm.data.row_group import Labels, Pixels
 from ddpm.data.shards import kept_shard, write_shard
-from ddpm.data.sources import Source, UnreadableImages
+from ddpm.data.sources import MAX_EXAMINED, Source, UnreadableImages
 from ddpm.storage.driver_lock import DriverLock
 from ddpm.storage.locations import Location
 from ddpm.utils.errors import UserError
@@ -97,9 +97,9 @@ def prepare(
         drop_duplicates: leave out near-duplicates; duplicates.txt lists them.
     """
     num_images = sum(source.splits.values())
-    if drop_duplicates and num_images > duplicates.MAX_IMAGES:
+    if drop_duplicates and num_images > MAX_EXAMINED:
         raise UserError(
-            f"--drop-duplicates searches at most {duplicates.MAX_IMAGES:,} images, and there are {num_images:,}"
+            f"--drop-duplicates searches at most {MAX_EXAMINED:,} images, and there are {num_images:,}"
         )
     manifest = find(source, location, rows_per_row_group, drop_duplicates)
     if manifest is None:

@@ -25,6 +25,8 @@ from ddpm.data.row_group import Labels, Pixels
 from ddpm.utils.errors import UserError
 
 HELD_OUT_SHARE = 0.05
+MAX_EXAMINED = 500_000
+"""Sources of more images are not searched for duplicates, nor are sizes counted: minutes, and gigabytes."""
 Seed = Annotated[int, Interval(ge=0, lt=2**32)]
 """A seed of NumPy's RandomState."""
 

@@ -110,7 +110,7 @@ def test_a_shard_of_copies_is_removed_and_a_split_of_copies_refused(tmp_path: Pa
 
 
 def test_too_many_images_are_not_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(duplicates, "MAX_IMAGES", 19)
+    monkeypatch.setattr(prepare, "MAX_EXAMINED", 19)
     with pytest.raises(UserError, match="searches at most 19 images, and there are 20"):
         prepare.prepare(given(noise(18), noise(2)), resolve(f"{tmp_path}/a"), **DROP)
     assert not (tmp_path / "a").exists()
