@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 from harness import tables
 from harness.arguments import read
-from objectives import STEPS, compare
+from objectives import STEPS, compare, draw
 from optimizers import write_emoji
 from PIL import Image
 
+from ddpm.build import TrainedNet
 from ddpm.commands import folder as folder_preset
 from ddpm.data import catalog
 
@@ -57,8 +58,10 @@ def write(name: str, count: int, held_out: int, folder: Path) -> Path:
     return folder
 
 
-def measure(arguments: Arguments, name: str, count: int, top: Path) -> list[list[object]]:
-    """The rows of a set and a number of images."""
+def measure(
+    arguments: Arguments, name: str, count: int, top: Path
+) -> tuple[list[list[str]], list[TrainedNet]]:
+    """The rows of a set and a number of images, and the first seed's nets."""
     (top / "images").mkdir()
     data = write(name, count, arguments.num_images, top / "images")
     model = folder_preset.preset(str(data)).model
@@ -80,24 +83,27 @@ def measure(arguments: Arguments, name: str, count: int, top: Path) -> list[list
         f"{total:,} images seen, augment {augment:g}": choices[total, augment] for total, augment in choices
     }
     numbers = arguments.seeds, arguments.images[0], arguments.num_images, count
-    return [[f"{count} of {name}", *row] for row in compare("folder", named, top, *numbers)]
+    rows, nets = compare("folder", named, top, *numbers)
+    return [[f"{count} of {name}", *row] for row in rows], nets
 
 
 def main() -> None:
     smallest = {"sets": ("digits",), "counts": (60,), "images": (640,), "num_images": 30}
     arguments = read(Arguments, __doc__, seeds=2, **smallest)
-    rows = list[list[object]]()
+    lines, shown = list[list[str]](), list[str]()
     for name in arguments.sets:
         for count in arguments.counts:
             with tempfile.TemporaryDirectory() as folder:
-                rows += measure(arguments, name, count, Path(folder))
+                rows, nets = measure(arguments, name, count, Path(folder))
+            lines += rows
+            shown += draw(nets, f"few_images-{name}-{count}")
     how = (
         f"Held-out bits/dim, KID and memorised share of {arguments.num_images} images ({STEPS} steps of `dpmpp_2m`, "
         f"eta 1): mean and 95 % interval of {arguments.seeds} seeds (`python benchmarks/few_images.py`). "
         f"{tables.machine()}."
     )
     names = "images", "training", "bits/dim", "KID", "memorised", "minutes of training"
-    tables.write(__file__, "Few images", how, "", *tables.table(names, rows))
+    tables.write(__file__, "Few images", how, "", *tables.table(names, lines), *shown)
 
 
 if __name__ == "__main__":

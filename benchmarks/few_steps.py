@@ -15,16 +15,14 @@ from pathlib import Path
 
 from harness import tables
 from harness.arguments import read
-from objectives import interval, train
+from objectives import draw, interval, train
 
+from ddpm.build import TrainedNet
 from ddpm.evaluation import context, evaluate
 from ddpm.evaluation.settings import Settings
 from ddpm.presets import PRESETS
-from ddpm.sampling import generate
-from ddpm.utils import images
 
 SAMPLERS = {"trained": ("dpmpp_2m", "ddim"), "tuned": ("multistep",)}
-COLUMNS = 16
 
 
 @dataclass(frozen=True)
@@ -55,11 +53,11 @@ def train_both(preset: str, seed: int, arguments: Arguments, folder: Path) -> di
     }
 
 
-def compare(arguments: Arguments, preset: str, folder: Path) -> list[list[str]]:
-    """A row for each net and sampling configuration."""
+def compare(arguments: Arguments, preset: str, folder: Path) -> tuple[list[list[str]], list[TrainedNet]]:
+    """A row for each net and sampling configuration, and the first seed's nets."""
     minutes = [train_both(preset, seed, arguments, folder) for seed in range(arguments.seeds)]
     settings = Settings(num_images=arguments.num_images, num_train_images=0, num_sample_steps=arguments.steps)
-    rows, pictures = [], []
+    rows, nets = [], []
     for net, samplers in SAMPLERS.items():
         candidates = context.read([str(folder / f"{net}-{seed}") for seed in range(arguments.seeds)])
         report = evaluate.evaluate(candidates, replace(settings, sampler=samplers))
@@ -71,23 +69,22 @@ def compare(arguments: Arguments, preset: str, folder: Path) -> list[list[str]]:
             rows.append(
                 [preset, net, cost, sample.sampler, str(sample.num_sample_steps), interval(values, 4)]
             )
-            pictures.append(generate.draw(candidates[0].sampled_with(sample), range(COLUMNS)).numpy())
-    picture = tables.result(Path(__file__).with_name(f"few_steps-{preset}.png"))
-    picture.write_bytes(images.png_bytes(images.strip(pictures)))
-    print(f"picture     {picture}")
-    return rows
+            nets.append(candidates[0].sampled_with(sample))
+    return rows, nets
 
 
 def main() -> None:
     arguments = read(Arguments, __doc__, seeds=2, images=2560, num_images=30, steps=(1, 2))
-    rows = list[list[str]]()
+    lines, shown = list[list[str]](), list[str]()
     for preset in arguments.presets:
         with tempfile.TemporaryDirectory() as folder:
-            rows += compare(arguments, preset, Path(folder))
+            rows, nets = compare(arguments, preset, Path(folder))
+        lines += rows
+        shown += draw(nets, f"few_steps-{preset}")
     how = f"{arguments.seeds} seeds, {arguments.num_images} images (`python benchmarks/few_steps.py`). "
     how += f"{tables.machine()}."
     names = "preset", "net", "minutes", "sampler", "steps", "KID-classifier"
-    tables.write(__file__, "One and two steps", how, "", *tables.table(names, rows))
+    tables.write(__file__, "One and two steps", how, "", *tables.table(names, lines), *shown)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 Each choice trains the preset's net on the same images in the same order, and no choice costs more than another: equal
 images are equal time, as the column of minutes shows. Runs of one seed follow each other, every other round backwards.
 All nets are sampled alike, each on its own schedule. Values are means over seeds, with Student's 95 % interval. The
-table goes to benchmarks/objectives.md.
+table goes to benchmarks/objectives.md, samples of the first seed beside it.
 """
 
 import os
@@ -23,10 +23,13 @@ from harness import tables, turns
 from harness.arguments import read
 from scipy import stats
 
+from ddpm.build import TrainedNet
 from ddpm.evaluation import context, evaluate
 from ddpm.evaluation.memorisation import METRIC
 from ddpm.evaluation.settings import Settings
 from ddpm.presets import PRESETS
+from ddpm.sampling import generate
+from ddpm.utils import images as pictures
 
 REPO = Path(__file__).parents[1]
 KEYS = "objective.predict", "objective.weight", "objective.timesteps", "schedule.kind"
@@ -76,6 +79,15 @@ def interval(values: list[float], digits: int) -> str:
     return f"{np.mean(values):.{digits}f} ± {half:.{digits}f}"
 
 
+def draw(nets: Sequence[TrainedNet], name: str) -> list[str]:
+    """Write 16 samples of each net as benchmarks/NAME.png; returns the lines in Markdown that show it."""
+    file = tables.result(Path(__file__).with_name(f"{name}.png"))
+    rows = [generate.draw(net, range(16)).numpy() for net in nets]
+    file.write_bytes(pictures.png_bytes(pictures.strip(rows)))
+    print(f"picture     {file}")
+    return ["", f"![The same 16 samples for each line of the table]({file.name})"]
+
+
 def compare(
     preset: str,
     choices: Mapping[str, Sequence[str]],
@@ -84,8 +96,8 @@ def compare(
     images: int | None,
     num_images: int,
     num_train_images: int = 0,
-) -> list[list[str]]:
-    """A row of each choice, whose flags are given: name, bits/dim, KID, minutes of training.
+) -> tuple[list[list[str]], list[TrainedNet]]:
+    """A row of each choice, whose flags are given: name, bits/dim, KID, minutes of training; and its first net.
 
     With `num_train_images` to search, the share of memorised images, by pixels, comes before the minutes.
     """
@@ -117,7 +129,8 @@ def compare(
         copied = [score.value for score in scores if score.name == f"{METRIC}-pixels"]
         copies = [interval(copied, 3)] if num_train_images else []
         rows.append([choice, interval(bits, 3), interval(kid, 4), *copies, interval(minutes[choice], 2)])
-    return rows
+    first = zip(candidates[::seeds], report.results[::seeds], strict=True)
+    return rows, [net.sampled_with(result.drawn[0].sample) for net, result in first]
 
 
 def main() -> None:
@@ -128,17 +141,19 @@ def main() -> None:
         ]
         for choice in arguments.choices
     }
-    lines = list[list[str]]()
+    lines, shown = list[list[str]](), list[str]()
     for preset in arguments.presets:
         with tempfile.TemporaryDirectory() as folder:
             numbers = arguments.seeds, arguments.images, arguments.num_images
-            lines += [[preset, *row] for row in compare(preset, flags, Path(folder), *numbers)]
+            rows, nets = compare(preset, flags, Path(folder), *numbers)
+        lines += [[preset, *row] for row in rows]
+        shown += draw(nets, f"objectives-{preset}")
     how = (
         f"Held-out bits/dim and KID of {arguments.num_images} images ({STEPS} steps of `dpmpp_2m`, eta 1): mean and "
         f"95 % interval of {arguments.seeds} seeds (`python benchmarks/objectives.py`). {tables.machine()}."
     )
     names = "preset", "choice", "bits/dim", "KID", "minutes of training"
-    tables.write(__file__, "What the net predicts", how, "", *tables.table(names, lines))
+    tables.write(__file__, "What the net predicts", how, "", *tables.table(names, lines), *shown)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ from pathlib import Path
 from fontTools.ttLib import TTFont
 from harness import tables
 from harness.arguments import read
-from objectives import STEPS, compare, train
+from objectives import STEPS, compare, draw, train
 from PIL import Image
 
+from ddpm.build import TrainedNet
 from ddpm.storage import locations
 from ddpm.tracking import curves
 
@@ -70,7 +71,7 @@ def held_out_bits(preset: str, folder: Path, name: str, *flags: str) -> float:
     return curves.read(locations.resolve(str(folder / name)))["held_out/bits_per_dim"][-1].value
 
 
-def measure(arguments: Arguments, data: str, folder: Path) -> list[list[str]]:
+def measure(arguments: Arguments, data: str, folder: Path) -> tuple[list[list[str]], list[TrainedNet]]:
     preset, images = SETS[data][0], arguments.images or SETS[data][1]
     common = ["--cluster.num-workers", "2", "--train.total-images", str(images)]
     if data == "emoji":
@@ -85,16 +86,18 @@ def measure(arguments: Arguments, data: str, folder: Path) -> list[list[str]]:
         choices[f"{name}, learning rate {best:g}"] = flags[best]
     longer = ["--train.total-images", str(round(images * LONGER))]
     choices[f"AdamW, {LONGER:g} times the images"] = [*next(iter(choices.values())), *longer]
-    rows = compare(preset, choices, folder, arguments.seeds, None, arguments.num_images)
-    return [[f"{data}, {images:,} images", *row] for row in rows]
+    rows, nets = compare(preset, choices, folder, arguments.seeds, None, arguments.num_images)
+    return [[f"{data}, {images:,} images", *row] for row in rows], nets
 
 
 def main() -> None:
     arguments = read(Arguments, __doc__, sets=("digits",), lrs=(2e-3,), seeds=2, images=640, num_images=30)
-    lines = list[list[str]]()
+    lines, shown = list[list[str]](), list[str]()
     for data in arguments.sets:
         with tempfile.TemporaryDirectory() as folder:
-            lines += measure(arguments, data, Path(folder))
+            rows, nets = measure(arguments, data, Path(folder))
+        lines += rows
+        shown += draw(nets, f"optimizers-{data}")
     searched = ", ".join(f"{lr:g}" for lr in arguments.lrs)
     how = (
         f"Held-out bits/dim and KID of {arguments.num_images} images ({STEPS} steps of `dpmpp_2m`, eta 1): mean and "
@@ -102,7 +105,7 @@ def main() -> None:
         f"(`python benchmarks/optimizers.py`). {tables.machine()}."
     )
     names = "data", "optimizer", "bits/dim", "KID", "minutes of training"
-    tables.write(__file__, "Muon beside AdamW", how, "", *tables.table(names, lines))
+    tables.write(__file__, "Muon beside AdamW", how, "", *tables.table(names, lines), *shown)
 
 
 if __name__ == "__main__":
