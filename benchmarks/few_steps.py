@@ -81,7 +81,8 @@ def main() -> None:
             rows, nets = compare(arguments, preset, Path(folder))
         lines += rows
         shown += draw(nets, f"few_steps-{preset}")
-    how = f"{arguments.seeds} seeds, {arguments.num_images} images (`python benchmarks/few_steps.py`). "
+    how = f"{arguments.num_images} images, mean and 95 % interval of {arguments.seeds} seeds "
+    how += "(`python benchmarks/few_steps.py`). "
     how += f"{tables.machine()}."
     names = "preset", "net", "minutes", "sampler", "steps", "KID-classifier"
     tables.write(__file__, "One and two steps", how, "", *tables.table(names, lines), *shown)

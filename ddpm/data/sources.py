@@ -26,7 +26,7 @@ from ddpm.utils.errors import UserError
 
 HELD_OUT_SHARE = 0.05
 MAX_EXAMINED = 500_000
-"""Sources of more images are not searched for duplicates, nor are sizes counted: minutes, and gigabytes."""
+"""More images are not searched for duplicates, nor are those of Parquet files counted by size: it takes minutes."""
 Seed = Annotated[int, Interval(ge=0, lt=2**32)]
 """A seed of NumPy's RandomState."""
 
