@@ -283,7 +283,8 @@ class TrainConfig:
     init_from: Annotated[Text | None, Affects.COURSE | Affects.TASK] = None
     """A checkpoint or run of the same net: a new run starts with its averaged weights. None: random weights."""
     precision: Annotated[Literal["float32", "bfloat16"], Affects.LEARNING | Affects.SAMPLING] = "float32"
-    """Precision inside the net (autocast). Noise, loss and weights are float32."""
+    """Precision inside the net (autocast). Noise, loss and weights are float32. bfloat16: float32 on a device without
+    instructions for it, such as a CPU without AVX-512, where it would take several times as long."""
     deterministic: bool = False
     """On a GPU, use only kernels that are bitwise reproducible; they are slower. On a CPU all kernels are."""
     compile: bool | None = False

@@ -29,6 +29,7 @@ from ddpm.models.layers import (
     sinusoids,
     zero,
 )
+from ddpm.models.precision import supported_dtype
 
 if TYPE_CHECKING:
     from ddpm.config import DiTConfig
@@ -81,7 +82,8 @@ class DiT(nn.Module):
         """The net's prediction for each image; arguments, result and errors as in `UNet.forward`."""
         label, augmented = check_conditions(self, x_t, t, label, augmented)
         rows, columns = (side // self.patch_size for side in x_t.shape[2:])
-        with torch.autocast(x_t.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+        dtype = supported_dtype(self.autocast_dtype, x_t.device)
+        with torch.autocast(x_t.device.type, dtype, enabled=dtype is not None):
             width = self.embed.out_features
             condition = x_t.new_zeros(x_t.shape[0], width)  # len(x_t) would fix the batch in torch.export
             if t is not None:

@@ -33,6 +33,7 @@ from ddpm.models.layers import (
     sinusoids,
     zero,
 )
+from ddpm.models.precision import supported_dtype
 
 if TYPE_CHECKING:
     from ddpm.config import UNetConfig
@@ -140,7 +141,8 @@ class UNet(nn.Module):
             The prediction, float32 [B, out_channels, H, W].
         """
         label, augmented = check_conditions(self, x_t, t, label, augmented)
-        with torch.autocast(x_t.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+        dtype = supported_dtype(self.autocast_dtype, x_t.device)
+        with torch.autocast(x_t.device.type, dtype, enabled=dtype is not None):
             shifts = self._shifts(t, label, augmented)
             h = self.conv_in(x_t.contiguous(memory_format=torch.channels_last))
             kept = [h]

@@ -8,6 +8,7 @@ Axes: B images of a forward pass, C channels, H W.
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from ddpm.diffusion.augmentation import LossOf, augmented
 from ddpm.diffusion.generator import Generator
 from ddpm.models import dropout
 from ddpm.models.dropout import Dropout
+from ddpm.models.precision import has_bfloat16
 from ddpm.models.regions import compile_blocks
 from ddpm.training.recorder import Recorder
 from ddpm.training.runtime import Runtime
@@ -57,7 +59,7 @@ def train(config: Config, runtime: Runtime) -> State:
     devices.set_deterministic(runtime.device, config.train.deterministic)
     with runtime.latest_checkpoint() as folder, _as_user_error():
         batches = runtime.batches(checkpoint.position(folder))
-        state = State.create(config, runtime.device)
+        state = State.create(_in_one_precision(config, runtime), runtime.device)
         if folder is not None:
             state.restore(folder, config)
         loss_of = augmented(build_objective(config).loss, config.data.augment)
@@ -121,6 +123,18 @@ def compiles(config: Config, device: torch.device) -> bool:
     if config.train.compile is None:
         return device != devices.CPU and any(map(shutil.which, C_COMPILERS))
     return config.train.compile
+
+
+def _in_one_precision(config: Config, runtime: Runtime) -> Config:
+    """`config`, in float32 if a worker's device has no bfloat16: Muon's updates must be the same on all workers."""
+    lacking = torch.tensor(0.0 if has_bfloat16(runtime.device) else 1.0, device=runtime.device)
+    if config.train.precision == "float32" or runtime.mean(lacking) == 0:
+        return config
+    if runtime.store is not None:
+        runtime.store.warn(
+            "the net computes in float32: a worker's processor has no instructions for bfloat16, and float32 is faster"
+        )
+    return replace(config, train=replace(config.train, precision="float32"))
 
 
 @contextmanager

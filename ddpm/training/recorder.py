@@ -143,7 +143,8 @@ class Recorder:
             "train/images_per_s": self._images_per_s,
             "train/data_wait_share": wait,
         }
-        if peak := peak_flops(runtime.device, config.train.precision):
+        precision = "float32" if self._state.net.autocast_dtype is None else "bfloat16"
+        if peak := peak_flops(runtime.device, precision):
             flops = self._images_per_s * self._flops_per_image
             values["train/mfu"] = flops / (peak * runtime.world_size)
         if sum(counts) > 0:  # not every step was skipped

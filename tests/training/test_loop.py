@@ -136,6 +136,30 @@ def test_when_a_net_is_compiled(
     assert loop.compiles(config, torch.device(device)) is wanted
 
 
+class OfTwo(Runtime):
+    """One of two workers; the other has bfloat16."""
+
+    def mean(self, values: Tensor) -> Tensor:
+        return values / 2
+
+
+@pytest.mark.parametrize("runtime", [Runtime, OfTwo])
+def test_without_instructions_for_bfloat16_training_is_in_float32(
+    tiny: Config,
+    train_set: DataSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    runtime: type[Runtime],
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    states, said = [], Logged()
+    for precision in ("bfloat16", "float32"):
+        changes = {"train.precision": precision, "optim.kind": "muon", "train.total_images": 64}
+        states.append(fit(override(tiny, changes), train_set, tmp_path / precision, said, runtime))
+    assert_same(*map(tensors, states))
+    assert len(said.warnings) == 1 and "float32 is faster" in said.warnings[0]
+
+
 def test_the_blocks_are_compiled_before_the_first_step(
     tiny: Config, train_set: DataSet, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,24 @@
+"""The precision in which a net computes: half, if it is asked for and the device has instructions for it.
+
+Without them PyTorch converts every number to float32 and back, which takes several times as long as float32
+(github.com/pytorch/pytorch/issues/118499).
+"""
+
+import torch
+
+CPUS_WITH_BFLOAT16 = "AVX512", "SVE256"
+"""Of the kinds of `torch.backends.cpu.get_cpu_capability`."""
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16; for example, a CPU without AVX-512 and a T4 have none."""
+    if device.type == "cpu":
+        return torch.backends.cpu.get_cpu_capability() in CPUS_WITH_BFLOAT16
+    supported: bool = torch.get_device_module(device).is_bf16_supported(including_emulation=False)
+    return supported
+
+
+@torch.compiler.assume_constant_result
+def supported_dtype(wanted: torch.dtype | None, device: torch.device) -> torch.dtype | None:
+    """`wanted`, or None, which is float32, where the device has no such instructions."""
+    return None if wanted == torch.bfloat16 and not has_bfloat16(device) else wanted

@@ -1,0 +1,26 @@
+"""Half precision is used where a device has instructions for it."""
+
+import pytest
+import torch
+
+from ddpm.models.precision import supported_dtype
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(("capability", "supported"), [("AVX2", False), ("DEFAULT", False), ("AVX512", True)])
+def test_a_cpu_needs_wide_instructions(
+    monkeypatch: pytest.MonkeyPatch, capability: str, supported: bool
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert supported_dtype(torch.bfloat16, CPU) == (torch.bfloat16 if supported else None)
+    assert supported_dtype(None, CPU) is None
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_emulation_on_a_gpu_does_not_count(monkeypatch: pytest.MonkeyPatch, supported: bool) -> None:
+    """PyTorch emulates bfloat16 on GPUs before Ampere, such as a T4."""
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: supported or including_emulation
+    )
+    assert supported_dtype(torch.bfloat16, GPU) == (torch.bfloat16 if supported else None)
