@@ -162,7 +162,6 @@ NAMES = {
     "_lazy_init": lambda: None,
     "is_available": lambda: True,
     "is_bf16_supported": lambda *_, **__: True,
-    "is_bf16_supported": lambda including_emulation=True: True,
     "get_device_name": lambda *_: "NVIDIA H100 80GB HBM3",
     "set_sync_debug_mode": _set_sync_debug_mode,
 }
