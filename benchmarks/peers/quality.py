@@ -4,8 +4,8 @@
 
 Both train on FOLDER/images, one PNG per image, a net with about as many weights as ours, at their own defaults: batch
 16, learning rate 1e-4, their schedule, prediction, optimizer and average of the weights. Only settings that would
-handicap them are changed: no mirrored images (a shoe points left), no samples or FID during training, and bfloat16,
-which is faster for both on a CPU. Averaged and online weights are saved every few seconds.
+handicap them are changed: no mirrored images (a shoe points left), no samples or FID during training, and bfloat16 on
+a CPU with instructions for it, where it is faster for both. Averaged and online weights are saved every few seconds.
 
 With a learning rate they have our settings, as far as their flags go: batch 32, the cosine schedule, an average with
 decay 0.999; lucidrains v and min-SNR, diffusers a warm-up of 100 steps.
@@ -36,10 +36,13 @@ from ddpm.diffusion import schedules
 from ddpm.diffusion.objectives import Eps, Model, Objective, V
 from ddpm.diffusion.schedules import Schedule
 from ddpm.hub.diffusers_config import unet_config
+from ddpm.models.precision import has_bfloat16
 from ddpm.training.state import parameter_count
 
 EVERY_S = 10.0
 """Seconds between two snapshots, on the clock of the loop's thread, which stops while the process is suspended."""
+HALF = "bf16" if has_bfloat16(torch.device("cpu")) else "no"
+"""accelerate's word for the precision."""
 FOR_EVER = 10**9
 CONFIG, IMAGES, FIRST_STEP = "config.json", "images", "first-step"
 """Names in FOLDER: our config, which sets the size of the net; the images; a file written at the first step."""
@@ -138,8 +141,8 @@ def train_lucidrains(folder: Path, config: Config, settings: Settings) -> None:
         save_and_sample_every=FOR_EVER,
         augment_horizontal_flip=False,
         calculate_fid=False,
-        amp=True,
-        mixed_precision_type="bf16",
+        amp=HALF != "no",
+        mixed_precision_type=HALF,
         results_folder=str(folder / "results"),
         **settings.ema,
     )
@@ -163,7 +166,7 @@ def train_diffusers(folder: Path, config: Config, settings: Settings) -> None:
     from torchvision import transforms as T
 
     num_epochs, size = 100, config.model.image_size
-    accelerator = Accelerator(mixed_precision="bf16")
+    accelerator = Accelerator(mixed_precision=HALF)
     net, averaged = diffusers_net(config), diffusers_net(config)
     noise_scheduler = DDPMScheduler(1000, beta_schedule=settings.schedule["diffusers"])
     optimizer = torch.optim.AdamW(
