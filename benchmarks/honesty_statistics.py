@@ -2,8 +2,8 @@
 
     python benchmarks/honesty_statistics.py
 
-Simulated, with features and bits/dim of known true values; three to twenty minutes of one core. The old formulas are kept
-here for comparison. The tables go to benchmarks/honesty-statistics.md.
+Simulated, with features and bits/dim of known true values; three to twenty minutes of one core. The old formulas are
+kept here for comparison. The tables go to benchmarks/honesty-statistics.md.
 
 Axes: N generated images, M real images, F features; in searches of configurations, M held-out images.
 """
