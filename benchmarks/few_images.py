@@ -40,8 +40,9 @@ class Arguments:
 def write(name: str, count: int, held_out: int, folder: Path) -> Path:
     """Write so many images of a set as FOLDER/train, and others as FOLDER/test."""
     if name == "emoji":
-        write_emoji(folder / "all")
-        files = np.random.default_rng(0).permutation(sorted((folder / "all").iterdir()))
+        whole = folder.with_name("all")  # a subfolder would be a class
+        write_emoji(whole)
+        files = np.random.default_rng(0).permutation(sorted(whole.iterdir()))
         parts = {"train": files[:count], "test": files[count : count + held_out]}
         pictures = {split: [Image.open(file) for file in files] for split, files in parts.items()}
     else:
