@@ -7,11 +7,11 @@ Without them PyTorch converts every number to float32 and back, which takes seve
 import torch
 
 CPUS_WITH_BFLOAT16 = "AVX512", "SVE256"
-"""Of the kinds of `torch.backends.cpu.get_cpu_capability`."""
+"""Kinds of CPUs that have them, as `torch.backends.cpu.get_cpu_capability` names them."""
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16; for example, a CPU without AVX-512 and a T4 have none."""
+    """Whether the device has instructions for bfloat16; a CPU without AVX-512 and a T4 have none."""
     if device.type == "cpu":
         return torch.backends.cpu.get_cpu_capability() in CPUS_WITH_BFLOAT16
     supported: bool = torch.get_device_module(device).is_bf16_supported(including_emulation=False)
