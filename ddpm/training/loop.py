@@ -131,9 +131,7 @@ def _in_one_precision(config: Config, runtime: Runtime) -> Config:
     if config.train.precision == "float32" or runtime.mean(lacking) == 0:
         return config
     if runtime.store is not None:
-        runtime.store.warn(
-            "the net computes in float32: a worker's processor has no instructions for bfloat16, and float32 is faster"
-        )
+        runtime.store.warn("the net computes in float32: a worker's device has no instructions for bfloat16")
     return replace(config, train=replace(config.train, precision="float32"))
 
 

@@ -143,8 +143,7 @@ class Recorder:
             "train/images_per_s": self._images_per_s,
             "train/data_wait_share": wait,
         }
-        precision = "float32" if self._state.net.autocast_dtype is None else "bfloat16"
-        if peak := peak_flops(runtime.device, precision):
+        if peak := peak_flops(runtime.device, self._state.precision):
             flops = self._images_per_s * self._flops_per_image
             values["train/mfu"] = flops / (peak * runtime.world_size)
         if sum(counts) > 0:  # not every step was skipped

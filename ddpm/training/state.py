@@ -55,12 +55,15 @@ class State:
     best_held_out_loss: float = math.inf
     interval: list[float] | None = None
     """The recorder's sums since the last log, over all ranks, and the last gradient norm."""
+    precision: str = "float32"
+    """Precision inside the net."""
 
     @classmethod
     def create(cls, config: Config, device: torch.device) -> "State":
         """The state before the first step."""
         net = build_net(config).to(device)
-        return cls(net, EMA(net, config.optim.ema_decay), optimizers.build(config, net), DeviceToHost(device))
+        ema, built = EMA(net, config.optim.ema_decay), optimizers.build(config, net)
+        return cls(net, ema, built, DeviceToHost(device), precision=config.train.precision)
 
     def descend(self, lr: float, bad: Tensor) -> None:
         """Take an optimizer step, and update the averaged weights; a `bad` step leaves the net's weights unchanged.
