@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from harness import tables, turns
 from harness.arguments import read
 from matplotlib.figure import Figure
@@ -22,7 +23,7 @@ from runtime import Arguments as RunArguments
 from runtime import run
 from step import Contestant, gigaflops
 
-PRECISIONS = {"float32": "ours, float32", "bfloat16": "ours, bfloat16"}
+from ddpm.models.precision import has_bfloat16
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,20 @@ Size = tuple[int, int]
 """Batch, and pixels along an edge."""
 
 
+def precisions(device: str) -> list[str]:
+    """Those that the device has instructions for."""
+    return ["float32", *["bfloat16"] * has_bfloat16(torch.device(device))]
+
+
 def measure(arguments: Arguments, wanted: list[Size]) -> dict[tuple[str, Size], float]:
     """Images/s by precision and size: medians over turns."""
     with tempfile.TemporaryDirectory() as folder:
         contestants = {}
-        for precision, size in itertools.product(PRECISIONS, wanted):
+        for precision, size in itertools.product(precisions(arguments.device), wanted):
             case = Case(device=arguments.device, batch_size=size[0], image_size=size[1])
             place = Path(folder, f"{precision}-{size[0]}-{size[1]}")
             place.mkdir()
-            contestants[precision, size] = Contestant(case, PRECISIONS[precision], place)
+            contestants[precision, size] = Contestant(case, f"ours, {precision}", place)
         with turns.ended_after(list(contestants.values())):
             steps = {}
             for key, contestant in contestants.items():
@@ -89,7 +95,7 @@ def draw(
     left, right, last = figure.subplots(1, 3)
     last.plot(list(by_workers), list(by_workers.values()), "o-", label="digits, float32")
     last.set(xlabel="workers of one thread", ylabel="images/s", ylim=(0, None))
-    for precision in PRECISIONS:
+    for precision in dict.fromkeys(precision for precision, _ in speed):
         left.plot([b for b, _ in by_batch], [speed[precision, s] for s in by_batch], "o-", label=precision)
         right.plot([e for _, e in by_size], [speed[precision, s] for s in by_size], "o-", label=precision)
     left.set(xscale="log", xlabel="images a batch (32x32)", ylabel="images/s", ylim=(0, None))
@@ -109,12 +115,13 @@ def main() -> None:
     by_size = [(16, size) for size in arguments.sizes]
     speed = measure(arguments, list(dict.fromkeys(by_batch + by_size)))
     by_workers = measure_workers(arguments) if arguments.device == "cpu" else {}
-    of_precisions = [name for precision in PRECISIONS for name in (f"{precision}, images/s", "GFLOP/s")]
+    measured = precisions(arguments.device)
+    of_precisions = [name for precision in measured for name in (f"{precision}, images/s", "GFLOP/s")]
     names = ["batch", "image", "GFLOP an image", *of_precisions]
     rows = []
     for batch, edge in dict.fromkeys(by_batch + by_size):
         flops = gigaflops(Case(batch_size=batch, image_size=edge).config())
-        speeds = [speed[precision, (batch, edge)] for precision in PRECISIONS]
+        speeds = [speed[precision, (batch, edge)] for precision in measured]
         cells = [cell for value in speeds for cell in (f"{value:.2f}", f"{value * flops:.0f}")]
         rows.append([batch, f"{edge}x{edge}", f"{flops:.2f}", *cells])
     one = next(iter(by_workers.values()), 0.0)

@@ -5,9 +5,9 @@
 The whole training step is timed, from a batch in memory: noise, forward, loss, backward, clipping, AdamW, averaged
 weights, and everything else that the loop does between two batches. Ours is `loop.train` itself. diffusers' is the
 step of its `train_unconditional.py`, lucidrains' that of its `Trainer`; their batches are float32 already. Each
-contestant is a separate process that waits for its turn, so that a machine that gets busy slows all of them. The table
-goes to benchmarks/step.md (for another case to step-CASE.md, for a GPU to gpu.md); with --profile it also has the time
-of each operator.
+contestant is a separate process that waits for its turn, so that a machine that gets busy slows all of them. None takes
+bfloat16 where the device has no instructions for it. The table goes to benchmarks/step.md (for another case to
+step-CASE.md, for a GPU to gpu.md); with --profile it also has the time of each operator.
 """
 
 import json
@@ -33,6 +33,7 @@ from peers.step import BEFORE, DIFFUSERS, LUCIDRAINS, OURS, Case
 from ddpm.build import build_net
 from ddpm.cluster.ray_init import KEPT_MEMORY
 from ddpm.config import Config
+from ddpm.models.precision import has_bfloat16
 from ddpm.training import mfu
 from ddpm.training.mfu import flops_per_image
 from ddpm.training.state import parameter_count
@@ -169,6 +170,8 @@ def main() -> None:
     without = arguments.without
     names = [name for name in (*peers, *before, *OURS) if arguments.only in name]
     names = [name for name in names if not without or without not in name]
+    if not has_bfloat16(torch.device(arguments.device)):
+        names = [name for name in names if "bfloat16" not in name]
     with tempfile.TemporaryDirectory() as folder:
         every = 10 if arguments.losses else 0
         racing = {name: Contestant(arguments, name, Path(folder), every, arguments.before) for name in names}
@@ -197,10 +200,10 @@ def measure(arguments: Arguments, racing: dict[str, Contestant]) -> None:
         contestant.turn(1)
         start[name] = time.perf_counter() - begin
         steps[name] = max(1, round(arguments.turn_s / contestant.turn(2)["seconds"] * 2))
-    peaks: dict[torch.dtype, float] = {torch.float32: 0, torch.bfloat16: 0}
+    half = [torch.bfloat16] * has_bfloat16(torch.device(arguments.device))
+    peaks = dict.fromkeys([torch.float32, *half], 0.0)
     for _ in range(arguments.turns):
-        for dtype in peaks:
-            peaks[dtype] = max(peaks[dtype], peak(arguments.device, dtype))
+        peaks = {dtype: max(found, peak(arguments.device, dtype)) for dtype, found in peaks.items()}
         for name, contestant in racing.items():
             said = contestant.turn(steps[name])
             speed[name].append(steps[name] * batch / said["seconds"])
@@ -228,6 +231,8 @@ def write(
     bases = [BASE if BASE in median else best, best]
     bases += sorted((name for name in LUCIDRAINS if name in median), key=median.__getitem__)[-1:]
     flops = gigaflops(config)
+    reached = {str(dtype).removeprefix("torch."): found for dtype, found in peaks.items()}
+    fastest = max(reached, key=reached.__getitem__)
     on_gpu, peers_here, apart = arguments.device == "cuda", [], ""
     if find_spec("diffusers"):
         peers_here, most = ["diffusers"], contestants.difference(config)
@@ -238,14 +243,14 @@ def write(
         f"backward, batches of {config.train.batch_size}. Images/s of whole steps, medians of {arguments.turns} turns "
         f"(`python benchmarks/step.py --case {arguments.case}`); ratios of turns side by side, their medians. "
         f"{tables.machine(*peers_here, device=arguments.device)}; a product of large matrices reaches "
-        f"{peaks[torch.float32]:.0f} GFLOP/s in float32 and {peaks[torch.bfloat16]:.0f} in bfloat16.{apart}",
+        f"{' and '.join(f'{found:.0f} GFLOP/s in {dtype}' for dtype, found in reached.items())}.{apart}",
         "",
     ]
-    names = ["contestant", "images/s", "of the bfloat16 peak", "diffusers' default", "diffusers' best"]
+    names = ["contestant", "images/s", f"of the {fastest} peak", "diffusers' default", "diffusers' best"]
     names += [*["lucidrains' best"] * (len(bases) > 2), "first step, s", *["memory, GiB"] * on_gpu]
     rows = []
     for name, found in speed.items():
-        share = "" if name in LUCIDRAINS else f"{median[name] * flops / peaks[torch.bfloat16]:.0%}"
+        share = "" if name in LUCIDRAINS else f"{median[name] * flops / reached[fastest]:.0%}"
         cells = [name, f"{median[name]:.2f}", share]
         for other in bases:
             ratio = statistics.median(a / b for a, b in zip(found, speed[other], strict=True))
