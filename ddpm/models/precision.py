@@ -8,17 +8,18 @@ import torch
 
 CPUS_WITH_BFLOAT16 = "AVX512", "SVE256"
 """Kinds of CPUs that have them, as `torch.backends.cpu.get_cpu_capability` names them."""
+CPU_CAPABILITY = torch.backends.cpu.get_cpu_capability()
+"""That of this machine; read once, since torch.compile cannot trace the call."""
 
 
 def has_bfloat16(device: torch.device) -> bool:
     """Whether the device has instructions for bfloat16; a CPU without AVX-512 and a T4 have none."""
     if device.type == "cpu":
-        return torch.backends.cpu.get_cpu_capability() in CPUS_WITH_BFLOAT16
+        return CPU_CAPABILITY in CPUS_WITH_BFLOAT16
     supported: bool = torch.get_device_module(device).is_bf16_supported(including_emulation=False)
     return supported
 
 
-@torch.compiler.assume_constant_result
 def supported_dtype(wanted: torch.dtype | None, device: torch.device) -> torch.dtype | None:
     """`wanted`, or None, which is float32, where the device has no such instructions."""
     return None if wanted == torch.bfloat16 and not has_bfloat16(device) else wanted

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm.config import UNetConfig
+from ddpm.models import precision
 from ddpm.models.layers import sinusoids
 from ddpm.models.unet import UNet, build
 
@@ -148,7 +149,7 @@ def test_zero_init_starts_at_zero_and_every_block_is_the_identity():
 
 
 def test_autocast_is_used_only_inside_the_net(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(precision, "CPU_CAPABILITY", "AVX512")
     exact, cast = build(CONFIG), build(CONFIG, autocast_dtype=torch.bfloat16)
     cast.load_state_dict(exact.state_dict())
     inside: list[torch.dtype] = []

@@ -152,7 +152,7 @@ def test_without_instructions_for_bfloat16_training_is_in_float32(
     runtime: type[Runtime],
     capability: str,
 ) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr("ddpm.models.precision.CPU_CAPABILITY", capability)
     states, said = [], Logged()
     for precision in ("bfloat16", "float32"):
         changes = {"train.precision": precision, "optim.kind": "muon", "train.total_images": 64}
