@@ -1,0 +1,138 @@
+"""Runs read back from folders and buckets, to be compared."""
+
+import base64
+import dataclasses
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import evaluated
+from support.compared import COMMAND, NEWEST, STEPS, Page, grid, make_run, run, shown_text
+from support.reported import drawn, made, near, result
+
+from ddpm.checkpoints import checkpoint, runs
+from ddpm.evaluation import comparison_page, publish
+from ddpm.evaluation.compared_run import RATE, ComparedRun, Remark, read
+from ddpm.evaluation.plots import Point
+from ddpm.presets import DIGITS
+from ddpm.sampling import generate
+from ddpm.tracking import curves
+from ddpm.utils import images
+
+
+def content_of(run: ComparedRun) -> tuple[Any, ...]:
+    """Everything about a run that does not depend on where it was read from."""
+    assert run.trajectory is not None
+    digests = {at: hashlib.sha256(grid()).hexdigest() for at, grid in run.grids.items()}
+    curves = dict(run.curves)
+    return run.name, dict(run.settings), dict(run.facts), curves, digests, run.trajectory(), run.remarks
+
+
+def test_a_copied_folder_is_all_that_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    uri, _ = make_run(str(tmp_path), "a")
+    (first,) = read([uri, uri])
+    assert first.curves["held_out/bits_per_dim"] == [Point(at, 5.0 - i, 0.25) for i, at in enumerate(STEPS)]
+    assert set(first.curves) == {"train/loss", "held_out/bits_per_dim", RATE}
+    assert first.settings["schedule.kind"] == "cosine" and list(first.grids) == list(STEPS)
+    assert first.images_seen == NEWEST
+    assert first.facts == {
+        "status": "stopped",
+        "images seen": f"4,480 of {DIGITS.train.total_images:,}",
+        "minutes": "0.8",
+        "images/s": "128",
+        "weights": "627,433",
+        "seed": "0",
+        "hardware": "2 cores",
+        "versions": "torch 2.13.0, commit 0123",
+        "data": "digits (01234567)",
+    }
+    text = f"stopped at 4,480 of {DIGITS.train.total_images:,} images; this resumes it:"
+    assert first.remarks == [Remark(text, COMMAND)]
+    content = content_of(first)
+    shutil.copytree(uri, tmp_path / "copies/a")
+    shutil.rmtree(uri)
+    assert content_of(read([str(tmp_path / "copies/a")])[0]) == content
+
+
+def test_a_run_in_a_bucket(s3_bucket: str, tmp_path: Path) -> None:
+    there, here = make_run(f"{s3_bucket}/runs", "a")[0], make_run(str(tmp_path), "a")[0]
+    (of_bucket,), (of_folder,) = read([there]), read([here])
+    assert content_of(of_bucket) == content_of(of_folder)
+
+
+def test_what_is_missing_or_damaged_is_said(tmp_path: Path) -> None:
+    new = runs.open_run("new", str(tmp_path)).location
+    new.child(f"samples/{1:012d}.png").write(images.png_bytes(grid(0)))
+    running = runs.status_json(runs.Status("RUNNING", 1, 0, 1.0, {"command": COMMAND}))
+    new.child(runs.STATUS).write(running)
+    uri, _ = make_run(str(tmp_path), "torn", status="RUNNING")
+    Path(uri, curves.FILE).write_bytes(b"no parquet")
+    Path(uri, "status.json").write_bytes(b"{")
+    Path(uri, "evaluations").mkdir()
+    Path(uri, "evaluations/bad.json").write_bytes(b"[")
+    shutil.rmtree(Path(uri, "samples"))
+    fresh, torn = read([new.uri, uri])
+    assert list(fresh.grids) == [1] and fresh.remarks[-1].command == COMMAND
+    assert "no checkpoint yet" in fresh.remarks[-1].text
+    page = shown_text([fresh, torn])
+    damage = (
+        "metrics.parquet is damaged",
+        "bad.json is not a result of jobs/evaluate.py",
+        "status.json is damaged",
+    )
+    for part in (*damage, "no curves", "no samples yet; without --no-sample they are made now"):
+        assert len([remark for remark in torn.remarks if part in remark.text]) == 1
+        assert part in page
+    Path(uri, "status.json").write_bytes(running)
+    (killed,) = read([uri])
+    assert killed.remarks[-2].text.endswith("if it was killed, this resumes it:")
+
+
+def test_a_run_without_grids_is_sampled_from_its_newest_checkpoint(tmp_path: Path) -> None:
+    run = evaluated.make_run(tmp_path / "runs", evaluated.make_data(tmp_path / "data"))
+    ((at, grid),) = read([run.location.uri], sample=True)[0].grids.items()
+    assert at == evaluated.POSITIONS[-1]
+    folder = Path(runs.checkpoints(run.location)[-1].path)
+    one_batch = generate.draw(checkpoint.load_net(folder), range(64))
+    difference = images.from_png(grid()).astype(int) - images.grid(one_batch.numpy())
+    assert abs(difference).max() <= 1  # batches of another size are rounded otherwise
+    assert read([run.location.uri])[0].grids == {}
+    weights = bytearray((folder / "ema.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "ema.safetensors").write_bytes(weights)
+    (damaged,) = read([run.location.uri], sample=True)
+    assert damaged.grids == {} and "ema.safetensors is damaged" in str(damaged.remarks[-1])
+
+
+def test_evaluations_are_found_in_the_run_and_in_files(tmp_path: Path) -> None:
+    uri, key = make_run(str(tmp_path), "a")
+    png, of_image = images.png_bytes(grid(7)), tuple(i / 7 for i in range(90))
+    samplings = dataclasses.replace(near(0.03), nearest=png), drawn(2, 20)
+    report = made(
+        result(3, *samplings, run_key=key, checkpoint=f"{uri}/checkpoint-3", bits_of_image=of_image)
+    )
+    assert len(list(publish.keep(report))) == 1
+    file = tmp_path / "y.json"
+    file.write_text(report.to_json())
+    (tmp_path / "y-nearest.png").write_bytes(png)
+    (both,) = read([uri], [str(file)])
+    assert both.evaluations == [report, report]
+    for back in both.evaluations:
+        assert [sampling.nearest for sampling in back.results[0].drawn] == [png, b""]
+    page = Page(comparison_page.render([both]))
+    (shown,) = [image for image in page.all("img") if "nearest training images" in str(image["alt"])]
+    assert base64.b64decode(str(shown["src"]).partition(",")[2]) == png
+    assert "4.2% (95 % interval 3.0% to 7.0%) are nearer to a training image, by pixels" in " ".join(
+        page.text.split()
+    )
+
+
+def test_hours_count_training_time_only() -> None:
+    """3,600 images at 100 images/s take 0.01 hours, the next 3,600 at 50 images/s take 0.02."""
+    a = run("a", curves={RATE: [Point(3600, 100.0), Point(7200, 50.0)]})
+    hours = [a.hours(at) for at in (0, 1800, 3600, 7200, 7201)]
+    assert hours == pytest.approx([0, 0.005, 0.01, 0.03, None])
+    assert run("b").hours(100) is None

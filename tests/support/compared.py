@@ -1,0 +1,86 @@
+"""Runs with made-up numbers, in folders and in memory, and the page that compares them."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+
+from ddpm.checkpoints import checkpoint, runs
+from ddpm.config_io import override, to_json
+from ddpm.evaluation import comparison_page
+from ddpm.evaluation.compared_run import GIF, RATE, ComparedRun
+from ddpm.evaluation.comparison import Ranking
+from ddpm.presets import DIGITS
+from ddpm.tracking import curves
+from ddpm.tracking.metrics_buffer import Metrics
+from ddpm.utils import images
+
+STEPS = (1280, 2560, 3840)
+NEWEST = 4480
+"""The newest checkpoint, after the last logged step."""
+COMMAND = "python jobs/train.py digits --name a"
+
+
+def grid(level: int) -> np.ndarray:
+    return np.full((8, 8, 3), level, np.uint8)
+
+
+def make_run(storage: str, name: str, level: int = 0, status: runs.StatusName = "STOPPED") -> tuple[str, str]:
+    """Write a run's folder as training does; returns its URI and its run key."""
+    run = runs.open_run(name, storage)
+    config = override(DIGITS, {"run.name": name, "data.source": "digits"})
+    state = {"step": NEWEST // 128, "images_seen": NEWEST, "best_held_out_loss": 0.1, "run_key": run.key}
+    newest = run.location.child(checkpoint.name_at(NEWEST))
+    newest.child("config.json").write(to_json(config).encode())
+    newest.child("state.json").write(json.dumps({**state, "data_fingerprint": "0123456789ab"}).encode())
+    newest.child("checksums.json").write(b"{}")
+    records = []
+    for i, at in enumerate(STEPS):
+        bits = {"held_out/bits_per_dim": 5.0 - i, "held_out_error/bits_per_dim": 0.25}
+        values = {"train/loss": 1 / (i + 1 + level), RATE: 128.0, "other": 1.0, **bits}
+        records.append(Metrics({**values, "held_out/loss": math.nan}, at, i))
+        run.location.child(f"samples/{at:012d}.png").write(images.png_bytes(grid(level + i)))
+    table = curves.extended(curves.SCHEMA.empty_table(), records)
+    run.location.child(curves.FILE).write(curves.to_bytes(table))
+    tags = {"command": COMMAND, "hardware": "2 cores", "version.torch": "2.13.0", "git.commit": "0123"}
+    run.location.child(runs.STATUS).write(runs.status_json(runs.Status(status, NEWEST, 0, 0.75, tags)))
+    run.location.child(GIF).write(images.gif_bytes([grid(level), grid(level + 9)]))
+    return run.location.uri, run.key
+
+
+class Page(HTMLParser):
+    """Parses text, tags and images of a page."""
+
+    def __init__(self, page: bytes) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text, self._inside = "", ""
+        self.feed(page.decode())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.text += " "
+        self._inside = tag
+
+    def handle_data(self, data: str) -> None:
+        if self._inside not in ("script", "style"):
+            self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def shown_text(compared: Sequence[ComparedRun], rankings: Sequence[Ranking] | None = None) -> str:
+    """The text of the page, with single spaces."""
+    return " ".join(Page(comparison_page.render(compared, rankings)).text.split())
+
+
+def run(name: str, **parts: Any) -> ComparedRun:
+    return ComparedRun(name, f"key{name}", f"runs/{name}", **parts)
+
+
+def png(level: int) -> Callable[[], bytes]:
+    return lambda: images.png_bytes(grid(level))
