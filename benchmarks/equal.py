@@ -4,7 +4,7 @@
 
 Ours is `jobs/train.py folder PATH --workers 2`, with nothing set for the images. A peer has our batch, schedule and
 average, as far as its flags go (peers/quality.py), and the learning rate of the lowest KID of one seed, of those
-tried. One trainer runs at a time, seed by seed, with all cores; ours from the command, a peer from its first step.
+tried. One trainer runs at a time, seed by seed, with all cores; the clock of each begins with its command.
 Every net then samples with one sampler on its own schedule. Two distances to held-out images judge it: KID of a net
 that played no part in tuning, and the Frechet distance of 4x4 pixels, which sees colours. The averaged weights are
 judged and, at the end, the online ones; a peer counts with the better. The tables go to benchmarks/equal.md, with the
@@ -167,24 +167,16 @@ def coarse(image: torch.Tensor) -> NDArray[np.float64]:
     return means.flatten(1).double().numpy()
 
 
-def train(
-    command: Sequence[str], folder: Path, minutes: float, first: Path | None = None
-) -> Callable[[Path], float]:
-    """Train for so many minutes, from when the file `first` is there; returns minutes of training until a file was."""
+def train(command: Sequence[str], folder: Path, minutes: float) -> Callable[[Path], float]:
+    """Train for so many minutes from the command; returns minutes until a file was there."""
     tracking = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"} | tracking
     contestant = Contestant(command, folder, environment)
     with ended_after([contestant]):
-        while first is not None and not first.exists() and not contestant.ended:
-            contestant.turn(1.0)
         contestant.turn(60 * minutes)
         if contestant.failed:
             sys.exit(f"{shlex.join(command)} failed:\n{(folder / LOG).read_text()}")
-
-    def until(file: Path) -> float:
-        return spent(contestant.turns, file.stat().st_mtime).wall_s / 60
-
-    return lambda file: until(file) - (until(first) if first else 0.0)
+    return lambda file: spent(contestant.turns, file.stat().st_mtime).wall_s / 60
 
 
 def ours(
@@ -218,7 +210,7 @@ def peer(
     (folder / peers.CONFIG).write_text(to_json(config))
     (folder / peers.IMAGES).symlink_to(data / "train")
     command = [sys.executable, peers.__file__, name, str(folder), f"{lr:g}", str(seed)]
-    minutes = train(command, folder, arguments.minutes, folder / peers.FIRST_STEP)
+    minutes = train(command, folder, arguments.minutes)
     last = max(folder.glob(f"*{peers.AVERAGED}"))
     at, seen = minutes(last), int(last.name.removesuffix(peers.AVERAGED))
     files = last, folder / peers.ONLINE

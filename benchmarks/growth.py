@@ -47,16 +47,12 @@ Size = tuple[int, int]
 """Batch, and pixels along an edge."""
 
 
-def precisions(device: str) -> list[str]:
-    """Those that the device has instructions for."""
-    return ["float32", *["bfloat16"] * has_bfloat16(torch.device(device))]
-
-
 def measure(arguments: Arguments, wanted: list[Size]) -> dict[tuple[str, Size], float]:
-    """Images/s by precision and size: medians over turns."""
+    """Images/s by precision, of those that the device has instructions for, and size: medians over turns."""
+    precisions = ["float32", *["bfloat16"] * has_bfloat16(torch.device(arguments.device))]
     with tempfile.TemporaryDirectory() as folder:
         contestants = {}
-        for precision, size in itertools.product(precisions(arguments.device), wanted):
+        for precision, size in itertools.product(precisions, wanted):
             case = Case(device=arguments.device, batch_size=size[0], image_size=size[1])
             place = Path(folder, f"{precision}-{size[0]}-{size[1]}")
             place.mkdir()
@@ -115,7 +111,7 @@ def main() -> None:
     by_size = [(16, size) for size in arguments.sizes]
     speed = measure(arguments, list(dict.fromkeys(by_batch + by_size)))
     by_workers = measure_workers(arguments) if arguments.device == "cpu" else {}
-    measured = precisions(arguments.device)
+    measured = dict.fromkeys(precision for precision, _ in speed)
     of_precisions = [name for precision in measured for name in (f"{precision}, images/s", "GFLOP/s")]
     names = ["batch", "image", "GFLOP an image", *of_precisions]
     rows = []

@@ -167,11 +167,11 @@ def main() -> None:
         sys.exit("error: --device is cuda, but there is no CUDA GPU here")
     before = [BEFORE + name for name in OURS if arguments.before and "compiled" not in name]
     peers = [] if arguments.losses else contestants.installed_peers()
-    without = arguments.without
-    names = [name for name in (*peers, *before, *OURS) if arguments.only in name]
-    names = [name for name in names if not without or without not in name]
+    without = {arguments.without} - {""}
     if not has_bfloat16(torch.device(arguments.device)):
-        names = [name for name in names if "bfloat16" not in name]
+        without.add("bfloat16")
+    names = [name for name in (*peers, *before, *OURS) if arguments.only in name]
+    names = [name for name in names if not any(word in name for word in without)]
     with tempfile.TemporaryDirectory() as folder:
         every = 10 if arguments.losses else 0
         racing = {name: Contestant(arguments, name, Path(folder), every, arguments.before) for name in names}
