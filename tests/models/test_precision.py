@@ -1,5 +1,8 @@
 """Half precision is used where a device has instructions for it."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -25,3 +28,9 @@ def test_emulation_on_a_gpu_does_not_count(monkeypatch: pytest.MonkeyPatch, supp
         torch.cuda, "is_bf16_supported", lambda including_emulation: supported or including_emulation
     )
     assert supported_dtype(torch.bfloat16, GPU) == (torch.bfloat16 if supported else None)
+
+
+def test_training_imports_no_compiler_before_it_compiles() -> None:
+    """It takes two seconds."""
+    program = "import sys, ddpm.training.loop; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
