@@ -26,6 +26,7 @@ from harness.arguments import read
 
 from ddpm.checkpoints.runs import Run
 from ddpm.cluster.ray_init import KEPT_MEMORY
+from ddpm.commands import folder as folder_preset
 from ddpm.config import Config
 from ddpm.config_io import override
 from ddpm.data import builtin, ray_dataset
@@ -56,6 +57,7 @@ class Arguments:
     """Images per run; the first fifth does not count."""
     cases: tuple[tuple[int, int], ...] = CASES
     preset: str = "digits"
+    """Or a folder of pictures, for the preset `folder`."""
     workers: int = 1
     """With --runtime: number of workers."""
     threads: int = 1
@@ -162,7 +164,8 @@ def measure(arguments: Arguments) -> None:
             "run.storage": folder,
             "run.name": "bench",
         }
-        config = builtin.with_shards(override(PRESETS[arguments.preset], values))
+        preset = PRESETS.get(arguments.preset) or folder_preset.preset(arguments.preset)
+        config = builtin.with_shards(override(preset, values))
         data_set = ray_dataset.open_configured(config)
         cores: dict[str, float] = {}
         if arguments.runtime == "torchrun":
