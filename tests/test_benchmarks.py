@@ -12,9 +12,9 @@ from pathlib import Path
 
 import cifar
 import pytest
-import quality
 import scale
 from filelock import FileLock
+from harness import judged, turns
 from support.processes import REPO, python_path, run
 
 from ddpm.presets import CIFAR10
@@ -31,7 +31,6 @@ SEARCH = """digits --name s --searcher random --num-trials 2 --num-rungs 1 --num
 LIBRARIES = {"data_sets", "data_table"}
 INPUTS = {
     "honesty": ["learned", "{run}"],
-    "quality": ["race"],
     "samplers": ["builtin:digits"],
     "search": ["{search}"],
 }
@@ -101,13 +100,13 @@ def test_a_benchmark_runs(
 def test_a_contestant_and_its_children_are_suspended_between_turns(tmp_path: Path) -> None:
     script = tmp_path / "count.py"
     script.write_text(COUNT)
-    contestant = quality.Contestant([sys.executable, str(script)], tmp_path, {})
+    contestant = turns.Contestant([sys.executable, str(script)], tmp_path, {})
     files = [tmp_path / "parent", tmp_path / "child"]
 
     def sizes() -> list[int]:
         return [file.stat().st_size if file.exists() else 0 for file in files]
 
-    with quality.ended_after([contestant]):
+    with turns.ended_after([contestant]):
         while 0 in sizes():
             contestant.turn(0.2)
         time.sleep(0.3)  # a signal takes effect a moment later
@@ -120,36 +119,25 @@ def test_a_contestant_and_its_children_are_suspended_between_turns(tmp_path: Pat
     ended = sizes()
     time.sleep(0.1)
     assert sizes() == ended
-    turns = quality.read_turns(tmp_path)
-    assert turns == contestant.turns and all(a.ended <= b.began for a, b in pairwise(turns))
+    assert all(a.ended <= b.began for a, b in pairwise(contestant.turns))
 
 
 def test_a_contestant_that_ends_by_itself(tmp_path: Path) -> None:
     for code in (0, 3):
-        contestant = quality.Contestant(["sh", "-c", f"exit {code}"], tmp_path, {})
+        contestant = turns.Contestant(["sh", "-c", f"exit {code}"], tmp_path, {})
         contestant.turn(30)
         assert contestant.ended and contestant.failed == (code > 0)
 
 
-def test_spent_time_excludes_the_time_between_turns() -> None:
-    turns = [quality.Turn(100, 160, 90), quality.Turn(300, 340, 170)]
-    assert quality.spent(turns, 50) == quality.Spent(0, 0)
-    assert quality.spent(turns, 130) == quality.Spent(30, 45)
-    assert quality.spent(turns, 200) == quality.Spent(60, 90)
-    assert quality.spent(turns, 310) == quality.Spent(70, 110)
-    assert quality.spent(turns, 1e9) - quality.spent(turns, 130) == quality.Spent(70, 125)
-
-
 def test_the_time_to_a_value_is_interpolated_in_log_log() -> None:
-    curve = [
-        quality.Judged("ours", 0, minutes, 0.0, kid, kid / 10, 500)
-        for minutes, kid in ((4, 0.25), (1, 4.0), (2, 1.0), (8, 0.3))
-    ]
-    assert quality.crossing(curve, 1.0) == pytest.approx(2)
-    assert quality.crossing(curve, 0.5) == pytest.approx(2 * math.sqrt(2))  # half way from 1 to 1/4
-    assert quality.crossing(curve, 5.0) == 1  # reached at the first point
-    assert quality.crossing(curve, 0.2) == math.inf
-    assert quality.crossing(curve, 0.5, -1) < quality.crossing(curve, 0.5) < quality.crossing(curve, 0.5, 1)
+    curve = [(4.0, 0.25), (1.0, 4.0), (2.0, 1.0), (8.0, 0.3)]
+    assert judged.crossing(curve, 1.0) == pytest.approx(2)
+    assert judged.crossing(curve, 0.5) == pytest.approx(2 * math.sqrt(2))  # half way from 1 to 1/4
+    assert judged.crossing(curve, 5.0) == 1  # reached at the first point
+    assert judged.crossing(curve, 0.2) == math.inf
+    points = [judged.Judged("ours", 0, minutes, 0.0, kid, kid / 10, 500) for minutes, kid in curve]
+    assert judged.span(points, 0.5) == "2.8 (2.7 to 3.0)"
+    assert judged.span(points, 0.24) == "> 8.0"
 
 
 def test_training_time_is_that_of_the_steps_on_however_many_workers(tmp_path: Path) -> None:

@@ -63,27 +63,29 @@ def write_judged(file: Path, judged: Sequence[Judged]) -> None:
     part.rename(file)
 
 
-def crossing(curve: Sequence[Judged], value: float, errors: float = 0.0) -> float:
-    """Minutes until the judged value + errors standard errors is at most `value`, interpolated linearly in both
-    logarithms.
+def crossing(curve: Sequence[tuple[float, float]], value: float) -> float:
+    """Minutes until a curve of (minutes, value) is at most `value`, interpolated linearly in both logarithms.
 
     inf: it never is.
     """
     before: tuple[float, float] | None = None
-    for point in sorted(curve, key=lambda j: j.minutes):
-        here = max(point.value + errors * point.error, 1e-6), point.minutes
-        if here[0] <= value:
+    for minutes, here in sorted(curve):
+        here = max(here, 1e-6)
+        if here <= value:
             if before is None:
-                return point.minutes
-            share = math.log(before[0] / value) / math.log(before[0] / here[0])
-            return before[1] * (here[1] / before[1]) ** share
-        before = here
+                return minutes
+            share = math.log(before[1] / value) / math.log(before[1] / here)
+            return before[0] * (minutes / before[0]) ** share
+        before = minutes, here
     return math.inf
 
 
 def span(curve: Sequence[Judged], value: float, unit: float = 1.0) -> str:
     """`crossing` in units of so many minutes; in brackets, one standard error to each side."""
-    middle, low, high = (crossing(curve, value, errors) / unit for errors in (0.0, -1.0, 1.0))
+    middle, low, high = (
+        crossing([(j.minutes, j.value + errors * j.error) for j in curve], value) / unit
+        for errors in (0, -1, 1)
+    )
     if math.isinf(middle):
         return f"> {curve[-1].minutes / unit:.1f}"
     if low == high:

@@ -3,13 +3,12 @@
 `in_turns` runs each to its end. A `Contestant` is a process that is suspended between its turns.
 """
 
-import json
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,8 +18,8 @@ from harness.processes import family
 
 K, V = TypeVar("K"), TypeVar("V")
 
-LOG, TURNS = "log", "turns.json"
-"""Files in a contestant's folder: its output, and its turns."""
+LOG = "log"
+"""A contestant's output, a file in its folder."""
 GAP_S = 2.0
 """A longer pause of this process is assumed to be one of the whole machine, and does not count."""
 LAST_WORDS_S = 90.0
@@ -46,34 +45,6 @@ class Turn:
     ended: float
     cpu_s: float
     """CPU seconds of all its processes, since the first turn."""
-
-
-@dataclass(frozen=True)
-class Spent:
-    """Time that a contestant has used."""
-
-    wall_s: float
-    cpu_s: float
-
-    def __sub__(self, other: "Spent") -> "Spent":
-        return Spent(self.wall_s - other.wall_s, self.cpu_s - other.cpu_s)
-
-
-def spent(turns: Sequence[Turn], until: float) -> Spent:
-    """Time spent up to `until`, in seconds since the epoch; CPU time is assumed to be uniform within a turn."""
-    wall_s = cpu_s = before = 0.0
-    for turn in turns:
-        share = min(max((until - turn.began) / max(turn.ended - turn.began, 1e-9), 0.0), 1.0)
-        wall_s += share * (turn.ended - turn.began)
-        cpu_s += share * (turn.cpu_s - before)
-        before = turn.cpu_s
-    return Spent(wall_s, cpu_s)
-
-
-def read_turns(folder: Path) -> list[Turn] | None:
-    """Turns of the contestant in a folder; None: it has never run."""
-    file = folder / TURNS
-    return [Turn(**turn) for turn in json.loads(file.read_text())] if file.exists() else None
 
 
 class Contestant:
@@ -120,7 +91,6 @@ class Contestant:
             last = now
         self._count(began, last)
         self._signal(signal.SIGSTOP)
-        (self._folder / TURNS).write_text(json.dumps([asdict(turn) for turn in self.turns]))
 
     def end(self) -> None:
         """Terminate the process; kill all its processes if they are still running after LAST_WORDS_S."""

@@ -1,4 +1,4 @@
-"""The two trainers that quality.py compares with ours, each as its authors run it, and equal.py at our settings.
+"""The two trainers that quality.py compares with ours, each as its authors run it, and at our settings.
 
     python benchmarks/peers/quality.py lucidrains|diffusers FOLDER [LR SEED]      # trains until it is stopped
 
@@ -40,12 +40,12 @@ from ddpm.models.precision import has_bfloat16
 from ddpm.training.state import parameter_count
 
 EVERY_S = 10.0
-"""Seconds between two snapshots, on the clock of the loop's thread, which stops while the process is suspended."""
+"""Seconds between two snapshots."""
 HALF = "bf16" if has_bfloat16(torch.device("cpu")) else "no"
 """accelerate's word for the precision."""
 FOR_EVER = 10**9
-CONFIG, IMAGES, FIRST_STEP = "config.json", "images", "first-step"
-"""Names in FOLDER: our config, which sets the size of the net; the images; a file written at the first step."""
+CONFIG, IMAGES = "config.json", "images"
+"""Names in FOLDER: our config, which sets the size of the net; the images."""
 AVERAGED, ONLINE = ".safetensors", "online"
 """End of the name of averaged weights, which begins with the images seen; name of the newest online ones."""
 
@@ -90,10 +90,9 @@ class Snapshots:
 
     def after_step(self, averaged: Callable[[], Mapping[str, Tensor]]) -> None:
         if self._steps == 0:
-            (self._folder / FIRST_STEP).touch()
-            self._due = time.thread_time() + EVERY_S
+            self._due = time.monotonic() + EVERY_S
         self._steps += 1
-        if time.thread_time() >= self._due:
+        if time.monotonic() >= self._due:
             self._due += EVERY_S
             self._save(self._net.state_dict(), self._folder / ONLINE)
             self._save(averaged(), self._folder / f"{self._steps * self._batch_size:012d}{AVERAGED}")
@@ -235,8 +234,6 @@ def diffusers(path: Path, config: Config, equal: bool = False) -> tuple[Model, O
     return lambda x_t, t, label: net(x_t, t).sample, Eps(schedule), schedule
 
 
-PACKAGE = {"lucidrains": "denoising_diffusion_pytorch", "diffusers": "accelerate"}
-"""What each needs beside torch and diffusers; the extra `benchmarks` has them."""
 DEFAULT_SCHEDULES = {"lucidrains": "sigmoid", "diffusers": "linear"}
 COSINE = {"lucidrains": "cosine", "diffusers": "squaredcos_cap_v2"}
 TRAIN: dict[str, Callable[[Path, Config, Settings], None]] = {
@@ -247,16 +244,11 @@ LOAD: dict[str, Callable[[Path, Config, bool], tuple[Model, Objective, Schedule]
     "lucidrains": lucidrains,
     "diffusers": diffusers,
 }
-NET: dict[str, Callable[[Config], Any]] = {"lucidrains": lucidrains_net, "diffusers": diffusers_net}
-
-
-def read_config(folder: Path) -> Config:
-    """Our config, which sets the size of the peers' nets."""
-    return from_json((folder / CONFIG).read_text(), where=str(folder / CONFIG))
 
 
 if __name__ == "__main__":
     name, folder, *equal = sys.argv[1], Path(sys.argv[2]), *sys.argv[3:]
     settings = Settings.equal(float(equal[0]), int(equal[1])) if equal else Settings()
     torch.manual_seed(settings.seed)
-    TRAIN[name](folder, read_config(folder), settings)
+    config = from_json((folder / CONFIG).read_text(), where=str(folder / CONFIG))
+    TRAIN[name](folder, config, settings)
