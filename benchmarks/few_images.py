@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from harness import tables
+from harness import pictures, tables
 from harness.arguments import read
 from objectives import STEPS, compare, draw
-from optimizers import write_emoji
 from PIL import Image
 
 from ddpm.build import TrainedNet
@@ -40,22 +39,16 @@ class Arguments:
 def write(name: str, count: int, held_out: int, folder: Path) -> Path:
     """Write so many images of a set as FOLDER/train, and others as FOLDER/test."""
     if name == "emoji":
-        whole = folder.with_name("all")  # a subfolder would be a class
-        write_emoji(whole)
-        files = np.random.default_rng(0).permutation(sorted(whole.iterdir()))
-        parts = {"train": files[:count], "test": files[count : count + held_out]}
-        pictures = {split: [Image.open(file) for file in files] for split, files in parts.items()}
+        emoji = pictures.emoji()
+        drawn = [emoji[i] for i in np.random.default_rng(0).permutation(len(emoji))[: count + held_out]]
+        parts = {"train": drawn[:count], "test": drawn[count:]}
     else:
         source = catalog.named(name)
-        parts = {
-            "train": source.read("train", 0, count)[0],
-            "test": source.read("test", 0, min(held_out, source.splits["test"]))[0],
-        }
-        pictures = {split: [Image.fromarray(np.squeeze(each, 2)) for each in parts[split]] for split in parts}
-    for split, images in pictures.items():
-        (folder / split).mkdir()
-        for i, image in enumerate(images):
-            image.save(folder / split / f"{i:05d}.png")
+        counts = {"train": count, "test": min(held_out, source.splits["test"])}
+        pixels = {split: source.read(split, 0, n)[0] for split, n in counts.items()}
+        parts = {split: [Image.fromarray(np.squeeze(each, 2)) for each in pixels[split]] for split in counts}
+    for split, images in parts.items():
+        pictures.save(folder / split, images)
     return folder
 
 
@@ -63,28 +56,20 @@ def measure(
     arguments: Arguments, name: str, count: int, top: Path
 ) -> tuple[list[list[str]], list[TrainedNet]]:
     """The rows of a set and a number of images, and the first seed's nets."""
-    (top / "images").mkdir()
     data = write(name, count, arguments.num_images, top / "images")
     model = folder_preset.preset(str(data)).model
-    flags = [
-        "--data.images",
-        str(data),
-        "--model.channels",
-        str(model.channels),
-        "--cluster.num-workers",
-        "2",
-    ]
-    flags += ["--model.image-size", str(model.image_size)]
+    flags = ["--data.images", str(data), "--cluster.num-workers", "2"]
+    flags += ["--model.channels", str(model.channels), "--model.image-size", str(model.image_size)]
     choices = {
-        (total, augment): [*flags, "--train.total-images", str(total), "--data.augment", str(augment)]
+        f"{total:,} images seen, augment {augment:g}": [
+            *flags,
+            *f"--train.total-images {total} --data.augment {augment}".split(),
+        ]
         for total in arguments.images
         for augment in (0.0, folder_preset.AUGMENT)
     }
-    named = {
-        f"{total:,} images seen, augment {augment:g}": choices[total, augment] for total, augment in choices
-    }
     numbers = arguments.seeds, arguments.images[0], arguments.num_images, count
-    rows, nets = compare("folder", named, top, *numbers)
+    rows, nets = compare("folder", choices, top, *numbers)
     return [[f"{count} of {name}", *row] for row in rows], nets
 
 

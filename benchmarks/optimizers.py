@@ -8,24 +8,20 @@ on the emoji, those of Debian's package fonts-noto-color-emoji, 32x32 on white, 
 colour. The table goes to benchmarks/optimizers.md.
 """
 
-import io
 import math
 import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from fontTools.ttLib import TTFont
-from harness import tables
+from harness import pictures, tables
 from harness.arguments import read
 from objectives import STEPS, compare, draw, train
-from PIL import Image
 
 from ddpm.build import TrainedNet
 from ddpm.storage import locations
 from ddpm.tracking import curves
 
-EMOJI = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 SETS = {
     "digits": ("digits", 48_000),
     "fashion-mnist": ("fashion-mnist", 25_600),
@@ -50,18 +46,6 @@ class Arguments:
     """Images to sample from each net, and held-out images."""
 
 
-def write_emoji(folder: Path) -> None:
-    """Write each emoji of EMOJI as a PNG of 32x32 pixels."""
-    folder.mkdir()
-    for strike in TTFont(EMOJI)["CBDT"].strikeData:
-        for name, glyph in strike.items():
-            emoji = Image.open(io.BytesIO(glyph.imageData)).convert("RGBA")
-            side = max(emoji.size)
-            page = Image.new("RGBA", (side, side), "white")
-            page.alpha_composite(emoji, ((side - emoji.width) // 2, (side - emoji.height) // 2))
-            page.convert("RGB").resize((32, 32), Image.Resampling.BOX).save(folder / f"{name}.png")
-
-
 def held_out_bits(preset: str, folder: Path, name: str, *flags: str) -> float:
     """Bits/dim at the end of a training; infinite if it failed."""
     try:
@@ -75,8 +59,8 @@ def measure(arguments: Arguments, data: str, folder: Path) -> tuple[list[list[st
     preset, images = SETS[data][0], arguments.images or SETS[data][1]
     common = ["--cluster.num-workers", "2", "--train.total-images", str(images)]
     if data == "emoji":
-        write_emoji(folder / "emoji")
-        common += ["--data.images", str(folder / "emoji"), "--model.channels", "3"]
+        images_folder = pictures.save(folder / "emoji", pictures.emoji())
+        common += ["--data.images", str(images_folder), "--model.channels", "3"]
     choices = dict[str, list[str]]()
     for name, kind in KINDS.items():
         flags = {lr: [*common, "--optim.kind", kind, "--optim.lr", str(lr)] for lr in arguments.lrs}

@@ -44,15 +44,13 @@ class Arguments:
 
 def search(arguments: Arguments, preset: str, total_images: int) -> locations.Location:
     """The folder of a search, which trains the preset with all seeds."""
-    name, lr = f"spread-{preset}-{total_images}", PRESETS[preset].optim.lr
+    name = f"spread-{preset}-{total_images}"
     words = (
-        f"{preset} --name {name} --storage {arguments.storage} --max-concurrent {arguments.max_concurrent}"
+        f"{preset} --name {name} --storage {arguments.storage} --max-concurrent {arguments.max_concurrent} "
+        f"--num-trials 1 --finalists 1 --finalist-seeds {arguments.seeds} --searcher grid --scheduler none "
+        f"--space optim.lr={PRESETS[preset].optim.lr} --drawn-images 20 --features pixels "
+        f"--cluster.threads-per-worker 1 --train.total-images {total_images} --train.sample-every-images 0"
     )
-    words += (
-        f" --num-trials 1 --finalists 1 --finalist-seeds {arguments.seeds} --searcher grid --scheduler none"
-    )
-    words += f" --space optim.lr={lr} --drawn-images 20 --features pixels --cluster.threads-per-worker 1"
-    words += f" --train.total-images {total_images} --train.sample-every-images 0"
     subprocess.run([sys.executable, str(REPO / "tune" / "search.py"), *words.split()], check=True)
     return locations.resolve(arguments.storage).child(name)
 

@@ -43,8 +43,6 @@ class Turn:
     began: float
     """Seconds since the epoch."""
     ended: float
-    cpu_s: float
-    """CPU seconds of all its processes, since the first turn."""
 
 
 class Contestant:
@@ -84,12 +82,12 @@ class Contestant:
             time.sleep(0.1)
             now = time.time()
             if now - last > GAP_S:
-                self._count(began, last)
+                self.turns.append(Turn(began, last))
                 began = now
             else:
                 ran += now - last
             last = now
-        self._count(began, last)
+        self.turns.append(Turn(began, last))
         self._signal(signal.SIGSTOP)
 
     def end(self) -> None:
@@ -103,11 +101,6 @@ class Contestant:
         for process in tree:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-
-    def _count(self, began: float, ended: float) -> None:
-        cpu_s = sum(map(_cpu_s, self._tree()))
-        before = self.turns[-1].cpu_s if self.turns else 0.0
-        self.turns.append(Turn(began, ended, max(cpu_s, before)))
 
     def _tree(self) -> list[psutil.Process]:
         return [] if self._process is None or self.ended else list(family(self._process.pid))
@@ -130,11 +123,3 @@ def ended_after(contestants: Sequence[Any]) -> Iterator[None]:
     finally:
         for contestant in contestants:
             contestant.end()
-
-
-def _cpu_s(process: psutil.Process) -> float:
-    """CPU seconds of a process and of its ended children; 0 if it has ended."""
-    try:
-        return sum(process.cpu_times()[:4])
-    except psutil.NoSuchProcess:
-        return 0.0
