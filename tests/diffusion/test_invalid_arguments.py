@@ -87,6 +87,8 @@ TIMESTEPS = [
     (lambda: karras(LINEAR, -3), "num_sample_steps is -3"),
     (lambda: karras(LINEAR, 10, rho=0.9), r"rho is 0.9; it must be in \[1, inf\)"),
     (lambda: karras(LINEAR, 10, rho=float("nan")), "rho is nan"),
+    (lambda: karras(LINEAR, 10, sigma_min=-0.1), r"sigma_min is -0.1; it must be in \[0, 80\)"),
+    (lambda: karras(LINEAR, 10, sigma_min=80.0), "sigma_min is 80.0"),
     (lambda: karras(LINEAR, 10, sigma_max=0.0), r"sigma_max is 0.0; it must be in \(0, inf\]"),
     (lambda: respaced(LINEAR, [3, 3]), r"timesteps are \[3, 3\]; they must fall, within 99..0"),
     (lambda: respaced(LINEAR, [100]), "timesteps are"),

@@ -77,6 +77,12 @@ def test_karras_starts_at_sigma_max_or_at_the_end_of_the_schedule():
     assert karras(COSINE, 5, sigma_max=exact)[0] == 990
 
 
+def test_karras_ends_at_sigma_min():
+    chosen = karras(COSINE, 20, sigma_min=0.08)
+    assert len(chosen) == 20 and COSINE.sigma[chosen[-1]].item() == pytest.approx(0.08, rel=0.02)
+    assert karras(COSINE, 20, sigma_min=1e-4) == karras(COSINE, 20)  # the schedule's smallest is 0.0064
+
+
 def test_karras_uses_neighbours_where_the_schedule_has_too_few_timesteps():
     """Between sigma 20,000 and 80 the cosine schedule has only 9 timesteps, for 16 of 30 steps."""
     chosen = karras(COSINE, 30, sigma_max=float("inf"))
@@ -122,6 +128,7 @@ def test_build():
     assert built(sampler="heun", num_sample_steps=10, spacing="uniform") == uniform(1000, 10)
     assert built(num_sample_steps=10, spacing="quadratic") == quadratic(1000, 10)
     assert built(num_sample_steps=10, spacing="karras", rho=3.0) == karras(LINEAR, 10, 3.0)
+    assert built(sampler="dpmpp_2m", num_sample_steps=9, sigma_min=0.1) == karras(LINEAR, 9, sigma_min=0.1)
     short = schedules.linear(20, 1e-3, 0.2)
     assert built(short) == uniform(20, 20)
 
