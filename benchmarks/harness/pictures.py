@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-PHOTOS = Path("/usr/share/backgrounds/mate/nature")
-EMOJI = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+PHOTOS = "mate-backgrounds", "/usr/share/backgrounds/mate/nature", "*.jpg"
+EMOJI = "fonts-noto-color-emoji", "/usr/share/fonts/truetype/noto", "NotoColorEmoji.ttf"
+"""Package of Debian, folder, files."""
 SIZE = 32
-PACKAGES = {PHOTOS: "mate-backgrounds", EMOJI: "fonts-noto-color-emoji"}
 
 
 def photos(num_images: int) -> list[Image.Image]:
     """Colour squares at random places of photographs of nature in turn, of a third to all of their height."""
-    opened = [Image.open(file).convert("RGB") for file in sorted(installed(PHOTOS).glob("*.jpg"))]
+    opened = [Image.open(file).convert("RGB") for file in installed(*PHOTOS)]
     for photo in opened:
         photo.thumbnail((640, 640))
     cut, random = list[Image.Image](), np.random.default_rng(0)
@@ -42,7 +42,7 @@ def emoji() -> list[Image.Image]:
     """All emoji of the font, in the order of their names, on white."""
     from fontTools.ttLib import TTFont
 
-    strikes = TTFont(installed(EMOJI))["CBDT"].strikeData
+    strikes = TTFont(*installed(*EMOJI))["CBDT"].strikeData
     glyphs = {name: glyph.imageData for strike in strikes for name, glyph in strike.items()}
     return [on_white(Image.open(io.BytesIO(glyphs[name])).convert("RGBA")) for name in sorted(glyphs)]
 
@@ -54,10 +54,10 @@ def on_white(emoji: Image.Image) -> Image.Image:
     return page.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
-def installed(path: Path) -> Path:
-    if not path.exists():
-        sys.exit(f"there is no {path}; apt-get install {PACKAGES[path]}")
-    return path
+def installed(package: str, folder: str, names: str) -> list[Path]:
+    if not (files := sorted(Path(folder).glob(names))):
+        sys.exit(f"there is no {folder}/{names}; apt-get install {package}")
+    return files
 
 
 def save(folder: Path, images: Iterable[Image.Image]) -> Path:
