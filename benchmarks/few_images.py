@@ -7,17 +7,17 @@ The preset is `folder`, as for a user's own pictures. The share of memorised ima
 nearer in pixels to a training image than 99 % of held-out images are. The table goes to benchmarks/few_images.md.
 """
 
-import tempfile
+import itertools
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from harness import pictures, tables
 from harness.arguments import read
-from objectives import STEPS, compare, draw
+from harness.comparison import STEPS, Measured, compare, each
 from PIL import Image
 
-from ddpm.build import TrainedNet
 from ddpm.commands import folder as folder_preset
 from ddpm.data import catalog
 
@@ -52,9 +52,7 @@ def write(name: str, count: int, held_out: int, folder: Path) -> Path:
     return folder
 
 
-def measure(
-    arguments: Arguments, name: str, count: int, top: Path
-) -> tuple[list[list[str]], list[TrainedNet]]:
+def measure(arguments: Arguments, name: str, count: int, top: Path) -> Measured:
     """The rows of a set and a number of images, and the first seed's nets."""
     data = write(name, count, arguments.num_images, top / "images")
     model = folder_preset.preset(str(data)).model
@@ -68,21 +66,15 @@ def measure(
         for total in arguments.images
         for augment in (0.0, folder_preset.AUGMENT)
     }
-    numbers = arguments.seeds, arguments.images[0], arguments.num_images, count
-    rows, nets = compare("folder", choices, top, *numbers)
+    rows, nets = compare("folder", choices, top, arguments.seeds, arguments.num_images, count)
     return [[f"{count} of {name}", *row] for row in rows], nets
 
 
 def main() -> None:
     smallest = {"sets": ("digits",), "counts": (60,), "images": (640,), "num_images": 30}
     arguments = read(Arguments, __doc__, seeds=2, **smallest)
-    lines, shown = list[list[str]](), list[str]()
-    for name in arguments.sets:
-        for count in arguments.counts:
-            with tempfile.TemporaryDirectory() as folder:
-                rows, nets = measure(arguments, name, count, Path(folder))
-            lines += rows
-            shown += draw(nets, f"few_images-{name}-{count}")
+    parts = itertools.product(arguments.sets, arguments.counts)
+    lines, shown = each({f"few_images-{a}-{n}": partial(measure, arguments, a, n) for a, n in parts})
     how = (
         f"Held-out bits/dim, KID and memorised share of {arguments.num_images} images ({STEPS} steps of `dpmpp_2m`, "
         f"eta 1): mean and 95 % interval of {arguments.seeds} seeds (`python benchmarks/few_images.py`). "

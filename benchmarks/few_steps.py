@@ -8,16 +8,15 @@ Values are means over seeds, with Student's 95 % interval. The table goes to ben
 of the first seed for each of its lines beside it.
 """
 
-import tempfile
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from harness import tables
 from harness.arguments import read
-from objectives import draw, interval, train
+from harness.comparison import Measured, each, interval, train
 
-from ddpm.build import TrainedNet
 from ddpm.evaluation import context, evaluate
 from ddpm.evaluation.settings import Settings
 from ddpm.presets import PRESETS
@@ -46,14 +45,17 @@ def train_both(preset: str, seed: int, arguments: Arguments, folder: Path) -> di
     flags = ["--objective.predict", "v", "--train.seed", str(seed), "--cluster.num-workers", "2"]
     tuning = ["--objective.process", "consistency", "--train.init-from", str(folder / f"half-{seed}")]
     tuning += ["--sampler", "multistep", "--lr", str(arguments.lr), "--optim.lr-warmup-images", "1280"]
+
+    def minutes(name: str, images: int, *more: str) -> float:
+        return train(preset, folder, f"{name}-{seed}", "--train.total-images", str(images), *flags, *more)
+
     return {
-        "trained": train(preset, folder, f"trained-{seed}", total, *flags),
-        "tuned": train(preset, folder, f"half-{seed}", total // 2, *flags)
-        + train(preset, folder, f"tuned-{seed}", total * 3 // 8, *flags, *tuning),
+        "trained": minutes("trained", total),
+        "tuned": minutes("half", total // 2) + minutes("tuned", total * 3 // 8, *tuning),
     }
 
 
-def compare(arguments: Arguments, preset: str, folder: Path) -> tuple[list[list[str]], list[TrainedNet]]:
+def compare(arguments: Arguments, preset: str, folder: Path) -> Measured:
     """A row for each net and sampling configuration, and the first seed's nets."""
     minutes = [train_both(preset, seed, arguments, folder) for seed in range(arguments.seeds)]
     settings = Settings(num_images=arguments.num_images, num_train_images=0, num_sample_steps=arguments.steps)
@@ -75,12 +77,8 @@ def compare(arguments: Arguments, preset: str, folder: Path) -> tuple[list[list[
 
 def main() -> None:
     arguments = read(Arguments, __doc__, seeds=2, images=2560, num_images=30, steps=(1, 2))
-    lines, shown = list[list[str]](), list[str]()
-    for preset in arguments.presets:
-        with tempfile.TemporaryDirectory() as folder:
-            rows, nets = compare(arguments, preset, Path(folder))
-        lines += rows
-        shown += draw(nets, f"few_steps-{preset}")
+    parts = {f"few_steps-{preset}": partial(compare, arguments, preset) for preset in arguments.presets}
+    lines, shown = each(parts)
     how = f"{arguments.num_images} images, mean and 95 % interval of {arguments.seeds} seeds "
     how += "(`python benchmarks/few_steps.py`). "
     how += f"{tables.machine()}."

