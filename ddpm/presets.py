@@ -70,7 +70,7 @@ and why sigma_min is not 0: benchmarks/samplers.md. What was tried: benchmarks/q
 
 FOLDER = Config(
     schedule=ScheduleConfig(kind="cosine"),
-    objective=ObjectiveConfig(predict="v", weight="min_snr"),
+    objective=ObjectiveConfig(predict="v", weight="min_snr", min_snr_gamma=25.0),
     model=replace(SMALL_NET, base_width=16, channels=3),
     optim=OptimConfig(kind="muon", lr=8e-3, lr_warmup_images=3_200, lr_schedule="cosine", ema_decay=0.999),
     train=replace(
@@ -85,7 +85,8 @@ FOLDER = Config(
     sample=SampleConfig(sampler="dpmpp_2m", num_sample_steps=20, eta=1.0, sigma_min=0.08),
 )
 """`python jobs/train.py folder PATH --workers 2`. The learning rate is among the best of those tried on the digits and
-Fashion-MNIST (benchmarks/optimizers.md); on photographs, beside diffusers: benchmarks/quality.md."""
+Fashion-MNIST (benchmarks/optimizers.md), and why gamma is 25: benchmarks/samplers.md; beside diffusers:
+benchmarks/quality.md."""
 
 CIFAR10 = Config(
     data=DataConfig(source="torchvision:cifar10", horizontal_flip=True),

@@ -75,7 +75,7 @@ class Settings:
             batch_size=32,
             warmup_steps=100,
             schedule=COSINE,
-            objective={"objective": "pred_v", "min_snr_loss_weight": True},
+            objective={"objective": "pred_v", "min_snr_loss_weight": True, "min_snr_gamma": 25.0},
             ema={"ema_decay": 0.999, "ema_update_every": 1},
             ema_decay=0.999,
         )
