@@ -1,12 +1,13 @@
 """The parts of AWS that launching a cluster needs: moto's EC2 and IAM, and an instance metadata service.
 
 moto starts no machines, never runs out of capacity, and has no metadata service that requires tokens. A front end
-before it refuses spot instances of the types in `no_spot`, records what was requested, and serves credentials.
+before it refuses spot instances of the types in `no_spot`, gives each instance a host's address, records what was
+requested, and serves credentials.
 """
 
 import json
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,15 +64,21 @@ class Cloud(FrontEnd):
         moto: the server behind it.
         host: the address to listen on.
         keys: (access key, secret key) that the metadata service gives to an instance.
+        addresses: of the hosts that play the instances, in the order of launching; then there is no capacity left.
         no_spot: prefixes of the instance types that have no spot capacity.
     """
 
     def __init__(
-        self, moto: AwsServer, host: str, keys: tuple[str, str], no_spot: tuple[str, ...] = ()
+        self,
+        moto: AwsServer,
+        host: str,
+        keys: tuple[str, str],
+        addresses: Iterable[str] = (),
+        no_spot: tuple[str, ...] = (),
     ) -> None:
         super().__init__(moto.endpoint, host)
         self.client = moto.client
-        self.keys, self.no_spot = keys, no_spot
+        self.keys, self.no_spot, self._addresses = keys, no_spot, iter(addresses)
         self.launches: list[Launch] = []
         """All RunInstances requests in order, including refused ones."""
 
@@ -89,8 +96,12 @@ class Cloud(FrontEnd):
             spot = asked.get("InstanceMarketOptions.MarketType") == ["spot"]
             launch = Launch(asked["InstanceType"][0], spot)
             self.launches.append(launch)
-            if spot and launch.instance_type.startswith(self.no_spot):
+            refused = spot and launch.instance_type.startswith(self.no_spot)
+            address = None if refused else next(self._addresses, None)
+            if address is None:
                 return 500, OUT_OF_STOCK.format(launch.instance_type).encode(), {"Content-Type": "text/xml"}
+            body += f"&PrivateIpAddress={address}".encode()
+            return self.forwarded(method, path, headers | {"content-length": str(len(body))}, body)
         return None
 
     def _metadata(self, method: str, path: str, headers: dict[str, str]) -> Answer:

@@ -73,12 +73,17 @@ class UserHost:
 
     @contextlib.contextmanager
     def dashboard(self) -> Iterator[None]:
-        """Keep `ray dashboard` open: the head's dashboard is at DASHBOARD."""
+        """Keep `ray dashboard` open: the head's dashboard is at DASHBOARD. An error shows the autoscaler's logs."""
         log = self.host.log.with_suffix(".dashboard")
         answers = ("bash", "-c", "exec 2> /dev/null; : < /dev/tcp/127.0.0.1/8265")
         with Background(self.host.words("ray", "dashboard", self.file, env=self.env), log=log) as tunnel:
             tunnel.wait_for(lambda: self.host.run(*answers).returncode == 0, poll_s=0.2)
-            yield
+            try:
+                yield
+            except Exception:
+                logs = "tail --lines 200 /tmp/ray/session_latest/logs/monitor.*"
+                print(self.host.run("ray", "exec", self.file, logs, env=self.env).stdout)
+                raise
 
     def submit(self, *command: object, log: Path) -> Background:
         """Run `ray job submit -- command`, with its output in `log`."""
