@@ -16,18 +16,18 @@ from harness import tables
 from harness.arguments import read
 from harness.comparison import STEPS, Measured, compare, each
 
-KEYS = "objective.predict", "objective.weight", "objective.timesteps", "schedule.kind"
 CHOICES = {
     "eps": ("eps", "simple", "uniform"),
     "x_0": ("x_0", "simple", "uniform"),
     "v": ("v", "simple", "uniform"),
     "v, min-SNR": ("v", "min_snr", "uniform"),
-    "EDM": ("edm", "simple", "log_normal", "geometric"),
+    "v, min-SNR, gamma 25": ("v", "min_snr", "uniform", "--objective.min-snr-gamma=25"),
+    "EDM": ("edm", "simple", "log_normal", "--schedule.kind=geometric"),
     "EDM on the preset's schedule": ("edm", "simple", "log_normal"),
-    "flow matching": ("flow", "simple", "logit_normal", "straight"),
-    "v as flow matching": ("v", "flow", "logit_normal", "straight"),
+    "flow matching": ("flow", "simple", "logit_normal", "--schedule.kind=straight"),
+    "v as flow matching": ("v", "flow", "logit_normal", "--schedule.kind=straight"),
 }
-"""Values of KEYS; without a schedule that of the preset."""
+"""What is predicted, its weight and timesteps, and other flags; all else is the preset's."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,11 @@ class Arguments:
 def main() -> None:
     arguments = read(Arguments, __doc__, choices=("flow matching",), seeds=2, images=640, num_images=30)
     length = [f"--train.total-images={arguments.images}"] if arguments.images else []
-    flags = {
-        choice: [f"--{key}={value}" for key, value in zip(KEYS, CHOICES[choice], strict=False)] + length
-        for choice in arguments.choices
-    }
+    flags = {}
+    for choice in arguments.choices:
+        predict, weight, timesteps, *more = CHOICES[choice]
+        flags[choice] = [f"--objective.predict={predict}", f"--objective.weight={weight}"]
+        flags[choice] += [f"--objective.timesteps={timesteps}", *more, *length]
 
     def measure(preset: str, folder: Path) -> Measured:
         rows, nets = compare(preset, flags, folder, arguments.seeds, arguments.num_images)

@@ -57,9 +57,8 @@ def each(parts: Mapping[str, Callable[[Path], Measured]]) -> tuple[list[list[str
         with tempfile.TemporaryDirectory() as folder:
             rows, nets = measure(Path(folder))
         file = tables.result(REPO / "benchmarks" / f"{name}.png")
-        file.write_bytes(
-            pictures.png_bytes(pictures.strip([generate.draw(n, range(16)).numpy() for n in nets]))
-        )
+        strip = pictures.strip([generate.draw(net, range(16)).numpy() for net in nets])
+        file.write_bytes(pictures.png_bytes(strip))
         print(f"picture     {file}")
         lines += rows
         shown += ["", f"![The same 16 samples for each line of the table]({file.name})"]
