@@ -78,19 +78,22 @@ def test_a_cluster_on_aws_scales_up_trains_and_is_terminated(
                 name = ("--run.name", "cloudy", "--run.experiment", "on-aws", "--cluster.gpu", "False")
                 with user_host.submit(*train, *flags, *name, log=tmp_path / "job.log") as job:
                     assert job.wait(900) == 0, job.output
-                for machine in machines:
-                    for raylet in processes.members(machine.pid, "raylet"):
-                        assert raylet.environ()["MLFLOW_TRACKING_PASSWORD"] == password
+                launched = {one["PrivateIpAddress"]: one["State"]["Name"] for one in cloud.machines()}
+                machines = [machine for machine in machines if machine.address in launched]
+                up = [machine for machine in machines if launched[machine.address] == "running"]
+                assert len(up) == 3 and broken in machines and broken not in up
+                for machine in up:
+                    (raylet,) = processes.members(machine.pid, "raylet")
+                    assert raylet.environ()["MLFLOW_TRACKING_PASSWORD"] == password
                 refused = user_host.host.run("ray", "job", "submit", "--address", DASHBOARD, "--", "id")
                 assert refused.returncode != 0 and "uthentic" in refused.stdout + refused.stderr
         assert cloud.launches[0] == Launch("m7i.large", spot=False)
         assert {Launch("g6.xlarge", spot=True), Launch("g5.xlarge", spot=True)} < set(cloud.launches)
         assert Launch("g6.xlarge", spot=False) in cloud.launches
-        up = [machine for machine in cloud.machines() if machine["State"]["Name"] == "running"]
-        assert len(up) == 3 and broken.address not in {machine["PrivateIpAddress"] for machine in up}
+        profiles = {i["PrivateIpAddress"]: i.get("IamInstanceProfile") for i in cloud.machines()}
         for machine in up:
-            kind = "Head" if machine["PrivateIpAddress"] == head.address else "Worker"
-            assert machine["IamInstanceProfile"]["Arn"] == stack[f"{kind}InstanceProfileArn"]
+            kind = "Head" if machine is head else "Worker"
+            assert profiles[machine.address]["Arn"] == stack[f"{kind}InstanceProfileArn"]
         groups = {group["GroupId"] for machine in cloud.machines() for group in machine["SecurityGroups"]}
         assert groups == {stack["SecurityGroupId"]}
         user_host.down()
@@ -112,8 +115,7 @@ def test_a_cluster_on_aws_scales_up_trains_and_is_terminated(
     with contextlib.closing(boto3.client("s3", **s3_server.client_options)) as s3:
         texts |= leaks.in_bucket(s3, "mlflow")
     token = texts.pop(str(user_host.host.home / ".ray/auth_token")).decode()
-    for machine in machines:  # a spare one has none
-        assert texts.pop(str(machine.home / ".ray/auth_token"), token.encode()).decode() == token
+    assert all(texts.pop(str(machine.home / ".ray/auth_token")).decode() == token for machine in machines)
     secrets = {"MLflow's password": password, "S3's key": s3_for_hosts.keys[1], "token": token}
     secrets |= guarded_mlflow.secrets
     assert b"cloudy" in texts["table runs"] and any(where.endswith("samples.png") for where in texts)
@@ -157,9 +159,8 @@ def overlay(aws: AwsServer, key: Path, stack: dict[str, str], subnet: str) -> di
                 "KeyName": "hosts",
             }
         }
-    for kind in kinds.keys() - {
-        "head"
-    }:  # a host has three CPUs and no GPU; only one machine may be without GPUs
+    # A host has three CPUs and no GPU; only one machine may be of a type without GPUs.
+    for kind in kinds.keys() - {"head"}:
         types[kind] |= {"max_workers": int(kind != "cpu-on-demand"), "resources": {"CPU": 3, "GPU": 0}}
     return {
         "provider": {"region": REGION, "use_internal_ips": True},
