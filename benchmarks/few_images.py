@@ -56,8 +56,8 @@ def measure(arguments: Arguments, name: str, count: int, top: Path) -> Measured:
     """The rows of a set and a number of images, and the first seed's nets."""
     data = write(name, count, arguments.num_images, top / "images")
     model = folder_preset.preset(str(data)).model
-    flags = ["--data.images", str(data), "--cluster.num-workers", "2"]
-    flags += ["--model.channels", str(model.channels), "--model.image-size", str(model.image_size)]
+    flags = ["--data.images", str(data), "--model.channels", str(model.channels)]
+    flags += ["--model.image-size", str(model.image_size)]
     choices = {
         f"{total:,} images seen, augment {augment:g}": [
             *flags,

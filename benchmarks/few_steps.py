@@ -1,6 +1,6 @@
 """Consistency tuning (ECT): KID of few steps of a tuned net, and of a net that was trained for the same time.
 
-    python benchmarks/few_steps.py [--presets digits fashion-mnist] [--seeds 3]
+    python benchmarks/few_steps.py [--sets digits fashion-mnist emoji] [--seeds 3]
 
 Of each seed, one net is trained on all images; another on half of them, and is then tuned on 3/8 of them. A step of
 tuning has four passes through the net where one of training has three, so both cost the same, as the minutes show.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from harness import tables
 from harness.arguments import read
-from harness.comparison import Measured, each, interval, train
+from harness.comparison import Measured, each, interval, preset_of, train
 
 from ddpm.evaluation import context, evaluate
 from ddpm.evaluation.settings import Settings
@@ -28,7 +28,7 @@ SAMPLERS = {"trained": ("dpmpp_2m", "ddim"), "tuned": ("multistep",)}
 class Arguments:
     """What to train, and how often."""
 
-    presets: tuple[str, ...] = ("digits",)
+    sets: tuple[str, ...] = ("digits",)
     seeds: int = 3
     images: int | None = None
     """Images to train on. None: the preset's."""
@@ -39,10 +39,10 @@ class Arguments:
     """Images to sample from each net, and held-out images."""
 
 
-def train_both(preset: str, seed: int, arguments: Arguments, folder: Path) -> dict[str, float]:
+def train_both(preset: str, seed: int, arguments: Arguments, folder: Path, *given: str) -> dict[str, float]:
     """Train the nets of one seed, FOLDER/trained-SEED and tuned-SEED; returns minutes."""
     total = arguments.images or PRESETS[preset].train.total_images
-    flags = ["--objective.predict", "v", "--train.seed", str(seed), "--cluster.num-workers", "2"]
+    flags = [*given, "--objective.predict", "v", "--train.seed", str(seed)]
     tuning = ["--objective.process", "consistency", "--train.init-from", str(folder / f"half-{seed}")]
     tuning += ["--sampler", "multistep", "--lr", str(arguments.lr), "--optim.lr-warmup-images", "1280"]
 
@@ -55,9 +55,10 @@ def train_both(preset: str, seed: int, arguments: Arguments, folder: Path) -> di
     }
 
 
-def compare(arguments: Arguments, preset: str, folder: Path) -> Measured:
+def compare(arguments: Arguments, name: str, folder: Path) -> Measured:
     """A row for each net and sampling configuration, and the first seed's nets."""
-    minutes = [train_both(preset, seed, arguments, folder) for seed in range(arguments.seeds)]
+    preset, flags = preset_of(name, folder)
+    minutes = [train_both(preset, seed, arguments, folder, *flags) for seed in range(arguments.seeds)]
     settings = Settings(num_images=arguments.num_images, num_train_images=0, num_sample_steps=arguments.steps)
     rows, nets = [], []
     for net, samplers in SAMPLERS.items():
@@ -68,21 +69,18 @@ def compare(arguments: Arguments, preset: str, folder: Path) -> Measured:
             kids[drawn.sample] += [s.value for s in drawn.scores if s.name.startswith("KID")]
         cost = interval([of_seed[net] for of_seed in minutes], 1)
         for sample, values in kids.items():
-            rows.append(
-                [preset, net, cost, sample.sampler, str(sample.num_sample_steps), interval(values, 4)]
-            )
+            steps = str(sample.num_sample_steps)
+            rows.append([name, net, cost, sample.sampler, steps, interval(values, 4)])
             nets.append(candidates[0].sampled_with(sample))
     return rows, nets
 
 
 def main() -> None:
     arguments = read(Arguments, __doc__, seeds=2, images=2560, num_images=30, steps=(1, 2))
-    parts = {f"few_steps-{preset}": partial(compare, arguments, preset) for preset in arguments.presets}
-    lines, shown = each(parts)
+    lines, shown = each({f"few_steps-{name}": partial(compare, arguments, name) for name in arguments.sets})
     how = f"{arguments.num_images} images, mean and 95 % interval of {arguments.seeds} seeds "
-    how += "(`python benchmarks/few_steps.py`). "
-    how += f"{tables.machine()}."
-    names = "preset", "net", "minutes", "sampler", "steps", "KID-classifier"
+    how += f"(`python benchmarks/few_steps.py`). {tables.machine()}."
+    names = "set", "net", "minutes", "sampler", "steps", "KID"
     tables.write(__file__, "One and two steps", how, "", *tables.table(names, lines), *shown)
 
 

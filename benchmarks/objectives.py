@@ -1,11 +1,11 @@
 """EDM and flow matching beside eps, x_0 and v: bits/dim and KID after equal training.
 
-    python benchmarks/objectives.py [--presets digits fashion-mnist] [--seeds 3]
+    python benchmarks/objectives.py [--sets digits fashion-mnist emoji] [--seeds 3]
 
-Each choice trains the preset's net on the same images in the same order, and no choice costs more than another: equal
-images are equal time, as the column of minutes shows. Runs of one seed follow each other, every other round backwards.
-All nets are sampled alike, each on its own schedule. Values are means over seeds, with Student's 95 % interval. The
-table goes to benchmarks/objectives.md, samples of the first seed beside it.
+Each choice trains the net of the set's preset on the same images in the same order, and no choice costs more than
+another: equal images are equal time, as the column of minutes shows. Runs of one seed follow each other, every other
+round backwards. All nets are sampled alike, each on its own schedule. Values are means over seeds, with Student's 95 %
+interval. The table goes to benchmarks/objectives.md, samples of the first seed beside it.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from harness import tables
 from harness.arguments import read
-from harness.comparison import STEPS, Measured, compare, each
+from harness.comparison import STEPS, Measured, compare, each, preset_of
 
 CHOICES = {
     "eps": ("eps", "simple", "uniform"),
@@ -34,7 +34,7 @@ CHOICES = {
 class Arguments:
     """What to train, and how often."""
 
-    presets: tuple[str, ...] = ("digits",)
+    sets: tuple[str, ...] = ("digits",)
     choices: tuple[str, ...] = tuple(CHOICES)
     seeds: int = 3
     images: int | None = None
@@ -52,16 +52,18 @@ def main() -> None:
         flags[choice] = [f"--objective.predict={predict}", f"--objective.weight={weight}"]
         flags[choice] += [f"--objective.timesteps={timesteps}", *more, *length]
 
-    def measure(preset: str, folder: Path) -> Measured:
-        rows, nets = compare(preset, flags, folder, arguments.seeds, arguments.num_images)
-        return [[preset, *row] for row in rows], nets
+    def measure(name: str, folder: Path) -> Measured:
+        preset, common = preset_of(name, folder)
+        choices = {choice: [*common, *flags[choice]] for choice in flags}
+        rows, nets = compare(preset, choices, folder, arguments.seeds, arguments.num_images)
+        return [[name, *row] for row in rows], nets
 
-    lines, shown = each({f"objectives-{preset}": partial(measure, preset) for preset in arguments.presets})
+    lines, shown = each({f"objectives-{name}": partial(measure, name) for name in arguments.sets})
     how = (
         f"Held-out bits/dim and KID of {arguments.num_images} images ({STEPS} steps of `dpmpp_2m`, eta 1): mean and "
         f"95 % interval of {arguments.seeds} seeds (`python benchmarks/objectives.py`). {tables.machine()}."
     )
-    names = "preset", "choice", "bits/dim", "KID", "minutes of training"
+    names = "set", "choice", "bits/dim", "KID", "minutes of training"
     tables.write(__file__, "What the net predicts", how, "", *tables.table(names, lines), *shown)
 
 

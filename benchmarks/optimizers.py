@@ -14,19 +14,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from harness import pictures, tables
+from harness import tables
 from harness.arguments import read
-from harness.comparison import STEPS, Measured, compare, each, train
+from harness.comparison import STEPS, Measured, compare, each, preset_of, train
 
 from ddpm.storage import locations
 from ddpm.tracking import curves
 
-SETS = {
-    "digits": ("digits", 48_000),
-    "fashion-mnist": ("fashion-mnist", 25_600),
-    "emoji": ("fashion-mnist", 25_600),
-}
-"""Preset, and images of a training."""
+IMAGES = {"digits": 48_000, "fashion-mnist": 25_600, "emoji": 25_600}
+"""Images of a training."""
 KINDS = {"AdamW": "adamw", "Muon": "muon"}
 LONGER = 1.25
 
@@ -40,7 +36,7 @@ class Arguments:
     """Learning rates among which each optimizer's is searched."""
     seeds: int = 3
     images: int | None = None
-    """Images to train on. None: as many as fit into two minutes (SETS)."""
+    """Images to train on. None: as many as fit into two minutes (IMAGES)."""
     num_images: int = 2000
     """Images to sample from each net, and held-out images."""
 
@@ -55,11 +51,9 @@ def held_out_bits(preset: str, folder: Path, name: str, *flags: str) -> float:
 
 
 def measure(arguments: Arguments, data: str, folder: Path) -> Measured:
-    preset, images = SETS[data][0], arguments.images or SETS[data][1]
-    common = ["--cluster.num-workers", "2", "--train.total-images", str(images)]
-    if data == "emoji":
-        images_folder = pictures.save(folder / "emoji", pictures.emoji())
-        common += ["--data.images", str(images_folder), "--model.channels", "3"]
+    preset, common = preset_of(data, folder)
+    images = arguments.images or IMAGES[data]
+    common += ["--train.total-images", str(images)]
     choices = dict[str, list[str]]()
     for name, kind in KINDS.items():
         flags = {lr: [*common, "--optim.kind", kind, "--optim.lr", str(lr)] for lr in arguments.lrs}

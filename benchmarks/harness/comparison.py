@@ -17,28 +17,33 @@ from ddpm.evaluation import context, evaluate
 from ddpm.evaluation.memorisation import METRIC
 from ddpm.evaluation.settings import Settings
 from ddpm.sampling import generate
-from ddpm.utils import images as pictures
-from harness import tables, turns
+from ddpm.utils import images
+from harness import pictures, tables, turns
 
 REPO = Path(__file__).parents[2]
 STEPS = 20
+WORKERS = min(2, len(os.sched_getaffinity(0)))
+"""A worker for each core; these presets are for two."""
 Measured = tuple[list[list[str]], list[TrainedNet]]
 """Rows of a table, and nets to draw samples of."""
 
 
-def command(preset: str, folder: Path, name: str, *flags: str) -> list[str]:
-    """`jobs/train.py PRESET` into FOLDER/NAME, without samples during training."""
-    words = [sys.executable, str(REPO / "jobs/train.py"), preset]
-    words += ["--run.storage", str(folder), "--run.name", name, "--train.sample-every-images", "0"]
-    return [*words, *flags]
+def preset_of(name: str, folder: Path) -> tuple[str, list[str]]:
+    """The preset that trains a set, and its flags; of the emoji, written to FOLDER/emoji, fashion-mnist in colour."""
+    if name != "emoji":
+        return name, []
+    emoji = pictures.save(folder / "emoji", pictures.emoji())
+    return "fashion-mnist", ["--data.images", str(emoji), "--model.channels", "3"]
 
 
 def train(preset: str, folder: Path, name: str, *flags: str) -> float:
-    """Train one run, FOLDER/NAME, as a user types it; returns minutes."""
-    words = command(preset, folder, name, "--train.checkpoint-every-images", "0", *flags)
+    """Train one run, FOLDER/NAME, as a user types it, without samples during training; returns minutes."""
+    words = [sys.executable, str(REPO / "jobs/train.py"), preset, "--cluster.num-workers", str(WORKERS)]
+    words += ["--run.storage", str(folder), "--run.name", name]
+    words += ["--train.sample-every-images", "0", "--train.checkpoint-every-images", "0"]
     env = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
     began = time.monotonic()
-    subprocess.run(words, check=True, env=env, cwd=folder, stdout=subprocess.DEVNULL)
+    subprocess.run([*words, *flags], check=True, env=env, cwd=folder, stdout=subprocess.DEVNULL)
     return (time.monotonic() - began) / 60
 
 
@@ -57,8 +62,8 @@ def each(parts: Mapping[str, Callable[[Path], Measured]]) -> tuple[list[list[str
         with tempfile.TemporaryDirectory() as folder:
             rows, nets = measure(Path(folder))
         file = tables.result(REPO / "benchmarks" / f"{name}.png")
-        strip = pictures.strip([generate.draw(net, range(16)).numpy() for net in nets])
-        file.write_bytes(pictures.png_bytes(strip))
+        strip = images.strip([generate.draw(net, range(16)).numpy() for net in nets])
+        file.write_bytes(images.png_bytes(strip))
         print(f"picture     {file}")
         lines += rows
         shown += ["", f"![The same 16 samples for each line of the table]({file.name})"]
