@@ -56,8 +56,7 @@ def measure(arguments: Arguments, name: str, count: int, top: Path) -> Measured:
     """The rows of a set and a number of images, and the first seed's nets."""
     data = write(name, count, arguments.num_images, top / "images")
     model = folder_preset.preset(str(data)).model
-    flags = ["--data.images", str(data), "--model.channels", str(model.channels)]
-    flags += ["--model.image-size", str(model.image_size)]
+    flags = f"--data.images {data} --model.channels {model.channels} --model.image-size {model.image_size}".split()
     choices = {
         f"{total:,} images seen, augment {augment:g}": [
             *flags,

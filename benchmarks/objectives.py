@@ -2,10 +2,9 @@
 
     python benchmarks/objectives.py [--sets digits fashion-mnist emoji] [--seeds 3]
 
-Each choice trains the net of the set's preset on the same images in the same order, and no choice costs more than
-another: equal images are equal time, as the column of minutes shows. Runs of one seed follow each other, every other
-round backwards. All nets are sampled alike, each on its own schedule. Values are means over seeds, with Student's 95 %
-interval. The table goes to benchmarks/objectives.md, samples of the first seed beside it.
+Each choice trains the net of the set's preset on the same images in the same order, in equal time. Runs of one seed
+follow each other, every other round backwards. All nets are sampled alike, each on its own schedule. The table, with
+Student's 95 % intervals, goes to benchmarks/objectives.md, samples of the first seed beside it.
 """
 
 from dataclasses import dataclass

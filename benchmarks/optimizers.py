@@ -4,8 +4,7 @@
 
 The learning rate of each is the one with the lowest held-out bits/dim of one seed; nets are then trained and sampled
 as objectives.py does. AdamW's steps are shorter, so it is trained on a quarter more images as well. No preset was tuned
-on the emoji, those of Debian's package fonts-noto-color-emoji, 32x32 on white, which the preset fashion-mnist trains in
-colour. The table goes to benchmarks/optimizers.md.
+on the emoji. The table goes to benchmarks/optimizers.md.
 """
 
 import math
@@ -51,9 +50,8 @@ def held_out_bits(preset: str, folder: Path, name: str, *flags: str) -> float:
 
 
 def measure(arguments: Arguments, data: str, folder: Path) -> Measured:
-    preset, common = preset_of(data, folder)
     images = arguments.images or IMAGES[data]
-    common += ["--train.total-images", str(images)]
+    preset, common = preset_of(data, folder, "--train.total-images", str(images))
     choices = dict[str, list[str]]()
     for name, kind in KINDS.items():
         flags = {lr: [*common, "--optim.kind", kind, "--optim.lr", str(lr)] for lr in arguments.lrs}

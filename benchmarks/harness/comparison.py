@@ -22,28 +22,33 @@ from harness import pictures, tables, turns
 
 REPO = Path(__file__).parents[2]
 STEPS = 20
-WORKERS = min(2, len(os.sched_getaffinity(0)))
-"""A worker for each core; these presets are for two."""
 Measured = tuple[list[list[str]], list[TrainedNet]]
 """Rows of a table, and nets to draw samples of."""
 
 
-def preset_of(name: str, folder: Path) -> tuple[str, list[str]]:
-    """The preset that trains a set, and its flags; of the emoji, written to FOLDER/emoji, fashion-mnist in colour."""
+def preset_of(name: str, folder: Path, *flags: str) -> tuple[str, list[str]]:
+    """The preset that trains a set, and all flags; of the emoji, written to FOLDER/emoji, fashion-mnist in colour."""
     if name != "emoji":
-        return name, []
+        return name, [*flags]
     emoji = pictures.save(folder / "emoji", pictures.emoji())
-    return "fashion-mnist", ["--data.images", str(emoji), "--model.channels", "3"]
+    return "fashion-mnist", ["--data.images", str(emoji), "--model.channels", "3", *flags]
+
+
+def command(preset: str, folder: Path, name: str, *flags: str) -> list[str]:
+    """`jobs/train.py PRESET` into FOLDER/NAME, without samples during training."""
+    words = [sys.executable, str(REPO / "jobs/train.py"), preset]
+    words += ["--run.storage", str(folder), "--run.name", name, "--train.sample-every-images", "0"]
+    return [*words, *flags]
 
 
 def train(preset: str, folder: Path, name: str, *flags: str) -> float:
-    """Train one run, FOLDER/NAME, as a user types it, without samples during training; returns minutes."""
-    words = [sys.executable, str(REPO / "jobs/train.py"), preset, "--cluster.num-workers", str(WORKERS)]
-    words += ["--run.storage", str(folder), "--run.name", name]
-    words += ["--train.sample-every-images", "0", "--train.checkpoint-every-images", "0"]
+    """Train one run, FOLDER/NAME, as a user of one or two cores types it; returns minutes."""
+    workers = min(2, len(os.sched_getaffinity(0)))
+    common = f"--train.checkpoint-every-images 0 --cluster.num-workers {workers}".split()
     env = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
     began = time.monotonic()
-    subprocess.run([*words, *flags], check=True, env=env, cwd=folder, stdout=subprocess.DEVNULL)
+    words = command(preset, folder, name, *common, *flags)
+    subprocess.run(words, check=True, env=env, cwd=folder, stdout=subprocess.DEVNULL)
     return (time.monotonic() - began) / 60
 
 
