@@ -78,8 +78,8 @@ def compare(arguments: Arguments, name: str, folder: Path) -> Measured:
 def main() -> None:
     arguments = read(Arguments, __doc__, seeds=2, images=2560, num_images=30, steps=(1, 2))
     lines, shown = each({f"few_steps-{name}": partial(compare, arguments, name) for name in arguments.sets})
-    how = f"{arguments.num_images} images, mean and 95 % interval of {arguments.seeds} seeds "
-    how += f"(`python benchmarks/few_steps.py`). {tables.machine()}."
+    how = f"KID (of emoji by lite0, else by a classifier) of {arguments.num_images} images, mean and 95 % interval of "
+    how += f"{arguments.seeds} seeds (`python benchmarks/few_steps.py`). {tables.machine()}."
     names = "set", "net", "minutes", "sampler", "steps", "KID"
     tables.write(__file__, "One and two steps", how, "", *tables.table(names, lines), *shown)
 
