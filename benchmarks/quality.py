@@ -1,4 +1,4 @@
-"""Time to quality on images that nothing was tuned on: ours beside the peers, at their own settings and at ours.
+"""Time to quality: ours beside the peers, at their own settings and at ours.
 
     python benchmarks/quality.py [--sets photos mnist emoji] [--peers diffusers lucidrains] [--minutes 3] [--seeds 3]
 
