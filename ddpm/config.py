@@ -331,7 +331,7 @@ class SampleConfig:
     dynamic_threshold: ShareAboveZero | None = None
     """Instead of clipping, Imagen's dynamic thresholding at this quantile of |x_0_hat|, such as 0.995."""
     guidance_scale: NotNegative = 1.0
-    """Classifier-free guidance; 1 is none."""
+    """Nets with classes: classifier-free guidance; 1 is none."""
     guidance_interval: tuple[float, float] | None = None
     """Guidance only where sigma (with mix, the amount of noise) is in (low, high]. None: everywhere."""
     num_images: Annotated[SmallCount, Affects.COURSE] = 64
@@ -353,7 +353,7 @@ class SampleFlags:
     dynamic_threshold: ShareAboveZero | None = None
     """Instead of clipping, dynamic thresholding at this quantile, such as 0.995."""
     guidance_scale: NotNegative | None = None
-    """Classifier-free guidance; 1 is none."""
+    """Nets with classes: classifier-free guidance; 1 is none."""
     guidance_interval: tuple[float, float] | None = None
     """Guidance only where sigma is in (low, high]."""
 

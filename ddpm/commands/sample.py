@@ -67,9 +67,11 @@ def main() -> None:
         )
     from ddpm.checkpoints import checkpoint  # after parsing, so that --help and errors come at once
     from ddpm.cluster import package
+    from ddpm.config_io import flatten
     from ddpm.hub.resolve import local_checkpoint, name_of
     from ddpm.sampling import generate, workers
     from ddpm.storage.locations import resolve
+    from ddpm.tracking import run_params
     from ddpm.utils.progress import Display
 
     package.leave()
@@ -81,12 +83,17 @@ def main() -> None:
         )
     sample = arguments.changed(
         trained.config.sample,
-        sampler=arguments.sampler,
+        sampler="ddpm" if arguments.inpaint else arguments.sampler,
         num_sample_steps=arguments.num_sample_steps,
         variance=arguments.variance,
         seed=arguments.seed,
     )
     trained = trained.sampled_with(sample)
+    effective = {key.removeprefix("sample.") for key in run_params.params(trained.config)}
+    for name in flatten(sample):
+        if name not in effective and getattr(arguments, name, None) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} has no effect here; --help says which samplers or nets it is for")
     known = None
     if arguments.inpaint and arguments.mask:
         resampling = arguments.num_resamples, arguments.jump_length

@@ -66,6 +66,8 @@ def test_user_errors_are_one_line_with_exit_code_2(user_error: Callable[..., str
             ["run", "--num-images", "100000000000"],
             "100,000,000,000 images need 409,600.0 GB or more, but",
         ),
+        (["run", "--sampler", "heun", "--eta", "0.5"], "--eta has no effect here"),
+        (["run", "--sigma-min", "0.1"], "--sigma-min has no effect here"),
         (["run", "--inpaint", "a.png"], "--inpaint and --mask belong together"),
         ([*part, "--sampler", "ddim"], "with the sampler ddpm, not ddim"),
         ([*part, "--num-resamples", "0"], "num_resamples is 0"),
