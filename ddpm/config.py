@@ -355,7 +355,7 @@ class SampleFlags:
     guidance_scale: NotNegative | None = None
     """Nets with classes: classifier-free guidance; 1 is none."""
     guidance_interval: tuple[float, float] | None = None
-    """Guidance only where sigma is in (low, high]."""
+    """Nets with classes: guidance only where sigma is in (low, high]."""
 
     def changed(self, sample: SampleConfig, **more: Any) -> SampleConfig:
         """`sample` with these settings and `more`, where they are not None."""

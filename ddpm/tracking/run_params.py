@@ -32,7 +32,7 @@ def params(config: Config) -> dict[str, Any]:
         "objective.min_snr_gamma": weights == "min_snr",
         **dict.fromkeys(("objective.log_sigma_mean", "objective.log_sigma_std"), uses_time and draws_sigma),
         "objective.label_dropout": has_labels,
-        "sample.guidance_scale": has_labels,
+        **dict.fromkeys(("sample.guidance_scale", "sample.guidance_interval"), has_labels),
         **dict.fromkeys(("sample.rho", "sample.sigma_min"), is_karras),
         "sample.eta": sample.sampler in ("ddim", "dpmpp_2m"),
         "sample.mean": is_ddpm,
