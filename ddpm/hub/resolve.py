@@ -6,8 +6,10 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+import pyarrow.fs as pafs
 from torch import Tensor
 
 from ddpm.checkpoints import checkpoint
@@ -39,16 +41,18 @@ def name_of(uri: str) -> str:
 
 
 @contextmanager
-def local_checkpoint(uri: str) -> Iterator[Path]:
+def local_checkpoint(uri: str, timeout_s: float = 0.0) -> Iterator[Path]:
     """A context with the checkpoint at `uri` as a local folder; for a run its newest.
 
-    A checkpoint in a bucket or with a scheme of SCHEMES is written to a temporary folder.
+    A checkpoint in a bucket or with a scheme of SCHEMES is written to a temporary folder; a bucket may fail for
+    `timeout_s`.
     """
     if uri.startswith(SCHEMES):
         with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
             yield UNPACK[next(filter(uri.startswith, SCHEMES))](uri, Path(folder))
         return
-    with as_folder(_checkpoints_at(uri)[-1]) as local:
+    newest = retry_io(lambda: _checkpoints_at(uri)[-1], where=uri, timeout_s=timeout_s)
+    with as_folder(newest, timeout_s) as local:
         yield local
 
 
@@ -63,8 +67,9 @@ def as_folder(location: Location, timeout_s: float = 0.0) -> Iterator[Path]:
         local.mkdir()
 
         def fetch(name: str) -> None:
-            data = retry_io(location.child(name).read, where=location.uri, timeout_s=timeout_s)
-            (local / name).write_bytes(data)
+            source, filesystem = location.child(name).path, location.filesystem
+            copy = partial(pafs.copy_files, source, str(local / name), source_filesystem=filesystem)
+            retry_io(copy, where=location.uri, timeout_s=timeout_s)
 
         names = retry_io(location.files, where=location.uri, timeout_s=timeout_s)
         with ThreadPoolExecutor(len(checkpoint.FILES)) as pool:  # in parallel: a request may take seconds

@@ -83,7 +83,7 @@ class Evaluator:
     def evaluate(self, uri: str) -> Evaluation:
         """Evaluate the averaged weights of the checkpoint at `uri`."""
         device = devices.default()
-        with resolve.local_checkpoint(uri) as folder:
+        with resolve.local_checkpoint(uri, self.train.timeout_s) as folder:
             trained = checkpoint.load_net(folder, device)
             position = checkpoint.read_state(folder)
         measured = measure.measure(trained, images_of(self.train, 0, measure.MEASURED_IMAGES), self.variance)

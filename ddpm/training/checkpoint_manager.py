@@ -123,7 +123,7 @@ def begin(run: Run, config: Config, data_fingerprint: str, warn: Callable[[str],
     """
     assert config.train.init_from is not None, "asked for"
     state = State.create(config, torch.device("cpu"))
-    with resolve.local_checkpoint(config.train.init_from) as folder:
+    with resolve.local_checkpoint(config.train.init_from, config.run.storage_timeout_s) as folder:
         state.init_from(folder, config)
     identity = {"run_key": run.key, "data_fingerprint": data_fingerprint}
     write = partial(retry, timeout_s=config.run.storage_timeout_s, warn=warn)

@@ -15,6 +15,7 @@ from ddpm.hub import resolve
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
 from ddpm.utils.errors import UserError
+from ddpm.utils.files import MAX_BYTES
 
 
 def write_checkpoint(run: Location, images_seen: int, *, whole: bool = True) -> Location:
@@ -134,6 +135,13 @@ def test_a_run_means_its_newest_complete_checkpoint_and_a_checkpoint_itself(root
             # One on disk is used in place; a downloaded one is removed afterwards.
             assert location.is_local == (folder == Path(location.path))
         assert folder.exists() == location.is_local
+
+
+def test_a_file_of_a_checkpoint_in_a_bucket_may_be_larger_than_what_is_read_whole(s3_bucket: str) -> None:
+    folder = write_checkpoint(runs.open_run("a", s3_bucket).location, 3_000)
+    folder.child("optimizer.safetensors").write(bytes(MAX_BYTES + 1))
+    with resolve.local_checkpoint(folder.uri) as local:
+        assert (local / "optimizer.safetensors").stat().st_size == MAX_BYTES + 1
 
 
 @pytest.mark.parametrize(
