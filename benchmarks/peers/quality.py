@@ -8,7 +8,8 @@ handicap them are changed: no mirrored images (a shoe points left), no samples o
 a CPU with instructions for it, where it is faster for both. Averaged and online weights are saved every few seconds.
 
 With a learning rate they have our settings, as far as their flags go: batch 32, the cosine schedule, an average with
-decay 0.999; lucidrains v and min-SNR, diffusers a warm-up of 100 steps.
+decay 0.999; lucidrains v and min-SNR, diffusers a warm-up of 100 steps and as many epochs as our preset has, over which
+its learning rate falls to 0.
 
 lucidrains   denoising-diffusion-pytorch: its Unet, GaussianDiffusion and Trainer.
 diffusers    the recipe of examples/unconditional_image_generation/train_unconditional.py, with diffusers' own
@@ -58,7 +59,9 @@ class Settings:
     seed: int = 0
     batch_size: int = 16
     warmup_steps: int = 500
-    """diffusers' alone: lucidrains has none."""
+    """diffusers' alone, like the next one: lucidrains' learning rate is constant."""
+    total_images: int | None = None
+    """Images until the learning rate is 0, as whole epochs; None: 100 epochs."""
     schedule: Mapping[str, str] = field(default_factory=lambda: DEFAULT_SCHEDULES)
     objective: Mapping[str, Any] = field(default_factory=dict)
     """More arguments of lucidrains' GaussianDiffusion."""
@@ -67,13 +70,14 @@ class Settings:
     ema_decay: float = 0.9999
 
     @classmethod
-    def equal(cls, lr: float, seed: int) -> "Settings":
+    def equal(cls, lr: float, seed: int, total_images: int) -> "Settings":
         """Ours, as far as the peers' flags go."""
         return cls(
             lr,
             seed,
             batch_size=32,
             warmup_steps=100,
+            total_images=total_images,
             schedule=COSINE,
             objective={"objective": "pred_v", "min_snr_loss_weight": True, "min_snr_gamma": 25.0},
             ema={"ema_decay": 0.999, "ema_update_every": 1},
@@ -164,7 +168,7 @@ def train_diffusers(folder: Path, config: Config, settings: Settings) -> None:
     from diffusers.training_utils import EMAModel
     from torchvision import transforms as T
 
-    num_epochs, size = 100, config.model.image_size
+    size = config.model.image_size
     accelerator = Accelerator(mixed_precision=HALF)
     net, averaged = diffusers_net(config), diffusers_net(config)
     noise_scheduler = DDPMScheduler(1000, beta_schedule=settings.schedule["diffusers"])
@@ -181,6 +185,7 @@ def train_diffusers(folder: Path, config: Config, settings: Settings) -> None:
     )
     data.set_transform(lambda rows: {"input": [to_model(image.convert(mode)) for image in rows["image"]]})
     loader = torch.utils.data.DataLoader(data, batch_size=settings.batch_size, shuffle=True)
+    num_epochs = max(1, round(settings.total_images / len(data))) if settings.total_images else 100
     lr_scheduler = get_scheduler(
         "cosine",
         optimizer,
@@ -248,7 +253,8 @@ LOAD: dict[str, Callable[[Path, Config, bool], tuple[Model, Objective, Schedule]
 
 if __name__ == "__main__":
     name, folder, *equal = sys.argv[1], Path(sys.argv[2]), *sys.argv[3:]
-    settings = Settings.equal(float(equal[0]), int(equal[1])) if equal else Settings()
-    torch.manual_seed(settings.seed)
     config = from_json((folder / CONFIG).read_text(), where=str(folder / CONFIG))
+    ours = config.train.total_images
+    settings = Settings.equal(float(equal[0]), int(equal[1]), ours) if equal else Settings()
+    torch.manual_seed(settings.seed)
     TRAIN[name](folder, config, settings)
