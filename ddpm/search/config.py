@@ -3,21 +3,19 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import tyro
 from annotated_types import Interval
 
-from ddpm.config import Config, Count, CountOrZero, FeatureNetName, ScoredImages, Seed, SmallCount, Text
+from ddpm.cli import PresetArguments
+from ddpm.config import Count, CountOrZero, FeatureNetName, ScoredImages, Seed, SmallCount, Text
 
 Metric = Literal["bits_per_dim", "held_out/loss", "train/loss"]
 Searcher = Literal["optuna", "random", "grid"]
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(PresetArguments):
     """A preset, its changes for all trials, and how to search."""
 
-    preset: tyro.conf.Suppress[str]
-    config: Annotated[Config, tyro.conf.arg(name="")]
     num_trials: Count = 16
     """Total number of trials."""
     max_concurrent: Count = 2
@@ -57,7 +55,3 @@ class Arguments:
     """Name of the search. None: search-PRESET."""
     storage: Text | None = None
     """Folder or s3:// URI that holds searches. None: run.storage."""
-    file: Annotated[str | None, tyro.conf.arg(name="config", metavar="FILE")] = None
-    """JSON file of changes to the preset, such as a search's best.json; flags are applied after it."""
-    verbose: bool = False
-    """Show Ray's messages."""

@@ -30,7 +30,7 @@ from ddpm.search.event_log import EventLog, Scored, Trial, best, name_of
 from ddpm.search.setup import Setup
 from ddpm.search.trial_manager import short
 from ddpm.storage.locations import Location
-from ddpm.utils.errors import UserError
+from ddpm.utils.retry import as_user_error
 from ddpm.utils.tables import Table, estimate
 
 SAMPLER: SamplerName = "dpmpp_2m"
@@ -58,7 +58,7 @@ class Row:
     by_bits: Rank | None
     """Rank of this net among the search's own with the most images seen; None: it has fewer, failed, or repeats one."""
     by_kid: Rank | None
-    """Rank of this net among the finalists."""
+    """Rank of this net among those whose KID was measured as that of the best one."""
     bits: NDArray[np.float64] | None
     """[K, M]: bits/dim of the trainings of its configuration, its own first; None where by_bits is."""
     by_trainings: Rank | None
@@ -96,7 +96,8 @@ def score_finalists(setup: Setup, events: EventLog) -> None:
     """Compute KID of the best few trials, and append it to the event log; known values are not computed again."""
     chosen = setup.arguments
     finalists = best(events.trials(), chosen.metric)[: chosen.finalists]
-    todo = [trial for trial in finalists if not trial.score or trial.score.n != chosen.drawn_images]
+    kid = f"KID-{context.feature_net_name(chosen.features, setup.evaluator.train)}", chosen.drawn_images
+    todo = [trial for trial in finalists if _kind(trial) != kid]
     if not todo:
         return
     settings = Settings(
@@ -128,7 +129,9 @@ def ranked(setup: Setup, events: EventLog) -> list[Row]:
     several = {number: each[:, RANKING] for number, each in bits.items() if len(each) > 1}
     by_trainings = dict(zip(several, configuration_ranks(list(several.values())), strict=True))
     order.sort(key=lambda trial: (trial.number not in several, mean[trial.number]))
-    scores = {trial.number: trial.score for trial in order if trial.score}
+    # As of the best one, since an earlier call of the search may have measured with another net.
+    kind = next(filter(None, map(_kind, order)), None)
+    scores = {trial.number: trial.score for trial in order if trial.score and _kind(trial) == kind}
     of_kid = ranks([score.value for score in scores.values()], [score.error for score in scores.values()])
     by_kid = dict(zip(scores, of_kid, strict=True))
     rest = [trial for trial in trials if trial.number not in by_bits]
@@ -141,35 +144,41 @@ def ranked(setup: Setup, events: EventLog) -> list[Row]:
     return [row(trial) for trial in (*order, *rest)]
 
 
+def _kind(trial: Trial) -> tuple[str, int] | None:
+    """What the trial's KID is comparable by: its feature net, and the number of images."""
+    return (trial.score.name, trial.score.n) if trial.score else None
+
+
 def parquet(rows: Sequence[Row]) -> bytes:
     """The table as a Parquet file; null for missing values."""
-    trials = [row.trial for row in rows]
-    lasts, scores = [trial.last for trial in trials], [trial.score for trial in trials]
-    means, reported = [row.mean for row in rows], [row.reported if row is rows[0] else None for row in rows]
-    columns = {
-        "trial": [trial.name for trial in trials],
-        "status": [trial.status for trial in trials],
-        "repeats": [None if trial.repeats is None else name_of(trial.repeats) for trial in trials],
-        "images_seen": [trial.images_seen for trial in trials],
-        **{key: [trial.changes.get(key) for trial in trials] for key in _varied(rows)},
-        "sqrt_D_alpha_bar_T": [row.leftover for row in rows],
-        **{
-            name: [last and getattr(last, name) for last in lasts]
-            for name in ("train_loss", "held_out_loss", "bits_per_dim", "bits_per_dim_error")
-        },
-        "rank_by_bits": [row.by_bits and str(row.by_bits) for row in rows],
-        "mean_bits_per_dim": [mean and mean.value for mean in means],
-        "mean_bits_per_dim_error": [mean and mean.error for mean in means],
-        "rank_by_trainings": [row.by_trainings and str(row.by_trainings) for row in rows],
-        "reported_bits_per_dim": [best and best.value for best in reported],
-        "reported_bits_per_dim_error": [best and best.error for best in reported],
-        "kid": [score and score.value for score in scores],
-        "kid_error": [score and score.error for score in scores],
-        "rank_by_kid": [row.by_kid and str(row.by_kid) for row in rows],
-        "reason": [trial.reason or None for trial in trials],
-    }
+    of_rung = "train_loss", "held_out_loss", "bits_per_dim", "bits_per_dim_error"
+    table = list[dict[str, Any]]()
+    for row in rows:
+        trial, mean = row.trial, row.mean
+        score, reported = row.by_kid and trial.score, row.reported if row is rows[0] else None
+        table.append(
+            {
+                "trial": trial.name,
+                "status": trial.status,
+                "repeats": None if trial.repeats is None else name_of(trial.repeats),
+                "images_seen": trial.images_seen,
+                **{key: trial.changes.get(key) for key in _varied(rows)},
+                "sqrt_D_alpha_bar_T": row.leftover,
+                **{name: trial.last and getattr(trial.last, name) for name in of_rung},
+                "rank_by_bits": row.by_bits and str(row.by_bits),
+                "mean_bits_per_dim": mean and mean.value,
+                "mean_bits_per_dim_error": mean and mean.error,
+                "rank_by_trainings": row.by_trainings and str(row.by_trainings),
+                "reported_bits_per_dim": reported and reported.value,
+                "reported_bits_per_dim_error": reported and reported.error,
+                "kid": score and score.value,
+                "kid_error": score and score.error,
+                "rank_by_kid": row.by_kid and str(row.by_kid),
+                "reason": trial.reason or None,
+            }
+        )
     file = io.BytesIO()
-    pq.write_table(pa.table(columns), file)
+    pq.write_table(pa.Table.from_pylist(table), file)
     return file.getvalue()
 
 
@@ -225,11 +234,11 @@ def remarks(rows: Sequence[Row], grey_levels: int = 256) -> Iterator[str]:
 def best_config(rows: Sequence[Row], config: Config) -> str | None:
     """The best trial's changes to `config`, for `jobs/train.py PRESET --config FILE`; None: there is none.
 
-    What names a place is left out: data.shards, run and cluster.
+    What depends on the machine is left out: data.shards, data.images, run and cluster.
     """
     if not rows or rows[0].by_bits is None:
         return None
-    locations, nested = keys_that_affect(config, Affects.LOCATION), dict[str, Any]()
+    locations, nested = keys_that_affect(config, Affects.LOCATION) | {"data.images"}, dict[str, Any]()
     for key, value in flatten(override(config, rows[0].trial.changes)).items():
         group, name = key.split(".")
         if group not in ("run", "cluster") and key not in locations:
@@ -240,7 +249,7 @@ def best_config(rows: Sequence[Row], config: Config) -> str | None:
 def table(rows: Sequence[Row]) -> Table:
     """The table for display: estimates with errors, settings in short form."""
     varied = _varied(rows)
-    kid = next((row.trial.score.name for row in rows if row.trial.score), None)
+    kid = next((row.trial.score.name for row in rows if row.trial.score and row.by_kid), None)
     names = ["trial", "status", "images", *(key.rpartition(".")[2] for key in varied)]
     means = [row.mean for row in rows]
     names += ["train loss", "bits/dim", "rank", *(["mean of trainings", "rank"] if any(means) else [])]
@@ -256,17 +265,16 @@ def table(rows: Sequence[Row]) -> Table:
         line.append(str(row.by_bits or ""))
         line += [estimate(*mean) if mean else "", str(row.by_trainings or "")] if any(means) else []
         if kid:
-            line += [estimate(score.value, score.error) if score else "", str(row.by_kid or "")]
+            shown = score if row.by_kid else None
+            line += [estimate(shown.value, shown.error), str(row.by_kid)] if shown else ["", ""]
         lines.append(line)
     return Table(names, lines, num_words=2)
 
 
 def bits_of(trial: Trial, folder: Location, timeout_s: float = 0.0) -> tuple[float, ...]:
     """Bits/dim of each held-out image at the trial's last rung; storage may fail for `timeout_s`."""
-    try:
+    with as_user_error(f"cannot read the results of {trial.name}"):
         return Evaluation.read(folder.child(trial.name), trial.images_seen, timeout_s).bits
-    except OSError as error:
-        raise UserError(f"cannot read the results of {trial.name}: {error}") from None
 
 
 def _varied(rows: Sequence[Row]) -> list[str]:

@@ -25,9 +25,9 @@ from ddpm.storage.locations import Location
 from ddpm.tracking import sync
 from ddpm.tracking.metrics_buffer import Artifact, Metrics, Tags
 from ddpm.tracking.mlflow_client import Lost, tracking_uri
-from ddpm.tracking.mlflow_runs import PARENT_TAG, Address, MlflowRun, without_password
+from ddpm.tracking.mlflow_runs import PARENT_TAG, Address, MlflowRun
 from ddpm.tracking.pages import NOTE_TAG, STOPPED
-from ddpm.tracking.retry import OutOfTime
+from ddpm.tracking.retry import OutOfTime, without_password
 from ddpm.utils import devices
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import retry_io
@@ -82,7 +82,7 @@ def store(setup: Setup, rows: Sequence[Row], remarks: Sequence[str], parent: Add
         files["parallel.png"] = plots.parallel(trials, setup.space.domains, metric)
     if any(row.by_kid for row in rows):
         yield "denoising   the finalists at equal noise ..."
-        files["bits-and-kid.png"] = plots.scatter(trials)
+        files["bits-and-kid.png"] = plots.scatter([row.trial for row in rows if row.by_kid])
         files["denoising.png"] = plots.denoising(LOG_SNR, curves(rows, folder, setup.evaluator.held_out))
     try:
         if page := compared(rows, folder):

@@ -13,6 +13,7 @@ from ddpm.search.runner import Spec
 from ddpm.search.scoreboard import Scoreboard
 from ddpm.search.setup import Setup, prepare
 from ddpm.storage.driver_lock import DriverLock
+from ddpm.utils.errors import UserError
 
 
 def search(arguments: Arguments) -> int:
@@ -57,7 +58,10 @@ def _search(setup: Setup, lock: DriverLock) -> int:
             f"interrupted; run the same command again with --name {setup.name} to continue", file=sys.stderr
         )
         return 128 + interruption.signal
-    leaderboard.score_finalists(setup, events)
+    try:
+        leaderboard.score_finalists(setup, events)
+    except UserError as error:  # such as too few held-out images, or a feature net that is not installed
+        print(f"warning: there is no KID of the finalists: {error}", file=sys.stderr)
     rows = leaderboard.ranked(setup, events)
     leaderboard.table(rows).show()
     evaluator = setup.evaluator

@@ -208,7 +208,15 @@ def test_the_best_config_can_be_trained(place: Location, events: EventLog) -> No
     assert found.train.total_images == 128
     assert (found.run, found.cluster, found.data.shards) == (DIGITS.run, DIGITS.cluster, None)
     assert found.train.keep_checkpoints == DIGITS.train.keep_checkpoints
-    assert not set(json.loads(text)) & {"run", "cluster"}
+    assert not set(json.loads(text)) & {"run", "cluster"} and "images" not in json.loads(text)["data"]
+
+
+def test_kid_of_another_feature_net_is_not_ranked(place: Location, events: EventLog) -> None:
+    events.add(Scored(4, Score("KID-lite0", 0.001, 0.0001, 100)))
+    found = rows_of(place, events)
+    assert [str(s.by_kid) for s in found] == ["2", "1", "None", "None", "None"]
+    assert "KID-pixels" in leaderboard.table(found).names
+    assert [line[-2:] for line in leaderboard.table(found).rows[2:3]] == [["", ""]]
 
 
 def test_a_search_without_finished_trials(place: Location) -> None:
