@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from support.faulted import write_digits
+from support.local import finished
 
 from ddpm.checkpoints import checkpoint, runs
 from ddpm.config import Config
@@ -58,7 +59,7 @@ def config_in(folder: Path, **changes: object) -> Config:
 
 def train(config: Config, folder: Path) -> State:
     run, data_set = runs.open_run("run", str(folder)), open_configured(config)
-    with RunStore(config, run, data_set.rows.fingerprint) as store:
+    with finished(RunStore(config, run, data_set.rows.fingerprint)) as store:
         return loop.train(config, Runtime(config, data_set, data_set.held_out(), store))
 
 

@@ -5,7 +5,6 @@ Averaged weights make much better samples than the last ones (Song and Ermon 202
 stay in it for about 1 / (1 - decay) steps, and early samples are noise.
 """
 
-from collections.abc import Mapping
 from copy import deepcopy
 
 import torch
@@ -48,7 +47,3 @@ class EMA:
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged weights, under the names of the net's weights."""
         return self.net.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore weights from `state_dict`; another name or shape is a RuntimeError."""
-        self.net.load_state_dict(state)

@@ -83,9 +83,8 @@ def _commit(folder: Path, target: Location, retry: Retry, *, move: bool) -> None
 
 def retire(run: Location, keep: int) -> None:
     """Remove checkpoints other than the newest `keep`, and those that are no longer the best."""
-    names = run.folders()
-    old = [name for name in names if name.startswith(checkpoint.PREFIX)][:-keep]
-    worse = [name for name in names if name.startswith(checkpoint.BEST_PREFIX)][:-1]
+    old = runs.checkpoint_names(run)[:-keep]
+    worse = [name for name in run.folders() if name.startswith(checkpoint.BEST_PREFIX)][:-1]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda name: remove(run.child(name)), old + worse))
 

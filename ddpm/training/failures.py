@@ -48,7 +48,7 @@ class Done:
     """The run has ended, or was stopped."""
 
     images_seen: int | None
-    """None: it was stopped before its first step."""
+    """None: it was stopped while no step was under way."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def decide(
         return Fail(error)
     if ended is not None and (ended >= config.train.total_images or was_asked):
         return Done(ended)
-    if was_asked and run_state.PROGRESS not in values:
+    if was_asked and is_idle(values):
         return Done(None)
     again: dict[str, Any] = {run_state.WORKERS: None}
     if values.get(run_state.STOP) in run_state.ENDS_GROUP:
@@ -90,6 +90,11 @@ def decide(
         return Restart(f"nodes have joined; continuing with more workers, at {ended:,} images", again)
     line = f"a node is about to be preempted; continuing on other nodes, at {ended:,} images"
     return _after_preemption(line, values, again, config.cluster)
+
+
+def is_idle(values: Mapping[str, Any]) -> bool:
+    """Whether no step is under way, so that a run that is to stop waits for nothing."""
+    return run_state.PROGRESS not in values or values.get(run_state.WORKERS) is None
 
 
 def _after_failures(

@@ -106,7 +106,8 @@ def fit(
 
         monitor = DriverMonitor(config, group, uploader, max(seen, 0), continues)
         ended, delivery = _drive(run, monitor, uploader, lock, trained)
-        newest = runs.checkpoints(run.location)[-1:]
+        find = partial(runs.checkpoints, run.location)
+        newest = retry_io(find, where=run.location.uri, timeout_s=config.run.storage_timeout_s)[-1:]
         return Result(run, ended, newest[0].uri if newest else None, delivery, monitor.signal)
 
 

@@ -16,7 +16,7 @@ from ddpm.cluster import resources
 from ddpm.config import Config
 from ddpm.tracking.uploader import Uploader
 from ddpm.training import run_state
-from ddpm.training.failures import CONTROLLER, Done, Fail, Restart, decide
+from ddpm.training.failures import CONTROLLER, Done, Fail, Restart, decide, is_idle
 from ddpm.training.gauges import Gauges
 from ddpm.training.screen import Screen
 from ddpm.training.worker_group import WorkerGroup
@@ -68,8 +68,8 @@ class StopSignals:
 class DriverMonitor(StopSignals):
     """A context that monitors training.
 
-    A signal asks the workers to stop after the current step, with a checkpoint. Before the first step the driver does
-    not wait for them.
+    A signal asks the workers to stop after the current step, with a checkpoint. Before the first step, and while there
+    are no workers, the driver does not wait for them.
 
     Args:
         images_seen: position of the run before its workers start.
@@ -127,8 +127,8 @@ class DriverMonitor(StopSignals):
                 case Fail(error):
                     raise error
                 case Done(images_seen):
-                    if images_seen is None:  # stopped before the first step
-                        return self._images_seen
+                    if images_seen is None:  # stopped while no step was under way
+                        return max(self._images_seen, self._committed)
                     if not self._group.stays:
                         # After a signal the thread is still in Ray Train, and a process that exits while a thread is in
                         # a call into Ray may crash (Ray 2.60). This is called before Ray's own handler, registered
@@ -140,13 +140,9 @@ class DriverMonitor(StopSignals):
                     for subject, value in {run_state.ENDED: None, **values}.items():
                         self._state.set(subject, value)
 
-    def _is_before_first_step(self, values: Mapping[str, Any]) -> bool:
-        """Whether a signal came before the first step, so that there is nothing to wait for."""
-        return self.signal is not None and run_state.PROGRESS not in values
-
     def _may_leave(self, values: Mapping[str, Any]) -> bool:
         """Whether to go on before the workers have left."""
-        if self._is_before_first_step(values):
+        if self.signal is not None and is_idle(values):
             return True
         is_waited_for = not self._group.stays and self.signal is None
         if is_waited_for or values.get(run_state.ENDED) is None:
@@ -181,8 +177,8 @@ class DriverMonitor(StopSignals):
         self._state.set(run_state.STOP, name)
         self._announced = True
         line = f"stopping after this step, and storing a checkpoint of it{self.again}"
-        if self._is_before_first_step(self._state.snapshot()):
-            line = "stopping before the first step"
+        if is_idle(values := self._state.snapshot()):
+            line = "no workers train" if run_state.PROGRESS in values else "stopping before the first step"
         print(f"{name}: {line}", file=sys.stderr)
 
     def _show_waiting(self, values: Mapping[str, Any]) -> None:
@@ -191,7 +187,7 @@ class DriverMonitor(StopSignals):
             self._is_short, self._placed, self._waiting_at = True, True, time.monotonic() + WAITING_AFTER_S
             return
         shortage = None
-        if self._is_short:
+        if self._is_short or self._placed:
             shortage = resources.shortage(self._config, self._group.per_worker, self._placed)
         self._is_short = shortage is not None
         if shortage is not None and time.monotonic() >= self._waiting_at:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from ddpm.checkpoints import checkpoint, runs
 from ddpm.checkpoints.checkpoint import Snapshot
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 class RunStore(MetricsBuffer):
-    """The folder of a run; as a context, it returns when everything is stored.
+    """The folder of a run.
 
     Args:
         data_fingerprint: of the data set, for state.json.
@@ -74,15 +74,6 @@ class RunStore(MetricsBuffer):
         self._room = threading.Semaphore(MAX_SNAPSHOTS)
         self._failure: BaseException | None = None
         threading.Thread(target=self._work, name="ddpm-store", daemon=True).start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        self._todo.join()
-        self.close()
-        if error is None:
-            self.check()
 
     @contextmanager
     def latest_checkpoint(self, reached: int = 0) -> Iterator[Path | None]:

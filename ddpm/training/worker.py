@@ -23,6 +23,7 @@ import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 from torch import Tensor
 
+from ddpm.checkpoints.checkpoint import position
 from ddpm.checkpoints.runs import Run
 from ddpm.config import Config
 from ddpm.data import ray_dataset
@@ -132,6 +133,9 @@ class RayRuntime(Runtime):
                 progress = ray.get(self._state.snapshot.remote()).get(run_state.PROGRESS)
                 reached = progress.images_seen if progress else 0
                 folder = stack.enter_context(self.store.latest_checkpoint(reached))
+                if progress:  # what is lost is counted once, also if this group dies before its first step
+                    progress = dataclasses.replace(progress, images_seen=position(folder))
+                    self._state.set.remote(run_state.PROGRESS, progress)
             name = ray.train.collective.broadcast_from_rank_zero(folder.name if folder else None)
             if self.store is None and name:
                 location, timeout_s = self._run.location.child(name), self._config.run.storage_timeout_s

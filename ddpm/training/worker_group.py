@@ -1,15 +1,12 @@
 """The workers of a training run: a `TorchTrainer`. failures.py decides what happens to a run when workers die."""
 
 import atexit
-import contextlib
-import fcntl
 import json
 import logging
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
@@ -33,8 +30,6 @@ from ddpm.training.system_metrics import hardware
 from ddpm.training.worker import RayRuntime
 from ddpm.utils.errors import UserError
 
-FOLDER_PREFIX, OWNER = "ddpm-ray-train-", "owner"
-"""Temporary folders of Ray Train runs; the process that uses one holds a lock on the file `owner` in it."""
 NEVER_S = 1e9
 
 
@@ -92,7 +87,8 @@ class WorkerGroup:
 
     def _fit(self) -> None:
         try:
-            with _own_folder() as folder:
+            with tempfile.TemporaryDirectory(prefix="ddpm-ray-train-") as folder:
+                atexit.register(shutil.rmtree, folder, ignore_errors=True)  # this thread may not end
                 self.result = self._trainer(folder).fit()
         except BaseException as error:  # of any type: failures.decide says what follows
             self.error = error
@@ -131,19 +127,6 @@ class WorkerGroup:
         if placement_group is not None:
             ray.util.remove_placement_group(placement_group)
             self.state.set(run_state.PLACEMENT_GROUP, None)
-
-
-@contextlib.contextmanager
-def _own_folder() -> Iterator[str]:
-    """A temporary folder, also removed when this process exits; folders of killed processes are removed first."""
-    for left in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*/{OWNER}"):
-        with contextlib.suppress(OSError), left.open() as owner:  # an error: the folder is in use
-            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left.parent, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=FOLDER_PREFIX) as folder, Path(folder, OWNER).open("w") as owner:
-        fcntl.flock(owner, fcntl.LOCK_EX)
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)  # the thread that uses it may not end
-        yield folder
 
 
 def work(spec: dict[str, Any]) -> None:

@@ -82,7 +82,7 @@ def test_a_restored_state_continues_where_it_was_saved():
     set_weight(net, 3.0)
     first.update(net, 5)
     second = EMA(one_weight(-7.0), decay=0.9)
-    second.load_state_dict({name: weight.clone() for name, weight in first.state_dict().items()})
+    second.net.load_state_dict({name: weight.clone() for name, weight in first.state_dict().items()})
     for ema in (first, second):
         ema.update(net, 6)
     assert first.state_dict().keys() == {"weight"}

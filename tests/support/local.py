@@ -1,6 +1,7 @@
 """Training in this process, in plain torch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,15 @@ class Logged:
         self.files.add(name)
 
 
+@contextmanager
+def finished(store: RunStore) -> Iterator[RunStore]:
+    """A context at whose end everything is stored."""
+    with ExitStack() as stack:
+        stack.callback(store.close)
+        stack.callback(store.flush)
+        yield store
+
+
 def fit(
     config: Config,
     data_set: DataSet,
@@ -48,7 +58,7 @@ def fit(
 ) -> State:
     """Train in `folder`, from its newest checkpoint."""
     run = Run(folder.name, locations.resolve(str(folder)), "")
-    with RunStore(config, run, data_set.rows.fingerprint) as store:
+    with finished(RunStore(config, run, data_set.rows.fingerprint)) as store:
         if logged is not None:
             store.metrics = logged.metrics  # type: ignore[method-assign]
             store.image = logged.image  # type: ignore[method-assign]

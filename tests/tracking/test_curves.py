@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from support.local import finished
 
 from ddpm.checkpoints import checkpoint
 from ddpm.checkpoints.runs import Run
@@ -35,7 +36,9 @@ def run(tmp_path: Path) -> Location:
 def save(run: Location, config: Config, *positions: int) -> list[str]:
     """Resume, and store a checkpoint at each position, with a loss that tells when it was measured; warnings."""
     told: list[tuple[str, Any]] = []
-    with RunStore(config, Run("one", run, "a"), "b", lambda *subject: told.append(subject)) as store:
+    with finished(
+        RunStore(config, Run("one", run, "a"), "b", lambda *subject: told.append(subject))
+    ) as store:
         with store.latest_checkpoint() as folder:
             resumed_at = checkpoint.position(folder)
         for seen in positions:

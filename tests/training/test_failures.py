@@ -48,6 +48,11 @@ class Wrapped(Exception):
         ({"ended": 640}, False, Done(640)),
         ({"ended": 320}, True, Done(320)),
         ({}, True, Done(None)),  # stopped before the first step
+        (
+            {"progress": 1, "workers": None, "committed": 64},
+            True,
+            Done(None),
+        ),  # stopped while it waits for nodes
         ({"ended": -1, "failure": (error := NonFinite("loss is nan"))}, False, Fail(error)),
     ],
 )

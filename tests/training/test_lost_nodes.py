@@ -103,6 +103,20 @@ def test_an_elastic_run_shrinks_and_grows(run: Run, head: RayHead, nodes: ExitSt
     assert lost[max(lost)] == pytest.approx(before_growing, abs=32)  # half a step
 
 
+def test_a_run_without_room_says_so_and_stops_at_once(run: Run, head: RayHead, nodes: ExitStack) -> None:
+    """There is no worker whose step SIGTERM could wait for, and all that was stored is kept."""
+    _, node = [add(nodes, head, num_cpus) for num_cpus in (1, 2)]
+    flags = (*WORKER_CPUS, "--cluster.num-workers", "1", "--train.total-images", "1000000")
+    with run.start(*flags, env={"RAY_ADDRESS": head.address}) as job:
+        job.wait_for(run.past(0))
+        node.kill()
+        job.wait_for(lambda: "waiting     for 1.5 CPUs: the cluster has 1 (" in job.output)
+        job.process.send_signal(signal.SIGTERM)
+        assert job.wait() == 128 + signal.SIGTERM, job.output
+    assert "SIGTERM: no workers train\n" in job.output
+    assert f"stopped     at {run.position():,} images" in job.output
+
+
 def worker_counts(run: Run) -> list[int]:
     """The sequence of worker counts that MLflow has so far."""
     with contextlib.suppress(FileNotFoundError, ValueError):  # nothing is logged yet

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.local import finished
 from support.power import Disk
 
 from ddpm.checkpoints import checkpoint, runs
@@ -34,7 +35,7 @@ def save_two(root: Path, config: Config, committed: list[int]) -> None:
     run = Run("one", locations.resolve(str(root)).child("runs").child("one"), "a")
     state = State.create(config, torch.device("cpu"))
     config = override(config, {"train.keep_checkpoints": 1, "run.storage_timeout_s": 300.0})
-    with RunStore(config, run, "b", notify) as store:
+    with finished(RunStore(config, run, "b", notify)) as store:
         for state.step in (1, 2):
             state.images_seen = 32 * state.step
             store.metrics({"train/loss": 0.5}, state.images_seen)
