@@ -8,7 +8,7 @@ import sys
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import redirect_stderr
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -23,7 +23,7 @@ from ddpm.utils.command_line import installed
 from ddpm.utils.errors import UserError
 from ddpm.utils.files import read_whole
 from ddpm.utils.openmp import bound_spinning
-from ddpm.utils.progress import printable
+from ddpm.utils.progress import printable, shortened
 from ddpm.utils.streams import lossy
 
 HELP, HELP_ALL = ("-h", "--help"), "--help-all"
@@ -46,6 +46,18 @@ MAX_LINE = 500
 """Characters of an error's line; what is in the middle of a longer one is left out."""
 
 
+@dataclass(frozen=True)
+class PresetArguments:
+    """A preset and its changes: the arguments of commands that begin with PRESET."""
+
+    preset: tyro.conf.Suppress[str]
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    file: Annotated[str | None, tyro.conf.arg(name="config", metavar="FILE")] = None
+    """JSON file of changes to the preset, such as a search's best.json; flags are applied after it."""
+    verbose: bool = False
+    """Show Ray's messages, and tracebacks."""
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and exit: 0 (or what it returns) when done, 2 for a user error, 130 for Ctrl-C.
 
@@ -58,9 +70,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main() or 0
     except UserError as error:
-        line = installed(printable(f"error: {error}"))
-        half = (MAX_LINE - 5) // 2
-        print(line if len(line) <= MAX_LINE else f"{line[:half]} ... {line[-half:]}", file=sys.stderr)
+        print(shortened(installed(printable(f"error: {error}")), MAX_LINE), file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -90,8 +100,10 @@ def chosen(first: str, names: Mapping[str, str], description: str | None) -> str
     return word
 
 
-def parse_preset(kind: type[Any], description: str | None, of_folder: Callable[[str], Config]) -> Any:
-    """Parse the command line PRESET [flags] as `kind`, whose first fields are the preset's name and its config.
+def parse_preset(
+    kind: type[PresetArguments], description: str | None, of_folder: Callable[[str], Config]
+) -> Any:
+    """Parse the command line PRESET [flags] as `kind`.
 
     `folder PATH` is the config `of_folder` of that path.
     """

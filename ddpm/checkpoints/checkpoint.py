@@ -23,13 +23,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ddpm.build import TrainedNet, build_net
+from ddpm.build import TrainedNet, build_net, resolve_sample
 from ddpm.checkpoints.runs import CHECKSUMS, PREFIX
 from ddpm.config import Affects, Config
 from ddpm.config_io import differences, flatten, from_json, keys_that_affect, to_json
 from ddpm.diffusion import schedules
 from ddpm.utils import files, strict_json
 from ddpm.utils.errors import UserError
+from ddpm.utils.retry import as_user_error
 
 _TENSORS = ("net.safetensors", "ema.safetensors", "optimizer.safetensors")
 FILES = (*_TENSORS, "state.json", "config.json", CHECKSUMS)
@@ -129,10 +130,8 @@ def read_checksums(folder: Path) -> dict[str, str]:
 
 def read_bytes(file: Path) -> bytes:
     """The content of a checkpoint's file."""
-    try:
+    with as_user_error(f"{file} cannot be read"):
         return files.read_whole(file)
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -177,7 +176,9 @@ def read_config(folder: Path) -> Config:
 
 def newest(run: Path) -> Path | None:
     """The newest checkpoint in a run's folder; None: there is none."""
-    return max((file.parent for file in run.glob(f"{PREFIX}*/{CHECKSUMS}")), default=None)
+    return max(
+        (file.parent for file in run.glob(f"{PREFIX}{'[0-9]' * NAME_DIGITS}/{CHECKSUMS}")), default=None
+    )
 
 
 def load_net(folder: Path | str, device: torch.device | str = "cpu", *, ema: bool = True) -> TrainedNet:
@@ -216,6 +217,13 @@ def read_x_0_error(folder: Path, num_timesteps: int) -> Tensor:
     if card.weights_sha256 != weights or len(card.x_0_error) != num_timesteps:
         raise UserError(f"{file} belongs to other weights or another num_timesteps; {remedy}")
     return torch.tensor(card.x_0_error, dtype=torch.float64)
+
+
+def needed_x_0_error(folder: Path, config: Config) -> Tensor | None:
+    """`read_x_0_error` if the sampling configuration of `config` needs it: ddpm with the variance "measured"."""
+    sample = resolve_sample(config.sample, config.objective)
+    is_needed = (sample.sampler, sample.variance) == ("ddpm", "measured")
+    return read_x_0_error(folder, config.schedule.num_timesteps) if is_needed else None
 
 
 def check_same_run(saved: Config, now: Config, where: str) -> None:

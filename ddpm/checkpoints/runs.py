@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import time
 import uuid
 from dataclasses import asdict, dataclass, replace
@@ -129,8 +130,13 @@ def read_status(run: Location) -> Status | None:
 
 def checkpoints(location: Location) -> list[Location]:
     """Complete checkpoints in a run's folder, oldest first."""
-    names = [name for name in location.folders() if name.startswith(PREFIX)]
-    return [child for child in map(location.child, names) if child.child(CHECKSUMS).exists()]
+    children = map(location.child, checkpoint_names(location))
+    return [child for child in children if child.child(CHECKSUMS).exists()]
+
+
+def checkpoint_names(location: Location) -> list[str]:
+    """Names of the checkpoints in a run's folder, complete or not, oldest first; a user's copies have other names."""
+    return [name for name in location.folders() if re.fullmatch(rf"{PREFIX}\d+", name)]
 
 
 def _check_name(name: str) -> None:

@@ -6,36 +6,21 @@ flags that people change first, `--help-all` every flag.
 
 import shlex
 import time
-from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from ddpm import cli
+from ddpm.cli import PresetArguments
 from ddpm.commands import folder
-from ddpm.config import Config
 from ddpm.utils import command_line
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """A preset and its changes."""
-
-    preset: tyro.conf.Suppress[str]
-    config: Annotated[Config, tyro.conf.arg(name="")]
-    file: Annotated[str | None, tyro.conf.arg(name="config", metavar="FILE")] = None
-    """JSON file of changes to the preset, such as a search's best.json; flags are applied after it."""
-    verbose: bool = False
-    """Show Ray's messages, and tracebacks."""
-
-
 def main() -> int:
-    result = launch(cli.parse_preset(Arguments, __doc__, folder.preset))
+    result = launch(cli.parse_preset(PresetArguments, __doc__, folder.preset))
     return 128 + result.signal if result.signal else 0
 
 
-def launch(arguments: Arguments, items: Any = None) -> Any:
+def launch(arguments: PresetArguments, items: Any = None) -> Any:
     """Train, with `items`, a data set in Python, in place of the config's; returns a `fit.Result`."""
     from ddpm.data import plan  # after parsing, so that --help and errors come at once
 

@@ -44,7 +44,7 @@ def with_shards(
     # The name has a digest, so data sets of other versions or other images are kept beside this one.
     name = f"{what}-{prepare.options_of(source)[:8]}".replace(":", "-")
     location = locations.resolve(config.run.storage).child(RESERVED).child(name)
-    if "RAY_ADDRESS" in os.environ or not prepare.is_large(source):
+    if items is not None or "RAY_ADDRESS" in os.environ or not prepare.is_large(source):
         connect = None
     skip = config.data.skip_unreadable
     is_new = prepare.find(source, location) is None

@@ -31,8 +31,6 @@ OVERSAMPLING = 2
 # Fractions of the image's side: the font's size, and the maximum shift of the glyph from the image's centre.
 FONT_SIZES, MAX_SHIFT = (0.6, 0.85), 0.06
 MAX_ROTATION_DEGREES = 15.0
-# Luma difference of coloured glyph and background, of 255.
-MIN_CONTRAST = 100
 
 
 @dataclass(frozen=True)
@@ -40,30 +38,25 @@ class Glyphs(Square):
     """Letters and digits (A-Z a-z 0-9) in 12 typefaces, rendered with random size, position and slant; no download."""
 
     class_names: ClassVar = tuple(CHARACTERS)
+    channels: ClassVar = 1
     num_images: Annotated[int, Interval(ge=2, le=10**9)] = 31_000
     """Images of all 62 classes together; 5 % of them are held out."""
     size: Annotated[int, Interval(ge=16, le=256)] = 32
     """Height and width."""
-    colored: bool = False
-    """RGB, with random colours of glyph and background; else white on black."""
     seed: Seed = 0
     name: str = field(default="glyphs", init=False)
     encoding: Literal["raw"] = field(default="raw", init=False)
-
-    @property
-    def channels(self) -> int:
-        return 3 if self.colored else 1
 
     @property
     def splits(self) -> dict[str, int]:
         return {split: len(rows) for split, rows in self._rows.items()}
 
     def identity(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"colored": False}  # as in earlier versions, whose data sets are found
 
     def read(self, split: str, start: int, stop: int) -> tuple[Pixels, Labels]:
         rows = self._rows[split][start:stop]
-        images = [draw(self.seed, i, self.size, self.colored) for i in rows.tolist()]
+        images = [draw(self.seed, i, self.size) for i in rows.tolist()]
         return np.stack(images), rows % len(CHARACTERS)
 
     @cached_property
@@ -71,8 +64,8 @@ class Glyphs(Square):
         return held_out(self.num_images, self.seed)
 
 
-def draw(seed: int, index: int, size: int, colored: bool) -> Pixels:
-    """Image `index`, of class index mod 62: uint8 [size, size, 1 or 3]."""
+def draw(seed: int, index: int, size: int) -> Pixels:
+    """Image `index`, of class index mod 62: uint8 [size, size, 1]."""
     random = RandomState([seed, index])  # numpy promises this stream for all its versions
     side = size * OVERSAMPLING
     face = FACES[random.randint(len(FACES))]
@@ -88,21 +81,7 @@ def draw(seed: int, index: int, size: int, colored: bool) -> Pixels:
     origin = (center[0] - (left + right) / 2, center[1] - (top + bottom) / 2)
     ImageDraw.Draw(canvas).text(origin, character, fill=255, font=font, anchor="ls")
     canvas = canvas.rotate(angle, Image.Resampling.BICUBIC).reduce(OVERSAMPLING)
-    ink = np.asarray(canvas, np.uint8)[..., None]
-    if not colored:
-        return ink
-    glyph, background = _colors(random)
-    share = ink / 255.0
-    return np.round(share * glyph + (1 - share) * background).astype(np.uint8)
-
-
-def _colors(random: RandomState) -> tuple[np.ndarray, np.ndarray]:
-    """Two random RGB colours that can be told apart."""
-    luma = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
-    while True:
-        glyph, background = random.randint(256, size=(2, 3))
-        if abs((glyph - background) @ luma) >= MIN_CONTRAST:
-            return glyph, background
+    return np.asarray(canvas, np.uint8)[..., None]
 
 
 @cache

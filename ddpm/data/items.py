@@ -50,12 +50,24 @@ class Items(Loaded):
         parts = self.data if isinstance(self.data, Mapping) else {"train": self.data}
         if "train" not in parts or not {*parts} <= {*PARTS}:
             raise UserError(f"data has the splits {', '.join(map(str, parts))}; use train and test")
-        items = {PARTS[part]: [self._item(data, i) for i in range(len(data))] for part, data in parts.items()}
+        items = {PARTS[part]: self._items(part, data) for part, data in parts.items()}
+        found = [label for of_part in items.values() for _, label in of_part]
+        if min(found) < 0 <= max(found):
+            raise UserError(
+                "data: some items have a label, others have none (None, or below 0); label all or none"
+            )
         splits = divide({part: len(of_part) for part, of_part in items.items()}, seed=0)
         ordered = {
             split: zip(*(items[part][i] for i in rows), strict=True) for split, (part, rows) in splits.items()
         }
         return {split: (np.array(images), np.array(labels)) for split, (images, labels) in ordered.items()}
+
+    def _items(self, part: str, data: Any) -> list[tuple[Pixels, int]]:
+        size = len(data) if hasattr(data, "__len__") else 0
+        if size == 0:
+            what = f"{part} is {type(data).__name__}, without a length or any item"
+            raise UserError(f"data: {what}; give items by number, or the URI of shards")
+        return [self._item(data, i) for i in range(size)]
 
     def _item(self, data: Any, row: int) -> tuple[Pixels, int]:
         """An image, and its label; -1: it has none."""

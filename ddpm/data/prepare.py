@@ -33,7 +33,7 @@ from ddpm.storage.driver_lock import DriverLock
 from ddpm.storage.locations import Location
 from ddpm.utils.errors import UserError
 from ddpm.utils.images import grid, png_bytes
-from ddpm.utils.progress import Display, printable
+from ddpm.utils.progress import Display, printable, shortened
 from ddpm.utils.retry import as_user_error
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ UNREADABLE = "unreadable.txt"
 """File of a data set that lists the images that could not be read."""
 MAX_UNREADABLE_SHARE = 0.05
 SKIP = "--skip-unreadable (--data.skip-unreadable in training)"
-NAMED, NAMED_LENGTH = 3, 110
+NAMED, NAMED_LENGTH = 3, 115
 """Unreadable images that an error names, and characters of each."""
 
 # A row group is read whole: a few megabytes, so that shuffling a window of several takes little memory.
@@ -239,16 +239,10 @@ def _check_unreadable(source: Source, location: Location, made: dict[_Task, Made
     location.child(NOTES).delete()
     limit = f"since {SKIP} leaves out {MAX_UNREADABLE_SHARE:.0%} at most, and no whole split"
     advice = f"repair or remove them, {f'or leave them out with {SKIP}' if may_skip else limit}"
-    named = "; ".join(map(_shortened, lines[:NAMED])) + "; ..." * (count > NAMED)
+    named = "; ".join(shortened(line, NAMED_LENGTH) for line in lines[:NAMED]) + "; ..." * (count > NAMED)
     raise UserError(
         f"{count:,} of {total:,} images cannot be read ({listed.uri} lists all); {advice}: {named}"
     )
-
-
-def _shortened(line: str) -> str:
-    """`line` without its middle if it is long: its ends name the file and the reason."""
-    half = NAMED_LENGTH // 2
-    return line if len(line) <= NAMED_LENGTH else f"{line[:half]}...{line[-half:]}"
 
 
 def _rows_per_row_group(source: Source) -> int:

@@ -77,7 +77,7 @@ def write_whole(path: Path, data: bytes, *, durable: bool = True) -> None:
 def put_in_place(folder: Path, location: Path) -> None:
     """Rename `folder`, already flushed by `sync_tree`, to `location`; another folder there is removed first.
 
-    The new name is on disk after sync(location.parent). That call can be retried; this function cannot.
+    The new name is on disk after sync(location.parent). It may be called again as long as the rename has failed.
     """
     shutil.rmtree(location, ignore_errors=True)
     folder.rename(location)

@@ -30,6 +30,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def shortened(line: str, most: int) -> str:
+    """`line` in at most so many characters: without its middle, since its ends name the file and the reason."""
+    half = (most - 5) // 2
+    return line if len(line) <= most else f"{line[:half]} ... {line[-half:]}"
+
+
 class LiveText:
     """A context that shows the lines of `text` on a terminal, drawn anew by `refresh`; they may have ANSI colours."""
 

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 10.0
 WARN_AFTER_S = 2.0
-"""Seconds of failed tries after which `warn` is called; the next try is at most three seconds later."""
+"""Seconds of failed tries after which `warn` is called, at the latest ten seconds later."""
 MAX_ERROR = 400
 """Characters of an error of storage that a message shows."""
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")

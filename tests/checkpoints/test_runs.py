@@ -14,6 +14,7 @@ from ddpm.config_io import override
 from ddpm.hub import resolve
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
+from ddpm.training import checkpoint_manager
 from ddpm.utils.errors import UserError
 from ddpm.utils.files import MAX_BYTES
 
@@ -117,10 +118,16 @@ def test_complete_checkpoints_are_listed_oldest_first(root_uri: str) -> None:
         write_checkpoint(run, images_seen)
     write_checkpoint(run, 200_000, whole=False)
     run.child("best-000000003000/checksums.json").write(b"{}")
+    run.child("checkpoint-000000100000-good/checksums.json").write(b"{}")  # a user's copy
     run.child("samples/latest.png").write(b"")
     names = [folder.uri.rpartition("/")[2] for folder in runs.checkpoints(run)]
     assert names == [checkpoint.name_at(n) for n in (3_000, 20_000, 100_000)]
     assert runs.checkpoints(locations.resolve(root_uri).child("never")) == []
+    checkpoint_manager.retire(run, keep=1)
+    left = [name for name in run.folders() if name.startswith(checkpoint.PREFIX)]
+    assert left == ["checkpoint-000000100000-good", checkpoint.name_at(200_000)]
+    if run.is_local:
+        assert checkpoint.newest(Path(run.path)) is None
 
 
 def test_a_run_means_its_newest_complete_checkpoint_and_a_checkpoint_itself(root_uri: str) -> None:

@@ -159,7 +159,7 @@ def test_training_on_an_image_folder_and_resuming(run_job: Callable[..., Any], t
         assert f"trained     {total} images" in done.stdout
     assert (tmp_path / "runs/a/checkpoint-000000000128").exists()
     evaluated = run_job("evaluate", "runs/a", "--num-images", "20", cwd=tmp_path)
-    assert evaluated.returncode == 2 and "has 2 held-out images" in evaluated.stderr
+    assert evaluated.returncode == 2 and "has 2 images in its split test" in evaluated.stderr
     write_images(tmp_path / "pets", 1, seed=1)
     done = run_job("train", *words, "--total-images", 512, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1

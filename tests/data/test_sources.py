@@ -52,7 +52,7 @@ def write_mnist(folder: Path, zipped: bool = True) -> np.ndarray:
     return images
 
 
-@pytest.mark.parametrize("source", [Digits(), Glyphs(num_images=200), Glyphs(num_images=100, colored=True)])
+@pytest.mark.parametrize("source", [Digits(), Glyphs(num_images=200)])
 def test_a_range_is_a_slice_of_the_whole(source: Source) -> None:
     images, labels = everything(source, "train")
     part, part_labels = source.read("train", 7, 23)
@@ -114,13 +114,10 @@ def test_glyphs_are_distinct_legible_and_balanced() -> None:
     assert (distance.argmin(1) == test_labels).mean() > 0.15
 
 
-def test_colored_glyphs_contrast_with_their_background() -> None:
-    images, _ = everything(Glyphs(num_images=100, colored=True), "train")
-    other, _ = everything(Glyphs(num_images=100, colored=True, seed=1), "train")
+def test_glyphs_depend_on_the_seed() -> None:
+    images, _ = everything(Glyphs(num_images=100), "train")
+    other, _ = everything(Glyphs(num_images=100, seed=1), "train")
     assert (images != other).any()
-    luma = images @ np.array([0.299, 0.587, 0.114])
-    assert (np.ptp(luma, axis=(1, 2)) > 60).all()
-    assert (np.ptp(images.astype(int), axis=3).max((1, 2)) > 20).mean() > 0.9  # colour, not grey
 
 
 @needs_fashion
