@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -10,12 +11,14 @@ from PIL import Image
 from ddpm import cli
 from ddpm.build import TrainedNet
 from ddpm.checkpoints import checkpoint
-from ddpm.commands.train import Arguments, launch
+from ddpm.cli import PresetArguments
+from ddpm.commands.train import launch
 from ddpm.config import Config
 from ddpm.config_io import override
 from ddpm.hub import resolve
 from ddpm.presets import PRESETS
 from ddpm.sampling import workers
+from ddpm.tracking import run_params
 from ddpm.utils import command_line, images
 from ddpm.utils.errors import UserError
 from ddpm.utils.images import Pixels
@@ -30,7 +33,7 @@ class Run:
     @cached_property
     def trained(self) -> TrainedNet:
         """The averaged net of the newest checkpoint, with its config."""
-        with resolve.local_checkpoint(self.uri) as folder:
+        with resolve.local_checkpoint(str(self.uri)) as folder:
             return checkpoint.load_net(folder)
 
     def sample(
@@ -39,7 +42,12 @@ class Run:
         """The images of jobs/sample.py, uint8 [N, H, W, C]; `settings` are those of config.sample: sampler="ddpm"."""
         changes = {f"sample.{name}": value for name, value in {**settings, "seed": seed}.items()}
         trained = self.trained.sampled_with(override(self.trained.config, changes).sample)
-        return workers.in_memory(workers.SampleJob(trained, label), num_images)
+        run_params.check_effect(trained.config, settings)
+        x_0_error = None
+        if trained.config.sample.variance == "measured":
+            with resolve.local_checkpoint(str(self.uri)) as folder:
+                x_0_error = checkpoint.needed_x_0_error(folder, trained.config)
+        return workers.in_memory(workers.SampleJob(trained, label, x_0_error=x_0_error), num_images)
 
     def show(self, *arguments: Any, **settings: Any) -> Image.Image:
         """The images of `sample` as a grid, which a notebook displays."""
@@ -56,6 +64,7 @@ def train(preset: str | Config, data: Any = None, **settings: Any) -> Run:
     if config is None:
         raise UserError(f"there is no preset {preset}; it must be one of {', '.join(PRESETS)}")
     short = {flag.removeprefix("--").replace("-", "_"): key for key, flag in cli.SHORT.items()}
+    data = str(data) if isinstance(data, Path) else data
     values = {"data.shards": data} if isinstance(data, str) else {}
     for key, value in settings.items():
         group = {f"{key}.{name}": value[name] for name in value} if isinstance(value, Mapping) else {}
@@ -63,7 +72,9 @@ def train(preset: str | Config, data: Any = None, **settings: Any) -> Run:
     given = [repr(name), *["data=..."] * (data is not None), *(f"{k}={v!r}" for k, v in settings.items())]
     token = command_line.CALL.set(f"ddpm.train({', '.join(given)})")
     try:
-        result = launch(Arguments(name, override(config, values)), None if isinstance(data, str) else data)
+        result = launch(
+            PresetArguments(name, override(config, values)), None if isinstance(data, str) else data
+        )
     finally:
         command_line.CALL.reset(token)
     return Run(result.run.location.uri)

@@ -99,8 +99,18 @@ def build_sampler(config: Config, known: Known | None = None, x_0_error: Tensor 
     `known`, a given part of each image, selects RePaint, whatever the sampler. The variance "measured" needs
     x_0_error, [T].
     """
-    sample = config.sample if known is None else replace(config.sample, sampler="ddpm")
+    sample, process = config.sample, config.objective.process
+    if known is not None:
+        if process != SAMPLERS["ddpm"].process:
+            raise UserError(
+                f"inpainting works with nets of the process gaussian, and this one's is {process}"
+            )
+        sample = replace(sample, sampler="ddpm")
     resolved = resolve_sample(sample, config.objective)
+    if config.model.num_classes and sample.guidance_scale != 1 and config.objective.label_dropout == 0:
+        raise UserError(
+            "guidance needs a net that saw images without their labels: objective.label_dropout was 0"
+        )
     try:
         denoisers.check_interval(resolved.guidance_interval)
         schedule = schedules.build(config.schedule)

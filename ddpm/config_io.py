@@ -84,14 +84,14 @@ def _parsed(values: Mapping[str, Any], where: str, base: Config | None) -> Confi
         both = isinstance(tree.get(group), dict) and isinstance(value, Mapping)
         tree[group] = tree[group] | value if both else value
     model, given = tree.pop("model", {}), values.get("model", {})
-    config = strict_json.parse(Config, json.dumps(tree), where)
+    config = strict_json.parse(Config, json.dumps(tree, default=str), where)
     kind: type[ModelConfig] = UNetConfig
     if isinstance(model, dict):
         kind = net_named(model.get("net", "unet"), f"{where}: model")
         if base is not None and type(base.model) is not kind:  # keeps what all nets have
             common = {f.name for f in dataclasses.fields(ModelConfig)}
             model = {key: value for key, value in model.items() if key in common or key in given}
-    net = strict_json.parse(kind, json.dumps(model), where, within="model")
+    net = strict_json.parse(kind, json.dumps(model, default=str), where, within="model")
     return dataclasses.replace(config, model=net)
 
 

@@ -37,7 +37,18 @@ def test_images_are_those_of_the_command_line(
     assert run.show(9).size == (3 * 50 + 2, 3 * 50 + 2)
 
 
-def test_mistakes_are_refused() -> None:
+def test_mistakes_are_refused(digits_uri: str, tmp_path: Path) -> None:
+    run = ddpm.Run(evaluated.make_run(tmp_path, digits_uri, evaluated.CONFIG).location.uri)
+    with pytest.raises(UserError, match=r"^num_images is 0; it must be at least 1"):
+        run.sample(0)
+    with pytest.raises(UserError, match=r"^eta has no effect here"):
+        run.sample(sampler="heun", eta=0.5)
+    with pytest.raises(UserError, match=r"has no x_0_error\.json"):
+        run.sample(sampler="ddpm", variance="measured")
+    with pytest.raises(UserError, match=r"^config: optim\.lr is '0\.001'; it must be a valid number"):
+        ddpm.train("digits", lr=np.float32(1e-3))
+    with pytest.raises(UserError, match=r"^no data set at /nothing/here"):
+        ddpm.train("digits", data=Path("/nothing/here"))
     with pytest.raises(UserError, match=r"^there is no preset digit; it must be one of digits, "):
         ddpm.train("digit")
     with pytest.raises(UserError, match=r"^config: model: unknown key 'widths'; known are "):

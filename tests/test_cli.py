@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -156,32 +155,3 @@ def test_an_invalid_config_file_is_a_one_line_error(
     with pytest.raises(UserError, match=message) as raised:
         cli.starting_point(presets.DIGITS)
     assert "best.json" in str(raised.value) and "\n" not in str(raised.value)
-
-
-OWN_FOLDER = """
-import sys
-from ddpm.training import worker_group
-
-with worker_group._own_folder() as folder:
-    print(folder, flush=True)
-    sys.stdin.readline()
-"""
-
-
-def test_a_temporary_folder_of_a_killed_process_is_removed_later(tmp_path: Path) -> None:
-    """The next process removes it, but not a folder that is in use."""
-    env = os.environ | {"PYTHONPATH": str(processes.REPO), "TMPDIR": str(tmp_path)}
-    words = [sys.executable, "-c", OWN_FOLDER]
-    with ExitStack() as stack:
-        folders = []
-        for _ in range(3):
-            job = stack.enter_context(
-                subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
-            )
-            assert job.stdout
-            folders.append(Path(job.stdout.readline().decode().strip()))
-            if len(folders) == 1:
-                job.kill()
-                job.wait()
-        assert [folder.exists() for folder in folders] == [False, True, True]
-    assert not any(folder.exists() for folder in folders)

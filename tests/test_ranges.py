@@ -12,7 +12,7 @@ import pytest
 from annotated_types import BaseMetadata, GroupedMetadata
 
 from ddpm import cli
-from ddpm.commands import compare, evaluate, export, folder, sample, sync, train
+from ddpm.commands import compare, evaluate, export, folder, sample, sync
 from ddpm.config import NETS, Config, DiTConfig, ScoredImages, UNetConfig
 from ddpm.config_io import check_values, flatten, from_json, override, to_json
 from ddpm.data import catalog
@@ -45,7 +45,7 @@ def with_value(key: str, value: Any) -> Config:
 def error_of(monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
     monkeypatch.setattr(sys, "argv", ["train.py", "digits", *words])
     with pytest.raises(UserError) as raised:
-        cli.parse_preset(train.Arguments, None, folder.preset)
+        cli.parse_preset(cli.PresetArguments, None, folder.preset)
     return str(raised.value)
 
 

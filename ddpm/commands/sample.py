@@ -5,7 +5,7 @@ MLflow's registry, or builtin:NAME. DIR, a folder or s3:// URI, gets grid.png an
 depends on the seed and i alone. Settings that are not given are those of training; the same command resumes it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -51,10 +51,10 @@ class Arguments(SampleFlags):
     """Image file; the part that --mask marks is kept in all images (RePaint, 250 steps with resampling)."""
     mask: Path | None = None
     """inpaint: image file, white where the image is kept."""
-    num_resamples: Count = 10
-    """inpaint: RePaint resampling passes per jump; 1: no resampling."""
-    jump_length: Count = 10
-    """inpaint: steps per jump back; less than the number of sampling steps."""
+    num_resamples: Count | None = None
+    """inpaint: RePaint resampling passes per jump; 1: no resampling. None: 10."""
+    jump_length: Count | None = None
+    """inpaint: steps per jump back; less than the number of sampling steps. None: 10."""
 
 
 def main() -> None:
@@ -65,6 +65,14 @@ def main() -> None:
         raise UserError(
             f"--inpaint works only with the sampler ddpm, not {arguments.sampler}; leave out --sampler"
         )
+    resampling = {key: getattr(arguments, key) for key in ("num_resamples", "jump_length")}
+    resampling = {key: value for key, value in resampling.items() if value is not None}
+    if arguments.inpaint and arguments.variance:
+        raise UserError(
+            "--variance has no effect with --inpaint: RePaint's steps have the variance beta_tilde"
+        )
+    if resampling and not arguments.inpaint:
+        raise UserError("--num-resamples and --jump-length have no effect without --inpaint")
     from ddpm.checkpoints import checkpoint  # after parsing, so that --help and errors come at once
     from ddpm.cluster import package
     from ddpm.config_io import flatten
@@ -77,27 +85,22 @@ def main() -> None:
     package.leave()
     with local_checkpoint(arguments.checkpoint) as folder:
         trained = checkpoint.load_net(folder)
-        measured = arguments.variance == "measured"
-        x_0_error = (
-            checkpoint.read_x_0_error(folder, trained.config.schedule.num_timesteps) if measured else None
+        sample = arguments.changed(
+            trained.config.sample,
+            sampler="ddpm" if arguments.inpaint else arguments.sampler,
+            num_sample_steps=arguments.num_sample_steps,
+            variance=arguments.variance,
+            seed=arguments.seed,
         )
-    sample = arguments.changed(
-        trained.config.sample,
-        sampler="ddpm" if arguments.inpaint else arguments.sampler,
-        num_sample_steps=arguments.num_sample_steps,
-        variance=arguments.variance,
-        seed=arguments.seed,
-    )
-    trained = trained.sampled_with(sample)
-    effective = {key.removeprefix("sample.") for key in run_params.params(trained.config)}
-    for name in flatten(sample):
-        if name not in effective and getattr(arguments, name, None) is not None:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} has no effect here; --help says which samplers or nets it is for")
+        if arguments.inpaint and arguments.num_sample_steps is None:
+            sample = replace(sample, num_sample_steps=None)  # the run's are of its own sampler
+        trained = trained.sampled_with(sample)
+        x_0_error = None if arguments.inpaint else checkpoint.needed_x_0_error(folder, trained.config)
+    given = [name for name in flatten(sample) if getattr(arguments, name, None) is not None]
+    run_params.check_effect(trained.config, given, lambda name: f"--{name.replace('_', '-')}")
     known = None
     if arguments.inpaint and arguments.mask:
-        resampling = arguments.num_resamples, arguments.jump_length
-        known = generate.read_known(arguments.inpaint, arguments.mask, trained.config, *resampling)
+        known = generate.read_known(arguments.inpaint, arguments.mask, trained.config, **resampling)
     job = workers.SampleJob(
         trained, arguments.label, known, x_0_error, arguments.format, arguments.batch_size
     )

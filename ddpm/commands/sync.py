@@ -27,11 +27,12 @@ class Arguments:
 
 def main() -> None:
     arguments: Arguments = cli.parse(Arguments, __doc__)
-    from ddpm.tracking import mlflow_runs, sync
+    from ddpm.tracking import sync
+    from ddpm.tracking.retry import without_password
     from ddpm.utils.progress import Display, printable
 
     rest = sync.remaining(arguments.run, arguments.experiment)
     with Display("records", rest.records) as display:
         run_id = sync.deliver(rest, arguments.timeout_s, display.update)
     print(f"delivered   {rest.records:,} records")
-    print(printable(f"MLflow      run {run_id} in {mlflow_runs.without_password(rest.address.uri)}"))
+    print(printable(f"MLflow      run {run_id} in {without_password(rest.address.uri)}"))

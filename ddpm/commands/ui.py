@@ -22,7 +22,7 @@ class Arguments:
 
 def main() -> None:
     arguments: Arguments = cli.parse(Arguments, __doc__)
-    from ddpm.tracking import mlflow_client, pages
+    from ddpm.tracking import mlflow_client, mlflow_runs, pages
     from ddpm.tracking.retry import without_password
 
     uri = mlflow_client.tracking_uri()
@@ -30,7 +30,9 @@ def main() -> None:
     if database is not None and not database.exists():
         raise UserError(f"{database} does not exist; training makes it, in the folder in which it is started")
     address = without_password(uri) if database is None else f"http://127.0.0.1:{arguments.port}"
-    for experiment in mlflow_client.connect(uri).search_experiments():
+    with mlflow_runs.opened() as client:
+        experiments = client.search_experiments()
+    for experiment in experiments:
         if pages.VIEW_TAG in experiment.tags:
             print(f"{experiment.name:<12}{pages.view_link(address, experiment.experiment_id)}", flush=True)
     if database is not None:

@@ -114,10 +114,6 @@ class Objective(Protocol):
         """x_0 at a noise level in [0, 1], with `noise` of its shape; and its t [B]."""
         ...
 
-    def caption(self, level: float) -> str:
-        """The t of a noise level in [0, 1], as a caption."""
-        ...
-
 
 @dataclass(frozen=True)
 class Labels:
@@ -232,14 +228,8 @@ class Gaussian:
         return self.schedule.sigma.float().to(t.device, non_blocking=True)[t]
 
     def corrupt(self, x_0: Tensor, level: float, noise: Tensor) -> tuple[Tensor, Tensor]:
-        t = process.same_t(self._timestep(level), x_0)
+        t = process.same_t(round(level * (self.schedule.num_timesteps - 1)), x_0)
         return process.q_sample(self.schedule.alpha_bar, x_0, t, noise), t
-
-    def caption(self, level: float) -> str:
-        return f"t={self._timestep(level)}"
-
-    def _timestep(self, level: float) -> int:
-        return round(level * (self.schedule.num_timesteps - 1))
 
     def _draw_t(self, n: int, generator: Generator) -> Tensor:
         """[n] int64."""
@@ -438,9 +428,6 @@ class UniformMix:
         amount = torch.full((len(x_0),), level, device=x_0.device)
         return process.mix(x_0, amount, noise), amount
 
-    def caption(self, level: float) -> str:
-        return f"{level:.0%}"
-
 
 @dataclass(frozen=True)
 class Consistency:
@@ -469,8 +456,6 @@ class Consistency:
             raise ValueError(
                 "predict is 'x_0'; for consistency it must be eps, v, edm or flow: f(x, 0) must be x"
             )
-        if config.variance == "learned":
-            raise ValueError("variance is 'learned'; consistency has no bound to learn it from")
         return cls(Gaussian.build(config, schedule, labels))
 
     def loss(
@@ -511,9 +496,6 @@ class Consistency:
     def corrupt(self, x_0: Tensor, level: float, noise: Tensor) -> tuple[Tensor, Tensor]:
         return self.prediction.corrupt(x_0, level, noise)
 
-    def caption(self, level: float) -> str:
-        return self.prediction.caption(level)
-
 
 PREDICTIONS: dict[str, type[Gaussian]] = {"eps": Eps, "x_0": X0, "v": V, "edm": Edm, "flow": Flow}
 PROCESSES: dict[str, type[Objective]] = {
@@ -531,6 +513,8 @@ def build(config: "ObjectiveConfig", schedule: Schedule, num_classes: int) -> Ob
     """The objective that `config` describes; num_classes as in the model, 0 for unconditional."""
     if config.process not in PROCESSES:
         raise ValueError(f"process is {config.process!r}; it must be one of {', '.join(PROCESSES)}")
+    if config.variance == "learned" and not PROCESSES[config.process].has_bound:
+        raise ValueError(f"variance is 'learned'; {config.process} has no bound to learn it from")
     return PROCESSES[config.process].build(config, schedule, Labels(num_classes, config.label_dropout))
 
 

@@ -22,6 +22,7 @@ from ddpm.evaluation.compared_run import ComparedRun, Read
 from ddpm.evaluation.comparison import Ranking
 from ddpm.evaluation.plots import Chart
 from ddpm.utils.errors import UserError
+from ddpm.utils.retry import as_user_error
 from ddpm.utils.tables import estimate
 
 LETTERS = "ABCDEFGHIJKLMNOPQRST"
@@ -91,10 +92,8 @@ def _grids(run: ComparedRun, positions: Sequence[int]) -> dict[int, str]:
 
 
 def _image(run: ComparedRun, read: Read) -> str:
-    try:
+    with as_user_error(f"an image of {run.where} cannot be read"):
         return _data_uri(read())
-    except OSError as error:
-        raise UserError(f"an image of {run.where} cannot be read: {error}") from None
 
 
 def _data_uri(data: bytes) -> str:

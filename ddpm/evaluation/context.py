@@ -12,7 +12,7 @@ import torch
 
 from ddpm.build import TrainedNet, build_sampler, resolve_sample
 from ddpm.checkpoints import checkpoint
-from ddpm.config import Config, SampleConfig
+from ddpm.config import Config, FeatureNetName, SampleConfig
 from ddpm.data import builtin
 from ddpm.data.manifest import MANIFEST, read_manifest
 from ddpm.data.reading import DataSet, scale_of
@@ -20,6 +20,7 @@ from ddpm.diffusion import schedules, timesteps
 from ddpm.diffusion.objectives import PROCESSES
 from ddpm.evaluation import nets
 from ddpm.evaluation.features import FeatureNet, Features
+from ddpm.evaluation.measure import bound_variance
 from ddpm.evaluation.reference import Cache, real_features
 from ddpm.evaluation.scores import LEAST_IMAGES
 from ddpm.evaluation.settings import Settings
@@ -74,11 +75,13 @@ def read(uris: Sequence[str], every: bool = False) -> list[Candidate]:
 
 def sampling_configs(config: Config, settings: Settings) -> list[SampleConfig]:
     """The sampling configurations of a net of `config`, each with its sampler and its number of steps."""
-    variance = None if settings.variance == "auto" else settings.variance
-    own, configs = settings.changed(config.sample, seed=settings.seed, variance=variance), []
+    bound_variance(config, settings.variance)  # checks it
+    own, configs = settings.changed(config.sample, seed=settings.seed), []
     for sampler in settings.sampler or (config.sample.sampler,):
         for steps in settings.num_sample_steps or (config.sample.num_sample_steps,):
             sample = replace(own, sampler=sampler, num_sample_steps=steps)
+            if settings.variance != "auto" and resolve_sample(sample, config.objective).sampler == "ddpm":
+                sample = replace(sample, variance=settings.variance)
             T = config.schedule.num_timesteps
             build_sampler(replace(config, sample=sample), x_0_error=torch.ones(T, dtype=torch.float64))
             configs.append(resolved(config, sample))
@@ -96,14 +99,23 @@ def resolved(config: Config, sample: SampleConfig) -> SampleConfig:
     return replace(sample, num_sample_steps=steps)
 
 
+def feature_net_name(given: FeatureNetName | None, train: DataSet) -> FeatureNetName:
+    """The feature net `given`, or else the one that fits the data."""
+    return given or ("classifier" if len(train.manifest.class_names) > 1 else "lite0")
+
+
 def open_context(candidates: Sequence[Candidate], settings: Settings) -> EvalContext:
     """Open the data set, and compute or load the features of its images."""
     train = _data_set(candidates, settings.shards)
     held_out = _held_out(train)
+    for split in (train, held_out):
+        if split.rows.num_rows < LEAST_IMAGES:
+            has = f"{train.location.uri} has {split.rows.num_rows} images in its split {split.split}"
+            raise UserError(f"{has}; an evaluation needs at least {LEAST_IMAGES}")
     for candidate in candidates:
         _check_fits(candidate, train)
     cache = Cache(locations.resolve(settings.cache) if settings.cache else train.location.child(CACHE))
-    name = settings.features or ("classifier" if len(train.manifest.class_names) > 1 else "lite0")
+    name = feature_net_name(settings.features, train)
     n, m = (min(settings.num_images, split.rows.num_rows) for split in (held_out, train))
     device = devices.default()
     net = nets.build(name, train, cache, settings.inception_weights)
@@ -157,10 +169,6 @@ def _held_out(train: DataSet) -> DataSet:
         raise UserError(
             f"{uri} has no held-out images: it needs a split named test besides the training split {train.split}; "
             "name a data set that has one with --data.shards"
-        )
-    if held_out.rows.num_rows < LEAST_IMAGES:
-        raise UserError(
-            f"{uri} has {held_out.rows.num_rows} held-out images; an evaluation needs at least {LEAST_IMAGES}"
         )
     return held_out
 

@@ -107,7 +107,8 @@ def evaluate(candidates: Sequence[Candidate], settings: Settings, num_workers: i
         of_nets = _all(pool, EvalWorker.measure, bounded, 1, "measuring the nets")
         measured = {i: of_net for (i, _), (of_net,) in of_nets.items()}
         for i, of_net in measured.items():
-            if bool(of_net.x_0_error.isfinite().all()):
+            trained_on = candidates[i].position.get("data_fingerprint") or context.train.rows.fingerprint
+            if trained_on == context.train.rows.fingerprint and bool(of_net.x_0_error.isfinite().all()):
                 resolve.keep_x_0_error(candidates[i].uri, candidates[i].weights_sha256, of_net.x_0_error)
         bits = _all(pool, partial(EvalWorker.bits, measured=measured), bounded, num_held_out, "bits/dim")
         draw = partial(EvalWorker.draw, measured=measured)

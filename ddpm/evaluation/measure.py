@@ -1,7 +1,7 @@
 """Measurements of a net: the loss and the bound of held-out images, and its errors at noise levels.
 
-Training, the search and jobs/evaluate.py measure with these functions. Image i depends on the seed and i alone,
-independent of worker and batch. `start` is the index of the first image of a batch.
+Training, the search and jobs/evaluate.py measure with these functions. The bound of image i depends on the seed and i
+alone, independent of worker and batch; its loss on the batch, too. `start` is the index of the first image of a batch.
 
 Axes: N images, H W, C channels, T timesteps.
 """
@@ -98,7 +98,7 @@ def bits_per_dim(
     denoise, x_0, noise = _prepared(trained, batch, indices, (seed, Purpose.LIKELIHOOD))
     schedule, variance = schedules.build(trained.config.schedule), measured.variance
     fixed = None if variance == "learned" else fixed_variance(schedule, variance, measured.x_0_error)
-    if num_draws == 0:
+    if num_draws == 0 or schedule.num_timesteps == 1:
         bound = likelihood.exact(denoise, schedule, x_0, noise, fixed)
     else:
         quantiles = [PhiloxGenerator(seed, Purpose.LIKELIHOOD, i, 1).uniform([]).double() for i in indices]

@@ -27,7 +27,7 @@ BLOCK = 1024
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean and scatter of features: all that FID needs; parts can be merged."""
+    """Count, mean and scatter of features: all that FID needs."""
 
     n: int
     mean: Array
@@ -41,16 +41,6 @@ class Moments:
         x = np.asarray(features, np.float64)
         mean = x.mean(0)
         return cls(len(x), mean, (x - mean).T @ (x - mean))
-
-    @classmethod
-    def merge(cls, *parts: Self) -> Self:
-        """The moments of all images of the parts, up to rounding. Chan et al. 1983, Eq. 2.1."""
-        n = sum(part.n for part in parts)
-        mean = sum((part.n * part.mean for part in parts), np.zeros_like(parts[0].mean)) / n
-        scatter = np.zeros_like(parts[0].scatter)
-        for part in parts:
-            scatter += part.scatter + part.n * np.outer(part.mean - mean, part.mean - mean)
-        return cls(n, mean, scatter)
 
     @property
     def covariance(self) -> Array:

@@ -84,7 +84,8 @@ class Report:
     def key(self) -> str:
         """A name that is equal for equal checkpoints and settings; it sorts by the newest checkpoint."""
         what = [(v.weights_sha256, v.images_seen, [d.sample for d in v.drawn]) for v in self.results]
-        digest = hashlib.sha256(repr((self.settings, what)).encode()).hexdigest()
+        bounds = [v.variance for v in self.results if not v.variance_is_default]
+        digest = hashlib.sha256(repr((self.settings, what, *bounds)).encode()).hexdigest()
         return f"{max(v.images_seen for v in self.results):012d}-{digest[:8]}"
 
     def of_run(self, run_key: str) -> "Report":

@@ -123,13 +123,11 @@ def _fid(
     if net_name != "inception" and size > MAX_FID_FEATURES:
         name, basis = f"{name}-{MAX_FID_FEATURES}d", projection(size, MAX_FID_FEATURES)
         generated, real = ((side @ basis).astype(np.float32) for side in (generated, real))
-    ours = [Moments.of(generated[rows]) for rows in _groups(len(generated), label)]
-    theirs = [Moments.of(real[rows]) for rows in _groups(len(real))]
-    of_ours, of_theirs = Moments.merge(*ours), Moments.merge(*theirs)
-    without_ours = [fid(of_theirs, Moments.merge(*ours[:k], *ours[k + 1 :])) for k in range(GROUPS)]
-    without_theirs = [fid(of_ours, Moments.merge(*theirs[:k], *theirs[k + 1 :])) for k in range(GROUPS)]
+    n, m, ours, theirs = len(generated), len(real), Moments.of(generated), Moments.of(real)
+    without_ours = [fid(theirs, Moments.of(generated[_others(rows, n)])) for rows in _groups(n, label)]
+    without_theirs = [fid(ours, Moments.of(real[_others(rows, m)])) for rows in _groups(m)]
     error = jackknife_error(np.array(without_ours), np.array(without_theirs))
-    return name, Estimate(fid(of_theirs, of_ours), error)
+    return name, Estimate(fid(theirs, ours), error)
 
 
 def _manifold(generated: Features, real: Features, label: NDArray[np.int64] | None) -> dict[str, Estimate]:

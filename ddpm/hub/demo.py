@@ -52,7 +52,8 @@ def build(runs: Mapping[str, TrainedNet], num_images: int) -> gr.Blocks:
             with gr.Column(min_width=300):
                 seed = gr.Slider(0, 999, first.seed, step=1, label="Seed")
                 steps = gr.Slider(1, most, min(first.num_sample_steps or FEW, most), step=1, label="Steps")
-                sampler = gr.Dropdown(samplers, value=first.sampler, label="Sampler")
+                chosen = first.sampler if first.sampler in samplers else "auto"
+                sampler = gr.Dropdown(samplers, value=chosen, label="Sampler")
                 scale = gr.Slider(0, 8, first.guidance_scale, label="Guidance", visible=has_labels)
                 button, stop = gr.Button("Sample", variant="primary"), gr.Button("Stop")
         starts = [page.load, button.click, sampler.input, *(s.release for s in (seed, steps, scale))]

@@ -22,7 +22,7 @@ Axes: B batch, C channels, H W, T timesteps.
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from ddpm.hub.diffusers_config import (
 from ddpm.models.layers import EMBEDDED_TIMESTEPS, sinusoids
 from ddpm.utils import files
 from ddpm.utils.errors import UserError
+from ddpm.utils.retry import as_user_error
 from ddpm.utils.seeding import GENERATOR
 
 TIME_TABLE = "time_proj.weight"
@@ -231,13 +232,10 @@ def _new_folder(out: Path) -> Iterator[Path]:
     if out.exists():
         raise UserError(f"{out} exists, and nothing is overwritten; name a new folder")
     temporary = files.temporary(out)
-    try:
+    with as_user_error(f"cannot write {out}"), ExitStack() as stack:
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
         files.make_folder(temporary)
         yield temporary
         files.sync_tree(temporary)
         temporary.rename(out)
         files.sync(out.parent)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -12,8 +12,7 @@ It contains no pickle. We download only the checkpoint, and run none of that cod
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ from typing import Any
 from ddpm.build import build_sampler
 from ddpm.checkpoints import checkpoint
 from ddpm.tracking import mlflow_client, mlflow_runs
-from ddpm.tracking.retry import reason
-from ddpm.utils.errors import UserError
+from ddpm.tracking.retry import without_password
+from ddpm.utils.retry import as_user_error
 
 SCHEME = "models:/"
 PACKAGE = Path(__file__).parent.parent
@@ -45,24 +44,22 @@ def register(
     """
     build_sampler(checkpoint.read_config(folder))
     with tempfile.TemporaryDirectory(prefix="ddpm-model-") as staging:
-        try:
+        with as_user_error(f"cannot assemble the model in {staging}"):
             position = checkpoint.read_state(folder)
             checkpoint.write_net(checkpoint.load_net(folder), position, Path(staging, "checkpoint"))
             for kind, path in exported.items():
                 shutil.copytree(path, Path(staging, kind))
-        except OSError as error:
-            raise UserError(f"cannot assemble the model in {staging}: {error}") from None
         artifacts = {path.name: str(path) for path in Path(staging).iterdir()}
-        with _mlflow() as client:
+        with mlflow_runs.opened() as client:
             number = _log(client, name, folder, artifacts)
             if alias is not None:
                 client.set_registered_model_alias(name, alias, number)
-    return f"{SCHEME}{name}/{number}", mlflow_runs.without_password(mlflow_client.tracking_uri())
+    return f"{SCHEME}{name}/{number}", without_password(mlflow_client.tracking_uri())
 
 
 def download(uri: str, folder: Path) -> Path:
     """Download the checkpoint of the model `uri`, models:/NAME@ALIAS or models:/NAME/VERSION, to `folder`."""
-    with _mlflow():
+    with mlflow_runs.opened():
         from mlflow.artifacts import download_artifacts
 
         artifact = f"{uri.rstrip('/')}/artifacts/checkpoint"
@@ -94,22 +91,3 @@ def _log(client: Any, name: str, folder: Path, artifacts: dict[str, str]) -> int
         pip_requirements=[f"{package}=={version(package).partition('+')[0]}" for package in NEEDED],
     )
     return stored.registered_model_version
-
-
-@contextmanager
-def _mlflow() -> Iterator[Any]:
-    """A context with a client, in which MLflow's own functions use the same server; its errors become UserErrors."""
-    uri = mlflow_client.tracking_uri()
-    os.environ["MLFLOW_TRACKING_URI"] = uri
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield mlflow_client.connect(uri)
-    except mlflow_client.Lost as error:
-        raise UserError(f"MLflow at {uri}: {error}") from None
-    except (MlflowException, OSError) as error:
-        raise UserError(f"MLflow at {mlflow_runs.without_password(uri)}: {reason(error, uri)}") from None

@@ -122,9 +122,9 @@ def denoising(trained: TrainedNet, indices: Sequence[int], every: int = 1, **how
 def noising_strip(config: Config, x_0: Tensor) -> Pixels:
     """The forward process on real images x_0 [N, C, H, W], from clean to noise: one row per image."""
     objective, noise = build_objective(config), _strip_noise(config, x_0)
-    levels = [i / (NOISING_COLUMNS - 1) for i in range(1, NOISING_COLUMNS)]
-    frames = [x_0, *(objective.corrupt(x_0, level, noise)[0] for level in levels)]
-    return images.strip(_rows(frames), ["x_0", *map(objective.caption, levels)])
+    columns = [objective.corrupt(x_0, i / (NOISING_COLUMNS - 1), noise) for i in range(1, NOISING_COLUMNS)]
+    captions = ["x_0", *(_caption(t) for _, t in columns)]
+    return images.strip(_rows([x_0, *(x_t for x_t, _ in columns)]), captions)
 
 
 @torch.no_grad()
@@ -135,7 +135,7 @@ def denoising_strip(trained: TrainedNet, x_0: Tensor, label: Tensor | None = Non
     for level in DENOISING_LEVELS:
         x_t, t = objective.corrupt(x_0, level, noise)
         frames += [x_t, objective.denoise(trained.net, x_t, t, label).x_0_hat]
-        captions += [objective.caption(level), "x_0_hat"]
+        captions += [_caption(t), "x_0_hat"]
     return images.strip(_rows(frames), captions)
 
 
@@ -175,6 +175,11 @@ def _noise(config: Config, indices: Sequence[int], device: torch.device) -> PerI
 def _strip_noise(config: Config, x_0: Tensor) -> Tensor:
     """Noise for real images x_0 [N, C, H, W]: the same in every column of a strip."""
     return _noise(config, range(len(x_0)), x_0.device)()
+
+
+def _caption(t: Tensor) -> str:
+    """The first of t [N], or of the amounts of noise of `UniformMix`."""
+    return f"{t[0]:.0%}" if t.is_floating_point() else f"t={t[0]}"
 
 
 def _rows(frames: list[Tensor]) -> list[Pixels]:

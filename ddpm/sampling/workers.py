@@ -171,6 +171,8 @@ def draw(
 
 def in_memory(job: SampleJob, num_images: int) -> Pixels:
     """Images 0..num_images-1, uint8 [N, H, W, C]: those that `draw` stores."""
+    if num_images < 1:
+        raise UserError(f"num_images is {num_images}; it must be at least 1")
     with WorkerPool(partial(SampleWorker, job)) as pool:
         drawn = dict(pool.map(SampleWorker.draw, _pieces(job, pool, num_images)[1]))
     return np.concatenate([drawn[piece] for piece in sorted(drawn, key=lambda piece: piece.start)])

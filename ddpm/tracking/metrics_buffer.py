@@ -23,7 +23,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import IO, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from annotated_types import Interval
@@ -212,21 +212,7 @@ def read(data: bytes, where: str) -> list[Record]:
         _check(len(set(names)) == len(names), "a file is in it twice")
         stored = all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
         _check(stored, "a file in it is compressed")
-        return [_record(line, archive) for line in _lines(archive)]
-
-
-def count(file: IO[bytes], where: str) -> int:
-    """Number of records of the segment in the seekable `file`; pictures and artifacts are not read.
-
-    Raises:
-        DamagedSegment: it is not a segment; `where` names it.
-    """
-    with _as_damaged_segment(where), zipfile.ZipFile(file) as archive:
-        return len(_lines(archive))
-
-
-def _lines(archive: zipfile.ZipFile) -> list[str]:
-    return archive.read(INDEX).decode().splitlines()
+        return [_record(line, archive) for line in archive.read(INDEX).decode().splitlines()]
 
 
 def _record(line: str, archive: zipfile.ZipFile) -> Record:

@@ -16,10 +16,12 @@ import io
 import json
 import logging
 import math
+import os
 import re
 import tempfile
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +30,9 @@ from PIL import Image
 
 from ddpm.tracking import pages
 from ddpm.tracking.metrics_buffer import Artifact, DataSetInput, Metrics, Picture, Record, Tags
-from ddpm.tracking.mlflow_client import SQLITE, Lost, connect, database_file
-from ddpm.tracking.retry import ATTEMPTS, Caller, Failed, Refused
-from ddpm.tracking.retry import without_password as without_password
+from ddpm.tracking.mlflow_client import Lost, connect, database_file, tracking_uri
+from ddpm.tracking.retry import ATTEMPTS, Caller, Failed, Refused, reason, without_password
+from ddpm.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +70,9 @@ def experiment_id(
     """
     experiment, tags = client.get_experiment_by_name(name), pages.experiment_tags(source, first_grid)
     if experiment is None:
-        return client.create_experiment(name, _artifact_folder(uri), tags)
+        database = database_file(uri)  # None: a server, which knows its own folder
+        folder = None if database is None else (database.absolute().parent / "mlruns").as_uri()
+        return client.create_experiment(name, folder, tags)
     if pages.KIND_TAG not in experiment.tags:
         for name, value in tags.items():
             client.set_experiment_tag(experiment.experiment_id, name, value)
@@ -322,6 +326,23 @@ class MlflowRun:
             return False
 
 
+@contextmanager
+def opened() -> Iterator[Any]:
+    """A context with a client, in which MLflow's own functions use the same server; its errors become UserErrors."""
+    uri = tracking_uri()
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield connect(uri)
+    except Lost as error:
+        raise UserError(f"MLflow at {uri}: {error}") from None
+    except (MlflowException, OSError) as error:
+        raise UserError(f"MLflow at {without_password(uri)}: {reason(error, uri)}") from None
+
+
 def _thumbnail(png: bytes) -> bytes:
     """The small WebP that MLflow's pages show first."""
     file = io.BytesIO()
@@ -329,10 +350,3 @@ def _thumbnail(png: bytes) -> bytes:
         picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
         picture.save(file, "WEBP")
     return file.getvalue()
-
-
-def _artifact_folder(uri: str) -> str | None:
-    """The folder `mlruns` beside a SQLite file; None: a server knows its own folder."""
-    if not uri.startswith(SQLITE):
-        return None
-    return (Path(uri.removeprefix(SQLITE)).absolute().parent / "mlruns").as_uri()

@@ -2,6 +2,7 @@
 
 import functools
 import subprocess
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +14,7 @@ from ddpm.config import Affects, Config
 from ddpm.config_io import flatten, keys_that_affect
 from ddpm.diffusion.objectives import PROCESSES
 from ddpm.diffusion.schedules import SCHEDULES
+from ddpm.utils.errors import UserError
 
 
 def params(config: Config) -> dict[str, Any]:
@@ -22,7 +24,8 @@ def params(config: Config) -> dict[str, Any]:
     uses_time, weights = process.uses_time, objective.weight if process.has_bound else ""
     sample = resolve_sample(config.sample, objective)
     is_ddpm, spacing = sample.sampler == "ddpm", sample.spacing
-    is_karras = spacing == "karras" or (spacing == "auto" and sample.sampler in ("dpmpp_2m", "heun"))
+    by_default = ("auto", "dpmpp_2m"), ("auto", "heun")
+    is_karras = uses_time and (spacing == "karras" or (spacing, sample.sampler) in by_default)
     schedule = {"kind", "num_timesteps", *SCHEDULES[config.schedule.kind][1]} if uses_time else set()
     has_effect = {
         **{f"schedule.{name}": name in schedule for name in flatten(config.schedule)},
@@ -34,6 +37,7 @@ def params(config: Config) -> dict[str, Any]:
         "objective.label_dropout": has_labels,
         **dict.fromkeys(("sample.guidance_scale", "sample.guidance_interval"), has_labels),
         **dict.fromkeys(("sample.rho", "sample.sigma_min"), is_karras),
+        "sample.spacing": uses_time,
         "sample.eta": sample.sampler in ("ddim", "dpmpp_2m"),
         "sample.mean": is_ddpm,
         "sample.variance": is_ddpm,
@@ -45,6 +49,14 @@ def params(config: Config) -> dict[str, Any]:
         for key, value in flatten(config).items()
         if value is not None and has_effect.get(key, key in keys)
     }
+
+
+def check_effect(config: Config, given: Iterable[str], named: Callable[[str], str] = str) -> None:
+    """Raise UserError if a setting of config.sample in `given` has no effect; `named` makes a flag of its name."""
+    effective = params(config)
+    for name in given:
+        if f"sample.{name}" not in effective:
+            raise UserError(f"{named(name)} has no effect here; jobs/sample.py --help says what it is for")
 
 
 def nearest_preset(config: Config) -> tuple[str, dict[str, Any]]:

@@ -183,6 +183,10 @@ def test_sampling_configs() -> None:
     assert configs(sampler=("heun", "dpmpp_2m"), num_sample_steps=(5,)) == [("heun", 5), ("dpmpp_2m", 5)]
     (sample,) = context.sampling_configs(CONFIG, Settings(eta=1.0, seed=3))
     assert (sample.eta, sample.seed, sample.num_sample_steps) == (1.0, 3, 4)
+    both = context.sampling_configs(CONFIG, Settings(sampler=("ddpm", "heun"), variance="measured"))
+    assert [sample.variance for sample in both] == ["measured", "beta_tilde"]  # heun adds no noise
+    with pytest.raises(UserError, match="variance is learned, but this net did not learn it"):
+        configs(variance="learned")
     with pytest.raises(UserError, match=r"num_sample_steps is 21; it must be in 1\.\.20"):
         configs(num_sample_steps=(21,))
     with pytest.raises(UserError, match="mix cannot undo the process gaussian"):
@@ -235,7 +239,8 @@ def other_data(folder: Path, side: int = 8, **rows: int) -> str:
             {},
             "has no held-out images: it needs a split named test besides the training split",
         ),
-        ({"train": 100, "test": 19}, {}, "has 19 held-out images; an evaluation needs at least 20"),
+        ({"train": 100, "test": 19}, {}, "has 19 images in its split test; an evaluation needs at least 20"),
+        ({"train": 15, "test": 30}, {}, "has 15 images in its split train; an evaluation needs at least 20"),
         ({"train": 100, "test": 30, "side": 16}, {}, "makes images of 8x8 in 1 .* images of 16x16 in 1"),
         ({"test": 30}, {}, "has no split 'train'"),
         ({"train": 100, "test": 30}, {"features": "classifier"}, "has no classes to train a classifier on"),
@@ -272,5 +277,17 @@ def test_checkpoints_of_different_data_need_the_data_set_flag(run: Run, tmp_path
     with pytest.raises(UserError, match=r"trained on different data; .*--data\.shards"):
         evaluate.evaluate(candidates, Settings(**FEW))  # type: ignore[arg-type]
     settings: dict[str, Any] = {**FEW, "num_images": 40, "shards": noise}
+    errors = [Path(candidate.uri, checkpoint.X_0_ERROR) for candidate in candidates]
+    before = errors[0].read_bytes() if errors[0].exists() else b""
     results = evaluate.evaluate(candidates, Settings(**settings), 1).results
     assert [(result.run, result.saw_this_data) for result in results] == [("judged", False), ("noise", True)]
+    # The variance "measured" is that of a run's own images.
+    assert errors[1].exists() and (errors[0].read_bytes() if errors[0].exists() else b"") == before
+
+
+def test_a_net_of_one_timestep_is_evaluated(tmp_path: Path, shards: str) -> None:
+    one = {"schedule.num_timesteps": 1, "sample.num_sample_steps": 1}
+    run = make_run(tmp_path / "runs", shards, override(CONFIG, one))
+    (result,) = evaluated(run.location.uri, num_images=40).results
+    kl = next(score for score in result.bits if score.name == "bits/dim-kl")
+    assert kl.value == 0 and result.bits[0].is_finite

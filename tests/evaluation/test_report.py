@@ -87,8 +87,9 @@ def test_the_report_key_depends_on_checkpoints_and_settings_only() -> None:
         made(result(1, drawn(1, 10))),
         made(result(1, drawn(1), weights_sha256="other")),
         Report({**ONE.settings, "num_images": 7}, ONE.results),
+        made(result(1, drawn(5), variance="beta_tilde", variance_is_default=False)),
     ]
-    assert len({ONE.key, *(other.key for other in others)}) == 4
+    assert len({ONE.key, *(other.key for other in others)}) == 5
     assert [v.run for v in SEVERAL.of_run("keyb").results] == ["b"]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import processes
 from support.processes import Job
 from support.tiny import TINY_NET
 
@@ -63,6 +64,26 @@ def test_the_page_shows_what_is_sampled_and_needs_no_network(browser: Any, tmp_p
         assert job.wait() == 0, job.output
     assert problems == []
     assert [url for url in requests if not url.startswith((f"{address}/", "data:"))] == []
+
+
+TWO_PROCESSES = """
+from support.tiny import TINY_NET
+from ddpm.build import TrainedNet, build_net
+from ddpm.config_io import override
+from ddpm.hub import demo
+
+changes = {"sample.sampler": "dpmpp_2m"}, {"objective.process": "consistency", "objective.predict": "v"}
+configs = [override(TINY_NET, changed) for changed in changes]
+page = demo.build({str(i): TrainedNet(build_net(config), config) for i, config in enumerate(configs)}, 1)
+(dropdown,) = (block for block in page.blocks.values() if type(block).__name__ == "Dropdown")
+print(dropdown.value, [name for name, _ in dropdown.choices])
+"""
+
+
+def test_runs_of_different_processes_begin_with_a_sampler_that_both_have() -> None:
+    pytest.importorskip("gradio")
+    done = processes.run([sys.executable, "-c", TWO_PROCESSES], cwd=processes.REPO / "tests")
+    assert done.stdout.splitlines()[-1:] == ["auto ['auto']"], done.stderr
 
 
 def test_user_errors_are_one_line(user_error: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:

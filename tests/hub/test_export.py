@@ -156,6 +156,9 @@ def test_a_conditional_net_is_exported_for_one_class(label: int, tmp_path: Path)
         UserError, match=r"label is None; it must be the one class that the pipeline generates, 0..2, or 3"
     ):
         export.to_diffusers(trained, tmp_path / "out")
+    thresholded = override(config, {"sample.dynamic_threshold": 0.99})
+    with pytest.raises(UserError, match=r"dynamic_threshold is not that of a DDPMScheduler"):
+        diffusers_config.scheduler_config(thresholded)
     with pytest.raises(UserError, match=r"label is 4;"):
         export.to_diffusers(trained, tmp_path / "out", label=4)
     export.to_diffusers(trained, tmp_path / "out", label)

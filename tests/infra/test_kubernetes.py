@@ -18,7 +18,7 @@ import yaml
 from support.processes import REPO
 
 from ddpm import presets
-from ddpm.commands.train import Arguments
+from ddpm.cli import PresetArguments
 
 FOLDER = REPO / "infra/kubernetes"
 VERSION = "1.33"
@@ -148,7 +148,7 @@ def test_the_entrypoint_is_a_valid_command() -> None:
     (job,) = DOCUMENTS["rayjob.yaml"]
     program, command, *words = job["spec"]["entrypoint"].split()
     assert (program, command) == ("ddpm", "train")
-    defaults = {name: Arguments(name, config) for name, config in presets.PRESETS.items()}
+    defaults = {name: PresetArguments(name, config) for name, config in presets.PRESETS.items()}
     parsed = tyro.cli(tyro.extras.subcommand_type_from_defaults(defaults, presets.ABOUT), args=words)
     assert parsed.config.run.storage == "s3://BUCKET/runs"
     assert parsed.config.cluster.num_workers == "1:8"

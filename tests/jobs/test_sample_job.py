@@ -1,6 +1,7 @@
 """python jobs/sample.py from the command line, also when it is killed."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from support.servers import RayHead
 from support.tiny import TINY_NET
 
 from ddpm.checkpoints import checkpoint
+from ddpm.commands import sample
 from ddpm.config_io import override
 from ddpm.hub import resolve
 from ddpm.training.state import State
 
-TINY = override(TINY_NET, {"schedule.num_timesteps": 50, "model.num_classes": 3, "model.zero_init": False})
+CHANGES = {"schedule.num_timesteps": 50, "sample.num_sample_steps": 20}
+TINY = override(TINY_NET, {**CHANGES, "model.num_classes": 3, "model.zero_init": False})
 
 
 @pytest.fixture(autouse=True)
@@ -71,9 +74,25 @@ def test_user_errors_are_one_line_with_exit_code_2(user_error: Callable[..., str
         (["run", "--inpaint", "a.png"], "--inpaint and --mask belong together"),
         ([*part, "--sampler", "ddim"], "with the sampler ddpm, not ddim"),
         ([*part, "--num-resamples", "0"], "num_resamples is 0"),
+        ([*part, "--variance", "beta"], "--variance has no effect with --inpaint"),
+        (["run", "--jump-length", "5"], "--num-resamples and --jump-length have no effect without --inpaint"),
     ):
         assert message in user_error("sample", *flags, "--out", "refused")
         assert not (tmp_path / "refused").exists()
+
+
+def test_inpainting_takes_its_own_number_of_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run's own are those of its sampler."""
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
+    words = "run --num-images 1 --inpaint a.png --mask a.png --num-resamples 2 --out part"
+    monkeypatch.setattr(sys, "argv", ["sample.py", *words.split()])
+    sample.main()
+    request = json.loads((tmp_path / "part/request.json").read_text())
+    assert (request["sample.num_sample_steps"], request["num_resamples"], request["jump_length"]) == (
+        None,
+        2,
+        10,
+    )
 
 
 def test_the_measured_variance_is_read_from_an_evaluation(

@@ -11,6 +11,8 @@ MISTAKES = {
     "train digits --model.image-size 32": "--model.attention-resolutions 16\n",
     "train digits --cluster.num-workers 3": "2 micro-batches of 64, too few for 3 workers",
     "train cifar10": "train.py cifar10 --data.shards shards/cifar10`\n",
+    "train digits --objective.process uniform_mix --objective.variance learned": "uniform_mix has no bound to learn it",
+    "train digits --model.num-classes 10 --sample.guidance-scale 2 --objective.label-dropout 0": "label_dropout was 0",
     "train digits --sample.sampler mix": "mix cannot undo the process gaussian",
     "train digits --run.storage gs://b/runs": "unknown scheme",
     "train digits --run.name a/b": "run.name",
@@ -31,13 +33,17 @@ MISTAKES = {
     "export c out --alias champion": "--alias needs a registered model",
     "export c out --register name --no-ema": "a registered model uses the averaged weights",
     "export c out": "c does not exist; expected a checkpoint folder or a run folder",
+    "ui --port 5001": "MLflow at http://127.0.0.1:9: ",
     "sync none": "is not a run's folder: it has no run.json",
     "sync gs://bucket/run": "unknown scheme",
 }
 
 
 @pytest.mark.parametrize("command_line", MISTAKES)
-def test_a_mistake_is_one_line(user_error: Callable[..., str], tmp_path: Path, command_line: str) -> None:
+def test_a_mistake_is_one_line(
+    user_error: Callable[..., str], tmp_path: Path, command_line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     (tmp_path / "there").mkdir()
     (tmp_path / "there/card.json").write_text('{"format": "another"}')
     assert MISTAKES[command_line] in user_error(*command_line.split()) + "\n"

@@ -288,5 +288,5 @@ def test_inpainting_keeps_the_image_where_the_mask_is_white(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"jump_length is 12; .* 12 steps"):
         job_of(config, known=dataclasses.replace(known, jump_length=12))
     mixed = override(config, {"objective.process": "uniform_mix"})
-    with pytest.raises(UserError, match="ddpm cannot undo the process uniform_mix"):
+    with pytest.raises(UserError, match="nets of the process gaussian, and this one's is uniform_mix"):
         job_of(mixed, known=known)
