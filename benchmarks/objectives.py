@@ -1,8 +1,8 @@
-"""EDM and flow matching beside eps, x_0 and v: bits/dim and KID after equal training.
+"""EDM and flow matching beside eps, x_0 and v: bits/dim and KID after equally many images.
 
     python benchmarks/objectives.py [--sets digits fashion-mnist emoji] [--seeds 3]
 
-Each choice trains the net of the set's preset on the same images in the same order, in equal time. Runs of one seed
+Each choice trains the net of the set's preset on the same images in the same order. Runs of one seed
 follow each other, every other round backwards. All nets are sampled alike, each on its own schedule. The table, with
 Student's 95 % intervals, goes to benchmarks/objectives.md, samples of the first seed beside it.
 """

@@ -1,4 +1,4 @@
-"""The package of a Ray job: the working folder that Ray unpacks for it, names after its content, and removes later."""
+"""The package of a Ray job: its working folder, which Ray unpacks, names by a hash of the content, removes later."""
 
 import os
 from pathlib import Path

@@ -108,7 +108,7 @@ def estimate(
 def draw_timesteps(schedule: Schedule, proposal: Tensor, u: Tensor, num_draws: int) -> tuple[Tensor, Tensor]:
     """The t and share of `estimate`, t distributed as the proposal.
 
-    The timesteps of an image are spread evenly over the proposal, beginning at u: each keeps its distribution, and the
+    The timesteps of an image are spread evenly over the proposal, beginning at u: the estimate stays unbiased, and its
     error is smaller.
 
     Args:

@@ -11,7 +11,7 @@ and the device. All take, as far as they need it, and return [B, C, H, W], in [-
     eta        in [0, 1]; 0 is deterministic, 1 is as noisy as `ancestral` with the variance beta_tilde
     threshold  keeps x_0_hat in the range of images (`denoisers.clip`, `denoisers.dynamic`); None leaves it unchanged
     on_step    `on_step(step, x_t, x_0_hat)`, called in every step with its input and its prediction; the last x_0_hat
-               is the image (for `ancestral` without a threshold, up to one step of noise)
+               is the image
 
 Papers:
     ancestral  Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239

@@ -1,8 +1,8 @@
 """The timesteps that a sampler visits out of T, and the shorter chain that they form.
 
 A spacing is a list of n = num_sample_steps distinct timesteps, n in 1..T, from T - 1 (or one whose sigma is so large
-that it makes little difference) down to 0, or to one of sigma_min. Both ends matter: noise above the first timestep is
-never removed, and noise below the last one stays. With one step only the first timestep is visited.
+that it makes little difference) down to 0, or to the one whose sigma is sigma_min. Both ends matter: noise above the
+first timestep is never removed, and noise below the last one stays. With one step only the first timestep is visited.
 
 Papers:
     quadratic  Song et al. 2021, Denoising Diffusion Implicit Models, arXiv:2010.02502

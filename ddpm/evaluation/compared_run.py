@@ -79,7 +79,7 @@ class ComparedRun:
     evaluations: Sequence[Report] = ()
     """They may include other runs."""
     remarks: list[Remark] = field(default_factory=list)
-    """What is missing, and what makes it."""
+    """What is missing in the run's folder, and the command that makes it."""
 
     def hours(self, images_seen: float) -> float | None:
         """Hours of training up to a position, by the logged images/s; None: unknown. Breaks do not count."""

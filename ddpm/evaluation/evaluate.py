@@ -67,7 +67,7 @@ class EvalWorker:
             candidate.net.to(self.device)
 
     def measure(self, piece: Piece) -> Measured:
-        """Errors of a candidate on training images, which need not be a piece's."""
+        """Errors of the candidate of a piece, on training images that do not depend on the piece."""
         train = images_of(self.train, 0, measure.MEASURED_IMAGES)
         return measure.measure(self.candidates[piece.candidate], train, self.settings.variance)
 

@@ -145,7 +145,7 @@ def nearest(
 
 
 def _lines(report: Report) -> list[list[Chart]]:
-    """The charts over images seen, and those over the number of sampling steps; curves have their legend entries."""
+    """The charts over images seen, and those over the number of sampling steps; labels of curves are for the legend."""
     over_images: list[Scored] = []
     over_steps: list[Scored] = []
     has_runs = len({result.run for result in report.results}) > 1

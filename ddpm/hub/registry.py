@@ -33,7 +33,7 @@ EXAMPLE = [{"num_images": 2, "seed": 0}]
 def register(
     name: str, folder: Path, exported: Mapping[str, Path], alias: str | None = None
 ) -> tuple[str, str]:
-    """Store the checkpoint in `folder` as the next version of the model `name`, beside the MLflow run it is of.
+    """Store the checkpoint in `folder` as the next version of the model `name`, linked to its MLflow run.
 
     Args:
         exported: exported nets to include, by format.

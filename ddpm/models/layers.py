@@ -188,7 +188,7 @@ def sinusoids(t: Tensor, width: int) -> Tensor:
 
 
 Requirement = tuple[str, bool, str]
-"""A field of a config, whether its value makes a net, and which would."""
+"""The name of a config's field, whether its value fits the net, and which values would."""
 
 
 def check_sizes(

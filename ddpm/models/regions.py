@@ -1,7 +1,7 @@
 """Compilation by region: the blocks of a net are compiled, not the whole net.
 
-Blocks of equal shapes share their code, so a net of 22 blocks of 11 shapes is compiled 11 times a block, which takes
-less time than one graph of all of them. What is between the blocks runs as it is. This is what PyTorch's recipe calls
+Blocks of equal shapes share their code: of a net with 22 blocks of 11 shapes 11 blocks are compiled, which takes less
+time than one graph of all of them. What is between the blocks runs as it is. This is what PyTorch's recipe calls
 regional compilation, https://docs.pytorch.org/tutorials/recipes/regional_compilation.html.
 """
 

@@ -162,7 +162,7 @@ class UNet(nn.Module):
     def _shifts(
         self, t: Tensor | None, label: Tensor | None, augmented: Tensor | None
     ) -> Iterator[Tensor | None]:
-        """The shift of the conditions for every pixel, [B, C, 1, 1], block by block; None if there is neither."""
+        """The shift of the conditions for every pixel, [B, C, 1, 1], block by block; None if there are none."""
         conditions = []
         if t is not None:
             conditions.append(self.time_mlp(sinusoids(t * self.time_scale, self.sinusoid_width)))  # [B, E]

@@ -28,7 +28,7 @@ from ddpm.utils.retry import retry_io
 RUNGS_FOLDER = "rungs"
 """Folder of a run with the results at its rungs."""
 RANKING, REPORTING = slice(0, None, 2), slice(1, None, 2)
-"""Held-out images, by their places in the plan's order: those that rank trials, and those that report the best one. The
+"""Held-out images, by position in the plan's order: those that rank trials, and those that report the best one. The
 best of several on the same images is best there by chance, too: its value on them is too low."""
 
 

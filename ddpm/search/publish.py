@@ -70,7 +70,7 @@ def interrupted(parent: Address) -> None:
 
 
 def store(setup: Setup, rows: Sequence[Row], remarks: Sequence[str], parent: Address) -> Iterator[str]:
-    """Write table, best config and plots to the search's folder and its MLflow run; yields lines with the places."""
+    """Write table, best config and plots to the search's folder and its MLflow run; yields lines that say where."""
     trials, folder, metric = [row.trial for row in rows], setup.folder, setup.arguments.metric
     files = {
         "results.parquet": leaderboard.parquet(rows),

@@ -131,7 +131,7 @@ def parse(flags: Sequence[str], base: Config) -> Space:
 
 
 def _check(space: Space, base: Config) -> None:
-    """Raise UserError if the space's trials are not comparable, or a key or a trial is of no use."""
+    """Raise UserError if the space's trials are not comparable, or a key of the schedule or a trial is of no use."""
     classes = ends(space.domains[NUM_CLASSES]) if NUM_CLASSES in space.domains else (0,)
     if min(classes) == 0 < max(classes):
         raise UserError(

@@ -76,9 +76,9 @@ class TrialManager:
     news: Callable[[str], None]
     """Called with a line for each event."""
     finalists: int = 0
-    """After the search's own trials, the configurations of this many of the best are trained again"""
+    """How many of the best configurations are trained again after the search's own trials."""
     seeds: Sequence[int] = ()
-    """with each of these as train.seed."""
+    """The values of train.seed for that, a training each."""
 
     def __post_init__(self) -> None:
         self._began_at: dict[int, float] = {}

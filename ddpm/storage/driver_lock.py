@@ -37,7 +37,7 @@ class DriverLock:
         folder: the folder of the run or the search.
         what: "run" or "search", for the error.
         flag: the flag that names the run or search.
-        notify: called with a message that another driver may be running, and how long the lock is watched.
+        notify: called with a line if another driver may hold the lock: which, and how long this one waits.
         waits: wait for another holder as long as it lives, instead of refusing.
     """
 

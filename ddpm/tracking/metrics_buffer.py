@@ -131,7 +131,7 @@ BYTES = {"image": "png", "artifact": "data"}
 
 
 class MetricsBuffer:
-    """Collects the records of one thread; a `runtime.Tracker`."""
+    """Collects the records of one thread."""
 
     def __init__(self) -> None:
         self._records: list[Record] = []

@@ -18,7 +18,7 @@ from ddpm.utils import devices
 
 
 class Runtime:
-    """A worker's access to the other workers, in torch's process group, and to the data; by default it is alone.
+    """A worker's access to the other workers, in torch's process group, and to the data; by default the only worker.
 
     Attributes:
         store: the run's store, on rank 0.
