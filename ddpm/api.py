@@ -42,7 +42,8 @@ class Run:
         """The images of jobs/sample.py, uint8 [N, H, W, C]; `settings` are those of config.sample: sampler="ddpm"."""
         changes = {f"sample.{name}": value for name, value in {**settings, "seed": seed}.items()}
         trained = self.trained.sampled_with(override(self.trained.config, changes).sample)
-        run_params.check_effect(trained.config, settings)
+        given = [name for name, value in settings.items() if value is not None]
+        run_params.check_effect(trained.config, given)
         x_0_error = None
         if trained.config.sample.variance == "measured":
             with resolve.local_checkpoint(str(self.uri)) as folder:

@@ -108,9 +108,8 @@ def build_sampler(config: Config, known: Known | None = None, x_0_error: Tensor 
         sample = replace(sample, sampler="ddpm")
     resolved = resolve_sample(sample, config.objective)
     if config.model.num_classes and sample.guidance_scale != 1 and config.objective.label_dropout == 0:
-        raise UserError(
-            "guidance needs a net that saw images without their labels: objective.label_dropout was 0"
-        )
+        saw = "guidance needs a net that saw images without their labels, and objective.label_dropout was 0"
+        raise UserError(f"{saw}; set sample.guidance_scale to 1")
     try:
         denoisers.check_interval(resolved.guidance_interval)
         schedule = schedules.build(config.schedule)

@@ -1,6 +1,7 @@
 """Reading, writing, checking and changing config trees (config.py). Unknown keys are errors; nothing is executed."""
 
 import dataclasses
+import functools
 import json
 import re
 import reprlib
@@ -11,6 +12,9 @@ from typing import Any
 from ddpm.config import NETS, NETS_GROUP, Affects, Config, ModelConfig, UNetConfig
 from ddpm.utils import plugins, strict_json
 from ddpm.utils.errors import UserError
+
+_dumps = functools.partial(json.dumps, default=lambda value: getattr(value, "item", value.__str__)())
+"""JSON of values in Python, also of NumPy's numbers and of paths."""
 
 
 def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, Any]]:
@@ -84,14 +88,14 @@ def _parsed(values: Mapping[str, Any], where: str, base: Config | None) -> Confi
         both = isinstance(tree.get(group), dict) and isinstance(value, Mapping)
         tree[group] = tree[group] | value if both else value
     model, given = tree.pop("model", {}), values.get("model", {})
-    config = strict_json.parse(Config, json.dumps(tree, default=str), where)
+    config = strict_json.parse(Config, _dumps(tree), where)
     kind: type[ModelConfig] = UNetConfig
     if isinstance(model, dict):
         kind = net_named(model.get("net", "unet"), f"{where}: model")
         if base is not None and type(base.model) is not kind:  # keeps what all nets have
             common = {f.name for f in dataclasses.fields(ModelConfig)}
             model = {key: value for key, value in model.items() if key in common or key in given}
-    net = strict_json.parse(kind, json.dumps(model, default=str), where, within="model")
+    net = strict_json.parse(kind, _dumps(model), where, within="model")
     return dataclasses.replace(config, model=net)
 
 

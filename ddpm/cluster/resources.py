@@ -91,7 +91,7 @@ def shortage(config: Config, per_worker: dict[str, float], placed: bool) -> str 
     for name, amount in per_worker.items():
         total, need, unused = have.get(name, 0.0), least * amount, free.get(name, 0.0)
         if unused < need:
-            state = f"{total - unused:g} of {total:g} in use"
+            state = f"{total - unused:g} of {total:g} in use (`ray status` shows by whom)"
             if placed or total < need:
                 state = f"the cluster has {total:g}"
             return f"{need:g} {name}{'s' * (need > 1)}: {state}"

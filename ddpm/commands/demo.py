@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from ddpm import cli
-from ddpm.config import SmallCount
+from ddpm.config import Port, SmallCount
 from ddpm.utils.errors import UserError
 
 
@@ -20,7 +20,7 @@ class Arguments:
     """Folders or URIs of runs or checkpoints, registered models, or built-in nets."""
     num_images: SmallCount = 16
     """Images of each."""
-    port: int = 7860
+    port: Port = 7860
     """Port on this machine; 0: any free one."""
 
 

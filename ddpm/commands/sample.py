@@ -65,8 +65,8 @@ def main() -> None:
         raise UserError(
             f"--inpaint works only with the sampler ddpm, not {arguments.sampler}; leave out --sampler"
         )
-    resampling = {key: getattr(arguments, key) for key in ("num_resamples", "jump_length")}
-    resampling = {key: value for key, value in resampling.items() if value is not None}
+    both = {"num_resamples": arguments.num_resamples, "jump_length": arguments.jump_length}
+    resampling = {key: value for key, value in both.items() if value is not None}
     if arguments.inpaint and arguments.variance:
         raise UserError(
             "--variance has no effect with --inpaint: RePaint's steps have the variance beta_tilde"

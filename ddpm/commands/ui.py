@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 
 from ddpm import cli
+from ddpm.config import Port
 from ddpm.utils.errors import UserError
 
 
@@ -16,7 +17,7 @@ from ddpm.utils.errors import UserError
 class Arguments:
     """Where MLflow's pages are served."""
 
-    port: int = 5000
+    port: Port = 5000
     """Port on this machine."""
 
 

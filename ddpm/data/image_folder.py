@@ -189,8 +189,6 @@ class Folder(Pictures):
         except OSError as error:
             raise _unreadable(self.path, error) from None
         if "train" in below and len(below) > 1 and set(below) <= set(PARTS):
-            if len({PARTS[name] for name in below}) < len(below):
-                raise UserError(f"{self.path}: of {', '.join(sorted(below))}, two are one split; keep one")
             return {PARTS[name]: sub for name, sub in sorted(below.items())}
         return {"train": self.path}
 

@@ -48,7 +48,7 @@ class Items(Loaded):
     @cached_property
     def _images(self) -> dict[str, tuple[Pixels, Labels]]:
         parts = self.data if isinstance(self.data, Mapping) else {"train": self.data}
-        if "train" not in parts or not {*parts} <= {*PARTS}:
+        if "train" not in parts or len({PARTS.get(part) for part in parts} - {None}) < len(parts):
             raise UserError(f"data has the splits {', '.join(map(str, parts))}; use train and test")
         items = {PARTS[part]: self._items(part, data) for part, data in parts.items()}
         found = [label for of_part in items.values() for _, label in of_part]

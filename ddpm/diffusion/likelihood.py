@@ -59,11 +59,6 @@ class Bound(NamedTuple):
     decoder: Tensor
     """[B]."""
 
-    @property
-    def total(self) -> Tensor:
-        """[B]: the bound."""
-        return self.prior + self.kl.sum(1) + self.decoder
-
 
 def exact(denoise: Denoise, schedule: Schedule, x_0: Tensor, noise: Noise, variance: Tensor | None) -> Bound:
     """Every term, with T evaluations of the net; x_t is drawn once for each t. Ho et al. 2020, Eq. 5."""

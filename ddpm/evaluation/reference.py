@@ -15,7 +15,7 @@ from torch import Tensor
 from ddpm.data.reading import DataSet, Images
 from ddpm.evaluation.features import FeatureNet, Features, digest_of, features_of
 from ddpm.storage.locations import Location
-from ddpm.utils.errors import UserError
+from ddpm.utils.retry import as_user_error
 
 CHECKSUM = "sha256"
 """Name of the tensor that holds the digest of the others."""
@@ -34,13 +34,11 @@ class Cache:
     def get(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors cached under `name`, which encodes everything they depend on; computed if missing."""
         location = self.folder.child(f"{name}.safetensors")
-        try:
+        with as_user_error(f"cannot read or write the cache file {location.uri}"):
             if (kept := _read(location)) is not None:
                 return kept
             tensors = {key: value.detach().cpu().contiguous() for key, value in make().items()}
             location.write(save({**tensors, CHECKSUM: _checksum(tensors)}), durable=True)
-        except OSError as error:
-            raise UserError(f"cannot read or write the cache file {location.uri}: {error}") from None
         return tensors
 
 

@@ -30,7 +30,7 @@ def build(runs: Mapping[str, TrainedNet], num_images: int) -> gr.Blocks:
     first, processes = configs[0].sample, {config.objective.process for config in configs}
     samplers = ["auto", *(name for name, kind in SAMPLERS.items() if {kind.process} == processes)]
     most = min(config.schedule.num_timesteps for config in configs)
-    has_labels = any(config.model.num_classes for config in configs)
+    has_labels = any(config.model.num_classes and config.objective.label_dropout for config in configs)
 
     def sample(seed: int, num_steps: int, sampler: str, scale: float) -> Iterator[str]:
         settings = {"seed": seed, "num_sample_steps": num_steps, "sampler": sampler, "guidance_scale": scale}

@@ -19,6 +19,7 @@ from ddpm.hub import builtin_nets, registry
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
 from ddpm.utils.errors import UserError
+from ddpm.utils.files import MAX_BYTES
 from ddpm.utils.retry import retry_io
 
 UNPACK = {registry.SCHEME: registry.download, builtin_nets.SCHEME: builtin_nets.unpack}
@@ -44,8 +45,8 @@ def name_of(uri: str) -> str:
 def local_checkpoint(uri: str, timeout_s: float = 0.0) -> Iterator[Path]:
     """A context with the checkpoint at `uri` as a local folder; for a run its newest.
 
-    A checkpoint in a bucket or with a scheme of SCHEMES is written to a temporary folder; a bucket may fail for
-    `timeout_s`.
+    A checkpoint in a bucket or with a scheme of SCHEMES is written to a temporary folder. Calls for its files are
+    retried for `timeout_s`.
     """
     if uri.startswith(SCHEMES):
         with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
@@ -68,7 +69,8 @@ def as_folder(location: Location, timeout_s: float = 0.0) -> Iterator[Path]:
 
         def fetch(name: str) -> None:
             source, filesystem = location.child(name).path, location.filesystem
-            copy = partial(pafs.copy_files, source, str(local / name), source_filesystem=filesystem)
+            here = str(local / name), filesystem, pafs.LocalFileSystem()
+            copy = partial(pafs.copy_files, source, *here, chunk_size=MAX_BYTES)  # in few requests
             retry_io(copy, where=location.uri, timeout_s=timeout_s)
 
         names = retry_io(location.files, where=location.uri, timeout_s=timeout_s)

@@ -28,6 +28,7 @@ from ddpm.sampling.writers import Form, Labels, PngWriter, ShardWriter
 from ddpm.storage.locations import Location, resolve
 from ddpm.utils.errors import UserError
 from ddpm.utils.images import Pixels, png_bytes
+from ddpm.utils.retry import as_user_error
 from ddpm.utils.seeding import GENERATOR
 
 BATCH_SIZE_CPU, BATCH_SIZE_GPU = 32, 256
@@ -148,7 +149,7 @@ def draw(
         writers.check_room(out, num_images, job.form, job.shape)
     with WorkerPool(partial(SampleWorker, job), num_workers) as pool:
         size, pieces = _pieces(job, pool, num_images)
-        try:
+        with as_user_error(f"cannot write images to {out.uri}; run the same command again to continue"):
             writer = _open(job, out, num_images, size)
             done, began = writer.num_kept, time.monotonic()
             show(done, "")
@@ -163,10 +164,6 @@ def draw(
                 for _, (strip, gif) in pool.map(SampleWorker.trajectory, [first]):
                     out.child("trajectory.png").write(png_bytes(strip))
                     out.child("trajectory.gif").write(gif)
-        except OSError as error:
-            raise UserError(
-                f"cannot write images to {out.uri}: {error}; run the same command again to continue"
-            ) from None
 
 
 def in_memory(job: SampleJob, num_images: int) -> Pixels:

@@ -24,6 +24,7 @@ from ddpm.diffusion import schedules
 from ddpm.evaluation import context, evaluate
 from ddpm.evaluation.metrics import Estimate
 from ddpm.evaluation.ranking import Rank, configuration_ranks, paired_ranks, ranks
+from ddpm.evaluation.scores import Score
 from ddpm.evaluation.settings import Settings
 from ddpm.search.evaluator import RANKING, REPORTING, Evaluation
 from ddpm.search.event_log import EventLog, Scored, Trial, best, name_of
@@ -58,7 +59,7 @@ class Row:
     by_bits: Rank | None
     """Rank of this net among the search's own with the most images seen; None: it has fewer, failed, or repeats one."""
     by_kid: Rank | None
-    """Rank of this net among those whose KID was measured as that of the best one."""
+    """Rank of this net among those whose KID is known, of the feature net that was asked for."""
     bits: NDArray[np.float64] | None
     """[K, M]: bits/dim of the trainings of its configuration, its own first; None where by_bits is."""
     by_trainings: Rank | None
@@ -96,8 +97,7 @@ def score_finalists(setup: Setup, events: EventLog) -> None:
     """Compute KID of the best few trials, and append it to the event log; known values are not computed again."""
     chosen = setup.arguments
     finalists = best(events.trials(), chosen.metric)[: chosen.finalists]
-    kid = f"KID-{context.feature_net_name(chosen.features, setup.evaluator.train)}", chosen.drawn_images
-    todo = [trial for trial in finalists if _kind(trial) != kid]
+    todo = [trial for trial in finalists if _scored(trial, setup) is None]
     if not todo:
         return
     settings = Settings(
@@ -129,9 +129,7 @@ def ranked(setup: Setup, events: EventLog) -> list[Row]:
     several = {number: each[:, RANKING] for number, each in bits.items() if len(each) > 1}
     by_trainings = dict(zip(several, configuration_ranks(list(several.values())), strict=True))
     order.sort(key=lambda trial: (trial.number not in several, mean[trial.number]))
-    # As of the best one, since an earlier call of the search may have measured with another net.
-    kind = next(filter(None, map(_kind, order)), None)
-    scores = {trial.number: trial.score for trial in order if trial.score and _kind(trial) == kind}
+    scores = {trial.number: score for trial in order if (score := _scored(trial, setup))}
     of_kid = ranks([score.value for score in scores.values()], [score.error for score in scores.values()])
     by_kid = dict(zip(scores, of_kid, strict=True))
     rest = [trial for trial in trials if trial.number not in by_bits]
@@ -144,9 +142,11 @@ def ranked(setup: Setup, events: EventLog) -> list[Row]:
     return [row(trial) for trial in (*order, *rest)]
 
 
-def _kind(trial: Trial) -> tuple[str, int] | None:
-    """What the trial's KID is comparable by: its feature net, and the number of images."""
-    return (trial.score.name, trial.score.n) if trial.score else None
+def _scored(trial: Trial, setup: Setup) -> Score | None:
+    """The trial's KID, if it is as the command line asks: an earlier call may have had another feature net."""
+    chosen, score = setup.arguments, trial.score
+    asked = f"KID-{context.feature_net_name(chosen.features, setup.evaluator.train)}", chosen.drawn_images
+    return score if score and (score.name, score.n) == asked else None
 
 
 def parquet(rows: Sequence[Row]) -> bytes:

@@ -75,7 +75,7 @@ def denoising(log_snr: NDArray[np.float64], curves: Mapping[str, NDArray[np.floa
 
 
 def _name(key: str) -> str:
-    return key.rpartition(".")[2]  # Optuna cuts off more than 20 characters
+    return key if len(key) <= 20 else key.rpartition(".")[2]  # Optuna cuts off more than 20 characters
 
 
 def _figure(x: str, y: str) -> tuple[Figure, Any]:

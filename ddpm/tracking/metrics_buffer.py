@@ -23,7 +23,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import IO, Annotated, Any, Literal
 
 import numpy as np
 from annotated_types import Interval
@@ -213,6 +213,12 @@ def read(data: bytes, where: str) -> list[Record]:
         stored = all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
         _check(stored, "a file in it is compressed")
         return [_record(line, archive) for line in archive.read(INDEX).decode().splitlines()]
+
+
+def count(file: IO[bytes], where: str) -> int:
+    """Number of records of the segment in the seekable `file`, of which the index is read alone; or DamagedSegment."""
+    with _as_damaged_segment(where), zipfile.ZipFile(file) as archive:
+        return archive.read(INDEX).count(b"\n")
 
 
 def _record(line: str, archive: zipfile.ZipFile) -> Record:

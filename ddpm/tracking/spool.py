@@ -34,7 +34,8 @@ def count(buffer: Location, committed: int) -> int:
     total = 0
     for file in final(buffer, committed):
         try:
-            total += len(metrics_buffer.read(file.read(metrics_buffer.MAX_SEGMENT_BYTES), file.uri))
+            with file.filesystem.open_input_file(file.path) as stream:
+                total += metrics_buffer.count(stream, file.uri)  # type: ignore[arg-type]
         except FileNotFoundError:
             continue
         except DamagedSegment:

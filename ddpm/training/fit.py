@@ -145,7 +145,7 @@ def _store_status(run: Run, status: Any, ended: int | None) -> None:
     retry = partial(retry_io, where=run.location.uri, timeout_s=STATUS_TIMEOUT_S)
     try:
         if written := retry(lambda: runs.read_status(run.location)):
-            seen = written.images_seen if ended is None else ended
+            seen = max(written.images_seen, ended or 0)  # what is lost since is counted by the next start
             content = runs.status_json(replace(written, status=status, images_seen=seen))
             retry(lambda: run.location.child(runs.STATUS).write(content))
     except UserError as error:

@@ -178,7 +178,8 @@ class DriverMonitor(StopSignals):
         self._announced = True
         line = f"stopping after this step, and storing a checkpoint of it{self.again}"
         if is_idle(values := self._state.snapshot()):
-            line = "no workers train" if run_state.PROGRESS in values else "stopping before the first step"
+            which = "stopping now, since no workers train", "stopping before the first step"
+            line = which[run_state.PROGRESS not in values]
         print(f"{name}: {line}", file=sys.stderr)
 
     def _show_waiting(self, values: Mapping[str, Any]) -> None:
@@ -192,7 +193,7 @@ class DriverMonitor(StopSignals):
         self._is_short = shortage is not None
         if shortage is not None and time.monotonic() >= self._waiting_at:
             self._waiting_at = time.monotonic() + WAITING_AGAIN_S
-            print(f"waiting     for {shortage} (`ray status` shows by whom)", file=sys.stderr, flush=True)
+            print(f"waiting     for {shortage}", file=sys.stderr, flush=True)
 
     def _resize(self, values: Mapping[str, Any]) -> None:
         """Ask the workers of an elastic run to leave with a checkpoint if the next group can be larger."""

@@ -154,11 +154,8 @@ def test_split_folders_are_used(tmp_path: Path) -> None:
     write_tree(tmp_path, {"train/a/0.png": 0, "train/b/1.png": 1, "val/a/2.png": 2})
     source = Folder(tmp_path, size=8)
     assert content(source, "train") == [(0, "a"), (1, "b")] and content(source, "test") == [(2, "a")]
-    write_tree(tmp_path, {"validation/a/4.png": 4})
-    with pytest.raises(UserError, match="of train, val, validation, two are one split; keep one"):
-        Folder(tmp_path, size=8)
     write_tree(tmp_path, {"other/3.png": 3})  # now train and val are ordinary classes
-    assert Folder(tmp_path, size=8).class_names == ("other", "train", "val", "validation")
+    assert Folder(tmp_path, size=8).class_names == ("other", "train", "val")
 
 
 def test_a_deleted_file_is_an_error_with_its_name(tmp_path: Path) -> None:

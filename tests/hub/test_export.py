@@ -157,7 +157,7 @@ def test_a_conditional_net_is_exported_for_one_class(label: int, tmp_path: Path)
     ):
         export.to_diffusers(trained, tmp_path / "out")
     thresholded = override(config, {"sample.dynamic_threshold": 0.99})
-    with pytest.raises(UserError, match=r"dynamic_threshold is not that of a DDPMScheduler"):
+    with pytest.raises(UserError, match=r"dynamic_threshold is not exported to a DDPMScheduler"):
         diffusers_config.scheduler_config(thresholded)
     with pytest.raises(UserError, match=r"label is 4;"):
         export.to_diffusers(trained, tmp_path / "out", label=4)

@@ -33,6 +33,7 @@ MISTAKES = {
     "export c out --alias champion": "--alias needs a registered model",
     "export c out --register name --no-ema": "a registered model uses the averaged weights",
     "export c out": "c does not exist; expected a checkpoint folder or a run folder",
+    "ui --port 70000": "port is 70000; it must be at most 65535",
     "ui --port 5001": "MLflow at http://127.0.0.1:9: ",
     "sync none": "is not a run's folder: it has no run.json",
     "sync gs://bucket/run": "unknown scheme",

@@ -102,8 +102,9 @@ def events(without_finalists: EventLog) -> EventLog:
 
 
 def setup_of(place: Location, base: Config = BASE) -> Setup:
-    evaluator: Any = SimpleNamespace(held_out=None)  # no checkpoint is read
-    return Setup(Arguments("digits", GIVEN), place, base, SPACE, [64, 128], evaluator, {})
+    evaluator: Any = SimpleNamespace(held_out=None, train=None)  # no checkpoint is read
+    asked = Arguments("digits", GIVEN, features="pixels", drawn_images=100)
+    return Setup(asked, place, base, SPACE, [64, 128], evaluator, {})
 
 
 def rows_of(place: Location, events: EventLog, base: Config = BASE) -> list[leaderboard.Row]:

@@ -71,6 +71,7 @@ def test_take_returns_all_records_in_order_and_only_once() -> None:
     with Image.open(io.BytesIO(image_record.png)) as image:
         assert np.array_equal(np.asarray(image), GREY[:, :, 0])
     assert artifact == Artifact("pictures/card.txt", b"\x00card")
+    assert metrics_buffer.count(io.BytesIO(data), "here") == 4
     buffer.artifact("later.txt", b"")
     assert buffer.take() == [Artifact("later.txt", b"")]
 

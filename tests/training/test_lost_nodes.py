@@ -110,10 +110,10 @@ def test_a_run_without_room_says_so_and_stops_at_once(run: Run, head: RayHead, n
     with run.start(*flags, env={"RAY_ADDRESS": head.address}) as job:
         job.wait_for(run.past(0))
         node.kill()
-        job.wait_for(lambda: "waiting     for 1.5 CPUs: the cluster has 1 (" in job.output)
+        job.wait_for(lambda: "waiting     for 1.5 CPUs: the cluster has 1\n" in job.output)
         job.process.send_signal(signal.SIGTERM)
         assert job.wait() == 128 + signal.SIGTERM, job.output
-    assert "SIGTERM: no workers train\n" in job.output
+    assert "SIGTERM: stopping now, since no workers train\n" in job.output
     assert f"stopped     at {run.position():,} images" in job.output
 
 
