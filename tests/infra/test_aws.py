@@ -13,6 +13,7 @@ from typing import Any
 
 import boto3
 import cfnlint.decode
+import notice
 import pytest
 from botocore.exceptions import ClientError
 from support import processes
@@ -221,7 +222,8 @@ def test_only_the_head_may_start_and_terminate_workers(policies: dict[str, list[
             ("ec2:RunInstances", f"{here}:instance/*", {}),
             ("ec2:RunInstances", f"{here}:security-group/{stack.resources['ClusterSecurityGroup']}", {}),
             ("ssm:GetParameters", "arn:aws:ssm:us-east-1::parameter/aws/service/deeplearning/ami", {}),
-            ("ec2:CreateTags", f"{here}:instance/i-1", {}),
+            ("ec2:CreateTags", f"{here}:instance/i-new", {"ec2_CreateAction": "RunInstances"}),
+            ("ec2:CreateTags", f"{here}:instance/i-1", {"aws_ResourceTag__ray-node-type": "worker"}),
             ("ec2:TerminateInstances", f"{here}:instance/i-1", {"aws_ResourceTag__ray-node-type": "worker"}),
             ("iam:PassRole", workers, to_ec2),
         ],
@@ -229,6 +231,7 @@ def test_only_the_head_may_start_and_terminate_workers(policies: dict[str, list[
             ("ec2:RunInstances", f"{here}:security-group/sg-of-others", {}),
             ("ssm:GetParameters", f"arn:aws:ssm:us-east-1:{account}:parameter/password", {}),
             ("ec2:TerminateInstances", f"{here}:instance/i-of-others", {}),
+            ("ec2:CreateTags", f"{here}:instance/i-of-others", {}),
             ("iam:PassRole", workers, to_lambda),
             ("iam:PassRole", mlflows, to_ec2),
         ],
@@ -237,6 +240,16 @@ def test_only_the_head_may_start_and_terminate_workers(policies: dict[str, list[
         assert allowed(policies["HeadRole"], action, resource, **context) == to_head, (action, resource)
         for role in ("WorkerRole", "MlflowRole"):
             assert not allowed(policies[role], action, resource, **context), (role, action, resource)
+
+
+def test_a_spot_machine_sees_the_notice_of_its_end(aws: AwsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Cloud(aws, LOOPBACK, ("key", "secret")) as cloud:
+        monkeypatch.setattr(notice, "METADATA", cloud.uri)
+        assert notice.seconds_left() is None
+        cloud.taken_back.add(LOOPBACK)
+        left = notice.seconds_left()
+        assert left is not None and 10 < left <= 120
+    assert notice.seconds_left() is None  # no metadata service
 
 
 def test_permissions_of_a_worker_on_the_real_bucket(aws: AwsServer, stack: Stack) -> None:

@@ -85,6 +85,11 @@ def test_a_cluster_on_aws_scales_up_trains_and_is_terminated(
                 for machine in up:
                     (raylet,) = processes.members(machine.pid, "raylet")
                     assert raylet.environ()["MLFLOW_TRACKING_PASSWORD"] == password
+                cloud.taken_back.add(up[-1].address)
+                told = up[-1].home / "ddpm/notice.log"
+                processes.wait_for(lambda: "Ray was told\n" in told.read_text(), 120)
+                marked = [(machine.home / "ddpm/taken-back").exists() for machine in up]
+                assert marked == [False, False, True]
                 refused = user_host.host.run("ray", "job", "submit", "--address", DASHBOARD, "--", "id")
                 assert refused.returncode != 0 and "uthentic" in refused.stdout + refused.stderr
         assert cloud.launches[0] == Launch("m7i.large", spot=False)

@@ -9,6 +9,7 @@ import json
 import urllib.parse
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,8 @@ class Cloud(FrontEnd):
         self.keys, self.no_spot, self._addresses = keys, no_spot, iter(addresses)
         self.launches: list[Launch] = []
         """All RunInstances requests in order, including refused ones."""
+        self.taken_back = set[str]()
+        """Addresses of the instances to which the metadata service announces their end."""
 
     def machines(self) -> list[dict[str, Any]]:
         """All instances of Ray clusters, terminated ones included, as DescribeInstances returns them."""
@@ -116,6 +119,9 @@ class Cloud(FrontEnd):
         ):  # Ray's client leaves out the last "/"
             case ["placement", "availability-zone"]:
                 return 200, f"{REGION}a".encode(), plain
+            case ["spot", "instance-action"] if headers["x-forwarded-for"] in self.taken_back:
+                end = f"{datetime.now(UTC) + timedelta(seconds=120):%FT%TZ}"
+                return 200, json.dumps({"action": "terminate", "time": end}).encode(), plain
             case ["iam", "security-credentials"]:
                 return 200, b"a-role", plain
             case ["iam", "security-credentials", "a-role"]:

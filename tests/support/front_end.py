@@ -103,6 +103,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name in OF_ONE_CONNECTION:
             del self.headers[name]
         headers = {name.lower(): value for name, value in self.headers.items()}
+        headers["x-forwarded-for"] = str(self.client_address[0])
         request = (self.command, self.path, headers, body)
         try:
             status, data, answered = self.server.front.answer(*request) or self.server.front.forwarded(
