@@ -45,6 +45,8 @@ def test_a_mistake_is_one_line(
     user_error: Callable[..., str], tmp_path: Path, command_line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    for limit in ("MAX_RETRIES", "TIMEOUT"):  # which `ui` sets, if they are not set
+        monkeypatch.setenv(f"MLFLOW_HTTP_REQUEST_{limit}", "1")
     (tmp_path / "there").mkdir()
     (tmp_path / "there/card.json").write_text('{"format": "another"}')
     assert MISTAKES[command_line] in user_error(*command_line.split()) + "\n"
