@@ -2,10 +2,10 @@
 
     python benchmarks/quality.py [--sets photos mnist emoji cifar10] [--peers diffusers lucidrains] [--minutes 3]
 
-Ours is `jobs/train.py folder PATH --workers 2`, with nothing set for the images. A peer has our batch, schedule and
-average, as far as its flags go (peers/quality.py), and the learning rate of the lowest KID of one seed, of those
-tried; one more training of it has its own settings. One trainer runs at a time, seed by seed, with all cores; the
-clock of each begins with its command.
+Ours is `jobs/train.py folder PATH --workers 2`, with nothing set for the images. A peer has our batch, schedule,
+average and length of the learning rate's fall, as far as its flags go (peers/quality.py), and the learning rate of the
+lowest KID of one seed, of those tried; one more training of it has its own settings. One trainer runs at a time, seed
+by seed, with all cores; the clock of each begins with its command.
 Every net then samples with one sampler on its own schedule. Two distances to held-out images judge it: KID of lite2,
 by which nothing was chosen, and the Frechet distance of 4x4 pixels, which sees colours. The averaged weights are
 judged at some times and, at the end, the online ones; a peer counts with the better. The tables of
