@@ -23,14 +23,15 @@ class Arguments:
 
 def main() -> None:
     arguments: Arguments = cli.parse(Arguments, __doc__)
-    from ddpm.tracking import mlflow_client, pages, retry
+    from ddpm.tracking import mlflow_client, mlflow_runs, pages
+    from ddpm.tracking.retry import without_password
 
     uri = mlflow_client.tracking_uri()
     database = mlflow_client.database_file(uri)
     if database is not None and not database.exists():
         raise UserError(f"{database} does not exist; training makes it, in the folder in which it is started")
-    address = retry.without_password(uri) if database is None else f"http://127.0.0.1:{arguments.port}"
-    with retry.opened() as client:
+    address = without_password(uri) if database is None else f"http://127.0.0.1:{arguments.port}"
+    with mlflow_runs.opened() as client:
         experiments = client.search_experiments()
     for experiment in experiments:
         if pages.VIEW_TAG in experiment.tags:

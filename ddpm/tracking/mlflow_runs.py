@@ -16,10 +16,12 @@ import io
 import json
 import logging
 import math
+import os
 import re
 import tempfile
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,9 @@ from PIL import Image
 
 from ddpm.tracking import pages
 from ddpm.tracking.metrics_buffer import Artifact, DataSetInput, Metrics, Picture, Record, Tags
-from ddpm.tracking.mlflow_client import Lost, connect, database_file
-from ddpm.tracking.retry import ATTEMPTS, Caller, Failed, Refused
+from ddpm.tracking.mlflow_client import Lost, connect, database_file, tracking_uri
+from ddpm.tracking.retry import ATTEMPTS, Caller, Failed, Refused, reason, without_password
+from ddpm.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -321,6 +324,23 @@ class MlflowRun:
             return self.run_id is not None and bool(self._client.get_run(self.run_id))
         except Exception:
             return False
+
+
+@contextmanager
+def opened() -> Iterator[Any]:
+    """A context with a client, in which MLflow's own functions use the same server; its errors become UserErrors."""
+    uri = tracking_uri()
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield connect(uri)
+    except Lost as error:
+        raise UserError(f"MLflow at {uri}: {error}") from None
+    except (MlflowException, OSError) as error:
+        raise UserError(f"MLflow at {without_password(uri)}: {reason(error, uri)}") from None
 
 
 def _thumbnail(png: bytes) -> bytes:

@@ -1,16 +1,13 @@
-"""Calls to an MLflow server that may be unavailable, hang, or refuse a record: retries, and errors in a line."""
+"""Retries of calls to an MLflow server that may be unavailable, hang, or refuse a record, until time is up."""
 
 import logging
 import math
-import os
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-from ddpm.tracking.mlflow_client import Lost, connect, tracking_uri
-from ddpm.utils.errors import UserError
+from ddpm.tracking.mlflow_client import Lost
 
 logger = logging.getLogger(__name__)
 
@@ -105,23 +102,6 @@ class Caller:
             uri = without_password(self._uri)
             logger.warning("MLflow at %s is not accepting data (%s); retrying", uri, self.last_error)
         self._warned = True
-
-
-@contextmanager
-def opened() -> Iterator[Any]:
-    """A context with a client, in which MLflow's own functions use the same server; its errors become UserErrors."""
-    uri = tracking_uri()
-    os.environ["MLFLOW_TRACKING_URI"] = uri
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield connect(uri)
-    except Lost as error:
-        raise UserError(f"MLflow at {uri}: {error}") from None
-    except (MlflowException, OSError) as error:
-        raise UserError(f"MLflow at {without_password(uri)}: {reason(error, uri)}") from None
 
 
 def without_password(uri: str) -> str:

@@ -32,9 +32,8 @@ from support.tracked import (
 from ddpm.storage.locations import Location
 from ddpm.tracking.metrics_buffer import Metrics, Picture
 from ddpm.tracking.mlflow_client import tracking_uri
-from ddpm.tracking.mlflow_runs import Address, MlflowRun
+from ddpm.tracking.mlflow_runs import Address, MlflowRun, without_password
 from ddpm.tracking.pages import STOPPED
-from ddpm.tracking.retry import without_password
 from ddpm.tracking.uploader import Uploader
 from ddpm.utils.png import png_bytes
 
