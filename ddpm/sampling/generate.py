@@ -179,7 +179,7 @@ def _strip_noise(config: Config, x_0: Tensor) -> Tensor:
 
 def _caption(t: Tensor) -> str:
     """The first of t [N], or of the amounts of noise of `UniformMix`."""
-    return f"{t[0]:.0%}" if t.is_floating_point() else f"t={t[0]}"
+    return f"{t[0].item():.0%}" if t.is_floating_point() else f"t={t[0].item()}"
 
 
 def _rows(frames: list[Tensor]) -> list[Pixels]:
