@@ -28,7 +28,7 @@ class Arguments:
 def main() -> None:
     arguments: Arguments = cli.parse(Arguments, __doc__)
     from ddpm.tracking import sync
-    from ddpm.tracking.retry import without_password
+    from ddpm.tracking.mlflow_client import without_password
     from ddpm.utils.progress import Display, printable
 
     rest = sync.remaining(arguments.run, arguments.experiment)

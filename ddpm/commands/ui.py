@@ -23,15 +23,15 @@ class Arguments:
 
 def main() -> None:
     arguments: Arguments = cli.parse(Arguments, __doc__)
-    from ddpm.tracking import mlflow_client, mlflow_runs, pages
-    from ddpm.tracking.retry import without_password
+    from ddpm.tracking import pages
+    from ddpm.tracking.mlflow_client import database_file, opened, tracking_uri, without_password
 
-    uri = mlflow_client.tracking_uri()
-    database = mlflow_client.database_file(uri)
+    uri = tracking_uri()
+    database = database_file(uri)
     if database is not None and not database.exists():
         raise UserError(f"{database} does not exist; training makes it, in the folder in which it is started")
     address = without_password(uri) if database is None else f"http://127.0.0.1:{arguments.port}"
-    with mlflow_runs.opened() as client:
+    with opened() as client:
         experiments = client.search_experiments()
     for experiment in experiments:
         if pages.VIEW_TAG in experiment.tags:

@@ -14,9 +14,9 @@ from ddpm.evaluation.report import CheckpointResult, Report, metrics, nearest_pi
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
 from ddpm.tracking.metrics_buffer import Artifact, Metrics, Record
-from ddpm.tracking.mlflow_client import Lost, tracking_uri
+from ddpm.tracking.mlflow_client import Lost, tracking_uri, without_password
 from ddpm.tracking.mlflow_runs import Address, MlflowRun
-from ddpm.tracking.retry import OutOfTime, without_password
+from ddpm.tracking.retry import OutOfTime
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import as_user_error
 

@@ -20,7 +20,6 @@ from typing import Any
 from ddpm.build import build_sampler
 from ddpm.checkpoints import checkpoint
 from ddpm.tracking import mlflow_client, mlflow_runs
-from ddpm.tracking.retry import without_password
 from ddpm.utils.retry import as_user_error
 
 SCHEME = "models:/"
@@ -50,16 +49,16 @@ def register(
             for kind, path in exported.items():
                 shutil.copytree(path, Path(staging, kind))
         artifacts = {path.name: str(path) for path in Path(staging).iterdir()}
-        with mlflow_runs.opened() as client:
+        with mlflow_client.opened() as client:
             number = _log(client, name, folder, artifacts)
             if alias is not None:
                 client.set_registered_model_alias(name, alias, number)
-    return f"{SCHEME}{name}/{number}", without_password(mlflow_client.tracking_uri())
+    return f"{SCHEME}{name}/{number}", mlflow_client.without_password(mlflow_client.tracking_uri())
 
 
 def download(uri: str, folder: Path) -> Path:
     """Download the checkpoint of the model `uri`, models:/NAME@ALIAS or models:/NAME/VERSION, to `folder`."""
-    with mlflow_runs.opened():
+    with mlflow_client.opened():
         from mlflow.artifacts import download_artifacts
 
         artifact = f"{uri.rstrip('/')}/artifacts/checkpoint"

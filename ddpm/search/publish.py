@@ -24,10 +24,10 @@ from ddpm.search.setup import Setup
 from ddpm.storage.locations import Location
 from ddpm.tracking import sync
 from ddpm.tracking.metrics_buffer import Artifact, Metrics, Tags
-from ddpm.tracking.mlflow_client import Lost, tracking_uri
+from ddpm.tracking.mlflow_client import Lost, tracking_uri, without_password
 from ddpm.tracking.mlflow_runs import PARENT_TAG, Address, MlflowRun
 from ddpm.tracking.pages import NOTE_TAG, STOPPED
-from ddpm.tracking.retry import OutOfTime, without_password
+from ddpm.tracking.retry import OutOfTime
 from ddpm.utils import devices
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import retry_io

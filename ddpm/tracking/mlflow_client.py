@@ -5,18 +5,21 @@ import os
 import re
 import shutil
 import sqlite3
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ddpm.storage import locations
 from ddpm.utils import files
+from ddpm.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 SQLITE = "sqlite:///"
 HALF_MADE = re.compile(r"already exists|duplicate column|no such (table|column|index)")
 """SQLite's message when MLflow opens a database whose creation was interrupted."""
+USER_INFO = re.compile(r"//[^/\s@]*@")
 
 
 class Lost(Exception):
@@ -68,6 +71,35 @@ def connect(uri: str) -> Any:
             "this file away; a new one is then created. Records that were delivered stay in the old file; "
             "`python jobs/sync.py RUN` delivers a run's remaining records to the new one"
         ) from None
+
+
+@contextmanager
+def opened() -> Iterator[Any]:
+    """A context with a client, in which MLflow's own functions use the same server; its errors become UserErrors."""
+    uri = tracking_uri()
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield connect(uri)
+    except Lost as error:
+        raise UserError(f"MLflow at {uri}: {error}") from None
+    except (MlflowException, OSError) as error:
+        raise UserError(f"MLflow at {without_password(uri)}: {reason(error, uri)}") from None
+
+
+def without_password(uri: str) -> str:
+    scheme, separator, rest = uri.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}" if separator else uri
+
+
+def reason(error: BaseException | None, uri: str) -> str:
+    """`error` in one line, without the password that MLflow's messages quote with `uri`."""
+    text = str(error).replace(uri, without_password(uri))
+    text = text.partition("[SQL:")[0]  # the queries of SQLAlchemy's errors
+    return f"{type(error).__name__}: {USER_INFO.sub('//', ' '.join(text.split()))[:400]}"
 
 
 def database_file(uri: str) -> Path | None:

@@ -16,12 +16,10 @@ import io
 import json
 import logging
 import math
-import os
 import re
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +28,8 @@ from PIL import Image
 
 from ddpm.tracking import pages
 from ddpm.tracking.metrics_buffer import Artifact, DataSetInput, Metrics, Picture, Record, Tags
-from ddpm.tracking.mlflow_client import Lost, connect, database_file, tracking_uri
-from ddpm.tracking.retry import ATTEMPTS, Caller, Failed, Refused, reason, without_password
-from ddpm.utils.errors import UserError
+from ddpm.tracking.mlflow_client import Lost, connect, database_file
+from ddpm.tracking.retry import ATTEMPTS, Caller, Failed, Refused
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +37,7 @@ RUN_KEY_TAG = "ddpm.run_key"
 PARENT_TAG = "mlflow.parentRunId"
 SENT_UNTIL_TAG = "ddpm.sent_until"
 IMAGES_TAG = "mlflow.loggedImages"
-MAX_PARAMS_PER_CALL = 100
-MAX_METRICS_PER_CALL = 1000
+MAX_PER_CALL = {"params": 100, "metrics": 1000}
 PICTURE_KEY = re.compile(r"[a-zA-Z0-9_\-./ ]+")
 PICTURE_FILE = re.compile(r"(images/(.+)\+step\+(\d+)\+timestamp\+\d+\+[0-9a-f-]+)\.png")
 THUMBNAIL_SIDE = 256
@@ -112,8 +108,13 @@ class MlflowRun:
 
     def open(self, running: bool) -> None:
         """Find or create the run, and update its params; with `running` also its status."""
+        from mlflow.entities import Param
+
         self._client = self._call_or_lost(connect, self._address.uri)
-        self._call_or_lost(self._find, running)
+        known = self._call_or_lost(self._find, running)
+        new = {f"param {n}": Param(n, str(v)) for n, v in self._params.items() if n not in known}
+        while not self._send_batch("params", list(new.items())):
+            pass  # until time is up
 
     def find(self) -> bool:
         """Whether MLflow has the run. Nothing is created or changed there."""
@@ -155,7 +156,7 @@ class MlflowRun:
             if (key, record.images_seen) not in self._points
         ]
         points.sort(key=lambda point: point.key)  # MLflow's page Compare begins with what was logged first
-        done = self._send_points(points)
+        done = self._send_batch("metrics", [(f"metric {p.key} at {p.step}", p) for p in points])
         for record in records:
             if isinstance(record, Picture):
                 what = f"image {record.key} at {record.images_seen}"
@@ -177,9 +178,8 @@ class MlflowRun:
             self._client.set_terminated(self.run_id, status)
         self._describe()
 
-    def _find(self, running: bool) -> None:
-        from mlflow.entities import Param
-
+    def _find(self, running: bool) -> Mapping[str, str]:
+        """Find or create the run; returns the params that it had."""
         client, address = self._client, self._address
         first_grid = self._params.get("train.sample_every_images", 0)
         self.experiment_id = experiment_id(
@@ -196,14 +196,12 @@ class MlflowRun:
                 tags[PARENT_TAG] = address.parent_run_id
             run = client.create_run(self.experiment_id, run_name=address.run_name, tags=tags)
         run_id, known = run.info.run_id, run.data.params
-        new = [Param(name, str(value)) for name, value in self._params.items() if name not in known]
-        for i in range(0, len(new), MAX_PARAMS_PER_CALL):
-            client.log_batch(run_id, params=new[i : i + MAX_PARAMS_PER_CALL])
         for name, value in self._params.items():  # MLflow's params never change; a resumed run's may
             if name in known and known[name] != str(value):
                 client.set_tag(run_id, f"resumed.{name}", str(value))
         self._sent_until = int(run.data.tags.get(SENT_UNTIL_TAG, -1))
         self.run_id = run_id
+        return known
 
     def _look_for_same(self, records: Sequence[Record]) -> None:
         """Look up which metrics of `records` MLflow already has with these values."""
@@ -232,25 +230,22 @@ class MlflowRun:
                     self._pictures[match[2], int(match[3])] = match[1]
         self._sent_until = max(until, self._sent_until)
 
-    def _send_points(self, points: list[Any], attempts: int = ATTEMPTS) -> bool:
-        """Send points: halves if they are too many, or refused, so that one bad point does not stop the others."""
-        if len(points) < 2:
-            return all(
-                self._try(f"metric {point.key} at {point.step}", self._log, point, attempts=attempts)
-                for point in points
-            )
-        if len(points) <= MAX_METRICS_PER_CALL:
+    def _send_batch(self, kind: str, named: list[tuple[str, Any]], attempts: int = ATTEMPTS) -> bool:
+        """Send params or metrics: halves if they are too many, or refused, so that a bad one stops no other."""
+        if len(named) < 2:
+            return all(self._try(name, self._log, kind, [item], attempts=attempts) for name, item in named)
+        if len(named) <= MAX_PER_CALL[kind]:
             try:
-                self.call(self._log, *points, attempts=attempts)
+                self.call(self._log, kind, [item for _, item in named], attempts=attempts)
                 return True
             except Failed:
                 attempts = 1
-        half = len(points) // 2
-        first = self._send_points(points[:half], attempts)
-        return self._send_points(points[half:], attempts) and first
+        half = len(named) // 2
+        first = self._send_batch(kind, named[:half], attempts)
+        return self._send_batch(kind, named[half:], attempts) and first
 
-    def _log(self, *points: Any) -> None:
-        self._client.log_batch(self.run_id, metrics=list(points))
+    def _log(self, kind: str, items: list[Any]) -> None:
+        self._client.log_batch(self.run_id, **{kind: items})
 
     def _send_picture(self, picture: Picture) -> None:
         """Log an image as MlflowClient.log_image does (MLflow 3.11 and later), but under a reproducible name."""
@@ -324,23 +319,6 @@ class MlflowRun:
             return self.run_id is not None and bool(self._client.get_run(self.run_id))
         except Exception:
             return False
-
-
-@contextmanager
-def opened() -> Iterator[Any]:
-    """A context with a client, in which MLflow's own functions use the same server; its errors become UserErrors."""
-    uri = tracking_uri()
-    os.environ["MLFLOW_TRACKING_URI"] = uri
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield connect(uri)
-    except Lost as error:
-        raise UserError(f"MLflow at {uri}: {error}") from None
-    except (MlflowException, OSError) as error:
-        raise UserError(f"MLflow at {without_password(uri)}: {reason(error, uri)}") from None
 
 
 def _thumbnail(png: bytes) -> bytes:

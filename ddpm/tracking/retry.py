@@ -2,12 +2,11 @@
 
 import logging
 import math
-import re
 import time
 from collections.abc import Callable
 from typing import Any
 
-from ddpm.tracking.mlflow_client import Lost
+from ddpm.tracking.mlflow_client import Lost, reason, without_password
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +17,6 @@ REFUSED = ("BAD_REQUEST", "INVALID_PARAMETER_VALUE")
 """MLflow's codes for a record that it will never accept."""
 PERMANENT = (*REFUSED, "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED", "UNAUTHENTICATED")
 """MLflow's codes for a call that is useless to repeat."""
-USER_INFO = re.compile(r"//[^/\s@]*@")
 
 
 class OutOfTime(Exception):
@@ -102,18 +100,6 @@ class Caller:
             uri = without_password(self._uri)
             logger.warning("MLflow at %s is not accepting data (%s); retrying", uri, self.last_error)
         self._warned = True
-
-
-def without_password(uri: str) -> str:
-    scheme, separator, rest = uri.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}" if separator else uri
-
-
-def reason(error: BaseException | None, uri: str) -> str:
-    """`error` in one line, without the password that MLflow's messages quote with `uri`."""
-    text = str(error).replace(uri, without_password(uri))
-    text = text.partition("[SQL:")[0]  # the queries of SQLAlchemy's errors
-    return f"{type(error).__name__}: {USER_INFO.sub('//', ' '.join(text.split()))[:400]}"
 
 
 def _is_temporary(error: BaseException) -> bool:

@@ -8,9 +8,9 @@ from ddpm.config import Config, RunConfig
 from ddpm.config_io import from_json
 from ddpm.storage.locations import Location
 from ddpm.tracking import run_params, spool
-from ddpm.tracking.mlflow_client import Lost, tracking_uri
+from ddpm.tracking.mlflow_client import Lost, tracking_uri, without_password
 from ddpm.tracking.mlflow_runs import Address, MlflowRun
-from ddpm.tracking.retry import OutOfTime, without_password
+from ddpm.tracking.retry import OutOfTime
 from ddpm.tracking.uploader import Deliverer
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import as_user_error

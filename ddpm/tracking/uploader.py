@@ -14,9 +14,9 @@ from typing import Any
 
 from ddpm.storage.locations import Location
 from ddpm.tracking import metrics_buffer, spool
-from ddpm.tracking.mlflow_client import Lost
+from ddpm.tracking.mlflow_client import Lost, reason, without_password
 from ddpm.tracking.mlflow_runs import Address, MlflowRun
-from ddpm.tracking.retry import OutOfTime, reason, without_password
+from ddpm.tracking.retry import OutOfTime
 from ddpm.utils.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -24,9 +24,8 @@ from ddpm.data.reading import DataSet
 from ddpm.storage import locations
 from ddpm.storage.driver_lock import DriverLock
 from ddpm.tracking import pages, run_params, spool
-from ddpm.tracking.mlflow_client import database_file, tracking_uri
+from ddpm.tracking.mlflow_client import database_file, tracking_uri, without_password
 from ddpm.tracking.mlflow_runs import Address
-from ddpm.tracking.retry import without_password
 from ddpm.tracking.uploader import DELIVERY_TIMEOUT_S, Delivery, Uploader
 from ddpm.training import checkpoint_manager
 from ddpm.training.failures import TrainingFailed, last_line

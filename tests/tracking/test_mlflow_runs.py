@@ -31,8 +31,8 @@ from support.tracked import (
 
 from ddpm.storage.locations import Location
 from ddpm.tracking.metrics_buffer import Metrics, Picture
-from ddpm.tracking.mlflow_client import tracking_uri
-from ddpm.tracking.mlflow_runs import Address, MlflowRun, without_password
+from ddpm.tracking.mlflow_client import tracking_uri, without_password
+from ddpm.tracking.mlflow_runs import Address, MlflowRun
 from ddpm.tracking.pages import STOPPED
 from ddpm.tracking.uploader import Uploader
 from ddpm.utils.png import png_bytes
@@ -145,14 +145,16 @@ def test_records_that_mlflow_rejects_are_skipped_and_the_rest_is_delivered(
     refused = [Metrics({"no such: name?!": 1.0, "good": 2.0}, 2, 2), Picture("no:key", png, 3, 3)]
     put_records(buffer, 4, Metrics({"good": 1.0}, 1, 1), *refused, Metrics({"good": 3.0}, 4, 4))
     put(buffer, 64, 64)
-    delivery = deliver(address, buffer, 64)
+    delivery = deliver(address, buffer, 64, **{"a bad (param)": 1})
     assert (delivery.undelivered, delivery.ended) == (0, True)
+    assert run_of(address).data.params == {name: str(value) for name, value in PARAMS.items()}
     assert points(address, "good") == [(1, 1.0), (2, 2.0), (4, 3.0)]
     assert_delivered_once(address, 64)
     refusals = warnings_of(caplog)
-    assert len(refusals) == 2, refusals
-    assert "MLflow refuses metric no such: name?! at 2, which is skipped" in refusals[0]
-    assert "MLflow refuses image no:key at 3, which is skipped" in refusals[1]
+    assert len(refusals) == 3, refusals
+    assert "MLflow refuses param a bad (param), which is skipped" in refusals[0]
+    assert "MLflow refuses metric no such: name?! at 2, which is skipped" in refusals[1]
+    assert "MLflow refuses image no:key at 3, which is skipped" in refusals[2]
     put_records(buffer, 65, *refused)  # again: now these steps have been sent before
     assert deliver(address, buffer, 65).undelivered == 0
     assert points(address, "good") == [(1, 1.0), (2, 2.0), (4, 3.0)]
