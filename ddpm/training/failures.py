@@ -80,7 +80,7 @@ def decide(
         return Done(None)
     again: dict[str, Any] = {run_state.WORKERS: None}
     if values.get(run_state.STOP) in run_state.ENDS_GROUP:
-        again[run_state.STOP] = None
+        again |= {run_state.STOP: None, run_state.ENDED: None}
     if died:
         return _after_failures(died, values, again, config.cluster)
     if ended is None:

@@ -127,14 +127,17 @@ def _drive(
     except ray.exceptions.RayError as error:
         gone = f"the Ray cluster is gone: {last_line(error)}"
         raise TrainingFailed(f"{gone}; run the same command again to resume") from None
-    except (KeyboardInterrupt, StorageError):  # if storage fails, undelivered records are unreadable
+    except KeyboardInterrupt:
+        status = pages.STOPPED
+        raise
+    except StorageError:  # undelivered records are unreadable
         timeout_s = HASTY_DELIVERY_TIMEOUT_S
         raise
     finally:
         if monitor.signal:
             timeout_s = HASTY_DELIVERY_TIMEOUT_S
         if not lock.is_lost:
-            _store_status(run, "STOPPED" if monitor.was_asked else status, ended)
+            _store_status(run, status if status in ("FINISHED", "FAILED") else "STOPPED", ended)
         delivery = uploader.close(status, timeout_s)
     return ended, delivery
 

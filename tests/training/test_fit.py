@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,13 @@ from ddpm.config_io import override
 from ddpm.data.reading import DataSet
 from ddpm.storage import driver_lock, locations
 from ddpm.storage.driver_lock import DriverLock
-from ddpm.tracking.uploader import Delivery
+from ddpm.tracking import spool
+from ddpm.tracking.mlflow_client import tracking_uri
+from ddpm.tracking.mlflow_runs import Address
+from ddpm.tracking.uploader import Delivery, Uploader
 from ddpm.training import fit, loop
+from ddpm.training.failures import TrainingFailed
+from ddpm.training.monitor import StopSignals
 from ddpm.utils.errors import UserError
 
 FLAGS = """--data.window-rows 200 --schedule.num-timesteps 50 --model.base-width 8 --model.width-multipliers 1 2
@@ -96,6 +102,41 @@ def test_the_summary_links_to_the_page_of_the_run(
     lines = fit.summary(fit.Result(run, 64, None, Delivery("r", "7", 0, True)))
     assert lines[-1].strip() == f"{server}/#/experiments/7/runs/r?workflowType=machine_learning"
     assert [line.strip() for line in lines[1:-1]] == ([command] if command else [])
+
+
+class AfterASignal(StopSignals):
+    """Stands for a monitor whose run got SIGTERM and then ended."""
+
+    signal, was_asked, ended_early = signal.SIGTERM, True, False
+
+    def __init__(self, error: BaseException | None) -> None:
+        self._error = error
+
+    def train(self) -> int:
+        if self._error is not None:
+            raise self._error
+        return 128
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(None, "STOPPED"), (KeyboardInterrupt(), "STOPPED"), (TrainingFailed("all workers died"), "FAILED")],
+)
+def test_a_run_that_fails_while_it_stops_has_failed(
+    tmp_path: Path, error: BaseException | None, status: str
+) -> None:
+    run = runs.open_run("one", str(tmp_path))
+    run.location.child(runs.STATUS).write(runs.status_json(runs.Status("RUNNING", 64, 0, 1.0, {})))
+    address = Address(tracking_uri(), "ddpm", run.name, run.key)
+    uploader = Uploader(address, {}, run.location.child(spool.FOLDER), at_once=False)
+    with (
+        pytest.raises(type(error)) if error else nullcontext(),
+        DriverLock(run.location, "run", "--run.name", print) as lock,
+    ):
+        fit._drive(run, AfterASignal(error), uploader, lock, lambda: None)  # type: ignore[arg-type]
+    written = runs.read_status(run.location)
+    assert written is not None
+    assert (written.status, written.images_seen) == (status, 64 if error else 128)
 
 
 @pytest.fixture
