@@ -133,7 +133,7 @@ def search_table(run: str) -> None:
     bits: dict[str, np.ndarray] = {}
     for variance in ("beta_tilde", "measured"):
         evaluator = Evaluator(train, held_out, held_out.rows.num_rows, variance=variance)  # type: ignore[arg-type]
-        bits[variance] = np.array([evaluator.evaluate(uri).bits for uri in newest])
+        bits[variance] = np.array([evaluator.evaluate(locations.resolve(uri)).bits for uri in newest])
     kid = np.array([trial.score.value for trial in trials])
     few = few_steps(newest)
     columns: dict[str, np.ndarray] = {

@@ -128,7 +128,8 @@ def beaten(arguments: Arguments, place: locations.Location, events: EventLog) ->
             trained(place, arguments.preset, config, values, f"{name}-seed-{seed}", seed)
             for seed in arguments.seeds
         ]
-        each = [evaluator.evaluate(resolve.checkpoints_of(uri)[-1]).bits for uri in uris]
+        newest = [locations.resolve(resolve.checkpoints_of(uri)[-1]) for uri in uris]
+        each = [evaluator.evaluate(location).bits for location in newest]
         bits.append(np.array(each)[:, REPORTING])
     mean, error, dof = configuration_difference(*bits)
     t = stats.t.ppf(0.975, dof)

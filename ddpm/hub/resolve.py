@@ -29,7 +29,9 @@ SCHEMES = tuple(UNPACK)
 
 def checkpoints_of(uri: str) -> list[str]:
     """`uri` itself, if it is a checkpoint or has a scheme of SCHEMES; else the checkpoints of the run, oldest first."""
-    return [uri] if uri.startswith(SCHEMES) else [location.uri for location in _checkpoints_at(uri)]
+    if uri.startswith(SCHEMES):
+        return [uri]
+    return [location.uri for location in _checkpoints_at(locations.resolve(uri), uri)]
 
 
 def name_of(uri: str) -> str:
@@ -52,7 +54,8 @@ def local_checkpoint(uri: str, timeout_s: float = 0.0) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="ddpm-checkpoint-") as folder:
             yield UNPACK[next(filter(uri.startswith, SCHEMES))](uri, Path(folder))
         return
-    newest = retry_io(lambda: _checkpoints_at(uri)[-1], where=uri, timeout_s=timeout_s)
+    location = locations.resolve(uri)
+    newest = retry_io(lambda: _checkpoints_at(location, uri)[-1], where=uri, timeout_s=timeout_s)
     with as_folder(newest, timeout_s) as local:
         yield local
 
@@ -83,16 +86,15 @@ def keep_x_0_error(uri: str, weights_sha256: str, x_0_error: Tensor) -> None:
     """Store the errors of the averaged weights of the checkpoint at `uri` in its folder, if that is writable."""
     if uri.startswith(SCHEMES):
         return
-    location, errors = locations.resolve(uri), x_0_error.tolist()
-    card = {"format": X_0_ERROR_FORMAT, "weights_sha256": weights_sha256, "x_0_error": errors}
-    with contextlib.suppress(OSError):
+    card = {"format": X_0_ERROR_FORMAT, "weights_sha256": weights_sha256, "x_0_error": x_0_error.tolist()}
+    with contextlib.suppress(OSError, UserError):  # a UserError: S3 is away
+        location = locations.resolve(uri)
         if location.child(checkpoint.CHECKSUMS).exists():  # a run that still trains deletes old checkpoints
             location.child(X_0_ERROR).write((json.dumps(card) + "\n").encode())
 
 
-def _checkpoints_at(uri: str) -> list[Location]:
-    """The checkpoint at `uri`, or the checkpoints of the run there, oldest first; at least one."""
-    location = locations.resolve(uri)
+def _checkpoints_at(location: Location, uri: str) -> list[Location]:
+    """The checkpoint at `location`, which was given as `uri`, or the checkpoints of the run there, oldest first."""
     if not location.exists():
         raise UserError(f"{uri} does not exist; expected a checkpoint folder or a run folder")
     if location.child("checksums.json").exists():

@@ -80,10 +80,10 @@ class Evaluator:
     """Seed of the noise and the quantiles of t."""
     variance: SampleVariance = "auto"
 
-    def evaluate(self, uri: str) -> Evaluation:
-        """Evaluate the averaged weights of the checkpoint at `uri`."""
+    def evaluate(self, location: Location) -> Evaluation:
+        """Evaluate the averaged weights of the checkpoint at `location`."""
         device = devices.default()
-        with resolve.local_checkpoint(uri, self.train.timeout_s) as folder:
+        with resolve.as_folder(location, self.train.timeout_s) as folder:
             trained = checkpoint.load_net(folder, device)
             position = checkpoint.read_state(folder)
         measured = measure.measure(trained, images_of(self.train, 0, measure.MEASURED_IMAGES), self.variance)
@@ -94,7 +94,7 @@ class Evaluator:
         bits = tuple(np.concatenate(parts).sum(1).tolist())
         losses = [self._loss(trained, data_set) for data_set in (self.held_out, self.train)]
         if not np.isfinite([*bits, *losses]).all():
-            raise UserError(f"the bound of {uri} is not finite: its net is unusable; lower optim.lr")
+            raise UserError(f"the bound of {location.uri} is not finite: its net is unusable; lower optim.lr")
         return Evaluation(position["images_seen"], bits, *losses)
 
     def _loss(self, trained: TrainedNet, data_set: DataSet) -> float:

@@ -146,13 +146,13 @@ class TrialRunner:
         while not self._trained.wait(POLL_INTERVAL_S):
             self._check()
 
-    def _checkpoint(self, images_seen: int) -> str:
-        """URI of the checkpoint at `images_seen`, as soon as it exists."""
+    def _checkpoint(self, images_seen: int) -> Location:
+        """The checkpoint at `images_seen`, as soon as it exists."""
         folder = self._run.location.child(checkpoint.name_at(images_seen))
         while True:
             over = self._trained.is_set()
             if self._read(folder.child(checkpoint.CHECKSUMS)) is not None:
-                return folder.uri
+                return folder
             self._check()
             if over:
                 raise UserError(f"{folder.uri} does not exist, though training is over; it was deleted")

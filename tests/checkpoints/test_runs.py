@@ -1,12 +1,15 @@
 """A run keeps its key, and its newest complete checkpoint is found, on disk and in a bucket."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support import servers
+from support.proxy import FaultyProxy
 
 from ddpm.checkpoints import checkpoint, runs
 from ddpm.config import Config
@@ -17,6 +20,7 @@ from ddpm.storage.locations import Location
 from ddpm.training import checkpoint_manager
 from ddpm.utils.errors import UserError
 from ddpm.utils.files import MAX_BYTES
+from ddpm.utils.retry import StorageError
 
 
 def write_checkpoint(run: Location, images_seen: int, *, whole: bool = True) -> Location:
@@ -149,6 +153,21 @@ def test_a_file_of_a_checkpoint_in_a_bucket_may_be_larger_than_what_is_read_whol
     folder.child("optimizer.safetensors").write(bytes(MAX_BYTES + 1))
     with resolve.local_checkpoint(folder.uri) as local:
         assert (local / "optimizer.safetensors").stat().st_size == MAX_BYTES + 1
+
+
+def test_reading_a_checkpoint_waits_for_the_end_of_an_outage(
+    s3_server: servers.S3Server, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FaultyProxy(s3_server.endpoint) as faulty:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", faulty.endpoint)
+        run = runs.open_run("a", s3_bucket).location
+        stored = write_checkpoint(run, 3_000)
+        faulty.switch("down")
+        with pytest.raises(StorageError), resolve.as_folder(stored):
+            pass
+        threading.Timer(1.0, faulty.switch, ["pass"]).start()
+        with resolve.as_folder(stored, timeout_s=300) as folder:
+            assert (folder / "net.safetensors").read_bytes() == b"net after 3000"
 
 
 @pytest.mark.parametrize(

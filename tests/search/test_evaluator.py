@@ -17,6 +17,7 @@ from ddpm.evaluation import context, evaluate
 from ddpm.evaluation.settings import Settings
 from ddpm.search.evaluator import Evaluation, Evaluator
 from ddpm.storage import locations
+from ddpm.storage.locations import Location
 from ddpm.utils.errors import UserError
 
 LINEAR = override(CONFIG, {"schedule.kind": "linear", "schedule.num_timesteps": 30, "run.name": "linear"})
@@ -37,15 +38,15 @@ def evaluator(shards: str) -> Evaluator:
     return Evaluator(train, held_out, num_images=60, num_draws=2)
 
 
-def make_checkpoint(folder: Path, shards: str, config: Config = CONFIG) -> str:
-    return make_run(folder, shards, config).location.child(checkpoint.name_at(192)).uri
+def make_checkpoint(folder: Path, shards: str, config: Config = CONFIG) -> Location:
+    return make_run(folder, shards, config).location.child(checkpoint.name_at(192))
 
 
 def test_results_equal_those_of_the_evaluate_job(evaluator: Evaluator, shards: str, tmp_path: Path) -> None:
-    uri = make_checkpoint(tmp_path, shards)
-    found = evaluator.evaluate(uri)
+    stored = make_checkpoint(tmp_path, shards)
+    found = evaluator.evaluate(stored)
     settings = Settings(num_images=60, features="pixels", num_draws=2)
-    (result,) = evaluate.evaluate(context.read([uri]), settings, 1).results
+    (result,) = evaluate.evaluate(context.read([stored.uri]), settings, 1).results
     whole = result.bits[0]
     rung, bits = found.rung(training_s=1.5), np.array(found.bits)
     assert (bits.mean(), bits.std(ddof=1) / 60**0.5) == pytest.approx((whole.value, whole.error), rel=1e-6)
@@ -94,7 +95,7 @@ def test_all_trials_are_evaluated_on_the_same_random_draws(
 
 
 def test_an_unusable_net_is_a_one_line_error(evaluator: Evaluator, shards: str, tmp_path: Path) -> None:
-    uri = make_checkpoint(tmp_path, shards)
+    stored = make_checkpoint(tmp_path, shards)
     with pytest.MonkeyPatch.context() as patch:
         load = checkpoint.load_net
 
@@ -106,4 +107,4 @@ def test_an_unusable_net_is_a_one_line_error(evaluator: Evaluator, shards: str, 
 
         patch.setattr(checkpoint, "load_net", broken)
         with pytest.raises(UserError, match="is not finite: its net is unusable"):
-            evaluator.evaluate(uri)
+            evaluator.evaluate(stored)
