@@ -35,7 +35,9 @@ def test_a_packed_net_is_a_checkpoint_without_a_run(
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in builtin_nets.FOLDER.glob("*/README.md")))
 def test_each_net_fits_its_preset_and_its_card_has_scores_and_licences(name: str) -> None:
     with resolve.local_checkpoint(f"builtin:{name}") as folder:
-        checkpoint.check_same_net(checkpoint.read_config(folder), PRESETS[name], folder)
+        config = checkpoint.read_config(folder)
+    checkpoint.check_same_net(config, PRESETS[name], folder)
+    assert config.sample == PRESETS[name].sample
     text = card.card(f"builtin:{name}")
     bits, kid = r"\| bits/dim \| [1-4]\.\d+ ± 0\.\d+ \|", r"\| KID-classifier \| -?0\.0\d+ ± 0\.\d+ \|"
     for line in (
