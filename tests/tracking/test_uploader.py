@@ -171,16 +171,16 @@ def test_close_gives_up_early_on_a_server_that_takes_nothing(absent_server: str,
 def test_close_waits_for_a_slow_server_that_makes_progress(mlflow_server: str, buffer: Location) -> None:
     key = uuid.uuid4().hex
     deliver(address_at(mlflow_server, key), buffer, -1, "KILLED")  # creates the run: many requests
-    for position in (64, 128):
+    for position in range(64, 321, 64):
         put(buffer, position, position)
     with FaultyProxy(mlflow_server) as slow:
         slow.switch("delay", delay_s=1.5)
         uploader = Uploader(address_at(slow.endpoint, key), PARAMS, buffer, at_once=False)
-        uploader.committed(128)
+        uploader.committed(320)
         begin = time.monotonic()
-        done = uploader.close("FINISHED", timeout_s=10 * PATIENCE_S, patience_s=10)
+        done = uploader.close("FINISHED", timeout_s=10 * PATIENCE_S, patience_s=20)
         assert done.undelivered == 0 and done.ended
-        assert time.monotonic() > begin + 10
+        assert time.monotonic() > begin + 20
 
 
 @pytest.mark.slow
