@@ -113,8 +113,8 @@ class MlflowRun:
         self._client = self._call_or_lost(connect, self._address.uri)
         known = self._call_or_lost(self._find, running)
         new = {f"param {n}": Param(n, str(v)) for n, v in self._params.items() if n not in known}
-        while not self._send_batch("params", list(new.items())):
-            pass  # until time is up
+        if not self._send_batch("params", list(new.items()), attempts=math.inf):
+            raise Lost(self.call.last_error)
 
     def find(self) -> bool:
         """Whether MLflow has the run. Nothing is created or changed there."""
@@ -230,7 +230,7 @@ class MlflowRun:
                     self._pictures[match[2], int(match[3])] = match[1]
         self._sent_until = max(until, self._sent_until)
 
-    def _send_batch(self, kind: str, named: list[tuple[str, Any]], attempts: int = ATTEMPTS) -> bool:
+    def _send_batch(self, kind: str, named: list[tuple[str, Any]], attempts: float = ATTEMPTS) -> bool:
         """Send params or metrics: halves if they are too many, or refused, so that a bad one stops no other."""
         if len(named) < 2:
             return all(self._try(name, self._log, kind, [item], attempts=attempts) for name, item in named)
@@ -238,6 +238,8 @@ class MlflowRun:
             try:
                 self.call(self._log, kind, [item for _, item in named], attempts=attempts)
                 return True
+            except Refused:
+                pass
             except Failed:
                 attempts = 1
         half = len(named) // 2
@@ -286,7 +288,7 @@ class MlflowRun:
             path.write_bytes(data)
             self._client.log_artifact(self.run_id, str(path), folder or None)
 
-    def _try(self, what: str, call: Any, *args: Any, attempts: int = ATTEMPTS) -> bool:
+    def _try(self, what: str, call: Any, *args: Any, attempts: float = ATTEMPTS) -> bool:
         """Make a call; False: repeat it later. What MLflow will never accept is skipped, with a warning."""
         try:
             self.call(call, *args, attempts=attempts)

@@ -61,7 +61,7 @@ class Caller:
         if self.is_out_of_time:
             raise OutOfTime(self.last_error)
 
-    def __call__(self, call: Callable[..., Any], *args: Any, attempts: int = ATTEMPTS) -> Any:
+    def __call__(self, call: Callable[..., Any], *args: Any, attempts: float = ATTEMPTS) -> Any:
         """Retry call(*args) until it works, is useless to repeat, or failed `attempts` times at a server that answers.
 
         Raises:

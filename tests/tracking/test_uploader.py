@@ -275,6 +275,19 @@ def test_records_are_kept_when_permission_is_denied(proxy: MlflowFaultProxy, buf
     assert_delivered_once(address, 64, 128)
 
 
+def test_params_without_permission_end_the_delivery_at_once(
+    proxy: MlflowFaultProxy, buffer: Location
+) -> None:
+    address, denied = address_at(proxy.uri), (403, {"error_code": "PERMISSION_DENIED", "message": "no"})
+    proxy.fails = lambda method, path, body: denied if b"optim.lr" in body else None
+    put(buffer, 64, 64)
+    done = deliver(address, buffer, 64)
+    assert (done.undelivered, done.ended) == (2, False)
+    proxy.fails = lambda *request: None
+    assert deliver(address, buffer, 64).undelivered == 0
+    assert run_of(address).data.params["optim.lr"] == "0.001"
+
+
 def test_a_server_that_rejects_the_run_stops_tracking_with_an_error(
     proxy: MlflowFaultProxy, buffer: Location, caplog: pytest.LogCaptureFixture
 ) -> None:
