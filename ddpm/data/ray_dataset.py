@@ -117,10 +117,19 @@ def micro_batches(
 
 
 def dataset_chunks(data_set: DataSet, order: ReadOrder, images_seen: int) -> Iterator[list[Task]]:
-    """The reading tasks from `images_seen` to the end of the order, at most MAX_TASKS at a time."""
+    """The reading tasks from `images_seen` to the end of the order, about MAX_TASKS at a time.
+
+    A chunk ends with a global batch: all ranks begin the next one in the same step, between two of its collectives.
+    """
     stop = last_position(images_seen, order.total_images, order.batch_size)
-    tasks = data_set.plan(order.seed, order.window_rows).tasks(images_seen, stop)
-    while chunk := list(itertools.islice(tasks, MAX_TASKS)):
+    chunk = list[Task]()
+    for task in data_set.plan(order.seed, order.window_rows).tasks(images_seen, stop):
+        chunk.append(task)
+        edge = task[1] - (task[1] - images_seen) % order.batch_size
+        if len(chunk) >= MAX_TASKS and edge > chunk[0][0]:
+            yield [(begin, min(end, edge)) for begin, end in chunk if begin < edge]
+            chunk = [(max(begin, edge), end) for begin, end in chunk if end > edge]
+    if chunk:
         yield chunk
 
 

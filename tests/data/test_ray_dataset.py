@@ -86,7 +86,8 @@ def test_a_long_run_is_split_into_consecutive_datasets() -> None:
     manifest = Manifest("", "", 32, 32, 3, "raw", (), {"train": Split(50_000, "", shards)}, "")
     data_set = DataSet(resolve("nowhere"), manifest, "train")
     chunks = list(ray_dataset.dataset_chunks(data_set, order, images_seen=12_800))
-    assert all(len(chunk) <= ray_dataset.MAX_TASKS for chunk in chunks) and len(chunks) > 3
+    assert all(len(chunk) <= ray_dataset.MAX_TASKS + 1 for chunk in chunks) and len(chunks) > 3
+    assert [(chunk[-1][1] - 12_800) % 128 for chunk in chunks[:-1]] == [0] * (len(chunks) - 1)
     tasks = [task for chunk in chunks for task in chunk]
     assert tasks[0][0] == 12_800 and tasks[-1][1] == 30_000_000
     assert all(a[1] == b[0] for a, b in itertools.pairwise(tasks))
@@ -107,10 +108,8 @@ ORDER = ReadOrder(
 """Two epochs of the 60 images in ten global batches of 4 micro-batches each; read tasks of 1 and 4 windows."""
 
 
-def read_in_workers(
-    data_set: DataSet, order: ReadOrder = ORDER, images_seen: int = 0, world_size: int = 2
-) -> list[dict[str, Any]]:
-    """Read with one process per rank, as in training; returns each rank's batches and error."""
+def broadcaster_of(world_size: int) -> Any:
+    """An actor; workers cannot import this module, so its class is local."""
     import ray
 
     class Broadcast:
@@ -118,6 +117,10 @@ def read_in_workers(
 
         def __init__(self) -> None:
             self._values: asyncio.Queue[Any] = asyncio.Queue()
+            self._barrier = asyncio.Barrier(world_size)
+
+        async def meet(self) -> None:
+            await asyncio.wait_for(self._barrier.wait(), 60)
 
         async def put(self, value: Any) -> None:
             for _ in range(world_size - 1):
@@ -126,7 +129,23 @@ def read_in_workers(
         async def get(self) -> Any:
             return await self._values.get()
 
-    broadcaster = ray.remote(num_cpus=0)(Broadcast).remote()
+    return ray.remote(num_cpus=0)(Broadcast).remote()
+
+
+def read_in_workers(
+    data_set: DataSet,
+    order: ReadOrder = ORDER,
+    images_seen: int = 0,
+    world_size: int = 2,
+    max_tasks: int | None = None,
+) -> list[dict[str, Any]]:
+    """Read with one process per rank, as in training; returns each rank's batches and error.
+
+    With `max_tasks`, MAX_TASKS is this, and the ranks wait for one another after each global batch, as in training.
+    """
+    import ray
+
+    broadcaster = broadcaster_of(world_size)
 
     def take(rank: int) -> dict[str, Any]:
         taken: dict[str, Any] = {"batches": [], "error": None}
@@ -136,6 +155,8 @@ def read_in_workers(
                 ray.get(broadcaster.put.remote(value))
             return ray.get(broadcaster.get.remote()) if rank else value
 
+        ray_dataset.MAX_TASKS = max_tasks or 1000
+        share = order.share(rank, world_size)
         batches = ray_dataset.micro_batches(
             data_set,
             order,
@@ -147,6 +168,8 @@ def read_in_workers(
         try:
             for batch in batches:
                 taken["batches"].append((batch.index, batch.image, batch.label))
+                if max_tasks is not None and batch.index == share[-1]:
+                    ray.get(broadcaster.meet.remote())
         except Exception as error:
             taken["error"] = error
         return taken
@@ -187,6 +210,19 @@ def test_workers_get_the_plan(tmp_path: Path) -> None:
             for (index, image, label), batch in zip(worker["batches"], expected, strict=True):
                 assert index == batch.index
                 assert np.array_equal(image, batch.image) and np.array_equal(label, batch.label)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_all_workers_go_on_to_the_next_dataset_in_the_same_step(tmp_path: Path) -> None:
+    """The first reading task ends at 8,192, of which 8 are in the global batch: one worker's rows and some more."""
+    data_set = ray_dataset.open_data_set(damaged.prepare(str(tmp_path)).uri)
+    order = replace(ORDER, total_images=9_000)
+    images = data_set.read(data_set.plan(*damaged.PLAN), 0, 9_000).image
+    for rank, worker in enumerate(read_in_workers(data_set, order, max_tasks=1)):
+        assert worker["error"] is None
+        taken = np.concatenate([image for _, image, _ in worker["batches"]])
+        assert np.array_equal(taken, rank_shard(images, 0, order.share(rank, 2), 3))
 
 
 @pytest.mark.slow
