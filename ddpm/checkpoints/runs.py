@@ -134,9 +134,9 @@ def checkpoints(location: Location) -> list[Location]:
     return [child for child in children if child.child(CHECKSUMS).exists()]
 
 
-def checkpoint_names(location: Location) -> list[str]:
+def checkpoint_names(location: Location, prefix: str = PREFIX) -> list[str]:
     """Names of the checkpoints in a run's folder, complete or not, oldest first; a user's copies have other names."""
-    return [name for name in location.folders() if re.fullmatch(rf"{PREFIX}\d+", name)]
+    return [name for name in location.folders() if re.fullmatch(rf"{prefix}\d+", name)]
 
 
 def _check_name(name: str) -> None:

@@ -84,7 +84,7 @@ def _commit(folder: Path, target: Location, retry: Retry, *, move: bool) -> None
 def retire(run: Location, keep: int) -> None:
     """Remove checkpoints other than the newest `keep`, and those that are no longer the best."""
     old = runs.checkpoint_names(run)[:-keep]
-    worse = [name for name in run.folders() if name.startswith(checkpoint.BEST_PREFIX)][:-1]
+    worse = runs.checkpoint_names(run, checkpoint.BEST_PREFIX)[:-1]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda name: remove(run.child(name)), old + worse))
 
@@ -133,10 +133,10 @@ def clean_up(run: Location) -> None:
     """Remove incomplete files and checkpoints that a killed worker left."""
     run.sweep()
     run.child(spool.FOLDER).sweep()
-    prefixes = checkpoint.PREFIX, checkpoint.BEST_PREFIX
-    for name in run.folders():
-        is_temporary = name.startswith(tuple(f".{prefix}" for prefix in prefixes))
-        if is_temporary or (name.startswith(prefixes) and not run.child(name).child(CHECKSUMS).exists()):
+    for prefix in (checkpoint.PREFIX, checkpoint.BEST_PREFIX):
+        named = runs.checkpoint_names(run, prefix)
+        incomplete = [name for name in named if not run.child(name).child(CHECKSUMS).exists()]
+        for name in (*incomplete, *(name for name in run.folders() if name.startswith(f".{prefix}"))):
             remove(run.child(name))
 
 

@@ -122,14 +122,18 @@ def test_complete_checkpoints_are_listed_oldest_first(root_uri: str) -> None:
         write_checkpoint(run, images_seen)
     write_checkpoint(run, 200_000, whole=False)
     run.child("best-000000003000/checksums.json").write(b"{}")
-    run.child("checkpoint-000000100000-good/checksums.json").write(b"{}")  # a user's copy
+    copies = "best-000000003000-good", "best-of-all", "checkpoint-000000100000-good"
+    for copy in copies:  # a user's
+        run.child(f"{copy}/config.json").write(b"{}")
     run.child("samples/latest.png").write(b"")
     names = [folder.uri.rpartition("/")[2] for folder in runs.checkpoints(run)]
     assert names == [checkpoint.name_at(n) for n in (3_000, 20_000, 100_000)]
     assert runs.checkpoints(locations.resolve(root_uri).child("never")) == []
     checkpoint_manager.retire(run, keep=1)
-    left = [name for name in run.folders() if name.startswith(checkpoint.PREFIX)]
-    assert left == ["checkpoint-000000100000-good", checkpoint.name_at(200_000)]
+    incomplete = checkpoint.name_at(200_000)
+    assert run.folders() == sorted(["best-000000003000", *copies, incomplete, "samples"])
+    checkpoint_manager.clean_up(run)
+    assert run.folders() == sorted(["best-000000003000", *copies, "samples"])
     if run.is_local:
         assert checkpoint.newest(Path(run.path)) is None
 
