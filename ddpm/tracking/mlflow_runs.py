@@ -197,8 +197,9 @@ class MlflowRun:
             run = client.create_run(self.experiment_id, run_name=address.run_name, tags=tags)
         run_id, known = run.info.run_id, run.data.params
         for name, value in self._params.items():  # MLflow's params never change; a resumed run's may
-            if name in known and known[name] != str(value):
-                client.set_tag(run_id, f"resumed.{name}", str(value))
+            tag = f"resumed.{name}"
+            if name in known and run.data.tags.get(tag, known[name]) != str(value):
+                client.set_tag(run_id, tag, str(value))
         self._sent_until = int(run.data.tags.get(SENT_UNTIL_TAG, -1))
         self.run_id = run_id
         return known

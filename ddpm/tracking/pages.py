@@ -87,7 +87,8 @@ def description(run: Any) -> str | None:
     if "schedule.kind" in params:
         what += f": predicts {params['objective.predict']}, {params['schedule.kind']} schedule of "
         what += f"{params['schedule.num_timesteps']} steps"
-    seen, total = int(tags.get("ddpm.sent_until", 0)), int(params.get("train.total_images", 0))
+    total = int(tags.get("resumed.train.total_images", params.get("train.total_images", 0)))
+    seen = int(tags.get("ddpm.sent_until", 0))
     lines = [what + ".", f"{STATUS.get(run.info.status, run.info.status)} at {seen:,} of {total:,} images"]
     lines[1] += "".join(f"; {score}" for score in _scores(metrics)) + "."
     if tags.get("mlflow.loggedImages"):

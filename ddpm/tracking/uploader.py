@@ -63,7 +63,8 @@ class Uploader:
         self._uri, self._buffer = without_password(address.uri), buffer
         self._run = MlflowRun(address, params)
         self._deliverer = Deliverer(self._run, buffer)
-        self._committed, self._status, self._ended = -1, "FINISHED", False
+        self._committed, self._ended = -1, False
+        self._status: str | None = "FINISHED"
         self._announced = 0
         self._wake, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="ddpm-mlflow", daemon=True)
@@ -86,8 +87,11 @@ class Uploader:
         """Approximate number of undelivered segments: those found last, and those announced since."""
         return self._deliverer.waiting + self._announced
 
-    def close(self, status: str, timeout_s: float = DELIVERY_TIMEOUT_S, patience_s: float = 30.0) -> Delivery:
-        """Deliver the rest, and end the MLflow run with `status`. `jobs/sync.py` delivers what is left.
+    def close(
+        self, status: str | None, timeout_s: float = DELIVERY_TIMEOUT_S, patience_s: float = 30.0
+    ) -> Delivery:
+        """Deliver the rest, and end the MLflow run with `status` (None: it has not ended). `jobs/sync.py` delivers
+        what is left.
 
         Args:
             timeout_s: seconds after which it gives up; if fewer than MIN_BEGIN_S, a delivery that has not begun is not
@@ -126,7 +130,7 @@ class Uploader:
             self._run.open(running=True)
             while not self._round():
                 self._wake.wait(IDLE_S)
-            self._ended = self._run.end(self._status)
+            self._ended = self._status is None or self._run.end(self._status)
         except OutOfTime:
             pass  # `close` reports it
         except Exception as error:

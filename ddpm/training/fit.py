@@ -51,9 +51,9 @@ class Result:
     checkpoint: str | None
     """URI of the newest checkpoint; None: the run was stopped before its first step."""
     delivery: Delivery | None
-    """The outcome of delivery to MLflow; None: the run was already finished."""
+    """The outcome of delivery to MLflow; None: the run was already finished, and MLflow knows it."""
     signal: int | None = None
-    """The signal that asked the run to stop."""
+    """The signal that stopped the run early."""
 
 
 def fit(
@@ -89,13 +89,17 @@ def fit(
             print(f"warning: {warning}", file=sys.stderr)
         run = runs.open_run(config.run.name, config.run.storage)
         seen = _begins_at(config, data_set, run)
-        if seen >= config.train.total_images:
+        is_finished = seen >= config.train.total_images
+        if is_finished and _is_known(run, seen):
             return Result(run, seen, runs.checkpoints(run.location)[-1].uri, None)
         address = Address(tracking_uri(), config.run.experiment, run.name, run.key, parent_run_id)
         uploader = Uploader(
             address, run_params.params(config), run.location.child(spool.FOLDER), at_once=False
         )
         uploader.committed(seen)
+        if is_finished:  # its driver was killed, or MLflow was away
+            _store_status(run, "FINISHED", seen)
+            return Result(run, seen, runs.checkpoints(run.location)[-1].uri, uploader.close("FINISHED"))
         group = group or WorkerGroup(config, verbose)
         command = None if parent_run_id else command_line.typed()
         group.submit(config, data_set, run, run_params.tags(config, command))
@@ -104,17 +108,24 @@ def fit(
             return should_continue(values) and not lock.is_lost
 
         monitor = DriverMonitor(config, group, uploader, max(seen, 0), continues)
-        ended, delivery = _drive(run, monitor, uploader, lock, trained)
+        ended, delivery = _drive(config, run, monitor, uploader, lock, trained)
         find = partial(runs.checkpoints, run.location)
         newest = retry_io(find, where=run.location.uri, timeout_s=config.run.storage_timeout_s)[-1:]
-        return Result(run, ended, newest[0].uri if newest else None, delivery, monitor.signal)
+        stopped_by = monitor.signal if ended < config.train.total_images else None
+        return Result(run, ended, newest[0].uri if newest else None, delivery, stopped_by)
 
 
 def _drive(
-    run: Run, monitor: DriverMonitor, uploader: Uploader, lock: DriverLock, trained: Callable[[], object]
+    config: Config,
+    run: Run,
+    monitor: DriverMonitor,
+    uploader: Uploader,
+    lock: DriverLock,
+    trained: Callable[[], object],
 ) -> tuple[int, Delivery]:
     """Train, record how it ended, and deliver what is left to MLflow; returns images_seen too."""
-    status, ended, timeout_s = "FAILED", None, DELIVERY_TIMEOUT_S
+    status: str | None = "FAILED"
+    ended, timeout_s = None, DELIVERY_TIMEOUT_S
     try:
         with monitor:
             ended = monitor.train()
@@ -122,7 +133,9 @@ def _drive(
         uploader.committed(ended)  # the run-state actor may have died before it reported this
         trained()
         status = "FINISHED"
-        if monitor.was_asked:  # a run that was ended early is not resumed
+        if (
+            monitor.was_asked and ended < config.train.total_images
+        ):  # a run that was ended early is not resumed
             status = "KILLED" if monitor.ended_early else pages.STOPPED
     except ray.exceptions.RayError as error:
         gone = f"the Ray cluster is gone: {last_line(error)}"
@@ -136,10 +149,21 @@ def _drive(
     finally:
         if monitor.signal:
             timeout_s = HASTY_DELIVERY_TIMEOUT_S
-        if not lock.is_lost:
+        if lock.is_lost:
+            status = None  # it is the other driver's
+        else:
             _store_status(run, status if status in ("FINISHED", "FAILED") else "STOPPED", ended)
         delivery = uploader.close(status, timeout_s)
     return ended, delivery
+
+
+def _is_known(run: Run, seen: int) -> bool:
+    """Whether status.json says that the run is finished, and all its records have been delivered."""
+    with contextlib.suppress(OSError, UserError):  # storage does not answer, or status.json is damaged
+        status = runs.read_status(run.location)
+        is_said = status is None or status.status == "FINISHED"
+        return is_said and not spool.count(run.location.child(spool.FOLDER), seen)
+    return True
 
 
 def _store_status(run: Run, status: Any, ended: int | None) -> None:

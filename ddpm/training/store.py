@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pyarrow as pa
+
 from ddpm.checkpoints import checkpoint, runs
 from ddpm.checkpoints.checkpoint import Snapshot
 from ddpm.checkpoints.runs import Run, Status
@@ -69,7 +71,7 @@ class RunStore(MetricsBuffer):
         self._system = SystemMetrics()
         self._images_seen = self._images_lost = 0
         self._began_at, self._minutes_before, self._status_at = time.monotonic(), 0.0, -math.inf
-        self._curves = curves.SCHEMA.empty_table()
+        self._curves: pa.Table | None = None  # those in storage are not read yet
         self._todo: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._room = threading.Semaphore(MAX_SNAPSHOTS)
         self._failure: BaseException | None = None
@@ -87,7 +89,7 @@ class RunStore(MetricsBuffer):
             at = self._images_seen = checkpoint.position(folder)
             self._retry_io(lambda: checkpoint_manager.clean_up(run), run)
             self._retry_io(lambda: spool.discard_after(run.child(spool.FOLDER), at), run)
-            self._curves = self._read(lambda: curves.read_table(run, at), self._curves)
+            self._curves = self._read(lambda: curves.read_table(run, at), curves.SCHEMA.empty_table())
             if before := self._read(lambda: runs.read_status(run), None):
                 reached = max(reached, before.images_seen)
                 self._images_lost, self._minutes_before = before.images_lost, before.minutes
@@ -193,9 +195,11 @@ class RunStore(MetricsBuffer):
         """The files with `records`: their segment, and the run's curves."""
         if not records:
             return {}
-        self._curves = curves.extended(self._curves, records)
-        packed = metrics_buffer.pack(records)
-        return {f"{spool.FOLDER}/{segment}": packed, curves.FILE: curves.to_bytes(self._curves)}
+        packed = {f"{spool.FOLDER}/{segment}": metrics_buffer.pack(records)}
+        if self._curves is not None:
+            self._curves = curves.extended(self._curves, records)
+            packed[curves.FILE] = curves.to_bytes(self._curves)
+        return packed
 
     def _save(self, snapshot: Snapshot, records: list[Record], best: bool, began: float) -> None:
         seen, run = snapshot.images_seen, self._location

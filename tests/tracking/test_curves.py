@@ -49,6 +49,15 @@ def save(run: Location, config: Config, *positions: int) -> list[str]:
     return [line for subject, line in told if subject == run_state.WARNINGS]
 
 
+def test_curves_that_a_failed_start_did_not_read_are_kept(tiny: Config, run: Location) -> None:
+    save(run, tiny, 32)
+    before = run.child(curves.FILE).read()
+    with finished(RunStore(tiny, Run("one", run, "a"), "b")) as store:
+        store.metrics({"loss": 1.0}, 0)
+        store.flush_on_error()
+    assert run.child(curves.FILE).read() == before
+
+
 def test_a_resumed_run_replaces_the_points_beyond_its_checkpoint(tiny: Config, root_uri: str) -> None:
     run = locations.resolve(root_uri).child("one")
     assert curves.read(run) == {}

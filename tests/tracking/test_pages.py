@@ -139,9 +139,9 @@ def test_a_run_writes_its_description(address: Address, buffer: Location) -> Non
     put_records(
         buffer, 128, *first_records(config), Metrics(evaluated, 128, 2)
     )  # a resumed run records it again
-    deliver(address, buffer, 128, "FAILED")
+    deliver(address, buffer, 128, "FAILED", **{"train.total_images": 288_000})
     run = run_of(address)
-    assert "Failed at 128 of 144,000 images; bits/dim 4.0000 ± 0.1000; KID-pixels 0.0300." in description(run)
+    assert "Failed at 128 of 288,000 images; bits/dim 4.0000 ± 0.1000; KID-pixels 0.0300." in description(run)
     assert len(run.inputs.dataset_inputs) == 1
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import local
+from support import local, tracked
 from support.processes import REPO, Background, Job, kill_tree, python_path, run
 
 from ddpm.checkpoints import runs
@@ -32,6 +32,8 @@ from ddpm.tracking.uploader import Delivery, Uploader
 from ddpm.training import fit, loop
 from ddpm.training.failures import TrainingFailed
 from ddpm.training.monitor import StopSignals
+from ddpm.training.runtime import Runtime
+from ddpm.training.store import RunStore
 from ddpm.utils.errors import UserError
 
 FLAGS = """--data.window-rows 200 --schedule.num-timesteps 50 --model.base-width 8 --model.width-multipliers 1 2
@@ -64,15 +66,18 @@ def assert_close(a: Path, b: Path) -> None:
         torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.fixture
+def without_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "resources_per_worker", lambda config: {"CPU": 1.0})
+    monkeypatch.setattr(resources, "check_storage", lambda config: None)
+    monkeypatch.setattr(resources, "crowding", lambda config, per_worker: None)
+
+
 def test_a_second_driver_of_a_run_is_rejected_before_it_writes(
-    tiny: Config, train_set: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Config, train_set: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_cluster: None
 ) -> None:
     monkeypatch.setattr(driver_lock, "BEAT_S", 0.05)
     monkeypatch.setattr(driver_lock, "PATIENCE_S", 4.0)
-    monkeypatch.setattr(
-        resources, "resources_per_worker", lambda config: {"CPU": 1.0}
-    )  # no cluster is running here
-    monkeypatch.setattr(resources, "check_storage", lambda config: None)
     config = override(tiny, {"run.name": "one", "run.storage": str(tmp_path / "runs")})
     with DriverLock(locations.resolve(str(tmp_path / "runs/one")), "run", "--run.name", print):
         with pytest.raises(UserError, match="another process drives this run"):
@@ -109,34 +114,54 @@ class AfterASignal(StopSignals):
 
     signal, was_asked, ended_early = signal.SIGTERM, True, False
 
-    def __init__(self, error: BaseException | None) -> None:
-        self._error = error
+    def __init__(self, end: int | BaseException) -> None:
+        self._end = end
 
     def train(self) -> int:
-        if self._error is not None:
-            raise self._error
-        return 128
+        if isinstance(self._end, BaseException):
+            raise self._end
+        return self._end
 
 
 @pytest.mark.parametrize(
-    ("error", "status"),
-    [(None, "STOPPED"), (KeyboardInterrupt(), "STOPPED"), (TrainingFailed("all workers died"), "FAILED")],
+    ("end", "status"),
+    [
+        (128, "STOPPED"),
+        (256, "FINISHED"),
+        (KeyboardInterrupt(), "STOPPED"),
+        (TrainingFailed("all workers died"), "FAILED"),
+    ],
 )
-def test_a_run_that_fails_while_it_stops_has_failed(
-    tmp_path: Path, error: BaseException | None, status: str
+def test_how_a_run_that_got_a_signal_ended(
+    tiny: Config, tmp_path: Path, end: int | BaseException, status: str
 ) -> None:
     run = runs.open_run("one", str(tmp_path))
     run.location.child(runs.STATUS).write(runs.status_json(runs.Status("RUNNING", 64, 0, 1.0, {})))
     address = Address(tracking_uri(), "ddpm", run.name, run.key)
     uploader = Uploader(address, {}, run.location.child(spool.FOLDER), at_once=False)
     with (
-        pytest.raises(type(error)) if error else nullcontext(),
+        nullcontext() if isinstance(end, int) else pytest.raises(type(end)),
         DriverLock(run.location, "run", "--run.name", print) as lock,
     ):
-        fit._drive(run, AfterASignal(error), uploader, lock, lambda: None)  # type: ignore[arg-type]
+        fit._drive(tiny, run, AfterASignal(end), uploader, lock, lambda: None)  # type: ignore[arg-type]
     written = runs.read_status(run.location)
     assert written is not None
-    assert (written.status, written.images_seen) == (status, 64 if error else 128)
+    assert (written.status, written.images_seen) == (status, end if isinstance(end, int) else 64)
+
+
+def test_a_finished_run_whose_driver_was_killed_is_reported(
+    tiny: Config, train_set: DataSet, tmp_path: Path, without_cluster: None
+) -> None:
+    config = override(tiny, {"run.name": "one", "run.storage": str(tmp_path)})
+    run = runs.open_run("one", str(tmp_path))
+    with local.finished(RunStore(config, run, train_set.rows.fingerprint)) as store:
+        loop.train(config, Runtime(config, train_set, train_set.held_out(), store))
+    assert runs.read_status(run.location).status == "RUNNING"  # type: ignore[union-attr]
+    reported = fit.fit(config, train_set).delivery
+    assert reported is not None and (reported.undelivered, reported.ended) == (0, True)
+    status = tracked.run_with_key(tracking_uri(), run.key).info.status
+    assert (status, runs.read_status(run.location).status) == ("FINISHED",) * 2  # type: ignore[union-attr]
+    assert fit.fit(config, train_set).delivery is None
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ def save_two(root: Path, config: Config, committed: list[int]) -> None:
     run = Run("one", locations.resolve(str(root)).child("runs").child("one"), "a")
     state = State.create(config, torch.device("cpu"))
     config = override(config, {"train.keep_checkpoints": 1, "run.storage_timeout_s": 300.0})
-    with finished(RunStore(config, run, "b", notify)) as store:
+    with finished(RunStore(config, run, "b", notify)) as store, store.latest_checkpoint():
         for state.step in (1, 2):
             state.images_seen = 32 * state.step
             store.metrics({"train/loss": 0.5}, state.images_seen)
