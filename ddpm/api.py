@@ -43,7 +43,7 @@ class Run:
         changes = {f"sample.{name}": value for name, value in {**settings, "seed": seed}.items()}
         trained = self.trained.sampled_with(override(self.trained.config, changes).sample)
         given = [name for name, value in settings.items() if value is not None]
-        run_params.check_effect(trained.config, given)
+        run_params.check_effect([trained.config], given)
         x_0_error = None
         if trained.config.sample.variance == "measured":
             with resolve.local_checkpoint(str(self.uri)) as folder:

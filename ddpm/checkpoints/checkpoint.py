@@ -210,7 +210,7 @@ def read_x_0_error(folder: Path, num_timesteps: int) -> Tensor:
     weights = read_checksums(folder)["ema.safetensors"]
     if not file.exists():
         lacks = f"{folder} has no {X_0_ERROR}, which --variance measured needs"
-        raise UserError(f"{lacks}; jobs/evaluate.py writes it, on the run's own data")
+        raise UserError(f"{lacks}; jobs/evaluate.py writes it into a run's folder, on the run's own data")
     remedy = "jobs/evaluate.py writes it again"
     card = strict_json.parse(X0Error, read_bytes(file), f"{file} is damaged; {remedy}")
     if card.weights_sha256 != weights or len(card.x_0_error) != num_timesteps:

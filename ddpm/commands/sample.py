@@ -97,7 +97,7 @@ def main() -> None:
         trained = trained.sampled_with(sample)
         x_0_error = None if arguments.inpaint else checkpoint.needed_x_0_error(folder, trained.config)
     given = [name for name in flatten(sample) if getattr(arguments, name, None) is not None]
-    run_params.check_effect(trained.config, given, lambda name: f"--{name.replace('_', '-')}")
+    run_params.check_effect([trained.config], given, run_params.flag)
     known = None
     if arguments.inpaint and arguments.mask:
         known = generate.read_known(arguments.inpaint, arguments.mask, trained.config, **resampling)

@@ -21,7 +21,7 @@ from ddpm.evaluation.memorisation import NearerShare
 from ddpm.evaluation.plots import IMAGES_SEEN, STEPS, Chart, Point, charts_of
 from ddpm.evaluation.ranking import Rank, paired_ranks, ranks
 from ddpm.evaluation.report import CheckpointResult, Report, SampledScores
-from ddpm.evaluation.scores import Score
+from ddpm.evaluation.scores import MAX_PAIRWISE, Score
 from ddpm.utils.command_line import installed
 
 NO_EFFECT_ON_SCORES = ("num_train_images",)
@@ -34,6 +34,7 @@ ANSWERS = {
 }
 """Metrics besides KID that tell which run is better, and their names for people."""
 UNLIKE_LABELS = "A net with labels bounds log p(x | y), a net without them log p(x)."
+UNLIKE_DATA = "The runs were trained on different data, and each is judged by its own held-out images."
 LOSSES = ("train/loss", "held_out/loss")
 MAX_GRIDS = 12
 """Largest number of slider positions."""
@@ -174,6 +175,7 @@ def rankings(runs: Sequence[ComparedRun], results: Results) -> list[Ranking]:
             last = {run.key: run.curves[name][-1] for run in runs if run.curves.get(name)}
             known = {key: point for key, point in last.items() if point.error}
             scored[name] = {k: (int(p.x), Score(name, p.value, p.error, 0)) for k, p in known.items()}
+    is_of_unlike_data = len({run.data for run in runs if run.data}) > 1
     has_unlike_labels = len({run.settings.get("model.num_classes", "0") for run in runs if run.settings}) > 1
     ranked = []
     for name, cells in scored.items():
@@ -181,6 +183,8 @@ def rankings(runs: Sequence[ComparedRun], results: Results) -> list[Ranking]:
             ranking = _ranking(name, cells, of_image if name == "bits/dim" else {})
             if has_unlike_labels and name in ANSWERS:
                 ranking = replace(ranking, note=UNLIKE_LABELS, is_comparable=False)
+            if is_of_unlike_data and name in ERRORS:
+                ranking = replace(ranking, note=UNLIKE_DATA, is_comparable=False)
             ranked.append(ranking)
     return ranked
 
@@ -241,8 +245,10 @@ def next_step(
     ties = [r for r in rankings if r.is_answer and r.is_comparable and not r.has_winner]
     if not runs or not ties:
         return None
-    used = min(cell.n for ranking in ties for cell in ranking.cells.values())
-    if used < num_held_out:
+    most_of_kid = min(num_held_out, MAX_PAIRWISE)
+    cells = [(r.title.startswith("KID"), cell.n) for r in ties for cell in r.cells.values()]
+    used = min(n for _, n in cells)
+    if any(n < (most_of_kid if is_kid else num_held_out) for is_kid, n in cells):
         return Remark("More images make the errors smaller:", f"{evaluate} --num-images {4 * used}")
     tied = [run for run in runs if any(run.key in r.cells and r.cells[run.key].rank.best == 1 for r in ties)]
     again = [

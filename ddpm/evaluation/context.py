@@ -4,15 +4,15 @@ User errors are raised here, before any image is sampled. All checkpoints are re
 training deletes old ones.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
 
 from ddpm.build import TrainedNet, build_sampler, resolve_sample
 from ddpm.checkpoints import checkpoint
-from ddpm.config import Config, FeatureNetName, SampleConfig
+from ddpm.config import Config, FeatureNetName, SampleConfig, SampleFlags
 from ddpm.data import builtin
 from ddpm.data.manifest import MANIFEST, read_manifest
 from ddpm.data.reading import DataSet, scale_of
@@ -22,10 +22,12 @@ from ddpm.evaluation import nets
 from ddpm.evaluation.features import FeatureNet, Features
 from ddpm.evaluation.measure import bound_variance
 from ddpm.evaluation.reference import Cache, real_features
+from ddpm.evaluation.report import SETTINGS
 from ddpm.evaluation.scores import LEAST_IMAGES
 from ddpm.evaluation.settings import Settings
 from ddpm.hub import resolve
 from ddpm.storage import locations
+from ddpm.tracking import run_params
 from ddpm.utils import devices
 from ddpm.utils.errors import UserError
 from ddpm.utils.progress import Display
@@ -89,14 +91,25 @@ def sampling_configs(config: Config, settings: Settings) -> list[SampleConfig]:
 
 
 def resolved(config: Config, sample: SampleConfig) -> SampleConfig:
-    """`sample` with its sampler and number of steps filled in."""
+    """`sample` with its sampler and number of steps filled in; settings without effect have their defaults."""
     sample = resolve_sample(sample, config.objective)
+    effective = run_params.params(replace(config, sample=sample))
+    defaults: dict[str, Any] = asdict(replace(SampleConfig(), variance="beta_tilde"))
+    sample = replace(
+        sample, **{name: defaults[name] for name in SETTINGS if f"sample.{name}" not in effective}
+    )
     if sample.num_sample_steps is not None:
         return sample
     steps = timesteps.FEW
     if PROCESSES[config.objective.process].uses_time:
         steps = len(timesteps.build(sample, schedules.build(config.schedule), config.model.num_dims))
     return replace(sample, num_sample_steps=steps)
+
+
+def check_effect(configs: Iterable[Config], settings: Settings) -> None:
+    """Raise UserError if a setting has no effect with any of `configs`."""
+    given = (field.name for field in fields(SampleFlags) if getattr(settings, field.name) is not None)
+    run_params.check_effect(configs, given, run_params.flag)
 
 
 def feature_net_name(given: FeatureNetName | None, train: DataSet) -> FeatureNetName:
@@ -121,15 +134,13 @@ def open_context(candidates: Sequence[Candidate], settings: Settings) -> EvalCon
     net = nets.build(name, train, cache, settings.inception_weights)
     k = min(settings.num_train_images, train.rows.num_rows)
     num_features = k if net.name != "pixels" else 0
-    total = n + m + num_features
-    with Display("real images", total) as display:
+    most = max(m, num_features)
+    with Display("real images", n + most) as display:
         real = real_features(held_out, net, cache, n, device, display.update)
-        other = real_features(train, net, cache, m, device, lambda done: display.update(n + done))
-        searched = None
-        if num_features:
-            searched = real_features(train, net, cache, k, device, lambda done: display.update(n + m + done))
-        display.update(total)
-    return EvalContext(train, held_out, net, real, other, k, searched)
+        of_train = real_features(train, net, cache, most, device, lambda done: display.update(n + done))
+        display.update(n + most)
+    searched = of_train[:num_features] if num_features else None
+    return EvalContext(train, held_out, net, real, of_train[:m], k, searched)
 
 
 def _read(uri: str) -> Candidate:

@@ -5,7 +5,7 @@ A piece is a range of images, independent of the workers; the results of pieces 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -16,7 +16,14 @@ from ddpm.cluster.worker_pool import WorkerPool
 from ddpm.config import SampleConfig
 from ddpm.data.reading import DataSet
 from ddpm.evaluation import measure, memorisation, plots
-from ddpm.evaluation.context import Candidate, EvalContext, open_context, resolved, sampling_configs
+from ddpm.evaluation.context import (
+    Candidate,
+    EvalContext,
+    check_effect,
+    open_context,
+    resolved,
+    sampling_configs,
+)
 from ddpm.evaluation.features import FeatureNet, Features, features_of
 from ddpm.evaluation.measure import PIECE_IMAGES, Measured
 from ddpm.evaluation.memorisation import BLOCK_IMAGES, NearerShare, nearer_share
@@ -66,6 +73,10 @@ class EvalWorker:
         for candidate in self.candidates:
             candidate.net.to(self.device)
 
+    @cached_property
+    def _labels(self) -> NDArray[np.int64]:
+        return labels_of(self.held_out, self.settings.num_images)
+
     def measure(self, piece: Piece) -> Measured:
         """Errors of the candidate of a piece, on training images that do not depend on the piece."""
         train = images_of(self.train, 0, measure.MEASURED_IMAGES)
@@ -87,20 +98,32 @@ class EvalWorker:
         assert piece.sample is not None
         trained = self.candidates[piece.candidate].sampled_with(piece.sample)
         x_0_error = measured[piece.candidate].x_0_error if piece.candidate in measured else None
-        image = generate.draw(trained, range(piece.start, piece.stop), x_0_error=x_0_error)
+        label = self._labels[piece.start : piece.stop]
+        image = generate.draw(trained, range(piece.start, piece.stop), label=label, x_0_error=x_0_error)
         kept = max(0, MAX_PAIRWISE - piece.start) if self.settings.num_train_images else 0
         return Sampled(features_of(self.feature_net, image), image[:kept].cpu().numpy())
 
 
-def evaluate(candidates: Sequence[Candidate], settings: Settings, num_workers: int | None = None) -> Report:
+def labels_of(held_out: DataSet, num_images: int) -> NDArray[np.int64]:
+    """[N]: the classes of sampled images, as often as among the held-out images: theirs, in order, again and again."""
+    return np.resize(images_of(held_out, 0, num_images).label, num_images)
+
+
+def evaluate(
+    candidates: Sequence[Candidate], settings: Settings, num_workers: int | None = None, bounds: bool = True
+) -> Report:
     """Evaluate all candidates with the same held-out images.
 
     Args:
         num_workers: size of the pool; results do not depend on it.
+        bounds: compute bits/dim, too, of nets that have a bound.
     """
     samplings = [(i, s) for i, c in enumerate(candidates) for s in sampling_configs(c.config, settings)]
+    check_effect((replace(candidates[i].config, sample=sample) for i, sample in samplings), settings)
     context = open_context(candidates, settings)
-    bounded = [(i, None) for i, candidate in enumerate(candidates) if candidate.objective.has_bound]
+    bounded = [
+        (i, None) for i, candidate in enumerate(candidates) if bounds and candidate.objective.has_bound
+    ]
     num_held_out = min(settings.num_images, context.held_out.rows.num_rows)
     worker = partial(EvalWorker, candidates, context.train, context.held_out, context.feature_net, settings)
     with WorkerPool(worker, num_workers) as pool:
@@ -177,7 +200,7 @@ def _result(
 ) -> CheckpointResult:
     config, position = candidate.config, candidate.position
     own = replace(resolved(config, config.sample), seed=settings.seed)
-    label = generate.labels(config, range(settings.num_images))
+    label = labels_of(context.held_out, settings.num_images) if config.model.num_classes else None
     drawn = []
     for sample, features, shares, picture in sampled:
         scores = score(context.feature_net.name, features, context.real, context.other_real, label)

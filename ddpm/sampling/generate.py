@@ -59,10 +59,16 @@ def check_label(config: Config, label: int | None) -> None:
         raise UserError(f"label is {label}; {right}")
 
 
-def labels(config: Config, indices: Sequence[int], label: int | None = None) -> NDArray[np.int64] | None:
-    """The classes of images, int64 [N]: `label`, or i mod num_classes if that is None; None: an unconditional net."""
-    classes = config.model.num_classes
-    return np.array([i % classes if label is None else label for i in indices], np.int64) if classes else None
+Label = int | NDArray[np.int64] | None
+"""One class for all images, the class of each, or i mod num_classes."""
+
+
+def labels(config: Config, indices: Sequence[int], label: Label = None) -> NDArray[np.int64] | None:
+    """The classes of images, int64 [N]; None: an unconditional net."""
+    if not config.model.num_classes:
+        return None
+    equally = np.array(indices, np.int64) % config.model.num_classes
+    return equally if label is None else np.full(equally.shape, label)
 
 
 @torch.no_grad()
@@ -70,7 +76,7 @@ def draw(
     trained: TrainedNet,
     indices: Sequence[int],
     *,
-    label: int | None = None,
+    label: Label = None,
     known: Known | None = None,
     x_0_error: Tensor | None = None,
     on_step: OnStep | None = None,

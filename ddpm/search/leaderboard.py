@@ -24,7 +24,7 @@ from ddpm.diffusion import schedules
 from ddpm.evaluation import context, evaluate
 from ddpm.evaluation.metrics import Estimate
 from ddpm.evaluation.ranking import Rank, configuration_ranks, paired_ranks, ranks
-from ddpm.evaluation.scores import Score
+from ddpm.evaluation.scores import MAX_PAIRWISE, Score
 from ddpm.evaluation.settings import Settings
 from ddpm.search.evaluator import RANKING, REPORTING, Evaluation
 from ddpm.search.event_log import EventLog, Scored, Trial, best, name_of
@@ -97,7 +97,11 @@ def score_finalists(setup: Setup, events: EventLog) -> None:
     """Compute KID of the best few trials, and append it to the event log; known values are not computed again."""
     chosen = setup.arguments
     finalists = best(events.trials(), chosen.metric)[: chosen.finalists]
-    todo = [trial for trial in finalists if _scored(trial, setup) is None]
+    todo = [
+        trial
+        for trial in finalists
+        if _scored(trial, setup) is None and _num_timesteps(setup, trial) >= STEPS
+    ]
     if not todo:
         return
     settings = Settings(
@@ -109,7 +113,7 @@ def score_finalists(setup: Setup, events: EventLog) -> None:
         seed=chosen.seed,
     )
     candidates = context.read([setup.folder.child(trial.name).uri for trial in todo])
-    report = evaluate.evaluate(candidates, settings)
+    report = evaluate.evaluate(candidates, settings, bounds=False)
     for trial, result in zip(todo, report.results, strict=True):
         (score,) = (score for score in result.drawn[0].scores if score.name.startswith("KID"))
         events.add(Scored(trial.number, score))
@@ -145,7 +149,8 @@ def ranked(setup: Setup, events: EventLog) -> list[Row]:
 def _scored(trial: Trial, setup: Setup) -> Score | None:
     """The trial's KID, if it is as the command line asks: an earlier call may have had another feature net."""
     chosen, score = setup.arguments, trial.score
-    asked = f"KID-{context.feature_net_name(chosen.features, setup.evaluator.train)}", chosen.drawn_images
+    name = f"KID-{context.feature_net_name(chosen.features, setup.evaluator.train)}"
+    asked = name, min(chosen.drawn_images, MAX_PAIRWISE)
     return score if score and (score.name, score.n) == asked else None
 
 
@@ -193,7 +198,7 @@ def remarks(rows: Sequence[Row], grey_levels: int = 256) -> Iterator[str]:
         grey_levels: the number of different values in the held-out images.
     """
     if rows and (reported := rows[0].reported):
-        again = ", trained again after the search" if rows[0].by_trainings else ""
+        again = ", trained again after the search, which ranked it, too" if rows[0].by_trainings else ""
         yield (
             f"The best, {rows[0].trial.name}, has {estimate(*reported)} bits/dim on the held-out images that ranked "
             f"nothing{again}. The table has the other half of the images, on which it is the best by chance, too."
@@ -280,6 +285,10 @@ def bits_of(trial: Trial, folder: Location, timeout_s: float = 0.0) -> tuple[flo
 def _varied(rows: Sequence[Row]) -> list[str]:
     """The keys that any trial changes."""
     return list(dict.fromkeys(key for row in rows for key in row.trial.changes))
+
+
+def _num_timesteps(setup: Setup, trial: Trial) -> int:
+    return override(setup.base, trial.changes).schedule.num_timesteps
 
 
 def _leftover(base: Config, trial: Trial) -> float:

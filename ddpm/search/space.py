@@ -85,9 +85,11 @@ class Space:
                 suggested[key] = _ask(trial, key, domain)
         return suggested
 
-    def grid(self, num_points: int) -> list[dict[str, Any]]:
-        """Every combination, with `num_points` of each range; each kind has only its own keys."""
-        return list(self._combinations(lambda domain: grid_values(domain, num_points)))
+    def grid(self, num_points: int, most: int | None = None) -> list[dict[str, Any]]:
+        """The first `most` combinations, or all, with `num_points` of each range; each kind has only its own keys."""
+        return list(
+            itertools.islice(self._combinations(lambda domain: grid_values(domain, num_points)), most)
+        )
 
     def corners(self) -> Iterator[dict[str, Any]]:
         """The ends of all domains: all combinations of a schedule's keys, and every other key alone."""

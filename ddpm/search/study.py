@@ -110,7 +110,12 @@ class Starter(Searcher):
 def manager(setup: Setup, events: EventLog, news: Callable[[str], None]) -> TrialManager:
     """The trial manager of a search, with the state of its events."""
     chosen, seed = setup.arguments, setup.base.train.seed
-    proposer = OptunaProposer(setup.space, chosen.seed, chosen.searcher, chosen.grid_points)
+    searcher = chosen.searcher, chosen.grid_points, chosen.num_trials + 1
+    proposer = OptunaProposer(setup.space, chosen.seed, *searcher)
+    if len(proposer.grid or ()) > chosen.num_trials:
+        news(
+            f"warning: the grid has more points than the first {chosen.num_trials} (--num-trials), which are tried"
+        )
     total, factor, seeds = (
         setup.rungs[-1],
         chosen.reduction_factor,

@@ -28,15 +28,25 @@ class OptunaProposer:
 
     TPE begins with ten random trials, and then searches where good trials are denser than others. A grid is enqueued:
     Optuna's GridSampler knows no keys that depend on another key's value.
+
+    Args:
+        most: the largest number of points of a grid; None: all.
     """
 
-    def __init__(self, space: Space, seed: int, searcher: Searcher = "optuna", grid_points: int = 1) -> None:
+    def __init__(
+        self,
+        space: Space,
+        seed: int,
+        searcher: Searcher = "optuna",
+        grid_points: int = 1,
+        most: int | None = None,
+    ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         kind = optuna.samplers.TPESampler if searcher == "optuna" else optuna.samplers.RandomSampler
         self.study = optuna.create_study(direction="minimize", sampler=kind(seed=seed))
         self._space, self._trials = space, dict[int, optuna.Trial]()
-        self.grid = space.grid(grid_points) if searcher == "grid" else None
-        """The changes of all trials, if they are a grid."""
+        self.grid = space.grid(grid_points, most) if searcher == "grid" else None
+        """Its points, if the searcher is a grid."""
 
     def suggest(self, number: int) -> dict[str, Any]:
         """The changes of the search's own trial `number`; called once per trial, in order."""

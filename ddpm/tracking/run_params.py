@@ -35,7 +35,8 @@ def params(config: Config) -> dict[str, Any]:
         "objective.min_snr_gamma": weights == "min_snr",
         **dict.fromkeys(("objective.log_sigma_mean", "objective.log_sigma_std"), uses_time and draws_sigma),
         "objective.label_dropout": has_labels,
-        **dict.fromkeys(("sample.guidance_scale", "sample.guidance_interval"), has_labels),
+        "sample.guidance_scale": has_labels,
+        "sample.guidance_interval": has_labels and sample.guidance_scale != 1,
         **dict.fromkeys(("sample.rho", "sample.sigma_min"), is_karras),
         "sample.spacing": uses_time,
         "sample.eta": sample.sampler in ("ddim", "dpmpp_2m"),
@@ -51,12 +52,21 @@ def params(config: Config) -> dict[str, Any]:
     }
 
 
-def check_effect(config: Config, given: Iterable[str], named: Callable[[str], str] = str) -> None:
-    """Raise UserError if a setting of config.sample in `given` has no effect; `named` makes a flag of its name."""
-    effective = params(config)
+def check_effect(configs: Iterable[Config], given: Iterable[str], named: Callable[[str], str] = str) -> None:
+    """Raise UserError if a setting of config.sample in `given` has no effect with any of `configs`.
+
+    Args:
+        named: makes a flag of the name of a setting.
+    """
+    effective = {key for config in configs for key in params(config)}
     for name in given:
         if f"sample.{name}" not in effective:
             raise UserError(f"{named(name)} has no effect here; jobs/sample.py --help says what it is for")
+
+
+def flag(name: str) -> str:
+    """The flag of a setting of config.sample."""
+    return f"--{name.replace('_', '-')}"
 
 
 def nearest_preset(config: Config) -> tuple[str, dict[str, Any]]:

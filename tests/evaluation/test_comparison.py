@@ -15,7 +15,7 @@ from ddpm.evaluation.compared_run import RATE, ComparedRun, Remark
 from ddpm.evaluation.comparison import results_alike
 from ddpm.evaluation.plots import Point
 from ddpm.evaluation.report import Report
-from ddpm.evaluation.scores import Score
+from ddpm.evaluation.scores import MAX_PAIRWISE, Score
 from ddpm.utils.errors import UserError
 
 
@@ -142,6 +142,23 @@ def test_bits_of_nets_with_and_without_labels_have_no_winner() -> None:
     ]
     assert answer(compared) == (["held-out bits/dim: Not comparable"], None)
     assert "bounds log p(x | y)" in shown_text(compared)
+
+
+def test_metrics_of_training_on_different_data_have_no_winner() -> None:
+    curves = [{"held_out/bits_per_dim": [Point(64, bits, 0.01)]} for bits in (3.0, 4.0)]
+    for data, headline in ("xx", "a is better than b"), ("xy", "Not comparable"):
+        compared = [run(n, curves=c, data=d) for n, c, d in zip("ab", curves, data, strict=True)]
+        assert answer(compared)[0] == [f"bits/dim of a few held-out images, in training: {headline}"]
+
+
+def test_no_more_images_than_kid_takes_are_advised() -> None:
+    compared = scored(0.02, 0, held_out=20_000)
+    for one in compared:
+        for each in one.evaluations[0].results:
+            kid = Score("KID-pixels", 0.1, 0.01, MAX_PAIRWISE, MAX_PAIRWISE)
+            object.__setattr__(each, "drawn", (dataclasses.replace(drawn(1), scores=(kid,)),))
+    step = answer(compared)[1]
+    assert step and step.text.startswith("All held-out images are used.")
 
 
 def test_the_next_step_is_the_exact_command() -> None:

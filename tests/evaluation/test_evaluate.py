@@ -22,6 +22,7 @@ from ddpm.evaluation import context, evaluate, measure, memorisation
 from ddpm.evaluation.features import features_of
 from ddpm.evaluation.memorisation import NearerShare
 from ddpm.evaluation.nets import Pixels
+from ddpm.evaluation.reference import images_of
 from ddpm.evaluation.report import Report
 from ddpm.evaluation.scores import bound_scores, score
 from ddpm.evaluation.settings import Settings
@@ -181,6 +182,8 @@ def test_sampling_configs() -> None:
     assert configs() == [("ddim", 4)]
     assert configs(num_sample_steps=(2, 3, 2)) == [("ddim", 2), ("ddim", 3)]
     assert configs(sampler=("heun", "dpmpp_2m"), num_sample_steps=(5,)) == [("heun", 5), ("dpmpp_2m", 5)]
+    (sample,) = context.sampling_configs(CONFIG, Settings(sampler=("ddpm",), eta=1.0))
+    assert sample == context.resolved(CONFIG, SampleConfig(sampler="ddpm", num_sample_steps=4, sigma_min=0.1))
     (sample,) = context.sampling_configs(CONFIG, Settings(eta=1.0, seed=3))
     assert (sample.eta, sample.seed, sample.num_sample_steps) == (1.0, 3, 4)
     both = context.sampling_configs(CONFIG, Settings(sampler=("ddpm", "heun"), variance="measured"))
@@ -245,6 +248,8 @@ def other_data(folder: Path, side: int = 8, **rows: int) -> str:
         ({"test": 30}, {}, "has no split 'train'"),
         ({"train": 100, "test": 30}, {"features": "classifier"}, "has no classes to train a classifier on"),
         ({"train": 100, "test": 30}, {"num_sample_steps": (0,)}, "num_sample_steps is 0; it must be in"),
+        ({"train": 100, "test": 30}, {"guidance_scale": 3.0}, "--guidance-scale has no effect here"),
+        ({"train": 100, "test": 30}, {"sampler": ("heun",), "eta": 1.0}, "--eta has no effect here"),
     ],
     ids=str,
 )
@@ -256,15 +261,17 @@ def test_user_errors(
 
 
 def test_errors_of_a_conditional_net_are_stratified_by_class(tmp_path: Path, shards: str) -> None:
-    """Known answers: the library's score with label i mod 10 for image i."""
+    """Known answers: the library's score, image i having the class of held-out image i."""
     run = make_run(tmp_path / "runs", shards, override(CONFIG, {"model.num_classes": 10}))
     with pytest.raises(UserError, match=r"has 10 classes, but .* has 0"):
         evaluated(run.location.uri, shards=other_data(tmp_path / "d", train=100, test=30))
     (result,) = evaluated(run.location.uri).results
     (candidate,) = context.read([run.location.uri])
-    drawn = features_of(Pixels((8, 8, 1)), generate.draw(candidate, range(150)))
     chosen = context.open_context([candidate], Settings(**FEW))  # type: ignore[arg-type]
-    held, free = (score("pixels", drawn, chosen.real, label=label) for label in (np.arange(150) % 10, None))
+    classes = np.resize(images_of(chosen.held_out, 0, 150).label, 150)
+    assert len({*np.bincount(classes)}) > 1
+    drawn = features_of(Pixels((8, 8, 1)), generate.draw(candidate, range(150), label=classes))
+    held, free = (score("pixels", drawn, chosen.real, label=label) for label in (classes, None))
     found = [s.error for s in result.drawn[0].scores if not isinstance(s, NearerShare)]
     assert found == pytest.approx([s.error for s in held], rel=1e-2)
     assert found != pytest.approx([s.error for s in free], rel=1e-2)

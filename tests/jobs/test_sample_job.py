@@ -43,7 +43,8 @@ def test_it_samples_from_a_run_into_a_folder_named_by_run_and_seed(
 ) -> None:
     done = run_job(
         *("sample", "run", "--num-images", "3", "--seed", "4", "--trajectory"),
-        *("--sampler", "dpmpp_2m", "--num-sample-steps", "2", "--guidance-interval", "0.5", "2"),
+        *("--sampler", "dpmpp_2m", "--num-sample-steps", "2"),
+        *("--guidance-scale", "2", "--guidance-interval", "0.5", "2"),
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
@@ -71,6 +72,7 @@ def test_user_errors_are_one_line_with_exit_code_2(user_error: Callable[..., str
         ),
         (["run", "--sampler", "heun", "--eta", "0.5"], "--eta has no effect here"),
         (["run", "--sigma-min", "0.1"], "--sigma-min has no effect here"),
+        (["run", "--guidance-interval", "0.5", "2"], "--guidance-interval has no effect here"),
         (["run", "--inpaint", "a.png"], "--inpaint and --mask belong together"),
         ([*part, "--sampler", "ddim"], "with the sampler ddpm, not ddim"),
         ([*part, "--num-resamples", "0"], "num_resamples is 0"),

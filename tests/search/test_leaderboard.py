@@ -18,7 +18,7 @@ from ddpm.config import Config
 from ddpm.config_io import from_json, override
 from ddpm.diffusion import process, samplers, schedules
 from ddpm.diffusion.objectives import Denoised
-from ddpm.evaluation.scores import Score
+from ddpm.evaluation.scores import MAX_PAIRWISE, Score
 from ddpm.presets import DIGITS
 from ddpm.search import leaderboard, plots, publish, space
 from ddpm.search.config import Arguments
@@ -101,9 +101,9 @@ def events(without_finalists: EventLog) -> EventLog:
     return without_finalists
 
 
-def setup_of(place: Location, base: Config = BASE) -> Setup:
+def setup_of(place: Location, base: Config = BASE, drawn_images: int = 100) -> Setup:
     evaluator: Any = SimpleNamespace(held_out=None, train=None)  # no checkpoint is read
-    asked = Arguments("digits", GIVEN, features="pixels", drawn_images=100)
+    asked = Arguments("digits", GIVEN, features="pixels", drawn_images=drawn_images)
     return Setup(asked, place, base, SPACE, [64, 128], evaluator, {})
 
 
@@ -152,6 +152,14 @@ def test_the_configuration_whose_trainings_are_best_wins(place: Location, events
     assert table[0]["reported_bits_per_dim"] == best.reported.value and table[3]["repeats"] == "trial-000"
     assert table[1]["reported_bits_per_dim"] is None and table[1]["rank_by_trainings"] == "1-2"
     assert plots.parallel(events.trials(), SPACE.domains, "bits_per_dim").startswith(b"\x89PNG")
+
+
+def test_kid_of_more_images_than_it_compares_is_known(place: Location, events: EventLog) -> None:
+    events.add(Scored(0, Score("KID-pixels", 0.02, 0.001, MAX_PAIRWISE)))
+    first, *_ = (
+        row for row in leaderboard.ranked(setup_of(place, drawn_images=20_000), events) if row.by_kid
+    )
+    assert first.trial.number == 0
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,11 @@ def test_a_grid_has_every_combination_without_keys_of_other_kinds() -> None:
     assert (len(linear), len(cosine)) == (9, 3)
     assert sorted({round(point["schedule.beta_end"], 9) for point in linear}) == [0.01, 0.02, 0.04]
     assert all(set(point) == {"schedule.kind", "optim.lr"} for point in cosine)
+    assert space.parse(flags, DIGITS).grid(4000, most=5)[-1] == {
+        "schedule.kind": "linear",
+        "schedule.beta_end": pytest.approx(0.01),
+        "optim.lr": pytest.approx(1e-4, rel=0.01),
+    }
 
 
 def test_random_trials_have_only_the_keys_of_their_kind() -> None:
