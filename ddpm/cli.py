@@ -72,6 +72,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         print(shortened(installed(printable(f"error: {error}")), MAX_LINE), file=sys.stderr)
         code = error.exit_code
+    except PermissionError as error:
+        print(printable(f"error: {error.filename}: {error.strerror}; make it accessible"), file=sys.stderr)
+        code = UserError.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130

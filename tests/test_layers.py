@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-from support.processes import REPO
+from support.processes import REPO, run
 
 from ddpm.diffusion.objectives import PROCESSES
+from ddpm.hub import registry
 
 MODULES = sorted(path for folder in ("ddpm", "jobs", "tune") for path in (REPO / folder).rglob("*.py"))
 
@@ -35,6 +36,13 @@ def imported(node: ast.AST) -> Iterator[str]:
                 yield from imported(child)
 
 
+PACKAGES = {
+    "PIL": "pillow",
+    "annotated_types": "annotated-types",
+    "botocore": "boto3",
+    "sqlalchemy": "mlflow",
+}
+"""Packages whose names are not those of their modules."""
 IMPORTS = {name_of(path): list(imported(ast.parse(path.read_text()))) for path in MODULES}
 """Module -> the modules that it imports."""
 
@@ -93,18 +101,20 @@ def test_the_callback_alone_has_what_it_imports() -> None:
         todo |= found - modules
         others |= {i.split(".")[0] for i in IMPORTS[name]} - sys.stdlib_module_names - {"ddpm"}
     assert set(ours["tool"]["setuptools"]["py-modules"]) == {"ddpm.__init__", *modules}
-    packages = {
-        "PIL": "pillow",
-        "annotated_types": "annotated-types",
-        "botocore": "boto3",
-        "sqlalchemy": "mlflow",
-    }
     wanted, known = (
         {(r.name, str(r.specifier)) for r in map(Requirement, project["project"]["dependencies"])}
         for project in (ours, whole)
     )
-    assert {name for name, _ in wanted} == {packages.get(name, name) for name in others} and wanted <= known
+    assert {name for name, _ in wanted} == {PACKAGES.get(name, name) for name in others} and wanted <= known
     assert ours["project"]["version"] == whole["project"]["version"]
+
+
+def test_a_registered_model_asks_for_what_it_imports() -> None:
+    code = "import sys, ddpm.hub.serving; print(*sys.modules)"
+    loaded = set(run([sys.executable, "-c", code], cwd=REPO).stdout.split())
+    imported = {i.split(".")[0] for name in loaded & IMPORTS.keys() for i in IMPORTS[name]} & loaded
+    needed = imported - sys.stdlib_module_names - {"ddpm", "mlflow"}
+    assert {PACKAGES.get(name, name) for name in needed} == set(registry.NEEDED)
 
 
 def test_no_module_uses_private_parts_of_ray() -> None:

@@ -47,6 +47,8 @@ def main() -> None:
         raise UserError("--alias needs a registered model; give its name with --register")
     if arguments.register is not None and not arguments.ema:
         raise UserError("--register: a registered model uses the averaged weights; leave out --no-ema")
+    if arguments.label is not None and kind != "diffusers":
+        raise UserError("--label has an effect with --format diffusers only; leave it out")
     if out.exists():
         raise UserError(f"{out} exists, and nothing is overwritten; name a new folder")
     from ddpm.checkpoints import checkpoint

@@ -4,6 +4,7 @@ URI is a folder or s3://bucket/prefix. Run the same command again to continue wh
 data set is complete. `python jobs/prepare.py SOURCE --help` lists a source's options.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, TypeVar
@@ -23,7 +24,7 @@ class Arguments(Generic[S]):
     source: Annotated[S, tyro.conf.arg(name="")]
     parallel: bool | None = None
     """Write shards in parallel, as tasks of the Ray cluster (RAY_ADDRESS, or a local one). None: only if the source
-    is large."""
+    is large, and on the cluster at RAY_ADDRESS only if it reads and writes no files of this machine."""
     skip_unreadable: bool = False
     """Leave out images that cannot be read (5 % of them at most), and list them in unreadable.txt beside the shards."""
     drop_duplicates: bool = False
@@ -46,8 +47,11 @@ def main() -> None:
     print(f"data set    {printable(location.uri)}{' exists already' if there else ''}")
     if skipped := getattr(source, "skipped", ""):
         print(f"skipped     {skipped}")
-    connect = None
-    if arguments.parallel or (arguments.parallel is None and prepare.is_large(source)):
+    connect, parallel = None, arguments.parallel
+    if parallel is None:
+        is_here = location.is_local or hasattr(source, "path") or hasattr(source, "root")
+        parallel = prepare.is_large(source) and not (is_here and "RAY_ADDRESS" in os.environ)
+    if parallel:
         from ddpm.cluster import ray_init  # seconds: Ray
 
         connect = ray_init.connect

@@ -21,6 +21,7 @@ from ddpm.storage.locations import Location
 from ddpm.utils.errors import UserError
 from ddpm.utils.images import grid, png_bytes
 from ddpm.utils.progress import printable, track
+from ddpm.utils.retry import as_user_error
 
 LISTED, PICTURE, PICTURED, COLUMNS = "duplicates.txt", "duplicates.png", 64, 16
 SIDE, THRESHOLD = 8, 2.5
@@ -93,11 +94,12 @@ def report(source: Any, location: Location, manifest: Manifest, dropped: bool = 
         yield f"duplicates  not searched for: there are more than {MAX_EXAMINED:,} images"
         return
     listed, picture = location.child(LISTED), location.child(PICTURE)
-    if not listed.exists():
-        write(source, location, manifest)
-    yield f"{'left out' if dropped else 'duplicates':<11} {listed.read().decode().splitlines()[0]}"
-    if picture.exists():
-        yield f"            {printable(f'{picture.uri}, {listed.uri}')}"
+    with as_user_error("the data set is complete, but it cannot be searched for duplicates"):
+        if not listed.exists():
+            write(source, location, manifest)
+        yield f"{'left out' if dropped else 'duplicates':<11} {listed.read().decode().splitlines()[0]}"
+        if picture.exists():
+            yield f"            {printable(f'{picture.uri}, {listed.uri}')}"
 
 
 def drop(location: Location, split: str, shards: list[Shard], dropped: Set[Row]) -> list[Shard]:

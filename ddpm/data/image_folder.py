@@ -153,6 +153,9 @@ class Folder(Pictures):
                 f"{self.path}: {without[0]} is in no subfolder, but other images are; put all images into "
                 "subfolders, one per class, or none"
             )
+        for name in names:
+            if name != name.encode(errors="replace").decode():
+                raise UserError(f"{self.path}: the name of {printable(name)} is not UTF-8; rename this class")
         return tuple(sorted(names))
 
     def _pictures(self, part: str, rows: Labels) -> Iterator[Picture]:
@@ -181,16 +184,22 @@ class Folder(Pictures):
 
     @cached_property
     def _folders(self) -> dict[str, Path]:
-        """The folder of each part: subfolders, if they are "train" and other splits only; else this folder."""
+        """The folder of each part: subfolders, if they are "train" and other splits only (a folder without images does
+        not count); else this folder."""
         try:
             below = {
                 sub.name: sub for sub in self.path.iterdir() if sub.is_dir() and not sub.name.startswith(".")
             }
         except OSError as error:
             raise _unreadable(self.path, error) from None
-        if "train" in below and len(below) > 1 and set(below) <= set(PARTS):
-            return {PARTS[name]: sub for name, sub in sorted(below.items())}
-        return {"train": self.path}
+        named = [(PARTS[key], sub) for name, sub in sorted(below.items()) if (key := name.lower()) in PARTS]
+        parts, others = dict(named), set(below.values()) - {sub for _, sub in named}
+        if "train" not in parts or len(parts) == 1 or any(list_files(sub, PICTURES)[0] for sub in others):
+            return {"train": self.path}
+        if len(parts) < len(named):
+            shown = ", ".join(sub.name for _, sub in named)
+            raise UserError(f"{self.path} has several folders of one split, of {shown}; leave one of them")
+        return parts
 
     @cached_property
     def _listings(self) -> dict[str, Listing]:
@@ -285,7 +294,7 @@ def _stored(data: bytes | Exception, size: int, channels: int, encoding: Encodin
         fits = (
             image.format in ("PNG", "JPEG", "WEBP")
             and (image.size, image.mode) == ((size, size), mode)
-            and image.getexif().get(EXIF_ORIENTATION, 1) == 1
+            and _orientation(image) == 1
             and not image.has_transparency_data
         )
         if fits and encoding == "encoded":
@@ -300,8 +309,18 @@ def _stored(data: bytes | Exception, size: int, channels: int, encoding: Encodin
 
 def fitted(image: Image.Image, size: int, channels: int) -> Image.Image:
     """The image upright, in grey or RGB, resized and cropped to the centre square of `size`."""
-    upright = _converted(ImageOps.exif_transpose(image), "L" if channels == 1 else "RGB")
-    return ImageOps.fit(upright, (size, size), Image.Resampling.LANCZOS)
+    upright = ImageOps.exif_transpose(image) if _orientation(image) else image
+    return ImageOps.fit(
+        _converted(upright, "L" if channels == 1 else "RGB"), (size, size), Image.Resampling.LANCZOS
+    )
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """The orientation in an image's EXIF, 1 if there is none; None: the EXIF is damaged; the pixels may be sound."""
+    try:
+        return image.getexif().get(EXIF_ORIENTATION, 1)
+    except Exception:  # Pillow raises several types
+        return None
 
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:

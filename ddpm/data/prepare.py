@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from ddpm.data.manifest import (
     FORMAT,
     MANIFEST,
     MAX_MANIFEST_BYTES,
+    MAX_ROW_GROUP_BYTES,
     Manifest,
     Shard,
     make_manifest,
@@ -96,6 +98,8 @@ def prepare(
         skip_unreadable: leave out up to 5 % of the images if they cannot be read; unreadable.txt lists them.
         drop_duplicates: leave out near-duplicates; duplicates.txt lists them.
     """
+    if location.is_local:
+        check_outside(source, Path(location.path))
     num_images = sum(source.splits.values())
     if drop_duplicates and num_images > MAX_EXAMINED:
         raise UserError(
@@ -130,6 +134,16 @@ def prepare(
     return manifest
 
 
+def check_outside(source: Source, written: Path) -> None:
+    """Raise UserError if `written`, to which files are written, lies in the folder of the source's images."""
+    folder = getattr(source, "path", None)
+    if folder is not None and written.resolve().is_relative_to(Path(folder).resolve()):
+        raise UserError(
+            f"{written} is in {folder}, so what is written there would be among its images; name another folder "
+            "(in training: --run.storage), or start the command in another one"
+        )
+
+
 def find(source: Source, location: Location, rows: int | None = None, drop: bool = False) -> Manifest | None:
     """The data set that `prepare` would make, if it is there already."""
     with as_user_error(f"cannot look for a data set at {location.uri}"):
@@ -150,12 +164,13 @@ def is_large(source: Source) -> bool:
 
 
 def write_preview(location: Location, manifest: Manifest) -> Location:
-    """Write a grid of 64 images spread over the data set; return its location."""
+    """Write a grid of 64 images spread over the data set, unless it is there; return its location."""
     split = "train" if "train" in manifest.splits else next(iter(manifest.splits))
     with as_user_error("the data set is complete, but its preview cannot be written"):
+        if (preview := location.child(PREVIEW)).exists():
+            return preview
         rows = np.linspace(0, manifest.splits[split].num_rows - 1, PREVIEW_IMAGES).astype(int)
         sheet = grid(duplicates.images_at(location, manifest, [(split, i) for i in np.unique(rows).tolist()]))
-        preview = location.child(PREVIEW)
         preview.write(png_bytes(sheet), durable=True)
     return preview
 
@@ -199,7 +214,7 @@ def _begin(source: Source, location: Location, rows_per_row_group: int | None, d
                 shard.unlink()
         if begun != note:
             file.write(note.encode())
-        for name in (duplicates.LISTED, duplicates.PICTURE):
+        for name in (duplicates.LISTED, duplicates.PICTURE, PREVIEW):
             location.child(name).unlink()  # of a data set that was removed
         for folder in (location, *map(location.child, (NOTES, *source.splits))):
             folder.sweep()
@@ -246,13 +261,14 @@ def _check_unreadable(source: Source, location: Location, made: dict[_Task, Made
 
 
 def _rows_per_row_group(source: Source) -> int:
-    if source.encoding == "raw":
-        size = source.height * source.width * source.channels
-    else:
+    size = decoded = source.height * source.width * source.channels
+    if source.encoding == "encoded":
         split, rows = next(iter(source.splits.items()))
         probe, _, _ = _read(source, split, 0, min(rows, PROBED_IMAGES))
         size = sum(map(len, probe)) // max(1, len(probe))
-    return max(1, min(MAX_ROWS_PER_ROW_GROUP, ROW_GROUP_BYTES // max(1, size)))
+    return max(
+        1, min(MAX_ROWS_PER_ROW_GROUP, ROW_GROUP_BYTES // max(1, size), MAX_ROW_GROUP_BYTES // decoded)
+    )
 
 
 def _read(

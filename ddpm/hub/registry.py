@@ -24,7 +24,9 @@ from ddpm.utils.retry import as_user_error
 
 SCHEME = "models:/"
 PACKAGE = Path(__file__).parent.parent
-NEEDED = ("torch", "numpy", "pillow", "pydantic", "safetensors")
+NEEDED = tuple(
+    "annotated-types numpy pillow pyarrow pydantic safetensors simplejpeg tenacity torch tyro".split()
+)
 """Packages that ddpm.hub.serving and its imports need."""
 EXAMPLE = [{"num_images": 2, "seed": 0}]
 

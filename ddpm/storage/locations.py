@@ -219,7 +219,12 @@ def absolute(uri: str) -> str:
     """
     if uri.startswith("file://"):
         uri = unquote(urlsplit(uri).path)
-    return uri if "://" in uri else str(Path(os.environ.get(HOME, ""), Path(uri).expanduser()).absolute())
+    if "://" in uri:
+        return uri
+    try:
+        return str(Path(os.environ.get(HOME, ""), Path(uri).expanduser()).absolute())
+    except RuntimeError as error:  # ~name of no user
+        raise UserError(f"{uri}: {error}") from None
 
 
 def resolve(uri: str) -> Location:
@@ -232,15 +237,16 @@ def resolve(uri: str) -> Location:
         bucket = path.partition("/")[0]
         if not bucket:
             raise UserError(f"{uri!r} names no bucket; expected s3://bucket/prefix")
-        _check_bucket(bucket, uri)
-        return Location(f"s3://{path}", _s3(), path)
+        if "//" in path:
+            raise UserError(f"{uri!r} has an empty part, //; expected s3://bucket/prefix")
+        return Location(f"s3://{path}", _s3(_region_of(bucket, uri)), path)
     if scheme != "file":
         raise UserError(f"{uri!r}: unknown scheme {scheme!r}; expected a folder or s3://bucket/prefix")
     path = absolute(uri)
     return Location(path, pafs.LocalFileSystem(), path)
 
 
-def _s3() -> pafs.S3FileSystem:
+def _s3(region: str | None) -> pafs.S3FileSystem:
     # An explicit endpoint: pyarrow reads AWS_ENDPOINT_URL itself only in its newer releases.
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     options: dict = {"connect_timeout": S3_CONNECT_TIMEOUT_S, "request_timeout": S3_REQUEST_TIMEOUT_S}
@@ -248,7 +254,6 @@ def _s3() -> pafs.S3FileSystem:
     if endpoint:
         parts = urlsplit(endpoint)
         options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme}
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if region:
         options["region"] = region
     return pafs.S3FileSystem(**options)
@@ -259,15 +264,19 @@ def _s3_client() -> Any:
     from botocore.config import Config
 
     config = Config(connect_timeout=5, read_timeout=20, retries={"max_attempts": 3, "mode": "standard"})
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-    return boto3.client("s3", config=config, region_name=region)
+    return boto3.client("s3", config=config, region_name=_configured_region() or "us-east-1")
 
 
-def _check_bucket(bucket: str, uri: str) -> None:
+def _configured_region() -> str | None:
+    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+
+
+def _region_of(bucket: str, uri: str) -> str | None:
+    """The region of a bucket, which pyarrow does not look up; UserError unless the bucket exists and may be used."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
-        _s3_client().head_bucket(Bucket=bucket)
+        return _s3_client().head_bucket(Bucket=bucket).get("BucketRegion") or _configured_region()
     except ClientError as error:
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         if status == 404:
@@ -277,8 +286,6 @@ def _check_bucket(bucket: str, uri: str) -> None:
                 f"{uri}: S3 refuses access to bucket {bucket!r} (HTTP {status}); check the credentials "
                 "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE or the instance role) and their rights"
             ) from None
-        if status == 301:  # it exists, in another region; pyarrow finds that region itself
-            return
         raise UserError(f"{uri}: S3 answered {status or error}") from None
     except (BotoCoreError, ValueError) as error:
         raise UserError(f"{uri}: cannot reach S3: {error_line(error)}") from None

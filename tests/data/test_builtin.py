@@ -38,6 +38,21 @@ def config_of(tmp_path: Path, images: str | Path | None, **changes: Any) -> Conf
     return override(presets.DIGITS, given | changes)
 
 
+@pytest.mark.parametrize(("images", "storage"), [(".", "../runs"), ("pets", "pets/runs")])
+def test_runs_are_not_stored_among_the_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: str, storage: str
+) -> None:
+    write_images(tmp_path / "work/pets", 20)
+    monkeypatch.chdir(tmp_path / "work")
+    config = override(presets.DIGITS, {"data.images": images, "run.storage": storage})
+    with pytest.raises(
+        UserError, match=r"work.* is in (\.|pets), so what is written there would be among its images"
+    ):
+        builtin.with_shards(config)
+    assert {path.name for path in tmp_path.iterdir()} == {"work"}
+    assert {path.name for path in (tmp_path / "work/pets").iterdir()} == {"cat", "dog"}
+
+
 def test_an_image_folder_is_prepared_at_the_size_of_the_net(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -76,6 +76,9 @@ def test_exif_rotation_is_undone() -> None:
     halves.paste(255, (0, 0, 4, 8))
     upright = stored(file_of(halves, "PNG", exif=exif), channels=1)
     assert (upright[:4] == 255).all() and (upright[4:] == 0).all()
+    damaged = file_of(halves, "JPEG", exif=b"Exif\0\0no TIFF at all", quality=100)
+    as_it_is = stored(damaged, channels=1)
+    assert (as_it_is[:, :4] > 250).all() and (as_it_is[:, 4:] < 5).all()
 
 
 NOT_AN_IMAGE = "it is not a PNG, JPEG, WEBP, BMP or TIFF file"
@@ -137,6 +140,13 @@ def test_subfolders_are_classes(tmp_path: Path) -> None:
     assert Folder(tmp_path / "y", size=8).identity() != identity
 
 
+def test_a_class_whose_name_is_not_utf_8_is_a_user_error(tmp_path: Path) -> None:
+    folder = os.fsdecode(b"caf\xe9")
+    write_tree(tmp_path, {f"{folder}/0.png": 0, "b/1.png": 1})
+    with pytest.raises(UserError, match=r"the name of caf\\udce9 is not UTF-8; rename this class"):
+        Folder(tmp_path, size=8)
+
+
 def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     for message in ("is not a folder; --path", "holds no images", "1 image"):
         with pytest.raises(UserError, match=message):
@@ -154,6 +164,19 @@ def test_split_folders_are_used(tmp_path: Path) -> None:
     write_tree(tmp_path, {"train/a/0.png": 0, "train/b/1.png": 1, "val/a/2.png": 2})
     source = Folder(tmp_path, size=8)
     assert content(source, "train") == [(0, "a"), (1, "b")] and content(source, "test") == [(2, "a")]
+    (tmp_path / "__MACOSX/train").mkdir(parents=True)
+    (tmp_path / "__MACOSX/train/._0.png").touch()
+    (tmp_path / "train").rename(tmp_path / "Train")
+    assert content(Folder(tmp_path, size=8), "test") == [(2, "a")]
+    write_tree(tmp_path, {"valid/a/4.png": 4})
+    with pytest.raises(
+        UserError, match="several folders of one split, of Train, val, valid; leave one of them"
+    ):
+        Folder(tmp_path, size=8)
+    (tmp_path / "valid/a/4.png").unlink()
+    (tmp_path / "valid/a").rmdir()
+    (tmp_path / "valid").rmdir()
+    (tmp_path / "Train").rename(tmp_path / "train")
     write_tree(tmp_path, {"other/3.png": 3})  # now train and val are ordinary classes
     assert Folder(tmp_path, size=8).class_names == ("other", "train", "val")
 

@@ -15,7 +15,7 @@ from ddpm.config_io import override
 from ddpm.data.builtin import with_shards
 from ddpm.data.image_folder import Folder
 from ddpm.data.manifest import FORMAT, MANIFEST, Manifest, read_manifest
-from ddpm.data.prepare import prepare, write_preview
+from ddpm.data.prepare import _rows_per_row_group, prepare, write_preview
 from ddpm.data.shards import is_intact, read_row_group
 from ddpm.data.sources import Digits
 from ddpm.presets import DIGITS
@@ -349,6 +349,13 @@ def test_too_many_row_groups_for_a_manifest_are_rejected_before_the_start(
     with pytest.raises(UserError, match="18 row groups are more than a manifest of 0 MiB can list"):
         make(Digits(), at(tmp_path / "d"), **SMALL)
     assert not (tmp_path / "d").exists()
+
+
+def test_a_row_group_is_not_larger_than_what_is_read(tmp_path: Path) -> None:
+    """Large images of few bytes: 1,024 of them would have 4 GiB."""
+    for i in range(2):
+        Image.new("L", (8, 8)).save(tmp_path / f"{i}.png")
+    assert _rows_per_row_group(Folder(tmp_path, size=2048, channels=1)) == 512
 
 
 @pytest.mark.slow

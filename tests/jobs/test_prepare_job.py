@@ -1,6 +1,7 @@
 """python jobs/prepare.py from the command line."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ import pytest
 from PIL import Image
 from support import processes
 
+from ddpm.commands import prepare
+from ddpm.data import prepare as data_prepare
 from ddpm.data.manifest import MANIFEST, read_manifest
 from ddpm.storage import locations
+from ddpm.utils.errors import UserError
 
 
 def files_of(root: Path) -> dict[str, bytes]:
@@ -51,6 +55,22 @@ def test_an_image_folder_with_an_unreadable_image_becomes_a_data_set_in_a_bucket
     manifest = read_manifest(location)
     assert manifest.splits["train"].num_rows == 18 and manifest.class_names == ("a", "b")
     assert location.child("preview.png").exists() and f"{location.uri}/preview.png" in done.stdout
+
+
+def test_a_cluster_is_not_asked_for_files_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    monkeypatch.setattr(data_prepare, "LARGE_ENCODED", 0)
+    (tmp_path / "in").mkdir()
+    for i in range(2):
+        Image.new("L", (16, 16)).save(tmp_path / f"in/{i}.png")
+    monkeypatch.setattr(sys, "argv", "prepare folder out --path in --size 16".split())
+    prepare.main()
+    assert read_manifest(locations.resolve("out")).splits["train"].num_rows == 1
+    monkeypatch.setattr(sys, "argv", "prepare folder in/out --path in --size 16".split())
+    with pytest.raises(UserError, match="in/out is in in, so what is written there"):
+        prepare.main()
 
 
 def test_a_bucket_without_list_permission_is_a_one_line_error(

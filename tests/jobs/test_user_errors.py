@@ -30,6 +30,7 @@ MISTAKES = {
     "compare there --evaluations none": "--evaluations none cannot be read: ",
     "compare there --evaluations there/card.json": "card.json is not a result of jobs/evaluate.py",
     "export c there": "there exists, and nothing is overwritten",
+    "export c out --format pt2 --label 3": "--label has an effect with --format diffusers only",
     "export c out --alias champion": "--alias needs a registered model",
     "export c out --register name --no-ema": "a registered model uses the averaged weights",
     "export c out": "c does not exist; expected a checkpoint folder or a run folder",

@@ -76,6 +76,8 @@ def test_a_local_folder_becomes_absolute(tmp_path: Path) -> None:  # every test 
     ("runs/a\0b", r"'runs/a\\x00b' has a NUL character"),
     ("s3://bucket/a\0b", "has a NUL character"),
     ("s3:///prefix", "names no bucket"),
+    ("s3://bucket//runs", "has an empty part, //"),
+    ("~no-such-user/runs", "^~no-such-user/runs: "),
 ])  # fmt: skip
 def test_an_invalid_uri_is_a_user_error(uri: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -117,6 +119,20 @@ def test_a_bucket_that_cannot_be_used_is_a_one_line_error(
     with pytest.raises(UserError, match=message) as raised:
         locations.resolve(uri)
     assert "\n" not in str(raised.value) and "wrong" not in str(raised.value)
+
+
+def test_a_bucket_is_used_in_its_own_region(
+    s3_server: servers.S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3_server.client_env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
+    abroad = {"LocationConstraint": "eu-central-1"}
+    boto3.client("s3", region_name="eu-central-1").create_bucket(
+        Bucket="abroad",
+        CreateBucketConfiguration=abroad,  # type: ignore[arg-type]
+    )
+    assert locations.resolve("s3://abroad/runs").filesystem.region == "eu-central-1"  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow
