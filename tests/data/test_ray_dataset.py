@@ -127,7 +127,7 @@ def broadcaster_of(world_size: int) -> Any:
                 await self._values.put(value)
 
         async def get(self) -> Any:
-            return await self._values.get()
+            return await asyncio.wait_for(self._values.get(), 60)
 
     return ray.remote(num_cpus=0)(Broadcast).remote()
 
@@ -215,11 +215,12 @@ def test_workers_get_the_plan(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_all_workers_go_on_to_the_next_dataset_in_the_same_step(tmp_path: Path) -> None:
-    """The first reading task ends at 8,192, of which 8 are in the global batch: one worker's rows and some more."""
+    """The first reading task ends inside a global batch, after all rows of one worker, and before the other's last."""
     data_set = ray_dataset.open_data_set(damaged.prepare(str(tmp_path)).uri)
-    order = replace(ORDER, total_images=9_000)
-    images = data_set.read(data_set.plan(*damaged.PLAN), 0, 9_000).image
-    for rank, worker in enumerate(read_in_workers(data_set, order, max_tasks=1)):
+    plan, begin, end = data_set.plan(*damaged.PLAN), 7, 9_007
+    assert (next(plan.tasks(begin, end))[1] - begin) % 12 == 9
+    order, images = replace(ORDER, total_images=end), data_set.read(plan, begin, end).image
+    for rank, worker in enumerate(read_in_workers(data_set, order, begin, max_tasks=1)):
         assert worker["error"] is None
         taken = np.concatenate([image for _, image, _ in worker["batches"]])
         assert np.array_equal(taken, rank_shard(images, 0, order.share(rank, 2), 3))
