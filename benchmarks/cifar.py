@@ -185,7 +185,7 @@ class Judge:
         starts = range(0, num_images, PIECE_IMAGES)
         pieces = [Piece(0, sample, start, min(start + PIECE_IMAGES, num_images)) for start in starts]
         settings = context.Settings(num_train_images=0)
-        worker = partial(EvalWorker, [candidate], self.data, self.data, self.net, settings)
+        worker = partial(EvalWorker, [candidate], self.data, self.data, self.net, settings, None)
         with WorkerPool(worker) as pool:
             drawn = dict(pool.map(partial(EvalWorker.draw, measured={}), pieces))
         features = np.concatenate([drawn[piece].features for piece in pieces])

@@ -73,7 +73,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         print(shortened(installed(printable(f"error: {error}")), MAX_LINE), file=sys.stderr)
         code = error.exit_code
     except PermissionError as error:
-        print(printable(f"error: {error.filename}: {error.strerror}; make it accessible"), file=sys.stderr)
+        what = f"{error.filename}: {error.strerror}; make it accessible" if error.filename else str(error)
+        print(printable(f"error: {what}"), file=sys.stderr)
         code = UserError.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

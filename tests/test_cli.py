@@ -34,6 +34,7 @@ def raising(error: BaseException) -> Callable[[], None]:
         (raising(UserError("no such bucket")), 2, "error: no such bucket\n"),
         (raising(ExpectedError("gave up")), 1, "error: gave up\n"),
         (raising(KeyboardInterrupt()), 130, "interrupted\n"),
+        (raising(PermissionError(13, "Access to /x")), 2, "error: [Errno 13] Access to /x\n"),
         (raising(PermissionError(13, "No access", "/x")), 2, "error: /x: No access; make it accessible\n"),
         # external names must not inject lines or terminal commands
         (raising(UserError("no x\nerror: \x1b[2Jy\udc80")), 2, "error: no x\\nerror: \\x1b[2Jy\\udc80\n"),

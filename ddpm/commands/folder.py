@@ -13,7 +13,7 @@ PROBED = 64
 """Images that are looked at."""
 FEW = 1_000
 """Fewer images are augmented: the preset sees each more than 160 times, and without augmentation the held-out loss of
-500 images was lowest after 173 times, of 100 after 128 (benchmarks/few_images.md)."""
+500 images was lowest after 173 times, of 100 after 128; with it 500 had fewer copies (benchmarks/few_images.md)."""
 AUGMENT = 0.12
 """The probability for CIFAR-10 of Karras et al. 2022, Appendix F.2."""
 

@@ -50,7 +50,12 @@ def main() -> None:
     connect, parallel = None, arguments.parallel
     if parallel is None:
         is_here = location.is_local or hasattr(source, "path") or hasattr(source, "root")
-        parallel = prepare.is_large(source) and not (is_here and "RAY_ADDRESS" in os.environ)
+        parallel = is_large = prepare.is_large(source)
+        if is_large and is_here and "RAY_ADDRESS" in os.environ:
+            parallel = False
+            print(
+                "here        since files are of this machine; --parallel, if all nodes of the cluster see them"
+            )
     if parallel:
         from ddpm.cluster import ray_init  # seconds: Ray
 

@@ -46,7 +46,7 @@ def launch(arguments: PresetArguments, items: Any = None) -> Any:
 
     result = fit(config, data_set, verbose=arguments.verbose)
     took = f"done after {time.monotonic() - began:.0f} s"
-    if result.delivery is None:
+    if result.was_finished:
         print(f"run {config.run.name} is finished: {result.images_seen:,} images seen; nothing left to do")
     elif result.signal:
         name, effect = shlex.quote(result.run.name), "resume" if result.checkpoint else "start over"

@@ -82,7 +82,8 @@ def _pictures(config: Config) -> tuple[str, Source]:
             f"--data.images: images have 1 channel (grey) or 3 (colour), but model.channels is {net.channels}"
         )
     source = Folder(folder, net.image_size, cast(Literal[1, 3], net.channels))
-    prepare.check_outside(source, Path.cwd())  # MLflow's files may be there
+    if "MLFLOW_TRACKING_URI" not in os.environ:  # its files go to the working folder
+        prepare.check_outside(source, Path(locations.absolute(".")))
     kind = f"{net.image_size}x{net.image_size} {'grey' if net.channels == 1 else 'colour'}"
     what = f"{printable(str(folder))}, as {kind}"
     print(f"images      {what} (--model.image-size, --model.channels)", flush=True)

@@ -184,7 +184,7 @@ class Folder(Pictures):
 
     @cached_property
     def _folders(self) -> dict[str, Path]:
-        """The folder of each part: subfolders, if they are "train" and other splits only (a folder without images does
+        """The folder of each part: subfolders, if they are "train" and other splits only (others without images do
         not count); else this folder."""
         try:
             below = {
@@ -198,7 +198,7 @@ class Folder(Pictures):
             return {"train": self.path}
         if len(parts) < len(named):
             shown = ", ".join(sub.name for _, sub in named)
-            raise UserError(f"{self.path} has several folders of one split, of {shown}; leave one of them")
+            raise UserError(f"{self.path} has several folders of one split, of {shown}; keep one of each")
         return parts
 
     @cached_property

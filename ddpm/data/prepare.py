@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ddpm.data import duplicates
+from ddpm.data.image_folder import Pictures
 from ddpm.data.manifest import (
     FORMAT,
     MANIFEST,
@@ -98,8 +99,6 @@ def prepare(
         skip_unreadable: leave out up to 5 % of the images if they cannot be read; unreadable.txt lists them.
         drop_duplicates: leave out near-duplicates; duplicates.txt lists them.
     """
-    if location.is_local:
-        check_outside(source, Path(location.path))
     num_images = sum(source.splits.values())
     if drop_duplicates and num_images > MAX_EXAMINED:
         raise UserError(
@@ -107,6 +106,8 @@ def prepare(
         )
     manifest = find(source, location, rows_per_row_group, drop_duplicates)
     if manifest is None:
+        if location.is_local:
+            check_outside(source, Path(location.path))
         tasks = _tasks(source, location, rows_per_row_group or _rows_per_row_group(source))
         if connect is not None:
             connect()
@@ -136,10 +137,9 @@ def prepare(
 
 def check_outside(source: Source, written: Path) -> None:
     """Raise UserError if `written`, to which files are written, lies in the folder of the source's images."""
-    folder = getattr(source, "path", None)
-    if folder is not None and written.resolve().is_relative_to(Path(folder).resolve()):
+    if isinstance(source, Pictures) and written.resolve().is_relative_to(source.path.resolve()):
         raise UserError(
-            f"{written} is in {folder}, so what is written there would be among its images; name another folder "
+            f"{written} is in {source.path}, so what is written there would be among its images; name another folder "
             "(in training: --run.storage), or start the command in another one"
         )
 

@@ -1,9 +1,10 @@
 """The plan as a Ray Dataset: images stream from shards to the workers in the plan's exact order.
 
-An input row is a reading task, a range of whole windows. The task reads the row groups of a window once, decodes them
-in parts, and emits one row per part and rank: that rank's images of the part, in a single tensor. A row is a block,
-blocks keep their order, and Ray's splitter deals them round-robin, so row k goes to rank k mod n. Nothing is shuffled,
-re-blocked or copied on the way. If a window's edge cuts a micro-batch, its rank joins the parts.
+An input row is a reading task, a range of whole windows, but for the ends of a Dataset. The task reads the row groups
+of a window once, decodes them in parts, and emits one row per part and rank: that rank's images of the part, in a
+single tensor. A row is a block, blocks keep their order, and Ray's splitter deals them round-robin, so row k goes to
+rank k mod n. Nothing is shuffled, re-blocked or copied on the way. If a window's edge cuts a micro-batch, its rank
+joins the parts.
 
 An error is sent as a row as well: raised inside Ray, it would be wrapped, logged and retried. The row holds the
 message, and the rank that receives the row raises the error.

@@ -5,10 +5,12 @@ training deletes old ones.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ddpm.build import TrainedNet, build_sampler, resolve_sample
 from ddpm.checkpoints import checkpoint
@@ -21,7 +23,7 @@ from ddpm.diffusion.objectives import PROCESSES
 from ddpm.evaluation import nets
 from ddpm.evaluation.features import FeatureNet, Features
 from ddpm.evaluation.measure import bound_variance
-from ddpm.evaluation.reference import Cache, real_features
+from ddpm.evaluation.reference import Cache, real_features, real_labels
 from ddpm.evaluation.report import SETTINGS
 from ddpm.evaluation.scores import LEAST_IMAGES
 from ddpm.evaluation.settings import Settings
@@ -67,6 +69,8 @@ class EvalContext:
     """Training images to search for nearest neighbours; 0: no search."""
     train_features: Features | None
     """Features of those images; None: no search, or the features are pixels."""
+    label: NDArray[np.int64] | None
+    """Classes of the held-out images; None: no net has classes."""
 
 
 def read(uris: Sequence[str], every: bool = False) -> list[Candidate]:
@@ -94,7 +98,7 @@ def resolved(config: Config, sample: SampleConfig) -> SampleConfig:
     """`sample` with its sampler and number of steps filled in; settings without effect have their defaults."""
     sample = resolve_sample(sample, config.objective)
     effective = run_params.params(replace(config, sample=sample))
-    defaults: dict[str, Any] = asdict(replace(SampleConfig(), variance="beta_tilde"))
+    defaults = vars(SampleConfig(variance="beta_tilde"))
     sample = replace(
         sample, **{name: defaults[name] for name in SETTINGS if f"sample.{name}" not in effective}
     )
@@ -140,7 +144,9 @@ def open_context(candidates: Sequence[Candidate], settings: Settings) -> EvalCon
         of_train = real_features(train, net, cache, most, device, lambda done: display.update(n + done))
         display.update(n + most)
     searched = of_train[:num_features] if num_features else None
-    return EvalContext(train, held_out, net, real, of_train[:m], k, searched)
+    has_classes = any(candidate.config.model.num_classes for candidate in candidates)
+    label = real_labels(held_out, n) if has_classes else None
+    return EvalContext(train, held_out, net, real, of_train[:m], k, searched, label)
 
 
 def _read(uri: str) -> Candidate:

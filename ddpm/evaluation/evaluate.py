@@ -5,7 +5,7 @@ A piece is a range of images, independent of the workers; the results of pieces 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -67,15 +67,12 @@ class EvalWorker:
     held_out: DataSet
     feature_net: FeatureNet
     settings: Settings
+    held_out_label: NDArray[np.int64] | None
     device: torch.device
 
     def __post_init__(self) -> None:
         for candidate in self.candidates:
             candidate.net.to(self.device)
-
-    @cached_property
-    def _labels(self) -> NDArray[np.int64]:
-        return labels_of(self.held_out, self.settings.num_images)
 
     def measure(self, piece: Piece) -> Measured:
         """Errors of the candidate of a piece, on training images that do not depend on the piece."""
@@ -98,15 +95,15 @@ class EvalWorker:
         assert piece.sample is not None
         trained = self.candidates[piece.candidate].sampled_with(piece.sample)
         x_0_error = measured[piece.candidate].x_0_error if piece.candidate in measured else None
-        label = self._labels[piece.start : piece.stop]
+        label = labels_at(self.held_out_label, range(piece.start, piece.stop))
         image = generate.draw(trained, range(piece.start, piece.stop), label=label, x_0_error=x_0_error)
         kept = max(0, MAX_PAIRWISE - piece.start) if self.settings.num_train_images else 0
         return Sampled(features_of(self.feature_net, image), image[:kept].cpu().numpy())
 
 
-def labels_of(held_out: DataSet, num_images: int) -> NDArray[np.int64]:
-    """[N]: the classes of sampled images, as often as among the held-out images: theirs, in order, again and again."""
-    return np.resize(images_of(held_out, 0, num_images).label, num_images)
+def labels_at(held_out_label: NDArray[np.int64] | None, indices: range) -> NDArray[np.int64] | None:
+    """[N]: the classes of sampled images, as often as among the held-out ones: theirs, in order, again and again."""
+    return None if held_out_label is None else held_out_label[np.array(indices) % len(held_out_label)]
 
 
 def evaluate(
@@ -125,7 +122,8 @@ def evaluate(
         (i, None) for i, candidate in enumerate(candidates) if bounds and candidate.objective.has_bound
     ]
     num_held_out = min(settings.num_images, context.held_out.rows.num_rows)
-    worker = partial(EvalWorker, candidates, context.train, context.held_out, context.feature_net, settings)
+    data = context.train, context.held_out, context.feature_net, settings, context.label
+    worker = partial(EvalWorker, candidates, *data)
     with WorkerPool(worker, num_workers) as pool:
         of_nets = _all(pool, EvalWorker.measure, bounded, 1, "measuring the nets")
         measured = {i: of_net for (i, _), (of_net,) in of_nets.items()}
@@ -200,7 +198,7 @@ def _result(
 ) -> CheckpointResult:
     config, position = candidate.config, candidate.position
     own = replace(resolved(config, config.sample), seed=settings.seed)
-    label = labels_of(context.held_out, settings.num_images) if config.model.num_classes else None
+    label = labels_at(context.label, range(settings.num_images)) if config.model.num_classes else None
     drawn = []
     for sample, features, shares, picture in sampled:
         scores = score(context.feature_net.name, features, context.real, context.other_real, label)
@@ -232,6 +230,7 @@ def _about(context: EvalContext, settings: Settings) -> dict[str, Any]:
         "features": {key: getattr(context.feature_net, key) for key in ("name", "size", "digest")},
         "num_train_images": context.num_train,
         "bits_per_dim": {"timesteps": settings.num_draws or "all"},
+        **({} if context.label is None else {"labels": "as held out"}),
         "data": {
             "shards": context.train.location.uri,
             "split": context.held_out.split,

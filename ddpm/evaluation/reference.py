@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -68,6 +69,12 @@ def real_features(
 
     name = f"features-{net.name}-{net.digest[:16]}-{num_images}-{data_set.key}"
     return cache.get(name, make)["values"].numpy()
+
+
+def real_labels(data_set: DataSet, num_images: int) -> NDArray[np.int64]:
+    """The classes of the images of `real_features`."""
+    parts = data_set.parts(data_set.plan(0, WINDOW_ROWS), 0, num_images, CHUNK_IMAGES)
+    return np.concatenate([part.label for part in parts])
 
 
 def _read(file: Location) -> dict[str, Tensor] | None:

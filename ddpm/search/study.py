@@ -110,8 +110,8 @@ class Starter(Searcher):
 def manager(setup: Setup, events: EventLog, news: Callable[[str], None]) -> TrialManager:
     """The trial manager of a search, with the state of its events."""
     chosen, seed = setup.arguments, setup.base.train.seed
-    searcher = chosen.searcher, chosen.grid_points, chosen.num_trials + 1
-    proposer = OptunaProposer(setup.space, chosen.seed, *searcher)
+    most = max(chosen.num_trials, len(events.trials())) + 1  # one more, to see whether there are more
+    proposer = OptunaProposer(setup.space, chosen.seed, chosen.searcher, chosen.grid_points, most)
     if len(proposer.grid or ()) > chosen.num_trials:
         news(
             f"warning: the grid has more points than the first {chosen.num_trials} (--num-trials), which are tried"

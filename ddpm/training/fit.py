@@ -51,9 +51,11 @@ class Result:
     checkpoint: str | None
     """URI of the newest checkpoint; None: the run was stopped before its first step."""
     delivery: Delivery | None
-    """The outcome of delivery to MLflow; None: the run was already finished, and MLflow knows it."""
+    """The outcome of delivery to MLflow; None: the run was already finished, and no records were left."""
     signal: int | None = None
     """The signal that stopped the run early."""
+    was_finished: bool = False
+    """Whether there was nothing to train."""
 
 
 def fit(
@@ -90,8 +92,9 @@ def fit(
         run = runs.open_run(config.run.name, config.run.storage)
         seen = _begins_at(config, data_set, run)
         is_finished = seen >= config.train.total_images
+        done = partial(Result, run, seen, runs.checkpoints(run.location)[-1].uri if is_finished else None)
         if is_finished and _is_known(run, seen):
-            return Result(run, seen, runs.checkpoints(run.location)[-1].uri, None)
+            return done(None, was_finished=True)
         address = Address(tracking_uri(), config.run.experiment, run.name, run.key, parent_run_id)
         uploader = Uploader(
             address, run_params.params(config), run.location.child(spool.FOLDER), at_once=False
@@ -99,7 +102,7 @@ def fit(
         uploader.committed(seen)
         if is_finished:  # its driver was killed, or MLflow was away
             _store_status(run, "FINISHED", seen)
-            return Result(run, seen, runs.checkpoints(run.location)[-1].uri, uploader.close("FINISHED"))
+            return done(uploader.close("FINISHED"), was_finished=True)
         group = group or WorkerGroup(config, verbose)
         command = None if parent_run_id else command_line.typed()
         group.submit(config, data_set, run, run_params.tags(config, command))

@@ -44,6 +44,7 @@ def test_runs_are_not_stored_among_the_images(
 ) -> None:
     write_images(tmp_path / "work/pets", 20)
     monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
     config = override(presets.DIGITS, {"data.images": images, "run.storage": storage})
     with pytest.raises(
         UserError, match=r"work.* is in (\.|pets), so what is written there would be among its images"

@@ -170,7 +170,7 @@ def test_split_folders_are_used(tmp_path: Path) -> None:
     assert content(Folder(tmp_path, size=8), "test") == [(2, "a")]
     write_tree(tmp_path, {"valid/a/4.png": 4})
     with pytest.raises(
-        UserError, match="several folders of one split, of Train, val, valid; leave one of them"
+        UserError, match="several folders of one split, of Train, val, valid; keep one of each"
     ):
         Folder(tmp_path, size=8)
     (tmp_path / "valid/a/4.png").unlink()

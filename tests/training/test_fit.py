@@ -157,8 +157,11 @@ def test_a_finished_run_whose_driver_was_killed_is_reported(
     with local.finished(RunStore(config, run, train_set.rows.fingerprint)) as store:
         loop.train(config, Runtime(config, train_set, train_set.held_out(), store))
     assert runs.read_status(run.location).status == "RUNNING"  # type: ignore[union-attr]
-    reported = fit.fit(config, train_set).delivery
-    assert reported is not None and (reported.undelivered, reported.ended) == (0, True)
+    result = fit.fit(config, train_set)
+    reported = result.delivery
+    assert (
+        result.was_finished and reported is not None and (reported.undelivered, reported.ended) == (0, True)
+    )
     status = tracked.run_with_key(tracking_uri(), run.key).info.status
     assert (status, runs.read_status(run.location).status) == ("FINISHED",) * 2  # type: ignore[union-attr]
     assert fit.fit(config, train_set).delivery is None
