@@ -53,9 +53,7 @@ def main() -> None:
         parallel = is_large = prepare.is_large(source)
         if is_large and is_here and "RAY_ADDRESS" in os.environ:
             parallel = False
-            print(
-                "here        since files are of this machine; --parallel, if all nodes of the cluster see them"
-            )
+            print("alone       on this machine, whose files these are; --parallel if all nodes see them")
     if parallel:
         from ddpm.cluster import ray_init  # seconds: Ray
 

@@ -230,7 +230,7 @@ def _about(context: EvalContext, settings: Settings) -> dict[str, Any]:
         "features": {key: getattr(context.feature_net, key) for key in ("name", "size", "digest")},
         "num_train_images": context.num_train,
         "bits_per_dim": {"timesteps": settings.num_draws or "all"},
-        **({} if context.label is None else {"labels": "as held out"}),
+        **({"labels": "as held out"} if context.held_out.manifest.class_names else {}),
         "data": {
             "shards": context.train.location.uri,
             "split": context.held_out.split,

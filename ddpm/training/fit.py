@@ -136,9 +136,8 @@ def _drive(
         uploader.committed(ended)  # the run-state actor may have died before it reported this
         trained()
         status = "FINISHED"
-        if (
-            monitor.was_asked and ended < config.train.total_images
-        ):  # a run that was ended early is not resumed
+        if monitor.was_asked and ended < config.train.total_images:
+            # A run that was ended early is not resumed.
             status = "KILLED" if monitor.ended_early else pages.STOPPED
     except ray.exceptions.RayError as error:
         gone = f"the Ray cluster is gone: {last_line(error)}"
