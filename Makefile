@@ -17,7 +17,7 @@ help:
 	@echo 'make soak             train for half an hour through a fault a minute, and compare with an undisturbed run'
 	@echo 'make nets             train and evaluate the built-in nets anew (ddpm/hub/nets): twenty to fifty minutes on two cores'
 	@echo 'make mlflow           start an MLflow server with PostgreSQL, S3 and passwords on this machine'
-	@echo 'make check            format, lint, types, which module may import which, and lines of each package'
+	@echo 'make check            format, lint, types, and which module may import which'
 	@echo 'make docs             the documentation, the API and the measurements as HTML, in build/pages'
 	@echo 'make clean            remove $(VENV) and caches; runs/ stays'
 
@@ -69,7 +69,6 @@ check: $(VENV)/installed-check
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python tests/lines.py
 
 # Built from a copy: Zensical 0.0.73 looks into all folders of its docs_dir, and waits for ever with .venv among them.
 PAGES := README.md CHANGELOG.md CONTRIBUTING.md zensical.toml docs benchmarks

@@ -177,14 +177,12 @@ def test_the_readme_begins_with_what_is_required() -> None:
         f"PyTorch {at_least['torch']} or newer",
         f"Ray {at_least['ray']} to {below.major}.{below.minor - 1}",
     ]
-    lines = (REPO / "README.md").read_text().splitlines()
-    assert lines[2] == " · ".join(required)
-    assert len(lines) <= 150
+    line = (REPO / "README.md").read_text().splitlines()[2]
+    assert line == " · ".join(required)
 
 
 def test_the_file_tree_is_the_tree() -> None:
     (tree,) = (block for block in blocks((REPO / "README.md").read_text()) if block.startswith("ddpm/"))
-    assert len(tree.splitlines()) <= 24
     listed, folder = set(), ""
     for line in tree.splitlines():
         names = re.match(r" *(?:[\w.]+/? {2,})+", line)

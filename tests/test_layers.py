@@ -1,4 +1,4 @@
-"""Rules for modules that no linter checks: parts of a package, allow lists, modules without a layer, words."""
+"""Rules for modules that no linter checks: parts of a package, allow lists, modules without a layer."""
 
 import ast
 import re
@@ -127,8 +127,3 @@ def test_process_names_are_compared_in_one_place_only() -> None:
     quoted = re.compile("|".join(f"[\"']{name}[\"']" for name in PROCESSES))
     found = {path.name for path in MODULES if quoted.search(path.read_text())}
     assert found == {"config.py", "objectives.py", "samplers.py"}
-
-
-def test_docstrings_begin_with_a_verb_or_a_noun_phrase() -> None:
-    wrong = re.compile(r'"""(Of|Who) ')
-    assert [path for path in MODULES if wrong.search(path.read_text())] == []
