@@ -6,7 +6,6 @@ for the PodMonitor of the Prometheus operator.
 """
 
 import json
-import re
 from collections import Counter
 from typing import Any
 
@@ -44,7 +43,6 @@ CLUSTER = record(
     "headGroupSpec",
     rayVersion=STRING,
     authOptions=record(mode={"enum": ["disabled", "token"]}, secretName=STRING),
-    historyServerOptions=record(collectorOptions=record(image=STRING, env=LIST, resources=ANY)),
     enableInTreeAutoscaling=BOOLEAN,
     autoscalerOptions=record(
         idleTimeoutSeconds=INTEGER,
@@ -112,25 +110,6 @@ def test_the_job_has_the_same_cluster_spec() -> None:
     assert cluster["spec"]["authOptions"]["mode"] == "token"
 
 
-def test_the_history_server_reads_what_the_collectors_write() -> None:
-    """With the commented lines enabled; it may list the clusters, and change nothing."""
-    text, changed = re.subn(
-        r"^( +)#(.*)  # HISTORY$", r"\1\2", (FOLDER / "rayjob.yaml").read_text(), flags=re.MULTILINE
-    )
-    assert changed == 9
-    job = yaml.safe_load(text)
-    jsonschema.validate(job["spec"], JOB)
-    collector = job["spec"]["rayClusterSpec"].pop("historyServerOptions")["collectorOptions"]
-    assert [job] == DOCUMENTS["rayjob.yaml"]
-    (server,) = (pods(d)[0]["containers"][0] for d in DOCUMENTS["history.yaml"] if pods(d))
-    assert server["env"] == collector["env"][:-1]
-    assert server["image"].rpartition(":")[2] == collector["image"].rpartition(":")[2]
-    (role,) = (d for d in DOCUMENTS["history.yaml"] if d["kind"] == "ClusterRole")
-    assert role["rules"] == [
-        {"apiGroups": ["ray.io"], "resources": ["rayclusters"], "verbs": ["get", "list", "watch"]}
-    ]
-
-
 def test_declared_resources_match_the_maximum_of_the_file() -> None:
     """The head offers no resources, and no worker has started yet."""
     (document,) = DOCUMENTS["raycluster.yaml"]
@@ -156,7 +135,7 @@ def test_the_entrypoint_is_a_valid_command() -> None:
 
 def test_no_pod_runs_as_root_or_can_become_root() -> None:
     found = [spec for document in ALL for spec in pods(document)]
-    assert len(found) == 9
+    assert len(found) == 8
     for spec in found:
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
