@@ -83,7 +83,7 @@ docs: $(VENV)/installed-docs
 	@echo 'Its search needs a server: $(BIN)/python -m http.server --directory build/pages'
 
 clean:
-	rm -rf $(VENV) build *.egg-info packages/*/build packages/*/*.egg-info .cache .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .cache .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
 # An install is repeated when pyproject.toml has changed. [check] contains [test], which contains the package.

@@ -108,7 +108,7 @@ def test_without_a_checkout_help_names_no_script_of_it(
 
 @pytest.mark.slow
 def test_the_wheel_trains_and_samples_without_a_checkout(tmp_path: Path) -> None:
-    wheel, site = wheels.install(".", tmp_path), tmp_path / "site"
+    wheel, site = wheels.install(tmp_path), tmp_path / "site"
 
     def ddpm(*words: str) -> tuple[int, str]:
         done = run([sys.executable, site / "bin/ddpm", *words], cwd=tmp_path, env={"PYTHONPATH": str(site)})

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
 from support.processes import REPO, run
 
 from ddpm.diffusion.objectives import PROCESSES
@@ -51,7 +50,7 @@ IMPORTS = {name_of(path): list(imported(ast.parse(path.read_text()))) for path i
     ("part", "owners"),
     [
         # driver, controller and worker code
-        ("ray.train", r"ddpm\.training\.(worker_group|failures|worker|mlflow_callback)"),
+        ("ray.train", r"ddpm\.training\.(worker_group|failures|worker)"),
         ("ray.data", r"ddpm\.data\.ray_dataset"),
         ("ray.tune", r"ddpm\.search\.(driver|study)"),
     ],
@@ -88,25 +87,6 @@ def test_every_module_is_in_a_layer() -> None:
         if "." in name and not any(f"{name}.".startswith(f"{module}.") for module in named)
     ]
     assert homeless == []
-
-
-def test_the_callback_alone_has_what_it_imports() -> None:
-    """packages/ddpm-on-ray-callback: the modules and dependencies of ddpm.training.mlflow_callback."""
-    files = (REPO / folder / "pyproject.toml" for folder in (".", "packages/ddpm-on-ray-callback"))
-    whole, ours = (tomllib.loads(file.read_text()) for file in files)
-    modules, todo, others = set[str](), {"ddpm.training.mlflow_callback"}, set[str]()
-    while todo:
-        modules.add(name := todo.pop())
-        found = {i if i in IMPORTS else i.rpartition(".")[0] for i in IMPORTS[name] if i.startswith("ddpm.")}
-        todo |= found - modules
-        others |= {i.split(".")[0] for i in IMPORTS[name]} - sys.stdlib_module_names - {"ddpm"}
-    assert set(ours["tool"]["setuptools"]["py-modules"]) == {"ddpm.__init__", *modules}
-    wanted, known = (
-        {(r.name, str(r.specifier)) for r in map(Requirement, project["project"]["dependencies"])}
-        for project in (ours, whole)
-    )
-    assert {name for name, _ in wanted} == {PACKAGES.get(name, name) for name in others} and wanted <= known
-    assert ours["project"]["version"] == whole["project"]["version"]
 
 
 def test_a_registered_model_asks_for_what_it_imports() -> None:

@@ -49,17 +49,15 @@ class Delivery:
 
 
 class Uploader:
-    """Delivers a run's segments while it trains, in a background thread. No method raises; only `close` waits.
+    """Delivers a run's segments while it trains, in a background thread, which `begin` or `close` starts. No method raises;
+    only `close` waits.
 
     Args:
         params: the flat config; logged once.
         buffer: the run's folder of segments.
-        at_once: False waits for `begin` or `close`, since MLflow takes seconds to import.
     """
 
-    def __init__(
-        self, address: Address, params: Mapping[str, Any], buffer: Location, at_once: bool = True
-    ) -> None:
+    def __init__(self, address: Address, params: Mapping[str, Any], buffer: Location) -> None:
         self._uri, self._buffer = without_password(address.uri), buffer
         self._run = MlflowRun(address, params)
         self._deliverer = Deliverer(self._run, buffer)
@@ -68,11 +66,9 @@ class Uploader:
         self._announced = 0
         self._wake, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="ddpm-mlflow", daemon=True)
-        if at_once:
-            self.begin()
 
     def begin(self) -> None:
-        """Start the thread, which finds or creates the MLflow run."""
+        """Start the thread, which imports MLflow, for seconds, and finds or creates the run there."""
         if self._thread.ident is None:
             self._thread.start()
 

@@ -96,9 +96,7 @@ def fit(
         if is_finished and _is_known(run, seen):
             return done(None, was_finished=True)
         address = Address(tracking_uri(), config.run.experiment, run.name, run.key, parent_run_id)
-        uploader = Uploader(
-            address, run_params.params(config), run.location.child(spool.FOLDER), at_once=False
-        )
+        uploader = Uploader(address, run_params.params(config), run.location.child(spool.FOLDER))
         uploader.committed(seen)
         if is_finished:  # its driver was killed, or MLflow was away
             _store_status(run, "FINISHED", seen)

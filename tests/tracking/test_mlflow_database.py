@@ -141,6 +141,7 @@ def test_a_database_that_is_locked_at_the_first_connection_is_waited_for(
     with closing(sqlite3.connect(database, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         uploader = Uploader(address, {}, buffer)
+        uploader.begin()
         wait_for(lambda: warnings_of(caplog))
     uploader.committed(64)
     assert uploader.close("FINISHED").undelivered == 0
@@ -161,6 +162,7 @@ def test_a_database_deleted_while_training_is_one_line(
     address = address_at(f"sqlite:///{database}")
     put(buffer, 64, 64)
     uploader = Uploader(address, {}, buffer)
+    uploader.begin()
     uploader.committed(64)
     wait_for(lambda: not names_in(buffer))
     database.unlink()

@@ -100,6 +100,7 @@ def test_a_resumed_failed_run_has_status_running(address: Address, buffer: Locat
     failed, other = deliver(address, buffer, -1, "FAILED"), deliver(address_at(address.uri), buffer, -1)
     assert failed.run_id != other.run_id  # each run key has its own MLflow run
     again = Uploader(address, PARAMS, buffer)
+    again.begin()
     wait_for(lambda: run_of(address).info.status == "RUNNING")
     again.close("FINISHED")
 
@@ -182,6 +183,7 @@ def test_records_are_kept_when_their_run_was_deleted_in_mlflow(
     address: Address, buffer: Location, caplog: pytest.LogCaptureFixture
 ) -> None:
     uploader = Uploader(address, PARAMS, buffer)
+    uploader.begin()
     put(buffer, 64, 64)
     uploader.committed(64)
     wait_for(lambda: names_in(buffer) == [])
@@ -212,6 +214,7 @@ def test_the_password_is_not_logged_when_the_server_is_down(
     (port,) = servers.free_ports(1)
     caplog.set_level(logging.DEBUG)
     uploader = Uploader(address_at(f"http://me:s3cret@{servers.LOOPBACK}:{port}"), {}, buffer)
+    uploader.begin()
     wait_for(lambda: "is not accepting data" in caplog.text)
     uploader.close("FINISHED", timeout_s=1)
     assert f"http://{servers.LOOPBACK}:{port}" in caplog.text

@@ -82,6 +82,7 @@ def within(patience_s: float, call: Callable[[], Any]) -> Any:
 
 def test_a_segment_is_delivered_when_its_checkpoint_is_committed(address: Address, buffer: Location) -> None:
     uploader = Uploader(address, PARAMS, buffer)
+    uploader.begin()
     for position in (64, 128):
         put(buffer, position, position)
         uploader.committed(position)
@@ -124,7 +125,8 @@ def test_segments_after_the_resumed_checkpoint_are_discarded(root_uri: str) -> N
 def test_a_server_that_is_down_blocks_nothing_and_loses_nothing(
     absent_server: str, buffer: Location, caplog: pytest.LogCaptureFixture
 ) -> None:
-    uploader = within(PATIENCE_S, lambda: Uploader(address_at(absent_server), PARAMS, buffer))
+    uploader = Uploader(address_at(absent_server), PARAMS, buffer)
+    within(PATIENCE_S, uploader.begin)
     put(buffer, 64, 32, 64, files=True)
     put(buffer, 128, 128)
     within(PATIENCE_S, lambda: [uploader.committed(64)])
@@ -140,7 +142,8 @@ def test_a_server_that_is_down_blocks_nothing_and_loses_nothing(
 
 def test_a_server_that_hangs_blocks_nothing_and_loses_nothing(hanging_server: str, buffer: Location) -> None:
     put(buffer, 64, 32, 64)
-    uploader = within(PATIENCE_S, lambda: Uploader(address_at(hanging_server), PARAMS, buffer))
+    uploader = Uploader(address_at(hanging_server), PARAMS, buffer)
+    within(PATIENCE_S, uploader.begin)
     within(PATIENCE_S, lambda: [uploader.committed(64)])
     time.sleep(2)  # by now its first request hangs
     done = within(2 + PATIENCE_S, lambda: uploader.close("FINISHED", 2 * PATIENCE_S, patience_s=2))
@@ -153,7 +156,7 @@ def test_close_starts_the_uploader_only_if_enough_time_is_left(
     absent_server: str, buffer: Location, caplog: pytest.LogCaptureFixture, timeout_s: float
 ) -> None:
     """MLflow takes seconds to import. If nothing is left to deliver, no warning reports zero records."""
-    uploader = Uploader(address_at(absent_server), PARAMS, buffer, at_once=False)
+    uploader = Uploader(address_at(absent_server), PARAMS, buffer)
     assert uploader.close("KILLED", timeout_s, patience_s=0.5) == Delivery(None, None, 0, False)
     assert not [line for line in warnings_of(caplog) if "records" in line]
     assert (uploader._thread.ident is not None) == (timeout_s > 5)
@@ -175,7 +178,7 @@ def test_close_waits_for_a_slow_server_that_makes_progress(mlflow_server: str, b
         put(buffer, position, position)
     with FaultyProxy(mlflow_server) as slow:
         slow.switch("delay", delay_s=1.5)
-        uploader = Uploader(address_at(slow.endpoint, key), PARAMS, buffer, at_once=False)
+        uploader = Uploader(address_at(slow.endpoint, key), PARAMS, buffer)
         uploader.committed(320)
         begin = time.monotonic()
         done = uploader.close("FINISHED", timeout_s=10 * PATIENCE_S, patience_s=20)
@@ -190,6 +193,7 @@ def test_a_server_that_starts_late_gets_everything(
     server = servers.MlflowServer(tmp_path / "late")
     address = address_at(server.uri)
     uploader = Uploader(address, PARAMS, buffer)
+    uploader.begin()
     put(buffer, 64, 32, 64)
     uploader.committed(64)
     wait_for(lambda: warnings_of(caplog))
@@ -209,6 +213,7 @@ def test_a_server_killed_during_delivery_gets_everything_exactly_once(
     with servers.MlflowServer(tmp_path / "killed") as server:
         address = address_at(server.uri)
         uploader = Uploader(address, PARAMS, buffer)
+        uploader.begin()
         for step in steps:
             put(buffer, step, step)
         uploader.committed(steps[-1])
@@ -262,6 +267,7 @@ def test_a_record_that_always_fails_does_not_block_the_others(
 def test_records_are_kept_when_permission_is_denied(proxy: MlflowFaultProxy, buffer: Location) -> None:
     address = address_at(proxy.uri)
     uploader = Uploader(address, PARAMS, buffer)
+    uploader.begin()
     put(buffer, 64, 64)
     uploader.committed(64)
     wait_for(lambda: names_in(buffer) == [])
@@ -331,6 +337,7 @@ def test_close_waits_for_storage_that_cannot_be_read(
     put(other, 64, 64)
     (tmp_path / "link").symlink_to(other.path)
     impatient = Uploader(address_at(address.uri), PARAMS, buffer)
+    impatient.begin()
     done = within(1 + PATIENCE_S, lambda: impatient.close("FINISHED", timeout_s=1))
     assert done.undelivered >= 1 and not done.ended
     uploader = Uploader(address, PARAMS, buffer)
@@ -376,6 +383,7 @@ def test_two_concurrent_uploaders_add_no_duplicates(address: Address, buffer: Lo
         put(buffer, step, step)
     two = [Uploader(address, PARAMS, buffer) for _ in range(2)]
     for each in two:
+        each.begin()
         each.committed(steps[-1])
     wait_for(lambda: names_in(buffer) == [])
     for each in two:

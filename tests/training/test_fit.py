@@ -138,7 +138,7 @@ def test_how_a_run_that_got_a_signal_ended(
     run = runs.open_run("one", str(tmp_path))
     run.location.child(runs.STATUS).write(runs.status_json(runs.Status("RUNNING", 64, 0, 1.0, {})))
     address = Address(tracking_uri(), "ddpm", run.name, run.key)
-    uploader = Uploader(address, {}, run.location.child(spool.FOLDER), at_once=False)
+    uploader = Uploader(address, {}, run.location.child(spool.FOLDER))
     with (
         nullcontext() if isinstance(end, int) else pytest.raises(type(end)),
         DriverLock(run.location, "run", "--run.name", print) as lock,
