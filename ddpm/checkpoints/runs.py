@@ -7,18 +7,16 @@ import time
 import uuid
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from annotated_types import Ge
 
+from ddpm.config import Config
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
 from ddpm.utils import strict_json
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import as_user_error
-
-if TYPE_CHECKING:
-    from ddpm.config import Config
 
 PREFIX = "checkpoint-"
 """What the name of a checkpoint's folder begins with; images_seen follows."""
@@ -68,7 +66,7 @@ class Status:
     """Preset, changes, versions, command and hardware, as in MLflow."""
 
 
-def with_name_and_storage(config: "Config", preset: str) -> "Config":
+def with_name_and_storage(config: Config, preset: str) -> Config:
     """`config` with a run name (default: preset and time) and an absolute storage URI."""
     name = config.run.name or f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     _check_name(name)

@@ -30,7 +30,7 @@ from annotated_types import Interval
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, WrapValidator
 
-from ddpm.utils import png, strict_json
+from ddpm.utils import images, strict_json
 from ddpm.utils.errors import UserError
 
 INDEX = "records.jsonl"
@@ -146,7 +146,7 @@ class MetricsBuffer:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
             got = f"{image.dtype} {image.shape}"
             raise ValueError(f"image {key} is {got}; it must be uint8 [H, W, C], C 1 or 3")
-        self._records.append(Picture(key, png.png_bytes(image), images_seen, _now_ms()))
+        self._records.append(Picture(key, images.png_bytes(image), images_seen, _now_ms()))
 
     def artifact(self, name: str, data: bytes) -> None:
         """Keep `data` as the file `name`, a relative path such as pictures/strip.png."""

@@ -49,8 +49,9 @@ class Delivery:
 
 
 class Uploader:
-    """Delivers a run's segments while it trains, in a background thread, which `begin` or `close` starts. No method raises;
-    only `close` waits.
+    """Delivers a run's segments while it trains, in a background thread. No method raises; only `close` waits.
+
+    `begin` or `close` starts the thread, which imports MLflow; that takes seconds.
 
     Args:
         params: the flat config; logged once.
@@ -68,7 +69,7 @@ class Uploader:
         self._thread = threading.Thread(target=self._work, name="ddpm-mlflow", daemon=True)
 
     def begin(self) -> None:
-        """Start the thread, which imports MLflow, for seconds, and finds or creates the run there."""
+        """Start the thread, which finds or creates the MLflow run."""
         if self._thread.ident is None:
             self._thread.start()
 

@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ddpm.utils.png import Pixels
-from ddpm.utils.png import from_png as from_png
-from ddpm.utils.png import png_bytes as png_bytes
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+Pixels = NDArray[np.uint8]
 
 PADDING = 2
 """Pixels between tiles and around them."""
@@ -104,6 +103,19 @@ def strip(rows: Sequence[Pixels], captions: Sequence[str] = ()) -> Pixels:
     for i, caption in enumerate(captions):
         draw.text((PADDING + i * width, 1), caption, fill=(0, 0, 0), font=font)
     return np.concatenate([np.asarray(header, np.uint8), picture])
+
+
+def png_bytes(array: Pixels) -> bytes:
+    """uint8 [H, W, C], C 1 or 3, as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(file, "PNG")
+    return file.getvalue()
+
+
+def from_png(data: bytes) -> Pixels:
+    """The inverse of `png_bytes`."""
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        return np.atleast_3d(np.asarray(image, np.uint8))
 
 
 def figure_png(figure: "Figure") -> bytes:

@@ -26,9 +26,10 @@ from ddpm.tracking.metrics_buffer import (
     parse_name,
     segment_name,
 )
+from ddpm.utils.images import png_bytes
 
 GREY = np.arange(96, dtype=np.uint8).reshape(8, 12, 1)
-PNG = metrics_buffer.png.png_bytes(GREY)
+PNG = png_bytes(GREY)
 GOOD = {"kind": "metrics", "values": {"loss": 1.0}, "images_seen": 1, "timestamp_ms": 2}
 FILE = {"kind": "artifact", "name": "a.txt", "file": "files/000000"}
 TAGS = {"kind": "tags", "tags": {"preset": "digits"}}

@@ -35,7 +35,7 @@ from ddpm.tracking.mlflow_client import tracking_uri, without_password
 from ddpm.tracking.mlflow_runs import Address, MlflowRun
 from ddpm.tracking.pages import STOPPED
 from ddpm.tracking.uploader import Uploader
-from ddpm.utils.png import png_bytes
+from ddpm.utils.images import png_bytes
 
 
 @pytest.fixture(params=["server", "sqlite"])
