@@ -329,8 +329,6 @@ class SampleConfig:
     auto: learned where the net learned it, else beta_tilde."""
     clip_x_0: bool = True
     """All samplers but ddpm: clip x_0_hat to [-1, 1]."""
-    dynamic_threshold: ShareAboveZero | None = None
-    """Instead of clipping, Imagen's dynamic thresholding at this quantile of |x_0_hat|, such as 0.995."""
     guidance_scale: NotNegative = 1.0
     """Nets with classes: classifier-free guidance; 1 is none."""
     guidance_interval: tuple[float, float] | None = None
@@ -351,8 +349,6 @@ class SampleFlags:
     """karras: sigma of the last step; 0: the schedule's smallest."""
     eta: Share | None = None
     """ddim, dpmpp_2m: 0 is deterministic, 1 is as noisy as ddpm."""
-    dynamic_threshold: ShareAboveZero | None = None
-    """Instead of clipping, dynamic thresholding at this quantile, such as 0.995."""
     guidance_scale: NotNegative | None = None
     """Nets with classes: classifier-free guidance; 1 is none."""
     guidance_interval: tuple[float, float] | None = None

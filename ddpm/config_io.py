@@ -16,6 +16,14 @@ from ddpm.utils.errors import UserError
 _dumps = functools.partial(json.dumps, default=lambda value: getattr(value, "item", value.__str__)())
 """JSON of values in Python, also of NumPy's numbers and of paths."""
 
+RETIRED_KEYS: dict[str, tuple[Any, str]] = {
+    "sample.dynamic_threshold": (
+        None,
+        "dynamic thresholding was removed; delete the key, and x_0_hat is clipped to [-1, 1]",
+    ),
+}
+"""Keys that earlier versions wrote: their default, and what to do about another value."""
+
 
 def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, Any]]:
     """(dotted key, value, annotation, group) of each field, in the order of the tree."""
@@ -78,7 +86,22 @@ def to_json(config: Any) -> str:
 
 def from_json(text: str | bytes, where: str = "config.json", base: Config | None = None) -> Config:
     """The config that `to_json` wrote to the file `where`; keys that it lacks are those of `base`, or have defaults."""
-    return _parsed(strict_json.parse(dict[str, Any], text, where), where, base)
+    values = strict_json.parse(dict[str, Any], text, where)
+    return _parsed(without_retired(values, where), where, base)
+
+
+def without_retired(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Nested `values` of the file `where` without RETIRED_KEYS, which must have their defaults."""
+    kept = dict(values)
+    for key, (default, remedy) in RETIRED_KEYS.items():
+        group, name = key.split(".")
+        if not isinstance(kept.get(group), dict) or name not in kept[group]:
+            continue
+        kept[group] = dict(kept[group])
+        value = kept[group].pop(name)
+        if value != default:
+            raise UserError(f"{where}: {key} is {reprlib.repr(value)}; {remedy}")
+    return kept
 
 
 def _parsed(values: Mapping[str, Any], where: str, base: Config | None) -> Config:

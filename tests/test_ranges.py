@@ -29,7 +29,6 @@ BAD = {
     "model.dropout": (1.0, "less than 1"),
     "optim.lr": (-1.0, "greater than 0"),
     "train.seed": (10**20, "less than 9223372036854775808"),
-    "sample.dynamic_threshold": (0.0, "greater than 0"),
     "cluster.gpus_per_worker": (1.5, "at most 1"),
     "run.storage": ("", "have at least 1 character"),
 }

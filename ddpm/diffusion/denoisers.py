@@ -1,4 +1,4 @@
-"""Functions between net and sampler: guidance, and thresholding of an x_0_hat outside [-1, 1].
+"""Functions between net and sampler: guidance, and clipping of an x_0_hat outside [-1, 1].
 
 A sampler sees the net as `denoise(x_t, t) -> Denoised`. Every function here keeps the two predictions consistent: x_t
 is x_0_hat noised with eps_hat.
@@ -6,7 +6,6 @@ is x_0_hat noised with eps_hat.
 Papers:
     guided   Ho & Salimans 2022, Classifier-Free Diffusion Guidance, arXiv:2207.12598
              Kynkäänniemi et al. 2024, Guidance in a Limited Interval, arXiv:2404.07724
-    dynamic  Saharia et al. 2022, Imagen, arXiv:2205.11487
 
 Axes: B batch, C channels, H W height and width, T timesteps.
 """
@@ -49,30 +48,10 @@ def clip(x_0_hat: Tensor) -> Tensor:
     return x_0_hat.clamp(-1, 1)
 
 
-def dynamic(quantile: float) -> Threshold:
-    """Dynamic thresholding: each image is clipped to [-s, s] and divided by s, s at least 1.
-
-    s is the quantile of |x_0_hat| over the image, in (0, 1]; Imagen's is 0.995. Under strong guidance a saturated image
-    keeps most of its contrast, which clipping would flatten to -1 and 1.
-
-    Source: Saharia et al. 2022, Sec. 2.3.
-    """
-    if not 0 < quantile <= 1:
-        raise ValueError(f"dynamic_threshold is {quantile}; it must be in (0, 1]")
-
-    def threshold(x_0_hat: Tensor) -> Tensor:
-        s = broadcast(x_0_hat.abs().flatten(1).quantile(quantile, dim=1).clamp(min=1), x_0_hat)
-        return x_0_hat.clamp(-s, s) / s
-
-    return threshold
-
-
 def build_threshold(config: "SampleConfig") -> Threshold | None:
     """The threshold that `config` describes for its sampler."""
     if config.mean not in ("clipped", "plain"):
         raise ValueError(f"mean is {config.mean!r}; it must be clipped or plain")
-    if config.dynamic_threshold is not None:
-        return dynamic(config.dynamic_threshold)
     clips = config.mean == "clipped" if config.sampler == "ddpm" else config.clip_x_0
     return clip if clips else None
 

@@ -11,13 +11,12 @@ from typing import Any, Literal, NamedTuple
 from pydantic import TypeAdapter
 
 from ddpm.config import SampleConfig
+from ddpm.config_io import without_retired
 from ddpm.evaluation.memorisation import NearerShare
 from ddpm.evaluation.scores import Score
 from ddpm.utils import strict_json
 
-SETTINGS = tuple(
-    "spacing sigma_min eta dynamic_threshold guidance_scale guidance_interval mean variance".split()
-)
+SETTINGS = tuple("spacing sigma_min eta guidance_scale guidance_interval mean variance".split())
 """Settings of a sampler, besides its number of steps."""
 
 
@@ -101,8 +100,11 @@ class Report:
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> "Report":
         """The report that `to_json` wrote, without pictures."""
-        where = f"{where} is not a result of jobs/evaluate.py"
-        saved = strict_json.parse(_Saved, text, where, extra="ignore")
+        wrong = f"{where} is not a result of jobs/evaluate.py"
+        saved = strict_json.parse(_Saved, text, wrong, extra="ignore")
+        for result in strict_json.parse(dict[str, Any], text, wrong)["checkpoints"]:
+            for drawn in result["drawn"]:
+                without_retired({"sample": drawn["sample"]}, where)
         return cls(saved.settings, saved.checkpoints)
 
 

@@ -70,8 +70,6 @@ def scheduler_config(config: Config) -> dict[str, Any]:
         raise UserError(
             f"sample.variance is {sample.variance}; a DDPMScheduler supports {', '.join(VARIANCES)}"
         )
-    if sample.dynamic_threshold is not None:
-        raise UserError("sample.dynamic_threshold is not exported to a DDPMScheduler; use --format pt2")
     if config.objective.predict not in PREDICTIONS:
         raise UserError(
             f"objective.predict is {config.objective.predict}, which scales the net's input; a DDPMScheduler supports "

@@ -12,8 +12,8 @@ What diffusers cannot express directly is translated or refused; nothing is left
 
 A learned variance is "learned_range" in diffusers.
 
-The pipeline samples as our `ancestral` does, with all T steps; guidance, dynamic thresholds, and the samplers of few
-steps are not exported.
+The pipeline samples as our `ancestral` does, with all T steps; guidance and the samplers of few steps are
+not exported.
 
 Papers: Ho et al. 2020 (arXiv:2006.11239). Names: diffusers 0.35 to 0.42.
 

@@ -6,7 +6,7 @@ from support.exact_denoisers import ancestral, gaussian, normal, toy_denoiser
 
 from ddpm.config import SampleConfig
 from ddpm.diffusion import process, schedules
-from ddpm.diffusion.denoisers import build_threshold, clip, dynamic, guided, predict
+from ddpm.diffusion.denoisers import build_threshold, clip, guided, predict
 from ddpm.diffusion.objectives import Denoised
 from ddpm.diffusion.samplers import mix
 
@@ -74,19 +74,7 @@ def test_the_interval_of_mix_is_about_the_amount():
     assert seen == [0.25, 0.5, 0.5, 0.25]
 
 
-def test_dynamic_thresholding_equals_that_of_diffusers():
-    from diffusers import DDPMScheduler
-
-    theirs = DDPMScheduler(thresholding=True, dynamic_thresholding_ratio=0.8, sample_max_value=1e9)
-    x_0_hat = 3 * normal((4, 3, 8, 8), dtype=torch.float32)()
-    x_0_hat[2:] /= 10  # quantiles below 1: these images are clipped only
-    ours = dynamic(0.8)(x_0_hat)
-    torch.testing.assert_close(ours, theirs._threshold_sample(x_0_hat))
-    assert ours[0].abs().max() == 1 and torch.equal(ours[2:], x_0_hat[2:].clamp(-1, 1))
-    assert torch.equal(dynamic(0.8)(x_0_hat[:1]), ours[:1])  # each image by itself, whatever its batch
-
-
-@pytest.mark.parametrize("threshold", [clip, dynamic(0.9), None])
+@pytest.mark.parametrize("threshold", [clip, None])
 def test_a_prediction_stays_consistent_after_any_threshold(threshold):
     x_t = normal((3, 2, 4, 4))()
     x_0_hat, eps_hat, _ = predict(toy_denoiser(SHORT), SHORT, x_t, 70, threshold)
@@ -104,6 +92,3 @@ def test_build_threshold():
     assert built(sampler="heun") is clip and built(sampler="heun", clip_x_0=False) is None
     assert built(sampler="ddpm", clip_x_0=False) is clip
     assert built(sampler="ddpm", mean="plain") is None
-    x = normal((2, 1, 4, 4))()
-    for sampler in ("ddpm", "ddim"):
-        assert torch.equal(built(sampler=sampler, dynamic_threshold=0.7)(x), dynamic(0.7)(x))

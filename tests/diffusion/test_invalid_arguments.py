@@ -8,7 +8,7 @@ from support.exact_denoisers import ancestral, grey, normal, toy_denoiser
 
 from ddpm.config import ObjectiveConfig, SampleConfig, ScheduleConfig
 from ddpm.diffusion import likelihood, objectives, process, samplers, schedules
-from ddpm.diffusion.denoisers import dynamic, guided
+from ddpm.diffusion.denoisers import guided
 from ddpm.diffusion.objectives import Eps, UniformMix
 from ddpm.diffusion.reverse import fixed_variance
 from ddpm.diffusion.samplers import ddim, dpmpp_2m, heun, mix
@@ -95,7 +95,6 @@ TIMESTEPS = [
     (lambda: respaced(LINEAR, []), "timesteps are"),
 ]
 DENOISERS = [
-    (lambda: dynamic(1.1), r"dynamic_threshold is 1.1; it must be in \(0, 1\]"),
     (lambda: guided(TOY, TOY, 2.0, (1.0, 1.0)), r"guidance_interval is \(1.0, 1.0\)"),
     (lambda: guided(TOY, TOY, 1.0, (-1.0, 1.0)), r"guidance_interval is \(-1.0, 1.0\)"),
 ]
@@ -152,7 +151,6 @@ def test_invalid_arguments_are_errors(call, message):
         ("auto", {}, "sampler is 'auto'"),
         ("heun", {"spacing": "log"}, "spacing is 'log'"),
         ("heun", {"spacing": "karras", "rho": 0.5}, "rho is 0.5"),
-        ("ddim", {"dynamic_threshold": 0.0}, r"dynamic_threshold is 0.0; .* \(0, 1\]"),
     ],
 )
 def test_a_sampler_is_checked_before_sampling(sampler, changes, message):

@@ -21,7 +21,7 @@ from support.exact_denoisers import (
 
 from ddpm.config import SampleConfig
 from ddpm.diffusion import process, samplers, schedules
-from ddpm.diffusion.denoisers import clip, dynamic
+from ddpm.diffusion.denoisers import clip
 from ddpm.diffusion.objectives import Denoised
 from ddpm.diffusion.samplers import PerImageNoise, ddim, dpmpp_2m, heun, mix
 from ddpm.diffusion.timesteps import karras, quadratic, uniform
@@ -353,7 +353,7 @@ def test_mix_equals_the_loop_of_the_course():
     assert amounts == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
 
 
-@pytest.mark.parametrize(("threshold", "expected"), [(clip, 1), (dynamic(0.9), 1), (lambda x: x / 2, 1.5)])
+@pytest.mark.parametrize(("threshold", "expected"), [(clip, 1), (lambda x: x / 2, 1.5)])
 @pytest.mark.parametrize("sample", [*ALL.values(), mix_in_four_steps], ids=[*ALL, "mix"])
 def test_the_sampler_uses_the_threshold(sample, threshold, expected):
     """A net that always predicts 3."""
@@ -391,8 +391,8 @@ def config(sampler, n=None, **changes):
         ),
         (config("dpmpp_2m", 9, eta=0.5), partial(dpmpp_2m, timesteps=karras(SHORT, 9), eta=0.5)),
         (
-            config("heun", 9, spacing="quadratic", dynamic_threshold=0.9),
-            partial(heun, timesteps=quadratic(100, 9), threshold=dynamic(0.9)),
+            config("heun", 9, spacing="quadratic"),
+            partial(heun, timesteps=quadratic(100, 9)),
         ),
         (
             config("mix", 300, clip_x_0=False),

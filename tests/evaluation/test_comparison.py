@@ -24,6 +24,9 @@ def test_a_report_is_read_back_as_it_was() -> None:
     samplings = drawn(2, 10, own=False, guidance_interval=(0.1, 2.0)), near(0.03, 20)
     report = made(result(1, *samplings), result(2))
     assert Report.from_json(report.to_json(), "x.json") == report
+    thresholded = report.to_json().replace('"sampler":', '"dynamic_threshold": 0.9, "sampler":')
+    with pytest.raises(UserError, match=r"^x\.json: sample\.dynamic_threshold is 0\.9; "):
+        Report.from_json(thresholded, "x.json")
     unknown = dataclasses.replace(drawn(1), scores=(odd, *near(0.03).scores))
     few = dataclasses.replace(drawn(1, 10), scores=(odd,))
     back = Report.from_json(made(result(1, unknown, few)).to_json(), "x.json")

@@ -156,9 +156,6 @@ def test_a_conditional_net_is_exported_for_one_class(label: int, tmp_path: Path)
         UserError, match=r"label is None; it must be the one class that the pipeline generates, 0..2, or 3"
     ):
         export.to_diffusers(trained, tmp_path / "out")
-    thresholded = override(config, {"sample.dynamic_threshold": 0.99})
-    with pytest.raises(UserError, match=r"dynamic_threshold is not exported to a DDPMScheduler"):
-        diffusers_config.scheduler_config(thresholded)
     with pytest.raises(UserError, match=r"label is 4;"):
         export.to_diffusers(trained, tmp_path / "out", label=4)
     export.to_diffusers(trained, tmp_path / "out", label)
@@ -277,6 +274,7 @@ UNET, SCHEDULER = "unet/config.json", "scheduler/scheduler_config.json"
         (SCHEDULER, {"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'; it must be one of linear, "),
         (SCHEDULER, {"variance_type": "learned_range"}, "out_channels is 3; in our architecture it is 6"),
         (SCHEDULER, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True"),
+        (SCHEDULER, {"thresholding": True}, "/scheduler: thresholding is True"),
         (SCHEDULER, {"beta_start": "low"}, "."),
     ],
 )

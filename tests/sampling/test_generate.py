@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
     [
         {},
         {"sample.sampler": "ddpm"},
-        {"sample.sampler": "dpmpp_2m", "sample.dynamic_threshold": 0.9},
+        {"sample.sampler": "dpmpp_2m"},
         {"sample.sampler": "heun"},
         {"objective.process": "uniform_mix"},
     ],
