@@ -187,7 +187,7 @@ class Judge:
         settings = context.Settings(num_train_images=0)
         worker = partial(EvalWorker, [candidate], self.data, self.data, self.net, settings, None)
         with WorkerPool(worker) as pool:
-            drawn = dict(pool.map(partial(EvalWorker.draw, measured={}), pieces))
+            drawn = dict(pool.map(EvalWorker.draw, pieces))
         features = np.concatenate([drawn[piece].features for piece in pieces])
         if self.metric == "FID":
             return fid(self._moments, Moments.of(features)), 0.0

@@ -44,11 +44,7 @@ class Run:
         trained = self.trained.sampled_with(override(self.trained.config, changes).sample)
         given = [name for name, value in settings.items() if value is not None]
         run_params.check_effect([trained.config], given)
-        x_0_error = None
-        if trained.config.sample.variance == "measured":
-            with resolve.local_checkpoint(str(self.uri)) as folder:
-                x_0_error = checkpoint.needed_x_0_error(folder, trained.config)
-        return workers.in_memory(workers.SampleJob(trained, label, x_0_error=x_0_error), num_images)
+        return workers.in_memory(workers.SampleJob(trained, label), num_images)
 
     def show(self, *arguments: Any, **settings: Any) -> Image.Image:
         """The images of `sample` as a grid, which a notebook displays."""

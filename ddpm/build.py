@@ -79,9 +79,7 @@ def resolve_sample(sample: SampleConfig, objective: ObjectiveConfig) -> SampleCo
     """`sample` with the sampler and variance `auto` replaced by those that fit the objective."""
     learned = objective.variance == "learned"
     if sample.variance == "learned" and not learned:
-        raise UserError(
-            "variance is learned, but this net did not learn it; use beta, beta_tilde or measured"
-        )
+        raise UserError("variance is learned, but this net did not learn it; use beta or beta_tilde")
     fitting = [name for name, kind in SAMPLERS.items() if kind.process == objective.process]
     if sample.sampler not in ("auto", *fitting):
         raise UserError(
@@ -93,11 +91,10 @@ def resolve_sample(sample: SampleConfig, objective: ObjectiveConfig) -> SampleCo
     return replace(sample, **resolved)
 
 
-def build_sampler(config: Config, known: Known | None = None, x_0_error: Tensor | None = None) -> Sampler:
+def build_sampler(config: Config, known: Known | None = None) -> Sampler:
     """The sampler that config.sample describes, on the run's own schedule.
 
-    `known`, a given part of each image, selects RePaint, whatever the sampler. The variance "measured" needs
-    x_0_error, [T].
+    `known`, a given part of each image, selects RePaint, whatever the sampler.
     """
     sample, process = config.sample, config.objective.process
     if known is not None:
@@ -114,7 +111,7 @@ def build_sampler(config: Config, known: Known | None = None, x_0_error: Tensor 
         denoisers.check_interval(resolved.guidance_interval)
         schedule = schedules.build(config.schedule)
         if known is None:
-            return samplers.build(resolved, schedule, config.model.num_dims, x_0_error)
+            return samplers.build(resolved, schedule, config.model.num_dims)
         return inpainting.build(resolved, schedule, known)
     except ValueError as error:
         raise UserError(f"sample: {error}") from None

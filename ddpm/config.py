@@ -30,8 +30,11 @@ SamplerName = Literal["ddim", "ddpm", "dpmpp_2m", "heun", "mix", "multistep"]
 FeatureNetName = Literal["classifier", "inception", "lite0", "pixels"]
 """evaluation.nets.FEATURE_NETS."""
 Spacing = Literal["auto", "uniform", "quadratic", "karras"]
-Variance = Literal["beta", "beta_tilde", "measured", "learned"]
+Variance = Literal["beta", "beta_tilde", "learned"]
+"""Of the noise that a step of the sampler ddpm adds."""
 SampleVariance = Literal["auto", Variance]
+BoundVariance = Literal["auto", "beta", "beta_tilde", "measured", "learned"]
+"""Of p(x_{t-1} | x_t) in bits/dim."""
 
 # Ranges of fields: `check_values` checks a command line, `from_json` a file. Larger numbers than these are of no use,
 # and would take all memory or time.
@@ -325,8 +328,7 @@ class SampleConfig:
     mean: Literal["clipped", "plain"] = "clipped"
     """ddpm: posterior mean from the clipped x_0_hat (clipped), or exactly Algorithm 2 (plain)."""
     variance: SampleVariance = "auto"
-    """ddpm: sigma_t^2. measured: from the net's errors on training images (jobs/evaluate.py --variance measured).
-    auto: learned where the net learned it, else beta_tilde."""
+    """ddpm: sigma_t^2. auto: learned where the net learned it, else beta_tilde."""
     clip_x_0: bool = True
     """All samplers but ddpm: clip x_0_hat to [-1, 1]."""
     guidance_scale: NotNegative = 1.0

@@ -24,6 +24,11 @@ RETIRED_KEYS: dict[str, tuple[Any, str]] = {
 }
 """Keys that earlier versions wrote: their default, and what to do about another value."""
 
+RETIRED_VALUES: dict[str, tuple[Any, str]] = {
+    "sample.variance": ("measured", "sampling with the measured variance was removed; use 'beta_tilde'"),
+}
+"""Values of keys that earlier versions wrote, and what to do about them."""
+
 
 def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, Any]]:
     """(dotted key, value, annotation, group) of each field, in the order of the tree."""
@@ -91,8 +96,12 @@ def from_json(text: str | bytes, where: str = "config.json", base: Config | None
 
 
 def without_retired(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Nested `values` of the file `where` without RETIRED_KEYS, which must have their defaults."""
+    """Nested `values` of the file `where` without RETIRED_KEYS; UserError if that would change what they mean."""
     kept = dict(values)
+    for key, (gone, remedy) in RETIRED_VALUES.items():
+        group, name = key.split(".")
+        if isinstance(kept.get(group), dict) and kept[group].get(name) == gone:
+            raise UserError(f"{where}: {key} is {gone!r}; {remedy}")
     for key, (default, remedy) in RETIRED_KEYS.items():
         group, name = key.split(".")
         if not isinstance(kept.get(group), dict) or name not in kept[group]:

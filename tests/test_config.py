@@ -42,11 +42,13 @@ def test_an_older_file_still_loads() -> None:
     assert config.model == UNetConfig(image_size=8, base_width=16)
 
 
-def test_a_retired_key_is_dropped_at_its_default_and_else_refused() -> None:
+def test_retired_keys_are_dropped_at_their_defaults_and_else_refused() -> None:
     config = from_json('{"sample": {"dynamic_threshold": null, "rho": 5.0}}')
     assert config == override(Config(), {"sample.rho": 5.0})
     with pytest.raises(UserError, match=r"^run/config\.json: sample\.dynamic_threshold is 0\.9; "):
         from_json('{"sample": {"dynamic_threshold": 0.9}}', where="run/config.json")
+    with pytest.raises(UserError, match=r"^run/config\.json: sample\.variance is 'measured'; "):
+        from_json('{"sample": {"variance": "measured"}}', where="run/config.json")
 
 
 def test_another_net_keeps_the_shared_settings() -> None:

@@ -195,11 +195,6 @@ def test_columns_that_are_not_ours_are_not_read(tmp_path: Path) -> None:
     assert pool.max_memory() == peak
 
 
-def with_checksums(folder: Path) -> Path:
-    (folder / "checksums.json").write_text('{"ema.safetensors": ""}')
-    return folder
-
-
 def config_flag(file: Path, monkeypatch: pytest.MonkeyPatch) -> object:
     monkeypatch.setattr(sys, "argv", ["train.py", "digits", "--config", str(file)])
     return cli.starting_point(presets.DIGITS)
@@ -208,7 +203,6 @@ def config_flag(file: Path, monkeypatch: pytest.MonkeyPatch) -> object:
 READ_WHOLE: dict[str, Any] = {
     "checksums.json": lambda file, _: checkpoint.read_checksums(file.parent),
     "config.json": lambda file, _: checkpoint.read_config(file.parent),
-    "x_0_error.json": lambda file, _: checkpoint.read_x_0_error(with_checksums(file.parent), 4),
     "state.json": lambda file, _: checkpoint.read_state(file.parent),
     "run.json": lambda file, _: runs.existing_run(str(file.parent)),
     "manifest.json": lambda file, _: read_manifest(resolve(str(file.parent))),

@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ddpm.build import TrainedNet, build_net, resolve_sample
+from ddpm.build import TrainedNet, build_net
 from ddpm.checkpoints.runs import CHECKSUMS, PREFIX
 from ddpm.config import Affects, Config
 from ddpm.config_io import differences, flatten, from_json, keys_that_affect, to_json
@@ -37,8 +37,6 @@ FILES = (*_TENSORS, "state.json", "config.json", CHECKSUMS)
 """Files of a checkpoint."""
 BEST_PREFIX = "best-"
 NAME_DIGITS = 12
-X_0_ERROR, X_0_ERROR_FORMAT = "x_0_error.json", "ddpm-x_0-error/1"
-"""File that evaluation adds to a checkpoint: the errors of its averaged net on training images."""
 
 
 def name_at(images_seen: int, prefix: str = PREFIX) -> str:
@@ -63,15 +61,6 @@ class Position(BaseModel):
     run_key: str = Field(pattern="^[0-9A-Za-z]*$")
     """Empty for an imported checkpoint, which has no run."""
     data_fingerprint: str = Field(pattern="^[0-9a-f]*$")
-
-
-@dataclass(frozen=True)
-class X0Error:
-    """Content of x_0_error.json."""
-
-    format: Literal["ddpm-x_0-error/1"]
-    weights_sha256: str
-    x_0_error: list[Annotated[float, Field(ge=0)]]
 
 
 @dataclass(frozen=True)
@@ -202,27 +191,6 @@ def write_net(trained: TrainedNet, position: dict[str, Any], folder: Path) -> No
     weights = {name: tensor.contiguous() for name, tensor in trained.net.state_dict().items()}
     tensors = {"net": weights, "ema": weights, "optimizer": dict[str, Tensor]()}
     write(Snapshot(position["images_seen"], tensors, position, to_json(trained.config)), folder)
-
-
-def read_x_0_error(folder: Path, num_timesteps: int) -> Tensor:
-    """[T] float64, the mean squared error of x_0_hat at every t, as `keep_x_0_error` stored it in a checkpoint."""
-    file = folder / X_0_ERROR
-    weights = read_checksums(folder)["ema.safetensors"]
-    if not file.exists():
-        lacks = f"{folder} has no {X_0_ERROR}, which --variance measured needs"
-        raise UserError(f"{lacks}; jobs/evaluate.py writes it into a run's folder, on the run's own data")
-    remedy = "jobs/evaluate.py writes it again"
-    card = strict_json.parse(X0Error, read_bytes(file), f"{file} is damaged; {remedy}")
-    if card.weights_sha256 != weights or len(card.x_0_error) != num_timesteps:
-        raise UserError(f"{file} belongs to other weights or another num_timesteps; {remedy}")
-    return torch.tensor(card.x_0_error, dtype=torch.float64)
-
-
-def needed_x_0_error(folder: Path, config: Config) -> Tensor | None:
-    """`read_x_0_error` if the sampling configuration of `config` needs it: ddpm with the variance "measured"."""
-    sample = resolve_sample(config.sample, config.objective)
-    is_needed = (sample.sampler, sample.variance) == ("ddpm", "measured")
-    return read_x_0_error(folder, config.schedule.num_timesteps) if is_needed else None
 
 
 def check_same_run(saved: Config, now: Config, where: str) -> None:

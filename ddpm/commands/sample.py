@@ -39,8 +39,7 @@ class Arguments(SampleFlags):
     num_sample_steps: Count | None = None
     """Number of sampling steps."""
     variance: Variance | None = None
-    """ddpm: variance of the noise that a step adds. measured: as measured on training images by
-    an earlier jobs/evaluate.py."""
+    """ddpm: variance of the noise that a step adds."""
     label: CountOrZero | None = None
     """Class to sample (conditional nets). None: all classes in turn."""
     seed: Seed = 0
@@ -95,15 +94,12 @@ def main() -> None:
         if arguments.inpaint and arguments.num_sample_steps is None:
             sample = replace(sample, num_sample_steps=None)  # the run's are of its own sampler
         trained = trained.sampled_with(sample)
-        x_0_error = None if arguments.inpaint else checkpoint.needed_x_0_error(folder, trained.config)
     given = [name for name in flatten(sample) if getattr(arguments, name, None) is not None]
     run_params.check_effect([trained.config], given, run_params.flag)
     known = None
     if arguments.inpaint and arguments.mask:
         known = generate.read_known(arguments.inpaint, arguments.mask, trained.config, **resampling)
-    job = workers.SampleJob(
-        trained, arguments.label, known, x_0_error, arguments.format, arguments.batch_size
-    )
+    job = workers.SampleJob(trained, arguments.label, known, arguments.format, arguments.batch_size)
     out = resolve(arguments.out or f"samples/{name_of(arguments.checkpoint)}-seed{arguments.seed}")
     with Display("images", arguments.num_images) as display:
         workers.draw(

@@ -306,13 +306,10 @@ def mix(
     return x
 
 
-def _variance(
-    config: "SampleConfig", schedule: Schedule, timesteps: list[int], x_0_error: Tensor | None
-) -> dict[str, Any]:
+def _variance(config: "SampleConfig", schedule: Schedule, timesteps: list[int]) -> dict[str, Any]:
     if config.variance == "learned":
         return {"variance": None}
-    error = None if x_0_error is None else x_0_error[timesteps[::-1]]
-    return {"variance": fixed_variance(spacings.respaced(schedule, timesteps), config.variance, error)}
+    return {"variance": fixed_variance(spacings.respaced(schedule, timesteps), config.variance)}
 
 
 def _eta(config: "SampleConfig", *_: object) -> dict[str, Any]:
@@ -331,7 +328,7 @@ class SamplerKind(NamedTuple):
 
     sample: Callable[..., Tensor]
     settings: Callable[..., dict[str, Any]] = lambda *_: {}
-    """settings(config, schedule, timesteps, x_0_error): its own keyword arguments, checked."""
+    """settings(config, schedule, timesteps): its own keyword arguments, checked."""
     process: str = "gaussian"
     """The process that it reverses. The first sampler of each process is the default."""
 
@@ -346,13 +343,10 @@ SAMPLERS = {
 }
 
 
-def build(
-    config: "SampleConfig", schedule: Schedule, num_dims: int, x_0_error: Tensor | None = None
-) -> Sampler:
+def build(config: "SampleConfig", schedule: Schedule, num_dims: int) -> Sampler:
     """The sampler that `config` describes, in which `auto` is resolved (`ddpm.build.resolve_sample`).
 
-    Settings are checked here, not at the first sample after hours of training. The variance "measured" needs x_0_error,
-    [T], as in `reverse.fixed_variance`. num_dims is D = C H W.
+    Settings are checked here, not at the first sample after hours of training. num_dims is D = C H W.
     """
     if config.sampler not in SAMPLERS:
         raise ValueError(f"sampler is {config.sampler!r}; it must be one of {', '.join(SAMPLERS)}")
@@ -362,7 +356,7 @@ def build(
     if PROCESSES[kind.process].uses_time:
         timesteps = spacings.build(config, schedule, num_dims)
         settings |= {"schedule": schedule, "timesteps": timesteps}
-    settings |= kind.settings(config, schedule, timesteps, x_0_error)
+    settings |= kind.settings(config, schedule, timesteps)
     return lambda denoise, noise, on_step=None: kind.sample(denoise, noise=noise, on_step=on_step, **settings)
 
 

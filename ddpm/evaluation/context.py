@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ddpm.build import TrainedNet, build_sampler, resolve_sample
@@ -86,10 +85,10 @@ def sampling_configs(config: Config, settings: Settings) -> list[SampleConfig]:
     for sampler in settings.sampler or (config.sample.sampler,):
         for steps in settings.num_sample_steps or (config.sample.num_sample_steps,):
             sample = replace(own, sampler=sampler, num_sample_steps=steps)
-            if settings.variance != "auto" and resolve_sample(sample, config.objective).sampler == "ddpm":
+            is_ddpm = resolve_sample(sample, config.objective).sampler == "ddpm"
+            if is_ddpm and settings.variance != "auto" and settings.variance != "measured":
                 sample = replace(sample, variance=settings.variance)
-            T = config.schedule.num_timesteps
-            build_sampler(replace(config, sample=sample), x_0_error=torch.ones(T, dtype=torch.float64))
+            build_sampler(replace(config, sample=sample))
             configs.append(resolved(config, sample))
     return list(dict.fromkeys(configs))
 

@@ -31,7 +31,6 @@ from ddpm.evaluation.reference import WINDOW_ROWS, images_of
 from ddpm.evaluation.report import CheckpointResult, Report, SampledScores
 from ddpm.evaluation.scores import MAX_PAIRWISE, bound_scores, score
 from ddpm.evaluation.settings import Settings
-from ddpm.hub import resolve
 from ddpm.sampling import generate
 from ddpm.utils.images import Pixels
 from ddpm.utils.progress import track
@@ -90,13 +89,12 @@ class EvalWorker:
             self.settings.seed,
         )
 
-    def draw(self, piece: Piece, measured: Mapping[int, Measured]) -> Sampled:
+    def draw(self, piece: Piece) -> Sampled:
         """Sample the images of a piece."""
         assert piece.sample is not None
         trained = self.candidates[piece.candidate].sampled_with(piece.sample)
-        x_0_error = measured[piece.candidate].x_0_error if piece.candidate in measured else None
         label = labels_at(self.held_out_label, range(piece.start, piece.stop))
-        image = generate.draw(trained, range(piece.start, piece.stop), label=label, x_0_error=x_0_error)
+        image = generate.draw(trained, range(piece.start, piece.stop), label=label)
         kept = max(0, MAX_PAIRWISE - piece.start) if self.settings.num_train_images else 0
         return Sampled(features_of(self.feature_net, image), image[:kept].cpu().numpy())
 
@@ -127,13 +125,8 @@ def evaluate(
     with WorkerPool(worker, num_workers) as pool:
         of_nets = _all(pool, EvalWorker.measure, bounded, 1, "measuring the nets")
         measured = {i: of_net for (i, _), (of_net,) in of_nets.items()}
-        for i, of_net in measured.items():
-            trained_on = candidates[i].position.get("data_fingerprint") or context.train.rows.fingerprint
-            if trained_on == context.train.rows.fingerprint and bool(of_net.x_0_error.isfinite().all()):
-                resolve.keep_x_0_error(candidates[i].uri, candidates[i].weights_sha256, of_net.x_0_error)
         bits = _all(pool, partial(EvalWorker.bits, measured=measured), bounded, num_held_out, "bits/dim")
-        draw = partial(EvalWorker.draw, measured=measured)
-        parts = _all(pool, draw, samplings, settings.num_images, "images sampled")
+        parts = _all(pool, EvalWorker.draw, samplings, settings.num_images, "images sampled")
     drawn = {key: Sampled(*map(np.concatenate, zip(*of_key, strict=True))) for key, of_key in parts.items()}
     near = _near(context, drawn)
     results = []

@@ -7,15 +7,15 @@ Axes: N images, H W, C channels, T timesteps.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddpm.build import TrainedNet, resolve_sample
-from ddpm.config import Config, SampleVariance
+from ddpm.build import TrainedNet
+from ddpm.config import BoundVariance, Config
 from ddpm.data.reading import Images
 from ddpm.diffusion import likelihood, schedules
 from ddpm.diffusion.denoisers import Denoise
@@ -44,7 +44,7 @@ class Measured:
     """[T] float64: the distribution of timesteps for `bits_per_dim`."""
 
 
-def bound_variance(config: Config, variance: SampleVariance = "auto") -> Variance:
+def bound_variance(config: Config, variance: BoundVariance = "auto") -> Variance:
     """The variance of p in the bound; auto is the best for the net: the learned one, else the measured one.
 
     The choice does not depend on the number of steps of the schedule; the bound does (diffusion/reverse.py).
@@ -52,8 +52,10 @@ def bound_variance(config: Config, variance: SampleVariance = "auto") -> Varianc
     learned = config.objective.variance == "learned"
     if variance == "auto":
         return "learned" if learned else "measured"
-    sample = replace(config.sample, sampler="auto", variance=variance)
-    resolve_sample(sample, config.objective)  # checks the variance
+    if variance == "learned" and not learned:
+        raise UserError(
+            "variance is learned, but this net did not learn it; use beta, beta_tilde or measured"
+        )
     return variance
 
 
@@ -65,7 +67,7 @@ def loss(trained: TrainedNet, batch: Images, start: int, seed: int = 0) -> Tenso
     return trained.objective.loss(trained.net, x_0, label, noise).value
 
 
-def measure(trained: TrainedNet, batch: Images, variance: SampleVariance = "auto") -> Measured:
+def measure(trained: TrainedNet, batch: Images, variance: BoundVariance = "auto") -> Measured:
     """Measure the errors of x_0_hat, and the share of each timestep in the bound.
 
     Args:

@@ -6,13 +6,13 @@ from typing import Annotated
 import tyro
 
 from ddpm.config import (
+    BoundVariance,
     Count,
     CountOrZero,
     FeatureNetName,
     ImagesOrZero,
     SampleFlags,
     SamplerName,
-    SampleVariance,
     ScoredImages,
     Seed,
     Text,
@@ -33,9 +33,9 @@ class Settings(SampleFlags):
     """One or several samplers; each is evaluated with each number of steps."""
     num_sample_steps: tuple[Count, ...] = ()
     """One or several numbers of sampling steps."""
-    variance: SampleVariance = "auto"
+    variance: BoundVariance = "auto"
     """Variance of p(x_{t-1} | x_t), in bits/dim and for the sampler ddpm. auto: for bits/dim, learned if the net
-    learned it, else measured on training images; for sampling, as in training."""
+    learned it, else measured on training images; for sampling, as in training. measured: for bits/dim alone."""
     num_train_images: ImagesOrZero = 50_000
     """Memorisation: largest number of training images to search for the nearest neighbour. 0: no memorisation."""
     num_draws: CountOrZero = 8

@@ -66,10 +66,6 @@ def scheduler_config(config: Config) -> dict[str, Any]:
     """The arguments of DDPMScheduler, but for its defaults: our schedule, prediction, and the mean and variance of
     `ancestral`."""
     schedule, sample = config.schedule, resolve_sample(config.sample, config.objective)
-    if sample.variance not in VARIANCES:
-        raise UserError(
-            f"sample.variance is {sample.variance}; a DDPMScheduler supports {', '.join(VARIANCES)}"
-        )
     if config.objective.predict not in PREDICTIONS:
         raise UserError(
             f"objective.predict is {config.objective.predict}, which scales the net's input; a DDPMScheduler supports "

@@ -1,7 +1,5 @@
 """Resolution of a name to a checkpoint: a folder of one or of a run, a model in MLflow's registry, or builtin:NAME."""
 
-import contextlib
-import json
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +8,8 @@ from functools import partial
 from pathlib import Path
 
 import pyarrow.fs as pafs
-from torch import Tensor
 
 from ddpm.checkpoints import checkpoint
-from ddpm.checkpoints.checkpoint import X_0_ERROR, X_0_ERROR_FORMAT
 from ddpm.checkpoints.runs import checkpoints
 from ddpm.hub import builtin_nets, registry
 from ddpm.storage import locations
@@ -80,17 +76,6 @@ def as_folder(location: Location, timeout_s: float = 0.0) -> Iterator[Path]:
         with ThreadPoolExecutor(len(checkpoint.FILES)) as pool:  # in parallel: a request may take seconds
             list(pool.map(fetch, names))
         yield local
-
-
-def keep_x_0_error(uri: str, weights_sha256: str, x_0_error: Tensor) -> None:
-    """Store the errors of the averaged weights of the checkpoint at `uri` in its folder, if that is writable."""
-    if uri.startswith(SCHEMES):
-        return
-    card = {"format": X_0_ERROR_FORMAT, "weights_sha256": weights_sha256, "x_0_error": x_0_error.tolist()}
-    with contextlib.suppress(OSError, UserError):  # a UserError: S3 is away
-        location = locations.resolve(uri)
-        if location.child(checkpoint.CHECKSUMS).exists():  # a run that still trains deletes old checkpoints
-            location.child(X_0_ERROR).write((json.dumps(card) + "\n").encode())
 
 
 def _checkpoints_at(location: Location, uri: str) -> list[Location]:

@@ -78,7 +78,6 @@ def draw(
     *,
     label: Label = None,
     known: Known | None = None,
-    x_0_error: Tensor | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Draw the images with these indices, in one batch.
@@ -87,7 +86,6 @@ def draw(
         indices: image i depends on the seed, i, and its label alone.
         label: as in `labels`.
         known: a given part of every image, for inpainting.
-        x_0_error: for the variance "measured", [T] float64.
         on_step: called at every step of the sampler.
 
     Returns:
@@ -96,7 +94,7 @@ def draw(
     config, device = trained.config, trained.device
     classes = labels(config, indices, label)
     denoise = _denoise(trained, None if classes is None else torch.from_numpy(classes).to(device))
-    sampler = build_sampler(config, known, x_0_error)
+    sampler = build_sampler(config, known)
     return images.to_uint8(sampler(denoise, _noise(config, indices, device), on_step))
 
 

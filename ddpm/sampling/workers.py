@@ -46,8 +46,6 @@ class SampleJob:
     """The class of all images; None: image i has class i mod num_classes."""
     known: Known | None = None
     """A given part of every image, for inpainting."""
-    x_0_error: Tensor | None = None
-    """For the variance "measured": [T] float64."""
     form: Form = "png"
     """PNGs, or shards that a run can be trained on."""
     batch_size: int | None = None
@@ -59,7 +57,7 @@ class SampleJob:
 
     def __post_init__(self) -> None:
         generate.check_label(self.config, self.label)
-        build_sampler(self.config, self.known, self.x_0_error)
+        build_sampler(self.config, self.known)
 
     def labels(self, indices: range) -> Labels | None:
         """As in `generate.labels`."""
@@ -101,8 +99,6 @@ class SampleJob:
                 "num_resamples": self.known.num_resamples,
                 "jump_length": self.known.jump_length,
             }
-        if config.sample.variance == "measured" and self.x_0_error is not None:
-            asked["x_0_error"] = _sha256({"x_0_error": self.x_0_error})
         return asked | flat
 
 
@@ -111,7 +107,7 @@ class SampleWorker:
 
     def __init__(self, job: SampleJob, device: torch.device) -> None:
         self._trained = job.trained
-        self._given: dict[str, Any] = {"label": job.label, "known": job.known, "x_0_error": job.x_0_error}
+        self._given: dict[str, Any] = {"label": job.label, "known": job.known}
         job.trained.net.to(device).eval().requires_grad_(False)
 
     def draw(self, indices: range) -> Pixels:

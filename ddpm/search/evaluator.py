@@ -14,7 +14,7 @@ import numpy as np
 
 from ddpm.build import TrainedNet
 from ddpm.checkpoints import checkpoint
-from ddpm.config import SampleVariance
+from ddpm.config import BoundVariance
 from ddpm.data.reading import DataSet, Images
 from ddpm.evaluation import measure
 from ddpm.evaluation.reference import images_of
@@ -78,7 +78,7 @@ class Evaluator:
     """Timesteps per image at which KL_t is measured; 0: all."""
     seed: int = 0
     """Seed of the noise and the quantiles of t."""
-    variance: SampleVariance = "auto"
+    variance: BoundVariance = "auto"
 
     def evaluate(self, location: Location) -> Evaluation:
         """Evaluate the averaged weights of the checkpoint at `location`."""

@@ -2,12 +2,10 @@
 
 import json
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support import servers
 from support.proxy import FaultyProxy
 
@@ -191,35 +189,6 @@ def test_a_relative_path_starts_from_the_working_folder(tmp_path: Path) -> None:
     location = write_checkpoint(runs.open_run("a", str(tmp_path)).location, 1)
     with resolve.local_checkpoint("a") as folder:  # every test runs in its tmp_path
         assert folder == Path(location.path)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda card: card | {"weights_sha256": "0" * 64},
-        lambda card: card | {"format": "ddpm-x_0-error/9"},
-        lambda card: card | {"x_0_error": card["x_0_error"][1:]},
-        lambda card: card | {"x_0_error": [-1.0] * 3},
-        lambda card: card | {"x_0_error": [float("nan")] * 3},
-        lambda card: card | {"x_0_error": [10**400] * 3},
-        lambda card: card | {"x_0_error": "much"},
-        lambda card: [],
-    ],
-)
-def test_invalid_measured_errors_are_a_user_error(tmp_path: Path, change: Callable[[Any], Any]) -> None:
-    (tmp_path / "checksums.json").write_text(json.dumps({"ema.safetensors": "a" * 64}))
-    errors = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
-    resolve.keep_x_0_error(str(tmp_path), "a" * 64, errors)
-    assert torch.equal(checkpoint.read_x_0_error(tmp_path, 3), errors)
-    file = tmp_path / checkpoint.X_0_ERROR
-    file.write_text(json.dumps(change(json.loads(file.read_text()))))
-    with pytest.raises(UserError, match=r"x_0_error\.json .*; jobs/evaluate\.py writes it again"):
-        checkpoint.read_x_0_error(tmp_path, 3)
-
-
-def test_nothing_is_written_to_a_deleted_checkpoint(tmp_path: Path) -> None:
-    resolve.keep_x_0_error(str(tmp_path / "gone"), "a" * 64, torch.ones(3))
-    assert not (tmp_path / "gone").exists()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import pytest
 import torch
 from support.evaluated import CONFIG, POSITIONS, make_data, make_run
 
-from ddpm.checkpoints import checkpoint
 from ddpm.checkpoints.runs import Run
 from ddpm.config import SampleConfig
 from ddpm.config_io import override
@@ -78,8 +77,6 @@ def test_results_equal_those_of_one_batch(run: Run, one_worker: Report, shards: 
     assert [drawn.is_own for drawn in last.drawn] == [False, True]
     assert len({result.bits for result in one_worker.results}) == len(POSITIONS)
     assert (last.variance, last.variance_is_default) == ("measured", True)
-    kept = checkpoint.read_x_0_error(Path(last.checkpoint), CONFIG.schedule.num_timesteps)
-    torch.testing.assert_close(kept, measured.x_0_error)
     for found, expected in zip(last.bits, bound_scores(bits), strict=True):
         assert (found.name, found.n) == (expected.name, 150)
         assert found.value == pytest.approx(expected.value, rel=1e-5)
@@ -154,16 +151,17 @@ def test_grey_levels_are_counted_on_the_evaluated_images(one_worker: Report, tmp
 
 
 def test_the_variance_affects_the_bound_and_ancestral_sampling(run: Run, one_worker: Report) -> None:
-    """`measured` gives the smallest bound; if requested, ancestral sampling uses it too."""
+    """`measured` gives the smallest bound, and leaves sampling as it is."""
     of_bound, drawn = {}, {}
-    for variance in ("auto", "measured", "beta_tilde"):
+    for variance in ("auto", "measured", "beta_tilde", "beta"):
         how = {"variance": variance, "sampler": ("ddpm",), "num_sample_steps": (4,)}
         (result,) = evaluated(run.location.uri, **how).results
         of_bound[variance], drawn[variance] = result.bits[0].value, result.drawn[0]
     assert of_bound["measured"] == of_bound["auto"] == one_worker.results[-1].bits[0].value
     assert of_bound["measured"] < of_bound["beta_tilde"]
-    assert drawn["auto"].scores == drawn["beta_tilde"].scores != drawn["measured"].scores
-    assert [drawn[v].name for v in drawn] == ["ddpm-4", "ddpm-4 variance measured", "ddpm-4"]
+    assert drawn["auto"].scores == drawn["measured"].scores == drawn["beta_tilde"].scores
+    assert drawn["beta"].scores != drawn["beta_tilde"].scores
+    assert [drawn[v].name for v in drawn] == ["ddpm-4", "ddpm-4", "ddpm-4", "ddpm-4 variance beta"]
 
 
 def test_a_run_means_its_newest_checkpoint_and_duplicates_are_dropped(run: Run) -> None:
@@ -186,8 +184,8 @@ def test_sampling_configs() -> None:
     assert sample == context.resolved(CONFIG, SampleConfig(sampler="ddpm", num_sample_steps=4, sigma_min=0.1))
     (sample,) = context.sampling_configs(CONFIG, Settings(eta=1.0, seed=3))
     assert (sample.eta, sample.seed, sample.num_sample_steps) == (1.0, 3, 4)
-    both = context.sampling_configs(CONFIG, Settings(sampler=("ddpm", "heun"), variance="measured"))
-    assert [sample.variance for sample in both] == ["measured", "beta_tilde"]  # heun adds no noise
+    both = context.sampling_configs(CONFIG, Settings(sampler=("ddpm", "heun"), variance="beta"))
+    assert [sample.variance for sample in both] == ["beta", "beta_tilde"]  # heun adds no noise
     with pytest.raises(UserError, match="variance is learned, but this net did not learn it"):
         configs(variance="learned")
     with pytest.raises(UserError, match=r"num_sample_steps is 21; it must be in 1\.\.20"):
@@ -284,12 +282,8 @@ def test_checkpoints_of_different_data_need_the_data_set_flag(run: Run, tmp_path
     with pytest.raises(UserError, match=r"trained on different data; .*--data\.shards"):
         evaluate.evaluate(candidates, Settings(**FEW))  # type: ignore[arg-type]
     settings: dict[str, Any] = {**FEW, "num_images": 40, "shards": noise}
-    errors = [Path(candidate.uri, checkpoint.X_0_ERROR) for candidate in candidates]
-    before = errors[0].read_bytes() if errors[0].exists() else b""
     results = evaluate.evaluate(candidates, Settings(**settings), 1).results
     assert [(result.run, result.saw_this_data) for result in results] == [("judged", False), ("noise", True)]
-    # The variance "measured" is that of a run's own images.
-    assert errors[1].exists() and (errors[0].read_bytes() if errors[0].exists() else b"") == before
 
 
 def test_a_net_of_one_timestep_is_evaluated(tmp_path: Path, shards: str) -> None:

@@ -17,7 +17,6 @@ from support.tiny import TINY_NET
 from ddpm.checkpoints import checkpoint
 from ddpm.commands import sample
 from ddpm.config_io import override
-from ddpm.hub import resolve
 from ddpm.training.state import State
 
 CHANGES = {"schedule.num_timesteps": 50, "sample.num_sample_steps": 20}
@@ -71,6 +70,9 @@ def test_user_errors_are_one_line_with_exit_code_2(user_error: Callable[..., str
             "100,000,000,000 images need 409,600.0 GB or more, but",
         ),
         (["run", "--sampler", "heun", "--eta", "0.5"], "--eta has no effect here"),
+        (["run", "--sampler", "ddpm", "--variance", "learned"], "this net did not learn it"),
+        (["run", "--sampler", "ddpm", "--variance", "measured"], "--variance"),
+        (["run", "--dynamic-threshold", "0.9"], "--dynamic-threshold"),
         (["run", "--sigma-min", "0.1"], "--sigma-min has no effect here"),
         (["run", "--guidance-interval", "0.5", "2"], "--guidance-interval has no effect here"),
         (["run", "--inpaint", "a.png"], "--inpaint and --mask belong together"),
@@ -95,25 +97,6 @@ def test_inpainting_takes_its_own_number_of_steps(tmp_path: Path, monkeypatch: p
         2,
         10,
     )
-
-
-def test_the_measured_variance_is_read_from_an_evaluation(
-    run_job: Callable[..., Any], user_error: Callable[..., str], tmp_path: Path
-) -> None:
-    """The evaluation stores it in the checkpoint's folder, for exactly these weights."""
-    folder = tmp_path / "run/checkpoint-000000000000"
-    flags = "run --num-images 2 --sampler ddpm --num-sample-steps 5".split()
-    measured = [*flags, "--variance", "measured", "--out", "measured"]
-    assert "has no x_0_error.json" in user_error("sample", *measured)
-    weights = checkpoint.read_checksums(folder)["ema.safetensors"]
-    resolve.keep_x_0_error(str(folder), weights, torch.full((50,), 0.5, dtype=torch.float64))
-    for out in (measured, [*flags, "--out", "plain"]):
-        done = run_job("sample", *out, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-    drawn = [files(tmp_path / out)["images/000000.png"] for out in ("measured", "plain")]
-    assert drawn[0] != drawn[1]
-    learned = (*flags, "--variance", "learned", "--out", "refused")
-    assert "this net did not learn it" in user_error("sample", *learned)
 
 
 @pytest.mark.parametrize("form", ["png", "parquet"])
