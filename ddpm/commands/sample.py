@@ -7,7 +7,7 @@ depends on the seed and i alone. Settings that are not given are those of traini
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
@@ -26,8 +26,6 @@ class Arguments(SampleFlags):
     """Total number of images at `out`."""
     out: Text | None = None
     """Folder or s3:// URI for the images. None: samples/RUN-seedN, with the names of run and seed."""
-    format: Literal["png", "parquet"] = "png"
-    """png: one file per image. parquet: shards and a manifest, a data set for jobs/train.py --data.shards."""
     num_workers: Annotated[Count | None, tyro.conf.arg(aliases=["--workers"])] = None
     """Number of workers, each on a GPU, or on a core if there are no GPUs. None: all GPUs or cores of the cluster at
     RAY_ADDRESS; without it those of this machine, where Ray is started only for several GPUs."""
@@ -99,7 +97,7 @@ def main() -> None:
     known = None
     if arguments.inpaint and arguments.mask:
         known = generate.read_known(arguments.inpaint, arguments.mask, trained.config, **resampling)
-    job = workers.SampleJob(trained, arguments.label, known, arguments.format, arguments.batch_size)
+    job = workers.SampleJob(trained, arguments.label, known, arguments.batch_size)
     out = resolve(arguments.out or f"samples/{name_of(arguments.checkpoint)}-seed{arguments.seed}")
     with Display("images", arguments.num_images) as display:
         workers.draw(
@@ -110,7 +108,7 @@ def main() -> None:
             with_trajectory=arguments.trajectory,
             show=display.update,
         )
-    print(f"images      {out.uri}/images" if arguments.format == "png" else f"data set    {out.uri}")
+    print(f"images      {out.uri}/images")
     print(f"grid        {out.uri}/grid.png")
     if arguments.trajectory:
         print(f"trajectory  {out.uri}/trajectory.gif")

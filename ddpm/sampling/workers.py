@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,10 @@ from ddpm.build import TrainedNet, build_sampler, resolve_sample
 from ddpm.cluster.worker_pool import WorkerPool
 from ddpm.config import Affects, Config
 from ddpm.config_io import flatten, keys_that_affect
-from ddpm.data.manifest import read_manifest
 from ddpm.diffusion.inpainting import Known
 from ddpm.sampling import generate, writers
-from ddpm.sampling.writers import Form, Labels, PngWriter, ShardWriter
-from ddpm.storage.locations import Location, resolve
+from ddpm.sampling.writers import PngWriter
+from ddpm.storage.locations import Location
 from ddpm.utils.errors import UserError
 from ddpm.utils.images import Pixels, png_bytes
 from ddpm.utils.retry import as_user_error
@@ -46,8 +45,6 @@ class SampleJob:
     """The class of all images; None: image i has class i mod num_classes."""
     known: Known | None = None
     """A given part of every image, for inpainting."""
-    form: Form = "png"
-    """PNGs, or shards that a run can be trained on."""
     batch_size: int | None = None
     """Images per batch of a worker; None: 32 on a core, 256 on a GPU."""
 
@@ -59,26 +56,11 @@ class SampleJob:
         generate.check_label(self.config, self.label)
         build_sampler(self.config, self.known)
 
-    def labels(self, indices: range) -> Labels | None:
-        """As in `generate.labels`."""
-        return generate.labels(self.config, indices, self.label)
-
     @property
     def shape(self) -> tuple[int, int, int]:
         """(H, W, C) of an image."""
         model = self.config.model
         return model.image_size, model.image_size, model.channels
-
-    @cached_property
-    def class_names(self) -> tuple[str, ...]:
-        """Class names of the training data, if they can be read; else "0", "1", ..."""
-        classes, uri = self.config.model.num_classes, self.config.data.shards
-        if classes and uri:
-            with suppress(UserError, OSError):
-                names = read_manifest(resolve(uri)).class_names
-                if len(names) == classes:
-                    return names
-        return tuple(map(str, range(classes)))
 
     def asked(self, batch_size: int) -> dict[str, Any]:
         """Everything that determines image i and its file, as flat JSON."""
@@ -87,7 +69,7 @@ class SampleJob:
         config = replace(config, sample=resolve_sample(sample, config.objective))
         keys = keys_that_affect(config, Affects.NET | Affects.SAMPLING)
         flat = {key: value for key, value in flatten(config).items() if key in keys}
-        asked: dict[str, Any] = {"format": self.form, "batch_size": batch_size}
+        asked: dict[str, Any] = {"format": "png", "batch_size": batch_size}  # requests of 0.1 have a format
         asked |= {
             "generator": GENERATOR,
             "weights": _sha256(self.trained.net.state_dict()),
@@ -142,16 +124,17 @@ def draw(
         show: called with the number of existing images, and the speed.
     """
     with suppress(OSError):  # a write error has a better message
-        writers.check_room(out, num_images, job.form, job.shape)
+        writers.check_room(out, num_images, job.shape)
     with WorkerPool(partial(SampleWorker, job), num_workers) as pool:
         size, pieces = _pieces(job, pool, num_images)
         with as_user_error(f"cannot write images to {out.uri}; run the same command again to continue"):
-            writer = _open(job, out, num_images, size)
+            writers.begin(out, job.asked(size))
+            writer = PngWriter(out, num_images, size)
             done, began = writer.num_kept, time.monotonic()
             show(done, "")
             before = done
             for piece, pixels in pool.map(SampleWorker.draw, filter(writer.missing, pieces)):
-                writer.write(piece, pixels, job.labels(piece))
+                writer.write(piece, pixels)
                 done += len(piece)
                 show(done, f"{(done - before) / (time.monotonic() - began):.1f} images/s")
             writer.close()
@@ -174,17 +157,6 @@ def in_memory(job: SampleJob, num_images: int) -> Pixels:
 def _pieces(job: SampleJob, pool: WorkerPool[SampleWorker], num_images: int) -> tuple[int, Iterator[range]]:
     size = job.batch_size or (BATCH_SIZE_GPU if pool.has_gpus else BATCH_SIZE_CPU)
     return size, (range(i, min(i + size, num_images)) for i in range(0, num_images, size))
-
-
-def _open(job: SampleJob, out: Location, num_images: int, batch_size: int) -> PngWriter | ShardWriter:
-    asked = job.asked(batch_size)
-    if job.form == "png":
-        writers.begin(out, asked)
-        return PngWriter(out, num_images, batch_size)
-    names = job.class_names
-    asked = {"num_images": num_images, "class_names": names, **asked}
-    writers.begin(out, asked)
-    return ShardWriter(out, num_images, batch_size, job.shape, names, asked)
 
 
 def _sha256(tensors: dict[str, Tensor]) -> str:

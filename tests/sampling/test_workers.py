@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,10 @@ from support.tiny import TINY_NET
 from ddpm.build import TrainedNet, build_net
 from ddpm.config import Config
 from ddpm.config_io import override
-from ddpm.data import ray_dataset
-from ddpm.data.manifest import make_manifest, write_manifest
-from ddpm.data.shards import write_shard
 from ddpm.diffusion.inpainting import Known
-from ddpm.sampling import generate, workers, writers
+from ddpm.sampling import generate, workers
 from ddpm.sampling.workers import SampleJob
-from ddpm.sampling.writers import Form
-from ddpm.storage.locations import Location, resolve
+from ddpm.storage.locations import resolve
 from ddpm.utils import images, process
 from ddpm.utils.errors import UserError
 
@@ -45,17 +40,9 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.fixture(autouse=True)
-def small_shards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(writers, "IMAGES_PER_SHARD", 8)
-    yield
-
-
-def sample_into(
-    out: Path, job: SampleJob, num_images: int = 21, form: Form = "png", **settings: Any
-) -> dict[str, bytes]:
+def sample_into(out: Path, job: SampleJob, num_images: int = 21, **settings: Any) -> dict[str, bytes]:
     """Sample images in pieces of 4; returns the files in `out`."""
-    job = dataclasses.replace(job, form=form, batch_size=job.batch_size or 4)
+    job = dataclasses.replace(job, batch_size=job.batch_size or 4)
     workers.draw(job, resolve(str(out)), num_images, **settings)
     return files(out)
 
@@ -66,12 +53,11 @@ def positions(progress: list[int]) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("ray_here")
-@pytest.mark.parametrize("form", ["png", "parquet"])
-def test_two_workers_sample_the_same_images_as_one(form: Form, tmp_path: Path) -> None:
+def test_two_workers_sample_the_same_images_as_one(tmp_path: Path) -> None:
     """Bit for bit, also when a worker is killed, and with threads of one process."""
     job = job_of(CONDITIONAL)
-    alone = sample_into(tmp_path / "one", job, num_workers=1, form=form)
-    assert len(alone) == {"png": 21 + 2, "parquet": 3 + 3}[form]
+    alone = sample_into(tmp_path / "one", job, num_workers=1)
+    assert len(alone) == 21 + 2
     victims: list[int] = []
 
     def kill_one(done: int, detail: str) -> None:
@@ -80,9 +66,9 @@ def test_two_workers_sample_the_same_images_as_one(form: Form, tmp_path: Path) -
             victims.append(victim.pid)
             victim.kill()
 
-    assert sample_into(tmp_path / "two", job, num_workers=2, form=form, show=kill_one) == alone
+    assert sample_into(tmp_path / "two", job, num_workers=2, show=kill_one) == alone
     assert len(victims) == 1
-    assert sample_into(tmp_path / "threads", job, form=form) == alone
+    assert sample_into(tmp_path / "threads", job) == alone
 
 
 def test_png_i_is_image_i(tmp_path: Path) -> None:
@@ -104,25 +90,23 @@ class Killed(BaseException):
     """Stands for the death of the process."""
 
 
-@pytest.mark.parametrize("form", ["png", "parquet"])
-def test_existing_images_are_not_sampled_again(form: Form, tmp_path: Path) -> None:
+def test_existing_images_are_not_sampled_again(tmp_path: Path) -> None:
     job = job_of(CONDITIONAL)
-    undisturbed = sample_into(tmp_path / "undisturbed", job, form=form)
+    undisturbed = sample_into(tmp_path / "undisturbed", job)
 
     def interrupt(done: int, detail: str) -> None:
         if done >= 12:
             raise Killed
 
     with pytest.raises(Killed):
-        sample_into(tmp_path / "killed", job, form=form, num_workers=1, show=interrupt)
-    assert "manifest.json" not in files(tmp_path / "killed")
+        sample_into(tmp_path / "killed", job, num_workers=1, show=interrupt)
+    assert "grid.png" not in files(tmp_path / "killed")
     progress: list[int] = []
-    again = sample_into(tmp_path / "killed", job, form=form, **positions(progress))
-    # A shard has 8 images, so the third piece was not saved.
-    assert progress == {"png": [12, 16, 20, 21], "parquet": [8, 12, 16, 20, 21]}[form]
+    again = sample_into(tmp_path / "killed", job, **positions(progress))
+    assert progress == [12, 16, 20, 21]
     assert again == undisturbed
     progress.clear()
-    assert sample_into(tmp_path / "killed", job, form=form, **positions(progress)) == undisturbed
+    assert sample_into(tmp_path / "killed", job, **positions(progress)) == undisturbed
     assert progress == [21]
 
 
@@ -147,16 +131,15 @@ def test_lost_and_incomplete_images_are_sampled_again(tmp_path: Path) -> None:
 def test_another_request_is_a_user_error(tmp_path: Path) -> None:
     job = job_of(TINY)
     before = sample_into(tmp_path / "a", job, 2)
-    others: list[tuple[SampleJob, dict[str, Any], str]] = [
-        (job_of(override(TINY, {"sample.seed": 1})), {}, r"sample\.seed 0 \(now 1\)"),
-        (job_of(override(TINY, {"train.seed": 1})), {}, r"weights \w+ \(now \w+\)"),
-        (job_of(TINY, batch_size=5), {}, r"batch_size 4 \(now 5\)"),
-        (job, {"form": "parquet"}, r"num_images None \(now 2\)"),
-        (job_of(TINY, known=known_part(num_resamples=1)), {}, r"inpaint None \(now \w+\)"),
+    others = [
+        (job_of(override(TINY, {"sample.seed": 1})), r"sample\.seed 0 \(now 1\)"),
+        (job_of(override(TINY, {"train.seed": 1})), r"weights \w+ \(now \w+\)"),
+        (job_of(TINY, batch_size=5), r"batch_size 4 \(now 5\)"),
+        (job_of(TINY, known=known_part(num_resamples=1)), r"inpaint None \(now \w+\)"),
     ]
-    for other, settings, message in others:
+    for other, message in others:
         with pytest.raises(UserError, match=f"a holds images of another request: .*{message}.*another --out"):
-            sample_into(tmp_path / "a", other, 2, **settings)
+            sample_into(tmp_path / "a", other, 2)
     assert files(tmp_path / "a") == before
     sample_into(tmp_path / "a", job_of(override(TINY, {"sample.sampler": "ddim", "sample.num_images": 9})), 2)
     (tmp_path / "b/images").mkdir(parents=True)
@@ -167,27 +150,23 @@ def test_another_request_is_a_user_error(tmp_path: Path) -> None:
         sample_into(tmp_path / "a", job, 2)
 
 
-@pytest.mark.parametrize("form", ["png", "parquet"])
-def test_too_little_disk_space_is_a_user_error(
-    form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_disk_space_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = job_of(TINY)
     with pytest.raises(
         UserError, match=r"^1,000,000,000,000 images need .* GB or more, but .* another --out$"
     ):
-        sample_into(tmp_path / "out", job, 10**12, form=form)
+        sample_into(tmp_path / "out", job, 10**12)
     assert not (tmp_path / "out").exists()
-    whole = sample_into(tmp_path / "out", job, form=form)
+    whole = sample_into(tmp_path / "out", job)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
-    assert sample_into(tmp_path / "out", job, form=form) == whole  # existing images need no space
+    assert sample_into(tmp_path / "out", job) == whole  # existing images need no space
     with pytest.raises(UserError, match="9,000 images need"):
-        sample_into(tmp_path / "out", job, 9000, form=form)
+        sample_into(tmp_path / "out", job, 9000)
 
 
-@pytest.mark.parametrize("form", ["png", "parquet"])
 def test_a_request_for_a_billion_images_needs_little_memory(
-    form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**18))
@@ -200,7 +179,7 @@ def test_a_request_for_a_billion_images_needs_little_memory(
         tracemalloc.start()
         try:
             with pytest.raises(Killed):
-                sample_into(tmp_path, job_of(TINY), BILLION, form=form, num_workers=1, show=interrupt)
+                sample_into(tmp_path, job_of(TINY), BILLION, num_workers=1, show=interrupt)
             assert tracemalloc.get_traced_memory()[1] < 50 << 20
         finally:
             tracemalloc.stop()
@@ -221,42 +200,11 @@ def test_an_unwritable_folder_is_a_user_error(tmp_path: Path) -> None:
         sample_into(tmp_path / "file/out", job_of(TINY))
 
 
-def training_data(location: Location) -> None:
-    names = ["zero", "one", "two"]
-    pixels, labels = np.zeros((4, 8, 8, 1), np.uint8), np.array([0, 1, 2, 0])
-    shard = write_shard(location, "train/00000.parquet", pixels, labels, rows_per_row_group=4)
-    manifest = make_manifest("test", (8, 8, 1), "raw", names, {"train": [shard]}, "options")
-    write_manifest(location, manifest)
-
-
-@pytest.mark.parametrize("label", [None, 2])
-def test_sampled_shards_can_be_trained_on(label: int | None, tmp_path: Path) -> None:
-    training_data(resolve(str(tmp_path / "data")))
-    config = override(CONDITIONAL, {"data.shards": str(tmp_path / "data")})
-    job = job_of(config, label=label)
-    sample_into(tmp_path / "pngs", job)
-    sample_into(tmp_path / "shards", job, form="parquet")
-    data_set = ray_dataset.open_configured(override(config, {"data.shards": str(tmp_path / "shards")}))
-    assert data_set.manifest.class_names == ("zero", "one", "two")
-    assert [shard.num_rows for shard in data_set.rows.shards] == [8, 8, 5]
-    plan = data_set.plan(0, 8)
-    read = data_set.read(plan, 0, 21)
-    order = np.concatenate([8 * window.row_groups + window.rows for window in plan.windows(0, 21)])
-    for i, image, of_class in zip(order, read.image, read.label, strict=True):
-        png = tmp_path / f"pngs/images/{i:06d}.png"
-        assert np.array_equal(image, images.from_png(png.read_bytes()))
-        assert of_class == (i % 3 if label is None else label)
-    assert (tmp_path / "shards/grid.png").read_bytes() == (tmp_path / "pngs/grid.png").read_bytes()
-    with pytest.raises(UserError, match=r"num_images 21 \(now 22\)"):
-        sample_into(tmp_path / "shards", job, 22, form="parquet")
-
-
-@pytest.mark.parametrize("form", ["png", "parquet"])
-def test_a_bucket_gets_the_same_files_as_a_folder(form: Form, s3_bucket: str, tmp_path: Path) -> None:
-    here = sample_into(tmp_path, job_of(TINY), 9, form=form, with_trajectory=True)
+def test_a_bucket_gets_the_same_files_as_a_folder(s3_bucket: str, tmp_path: Path) -> None:
+    here = sample_into(tmp_path, job_of(TINY), 9, with_trajectory=True)
     there = resolve(f"{s3_bucket}/drawn")
     for _ in range(2):
-        workers.draw(job_of(TINY, form=form, batch_size=4), there, 9, with_trajectory=True)
+        workers.draw(job_of(TINY, batch_size=4), there, 9, with_trajectory=True)
     assert {name: there.child(name).read() for name in here} == here
 
 
