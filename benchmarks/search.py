@@ -36,7 +36,7 @@ from ddpm.search.trial_manager import changes_text
 from ddpm.storage import locations
 
 REPO = Path(__file__).resolve().parent.parent
-PICTURES = ("parallel.png", "bits-and-kid.png", "denoising.png")
+PICTURES = ("parallel.png", "bits-and-kid.png")
 
 
 @dataclass(frozen=True)

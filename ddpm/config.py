@@ -31,10 +31,10 @@ FeatureNetName = Literal["classifier", "inception", "lite0", "pixels"]
 """evaluation.nets.FEATURE_NETS."""
 Spacing = Literal["auto", "uniform", "quadratic", "karras"]
 Variance = Literal["beta", "beta_tilde", "learned"]
-"""Of the noise that a step of the sampler ddpm adds."""
+"""The variance of the noise that a step of the sampler ddpm adds."""
 SampleVariance = Literal["auto", Variance]
 BoundVariance = Literal["auto", "beta", "beta_tilde", "measured", "learned"]
-"""Of p(x_{t-1} | x_t) in bits/dim."""
+"""The variance of p(x_{t-1} | x_t) in bits/dim."""
 
 # Ranges of fields: `check_values` checks a command line, `from_json` a file. Larger numbers than these are of no use,
 # and would take all memory or time.

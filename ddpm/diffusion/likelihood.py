@@ -143,7 +143,7 @@ def x_0_errors(
     T, level = schedule.num_timesteps, schedule.log_snr
     wanted = torch.linspace(level[0].item(), level[-1].item(), num_measured, dtype=torch.float64)
     measured = torch.arange(T) if num_measured >= T else (level[:, None] - wanted).abs().argmin(0).unique()
-    errors = [x_0_error_at(denoise, schedule, x_0, t, noise()) for t in measured.tolist()]
+    errors = [_x_0_error_at(denoise, schedule, x_0, t, noise()) for t in measured.tolist()]
     if len(errors) == 1:
         return errors[0][:, None]
     logs = torch.stack(errors, 1).clamp(min=TINY).log()
@@ -152,39 +152,11 @@ def x_0_errors(
     return torch.lerp(logs[:, right - 1], logs[:, right], (before - level) / (before - after)).exp()
 
 
-def x_0_error_at(denoise: Denoise, schedule: Schedule, x_0: Tensor, t: int, eps: Tensor) -> Tensor:
+def _x_0_error_at(denoise: Denoise, schedule: Schedule, x_0: Tensor, t: int, eps: Tensor) -> Tensor:
     """The squared error of x_0_hat, clipped, at t: each image's mean over its dimensions."""
     t_batch = same_t(t, x_0)
     x_0_hat = denoise(q_sample(schedule.alpha_bar, x_0, t_batch, eps), t_batch).x_0_hat
     return _mean((x_0 - x_0_hat.clamp(-1, 1)).square())
-
-
-@torch.no_grad()
-def error_over_log_snr(
-    denoise: Denoise, schedule: Schedule, x_0: Tensor, noise: Noise, log_snr: Tensor
-) -> Tensor:
-    """The squared error of x_0_hat at the noise levels `log_snr` [L]: each image's mean over its dimensions, [B, L].
-
-    Two schedules visit different noise levels in different proportions, so their losses are not comparable. At one
-    level they are: half the integral of this curve over snr is, in continuous time, the sum of KL_t in nats per
-    dimension. (The sum over T steps is larger.) Between the two timesteps next to a level the error is interpolated
-    linearly in log SNR; both use the same noise, drawn once per level, so that equal seeds give all schedules equal
-    noise. It is nan at levels that the schedule does not reach.
-
-    Source: Kingma et al. 2021, Eq. 17.
-    """
-    of_t, columns = schedule.log_snr, []
-    for level in log_snr.tolist():
-        eps = noise()
-        if not of_t[-1] <= level <= of_t[0]:
-            columns.append(torch.full((len(x_0),), torch.nan, dtype=torch.float64))
-            continue
-        after = int((of_t > level).sum().clamp(1, len(of_t) - 1))  # the first timestep at the level or beyond
-        low, high = of_t[after].item(), of_t[after - 1].item()
-        share = (high - level) / (high - low)
-        first, second = (x_0_error_at(denoise, schedule, x_0, t, eps) for t in (after - 1, after))
-        columns.append((1 - share) * first + share * second)
-    return torch.stack(columns, 1)
 
 
 def kl_of_errors(schedule: Schedule, x_0_errors: Tensor, variance: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Measurements of a net: the loss and the bound of held-out images, and its errors at noise levels.
+"""Measurements of a net: the loss and the bound of held-out images.
 
 Training, the search and jobs/evaluate.py measure with these functions. The bound of image i depends on the seed and i
 alone, independent of worker and batch; its loss on the batch, too. `start` is the index of the first image of a batch.
@@ -107,13 +107,6 @@ def bits_per_dim(
         t, share = likelihood.draw_timesteps(schedule, measured.proposal, torch.stack(quantiles), num_draws)
         bound = likelihood.estimate(denoise, schedule, x_0, noise, fixed, t, share)
     return torch.stack([bound.prior, bound.kl.sum(1), bound.decoder], 1).numpy()
-
-
-def denoising_curve(trained: TrainedNet, batch: Images, log_snr: Tensor) -> Tensor:
-    """[N, L]: squared error of x_0_hat of each image at the noise levels log_snr [L], with equal noise for all nets."""
-    denoise, x_0, noise = _prepared(trained, batch, range(len(batch.image)), (0, Purpose.LIKELIHOOD))
-    schedule = schedules.build(trained.config.schedule)
-    return likelihood.error_over_log_snr(denoise, schedule, x_0, noise, log_snr)
 
 
 def _prepared(

@@ -1,14 +1,12 @@
-"""Plots of a search: settings and their results, likelihood against sample quality, denoising at equal noise."""
+"""Plots of a search: settings and their results, likelihood against sample quality."""
 
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-import numpy as np
 import optuna
 from matplotlib import pyplot
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import create_trial
 from optuna.visualization.matplotlib import plot_parallel_coordinate
@@ -52,24 +50,6 @@ def scatter(trials: Sequence[Trial]) -> bytes:
             capsize=3,
             label=f"{trial.name} {trial.changes.get('schedule.kind', '')}",
         )
-    axes.legend(fontsize=7, frameon=False)
-    return figure_png(figure)
-
-
-def denoising(log_snr: NDArray[np.float64], curves: Mapping[str, NDArray[np.float64]]) -> bytes:
-    """The error of x_0_hat over log SNR, of several nets at equal noise. A PNG.
-
-    Args:
-        log_snr: [L].
-        curves: by legend entry, [N, L], the squared error of each image.
-    """
-    figure, axes = _figure("log SNR, noise to the right", "held-out error of x_0_hat")
-    for label, errors in curves.items():
-        mean, error = errors.mean(0), errors.std(0, ddof=1) / len(errors) ** 0.5
-        (line,) = axes.plot(log_snr, mean, linewidth=1.2, label=label)
-        axes.fill_between(log_snr, mean - error, mean + error, color=line.get_color(), alpha=0.2, linewidth=0)
-    axes.set_yscale("log")
-    axes.invert_xaxis()
     axes.legend(fontsize=7, frameon=False)
     return figure_png(figure)
 

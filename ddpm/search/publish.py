@@ -7,15 +7,9 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
 from ddpm.checkpoints import runs
-from ddpm.data.reading import DataSet
-from ddpm.evaluation import compared_run, comparison_page, context, measure
+from ddpm.evaluation import compared_run, comparison_page
 from ddpm.evaluation.comparison import Cell, Ranking
-from ddpm.evaluation.reference import images_of
 from ddpm.search import leaderboard, plots
 from ddpm.search.evaluator import RANKING
 from ddpm.search.event_log import EventLog, Trial
@@ -28,13 +22,10 @@ from ddpm.tracking.mlflow_client import Lost, tracking_uri, without_password
 from ddpm.tracking.mlflow_runs import PARENT_TAG, Address, MlflowRun
 from ddpm.tracking.pages import NOTE_TAG, STOPPED
 from ddpm.tracking.retry import OutOfTime
-from ddpm.utils import devices
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import retry_io
 from ddpm.utils.tables import estimate
 
-LOG_SNR = np.linspace(-8, 8, 33)
-CURVE_IMAGES = 128
 COMPARED = 8
 """Largest number of trials, the first of the leaderboard, on the page that compares them."""
 MLFLOW_TIMEOUT_S = 20.0
@@ -81,9 +72,7 @@ def store(setup: Setup, rows: Sequence[Row], remarks: Sequence[str], parent: Add
         files["best.json"] = config.encode()
         files["parallel.png"] = plots.parallel(trials, setup.space.domains, metric)
     if any(row.by_kid for row in rows):
-        yield "denoising   the finalists at equal noise ..."
         files["bits-and-kid.png"] = plots.scatter([row.trial for row in rows if row.by_kid])
-        files["denoising.png"] = plots.denoising(LOG_SNR, curves(rows, folder, setup.evaluator.held_out))
     try:
         if page := compared(rows, folder):
             files["comparison.html"] = page
@@ -99,20 +88,6 @@ def store(setup: Setup, rows: Sequence[Row], remarks: Sequence[str], parent: Add
         value = f"{estimate(*reported)} bits/dim on images that ranked nothing"
         yield f"best        {folder.uri}/best.json, of {trials[0].name}: {value}"
     yield _publish(rows, folder, files, parent)
-
-
-def curves(rows: Sequence[Row], folder: Location, held_out: DataSet) -> dict[str, NDArray[np.float64]]:
-    """The finalists' errors of x_0_hat, [N, L] at LOG_SNR, by legend entry."""
-    device = devices.default()
-    batch = images_of(held_out, 0, CURVE_IMAGES)
-    errors = {}
-    for row in (row for row in rows if row.by_kid):
-        (candidate,) = context.read([folder.child(row.trial.name).uri])
-        candidate.net.to(device)
-        schedule = candidate.config.schedule
-        label = f"{row.trial.name} {schedule.kind}, T = {schedule.num_timesteps}"
-        errors[label] = measure.denoising_curve(candidate, batch, torch.from_numpy(LOG_SNR)).numpy()
-    return errors
 
 
 def compared(rows: Sequence[Row], folder: Location) -> bytes | None:
