@@ -6,7 +6,9 @@ It was made by `PYTHONPATH=tests python tests/test_formats.py tests/formats/0.1`
 import hashlib
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,6 +98,25 @@ def test_a_run_is_sampled_and_resumed(kept: Path) -> None:
     points = curves.read(runs.existing_run(str(kept / "run")).location)["train/loss"]
     assert [point.images_seen for point in points] == [32, 64, 96]
     assert points[0].value == pytest.approx(0.9977, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("on_ray_head")
+def test_the_commands_resume_sample_and_compare_a_run(run_job: Callable[..., Any], kept: Path) -> None:
+    """Its config.json holds a retired key, and its checkpoint a file that sampling used to read."""
+    folder = kept / "run" / checkpoint.name_at(64)
+    (folder / "x_0_error.json").write_text("[]")
+    where = ("--data.shards", kept / "data", "--run.name", "run", "--run.storage", kept)
+    for words in (
+        ("train", "digits", "--config", folder / "config.json", *where, "--train.total-images", "96"),
+        ("sample", folder, "--num-images", "2", "--out", "drawn"),
+        ("compare", kept / "run", "--out", "report.html"),
+    ):
+        done = run_job(*words, cwd=kept)
+        assert done.returncode == 0, done.stderr
+    assert (kept / "run" / checkpoint.name_at(96) / checkpoint.CHECKSUMS).exists()
+    assert (kept / "drawn/images/000001.png").exists()
+    assert (kept / "report.html").exists()
 
 
 def test_records_for_mlflow_and_a_search_are_read(kept: Path) -> None:
