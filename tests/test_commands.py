@@ -1,8 +1,7 @@
-"""The program `ddpm`: its completion, and the wheel in a folder of its own, which needs no checkout."""
+"""The program `ddpm`: its commands, and the wheel in a folder of its own, which needs no checkout."""
 
 import importlib
 import re
-import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -11,11 +10,8 @@ import pytest
 from support import wheels
 from support.processes import REPO, run
 
-from ddpm import cli, presets
-from ddpm.commands import COMMANDS, completion
-from ddpm.config_io import flatten
+from ddpm.commands import COMMANDS, RETIRED, main
 from ddpm.utils import command_line
-from ddpm.utils.errors import UserError
 
 SMALL = """--total-images 640 --model.base-width 8 --model.width-multipliers 1 2 --model.norm-groups 4
     --schedule.num-timesteps 50 --sample.num-sample-steps 5 --sample.num-images 4""".split()
@@ -23,58 +19,18 @@ SMALL = """--total-images 640 --model.base-width 8 --model.width-multipliers 1 2
 
 def test_every_command_has_a_script_in_the_checkout() -> None:
     scripts = {path.stem for folder in ("jobs", "tune") for path in (REPO / folder).glob("*.py")}
-    assert scripts == set(COMMANDS) - {"completion"}  # which is of `ddpm` alone
+    assert scripts == set(COMMANDS)
 
 
-COMPLETED = {
-    "ddpm tr": ["train"],
-    "ddpm train dig": ["digits"],
-    "ddpm train digits --train.tot": ["--train.total-images"],
-    "ddpm search fashion-mnist --num-t": ["--num-trials"],
-    "ddpm prepare folder pictures --si": ["--size"],
-    "ddpm sample builtin:f": ["fashion-mnist"],  # bash replaces what is behind the colon
-    "ddpm sample runs/one --num-images 4 --samp": ["--sampler"],
-    "ddpm train digits --config ": [],  # bash completes files
-    "ddpm completion ": ["bash", "zsh", "fish"],
-}
-BASH = 'for COMP_LINE; do COMP_POINT=${#COMP_LINE}; _ddpm; echo "${COMPREPLY[@]}"; done'
-FISH = "for line in $argv[2..]; echo (complete -C $line); end"  # bash leaves $0 out by itself
-
-
-@pytest.mark.parametrize(
-    ("shell", "words", "each"),
-    [("bash", ["-uc"], BASH), ("fish", ["--no-config", "-c"], FISH)],
-    ids=["bash", "fish"],
-)
-def test_a_shell_completes_commands_names_and_flags(
-    shell: str,
-    words: list[str],
-    each: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_a_retired_command_names_what_to_use(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if shutil.which(shell) is None:
-        pytest.skip(f"{shell} is missing; `apt-get install {shell}` brings it")
-    monkeypatch.setattr(sys, "argv", ["ddpm completion", shell])
-    monkeypatch.setenv("COLUMNS", "30")
-    completion.main()
-    script = capsys.readouterr().out + each
-
-    def completed(*lines: str) -> list[list[str]]:
-        done = run([shell, *words, script, shell, *lines], cwd=tmp_path)
-        assert (done.returncode, done.stderr) == (0, "")
-        return [line.split() for line in done.stdout.splitlines()]
-
-    expected = COMPLETED
-    if shell == "fish":  # which sorts, and replaces whole words
-        expected = {line: sorted(found) for line, found in COMPLETED.items()}
-        expected["ddpm sample builtin:f"] = ["builtin:fashion-mnist"]
-    assert completed(*expected) == [*expected.values()]
-    (flags,) = completed("ddpm train digits --")
-    known = {f"--{key.replace('_', '-')}" for key in flatten(presets.DIGITS)} | {*cli.SHORT.values()}
-    own = {"--help", "--help-all", "--config", "--verbose", "--no-verbose"}
-    assert known | own == {flag for flag in flags if ".no-" not in flag}
+    (name,) = RETIRED
+    monkeypatch.setattr(sys, "argv", ["ddpm", name, "bash"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: there is no COMMAND {name}; {RETIRED[name]}\n"
 
 
 @pytest.mark.parametrize(
@@ -100,7 +56,7 @@ def test_without_a_checkout_help_names_no_script_of_it(
     monkeypatch.setattr(command_line, "IN_CHECKOUT", False)
     for words in ([], ["folder"] if name == "prepare" else ["digits"]):
         monkeypatch.setattr(sys, "argv", [f"ddpm {name}", *words, "--help-all"])
-        with suppress(SystemExit, UserError):  # no shell is called digits
+        with suppress(SystemExit):
             importlib.import_module(f"ddpm.commands.{name}").main()
     text = capsys.readouterr().out
     assert f"usage: ddpm {name}" in text and not re.findall(r"\S*(?:jobs|tune)/\S*", text)

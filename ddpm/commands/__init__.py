@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import NoReturn
 
 from ddpm import cli
+from ddpm.utils.errors import UserError
 
 COMMANDS = {
     "train": "train a preset, or resume a run",
@@ -22,8 +23,9 @@ COMMANDS = {
     "sync": "deliver a run's remaining records to MLflow",
     "ui": "show the runs in MLflow",
     "demo": "sample in the browser, two runs side by side",
-    "completion": "print the completion of these commands for bash, zsh or fish",
 }
+RETIRED = {"completion": "use `ddpm train digits --tyro-print-completion bash`"}
+"""Commands of earlier versions, and what to use instead."""
 
 
 def main() -> NoReturn:
@@ -36,6 +38,8 @@ def main() -> NoReturn:
 
 def _command() -> int | None:
     sys.argv[0] = "ddpm"
+    if len(sys.argv) > 1 and sys.argv[1] in RETIRED:
+        raise UserError(f"there is no COMMAND {sys.argv[1]}; {RETIRED[sys.argv[1]]}")
     name = cli.chosen("COMMAND", COMMANDS, "Train, sample and compare denoising diffusion models on Ray.\n")
     sys.argv[:2] = [f"ddpm {name}"]
     code: int | None = importlib.import_module(f"ddpm.commands.{name}").main()
