@@ -19,7 +19,6 @@ from ddpm.tracking import pages
 PIXELS = 1400
 WAIT_MS = 4000
 """Pages have no sign of being complete: charts and pictures come last."""
-VIEW = f"viewStateShareKey={pages.VIEW_TAG.rpartition('.')[2]}&compareRunsMode=CHART"
 PANEL = "[data-component-id='mlflow.assistant.chat_panel.close']"
 
 
@@ -42,8 +41,6 @@ def main(uri: str, experiment: str) -> None:
             page.screenshot(path=Path(__file__).parent / f"{name}.png")
 
         take("mlflow-run", f"experiments/{number}/runs/{ids[0]}?{pages.WORKFLOW}", show_more)
-        view = f"experiments/{number}/runs?{VIEW}&{pages.WORKFLOW}"
-        take("mlflow-view", view, lambda page: None, width=1800)  # three grids fit into a row
         # On a narrow window MLflow 3.17 leaves no room for the names of the files.
         take("mlflow-compare", compare, show_grids, width=2200)
 

@@ -1,7 +1,7 @@
 """Show the runs in MLflow: python jobs/ui.py [--port 5000]
 
-Prints a link to each experiment, to the table of its runs: the schedule, what was changed, and the scores. Then starts
-`mlflow ui` on ./mlflow.db, or on the SQLite file that MLFLOW_TRACKING_URI names.
+Prints a link to the runs of each experiment. Then starts `mlflow ui` on ./mlflow.db, or on the SQLite file that
+MLFLOW_TRACKING_URI names.
 """
 
 import os
@@ -34,8 +34,7 @@ def main() -> None:
     with opened() as client:
         experiments = client.search_experiments()
     for experiment in experiments:
-        if pages.VIEW_TAG in experiment.tags:
-            print(f"{experiment.name:<12}{pages.view_link(address, experiment.experiment_id)}", flush=True)
+        print(f"{experiment.name:<12}{pages.experiment_link(address, experiment.experiment_id)}", flush=True)
     if database is not None:
         # For evaluating language models: seven processes, which print tracebacks at Ctrl-C (MLflow 3.17).
         os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")

@@ -73,9 +73,7 @@ def _log(client: Any, name: str, folder: Path, artifacts: dict[str, str]) -> int
     from mlflow.models import Model
 
     config, uri = checkpoint.read_config(folder), mlflow_client.tracking_uri()
-    experiment_id = mlflow_runs.experiment_id(
-        client, uri, config.run.experiment, first_grid=config.train.sample_every_images
-    )
+    experiment_id = mlflow_runs.experiment_id(client, uri, config.run.experiment)
     run_key = checkpoint.read_state(folder).get("run_key")
     run = mlflow_runs.find_run(client, config.run.experiment, run_key) if run_key else None
     os.environ["MLFLOW_EXPERIMENT_ID"] = experiment_id

@@ -57,22 +57,14 @@ class Address:
     """The program that starts the run."""
 
 
-def experiment_id(
-    client: Any, uri: str, name: str, source: str = "jobs/train.py", first_grid: int = 0
-) -> str:
-    """The id of the experiment `name`, which is created if there is none, and gets a kind if it has none.
-
-    `source` and `first_grid` are those of `pages.experiment_tags`.
-    """
-    experiment, tags = client.get_experiment_by_name(name), pages.experiment_tags(source, first_grid)
-    if experiment is None:
-        database = database_file(uri)  # None: a server, which knows its own folder
-        folder = None if database is None else (database.absolute().parent / "mlruns").as_uri()
-        return client.create_experiment(name, folder, tags)
-    if pages.KIND_TAG not in experiment.tags:
-        for name, value in tags.items():
-            client.set_experiment_tag(experiment.experiment_id, name, value)
-    return experiment.experiment_id
+def experiment_id(client: Any, uri: str, name: str) -> str:
+    """The id of the experiment `name`, which is created if there is none."""
+    experiment = client.get_experiment_by_name(name)
+    if experiment is not None:
+        return experiment.experiment_id
+    database = database_file(uri)  # None: a server, which knows its own folder
+    folder = None if database is None else (database.absolute().parent / "mlruns").as_uri()
+    return client.create_experiment(name, folder)
 
 
 def find_run(client: Any, experiment: str, run_key: str) -> Any:
@@ -181,10 +173,7 @@ class MlflowRun:
     def _find(self, running: bool) -> Mapping[str, str]:
         """Find or create the run; returns the params that it had."""
         client, address = self._client, self._address
-        first_grid = self._params.get("train.sample_every_images", 0)
-        self.experiment_id = experiment_id(
-            client, address.uri, address.experiment, address.source, first_grid
-        )
+        self.experiment_id = experiment_id(client, address.uri, address.experiment)
         run = find_run(client, address.experiment, address.run_key)
         if run is not None:
             if running:

@@ -1,31 +1,20 @@
-"""Contents of MLflow's pages of an experiment and a run, besides records: kind, view, description."""
+"""Links to MLflow's pages, and the description of a run there."""
 
-import json
 import re
 import shlex
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ddpm.utils.command_line import installed
 
-KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
-"""Tag of an experiment with its kind, model training. MLflow has no constant for it, and the pages of 3.17 follow a
-switch that each browser remembers, or WORKFLOW in a link."""
 WORKFLOW = "workflowType=machine_learning"
-VIEW_TAG = "mlflow.sharedViewState.ddpm"
-"""Tag of a saved view of the experiment's runs, as MLflow's pages store it (3.17)."""
+"""Part of a link that shows MLflow's pages as model training; else they follow a switch that each browser remembers
+(3.17)."""
 NOTE_TAG = "mlflow.note.content"
 NOTE_END = "\n\n*Written by the run; another text in its place stays.*"
 GRID, LAST_GRID = "samples.png", "samples_last"
 """The newest grid as an artifact, and the key of the last one among the images."""
-COLUMNS = (
-    *("params.`schedule.kind`", "params.`optim.lr`", "tags.`changed`"),
-    *("metrics.`held_out/bits_per_dim`", "metrics.`eval/bits_per_dim`", "metrics.`eval/KID-classifier`"),
-    "metrics.`train/images_per_s`",
-)
-OURS = ("jobs/train.py", "tune/search.py")
 STOPPED = "SCHEDULED"
 """MLflow's status of a run that was stopped and can be resumed: its pages show KILLED in red, as they do FAILED."""
 STATUS = {
@@ -38,36 +27,14 @@ STATUS = {
 LOCAL_UI = "http://127.0.0.1:5000"
 
 
-def experiment_tags(source: str, first_grid: int = 0) -> dict[str, str]:
-    """Tags of an experiment with runs of the program `source`: its kind, and for our programs a view of the runs.
-
-    Args:
-        first_grid: images seen at a run's first grid, which the view shows for every run.
-    """
-    if source not in OURS:
-        return {KIND_TAG: KIND}
-    grids = [
-        {"type": "IMAGE", "uuid": key, "imageKeys": [key], "step": step, "metricSectionId": "grids"}
-        | {"showRunParams": False}
-        for key, step in ((LAST_GRID, 0), ("samples", first_grid))
-    ]
-    one_row = {"columns": 1, "cardHeight": 400}  # for the pictures of three runs
-    section = {"uuid": "grids", "name": "grids", "display": True, "isReordered": True, **one_row}
-    charts = {"compareRunCharts": grids, "compareRunSections": [section], "isAccordionReordered": True}
-    state = json.dumps({"selectedColumns": COLUMNS, **charts})
-    view = {"name": "Schedules and scores", "createdAt": int(time.time() * 1000), "state": state}
-    return {KIND_TAG: KIND, VIEW_TAG: json.dumps(view)}
-
-
 def link(uri: str, experiment_id: str | None, run_id: str | None) -> str:
     """The page of a run on the server at `uri`."""
     return f"{uri.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}?{WORKFLOW}"
 
 
-def view_link(uri: str, experiment_id: str) -> str:
-    """The page of an experiment on the server at `uri`, in the view of `experiment_tags`."""
-    view = VIEW_TAG.rpartition(".")[2]
-    return f"{uri.rstrip('/')}/#/experiments/{experiment_id}/runs?viewStateShareKey={view}&{WORKFLOW}"
+def experiment_link(uri: str, experiment_id: str) -> str:
+    """The page of an experiment's runs on the server at `uri`."""
+    return f"{uri.rstrip('/')}/#/experiments/{experiment_id}/runs?{WORKFLOW}"
 
 
 def ui_command(database: Path) -> str:

@@ -1,7 +1,6 @@
 """What a run writes for MLflow's pages: params that have an effect, changes from the preset, and a description."""
 
 import json
-import re
 from typing import Any
 
 import pytest
@@ -159,20 +158,3 @@ def test_a_run_of_another_program_gets_no_description(buffer: Location) -> None:
     put_records(buffer, 64, Metrics({"loss": 1.0}, 64, 1))
     deliver(address, buffer, 64)
     assert pages.NOTE_TAG not in run_of(address).data.tags
-    tags = MlflowClient(address.uri).get_experiment_by_name("foreign").tags
-    assert tags[pages.KIND_TAG] == pages.KIND and pages.VIEW_TAG not in tags
-
-
-@pytest.mark.parametrize("kind", [None, "genai_development"])
-def test_an_experiment_without_a_kind_gets_one(buffer: Location, kind: str | None) -> None:
-    client, name = MlflowClient(tracking_uri()), f"experiment of kind {kind}"
-    client.create_experiment(name, tags={pages.KIND_TAG: kind} if kind else {})
-    deliver(Address(tracking_uri(), name, "a", "6" * 32), buffer, -1)
-    tags = client.get_experiment_by_name(name).tags
-    assert tags[pages.KIND_TAG] == (kind or pages.KIND)
-    assert (pages.VIEW_TAG in tags) == (kind is None)
-    if kind is None:
-        view = json.loads(tags[pages.VIEW_TAG])
-        columns = json.loads(view["state"])["selectedColumns"]
-        assert view["name"] == "Schedules and scores" and "metrics.`held_out/bits_per_dim`" in columns
-        assert all(re.fullmatch(r"(params|metrics|tags)\.`[\w./-]+`", column) for column in columns)
