@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.processes import REPO, run
+from support.processes import REPO
 
 from ddpm.diffusion.objectives import PROCESSES
-from ddpm.hub import registry
 
 MODULES = sorted(path for folder in ("ddpm", "jobs", "tune") for path in (REPO / folder).rglob("*.py"))
 
@@ -35,13 +34,6 @@ def imported(node: ast.AST) -> Iterator[str]:
                 yield from imported(child)
 
 
-PACKAGES = {
-    "PIL": "pillow",
-    "annotated_types": "annotated-types",
-    "botocore": "boto3",
-    "sqlalchemy": "mlflow",
-}
-"""Packages whose names are not those of their modules."""
 IMPORTS = {name_of(path): list(imported(ast.parse(path.read_text()))) for path in MODULES}
 """Module -> the modules that it imports."""
 
@@ -87,14 +79,6 @@ def test_every_module_is_in_a_layer() -> None:
         if "." in name and not any(f"{name}.".startswith(f"{module}.") for module in named)
     ]
     assert homeless == []
-
-
-def test_a_registered_model_asks_for_what_it_imports() -> None:
-    code = "import sys, ddpm.hub.serving; print(*sys.modules)"
-    loaded = set(run([sys.executable, "-c", code], cwd=REPO).stdout.split())
-    imported = {i.split(".")[0] for name in loaded & IMPORTS.keys() for i in IMPORTS[name]} & loaded
-    needed = imported - sys.stdlib_module_names - {"ddpm", "mlflow"}
-    assert {PACKAGES.get(name, name) for name in needed} == set(registry.NEEDED)
 
 
 def test_no_module_uses_private_parts_of_ray() -> None:

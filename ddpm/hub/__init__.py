@@ -1,1 +1,1 @@
-"""Export of nets (diffusers, torch.export), MLflow's registry, serving, and resolution of names to checkpoints."""
+"""Export of nets (diffusers, torch.export), MLflow's registry, and resolution of names to checkpoints."""
