@@ -3,9 +3,6 @@
 Matrix products and convolutions count. Chowdhery et al. 2022, PaLM, arXiv:2204.02311, Appendix B.
 """
 
-import time
-from functools import cache
-
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,9 +22,6 @@ BFLOAT16_PEAKS = {
     "RTX 4090": 165e12,
 }
 """FLOP/s of dense bfloat16 products, by words of a GPU's name, from NVIDIA's data sheets. TF32 has half of that."""
-MEASURING_S = 0.2
-SIDE = 512
-"""Rows and columns of the matrices that measure a CPU's peak: of many short products, some are not interrupted."""
 
 
 def flops_per_image(net: nn.Module, config: Config) -> float:
@@ -44,20 +38,9 @@ def flops_per_image(net: nn.Module, config: Config) -> float:
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Peak FLOP/s: of a CPU measured with this process's threads, of a GPU from its data sheet; None: unknown."""
+    """Peak FLOP/s of a GPU, from its data sheet; None: unknown, as that of a CPU."""
     if device == devices.CPU:
-        return _measured_peak(getattr(torch, precision), torch.get_num_threads())
+        return None
     name = f" {devices.product_name(device).replace('-', ' ')} "
     known = next((peak for words, peak in BFLOAT16_PEAKS.items() if f" {words} " in name), None)
     return known / 2 if known and precision == "float32" else known
-
-
-@cache
-def _measured_peak(dtype: torch.dtype, threads: int) -> float:
-    """FLOP/s of the fastest of several large matrix products."""
-    a = torch.full((SIDE, SIDE), 0.5, dtype=dtype)
-    fastest, end = float("inf"), time.perf_counter() + MEASURING_S
-    while (began := time.perf_counter()) < end:
-        a @ a
-        fastest = min(fastest, time.perf_counter() - began)
-    return 2 * SIDE**3 / fastest

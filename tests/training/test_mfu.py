@@ -1,11 +1,13 @@
-"""Training FLOPs per image, against counts by hand."""
+"""Training FLOPs per image, against counts by hand, and the peaks of GPUs."""
 
+import pytest
 import torch
 
 from ddpm.build import build_net
 from ddpm.config import Config
 from ddpm.config_io import override
 from ddpm.training.mfu import flops_per_image, peak_flops
+from ddpm.utils import devices
 
 
 def test_flops_of_a_transformer_are_those_of_its_matrix_products() -> None:
@@ -19,8 +21,21 @@ def test_flops_of_a_transformer_are_those_of_its_matrix_products() -> None:
     assert flops_per_image(build_net(config), config) == 3 * 2 * products
 
 
-def test_the_peak_of_a_processor_is_measured_once() -> None:
-    cpu = torch.device("cpu")
-    peak = peak_flops(cpu, "float32")
-    assert peak is not None and 1e8 < peak < 1e14
-    assert peak_flops(cpu, "float32") == peak
+@pytest.mark.parametrize(
+    ("name", "precision", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12),
+        ("NVIDIA H100 80GB HBM3", "float32", 494.5e12),
+        ("NVIDIA A100-SXM4-40GB", "bfloat16", 312e12),
+        ("NVIDIA A1000", "bfloat16", None),
+    ],
+)
+def test_the_peak_of_a_known_gpu_is_that_of_its_data_sheet(
+    monkeypatch: pytest.MonkeyPatch, name: str, precision: str, peak: float | None
+) -> None:
+    monkeypatch.setattr(devices, "product_name", lambda device: name)
+    assert peak_flops(torch.device("cuda"), precision) == peak
+
+
+def test_a_cpu_has_no_known_peak() -> None:
+    assert peak_flops(devices.CPU, "float32") is None
