@@ -13,9 +13,6 @@ from ray.util.metrics import Gauge
 
 from ddpm.training import run_state
 
-IN_RAY = "system/"
-"""Prefix of metrics that Ray itself exports for every node."""
-
 
 class Gauges:
     """The gauges of one run; they end after the last `update`, since Ray 2.60 drops a gauge that is not set again.
@@ -37,7 +34,7 @@ class Gauges:
         workers = values.get(run_state.WORKERS) or 0
         newest = self._position | {"spool_segments": self._waiting(), "workers": workers}
         metrics = values.get(run_state.METRICS, {})
-        newest |= {name: points[-1][1] for name, points in metrics.items() if not name.startswith(IN_RAY)}
+        newest |= {name: points[-1][1] for name, points in metrics.items()}
         for name, value in newest.items():
             if name not in self._gauges:
                 self._gauges[name] = Gauge("ddpm_" + re.sub(r"\W", "_", name), name, ("run",))

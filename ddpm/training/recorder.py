@@ -21,7 +21,7 @@ from ddpm.tracking import pages
 from ddpm.training.mfu import flops_per_image, peak_flops
 from ddpm.training.runtime import Runtime
 from ddpm.training.state import State, lr_at
-from ddpm.utils import images
+from ddpm.utils import devices, images
 from ddpm.utils.progress import Progress
 
 PROGRESS_INTERVAL_S = 0.5
@@ -146,6 +146,8 @@ class Recorder:
         if peak := peak_flops(runtime.device, self._state.precision):
             flops = self._images_per_s * self._flops_per_image
             values["train/mfu"] = flops / (peak * runtime.world_size)
+        if (share := devices.peak_memory_share()) is not None:
+            values["train/gpu_peak_memory_share"] = share
         if sum(counts) > 0:  # not every step was skipped
             values |= {"train/loss": loss_sum / sum(counts), "train/grad_norm": self._grad_norm.item()}
         if config.optim.skip_non_finite:
@@ -155,7 +157,8 @@ class Recorder:
                 values[f"train/loss_t_quarter_{i + 1}"] = total / count
         if len(config.cluster.world_sizes()) > 1:
             values["train/workers"] = float(runtime.world_size)
-        return values | self._store.facts()
+        values["train/goodput"] = self._store.goodput()
+        return values
 
     def _report_progress(self, loss: float | None = None) -> None:
         if self._store is None:

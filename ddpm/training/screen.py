@@ -1,7 +1,6 @@
 """The display of a run while it trains: one screen on a terminal, one line per interval elsewhere."""
 
 import math
-import re
 import sys
 import time
 from collections import defaultdict
@@ -16,7 +15,6 @@ from ddpm.utils.tables import estimate
 
 CURVES = {"loss": "train/loss", "held-out loss": "held_out/loss", "bits/dim": "held_out/bits_per_dim"}
 """Metrics that are shown as a curve."""
-GPU_MEMORY = re.compile(r"system/gpu_(\d+)_memory_usage_percentage")
 WIDTH = 40
 """Columns of the bar and of a curve."""
 PLAIN, BOLD, GREEN, MAGENTA, CYAN = (f"\x1b[{code}m" for code in (0, 1, 32, 35, 36))
@@ -114,9 +112,8 @@ class Screen:
             age, waiting = _duration(time.monotonic() - self._committed_at), self._waiting()
             state = f"{waiting} checkpoint{'s' * (waiting > 1)} behind" if waiting else "up to date"
             add("checkpoint", f"{self._committed:,} images, {age} ago", f"MLflow: {state}")
-        for metric in self._curves:
-            if gpu := GPU_MEMORY.fullmatch(metric):
-                add(f"GPU {gpu[1]}", f"{self._newest(metric):.0f} % of its memory")
+        if (share := self._newest("train/gpu_peak_memory_share")) is not None:
+            add("GPU memory", f"{share:.0%} at its peak")
         return "\n".join(lines)
 
 

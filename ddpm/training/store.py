@@ -26,7 +26,6 @@ from ddpm.tracking import curves, metrics_buffer, spool
 from ddpm.tracking.metrics_buffer import MetricsBuffer, Record, Tags, segment_name
 from ddpm.training import checkpoint_manager, run_state
 from ddpm.training.state import State
-from ddpm.training.system_metrics import SystemMetrics
 from ddpm.utils.errors import UserError
 from ddpm.utils.progress import Progress
 from ddpm.utils.retry import StorageError, retry_io
@@ -68,7 +67,6 @@ class RunStore(MetricsBuffer):
         self._identity = {"run_key": run.key, "data_fingerprint": data_fingerprint}
         self._timeout_s = config.run.storage_timeout_s
         self.warn = partial(notify, run_state.WARNINGS)
-        self._system = SystemMetrics()
         self._images_seen = self._images_lost = 0
         self._began_at, self._minutes_before, self._status_at = time.monotonic(), 0.0, -math.inf
         self._curves: pa.Table | None = None  # those in storage are not read yet
@@ -101,12 +99,13 @@ class RunStore(MetricsBuffer):
         super().metrics(values, images_seen)
         self._notify(run_state.METRICS, (dict(values), images_seen))
 
-    def facts(self) -> dict[str, float]:
-        """Values to log besides the loss: goodput, and the load of this machine."""
+    def goodput(self) -> float:
+        """The share of the images trained on that no crash has lost."""
         trained = self._images_seen + self._images_lost
-        goodput = {"train/goodput": self._images_seen / trained if trained else 1.0}
-        self._notify(run_state.METRICS, (goodput, self._images_seen))  # even if it is not logged
-        return goodput | self._system.sample()
+        goodput = self._images_seen / trained if trained else 1.0
+        # Even if it is not logged.
+        self._notify(run_state.METRICS, ({"train/goodput": goodput}, self._images_seen))
+        return goodput
 
     def progress(self, progress: Progress) -> None:
         """Report how far training is."""

@@ -26,8 +26,8 @@ from ddpm.training import loop, run_state
 from ddpm.training.failures import RestartPolicy
 from ddpm.training.run_state_client import RunStateClient
 from ddpm.training.store import RunStore
-from ddpm.training.system_metrics import hardware
 from ddpm.training.worker import RayRuntime
+from ddpm.utils import devices
 from ddpm.utils.errors import UserError
 
 NEVER_S = 1e9
@@ -151,7 +151,7 @@ def train_run(
     state, store = spec["state"], None
     if ray.train.get_context().get_world_rank() == 0:
         store = RunStore(config, run, data_set.rows.fingerprint, state.set.remote)
-        store.tags({**tags, "hardware": hardware()})
+        store.tags({**tags, "hardware": devices.hardware()})
         store.data_set(_data_set_input(data_set))
         store.artifact("config.json", to_json(config).encode())
     runtime = RayRuntime(config, data_set, run, state, store, spec["folder"])

@@ -1,6 +1,9 @@
 """This process's device: an accelerator that torch.accelerator knows (CUDA, ROCm, XPU), else the CPU."""
 
 import os
+import platform
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,12 +29,27 @@ def product_name(device: torch.device) -> str:
     return str(_module(device).get_device_name(device))
 
 
-def memory() -> tuple[int, int, int] | None:
-    """Index, free and total bytes of the accelerator; None unless this process has used it (a query would start it)."""
+def hardware() -> str:
+    """Name of this process's accelerator, else the number of cores and the processor of its machine."""
+    if (device := default()) != CPU:
+        return product_name(device)
+    name = platform.machine()
+    with suppress(OSError):  # not on Linux
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), name)
+    return f"{os.cpu_count()} cores, {name}"
+
+
+def peak_memory_share() -> float | None:
+    """The most of the accelerator's memory that this process has reserved, as a share.
+
+    None unless it has used one: a query would start it.
+    """
     device = default()
     if device == CPU or not _module(device).is_initialized():
         return None
-    return torch.accelerator.current_device_index(), *torch.accelerator.get_memory_info()
+    _, total = torch.accelerator.get_memory_info()
+    return torch.accelerator.max_memory_reserved() / total
 
 
 def set_deterministic(device: torch.device, wanted: bool) -> None:

@@ -20,7 +20,7 @@ from ddpm.training.store import RunStore
 
 
 class Logged:
-    """What a run logs, but the load of this machine."""
+    """What a run logs."""
 
     def __init__(self) -> None:
         self.rows: dict[int, dict[str, float]] = {}
@@ -29,8 +29,7 @@ class Logged:
         self.warnings: list[str] = []
 
     def metrics(self, values: Mapping[str, float], images_seen: int) -> None:
-        ours = {name: value for name, value in values.items() if not name.startswith("system/")}
-        self.rows.setdefault(images_seen, {}).update(ours)
+        self.rows.setdefault(images_seen, {}).update(values)
 
     def image(self, key: str, image: NDArray[np.uint8], images_seen: int) -> None:
         assert image.dtype == np.uint8 and image.ndim == 3

@@ -65,7 +65,7 @@ with Screen("my run", 1000, lambda: 2) as screen:
     for seen, loss in ((250, 0.5), (500, 0.25)):
         metrics = {"train/loss": (seen, loss), "held_out/loss": (500, 0.375), "train/goodput": (seen, 0.9),
             "held_out/bits_per_dim": (500, 2.5), "held_out_error/bits_per_dim": (500, 0.125),
-            "train/mfu": (seen, 0.4), "system/gpu_0_memory_usage_percentage": (seen, 33.3)}
+            "train/mfu": (seen, 0.4), "train/gpu_peak_memory_share": (seen, 0.333)}
         metrics = {name: [point] for name, point in metrics.items()}
         screen.update({run_state.PROGRESS: Progress(seen, 1000, 50.0, loss), run_state.METRICS: metrics,
             run_state.WORKERS: 2, run_state.COMMITTED: 250})
@@ -96,7 +96,7 @@ def test_a_terminal_shows_one_live_screen(tmp_path: Path, encoding: str, curve: 
         f"bits/dim {curve[1]} 2.5000 {error} 0.1250",
     ]
     assert re.fullmatch(r"checkpoint 250 images, 0:0\d:\d\d ago MLflow: 2 checkpoints behind", lines[6])
-    assert lines[7] == "GPU 0 33 % of its memory"
+    assert lines[7] == "GPU memory 33% at its peak"
     assert shown.count("warning: seen above") == 2
     assert "\x1b[?25h" in shown.rpartition("MLflow")[2]  # the cursor is shown again
 
