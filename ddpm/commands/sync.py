@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from ddpm import cli
-from ddpm.config import Seconds, Text
+from ddpm.config import Seconds
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,6 @@ class Arguments:
     """Folder or s3:// URI of the run."""
     timeout_s: Seconds = 60.0
     """Give up after this many seconds without progress."""
-    experiment: Text | None = None
-    """MLflow experiment of a run without a checkpoint. Otherwise the checkpoint names it."""
 
 
 def main() -> None:
@@ -31,7 +29,7 @@ def main() -> None:
     from ddpm.tracking.mlflow_client import without_password
     from ddpm.utils.progress import Display, printable
 
-    rest = sync.remaining(arguments.run, arguments.experiment)
+    rest = sync.remaining(arguments.run)
     with Display("records", rest.records) as display:
         run_id = sync.deliver(rest, arguments.timeout_s, display.update)
     print(f"delivered   {rest.records:,} records")

@@ -35,11 +35,11 @@ class Remaining:
     records: int
 
 
-def remaining(uri: str, experiment: str | None = None) -> Remaining:
+def remaining(uri: str, experiment: str = RunConfig.experiment) -> Remaining:
     """The undelivered records of the run in the folder or bucket `uri`.
 
     Args:
-        experiment: MLflow experiment of a run without a checkpoint, which would name it.
+        experiment: MLflow experiment of a run without a checkpoint; otherwise the checkpoint names it.
     """
     run = runs.existing_run(uri)
     config, committed = None, -1
@@ -50,11 +50,6 @@ def remaining(uri: str, experiment: str | None = None) -> Remaining:
             config = from_json(file.read().decode(errors="replace"), file.uri)
             committed = int(checkpoints[-1].path.rpartition(runs.PREFIX)[2])
             experiment = config.run.experiment
-        elif experiment is None:
-            raise UserError(
-                f"{run.location.uri} has no checkpoint to read the experiment from; give it with --experiment (the "
-                f"--run.experiment of training, by default {RunConfig.experiment})"
-            )
         records = spool.count(buffer, committed)
     address = Address(tracking_uri(), experiment, run.name, run.key)
     return Remaining(address, config, buffer, committed, records)

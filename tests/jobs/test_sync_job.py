@@ -95,17 +95,14 @@ def test_an_unfinished_run_in_a_bucket_keeps_its_status(
     assert run_of(address).info.status == "FAILED"
 
 
-def test_a_segment_before_the_first_checkpoint_needs_the_experiment_name(
+def test_a_segment_before_the_first_checkpoint_goes_to_the_default_experiment(
     run_job: Callable[..., Any], mlflow_server: str, tmp_path: Path
 ) -> None:
     run = runs.open_run("c-run", str(tmp_path / "runs"))
     put(run.location.child("tracking"), 64, 64, failed=True)
-    unsaid = sync(run_job, run.location.uri, uri=mlflow_server)
-    assert unsaid.returncode == 2
-    assert "has no checkpoint to read the experiment from; give it with --experiment" in unsaid.stderr
-    done = sync(run_job, run.location.uri, "--experiment", "mine", uri=mlflow_server)
+    done = sync(run_job, run.location.uri, uri=mlflow_server)
     assert done.returncode == 0, done.stderr
-    assert_delivered_once(address_of(run, mlflow_server, "mine"), 64)
+    assert_delivered_once(address_of(run, mlflow_server, Config().run.experiment), 64)
 
 
 def test_undelivered_records_are_an_error(run_job: Callable[..., Any], run: Run, mlflow_server: str) -> None:
