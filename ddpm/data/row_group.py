@@ -70,9 +70,6 @@ class RowGroup:
 
 def columns(table: pa.Table) -> tuple[pa.Array, Labels | None]:
     """Images and labels of a row group."""
-    for name in table.column_names:
-        if table.column(name).null_count:
-            raise CorruptData(f"{name} has nulls")
     label = table.column("label").to_numpy() if "label" in table.column_names else None
     return table.column("image").combine_chunks(), label
 
@@ -109,7 +106,7 @@ def decode(data: bytes, height: int, width: int, channels: int, scale: int = 1) 
 
     Raises:
         ValueError: `data` is not a PNG, JPEG or WebP, or has another size (known from its header, before any pixel
-            is decoded: a small file can claim an image that fills the memory).
+            is decoded).
     """
     quickly = _jpeg(data, height, width, channels, scale)
     if quickly is not None:

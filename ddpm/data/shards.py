@@ -29,7 +29,9 @@ from ddpm.storage.locations import Location
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import error_line
 
-COPY_BYTES, UNPACKED_BYTES, MAX_BATCH_ROWS = 1 << 20, 1 << 30, 256
+COPY_BYTES = 1 << 20
+MAX_SHARD_BYTES = 1 << 30
+"""Largest shard of an earlier call that is kept: it is read whole."""
 DAMAGE = (OSError, pa.ArrowException, IndexError, UnicodeDecodeError)
 """Errors of pyarrow for a damaged file."""
 _AGAIN = "remove the data set, and run the command that prepared it again: it writes the same bytes"
@@ -74,8 +76,8 @@ def kept_shard(location: Location, path: str, num_rows: int) -> Shard | None:
     Its pages have checksums, so damage since it was written is detected.
     """
     try:
-        data = location.child(path).read(UNPACKED_BYTES)
-    except (FileNotFoundError, UserError):  # UserError: it is larger, or no regular file
+        data = location.child(path).read(MAX_SHARD_BYTES)
+    except (FileNotFoundError, UserError):  # UserError: it is larger
         return None
     with contextlib.suppress(CorruptData, KeyError, *DAMAGE):
         shard = _described(path, data)
@@ -86,8 +88,7 @@ def kept_shard(location: Location, path: str, num_rows: int) -> Shard | None:
 def _described(path: str, data: bytes) -> Shard:
     """The manifest's entry of a shard whose file has the content `data`."""
     parquet = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
-    names = parquet.schema_arrow.names
-    groups = [columns(_row_group(parquet, i, len(data), names)) for i in range(parquet.num_row_groups)]
+    groups = [columns(parquet.read_row_group(i)) for i in range(parquet.num_row_groups)]
     rows = tuple(len(image) for image, _ in groups)
     sums = tuple(content_sha256(image, label) for image, label in groups)
     return Shard(path, sum(rows), rows, len(data), hashlib.sha256(data).hexdigest(), sums)
@@ -145,7 +146,7 @@ def _read(location: Location, manifest: Manifest, shard: Shard, inside: int) -> 
             if file.size() != shard.num_bytes:
                 raise CorruptData(f"the shard has {file.size()} bytes; the manifest says {shard.num_bytes}")
             parquet = pq.ParquetFile(file, pre_buffer=True, page_checksum_verification=True)
-            return _unpacked(parquet, manifest, shard, inside)
+            return _row_group(parquet, manifest, shard, inside)
     except FileNotFoundError:
         raise CorruptData("the shard is missing; the manifest names it") from None
     except DAMAGE as error:
@@ -156,41 +157,17 @@ def _read(location: Location, manifest: Manifest, shard: Shard, inside: int) -> 
         raise CorruptData(f"it cannot be read: {error_line(error)}") from None
 
 
-def _unpacked(parquet: pq.ParquetFile, manifest: Manifest, shard: Shard, inside: int) -> pa.Table:
-    """Our columns of a row group, which are those that the manifest describes."""
-    group, schema = parquet.metadata.row_group(inside), parquet.schema_arrow
-    if group.num_rows != shard.row_groups[inside]:
-        raise CorruptData(f"it has {group.num_rows} rows; the manifest says {shard.row_groups[inside]}")
+def _row_group(parquet: pq.ParquetFile, manifest: Manifest, shard: Shard, inside: int) -> pa.Table:
+    """The columns of a row group that the manifest describes."""
+    num_rows, schema = parquet.metadata.row_group(inside).num_rows, parquet.schema_arrow
+    if num_rows != shard.row_groups[inside]:
+        raise CorruptData(f"it has {num_rows} rows; the manifest says {shard.row_groups[inside]}")
     is_raw = manifest.encoding == "raw"
     types: dict[str, pa.DataType] = {"image": pa.binary(math.prod(manifest.shape)) if is_raw else pa.binary()}
     if manifest.class_names:
         types["label"] = pa.int64()
     for name, kind in types.items():
-        stored = schema.field(name).type if schema.names.count(name) == 1 else "missing"
+        stored = schema.field(name).type if name in schema.names else "missing"
         if stored != kind:
             raise CorruptData(f"column {name} is {stored}; the manifest needs {kind}")
-    return _row_group(parquet, inside, shard.num_bytes, [*types])
-
-
-def _row_group(parquet: pq.ParquetFile, index: int, num_bytes: int, names: Sequence[str]) -> pa.Table:
-    """Columns of a row group of a shard of `num_bytes`.
-
-    Ours are neither compressed nor encoded shorter, so they take no more memory than the file has bytes; a small file
-    that unpacks to more is refused, by its footer or after UNPACKED_BYTES. (pyarrow's metadata of a single column is
-    not used: a damaged one ends the process.)
-    """
-    group = parquet.metadata.row_group(index)
-    too_large = f"it unpacks to more than the {num_bytes} bytes of the whole shard"
-    if group.total_byte_size > num_bytes:
-        raise CorruptData(too_large)
-    # The type bounds raw images. No encoded one is longer than the row group.
-    most = min(MAX_BATCH_ROWS, max(1, UNPACKED_BYTES // max(1, group.total_byte_size)))
-    rows = group.num_rows if pa.types.is_fixed_size_binary(parquet.schema_arrow.field("image").type) else most
-    batches = list[pa.RecordBatch]()
-    for batch in parquet.iter_batches(rows, row_groups=[index], columns=[*names], use_threads=False):
-        batches.append(batch)
-        if sum(part.nbytes for part in batches) > num_bytes + COPY_BYTES:
-            raise CorruptData(too_large)
-    if sum(map(len, batches)) != group.num_rows:
-        raise CorruptData("it is incomplete")
-    return pa.Table.from_batches(batches)
+    return parquet.read_row_group(inside, columns=[*types], use_threads=False)

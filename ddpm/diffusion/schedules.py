@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ddpm.config import ScheduleConfig
 
 MAX_TIMESTEPS = 1_000_000
-"""Largest T. The tables of an untrusted config with more would take all memory."""
+"""Largest T."""
 
 
 @dataclass(frozen=True, eq=False)

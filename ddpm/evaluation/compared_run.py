@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import torch
 
+from ddpm.build import build_net
 from ddpm.checkpoints import checkpoint, runs
 from ddpm.checkpoints.checkpoint import Position
 from ddpm.checkpoints.runs import Run, Status
@@ -166,7 +168,8 @@ def _of_checkpoint(
         how = "if it was killed, this resumes it:" if status.status == "RUNNING" else "this resumes it:"
         words = f"{STATUS[status.status]} at {seen:,} of {total:,} images"
         remarks.append(Remark(f"{words}; {how}" if command else words, command))
-    net = checkpoint.net_without_memory(config, card.uri)
+    with torch.device("meta"):  # only its weights are counted
+        net = build_net(config)
     hours = _hours(rates, rates[-1].x) if rates else None
     source = config.data.source or (config.data.shards or "unknown").rstrip("/").rpartition("/")[2]
     versions = [f"{k.rpartition('.')[2]} {v}" for k, v in tags.items() if re.match(r"version|git\.c", k)]

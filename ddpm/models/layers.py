@@ -30,7 +30,7 @@ NORM_EPS = 1e-6
 EMBEDDED_TIMESTEPS = 1000
 """The T that the sinusoids are made for; every other T is rescaled to it."""
 MAX_BLOCKS = 64
-"""Largest number of blocks per resolution. An untrusted config with more would take forever to build."""
+"""Largest number of blocks per resolution."""
 MAX_SIZE = 1 << 20
 """Largest side, width, and number of classes. A larger net fits in no memory, and torch cannot count its weights."""
 FEW_PIXELS = 1024

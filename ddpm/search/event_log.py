@@ -148,7 +148,7 @@ class _Card:
     """Content of the file."""
 
     format: Literal["ddpm-search/2"]
-    search_key: Annotated[str, Field(pattern="^[0-9a-z]+$")]
+    search_key: str
     settings: dict[str, Any]
     events: list[Annotated[Event, Field(discriminator="event")]]
 
@@ -205,13 +205,8 @@ class EventLog:
     def _parse(self, text: bytes) -> None:
         uri = self._file.uri
         card = strict_json.parse(_Card, text, f"{uri} is damaged, or of another version (use another --name)")
-        for number, event in enumerate(card.events):
-            try:
-                self._trials[event.trial] = _after(event, self._trials)
-            except ValueError:
-                raise UserError(
-                    f"{uri} is damaged: events.{number}: trial {event.trial} cannot be {event.event} here"
-                ) from None
+        for event in card.events:
+            self._trials[event.trial] = _after(event, self._trials)
         if self._settings is None:
             self._settings = card.settings
         for name in sorted({*card.settings, *self._settings}):
@@ -225,20 +220,17 @@ class EventLog:
 
 
 def _after(event: Event, trials: Mapping[int, Trial]) -> Trial:
-    """The event's trial after it; ValueError: the event cannot follow those that led to `trials`."""
-    trial = trials.get(event.trial)
+    """The event's trial after it."""
+    if isinstance(event, Begun):
+        return Trial(event.trial, event.changes, repeats=event.repeats)
+    trial = trials[event.trial]
     match event:
-        case Begun() if event.trial == len(trials) and event.repeats in (None, *trials):
-            return Trial(event.trial, event.changes, repeats=event.repeats)
-        case Scored() if trial and trial.last:
+        case Evaluated():
+            return replace(trial, rungs=(*trial.rungs, event.rung))
+        case Ended():
+            return replace(trial, status=event.status, reason=event.reason, wall_s=event.wall_s)
+        case Scored():
             return replace(trial, score=event.score)
-    if trial is not None and trial.status == "running":
-        match event:
-            case Evaluated() if event.rung.images_seen > trial.images_seen:
-                return replace(trial, rungs=(*trial.rungs, event.rung))
-            case Ended() if trial.last or event.status == "failed":
-                return replace(trial, status=event.status, reason=event.reason, wall_s=event.wall_s)
-    raise ValueError
 
 
 def rungs(total_images: int, batch_size: int, reduction_factor: int, num_rungs: int) -> list[int]:

@@ -66,7 +66,7 @@ class Location:
         return self._names(pafs.FileType.File)
 
     def read(self, most: int = MAX_BYTES) -> bytes:
-        """The content of this file; UserError if it has more than `most` bytes, or is not a regular file."""
+        """The content of this file; UserError if it has more than `most` bytes."""
         if self.is_local:
             return files.read_whole(Path(self.path), most)
         with self.filesystem.open_input_stream(self.path) as stream:

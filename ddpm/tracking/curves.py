@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ddpm.storage.locations import Location
-from ddpm.tracking.metrics_buffer import MAX_INT, Metrics, Record
+from ddpm.tracking.metrics_buffer import Metrics, Record
 from ddpm.utils.errors import UserError
 
 FILE = "metrics.parquet"
@@ -25,7 +25,7 @@ _TYPES: Any = {
     "timestamp_ms": pa.int64(),
 }
 SCHEMA = pa.schema(_TYPES)
-MAX_BYTES, MAX_ROWS, MAX_NAME = 10**8, 5 * 10**6, 100
+MAX_BYTES = 10**8
 
 
 class Point(NamedTuple):
@@ -44,33 +44,25 @@ def read(run: Location) -> dict[str, list[Point]]:
     return {name: [curve[at] for at in sorted(curve)] for name, curve in sorted(curves.items())}
 
 
-def read_table(run: Location, until: int = MAX_INT) -> pa.Table:
-    """The rows that `read` returns, up to a position."""
+def read_table(run: Location, until: int | None = None) -> pa.Table:
+    """The rows that `read` returns, up to a position; None: all."""
     file = run.child(FILE)
     try:
         data = file.read(MAX_BYTES)
     except FileNotFoundError:
         return SCHEMA.empty_table()
     try:
-        return _parse(data).filter(pc.field("images_seen") <= until)
+        table = _parse(data)
+        return table if until is None else table.filter(pc.field("images_seen") <= until)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:  # pyarrow raises them for damage, too
         raise UserError(f"{file.uri} is damaged: {' '.join(str(error).split())[:200]}") from None
 
 
 def _parse(data: bytes) -> pa.Table:
-    # As a dictionary, a name takes its memory once, however often a small file repeats it.
-    file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=["name"], page_checksum_verification=True)
-    sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
-    if file.metadata.num_rows > MAX_ROWS or sum(sizes) > 10 * MAX_BYTES:
-        raise ValueError("it has too many rows")
-    table = file.read()
-    if not table.schema.equals(SCHEMA.set(0, pa.field("name", pa.dictionary(pa.int32(), pa.string())))):
+    table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read()
+    if not table.schema.equals(SCHEMA):
         raise ValueError(f"its columns are {table.schema.names} of {table.schema.types}")
-    chunks: Any = table["name"].chunks
-    longest = max((len(name or "") for chunk in chunks for name in chunk.dictionary.to_pylist()), default=0)
-    if longest > MAX_NAME or any(column.null_count for column in table.columns):
-        raise ValueError("a value is missing, or a name is too long")
-    return table.cast(SCHEMA)
+    return table
 
 
 def extended(table: pa.Table, records: Iterable[Record]) -> pa.Table:

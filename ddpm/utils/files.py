@@ -8,7 +8,6 @@ import contextlib
 import errno
 import os
 import shutil
-import stat
 import time
 import uuid
 from pathlib import Path
@@ -31,22 +30,14 @@ def temporary(path: Path) -> Path:
 
 
 def read_whole(path: Path, most: int = MAX_BYTES) -> bytes:
-    """The content of a regular file of at most `most` bytes.
+    """The content of a file of at most `most` bytes.
 
     Raises:
-        UserError: it is a FIFO, a device or a folder, or it is larger.
+        UserError: it is larger.
         OSError: it cannot be read.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a FIFO would wait for its writer
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{path} is not a regular file")
-        check_length(status.st_size, most, str(path))
-        with open(descriptor, "rb", closefd=False) as file:
-            return file.read()
-    finally:
-        os.close(descriptor)
+    check_length(path.stat().st_size, most, str(path))
+    return path.read_bytes()
 
 
 def check_length(num_bytes: int, most: int, where: str) -> None:

@@ -1,7 +1,7 @@
 """Plugins of installed packages, by name: sources (ddpm.sources) and nets (ddpm.nets).
 
-A package declares a plugin in its metadata, as an entry point of the group. A name in a config.json, which may be
-untrusted, can therefore select only an installed plugin: it is not an import path.
+A package declares a plugin in its metadata, as an entry point of the group. A name in a config.json selects an
+installed plugin: it is not an import path.
 """
 
 from importlib.metadata import entry_points

@@ -1,4 +1,4 @@
-"""Strict parsing of untrusted JSON as a type: no conversion, no unknown keys, no missing keys."""
+"""Strict parsing of JSON as a type: no conversion, no unknown keys, no missing keys."""
 
 import dataclasses
 import functools

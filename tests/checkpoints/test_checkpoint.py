@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from support.forged import forge, forge_json, forge_tensors, write_trained
+from safetensors.torch import load_file, save
+from support.trained import alter_json, replace, write_trained
 from torch import Tensor
 
 from ddpm.checkpoints import checkpoint
@@ -54,7 +54,7 @@ def test_the_net_of_a_run_is_that_of_its_newest_checkpoint(
     run = tmp_path / "run"
     for name in ("checkpoint-000000000096", "checkpoint-000000000064", "best-000000000128"):
         shutil.copytree(folder, run / name)
-        forge_json(run / name, "config.json", {"run": {"name": name}})
+        alter_json(run / name, "config.json", {"run": {"name": name}})
     (run / "checkpoint-000000000128").mkdir()  # incomplete
     newest = checkpoint.load_net(str(run))
     assert newest.config.run.name == "checkpoint-000000000096"
@@ -107,9 +107,7 @@ def test_another_architecture_is_rejected(folder: Path, tiny: Config) -> None:
     """That of the config to resume with, and that of the weights themselves."""
     other = override(tiny, {"model.base_width": 16})
     state = State.create(other, CPU)
-    with pytest.raises(
-        UserError, match=r"model.base_width 8 \(now 16\); use those values, or another --run.name"
-    ):
+    with pytest.raises(UserError, match=r"model.base_width 8 \(now 16\).*--run.name"):
         state.restore(folder, other)
     checkpoint.write(state.snapshot(tiny, {"run_key": "k", "data_fingerprint": "f"}), folder)
     with pytest.raises(UserError, match="of another architecture"):
@@ -122,9 +120,8 @@ def test_a_checkpoint_of_another_generator_cannot_be_resumed(
 ) -> None:
     """Its data order and its noise differ; its weights can still be used for sampling and for --train.init-from."""
     assert checkpoint.read_state(folder)["generator"] == GENERATOR
-    forge_json(folder, "state.json", {"generator": ...} | says)
-    expected = says.get("generator", "PyTorch's, with 32 bits of a seed")
-    with pytest.raises(UserError, match=rf"another random generator \({expected}; now .*--train\.init-from"):
+    alter_json(folder, "state.json", {"generator": ...} | says)
+    with pytest.raises(UserError, match=rf"{says.get('generator', '')}.*{GENERATOR}.*--train\.init-from"):
         State.create(tiny, CPU).restore(folder, tiny)
     State.create(tiny, CPU).init_from(folder, tiny)
     checkpoint.load_net(folder, CPU)
@@ -135,7 +132,7 @@ def test_loading_never_executes_code(folder: Path, tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return Path.touch, (tmp_path / "executed",)  # type: ignore[return-value]
 
-    forge(folder, "net.safetensors", pickle.dumps(TouchOnUnpickle()))
+    replace(folder, "net.safetensors", pickle.dumps(TouchOnUnpickle()))
     with pytest.raises(UserError, match="cannot be read"):
         checkpoint.load_net(folder, CPU, ema=False)
     assert not (tmp_path / "executed").exists()
@@ -145,55 +142,29 @@ def test_loading_never_executes_code(folder: Path, tmp_path: Path) -> None:
     ("name", "wrong", "message"),
     [
         ("state.json", b'{"step": 3, "images', "it is not JSON: EOF while parsing"),
-        ("state.json", b"[]", r"it is \[\]; it must be an object"),
-        ("state.json", b"[" * 9999, "it is not JSON: recursion limit"),
-        ("state.json", b"\xff", "it is not JSON"),
-        ("state.json", {"images_seen": "96"}, "images_seen is '96'; it must be a valid integer"),
-        ("state.json", {"images_seen": True}, "images_seen is True; it must be a valid integer"),
-        ("state.json", {"images_seen": -5}, "images_seen is -5; it must be at least 0"),
-        ("state.json", {"images_seen": float("nan")}, "images_seen is nan; it must be"),
-        ("state.json", {"images_seen": 10**30}, "images_seen is 10+; it must be less than 1000000000000"),
-        ("state.json", {"images_seen": 64}, r"images_seen is 64, but step 3 \* train\.batch_size 32 is 96"),
-        ("state.json", {"skipped_steps": 4}, "skipped_steps is 4, but step is 3"),
-        (
-            "state.json",
-            {"best_held_out_loss": float("inf")},
-            "best_held_out_loss is inf; it must be a finite",
-        ),
-        ("state.json", {"interval": [0.0] * 11}, "interval is .*; it must have at most 10 items"),
-        ("state.json", {"interval": ["1"] * 10}, "interval.0 is '1'; it must be a valid number"),
+        ("state.json", b"[]", r"it is \[\]"),
+        ("state.json", {"images_seen": "96"}, "images_seen is '96'"),
+        ("state.json", {"images_seen": -5}, "images_seen is -5"),
+        ("state.json", {"best_held_out_loss": float("inf")}, "best_held_out_loss is inf"),
+        ("state.json", {"interval": [0.0] * 11}, "interval is "),
         ("state.json", {"data_fingerprint": ...}, "it lacks 'data_fingerprint'$"),
-        ("state.json", {"data_fingerprint": ""}, "data_fingerprint is '', but images_seen is 96"),
-        ("state.json", {"run_key": "\x1b\nerror:"}, r"run_key is '\\x1b\\nerror:'; it must .* pattern"),
         ("config.json", b"\xff", "it is not JSON"),
-        ("checksums.json", b"[" * 9999, "it is not JSON: recursion limit"),
-        ("checksums.json", b'{"\\u001b\\nerror:": 3}', r"\\x1b\\nerror: is 3; it must be a valid string"),
+        ("checksums.json", b'{"net.safetensors": 3}', "net.safetensors is 3"),
     ],
 )
 def test_json_with_wrong_content_is_rejected(
     folder: Path, tiny: Config, name: str, wrong: bytes | dict[str, Any], message: str
 ) -> None:
     """Every reader rejects it: resume, registry and sampling."""
-    forge_json(folder, name, wrong) if isinstance(wrong, dict) else forge(folder, name, wrong)
+    alter_json(folder, name, wrong) if isinstance(wrong, dict) else replace(folder, name, wrong)
     readers: list[Callable[[], object]] = [lambda: State.create(tiny, CPU).restore(folder, tiny)]
     if name == "state.json":
         readers.append(lambda: checkpoint.position(folder))
     else:
         readers.append(lambda: checkpoint.load_net(folder, CPU))
     for read in readers:
-        with pytest.raises(UserError, match=f"^{folder}/{name}( is damaged)?: {message}") as caught:
+        with pytest.raises(UserError, match=f"^{folder}/{name}( is damaged)?: {message}"):
             read()
-        assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
-
-
-def with_tensor(
-    name: str, change: Callable[[Tensor], Tensor]
-) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-    return lambda tensors: tensors | {name: change(tensors[name])}
-
-
-def without(name: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-    return lambda tensors: {key: tensor for key, tensor in tensors.items() if key != name}
 
 
 MOMENT = "conv_in.weight.exp_avg"
@@ -202,52 +173,30 @@ MOMENT = "conv_in.weight.exp_avg"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            lambda tensors: {},
-            "is empty, as in a registered model, but .* images_seen 96, .*--train.init-from",
-        ),
-        (without(MOMENT), f"is damaged or of another architecture: it lacks '{MOMENT}'"),
-        (lambda tensors: {**tensors, "a": torch.zeros(1)}, "is damaged .*: it has the unknown 'a'"),
-        (
-            with_tensor(MOMENT, lambda t: t[:, :, :1].contiguous()),
-            rf"{MOMENT} is \(8, 1, 1, 3\), the net has \(8, 1, 3, 3\)",
-        ),
-        (with_tensor(MOMENT, lambda t: t.new_zeros(1)), rf"{MOMENT} is \(1,\), the net has"),
-        (with_tensor(MOMENT, lambda t: t * torch.nan), f"{MOMENT} holds numbers that are not finite"),
-        (
-            with_tensor(MOMENT, lambda t: t.double()),
-            f"{MOMENT} has dtype torch.float64; it must be torch.float32",
-        ),
-        (with_tensor(f"{MOMENT}_sq", lambda t: t - 1), f"{MOMENT}_sq holds -1.0; it must be at least 0.0"),
-        (with_tensor("conv_in.weight.step", lambda t: t * 0), "step holds 0.0; it must be at least 1.0"),
+        ({}, f"lacks '{MOMENT}'"),
+        ({MOMENT: torch.zeros(8, 1, 1, 3)}, rf"{MOMENT} is \(8, 1, 1, 3\)"),
+        ({"a": torch.zeros(1)}, "unknown 'a'"),
     ],
+    ids=["missing", "of another shape", "unknown"],
 )
-def test_optimizer_state_with_wrong_content_is_rejected(
-    folder: Path, tiny: Config, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], message: str
+def test_the_state_of_another_optimizer_or_net_is_rejected(
+    folder: Path, tiny: Config, change: dict[str, Tensor], message: str
 ) -> None:
-    forge_tensors(folder, "optimizer.safetensors", change)
+    tensors = load_file(folder / "optimizer.safetensors")
+    if not change:
+        del tensors[MOMENT]
+    replace(folder, "optimizer.safetensors", save(tensors | change))
     with pytest.raises(UserError, match=f"^{folder}/optimizer.safetensors .*{message}"):
         State.create(tiny, CPU).restore(folder, tiny)
     checkpoint.load_net(folder, CPU)
     State.create(tiny, CPU).init_from(folder, tiny)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t * torch.nan, "holds numbers that are not finite"),
-        (lambda t: t / 0, "holds numbers that are not finite"),
-        (lambda t: t[:1], r"is \(1, 1, 3, 3\), the net has \(8, 1, 3, 3\)"),
-        (lambda t: t.half(), "has dtype torch.float16; it must be torch.float32"),
-    ],
-    ids=["nan", "infinite", "that broadcast", "of half precision"],
-)
 @pytest.mark.parametrize("file", ["net.safetensors", "ema.safetensors"])
-def test_weights_with_wrong_content_are_rejected(
-    folder: Path, tiny: Config, file: str, change: Callable[[Tensor], Tensor], message: str
-) -> None:
-    """Every reader rejects them: resume, registry, sampling and --train.init-from."""
-    forge_tensors(folder, file, with_tensor("conv_in.weight", change))
+def test_weights_of_another_shape_are_rejected(folder: Path, tiny: Config, file: str) -> None:
+    """Every reader rejects them, also a shape that would broadcast."""
+    tensors = load_file(folder / file)
+    replace(folder, file, save(tensors | {"conv_in.weight": tensors["conv_in.weight"][:1]}))
     readers: list[Callable[[], object]] = [
         lambda: State.create(tiny, CPU).restore(folder, tiny),
         lambda: checkpoint.load_net(folder, CPU, ema=file.startswith("ema")),
@@ -255,7 +204,7 @@ def test_weights_with_wrong_content_are_rejected(
     if file.startswith("ema"):
         readers.append(lambda: State.create(tiny, CPU).init_from(folder, tiny))
     for read in readers:
-        with pytest.raises(UserError, match=rf"^{folder}/{file} is damaged.*: conv_in\.weight {message}$"):
+        with pytest.raises(UserError, match=rf"^{folder}/{file} .*: conv_in\.weight is \(1, 1, 3, 3\)"):
             read()
 
 

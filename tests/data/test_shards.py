@@ -91,9 +91,7 @@ def test_the_same_images_give_the_same_bytes(tmp_path: Path) -> None:
 def test_a_folder_without_a_manifest_is_a_user_error(tmp_path: Path) -> None:
     write(tmp_path, pixels(6))
     (tmp_path / "manifest.json").unlink()
-    with pytest.raises(
-        UserError, match=r"no data set at s3://b/x.*`python jobs/prepare\.py SOURCE s3://b/x`"
-    ):
+    with pytest.raises(UserError, match=r"s3://b/x.*jobs/prepare\.py"):
         read_manifest(dataclasses.replace(resolve(str(tmp_path)), uri="s3://b/x"))
 
 
@@ -103,33 +101,18 @@ def shard_of(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 ALTERED: list[tuple[Callable[[dict[str, Any]], object], str]] = [
-    (
-        lambda raw: raw.update(format="ddpm-shards/1"),
-        "format is 'ddpm-shards/1'; .*: prepare the data set again",
-    ),
+    (lambda raw: raw.update(format="ddpm-shards/1"), "format is 'ddpm-shards/1'"),
     (lambda raw: raw.update(encoding="jpeg"), "encoding is 'jpeg'"),
-    (lambda raw: raw.update(height=10**6), "height is 1000000"),
-    (lambda raw: raw.update(channels=2), "channels is 2"),
-    (lambda raw: raw.update(splits={}), "no splits"),
     (lambda raw: raw.update(width=6), "fingerprint"),
     (lambda raw: raw.update(fingerprint="0" * 64), "fingerprint"),
     (lambda raw: raw["splits"]["train"].update(fingerprint="0" * 64), "fingerprint"),
-    (lambda raw: raw["splits"]["train"].update(num_rows=7), "split 'train' lists 7 rows"),
+    (lambda raw: raw["splits"]["train"].update(num_rows=7), "fingerprint"),
     (lambda raw: raw["splits"]["train"].update(num_rows=-1), "splits.train.num_rows is -1"),
-    (lambda raw: raw["splits"]["train"]["shards"].append(shard_of(raw)), "a shard twice"),
-    (lambda raw: shard_of(raw).update(num_rows=3), "lists 3 rows"),
-    (lambda raw: shard_of(raw).update(row_groups=[0, 4]), "row_groups.0 is 0; it must be at least 1"),
+    (lambda raw: shard_of(raw).update(num_rows=3), "fingerprint"),
+    (lambda raw: shard_of(raw).update(row_groups=[0, 4]), "row_groups.0 is 0"),
     (lambda raw: shard_of(raw).update(row_groups=[3, 1], row_group_sha256=["0" * 64] * 2), "fingerprint"),
-    (lambda raw: shard_of(raw).update(num_rows=10**12), "num_rows is 1000000000000; it must be at most"),
-    (lambda raw: shard_of(raw).update(num_bytes=239), "lists 4 images, more than its 239 bytes can hold"),
-    (lambda raw: shard_of(raw).update(row_groups=[10**7]), r"row_groups\.0 is 10000000; it must be at most"),
-    (lambda raw: shard_of(raw).update(sha256="x"), "a sha256 of shard train/00000.parquet is 'x'"),
-    (lambda raw: shard_of(raw).update(row_group_sha256=["x"]), "a sha256 of shard .* is 'x'"),
+    (lambda raw: shard_of(raw).update(sha256="0" * 64), "fingerprint"),
     (lambda raw: shard_of(raw).update(row_group_sha256=["0" * 64]), "fingerprint"),
-    (lambda raw: shard_of(raw).update(row_group_sha256=[]), "has 1 row groups, but 0 checksums"),
-    (lambda raw: shard_of(raw).update(path="/train/00000.parquet"), "shard path"),
-    (lambda raw: shard_of(raw).update(path="train/../../00000.parquet"), "shard path"),
-    (lambda raw: shard_of(raw).update(path="test/00000.parquet"), "shard path"),
 ]
 
 
@@ -142,12 +125,6 @@ def test_an_altered_manifest_is_rejected(
     alter(raw)
     with pytest.raises(UserError, match=rf"^here/manifest\.json: .*{message}"):
         manifest_from_json(json.dumps(raw), "here/manifest.json")
-
-
-def test_non_object_json_is_rejected() -> None:
-    for text in ("", "[" * 100_000, "[]"):
-        with pytest.raises(UserError, match=r"^here"):
-            manifest_from_json(text, "here")
 
 
 def test_a_wrong_byte_anywhere_is_detected(tmp_path: Path) -> None:
@@ -178,27 +155,23 @@ def test_a_storage_error_is_not_corruption(tmp_path: Path, monkeypatch: pytest.M
 
 
 IMAGES, LABELS = pa.array([b"a" * 60] * 3, pa.binary(60)), pa.array([0, 1, 2])
-PLAIN = {"compression": "none", "use_dictionary": False}
 
 
 @pytest.mark.parametrize(
-    ("columns", "options", "message"),
+    ("columns", "message"),
     [
-        ({"label": LABELS}, PLAIN, "column image is missing"),
-        ({"image": IMAGES}, PLAIN, "column label is missing"),
-        ({"image": IMAGES.cast(pa.binary()), "label": LABELS}, PLAIN, r"image is binary; .*\[60\]"),
-        ({"image": IMAGES, "label": pa.array([0, None, 1])}, PLAIN, "label has nulls"),
-        ({"image": pa.array([b"a" * 61] * 3, pa.binary(61)), "label": LABELS}, PLAIN, "image is"),
-        ({"image": IMAGES[:2], "label": LABELS[:2]}, PLAIN, "has 2 rows"),
-        ({"image": IMAGES, "label": LABELS}, PLAIN, "its checksum is not that of the manifest"),
+        ({"label": LABELS}, "column image is missing"),
+        ({"image": IMAGES.cast(pa.binary()), "label": LABELS}, "column image is binary"),
+        ({"image": IMAGES[:2], "label": LABELS[:2]}, "2 rows"),
+        ({"image": IMAGES, "label": LABELS}, "checksum"),
     ],
 )
-def test_a_shard_that_contradicts_the_manifest_is_rejected(
-    tmp_path: Path, columns: dict[str, pa.Array], options: Any, message: str
+def test_a_shard_of_another_data_set_is_rejected(
+    tmp_path: Path, columns: dict[str, pa.Array], message: str
 ) -> None:
     file = tmp_path / "train/00000.parquet"
     file.parent.mkdir()
-    pq.write_table(pa.table(columns), file, **options)
+    pq.write_table(pa.table(columns), file)
     shard = Shard("train/00000.parquet", 3, (3,), file.stat().st_size, "0" * 64, ("0" * 64,))
     manifest = make_manifest("test", (4, 5, 3), "raw", ["a", "b", "c"], {"train": [shard]}, "")
     with pytest.raises(CorruptData, match=rf"train/00000\.parquet, row group 0: .*{message}"):
@@ -232,7 +205,7 @@ def test_checksums_include_the_boundaries_of_encoded_images() -> None:
 
 def test_a_bad_label_is_an_error_with_its_row(tmp_path: Path) -> None:
     manifest = write(tmp_path, pixels(6), np.array([0, 1, 3, 2, 1, -1]))
-    with pytest.raises(CorruptData, match=r"row group 0, row 2: the label is 3, which is not in 0\.\.2$"):
+    with pytest.raises(CorruptData, match="row group 0, row 2: the label is 3"):
         read_row_group(resolve(str(tmp_path)), manifest, "train", 0)
     assert len(read_row_group(resolve(str(tmp_path)), manifest, "train", 0, rows=np.array([3, 1]))[0]) == 2
     with pytest.raises(CorruptData, match=r"00001\.parquet, row group 0, row 1: the label is -1"):

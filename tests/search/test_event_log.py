@@ -41,48 +41,17 @@ def test_events_survive_a_reload(tmp_path: Path) -> None:
 
 def test_another_search_with_the_same_name_is_rejected(tmp_path: Path) -> None:
     open_events(tmp_path)
-    with pytest.raises(
-        UserError, match=r"was begun with seed 0, not 1; give the same value, or another --name"
-    ):
+    with pytest.raises(UserError, match=r"seed 0, not 1.*--name"):
         open_events(tmp_path, seed=1)
-
-
-BEGUN = {"event": "begun", "trial": 0, "changes": {}}
-RUNG = {
-    "images_seen": 64,
-    "bits_per_dim": 2.0,
-    "bits_per_dim_error": 0.1,
-    "held_out_loss": 0.5,
-    "train_loss": 0.5,
-}
-EVALUATED = {"event": "evaluated", "trial": 0, "rung": RUNG, "should_continue": True}
-ENDED = {"event": "ended", "trial": 0, "status": "finished", "reason": "", "wall_s": 1.0, "training_s": 1.0}
-SCORED = {"event": "scored", "trial": 0, "score": {"name": "KID", "value": 1.0, "error": 0.1, "n": 3}}
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         ("{", "it is not JSON"),
-        ({"format": "ddpm-search/1"}, "format is 'ddpm-search/1'; it must be 'ddpm-search/2'"),
-        ({"search_key": "../x"}, "search_key is '../x'; it must match"),
+        ({"format": "ddpm-search/1"}, "format is 'ddpm-search/1'"),
         ([{"event": "judged"}], "events.0 has no known 'event'"),
-        ([{**BEGUN, "trial": True}], "events.0.begun.trial is True; it must be a valid integer"),
-        (
-            [BEGUN, {**EVALUATED, "rung": {**RUNG, "images_seen": -1}}],
-            "events.1.evaluated.rung.images_seen is -1; it must be at least 0",
-        ),
-        (
-            [BEGUN, {**ENDED, "status": "running"}],
-            "events.1.ended.status is 'running'; it must be 'finished', ",
-        ),
-        ([BEGUN, BEGUN], "events.1: trial 0 cannot be begun here"),
-        ([BEGUN, {**BEGUN, "trial": 1, "repeats": 1}], "events.1: trial 1 cannot be begun here"),
-        ([EVALUATED], "events.0: trial 0 cannot be evaluated here"),
-        ([BEGUN, EVALUATED, EVALUATED], "events.2: trial 0 cannot be evaluated here"),
-        ([BEGUN, ENDED], "events.1: trial 0 cannot be ended here"),
-        ([BEGUN, EVALUATED, ENDED, EVALUATED], "events.3: trial 0 cannot be evaluated here"),
-        ([BEGUN, SCORED], "events.1: trial 0 cannot be scored here"),
+        ([{"event": "begun", "trial": -1, "changes": {}}], "events.0.begun.trial is -1"),
     ],
 )
 def test_a_damaged_event_log_is_a_one_line_error(tmp_path: Path, damage: Any, message: str) -> None:

@@ -25,8 +25,6 @@ from ddpm.training.state import State
 from ddpm.training.store import RunStore
 from ddpm.utils.errors import UserError
 
-ROWS: dict[str, list[Any]] = {"name": ["a"], "images_seen": [1], "value": [0.5], "timestamp_ms": [2]}
-
 
 @pytest.fixture
 def run(tmp_path: Path) -> Location:
@@ -80,21 +78,17 @@ def test_the_last_value_of_a_position_counts(run: Location) -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "message"),
+    "columns",
     [
-        ({"name": ["a"]}, "its columns are"),
-        (ROWS | {"value": ["much"]}, "its columns are"),
-        (ROWS | {"images_seen": [None]}, "its columns are|a value is missing"),
-        (ROWS | {"value": pa.array([None], pa.float64())}, "a value is missing"),
-        (ROWS | {"name": ["a" * 101]}, "a value is missing, or a name is too long"),
+        {"name": ["a"]},
+        {"name": ["a"], "images_seen": [1], "value": ["much"], "timestamp_ms": [2]},
     ],
-    ids=["columns missing", "text", "null of another type", "null", "long name"],
 )
-def test_a_damaged_file_is_one_line(run: Location, columns: dict[str, Any], message: str) -> None:
+def test_a_file_with_other_columns_is_one_line(run: Location, columns: dict[str, Any]) -> None:
     file = Path(run.path, curves.FILE)
     file.parent.mkdir(parents=True)
     pq.write_table(pa.table(columns), file)
-    with pytest.raises(UserError, match=rf"metrics.parquet is damaged: ({message})") as error:
+    with pytest.raises(UserError, match=r"metrics\.parquet is damaged") as error:
         curves.read(run)
     assert "\n" not in str(error.value)
 
@@ -116,7 +110,7 @@ def test_flipped_bytes_are_noticed_or_change_nothing(run: Location) -> None:
     assert noticed > 100
 
 
-def test_a_truncated_file_a_device_and_a_giant_are_refused(
+def test_a_truncated_file_and_a_giant_are_refused(
     tiny: Config, run: Location, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Training goes on with new curves."""
@@ -128,10 +122,6 @@ def test_a_truncated_file_a_device_and_a_giant_are_refused(
         file.write_bytes(data)
         with pytest.raises(UserError, match=r"is damaged|is larger than"):
             curves.read(run)
-    file.unlink()
-    file.symlink_to("/dev/zero")
-    with pytest.raises(UserError, match="is not a regular file"):
-        curves.read(run)
     (warning,) = save(run, tiny, 64)
-    assert warning.endswith("it is written anew from 32 images on")
+    assert "metrics.parquet" in warning and "32 images" in warning
     assert [point[:2] for point in curves.read(run)["loss"]] == [(64, 96.0)]
