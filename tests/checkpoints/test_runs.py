@@ -63,8 +63,8 @@ def test_a_config_gets_a_valid_name_and_an_absolute_storage(tmp_path: Path) -> N
     assert runs.with_name_and_storage(named, "glyphs") == named
     for name, message in (
         ("a/b", "cannot be a folder's name"),
-        ("n" * 300, r"^run\.name has 300 bytes; at most 240 are allowed"),
-        ("ö" * 150, r"^run\.name has 300 bytes; at most 240 are allowed"),
+        ("n" * 300, r"^run\.name has 300 bytes"),
+        ("ö" * 150, r"^run\.name has 300 bytes"),
     ):
         with pytest.raises(UserError, match=message):
             runs.with_name_and_storage(override(Config(), {"run.name": name}), "glyphs")
@@ -86,7 +86,7 @@ def test_a_damaged_run_json_is_a_user_error_and_left_unchanged(text: bytes, tmp_
     ("change", "message"),
     [
         ({}, None),
-        ({"status": "DONE"}, "status is 'DONE'; it must be 'RUNNING', 'FINISHED', 'STOPPED' or 'FAILED'"),
+        ({"status": "DONE"}, "status is 'DONE'"),
         ({"minutes": "1"}, "minutes is '1'"),
         ({"images_lost": -1}, "images_lost is -1"),
         ({"tags": {"a": 1}}, "tags.a is 1"),
@@ -192,7 +192,7 @@ def test_a_relative_path_starts_from_the_working_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        ("b", "/b does not exist; expected a checkpoint folder"),
+        ("b", "/b does not exist"),
         ("a", "/a holds no checkpoint"),
         ("a/run.json", r"/run\.json .*checkpoint"),
     ],

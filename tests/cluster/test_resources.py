@@ -151,7 +151,7 @@ def test_more_workers_than_cpus_give_a_warning(cluster: Cluster) -> None:
     assert resources.crowding(with_workers(2), {"CPU": 0.5}) is None
     assert resources.crowding(with_workers(4), {"CPU": 0.25, "GPU": 1.0}) is None
     warning = resources.crowding(with_workers(4), {"CPU": 0.25})
-    assert warning == "4 workers share 2 CPUs, and wait for each other at every step; 2 are enough"
+    assert warning is not None and warning.startswith("4 workers share 2 CPUs")
 
 
 def test_declared_resources_count_before_the_machines_join(
@@ -180,17 +180,14 @@ def test_invalid_json_is_a_user_error(growing: None, monkeypatch: pytest.MonkeyP
 def test_a_local_folder_that_nodes_cannot_see_is_a_user_error(
     growing: None, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, message = (
-        override(with_workers(1), {"data.shards": "/data/digits"}),
-        "the local folder /data/digits, but",
-    )
-    with pytest.raises(UserError, match=rf"--data\.shards is {message} the cluster can add nodes"):
+    config = override(with_workers(1), {"data.shards": "/data/digits"})
+    with pytest.raises(UserError, match=r"--data\.shards is the local folder /data/digits"):
         resources.check_storage(config)
     resources.check_storage(override(config, {"run.shared_storage": True}))
     monkeypatch.delenv("DDPM_CLUSTER_RESOURCES")
     resources.check_storage(config)
     cluster(8, nodes=2)
-    with pytest.raises(UserError, match=f"{message} the cluster has 2 nodes that cannot see it; use s3://"):
+    with pytest.raises(UserError, match=r"/data/digits.* 2 nodes.*s3://"):
         resources.check_storage(config)
 
 

@@ -46,9 +46,7 @@ def test_runs_are_not_stored_among_the_images(
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     config = override(presets.DIGITS, {"data.images": images, "run.storage": storage})
-    with pytest.raises(
-        UserError, match=r"work.* is in (\.|pets), so what is written there would be among its images"
-    ):
+    with pytest.raises(UserError, match=r"work.* is in (\.|pets)"):
         builtin.with_shards(config)
     assert {path.name for path in tmp_path.iterdir()} == {"work"}
     assert {path.name for path in (tmp_path / "work/pets").iterdir()} == {"cat", "dog"}
@@ -128,7 +126,7 @@ def test_skipping_does_not_change_which_data_set_it_is(
 ) -> None:
     write_images(tmp_path / "pets", 20)
     (tmp_path / "pets/cat/0-0.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"or leave them out with .*--data\.skip-unreadable.*: .*0-0\.png"):
+    with pytest.raises(UserError, match=r"--data\.skip-unreadable.*0-0\.png"):
         builtin.with_shards(config_of(tmp_path, tmp_path / "pets"))
     skipping = builtin.with_shards(config_of(tmp_path, tmp_path / "pets", **{"data.skip_unreadable": True}))
     assert "left out    1 image that cannot be read, listed in" in capsys.readouterr().out

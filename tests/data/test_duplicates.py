@@ -105,13 +105,13 @@ def test_a_shard_of_copies_is_removed_and_a_split_of_copies_refused(tmp_path: Pa
     train, test = noise(16), noise(2, seed=1)
     prepare.prepare(given([*train, train[3], train[5]], test), resolve(f"{tmp_path}/a"), **DROP)
     assert [path.name for path in (tmp_path / "a/train").iterdir()] == ["00000.parquet"]
-    with pytest.raises(UserError, match="each train image looks like a held-out one"):
+    with pytest.raises(UserError, match="each train image"):
         prepare.prepare(given(test[::-1], test), resolve(f"{tmp_path}/b"), **DROP)
 
 
 def test_too_many_images_are_not_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare, "MAX_EXAMINED", 19)
-    with pytest.raises(UserError, match="searches at most 19 images, and there are 20"):
+    with pytest.raises(UserError, match=r"19 images.* 20"):
         prepare.prepare(given(noise(18), noise(2)), resolve(f"{tmp_path}/a"), **DROP)
     assert not (tmp_path / "a").exists()
 

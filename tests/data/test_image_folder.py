@@ -143,7 +143,7 @@ def test_subfolders_are_classes(tmp_path: Path) -> None:
 def test_a_class_whose_name_is_not_utf_8_is_a_user_error(tmp_path: Path) -> None:
     folder = os.fsdecode(b"caf\xe9")
     write_tree(tmp_path, {f"{folder}/0.png": 0, "b/1.png": 1})
-    with pytest.raises(UserError, match=r"the name of caf\\udce9 is not UTF-8; rename this class"):
+    with pytest.raises(UserError, match=r"caf\\udce9 is not UTF-8"):
         Folder(tmp_path, size=8)
 
 
@@ -169,9 +169,7 @@ def test_split_folders_are_used(tmp_path: Path) -> None:
     (tmp_path / "train").rename(tmp_path / "Train")
     assert content(Folder(tmp_path, size=8), "test") == [(2, "a")]
     write_tree(tmp_path, {"valid/a/4.png": 4})
-    with pytest.raises(
-        UserError, match="several folders of one split, of Train, val, valid; keep one of each"
-    ):
+    with pytest.raises(UserError, match="Train, val, valid"):
         Folder(tmp_path, size=8)
     (tmp_path / "valid/a/4.png").unlink()
     (tmp_path / "valid/a").rmdir()
@@ -316,13 +314,13 @@ def test_unsuitable_parquet_files_are_user_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read .*x\.parquet"):
         HuggingFace(path, size=8)
     pq.write_table(pa.table({"img": pa.array([1, 2])}), path)
-    with pytest.raises(UserError, match=r"column 'image' is missing.*--image-column, one of img"):
+    with pytest.raises(UserError, match=r"'image' is missing.*--image-column"):
         HuggingFace(path, size=8)
     write_hugging_face(path, [0, 1], [0, -1])
     with pytest.raises(UserError, match="holds the label -1"):
         HuggingFace(path, size=8)
     write_hugging_face(path, [0, 1], [0, 2], ["cat", "dog"])
-    with pytest.raises(UserError, match=r"holds the label 2, which is not in 0\.\.1"):
+    with pytest.raises(UserError, match="label 2"):
         HuggingFace(path, size=8)
     pq.write_table(pa.table({"image": pa.array([file_of(image_of(8, 8)), b"broken"])}), path)
     with pytest.raises(UserError, match=r"cannot read the image .*x\.parquet, row group 0, row 1"):

@@ -49,14 +49,12 @@ def test_images_are_fitted_and_may_have_no_labels() -> None:
 
 
 def test_mistakes_are_one_line() -> None:
-    with pytest.raises(UserError, match=r"^data has the splits all; use train and test"):
+    with pytest.raises(UserError, match=r"^data has the splits all"):
         Items({"all": [GREY[0]]}, 8, 1).identity()
     for nothing in (iter([]), {"train": [GREY[0]], "test": []}):
-        with pytest.raises(
-            UserError, match=r"^data: \w+ is \w+, without a length or any item; give items by"
-        ):
+        with pytest.raises(UserError, match=r"^data: \w+ is \w+"):
             Items(nothing, 8, 1).identity()
-    with pytest.raises(UserError, match=r"^data: some items have a label, others have none"):
+    with pytest.raises(UserError, match=r"^data: some items have a label"):
         Items({"train": [(GREY[0], 3)] * 2, "test": [(GREY[1], -1)]}, 8, 1).identity()
-    with pytest.raises(UserError, match=r"^data: item 0: it is float64 \(8, 8\); an image is uint8, or"):
+    with pytest.raises(UserError, match=r"^data: item 0: it is float64 \(8, 8\)"):
         Items([GREY[0] / 100 - 1] * 2, 8, 1).identity()

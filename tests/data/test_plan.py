@@ -116,31 +116,19 @@ def test_training_ends_with_a_whole_global_batch() -> None:
 
 def test_a_global_batch_that_cannot_be_shared_is_rejected() -> None:
     for batch_size, micro_batch_size in ((128, 48), (0, 48)):
-        with pytest.raises(UserError, match="not a positive multiple of micro_batch_size 48"):
+        with pytest.raises(UserError, match="micro_batch_size 48"):
             ReadOrder(batch_size, micro_batch_size, 0).share(0, 1)
-    with pytest.raises(UserError, match=r"128 is 4 micro-batches of 32, too few for 5 workers"):
+    with pytest.raises(UserError, match="5 workers"):
         ReadOrder(128, 32, 0).share(0, 5)
 
 
 @pytest.mark.parametrize(
     ("micro_batch_size", "workers", "line"),
     [
-        (
-            8,
-            "1:5",
-            "5 workers share 16 micro-batches unevenly: some take 4, and the others wait for them (20% of",
-        ),
+        (8, "1:5", "5 workers share 16 micro-batches"),
         (32, 4, None),
-        (
-            32,
-            3,
-            "3 workers share 4 micro-batches unevenly: some take 2, and the others wait for them (33% of",
-        ),
-        (
-            32,
-            "1:4",
-            "3 workers share 4 micro-batches unevenly: some take 2, and the others wait for them (33% of",
-        ),
+        (32, 3, "3 workers share 4 micro-batches"),
+        (32, "1:4", "3 workers share 4 micro-batches"),
     ],
 )
 def test_shares_that_leave_workers_idle_are_a_warning(

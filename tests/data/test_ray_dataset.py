@@ -55,9 +55,7 @@ def test_a_stalled_reader_is_an_error() -> None:
     rows = ray_dataset.RankReader(FakeIterator(2, hang=True), 600, 0)  # type: ignore[arg-type]
     assert [next(rows).image, next(rows).image] == [0, 1]
     rows._stall_timeout_s, rows._storage_timeout_s = 0.2, 0.3
-    with pytest.raises(
-        UserError, match=r"no data for 0\.5 s \(stall_timeout_s 0\.2 \+ storage_timeout_s 0\.3\)"
-    ):
+    with pytest.raises(UserError, match=r"stall_timeout_s 0\.2 \+ storage_timeout_s 0\.3"):
         next(rows)
 
 
@@ -187,9 +185,9 @@ def test_reading_ahead_follows_the_workers_within_the_object_store() -> None:
 
 def test_invalid_read_orders_are_rejected_at_once(tmp_path: Path) -> None:
     data_set = ray_dataset.open_data_set(damaged.prepare(str(tmp_path)).uri)
-    with pytest.raises(UserError, match="4 micro-batches of 3, too few for 5 workers"):
+    with pytest.raises(UserError, match="5 workers"):
         ray_dataset.micro_batches(data_set, ORDER, world_size=5)
-    with pytest.raises(UserError, match="images_seen is -12; it must be a position, 0 or more"):
+    with pytest.raises(UserError, match="images_seen is -12"):
         ray_dataset.micro_batches(data_set, ORDER, -12)
 
 

@@ -145,9 +145,7 @@ def test_mnist_files_of_torchvision(tmp_path: Path, zipped: bool) -> None:
 def test_missing_and_damaged_idx_files_are_user_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="MNIST/raw lacks train-images"):
         Torchvision("mnist", root=tmp_path)
-    with pytest.raises(
-        UserError, match=r"no train-images-idx3-ubyte\[\.gz\].*dataset-fashion-mnist.*--path FOLDER"
-    ):
+    with pytest.raises(UserError, match=r"train-images-idx3-ubyte.*--path FOLDER"):
         FashionMnist(path=tmp_path)
     write_mnist(tmp_path / "f")
     path = tmp_path / "f/t10k-images-idx3-ubyte.gz"
@@ -179,9 +177,7 @@ def test_celeba_is_cropped_to_its_centre(tmp_path: Path) -> None:
         stored = np.asarray(image)
     assert stored.shape == (64, 64, 3) and stored[1:-1, :, 2].min() > 200 and stored[..., 0].max() < 50
     (folder / "000003.jpg").unlink()
-    with pytest.raises(
-        UserError, match=r"lacks img_align_celeba/000003\.jpg; --root .*CelebA\(root, download=True\)"
-    ):
+    with pytest.raises(UserError, match=r"img_align_celeba/000003\.jpg; --root"):
         Torchvision("celeba", root=tmp_path)
     partition.write_text("000000.jpg 7\n")
     with pytest.raises(UserError, match=r"list_eval_partition\.txt is damaged"):
@@ -212,7 +208,7 @@ def test_cifar10_files_of_torchvision(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(UserError, match="--size is 64; for cifar10 it must be 32"):
         Torchvision("cifar10", size=64)
     (folder / "test_batch").write_bytes(b"another")
-    with pytest.raises(UserError, match=r"lacks files of CIFAR-10, or has damaged ones; --root"):
+    with pytest.raises(UserError, match=r"CIFAR-10.*--root"):
         Torchvision("cifar10", root=tmp_path)
 
 
@@ -240,7 +236,7 @@ def _without_files(self: FashionMnist) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("torchvision:svhn", "dataset is 'svhn'; it must be one of cifar10, mnist, celeba"),
+        ("torchvision:svhn", "dataset is 'svhn'"),
         ("torchvision", "data.source is 'torchvision', which is not built in"),
         ("nothing", "data.source is 'nothing', which is not built in"),
         (None, "no images are given: --data.images FOLDER, or a data set"),

@@ -14,7 +14,7 @@ from support.reported import drawn, made, near, result
 
 from ddpm.checkpoints import checkpoint, runs
 from ddpm.evaluation import comparison_page, publish
-from ddpm.evaluation.compared_run import RATE, ComparedRun, Remark, read
+from ddpm.evaluation.compared_run import RATE, ComparedRun, read
 from ddpm.evaluation.plots import Point
 from ddpm.presets import DIGITS
 from ddpm.sampling import generate
@@ -49,8 +49,9 @@ def test_a_copied_folder_is_all_that_is_read(tmp_path: Path, monkeypatch: pytest
         "versions": "torch 2.13.0, commit 0123",
         "data": "digits (01234567)",
     }
-    text = f"stopped at 4,480 of {DIGITS.train.total_images:,} images; this resumes it:"
-    assert first.remarks == [Remark(text, COMMAND)]
+    (remark,) = first.remarks
+    assert remark.text.startswith(f"stopped at 4,480 of {DIGITS.train.total_images:,} images")
+    assert remark.command == COMMAND
     content = content_of(first)
     shutil.copytree(uri, tmp_path / "copies/a")
     shutil.rmtree(uri)
@@ -80,15 +81,15 @@ def test_what_is_missing_or_damaged_is_said(tmp_path: Path) -> None:
     page = shown_text([fresh, torn])
     damage = (
         "metrics.parquet is damaged",
-        "bad.json is not a result of jobs/evaluate.py",
+        "bad.json is not a result",
         "status.json is damaged",
     )
-    for part in (*damage, "no curves", "no samples yet; without --no-sample they are made now"):
+    for part in (*damage, "no curves", "--no-sample"):
         assert len([remark for remark in torn.remarks if part in remark.text]) == 1
         assert part in page
     Path(uri, "status.json").write_bytes(running)
     (killed,) = read([uri])
-    assert killed.remarks[-2].text.endswith("if it was killed, this resumes it:")
+    assert killed.remarks[-2].text.startswith("running, or killed")
 
 
 def test_a_run_without_grids_is_sampled_from_its_newest_checkpoint(tmp_path: Path) -> None:
@@ -125,9 +126,7 @@ def test_evaluations_are_found_in_the_run_and_in_files(tmp_path: Path) -> None:
     page = Page(comparison_page.render([both]))
     (shown,) = [image for image in page.all("img") if "nearest training images" in str(image["alt"])]
     assert base64.b64decode(str(shown["src"]).partition(",")[2]) == png
-    assert "4.2% (95 % interval 3.0% to 7.0%) are nearer to a training image, by pixels" in " ".join(
-        page.text.split()
-    )
+    assert "4.2% (95 % interval 3.0% to 7.0%)" in " ".join(page.text.split())
 
 
 def test_hours_count_training_time_only() -> None:

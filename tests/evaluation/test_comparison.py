@@ -36,7 +36,7 @@ def test_a_report_is_read_back_as_it_was() -> None:
     assert {chart.title for charts in shown for chart in charts} == {"bits/dim"}
     wrong_type = report.to_json().replace('"n": 90', '"n": "a"')
     for damaged in ("", "[]", "{}", '{"format": "x"}', wrong_type, "[" * 100_000):
-        with pytest.raises(UserError, match=r"^x\.json is not a result of jobs/evaluate\.py: .") as raised:
+        with pytest.raises(UserError, match=r"^x\.json ") as raised:
             Report.from_json(damaged, "x.json")
         assert "\n" not in str(raised.value)
 

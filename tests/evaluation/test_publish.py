@@ -187,9 +187,9 @@ def test_an_invalid_output_path_is_rejected_before_the_evaluation(tmp_path: Path
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
     for out, message in {
-        "folder": "is a folder; name a file",
+        "folder": "folder is a folder",
         "file/found.json": "file is not a writable folder",
-        "found.png": "names an image, but it must name the JSON file; plots are written next to it",
+        "found.png": "found.png names an image",
     }.items():
         with pytest.raises(UserError, match=message):
             publish.location_for(out)

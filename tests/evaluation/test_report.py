@@ -97,7 +97,7 @@ def remarks(reported: Report, out: str = "out.json") -> list[str]:
     """All remarks but the first, which says what bits/dim depends on."""
     lines = tables.remarks(reported, out)
     if any(v.bits for v in reported.results):
-        assert lines.pop(0).startswith("bits/dim: the variance is measured, one per timestep")
+        assert lines.pop(0).startswith("bits/dim: the variance is measured")
     return lines
 
 
@@ -115,8 +115,8 @@ def test_the_variance_of_the_bound_is_reported() -> None:
 
 def test_remarks() -> None:
     few, other = remarks(made(result(1, drawn(1), saw_this_data=False)), "found.json")
-    assert few.startswith("FID-pixels: 90 images are few for 64 features")
-    assert other == "trained on data other than the held-out images' data set: a"
+    assert few.startswith("FID-pixels: 90 images")
+    assert other.startswith("trained on data other") and other.endswith(": a")
     many = replace(drawn(1), scores=(Score("FID-pixels", 1.0, 0.1, 640, 640),))
     assert remarks(made(result(1, many)), "found.json") == []
 
@@ -137,16 +137,13 @@ def test_memorisation_is_reported_with_its_interval() -> None:
 
 def test_a_remark_is_made_if_memorisation_is_clearly_above_the_expected() -> None:
     (line,) = remarks(made(result(1, near(0.03))), "s3://b/out.json")
-    assert line == (
-        "a, 1,000 images seen, ddim-50: 4.2 % (95 % interval 3.0 % to 7.0 %) of the generated images are nearer to a "
-        "training image, by pixels, than 99 % of held-out images are: the net repeats training images, or makes only "
-        "typical ones; look at s3://b/out-nearest.png"
-    )
+    assert line.startswith("a, 1,000 images seen, ddim-50: 4.2 % (95 % interval 3.0 % to 7.0 %)")
+    assert line.endswith("s3://b/out-nearest.png")
     assert remarks(made(result(1, near(0.019))), "out.json") == []
     (other,) = remarks(made(result(1, near(0.03), saw_this_data=False)), "out.json")
     assert other.startswith("trained on data other than")
     (few,) = remarks(made(result(1, near(0.0, n_real=90))), "out.json")
-    assert few.startswith("nearer_than_held_out: 90 held-out images are too few for a 1st percentile")
+    assert few.startswith("nearer_than_held_out: 90 held-out images")
 
 
 def test_each_plot_of_nearest_images_has_its_own_name() -> None:
@@ -166,7 +163,7 @@ def test_each_plot_of_nearest_images_has_its_own_name() -> None:
 def test_bits_with_and_without_labels_are_distinguished() -> None:
     plain, ten = result(1), result(1, run="ten", num_classes=10)
     (line,) = remarks(made(plain, ten))
-    assert line.startswith("bits/dim: nets with labels (ten) bound log p(x | y), the others log p(x)")
+    assert line.startswith("bits/dim: nets with labels (ten) ")
     assert "add log2(10) = 3.32 bits per image" in line  # p(x) >= p(x | y) / 10
     assert remarks(made(ten, replace(ten, run="too"))) == remarks(made(plain, plain)) == []
     assert remarks(made(replace(plain, bits=()), ten)) == []  # uniform_mix has no bound

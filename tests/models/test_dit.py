@@ -107,13 +107,13 @@ def test_the_number_of_weights_follows_the_formula(time: bool, classes: int) -> 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"patch_size": 3}, "image_size is 8; it must be a multiple of patch_size, 3"),
+        ({"patch_size": 3}, "image_size is 8"),
         ({"patch_size": 0}, "patch_size is 0"),
-        ({"width": 18}, "width is 18; it must be a multiple of 4"),
+        ({"width": 18}, "width is 18"),
         ({"width": 10**12}, "width is 1000000000000"),
-        ({"num_heads": 3}, "num_heads is 3; it must be a divisor of width, 16"),
+        ({"num_heads": 3}, "num_heads is 3"),
         ({"num_heads": 0}, "num_heads is 0"),
-        ({"depth": 65}, "depth is 65; it must be at least 1, and at most 64"),
+        ({"depth": 65}, "depth is 65"),
         ({"mlp_ratio": 10**9}, "mlp_ratio is 1000000000"),
         ({"image_size": 10**9}, "image_size is 1000000000"),
     ],

@@ -131,7 +131,7 @@ class TestNets:
         layers = dropout.layers(net)
         assert len(layers) == (8 if isinstance(net, unet.UNet) else 3)
         x_t, t = torch.randn(4, 1, 8, 8), torch.arange(4)
-        with pytest.raises(ValueError, match=r"dropout has no keys; train inside dropout\.keyed"):
+        with pytest.raises(ValueError, match=r"dropout\.keyed"):
             net(x_t, t)
         outs = []
         for seed in (0, 0, 1):
@@ -157,7 +157,7 @@ class TestNets:
 
 def test_a_layer_of_torch_is_refused() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1))
-    with pytest.raises(ValueError, match=r"^1 is an nn\.Dropout; its masks would not be reproducible"):
+    with pytest.raises(ValueError, match=r"^1 is an nn\.Dropout"):
         dropout.layers(net)
     net[1].p = 0.0
     assert dropout.layers(net) == []

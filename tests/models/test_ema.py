@@ -91,5 +91,5 @@ def test_a_restored_state_continues_where_it_was_saved():
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 1.5])
 def test_a_decay_out_of_range_is_an_error(decay):
-    with pytest.raises(ValueError, match=rf"decay is {decay}; it must be in \[0, 1\)"):
+    with pytest.raises(ValueError, match=rf"decay is {decay}"):
         EMA(one_weight(0.0), decay)

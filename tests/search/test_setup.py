@@ -41,9 +41,7 @@ def test_the_losses_in_the_error_message_are_those_of_a_perfect_predictor() -> N
 
 @pytest.mark.parametrize("metric", ["train/loss", "held_out/loss"])
 def test_a_loss_cannot_be_the_metric_when_schedules_vary(metric: Any) -> None:
-    with pytest.raises(
-        UserError, match=f"--metric {metric} cannot compare noise schedules: .* 0.24 .* 0.12 .* 0.33"
-    ):
+    with pytest.raises(UserError, match=f"--metric {metric}"):
         prepared(metric=metric)
     assert prepared(metric=metric, space=LR).settings["metric"] == metric
 
@@ -97,7 +95,7 @@ def run_search(*flags: str) -> int:
 
 
 def test_a_too_small_cluster_is_an_error_before_the_search_is_saved(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"2 trials at a time .* use a smaller --max-concurrent"):
+    with pytest.raises(UserError, match=r"2 trials.*--max-concurrent"):
         run_search("--cluster.cpus-per-worker", "1")
     assert not (tmp_path / "runs/s/search.json").exists()
     with pytest.raises(MlflowReached):

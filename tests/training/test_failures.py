@@ -119,7 +119,7 @@ def test_new_workers_resume(
         (
             {CONTROLLER: KILLED},
             {"failures": (3, -1)},
-            f"training failed: {MEMORY} (4 times since the last check",
+            f"training failed: {MEMORY} (4 times",
         ),
         (
             {"worker 1": Wrapped(KILLED)},

@@ -289,13 +289,13 @@ def assert_user_error(done: Any, message: str, code: int = 2) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("channels 3", "holds images of 1 channel(s), but model.channels is 3; set --model.channels 1"),
+        ("channels 3", "--model.channels 1"),
         (
             "image-size 16 --model.attention-resolutions 8",
-            "holds images of 8x8, but model.image_size is 16; set --model.image-size",
+            "model.image_size is 16",
         ),
-        ("num-classes 7", "has 10 classes, but model.num_classes is 7; set --model.num-classes 10"),
-        ("net unet --data.split validation", "has no split 'validation'; it has test, train"),
+        ("num-classes 7", "--model.num-classes 10"),
+        ("net unet --data.split validation", "'validation'"),
     ],
 )
 def test_a_data_set_that_does_not_match_the_model_is_a_user_error(
@@ -314,7 +314,7 @@ def test_ctrl_c_before_the_first_step_exits_at_once(digits_uri: str, tmp_path: P
         job.wait_for(lambda: job.members("ray::TrainController"))
         job.process.send_signal(signal.SIGINT)
         assert job.wait() == 128 + signal.SIGINT, job.output
-    assert "stopped     at 0 images; run the same command again with --run.name early to start" in job.output
+    assert "stopped     at 0 images" in job.output and "--run.name early" in job.output
     assert "records" not in job.output and "latest.png" not in job.output, job.output
     assert {path.name for path in (tmp_path / "runs/early").iterdir()} <= {"run.json", "status.json"}
 

