@@ -43,7 +43,7 @@ from ddpm.evaluation.metrics import Moments, fid, kid
 from ddpm.evaluation.reference import Cache, real_features
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
-from ddpm.tracking import curves
+from ddpm.checkpoints import curves
 from ddpm.utils import devices
 from ddpm.utils.errors import UserError
 

@@ -18,7 +18,7 @@ from harness.arguments import read
 from harness.comparison import STEPS, Measured, compare, each, preset_of, train
 
 from ddpm.storage import locations
-from ddpm.tracking import curves
+from ddpm.checkpoints import curves
 
 IMAGES = {"digits": 48_000, "fashion-mnist": 25_600, "emoji": 25_600}
 """Images of a training."""

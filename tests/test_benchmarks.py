@@ -19,7 +19,7 @@ from support.processes import REPO, python_path, run
 
 from ddpm.presets import CIFAR10
 from ddpm.storage import locations
-from ddpm.tracking import curves
+from ddpm.checkpoints import curves
 from ddpm.tracking.metrics_buffer import Metrics
 
 # The search whose results some of the programs read; its trials are runs.

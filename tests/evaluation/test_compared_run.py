@@ -18,7 +18,7 @@ from ddpm.evaluation.compared_run import RATE, ComparedRun, read
 from ddpm.evaluation.plots import Point
 from ddpm.presets import DIGITS
 from ddpm.sampling import generate
-from ddpm.tracking import curves
+from ddpm.checkpoints import curves
 from ddpm.utils import images
 
 

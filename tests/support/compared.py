@@ -14,7 +14,7 @@ from ddpm.evaluation import comparison_page
 from ddpm.evaluation.compared_run import GIF, RATE, ComparedRun
 from ddpm.evaluation.comparison import Ranking
 from ddpm.presets import DIGITS
-from ddpm.tracking import curves
+from ddpm.checkpoints import curves
 from ddpm.tracking.metrics_buffer import Metrics
 from ddpm.utils import images
 

@@ -16,7 +16,7 @@ from ddpm.data.manifest import Shard, make_manifest, write_manifest
 from ddpm.data.shards import write_shard
 from ddpm.hub import resolve
 from ddpm.storage import locations
-from ddpm.tracking import curves
+from ddpm.checkpoints import curves
 from support import local, processes, tracked
 
 TOTAL = 6_400

@@ -17,8 +17,8 @@ from ddpm.config import Config
 from ddpm.config_io import override
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
-from ddpm.tracking import curves
-from ddpm.tracking.curves import Point
+from ddpm.checkpoints import curves
+from ddpm.checkpoints.curves import Point
 from ddpm.tracking.metrics_buffer import Metrics
 from ddpm.training import checkpoint_manager, run_state
 from ddpm.training.state import State
