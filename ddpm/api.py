@@ -55,10 +55,17 @@ def train(preset: str | Config, data: Any = None, **settings: Any) -> Run:
     """Train or resume a run, as jobs/train.py does.
 
     `data` is the URI of shards or a data set in Python (ddpm/data/items.py), by default the preset's. Settings have the
-    short names of the command line (lr=1e-3), or are given by group (model={"base_width": 16}).
+    short names of the command line (lr=1e-3), or are given by group (model={"base_width": 16}). The run of a Config is
+    named by the preset with the fewest differences.
     """
-    name, config = ("config", preset) if isinstance(preset, Config) else (preset, PRESETS.get(preset))
-    if config is None:
+    if isinstance(preset, Config):
+        config = preset
+        typed = "config"
+        name, _ = run_params.nearest_preset(config)
+    elif preset in PRESETS:
+        config = PRESETS[preset]
+        typed = name = preset
+    else:
         raise UserError(f"there is no preset {preset}; it must be one of {', '.join(PRESETS)}")
     short = {flag.removeprefix("--").replace("-", "_"): key for key, flag in cli.SHORT.items()}
     data = str(data) if isinstance(data, Path) else data
@@ -66,11 +73,12 @@ def train(preset: str | Config, data: Any = None, **settings: Any) -> Run:
     for key, value in settings.items():
         group = {f"{key}.{name}": value[name] for name in value} if isinstance(value, Mapping) else {}
         values |= group or {short.get(key, key): value}
-    given = [repr(name), *["data=..."] * (data is not None), *(f"{k}={v!r}" for k, v in settings.items())]
+    given = [repr(typed), *["data=..."] * (data is not None), *(f"{k}={v!r}" for k, v in settings.items())]
     token = command_line.CALL.set(f"ddpm.train({', '.join(given)})")
     try:
         result = launch(
-            PresetArguments(name, override(config, values)), None if isinstance(data, str) else data
+            PresetArguments(name, override(config, values), base=PRESETS[name]),
+            None if isinstance(data, str) else data,
         )
     finally:
         command_line.CALL.reset(token)

@@ -56,6 +56,8 @@ class PresetArguments:
     """JSON file of changes to the preset, such as a search's best.json; flags are applied after it."""
     verbose: bool = False
     """Show Ray's messages, and tracebacks."""
+    base: tyro.conf.Suppress[Any] = None
+    """The preset's own config; that of `folder PATH` is derived from the images."""
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -117,7 +119,8 @@ def parse_preset(
         preset = of_folder(words.pop(0))
     own = {f"--{field.name.replace('_', '-')}" for field in fields(kind)}
     default = kind(name, starting_point(preset))
-    return parse(kind, presets.ABOUT[name], words, default, own, SHOWN_FIRST)
+    arguments = parse(kind, presets.ABOUT[name], words, default, own, SHOWN_FIRST)
+    return replace(arguments, base=preset)
 
 
 def parse(

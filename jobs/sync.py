@@ -1,4 +1,4 @@
-"""Deliver a run's remaining records to MLflow: `ddpm sync` in a checkout (ddpm/commands/sync.py)."""
+"""Send a run to MLflow: `ddpm sync` in a checkout (ddpm/commands/sync.py)."""
 
 from ddpm import cli
 from ddpm.commands.sync import main

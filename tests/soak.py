@@ -93,6 +93,7 @@ class Soak:
         return {
             "worker killed": lambda: self.kill("RayTrainWo"),
             "controller killed": lambda: self.kill("TrainContr"),
+            "run-state actor killed": lambda: self.kill("RunState"),
             "node of a worker lost": lambda: self.replace(self.rng.choice((1, 2))),
             "node of the data tasks lost": lambda: self.replace(0),
             "node preempted": self.preempt,

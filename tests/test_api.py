@@ -1,5 +1,6 @@
 """`import ddpm`: light until it is used, and then the images and the errors of the command line."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -9,8 +10,11 @@ from PIL import Image
 from support import evaluated, processes
 
 import ddpm
+from ddpm.cluster.ray_init import NoCluster
 from ddpm.commands import sample
 from ddpm.config_io import override
+from ddpm.presets import PRESETS
+from ddpm.storage.locations import HOME
 from ddpm.utils import command_line
 from ddpm.utils.errors import UserError
 
@@ -59,3 +63,19 @@ def test_an_error_of_a_call_names_it_and_a_later_one_does_not() -> None:
     with pytest.raises(UserError, match=r"ddpm\.train\('cifar10'\)"):
         ddpm.train("cifar10")
     assert "ddpm.train" not in command_line.typed()
+
+
+def test_a_run_of_a_config_is_named_by_its_nearest_preset(
+    digits_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two configs are two runs."""
+    # Nobody listens there, and with a home no job looks for its cluster first: the call ends once the run has its name.
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setenv(HOME, str(tmp_path))
+    names = []
+    for lr in (1e-3, 2e-3, 1e-3):
+        with pytest.raises(NoCluster):
+            ddpm.train(override(PRESETS["digits"], {"optim.lr": lr, "data.shards": digits_uri}))
+        (name,) = re.findall(r"^run .*/(digits-\w{8})$", capsys.readouterr().out, re.MULTILINE)
+        names.append(name)
+    assert names[0] == names[2] != names[1]

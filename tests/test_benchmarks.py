@@ -17,10 +17,10 @@ from filelock import FileLock
 from harness import judged, turns
 from support.processes import REPO, python_path, run
 
+from ddpm.checkpoints import curves
+from ddpm.checkpoints.curves import Row
 from ddpm.presets import CIFAR10
 from ddpm.storage import locations
-from ddpm.checkpoints import curves
-from ddpm.tracking.metrics_buffer import Metrics
 
 # The search whose results some of the programs read; its trials are runs.
 SEARCH = """digits --name s --searcher random --num-trials 2 --num-rungs 1 --num-images 20 --scheduler none
@@ -143,13 +143,13 @@ def test_the_time_to_a_value_is_interpolated_in_log_log() -> None:
 def test_training_time_is_that_of_the_steps_on_however_many_workers(tmp_path: Path) -> None:
     """1,000 images at 10/s by two workers; 1,000 at 5/s, with a checkpoint; 1,000 at 10/s by one; later ones."""
     rates = ((1000, 10, 2), (2000, 5, 2), (3000, 10, 1), (4000, 1, 1))
-    points = [
-        Metrics({"train/images_per_s": rate, "train/workers": workers}, seen, 0)
-        for seen, rate, workers in rates
-    ]
-    table = curves.extended(curves.SCHEMA.empty_table(), points)
-    (tmp_path / curves.FILE).write_bytes(curves.to_bytes(table))
-    minutes, of_all, slower = cifar.trained(locations.resolve(str(tmp_path)), 3000, workers=4)
+    rows = list[Row]()
+    for seen, rate, workers in rates:
+        rows += [Row("train/images_per_s", seen, rate, 0), Row("train/workers", seen, workers, 0)]
+    name, data = curves.part(0, rows)
+    run = locations.resolve(str(tmp_path))
+    run.child(name).write(data)
+    minutes, of_all, slower = cifar.trained(run, 3000, workers=4)
     assert (minutes * 60, of_all * 60) == pytest.approx((400, 700))
     assert slower == pytest.approx(1 / 4)  # 300 s at the median rate
 

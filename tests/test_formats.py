@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support import tracked
 from support.faulted import write_digits
 from support.local import finished
 
-from ddpm.checkpoints import checkpoint, runs
+from ddpm.checkpoints import checkpoint, curves, runs
 from ddpm.config import Config
 from ddpm.config_io import override
 from ddpm.data.ray_dataset import open_configured
@@ -25,7 +26,7 @@ from ddpm.presets import DIGITS
 from ddpm.sampling import generate
 from ddpm.search.event_log import Begun, Ended, Evaluated, EventLog, Rung
 from ddpm.storage import locations
-from ddpm.tracking import curves, spool
+from ddpm.tracking.push import push
 from ddpm.training import loop
 from ddpm.training.runtime import Runtime
 from ddpm.training.state import State
@@ -95,9 +96,24 @@ def test_a_run_is_sampled_and_resumed(kept: Path) -> None:
     assert drawn.shape == (2, 8, 8, 1) and np.ptp(drawn) > 50
     state = train(config_in(kept, **{"train.total_images": 96}), kept)
     assert (state.step, state.images_seen) == (3, 96)
-    points = curves.read(runs.existing_run(str(kept / "run")).location)["train/loss"]
+    run = runs.existing_run(str(kept / "run"))
+    points = curves.read(run.location)["train/loss"]
     assert [point.images_seen for point in points] == [32, 64, 96]
     assert points[0].value == pytest.approx(0.9977, abs=1e-4)
+    assert run.location.child(curves.FOLDER).exists() and not run.location.child(curves.FILE_0_1).exists()
+
+
+def test_a_run_is_pushed(kept: Path, mlflow_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
+    run = runs.existing_run(str(kept / "run"))
+    logged = curves.read(run.location)
+    assert push(run).num_points == sum(map(len, logged.values())) > 0
+    assert push(run).num_points == 0
+    found = tracked.run_with_key(mlflow_server, run.key)
+    for name, curve in logged.items():
+        expected = [(point.images_seen, point.value) for point in curve]
+        assert tracked.history(mlflow_server, found, name) == expected
+    assert found.data.params["model.base_width"] == "4"
 
 
 @pytest.mark.slow
@@ -119,8 +135,7 @@ def test_the_commands_resume_sample_and_compare_a_run(run_job: Callable[..., Any
     assert (kept / "report.html").exists()
 
 
-def test_records_for_mlflow_and_a_search_are_read(kept: Path) -> None:
-    assert spool.count(locations.resolve(str(kept / "run" / spool.FOLDER)), committed=64) == 9
+def test_a_search_is_read(kept: Path) -> None:
     events = EventLog.existing(locations.resolve(str(kept / "search")))
     assert events.events == EVENTS and events.trials()[0].status == "finished"
 

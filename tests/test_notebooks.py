@@ -36,8 +36,9 @@ def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, 
     nbclient.NotebookClient(notebook, timeout=900, startup_timeout=600, resources=where).execute()
     outputs = [output for cell in cells(notebook) for output in cell.outputs]
     stderr = [output.text for output in outputs if output.get("name") == "stderr"]
-    # tqdm and Ray say that they miss ipywidgets.
-    assert all("ipywidgets" in text for text in stderr if text.strip())
+    # tqdm and Ray say that they miss ipywidgets, and a run on a busy machine that it waits for MLflow.
+    expected = re.compile(r"ipywidgets|^waiting for MLflow at |^$")
+    assert [text for text in stderr if not expected.search(text.strip())] == []
     text = "".join(output.text for output in outputs if output.get("name") == "stdout")
     data = [output.get("data", {}) for output in outputs]
     pngs = [base64.b64decode(formats["image/png"]) for formats in data if "image/png" in formats]

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from ddpm.tracking.metrics_buffer import Artifact, Metrics
 from PIL import Image
 from support.trained import write_trained
 
@@ -36,7 +37,6 @@ from ddpm.evaluation.report import Report
 from ddpm.search.event_log import EventLog
 from ddpm.storage.locations import resolve
 from ddpm.tracking import curves, metrics_buffer
-from ddpm.tracking.metrics_buffer import Artifact, Metrics
 from ddpm.training.state import State
 from ddpm.utils import files
 from ddpm.utils.errors import UserError

@@ -27,6 +27,7 @@ from ddpm.build import TrainedNet, build_net
 from ddpm.checkpoints.runs import CHECKSUMS, PREFIX
 from ddpm.config import Affects, Config
 from ddpm.config_io import differences, flatten, from_json, keys_that_affect, to_json
+from ddpm.storage import locations
 from ddpm.utils import files, strict_json
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import as_user_error
@@ -152,6 +153,13 @@ def read_config(folder: Path) -> Config:
     """config.json of a checkpoint."""
     file = folder / "config.json"
     return from_json(read_bytes(file), where=str(file))
+
+
+def config_at(uri: str) -> Config:
+    """config.json of the checkpoint in a folder or bucket."""
+    file = locations.resolve(uri).child("config.json")
+    with as_user_error(f"{file.uri} cannot be read"):
+        return from_json(file.read(), file.uri)
 
 
 def newest(run: Path) -> Path | None:

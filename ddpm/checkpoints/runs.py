@@ -1,13 +1,21 @@
-"""A run's folder: its name, its key, and its checkpoints."""
+"""A run's folder, the record of the run: everything after training reads it, and nothing else.
+
+run.json       what the run was when it began: key, configuration, data, command
+status.json    how it stands
+checkpoint-*/  best-*/   (checkpoint.py)      metrics/   (curves.py)
+samples/  denoising/     a picture for each multiple of train.sample_every_images; its time is in the PNG
+pictures/      pictures of the finished run
+evaluations/   results of jobs/evaluate.py, with the points that MLflow shows
+"""
 
 import contextlib
 import json
 import re
 import time
 import uuid
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
@@ -24,9 +32,16 @@ CHECKSUMS = "checksums.json"
 """File of a checkpoint that is written last: a folder without it is not one."""
 EVALUATIONS = "evaluations"
 """Folder of a run with the results of jobs/evaluate.py."""
-StatusName = Literal["RUNNING", "FINISHED", "STOPPED", "FAILED"]
+SAMPLES = "samples"
+DENOISING = "denoising"
+PICTURES = "pictures"
+PICTURE = re.compile(r"(?P<images_seen>\d{12,19})\.png")
+"""File name of a picture in `samples` and `denoising`."""
+CARD = "run.json"
 STATUS = "status.json"
-"""File of a run that says how it stands."""
+"""File of a run with its status."""
+StatusName = Literal["RUNNING", "FINISHED", "STOPPED", "PRUNED", "FAILED"]
+"""STOPPED: the same command resumes the run. PRUNED: a search stopped it early, for good."""
 MAX_NAME_BYTES = 240
 """A folder's name has at most 255 bytes on most disks, and MLflow's name of a run 250."""
 RESERVED = "data"
@@ -44,55 +59,98 @@ class Run:
 
 
 @dataclass(frozen=True)
-class _Card:
-    """The part of run.json that is read back."""
+class Data:
+    """The images that a run was begun with."""
 
+    source: str
+    fingerprint: str
+    uri: str
+    split: str
+    num_images: int
+    shape: tuple[int, ...]
+    num_classes: int
+
+
+@dataclass(frozen=True)
+class Search:
+    """The search that a run is a trial of."""
+
+    name: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a run was when it began."""
+
+    preset: str = ""
+    changed: dict[str, Any] = field(default_factory=dict)
+    """`settings.differences` from the preset."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The content of a checkpoint's config.json."""
+    data: Data | None = None
+    command: str = ""
+    """Resumes the run; empty for the trial of a search."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Versions of the packages, and the git commit."""
+    search: Search | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card(Facts):
+    """Content of run.json. Version 0.1 wrote the name and the key alone."""
+
+    name: str = ""
     run_key: str
+    created_ms: int = 0
 
 
 @dataclass(frozen=True)
 class Status:
-    """Content of status.json: how a run stands. Rank 0 writes it while training, and the driver at the end."""
+    """Content of status.json. Rank 0 writes it while training, and the driver at the end."""
 
     status: StatusName
     """RUNNING also after the driver was killed."""
     images_seen: Annotated[int, Ge(0)]
     """Where training was; the newest checkpoint may be earlier."""
     images_lost: Annotated[int, Ge(0)]
-    """Images trained on in vain, since a crash took them back."""
+    """Images lost to crashes: trained on again from an older checkpoint."""
     minutes: Annotated[float, Ge(0)]
     """Time of training, of all starts together."""
-    tags: dict[str, str]
-    """Preset, changes, versions, command and hardware, as in MLflow."""
+    hardware: str = ""
+    ended_ms: int | None = None
+    """When training ended, in milliseconds since 1970; None: it has not."""
+    tags: dict[str, str] = field(default_factory=dict)
+    """Preset, changes, versions, command and hardware, in version 0.1."""
 
 
-def with_name_and_storage(config: Config, preset: str) -> Config:
-    """`config` with a run name (default: preset and time) and an absolute storage URI."""
-    name = config.run.name or f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    _check_name(name)
+def with_storage(config: Config) -> Config:
+    """`config` with an absolute storage URI; UserError if its run's name cannot be a folder's."""
+    if config.run.name is not None:
+        _check_name(config.run.name)
     uri = locations.resolve(config.run.storage).uri
-    return replace(config, run=replace(config.run, name=name, storage=uri))
+    return replace(config, run=replace(config.run, storage=uri))
 
 
-def open_run(name: str, uri: str) -> Run:
-    """The run `name` in the folder or bucket `uri`; a new run gets its key."""
+def open_run(name: str, uri: str, facts: Facts | None = None) -> Run:
+    """The run `name` in the folder or bucket `uri`; a new run gets a key, and a run.json with `facts`."""
     _check_name(name)
     location = locations.resolve(uri).child(name)
-    card = location.child("run.json")
     with as_user_error(f"cannot write to run.storage {uri}"):
-        if card.exists():
-            return Run(name, location, _read_key(card))
-        key = uuid.uuid4().hex
-        card.write((json.dumps({"name": name, "run_key": key}, indent=2) + "\n").encode(), durable=True)
+        if location.child(CARD).exists():
+            return Run(name, location, read_card(location).run_key)
+        key, now_ms = uuid.uuid4().hex, int(time.time() * 1000)
+        given = {} if facts is None else vars(facts)
+        card = Card(**given, name=name, run_key=key, created_ms=now_ms)
+        location.child(CARD).write((json.dumps(asdict(card), indent=2) + "\n").encode(), durable=True)
     return Run(name, location, key)
 
 
 def existing_run(uri: str) -> Run:
     """The run in the folder or bucket `uri`."""
     location = locations.resolve(uri)
-    card = location.child("run.json")
-    with as_user_error(f"cannot read {card.uri}"):
-        key = _read_key(card) if card.exists() else None
+    with as_user_error(f"cannot read {location.child(CARD).uri}"):
+        key = read_card(location).run_key if location.child(CARD).exists() else None
     if key is None:
         raise UserError(
             f"{uri} is not a run's folder: it has no run.json; expected {{run.storage}}/{{run.name}}"
@@ -108,8 +166,10 @@ def folder_of(checkpoint_uri: str, run_key: str) -> Location | None:
     return None
 
 
-def _read_key(card: Location) -> str:
-    return strict_json.parse(_Card, card.read(), f"{card.uri} is damaged", extra="ignore").run_key
+def read_card(run: Location) -> Card:
+    """Read run.json of the run in this folder."""
+    file = run.child(CARD)
+    return strict_json.parse(Card, file.read(), f"{file.uri} is damaged", extra="ignore")
 
 
 def status_json(status: Status) -> bytes:
@@ -121,6 +181,18 @@ def read_status(run: Location) -> Status | None:
     """Read status.json of the run in this folder; None: training has not begun."""
     file = run.child(STATUS)
     return strict_json.parse(Status, file.read(), f"{file.uri} is damaged") if file.exists() else None
+
+
+def write_status(run: Location, status: Status) -> None:
+    """Write status.json of the run in this folder."""
+    run.child(STATUS).write(status_json(status))
+
+
+def pictures(run: Location, series: str) -> dict[int, Location]:
+    """The pictures of the series SAMPLES or DENOISING by images_seen, ascending."""
+    folder = run.child(series)
+    named = [(match, folder.child(name)) for name in folder.files() if (match := PICTURE.fullmatch(name))]
+    return {int(match["images_seen"]): file for match, file in named}
 
 
 def checkpoints(location: Location) -> list[Location]:

@@ -20,7 +20,7 @@ COMMANDS = {
     "prepare": "make a data set of shards",
     "export": "export a net, for diffusers or as a program",
     "card": "write a net's model card",
-    "sync": "deliver a run's remaining records to MLflow",
+    "sync": "send a run to MLflow",
     "ui": "show the runs in MLflow",
     "demo": "sample in the browser, two runs side by side",
 }

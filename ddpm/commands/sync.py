@@ -1,7 +1,7 @@
-"""Deliver a run's remaining records to MLflow: python jobs/sync.py RUN [--timeout-s 60]
+"""Send a run to MLflow: python jobs/sync.py RUN [--timeout-s 60]
 
-RUN is the folder or s3:// URI of a run. Records that MLflow did not accept are kept there; they go to the run's own
-MLflow run at MLFLOW_TRACKING_URI. Running this twice, or while the run trains, logs nothing twice.
+RUN is the folder or s3:// URI of a run. What MLflow at MLFLOW_TRACKING_URI lacks is sent to the run's own MLflow run,
+which is created if there is none. It may be repeated at any time, also while the run trains, and to another server.
 """
 
 from dataclasses import dataclass
@@ -20,17 +20,15 @@ class Arguments:
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Folder or s3:// URI of the run."""
     timeout_s: Seconds = 60.0
-    """Give up after this many seconds without progress."""
+    """Give up after this many seconds in which MLflow accepted nothing."""
 
 
 def main() -> None:
     arguments: Arguments = cli.parse(Arguments, __doc__)
-    from ddpm.tracking import sync
-    from ddpm.tracking.mlflow_client import without_password
-    from ddpm.utils.progress import Display, printable
+    from ddpm.checkpoints import runs
+    from ddpm.tracking.pusher import push_patiently
+    from ddpm.utils.progress import printable
 
-    rest = sync.remaining(arguments.run)
-    with Display("records", rest.records) as display:
-        run_id = sync.deliver(rest, arguments.timeout_s, display.update)
-    print(f"delivered   {rest.records:,} records")
-    print(printable(f"MLflow      run {run_id} in {without_password(rest.address.uri)}"))
+    pushed = push_patiently(runs.existing_run(arguments.run), arguments.timeout_s)
+    print(f"sent        {pushed.num_points:,} points")
+    print(printable(f"MLflow      run {pushed.run_id} in {pushed.uri}"))

@@ -1,11 +1,11 @@
 """Train a preset: python jobs/train.py PRESET [--name N] [--data URI | --data.images FOLDER] [--storage URI] ...
 
-Run the same command again, with the same --name, to resume the run. `python jobs/train.py PRESET --help` lists the
-flags that people change first, `--help-all` every flag.
+The same command resumes its run. Without --name a run is named by its preset, and by what differs from it.
+`python jobs/train.py PRESET --help` lists common flags, `--help-all` every flag.
 """
 
-import shlex
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,27 +31,38 @@ def launch(arguments: PresetArguments, items: Any = None) -> Any:
 
     loop.check(arguments.config)
 
-    from ddpm.checkpoints import runs  # seconds: Ray
+    from ddpm.checkpoints import checkpoint, runs, settings  # seconds: Ray
     from ddpm.cluster import package, ray_init
     from ddpm.data import builtin, ray_dataset
 
     package.leave(arguments.verbose)
-    config = runs.with_name_and_storage(arguments.config, arguments.preset)
+    config, preset = runs.with_storage(arguments.config), arguments.base or arguments.config
+    has_own_data = items is None and settings.has_own_data(config, preset)
     connect = partial(ray_init.connect, arguments.verbose)
     config = builtin.with_shards(config, command_line.typed(), connect, items)
     data_set = ray_dataset.open_configured(config)
     print(f"data        {config.data.shards}  ({data_set.rows.num_rows:,} images to train on)")
+    changed = settings.differences(config, preset, "" if has_own_data else data_set.rows.fingerprint)
+    is_named = config.run.name is not None
+    if not is_named:
+        name = settings.run_name(arguments.preset, preset.data.images, changed)
+        config = replace(config, run=replace(config.run, name=name))
+    print(f"run         {config.run.storage}/{config.run.name}")
     connect()
-    from ddpm.training.fit import fit, summary  # imported while Ray starts
+    from ddpm.training.fit import Origin, fit, summary  # imported while Ray starts
 
-    result = fit(config, data_set, verbose=arguments.verbose)
+    origin = Origin(arguments.preset, changed, is_named)
+    result = fit(config, data_set, origin, verbose=arguments.verbose)
     took = f"done after {time.monotonic() - began:.0f} s"
     if result.was_finished:
         print(f"run {config.run.name} is finished: {result.images_seen:,} images seen; nothing left to do")
+        assert result.checkpoint is not None, "a finished run has one"
+        trained = checkpoint.config_at(result.checkpoint)
+        if in_vain := settings.typed_in_vain(config, preset, trained):
+            print(f"no effect   {', '.join(in_vain)}")
     elif result.signal:
-        name, effect = shlex.quote(result.run.name), "resume" if result.checkpoint else "start over"
-        again = f"run the same command again with --run.name {name} to {effect}"
-        print(f"stopped     at {result.images_seen:,} images; {again}")
+        effect = "resumes it" if result.checkpoint else "starts it again"
+        print(f"stopped     at {result.images_seen:,} images; the same command {effect}")
     else:
         print(f"trained     {result.images_seen:,} images, {took}")
     for line in summary(result):

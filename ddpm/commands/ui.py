@@ -31,8 +31,8 @@ def main() -> None:
     if database is not None and not database.exists():
         raise UserError(f"{database} does not exist; training makes it, in the folder in which it is started")
     address = without_password(uri) if database is None else f"http://127.0.0.1:{arguments.port}"
-    with opened() as client:
-        experiments = client.search_experiments()
+    with opened() as mlflow:
+        experiments = mlflow.client.search_experiments()
     for experiment in experiments:
         print(f"{experiment.name:<12}{pages.experiment_link(address, experiment.experiment_id)}", flush=True)
     if database is not None:

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from ddpm.build import build_net
-from ddpm.checkpoints import checkpoint, runs
+from ddpm.checkpoints import checkpoint, curves, runs
 from ddpm.checkpoints.checkpoint import Position
-from ddpm.checkpoints.runs import Run, Status
+from ddpm.checkpoints.runs import Card, Run, Status
 from ddpm.config_io import from_json
 from ddpm.evaluation.plots import Point
 from ddpm.evaluation.report import Report, nearest_pictures
@@ -22,7 +22,7 @@ from ddpm.hub import resolve
 from ddpm.sampling import workers
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
-from ddpm.tracking import curves, run_params
+from ddpm.tracking import run_params
 from ddpm.utils import images, strict_json
 from ddpm.utils.errors import UserError
 from ddpm.utils.progress import printable
@@ -32,11 +32,17 @@ RATE = "train/images_per_s"
 ERRORS = {"held_out/bits_per_dim": "held_out_error/bits_per_dim"}
 """Metric -> the metric that holds its standard error."""
 CURVES = ("train/loss", "held_out/loss", *ERRORS)
-GRID = re.compile(r"(\d{12,19})\.png")
 GIF = "pictures/reverse_trajectory.gif"
+VERSION = re.compile(r"version|git\.c")
 SAMPLED_IMAGES = 64
 """Images of a grid that is sampled for a run without one."""
-STATUS = {"RUNNING": "running, or killed", "FINISHED": "finished", "STOPPED": "stopped", "FAILED": "failed"}
+STATUS = {
+    "RUNNING": "running, or killed",
+    "FINISHED": "finished",
+    "STOPPED": "stopped",
+    "PRUNED": "stopped early",
+    "FAILED": "failed",
+}
 """Words for a run's status."""
 
 Read = Callable[[], bytes]
@@ -119,21 +125,20 @@ def _read(run: Run, sample: bool) -> ComparedRun:
 
     points = readable(lambda: _curves(curves.read(location)), dict[str, list[Point]]())
     if not points:
-        remarks.append(Remark(f"no curves: {location.uri} has no {curves.FILE} with points"))
+        remarks.append(Remark(f"no curves: {location.uri} has no points in {curves.FOLDER}"))
     folder = location.child(runs.EVALUATIONS)
     files = [folder.child(name) for name in folder.files() if name.endswith(".json")]
     evaluations = [readable(partial(_report_in, file, file.uri), None) for file in files]
     stored, status = runs.checkpoints(location), readable(partial(runs.read_status, location), None)
+    card = runs.read_card(location)
     of_checkpoint: dict[str, Any] = {}
     if stored:
-        of_checkpoint = _of_checkpoint(stored[-1], status, points.get(RATE, ()), remarks)
+        of_checkpoint = _of_checkpoint(stored[-1], card, status, points.get(RATE, ()), remarks)
     else:
-        command = status.tags.get("command", "") if status else ""
-        text = f"no checkpoint yet, so its settings are unknown{'; this trains it:' if command else ''}"
-        remarks.append(Remark(text, command))
-    samples = location.child("samples")
+        text = f"no checkpoint yet, so its settings are unknown{'; this trains it:' if card.command else ''}"
+        remarks.append(Remark(text, card.command))
     grids: dict[int, Read] = {
-        int(m[1]): samples.child(m[0]).read for m in map(GRID.fullmatch, samples.files()) if m
+        images_seen: file.read for images_seen, file in runs.pictures(location, runs.SAMPLES).items()
     }
     if stored and not grids and sample:
         if png := readable(partial(_sample, stored[-1]), b""):
@@ -155,15 +160,16 @@ def _read(run: Run, sample: bool) -> ComparedRun:
 
 
 def _of_checkpoint(
-    stored: Location, status: Status | None, rates: Sequence[Point], remarks: list[Remark]
+    stored: Location, card: Card, status: Status | None, rates: Sequence[Point], remarks: list[Remark]
 ) -> dict[str, Any]:
-    """What a run's newest checkpoint and its status.json tell, as fields of ComparedRun."""
-    card, state = stored.child("config.json"), stored.child("state.json")
-    config = from_json(card.read().decode(errors="replace"), card.uri)
+    """What a run's newest checkpoint, run.json and status.json tell, as fields of ComparedRun."""
+    file, state = stored.child("config.json"), stored.child("state.json")
+    config = from_json(file.read().decode(errors="replace"), file.uri)
     position = strict_json.parse(Position, state.read(), f"{state.uri} is damaged", extra="allow")
     seen, total = position.images_seen, config.train.total_images
-    tags = status.tags if status else {}
-    command = tags.get("command", "")
+    tags = status.tags if status else {}  # version 0.1
+    command = card.command or tags.get("command", "")
+    hardware = (status.hardware if status else "") or tags.get("hardware", "unknown")
     if seen < total and status and status.status != "FINISHED":
         how = "if it was killed, this resumes it:" if status.status == "RUNNING" else "this resumes it:"
         words = f"{STATUS[status.status]} at {seen:,} of {total:,} images"
@@ -172,7 +178,8 @@ def _of_checkpoint(
         net = build_net(config)
     hours = _hours(rates, rates[-1].x) if rates else None
     source = config.data.source or (config.data.shards or "unknown").rstrip("/").rpartition("/")[2]
-    versions = [f"{k.rpartition('.')[2]} {v}" for k, v in tags.items() if re.match(r"version|git\.c", k)]
+    all_versions = card.versions or tags
+    versions = [f"{k.rpartition('.')[2]} {v}" for k, v in all_versions.items() if VERSION.match(k)]
     facts = {
         "status": STATUS[status.status] if status else "unknown",
         "images seen": f"{seen:,}" + (f" of {total:,}" if seen < total else ""),
@@ -180,7 +187,7 @@ def _of_checkpoint(
         "images/s": f"{rates[-1].x / hours / 3600:,.0f}" if hours else "unknown",
         "weights": f"{sum(weight.numel() for weight in net.parameters()):,}",
         "seed": str(config.train.seed),
-        "hardware": tags.get("hardware", "unknown"),
+        "hardware": hardware,
         "versions": ", ".join(versions) or "unknown",
         "data": f"{source} ({position.data_fingerprint[:8]})",
     }

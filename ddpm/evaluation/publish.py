@@ -1,27 +1,30 @@
-"""Publication of a report: a file with pictures beside it, the runs' folders, and the MLflow runs of the checkpoints.
+"""Publication of a report: a file with pictures beside it, and the folders of the runs, which are pushed to MLflow.
 
-The file may be in any storage. If MLflow is unreachable, the files still have all results.
+The file may be in any storage. If MLflow is unreachable, the folders still have all results.
 """
 
+import json
 import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 from ddpm.checkpoints import runs
+from ddpm.checkpoints.runs import Run
 from ddpm.evaluation import plots
 from ddpm.evaluation.report import CheckpointResult, Report, metrics, nearest_pictures
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
-from ddpm.tracking.metrics_buffer import Artifact, Metrics, Record
-from ddpm.tracking.mlflow_client import Lost, tracking_uri, without_password
-from ddpm.tracking.mlflow_runs import Address, MlflowRun
-from ddpm.tracking.retry import OutOfTime
+from ddpm.tracking.mlflow_client import MlflowError, tracking_uri, without_password
+from ddpm.tracking.push import Points, is_in_mlflow
+from ddpm.tracking.pusher import push_patiently
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import as_user_error
 
 MLFLOW_TIMEOUT_S = 20.0
-"""Seconds without a successful call before publishing to MLflow stops."""
+"""Publishing gives up after this many seconds in which MLflow accepted nothing."""
 
 
 def location_for(out: str, example: str = "evaluation.json") -> Location:
@@ -53,55 +56,63 @@ def store(report: Report, location: Location, timeout_s: float = MLFLOW_TIMEOUT_
     for name, data in _pictures(report, Path(location.path).stem, picture):
         write(location.beside(name), data)
         yield f"{'plot' if data is picture else 'nearest':<12}{location.beside(name).uri}"
-    yield from keep(report)
-    yield from publish(report, picture, timeout_s)
-
-
-def keep(report: Report) -> Iterator[str]:
-    """Write the results of each run to its own folder, where jobs/compare.py reads them; yields lines that say so."""
     for result in _by_run(report):
-        folder = runs.folder_of(result.checkpoint, result.run_key)
-        if folder is None:
-            continue
-        of_run = report.of_run(result.run_key)
-        file = folder.child(runs.EVALUATIONS).child(f"{of_run.key}.json")
-        try:
-            for name, data in _pictures(of_run, of_run.key):
-                write(file.beside(name), data)
-            write(file, of_run.to_json().encode())  # last, so that a file of results has its pictures
-        except UserError as error:
-            yield f"run         {result.run} does not keep its results: {error}"
-        else:
-            yield f"run         {file.uri}"
+        yield from keep(report, result, picture, timeout_s)
 
 
-def publish(report: Report, picture: bytes, timeout_s: float = MLFLOW_TIMEOUT_S) -> Iterator[str]:
-    """Log results to the MLflow runs of the checkpoints; yields lines that name the locations.
+def keep(
+    report: Report, result: CheckpointResult, picture: bytes, timeout_s: float = MLFLOW_TIMEOUT_S
+) -> Iterator[str]:
+    """Write the results of the run of `result` to its folder, and push it to MLflow, if MLflow has the run.
 
-    Points are at the step images_seen. A point that is in MLflow with the same step and value is not sent again; a
-    different value (from more images, for example) is added as a newer point. The report and its pictures become
-    artifacts. Their names depend on the checkpoints and the settings, so the same evaluation replaces only its own
-    files.
+    The names of the files depend on the checkpoints and the settings, so the same evaluation replaces only its own, and
+    keeps its time.
     """
-    uri = tracking_uri()
-    shown = without_password(uri)
-    for result in _by_run(report):
+    folder = runs.folder_of(result.checkpoint, result.run_key)
+    if folder is None:
         if not result.run_key:
             yield f"MLflow      nothing is logged for {result.checkpoint}, which belongs to no run"
-            continue
-        run = MlflowRun(Address(uri, result.experiment, result.run, result.run_key), {}, timeout_s)
-        try:
-            if not run.find():
-                yield f"MLflow      {shown} does not have run {result.run}; nothing is logged there"
-            elif run.add(list(_records(report.of_run(result.run_key), picture))):
-                yield f"MLflow      run {run.run_id} in {shown}"
-            else:
-                yield f"MLflow      {shown} did not accept everything: {run.call.last_error}"
-        except OutOfTime as error:
-            yield f"MLflow      {shown} cannot be reached, nothing is logged: {error}"
-            return
-        except Lost as error:
-            yield f"MLflow      {shown} refuses run {result.run}: {error}"
+        else:
+            yield f"MLflow      nothing is logged for {result.checkpoint}, which is not in its run's folder"
+        return
+    of_run = report.of_run(result.run_key)
+    file = folder.child(runs.EVALUATIONS).child(f"{of_run.key}.json")
+    try:
+        for name, data in _pictures(of_run, of_run.key, picture):
+            write(file.beside(name), data)
+        write(file, _with_points(of_run, file))  # last, so that a file of results has its pictures
+    except UserError as error:
+        yield f"run         {result.run} does not keep its results: {error}"
+        return
+    yield f"run         {file.uri}"
+    yield _push(Run(Path(folder.path).name, folder, result.run_key), timeout_s)
+
+
+def _with_points(report: Report, file: Location) -> bytes:
+    """The report's JSON with the points that MLflow shows; a report that is in `file` already keeps its time."""
+    values = {str(result.images_seen): metrics(result) for result in report.results}
+    points = Points(int(time.time() * 1000), values)
+    with suppress(OSError, ValueError, KeyError, UserError):
+        before = json.loads(file.read())["points"]
+        if before["values"] == values:
+            points = Points(before["time_ms"], values)
+    content = json.loads(report.to_json())
+    return (json.dumps({**content, "points": asdict(points)}, indent=2) + "\n").encode()
+
+
+def _push(run: Run, timeout_s: float) -> str:
+    """Push a run to MLflow, if MLflow has it; returns a line that says so."""
+    shown = without_password(tracking_uri())
+    try:
+        if not is_in_mlflow(run):
+            command = f"python jobs/sync.py {run.location.uri}"
+            return f"MLflow      {shown} does not have run {run.name}; `{command}` sends it"
+        pushed = push_patiently(run, timeout_s)
+    except MlflowError as error:
+        return f"MLflow      {error}"
+    except UserError as error:
+        return f"MLflow      nothing is logged in {shown}: {error}"
+    return f"MLflow      run {pushed.run_id} in {shown}"
 
 
 def _by_run(report: Report) -> Iterable[CheckpointResult]:
@@ -115,15 +126,6 @@ def _pictures(report: Report, stem: str, picture: bytes = b"") -> Iterator[tuple
         yield f"{stem}.png", picture
     for name, _, drawn in nearest_pictures(report, f"{stem}.json"):
         yield name, drawn.nearest
-
-
-def _records(report: Report, picture: bytes) -> Iterator[Record]:
-    now_ms = int(time.time() * 1000)
-    for result in report.results:
-        yield Metrics(metrics(result), result.images_seen, now_ms)
-    yield Artifact(f"evaluation/{report.key}.json", report.to_json().encode())
-    for name, data in _pictures(report, report.key, picture):
-        yield Artifact(f"evaluation/{name}", data)
 
 
 def write(file: Location, data: bytes) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ddpm.checkpoints import checkpoint
-from ddpm.tracking import mlflow_client, mlflow_runs
+from ddpm.tracking import mlflow_client, mlflow_run
 from ddpm.utils.retry import as_user_error
 
 SCHEME = "models:/"
@@ -42,12 +42,12 @@ def register(
             checkpoint.write_net(checkpoint.load_net(folder), position, Path(staging, "checkpoint"))
             for kind, path in exported.items():
                 shutil.copytree(path, Path(staging, kind))
-        with mlflow_client.opened() as client:
+        with mlflow_client.opened() as mlflow:
             from mlflow import register_model
 
-            experiment_id = mlflow_runs.experiment_id(client, uri, config.run.experiment)
-            run_key = position.get("run_key")
-            run = mlflow_runs.find_run(client, config.run.experiment, run_key) if run_key else None
+            client, run_key = mlflow.client, position.get("run_key")
+            experiment_id = mlflow_run.experiment_id(mlflow, config.run.experiment)
+            run = mlflow_run.find(mlflow, config.run.experiment, run_key) if run_key else None
             run_id = run.info.run_id if run else None
             model = client.create_logged_model(experiment_id, "ddpm", source_run_id=run_id)
             client.log_model_artifacts(model.model_id, staging, FOLDER)

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from ddpm.config import Config
-from ddpm.search.run_queue import RunQueue, Task
+from ddpm.search.run_queue import RUN, RunQueue, Task
 from ddpm.training import loop, worker_group
 from ddpm.training.worker_group import WorkerGroup
 
@@ -41,7 +41,8 @@ class PersistentWorkerGroup(WorkerGroup):
 
     def _begin(self, run: Any) -> None:
         self._number += 1
-        self.state.begin(Task(self._number, run))
+        self.state.forget()
+        self.state.set(RUN, Task(self._number, run))
 
     def _main(self) -> Callable[[dict[str, Any]], None]:
         return work

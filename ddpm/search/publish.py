@@ -3,25 +3,26 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
 
+from ddpm.checkpoints import curves as run_curves
 from ddpm.checkpoints import runs
 from ddpm.evaluation import compared_run, comparison_page
 from ddpm.evaluation.comparison import Cell, Ranking
 from ddpm.search import leaderboard, plots
 from ddpm.search.evaluator import RANKING
-from ddpm.search.event_log import EventLog, Trial
+from ddpm.search.event_log import Trial
 from ddpm.search.leaderboard import Row
 from ddpm.search.setup import Setup
 from ddpm.storage.locations import Location
-from ddpm.tracking import sync
-from ddpm.tracking.metrics_buffer import Artifact, Metrics, Tags
-from ddpm.tracking.mlflow_client import Lost, tracking_uri, without_password
-from ddpm.tracking.mlflow_runs import PARENT_TAG, Address, MlflowRun
+from ddpm.tracking import mlflow_run
+from ddpm.tracking.mlflow_client import Connection, MlflowError, tracking_uri, without_password
+from ddpm.tracking.mlflow_run import MlflowRun
 from ddpm.tracking.pages import NOTE_TAG, STOPPED
-from ddpm.tracking.retry import OutOfTime
+from ddpm.tracking.pusher import push_patiently
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import retry_io
 from ddpm.utils.tables import estimate
@@ -31,36 +32,46 @@ COMPARED = 8
 MLFLOW_TIMEOUT_S = 20.0
 MAX_NOTE = 8000
 """MLflow's longest tag: the table of more than about a hundred trials is cut off in the description."""
-INTERRUPTED_TIMEOUT_S = 3.0
-STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED", "running": STOPPED}
-"""MLflow's status for each status of a trial."""
+STATUS: dict[str, runs.StatusName] = {
+    "finished": "FINISHED",
+    "stopped": "PRUNED",
+    "failed": "FAILED",
+    "running": "STOPPED",
+}
+"""A run's status for each status of a trial."""
 
 
-def address(events: EventLog, name: str, experiment: str) -> Address:
-    """The address of the search's run in MLflow."""
-    return Address(tracking_uri(), experiment, name, events.key, source="tune/search.py")
+@dataclass(frozen=True)
+class Parent:
+    """The search's run in MLflow, which its trials are shown under."""
+
+    search: runs.Search
+    experiment: str
+
+    def open(self) -> MlflowRun:
+        """Find or create it; raises MlflowError."""
+        mlflow, search = Connection(tracking_uri()), self.search
+        return mlflow_run.open_run(mlflow, self.experiment, search.key, search.name, source="tune/search.py")
 
 
-def open_parent(parent: Address, params: Mapping[str, Any], warn: Callable[[str], None]) -> str | None:
-    """The id of the search's MLflow run, which is created if there is none; None: MLflow is unavailable."""
-    run = MlflowRun(parent, params, MLFLOW_TIMEOUT_S)
+def open_parent(parent: Parent, params: Mapping[str, Any], warn: Callable[[str], None]) -> None:
+    """Create the search's MLflow run, if there is none and MLflow is available."""
     try:
-        run.open(running=True)
-    except (OutOfTime, Lost) as error:
-        shown = without_password(parent.uri)
+        run = parent.open()
+        run.log_params(params)
+        run.set_status("RUNNING")
+    except MlflowError as error:
+        shown = without_password(tracking_uri())
         warn(f"the search's run is not in MLflow at {shown} yet, and is logged later: {error}")
-    return run.run_id
 
 
-def interrupted(parent: Address) -> None:
+def interrupted(parent: Parent) -> None:
     """Set the status of the search's MLflow run to a stopped one's, if MLflow answers."""
-    run = MlflowRun(parent, {}, INTERRUPTED_TIMEOUT_S)
-    with contextlib.suppress(OutOfTime, Lost):
-        run.open(running=True)
-        run.end(STOPPED)
+    with contextlib.suppress(MlflowError):
+        parent.open().set_status(STOPPED)
 
 
-def store(setup: Setup, rows: Sequence[Row], remarks: Sequence[str], parent: Address) -> Iterator[str]:
+def store(setup: Setup, rows: Sequence[Row], remarks: Sequence[str], parent: Parent) -> Iterator[str]:
     """Write table, best config and plots to the search's folder and its MLflow run; yields lines that say where."""
     trials, folder, metric = [row.trial for row in rows], setup.folder, setup.arguments.metric
     files = {
@@ -119,44 +130,33 @@ def compared(rows: Sequence[Row], folder: Location) -> bytes | None:
     return comparison_page.render(trials, [ranking for ranking in rankings if ranking.cells])
 
 
-def _publish(rows: Sequence[Row], folder: Location, files: Mapping[str, bytes], parent: Address) -> str:
-    """Deliver the results and what is left of the trials' records to MLflow; returns a line that says so."""
-    shown = without_password(parent.uri)
-    run = MlflowRun(parent, {}, MLFLOW_TIMEOUT_S)
+def _publish(rows: Sequence[Row], folder: Location, files: Mapping[str, bytes], parent: Parent) -> str:
+    """Send the results and the trials to MLflow; returns a line that says so."""
+    shown = without_password(tracking_uri())
     try:
-        run.open(running=True)
-        records: list[Any] = [Artifact(name, data) for name, data in files.items()]
-        records.append(Tags({NOTE_TAG: files["results.md"].decode()[:MAX_NOTE]}))
+        run = parent.open()
+        for name, data in files.items():
+            run.log_file(name, data)
+        run.set_tags({NOTE_TAG: files["results.md"].decode()[:MAX_NOTE]})
         if rows and (reported := rows[0].reported):
-            value, error = reported
+            now_ms, (value, error) = int(time.time() * 1000), reported
             values = {"best/bits_per_dim": value, "best_error/bits_per_dim": error}
-            records.append(Metrics(values, len(rows), int(time.time() * 1000)))
-        whole = run.add(records)
+            run.log_metrics(run_curves.Row(name, len(rows), v, now_ms) for name, v in values.items())
         for row in rows:
-            whole &= _deliver_trial(row.trial, folder, parent, str(run.run_id))
-        whole &= run.end("FINISHED")
-    except OutOfTime as error:
-        return f"MLflow      {shown} cannot be reached; run the same command to try again: {error}"
-    except Lost as error:
-        return f"MLflow      {shown} refuses the search's run: {error}"
-    return f"MLflow      run {run.run_id} in {shown}{'' if whole else ', which did not accept everything'}"
+            _push_trial(row.trial, folder)
+        run.set_status("FINISHED", int(time.time() * 1000))
+    except MlflowError as error:
+        return f"MLflow      {shown} does not accept the search; run the same command to try again: {error}"
+    return f"MLflow      run {run.run_id} in {shown}"
 
 
-def _deliver_trial(trial: Trial, folder: Location, parent: Address, parent_run_id: str) -> bool:
-    """Deliver a trial's remaining records and status to MLflow; returns whether MLflow took them."""
-    uri = folder.child(trial.name).uri
+def _push_trial(trial: Trial, folder: Location) -> None:
+    """Push a trial's run with its status: its own process may have been killed, or have trained too far."""
     try:
-        key = runs.existing_run(uri).key
+        run = runs.existing_run(folder.child(trial.name).uri)
     except UserError:  # the trial never began
-        return True
-    try:
-        rest = sync.remaining(uri, parent.experiment)
-        if rest.records:
-            sync.deliver(rest, MLFLOW_TIMEOUT_S, lambda done: None)
-    except UserError:  # MLflow does not take it now
-        return False
-    run = MlflowRun(Address(parent.uri, parent.experiment, trial.name, key), {}, MLFLOW_TIMEOUT_S)
-    if not run.find():
-        return True
-    # Its own process may have been killed, or have trained to the end before it was told to stop.
-    return run.add([Tags({PARENT_TAG: parent_run_id})]) and run.end(STATUS[trial.status])
+        return
+    before = runs.read_status(run.location)
+    if before is not None and before.status != STATUS[trial.status]:
+        runs.write_status(run.location, replace(before, status=STATUS[trial.status]))
+    push_patiently(run, MLFLOW_TIMEOUT_S)

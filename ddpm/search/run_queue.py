@@ -6,6 +6,9 @@ from typing import Any, Literal
 from ddpm.training import run_state
 from ddpm.training.run_state import RunState
 
+RUN = "run"
+"""Subject: the Task that the other values are of."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -24,7 +27,7 @@ class RunQueue(RunState):
 
     def set(self, subject: str, value: Any) -> None:
         """`RunState.set`; with a new run, the values of the previous one are dropped, except PLACEMENT_GROUP."""
-        if subject == run_state.RUN:
+        if subject == RUN:
             kept = self._values.get(run_state.PLACEMENT_GROUP)
             self._values = {run_state.WARNINGS: [], run_state.PLACEMENT_GROUP: kept}
         super().set(subject, value)
@@ -36,9 +39,9 @@ class RunQueue(RunState):
     def next_run(self, after: int, ended: int | None) -> Task | Literal["wait", "leave"]:
         """The run for workers that have finished run `after`; rank 0 reports `ended`, its images_seen at the end.
 
-        It does so at each call, since a restarted actor does not know it.
+        It does so at each call, since another actor, after the death of one, may not know it.
         """
-        task = self._values.get(run_state.RUN)
+        task = self._values.get(RUN)
         is_after = task is not None and task.number == after
         if is_after and ended is not None:
             self._values[run_state.ENDED] = ended

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ddpm.checkpoints import checkpoint, runs
-from ddpm.checkpoints.runs import Run
+from ddpm.checkpoints.runs import Run, Search
+from ddpm.checkpoints.settings import differences
 from ddpm.cluster import resources
 from ddpm.config import Config
 from ddpm.search.evaluator import Evaluation, Evaluator
@@ -20,7 +21,7 @@ from ddpm.search.event_log import Rung
 from ddpm.search.persistent_group import PersistentWorkerGroup
 from ddpm.storage.locations import Location
 from ddpm.training import checkpoint_manager, run_state
-from ddpm.training.fit import fit
+from ddpm.training.fit import Origin, fit
 from ddpm.utils.errors import UserError
 from ddpm.utils.retry import retry_io
 
@@ -50,8 +51,8 @@ class Spec:
     evaluator: Evaluator
     env: Mapping[str, str]
     """Environment variables of a trial's driver, on any node."""
-    parent_run_id: str | None
-    """The search's MLflow run."""
+    preset: str
+    search: Search
     verbose: bool
     """Show Ray's messages."""
     state: Any
@@ -170,12 +171,13 @@ class TrialRunner:
             left = self._read(self._run.location.child(PLACEMENT_GROUP))
             if left is not None:  # a killed driver of this trial left it
                 resources.remove_placement_group(left.decode())
+            changed = differences(self._config, self._spec.config)
             fit(
                 self._config,
                 self._spec.evaluator.train,
+                Origin(self._spec.preset, changed, search=self._spec.search),
                 verbose=self._spec.verbose,
                 should_continue=self._should_continue,
-                parent_run_id=self._spec.parent_run_id,
                 group=self._group,
                 trained=self._announce_trained,
             )

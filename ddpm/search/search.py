@@ -4,6 +4,7 @@ import os
 import sys
 import time
 
+from ddpm.checkpoints.runs import Search
 from ddpm.cluster import ray_init, resources
 from ddpm.evaluation.evaluate import grey_levels
 from ddpm.search import leaderboard, publish, study
@@ -13,6 +14,7 @@ from ddpm.search.runner import Spec
 from ddpm.search.scoreboard import Scoreboard
 from ddpm.search.setup import Setup, prepare
 from ddpm.storage.driver_lock import DriverLock
+from ddpm.tracking.mlflow_client import tracking_uri
 from ddpm.utils.errors import UserError
 
 
@@ -36,16 +38,17 @@ def _search(setup: Setup, lock: DriverLock) -> int:
     events = EventLog(setup.folder, setup.settings, config.run.storage_timeout_s)
     scoreboard = Scoreboard(events.trials, arguments.num_trials)
     manager = study.manager(setup, events, scoreboard.news)
-    parent = publish.address(events, setup.name, config.run.experiment)
-    parent_run_id = publish.open_parent(parent, setup.params, print)
+    parent = publish.Parent(Search(setup.name, events.key), config.run.experiment)
+    publish.open_parent(parent, setup.params, print)
     env = {name: os.environ.get(name, value) for name, value in ray_init.SETTINGS.items()}
     with study.Interruption(lambda: lock.is_lost, scoreboard.tick) as interruption:
         spec = Spec(
             config=config,
             rungs=setup.rungs,
             evaluator=setup.evaluator,
-            env=env | ray_init.worker_env() | {"MLFLOW_TRACKING_URI": parent.uri},
-            parent_run_id=parent_run_id,
+            env=env | ray_init.worker_env() | {"MLFLOW_TRACKING_URI": tracking_uri()},
+            preset=arguments.preset,
+            search=parent.search,
             verbose=arguments.verbose,
             state=interruption.state,
         )

@@ -105,4 +105,4 @@ def _named(arguments: Arguments) -> Config:
         raise UserError("--run.name is set by the search; name the search with --name")
     name, storage = arguments.name or f"search-{preset}", arguments.storage or config.run.storage
     run = replace(config.run, name=name, storage=storage)
-    return runs.with_name_and_storage(replace(config, run=run), preset)
+    return runs.with_storage(replace(config, run=run))

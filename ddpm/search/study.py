@@ -60,7 +60,7 @@ class Interruption(StopSignals, tune.Callback):
 
     def __init__(self, is_lost: Callable[[], bool], tick: Callable[[], None] = lambda: None) -> None:
         self._is_lost, self._tick = is_lost, tick
-        self.state = run_state_client.start()
+        self.state = run_state_client.start(max_restarts=-1, max_task_retries=-1)
         """The RunState actor from which trials read the interruption."""
         self._announced = False
 

@@ -1,1 +1,1 @@
-"""Delivery of metrics and images to MLflow."""
+"""MLflow as a mirror of a run's folder."""

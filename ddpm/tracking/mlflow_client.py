@@ -5,10 +5,10 @@ import os
 import re
 import shutil
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ddpm.storage import locations
 from ddpm.utils import files
@@ -16,14 +16,33 @@ from ddpm.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 SQLITE = "sqlite:///"
 HALF_MADE = re.compile(r"already exists|duplicate column|no such (table|column|index)")
 """SQLite's message when MLflow opens a database whose creation was interrupted."""
 USER_INFO = re.compile(r"//[^/\s@]*@")
 
 
-class Lost(Exception):
-    """MLflow refuses the whole run, or the run or its database was deleted."""
+REFUSED = ("BAD_REQUEST", "INVALID_PARAMETER_VALUE")
+"""MLflow's codes for a value that it will never accept."""
+PERMANENT = (*REFUSED, "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED", "UNAUTHENTICATED")
+"""MLflow's codes for a call that is useless to repeat."""
+
+
+class MlflowError(UserError):
+    """A call to MLflow failed; one line, without a password."""
+
+    exit_code = 1
+
+    def __init__(self, line: str, is_temporary: bool = False) -> None:
+        super().__init__(line)
+        self.is_temporary = is_temporary
+        """Whether the same call may succeed later."""
+
+
+class Refused(MlflowError):
+    """MLflow will never accept a value."""
 
 
 def tracking_uri() -> str:
@@ -35,47 +54,45 @@ def tracking_uri() -> str:
     return SQLITE + locations.absolute(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else uri
 
 
-def connect(uri: str) -> Any:
-    """Open MLflow at `uri`; a SQLite database that does not exist is created.
+class Connection:
+    """MLflow at `uri`, for one thread. A SQLite database that does not exist is created.
 
-    Returns:
-        An MlflowClient.
+    Args:
+        accepted: called after each call that succeeded.
 
-    Raises:
-        Lost: the database is incomplete.
-        Exception: any other error of MLflow.
+    Attributes:
+        client: an MlflowClient, whose methods are called by `connection(client.get_run, run_id)`.
     """
-    # One quick attempt per call: `retry.Caller` retries, and has a deadline. URLs may hold a password.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    from mlflow import MlflowClient  # takes seconds
-    from sqlalchemy.exc import OperationalError
 
-    for name, level in {"mlflow": "WARNING", "alembic": "WARNING", "mlflow.store.db": "CRITICAL"}.items():
-        logging.getLogger(name).setLevel(level)  # of each failed query the last logs a traceback, 60 lines
-    database = database_file(uri)
-    if database is not None and not database.exists():
-        _create_database(database)
-    try:
-        return MlflowClient(uri)
-    except Exception as error:
-        if database is None or not (trace := _half_made(database, error)):
-            if isinstance(error, OperationalError) and "unable to open" not in str(error):
-                raise OSError(str(error)) from None  # such as locked: retried, as after the first connection
+    def __init__(self, uri: str, accepted: Callable[[], object] = lambda: None) -> None:
+        self.uri = uri
+        self._accepted = accepted
+        self.client = self._call(_connect, uri)  # asks no server, so MLflow has accepted nothing yet
+
+    def __call__(self, call: Callable[..., T], *args: Any, **named: Any) -> T:
+        """The result of `call`.
+
+        Raises:
+            Refused: MLflow will never accept an argument.
+            MlflowError: any other failure.
+        """
+        result = self._call(call, *args, **named)
+        self._accepted()
+        return result
+
+    def _call(self, call: Callable[..., T], *args: Any, **named: Any) -> T:
+        try:
+            return call(*args, **named)
+        except MlflowError:
             raise
-        raise Lost(
-            f"{database} is incomplete: MLflow was stopped while it created or upgraded its tables ({trace}). Move "
-            "this file away; a new one is then created. Records that were delivered stay in the old file; "
-            "`python jobs/sync.py RUN` delivers a run's remaining records to the new one"
-        ) from None
+        except Exception as error:
+            kind = Refused if _is_refusal(error) else MlflowError
+            raise kind(reason(error, self.uri), _is_temporary(error)) from None
 
 
 @contextmanager
-def opened() -> Iterator[Any]:
-    """A context with a client, in which MLflow's own functions use the same server; its errors become UserErrors."""
+def opened() -> Iterator[Connection]:
+    """A context with a connection, in which MLflow's own functions use the same server; errors become UserErrors."""
     uri = tracking_uri()
     os.environ["MLFLOW_TRACKING_URI"] = uri
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -83,9 +100,9 @@ def opened() -> Iterator[Any]:
     from mlflow.exceptions import MlflowException
 
     try:
-        yield connect(uri)
-    except Lost as error:
-        raise UserError(f"MLflow at {uri}: {error}") from None
+        yield Connection(uri)
+    except MlflowError as error:
+        raise UserError(f"MLflow at {without_password(uri)}: {error}") from None
     except (MlflowException, OSError) as error:
         raise UserError(f"MLflow at {without_password(uri)}: {reason(error, uri)}") from None
 
@@ -105,6 +122,55 @@ def reason(error: BaseException | None, uri: str) -> str:
 def database_file(uri: str) -> Path | None:
     """The SQLite file that `uri` names; None if it names something else."""
     return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) and "?" not in uri else None
+
+
+def _connect(uri: str) -> Any:
+    """An MlflowClient of MLflow at `uri`."""
+    # One quick attempt per call: whoever calls tries again. URLs may hold a password.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # A pooled connection would go on writing to a SQLite file that has been deleted.
+    os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
+    from mlflow import MlflowClient  # takes seconds
+    from sqlalchemy.exc import OperationalError
+
+    for name, level in {"mlflow": "WARNING", "alembic": "WARNING", "mlflow.store.db": "CRITICAL"}.items():
+        logging.getLogger(name).setLevel(level)  # of each failed query the last logs a traceback, 60 lines
+    database = database_file(uri)
+    if database is not None and not database.exists():
+        _create_database(database)
+    try:
+        return MlflowClient(uri)
+    except Exception as error:
+        if database is None or not (trace := _half_made(database, error)):
+            if isinstance(error, OperationalError) and "unable to open" not in str(error):
+                raise OSError(
+                    str(error)
+                ) from None  # such as locked: temporary, as after the first connection
+            raise
+        raise MlflowError(
+            f"{database} is incomplete: MLflow was stopped while it created or upgraded its tables ({trace}). Move "
+            "this file away; a new one is then created, and `python jobs/sync.py RUN` sends a run to it"
+        ) from None
+
+
+def _is_temporary(error: BaseException) -> bool:
+    if (code := getattr(error, "error_code", None)) is not None:  # an MlflowException
+        return code not in PERMANENT
+    status = _http_status(error, otherwise=500)
+    return isinstance(error, OSError) and (status >= 500 or status in (408, 429))
+
+
+def _is_refusal(error: BaseException) -> bool:
+    return getattr(error, "error_code", None) in REFUSED or _http_status(error, otherwise=0) == 400
+
+
+def _http_status(error: BaseException, otherwise: int) -> int:
+    """The HTTP status in the error of a file transfer (an OSError of requests holds the response)."""
+    return getattr(getattr(error, "response", None), "status_code", otherwise)
 
 
 def _create_database(database: Path) -> None:

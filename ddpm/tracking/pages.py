@@ -3,9 +3,10 @@
 import re
 import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from ddpm.config import Config
 from ddpm.utils.command_line import installed
 
 WORKFLOW = "workflowType=machine_learning"
@@ -17,14 +18,30 @@ GRID, LAST_GRID = "samples.png", "samples_last"
 """The newest grid as an artifact, and the key of the last one among the images."""
 STOPPED = "SCHEDULED"
 """MLflow's status of a run that was stopped and can be resumed: its pages show KILLED in red, as they do FAILED."""
-STATUS = {
+STATUS: dict[str, str] = {
     "RUNNING": "Running",
     "FINISHED": "Finished",
-    STOPPED: "Stopped",
-    "KILLED": "Stopped",
+    "STOPPED": "Stopped",
+    "PRUNED": "Stopped early",
     "FAILED": "Failed",
 }
+"""Words for the status of a run."""
 LOCAL_UI = "http://127.0.0.1:5000"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the description of a run tells."""
+
+    tags: Mapping[str, str]
+    config: Config
+    status: str
+    images_seen: int
+    metrics: Mapping[str, float]
+    """The newest value of each."""
+    run_id: str
+    folder: str
+    """URI of the run's folder."""
 
 
 def link(uri: str, experiment_id: str | None, run_id: str | None) -> str:
@@ -45,26 +62,20 @@ def ui_command(database: Path) -> str:
     )
 
 
-def description(run: Any) -> str | None:
-    """The description of an MLflow run in Markdown, from its tags, params and newest metrics; None: it is not ours."""
-    tags, params, metrics = run.data.tags, run.data.params, run.data.metrics
-    if "preset" not in tags or not tags.get(NOTE_TAG, NOTE_END).endswith(NOTE_END):
-        return None
+def description(facts: Facts) -> str:
+    """The description of a run in Markdown."""
+    tags, config = facts.tags, facts.config
     what = f"**{tags['preset']}**" + (f", {tags['changed']}" if tags["changed"] != "nothing" else "")
-    if "schedule.kind" in params:
-        what += f": predicts {params['objective.predict']}, {params['schedule.kind']} schedule of "
-        what += f"{params['schedule.num_timesteps']} steps"
-    total = int(tags.get("resumed.train.total_images", params.get("train.total_images", 0)))
-    seen = int(tags.get("ddpm.sent_until", 0))
-    lines = [what + ".", f"{STATUS.get(run.info.status, run.info.status)} at {seen:,} of {total:,} images"]
-    lines[1] += "".join(f"; {score}" for score in _scores(metrics)) + "."
-    if tags.get("mlflow.loggedImages"):
-        lines.append(f"![samples](get-artifact?path={GRID}&run_uuid={run.info.run_id})")
+    what += f": predicts {config.objective.predict}, {config.schedule.kind} schedule of "
+    what += f"{config.schedule.num_timesteps} steps."
+    position = f"{STATUS[facts.status]} at {facts.images_seen:,} of {config.train.total_images:,} images"
+    lines = [what, "; ".join([position, *_scores(facts.metrics)]) + "."]
+    if "mlflow.loggedImages" in tags:
+        lines.append(f"![samples](get-artifact?path={GRID}&run_uuid={facts.run_id})")
     if "command" in tags:
         lines.append(f"Resume: `{tags['command']}`")
     if "checkpoint" in tags:
-        folder = tags["checkpoint"].rpartition("/")[0]
-        lines.append(installed(f"Sample: `python jobs/sample.py {folder}`"))
+        lines.append(installed(f"Sample: `python jobs/sample.py {facts.folder}`"))
     return "\n\n".join(lines) + NOTE_END
 
 

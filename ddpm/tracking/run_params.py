@@ -1,8 +1,8 @@
-"""What a run says of itself in MLflow: its params, and its tags."""
+"""The params of a run in MLflow, what differs from a preset, and the versions that made it."""
 
 import functools
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -79,15 +79,17 @@ def nearest_preset(config: Config) -> tuple[str, dict[str, Any]]:
     return min(changes.items(), key=lambda item: len(item[1]))
 
 
-def tags(config: Config, command: str | None) -> dict[str, str]:
-    """Tags of a new run: preset, differences from it, versions, and the command that resumes the run."""
-    name, changes = nearest_preset(config)
-    changed = ", ".join(f"{key}={value}" for key, value in changes.items()) or "nothing"
-    return {"preset": name, "changed": changed, **_versions()} | ({"command": command} if command else {})
+def changed_text(changed: Mapping[str, Any]) -> str:
+    """Settings that differ from a preset as text: "optim.lr=0.001, train.seed=1", or "nothing"."""
+    return ", ".join(f"{key}={value}" for key, value in changed.items()) or "nothing"
+
+
+VERSION = "version.ddpm"
+"""Key of `versions` for this package."""
 
 
 @functools.cache
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """Versions of the packages, and the git commit if git tracks this file."""
     versions = {}
     for package, name in (("ddpm-on-ray", "ddpm"), ("torch", "torch"), ("ray", "ray")):

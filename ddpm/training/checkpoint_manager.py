@@ -18,13 +18,12 @@ from typing import TypeVar
 import pyarrow.fs as pafs
 import torch
 
-from ddpm.checkpoints import checkpoint, runs
+from ddpm.checkpoints import checkpoint, curves, runs
 from ddpm.checkpoints.checkpoint import CHECKSUMS, Snapshot
 from ddpm.checkpoints.runs import Run
 from ddpm.config import Config
 from ddpm.hub import resolve
 from ddpm.storage.locations import Location
-from ddpm.tracking import spool
 from ddpm.training.state import State
 from ddpm.utils import files
 from ddpm.utils.errors import UserError
@@ -132,7 +131,7 @@ def begin(run: Run, config: Config, data_fingerprint: str, warn: Callable[[str],
 def clean_up(run: Location) -> None:
     """Remove incomplete files and checkpoints that a killed worker left."""
     run.sweep()
-    run.child(spool.FOLDER).sweep()
+    run.child(curves.FOLDER).sweep()
     for prefix in (checkpoint.PREFIX, checkpoint.BEST_PREFIX):
         named = runs.checkpoint_names(run, prefix)
         incomplete = [name for name in named if not run.child(name).child(CHECKSUMS).exists()]

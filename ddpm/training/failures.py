@@ -18,6 +18,7 @@ from ddpm.training import run_state
 from ddpm.utils.errors import UserError
 
 CONTROLLER = "Ray Train's controller"
+STATE = "the run-state actor"
 SHOWN = 300
 """Characters of a failure in a line."""
 OUT_OF_MEMORY = re.compile(r"IP: ([^,)]+).*?was ([\d.]+ ?\w+)(?: used)? / ([\d.]+ ?\w+)", re.DOTALL)
@@ -67,7 +68,7 @@ def decide(
     Preemptions are counted apart, and in total.
 
     Args:
-        died: the error of each process that failed, by its name; empty: all workers left in good order.
+        died: the error of each process that failed, by its name; empty: all workers exited normally.
         values: the run's state by subject, as in run_state.py.
         was_asked: the run was asked to stop early.
     """
@@ -83,9 +84,7 @@ def decide(
         again |= {run_state.STOP: None, run_state.ENDED: None}
     if died:
         return _after_failures(died, values, again, config.cluster)
-    if ended is None:
-        line = "the run-state actor died when the workers stopped; new workers start, and check what is left to do"
-        return Restart(line, again)
+    assert ended is not None, "workers that exit normally set ENDED"
     if values.get(run_state.STOP) == run_state.MORE_WORKERS:
         return Restart(f"nodes have joined; continuing with more workers, at {ended:,} images", again)
     line = f"a node is about to be preempted; continuing on other nodes, at {ended:,} images"
@@ -101,7 +100,7 @@ def _after_failures(
     died: Mapping[str, BaseException], values: Mapping[str, Any], again: dict[str, Any], limits: ClusterConfig
 ) -> Restart | Fail:
     deaths = {name: death for name, error in died.items() if (death := _death(error))}
-    # A death causes the other processes' errors: their collectives break off.
+    # A death causes the other processes' errors: their collectives fail.
     name, cause = next(iter(deaths.items() or died.items()))
     line = f"{name} failed; resuming from the last checkpoint: {last_line(cause)}"
     if any(getattr(death, "preempted", False) for death in deaths.values()):

@@ -19,7 +19,7 @@ class Gauges:
 
     Args:
         images_seen: position of the run until its workers report one.
-        waiting: returns the number of segments, one per checkpoint, that MLflow does not have yet.
+        waiting: returns the number of checkpoints whose curves MLflow does not have yet.
     """
 
     def __init__(self, run: str, total_images: int, images_seen: int, waiting: Callable[[], int]) -> None:
@@ -32,7 +32,7 @@ class Gauges:
         if progress := values.get(run_state.PROGRESS):
             self._position["images_seen"] = progress.images_seen
         workers = values.get(run_state.WORKERS) or 0
-        newest = self._position | {"spool_segments": self._waiting(), "workers": workers}
+        newest = self._position | {"mlflow_checkpoints_behind": self._waiting(), "workers": workers}
         metrics = values.get(run_state.METRICS, {})
         newest |= {name: points[-1][1] for name, points in metrics.items()}
         for name, value in newest.items():

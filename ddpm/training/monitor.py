@@ -12,11 +12,13 @@ from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any, Self
 
+import ray.exceptions
+
 from ddpm.cluster import resources
 from ddpm.config import Config
-from ddpm.tracking.uploader import Uploader
+from ddpm.tracking.pusher import Pusher
 from ddpm.training import run_state
-from ddpm.training.failures import CONTROLLER, Done, Fail, Restart, decide, is_idle
+from ddpm.training.failures import CONTROLLER, STATE, Done, Fail, Restart, decide, is_idle
 from ddpm.training.gauges import Gauges
 from ddpm.training.screen import Screen
 from ddpm.training.worker_group import WorkerGroup
@@ -80,18 +82,18 @@ class DriverMonitor(StopSignals):
         self,
         config: Config,
         group: WorkerGroup,
-        uploader: Uploader,
+        pusher: Pusher,
         images_seen: int,
         should_continue: ShouldContinue,
     ) -> None:
         self.ended_early = False
         """Whether `should_continue` returned False."""
         self._config, self._group, self._state = config, group, group.state
-        self._uploader, self._images_seen, self._should_continue = uploader, images_seen, should_continue
+        self._pusher, self._images_seen, self._should_continue = pusher, images_seen, should_continue
         batch_size, name = config.train.batch_size, str(config.run.name)
         total_images = -(-config.train.total_images // batch_size) * batch_size
-        self._screen = Screen(name, total_images, lambda: uploader.waiting)
-        self._gauges = Gauges(name, total_images, images_seen, lambda: uploader.waiting)
+        self._screen = Screen(name, total_images, lambda: pusher.waiting)
+        self._gauges = Gauges(name, total_images, images_seen, lambda: pusher.waiting)
         self._committed, self._warned, self._announced = -1, 0, False
         self._resize_wait_s, self._resized_at = config.cluster.resize_interval_s, time.monotonic()
         self._is_short, self._placed, self._waiting_at = True, False, time.monotonic() + WAITING_AFTER_S
@@ -118,12 +120,10 @@ class DriverMonitor(StopSignals):
         while True:
             workers = self._group.workers()
             self._resized_at = time.monotonic()
-            while workers.is_alive():
-                workers.join(POLL_INTERVAL_S)
-                if self._may_leave(self._look()):
-                    break
-            died = {} if self._group.error is None else {CONTROLLER: self._group.error}
-            match decide(died, self._state.snapshot(), self._config, self.was_asked):
+            died = self._watch(workers)
+            if self._group.error is not None:
+                died[CONTROLLER] = self._group.error
+            match decide(died, self._state.values, self._config, self.was_asked):
                 case Fail(error):
                     raise error
                 case Done(images_seen):
@@ -137,8 +137,24 @@ class DriverMonitor(StopSignals):
                     return images_seen
                 case Restart(line, values):  # Ray Train does not restart a controller that died (Ray 2.60)
                     log.warning(line)
+                    if STATE in died:
+                        self._state.renew()
                     for subject, value in {run_state.ENDED: None, **values}.items():
                         self._state.set(subject, value)
+
+    def _watch(self, workers: threading.Thread) -> dict[str, BaseException]:
+        """Watch the workers until they have left, or need not be waited for; returns the RunState's death, if any."""
+        try:
+            while workers.is_alive():
+                workers.join(POLL_INTERVAL_S)
+                if self._may_leave(self._look()):
+                    return {}
+            self._state.snapshot()
+        except ray.exceptions.RayActorError as error:
+            while workers.is_alive():  # rank 0 notices it, too
+                workers.join(POLL_INTERVAL_S)
+            return {STATE: error}
+        return {}
 
     def _may_leave(self, values: Mapping[str, Any]) -> bool:
         """Whether to go on before the workers have left."""
@@ -163,9 +179,9 @@ class DriverMonitor(StopSignals):
         committed = values.get(run_state.COMMITTED, -1)
         if committed > self._committed:
             self._committed = committed
-            self._uploader.committed(committed)
+            self._pusher.notify()
         if run_state.PROGRESS in values and self.signal is None:  # not before the first step
-            self._uploader.begin()
+            self._pusher.begin()
         if not self.ended_early and not self._should_continue(values):
             self.ended_early = True
             self._state.set(run_state.STOP, "ended early")

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from ddpm.build import TrainedNet
-from ddpm.checkpoints import checkpoint
+from ddpm.checkpoints import checkpoint, runs
 from ddpm.config import Config
 from ddpm.data.reading import MicroBatch
 from ddpm.diffusion.objectives import Loss
 from ddpm.evaluation import measure
 from ddpm.sampling import generate
-from ddpm.tracking import pages
 from ddpm.training.mfu import flops_per_image, peak_flops
 from ddpm.training.runtime import Runtime
 from ddpm.training.state import State, lr_at
@@ -81,7 +80,7 @@ class Recorder:
         if self._due(config.log_every_images) or finished:
             self._log()
         if self._due(config.sample_every_images) or finished:
-            self._draw_grid(finished)
+            self._draw_grid()
             if finished:
                 self._draw_final()
         if self._due(config.checkpoint_every_images) or finished:
@@ -229,7 +228,7 @@ class Recorder:
         if self._store is not None:
             self._store.save(self._state, best)
 
-    def _draw_grid(self, finished: bool) -> None:
+    def _draw_grid(self) -> None:
         """Sample a grid of the same seeds every time, on all ranks together, and a denoising strip."""
         runtime, config = self._runtime, self._config
         per_rank = -(-config.sample.num_images // runtime.world_size)
@@ -239,20 +238,18 @@ class Recorder:
         grid = images.grid(drawn.cpu()[order][: config.sample.num_images].numpy())
         if self._store is None:
             return
-        seen, every, png = self._state.images_seen, config.train.sample_every_images, images.png_bytes(grid)
-        for name in (f"samples/{seen:012d}.png", "samples/latest.png"):
-            self._store.publish(name, png)
-        self._store.artifact(pages.GRID, png)
-        if finished:  # at step 0: runs of any length are shown side by side
-            self._store.image(pages.LAST_GRID, grid, 0)
-        if not self._due(every):
+        seen, every = self._state.images_seen, config.train.sample_every_images
+        self._store.publish(f"{runs.SAMPLES}/latest.png", images.png_bytes(grid))
+        if not self._due(every):  # the last one, between two multiples
+            self._store.picture(runs.SAMPLES, grid, seen)
             return
         seen = seen // every * every  # rounded: runs of any batch size are shown side by side
-        self._store.image("samples", grid, seen)
+        self._store.picture(runs.SAMPLES, grid, seen)
         if self._held_out is not None:
             some = self._held_out[:STRIP_IMAGES]
             x_0, label = self._averaged.inputs(some.image, some.label)
-            self._store.image("denoising", generate.denoising_strip(self._averaged, x_0, label), seen)
+            strip = generate.denoising_strip(self._averaged, x_0, label)
+            self._store.picture(runs.DENOISING, strip, seen)
 
     def _draw_final(self) -> None:
         """Publish the final images: forward noising, and the reverse trajectory."""
@@ -266,5 +263,4 @@ class Recorder:
         strip, gif = generate.trajectory(self._averaged, range(STRIP_IMAGES))
         pictures |= {"reverse_trajectory.png": images.png_bytes(strip), "reverse_trajectory.gif": gif}
         for name, data in pictures.items():
-            self._store.artifact(f"pictures/{name}", data)
-            self._store.publish(f"pictures/{name}", data)
+            self._store.publish(f"{runs.PICTURES}/{name}", data)

@@ -2,11 +2,12 @@
 
 It lives on the driver's node and needs no CPU. The last value of each subject is kept.
 
-The actor may die as well. Ray restarts it, empty, and repeats the calls that were not answered. The driver, which
-reads it twice a second, detects that and restores its values (run_state_client.py). Values set after the last reading
-are lost, so nothing depends on them: new workers find what is left to do in storage.
+If the actor dies, the worker group fails: rank 0, which reads it twice a second, raises its error (worker.py). The
+driver then starts another actor with the values that it read last, and new workers (monitor.py). What was set since is
+lost, so nothing depends on it: new workers find what is left to do in storage.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 # Subjects.
@@ -37,8 +38,6 @@ FAILURES = "failures"
 """Failures in a row without a new checkpoint, and COMMITTED at the last of them."""
 PREEMPTIONS = "preemptions"
 """The number of preemptions."""
-RUN = "run"
-"""The run that the other values are of; missing in a restarted actor."""
 WARNINGS = "warnings"
 """Warnings that the driver shows, a line each."""
 
@@ -46,15 +45,8 @@ WARNINGS = "warnings"
 class RunState:
     """The actor that holds the state of a run."""
 
-    def __init__(self) -> None:
-        self._values: dict[str, Any] = {WARNINGS: []}
-
-    def restore(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Restore the values of an actor that died, except those set again since; returns all values."""
-        if RUN not in self._values:
-            warnings = values.get(WARNINGS, []) + self._values[WARNINGS]
-            self._values = {**values, **self._values, WARNINGS: warnings}
-        return self._values
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values: dict[str, Any] = {WARNINGS: [], **values}
 
     def set(self, subject: str, value: Any) -> None:
         """Set the value of `subject`; None: there is none.

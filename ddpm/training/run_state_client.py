@@ -1,45 +1,47 @@
 """The driver's side of a RunState actor."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ddpm.training.run_state import PLACEMENT_GROUP, RUN, RunState
+from ddpm.training.run_state import PLACEMENT_GROUP, RunState
 
 
 class RunStateClient:
-    """A RunState, started on this node; the values set here survive its death.
+    """A RunState, started on this node. Calls raise RayActorError once it has died.
 
     Attributes:
         actor: the RunState, for controller and workers.
+        values: all values by subject, as they were read last.
     """
 
     def __init__(self, kind: type[RunState] = RunState) -> None:
+        self._kind = kind
+        self.values: dict[str, Any] = {}
         self.actor = start(kind)
-        self._values: dict[str, Any] = {}
 
-    def begin(self, run: Any) -> None:
-        """Set RUN, without waiting for an actor that is still starting."""
-        self._values = {RUN: run, PLACEMENT_GROUP: self._values.get(PLACEMENT_GROUP)}
-        self.actor.set.remote(RUN, run)
+    def forget(self) -> None:
+        """Forget the values of the last run, except for the placement group of its workers."""
+        self.values = {PLACEMENT_GROUP: self.values.get(PLACEMENT_GROUP)}
 
     def set(self, subject: str, value: Any) -> None:
         """`RunState.set`."""
         ray.get(self.actor.set.remote(subject, value))
-        self._values[subject] = value
+        self.values[subject] = value
 
     def snapshot(self) -> dict[str, Any]:
-        """All values by subject; a restarted actor gets the last known ones first."""
-        values = ray.get(self.actor.snapshot.remote())
-        if RUN not in values:
-            values = ray.get(self.actor.restore.remote(self._values))
-        self._values = values
-        return dict(values)
+        """All values by subject."""
+        self.values = ray.get(self.actor.snapshot.remote())
+        return dict(self.values)
+
+    def renew(self) -> None:
+        """Start another RunState, with the values that were read last."""
+        self.actor = start(self._kind, self.values)
 
 
-def start(kind: type[RunState] = RunState) -> Any:
-    """Create a RunState on this node; it lives as long as this process, and is restarted if it dies."""
+def start(kind: type[RunState] = RunState, values: Mapping[str, Any] | None = None, **options: Any) -> Any:
+    """Create a RunState on this node, with `options` for Ray; it lives at most as long as this process."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options = {"scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
-    return ray.remote(num_cpus=0)(kind).options(**options).remote()
+    return ray.remote(num_cpus=0)(kind).options(scheduling_strategy=here, **options).remote(values or {})

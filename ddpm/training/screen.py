@@ -40,7 +40,7 @@ class Screen:
     """A context that shows a run; call `update` repeatedly with the run's state.
 
     Args:
-        waiting: returns the number of segments, one per checkpoint, that MLflow does not have yet.
+        waiting: returns the number of checkpoints whose curves MLflow does not have yet.
     """
 
     def __init__(self, name: str, total_images: int, waiting: Callable[[], int]) -> None:

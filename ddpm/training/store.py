@@ -1,8 +1,11 @@
-"""A run's store, one object on rank 0: checkpoints, pictures, records and status of one run's folder.
+"""A run's store, one object on rank 0: checkpoints, curves, pictures and status of one run's folder.
 
 Everything is written in the background, in order. A checkpoint exists once its checksums.json does. All its other
-files, the segment of records since the previous checkpoint, and the run's curves are stored before. A worker killed at
-any moment, or a power cut, leaves the whole checkpoint or none (checkpoint_manager.py).
+files, and the curves since the previous checkpoint, are stored before. A worker killed at any moment, or a power cut,
+leaves the whole checkpoint or none (checkpoint_manager.py).
+
+What is recorded is final. A run that resumes from an earlier checkpoint measures again what was measured before: the
+same values, at other times. They are not recorded again.
 """
 
 import math
@@ -15,18 +18,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import pyarrow as pa
+import pyarrow.compute as pc
 
-from ddpm.checkpoints import checkpoint, runs
+from ddpm.checkpoints import checkpoint, curves, runs
 from ddpm.checkpoints.checkpoint import Snapshot
+from ddpm.checkpoints.curves import Row
 from ddpm.checkpoints.runs import Run, Status
 from ddpm.config import Config
 from ddpm.storage.locations import Location
-from ddpm.tracking import curves, metrics_buffer, spool
-from ddpm.tracking.metrics_buffer import MetricsBuffer, Record, Tags, segment_name
 from ddpm.training import checkpoint_manager, run_state
 from ddpm.training.state import State
 from ddpm.utils.errors import UserError
+from ddpm.utils.images import Pixels, png_bytes
 from ddpm.utils.progress import Progress
 from ddpm.utils.retry import StorageError, retry_io
 
@@ -40,12 +43,13 @@ STATUS_INTERVAL_S = 10.0
 T = TypeVar("T")
 
 
-class RunStore(MetricsBuffer):
+class RunStore:
     """The folder of a run.
 
     Args:
         data_fingerprint: of the data set, for state.json.
         notify: called with subjects of run_state.py and their values: WARNINGS, METRICS, PROGRESS, COMMITTED.
+        hardware: of this worker, for status.json.
 
     Attributes:
         last_progress: how far training is.
@@ -59,17 +63,22 @@ class RunStore(MetricsBuffer):
         run: Run,
         data_fingerprint: str,
         notify: Callable[[str, Any], object] = lambda subject, value: None,
+        hardware: str = "",
     ) -> None:
-        super().__init__()
         self.last_progress: Progress | None = None
         self.newest = ""
         self._config, self._run, self._location, self._notify = config, run, run.location, notify
         self._identity = {"run_key": run.key, "data_fingerprint": data_fingerprint}
-        self._timeout_s = config.run.storage_timeout_s
+        self._timeout_s, self._hardware = config.run.storage_timeout_s, hardware
         self.warn = partial(notify, run_state.WARNINGS)
         self._images_seen = self._images_lost = 0
         self._began_at, self._minutes_before, self._status_at = time.monotonic(), 0.0, -math.inf
-        self._curves: pa.Table | None = None  # those in storage are not read yet
+        self._rows: list[Row] = []
+        """Points since the last checkpoint."""
+        self._next_row: int | None = None
+        """Number of the first of them; None: the recorded ones are not read yet."""
+        self._recorded: set[tuple[str, int]] = set()
+        """Points beyond the checkpoint that the run resumed from: name and images_seen."""
         self._todo: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._room = threading.Semaphore(MAX_SNAPSHOTS)
         self._failure: BaseException | None = None
@@ -77,7 +86,7 @@ class RunStore(MetricsBuffer):
 
     @contextmanager
     def latest_checkpoint(self, reached: int = 0) -> Iterator[Path | None]:
-        """The newest valid checkpoint, from which the run continues: later records, and unfinished files, are removed.
+        """The newest valid checkpoint, from which the run continues; unfinished files are removed.
 
         Args:
             reached: images_seen that training is known to have reached; those beyond the checkpoint are lost.
@@ -86,8 +95,7 @@ class RunStore(MetricsBuffer):
         with checkpoint_manager.latest_valid(self._run, self._timeout_s, self.warn) as folder:
             at = self._images_seen = checkpoint.position(folder)
             self._retry_io(lambda: checkpoint_manager.clean_up(run), run)
-            self._retry_io(lambda: spool.discard_after(run.child(spool.FOLDER), at), run)
-            self._curves = self._read(lambda: curves.read_table(run, at), curves.SCHEMA.empty_table())
+            self._read_curves(at)
             if before := self._read(lambda: runs.read_status(run), None):
                 reached = max(reached, before.images_seen)
                 self._images_lost, self._minutes_before = before.images_lost, before.minutes
@@ -96,7 +104,11 @@ class RunStore(MetricsBuffer):
             yield folder
 
     def metrics(self, values: Mapping[str, float], images_seen: int) -> None:
-        super().metrics(values, images_seen)
+        """Record values measured at `images_seen`, except those that are recorded already."""
+        now_ms = int(time.time() * 1000)
+        for name, value in values.items():
+            if (name, images_seen) not in self._recorded:
+                self._rows.append(Row(name, images_seen, float(value), now_ms))
         self._notify(run_state.METRICS, (dict(values), images_seen))
 
     def goodput(self) -> float:
@@ -115,18 +127,25 @@ class RunStore(MetricsBuffer):
             self._write_status()
 
     def save(self, state: State, best: bool) -> None:
-        """Store `state` as a checkpoint, with the records since the last one; if `best`, also as the best one."""
+        """Store `state` as a checkpoint, with the points since the last one; if `best`, also as the best one."""
         self._room.acquire()
         self.check()
         self._images_seen = state.images_seen
-        uri = self._location.child(checkpoint.name_at(state.images_seen)).uri
-        records = [*self.take(), Tags({"checkpoint": uri})]
         snapshot = state.snapshot(self._config, self._identity)
-        self._todo.put(partial(self._save, snapshot, records, best, time.monotonic()))
+        self._todo.put(partial(self._save, snapshot, self._take_rows(), best, time.monotonic()))
 
     def publish(self, name: str, data: bytes) -> None:
         """Store a file that training can do without."""
         self._todo.put(partial(self._publish, name, data))
+
+    def picture(self, series: str, image: Pixels, images_seen: int) -> None:
+        """Record a picture of a series, runs.SAMPLES or runs.DENOISING, unless it is recorded already.
+
+        Args:
+            image: uint8 [H, W, C], C 1 or 3.
+        """
+        data = png_bytes(image, int(time.time() * 1000))
+        self._todo.put(partial(self._publish, f"{series}/{images_seen:012d}.png", data, once=True))
 
     def check(self) -> None:
         """Raise the error that made storing fail, if there was one."""
@@ -134,19 +153,32 @@ class RunStore(MetricsBuffer):
             raise self._failure
 
     def flush(self) -> None:
-        """Return when everything is stored."""
+        """Return when everything is stored; the curves of a finished run are then one file."""
+        if self._images_seen >= self._config.train.total_images:
+            self._todo.put(self._merge_curves)
         self._todo.join()
         self.check()
 
     def flush_on_error(self) -> None:
-        """Store the records since the last checkpoint; no other checkpoint will follow."""
-        name = segment_name(self._images_seen, after_error=True)
-        self._todo.put(partial(self._publish_records, self.take(), name))
+        """Store the points since the last checkpoint; no other checkpoint will follow."""
+        self._todo.put(partial(self._publish_rows, self._take_rows()))
         self.flush()
 
     def close(self) -> None:
         """End the thread once everything is stored; does not wait for it."""
         self._todo.put(None)
+
+    def _read_curves(self, at: int) -> None:
+        """Merge the curves' parts, and learn which points beyond `at` are recorded."""
+        table = self._retry_io(lambda: curves.merge(self._location, self.warn), self._location)
+        beyond = table.filter(pc.field("images_seen") > at).to_pylist()
+        self._recorded = {(row["name"], row["images_seen"]) for row in beyond}
+        self._next_row = self._retry_io(lambda: curves.num_rows(self._location), self._location)
+
+    def _take_rows(self) -> list[Row]:
+        taken = self._rows
+        self._rows = []
+        return taken
 
     def _read(self, read: Callable[[], T], otherwise: T) -> T:
         """The result of `read`; `otherwise` if the file is damaged."""
@@ -155,7 +187,7 @@ class RunStore(MetricsBuffer):
         except StorageError:
             raise
         except UserError as error:
-            self.warn(f"{error}; it is written anew from {self._images_seen} images on")
+            self.warn(f"{error}; it will be rewritten from {self._images_seen} images on")
             return otherwise
 
     def _retry_io(self, call: Callable[[], T], where: Location, most_s: float = math.inf) -> T:
@@ -164,7 +196,7 @@ class RunStore(MetricsBuffer):
     def _write_status(self) -> None:
         self._status_at = time.monotonic()
         minutes = self._minutes_before + (self._status_at - self._began_at) / 60
-        status = Status("RUNNING", self._images_seen, self._images_lost, minutes, self.all_tags)
+        status = Status("RUNNING", self._images_seen, self._images_lost, minutes, self._hardware)
         self.publish(runs.STATUS, runs.status_json(status))
 
     # The methods below run in the thread.
@@ -178,33 +210,41 @@ class RunStore(MetricsBuffer):
                 self._failure = error
             self._todo.task_done()
 
-    def _publish(self, name: str, data: bytes) -> None:
+    def _publish(self, name: str, data: bytes, once: bool = False) -> None:
         file = self._location.child(name)
         timeout_s = min(self._timeout_s, FILE_TIMEOUT_S)
+
+        def write() -> None:
+            if not once or not file.exists():
+                file.write(data)
+
         try:
-            retry_io(lambda: file.write(data), where=file.uri, timeout_s=timeout_s, warn=self.warn)
+            retry_io(write, where=file.uri, timeout_s=timeout_s, warn=self.warn)
         except (StorageError, FileNotFoundError) as error:
             self.warn(str(error))
 
-    def _publish_records(self, records: list[Record], segment: str) -> None:
-        for name, data in self._packed(records, segment).items():
+    def _publish_rows(self, rows: list[Row]) -> None:
+        for name, data in self._packed(rows).items():
             self._publish(name, data)
 
-    def _packed(self, records: list[Record], segment: str) -> dict[str, bytes]:
-        """The files with `records`: their segment, and the run's curves."""
-        if not records:
+    def _packed(self, rows: list[Row]) -> dict[str, bytes]:
+        """The file with `rows`; none if there are no rows, or if the recorded ones could not be read."""
+        if not rows or self._next_row is None:
             return {}
-        packed = {f"{spool.FOLDER}/{segment}": metrics_buffer.pack(records)}
-        if self._curves is not None:
-            self._curves = curves.extended(self._curves, records)
-            packed[curves.FILE] = curves.to_bytes(self._curves)
-        return packed
+        name, data = curves.part(self._next_row, rows)
+        self._next_row += len(rows)
+        return {name: data}
 
-    def _save(self, snapshot: Snapshot, records: list[Record], best: bool, began: float) -> None:
+    def _merge_curves(self) -> None:
+        try:
+            self._retry_io(lambda: curves.merge(self._location, self.warn), self._location, FILE_TIMEOUT_S)
+        except StorageError as error:
+            self.warn(f"the curves are not merged: {error}")
+
+    def _save(self, snapshot: Snapshot, rows: list[Row], best: bool, began: float) -> None:
         seen, run = snapshot.images_seen, self._location
         try:
-            files = self._packed(records, segment_name(seen))
-            checkpoint_manager.store(snapshot, run, files, best, self._retry_io)
+            checkpoint_manager.store(snapshot, run, self._packed(rows), best, self._retry_io)
         finally:
             self._room.release()
         self.newest = checkpoint.name_at(seen)

@@ -68,6 +68,7 @@ class RayRuntime(Runtime):
         self._pointers = Path(folder, context.get_experiment_name(), run.name)
         self._reported, self._reported_at = "", time.monotonic()
         self._stop, self._closed = threading.Event(), threading.Event()
+        self._listening_failed: Exception | None = None
         if store is not None:
             state.set.remote(run_state.WORKERS, self.world_size)
             threading.Thread(target=self._listen, name="ddpm-stop", daemon=True).start()
@@ -116,13 +117,18 @@ class RayRuntime(Runtime):
     def wants_stop(self) -> bool:
         if self.store is not None:
             self.store.check()  # a checkpoint that cannot be stored ends the run now, not when the next is due
+        if self._listening_failed is not None:
+            raise self._listening_failed
         return self._stop.is_set()
 
     def _listen(self) -> None:
-        while not self._stop.is_set() and not self._closed.is_set():
-            if ray.get(self._state.snapshot.remote()).get(run_state.STOP):
-                self._stop.set()
-            self._closed.wait(STOP_POLL_S)
+        try:
+            while not self._stop.is_set() and not self._closed.is_set():
+                if ray.get(self._state.snapshot.remote()).get(run_state.STOP):
+                    self._stop.set()
+                self._closed.wait(STOP_POLL_S)
+        except Exception as error:  # the actor died; `wants_stop` raises it in the loop
+            self._listening_failed = error
 
     @contextmanager
     def latest_checkpoint(self) -> Iterator[Path | None]:

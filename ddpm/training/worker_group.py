@@ -1,12 +1,11 @@
 """The workers of a training run: a `TorchTrainer`. failures.py decides what happens to a run when workers die."""
 
 import atexit
-import json
 import logging
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -19,9 +18,7 @@ from ray.train.torch import TorchTrainer
 from ddpm.checkpoints.runs import Run
 from ddpm.cluster import ray_init, resources
 from ddpm.config import Config
-from ddpm.config_io import to_json
 from ddpm.data.reading import DataSet
-from ddpm.tracking.metrics_buffer import DataSetInput
 from ddpm.training import loop, run_state
 from ddpm.training.failures import RestartPolicy
 from ddpm.training.run_state_client import RunStateClient
@@ -53,19 +50,18 @@ class WorkerGroup:
         self, config: Config, verbose: bool = False, kind: type[run_state.RunState] = run_state.RunState
     ) -> None:
         self.state, self.per_worker = RunStateClient(kind), resources.resources_per_worker(config)
-        self._config, self._spec = config, {"state": self.state.actor, "verbose": verbose}
+        self._config, self._spec = config, {"verbose": verbose}
         self.result: ray.train.Result | None = None
         self.error: BaseException | None = None
         self._workers: threading.Thread | None = None
 
-    def submit(self, config: Config, data_set: DataSet, run: Run, tags: Mapping[str, str]) -> None:
-        """Hand a run to the workers; `tags` are for MLflow."""
+    def submit(self, config: Config, data_set: DataSet, run: Run) -> None:
+        """Hand a run to the workers."""
         # A reference: Ray Train does not copy it to the controller.
-        self._begin(ray.put({"config": config, "data_set": data_set, "run": run, "tags": tags}))
+        self._begin(ray.put({"config": config, "data_set": data_set, "run": run}))
 
     def _begin(self, run: Any) -> None:
         self._spec["run"] = run
-        self.state.begin(True)
 
     def _main(self) -> Callable[[dict[str, Any]], None]:
         """The main function of a worker, which gets the spec."""
@@ -98,7 +94,7 @@ class WorkerGroup:
         sizes = config.cluster.world_sizes()
         return TorchTrainer(
             self._main(),
-            train_loop_config={**self._spec, "folder": folder},
+            train_loop_config={**self._spec, "state": self.state.actor, "folder": folder},
             scaling_config=ScalingConfig(  # type: ignore[call-arg]  # type checkers see that of Ray Train's version 1
                 num_workers=sizes[0] if len(sizes) == 1 else (sizes[0], sizes[-1]),  # type: ignore[arg-type]
                 use_gpu="GPU" in self.per_worker,
@@ -123,7 +119,7 @@ class WorkerGroup:
 
         Ray's own cleanup asks the dashboard whether the controller lives, and does nothing without one (Ray 2.60).
         """
-        placement_group = self.state.snapshot().get(run_state.PLACEMENT_GROUP)
+        placement_group = self.state.values.get(run_state.PLACEMENT_GROUP)
         if placement_group is not None:
             ray.util.remove_placement_group(placement_group)
             self.state.set(run_state.PLACEMENT_GROUP, None)
@@ -144,16 +140,12 @@ def begin_worker(spec: dict[str, Any]) -> None:
     spec["state"].set.remote(run_state.PLACEMENT_GROUP, ray.util.get_current_placement_group())
 
 
-def train_run(
-    spec: dict[str, Any], config: Config, data_set: DataSet, run: Run, tags: Mapping[str, str]
-) -> int | None:
+def train_run(spec: dict[str, Any], config: Config, data_set: DataSet, run: Run) -> int | None:
     """Train a run on this worker; rank 0 returns images_seen at the end."""
     state, store = spec["state"], None
     if ray.train.get_context().get_world_rank() == 0:
-        store = RunStore(config, run, data_set.rows.fingerprint, state.set.remote)
-        store.tags({**tags, "hardware": devices.hardware()})
-        store.data_set(_data_set_input(data_set))
-        store.artifact("config.json", to_json(config).encode())
+        hardware = devices.hardware()
+        store = RunStore(config, run, data_set.rows.fingerprint, state.set.remote, hardware)
     runtime = RayRuntime(config, data_set, run, state, store, spec["folder"])
     try:
         images_seen = loop.train(config, runtime).images_seen
@@ -172,12 +164,3 @@ def train_run(
         if loop.compiles(config, runtime.device):  # else the next run's net would count as a recompilation
             torch.compiler.reset()
     return images_seen if store is not None else None
-
-
-def _data_set_input(data_set: DataSet) -> DataSetInput:
-    """The description of the data for MLflow."""
-    manifest, rows = data_set.manifest, data_set.rows
-    profile = {"split": data_set.split, "images": rows.num_rows, "shape": data_set.shape}
-    profile |= {"classes": len(manifest.class_names), "fingerprint": rows.fingerprint}
-    uri = data_set.location.uri
-    return DataSetInput(manifest.source, rows.fingerprint[:32], uri, json.dumps(profile))

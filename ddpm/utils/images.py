@@ -10,12 +10,14 @@ Axes: N or B images, F frames, H W height and width, C channels.
 import io
 import math
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ PADDING = 2
 BACKGROUND = 255
 MIN_SIDE = 48
 """Tiles are enlarged by the smallest whole factor that makes their shorter side at least this long."""
+CREATION_TIME = "Creation Time"
+"""PNG's keyword for the time at which an image was made."""
 FRAME_MS = 80
 """Milliseconds that a GIF shows a frame; the format counts in hundredths of a second."""
 
@@ -105,11 +109,29 @@ def strip(rows: Sequence[Pixels], captions: Sequence[str] = ()) -> Pixels:
     return np.concatenate([np.asarray(header, np.uint8), picture])
 
 
-def png_bytes(array: Pixels) -> bytes:
-    """uint8 [H, W, C], C 1 or 3, as a PNG file."""
+def png_bytes(array: Pixels, time_ms: int | None = None) -> bytes:
+    """uint8 [H, W, C], C 1 or 3, as a PNG file.
+
+    Args:
+        time_ms: the time to keep in the file, in milliseconds since 1970; None: no time, equal images are equal files.
+    """
+    about = PngInfo()
+    if time_ms is not None:
+        moment = datetime.fromtimestamp(time_ms / 1000, UTC)
+        about.add_text(CREATION_TIME, moment.isoformat(timespec="milliseconds"))
     file = io.BytesIO()
-    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(file, "PNG")
+    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(file, "PNG", pnginfo=about)
     return file.getvalue()
+
+
+def time_ms_of(data: bytes) -> int | None:
+    """The time that `png_bytes` kept in a PNG file; None: it has none."""
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        text = image.text.get(CREATION_TIME)  # type: ignore[attr-defined]
+    try:
+        return None if text is None else round(datetime.fromisoformat(text).timestamp() * 1000)
+    except ValueError:
+        return None
 
 
 def from_png(data: bytes) -> Pixels:

@@ -12,13 +12,12 @@ from support import evaluated
 from support.compared import COMMAND, NEWEST, STEPS, Page, grid, make_run, run, shown_text
 from support.reported import drawn, made, near, result
 
-from ddpm.checkpoints import checkpoint, runs
+from ddpm.checkpoints import checkpoint, curves, runs
 from ddpm.evaluation import comparison_page, publish
 from ddpm.evaluation.compared_run import RATE, ComparedRun, read
 from ddpm.evaluation.plots import Point
 from ddpm.presets import DIGITS
 from ddpm.sampling import generate
-from ddpm.checkpoints import curves
 from ddpm.utils import images
 
 
@@ -65,12 +64,13 @@ def test_a_run_in_a_bucket(s3_bucket: str, tmp_path: Path) -> None:
 
 
 def test_what_is_missing_or_damaged_is_said(tmp_path: Path) -> None:
-    new = runs.open_run("new", str(tmp_path)).location
+    new = runs.open_run("new", str(tmp_path), runs.Facts(command=COMMAND)).location
     new.child(f"samples/{1:012d}.png").write(images.png_bytes(grid(0)))
-    running = runs.status_json(runs.Status("RUNNING", 1, 0, 1.0, {"command": COMMAND}))
+    running = runs.status_json(runs.Status("RUNNING", 1, 0, 1.0))
     new.child(runs.STATUS).write(running)
     uri, _ = make_run(str(tmp_path), "torn", status="RUNNING")
-    Path(uri, curves.FILE).write_bytes(b"no parquet")
+    (part,) = Path(uri, curves.FOLDER).iterdir()
+    part.write_bytes(b"no parquet")
     Path(uri, "status.json").write_bytes(b"{")
     Path(uri, "evaluations").mkdir()
     Path(uri, "evaluations/bad.json").write_bytes(b"[")
@@ -80,7 +80,7 @@ def test_what_is_missing_or_damaged_is_said(tmp_path: Path) -> None:
     assert "no checkpoint yet" in fresh.remarks[-1].text
     page = shown_text([fresh, torn])
     damage = (
-        "metrics.parquet is damaged",
+        f"{part.name} is damaged",
         "bad.json is not a result",
         "status.json is damaged",
     )
@@ -115,12 +115,12 @@ def test_evaluations_are_found_in_the_run_and_in_files(tmp_path: Path) -> None:
     report = made(
         result(3, *samplings, run_key=key, checkpoint=f"{uri}/checkpoint-3", bits_of_image=of_image)
     )
-    assert len(list(publish.keep(report))) == 1
+    assert len(list(publish.keep(report, report.results[0], png))) == 2
     file = tmp_path / "y.json"
     file.write_text(report.to_json())
     (tmp_path / "y-nearest.png").write_bytes(png)
     (both,) = read([uri], [str(file)])
-    assert both.evaluations == [report, report]
+    assert both.evaluations == [report, report]  # that of the run has its points beside
     for back in both.evaluations:
         assert [sampling.nearest for sampling in back.results[0].drawn] == [png, b""]
     page = Page(comparison_page.render([both]))

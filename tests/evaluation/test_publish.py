@@ -1,24 +1,22 @@
-"""Reports are written to files, buckets and the MLflow runs of their runs, once; MLflow may be down."""
+"""Reports are written to files, buckets and the folders of their runs, which are pushed to MLflow; it may be down."""
 
 import json
-import time
 import uuid
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.artifacts import load_dict
-from mlflow.entities import Run
-from support import servers
+from support import compared, servers, tracked
 from support.reported import drawn, made, near, result
 
 from ddpm.checkpoints import runs
+from ddpm.checkpoints.runs import Run
 from ddpm.evaluation import publish
-from ddpm.evaluation.report import Report
+from ddpm.evaluation.report import CheckpointResult, Report
 from ddpm.storage import locations
-from ddpm.tracking.mlflow_runs import RUN_KEY_TAG, SENT_UNTIL_TAG
+from ddpm.tracking.push import push
 from ddpm.utils.errors import UserError
 
 PICTURE = b"\x89PNG..."
@@ -30,103 +28,106 @@ def client(mlflow_server: str, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
     return MlflowClient(mlflow_server)
 
 
-@pytest.fixture
-def start(client: MlflowClient) -> Callable[[str], Run]:
-    """Returns a function that starts an MLflow run with records up to 64 images."""
-
-    def start(key: str) -> Run:
-        existing = client.get_experiment_by_name("ddpm")
-        experiment_id = existing.experiment_id if existing else client.create_experiment("ddpm")
-        return client.create_run(experiment_id, tags={RUN_KEY_TAG: key, SENT_UNTIL_TAG: "64"})
-
-    return start
+def make_run(folder: Path, name: str = "a") -> Run:
+    uri, _ = compared.make_run(str(folder), name)
+    return runs.existing_run(uri)
 
 
-def report_on(key: str, *steps: int, change: int = 0, **settings: object) -> Report:
-    results = (result(i, drawn(i + change), drawn(i, 10, own=False), run_key=key) for i in steps)
+def of_run(run: Run, original: CheckpointResult) -> CheckpointResult:
+    """The result, of a checkpoint of `run`."""
+    return replace(original, run=run.name, run_key=run.key, checkpoint=f"{run.location.uri}/checkpoint-1")
+
+
+def report_on(run: Run, *steps: int, change: int = 0, **settings: object) -> Report:
+    results = (of_run(run, result(i, drawn(i + change), drawn(i, 10, own=False))) for i in steps)
     return Report({**made().settings, **settings}, tuple(results))
 
 
-def points(client: MlflowClient, run: Run, key: str) -> list[tuple[int, float]]:
-    return [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, key)]
+def points(client: MlflowClient, run_id: str, key: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in client.get_metric_history(run_id, key)]
 
 
-def published(report: Report) -> list[str]:
-    return list(publish.publish(report, PICTURE))
+def kept(report: Report) -> list[str]:
+    return list(publish.keep(report, report.results[0], PICTURE))
 
 
-def test_results_are_stored_in_the_mlflow_run_of_the_run(
-    client: MlflowClient, start: Callable[[str], Run], mlflow_server: str
+def test_results_are_in_the_run_and_in_mlflow(
+    client: MlflowClient, mlflow_server: str, tmp_path: Path
 ) -> None:
-    key, other = uuid.uuid4().hex, uuid.uuid4().hex
-    run, untouched = start(key), start(other)
-    report = report_on(key, 1, 2)
-    assert published(report) == [f"MLflow      run {run.info.run_id} in {mlflow_server}"]
+    run, other = make_run(tmp_path), make_run(tmp_path, "other")
+    run_id, untouched = push(run).run_id, push(other).run_id
+    before = points(client, run_id, "train/loss")
+    report = report_on(run, 1, 2)
+    assert kept(report)[-1] == f"MLflow      run {run_id} in {mlflow_server}"
     values = [v.drawn[0].scores[1].value for v in report.results]
-    assert points(client, run, "eval/KID-pixels") == [(1000, values[0]), (2000, values[1])]
-    assert [step for step, _ in points(client, run, "eval/bits_per_dim")] == [1000, 2000]
-    assert len(points(client, run, "eval/ddim-10/KID-pixels")) == 2
-    files = [file.path for file in client.list_artifacts(run.info.run_id, "evaluation")]
+    assert points(client, run_id, "eval/KID-pixels") == [(1000, values[0]), (2000, values[1])]
+    assert [step for step, _ in points(client, run_id, "eval/bits_per_dim")] == [1000, 2000]
+    assert len(points(client, run_id, "eval/ddim-10/KID-pixels")) == 2
+    files = [file.path for file in client.list_artifacts(run_id, "evaluation")]
     assert files == [f"evaluation/{report.key}.json", f"evaluation/{report.key}.png"]
-    kept = load_dict(f"{run.info.artifact_uri}/evaluation/{report.key}.json")
-    assert kept == json.loads(report.to_json())
-    after = client.get_run(run.info.run_id)
-    assert after.info.status == "RUNNING"
-    assert after.data.tags[SENT_UNTIL_TAG] == "64"  # metrics of training are left unchanged
-    assert client.get_run(untouched.info.run_id).data.metrics == {}
+    shown = load_dict(f"{client.get_run(run_id).info.artifact_uri}/evaluation/{report.key}.json")
+    in_folder = json.loads(run.location.child(f"{runs.EVALUATIONS}/{report.key}.json").read())
+    assert shown == in_folder
+    assert {**shown, "points": None} == {**json.loads(report.to_json()), "points": None}
+    assert points(client, run_id, "train/loss") == before
+    assert "eval/KID-pixels" not in client.get_run(untouched).data.metrics
 
 
 def test_publishing_again_adds_new_values_and_replaces_only_its_own_files(
-    client: MlflowClient, start: Callable[[str], Run]
+    client: MlflowClient, tmp_path: Path
 ) -> None:
-    key = uuid.uuid4().hex
-    run, report = start(key), report_on(key, 1)
+    run = make_run(tmp_path)
+    run_id, report = push(run).run_id, report_on(run, 1)
     for _ in range(2):
-        published(report)
-    before = points(client, run, "eval/KID-pixels")
+        kept(report)
+    before = points(client, run_id, "eval/KID-pixels")
     assert len(before) == 1
-    time.sleep(0.01)
-    changed = report_on(key, 1, change=5)
-    published(changed)
+    changed = report_on(run, 1, change=5)
+    kept(changed)
     value = changed.results[0].drawn[0].scores[1].value
-    assert sorted(points(client, run, "eval/KID-pixels")) == sorted([*before, (1000, value)])
-    assert len(points(client, run, "eval/bits_per_dim")) == 1
-    assert client.get_run(run.info.run_id).data.metrics["eval/KID-pixels"] == value
-    published(report_on(key, 1, num_images=7))
-    assert len(client.list_artifacts(run.info.run_id, "evaluation")) == 4
-    time.sleep(0.01)
-    published(report)  # the first value counts as new again
-    assert client.get_run(run.info.run_id).data.metrics["eval/KID-pixels"] == before[0][1]
+    assert sorted(points(client, run_id, "eval/KID-pixels")) == sorted([*before, (1000, value)])
+    assert client.get_run(run_id).data.metrics["eval/KID-pixels"] == value
+    kept(report_on(run, 1, num_images=7))
+    assert len(client.list_artifacts(run_id, "evaluation")) == 4
+    kept(report)  # the first value counts as new again
+    assert client.get_run(run_id).data.metrics["eval/KID-pixels"] == before[0][1]
 
 
-def test_each_run_gets_only_its_own_results(
-    client: MlflowClient, start: Callable[[str], Run], mlflow_server: str
-) -> None:
-    keys = [uuid.uuid4().hex, uuid.uuid4().hex]
-    found = [start(key) for key in keys]
-    unknown = result(5, drawn(5), run="strange", run_key=uuid.uuid4().hex)
+def test_each_run_gets_only_its_own_results(client: MlflowClient, mlflow_server: str, tmp_path: Path) -> None:
+    found = [make_run(tmp_path, name) for name in ("a", "b")]
+    ids = [push(run).run_id for run in found]
+    unknown = make_run(tmp_path, "strange")
+    results = [of_run(run, result(i, drawn(i))) for i, run in enumerate([*found, unknown], 1)]
     imported = result(0, drawn(0), run="imported", run_key="")
-    both = made(*(result(i, drawn(i), run_key=key) for i, key in enumerate(keys, 1)), unknown, imported)
-    assert published(both) == [
-        *(f"MLflow      run {run.info.run_id} in {mlflow_server}" for run in found),
-        f"MLflow      {mlflow_server} does not have run strange; nothing is logged there",
+    moved = replace(results[0], run_key=uuid.uuid4().hex)
+    report = made(*results, imported, moved)
+    lines = list(publish.store(report, publish.location_for("all.json")))
+    assert [line for line in lines if line.startswith("MLflow ")] == [
+        *(f"MLflow      run {run_id} in {mlflow_server}" for run_id in ids),
+        f"MLflow      {mlflow_server} does not have run strange; "
+        f"`python jobs/sync.py {unknown.location.uri}` sends it",
         "MLflow      nothing is logged for runs/imported/checkpoint-0, which belongs to no run",
+        f"MLflow      nothing is logged for {moved.checkpoint}, which is not in its run's folder",
     ]
-    for i, run in enumerate(found, 1):
-        assert [step for step, _ in points(client, run, "eval/KID-pixels")] == [1000 * i]
+    for i, run_id in enumerate(ids, 1):
+        assert [step for step, _ in points(client, run_id, "eval/KID-pixels")] == [1000 * i]
+    assert len(unknown.location.child(runs.EVALUATIONS).files()) == 2
+    push(unknown)  # jobs/sync.py
+    run_id = tracked.run_with_key(mlflow_server, unknown.key).info.run_id
+    assert [step for step, _ in points(client, run_id, "eval/KID-pixels")] == [3000]
 
 
 def test_plots_of_nearest_images_are_beside_the_file_and_in_mlflow(
-    client: MlflowClient, start: Callable[[str], Run], tmp_path: Path
+    client: MlflowClient, tmp_path: Path
 ) -> None:
-    key = uuid.uuid4().hex
-    run, report = start(key), made(result(1, near(0.03), run_key=key))
+    run = make_run(tmp_path)
+    run_id, report = push(run).run_id, made(of_run(run, result(1, near(0.03))))
     lines = list(publish.store(report, publish.location_for("out/found.json")))
     assert lines[2] == f"nearest     {tmp_path}/out/found-nearest.png"
     assert (tmp_path / "out/found-nearest.png").read_bytes() == b"PNG 0.03"
-    names = [file.path for file in client.list_artifacts(run.info.run_id, "evaluation")]
+    names = [file.path for file in client.list_artifacts(run_id, "evaluation")]
     assert f"evaluation/{report.key}-nearest.png" in names
-    assert points(client, run, "eval_low/nearer_than_held_out-pixels") == [(1000, 0.03)]
+    assert points(client, run_id, "eval_low/nearer_than_held_out-pixels") == [(1000, 0.03)]
 
 
 @pytest.mark.parametrize("storage", ["folder", "bucket"])
@@ -150,37 +151,41 @@ def test_results_are_kept_in_the_folder_of_their_run(
     assert f"run         {folder.uri}/{of_a.key}.json" in lines
     assert locations.resolve(f"{root}/all.json").read() == report.to_json().encode()
     assert locations.resolve(f"{root}/all.png").read().startswith(b"\x89PNG")
-    assert folder.child(f"{of_a.key}.json").read() == of_a.to_json().encode()
-    assert len(folder.files()) == 3  # with two pictures
+    content = json.loads(folder.child(f"{of_a.key}.json").read())
+    stored_points = content.pop("points")
+    assert content == json.loads(of_a.to_json())
+    assert {*stored_points["values"]} == {"1000", "2000"} and stored_points["time_ms"] > 10**12
+    assert Report.from_json(folder.child(f"{of_a.key}.json").read(), "here").results == of_a.results
+    assert len(folder.files()) == 4  # with three pictures
     assert not b.location.child(runs.EVALUATIONS).exists() and other.location.files() == ["run.json"]
 
 
 def test_a_run_that_cannot_keep_its_results_is_named(tmp_path: Path) -> None:
     run = runs.open_run("a", str(tmp_path))
     Path(run.location.path, runs.EVALUATIONS).write_text("not a folder")
-    report = made(result(1, drawn(1), run_key=run.key, checkpoint=f"{run.location.uri}/checkpoint-1"))
-    (line,) = publish.keep(report)
+    (line,) = kept(report_on(run, 1))
     assert line.startswith("run         a does not keep its results: cannot write ")
     assert (tmp_path / "a" / runs.EVALUATIONS).read_text() == "not a folder"
 
 
 def test_a_missing_database_is_not_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///none.db")
-    assert published(report_on("key", 1)) == [
-        f"MLflow      sqlite:///{tmp_path}/none.db does not have run a; nothing is logged there"
-    ]
-    assert list(tmp_path.iterdir()) == []
+    *_, line = kept(report_on(make_run(tmp_path / "runs"), 1))
+    assert line.startswith(f"MLflow      sqlite:///{tmp_path}/none.db does not have run a; ")
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
 def test_mlflow_may_be_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = f"http://{servers.LOOPBACK}:{servers.free_ports(1)[0]}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.replace("://", "://me:s3cret@"))
-    lines = list(publish.store(report_on("key", 1), publish.location_for("out/found.json"), timeout_s=0.5))
+    report = report_on(make_run(tmp_path), 1)
+    lines = list(publish.store(report, publish.location_for("out/found.json"), timeout_s=0.5))
     assert lines[:2] == [f"results     {tmp_path}/out/found.json", f"plot        {tmp_path}/out/found.png"]
-    assert lines[2].startswith(f"MLflow      {uri} cannot be reached, nothing is logged: ")
-    assert "s3cret" not in lines[2] and "\n" not in lines[2]
+    assert lines[-1].startswith("MLflow ") and uri.removeprefix("http://") in lines[-1]
+    assert "s3cret" not in lines[-1] and "\n" not in lines[-1]
     assert json.loads((tmp_path / "out/found.json").read_text())["checkpoints"][0]["images_seen"] == 1000
     assert (tmp_path / "out/found.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / f"a/evaluations/{report.key}.json").exists()
 
 
 def test_an_invalid_output_path_is_rejected_before_the_evaluation(tmp_path: Path) -> None:

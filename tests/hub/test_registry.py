@@ -17,7 +17,7 @@ from support.tiny import TINY_NET
 from ddpm.checkpoints import checkpoint
 from ddpm.config_io import override
 from ddpm.hub import registry, resolve
-from ddpm.tracking.mlflow_runs import RUN_KEY_TAG
+from ddpm.tracking.mlflow_run import RUN_KEY_TAG
 from ddpm.training.state import State
 from ddpm.utils.errors import UserError
 

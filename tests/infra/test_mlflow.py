@@ -13,8 +13,9 @@ import requests
 from mlflow.entities import Run
 from support import guarded, processes, servers, tracked
 
-from ddpm.tracking.metrics_buffer import MetricsBuffer
-from ddpm.utils import png
+from ddpm.tracking.push import push
+from ddpm.tracking.pusher import Delivery, Pusher
+from ddpm.utils import images
 
 PASSWORD = "of-whoever-trains-0"
 
@@ -63,18 +64,16 @@ def run(
     trainer: dict[str, str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Run:
-    """A run with a grid, delivered by a trainer without credentials of S3."""
-    buffer, spool = MetricsBuffer(), tracked.spool_in(tmp_path_factory.mktemp("run"))
-    tracked.track(buffer, 32, 64)
-    buffer.artifact("pictures/samples.png", png.png_bytes(np.zeros((8, 8, 3), np.uint8)))
-    tracked.put_records(spool, 64, *buffer.take())
-    address = tracked.address_at(guarded_mlflow.uri)
+    """A run with a grid, pushed by a trainer without credentials of S3."""
+    run = tracked.write_run(tmp_path_factory.mktemp("runs"))
+    run.location.child("pictures/large.png").write(images.png_bytes(np.zeros((8, 8, 3), np.uint8)))
     with pytest.MonkeyPatch.context() as patch:
         for variable, value in trainer.items():
             patch.setenv(variable, value)
-        assert tracked.deliver(address, spool, 64).ended
-        tracked.assert_delivered_once(address, 32, 64)
-        return tracked.run_of(address)
+        push(run)
+        found = tracked.content(guarded_mlflow.uri, run)
+        assert len(found["metrics"]["train/lr"]) == 4
+        return tracked.run_with_key(guarded_mlflow.uri, run.key)
 
 
 def test_a_run_is_in_postgresql_and_its_images_are_in_s3(
@@ -83,7 +82,7 @@ def test_a_run_is_in_postgresql_and_its_images_are_in_s3(
     with contextlib.closing(boto3.client("s3", **s3_server.client_options)) as client:
         files = client.list_objects_v2(Bucket="mlflow", Prefix="files/")["Contents"]
     assert run.info.artifact_uri.startswith("mlflow-artifacts:/")
-    assert any(file["Key"].endswith(f"{run.info.run_id}/artifacts/pictures/samples.png") for file in files)
+    assert any(file["Key"].endswith(f"{run.info.run_id}/artifacts/pictures/large.png") for file in files)
     status = f"SELECT status FROM runs WHERE run_uuid = '{run.info.run_id}'"
     assert postgres.execute(status, "mlflow") == [("FINISHED",)]
 
@@ -115,14 +114,14 @@ def test_sample_grids_are_shown_in_the_browser(page: Any, run: Run, guarded_mlfl
     where = f"experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
     page.goto(f"{guarded_mlflow.uri}/#/{where}/artifacts")
     page.get_by_text("pictures", exact=True).click()
-    page.get_by_text("samples.png", exact=True).click()
+    page.get_by_text("large.png", exact=True).click()
     image = page.locator("img[src^='blob:']").first
     image.wait_for()
     size = image.evaluate("image => image.decode().then(() => [image.naturalWidth, image.naturalHeight])")
     assert size == [8, 8]
 
 
-def test_a_wrong_password_is_reported_and_records_are_kept(
+def test_a_wrong_password_is_one_line_without_it(
     guarded_mlflow: guarded.GuardedMlflowServer,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -131,11 +130,8 @@ def test_a_wrong_password_is_reported_and_records_are_kept(
     wrong = "not-the-password-0"
     for variable, value in guarded_mlflow.client_env("admin", wrong).items():
         monkeypatch.setenv(variable, value)
-    buffer = tracked.spool_in(tmp_path)
-    tracked.put(buffer, 256, 0, 128)
-    delivery = tracked.deliver(tracked.address_at(guarded_mlflow.uri), buffer, committed=256)
-    assert (delivery.run_id, delivery.ended) == (None, False)
-    assert "training continues, records are kept in" in caplog.text
-    assert "401" in caplog.text
+    pusher = Pusher(tracked.write_run(tmp_path))
+    assert pusher.close() == Delivery(None, False)
+    (line,) = tracked.warnings_of(caplog)
+    assert "401" in line and "\n" not in line
     assert wrong not in caplog.text
-    assert tracked.names_in(buffer)

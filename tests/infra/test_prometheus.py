@@ -173,7 +173,7 @@ def watch(job: Job, workers: Callable[[], list[psutil.Process]], prometheus: Pro
     assert prometheus.query("ray_ddpm_train_goodput == 1")
     assert prometheus.query("ray_ddpm_total_images == 1e8")
     rules = prometheus.get("rules")["groups"][0]["rules"]
-    assert {rule["name"]: rule["health"] for rule in rules} == {"RunStalled": "ok", "SpoolGrows": "ok"}
+    assert {rule["name"]: rule["health"] for rule in rules} == {"RunStalled": "ok", "MlflowBehind": "ok"}
     stalled = RULES[0]["expr"].replace("[5m]", f"[{8 * INTERVAL_S}s]")
     assert not prometheus.query(stalled)
     with paused(workers()):

@@ -13,7 +13,7 @@ from support.evaluated import POSITIONS, make_data, make_run
 
 from ddpm.checkpoints.runs import Run
 from ddpm.hub import resolve
-from ddpm.tracking.mlflow_runs import RUN_KEY_TAG
+from ddpm.tracking.push import push
 
 FEW = ("--features", "pixels", "--num-images", "60", "--num-draws", "2")
 
@@ -25,10 +25,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.mark.slow
 def test_all_checkpoints_of_a_run_that_is_still_training(
-    run_job: Callable[..., Any], run: Run, mlflow_server: str, tmp_path: Path
+    run_job: Callable[..., Any],
+    run: Run,
+    mlflow_server: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    client = MlflowClient(mlflow_server)
-    mlflow_run = client.create_run(client.create_experiment("evaluated"), tags={RUN_KEY_TAG: run.key})
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
+    client, run_id = MlflowClient(mlflow_server), push(run).run_id
     env = {"MLFLOW_TRACKING_URI": mlflow_server}
     steps = ("--num-sample-steps", "2", "4")
     words = (run.location.uri, "--all-checkpoints", *steps, *FEW)
@@ -41,11 +45,12 @@ def test_all_checkpoints_of_a_run_that_is_still_training(
         f"results     {tmp_path}/found.json",
         f"plot        {tmp_path}/found.png",
         *(f"nearest     {tmp_path}/found-nearest-{name}.png" for name in names),
-        f"MLflow      run {mlflow_run.info.run_id} in {mlflow_server}",
+        f"MLflow      run {run_id} in {mlflow_server}",
     ]
     (kept,) = Path(run.location.path, "evaluations").glob("*.json")
-    assert kept.read_bytes() == (tmp_path / "found.json").read_bytes()
     report = json.loads((tmp_path / "found.json").read_text())
+    in_run = json.loads(kept.read_text())
+    assert in_run.pop("points") and in_run == report
     for judged in report["checkpoints"]:
         assert np.mean(judged["bits_of_image"]) == pytest.approx(judged["bits"][0]["value"], abs=1e-5)
     assert [judged["images_seen"] for judged in report["checkpoints"]] == list(POSITIONS)
@@ -63,18 +68,18 @@ def test_all_checkpoints_of_a_run_that_is_still_training(
     with Image.open(tmp_path / "found.png", formats=("PNG",)) as plot:
         assert len(np.unique(np.asarray(plot.convert("RGB")).reshape(-1, 3), axis=0)) > 50
 
-    history = client.get_metric_history(mlflow_run.info.run_id, "eval/KID-pixels")
+    history = client.get_metric_history(run_id, "eval/KID-pixels")
     ours = [way["scores"][1]["value"] for judged in report["checkpoints"] for way in judged["drawn"][1:]]
     assert [(point.step, point.value) for point in history] == list(zip(POSITIONS, ours, strict=True))
-    low = client.get_metric_history(mlflow_run.info.run_id, "eval_low/nearer_than_held_out-pixels")
+    low = client.get_metric_history(run_id, "eval_low/nearer_than_held_out-pixels")
     assert [point.step for point in low] == list(POSITIONS)
-    paths = [file.path for file in client.list_artifacts(mlflow_run.info.run_id, "evaluation")]
+    paths = [file.path for file in client.list_artifacts(run_id, "evaluation")]
     assert len([path for path in paths if "-nearest-judged-" in path]) == len(names)
-    assert client.get_run(mlflow_run.info.run_id).info.status == "RUNNING"
+    assert client.get_run(run_id).info.status == "RUNNING"
 
     newest = resolve.checkpoints_of(run.location.uri)[-1]
     again = run_job("evaluate", newest, *steps, *FEW, "--out", "again.json", cwd=tmp_path, env=env)
     assert again.returncode == 0, again.stderr
     judged = json.loads((tmp_path / "again.json").read_text())["checkpoints"]
     assert judged == report["checkpoints"][-1:]
-    assert len(client.get_metric_history(mlflow_run.info.run_id, "eval/KID-pixels")) == len(POSITIONS)
+    assert len(client.get_metric_history(run_id, "eval/KID-pixels")) == len(POSITIONS)

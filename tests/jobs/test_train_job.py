@@ -1,11 +1,19 @@
-"""python jobs/train.py from the command line: what it imports before it knows that it may start."""
+"""python jobs/train.py from the command line: what it imports before it may start; the same command is the same run."""
 
+import json
 import re
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import processes, tracked
+from support.processes import Job
+
+from ddpm.checkpoints import checkpoint, curves, runs
+from ddpm.config_io import from_json
 
 
 @pytest.mark.parametrize(
@@ -36,3 +44,132 @@ def test_help_is_fast(
     done = run_job(*words, "--help", cwd=tmp_path, env={"PYTHONPROFILEIMPORTTIME": "1"})
     assert done.returncode == 0 and all(word in done.stdout for word in shown)
     assert " ray" not in done.stderr and " torch" not in done.stderr, "--help imports what it does not need"
+
+
+TINY = """--data.window-rows 200 --schedule.num-timesteps 50 --model.base-width 8 --model.width-multipliers 1 2
+    --model.norm-groups 4 --train.batch-size 32 --train.micro-batch-size 8 --train.log-every-images 32
+    --train.checkpoint-every-images 64 --train.held-out-images 8 --sample.num-images 4 --sample.num-sample-steps 5
+    --train.total-images 128""".split()
+"""The command that is typed again and again."""
+
+
+@pytest.fixture
+def train(run_job: Callable[..., Any], digits_uri: str, tmp_path: Path) -> Callable[..., str]:
+    def train(*flags: str, code: int = 0) -> str:
+        """What `python jobs/train.py digits` prints, in an empty folder at first."""
+        done = run_job("train", "digits", "--data.shards", digits_uri, *TINY, *flags, cwd=tmp_path)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return str(done.stdout + done.stderr)
+
+    return train
+
+
+def names(folder: Path) -> set[str]:
+    return {file.parent.name for file in folder.glob("runs/*/run.json")}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("on_ray_head")
+def test_the_same_command_is_the_same_run(
+    train: Callable[..., str],
+    digits_uri: str,
+    mlflow_server: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Typed again, it says that the run is finished, and trains nothing. Another setting is another run, and only a
+    name extends one."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
+    text = train()
+    (name,) = names(tmp_path)
+    assert re.fullmatch(r"digits-[0-9a-f]{8}", name) and "trained     128 images" in text
+    run = runs.existing_run(str(tmp_path / "runs" / name))
+    card, status = runs.read_card(run.location), runs.read_status(run.location)
+    assert status is not None and (status.status, status.images_seen) == ("FINISHED", 128)
+    assert card.preset == "digits" and card.command.endswith(" ".join(TINY))
+    assert card.changed["model.base_width"] == 8 and card.changed["train.total_images"] == 128
+    assert card.data is not None and card.changed["data"] == card.data.fingerprint
+    assert (card.data.num_images, card.data.shape, card.data.uri) == (600, (8, 8, 1), digits_uri)
+    assert {"version.ddpm", "version.torch", "version.ray"} <= card.versions.keys()
+    assert from_json(json.dumps(card.config)) == checkpoint.read_config(newest(run))
+    before = contents(run)
+
+    for flags in ((), ("--train.log-every-images", "64", "--sampler", "ddpm")):
+        text = train(*flags)
+        assert f"run {name} is finished" in text and "trained     " not in text
+        assert ("no effect   --train.log-every-images 64, --sample.sampler ddpm" in text) == bool(flags)
+    assert names(tmp_path) == {name} and contents(run) == before
+    tracked.run_with_key(mlflow_server, run.key)  # one
+
+    assert "trained     128 images" in train("--seed", "1")
+    assert len(names(tmp_path)) == 2
+
+    assert "trained     128 images" in train("--name", "longer")
+    assert "trained     192 images" in train("--name", "longer", "--total-images", "192")
+    assert {name, "longer"} < names(tmp_path) and len(names(tmp_path)) == 3
+    longer = runs.existing_run(str(tmp_path / "runs/longer"))
+    assert runs.read_card(longer.location).changed["train.total_images"] == 128  # as it began
+    assert [point.images_seen for point in curves.read(longer.location)["train/loss"]] == list(
+        range(32, 193, 32)
+    )
+
+    # A user renames the folder of a run to the name of another one.
+    (of_seed_1,) = names(tmp_path) - {name, "longer"}
+    (tmp_path / "runs" / name).rename(tmp_path / "kept")
+    (tmp_path / "runs" / of_seed_1).rename(tmp_path / "runs" / name)
+    text = train(code=2)
+    (error,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert "train.seed 1" in error and "--run.name" in error and card.versions["version.ddpm"] in error
+
+
+def newest(run: runs.Run) -> Path:
+    return Path(runs.checkpoints(run.location)[-1].path)
+
+
+def contents(run: runs.Run) -> dict[str, bytes]:
+    """All files of a run."""
+    files = [path for path in Path(run.location.path).rglob("*") if path.is_file()]
+    return {str(path): path.read_bytes() for path in files}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("on_ray_head")
+def test_a_stopped_command_is_resumed_by_itself_and_in_python(digits_uri: str, tmp_path: Path) -> None:
+    """Also with another interval of logging; run.json stays as it was."""
+    long = ["--train.total-images", "6400", "--train.log-every-images", "320"]
+    words = ["digits", "--data.shards", digits_uri, *TINY, *long]
+    log = tmp_path / "job.log"
+    with Job("train", *words, log=log) as job:
+        job.wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint-*/checksums.json")))
+        job.process.send_signal(signal.SIGTERM)
+        assert job.wait() == 128 + signal.SIGTERM, job.output
+    (name,) = names(tmp_path)
+    run = runs.existing_run(str(tmp_path / "runs" / name))
+    card, status = run.location.child(runs.CARD).read(), runs.read_status(run.location)
+    assert status is not None and status.status == "STOPPED" and status.ended_ms is not None
+    assert 0 < status.images_seen < 6400
+    with Job("train", *words, "--train.log-every-images", "160", log=log) as job:
+        assert job.wait() == 0, job.output
+    assert names(tmp_path) == {name} and run.location.child(runs.CARD).read() == card
+    table = curves.read_rows(run.location)
+    points = {(row["name"], row["images_seen"]) for row in table.to_pylist()}
+    assert len(points) == table.num_rows and ("train/loss", 6400) in points
+    steps = {step for name, step in points if name == "train/loss"}
+    assert steps <= set(range(160, 6401, 160)) and len(steps) > 20
+
+    done = processes.run([sys.executable, "-c", IN_PYTHON.format(digits_uri)], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == run.location.uri and names(tmp_path) == {name}
+
+
+IN_PYTHON = """
+import ddpm
+
+schedule, sample = dict(num_timesteps=50), dict(num_images=4, num_sample_steps=5)
+model = dict(base_width=8, width_multipliers=[1, 2], norm_groups=4)
+train = dict(micro_batch_size=8, held_out_images=8)
+run = ddpm.train("digits", {!r}, schedule=schedule, model=model, train=train, sample=sample,
+    batch_size=32, total_images=6400, **{{"data.window_rows": 200}})
+print(run.uri)
+"""

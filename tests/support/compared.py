@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from ddpm.checkpoints import checkpoint, runs
+from ddpm.checkpoints import checkpoint, curves, runs
+from ddpm.checkpoints.curves import Row
 from ddpm.config_io import override, to_json
 from ddpm.evaluation import comparison_page
 from ddpm.evaluation.compared_run import GIF, RATE, ComparedRun
 from ddpm.evaluation.comparison import Ranking
 from ddpm.presets import DIGITS
-from ddpm.checkpoints import curves
-from ddpm.tracking.metrics_buffer import Metrics
 from ddpm.utils import images
 
 STEPS = (1280, 2560, 3840)
@@ -30,23 +29,23 @@ def grid(level: int) -> np.ndarray:
 
 def make_run(storage: str, name: str, level: int = 0, status: runs.StatusName = "STOPPED") -> tuple[str, str]:
     """Write a run's folder as training does; returns its URI and its run key."""
-    run = runs.open_run(name, storage)
+    versions = {"version.torch": "2.13.0", "git.commit": "0123"}
+    run = runs.open_run(name, storage, runs.Facts(preset="digits", command=COMMAND, versions=versions))
     config = override(DIGITS, {"run.name": name, "data.source": "digits"})
     state = {"step": NEWEST // 128, "images_seen": NEWEST, "best_held_out_loss": 0.1, "run_key": run.key}
     newest = run.location.child(checkpoint.name_at(NEWEST))
     newest.child("config.json").write(to_json(config).encode())
     newest.child("state.json").write(json.dumps({**state, "data_fingerprint": "0123456789ab"}).encode())
     newest.child("checksums.json").write(b"{}")
-    records = []
+    rows = list[Row]()
     for i, at in enumerate(STEPS):
         bits = {"held_out/bits_per_dim": 5.0 - i, "held_out_error/bits_per_dim": 0.25}
         values = {"train/loss": 1 / (i + 1 + level), RATE: 128.0, "other": 1.0, **bits}
-        records.append(Metrics({**values, "held_out/loss": math.nan}, at, i))
+        rows += [Row(key, at, value, i) for key, value in {**values, "held_out/loss": math.nan}.items()]
         run.location.child(f"samples/{at:012d}.png").write(images.png_bytes(grid(level + i)))
-    table = curves.extended(curves.SCHEMA.empty_table(), records)
-    run.location.child(curves.FILE).write(curves.to_bytes(table))
-    tags = {"command": COMMAND, "hardware": "2 cores", "version.torch": "2.13.0", "git.commit": "0123"}
-    run.location.child(runs.STATUS).write(runs.status_json(runs.Status(status, NEWEST, 0, 0.75, tags)))
+    part, data = curves.part(0, rows)
+    run.location.child(part).write(data)
+    runs.write_status(run.location, runs.Status(status, NEWEST, 0, 0.75, "2 cores"))
     run.location.child(GIF).write(images.gif_bytes([grid(level), grid(level + 9)]))
     return run.location.uri, run.key
 

@@ -1,6 +1,5 @@
 """A run of two workers for fault-injection tests, and the comparison of its final state with an undisturbed run."""
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,15 +7,15 @@ from pathlib import Path
 import mlflow.entities
 import numpy as np
 import torch
-from mlflow import MlflowClient
 from sklearn.datasets import load_digits
 
-from ddpm.checkpoints import runs
+from ddpm.checkpoints import curves, runs
 from ddpm.data.manifest import Shard, make_manifest, write_manifest
 from ddpm.data.shards import write_shard
 from ddpm.hub import resolve
 from ddpm.storage import locations
-from ddpm.checkpoints import curves
+from ddpm.tracking import pages
+from ddpm.utils.images import time_ms_of
 from support import local, processes, tracked
 
 TOTAL = 6_400
@@ -97,8 +96,7 @@ def assert_same(run: Run, undisturbed: Run) -> None:
 
 def mlflow_run_of(run: Run) -> mlflow.entities.Run:
     """The run's only MLflow run."""
-    key = json.loads(run.location.child("run.json").read())["run_key"]
-    return tracked.run_with_key(os.environ["MLFLOW_TRACKING_URI"], key)
+    return tracked.run_with_key(os.environ["MLFLOW_TRACKING_URI"], runs.read_card(run.location).run_key)
 
 
 def metric(run: Run, name: str) -> list[tuple[int, float]]:
@@ -107,15 +105,34 @@ def metric(run: Run, name: str) -> list[tuple[int, float]]:
 
 
 def assert_tracked_once(run: Run) -> None:
-    """There is one finished MLflow run with one value per step and metric and each image once; the spool is empty."""
-    found, client = mlflow_run_of(run), MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
-    assert found.info.status == "FINISHED"
-    steps = list(range(320, TOTAL + 1, 320))
+    """One finished MLflow run has what the run's folder has, each point and each picture once."""
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    found, name = mlflow_run_of(run), run.location.uri.rpartition("/")[2]
+    content = tracked.content(uri, runs.Run(name, run.location, runs.read_card(run.location).run_key))
+    status = runs.read_status(run.location)
+    assert status is not None and status.status == content["status"] == "FINISHED"
+    assert found.info.end_time == status.ended_ms
+    points = {
+        name: [(point.images_seen, point.timestamp_ms, repr(point.value)) for point in curve]
+        for name, curve in curves.read(run.location).items()
+    }
+    assert content["metrics"] == points
+    every = list(range(320, TOTAL + 1, 320))
     for name in ("train/loss", "train/images_per_s"):
-        assert [step for step, _ in metric(run, name)] == steps, name
-    pictures = [a.path for a in client.list_artifacts(found.info.run_id, "images") if a.path.endswith(".png")]
-    assert len(pictures) == 5  # samples and denoising at two steps, and the final samples
-    assert segments(run) == []
+        assert [step for step, _, _ in points[name]] == every, name
+    table = curves.read_rows(run.location)
+    assert table.num_rows == sum(map(len, points.values())), "a point is recorded twice"
+    expected = []
+    for series in (runs.SAMPLES, runs.DENOISING):
+        for step, file in runs.pictures(run.location, series).items():
+            expected += [(series, step, time_ms_of(file.read()), kind) for kind in ("png", "webp")]
+    pictures = tracked.pictures_in(content["artifacts"])
+    assert [picture for picture in pictures if picture[0] != pages.LAST_GRID] == sorted(expected)
+    assert len(expected) == 8  # two steps
+    assert len(pictures) == 10  # and the last grid
+    folder = run.location.child(runs.PICTURES)
+    finals = {f"{runs.PICTURES}/{name}": folder.child(name).read() for name in folder.files()}
+    assert len(finals) == 3 and finals.items() <= content["artifacts"].items()
 
 
 def assert_recovered(run: Run, undisturbed: Run, job: processes.Job) -> None:
@@ -130,14 +147,3 @@ def only_error(job: processes.Job) -> str:
     assert "Traceback" not in job.output
     (line,) = [line for line in job.output.splitlines() if line.startswith("error: ")]
     return line
-
-
-def segments(run: Run) -> list[str]:
-    """Names of the segments that are still in the spool."""
-    return files(run, "tracking")
-
-
-def files(run: Run, folder: str) -> list[str]:
-    """Names of the files in a folder of the run."""
-    selector = locations.pafs.FileSelector(run.location.child(folder).path, allow_not_found=True)
-    return sorted(info.base_name for info in run.location.filesystem.get_file_info(selector) if info.is_file)

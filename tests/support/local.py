@@ -4,9 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from ddpm.checkpoints.runs import Run
@@ -20,23 +18,14 @@ from ddpm.training.store import RunStore
 
 
 class Logged:
-    """What a run logs."""
+    """The values and warnings of a run."""
 
     def __init__(self) -> None:
         self.rows: dict[int, dict[str, float]] = {}
-        self.images: list[tuple[str, int]] = []
-        self.files: set[str] = set()
         self.warnings: list[str] = []
 
     def metrics(self, values: Mapping[str, float], images_seen: int) -> None:
         self.rows.setdefault(images_seen, {}).update(values)
-
-    def image(self, key: str, image: NDArray[np.uint8], images_seen: int) -> None:
-        assert image.dtype == np.uint8 and image.ndim == 3
-        self.images.append((key, images_seen))
-
-    def artifact(self, name: str, data: bytes) -> None:
-        self.files.add(name)
 
 
 @contextmanager
@@ -60,8 +49,6 @@ def fit(
     with finished(RunStore(config, run, data_set.rows.fingerprint)) as store:
         if logged is not None:
             store.metrics = logged.metrics  # type: ignore[method-assign]
-            store.image = logged.image  # type: ignore[method-assign]
-            store.artifact = logged.artifact  # type: ignore[method-assign]
             store.warn = logged.warnings.append
         return loop.train(config, runtime(config, data_set, data_set.held_out(), store))
 

@@ -1,121 +1,198 @@
-"""Helpers that write segments to a run's spool, deliver them, and read the result back from MLflow."""
+"""Helpers that write a run's folder as training does, and read everything back that MLflow has of it."""
 
 import json
 import logging
 import re
-import uuid
-from collections import Counter
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from mlflow import MlflowClient
-from mlflow.entities import Run
+from mlflow import MlflowClient, entities
 
-from ddpm.storage import locations
-from ddpm.storage.locations import Location
-from ddpm.tracking.metrics_buffer import MetricsBuffer, Record, pack, segment_name
-from ddpm.tracking.mlflow_runs import RUN_KEY_TAG, Address
-from ddpm.tracking.uploader import Uploader
+from ddpm.checkpoints import checkpoint, curves, runs
+from ddpm.checkpoints.curves import Row
+from ddpm.checkpoints.runs import Data, Facts, Run, Search, Status, StatusName
+from ddpm.config import Config
+from ddpm.config_io import override, to_json
+from ddpm.tracking.mlflow_run import RUN_KEY_TAG
+from ddpm.tracking.push import SENT_TAG
+from ddpm.utils.images import png_bytes
 from support.front_end import Answer, FrontEnd
+from support.tiny import TINY_NET
 
-PARAMS = {"optim.lr": 1e-3, "model.width_multipliers": (1, 2), "data.source": None}
 EXPERIMENT = "tracking"
-FILES = {"pictures/strip.txt": b"strip", "card.txt": b"card"}
+CONFIG = override(TINY_NET, {"run.experiment": EXPERIMENT, "train.total_images": 128})
+DATA = Data("digits", "4f" * 32, "s3://bucket/digits", "train", 1500, (8, 8, 1), 10)
+COMMAND = "python jobs/train.py digits --run.name a-run"
+BEGAN_MS = 1_700_000_000_000
+PICTURE = png_bytes(np.full((6, 6, 3), 7, np.uint8))
+EVALUATED = {"eval/bits_per_dim": 4.0, "eval_error/bits_per_dim": 0.1, "eval/KID-pixels": 0.03}
 
 
-def address_at(uri: str, key: str | None = None) -> Address:
-    return Address(uri, EXPERIMENT, "a-run", key or uuid.uuid4().hex)
+# A run's folder.
 
 
-def spool_in(folder: Path | str) -> Location:
-    return locations.resolve(str(folder)).child("tracking")
+def begin(
+    storage: Path | str, name: str = "a-run", config: Config = CONFIG, search: Search | None = None
+) -> Run:
+    """A new run, which has not trained yet."""
+    facts = Facts(
+        preset="digits",
+        changed={"optim.lr": 0.5},
+        config=json.loads(to_json(config)),
+        data=DATA,
+        command="" if search else COMMAND,
+        versions={"version.ddpm": "0.2.0"},
+        search=search,
+    )
+    return runs.open_run(name, str(storage), facts)
 
 
-def track(buffer: MetricsBuffer, *steps: int, files: bool = False) -> None:
-    """Record two metrics and an image at each of `steps`."""
+def time_at(images_seen: int) -> int:
+    return BEGAN_MS + images_seen
+
+
+def loss_at(images_seen: int) -> float:
+    return 1 / (images_seen + 1)
+
+
+def append(run: Run, rows: Iterable[Row]) -> None:
+    """Write a part of the curves."""
+    name, data = curves.part(curves.num_rows(run.location), list(rows))
+    run.location.child(name).write(data)
+
+
+def draw(run: Run, series: str, images_seen: int) -> None:
+    """Write a picture of a series."""
+    image = np.full((8, 12, 3), images_seen % 256, np.uint8)
+    file = run.location.child(f"{series}/{images_seen:012d}.png")
+    file.write(png_bytes(image, time_at(images_seen)))
+
+
+def store(run: Run, images_seen: int, config: Config = CONFIG) -> None:
+    """Write what tells a push of a checkpoint."""
+    folder = run.location.child(checkpoint.name_at(images_seen))
+    folder.child("config.json").write(to_json(config).encode())
+    folder.child(runs.CHECKSUMS).write(b"{}")
+
+
+def train(run: Run, *steps: int, config: Config = CONFIG) -> None:
+    """Write two metrics, a grid and a strip at each of `steps`, and a checkpoint at the last one."""
+    rows = []
     for step in steps:
-        buffer.metrics({"train/loss": 1 / (step + 1), "train/lr": 1e-3}, step)
-        buffer.image("samples", np.full((8, 12, 3), step % 256, np.uint8), step)
-    if files:
-        for name, data in FILES.items():
-            buffer.artifact(name, data)
+        rows.append(Row("train/loss", step, loss_at(step), time_at(step)))
+        rows.append(Row("train/lr", step, 1e-3, time_at(step)))
+        draw(run, runs.SAMPLES, step)
+        draw(run, runs.DENOISING, step)
+    append(run, rows)
+    store(run, steps[-1], config)
+    set_status(run, "RUNNING", steps[-1])
 
 
-def put(buffer: Location, at: int, *steps: int, failed: bool = False, files: bool = False) -> Location:
-    """Write a segment that ends at position `at`, as a worker does."""
-    gathered = MetricsBuffer()
-    track(gathered, *steps, files=files)
-    return put_records(buffer, at, *gathered.take(), failed=failed)
+def set_status(run: Run, status: StatusName, images_seen: int) -> None:
+    ended_ms = None if status == "RUNNING" else time_at(images_seen) + 1
+    runs.write_status(run.location, Status(status, images_seen, 0, 0.5, "2 cores", ended_ms))
 
 
-def put_records(buffer: Location, at: int, *records: Record, failed: bool = False) -> Location:
-    """Write a segment of given records."""
-    segment = buffer.child(segment_name(at, failed))
-    segment.write(pack(list(records)))
-    return segment
+def finish(run: Run, images_seen: int = 128) -> None:
+    """Write what a run writes at its end."""
+    run.location.child(f"{runs.PICTURES}/noising.png").write(PICTURE)
+    set_status(run, "FINISHED", images_seen)
 
 
-def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Without the line that `close` waits, which a busy machine gives too."""
-    lines = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    return [line for line in lines if not line.startswith("waiting for MLflow at ")]
+def evaluate(run: Run, images_seen: int = 128, name: str = "at-128", **values: float) -> None:
+    """Write an evaluation with its picture."""
+    folder = run.location.child(runs.EVALUATIONS)
+    points = {"time_ms": time_at(images_seen) + 2, "values": {str(images_seen): values or EVALUATED}}
+    folder.child(f"{name}.json").write(json.dumps({"results": [], "points": points}).encode())
+    folder.child(f"{name}.png").write(PICTURE)
 
 
-def deliver(
-    address: Address, buffer: Location, committed: int, status: str = "FINISHED", **params: Any
-) -> Any:
-    """Run an uploader from start to close; returns what `close` returns."""
-    uploader = Uploader(address, PARAMS | params, buffer)
-    uploader.committed(committed)
-    return uploader.close(status, patience_s=120)
+def write_run(storage: Path | str, name: str = "a-run") -> Run:
+    """A finished and evaluated run, with values that are not finite."""
+    run = begin(storage, name)
+    train(run, 32, 64)
+    odd = [
+        Row("train/loss", 80, float("nan"), time_at(80)),
+        Row("train/loss", 90, float("inf"), time_at(90)),
+    ]
+    append(run, odd)
+    train(run, 96, 128)
+    finish(run)
+    evaluate(run)
+    return run
 
 
-def names_in(buffer: Location) -> list[str]:
-    path = Path(buffer.path)
-    return sorted(file.name for file in path.iterdir()) if path.exists() else []
+# MLflow.
 
 
-def run_with_key(uri: str, run_key: str) -> Run:
-    """The one MLflow run of this run key."""
+def run_with_key(uri: str, run_key: str) -> entities.Run:
+    """The one active MLflow run of this run key."""
     client = MlflowClient(uri)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     (run,) = client.search_runs(experiments, f"tags.`{RUN_KEY_TAG}` = '{run_key}'")
     return run
 
 
-def run_of(address: Address) -> Run:
-    return run_with_key(address.uri, address.run_key)
-
-
-def history(uri: str, run: Run, key: str) -> list[tuple[int, float]]:
+def history(uri: str, run: entities.Run, key: str) -> list[tuple[int, float]]:
     """All points of a metric in order, (step, value); duplicates are kept."""
     points = MlflowClient(uri).get_metric_history(run.info.run_id, key)
     return sorted((point.step, point.value) for point in points)
 
 
-def points(address: Address, key: str = "train/loss") -> list[tuple[int, float]]:
-    return history(address.uri, run_of(address), key)
+def artifacts(uri: str, run: entities.Run) -> dict[str, bytes]:
+    """All files by name."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(MlflowClient(uri).download_artifacts(run.info.run_id, "", temporary))
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def image_counts(address: Address) -> Counter[tuple[int, str]]:
-    """Number of copies of each image: (step, file extension) -> count."""
-    files = MlflowClient(address.uri).list_artifacts(run_of(address).info.run_id, "images")
-    found: Counter[tuple[int, str]] = Counter()
-    for file in files:
-        match = re.fullmatch(r"images/samples\Wstep\W(\d+)\W.*\.(png|webp)", file.path)
-        assert match is not None, file.path
-        found[int(match[1]), match[2]] += 1
-    return found
+def content(uri: str, run: Run) -> dict[str, Any]:
+    """Everything that MLflow has of a run, except what depends on the server or on where the folder is."""
+    found = run_with_key(uri, run.key)
+    client, run_id = MlflowClient(uri), found.info.run_id
+    histories = {}
+    for name in found.data.metrics:
+        points = client.get_metric_history(run_id, name)
+        histories[name] = sorted((point.step, point.timestamp, repr(point.value)) for point in points)
+    tags = {}
+    for name, value in found.data.tags.items():
+        if name != SENT_TAG:
+            tags[name] = value.replace(run_id, "ID").replace(run.location.uri, "RUN")
+    inputs = [
+        (given.dataset.to_dictionary(), [(tag.key, tag.value) for tag in given.tags])
+        for given in found.inputs.dataset_inputs
+    ]
+    return {
+        "name": found.info.run_name,
+        "experiment": client.get_experiment(found.info.experiment_id).name,
+        "status": found.info.status,
+        "time": (found.info.start_time, found.info.end_time),
+        "params": found.data.params,
+        "tags": tags,
+        "newest": {name: repr(value) for name, value in found.data.metrics.items()},
+        "metrics": histories,
+        "data": inputs,
+        "artifacts": artifacts(uri, found),
+    }
 
 
-def assert_delivered_once(address: Address, *steps: int) -> None:
-    """MLflow has everything that `track` recorded at `steps` exactly once, and nothing else."""
-    for key, value in {"train/loss": lambda step: 1 / (step + 1), "train/lr": lambda step: 1e-3}.items():
-        assert points(address, key) == [(step, value(step)) for step in sorted(steps)]
-    assert image_counts(address) == {(step, kind): 1 for step in steps for kind in ("png", "webp")}
+def pictures_in(files: Iterable[str]) -> list[tuple[str, int, int, str]]:
+    """Key, step, time and extension of each picture among the names of artifacts, sorted."""
+    named = re.compile(r"images/(\w+)\+step\+(\d+)\+timestamp\+(\d+)\+[^.]*\.(png|webp)")
+    matches = [named.fullmatch(name) for name in files if name.startswith("images/")]
+    assert None not in matches, list(files)
+    return sorted((match[1], int(match[2]), int(match[3]), match[4]) for match in matches if match)
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Without the line that `close` waits, which a busy machine gives too."""
+    lines = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    return [line for line in lines if not line.startswith("waiting for MLflow at ")]
 
 
 class MlflowFaultProxy(FrontEnd):

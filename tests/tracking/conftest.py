@@ -1,20 +1,33 @@
-"""The spool that tests of tracking deliver from, and processes that have imported MLflow."""
+"""MLflow's databases, and processes that have imported MLflow."""
 
 import multiprocessing
+import shutil
 from multiprocessing import forkserver as server
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
 from support import processes
-from support.tracked import spool_in
 
-from ddpm.storage.locations import Location
+from ddpm.tracking.mlflow_client import Connection
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite file with MLflow's tables; creating one takes seconds."""
+    database = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    Connection(f"sqlite:///{database}")
+    return database
 
 
 @pytest.fixture
-def buffer(tmp_path: Path) -> Location:
-    return spool_in(tmp_path / "run")
+def database(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty database of this test alone, set as MLFLOW_TRACKING_URI."""
+    database = tmp_path / "mlflow" / "mlflow.db"
+    database.parent.mkdir()
+    shutil.copy(empty_database, database)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
+    return database
 
 
 @pytest.fixture(scope="session")

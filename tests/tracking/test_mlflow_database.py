@@ -4,7 +4,6 @@ Each attempt runs in a separate process, forked from one that has imported MLflo
 """
 
 import os
-import shutil
 import signal
 import sqlite3
 import time
@@ -16,14 +15,10 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from support.forked import connect, create_experiment
-from support.processes import wait_for
-from support.tracked import address_at, assert_delivered_once, deliver, names_in, put, warnings_of
+from support.tracked import content, write_run
 
-from ddpm.storage.locations import Location
-from ddpm.tracking import mlflow_client
-from ddpm.tracking.mlflow_client import Lost
-from ddpm.tracking.mlflow_runs import MlflowRun
-from ddpm.tracking.uploader import Uploader
+from ddpm.tracking.mlflow_client import Connection, MlflowError, tracking_uri
+from ddpm.tracking.push import push
 
 NUM_KILLS = 4
 NUM_CONCURRENT = 2
@@ -59,7 +54,7 @@ def size_of(files: set[Path]) -> int:
 
 @pytest.mark.slow
 def test_killing_the_first_run_at_any_point_leaves_no_half_made_database(
-    forkserver: ForkServerContext, buffer: Location, tmp_path: Path
+    forkserver: ForkServerContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "new"
     folder.mkdir()
@@ -72,10 +67,10 @@ def test_killing_the_first_run_at_any_point_leaves_no_half_made_database(
         stopped += was_stopped
         database.unlink(missing_ok=True)  # from a process that finished before the signal
     assert stopped >= NUM_KILLS // 2
-    address = address_at(f"sqlite:///{database}")
-    put(buffer, 64, 64)
-    assert deliver(address, buffer, 64).undelivered == 0
-    assert_delivered_once(address, 64)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
+    run = write_run(tmp_path)
+    push(run)
+    assert content(tracking_uri(), run)["status"] == "FINISHED"
     assert {path.name for path in folder.iterdir()} == {"mlflow.db", "mlruns"}  # no leftovers
 
 
@@ -104,76 +99,22 @@ def test_concurrent_first_runs_share_one_database(forkserver: ForkServerContext,
         ("DROP TABLE entity_associations", "table secrets already exists"),
     ],
 )
-def test_a_half_made_database_is_reported_with_its_path(tmp_path: Path, damage: str, trace: str) -> None:
+def test_a_half_made_database_is_reported_with_its_path(database: Path, damage: str, trace: str) -> None:
     """The two states that an interrupted migration leaves: a temporary table, and a table that the schema version
     does not include yet."""
-    whole, database = mlflow_client.tracking_uri(), tmp_path / "half.db"
-    mlflow_client.connect(whole)
-    shutil.copy(whole.removeprefix("sqlite:///"), database)
-    with closing(sqlite3.connect(database)) as opened, opened:
+    half = database.rename(database.with_name("half.db"))
+    with closing(sqlite3.connect(half)) as opened, opened:
         opened.execute(damage)
         opened.execute("UPDATE alembic_version SET version_num = 'bf29a5ff90ea'")  # an old schema version
-    with pytest.raises(Lost, match=trace) as caught:
-        MlflowRun(address_at(f"sqlite:///{database}"), {}).open(running=True)
+    with pytest.raises(MlflowError, match=trace) as caught:
+        Connection(f"sqlite:///{half}")
     message = str(caught.value)
-    assert message.startswith(f"{database} is incomplete: ") and "\n" not in message
-    assert "Move this file away" in message and "`python jobs/sync.py RUN`" in message
+    assert not caught.value.is_temporary
+    assert str(half) in message and "\n" not in message
 
 
 def test_other_database_errors_are_not_reported_as_half_made(tmp_path: Path) -> None:
     database = tmp_path / "text.db"
     database.write_text("no database at all, and long enough to be read as one\n" * 20)
-    with pytest.raises(Lost, match="file is not a database"):
-        MlflowRun(address_at(f"sqlite:///{database}"), {}).open(running=True)
-
-
-def test_a_database_that_is_locked_at_the_first_connection_is_waited_for(
-    forkserver: ForkServerContext, buffer: Location, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """As by another `mlflow ui` that migrates it, or by a backup."""
-    database = tmp_path / "mlflow.db"
-    # In another process, since this one must not know the database.
-    process = forkserver.Process(target=connect, args=(f"sqlite:///{database}",))
-    process.start()
-    process.join()
-    address = address_at(f"sqlite:///{database}")
-    put(buffer, 64, 64)
-    with closing(sqlite3.connect(database, isolation_level=None)) as other:
-        other.execute("BEGIN EXCLUSIVE")
-        uploader = Uploader(address, {}, buffer)
-        uploader.begin()
-        wait_for(lambda: warnings_of(caplog))
-    uploader.committed(64)
-    assert uploader.close("FINISHED").undelivered == 0
-    (line,) = warnings_of(caplog)
-    assert line.endswith(
-        "is not accepting data (OSError: (sqlite3.OperationalError) database is locked); retrying"
-    )
-    assert_delivered_once(address, 64)
-
-
-def test_a_database_deleted_while_training_is_one_line(
-    buffer: Location, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """What is left is delivered to another database by jobs/sync.py."""
-    whole, database = mlflow_client.tracking_uri(), tmp_path / "mlflow.db"
-    mlflow_client.connect(whole)
-    shutil.copy(whole.removeprefix("sqlite:///"), database)
-    address = address_at(f"sqlite:///{database}")
-    put(buffer, 64, 64)
-    uploader = Uploader(address, {}, buffer)
-    uploader.begin()
-    uploader.committed(64)
-    wait_for(lambda: not names_in(buffer))
-    database.unlink()
-    put(buffer, 128, 128)
-    uploader.committed(128)
-    delivery = uploader.close("FINISHED")
-    assert (delivery.undelivered, names_in(buffer)) == (2, ["000000000128.zip"])
-    stopped, left = warnings_of(caplog)
-    assert stopped == (
-        f"tracking has stopped, training continues, records are kept in {buffer.uri}: {database} was deleted"
-    )
-    assert "did not accept everything (2 records left)" in left
-    output = capfd.readouterr()
-    assert "Traceback" not in output.out + output.err + caplog.text
+    with pytest.raises(MlflowError, match="file is not a database"):
+        Connection(f"sqlite:///{database}")

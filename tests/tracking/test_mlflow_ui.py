@@ -3,66 +3,64 @@
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
-from support import processes
+from support import processes, tracked
 from support.servers import free_ports
-from support.tracked import address_at, deliver, put_records, run_of, spool_in
 
+from ddpm.checkpoints.curves import Row
+from ddpm.checkpoints.runs import SAMPLES, StatusName
 from ddpm.config_io import override
 from ddpm.presets import DIGITS
-from ddpm.tracking import pages, run_params
-from ddpm.tracking.metrics_buffer import DataSetInput, MetricsBuffer
-from ddpm.tracking.mlflow_runs import Address
-from ddpm.tracking.pages import GRID, LAST_GRID, WORKFLOW
-from ddpm.utils.images import png_bytes
+from ddpm.tracking.mlflow_client import tracking_uri
+from ddpm.tracking.pages import GRID, WORKFLOW
+from ddpm.tracking.push import push
 
 PATIENCE_MS = 300_000
 TOTALS = {"linear": 1280, "sigmoid": 2560, "cosine": 2560}
-PICTURES = (GRID, "pictures/reverse_trajectory.png", "pictures/forward_noising.png")
+PICTURES = ("pictures/reverse_trajectory.png", "pictures/forward_noising.png")
 PANEL = "[data-component-id='mlflow.assistant.chat_panel.close']"
 CARD = "[data-testid='experiment-view-compare-runs-card']"
 
 pytestmark = pytest.mark.slow
 
 
-def write_run(address: Address, folder: Path, until: int, status: str = "FINISHED", **changes: Any) -> Run:
-    """Deliver what a run of the preset digits records until it has seen `until` images."""
-    config = override(DIGITS, {"train.sample_every_images": 1280, **changes})
-    buffer = MetricsBuffer()
-    buffer.tags(run_params.tags(config, f"python jobs/train.py digits --name {address.run_name}"))
-    buffer.data_set(DataSetInput("digits", "4f" * 16, "s3://bucket/digits", "{}"))
+def push_run(storage: Path, name: str, until: int, status: StatusName = "FINISHED", **changes: Any) -> Run:
+    """Push what a run of the preset digits records until it has seen `until` images."""
+    settings = {"run.experiment": "schedules", "train.sample_every_images": 1280, **changes}
+    config = override(DIGITS, settings)
+    run = tracked.begin(storage, name, config)
+    rows = []
     for seen in range(256, until + 1, 256):
-        buffer.metrics({"train/loss": 64 / seen, "train/images_per_s": 900.0}, seen)
-    buffer.metrics({"held_out/bits_per_dim": 4.5}, until)
-    grid = np.full((24, 36, 1), until // 16, np.uint8)
+        rows.append(Row("train/loss", seen, 64 / seen, seen))
+        rows.append(Row("train/images_per_s", seen, 900.0, seen))
+    rows.append(Row("held_out/bits_per_dim", until, 4.5, until))
+    tracked.append(run, rows)
+    tracked.store(run, until, config)
     for seen in range(1280, until + 1, 1280):
-        buffer.image("samples", grid, seen)
-    buffer.image(LAST_GRID, grid, 0)
-    for name in PICTURES:
-        buffer.artifact(name, png_bytes(grid))
-    spool = spool_in(folder)
-    put_records(spool, until, *buffer.take())
-    deliver(address, spool, until, status, **run_params.params(config))
-    return run_of(address)
+        tracked.draw(run, SAMPLES, seen)
+    for picture in PICTURES:
+        run.location.child(picture).write(tracked.PICTURE)
+    tracked.set_status(run, status, until)
+    push(run)
+    return tracked.run_with_key(tracking_uri(), run.key)
 
 
 @pytest.fixture(scope="session")
 def runs(mlflow_server: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """Runs tracked by the server, by schedule; one is shorter than the others."""
-    found = {}
-    for kind, total in TOTALS.items():
-        address = replace(address_at(mlflow_server), experiment="schedules", run_name=kind)
-        changes = {"schedule.kind": kind, "train.total_images": total}
-        found[kind] = write_run(address, tmp_path_factory.mktemp(kind), total, **changes)
+    """Runs pushed to the server, by schedule; one is shorter than the others."""
+    found, storage = {}, tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
+        for kind, total in TOTALS.items():
+            changes = {"schedule.kind": kind, "train.total_images": total}
+            found[kind] = push_run(storage, kind, total, **changes)
     return found
 
 
@@ -130,7 +128,7 @@ def test_compare_shows_the_newest_grids_side_by_side(
     assert all(shown_size(shown.nth(i))[0] > 0 for i in range(shown.count()))
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", [GRID, *PICTURES])
 def test_the_artifact_browser_shows_the_images(
     cosine: Any, runs: dict[str, Run], mlflow_server: str, name: str
 ) -> None:
@@ -142,18 +140,17 @@ def test_the_artifact_browser_shows_the_images(
         assert shown_size(cosine.locator("img[src^='blob:']").first) == list(image.size)
 
 
-def test_a_stopped_run_does_not_look_like_one_that_failed(page: Any, tmp_path: Path) -> None:
+def test_a_stopped_run_does_not_look_like_one_that_failed(page: Any, database: Path, tmp_path: Path) -> None:
     """jobs/ui.py prints the link to the experiment, from which one comes to the run."""
     (port,) = free_ports(1)
-    address = replace(address_at(f"sqlite:///{tmp_path}/mlflow.db"), experiment="stops")
-    write_run(address, tmp_path, 64, pages.STOPPED)
-    env = {"MLFLOW_TRACKING_URI": address.uri}
+    push_run(tmp_path, "a-run", 256, "STOPPED", **{"run.experiment": "stops"})
+    env = {"MLFLOW_TRACKING_URI": tracking_uri()}
     with processes.Job("ui", "--port", port, log=tmp_path / "ui.log", env=env) as job:
         job.wait_for(lambda: "Uvicorn running" in job.output)
         (link,) = re.findall(r"^stops +(http://\S+)$", job.output, re.MULTILINE)
         page.goto(link)
         page.get_by_role("link", name="a-run").first.click()
-        page.get_by_text("Stopped at 64 of 144,000 images").first.wait_for()
+        page.get_by_text("Stopped at 256 of 144,000 images").first.wait_for()
         page.get_by_text("Resume: ").first.wait_for()
         page.get_by_text("Scheduled").first.wait_for()
         assert not page.get_by_text("Killed").count() + page.get_by_text("Failed").count()

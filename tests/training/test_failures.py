@@ -9,7 +9,7 @@ from ray.train import ControllerError
 from ddpm.config import Config
 from ddpm.config_io import override
 from ddpm.training import run_state
-from ddpm.training.failures import CONTROLLER, Done, Fail, Restart, TrainingFailed, decide
+from ddpm.training.failures import CONTROLLER, STATE, Done, Fail, Restart, TrainingFailed, decide
 from ddpm.training.loop import NonFinite
 from ddpm.training.run_state import MORE_WORKERS, PREEMPTION
 
@@ -56,7 +56,7 @@ class Wrapped(Exception):
         ({"ended": -1, "failure": (error := NonFinite("loss is nan"))}, False, Fail(error)),
     ],
 )
-@pytest.mark.parametrize("died", [{}, {CONTROLLER: ActorDiedError()}])
+@pytest.mark.parametrize("died", [{}, {CONTROLLER: ActorDiedError()}, {STATE: ActorDiedError()}])
 def test_a_run_that_has_ended_is_not_restarted(
     died: dict[str, Exception], values: dict[str, Any], was_asked: bool, expected: Any
 ) -> None:
@@ -70,7 +70,14 @@ STOPPED = {"ended": 64, "stop": PREEMPTION}
 @pytest.mark.parametrize(
     ("died", "values", "line", "counted"),
     [
-        ({}, {}, "the run-state actor died", {}),
+        ({STATE: ActorDiedError()}, {}, f"{STATE} {RESUMES}", {"failures": (1, -1)}),
+        # Rank 0 and Ray Train's controller have noticed it, too.
+        (
+            {STATE: ActorDiedError(), CONTROLLER: ControllerError(ActorDiedError())},
+            {"committed": 64, "failures": (1, 64)},
+            f"{STATE} {RESUMES}",
+            {"failures": (2, 64)},
+        ),
         (
             {},
             {"ended": 64, "stop": MORE_WORKERS},
@@ -126,6 +133,7 @@ def test_new_workers_resume(
             {"committed": 64, "failures": (3, 64)},
             f"training failed: {MEMORY} (4 times",
         ),
+        ({STATE: ActorDiedError()}, {"failures": (3, -1)}, "training failed: "),
         (
             {CONTROLLER: ValueError("no such resource\nin Ray Some common causes include: a, b")},
             {},

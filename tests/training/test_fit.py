@@ -25,10 +25,9 @@ from ddpm.config_io import override
 from ddpm.data.reading import DataSet
 from ddpm.storage import driver_lock, locations
 from ddpm.storage.driver_lock import DriverLock
-from ddpm.tracking import spool
 from ddpm.tracking.mlflow_client import tracking_uri
-from ddpm.tracking.mlflow_runs import Address
-from ddpm.tracking.uploader import Delivery, Uploader
+from ddpm.tracking.push import Pushed
+from ddpm.tracking.pusher import Delivery, Pusher
 from ddpm.training import fit, loop
 from ddpm.training.failures import TrainingFailed
 from ddpm.training.monitor import StopSignals
@@ -104,18 +103,18 @@ def test_the_summary_links_to_the_page_of_the_run(
     if uri is not None:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     run = runs.open_run("one", str(tmp_path))
-    lines = fit.summary(fit.Result(run, 64, None, Delivery("r", "7", 0, True)))
+    lines = fit.summary(fit.Result(run, 64, None, Delivery(Pushed(tracking_uri(), "7", "r", 0), True)))
     assert lines[-1].strip() == f"{server}/#/experiments/7/runs/r?workflowType=machine_learning"
     assert [line.strip() for line in lines[1:-1]] == ([command] if command else [])
 
 
 class AfterASignal(StopSignals):
-    """Stands for a monitor whose run got SIGTERM and then ended."""
+    """Stands for a monitor whose run was asked to stop, and then ended."""
 
-    signal, was_asked, ended_early = signal.SIGTERM, True, False
+    signal, was_asked = signal.SIGTERM, True
 
-    def __init__(self, end: int | BaseException) -> None:
-        self._end = end
+    def __init__(self, end: int | BaseException, ended_early: bool) -> None:
+        self._end, self.ended_early = end, ended_early
 
     def train(self) -> int:
         if isinstance(self._end, BaseException):
@@ -124,28 +123,28 @@ class AfterASignal(StopSignals):
 
 
 @pytest.mark.parametrize(
-    ("end", "status"),
+    ("end", "ended_early", "status"),
     [
-        (128, "STOPPED"),
-        (256, "FINISHED"),
-        (KeyboardInterrupt(), "STOPPED"),
-        (TrainingFailed("all workers died"), "FAILED"),
+        (128, False, "STOPPED"),
+        (128, True, "PRUNED"),
+        (256, False, "FINISHED"),
+        (KeyboardInterrupt(), False, "STOPPED"),
+        (TrainingFailed("all workers died"), False, "FAILED"),
     ],
 )
-def test_how_a_run_that_got_a_signal_ended(
-    tiny: Config, tmp_path: Path, end: int | BaseException, status: str
+def test_how_a_run_that_was_asked_to_stop_ended(
+    tiny: Config, tmp_path: Path, end: int | BaseException, ended_early: bool, status: str
 ) -> None:
     run = runs.open_run("one", str(tmp_path))
-    run.location.child(runs.STATUS).write(runs.status_json(runs.Status("RUNNING", 64, 0, 1.0, {})))
-    address = Address(tracking_uri(), "ddpm", run.name, run.key)
-    uploader = Uploader(address, {}, run.location.child(spool.FOLDER))
+    runs.write_status(run.location, runs.Status("RUNNING", 64, 0, 1.0))
+    monitor: Any = AfterASignal(end, ended_early)
     with (
         nullcontext() if isinstance(end, int) else pytest.raises(type(end)),
         DriverLock(run.location, "run", "--run.name", print) as lock,
     ):
-        fit._drive(tiny, run, AfterASignal(end), uploader, lock, lambda: None)  # type: ignore[arg-type]
+        fit._drive(tiny, run, monitor, Pusher(run), lock, lambda: None)
     written = runs.read_status(run.location)
-    assert written is not None
+    assert written is not None and written.ended_ms is not None and written.ended_ms > 10**12
     assert (written.status, written.images_seen) == (status, end if isinstance(end, int) else 64)
 
 
@@ -157,14 +156,32 @@ def test_a_finished_run_whose_driver_was_killed_is_reported(
     with local.finished(RunStore(config, run, train_set.rows.fingerprint)) as store:
         loop.train(config, Runtime(config, train_set, train_set.held_out(), store))
     assert runs.read_status(run.location).status == "RUNNING"  # type: ignore[union-attr]
-    result = fit.fit(config, train_set)
-    reported = result.delivery
-    assert (
-        result.was_finished and reported is not None and (reported.undelivered, reported.ended) == (0, True)
-    )
-    status = tracked.run_with_key(tracking_uri(), run.key).info.status
-    assert (status, runs.read_status(run.location).status) == ("FINISHED",) * 2  # type: ignore[union-attr]
-    assert fit.fit(config, train_set).delivery is None
+    for _ in range(2):
+        result = fit.fit(config, train_set)
+        assert result.was_finished and result.delivery.is_complete
+        status = runs.read_status(run.location)
+        found = tracked.run_with_key(tracking_uri(), run.key).info
+        assert status is not None and (status.status, found.status) == ("FINISHED",) * 2
+        assert found.end_time == status.ended_ms
+
+
+def test_a_folder_of_another_run_is_refused_unless_it_was_named(
+    tiny: Config, train_set: DataSet, tmp_path: Path, without_cluster: None
+) -> None:
+    """It depends on the settings with which the run began, not on the name, or on whether it has a checkpoint."""
+    config = override(tiny, {"run.name": "one", "run.storage": str(tmp_path)})
+    began = runs.Facts(preset="digits", changed={"optim.lr": 0.5}, versions={"version.ddpm": "0.9"})
+    run = runs.open_run("one", str(tmp_path), began)
+    with local.finished(RunStore(config, run, train_set.rows.fingerprint)) as store:
+        loop.train(config, Runtime(config, train_set, train_set.held_out(), store))
+    for changed, is_named, refused in (
+        ({"optim.lr": 0.5}, False, False),
+        ({"optim.lr": 0.25}, True, False),
+        ({"optim.lr": 0.25}, False, True),
+    ):
+        origin = fit.Origin("digits", changed, is_named)
+        with pytest.raises(UserError, match=r"version 0\.9: optim\.lr 0\.5 ") if refused else nullcontext():
+            assert fit.fit(config, train_set, origin).was_finished
 
 
 @pytest.fixture
@@ -314,8 +331,8 @@ def test_ctrl_c_before_the_first_step_exits_at_once(digits_uri: str, tmp_path: P
         job.wait_for(lambda: job.members("ray::TrainController"))
         job.process.send_signal(signal.SIGINT)
         assert job.wait() == 128 + signal.SIGINT, job.output
-    assert "stopped     at 0 images" in job.output and "--run.name early" in job.output
-    assert "records" not in job.output and "latest.png" not in job.output, job.output
+    assert "stopped     at 0 images" in job.output
+    assert "latest.png" not in job.output, job.output
     assert {path.name for path in (tmp_path / "runs/early").iterdir()} <= {"run.json", "status.json"}
 
 

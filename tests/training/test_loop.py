@@ -17,7 +17,7 @@ from support.local import Logged, assert_same, fit, tensors
 from torch import Tensor, nn
 
 from ddpm.build import TrainedNet
-from ddpm.checkpoints import checkpoint
+from ddpm.checkpoints import checkpoint, runs
 from ddpm.config import Config
 from ddpm.config_io import override
 from ddpm.data.reading import DataSet
@@ -28,6 +28,7 @@ from ddpm.models import dropout, unet
 from ddpm.models.dropout import Dropout
 from ddpm.presets import DIGITS, PRESETS
 from ddpm.sampling import generate
+from ddpm.storage.locations import resolve
 from ddpm.training import loop
 from ddpm.training.recorder import Recorder
 from ddpm.training.runtime import Runtime
@@ -217,27 +218,25 @@ def test_what_is_written_at_each_interval(tiny: Config, train_set: DataSet, run_
     assert 0 <= logged.rows[64]["train/data_wait_share"] <= 1
     assert "held_out/loss" in logged.rows[128] and "held_out/loss" not in logged.rows[64]
     assert not {"train/goodput", "train/workers"} & {*chain(*logged.rows.values())}
-    assert logged.images == [
-        *(("samples", 128), ("denoising", 128)),
-        *(("samples_last", 0), ("samples", 256), ("denoising", 256)),
-    ]
+    run = resolve(str(run_folder))
+    for series in (runs.SAMPLES, runs.DENOISING):
+        assert list(runs.pictures(run, series)) == [128, 256]
     pictures = {"forward_noising.png", "reverse_trajectory.png", "reverse_trajectory.gif"}
-    assert logged.files == {"samples.png"} | {f"pictures/{name}" for name in pictures}
-    stored = {"best-000000000256", "checkpoint-000000000128", "checkpoint-000000000256", "metrics.parquet"}
-    assert {path.name for path in run_folder.iterdir()} == stored | {
-        *("pictures", "samples", "status.json", "tracking")
-    }
     assert {path.name for path in (run_folder / "pictures").iterdir()} == pictures
+    stored = {"best-000000000256", "checkpoint-000000000128", "checkpoint-000000000256"}
+    folders = {"pictures", "samples", "denoising"}
+    assert {path.name for path in run_folder.iterdir()} == stored | folders | {"status.json"}
 
 
 def test_sample_grids_are_at_multiples_of_their_interval_for_any_batch_size(
     tiny: Config, train_set: DataSet, run_folder: Path
 ) -> None:
-    logged = Logged()
+    """The last grid, between two multiples, is at its own position."""
     config = override(tiny, {"train.batch_size": 48, "train.sample_every_images": 100})
-    assert fit(config, train_set, run_folder, logged).images_seen == 288
-    assert [at for key, at in logged.images if key == "samples"] == [100, 200]
-    assert [at for key, at in logged.images if key == "samples_last"] == [0]
+    assert fit(config, train_set, run_folder).images_seen == 288
+    run = resolve(str(run_folder))
+    assert list(runs.pictures(run, runs.SAMPLES)) == [100, 200, 288]
+    assert list(runs.pictures(run, runs.DENOISING)) == [100, 200]
 
 
 def test_held_out_bits_per_dim_is_logged_with_each_checkpoint(

@@ -1,9 +1,9 @@
-"""MLflow is down for a part or all of a run: training continues, and in the end every record is delivered once."""
+"""MLflow is down for a part or all of a run: training continues, and in the end MLflow has everything once."""
 
 from pathlib import Path
 
 import pytest
-from support.faulted import Run, assert_same, assert_tracked_once, segments
+from support.faulted import Run, assert_same, assert_tracked_once
 from support.processes import members, paused, run_job
 from support.servers import MlflowServer, RayHead
 
@@ -19,7 +19,6 @@ def test_mlflow_is_killed_and_restarted_during_a_run(
             job.wait_for(run.past(0))
             server.kill()
             job.wait_for(run.past(run.position() + 640))
-            assert segments(run)  # they are kept in the spool
             with paused(
                 members(ray_head.process.pid, "ray::RayTrainWorker")
             ):  # so that the run does not finish before
@@ -33,26 +32,20 @@ def test_mlflow_is_killed_and_restarted_during_a_run(
 def test_mlflow_is_down_for_the_whole_run_and_synced_later(
     run: Run, undisturbed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The run says so in one line, and at its end which command sends it."""
     server = MlflowServer(tmp_path / "mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     with run.start() as job:
         assert job.wait() == 0, job.output
     assert_same(run, undisturbed)
-    kept = len(segments(run))
-    assert kept == 10
-    assert (
-        f"are kept in {run.location.uri}/tracking, and `python jobs/sync.py {run.location.uri}`" in job.output
-    )
+    assert job.output.count("MLflow at ") - job.output.count("waiting for MLflow at ") == 1
+    assert f"`python jobs/sync.py {run.location.uri}`" in job.output
 
     failed = run_job("sync", run.location.uri, "--timeout-s", "2", cwd=tmp_path)
-    assert (
-        failed.returncode == 1 and "cannot be reached" in failed.stderr and "Traceback" not in failed.stderr
-    )
-    assert len(segments(run)) == kept
+    assert failed.returncode == 1 and "Traceback" not in failed.stderr
+    assert len(failed.stderr.splitlines()) == 1 and server.uri in failed.stderr
     with server:
-        done = run_job("sync", run.location.uri, cwd=tmp_path)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert_tracked_once(run)
-        again = run_job("sync", run.location.uri, cwd=tmp_path)
-        assert again.returncode == 0, again.stderr
-        assert_tracked_once(run)
+        for _ in range(2):
+            done = run_job("sync", run.location.uri, cwd=tmp_path)
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert_tracked_once(run)

@@ -50,7 +50,7 @@ def test_a_log_gets_lines_with_mfu_if_measured(capsys: pytest.CaptureFixture[str
 
 
 def test_run_state_keeps_the_newest_points_until_the_driver_reads_them() -> None:
-    state = run_state.RunState()
+    state = run_state.RunState({})
     for seen in range(10):
         state.set(run_state.METRICS, ({"train/loss": seen / 2}, seen))
     assert state.snapshot()[run_state.METRICS] == {"train/loss": [(seen, seen / 2) for seen in range(2, 10)]}
