@@ -22,8 +22,8 @@ from harness.arguments import read
 from harness.processes import busy
 from harness.turns import LOG, Contestant, Turn, ended_after, in_turns
 
-from ddpm.tracking import metrics_buffer, spool
-from ddpm.tracking.metrics_buffer import Metrics
+from ddpm.checkpoints import curves
+from ddpm.storage import locations
 from ddpm.utils.openmp import SPIN_COUNT, VARIABLES
 
 TRAIN = Path(__file__).resolve().parent.parent / "jobs/train.py"
@@ -116,12 +116,8 @@ def start(row: str, run: Contestant, folder: Path) -> None:
 
 def points(folder: Path) -> list[tuple[float, int]]:
     """Seconds since the epoch and images_seen, of every log line of a run."""
-    found = set()
-    for segment in (folder / "run" / spool.FOLDER).glob("*.zip"):
-        for record in metrics_buffer.read(segment.read_bytes(), str(segment)):
-            if isinstance(record, Metrics) and "train/images_per_s" in record.values:
-                found.add((record.timestamp_ms / 1000, record.images_seen))
-    return sorted(found)
+    logged = curves.read(locations.resolve(str(folder / "run"))).get("train/images_per_s", [])
+    return [(point.timestamp_ms / 1000, point.images_seen) for point in logged]
 
 
 def speed(tracked: list[tuple[float, int]], turn: Turn) -> float:

@@ -29,7 +29,7 @@ from harness import tables
 from harness.arguments import read
 from harness.judged import Judged, picture, read_judged, span, train_command, write_judged
 
-from ddpm.checkpoints import runs
+from ddpm.checkpoints import curves, runs
 from ddpm.checkpoints.checkpoint import PREFIX
 from ddpm.cluster.worker_pool import WorkerPool
 from ddpm.config import SampleConfig
@@ -43,7 +43,6 @@ from ddpm.evaluation.metrics import Moments, fid, kid
 from ddpm.evaluation.reference import Cache, real_features
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
-from ddpm.checkpoints import curves
 from ddpm.utils import devices
 from ddpm.utils.errors import UserError
 

@@ -17,8 +17,8 @@ from harness import tables
 from harness.arguments import read
 from harness.comparison import STEPS, Measured, compare, each, preset_of, train
 
-from ddpm.storage import locations
 from ddpm.checkpoints import curves
+from ddpm.storage import locations
 
 IMAGES = {"digits": 48_000, "fashion-mnist": 25_600, "emoji": 25_600}
 """Images of a training."""

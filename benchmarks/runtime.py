@@ -24,6 +24,7 @@ import torch.distributed
 from harness import processes, tables, turns
 from harness.arguments import read
 
+from ddpm.checkpoints import curves
 from ddpm.checkpoints.runs import Run
 from ddpm.cluster.ray_init import KEPT_MEMORY
 from ddpm.commands import folder as folder_preset
@@ -84,12 +85,12 @@ class Found:
 class TorchrunRuntime(Runtime):
     """The runtime in a process started by torchrun, as written without Ray."""
 
-    def __init__(self, config: Config, train: DataSet, points: "Points") -> None:
+    def __init__(self, config: Config, train: DataSet, store: RunStore) -> None:
         super().__init__(config, train, train.held_out(), None)
         torch.distributed.init_process_group("gloo")
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         if self.rank == 0:
-            self.store = points
+            self.store = store
 
     def batches(self, images_seen: int) -> Iterator[MicroBatch]:
         order = ReadOrder.from_config(self._config)
@@ -103,17 +104,6 @@ class TorchrunRuntime(Runtime):
                 rank_shard(images.image, start, share, size), rank_shard(images.label, start, share, size)
             )
             start += len(images.label)
-
-
-class Points(RunStore):
-    """A run's store that keeps the points of its curves."""
-
-    def __init__(self, config: Config, folder: str, train: DataSet) -> None:
-        super().__init__(config, Run("bench", locations.resolve(folder), ""), train.rows.fingerprint)
-        self.points: dict[int, dict[str, float]] = {}
-
-    def metrics(self, values: Mapping[str, float], images_seen: int) -> None:
-        self.points.setdefault(images_seen, {}).update(values)
 
 
 class Meter:
@@ -168,34 +158,32 @@ def measure(arguments: Arguments) -> None:
         config = builtin.with_shards(override(preset, values))
         data_set = ray_dataset.open_configured(config)
         cores: dict[str, float] = {}
+        location = locations.resolve(folder).child("bench")
         if arguments.runtime == "torchrun":
             torch.set_num_threads(arguments.threads)
-            with Points(config, f"{folder}/bench", data_set) as store:
-                runtime = TorchrunRuntime(config, data_set, store)
-                loop.train(config, runtime)
-            points = store.points
+            store = RunStore(config, Run("bench", location, ""), data_set.rows.fingerprint)
+            runtime = TorchrunRuntime(config, data_set, store)
+            loop.train(config, runtime)
+            store.flush()
+            store.close()
             torch.distributed.destroy_process_group()
             if runtime.rank:
                 return
         else:
-            import mlflow
-
             from ddpm.cluster.ray_init import connect
             from ddpm.training import fit
 
-            os.environ["MLFLOW_TRACKING_URI"] = uri = f"sqlite:///{folder}/mlflow.db"
+            os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
             connect()
             meter = Meter(arguments.images // 5)
-            result = fit.fit(config, data_set, should_continue=meter)
-            assert result.delivery is not None and result.delivery.run_id is not None
-            client, points = mlflow.MlflowClient(uri), {}
-            for key in ("train/images_per_s", "train/data_wait_share"):
-                for point in client.get_metric_history(result.delivery.run_id, key):
-                    points.setdefault(point.step, {})[key] = point.value
+            fit.fit(config, data_set, should_continue=meter)
             cores = meter.cores()
-        late = [values for step, values in points.items() if step > arguments.images / 5]
-        speed = statistics.median(values["train/images_per_s"] for values in late)
-        wait = statistics.mean(values["train/data_wait_share"] for values in late)
+        logged = {
+            name: [point.value for point in curve if point.images_seen > arguments.images / 5]
+            for name, curve in curves.read(location).items()
+        }
+        speed = statistics.median(logged["train/images_per_s"])
+        wait = statistics.mean(logged["train/data_wait_share"])
         reading = sum(value for kind, value in cores.items() if kind.startswith(READERS))
         both = [reading, sum(cores.values()) - reading] if cores else [None, None]
         processes.answer([speed, wait, *both, cores])
