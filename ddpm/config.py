@@ -402,7 +402,7 @@ class RunConfig:
 
     affects: ClassVar = Affects.NOTHING
     name: Text | None = None
-    """Folder under `storage`. Only a named run can be extended. None: the preset and a hash of what differs from it."""
+    """Folder under `storage`. None: the preset, and a hash of what differs from it."""
     storage: Text = field(default_factory=lambda: os.environ.get("DDPM_STORAGE") or "runs")
     """Folder or s3:// URI that holds runs. Default: DDPM_STORAGE from the environment, as on a cluster, else runs."""
     storage_timeout_s: Seconds = 300.0

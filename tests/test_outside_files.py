@@ -19,11 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from ddpm.tracking.metrics_buffer import Artifact, Metrics
 from PIL import Image
 from support.trained import write_trained
 
-from ddpm.checkpoints import checkpoint, runs
+from ddpm.checkpoints import checkpoint, curves, runs
+from ddpm.checkpoints.curves import Row
 from ddpm.config import Config
 from ddpm.config_io import from_json, to_json
 from ddpm.data.huggingface import HuggingFace
@@ -32,16 +32,18 @@ from ddpm.data.image_folder import Folder, store
 from ddpm.data.manifest import make_manifest, read_manifest
 from ddpm.data.row_group import decode
 from ddpm.data.shards import read_row_group, write_shard
-from ddpm.evaluation import compared_run
+from ddpm.evaluation import compared_run, rung
 from ddpm.evaluation.report import Report
-from ddpm.search.event_log import EventLog
+from ddpm.evaluation.rung import Evaluation
+from ddpm.search.trials import Trials, read_trial
 from ddpm.storage.locations import resolve
-from ddpm.tracking import curves, metrics_buffer
 from ddpm.training.state import State
 from ddpm.utils import files
 from ddpm.utils.errors import UserError
 
 SHARD = "train/00000.parquet"
+CURVES, CURVES_BYTES = curves.part(0, [Row("loss", 1, 1.0, 1)])
+RUNG = Evaluation(64, (2.0, 3.0), 0.5, 0.5)
 IMAGES = np.zeros((6, 8, 8, 1), np.uint8)
 PICKLE = b"cposix\nsystem\n(S'touch executed'\ntR."
 """When it is unpickled, it makes a file in the working folder."""
@@ -54,13 +56,12 @@ def write_all(folder: Path, tiny: Config) -> None:
     manifest = make_manifest("test", (8, 8, 1), "raw", [], {"train": [shard]}, "")
     (folder / "manifest.json").write_text(json.dumps(asdict(manifest)))
     (folder / "run.json").write_text('{"run_key": "a"}')
-    (folder / "status.json").write_bytes(runs.status_json(runs.Status("RUNNING", 1, 0, 1.0, {})))
+    (folder / "status.json").write_bytes(runs.status_json(runs.Status("RUNNING", 1, 0, 1.0)))
     (folder / "flag.json").write_text(to_json(tiny))
-    EventLog(resolve(str(folder)), {}, 0.0)
+    Trials(resolve(str(folder)), {}).begin("trial", {})
+    resolve(str(folder)).child(rung.file_name(RUNG.images_seen)).write(RUNG.to_json())
     (folder / "report.json").write_text(Report({}, ()).to_json())
-    table = curves.extended(curves.SCHEMA.empty_table(), [Metrics({"loss": 1.0}, 1, 1)])
-    (folder / curves.FILE).write_bytes(curves.to_bytes(table))
-    (folder / "segment.zip").write_bytes(metrics_buffer.pack([Artifact("a.txt", b"a" * 99)]))
+    resolve(str(folder)).child(CURVES).write(CURVES_BYTES)
     (folder / "labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01\0\0\0\x03abc")
 
 
@@ -71,11 +72,6 @@ def read_shard(folder: Path) -> object:
 def resume(folder: Path) -> None:
     config = checkpoint.read_config(folder)
     State.create(config, torch.device("cpu")).restore(folder, config)
-
-
-def segment(folder: Path) -> object:
-    file = resolve(str(folder / "segment.zip"))
-    return metrics_buffer.read(file.read(), file.uri)
 
 
 READERS: dict[str, Callable[[Path], object]] = {
@@ -90,12 +86,13 @@ READERS: dict[str, Callable[[Path], object]] = {
     SHARD: read_shard,
     "run.json": lambda folder: runs.existing_run(str(folder)),
     "status.json": lambda folder: runs.read_status(resolve(str(folder))),
-    "search.json": lambda folder: EventLog.existing(resolve(str(folder))),
+    "search.json": lambda folder: Trials(resolve(str(folder)), None),
+    "trial/trial.json": lambda folder: read_trial(resolve(str(folder / "trial"))),
+    rung.file_name(RUNG.images_seen): lambda folder: rung.read(resolve(str(folder)), RUNG.images_seen),
     "report.json": lambda folder: compared_run._report_in(
         resolve(str(folder / "report.json")), "report.json"
     ),
-    curves.FILE: lambda folder: curves.read(resolve(str(folder))),
-    "segment.zip": segment,
+    CURVES: lambda folder: curves.read(resolve(str(folder))),
     "labels-idx1-ubyte": lambda folder: read_idx(folder / "labels-idx1-ubyte"),
 }
 

@@ -119,28 +119,36 @@ def _on_gpus(config: Config, workers: int, have: float, who: str, remedy: str) -
 
 
 @_once_joined
-def shared(config: Config, num_runs: int) -> Config:
-    """`config` with the CPUs and threads that each of `num_runs` concurrent runs may use."""
+def of_trials(config: Config, num_trials: int) -> tuple[Config, dict[str, float]]:
+    """`config` with the CPUs and threads of each of `num_trials` concurrent trials, and what Ray reserves for a trial.
+
+    A trial of one worker reads its data itself. The workers of others are reserved by their own worker group; a CPU is
+    left for the tasks that read data.
+    """
     have, workers = ray_init.resources(), config.cluster.world_sizes()[-1]
-    total_workers = num_runs * workers
-    room = have.get("CPU", 0.0) - 1 - DRIVER_CPUS * num_runs
-    share = config.cluster.cpus_per_worker
-    if share is None:
-        share = max(min(1.0, int(100 * room / total_workers) / 100), 0.01)
-    if total_workers * share > room:
-        raise TooSmall(
-            f"{num_runs} trials at a time of {workers} workers of {share:g} CPUs leave none of the cluster's "
-            f"{have.get('CPU', 0.0):g} CPUs to the tasks that read data; use a smaller --max-concurrent or "
-            "--cluster.cpus-per-worker"
-        )
-    who = f"{num_runs} trials at a time of {workers} workers"
+    cpus, total_workers, is_group = have.get("CPU", 0.0), num_trials * workers, workers > 1
+    who = f"{num_trials} trials at a time of {workers} workers"
     remedy = "use a smaller --max-concurrent or --cluster.gpus-per-worker"
     gpu = _on_gpus(config, total_workers, have.get("GPU", 0.0), who, remedy)
+    room = cpus - (1 + DRIVER_CPUS * num_trials if is_group else 0)
+    share = config.cluster.cpus_per_worker
+    is_crowd = share is None and not gpu and not is_group and num_trials > MAX_WORKERS_PER_CPU * cpus
+    if share is None:
+        share = max(min(1.0, int(100 * room / total_workers) / 100), 0.01)
+    if is_crowd or total_workers * share > room:
+        left = " to the tasks that read data" if is_group else ""
+        raise TooSmall(
+            f"{who} of {share:g} CPUs leave none of the cluster's {cpus:g} CPUs{left}; use a smaller --max-concurrent "
+            "or --cluster.cpus-per-worker"
+        )
     threads = config.cluster.threads_per_worker
     if threads is None and sum(node["Alive"] for node in ray.nodes()) == 1:
         threads = max(1, len(os.sched_getaffinity(0)) // total_workers)
     cluster = replace(config.cluster, cpus_per_worker=share, gpu=gpu, threads_per_worker=threads)
-    return replace(config, cluster=cluster)
+    own = {"CPU": DRIVER_CPUS}
+    if not is_group:
+        own = {"CPU": share} | ({"GPU": cluster.gpus_per_worker} if gpu else {})
+    return replace(config, cluster=cluster), own
 
 
 def remove_placement_group(hex_id: str) -> None:

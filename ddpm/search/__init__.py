@@ -1,1 +1,1 @@
-"""A search: its space, trials on Ray Tune, event log, evaluator and leaderboard."""
+"""A search: its space, its trials on Ray Tune, and its leaderboard."""

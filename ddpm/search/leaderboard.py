@@ -24,14 +24,11 @@ from ddpm.diffusion import schedules
 from ddpm.evaluation import context, evaluate
 from ddpm.evaluation.metrics import Estimate
 from ddpm.evaluation.ranking import Rank, configuration_ranks, paired_ranks, ranks
+from ddpm.evaluation.rung import RANKING, REPORTING
 from ddpm.evaluation.scores import MAX_PAIRWISE, Score
 from ddpm.evaluation.settings import Settings
-from ddpm.search.evaluator import RANKING, REPORTING, Evaluation
-from ddpm.search.event_log import EventLog, Scored, Trial, best, name_of
 from ddpm.search.setup import Setup
-from ddpm.search.trial_manager import short
-from ddpm.storage.locations import Location
-from ddpm.utils.retry import as_user_error
+from ddpm.search.trials import Trial, Trials, best, short, shown
 from ddpm.utils.tables import Table, estimate
 
 SAMPLER: SamplerName = "dpmpp_2m"
@@ -93,10 +90,10 @@ class Row:
         return 0.0 if self.bits is None or len(self.bits) < 2 else float(self.bits.mean(1).std(ddof=1))
 
 
-def score_finalists(setup: Setup, events: EventLog) -> None:
-    """Compute KID of the best few trials, and append it to the event log; known values are not computed again."""
+def score_finalists(setup: Setup, trials: Trials) -> None:
+    """Compute KID of the best few trials, and store it in their folders; known values are not computed again."""
     chosen = setup.arguments
-    finalists = best(events.trials(), chosen.metric)[: chosen.finalists]
+    finalists = best(trials.all(), chosen.metric)[: chosen.finalists]
     todo = [
         trial
         for trial in finalists
@@ -116,32 +113,34 @@ def score_finalists(setup: Setup, events: EventLog) -> None:
     report = evaluate.evaluate(candidates, settings, bounds=False)
     for trial, result in zip(todo, report.results, strict=True):
         (score,) = (score for score in result.drawn[0].scores if score.name.startswith("KID"))
-        events.add(Scored(trial.number, score))
+        trials.score(trial.name, score)
 
 
-def ranked(setup: Setup, events: EventLog) -> list[Row]:
+def ranked(setup: Setup, trials: Trials) -> list[Row]:
     """All trials: those trained several times by the mean of the metric, others by the metric, then by images seen."""
-    trials, metric, base = events.trials(), setup.arguments.metric, setup.base
-    order, bits, mean = best(trials, metric), dict[int, NDArray[np.float64]](), dict[int, float]()
+    everything, metric, base = trials.all(), setup.arguments.metric, setup.base
+    order, bits, mean = best(everything, metric), dict[str, NDArray[np.float64]](), dict[str, float]()
     for own in order:
-        again = (trial for trial in trials if trial.repeats == own.number and trial.status == "finished")
+        again = (trial for trial in everything if trial.repeats == own.name and trial.status == "finished")
         trainings = [own, *again]
-        bits[own.number] = np.array([bits_of(t, setup.folder, base.run.storage_timeout_s) for t in trainings])
-        mean[own.number] = float(np.mean([trial.value(metric) for trial in trainings]))
+        bits[own.name] = np.array([trial.last.bits for trial in trainings if trial.last])
+        mean[own.name] = float(np.mean([trial.value(metric) for trial in trainings]))
     of_bits = paired_ranks([each[0, RANKING] for each in bits.values()]) if bits else []
     by_bits = dict(zip(bits, of_bits, strict=True))
-    several = {number: each[:, RANKING] for number, each in bits.items() if len(each) > 1}
+    several = {name: each[:, RANKING] for name, each in bits.items() if len(each) > 1}
     by_trainings = dict(zip(several, configuration_ranks(list(several.values())), strict=True))
-    order.sort(key=lambda trial: (trial.number not in several, mean[trial.number]))
-    scores = {trial.number: score for trial in order if (score := _scored(trial, setup))}
+    order.sort(key=lambda trial: (trial.name not in several, mean[trial.name]))
+    scores = {trial.name: score for trial in order if (score := _scored(trial, setup))}
     of_kid = ranks([score.value for score in scores.values()], [score.error for score in scores.values()])
     by_kid = dict(zip(scores, of_kid, strict=True))
-    rest = [trial for trial in trials if trial.number not in by_bits]
+    rest = [trial for trial in everything if trial.name not in by_bits]
     rest.sort(key=lambda trial: (-trial.images_seen, trial.value(metric)))
 
     def row(trial: Trial) -> Row:
-        n, leftover = trial.number, _leftover(base, trial)
-        return Row(trial, leftover, by_bits.get(n), by_kid.get(n), bits.get(n), by_trainings.get(n))
+        name, leftover = trial.name, _leftover(base, trial)
+        return Row(
+            trial, leftover, by_bits.get(name), by_kid.get(name), bits.get(name), by_trainings.get(name)
+        )
 
     return [row(trial) for trial in (*order, *rest)]
 
@@ -149,27 +148,30 @@ def ranked(setup: Setup, events: EventLog) -> list[Row]:
 def _scored(trial: Trial, setup: Setup) -> Score | None:
     """The trial's KID, if it is as the command line asks: an earlier call may have had another feature net."""
     chosen, score = setup.arguments, trial.score
-    name = f"KID-{context.feature_net_name(chosen.features, setup.evaluator.train)}"
+    name = f"KID-{context.feature_net_name(chosen.features, setup.rungs.evaluator.train)}"
     asked = name, min(chosen.drawn_images, MAX_PAIRWISE)
     return score if score and (score.name, score.n) == asked else None
 
 
 def parquet(rows: Sequence[Row]) -> bytes:
     """The table as a Parquet file; null for missing values."""
-    of_rung = "train_loss", "held_out_loss", "bits_per_dim", "bits_per_dim_error"
     table = list[dict[str, Any]]()
     for row in rows:
-        trial, mean = row.trial, row.mean
-        score, reported = row.by_kid and trial.score, row.reported if row is rows[0] else None
+        trial, last, mean = row.trial, row.trial.last, row.mean
+        score = row.trial.score if row.by_kid else None
+        reported = row.reported if row is rows[0] else None
         table.append(
             {
                 "trial": trial.name,
                 "status": trial.status,
-                "repeats": None if trial.repeats is None else name_of(trial.repeats),
+                "repeats": trial.repeats,
                 "images_seen": trial.images_seen,
                 **{key: trial.changes.get(key) for key in _varied(rows)},
                 "sqrt_D_alpha_bar_T": row.leftover,
-                **{name: trial.last and getattr(trial.last, name) for name in of_rung},
+                "train_loss": last.train_loss if last else None,
+                "held_out_loss": last.held_out_loss if last else None,
+                "bits_per_dim": last.bits_per_dim.value if last else None,
+                "bits_per_dim_error": last.bits_per_dim.error if last else None,
                 "rank_by_bits": row.by_bits and str(row.by_bits),
                 "mean_bits_per_dim": mean and mean.value,
                 "mean_bits_per_dim_error": mean and mean.error,
@@ -262,24 +264,18 @@ def table(rows: Sequence[Row]) -> Table:
     lines = []
     for row, mean in zip(rows, means, strict=True):
         trial, last, score = row.trial, row.trial.last, row.trial.score
-        status = trial.status + ("" if trial.repeats is None else f", {name_of(trial.repeats)} again")
+        status = trial.status + ("" if trial.repeats is None else f", {trial.repeats} again")
         status += f": {trial.reason[:80]}" if trial.reason else ""
         line = [trial.name + (" !" if row.is_flagged else ""), status, f"{trial.images_seen:,}"]
         line += [short(trial.changes[key]) if key in trial.changes else "" for key in varied]
-        line += [f"{last.train_loss:.4f}", last.shown] if last else ["", ""]
+        line += [f"{last.train_loss:.4f}", shown(last.bits_per_dim)] if last else ["", ""]
         line.append(str(row.by_bits or ""))
         line += [estimate(*mean) if mean else "", str(row.by_trainings or "")] if any(means) else []
         if kid:
-            shown = score if row.by_kid else None
-            line += [estimate(shown.value, shown.error), str(row.by_kid)] if shown else ["", ""]
+            known = score if row.by_kid else None
+            line += [estimate(known.value, known.error), str(row.by_kid)] if known else ["", ""]
         lines.append(line)
     return Table(names, lines, num_words=2)
-
-
-def bits_of(trial: Trial, folder: Location, timeout_s: float = 0.0) -> tuple[float, ...]:
-    """Bits/dim of each held-out image at the trial's last rung; storage may fail for `timeout_s`."""
-    with as_user_error(f"cannot read the results of {trial.name}"):
-        return Evaluation.read(folder.child(trial.name), trial.images_seen, timeout_s).bits
 
 
 def _varied(rows: Sequence[Row]) -> list[str]:

@@ -13,8 +13,8 @@ from optuna.visualization.matplotlib import plot_parallel_coordinate
 
 from ddpm.evaluation.ranking import Z
 from ddpm.search.config import Metric
-from ddpm.search.event_log import Outcome, Trial
 from ddpm.search.space import Domain
+from ddpm.search.trials import Outcome, Trial
 from ddpm.utils.images import figure_png
 
 
@@ -42,10 +42,10 @@ def scatter(trials: Sequence[Trial]) -> bytes:
     figure, axes = _figure("bits/dim", scored[0][2].name)
     for trial, last, score in scored:
         axes.errorbar(
-            last.bits_per_dim,
+            last.bits_per_dim.value,
             score.value,
             Z * score.error,
-            Z * last.bits_per_dim_error,
+            Z * last.bits_per_dim.error,
             marker="o",
             capsize=3,
             label=f"{trial.name} {trial.changes.get('schedule.kind', '')}",

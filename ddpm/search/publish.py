@@ -1,6 +1,8 @@
 """Publishes results of a search to its folder and to its MLflow run; leaderboard.py computes them."""
 
 import contextlib
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,15 +10,15 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from ddpm.checkpoints import curves as run_curves
 from ddpm.checkpoints import runs
+from ddpm.checkpoints.curves import Row as CurveRow
 from ddpm.evaluation import compared_run, comparison_page
 from ddpm.evaluation.comparison import Cell, Ranking
+from ddpm.evaluation.rung import RANKING
 from ddpm.search import leaderboard, plots
-from ddpm.search.evaluator import RANKING
-from ddpm.search.event_log import Trial
 from ddpm.search.leaderboard import Row
 from ddpm.search.setup import Setup
+from ddpm.search.trials import Trials
 from ddpm.storage.locations import Location
 from ddpm.tracking import mlflow_run
 from ddpm.tracking.mlflow_client import Connection, MlflowError, tracking_uri, without_password
@@ -39,6 +41,8 @@ STATUS: dict[str, runs.StatusName] = {
     "running": "STOPPED",
 }
 """A run's status for each status of a trial."""
+RETRY_S = 10.0
+INTERRUPTED_TIMEOUT_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -54,26 +58,100 @@ class Parent:
         return mlflow_run.open_run(mlflow, self.experiment, search.key, search.name, source="tune/search.py")
 
 
-def open_parent(parent: Parent, params: Mapping[str, Any], warn: Callable[[str], None]) -> None:
-    """Create the search's MLflow run, if there is none and MLflow is available."""
+class Publisher:
+    """Pushes the search and its trials to MLflow, in a background thread of the search's driver.
+
+    Args:
+        params: of the search, for its own run.
+        warn: called with a line when MLflow does not accept data.
+    """
+
+    def __init__(
+        self, parent: Parent, trials: Trials, params: Mapping[str, Any], warn: Callable[[str], object]
+    ) -> None:
+        self._parent, self._trials, self._params, self._warn = parent, trials, params, warn
+        self._has_warned, self._has_begun = False, False
+        self._names: queue.Queue[str | None] = queue.Queue()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="ddpm-mlflow", daemon=True)
+        self._thread.start()
+
+    def notify(self, name: str) -> None:
+        """There is something new in this trial's folder."""
+        self._names.put(name)
+
+    def close(self, timeout_s: float) -> None:
+        """End the thread after the call that it is in; what is left is pushed by `store`."""
+        self._closing.set()
+        self._names.put(None)
+        self._thread.join(timeout_s)
+
+    def _work(self) -> None:
+        while (name := self._names.get()) is not None and not self._closing.is_set():
+            while not self._try(name) and not self._closing.wait(RETRY_S):
+                pass
+
+    def _try(self, name: str) -> bool:
+        """Whether MLflow has the trial now."""
+        try:
+            if not self._has_begun:
+                run = self._parent.open()
+                run.log_params(self._params)
+                run.set_status("RUNNING")
+                self._has_begun = True
+            push_trial(self._trials, name)
+        except (UserError, OSError) as error:
+            if not self._has_warned:
+                self._warn(f"MLflow does not accept the search, and gets it later: {error}")
+            self._has_warned = True
+            return False
+        self._has_warned = False
+        return True
+
+
+def push_trial(trials: Trials, name: str, timeout_s: float = 0.0) -> None:
+    """Push a trial's run with its outcome."""
     try:
-        run = parent.open()
-        run.log_params(params)
-        run.set_status("RUNNING")
-    except MlflowError as error:
-        shown = without_password(tracking_uri())
-        warn(f"the search's run is not in MLflow at {shown} yet, and is logged later: {error}")
+        run = runs.existing_run(trials.folder.child(name).uri)
+    except UserError:  # the trial never began
+        return
+    trial, status = trials.get(name), runs.read_status(run.location)
+    assert trial is not None, "trials are pushed by name"
+    if status is not None and trial.status != "running" and status.status != STATUS[trial.status]:
+        now_ms = int(time.time() * 1000)
+        runs.write_status(run.location, replace(status, status=STATUS[trial.status], ended_ms=now_ms))
+    push_patiently(run, timeout_s)
 
 
-def interrupted(parent: Parent) -> None:
-    """Set the status of the search's MLflow run to a stopped one's, if MLflow answers."""
-    with contextlib.suppress(MlflowError):
-        parent.open().set_status(STOPPED)
+def interrupted(parent: Parent, trials: Trials) -> None:
+    """Set the status of the search, and of trials that have not ended, to a stopped one's.
+
+    MLflow is told, too, if it answers at once.
+    """
+    running = [trial.name for trial in trials.all() if trial.status == "running"]
+    for name in running:
+        with contextlib.suppress(UserError, OSError):  # the next start does not depend on it
+            location = trials.folder.child(name)
+            if status := runs.read_status(location):
+                now_ms = int(time.time() * 1000)
+                runs.write_status(location, replace(status, status="STOPPED", ended_ms=now_ms))
+
+    def tell() -> None:
+        with contextlib.suppress(UserError, OSError):
+            parent.open().set_status(STOPPED)
+            for name in running:
+                push_trial(trials, name)
+
+    thread = threading.Thread(target=tell, name="ddpm-mlflow-end", daemon=True)
+    thread.start()
+    thread.join(INTERRUPTED_TIMEOUT_S)
 
 
-def store(setup: Setup, rows: Sequence[Row], remarks: Sequence[str], parent: Parent) -> Iterator[str]:
+def store(
+    setup: Setup, rows: Sequence[Row], remarks: Sequence[str], parent: Parent, trials: Trials
+) -> Iterator[str]:
     """Write table, best config and plots to the search's folder and its MLflow run; yields lines that say where."""
-    trials, folder, metric = [row.trial for row in rows], setup.folder, setup.arguments.metric
+    shown, folder, metric = [row.trial for row in rows], setup.folder, setup.arguments.metric
     files = {
         "results.parquet": leaderboard.parquet(rows),
         "results.md": leaderboard.markdown(rows, remarks).encode(),
@@ -81,7 +159,7 @@ def store(setup: Setup, rows: Sequence[Row], remarks: Sequence[str], parent: Par
     config = leaderboard.best_config(rows, setup.arguments.config)
     if config is not None:
         files["best.json"] = config.encode()
-        files["parallel.png"] = plots.parallel(trials, setup.space.domains, metric)
+        files["parallel.png"] = plots.parallel(shown, setup.space.domains, metric)
     if any(row.by_kid for row in rows):
         files["bits-and-kid.png"] = plots.scatter([row.trial for row in rows if row.by_kid])
     try:
@@ -97,8 +175,8 @@ def store(setup: Setup, rows: Sequence[Row], remarks: Sequence[str], parent: Par
         yield f"comparison  {folder.uri}/comparison.html"
     if config is not None and (reported := rows[0].reported):
         value = f"{estimate(*reported)} bits/dim on images that ranked nothing"
-        yield f"best        {folder.uri}/best.json, of {trials[0].name}: {value}"
-    yield _publish(rows, folder, files, parent)
+        yield f"best        {folder.uri}/best.json, of {shown[0].name}: {value}"
+    yield _publish(setup, rows, trials, files, parent)
 
 
 def compared(rows: Sequence[Row], folder: Location) -> bytes | None:
@@ -118,8 +196,7 @@ def compared(rows: Sequence[Row], folder: Location) -> bytes | None:
             bits[run.key] = Cell(*row.mean, last.images_seen, row.by_trainings)
         elif last and row.by_bits and row.bits is not None and not by_trainings:
             of_image = row.bits[0, RANKING].tolist()
-            value = last.bits_per_dim, last.bits_per_dim_error
-            bits[run.key] = Cell(*value, last.images_seen, row.by_bits, len(of_image), of_image)
+            bits[run.key] = Cell(*last.bits_per_dim, last.images_seen, row.by_bits, len(of_image), of_image)
         if last and score and row.by_kid:
             kid[run.key] = Cell(score.value, score.error, last.images_seen, row.by_kid)
             title = score.name
@@ -130,33 +207,24 @@ def compared(rows: Sequence[Row], folder: Location) -> bytes | None:
     return comparison_page.render(trials, [ranking for ranking in rankings if ranking.cells])
 
 
-def _publish(rows: Sequence[Row], folder: Location, files: Mapping[str, bytes], parent: Parent) -> str:
+def _publish(
+    setup: Setup, rows: Sequence[Row], trials: Trials, files: Mapping[str, bytes], parent: Parent
+) -> str:
     """Send the results and the trials to MLflow; returns a line that says so."""
-    shown = without_password(tracking_uri())
+    where = without_password(tracking_uri())
     try:
         run = parent.open()
+        run.log_params(setup.params)  # MLflow may have been unreachable while the search ran
         for name, data in files.items():
             run.log_file(name, data)
         run.set_tags({NOTE_TAG: files["results.md"].decode()[:MAX_NOTE]})
         if rows and (reported := rows[0].reported):
             now_ms, (value, error) = int(time.time() * 1000), reported
             values = {"best/bits_per_dim": value, "best_error/bits_per_dim": error}
-            run.log_metrics(run_curves.Row(name, len(rows), v, now_ms) for name, v in values.items())
+            run.log_metrics(CurveRow(name, len(rows), v, now_ms) for name, v in values.items())
         for row in rows:
-            _push_trial(row.trial, folder)
+            push_trial(trials, row.trial.name, MLFLOW_TIMEOUT_S)
         run.set_status("FINISHED", int(time.time() * 1000))
     except MlflowError as error:
-        return f"MLflow      {shown} does not accept the search; run the same command to try again: {error}"
-    return f"MLflow      run {run.run_id} in {shown}"
-
-
-def _push_trial(trial: Trial, folder: Location) -> None:
-    """Push a trial's run with its status: its own process may have been killed, or have trained too far."""
-    try:
-        run = runs.existing_run(folder.child(trial.name).uri)
-    except UserError:  # the trial never began
-        return
-    before = runs.read_status(run.location)
-    if before is not None and before.status != STATUS[trial.status]:
-        runs.write_status(run.location, replace(before, status=STATUS[trial.status]))
-    push_patiently(run, MLFLOW_TIMEOUT_S)
+        return f"MLflow      {where} does not accept the search; run the same command to try again: {error}"
+    return f"MLflow      run {run.run_id} in {where}"

@@ -5,8 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
-from ddpm.search.event_log import Trial
-from ddpm.search.trial_manager import changes_text
+from ddpm.search.trials import Trial, changes_text, shown
 from ddpm.utils.progress import LINE_INTERVAL_S, LiveText
 from ddpm.utils.tables import Table
 
@@ -49,7 +48,9 @@ class Scoreboard:
         trials, rows = self._trials(), []
         for trial in trials[-SHOWN:]:
             status = trial.status + (f": {trial.reason}" if trial.reason else "")
-            seen, bits = (f"{trial.images_seen:,}", trial.last.shown) if trial.last else ("", "")
+            seen, bits = (
+                (f"{trial.images_seen:,}", shown(trial.last.bits_per_dim)) if trial.last else ("", "")
+            )
             rows.append([trial.name, status, seen, bits, changes_text(trial.changes)])
         table = Table(["trial", "status", "images", "bits/dim", "changes"], rows, num_words=2)
         return f"{self._done(trials)}\n{table.text(1000) if rows else ''}"

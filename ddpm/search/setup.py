@@ -8,11 +8,11 @@ from ddpm.config import Affects, Config
 from ddpm.config_io import flatten, keys_that_affect, override
 from ddpm.data import builtin, ray_dataset
 from ddpm.diffusion.objectives import PROCESSES
+from ddpm.evaluation.rung import Evaluator, Rungs
 from ddpm.search import space as spaces
 from ddpm.search.config import Arguments
-from ddpm.search.evaluator import Evaluator
-from ddpm.search.event_log import rungs
 from ddpm.search.space import Space
+from ddpm.search.trials import rung_positions
 from ddpm.storage.locations import Location, resolve
 from ddpm.tracking import run_params
 from ddpm.training import loop
@@ -35,8 +35,7 @@ class Setup:
     base: Config
     """The config that trials change."""
     space: Space
-    rungs: list[int]
-    evaluator: Evaluator
+    rungs: Rungs
     settings: dict[str, Any]
     """Everything that determines its trials."""
 
@@ -71,7 +70,9 @@ def prepare(arguments: Arguments) -> Setup:
             f"besides {train.split}"
         )
     num_rungs = arguments.num_rungs if arguments.scheduler == "asha" else 1
-    at = rungs(config.train.total_images, config.train.batch_size, arguments.reduction_factor, num_rungs)
+    at = rung_positions(
+        config.train.total_images, config.train.batch_size, arguments.reduction_factor, num_rungs
+    )
     folder = resolve(config.run.storage).child(str(config.run.name))
     every = at[0] if len(at) > 1 else min(at[0], config.train.checkpoint_every_images)
     own = {
@@ -95,7 +96,7 @@ def prepare(arguments: Arguments) -> Setup:
         "generator": GENERATOR,
         "data_fingerprint": train.rows.fingerprint,
     }
-    return Setup(arguments, folder, base, space, at, evaluator, settings)
+    return Setup(arguments, folder, base, space, Rungs(tuple(at), evaluator), settings)
 
 
 def _named(arguments: Arguments) -> Config:

@@ -1,165 +1,352 @@
-"""A search on Ray Tune, which starts and watches the drivers of its trials.
+"""A search on Ray Tune: Optuna proposes, ASHA stops early, and a callback of the driver writes outcomes.
 
-The trial manager (trial_manager.py) decides which trials start and continue, so a killed search can continue: Tune's
-own state is in a temporary folder and is never read back.
+Tune's own state is in a temporary folder, and is not read back: to continue a search is to list its runs. Trials that
+have ended are added to Optuna's study with their values, and to ASHA with their rungs; the others are enqueued, and
+resume as every run does.
 """
 
 import logging
+import math
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
-import ray
+import optuna
+from optuna.storages import InMemoryStorage
+from optuna.trial import TrialState, create_trial
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
-from ray.tune.schedulers import FIFOScheduler, TrialScheduler
-from ray.tune.search import Searcher
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search.optuna import OptunaSearch
 
-from ddpm.cluster.resources import DRIVER_CPUS
-from ddpm.search.driver import Driver
-from ddpm.search.event_log import EventLog, Rung
-from ddpm.search.runner import Spec, Trained
-from ddpm.search.setup import Setup
-from ddpm.search.trial_manager import OptunaProposer, TrialManager
-from ddpm.training import run_state, run_state_client
+from ddpm.search.config import Arguments
+from ddpm.search.publish import Publisher
+from ddpm.search.space import Space
+from ddpm.search.trainables import FAILED, IMAGES_SEEN, VALUE, GroupTrial, Spec, result, train_trial
+from ddpm.search.trials import Outcome, Trial, Trials, best, changes_text, shown
 from ddpm.training.monitor import StopSignals
-from ddpm.utils.errors import UserError
 
+STUDY = "search"
 MAX_DEATHS = 3
 """Number of times that a trial's process may die and resume from its checkpoint; one more, and the trial has failed."""
+SEED = "train.seed"
 
 
-class Scheduler(FIFOScheduler):
-    """Passes results of trials from Tune to the manager, and its decisions back."""
+class Interruption(StopSignals, tune.Stopper):
+    """A context in which a signal, or `is_lost`, ends all trials; they resume from their newest checkpoints."""
 
-    def __init__(self, manager: TrialManager) -> None:
-        super().__init__()
-        self._manager = manager
-
-    def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
-        number, should_continue = result["number"], False  # possibly the previous trial in this slot
-        match result.get("news"):
-            case Rung() as rung:
-                should_continue = self._manager.evaluated(number, rung)
-            case Trained(training_s):
-                should_continue = not self._manager.trained(number, training_s)
-            case UserError() as error:
-                self._manager.failed(number, str(error))
-        own = number == trial.config["number"]
-        return TrialScheduler.CONTINUE if should_continue or not own else TrialScheduler.STOP
-
-
-class Interruption(StopSignals, tune.Callback):
-    """A context in which a signal, or `is_lost`, stops the trials with checkpoints.
-
-    `tick` is called at each step of Tune's loop.
-    """
-
-    def __init__(self, is_lost: Callable[[], bool], tick: Callable[[], None] = lambda: None) -> None:
-        self._is_lost, self._tick = is_lost, tick
-        self.state = run_state_client.start(max_restarts=-1, max_task_retries=-1)
-        """The RunState actor from which trials read the interruption."""
+    def __init__(self, is_lost: Callable[[], bool]) -> None:
+        self._is_lost = is_lost
         self._announced = False
 
     @property
     def is_on(self) -> bool:
         return self.signal is not None or self._is_lost()
 
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        if self.signal is not None and not self._announced:
+            self._announced = True
+            name = signal.Signals(self.signal).name
+            print(
+                f"{name}: the trials stop, and resume from their newest checkpoints{self.again}",
+                file=sys.stderr,
+            )
+        return self.is_on
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles it for a restoration that is never used
+
+
+class Outcomes(tune.Callback):
+    """Writes what happens to trials into their folders, and lets MLflow know.
+
+    Args:
+        repeats: name of the trial that each trial with these changes repeats; None: none does.
+        news: called with a line for each event.
+        tick: called at each step of Tune's loop.
+    """
+
+    def __init__(
+        self,
+        trials: Trials,
+        spec: Spec,
+        publisher: Publisher,
+        interruption: Interruption,
+        news: Callable[[str], None],
+        tick: Callable[[], None],
+        repeats: Callable[[Mapping[str, Any]], str | None] = lambda changes: None,
+    ) -> None:
+        self._trials, self._spec, self._publisher, self._interruption = trials, spec, publisher, interruption
+        self._news, self._tick, self._repeats = news, tick, repeats
+        self._names: dict[str, str] = {}
+        """Name of the run of each trial, by Tune's id."""
+        self._owner: dict[str, str] = {}
+        """Tune's id of the trial that trains a run: of two equal proposals, the first."""
+        self._began_at: dict[str, float] = {}
+        self._shown: dict[str, int] = {}
+
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its callbacks for a restoration that is never used
 
     def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
         self._tick()
-        if self.is_on:  # at every step, since a restarted actor does not know it
-            ray.get(self.state.set.remote(run_state.STOP, "the search is interrupted"))
-        if self.is_on and not self._announced:
-            self._announced = True
-            if self.signal is not None:
-                name = signal.Signals(self.signal).name
-                print(
-                    f"{name}: the trials stop after this step and store checkpoints{self.again}",
-                    file=sys.stderr,
-                )
 
+    def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        name = self._name(trial)
+        known = self._trials.get(name)
+        if known is not None and known.status != "running":
+            self._owner.setdefault(name, "")  # it has ended: nobody trains it
+        if self._owner.setdefault(name, trial.trial_id) != trial.trial_id:
+            self._news(f"{name} is proposed again: {changes_text(trial.config)}")
+            return
+        self._began_at[name] = time.monotonic()
+        self._trials.begin(name, trial.config, self._repeats(trial.config))
+        self._news(f"{name} {'begins' if known is None else 'resumes'}: {changes_text(trial.config)}")
 
-class Starter(Searcher):
-    """Gives Tune the manager's next trial."""
-
-    def __init__(self, manager: TrialManager, interruption: Interruption) -> None:
-        super().__init__()
-        self._manager, self._interruption = manager, interruption
-        self._numbers: dict[str, int] = {}
-
-    def suggest(self, trial_id: str) -> Any:
-        trial = None if self._interruption.is_on else self._manager.next()
-        if trial is None:
-            return Searcher.FINISHED
-        self._numbers[trial_id], changes = trial
-        return {"number": self._numbers[trial_id], "changes": changes}
+    def on_trial_result(
+        self,
+        iteration: int,
+        trials: list[TuneTrial],
+        trial: TuneTrial,
+        result: dict[str, Any],
+        **info: Any,
+    ) -> None:
+        name = self._name(trial)
+        if not self._owns(trial) or FAILED in result:
+            return
+        found = self._trials.read_rungs(name)
+        if result[IMAGES_SEEN] > self._shown.get(name, 0):
+            self._shown[name] = result[IMAGES_SEEN]
+            for evaluation in found.rungs:
+                if evaluation.images_seen == result[IMAGES_SEEN]:
+                    bound = shown(evaluation.bits_per_dim)
+                    self._news(f"{name} after {evaluation.images_seen:,} images: {bound} bits/dim")
+        self._publisher.notify(name)
 
     def on_trial_complete(
-        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
-        if error:
-            self._manager.failed(self._numbers[trial_id], f"its process died more than {MAX_DEATHS} times")
+        if not self._owns(trial) or self._interruption.is_on:
+            return
+        last = trial.last_result or {}
+        if FAILED in last:
+            self._end(trial, "failed", last[FAILED])
+        elif last.get(IMAGES_SEEN, 0) >= self._spec.rungs.at[-1]:
+            self._end(trial, "finished")
+        else:
+            self._end(trial, "stopped")
+
+    def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        if self._owns(trial) and not self._interruption.is_on:
+            self._end(trial, "failed", f"its process died more than {MAX_DEATHS} times")
+
+    def _end(self, trial: TuneTrial, status: Outcome, reason: str = "") -> None:
+        name = self._name(trial)
+        wall_s = time.monotonic() - self._began_at.get(name, time.monotonic())
+        self._trials.end(name, status, reason, wall_s)
+        self._news(f"{name} {status}" + (f": {reason}" if reason else ""))
+        self._publisher.notify(name)
+
+    def _owns(self, trial: TuneTrial) -> bool:
+        """Whether this trial trains its run; False: it is an equal proposal, which reports the first one's results."""
+        return self._owner.get(self._name(trial)) == trial.trial_id
+
+    def _name(self, trial: TuneTrial) -> str:
+        if trial.trial_id not in self._names:
+            self._names[trial.trial_id] = str(self._spec.configured(trial.config).run.name)
+        return self._names[trial.trial_id]
 
 
-def manager(setup: Setup, events: EventLog, news: Callable[[str], None]) -> TrialManager:
-    """The trial manager of a search, with the state of its events."""
-    chosen, seed = setup.arguments, setup.base.train.seed
-    most = max(chosen.num_trials, len(events.trials())) + 1  # one more, to see whether there are more
-    proposer = OptunaProposer(setup.space, chosen.seed, chosen.searcher, chosen.grid_points, most)
-    if len(proposer.grid or ()) > chosen.num_trials:
-        news(
-            f"warning: the grid has more points than the first {chosen.num_trials} (--num-trials), which are tried"
+@dataclass(frozen=True)
+class Proposal:
+    """The space of OptunaSearch, as a function that Tune can pickle."""
+
+    space: Space
+    with_seed: bool
+    """Also ask for a value of train.seed."""
+
+    def __call__(self, trial: optuna.Trial) -> None:
+        self.space.suggest(trial)
+        if self.with_seed:
+            trial.suggest_int(SEED, 0, 2**62)
+
+
+@dataclass
+class Study:
+    """The trials of a search, run by Ray Tune on the connected cluster."""
+
+    arguments: Arguments
+    space: Space
+    spec: Spec
+    trials: Trials
+    publisher: Publisher
+    reserved: dict[str, float]
+    """CPUs and GPUs that Tune reserves for a trial."""
+    has_groups: bool
+    """Whether a trial has several workers."""
+    interruption: Interruption
+    news: Callable[[str], None]
+    """Called with a line for each event."""
+    tick: Callable[[], None]
+    """Called at each step of Tune's loop."""
+
+    def run(self) -> None:
+        """Run what is left of the search's own trials, and then of the finalists' further trainings."""
+        grid = self._grid()
+        num_trials = self.arguments.num_trials
+        if grid is not None:
+            num_trials = min(num_trials, len(grid))
+        own = [trial for trial in self.trials.all() if trial.repeats is None]
+        ended = [trial for trial in own if trial.status != "running"]
+        begun = [trial.changes for trial in own if trial.status == "running"]
+        known = [trial.changes for trial in own]
+        points = [*begun, *(point for point in grid or () if point not in known)]
+        num_samples = max(num_trials - len(ended), len(begun))
+        if num_samples > 0:
+            search = self._search(points, ended)
+            self._tune(search, self._scheduler(ended), num_samples)
+        self._repeat_finalists()
+
+    def _repeat_finalists(self) -> None:
+        """Train the best configurations again, with other seeds."""
+        wanted = self._repetitions()
+        if not wanted or self.interruption.is_on:
+            return
+        names = {self._key(changes): name for name, changes in wanted}
+        search = self._search([changes for _, changes in wanted], [], with_seed=True)
+        self._tune(search, FIFOScheduler(), len(wanted), lambda changes: names[self._key(changes)])
+
+    def _repetitions(self) -> list[tuple[str, dict[str, Any]]]:
+        """The trainings that are left: the trial that each repeats, and its changes."""
+        chosen, seed = self.arguments, self.spec.config.train.seed
+        finalists = best(self.trials.all(), chosen.metric)[: chosen.finalists]
+        whole = [trial for trial in finalists if trial.status == "finished"]
+        wanted = []
+        for other in range(seed + 1, seed + chosen.finalist_seeds):
+            for trial in whole:
+                changes = {**trial.changes, SEED: other}
+                known = self.trials.get(str(self.spec.configured(changes).run.name))
+                if known is None or known.status == "running":
+                    wanted.append((trial.name, changes))
+        return wanted
+
+    @staticmethod
+    def _key(changes: Mapping[str, Any]) -> str:
+        return repr(sorted(changes.items()))
+
+    def _grid(self) -> list[dict[str, Any]] | None:
+        """The points of a grid. Optuna's GridSampler knows no keys that depend on another key's value."""
+        chosen = self.arguments
+        if chosen.searcher != "grid":
+            return None
+        points = self.space.grid(chosen.grid_points, chosen.num_trials + 1)
+        if len(points) > chosen.num_trials:
+            self.news(
+                f"warning: the grid has more points than the first {chosen.num_trials} (--num-trials), which are tried"
+            )
+        return points[: chosen.num_trials]
+
+    def _search(
+        self, points: Sequence[Mapping[str, Any]], ended: Sequence[Trial], with_seed: bool = False
+    ) -> OptunaSearch:
+        """Optuna with what is known of the trials that have ended, which proposes `points` first."""
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        storage = InMemoryStorage()
+        study = optuna.create_study(storage=storage, study_name=STUDY, direction="minimize")
+        for trial in ended:
+            study.add_trial(self._as_optuna_knows_it(trial))
+        for point in points:
+            study.enqueue_trial(dict(point))
+        seed = self.arguments.seed + len(self.trials.all())  # else a new driver would repeat its proposals
+        kind = (
+            optuna.samplers.RandomSampler
+            if self.arguments.searcher == "random"
+            else optuna.samplers.TPESampler
         )
-    total, factor, seeds = (
-        setup.rungs[-1],
-        chosen.reduction_factor,
-        range(seed + 1, seed + chosen.finalist_seeds),
-    )
-    given = chosen.metric, chosen.num_trials, total, factor, news, chosen.finalists, seeds
-    return TrialManager(events, proposer, *given)
 
-
-def run(manager: TrialManager, spec: Spec, max_concurrent: int, interruption: Interruption) -> None:
-    """Run what is left of the manager's trials on the connected Ray cluster, `max_concurrent` at a time.
-
-    When a driver dies, the last result of its previous trial is lost; that trial gets another slot.
-    """
-    while not manager.is_over and not interruption.is_on:
-        _run(manager, spec, max_concurrent, interruption)
-        manager.recall()
-
-
-def _run(manager: TrialManager, spec: Spec, max_concurrent: int, interruption: Interruption) -> None:
-    # A trial's error is in the event log, in one line.
-    level = logging.INFO if spec.verbose else logging.CRITICAL
-    logging.getLogger("ray.tune").setLevel(level)
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    # The new output prints a box at any verbosity (Ray 2.60).
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    driver = tune.with_parameters(Driver, spec=spec)
-    with tempfile.TemporaryDirectory(prefix="ddpm-ray-tune-") as folder:
-        tuner = tune.Tuner(
-            tune.with_resources(driver, {"CPU": DRIVER_CPUS}),
-            tune_config=tune.TuneConfig(
-                search_alg=Starter(manager, interruption),
-                scheduler=Scheduler(manager),
-                num_samples=manager.num_left,
-                max_concurrent_trials=max_concurrent,
-                reuse_actors=True,
-            ),
-            run_config=tune.RunConfig(
-                name="search",
-                storage_path=folder,
-                verbose=0,
-                callbacks=[interruption],
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                failure_config=tune.FailureConfig(max_failures=MAX_DEATHS),
-            ),
+        proposal: Any = Proposal(self.space, with_seed)
+        return OptunaSearch(
+            proposal, metric=VALUE, mode="min", sampler=kind(seed=seed), storage=storage, study_name=STUDY
         )
-        tuner.fit()
+
+    def _as_optuna_knows_it(self, trial: Trial) -> optuna.trial.FrozenTrial:
+        """A trial that has ended; as OptunaSearch tells it, one that was stopped early has its last value."""
+        params = {key: value for key, value in trial.changes.items() if key in self.space.domains}
+        value = trial.value(self.arguments.metric)
+        has_failed = trial.status == "failed" or not math.isfinite(value)
+        return create_trial(
+            state=TrialState.FAIL if has_failed else TrialState.COMPLETE,
+            params=params,
+            distributions={key: self.space.domains[key] for key in params},
+            value=None if has_failed else value,
+        )
+
+    def _scheduler(self, ended: Sequence[Trial]) -> TrialScheduler:
+        """ASHA (Li et al. 2020, arXiv:1810.05934), which knows the rungs of the trials that have ended."""
+        at = self.spec.rungs.at
+        if len(at) == 1:
+            return FIFOScheduler()
+        scheduler = ASHAScheduler(
+            time_attr=IMAGES_SEEN,
+            metric=VALUE,
+            mode="min",
+            grace_period=at[0],
+            max_t=at[-1],
+            reduction_factor=self.arguments.reduction_factor,
+        )
+        for trial in ended:
+            known: Any = SimpleNamespace(trial_id=trial.name)
+            scheduler.on_trial_add(None, known)  # type: ignore[arg-type]
+            for evaluation in trial.rungs:
+                scheduler.on_trial_result(None, known, result(evaluation, self.spec.metric))  # type: ignore[arg-type]
+        return scheduler
+
+    def _tune(
+        self,
+        search: OptunaSearch,
+        scheduler: TrialScheduler,
+        num_samples: int,
+        repeats: Callable[[Mapping[str, Any]], str | None] = lambda changes: None,
+    ) -> None:
+        # A trial's error is in its folder, in one line.
+        level = logging.INFO if self.spec.verbose else logging.CRITICAL
+        logging.getLogger("ray.tune").setLevel(level)
+        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+        os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+        # The new output prints a box at any verbosity (Ray 2.60).
+        os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+        kind: Any = GroupTrial if self.has_groups else train_trial
+        trainable = tune.with_resources(tune.with_parameters(kind, spec=self.spec), self.reserved)
+        outcomes = Outcomes(
+            self.trials, self.spec, self.publisher, self.interruption, self.news, self.tick, repeats
+        )
+        with tempfile.TemporaryDirectory(prefix="ddpm-ray-tune-") as folder:
+            tuner = tune.Tuner(
+                trainable,
+                tune_config=tune.TuneConfig(
+                    search_alg=search,
+                    scheduler=scheduler,
+                    num_samples=num_samples,
+                    max_concurrent_trials=self.arguments.max_concurrent,
+                    reuse_actors=not self.has_groups,
+                ),
+                run_config=tune.RunConfig(
+                    name="search",
+                    storage_path=folder,
+                    verbose=0,
+                    stop=self.interruption,
+                    callbacks=[outcomes],
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                    failure_config=tune.FailureConfig(max_failures=MAX_DEATHS),
+                ),
+            )
+            tuner.fit()

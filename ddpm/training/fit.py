@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from ddpm.config import Config
 from ddpm.config_io import to_json
 from ddpm.data.plan import uneven_share
 from ddpm.data.reading import DataSet
+from ddpm.evaluation.rung import Rungs
 from ddpm.storage import locations
 from ddpm.storage.driver_lock import DriverLock
 from ddpm.tracking import pages, run_params
@@ -80,8 +81,7 @@ def fit(
     *,
     verbose: bool = False,
     should_continue: ShouldContinue = lambda values: True,
-    group: WorkerGroup | None = None,
-    trained: Callable[[], object] = lambda: None,
+    rungs: Rungs | None = None,
 ) -> Result:
     """Train the run of `config` on the connected Ray cluster, from its newest checkpoint to the end.
 
@@ -92,8 +92,7 @@ def fit(
         verbose: show Ray's own messages.
         should_continue: called twice a second with the run's state; if it returns False, training ends after the
             current step, with a checkpoint.
-        group: workers that stay from one run to the next; None: start workers for this run only.
-        trained: called when the workers are free again; MLflow may not have everything yet.
+        rungs: where the loop measures what ranks the trials of a search.
     """
     per_worker = resources.resources_per_worker(config)
     resources.check_storage(config)
@@ -105,7 +104,7 @@ def fit(
         for warning in filter(None, (resources.crowding(config, per_worker), uneven_share(config))):
             print(f"warning: {warning}", file=sys.stderr)
         origin = origin or Origin(*run_params.nearest_preset(config))
-        run = runs.open_run(config.run.name, config.run.storage, _facts(config, data_set, origin))
+        run = runs.open_run(config.run.name, config.run.storage, facts(config, data_set, origin))
         card = runs.read_card(run.location)
         version = card.versions.get(run_params.VERSION, "")
         if card.preset and not origin.is_named:
@@ -116,21 +115,20 @@ def fit(
             _store_status(run, "FINISHED", seen)  # its driver may have been killed before it did
             newest = runs.checkpoints(run.location)[-1].uri
             return Result(run, seen, newest, pusher.close(), was_finished=True)
-        group = group or WorkerGroup(config, verbose)
-        group.submit(config, data_set, run)
+        group = WorkerGroup(config, data_set, run, rungs, verbose)
 
         def continues(values: Mapping[str, Any]) -> bool:
             return should_continue(values) and not lock.is_lost
 
         monitor = DriverMonitor(config, group, pusher, max(seen, 0), continues)
-        ended, delivery = _drive(config, run, monitor, pusher, lock, trained)
+        ended, delivery = _drive(config, run, monitor, pusher, lock)
         find = partial(runs.checkpoints, run.location)
         stored = retry_io(find, where=run.location.uri, timeout_s=config.run.storage_timeout_s)
         stopped_by = monitor.signal if ended < config.train.total_images else None
         return Result(run, ended, stored[-1].uri if stored else None, delivery, stopped_by)
 
 
-def _facts(config: Config, data_set: DataSet, origin: Origin) -> Facts:
+def facts(config: Config, data_set: DataSet, origin: Origin) -> Facts:
     """What run.json tells of a new run."""
     rows = data_set.rows
     data = runs.Data(
@@ -159,7 +157,6 @@ def _drive(
     monitor: DriverMonitor,
     pusher: Pusher,
     lock: DriverLock,
-    trained: Callable[[], object],
 ) -> tuple[int, Delivery]:
     """Train, record how the run ended, and push it to MLflow; returns images_seen too."""
     status: StatusName = "FAILED"
@@ -168,7 +165,6 @@ def _drive(
         with monitor:
             ended = monitor.train()
         lock.check()
-        trained()
         status = "FINISHED"
         if monitor.was_asked and ended < config.train.total_images:
             status = "PRUNED" if monitor.ended_early else "STOPPED"

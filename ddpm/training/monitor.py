@@ -129,11 +129,9 @@ class DriverMonitor(StopSignals):
                 case Done(images_seen):
                     if images_seen is None:  # stopped while no step was under way
                         return max(self._images_seen, self._committed)
-                    if not self._group.stays:
-                        # After a signal the thread is still in Ray Train, and a process that exits while a thread is in
-                        # a call into Ray may crash (Ray 2.60). This is called before Ray's own handler, registered
-                        # earlier.
-                        atexit.register(workers.join, LEAVING_S)
+                    # After a signal the thread is still in Ray Train, and a process that exits while a thread is in a
+                    # call into Ray may crash (Ray 2.60). This is called before Ray's own handler, registered earlier.
+                    atexit.register(workers.join, LEAVING_S)
                     return images_seen
                 case Restart(line, values):  # Ray Train does not restart a controller that died (Ray 2.60)
                     log.warning(line)
@@ -160,8 +158,7 @@ class DriverMonitor(StopSignals):
         """Whether to go on before the workers have left."""
         if self.signal is not None and is_idle(values):
             return True
-        is_waited_for = not self._group.stays and self.signal is None
-        if is_waited_for or values.get(run_state.ENDED) is None:
+        if self.signal is None or values.get(run_state.ENDED) is None:
             return False
         return not isinstance(decide({}, values, self._config, self.was_asked), Restart)
 

@@ -16,6 +16,7 @@ from ddpm.config import Config
 from ddpm.data.reading import MicroBatch
 from ddpm.diffusion.objectives import Loss
 from ddpm.evaluation import measure
+from ddpm.evaluation.rung import Evaluation, file_name
 from ddpm.sampling import generate
 from ddpm.training.mfu import flops_per_image, peak_flops
 from ddpm.training.runtime import Runtime
@@ -211,7 +212,22 @@ class Recorder:
             if self._store is not None:
                 self._store.metrics(values, self._state.images_seen)
             self._state.best_held_out_loss = min(loss, lowest)
-        self._save(best)
+        rung = self._measure_rung()
+        self._save(best, rung)
+        if rung is not None:
+            self._runtime.reached(rung)
+
+    def _measure_rung(self) -> Evaluation | None:
+        """What ranks the trials of a search, if this is one of its rungs."""
+        runtime, images_seen = self._runtime, self._state.images_seen
+        if runtime.rungs is None or images_seen not in runtime.rungs.at:
+            return None
+
+        def total(values: Tensor) -> Tensor:
+            return runtime.mean(values) * runtime.world_size
+
+        evaluator = runtime.rungs.evaluator
+        return evaluator.evaluate(self._averaged, images_seen, runtime.rank, runtime.world_size, total)
 
     def _turned(self, loss: float, lowest: float) -> str:
         helps = "more images help" if self._config.data.augment else "more images or --data.augment 0.12 help"
@@ -221,12 +237,13 @@ class Recorder:
             f"{checkpoint.BEST_PREFIX}*"
         )
 
-    def _save(self, best: bool) -> None:
-        """Save a checkpoint with the sums of all ranks; every rank calls it."""
+    def _save(self, best: bool, rung: Evaluation | None = None) -> None:
+        """Save a checkpoint with the sums of all ranks, after the results of a rung; every rank calls it."""
         total = (self._runtime.mean(self._sums.clone()) * self._runtime.world_size).round()
         self._state.interval = [*total.tolist(), self._grad_norm.item()]
         if self._store is not None:
-            self._store.save(self._state, best)
+            before = {} if rung is None else {file_name(rung.images_seen): rung.to_json()}
+            self._store.save(self._state, best, before)
 
     def _draw_grid(self) -> None:
         """Sample a grid of the same seeds every time, on all ranks together, and a denoising strip."""

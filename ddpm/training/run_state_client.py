@@ -6,7 +6,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ddpm.training.run_state import PLACEMENT_GROUP, RunState
+from ddpm.training.run_state import RunState
 
 
 class RunStateClient:
@@ -17,14 +17,9 @@ class RunStateClient:
         values: all values by subject, as they were read last.
     """
 
-    def __init__(self, kind: type[RunState] = RunState) -> None:
-        self._kind = kind
+    def __init__(self) -> None:
         self.values: dict[str, Any] = {}
-        self.actor = start(kind)
-
-    def forget(self) -> None:
-        """Forget the values of the last run, except for the placement group of its workers."""
-        self.values = {PLACEMENT_GROUP: self.values.get(PLACEMENT_GROUP)}
+        self.actor = _start({})
 
     def set(self, subject: str, value: Any) -> None:
         """`RunState.set`."""
@@ -38,10 +33,10 @@ class RunStateClient:
 
     def renew(self) -> None:
         """Start another RunState, with the values that were read last."""
-        self.actor = start(self._kind, self.values)
+        self.actor = _start(self.values)
 
 
-def start(kind: type[RunState] = RunState, values: Mapping[str, Any] | None = None, **options: Any) -> Any:
-    """Create a RunState on this node, with `options` for Ray; it lives at most as long as this process."""
+def _start(values: Mapping[str, Any]) -> Any:
+    """Create a RunState on this node; it lives at most as long as this process."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0)(kind).options(scheduling_strategy=here, **options).remote(values or {})
+    return ray.remote(num_cpus=0)(RunState).options(scheduling_strategy=here).remote(values)

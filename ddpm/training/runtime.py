@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ddpm.config import Config
 from ddpm.data.plan import ReadOrder, last_position
 from ddpm.data.reading import DataSet, Images, MicroBatch, cut
+from ddpm.evaluation.rung import Evaluation, Rungs
 from ddpm.training.store import RunStore
 from ddpm.training.transfers import LateFlags, stack_flags
 from ddpm.utils import devices
@@ -22,10 +23,12 @@ class Runtime:
 
     Attributes:
         store: the run's store, on rank 0.
+        rungs: where the loop measures what ranks the trials of a search; None: the run is no trial.
     """
 
     rank = 0
     world_size = 1
+    rungs: Rungs | None = None
 
     def __init__(
         self, config: Config, train: DataSet, held_out: DataSet | None, store: RunStore | None
@@ -100,6 +103,9 @@ class Runtime:
     def latest_checkpoint(self) -> AbstractContextManager[Path | None]:
         """The newest stored checkpoint as a local folder, the same on every rank."""
         return self.store.latest_checkpoint() if self.store is not None else nullcontext()
+
+    def reached(self, rung: Evaluation) -> None:
+        """Called by every rank after a rung, whose results and checkpoint will be stored."""
 
     def wants_stop(self) -> bool:
         """Whether this rank has been asked to end training after the current step."""

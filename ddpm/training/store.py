@@ -126,13 +126,17 @@ class RunStore:
         if time.monotonic() - self._status_at > STATUS_INTERVAL_S:
             self._write_status()
 
-    def save(self, state: State, best: bool) -> None:
-        """Store `state` as a checkpoint, with the points since the last one; if `best`, also as the best one."""
+    def save(self, state: State, best: bool, before: Mapping[str, bytes] | None = None) -> None:
+        """Store `state` as a checkpoint, with the points since the last one; if `best`, also as the best one.
+
+        Args:
+            before: files of the run that are stored before the checkpoint is valid, by name.
+        """
         self._room.acquire()
         self.check()
         self._images_seen = state.images_seen
         snapshot = state.snapshot(self._config, self._identity)
-        self._todo.put(partial(self._save, snapshot, self._take_rows(), best, time.monotonic()))
+        self._todo.put(partial(self._save, snapshot, self._take_rows(), before or {}, best, time.monotonic()))
 
     def publish(self, name: str, data: bytes) -> None:
         """Store a file that training can do without."""
@@ -154,6 +158,8 @@ class RunStore:
 
     def flush(self) -> None:
         """Return when everything is stored; the curves of a finished run are then one file."""
+        if self._next_row is not None:  # else what was recorded before is not known
+            self._write_status()
         if self._images_seen >= self._config.train.total_images:
             self._todo.put(self._merge_curves)
         self._todo.join()
@@ -241,10 +247,13 @@ class RunStore:
         except StorageError as error:
             self.warn(f"the curves are not merged: {error}")
 
-    def _save(self, snapshot: Snapshot, rows: list[Row], best: bool, began: float) -> None:
+    def _save(
+        self, snapshot: Snapshot, rows: list[Row], before: Mapping[str, bytes], best: bool, began: float
+    ) -> None:
         seen, run = snapshot.images_seen, self._location
         try:
-            checkpoint_manager.store(snapshot, run, self._packed(rows), best, self._retry_io)
+            files = {**self._packed(rows), **before}
+            checkpoint_manager.store(snapshot, run, files, best, self._retry_io)
         finally:
             self._room.release()
         self.newest = checkpoint.name_at(seen)

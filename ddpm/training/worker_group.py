@@ -5,13 +5,11 @@ import logging
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import ray
 import ray.train
 import ray.util
-import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
@@ -19,6 +17,7 @@ from ddpm.checkpoints.runs import Run
 from ddpm.cluster import ray_init, resources
 from ddpm.config import Config
 from ddpm.data.reading import DataSet
+from ddpm.evaluation.rung import Rungs
 from ddpm.training import loop, run_state
 from ddpm.training.failures import RestartPolicy
 from ddpm.training.run_state_client import RunStateClient
@@ -34,38 +33,26 @@ class WorkerGroup:
     """The workers of a run, which start again after a failure.
 
     Args:
+        rungs: where the loop measures what ranks the trials of a search; None: the run is no trial.
         verbose: show Ray's own messages.
 
     Attributes:
-        stays: whether the workers stay at the end of a run.
         state: the driver's side of the RunState actor.
         per_worker: CPUs and GPUs of each worker, {"CPU": 1.0, "GPU": 1.0}.
         result: what `TorchTrainer.fit` returned last.
         error: what it raised, after the workers have left; else None.
     """
 
-    stays = False
-
     def __init__(
-        self, config: Config, verbose: bool = False, kind: type[run_state.RunState] = run_state.RunState
+        self, config: Config, data_set: DataSet, run: Run, rungs: Rungs | None = None, verbose: bool = False
     ) -> None:
-        self.state, self.per_worker = RunStateClient(kind), resources.resources_per_worker(config)
-        self._config, self._spec = config, {"verbose": verbose}
+        self.state, self.per_worker = RunStateClient(), resources.resources_per_worker(config)
+        # A reference: Ray Train does not copy it to the controller.
+        trained = ray.put({"config": config, "data_set": data_set, "run": run, "rungs": rungs})
+        self._config, self._spec = config, {"run": trained, "verbose": verbose}
         self.result: ray.train.Result | None = None
         self.error: BaseException | None = None
         self._workers: threading.Thread | None = None
-
-    def submit(self, config: Config, data_set: DataSet, run: Run) -> None:
-        """Hand a run to the workers."""
-        # A reference: Ray Train does not copy it to the controller.
-        self._begin(ray.put({"config": config, "data_set": data_set, "run": run}))
-
-    def _begin(self, run: Any) -> None:
-        self._spec["run"] = run
-
-    def _main(self) -> Callable[[dict[str, Any]], None]:
-        """The main function of a worker, which gets the spec."""
-        return work
 
     def workers(self) -> threading.Thread:
         """The thread that runs `TorchTrainer.fit`, started if there is none; it ends when the workers leave.
@@ -93,7 +80,7 @@ class WorkerGroup:
         config = self._config
         sizes = config.cluster.world_sizes()
         return TorchTrainer(
-            self._main(),
+            work,
             train_loop_config={**self._spec, "state": self.state.actor, "folder": folder},
             scaling_config=ScalingConfig(  # type: ignore[call-arg]  # type checkers see that of Ray Train's version 1
                 num_workers=sizes[0] if len(sizes) == 1 else (sizes[0], sizes[-1]),  # type: ignore[arg-type]
@@ -127,26 +114,24 @@ class WorkerGroup:
 
 def work(spec: dict[str, Any]) -> None:
     """The main function of a worker: train the run."""
-    begin_worker(spec)
+    if not spec["verbose"]:
+        logging.getLogger("ray").setLevel(logging.ERROR)
+    spec["state"].set.remote(run_state.PLACEMENT_GROUP, ray.util.get_current_placement_group())
     ended = train_run(spec, **ray.get(spec["run"]))
     if ended is not None:
         ray.get(spec["state"].set.remote(run_state.ENDED, ended))
 
 
-def begin_worker(spec: dict[str, Any]) -> None:
-    """Set a worker up, before its first run."""
-    if not spec["verbose"]:
-        logging.getLogger("ray").setLevel(logging.ERROR)
-    spec["state"].set.remote(run_state.PLACEMENT_GROUP, ray.util.get_current_placement_group())
-
-
-def train_run(spec: dict[str, Any], config: Config, data_set: DataSet, run: Run) -> int | None:
+def train_run(
+    spec: dict[str, Any], config: Config, data_set: DataSet, run: Run, rungs: Rungs | None
+) -> int | None:
     """Train a run on this worker; rank 0 returns images_seen at the end."""
     state, store = spec["state"], None
     if ray.train.get_context().get_world_rank() == 0:
         hardware = devices.hardware()
         store = RunStore(config, run, data_set.rows.fingerprint, state.set.remote, hardware)
     runtime = RayRuntime(config, data_set, run, state, store, spec["folder"])
+    runtime.rungs = rungs
     try:
         images_seen = loop.train(config, runtime).images_seen
         if store is not None:
@@ -161,6 +146,4 @@ def train_run(spec: dict[str, Any], config: Config, data_set: DataSet, run: Run)
         runtime.close()
         if store is not None:
             store.close()
-        if loop.compiles(config, runtime.device):  # else the next run's net would count as a recompilation
-            torch.compiler.reset()
     return images_seen if store is not None else None

@@ -41,41 +41,47 @@ def with_workers(count: int | str, **values: Any) -> Config:
 
 
 @pytest.mark.parametrize(
-    ("cpus", "num_runs", "num_workers", "share", "threads"),
-    [(2, 1, 1, 0.99, 2), (2, 2, 1, 0.49, 1), (4, 2, 2, 0.74, 1), (16, 2, 2, 1.0, 4), (16, 8, 1, 1.0, 2)],
+    ("cpus", "num_trials", "num_workers", "share", "threads"),
+    [(2, 1, 1, 1.0, 2), (2, 2, 1, 1.0, 1), (2, 4, 1, 0.5, 1), (4, 2, 2, 0.74, 1), (16, 2, 2, 1.0, 4)],
 )
-def test_concurrent_runs_leave_a_cpu_for_data_tasks(
-    cluster: Cluster, cpus: int, num_runs: int, num_workers: int, share: float, threads: int
+def test_concurrent_trials_share_the_cpus(
+    cluster: Cluster, cpus: int, num_trials: int, num_workers: int, share: float, threads: int
 ) -> None:
+    """A trial of one worker reads its data itself; beside those of several a CPU is left for data tasks."""
     cluster(cpus)
-    shared = resources.shared(with_workers(num_workers), num_runs).cluster
+    config, reserved = resources.of_trials(with_workers(num_workers), num_trials)
+    shared = config.cluster
     assert (shared.cpus_per_worker, shared.threads_per_worker, shared.gpu) == (share, threads, False)
-    drivers = num_runs * resources.DRIVER_CPUS
-    assert num_runs * num_workers * share + drivers <= cpus - 1
-    resources.resources_per_worker(with_workers(1, cpus_per_worker=share))
+    if num_workers == 1:
+        assert reserved == {"CPU": share} and num_trials * share <= cpus
+    else:
+        assert reserved == {"CPU": resources.DRIVER_CPUS}
+        assert num_trials * (num_workers * share + resources.DRIVER_CPUS) <= cpus - 1
+
+
+def test_a_trial_of_one_worker_has_its_gpu(cluster: Cluster) -> None:
+    cluster(4, gpus=2)
+    _, reserved = resources.of_trials(with_workers(1, gpus_per_worker=0.5), 4)
+    assert reserved == {"CPU": 1.0, "GPU": 0.5}
 
 
 @pytest.mark.parametrize(
-    ("flags", "num_runs", "message"),
+    ("flags", "num_trials", "message"),
     [
-        (
-            {"cpus_per_worker": 1.0},
-            2,
-            "2 trials at a time of 1 workers of 1 CPUs leave none of the cluster's 2",
-        ),
-        ({"num_workers": 2, "cpus_per_worker": 0.3}, 2, "use a smaller --max-concurrent"),
-        ({}, 100, "100 trials at a time of 1 workers of 0.01 CPUs"),
+        ({"cpus_per_worker": 1.5, "gpu": False}, 2, "of 1.5 CPUs leave none of the cluster's 2"),
+        ({"num_workers": 2, "cpus_per_worker": 0.3, "gpu": False}, 2, "use a smaller --max-concurrent"),
+        ({"gpu": False}, 100, "100 trials at a time of 1 workers"),
         ({"gpu": True}, 2, "need 2 GPUs, the cluster has 1"),
-        ({}, 2, "has 1; use a smaller --max-concurrent or --cluster.gpus-per-worker, or --cluster.gpu False"),
+        ({}, 2, "use a smaller --max-concurrent or --cluster.gpus-per-worker, or --cluster.gpu False"),
         ({"gpu": True, "gpus_per_worker": 0.6}, 2, "need 1.2 GPUs, the cluster has 1"),
     ],
 )
-def test_too_few_resources_for_concurrent_runs_are_an_error(
-    cluster: Cluster, flags: dict[str, Any], num_runs: int, message: str
+def test_too_few_resources_for_concurrent_trials_are_an_error(
+    cluster: Cluster, flags: dict[str, Any], num_trials: int, message: str
 ) -> None:
     cluster(2, gpus=1)
     with pytest.raises(UserError) as raised:
-        resources.shared(with_workers(1, **flags), num_runs)
+        resources.of_trials(with_workers(1, **flags), num_trials)
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 

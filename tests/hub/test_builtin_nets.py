@@ -55,7 +55,7 @@ def test_a_card_has_data_training_and_the_scores_of_the_newest_checkpoint(
 ) -> None:
     run = evaluated.make_run(tmp_path, digits_uri, override(evaluated.CONFIG, {"data.source": "digits"}))
     tags = {"command": "python x.py\n- licence: free", "version.ddpm": "0.1.0"}
-    run.location.child(runs.STATUS).write(runs.status_json(runs.Status("FINISHED", 192, 0, 1.5, tags)))
+    run.location.child(runs.STATUS).write(runs.status_json(runs.Status("FINISHED", 192, 0, 1.5, tags=tags)))
     for i, images_seen in ((1, 192), (7, 128)):
         result = reported.result(i, reported.drawn(i), run_key=run.key, images_seen=images_seen)
         file = run.location.child(runs.EVALUATIONS).child(f"{i}.json")

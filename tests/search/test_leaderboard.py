@@ -11,22 +11,25 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from mlflow import MlflowClient
-from support.tracked import run_of
+from support import tracked
 from torch import Tensor
 
+from ddpm.checkpoints.runs import Search
 from ddpm.config import Config
 from ddpm.config_io import from_json, override
 from ddpm.diffusion import process, samplers, schedules
 from ddpm.diffusion.objectives import Denoised
+from ddpm.evaluation.rung import RANKING, REPORTING, Evaluation, Rungs, file_name
 from ddpm.evaluation.scores import MAX_PAIRWISE, Score
 from ddpm.presets import DIGITS
 from ddpm.search import leaderboard, plots, publish, space
 from ddpm.search.config import Arguments
-from ddpm.search.evaluator import RANKING, REPORTING, Evaluation
-from ddpm.search.event_log import Begun, Ended, Evaluated, EventLog, Scored, Trial
+from ddpm.search.publish import Parent
 from ddpm.search.setup import Setup
+from ddpm.search.trials import Outcome, Trial, Trials
 from ddpm.storage import locations
 from ddpm.storage.locations import Location
+from ddpm.tracking.mlflow_client import tracking_uri
 
 COSINE = {"schedule.kind": "cosine", "optim.lr": 1e-3}
 LINEAR = {
@@ -53,36 +56,38 @@ def place(tmp_path: Path) -> Location:
     return locations.resolve(str(tmp_path / "search"))
 
 
-def make_events(place: Location, trials: list[tuple[dict[str, Any], Any, dict[int, Any]]]) -> EventLog:
-    """Write an event log; a trial is its changes, its status, and images seen -> mean bits/dim.
+def make_trials(place: Location, wanted: list[tuple[dict[str, Any], Outcome, dict[int, float]]]) -> Trials:
+    """Write the trials of a search; each is its changes, its status, and images seen -> mean bits/dim.
 
     This is the mean on the images that rank; on the others it is 0.125 more.
     """
-    events = EventLog(place, {}, timeout_s=0)
-    for trial in trials:
-        add_trial(place, events, *trial)
-    return events
+    trials = Trials(place, {})
+    for trial in wanted:
+        add_trial(trials, *trial)
+    return trials
 
 
 def add_trial(
-    place: Location, events: EventLog, changes: Any, status: Any, found: Any, repeats: int | None = None
+    trials: Trials,
+    changes: dict[str, Any],
+    status: Outcome,
+    found: dict[int, float],
+    repeats: str | None = None,
 ) -> None:
     image = np.random.default_rng(0).normal(0, 0.5, 50)
     image[RANKING] -= image[RANKING].mean()
     image[REPORTING] -= image[REPORTING].mean() - 0.125
-    number = len(events.trials())
-    events.add(Begun(number, changes, repeats))
+    name = f"digits-{len(trials.all())}"
+    trials.begin(name, changes, repeats)
     for at, mean in found.items():
-        evaluated = Evaluation(at, tuple(mean + image), 0.5, 0.9 - mean / 10)
-        evaluated.write(place.child(f"trial-{number:03d}"))
-        events.add(Evaluated(number, evaluated.rung(8.0), at < 128))
-    reason = "it broke" if status == "failed" else ""
-    events.add(Ended(number, status, reason, wall_s=10.0, training_s=8.0))
+        evaluation = Evaluation(at, tuple((mean + image).tolist()), 0.5, 0.9 - mean / 10)
+        trials.folder.child(name).child(file_name(at)).write(evaluation.to_json())
+    trials.end(name, status, "it broke" if status == "failed" else "", wall_s=10.0)
 
 
 @pytest.fixture
-def without_finalists(place: Location) -> EventLog:
-    return make_events(
+def without_finalists(place: Location) -> Trials:
+    return make_trials(
         place,
         [
             (COSINE, "finished", {64: 3.0, 128: 2.5}),
@@ -95,24 +100,25 @@ def without_finalists(place: Location) -> EventLog:
 
 
 @pytest.fixture
-def events(without_finalists: EventLog) -> EventLog:
+def trials(without_finalists: Trials) -> Trials:
     for number, kid in ((0, 0.02), (1, 0.05), (4, 0.021)):
-        without_finalists.add(Scored(number, Score("KID-pixels", kid, 0.001, 100)))
+        without_finalists.score(f"digits-{number}", Score("KID-pixels", kid, 0.001, 100))
     return without_finalists
 
 
 def setup_of(place: Location, base: Config = BASE, drawn_images: int = 100) -> Setup:
     evaluator: Any = SimpleNamespace(held_out=None, train=None)  # no checkpoint is read
     asked = Arguments("digits", GIVEN, features="pixels", drawn_images=drawn_images)
-    return Setup(asked, place, base, SPACE, [64, 128], evaluator, {})
+    settings = {"config": {}, "space": {}, "metric": "bits_per_dim"}
+    return Setup(asked, place, base, SPACE, Rungs((64, 128), evaluator), settings)
 
 
-def rows_of(place: Location, events: EventLog, base: Config = BASE) -> list[leaderboard.Row]:
-    return leaderboard.ranked(setup_of(place, base), events)
+def rows_of(trials: Trials, base: Config = BASE) -> list[leaderboard.Row]:
+    return leaderboard.ranked(setup_of(trials.folder, base), trials)
 
 
-def test_ranks_ties_and_flags(place: Location, events: EventLog) -> None:
-    found = rows_of(place, events)
+def test_ranks_ties_and_flags(trials: Trials) -> None:
+    found = rows_of(trials)
     assert [s.trial.number for s in found] == [1, 0, 4, 2, 3]
     # trials 0 and 4 have equal bits/dim, and overlapping KID
     assert [str(s.by_bits) for s in found] == ["1", "2-3", "2-3", "None", "None"]
@@ -122,19 +128,19 @@ def test_ranks_ties_and_flags(place: Location, events: EventLog) -> None:
     lines = "\n".join(leaderboard.remarks(found, grey_levels=17))
     assert "held-out images have 17 grey levels" in lines and lines.count("log2(17) = 4.09.") == 1
     assert "sqrt(D alpha_bar_T), with D numbers per image, is above 0.5" in lines
-    assert "The best by bits/dim: trial-001.\n" in lines
-    assert lines.endswith("The best by KID: trial-000, trial-004, which are tied.")
-    assert "trial-001, has 2.3750 ± 0." in lines and "--finalist-seeds 3 ranks configurations" in lines
+    assert "The best by bits/dim: digits-1.\n" in lines
+    assert lines.endswith("The best by KID: digits-0, digits-4, which are tied.")
+    assert "digits-1, has 2.3750 ± 0." in lines and "--finalist-seeds 3 ranks configurations" in lines
     assert f"of the digits {leaderboard.FEWER_TIMESTEPS}" in lines
 
 
-def test_the_configuration_whose_trainings_are_best_wins(place: Location, events: EventLog) -> None:
+def test_the_configuration_whose_trainings_are_best_wins(trials: Trials) -> None:
     """Trials 1 and 0 have the best nets; that of 1 was lucky. The reported number is of the other trainings."""
     for repeats, changes, *found in ((1, LINEAR, 2.65, 2.75), (0, COSINE, 2.52, 2.48)):
         for seed, bits in enumerate(found, 1):
             again = {**changes, "train.seed": seed}
-            add_trial(place, events, again, "finished", {64: 3.0, 128: bits}, repeats)
-    rows = rows_of(place, events)
+            add_trial(trials, again, "finished", {64: 3.0, 128: bits}, f"digits-{repeats}")
+    rows = rows_of(trials)
     assert [row.trial.number for row in rows] == [0, 1, 4, 8, 7, 5, 6, 2, 3]
     assert [str(row.by_trainings) for row in rows[:3]] == ["1-2", "1-2", "None"]
     assert [str(row.by_bits) for row in rows[:4]] == ["2-3", "1", "2-3", "None"]
@@ -143,21 +149,21 @@ def test_the_configuration_whose_trainings_are_best_wins(place: Location, events
     assert (best.mean.value, best.reported.value, lucky.reported.value) == pytest.approx((2.5, 2.625, 2.825))
     lines = "\n".join(leaderboard.remarks(rows))
     assert "grey levels" not in lines
-    assert "trial-000, has 2.6250 ± " in lines and "trained again after the search" in lines
+    assert "digits-0, has 2.6250 ± " in lines and "trained again after the search" in lines
     assert f"trainings of one is {(0.02**2 / 2 + np.var([2.25, 2.65, 2.75], ddof=1) / 2) ** 0.5:.4f}" in lines
     text = leaderboard.markdown(rows, [])
-    assert "| finished, trial-000 again |" in text and "| mean of trainings | rank |" in text
+    assert "| finished, digits-0 again |" in text and "| mean of trainings | rank |" in text
     assert json.loads(str(leaderboard.best_config(rows, GIVEN)))["train"]["seed"] == 0
     table = pq.read_table(io.BytesIO(leaderboard.parquet(rows))).to_pylist()
-    assert table[0]["reported_bits_per_dim"] == best.reported.value and table[3]["repeats"] == "trial-000"
+    assert table[0]["reported_bits_per_dim"] == best.reported.value and table[3]["repeats"] == "digits-0"
     assert table[1]["reported_bits_per_dim"] is None and table[1]["rank_by_trainings"] == "1-2"
-    assert plots.parallel(events.trials(), SPACE.domains, "bits_per_dim").startswith(b"\x89PNG")
+    assert plots.parallel(trials.all(), SPACE.domains, "bits_per_dim").startswith(b"\x89PNG")
 
 
-def test_kid_of_more_images_than_it_compares_is_known(place: Location, events: EventLog) -> None:
-    events.add(Scored(0, Score("KID-pixels", 0.02, 0.001, MAX_PAIRWISE)))
+def test_kid_of_more_images_than_it_compares_is_known(trials: Trials) -> None:
+    trials.score("digits-0", Score("KID-pixels", 0.02, 0.001, MAX_PAIRWISE))
     first, *_ = (
-        row for row in leaderboard.ranked(setup_of(place, drawn_images=20_000), events) if row.by_kid
+        row for row in leaderboard.ranked(setup_of(trials.folder, drawn_images=20_000), trials) if row.by_kid
     )
     assert first.trial.number == 0
 
@@ -171,7 +177,7 @@ def test_the_schedule_of_ho_et_al_is_flagged_for_large_images(
 ) -> None:
     changes = {"model.image_size": image_size, "model.channels": channels, "schedule.kind": "linear"}
     base = override(BASE, {**changes, "schedule.num_timesteps": 1000})
-    (found,) = rows_of(place, make_events(place, [({"schedule.beta_end": 0.02}, "failed", {})]), base)
+    (found,) = rows_of(make_trials(place, [({"schedule.beta_end": 0.02}, "failed", {})]), base)
     assert found.leftover == pytest.approx(leftover, abs=0.005) and found.is_flagged == is_flagged
 
 
@@ -194,23 +200,23 @@ def test_the_leftover_signal_biases_samples() -> None:
     assert 0.6 - x.mean().item() == pytest.approx(0.06 * leftover, rel=0.03)
 
 
-def test_all_forms_of_the_leaderboard_agree(place: Location, events: EventLog, tmp_path: Path) -> None:
-    found = rows_of(place, events)
+def test_all_forms_of_the_leaderboard_agree(trials: Trials, tmp_path: Path) -> None:
+    found = rows_of(trials)
     (tmp_path / "results.parquet").write_bytes(leaderboard.parquet(found))
     rows = pq.read_table(tmp_path / "results.parquet").to_pylist()
-    assert [row["trial"] for row in rows] == ["trial-001", "trial-000", "trial-004", "trial-002", "trial-003"]
+    assert [row["trial"] for row in rows] == ["digits-1", "digits-0", "digits-4", "digits-2", "digits-3"]
     first, *_, last = rows
     assert (first["schedule.beta_end"], first["rank_by_bits"], first["kid"]) == (0.005, "1", 0.05)
     assert first["bits_per_dim"] == pytest.approx(2.25) and rows[1]["schedule.beta_end"] is None
     assert (last["status"], last["reason"], last["bits_per_dim"]) == ("failed", "it broke", None)
     text = leaderboard.markdown(found, ["a remark"])
-    assert "| trial-001 ! | finished | 128 | linear |" in text and "failed: it broke" in text
+    assert "| digits-1 ! | finished | 128 | linear |" in text and "failed: it broke" in text
     assert text.endswith("- a remark\n")
     assert len(leaderboard.table(found).rows) == 5
 
 
-def test_the_best_config_can_be_trained(place: Location, events: EventLog) -> None:
-    text = leaderboard.best_config(rows_of(place, events), GIVEN)
+def test_the_best_config_can_be_trained(trials: Trials) -> None:
+    text = leaderboard.best_config(rows_of(trials), GIVEN)
     assert text is not None
     found = from_json(text, "best.json", DIGITS)
     assert (found.schedule.kind, found.schedule.beta_end, found.optim.lr) == ("linear", 0.005, 3e-3)
@@ -220,37 +226,36 @@ def test_the_best_config_can_be_trained(place: Location, events: EventLog) -> No
     assert not set(json.loads(text)) & {"run", "cluster"} and "images" not in json.loads(text)["data"]
 
 
-def test_kid_of_another_feature_net_is_not_ranked(place: Location, events: EventLog) -> None:
-    events.add(Scored(4, Score("KID-lite0", 0.001, 0.0001, 100)))
-    found = rows_of(place, events)
+def test_kid_of_another_feature_net_is_not_ranked(trials: Trials) -> None:
+    trials.score("digits-4", Score("KID-lite0", 0.001, 0.0001, 100))
+    found = rows_of(trials)
     assert [str(s.by_kid) for s in found] == ["2", "1", "None", "None", "None"]
     assert "KID-pixels" in leaderboard.table(found).names
     assert [line[-2:] for line in leaderboard.table(found).rows[2:3]] == [["", ""]]
 
 
 def test_a_search_without_finished_trials(place: Location) -> None:
-    events = make_events(place, [(COSINE, "failed", {}), (LINEAR, "failed", {})])
-    found = rows_of(place, events)
+    found = rows_of(make_trials(place, [(COSINE, "failed", {}), (LINEAR, "failed", {})]))
     assert [s.by_bits for s in found] == [None, None]
     assert leaderboard.best_config(found, GIVEN) is None
     assert leaderboard.parquet(found) and len(leaderboard.table(found).rows) == 2
 
 
-def test_plots(events: EventLog) -> None:
-    trials = events.trials()
+def test_plots(trials: Trials) -> None:
+    shown = trials.all()
+    one = Trial("digits", 0, {}, status="finished", rungs=shown[0].rungs)
     rendered = [
-        plots.parallel(trials, SPACE.domains, "bits_per_dim"),
-        plots.parallel([Trial(0, {}, trials[0].rungs, "finished")], {}, "bits_per_dim"),
-        plots.scatter(trials),
+        plots.parallel(shown, SPACE.domains, "bits_per_dim"),
+        plots.parallel([one], {}, "bits_per_dim"),
+        plots.scatter(shown),
     ]
     assert all(png.startswith(b"\x89PNG") for png in rendered)
 
 
-def test_the_parent_run_in_mlflow_has_all_results(place: Location, without_finalists: EventLog) -> None:
-    events, setup = without_finalists, setup_of(place)
-    parent = publish.address(events, "search", "searches")
-    assert publish.open_parent(parent, {"search.metric": "bits_per_dim"}, print) is not None
-    lines = list(publish.store(setup, rows_of(place, events), ["a remark"], parent))
+def test_the_parent_run_in_mlflow_has_all_results(place: Location, without_finalists: Trials) -> None:
+    trials = without_finalists
+    parent = Parent(Search("search", trials.key), "searches")
+    lines = list(publish.store(setup_of(place), rows_of(trials), ["a remark"], parent, trials))
     assert {path.name for path in Path(place.path).iterdir() if path.is_file()} == {
         "search.json",
         "results.md",
@@ -258,8 +263,8 @@ def test_the_parent_run_in_mlflow_has_all_results(place: Location, without_final
         "best.json",
         "parallel.png",
     }
-    run = run_of(parent)
-    client = MlflowClient(parent.uri)
+    run = tracked.run_with_key(tracking_uri(), trials.key)
+    client = MlflowClient(tracking_uri())
     names = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert {"results.md", "results.parquet", "best.json", "parallel.png"} <= names
     assert run.data.params["search.metric"] == "bits_per_dim"

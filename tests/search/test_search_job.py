@@ -11,33 +11,40 @@ import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from support import tracked
 from support.processes import Job, paused
 from support.servers import RayHead
-from support.tracked import run_of
 
+from ddpm.checkpoints import checkpoint
 from ddpm.config_io import from_json
+from ddpm.evaluation import rung
 from ddpm.presets import DIGITS
-from ddpm.search import publish
-from ddpm.search.event_log import EventLog, Trial
+from ddpm.search.trials import Trial, Trials
 from ddpm.storage import locations
+from ddpm.tracking.mlflow_client import tracking_uri
 
-# A good trial, one that fails because of its learning rate, and one that is worse than the first and is stopped; then
-# the first again, with another seed.
-FLAGS = """digits --name s --searcher grid --num-trials 3 --max-concurrent 1 --num-rungs 2 --num-images 60
-    --finalists 1 --finalist-seeds 2 --drawn-images 40 --features pixels --run.experiment killed
-    --space schedule.kind=cosine|linear optim.lr=2e-3|1e30
-    --schedule.num-timesteps 30 --model.base-width 8 --model.width-multipliers 1 2 --model.norm-groups 4
+TINY = """--schedule.num-timesteps 30 --model.base-width 8 --model.width-multipliers 1 2 --model.norm-groups 4
     --train.total-images 1920 --train.batch-size 64 --train.micro-batch-size 64 --train.log-every-images 640
     --train.sample-every-images 1920 --train.held-out-images 20
-    --sample.num-images 4 --sample.num-sample-steps 4""".split()
+    --sample.num-images 4 --sample.num-sample-steps 4"""
+# A good trial, one that fails because of its learning rate, and one that is worse than the first and is stopped; then
+# the first again, with another seed.
+FLAGS = f"""digits --name s --searcher grid --num-trials 3 --max-concurrent 1 --num-rungs 2 --num-images 60
+    --finalists 1 --finalist-seeds 2 --drawn-images 40 --features pixels --run.experiment killed
+    --space schedule.kind=cosine|linear optim.lr=2e-3|1e30 {TINY}""".split()
+# Two trials. The second has the lower loss at the first rung, so that both are trained to the end.
+TWO_TRIALS = f"""digits --name s --searcher grid --num-trials 2 --max-concurrent 1 --num-rungs 2 --num-images 20
+    --finalists 0 --run.experiment deaths --metric train/loss --space optim.lr=1e-6|2e-3 {TINY}""".split()
+TRIAL = "ray::ImplicitFunc"
+"""Title of the process of a trial with one worker."""
 
 
 def trials_in(folder: Path) -> list[Trial]:
-    """The trials in the event log of the search in `folder`."""
+    """The trials of the search in `folder`."""
     place = folder / "runs" / "s"
-    return (
-        EventLog.existing(locations.resolve(str(place))).trials() if (place / "search.json").exists() else []
-    )
+    if not (place / "search.json").exists():
+        return []
+    return Trials(locations.resolve(str(place)), None).all()
 
 
 def leaderboard(folder: Path) -> list[dict[str, Any]]:
@@ -53,9 +60,8 @@ def test_a_search_interrupted_and_killed_ends_with_the_same_leaderboard(
     killed.mkdir()
     place = killed / "runs" / "s"
     with Job("search", *FLAGS, log=killed / "job.log") as job:
-        workers = job.wait_for(lambda: job.members("ray::RayTrainWorker"))
-        job.wait_for((place / "trial-000/checkpoint-000000000640/checksums.json").exists)
-        with paused(workers):
+        job.wait_for(lambda: [*place.glob("digits-*/checkpoint-000000000640/checksums.json")])
+        with paused(job.members(TRIAL)):
             second = run_job("search", *FLAGS, cwd=killed)
             assert second.returncode == 2 and "another process drives this search" in second.stderr
             descendants = psutil.Process(job.process.pid).children(recursive=True)
@@ -80,19 +86,19 @@ def test_a_search_interrupted_and_killed_ends_with_the_same_leaderboard(
         ("stopped", 1),
         ("finished", 2),
     ]
-    assert (found[3].repeats, found[3].changes) == (0, {**found[0].changes, "train.seed": 1})
+    assert (found[3].repeats, found[3].changes) == (found[0].name, {**found[0].changes, "train.seed": 1})
     assert "the loss or the gradient is not finite" in found[1].reason
-    assert "trial-000" in output and "Traceback" not in output
+    assert found[0].name in output and "Traceback" not in output
 
     for name in ("results.md", "parallel.png", "bits-and-kid.png"):
         assert (place / name).stat().st_size > 0
     page = (place / "comparison.html").read_text()
-    assert page.count('<figure class="grid">') == 2 and "trial-001" not in page  # it was never evaluated
+    assert page.count('<figure class="grid">') == 2 and found[1].name not in page  # it was never evaluated
     assert "means of several trainings" in page and "train/loss over images seen" in page
     assert [row["rank_by_trainings"] for row in leaderboard(killed)] == ["1", None, None, None]
     best = from_json((place / "best.json").read_text(), "best.json", DIGITS)
     assert (best.schedule.kind, best.optim.lr, best.train.total_images) == ("cosine", 2e-3, 1920)
-    check_mlflow(place)
+    check_mlflow(place, found)
 
     shutil.copytree(killed / "runs" / "data", undisturbed / "runs" / "data")
     env = {"RAY_ADDRESS": ray_head.address}
@@ -103,26 +109,54 @@ def test_a_search_interrupted_and_killed_ends_with_the_same_leaderboard(
 
 def mlflow_runs(place: Path) -> list[Run]:
     """The search's own MLflow run, followed by its children."""
-    events = EventLog.existing(locations.resolve(str(place)))
-    parent = run_of(publish.address(events, "s", "killed"))
+    key = Trials(locations.resolve(str(place)), None).key
+    parent = tracked.run_with_key(tracking_uri(), key)
     of_parent = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
-    client = MlflowClient(publish.tracking_uri())
+    client = MlflowClient(tracking_uri())
     return [parent, *client.search_runs([parent.info.experiment_id], of_parent)]
 
 
-def check_mlflow(place: Path) -> None:
-    """MLflow has a parent run with four children, each with its trial's status."""
+def check_mlflow(place: Path, trials: list[Trial]) -> None:
+    """MLflow has a parent run with a child for each of the four trials, which has its status."""
     parent, *children = mlflow_runs(place)
     status = {run.info.run_name: run.info.status for run in children}
-    assert status == {
-        "trial-000": "FINISHED",
-        "trial-001": "FAILED",
-        "trial-002": "KILLED",
-        "trial-003": "FINISHED",
-    }
+    expected = ("FINISHED", "FAILED", "KILLED", "FINISHED")
+    assert status == {trial.name: of for trial, of in zip(trials, expected, strict=True)}
     assert parent.info.status == "FINISHED"
-    files = MlflowClient(publish.tracking_uri()).list_artifacts(parent.info.run_id)
+    files = MlflowClient(tracking_uri()).list_artifacts(parent.info.run_id)
     assert "comparison.html" in {file.path for file in files}
+
+
+@pytest.mark.slow
+def test_a_trial_whose_process_is_killed_goes_on_and_a_search_that_has_ended_has_nothing_to_do(
+    ray_head: RayHead, tmp_path: Path
+) -> None:
+    place = tmp_path / "runs" / "s"
+    with Job("search", *TWO_TRIALS, log=tmp_path / "first.log") as job:
+        (stored,) = job.wait_for(lambda: [*place.glob("digits-*/checkpoint-000000000640/checksums.json")])
+        killed = stored.parents[1]
+        measured = killed / rung.file_name(640)
+        measured_ns = measured.stat().st_mtime_ns
+        (process,) = job.members(TRIAL)
+        process.kill()
+        assert job.wait() == 0, job.output
+        output = job.output
+    found = trials_in(tmp_path)
+    assert found[0].name == killed.name and "Traceback" not in output
+    for trial in found:
+        assert trial.status == "finished"
+        assert [evaluation.images_seen for evaluation in trial.rungs] == [640, 1920]
+        assert (place / trial.name / checkpoint.name_at(1920) / checkpoint.CHECKSUMS).exists()
+        assert output.count(f"{trial.name} after 640 images") == 1
+    assert measured.stat().st_mtime_ns == measured_ns
+
+    env = {"RAY_ADDRESS": ray_head.address}
+    with Job("search", *TWO_TRIALS, log=tmp_path / "second.log", env=env) as job:
+        assert job.wait() == 0, job.output
+        assert not any(
+            f"{trial.name} {what}" in job.output for trial in found for what in ("begins", "resumes")
+        )
+    assert trials_in(tmp_path) == found
 
 
 def test_a_user_error_is_one_line_and_nothing_is_written(

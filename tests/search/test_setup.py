@@ -12,7 +12,8 @@ from ddpm.commands import search
 from ddpm.config_io import override
 from ddpm.diffusion import schedules
 from ddpm.presets import DIGITS
-from ddpm.search import publish, setup
+from ddpm.search import search as whole_search
+from ddpm.search import setup
 from ddpm.search.config import Arguments
 from ddpm.search.default_space import DEFAULT
 from ddpm.utils.errors import UserError
@@ -48,11 +49,11 @@ def test_a_loss_cannot_be_the_metric_when_schedules_vary(metric: Any) -> None:
 
 def test_trials_are_compared_at_equal_images_seen(tmp_path: Path) -> None:
     found = prepared(space=LR, name="s", storage=str(tmp_path))
-    assert found.rungs == [128, 384, 1152]
+    assert found.rungs.at == (128, 384, 1152)
     assert found.base.train.checkpoint_every_images == 128
-    assert found.base.train.keep_checkpoints == 9  # rung checkpoints must exist until they are evaluated
+    assert found.base.train.keep_checkpoints == 9  # jobs/evaluate.py can evaluate every rung
     assert found.folder.uri == found.base.run.storage == str(tmp_path / "s")
-    assert prepared(space=LR, scheduler="none").rungs == [1152]
+    assert prepared(space=LR, scheduler="none").rungs.at == (1152,)
     determining = set(found.settings["config"])
     assert not {"run", "cluster", "sample"} & {key.partition(".")[0] for key in determining}
     assert {"train.init_from", "optim.lr"} <= determining and "train.log_every_images" not in determining
@@ -74,21 +75,21 @@ def test_user_errors_are_one_line(changes: dict[str, Any], message: str) -> None
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
-class MlflowReached(Exception):
-    """All checks have passed: MLflow would be called next."""
+class AllChecked(Exception):
+    """All checks have passed: the search would begin."""
 
 
 def run_search(*flags: str) -> int:
-    """Run python tune/search.py digits --name s ... up to its first call to MLflow, on a cluster of two CPUs."""
+    """Run python tune/search.py digits --name s ... until it would begin, on a cluster of two CPUs."""
 
-    def raise_reached(*args: Any) -> None:
-        raise MlflowReached
+    def begin(*args: Any) -> None:
+        raise AllChecked
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray_init, "connect", lambda verbose: None)
         patch.setattr(ray_init, "resources", lambda: {"CPU": 2.0})
         patch.setattr(resources, "check_storage", lambda config: None)
-        patch.setattr(publish, "open_parent", raise_reached)
+        patch.setattr(whole_search, "Publisher", begin)
         threads = "--cluster.threads-per-worker", "1"
         patch.setattr(sys, "argv", ["search.py", "digits", "--name", "s", *threads, *flags])
         return search.main()
@@ -96,8 +97,8 @@ def run_search(*flags: str) -> int:
 
 def test_a_too_small_cluster_is_an_error_before_the_search_is_saved(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"2 trials.*--max-concurrent"):
-        run_search("--cluster.cpus-per-worker", "1")
+        run_search("--cluster.cpus-per-worker", "1.5")
     assert not (tmp_path / "runs/s/search.json").exists()
-    with pytest.raises(MlflowReached):
+    with pytest.raises(AllChecked):
         run_search("--seed", "1")
     assert (tmp_path / "runs/s/search.json").exists()

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from support.processes import REPO
@@ -13,7 +14,6 @@ from ddpm.presets import DIGITS, PRESETS
 from ddpm.search import space
 from ddpm.search.default_space import DEFAULT
 from ddpm.search.space import KINDS, grid_values
-from ddpm.search.trial_manager import OptunaProposer
 from ddpm.training import loop
 from ddpm.utils.errors import UserError
 
@@ -45,8 +45,11 @@ def test_random_trials_have_only_the_keys_of_their_kind() -> None:
     found = space.parse(DEFAULT, DIGITS)
 
     def points(seed: int) -> list[Any]:
-        proposer = OptunaProposer(found, seed, "random")
-        return [proposer.suggest(number) for number in range(40)]
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+        trials = [study.ask() for _ in range(40)]
+        for trial in trials:
+            found.suggest(trial)
+        return [trial.params for trial in trials]
 
     assert points(7) == points(7) != points(8)
     assert {point["schedule.kind"] for point in points(7)} == set(schedules.SCHEDULES)

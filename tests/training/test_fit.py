@@ -142,7 +142,7 @@ def test_how_a_run_that_was_asked_to_stop_ended(
         nullcontext() if isinstance(end, int) else pytest.raises(type(end)),
         DriverLock(run.location, "run", "--run.name", print) as lock,
     ):
-        fit._drive(tiny, run, monitor, Pusher(run), lock, lambda: None)
+        fit._drive(tiny, run, monitor, Pusher(run), lock)
     written = runs.read_status(run.location)
     assert written is not None and written.ended_ms is not None and written.ended_ms > 10**12
     assert (written.status, written.images_seen) == (status, end if isinstance(end, int) else 64)

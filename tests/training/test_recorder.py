@@ -40,7 +40,7 @@ class Untimed(Logged):
 
     def progress(self, progress: Progress) -> None: ...
 
-    def save(self, state: State, best: bool) -> None:
+    def save(self, state: State, best: bool, before: Mapping[str, bytes]) -> None:
         self.saved = state
 
 

@@ -1,0 +1,113 @@
+"""The record of a search: its settings, and the outcome of each trial beside its run."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.processes import REPO
+
+from ddpm.evaluation.rung import Evaluation, file_name
+from ddpm.evaluation.scores import Score
+from ddpm.search import trials
+from ddpm.search.trials import Trials, rung_positions
+from ddpm.storage import locations
+from ddpm.storage.locations import Location
+from ddpm.utils.errors import UserError
+
+SETTINGS = {"metric": "bits_per_dim", "rungs": [64, 192], "space": {"optim.lr": {"low": 1e-4}}}
+SCORE = Score("KID-pixels", 0.02, 0.001, 100)
+
+
+@pytest.fixture
+def place(root_uri: str) -> Location:
+    return locations.resolve(root_uri).child("search")
+
+
+def measured(images_seen: int, mean: float) -> Evaluation:
+    bits = mean + np.linspace(-0.5, 0.5, 21)
+    return Evaluation(images_seen, tuple(bits.tolist()), 0.5, 0.25)
+
+
+def add_rung(place: Location, name: str, images_seen: int, mean: float) -> None:
+    place.child(name).child(file_name(images_seen)).write(measured(images_seen, mean).to_json())
+
+
+def test_a_new_driver_finds_every_trial_and_its_outcome(place: Location) -> None:
+    before = Trials(place, SETTINGS)
+    changes: dict[str, Any] = {"optim.lr": 1e-3, "schedule.kind": "cosine", "model.width_multipliers": [1, 2]}
+    before.begin("digits-a", changes)
+    before.begin("digits-b", {"optim.lr": 2e-3})
+    before.begin("digits-c", {"optim.lr": 1e-3, "train.seed": 1}, repeats="digits-a")
+    add_rung(place, "digits-a", 64, 3.0)
+    add_rung(place, "digits-a", 192, 2.5)
+    assert before.end("digits-a", "finished", wall_s=2.5).images_seen == 192
+    before.end("digits-b", "failed", "its process died")
+    before.score("digits-a", SCORE)
+    place.child("data").child("manifest.json").write(b"{}")  # no trial
+
+    after = Trials(place, SETTINGS)
+    assert after.key == before.key
+    assert after.all() == before.all()
+    first, second, third = after.all()
+    assert (first.changes, first.status, first.wall_s, first.score) == (changes, "finished", 2.5, SCORE)
+    assert [evaluation.images_seen for evaluation in first.rungs] == [64, 192]
+    assert first.value("bits_per_dim") == pytest.approx(2.5)
+    assert (second.status, second.reason, second.rungs) == ("failed", "its process died", ())
+    assert (third.status, third.repeats, third.number) == ("running", "digits-a", 2)
+    assert after.begin("digits-b", {}) == second  # it has ended, and stays so
+    assert after.begin("digits-d", {}).number == 3
+
+
+def test_another_setting_is_another_search(place: Location) -> None:
+    Trials(place, SETTINGS)
+    with pytest.raises(UserError, match="metric"):
+        Trials(place, {**SETTINGS, "metric": "train/loss"})
+    assert Trials(place, None).key == Trials(place, SETTINGS).key
+
+
+def test_a_folder_without_a_search_and_a_search_of_0_1_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"search\.json"):
+        Trials(locations.resolve(str(tmp_path)), None)
+    shutil.copytree(REPO / "tests/formats/0.1/search", tmp_path / "old")
+    with pytest.raises(UserError, match="of another version") as raised:
+        Trials(locations.resolve(str(tmp_path / "old")), SETTINGS)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["trial.json", file_name(64)])
+def test_a_damaged_file_is_one_line(place: Location, name: str) -> None:
+    Trials(place, SETTINGS).begin("digits-a", {})
+    add_rung(place, "digits-a", 64, 3.0)
+    place.child("digits-a").child(name).write(b'{"number": ')
+    with pytest.raises(UserError, match=f"digits-a/{name} is damaged") as raised:
+        Trials(place, SETTINGS)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("total", "factor", "num", "expected"),
+    [
+        (9 * 128, 3, 3, [128, 384, 1152]),
+        (1000, 2, 2, [512, 1024]),
+        (128, 3, 3, [128]),
+        (6400, 4, 1, [6400]),
+    ],
+)
+def test_rungs_are_multiples_of_the_first(total: int, factor: int, num: int, expected: list[int]) -> None:
+    assert rung_positions(total, 128, factor, num) == expected
+
+
+def test_the_best_are_finished_trials_of_the_search_itself(place: Location) -> None:
+    found = Trials(place, SETTINGS)
+    for name, mean, status, repeats in (
+        ("a", 2.5, "finished", None),
+        ("b", 2.0, "failed", None),
+        ("c", 2.25, "finished", None),
+        ("d", 1.0, "finished", "a"),
+    ):
+        found.begin(name, {}, repeats)
+        add_rung(place, name, 64, mean)
+        found.end(name, status)  # type: ignore[arg-type]
+    assert [trial.name for trial in trials.best(found.all(), "bits_per_dim")] == ["c", "a"]
