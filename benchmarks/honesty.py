@@ -30,10 +30,10 @@ from ddpm.diffusion.timesteps import respaced, uniform
 from ddpm.evaluation import context, evaluate, measure
 from ddpm.evaluation.context import Candidate
 from ddpm.evaluation.reference import images_of
+from ddpm.evaluation.rung import Evaluator
 from ddpm.evaluation.scores import Score
 from ddpm.evaluation.settings import Settings
-from ddpm.search.evaluator import Evaluator
-from ddpm.search.event_log import EventLog, best
+from ddpm.search.trials import Trials, best
 from ddpm.storage import locations
 from ddpm.utils import images
 from ddpm.utils.generators import PhiloxGenerator
@@ -127,14 +127,16 @@ def variance_table(run: str, timesteps: Sequence[int]) -> None:
 
 def search_table(run: str) -> None:
     place = locations.resolve(run)
-    trials = best(EventLog.existing(place).trials(), "bits_per_dim")
+    trials = best(Trials(place, None).all(), "bits_per_dim")
     newest = [place.child(t.name).child(checkpoint.name_at(t.images_seen)).uri for t in trials]
-    train, held_out = data_sets(context.read(newest[:1])[0])
+    candidates = context.read(newest)
+    train, held_out = data_sets(candidates[0])
     bits: dict[str, np.ndarray] = {}
     for variance in ("beta_tilde", "measured"):
         evaluator = Evaluator(train, held_out, held_out.rows.num_rows, variance=variance)  # type: ignore[arg-type]
-        bits[variance] = np.array([evaluator.evaluate(locations.resolve(uri)).bits for uri in newest])
-    kid = np.array([trial.score.value for trial in trials])
+        found = [evaluator.evaluate(net, net.position["images_seen"]) for net in candidates]
+        bits[variance] = np.array([evaluation.bits for evaluation in found])
+    kid = np.array([trial.score.value for trial in trials if trial.score])
     columns: dict[str, np.ndarray] = {
         "bits/dim, beta_tilde": bits["beta_tilde"].mean(1),
         "bits/dim, measured": bits["measured"].mean(1),

@@ -24,15 +24,13 @@ from harness.rankings import agreement
 from numpy.typing import NDArray
 from scipy import stats
 
+from ddpm.checkpoints import curves
 from ddpm.config_io import flatten
 from ddpm.data import ray_dataset
 from ddpm.evaluation import context
 from ddpm.evaluation.ranking import configuration_difference
-from ddpm.hub import resolve
-from ddpm.search import leaderboard
-from ddpm.search.evaluator import REPORTING, Evaluator
-from ddpm.search.event_log import Ended, EventLog, Trial
-from ddpm.search.trial_manager import changes_text
+from ddpm.evaluation.rung import REPORTING, Evaluator
+from ddpm.search.trials import Trial, Trials, changes_text, shown
 from ddpm.storage import locations
 
 REPO = Path(__file__).resolve().parent.parent
@@ -50,7 +48,7 @@ class Arguments:
     command: str = ""
     """Command of the search, for the note."""
     overhead: bool = False
-    """Print only the share of the trials' time that was spent on training."""
+    """Print only the share of the trials' time that the steps of training took."""
 
 
 def difference(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float]:
@@ -74,8 +72,8 @@ def rankings(trials: list[Trial]) -> list[str]:
     lasts = [trial.last for trial in trials if trial.last]
     values = {
         "train loss": np.array([last.train_loss for last in lasts]),
-        "bits/dim": np.array([last.bits_per_dim for last in lasts]),
-        "KID": np.array([trial.score.value for trial in trials]),
+        "bits/dim": np.array([last.bits_per_dim.value for last in lasts]),
+        "KID": np.array([trial.score.value for trial in trials if trial.score]),
     }
     places = {name: v.argsort().argsort() + 1 for name, v in values.items()}
     rows: list[list[object]] = []
@@ -83,7 +81,7 @@ def rankings(trials: list[Trial]) -> list[str]:
         trial, last = trials[i], lasts[i]
         cells = {
             "train loss": f"{last.train_loss:.4f}",
-            "bits/dim": last.shown,
+            "bits/dim": shown(last.bits_per_dim),
             "KID": f"{trial.score.value:.4f} ± {trial.score.error:.4f}",
         }
         ranked = [cell for name in values for cell in (cells[name], places[name][i])]
@@ -94,11 +92,11 @@ def rankings(trials: list[Trial]) -> list[str]:
     return [*lines, "", *tables.table(["rankings", "Spearman's rho", "Kendall's tau"], agreements)]
 
 
-def cost(trials: list[Trial], place: locations.Location) -> str:
+def cost(trials: list[Trial]) -> str:
     """The cost of the naive choice."""
     naive = min(trials, key=lambda trial: trial.value("train/loss"))
     honest = min(trials, key=lambda trial: trial.value("bits_per_dim"))
-    a, b = (np.array(leaderboard.bits_of(trial, place))[REPORTING] for trial in (naive, honest))
+    a, b = (np.array(trial.last.bits)[REPORTING] for trial in (naive, honest))
     bits, error = difference(a, b)
     kid = naive.score.value - honest.score.value
     kid_error = (naive.score.error**2 + honest.score.error**2) ** 0.5
@@ -112,11 +110,11 @@ def cost(trials: list[Trial], place: locations.Location) -> str:
     )
 
 
-def beaten(arguments: Arguments, place: locations.Location, events: EventLog) -> list[str]:
+def beaten(arguments: Arguments, place: locations.Location, trials: list[Trial]) -> list[str]:
     """The best config beside the preset's, both trained with other seeds."""
     settings = json.loads(place.child("search.json").read())["settings"]
     best = Path(place.path, "best.json")
-    (trial,) = context.read([place.child(next(t.name for t in events.trials() if t.last)).uri])
+    (trial,) = context.read([place.child(trials[0].name).uri])
     values = flatten(trial.config)
     train = ray_dataset.open_configured(trial.config)
     held_out = train.held_out()
@@ -128,8 +126,8 @@ def beaten(arguments: Arguments, place: locations.Location, events: EventLog) ->
             trained(place, arguments.preset, config, values, f"{name}-seed-{seed}", seed)
             for seed in arguments.seeds
         ]
-        newest = [locations.resolve(resolve.checkpoints_of(uri)[-1]) for uri in uris]
-        each = [evaluator.evaluate(location).bits for location in newest]
+        nets = context.read(uris)
+        each = [evaluator.evaluate(net, net.position["images_seen"]).bits for net in nets]
         bits.append(np.array(each)[:, REPORTING])
     mean, error, dof = configuration_difference(*bits)
     t = stats.t.ppf(0.975, dof)
@@ -137,11 +135,11 @@ def beaten(arguments: Arguments, place: locations.Location, events: EventLog) ->
     rows = [
         [
             name,
-            *(f"{net.mean():.4f}" for net in nets),
-            f"{nets.mean():.4f}",
-            f"{nets.mean(1).std(ddof=1):.4f}",
+            *(f"{of_net.mean():.4f}" for of_net in of_nets),
+            f"{of_nets.mean():.4f}",
+            f"{of_nets.mean(1).std(ddof=1):.4f}",
         ]
-        for name, nets in zip(names, bits, strict=True)
+        for name, of_nets in zip(names, bits, strict=True)
     ]
     beaten = "is beaten" if mean + t * error < 0 else "was not beaten"
     seeds = [f"seed {seed}" for seed in arguments.seeds]
@@ -154,35 +152,40 @@ def beaten(arguments: Arguments, place: locations.Location, events: EventLog) ->
     ]
 
 
-def overhead(events: EventLog) -> str:
-    ended = [event for event in events.events if isinstance(event, Ended)]
-    training_s, wall_s = sum(event.training_s for event in ended), sum(event.wall_s for event in ended)
+def overhead(trials: list[Trial], place: locations.Location) -> str:
+    """The share of steps in the time of trials, each of which was started once."""
+    steps_s, wall_s = 0.0, sum(trial.wall_s for trial in trials)
+    for trial in trials:
+        before = 0
+        for point in curves.read(place.child(trial.name)).get("train/images_per_s", []):
+            steps_s += (point.images_seen - before) / point.value
+            before = point.images_seen
     return (
-        f"Of {wall_s:.0f} s for which {len(events.trials())} trials had a slot (ddpm/search/event_log.py says what "
-        f"that is), the loop ran {training_s:.0f} s: {training_s / wall_s:.0%}."
+        f"{len(trials)} trials took {wall_s:.0f} s, each from its start to its end, of which the steps took "
+        f"{steps_s:.0f} s: {steps_s / wall_s:.0%}."
     )
 
 
 def main() -> None:
     arguments = read(Arguments, __doc__, seeds=(1, 2))
     place = locations.resolve(arguments.search)
-    events = EventLog.existing(place)
+    everything = Trials(place, None).all()
     if arguments.overhead:
-        print(overhead(events))
+        print(overhead(everything, place))
         return
-    trials = [trial for trial in events.trials() if trial.status == "finished" and trial.score]
+    trials = [trial for trial in everything if trial.status == "finished" and trial.score]
     lines = [
-        f"{len(events.trials())} trials, {len(trials)} of them to their end ({arguments.command or 'tune/search.py'}; "
+        f"{len(everything)} trials, {len(trials)} of them to their end ({arguments.command or 'tune/search.py'}; "
         f"`python benchmarks/search.py {arguments.search}`). {tables.machine()}. "
         "Ranks count from the best; intervals are standard errors, and ranks that overlap are a tie.",
         "",
         *rankings(trials),
         "",
-        cost(trials, place),
+        cost(trials),
         "",
-        *beaten(arguments, place, events),
+        *beaten(arguments, place, trials),
         "",
-        overhead(events),
+        overhead(everything, place),
         "",
     ]
     for name in PICTURES:

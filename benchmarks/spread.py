@@ -23,8 +23,7 @@ from scipy import stats
 
 from ddpm.evaluation.ranking import paired_ranks
 from ddpm.presets import PRESETS
-from ddpm.search import leaderboard
-from ddpm.search.event_log import EventLog
+from ddpm.search.trials import Trials
 from ddpm.storage import locations
 
 REPO = Path(__file__).resolve().parent.parent
@@ -60,8 +59,8 @@ def measured(arguments: Arguments) -> Iterator[list[object]]:
         for budget in arguments.budgets:
             total_images = budget or PRESETS[preset].train.total_images
             folder = search(arguments, preset, total_images)
-            trials = [trial for trial in EventLog.existing(folder).trials() if trial.status == "finished"]
-            bits = np.array([leaderboard.bits_of(trial, folder) for trial in trials])
+            trials = [trial for trial in Trials(folder, None).all() if trial.status == "finished"]
+            bits = np.array([trial.last.bits for trial in trials if trial.last])
             yield [preset, f"{total_images:,}", *cells(bits)]
 
 
