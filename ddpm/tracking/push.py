@@ -245,16 +245,25 @@ class _Push:
         self._mark(pictures=digest)
 
     def _push_evaluations(self) -> None:
-        """Results of jobs/evaluate.py: points, and the files with everything."""
+        """Results of jobs/evaluate.py: points, and the files with everything.
+
+        A value that several evaluations have found has the time of the first.
+        """
         folder = self._location.child(runs.EVALUATIONS)
-        names, rows, times = folder.files(), list[Row](), dict[str, int]()
+        names, times = folder.files(), dict[str, int]()
+        found = dict[tuple[str, int, float], int]()
         for name in names:
-            if PurePosixPath(name).suffix == ".json" and (points := self._points(folder.child(name))):
-                times[name] = points.time_ms
-                for images_seen, values in points.values.items():
-                    rows += [
-                        Row(key, int(images_seen), value, points.time_ms) for key, value in values.items()
-                    ]
+            if PurePosixPath(name).suffix != ".json":
+                continue
+            points = self._points(folder.child(name))
+            if points is None:
+                continue
+            times[name] = points.time_ms
+            for images_seen, values in points.values.items():
+                for key, value in values.items():
+                    at = (key, int(images_seen), value)
+                    found[at] = min(points.time_ms, found.get(at, points.time_ms))
+        rows = [Row(*at, time_ms) for at, time_ms in found.items()]
         digest = _digest(names, times)
         if digest == self._sent.evaluations or not names:
             return
