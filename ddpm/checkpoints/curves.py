@@ -180,7 +180,7 @@ def _read_parts(
 def _num_rows(file: Location) -> int:
     try:
         return _read_file(file).num_rows
-    except UserError:  # reading it says so
+    except UserError:  # reading it reports the damage
         return 1
 
 

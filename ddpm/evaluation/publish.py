@@ -101,7 +101,7 @@ def _with_points(report: Report, file: Location) -> bytes:
 
 
 def _push(run: Run, timeout_s: float) -> str:
-    """Push a run to MLflow, if MLflow has it; returns a line that says so."""
+    """Push a run to MLflow, if MLflow has it; returns a line with the outcome."""
     shown = without_password(tracking_uri())
     try:
         if not is_in_mlflow(run):

@@ -157,7 +157,9 @@ def parquet(rows: Sequence[Row]) -> bytes:
     """The table as a Parquet file; null for missing values."""
     table = list[dict[str, Any]]()
     for row in rows:
-        trial, last, mean = row.trial, row.trial.last, row.mean
+        trial = row.trial
+        last = trial.last
+        mean = row.mean
         score = row.trial.score if row.by_kid else None
         reported = row.reported if row is rows[0] else None
         table.append(

@@ -69,7 +69,10 @@ class Publisher:
     def __init__(
         self, parent: Parent, trials: Trials, params: Mapping[str, Any], warn: Callable[[str], object]
     ) -> None:
-        self._parent, self._trials, self._params, self._warn = parent, trials, params, warn
+        self._parent = parent
+        self._trials = trials
+        self._params = params
+        self._warn = warn
         self._has_warned, self._has_begun = False, False
         self._names: queue.Queue[str | None] = queue.Queue()
         self._closing = threading.Event()
@@ -151,7 +154,9 @@ def store(
     setup: Setup, rows: Sequence[Row], remarks: Sequence[str], parent: Parent, trials: Trials
 ) -> Iterator[str]:
     """Write table, best config and plots to the search's folder and its MLflow run; yields lines that say where."""
-    shown, folder, metric = [row.trial for row in rows], setup.folder, setup.arguments.metric
+    shown = [row.trial for row in rows]
+    folder = setup.folder
+    metric = setup.arguments.metric
     files = {
         "results.parquet": leaderboard.parquet(rows),
         "results.md": leaderboard.markdown(rows, remarks).encode(),
@@ -210,7 +215,7 @@ def compared(rows: Sequence[Row], folder: Location) -> bytes | None:
 def _publish(
     setup: Setup, rows: Sequence[Row], trials: Trials, files: Mapping[str, bytes], parent: Parent
 ) -> str:
-    """Send the results and the trials to MLflow; returns a line that says so."""
+    """Send the results and the trials to MLflow; returns a line with the outcome."""
     where = without_password(tracking_uri())
     try:
         run = parent.open()

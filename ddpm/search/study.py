@@ -85,8 +85,13 @@ class Outcomes(tune.Callback):
         tick: Callable[[], None],
         repeats: Callable[[Mapping[str, Any]], str | None] = lambda changes: None,
     ) -> None:
-        self._trials, self._spec, self._publisher, self._interruption = trials, spec, publisher, interruption
-        self._news, self._tick, self._repeats = news, tick, repeats
+        self._trials = trials
+        self._spec = spec
+        self._publisher = publisher
+        self._interruption = interruption
+        self._news = news
+        self._tick = tick
+        self._repeats = repeats
         self._names: dict[str, str] = {}
         """Name of the run of each trial, by Tune's id."""
         self._owner: dict[str, str] = {}

@@ -44,7 +44,9 @@ class MlflowRun:
         self.experiment_id: str = run.info.experiment_id
         self.tags = dict(run.data.tags)
         self.params = dict(run.data.params)
-        self._mlflow, self._client, self._warn = mlflow, mlflow.client, warn
+        self._mlflow = mlflow
+        self._client = mlflow.client
+        self._warn = warn
         self._status, self._ended_ms = run.info.status, run.info.end_time
 
     def log_params(self, params: Mapping[str, Any]) -> None:

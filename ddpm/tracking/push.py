@@ -122,7 +122,9 @@ class _Push:
     """One push of a run."""
 
     def __init__(self, run: Run, warn: Callable[[str], object]) -> None:
-        self._run, self._location, self._warn = run, run.location, warn
+        self._run = run
+        self._location = run.location
+        self._warn = warn
         self._card = runs.read_card(run.location)
         self._status = self._read_status()
         stored = runs.checkpoints(run.location)

@@ -89,7 +89,9 @@ class DriverMonitor(StopSignals):
         self.ended_early = False
         """Whether `should_continue` returned False."""
         self._config, self._group, self._state = config, group, group.state
-        self._pusher, self._images_seen, self._should_continue = pusher, images_seen, should_continue
+        self._pusher = pusher
+        self._images_seen = images_seen
+        self._should_continue = should_continue
         batch_size, name = config.train.batch_size, str(config.run.name)
         total_images = -(-config.train.total_images // batch_size) * batch_size
         self._screen = Screen(name, total_images, lambda: pusher.waiting)
