@@ -19,6 +19,8 @@ from ddpm.utils.errors import UserError
 
 CONTROLLER = "Ray Train's controller"
 STATE = "the run-state actor"
+DEATHS = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
+"""Errors of Ray that mean the death of a process."""
 SHOWN = 300
 """Characters of a failure in a line."""
 OUT_OF_MEMORY = re.compile(r"IP: ([^,)]+).*?was ([\d.]+ ?\w+)(?: used)? / ([\d.]+ ?\w+)", re.DOTALL)
@@ -156,8 +158,7 @@ def _death(error: BaseException) -> BaseException | None:
     # attributes a death counts as any other failure.
     for wrapped in ("controller_failure", "health_check_failure", "cause"):
         error = getattr(error, wrapped, None) or error
-    deaths = ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError
-    return error if isinstance(error, deaths) else None
+    return error if isinstance(error, DEATHS) else None
 
 
 def last_line(error: BaseException) -> str:

@@ -12,13 +12,11 @@ from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any, Self
 
-import ray.exceptions
-
 from ddpm.cluster import resources
 from ddpm.config import Config
 from ddpm.tracking.pusher import Pusher
 from ddpm.training import run_state
-from ddpm.training.failures import CONTROLLER, STATE, Done, Fail, Restart, decide, is_idle
+from ddpm.training.failures import CONTROLLER, DEATHS, STATE, Done, Fail, Restart, decide, is_idle
 from ddpm.training.gauges import Gauges
 from ddpm.training.screen import Screen
 from ddpm.training.worker_group import WorkerGroup
@@ -137,10 +135,18 @@ class DriverMonitor(StopSignals):
                     return images_seen
                 case Restart(line, values):  # Ray Train does not restart a controller that died (Ray 2.60)
                     log.warning(line)
-                    if STATE in died:
-                        self._state.renew()
-                    for subject, value in {run_state.ENDED: None, **values}.items():
-                        self._state.set(subject, value)
+                    self._prepare_restart({run_state.ENDED: None, **values}, state_died=STATE in died)
+
+    def _prepare_restart(self, values: Mapping[str, Any], state_died: bool) -> None:
+        """Set `values` in the run's state, in another RunState if the last one has died."""
+        try:
+            if not state_died:
+                for subject, value in values.items():
+                    self._state.set(subject, value)
+                return
+        except DEATHS:  # it has died meanwhile
+            pass
+        self._state.renew(values)
 
     def _watch(self, workers: threading.Thread) -> dict[str, BaseException]:
         """Watch the workers until they have left, or need not be waited for; returns the RunState's death, if any."""
@@ -150,7 +156,7 @@ class DriverMonitor(StopSignals):
                 if self._may_leave(self._look()):
                     return {}
             self._state.snapshot()
-        except ray.exceptions.RayActorError as error:
+        except DEATHS as error:
             while workers.is_alive():  # rank 0 notices it, too
                 workers.join(POLL_INTERVAL_S)
             return {STATE: error}

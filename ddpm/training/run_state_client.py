@@ -10,7 +10,7 @@ from ddpm.training.run_state import RunState
 
 
 class RunStateClient:
-    """A RunState, started on this node. Calls raise RayActorError once it has died.
+    """A RunState, started on this node. Calls raise one of failures.DEATHS once it has died.
 
     Attributes:
         actor: the RunState, for controller and workers.
@@ -31,8 +31,9 @@ class RunStateClient:
         self.values = ray.get(self.actor.snapshot.remote())
         return dict(self.values)
 
-    def renew(self) -> None:
-        """Start another RunState, with the values that were read last."""
+    def renew(self, changes: Mapping[str, Any]) -> None:
+        """Start another RunState, with the values that were read last, and with `changes`."""
+        self.values = {**self.values, **changes}
         self.actor = _start(self.values)
 
 

@@ -109,7 +109,6 @@ class WorkerGroup:
         placement_group = self.state.values.get(run_state.PLACEMENT_GROUP)
         if placement_group is not None:
             ray.util.remove_placement_group(placement_group)
-            self.state.set(run_state.PLACEMENT_GROUP, None)
 
 
 def work(spec: dict[str, Any]) -> None:
