@@ -157,8 +157,10 @@ class DriverMonitor(StopSignals):
                     return {}
             self._state.snapshot()
         except DEATHS as error:
-            while workers.is_alive():  # rank 0 notices it, too
+            is_stopped = False
+            while workers.is_alive() and not is_stopped:  # rank 0 notices it, too
                 workers.join(POLL_INTERVAL_S)
+                is_stopped = self.signal is not None and is_idle(self._state.values)
             return {STATE: error}
         return {}
 
