@@ -38,6 +38,8 @@ WORKER = "ray::RayTrainWorker"
 CONTROLLER = "ray::TrainController"
 SPLITTER = "ray::SplitCoordinator"
 RUN_STATE = "ray::RunState"
+RESTARTS = "failed; resuming"
+"""Part of the line with which each restart begins."""
 GIB = 1 << 30
 
 pytestmark = pytest.mark.slow
@@ -62,14 +64,16 @@ def test_killed_processes_and_changed_clocks(run: Run, undisturbed: Run, tmp_pat
             (SPLITTER, -3600),
         ):
             job.wait_for(run.past(run.position()))
+            num_restarts = job.output.count(RESTARTS)
             clock.write_text(str(offset_s))
             time.sleep(rng.uniform(0, 0.3))
             members = job.wait_for(partial(job.members, title))  # a group may just start again
             rng.choice(members).send_signal(signal.SIGKILL)
+            job.wait_for(lambda before=num_restarts: job.output.count(RESTARTS) > before)
         job.wait_for(run.past(run.position()))
         clock.write_text("0")
         assert job.wait() == 0, job.output
-    assert job.output.count("failed; resuming") == 5
+    assert job.output.count(RESTARTS) == 5
     assert_recovered(run, undisturbed, job)
     assert all(0.3 < goodput < 1 for _, goodput in metric(run, "train/goodput"))  # at most one step is lost
     history = MlflowClient(os.environ["MLFLOW_TRACKING_URI"]).get_metric_history(
