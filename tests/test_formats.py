@@ -1,4 +1,4 @@
-"""What version 0.1 wrote must be read by every later version, but for searches: tests/formats/0.1 is kept as it is.
+"""What version 0.1 wrote must be read by every later version, but for searches: tests/formats/0.1 is never changed.
 
 It was made by `PYTHONPATH=tests python tests/test_formats.py tests/formats/0.1`.
 """

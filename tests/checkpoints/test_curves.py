@@ -178,7 +178,9 @@ def test_a_merge_that_was_killed_doubles_nothing(in_parts: Location, monkeypatch
 def test_a_reader_finds_all_rows_while_parts_are_merged(run: Location, tmp_path: Path) -> None:
     for at in range(40):
         put(run, at, *rows(at, at + 1))
-    kept, num_read, is_done = tmp_path / "kept", list[int](), threading.Event()
+    kept = tmp_path / "kept"
+    num_read = list[int]()
+    is_done = threading.Event()
     shutil.copytree(run.path, kept)
 
     def read() -> None:

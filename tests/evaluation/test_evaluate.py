@@ -151,7 +151,7 @@ def test_grey_levels_are_counted_on_the_evaluated_images(one_worker: Report, tmp
 
 
 def test_the_variance_affects_the_bound_and_ancestral_sampling(run: Run, one_worker: Report) -> None:
-    """`measured` gives the smallest bound, and leaves sampling as it is."""
+    """`measured` gives the smallest bound, and does not change sampling."""
     of_bound, drawn = {}, {}
     for variance in ("auto", "measured", "beta_tilde", "beta"):
         how = {"variance": variance, "sampler": ("ddpm",), "num_sample_steps": (4,)}

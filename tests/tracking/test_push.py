@@ -102,7 +102,9 @@ def test_a_push_sends_everything(uri: str, run: Run, caplog: pytest.LogCaptureFi
     table = curves.read_rows(run.location).to_pylist()
     assert len(sent["metrics"]["train/loss"]) == 6
     for row in table:
-        step, time_ms, value = row["images_seen"], row["timestamp_ms"], row["value"]
+        step = row["images_seen"]
+        time_ms = row["timestamp_ms"]
+        value = row["value"]
         shown = "1.7976931348623157e+308" if value == float("inf") else repr(value)  # as MLflow keeps it
         assert (step, time_ms, shown) in sent["metrics"][row["name"]]
     assert sent["newest"]["train/loss"] == repr(tracked.loss_at(128))

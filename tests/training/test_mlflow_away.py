@@ -32,7 +32,7 @@ def test_mlflow_is_killed_and_restarted_during_a_run(
 def test_mlflow_is_down_for_the_whole_run_and_synced_later(
     run: Run, undisturbed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run says so in one line, and at its end which command sends it."""
+    """One line reports the outage, and the run's end names the command that sends the rest."""
     server = MlflowServer(tmp_path / "mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     with run.start() as job:

@@ -49,7 +49,7 @@ def test_the_status_counts_time_and_what_crashes_lost(tiny: Config, run: Run) ->
     assert (status.hardware, status.ended_ms) == ("2 cores", None)
 
 
-def test_a_damaged_status_is_written_anew(tiny: Config, tmp_path: Path) -> None:
+def test_a_damaged_status_is_rewritten(tiny: Config, tmp_path: Path) -> None:
     run, lines = Run("one", locations.resolve(str(tmp_path)), "a"), list[str]()
     run.location.child(runs.STATUS).write(b"{")
     store = RunStore(override(tiny, {"train.total_images": 64}), run, "b")
